@@ -1,0 +1,49 @@
+"""Settings of the doors: where Redis and the shim are, and the limits of what they accept. Read once, at the edge."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from difflib import get_close_matches
+from importlib.metadata import entry_points
+
+from pydantic import Field
+from pydantic_settings import BaseSettings
+
+from jobs.errors import UnknownSetting
+from storage.settings import StorageSettings
+
+DEFAULT_TARGET = "smollm2-135m-instruct"
+
+
+class JobsSettings(StorageSettings):
+    """Settings of clients, producers, the shim and the queue."""
+
+    redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis-protocol server: queue and pub/sub.")
+    api_url: str = Field("http://127.0.0.1:8000", description="Where clients find the REST shim.")
+    api_key: str = Field("", description="Key that clients send; empty: none.", repr=False)
+    api_host: str = Field("127.0.0.1", description="Address the shim listens on.")
+    api_port: int = Field(8000, ge=0, le=65535, description="Port the shim listens on; 0: a free one.")
+    target: str = Field(DEFAULT_TARGET, description="Target model: a known name, a hub id or a local directory.")
+    log_format: str = Field("text", pattern="^(text|json)$", description="Log lines for people (text) or machines (json).")
+    max_requests: int = Field(50_000, gt=0, description="Requests one job may hold.")
+    max_body_bytes: int = Field(200_000_000, gt=0, description="Bytes of one submission.")
+    max_prompt_chars: int = Field(1_000_000, gt=0, description="Characters of one prompt, before it is tokenized.")
+    completion_window_s: float = Field(86_400, gt=0, description="Seconds after which an unfinished job expires.")
+    partials_interval_s: float = Field(0.5, gt=0, description="Seconds between two commits of new tokens.")
+
+
+def refuse_unknown_settings(environ: Mapping[str, str] = os.environ) -> None:
+    """Raise UnknownSetting if a BASIC_… variable is read by no settings class: a typo must not be ignored."""
+    known: set[str] = set()
+    for entry in entry_points(group="basic.settings"):
+        settings: type[BaseSettings] = entry.load()
+        known |= {f"BASIC_{name.upper()}" for name in settings.model_fields}
+    for name in sorted(environ):
+        if name.startswith("BASIC_") and name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UnknownSetting(f"{name} is set, but nothing reads a variable of this name{hint}")
+
+
+__all__ = ["DEFAULT_TARGET", "JobsSettings", "refuse_unknown_settings"]

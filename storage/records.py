@@ -1,0 +1,157 @@
+"""The frozen values that go into and come out of the record. Plain data: no SQLAlchemy, no pydantic.
+
+Times are Unix seconds (UTC) on the database's clock; `*_ms` are milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+RequestKey = tuple[str, int]  # (job_id, request_index)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a request failed, in the words of the error envelope."""
+
+    code: str
+    message: str
+    param: str | None = None
+    status_code: int = 400  # HTTP status the request would have been answered with
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """A job about to be recorded."""
+
+    id: str
+    model: str
+    endpoint: str
+    window_s: float  # seconds from creation to expiry
+    metadata: Mapping[str, str] | None = None
+    api_key_id: str | None = None
+    idempotency_key: str | None = None  # unique per api_key_id
+    body_sha256: str | None = None  # of the submitted body, to tell a repeat from a conflict
+
+
+@dataclass(frozen=True, slots=True)
+class NewRequest:
+    """A request about to be recorded: valid (`body`), or refused at the door (`refusal`: the row is born failed)."""
+
+    custom_id: str
+    body: Mapping[str, Any] | None = None
+    refusal: Refusal | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to write one request's results. `number` grows with every claim: a stale owner's writes match no row."""
+
+    job_id: str
+    request_index: int
+    number: int
+
+    @property
+    def key(self) -> RequestKey:
+        """The request this lease is about."""
+        return (self.job_id, self.request_index)
+
+
+@dataclass(frozen=True, slots=True)
+class StepRow:
+    """One row of `decode_steps`: one choice in one decoding step."""
+
+    step: int  # 0 is the token from prefill
+    tree_nodes: int  # draft nodes shown to the target, root not counted
+    tree_depth: int
+    accepted_tokens: int  # draft tokens kept; the target's own token is not one of them
+    emitted_tokens: int
+    expected_accepted: float | None
+    draft_ms: float
+    verify_ms: float
+    step_ms: float
+    batch_sequences: int  # sequences that shared the step
+    drafter: str | None
+    plain_step_ms: float | None  # a plain step at this batch size on this worker; None: not comparable (prefill shared)
+    ended_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """New tokens of one choice since the last checkpoint; row of `partials`, and one `tokens` event."""
+
+    choice_index: int
+    seq: int
+    token_ids: tuple[int, ...]
+    accepted: tuple[bool, ...]  # per token: it was an accepted draft token
+    text: str
+    pieces: tuple[tuple[str, str], ...]  # (text, "draft" | "target")
+    steps: tuple[StepRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedChoice:
+    """A choice that has ended: row of `outputs`."""
+
+    choice_index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str  # stop | length
+    prompt_tokens: int
+    completion_tokens: int
+    started_at: float
+    finished_at: float
+    last_seq: int  # seq of its `finished` event
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A request handed to a worker, with what an earlier owner had already committed."""
+
+    lease: Lease
+    custom_id: str
+    endpoint: str
+    body: Mapping[str, Any]
+    attempts: int  # 1 the first time
+    started_at: float | None  # of the first attempt
+    checkpoints: tuple[Checkpoint, ...]  # ordered by (choice, seq)
+    finished_choices: tuple[int, ...]  # choices whose outputs are already recorded
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What one held request has to write in a flush.
+
+    `finished` choices become outputs at once. With `ends` the request is completed (all its choices have outputs);
+    with `refusal` it is failed. Step rows of a choice are taken from its checkpoints when it finishes.
+    """
+
+    lease: Lease
+    checkpoints: tuple[Checkpoint, ...] = ()
+    finished: tuple[FinishedChoice, ...] = ()
+    ends: bool = False
+    refusal: Refusal | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FlushResult:
+    """What a flush found: leases that are no longer ours (fenced, cancelled or expired), and jobs that just ended."""
+
+    lost: frozenset[RequestKey]
+    ended_jobs: tuple[tuple[str, str], ...]  # (job_id, final status)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerCard:
+    """How a worker introduces itself."""
+
+    id: str
+    hostname: str
+    pid: int
+    target: str  # public model name
+    draft: str | None
+    devices: tuple[str, ...]
+    context_tokens: int  # longest prompt plus completion it can hold
+    calibration: Mapping[str, Any]

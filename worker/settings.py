@@ -1,0 +1,33 @@
+"""Settings of the node: which models, which numbers, how large the batch. Read once, in `worker.cli` and `worker.seed`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import platformdirs
+from pydantic import Field
+
+from jobs.settings import JobsSettings
+
+
+class WorkerSettings(JobsSettings):
+    """Settings of a worker process."""
+
+    draft: str = Field("", description="Draft model: a hub id or local directory; empty: the suffix drafter.")
+    dtype: str = Field(
+        "auto",
+        pattern="^(auto|float32|bfloat16)$",
+        description="Numbers of the models; auto: bfloat16 where the hardware computes in it, else float32.",
+    )
+    mode: str = Field("opt-tree", pattern="^(plain|opt-tree|paper)$", description="Decoding mode.")
+    max_sequences: int = Field(16, gt=0, description="Sequences decoded together.")
+    max_context: int = Field(4096, gt=1, description="Tokens of prompt and completion together, if the model holds them.")
+    prefill_rows: int = Field(512, gt=0, description="Prompt tokens that one step may carry.")
+    nodes: int = Field(60, gt=0, description="Nodes of one draft tree at most.")
+    threshold: float = Field(0.5, ge=0, description="Paper mode stops when a layer adds less expected acceptance.")
+    max_depth: int = Field(10, gt=0, description="Layers of one draft tree at most.")
+    threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: all.")
+    lease_s: float = Field(30.0, gt=0, description="Seconds a claim lasts without renewal.")
+    cache_dir: Path = Field(
+        default_factory=lambda: Path(platformdirs.user_cache_dir("basic")), description="Converted models."
+    )
