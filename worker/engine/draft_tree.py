@@ -1,0 +1,123 @@
+"""Draft trees of a whole batch, as flat arrays, and how they grow.
+
+drafter -> [draft_tree] -> verifier. OPT-Tree (arXiv 2406.17276): the value of a node is the probability that the target
+reaches it and accepts it, estimated by the product of draft probabilities along its path; the expected acceptance E(A)
+of a tree is the sum over its nodes. A child is never worth more than its parent, so the n best nodes are always a tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from worker.engine.rows import BoolArray, IntArray, Segment
+from worker.engine.sequence import Sequence
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """What a drafter offers below each node of a frontier: probability 0 marks an empty place."""
+
+    tokens: IntArray  # [frontier, k]
+    probabilities: FloatArray  # [frontier, k] P(the target draws this token here | it reached the node)
+
+
+class Forest:
+    """The draft trees of a batch. Nodes 0..len(sequences)-1 are the roots: each sequence's newest committed token."""
+
+    def __init__(self, sequences: Seq[Sequence]) -> None:
+        """Start with the roots alone, which is plain decoding."""
+        self.sequences = list(sequences)
+        count = len(self.sequences)
+        self.tree: IntArray = np.arange(count)
+        self.parent: IntArray = np.full(count, -1)
+        self.token: IntArray = np.array([s.ids[-1] for s in self.sequences], np.int64)
+        self.depth: IntArray = np.zeros(count, np.int64)
+        self.value: FloatArray = np.ones(count)
+
+    @property
+    def roots(self) -> IntArray:
+        """Node numbers of the roots."""
+        return np.arange(len(self.sequences))
+
+    @property
+    def size(self) -> int:
+        """Nodes, roots included."""
+        return len(self.token)
+
+    def add_layer(self, frontier: IntArray, candidates: Candidates) -> IntArray:
+        """Hang the candidates below the frontier; return the new nodes' numbers."""
+        places, ranks = np.nonzero(candidates.probabilities > 0.0)
+        parents = frontier[places]
+        first = self.size
+        self.tree = np.concatenate([self.tree, self.tree[parents]])
+        self.parent = np.concatenate([self.parent, parents])
+        self.token = np.concatenate([self.token, candidates.tokens[places, ranks]])
+        self.depth = np.concatenate([self.depth, self.depth[parents] + 1])
+        self.value = np.concatenate([self.value, self.value[parents] * candidates.probabilities[places, ranks]])
+        return np.arange(first, self.size)
+
+    def ranking(self) -> IntArray:
+        """Draft nodes, best value first; ties go to the shallower, then the earlier node, so a parent precedes its child."""
+        nodes = np.arange(len(self.sequences), self.size)
+        return nodes[np.lexsort((nodes, self.depth[nodes], -self.value[nodes]))]
+
+    def best(self, per_tree: int) -> BoolArray:
+        """Mark the `per_tree` best draft nodes of every tree, and the roots: the paper's T_opt (section 3)."""
+        ranked = self.ranking()
+        by_tree = ranked[np.argsort(self.tree[ranked], kind="stable")]
+        starts = np.searchsorted(self.tree[by_tree], self.roots)
+        rank = np.arange(len(by_tree)) - starts[self.tree[by_tree]]
+        kept = np.zeros(self.size, np.bool_)
+        kept[: len(self.sequences)] = True
+        kept[by_tree[rank < per_tree]] = True
+        return kept
+
+    def expected(self, kept: BoolArray) -> FloatArray:
+        """Return E(A) per tree [sequences]: expected accepted draft tokens over the kept nodes."""
+        draft = kept.copy()
+        draft[: len(self.sequences)] = False
+        return np.bincount(self.tree[draft], weights=self.value[draft], minlength=len(self.sequences))
+
+    def pruned(self, kept: BoolArray) -> Forest:
+        """Return the kept nodes as a forest of their own, ordered by tree depth; `kept` holds every root."""
+        order = np.flatnonzero(kept)
+        number = np.full(self.size, -1)
+        number[order] = np.arange(len(order))
+        forest = Forest(self.sequences)
+        forest.tree, forest.token = self.tree[order], self.token[order]
+        forest.depth, forest.value = self.depth[order], self.value[order]
+        forest.parent = np.where(self.parent[order] >= 0, number[self.parent[order]], -1)
+        assert (forest.parent[len(self.sequences) :] >= 0).all(), "a kept node lost its parent"
+        return forest
+
+    def nodes_of(self, tree: int) -> IntArray:
+        """Node numbers of one tree, root first, parents before children."""
+        return np.flatnonzero(self.tree == tree)
+
+    def segment(self, tree: int, nodes: IntArray) -> Segment:
+        """Return the rows that show one tree to the target; the root's own KV entry is written with them."""
+        sequence = self.sequences[tree]
+        prefix = len(sequence.ids) - 1
+        return Segment(
+            slot=sequence.slot,
+            prefix=prefix,
+            start=prefix,
+            ids=self.token[nodes],
+            positions=prefix + self.depth[nodes],
+            visible=self._ancestors(nodes) if len(nodes) > 1 else None,
+            keep=np.arange(len(nodes)),
+        )
+
+    def _ancestors(self, nodes: IntArray) -> BoolArray:
+        """Return [n, n]: which of `nodes` (parents first) each one sees: its ancestors and itself."""
+        place = np.searchsorted(nodes, self.parent[nodes])
+        seen = np.eye(len(nodes), dtype=np.bool_)
+        for i in range(1, len(nodes)):
+            seen[i] |= seen[place[i]]
+        return seen

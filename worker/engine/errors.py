@@ -1,0 +1,29 @@
+"""What the engine refuses, as one tree. A class docstring is the default message.
+
+EngineError
+├── ModelRefused            a model that the packed forward can't decode exactly, or can't load
+│   └── TokenizersDiffer    target and draft give different ids to the same text
+└── OutOfSlots              more sequences than KV slots: a bug of the caller
+"""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """The engine can't do this."""
+
+    def __init__(self, message: str | None = None) -> None:
+        """Keep the message; default: the class docstring."""
+        super().__init__(message or (type(self).__doc__ or "").strip())
+
+
+class ModelRefused(EngineError):
+    """The model can't be decoded exactly by the packed forward."""
+
+
+class TokenizersDiffer(ModelRefused):
+    """Target and draft give different ids to the same text."""
+
+
+class OutOfSlots(EngineError):
+    """Every KV slot is taken."""

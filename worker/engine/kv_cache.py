@@ -1,0 +1,90 @@
+"""KV cache: one slot per sequence, keys and values of all layers; free and used slots are counted.
+
+Rows of a draft tree are written behind the committed prefix; after the walk the accepted path moves down (`keep`) and
+the rest is simply overwritten later. Memory of a slot is committed by the operating system when it is first written.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worker.engine.errors import OutOfSlots
+from worker.engine.rows import Move
+
+POISON = 1e4  # what freed slots are filled with under test: finite, so that a masked read stays harmless and a leak shows
+
+
+class Slots:
+    """Which of the slots 0..count-1 are free. The lowest free one is handed out, so that running slots lie together."""
+
+    def __init__(self, count: int) -> None:
+        """Start with every slot free."""
+        self.count = count
+        self._free = list(range(count))
+
+    @property
+    def free(self) -> int:
+        """Slots that nobody holds."""
+        return len(self._free)
+
+    def take(self) -> int:
+        """Hand out the lowest free slot; raises OutOfSlots."""
+        if not self._free:
+            raise OutOfSlots
+        return heapq.heappop(self._free)
+
+    def give_back(self, slot: int) -> None:
+        """Take a slot back."""
+        assert slot not in self._free, f"slot {slot} was given back twice"
+        heapq.heappush(self._free, slot)
+
+
+class KvCache:
+    """Keys and values [layers, slots, kv_heads, capacity, head_dim] of one model."""
+
+    def __init__(
+        self, layers: int, slots: int, kv_heads: int, capacity: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Reserve room for `slots` sequences of `capacity` tokens, tree rows included."""
+        shape = (layers, slots, kv_heads, capacity, head_dim)
+        self.capacity = capacity
+        self.keys = _lazy_zeros(shape, dtype, device)
+        self.values = _lazy_zeros(shape, dtype, device)
+
+    def write(self, layer: int, slot: Tensor, index: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store rows: `slot` and `index` int64 [n], `keys` and `values` [n, kv_heads, head_dim]."""
+        self.keys[layer][slot, :, index] = keys
+        self.values[layer][slot, :, index] = values
+
+    def keep(self, moves: Sequence[Move]) -> None:
+        """Bring accepted rows down behind the committed prefix, all layers at once."""
+        moves = [m for m in moves if len(m.sources) and m.sources[-1] != m.destination + len(m.sources) - 1]
+        if not moves:
+            return
+        device = self.keys.device
+        slot = torch.from_numpy(np.repeat([m.slot for m in moves], [len(m.sources) for m in moves])).to(device)
+        source = torch.from_numpy(np.concatenate([m.sources for m in moves])).to(device)
+        places = np.concatenate([np.arange(m.destination, m.destination + len(m.sources)) for m in moves])
+        place = torch.from_numpy(places).to(device)
+        for store in (self.keys, self.values):
+            # the right-hand side is gathered before anything is written: overlapping moves are safe
+            store[:, slot, :, place] = store[:, slot, :, source]
+
+    def poison(self, slot: int, start: int = 0) -> None:
+        """Overwrite a slot from `start` on with a value that shows in any output that reads it (tests only)."""
+        self.keys[:, slot, :, start:] = POISON
+        self.values[:, slot, :, start:] = POISON
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros whose CPU pages are only committed when written: numpy's calloc, which torch.zeros is not."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    width = torch.empty((), dtype=dtype).element_size()
+    flat = torch.from_numpy(np.zeros(int(np.prod(shape)) * width, np.uint8))
+    return flat.view(dtype).view(shape)

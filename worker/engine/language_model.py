@@ -1,0 +1,122 @@
+"""A language model as the engine sees it: packed rows in, logits out. Any transformers causal model, unmodified.
+
+engine -> [language_model] -> attention -> kv_cache. Knows token ids and positions; text stays outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from worker.engine.attention import ATTENTION_NAME, AttentionPlan
+from worker.engine.errors import ModelRefused
+from worker.engine.kv_cache import KvCache
+from worker.engine.linear import prepack
+from worker.engine.rows import Move, Segment, chain
+
+# Frequencies of these depend on the longest text of the forward, so one sequence would change another's numbers.
+_BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class LanguageModel(Protocol):
+    """What the engine needs of a model."""
+
+    def forward(self, segments: Sequence[Segment]) -> Tensor:
+        """Run the rows, remember their keys and values, return logits [kept rows, vocab] in the segments' order."""
+
+    def keep(self, moves: Sequence[Move]) -> None:
+        """Bring the rows of accepted paths down behind the committed prefix."""
+
+
+class PackedModel:
+    """A transformers causal model with a KV slot per sequence."""
+
+    def __init__(self, model: PreTrainedModel, *, slots: int, capacity: int, defined_ids: int | None = None) -> None:
+        """Wrap a model loaded with `ATTENTION_NAME`.
+
+        `capacity` is the KV entries per slot, tree rows included. Logits are cut to the first `defined_ids` tokens, so
+        that padding of the vocabulary is never emitted. Raises ModelRefused for what can't be decoded exactly.
+        """
+        config = model.config.get_text_config()
+        refuse_inexact(config)
+        self._model = model
+        self._defined_ids = defined_ids
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        self._query_groups = heads // kv_heads
+        self.kv = KvCache(config.num_hidden_layers, slots, kv_heads, capacity, head_dim, model.dtype, model.device)
+        self.forward([chain(0, 0, [0], keep_last=True)])  # unknown attention arguments are refused here, not in a job
+
+    @torch.inference_mode()
+    def forward(self, segments: Sequence[Segment]) -> Tensor:
+        """Run the rows of `segments`, which are in slot order; return logits [kept rows, vocab]."""
+        device = self._model.device
+        ids = torch.from_numpy(np.concatenate([s.ids for s in segments])).to(device)
+        positions = torch.from_numpy(np.concatenate([s.positions for s in segments])).to(device)
+        logits = self._model(
+            input_ids=ids.unsqueeze(0),
+            position_ids=positions.unsqueeze(0),
+            attention_mask=None,
+            past_key_values=None,
+            use_cache=False,
+            logits_to_keep=_kept_rows(segments).to(device),
+            plan=AttentionPlan(segments, self.kv, self._query_groups),
+        ).logits[0]
+        return logits if self._defined_ids is None else logits[:, : self._defined_ids]
+
+    def keep(self, moves: Sequence[Move]) -> None:
+        """Bring accepted rows down behind the committed prefix."""
+        with torch.inference_mode():
+            self.kv.keep(moves)
+
+
+def _kept_rows(segments: Sequence[Segment]) -> Tensor:
+    starts = np.cumsum([0] + [len(s.ids) for s in segments[:-1]])
+    return torch.from_numpy(np.concatenate([start + s.keep for start, s in zip(starts, segments, strict=True)]))
+
+
+def refuse_inexact(config: PretrainedConfig) -> None:
+    """Raise ModelRefused, with the reason, for a configuration that the packed forward can't decode exactly."""
+    unknown = set(getattr(config, "layer_types", None) or []) - _KNOWN_LAYERS
+    if unknown:
+        raise ModelRefused(f"{config.model_type} has layers of type {', '.join(sorted(unknown))}; only attention can be packed")
+    for rope in _rope_types(getattr(config, "rope_parameters", None) or {}):
+        if rope in _BATCH_DEPENDENT_ROPE:
+            raise ModelRefused(f"{config.model_type} uses {rope} rotary embeddings, which change with the other texts of a batch")
+
+
+def _rope_types(parameters: dict[str, Any]) -> set[str]:
+    own = {parameters["rope_type"]} if isinstance(parameters.get("rope_type"), str) else set()
+    return own.union(*(_rope_types(nested) for nested in parameters.values() if isinstance(nested, dict)))
+
+
+def native_dtype(device: torch.device) -> torch.dtype:
+    """Return the fastest exact-enough dtype: bfloat16 where the hardware computes in it, else float32."""
+    if device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def load(path: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """Load a causal model for packed decoding from a local directory or a hub id; safetensors only, no remote code.
+
+    Raises ModelRefused with what to do when it is missing or not supported.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        refuse_inexact(config.get_text_config())
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=ATTENTION_NAME, use_safetensors=True, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise ModelRefused(f"{path} could not be loaded: {error}") from error
+    model = model.to(device).eval()
+    prepack(model)
+    return model

@@ -1,0 +1,28 @@
+"""The dials of the engine, set once when it is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Mode(StrEnum):
+    """How the engine chooses its draft trees."""
+
+    PLAIN = "plain"  # no draft: one token per sequence and step
+    PAPER = "paper"  # OPT-Tree as published: fixed node budget, threshold and depth for every sequence
+    OPT_TREE = "opt-tree"  # the same objective under one measured price for the whole batch; may choose no tree at all
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Limits and constants of one engine."""
+
+    mode: Mode = Mode.OPT_TREE
+    max_sequences: int = 16  # sequences decoded together; one KV slot each
+    max_context: int = 4096  # tokens of prompt and completion together
+    prefill_rows: int = 512  # prompt tokens that one step may carry
+    nodes: int = 60  # n: nodes of one draft tree at most
+    threshold: float = 0.5  # delta of paper mode: a layer must add more expected acceptance than this
+    max_depth: int = 10  # layers of one draft tree at most
+    probe_every: int = 64  # opt-tree: one step in so many runs plain, to keep the measured speed-up honest

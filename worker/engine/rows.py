@@ -1,0 +1,57 @@
+"""Packed rows: the tokens of many sequences, as one ragged forward takes them.
+
+A segment is what one sequence contributes to a forward: a stretch of its prompt (a chain), or nodes of its draft tree.
+Every row sees the committed prefix of its sequence; beyond that, a chain row sees the rows before it, and a tree row
+its ancestors. Rows take their depth as position, so keys never need another rotation when an accepted path moves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Rows of one sequence in a forward."""
+
+    slot: int  # KV slot of the sequence
+    prefix: int  # committed tokens in the slot: every row sees them
+    start: int  # KV index of the first row; the rows take start, start + 1, …
+    ids: IntArray  # [n] token ids
+    positions: IntArray  # [n] positions in the text
+    visible: BoolArray | None  # [n, start - prefix + n] which entries from `prefix` on a row sees; None: a causal chain
+    keep: IntArray  # [k] rows whose logits are wanted
+
+    @property
+    def end(self) -> int:
+        """KV index behind the last row."""
+        return self.start + len(self.ids)
+
+
+def chain(slot: int, cached: int, ids: list[int], *, keep_last: bool) -> Segment:
+    """Return a segment of consecutive tokens behind `cached` committed ones."""
+    n = len(ids)
+    return Segment(
+        slot=slot,
+        prefix=cached,
+        start=cached,
+        ids=np.asarray(ids, np.int64),
+        positions=np.arange(cached, cached + n),
+        visible=None,
+        keep=np.array([n - 1] if keep_last else [], np.int64),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """KV entries of one slot to bring down to consecutive places: `sources[i]` goes to `destination + i`."""
+
+    slot: int
+    destination: int
+    sources: IntArray  # [n], ascending, sources[i] >= destination + i

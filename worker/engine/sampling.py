@@ -1,0 +1,121 @@
+"""Sampling: from a row of target logits to the one token that the target draws there.
+
+Every draw is `argmax(processed logits + Gumbel noise)`, which follows the processed softmax law exactly (Gumbel-max).
+The noise of a token is a hash of (seed, position, token id): no generator state, so the text does not depend on the
+draft, the tree, the batch or a restart. Temperature 0 draws without noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one sequence draws its tokens."""
+
+    temperature: float = 0.0
+    top_k: int = 0  # 0 keeps all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    key: int = 0  # 64 bits, from `noise_key`
+
+    @property
+    def greedy(self) -> bool:
+        """True when the likeliest token is taken and no noise is drawn."""
+        return self.temperature == 0.0
+
+
+def noise_key(seed: int, choice: int) -> int:
+    """Return the 64-bit key of one choice's noise: choices of one request differ, repeats of one choice do not."""
+    return _mix(_mix(seed & _MASK) + choice)
+
+
+def _mix(z: int) -> int:
+    """SplitMix64's finaliser (Steele, Lea, Flood 2014) on Python integers."""
+    z = (z + _GOLDEN) & _MASK
+    z = ((z ^ (z >> 30)) * _MIX_1) & _MASK
+    z = ((z ^ (z >> 27)) * _MIX_2) & _MASK
+    return z ^ (z >> 31)
+
+
+def _signed(z: int) -> int:
+    return z - (1 << 64) if z >> 63 else z
+
+
+def _xor_shift(z: Tensor, bits: int) -> Tensor:
+    # int64 shifts copy the sign bit; the mask makes the shift logical
+    return z.bitwise_xor_((z >> bits).bitwise_and_((1 << (64 - bits)) - 1))
+
+
+def gumbel(keys: Tensor, tokens: Tensor) -> Tensor:
+    """Return standard Gumbel noise, float64, broadcast over `keys` [rows, 1] and `tokens` [vocab] or [rows, k].
+
+    `keys` come from `row_keys`. The same (key, token) gives the same noise on every device and in every batch.
+    """
+    z = keys + tokens * _signed(_GOLDEN)
+    z = _xor_shift(z, 30).mul_(_signed(_MIX_1))
+    z = _xor_shift(z, 27).mul_(_signed(_MIX_2))
+    z = _xor_shift(z, 31)
+    uniform = (z >> 11).bitwise_and_((1 << 53) - 1).double().mul_(2.0**-53).add_(2.0**-54)
+    return uniform.log_().neg_().log_().neg_()
+
+
+def row_keys(samplings: Sequence[Sampling], positions: Sequence[int], device: torch.device) -> Tensor:
+    """Return int64 keys [rows, 1]: one per row, from its sequence's key and the position of the token drawn there."""
+    keys = [_signed(_mix(s.key ^ _mix(p))) for s, p in zip(samplings, positions, strict=True)]
+    return torch.tensor(keys, dtype=torch.int64, device=device).unsqueeze(1)
+
+
+def process(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """Apply temperature, top_k, top_p and min_p row by row, in that order (as transformers does).
+
+    `logits` [rows, vocab]; returns float32 [rows, vocab] with -inf where a token may not be drawn. No row is greedy.
+    """
+    scores = logits.float() / _column([s.temperature for s in samplings], logits)
+    if any(s.top_k for s in samplings):
+        scores = _keep_top_k(scores, [s.top_k for s in samplings])
+    if any(s.top_p < 1.0 for s in samplings):
+        scores = _keep_top_p(scores, _column([s.top_p for s in samplings], logits))
+    if any(s.min_p > 0.0 for s in samplings):
+        floor = scores.amax(-1, keepdim=True) + _column([s.min_p for s in samplings], logits).log()
+        scores = scores.masked_fill(scores < floor, -torch.inf)
+    return scores
+
+
+def _column(values: list[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=like.device).unsqueeze(1)
+
+
+def _keep_top_k(scores: Tensor, top_k: list[int]) -> Tensor:
+    vocab = scores.shape[-1]
+    ordered = scores.topk(min(max(top_k), vocab), dim=-1).values
+    column = torch.tensor(top_k, device=scores.device).unsqueeze(1)
+    smallest = ordered.gather(1, (column - 1).clamp(0, ordered.shape[-1] - 1))
+    return scores.masked_fill((scores < smallest) & (column > 0), -torch.inf)
+
+
+def _keep_top_p(scores: Tensor, top_p: Tensor) -> Tensor:
+    ordered, order = scores.sort(dim=-1, descending=True)
+    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+    drop = (before >= top_p) & (top_p < 1.0)
+    drop[:, 0] = False  # the likeliest token always stays
+    return scores.masked_fill(drop.scatter(1, order, drop), -torch.inf)
+
+
+def draw(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> Tensor:
+    """Draw one token per row of `logits` [rows, vocab], each for the given position of its sequence; int64 [rows]."""
+    if all(s.greedy for s in samplings):
+        return logits.argmax(-1)
+    tokens = torch.arange(logits.shape[-1], device=logits.device)
+    noise = gumbel(row_keys(samplings, positions, logits.device), tokens)
+    return noise.add_(process(logits, samplings)).argmax(-1)

@@ -1,0 +1,74 @@
+"""A sequence: one choice of one request while it is decoded. The engine's only mutable noun.
+
+Token ids only: the text belongs to `worker.text`, the request to `worker.runner`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from worker.engine.sampling import Sampling
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"  # an end-of-sequence token
+    LENGTH = "length"  # max_tokens, or the context is full
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Prompt, tokens so far, and how much of them lies in the target's KV slot.
+
+    Start one from `prompt_ids` plus tokens already emitted to resume it: with the same sampling its text goes on as if
+    it had never stopped, for the noise is keyed by position.
+    """
+
+    key: Hashable
+    ids: list[int]  # prompt, then output
+    num_prompt: int
+    max_tokens: int
+    sampling: Sampling
+    eos_ids: frozenset[int] = frozenset()
+    slot: int = -1  # KV slot; -1: not admitted
+    cached: int = 0  # leading ids whose keys and values lie in the slot
+    steps: int = 0  # decoding steps so far; the token from prefill is step 0
+    prefill_ms: float = 0.0  # time of prefill chunks that emitted nothing yet
+    finish_reason: FinishReason | None = None
+    cancelled: bool = False
+
+    @property
+    def output_ids(self) -> list[int]:
+        """Tokens emitted so far."""
+        return self.ids[self.num_prompt :]
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that may still be emitted."""
+        return self.max_tokens - (len(self.ids) - self.num_prompt)
+
+    @property
+    def prefilling(self) -> bool:
+        """True until the newest token is the only one missing from the KV slot and the first has been emitted."""
+        return self.steps == 0 or self.cached < len(self.ids) - 1
+
+    @property
+    def finished(self) -> bool:
+        """True once nothing more will be emitted."""
+        return self.finish_reason is not None or self.cancelled
+
+    def emit(self, tokens: list[int]) -> list[int]:
+        """Append the tokens of one step, cut exactly at the end-of-sequence token or at max_tokens; return those kept."""
+        kept = tokens[: self.remaining]
+        for i, token in enumerate(kept):
+            if token in self.eos_ids:
+                kept = kept[: i + 1]
+                self.finish_reason = FinishReason.STOP
+                break
+        self.ids += kept
+        if self.finish_reason is None and self.remaining <= 0:
+            self.finish_reason = FinishReason.LENGTH
+        return kept

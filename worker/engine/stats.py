@@ -1,0 +1,34 @@
+"""The numbers of a step, as data. The engine returns them; others store and print them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from worker.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class StepNumbers:
+    """What one sequence's share of one decoding step was."""
+
+    step: int  # 0 is the token from prefill
+    tree_nodes: int  # draft nodes shown to the target, root not counted
+    tree_depth: int
+    accepted_tokens: int  # draft tokens kept; the target's own token is not one of them
+    emitted_tokens: int
+    expected_accepted: float  # E(A) of the tree
+    draft_ms: float  # of the whole batch, as are the next two
+    verify_ms: float
+    step_ms: float
+    batch_sequences: int  # sequences that emitted in the step
+    drafter: str | None  # None: the step was plain
+    plain_step_ms: float | None  # measured time of a plain step at this batch size; None: the step shared a prefill
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one sequence got from a step."""
+
+    sequence: Sequence
+    tokens: tuple[int, ...]  # emitted; the first `numbers.accepted_tokens` are accepted draft tokens
+    numbers: StepNumbers

