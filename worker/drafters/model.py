@@ -104,7 +104,9 @@ class ModelDrafter:
         if sampled:
             samplings = [sequences[i].sampling for i in sampled]
             positions = [len(sequences[i].ids) + int(forest.depth[nodes[i]]) for i in sampled]
-            noise = gumbel(row_keys(samplings, positions, scores.device), torch.arange(scores.shape[1], device=scores.device))
+            noise = gumbel(
+                row_keys(samplings, positions, scores.device), torch.arange(scores.shape[1], device=scores.device)
+            )
             scores[sampled] = (process(scores[sampled], samplings) + noise).float()
         best = scores.softmax(-1).topk(min(_WIDTH, scores.shape[1]), dim=-1)
         return best.indices.cpu().numpy(), best.values.double().cpu().numpy()

@@ -1,3 +1,3 @@
-"""The decoding engine: plain and OPT-Tree decoding of a batch on one packed forward. Imports nothing of ours outside."""
+"""The decoding engine: plain and OPT-Tree decoding of a batch, one packed forward a step. Imports nothing outside."""
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Attention over packed rows, registered once with transformers: rows of many sequences, each seeing its own text.
 
-language_model -> [attention] -> kv_cache. The model calls `packed_attention` in every layer with the N rows of the step;
-it stores their keys and values and attends group by group. A group is a run of neighbouring slots of similar size, run
-as one padded call: few calls for many short sequences, little padding beside a long one.
+language_model -> [attention] -> kv_cache. The model calls `packed_attention` in every layer with the N rows of the
+step; it stores their keys and values and attends group by group. A group is a run of neighbouring slots of similar
+size, attended in one padded call: few calls for many short sequences, little padding beside a long one.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from worker.engine.kv_cache import KvCache
 from worker.engine.rows import BoolArray, IntArray, Segment
 
 ATTENTION_NAME = "basic_packed"
-# Arguments of other attention functions that change nothing here: the mask comes from the plan, inference has no dropout.
-_HARMLESS = {"position_ids", "cache_position", "is_causal", "output_attentions", "use_cache", "past_key_values", "return_dict"}
+# Arguments of other attention functions that change nothing here, since the plan says what a row sees.
+_HARMLESS = frozenset(
+    ["position_ids", "cache_position", "is_causal", "output_attentions", "use_cache", "past_key_values", "return_dict"]
+)
 _PADDING_LIMIT = 1.5  # a padded group may compute at most this many times the entries it needs
 
 
@@ -72,7 +74,9 @@ class AttentionPlan:
         self._groups = _group(segments)
         self._rows = [_padded_rows(group).to(device) if group.padded else None for group in self._groups]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
         """Store the rows' keys and values, attend, and return [n, heads, head_dim]; inputs are [heads, n, head_dim]."""
         query = query.transpose(0, 1)  # [n, heads, head_dim]
         self._kv.write(layer, self._slot, self._index, key.transpose(0, 1), value.transpose(0, 1))
@@ -138,7 +142,9 @@ def _padded_rows(group: Group) -> Tensor:
 
 def _unpadded(group: Group) -> Tensor:
     """Places of the real rows in the padded output."""
-    return torch.from_numpy(np.concatenate([i * group.queries + np.arange(len(s.ids)) for i, s in enumerate(group.segments)]))
+    return torch.from_numpy(
+        np.concatenate([i * group.queries + np.arange(len(s.ids)) for i, s in enumerate(group.segments)])
+    )
 
 
 def _visibility(group: Group, window: int | None) -> BoolArray:

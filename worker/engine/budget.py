@@ -15,7 +15,9 @@ from worker.engine.rows import BoolArray
 class Budget(Protocol):
     """Decides, layer by layer, whether trees grow on, and which of their nodes the target sees."""
 
-    nodes: int  # draft nodes of one tree at most
+    @property
+    def nodes(self) -> int:
+        """Draft nodes of one tree at most."""
 
     def grows_on(self, gain: FloatArray, expected: FloatArray) -> BoolArray:
         """Return per tree whether to draft another layer, given what the last one added to E(A) [trees]."""
@@ -56,7 +58,7 @@ class PricedBudget:
         return gain > max(per_ms * self.layer_ms / trees, 0.01)
 
     def cut(self, forest: Forest, best: BoolArray) -> BoolArray:
-        """Return the prefix of the batch-wide ranking with the most expected tokens per millisecond; it may be empty."""
+        """Return the prefix of the batch's ranking with the most expected tokens per millisecond; maybe none."""
         ranked = forest.ranking()
         ranked = ranked[best[ranked]]
         roots = len(forest.sequences)

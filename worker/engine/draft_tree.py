@@ -63,7 +63,7 @@ class Forest:
         return np.arange(first, self.size)
 
     def ranking(self) -> IntArray:
-        """Draft nodes, best value first; ties go to the shallower, then the earlier node, so a parent precedes its child."""
+        """Draft nodes, best value first. Ties go to the shallower, then the earlier: parents precede children."""
         nodes = np.arange(len(self.sequences), self.size)
         return nodes[np.lexsort((nodes, self.depth[nodes], -self.value[nodes]))]
 
@@ -82,7 +82,8 @@ class Forest:
         """Return E(A) per tree [sequences]: expected accepted draft tokens over the kept nodes."""
         draft = kept.copy()
         draft[: len(self.sequences)] = False
-        return np.bincount(self.tree[draft], weights=self.value[draft], minlength=len(self.sequences))
+        sums = np.bincount(self.tree[draft], weights=self.value[draft], minlength=len(self.sequences))
+        return sums.astype(np.float64)  # of no nodes at all, bincount returns integers
 
     def pruned(self, kept: BoolArray) -> Forest:
         """Return the kept nodes as a forest of their own, ordered by tree depth; `kept` holds every root."""

@@ -48,6 +48,11 @@ class Engine:
         return self._scheduler.room
 
     @property
+    def free_slots(self) -> int:
+        """KV slots that nobody holds."""
+        return self._scheduler.slots.free
+
+    @property
     def busy(self) -> bool:
         """True while some sequence has not ended."""
         return bool(self._scheduler.sequences)
@@ -68,6 +73,8 @@ class Engine:
         """Run one step and return what each emitting sequence got; nothing while a prompt is still being read."""
         clock = _Clock()
         batch = self._scheduler.next_batch()
+        if batch.empty:
+            return []
         forest, cut = self._grow(batch)
         shown = forest.pruned(cut)
         clock.drafted()

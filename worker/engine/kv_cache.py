@@ -16,7 +16,9 @@ from torch import Tensor
 from worker.engine.errors import OutOfSlots
 from worker.engine.rows import Move
 
-POISON = 1e4  # what freed slots are filled with under test: finite, so that a masked read stays harmless and a leak shows
+POISON = (
+    1e4  # what freed slots are filled with under test: finite, so that a masked read stays harmless and a leak shows
+)
 
 
 class Slots:
@@ -48,7 +50,14 @@ class KvCache:
     """Keys and values [layers, slots, kv_heads, capacity, head_dim] of one model."""
 
     def __init__(
-        self, layers: int, slots: int, kv_heads: int, capacity: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: int,
+        slots: int,
+        kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         """Reserve room for `slots` sequences of `capacity` tokens, tree rows included."""
         shape = (layers, slots, kv_heads, capacity, head_dim)

@@ -69,6 +69,7 @@ class PackedModel:
             logits_to_keep=_kept_rows(segments).to(device),
             plan=AttentionPlan(segments, self.kv, self._query_groups),
         ).logits[0]
+        assert isinstance(logits, Tensor)
         return logits if self._defined_ids is None else logits[:, : self._defined_ids]
 
     def keep(self, moves: Sequence[Move]) -> None:
@@ -86,10 +87,14 @@ def refuse_inexact(config: PretrainedConfig) -> None:
     """Raise ModelRefused, with the reason, for a configuration that the packed forward can't decode exactly."""
     unknown = set(getattr(config, "layer_types", None) or []) - _KNOWN_LAYERS
     if unknown:
-        raise ModelRefused(f"{config.model_type} has layers of type {', '.join(sorted(unknown))}; only attention can be packed")
+        raise ModelRefused(
+            f"{config.model_type} has layers of type {', '.join(sorted(unknown))}; only attention can be packed"
+        )
     for rope in _rope_types(getattr(config, "rope_parameters", None) or {}):
         if rope in _BATCH_DEPENDENT_ROPE:
-            raise ModelRefused(f"{config.model_type} uses {rope} rotary embeddings, which change with the other texts of a batch")
+            raise ModelRefused(
+                f"{config.model_type} uses {rope} rotary embeddings, which change with the other texts of a batch"
+            )
 
 
 def _rope_types(parameters: dict[str, Any]) -> set[str]:
@@ -117,6 +122,7 @@ def load(path: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedMo
         )
     except (OSError, ValueError) as error:
         raise ModelRefused(f"{path} could not be loaded: {error}") from error
-    model = model.to(device).eval()
+    assert isinstance(model, PreTrainedModel)
+    model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps nn.Module.to in a way its types don't follow
     prepack(model)
     return model

@@ -43,7 +43,7 @@ def prepack(model: nn.Module) -> int:
 
 def _can_pack(model: nn.Module) -> bool:
     first = next((m for m in model.modules() if type(m) is nn.Linear), None)
-    if first is None or first.weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if first is None or first.weight.device.type != "cpu" or not torch._C._has_mkldnn:
         return False
     try:
         PackedLinear(first.weight[:16, :16], None)

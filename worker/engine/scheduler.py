@@ -24,11 +24,7 @@ class Chunk:
 
     sequence: Sequence
     end: int  # ids[cached:end]
-
-    @property
-    def completes(self) -> bool:
-        """True when the sequence's next token comes out of this chunk."""
-        return self.end == len(self.sequence.ids)
+    completes: bool  # the sequence's next token comes out of this chunk
 
     def segment(self) -> Segment:
         """Return the chunk's rows."""
@@ -42,6 +38,11 @@ class Batch:
 
     chunks: tuple[Chunk, ...]
     decoding: tuple[Sequence, ...]
+
+    @property
+    def empty(self) -> bool:
+        """True when there is nothing to run."""
+        return not self.chunks and not self.decoding
 
     @property
     def emitting(self) -> tuple[Sequence, ...]:
@@ -120,4 +121,4 @@ class Scheduler:
                 return
             end = min(len(sequence.ids), sequence.cached + rows)
             rows -= end - sequence.cached
-            yield Chunk(sequence, end)
+            yield Chunk(sequence, end, completes=end == len(sequence.ids))

@@ -61,7 +61,7 @@ class Sequence:
         return self.finish_reason is not None or self.cancelled
 
     def emit(self, tokens: list[int]) -> list[int]:
-        """Append the tokens of one step, cut exactly at the end-of-sequence token or at max_tokens; return those kept."""
+        """Append a step's tokens, cut exactly at the end-of-sequence token or at max_tokens; return those kept."""
         kept = tokens[: self.remaining]
         for i, token in enumerate(kept):
             if token in self.eos_ids:

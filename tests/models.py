@@ -1,0 +1,108 @@
+"""Models for tests: tiny random transformers models, and a lookup table whose distributions are known exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from worker.engine.attention import ATTENTION_NAME
+from worker.engine.language_model import PackedModel
+from worker.engine.rows import Move, Segment
+
+VOCAB = 61
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+WINDOW = 8  # of the sliding layers: smaller than the texts of the tests
+
+ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=WINDOW)),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **SHAPE,
+            query_pre_attn_scalar=8,
+            sliding_window=WINDOW,
+            layer_types=["sliding_attention", "full_attention"],
+        )
+    ),
+}
+
+
+def tiny(architecture: str = "llama", seed: int = 0) -> PreTrainedModel:
+    """Return a random float32 model of an architecture; the same seed gives the same weights."""
+    torch.manual_seed(seed)
+    model = ARCHITECTURES[architecture]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)  # random models are nearly flat; sharper ones repeat themselves as real ones do
+    return model
+
+
+def packed(model: PreTrainedModel, slots: int = 4, capacity: int = 512) -> PackedModel:
+    """Return a model wrapped for packed decoding, with KV slots of its own."""
+    model.set_attn_implementation(ATTENTION_NAME)
+    return PackedModel(model, slots=slots, capacity=capacity)
+
+
+@dataclass
+class TableModel:
+    """A language model whose logits are a function of the text: the law of every draw is known exactly."""
+
+    logits: Callable[[tuple[int, ...]], Tensor]  # text -> [vocab]
+    forwards: int = 0
+    _slots: dict[int, dict[int, int]] = field(default_factory=dict)  # slot -> KV index -> token
+
+    def forward(self, segments: Sequence[Segment]) -> Tensor:
+        """Return one row per kept row, from the text that the row sees."""
+        self.forwards += 1
+        rows = [self._row(segment, int(row)) for segment in segments for row in self._store(segment).keep]
+        return torch.stack(rows) if rows else torch.empty(0, VOCAB)
+
+    def keep(self, moves: Sequence[Move]) -> None:
+        """Bring accepted tokens down."""
+        for move in moves:
+            slot = self._slots[move.slot]
+            kept = [slot[int(source)] for source in move.sources]
+            slot.update({move.destination + i: token for i, token in enumerate(kept)})
+
+    def _store(self, segment: Segment) -> Segment:
+        slot = self._slots.setdefault(segment.slot, {})
+        slot.update({segment.start + i: int(token) for i, token in enumerate(segment.ids)})
+        return segment
+
+    def _row(self, segment: Segment, row: int) -> Tensor:
+        slot = self._slots[segment.slot]
+        own = range(segment.prefix, segment.start + row + 1)
+        seen = own if segment.visible is None else [segment.prefix + int(i) for i in segment.visible[row].nonzero()[0]]
+        text = tuple(slot[i] for i in [*range(segment.prefix), *seen])
+        assert len(text) == int(segment.positions[row]) + 1, "a row sees as many tokens as its position says"
+        return self.logits(text)

@@ -1,0 +1,70 @@
+"""What the engine tests share: sequences, engines, and decoding to the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from tests.models import packed, tiny
+from worker.drafters.model import ModelDrafter
+from worker.drafters.suffix import SuffixDrafter
+from worker.engine.cost_model import CostModel
+from worker.engine.drafting import Drafter
+from worker.engine.engine import Engine
+from worker.engine.language_model import LanguageModel
+from worker.engine.options import EngineOptions, Mode
+from worker.engine.sampling import Sampling, noise_key
+from worker.engine.sequence import Sequence as EngineSequence
+from worker.engine.stats import StepResult
+
+OPTIONS = EngineOptions(max_sequences=4, max_context=256, prefill_rows=7, nodes=12, threshold=0.1, max_depth=5)
+FLAT_COSTS = CostModel({1: 10.0, 64: 11.0}, {1: 10.0, 8: 11.0})  # trees are nearly free: they are always worth growing
+PROMPTS = [[2, 3, 4, 5, 6], [7, 8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [18], [2, 3, 4, 5, 6, 7]]
+
+
+def options(mode: Mode, **changes: int) -> EngineOptions:
+    """Return test options with a mode and whatever the test is about."""
+    return replace(OPTIONS, mode=mode, **changes)
+
+
+def sequences(
+    prompts: Sequence[list[int]] = PROMPTS,
+    max_tokens: int = 14,
+    sampling: Sampling | None = None,
+    eos_ids: Iterable[int] = (),
+    seed: int = 7,
+) -> list[EngineSequence]:
+    """Return one sequence per prompt; sampled ones get a noise key of their own."""
+    base = sampling or Sampling()
+    return [
+        EngineSequence(i, list(p), len(p), max_tokens, replace(base, key=noise_key(seed, i)), frozenset(eos_ids))
+        for i, p in enumerate(prompts)
+    ]
+
+
+def engine(target: LanguageModel, drafter: Drafter | None, chosen: EngineOptions) -> Engine:
+    """Return an engine on flat costs."""
+    return Engine(target, drafter, chosen, FLAT_COSTS)
+
+
+def decode(running: Engine, some: Sequence[EngineSequence]) -> list[StepResult]:
+    """Run sequences to their end and return every step result."""
+    for sequence in some:
+        running.add(sequence)
+    results: list[StepResult] = []
+    while running.busy:
+        results += running.step()
+    return results
+
+
+def outputs(some: Sequence[EngineSequence]) -> list[list[int]]:
+    """Return the emitted ids of each sequence."""
+    return [sequence.output_ids for sequence in some]
+
+
+def drafter(kind: str, seed: int = 0) -> Drafter:
+    """Return a drafter by kind: `suffix`, `same` (the target's own weights) or `random` (others)."""
+    if kind == "suffix":
+        return SuffixDrafter()
+    model = tiny("llama", seed if kind == "same" else seed + 1)
+    return ModelDrafter(packed(model, capacity=1024), kind, model.config.vocab_size)

@@ -1,0 +1,187 @@
+"""Laws of draft trees: the n best nodes are a tree, they are the best tree there is, and ties break no tree."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from tests.unit.worker.engine.harness import FLAT_COSTS, sequences
+from worker.engine.budget import PaperBudget, PricedBudget
+from worker.engine.cost_model import CostModel
+from worker.engine.draft_tree import Candidates, Forest
+from worker.engine.drafting import grow
+from worker.engine.rows import IntArray
+from worker.engine.sequence import Sequence
+
+WIDTH = 3
+
+
+class TableDrafter:
+    """Offers the same conditional probabilities below every node of a depth, or random ones."""
+
+    name = "table"
+
+    def __init__(self, rng: np.random.Generator | None = None, row: tuple[float, ...] = (0.5, 0.3, 0.2)) -> None:
+        self._rng = rng
+        self._row = np.array(row)
+        self.calls = 0
+        self.expanded = 0
+
+    def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
+        self.calls += 1
+        self.expanded += len(frontier)
+        shape = (len(frontier), WIDTH)
+        rows = (
+            np.tile(self._row, (len(frontier), 1))
+            if self._rng is None
+            else self._rng.dirichlet([0.5] * WIDTH, len(frontier))
+        )
+        return Candidates(np.tile(np.arange(WIDTH), (shape[0], 1)), rows)
+
+    def keep(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
+        raise AssertionError("nothing is verified here")
+
+    def drop(self, sequence: Sequence) -> None:
+        raise AssertionError("nothing is verified here")
+
+
+def full_forest(rng: np.random.Generator, trees: int = 1, depth: int = 3) -> Forest:
+    forest = Forest(sequences(max_tokens=50)[:trees])
+    grow(forest, TableDrafter(rng), PaperBudget(10**6, -1.0), depth, trees)
+    return forest
+
+
+def best_subtree_value(forest: Forest, size: int) -> float:
+    """Brute force: the most expected acceptance of any parent-closed set of `size` draft nodes of one tree."""
+    nodes = range(1, forest.size)
+    sets = (set(chosen) for chosen in combinations(nodes, size))
+    trees = (s for s in sets if all(forest.parent[v] in s or forest.parent[v] == 0 for v in s))
+    return max(sum(forest.value[v] for v in tree) for tree in trees)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_n_best_nodes_are_the_best_tree_of_n_nodes(seed: int, size: int) -> None:
+    forest = full_forest(np.random.default_rng(seed), depth=2)
+    chosen = forest.expected(forest.best(size))[0]
+    assert chosen == pytest.approx(best_subtree_value(forest, size))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_expanding_only_nodes_in_the_cut_loses_nothing(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    conditionals = rng.dirichlet([0.5] * WIDTH, 400)
+
+    class Fixed(TableDrafter):
+        def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
+            keys = [_path_key(forest, int(node)) for node in frontier]
+            return Candidates(np.tile(np.arange(WIDTH), (len(frontier), 1)), conditionals[keys])
+
+    pruned, whole = (Forest(sequences()[:1]) for _ in range(2))
+    kept = grow(pruned, Fixed(), PaperBudget(8, 0.0), 4, 1)
+    grow(whole, Fixed(), PaperBudget(10**6, -1.0), 4, 1)
+    assert pruned.expected(kept)[0] == pytest.approx(whole.expected(whole.best(8))[0])
+
+
+def _path_key(forest: Forest, node: int) -> int:
+    key = 0
+    while forest.parent[node] >= 0:
+        key = key * (WIDTH + 1) + int(forest.token[node]) + 1
+        node = int(forest.parent[node])
+    return key % 400
+
+
+@pytest.mark.parametrize(
+    "row", [(1.0, 0.0, 0.0), (1 / 3, 1 / 3, 1 / 3), (1.0, 1.0, 1.0), (1e-300, 1e-300, 0.0), (0.0, 0.0, 0.0)]
+)
+@pytest.mark.parametrize("nodes", [1, 2, 6, 30])
+def test_ties_certainty_and_underflow_keep_every_parent(row: tuple[float, ...], nodes: int) -> None:
+    forest = Forest(sequences(max_tokens=50)[:2])
+    kept = grow(forest, TableDrafter(row=row), PaperBudget(nodes, 0.0), 5, 2)
+    forest.pruned(kept)  # asserts that every kept node has its parent
+    assert (np.bincount(forest.tree[kept]) <= nodes + 1).all()
+
+
+def test_gains_never_rise_with_depth() -> None:
+    gains: list[float] = []
+
+    class Watching(PaperBudget):
+        def grows_on(self, gain: np.ndarray, expected: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+            gains.append(float(gain[0]))
+            return gain > -1.0
+
+    for seed in range(10):
+        gains.clear()
+        grow(Forest(sequences(max_tokens=50)[:1]), TableDrafter(np.random.default_rng(seed)), Watching(6, 0.0), 6, 1)
+        assert gains == sorted(gains, reverse=True)
+
+
+def test_the_threshold_stops_growth_and_the_last_layer_stays_eligible() -> None:
+    forest, drafter = Forest(sequences(max_tokens=50)[:1]), TableDrafter(row=(0.6, 0.0, 0.0))
+    kept = grow(forest, drafter, PaperBudget(60, 0.3), 10, 1)
+    # Layers add 0.6, 0.36, 0.216, …: the third adds too little, so it is the last one drafted, and it is kept.
+    assert drafter.calls == 3
+    assert forest.depth[kept].max() == 3
+
+
+def test_depth_is_bounded_by_the_layers_drafted() -> None:
+    forest, drafter = Forest(sequences(max_tokens=50)[:1]), TableDrafter(row=(1.0, 0.0, 0.0))
+    kept = grow(forest, drafter, PaperBudget(60, 0.0), 4, 1)
+    assert (drafter.calls, forest.depth[kept].max()) == (4, 4)
+
+
+def test_nodes_that_could_never_be_emitted_are_not_drafted() -> None:
+    almost_done = sequences(max_tokens=3)[:1]
+    forest = Forest(almost_done)
+    grow(forest, TableDrafter(), PaperBudget(60, 0.0), 10, 1)
+    assert forest.depth.max() == 2  # two draft tokens and the target's own make three
+    ends = sequences(max_tokens=50, eos_ids=[0])[:1]
+    forest = Forest(ends)
+    grow(forest, TableDrafter(), PaperBudget(60, 0.0), 3, 1)
+    assert not (forest.token[forest.parent[1:]] == 0)[forest.parent[1:] > 0].any()
+
+
+def test_the_priced_cut_is_the_best_prefix_of_the_batch() -> None:
+    forest = full_forest(np.random.default_rng(3), trees=3, depth=3)
+    costs = CostModel({1: 10.0, 4: 11.0, 8: 15.0, 16: 26.0, 64: 90.0}, {1: 10.0})
+    budget = PricedBudget(60, costs, other_rows=0, layer_ms=0.0)
+    kept = budget.cut(forest, forest.best(60))
+    ranked = forest.ranking()
+
+    def rate(size: int) -> float:
+        tokens = 3 + forest.value[ranked[:size]].sum()
+        return float(tokens / costs.verify_ms(np.array([3 + size]))[0])
+
+    assert kept[3:].sum() == max(range(len(ranked) + 1), key=rate)
+
+
+def test_no_tree_is_worth_its_price_when_rows_cost_as_much_as_steps() -> None:
+    forest = full_forest(np.random.default_rng(3), trees=3)
+    steep = CostModel({1: 10.0, 2: 20.0, 64: 640.0}, {1: 10.0})
+    kept = PricedBudget(60, steep, 0, 0.0).cut(forest, forest.best(60))
+    assert kept.sum() == 3
+
+
+def test_the_same_input_gives_the_same_plan() -> None:
+    plans = []
+    for _ in range(2):
+        forest = full_forest(np.random.default_rng(5), trees=2)
+        plans.append(PricedBudget(60, FLAT_COSTS, 0, 0.0).cut(forest, forest.best(20)).tolist())
+    assert plans[0] == plans[1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_row_sees_its_ancestors_and_itself_and_nothing_else(seed: int) -> None:
+    forest = full_forest(np.random.default_rng(seed), trees=2)
+    shown = forest.pruned(forest.best(9))
+    nodes = shown.nodes_of(1)
+    visible = shown.segment(1, nodes).visible
+    assert visible is not None
+    for i, node in enumerate(nodes):
+        walked = set()
+        while node >= 0:
+            walked.add(int(node))
+            node = shown.parent[node]
+        assert {int(nodes[j]) for j in visible[i].nonzero()[0]} == walked

@@ -1,0 +1,116 @@
+"""The promise: whatever is drafted, the text is the one plain decoding writes, and plain decoding is transformers'."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.models import ARCHITECTURES, packed, tiny
+from tests.unit.worker.engine.harness import PROMPTS, decode, drafter, engine, options, outputs, sequences
+from worker.engine.options import Mode
+from worker.engine.sampling import Sampling
+from worker.engine.sequence import FinishReason
+
+SAMPLED = Sampling(temperature=0.9, top_k=20, top_p=0.95)
+
+
+def reference(architecture: str, prompts: list[list[int]], max_tokens: int, eos: int | None = None) -> list[list[int]]:
+    model = tiny(architecture)
+    model.generation_config.eos_token_id = eos
+    texts = []
+    for prompt in prompts:
+        out = model.generate(torch.tensor([prompt]), max_new_tokens=max_tokens, do_sample=False, pad_token_id=0)
+        texts.append(out[0, len(prompt) :].tolist())
+    return texts
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_plain_greedy_text_equals_transformers_generate(architecture: str) -> None:
+    some = sequences()
+    decode(engine(packed(tiny(architecture)), None, options(Mode.PLAIN)), some)
+    assert outputs(some) == reference(architecture, PROMPTS, 14)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("nodes", [1, 4, 60])
+@pytest.mark.parametrize("kind", ["suffix", "same"])
+def test_greedy_tree_decoding_equals_transformers_generate(architecture: str, nodes: int, kind: str) -> None:
+    model = tiny(architecture)
+    some = sequences()
+    results = decode(engine(packed(model), drafter(kind), options(Mode.PAPER, nodes=nodes)), some)
+    assert outputs(some) == reference(architecture, PROMPTS, 14)
+    assert any(r.numbers.tree_nodes for r in results), "no tree was verified, so nothing was tested"
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("kind", ["suffix", "same", "random"])
+@pytest.mark.parametrize("mode", [Mode.PAPER, Mode.OPT_TREE])
+def test_text_does_not_depend_on_draft_mode_or_batch(sampling: Sampling, kind: str, mode: Mode) -> None:
+    plain = sequences(sampling=sampling)
+    decode(engine(packed(tiny()), None, options(Mode.PLAIN)), plain)
+    for batch in (1, 3):
+        some = sequences(sampling=sampling)
+        decode(engine(packed(tiny()), drafter(kind), options(mode, max_sequences=batch)), some[::-1])
+        assert outputs(some) == outputs(plain)
+
+
+def test_a_draft_with_the_targets_weights_is_accepted_to_full_depth() -> None:
+    some = sequences(max_tokens=25)
+    results = decode(engine(packed(tiny()), drafter("same"), options(Mode.PAPER, threshold=0, nodes=60)), some)
+    accepted = [r.numbers.accepted_tokens for r in results if r.numbers.step]
+    assert sum(accepted) / len(accepted) > 2.0
+
+
+def test_shared_noise_lifts_acceptance_when_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    def accepted() -> float:
+        some = sequences(max_tokens=25, sampling=Sampling(temperature=1.0))
+        results = decode(engine(packed(tiny()), drafter("random"), options(Mode.PAPER, threshold=0)), some)
+        return sum(r.numbers.accepted_tokens for r in results) / len(results)
+
+    shared = accepted()
+    monkeypatch.setattr("worker.drafters.model.gumbel", lambda keys, tokens: torch.zeros(()))
+    assert shared > 1.5 * accepted()
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("after", [1, 5, 13])
+def test_a_sequence_resumed_from_its_tokens_goes_on_as_if_it_had_not_stopped(sampling: Sampling, after: int) -> None:
+    whole = sequences(sampling=sampling)
+    decode(engine(packed(tiny()), None, options(Mode.PLAIN)), whole)
+    resumed = sequences(sampling=sampling)
+    for sequence, done in zip(resumed, whole, strict=True):
+        sequence.ids += done.output_ids[:after]
+        sequence.steps = after
+    decode(engine(packed(tiny()), drafter("suffix"), options(Mode.PAPER)), resumed)
+    assert outputs(resumed) == outputs(whole)
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_a_text_ends_exactly_at_its_end_of_sequence_token_inside_an_accepted_path(mode: Mode) -> None:
+    eos = reference("llama", PROMPTS, 20)[0][6]
+    expected = reference("llama", PROMPTS, 20, eos=eos)
+    some = sequences(max_tokens=20, eos_ids=[eos])
+    decode(engine(packed(tiny()), drafter("same"), options(mode, nodes=60)), some)
+    assert outputs(some) == expected
+    assert some[0].finish_reason is FinishReason.STOP
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 3, 9])
+def test_max_tokens_cuts_inside_an_accepted_path(max_tokens: int) -> None:
+    some = sequences(max_tokens=max_tokens)
+    results = decode(engine(packed(tiny()), drafter("same"), options(Mode.PAPER, nodes=60)), some)
+    assert outputs(some) == reference("llama", PROMPTS, max_tokens)
+    assert {s.finish_reason for s in some} == {FinishReason.LENGTH}
+    assert sum(r.numbers.emitted_tokens for r in results) == max_tokens * len(some)
+
+
+def test_step_numbers_add_up_to_the_tokens_of_each_sequence() -> None:
+    some = sequences()
+    results = decode(engine(packed(tiny()), drafter("random"), options(Mode.PAPER)), some)
+    for sequence in some:
+        own = [r.numbers for r in results if r.sequence is sequence]
+        assert [n.step for n in own] == list(range(len(own)))
+        assert own[0].tree_nodes == 0
+        assert sum(n.emitted_tokens for n in own) == len(sequence.output_ids)
+        assert all(n.accepted_tokens <= n.tree_depth <= n.tree_nodes for n in own)
+        assert all(n.emitted_tokens in (n.accepted_tokens, n.accepted_tokens + 1) for n in own)

@@ -1,0 +1,133 @@
+"""Laws of sampling: draws follow the processed softmax exactly, and depend on nothing but logits, key and position."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare, kstest
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from tests.models import TableModel
+from tests.unit.worker.engine.harness import decode, options
+from worker.drafters.suffix import SuffixDrafter
+from worker.engine.cost_model import CostModel
+from worker.engine.draft_tree import Candidates, Forest
+from worker.engine.engine import Engine
+from worker.engine.options import Mode
+from worker.engine.rows import IntArray
+from worker.engine.sampling import Sampling, draw, gumbel, noise_key, process, row_keys
+from worker.engine.sequence import Sequence
+
+LOGITS = torch.tensor([2.0, 1.5, 1.0, 0.0, -1.0, 0.5, -0.5, 1.9])
+PROCESSED = [
+    Sampling(temperature=1.0),
+    Sampling(temperature=0.5),
+    Sampling(temperature=1.3, top_k=3),
+    Sampling(temperature=1.0, top_p=0.7),
+    Sampling(temperature=0.8, min_p=0.3),
+    Sampling(temperature=1.5, top_k=6, top_p=0.9, min_p=0.05),
+]
+DRAWS = 20_000
+
+
+def by_transformers(sampling: Sampling, logits: Tensor) -> Tensor:
+    warpers = [TemperatureLogitsWarper(sampling.temperature)]
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        warpers.append(MinPLogitsWarper(sampling.min_p))
+    scores = LogitsProcessorList(warpers)(torch.zeros(len(logits), 1, dtype=torch.long), logits.clone())
+    return scores.softmax(-1)
+
+
+@pytest.mark.parametrize("sampling", PROCESSED)
+def test_processed_logits_equal_transformers_warpers(sampling: Sampling) -> None:
+    logits = torch.randn(50, 40, generator=torch.Generator().manual_seed(1)) * 3
+    ours = process(logits, [sampling] * 50).softmax(-1)
+    assert torch.allclose(ours, by_transformers(sampling, logits), atol=1e-6)
+
+
+def test_rows_with_different_filters_do_not_touch_each_other() -> None:
+    logits = torch.randn(len(PROCESSED), 40, generator=torch.Generator().manual_seed(2)) * 3
+    together = process(logits, PROCESSED)
+    alone = torch.cat([process(logits[i : i + 1], [s]) for i, s in enumerate(PROCESSED)])
+    assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("sampling", PROCESSED)
+def test_draws_follow_the_processed_law(sampling: Sampling) -> None:
+    rows = LOGITS.expand(DRAWS, -1)
+    drawn = draw(rows, [sampling] * DRAWS, range(DRAWS))
+    expected = by_transformers(sampling, LOGITS.unsqueeze(0))[0].double().numpy()
+    counts = np.bincount(drawn.numpy(), minlength=len(LOGITS))
+    assert counts[expected == 0].sum() == 0
+    possible = expected > 0
+    law = expected[possible] / expected[possible].sum()
+    assert chisquare(counts[possible], law * DRAWS).pvalue > 1e-3
+
+
+def test_noise_is_standard_gumbel_and_does_not_repeat() -> None:
+    keys = row_keys([Sampling(1.0, key=noise_key(seed, 0)) for seed in range(50)], [3] * 50, torch.device("cpu"))
+    noise = gumbel(keys, torch.arange(400)).flatten().numpy()
+    assert kstest(noise, "gumbel_r").pvalue > 1e-3
+    assert len(np.unique(noise)) == noise.size
+
+
+@pytest.mark.parametrize("other", [noise_key(1, 1), noise_key(2, 0)], ids=["choice", "seed"])
+def test_choices_and_seeds_have_noise_of_their_own(other: int) -> None:
+    def noise(key: int, position: int) -> Tensor:
+        return gumbel(row_keys([Sampling(1.0, key=key)], [position], torch.device("cpu")), torch.arange(2000))
+
+    base = noise(noise_key(1, 0), 5)
+    assert torch.equal(base, noise(noise_key(1, 0), 5))
+    for different in (noise(other, 5), noise(noise_key(1, 0), 6)):
+        assert abs(np.corrcoef(base.numpy(), different.numpy())[0, 1]) < 0.1
+
+
+class EveryToken:
+    """Drafts every token below every node, to a depth: each draw of the target finds a child."""
+
+    name = "every-token"
+
+    def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
+        return Candidates(np.tile(np.arange(4), (len(frontier), 1)), np.full((len(frontier), 4), 0.25))
+
+    def keep(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
+        """It has no state."""
+
+    def drop(self, sequence: Sequence) -> None:
+        """It has no state."""
+
+
+def two_step_logits(text: tuple[int, ...]) -> Tensor:
+    """A law in which the second token depends on the first."""
+    return torch.tensor([0.3, 1.0, -0.5, 0.2]) * (1 + text[-1])
+
+
+@pytest.mark.parametrize("drafter", [None, EveryToken(), SuffixDrafter()], ids=["plain", "full trees", "suffix"])
+def test_two_tokens_follow_the_joint_law_whatever_is_drafted(drafter: EveryToken | SuffixDrafter | None) -> None:
+    mode = Mode.PLAIN if drafter is None else Mode.PAPER
+    costs = CostModel({1: 1.0}, {1: 1.0})
+    running = Engine(
+        TableModel(two_step_logits), drafter, options(mode, max_sequences=64, nodes=25, max_depth=2), costs
+    )
+    count = 3000
+    some = [Sequence(i, [2, 0], 2, 3, Sampling(1.0, key=noise_key(i, 0))) for i in range(count)]
+    decode(running, some)
+    counts = np.zeros((4, 4))
+    for sequence in some:
+        first, second, _ = sequence.output_ids
+        counts[first, second] += 1
+    first_law = two_step_logits((2, 0)).softmax(-1)
+    joint = torch.stack([first_law[i] * two_step_logits((0, i)).softmax(-1) for i in range(4)]).double().numpy()
+    assert chisquare(counts.flatten(), (joint / joint.sum() * count).flatten()).pvalue > 1e-3

@@ -1,0 +1,9 @@
+"""`python -m worker`: one worker process."""
+
+from __future__ import annotations
+
+import sys
+
+from worker.tasks import main
+
+sys.exit(main())

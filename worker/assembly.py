@@ -1,0 +1,148 @@
+"""Assembly: from settings to a ready engine. The one place where models, drafter, codec and cost model meet.
+
+settings -> [assembly] -> engine.  Used by the worker process, by `basic generate`, by the benchmark and the seed
+functions, so that all of them run the same engine.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast as Tokenizer
+from transformers.utils import logging as transformers_logging
+
+from jobs.messages import model_name
+from worker.calibration import calibrate
+from worker.drafters.model import ModelDrafter
+from worker.drafters.suffix import SuffixDrafter
+from worker.engine.cost_model import CostModel
+from worker.engine.drafting import Drafter
+from worker.engine.engine import Engine
+from worker.engine.errors import ModelRefused, TokenizersDiffer
+from worker.engine.language_model import PackedModel, load, native_dtype
+from worker.engine.options import EngineOptions, Mode
+from worker.pull import resolve
+from worker.settings import WorkerSettings
+from worker.text import Codec, eos_ids, first_difference
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """Loaded models and what belongs to them; makes engines that share them, one at a time."""
+
+    name: str  # public name of the target
+    draft: str | None  # public name of the draft model, if there is one
+    device: str  # its name, for people
+    where: str  # torch's name of it: cpu or cuda
+    dtype: str
+    codec: Codec
+    target: PackedModel
+    make_drafter: Callable[[], Drafter]
+    options: EngineOptions
+    costs: CostModel
+
+    def engine(self, options: EngineOptions | None = None) -> Engine:
+        """Return a fresh engine over the loaded models."""
+        options = options or self.options
+        drafter = None if options.mode is Mode.PLAIN else self.make_drafter()
+        return Engine(self.target, drafter, options, self.costs)
+
+
+def assemble(settings: WorkerSettings, say: Say = lambda _: None) -> Assembly:
+    """Load what the settings name and calibrate it.
+
+    Raises ModelRefused or SetupError, with what to do, for models that are missing, unsupported or don't fit together.
+    """
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # in a log each of its steps is noise
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = native_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    path = resolve(settings.target, settings.cache_dir, say)
+    say(f"Loading {settings.target} in {str(dtype).removeprefix('torch.')} on {device.type}")
+    model = load(path, dtype=dtype, device=device)
+    tokenizer = load_tokenizer(path)
+    config = model.config.get_text_config()
+    options = engine_options(settings, min(settings.max_context, config.max_position_embeddings))
+    target = PackedModel(
+        model,
+        slots=options.max_sequences,
+        capacity=options.max_context + options.nodes + 1,
+        defined_ids=min(len(tokenizer), config.vocab_size),
+    )
+    codec = Codec(tokenizer, eos_ids(tokenizer, model.generation_config), options.max_context)
+    make_drafter: Callable[[], Drafter] = SuffixDrafter
+    if settings.draft and options.mode is not Mode.PLAIN:
+        say(f"Loading {settings.draft} as draft")
+        make_drafter = _load_draft(settings, tokenizer, dtype, device, options)
+    say("Measuring this machine")
+    return Assembly(
+        name=model_name(settings.target),
+        draft=model_name(settings.draft) if settings.draft else None,
+        device=torch.cuda.get_device_name() if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)",
+        where=device.type,
+        dtype=str(dtype).removeprefix("torch."),
+        codec=codec,
+        target=target,
+        make_drafter=make_drafter,
+        options=options,
+        costs=calibrate(target, options),
+    )
+
+
+def engine_options(settings: WorkerSettings, context_tokens: int) -> EngineOptions:
+    """Return the engine's dials from the worker's settings."""
+    return EngineOptions(
+        mode=Mode(settings.mode),
+        max_sequences=settings.max_sequences,
+        max_context=context_tokens,
+        prefill_rows=settings.prefill_rows,
+        nodes=settings.nodes,
+        threshold=settings.threshold,
+        max_depth=settings.max_depth,
+    )
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """Load a tokenizer; raises ModelRefused when there is none that streams."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelRefused(f"the tokenizer of {path} could not be loaded: {error}") from error
+    if not isinstance(tokenizer, Tokenizer):
+        raise ModelRefused(f"{path} has no fast tokenizer (tokenizer.json), which streaming text needs")
+    return tokenizer
+
+
+def refuse_different(target: Tokenizer, draft: Tokenizer, target_name: str, draft_name: str) -> None:
+    """Raise TokenizersDiffer, naming the first id, unless both tokenizers spell every id alike."""
+    first = first_difference(target.get_vocab(), draft.get_vocab())
+    if first is not None:
+        ours, theirs = target.convert_ids_to_tokens(first), draft.convert_ids_to_tokens(first)
+        raise TokenizersDiffer(
+            f"{draft_name} can't draft for {target_name}: token id {first} is {ours!r} in the target's tokenizer and "
+            f"{theirs!r} in the draft's; choose a draft with the target's tokenizer"
+        )
+
+
+def _load_draft(
+    settings: WorkerSettings, tokenizer: Tokenizer, dtype: torch.dtype, device: torch.device, options: EngineOptions
+) -> Callable[[], Drafter]:
+    """Load the draft model and return what makes drafters with it."""
+    path = resolve(settings.draft, settings.cache_dir)
+    refuse_different(tokenizer, load_tokenizer(path), settings.target, settings.draft)
+    model = load(path, dtype=dtype, device=device)
+    vocab = model.config.get_text_config().vocab_size
+    if vocab < len(tokenizer):
+        raise ModelRefused(f"{settings.draft} knows {vocab} token ids and the target's tokenizer has {len(tokenizer)}")
+    # A tree's expanded nodes lie behind the text until the walk.
+    capacity = options.max_context + options.nodes * options.max_depth
+    packed = PackedModel(model, slots=options.max_sequences, capacity=capacity)
+    return lambda: ModelDrafter(packed, model_name(settings.draft), len(tokenizer))

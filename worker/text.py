@@ -1,0 +1,140 @@
+"""Text on the way in and out: prompts to token ids, token ids back to text as they come.
+
+runner -> [text].  Knows the tokenizer and the limits of the context; knows no SQL and no engine state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from tokenizers.decoders import DecodeStream
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from jobs.errors import InvalidValue, PromptTooLong
+from jobs.messages import CHAT_ENDPOINT, GenerationRequest, SamplingParameters
+from worker.engine.sampling import Sampling, noise_key
+from worker.engine.sequence import Sequence as EngineSequence
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """Turns requests into sequences, and sequences into text, for one target."""
+
+    tokenizer: PreTrainedTokenizerFast
+    eos_ids: frozenset[int]
+    context_tokens: int  # prompt and completion together
+
+    def encode(self, request: GenerationRequest, endpoint: str) -> list[int]:
+        """Return the prompt's token ids; raises PromptTooLong, or InvalidValue if the chat template refuses it."""
+        param = "prompt" if request.messages is None else "messages"
+        ids = self._encode(request, endpoint)
+        if len(ids) >= self.context_tokens:
+            raise PromptTooLong(
+                f"the prompt has {len(ids)} tokens and leaves no room for one new token in the model's context of "
+                f"{self.context_tokens} tokens; shorten it",
+                param=param,
+            )
+        if not ids:
+            raise InvalidValue("the prompt has no tokens", param=param)
+        return ids
+
+    def sequence(
+        self, key: tuple[Any, ...], prompt: list[int], sampling: SamplingParameters, choice: int
+    ) -> EngineSequence:
+        """Return one choice of a request for the engine; raises InvalidValue if max_tokens is beyond the context."""
+        if sampling.max_tokens is not None and sampling.max_tokens > self.context_tokens:
+            raise InvalidValue(
+                f"max_tokens is {sampling.max_tokens}, and the model's whole context has {self.context_tokens} tokens",
+                param="max_tokens",
+            )
+        room = self.context_tokens - len(prompt)
+        return EngineSequence(
+            key=key,
+            ids=list(prompt),
+            num_prompt=len(prompt),
+            max_tokens=min(sampling.max_tokens or room, room),
+            sampling=Sampling(
+                sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, noise_key(sampling.seed, choice)
+            ),
+            eos_ids=frozenset() if sampling.ignore_eos else self.eos_ids,
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of a whole completion, without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def stream(self) -> TextStream:
+        """Return a fresh detokenizer for one choice."""
+        return TextStream(self)
+
+    def _encode(self, request: GenerationRequest, endpoint: str) -> list[int]:
+        if request.messages is None and (endpoint != CHAT_ENDPOINT or self.tokenizer.chat_template is None):
+            return list(self.tokenizer(request.prompt)["input_ids"])
+        if request.messages is None:
+            turns: list[dict[str, str]] = [{"role": "user", "content": request.prompt or ""}]
+        else:
+            turns = [m.model_dump() for m in request.messages]
+        if self.tokenizer.chat_template is None:
+            raise InvalidValue("this model has no chat template; send a prompt to /v1/completions", param="messages")
+        try:
+            text = str(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+        except TemplateError as error:
+            raise InvalidValue(
+                f"the model's chat template refuses these messages: {error}", param="messages"
+            ) from error
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # the template wrote the special ones
+
+
+class TextStream:
+    """Incremental detokenizing of one choice: whole characters only, and from which source each piece came."""
+
+    def __init__(self, codec: Codec) -> None:
+        """Start with no text."""
+        self._codec = codec
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._text: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """Text so far."""
+        return "".join(self._text)
+
+    def push(self, ids: Iterable[int], accepted: Iterable[bool]) -> list[tuple[str, str]]:
+        """Add tokens; return the new (text, source) pieces, source `draft` for accepted draft tokens, else `target`."""
+        pieces: list[tuple[str, str]] = []
+        for token, drafted in zip(ids, accepted, strict=True):
+            chunk = self._stream.step(self._codec.tokenizer.backend_tokenizer, token)
+            if chunk:
+                self._add(pieces, chunk, "draft" if drafted else "target")
+        return pieces
+
+    def finish(self, ids: Sequence[int]) -> list[tuple[str, str]]:
+        """Return what is still missing of the whole text, such as an incomplete last character."""
+        whole, streamed = self._codec.decode(ids), self.text
+        pieces: list[tuple[str, str]] = []
+        if whole.startswith(streamed) and whole != streamed:
+            self._add(pieces, whole[len(streamed) :], "target")
+        return pieces
+
+    def _add(self, pieces: list[tuple[str, str]], chunk: str, source: str) -> None:
+        self._text.append(chunk)
+        if pieces and pieces[-1][1] == source:
+            pieces[-1] = (pieces[-1][0] + chunk, source)
+        else:
+            pieces.append((chunk, source))
+
+
+def eos_ids(tokenizer: PreTrainedTokenizerFast, generation: GenerationConfig | None) -> frozenset[int]:
+    """Return every id that ends a text, from the generation config and the tokenizer."""
+    configured = getattr(generation, "eos_token_id", None)
+    ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+    return frozenset(int(i) for i in ids if i is not None)
+
+
+def first_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> int | None:
+    """Return the first token id that two vocabularies spell differently, or None."""
+    a, b = ({i: token for token, i in vocab.items()} for vocab in (ours, theirs))
+    return min((i for i in a.keys() | b.keys() if a.get(i) != b.get(i)), default=None)
