@@ -6,6 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import (
     Gemma3ForCausalLM,
@@ -15,11 +19,13 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from worker.engine.attention import ATTENTION_NAME
 from worker.engine.language_model import PackedModel
@@ -71,6 +77,22 @@ def packed(model: PreTrainedModel, slots: int = 4, capacity: int = 512) -> Packe
     """Return a model wrapped for packed decoding, with KV slots of its own."""
     model.set_attn_implementation(ATTENTION_NAME)
     return PackedModel(model, slots=slots, capacity=capacity)
+
+
+def byte_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token per byte (ids 0..255), `<eos>` (256) and `<bos>` (257), and a chat template."""
+    alphabet = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
+    backend = Tokenizer(BPE(vocab=alphabet, merges=[]))
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    backend.decoder = ByteLevelDecoder()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    if chat:
+        tokenizer.chat_template = (
+            "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+            "<bos>{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<bos>assistant: {% endif %}"
+        )
+    return tokenizer
 
 
 @dataclass

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from statistics import median
 from time import perf_counter
 
 import numpy as np
@@ -26,8 +25,11 @@ _PREFIX = 64  # tokens of context in front of what is timed
 _REPEATS = 4
 
 
+# The fastest of a few, here and below: slower samples are noise, and steps of jobs will say how far the machine is off.
+
+
 def calibrate(target: LanguageModel, options: EngineOptions) -> CostModel:
-    """Measure forwards over rows, each as the fastest of a few, and plain steps over batch sizes, as the median."""
+    """Measure forwards over rows and plain steps over batch sizes, each as the fastest of a few."""
     target.forward([chain(0, 0, [0] * _PREFIX, keep_last=True)])
     verify = {rows: _fastest_ms(partial(target.forward, [_tree_rows(rows)])) for rows in _ROWS}
     sizes = [2**i for i in range(options.max_sequences.bit_length()) if 2**i <= options.max_sequences]
@@ -43,7 +45,6 @@ def _tree_rows(rows: int) -> Segment:
 
 
 def _fastest_ms(run: Callable[[], object]) -> float:
-    # A slow sample is the machine's noise; and it is the shape of the curve that prices a tree.
     samples = []
     for _ in range(_REPEATS):
         started = perf_counter()
@@ -60,4 +61,4 @@ def _plain_step_ms(engine: Engine, sequences: int) -> float:
         samples += [
             r.numbers.step_ms for r in engine.step() if r.numbers.step and r.numbers.batch_sequences == sequences
         ]
-    return median(samples)
+    return min(samples)

@@ -23,7 +23,7 @@ from storage.session import Database
 from worker.assembly import Assembly
 from worker.runner import Runner
 from worker.settings import WorkerSettings
-from worker.sink import Sink
+from worker.sink import Sink, job_events
 
 log = logging.getLogger(__name__)
 
@@ -112,8 +112,9 @@ class Resident:
         with self._database.write() as session:
             writes.beat_worker(session, self.worker_id)
             writes.update_calibration(session, self.worker_id, self._assembly.costs.as_json())
-            writes.expire_jobs(session)
+            ended = writes.expire_jobs(session)
             unheard = leases.jobs_to_ring(session, _RING_AFTER_S)
+        self._publisher.publish(job_events(ended))
         for job_id, model in unheard:
             self._ring(job_id, model)
 

@@ -85,7 +85,9 @@ class Runner:
             return
         try:
             with self._database.write() as session:
-                claims = leases.claim(session, self._worker_id, self._model, self._engine.room, self._lease_s)
+                claims = leases.claim(
+                    session, self._worker_id, self._model, self._engine.room, self._lease_s, holding=self._live
+                )
         except (OperationalError, InterfaceError) as error:
             raise DatabaseUnavailable(f"The database does not answer: {error.orig}") from error
         # Where there was work there may be more: look again as soon as there is room.

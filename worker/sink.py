@@ -6,7 +6,7 @@ runner -> [sink] -> storage.writes, jobs.partials.  Nothing is published that is
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from sqlalchemy.exc import InterfaceError, OperationalError
 
@@ -49,7 +49,7 @@ class Sink:
         except (OperationalError, InterfaceError) as error:
             raise DatabaseUnavailable(f"The database does not answer: {error.orig}") from error
         committed, self._pending = self._pending, []
-        self._publish([*self._events(committed, result.lost), *_job_events(result)])
+        self._publish([*self._events(committed, result.lost), *job_events(result.ended_jobs)])
         return result
 
     def _announce(self, request: LiveRequest, choice: LiveChoice) -> Iterator[PartialEvent]:
@@ -107,5 +107,6 @@ class Sink:
         return PartialEvent.model_validate({**identity, "choice": choice, "seq": seq, **fields})
 
 
-def _job_events(result: FlushResult) -> list[PartialEvent]:
-    return [PartialEvent(job_id=job_id, type="job", status=JobStatus(status)) for job_id, status in result.ended_jobs]
+def job_events(ended: Iterable[tuple[str, str]]) -> list[PartialEvent]:
+    """Return the events that close the streams of jobs that have ended; takes (job_id, final status)."""
+    return [PartialEvent(job_id=job_id, type="job", status=JobStatus(status)) for job_id, status in ended]

@@ -1,7 +1,8 @@
 """What a step costs on this machine: measured milliseconds over rows and over batch size.
 
 `verify_ms(rows)` prices a tree; `plain_step_ms(sequences)` is what speculation is compared with. Both start from the
-calibration at start-up; plain steps taken while jobs run refine the second.
+calibration at start-up. Plain steps taken while jobs run say how far the machine has drifted from it: a longer context,
+a busy neighbour, a throttled clock.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import numpy as np
 from worker.engine.draft_tree import FloatArray
 from worker.engine.rows import IntArray
 
-_WEIGHT = 0.1  # of a new sample in the running mean
-_OUTLIER = 2.0  # a sample counts as at most so many times the mean
+_WEIGHT = 0.1  # of a new sample in the running mean, once there are enough to average
+_OUTLIER = 2.0  # a sample counts as at most so many times the mean, and at least as one part in so many
 
 
 class CostModel:
@@ -25,6 +26,8 @@ class CostModel:
         """Take milliseconds by rows of the forward, and by sequences of a plain step; neither is empty."""
         self._verify = dict(sorted(verify_ms.items()))
         self._plain = dict(sorted(plain_step_ms.items()))
+        self._drift = 1.0  # plain steps now, relative to the calibration
+        self._samples = 0
 
     def verify_ms(self, rows: IntArray) -> FloatArray:
         """Return the time of a forward over so many rows, never falling as rows grow."""
@@ -32,20 +35,27 @@ class CostModel:
 
     def plain_step_ms(self, sequences: int) -> float:
         """Return the time of a whole plain step of so many sequences."""
-        return float(_curve(self._plain, np.array([sequences]))[0])
+        return self._drift * self._calibrated_ms(sequences)
 
     def observe_plain(self, sequences: int, step_ms: float) -> None:
         """Learn from a plain step that was really taken."""
-        known = self.plain_step_ms(sequences)
-        self._plain[sequences] = known + _WEIGHT * (min(step_ms, _OUTLIER * known) - known)
-        self._plain = dict(sorted(self._plain.items()))
+        self._samples += 1
+        drift = step_ms / self._calibrated_ms(sequences)
+        if self._samples > 1:
+            drift = min(max(drift, self._drift / _OUTLIER), self._drift * _OUTLIER)
+        self._drift += max(_WEIGHT, 1 / self._samples) * (drift - self._drift)
 
     def as_json(self) -> dict[str, Any]:
         """Return the curves for `workers.calibration`."""
         return {
             "verify_ms_by_rows": {str(k): round(v, 3) for k, v in self._verify.items()},
             "plain_step_ms_by_sequences": {str(k): round(v, 3) for k, v in self._plain.items()},
+            "plain_drift": round(self._drift, 4),
+            "plain_samples": self._samples,
         }
+
+    def _calibrated_ms(self, sequences: int) -> float:
+        return float(_curve(self._plain, np.array([sequences]))[0])
 
 
 def _curve(points: Mapping[int, float], at: IntArray) -> FloatArray:

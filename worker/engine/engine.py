@@ -24,6 +24,7 @@ from worker.engine.stats import StepNumbers, StepResult
 from worker.engine.verifier import Accepted, walk
 
 _LAYER_MS_WEIGHT = 0.1
+_FIRST_PROBE = 8  # steps before the first plain probe: short jobs get one too
 
 
 class Engine:
@@ -91,7 +92,7 @@ class Engine:
         """Grow trees for the decoding sequences; return every drafted node, and which of them to verify."""
         forest = Forest(batch.emitting)
         self._steps += 1
-        probe = self._options.mode is Mode.OPT_TREE and self._steps % self._options.probe_every == 0
+        probe = self._options.mode is Mode.OPT_TREE and self._steps % self._options.probe_every == _FIRST_PROBE
         if self._drafter is None or probe or not batch.decoding:
             return forest, np.ones(forest.size, np.bool_)
         started = perf_counter()

@@ -1,0 +1,250 @@
+"""The worker's loop on a real SQLite file: claims, checkpoints, outputs, resumption, refusals, and its events."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from sqlalchemy import func, select, text
+from torch import Tensor
+
+from jobs.messages import CHAT_ENDPOINT, GenerationRequest, PartialEvent, SamplingParameters
+from storage import schema, writes
+from storage.models import DecodeStep, Job, Output, Partial, Request
+from storage.records import NewJob, NewRequest
+from storage.session import Database
+from tests.models import TableModel, byte_tokenizer
+from tests.unit.worker.engine.harness import FLAT_COSTS
+from worker.drafters.suffix import SuffixDrafter
+from worker.engine.engine import Engine
+from worker.engine.options import EngineOptions, Mode
+from worker.runner import Runner
+from worker.sink import Sink
+from worker.text import Codec
+
+MODEL = "table"
+VOCAB = 258
+EOS = 256
+OPTIONS = EngineOptions(
+    Mode.PAPER, max_sequences=3, max_context=120, prefill_rows=64, nodes=8, threshold=0.05, max_depth=4
+)
+
+
+def words(prefix: tuple[int, ...]) -> Tensor:
+    """A law that spells words over and over, so that the suffix drafter has something to find."""
+    logits = torch.zeros(VOCAB)
+    logits[b"the cat and the dog "[len(prefix) % 20]] = 8.0
+    return logits
+
+
+class Worker:
+    """A runner with its engine and sink, as one process would hold them."""
+
+    def __init__(self, database: Database, name: str, law: Callable[[tuple[int, ...]], Tensor] = words) -> None:
+        self.events: list[PartialEvent] = []
+        self.database = database
+        sink = Sink(database, self.events.extend, name, lease_s=30.0)
+        self.runner = Runner(
+            lambda: Engine(TableModel(law), SuffixDrafter(), OPTIONS, FLAT_COSTS),
+            Codec(byte_tokenizer(), frozenset({EOS}), OPTIONS.max_context),
+            sink,
+            database,
+            worker_id=name,
+            model=MODEL,
+            lease_s=30.0,
+            interval_s=0.0,
+        )
+
+    def run(self, turns: int = 500) -> None:
+        for _ in range(turns):
+            self.runner.turn(rung=True)
+            if not self.runner.busy:
+                self.runner.turn(rung=True)
+                if not self.runner.busy:
+                    return
+        raise AssertionError(f"still busy after {turns} turns")
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    url = f"sqlite:///{tmp_path / 'basic.sqlite3'}"
+    schema.upgrade(url)
+    opened = Database.open(url)
+    yield opened
+    opened.dispose()
+
+
+def submit(database: Database, *prompts: str, job_id: str = "batch_1", **sampling: float) -> None:
+    parameters = SamplingParameters.model_validate({"seed": 1, "max_tokens": 30, "temperature": 0.0, **sampling})
+    requests = [
+        NewRequest(
+            f"request-{i}", GenerationRequest(model=MODEL, prompt=p, sampling=parameters).model_dump(mode="json")
+        )
+        for i, p in enumerate(prompts)
+    ]
+    with database.write() as session:
+        writes.record_job(session, NewJob(job_id, MODEL, CHAT_ENDPOINT, 3600.0), requests)
+
+
+def texts(database: Database) -> dict[tuple[int, int], str]:
+    with database.read() as session:
+        return {(o.request_index, o.choice_index): o.text for o in session.scalars(select(Output))}
+
+
+def lapse_leases(database: Database) -> None:
+    with database.write() as session:
+        session.execute(text("UPDATE requests SET lease_expires_at = 0 WHERE status = 'running'"))
+
+
+def test_every_request_gets_its_output_and_the_job_completes(database: Database) -> None:
+    submit(database, "one", "two", "three", "four", "five")
+    Worker(database, "a").run()
+    assert len(texts(database)) == 5
+    with database.read() as session:
+        job = session.scalars(select(Job)).one()
+        assert (job.status, job.requests_completed, job.requests_failed) == ("completed", 5, 0)
+
+
+def test_emitted_tokens_of_the_steps_are_the_completion_tokens(database: Database) -> None:
+    submit(database, "one", "two", n=2)
+    Worker(database, "a").run()
+    with database.read() as session:
+        outputs = list(session.scalars(select(Output)))
+        assert len(outputs) == 4
+        for o in outputs:
+            own = (DecodeStep.request_index == o.request_index) & (DecodeStep.choice_index == o.choice_index)
+            assert session.scalar(select(func.sum(DecodeStep.emitted_tokens)).where(own)) == o.completion_tokens == 30
+            assert session.scalar(select(func.sum(DecodeStep.accepted_tokens)).where(own))
+        assert not list(session.scalars(select(Partial)))
+
+
+def test_events_are_numbered_without_gaps_and_spell_the_output(database: Database) -> None:
+    submit(database, "one", "two")
+    worker = Worker(database, "a")
+    worker.run()
+    for index in range(2):
+        own = [e for e in worker.events if e.index == index]
+        assert [e.seq for e in own] == list(range(len(own)))
+        assert (own[0].type, own[-1].type, own[-1].finish_reason) == ("started", "finished", "length")
+        assert "".join(e.text for e in own) == texts(database)[index, 0]
+        assert all("".join(p.text for p in e.pieces) == e.text for e in own)
+        assert sum(e.tokens for e in own) == 30
+        assert 0 < sum(e.accepted for e in own) < 30
+    assert [e.status for e in worker.events if e.type == "job"] == ["completed"]
+
+
+@pytest.mark.parametrize("turns", [1, 4, 9])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_request_goes_on_from_its_checkpoint_when_its_worker_dies(
+    database: Database, turns: int, temperature: float
+) -> None:
+    submit(database, "one", "two", job_id="undisturbed", temperature=temperature)
+    Worker(database, "a").run()
+    expected = texts(database)
+    with database.write() as session:
+        session.execute(text("DELETE FROM outputs"))
+    submit(database, "one", "two", temperature=temperature)
+    dying, heir = Worker(database, "b"), Worker(database, "c")
+    for _ in range(turns):
+        dying.runner.turn(rung=True)
+    lapse_leases(database)
+    heir.run()
+    assert texts(database) == expected
+    with database.read() as session:
+        emitted = select(func.sum(DecodeStep.emitted_tokens)).where(DecodeStep.job_id == "batch_1")
+        assert session.scalar(emitted) == 60
+    for index in range(2):
+        seqs = [e.seq for e in (*dying.events, *heir.events) if e.index == index]
+        assert seqs == list(range(len(seqs))) or turns == 1
+
+
+def test_a_worker_that_lost_its_leases_writes_nothing(database: Database) -> None:
+    submit(database, "one")
+    stale, owner = Worker(database, "a"), Worker(database, "b")
+    for _ in range(3):
+        stale.runner.turn(rung=True)
+    lapse_leases(database)
+    owner.run()
+    published = len(stale.events)
+    stale.run()
+    assert len(stale.events) == published
+    assert len(texts(database)) == 1
+
+
+def test_handing_back_lets_the_next_worker_go_on_without_counting_an_attempt(database: Database) -> None:
+    submit(database, "one")
+    leaving = Worker(database, "a")
+    for _ in range(3):
+        leaving.runner.turn(rung=True)
+    leaving.runner.hand_back()
+    with database.read() as session:
+        request = session.scalars(select(Request)).one()
+        assert (request.status, request.attempts) == ("queued", 0)
+        assert list(session.scalars(select(Partial)))
+    Worker(database, "b").run()
+    assert len(texts(database)[0, 0]) == 30
+
+
+def test_a_prompt_that_does_not_fit_fails_alone(database: Database) -> None:
+    submit(database, "x" * 500, "short")
+    worker = Worker(database, "a")
+    worker.run()
+    with database.read() as session:
+        failed, done = session.scalars(select(Request).order_by(Request.request_index))
+        assert (failed.status, failed.error_code, failed.error_param) == ("failed", "context_length_exceeded", "prompt")
+        assert done.status == "completed"
+        assert session.scalars(select(Job)).one().requests_failed == 1
+    (event,) = [e for e in worker.events if e.index == 0]
+    assert event.type == "failed"
+    assert event.error is not None
+    assert event.error["code"] == "context_length_exceeded"
+
+
+def test_a_cancelled_job_stops_at_the_next_flush(database: Database) -> None:
+    submit(database, "one", "two", "three", "four", "five")
+    worker = Worker(database, "a")
+    for _ in range(3):
+        worker.runner.turn(rung=True)
+    with database.write() as session:
+        assert writes.request_cancel(session, "batch_1") == "cancelling"
+    worker.run()
+    with database.read() as session:
+        assert session.scalars(select(Job)).one().status == "cancelled"
+        assert {r.status for r in session.scalars(select(Request))} == {"cancelled"}
+
+
+def test_a_step_that_fails_hands_its_requests_to_another_attempt(database: Database) -> None:
+    failures = iter([True])
+
+    def fragile(prefix: tuple[int, ...]) -> Tensor:
+        if len(prefix) > 25 and next(failures, False):
+            raise RuntimeError("out of memory")
+        return words(prefix)
+
+    submit(database, "one")
+    worker = Worker(database, "a", fragile)
+    while not worker.runner.busy:
+        worker.runner.turn(rung=True)
+    while worker.runner.busy:
+        worker.runner.turn()
+    lapse_leases(database)
+    worker.run()
+    assert len(texts(database)[0, 0]) == 30
+    with database.read() as session:
+        assert session.scalars(select(Request)).one().attempts == 2
+
+
+def test_a_request_that_fails_every_attempt_ends_in_an_error_row(database: Database) -> None:
+    def broken(prefix: tuple[int, ...]) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    submit(database, "one")
+    worker = Worker(database, "a", broken)
+    for _ in range(12):
+        worker.runner.turn(rung=True)
+        lapse_leases(database)
+    with database.read() as session:
+        request = session.scalars(select(Request)).one()
+        assert (request.status, request.error_code) == ("failed", "server_error")
