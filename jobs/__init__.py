@@ -1,3 +1,3 @@
-"""The contract of bASIC and its faces: messages, intake, queue, REST shim, client and command line. Never imports torch."""
+"""The contract of bASIC and its faces: messages, intake, queue, REST shim, client, command line. No torch."""
 
 from __future__ import annotations

@@ -7,13 +7,17 @@ BasicError
 │   ├── UnknownParameter        a field we don't know (often a misspelt one)
 │   ├── UnsupportedParameter    a field we know and don't honour yet
 │   ├── InvalidJsonLine         a line is not a JSON object
-│   └── PromptTooLong           the prompt leaves no room for one new token
+│   ├── PromptTooLong           the prompt leaves no room for one new token
+│   └── GivenUp                 the request was taken up too often without an end
 ├── JobRefused                  the job as a whole can't be accepted
 │   ├── UnknownModel            no worker serves this model
 │   ├── DuplicateCustomId       two requests of one job carry the same custom_id
 │   ├── EmptyJob                a job without requests
 │   ├── TooManyRequests         more requests than one job may hold
-│   └── IdempotencyConflict     the key was used for another body
+│   ├── IdempotencyConflict     the key was used for another body
+│   ├── BodyTooLarge            the body has more bytes than one submission may
+│   ├── BodyTooSlow             the body stopped coming
+│   └── UnsupportedBody         the body is of a type, or packed in a way, that we don't take
 ├── NotFound                    no such job
 ├── NotCancellable              the job has already ended
 ├── ServiceUnavailable          a part of the service can't be reached right now
@@ -89,10 +93,17 @@ class PromptTooLong(RequestRefused):
     code = "context_length_exceeded"
 
 
+class GivenUp(RequestRefused):
+    """The request was taken up too often without an end."""
+
+    code = "server_error"
+    status_code = 500
+
+
 class JobRefused(BasicError):
     """The job can't be accepted."""
 
-    code = "invalid_value"
+    code: ClassVar[str | None] = "invalid_value"
     status_code = 400
 
 
@@ -126,6 +137,27 @@ class IdempotencyConflict(JobRefused):
 
     code = "idempotency_conflict"
     status_code = 409
+
+
+class BodyTooLarge(JobRefused):
+    """The body has more bytes than one submission may have."""
+
+    code = "file_too_large"
+    status_code = 413
+
+
+class BodyTooSlow(JobRefused):
+    """The body did not arrive in time."""
+
+    code = None
+    status_code = 408
+
+
+class UnsupportedBody(JobRefused):
+    """Send application/json with a list of requests, or application/x-ndjson with one request a line."""
+
+    code = None
+    status_code = 415
 
 
 class NotFound(BasicError):

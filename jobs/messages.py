@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from enum import StrEnum
 from pathlib import PurePath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-MESSAGE_VERSION = 1
-CHAT_ENDPOINT = "/v1/chat/completions"
-COMPLETIONS_ENDPOINT = "/v1/completions"
+MESSAGE_VERSION: Final = 1
+CHAT_ENDPOINT: Final = "/v1/chat/completions"
+COMPLETIONS_ENDPOINT: Final = "/v1/completions"
 Endpoint = Literal["/v1/chat/completions", "/v1/completions"]
 
 
@@ -78,7 +78,10 @@ class SamplingParameters(Frozen):
 
 
 class GenerationRequest(Frozen):
-    """A request as it is stored in `requests.body`: everything a worker needs to write its text."""
+    """A request as it is stored in `requests.body`: everything a worker needs to write its text.
+
+    It has either `messages` or a `prompt`. On the chat endpoint a prompt is one user message.
+    """
 
     v: Literal[1] = MESSAGE_VERSION
     model: str
@@ -117,6 +120,9 @@ class PartialEvent(Frozen):
     `seq` counts from 0 per (request, choice), so that a reader sees a gap. `tokens` and `accepted` count this event's
     tokens and how many of them were accepted draft tokens. A `finished` event carries `finish_reason`; a `failed`
     event carries `error`. An event of type `job` speaks of the whole job and carries `status`; it has no request.
+
+    A `tokens` event with `snapshot` is told from SQL, not published: it carries all text of the choice up to `seq` and
+    replaces what a reader has.
     """
 
     v: Literal[1] = MESSAGE_VERSION
@@ -133,6 +139,7 @@ class PartialEvent(Frozen):
     finish_reason: str | None = None
     error: dict[str, Any] | None = None
     status: JobStatus | None = None
+    snapshot: bool = False
 
 
 def model_name(target: str) -> str:

@@ -25,7 +25,9 @@ class JobsSettings(StorageSettings):
     api_host: str = Field("127.0.0.1", description="Address the shim listens on.")
     api_port: int = Field(8000, ge=0, le=65535, description="Port the shim listens on; 0: a free one.")
     target: str = Field(DEFAULT_TARGET, description="Target model: a known name, a hub id or a local directory.")
-    log_format: str = Field("text", pattern="^(text|json)$", description="Log lines for people (text) or machines (json).")
+    log_format: str = Field(
+        "text", pattern="^(text|json)$", description="Log lines for people (text) or machines (json)."
+    )
     max_requests: int = Field(50_000, gt=0, description="Requests one job may hold.")
     max_body_bytes: int = Field(200_000_000, gt=0, description="Bytes of one submission.")
     max_prompt_chars: int = Field(1_000_000, gt=0, description="Characters of one prompt, before it is tokenized.")

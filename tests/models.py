@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -32,7 +33,7 @@ from worker.engine.language_model import PackedModel
 from worker.engine.rows import Move, Segment
 
 VOCAB = 61
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
     "intermediate_size": 64,
@@ -66,7 +67,8 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
 def tiny(architecture: str = "llama", seed: int = 0) -> PreTrainedModel:
     """Return a random float32 model of an architecture; the same seed gives the same weights."""
     torch.manual_seed(seed)
-    model = ARCHITECTURES[architecture]().eval()
+    model = ARCHITECTURES[architecture]()
+    model.train(False)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3.0)  # random models are nearly flat; sharper ones repeat themselves as real ones do
@@ -81,11 +83,11 @@ def packed(model: PreTrainedModel, slots: int = 4, capacity: int = 512) -> Packe
 
 def byte_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
     """Return a tokenizer with one token per byte (ids 0..255), `<eos>` (256) and `<bos>` (257), and a chat template."""
-    alphabet = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
+    alphabet = {symbol: byte for byte, symbol in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
     backend = Tokenizer(BPE(vocab=alphabet, merges=[]))
     backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
     backend.decoder = ByteLevelDecoder()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")  # type: ignore[no-untyped-call]
     tokenizer.add_special_tokens({"bos_token": "<bos>"})
     if chat:
         tokenizer.chat_template = (

@@ -58,7 +58,7 @@ def best_subtree_value(forest: Forest, size: int) -> float:
     nodes = range(1, forest.size)
     sets = (set(chosen) for chosen in combinations(nodes, size))
     trees = (s for s in sets if all(forest.parent[v] in s or forest.parent[v] == 0 for v in s))
-    return max(sum(forest.value[v] for v in tree) for tree in trees)
+    return max(float(sum(forest.value[v] for v in tree)) for tree in trees)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -108,7 +108,7 @@ def test_gains_never_rise_with_depth() -> None:
     gains: list[float] = []
 
     class Watching(PaperBudget):
-        def grows_on(self, gain: np.ndarray, expected: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+        def grows_on(self, gain: np.ndarray, expected: np.ndarray) -> np.ndarray:
             gains.append(float(gain[0]))
             return gain > -1.0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -39,14 +41,14 @@ DRAWS = 20_000
 
 
 def by_transformers(sampling: Sampling, logits: Tensor) -> Tensor:
-    warpers = [TemperatureLogitsWarper(sampling.temperature)]
+    warpers: list[Any] = [TemperatureLogitsWarper(sampling.temperature)]
     if sampling.top_k:
         warpers.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         warpers.append(TopPLogitsWarper(sampling.top_p))
     if sampling.min_p:
         warpers.append(MinPLogitsWarper(sampling.min_p))
-    scores = LogitsProcessorList(warpers)(torch.zeros(len(logits), 1, dtype=torch.long), logits.clone())
+    scores: Tensor = LogitsProcessorList(warpers)(torch.LongTensor(len(logits), 1), logits.clone())
     return scores.softmax(-1)
 
 

@@ -1,0 +1,28 @@
+"""`python -m jobs.api [--ready-file FILE]`: serve the shim as the environment says."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from jobs.api.server import serve
+from jobs.errors import SetupError
+from jobs.settings import JobsSettings
+
+
+def main() -> int:
+    """Serve until a signal comes; 78 (bad configuration) if that is impossible."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.api", description=__doc__)
+    parser.add_argument("--ready-file", type=Path, help="write the URL here once connections are taken")
+    arguments = parser.parse_args()
+    try:
+        serve(JobsSettings(), arguments.ready_file)
+    except SetupError as exc:
+        print(exc, file=sys.stderr)
+        return 78
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

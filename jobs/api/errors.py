@@ -1,0 +1,68 @@
+"""Errors over HTTP: one envelope for every 4xx and 5xx, whoever raised it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import InterfaceError, OperationalError
+from starlette.exceptions import HTTPException
+
+from jobs.api.envelope import error_body
+from jobs.api.limits import REQUEST_ID_HEADER, request_id
+from jobs.errors import BasicError, DatabaseUnavailable, InvalidValue
+
+log = logging.getLogger(__name__)
+
+_RETRY_AFTER_S = "3"
+
+
+def install(app: FastAPI) -> None:
+    """Answer every exception with the envelope."""
+    app.add_exception_handler(BasicError, _on_basic_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(OperationalError, _on_database_away)
+    app.add_exception_handler(InterfaceError, _on_database_away)
+    app.add_exception_handler(Exception, _on_bug)
+
+
+def _reply(error: BasicError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    status = error.status_code
+    extra = {"retry-after": _RETRY_AFTER_S} if status == 503 else {}
+    if status == 409:
+        extra["x-should-retry"] = "false"  # the openai client would otherwise try a conflict again
+    body = error_body(status, error.message, error.param, error.code)
+    return JSONResponse(body, status, {**extra, **(headers or {})})
+
+
+async def _on_basic_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, BasicError)
+    return _reply(error)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    return JSONResponse(error_body(error.status_code, error.detail), error.status_code, error.headers)
+
+
+async def _on_validation_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    param = ".".join(str(part) for part in first["loc"][1:]) or None
+    return _reply(InvalidValue(first["msg"].replace("Input should", "must"), param=param))
+
+
+async def _on_database_away(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, OperationalError | InterfaceError)
+    log.warning("The database does not answer: %s", error.orig, extra={"action": "database_unavailable"})
+    return _reply(DatabaseUnavailable())
+
+
+async def _on_bug(request: Request, error: Exception) -> JSONResponse:
+    """Answer what we did not foresee; the server logs the traceback. Runs outside the middleware, hence the header."""
+    body = error_body(500, "Something went wrong on our side.")
+    return JSONResponse(body, 500, {REQUEST_ID_HEADER: request_id(request.scope)})

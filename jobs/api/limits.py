@@ -1,0 +1,86 @@
+"""What is held before and around every route: a request id, the size of a body, and the time it may take to arrive.
+
+Plain ASGI: counts bytes as they come, so that a body without Content-Length has the same limit as one with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from typing import cast
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from jobs.errors import BodyTooLarge, BodyTooSlow, UnsupportedBody
+
+REQUEST_ID_HEADER = "x-request-id"
+
+
+def request_id(scope: Scope) -> str:
+    """Return the id of the request, as its reply will carry it."""
+    return cast(str, scope.setdefault("basic.request_id", f"req_{secrets.token_hex(12)}"))
+
+
+class RequestIds:
+    """Gives every reply a header `x-request-id`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, and mark its reply."""
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id(scope)
+            await send(message)
+
+        await self._app(scope, receive, send_with_id if scope["type"] == "http" else send)
+
+
+class BodyLimit:
+    """Refuses bodies that are too large, too slow or compressed. The refusal rises where a route reads the body."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int, idle_s: float = 30.0) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+        self._idle_s = idle_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on with a body that is watched."""
+        if scope["type"] == "http":
+            receive = self._limited(Headers(scope=scope), receive)
+        await self._app(scope, receive, send)
+
+    def _limited(self, headers: Headers, receive: Receive) -> Receive:
+        declared = headers.get("content-length", "")
+        encoding = headers.get("content-encoding", "identity")
+        read = 0
+        complete = False
+
+        async def limited() -> Message:
+            nonlocal read, complete
+            if complete:  # what comes now is the wait for a disconnect: it may last
+                return await receive()
+            if encoding != "identity":
+                raise UnsupportedBody("Compressed bodies are not supported; send the body as it is.")
+            if declared.isdecimal():
+                self._refuse_beyond(int(declared))
+            message = await self._in_time(receive)
+            read += len(message.get("body", b""))
+            self._refuse_beyond(read)
+            complete = not message.get("more_body", False)
+            return message
+
+        return limited
+
+    def _refuse_beyond(self, size: int) -> None:
+        if size > self._max_bytes:
+            raise BodyTooLarge(f"The body has more than the {self._max_bytes} bytes one submission may have.")
+
+    async def _in_time(self, receive: Receive) -> Message:
+        try:
+            return await asyncio.wait_for(receive(), self._idle_s)
+        except TimeoutError as exc:
+            raise BodyTooSlow(f"Nothing more of the body came within {self._idle_s:g} s.") from exc

@@ -1,0 +1,81 @@
+"""Routes about the service itself: statistics, workers, models and health."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import redis
+from fastapi import APIRouter
+from redis.exceptions import RedisError
+from sqlalchemy import text
+
+from jobs.api import views
+from jobs.api.services import ServicesNow
+from jobs.errors import UnknownModel
+from jobs.intake import known_models
+from storage import queries
+
+router = APIRouter()
+
+_REDIS_TIMEOUT_S = 1.0
+
+
+@router.get("/v1/stats")
+def statistics(services: ServicesNow) -> dict[str, Any]:
+    """Say how fast everything ran so far, and how much speculation paid."""
+    with services.database.read() as session:
+        return views.statistics(queries.total_stats(session))
+
+
+@router.get("/v1/workers")
+def workers(services: ServicesNow) -> dict[str, Any]:
+    """List the workers that have introduced themselves, with their measured cost curves."""
+    with services.database.read() as session:
+        return {"object": "list", "data": [views.worker(worker) for worker in queries.workers(session)]}
+
+
+@router.get("/v1/models")
+def models(services: ServicesNow) -> dict[str, Any]:
+    """List the models a job may name."""
+    known = known_models(services.database, services.settings)
+    return {"object": "list", "data": [views.model(name, known[name]) for name in sorted(known)]}
+
+
+@router.get("/v1/models/{model:path}")
+def model(model: str, services: ServicesNow) -> dict[str, Any]:
+    """Read one model. Hub ids carry a slash, so the name is the rest of the path."""
+    known = known_models(services.database, services.settings)
+    if model not in known:
+        raise UnknownModel(f"There is no model {model[:80]!r}; there is {', '.join(sorted(known))}.", param="model")
+    return views.model(model, known[model])
+
+
+@router.get("/healthz")
+def health() -> dict[str, str]:
+    """Say that the process is alive."""
+    return {"status": "ok"}
+
+
+@router.get("/readyz")
+def ready(services: ServicesNow) -> dict[str, Any]:
+    """Say whether jobs can be taken (503 if the database is away), and how the queue is."""
+    with services.database.read() as session:
+        session.execute(text("SELECT 1"))
+        served = queries.models(session)
+    return {
+        "status": "ready",
+        "database": "ok",
+        "redis": _redis_state(services.settings.redis_url),
+        "models": [view.target for view in served],
+    }
+
+
+def _redis_state(redis_url: str) -> str:
+    """Return ok or degraded. Degraded is no reason to refuse jobs: SQL has them, and workers look there."""
+    client = redis.Redis.from_url(redis_url, socket_timeout=_REDIS_TIMEOUT_S, socket_connect_timeout=_REDIS_TIMEOUT_S)
+    try:
+        with client:
+            client.ping()
+    except (RedisError, OSError):
+        return "degraded"
+    return "ok"

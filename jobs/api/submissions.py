@@ -1,0 +1,113 @@
+"""From the body of `POST /v1/jobs` to a submission: one JSON object, or JSON lines with the job in the query."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
+
+from starlette.datastructures import Headers, QueryParams
+
+from jobs.errors import InvalidValue, MissingParameter, UnknownParameter, UnsupportedBody
+from jobs.intake import Submission
+from jobs.items import PARAMETERS, Item, read_json, read_lines, refuse_unknown
+from jobs.messages import CHAT_ENDPOINT, Endpoint
+
+_JSON_TYPES = {"application/json"}
+_LINES_TYPES = {"application/x-ndjson", "application/jsonl", "application/x-jsonlines"}
+_JOB_FIELDS = frozenset({"model", "endpoint", "metadata", "completion_window"})
+_LISTS = frozenset({"requests", "prompts"})
+_IDEMPOTENCY_KEY = "idempotency-key"
+_UNIT_S = {"m": 60, "h": 3600, "d": 86_400}
+
+
+def read_submission(body: bytes, query: QueryParams, headers: Headers) -> Submission:
+    """Return the submission in a request; raise what is wrong with it as a whole."""
+    content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type in _LINES_TYPES:
+        fields, items = _query_fields(query), read_lines(body)
+    elif content_type in _JSON_TYPES:
+        fields = _object(body)
+        items = _listed(fields)
+    else:
+        raise UnsupportedBody
+    return _submission(fields, items, headers.get(_IDEMPOTENCY_KEY), _digest(body, query))
+
+
+def _submission(fields: Mapping[str, Any], items: Iterator[Item], key: str | None, digest: str) -> Submission:
+    refuse_unknown(fields, _JOB_FIELDS | _LISTS | PARAMETERS)
+    return Submission(
+        items=items,
+        model=_model(fields.get("model")),
+        endpoint=_endpoint(fields.get("endpoint", CHAT_ENDPOINT)),
+        # `metadata` is the job's here, not the parameter of the same name.
+        parameters={name: value for name, value in fields.items() if name in PARAMETERS - _JOB_FIELDS},
+        metadata=fields.get("metadata"),
+        window_s=_window_s(fields.get("completion_window")),
+        idempotency_key=key,
+        body_sha256=digest,
+    )
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        fields = read_json(body.removeprefix(b"\xef\xbb\xbf"))
+    except ValueError as exc:
+        raise InvalidValue(f"The body is not JSON: {exc}.") from exc
+    if not isinstance(fields, dict):
+        raise InvalidValue("The body must be a JSON object.")
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _listed(fields: Mapping[str, Any]) -> Iterator[Item]:
+    given = [name for name in ("requests", "prompts") if name in fields]
+    if len(given) != 1:
+        raise MissingParameter("Give the prompts of the job in one list, requests.", param="requests")
+    values = fields[given[0]]
+    if not isinstance(values, list):
+        raise InvalidValue("must be a list of strings or objects", param=given[0])
+    return (Item(index, value) for index, value in enumerate(values))
+
+
+def _query_fields(query: QueryParams) -> dict[str, Any]:
+    """Return the fields of the query string, numbers as numbers. Lines hold the requests, so a list is out of place."""
+    for name in _LISTS & query.keys():
+        raise UnknownParameter("The lines of the body are the requests.", param=name)
+    return {name: value if name == "model" else _query_value(value) for name, value in query.items()}
+
+
+def _query_value(text: str) -> Any:
+    try:
+        return read_json(text.encode())
+    except ValueError:
+        return text
+
+
+def _model(model: Any) -> str | None:
+    if model is not None and not isinstance(model, str):
+        raise InvalidValue("must be a string", param="model")
+    return model
+
+
+def _endpoint(endpoint: Any) -> Endpoint:
+    offered = get_args(Endpoint)
+    if endpoint not in offered:
+        raise InvalidValue(f"must be one of {', '.join(offered)}", param="endpoint")
+    return endpoint  # type: ignore[no-any-return]
+
+
+def _window_s(window: Any) -> float | None:
+    if window is None:
+        return None
+    match = re.fullmatch(r"([1-9][0-9]{0,3})([mhd])", window) if isinstance(window, str) else None
+    if match is None:
+        raise InvalidValue("must be digits and m, h or d, such as 24h", param="completion_window")
+    return float(int(match[1]) * _UNIT_S[match[2]])
+
+
+def _digest(body: bytes, query: QueryParams) -> str:
+    """Return what tells a repeated submission from another one under the same key."""
+    digest = hashlib.sha256(body)
+    digest.update(repr(sorted(query.multi_items())).encode())
+    return digest.hexdigest()

@@ -1,0 +1,122 @@
+"""How things look on the wire: rows of the record in, JSON objects in OpenAI's style out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from jobs.api.envelope import error_body
+from jobs.messages import JobStatus
+from storage.queries import JobStats, JobView, OutputView, WorkerView
+
+Json = dict[str, Any]
+
+
+def job(view: JobView) -> Json:
+    """Return a job. Times are whole Unix seconds; a time that has not come is null."""
+    status = JobStatus(view.status)
+    return {
+        "id": view.id,
+        "object": "job",
+        "status": view.status,
+        "model": view.model,
+        "endpoint": view.endpoint,
+        "completion_window": _window(view.expires_at - view.created_at),
+        "created_at": int(view.created_at),
+        "in_progress_at": _second(view.started_at),
+        "expires_at": int(view.expires_at),
+        "cancelling_at": _second(view.cancelling_at),
+        **{f"{end}_at": _second(view.finished_at if status == end else None) for end in _ENDS},
+        "request_counts": {
+            "total": view.requests_total,
+            "completed": view.requests_completed,
+            "failed": view.requests_failed,
+        },
+        "progress": _progress(view),
+        "metadata": view.metadata,
+    }
+
+
+_ENDS = (JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.EXPIRED, JobStatus.CANCELLED)
+
+
+def page(items: Sequence[Json], has_more: bool) -> Json:
+    """Return a page of a list."""
+    return {
+        "object": "list",
+        "data": items,
+        "first_id": items[0]["id"] if items else None,
+        "last_id": items[-1]["id"] if items else None,
+        "has_more": has_more,
+    }
+
+
+def output(view: OutputView) -> Json:
+    """Return one line of a job's outputs: the choices of a request, or why there are none."""
+    line: Json = {"custom_id": view.custom_id, "index": view.request_index, "status": view.status}
+    if view.error_message is not None:
+        status_code = view.error_status_code or 500
+        line |= error_body(status_code, view.error_message, view.error_param, view.error_code)
+        if not view.choices:
+            return line
+    choices = [
+        {
+            "index": choice.choice_index,
+            "text": choice.text,
+            "finish_reason": choice.finish_reason,
+            "completion_tokens": choice.completion_tokens,
+        }
+        for choice in view.choices
+    ]
+    return line | {"choices": choices, "usage": _usage(view)}
+
+
+def statistics(view: JobStats) -> Json:
+    """Return the numbers of a job, or of everything."""
+    return asdict(view)
+
+
+def worker(view: WorkerView) -> Json:
+    """Return a worker."""
+    return asdict(view)
+
+
+def model(name: str, context_tokens: int | None) -> Json:
+    """Return a model: OpenAI's fields, and the context where a worker has told it."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "basic", "context_tokens": context_tokens}
+
+
+def _progress(view: JobView) -> Json:
+    elapsed_s = _elapsed_s(view)
+    return {
+        "prompt_tokens": view.prompt_tokens,
+        "completion_tokens": view.completion_tokens,
+        "elapsed_s": round(elapsed_s, 3),
+        "tokens_per_s": round(view.completion_tokens / elapsed_s, 3) if elapsed_s > 0 else None,
+    }
+
+
+def _elapsed_s(view: JobView) -> float:
+    if view.started_at is None:
+        return 0.0
+    until = time.time() if view.finished_at is None else view.finished_at
+    return max(0.0, until - view.started_at)
+
+
+def _usage(view: OutputView) -> Json:
+    """Return the tokens of a request: its prompt is counted once, whatever the number of choices."""
+    prompt = max((choice.prompt_tokens for choice in view.choices), default=0)
+    completion = sum(choice.completion_tokens for choice in view.choices)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def _window(window_s: float) -> str:
+    """Return a time span as it is written in a submission."""
+    minutes = max(1, round(window_s / 60))
+    return f"{minutes // 60}h" if minutes % 60 == 0 else f"{minutes}m"
+
+
+def _second(at: float | None) -> int | None:
+    return None if at is None else int(at)

@@ -1,0 +1,364 @@
+"""The `basic` command: submit, watch and fetch jobs, and run the service. The work is in the client and the servers.
+
+Whatever needs more than the client's packages is imported by the command that needs it. Commands of other packages plug
+themselves in through the entry points `basic.commands`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import BaseModel, ValidationError
+
+from jobs.client import Client, Job, local_service
+from jobs.errors import BasicError, NotFound, SetupError, UnknownSetting
+from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, JobStatus
+from jobs.results import JobInfo
+from jobs.settings import JobsSettings, refuse_unknown_settings
+from jobs.terminal import closing_table, fields_table, jobs_table, make_console, make_view, safe
+
+if TYPE_CHECKING:
+    from jobs.local_state import LocalService
+
+FAILED = 1
+WRONG_USE = 2
+
+_PATIENCE_S = 8.0  # a person who forgot `basic up` should not wait longer to be told
+
+app = typer.Typer(
+    name="basic",
+    help="Asynchronous batch generation with adaptive draft trees.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+database_commands = typer.Typer(help="The SQL database.", no_args_is_help=True)
+app.add_typer(database_commands, name="db")
+
+JobId = Annotated[str | None, typer.Argument(metavar="[JOB]", help="Job id; the newest job if left out.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def main() -> None:
+    """Run the command line; every error is one sentence on standard error and an exit status."""
+    try:
+        refuse_unknown_settings()
+        plug_in_commands(app)
+        app()
+    except (UnknownSetting, ValidationError) as exc:
+        _fail(_settings_sentence(exc), WRONG_USE)
+    except BasicError as exc:
+        _fail(str(exc), FAILED)
+
+
+@app.command()
+def submit(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL, one request a line; - for stdin.")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch the job until it ends.")] = False,
+    model: Annotated[str | None, typer.Option(help="Target model.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, max=2, help="0 decodes greedily.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
+    endpoint: Annotated[str | None, typer.Option(help=f"{CHAT_ENDPOINT} or {COMPLETIONS_ENDPOINT}.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Submit a job: a file with one request a line.
+
+    Example: basic submit examples/prompts.jsonl --follow --temperature 0
+    """
+    parameters = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    lines = _read_file(file)
+    with _connect() as client:
+        job = client.submit(lines, model=model, endpoint=endpoint, **parameters)
+        if follow:
+            raise typer.Exit(_watch(client, job, as_json))
+        info = job.info()
+        if as_json:
+            _print_json(info)
+        else:
+            typer.echo(f"Submitted {info.request_counts.total} requests as job {info.id}")
+            typer.echo(f"Watch it: basic follow {info.id}")
+
+
+@app.command()
+def follow(job: JobId = None, as_json: AsJson = False) -> None:
+    """Watch a job until it ends, from whatever is written already.
+
+    Example: basic follow
+    """
+    with _connect() as client:
+        raise typer.Exit(_watch(client, _find(client, job), as_json))
+
+
+@app.command()
+def status(job: JobId = None, as_json: AsJson = False) -> None:
+    """Say how far a job is.
+
+    Example: basic status --json
+    """
+    with _connect() as client:
+        info = _find(client, job).info()
+        _print_json(info) if as_json else make_console().print(
+            fields_table(info.model_dump(mode="json", exclude_none=True))
+        )
+
+
+@app.command()
+def results(
+    job: JobId = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON lines to this file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the answers of a job so far, in its order.
+
+    Example: basic results --output answers.jsonl
+    """
+    with _connect() as client:
+        found = _find(client, job)
+        if output is not None:
+            _write_results(found, output)
+            return
+        for answer in found.outputs():
+            if as_json:
+                typer.echo(answer.model_dump_json(exclude_none=True))
+                continue
+            typer.echo(f"{safe(answer.custom_id)} ({answer.status})")
+            for choice in answer.choices:
+                typer.echo(safe(choice.text))
+            if answer.error is not None:
+                typer.echo(safe(answer.error.message))
+
+
+@app.command()
+def cancel(job: Annotated[str, typer.Argument(help="Job id.")], as_json: AsJson = False) -> None:
+    """Cancel a job; what is finished stays.
+
+    Example: basic cancel batch_0123456789abcdef
+    """
+    with _connect() as client:
+        info = client.job(job).cancel()
+        _print_json(info) if as_json else typer.echo(f"Job {info.id} is {info.status}")
+
+
+@app.command()
+def jobs(
+    limit: Annotated[int, typer.Option(min=1, max=100, help="How many.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """List jobs, newest first.
+
+    Example: basic jobs --limit 5
+    """
+    with _connect() as client:
+        listed = client.jobs(limit)
+        _print_json(listed) if as_json else make_console().print(jobs_table(listed))
+
+
+@app.command()
+def stats(
+    job: Annotated[str | None, typer.Argument(metavar="[JOB]", help="Job id; everything if left out.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how fast a job ran, or everything so far, and how much speculation paid.
+
+    Example: basic stats --json
+    """
+    with _connect() as client:
+        numbers = client.job(job).stats() if job else client.stats()
+        _print_json(numbers) if as_json else make_console().print(fields_table(numbers))
+
+
+@app.command()
+def up(
+    detach: Annotated[bool, typer.Option("--detach", help="Leave it running and return.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the whole service on this machine: queue, database, worker and REST shim. Ctrl-C stops it.
+
+    Example: basic up --detach
+    """
+    with _needs("worker"):
+        from jobs import local
+    settings = JobsSettings()
+
+    def announce(service: LocalService) -> None:
+        typer.echo(json.dumps(asdict(service)) if as_json else _announcement(service, detach))
+
+    if not detach:
+        raise typer.Exit(local.up(settings, announce=announce))
+    announce(local.start_detached(settings))
+
+
+@app.command()
+def down() -> None:
+    """Stop the service that `basic up` runs.
+
+    Example: basic down
+    """
+    with _needs("api"):
+        from jobs import local
+    stopped = local.down(JobsSettings().data_dir)
+    typer.echo("Stopped" if stopped else "Nothing was running")
+
+
+@app.command()
+def api(
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port to listen on; 0: a free one.")] = None,
+    ready_file: Annotated[Path | None, typer.Option(help="Write the URL here once connections are taken.")] = None,
+) -> None:
+    """Serve the REST shim.
+
+    Example: basic api --host 0.0.0.0 --port 8000
+    """
+    with _needs("api"):
+        from jobs.api.server import serve
+    given = {name: value for name, value in (("api_host", host), ("api_port", port)) if value is not None}
+    serve(JobsSettings().model_copy(update=given), ready_file)
+
+
+@database_commands.command("upgrade")
+def database_upgrade() -> None:
+    """Bring the database to the schema of this version; makes it if there is none.
+
+    Example: basic db upgrade
+    """
+    with _needs("api"):
+        from storage import schema
+    schema.upgrade(JobsSettings().resolved_database_url)
+    typer.echo("The database is up to date")
+
+
+def plug_in_commands(to: typer.Typer) -> None:
+    """Add the commands of other packages; where one can't be imported, commands that say what to install."""
+    for entry in entry_points(group="basic.commands"):
+        try:
+            to.add_typer(entry.load())
+        except ModuleNotFoundError as exc:
+            _add_placeholders(to, entry, exc)
+
+
+# What `worker.cli` brings, for an installation that can't import it.
+_WORKER_COMMANDS = ("worker", "generate", "bench", "models", "draft")
+
+
+def _add_placeholders(to: typer.Typer, entry: EntryPoint, missing: ModuleNotFoundError) -> None:
+    def explain() -> None:
+        raise _not_installed(entry.name, missing)
+
+    for name in _WORKER_COMMANDS:
+        options = {"ignore_unknown_options": True, "allow_extra_args": True}
+        to.command(name, hidden=True, context_settings=options)(explain)
+
+
+@contextmanager
+def _needs(extra: str) -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as exc:
+        raise _not_installed(extra, exc) from exc
+
+
+def _not_installed(extra: str, missing: ModuleNotFoundError) -> SetupError:
+    return SetupError(f"This command needs {missing.name}; install it with: pip install 'basic-batch[{extra}]'")
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        return sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    except OSError as exc:
+        raise typer.BadParameter(f"{path} can't be read: {exc.strerror}", param_hint="FILE") from exc
+
+
+def _connect() -> Client:
+    return Client(patience_s=_PATIENCE_S)
+
+
+def _find(client: Client, job_id: str | None) -> Job:
+    if job_id is not None:
+        return client.job(job_id)
+    newest = client.jobs(limit=1)
+    if not newest:
+        raise NotFound("There is no job yet; submit one with: basic submit FILE.jsonl")
+    return client.job(newest[0].id)
+
+
+def _watch(client: Client, job: Job, as_json: bool) -> int:
+    """Show a job until it ends and return the exit status; Ctrl-C leaves the job running."""
+    try:
+        _watch_events(job, as_json)
+    except KeyboardInterrupt:
+        typer.echo(f"The job goes on. Watch it again: basic follow {job.id}", err=True)
+        return FAILED
+    info = job.info()
+    if not as_json:
+        make_console().print(closing_table(info, job.stats(), _database_place(client)))
+    answered = info.request_counts.completed > 0
+    return 0 if info.status is JobStatus.COMPLETED and answered else FAILED
+
+
+def _watch_events(job: Job, as_json: bool) -> None:
+    if as_json:
+        for event in job.follow():
+            typer.echo(event.model_dump_json(exclude_none=True))
+        return
+    console = make_console()
+    with make_view(console, job.info()) as view:
+        for event in job.follow():
+            view.show(event)
+
+
+def _database_place(client: Client) -> str | None:
+    """Return where the database is, if it is on this machine and ours to know."""
+    service = local_service(JobsSettings())
+    if service is None or service.api_url.rstrip("/") != client.api_url:
+        return None
+    return service.database_url.removeprefix("sqlite:///")
+
+
+def _write_results(job: Job, path: Path) -> None:
+    count = 0
+    with path.open("w", encoding="utf-8") as file:
+        for answer in job.outputs():
+            file.write(answer.model_dump_json(exclude_none=True) + "\n")
+            count += 1
+    typer.echo(f"Wrote {count} answers to {path}")
+
+
+def _announcement(service: LocalService, detached: bool) -> str:
+    stop = "Stop it with: basic down" if detached else "Ctrl-C stops it"
+    return f"bASIC answers at {service.api_url}\nEverything lies in {service.data_dir}\n{stop}"
+
+
+def _print_json(value: BaseModel | list[JobInfo] | dict[str, Any]) -> None:
+    if isinstance(value, BaseModel):
+        typer.echo(value.model_dump_json())
+    elif isinstance(value, list):
+        typer.echo(json.dumps([item.model_dump(mode="json") for item in value]))
+    else:
+        typer.echo(json.dumps(value))
+
+
+def _settings_sentence(exc: UnknownSetting | ValidationError) -> str:
+    if isinstance(exc, UnknownSetting):
+        return str(exc)
+    first = exc.errors(include_url=False, include_input=False)[0]
+    return f"BASIC_{str(first['loc'][0]).upper()}: {first['msg']}"
+
+
+def _fail(sentence: str, status: int) -> None:
+    typer.echo(f"basic: {sentence}", err=True)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,426 @@
+"""The Python client: submit prompts, follow the text, fetch the outputs. Needs httpx and pydantic, no server code.
+
+    with Client() as client:
+        job = client.submit(["What is the capital of France?"], max_tokens=20)
+        job.wait()
+        for output in job.outputs():
+            print(output.custom_id, output.text)
+
+`AsyncClient` is the one implementation; `Client` runs it on an event loop in a thread. A job is known by its id, so a
+script that was interrupted goes on with `client.job(job_id)`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import sys
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, aclosing
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import httpx
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from jobs.errors import BasicError, JobRefused, NotCancellable, NotFound, ServiceUnavailable
+from jobs.messages import Endpoint, PartialEvent
+from jobs.reader import Reader
+from jobs.results import JobInfo, Output, Statistics
+from jobs.settings import JobsSettings
+
+if TYPE_CHECKING:
+    from jobs.local_state import LocalService
+
+Prompts = Iterable[str | Mapping[str, Any]] | str | bytes | os.PathLike[str]
+T = TypeVar("T")
+
+_TRY_AGAIN = frozenset({429, 502, 503, 504})
+_SILENCE_S = 60.0  # the server sends a comment every 15 s, so a stream that is silent for so long is dead
+_FIRST_PAUSE_S = 0.25
+_LONGEST_PAUSE_S = 8.0
+
+
+def default_api_url(settings: JobsSettings) -> str:
+    """Return where the service is: as the environment says, else where `basic up` runs, else the default address."""
+    if "api_url" in settings.model_fields_set:
+        return settings.api_url
+    service = local_service(settings)
+    return settings.api_url if service is None else service.api_url
+
+
+def local_service(settings: JobsSettings) -> LocalService | None:
+    """Return the service that `basic up` runs on the data directory of the settings, if there is one."""
+    if sys.platform == "win32":  # embedded mode needs file locks that are not there
+        return None
+    from jobs.local_state import running
+
+    return running(settings.data_dir)
+
+
+class AsyncClient:
+    """A connection to the service, for asyncio."""
+
+    def __init__(
+        self,
+        api_url: str | None = None,
+        api_key: str | None = None,
+        *,
+        patience_s: float = 30.0,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        """Connect lazily. `patience_s`: for so long calls are tried again while the service is away or busy."""
+        settings = JobsSettings()
+        key = settings.api_key if api_key is None else api_key
+        self.api_url = (api_url or default_api_url(settings)).rstrip("/")
+        self._patience_s = patience_s
+        self._http = httpx.AsyncClient(
+            base_url=self.api_url,
+            headers={"authorization": f"Bearer {key}"} if key else {},
+            timeout=httpx.Timeout(_SILENCE_S, connect=5.0),
+            transport=transport,
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._http.aclose()
+
+    async def submit(
+        self,
+        prompts: Prompts,
+        *,
+        model: str | None = None,
+        endpoint: Endpoint | None = None,
+        metadata: Mapping[str, str] | None = None,
+        completion_window: str | None = None,
+        idempotency_key: str | None = None,
+        **parameters: Any,
+    ) -> AsyncJob:
+        """Submit a job: strings or request objects; a JSONL file by its path; or its bytes.
+
+        `parameters` hold for all requests that bring none of their own.
+
+        Every submission carries a key, so that one whose answer got lost is not recorded twice.
+        """
+        job = {"model": model, "endpoint": endpoint, "metadata": metadata, "completion_window": completion_window}
+        fields = {name: value for name, value in (job | parameters).items() if value is not None}
+        headers = {"idempotency-key": idempotency_key or str(uuid.uuid4())}
+        if isinstance(prompts, os.PathLike):
+            prompts = await asyncio.to_thread(Path(prompts).read_bytes)
+        if isinstance(prompts, bytes):
+            headers["content-type"] = "application/x-ndjson"
+            reply = await self._call("POST", "/v1/jobs", content=prompts, params=_query(fields), headers=headers)
+        else:
+            body = fields | {"requests": [prompts] if isinstance(prompts, str) else list(prompts)}
+            reply = await self._call("POST", "/v1/jobs", json=body, headers=headers)
+        return AsyncJob(self, reply["id"])
+
+    def job(self, job_id: str) -> AsyncJob:
+        """Return the handle of a job that was submitted before."""
+        return AsyncJob(self, job_id)
+
+    async def jobs(self, limit: int = 20, after: str | None = None) -> list[JobInfo]:
+        """List jobs, newest first."""
+        params = {"limit": limit} | ({"after": after} if after else {})
+        reply = await self._call("GET", "/v1/jobs", params=params)
+        return [JobInfo.model_validate(job) for job in reply["data"]]
+
+    async def stats(self) -> Statistics:
+        """Return the numbers of everything that ran so far."""
+        return await self._call("GET", "/v1/stats")
+
+    async def get(self, job_id: str) -> JobInfo:
+        """Read a job."""
+        return JobInfo.model_validate(await self._call("GET", f"/v1/jobs/{job_id}"))
+
+    async def cancel(self, job_id: str) -> JobInfo:
+        """Cancel a job; what is finished stays."""
+        return JobInfo.model_validate(await self._call("POST", f"/v1/jobs/{job_id}/cancel"))
+
+    async def job_stats(self, job_id: str) -> Statistics:
+        """Return the numbers of a job."""
+        return await self._call("GET", f"/v1/jobs/{job_id}/stats")
+
+    async def wait(
+        self, job_id: str, progress: Callable[[JobInfo], object] | None = None, poll_s: float = 1.0
+    ) -> JobInfo:
+        """Wait until a job has ended, telling `progress` about it meanwhile."""
+        while True:
+            info = await self.get(job_id)
+            if progress is not None:
+                progress(info)
+            if info.status.final:
+                return info
+            await asyncio.sleep(poll_s)
+
+    async def outputs(self, job_id: str) -> AsyncGenerator[Output]:
+        """Yield the answers of a job so far, in its order. A broken connection is taken up where it broke."""
+        after = -1
+        pauses = _Pauses(self._patience_s)
+        while True:
+            try:
+                async with aclosing(self._lines(f"/v1/jobs/{job_id}/outputs", {"after": after})) as lines:
+                    async for line in lines:
+                        output = Output.model_validate_json(line)
+                        after = output.index
+                        yield output
+                return
+            except httpx.TransportError as exc:
+                await pauses.pause_or_raise(self._away(exc))
+
+    async def follow(self, job_id: str) -> AsyncGenerator[PartialEvent]:
+        """Yield what is written as it is written, until the job ends. Lost connections are taken up again, unseen."""
+        reader = Reader()
+        pauses = _Pauses(self._patience_s)
+        while True:
+            try:
+                async with aclosing(self._events(job_id)) as events:
+                    async for event in events:
+                        pauses = _Pauses(self._patience_s)
+                        if reader.take(event):
+                            yield event
+                        if event.status is not None and event.status.final:
+                            return
+                await pauses.pause_or_raise(ServiceUnavailable(f"{self.api_url} ends the stream before the job does."))
+            except httpx.TransportError as exc:
+                await pauses.pause_or_raise(self._away(exc))
+
+    async def _events(self, job_id: str) -> AsyncGenerator[PartialEvent]:
+        """Yield the events of one connection. Every event is one line of data; comments and ids need no reading."""
+        async with aclosing(self._lines(f"/v1/jobs/{job_id}/events", {})) as lines:
+            async for line in lines:
+                if line.startswith("data:"):
+                    yield PartialEvent.model_validate_json(line[5:])
+
+    async def _lines(self, path: str, params: Mapping[str, Any]) -> AsyncGenerator[str]:
+        """Yield the lines of a reply as they come. They end at newlines only: U+2028 may stand inside JSON."""
+        async with self._http.stream("GET", path, params=params) as response:
+            if response.is_error:
+                await response.aread()
+                raise _error(response)
+            rest = ""
+            async for text in response.aiter_text():
+                *lines, rest = (rest + text).split("\n")
+                for line in lines:
+                    yield line
+
+    async def _call(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
+        """Call the service, again while it is away or busy; return the reply or raise the error it answered."""
+        pauses = _Pauses(self._patience_s)
+        while True:
+            try:
+                response = await self._http.request(method, path, **arguments)
+            except httpx.TransportError as exc:
+                await pauses.pause_or_raise(self._away(exc))
+                continue
+            if response.is_success:
+                return response.json()  # type: ignore[no-any-return]
+            if response.status_code not in _TRY_AGAIN:
+                raise _error(response)
+            await pauses.pause_or_raise(_error(response), response.headers.get("retry-after"))
+
+    def _away(self, exc: httpx.TransportError) -> ServiceUnavailable:
+        reason = str(exc) or type(exc).__name__
+        return ServiceUnavailable(f"{self.api_url} does not answer: {reason}. Is bASIC running? `basic up` starts it.")
+
+
+class AsyncJob:
+    """A job of an AsyncClient."""
+
+    def __init__(self, client: AsyncClient, job_id: str) -> None:
+        """Remember whose job it is; nothing is asked yet."""
+        self._client = client
+        self.id = job_id
+
+    async def info(self) -> JobInfo:
+        """Read the job."""
+        return await self._client.get(self.id)
+
+    async def wait(self, progress: Callable[[JobInfo], object] | None = None, poll_s: float = 1.0) -> JobInfo:
+        """Wait until the job has ended."""
+        return await self._client.wait(self.id, progress, poll_s)
+
+    def follow(self) -> AsyncGenerator[PartialEvent]:
+        """Yield what is written as it is written."""
+        return self._client.follow(self.id)
+
+    def outputs(self) -> AsyncGenerator[Output]:
+        """Yield the answers so far, in the job's order."""
+        return self._client.outputs(self.id)
+
+    async def cancel(self) -> JobInfo:
+        """Cancel the job."""
+        return await self._client.cancel(self.id)
+
+    async def stats(self) -> Statistics:
+        """Return the numbers of the job."""
+        return await self._client.job_stats(self.id)
+
+
+class Client:
+    """A connection to the service, for code without asyncio: the same calls, on an event loop in a thread."""
+
+    def __init__(self, api_url: str | None = None, api_key: str | None = None, **options: Any) -> None:
+        """Connect lazily; arguments as for AsyncClient."""
+        self._stack = ExitStack()
+        self._portal: BlockingPortal = self._stack.enter_context(start_blocking_portal())
+        self._client = AsyncClient(api_url, api_key, **options)
+        self._stack.callback(self._portal.call, self._client.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections and end the thread."""
+        self._stack.close()
+
+    @property
+    def api_url(self) -> str:
+        """Where the service is."""
+        return self._client.api_url
+
+    def submit(self, prompts: Prompts, **arguments: Any) -> Job:
+        """Submit a job; arguments as for AsyncClient.submit."""
+        return Job(self, self.run(lambda client: client.submit(prompts, **arguments)).id)
+
+    def job(self, job_id: str) -> Job:
+        """Return the handle of a job that was submitted before."""
+        return Job(self, job_id)
+
+    def jobs(self, limit: int = 20, after: str | None = None) -> list[JobInfo]:
+        """List jobs, newest first."""
+        return self.run(lambda client: client.jobs(limit, after))
+
+    def stats(self) -> Statistics:
+        """Return the numbers of everything that ran so far."""
+        return self.run(lambda client: client.stats())
+
+    def run(self, call: Callable[[AsyncClient], Awaitable[T]]) -> T:
+        """Run one call of the asynchronous client to its end."""
+
+        async def run() -> T:
+            return await call(self._client)
+
+        return self._wait_for(run)
+
+    def iterate(self, stream: Callable[[AsyncClient], AsyncGenerator[T]]) -> Iterator[T]:
+        """Iterate over a stream of the asynchronous client; leaving the loop, Ctrl-C included, closes it."""
+        generator = stream(self._client)
+        turn = asyncio.Lock()  # an interrupted step must have ended before the stream can be closed
+
+        async def step() -> tuple[T] | None:
+            async with turn:
+                async for item in generator:
+                    return (item,)
+                return None
+
+        async def close() -> None:
+            async with turn:
+                await generator.aclose()
+
+        try:
+            while (item := self._wait_for(step)) is not None:
+                yield item[0]
+        finally:
+            self._portal.call(close)
+
+    def _wait_for(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Wait for a call on the event loop; whoever stops waiting stops the call."""
+        pending = self._portal.start_task_soon(call)
+        try:
+            return pending.result()
+        except BaseException:
+            pending.cancel()
+            raise
+
+
+class Job:
+    """A job of a Client."""
+
+    def __init__(self, client: Client, job_id: str) -> None:
+        """Remember whose job it is; nothing is asked yet."""
+        self._client = client
+        self.id = job_id
+
+    def info(self) -> JobInfo:
+        """Read the job."""
+        return self._client.run(lambda client: client.get(self.id))
+
+    def wait(self, progress: Callable[[JobInfo], object] | None = None, poll_s: float = 1.0) -> JobInfo:
+        """Wait until the job has ended."""
+        return self._client.run(lambda client: client.wait(self.id, progress, poll_s))
+
+    def follow(self) -> Iterator[PartialEvent]:
+        """Yield what is written as it is written."""
+        return self._client.iterate(lambda client: client.follow(self.id))
+
+    def outputs(self) -> Iterator[Output]:
+        """Yield the answers so far, in the job's order."""
+        return self._client.iterate(lambda client: client.outputs(self.id))
+
+    def cancel(self) -> JobInfo:
+        """Cancel the job."""
+        return self._client.run(lambda client: client.cancel(self.id))
+
+    def stats(self) -> Statistics:
+        """Return the numbers of the job."""
+        return self._client.run(lambda client: client.job_stats(self.id))
+
+
+class _Pauses:
+    """The pauses between tries of one call: longer each time, with jitter, until the patience is used up."""
+
+    def __init__(self, patience_s: float) -> None:
+        self._left_s = patience_s
+        self._next_s = _FIRST_PAUSE_S
+
+    async def pause_or_raise(self, error: BasicError, retry_after: str | None = None) -> None:
+        """Sleep before the next try, or raise the error if there is no patience for it."""
+        asked = float(retry_after) if retry_after is not None and retry_after.isdecimal() else 0.0
+        pause_s = max(asked, self._next_s * random.uniform(0.5, 1.0))
+        if pause_s > self._left_s:
+            raise error
+        self._left_s -= pause_s
+        self._next_s = min(2 * self._next_s, _LONGEST_PAUSE_S)
+        await asyncio.sleep(pause_s)
+
+
+def _error(response: httpx.Response) -> BasicError:
+    """Return the exception for an answer: the class of its code, else of its status."""
+    try:
+        error = response.json()["error"]
+        message, code, param = error["message"], error["code"], error["param"]
+    except (ValueError, KeyError, TypeError):
+        message, code, param = f"The service answered {response.status_code} {response.reason_phrase}.", None, None
+    return _error_class(response.status_code, code)(message, param=param)
+
+
+def _error_class(status_code: int, code: str | None) -> type[BasicError]:
+    by_status = {404: NotFound, 409: NotCancellable, 503: ServiceUnavailable}
+    fallback = by_status.get(status_code, JobRefused if status_code < 500 else BasicError)
+    return next((kind for kind in _tree(BasicError) if code is not None and kind.code == code), fallback)
+
+
+def _tree(root: type[BasicError]) -> Iterator[type[BasicError]]:
+    yield root
+    for kind in root.__subclasses__():
+        yield from _tree(kind)
+
+
+def _query(fields: Mapping[str, Any]) -> dict[str, str]:
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}

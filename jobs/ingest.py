@@ -1,0 +1,133 @@
+"""The ingest task: prompt batches that producers pushed onto Redis become jobs in SQL. Runs as `python -m jobs.ingest`.
+
+Redis -> [ingest] -> intake.  A process of its own with one thread and late acknowledgement: the message leaves Redis
+only when its rows are committed, and recording it twice adds nothing. Late acknowledgement with more than one thread
+would not survive a restart of Redis, so the concurrency is no setting.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from celery import Celery, Task
+from celery.exceptions import Reject
+from pydantic import ValidationError
+from sqlalchemy.exc import InterfaceError, OperationalError
+
+from jobs.celery_app import INGEST_QUEUE, INGEST_TASK, make_app
+from jobs.errors import BasicError, IdempotencyConflict, InvalidValue
+from jobs.intake import Submission, accept_job, record_refused_job
+from jobs.items import Item
+from jobs.logs import log_to_stderr
+from jobs.messages import PromptBatch
+from jobs.producer import Ring, batch_job_id, make_producer_app, ring
+from jobs.settings import JobsSettings
+from storage.records import Refusal
+from storage.session import Database
+
+log = logging.getLogger("jobs.ingest")  # also when it runs as a program
+
+_RETRY_S = 2.0  # before a message goes back: without the pause a dead database would make it spin
+_KEY_PREFIX = "producer:"  # keeps the ids of producers apart from the Idempotency-Keys of HTTP clients
+
+
+def ingest(batch: Any, *, database: Database, ring: Ring, settings: JobsSettings) -> str | None:
+    """Record one prompt batch as a job and return the job's id; None if it does not even say its own id."""
+    try:
+        read = PromptBatch.model_validate_json(json.dumps(batch))
+    except ValidationError as exc:
+        return _refuse_unreadable(batch, exc, database, settings)
+    submission = _submission(read)
+    try:
+        job_id = accept_job(submission, database=database, ring=ring, settings=settings)
+    except IdempotencyConflict:
+        log.error("Batch %s was pushed again with other content; the first stands", read.id, extra=_ids(read.id))
+        return submission.job_id
+    except BasicError as refused:
+        return _refuse(submission, read.id, refused, database, settings)
+    log.info("Recorded batch %s as job %s", read.id, job_id, extra=_ids(read.id) | {"job_id": job_id})
+    return job_id
+
+
+def make_ingest_app(
+    database: Database, settings: JobsSettings, *, sleep: Callable[[float], None] = time.sleep
+) -> Celery:
+    """Return the Celery app with the ingest task registered."""
+    app = make_app(settings.redis_url, queues=(INGEST_QUEUE,))
+    doorbells = make_producer_app(settings.redis_url)
+
+    def ring_doorbell(job_id: str, model: str) -> None:
+        ring(doorbells, job_id, model)
+
+    @app.task(name=INGEST_TASK, bind=True, acks_late=True)  # type: ignore[untyped-decorator]
+    def ingest_task(task: Task, batch: Any) -> None:
+        try:
+            ingest(batch, database=database, ring=ring_doorbell, settings=settings)
+        except (OperationalError, InterfaceError) as exc:
+            log.warning("The database does not answer; the batch goes back: %s", exc.orig, extra={"action": "requeue"})
+            sleep(_RETRY_S)
+            raise Reject(exc, requeue=True) from exc
+
+    return app
+
+
+def main() -> int:
+    """Run the ingest worker until a signal ends it."""
+    settings = JobsSettings()
+    log_to_stderr(settings.log_format)
+    database = Database.open(settings.resolved_database_url)
+    app = make_ingest_app(database, settings)
+    try:
+        app.worker_main(["worker", "--pool=threads", "--concurrency=1", "--loglevel=INFO", "--hostname=ingest@%h"])
+    finally:
+        database.dispose()
+    return 0
+
+
+def _submission(batch: PromptBatch) -> Submission:
+    return Submission(
+        items=[Item(index, value) for index, value in enumerate(batch.requests)],
+        model=batch.model,
+        endpoint=batch.endpoint,
+        parameters=batch.parameters,
+        metadata=batch.metadata,
+        job_id=batch_job_id(batch.id),
+        idempotency_key=_KEY_PREFIX + batch.id,
+        body_sha256=hashlib.sha256(batch.model_dump_json().encode()).hexdigest(),
+    )
+
+
+def _refuse(
+    submission: Submission, batch_id: str, refused: BasicError, database: Database, settings: JobsSettings
+) -> str:
+    log.warning("Refused batch %s: %s", batch_id, refused, extra=_ids(batch_id))
+    refusal = Refusal(refused.code or "invalid_value", str(refused), refused.param, refused.status_code)
+    return record_refused_job(submission, refusal, database=database, settings=settings)
+
+
+def _refuse_unreadable(batch: Any, exc: ValidationError, database: Database, settings: JobsSettings) -> str | None:
+    """Answer a message that is no PromptBatch under the id it carries; without one there is nobody to answer."""
+    first = exc.errors(include_url=False, include_input=False)[0]
+    place = ".".join(str(part) for part in first["loc"]) or "batch"
+    batch_id = batch.get("id") if isinstance(batch, dict) else None
+    if not isinstance(batch_id, str) or not 1 <= len(batch_id) <= 128:
+        log.error(
+            "Dropped a prompt batch without a usable id: %s: %s", place, first["msg"], extra={"action": "dropped"}
+        )
+        return None
+    submission = Submission((), job_id=batch_job_id(batch_id), idempotency_key=_KEY_PREFIX + batch_id)
+    return _refuse(submission, batch_id, InvalidValue(first["msg"], param=place), database, settings)
+
+
+def _ids(batch_id: str) -> dict[str, str]:
+    return {"action": "ingest", "batch_id": batch_id}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,355 @@
+"""From what someone wrote for one request to the request that is stored: every field honoured, refused or documented.
+
+An item is a string, an object with `prompt` or `messages`, or a line of an OpenAI batch file. Pure: knows no SQL, no
+Redis and no HTTP. Whatever is wrong with an item fails its own request and no other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, get_args
+
+from pydantic import ValidationError
+from pydantic_core import from_json
+
+from jobs.errors import (
+    InvalidJsonLine,
+    InvalidValue,
+    MissingParameter,
+    PromptTooLong,
+    RequestRefused,
+    UnknownParameter,
+    UnsupportedParameter,
+)
+from jobs.messages import COMPLETIONS_ENDPOINT, ChatMessage, Endpoint, GenerationRequest, SamplingParameters
+from storage.records import NewRequest, Refusal
+
+MAX_CUSTOM_ID_CHARS = 64
+COMPLETIONS_MAX_TOKENS = 16  # OpenAI's default for raw prompts; a chat answer runs to the context's end
+
+# Fields of the OpenAI API that are accepted and change nothing in a batch.
+WITHOUT_EFFECT = frozenset(
+    [
+        "metadata",
+        "modalities",
+        "parallel_tool_calls",
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "reasoning_effort",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "stream",
+        "stream_options",
+        "user",
+        "verbosity",
+    ]
+)
+
+# Fields that would change the text if they were honoured, with the values that ask for nothing.
+UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "chat_template_kwargs": ({},),
+    "echo": (False,),
+    "frequency_penalty": (0, 0.0),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "min_tokens": (0,),
+    "presence_penalty": (0, 0.0),
+    "repetition_penalty": (1, 1.0),
+    "response_format": ({"type": "text"},),
+    "stop": ([],),
+    "stop_token_ids": ([],),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "web_search_options": (),
+}
+
+_CAPS = ("max_tokens", "max_completion_tokens")  # the second wins where both are given
+_SAMPLING = frozenset(SamplingParameters.model_fields)
+PARAMETERS = frozenset(_SAMPLING | set(_CAPS) | WITHOUT_EFFECT | set(UNSUPPORTED))
+_PROMPT_FIELDS = frozenset({"prompt", "messages", "model", "custom_id", "id"})
+_LINE_FIELDS = frozenset({"custom_id", "id", "method", "url", "body"})
+_MESSAGE_FIELDS = frozenset({"role", "content", "name", "refusal"})
+_ROLES = {role: role for role in get_args(ChatMessage.model_fields["role"].annotation)} | {"developer": "system"}
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """What someone wrote for one request, and where: a line of a file (counted from 1) or a place in a list."""
+
+    index: int
+    value: Any
+    line: int | None = None
+
+    @property
+    def place(self) -> str:
+        """Where the item stands, for people."""
+        return f"line {self.line}" if self.line is not None else f"requests[{self.index}]"
+
+    @property
+    def model(self) -> Any:
+        """The model the item asks for, as it is written, or None."""
+        fields = self.value.get("body", self.value) if isinstance(self.value, dict) else None
+        return fields.get("model") if isinstance(fields, dict) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What holds for every request of one job."""
+
+    job_id: str
+    model: str
+    endpoint: Endpoint
+    defaults: Mapping[str, Any]  # sampling parameters of the job; a request's own win
+    max_prompt_chars: int
+    context_tokens: int | None = None  # of the workers that serve the model, if one is known
+
+
+def read_lines(body: bytes) -> Iterator[Item]:
+    """Yield the items of a JSONL body. A line that is no JSON becomes an item that will be refused; blank ones vanish.
+
+    Lines end at a newline only: U+2028 may stand inside a JSON string.
+    """
+    index = 0
+    for number, line in enumerate(body.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if text := line.strip():
+            yield Item(index, _read_line(text), number)
+            index += 1
+
+
+def read_json(text: bytes) -> Any:
+    """Return the value of a JSON text; raise ValueError for anything else, NaN and lone surrogates included."""
+    return from_json(text, allow_inf_nan=False)
+
+
+def parse_item(item: Item, rules: Rules) -> NewRequest:
+    """Return the request of an item: valid, or with the refusal for its error row. Never raises for content."""
+    custom_id = f"request-{item.index}"
+    try:
+        fields = _fields(item.value, rules.endpoint)
+        custom_id = _custom_id(fields, custom_id)
+        body = _request(fields, rules, item.index)
+    except RequestRefused as refused:
+        return NewRequest(custom_id, refusal=_refusal(refused, item))
+    return NewRequest(custom_id, body=body.model_dump(mode="json"))
+
+
+def parse_parameters(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sampling parameters among the fields; raise RequestRefused for the first that is wrong."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    refuse_unknown(given, PARAMETERS)
+    _refuse_unsupported(given)
+    parameters = {name: value for name, value in given.items() if name in _SAMPLING}
+    if "max_completion_tokens" in given:
+        parameters["max_tokens"] = given["max_completion_tokens"]
+    _sampling({"seed": 0} | parameters)
+    return parameters
+
+
+def _read_line(text: bytes) -> Any:
+    try:
+        return read_json(text)
+    except ValueError as exc:
+        return InvalidJsonLine(f"The line is not JSON: {exc}.")
+
+
+def _fields(value: Any, endpoint: str) -> dict[str, Any]:
+    """Return the fields of an item as one flat object, whichever of its forms it came in."""
+    if isinstance(value, RequestRefused):
+        raise value
+    if isinstance(value, str):
+        return {"prompt": value}
+    if not isinstance(value, dict):
+        raise InvalidValue(f"A request is a string or an object, not {_kind(value)}.")
+    fields = {name: inner for name, inner in value.items() if inner is not None}
+    return _line_fields(fields, endpoint) if fields.keys() & {"body", "method", "url"} else fields
+
+
+def _line_fields(line: dict[str, Any], endpoint: str) -> dict[str, Any]:
+    """Return the fields of an OpenAI batch line: those of its body, and its custom_id."""
+    refuse_unknown(line, _LINE_FIELDS)
+    if line.get("method", "POST") != "POST":
+        raise InvalidValue("The method must be POST.", param="method")
+    if line.get("url", endpoint) != endpoint:
+        raise InvalidValue(f"The url must be the job's endpoint, {endpoint}.", param="url")
+    body = line.get("body")
+    if not isinstance(body, dict):
+        raise MissingParameter("The body must be an object with the request's parameters.", param="body")
+    names = {name: line[name] for name in ("custom_id", "id") if name in line}
+    return {name: value for name, value in body.items() if value is not None} | names
+
+
+def _custom_id(fields: Mapping[str, Any], default: str) -> str:
+    name = "custom_id" if "custom_id" in fields else "id"
+    custom_id = fields.get(name, default)
+    if not isinstance(custom_id, str) or not 1 <= len(custom_id) <= MAX_CUSTOM_ID_CHARS:
+        raise InvalidValue(f"A custom_id is a string of 1 to {MAX_CUSTOM_ID_CHARS} characters.", param=name)
+    return _clean(custom_id, name)
+
+
+def _request(fields: Mapping[str, Any], rules: Rules, index: int) -> GenerationRequest:
+    refuse_unknown(fields, _PROMPT_FIELDS | PARAMETERS)
+    if fields.get("model", rules.model) != rules.model:
+        raise InvalidValue(f"This job runs on {rules.model!r}; other models need a job of their own.", param="model")
+    parameters = parse_parameters({name: value for name, value in fields.items() if name in PARAMETERS})
+    prompt = _prompt(fields, rules)
+    return GenerationRequest(model=rules.model, sampling=_sampling_for(parameters, rules, index), **prompt)
+
+
+def _sampling_for(parameters: Mapping[str, Any], rules: Rules, index: int) -> SamplingParameters:
+    base: dict[str, Any] = {"seed": _seed(rules.job_id, index)}
+    if rules.endpoint == COMPLETIONS_ENDPOINT:
+        base["max_tokens"] = COMPLETIONS_MAX_TOKENS
+    sampling = _sampling(base | dict(rules.defaults) | dict(parameters))
+    limit = rules.context_tokens
+    if limit is not None and sampling.max_tokens is not None and sampling.max_tokens > limit:
+        raise InvalidValue(
+            f"must be at most {limit}, the context of {rules.model}, not {sampling.max_tokens}", param="max_tokens"
+        )
+    return sampling
+
+
+def _sampling(parameters: Mapping[str, Any]) -> SamplingParameters:
+    try:
+        return SamplingParameters.model_validate(parameters, strict=True)
+    except ValidationError as exc:
+        first = exc.errors(include_url=False)[0]
+        message = first["msg"].replace("Input should", "must")
+        raise InvalidValue(f"{message}, not {_shown(first['input'])}", param=str(first["loc"][0])) from exc
+
+
+def _seed(job_id: str, index: int) -> int:
+    """Return the seed of a request that brings none. It is stored, so that a second run draws the same tokens."""
+    digest = hashlib.sha256(f"{job_id}:{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1  # 63 bits: fits a signed integer everywhere
+
+
+def _prompt(fields: Mapping[str, Any], rules: Rules) -> dict[str, Any]:
+    """Return `messages` or `prompt` for the stored request; on the chat endpoint a prompt is one user message."""
+    if "messages" in fields and "prompt" in fields:
+        raise InvalidValue("Give either prompt or messages, not both.", param="messages")
+    if "messages" in fields:
+        return {"messages": _messages(fields["messages"], rules)}
+    if "prompt" not in fields:
+        raise MissingParameter("A request needs a prompt or messages.", param="prompt")
+    prompt = _filled(_text(fields["prompt"], "prompt"), "prompt")
+    _refuse_long(len(prompt), rules, "prompt")
+    return {"prompt": prompt}
+
+
+def _messages(messages: Any, rules: Rules) -> tuple[ChatMessage, ...]:
+    if rules.endpoint == COMPLETIONS_ENDPOINT:
+        raise InvalidValue(f"{COMPLETIONS_ENDPOINT} takes a prompt, not messages.", param="messages")
+    if not isinstance(messages, list) or not messages:
+        raise InvalidValue("messages must be a list of at least one message.", param="messages")
+    read = tuple(_message(message, f"messages[{n}]") for n, message in enumerate(messages))
+    _refuse_long(sum(len(message.content) for message in read), rules, "messages")
+    return read
+
+
+def _message(message: Any, place: str) -> ChatMessage:
+    if not isinstance(message, dict):
+        raise InvalidValue(f"A message is an object with role and content, not {_kind(message)}.", param=place)
+    fields = {name: value for name, value in message.items() if value is not None}
+    refuse_unknown(fields, _MESSAGE_FIELDS, f"{place}.")
+    role = fields.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        raise InvalidValue(f"must be one of {', '.join(_ROLES)}, not {_shown(role)}", param=f"{place}.role")
+    content = _content(fields.get("content"), f"{place}.content")
+    if role == "user":
+        _filled(content, f"{place}.content")
+    return ChatMessage(role=_ROLES[role], content=content)
+
+
+def _content(content: Any, param: str) -> str:
+    """Return the text of a message: a string, or a list of text parts, joined."""
+    if not isinstance(content, list):
+        return _text(content, param)
+    return "".join(_part(part, f"{param}[{n}]") for n, part in enumerate(content))
+
+
+def _part(part: Any, param: str) -> str:
+    if not isinstance(part, dict) or part.get("type") != "text":
+        kind = part.get("type") if isinstance(part, dict) else part
+        raise UnsupportedParameter(f"Only parts of type text are supported, not {_shown(kind)}.", param=param)
+    return _text(part.get("text"), f"{param}.text")
+
+
+def _text(value: Any, param: str) -> str:
+    if value is None:
+        raise MissingParameter("The text is missing.", param=param)
+    if not isinstance(value, str):
+        raise InvalidValue(f"must be a string, not {_kind(value)}", param=param)
+    return _clean(value, param)
+
+
+def _clean(text: str, param: str) -> str:
+    """Refuse what not every database and tokenizer can hold: NUL, and halves of surrogate pairs."""
+    if "\0" in text:
+        raise InvalidValue("The character U+0000 is not allowed.", param=param)
+    try:
+        text.encode()
+    except UnicodeEncodeError as exc:
+        raise InvalidValue(
+            f"Half of a surrogate pair at character {exc.start} is not valid text.", param=param
+        ) from exc
+    return text
+
+
+def _filled(text: str, param: str) -> str:
+    if not text.strip():
+        raise InvalidValue("The text is empty.", param=param)
+    return text
+
+
+def _refuse_long(chars: int, rules: Rules, param: str) -> None:
+    if chars > rules.max_prompt_chars:
+        raise PromptTooLong(
+            f"{chars} characters are more than the {rules.max_prompt_chars} one prompt may have.", param=param
+        )
+
+
+def refuse_unknown(fields: Mapping[str, Any], known: frozenset[str], place: str = "") -> None:
+    """Raise UnknownParameter for the first field that is not known, with the nearest one that is."""
+    for name in fields:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise UnknownParameter(f"This field is not known{hint}", param=f"{place}{name[:64]}")
+
+
+def _refuse_unsupported(fields: Mapping[str, Any]) -> None:
+    for name in fields.keys() & UNSUPPORTED.keys():
+        value = fields[name]
+        # False == 0 in Python, and a logprobs of 0 does ask for something.
+        if not any(type(value) is type(idle) and value == idle for idle in UNSUPPORTED[name]):
+            raise UnsupportedParameter("This field is not supported yet; leave it out.", param=name)
+
+
+def _refusal(refused: RequestRefused, item: Item) -> Refusal:
+    where = f"{item.place}, {refused.param}" if refused.param else item.place
+    return Refusal(refused.code or "invalid_value", f"{where}: {refused.message}", refused.param, refused.status_code)
+
+
+def _kind(value: Any) -> str:
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
+    return names.get(type(value), "null" if value is None else "a value of another kind")
+
+
+def _shown(value: Any) -> str:
+    """Show a value in an error message, briefly: the input may be huge."""
+    if isinstance(value, list | dict):
+        return _kind(value)
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,0 +1,72 @@
+"""What goes onto the queue: prompt batches of producers inside the cluster, and the doorbells of accepted jobs.
+
+producer -> Redis -> ingest.  Knows no SQL. Every call has a time limit and translates the transport's exceptions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from celery import Celery
+from kombu.entity import Queue
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
+
+from jobs.celery_app import DOORBELL_TASK, INGEST_QUEUE, INGEST_TASK, doorbell_queue, make_app, queue
+from jobs.errors import QueueUnavailable
+from jobs.messages import PromptBatch
+
+log = logging.getLogger(__name__)
+
+_TIMEOUT_S = 2.0  # a producer waits so long for a server that does not answer, not Celery's minutes
+
+Ring = Callable[[str, str], object]  # (job_id, model)
+
+
+def push(batch: PromptBatch, redis_url: str) -> str:
+    """Push a prompt batch onto Redis and return its id; raise QueueUnavailable if the server does not take it.
+
+    Pushing the same id again adds nothing, so a producer that got no answer simply pushes once more.
+    """
+    app = make_producer_app(redis_url)
+    with app:
+        _send(app, INGEST_TASK, queue(INGEST_QUEUE), {"batch": batch.model_dump(mode="json")})
+    return batch.id
+
+
+def batch_job_id(batch_id: str) -> str:
+    """Return the id of the job that a prompt batch becomes: a producer can follow it without asking."""
+    return "batch_" + hashlib.sha256(f"prompt batch {batch_id}".encode()).hexdigest()[:32]
+
+
+def ring(app: Celery, job_id: str, model: str) -> bool:
+    """Ring the doorbell of a model; return False if it could not be heard (the workers find the job in SQL later)."""
+    try:
+        _send(app, DOORBELL_TASK, doorbell_queue(model), {"job_id": job_id})
+    except QueueUnavailable as exc:
+        log.warning("Could not ring for job %s: %s", job_id, exc, extra={"action": "ring_failed", "job_id": job_id})
+        return False
+    return True
+
+
+def make_producer_app(redis_url: str) -> Celery:
+    """Return an app for sending only, with short time limits."""
+    app = make_app(redis_url)
+    app.conf.broker_transport_options |= {
+        "socket_timeout": _TIMEOUT_S,
+        "socket_connect_timeout": _TIMEOUT_S,
+        # One new try, for a connection that went stale since the last message. Kombu's own retries take 6 s.
+        "max_retries": 1,
+        "interval_start": 0,
+    }
+    return app
+
+
+def _send(app: Celery, task: str, to: Queue, kwargs: dict[str, Any]) -> None:
+    try:
+        app.send_task(task, kwargs=kwargs, queue=to, retry=False, ignore_result=True)
+    except (OperationalError, RedisError, OSError) as exc:
+        raise QueueUnavailable(f"The Redis server does not take the message: {exc}") from exc

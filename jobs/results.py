@@ -1,0 +1,86 @@
+"""What the service says about jobs, as frozen values for the client. Knows no HTTP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from jobs.messages import JobStatus, RequestStatus
+
+
+class Reply(BaseModel):
+    """Part of a reply: does not change, and ignores fields of newer servers."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class RequestCounts(Reply):
+    """Requests of a job by outcome."""
+
+    total: int = 0
+    completed: int = 0
+    failed: int = 0
+
+    @property
+    def ended(self) -> int:
+        """Requests that have an answer."""
+        return self.completed + self.failed
+
+
+class Progress(Reply):
+    """How much of a job is written, and how fast."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    elapsed_s: float = 0.0
+    tokens_per_s: float | None = None
+
+
+class JobInfo(Reply):
+    """A job as it was when it was read."""
+
+    id: str
+    status: JobStatus
+    model: str
+    endpoint: str
+    created_at: int
+    expires_at: int | None = None
+    request_counts: RequestCounts
+    progress: Progress
+    metadata: dict[str, str] | None = None
+
+
+class ErrorInfo(Reply):
+    """Why a request has no text."""
+
+    message: str
+    code: str | None = None
+    param: str | None = None
+
+
+class Choice(Reply):
+    """One text written for a request."""
+
+    index: int
+    text: str
+    finish_reason: str
+    completion_tokens: int
+
+
+class Output(Reply):
+    """The answer to one request: its choices, or the reason why there are none."""
+
+    custom_id: str
+    index: int
+    status: RequestStatus
+    choices: tuple[Choice, ...] = ()
+    error: ErrorInfo | None = None
+
+    @property
+    def text(self) -> str:
+        """The text of the first choice; empty for a request that failed."""
+        return self.choices[0].text if self.choices else ""
+
+
+Statistics = dict[str, Any]  # the numbers of `/stats`, by the names of the SQL views

@@ -1,0 +1,298 @@
+"""What a person sees of a job in a terminal: progress, text as it is written, and the table at the end.
+
+Knows events and rich; fetches nothing. Text of a model is untrusted: control bytes never reach the terminal.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
+from rich.text import Text
+
+from jobs.messages import PartialEvent, Piece
+from jobs.results import JobInfo, Statistics
+
+STYLES = {"draft": "green", "target": "magenta"}  # who chose a token: accepted from the draft, or the target itself
+
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+_ROWS_AROUND = 6  # of the screen, left for the progress bar and what scrolls above it
+_NAME_CHARS = 24
+_JOB_ID_CHARS = 38
+_STATUS_CHARS = 11
+_WIDE = 160  # columns where there is no terminal to say
+
+
+def safe(text: str) -> str:
+    """Return the text without escape sequences, control characters and changes of direction."""
+    return _CONTROLS.sub("", _ESCAPES.sub("", text))
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceText:
+    """One choice as far as it is written."""
+
+    name: str
+    pieces: tuple[Piece, ...] = ()
+    tokens: int = 0
+    accepted: int = 0
+    ended: bool = False
+    finish_reason: str | None = None
+    error: str | None = None
+
+    def after(self, event: PartialEvent) -> ChoiceText:
+        """Return the choice with one more event. A snapshot replaces the text, anything else goes on from it."""
+        start = ChoiceText(self.name) if event.snapshot else self
+        return ChoiceText(
+            name=self.name,
+            pieces=start.pieces + _pieces(event),
+            tokens=start.tokens + event.tokens,
+            accepted=start.accepted + event.accepted,
+            ended=event.type in ("finished", "failed"),
+            finish_reason=event.finish_reason,
+            error=safe(str((event.error or {}).get("message", "failed"))) if event.type == "failed" else None,
+        )
+
+    def rich_text(self) -> Text:
+        """Return the text with every stretch in the colour of its source."""
+        text = Text()
+        for piece in self.pieces:
+            text.append(safe(piece.text), STYLES[piece.source])
+        return text
+
+    def tail(self, chars: int) -> Text:
+        """Return the end of the text on one line."""
+        text = Text()
+        for piece in self.pieces[-chars:]:  # a piece has at least one character
+            text.append(safe(piece.text).replace("\n", " "), STYLES[piece.source])
+        return text[-chars:] if len(text) > chars else text
+
+
+class Transcript:
+    """All choices of a job as far as they are written, and how many requests have ended."""
+
+    def __init__(self) -> None:
+        """Start with nothing written."""
+        self._choices: dict[tuple[int, int], ChoiceText] = {}
+        self._open: dict[int, int] = {}  # request -> choices still being written
+
+    def add(self, event: PartialEvent) -> ChoiceText | None:
+        """Take an event; return its choice if that has just ended."""
+        if event.index is None:
+            return None
+        key = (event.index, event.choice)
+        before = self._choices.get(key)
+        if before is None:
+            before = ChoiceText(_name(event))
+            self._open[event.index] = self._open.get(event.index, 0) + 1
+        after = self._choices[key] = before.after(event)
+        if not after.ended or before.ended:
+            return None
+        self._open[event.index] = 0 if event.type == "failed" else self._open[event.index] - 1
+        return after
+
+    @property
+    def ended_requests(self) -> int:
+        """Requests of which every choice seen so far has ended."""
+        return sum(1 for left in self._open.values() if left == 0)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all choices."""
+        return sum(choice.tokens for choice in self._choices.values())
+
+    @property
+    def running(self) -> Iterator[ChoiceText]:
+        """The choices being written."""
+        written = ((self._open[index], choice) for (index, _), choice in self._choices.items())
+        return (choice for left, choice in written if left > 0 and not choice.ended)
+
+
+class View(Protocol):
+    """Shows a job while it runs."""
+
+    def __enter__(self) -> Self:
+        """Begin to show."""
+
+    def __exit__(self, *exc: object) -> None:
+        """Leave the screen in order."""
+
+    def show(self, event: PartialEvent) -> None:
+        """Show an event."""
+
+
+def make_console() -> Console:
+    """Return a console for standard output."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDE)
+
+
+def make_view(console: Console, info: JobInfo) -> View:
+    """Return the view that suits the console: moving on a terminal, plain lines elsewhere."""
+    return LiveView(console, info) if console.is_terminal else PlainView(console, info)
+
+
+class LiveView:
+    """A progress bar with the texts being written above it; finished texts scroll away upwards, whole."""
+
+    def __init__(self, console: Console, info: JobInfo) -> None:
+        """Prepare to show a job of so many requests."""
+        self._console = console
+        self._transcript = Transcript()
+        self._progress = _progress_bar(console)
+        self._task = self._progress.add_task("", total=info.request_counts.total, tokens=0)
+        self._live = Live(console=console, refresh_per_second=8, get_renderable=self._render)
+
+    def __enter__(self) -> Self:
+        self._console.print(_legend())
+        self._live.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._live.stop()
+
+    def show(self, event: PartialEvent) -> None:
+        """Take an event; the screen follows at its own pace."""
+        ended = self._transcript.add(event)
+        if ended is not None:
+            self._live.console.print(_ended_block(ended))
+        done = self._transcript.ended_requests
+        self._progress.update(self._task, completed=done, tokens=self._transcript.tokens)
+
+    def _render(self) -> RenderableType:
+        width, height = self._console.size
+        rows = Table.grid(padding=(0, 1))
+        for choice, _ in zip(self._transcript.running, range(max(1, height - _ROWS_AROUND)), strict=False):
+            rows.add_row(Text(choice.name, "bold"), choice.tail(max(10, width - _NAME_CHARS - 4)))
+        return Group(rows, self._progress)
+
+
+class PlainView:
+    """One block of plain lines for every text that is finished; nothing moves and nothing is coloured."""
+
+    def __init__(self, console: Console, info: JobInfo) -> None:
+        """Prepare to show a job of so many requests."""
+        self._console = console
+        self._total = info.request_counts.total
+        self._transcript = Transcript()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def show(self, event: PartialEvent) -> None:
+        """Print the choice if it has just ended."""
+        ended = self._transcript.add(event)
+        if ended is not None:
+            count = f"[{self._transcript.ended_requests}/{self._total}]"
+            _print_plain(self._console, f"{count} {_headline(ended)}")
+            _print_plain(self._console, ended.rich_text().plain)
+
+
+def closing_table(info: JobInfo, statistics: Statistics, database: str | None) -> Table:
+    """Return the table that ends a job: how much was written, how fast, and what speculation paid."""
+    counts = info.request_counts
+    rows = {
+        "job": f"{info.id} ({info.status})",
+        "requests": f"{counts.completed} completed, {counts.failed} failed, {counts.total} in all",
+        "tokens": _number(statistics.get("completion_tokens"), ",d"),
+        "tokens/s": _number(statistics.get("tokens_per_s"), ".1f"),
+        "mean acceptance length": _number(statistics.get("mean_acceptance_length"), ".2f", " tokens a step"),
+        "speed-up over plain": _speedup(statistics),
+        "database": database or "on the server",
+    }
+    return _grid(rows.items())
+
+
+def fields_table(fields: dict[str, Any]) -> Table:
+    """Return names and values, one pair a line."""
+    return _grid((name, _shown(value)) for name, value in fields.items() if value not in (None, [], {}))
+
+
+def jobs_table(jobs: Iterable[JobInfo]) -> Table:
+    """Return one line a job."""
+    identity = Column("job", no_wrap=True, min_width=_JOB_ID_CHARS)  # to be copied, so never cut
+    status = Column("status", no_wrap=True, min_width=_STATUS_CHARS)
+    table = Table(identity, status, "ended", "failed", "tokens", "model", box=None, pad_edge=False)
+    for job in jobs:
+        counts = job.request_counts
+        ended = f"{counts.ended}/{counts.total}"
+        table.add_row(job.id, job.status, ended, str(counts.failed), str(job.progress.completion_tokens), job.model)
+    return table
+
+
+def _grid(rows: Iterable[tuple[str, str]]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows:
+        table.add_row(Text(name, "bold"), Text(value, overflow="fold"))
+    return table
+
+
+def _progress_bar(console: Console) -> Progress:
+    return Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("requests · {task.fields[tokens]} tokens"),
+        TimeElapsedColumn(),
+        console=console,
+        auto_refresh=False,
+    )
+
+
+def _legend() -> Text:
+    return Text.assemble(("accepted draft tokens", STYLES["draft"]), " · ", ("target's own tokens", STYLES["target"]))
+
+
+def _ended_block(choice: ChoiceText) -> RenderableType:
+    return Group(Text(_headline(choice), "bold" if choice.error is None else "bold red"), choice.rich_text(), Text())
+
+
+def _headline(choice: ChoiceText) -> str:
+    if choice.error is not None:
+        return f"{choice.name}: {choice.error}"
+    return f"{choice.name} ({choice.tokens} tokens, {choice.accepted} from the draft, {choice.finish_reason})"
+
+
+def _name(event: PartialEvent) -> str:
+    name = safe(event.request or f"request-{event.index}")
+    name = name if len(name) <= _NAME_CHARS else name[: _NAME_CHARS - 1] + "…"
+    return f"{name} #{event.choice}" if event.choice else name
+
+
+def _pieces(event: PartialEvent) -> tuple[Piece, ...]:
+    if event.pieces or not event.text:
+        return event.pieces
+    return (Piece(text=event.text, source="target"),)
+
+
+def _print_plain(console: Console, line: str) -> None:
+    console.print(Text(line), soft_wrap=True)
+
+
+def _speedup(statistics: Statistics) -> str:
+    speedup = statistics.get("speedup")
+    if speedup is None:
+        return "not measured"
+    source = statistics.get("speedup_source")
+    return f"{speedup:.2f}x, measured on this machine" + (f" ({source})" if source else "")
+
+
+def _number(value: Any, form: str, unit: str = "") -> str:
+    return "not measured" if value is None else format(value, form) + unit
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_shown(inner)}" for name, inner in value.items())
+    if isinstance(value, list):
+        return "; ".join(_shown(inner) for inner in value)
+    return f"{value:.4g}" if isinstance(value, float) else safe(str(value))

@@ -1,0 +1,256 @@
+"""One real job through every door: real processes, a real Redis-protocol server, SQLite, and SmolLM2.
+
+Everything goes through what a user has: the `basic` command, HTTP, Redis and SQL.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import redis
+
+from jobs.client import Client
+from jobs.messages import PartialEvent, PromptBatch
+from jobs.partials import channel
+from jobs.producer import batch_job_id, push
+from tests.processes import ended
+
+BASIC = Path(sys.executable).with_name("basic")
+MODEL = "smollm2-135m-instruct"
+PROMPTS = [
+    "What is the capital of France?",
+    "Repeat this sentence three times: the river runs past the old mill and the old mill stands by the river.",
+    "Count from one to twenty in words.",
+    "Name two colours.",
+]
+LEASE_S = 3.0
+
+
+@dataclass(frozen=True)
+class Service:
+    api_url: str
+    redis_url: str
+    database: Path
+    environment: dict[str, str]
+
+    def basic(self, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        command = [str(BASIC), *arguments]
+        return subprocess.run(command, env=self.environment, input=stdin, capture_output=True, text=True, check=False)
+
+    def rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        connection = sqlite3.connect(self.database)
+        try:
+            return connection.execute(query, values).fetchall()
+        finally:
+            connection.close()
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    data_dir = tmp_path_factory.mktemp("data")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("BASIC_")}
+    environment = inherited | {"BASIC_DATA_DIR": str(data_dir), "BASIC_API_PORT": "0", "BASIC_LEASE_S": str(LEASE_S)}
+    command = [str(BASIC), "up", "--detach", "--json"]
+    up = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert up.returncode == 0, up.stderr
+    said = json.loads(up.stdout)
+    yield Service(said["api_url"], said["redis_url"], data_dir / "basic.sqlite3", environment)
+    down = subprocess.run([str(BASIC), "down"], env=environment, capture_output=True, text=True, check=False)
+    assert down.returncode == 0, down.stderr
+    assert ended(said["pid"])
+
+
+def reference(prompts: list[str], max_tokens: int) -> list[str]:
+    """What transformers' own greedy generate writes, in the worker's dtype."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from worker.engine.language_model import native_dtype
+    from worker.pull import resolve
+    from worker.settings import WorkerSettings
+
+    path = resolve(MODEL, WorkerSettings().cache_dir)
+    # transformers types these for mixins that no class declares
+    tokenizer: Any = AutoTokenizer.from_pretrained(path)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=native_dtype(torch.device("cpu")))
+    texts = []
+    for prompt in prompts:
+        turns = [{"role": "user", "content": prompt}]
+        encoded = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        out = model.generate(**encoded, max_new_tokens=max_tokens, do_sample=False)
+        texts.append(tokenizer.decode(out[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))
+    return texts
+
+
+def assert_steps_add_up(service: Service, job_id: str) -> None:
+    differing = service.rows(
+        """SELECT o.request_index, o.completion_tokens, sum(s.emitted_tokens)
+           FROM outputs o JOIN decode_steps s USING (job_id, request_index, choice_index)
+           WHERE o.job_id = ? GROUP BY o.request_index, o.choice_index
+           HAVING o.completion_tokens <> sum(s.emitted_tokens) OR max(s.accepted_tokens - s.tree_nodes) > 0""",
+        job_id,
+    )
+    assert not differing
+
+
+def test_a_submitted_file_ends_in_outputs_steps_and_a_closing_table(service: Service, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"custom_id": f"p{i}", "prompt": p}) + "\n" for i, p in enumerate(PROMPTS)))
+    done = service.basic("submit", str(file), "--follow", "--max-tokens", "40", "--temperature", "0")
+    assert done.returncode == 0, done.stderr
+    assert "speed-up over plain" in done.stdout
+    (job_id,) = service.rows("SELECT id FROM jobs ORDER BY created_at DESC LIMIT 1")[0]
+    results = service.basic("results", job_id, "--json")
+    texts = {line["custom_id"]: line["choices"][0]["text"] for line in map(json.loads, results.stdout.splitlines())}
+    expected = reference(PROMPTS, 40)
+    assert [texts[f"p{i}"] for i in range(len(PROMPTS))] == expected
+    assert all(text in done.stdout for text in expected[0].splitlines())
+    assert_steps_add_up(service, job_id)
+    ((speedup, emitted),) = service.rows("SELECT speedup, emitted_tokens FROM job_speedup WHERE job_id = ?", job_id)
+    assert speedup > 0
+    assert emitted > 0
+
+
+def test_partials_on_redis_are_numbered_and_spell_the_output(service: Service) -> None:
+    batch = PromptBatch(
+        id="watched", model=MODEL, requests=tuple(PROMPTS), parameters={"max_tokens": 30, "temperature": 0}
+    )
+    job_id = batch_job_id(batch.id)
+    with redis.Redis.from_url(service.redis_url, decode_responses=True) as client, client.pubsub() as subscription:
+        subscription.subscribe(channel(job_id))
+        assert subscription.get_message(timeout=5)["type"] == "subscribe"
+        assert push(batch, service.redis_url) == "watched"
+        events = list(_until_the_job_ends(subscription))
+        push(batch, service.redis_url)
+    for index in range(len(PROMPTS)):
+        own = [e for e in events if e.index == index]
+        assert [e.seq for e in own] == list(range(len(own)))
+        ((text, tokens),) = service.rows(
+            "SELECT text, completion_tokens FROM outputs WHERE job_id = ? AND request_index = ?", job_id, index
+        )
+        assert "".join(e.text for e in own) == text
+        assert sum(e.tokens for e in own) == tokens
+    assert service.rows("SELECT count(*) FROM jobs WHERE id = ?", job_id) == [(1,)]
+
+
+def _until_the_job_ends(subscription: redis.client.PubSub) -> Iterator[PartialEvent]:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        message = subscription.get_message(timeout=1)
+        if message is None or message["type"] != "message":
+            continue
+        event = PartialEvent.model_validate_json(message["data"])
+        if event.type == "job":
+            return
+        yield event
+    raise AssertionError("the job did not end in time")
+
+
+def test_killing_the_worker_loses_nothing_and_changes_no_text(service: Service) -> None:
+    parameters: dict[str, Any] = {"max_tokens": 90, "temperature": 1.0, "seed": 11}
+    with Client(service.api_url) as client:
+        undisturbed = client.submit(PROMPTS, **parameters)
+        undisturbed.wait()
+        job = client.submit(PROMPTS, **parameters)
+        for event in job.follow():
+            if event.type == "tokens":
+                break
+        ((pid, worker),) = service.rows(
+            "SELECT pid, id FROM workers WHERE stopped_at IS NULL ORDER BY started_at DESC LIMIT 1"
+        )
+        os.kill(pid, signal.SIGKILL)
+        assert job.wait().status == "completed"
+        assert [o.text for o in job.outputs()] == [o.text for o in undisturbed.outputs()]
+    assert_steps_add_up(service, job.id)
+    assert service.rows("SELECT max(attempts) FROM requests WHERE job_id = ?", job.id) == [(2,)]
+    owners = {
+        owner for (owner,) in service.rows("SELECT DISTINCT worker_id FROM decode_steps WHERE job_id = ?", job.id)
+    }
+    assert len(owners) == 2
+    assert worker in owners
+
+
+def test_bad_requests_fail_alone_and_say_line_and_field(service: Service, tmp_path: Path) -> None:
+    lines = [
+        '{"custom_id": "good", "prompt": "Say hello."}',
+        "this is no JSON",
+        '{"custom_id": "empty", "prompt": ""}',
+        '{"custom_id": "cold", "prompt": "x", "temperature": -1}',
+        '{"custom_id": "none", "prompt": "x", "max_tokens": 0}',
+        '{"custom_id": "many", "prompt": "x", "max_tokens": 1000000}',
+        json.dumps({"custom_id": "long", "prompt": "word " * 20_000}),
+    ]
+    file = tmp_path / "mixed.jsonl"
+    file.write_text("\n".join(lines))
+    done = service.basic("submit", str(file), "--follow", "--max-tokens", "8", "--temperature", "0", "--json")
+    ((job_id, completed, failed),) = service.rows(
+        "SELECT id, requests_completed, requests_failed FROM jobs ORDER BY created_at DESC LIMIT 1"
+    )
+    assert (completed, failed) == (1, 6), done.stdout + done.stderr
+    errors = {
+        custom_id: (code, param, message)
+        for custom_id, code, param, message in service.rows(
+            """SELECT custom_id, error_code, error_param, error_message
+               FROM requests WHERE job_id = ? AND status = 'failed'""",
+            job_id,
+        )
+    }
+    assert errors.pop("request-1")[0] == "invalid_json_line"
+    assert {name: (code, param) for name, (code, param, _) in errors.items()} == {
+        "empty": ("invalid_value", "prompt"),
+        "cold": ("invalid_value", "temperature"),
+        "none": ("invalid_value", "max_tokens"),
+        "many": ("invalid_value", "max_tokens"),
+        "long": ("context_length_exceeded", "prompt"),
+    }
+    assert "line 4" in errors["cold"][2]
+
+
+def test_an_unknown_model_is_refused_with_those_there_are(service: Service) -> None:
+    reply = httpx.post(f"{service.api_url}/v1/jobs", json={"model": "gpt-9", "prompts": ["x"]})
+    assert reply.status_code == 404
+    error = reply.json()["error"]
+    assert (error["code"], error["param"]) == ("model_not_found", "model")
+    assert MODEL in error["message"]
+
+
+def test_plain_http_submits_polls_streams_and_fetches(service: Service) -> None:
+    with httpx.Client(base_url=service.api_url, timeout=60) as http:
+        submitted = http.post("/v1/jobs", json={"prompts": ["Say hello."], "max_tokens": 12, "temperature": 0}).json()
+        job = f"/v1/jobs/{submitted['id']}"
+        with http.stream("GET", f"{job}/events") as stream:
+            data = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: ")]
+        assert data[-1]["type"] == "job"
+        assert http.get(job).json()["status"] == "completed"
+        (answer,) = map(json.loads, http.get(f"{job}/outputs").text.splitlines())
+        streamed = "".join(e["text"] for e in data if e["type"] == "tokens")
+        assert answer["choices"][0]["text"] == streamed
+        assert http.get(f"{job}/stats").status_code == 200
+
+
+def test_generate_writes_the_same_tokens_in_every_mode(service: Service) -> None:
+    texts = set()
+    for mode in ("plain", "opt-tree", "paper"):
+        arguments = ["generate", PROMPTS[1], "--mode", mode, "--max-tokens", "30", "--dtype", "float32", "--json"]
+        done = service.basic(*arguments)
+        assert done.returncode == 0, done.stderr
+        said = json.loads(done.stdout)
+        assert (
+            sum(step["emitted_tokens"] for step in said["steps"]) == said["completion_tokens"] == len(said["token_ids"])
+        )
+        texts.add(tuple(said["token_ids"]))
+    assert len(texts) == 1

@@ -1,0 +1,104 @@
+"""Values for tests, with every field filled in but those a test is about."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from storage.records import Checkpoint, FinishedChoice, NewJob, NewRequest, StepRow, WorkerCard
+
+
+def a_worker_card(**fields: Any) -> WorkerCard:
+    """A worker that serves `tiny` on a CPU."""
+    card: dict[str, Any] = {
+        "id": "worker-1",
+        "hostname": "localhost",
+        "pid": 1,
+        "target": "tiny",
+        "draft": None,
+        "devices": ("cpu",),
+        "context_tokens": 4096,
+        "calibration": {},
+    }
+    return WorkerCard(**card | fields)
+
+
+def a_step(**fields: Any) -> StepRow:
+    """A step of 10 ms that kept one draft token beside the target's own."""
+    step: dict[str, Any] = {
+        "step": 1,
+        "tree_nodes": 4,
+        "tree_depth": 2,
+        "accepted_tokens": 1,
+        "emitted_tokens": 2,
+        "expected_accepted": 1.5,
+        "draft_ms": 1.0,
+        "verify_ms": 8.0,
+        "step_ms": 10.0,
+        "batch_sequences": 1,
+        "drafter": "suffix",
+        "plain_step_ms": 9.0,
+        "ended_at": 1.0,
+    }
+    return StepRow(**step | fields)
+
+
+def a_checkpoint(text: str = "Hi", **fields: Any) -> Checkpoint:
+    """A checkpoint of two tokens, of which the first was the draft's."""
+    checkpoint: dict[str, Any] = {
+        "choice_index": 0,
+        "seq": 1,
+        "token_ids": (1, 2),
+        "accepted": (True, False),
+        "text": text,
+        "pieces": ((text[:1], "draft"), (text[1:], "target")),
+        "steps": (a_step(),),
+    }
+    return Checkpoint(**checkpoint | fields)
+
+
+def a_finished_choice(text: str = "Hi", **fields: Any) -> FinishedChoice:
+    """The end of a choice of two tokens."""
+    choice: dict[str, Any] = {
+        "choice_index": 0,
+        "text": text,
+        "token_ids": (1, 2),
+        "finish_reason": "stop",
+        "prompt_tokens": 5,
+        "completion_tokens": 2,
+        "started_at": 1.0,
+        "finished_at": 2.0,
+        "last_seq": 2,
+    }
+    return FinishedChoice(**choice | fields)
+
+
+def a_job(job_id: str = "job-1", **fields: Any) -> NewJob:
+    """A job for `tiny` that has a day to end."""
+    job: dict[str, Any] = {"id": job_id, "model": "tiny", "endpoint": "/v1/chat/completions", "window_s": 86_400.0}
+    return NewJob(**job | fields)
+
+
+def a_request(custom_id: str = "request-0", **fields: Any) -> NewRequest:
+    """A request that can be served."""
+    request: dict[str, Any] = {"body": {"v": 1, "model": "tiny", "prompt": "Hello", "sampling": {"seed": 1}}}
+    return NewRequest(custom_id, **request | fields)
+
+
+def some_requests(count: int) -> list[NewRequest]:
+    """Requests that can be served."""
+    return [a_request(f"request-{index}") for index in range(count)]
+
+
+def some_steps(*emitted: int, first: int = 0) -> tuple[StepRow, ...]:
+    """Steps that emitted so many tokens each, all but one of them from the draft. Step 0 is the token from prefill."""
+    return tuple(
+        a_step(
+            step=first + number,
+            tree_nodes=0 if first + number == 0 else 10,
+            tree_depth=0 if first + number == 0 else 6,
+            accepted_tokens=tokens - 1,
+            emitted_tokens=tokens,
+            plain_step_ms=None if first + number == 0 else 9.0,
+        )
+        for number, tokens in enumerate(emitted)
+    )

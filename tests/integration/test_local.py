@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import redis
+
+from jobs.errors import SetupError
+from jobs.local import LocalService, down, running, start_detached
+from jobs.local_start import environment
+from jobs.redis_server import answers, server_arguments, server_binary
+from jobs.settings import JobsSettings
+from tests.conftest import free_port
+from tests.models import byte_tokenizer, tiny
+from tests.processes import children_of, ended
+
+# A parent that starts a Redis-protocol server as its child, says its process id and waits to be killed.
+PARENT = """
+import os, signal, sys
+from pathlib import Path
+from jobs.processes import Children, Command
+child = Children().start(Command("redis", tuple(sys.argv[2:]), dict(os.environ), Path(sys.argv[1])))
+print(child.pid, flush=True)
+signal.pause()
+"""
+
+
+def start_parent(port: int, directory: Path) -> tuple[subprocess.Popen[str], int]:
+    """Start the parent above and return it with the process id of its server, once that answers."""
+    arguments = server_arguments(server_binary(), port, directory)
+    command = [sys.executable, "-c", PARENT, str(directory / "redis.log"), *arguments]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    with parent.stdout:
+        server = int(parent.stdout.readline())
+    with redis.Redis(port=port, retry=redis.retry.Retry(redis.backoff.ConstantBackoff(0.05), 100)) as client:
+        assert client.ping()
+    return parent, server
+
+
+def test_a_killed_parent_takes_its_server_along_and_no_write_is_lost(tmp_path: Path) -> None:
+    port = free_port()
+    parent, server = start_parent(port, tmp_path)
+    with redis.Redis(port=port) as client:
+        client.rpush("basic:test", *range(1000))
+    parent.kill()
+    parent.wait()
+    assert ended(server)
+    assert not answers(f"redis://127.0.0.1:{port}/0")
+
+    parent, server = start_parent(port, tmp_path)
+    with redis.Redis(port=port, decode_responses=True) as client:
+        assert client.llen("basic:test") == 1000
+        assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
+        assert client.config_get("bind") == {"bind": "127.0.0.1"}
+    parent.kill()
+    parent.wait()
+    assert ended(server)
+
+
+@pytest.fixture(scope="module")
+def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that loads in an instant."""
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    tiny().save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def settings(tmp_path: Path, tiny_target: Path) -> JobsSettings:
+    return JobsSettings(data_dir=tmp_path / "data", api_port=0, target=str(tiny_target))
+
+
+def test_a_crash_leaves_nothing_running_and_the_next_start_recovers(settings: JobsSettings) -> None:
+    crashed = start_detached(settings)
+    processes = children_of(crashed.pid)
+    assert len(processes) == 4
+    assert running(settings.data_dir) == crashed
+    os.kill(crashed.pid, signal.SIGKILL)
+    assert all(ended(pid) for pid in [crashed.pid, *processes])
+    assert running(settings.data_dir) is None
+
+    service = start_detached(settings)
+    try:
+        assert start_detached(settings) == service
+        processes = children_of(service.pid)
+        assert answers(service.redis_url)
+    finally:
+        assert down(settings.data_dir)
+    assert all(ended(pid) for pid in [service.pid, *processes])
+    assert running(settings.data_dir) is None
+    assert not down(settings.data_dir)
+
+
+def test_ctrl_c_in_the_foreground_ends_all_with_status_0(settings: JobsSettings) -> None:
+    command = [sys.executable, "-m", "jobs.local"]
+    with subprocess.Popen(command, env=environment(settings), stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert any("The service answers" in line for line in process.stderr)
+        processes = children_of(process.pid)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+    assert all(ended(pid) for pid in processes)
+
+
+def test_a_model_that_cannot_be_loaded_stops_the_start_with_the_reason(settings: JobsSettings, tmp_path: Path) -> None:
+    (tmp_path / "empty-model").mkdir()
+    bad = settings.model_copy(update={"target": str(tmp_path / "empty-model")})
+    with pytest.raises(SetupError, match=r"(?s)worker ended with status.*empty-model"):
+        start_detached(bad)
+    assert running(settings.data_dir) is None
+    assert not down(settings.data_dir)
+
+
+def test_a_model_directory_that_is_not_there_stops_the_start(settings: JobsSettings) -> None:
+    with pytest.raises(SetupError, match=r"no model directory /no/such/model"):
+        start_detached(settings.model_copy(update={"target": "/no/such/model"}))
+
+
+def test_a_redis_server_that_was_named_must_answer(settings: JobsSettings) -> None:
+    with pytest.raises(SetupError, match="BASIC_REDIS_URL"):
+        start_detached(settings.model_copy(update={"redis_url": f"redis://127.0.0.1:{free_port()}/0"}))
+
+
+def test_the_service_uses_a_redis_server_that_was_named(settings: JobsSettings, redis_url: str) -> None:
+    service: LocalService = start_detached(settings.model_copy(update={"redis_url": redis_url}))
+    try:
+        assert service.redis_url == redis_url
+        assert len(children_of(service.pid)) == 3
+    finally:
+        down(settings.data_dir)
+    assert answers(redis_url)

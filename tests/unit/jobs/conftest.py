@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs.settings import JobsSettings
+from storage.models import Base
+from storage.session import Database
+
+
+@pytest.fixture(autouse=True)
+def _environment_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No setting of the person who runs the tests reaches them."""
+    for name in os.environ:
+        if name.startswith("BASIC_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("BASIC_DATA_DIR", str(tmp_path))
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> JobsSettings:
+    """Settings of a service whose Redis server is away and whose limits are near."""
+    return JobsSettings(
+        data_dir=tmp_path, redis_url="redis://127.0.0.1:1/0", target="tiny", max_requests=5, max_body_bytes=10_000
+    )
+
+
+@pytest.fixture
+def database(settings: JobsSettings) -> Iterator[Database]:
+    """An empty record."""
+    database = Database.open(settings.resolved_database_url)
+    Base.metadata.create_all(database.engine)
+    yield database
+    database.dispose()

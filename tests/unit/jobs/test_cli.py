@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import httpx
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from jobs import cli
+from jobs.api.app import make_api
+from jobs.client import Client
+from jobs.errors import SetupError
+from jobs.settings import JobsSettings
+from storage.session import Database
+from tests.unit.jobs.test_api import answer_all
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(settings: JobsSettings, database: Database, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command against a service in this process; return what it prints."""
+    api = make_api(settings, database, ring=lambda job_id, model: True)
+    transport = httpx.ASGITransport(app=api)
+    monkeypatch.setattr(cli, "_connect", lambda: Client("http://service", transport=transport))
+
+    def run(*arguments: str, status: int = 0, stdin: str | None = None) -> str:
+        result = CliRunner().invoke(cli.app, arguments, input=stdin)
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == status, result.output
+        return result.stdout
+
+    return run
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> str:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('"What is the capital of France?"\n{"prompt": "", "custom_id": "empty"}\n')
+    return str(path)
+
+
+def test_a_file_is_submitted_watched_and_fetched(run: Run, prompts: str, database: Database) -> None:
+    job = json.loads(run("submit", prompts, "--json", "--max-tokens", "5", "--temperature", "0"))
+    assert job["request_counts"] == {"total": 2, "completed": 0, "failed": 1}
+    answer_all(database, text="Paris\x1b[2J.")
+    assert json.loads(run("status", "--json"))["status"] == "completed"
+    watched = run("follow", job["id"])
+    assert "Paris." in watched
+    assert "requests" in watched
+    lines = [json.loads(line) for line in run("results", "--json").splitlines()]
+    assert [line["custom_id"] for line in lines] == ["request-0", "empty"]
+    assert "line 2, prompt" in lines[1]["error"]["message"]
+    assert "\x1b" not in run("results")
+
+
+def test_prompts_come_from_standard_input_too(run: Run) -> None:
+    assert "Submitted 1 requests" in run("submit", "-", stdin='"Hello"\n')
+
+
+def test_results_are_written_to_a_file(run: Run, prompts: str, database: Database, tmp_path: Path) -> None:
+    run("submit", prompts)
+    answer_all(database)
+    path = tmp_path / "answers.jsonl"
+    run("results", "--output", str(path))
+    assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [0, 1]
+
+
+def test_jobs_are_listed_and_cancelled(run: Run, prompts: str) -> None:
+    job_id = json.loads(run("submit", prompts, "--json"))["id"]
+    assert job_id in run("jobs")
+    assert json.loads(run("cancel", job_id, "--json"))["status"] == "cancelled"
+    assert [job["status"] for job in json.loads(run("jobs", "--json"))] == ["cancelled"]
+
+
+def test_a_job_that_did_not_complete_is_a_failure(run: Run, prompts: str) -> None:
+    job_id = json.loads(run("submit", prompts, "--json"))["id"]
+    run("cancel", job_id)
+    events = [json.loads(line) for line in run("follow", job_id, "--json", status=cli.FAILED).splitlines()]
+    assert events[-1]["status"] == "cancelled"
+
+
+def test_numbers_are_printed_for_programs(run: Run, prompts: str, database: Database) -> None:
+    run("submit", prompts)
+    answer_all(database)
+    assert json.loads(run("stats", "--json"))["completion_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("submit", "nowhere.jsonl"), ("submit",), ("jobs", "--limit", "0"), ("nonsense",), ("status", "--what")],
+)
+def test_wrong_use_is_status_2(run: Run, arguments: tuple[str, ...]) -> None:
+    run(*arguments, status=cli.WRONG_USE)
+
+
+def test_an_error_is_one_sentence_and_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BASIC_API_URL", "http://127.0.0.1:1")
+    monkeypatch.setattr(cli, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr("sys.argv", ["basic", "jobs"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == cli.FAILED
+    assert "Is bASIC running? `basic up` starts it." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "value"), [("BASIC_API_PROT", "1"), ("BASIC_API_PORT", "many")])
+def test_a_setting_that_is_wrong_stops_the_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", ["basic", "jobs"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == cli.WRONG_USE
+    assert name in capsys.readouterr().err
+
+
+def test_a_command_that_is_not_installed_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = EntryPoint("worker", "a_package_that_is_not_there:commands", "basic.commands")
+    monkeypatch.setattr(cli, "entry_points", lambda group: [missing])
+    app = typer.Typer()
+    app.add_typer(typer.Typer())
+    cli.plug_in_commands(app)
+    result = CliRunner().invoke(app, ["bench", "--batch", "8"])
+    assert isinstance(result.exception, SetupError)
+    assert "pip install 'basic-batch[worker]'" in str(result.exception)
+
+
+@pytest.mark.parametrize("command", [command.callback for command in cli.app.registered_commands])
+def test_every_command_shows_an_example(command: Callable[..., None]) -> None:
+    assert "Example: basic" in (command.__doc__ or "")

@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from jobs.client import Client
+from jobs.errors import (
+    BodyTooLarge,
+    IdempotencyConflict,
+    JobRefused,
+    NotCancellable,
+    NotFound,
+    ServiceUnavailable,
+    UnknownModel,
+    UnknownParameter,
+)
+from jobs.messages import JobStatus, PartialEvent
+
+Answer = Callable[[httpx.Request], httpx.Response]
+
+JOB = {
+    "id": "batch_1",
+    "object": "job",
+    "status": "in_progress",
+    "model": "tiny",
+    "endpoint": "/v1/chat/completions",
+    "created_at": 1,
+    "request_counts": {"total": 2, "completed": 0, "failed": 0},
+    "progress": {"completion_tokens": 0},
+    "a_field_of_tomorrow": True,
+}
+
+
+class Service:
+    """Answers calls in the order the test lays out, and remembers them."""
+
+    def __init__(self, *answers: Answer | httpx.Response | Exception) -> None:
+        self._answers = iter(answers)
+        self.calls: list[httpx.Request] = []
+
+    async def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.calls.append(request)
+        answer = next(self._answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer if isinstance(answer, httpx.Response) else answer(request)
+
+
+def some_client(service: Service, patience_s: float = 5.0) -> Client:
+    return Client("http://service", patience_s=patience_s, transport=httpx.MockTransport(service))
+
+
+def a_job(**changes: Any) -> httpx.Response:
+    return httpx.Response(200, json=JOB | changes)
+
+
+def an_error(status: int, code: str | None = None, message: str = "No.", param: str | None = None) -> httpx.Response:
+    return httpx.Response(status, json={"error": {"message": message, "type": "x", "param": param, "code": code}})
+
+
+def a_stream(*events: PartialEvent) -> httpx.Response:
+    lines = [f"id: 0\nevent: {event.type}\ndata: {event.model_dump_json(exclude_none=True)}\n\n" for event in events]
+    return httpx.Response(200, text=": ping\n\n" + "".join(lines))
+
+
+def tokens(seq: int, text: str, snapshot: bool = False) -> PartialEvent:
+    return PartialEvent(job_id="batch_1", request="a", index=0, type="tokens", seq=seq, text=text, snapshot=snapshot)
+
+
+def ended(status: JobStatus = JobStatus.COMPLETED) -> PartialEvent:
+    return PartialEvent(job_id="batch_1", type="job", status=status)
+
+
+def test_prompts_are_submitted_in_one_object_with_the_parameters_of_the_job() -> None:
+    service = Service(a_job())
+    with some_client(service) as client:
+        assert client.submit(["Hello", {"prompt": "Bye", "n": 2}], max_tokens=5, model="tiny").id == "batch_1"
+    assert json.loads(service.calls[0].content) == {
+        "model": "tiny",
+        "max_tokens": 5,
+        "requests": ["Hello", {"prompt": "Bye", "n": 2}],
+    }
+
+
+def test_one_string_is_one_prompt() -> None:
+    service = Service(a_job())
+    with some_client(service) as client:
+        client.submit("Hello")
+    assert json.loads(service.calls[0].content)["requests"] == ["Hello"]
+
+
+def test_a_file_is_submitted_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'"Hello"\n{broken\n')
+    service = Service(a_job())
+    with some_client(service) as client:
+        client.submit(path, max_tokens=5, metadata={"team": "a"})
+    [call] = service.calls
+    assert call.content == path.read_bytes()
+    assert call.headers["content-type"] == "application/x-ndjson"
+    assert dict(call.url.params) == {"max_tokens": "5", "metadata": '{"team": "a"}'}
+
+
+def test_a_submission_whose_answer_got_lost_is_repeated_under_the_same_key() -> None:
+    service = Service(httpx.ReadError("reset"), an_error(503), a_job())
+    with some_client(service) as client:
+        client.submit("Hello")
+    assert len({call.headers["idempotency-key"] for call in service.calls}) == 1
+    assert len(service.calls) == 3
+
+
+def test_a_service_that_stays_away_is_told_with_what_to_do() -> None:
+    service = Service(*[httpx.ConnectError("refused")] * 3)
+    with some_client(service, patience_s=0.0) as client, pytest.raises(ServiceUnavailable, match="basic up"):
+        client.jobs()
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (an_error(404), NotFound),
+        (an_error(404, "model_not_found"), UnknownModel),
+        (an_error(400, "unknown_parameter"), UnknownParameter),
+        (an_error(409), NotCancellable),
+        (an_error(409, "idempotency_conflict"), IdempotencyConflict),
+        (an_error(413, "file_too_large"), BodyTooLarge),
+        (httpx.Response(418, text="<html>teapot</html>"), JobRefused),
+    ],
+)
+def test_an_error_of_the_service_is_raised_as_its_kind(answer: httpx.Response, kind: type[Exception]) -> None:
+    with some_client(Service(answer)) as client, pytest.raises(kind):
+        client.submit("Hello")
+
+
+def test_an_error_keeps_message_and_field() -> None:
+    answer = an_error(400, "invalid_value", "must be at least 1", "max_tokens")
+    with some_client(Service(answer)) as client, pytest.raises(Exception, match="max_tokens: must be at least 1"):
+        client.submit("Hello")
+
+
+def test_waiting_ends_with_the_job_and_tells_its_progress() -> None:
+    seen: list[int] = []
+    counts = [{"total": 2, "completed": done, "failed": 0} for done in (0, 1, 2)]
+    statuses = ["in_progress", "finalizing", "completed"]
+    answers = [a_job(request_counts=count, status=status) for count, status in zip(counts, statuses, strict=True)]
+    with some_client(Service(*answers)) as client:
+        info = client.job("batch_1").wait(lambda now: seen.append(now.request_counts.ended), poll_s=0)
+    assert (info.status, seen) == (JobStatus.COMPLETED, [0, 1, 2])
+
+
+def test_following_ends_with_the_job() -> None:
+    with some_client(Service(a_stream(tokens(0, "Hel"), tokens(1, "lo"), ended()))) as client:
+        events = list(client.job("batch_1").follow())
+    assert [event.text for event in events] == ["Hel", "lo", ""]
+
+
+def test_a_broken_stream_is_taken_up_again_without_telling_anything_twice() -> None:
+    first = a_stream(tokens(0, "Hel"), tokens(1, "lo"))
+    second = a_stream(tokens(1, "Hello", snapshot=True), tokens(2, "!"), ended())
+    with some_client(Service(first, second)) as client:
+        events = list(client.job("batch_1").follow())
+    assert [event.text for event in events] == ["Hel", "lo", "!", ""]
+
+
+def test_leaving_a_stream_early_leaves_the_client_usable() -> None:
+    service = Service(a_stream(tokens(0, "Hel"), tokens(1, "lo"), ended()), a_job())
+    with some_client(service) as client:
+        for _ in client.job("batch_1").follow():
+            break
+        assert client.job("batch_1").info().id == "batch_1"
+
+
+def test_outputs_are_read_line_by_line_whatever_the_text_holds() -> None:
+    choice = {"index": 0, "text": "a\u2028b\n", "finish_reason": "stop", "completion_tokens": 3}
+    good = {"custom_id": "a", "index": 0, "status": "completed", "choices": [choice], "usage": {}}
+    bad = {"custom_id": "b", "index": 1, "status": "failed", "error": {"message": "No.", "code": None}}
+    body = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (good, bad))
+    with some_client(Service(httpx.Response(200, text=body))) as client:
+        first, second = client.job("batch_1").outputs()
+    assert first.text == "a\u2028b\n"
+    assert second.error is not None
+    assert second.error.message == "No."
+
+
+class _Breaking(httpx.AsyncByteStream):
+    """A body that breaks off after its first part."""
+
+    def __init__(self, part: bytes) -> None:
+        self._part = part
+
+    async def __aiter__(self) -> Any:
+        yield self._part
+        raise httpx.ReadError("reset")
+
+
+def test_outputs_that_break_off_are_taken_up_behind_the_last_whole_line() -> None:
+    lines = [json.dumps({"custom_id": str(n), "index": n, "status": "completed"}) + "\n" for n in range(2)]
+    broken = httpx.Response(200, stream=_Breaking((lines[0] + lines[1][:5]).encode()))
+    service = Service(broken, httpx.Response(200, text=lines[1]))
+    with some_client(service) as client:
+        assert [output.index for output in client.job("batch_1").outputs()] == [0, 1]
+    assert service.calls[1].url.params["after"] == "0"
+
+
+def test_the_key_is_sent_with_every_call() -> None:
+    service = Service(a_job())
+    with Client("http://service", "secret", transport=httpx.MockTransport(service)) as client:
+        client.job("batch_1").info()
+    assert service.calls[0].headers["authorization"] == "Bearer secret"
+
+
+class _Endless(httpx.AsyncByteStream):
+    """A stream on which nothing happens."""
+
+    def __init__(self) -> None:
+        self.closed = False
+
+    async def __aiter__(self) -> Any:
+        yield b": ping\n\n"
+        await asyncio.Event().wait()
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+def test_ctrl_c_ends_a_stream_on_which_nothing_happens() -> None:
+    stream = _Endless()
+    main = threading.main_thread().ident
+    assert main is not None
+    with some_client(Service(httpx.Response(200, stream=stream))) as client:
+        interrupt = threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT))
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt):
+            list(client.job("batch_1").follow())
+        interrupt.join()
+    assert stream.closed

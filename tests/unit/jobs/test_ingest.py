@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from celery.exceptions import Reject
+from sqlalchemy.exc import OperationalError
+
+from jobs import ingest as module
+from jobs.celery_app import INGEST_TASK
+from jobs.ingest import ingest, make_ingest_app
+from jobs.messages import PromptBatch
+from jobs.producer import batch_job_id
+from jobs.settings import JobsSettings
+from storage import queries
+from storage.queries import JobView, OutputView
+from storage.session import Database
+
+
+def a_message(**changes: Any) -> dict[str, Any]:
+    return PromptBatch(id="nightly", requests=("one", "two")).model_dump(mode="json") | changes
+
+
+def ingested(message: Any, database: Database, settings: JobsSettings) -> str | None:
+    return ingest(message, database=database, ring=lambda job_id, model: True, settings=settings)
+
+
+def job_of(batch_id: str, database: Database) -> JobView:
+    with database.read() as session:
+        job = queries.job(session, batch_job_id(batch_id))
+    assert job is not None
+    return job
+
+
+def answers(batch_id: str, database: Database) -> list[OutputView]:
+    with database.read() as session:
+        return list(queries.outputs(session, batch_job_id(batch_id), after_index=-1))
+
+
+def test_a_batch_becomes_a_job_whose_id_the_producer_knows(database: Database, settings: JobsSettings) -> None:
+    assert ingested(a_message(parameters={"max_tokens": 3}), database, settings) == batch_job_id("nightly")
+    assert job_of("nightly", database).requests_total == 2
+
+
+def test_a_batch_delivered_fifty_times_is_one_job(database: Database, settings: JobsSettings) -> None:
+    ids = {ingested(a_message(), database, settings) for _ in range(50)}
+    assert ids == {batch_job_id("nightly")}
+    with database.read() as session:
+        assert len(queries.jobs(session, limit=10, after=None).jobs) == 1
+
+
+def test_a_batch_pushed_again_with_other_content_leaves_the_first(database: Database, settings: JobsSettings) -> None:
+    ingested(a_message(), database, settings)
+    ingested(a_message(requests=["one", "two", "three"]), database, settings)
+    assert job_of("nightly", database).requests_total == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "gpt-9"}, "there is tiny"),
+        ({"requests": []}, "requests"),
+        (
+            {"requests": [{"custom_id": "a", "prompt": "x"}, {"custom_id": "a", "prompt": "y"}]},
+            "requests[0] and requests[1]",
+        ),
+        ({"parameters": {"max_tokens": 0}}, "max_tokens"),
+        ({"surprise": 1}, "surprise"),
+        ({"v": 2}, "v"),
+    ],
+)
+def test_a_batch_that_is_refused_as_a_whole_says_why_in_sql(
+    database: Database, settings: JobsSettings, changes: dict[str, Any], words: str
+) -> None:
+    ingested(a_message(**changes), database, settings)
+    assert job_of("nightly", database).status == "completed"
+    [answer] = answers("nightly", database)
+    assert answer.error_message is not None
+    assert words in answer.error_message
+
+
+@pytest.mark.parametrize("message", [None, 7, [], {}, {"id": 7}, {"id": ""}])
+def test_a_message_without_an_id_is_dropped_with_a_log_line(
+    database: Database, settings: JobsSettings, message: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert ingested(message, database, settings) is None
+    assert "without a usable id" in caplog.text
+
+
+def test_a_batch_waits_on_the_queue_while_the_database_is_away(
+    database: Database, settings: JobsSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OperationalError("SELECT 1", {}, Exception("gone"))
+
+    pauses: list[float] = []
+    monkeypatch.setattr(module, "ingest", fail)
+    task = make_ingest_app(database, settings, sleep=pauses.append).tasks[INGEST_TASK]
+    with pytest.raises(Reject) as rejected:
+        task(a_message())
+    assert rejected.value.requeue
+    assert pauses

@@ -1,0 +1,148 @@
+"""What workers and doors do to the record, each as one transaction."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import select
+
+from storage import leases, queries, writes
+from storage.models import DecodeStep, Job, Output, Partial, Request
+from storage.queries import JobView
+from storage.records import Checkpoint, Claim, FinishedChoice, FlushResult, Lease, NewRequest, Progress, RequestKey
+from storage.session import Database
+from tests.factories import a_job, some_requests, some_steps
+
+
+def record(
+    database: Database, job_id: str = "job-1", requests: int | Sequence[NewRequest] = 1, **fields: Any
+) -> writes.RecordedJob:
+    rows = some_requests(requests) if isinstance(requests, int) else requests
+    with database.write() as session:
+        return writes.record_job(session, a_job(job_id, **fields), rows)
+
+
+def claim(
+    database: Database,
+    worker: str = "w1",
+    limit: int = 1,
+    lease_s: float = 30.0,
+    model: str = "tiny",
+    holding: Sequence[RequestKey] = (),
+) -> list[Claim]:
+    with database.write() as session:
+        return leases.claim(session, worker, model, limit, lease_s, holding=holding)
+
+
+def claim_one(database: Database, worker: str = "w1", lease_s: float = 30.0) -> Claim:
+    (claimed,) = claim(database, worker, 1, lease_s)
+    return claimed
+
+
+def flush(
+    database: Database, worker: str, *progress: Progress, held: Sequence[Lease] = (), lease_s: float = 30.0
+) -> FlushResult:
+    with database.write() as session:
+        return writes.flush(session, worker, lease_s, progress, held)
+
+
+def release(database: Database, worker: str, *leases_: Lease) -> None:
+    with database.write() as session:
+        leases.release(session, worker, leases_)
+
+
+def cancel(database: Database, job_id: str = "job-1") -> str | None:
+    with database.write() as session:
+        return writes.request_cancel(session, job_id)
+
+
+def expire(database: Database) -> list[tuple[str, str]]:
+    with database.write() as session:
+        return writes.expire_jobs(session)
+
+
+def view(database: Database, job_id: str = "job-1") -> JobView:
+    with database.read() as session:
+        found = queries.job(session, job_id)
+    assert found is not None
+    return found
+
+
+def tokens_of(seq: int, *emitted: int, choice: int = 0, first: int = 0) -> Checkpoint:
+    """A checkpoint of steps that emitted so many tokens each; every token is a letter of its own."""
+    flags = [flag for count in emitted for flag in [True] * (count - 1) + [False]]
+    letters = ["x" if flag else "y" for flag in flags]
+    return Checkpoint(
+        choice_index=choice,
+        seq=seq,
+        token_ids=tuple(range(len(flags))),
+        accepted=tuple(flags),
+        text="".join(letters),
+        pieces=tuple(zip(letters, ("draft" if flag else "target" for flag in flags), strict=True)),
+        steps=some_steps(*emitted, first=first),
+    )
+
+
+def end_of(*checkpoints: Checkpoint, choice: int = 0) -> FinishedChoice:
+    """The end of a choice that consists of these checkpoints."""
+    ids = tuple(token for checkpoint in checkpoints for token in checkpoint.token_ids)
+    return FinishedChoice(
+        choice_index=choice,
+        text="".join(checkpoint.text for checkpoint in checkpoints),
+        token_ids=ids,
+        finish_reason="stop",
+        prompt_tokens=5,
+        completion_tokens=len(ids),
+        started_at=1.0,
+        finished_at=2.0,
+        last_seq=checkpoints[-1].seq + 1,
+    )
+
+
+def whole(lease: Lease, *emitted: int) -> Progress:
+    """A request of one choice that was decoded between two flushes."""
+    checkpoint = tokens_of(1, *emitted)
+    return Progress(lease, (checkpoint,), (end_of(checkpoint),), ends=True)
+
+
+def requests_of(database: Database, job_id: str = "job-1") -> dict[int, Any]:
+    with database.read() as session:
+        rows = session.execute(select(*Request.__table__.columns).where(Request.job_id == job_id)).all()
+    return {row.request_index: row for row in rows}
+
+
+def everything(database: Database) -> dict[str, list[Any]]:
+    """All rows, for saying that nothing has changed."""
+    with database.read() as session:
+        return {
+            model.__tablename__: sorted(map(repr, session.execute(select(*model.__table__.columns))))
+            for model in (Job, Request, Partial, Output, DecodeStep)
+        }
+
+
+def check_laws(database: Database) -> None:
+    """What holds at any time, whatever happened."""
+    with database.read() as session:
+        jobs = session.execute(select(*Job.__table__.columns)).all()
+        requests = session.execute(select(Request.job_id, Request.request_index, Request.status)).all()
+        outputs = session.execute(select(*Output.__table__.columns)).all()
+        steps = session.execute(select(*DecodeStep.__table__.columns)).all()
+        partials = session.execute(select(Partial.job_id, Partial.request_index, Partial.token_ids)).all()
+    for job in jobs:
+        counts = Counter(row.status for row in requests if row.job_id == job.id)
+        assert job.requests_total == counts.total()
+        assert (job.requests_completed, job.requests_failed) == (counts["completed"], counts["failed"])
+        ended = job.status in ("completed", "failed", "expired", "cancelled")
+        assert ended == (counts["queued"] + counts["running"] == 0)
+        assert (job.finished_at is not None) == ended
+        written = sum(row.completion_tokens for row in outputs if row.job_id == job.id)
+        assert job.completion_tokens == written + sum(len(r.token_ids) for r in partials if r.job_id == job.id)
+    emitted: Counter[tuple[str, int, int]] = Counter()
+    for row in steps:
+        emitted[row.job_id, row.request_index, row.choice_index] += row.emitted_tokens
+    assert emitted == {(row.job_id, row.request_index, row.choice_index): row.completion_tokens for row in outputs}
+    completed = {(row.job_id, row.request_index) for row in requests if row.status == "completed"}
+    assert completed <= {(row.job_id, row.request_index) for row in outputs}
+    assert completed.isdisjoint((row.job_id, row.request_index) for row in partials)

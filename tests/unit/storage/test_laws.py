@@ -1,0 +1,117 @@
+"""Whatever workers, users and time do, and in whatever order: the laws of the record hold after every act."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from sqlalchemy import text
+
+from storage.models import Base
+from storage.records import Checkpoint, Claim, Progress, Refusal
+from storage.session import Database
+from tests.unit.storage import acts
+
+WORKERS = st.sampled_from(["w1", "w2"])
+JOBS = st.sampled_from(["a", "b"])
+EMITTED = st.lists(st.integers(1, 4), min_size=1, max_size=3)
+
+
+class Record(RuleBasedStateMachine):
+    """Two workers on two jobs. A worker may keep on writing under a lease that it lost long ago."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.directory = Path(tempfile.mkdtemp())
+        self.database = Database.open(f"sqlite:///{self.directory / 'basic.sqlite3'}")
+        Base.metadata.create_all(self.database.engine)
+        self.held: dict[str, list[Claim]] = {"w1": [], "w2": []}
+        self.written: dict[tuple[str, int], list[Checkpoint]] = {}  # by what each lease's owner believes
+        self.ended: dict[Any, Any] = {}
+
+    def teardown(self) -> None:
+        self.database.dispose()
+        shutil.rmtree(self.directory)
+
+    @initialize()
+    def record(self) -> None:
+        acts.record(self.database, "a", 3)
+        acts.record(self.database, "b", 2)
+
+    @rule(worker=WORKERS, limit=st.integers(1, 3))
+    def claim(self, worker: str, limit: int) -> None:
+        holding = [claim.lease.key for claim in self.held[worker]]
+        claims = acts.claim(self.database, worker, limit, holding=holding)
+        others = {claim.lease for held in self.held.values() for claim in held}
+        assert others.isdisjoint(claim.lease for claim in claims)
+        self.held[worker] += claims
+
+    @rule(worker=WORKERS, emitted=EMITTED, ends=st.booleans(), twice=st.booleans())
+    def write(self, worker: str, emitted: list[int], ends: bool, twice: bool) -> None:
+        if not self.held[worker]:
+            return
+        claim = self.held[worker][0]
+        before = self.written.setdefault((worker, id(claim)), list(claim.checkpoints))
+        seq = before[-1].seq + 1 if before else 1
+        before.append(acts.tokens_of(seq, *emitted, first=1))
+        finished = (acts.end_of(*before),) if ends else ()
+        sent = Progress(claim.lease, (before[-1],), finished, ends=ends)
+        for _ in range(1 + twice):
+            result = acts.flush(self.database, worker, sent, held=[c.lease for c in self.held[worker]])
+        lost = result.lost | ({claim.lease.key} if ends else set())
+        self.held[worker] = [c for c in self.held[worker] if c.lease.key not in lost]
+
+    @rule(worker=WORKERS)
+    def fail(self, worker: str) -> None:
+        if self.held[worker]:
+            lease = self.held[worker].pop(0).lease
+            acts.flush(self.database, worker, Progress(lease, refusal=Refusal("invalid_value", "no")))
+
+    @rule(worker=WORKERS)
+    def release(self, worker: str) -> None:
+        if self.held[worker]:
+            acts.release(self.database, worker, self.held[worker].pop().lease)
+
+    @rule()
+    def let_leases_lapse(self) -> None:
+        with self.database.write() as session:
+            session.execute(text("UPDATE requests SET lease_expires_at = 1.0 WHERE status = 'running'"))
+
+    @rule(job_id=JOBS)
+    def cancel(self, job_id: str) -> None:
+        acts.cancel(self.database, job_id)
+
+    @rule(job_id=JOBS)
+    def let_the_window_pass(self, job_id: str) -> None:
+        with self.database.write() as session:
+            session.execute(text("UPDATE jobs SET expires_at = 1.0 WHERE id = :id"), {"id": job_id})
+
+    @rule()
+    def expire(self) -> None:
+        acts.expire(self.database)
+
+    @invariant()
+    def laws_hold(self) -> None:
+        acts.check_laws(self.database)
+
+    @invariant()
+    def what_has_ended_stays_as_it_is(self) -> None:
+        for job_id in ("a", "b"):
+            for index, row in acts.requests_of(self.database, job_id).items():
+                if row.finished_at is not None:
+                    assert self.ended.setdefault((job_id, index), row) == row
+
+
+TestRecord = Record.TestCase
+TestRecord.settings = settings(
+    max_examples=20,
+    stateful_step_count=25,
+    deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # to shrink on a real database takes minutes
+    suppress_health_check=list(HealthCheck),
+)

@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import threading
+from collections import Counter
+
+import pytest
+
+from storage import leases
+from storage.leases import share_out
+from storage.records import Lease, Progress
+from storage.session import Database
+from tests.unit.storage.acts import (
+    cancel,
+    check_laws,
+    claim,
+    claim_one,
+    end_of,
+    expire,
+    flush,
+    record,
+    release,
+    requests_of,
+    tokens_of,
+    view,
+)
+
+
+def to_ring(database: Database, older_than_s: float) -> list[tuple[str, str]]:
+    with database.write() as session:
+        return leases.jobs_to_ring(session, older_than_s)
+
+
+def test_a_claim_brings_what_the_worker_needs(database: Database) -> None:
+    record(database, requests=2)
+
+    first, second = claim(database, limit=5)
+
+    assert (first.lease, second.lease) == (Lease("job-1", 0, 1), Lease("job-1", 1, 1))
+    assert (first.custom_id, first.endpoint, first.attempts) == ("request-0", "/v1/chat/completions", 1)
+    assert first.body["prompt"] == "Hello"
+    assert (first.checkpoints, first.finished_choices) == ((), ())
+    assert first.started_at == view(database).started_at
+    assert claim(database, "w2") == []
+    check_laws(database)
+
+
+def test_only_requests_of_the_worker_s_model_are_claimed(database: Database) -> None:
+    record(database, "other", model="large")
+
+    assert claim(database) == []
+    assert len(claim(database, model="large")) == 1
+
+
+def test_a_running_request_with_a_live_lease_is_left_alone(database: Database) -> None:
+    record(database)
+    claim(database, "w1")
+
+    assert claim(database, "w2") == []
+
+
+def test_a_lapsed_request_goes_to_the_next_claimer_with_a_higher_number(database: Database) -> None:
+    record(database)
+    old = claim_one(database, "w1", lease_s=-1)
+
+    new = claim_one(database, "w2")
+
+    assert (new.lease.number, new.attempts) == (2, 2)
+    assert new.started_at == old.started_at
+
+
+def test_a_new_owner_gets_checkpoints_and_finished_choices(database: Database) -> None:
+    record(database)
+    old = claim_one(database, "w1")
+    first, second, other = tokens_of(1, 1, 3), tokens_of(2, 2, first=2), tokens_of(1, 1, choice=1)
+    flush(
+        database,
+        "w1",
+        Progress(old.lease, (first, other), (end_of(other, choice=1),)),
+        Progress(old.lease, (second,)),
+        lease_s=-1,
+    )
+
+    new = claim_one(database, "w2")
+
+    assert new.checkpoints == (first, second)
+    assert new.finished_choices == (1,)
+
+
+def test_lapsed_requests_are_taken_up_before_queued_ones(database: Database) -> None:
+    record(database, requests=4)
+    claim(database, "w1", limit=3, lease_s=-1)
+    flush(database, "w1", held=[Lease("job-1", 0, 1)])
+
+    assert [c.lease.request_index for c in claim(database, "w2", limit=3)] == [1, 2, 3]
+
+
+def test_a_worker_gets_its_own_lapsed_request_only_if_it_does_not_hold_it(database: Database) -> None:
+    record(database)
+    held = claim_one(database, "w1", lease_s=-1)
+
+    assert claim(database, "w1", holding=[held.lease.key]) == []
+    assert [c.lease.number for c in claim(database, "w1")] == [2]
+
+
+def test_two_jobs_get_their_turns(database: Database) -> None:
+    record(database, "large", 100)
+    record(database, "small", 3)
+
+    first = Counter(c.lease.job_id for c in claim(database, limit=4))
+    second = Counter(c.lease.job_id for c in claim(database, limit=6))
+
+    assert first == {"large": 2, "small": 2}
+    assert second == {"large": 5, "small": 1}
+
+
+def test_a_job_that_comes_late_catches_up(database: Database) -> None:
+    record(database, "early", 100)
+    claim(database, limit=8)
+    record(database, "late", 100)
+
+    assert Counter(c.lease.job_id for c in claim(database, limit=10)) == {"late": 9, "early": 1}
+
+
+@pytest.mark.parametrize(
+    ("running", "places", "shares"),
+    [
+        ({}, 4, {}),
+        ({"a": 7}, 3, {"a": 3}),
+        ({"a": 0, "b": 0}, 3, {"a": 2, "b": 1}),
+        ({"a": 0, "b": 2}, 4, {"a": 3, "b": 1}),
+        ({"a": 0, "b": 9}, 2, {"a": 2}),
+    ],
+)
+def test_every_place_goes_to_the_job_with_the_fewest_running(
+    running: dict[str, int], places: int, shares: dict[str, int]
+) -> None:
+    assert share_out(running, places) == shares
+
+
+def test_two_claimers_never_get_the_same_request(database: Database) -> None:
+    record(database, "a", 60)
+    record(database, "b", 60)
+    taken: list[tuple[str, int]] = []
+    start = threading.Barrier(4)
+
+    def take_all(worker: str) -> None:
+        start.wait()
+        while claims := claim(database, worker, limit=5):
+            taken.extend(c.lease.key for c in claims)
+
+    threads = [threading.Thread(target=take_all, args=(f"w{number}",)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert sorted(taken) == [(job, index) for job in ("a", "b") for index in range(60)]
+    check_laws(database)
+
+
+def test_release_gives_the_request_and_the_attempt_back(database: Database) -> None:
+    record(database)
+    old = claim_one(database, "w1")
+    flush(database, "w1", Progress(old.lease, (tokens_of(1, 1, 2),)))
+
+    release(database, "w1", old.lease)
+
+    row = requests_of(database)[0]
+    assert (row.status, row.attempts, row.lease_owner, row.lease_number) == ("queued", 0, None, 1)
+    new = claim_one(database, "w2")
+    assert (new.attempts, new.lease.number) == (1, 2)
+    assert [c.seq for c in new.checkpoints] == [1]
+    check_laws(database)
+
+
+def test_only_the_owner_can_release(database: Database) -> None:
+    record(database)
+    old = claim_one(database, "w1", lease_s=-1)
+    claim(database, "w2")
+
+    release(database, "w1", old.lease)
+
+    row = requests_of(database)[0]
+    assert (row.status, row.lease_owner) == ("running", "w2")
+
+
+def test_a_request_released_after_a_cancel_ends_the_job(database: Database) -> None:
+    record(database)
+    held = claim_one(database, "w1")
+    assert cancel(database) == "cancelling"
+
+    release(database, "w1", held.lease)
+
+    assert view(database).status == "cancelled"
+    assert requests_of(database)[0].status == "cancelled"
+    check_laws(database)
+
+
+def test_nothing_is_claimed_of_a_job_that_is_cancelled_or_over(database: Database) -> None:
+    record(database, "cancelled")
+    record(database, "over", window_s=-1.0)
+    cancel(database, "cancelled")
+
+    assert claim(database, limit=9) == []
+    expire(database)
+    assert claim(database, limit=9) == []
+
+
+def test_a_job_is_rung_again_when_nobody_came(database: Database) -> None:
+    record(database)
+
+    assert to_ring(database, 10.0) == []  # it has just been rung
+    assert to_ring(database, -1.0) == [("job-1", "tiny")]
+    with database.write() as session:
+        leases.mark_rung(session, "job-1")
+    assert to_ring(database, 10.0) == []
+
+
+def test_a_job_is_not_rung_for_requests_that_are_running(database: Database) -> None:
+    record(database)
+    held = claim_one(database, "w1")
+    assert to_ring(database, -1.0) == []
+
+    flush(database, "w1", held=[held.lease], lease_s=-1)  # its worker is dead
+    assert to_ring(database, -1.0) == [("job-1", "tiny")]

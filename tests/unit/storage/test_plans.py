@@ -1,0 +1,80 @@
+"""How SQLite runs what is asked often: nothing may read all requests of a large job, finished ones included."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from sqlalchemy import event
+
+from storage import leases, queries, writes
+from storage.records import Progress
+from storage.session import Database
+from tests.unit.storage.acts import cancel, claim, flush, record, release, tokens_of, view, whole
+
+
+def plans_of(database: Database, act: Callable[[], object]) -> dict[str, list[str]]:
+    """Return the steps of SQLite's plan for every statement that an act executes."""
+    executed: list[tuple[str, Any]] = []
+
+    def note(_c: object, _cursor: object, statement: str, parameters: Any, _context: object, many: bool) -> None:
+        if statement.startswith(("SELECT", "UPDATE", "DELETE")):
+            executed.append((statement, parameters[0] if many else parameters))
+
+    event.listen(database.engine, "before_cursor_execute", note)
+    act()
+    event.remove(database.engine, "before_cursor_execute", note)
+    with database.read() as session:
+        explain = session.connection().exec_driver_sql
+        return {sql: [row[3] for row in explain(f"EXPLAIN QUERY PLAN {sql}", values)] for sql, values in executed}
+
+
+def work(database: Database) -> None:
+    """What workers do all the time, on two jobs at once."""
+    claims = claim(database, limit=6)
+    flush(database, "w1", *(Progress(c.lease, (tokens_of(1, 1, 2),)) for c in claims))
+    flush(database, "w1", *(whole(c.lease, 1, 3) for c in claims[:3]), held=[c.lease for c in claims[3:]])
+    release(database, "w1", *(c.lease for c in claims[3:]))
+    claim(database, "w2", lease_s=-1)
+    claim(database, "w1")
+    with database.write() as session:
+        leases.jobs_to_ring(session, -1.0)
+        writes.expire_jobs(session)
+
+
+def look(database: Database) -> None:
+    """What readers ask for."""
+    view(database)
+    with database.read() as session:
+        queries.jobs(session, 5, after="job-1")
+        queries.snapshot(session, "job-1")
+        list(queries.outputs(session, "job-1"))
+        queries.job_stats(session, "job-1")
+
+
+@pytest.fixture
+def sqlite(database: Database) -> Database:
+    if database.engine.dialect.name != "sqlite":
+        pytest.skip("these are the words of SQLite's plans")
+    record(database, "job-1", 6)
+    record(database, "job-2", 6)
+    return database
+
+
+def test_workers_read_only_requests_they_name_or_that_are_unfinished(sqlite: Database) -> None:
+    plans = plans_of(sqlite, lambda: work(sqlite))
+
+    steps = {(step, sql) for sql, plan in plans.items() for step in plan if re.search(r"\brequests\b", step)}
+    assert len(steps) > 10
+    assert [found for found in steps if not re.search(r"job_id=\? AND (request_index|status)=\?", found[0])] == []
+
+
+@pytest.mark.parametrize("act", [work, look, cancel])
+def test_no_table_that_grows_is_read_whole(sqlite: Database, act: Callable[[Database], object]) -> None:
+    plans = plans_of(sqlite, lambda: act(sqlite))
+
+    growing = re.compile(r"SCAN (requests|outputs|partials|decode_steps)")
+    assert plans
+    assert {sql: plan for sql, plan in plans.items() if any(growing.match(step) for step in plan)} == {}

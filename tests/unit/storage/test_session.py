@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError, OperationalError
+
+from storage import queries
+from storage.models import Base
+from storage.session import Database
+from storage.sql import database_now
+from tests.unit.storage.acts import record
+
+
+@pytest.fixture
+def sqlite(database: Database) -> Database:
+    if database.engine.dialect.name != "sqlite":
+        pytest.skip("about SQLite alone")
+    return database
+
+
+def test_the_directory_of_a_database_is_made(tmp_path: Path) -> None:
+    database = Database.open(f"sqlite:///{tmp_path / 'a' / 'b' / 'basic.sqlite3'}")
+    Base.metadata.create_all(database.engine)
+    database.dispose()
+
+    assert (tmp_path / "a" / "b" / "basic.sqlite3").exists()
+
+
+def test_connections_are_set_up_for_many_processes(sqlite: Database) -> None:
+    with sqlite.read() as session:
+        pragmas = {
+            name: session.execute(text(f"PRAGMA {name}")).scalar()
+            for name in ("journal_mode", "busy_timeout", "synchronous", "foreign_keys")
+        }
+
+    assert pragmas == {"journal_mode": "wal", "busy_timeout": 10_000, "synchronous": 1, "foreign_keys": 1}
+
+
+def test_a_writer_that_fails_leaves_nothing(database: Database) -> None:
+    record(database)
+
+    def fail_half_way() -> None:
+        with database.write() as session:
+            session.execute(text("UPDATE jobs SET requests_total = 7"))
+            session.execute(text("UPDATE jobs SET status = 'no such status'"))
+
+    with pytest.raises(IntegrityError):
+        fail_half_way()
+
+    with database.read() as session:
+        assert session.execute(text("SELECT requests_total FROM jobs")).scalar() == 1
+
+
+def test_a_reader_sees_one_state_while_a_writer_commits(sqlite: Database) -> None:
+    with sqlite.read() as session:
+        assert queries.jobs(session, 5).jobs == ()
+        record(sqlite)
+        assert queries.jobs(session, 5).jobs == ()
+    with sqlite.read() as session:
+        assert len(queries.jobs(session, 5).jobs) == 1
+
+
+def test_writers_take_turns_and_none_is_refused(database: Database) -> None:
+    """Each reads before it writes: with a lock taken only at the write, SQLite would refuse all but one."""
+    record(database)
+
+    def add_many() -> None:
+        for _ in range(20):
+            with database.write() as session:
+                total = session.execute(text("SELECT requests_total FROM jobs" + for_update)).scalar_one()
+                session.execute(text("UPDATE jobs SET requests_total = :total"), {"total": total + 1})
+
+    for_update = " FOR UPDATE" if database.engine.dialect.name == "postgresql" else ""
+    threads = [threading.Thread(target=add_many) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    with database.read() as session:
+        assert session.execute(text("SELECT requests_total FROM jobs")).scalar() == 81
+
+
+def test_a_database_that_can_not_be_opened_is_an_operational_error(tmp_path: Path) -> None:
+    (tmp_path / "basic.sqlite3").mkdir()
+    database = Database.open(f"sqlite:///{tmp_path / 'basic.sqlite3'}")
+
+    with pytest.raises(OperationalError), database.read() as session:
+        session.execute(text("SELECT 1"))
+
+
+def test_the_clock_of_the_database_runs_in_unix_seconds(database: Database) -> None:
+    with database.read() as session:
+        first, second = database_now(session), database_now(session)
+
+    assert 1_600_000_000 < first <= second < first + 60

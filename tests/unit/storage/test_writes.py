@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import pytest
+
+from storage import queries, writes
+from storage.records import NewRequest, Refusal
+from storage.session import Database
+from tests.factories import a_job, a_request, a_worker_card, some_requests
+from tests.unit.storage.acts import check_laws, claim, record, requests_of, view
+
+
+def refused(custom_id: str = "bad") -> NewRequest:
+    return NewRequest(
+        custom_id, refusal=Refusal("invalid_value", "line 2, max_tokens: must be at least 1", "max_tokens")
+    )
+
+
+def test_a_recorded_job_is_in_progress_with_its_requests_queued(database: Database) -> None:
+    recorded = record(database, requests=3, metadata={"team": "a"}, window_s=60.0)
+
+    job = view(database)
+    assert (recorded.job_id, recorded.created, recorded.conflict) == ("job-1", True, False)
+    assert (job.status, job.requests_total, job.metadata) == ("in_progress", 3, {"team": "a"})
+    assert job.started_at is None
+    assert job.expires_at - job.created_at == pytest.approx(60.0)
+    assert [row.status for row in requests_of(database).values()] == ["queued"] * 3
+    check_laws(database)
+
+
+def test_a_job_of_more_requests_than_one_insert_holds_is_recorded_whole(database: Database) -> None:
+    requests = (a_request(f"r{index}") for index in range(2_500))
+    with database.write() as session:
+        writes.record_job(session, a_job(), requests)
+
+    rows = requests_of(database)
+    assert view(database).requests_total == 2_500
+    assert [rows[index].custom_id for index in (0, 1_000, 2_499)] == ["r0", "r1000", "r2499"]
+
+
+def test_refused_requests_are_born_failed_and_the_others_go_on(database: Database) -> None:
+    record(database, requests=[a_request("good"), refused(), a_request("good too")])
+
+    job, row = view(database), requests_of(database)[1]
+    assert (job.status, job.requests_total, job.requests_failed) == ("in_progress", 3, 1)
+    assert (row.status, row.error_code, row.error_param, row.error_status_code) == (
+        "failed",
+        "invalid_value",
+        "max_tokens",
+        400,
+    )
+    assert {claimed.custom_id for claimed in claim(database, limit=9)} == {"good", "good too"}
+    check_laws(database)
+
+
+def test_a_job_whose_requests_are_all_refused_is_completed_at_once(database: Database) -> None:
+    record(database, requests=[refused("a"), refused("b")])
+
+    job = view(database)
+    assert (job.status, job.requests_failed, job.requests_completed) == ("completed", 2, 0)
+    assert claim(database) == []
+    check_laws(database)
+
+
+@pytest.mark.parametrize("api_key_id", [None, "key-1"])
+def test_the_same_submission_again_finds_the_first_job(database: Database, api_key_id: str | None) -> None:
+    same = {"api_key_id": api_key_id, "idempotency_key": "once", "body_sha256": "aa"}
+    record(database, "first", 2, **same)
+
+    again = record(database, "second", 2, **same)
+
+    assert (again.job_id, again.created, again.conflict) == ("first", False, False)
+    with database.read() as session:
+        assert [job.id for job in queries.jobs(session, 10).jobs] == ["first"]
+
+
+def test_a_used_key_with_another_body_is_a_conflict(database: Database) -> None:
+    record(database, "first", idempotency_key="once", body_sha256="aa")
+
+    again = record(database, "second", idempotency_key="once", body_sha256="bb")
+
+    assert (again.job_id, again.created, again.conflict) == ("first", False, True)
+
+
+def test_keys_of_two_owners_do_not_meet(database: Database) -> None:
+    record(database, "first", idempotency_key="once", api_key_id="key-1")
+
+    assert record(database, "second", idempotency_key="once", api_key_id="key-2").created
+    assert record(database, "third", idempotency_key="once").created
+
+
+def test_jobs_without_a_key_are_all_recorded(database: Database) -> None:
+    assert [record(database, job_id).created for job_id in ("a", "b")] == [True, True]
+
+
+def test_the_same_id_without_a_key_adds_nothing(database: Database) -> None:
+    record(database, "other")
+    record(database, "job-1", 2)
+
+    assert record(database, "job-1", 5) == writes.RecordedJob("job-1", created=False)
+    assert view(database).requests_total == 2
+
+
+def test_a_submission_that_breaks_off_leaves_nothing(database: Database) -> None:
+    def breaking() -> object:
+        yield from some_requests(1_500)
+        raise ConnectionError("the client is gone")
+
+    with pytest.raises(ConnectionError), database.write() as session:
+        writes.record_job(session, a_job(), breaking())  # type: ignore[arg-type]
+
+    with database.read() as session:
+        assert queries.job(session, "job-1") is None
+
+
+def test_a_worker_introduces_itself_beats_and_leaves(database: Database) -> None:
+    with database.write() as session:
+        writes.register_worker(session, a_worker_card(id="w", devices=("cuda:0",)))
+        writes.update_calibration(session, "w", {"verify_ms": [1.0, 2.0]})
+        writes.beat_worker(session, "w")
+    with database.read() as session:
+        (worker,) = queries.workers(session)
+    assert (worker.devices, worker.calibration, worker.stopped_at) == (["cuda:0"], {"verify_ms": [1.0, 2.0]}, None)
+    assert worker.last_seen_at >= worker.started_at
+
+    with database.write() as session:
+        writes.stop_worker(session, "w")
+    with database.read() as session:
+        (worker,) = queries.workers(session)
+        assert worker.stopped_at is not None
+        assert queries.models(session) == []
