@@ -47,7 +47,7 @@ class NewRequest:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The right to write one request's results. `number` grows with every claim: a stale owner's writes match no row."""
+    """The right to write one request's results. `number` grows with every claim: an older one writes nothing."""
 
     job_id: str
     request_index: int

@@ -23,7 +23,9 @@ class StorageSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="BASIC_", frozen=True, extra="forbid")
 
-    data_dir: Path = Field(default_factory=default_data_dir, description="Directory of everything kept on this machine.")
+    data_dir: Path = Field(
+        default_factory=default_data_dir, description="Directory of all that is kept on this machine."
+    )
     database_url: str = Field("", description="SQLAlchemy URL; empty: SQLite `basic.sqlite3` in the data directory.")
 
     @property

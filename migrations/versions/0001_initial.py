@@ -1,0 +1,188 @@
+"""The first schema: jobs, requests, their partials, outputs and decoding steps, the workers, and the views."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+from storage.views import create_views, drop_views
+
+revision = "0001"
+down_revision = None
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    _create_jobs()
+    _create_workers()
+    _create_requests()
+    _create_decode_steps()
+    _create_outputs()
+    _create_partials()
+    create_views(op.get_bind())
+
+
+def downgrade() -> None:
+    drop_views(op.get_bind())
+    for table in ("partials", "outputs", "decode_steps", "requests", "workers", "jobs"):
+        op.drop_table(table)
+
+
+def _create_jobs() -> None:
+    op.create_table(
+        "jobs",
+        sa.Column("id", sa.Text(), nullable=False),
+        sa.Column("status", sa.Text(), nullable=False),
+        sa.Column("model", sa.Text(), nullable=False),
+        sa.Column("endpoint", sa.Text(), nullable=False),
+        sa.Column("created_at", sa.Double(), nullable=False),
+        sa.Column("started_at", sa.Double()),
+        sa.Column("finished_at", sa.Double()),
+        sa.Column("expires_at", sa.Double(), nullable=False),
+        sa.Column("cancelling_at", sa.Double()),
+        sa.Column("requests_total", sa.Integer(), nullable=False),
+        sa.Column("requests_completed", sa.Integer(), nullable=False),
+        sa.Column("requests_failed", sa.Integer(), nullable=False),
+        sa.Column("prompt_tokens", sa.BigInteger(), nullable=False),
+        sa.Column("completion_tokens", sa.BigInteger(), nullable=False),
+        sa.Column("metadata", sa.JSON()),
+        sa.Column("api_key_id", sa.Text(), nullable=False),
+        sa.Column("idempotency_key", sa.Text()),
+        sa.Column("body_sha256", sa.Text()),
+        sa.Column("doorbell_at", sa.Double()),
+        sa.PrimaryKeyConstraint("id", name="pk_jobs"),
+        sa.UniqueConstraint("api_key_id", "idempotency_key", name="uq_jobs_api_key_id_idempotency_key"),
+        sa.CheckConstraint(
+            "status IN ('validating', 'in_progress', 'finalizing', 'cancelling',"
+            " 'completed', 'failed', 'expired', 'cancelled')",
+            name=op.f("ck_jobs_status"),
+        ),
+    )
+    op.create_index("ix_jobs_created_at_id", "jobs", ["created_at", "id"])
+    op.create_index("ix_jobs_status_model", "jobs", ["status", "model"])
+
+
+def _create_workers() -> None:
+    op.create_table(
+        "workers",
+        sa.Column("id", sa.Text(), nullable=False),
+        sa.Column("hostname", sa.Text(), nullable=False),
+        sa.Column("pid", sa.Integer(), nullable=False),
+        sa.Column("target", sa.Text(), nullable=False),
+        sa.Column("draft", sa.Text()),
+        sa.Column("devices", sa.JSON(), nullable=False),
+        sa.Column("context_tokens", sa.Integer(), nullable=False),
+        sa.Column("started_at", sa.Double(), nullable=False),
+        sa.Column("last_seen_at", sa.Double(), nullable=False),
+        sa.Column("stopped_at", sa.Double()),
+        sa.Column("calibration", sa.JSON(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name="pk_workers"),
+    )
+
+
+def _create_requests() -> None:
+    op.create_table(
+        "requests",
+        sa.Column("job_id", sa.Text(), nullable=False),
+        sa.Column("request_index", sa.Integer(), autoincrement=False, nullable=False),
+        sa.Column("custom_id", sa.Text(), nullable=False),
+        sa.Column("body", sa.JSON()),
+        sa.Column("status", sa.Text(), nullable=False),
+        sa.Column("attempts", sa.Integer(), nullable=False),
+        sa.Column("error_code", sa.Text()),
+        sa.Column("error_message", sa.Text()),
+        sa.Column("error_param", sa.Text()),
+        sa.Column("error_status_code", sa.Integer()),
+        sa.Column("lease_owner", sa.Text()),
+        sa.Column("lease_number", sa.Integer(), nullable=False),
+        sa.Column("lease_expires_at", sa.Double()),
+        sa.Column("started_at", sa.Double()),
+        sa.Column("finished_at", sa.Double()),
+        sa.PrimaryKeyConstraint("job_id", "request_index", name="pk_requests"),
+        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name="fk_requests_jobs", ondelete="CASCADE"),
+        sa.CheckConstraint(
+            "status IN ('queued', 'running', 'completed', 'failed', 'expired', 'cancelled')",
+            name=op.f("ck_requests_status"),
+        ),
+    )
+    op.create_index("ix_requests_job_id_status_request_index", "requests", ["job_id", "status", "request_index"])
+
+
+def _create_partials() -> None:
+    op.create_table(
+        "partials",
+        *_choice_columns(),
+        sa.Column("seq", sa.Integer(), nullable=False),
+        sa.Column("token_ids", sa.JSON(), nullable=False),
+        sa.Column("accepted", sa.JSON(), nullable=False),
+        sa.Column("text", sa.Text(), nullable=False),
+        sa.Column("pieces", sa.JSON(), nullable=False),
+        sa.Column("steps", sa.JSON(), nullable=False),
+        sa.Column("worker_id", sa.Text(), nullable=False),
+        sa.Column("committed_at", sa.Double(), nullable=False),
+        sa.PrimaryKeyConstraint("job_id", "request_index", "choice_index", "seq", name="pk_partials"),
+        _of_a_request("partials"),
+    )
+
+
+def _create_outputs() -> None:
+    op.create_table(
+        "outputs",
+        *_choice_columns(),
+        sa.Column("text", sa.Text(), nullable=False),
+        sa.Column("finish_reason", sa.Text(), nullable=False),
+        sa.Column("prompt_tokens", sa.Integer(), nullable=False),
+        sa.Column("completion_tokens", sa.Integer(), nullable=False),
+        sa.Column("accepted_tokens", sa.Integer(), nullable=False),
+        sa.Column("token_ids", sa.JSON(), nullable=False),
+        sa.Column("pieces", sa.JSON(), nullable=False),
+        sa.Column("worker_id", sa.Text(), nullable=False),
+        sa.Column("started_at", sa.Double(), nullable=False),
+        sa.Column("finished_at", sa.Double(), nullable=False),
+        sa.Column("last_seq", sa.Integer(), nullable=False),
+        sa.PrimaryKeyConstraint("job_id", "request_index", "choice_index", name="pk_outputs"),
+        _of_a_request("outputs"),
+    )
+
+
+def _create_decode_steps() -> None:
+    op.create_table(
+        "decode_steps",
+        *_choice_columns(),
+        sa.Column("step", sa.Integer(), nullable=False),
+        sa.Column("tree_nodes", sa.Integer(), nullable=False),
+        sa.Column("tree_depth", sa.Integer(), nullable=False),
+        sa.Column("accepted_tokens", sa.Integer(), nullable=False),
+        sa.Column("emitted_tokens", sa.Integer(), nullable=False),
+        sa.Column("expected_accepted", sa.Double()),
+        sa.Column("draft_ms", sa.Double(), nullable=False),
+        sa.Column("verify_ms", sa.Double(), nullable=False),
+        sa.Column("step_ms", sa.Double(), nullable=False),
+        sa.Column("batch_sequences", sa.Integer(), nullable=False),
+        sa.Column("drafter", sa.Text()),
+        sa.Column("plain_step_ms", sa.Double()),
+        sa.Column("ended_at", sa.Double(), nullable=False),
+        sa.Column("worker_id", sa.Text(), nullable=False),
+        sa.PrimaryKeyConstraint("job_id", "request_index", "choice_index", "step", name="pk_decode_steps"),
+        _of_a_request("decode_steps"),
+        sa.CheckConstraint("accepted_tokens <= tree_nodes", name=op.f("ck_decode_steps_accepted")),
+        sa.CheckConstraint("batch_sequences > 0", name=op.f("ck_decode_steps_batch")),
+    )
+
+
+def _choice_columns() -> tuple[sa.Column[str], sa.Column[int], sa.Column[int]]:
+    return (
+        sa.Column("job_id", sa.Text(), nullable=False),
+        sa.Column("request_index", sa.Integer(), nullable=False),
+        sa.Column("choice_index", sa.Integer(), nullable=False),
+    )
+
+
+def _of_a_request(table: str) -> sa.ForeignKeyConstraint:
+    return sa.ForeignKeyConstraint(
+        ["job_id", "request_index"],
+        ["requests.job_id", "requests.request_index"],
+        name=f"fk_{table}_requests",
+        ondelete="CASCADE",
+    )

@@ -1,0 +1,284 @@
+"""The flush: everything a worker has to say about its requests, in one transaction, fenced and safe to repeat.
+
+worker.sink -> writes -> [flush] -> models.  First every lease is looked at under lock; then only what is said under a
+lease that holds is written. A worker that never learnt whether a flush was committed sends it again: checkpoints and
+outputs find their rows there already, and nothing is counted twice.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import Enum, auto
+from itertools import groupby
+from typing import Any
+
+from sqlalchemy import bindparam, delete, select, update
+from sqlalchemy.orm import Session
+
+from storage.endings import cancel_requests, error_columns, finalise_jobs
+from storage.models import DecodeStep, Job, Output, Partial, Request
+from storage.records import Checkpoint, FinishedChoice, FlushResult, Lease, Progress, Refusal, RequestKey
+from storage.sql import AnyRow, database_now, insert_new, is_one_of, is_request, without_nul
+
+ChoiceKey = tuple[str, int, int]  # (job_id, request_index, choice_index)
+
+
+def flush(
+    session: Session, worker_id: str, lease_s: float, progress: Sequence[Progress], held: Sequence[Lease]
+) -> FlushResult:
+    """Renew the leases and write the progress of all requests of a worker; say which it has lost, which jobs ended.
+
+    A lease that has lapsed is renewed if nobody has claimed its request meanwhile. A lease is lost when its request has
+    a new owner or has ended by another hand, or when its job is cancelled or over; then its progress is not written.
+    """
+    leases = set(held).union(entry.lease for entry in progress)
+    if not leases:
+        return FlushResult(frozenset(), ())
+    standings = _look_at(session, worker_id, leases)
+    ours = [entry for entry in progress if standings[entry.lease] is _Standing.HOLDS]
+    now = database_now(session)
+    _renew(session, _keys(standings, _Standing.HOLDS), now + lease_s)
+    tally = _Tally()
+    _write_checkpoints(session, worker_id, ours, now, tally)
+    _write_outputs(session, worker_id, ours, tally)
+    _end_requests(session, ours, now, tally)
+    cancelled = _keys(standings, _Standing.CANCELLED)
+    cancel_requests(session, cancelled, now)
+    _count(session, tally)
+    return FlushResult(
+        lost=frozenset(_keys(standings, _Standing.LOST) | cancelled),
+        ended_jobs=tuple(finalise_jobs(session, {job_id for job_id, _ in tally.ended | cancelled})),
+    )
+
+
+class _Standing(Enum):
+    """What a lease is worth."""
+
+    HOLDS = auto()
+    ENDED = auto()  # its owner has ended the request: a repeated flush, whose work is done
+    CANCELLED = auto()  # holds, but the job is being cancelled
+    LOST = auto()
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What a flush adds to the counts of its jobs."""
+
+    completed: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)
+    prompt_tokens: Counter[str] = field(default_factory=Counter)
+    completion_tokens: Counter[str] = field(default_factory=Counter)
+    ended: set[RequestKey] = field(default_factory=set)
+
+    @property
+    def job_ids(self) -> list[str]:
+        return sorted({*self.completed, *self.failed, *self.prompt_tokens, *self.completion_tokens})
+
+
+def _look_at(session: Session, worker_id: str, leases: Collection[Lease]) -> dict[Lease, _Standing]:
+    """Lock jobs and requests of the leases, and say what each lease is worth until we commit."""
+    jobs = {
+        job.id: job
+        for job in session.execute(
+            select(Job.id, Job.status, Job.expires_at)
+            .where(Job.id.in_({lease.job_id for lease in leases}))
+            .order_by(Job.id)
+            .with_for_update(key_share=True)
+        )
+    }
+    requests = {
+        (request.job_id, request.request_index): request
+        for request in session.execute(
+            select(Request.job_id, Request.request_index, Request.status, Request.lease_owner, Request.lease_number)
+            .where(is_request({lease.key for lease in leases}))
+            .order_by(Request.job_id, Request.request_index)
+            .with_for_update(key_share=True)
+        )
+    }
+    now = database_now(session)
+    return {lease: _worth(lease, worker_id, jobs.get(lease.job_id), requests.get(lease.key), now) for lease in leases}
+
+
+def _worth(lease: Lease, worker_id: str, job: AnyRow | None, request: AnyRow | None, now: float) -> _Standing:
+    if job is None or request is None or (request.lease_owner, request.lease_number) != (worker_id, lease.number):
+        return _Standing.LOST
+    if request.status in ("completed", "failed"):
+        return _Standing.ENDED
+    if request.status != "running":
+        return _Standing.LOST
+    if job.status == "cancelling":
+        return _Standing.CANCELLED
+    return _Standing.HOLDS if job.status == "in_progress" and job.expires_at > now else _Standing.LOST
+
+
+def _keys(standings: dict[Lease, _Standing], wanted: _Standing) -> set[RequestKey]:
+    return {lease.key for lease, standing in standings.items() if standing is wanted}
+
+
+def _renew(session: Session, keys: Collection[RequestKey], until: float) -> None:
+    if keys:
+        session.execute(update(Request).where(is_request(keys)).values(lease_expires_at=until))
+
+
+def _write_checkpoints(
+    session: Session, worker_id: str, progress: Iterable[Progress], now: float, tally: _Tally
+) -> None:
+    rows = [
+        {
+            "job_id": entry.lease.job_id,
+            "request_index": entry.lease.request_index,
+            "worker_id": worker_id,
+            "committed_at": now,
+            **_checkpoint_columns(checkpoint),
+        }
+        for entry in progress
+        for checkpoint in entry.checkpoints
+    ]
+    if not rows:
+        return
+    keys = (Partial.job_id, Partial.request_index, Partial.choice_index, Partial.seq)
+    written = {tuple(key) for key in session.execute(insert_new(session, Partial).returning(*keys), rows)}
+    for row in rows:
+        if tuple(row[key.key] for key in keys) in written:
+            tally.completion_tokens[row["job_id"]] += len(row["token_ids"])
+
+
+def _checkpoint_columns(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "choice_index": checkpoint.choice_index,
+        "seq": checkpoint.seq,
+        "token_ids": checkpoint.token_ids,
+        "accepted": checkpoint.accepted,
+        "text": without_nul(checkpoint.text),
+        "pieces": [(without_nul(text), source) for text, source in checkpoint.pieces],
+        "steps": [asdict(step) for step in checkpoint.steps],
+    }
+
+
+def _write_outputs(session: Session, worker_id: str, progress: Iterable[Progress], tally: _Tally) -> None:
+    """Turn the checkpoints of finished choices into their outputs and step rows."""
+    finished = {(*entry.lease.key, choice.choice_index): choice for entry in progress for choice in entry.finished}
+    if not finished:
+        return
+    partials = _take_partials(session, finished)
+    rows = [_output_row(key, choice, partials.get(key, []), worker_id) for key, choice in finished.items()]
+    keys = (Output.job_id, Output.request_index, Output.choice_index)
+    written = {tuple(key) for key in session.execute(insert_new(session, Output).returning(*keys), rows)}
+    steps = [row for key in finished if key in written for row in _step_rows(key, partials.get(key, []))]
+    if steps:
+        session.execute(insert_new(session, DecodeStep), steps)
+    _count_outputs(finished, written, partials, tally)
+
+
+def _take_partials(session: Session, keys: Collection[ChoiceKey]) -> dict[ChoiceKey, list[AnyRow]]:
+    """Delete the checkpoints of these choices and return them, in order."""
+    place = (Partial.job_id, Partial.request_index, Partial.choice_index, Partial.seq)
+    content = (Partial.token_ids, Partial.accepted, Partial.pieces, Partial.steps, Partial.worker_id)
+    taken = session.execute(delete(Partial).where(is_one_of(place[:3], keys)).returning(*place, *content))
+    ordered = sorted(taken, key=lambda partial: (*_choice_key(partial), partial.seq))
+    return {key: list(group) for key, group in groupby(ordered, key=_choice_key)}
+
+
+def _choice_key(partial: AnyRow) -> ChoiceKey:
+    return (partial.job_id, partial.request_index, partial.choice_index)
+
+
+def _output_row(key: ChoiceKey, choice: FinishedChoice, partials: Sequence[AnyRow], worker_id: str) -> dict[str, Any]:
+    job_id, request_index, _ = key
+    return {
+        "job_id": job_id,
+        "request_index": request_index,
+        **asdict(choice),
+        "text": without_nul(choice.text),
+        "accepted_tokens": sum(sum(partial.accepted) for partial in partials),
+        "pieces": merge_pieces(piece for partial in partials for piece in partial.pieces),
+        "worker_id": worker_id,
+    }
+
+
+def merge_pieces(pieces: Iterable[Sequence[str]]) -> list[tuple[str, str]]:
+    """Return the pieces with neighbours of one source joined."""
+    return [
+        ("".join(text for text, _ in group), source) for source, group in groupby(pieces, key=lambda piece: piece[1])
+    ]
+
+
+def _step_rows(key: ChoiceKey, partials: Iterable[AnyRow]) -> list[dict[str, Any]]:
+    """Return the steps of a choice, numbered as they were committed: a new owner may count its own from 0 again."""
+    job_id, request_index, choice_index = key
+    steps = [(partial.worker_id, step) for partial in partials for step in partial.steps]
+    identity = {"job_id": job_id, "request_index": request_index, "choice_index": choice_index}
+    return [
+        {**columns, **identity, "step": number, "worker_id": worker_id}
+        for number, (worker_id, columns) in enumerate(steps)
+    ]
+
+
+def _count_outputs(
+    finished: dict[ChoiceKey, FinishedChoice],
+    written: Collection[tuple[Any, ...]],
+    partials: dict[ChoiceKey, list[AnyRow]],
+    tally: _Tally,
+) -> None:
+    """Count the tokens of outputs in place of those of their checkpoints, which have been counted before."""
+    for key, choice in finished.items():
+        job_id, _, choice_index = key
+        tally.completion_tokens[job_id] -= sum(len(partial.token_ids) for partial in partials.get(key, []))
+        if key in written:
+            tally.completion_tokens[job_id] += choice.completion_tokens
+            tally.prompt_tokens[job_id] += choice.prompt_tokens if choice_index == 0 else 0
+
+
+def _end_requests(session: Session, progress: Iterable[Progress], now: float, tally: _Tally) -> None:
+    failed = {entry.lease.key: entry.refusal for entry in progress if entry.refusal is not None}
+    completed = {entry.lease.key for entry in progress if entry.ends} - failed.keys()
+    tally.completed.update(job_id for job_id, _ in completed)
+    tally.failed.update(job_id for job_id, _ in failed)
+    tally.ended |= completed | failed.keys()
+    if completed:
+        ended = {"status": "completed", "finished_at": now, "lease_expires_at": None}
+        session.execute(update(Request).where(is_request(completed)).values(**ended))
+    if failed:
+        session.execute(update(Request), [_failed_row(key, refusal, now) for key, refusal in failed.items()])
+
+
+def _failed_row(key: RequestKey, refusal: Refusal, now: float) -> dict[str, Any]:
+    job_id, request_index = key
+    return {
+        "job_id": job_id,
+        "request_index": request_index,
+        "status": "failed",
+        "finished_at": now,
+        "lease_expires_at": None,
+        **error_columns(refusal),
+    }
+
+
+def _count(session: Session, tally: _Tally) -> None:
+    """Add the tally to the jobs, which are locked: nobody else is counting."""
+    counts = [
+        {
+            "job": job_id,
+            "completed": tally.completed[job_id],
+            "failed": tally.failed[job_id],
+            "prompt": tally.prompt_tokens[job_id],
+            "completion": tally.completion_tokens[job_id],
+        }
+        for job_id in tally.job_ids
+    ]
+    if not counts:
+        return
+    # Through the connection: a session takes an UPDATE with a list of values for one by primary key.
+    session.connection().execute(
+        update(Job)
+        .where(Job.id == bindparam("job"))
+        .values(
+            requests_completed=Job.requests_completed + bindparam("completed"),
+            requests_failed=Job.requests_failed + bindparam("failed"),
+            prompt_tokens=Job.prompt_tokens + bindparam("prompt"),
+            completion_tokens=Job.completion_tokens + bindparam("completion"),
+        ),
+        counts,
+    )

@@ -1,0 +1,66 @@
+"""The schema's version: bring a database up to date, and say where it stands.
+
+jobs.local, jobs.cli -> [schema] -> Alembic -> migrations.  The migration scripts lie beside this package, in a checkout
+as in an installation; Alembic reads them as files, nothing here imports them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection
+
+from storage.session import make_engine, write_connection
+
+_SCRIPTS: Final = Path(__file__).resolve().parent.parent / "migrations"
+
+
+def upgrade(url: str, revision: str = "head") -> None:
+    """Bring a database to a revision, in one transaction; creates it if it is SQLite and not there.
+
+    Two that upgrade at once do it one after the other, and the second finds nothing to do.
+    """
+    engine = make_engine(url)
+    try:
+        with write_connection(engine) as connection:
+            command.upgrade(_config(connection), revision)
+    finally:
+        engine.dispose()
+
+
+def downgrade(url: str, revision: str) -> None:
+    """Take a database back to an earlier revision (`base`: to nothing), with the data that has no place there."""
+    engine = make_engine(url)
+    try:
+        with write_connection(engine) as connection:
+            command.downgrade(_config(connection), revision)
+    finally:
+        engine.dispose()
+
+
+def current(url: str) -> str | None:
+    """Return the revision of a database; None if it has no schema of ours."""
+    engine = make_engine(url)
+    try:
+        with engine.connect() as connection:
+            return MigrationContext.configure(connection).get_current_revision()
+    finally:
+        engine.dispose()
+
+
+def head() -> str:
+    """Return the revision that this version of bASIC works with."""
+    revision = ScriptDirectory.from_config(_config()).get_current_head()
+    assert revision is not None, f"no migrations in {_SCRIPTS}"
+    return revision
+
+
+def _config(connection: Connection | None = None) -> Config:
+    config = Config(attributes={"connection": connection})
+    config.set_main_option("script_location", str(_SCRIPTS).replace("%", "%%"))
+    return config

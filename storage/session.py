@@ -1,0 +1,94 @@
+"""Connections to the record: SQLite in WAL mode on one machine, PostgreSQL for many.
+
+Callers get a Session that is one transaction, for reading or for writing. Exceptions are SQLAlchemy's own: an
+OperationalError means that the database is away or busy, and that the whole transaction may be tried again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy.orm import Session
+
+_BUSY_S = 10.0  # how long SQLite waits for another writer
+
+# How a transaction of this connection begins on SQLite. A writer takes the lock at once: one that has read first and
+# then finds the lock taken is refused without waiting.
+_BEGIN_OPTION = "sqlite_begin"
+_WRITING = {_BEGIN_OPTION: "BEGIN IMMEDIATE"}
+
+# Sessions hold no objects, so there are none to keep in step with an UPDATE; and rows of one INSERT go in together,
+# whichever of their columns are NULL.
+_SESSION_OPTIONS = {"synchronize_session": False, "render_nulls": True}
+
+
+@dataclass(frozen=True, slots=True)
+class Database:
+    """The record, as something to read from and write to. One per process; safe to share between threads."""
+
+    engine: Engine
+
+    @classmethod
+    def open(cls, url: str) -> Self:
+        """Open the database at an SQLAlchemy URL. Connects when first used."""
+        return cls(make_engine(url))
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """Yield a session that sees one state of the database."""
+        with Session(self.engine, execution_options=_SESSION_OPTIONS) as session:
+            yield session
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """Yield a session that is one write transaction: committed at the end, or rolled back by an exception."""
+        engine = self.engine.execution_options(**_WRITING)
+        with Session(engine, execution_options=_SESSION_OPTIONS) as session, session.begin():
+            yield session
+
+    def dispose(self) -> None:
+        """Close all connections."""
+        self.engine.dispose()
+
+
+def make_engine(url: str) -> Engine:
+    """Return an engine for SQLite (the file's directory is made if need be) or PostgreSQL."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "sqlite":
+        return _sqlite_engine(parsed)
+    return create_engine(parsed, pool_pre_ping=True)
+
+
+@contextmanager
+def write_connection(engine: Engine) -> Iterator[Connection]:
+    """Yield a connection in one write transaction, for those who need no session."""
+    with engine.execution_options(**_WRITING).begin() as connection:
+        yield connection
+
+
+def _sqlite_engine(url: URL) -> Engine:
+    if url.database and url.database != ":memory:":
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(url, connect_args={"timeout": _BUSY_S})
+    event.listen(engine, "connect", _prepare_connection)
+    event.listen(engine, "begin", _begin)
+    return engine
+
+
+def _prepare_connection(connection: Any, _record: object) -> None:
+    """Set what SQLite keeps per connection, and leave BEGIN to us: the driver would begin too late."""
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.execute("PRAGMA synchronous = NORMAL")
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.close()
+
+
+def _begin(connection: Connection) -> None:
+    connection.exec_driver_sql(connection.get_execution_options().get(_BEGIN_OPTION, "BEGIN"))

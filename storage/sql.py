@@ -1,0 +1,91 @@
+"""The few things that SQLite and PostgreSQL spell differently, and conditions that several modules share."""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from sqlalchemy import ColumnElement, Row, and_, false, func, or_, select, text
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import InstrumentedAttribute, Session
+
+from storage.models import Base, Job, Request
+from storage.records import RequestKey
+
+AnyRow = Row[*tuple[Any, ...]]
+
+_NOW: Final[Mapping[str, str]] = {
+    "sqlite": "SELECT (julianday('now') - 2440587.5) * 86400.0",
+    "postgresql": "SELECT CAST(extract(epoch FROM clock_timestamp()) AS double precision)",
+}
+
+
+def database_now(session: Session) -> float:
+    """Return the database's clock, in Unix seconds. Leases are measured by it alone: clocks of workers may be wrong."""
+    return float(session.execute(text(_NOW[_dialect(session)])).scalar_one())
+
+
+def insert_new(session: Session, model: type[Base]) -> postgresql.Insert | sqlite.Insert:
+    """Return an INSERT that leaves rows alone that are there already."""
+    if _dialect(session) == "postgresql":
+        return postgresql.insert(model).on_conflict_do_nothing()
+    return sqlite.insert(model).on_conflict_do_nothing()
+
+
+def is_request(keys: Iterable[RequestKey]) -> ColumnElement[bool]:
+    """Return the condition that a row of `requests` is one of these."""
+    return is_one_of((Request.job_id, Request.request_index), keys)
+
+
+def is_one_of(columns: Sequence[InstrumentedAttribute[Any]], keys: Iterable[tuple[Any, ...]]) -> ColumnElement[bool]:
+    """Return the condition that these columns (job, request, then others) have the values of one of the keys.
+
+    `(a, b) IN (…)` would say the same, but SQLite reads the whole table for it. So keys that differ only in the request
+    are put together.
+    """
+    job_id, request_index, *others = columns
+    groups: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for job, index, *rest in keys:
+        groups[job, *rest].append(index)
+    alternatives = [
+        and_(request_index.in_(indexes), *map(operator.eq, (job_id, *others), common))
+        for common, indexes in groups.items()
+    ]
+    return or_(false(), *alternatives)
+
+
+def is_lapsed(now: float) -> ColumnElement[bool]:
+    """Return the condition that whoever runs a request has not renewed its lease in time."""
+    return and_(Request.status == "running", Request.lease_expires_at < now)
+
+
+def has_work(now: float) -> ColumnElement[bool]:
+    """Return the condition that a job has a request that can be claimed."""
+    # Two questions rather than one with OR, for which SQLite would read the finished requests too.
+    return or_(_has_request(Request.status == "queued"), _has_request(is_lapsed(now)))
+
+
+def has_open_requests() -> ColumnElement[bool]:
+    """Return the condition that a job has a request that has not ended."""
+    return _has_request(Request.status.in_(("queued", "running")))
+
+
+def running_requests(now: float) -> ColumnElement[int]:
+    """Return the number of a job's requests that are being decoded."""
+    alive = and_(Request.status == "running", Request.lease_expires_at >= now)
+    return select(func.count()).where(Request.job_id == Job.id, alive).correlate(Job).scalar_subquery()
+
+
+def without_nul(text: str) -> str:
+    """Return the text as PostgreSQL can hold it: a model may emit the NUL character, which becomes U+FFFD."""
+    return text.replace("\0", "\ufffd")
+
+
+def _has_request(condition: ColumnElement[bool]) -> ColumnElement[bool]:
+    return select(Request.job_id).where(Request.job_id == Job.id, condition).correlate(Job).exists()
+
+
+def _dialect(session: Session) -> str:
+    return session.get_bind().dialect.name

@@ -1,0 +1,151 @@
+"""The write side of the record. Every function takes an open session inside a write transaction; all may be repeated.
+
+jobs.intake, jobs.api, worker -> [writes] -> models.  Flushes and endings have modules of their own; callers find them
+here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any, Final
+
+from sqlalchemy import ColumnElement, and_, insert, select, update
+from sqlalchemy.orm import Session
+
+from storage.endings import error_columns, expire_jobs, finalise_jobs, request_cancel
+from storage.flush import flush
+from storage.models import Job, Request, Worker
+from storage.records import NewJob, NewRequest, WorkerCard
+from storage.sql import database_now, insert_new
+
+__all__ = [
+    "RecordedJob",
+    "beat_worker",
+    "expire_jobs",
+    "finalise_jobs",
+    "flush",
+    "record_job",
+    "register_worker",
+    "request_cancel",
+    "stop_worker",
+    "update_calibration",
+]
+
+_ROWS_AT_ONCE: Final = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedJob:
+    """Under which id a job stands in the record, and whether it is this submission that put it there."""
+
+    job_id: str
+    created: bool  # False: the idempotency key (or the id) had been used before; nothing was written
+    conflict: bool = False  # it had been used for another body
+
+
+def record_job(session: Session, job: NewJob, requests: Iterable[NewRequest]) -> RecordedJob:
+    """Record a job and its requests, which are read once and in pieces. Refused requests are born failed.
+
+    A submission that comes again, by its idempotency key, finds the first one's job. A job without a request that can
+    be served is completed at once.
+    """
+    now = database_now(session)
+    created = session.execute(insert_new(session, Job).values(**_job_row(job, now)).returning(Job.id)).first()
+    if created is None:
+        return _earlier_job(session, job)
+    total = failed = 0
+    for rows in _in_pieces(_request_row(job.id, index, request, now) for index, request in enumerate(requests)):
+        session.execute(insert(Request), rows)
+        total += len(rows)
+        failed += sum(row["status"] == "failed" for row in rows)
+    session.execute(update(Job).where(Job.id == job.id).values(requests_total=total, requests_failed=failed))
+    finalise_jobs(session, [job.id])
+    return RecordedJob(job.id, created=True)
+
+
+def register_worker(session: Session, card: WorkerCard) -> None:
+    """Write a worker down when it is ready to serve."""
+    now = database_now(session)
+    session.execute(insert_new(session, Worker).values(**asdict(card), started_at=now, last_seen_at=now))
+
+
+def beat_worker(session: Session, worker_id: str) -> None:
+    """Note that a worker is alive."""
+    _update_worker(session, worker_id, last_seen_at=database_now(session))
+
+
+def update_calibration(session: Session, worker_id: str, calibration: Mapping[str, Any]) -> None:
+    """Replace the measured cost curves of a worker."""
+    _update_worker(session, worker_id, calibration=dict(calibration))
+
+
+def stop_worker(session: Session, worker_id: str) -> None:
+    """Note that a worker has left in order."""
+    now = database_now(session)
+    _update_worker(session, worker_id, last_seen_at=now, stopped_at=now)
+
+
+def _update_worker(session: Session, worker_id: str, **columns: Any) -> None:
+    session.execute(update(Worker).where(Worker.id == worker_id).values(**columns))
+
+
+def _job_row(job: NewJob, now: float) -> dict[str, Any]:
+    return {
+        "id": job.id,
+        "status": "in_progress",
+        "model": job.model,
+        "endpoint": job.endpoint,
+        "created_at": now,
+        "expires_at": now + job.window_s,
+        "requests_total": 0,
+        "requests_completed": 0,
+        "requests_failed": 0,
+        "prompt_tokens": 0,
+        "completion_tokens": 0,
+        "metadata_": None if job.metadata is None else dict(job.metadata),
+        "api_key_id": job.api_key_id or "",
+        "idempotency_key": job.idempotency_key,
+        "body_sha256": job.body_sha256,
+        "doorbell_at": now,  # whoever records a job rings right after the commit
+    }
+
+
+def _request_row(job_id: str, index: int, request: NewRequest, now: float) -> dict[str, Any]:
+    refused = request.refusal is not None
+    return {
+        "job_id": job_id,
+        "request_index": index,
+        "custom_id": request.custom_id,
+        "body": None if request.body is None else dict(request.body),
+        "status": "failed" if refused else "queued",
+        "attempts": 0,
+        "lease_number": 0,
+        "finished_at": now if refused else None,
+        **(error_columns(request.refusal) if request.refusal is not None else _NO_ERROR),
+    }
+
+
+_NO_ERROR: Final[Mapping[str, None]] = {
+    "error_code": None,
+    "error_message": None,
+    "error_param": None,
+    "error_status_code": None,
+}
+
+
+def _earlier_job(session: Session, job: NewJob) -> RecordedJob:
+    """Return the job that stood in the way: the one with the same idempotency key, else the one with the same id."""
+    same_id = Job.id == job.id
+    same: ColumnElement[bool] = same_id
+    if job.idempotency_key is not None:
+        same |= and_(Job.api_key_id == (job.api_key_id or ""), Job.idempotency_key == job.idempotency_key)
+    earlier = session.execute(select(Job.id, Job.body_sha256).where(same).order_by(same_id).limit(1)).one()
+    return RecordedJob(earlier.id, created=False, conflict=earlier.body_sha256 != job.body_sha256)
+
+
+def _in_pieces(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    waiting = iter(rows)
+    while piece := list(islice(waiting, _ROWS_AT_ONCE)):
+        yield piece
