@@ -17,15 +17,15 @@ import json
 import os
 import random
 import sys
+import threading
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import httpx
-from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from jobs.errors import BasicError, JobRefused, NotCancellable, NotFound, ServiceUnavailable
 from jobs.messages import Endpoint, PartialEvent
@@ -272,10 +272,11 @@ class Client:
 
     def __init__(self, api_url: str | None = None, api_key: str | None = None, **options: Any) -> None:
         """Connect lazily; arguments as for AsyncClient."""
-        self._stack = ExitStack()
-        self._portal: BlockingPortal = self._stack.enter_context(start_blocking_portal())
         self._client = AsyncClient(api_url, api_key, **options)
-        self._stack.callback(self._portal.call, self._client.close)
+        self._loop = asyncio.new_event_loop()
+        # A daemon, so that a script which forgets to close still ends.
+        self._thread = threading.Thread(target=self._loop.run_forever, name="basic-client", daemon=True)
+        self._thread.start()
 
     def __enter__(self) -> Self:
         return self
@@ -287,7 +288,13 @@ class Client:
 
     def close(self) -> None:
         """Close all connections and end the thread."""
-        self._stack.close()
+        if self._loop.is_closed():
+            return
+        self._wait_for(self._client.close)
+        self._wait_for(self._loop.shutdown_asyncgens)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     @property
     def api_url(self) -> str:
@@ -337,11 +344,11 @@ class Client:
             while (item := self._wait_for(step)) is not None:
                 yield item[0]
         finally:
-            self._portal.call(close)
+            self._wait_for(close)
 
-    def _wait_for(self, call: Callable[[], Awaitable[T]]) -> T:
+    def _wait_for(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Wait for a call on the event loop; whoever stops waiting stops the call."""
-        pending = self._portal.start_task_soon(call)
+        pending = asyncio.run_coroutine_threadsafe(call(), self._loop)
         try:
             return pending.result()
         except BaseException:

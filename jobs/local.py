@@ -7,6 +7,7 @@ all, a crash takes them along, and the next start goes on with what SQL says is 
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -136,9 +137,9 @@ def _send(pid: int, number: signal.Signals) -> None:
 def main() -> int:
     """Run the service as the environment says; the process behind `start_detached`."""
     settings = JobsSettings()
-    log_to_stderr(settings.log_format)
+    log_to_stderr(settings.log_format, logging.WARNING)
     try:
-        return up(settings, announce=lambda service: say(f"The service answers at {service.api_url}"))
+        return up(settings, announce=lambda _: None)
     except BasicError as exc:
         say(str(exc))
         return BAD_SETTINGS_STATUS

@@ -137,7 +137,7 @@ def _take(
     held = [index for job, index in holding if job == job_id]
     free = _lock_free(session, job_id, is_lapsed(now) & Request.request_index.not_in(held), places)
     free += _lock_free(session, job_id, Request.status == "queued", places - len(free))
-    return session.execute(
+    rows = session.execute(
         update(Request)
         .where(Request.job_id == job_id, Request.request_index.in_(free))
         .values(
@@ -149,7 +149,9 @@ def _take(
             started_at=func.coalesce(Request.started_at, now),
         )
         .returning(*_CLAIMED)
-    ).all()
+    )
+    place = {index: number for number, index in enumerate(free)}
+    return sorted(rows, key=lambda row: place[row.request_index])
 
 
 def _lock_free(session: Session, job_id: str, condition: ColumnElement[bool], limit: int) -> list[int]:

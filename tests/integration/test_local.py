@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -98,11 +99,14 @@ def test_a_crash_leaves_nothing_running_and_the_next_start_recovers(settings: Jo
 
 
 def test_ctrl_c_in_the_foreground_ends_all_with_status_0(settings: JobsSettings) -> None:
-    command = [sys.executable, "-m", "jobs.local"]
-    with subprocess.Popen(command, env=environment(settings), stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        assert any("The service answers" in line for line in process.stderr)
+    command = [sys.executable, "-m", "jobs.cli", "up", "--json"]
+    with subprocess.Popen(command, env=environment(settings), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        service = json.loads(process.stdout.readline())
+        assert service["pid"] == process.pid
+        assert service["data_dir"] == str(settings.data_dir)
         processes = children_of(process.pid)
+        assert len(processes) == 4
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
     assert all(ended(pid) for pid in processes)

@@ -3,6 +3,8 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -242,3 +244,10 @@ def test_ctrl_c_ends_a_stream_on_which_nothing_happens() -> None:
             list(client.job("batch_1").follow())
         interrupt.join()
     assert stream.closed
+
+
+def test_a_script_that_forgets_to_close_its_client_still_ends() -> None:
+    script = "from jobs.client import Client\nClient('http://127.0.0.1:9', patience_s=0).jobs()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 1
+    assert "does not answer" in done.stderr

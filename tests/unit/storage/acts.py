@@ -109,7 +109,8 @@ def whole(lease: Lease, *emitted: int) -> Progress:
 
 def requests_of(database: Database, job_id: str = "job-1") -> dict[int, Any]:
     with database.read() as session:
-        rows = session.execute(select(*Request.__table__.columns).where(Request.job_id == job_id)).all()
+        query = select(*Request.__table__.columns).where(Request.job_id == job_id)
+        rows = session.execute(query.order_by(Request.request_index)).all()
     return {row.request_index: row for row in rows}
 
 
