@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from storage.models import Job, Request
 from storage.records import Refusal, RequestKey
-from storage.sql import database_now, has_open_requests, is_lapsed, is_request
+from storage.sql import database_now, has_open_requests, is_lapsed, is_request, without_nul
 
 OPEN_JOB_STATUSES: Final = ("in_progress", "cancelling")
 
@@ -85,7 +85,7 @@ def error_columns(refusal: Refusal) -> dict[str, str | int | None]:
     """Return a refusal as the columns of its request."""
     return {
         "error_code": refusal.code,
-        "error_message": refusal.message,
+        "error_message": without_nul(refusal.message),
         "error_param": refusal.param,
         "error_status_code": refusal.status_code,
     }

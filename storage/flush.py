@@ -14,7 +14,7 @@ from enum import Enum, auto
 from itertools import groupby
 from typing import Any
 
-from sqlalchemy import bindparam, delete, select, update
+from sqlalchemy import bindparam, delete, insert, select, update
 from sqlalchemy.orm import Session
 
 from storage.endings import cancel_requests, error_columns, finalise_jobs
@@ -168,7 +168,7 @@ def _write_outputs(session: Session, worker_id: str, progress: Iterable[Progress
     written = {tuple(key) for key in session.execute(insert_new(session, Output).returning(*keys), rows)}
     steps = [row for key in finished if key in written for row in _step_rows(key, partials.get(key, []))]
     if steps:
-        session.execute(insert_new(session, DecodeStep), steps)
+        session.execute(insert(DecodeStep), steps)
     _count_outputs(finished, written, partials, tally)
 
 

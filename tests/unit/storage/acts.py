@@ -107,6 +107,14 @@ def whole(lease: Lease, *emitted: int) -> Progress:
     return Progress(lease, (checkpoint,), (end_of(checkpoint),), ends=True)
 
 
+def going_on(claimed: Claim, *emitted: int, ends: bool = False) -> Progress:
+    """New tokens of a request of one choice, behind those that earlier owners committed."""
+    seq = claimed.checkpoints[-1].seq + 1 if claimed.checkpoints else 1
+    checkpoint = tokens_of(seq, *emitted, first=1)
+    finished = (end_of(*claimed.checkpoints, checkpoint),) if ends else ()
+    return Progress(claimed.lease, (checkpoint,), finished, ends=ends)
+
+
 def requests_of(database: Database, job_id: str = "job-1") -> dict[int, Any]:
     with database.read() as session:
         query = select(*Request.__table__.columns).where(Request.job_id == job_id)
