@@ -50,10 +50,9 @@ def test_greedy_tree_decoding_equals_transformers_generate(architecture: str, no
 def test_text_does_not_depend_on_draft_mode_or_batch(sampling: Sampling, kind: str, mode: Mode) -> None:
     plain = sequences(sampling=sampling)
     decode(engine(packed(tiny()), None, options(Mode.PLAIN)), plain)
-    for batch in (1, 3):
-        some = sequences(sampling=sampling)
-        decode(engine(packed(tiny()), drafter(kind), options(mode, max_sequences=batch)), some[::-1])
-        assert outputs(some) == outputs(plain)
+    some = sequences(sampling=sampling)
+    decode(engine(packed(tiny()), drafter(kind), options(mode, max_sequences=2)), some[::-1])
+    assert outputs(some) == outputs(plain)
 
 
 def test_a_draft_with_the_targets_weights_is_accepted_to_full_depth() -> None:
