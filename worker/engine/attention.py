@@ -97,13 +97,9 @@ class AttentionPlan:
         # Query heads of one KV head are stacked as rows, so that keys and values are read once and never repeated.
         stacked = padded.view(count, group.queries, heads // self._query_groups, self._query_groups, dim)
         stacked = stacked.permute(0, 2, 3, 1, 4).reshape(count, heads // self._query_groups, -1, dim)
-        out = scaled_dot_product_attention(
-            stacked,
-            self._kv.keys[layer, first : first + count, :, : group.keys],
-            self._kv.values[layer, first : first + count, :, : group.keys],
-            attn_mask=self._mask(group, window, query),
-            scale=scaling,
-        )
+        keys, values = self._kv.read(layer, slice(first, first + count), group.keys)
+        mask = self._mask(group, window, query)
+        out = scaled_dot_product_attention(stacked, keys, values, attn_mask=mask, scale=scaling)
         out = out.view(count, heads // self._query_groups, self._query_groups, group.queries, dim)
         out = out.permute(0, 3, 1, 2, 4).reshape(count * group.queries, heads, dim)
         return out if rows is None else out[_unpadded(group).to(out.device)]

@@ -47,7 +47,10 @@ class Slots:
 
 
 class KvCache:
-    """Keys and values [layers, slots, kv_heads, capacity, head_dim] of one model."""
+    """Keys and values [layers, slots, capacity, kv_heads, head_dim] of one model.
+
+    The tokens of a slot lie one behind the other with all their heads, so a short text touches little memory.
+    """
 
     def __init__(
         self,
@@ -60,15 +63,19 @@ class KvCache:
         device: torch.device,
     ) -> None:
         """Reserve room for `slots` sequences of `capacity` tokens, tree rows included."""
-        shape = (layers, slots, kv_heads, capacity, head_dim)
+        shape = (layers, slots, capacity, kv_heads, head_dim)
         self.capacity = capacity
         self.keys = _lazy_zeros(shape, dtype, device)
         self.values = _lazy_zeros(shape, dtype, device)
 
     def write(self, layer: int, slot: Tensor, index: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store rows: `slot` and `index` int64 [n], `keys` and `values` [n, kv_heads, head_dim]."""
-        self.keys[layer][slot, :, index] = keys
-        self.values[layer][slot, :, index] = values
+        self.keys[layer][slot, index] = keys
+        self.values[layer][slot, index] = values
+
+    def read(self, layer: int, slots: slice, length: int) -> tuple[Tensor, Tensor]:
+        """Return views of the first `length` keys and values of some slots, [slots, kv_heads, length, head_dim]."""
+        return self.keys[layer, slots, :length].transpose(1, 2), self.values[layer, slots, :length].transpose(1, 2)
 
     def keep(self, moves: Sequence[Move]) -> None:
         """Bring accepted rows down behind the committed prefix, all layers at once."""
@@ -82,12 +89,12 @@ class KvCache:
         place = torch.from_numpy(places).to(device)
         for store in (self.keys, self.values):
             # the right-hand side is gathered before anything is written: overlapping moves are safe
-            store[:, slot, :, place] = store[:, slot, :, source]
+            store[:, slot, place] = store[:, slot, source]
 
     def poison(self, slot: int, start: int = 0) -> None:
         """Overwrite a slot from `start` on with a value that shows in any output that reads it (tests only)."""
-        self.keys[:, slot, :, start:] = POISON
-        self.values[:, slot, :, start:] = POISON
+        self.keys[:, slot, start:] = POISON
+        self.values[:, slot, start:] = POISON
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -73,9 +73,9 @@ def test_an_accepted_path_moved_down_equals_a_fresh_prefill(architecture: str) -
 
 def test_overlapping_moves_copy_what_was_there_before() -> None:
     cache = KvCache(1, 2, 1, 8, 1, torch.float32, torch.device("cpu"))
-    cache.keys[0, 1, 0, :, 0] = torch.arange(8.0)
+    cache.keys[0, 1, :, 0, 0] = torch.arange(8.0)
     cache.keep([Move(1, 2, np.array([3, 4, 6]))])
-    assert cache.keys[0, 1, 0, :, 0].tolist() == [0, 1, 3, 4, 6, 5, 6, 7]
+    assert cache.keys[0, 1, :, 0, 0].tolist() == [0, 1, 3, 4, 6, 5, 6, 7]
 
 
 def test_freed_slots_leak_nothing_into_later_texts() -> None:
