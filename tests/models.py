@@ -48,14 +48,14 @@ SHAPE: dict[str, Any] = {
 }
 WINDOW = 8  # of the sliding layers: smaller than the texts of the tests
 
-ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE)),
-    "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=WINDOW)),
-    "gemma3": lambda: Gemma3ForCausalLM(
+ARCHITECTURES: dict[str, Callable[[dict[str, Any]], PreTrainedModel]] = {
+    "llama": lambda shape: LlamaForCausalLM(LlamaConfig(**shape)),
+    "qwen2": lambda shape: Qwen2ForCausalLM(Qwen2Config(**shape)),
+    "qwen3": lambda shape: Qwen3ForCausalLM(Qwen3Config(**shape)),
+    "mistral": lambda shape: MistralForCausalLM(MistralConfig(**shape, sliding_window=WINDOW)),
+    "gemma3": lambda shape: Gemma3ForCausalLM(
         Gemma3TextConfig(
-            **SHAPE,
+            **shape,
             query_pre_attn_scalar=8,
             sliding_window=WINDOW,
             layer_types=["sliding_attention", "full_attention"],
@@ -64,10 +64,10 @@ ARCHITECTURES: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
-def tiny(architecture: str = "llama", seed: int = 0) -> PreTrainedModel:
+def tiny(architecture: str = "llama", seed: int = 0, vocab: int = VOCAB) -> PreTrainedModel:
     """Return a random float32 model of an architecture; the same seed gives the same weights."""
     torch.manual_seed(seed)
-    model = ARCHITECTURES[architecture]()
+    model = ARCHITECTURES[architecture]({**SHAPE, "vocab_size": vocab})
     model.train(False)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,0 +1,124 @@
+"""The entrances without servers, on a model of two layers: the seed's functions, generate, and the benchmark."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import worker
+from tests.models import byte_tokenizer, tiny
+from worker import benchmark
+from worker.cli import commands
+from worker.generate import resident_assembly
+
+PROMPT = "abcabcabcabc"
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    model = tiny(vocab=258)
+    model.generation_config.eos_token_id = 256
+    model.save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def environment(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BASIC_TARGET", str(model_dir))
+    monkeypatch.setenv("BASIC_MAX_CONTEXT", "300")
+    resident_assembly.cache_clear()
+
+
+def test_the_seeds_functions_write_the_same_text() -> None:
+    standard = worker.generate_with_standard_model(PROMPT, max_tokens=20)
+    assert standard
+    assert worker.generate_with_speculative_decoding(PROMPT, max_tokens=20, use_parallel=True) == standard
+    assert "".join(worker.generate_with_streaming_speculative_decoding(PROMPT, max_tokens=20)) == standard
+
+
+def test_a_failing_stream_raises_where_it_is_read() -> None:
+    with pytest.raises(ValueError, match="max_tokens"):
+        list(worker.generate_with_streaming_speculative_decoding(PROMPT, max_tokens=0))
+
+
+@pytest.mark.parametrize("mode", ["plain", "opt-tree", "paper"])
+def test_generate_prints_text_tokens_and_steps(mode: str) -> None:
+    done = CliRunner().invoke(commands, ["generate", PROMPT, "--mode", mode, "--max-tokens", "15", "--json"])
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    assert said["completion_tokens"] == len(said["token_ids"]) == sum(s["emitted_tokens"] for s in said["steps"])
+    assert said["finish_reason"] in ("stop", "length")
+    assert {"tree_nodes", "tree_depth", "accepted_tokens", "draft_ms", "verify_ms", "step_ms"} <= said["steps"][
+        0
+    ].keys()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "  "], "PROMPT: the prompt is empty"),
+        (["generate", "x", "--mode", "quick"], "mode"),
+        (["generate", "x" * 400], "context of 300 tokens"),
+        (["bench", "--modes", "warp"], "'warp' is no mode"),
+        (["bench", "--batch", "one"], "--batch"),
+        (["bench", "--batch", "0"], "at least one sequence"),
+    ],
+)
+def test_wrong_use_says_what_was_wrong(arguments: list[str], words: str) -> None:
+    done = CliRunner().invoke(commands, arguments)
+    assert done.exit_code != 0
+    assert words in done.output + str(done.exception)
+
+
+def test_a_missing_model_names_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BASIC_TARGET", "/nowhere/at/all")
+    done = CliRunner().invoke(commands, ["generate", "x"])
+    assert done.exit_code != 0
+    assert "there is no model directory /nowhere/at/all" in str(done.exception)
+
+
+def test_the_benchmark_measures_ours_and_transformers_on_the_same_tokens(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"{PROMPT}{i}"}) + "\n" for i in range(3)))
+    modes = "plain,opt-tree,paper,transformers-greedy,transformers-prompt-lookup"
+    arguments = [
+        "bench",
+        "--prompts",
+        str(prompts),
+        "--batch",
+        "1,2",
+        "--modes",
+        modes,
+        "--max-tokens",
+        "12",
+        "--runs",
+        "1",
+    ]
+    done = CliRunner().invoke(commands, [*arguments, "--json"])
+    assert done.exit_code == 0, done.output
+    results = json.loads(done.stdout)["results"]
+    assert {(r["mode"], r["batch"]) for r in results} == {
+        *((mode, 1) for mode in modes.split(",")),
+        *((mode, 2) for mode in modes.split(",") if mode != "transformers-prompt-lookup"),
+    }
+    assert all(r["same_text"] and r["tokens_per_s"] > 0 and len(r["runs"]) == 1 for r in results)
+
+
+def test_a_prompt_file_that_is_no_jsonl_names_the_line(tmp_path: Path) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"prompt": "x"}\nnonsense\n')
+    done = CliRunner().invoke(commands, ["bench", "--prompts", str(file)])
+    assert "line 2" in str(done.exception)
+
+
+def test_the_seeds_benchmark_prints_both_rates_and_their_ratio(capsys: pytest.CaptureFixture[str]) -> None:
+    assert benchmark.main(["--prompt", PROMPT, "--max-tokens", "10", "--runs", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["standard", "speculative", "ratio"]
+    standard, speculative, ratio = (float(line.split()[1].rstrip("x")) for line in lines)
+    assert ratio == pytest.approx(speculative / standard, rel=0.05)
