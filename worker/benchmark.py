@@ -240,7 +240,7 @@ def table(report: Report) -> Table:
     """Return the report as a table with the ratios people ask for."""
     shown = Table(title=f"{report.target}, {report.dtype}, {report.device}; drafts: {report.draft}")
     for column in ("mode", "batch", "tokens/s", "tokens/step", "vs plain", "vs transformers", "same text as plain"):
-        shown.add_column(column, justify="left" if column == "mode" else "right")
+        shown.add_column(column, justify="left" if column == "mode" else "right", no_wrap=column == "mode")
     for r in report.results:
         shown.add_row(
             r.mode,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from worker.generate import Generation, Pieces
 
 FAILED = 1
+_LOG_WIDTH = 120  # columns of a table that goes to a file
 
 commands = typer.Typer()
 models = typer.Typer(help="Models on this machine.", no_args_is_help=True)
@@ -130,7 +131,11 @@ def bench(
         )
         settings = _settings(target=target, draft=draft, dtype=dtype, max_sequences=max(plan.batches))
         report = benchmark.run(settings, plan, say=_say)
-    print(json.dumps(report.as_json())) if as_json else Console().print(benchmark.table(report))
+    if as_json:
+        print(json.dumps(report.as_json()))
+        return
+    width = None if sys.stdout.isatty() else _LOG_WIDTH
+    Console(width=width).print(benchmark.table(report))
 
 
 def _settings(**given: Any) -> WorkerSettings:

@@ -100,6 +100,13 @@ class LiveRequest:
         """True when the next flush ends the request."""
         return self.refusal is not None or all(c.sequence.finished for c in self.choices.values())
 
+    @property
+    def failure_seq(self) -> int:
+        """Number of its `failed` event: behind whatever earlier attempts have published."""
+        if self.claim.attempts == 1:
+            return 0
+        return 1 + max((c.seq for c in self.claim.checkpoints if c.choice_index == 0), default=0)
+
     def progress(self, now: float) -> Progress:
         """Return what the next flush writes, and forget the choices it finishes."""
         if self.refusal is not None:

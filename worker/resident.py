@@ -31,6 +31,7 @@ _IDLE_S = 1.0  # longest sleep without work
 _HOUSEKEEPING_S = 5.0
 _RING_AFTER_S = 10.0  # a job whose queued requests nobody took up for so long is rung again
 _DATABASE_RETRY_S = 2.0
+_RESTART_STATUS = 75  # EX_TEMPFAIL of sysexits.h: another start may work
 
 Ring = Callable[[str, str], object]  # (job_id, model)
 
@@ -51,7 +52,7 @@ class Resident:
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._threads = [
-            threading.Thread(target=self._serve, name="basic-engine", daemon=True),
+            threading.Thread(target=self._serve_or_end, name="basic-engine", daemon=True),
             threading.Thread(target=self._keep_house, name="basic-housekeeping", daemon=True),
         ]
 
@@ -76,6 +77,16 @@ class Resident:
             thread.join()
         self._publisher.close()
         self._database.dispose()
+
+    def _serve_or_end(self) -> None:
+        try:
+            self._serve()
+        except Exception:  # a process whose engine is gone must not look alive: whoever supervises it starts it again
+            log.exception(
+                "The engine failed; the process ends, and its leases lapse", extra={"action": "engine_failed"}
+            )
+            logging.shutdown()
+            os._exit(_RESTART_STATUS)
 
     def _serve(self) -> None:
         runner = self._runner()

@@ -77,7 +77,7 @@ class Sink:
                     "message": progress.refusal.message,
                     "param": progress.refusal.param,
                 }
-                yield self._event(request, 0, 0, type="failed", error=error)
+                yield self._event(request, 0, request.failure_seq, type="failed", error=error)
 
     def _tokens(self, request: LiveRequest, checkpoint: Checkpoint) -> PartialEvent:
         return self._event(

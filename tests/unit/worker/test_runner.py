@@ -247,3 +247,4 @@ def test_a_request_that_fails_every_attempt_ends_in_an_error_row(database: Datab
     with database.read() as session:
         request = session.scalars(select(Request)).one()
         assert (request.status, request.error_code) == ("failed", "server_error")
+    assert [(e.type, e.seq) for e in worker.events if e.index == 0][-1] == ("failed", 1)
