@@ -5,9 +5,7 @@ Runs the loaded target over rows and over batch sizes; the result is the `CostMo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -22,20 +20,30 @@ from worker.engine.sequence import Sequence
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64)
 _PREFIX = 64  # tokens of context in front of what is timed
-_REPEATS = 4
-
-
-# The fastest of a few, here and below: slower samples are noise, and steps of jobs will say how far the machine is off.
+_ROUNDS = 6
 
 
 def calibrate(target: LanguageModel, options: EngineOptions) -> CostModel:
-    """Measure forwards over rows and plain steps over batch sizes, each as the fastest of a few."""
-    target.forward([chain(0, 0, [0] * _PREFIX, keep_last=True)])
-    verify = {rows: _fastest_ms(partial(target.forward, [_tree_rows(rows)])) for rows in _ROWS}
+    """Measure forwards over rows and plain steps over batch sizes, each as the fastest of a few.
+
+    What is slower is the machine's noise; plain steps of jobs will say how far the machine is off.
+    """
     sizes = [2**i for i in range(options.max_sequences.bit_length()) if 2**i <= options.max_sequences]
     plain_options = replace(options, mode=Mode.PLAIN)
     plain = {size: _plain_step_ms(Engine(target, None, plain_options), size) for size in sizes}
-    return CostModel(verify, plain)
+    return CostModel(_verify_ms(target), plain)
+
+
+def _verify_ms(target: LanguageModel) -> dict[int, float]:
+    """Time forwards round by round, so that a slow moment of the machine hits every size and bends no curve."""
+    target.forward([chain(0, 0, [0] * _PREFIX, keep_last=True)])
+    fastest = dict.fromkeys(_ROWS, float("inf"))
+    for _ in range(_ROUNDS):
+        for rows in _ROWS:
+            started = perf_counter()
+            target.forward([_tree_rows(rows)])
+            fastest[rows] = min(fastest[rows], (perf_counter() - started) * 1e3)
+    return fastest
 
 
 def _tree_rows(rows: int) -> Segment:
@@ -44,18 +52,9 @@ def _tree_rows(rows: int) -> Segment:
     return Segment(0, _PREFIX, _PREFIX, np.zeros(rows, np.int64), _PREFIX + places, None, places)
 
 
-def _fastest_ms(run: Callable[[], object]) -> float:
-    samples = []
-    for _ in range(_REPEATS):
-        started = perf_counter()
-        run()
-        samples.append((perf_counter() - started) * 1e3)
-    return min(samples)
-
-
 def _plain_step_ms(engine: Engine, sequences: int) -> float:
     for key in range(sequences):
-        engine.add(Sequence(key, [0] * _PREFIX, _PREFIX, _REPEATS + 1, Sampling()))
+        engine.add(Sequence(key, [0] * _PREFIX, _PREFIX, _ROUNDS + 1, Sampling()))
     samples = []
     while engine.busy:
         samples += [

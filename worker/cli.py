@@ -106,7 +106,7 @@ def bench(
     batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1",
     modes: Annotated[str | None, typer.Option(help="Modes, comma-separated; left out: all.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer at most.")] = 64,
-    limit: Annotated[int, typer.Option(min=1, help="Prompts to take.")] = 8,
+    limit: Annotated[int, typer.Option(min=1, help="Prompts to take.")] = 6,
     runs: Annotated[int, typer.Option(min=1, help="Runs of each mode; the median counts.")] = 3,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 decodes greedily.")] = 0.0,
     target: Target = None,
