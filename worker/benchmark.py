@@ -59,7 +59,8 @@ class Result:
     drafter: str | None
     tokens_per_s: float  # median over runs
     tokens_per_step: float | None  # per sequence and decoding step; None where the peer does not say
-    runs: tuple[float, ...]  # tokens per second of each
+    runs: int
+    tokens_per_s_of_runs: tuple[float, ...]
     same_text: bool | None  # greedy: equal to plain decoding, token for token
 
 
@@ -136,7 +137,8 @@ def _result(mode: str, batch: int, plan: Plan, runs: list[_Run], plain: _Run | N
         drafter=_drafter(assembly) if speculates else None,
         tokens_per_s=round(median(rates), 2),
         tokens_per_step=round((runs[0].tokens - len(plan.prompts)) / steps, 3) if steps else None,
-        runs=tuple(round(rate, 2) for rate in rates),
+        runs=len(runs),
+        tokens_per_s_of_runs=tuple(round(rate, 2) for rate in rates),
         same_text=None if plain is None or plan.temperature else runs[0].token_ids == plain.token_ids,
     )
 

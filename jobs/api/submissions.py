@@ -16,7 +16,7 @@ from jobs.messages import CHAT_ENDPOINT, Endpoint
 
 _JSON_TYPES = {"application/json"}
 _LINES_TYPES = {"application/x-ndjson", "application/jsonl", "application/x-jsonlines"}
-_JOB_FIELDS = frozenset({"model", "endpoint", "metadata", "completion_window"})
+_JOB_FIELDS = frozenset({"model", "endpoint", "metadata", "completion_window", "parameters"})
 _LISTS = frozenset({"requests", "prompts"})
 _IDEMPOTENCY_KEY = "idempotency-key"
 _UNIT_S = {"m": 60, "h": 3600, "d": 86_400}
@@ -41,13 +41,22 @@ def _submission(fields: Mapping[str, Any], items: Iterator[Item], key: str | Non
         items=items,
         model=_model(fields.get("model")),
         endpoint=_endpoint(fields.get("endpoint", CHAT_ENDPOINT)),
-        # `metadata` is the job's here, not the parameter of the same name.
-        parameters={name: value for name, value in fields.items() if name in PARAMETERS - _JOB_FIELDS},
+        parameters=_parameters(fields),
         metadata=fields.get("metadata"),
         window_s=_window_s(fields.get("completion_window")),
         idempotency_key=key,
         body_sha256=digest,
     )
+
+
+def _parameters(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the job's sampling parameters: an object `parameters`, as prompt batches have it, or fields of the job."""
+    grouped = fields.get("parameters", {})
+    if not isinstance(grouped, dict):
+        raise InvalidValue("must be an object of sampling parameters", param="parameters")
+    refuse_unknown(grouped, PARAMETERS, "parameters.")
+    # `metadata` is the job's here, not the parameter of the same name.
+    return grouped | {name: value for name, value in fields.items() if name in PARAMETERS - _JOB_FIELDS}
 
 
 def _object(body: bytes) -> dict[str, Any]:

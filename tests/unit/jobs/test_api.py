@@ -77,6 +77,15 @@ def test_a_job_is_recorded_and_its_doorbell_rung(api: TestClient, bells: Bells) 
     assert bells.rung == [(job["id"], "tiny")]
 
 
+def test_parameters_stand_in_the_job_or_in_an_object_of_their_own(api: TestClient, database: Database) -> None:
+    body = {"prompts": ["Hello"], "parameters": {"max_tokens": 5, "temperature": 0.5}, "temperature": 0}
+    job = api.post("/v1/jobs", json=body).json()
+    with database.write() as session:
+        (claim,) = leases.claim(session, "w", "tiny", 1, 30.0)
+    assert claim.lease.job_id == job["id"]
+    assert (claim.body["sampling"]["max_tokens"], claim.body["sampling"]["temperature"]) == (5, 0)
+
+
 def test_lines_are_requests_and_the_query_is_the_job(api: TestClient) -> None:
     lines = '"Hello"\n{"prompt": "Bye", "custom_id": "b"}\nnot json\n'
     reply = api.post("/v1/jobs?max_tokens=5&model=tiny", content=lines, headers=LINES)
@@ -199,6 +208,8 @@ BAD_SUBMISSIONS: list[tuple[dict[str, Any], int, str | None, str | None]] = [
     ({"json": {"requests": ["a"], "max_tokens": 0}}, 400, "invalid_value", "max_tokens"),
     ({"json": {"requests": ["a"], "max_token": 5}}, 400, "unknown_parameter", "max_token"),
     ({"json": {"requests": ["a"], "stop": ["x"]}}, 400, "unsupported_parameter", "stop"),
+    ({"json": {"requests": ["a"], "parameters": 7}}, 400, "invalid_value", "parameters"),
+    ({"json": {"requests": ["a"], "parameters": {"x": 1}}}, 400, "unknown_parameter", "parameters.x"),
     ({"json": {"requests": ["a"], "model": 7}}, 400, "invalid_value", "model"),
     ({"json": {"requests": ["a"], "model": "gpt-9"}}, 404, "model_not_found", "model"),
     ({"json": {"requests": ["a"], "endpoint": "/v1/embeddings"}}, 400, "invalid_value", "endpoint"),
