@@ -15,8 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from worker.engine.attention import ATTENTION_NAME, AttentionPlan
 from worker.engine.errors import ModelRefused
+from worker.engine.kernels import Kernels, kernels
 from worker.engine.kv_cache import KvCache
-from worker.engine.linear import prepack
+from worker.engine.layers import fuse
+from worker.engine.linear import pack
+from worker.engine.native_attention import NativePlan
 from worker.engine.rows import Move, Segment, chain
 
 # Frequencies of these depend on the longest text of the forward, so one sequence would change another's numbers.
@@ -37,11 +40,14 @@ class LanguageModel(Protocol):
 class PackedModel:
     """A transformers causal model with a KV slot per sequence."""
 
-    def __init__(self, model: PreTrainedModel, *, slots: int, capacity: int, defined_ids: int | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, slots: int, capacity: int, defined_ids: int | None = None, native: bool = True
+    ) -> None:
         """Wrap a model loaded with `ATTENTION_NAME`.
 
         `capacity` is the KV entries per slot, tree rows included. Logits are cut to the first `defined_ids` tokens, so
-        that padding of the vocabulary is never emitted. Raises ModelRefused for what can't be decoded exactly.
+        that padding of the vocabulary is never emitted. `native` allows compiled kernels, where there are any. Raises
+        ModelRefused for what can't be decoded exactly.
         """
         config = model.config.get_text_config()
         refuse_inexact(config)
@@ -50,7 +56,8 @@ class PackedModel:
         heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        self._query_groups = heads // kv_heads
+        self._heads, self._kv_heads = heads, kv_heads
+        self._kernels = _kernels_for(model) if native else None
         self.kv = KvCache(config.num_hidden_layers, slots, kv_heads, capacity, head_dim, model.dtype, model.device)
         self.forward([chain(0, 0, [0], keep_last=True)])  # unknown attention arguments are refused here, not in a job
 
@@ -67,10 +74,15 @@ class PackedModel:
             past_key_values=None,
             use_cache=False,
             logits_to_keep=_kept_rows(segments).to(device),
-            plan=AttentionPlan(segments, self.kv, self._query_groups),
+            plan=self._plan(segments),
         ).logits[0]
         assert isinstance(logits, Tensor)
         return logits if self._defined_ids is None else logits[:, : self._defined_ids]
+
+    def _plan(self, segments: Sequence[Segment]) -> AttentionPlan | NativePlan:
+        if self._kernels is None:
+            return AttentionPlan(segments, self.kv, self._heads // self._kv_heads)
+        return NativePlan(segments, self.kv, self._heads, self._kernels)
 
     def keep(self, moves: Sequence[Move]) -> None:
         """Bring accepted rows down behind the committed prefix."""
@@ -124,5 +136,17 @@ def load(path: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedMo
         raise ModelRefused(f"{path} could not be loaded: {error}") from error
     assert isinstance(model, PreTrainedModel)
     model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps nn.Module.to in a way its types don't follow
-    prepack(model)
+    quicken(model)
     return model
+
+
+def quicken(model: PreTrainedModel) -> None:
+    """Swap in what computes the same faster on this processor: fused layers, packed products."""
+    compiled = _kernels_for(model)
+    if compiled is not None:
+        fuse(model, compiled)
+        pack(model, compiled)
+
+
+def _kernels_for(model: PreTrainedModel) -> Kernels | None:
+    return kernels(model.dtype) if model.device.type == "cpu" else None

@@ -1,105 +1,63 @@
-"""Prepacked and fused projections for the CPU: the same products, from weights laid out once for a handful of rows.
+"""Packed linear layers for the CPU: the same products, from weights laid out once in the order in which they are read.
 
-A decoding step multiplies a few rows with every weight of the model. oneDNN's blocked layout reads a weight at memory
-speed for one row and does eight rows for little more, where the plain layout takes twice the time and more; and one
-product over the stacked weights of query, key and value is quicker than three. Modules are swapped in the loaded model;
-the model's source stays as it is.
+A decoding step multiplies a few rows with every weight of the model; this layout reads each weight once, at the speed of
+the memory. Modules are swapped in the loaded model; the model's source stays as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ctypes import byref
 
 import torch
 from torch import Tensor, nn
 
-_PACKED_FOR_ROWS = 16  # the layout chosen for so many rows serves one row as well (measured)
-_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # layers that models call on the same input
+from worker.engine.kernels import Finish, Kernels, Product
 
 
 class PackedLinear(nn.Module):
-    """A linear layer over a prepacked weight."""
+    """A linear layer over a packed weight. A row's result does not depend on the rows beside it."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Pack `weight` [out, in]; raises RuntimeError where oneDNN can't (an unsupported dtype or processor)."""
+    def __init__(
+        self, layers: Sequence[nn.Linear], kernels: Kernels, *, gated: bool = False, floats: bool = False
+    ) -> None:
+        """Take over one layer, or stack several with the same input.
+
+        `gated` packs a gate and an up layer for the product of both; `floats` returns float32 whatever the weights are.
+        """
         super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.bias = bias
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _PACKED_FOR_ROWS)
+        weights = [layer.weight.detach() for layer in layers]
+        biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+        assert len(biases) in (0, len(layers)), "all of the stacked layers have a bias, or none"
+        self.out_features, self.in_features = sum(len(w) for w in weights), weights[0].shape[1]
+        self._kernels = kernels
+        self._bias = torch.cat(biases) if biases else None
+        self._weight = kernels.pack(*weights) if gated else kernels.pack(torch.cat(weights))
+        self._finish = Finish.STORE_FLOAT if floats else Finish.STORE
+        self.product = Product(
+            weight=self._weight.data_ptr(),
+            bias=None if self._bias is None else self._bias.data_ptr(),
+            columns=self.out_features,
+            inputs=self.in_features,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x @ weight.T + bias` for `x` [..., in]."""
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")  # type: ignore[no-any-return]
+        rows = x.reshape(-1, self.in_features)
+        dtype = torch.float32 if self._finish is Finish.STORE_FLOAT else x.dtype
+        out = torch.empty(len(rows), self.out_features, dtype=dtype)
+        self._kernels.multiply(byref(self.product), rows.data_ptr(), out.data_ptr(), len(rows), self._finish)
+        return out.view(*x.shape[:-1], self.out_features)
 
 
-class _Stack:
-    """One product for several layers with the same input, computed when the first of them is called."""
-
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
-        biases = [layer.bias for layer in layers]
-        stacked = None if biases[0] is None else torch.cat([bias.detach() for bias in biases])
-        self._linear = PackedLinear(torch.cat([layer.weight.detach() for layer in layers]), stacked)
-        self._sizes = [layer.out_features for layer in layers]
-        self._input: Tensor | None = None
-        self._outputs: dict[int, Tensor] = {}
-
-    def output(self, index: int, x: Tensor) -> Tensor:
-        """Return one layer's share; each share of an input is handed out once."""
-        if x is not self._input or index not in self._outputs:
-            self._input = x
-            self._outputs = dict(enumerate(self._linear(x).split(self._sizes, dim=-1)))
-        share = self._outputs.pop(index)
-        if not self._outputs:
-            self._input = None
-        return share
+def pack(model: nn.Module, kernels: Kernels) -> int:
+    """Swap every linear layer of a CPU model for a packed one; return how many."""
+    return sum(_pack_children(parent, kernels) for parent in list(model.modules()))
 
 
-class StackedLinear(nn.Module):
-    """One layer of a stack, in the place where the model calls it."""
-
-    def __init__(self, stack: _Stack, index: int) -> None:
-        """Stand for layer `index` of the stack."""
-        super().__init__()
-        self._stack = stack
-        self._index = index
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's share of the product."""
-        return self._stack.output(self._index, x)
-
-
-def prepack(model: nn.Module) -> int:
-    """Swap every linear layer of a CPU model for a prepacked one; return how many. Zero where oneDNN can't pack."""
-    if not _can_pack(model):
-        return 0
-    return sum(_stack_siblings(parent) + _pack_children(parent) for parent in list(model.modules()))
-
-
-def _stack_siblings(parent: nn.Module) -> int:
-    swapped = 0
-    for names in _SIBLINGS:
-        layers = [child for child in (getattr(parent, name, None) for name in names) if type(child) is nn.Linear]
-        if len(layers) == len(names) and len({layer.bias is None for layer in layers}) == 1:
-            stack = _Stack(layers)
-            for index, name in enumerate(names):
-                setattr(parent, name, StackedLinear(stack, index))
-            swapped += len(names)
-    return swapped
-
-
-def _pack_children(parent: nn.Module) -> int:
+def _pack_children(parent: nn.Module, kernels: Kernels) -> int:
     layers = [(name, child) for name, child in parent.named_children() if type(child) is nn.Linear]
     for name, layer in layers:
-        setattr(parent, name, PackedLinear(layer.weight, layer.bias))
+        # Logits stay float32: rounding them would make ties that are none.
+        setattr(parent, name, PackedLinear([layer], kernels, floats=name == "lm_head" and layer.bias is None))
     return len(layers)
-
-
-def _can_pack(model: nn.Module) -> bool:
-    first = next((m for m in model.modules() if type(m) is nn.Linear), None)
-    if first is None or first.weight.device.type != "cpu" or not torch._C._has_mkldnn:
-        return False
-    try:
-        PackedLinear(first.weight[:16, :16], None)
-    except RuntimeError:  # oneDNN says itself which dtypes this processor can pack
-        return False
-    return True

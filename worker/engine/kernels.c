@@ -1,0 +1,378 @@
+/* The decoder layers of a step on a CPU, compiled at load for this processor and one type of number.
+ *
+ * A row's result depends on the row alone: every sum is taken in an order that the other rows of the batch don't change.
+ * So a text gets the same bits alone, in any batch, in a draft tree and after a restart. `kernels.py` compiles this file
+ * and calls it; all sizes are elements, not bytes, and all matrices are row-major.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+enum { LANES = 16, BLOCK = 12 }; /* columns of one vector; rows multiplied together, in registers */
+#else
+enum { LANES = 8, BLOCK = 5 };
+#endif
+enum { PANEL = 2 * LANES }; /* columns multiplied together; packed weights lie panel by panel */
+
+typedef float floats __attribute__((vector_size(LANES * 4)));
+typedef uint32_t words __attribute__((vector_size(LANES * 4)));
+typedef union {
+    uint32_t bits;
+    float value;
+} float_bits;
+
+#ifdef BFLOAT16
+typedef uint16_t number;
+enum { STEP = 2 }; /* weights of so many inputs lie side by side */
+static inline float wide(number x) { return (float_bits){.bits = (uint32_t)x << 16}.value; }
+static inline number narrow(float x) { /* round to nearest, ties to even */
+    uint32_t bits = (float_bits){.value = x}.bits;
+    return (number)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+static inline __attribute__((always_inline)) floats multiply_add(floats sum, const number *weight, const number *x) {
+    uint32_t pair;
+    memcpy(&pair, x, sizeof pair);
+#ifdef __AVX512BF16__
+    return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(weight),
+                                    (__m512bh)_mm512_set1_epi32((int)pair));
+#else
+    words w;
+    memcpy(&w, weight, sizeof w);
+    sum += (floats)(w << 16) * (float_bits){.bits = pair << 16}.value;
+    return sum + (floats)(w & 0xffff0000u) * (float_bits){.bits = pair & 0xffff0000u}.value;
+#endif
+}
+#else
+typedef float number;
+enum { STEP = 1 };
+static inline float wide(number x) { return x; }
+static inline number narrow(float x) { return x; }
+static inline __attribute__((always_inline)) floats multiply_add(floats sum, const number *weight, const number *x) {
+    floats w;
+    memcpy(&w, weight, sizeof w);
+    return sum + w * *x;
+}
+#endif
+
+/* e^x for x <= 0: 2^n * p(f) with n + f = x / ln 2 and |f| <= 1/2; relative error below 2e-7. */
+static inline float exp_below_0(float x) {
+    float y = x * 1.44269504f;
+    y = y < -126.0f ? -126.0f : y;
+    float n = floorf(y + 0.5f), f = y - n;
+    float p = 1.54035304e-4f;
+    p = p * f + 1.33335581e-3f;
+    p = p * f + 9.61812911e-3f;
+    p = p * f + 5.55041087e-2f;
+    p = p * f + 2.40226507e-1f;
+    p = p * f + 6.93147181e-1f;
+    p = p * f + 1.0f;
+    return p * (float_bits){.bits = (uint32_t)((int32_t)n + 127) << 23}.value;
+}
+
+static inline float silu(float x) {
+    float e = exp_below_0(x < 0.0f ? x : -x);
+    return x * (x < 0.0f ? e : 1.0f) / (1.0f + e);
+}
+
+/* ---- matrix products ---------------------------------------------------------------------------------------------- */
+
+typedef enum { STORE, ADD, GATE, STORE_FLOAT } finish_t;
+
+/* One packed product: out = finish(x @ weight.T + bias). ADD adds to what `out` holds. GATE takes panels whose first
+ * half is gate and whose second half is up, and stores silu(gate) * up. */
+typedef struct {
+    const number *weight; /* packed */
+    const number *bias;   /* [columns], or NULL */
+    int64_t columns, inputs;
+} product_t;
+
+int64_t packed_size(int64_t columns, int64_t inputs) { return (columns + PANEL - 1) / PANEL * PANEL * inputs; }
+
+/* Pack `weight` [columns, inputs]; columns beyond the last are zeros. `second`, if given, has as many columns: half
+ * panels of both alternate, and `columns` counts both. */
+void pack(const number *weight, const number *second, number *packed, int64_t columns, int64_t inputs) {
+#pragma omp parallel for
+    for (int64_t panel = 0; panel < (columns + PANEL - 1) / PANEL; panel++)
+        for (int64_t k = 0; k < inputs; k++)
+            for (int64_t lane = 0; lane < PANEL; lane++) {
+                int64_t column = second ? panel * LANES + lane % LANES : panel * PANEL + lane;
+                int64_t last = second ? columns / 2 : columns;
+                const number *from = second && lane >= LANES ? second : weight;
+                packed[panel * PANEL * inputs + (k / STEP * PANEL + lane) * STEP + k % STEP] =
+                    column < last ? from[column * inputs + k] : 0;
+            }
+}
+
+static inline void finish_row(const float *sums, number *out, const product_t *p, int64_t row, int64_t panel,
+                              finish_t finish) {
+    if (finish == GATE) {
+        int64_t width = p->columns / 2, first = panel * LANES, count = width - first < LANES ? width - first : LANES;
+        number *to = out + row * width + first;
+        for (int64_t i = 0; i < count; i++) to[i] = narrow(silu(sums[i]) * sums[LANES + i]);
+        return;
+    }
+    int64_t first = panel * PANEL, count = p->columns - first < PANEL ? p->columns - first : PANEL;
+    if (finish == STORE_FLOAT) {
+        memcpy((float *)out + row * p->columns + first, sums, (size_t)count * sizeof(float));
+        return;
+    }
+    number *to = out + row * p->columns + first;
+    for (int64_t i = 0; i < count; i++) {
+        float sum = sums[i] + (p->bias ? wide(p->bias[first + i]) : 0.0f);
+        to[i] = narrow(finish == ADD ? sum + wide(to[i]) : sum);
+    }
+}
+
+static inline __attribute__((always_inline)) void multiply_block(const product_t *p, const number *x, number *out,
+                                                                 int64_t row, int64_t panel, finish_t finish,
+                                                                 const int rows) {
+    const number *weight = p->weight + panel * PANEL * p->inputs;
+    const number *from = x + row * p->inputs;
+    floats sums[BLOCK][2];
+    for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = (floats){0};
+    for (int64_t k = 0; k < p->inputs; k += STEP, weight += PANEL * STEP)
+#pragma GCC unroll 12
+        for (int r = 0; r < rows; r++) {
+            sums[r][0] = multiply_add(sums[r][0], weight, from + r * p->inputs + k);
+            sums[r][1] = multiply_add(sums[r][1], weight + LANES * STEP, from + r * p->inputs + k);
+        }
+    for (int r = 0; r < rows; r++) {
+        float row_sums[PANEL];
+        memcpy(row_sums, sums[r], sizeof row_sums);
+        finish_row(row_sums, out, p, row + r, panel, finish);
+    }
+}
+
+/* All rows of one panel, in blocks of equal height. */
+static void multiply_panel(const product_t *p, const number *x, number *out, int64_t rows, int64_t panel,
+                           finish_t finish) {
+    int64_t blocks = (rows + BLOCK - 1) / BLOCK;
+    for (int64_t b = 0; b < blocks; b++) {
+        int64_t row = rows * b / blocks, height = rows * (b + 1) / blocks - row;
+#define CASE(n)                                                                                                        \
+    case n:                                                                                                            \
+        multiply_block(p, x, out, row, panel, finish, n);                                                              \
+        break;
+        switch (height) {
+            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5)
+#if defined(__AVX512F__)
+            CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#endif
+        }
+    }
+}
+
+/* Called by every thread of a parallel region; ends with a barrier. */
+static inline void multiply_all(const product_t *p, const number *x, number *out, int64_t rows, finish_t finish) {
+#pragma omp for schedule(static)
+    for (int64_t panel = 0; panel < (p->columns + PANEL - 1) / PANEL; panel++)
+        multiply_panel(p, x, out, rows, panel, finish);
+}
+
+/* One product by itself: `x` [rows, inputs] to `out` [rows, columns], of floats if finish is STORE_FLOAT. */
+void multiply(const product_t *p, const number *x, number *out, int64_t rows, int64_t finish) {
+#pragma omp parallel
+    multiply_all(p, x, out, rows, (finish_t)finish);
+}
+
+/* ---- norms and rotation -------------------------------------------------------------------------------------------- */
+
+static inline void normalise(const number *x, const number *weight, number *out, int64_t width, float eps) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < width; i++) sum += wide(x[i]) * wide(x[i]);
+    float scale = 1.0f / sqrtf(sum / (float)width + eps);
+#pragma omp simd
+    for (int64_t i = 0; i < width; i++) out[i] = narrow(wide(weight[i]) * wide(narrow(wide(x[i]) * scale)));
+}
+
+static inline void normalise_all(const number *x, const number *weight, number *out, int64_t rows, int64_t width,
+                                 float eps) {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; row++) normalise(x + row * width, weight, out + row * width, width, eps);
+}
+
+/* Root mean square norm of rows [rows, width]. */
+void rms_norm(const number *x, const number *weight, number *out, int64_t rows, int64_t width, float eps) {
+#pragma omp parallel if (rows >= 16)
+    normalise_all(x, weight, out, rows, width, eps);
+}
+
+/* Norm and rotate one head (rotate-half convention), rounding as the model's own code does. Without `cos` it is rotated
+ * already. */
+static inline void prepare(const number *x, number *out, const number *norm, const number *cos, const number *sin,
+                           int64_t dim, float eps) {
+    number normed[dim];
+    if (norm) {
+        normalise(x, norm, normed, dim, eps);
+        x = normed;
+    }
+    if (!cos) {
+        memcpy(out, x, (size_t)dim * sizeof(number));
+        return;
+    }
+    int64_t half = dim / 2;
+    for (int64_t i = 0; i < half; i++) {
+        float a = wide(x[i]), b = wide(x[i + half]);
+        out[i] = narrow(wide(narrow(a * wide(cos[i]))) - wide(narrow(b * wide(sin[i]))));
+        out[i + half] = narrow(wide(narrow(b * wide(cos[i + half]))) + wide(narrow(a * wide(sin[i + half]))));
+    }
+}
+
+/* ---- attention ------------------------------------------------------------------------------------------------------ */
+
+/* What the rows of a step see: entries first..prefix-1 of their slot, then their part of `extra`. */
+typedef struct {
+    const int64_t *first, *prefix; /* [rows] */
+    const int64_t *extra_start;    /* [rows + 1] */
+    const int64_t *extra;
+    int64_t longest; /* entries that one row sees, at most */
+} view_t;
+
+/* The rows of a step and the KV slots they go to: keys and values [slots, capacity, kv_heads, dim] of each layer. */
+typedef struct {
+    int64_t rows, heads, kv_heads, dim, capacity;
+    const int64_t *slot, *index; /* [rows] */
+    float scale;
+} plan_t;
+
+/* Queries, keys and values of one layer: head h of row r begins at r * row + h * head. */
+typedef struct {
+    const number *query, *key, *value;
+    int64_t query_row, query_head, key_row, key_head, value_row, value_head;
+    const number *cos, *sin;             /* [rows, dim], or NULL: rotated already */
+    const number *query_norm, *key_norm; /* [dim], or NULL */
+    float eps;
+} heads_t;
+
+static inline float dot(const float *query, const number *key, int64_t dim) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < dim; i++) sum += query[i] * wide(key[i]);
+    return sum;
+}
+
+/* Turn scores into weights that are not yet divided by their sum, which is returned. */
+static inline float soften(float *scores, int64_t count) {
+    float top = -INFINITY, sum = 0.0f;
+#pragma omp simd reduction(max : top)
+    for (int64_t j = 0; j < count; j++) top = scores[j] > top ? scores[j] : top;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < count; j++) sum += scores[j] = exp_below_0(scores[j] - top);
+    return sum;
+}
+
+/* The query heads that share one KV head, of one row. Inlined for each usual `dim`. */
+static inline __attribute__((always_inline)) void attend_heads(const plan_t *plan, const view_t *view,
+                                                               const heads_t *of, const number *keys,
+                                                               const number *values, int64_t row, int64_t kv_head,
+                                                               float *scores, number *out, const int64_t dim) {
+    int64_t groups = plan->heads / plan->kv_heads, stride = plan->kv_heads * dim;
+    int64_t base = plan->slot[row] * plan->capacity * stride + kv_head * dim;
+    int64_t first = view->first[row], run = view->prefix[row] - first;
+    const int64_t *extra = view->extra + view->extra_start[row];
+    int64_t count = run + view->extra_start[row + 1] - view->extra_start[row];
+    const number *cos = of->cos ? of->cos + row * dim : NULL, *sin = of->cos ? of->sin + row * dim : NULL;
+    keys += base, values += base;
+    for (int64_t g = 0; g < groups; g++) {
+        int64_t head = kv_head * groups + g;
+        number prepared[dim];
+        float query[dim], sum[dim];
+        prepare(of->query + row * of->query_row + head * of->query_head, prepared, of->query_norm, cos, sin, dim,
+                of->eps);
+        for (int64_t i = 0; i < dim; i++) query[i] = wide(prepared[i]) * plan->scale, sum[i] = 0.0f;
+        for (int64_t j = 0; j < run; j++) scores[j] = dot(query, keys + (first + j) * stride, dim);
+        for (int64_t j = run; j < count; j++) scores[j] = dot(query, keys + extra[j - run] * stride, dim);
+        float whole = soften(scores, count);
+        for (int64_t j = 0; j < run; j++)
+            for (int64_t i = 0; i < dim; i++) sum[i] += scores[j] * wide(values[(first + j) * stride + i]);
+        for (int64_t j = run; j < count; j++)
+            for (int64_t i = 0; i < dim; i++) sum[i] += scores[j] * wide(values[extra[j - run] * stride + i]);
+        for (int64_t i = 0; i < dim; i++) out[(row * plan->heads + head) * dim + i] = narrow(sum[i] / whole);
+    }
+}
+
+/* Store the rows' keys and values, then attend into `out` [rows, heads, dim]. Ends with a barrier. */
+static inline void attend_all(const plan_t *plan, const view_t *view, const heads_t *of, number *keys, number *values,
+                              float *scores, number *out) {
+    const int64_t dim = plan->dim, kv_heads = plan->kv_heads;
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < plan->rows * kv_heads; item++) {
+        int64_t row = item / kv_heads, head = item % kv_heads;
+        int64_t at = ((plan->slot[row] * plan->capacity + plan->index[row]) * kv_heads + head) * dim;
+        prepare(of->key + row * of->key_row + head * of->key_head, keys + at, of->key_norm,
+                of->cos ? of->cos + row * dim : NULL, of->cos ? of->sin + row * dim : NULL, dim, of->eps);
+        memcpy(values + at, of->value + row * of->value_row + head * of->value_head, (size_t)dim * sizeof(number));
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t item = 0; item < plan->rows * kv_heads; item++) {
+        int64_t row = item / kv_heads, head = item % kv_heads;
+        if (dim == 64)
+            attend_heads(plan, view, of, keys, values, row, head, scores, out, 64);
+        else if (dim == 128)
+            attend_heads(plan, view, of, keys, values, row, head, scores, out, 128);
+        else
+            attend_heads(plan, view, of, keys, values, row, head, scores, out, dim);
+    }
+}
+
+/* The attention of one layer by itself. */
+void attend(const plan_t *plan, const view_t *view, const heads_t *of, number *keys, number *values, number *out) {
+#pragma omp parallel
+    {
+        float *scores = malloc(sizeof(float) * (size_t)view->longest);
+        attend_all(plan, view, of, keys, values, scores, out);
+        free(scores);
+    }
+}
+
+/* ---- a stack of layers ----------------------------------------------------------------------------------------------- */
+
+/* Norm, attention, add; norm, gated SiLU, add. */
+typedef struct {
+    const number *norm_1, *norm_2, *query_norm, *key_norm; /* head norms may be NULL */
+    product_t qkv, o, gate_up, down;
+    int64_t view; /* which of the step's views its window needs */
+} layer_t;
+
+/* Room for the intermediate rows of a step. */
+typedef struct {
+    number *normed;  /* [rows, width] */
+    number *stacked; /* [rows, (heads + 2 kv_heads) * dim] */
+    number *mixed;   /* [rows, heads * dim] */
+    number *gated;   /* [rows, inner] */
+} scratch_t;
+
+/* Run `layers` over `x` [rows, width] in place; `keys` and `values` [layers, slots, capacity, kv_heads, dim], a layer
+ * being `layer_size` numbers. */
+void run_layers(const layer_t *layers, int64_t count, const plan_t *plan, const view_t *views, const scratch_t *scratch,
+                number *x, const number *cos, const number *sin, number *keys, number *values, int64_t layer_size,
+                int64_t width, float eps) {
+    int64_t rows = plan->rows, dim = plan->dim, row = (plan->heads + 2 * plan->kv_heads) * dim, longest = 1;
+    for (int64_t i = 0; i < count; i++)
+        longest = views[layers[i].view].longest > longest ? views[layers[i].view].longest : longest;
+#pragma omp parallel
+    {
+        float *scores = malloc(sizeof(float) * (size_t)longest);
+        for (int64_t i = 0; i < count; i++) {
+            const layer_t *layer = layers + i;
+            heads_t heads = {scratch->stacked, scratch->stacked + plan->heads * dim,
+                             scratch->stacked + (plan->heads + plan->kv_heads) * dim,
+                             row, dim, row, dim, row, dim, cos, sin, layer->query_norm, layer->key_norm, eps};
+            normalise_all(x, layer->norm_1, scratch->normed, rows, width, eps);
+            multiply_all(&layer->qkv, scratch->normed, scratch->stacked, rows, STORE);
+            attend_all(plan, views + layer->view, &heads, keys + i * layer_size, values + i * layer_size, scores,
+                       scratch->mixed);
+            multiply_all(&layer->o, scratch->mixed, x, rows, ADD);
+            normalise_all(x, layer->norm_2, scratch->normed, rows, width, eps);
+            multiply_all(&layer->gate_up, scratch->normed, scratch->gated, rows, GATE);
+            multiply_all(&layer->down, scratch->gated, x, rows, ADD);
+        }
+        free(scores);
+    }
+}

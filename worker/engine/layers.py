@@ -1,0 +1,132 @@
+"""Fused decoder layers for the CPU: all layers of a model in one call, on the model's own weights.
+
+language_model -> [layers] -> linear, native_attention, kernels. The layers are swapped in the loaded model where their
+class is known to be "norm, attention, add; norm, gated SiLU, add" with rotate-half positions; every other model runs as
+transformers wrote it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+
+from worker.engine.kernels import Kernels, Layer, Scratch
+from worker.engine.linear import PackedLinear
+from worker.engine.native_attention import NativePlan
+
+_KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
+
+
+class FusedNorm(nn.Module):
+    """A root mean square norm in one call."""
+
+    def __init__(self, norm: Any, kernels: Kernels) -> None:
+        """Take over the weight of a transformers norm."""
+        super().__init__()
+        self.weight = norm.weight
+        self.eps = float(norm.variance_epsilon)
+        self._kernels = kernels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normed rows of `x` [..., width]."""
+        return self._kernels.rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.eps).view(x.shape)
+
+
+class FusedLayers(nn.Module):
+    """The decoder layers of a model, in the place of the first of them."""
+
+    def __init__(self, layers: nn.ModuleList, kernels: Kernels) -> None:
+        """Take over the weights of transformers layers of a known class."""
+        super().__init__()
+        self._kernels = kernels
+        self._packed = [_Packed(layer, kernels) for layer in layers]
+        self._windows = sorted({packed.window for packed in self._packed}, key=lambda window: window or 0)
+        self._layers = (Layer * len(layers))(*[packed.layer(self._windows) for packed in self._packed])
+        first: Any = layers[0]
+        self._eps = float(first.input_layernorm.variance_epsilon)
+        self._scaling = float(first.self_attn.scaling)
+        self._inner = int(first.mlp.up_proj.out_features)
+
+    def forward(
+        self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], plan: NativePlan, **_: object
+    ) -> Tensor:
+        """Return what the last layer makes of `hidden_states` [1, n, width]."""
+        x = hidden_states.clone()
+        n, width = x.shape[1:]
+        cos, sin = (part.contiguous() for part in position_embeddings)
+        layer = self._packed[0]
+        room = [x.new_empty(n * size) for size in (width, layer.qkv.out_features, layer.o.in_features, self._inner)]
+        numbers, views = plan.structures(self._windows, self._scaling)
+        self._kernels.run_layers(
+            self._layers,
+            len(self._layers),
+            ctypes.byref(numbers),
+            views,
+            ctypes.byref(Scratch(*[part.data_ptr() for part in room])),
+            x.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            plan.keys.data_ptr(),
+            plan.values.data_ptr(),
+            plan.keys.stride(0),
+            width,
+            self._eps,
+        )
+        return x
+
+
+class _Packed:
+    """The packed weights of one layer; `Layer` points into them."""
+
+    def __init__(self, layer: Any, kernels: Kernels) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.window = _window(attention)
+        self.qkv = PackedLinear([attention.q_proj, attention.k_proj, attention.v_proj], kernels)
+        self.o = PackedLinear([attention.o_proj], kernels)
+        self._gate_up = PackedLinear([mlp.gate_proj, mlp.up_proj], kernels, gated=True)
+        self._down = PackedLinear([mlp.down_proj], kernels)
+        names = ("input_layernorm", "post_attention_layernorm")
+        norms = [getattr(layer, name) for name in names] + [
+            getattr(attention, name, None) for name in ("q_norm", "k_norm")
+        ]
+        self._norms: list[Tensor | None] = [None if norm is None else norm.weight.detach() for norm in norms]
+
+    def layer(self, windows: list[int | None]) -> Layer:
+        """Return the addresses; the step's views will be in the order of `windows`."""
+        return Layer(
+            *[None if norm is None else norm.data_ptr() for norm in self._norms],
+            *[linear.product for linear in (self.qkv, self.o, self._gate_up, self._down)],
+            windows.index(self.window),
+        )
+
+
+def fuse(model: nn.Module, kernels: Kernels) -> bool:
+    """Swap the decoder layers and the last norm of a model, if all of its layers are known; return whether."""
+    body: Any = getattr(model, "model", None)
+    layers = getattr(body, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not all(_known(layer) for layer in layers):
+        return False
+    # The model calls what stands in its list of layers, one after the other: now one that does the work of all.
+    body.layers = nn.ModuleList([FusedLayers(layers, kernels)])
+    body.norm = FusedNorm(body.norm, kernels)
+    return True
+
+
+def _known(layer: Any) -> bool:
+    return (
+        type(layer).__name__ in _KNOWN
+        and isinstance(layer.mlp.act_fn, SiLUActivation | nn.SiLU)
+        and layer.mlp.gate_proj.bias is None
+        and layer.mlp.gate_proj.weight.dtype in (torch.bfloat16, torch.float32)
+    )
+
+
+def _window(attention: Any) -> int | None:
+    """Return the sliding window; classes that have it for the whole model keep it in the config."""
+    owner = attention if hasattr(attention, "sliding_window") else attention.config
+    window: int | None = getattr(owner, "sliding_window", None)
+    return window
