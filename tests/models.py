@@ -40,7 +40,7 @@ SHAPE: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
-    "head_dim": 8,
+    "head_dim": 32,  # the compiled kernels take multiples of this
     "max_position_embeddings": 512,
     "bos_token_id": 0,
     "eos_token_id": 1,

@@ -91,6 +91,8 @@ typedef struct {
     int64_t columns, inputs;
 } product_t;
 
+int64_t panel_columns(void) { return PANEL; }
+
 int64_t packed_size(int64_t columns, int64_t inputs) { return (columns + PANEL - 1) / PANEL * PANEL * inputs; }
 
 /* Pack `weight` [columns, inputs]; columns beyond the last are zeros. `second`, if given, has as many columns: half
@@ -128,23 +130,33 @@ static inline void finish_row(const float *sums, number *out, const product_t *p
     }
 }
 
-static inline __attribute__((always_inline)) void multiply_block(const product_t *p, const number *x, number *out,
-                                                                 int64_t row, int64_t panel, finish_t finish,
-                                                                 const int rows) {
-    const number *weight = p->weight + panel * PANEL * p->inputs;
-    const number *from = x + row * p->inputs;
-    floats sums[BLOCK][2];
-    for (int r = 0; r < rows; r++) sums[r][0] = sums[r][1] = (floats){0};
-    for (int64_t k = 0; k < p->inputs; k += STEP, weight += PANEL * STEP)
+/* sums[r] += x[r] @ weight for `inputs` inputs and one panel of columns; inlined for each number of rows. */
+static inline __attribute__((always_inline)) void tile(floats sums[][2], const number *weight, int64_t stride,
+                                                       const number *x, int64_t x_stride, int64_t inputs,
+                                                       const int rows) {
+    floats own[BLOCK][2];
+    for (int r = 0; r < rows; r++) own[r][0] = sums[r][0], own[r][1] = sums[r][1];
+    for (int64_t k = 0; k < inputs; k += STEP, weight += stride)
 #pragma GCC unroll 12
         for (int r = 0; r < rows; r++) {
-            sums[r][0] = multiply_add(sums[r][0], weight, from + r * p->inputs + k);
-            sums[r][1] = multiply_add(sums[r][1], weight + LANES * STEP, from + r * p->inputs + k);
+            own[r][0] = multiply_add(own[r][0], weight, x + r * x_stride + k);
+            own[r][1] = multiply_add(own[r][1], weight + LANES * STEP, x + r * x_stride + k);
         }
-    for (int r = 0; r < rows; r++) {
-        float row_sums[PANEL];
-        memcpy(row_sums, sums[r], sizeof row_sums);
-        finish_row(row_sums, out, p, row + r, panel, finish);
+    for (int r = 0; r < rows; r++) sums[r][0] = own[r][0], sums[r][1] = own[r][1];
+}
+
+/* `tile` for up to BLOCK rows. `stride` is from the weights of one step of inputs to the next. */
+static void multiply_tile(floats sums[][2], const number *weight, int64_t stride, const number *x, int64_t x_stride,
+                          int64_t inputs, int64_t rows) {
+#define CASE(n)                                                                                                        \
+    case n:                                                                                                            \
+        tile(sums, weight, stride, x, x_stride, inputs, n);                                                            \
+        break;
+    switch (rows) {
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5)
+#if defined(__AVX512F__)
+        CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#endif
     }
 }
 
@@ -154,16 +166,10 @@ static void multiply_panel(const product_t *p, const number *x, number *out, int
     int64_t blocks = (rows + BLOCK - 1) / BLOCK;
     for (int64_t b = 0; b < blocks; b++) {
         int64_t row = rows * b / blocks, height = rows * (b + 1) / blocks - row;
-#define CASE(n)                                                                                                        \
-    case n:                                                                                                            \
-        multiply_block(p, x, out, row, panel, finish, n);                                                              \
-        break;
-        switch (height) {
-            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5)
-#if defined(__AVX512F__)
-            CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-#endif
-        }
+        floats sums[BLOCK][2] = {0};
+        multiply_tile(sums, p->weight + panel * PANEL * p->inputs, PANEL * STEP, x + row * p->inputs, p->inputs,
+                      p->inputs, height);
+        for (int64_t r = 0; r < height; r++) finish_row((const float *)sums[r], out, p, row + r, panel, finish);
     }
 }
 
@@ -226,15 +232,18 @@ static inline void prepare(const number *x, number *out, const number *norm, con
 
 /* ---- attention ------------------------------------------------------------------------------------------------------ */
 
-/* What the rows of a step see: entries first..prefix-1 of their slot, then their part of `extra`. */
+/* What the rows of a step see: entries first..prefix-1 of their slot, then their part of `extra`, ascending. An entry's
+ * place in that list is its position in the text, counted from `first`. */
 typedef struct {
     const int64_t *first, *prefix; /* [rows] */
     const int64_t *extra_start;    /* [rows + 1] */
     const int64_t *extra;
-    int64_t longest; /* entries that one row sees, at most */
+    int64_t end; /* behind the last entry that any row sees */
 } view_t;
 
-/* The rows of a step and the KV slots they go to: keys and values [slots, capacity, kv_heads, dim] of each layer. */
+/* The rows of a step and the KV slots they go to. Keys lie as a packed weight of `capacity` columns and `dim` inputs,
+ * values as one of `dim` columns and `capacity` inputs, per slot and KV head; `capacity` is a multiple of PANEL, and so
+ * is `dim`. */
 typedef struct {
     int64_t rows, heads, kv_heads, dim, capacity;
     const int64_t *slot, *index; /* [rows] */
@@ -250,74 +259,116 @@ typedef struct {
     float eps;
 } heads_t;
 
-static inline float dot(const float *query, const number *key, int64_t dim) {
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < dim; i++) sum += query[i] * wide(key[i]);
-    return sum;
+/* What one thread works in, for the query heads of one KV head. */
+typedef struct {
+    int64_t length;   /* entries, a multiple of PANEL */
+    number *queries;  /* [groups, dim] */
+    float *scores;    /* [groups, length] */
+    number *weights;  /* [groups, length] */
+    number *gathered; /* [length, dim] */
+} desk_t;
+
+static inline int64_t key_at(int64_t position, int64_t i, int64_t dim) {
+    return position / PANEL * PANEL * dim + (i / STEP * PANEL + position % PANEL) * STEP + i % STEP;
 }
 
+static inline int64_t value_at(int64_t position, int64_t i, int64_t dim) {
+    return (position / STEP * dim + i) * STEP + position % STEP;
+}
+
+static desk_t make_desk(int64_t end, int64_t groups, int64_t dim) {
+    int64_t length = (end + 2 * PANEL - 1) / PANEL * PANEL;
+    return (desk_t){length, malloc(sizeof(number) * (size_t)(groups * dim)),
+                    malloc(sizeof(float) * (size_t)(groups * length)),
+                    malloc(sizeof(number) * (size_t)(groups * length)),
+                    malloc(sizeof(number) * (size_t)(length * dim))};
+}
+
+static void clear_desk(desk_t desk) { free(desk.queries), free(desk.scores), free(desk.weights), free(desk.gathered); }
+
 /* Turn scores into weights that are not yet divided by their sum, which is returned. */
-static inline float soften(float *scores, int64_t count) {
+static inline float soften(const float *scores, number *weights, int64_t count, float scale) {
     float top = -INFINITY, sum = 0.0f;
 #pragma omp simd reduction(max : top)
     for (int64_t j = 0; j < count; j++) top = scores[j] > top ? scores[j] : top;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < count; j++) sum += scores[j] = exp_below_0(scores[j] - top);
+    for (int64_t j = 0; j < count; j++) {
+        weights[j] = narrow(exp_below_0((scores[j] - top) * scale));
+        sum += wide(weights[j]);
+    }
     return sum;
 }
 
-/* The query heads that share one KV head, of one row. Inlined for each usual `dim`. */
-static inline __attribute__((always_inline)) void attend_heads(const plan_t *plan, const view_t *view,
-                                                               const heads_t *of, const number *keys,
-                                                               const number *values, int64_t row, int64_t kv_head,
-                                                               float *scores, number *out, const int64_t dim) {
-    int64_t groups = plan->heads / plan->kv_heads, stride = plan->kv_heads * dim;
-    int64_t base = plan->slot[row] * plan->capacity * stride + kv_head * dim;
-    int64_t first = view->first[row], run = view->prefix[row] - first;
+/* `groups` query heads of one KV head of one row, whose keys and values are given. */
+static void attend_group(const plan_t *plan, const view_t *view, const desk_t *desk, const number *keys,
+                         const number *values, int64_t row, int64_t groups, number *out) {
+    const int64_t dim = plan->dim, length = desk->length;
+    const int64_t first = view->first[row], prefix = view->prefix[row];
     const int64_t *extra = view->extra + view->extra_start[row];
-    int64_t count = run + view->extra_start[row + 1] - view->extra_start[row];
-    const number *cos = of->cos ? of->cos + row * dim : NULL, *sin = of->cos ? of->sin + row * dim : NULL;
-    keys += base, values += base;
+    const int64_t extras = view->extra_start[row + 1] - view->extra_start[row], count = prefix + extras;
+    const int64_t end = extras ? extra[extras - 1] + 1 : prefix;
+    const int64_t from = first / STEP * STEP, whole = prefix / STEP * STEP; /* values in place: from..whole-1 */
+    float sums[groups];
+    for (int64_t panel = first / PANEL; panel * PANEL < end; panel++) {
+        floats scores[BLOCK][2] = {0};
+        multiply_tile(scores, keys + panel * PANEL * dim, PANEL * STEP, desk->queries, dim, dim, groups);
+        for (int64_t g = 0; g < groups; g++)
+            memcpy(desk->scores + g * length + panel * PANEL, scores[g], PANEL * sizeof(float));
+    }
     for (int64_t g = 0; g < groups; g++) {
-        int64_t head = kv_head * groups + g;
-        number prepared[dim];
-        float query[dim], sum[dim];
-        prepare(of->query + row * of->query_row + head * of->query_head, prepared, of->query_norm, cos, sin, dim,
-                of->eps);
-        for (int64_t i = 0; i < dim; i++) query[i] = wide(prepared[i]) * plan->scale, sum[i] = 0.0f;
-        for (int64_t j = 0; j < run; j++) scores[j] = dot(query, keys + (first + j) * stride, dim);
-        for (int64_t j = run; j < count; j++) scores[j] = dot(query, keys + extra[j - run] * stride, dim);
-        float whole = soften(scores, count);
-        for (int64_t j = 0; j < run; j++)
-            for (int64_t i = 0; i < dim; i++) sum[i] += scores[j] * wide(values[(first + j) * stride + i]);
-        for (int64_t j = run; j < count; j++)
-            for (int64_t i = 0; i < dim; i++) sum[i] += scores[j] * wide(values[extra[j - run] * stride + i]);
-        for (int64_t i = 0; i < dim; i++) out[(row * plan->heads + head) * dim + i] = narrow(sum[i] / whole);
+        float *scores = desk->scores + g * length;
+        number *weights = desk->weights + g * length;
+        for (int64_t i = 0; i < extras; i++) scores[prefix + i] = scores[extra[i]]; /* never from below */
+        sums[g] = soften(scores + first, weights + first, count - first, plan->scale);
+        for (int64_t j = from; j < first; j++) weights[j] = 0;
+        for (int64_t j = count; j % STEP; j++) weights[j] = 0;
+    }
+    /* The last entries may lie apart, or beside what is not ours: they are brought together first. */
+    for (int64_t j = whole; j < count || j % STEP; j++)
+        for (int64_t i = 0; i < dim; i++)
+            desk->gathered[value_at(j - whole, i, dim)] =
+                j < count ? values[value_at(j < prefix ? j : extra[j - prefix], i, dim)] : 0;
+    for (int64_t column = 0; column < dim; column += PANEL) {
+        floats mixed[BLOCK][2] = {0};
+        if (whole > from)
+            multiply_tile(mixed, values + (from * dim + column * STEP), dim * STEP, desk->weights + from, length,
+                          whole - from, groups);
+        if (count > whole)
+            multiply_tile(mixed, desk->gathered + column * STEP, dim * STEP, desk->weights + whole, length,
+                          count - whole, groups);
+        for (int64_t g = 0; g < groups; g++)
+            for (int64_t i = 0; i < PANEL; i++) out[g * dim + column + i] = narrow(((float *)mixed[g])[i] / sums[g]);
     }
 }
 
 /* Store the rows' keys and values, then attend into `out` [rows, heads, dim]. Ends with a barrier. */
 static inline void attend_all(const plan_t *plan, const view_t *view, const heads_t *of, number *keys, number *values,
-                              float *scores, number *out) {
-    const int64_t dim = plan->dim, kv_heads = plan->kv_heads;
+                              const desk_t *desk, number *out) {
+    const int64_t dim = plan->dim, kv_heads = plan->kv_heads, groups = plan->heads / kv_heads;
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < plan->rows * kv_heads; item++) {
-        int64_t row = item / kv_heads, head = item % kv_heads;
-        int64_t at = ((plan->slot[row] * plan->capacity + plan->index[row]) * kv_heads + head) * dim;
-        prepare(of->key + row * of->key_row + head * of->key_head, keys + at, of->key_norm,
+        int64_t row = item / kv_heads, head = item % kv_heads, position = plan->index[row];
+        int64_t base = (plan->slot[row] * kv_heads + head) * plan->capacity * dim;
+        const number *value = of->value + row * of->value_row + head * of->value_head;
+        number key[dim];
+        prepare(of->key + row * of->key_row + head * of->key_head, key, of->key_norm,
                 of->cos ? of->cos + row * dim : NULL, of->cos ? of->sin + row * dim : NULL, dim, of->eps);
-        memcpy(values + at, of->value + row * of->value_row + head * of->value_head, (size_t)dim * sizeof(number));
+        for (int64_t i = 0; i < dim; i++) keys[base + key_at(position, i, dim)] = key[i];
+        for (int64_t i = 0; i < dim; i++) values[base + value_at(position, i, dim)] = value[i];
     }
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < plan->rows * kv_heads; item++) {
-        int64_t row = item / kv_heads, head = item % kv_heads;
-        if (dim == 64)
-            attend_heads(plan, view, of, keys, values, row, head, scores, out, 64);
-        else if (dim == 128)
-            attend_heads(plan, view, of, keys, values, row, head, scores, out, 128);
-        else
-            attend_heads(plan, view, of, keys, values, row, head, scores, out, dim);
+        int64_t row = item / kv_heads, kv_head = item % kv_heads;
+        int64_t base = (plan->slot[row] * kv_heads + kv_head) * plan->capacity * dim;
+        for (int64_t g = 0; g < groups; g += BLOCK) {
+            int64_t some = groups - g < BLOCK ? groups - g : BLOCK, head = kv_head * groups + g;
+            for (int64_t i = 0; i < some; i++)
+                prepare(of->query + row * of->query_row + (head + i) * of->query_head, desk->queries + i * dim,
+                        of->query_norm, of->cos ? of->cos + row * dim : NULL, of->cos ? of->sin + row * dim : NULL, dim,
+                        of->eps);
+            attend_group(plan, view, desk, keys + base, values + base, row, some,
+                         out + (row * plan->heads + head) * dim);
+        }
     }
 }
 
@@ -325,9 +376,26 @@ static inline void attend_all(const plan_t *plan, const view_t *view, const head
 void attend(const plan_t *plan, const view_t *view, const heads_t *of, number *keys, number *values, number *out) {
 #pragma omp parallel
     {
-        float *scores = malloc(sizeof(float) * (size_t)view->longest);
-        attend_all(plan, view, of, keys, values, scores, out);
-        free(scores);
+        desk_t desk = make_desk(view->end, BLOCK, plan->dim);
+        attend_all(plan, view, of, keys, values, &desk, out);
+        clear_desk(desk);
+    }
+}
+
+/* Bring `count` entries of one slot, in all layers and heads, from `sources`, ascending, down to destination,
+ * destination + 1, … */
+void move_entries(number *keys, number *values, const plan_t *plan, int64_t layers, int64_t layer_size, int64_t slot,
+                  int64_t destination, const int64_t *sources, int64_t count) {
+    const int64_t dim = plan->dim;
+#pragma omp parallel for
+    for (int64_t item = 0; item < layers * plan->kv_heads; item++) {
+        int64_t base = item / plan->kv_heads * layer_size +
+                       (slot * plan->kv_heads + item % plan->kv_heads) * plan->capacity * dim;
+        for (int64_t j = 0; j < count; j++)
+            for (int64_t i = 0; i < dim; i++) {
+                keys[base + key_at(destination + j, i, dim)] = keys[base + key_at(sources[j], i, dim)];
+                values[base + value_at(destination + j, i, dim)] = values[base + value_at(sources[j], i, dim)];
+            }
     }
 }
 
@@ -348,17 +416,14 @@ typedef struct {
     number *gated;   /* [rows, inner] */
 } scratch_t;
 
-/* Run `layers` over `x` [rows, width] in place; `keys` and `values` [layers, slots, capacity, kv_heads, dim], a layer
- * being `layer_size` numbers. */
+/* Run `layers` over `x` [rows, width] in place; `keys` and `values` are `layer_size` numbers a layer. */
 void run_layers(const layer_t *layers, int64_t count, const plan_t *plan, const view_t *views, const scratch_t *scratch,
                 number *x, const number *cos, const number *sin, number *keys, number *values, int64_t layer_size,
                 int64_t width, float eps) {
-    int64_t rows = plan->rows, dim = plan->dim, row = (plan->heads + 2 * plan->kv_heads) * dim, longest = 1;
-    for (int64_t i = 0; i < count; i++)
-        longest = views[layers[i].view].longest > longest ? views[layers[i].view].longest : longest;
+    int64_t rows = plan->rows, dim = plan->dim, row = (plan->heads + 2 * plan->kv_heads) * dim;
 #pragma omp parallel
     {
-        float *scores = malloc(sizeof(float) * (size_t)longest);
+        desk_t desk = make_desk(views[0].end, BLOCK, dim); /* all views end with the same row */
         for (int64_t i = 0; i < count; i++) {
             const layer_t *layer = layers + i;
             heads_t heads = {scratch->stacked, scratch->stacked + plan->heads * dim,
@@ -366,13 +431,13 @@ void run_layers(const layer_t *layers, int64_t count, const plan_t *plan, const 
                              row, dim, row, dim, row, dim, cos, sin, layer->query_norm, layer->key_norm, eps};
             normalise_all(x, layer->norm_1, scratch->normed, rows, width, eps);
             multiply_all(&layer->qkv, scratch->normed, scratch->stacked, rows, STORE);
-            attend_all(plan, views + layer->view, &heads, keys + i * layer_size, values + i * layer_size, scores,
+            attend_all(plan, views + layer->view, &heads, keys + i * layer_size, values + i * layer_size, &desk,
                        scratch->mixed);
             multiply_all(&layer->o, scratch->mixed, x, rows, ADD);
             normalise_all(x, layer->norm_2, scratch->normed, rows, width, eps);
             multiply_all(&layer->gate_up, scratch->normed, scratch->gated, rows, GATE);
             multiply_all(&layer->down, scratch->gated, x, rows, ADD);
         }
-        free(scores);
+        clear_desk(desk);
     }
 }

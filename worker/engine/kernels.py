@@ -1,7 +1,7 @@
 """Kernels: compile `kernels.c` for this processor, once, and call it with tensors.
 
-language_model -> layers, linear, native_attention -> [kernels]. Where there is no C compiler, the same work is done by torch's own
-operations: slower, and a row's last bits may then depend on its batch.
+language_model -> layers, linear, native_attention -> [kernels]. Where there is no C compiler, torch's own
+operations do the same work: slower, and a row's last bits may then depend on its batch.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Product(ctypes.Structure):
 class View(ctypes.Structure):
     """`view_t`: what the rows of a step see."""
 
-    _fields_ = _fields("first prefix extra_start extra", _ADDRESS) + _fields("longest", _SIZE)
+    _fields_ = _fields("first prefix extra_start extra", _ADDRESS) + _fields("end", _SIZE)
 
 
 class Plan(ctypes.Structure):
@@ -102,12 +102,16 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         """Bind the functions of a library compiled from kernels.c."""
         size, address, real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+        self.panel = int(library.panel_columns())
         self._pack = _bound(library.pack, address, address, address, size, size)
         self._packed_size = _bound(library.packed_size, size, size, result=size)
         self._rms_norm = _bound(library.rms_norm, address, address, address, size, size, real)
         self.multiply = _bound(library.multiply, ctypes.POINTER(Product), address, address, size, size)
         self.attend = _bound(
             library.attend, ctypes.POINTER(Plan), ctypes.POINTER(View), ctypes.POINTER(Heads), address, address, address
+        )
+        self.move_entries = _bound(
+            library.move_entries, address, address, ctypes.POINTER(Plan), *[size] * 4, address, size
         )
         self.run_layers = _bound(
             library.run_layers,
@@ -168,7 +172,7 @@ def _compiled(number: tuple[str, ...]) -> Path:
     if not compiler:
         raise FileNotFoundError("there is no C compiler")
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
-    identity = (_SOURCE.read_text(), version, _FLAGS, *number, platform.machine(), _processor(), torch.__version__)
+    identity = (_SOURCE.read_text(), compiler, version, _FLAGS, *number, platform.machine(), _processor(), torch.__version__)
     name = f"kernels-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}.so"
     target = _folder() / name
     if not target.exists():

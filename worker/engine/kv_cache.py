@@ -65,8 +65,8 @@ class KvCache:
         """Reserve room for `slots` sequences of `capacity` tokens, tree rows included."""
         shape = (layers, slots, capacity, kv_heads, head_dim)
         self.capacity = capacity
-        self.keys = _lazy_zeros(shape, dtype, device)
-        self.values = _lazy_zeros(shape, dtype, device)
+        self.keys = lazy_zeros(shape, dtype, device)
+        self.values = lazy_zeros(shape, dtype, device)
 
     def write(self, layer: int, slot: Tensor, index: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store rows: `slot` and `index` int64 [n], `keys` and `values` [n, kv_heads, head_dim]."""
@@ -79,7 +79,7 @@ class KvCache:
 
     def keep(self, moves: Sequence[Move]) -> None:
         """Bring accepted rows down behind the committed prefix, all layers at once."""
-        moves = [m for m in moves if len(m.sources) and m.sources[-1] != m.destination + len(m.sources) - 1]
+        moves = [m for m in moves if not m.in_place]
         if not moves:
             return
         device = self.keys.device
@@ -97,7 +97,7 @@ class KvCache:
         self.values[:, slot, start:] = POISON
 
 
-def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return zeros whose CPU pages are only committed when written: numpy's calloc, which torch.zeros is not."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)

@@ -5,7 +5,8 @@ engine -> [language_model] -> attention -> kv_cache. Knows token ids and positio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +21,7 @@ from worker.engine.kv_cache import KvCache
 from worker.engine.layers import fuse
 from worker.engine.linear import pack
 from worker.engine.native_attention import NativePlan
+from worker.engine.native_kv import NativeKv
 from worker.engine.rows import Move, Segment, chain
 
 # Frequencies of these depend on the longest text of the forward, so one sequence would change another's numbers.
@@ -41,7 +43,13 @@ class PackedModel:
     """A transformers causal model with a KV slot per sequence."""
 
     def __init__(
-        self, model: PreTrainedModel, *, slots: int, capacity: int, defined_ids: int | None = None, native: bool = True
+        self,
+        model: PreTrainedModel,
+        *,
+        slots: int,
+        capacity: int,
+        defined_ids: int | None = None,
+        native: bool = True,
     ) -> None:
         """Wrap a model loaded with `ATTENTION_NAME`.
 
@@ -53,13 +61,13 @@ class PackedModel:
         refuse_inexact(config)
         self._model = model
         self._defined_ids = defined_ids
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        self._heads, self._kv_heads = heads, kv_heads
-        self._kernels = _kernels_for(model) if native else None
-        self.kv = KvCache(config.num_hidden_layers, slots, kv_heads, capacity, head_dim, model.dtype, model.device)
+        self._store = _store(model, slots, capacity, native)
         self.forward([chain(0, 0, [0], keep_last=True)])  # unknown attention arguments are refused here, not in a job
+
+    @property
+    def kv(self) -> KvCache | NativeKv:
+        """The model's KV slots."""
+        return self._store.kv
 
     @torch.inference_mode()
     def forward(self, segments: Sequence[Segment]) -> Tensor:
@@ -74,20 +82,36 @@ class PackedModel:
             past_key_values=None,
             use_cache=False,
             logits_to_keep=_kept_rows(segments).to(device),
-            plan=self._plan(segments),
+            plan=self._store.plan(segments),
         ).logits[0]
         assert isinstance(logits, Tensor)
         return logits if self._defined_ids is None else logits[:, : self._defined_ids]
-
-    def _plan(self, segments: Sequence[Segment]) -> AttentionPlan | NativePlan:
-        if self._kernels is None:
-            return AttentionPlan(segments, self.kv, self._heads // self._kv_heads)
-        return NativePlan(segments, self.kv, self._heads, self._kernels)
 
     def keep(self, moves: Sequence[Move]) -> None:
         """Bring accepted rows down behind the committed prefix."""
         with torch.inference_mode():
             self.kv.keep(moves)
+
+
+@dataclass(frozen=True, slots=True)
+class _Store:
+    """KV slots, and how a step's rows meet them."""
+
+    kv: KvCache | NativeKv
+    plan: Callable[[Sequence[Segment]], AttentionPlan | NativePlan]
+
+
+def _store(model: PreTrainedModel, slots: int, capacity: int, native: bool) -> _Store:
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    compiled = _kernels_for(model) if native else None
+    layers, head_dim = config.num_hidden_layers, _head_dim(model)
+    if compiled is None:
+        slow = KvCache(layers, slots, kv_heads, capacity, head_dim, model.dtype, model.device)
+        return _Store(slow, lambda segments: AttentionPlan(segments, slow, heads // kv_heads))
+    fast = NativeKv(layers, slots, kv_heads, capacity, head_dim, model.dtype, compiled)
+    return _Store(fast, lambda segments: NativePlan(segments, fast, heads, compiled))
 
 
 def _kept_rows(segments: Sequence[Segment]) -> Tensor:
@@ -149,4 +173,11 @@ def quicken(model: PreTrainedModel) -> None:
 
 
 def _kernels_for(model: PreTrainedModel) -> Kernels | None:
-    return kernels(model.dtype) if model.device.type == "cpu" else None
+    """Return the compiled kernels if they take this model."""
+    compiled = kernels(model.dtype) if model.device.type == "cpu" else None
+    return compiled if compiled is not None and _head_dim(model) % compiled.panel == 0 else None
+
+
+def _head_dim(model: PreTrainedModel) -> int:
+    config = model.config.get_text_config()
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

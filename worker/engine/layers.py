@@ -70,9 +70,9 @@ class FusedLayers(nn.Module):
             x.data_ptr(),
             cos.data_ptr(),
             sin.data_ptr(),
-            plan.keys.data_ptr(),
-            plan.values.data_ptr(),
-            plan.keys.stride(0),
+            plan.kv.keys.data_ptr(),
+            plan.kv.values.data_ptr(),
+            plan.kv.keys.stride(0),
             width,
             self._eps,
         )

@@ -1,7 +1,7 @@
-"""Packed linear layers for the CPU: the same products, from weights laid out once in the order in which they are read.
+"""Packed linear layers for the CPU: the same products, from weights laid out once in the order of reading.
 
-A decoding step multiplies a few rows with every weight of the model; this layout reads each weight once, at the speed of
-the memory. Modules are swapped in the loaded model; the model's source stays as it is.
+A decoding step multiplies a few rows with every weight of the model; this layout reads each weight once, at the speed
+of the memory. Modules are swapped in the loaded model; the model's source stays as it is.
 """
 
 from __future__ import annotations

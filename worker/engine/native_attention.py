@@ -1,6 +1,6 @@
 """Attention over packed rows by the compiled kernel: no padding, no masks, one call a layer.
 
-layers, attention -> [native_attention] -> kernels, kv_cache. A row lists what it sees: a stretch of its slot, then the
+layers, attention -> [native_attention] -> native_kv, kernels. A row lists what it sees: a stretch of its slot, then the
 entries of its ancestors in order of depth. A tree row therefore adds up in the very order in which it would alone, and
 gets the same bits.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from worker.engine.kernels import Heads, Kernels, Plan, View
-from worker.engine.kv_cache import KvCache
+from worker.engine.native_kv import NativeKv
 from worker.engine.rows import IntArray, Segment
 
 
@@ -29,19 +29,19 @@ class _View:
     extra_start: IntArray  # [rows + 1]
     extra: IntArray
 
+    end: int  # behind the last entry that any row sees
+
     def structure(self) -> View:
         """Return what the kernel reads; it points into these arrays."""
-        longest = int((self.prefix - self.first + np.diff(self.extra_start)).max())
-        arrays = (self.first, self.prefix, self.extra_start, self.extra)
-        return View(*[array.ctypes.data for array in arrays], longest)
+        return View(*[x.ctypes.data for x in (self.first, self.prefix, self.extra_start, self.extra)], self.end)
 
 
 class NativePlan:
     """Where the rows of one forward go and what they see. Built once a step, used by every layer."""
 
-    def __init__(self, segments: Sequence[Segment], kv: KvCache, heads: int, kernels: Kernels) -> None:
+    def __init__(self, segments: Sequence[Segment], kv: NativeKv, heads: int, kernels: Kernels) -> None:
         """Plan `segments` for a model with `heads` query heads."""
-        self.keys, self.values = kv.keys, kv.values
+        self.kv = kv
         self._segments = segments
         self._kernels = kernels
         self._heads = heads
@@ -61,19 +61,18 @@ class NativePlan:
             setattr(heads, f"{name}_row", x.stride(1))
         out = torch.empty(len(self._slot), self._heads, query.shape[-1], dtype=query.dtype)
         plan, views = self.structures([window], scaling)
-        keys, values = self.keys[layer].data_ptr(), self.values[layer].data_ptr()
+        keys, values = self.kv.keys[layer].data_ptr(), self.kv.values[layer].data_ptr()
         self._kernels.attend(byref(plan), views, byref(heads), keys, values, out.data_ptr())
         return out
 
     def structures(self, windows: Sequence[int | None], scaling: float) -> tuple[Plan, Array[View]]:
         """Return the plan and, for each window, what the rows see. They point into this object: keep it."""
-        _, _, capacity, kv_heads, dim = self.keys.shape
         plan = Plan(
             rows=len(self._slot),
             heads=self._heads,
-            kv_heads=kv_heads,
-            dim=dim,
-            capacity=capacity,
+            kv_heads=self.kv.kv_heads,
+            dim=self.kv.head_dim,
+            capacity=self.kv.capacity,
             slot=self._slot.ctypes.data,
             index=self._index.ctypes.data,
             scale=scaling,
@@ -107,6 +106,7 @@ def _view(segments: Sequence[Segment], window: int | None) -> _View:
         prefix=prefix,
         extra_start=np.concatenate([[0], np.concatenate(counts).cumsum()]),
         extra=np.concatenate([*extra, np.zeros(1, np.int64)]),  # never empty: its address is taken
+        end=max(s.end for s in segments),
     )
 
 

@@ -55,3 +55,8 @@ class Move:
     slot: int
     destination: int
     sources: IntArray  # [n], ascending, sources[i] >= destination + i
+
+    @property
+    def in_place(self) -> bool:
+        """True if every entry lies where it belongs."""
+        return not len(self.sources) or int(self.sources[-1]) == self.destination + len(self.sources) - 1
