@@ -172,7 +172,16 @@ def _compiled(number: tuple[str, ...]) -> Path:
     if not compiler:
         raise FileNotFoundError("there is no C compiler")
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
-    identity = (_SOURCE.read_text(), compiler, version, _FLAGS, *number, platform.machine(), _processor(), torch.__version__)
+    identity = (
+        _SOURCE.read_text(),
+        compiler,
+        version,
+        _FLAGS,
+        *number,
+        platform.machine(),
+        _processor(),
+        torch.__version__,
+    )
     name = f"kernels-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}.so"
     target = _folder() / name
     if not target.exists():
