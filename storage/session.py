@@ -93,7 +93,7 @@ def _prepare_connection(connection: Any, _record: object) -> None:
 
 
 def _write_ahead(cursor: Any) -> None:
-    """Switch to write-ahead logging. The first to do so needs the file alone, and SQLite does not wait for that itself."""
+    """Switch to write-ahead logging. The first to do so needs the file alone, and SQLite does not wait for that."""
     deadline = time.monotonic() + _BUSY_S
     while True:
         try:
