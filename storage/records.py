@@ -76,6 +76,7 @@ class StepRow:
     drafter: str | None
     plain_step_ms: float | None  # a plain step at this batch size on this worker; None: not comparable (prefill shared)
     ended_at: float
+    decision: str | None = None  # tree, or why there was none; rows written before it was recorded have none
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ def a_step(**fields: Any) -> StepRow:
         "batch_sequences": 1,
         "drafter": "suffix",
         "plain_step_ms": 9.0,
+        "decision": "tree",
         "ended_at": 1.0,
     }
     return StepRow(**step | fields)

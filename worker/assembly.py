@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import transformers
 from transformers import AutoTokenizer
 from transformers import PreTrainedTokenizerFast as Tokenizer
 from transformers.utils import logging as transformers_logging
@@ -23,6 +24,7 @@ from worker.engine.cost_model import CostModel
 from worker.engine.drafting import Drafter
 from worker.engine.engine import Engine
 from worker.engine.errors import ModelRefused, TokenizersDiffer
+from worker.engine.kernels import processor
 from worker.engine.language_model import PackedModel, load, native_dtype
 from worker.engine.options import EngineOptions, Mode
 from worker.pull import resolve
@@ -71,10 +73,11 @@ def assemble(settings: WorkerSettings, say: Say = lambda _: None) -> Assembly:
     tokenizer = load_tokenizer(path)
     config = model.config.get_text_config()
     options = engine_options(settings, min(settings.max_context, config.max_position_embeddings))
+    capacity = options.max_context + options.nodes + 1
     target = PackedModel(
         model,
         slots=options.max_sequences,
-        capacity=options.max_context + options.nodes + 1,
+        capacity=capacity,
         defined_ids=min(len(tokenizer), config.vocab_size),
     )
     codec = Codec(tokenizer, eos_ids(tokenizer, model.generation_config), options.max_context)
@@ -93,8 +96,17 @@ def assemble(settings: WorkerSettings, say: Say = lambda _: None) -> Assembly:
         target=target,
         make_drafter=make_drafter,
         options=options,
-        costs=calibrate(target, options),
+        costs=calibrate(target, capacity, _cost_key(settings, target, dtype, device), settings.cache_dir / "costs"),
     )
+
+
+def _cost_key(
+    settings: WorkerSettings, target: PackedModel, dtype: torch.dtype, device: torch.device
+) -> tuple[object, ...]:
+    """Return everything that changes what a step costs."""
+    where = torch.cuda.get_device_name() if device.type == "cuda" else processor()
+    versions = (torch.__version__, transformers.__version__, target.version)
+    return (settings.target, str(dtype), where, torch.get_num_threads(), settings.max_context, *versions)
 
 
 def engine_options(settings: WorkerSettings, context_tokens: int) -> EngineOptions:

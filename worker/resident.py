@@ -12,6 +12,7 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable
+from typing import Any
 
 from sqlalchemy.exc import InterfaceError, OperationalError
 
@@ -49,6 +50,7 @@ class Resident:
         self._ring = ring
         self._database = Database.open(settings.resolved_database_url)
         self._publisher = Publisher(settings.redis_url)
+        self._learned: dict[str, Any] = {}
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._threads = [
@@ -95,6 +97,7 @@ class Resident:
             self._wake.clear()
             try:
                 runner.turn(rung=rung)
+                self._learned = runner.learned
             except DatabaseUnavailable as error:
                 log.warning("Decoding pauses: %s", error, extra={"action": "database_away"})
                 self._stop.wait(_DATABASE_RETRY_S * random.uniform(0.5, 1.5))
@@ -122,7 +125,7 @@ class Resident:
         """What any worker may do for all: say it lives, end overdue jobs, ring again where nobody came."""
         with self._database.write() as session:
             writes.beat_worker(session, self.worker_id)
-            writes.update_calibration(session, self.worker_id, self._assembly.costs.as_json())
+            writes.update_calibration(session, self.worker_id, {**self._assembly.costs.as_json(), **self._learned})
             ended = writes.expire_jobs(session)
             unheard = leases.jobs_to_ring(session, _RING_AFTER_S)
         self._publisher.publish(job_events(ended))

@@ -9,6 +9,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Hashable
+from typing import Any
 
 from sqlalchemy.exc import InterfaceError, OperationalError
 
@@ -62,6 +63,11 @@ class Runner:
     def busy(self) -> bool:
         """True while requests are held."""
         return bool(self._live)
+
+    @property
+    def learned(self) -> dict[str, Any]:
+        """What the engine has learned about drafts, as JSON."""
+        return self._engine.learned
 
     def turn(self, *, rung: bool = False) -> None:
         """Claim if there is room, run one step, flush if it is time. Raises DatabaseUnavailable: call again later."""

@@ -1,71 +1,114 @@
-"""How large the draft trees of a step may be: the paper's fixed rule, or one measured price for the whole batch."""
+"""How large the draft trees of a step may be: the paper's fixed rule, or one measured price for the whole batch.
+
+A budget is made for one step and asked layer by layer.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from worker.engine.cost_model import CostModel
+from worker.engine.cost_model import CostModel, load_class
 from worker.engine.draft_tree import FloatArray, Forest
-from worker.engine.rows import BoolArray
+from worker.engine.rows import BoolArray, IntArray
+
+_MOST = 256  # draft nodes of a step at most
+_TIME_WEIGHT = 0.1  # of a new sample in the running time of a layer
 
 
 class Budget(Protocol):
-    """Decides, layer by layer, whether trees grow on, and which of their nodes the target sees."""
+    """Decides which nodes are worth adding, which are expanded further, and which the target sees."""
 
-    @property
-    def nodes(self) -> int:
-        """Draft nodes of one tree at most."""
+    floor: float  # a node of less value is not worth a row under any circumstances
 
-    def grows_on(self, gain: FloatArray, expected: FloatArray) -> BoolArray:
-        """Return per tree whether to draft another layer, given what the last one added to E(A) [trees]."""
+    def frontier(self, forest: Forest, layer: IntArray) -> IntArray:
+        """Return the nodes of the newest layer to expand; none ends the growth."""
 
-    def cut(self, forest: Forest, best: BoolArray) -> BoolArray:
-        """Return the nodes to verify, a parent-closed subset of `best` with every root."""
+    def cut(self, forest: Forest) -> BoolArray:
+        """Return the nodes to verify, a parent-closed set with every root."""
 
 
-@dataclass(frozen=True, slots=True)
 class PaperBudget:
     """OPT-Tree as published: the n best nodes of each tree; stop when a layer adds no more than the threshold."""
 
-    nodes: int
-    threshold: float
+    floor = 0.0
 
-    def grows_on(self, gain: FloatArray, expected: FloatArray) -> BoolArray:
-        """Go on while E(A) grew by more than the threshold."""
-        return gain > self.threshold
+    def __init__(self, nodes: int, threshold: float) -> None:
+        """Take n and delta of the paper."""
+        self._nodes = nodes
+        self._threshold = threshold
+        self._expected: FloatArray | float = 0.0
 
-    def cut(self, forest: Forest, best: BoolArray) -> BoolArray:
+    def frontier(self, forest: Forest, layer: IntArray) -> IntArray:
+        """Go on in the trees whose E(A) grew by more than the threshold, below the nodes that are among the n best."""
+        best = forest.best(self._nodes)
+        expected = forest.expected(best)
+        alive = self.goes_on(expected - self._expected)
+        self._expected = expected
+        return layer[best[layer] & alive[forest.tree[layer]]]
+
+    def goes_on(self, gain: FloatArray) -> BoolArray:
+        """Return per tree whether what the last layer added to E(A) is enough."""
+        return gain > self._threshold
+
+    def cut(self, forest: Forest) -> BoolArray:
         """Verify all of the n best."""
-        return best
+        return forest.best(self._nodes)
 
 
-@dataclass(frozen=True, slots=True)
+class DraftCosts:
+    """How long a drafter takes for one layer, by the nodes it expands, as measured while decoding."""
+
+    def __init__(self) -> None:
+        """Start knowing nothing: the first layers are free."""
+        self._layer_ms: dict[int, float] = {}
+
+    def layer_ms(self, nodes: int) -> float:
+        """Return the time of a layer; of a size never seen, that of the nearest smaller one."""
+        known = [size for size in self._layer_ms if size <= load_class(nodes)]
+        return self._layer_ms[max(known)] if known else 0.0
+
+    def observe(self, nodes: int, layer_ms: float) -> None:
+        """Learn from a layer that was drafted."""
+        size = load_class(nodes)
+        before = self._layer_ms.get(size, layer_ms)
+        self._layer_ms[size] = before + _TIME_WEIGHT * (min(layer_ms, 2 * before) - before)
+
+
 class PricedBudget:
-    """Tokens per second of the step decide: nodes enter, best first over the whole batch, while the rate rises."""
+    """A node is worth a row if it brings more tokens than the engine makes in the time of the row.
 
-    nodes: int
-    costs: CostModel
-    other_rows: int  # prompt rows that share the step
-    layer_ms: float  # recent time of one draft layer
+    With `rate` tokens per millisecond (the price), the cut is the prefix of the batch's ranking with the most of
+    `expected tokens - rate * time`, which maximises tokens per second over the run rather than in this step alone.
+    """
 
-    def grows_on(self, gain: FloatArray, expected: FloatArray) -> BoolArray:
-        """Go on where the gain is worth the tree's share of another layer at the step's tokens per millisecond."""
-        trees = len(gain)
-        per_ms = (trees + float(expected.sum())) / self.costs.plain_step_ms(trees)
-        return gain > max(per_ms * self.layer_ms / trees, 0.01)
+    def __init__(
+        self, nodes: int, costs: CostModel, drafts: DraftCosts, rate: float, rows: int, entries: float, trees: int
+    ) -> None:
+        """Price a step that has `rows` rows attending to `entries` KV entries even without drafts, of `trees` trees."""
+        self._nodes = nodes
+        self._drafts = drafts
+        self._rate = rate
+        more = np.arange(min(_MOST, nodes * trees) + 1)
+        ms = costs.step_ms(rows + more, entries * (1.0 + more / rows))
+        self._price: FloatArray = rate * (ms - ms[0])  # in tokens, of so many nodes
+        self.floor = float((self._price[1:] / more[1:]).min())
 
-    def cut(self, forest: Forest, best: BoolArray) -> BoolArray:
-        """Return the prefix of the batch's ranking with the most expected tokens per millisecond; maybe none."""
-        ranked = forest.ranking()
-        ranked = ranked[best[ranked]]
-        roots = len(forest.sequences)
-        tokens = roots + np.concatenate([[0.0], forest.value[ranked].cumsum()])
-        rows = self.other_rows + roots + np.arange(len(ranked) + 1)
-        size = int((tokens / self.costs.verify_ms(rows)).argmax())
+    def frontier(self, forest: Forest, layer: IntArray) -> IntArray:
+        """Go on if the next layer can earn its time. It can't gain more than this one did: children share a parent."""
+        gain = float((forest.value[layer] - self.floor).sum())
+        return layer if gain > self._rate * self._drafts.layer_ms(len(layer)) else layer[:0]
+
+    def cut(self, forest: Forest) -> BoolArray:
+        """Return the best prefix of the ranking; maybe none of it."""
         kept = np.zeros(forest.size, np.bool_)
-        kept[:roots] = True
-        kept[ranked[:size]] = True
+        kept[: len(forest.sequences)] = True
+        ranked = forest.ranking()
+        if len(ranked) > self._nodes:  # some tree may have too many
+            ranked = ranked[forest.best(self._nodes)[ranked]]
+        ranked = ranked[: len(self._price) - 1]
+        net = forest.value[ranked].cumsum() - self._price[1 : len(ranked) + 1]
+        if len(net) and net.max() > 0.0:
+            kept[ranked[: int(net.argmax()) + 1]] = True
         return kept

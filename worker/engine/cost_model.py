@@ -1,68 +1,82 @@
-"""What a step costs on this machine: measured milliseconds over rows and over batch size.
+"""What a step costs on this machine: milliseconds over its rows and over the entries that they attend to.
 
-`verify_ms(rows)` prices a tree; `plain_step_ms(sequences)` is what speculation is compared with. Both start from the
-calibration at start-up. Plain steps taken while jobs run say how far the machine has drifted from it: a longer context,
-a busy neighbour, a throttled clock.
+One model prices the step with trees and the step without, so the empty tree costs exactly what plain decoding costs. It
+starts from a calibration and is refined by the steps that are served: `drift` says how far the whole machine is off by
+now (a busy neighbour, a throttled clock), and a slow correction per size how far one part of the curve is.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from worker.engine.draft_tree import FloatArray
-from worker.engine.rows import IntArray
 
-_WEIGHT = 0.1  # of a new sample in the running mean, once there are enough to average
-_OUTLIER = 2.0  # a sample counts as at most so many times the mean, and at least as one part in so many
+_DRIFT_WEIGHT = 0.1  # of a new step in the machine's drift, once there are enough to average
+_SHAPE_WEIGHT = 0.02  # of a new step in the correction of its size
+_OUTLIER = 1.5  # a step counts as at most so many times what was expected, and at least as one part in so many
+_LARGEST = 2.0  # correction of one size
 
 
 class CostModel:
-    """Piecewise linear cost curves through measured points."""
+    """A piecewise linear curve through measured points, and a price per attended entry."""
 
-    def __init__(self, verify_ms: Mapping[int, float], plain_step_ms: Mapping[int, float]) -> None:
-        """Take milliseconds by rows of the forward, and by sequences of a plain step; neither is empty."""
-        self._verify = dict(sorted(verify_ms.items()))
-        self._plain = dict(sorted(plain_step_ms.items()))
-        self._drift = 1.0  # plain steps now, relative to the calibration
+    def __init__(self, rows_ms: Mapping[int, float], entry_ms: float = 0.0) -> None:
+        """Take milliseconds by rows of a step, not empty, and of one KV entry that one row attends to."""
+        self._rows = np.fromiter(sorted(rows_ms), np.float64)
+        self._ms = np.maximum.accumulate([rows_ms[int(rows)] for rows in self._rows])
+        self._entry_ms = entry_ms
+        self._correction = np.ones(len(self._rows))  # at each measured point
+        self._drift = 1.0
         self._samples = 0
 
-    def verify_ms(self, rows: IntArray) -> FloatArray:
-        """Return the time of a forward over so many rows, never falling as rows grow."""
-        return _curve(self._verify, rows)
+    def step_ms(self, rows: ArrayLike, entries: ArrayLike = 0.0) -> FloatArray:
+        """Return the time of a step of so many rows that attend to so many entries in all; rising in both."""
+        return self._drift * self._undrifted(np.asarray(rows, np.float64), np.asarray(entries, np.float64))
 
-    def plain_step_ms(self, sequences: int) -> float:
-        """Return the time of a whole plain step of so many sequences."""
-        return self._drift * self._calibrated_ms(sequences)
-
-    def observe_plain(self, sequences: int, step_ms: float) -> None:
-        """Learn from a plain step that was really taken."""
+    def observe(self, rows: int, entries: float, step_ms: float) -> None:
+        """Learn from a step that was served."""
         self._samples += 1
-        drift = step_ms / self._calibrated_ms(sequences)
+        undrifted = float(self._undrifted(np.float64(rows), np.float64(entries)))
+        off = step_ms / undrifted
         if self._samples > 1:
-            drift = min(max(drift, self._drift / _OUTLIER), self._drift * _OUTLIER)
-        self._drift += max(_WEIGHT, 1 / self._samples) * (drift - self._drift)
+            off = min(max(off, self._drift / _OUTLIER), self._drift * _OUTLIER)
+        surprise = off / self._drift
+        self._drift *= surprise ** max(_DRIFT_WEIGHT, 1 / self._samples)
+        # The points beside this size share the rest; what the drift has taken is the machine's, not the size's.
+        nearness = np.clip(1.0 - np.abs(np.log2(self._rows / rows)), 0.0, 1.0)
+        self._correction = np.clip(self._correction * surprise ** (_SHAPE_WEIGHT * nearness), 1 / _LARGEST, _LARGEST)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the curves for `workers.calibration`."""
+        """Return the curve for `workers.calibration`."""
         return {
-            "verify_ms_by_rows": {str(k): round(v, 3) for k, v in self._verify.items()},
-            "plain_step_ms_by_sequences": {str(k): round(v, 3) for k, v in self._plain.items()},
-            "plain_drift": round(self._drift, 4),
-            "plain_samples": self._samples,
+            "step_ms_by_rows": {str(int(r)): round(ms, 3) for r, ms in zip(self._rows, self._ms, strict=True)},
+            "ms_per_1000_entries": round(self._entry_ms * 1000, 5),
+            "correction_by_rows": {str(int(r)): round(c, 4) for r, c in zip(self._rows, self._correction, strict=True)},
+            "drift": round(self._drift, 4),
+            "steps_observed": self._samples,
         }
 
-    def _calibrated_ms(self, sequences: int) -> float:
-        return float(_curve(self._plain, np.array([sequences]))[0])
+    @classmethod
+    def from_json(cls, said: Mapping[str, Any]) -> Self:
+        """Return the curve that `as_json` told, without what was learned from steps."""
+        rows_ms = {int(rows): float(ms) for rows, ms in said["step_ms_by_rows"].items()}
+        return cls(rows_ms, float(said["ms_per_1000_entries"]) / 1000)
+
+    def _undrifted(self, rows: FloatArray | np.float64, entries: FloatArray | np.float64) -> FloatArray:
+        points = np.maximum.accumulate(self._ms * self._correction)
+        ms = np.interp(rows, self._rows, points)
+        if len(points) > 1:  # beyond the last point the curve goes on as it ended
+            slope = (points[-1] - points[-2]) / (self._rows[-1] - self._rows[-2])
+            ms = ms + slope * np.maximum(rows - self._rows[-1], 0.0)
+        result: FloatArray = np.asarray(ms + self._entry_ms * entries)
+        return result
 
 
-def _curve(points: Mapping[int, float], at: IntArray) -> FloatArray:
-    x = np.fromiter(points, np.float64)
-    y = np.maximum.accumulate(np.fromiter(points.values(), np.float64))
-    inside = np.interp(at, x, y)
-    if len(x) < 2:
-        return inside
-    slope = (y[-1] - y[-2]) / (x[-1] - x[-2])
-    return np.where(at > x[-1], y[-1] + slope * (at - x[-1]), inside)
+def load_class(sequences: int) -> int:
+    """Return which batches are alike enough to share what was learned: 1, 2, 3-4, 5-8, 9-16, …"""
+    return math.ceil(math.log2(max(sequences, 1)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,16 +51,22 @@ class Forest:
         """Nodes, roots included."""
         return len(self.token)
 
-    def add_layer(self, frontier: IntArray, candidates: Candidates) -> IntArray:
-        """Hang the candidates below the frontier; return the new nodes' numbers."""
-        places, ranks = np.nonzero(candidates.probabilities > 0.0)
+    @cached_property
+    def sampled(self) -> BoolArray:
+        """Which trees belong to sequences above temperature 0."""
+        return np.array([not s.sampling.greedy for s in self.sequences], np.bool_)
+
+    def add_layer(self, frontier: IntArray, candidates: Candidates, floor: float = 0.0) -> IntArray:
+        """Hang the candidates worth more than `floor` below the frontier; return the new nodes' numbers."""
+        values = self.value[frontier, None] * candidates.probabilities
+        places, ranks = np.nonzero(values > floor)
         parents = frontier[places]
         first = self.size
         self.tree = np.concatenate([self.tree, self.tree[parents]])
         self.parent = np.concatenate([self.parent, parents])
         self.token = np.concatenate([self.token, candidates.tokens[places, ranks]])
         self.depth = np.concatenate([self.depth, self.depth[parents] + 1])
-        self.value = np.concatenate([self.value, self.value[parents] * candidates.probabilities[places, ranks]])
+        self.value = np.concatenate([self.value, values[places, ranks]])
         return np.arange(first, self.size)
 
     def ranking(self) -> IntArray:

@@ -1,17 +1,19 @@
 """Growing the draft trees of a step, layer by layer over the whole batch.
 
-scheduler -> [drafting] -> verifier. `Drafter` is the one interface behind which every source of drafts stands.
+planner -> [drafting] -> draft_tree. `Drafter` is the one interface behind which every source of drafts stands.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from worker.engine.budget import Budget
 from worker.engine.draft_tree import Candidates, Forest
-from worker.engine.rows import BoolArray, IntArray
+from worker.engine.rows import IntArray
 from worker.engine.sequence import Sequence
 
 
@@ -30,33 +32,48 @@ class Drafter(Protocol):
         """Forget a sequence."""
 
 
-def grow(forest: Forest, drafter: Drafter, budget: Budget, max_depth: int, trees: int) -> BoolArray:
-    """Grow the first `trees` trees of the forest in place and return the nodes to verify.
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What a drafter offered below a frontier, in its own probabilities."""
+
+    frontier: IntArray
+    offered: Candidates
+
+
+Valued = Callable[[Forest, Layer], Candidates]  # a drafter's probabilities -> what the trees are to believe
+
+
+def as_offered(_: Forest, layer: Layer) -> Candidates:
+    """Believe the drafter, as the paper does."""
+    return layer.offered
+
+
+def grow(
+    forest: Forest, drafter: Drafter, budget: Budget, max_depth: int, trees: int, valued: Valued = as_offered
+) -> list[Layer]:
+    """Grow the first `trees` trees of the forest in place and return what was offered.
 
     A layer that was drafted is always eligible, and gains never rise with depth, so the first layer that is not worth
     its cost is the right place to stop.
     """
-    best = forest.best(budget.nodes)
-    expected = forest.expected(best)
+    layers: list[Layer] = []
     frontier = _expandable(forest, forest.roots[:trees])
-    for _ in range(max_depth):
-        if not len(frontier):
+    while len(frontier) and len(layers) < max_depth:
+        layers.append(Layer(frontier, drafter.expand(forest, frontier)))
+        added = forest.add_layer(frontier, valued(forest, layers[-1]), budget.floor)
+        if not len(added):
             break
-        layer = forest.add_layer(frontier, drafter.expand(forest, frontier))
-        best = forest.best(budget.nodes)
-        grown = forest.expected(best)
-        alive = budget.grows_on(grown - expected, grown)
-        expected = grown
-        frontier = _expandable(forest, layer[best[layer] & alive[forest.tree[layer]]])
-    return budget.cut(forest, best)
+        frontier = _expandable(forest, budget.frontier(forest, added))
+    return layers
 
 
 def _expandable(forest: Forest, nodes: IntArray) -> IntArray:
     """Drop nodes whose children could never be emitted: behind an end of sequence, or beyond max_tokens."""
     useful = [
-        forest.depth[node] + 2 <= sequence.remaining
-        and not (forest.depth[node] and int(forest.token[node]) in sequence.eos_ids)
-        for node in nodes
-        for sequence in (forest.sequences[forest.tree[node]],)
+        depth + 2 <= sequence.remaining and not (depth and token in sequence.eos_ids)
+        for depth, token, tree in zip(
+            forest.depth[nodes].tolist(), forest.token[nodes].tolist(), forest.tree[nodes].tolist(), strict=True
+        )
+        for sequence in (forest.sequences[tree],)
     ]
     return nodes[np.array(useful, np.bool_)]

@@ -8,23 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 
-from worker.engine.budget import Budget, PaperBudget, PricedBudget
 from worker.engine.cost_model import CostModel
 from worker.engine.draft_tree import Forest
-from worker.engine.drafting import Drafter, grow
+from worker.engine.drafting import Drafter
 from worker.engine.language_model import LanguageModel
 from worker.engine.options import EngineOptions, Mode
-from worker.engine.rows import BoolArray, Move
+from worker.engine.planner import Planner, StepPlan
+from worker.engine.rows import Move
 from worker.engine.scheduler import Batch, Scheduler
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepNumbers, StepResult
 from worker.engine.verifier import Accepted, walk
-
-_LAYER_MS_WEIGHT = 0.1
-_FIRST_PROBE = 8  # steps before the first plain probe: short jobs get one too
 
 
 class Engine:
@@ -38,10 +36,8 @@ class Engine:
         self._target = target
         self._drafter = None if options.mode is Mode.PLAIN else drafter
         self._options = options
-        self._costs = costs
+        self._planner = Planner(options, self._drafter, costs)
         self._scheduler = Scheduler(options)
-        self._layer_ms = 0.0
-        self._steps = 0
 
     @property
     def room(self) -> int:
@@ -52,6 +48,11 @@ class Engine:
     def free_slots(self) -> int:
         """KV slots that nobody holds."""
         return self._scheduler.slots.free
+
+    @property
+    def learned(self) -> dict[str, Any]:
+        """What the engine has learned about drafts, as JSON."""
+        return self._planner.as_json()
 
     @property
     def busy(self) -> bool:
@@ -76,82 +77,63 @@ class Engine:
         batch = self._scheduler.next_batch()
         if batch.empty:
             return []
-        forest, cut = self._grow(batch)
-        shown = forest.pruned(cut)
+        plan = self._planner.plan(batch)
         clock.drafted()
-        segments, rows = batch.pack(shown)
-        accepted = walk(shown, self._target.forward(segments), rows)
+        segments, rows = batch.pack(plan.shown)
+        accepted = walk(plan.shown, self._target.forward(segments), rows)
         clock.verified()
-        kept = [self._emit(shown, tree, accepted[tree]) for tree in range(len(shown.sequences))]
-        self._keep(forest, cut, shown, accepted, kept)
-        results = self._number(batch, shown, accepted, kept, clock)
+        kept = [self._emit(plan.shown, tree, accepted[tree]) for tree in range(len(plan.shown.sequences))]
+        self._keep(plan, accepted, kept)
+        results = self._number(batch, plan, accepted, kept, clock)
         self._drop_finished()
         return results
-
-    def _grow(self, batch: Batch) -> tuple[Forest, BoolArray]:
-        """Grow trees for the decoding sequences; return every drafted node, and which of them to verify."""
-        forest = Forest(batch.emitting)
-        self._steps += 1
-        probe = self._options.mode is Mode.OPT_TREE and self._steps % self._options.probe_every == _FIRST_PROBE
-        if self._drafter is None or probe or not batch.decoding:
-            return forest, np.ones(forest.size, np.bool_)
-        started = perf_counter()
-        cut = grow(forest, self._drafter, self._budget(batch), self._options.max_depth, len(batch.decoding))
-        layers = max(1, int(forest.depth.max(initial=0)))
-        sample = (perf_counter() - started) * 1e3 / layers
-        self._layer_ms += _LAYER_MS_WEIGHT * (sample - self._layer_ms)
-        return forest, cut
-
-    def _budget(self, batch: Batch) -> Budget:
-        if self._options.mode is Mode.PAPER or self._costs is None:
-            return PaperBudget(self._options.nodes, self._options.threshold)
-        return PricedBudget(self._options.nodes, self._costs, batch.prefill_rows, self._layer_ms)
 
     @staticmethod
     def _emit(shown: Forest, tree: int, accepted: Accepted) -> list[int]:
         return shown.sequences[tree].emit([*shown.token[accepted.path].tolist(), accepted.bonus])
 
-    def _keep(
-        self, forest: Forest, cut: BoolArray, shown: Forest, accepted: list[Accepted], kept: list[list[int]]
-    ) -> None:
+    def _keep(self, plan: StepPlan, accepted: list[Accepted], kept: list[list[int]]) -> None:
         """Compact the accepted paths in the target's KV, and let the drafter do the same."""
-        drafted = np.flatnonzero(cut)  # node of `forest` for each node of `shown`
         moves: list[Move] = []
-        for tree, sequence in enumerate(shown.sequences):
-            prefix = len(sequence.ids) - len(kept[tree]) - 1  # KV index of the root
+        for tree, sequence in enumerate(plan.shown.sequences):
             path = accepted[tree].path
             if len(path):
-                moves.append(Move(sequence.slot, prefix + 1, prefix + np.searchsorted(shown.nodes_of(tree), path)))
+                root = len(sequence.ids) - len(kept[tree]) - 1  # its KV index
+                places = np.searchsorted(plan.shown.nodes_of(tree), path)
+                moves.append(Move(sequence.slot, root + 1, root + places))
             sequence.cached = len(sequence.ids) - 1
             if self._drafter is not None:
-                self._drafter.keep(forest, tree, drafted[path], kept[tree])
+                self._drafter.keep(plan.forest, tree, plan.nodes[path], kept[tree])
         self._target.keep(moves)
 
     def _number(
-        self, batch: Batch, shown: Forest, accepted: list[Accepted], kept: list[list[int]], clock: _Clock
+        self, batch: Batch, plan: StepPlan, accepted: list[Accepted], kept: list[list[int]], clock: _Clock
     ) -> list[StepResult]:
+        plain_step_ms = self._planner.plain_step_ms(batch)
         step_ms = clock.step_ms()
-        self._learn(batch, shown, step_ms - clock.draft_ms)
-        sequences = len(shown.sequences)
-        comparable = self._costs is not None and not batch.chunks
-        plain_step_ms = self._costs.plain_step_ms(sequences) if self._costs and comparable else None
+        self._planner.learn(batch, plan, accepted, sum(map(len, kept)), clock.draft_ms, step_ms)
+        shown = plan.shown
+        trees = len(shown.sequences)
+        nodes = np.bincount(shown.tree, minlength=trees) - 1
+        depths = np.zeros(trees, np.int64)
+        np.maximum.at(depths, shown.tree, shown.depth)
         expected = shown.expected(np.ones(shown.size, np.bool_))
         results = []
         for tree, sequence in enumerate(shown.sequences):
-            nodes = shown.nodes_of(tree)
             numbers = StepNumbers(
                 step=sequence.steps,
-                tree_nodes=len(nodes) - 1,
-                tree_depth=int(shown.depth[nodes].max()),
+                tree_nodes=int(nodes[tree]),
+                tree_depth=int(depths[tree]),
                 accepted_tokens=min(len(accepted[tree].path), len(kept[tree])),
                 emitted_tokens=len(kept[tree]),
                 expected_accepted=float(expected[tree]),
                 draft_ms=clock.draft_ms,
                 verify_ms=clock.verify_ms,
                 step_ms=step_ms + sequence.prefill_ms,
-                batch_sequences=sequences,
-                drafter=self._drafter.name if self._drafter and len(nodes) > 1 else None,
+                batch_sequences=trees,
+                drafter=self._drafter.name if self._drafter and nodes[tree] else None,
                 plain_step_ms=plain_step_ms,
+                decision=plan.decision,
             )
             sequence.steps += 1
             sequence.prefill_ms = 0.0
@@ -161,10 +143,6 @@ class Engine:
                 chunk.sequence.cached = chunk.end
                 chunk.sequence.prefill_ms += step_ms
         return results
-
-    def _learn(self, batch: Batch, shown: Forest, plain_ms: float) -> None:
-        if self._costs and not batch.chunks and shown.size == len(shown.sequences):
-            self._costs.observe_plain(len(shown.sequences), plain_ms)
 
     def _drop_finished(self) -> None:
         for sequence in self._scheduler.drop_finished():

@@ -102,6 +102,7 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         """Bind the functions of a library compiled from kernels.c."""
         size, address, real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+        self.version = Path(library._name).stem
         self.panel = int(library.panel_columns())
         self._pack = _bound(library.pack, address, address, address, size, size)
         self._packed_size = _bound(library.packed_size, size, size, result=size)
@@ -179,7 +180,7 @@ def _compiled(number: tuple[str, ...]) -> Path:
         _FLAGS,
         *number,
         platform.machine(),
-        _processor(),
+        processor(),
         torch.__version__,
     )
     name = f"kernels-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}.so"
@@ -202,7 +203,8 @@ def _folder() -> Path:
     return wanted
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return what this processor can do, as far as the system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -65,6 +65,12 @@ class PackedModel:
         self.forward([chain(0, 0, [0], keep_last=True)])  # unknown attention arguments are refused here, not in a job
 
     @property
+    def version(self) -> str:
+        """What runs the model: the compiled kernels, by their hash, or torch."""
+        compiled = self._store.compiled
+        return "torch" if compiled is None else compiled.version
+
+    @property
     def kv(self) -> KvCache | NativeKv:
         """The model's KV slots."""
         return self._store.kv
@@ -98,6 +104,7 @@ class _Store:
     """KV slots, and how a step's rows meet them."""
 
     kv: KvCache | NativeKv
+    compiled: Kernels | None
     plan: Callable[[Sequence[Segment]], AttentionPlan | NativePlan]
 
 
@@ -109,9 +116,9 @@ def _store(model: PreTrainedModel, slots: int, capacity: int, native: bool) -> _
     layers, head_dim = config.num_hidden_layers, _head_dim(model)
     if compiled is None:
         slow = KvCache(layers, slots, kv_heads, capacity, head_dim, model.dtype, model.device)
-        return _Store(slow, lambda segments: AttentionPlan(segments, slow, heads // kv_heads))
+        return _Store(slow, None, lambda segments: AttentionPlan(segments, slow, heads // kv_heads))
     fast = NativeKv(layers, slots, kv_heads, capacity, head_dim, model.dtype, compiled)
-    return _Store(fast, lambda segments: NativePlan(segments, fast, heads, compiled))
+    return _Store(fast, compiled, lambda segments: NativePlan(segments, fast, heads, compiled))
 
 
 def _kept_rows(segments: Sequence[Segment]) -> Tensor:

@@ -54,6 +54,11 @@ class Batch:
         """Prompt tokens of the step."""
         return sum(c.end - c.sequence.cached for c in self.chunks)
 
+    @property
+    def entries(self) -> float:
+        """KV entries that the decoding sequences' rows attend to, one row each."""
+        return float(sum(len(s.ids) for s in self.decoding))
+
     def pack(self, forest: Forest) -> tuple[list[Segment], IntArray]:
         """Return the step's segments in slot order, and for each node of `forest` its row of the kept logits."""
         trees = {s.slot: (tree, forest.nodes_of(tree)) for tree, s in enumerate(forest.sequences)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from worker.engine.governor import Decision
 from worker.engine.sequence import Sequence
 
 
@@ -21,8 +22,9 @@ class StepNumbers:
     verify_ms: float
     step_ms: float
     batch_sequences: int  # sequences that emitted in the step
-    drafter: str | None  # None: the step was plain
-    plain_step_ms: float | None  # measured time of a plain step at this batch size; None: the step shared a prefill
+    drafter: str | None  # None: the sequence showed no drafts
+    plain_step_ms: float | None  # time of the step without drafts, as measured; None: the step shared a prefill
+    decision: Decision  # what the whole batch did, and why
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from worker.engine.sequence import Sequence as EngineSequence
 from worker.engine.stats import StepResult
 
 OPTIONS = EngineOptions(max_sequences=4, max_context=256, prefill_rows=7, nodes=12, threshold=0.1, max_depth=5)
-FLAT_COSTS = CostModel({1: 10.0, 64: 11.0}, {1: 10.0, 8: 11.0})  # trees are nearly free: they are always worth growing
+FLAT_COSTS = CostModel({1: 10.0, 64: 11.0})  # trees are nearly free: they are always worth growing
 PROMPTS = [[2, 3, 4, 5, 6], [7, 8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [18], [2, 3, 4, 5, 6, 7]]
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from tests.unit.worker.engine.harness import FLAT_COSTS, sequences
-from worker.engine.budget import PaperBudget, PricedBudget
+from worker.engine.budget import DraftCosts, PaperBudget, PricedBudget
 from worker.engine.cost_model import CostModel
-from worker.engine.draft_tree import Candidates, Forest
+from worker.engine.draft_tree import Candidates, FloatArray, Forest
 from worker.engine.drafting import grow
-from worker.engine.rows import IntArray
+from worker.engine.rows import BoolArray, IntArray
 from worker.engine.sequence import Sequence
 
 WIDTH = 3
@@ -80,9 +80,9 @@ def test_expanding_only_nodes_in_the_cut_loses_nothing(seed: int) -> None:
             return Candidates(np.tile(np.arange(WIDTH), (len(frontier), 1)), conditionals[keys])
 
     pruned, whole = (Forest(sequences()[:1]) for _ in range(2))
-    kept = grow(pruned, Fixed(), PaperBudget(8, 0.0), 4, 1)
+    grow(pruned, Fixed(), PaperBudget(8, 0.0), 4, 1)
     grow(whole, Fixed(), PaperBudget(10**6, -1.0), 4, 1)
-    assert pruned.expected(kept)[0] == pytest.approx(whole.expected(whole.best(8))[0])
+    assert pruned.expected(pruned.best(8))[0] == pytest.approx(whole.expected(whole.best(8))[0])
 
 
 def _path_key(forest: Forest, node: int) -> int:
@@ -99,7 +99,8 @@ def _path_key(forest: Forest, node: int) -> int:
 @pytest.mark.parametrize("nodes", [1, 2, 6, 30])
 def test_ties_certainty_and_underflow_keep_every_parent(row: tuple[float, ...], nodes: int) -> None:
     forest = Forest(sequences(max_tokens=50)[:2])
-    kept = grow(forest, TableDrafter(row=row), PaperBudget(nodes, 0.0), 5, 2)
+    grow(forest, TableDrafter(row=row), PaperBudget(nodes, 0.0), 5, 2)
+    kept = forest.best(nodes)
     forest.pruned(kept)  # asserts that every kept node has its parent
     assert (np.bincount(forest.tree[kept]) <= nodes + 1).all()
 
@@ -108,7 +109,7 @@ def test_gains_never_rise_with_depth() -> None:
     gains: list[float] = []
 
     class Watching(PaperBudget):
-        def grows_on(self, gain: np.ndarray, expected: np.ndarray) -> np.ndarray:
+        def goes_on(self, gain: FloatArray) -> BoolArray:
             gains.append(float(gain[0]))
             return gain > -1.0
 
@@ -120,16 +121,16 @@ def test_gains_never_rise_with_depth() -> None:
 
 def test_the_threshold_stops_growth_and_the_last_layer_stays_eligible() -> None:
     forest, drafter = Forest(sequences(max_tokens=50)[:1]), TableDrafter(row=(0.6, 0.0, 0.0))
-    kept = grow(forest, drafter, PaperBudget(60, 0.3), 10, 1)
+    grow(forest, drafter, PaperBudget(60, 0.3), 10, 1)
     # Layers add 0.6, 0.36, 0.216, …: the third adds too little, so it is the last one drafted, and it is kept.
     assert drafter.calls == 3
-    assert forest.depth[kept].max() == 3
+    assert forest.depth[PaperBudget(60, 0.3).cut(forest)].max() == 3
 
 
 def test_depth_is_bounded_by_the_layers_drafted() -> None:
     forest, drafter = Forest(sequences(max_tokens=50)[:1]), TableDrafter(row=(1.0, 0.0, 0.0))
-    kept = grow(forest, drafter, PaperBudget(60, 0.0), 4, 1)
-    assert (drafter.calls, forest.depth[kept].max()) == (4, 4)
+    grow(forest, drafter, PaperBudget(60, 0.0), 4, 1)
+    assert (drafter.calls, forest.depth.max()) == (4, 4)
 
 
 def test_nodes_that_could_never_be_emitted_are_not_drafted() -> None:
@@ -143,32 +144,84 @@ def test_nodes_that_could_never_be_emitted_are_not_drafted() -> None:
     assert not (forest.token[forest.parent[1:]] == 0)[forest.parent[1:] > 0].any()
 
 
-def test_the_priced_cut_is_the_best_prefix_of_the_batch() -> None:
-    forest = full_forest(np.random.default_rng(3), trees=3, depth=3)
-    costs = CostModel({1: 10.0, 4: 11.0, 8: 15.0, 16: 26.0, 64: 90.0}, {1: 10.0})
-    budget = PricedBudget(60, costs, other_rows=0, layer_ms=0.0)
-    kept = budget.cut(forest, forest.best(60))
-    ranked = forest.ranking()
+def priced(
+    costs: CostModel, rate: float, trees: int, nodes: int = 60, drafts: DraftCosts | None = None
+) -> PricedBudget:
+    return PricedBudget(nodes, costs, drafts or DraftCosts(), rate, rows=trees, entries=0.0, trees=trees)
 
-    def rate(size: int) -> float:
-        tokens = 3 + forest.value[ranked[:size]].sum()
-        return float(tokens / costs.verify_ms(np.array([3 + size]))[0])
 
-    assert kept[3:].sum() == max(range(len(ranked) + 1), key=rate)
+STAIRS = CostModel({1: 10.0, 4: 11.0, 8: 15.0, 16: 26.0, 64: 90.0})
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("rate", [0.05, 0.2, 0.6])
+def test_the_priced_cut_is_the_best_of_all_sets_of_nodes(seed: int, rate: float) -> None:
+    """Brute force over every subset, across the sequences: parents included or not, the cut is the optimum."""
+    forest = full_forest(np.random.default_rng(seed), trees=2, depth=1)
+    forest.add_layer(np.array([2]), Candidates(np.array([[0, 1, 2]]), np.array([[0.6, 0.3, 0.1]])))
+    kept = priced(STAIRS, rate, 2).cut(forest)
+    forest.pruned(kept)  # asserts that every kept node has its parent
+
+    def net(chosen: tuple[int, ...]) -> float:
+        ms = STAIRS.step_ms(2 + len(chosen)) - STAIRS.step_ms(2)
+        return float(sum(forest.value[node] for node in chosen) - rate * ms)
+
+    nodes = range(2, forest.size)
+    best = max(net(chosen) for size in range(len(nodes) + 1) for chosen in combinations(nodes, size))
+    assert net(tuple(np.flatnonzero(kept)[2:].tolist())) == pytest.approx(best)
+
+
+def test_the_cut_looks_past_a_step_in_the_costs() -> None:
+    """Not the first descent: the second row is dear, the third to eighth are free."""
+    shelf = CostModel({1: 10.0, 2: 14.0, 8: 14.0, 16: 60.0})
+    forest = Forest(sequences(max_tokens=50)[:1])
+    forest.add_layer(forest.roots, Candidates(np.array([[0, 1, 2, 3]]), np.array([[0.3, 0.25, 0.2, 0.15]])))
+    assert priced(shelf, 0.1, 1).cut(forest).sum() == 5
 
 
 def test_no_tree_is_worth_its_price_when_rows_cost_as_much_as_steps() -> None:
     forest = full_forest(np.random.default_rng(3), trees=3)
-    steep = CostModel({1: 10.0, 2: 20.0, 64: 640.0}, {1: 10.0})
-    kept = PricedBudget(60, steep, 0, 0.0).cut(forest, forest.best(60))
-    assert kept.sum() == 3
+    steep = CostModel({1: 10.0, 2: 20.0, 64: 640.0})
+    assert priced(steep, 0.1, 3).cut(forest).sum() == 3
+
+
+def test_only_nodes_that_can_enter_the_cut_are_drafted() -> None:
+    """Below the floor nothing is added, so nothing is expanded, and the cut is what it would be without a floor."""
+    drafter, forest = TableDrafter(row=(0.6, 0.3, 0.1)), Forest(sequences(max_tokens=50)[:2])
+    budget = priced(STAIRS, 0.6, 2)
+    grow(forest, drafter, budget, 6, 2)
+    assert (forest.value[2:] > budget.floor).all()
+    whole = Forest(sequences(max_tokens=50)[:2])
+    everything = priced(STAIRS, 0.6, 2)
+    everything.floor = 0.0
+    grow(whole, TableDrafter(row=(0.6, 0.3, 0.1)), everything, 6, 2)
+    ours, theirs = (b.cut(f) for b, f in ((budget, forest), (priced(STAIRS, 0.6, 2), whole)))
+    assert np.sort(forest.value[ours]).tolist() == np.sort(whole.value[theirs]).tolist()
+    assert forest.size < whole.size / 10
+
+
+def test_depth_stops_at_the_first_layer_that_does_not_pay_its_draft() -> None:
+    slow = DraftCosts()
+    slow.observe(1, 1.0)
+    drafter, forest = TableDrafter(row=(0.8, 0.0, 0.0)), Forest(sequences(max_tokens=50)[:1])
+    budget = priced(CostModel({1: 10.0, 64: 10.0}), 0.5, 1, drafts=slow)
+    grow(forest, drafter, budget, 10, 1)
+    # Layers are worth 0.8, 0.64, 0.512, 0.4096; another costs half a token. The fourth is drafted, the fifth is not.
+    assert drafter.calls == 4
+
+
+def test_a_tree_has_no_more_nodes_than_allowed() -> None:
+    forest = full_forest(np.random.default_rng(3), trees=2)
+    free = CostModel({1: 10.0, 64: 10.0})
+    kept = priced(free, 0.1, 2, nodes=5).cut(forest)
+    assert np.bincount(forest.tree[kept]).tolist() == [6, 6]
 
 
 def test_the_same_input_gives_the_same_plan() -> None:
     plans = []
     for _ in range(2):
         forest = full_forest(np.random.default_rng(5), trees=2)
-        plans.append(PricedBudget(60, FLAT_COSTS, 0, 0.0).cut(forest, forest.best(20)).tolist())
+        plans.append(priced(FLAT_COSTS, 0.1, 2).cut(forest).tolist())
     assert plans[0] == plans[1]
 
 

@@ -119,7 +119,7 @@ def two_step_logits(text: tuple[int, ...]) -> Tensor:
 @pytest.mark.parametrize("drafter", [None, EveryToken(), SuffixDrafter()], ids=["plain", "full trees", "suffix"])
 def test_two_tokens_follow_the_joint_law_whatever_is_drafted(drafter: EveryToken | SuffixDrafter | None) -> None:
     mode = Mode.PLAIN if drafter is None else Mode.PAPER
-    costs = CostModel({1: 1.0}, {1: 1.0})
+    costs = CostModel({1: 1.0})
     running = Engine(
         TableModel(two_step_logits), drafter, options(mode, max_sequences=64, nodes=25, max_depth=2), costs
     )

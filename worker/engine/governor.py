@@ -1,0 +1,86 @@
+"""The governor: may this step speculate? It watches what speculation really earned, whatever the model predicts.
+
+budget -> [governor]. Per load class it keeps an account in tokens. A step that speculated pays in what it emitted minus
+what plain decoding would have emitted in the same time; every step pays in one hundredth of its tokens. While the
+account is overdrawn, steps are plain: the loss is bounded by that hundredth, even if every prediction is wrong. The
+account is asked only whether it is overdrawn; it must be in credit by a step's worth before speculation comes back.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from worker.engine.cost_model import load_class
+
+_ALLOWANCE = 0.01  # of all tokens may be lost to speculation that does not pay
+_PURSE = 4.0  # tokens per sequence that an account holds at most: old luck must not pay for long losses
+_RATE_WEIGHT = 0.05  # of a step in the running rate
+_OUTLIER = 2.0  # a step's time counts as at most so many times the plain step's
+
+
+class Decision(StrEnum):
+    """What a step did, and why."""
+
+    TREE = "tree"  # some sequence showed draft nodes
+    OFF = "off"  # the mode is plain
+    PROBE = "probe"  # plain on purpose, to keep the comparison honest
+    GUARD = "guard"  # speculation has not paid lately
+    UNPROFITABLE = "unprofitable"  # drafts were grown, and none was worth a row
+    NOTHING = "nothing"  # the drafter offered nothing
+    PREFILL = "prefill"  # no sequence was decoding
+
+
+@dataclass(slots=True)
+class _Account:
+    credit: float = 2.0  # tokens
+    overdrawn: bool = False
+    rate: float = 0.0  # tokens per millisecond, as served
+    steps: int = 0
+
+
+class Governor:
+    """Accounts of speculation by load class."""
+
+    def __init__(self, probe_every: int, first_probe: int) -> None:
+        """Run one step in `probe_every` plain, the `first_probe`-th of an engine among them: short jobs get one too."""
+        self._probe_every = probe_every
+        self._first_probe = first_probe
+        self._steps = 0
+        self._accounts: defaultdict[int, _Account] = defaultdict(_Account)
+
+    def hold_back(self, sequences: int) -> Decision | None:
+        """Return why the next step, of so many decoding sequences, must be plain; None if it may speculate."""
+        self._steps += 1
+        if self._steps % self._probe_every == self._first_probe:
+            return Decision.PROBE
+        return Decision.GUARD if self._accounts[load_class(sequences)].overdrawn else None
+
+    def rate(self, sequences: int, plain_ms: float) -> float:
+        """Return the tokens per millisecond that a token's worth is measured by: those of plain decoding, or better."""
+        account = self._accounts[load_class(sequences)]
+        return max(account.rate, sequences / plain_ms)
+
+    def settle(self, sequences: int, tokens: int, step_ms: float, plain_ms: float, *, speculated: bool) -> None:
+        """Book a served step; `speculated` if it spent time on drafts, verified or not."""
+        account = self._accounts[load_class(sequences)]
+        step_ms = min(step_ms, _OUTLIER * plain_ms)
+        account.steps += 1
+        account.rate += max(_RATE_WEIGHT, 1 / account.steps) * (tokens / step_ms - account.rate)
+        earned = tokens - sequences * step_ms / plain_ms if speculated else 0.0
+        account.credit = min(account.credit + earned + _ALLOWANCE * tokens, _PURSE * sequences)
+        account.overdrawn = account.credit < (0.5 if account.overdrawn else 0.0)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the accounts, by the largest batch of each load class."""
+        return {
+            str(2**key): {
+                "credit_tokens": round(account.credit, 2),
+                "overdrawn": account.overdrawn,
+                "tokens_per_s": round(account.rate * 1e3, 2),
+                "steps": account.steps,
+            }
+            for key, account in sorted(self._accounts.items())
+        }

@@ -1,0 +1,130 @@
+"""The planner: what a step drafts, and what of it the target sees. Trees, their depth, or no speculation at all.
+
+scheduler -> [planner] -> verifier. One price for the whole batch decides (`budget`), on values that are learned
+(`acceptance`) and times that are measured (`cost_model`); the `governor` has the last word. No speculation is the empty
+tree of the same problem: then nothing is drafted and the step is a plain one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from worker.engine.acceptance import Acceptance, drawn_tokens
+from worker.engine.budget import Budget, DraftCosts, PaperBudget, PricedBudget
+from worker.engine.cost_model import CostModel
+from worker.engine.draft_tree import Candidates, Forest
+from worker.engine.drafting import Drafter, Layer, as_offered, grow
+from worker.engine.governor import Decision, Governor
+from worker.engine.options import EngineOptions, Mode
+from worker.engine.rows import IntArray
+from worker.engine.scheduler import Batch
+from worker.engine.verifier import Accepted
+
+_FIRST_PROBE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """The draft trees of one step."""
+
+    forest: Forest  # every drafted node
+    shown: Forest  # those that the target sees
+    nodes: IntArray  # for each node of `shown` its number in `forest`
+    layers: list[Layer]
+    decision: Decision
+
+
+class Planner:
+    """Plans the steps of one engine and learns from them."""
+
+    def __init__(self, options: EngineOptions, drafter: Drafter | None, costs: CostModel | None) -> None:
+        """Plan with `drafter` as `options.mode` says; opt-tree mode needs `costs`."""
+        self._options = options
+        self._drafter = drafter
+        self._costs = costs
+        self._acceptance = Acceptance()
+        self._drafts = DraftCosts()
+        self._governor = Governor(options.probe_every, _FIRST_PROBE)
+
+    def plan(self, batch: Batch) -> StepPlan:
+        """Decide what the decoding sequences of a batch show to the target."""
+        forest = Forest(batch.emitting)
+        decision = self._hold_back(batch)
+        if decision is not None or self._drafter is None:
+            return StepPlan(forest, forest, forest.roots, [], decision or Decision.OFF)
+        budget = self._budget(batch)
+        layers = self._grow(forest, budget, len(batch.decoding))
+        if forest.size == len(forest.sequences):
+            return StepPlan(forest, forest, forest.roots, layers, Decision.NOTHING)
+        cut = budget.cut(forest)
+        shown = forest.pruned(cut)
+        some = shown.size > len(shown.sequences)
+        return StepPlan(forest, shown, np.flatnonzero(cut), layers, Decision.TREE if some else Decision.UNPROFITABLE)
+
+    def plain_step_ms(self, batch: Batch) -> float | None:
+        """Return what the step would take without drafts; None if nobody knows: it shares a prefill."""
+        if self._costs is None or batch.chunks:
+            return None
+        return float(self._costs.step_ms(len(batch.decoding), batch.entries))
+
+    def learn(
+        self, batch: Batch, plan: StepPlan, accepted: list[Accepted], tokens: int, draft_ms: float, step_ms: float
+    ) -> None:
+        """Learn from a step that was taken and emitted so many tokens."""
+        if plan.layers:
+            self._label(plan, accepted)
+        plain_ms = self.plain_step_ms(batch)
+        if plain_ms is None or self._costs is None:
+            return
+        # Between taking the prediction and refining it: the account is settled at the prices of the plan.
+        self._governor.settle(len(batch.decoding), tokens, step_ms, plain_ms, speculated=bool(plan.layers))
+        rows = plan.shown.size
+        self._costs.observe(rows, batch.entries * rows / len(batch.decoding), step_ms - draft_ms)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what has been learned about drafts, for `workers.calibration`."""
+        return {"acceptance": self._acceptance.as_json(), "accounts": self._governor.as_json()}
+
+    def _hold_back(self, batch: Batch) -> Decision | None:
+        if self._drafter is None:
+            return Decision.OFF
+        if not batch.decoding:
+            return Decision.PREFILL
+        return self._governor.hold_back(len(batch.decoding)) if self._options.mode is Mode.OPT_TREE else None
+
+    def _budget(self, batch: Batch) -> Budget:
+        if self._options.mode is Mode.PAPER or self._costs is None:
+            return PaperBudget(self._options.nodes, self._options.threshold)
+        trees = len(batch.decoding)
+        rate = self._governor.rate(trees, float(self._costs.step_ms(trees, batch.entries)))
+        rows = trees + batch.prefill_rows
+        return PricedBudget(self._options.nodes, self._costs, self._drafts, rate, rows, batch.entries, trees)
+
+    def _grow(self, forest: Forest, budget: Budget, trees: int) -> list[Layer]:
+        assert self._drafter is not None
+        started = perf_counter()
+        valued = self._valued if self._options.mode is Mode.OPT_TREE else as_offered
+        layers = grow(forest, self._drafter, budget, self._options.max_depth, trees, valued)
+        ms = (perf_counter() - started) * 1e3
+        nodes = sum(len(layer.frontier) for layer in layers)
+        for layer in layers:
+            self._drafts.observe(len(layer.frontier), ms * len(layer.frontier) / nodes)
+        return layers
+
+    def _valued(self, forest: Forest, layer: Layer) -> Candidates:
+        return self._acceptance.of(forest, layer.frontier, layer.offered)
+
+    def _label(self, plan: StepPlan, accepted: list[Accepted]) -> None:
+        """Tell the drafted nodes that the target came by which token it drew there."""
+        drawn: dict[int, int] = {}
+        for root, kept in enumerate(accepted):
+            path = plan.nodes[kept.path].tolist()
+            tokens = [*plan.shown.token[kept.path].tolist(), kept.bonus]
+            drawn.update(zip([root, *path], tokens, strict=True))
+        for layer in plan.layers:
+            self._acceptance.learn(plan.forest, layer.frontier, layer.offered, drawn_tokens(layer.frontier, drawn))
+        self._acceptance.forget()
