@@ -30,11 +30,20 @@ def definitions(path: Path) -> dict[tuple[str, str], list[str]]:
     with sqlite3.connect(path) as connection:
         rows = connection.execute("SELECT type, name, sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
     connection.close()
-    return {
-        (kind, name): sorted(line.strip(" \t,") for line in sql.splitlines() if line.strip(" \t,"))
-        for kind, name, sql in rows
-        if name != "alembic_version"
-    }
+    return {(kind, name): parts(sql) for kind, name, sql in rows if name != "alembic_version"}
+
+
+def parts(sql: str) -> list[str]:
+    """The columns and constraints of a definition in alphabetical order: a column added later stands last."""
+    depth, found = 0, [""]
+    for letter in " ".join(sql.split()):
+        depth += (letter == "(") - (letter == ")")
+        if letter == "," and depth == 1:
+            found.append("")
+        elif depth or letter != ")":
+            found[-1] += letter
+    head, found[0] = found[0].split("(", 1) if "(" in found[0] else (found[0], "")
+    return [head, *sorted(part.strip() for part in found)]
 
 
 def test_upgrade_from_nothing_gives_the_schema_of_the_models(url: str) -> None:

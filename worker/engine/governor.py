@@ -39,6 +39,7 @@ class _Account:
     overdrawn: bool = False
     rate: float = 0.0  # tokens per millisecond, as served
     steps: int = 0
+    plain_off: float = 1.0  # mean of what plain steps took over what they were expected to take
 
 
 class Governor:
@@ -68,8 +69,12 @@ class Governor:
         account = self._accounts[load_class(sequences)]
         step_ms = min(step_ms, _OUTLIER * plain_ms)
         account.steps += 1
+        if (
+            not speculated
+        ):  # times are skewed: their mean lies above what is usual, and drafts are not to blame for that
+            account.plain_off += _RATE_WEIGHT * (step_ms / plain_ms - account.plain_off)
         account.rate += max(_RATE_WEIGHT, 1 / account.steps) * (tokens / step_ms - account.rate)
-        earned = tokens - sequences * step_ms / plain_ms if speculated else 0.0
+        earned = tokens - sequences * step_ms / (plain_ms * account.plain_off) if speculated else 0.0
         account.credit = min(account.credit + earned + _ALLOWANCE * tokens, _PURSE * sequences)
         account.overdrawn = account.credit < (0.5 if account.overdrawn else 0.0)
 
