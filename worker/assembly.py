@@ -49,10 +49,10 @@ class Assembly:
     options: EngineOptions
     costs: CostModel
 
-    def engine(self, options: EngineOptions | None = None) -> Engine:
-        """Return a fresh engine over the loaded models."""
+    def engine(self, options: EngineOptions | None = None, make_drafter: Callable[[], Drafter] | None = None) -> Engine:
+        """Return a fresh engine over the loaded models, with other options or drafts if they are given."""
         options = options or self.options
-        drafter = None if options.mode is Mode.PLAIN else self.make_drafter()
+        drafter = None if options.mode is Mode.PLAIN else (make_drafter or self.make_drafter)()
         return Engine(self.target, drafter, options, self.costs)
 
 

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from jobs.errors import InvalidValue
 from jobs.messages import CHAT_ENDPOINT
 from worker.assembly import Assembly, Say, assemble
+from worker.engine.drafting import Drafter
 from worker.engine.options import Mode
 from worker.engine.sampling import Sampling, noise_key
 from worker.engine.sequence import Sequence as EngineSequence
@@ -84,7 +85,7 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class Timed:
     """One pass over the prompts."""
 
     token_ids: tuple[tuple[int, ...], ...]
@@ -107,7 +108,9 @@ def run(settings: WorkerSettings, plan: Plan, say: Say = lambda _: None) -> Repo
         for p in plan.prompts
     ]
     runners: dict[str, Runner] = {
-        mode: _ours(assembly, prompts, plan, Mode(mode)) for mode in plan.modes if mode in OURS
+        mode: decode(assembly, prompts, plan.max_tokens, Mode(mode), plan.temperature)
+        for mode in plan.modes
+        if mode in OURS
     }
     runners |= _peers(settings, assembly, prompts, plan)
     results: list[Result] = []
@@ -117,7 +120,7 @@ def run(settings: WorkerSettings, plan: Plan, say: Say = lambda _: None) -> Repo
 
 
 def _measure(runners: dict[str, Runner], batch: int, plan: Plan, assembly: Assembly, say: Say) -> list[Result]:
-    taken: dict[str, list[_Run]] = {mode: [] for mode in runners if batch == 1 or _batches(mode)}
+    taken: dict[str, list[Timed]] = {mode: [] for mode in runners if batch == 1 or _batches(mode)}
     for turn in range(plan.runs):
         for mode, runs in taken.items():
             say(f"Batch {batch}, run {turn + 1} of {plan.runs}: {mode}")
@@ -126,7 +129,7 @@ def _measure(runners: dict[str, Runner], batch: int, plan: Plan, assembly: Assem
     return [_result(mode, batch, plan, runs, plain[0] if plain else None, assembly) for mode, runs in taken.items()]
 
 
-def _result(mode: str, batch: int, plan: Plan, runs: list[_Run], plain: _Run | None, assembly: Assembly) -> Result:
+def _result(mode: str, batch: int, plan: Plan, runs: list[Timed], plain: Timed | None, assembly: Assembly) -> Result:
     rates = [r.tokens / r.seconds for r in runs]
     steps = runs[0].steps
     speculates = mode in (Mode.OPT_TREE.value, Mode.PAPER.value)
@@ -152,16 +155,25 @@ def _drafter(assembly: Assembly) -> str:
     return assembly.draft or "suffix"
 
 
-def _ours(assembly: Assembly, prompts: Sequence[list[int]], plan: Plan, mode: Mode) -> Runner:
-    def decode(batch: int) -> _Run:
-        engine = assembly.engine(replace(assembly.options, mode=mode, max_sequences=batch))
+def decode(
+    assembly: Assembly,
+    prompts: Sequence[list[int]],
+    max_tokens: int,
+    mode: Mode,
+    temperature: float,
+    make_drafter: Callable[[], Drafter] | None = None,
+) -> Runner:
+    """Return what decodes the prompts with our engine at a batch size; without `make_drafter`, with its own drafts."""
+
+    def timed(batch: int) -> Timed:
+        engine = assembly.engine(replace(assembly.options, mode=mode, max_sequences=batch), make_drafter)
         sequences = [
             EngineSequence(
                 key=i,
                 ids=list(prompt),
                 num_prompt=len(prompt),
-                max_tokens=plan.max_tokens,
-                sampling=Sampling(temperature=plan.temperature, key=noise_key(i, 0)),
+                max_tokens=max_tokens,
+                sampling=Sampling(temperature=temperature, key=noise_key(i, 0)),
                 eos_ids=assembly.codec.eos_ids,
             )
             for i, prompt in enumerate(prompts)
@@ -172,9 +184,15 @@ def _ours(assembly: Assembly, prompts: Sequence[list[int]], plan: Plan, mode: Mo
             engine.add(sequence)
         while engine.busy:
             steps += sum(1 for result in engine.step() if result.numbers.step)
-        return _Run(tuple(tuple(s.output_ids) for s in sequences), perf_counter() - started, steps)
+        return Timed(tuple(tuple(s.output_ids) for s in sequences), perf_counter() - started, steps)
 
-    return decode
+    return timed
+
+
+def peer(settings: WorkerSettings, assembly: Assembly, prompts: Sequence[list[int]], max_tokens: int) -> Runner:
+    """Return what decodes the prompts with transformers' own greedy generate, in padded batches."""
+    plan = Plan((), (), ("transformers-greedy",), max_tokens, 1)
+    return _peers(settings, assembly, prompts, plan)["transformers-greedy"]
 
 
 def _peers(settings: WorkerSettings, assembly: Assembly, prompts: Sequence[list[int]], plan: Plan) -> dict[str, Runner]:
@@ -201,12 +219,12 @@ def _load_peer(path: str, assembly: Assembly) -> Any:
 
 
 def _peer(model: Any, assembly: Assembly, prompts: Sequence[list[int]], plan: Plan, extra: dict[str, Any]) -> Runner:
-    def decode(batch: int) -> _Run:
+    def decode(batch: int) -> Timed:
         outputs: list[tuple[int, ...]] = []
         started = perf_counter()
         for first in range(0, len(prompts), batch):
             outputs += _peer_batch(model, assembly, prompts[first : first + batch], plan, extra)
-        return _Run(tuple(outputs), perf_counter() - started, None)
+        return Timed(tuple(outputs), perf_counter() - started, None)
 
     return decode
 

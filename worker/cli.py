@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from worker.generate import Generation, Pieces
 
 FAILED = 1
+_GRID_PROMPTS = 64
 _LOG_WIDTH = 120  # columns of a table that goes to a file
 
 commands = typer.Typer()
@@ -109,6 +111,7 @@ def bench(
     limit: Annotated[int, typer.Option(min=1, help="Prompts to take.")] = 6,
     runs: Annotated[int, typer.Option(min=1, help="Runs of each mode; the median counts.")] = 3,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 decodes greedily.")] = 0.0,
+    grid: Annotated[bool, typer.Option(help="Every batch size, draft and temperature: is plain ever faster?")] = False,
     target: Target = None,
     draft: Draft = None,
     dtype: Dtype = None,
@@ -120,6 +123,15 @@ def bench(
     """
     from worker import benchmark
 
+    if grid:
+        _grid(
+            _settings(target=target, dtype=dtype),
+            benchmark.read_prompts(prompts, _GRID_PROMPTS),
+            max_tokens,
+            runs,
+            as_json,
+        )
+        return
     with _sentences():
         plan = benchmark.Plan(
             prompts=benchmark.read_prompts(prompts, limit),
@@ -136,6 +148,19 @@ def bench(
         return
     width = None if sys.stdout.isatty() else _LOG_WIDTH
     Console(width=width).print(benchmark.table(report))
+
+
+def _grid(settings: WorkerSettings, prompts: tuple[str, ...], max_tokens: int, runs: int, as_json: bool) -> None:
+    from worker import grid
+
+    settings = settings.model_copy(update={"max_sequences": max(grid.BATCHES)})
+    with _sentences():
+        cells = grid.run(settings, prompts, max_tokens, runs, _say)
+    if as_json:
+        print(json.dumps({"target": settings.target, "results": [asdict(r) for c in cells for r in c.results()]}))
+        return
+    width = None if sys.stdout.isatty() else _LOG_WIDTH
+    Console(width=width).print(grid.table(f"{settings.target}, {max_tokens} tokens, medians of {runs} runs", cells))
 
 
 def _settings(**given: Any) -> WorkerSettings:

@@ -65,6 +65,16 @@ class PackedModel:
         self.forward([chain(0, 0, [0], keep_last=True)])  # unknown attention arguments are refused here, not in a job
 
     @property
+    def config(self) -> PretrainedConfig:
+        """The configuration of the text model."""
+        return self._model.config.get_text_config()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Numbers of the weights."""
+        return self._model.dtype
+
+    @property
     def version(self) -> str:
         """What runs the model: the compiled kernels, by their hash, or torch."""
         compiled = self._store.compiled
