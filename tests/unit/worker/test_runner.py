@@ -48,7 +48,7 @@ class Worker:
         sink = Sink(database, self.events.extend, name, lease_s=30.0)
         self.runner = Runner(
             lambda: Engine(TableModel(law), SuffixDrafter(), OPTIONS, FLAT_COSTS),
-            Codec(byte_tokenizer(), frozenset({EOS}), OPTIONS.max_context),
+            Codec(byte_tokenizer(), frozenset({EOS}), OPTIONS.max_context, VOCAB),
             sink,
             database,
             worker_id=name,
