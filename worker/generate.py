@@ -76,10 +76,16 @@ def generate(
 
 
 def request_for(
-    model: str, prompt: str, *, max_tokens: int | None, temperature: float = 0.0, seed: int = 0
+    model: str,
+    prompt: str,
+    *,
+    max_tokens: int | None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
 ) -> GenerationRequest:
     """Return a one-prompt request; raises pydantic's ValidationError for values out of range."""
-    sampling = SamplingParameters(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    sampling = SamplingParameters(max_tokens=max_tokens, temperature=temperature, seed=seed, stop=tuple(stop))
     return GenerationRequest(model=model, prompt=prompt, sampling=sampling)
 
 

@@ -49,11 +49,9 @@ class Transcript:
         before = self._stream.num_tokens
         pieces = self._stream.push(result.tokens, accepted)
         count = self._stream.num_tokens - before
+        if self.sequence.finished:
+            pieces += self._stream.finish(self.sequence.output_ids)
         if self._stream.stopped:
             self.sequence.cut(len(result.tokens) - count)
-        elif self.sequence.finished:
-            pieces += self._stream.finish(self.sequence.output_ids)
-            if self._stream.stopped:
-                self.sequence.cut(0)
         numbers = replace(result.numbers, emitted_tokens=count, accepted_tokens=sum(accepted[:count]))
         return Written(result.tokens[:count], tuple(accepted[:count]), pieces, numbers)

@@ -41,7 +41,8 @@ def step_by_step(logits: Tensor, text: list[int], num_prompt: int, sampling: Sam
     """Return one row of logits as transformers' own processors and OpenAI's formula change it behind a text."""
     ids, scores = torch.tensor([text]), logits.float().unsqueeze(0)
     if sampling.logit_bias:
-        scores = SequenceBiasLogitsProcessor({(token,): bias for token, bias in sampling.logit_bias})(ids, scores)
+        biases: Any = {(token,): bias for token, bias in sampling.logit_bias}  # its type names another of its forms
+        scores = SequenceBiasLogitsProcessor(biases)(ids, scores)
     scores = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(ids, scores)
     counts = torch.bincount(torch.tensor(text[num_prompt:], dtype=torch.int64), minlength=len(logits))
     adjusted: Tensor = scores[0] - counts * sampling.frequency_penalty - (counts > 0) * sampling.presence_penalty
