@@ -57,17 +57,11 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "chat_template_kwargs": ({},),
     "echo": (False,),
-    "frequency_penalty": (0, 0.0),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logit_bias": ({},),
     "logprobs": (False,),
     "min_tokens": (0,),
-    "presence_penalty": (0, 0.0),
-    "repetition_penalty": (1, 1.0),
     "response_format": ({"type": "text"},),
-    "stop": ([],),
-    "stop_token_ids": ([],),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -226,7 +220,9 @@ def _sampling(parameters: Mapping[str, Any]) -> SamplingParameters:
     except ValidationError as exc:
         first = exc.errors(include_url=False)[0]
         message = first["msg"].replace("Input should", "must")
-        raise InvalidValue(f"{message}, not {_shown(first['input'])}", param=str(first["loc"][0])) from exc
+        # What our own validators say is complete; pydantic's sentences gain by what was given.
+        given = "" if first["type"] == "value_error" else f", not {_shown(first['input'])}"
+        raise InvalidValue(f"{message}{given}", param=str(first["loc"][0])) from exc
 
 
 def _seed(job_id: str, index: int) -> int:

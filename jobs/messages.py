@@ -11,7 +11,8 @@ from enum import StrEnum
 from pathlib import PurePath
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 MESSAGE_VERSION: Final = 1
 CHAT_ENDPOINT: Final = "/v1/chat/completions"
@@ -64,6 +65,44 @@ class ChatMessage(Frozen):
     content: str
 
 
+MAX_STOP_STRINGS: Final = 4
+MAX_STOP_CHARS: Final = 1000
+MAX_STOP_TOKEN_IDS: Final = 64
+MAX_BIASES: Final = 1024
+
+
+def _stop_strings(value: Any) -> Any:
+    """Take one stop string for a list of one; refuse what can't end a text."""
+    stops = [value] if isinstance(value, str) else value
+    wanted = f"must be a string or a list of at most {MAX_STOP_STRINGS} strings"
+    if not isinstance(stops, list | tuple) or len(stops) > MAX_STOP_STRINGS:
+        raise PydanticCustomError("value_error", wanted)
+    if not all(isinstance(stop, str) and 1 <= len(stop) <= MAX_STOP_CHARS and "\0" not in stop for stop in stops):
+        raise PydanticCustomError("value_error", f"{wanted}, each of 1 to {MAX_STOP_CHARS} characters")
+    return tuple(stops)
+
+
+def _biases(value: Any) -> Any:
+    """Take token ids as JSON spells the keys of an object: as strings of digits."""
+    if not isinstance(value, dict) or len(value) > MAX_BIASES:
+        raise PydanticCustomError(
+            "value_error", f"must be an object of at most {MAX_BIASES} token ids and their biases"
+        )
+    if not all(re.fullmatch(r"0|[1-9][0-9]{0,9}", str(token)) for token in value):
+        raise PydanticCustomError("value_error", "must be an object whose keys are token ids")
+    return {int(token): bias for token, bias in value.items()}
+
+
+def _few_ids(value: Any) -> Any:
+    if not isinstance(value, list | tuple) or len(value) > MAX_STOP_TOKEN_IDS:
+        raise PydanticCustomError("value_error", f"must be a list of at most {MAX_STOP_TOKEN_IDS} token ids")
+    return tuple(value)
+
+
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
 class SamplingParameters(Frozen):
     """How the tokens of one request are chosen. Defaults are OpenAI's."""
 
@@ -75,6 +114,18 @@ class SamplingParameters(Frozen):
     n: int = Field(1, ge=1, le=128, description="Choices per request.")
     seed: int = Field(ge=-(2**63), le=2**63 - 1, description="Same seed and request, same text.")
     ignore_eos: bool = Field(False, description="Go on past the end-of-sequence token.")
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="Subtracted from tokens that the output holds.")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="Subtracted once for each time it holds them.")
+    repetition_penalty: float = Field(1.0, gt=0, le=2, description="Divides logits of tokens in prompt and output.")
+    logit_bias: Annotated[dict[TokenId, Bias], BeforeValidator(_biases)] = Field(
+        default_factory=dict, description="Added to the logits of these token ids."
+    )
+    stop: Annotated[tuple[str, ...], BeforeValidator(_stop_strings)] = Field(
+        (), description="The text ends before the first of these."
+    )
+    stop_token_ids: Annotated[tuple[TokenId, ...], BeforeValidator(_few_ids)] = Field(
+        (), description="More end-of-sequence tokens; they hold with ignore_eos too."
+    )
 
 
 class GenerationRequest(Frozen):

@@ -80,7 +80,8 @@ def assemble(settings: WorkerSettings, say: Say = lambda _: None) -> Assembly:
         capacity=capacity,
         defined_ids=min(len(tokenizer), config.vocab_size),
     )
-    codec = Codec(tokenizer, eos_ids(tokenizer, model.generation_config), options.max_context)
+    vocabulary = min(len(tokenizer), config.vocab_size)
+    codec = Codec(tokenizer, eos_ids(tokenizer, model.generation_config), options.max_context, vocabulary)
     make_drafter: Callable[[], Drafter] = SuffixDrafter
     if settings.draft and options.mode is not Mode.PLAIN:
         say(f"Loading {settings.draft} as draft")

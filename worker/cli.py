@@ -68,6 +68,7 @@ def generate(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of the answer.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 decodes greedily.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     nodes: Nodes = None,
     target: Target = None,
     draft: Draft = None,
@@ -94,7 +95,9 @@ def generate(
     console = Console(highlight=False)
     with _sentences():
         assembly = assemble(settings, say=_say)
-        request = request_for(assembly.name, text, max_tokens=max_tokens, temperature=temperature, seed=seed)
+        request = request_for(
+            assembly.name, text, max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop or ()
+        )
         endpoint = COMPLETIONS_ENDPOINT if raw else CHAT_ENDPOINT
         done = decode(assembly, request, endpoint=endpoint, on_pieces=_mute if as_json else _printer(console))
     print(json.dumps(done.as_json())) if as_json else console.print(f"\n{_summary(done)}", style="dim")

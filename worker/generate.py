@@ -15,6 +15,7 @@ from worker.assembly import Assembly, assemble
 from worker.engine.options import Mode
 from worker.engine.stats import StepNumbers
 from worker.settings import WorkerSettings
+from worker.transcript import Transcript
 
 Pieces = Sequence[tuple[str, str]]  # (text, "draft" | "target")
 
@@ -54,18 +55,19 @@ def generate(
     engine = assembly.engine(replace(assembly.options, mode=mode) if mode else None)
     prompt = assembly.codec.encode(request, endpoint)
     sequence = assembly.codec.sequence((0,), prompt, request.sampling, choice=0)
-    stream = assembly.codec.stream()
+    transcript = Transcript(sequence, assembly.codec.stream(request.sampling.stop))
     steps: list[StepNumbers] = []
     engine.add(sequence)
     while engine.busy:
         for result in engine.step():
-            steps.append(result.numbers)
-            accepted = result.numbers.accepted_tokens
-            on_pieces(stream.push(result.tokens, [i < accepted for i in range(len(result.tokens))]))
-    on_pieces(stream.finish(sequence.output_ids))
+            written = transcript.take(result)
+            steps.append(written.numbers)
+            on_pieces(written.pieces)
+        if sequence.finished:
+            engine.cancel({sequence.key})  # the engine knows nothing of stop strings
     assert sequence.finish_reason is not None
     return Generation(
-        text=assembly.codec.decode(sequence.output_ids),
+        text=transcript.text,
         token_ids=tuple(sequence.output_ids),
         prompt_token_ids=tuple(prompt),
         finish_reason=sequence.finish_reason,
@@ -74,10 +76,16 @@ def generate(
 
 
 def request_for(
-    model: str, prompt: str, *, max_tokens: int | None, temperature: float = 0.0, seed: int = 0
+    model: str,
+    prompt: str,
+    *,
+    max_tokens: int | None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
 ) -> GenerationRequest:
     """Return a one-prompt request; raises pydantic's ValidationError for values out of range."""
-    sampling = SamplingParameters(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    sampling = SamplingParameters(max_tokens=max_tokens, temperature=temperature, seed=seed, stop=tuple(stop))
     return GenerationRequest(model=model, prompt=prompt, sampling=sampling)
 
 

@@ -11,18 +11,17 @@ from dataclasses import asdict, dataclass, field
 from storage.records import Checkpoint, Claim, FinishedChoice, Progress, Refusal, StepRow
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepNumbers, StepResult
-from worker.text import TextStream
+from worker.transcript import Transcript
 
 Now = Callable[[], float]  # Unix seconds
 
 
 @dataclass(slots=True)
 class LiveChoice:
-    """One choice being decoded: its sequence, its text, and what has not been committed yet."""
+    """One choice being decoded: its sequence and text, and what has not been committed yet."""
 
     index: int
-    sequence: Sequence
-    stream: TextStream
+    transcript: Transcript
     started_at: float
     next_seq: int = 0  # of its next event
     announced: bool = False  # its `started` event has been published by us or an earlier owner
@@ -31,24 +30,26 @@ class LiveChoice:
     _pieces: list[tuple[str, str]] = field(default_factory=list)
     _steps: list[StepRow] = field(default_factory=list)
 
+    @property
+    def sequence(self) -> Sequence:
+        """The choice as the engine decodes it."""
+        return self.transcript.sequence
+
     def resume(self, checkpoints: list[Checkpoint]) -> None:
         """Take over what an earlier owner had committed; the sequence goes on behind it."""
         for checkpoint in checkpoints:
-            self.stream.push(checkpoint.token_ids, checkpoint.accepted)
-            self.sequence.ids += checkpoint.token_ids
+            self.transcript.resume(checkpoint.token_ids, checkpoint.accepted)
             self.sequence.steps = max([self.sequence.steps, *(row.step + 1 for row in checkpoint.steps)])
             self.next_seq = checkpoint.seq + 1
             self.announced = True
 
     def take(self, result: StepResult, now: float) -> None:
         """Add what a step brought."""
-        flags = [i < result.numbers.accepted_tokens for i in range(len(result.tokens))]
-        self._ids += result.tokens
-        self._accepted += flags
-        self._pieces += self.stream.push(result.tokens, flags)
-        self._steps.append(_row(result.numbers, now))
-        if self.sequence.finished:
-            self._pieces += self.stream.finish(self.sequence.output_ids)
+        written = self.transcript.take(result)
+        self._ids += written.tokens
+        self._accepted += written.accepted
+        self._pieces += written.pieces
+        self._steps.append(_row(written.numbers, now))
 
     def checkpoint(self) -> Checkpoint | None:
         """Return the tokens since the last checkpoint, and start the next one."""
@@ -74,7 +75,7 @@ class LiveChoice:
         ids = self.sequence.output_ids
         finished = FinishedChoice(
             choice_index=self.index,
-            text=self.stream.text,
+            text=self.transcript.text,
             token_ids=tuple(ids),
             finish_reason=reason,
             prompt_tokens=self.sequence.num_prompt,

@@ -23,6 +23,7 @@ from worker.engine.stats import StepResult
 from worker.live import LiveChoice, LiveRequest
 from worker.sink import Sink
 from worker.text import Codec
+from worker.transcript import Transcript
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +125,8 @@ class Runner:
         for index in sorted(set(range(body.sampling.n)) - set(claim.finished_choices)):
             sequence = self._codec.sequence((*claim.lease.key, index), prompt, body.sampling, index)
             started_at = claim.started_at or time.time()
-            choice = LiveChoice(index, sequence, self._codec.stream(), started_at)
+            transcript = Transcript(sequence, self._codec.stream(body.sampling.stop))
+            choice = LiveChoice(index, transcript, started_at)
             choice.resume(earlier[index])
             request.choices[index] = choice
         for choice in request.choices.values():
@@ -142,6 +144,8 @@ class Runner:
         now = time.time()
         for result in results:
             self._take(result, now)
+        # The engine knows nothing of stop strings: to it, what they ended runs on.
+        self._engine.cancel({result.sequence.key for result in results if result.sequence.finished})
 
     def _take(self, result: StepResult, now: float) -> None:
         job_id, request_index, choice = _parts(result.sequence.key)

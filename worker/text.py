@@ -17,6 +17,7 @@ from jobs.errors import InvalidValue, PromptTooLong
 from jobs.messages import CHAT_ENDPOINT, GenerationRequest, SamplingParameters
 from worker.engine.sampling import Sampling, noise_key
 from worker.engine.sequence import Sequence as EngineSequence
+from worker.stops import Pieces, StopStrings, add_piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class Codec:
     tokenizer: PreTrainedTokenizerFast
     eos_ids: frozenset[int]
     context_tokens: int  # prompt and completion together
+    vocabulary: int  # the ids below it are the target's
 
     def encode(self, request: GenerationRequest, endpoint: str) -> list[int]:
         """Return the prompt's token ids; raises PromptTooLong, or InvalidValue if the chat template refuses it."""
@@ -50,6 +52,8 @@ class Codec:
                 f"max_tokens is {sampling.max_tokens}, and the model's whole context has {self.context_tokens} tokens",
                 param="max_tokens",
             )
+        self._refuse_beyond(sampling.stop_token_ids, "stop_token_ids")
+        self._refuse_beyond(sampling.logit_bias, "logit_bias")
         room = self.context_tokens - len(prompt)
         return EngineSequence(
             key=key,
@@ -57,18 +61,33 @@ class Codec:
             num_prompt=len(prompt),
             max_tokens=min(sampling.max_tokens or room, room),
             sampling=Sampling(
-                sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, noise_key(sampling.seed, choice)
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                min_p=sampling.min_p,
+                key=noise_key(sampling.seed, choice),
+                presence_penalty=sampling.presence_penalty,
+                frequency_penalty=sampling.frequency_penalty,
+                repetition_penalty=sampling.repetition_penalty,
+                logit_bias=tuple(sampling.logit_bias.items()),
             ),
-            eos_ids=frozenset() if sampling.ignore_eos else self.eos_ids,
+            eos_ids=frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.eos_ids),
         )
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of a whole completion, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def stream(self) -> TextStream:
-        """Return a fresh detokenizer for one choice."""
-        return TextStream(self)
+    def stream(self, stops: Sequence[str] = ()) -> TextStream:
+        """Return a fresh detokenizer for one choice, whose text ends before the first of the stop strings."""
+        return TextStream(self, stops)
+
+    def _refuse_beyond(self, ids: Iterable[int], param: str) -> None:
+        beyond = [i for i in ids if i >= self.vocabulary]
+        if beyond:
+            raise InvalidValue(
+                f"token id {beyond[0]} is beyond the model's vocabulary of {self.vocabulary} tokens", param=param
+            )
 
     def _encode(self, request: GenerationRequest, endpoint: str) -> list[int]:
         if request.messages is None and (endpoint != CHAT_ENDPOINT or self.tokenizer.chat_template is None):
@@ -91,40 +110,57 @@ class Codec:
 class TextStream:
     """Incremental detokenizing of one choice: whole characters only, and from which source each piece came."""
 
-    def __init__(self, codec: Codec) -> None:
+    def __init__(self, codec: Codec, stops: Sequence[str] = ()) -> None:
         """Start with no text."""
         self._codec = codec
         self._stream = DecodeStream(skip_special_tokens=True)
+        self._stops = StopStrings(stops)
+        self._decoded: list[str] = []  # all of it, also what was not passed on
         self._text: list[str] = []
+        self.num_tokens = 0  # taken; those behind a stop string are not
 
     @property
     def text(self) -> str:
-        """Text so far."""
+        """Text passed on so far."""
         return "".join(self._text)
 
-    def push(self, ids: Iterable[int], accepted: Iterable[bool]) -> list[tuple[str, str]]:
-        """Add tokens; return the new (text, source) pieces, source `draft` for accepted draft tokens, else `target`."""
-        pieces: list[tuple[str, str]] = []
+    @property
+    def stopped(self) -> bool:
+        """True once the text has met a stop string."""
+        return self._stops.hit
+
+    def push(self, ids: Iterable[int], accepted: Iterable[bool]) -> Pieces:
+        """Add tokens; return the new (text, source) pieces, source `draft` for accepted draft tokens, else `target`.
+
+        The token that completes a stop string is the last one taken.
+        """
+        pieces: Pieces = []
         for token, drafted in zip(ids, accepted, strict=True):
+            if self.stopped:
+                break
+            self.num_tokens += 1
             chunk = self._stream.step(self._codec.tokenizer.backend_tokenizer, token)
             if chunk:
                 self._add(pieces, chunk, "draft" if drafted else "target")
         return pieces
 
-    def finish(self, ids: Sequence[int]) -> list[tuple[str, str]]:
+    def finish(self, ids: Sequence[int]) -> Pieces:
         """Return what is still missing of the whole text, such as an incomplete last character."""
-        whole, streamed = self._codec.decode(ids), self.text
-        pieces: list[tuple[str, str]] = []
+        whole, streamed = self._codec.decode(ids), "".join(self._decoded)
+        pieces: Pieces = []
         if whole.startswith(streamed) and whole != streamed:
             self._add(pieces, whole[len(streamed) :], "target")
+        self._pass(pieces, self._stops.end())
         return pieces
 
-    def _add(self, pieces: list[tuple[str, str]], chunk: str, source: str) -> None:
-        self._text.append(chunk)
-        if pieces and pieces[-1][1] == source:
-            pieces[-1] = (pieces[-1][0] + chunk, source)
-        else:
-            pieces.append((chunk, source))
+    def _add(self, pieces: Pieces, chunk: str, source: str) -> None:
+        self._decoded.append(chunk)
+        self._pass(pieces, self._stops.push(chunk, source))
+
+    def _pass(self, pieces: Pieces, passed: Pieces) -> None:
+        for chunk, source in passed:
+            self._text.append(chunk)
+            add_piece(pieces, chunk, source)
 
 
 def eos_ids(tokenizer: PreTrainedTokenizerFast, generation: GenerationConfig | None) -> frozenset[int]:

@@ -98,7 +98,7 @@ class ModelDrafter:
     @torch.inference_mode()
     def _best(self, forest: Forest, nodes: IntArray, logits: Tensor) -> tuple[IntArray, FloatArray]:
         """Return ids and probabilities [nodes, k] of the best children under each node's own noise and filters."""
-        scores = logits[:, : self._vocab].float()
+        scores = forest.adjusted(logits[:, : self._vocab].float(), nodes)
         sequences = [forest.sequences[tree] for tree in forest.tree[nodes]]
         sampled = [i for i, s in enumerate(sequences) if not s.sampling.greedy]
         if sampled:

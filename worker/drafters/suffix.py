@@ -39,7 +39,7 @@ class SuffixDrafter:
         probabilities = np.zeros((len(frontier), _WIDTH))
         for row, node in enumerate(frontier):
             index = self._index(forest.sequences[forest.tree[node]])
-            length, followers = index.match(_path_tokens(forest, int(node)))
+            length, followers = index.match(forest.path(int(node)))
             if not length:
                 continue
             trust = self._hits[length] / self._tries[length]
@@ -94,12 +94,3 @@ class _Index:
             if followers:
                 return len(tail) - start, followers
         return 0, Counter()
-
-
-def _path_tokens(forest: Forest, node: int) -> list[int]:
-    """Tokens from below the root down to `node`."""
-    tokens: list[int] = []
-    while forest.parent[node] >= 0:
-        tokens.append(int(forest.token[node]))
-        node = int(forest.parent[node])
-    return tokens[::-1]

@@ -13,7 +13,9 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
+from worker.engine.history import adjust
 from worker.engine.rows import BoolArray, IntArray, Segment
 from worker.engine.sequence import Sequence
 
@@ -107,6 +109,25 @@ class Forest:
     def nodes_of(self, tree: int) -> IntArray:
         """Node numbers of one tree, root first, parents before children."""
         return np.flatnonzero(self.tree == tree)
+
+    def path(self, node: int) -> list[int]:
+        """Tokens from below the root down to a node."""
+        tokens: list[int] = []
+        while self.parent[node] >= 0:
+            tokens.append(int(self.token[node]))
+            node = int(self.parent[node])
+        return tokens[::-1]
+
+    def adjusted(self, logits: Tensor, nodes: IntArray) -> Tensor:
+        """Return the logits [nodes, vocab] of these nodes under penalties and bias, each along its own path."""
+        sequences = [self.sequences[tree] for tree in self.tree[nodes]]
+        rows = [i for i, s in enumerate(sequences) if s.sampling.adjusted]
+        if not rows:
+            return logits
+        seen = [sequences[i].seen(self.path(int(nodes[i]))) for i in rows]
+        scores = logits.float().clone()
+        scores[rows] = adjust(scores[rows], [sequences[i].sampling for i in rows], seen)
+        return scores
 
     def segment(self, tree: int, nodes: IntArray) -> Segment:
         """Return the rows that show one tree to the target; the root's own KV entry is written with them."""

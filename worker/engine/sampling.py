@@ -28,11 +28,21 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     key: int = 0  # 64 bits, from `noise_key`
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, bias); no token twice
 
     @property
     def greedy(self) -> bool:
         """True when the likeliest token is taken and no noise is drawn."""
         return self.temperature == 0.0
+
+    @property
+    def adjusted(self) -> bool:
+        """True when penalties or a bias change the logits before anything else does; greedy draws heed them too."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1.0)
+        return any(penalties) or bool(self.logit_bias)
 
 
 def noise_key(seed: int, choice: int) -> int:
@@ -114,8 +124,12 @@ def _keep_top_p(scores: Tensor, top_p: Tensor) -> Tensor:
 
 def draw(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> Tensor:
     """Draw one token per row of `logits` [rows, vocab], each for the given position of its sequence; int64 [rows]."""
-    if all(s.greedy for s in samplings):
-        return logits.argmax(-1)
+    sampled = [i for i, s in enumerate(samplings) if not s.greedy]
+    if len(sampled) < len(samplings):
+        drawn = logits.argmax(-1)
+        if sampled:
+            drawn[sampled] = draw(logits[sampled], [samplings[i] for i in sampled], [positions[i] for i in sampled])
+        return drawn
     tokens = torch.arange(logits.shape[-1], device=logits.device)
     noise = gumbel(row_keys(samplings, positions, logits.device), tokens)
     return noise.add_(process(logits, samplings)).argmax(-1)

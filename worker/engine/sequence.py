@@ -6,16 +6,19 @@ Token ids only: the text belongs to `worker.text`, the request to `worker.runner
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
 from enum import StrEnum
 
+from worker.engine.history import History
+from worker.engine.rows import IntArray
 from worker.engine.sampling import Sampling
 
 
 class FinishReason(StrEnum):
     """Why a sequence ended."""
 
-    STOP = "stop"  # an end-of-sequence token
+    STOP = "stop"  # an end-of-sequence token, or a stop string
     LENGTH = "length"  # max_tokens, or the context is full
 
 
@@ -39,6 +42,7 @@ class Sequence:
     prefill_ms: float = 0.0  # time of prefill chunks that emitted nothing yet
     finish_reason: FinishReason | None = None
     cancelled: bool = False
+    history: History = field(default_factory=History)  # read only for penalties
 
     @property
     def output_ids(self) -> list[int]:
@@ -59,6 +63,16 @@ class Sequence:
     def finished(self) -> bool:
         """True once nothing more will be emitted."""
         return self.finish_reason is not None or self.cancelled
+
+    def seen(self, path: Seq[int]) -> tuple[IntArray, IntArray]:
+        """Return the distinct tokens of the text with a draft path behind it, and their counts in the output."""
+        self.history.read(self.ids, self.num_prompt)
+        return self.history.along(path)
+
+    def cut(self, surplus: int) -> None:
+        """End behind a stop string: the last `surplus` tokens were emitted behind it and don't count."""
+        del self.ids[len(self.ids) - surplus :]
+        self.finish_reason = FinishReason.STOP
 
     def emit(self, tokens: list[int]) -> list[int]:
         """Append a step's tokens, cut exactly at the end-of-sequence token or at max_tokens; return those kept."""

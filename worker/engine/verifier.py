@@ -15,7 +15,7 @@ from torch import Tensor
 
 from worker.engine.draft_tree import Forest
 from worker.engine.rows import IntArray
-from worker.engine.sampling import draw
+from worker.engine.sampling import Sampling, draw
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ def walk(forest: Forest, logits: Tensor, rows: IntArray) -> list[Accepted]:
     """Walk every tree of the batch along the target's draws.
 
     `rows[node]` is the row of `logits` [rows, vocab] that shows the node. Greedy trees take one argmax and one transfer
-    for all of them; sampled trees draw lazily, one round per depth, on the rows they reach.
+    for all of them; trees with noise or penalties draw lazily, one round per depth, on the rows they reach.
     """
     children = {
         (int(parent), int(token)): node
@@ -38,17 +38,22 @@ def walk(forest: Forest, logits: Tensor, rows: IntArray) -> list[Accepted]:
         if parent >= 0
     }
     walks = [_Walk(root) for root in range(len(forest.sequences))]
-    greedy = [w for w in walks if forest.sequences[w.node].sampling.greedy]
+    greedy = [w for w in walks if _is_plain(forest.sequences[w.root].sampling)]
     if greedy:
         likeliest = logits.argmax(-1).tolist()
         for w in greedy:
             while w.advance(int(likeliest[rows[w.node]]), children):
                 pass
-    moving = [w for w in walks if not forest.sequences[w.root].sampling.greedy]
+    moving = [w for w in walks if not _is_plain(forest.sequences[w.root].sampling)]
     while moving:
         draws = _draw_at([w.node for w in moving], forest, logits, rows)
         moving = [w for w, token in zip(moving, draws, strict=True) if w.advance(token, children)]
     return [Accepted(np.array(w.path, np.int64), w.bonus) for w in walks]
+
+
+def _is_plain(sampling: Sampling) -> bool:
+    """True when the largest raw logit is drawn."""
+    return sampling.greedy and not sampling.adjusted
 
 
 class _Walk:
@@ -73,5 +78,6 @@ def _draw_at(nodes: list[int], forest: Forest, logits: Tensor, rows: IntArray) -
     sequences = [forest.sequences[forest.tree[node]] for node in nodes]
     positions = [len(s.ids) + int(forest.depth[node]) for s, node in zip(sequences, nodes, strict=True)]
     picked = logits[torch.from_numpy(rows[nodes]).to(logits.device)]
+    picked = forest.adjusted(picked, np.array(nodes, np.int64))
     draws: list[int] = draw(picked, [s.sampling for s in sequences], positions).tolist()
     return draws

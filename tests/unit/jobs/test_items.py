@@ -94,14 +94,19 @@ def test_unsupported_fields_are_accepted_when_they_ask_for_nothing(name: str, va
     accepted({"prompt": "Hello", name: value})
 
 
+def test_stops_and_biases_are_stored_as_a_worker_reads_them() -> None:
+    given = {"stop": "\n", "stop_token_ids": [5, 6], "logit_bias": {"1": 5, "2": -0.5}, "repetition_penalty": 1.2}
+    sampling = accepted({"prompt": "Hello", **given}).sampling
+    assert (sampling.stop, sampling.stop_token_ids) == (("\n",), (5, 6))
+    assert (sampling.logit_bias, sampling.repetition_penalty) == ({1: 5.0, 2: -0.5}, 1.2)
+    assert accepted({"prompt": "Hello", "stop": ["a", "b"], "logit_bias": {}}).sampling.stop == ("a", "b")
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("stop", ["\n"]),
         ("logprobs", True),
         ("logprobs", 0),
-        ("presence_penalty", 0.5),
-        ("logit_bias", {"1": 5}),
         ("response_format", {"type": "json_object"}),
         ("tools", [{"type": "function"}]),
         ("best_of", 2),
@@ -139,6 +144,28 @@ def test_a_misspelt_field_is_refused_with_the_right_spelling() -> None:
         ("top_k", -1),
         ("min_p", 2),
         ("ignore_eos", 1),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", -2.1),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", 2.5),
+        ("repetition_penalty", "1"),
+        ("logit_bias", [1]),
+        ("logit_bias", {"1": 101}),
+        ("logit_bias", {"1": "5"}),
+        ("logit_bias", {"-1": 5}),
+        ("logit_bias", {"one": 5}),
+        ("logit_bias", {str(i): 1 for i in range(1025)}),
+        ("stop", 7),
+        ("stop", ""),
+        ("stop", ["a", ""]),
+        ("stop", ["a"] * 5),
+        ("stop", ["a", 7]),
+        ("stop", "x" * 1001),
+        ("stop", "a\0b"),
+        ("stop_token_ids", 7),
+        ("stop_token_ids", ["7"]),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", list(range(65))),
     ],
 )
 def test_a_value_out_of_range_is_refused_naming_line_and_field(field: str, value: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -56,6 +57,22 @@ def test_generate_prints_text_tokens_and_steps(mode: str) -> None:
     assert {"tree_nodes", "tree_depth", "accepted_tokens", "draft_ms", "verify_ms", "step_ms"} <= said["steps"][
         0
     ].keys()
+
+
+@pytest.mark.parametrize("mode", ["plain", "paper"])
+def test_generate_ends_before_a_stop_string(mode: str) -> None:
+    def said(*more: str) -> Any:
+        arguments = ["generate", PROMPT, "--mode", mode, "--max-tokens", "25", "--json", *more]
+        done = CliRunner().invoke(commands, arguments)
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    whole = said()["text"]
+    stop = whole[8:10]
+    stopped = said("--stop", stop)
+    assert (stopped["text"], stopped["finish_reason"]) == (whole.partition(stop)[0], "stop")
+    assert stopped["completion_tokens"] == len(stopped["token_ids"]) < 25
+    assert sum(s["emitted_tokens"] for s in stopped["steps"]) == stopped["completion_tokens"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ MODEL = "table"
 VOCAB = 258
 EOS = 256
 OPTIONS = EngineOptions(
-    Mode.PAPER, max_sequences=3, max_context=120, prefill_rows=64, nodes=8, threshold=0.05, max_depth=4
+    Mode.PAPER, max_sequences=3, max_context=200, prefill_rows=64, nodes=8, threshold=0.05, max_depth=4
 )
 
 
@@ -48,7 +49,7 @@ class Worker:
         sink = Sink(database, self.events.extend, name, lease_s=30.0)
         self.runner = Runner(
             lambda: Engine(TableModel(law), SuffixDrafter(), OPTIONS, FLAT_COSTS),
-            Codec(byte_tokenizer(), frozenset({EOS}), OPTIONS.max_context),
+            Codec(byte_tokenizer(), frozenset({EOS}), OPTIONS.max_context, VOCAB),
             sink,
             database,
             worker_id=name,
@@ -76,7 +77,7 @@ def database(tmp_path: Path) -> Iterator[Database]:
     opened.dispose()
 
 
-def submit(database: Database, *prompts: str, job_id: str = "batch_1", **sampling: float) -> None:
+def submit(database: Database, *prompts: str, job_id: str = "batch_1", **sampling: Any) -> None:
     parameters = SamplingParameters.model_validate({"seed": 1, "max_tokens": 30, "temperature": 0.0, **sampling})
     requests = [
         NewRequest(
@@ -158,6 +159,110 @@ def test_a_request_goes_on_from_its_checkpoint_when_its_worker_dies(
     for index in range(2):
         seqs = [e.seq for e in (*dying.events, *heir.events) if e.index == index]
         assert seqs == list(range(len(seqs))) or turns == 1
+
+
+PENALTIES: dict[str, Any] = {
+    "presence_penalty": 0.5,
+    "frequency_penalty": 1.5,
+    "repetition_penalty": 1.3,
+    "logit_bias": {"120": 3},
+}
+
+
+@pytest.mark.parametrize("turns", [2, 6])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_penalties_survive_the_death_of_a_worker(database: Database, turns: int, temperature: float) -> None:
+    submit(database, "one", "two", job_id="undisturbed", temperature=temperature, **PENALTIES)
+    Worker(database, "a").run()
+    expected = texts(database)
+    with database.write() as session:
+        session.execute(text("DELETE FROM outputs"))
+    submit(database, "one", "two", temperature=temperature, **PENALTIES)
+    dying = Worker(database, "b")
+    for _ in range(turns):
+        dying.runner.turn(rung=True)
+    lapse_leases(database)
+    Worker(database, "c").run()
+    assert texts(database) == expected
+
+
+def multibyte(prefix: tuple[int, ...]) -> Tensor:
+    logits = torch.zeros(VOCAB)
+    spelt = "日本 🙂é ".encode()
+    logits[spelt[len(prefix) % len(spelt)]] = 8.0
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("law", "stop"),
+    [(words, ["dog t"]), (words, ["never", "cat and the"]), (multibyte, ["🙂"]), (multibyte, ["x", "本 "])],
+)
+@pytest.mark.parametrize("turns", [0, 2, 3, 5])
+def test_a_text_ends_before_its_stop_string_also_in_an_accepted_path_and_resumed(
+    database: Database, law: Callable[[tuple[int, ...]], Tensor], stop: list[str], turns: int
+) -> None:
+    prompts = [
+        "the cat and the dog the cat and the dog 日本 🙂é日本 🙂é",
+        "two",
+    ]  # the first one's text is drafted at once
+    submit(database, *prompts, job_id="whole", max_tokens=60)
+    Worker(database, "a", law).run()
+    whole = texts(database)
+    with database.write() as session:
+        session.execute(text("DELETE FROM outputs"))
+        session.execute(text("DELETE FROM decode_steps"))
+    submit(database, *prompts, max_tokens=60, stop=stop)
+    dying, heir = Worker(database, "b", law), Worker(database, "c", law)
+    for _ in range(turns):
+        dying.runner.turn(rung=True)
+    lapse_leases(database)
+    heir.run()
+    assert texts(database) == {key: said.partition(stop[-1])[0] for key, said in whole.items()}
+    with database.read() as session:
+        for o in session.scalars(select(Output)):
+            mine = DecodeStep.request_index == o.request_index
+            assert session.scalar(select(func.sum(DecodeStep.emitted_tokens)).where(mine)) == o.completion_tokens
+            assert len(o.token_ids) == o.completion_tokens
+            assert bytes(o.token_ids).decode(errors="ignore").endswith(stop[-1])
+            assert o.finish_reason == "stop"
+            assert "".join(piece for piece, _ in o.pieces) == o.text
+            events = [e for e in (*dying.events, *heir.events) if e.index == o.request_index]
+            assert "".join(e.text for e in events) == o.text
+        last = session.scalars(
+            select(DecodeStep).where(DecodeStep.request_index == 0).order_by(DecodeStep.step.desc())
+        ).first()
+        assert last is not None
+        assert turns or last.accepted_tokens == last.emitted_tokens, "the stop did not lie inside an accepted path"
+
+
+def test_a_slot_is_free_again_after_a_stop_string(database: Database) -> None:
+    submit(database, *"abcdefgh", stop="cat", max_tokens=60)
+    worker = Worker(database, "a")
+    worker.run()
+    assert len(texts(database)) == 8
+    assert not any("cat" in said for said in texts(database).values())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("logit_bias", {"258": 1}), ("stop_token_ids", [5, 258])], ids=["logit_bias", "stop_token_ids"]
+)
+def test_a_token_id_beyond_the_vocabulary_fails_its_request_by_name(database: Database, field: str, value: Any) -> None:
+    submit(database, "one", **{field: value})
+    Worker(database, "a").run()
+    with database.read() as session:
+        failed = session.scalars(select(Request)).one()
+        assert (failed.error_code, failed.error_param) == ("invalid_value", field)
+        assert "token id 258 is beyond the model's vocabulary of 258 tokens" in str(failed.error_message)
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_a_stop_token_ends_a_text_as_an_end_of_sequence_does(database: Database, ignore_eos: bool) -> None:
+    submit(database, "one", stop_token_ids=[ord("d")], ignore_eos=ignore_eos)
+    Worker(database, "a").run()
+    with database.read() as session:
+        output = session.scalars(select(Output)).one()
+        assert (output.finish_reason, output.token_ids[-1]) == ("stop", ord("d"))
+        assert output.token_ids.count(ord("d")) == 1
 
 
 def test_a_worker_that_lost_its_leases_writes_nothing(database: Database) -> None:

@@ -16,7 +16,7 @@ EOS = 256
 
 
 def codec(context_tokens: int = 100, chat: bool = True) -> Codec:
-    return Codec(byte_tokenizer(chat), frozenset({EOS}), context_tokens)
+    return Codec(byte_tokenizer(chat), frozenset({EOS}), context_tokens, vocabulary=258)
 
 
 def request(
