@@ -94,10 +94,11 @@ class Timed:
 
     @property
     def tokens(self) -> int:
+        """All tokens written."""
         return sum(map(len, self.token_ids))
 
 
-Runner = Callable[[int], _Run]  # takes the batch size
+Runner = Callable[[int], Timed]  # takes the batch size
 
 
 def run(settings: WorkerSettings, plan: Plan, say: Say = lambda _: None) -> Report:

@@ -13,7 +13,7 @@ from statistics import median
 
 import numpy as np
 from rich.table import Table
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from jobs.messages import CHAT_ENDPOINT
 from worker.assembly import Assembly, Say, assemble
@@ -111,8 +111,10 @@ def _random_draft(assembly: Assembly) -> PackedModel:
     config = assembly.target.config
     shape = {**config.to_dict(), "num_hidden_layers": max(config.num_hidden_layers // 15, 1), "layer_types": None}
     small = type(config)(**shape)
-    model = AutoModelForCausalLM.from_config(small, dtype=assembly.target.dtype, attn_implementation=ATTENTION_NAME)
-    model.eval()
+    dtype = assembly.target.dtype
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        small, dtype=dtype, attn_implementation=ATTENTION_NAME
+    ).eval()
     quicken(model)
     options = assembly.options
     capacity = options.max_context + options.nodes * options.max_depth

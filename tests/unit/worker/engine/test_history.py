@@ -145,7 +145,7 @@ def test_two_tokens_follow_the_adjusted_joint_law(sampling: Sampling, filters: S
 
     chosen_options = options(Mode.PAPER if drafted else Mode.PLAIN, max_sequences=64, nodes=25, max_depth=2)
     running = Engine(
-        TableModel(two_step_logits), EveryToken() if drafted else None, chosen_options, CostModel({1: 1.0}, {1: 1.0})
+        TableModel(two_step_logits), EveryToken() if drafted else None, chosen_options, CostModel({1: 1.0})
     )
     some = [Sequence(i, list(prompt), 2, 3, replace(chosen, key=noise_key(i, 0))) for i in range(count)]
     decode(running, some)
