@@ -203,7 +203,7 @@ class DecodeStep(Base):
     plain_step_ms: Mapped[float | None]
     ended_at: Mapped[float]
     worker_id: Mapped[str]
-    decision: Mapped[str | None]  # tree, or why there was none: off, probe, guard, unprofitable, nothing, prefill
+    decision: Mapped[str | None]  # tree, or why there was none (worker.engine.governor)
 
     __table_args__ = (
         _of_a_request(),

@@ -141,6 +141,10 @@ class ReplayDrafter:
             tokens[row] = known[place] if place < len(known) and right else 0
         return Candidates(tokens, np.full(tokens.shape, _RIGHT))
 
+    def behind(self, sequence: EngineSequence) -> int:
+        """It reads nothing."""
+        return 0
+
     def keep(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
         """It has no state."""
 

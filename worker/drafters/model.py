@@ -51,6 +51,11 @@ class ModelDrafter:
         tokens[order], probabilities[order] = ids, scores
         return Candidates(tokens, probabilities)
 
+    def behind(self, sequence: Sequence) -> int:
+        """Return the tokens that are to be fed before the first layer can be drafted."""
+        lane = self._lanes.get(id(sequence))
+        return len(sequence.ids) - (lane.cached if lane else 0)
+
     def keep(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
         """Bring the accepted nodes that were run down behind the committed tokens."""
         sequence = forest.sequences[tree]

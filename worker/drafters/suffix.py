@@ -6,8 +6,6 @@ how far a match of each length can be trusted is learned from what the target re
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-
 import numpy as np
 
 from worker.engine.draft_tree import Candidates, Forest
@@ -44,10 +42,14 @@ class SuffixDrafter:
                 continue
             trust = self._hits[length] / self._tries[length]
             total = sum(followers.values())
-            for rank, (token, count) in enumerate(followers.most_common(_WIDTH)):
+            for rank, (token, count) in enumerate(_commonest(followers)):
                 tokens[row, rank] = token
                 probabilities[row, rank] = trust * count / total
         return Candidates(tokens, probabilities)
+
+    def behind(self, sequence: Sequence) -> int:
+        """Reading the text costs no forward."""
+        return 0
 
     def keep(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
         """Score the matches along the emitted tokens, then add those to the sequence's index."""
@@ -72,25 +74,33 @@ class SuffixDrafter:
         return index
 
 
+def _commonest(followers: dict[int, int]) -> list[tuple[int, int]]:
+    """Return the likeliest followers with their counts; of equals, the one seen first."""
+    if len(followers) == 1:
+        return list(followers.items())
+    return sorted(followers.items(), key=lambda item: -item[1])[:_WIDTH]
+
+
 class _Index:
     """For every run of up to _LONGEST tokens of one text: what followed it, and how often."""
 
     def __init__(self) -> None:
         self.ids: list[int] = []
-        self._followers: defaultdict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
+        self._followers: dict[tuple[int, ...], dict[int, int]] = {}
 
     def append(self, token: int) -> None:
         """Add the next token of the text."""
         tail = self.ids[-_LONGEST:]
         for start in range(len(tail)):
-            self._followers[tuple(tail[start:])][token] += 1
+            followers = self._followers.setdefault(tuple(tail[start:]), {})
+            followers[token] = followers.get(token, 0) + 1
         self.ids.append(token)
 
-    def match(self, path: list[int]) -> tuple[int, Counter[int]]:
+    def match(self, path: list[int]) -> tuple[int, dict[int, int]]:
         """Return (length, followers) of the longest end of text + path that occurred before; length 0 for none."""
         tail = [*self.ids[-_LONGEST:], *path][-_LONGEST:]
         for start in range(len(tail)):
             followers = self._followers.get(tuple(tail[start:]))
             if followers:
                 return len(tail) - start, followers
-        return 0, Counter()
+        return 0, {}

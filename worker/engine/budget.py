@@ -5,6 +5,7 @@ A budget is made for one step and asked layer by layer.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +15,7 @@ from worker.engine.draft_tree import FloatArray, Forest
 from worker.engine.rows import BoolArray, IntArray
 
 _MOST = 256  # draft nodes of a step at most
+_CAUGHT_UP = 16  # tokens that a drafter may be behind for a layer to be an ordinary one
 _TIME_WEIGHT = 0.1  # of a new sample in the running time of a layer
 
 
@@ -58,11 +60,13 @@ class PaperBudget:
 
 
 class DraftCosts:
-    """How long a drafter takes for one layer, by the nodes it expands, as measured while decoding."""
+    """What a drafter costs and earns, as measured while decoding. Before anything is known, its layers are free."""
 
     def __init__(self) -> None:
-        """Start knowing nothing: the first layers are free."""
-        self._layer_ms: dict[int, float] = {}
+        """Start knowing nothing."""
+        self._layer_ms: dict[int, float] = {}  # by load class of the nodes expanded
+        self.row_ms = 0.0  # of reading one committed token, the drafter being far behind
+        self.earned = 0.0  # tokens per tree and step, its own time deducted
 
     def layer_ms(self, nodes: int) -> float:
         """Return the time of a layer; of a size never seen, that of the nearest smaller one."""
@@ -74,6 +78,19 @@ class DraftCosts:
         size = load_class(nodes)
         before = self._layer_ms.get(size, layer_ms)
         self._layer_ms[size] = before + _TIME_WEIGHT * (min(layer_ms, 2 * before) - before)
+
+    def observe_growth(self, behind: int, layers: Sequence[int], ms: float) -> None:
+        """Learn from a step's layers of so many nodes, before which so many committed tokens were read."""
+        if behind > _CAUGHT_UP * max(layers[:1], default=1):
+            sample = ms / behind
+            self.row_ms += (_TIME_WEIGHT if self.row_ms else 1.0) * (sample - self.row_ms)
+            return
+        for nodes in layers:
+            self.observe(nodes, ms * nodes / sum(layers))
+
+    def observe_earned(self, tokens: float) -> None:
+        """Learn what one tree brought in one step over plain decoding."""
+        self.earned += _TIME_WEIGHT * (tokens - self.earned)
 
 
 class PricedBudget:

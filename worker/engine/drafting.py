@@ -25,6 +25,9 @@ class Drafter(Protocol):
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
         """Offer children for the frontier nodes; every call of a step brings the next layer of the same forest."""
 
+    def behind(self, sequence: Sequence) -> int:
+        """Return how many committed tokens a forward of the drafter must read before it can draft for the sequence."""
+
     def keep(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
         """Learn what the target kept: `path` are nodes of the forest that was grown, `emitted` the step's tokens."""
 
@@ -49,15 +52,15 @@ def as_offered(_: Forest, layer: Layer) -> Candidates:
 
 
 def grow(
-    forest: Forest, drafter: Drafter, budget: Budget, max_depth: int, trees: int, valued: Valued = as_offered
+    forest: Forest, drafter: Drafter, budget: Budget, max_depth: int, roots: IntArray, valued: Valued = as_offered
 ) -> list[Layer]:
-    """Grow the first `trees` trees of the forest in place and return what was offered.
+    """Grow the trees of `roots` in place and return what was offered.
 
     A layer that was drafted is always eligible, and gains never rise with depth, so the first layer that is not worth
     its cost is the right place to stop.
     """
     layers: list[Layer] = []
-    frontier = _expandable(forest, forest.roots[:trees])
+    frontier = _expandable(forest, roots)
     while len(frontier) and len(layers) < max_depth:
         layers.append(Layer(frontier, drafter.expand(forest, frontier)))
         added = forest.add_layer(frontier, valued(forest, layers[-1]), budget.floor)

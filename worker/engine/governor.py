@@ -30,6 +30,7 @@ class Decision(StrEnum):
     GUARD = "guard"  # speculation has not paid lately
     UNPROFITABLE = "unprofitable"  # drafts were grown, and none was worth a row
     NOTHING = "nothing"  # the drafter offered nothing
+    BEHIND = "behind"  # the drafter would have to read more than its drafts are likely to earn
     PREFILL = "prefill"  # no sequence was decoding
 
 
@@ -63,6 +64,10 @@ class Governor:
         """Return the tokens per millisecond that a token's worth is measured by: those of plain decoding, or better."""
         account = self._accounts[load_class(sequences)]
         return max(account.rate, sequences / plain_ms)
+
+    def credit(self, sequences: int) -> float:
+        """Return the tokens that may be spent on trying drafts."""
+        return self._accounts[load_class(sequences)].credit
 
     def settle(self, sequences: int, tokens: int, step_ms: float, plain_ms: float, *, speculated: bool) -> None:
         """Book a served step; `speculated` if it spent time on drafts, verified or not."""

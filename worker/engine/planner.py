@@ -24,7 +24,7 @@ from worker.engine.rows import IntArray
 from worker.engine.scheduler import Batch
 from worker.engine.verifier import Accepted
 
-_FIRST_PROBE = 8
+_HORIZON = 32  # steps over which a draft that has caught up is expected to pay
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Planner:
         self._costs = costs
         self._acceptance = Acceptance()
         self._drafts = DraftCosts()
-        self._governor = Governor(options.probe_every, _FIRST_PROBE)
+        self._governor = Governor(options.probe_every, options.probe_every // 2)
 
     def plan(self, batch: Batch) -> StepPlan:
         """Decide what the decoding sequences of a batch show to the target."""
@@ -56,8 +56,11 @@ class Planner:
         decision = self._hold_back(batch)
         if decision is not None or self._drafter is None:
             return StepPlan(forest, forest, forest.roots, [], decision or Decision.OFF)
+        roots = self._affordable(batch)
+        if not len(roots):
+            return StepPlan(forest, forest, forest.roots, [], Decision.BEHIND)
         budget = self._budget(batch)
-        layers = self._grow(forest, budget, len(batch.decoding))
+        layers = self._grow(forest, budget, roots)
         if forest.size == len(forest.sequences):
             return StepPlan(forest, forest, forest.roots, layers, Decision.NOTHING)
         cut = budget.cut(forest)
@@ -80,6 +83,9 @@ class Planner:
         plain_ms = self.plain_step_ms(batch)
         if plain_ms is None or self._costs is None:
             return
+        if plan.layers:
+            saved_ms = plain_ms * tokens / len(batch.decoding) - step_ms
+            self._drafts.observe_earned(saved_ms * len(batch.decoding) / plain_ms / len(plan.layers[0].frontier))
         # Between taking the prediction and refining it: the account is settled at the prices of the plan.
         self._governor.settle(len(batch.decoding), tokens, step_ms, plain_ms, speculated=bool(plan.layers))
         rows = plan.shown.size
@@ -104,15 +110,32 @@ class Planner:
         rows = trees + batch.prefill_rows
         return PricedBudget(self._options.nodes, self._costs, self._drafts, rate, rows, batch.entries, trees)
 
-    def _grow(self, forest: Forest, budget: Budget, trees: int) -> list[Layer]:
+    def _affordable(self, batch: Batch) -> IntArray:
+        """Return the trees to draft for: all whose reading by the drafter can be paid, those least behind first.
+
+        A drafter reads lazily, so one that was not asked for long, or not yet, must catch up. That is paid from the
+        account and from what its trees have lately earned; a draft that never earned anything is tried on few texts.
+        """
         assert self._drafter is not None
+        trees = len(batch.decoding)
+        behind = np.array([self._drafter.behind(sequence) for sequence in batch.decoding], np.int64)
+        if self._options.mode is Mode.PAPER or self._costs is None or (behind <= self._options.max_depth).all():
+            return np.arange(trees)
+        rate = self._governor.rate(trees, float(self._costs.step_ms(trees, batch.entries)))
+        order = np.argsort(behind, kind="stable")
+        price = (rate * self._drafts.row_ms * behind[order]).cumsum()
+        purse = self._governor.credit(trees) + _HORIZON * self._drafts.earned * np.arange(1, trees + 1)
+        count = int((price <= purse).sum()) if self._drafts.row_ms else 1  # one is enough to learn what reading costs
+        return np.sort(order[:count])
+
+    def _grow(self, forest: Forest, budget: Budget, roots: IntArray) -> list[Layer]:
+        assert self._drafter is not None
+        rows = sum(self._drafter.behind(forest.sequences[root]) for root in roots.tolist())
         started = perf_counter()
         valued = self._valued if self._options.mode is Mode.OPT_TREE else as_offered
-        layers = grow(forest, self._drafter, budget, self._options.max_depth, trees, valued)
+        layers = grow(forest, self._drafter, budget, self._options.max_depth, roots, valued)
         ms = (perf_counter() - started) * 1e3
-        nodes = sum(len(layer.frontier) for layer in layers)
-        for layer in layers:
-            self._drafts.observe(len(layer.frontier), ms * len(layer.frontier) / nodes)
+        self._drafts.observe_growth(rows, [len(layer.frontier) for layer in layers], ms)
         return layers
 
     def _valued(self, forest: Forest, layer: Layer) -> Candidates:

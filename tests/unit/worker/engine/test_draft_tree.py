@@ -40,6 +40,9 @@ class TableDrafter:
         )
         return Candidates(np.tile(np.arange(WIDTH), (shape[0], 1)), rows)
 
+    def behind(self, sequence: Sequence) -> int:
+        return 0
+
     def keep(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
         raise AssertionError("nothing is verified here")
 
@@ -49,7 +52,7 @@ class TableDrafter:
 
 def full_forest(rng: np.random.Generator, trees: int = 1, depth: int = 3) -> Forest:
     forest = Forest(sequences(max_tokens=50)[:trees])
-    grow(forest, TableDrafter(rng), PaperBudget(10**6, -1.0), depth, trees)
+    grow(forest, TableDrafter(rng), PaperBudget(10**6, -1.0), depth, np.arange(trees))
     return forest
 
 
@@ -80,8 +83,8 @@ def test_expanding_only_nodes_in_the_cut_loses_nothing(seed: int) -> None:
             return Candidates(np.tile(np.arange(WIDTH), (len(frontier), 1)), conditionals[keys])
 
     pruned, whole = (Forest(sequences()[:1]) for _ in range(2))
-    grow(pruned, Fixed(), PaperBudget(8, 0.0), 4, 1)
-    grow(whole, Fixed(), PaperBudget(10**6, -1.0), 4, 1)
+    grow(pruned, Fixed(), PaperBudget(8, 0.0), 4, np.arange(1))
+    grow(whole, Fixed(), PaperBudget(10**6, -1.0), 4, np.arange(1))
     assert pruned.expected(pruned.best(8))[0] == pytest.approx(whole.expected(whole.best(8))[0])
 
 
@@ -99,7 +102,7 @@ def _path_key(forest: Forest, node: int) -> int:
 @pytest.mark.parametrize("nodes", [1, 2, 6, 30])
 def test_ties_certainty_and_underflow_keep_every_parent(row: tuple[float, ...], nodes: int) -> None:
     forest = Forest(sequences(max_tokens=50)[:2])
-    grow(forest, TableDrafter(row=row), PaperBudget(nodes, 0.0), 5, 2)
+    grow(forest, TableDrafter(row=row), PaperBudget(nodes, 0.0), 5, np.arange(2))
     kept = forest.best(nodes)
     forest.pruned(kept)  # asserts that every kept node has its parent
     assert (np.bincount(forest.tree[kept]) <= nodes + 1).all()
@@ -115,13 +118,19 @@ def test_gains_never_rise_with_depth() -> None:
 
     for seed in range(10):
         gains.clear()
-        grow(Forest(sequences(max_tokens=50)[:1]), TableDrafter(np.random.default_rng(seed)), Watching(6, 0.0), 6, 1)
+        grow(
+            Forest(sequences(max_tokens=50)[:1]),
+            TableDrafter(np.random.default_rng(seed)),
+            Watching(6, 0.0),
+            6,
+            np.arange(1),
+        )
         assert gains == sorted(gains, reverse=True)
 
 
 def test_the_threshold_stops_growth_and_the_last_layer_stays_eligible() -> None:
     forest, drafter = Forest(sequences(max_tokens=50)[:1]), TableDrafter(row=(0.6, 0.0, 0.0))
-    grow(forest, drafter, PaperBudget(60, 0.3), 10, 1)
+    grow(forest, drafter, PaperBudget(60, 0.3), 10, np.arange(1))
     # Layers add 0.6, 0.36, 0.216, …: the third adds too little, so it is the last one drafted, and it is kept.
     assert drafter.calls == 3
     assert forest.depth[PaperBudget(60, 0.3).cut(forest)].max() == 3
@@ -129,18 +138,18 @@ def test_the_threshold_stops_growth_and_the_last_layer_stays_eligible() -> None:
 
 def test_depth_is_bounded_by_the_layers_drafted() -> None:
     forest, drafter = Forest(sequences(max_tokens=50)[:1]), TableDrafter(row=(1.0, 0.0, 0.0))
-    grow(forest, drafter, PaperBudget(60, 0.0), 4, 1)
+    grow(forest, drafter, PaperBudget(60, 0.0), 4, np.arange(1))
     assert (drafter.calls, forest.depth.max()) == (4, 4)
 
 
 def test_nodes_that_could_never_be_emitted_are_not_drafted() -> None:
     almost_done = sequences(max_tokens=3)[:1]
     forest = Forest(almost_done)
-    grow(forest, TableDrafter(), PaperBudget(60, 0.0), 10, 1)
+    grow(forest, TableDrafter(), PaperBudget(60, 0.0), 10, np.arange(1))
     assert forest.depth.max() == 2  # two draft tokens and the target's own make three
     ends = sequences(max_tokens=50, eos_ids=[0])[:1]
     forest = Forest(ends)
-    grow(forest, TableDrafter(), PaperBudget(60, 0.0), 3, 1)
+    grow(forest, TableDrafter(), PaperBudget(60, 0.0), 3, np.arange(1))
     assert not (forest.token[forest.parent[1:]] == 0)[forest.parent[1:] > 0].any()
 
 
@@ -189,12 +198,12 @@ def test_only_nodes_that_can_enter_the_cut_are_drafted() -> None:
     """Below the floor nothing is added, so nothing is expanded, and the cut is what it would be without a floor."""
     drafter, forest = TableDrafter(row=(0.6, 0.3, 0.1)), Forest(sequences(max_tokens=50)[:2])
     budget = priced(STAIRS, 0.6, 2)
-    grow(forest, drafter, budget, 6, 2)
+    grow(forest, drafter, budget, 6, np.arange(2))
     assert (forest.value[2:] > budget.floor).all()
     whole = Forest(sequences(max_tokens=50)[:2])
     everything = priced(STAIRS, 0.6, 2)
     everything.floor = 0.0
-    grow(whole, TableDrafter(row=(0.6, 0.3, 0.1)), everything, 6, 2)
+    grow(whole, TableDrafter(row=(0.6, 0.3, 0.1)), everything, 6, np.arange(2))
     ours, theirs = (b.cut(f) for b, f in ((budget, forest), (priced(STAIRS, 0.6, 2), whole)))
     assert np.sort(forest.value[ours]).tolist() == np.sort(whole.value[theirs]).tolist()
     assert forest.size < whole.size / 10
@@ -205,7 +214,7 @@ def test_depth_stops_at_the_first_layer_that_does_not_pay_its_draft() -> None:
     slow.observe(1, 1.0)
     drafter, forest = TableDrafter(row=(0.8, 0.0, 0.0)), Forest(sequences(max_tokens=50)[:1])
     budget = priced(CostModel({1: 10.0, 64: 10.0}), 0.5, 1, drafts=slow)
-    grow(forest, drafter, budget, 10, 1)
+    grow(forest, drafter, budget, 10, np.arange(1))
     # Layers are worth 0.8, 0.64, 0.512, 0.4096; another costs half a token. The fourth is drafted, the fifth is not.
     assert drafter.calls == 4
 

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-import pytest
+import time
 
+import numpy as np
+import pytest
+import torch
+
+from tests.models import TableModel
+from tests.unit.worker.engine.harness import decode, options, sequences
+from worker.engine.cost_model import CostModel
+from worker.engine.draft_tree import Candidates, Forest
+from worker.engine.engine import Engine
 from worker.engine.governor import Decision, Governor
+from worker.engine.options import Mode
+from worker.engine.rows import IntArray
+from worker.engine.sequence import Sequence
 
 PLAIN_MS = 10.0
 
@@ -63,3 +75,40 @@ def test_one_step_in_so_many_is_a_probe() -> None:
     governor = Governor(16, 3)
     decisions = [governor.hold_back(1) for _ in range(64)]
     assert [i + 1 for i, d in enumerate(decisions) if d is Decision.PROBE] == [3, 19, 35, 51]
+
+
+class LateReader:
+    """A draft that must read each text before it can draft, and is never right."""
+
+    name = "late"
+
+    def __init__(self) -> None:
+        self.read: dict[object, int] = {}
+        self.rows = 0
+
+    def behind(self, sequence: Sequence) -> int:
+        return len(sequence.ids) - self.read.get(sequence.key, 0)
+
+    def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
+        for root in frontier[forest.depth[frontier] == 0].tolist():
+            sequence = forest.sequences[root]
+            self.rows += self.behind(sequence)
+            time.sleep(self.behind(sequence) * 2e-4)
+            self.read[sequence.key] = len(sequence.ids)
+        return Candidates(np.full((len(frontier), 1), 60), np.full((len(frontier), 1), 0.6))
+
+    def keep(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
+        """It has no state."""
+
+    def drop(self, sequence: Sequence) -> None:
+        """It has no state."""
+
+
+def test_a_draft_that_never_earned_anything_is_tried_on_few_texts() -> None:
+    late = LateReader()
+    texts = [list(range(2, 52))] * 32
+    some = sequences(texts, max_tokens=6)
+    never = TableModel(lambda text: torch.eye(61)[3 + len(text) % 5])
+    running = Engine(never, late, options(Mode.OPT_TREE, max_sequences=32, prefill_rows=2000), CostModel({1: 2.0}))
+    decode(running, some)
+    assert 0 < late.rows < 32 * 50 / 3

@@ -104,6 +104,9 @@ class EveryToken:
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
         return Candidates(np.tile(np.arange(4), (len(frontier), 1)), np.full((len(frontier), 4), 0.25))
 
+    def behind(self, sequence: Sequence) -> int:
+        return 0
+
     def keep(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
         """It has no state."""
 
