@@ -53,6 +53,10 @@ class Engine:
         """KV slots that nobody holds."""
         return self._scheduler.slots.free
 
+    def forget(self, slot: int) -> None:
+        """Share nothing more of what a free slot holds: somebody has written over it."""
+        self._scheduler.slots.forget(slot)
+
     @property
     def busy(self) -> bool:
         """True while some sequence has not ended."""
@@ -76,6 +80,8 @@ class Engine:
         batch = self._scheduler.next_batch()
         if batch.empty:
             return []
+        for share in batch.shares:
+            self._target.share(share.source, share.target, share.length)
         forest, cut = self._grow(batch)
         shown = forest.pruned(cut)
         clock.drafted()

@@ -38,6 +38,9 @@ class LanguageModel(Protocol):
     def keep(self, moves: Sequence[Move]) -> None:
         """Bring the rows of accepted paths down behind the committed prefix."""
 
+    def share(self, source: int, target: int, length: int) -> None:
+        """Copy the keys and values of the first `length` tokens of one slot to another."""
+
 
 class PackedModel:
     """A transformers causal model with a KV slot per sequence."""
@@ -91,6 +94,11 @@ class PackedModel:
         """Bring accepted rows down behind the committed prefix."""
         with torch.inference_mode():
             self.kv.keep(moves)
+
+    def share(self, source: int, target: int, length: int) -> None:
+        """Copy the keys and values of the first `length` tokens of one slot to another."""
+        with torch.inference_mode():
+            self.kv.share(source, target, length)
 
 
 @dataclass(frozen=True, slots=True)
