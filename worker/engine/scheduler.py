@@ -138,7 +138,7 @@ class Scheduler:
                 source, length = self._longest_beginning(sequence)
                 # Somebody before it is about to read more of the same: it reads that, and this one copies it then.
                 coming = max((common(s.ids, sequence.ids[:-1]) for s in order[:place]), default=0)
-                if coming >= length + WORTH_SHARING:
+                if coming >= WORTH_SHARING and coming > length:
                     continue
                 if length >= WORTH_SHARING:
                     if source != sequence.slot:
