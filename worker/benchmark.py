@@ -154,7 +154,9 @@ def _drafter(assembly: Assembly) -> str:
 
 def _ours(assembly: Assembly, prompts: Sequence[list[int]], plan: Plan, mode: Mode) -> Runner:
     def decode(batch: int) -> _Run:
-        engine = assembly.engine(replace(assembly.options, mode=mode, max_sequences=batch))
+        engine = assembly.engine(
+            replace(assembly.options, mode=mode, max_sequences=min(batch, assembly.options.max_sequences))
+        )
         sequences = [
             EngineSequence(
                 key=i,

@@ -28,7 +28,8 @@ def calibrate(target: LanguageModel, options: EngineOptions) -> CostModel:
 
     What is slower is the machine's noise; plain steps of jobs will say how far the machine is off.
     """
-    sizes = [2**i for i in range(options.max_sequences.bit_length()) if 2**i <= options.max_sequences]
+    most = min(options.max_sequences, max(1, options.total_kv_tokens // (_PREFIX + _ROUNDS + options.nodes + 2)))
+    sizes = [2**i for i in range(most.bit_length())]
     plain_options = replace(options, mode=Mode.PLAIN)
     plain = {size: _plain_step_ms(Engine(target, None, plain_options), size) for size in sizes}
     return CostModel(_verify_ms(target), plain)

@@ -127,6 +127,13 @@ def _kept_rows(segments: Sequence[Segment]) -> Tensor:
     return torch.from_numpy(np.concatenate([start + s.keep for start, s in zip(starts, segments, strict=True)]))
 
 
+def kv_bytes(model: PreTrainedModel) -> int:
+    """Return what the keys and values of one token take."""
+    config = model.config.get_text_config()
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return int(2 * config.num_hidden_layers * kv_heads * _head_dim(model) * model.dtype.itemsize)
+
+
 def refuse_inexact(config: PretrainedConfig) -> None:
     """Raise ModelRefused, with the reason, for a configuration that the packed forward can't decode exactly."""
     unknown = set(getattr(config, "layer_types", None) or []) - _KNOWN_LAYERS

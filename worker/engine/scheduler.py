@@ -160,7 +160,7 @@ class Scheduler:
         return source, lengths.get(source, 0)
 
     def _chunks(self, reading: list[Sequence]) -> Iterator[Chunk]:
-        """Give out the step's prompt rows: a share to the oldest, the rest by the shortest, what is left to the oldest."""
+        """Give out the step's prompt rows: some to the oldest, then the shortest, what is left to the oldest."""
         rows = self._options.prefill_rows
         given: dict[Sequence, int] = {}
         for sequence in reading:
@@ -189,5 +189,5 @@ def common(a: list[int], b: list[int]) -> int:
 
 
 def _fair_order(reading: list[Sequence]) -> list[Sequence]:
-    """The oldest, so that it gets on, then those that have the least left to read, so that a long text holds up none."""
+    """Return the oldest, so that it gets on, then those with the least left to read: a long text holds up none."""
     return reading[:1] + sorted(reading[1:], key=lambda s: len(s.ids) - s.cached)

@@ -49,9 +49,9 @@ class Slots:
     def take(self, tokens: int) -> int:
         """Hand out a slot with room for so many tokens; raises OutOfSlots.
 
-        Blank slots go first, the lowest of them, then the text that ended longest ago: what ended lately is likeliest to
-        be asked for again. That slots in use lie together matters to the padded attention alone, and to it mostly when
-        all of them are in use.
+        Blank slots go first, the lowest of them, then the text that ended longest ago: what ended lately is likeliest
+        to be asked for again. That slots in use lie together matters to the padded attention alone, and to it mostly
+        when all of them are in use.
         """
         if not self.fits(tokens):
             raise OutOfSlots
