@@ -1,4 +1,4 @@
-"""Laws of KV memory: what is derived fits, what is chosen is taken, and a text that could never be admitted is refused."""
+"""Laws of KV memory: what is derived fits, and no text may be longer than what can be admitted."""
 
 from __future__ import annotations
 
