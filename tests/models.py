@@ -103,6 +103,7 @@ class TableModel:
 
     logits: Callable[[tuple[int, ...]], Tensor]  # text -> [vocab]
     forwards: int = 0
+    rows: int = 0
     _slots: dict[int, dict[int, int]] = field(default_factory=dict)  # slot -> KV index -> token
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:
@@ -118,8 +119,14 @@ class TableModel:
             kept = [slot[int(source)] for source in move.sources]
             slot.update({move.destination + i: token for i, token in enumerate(kept)})
 
+    def share(self, source: int, target: int, length: int) -> None:
+        """Copy the beginning of a text."""
+        beginning = {i: self._slots[source][i] for i in range(length)}
+        self._slots.setdefault(target, {}).update(beginning)
+
     def _store(self, segment: Segment) -> Segment:
         slot = self._slots.setdefault(segment.slot, {})
+        self.rows += len(segment.ids)
         slot.update({segment.start + i: int(token) for i, token in enumerate(segment.ids)})
         return segment
 

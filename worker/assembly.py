@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import transformers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -25,8 +25,9 @@ from worker.engine.drafting import Drafter
 from worker.engine.engine import Engine
 from worker.engine.errors import ModelRefused, TokenizersDiffer
 from worker.engine.kernels import processor
-from worker.engine.language_model import PackedModel, load, native_dtype
+from worker.engine.language_model import PackedModel, kv_bytes, load, native_dtype
 from worker.engine.options import EngineOptions, Mode
+from worker.memory import with_kv_tokens
 from worker.pull import resolve
 from worker.settings import WorkerSettings
 from worker.text import Codec, eos_ids, first_difference
@@ -73,20 +74,17 @@ def assemble(settings: WorkerSettings, say: Say = lambda _: None) -> Assembly:
     tokenizer = load_tokenizer(path)
     config = model.config.get_text_config()
     options = engine_options(settings, min(settings.max_context, config.max_position_embeddings))
-    capacity = options.max_context + options.nodes + 1
-    target = PackedModel(
-        model,
-        slots=options.max_sequences,
-        capacity=capacity,
-        defined_ids=min(len(tokenizer), config.vocab_size),
-    )
-    vocabulary = min(len(tokenizer), config.vocab_size)
-    codec = Codec(tokenizer, eos_ids(tokenizer, model.generation_config), options.max_context, vocabulary)
-    make_drafter: Callable[[], Drafter] = SuffixDrafter
+    draft = None
     if settings.draft and options.mode is not Mode.PLAIN:
         say(f"Loading {settings.draft} as draft")
-        make_drafter = _load_draft(settings, tokenizer, dtype, device, options)
+        draft = _load_draft(settings, tokenizer, dtype, device)
+    options = with_kv_tokens(options, settings.kv_tokens, kv_bytes(model), kv_bytes(draft) if draft else 0, device)
+    vocabulary = min(len(tokenizer), config.vocab_size)
+    target = PackedModel(model, slots=options.max_sequences, capacity=options.slot_tokens, defined_ids=vocabulary)
+    codec = Codec(tokenizer, eos_ids(tokenizer, model.generation_config), options.max_context, vocabulary)
+    make_drafter = SuffixDrafter if draft is None else _model_drafter(settings, draft, len(tokenizer), options)
     say("Measuring this machine")
+    key = _cost_key(settings, options, target, device)
     return Assembly(
         name=model_name(settings.target),
         draft=model_name(settings.draft) if settings.draft else None,
@@ -97,17 +95,19 @@ def assemble(settings: WorkerSettings, say: Say = lambda _: None) -> Assembly:
         target=target,
         make_drafter=make_drafter,
         options=options,
-        costs=calibrate(target, capacity, _cost_key(settings, target, dtype, device), settings.cache_dir / "costs"),
+        costs=calibrate(
+            target, options.slot_tokens, _cost_key(settings, options, target, device), settings.cache_dir / "costs"
+        ),
     )
 
 
 def _cost_key(
-    settings: WorkerSettings, target: PackedModel, dtype: torch.dtype, device: torch.device
+    settings: WorkerSettings, options: EngineOptions, target: PackedModel, device: torch.device
 ) -> tuple[object, ...]:
     """Return everything that changes what a step costs."""
     where = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     versions = (torch.__version__, transformers.__version__, target.version)
-    return (settings.target, str(dtype), where, torch.get_num_threads(), settings.max_context, *versions)
+    return (settings.target, str(target.dtype), where, torch.get_num_threads(), options.slot_tokens, *versions)
 
 
 def engine_options(settings: WorkerSettings, context_tokens: int) -> EngineOptions:
@@ -146,16 +146,23 @@ def refuse_different(target: Tokenizer, draft: Tokenizer, target_name: str, draf
 
 
 def _load_draft(
-    settings: WorkerSettings, tokenizer: Tokenizer, dtype: torch.dtype, device: torch.device, options: EngineOptions
-) -> Callable[[], Drafter]:
-    """Load the draft model and return what makes drafters with it."""
+    settings: WorkerSettings, tokenizer: Tokenizer, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """Load the draft model; raises TokenizersDiffer or ModelRefused if it can't draft for the target."""
     path = resolve(settings.draft, settings.cache_dir)
     refuse_different(tokenizer, load_tokenizer(path), settings.target, settings.draft)
     model = load(path, dtype=dtype, device=device)
     vocab = model.config.get_text_config().vocab_size
     if vocab < len(tokenizer):
         raise ModelRefused(f"{settings.draft} knows {vocab} token ids and the target's tokenizer has {len(tokenizer)}")
+    return model
+
+
+def _model_drafter(
+    settings: WorkerSettings, model: PreTrainedModel, vocab: int, options: EngineOptions
+) -> Callable[[], Drafter]:
+    """Return what makes drafters with a model."""
     # A tree's expanded nodes lie behind the text until the walk.
     capacity = options.max_context + options.nodes * options.max_depth
     packed = PackedModel(model, slots=options.max_sequences, capacity=capacity)
-    return lambda: ModelDrafter(packed, model_name(settings.draft), len(tokenizer))
+    return lambda: ModelDrafter(packed, model_name(settings.draft), vocab)

@@ -167,7 +167,8 @@ def decode(
     """Return what decodes the prompts with our engine at a batch size; without `make_drafter`, with its own drafts."""
 
     def timed(batch: int) -> Timed:
-        engine = assembly.engine(replace(assembly.options, mode=mode, max_sequences=batch), make_drafter)
+        at_once = min(batch, assembly.options.max_sequences)
+        engine = assembly.engine(replace(assembly.options, mode=mode, max_sequences=at_once), make_drafter)
         sequences = [
             EngineSequence(
                 key=i,

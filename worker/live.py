@@ -95,6 +95,7 @@ class LiveRequest:
     claim: Claim
     choices: dict[int, LiveChoice] = field(default_factory=dict)
     refusal: Refusal | None = None
+    _next_seq: int | None = None  # of choice 0, once that is no longer among the choices
 
     @property
     def done(self) -> bool:
@@ -104,9 +105,18 @@ class LiveRequest:
     @property
     def failure_seq(self) -> int:
         """Number of its `failed` event: behind whatever earlier attempts have published."""
+        if self._next_seq is not None:
+            return self._next_seq
         if self.claim.attempts == 1:
             return 0
         return 1 + max((c.seq for c in self.claim.checkpoints if c.choice_index == 0), default=0)
+
+    def fail(self, refusal: Refusal) -> None:
+        """End the request with an error in the midst of decoding; what is not committed of it is dropped."""
+        if 0 in self.choices:
+            self._next_seq = self.choices[0].next_seq
+        self.choices.clear()
+        self.refusal = refusal
 
     def progress(self, now: float) -> Progress:
         """Return what the next flush writes, and forget the choices it finishes."""
@@ -117,12 +127,16 @@ class LiveRequest:
         finished = [c for c in self.choices.values() if c.sequence.finished]
         for choice in finished:
             del self.choices[choice.index]
-        return Progress(
+        progress = Progress(
             lease=self.claim.lease,
             checkpoints=tuple(c for c in checkpoints if c is not None),
             finished=tuple(choice.output(now) for choice in finished),
             ends=ends,
         )
+        for choice in finished:
+            if choice.index == 0:
+                self._next_seq = choice.next_seq
+        return progress
 
 
 def _row(numbers: StepNumbers, now: float) -> StepRow:

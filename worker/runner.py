@@ -1,6 +1,6 @@
 """The runner: claims requests, feeds the engine, and hands what it decodes to the sink. One turn is one step.
 
-resident -> [runner] -> engine, sink, storage.leases.  Knows no Celery and no signals.
+resident -> [runner] -> recovery, sink, storage.leases.  Knows no Celery and no signals.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from storage import leases
 from storage.records import Checkpoint, Claim, Refusal, RequestKey
 from storage.session import Database
 from worker.engine.engine import Engine
+from worker.engine.sequence import Sequence
 from worker.engine.stats import StepResult
 from worker.live import LiveChoice, LiveRequest
+from worker.recovery import LastingEngine
 from worker.sink import Sink
 from worker.text import Codec
 from worker.transcript import Transcript
@@ -47,8 +49,7 @@ class Runner:
         interval_s: float,
     ) -> None:
         """Flush every `interval_s`; `make_engine` also replaces an engine whose step failed."""
-        self._make_engine = make_engine
-        self._engine = make_engine()
+        self._engine = LastingEngine(make_engine)
         self._codec = codec
         self._sink = sink
         self._database = database
@@ -133,28 +134,26 @@ class Runner:
             self._engine.add(choice.sequence)
 
     def _step(self) -> None:
-        try:
-            results = self._engine.step()
-        except (
-            Exception
-        ):  # the one place where any failure of a step is survived: requests go back, the engine is renewed
-            log.exception("A decoding step failed; its requests go back to the queue", extra={"action": "step_failed"})
-            self._start_over()
-            return
+        results, given_up = self._engine.step()
         now = time.time()
         for result in results:
             self._take(result, now)
         # The engine knows nothing of stop strings: to it, what they ended runs on.
         self._engine.cancel({result.sequence.key for result in results if result.sequence.finished})
+        for sequence in given_up:
+            self._refuse(sequence)
 
     def _take(self, result: StepResult, now: float) -> None:
         job_id, request_index, choice = _parts(result.sequence.key)
         self._live[job_id, request_index].choices[choice].take(result, now)
 
-    def _start_over(self) -> None:
-        """Forget everything held without counting on the engine; leases lapse, and the attempt counts."""
-        self._live.clear()
-        self._engine = self._make_engine()
+    def _refuse(self, sequence: Sequence) -> None:
+        """Answer a request with an error because the engine can't decode this choice of it even alone."""
+        job_id, request_index, _ = _parts(sequence.key)
+        request = self._live[job_id, request_index]
+        others: set[Hashable] = {choice.sequence.key for choice in request.choices.values()}
+        request.fail(Refusal("engine_error", "decoding failed on this request, and on it alone", status_code=500))
+        self._engine.cancel(others)
 
     def _flush_is_due(self) -> bool:
         done = all(request.done for request in self._live.values())

@@ -20,7 +20,10 @@ class WorkerSettings(JobsSettings):
         description="Numbers of the models; auto: bfloat16 where the hardware computes in it, else float32.",
     )
     mode: str = Field("opt-tree", pattern="^(plain|opt-tree|paper)$", description="Decoding mode.")
-    max_sequences: int = Field(16, gt=0, description="Sequences decoded together.")
+    max_sequences: int = Field(64, gt=0, description="Sequences decoded together at most.")
+    kv_tokens: int = Field(
+        0, ge=0, description="Tokens of KV memory for all sequences together; 0: half of the free memory."
+    )
     max_context: int = Field(
         4096, gt=1, description="Tokens of prompt and completion together, if the model holds them."
     )

@@ -49,6 +49,10 @@ class Engine:
         """KV slots that nobody holds."""
         return self._scheduler.slots.free
 
+    def forget(self, slot: int) -> None:
+        """Share nothing more of what a free slot holds: somebody has written over it."""
+        self._scheduler.slots.forget(slot)
+
     @property
     def learned(self) -> dict[str, Any]:
         """What the engine has learned about drafts, as JSON."""
@@ -77,6 +81,8 @@ class Engine:
         batch = self._scheduler.next_batch()
         if batch.empty:
             return []
+        for share in batch.shares:
+            self._target.share(share.source, share.target, share.length)
         plan = self._planner.plan(batch)
         clock.drafted()
         segments, rows = batch.pack(plan.shown)

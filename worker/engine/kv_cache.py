@@ -1,4 +1,4 @@
-"""KV cache: one slot per sequence, keys and values of all layers; free and used slots are counted.
+"""KV cache: one slot per sequence, keys and values of all layers.
 
 Rows of a draft tree are written behind the committed prefix; after the walk the accepted path moves down (`keep`) and
 the rest is simply overwritten later. Memory of a slot is committed by the operating system when it is first written.
@@ -6,44 +6,17 @@ the rest is simply overwritten later. Memory of a slot is committed by the opera
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from worker.engine.errors import OutOfSlots
 from worker.engine.rows import Move
 
 POISON = (
     1e4  # what freed slots are filled with under test: finite, so that a masked read stays harmless and a leak shows
 )
-
-
-class Slots:
-    """Which of the slots 0..count-1 are free. The lowest free one is handed out, so that running slots lie together."""
-
-    def __init__(self, count: int) -> None:
-        """Start with every slot free."""
-        self.count = count
-        self._free = list(range(count))
-
-    @property
-    def free(self) -> int:
-        """Slots that nobody holds."""
-        return len(self._free)
-
-    def take(self) -> int:
-        """Hand out the lowest free slot; raises OutOfSlots."""
-        if not self._free:
-            raise OutOfSlots
-        return heapq.heappop(self._free)
-
-    def give_back(self, slot: int) -> None:
-        """Take a slot back."""
-        assert slot not in self._free, f"slot {slot} was given back twice"
-        heapq.heappush(self._free, slot)
 
 
 class KvCache:
@@ -90,6 +63,11 @@ class KvCache:
         for store in (self.keys, self.values):
             # the right-hand side is gathered before anything is written: overlapping moves are safe
             store[:, slot, place] = store[:, slot, source]
+
+    def share(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` entries of one slot to another."""
+        for store in (self.keys, self.values):
+            store[:, target, :length] = store[:, source, :length]
 
     def poison(self, slot: int, start: int = 0) -> None:
         """Overwrite a slot from `start` on with a value that shows in any output that reads it (tests only)."""

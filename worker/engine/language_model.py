@@ -38,6 +38,9 @@ class LanguageModel(Protocol):
     def keep(self, moves: Sequence[Move]) -> None:
         """Bring the rows of accepted paths down behind the committed prefix."""
 
+    def share(self, source: int, target: int, length: int) -> None:
+        """Copy the keys and values of the first `length` tokens of one slot to another."""
+
 
 class PackedModel:
     """A transformers causal model with a KV slot per sequence."""
@@ -108,6 +111,11 @@ class PackedModel:
         with torch.inference_mode():
             self.kv.keep(moves)
 
+    def share(self, source: int, target: int, length: int) -> None:
+        """Copy the keys and values of the first `length` tokens of one slot to another."""
+        with torch.inference_mode():
+            self.kv.share(source, target, length)
+
 
 @dataclass(frozen=True, slots=True)
 class _Store:
@@ -134,6 +142,13 @@ def _store(model: PreTrainedModel, slots: int, capacity: int, native: bool) -> _
 def _kept_rows(segments: Sequence[Segment]) -> Tensor:
     starts = np.cumsum([0] + [len(s.ids) for s in segments[:-1]])
     return torch.from_numpy(np.concatenate([start + s.keep for start, s in zip(starts, segments, strict=True)]))
+
+
+def kv_bytes(model: PreTrainedModel) -> int:
+    """Return what the keys and values of one token take."""
+    config = model.config.get_text_config()
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return int(2 * config.num_hidden_layers * kv_heads * _head_dim(model) * model.dtype.itemsize)
 
 
 def refuse_inexact(config: PretrainedConfig) -> None:

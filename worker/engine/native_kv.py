@@ -47,6 +47,17 @@ class NativeKv:
                 len(move.sources),
             )
 
+    def share(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` entries of one slot to another.
+
+        Whole panels are copied, for they lie in one piece; what comes along beyond `length` is overwritten before any
+        row sees it.
+        """
+        panel = self._kernels.panel
+        size = -(-length // panel) * panel * self.head_dim
+        for store in (self.keys, self.values):
+            store[:, target, :, :size] = store[:, source, :, :size]
+
     def poison(self, slot: int) -> None:
         """Overwrite a slot with a value that shows in any output that reads it (tests only)."""
         self.keys[:, slot] = POISON

@@ -22,7 +22,18 @@ class EngineOptions:
     max_sequences: int = 16  # sequences decoded together; one KV slot each
     max_context: int = 4096  # tokens of prompt and completion together
     prefill_rows: int = 512  # prompt tokens that one step may carry
+    kv_tokens: int | None = None  # tokens of KV memory for all sequences together; None: every slot in full
     nodes: int = 60  # n: nodes of one draft tree at most
     threshold: float = 0.5  # delta of paper mode: a layer must add more expected acceptance than this
     max_depth: int = 10  # layers of one draft tree at most
     probe_every: int = 64  # opt-tree: one step in so many runs plain, to keep the measured speed-up honest
+
+    @property
+    def slot_tokens(self) -> int:
+        """KV entries of one slot: a full context and one tree."""
+        return self.max_context + self.nodes + 1
+
+    @property
+    def total_kv_tokens(self) -> int:
+        """KV entries of all sequences together."""
+        return self.max_sequences * self.slot_tokens if self.kv_tokens is None else self.kv_tokens

@@ -60,3 +60,12 @@ class Move:
     def in_place(self) -> bool:
         """True if every entry lies where it belongs."""
         return not len(self.sources) or int(self.sources[-1]) == self.destination + len(self.sources) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The first `length` KV entries of one slot, to be had in another: two texts begin alike."""
+
+    source: int
+    target: int
+    length: int

@@ -1,21 +1,25 @@
-"""Which sequences take part in the next step: admission to KV slots, prompt chunks, running sequences.
+"""Which sequences take part in the next step: admission to KV slots, shared beginnings, prompt chunks, running ones.
 
-[scheduler] -> drafter -> draft_tree -> verifier. First come, first served; the caller decides who comes.
+[scheduler] -> drafter -> draft_tree -> verifier. Admitted are those whose longest text has room, first come, first
+served; the caller decides who comes. What two texts have in common from their beginning is read once and copied.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from worker.engine.draft_tree import Forest
-from worker.engine.kv_cache import Slots
 from worker.engine.options import EngineOptions
-from worker.engine.rows import IntArray, Segment, chain
+from worker.engine.rows import IntArray, Segment, Share, chain
 from worker.engine.sequence import Sequence
+from worker.engine.slots import Slots
+
+WORTH_SHARING = 16  # tokens: reading fewer costs no more than keeping apart who waits for whom
+_OLDEST_SHARE = 4  # the oldest prompt gets at least one in so many of a step's prompt rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,7 @@ class Batch:
 
     chunks: tuple[Chunk, ...]
     decoding: tuple[Sequence, ...]
+    shares: tuple[Share, ...] = ()  # beginnings to copy before anything is run, in this order
 
     @property
     def empty(self) -> bool:
@@ -83,12 +88,14 @@ class Scheduler:
         self._options = options
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
-        self.slots = Slots(options.max_sequences)
+        self.slots = Slots(options.max_sequences, options.total_kv_tokens)
 
     @property
     def room(self) -> int:
-        """Sequences that would be admitted at once."""
-        return max(0, self.slots.free - len(self._waiting))
+        """Sequences that would be admitted at once, if they are no longer than those that wait."""
+        if self._waiting and not self._fits(self._waiting[0]):
+            return 0
+        return max(0, self.slots.free - len(self._waiting)) if self.slots.free_tokens > 0 else 0
 
     @property
     def sequences(self) -> tuple[Sequence, ...]:
@@ -97,6 +104,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
+        assert self._needs(sequence) <= self.slots.tokens, "the sequence could never be admitted"
         self._waiting.append(sequence)
 
     def drop_finished(self) -> list[Sequence]:
@@ -105,25 +113,86 @@ class Scheduler:
         gone = [s for s in self._running if s.finished]
         self._running = [s for s in self._running if not s.finished]
         for sequence in gone:
-            self.slots.give_back(sequence.slot)
+            self.slots.give_back(sequence.slot, sequence.ids[: sequence.cached])
         return gone
 
     def next_batch(self) -> Batch:
-        """Admit who fits, give prompts their rows, and return the step's work."""
-        while self._waiting and self.slots.free:
+        """Admit who fits, share beginnings, give prompts their rows, and return the step's work."""
+        while self._waiting and self._fits(self._waiting[0]):
             sequence = self._waiting.popleft()
-            sequence.slot = self.slots.take()
+            sequence.slot = self.slots.take(self._needs(sequence))
             self._running.append(sequence)
-        return Batch(
-            chunks=tuple(self._chunks(s for s in self._running if s.prefilling)),
-            decoding=tuple(s for s in self._running if not s.prefilling),
-        )
+        order = _fair_order([s for s in self._running if s.prefilling])
+        starting, shares = self._start(order)
+        chunks = tuple(self._chunks([s for s in order if s.prefilling and s in starting]))
+        return Batch(chunks, tuple(s for s in self._running if not s.prefilling), tuple(shares))
 
-    def _chunks(self, prefilling: Iterable[Sequence]) -> Iterable[Chunk]:
+    def _fits(self, sequence: Sequence) -> bool:
+        return self.slots.fits(self._needs(sequence))
+
+    def _needs(self, sequence: Sequence) -> int:
+        """Return the KV entries that a sequence may come to need: all its text and one tree."""
+        return sequence.longest + self._options.nodes + 1
+
+    def _start(self, order: list[Sequence]) -> tuple[set[Sequence], list[Share]]:
+        """Return who may read its prompt in this step, and the beginnings that are copied before."""
+        ready: set[Sequence] = set()
+        shares: list[Share] = []
+        for place, sequence in enumerate(order):
+            if not sequence.cached:
+                source, length = self._longest_beginning(sequence)
+                # Somebody before it is about to read more of the same: it reads that, and this one copies it then.
+                coming = max((common(s.ids, sequence.ids[:-1]) for s in order[:place]), default=0)
+                if coming >= WORTH_SHARING and coming > length:
+                    continue
+                if length >= WORTH_SHARING:
+                    if source != sequence.slot:
+                        shares.append(Share(source, sequence.slot, length))
+                    self.slots.forget(sequence.slot)
+                    sequence.cached = length
+            ready.add(sequence)
+        return ready, shares
+
+    def _longest_beginning(self, sequence: Sequence) -> tuple[int, int]:
+        """Return the slot that holds the longest beginning of a text, and its length.
+
+        The last token is never part of it: somebody has to ask the model what follows.
+        """
+        wanted = sequence.ids[:-1]
+        held = self.slots.texts | {s.slot: s.ids[: s.cached] for s in self._running if s.cached}
+        lengths = {slot: common(text, wanted) for slot, text in held.items()}
+        source = max(lengths, key=lambda slot: (lengths[slot], slot == sequence.slot), default=sequence.slot)
+        return source, lengths.get(source, 0)
+
+    def _chunks(self, reading: list[Sequence]) -> Iterator[Chunk]:
+        """Give out the step's prompt rows: some to the oldest, then the shortest, what is left to the oldest."""
         rows = self._options.prefill_rows
-        for sequence in prefilling:
-            if rows <= 0:
-                return
-            end = min(len(sequence.ids), sequence.cached + rows)
-            rows -= end - sequence.cached
-            yield Chunk(sequence, end, completes=end == len(sequence.ids))
+        given: dict[Sequence, int] = {}
+        for sequence in reading:
+            most = rows if given else max(1, rows // _OLDEST_SHARE)
+            given[sequence] = min(len(sequence.ids) - sequence.cached, most)
+            rows -= given[sequence]
+        for sequence in reading[:1]:
+            given[sequence] += min(len(sequence.ids) - sequence.cached - given[sequence], rows)
+        for sequence, count in given.items():
+            if count:
+                self.slots.forget(sequence.slot)
+                end = sequence.cached + count
+                yield Chunk(sequence, end, completes=end == len(sequence.ids))
+
+
+def common(a: list[int], b: list[int]) -> int:
+    """Return how many tokens two texts have in common from their beginning."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _fair_order(reading: list[Sequence]) -> list[Sequence]:
+    """Return the oldest, so that it gets on, then those with the least left to read: a long text holds up none."""
+    return reading[:1] + sorted(reading[1:], key=lambda s: len(s.ids) - s.cached)

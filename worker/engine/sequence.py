@@ -55,6 +55,11 @@ class Sequence:
         return self.max_tokens - (len(self.ids) - self.num_prompt)
 
     @property
+    def longest(self) -> int:
+        """Tokens of prompt and output together, at most."""
+        return self.num_prompt + self.max_tokens
+
+    @property
     def prefilling(self) -> bool:
         """True until the newest token is the only one missing from the KV slot and the first has been emitted."""
         return self.steps == 0 or self.cached < len(self.ids) - 1

@@ -92,6 +92,13 @@ def test_wrong_use_says_what_was_wrong(arguments: list[str], words: str) -> None
     assert words in done.output + str(done.exception)
 
 
+def test_a_prompt_beyond_the_kv_memory_is_refused_as_one_beyond_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BASIC_KV_TOKENS", "200")
+    done = CliRunner().invoke(commands, ["generate", "x" * 180])
+    assert done.exit_code != 0
+    assert "context of 139 tokens" in str(done.exception)
+
+
 def test_a_missing_model_names_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BASIC_TARGET", "/nowhere/at/all")
     done = CliRunner().invoke(commands, ["generate", "x"])

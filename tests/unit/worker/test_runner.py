@@ -46,9 +46,10 @@ class Worker:
     def __init__(self, database: Database, name: str, law: Callable[[tuple[int, ...]], Tensor] = words) -> None:
         self.events: list[PartialEvent] = []
         self.database = database
+        self.model = TableModel(law)
         sink = Sink(database, self.events.extend, name, lease_s=30.0)
         self.runner = Runner(
-            lambda: Engine(TableModel(law), SuffixDrafter(), OPTIONS, FLAT_COSTS),
+            lambda: Engine(self.model, SuffixDrafter(), OPTIONS, FLAT_COSTS),
             Codec(byte_tokenizer(), frozenset({EOS}), OPTIONS.max_context, VOCAB),
             sink,
             database,
@@ -320,7 +321,7 @@ def test_a_cancelled_job_stops_at_the_next_flush(database: Database) -> None:
         assert {r.status for r in session.scalars(select(Request))} == {"cancelled"}
 
 
-def test_a_step_that_fails_hands_its_requests_to_another_attempt(database: Database) -> None:
+def test_a_step_that_fails_is_tried_again_and_nothing_shows(database: Database) -> None:
     failures = iter([True])
 
     def fragile(prefix: tuple[int, ...]) -> Tensor:
@@ -328,28 +329,63 @@ def test_a_step_that_fails_hands_its_requests_to_another_attempt(database: Datab
             raise RuntimeError("out of memory")
         return words(prefix)
 
-    submit(database, "one")
-    worker = Worker(database, "a", fragile)
-    for _ in range(5):
-        worker.runner.turn()
-    assert next(failures, None) is None, "the step did not fail"
-    lapse_leases(database)
+    submit(database, "one", "two", job_id="undisturbed")
+    Worker(database, "a").run()
+    expected = texts(database)
+    with database.write() as session:
+        session.execute(text("DELETE FROM outputs"))
+    submit(database, "one", "two")
+    worker = Worker(database, "b", fragile)
     worker.run()
-    assert len(texts(database)[0, 0]) == 30
+    assert next(failures, None) is None, "the step did not fail"
+    assert texts(database) == expected
     with database.read() as session:
-        assert session.scalars(select(Request)).one().attempts == 2
+        requests = session.scalars(select(Request).where(Request.job_id == "batch_1"))
+        assert {(r.status, r.attempts) for r in requests} == {("completed", 1)}
+    for index in range(2):
+        own = [e for e in worker.events if e.index == index]
+        assert [e.seq for e in own] == list(range(len(own)))
 
 
-def test_a_request_that_fails_every_attempt_ends_in_an_error_row(database: Database) -> None:
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_request_that_fails_alone_ends_in_an_error_row_and_the_others_go_on(database: Database, n: int) -> None:
     def broken(prefix: tuple[int, ...]) -> Tensor:
-        raise RuntimeError("out of memory")
+        if ord("!") in prefix and len(prefix) > 30:
+            raise RuntimeError("out of memory")
+        return words(prefix)
 
-    submit(database, "one")
+    submit(database, "one", "two", "three!", "four", "five", n=n)
     worker = Worker(database, "a", broken)
-    for _ in range(12):
-        worker.runner.turn(rung=True)
-        lapse_leases(database)
+    worker.run()
+    assert set(texts(database)) == {(index, choice) for index in (0, 1, 3, 4) for choice in range(n)}
     with database.read() as session:
-        request = session.scalars(select(Request)).one()
-        assert (request.status, request.error_code) == ("failed", "server_error")
-    assert [(e.type, e.seq) for e in worker.events if e.index == 0][-1] == ("failed", 1)
+        request = session.scalars(select(Request).where(Request.request_index == 2)).one()
+        assert (request.status, request.error_code, request.error_status_code) == ("failed", "engine_error", 500)
+        assert session.scalars(select(Job)).one().status == "completed"
+    own = [e for e in worker.events if (e.index, e.choice) == (2, 0)]
+    assert own[-1].type == "failed"
+    assert [e.seq for e in own] == list(range(len(own)))
+
+
+@pytest.mark.parametrize("ending", ["cancelled", "expired"])
+def test_requests_of_a_job_that_is_over_leave_before_the_step_behind_the_next_flush(
+    database: Database, ending: str
+) -> None:
+    submit(database, "one", "two", "three")
+    worker = Worker(database, "a")
+    for _ in range(3):
+        worker.runner.turn(rung=True)
+    with database.write() as session:
+        if ending == "cancelled":
+            writes.request_cancel(session, "batch_1")
+        else:
+            session.execute(text("UPDATE jobs SET expires_at = 0"))
+            writes.expire_jobs(session)
+    worker.runner.turn()  # the interval is 0: this turn ends with a flush
+    forwards = worker.model.forwards
+    assert not worker.runner.busy
+    worker.runner.turn()
+    assert worker.model.forwards == forwards
+    with database.read() as session:
+        assert session.scalars(select(Job)).one().status == ending
+        assert {r.status for r in session.scalars(select(Request))} == {ending}

@@ -11,10 +11,11 @@ import torch
 from tests.models import ARCHITECTURES, packed, tiny
 from tests.unit.worker.engine.harness import PROMPTS, decode, drafter, engine, options, outputs, sequences
 from worker.engine.errors import ModelRefused, OutOfSlots
-from worker.engine.kv_cache import KvCache, Slots
+from worker.engine.kv_cache import KvCache
 from worker.engine.language_model import PackedModel, refuse_inexact
 from worker.engine.options import Mode
 from worker.engine.rows import Move, Segment, chain
+from worker.engine.slots import Slots
 
 # A tree of two branches behind the root: rows 0 -> 1 -> 3 and 0 -> 2 -> 4.
 PARENTS = [-1, 0, 0, 1, 2]
@@ -117,12 +118,12 @@ def test_slots_add_up_under_random_arrivals_and_cancellations(seed: int) -> None
 
 
 def test_slots_hand_out_the_lowest_and_refuse_more_than_there_are() -> None:
-    slots = Slots(2)
-    assert [slots.take(), slots.take()] == [0, 1]
+    slots = Slots(2, 10)
+    assert [slots.take(5), slots.take(5)] == [0, 1]
     with pytest.raises(OutOfSlots):
-        slots.take()
-    slots.give_back(0)
-    assert slots.take() == 0
+        slots.take(0)
+    slots.give_back(0, [])
+    assert slots.take(5) == 0
 
 
 def test_prompts_longer_than_a_chunk_are_read_in_stretches() -> None:

@@ -1,0 +1,122 @@
+"""Laws of sharing: what texts have in common from their beginning is read once, and nobody can tell from the text."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.models import ARCHITECTURES, VOCAB, TableModel, packed, tiny
+from tests.unit.worker.engine.harness import decode, drafter, engine, options, outputs, sequences
+from worker.engine import scheduler
+from worker.engine.options import Mode
+from worker.engine.sampling import Sampling
+from worker.engine.scheduler import common
+
+SYSTEM = [2 + i % 37 for i in range(40)]
+PROMPTS = [[*SYSTEM, 7, 8], [*SYSTEM, 9], [*SYSTEM[:25], 11, 12, 13], [*SYSTEM, 7, 8], [20, 21], SYSTEM]
+SAMPLED = Sampling(temperature=0.9, top_k=20, top_p=0.95)
+
+
+def last_token(text: tuple[int, ...]) -> Tensor:
+    logits = torch.zeros(VOCAB)
+    logits[(text[-1] + 1) % VOCAB] = 5.0
+    return logits
+
+
+@pytest.fixture
+def nobody_shares(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setattr(scheduler, "WORTH_SHARING", 10_000)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["kernels", "torch"])
+@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("prefill_rows", [7, 500])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_text_is_the_same_with_and_without_sharing(
+    nobody_shares: pytest.MonkeyPatch, architecture: str, prefill_rows: int, sampling: Sampling, native: bool
+) -> None:
+    if not native:
+        nobody_shares.setattr("worker.engine.language_model.kernels", lambda dtype: None)
+    alone = sequences(PROMPTS, sampling=sampling)
+    decode(engine(packed(tiny(architecture)), None, options(Mode.PLAIN, prefill_rows=prefill_rows)), alone)
+    nobody_shares.setattr(scheduler, "WORTH_SHARING", 16)
+    together = sequences(PROMPTS, sampling=sampling)
+    running = engine(packed(tiny(architecture)), drafter("same"), options(Mode.PAPER, prefill_rows=prefill_rows))
+    decode(running, together)
+    assert outputs(together) == outputs(alone)
+    again = sequences(PROMPTS, sampling=sampling)
+    decode(running, again)  # now from slots whose texts have ended
+    assert outputs(again) == outputs(alone)
+
+
+@pytest.mark.parametrize("prefill_rows", [7, 500])
+def test_eight_choices_of_one_prompt_read_it_once(prefill_rows: int) -> None:
+    model = TableModel(last_token)
+    decode(
+        engine(model, None, options(Mode.PLAIN, max_sequences=8, prefill_rows=prefill_rows)),
+        sequences([PROMPTS[0]] * 8, max_tokens=1),
+    )
+    assert model.rows == len(PROMPTS[0]) + 7
+
+
+def test_five_prompts_read_their_common_system_prompt_once() -> None:
+    model = TableModel(last_token)
+    prompts = [[*SYSTEM, 5 + i, 6, 7] for i in range(5)]
+    decode(engine(model, None, options(Mode.PLAIN, max_sequences=5)), sequences(prompts, max_tokens=1))
+    assert model.rows == len(SYSTEM) + 5 * 3
+
+
+def test_a_prompt_that_comes_later_shares_with_one_that_runs_and_with_one_that_has_ended() -> None:
+    model = TableModel(last_token)
+    running = engine(model, None, options(Mode.PLAIN))
+    first, second, third = sequences([PROMPTS[0]] * 3, max_tokens=3)
+    running.add(first)
+    while first.steps == 0:
+        running.step()
+    decode(running, [second])
+    decode(running, [third])
+    assert model.rows == len(PROMPTS[0]) + 2 + 2 * 3
+
+
+def test_a_text_goes_on_in_the_slot_that_holds_its_beginning() -> None:
+    model = TableModel(last_token)
+    running = engine(model, None, options(Mode.PLAIN, max_sequences=1))
+    decode(running, sequences([PROMPTS[0]], max_tokens=1))
+    decode(running, sequences([PROMPTS[1]], max_tokens=1))
+    assert model.rows == len(PROMPTS[0]) + 1
+
+
+@pytest.mark.parametrize("forgotten", [True, False])
+def test_a_freed_slot_that_was_overwritten_is_shared_no_more(forgotten: bool) -> None:
+    model = packed(tiny())
+    running = engine(model, None, options(Mode.PLAIN))
+    first, second = sequences([PROMPTS[0]] * 2)
+    decode(running, [first])
+    model.kv.poison(first.slot)
+    if forgotten:
+        running.forget(first.slot)
+    decode(running, [second])
+    # the control: poison that nobody was told of shows, so these slots are really shared
+    assert (outputs([second]) == outputs([first])) is forgotten
+
+
+def test_a_sequence_cancelled_before_it_read_anything_leaves_the_others_alone() -> None:
+    model = TableModel(last_token)
+    running = engine(model, None, options(Mode.PLAIN))
+    some = sequences([PROMPTS[0]] * 3, max_tokens=4)
+    for sequence in some:
+        running.add(sequence)
+    running.step()
+    running.cancel({0})  # the one that the others wait for
+    while running.busy:
+        running.step()
+    assert outputs(some)[1] == outputs(some)[2] == [9, 10, 11, 12]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "length"), [([], [1], 0), ([1, 2, 3], [1, 2, 4], 2), ([1, 2], [1, 2, 3], 2), ([1], [2], 0)]
+)
+def test_common_beginnings_are_measured(a: list[int], b: list[int], length: int) -> None:
+    assert common(a, b) == common(b, a) == length

@@ -1,0 +1,122 @@
+"""Recovery: an engine that outlives its steps. A step that fails is tried again with half as many sequences.
+
+runner -> [recovery] -> engine.  What fails may be the size of the batch or one of its sequences, and nobody can tell
+which from the exception. So a fresh engine gets half of them, first those that have not emitted since they came. Once
+all it holds have emitted, twice as many may come. A sequence that fails alone is given up; everybody else goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+from worker.engine.engine import Engine
+from worker.engine.history import History
+from worker.engine.sequence import Sequence
+from worker.engine.stats import StepResult
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Mark:
+    """Where a sequence stood before the step."""
+
+    length: int
+    steps: int
+
+
+class LastingEngine:
+    """An engine whose KV is rebuilt from the sequences' ids when a step has failed."""
+
+    def __init__(self, make_engine: Callable[[], Engine]) -> None:
+        """Start with a fresh engine; `make_engine` also replaces one whose step failed."""
+        self._make_engine = make_engine
+        self._engine = make_engine()
+        self._held: dict[Sequence, bool] = {}  # in the engine; whether it has emitted since it came
+        self._waiting: deque[Sequence] = deque()  # not in the engine: they might be what failed
+        self._limit: int | None = None  # sequences that the engine may hold; None: as many as it likes
+        self._calm = 0  # steps in a row that went well
+        self._failures = 0  # failed steps since a sequence was last given up
+
+    @property
+    def room(self) -> int:
+        """Sequences that can be added and admitted at once; none before everybody is back after a failure."""
+        return max(0, self._engine.room - len(self._waiting)) if self._limit is None else 0
+
+    @property
+    def busy(self) -> bool:
+        """True while some sequence has not ended."""
+        return bool(self._waiting) or self._engine.busy
+
+    @property
+    def learned(self) -> dict[str, Any]:
+        """What the engine has learned about drafts since it was made, as JSON."""
+        return self._engine.learned
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence, fresh or resumed."""
+        self._waiting.append(sequence)
+
+    def cancel(self, keys: set[Hashable]) -> None:
+        """End sequences by key, without another token."""
+        for sequence in self._waiting:
+            sequence.cancelled |= sequence.key in keys
+        self._engine.cancel(keys)
+        self._forget_finished()
+
+    def step(self) -> tuple[list[StepResult], list[Sequence]]:
+        """Run one step; return what each emitting sequence got, and those that are given up."""
+        self._admit()
+        marks = {s: _Mark(len(s.ids), s.steps) for s in self._held}
+        try:
+            results = self._engine.step()
+        except Exception:  # the one place where any failure of a step is survived
+            log.exception("A step of %d sequences failed", len(marks), extra={"action": "step_failed"})
+            return [], self._start_over(marks)
+        for result in results:
+            self._held[result.sequence] = True
+        self._forget_finished()
+        self._widen()
+        return results, []
+
+    def _admit(self) -> None:
+        while self._waiting and (self._limit is None or len(self._held) < self._limit):
+            sequence = self._waiting.popleft()
+            self._held[sequence] = False
+            self._engine.add(sequence)
+
+    def _start_over(self, marks: dict[Sequence, _Mark]) -> list[Sequence]:
+        """Take everybody back to before the step; return the one that failed alone, if it did."""
+        alone = self._limit == 1
+        given_up = list(marks) if alone else []
+        for sequence, mark in marks.items():
+            del sequence.ids[mark.length :]
+            sequence.steps, sequence.finish_reason = mark.steps, None
+            sequence.slot, sequence.cached = -1, 0
+            sequence.history = History()  # it may have counted what is taken back
+        # The sort is stable: those who have not shown that they can emit come first, so that halving finds the one.
+        suspects = [] if alone else sorted(marks, key=lambda s: self._held[s])
+        self._waiting.extendleft(reversed(suspects))
+        self._limit = max(1, len(marks) // 2)
+        self._failures = 0 if alone else self._failures + 1
+        self._calm = 0
+        self._held = {}
+        self._engine = self._make_engine()
+        return given_up
+
+    def _widen(self) -> None:
+        """Let twice as many come, later after every failure, lest a batch that is too large be tried for ever."""
+        self._calm += 1
+        if self._limit is None or self._calm < self._failures or not all(self._held.values()):
+            return
+        self._limit, self._calm = 2 * self._limit, 0
+        if self._limit >= len(self._held) + len(self._waiting):
+            self._limit = None
+
+    def _forget_finished(self) -> None:
+        self._waiting = deque(s for s in self._waiting if not s.finished)
+        self._held = {s: emitted for s, emitted in self._held.items() if not s.finished}
