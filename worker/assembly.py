@@ -95,9 +95,7 @@ def assemble(settings: WorkerSettings, say: Say = lambda _: None) -> Assembly:
         target=target,
         make_drafter=make_drafter,
         options=options,
-        costs=calibrate(
-            target, options.slot_tokens, _cost_key(settings, options, target, device), settings.cache_dir / "costs"
-        ),
+        costs=calibrate(target, options.slot_tokens, key, settings.cache_dir / "costs"),
     )
 
 
