@@ -33,7 +33,7 @@ check: setup ## Check style, types and import directions
 	$(BIN)/lint-imports
 
 unit: setup ## Run the tests that need no server
-	$(BIN)/pytest tests/unit -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit -n auto --dist worksteal  # a process a core, each with one thread
 
 integration: model ## Run the tests with real servers, processes and SmolLM2
 	$(BIN)/pytest tests/integration tests/acceptance
