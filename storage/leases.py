@@ -111,12 +111,15 @@ def share_out(running: Mapping[str, int], places: int) -> dict[str, int]:
 
 
 def _running_by_job(session: Session, model: str, limit: int, now: float) -> dict[str, int]:
-    """Return the jobs that have something to claim, with the number of their running requests; fewest first."""
+    """Return the jobs that have something to claim, with the number of their running requests; fewest first.
+
+    Among equals lots decide: were it age, an old job would win every place as long as there are fewer than jobs.
+    """
     running = running_requests(now).label("running")
     jobs = session.execute(
         select(Job.id, running)
         .where(Job.status == "in_progress", Job.model == model, Job.expires_at > now, has_work(now))
-        .order_by(running, Job.created_at, Job.id)
+        .order_by(running, func.random())
         .limit(limit)
     )
     return dict(jobs.all())

@@ -7,7 +7,7 @@ import pytest
 
 from storage import leases
 from storage.leases import share_out
-from storage.records import Lease, Progress
+from storage.records import Claim, Lease, Progress, Refusal
 from storage.session import Database
 from tests.unit.storage.acts import (
     cancel,
@@ -119,6 +119,29 @@ def test_a_job_that_comes_late_catches_up(database: Database) -> None:
     record(database, "late", 100)
 
     assert Counter(c.lease.job_id for c in claim(database, limit=10)) == {"late": 9, "early": 1}
+
+
+def test_a_huge_job_does_not_starve_a_later_one_where_there_is_one_place_only(database: Database) -> None:
+    record(database, "huge", 200)
+    record(database, "small", 1)
+    turns = 0
+    while "small" not in {c.lease.job_id for c in _serve_one(database)}:
+        turns += 1
+        assert turns < 60, "lots can't fall like that"
+
+
+def test_no_job_starves_where_there_are_more_jobs_than_places(database: Database) -> None:
+    for number in range(4):
+        record(database, f"job-{number}", 60)
+    served = Counter(c.lease.job_id for _ in range(100) for c in _serve_one(database))
+    assert len(served) == 4
+    assert min(served.values()) > 5
+
+
+def _serve_one(database: Database) -> list[Claim]:
+    (claimed,) = claim(database)
+    flush(database, "w1", Progress(claimed.lease, refusal=Refusal("invalid_value", "done with")))
+    return [claimed]
 
 
 @pytest.mark.parametrize(
