@@ -137,7 +137,7 @@ def test_two_tokens_follow_the_adjusted_joint_law(sampling: Sampling, filters: S
     chosen = replace(
         sampling, temperature=filters.temperature, top_k=filters.top_k, top_p=filters.top_p, min_p=filters.min_p
     )
-    prompt, count = [2, 0], 1000
+    prompt, count = [2, 0], 500
 
     def law(text: list[int]) -> Tensor:
         adjusted = step_by_step(two_step_logits(tuple(text)), text, len(prompt), chosen)

@@ -126,7 +126,7 @@ def test_two_tokens_follow_the_joint_law_whatever_is_drafted(drafter: EveryToken
     running = Engine(
         TableModel(two_step_logits), drafter, options(mode, max_sequences=64, nodes=25, max_depth=2), costs
     )
-    count = 1500
+    count = 800
     some = [Sequence(i, [2, 0], 2, 3, Sampling(1.0, key=noise_key(i, 0))) for i in range(count)]
     decode(running, some)
     counts = np.zeros((4, 4))

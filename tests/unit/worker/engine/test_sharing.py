@@ -39,14 +39,14 @@ def test_text_is_the_same_with_and_without_sharing(
 ) -> None:
     if not native:
         nobody_shares.setattr("worker.engine.language_model.kernels", lambda dtype: None)
-    alone = sequences(PROMPTS, sampling=sampling)
+    alone = sequences(PROMPTS, max_tokens=6, sampling=sampling)
     decode(engine(packed(tiny(architecture)), None, options(Mode.PLAIN, prefill_rows=prefill_rows)), alone)
     nobody_shares.setattr(scheduler, "WORTH_SHARING", 16)
-    together = sequences(PROMPTS, sampling=sampling)
+    together = sequences(PROMPTS, max_tokens=6, sampling=sampling)
     running = engine(packed(tiny(architecture)), drafter("same"), options(Mode.PAPER, prefill_rows=prefill_rows))
     decode(running, together)
     assert outputs(together) == outputs(alone)
-    again = sequences(PROMPTS, sampling=sampling)
+    again = sequences(PROMPTS, max_tokens=6, sampling=sampling)
     decode(running, again)  # now from slots whose texts have ended
     assert outputs(again) == outputs(alone)
 
