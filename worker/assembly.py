@@ -160,7 +160,5 @@ def _model_drafter(
     settings: WorkerSettings, model: PreTrainedModel, vocab: int, options: EngineOptions
 ) -> Callable[[], Drafter]:
     """Return what makes drafters with a model."""
-    # A tree's expanded nodes lie behind the text until the walk.
-    capacity = options.max_context + options.nodes * options.max_depth
-    packed = PackedModel(model, slots=options.max_sequences, capacity=capacity)
+    packed = PackedModel(model, slots=options.max_sequences, capacity=options.draft_slot_tokens)
     return lambda: ModelDrafter(packed, model_name(settings.draft), vocab)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -97,6 +97,11 @@ class Timed:
         """All tokens written."""
         return sum(map(len, self.token_ids))
 
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds
+
 
 Runner = Callable[[int], Timed]  # takes the batch size
 
@@ -104,10 +109,7 @@ Runner = Callable[[int], Timed]  # takes the batch size
 def run(settings: WorkerSettings, plan: Plan, say: Say = lambda _: None) -> Report:
     """Measure every mode of the plan at every batch size."""
     assembly = assemble(settings, say)
-    prompts = [
-        assembly.codec.encode(request_for(assembly.name, p, max_tokens=plan.max_tokens), CHAT_ENDPOINT)
-        for p in plan.prompts
-    ]
+    prompts = encode(assembly, plan.prompts, plan.max_tokens)
     runners: dict[str, Runner] = {
         mode: decode(assembly, prompts, plan.max_tokens, Mode(mode), plan.temperature)
         for mode in plan.modes
@@ -120,18 +122,32 @@ def run(settings: WorkerSettings, plan: Plan, say: Say = lambda _: None) -> Repo
     return Report(assembly.device, assembly.dtype, assembly.name, _drafter(assembly), tuple(results))
 
 
+def encode(assembly: Assembly, prompts: Sequence[str], max_tokens: int) -> list[list[int]]:
+    """Return the token ids of prompts as chat requests have them."""
+    return [assembly.codec.encode(request_for(assembly.name, p, max_tokens=max_tokens), CHAT_ENDPOINT) for p in prompts]
+
+
+def take_turns(
+    runners: Mapping[str, Runner], batch: int, runs: int, say: Say = lambda _: None
+) -> dict[str, list[Timed]]:
+    """Run each so often at a batch size, one after the other within a run: a slow minute hits all of them."""
+    taken: dict[str, list[Timed]] = {name: [] for name in runners}
+    for turn in range(runs):
+        for name, timed in taken.items():
+            say(f"Batch {batch}, run {turn + 1} of {runs}: {name}")
+            timed.append(runners[name](batch))
+    return taken
+
+
 def _measure(runners: dict[str, Runner], batch: int, plan: Plan, assembly: Assembly, say: Say) -> list[Result]:
-    taken: dict[str, list[Timed]] = {mode: [] for mode in runners if batch == 1 or _batches(mode)}
-    for turn in range(plan.runs):
-        for mode, runs in taken.items():
-            say(f"Batch {batch}, run {turn + 1} of {plan.runs}: {mode}")
-            runs.append(runners[mode](batch))
+    able = {mode: runner for mode, runner in runners.items() if batch == 1 or _batches(mode)}
+    taken = take_turns(able, batch, plan.runs, say)
     plain = taken.get(Mode.PLAIN.value)
     return [_result(mode, batch, plan, runs, plain[0] if plain else None, assembly) for mode, runs in taken.items()]
 
 
 def _result(mode: str, batch: int, plan: Plan, runs: list[Timed], plain: Timed | None, assembly: Assembly) -> Result:
-    rates = [r.tokens / r.seconds for r in runs]
+    rates = [r.rate for r in runs]
     steps = runs[0].steps
     speculates = mode in (Mode.OPT_TREE.value, Mode.PAPER.value)
     return Result(
@@ -191,64 +207,61 @@ def decode(
     return timed
 
 
-def peer(settings: WorkerSettings, assembly: Assembly, prompts: Sequence[list[int]], max_tokens: int) -> Runner:
-    """Return what decodes the prompts with transformers' own greedy generate, in padded batches."""
-    plan = Plan((), (), ("transformers-greedy",), max_tokens, 1)
-    return _peers(settings, assembly, prompts, plan)["transformers-greedy"]
-
-
 def _peers(settings: WorkerSettings, assembly: Assembly, prompts: Sequence[list[int]], plan: Plan) -> dict[str, Runner]:
     wanted = [mode for mode in plan.modes if mode in PEERS]
     if not settings.draft:
         wanted = [mode for mode in wanted if mode != "transformers-assisted"]
     if not wanted:
         return {}
-    model = _load_peer(resolve(settings.target, settings.cache_dir), assembly)
+    model = load_peer(resolve(settings.target, settings.cache_dir), assembly)
     extra: dict[str, dict[str, Any]] = {
         "transformers-greedy": {},
         "transformers-prompt-lookup": {"prompt_lookup_num_tokens": _LOOKUP_TOKENS},
     }
     if "transformers-assisted" in wanted:
         extra["transformers-assisted"] = {
-            "assistant_model": _load_peer(resolve(settings.draft, settings.cache_dir), assembly)
+            "assistant_model": load_peer(resolve(settings.draft, settings.cache_dir), assembly)
         }
-    return {mode: _peer(model, assembly, prompts, plan, extra[mode]) for mode in wanted}
+    return {mode: peer(model, assembly, prompts, plan.max_tokens, plan.temperature, **extra[mode]) for mode in wanted}
 
 
-def _load_peer(path: str, assembly: Assembly) -> Any:
+def load_peer(path: str, assembly: Assembly) -> Any:
     """Load a model as transformers itself runs it; its `generate` is typed for mixins that no model class declares."""
     return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, assembly.dtype), device_map=assembly.where)
 
 
-def _peer(model: Any, assembly: Assembly, prompts: Sequence[list[int]], plan: Plan, extra: dict[str, Any]) -> Runner:
-    def decode(batch: int) -> Timed:
+def peer(
+    model: Any, assembly: Assembly, prompts: Sequence[list[int]], max_tokens: int, temperature: float, **extra: Any
+) -> Runner:
+    """Return what decodes the prompts with transformers' own generate, in padded batches; `extra` are its arguments."""
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+
+    def timed(batch: int) -> Timed:
         outputs: list[tuple[int, ...]] = []
         started = perf_counter()
         for first in range(0, len(prompts), batch):
-            outputs += _peer_batch(model, assembly, prompts[first : first + batch], plan, extra)
+            some = prompts[first : first + batch]
+            outputs += _peer_batch(model, assembly, some, {"max_new_tokens": max_tokens, **sampling, **extra})
         return Timed(tuple(outputs), perf_counter() - started, None)
 
-    return decode
+    return timed
 
 
 @torch.inference_mode()
 def _peer_batch(
-    model: Any, assembly: Assembly, prompts: Sequence[list[int]], plan: Plan, extra: dict[str, Any]
+    model: Any, assembly: Assembly, prompts: Sequence[list[int]], arguments: dict[str, Any]
 ) -> list[tuple[int, ...]]:
     """Let transformers decode left-padded prompts; return each completion up to its end-of-sequence token."""
     width = max(map(len, prompts))
     pad = min(assembly.codec.eos_ids, default=0)
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=assembly.where)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=assembly.where)
-    sampling = {"do_sample": True, "temperature": plan.temperature} if plan.temperature else {"do_sample": False}
     out = model.generate(
         ids,
         attention_mask=mask,
-        max_new_tokens=plan.max_tokens,
         eos_token_id=sorted(assembly.codec.eos_ids) or None,
         pad_token_id=pad,
-        **sampling,
-        **extra,
+        **arguments,
     )
     return [_until_eos(row.tolist(), assembly.codec.eos_ids) for row in out[:, width:]]
 

@@ -24,7 +24,8 @@ from worker import pull as models_on_disk
 from worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
-    from worker.generate import Generation, Pieces
+    from worker.generate import Generation
+    from worker.stops import Pieces
 
 FAILED = 1
 _GRID_PROMPTS = 64

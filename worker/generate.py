@@ -15,9 +15,8 @@ from worker.assembly import Assembly, assemble
 from worker.engine.options import Mode
 from worker.engine.stats import StepNumbers
 from worker.settings import WorkerSettings
+from worker.stops import Pieces
 from worker.transcript import Transcript
-
-Pieces = Sequence[tuple[str, str]]  # (text, "draft" | "target")
 
 
 @dataclass(frozen=True, slots=True)

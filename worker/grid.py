@@ -15,9 +15,8 @@ import numpy as np
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from jobs.messages import CHAT_ENDPOINT
 from worker.assembly import Assembly, Say, assemble
-from worker.benchmark import Result, Runner, Timed, decode, peer
+from worker.benchmark import Result, Runner, decode, encode, load_peer, peer, take_turns
 from worker.drafters.model import ModelDrafter
 from worker.drafters.suffix import SuffixDrafter
 from worker.engine.attention import ATTENTION_NAME
@@ -27,7 +26,7 @@ from worker.engine.language_model import PackedModel, quicken
 from worker.engine.options import Mode
 from worker.engine.rows import IntArray
 from worker.engine.sequence import Sequence as EngineSequence
-from worker.generate import request_for
+from worker.pull import resolve
 from worker.settings import WorkerSettings
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -62,18 +61,19 @@ class Cell:
 def run(settings: WorkerSettings, prompts: Sequence[str], max_tokens: int, runs: int, say: Say) -> list[Cell]:
     """Measure every cell."""
     assembly = assemble(settings, say)
-    texts = [
-        assembly.codec.encode(request_for(assembly.name, p, max_tokens=max_tokens), CHAT_ENDPOINT) for p in prompts
-    ]
+    texts = encode(assembly, prompts, max_tokens)
     random = _random_draft(assembly)
+    transformers = load_peer(resolve(settings.target, settings.cache_dir), assembly)
     cells: list[Cell] = []
     for batch in BATCHES:
         some = [texts[i % len(texts)] for i in range(max(batch, _LEAST_PROMPTS))]
-        generate = peer(settings, assembly, some, max_tokens)
         for temperature in TEMPERATURES:
             say(f"Batch {batch}, temperature {temperature:g}")
             runners = _runners(assembly, some, max_tokens, temperature, random)
-            rates = _rates(runners | ({"transformers": generate} if temperature == 0.0 else {}), batch, runs)
+            if temperature == 0.0:
+                runners["transformers"] = peer(transformers, assembly, some, max_tokens, temperature)
+            taken = take_turns(runners, batch, runs)
+            rates = {name: median(timed.rate for timed in of) for name, of in taken.items()}
             for drafter in DRAFTS:
                 ours = (rates["plain"], rates[f"opt-tree {drafter}"], rates[f"paper {drafter}"])
                 cells.append(Cell(batch, temperature, drafter, *ours, rates.get("transformers"), runs))
@@ -98,14 +98,6 @@ def _runners(
     return runners
 
 
-def _rates(runners: dict[str, Runner], batch: int, runs: int) -> dict[str, float]:
-    taken: dict[str, list[Timed]] = {name: [] for name in runners}
-    for _ in range(runs):
-        for name, timed in taken.items():
-            timed.append(runners[name](batch))
-    return {name: median(t.tokens / t.seconds for t in timed) for name, timed in taken.items()}
-
-
 def _random_draft(assembly: Assembly) -> PackedModel:
     """Return a model of the target's kind with a fifteenth of its layers and random weights."""
     config = assembly.target.config
@@ -116,9 +108,7 @@ def _random_draft(assembly: Assembly) -> PackedModel:
         small, dtype=dtype, attn_implementation=ATTENTION_NAME
     ).eval()
     quicken(model)
-    options = assembly.options
-    capacity = options.max_context + options.nodes * options.max_depth
-    return PackedModel(model, slots=options.max_sequences, capacity=capacity)
+    return PackedModel(model, slots=assembly.options.max_sequences, capacity=assembly.options.draft_slot_tokens)
 
 
 class ReplayDrafter:
@@ -135,9 +125,10 @@ class ReplayDrafter:
         tokens = np.zeros((len(frontier), 1), np.int64)
         for row, node in enumerate(frontier.tolist()):
             sequence = forest.sequences[forest.tree[node]]
-            known = self._known[int(str(sequence.key))]
+            assert isinstance(sequence.key, int)
+            known = self._known[sequence.key]
             place = len(sequence.ids) - sequence.num_prompt + int(forest.depth[node])
-            right = (place * 7919 + int(str(sequence.key)) * 104729) % 100 < 100 * _RIGHT
+            right = (place * 7919 + sequence.key * 104729) % 100 < 100 * _RIGHT
             tokens[row] = known[place] if place < len(known) and right else 0
         return Candidates(tokens, np.full(tokens.shape, _RIGHT))
 

@@ -115,9 +115,8 @@ class Engine:
     def _number(
         self, batch: Batch, plan: StepPlan, accepted: list[Accepted], kept: list[list[int]], clock: _Clock
     ) -> list[StepResult]:
-        plain_step_ms = self._planner.plain_step_ms(batch)
         step_ms = clock.step_ms()
-        self._planner.learn(batch, plan, accepted, sum(map(len, kept)), clock.draft_ms, step_ms)
+        plain_step_ms = self._planner.learn(batch, plan, accepted, sum(map(len, kept)), clock.draft_ms, step_ms)
         shown = plan.shown
         trees = len(shown.sequences)
         nodes = np.bincount(shown.tree, minlength=trees) - 1

@@ -3,7 +3,7 @@
 budget -> [governor]. Per load class it keeps an account in tokens. A step that speculated pays in what it emitted minus
 what plain decoding would have emitted in the same time; every step pays in one hundredth of its tokens. While the
 account is overdrawn, steps are plain: the loss is bounded by that hundredth, even if every prediction is wrong. The
-account is asked only whether it is overdrawn; it must be in credit by a step's worth before speculation comes back.
+account is asked only whether it is overdrawn; it must be in credit by half a token before speculation comes back.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Governor:
     """Accounts of speculation by load class."""
 
     def __init__(self, probe_every: int, first_probe: int) -> None:
-        """Run one step in `probe_every` plain, the `first_probe`-th of an engine among them: short jobs get one too."""
+        """Run one step in `probe_every` plain, the `first_probe`-th of an engine first."""
         self._probe_every = probe_every
         self._first_probe = first_probe
         self._steps = 0
@@ -74,9 +74,8 @@ class Governor:
         account = self._accounts[load_class(sequences)]
         step_ms = min(step_ms, _OUTLIER * plain_ms)
         account.steps += 1
-        if (
-            not speculated
-        ):  # times are skewed: their mean lies above what is usual, and drafts are not to blame for that
+        # Times are skewed: their mean lies above what is usual, and drafts are not to blame for that.
+        if not speculated:
             account.plain_off += _RATE_WEIGHT * (step_ms / plain_ms - account.plain_off)
         account.rate += max(_RATE_WEIGHT, 1 / account.steps) * (tokens / step_ms - account.rate)
         earned = tokens - sequences * step_ms / (plain_ms * account.plain_off) if speculated else 0.0

@@ -129,13 +129,11 @@ class Kernels:
 
     def pack(self, weight: Tensor, second: Tensor | None = None) -> Tensor:
         """Return `weight` [columns, inputs] as `multiply` wants it; with `second`, both in alternating half panels."""
-        weight = weight.detach().contiguous()
-        second = None if second is None else second.detach().contiguous()
-        columns, inputs = weight.shape[0] * (1 if second is None else 2), weight.shape[1]
+        parts = [part.contiguous() for part in (weight, second) if part is not None]
+        columns, inputs = sum(map(len, parts)), weight.shape[1]
         packed = torch.empty(self._packed_size(columns, inputs), dtype=weight.dtype)
-        self._pack(
-            weight.data_ptr(), second.data_ptr() if second is not None else None, packed.data_ptr(), columns, inputs
-        )
+        first, other = [*(part.data_ptr() for part in parts), None][:2]
+        self._pack(first, other, packed.data_ptr(), columns, inputs)
         return packed
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -128,8 +128,7 @@ class _Store:
 
 def _store(model: PreTrainedModel, slots: int, capacity: int, native: bool) -> _Store:
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    heads, kv_heads = config.num_attention_heads, _kv_heads(model)
     compiled = _kernels_for(model) if native else None
     layers, head_dim = config.num_hidden_layers, _head_dim(model)
     if compiled is None:
@@ -147,8 +146,7 @@ def _kept_rows(segments: Sequence[Segment]) -> Tensor:
 def kv_bytes(model: PreTrainedModel) -> int:
     """Return what the keys and values of one token take."""
     config = model.config.get_text_config()
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return int(2 * config.num_hidden_layers * kv_heads * _head_dim(model) * model.dtype.itemsize)
+    return int(2 * config.num_hidden_layers * _kv_heads(model) * _head_dim(model) * model.dtype.itemsize)
 
 
 def refuse_inexact(config: PretrainedConfig) -> None:
@@ -208,6 +206,11 @@ def _kernels_for(model: PreTrainedModel) -> Kernels | None:
     """Return the compiled kernels if they take this model."""
     compiled = kernels(model.dtype) if model.device.type == "cpu" else None
     return compiled if compiled is not None and _head_dim(model) % compiled.panel == 0 else None
+
+
+def _kv_heads(model: PreTrainedModel) -> int:
+    config = model.config.get_text_config()
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 def _head_dim(model: PreTrainedModel) -> int:

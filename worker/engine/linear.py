@@ -56,7 +56,8 @@ def pack(model: nn.Module, kernels: Kernels) -> int:
 
 
 def _pack_children(parent: nn.Module, kernels: Kernels) -> int:
-    layers = [(name, child) for name, child in parent.named_children() if type(child) is nn.Linear]
+    children = [(name, child) for name, child in parent.named_children() if type(child) is nn.Linear]
+    layers = [(name, child) for name, child in children if child.in_features % 2 == 0]  # bfloat16 is packed in pairs
     for name, layer in layers:
         # Logits stay float32: rounding them would make ties that are none.
         setattr(parent, name, PackedLinear([layer], kernels, floats=name == "lm_head" and layer.bias is None))

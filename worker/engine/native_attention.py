@@ -27,8 +27,7 @@ class _View:
     first: IntArray  # [rows]
     prefix: IntArray  # [rows]
     extra_start: IntArray  # [rows + 1]
-    extra: IntArray
-
+    extra: IntArray  # KV entries, by row
     end: int  # behind the last entry that any row sees
 
     def structure(self) -> View:

@@ -34,6 +34,11 @@ class EngineOptions:
         return self.max_context + self.nodes + 1
 
     @property
+    def draft_slot_tokens(self) -> int:
+        """KV entries of one slot of a draft model: a full context, and every node it expands until the walk."""
+        return self.max_context + self.nodes * self.max_depth
+
+    @property
     def total_kv_tokens(self) -> int:
         """KV entries of all sequences together."""
         return self.max_sequences * self.slot_tokens if self.kv_tokens is None else self.kv_tokens

@@ -68,28 +68,25 @@ class Planner:
         some = shown.size > len(shown.sequences)
         return StepPlan(forest, shown, np.flatnonzero(cut), layers, Decision.TREE if some else Decision.UNPROFITABLE)
 
-    def plain_step_ms(self, batch: Batch) -> float | None:
-        """Return what the step would take without drafts; None if nobody knows: it shares a prefill."""
-        if self._costs is None or batch.chunks:
-            return None
-        return float(self._costs.step_ms(len(batch.decoding), batch.entries))
-
     def learn(
         self, batch: Batch, plan: StepPlan, accepted: list[Accepted], tokens: int, draft_ms: float, step_ms: float
-    ) -> None:
-        """Learn from a step that was taken and emitted so many tokens."""
+    ) -> float | None:
+        """Learn from a step that was taken and emitted so many tokens.
+
+        Return what it would have taken without drafts, by what was known before; None if nobody knows: it shared a
+        prefill.
+        """
         if plan.layers:
             self._label(plan, accepted)
-        plain_ms = self.plain_step_ms(batch)
-        if plain_ms is None or self._costs is None:
-            return
+        if self._costs is None or batch.chunks:
+            return None
+        trees, rows = len(batch.decoding), plan.shown.size
+        plain_ms = float(self._costs.step_ms(trees, batch.entries))
         if plan.layers:
-            saved_ms = plain_ms * tokens / len(batch.decoding) - step_ms
-            self._drafts.observe_earned(saved_ms * len(batch.decoding) / plain_ms / len(plan.layers[0].frontier))
-        # Between taking the prediction and refining it: the account is settled at the prices of the plan.
-        self._governor.settle(len(batch.decoding), tokens, step_ms, plain_ms, speculated=bool(plan.layers))
-        rows = plan.shown.size
-        self._costs.observe(rows, batch.entries * rows / len(batch.decoding), step_ms - draft_ms)
+            self._drafts.observe_earned((tokens - trees * step_ms / plain_ms) / len(plan.layers[0].frontier))
+        self._governor.settle(trees, tokens, step_ms, plain_ms, speculated=bool(plan.layers))
+        self._costs.observe(rows, batch.entries * rows / trees, step_ms - draft_ms)
+        return plain_ms
 
     def as_json(self) -> dict[str, Any]:
         """Return what has been learned about drafts, for `workers.calibration`."""
@@ -106,9 +103,13 @@ class Planner:
         if self._options.mode is Mode.PAPER or self._costs is None:
             return PaperBudget(self._options.nodes, self._options.threshold)
         trees = len(batch.decoding)
-        rate = self._governor.rate(trees, float(self._costs.step_ms(trees, batch.entries)))
-        rows = trees + batch.prefill_rows
+        rate, rows = self._rate(batch, self._costs), trees + batch.prefill_rows
         return PricedBudget(self._options.nodes, self._costs, self._drafts, rate, rows, batch.entries, trees)
+
+    def _rate(self, batch: Batch, costs: CostModel) -> float:
+        """Return the tokens per millisecond that are the price of time in a batch like this."""
+        trees = len(batch.decoding)
+        return self._governor.rate(trees, float(costs.step_ms(trees, batch.entries)))
 
     def _affordable(self, batch: Batch) -> IntArray:
         """Return the trees to draft for: all whose reading by the drafter can be paid, those least behind first.
@@ -121,7 +122,7 @@ class Planner:
         behind = np.array([self._drafter.behind(sequence) for sequence in batch.decoding], np.int64)
         if self._options.mode is Mode.PAPER or self._costs is None or (behind <= self._options.max_depth).all():
             return np.arange(trees)
-        rate = self._governor.rate(trees, float(self._costs.step_ms(trees, batch.entries)))
+        rate = self._rate(batch, self._costs)
         order = np.argsort(behind, kind="stable")
         price = (rate * self._drafts.row_ms * behind[order]).cumsum()
         purse = self._governor.credit(trees) + _HORIZON * self._drafts.earned * np.arange(1, trees + 1)

@@ -57,6 +57,16 @@ def decode(running: Engine, some: Sequence[EngineSequence]) -> list[StepResult]:
     return results
 
 
+def resumed_after(
+    count: int, whole: Sequence[EngineSequence], fresh: Sequence[EngineSequence]
+) -> Sequence[EngineSequence]:
+    """Return fresh sequences that already hold the first tokens of finished ones, as after a restart."""
+    for sequence, done in zip(fresh, whole, strict=True):
+        sequence.ids += done.output_ids[:count]
+        sequence.steps = count
+    return fresh
+
+
 def outputs(some: Sequence[EngineSequence]) -> list[list[int]]:
     """Return the emitted ids of each sequence."""
     return [sequence.output_ids for sequence in some]

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from tests.models import ARCHITECTURES, packed, tiny
-from tests.unit.worker.engine.harness import PROMPTS, decode, drafter, engine, options, outputs, sequences
+from tests.unit.worker.engine.harness import (
+    PROMPTS,
+    decode,
+    drafter,
+    engine,
+    options,
+    outputs,
+    resumed_after,
+    sequences,
+)
 from worker.engine.options import Mode
 from worker.engine.sampling import Sampling
 from worker.engine.sequence import FinishReason
@@ -78,10 +87,7 @@ def test_shared_noise_lifts_acceptance_when_sampling(monkeypatch: pytest.MonkeyP
 def test_a_sequence_resumed_from_its_tokens_goes_on_as_if_it_had_not_stopped(sampling: Sampling, after: int) -> None:
     whole = sequences(sampling=sampling)
     decode(engine(packed(tiny()), None, options(Mode.PLAIN)), whole)
-    resumed = sequences(sampling=sampling)
-    for sequence, done in zip(resumed, whole, strict=True):
-        sequence.ids += done.output_ids[:after]
-        sequence.steps = after
+    resumed = resumed_after(after, whole, sequences(sampling=sampling))
     decode(engine(packed(tiny()), drafter("suffix"), options(Mode.PAPER)), resumed)
     assert outputs(resumed) == outputs(whole)
 

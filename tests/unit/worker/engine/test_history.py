@@ -13,7 +13,16 @@ from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
 
 from tests.models import TableModel, packed, tiny
-from tests.unit.worker.engine.harness import PROMPTS, decode, drafter, engine, options, outputs, sequences
+from tests.unit.worker.engine.harness import (
+    PROMPTS,
+    decode,
+    drafter,
+    engine,
+    options,
+    outputs,
+    resumed_after,
+    sequences,
+)
 from tests.unit.worker.engine.test_sampling import EveryToken, by_transformers, two_step_logits
 from worker.engine import verifier
 from worker.engine.cost_model import CostModel
@@ -122,10 +131,7 @@ def test_an_adjusted_sequence_goes_on_from_its_tokens_as_if_it_had_not_stopped(t
     chosen = replace(ADJUSTED["all"], temperature=temperature)
     whole = sequences(sampling=chosen)
     decode(engine(packed(tiny()), None, options(Mode.PLAIN)), whole)
-    resumed = sequences(sampling=chosen)
-    for sequence, done in zip(resumed, whole, strict=True):
-        sequence.ids += done.output_ids[:after]
-        sequence.steps = after
+    resumed = resumed_after(after, whole, sequences(sampling=chosen))
     decode(engine(packed(tiny()), drafter("suffix"), options(Mode.PAPER)), resumed)
     assert outputs(resumed) == outputs(whole)
 
