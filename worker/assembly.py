@@ -12,25 +12,21 @@ from dataclasses import dataclass
 
 import torch
 import transformers
-from transformers import AutoTokenizer, PreTrainedModel
-from transformers import PreTrainedTokenizerFast as Tokenizer
 from transformers.utils import logging as transformers_logging
 
 from jobs.messages import model_name
 from worker.calibration import calibrate
-from worker.drafters.model import ModelDrafter
-from worker.drafters.suffix import SuffixDrafter
+from worker.drafts import draft_for
 from worker.engine.cost_model import CostModel
 from worker.engine.drafting import Drafter
 from worker.engine.engine import Engine
-from worker.engine.errors import ModelRefused, TokenizersDiffer
 from worker.engine.kernels import processor
-from worker.engine.language_model import PackedModel, kv_bytes, load, native_dtype
+from worker.engine.language_model import PackedModel, kv_bytes, load, native_dtype, quicken
 from worker.engine.options import EngineOptions, Mode
 from worker.memory import with_kv_tokens
 from worker.pull import resolve
 from worker.settings import WorkerSettings
-from worker.text import Codec, eos_ids, first_difference
+from worker.text import Codec, eos_ids, load_tokenizer
 
 Say = Callable[[str], None]
 
@@ -74,38 +70,43 @@ def assemble(settings: WorkerSettings, say: Say = lambda _: None) -> Assembly:
     tokenizer = load_tokenizer(path)
     config = model.config.get_text_config()
     options = engine_options(settings, min(settings.max_context, config.max_position_embeddings))
-    draft = None
-    if settings.draft and options.mode is not Mode.PLAIN:
-        say(f"Loading {settings.draft} as draft")
-        draft = _load_draft(settings, tokenizer, dtype, device)
-    options = with_kv_tokens(options, settings.kv_tokens, kv_bytes(model), kv_bytes(draft) if draft else 0, device)
+    draft = draft_for(settings, model, tokenizer)
+    if draft.name:
+        say(f"Drafting with {draft.name}")
+    quicken(model)
+    options = with_kv_tokens(options, settings.kv_tokens, kv_bytes(model), draft.token_bytes, device)
     vocabulary = min(len(tokenizer), config.vocab_size)
-    target = PackedModel(model, slots=options.max_sequences, capacity=options.slot_tokens, defined_ids=vocabulary)
+    target = PackedModel(
+        model,
+        slots=options.max_sequences,
+        capacity=options.slot_tokens,
+        defined_ids=vocabulary,
+        tapped=draft.taps,
+    )
     codec = Codec(tokenizer, eos_ids(tokenizer, model.generation_config), options.max_context, vocabulary)
-    make_drafter = SuffixDrafter if draft is None else _model_drafter(settings, draft, len(tokenizer), options)
     say("Measuring this machine")
-    key = _cost_key(settings, options, target, device)
+    key = _cost_key(settings, options, target, device, draft.taps)
     return Assembly(
         name=model_name(settings.target),
-        draft=model_name(settings.draft) if settings.draft else None,
+        draft=draft.name,
         device=torch.cuda.get_device_name() if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)",
         where=device.type,
         dtype=str(dtype).removeprefix("torch."),
         codec=codec,
         target=target,
-        make_drafter=make_drafter,
+        make_drafter=draft.make(target, options),
         options=options,
         costs=calibrate(target, options.slot_tokens, key, settings.cache_dir / "costs"),
     )
 
 
 def _cost_key(
-    settings: WorkerSettings, options: EngineOptions, target: PackedModel, device: torch.device
+    settings: WorkerSettings, options: EngineOptions, target: PackedModel, device: torch.device, taps: tuple[int, ...]
 ) -> tuple[object, ...]:
     """Return everything that changes what a step costs."""
     where = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     versions = (torch.__version__, transformers.__version__, target.version)
-    return (settings.target, str(target.dtype), where, torch.get_num_threads(), options.slot_tokens, *versions)
+    return (settings.target, str(target.dtype), where, torch.get_num_threads(), options.slot_tokens, taps, *versions)
 
 
 def engine_options(settings: WorkerSettings, context_tokens: int) -> EngineOptions:
@@ -119,46 +120,3 @@ def engine_options(settings: WorkerSettings, context_tokens: int) -> EngineOptio
         threshold=settings.threshold,
         max_depth=settings.max_depth,
     )
-
-
-def load_tokenizer(path: str) -> Tokenizer:
-    """Load a tokenizer; raises ModelRefused when there is none that streams."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelRefused(f"the tokenizer of {path} could not be loaded: {error}") from error
-    if not isinstance(tokenizer, Tokenizer):
-        raise ModelRefused(f"{path} has no fast tokenizer (tokenizer.json), which streaming text needs")
-    return tokenizer
-
-
-def refuse_different(target: Tokenizer, draft: Tokenizer, target_name: str, draft_name: str) -> None:
-    """Raise TokenizersDiffer, naming the first id, unless both tokenizers spell every id alike."""
-    first = first_difference(target.get_vocab(), draft.get_vocab())
-    if first is not None:
-        ours, theirs = target.convert_ids_to_tokens(first), draft.convert_ids_to_tokens(first)
-        raise TokenizersDiffer(
-            f"{draft_name} can't draft for {target_name}: token id {first} is {ours!r} in the target's tokenizer and "
-            f"{theirs!r} in the draft's; choose a draft with the target's tokenizer"
-        )
-
-
-def _load_draft(
-    settings: WorkerSettings, tokenizer: Tokenizer, dtype: torch.dtype, device: torch.device
-) -> PreTrainedModel:
-    """Load the draft model; raises TokenizersDiffer or ModelRefused if it can't draft for the target."""
-    path = resolve(settings.draft, settings.cache_dir)
-    refuse_different(tokenizer, load_tokenizer(path), settings.target, settings.draft)
-    model = load(path, dtype=dtype, device=device)
-    vocab = model.config.get_text_config().vocab_size
-    if vocab < len(tokenizer):
-        raise ModelRefused(f"{settings.draft} knows {vocab} token ids and the target's tokenizer has {len(tokenizer)}")
-    return model
-
-
-def _model_drafter(
-    settings: WorkerSettings, model: PreTrainedModel, vocab: int, options: EngineOptions
-) -> Callable[[], Drafter]:
-    """Return what makes drafters with a model."""
-    packed = PackedModel(model, slots=options.max_sequences, capacity=options.draft_slot_tokens)
-    return lambda: ModelDrafter(packed, model_name(settings.draft), vocab)

@@ -11,10 +11,11 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 from tokenizers.decoders import DecodeStream
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from jobs.errors import InvalidValue, PromptTooLong
 from jobs.messages import CHAT_ENDPOINT, GenerationRequest, SamplingParameters
+from worker.engine.errors import ModelRefused
 from worker.engine.sampling import Sampling, noise_key
 from worker.engine.sequence import Sequence as EngineSequence
 from worker.stops import Pieces, StopStrings, add_piece
@@ -161,6 +162,17 @@ class TextStream:
         for chunk, source in passed:
             self._text.append(chunk)
             add_piece(pieces, chunk, source)
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
+    """Load a tokenizer; raises ModelRefused when there is none that streams."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelRefused(f"the tokenizer of {path} could not be loaded: {error}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ModelRefused(f"{path} has no fast tokenizer (tokenizer.json), which streaming text needs")
+    return tokenizer
 
 
 def eos_ids(tokenizer: PreTrainedTokenizerFast, generation: GenerationConfig | None) -> frozenset[int]:

@@ -3,16 +3,17 @@
 drafter -> [acceptance] -> draft_tree. The target's own token is known at every node that it accepted, so each of these
 nodes labels all candidates that were offered below it, whether they were verified or not: nothing is censored by the
 budget. A candidate's value is its probability times the ratio of hits to promises among candidates of like depth and
-like probability; greedy and sampled sequences are counted apart.
+like probability; greedy and sampled sequences are counted apart, and so are the sources of a mixed drafter.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from worker.engine.draft_tree import Candidates, FloatArray, Forest
+from worker.engine.draft_tree import SOURCES, Candidates, Forest
 from worker.engine.rows import IntArray
 
 _EDGES = np.array([0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97])  # classes of probability, between these
@@ -27,26 +28,27 @@ class Acceptance:
 
     def __init__(self) -> None:
         """Start by believing the drafter."""
-        shape = (2, _DEPTHS, len(_EDGES) + 1)
+        shape = (2, SOURCES, _DEPTHS, len(_EDGES) + 1)
         self._hits = np.full(shape, _PRIOR)
         self._promised = np.full(shape, _PRIOR)
 
     def of(self, forest: Forest, frontier: IntArray, offered: Candidates) -> Candidates:
         """Return the candidates with P(the target draws this token here | it reached the node)."""
-        where = self._classes(forest, frontier, offered.probabilities)
+        where = self._classes(forest, frontier, offered)
         ratio = self._hits[where] / self._promised[where]
-        return Candidates(offered.tokens, np.minimum(offered.probabilities * ratio, _HIGHEST))
+        return replace(offered, probabilities=np.minimum(offered.probabilities * ratio, _HIGHEST))
 
     def learn(self, forest: Forest, frontier: IntArray, offered: Candidates, drawn: IntArray) -> None:
         """Label the candidates of every node whose drawn token is known: `drawn` [frontier], -1 where it is not."""
         known = drawn >= 0
         if not known.any():
             return
-        probabilities = offered.probabilities[known]
-        where = self._classes(forest, frontier[known], probabilities)
-        hit = (offered.tokens[known] == drawn[known, None]) & (probabilities > 0.0)
+        source = None if offered.source is None else offered.source[known]
+        offered = Candidates(offered.tokens[known], offered.probabilities[known], source)
+        where = self._classes(forest, frontier[known], offered)
+        hit = (offered.tokens == drawn[known, None]) & (offered.probabilities > 0.0)
         np.add.at(self._hits, where, hit)
-        np.add.at(self._promised, where, probabilities)
+        np.add.at(self._promised, where, offered.probabilities)
 
     def forget(self) -> None:
         """Let what was learned weigh a little less; call once a step."""
@@ -54,20 +56,25 @@ class Acceptance:
         self._promised = _PRIOR + (self._promised - _PRIOR) * _FORGET
 
     def as_json(self) -> dict[str, Any]:
-        """Return hits over promises by depth, all probabilities together."""
+        """Return hits over promises by source and depth, all probabilities together."""
         ratio = self._hits.sum(axis=-1) / self._promised.sum(axis=-1)
-        return {name: [round(float(r), 3) for r in row] for name, row in zip(("greedy", "sampled"), ratio, strict=True)}
+        return {
+            name: [[round(float(r), 3) for r in by_depth] for by_depth in rows]
+            for name, rows in zip(("greedy", "sampled"), ratio, strict=True)
+        }
 
     @staticmethod
-    def _classes(forest: Forest, frontier: IntArray, probabilities: FloatArray) -> tuple[IntArray, IntArray, IntArray]:
-        """Return the indices of each candidate's class, broadcast to [frontier, k]."""
+    def _classes(forest: Forest, frontier: IntArray, offered: Candidates) -> tuple[IntArray, ...]:
+        """Return the indices of each candidate's class, each [frontier, k]."""
         sampled = forest.sampled[forest.tree[frontier]].astype(np.int64)
         depth = np.minimum(forest.depth[frontier], _DEPTHS - 1)
-        shape = probabilities.shape
+        shape = offered.probabilities.shape
+        source = np.zeros(shape, np.int64) if offered.source is None else offered.source
         return (
             np.broadcast_to(sampled[:, None], shape),
+            source,
             np.broadcast_to(depth[:, None], shape),
-            np.searchsorted(_EDGES, probabilities),
+            np.searchsorted(_EDGES, offered.probabilities),
         )
 
 

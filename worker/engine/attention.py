@@ -69,6 +69,7 @@ class AttentionPlan:
         """Group `segments`, which must be in slot order, for a model with `query_groups` query heads per KV head."""
         self._kv = kv
         self._query_groups = query_groups
+        self.tapped: Tensor | None = None  # [n, taps, width] outputs of tapped layers, once they have run
         device = kv.keys.device
         self._slot = torch.from_numpy(np.repeat([s.slot for s in segments], [len(s.ids) for s in segments])).to(device)
         self._index = torch.from_numpy(np.concatenate([np.arange(s.start, s.end) for s in segments])).to(device)

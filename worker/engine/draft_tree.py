@@ -22,12 +22,16 @@ from worker.engine.sequence import Sequence
 FloatArray = NDArray[np.float64]
 
 
+SOURCES = 3  # of candidates, that are told apart at most
+
+
 @dataclass(frozen=True, slots=True)
 class Candidates:
     """What a drafter offers below each node of a frontier: probability 0 marks an empty place."""
 
     tokens: IntArray  # [frontier, k]
     probabilities: FloatArray  # [frontier, k] P(the target draws this token here | it reached the node)
+    source: IntArray | None = None  # [frontier, k] who offers it, below SOURCES; None: one source for all
 
 
 class Forest:

@@ -406,6 +406,7 @@ typedef struct {
     const number *norm_1, *norm_2, *query_norm, *key_norm; /* head norms may be NULL */
     product_t qkv, o, gate_up, down;
     int64_t view; /* which of the step's views its window needs */
+    int64_t tap;  /* where its output goes in a row of the tapped states; -1: nowhere */
 } layer_t;
 
 /* Room for the intermediate rows of a step. */
@@ -416,10 +417,11 @@ typedef struct {
     number *gated;   /* [rows, inner] */
 } scratch_t;
 
-/* Run `layers` over `x` [rows, width] in place; `keys` and `values` are `layer_size` numbers a layer. */
+/* Run `layers` over `x` [rows, width] in place; `keys` and `values` are `layer_size` numbers a layer, and `tapped`
+ * [rows, taps, width] takes the outputs of some. */
 void run_layers(const layer_t *layers, int64_t count, const plan_t *plan, const view_t *views, const scratch_t *scratch,
                 number *x, const number *cos, const number *sin, number *keys, number *values, int64_t layer_size,
-                int64_t width, float eps) {
+                int64_t width, float eps, number *tapped, int64_t taps) {
     int64_t rows = plan->rows, dim = plan->dim, row = (plan->heads + 2 * plan->kv_heads) * dim;
 #pragma omp parallel
     {
@@ -437,6 +439,10 @@ void run_layers(const layer_t *layers, int64_t count, const plan_t *plan, const 
             normalise_all(x, layer->norm_2, scratch->normed, rows, width, eps);
             multiply_all(&layer->gate_up, scratch->normed, scratch->gated, rows, GATE);
             multiply_all(&layer->down, scratch->gated, x, rows, ADD);
+            if (layer->tap < 0) continue;
+#pragma omp for schedule(static)
+            for (int64_t r = 0; r < rows; r++)
+                memcpy(tapped + (r * taps + layer->tap) * width, x + r * width, (size_t)width * sizeof(number));
         }
         clear_desk(desk);
     }

@@ -79,7 +79,7 @@ class Layer(ctypes.Structure):
     _fields_ = (
         _fields("norm_1 norm_2 query_norm key_norm", _ADDRESS)
         + _fields("qkv o gate_up down", Product)
-        + _fields("view", _SIZE)
+        + _fields("view tap", _SIZE)
     )
 
 
@@ -125,6 +125,8 @@ class Kernels:
             size,
             size,
             real,
+            address,
+            size,
         )
 
     def pack(self, weight: Tensor, second: Tensor | None = None) -> Tensor:

@@ -16,13 +16,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from worker.engine.attention import ATTENTION_NAME, AttentionPlan
 from worker.engine.errors import ModelRefused
+from worker.engine.hidden_states import HiddenStates
 from worker.engine.kernels import Kernels, kernels
 from worker.engine.kv_cache import KvCache
-from worker.engine.layers import fuse
+from worker.engine.layers import fuse, tap
 from worker.engine.linear import pack
 from worker.engine.native_attention import NativePlan
 from worker.engine.native_kv import NativeKv
-from worker.engine.rows import Move, Segment, chain
+from worker.engine.rows import Move, Segment, chain, kept_rows
 
 # Frequencies of these depend on the longest text of the forward, so one sequence would change another's numbers.
 _BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
@@ -53,18 +54,26 @@ class PackedModel:
         capacity: int,
         defined_ids: int | None = None,
         native: bool = True,
+        tapped: Sequence[int] = (),
     ) -> None:
         """Wrap a model loaded with `ATTENTION_NAME`.
 
         `capacity` is the KV entries per slot, tree rows included. Logits are cut to the first `defined_ids` tokens, so
-        that padding of the vocabulary is never emitted. `native` allows compiled kernels, where there are any. Raises
-        ModelRefused for what can't be decoded exactly.
+        that padding of the vocabulary is never emitted. `native` allows compiled kernels, where there are any. The
+        outputs of the layers `tapped` are kept for every entry, for a draft that reads them. Raises ModelRefused for
+        what can't be decoded exactly.
         """
         config = model.config.get_text_config()
         refuse_inexact(config)
         self._model = model
         self._defined_ids = defined_ids
-        self._store = _store(model, slots, capacity, native)
+        self._store = kv_store(model, slots, capacity, native)
+        self.hidden: HiddenStates | None = None
+        if tapped:
+            tap(model, tapped)
+            self.hidden = HiddenStates(
+                slots, self.kv.capacity, len(tapped) * config.hidden_size, model.dtype, model.device
+            )
         self.forward([chain(0, 0, [0], keep_last=True)])  # unknown attention arguments are refused here, not in a job
 
     @property
@@ -94,31 +103,39 @@ class PackedModel:
         device = self._model.device
         ids = torch.from_numpy(np.concatenate([s.ids for s in segments])).to(device)
         positions = torch.from_numpy(np.concatenate([s.positions for s in segments])).to(device)
+        plan = self._store.plan(segments)
         logits = self._model(
             input_ids=ids.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
             attention_mask=None,
             past_key_values=None,
             use_cache=False,
-            logits_to_keep=_kept_rows(segments).to(device),
-            plan=self._store.plan(segments),
+            logits_to_keep=kept_rows(segments).to(device),
+            plan=plan,
         ).logits[0]
         assert isinstance(logits, Tensor)
+        if self.hidden is not None:
+            assert plan.tapped is not None
+            self.hidden.write(segments, plan.tapped.flatten(1))
         return logits if self._defined_ids is None else logits[:, : self._defined_ids]
 
     def keep(self, moves: Sequence[Move]) -> None:
         """Bring accepted rows down behind the committed prefix."""
         with torch.inference_mode():
             self.kv.keep(moves)
+            if self.hidden is not None:
+                self.hidden.keep(moves)
 
     def share(self, source: int, target: int, length: int) -> None:
         """Copy the keys and values of the first `length` tokens of one slot to another."""
         with torch.inference_mode():
             self.kv.share(source, target, length)
+            if self.hidden is not None:
+                self.hidden.share(source, target, length)
 
 
 @dataclass(frozen=True, slots=True)
-class _Store:
+class KvStore:
     """KV slots, and how a step's rows meet them."""
 
     kv: KvCache | NativeKv
@@ -126,21 +143,17 @@ class _Store:
     plan: Callable[[Sequence[Segment]], AttentionPlan | NativePlan]
 
 
-def _store(model: PreTrainedModel, slots: int, capacity: int, native: bool) -> _Store:
+def kv_store(model: PreTrainedModel, slots: int, capacity: int, native: bool = True) -> KvStore:
+    """Return KV slots for a model, or for the layers of one, in the layout of what runs them."""
     config = model.config.get_text_config()
     heads, kv_heads = config.num_attention_heads, _kv_heads(model)
     compiled = _kernels_for(model) if native else None
     layers, head_dim = config.num_hidden_layers, _head_dim(model)
     if compiled is None:
         slow = KvCache(layers, slots, kv_heads, capacity, head_dim, model.dtype, model.device)
-        return _Store(slow, None, lambda segments: AttentionPlan(segments, slow, heads // kv_heads))
+        return KvStore(slow, None, lambda segments: AttentionPlan(segments, slow, heads // kv_heads))
     fast = NativeKv(layers, slots, kv_heads, capacity, head_dim, model.dtype, compiled)
-    return _Store(fast, compiled, lambda segments: NativePlan(segments, fast, heads, compiled))
-
-
-def _kept_rows(segments: Sequence[Segment]) -> Tensor:
-    starts = np.cumsum([0] + [len(s.ids) for s in segments[:-1]])
-    return torch.from_numpy(np.concatenate([start + s.keep for start, s in zip(starts, segments, strict=True)]))
+    return KvStore(fast, compiled, lambda segments: NativePlan(segments, fast, heads, compiled))
 
 
 def kv_bytes(model: PreTrainedModel) -> int:
@@ -190,8 +203,21 @@ def load(path: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedMo
         raise ModelRefused(f"{path} could not be loaded: {error}") from error
     assert isinstance(model, PreTrainedModel)
     model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps nn.Module.to in a way its types don't follow
-    quicken(model)
     return model
+
+
+def embeddings(model: PreTrainedModel) -> Tensor:
+    """Return a model's token embeddings [vocab, width]."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
+def output_weights(model: PreTrainedModel) -> Tensor:
+    """Return the weights [vocab, width] of a model's logits, before they are packed."""
+    weight = model.get_output_embeddings().weight  # type: ignore[no-untyped-call]
+    assert isinstance(weight, Tensor)
+    return weight.detach()
 
 
 def quicken(model: PreTrainedModel) -> None:

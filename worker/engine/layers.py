@@ -8,12 +8,14 @@ transformers wrote it.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
+from worker.engine.errors import ModelRefused
 from worker.engine.kernels import Kernels, Layer, Scratch
 from worker.engine.linear import PackedLinear
 from worker.engine.native_attention import NativePlan
@@ -46,10 +48,19 @@ class FusedLayers(nn.Module):
         self._packed = [_Packed(layer, kernels) for layer in layers]
         self._windows = sorted({packed.window for packed in self._packed}, key=lambda window: window or 0)
         self._layers = (Layer * len(layers))(*[packed.layer(self._windows) for packed in self._packed])
+        self._taps = 0
         first: Any = layers[0]
         self._eps = float(first.input_layernorm.variance_epsilon)
         self._scaling = float(first.self_attn.scaling)
         self._inner = int(first.mlp.up_proj.out_features)
+
+    def tap(self, layers: Sequence[int]) -> None:
+        """From now on leave the outputs of these layers in `plan.tapped` [n, taps, width]."""
+        self._taps = len(layers)
+        for layer in self._layers:
+            layer.tap = -1
+        for place, number in enumerate(layers):
+            self._layers[number].tap = place
 
     def forward(
         self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], plan: NativePlan, **_: object
@@ -61,6 +72,7 @@ class FusedLayers(nn.Module):
         layer = self._packed[0]
         room = [x.new_empty(n * size) for size in (width, layer.qkv.out_features, layer.o.in_features, self._inner)]
         numbers, views = plan.structures(self._windows, self._scaling)
+        plan.tapped = x.new_empty(n, self._taps, width)
         self._kernels.run_layers(
             self._layers,
             len(self._layers),
@@ -75,6 +87,8 @@ class FusedLayers(nn.Module):
             plan.kv.keys.stride(0),
             width,
             self._eps,
+            plan.tapped.data_ptr(),
+            self._taps,
         )
         return x
 
@@ -101,6 +115,7 @@ class _Packed:
             *[None if norm is None else norm.data_ptr() for norm in self._norms],
             *[linear.product for linear in (self.qkv, self.o, self._gate_up, self._down)],
             windows.index(self.window),
+            -1,
         )
 
 
@@ -114,6 +129,37 @@ def fuse(model: nn.Module, kernels: Kernels) -> bool:
     body.layers = nn.ModuleList([FusedLayers(layers, kernels)])
     body.norm = FusedNorm(body.norm, kernels)
     return True
+
+
+def tap(model: nn.Module, layers: Sequence[int]) -> None:
+    """Make a model leave the outputs of some of its decoder layers in `plan.tapped` [n, taps, width], in this order.
+
+    Raises ModelRefused for a model whose layers can't be told.
+    """
+    body: Any = getattr(model, "model", None)
+    stack = getattr(body, "layers", None)
+    if not isinstance(stack, nn.ModuleList):
+        raise ModelRefused(f"the hidden states of a {type(model).__name__} can't be read: it has no list of layers")
+    first = stack[0]
+    if isinstance(first, FusedLayers):
+        first.tap(layers)
+        return
+    for place, number in enumerate(layers):
+        stack[number].register_forward_hook(_Tap(place, len(layers)), with_kwargs=True)
+
+
+class _Tap:
+    """Leaves one layer's output in the plan of the step."""
+
+    def __init__(self, place: int, taps: int) -> None:
+        self._place, self._taps = place, taps
+
+    def __call__(self, _: nn.Module, __: tuple[Any, ...], given: dict[str, Any], output: Any) -> None:
+        hidden = (output[0] if isinstance(output, tuple) else output)[0]
+        plan = given["plan"]
+        if plan.tapped is None:
+            plan.tapped = hidden.new_empty(hidden.shape[0], self._taps, hidden.shape[1])
+        plan.tapped[:, self._place] = hidden
 
 
 def _known(layer: Any) -> bool:

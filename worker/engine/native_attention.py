@@ -44,6 +44,7 @@ class NativePlan:
         self._segments = segments
         self._kernels = kernels
         self._heads = heads
+        self.tapped: Tensor | None = None  # [n, taps, width] outputs of tapped layers, once they have run
         self._slot = np.repeat([s.slot for s in segments], [len(s.ids) for s in segments])
         self._index = np.concatenate([np.arange(s.start, s.end) for s in segments])
         self._views: dict[int | None, _View] = {}

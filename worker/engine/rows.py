@@ -7,10 +7,13 @@ its ancestors. Rows take their depth as position, so keys never need another rot
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
@@ -46,6 +49,12 @@ def chain(slot: int, cached: int, ids: list[int], *, keep_last: bool) -> Segment
         visible=None,
         keep=np.array([n - 1] if keep_last else [], np.int64),
     )
+
+
+def kept_rows(segments: Sequence[Segment]) -> Tensor:
+    """Return which rows of a forward over `segments` are kept, int64."""
+    starts = np.cumsum([0] + [len(s.ids) for s in segments[:-1]])
+    return torch.from_numpy(np.concatenate([start + s.keep for start, s in zip(starts, segments, strict=True)]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 from jobs.errors import InvalidValue, PromptTooLong
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, ChatMessage, GenerationRequest, SamplingParameters
 from tests.models import byte_tokenizer
-from worker.assembly import refuse_different
+from worker.drafts import refuse_different
 from worker.engine.errors import TokenizersDiffer
 from worker.text import Codec, eos_ids
 

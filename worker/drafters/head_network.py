@@ -1,0 +1,99 @@
+"""The head's network: decoder layers over the target's hidden states and the tokens behind them (EAGLE-3, 2503.01840).
+
+Row p of a text reads token p and the state before it, and foresees token p + 1. The state is made of the target's
+hidden states where the target has been, and is the network's own output where it has not: below the root of a tree.
+Embeddings and output weights are the target's own, so a head is small and has nothing to learn about words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaModel, PretrainedConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """What the network looks like, and so what fits a target."""
+
+    width: int  # of the target's hidden states
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inner: int  # width inside the MLP
+    eps: float  # of the norms
+    rope_theta: float
+    layers: int  # of the head's own
+    taps: tuple[int, ...]  # layers of the target whose outputs are read
+    vocabulary: int  # tokens that can be proposed
+
+    @classmethod
+    def of(cls, target: PretrainedConfig, layers: int, vocabulary: int) -> Self:
+        """Return the shape for a target: its own layers' sizes, its states after each third of its layers."""
+        depth, heads = target.num_hidden_layers, target.num_attention_heads
+        return cls(
+            width=target.hidden_size,
+            heads=heads,
+            kv_heads=getattr(target, "num_key_value_heads", None) or heads,
+            head_dim=getattr(target, "head_dim", None) or target.hidden_size // heads,
+            inner=target.intermediate_size,
+            eps=target.rms_norm_eps,
+            rope_theta=float((target.rope_parameters or {}).get("rope_theta", 10_000.0)),
+            layers=layers,
+            taps=tuple(sorted({max(depth * third // 3, 1) - 1 for third in (1, 2, 3)})),
+            vocabulary=min(vocabulary, target.vocab_size),
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the public form, for `config.json`."""
+        return asdict(self)
+
+    def llama(self) -> LlamaConfig:
+        """Return the configuration of the layers."""
+        return LlamaConfig(
+            vocab_size=1,  # the words are the target's
+            hidden_size=self.width,
+            intermediate_size=self.inner,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            rms_norm_eps=self.eps,
+            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
+            pad_token_id=None,
+        )
+
+
+class HeadNetwork(nn.Module):
+    """The trained part of a head."""
+
+    def __init__(self, shape: HeadShape) -> None:
+        """Start with random layers that pass the target's last state on."""
+        super().__init__()
+        self.shape = shape
+        self.unit = LlamaRMSNorm(shape.width, shape.eps)
+        self.unit.requires_grad_(False)  # a scale before a linear layer is part of that layer
+        self.fuse = nn.Linear(len(shape.taps) * shape.width, shape.width, bias=False)
+        self.join = nn.Linear(2 * shape.width, shape.width, bias=False)
+        self.model = LlamaModel(shape.llama())
+        del self.model.embed_tokens
+        with torch.no_grad():
+            eye = torch.eye(shape.width)
+            self.fuse.weight.mul_(0.1)[:, -shape.width :] += eye
+            self.join.weight.mul_(0.1)[:, -shape.width :] += eye
+
+    def states(self, tapped: Tensor) -> Tensor:
+        """Return states [..., width] from the target's hidden states [..., taps * width]."""
+        units: Tensor = self.unit(tapped.view(*tapped.shape[:-1], -1, self.shape.width))
+        out: Tensor = self.fuse(units.flatten(-2))
+        return out
+
+    def entries(self, embedded: Tensor, states: Tensor) -> Tensor:
+        """Return what the layers read [..., width], from embedded tokens and the states before them."""
+        units: Tensor = self.unit(torch.stack([embedded, states], dim=-2))
+        out: Tensor = self.join(units.flatten(-2))
+        return out

@@ -1,0 +1,125 @@
+"""Drafts: from the setting to what makes drafters. A head or a language model on disk, mixed with the suffix index.
+
+assembly -> [drafts] -> drafters.  A target that comes with a draft of its own uses it unless the setting says not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerFast as Tokenizer
+
+from jobs.messages import model_name
+from worker.drafters.head import HeadDrafter, PackedHead
+from worker.drafters.head_file import Head, identity, is_head, read_head
+from worker.drafters.mixed import MixedDrafter
+from worker.drafters.model import ModelDrafter
+from worker.drafters.suffix import SuffixDrafter
+from worker.engine.drafting import Drafter
+from worker.engine.errors import ModelRefused, TokenizersDiffer
+from worker.engine.language_model import PackedModel, kv_bytes, load, output_weights, quicken
+from worker.engine.options import EngineOptions
+from worker.pull import resolve
+from worker.settings import WorkerSettings
+from worker.text import first_difference, load_tokenizer
+
+SUFFIX = "suffix"  # the setting's word for no network at all
+_SHIPPED = Path(__file__).with_name("shipped_drafts")  # a folder for each packaged target that has one
+
+MakeDrafter = Callable[[], Drafter]
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What drafts for a target."""
+
+    name: str | None  # public name of the network, if there is one
+    taps: tuple[int, ...]  # layers of the target whose outputs it reads
+    token_bytes: int  # memory that each token of a text takes
+    make: Callable[[PackedModel, EngineOptions], MakeDrafter]
+
+
+def draft_for(settings: WorkerSettings, model: PreTrainedModel, tokenizer: Tokenizer) -> Draft:
+    """Return the draft that the settings choose for a loaded target, whose layers are not fused yet.
+
+    Raises ModelRefused or TokenizersDiffer, with what differs and what to do, if it can't draft for the target.
+    """
+    path = _chosen(settings)
+    if path is None:
+        return Draft(None, (), 0, lambda *_: SuffixDrafter)
+    if is_head(path):
+        return _with_head(path, settings, model, tokenizer)
+    return _with_model(path, settings, model, tokenizer)
+
+
+def shipped(target: str) -> Path | None:
+    """Return the folder of the draft that comes with bASIC for a packaged target."""
+    folder = _SHIPPED / target
+    return folder if "/" not in target and folder.is_dir() else None
+
+
+def refuse_different(target: Tokenizer, draft: Tokenizer, target_name: str, draft_name: str) -> None:
+    """Raise TokenizersDiffer, naming the first id, unless both tokenizers spell every id alike."""
+    first = first_difference(target.get_vocab(), draft.get_vocab())
+    if first is not None:
+        ours, theirs = target.convert_ids_to_tokens(first), draft.convert_ids_to_tokens(first)
+        raise TokenizersDiffer(
+            f"{draft_name} can't draft for {target_name}: token id {first} is {ours!r} in the target's tokenizer and "
+            f"{theirs!r} in the draft's; choose a draft with the target's tokenizer"
+        )
+
+
+def _chosen(settings: WorkerSettings) -> str | None:
+    if settings.draft == SUFFIX or settings.mode == "plain":
+        return None
+    if settings.draft:
+        return resolve(settings.draft, settings.cache_dir)
+    own = shipped(settings.target)
+    return str(own) if own else None
+
+
+def _with_head(path: str, settings: WorkerSettings, model: PreTrainedModel, tokenizer: Tokenizer) -> Draft:
+    whose = identity(model, model_name(settings.target), tokenizer.get_vocab())
+    head = read_head(path, whose)
+    packed = _head_maker(head, model)
+    shape = head.network.shape
+    name = model_name(settings.draft) if settings.draft else f"{settings.target}-head"
+
+    def make(target: PackedModel, options: EngineOptions) -> MakeDrafter:
+        assert target.hidden is not None, "a head reads hidden states"
+        hidden, net = target.hidden, packed(options)
+        return lambda: MixedDrafter(HeadDrafter(net, hidden, name), SuffixDrafter())
+
+    entry = 2 * shape.layers * shape.kv_heads * shape.head_dim + len(shape.taps) * shape.width
+    return Draft(name, shape.taps, entry * model.dtype.itemsize, make)
+
+
+def _head_maker(head: Head, model: PreTrainedModel) -> Callable[[EngineOptions], PackedHead]:
+    """Return what puts a head on its target's embeddings and output weights, which are read now."""
+    embedding = embeddings(model)
+    tokens = head.tokens.to(model.device)
+    rows = output_weights(model)[tokens].clone()
+    return lambda options: PackedHead(
+        head.network, embedding, rows, tokens, slots=options.max_sequences, capacity=options.draft_slot_tokens
+    )
+
+
+def _with_model(path: str, settings: WorkerSettings, model: PreTrainedModel, tokenizer: Tokenizer) -> Draft:
+    refuse_different(tokenizer, load_tokenizer(path), settings.target, settings.draft)
+    network = load(path, dtype=model.dtype, device=model.device)
+    vocabulary = network.config.get_text_config().vocab_size
+    if vocabulary < len(tokenizer):
+        raise ModelRefused(
+            f"{settings.draft} knows {vocabulary} token ids and the target's tokenizer has {len(tokenizer)}"
+        )
+    quicken(network)
+    name = model_name(settings.draft)
+
+    def make(_: PackedModel, options: EngineOptions) -> MakeDrafter:
+        packed = PackedModel(network, slots=options.max_sequences, capacity=options.draft_slot_tokens)
+        return lambda: MixedDrafter(ModelDrafter(packed, name, len(tokenizer)), SuffixDrafter())
+
+    return Draft(name, (), kv_bytes(network), make)

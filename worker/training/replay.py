@@ -1,0 +1,104 @@
+"""Replay: how well a draft foresees texts that it has not learned from, without running the target again.
+
+The engine decodes a known text with the draft; in the target's place stands one who recites it, with the hidden states
+that the target had. So acceptance is counted by the very code that serves jobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worker.engine.drafting import Drafter
+from worker.engine.engine import Engine
+from worker.engine.hidden_states import HiddenStates
+from worker.engine.options import EngineOptions, Mode
+from worker.engine.rows import Move, Segment
+from worker.engine.sampling import Sampling
+from worker.engine.sequence import Sequence as EngineSequence
+from worker.engine.stats import StepNumbers
+from worker.training.lessons import Lesson
+
+_DEPTH = 8  # layers of a tree at most
+
+
+@dataclass(frozen=True, slots=True)
+class Foresight:
+    """How well a draft foresaw the texts with so many nodes a step."""
+
+    nodes: int
+    steps: int
+    expected_acceptance: float  # E(A): draft tokens accepted a step
+    by_depth: tuple[float, ...]  # share of the steps that accepted so deep
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Accepted draft tokens and the target's own."""
+        return 1.0 + self.expected_acceptance
+
+
+class Reciter:
+    """A target that says what a lesson says, in slot 0."""
+
+    def __init__(self, lessons: Sequence[Lesson], vocabulary: int, device: torch.device) -> None:
+        """Make room for the longest of the lessons and a tree."""
+        capacity = max(len(lesson.ids) for lesson in lessons) + 128
+        first = lessons[0].hidden
+        self.hidden = HiddenStates(1, capacity, first.shape[1], first.dtype, device)
+        self._vocabulary = vocabulary
+        self._device = device
+        self._lesson = lessons[0]
+
+    def recite(self, lesson: Lesson) -> None:
+        """From now on say this."""
+        self._lesson = lesson
+
+    def forward(self, segments: Sequence[Segment]) -> Tensor:
+        """Return one-hot logits of the next token of the text at each kept row's position."""
+        (segment,) = segments
+        last = len(self._lesson.ids) - 1
+        places = torch.from_numpy(np.minimum(segment.positions, last))
+        self.hidden.write(segments, self._lesson.hidden[places].to(self._device))
+        following = self._lesson.ids[(places + 1).clamp(max=last)][torch.from_numpy(segment.keep)]
+        logits = torch.zeros(len(following), self._vocabulary)
+        logits[torch.arange(len(following)), following] = 1.0
+        return logits.to(self._device)
+
+    def keep(self, moves: Sequence[Move]) -> None:
+        """Bring the states of accepted rows down."""
+        self.hidden.keep(moves)
+
+    def share(self, source: int, target: int, length: int) -> None:
+        """There is one slot."""
+
+
+def replay(
+    lessons: Sequence[Lesson], reciter: Reciter, make_drafter: Callable[[HiddenStates], Drafter], nodes: int
+) -> Foresight:
+    """Decode the lessons with `nodes` nodes a step, the paper's rule without a threshold."""
+    numbers = _steps(lessons, reciter, make_drafter(reciter.hidden), nodes)
+    accepted = np.array([n.accepted_tokens for n in numbers])
+    return Foresight(
+        nodes=nodes,
+        steps=len(numbers),
+        expected_acceptance=float(accepted.mean()),
+        by_depth=tuple(round(float((accepted >= depth).mean()), 4) for depth in range(1, _DEPTH + 1)),
+    )
+
+
+def _steps(lessons: Sequence[Lesson], reciter: Reciter, drafter: Drafter, nodes: int) -> list[StepNumbers]:
+    longest = max(len(lesson.ids) for lesson in lessons)
+    options = EngineOptions(Mode.PAPER, 1, longest, nodes=nodes, threshold=0.0, max_depth=_DEPTH)
+    engine = Engine(reciter, drafter, options)
+    numbers: list[StepNumbers] = []
+    for number, lesson in enumerate(lessons):
+        prompt = lesson.ids[: lesson.num_prompt].tolist()
+        reciter.recite(lesson)
+        engine.add(EngineSequence(number, prompt, len(prompt), len(lesson.ids) - len(prompt), Sampling()))
+        while engine.busy:
+            numbers += [result.numbers for result in engine.step() if result.numbers.tree_nodes]
+    return numbers

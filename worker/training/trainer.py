@@ -1,0 +1,181 @@
+"""The trainer: a student goes through the lessons until it foresees held-out texts no better.
+
+students -> [trainer].  accelerate runs it, so that one CPU, one GPU and eight GPUs take the same code; an interrupted
+training goes on at its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from worker.engine.language_model import native_dtype
+from worker.training.lessons import Lessons
+from worker.training.recipe import Recipe
+from worker.training.students import Lot
+
+_WARM_UP = 0.03  # of all updates
+_CLIP = 1.0  # length of a gradient at most
+_GROWTH = 0.01  # of E(A), that an epoch must bring for another to follow
+_CHECKPOINT_S = 120.0  # between checkpoints
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Where a training stands."""
+
+    epoch: float  # done, with its fraction
+    update: int
+    updates: int
+    learning_rate: float
+    loss: float  # running mean
+    right: tuple[float, ...]  # running means of the share foreseen at first rank, by depth
+
+
+@dataclass
+class _Progress:
+    """What a checkpoint keeps besides the weights."""
+
+    update: int = 0
+    best: float = -math.inf
+    history: tuple[float, ...] = ()  # E(A) after each epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"update": self.update, "best": self.best, "history": list(self.history)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.update, self.best, self.history = state["update"], state["best"], tuple(state["history"])
+
+
+def train(
+    student: nn.Module,
+    network: nn.Module,
+    lessons: Lessons,
+    recipe: Recipe,
+    folder: Path,
+    measure: Callable[[], float],
+    tell: Callable[[Report], None],
+) -> tuple[float, ...]:
+    """Train the `network` inside a student; leave its best weights in `folder`/best.safetensors.
+
+    `measure` returns E(A) on held-out texts, after each epoch. Returns these, in order.
+    """
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=_precision())
+    weights = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    per_epoch = max((len(lessons) - recipe.held_out) // (recipe.rows * accelerator.num_processes), 1)
+    updates = per_epoch * recipe.epochs
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: _rate(update, updates))
+    student, optimizer = accelerator.prepare(student, optimizer)
+    progress, running = _Progress(), _Running()
+    accelerator.register_for_checkpointing(progress, schedule)
+    checkpoint = folder / "checkpoint"
+    if checkpoint.exists():
+        accelerator.load_state(str(checkpoint))
+    saved = monotonic()
+    while progress.update < updates and not _enough(progress):
+        epoch, done = divmod(progress.update, per_epoch)
+        for lot in accelerator.prepare_data_loader(_loader(lessons, recipe, epoch, done * accelerator.num_processes)):
+            rate = float(schedule.get_last_lr()[0])
+            running.add(_update(accelerator, student, optimizer, weights, lot))
+            schedule.step()
+            progress.update += 1
+            tell(Report(progress.update / per_epoch, progress.update, updates, rate, running.loss, running.right))
+            if monotonic() - saved > _CHECKPOINT_S:
+                _save(accelerator, checkpoint)
+                saved = monotonic()
+        if accelerator.is_main_process:
+            _judge(progress, measure(), network, folder)
+        accelerator.wait_for_everyone()
+        _save(accelerator, checkpoint)
+    return progress.history
+
+
+def _precision() -> str:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return "bf16" if native_dtype(device) is torch.bfloat16 else "no"
+
+
+def _rate(update: int, updates: int) -> float:
+    """Return the share of the learning rate: up in a line, down in half a cosine."""
+    warm = max(int(updates * _WARM_UP), 1)
+    if update < warm:
+        return (update + 1) / warm
+    return 0.5 * (1.0 + math.cos(math.pi * (update - warm) / max(updates - warm, 1)))
+
+
+def _enough(progress: _Progress) -> bool:
+    """Return whether the last epoch brought too little for another."""
+    return len(progress.history) > 1 and progress.history[-1] < progress.history[-2] + _GROWTH
+
+
+def _loader(lessons: Lessons, recipe: Recipe, epoch: int, done: int) -> DataLoader[Lot]:
+    """Return an epoch's lots in its own order, without the `done` first."""
+    order = torch.randperm(len(lessons) - recipe.held_out, generator=torch.Generator().manual_seed(recipe.seed + epoch))
+    rest = (order + recipe.held_out).tolist()[done * recipe.rows :]
+    return DataLoader(Subset(lessons, rest), recipe.rows, collate_fn=Lot.of, drop_last=True)  # type: ignore[arg-type]
+
+
+def _update(
+    accelerator: Accelerator, student: nn.Module, optimizer: Any, weights: Sequence[Tensor], lot: Lot
+) -> tuple[float, tuple[float, ...]]:
+    """Learn from one lot; return its loss and the shares foreseen at first rank."""
+    marks = student(lot.to(accelerator.device))
+    accelerator.backward(marks.loss)
+    accelerator.clip_grad_norm_(weights, _CLIP)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(marks.loss.detach()), marks.right
+
+
+class _Running:
+    """Running means of what an update tells."""
+
+    def __init__(self) -> None:
+        self.loss = 0.0
+        self.right: tuple[float, ...] = ()
+        self._count = 0
+
+    def add(self, marks: tuple[float, tuple[float, ...]]) -> None:
+        loss, right = marks
+        self._count += 1
+        weight = max(1 / self._count, 0.02)
+        before = self.right or (0.0,) * len(right)
+        self.loss += weight * (loss - self.loss)
+        self.right = tuple(old + weight * (new - old) for old, new in zip(before, right, strict=True))
+
+
+def _judge(progress: _Progress, expected: float, network: nn.Module, folder: Path) -> None:
+    """Note an epoch's E(A), and keep its weights if they are the best."""
+    progress.history = (*progress.history, expected)
+    if expected > progress.best:
+        progress.best = expected
+        weights = network.state_dict()
+        save_file(
+            {name: weight.detach().bfloat16().contiguous() for name, weight in weights.items()},
+            folder / "best.safetensors",
+        )
+
+
+def _save(accelerator: Accelerator, checkpoint: Path) -> None:
+    """Write a checkpoint whole or not at all."""
+    scratch = checkpoint.with_name("checkpoint.part")
+    accelerator.save_state(str(scratch))
+    if accelerator.is_main_process:
+        old = checkpoint.with_name("checkpoint.old")
+        if checkpoint.exists():
+            checkpoint.replace(old)
+        scratch.replace(checkpoint)
+        shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()
