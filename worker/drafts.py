@@ -20,7 +20,7 @@ from worker.drafters.model import ModelDrafter
 from worker.drafters.suffix import SuffixDrafter
 from worker.engine.drafting import Drafter
 from worker.engine.errors import ModelRefused, TokenizersDiffer
-from worker.engine.language_model import PackedModel, kv_bytes, load, output_weights, quicken
+from worker.engine.language_model import PackedModel, embeddings, kv_bytes, load, output_weights, quicken
 from worker.engine.options import EngineOptions
 from worker.pull import resolve
 from worker.settings import WorkerSettings
