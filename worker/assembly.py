@@ -94,7 +94,7 @@ def assemble(settings: WorkerSettings, say: Say = lambda _: None) -> Assembly:
         dtype=str(dtype).removeprefix("torch."),
         codec=codec,
         target=target,
-        make_drafter=draft.make(target, options),
+        make_drafter=draft.make(target.hidden, options.max_sequences, options.draft_slot_tokens),
         options=options,
         costs=calibrate(target, options.slot_tokens, key, settings.cache_dir / "costs"),
     )

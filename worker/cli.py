@@ -8,35 +8,37 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 
 from jobs.errors import InvalidValue
 from jobs.terminal import safe
 from worker import pull as models_on_disk
 from worker.settings import WorkerSettings
+from worker.terminal import say, sentences, settings_of
+from worker.training.cli import draft
 
 if TYPE_CHECKING:
     from worker.generate import Generation
     from worker.stops import Pieces
 
-FAILED = 1
 _GRID_PROMPTS = 64
 _LOG_WIDTH = 120  # columns of a table that goes to a file
 
 commands = typer.Typer()
 models = typer.Typer(help="Models on this machine.", no_args_is_help=True)
 commands.add_typer(models, name="models")
+commands.add_typer(draft, name="draft")
 
 Target = Annotated[str | None, typer.Option(help="Target model: a packaged name, a hub id or a directory.")]
-Draft = Annotated[str | None, typer.Option(help="Draft model; left out: the suffix drafter.")]
+Draft = Annotated[
+    str | None,
+    typer.Option(help="Draft: a directory, a hub id, or suffix; left out: the one that comes with the target."),
+]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or auto.")]
 Nodes = Annotated[int | None, typer.Option(min=1, help="Nodes of one draft tree at most.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
@@ -59,7 +61,7 @@ def worker(target: Target = None, draft: Draft = None, dtype: Dtype = None) -> N
     """
     from worker import tasks
 
-    raise typer.Exit(tasks.run(_settings(target=target, draft=draft, dtype=dtype)))
+    raise typer.Exit(tasks.run(settings_of(target=target, draft=draft, dtype=dtype)))
 
 
 @commands.command()
@@ -92,10 +94,10 @@ def generate(
     if not text.strip():
         raise InvalidValue("the prompt is empty", param="PROMPT")
     # One prompt needs one KV slot, and no more of the calibration than that.
-    settings = _settings(target=target, draft=draft, dtype=dtype, mode=mode, nodes=nodes, max_sequences=1)
+    settings = settings_of(target=target, draft=draft, dtype=dtype, mode=mode, nodes=nodes, max_sequences=1)
     console = Console(highlight=False)
-    with _sentences():
-        assembly = assemble(settings, say=_say)
+    with sentences():
+        assembly = assemble(settings, say=say)
         request = request_for(
             assembly.name, text, max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop or ()
         )
@@ -129,14 +131,14 @@ def bench(
 
     if grid:
         _grid(
-            _settings(target=target, dtype=dtype),
+            settings_of(target=target, dtype=dtype),
             benchmark.read_prompts(prompts, _GRID_PROMPTS),
             max_tokens,
             runs,
             as_json,
         )
         return
-    with _sentences():
+    with sentences():
         plan = benchmark.Plan(
             prompts=benchmark.read_prompts(prompts, limit),
             batches=benchmark.parse_batches(batch),
@@ -145,8 +147,8 @@ def bench(
             runs=runs,
             temperature=temperature,
         )
-        settings = _settings(target=target, draft=draft, dtype=dtype, max_sequences=max(plan.batches))
-        report = benchmark.run(settings, plan, say=_say)
+        settings = settings_of(target=target, draft=draft, dtype=dtype, max_sequences=max(plan.batches))
+        report = benchmark.run(settings, plan, say=say)
     if as_json:
         print(json.dumps(report.as_json()))
         return
@@ -158,36 +160,13 @@ def _grid(settings: WorkerSettings, prompts: tuple[str, ...], max_tokens: int, r
     from worker import grid
 
     settings = settings.model_copy(update={"max_sequences": max(grid.BATCHES)})
-    with _sentences():
-        cells = grid.run(settings, prompts, max_tokens, runs, _say)
+    with sentences():
+        cells = grid.run(settings, prompts, max_tokens, runs, say)
     if as_json:
         print(json.dumps({"target": settings.target, "results": [asdict(r) for c in cells for r in c.results()]}))
         return
     width = None if sys.stdout.isatty() else _LOG_WIDTH
     Console(width=width).print(grid.table(f"{settings.target}, {max_tokens} tokens, medians of {runs} runs", cells))
-
-
-def _settings(**given: Any) -> WorkerSettings:
-    return WorkerSettings(**{name: value for name, value in given.items() if value is not None})
-
-
-@contextmanager
-def _sentences() -> Iterator[None]:
-    """Turn the engine's and pydantic's refusals into one sentence and an exit status."""
-    from worker.engine.errors import EngineError
-
-    try:
-        yield
-    except EngineError as error:
-        print(error, file=sys.stderr)
-        raise typer.Exit(FAILED) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InvalidValue(first["msg"], param=".".join(str(part) for part in first["loc"])) from error
-
-
-def _say(sentence: str) -> None:
-    print(sentence, file=sys.stderr, flush=True)
 
 
 def _mute(_: Pieces) -> None:

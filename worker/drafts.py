@@ -14,14 +14,14 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from jobs.messages import model_name
 from worker.drafters.head import HeadDrafter, PackedHead
-from worker.drafters.head_file import Head, identity, is_head, read_head
+from worker.drafters.head_file import identity, is_head, read_head
 from worker.drafters.mixed import MixedDrafter
 from worker.drafters.model import ModelDrafter
 from worker.drafters.suffix import SuffixDrafter
 from worker.engine.drafting import Drafter
 from worker.engine.errors import ModelRefused, TokenizersDiffer
+from worker.engine.hidden_states import HiddenStates
 from worker.engine.language_model import PackedModel, embeddings, kv_bytes, load, output_weights, quicken
-from worker.engine.options import EngineOptions
 from worker.pull import resolve
 from worker.settings import WorkerSettings
 from worker.text import first_difference, load_tokenizer
@@ -39,7 +39,7 @@ class Draft:
     name: str | None  # public name of the network, if there is one
     taps: tuple[int, ...]  # layers of the target whose outputs it reads
     token_bytes: int  # memory that each token of a text takes
-    make: Callable[[PackedModel, EngineOptions], MakeDrafter]
+    make: Callable[[HiddenStates | None, int, int], MakeDrafter]  # takes the target's states, slots, and their capacity
 
 
 def draft_for(settings: WorkerSettings, model: PreTrainedModel, tokenizer: Tokenizer) -> Draft:
@@ -84,27 +84,19 @@ def _chosen(settings: WorkerSettings) -> str | None:
 def _with_head(path: str, settings: WorkerSettings, model: PreTrainedModel, tokenizer: Tokenizer) -> Draft:
     whose = identity(model, model_name(settings.target), tokenizer.get_vocab())
     head = read_head(path, whose)
-    packed = _head_maker(head, model)
+    # Read now: the target's output weights are packed once its layers are fused.
+    embedding, tokens = embeddings(model), head.tokens.to(model.device)
+    rows = output_weights(model)[tokens].clone()
     shape = head.network.shape
     name = model_name(settings.draft) if settings.draft else f"{settings.target}-head"
 
-    def make(target: PackedModel, options: EngineOptions) -> MakeDrafter:
-        assert target.hidden is not None, "a head reads hidden states"
-        hidden, net = target.hidden, packed(options)
+    def make(hidden: HiddenStates | None, slots: int, capacity: int) -> MakeDrafter:
+        assert hidden is not None, "a head reads hidden states"
+        net = PackedHead(head.network, embedding, rows, tokens, slots=slots, capacity=capacity)
         return lambda: MixedDrafter(HeadDrafter(net, hidden, name), SuffixDrafter())
 
     entry = 2 * shape.layers * shape.kv_heads * shape.head_dim + len(shape.taps) * shape.width
     return Draft(name, shape.taps, entry * model.dtype.itemsize, make)
-
-
-def _head_maker(head: Head, model: PreTrainedModel) -> Callable[[EngineOptions], PackedHead]:
-    """Return what puts a head on its target's embeddings and output weights, which are read now."""
-    embedding = embeddings(model)
-    tokens = head.tokens.to(model.device)
-    rows = output_weights(model)[tokens].clone()
-    return lambda options: PackedHead(
-        head.network, embedding, rows, tokens, slots=options.max_sequences, capacity=options.draft_slot_tokens
-    )
 
 
 def _with_model(path: str, settings: WorkerSettings, model: PreTrainedModel, tokenizer: Tokenizer) -> Draft:
@@ -118,8 +110,8 @@ def _with_model(path: str, settings: WorkerSettings, model: PreTrainedModel, tok
     quicken(network)
     name = model_name(settings.draft)
 
-    def make(_: PackedModel, options: EngineOptions) -> MakeDrafter:
-        packed = PackedModel(network, slots=options.max_sequences, capacity=options.draft_slot_tokens)
+    def make(_: HiddenStates | None, slots: int, capacity: int) -> MakeDrafter:
+        packed = PackedModel(network, slots=slots, capacity=capacity)
         return lambda: MixedDrafter(ModelDrafter(packed, name, len(tokenizer)), SuffixDrafter())
 
     return Draft(name, (), kv_bytes(network), make)

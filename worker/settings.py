@@ -13,7 +13,11 @@ from jobs.settings import JobsSettings
 class WorkerSettings(JobsSettings):
     """Settings of a worker process."""
 
-    draft: str = Field("", description="Draft model: a hub id or local directory; empty: the suffix drafter.")
+    draft: str = Field(
+        "",
+        description="Draft: a directory, a hub id, or `suffix` for none but the text's own repetitions; "
+        "empty: the one that comes with the target, if there is one.",
+    )
     dtype: str = Field(
         "auto",
         pattern="^(auto|float32|bfloat16)$",

@@ -76,8 +76,8 @@ def is_head(folder: str) -> bool:
     return str(_config(Path(folder)).get("format")).startswith("basic-head")
 
 
-def write_head(folder: Path, network: HeadNetwork, tokens: Tensor, whose: Identity) -> Path:
-    """Write a head in bfloat16; return the file of its weights."""
+def write_head(folder: Path, network: HeadNetwork, tokens: Tensor, whose: Identity) -> list[Path]:
+    """Write a head in bfloat16; return its files."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {key: value.detach().cpu().bfloat16().contiguous() for key, value in network.state_dict().items()}
     save_file(weights | {_TOKENS: tokens.int()}, folder / _WEIGHTS)
@@ -88,7 +88,7 @@ def write_head(folder: Path, network: HeadNetwork, tokens: Tensor, whose: Identi
         "sha256": file_sha256(folder / _WEIGHTS),
     }
     (folder / _CONFIG).write_text(json.dumps(said, indent=2) + "\n")
-    return folder / _WEIGHTS
+    return [folder / _CONFIG, folder / _WEIGHTS]
 
 
 def read_head(folder: str, whose: Identity) -> Head:

@@ -34,7 +34,7 @@ class HeadShape:
     @classmethod
     def of(cls, target: PretrainedConfig, layers: int, vocabulary: int) -> Self:
         """Return the shape for a target: its own layers' sizes, its states after each third of its layers."""
-        depth, heads = target.num_hidden_layers, target.num_attention_heads
+        heads = target.num_attention_heads
         return cls(
             width=target.hidden_size,
             heads=heads,
@@ -44,7 +44,7 @@ class HeadShape:
             eps=target.rms_norm_eps,
             rope_theta=float((target.rope_parameters or {}).get("rope_theta", 10_000.0)),
             layers=layers,
-            taps=tuple(sorted({max(depth * third // 3, 1) - 1 for third in (1, 2, 3)})),
+            taps=tapped_layers(target.num_hidden_layers),
             vocabulary=min(vocabulary, target.vocab_size),
         )
 
@@ -66,6 +66,11 @@ class HeadShape:
             rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
             pad_token_id=None,
         )
+
+
+def tapped_layers(layers: int) -> tuple[int, ...]:
+    """Return which layers of a target a head reads: the last of each third."""
+    return tuple(sorted({max(layers * third // 3, 1) - 1 for third in (1, 2, 3)}))
 
 
 class HeadNetwork(nn.Module):

@@ -20,6 +20,7 @@ class HiddenStates:
 
     def __init__(self, slots: int, capacity: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
         """Reserve room for `slots` sequences of `capacity` entries."""
+        self.capacity = capacity
         self._rows = lazy_zeros((slots, capacity, size), dtype, device)
 
     def read(self, slot: int, start: int, end: int) -> Tensor:

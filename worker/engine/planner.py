@@ -133,7 +133,8 @@ class Planner:
         assert self._drafter is not None
         rows = sum(self._drafter.behind(forest.sequences[root]) for root in roots.tolist())
         started = perf_counter()
-        valued = self._valued if self._options.mode is Mode.OPT_TREE else as_offered
+        learned = self._options.mode is Mode.OPT_TREE or self._options.calibrated
+        valued = self._valued if learned else as_offered
         layers = grow(forest, self._drafter, budget, self._options.max_depth, roots, valued)
         ms = (perf_counter() - started) * 1e3
         self._drafts.observe_growth(rows, [len(layer.frontier) for layer in layers], ms)

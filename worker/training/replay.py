@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from worker.engine.draft_tree import FloatArray
 from worker.engine.drafting import Drafter
 from worker.engine.engine import Engine
 from worker.engine.hidden_states import HiddenStates
@@ -31,14 +32,28 @@ class Foresight:
     """How well a draft foresaw the texts with so many nodes a step."""
 
     nodes: int
-    steps: int
-    expected_acceptance: float  # E(A): draft tokens accepted a step
-    by_depth: tuple[float, ...]  # share of the steps that accepted so deep
+    expected: FloatArray  # [steps] draft tokens that the tree's values promised
+    accepted: FloatArray  # [steps] draft tokens accepted
+
+    @property
+    def expected_acceptance(self) -> float:
+        """E(A) as it turned out: draft tokens accepted a step."""
+        return float(self.accepted.mean())
 
     @property
     def tokens_per_step(self) -> float:
         """Accepted draft tokens and the target's own."""
         return 1.0 + self.expected_acceptance
+
+    @property
+    def by_depth(self) -> tuple[float, ...]:
+        """Share of the steps that accepted at least so deep, from depth 1 on."""
+        return tuple(float((self.accepted >= depth).mean()) for depth in range(1, _DEPTH + 1))
+
+    @property
+    def error(self) -> float:
+        """By how much promises were off, relative to what was accepted."""
+        return abs(float(self.expected.mean()) - self.expected_acceptance) / max(self.expected_acceptance, 1e-9)
 
 
 class Reciter:
@@ -77,28 +92,26 @@ class Reciter:
 
 
 def replay(
-    lessons: Sequence[Lesson], reciter: Reciter, make_drafter: Callable[[HiddenStates], Drafter], nodes: int
+    lessons: Sequence[Lesson],
+    reciter: Reciter,
+    make_drafter: Callable[[HiddenStates], Drafter],
+    nodes: int,
+    *,
+    calibrated: bool = False,
 ) -> Foresight:
-    """Decode the lessons with `nodes` nodes a step, the paper's rule without a threshold."""
-    numbers = _steps(lessons, reciter, make_drafter(reciter.hidden), nodes)
-    accepted = np.array([n.accepted_tokens for n in numbers])
-    return Foresight(
-        nodes=nodes,
-        steps=len(numbers),
-        expected_acceptance=float(accepted.mean()),
-        by_depth=tuple(round(float((accepted >= depth).mean()), 4) for depth in range(1, _DEPTH + 1)),
-    )
-
-
-def _steps(lessons: Sequence[Lesson], reciter: Reciter, drafter: Drafter, nodes: int) -> list[StepNumbers]:
+    """Decode the lessons with the `nodes` best nodes a step; `calibrated` values them by learned acceptance."""
     longest = max(len(lesson.ids) for lesson in lessons)
-    options = EngineOptions(Mode.PAPER, 1, longest, nodes=nodes, threshold=0.0, max_depth=_DEPTH)
-    engine = Engine(reciter, drafter, options)
+    options = EngineOptions(Mode.PAPER, 1, longest, nodes=nodes, threshold=0.0, max_depth=_DEPTH, calibrated=calibrated)
+    engine = Engine(reciter, make_drafter(reciter.hidden), options)
     numbers: list[StepNumbers] = []
     for number, lesson in enumerate(lessons):
         prompt = lesson.ids[: lesson.num_prompt].tolist()
         reciter.recite(lesson)
         engine.add(EngineSequence(number, prompt, len(prompt), len(lesson.ids) - len(prompt), Sampling()))
         while engine.busy:
-            numbers += [result.numbers for result in engine.step() if result.numbers.tree_nodes]
-    return numbers
+            numbers += [result.numbers for result in engine.step() if result.numbers.step]
+    return Foresight(
+        nodes=nodes,
+        expected=np.array([n.expected_accepted for n in numbers]),
+        accepted=np.array([n.accepted_tokens for n in numbers], np.float64),
+    )

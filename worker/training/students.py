@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
 from worker.drafters.head_network import HeadNetwork
 from worker.training.lessons import Lesson
@@ -88,12 +89,32 @@ class HeadStudent(nn.Module):
         return Marks(torch.stack(losses).sum() / sum(self._weights), tuple(right))
 
     def _marked(self, states: Tensor, next_ids: Tensor, probabilities: Tensor) -> tuple[Tensor, float]:
-        logits = nn.functional.linear(states, self.output)
         places = self.places[next_ids]
-        known = probabilities * (places >= 0)
-        wrong = logits.float().log_softmax(-1).gather(1, places.clamp(min=0))
-        hit = (logits.detach().argmax(-1) == places[:, 0]).float().mean()
-        return -(known * wrong).sum(-1).mean(), float(hit)
+        logits = nn.functional.linear(states, self.output)
+        return _marked(logits, places.clamp(min=0), probabilities * (places >= 0))
+
+
+class ModelStudent(nn.Module):
+    """A language model, learning. It reads nothing but the text, so there is nothing of its own to get used to."""
+
+    def __init__(self, network: PreTrainedModel) -> None:
+        """Take a model that can be trained."""
+        super().__init__()
+        self.network = network
+
+    def forward(self, lot: Lot) -> Marks:
+        """Return the marks of a lot."""
+        here = lot.rows(0)
+        logits = self.network(input_ids=lot.ids, use_cache=False).logits[here]
+        loss, hit = _marked(logits, lot.next_ids[here], lot.next_probabilities[here])
+        return Marks(loss, (hit,))
+
+
+def _marked(logits: Tensor, next_ids: Tensor, probabilities: Tensor) -> tuple[Tensor, float]:
+    """Return the cross-entropy against the likeliest next tokens [rows, k], and the share of the likeliest foreseen."""
+    wrong = logits.float().log_softmax(-1).gather(1, next_ids)
+    hit = (logits.detach().argmax(-1) == next_ids[:, 0]) & (probabilities[:, 0] > 0)
+    return -(probabilities * wrong).sum(-1).mean(), float(hit.float().mean())
 
 
 def commonest(texts: Iterable[Sequence[int]], count: int, vocabulary: int) -> Tensor:

@@ -41,6 +41,7 @@ class Report:
     learning_rate: float
     loss: float  # running mean
     right: tuple[float, ...]  # running means of the share foreseen at first rank, by depth
+    expected_acceptance: float | None  # held-out, after the last whole epoch
 
 
 @dataclass
@@ -91,7 +92,9 @@ def train(
             running.add(_update(accelerator, student, optimizer, weights, lot))
             schedule.step()
             progress.update += 1
-            tell(Report(progress.update / per_epoch, progress.update, updates, rate, running.loss, running.right))
+            expected = progress.history[-1] if progress.history else None
+            done = progress.update / per_epoch
+            tell(Report(done, progress.update, updates, rate, running.loss, running.right, expected))
             if monotonic() - saved > _CHECKPOINT_S:
                 _save(accelerator, checkpoint)
                 saved = monotonic()

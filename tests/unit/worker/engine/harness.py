@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from tests.models import packed, tiny
 from worker.drafters.model import ModelDrafter
@@ -22,7 +23,7 @@ FLAT_COSTS = CostModel({1: 10.0, 64: 11.0})  # trees are nearly free: they are a
 PROMPTS = [[2, 3, 4, 5, 6], [7, 8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [18], [2, 3, 4, 5, 6, 7]]
 
 
-def options(mode: Mode, **changes: int) -> EngineOptions:
+def options(mode: Mode, **changes: Any) -> EngineOptions:
     """Return test options with a mode and whatever the test is about."""
     return replace(OPTIONS, mode=mode, **changes)
 

@@ -1,0 +1,83 @@
+"""What the commands of the node share: settings with options on top, sentences for people, progress with time left."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import monotonic
+from typing import Any
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from jobs.errors import InvalidValue
+from worker.settings import WorkerSettings
+
+FAILED = 1
+_EVERY_S = 20.0  # between lines of progress, where there is no terminal to draw a bar on
+
+
+def settings_of(**given: Any) -> WorkerSettings:
+    """Return the environment's settings, with the options that were given on top."""
+    return WorkerSettings(**{name: value for name, value in given.items() if value is not None})
+
+
+def say(sentence: str) -> None:
+    """Tell people something that is no result."""
+    print(sentence, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def sentences() -> Iterator[None]:
+    """Turn the engine's and pydantic's refusals into one sentence and an exit status."""
+    from worker.engine.errors import EngineError
+
+    try:
+        yield
+    except EngineError as error:
+        say(str(error))
+        raise typer.Exit(FAILED) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidValue(first["msg"], param=".".join(str(part) for part in first["loc"])) from error
+
+
+class Bars:
+    """Progress of parts of a long work: bars on a terminal, a line now and then elsewhere."""
+
+    def __init__(self) -> None:
+        """Start with no part."""
+        console = Console(stderr=True)
+        self._drawn = console.is_terminal
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+        self._bars = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console)
+
+    def __enter__(self) -> Bars:
+        if self._drawn:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def part(self, name: str, total: int) -> Callable[..., None]:
+        """Begin a part; return what takes how much more of it is done, and a note."""
+        bar = self._bars.add_task(name, total=total, note="")
+        started = said = monotonic()
+
+        def advance(more: int, note: str = "") -> None:
+            nonlocal said
+            self._bars.update(bar, advance=more, note=note)
+            if not self._drawn and monotonic() - said > _EVERY_S:
+                said = monotonic()
+                say(self._line(bar, said - started, note))
+
+        return advance
+
+    def _line(self, bar: TaskID, seconds: float, note: str) -> str:
+        task = self._bars.tasks[self._bars.task_ids.index(bar)]
+        left = seconds / task.completed * ((task.total or 0) - task.completed) if task.completed else 0.0
+        return f"{task.description}: {task.percentage:.0f}%, {max(left, 0.0) / 60:.1f} minutes left {note}".rstrip()

@@ -1,0 +1,57 @@
+"""The target of a training, as it is before its layers are fused: who it is, and the words it shares with a draft.
+
+[target] -> lessons, pupils.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from jobs.messages import model_name
+from worker.drafters.head_file import Identity, identity
+from worker.engine.language_model import PackedModel, embeddings, load, native_dtype, output_weights, quicken
+from worker.pull import resolve
+from worker.settings import WorkerSettings
+from worker.text import load_tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A loaded target."""
+
+    path: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    whose: Identity
+    embedding: Tensor  # [vocab, width]
+    output: Tensor  # [vocab, width]
+
+    @property
+    def vocabulary(self) -> int:
+        """Ids that are defined."""
+        return min(len(self.tokenizer), self.whose.vocabulary)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.model.device
+
+    def packed(self, taps: Sequence[int], capacity: int) -> PackedModel:
+        """Return the target with one KV slot and tapped layers, fused where that is faster; call once."""
+        quicken(self.model)
+        return PackedModel(self.model, slots=1, capacity=capacity, defined_ids=self.vocabulary, tapped=taps)
+
+
+def load_target(settings: WorkerSettings) -> Target:
+    """Load the target of the settings, its layers not fused yet; raises ModelRefused or SetupError, with what to do."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = native_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    path = resolve(settings.target, settings.cache_dir)
+    model, tokenizer = load(path, dtype=dtype, device=device), load_tokenizer(path)
+    whose = identity(model, model_name(settings.target), tokenizer.get_vocab())
+    return Target(path, model, tokenizer, whose, embeddings(model), output_weights(model).clone())
