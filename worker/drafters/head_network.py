@@ -64,6 +64,8 @@ class HeadShape:
             head_dim=self.head_dim,
             rms_norm_eps=self.eps,
             rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
+            bos_token_id=None,
+            eos_token_id=None,
             pad_token_id=None,
         )
 

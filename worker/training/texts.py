@@ -54,14 +54,14 @@ def write(
     the target's chat template has no place for a question and there are no `prompts`.
     """
     texts = read(file) if file.exists() else []
+    _write(file, texts, "w")  # without a line that was cut off
     written = sum(text.written for text in texts)
     progress(written)
     while written < recipe.tokens:
         first = len(texts)
         asked = _given(assembly, prompts, first) if prompts else _questions(assembly, recipe, first)
         answers = _answers(assembly, recipe, asked, first, progress)
-        with file.open("a") as out:
-            out.write("".join(json.dumps(asdict(text)) + "\n" for text in answers))
+        _write(file, answers, "a")
         texts += answers
         written += sum(text.written for text in answers)
     return texts
@@ -71,6 +71,11 @@ def read(file: Path) -> list[Text]:
     """Return the texts of a file; a last line that was cut off is no text."""
     lines = file.read_text().split("\n")[:-1]
     return [Text(tuple(said["ids"]), said["num_prompt"], said["greedy"]) for said in map(json.loads, lines)]
+
+
+def _write(file: Path, texts: Sequence[Text], how: str) -> None:
+    with file.open(how) as out:
+        out.write("".join(json.dumps(asdict(text)) + "\n" for text in texts))
 
 
 def _given(assembly: Assembly, prompts: Sequence[str], first: int) -> list[list[int]]:

@@ -1,0 +1,43 @@
+"""Heads for tests: tiny, random, on the tiny targets of `tests.models`."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from tests.models import VOCAB
+from worker.drafters.head import HeadDrafter, PackedHead
+from worker.drafters.head_network import HeadNetwork, HeadShape, tapped_layers
+from worker.engine.attention import ATTENTION_NAME
+from worker.engine.language_model import PackedModel, embeddings, output_weights, quicken
+
+TOKENS = torch.arange(0, VOCAB, 2)  # a head proposes every second token
+
+
+def network(target: PreTrainedModel, layers: int = 1, seed: int = 0) -> HeadNetwork:
+    """Return a random head for a target; the same seed gives the same weights."""
+    torch.manual_seed(seed)
+    return HeadNetwork(HeadShape.of(target.config, layers, len(TOKENS)))
+
+
+def packed_head(target: PreTrainedModel, net: HeadNetwork, *, slots: int = 4, native: bool = True) -> PackedHead:
+    """Put a head on its target's words; before the target's layers are fused."""
+    rows = output_weights(target)[TOKENS].clone()
+    return PackedHead(net, embeddings(target), rows, TOKENS, slots=slots, capacity=1024, native=native)
+
+
+def tapped(target: PreTrainedModel, *, slots: int = 4, native: bool = True) -> PackedModel:
+    """Return a target whose hidden states can be read."""
+    target.set_attn_implementation(ATTENTION_NAME)
+    if native:
+        quicken(target)
+    taps = tapped_layers(target.config.num_hidden_layers)
+    return PackedModel(target, slots=slots, capacity=512, native=native, tapped=taps)
+
+
+def with_head(target: PreTrainedModel, *, native: bool = True) -> tuple[PackedModel, HeadDrafter]:
+    """Return a target and a drafter with a random head for it."""
+    head = packed_head(target, network(target), native=native)
+    model = tapped(target, native=native)
+    assert model.hidden is not None
+    return model, HeadDrafter(head, model.hidden, "head")

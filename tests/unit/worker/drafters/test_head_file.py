@@ -1,0 +1,100 @@
+"""Laws of a head on disk: it comes back as it was; what is not whole or not this target's is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.heads import TOKENS, network
+from tests.models import tiny
+from worker.drafters.head_file import Identity, identity, is_head, read_head, write_head
+from worker.engine.errors import ModelRefused
+
+VOCABULARY = {f"token {i}": i for i in range(61)}
+
+
+@pytest.fixture
+def whose() -> Identity:
+    return identity(tiny("llama"), "tiny", VOCABULARY)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, whose: Identity) -> Path:
+    write_head(tmp_path / "head", network(tiny("llama")), TOKENS, whose)
+    return tmp_path / "head"
+
+
+def test_a_head_comes_back_as_it_was_written(folder: Path, whose: Identity) -> None:
+    head = read_head(str(folder), whose)
+    assert is_head(str(folder))
+    assert head.tokens.tolist() == TOKENS.tolist()
+    for name, weight in network(tiny("llama")).state_dict().items():
+        assert torch.equal(head.network.state_dict()[name], weight.bfloat16().float()), name
+
+
+def test_a_directory_that_holds_something_else_is_no_head(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert not is_head(str(tmp_path))
+    assert not is_head(str(tmp_path / "missing"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"architecture": "qwen2"}, "architecture is llama, and the target's is qwen2"),
+        ({"width": 64}, "hidden size is 48, and the target's is 64"),
+        ({"layers": 30}, "number of layers is 2"),
+        ({"vocabulary": 152064}, "vocabulary size is 61, and the target's is 152064"),
+        ({"tokenizer_sha256": "0" * 64}, "tokenizer"),
+        ({"weights_sha256": "0" * 64}, "weights"),
+    ],
+)
+def test_a_head_of_another_target_is_refused_with_what_differs(
+    folder: Path, whose: Identity, change: dict[str, object], said: str
+) -> None:
+    with pytest.raises(ModelRefused, match=said) as refused:
+        read_head(str(folder), replace(whose, **change))  # type: ignore[arg-type]
+    assert "basic draft train" in str(refused.value)
+
+
+def test_the_same_shape_with_other_weights_is_another_target() -> None:
+    assert identity(tiny("llama", seed=1), "tiny", VOCABULARY) != identity(tiny("llama"), "tiny", VOCABULARY)
+
+
+def test_a_file_that_was_cut_off_or_changed_is_refused(folder: Path, whose: Identity) -> None:
+    file = folder / "draft.safetensors"
+    whole = file.read_bytes()
+    for broken in (whole[:-100], whole[:-1] + b"\x01", b""):
+        file.write_bytes(broken)
+        with pytest.raises(ModelRefused, match="SHA-256 differs"):
+            read_head(str(folder), whose)
+
+
+def test_a_broken_file_with_the_right_hash_is_refused_too(folder: Path, whose: Identity) -> None:
+    import hashlib
+
+    (folder / "draft.safetensors").write_bytes(b"not safetensors")
+    said = json.loads((folder / "config.json").read_text())
+    said["sha256"] = hashlib.sha256(b"not safetensors").hexdigest()
+    (folder / "config.json").write_text(json.dumps(said))
+    with pytest.raises(ModelRefused, match="not whole"):
+        read_head(str(folder), whose)
+
+
+def test_a_pickle_is_not_read(folder: Path, whose: Identity) -> None:
+    (folder / "draft.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelRefused, match="never a pickle"):
+        read_head(str(folder), whose)
+
+
+@pytest.mark.parametrize("missing", ["shape", "target"])
+def test_a_config_without_a_part_is_refused(folder: Path, whose: Identity, missing: str) -> None:
+    said = json.loads((folder / "config.json").read_text())
+    del said[missing]
+    (folder / "config.json").write_text(json.dumps(said))
+    with pytest.raises(ModelRefused, match=missing):
+        read_head(str(folder), whose)
