@@ -17,10 +17,10 @@ from transformers.utils import logging as transformers_logging
 from jobs.messages import model_name
 from worker.calibration import calibrate
 from worker.drafts import draft_for
+from worker.engine.compiler import processor
 from worker.engine.cost_model import CostModel
 from worker.engine.drafting import Drafter
 from worker.engine.engine import Engine
-from worker.engine.kernels import processor
 from worker.engine.language_model import PackedModel, kv_bytes, load, native_dtype, quicken
 from worker.engine.options import EngineOptions, Mode
 from worker.memory import with_kv_tokens

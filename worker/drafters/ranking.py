@@ -11,7 +11,7 @@ from torch import Tensor
 
 from worker.engine.draft_tree import FloatArray, Forest
 from worker.engine.rows import IntArray
-from worker.engine.sampling import gumbel, process, row_keys
+from worker.engine.sampling import noisy, process
 
 _WIDTH = 8  # children per node at most
 
@@ -30,8 +30,7 @@ def best_children(
     if sampled:
         samplings = [sequences[i].sampling for i in sampled]
         positions = [len(sequences[i].ids) + int(forest.depth[nodes[i]]) for i in sampled]
-        noise = gumbel(row_keys(samplings, positions, scores.device), tokens)
-        scores[sampled] = (process(scores[sampled], samplings) + noise).float()
+        scores[sampled] = noisy(process(scores[sampled], samplings), samplings, positions, tokens)
     best = scores.softmax(-1).topk(min(_WIDTH, scores.shape[1]), dim=-1)
     return tokens[best.indices].cpu().numpy(), best.values.double().cpu().numpy()
 

@@ -7,29 +7,18 @@ operations do the same work: slower, and a row's last bits may then depend on it
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import logging
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+from worker.engine.compiler import library
 
 _SOURCE = Path(__file__).with_name("kernels.c")
-_FLAGS = (
-    "-O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -shared -fPIC"
-)
 _NUMBERS = {torch.bfloat16: ("-DBFLOAT16",), torch.float32: ()}
 
 
@@ -104,17 +93,17 @@ class Kernels:
         size, address, real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
         self.version = Path(library._name).stem
         self.panel = int(library.panel_columns())
-        self._pack = _bound(library.pack, address, address, address, size, size)
-        self._packed_size = _bound(library.packed_size, size, size, result=size)
-        self._rms_norm = _bound(library.rms_norm, address, address, address, size, size, real)
-        self.multiply = _bound(library.multiply, ctypes.POINTER(Product), address, address, size, size)
-        self.attend = _bound(
+        self._pack = bound(library.pack, address, address, address, size, size)
+        self._packed_size = bound(library.packed_size, size, size, result=size)
+        self._rms_norm = bound(library.rms_norm, address, address, address, size, size, real)
+        self.multiply = bound(library.multiply, ctypes.POINTER(Product), address, address, size, size)
+        self.attend = bound(
             library.attend, ctypes.POINTER(Plan), ctypes.POINTER(View), ctypes.POINTER(Heads), address, address, address
         )
-        self.move_entries = _bound(
+        self.move_entries = bound(
             library.move_entries, address, address, ctypes.POINTER(Plan), *[size] * 4, address, size
         )
-        self.run_layers = _bound(
+        self.run_layers = bound(
             library.run_layers,
             ctypes.POINTER(Layer),
             size,
@@ -145,73 +134,16 @@ class Kernels:
         return out
 
 
-def _bound(function: Any, *arguments: Any, result: Any = None) -> Callable[..., Any]:
-    function.argtypes, function.restype = arguments, result
-    return function  # type: ignore[no-any-return]
-
-
 @cache
 def kernels(dtype: torch.dtype) -> Kernels | None:
-    """Return the kernels for a dtype; None, with a warning, where they can't be compiled."""
+    """Return the kernels for a dtype; None where they can't be compiled."""
     if dtype not in _NUMBERS:
         return None
-    try:
-        return Kernels(ctypes.CDLL(str(_compiled(_NUMBERS[dtype]))))
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or error
-        log.warning(
-            "Decoding goes on without compiled kernels, slower: %s. Install gcc to have them.",
-            said,
-            extra={"action": "no_kernels"},
-        )
-        return None
+    compiled = library(_SOURCE, *_NUMBERS[dtype])
+    return None if compiled is None else Kernels(compiled)
 
 
-def _compiled(number: tuple[str, ...]) -> Path:
-    """Return the library, compiled at most once per source, compiler and processor."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
-    if not compiler:
-        raise FileNotFoundError("there is no C compiler")
-    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
-    identity = (
-        _SOURCE.read_text(),
-        compiler,
-        version,
-        _FLAGS,
-        *number,
-        platform.machine(),
-        processor(),
-        torch.__version__,
-    )
-    name = f"kernels-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}.so"
-    target = _folder() / name
-    if not target.exists():
-        # Into a file of our own, then renamed: processes that start together never load a half-written library.
-        with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".so", delete=False) as written:
-            command = [compiler, *_FLAGS.split(), *number, str(_SOURCE), "-o", written.name, *_openmp(), "-lm"]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-        os.replace(written.name, target)
-    return target
-
-
-def _folder() -> Path:
-    wanted = Path(platformdirs.user_cache_dir("basic")) / "kernels"
-    try:
-        wanted.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="basic-kernels-"))
-    return wanted
-
-
-def processor() -> str:
-    """Return what this processor can do, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-
-
-def _openmp() -> list[str]:
-    """Name torch's own OpenMP runtime to the linker: a second one would bring threads that fight for the cores."""
-    return [str(path) for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))[:1]]
+def bound(function: Any, *arguments: Any, result: Any = None) -> Callable[..., Any]:
+    """Tell a C function's types."""
+    function.argtypes, function.restype = arguments, result
+    return function  # type: ignore[no-any-return]

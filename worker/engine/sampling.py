@@ -13,10 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from worker.engine.noise import noise
+
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
 _MASK = (1 << 64) - 1
+_NUCLEUS = 256  # tokens among which top_p's end is looked for first
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,35 +94,52 @@ def process(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
 
     `logits` [rows, vocab]; returns float32 [rows, vocab] with -inf where a token may not be drawn. No row is greedy.
     """
-    scores = logits.float() / _column([s.temperature for s in samplings], logits)
+    scores = warmed(logits, samplings)
+    return scores.masked_fill_(scores < floors(scores, samplings), -torch.inf)
+
+
+def warmed(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """Return logits [rows, vocab] over their temperatures, float32."""
+    return logits.float() / _column([s.temperature for s in samplings], logits)
+
+
+def floors(scores: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """Return the lowest score [rows, 1] that may be drawn from `scores` [rows, vocab]; equal scores stay together."""
+    lowest = scores.new_full((len(scores), 1), -torch.inf)
     if any(s.top_k for s in samplings):
-        scores = _keep_top_k(scores, [s.top_k for s in samplings])
-    if any(s.top_p < 1.0 for s in samplings):
-        scores = _keep_top_p(scores, _column([s.top_p for s in samplings], logits))
+        lowest = _top_k_floor(scores, [s.top_k for s in samplings])
+    nuclear = [row for row, s in enumerate(samplings) if s.top_p < 1.0]
+    if nuclear:
+        shares = _column([samplings[row].top_p for row in nuclear], scores)
+        allowed = scores[nuclear].masked_fill(scores[nuclear] < lowest[nuclear], -torch.inf)
+        lowest[nuclear] = torch.maximum(lowest[nuclear], _top_p_floor(allowed, shares))
     if any(s.min_p > 0.0 for s in samplings):
-        floor = scores.amax(-1, keepdim=True) + _column([s.min_p for s in samplings], logits).log()
-        scores = scores.masked_fill(scores < floor, -torch.inf)
-    return scores
+        least = scores.amax(-1, keepdim=True) + _column([s.min_p for s in samplings], scores).log()
+        lowest = torch.maximum(lowest, least)
+    return lowest
 
 
 def _column(values: list[float], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=like.device).unsqueeze(1)
 
 
-def _keep_top_k(scores: Tensor, top_k: list[int]) -> Tensor:
-    vocab = scores.shape[-1]
-    ordered = scores.topk(min(max(top_k), vocab), dim=-1).values
+def _top_k_floor(scores: Tensor, top_k: list[int]) -> Tensor:
+    ordered = scores.topk(min(max(top_k), scores.shape[-1]), dim=-1).values
     column = torch.tensor(top_k, device=scores.device).unsqueeze(1)
     smallest = ordered.gather(1, (column - 1).clamp(0, ordered.shape[-1] - 1))
-    return scores.masked_fill((scores < smallest) & (column > 0), -torch.inf)
+    return smallest.masked_fill(column == 0, -torch.inf)
 
 
-def _keep_top_p(scores: Tensor, top_p: Tensor) -> Tensor:
-    ordered, order = scores.sort(dim=-1, descending=True)
-    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-    drop = (before >= top_p) & (top_p < 1.0)
-    drop[:, 0] = False  # the likeliest token always stays
-    return scores.masked_fill(drop.scatter(1, order, drop), -torch.inf)
+def _top_p_floor(scores: Tensor, top_p: Tensor, first: int = _NUCLEUS) -> Tensor:
+    """Return the score of the last token that is needed to reach `top_p`; the likeliest token is always one."""
+    vocab = scores.shape[-1]
+    ordered = scores.topk(min(first, vocab), dim=-1).values
+    highest = ordered[:, :1]
+    shares = (ordered - highest).exp() / (scores - highest).exp().sum(-1, keepdim=True)
+    needed = (shares.cumsum(-1) - shares < top_p).sum(-1, keepdim=True).clamp(min=1)
+    if len(scores) and int(needed.max()) == ordered.shape[-1] < vocab:  # the nucleus may reach further
+        return _top_p_floor(scores, top_p, first * 8)
+    return ordered.gather(1, needed - 1)
 
 
 def draw(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> Tensor:
@@ -130,6 +150,17 @@ def draw(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]
         if sampled:
             drawn[sampled] = draw(logits[sampled], [samplings[i] for i in sampled], [positions[i] for i in sampled])
         return drawn
+    keys = row_keys(samplings, positions, logits.device)
+    compiled = noise(logits.device)
+    if compiled is not None:
+        scores = warmed(logits, samplings)
+        return compiled.draw(scores, keys, floors(scores, samplings))
     tokens = torch.arange(logits.shape[-1], device=logits.device)
-    noise = gumbel(row_keys(samplings, positions, logits.device), tokens)
-    return noise.add_(process(logits, samplings)).argmax(-1)
+    return gumbel(keys, tokens).add_(process(logits, samplings)).argmax(-1)
+
+
+def noisy(scores: Tensor, samplings: Sequence[Sampling], positions: Sequence[int], tokens: Tensor) -> Tensor:
+    """Return processed scores [rows, n] of `tokens` [n] with the noise of their draws, right to about a thousandth."""
+    keys = row_keys(samplings, positions, scores.device)
+    compiled = noise(scores.device)
+    return (scores + gumbel(keys, tokens)).float() if compiled is None else compiled.add(scores, keys, tokens)

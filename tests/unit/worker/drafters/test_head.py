@@ -91,7 +91,7 @@ def test_a_head_proposes_only_its_own_tokens() -> None:
             offered.update(candidates.tokens.ravel().tolist())
             return candidates
 
-        behind, keep, drop = drafter.behind, drafter.keep, drafter.drop  # type: ignore[assignment]
+        behind, keep, drop = drafter.behind, drafter.keep, drafter.drop
 
     assert target.hidden is not None
     decode(engine(target, Listening(drafter._head, target.hidden, "head"), options(Mode.PAPER)), sequences())

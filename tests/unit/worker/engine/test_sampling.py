@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,10 @@ from worker.drafters.suffix import SuffixDrafter
 from worker.engine.cost_model import CostModel
 from worker.engine.draft_tree import Candidates, Forest
 from worker.engine.engine import Engine
+from worker.engine.noise import noise
 from worker.engine.options import Mode
 from worker.engine.rows import IntArray
-from worker.engine.sampling import Sampling, draw, gumbel, noise_key, process, row_keys
+from worker.engine.sampling import Sampling, draw, gumbel, noise_key, noisy, process, row_keys
 from worker.engine.sequence import Sequence
 
 LOGITS = torch.tensor([2.0, 1.5, 1.0, 0.0, -1.0, 0.5, -0.5, 1.9])
@@ -136,3 +138,32 @@ def test_two_tokens_follow_the_joint_law_whatever_is_drafted(drafter: EveryToken
     first_law = two_step_logits((2, 0)).softmax(-1)
     joint = torch.stack([first_law[i] * two_step_logits((0, i)).softmax(-1) for i in range(4)]).double().numpy()
     assert chisquare(counts.flatten(), (joint / joint.sum() * count).flatten()).pvalue > 1e-3
+
+
+@pytest.mark.skipif(noise(torch.device("cpu")) is None, reason="there is no C compiler")
+@pytest.mark.parametrize("spread", [0.0, 0.5, 3.0, 30.0])
+def test_compiled_draws_are_the_draws_of_torch(spread: float) -> None:
+    logits = torch.randn(len(PROCESSED), 3000, generator=torch.Generator().manual_seed(2)) * spread
+    for position in range(60):
+        samplings = [replace(s, key=noise_key(position, row)) for row, s in enumerate(PROCESSED)]
+        positions = [position] * len(samplings)
+        keys = row_keys(samplings, positions, logits.device)
+        by_torch = gumbel(keys, torch.arange(3000)).add_(process(logits, samplings)).argmax(-1)
+        assert draw(logits, samplings, positions).tolist() == by_torch.tolist()
+
+
+def test_rough_noise_is_the_noise_to_a_thousandth() -> None:
+    samplings, positions, tokens = (
+        [Sampling(temperature=1.0, key=key) for key in range(8)],
+        list(range(8)),
+        torch.arange(500),
+    )
+    exact = gumbel(row_keys(samplings, positions, tokens.device), tokens)
+    rough = noisy(torch.zeros(8, 500), samplings, positions, tokens)
+    assert (rough - exact).abs().max() < 2e-3
+
+
+def test_a_nucleus_wider_than_the_first_look_is_found_whole() -> None:
+    flat = torch.zeros(1, 2000) - torch.arange(2000) * 1e-4
+    kept = process(flat, [Sampling(temperature=1.0, top_p=0.7)]).isfinite().sum()
+    assert int(kept) == int((by_transformers(Sampling(temperature=1.0, top_p=0.7), flat) > 0).sum())

@@ -1,0 +1,84 @@
+/* Draws with keyed Gumbel noise on a CPU: the same tokens as sampling.py draws with torch, a few microseconds a row.
+ *
+ * A draw is the argmax of score + noise. Nearly every token of a row can be ruled out by the leading zeros of its hash
+ * alone, so the two logarithms of the noise are only taken for the few that could still win. */
+
+#include <math.h>
+#include <stdint.h>
+
+#define GOLDEN 0x9E3779B97F4A7C15u
+#define MIX_1 0xBF58476D1CE4E5B9u
+#define MIX_2 0x94D049BB133111EBu
+#define BLOCK 64
+#define LN_2 0.6931472f
+
+/* SplitMix64's finaliser (Steele, Lea, Flood 2014); the upper 53 bits count. */
+static inline uint64_t bits_of(uint64_t key, uint64_t token) {
+    uint64_t z = key + token * GOLDEN;
+    z = (z ^ (z >> 30)) * MIX_1;
+    z = (z ^ (z >> 27)) * MIX_2;
+    return (z ^ (z >> 31)) >> 11;
+}
+
+static inline double noise_of(uint64_t bits) { return -log(-log((double)bits * 0x1p-53 + 0x1p-54)); }
+
+/* At least the noise of `bits`: -log(-log(u)) <= -log(1 - u), and 1 - u has that many leading zeros. */
+static inline float most_noise(uint64_t bits) {
+    uint64_t rest = ((uint64_t)1 << 53) - bits; /* 1..2^53, of 1 - u; half a unit more than 1 - u itself */
+    return LN_2 * (float)(__builtin_clzll(rest) - 9) + 0.001f;
+}
+
+/* For each row of `scores` [rows, columns] the column with the most of score + noise, among those not below `floors`. */
+void draw_rows(const float *scores, const int64_t *keys, const float *floors, int64_t *out, int64_t rows,
+               int64_t columns) {
+#pragma omp parallel for schedule(static) if (rows > 1)
+    for (int64_t row = 0; row < rows; row++) {
+        const float *score = scores + row * columns;
+        uint64_t key = (uint64_t)keys[row];
+        float floor = floors[row];
+        int64_t best = 0;
+        for (int64_t i = 1; i < columns; i++) best = score[i] > score[best] ? i : best;
+        double most = (double)score[best] + noise_of(bits_of(key, (uint64_t)best));
+        for (int64_t start = 0; start < columns; start += BLOCK) {
+            float bound[BLOCK];
+            int64_t count = columns - start < BLOCK ? columns - start : BLOCK;
+            float highest = -INFINITY;
+            for (int64_t i = 0; i < count; i++) {
+                bound[i] = score[start + i] + most_noise(bits_of(key, (uint64_t)(start + i)));
+                highest = bound[i] > highest ? bound[i] : highest;
+            }
+            if ((double)highest < most) continue;
+            for (int64_t i = 0; i < count; i++) {
+                if ((double)bound[i] < most || score[start + i] < floor) continue;
+                double sum = (double)score[start + i] + noise_of(bits_of(key, (uint64_t)(start + i)));
+                if (sum > most || (sum == most && start + i < best)) most = sum, best = start + i;
+            }
+        }
+        out[row] = best;
+    }
+}
+
+/* log(x) for normal x > 0, to 0.0002. */
+static inline float rough_log(float x) {
+    union {
+        float number;
+        int32_t bits;
+    } split = {x};
+    float exponent = (float)((split.bits >> 23) - 127);
+    split.bits = (split.bits & 0x7FFFFF) | 0x3F800000;
+    float m = split.number;
+    return LN_2 * (exponent - 2.49681f + m * (4.02845f + m * (-2.08113f + m * (0.62884f - m * 0.07915f))));
+}
+
+/* Add noise to `scores` [rows, columns] of `tokens` [columns], roughly: good enough to guess what will be drawn. */
+void add_noise(float *scores, const int64_t *keys, const int64_t *tokens, int64_t rows, int64_t columns) {
+#pragma omp parallel for schedule(static) if (rows > 1)
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t i = 0; i < columns; i++) {
+            uint64_t bits = bits_of((uint64_t)keys[row], (uint64_t)tokens[i]);
+            float v = (float)(int64_t)(((uint64_t)1 << 53) - bits) * 0x1p-53f; /* 1 - u */
+            float near_one = v * (1 + v * (0.5f + v * (0.33333f + v * (0.25f + v * (0.2f + v * 0.35f)))));
+            float far = -rough_log((float)(int64_t)bits * 0x1p-53f + 0x1p-54f);
+            scores[row * columns + i] -= rough_log(v < 0.5f ? near_one : far);
+        }
+}
