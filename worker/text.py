@@ -47,7 +47,10 @@ class Codec:
     def sequence(
         self, key: tuple[Any, ...], prompt: list[int], sampling: SamplingParameters, choice: int
     ) -> EngineSequence:
-        """Return one choice of a request for the engine; raises InvalidValue if max_tokens is beyond the context."""
+        """Return one choice of a request for the engine; `key` begins with its job.
+
+        Raises InvalidValue if max_tokens is beyond the context.
+        """
         if sampling.max_tokens is not None and sampling.max_tokens > self.context_tokens:
             raise InvalidValue(
                 f"max_tokens is {sampling.max_tokens}, and the model's whole context has {self.context_tokens} tokens",
@@ -73,6 +76,7 @@ class Codec:
                 logit_bias=tuple(sampling.logit_bias.items()),
             ),
             eos_ids=frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.eos_ids),
+            group=key[0],
         )
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -1,10 +1,15 @@
-"""Suffix drafter: what followed the last few tokens earlier in this text will follow them again.
+"""Suffix drafter: what followed the last few tokens earlier will follow them again, in this text or others of its job.
 
-Free of any forward. The longest earlier match of the text's end proposes its continuations by how often they followed;
-how far a match of each length can be trusted is learned from what the target really drew.
+Free of any forward. The longest match of the text's end proposes its continuations by how often they followed: in the
+text itself, or in the finished texts of its group where they match more of it. How far a match of each length can be
+trusted is learned from what the target really drew.
 """
 
 from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable
+from collections.abc import Sequence as Seq
 
 import numpy as np
 
@@ -18,33 +23,36 @@ _WIDTH = 4  # continuations per node at most
 _PRIOR_TRUST = (0.0, 0.2, 0.6, 0.7, 0.7, 0.85, 0.9)
 _PRIOR_TRIES = 8.0  # weight of the prior
 _FORGET = 0.98  # older trials count less: texts of a job change
+_GROUPS = 8  # jobs whose finished texts are remembered; the one longest unused is forgotten first
+_GROUP_RUNS = 400_000  # runs of tokens remembered of one job: some 100 MB at most
+
+Followers = dict[int, int]  # token -> how often
 
 
 class SuffixDrafter:
-    """Drafts from each sequence's own prompt and output."""
+    """Drafts from each sequence's own prompt and output, and from the finished outputs of its group."""
 
     name = "suffix"
 
     def __init__(self) -> None:
         """Start with a prior: the longer the match, the likelier its continuation."""
-        self._indexes: dict[int, _Index] = {}
-        self._hits = _PRIOR_TRIES * np.array(_PRIOR_TRUST)
-        self._tries = np.full(_LONGEST + 1, _PRIOR_TRIES)
+        self._texts: dict[int, _Text] = {}
+        self._groups: OrderedDict[Hashable, _Runs] = OrderedDict()
+        self._own, self._others = _Trust(), _Trust()
 
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
         """Offer the continuations of the longest match of each node's text."""
         tokens = np.zeros((len(frontier), _WIDTH), np.int64)
         probabilities = np.zeros((len(frontier), _WIDTH))
         for row, node in enumerate(frontier):
-            index = self._index(forest.sequences[forest.tree[node]])
-            length, followers = index.match(forest.path(int(node)))
+            sequence = forest.sequences[forest.tree[node]]
+            trust, length, followers = self._match(sequence, self._text(sequence).end(forest.path(int(node))))
             if not length:
                 continue
-            trust = self._hits[length] / self._tries[length]
-            total = sum(followers.values())
+            share = trust.of(length) / sum(followers.values())
             for rank, (token, count) in enumerate(_commonest(followers)):
                 tokens[row, rank] = token
-                probabilities[row, rank] = trust * count / total
+                probabilities[row, rank] = share * count
         return Candidates(tokens, probabilities)
 
     def behind(self, sequence: Sequence) -> int:
@@ -52,55 +60,108 @@ class SuffixDrafter:
         return 0
 
     def keep(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
-        """Score the matches along the emitted tokens, then add those to the sequence's index."""
-        index = self._index(forest.sequences[tree], behind=len(emitted))
+        """Score the matches along the emitted tokens, then add those to the sequence's text."""
+        sequence = forest.sequences[tree]
+        text = self._text(sequence, behind=len(emitted))
         for token in emitted:
-            length, followers = index.match([])
+            trust, length, followers = self._match(sequence, text.end())
             if length:
-                self._tries[length] = self._tries[length] * _FORGET + 1.0
-                self._hits[length] = self._hits[length] * _FORGET + float(token in followers)
-            index.append(token)
+                trust.learn(length, held=token in followers)
+            text.append(token)
 
     def drop(self, sequence: Sequence) -> None:
-        """Forget a sequence."""
-        self._indexes.pop(id(sequence), None)
+        """Forget a sequence; what it wrote to its end, its group remembers."""
+        self._texts.pop(id(sequence), None)
+        if sequence.finish_reason is None or sequence.group is None:
+            return
+        group = self._groups.setdefault(sequence.group, _Runs())
+        self._groups.move_to_end(sequence.group)
+        group.add(sequence.ids, sequence.num_prompt)
+        if len(self._groups) > _GROUPS:
+            self._groups.popitem(last=False)
 
-    def _index(self, sequence: Sequence, behind: int = 0) -> _Index:
-        index = self._indexes.get(id(sequence))
-        if index is None:
-            index = self._indexes[id(sequence)] = _Index()
-        for token in sequence.ids[len(index.ids) : len(sequence.ids) - behind]:
-            index.append(token)
-        return index
+    def _match(self, sequence: Sequence, end: list[int]) -> tuple[_Trust, int, Followers]:
+        """Return the longest match of an end of text, and how matches of its kind are trusted; length 0 for none."""
+        length, followers = self._text(sequence).runs.match(end, longer_than=0)
+        group = self._groups.get(sequence.group) if sequence.group is not None else None
+        if group is not None:
+            longer, found = group.match(end, longer_than=length)
+            if longer:
+                return self._others, longer, found
+        return self._own, length, followers
+
+    def _text(self, sequence: Sequence, behind: int = 0) -> _Text:
+        text = self._texts.get(id(sequence))
+        if text is None:
+            text = self._texts[id(sequence)] = _Text()
+        if len(text.ids) < len(sequence.ids) - behind:
+            for token in sequence.ids[len(text.ids) : len(sequence.ids) - behind]:
+                text.append(token)
+        return text
 
 
-def _commonest(followers: dict[int, int]) -> list[tuple[int, int]]:
+def _commonest(followers: Followers) -> Iterable[tuple[int, int]]:
     """Return the likeliest followers with their counts; of equals, the one seen first."""
     if len(followers) == 1:
-        return list(followers.items())
+        return followers.items()
     return sorted(followers.items(), key=lambda item: -item[1])[:_WIDTH]
 
 
-class _Index:
-    """For every run of up to _LONGEST tokens of one text: what followed it, and how often."""
+class _Trust:
+    """How often the continuation of a match held, by its length."""
+
+    def __init__(self) -> None:
+        self._hits = [_PRIOR_TRIES * trust for trust in _PRIOR_TRUST]
+        self._tries = [_PRIOR_TRIES] * (_LONGEST + 1)
+
+    def of(self, length: int) -> float:
+        return self._hits[length] / self._tries[length]
+
+    def learn(self, length: int, *, held: bool) -> None:
+        self._tries[length] = self._tries[length] * _FORGET + 1.0
+        self._hits[length] = self._hits[length] * _FORGET + held
+
+
+class _Runs:
+    """For every run of up to _LONGEST tokens: what followed it, and how often."""
+
+    def __init__(self) -> None:
+        self._followers: dict[tuple[int, ...], Followers] = {}
+
+    def note(self, end: Seq[int], token: int) -> None:
+        """Note that `token` followed an end of text."""
+        for start in range(len(end)):
+            followers = self._followers.setdefault(tuple(end[start:]), {})
+            followers[token] = followers.get(token, 0) + 1
+
+    def add(self, ids: Seq[int], start: int) -> None:
+        """Note every token from `start` on, while there is room."""
+        for place in range(max(start, 1), len(ids)):
+            if len(self._followers) >= _GROUP_RUNS:
+                return
+            self.note(ids[max(place - _LONGEST, 0) : place], ids[place])
+
+    def match(self, end: Seq[int], *, longer_than: int) -> tuple[int, Followers]:
+        """Return (length, followers) of the longest run at an end of text; length 0 for none that is longer."""
+        for start in range(len(end) - longer_than):
+            followers = self._followers.get(tuple(end[start:]))
+            if followers:
+                return len(end) - start, followers
+        return 0, {}
+
+
+class _Text:
+    """One sequence's text so far, and its runs."""
 
     def __init__(self) -> None:
         self.ids: list[int] = []
-        self._followers: dict[tuple[int, ...], dict[int, int]] = {}
+        self.runs = _Runs()
+
+    def end(self, path: Seq[int] = ()) -> list[int]:
+        """Return the last tokens of the text with a draft path behind it."""
+        return [*self.ids[-_LONGEST:], *path][-_LONGEST:]
 
     def append(self, token: int) -> None:
-        """Add the next token of the text."""
-        tail = self.ids[-_LONGEST:]
-        for start in range(len(tail)):
-            followers = self._followers.setdefault(tuple(tail[start:]), {})
-            followers[token] = followers.get(token, 0) + 1
+        """Add the next token."""
+        self.runs.note(self.ids[-_LONGEST:], token)
         self.ids.append(token)
-
-    def match(self, path: list[int]) -> tuple[int, dict[int, int]]:
-        """Return (length, followers) of the longest end of text + path that occurred before; length 0 for none."""
-        tail = [*self.ids[-_LONGEST:], *path][-_LONGEST:]
-        for start in range(len(tail)):
-            followers = self._followers.get(tuple(tail[start:]))
-            if followers:
-                return len(tail) - start, followers
-        return 0, {}

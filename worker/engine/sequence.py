@@ -36,6 +36,7 @@ class Sequence:
     max_tokens: int
     sampling: Sampling
     eos_ids: frozenset[int] = frozenset()
+    group: Hashable = None  # texts of one group may serve as drafts of each other; None: of no other
     slot: int = -1  # KV slot; -1: not admitted
     cached: int = 0  # leading ids whose keys and values lie in the slot
     steps: int = 0  # decoding steps so far; the token from prefill is step 0

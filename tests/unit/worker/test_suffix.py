@@ -9,7 +9,7 @@ from worker.drafters.suffix import SuffixDrafter
 from worker.engine.draft_tree import Forest
 from worker.engine.rows import IntArray
 from worker.engine.sampling import Sampling
-from worker.engine.sequence import Sequence
+from worker.engine.sequence import FinishReason, Sequence
 
 EMPTY: IntArray = np.empty(0, np.int64)
 
@@ -75,3 +75,34 @@ def test_a_dropped_sequence_is_forgotten() -> None:
     drafter.drop(text)
     text.ids[:] = [7, 8, 9]
     assert not offered(drafter, text)
+
+
+def test_what_a_finished_text_said_is_offered_to_others_of_its_group() -> None:
+    drafter = SuffixDrafter()
+    done, other, stranger = sequence([1, 2, 3, 4, 5]), sequence([7, 2, 3]), sequence([7, 2, 3])
+    done.num_prompt = 2
+    done.group = other.group = "job"
+    stranger.group = "another job"
+    done.finish_reason = FinishReason.LENGTH
+    assert not offered(drafter, other)
+    drafter.drop(done)
+    assert offered(drafter, other).keys() == {4}
+    assert not offered(drafter, stranger)
+
+
+def test_the_longer_match_wins_be_it_the_texts_own_or_anothers() -> None:
+    drafter, done = SuffixDrafter(), sequence([5, 1, 2, 30])
+    done.num_prompt, done.group, done.finish_reason = 1, "job", FinishReason.STOP
+    drafter.drop(done)
+    own = Sequence(0, [1, 2, 9, 6, 1, 2], 6, 50, Sampling(), group="job")
+    assert offered(drafter, own).keys() == {9}  # both match two tokens: the text's own counts
+    others = Sequence(0, [1, 2, 9, 5, 1, 2], 6, 50, Sampling(), group="job")
+    assert offered(drafter, others).keys() == {30}  # three tokens match there
+
+
+def test_a_cancelled_text_teaches_nobody() -> None:
+    drafter, gone, other = SuffixDrafter(), sequence([1, 2, 3]), sequence([1, 2])
+    gone.num_prompt, gone.cancelled = 1, True
+    gone.group = other.group = "job"
+    drafter.drop(gone)
+    assert not offered(drafter, other)
