@@ -45,6 +45,8 @@ class MixedDrafter:
 
 def _merged(a: Candidates, b: Candidates) -> Candidates:
     """Return the candidates of both; a token that both offer stands where the first has it."""
+    if not b.probabilities.any():
+        return a
     same = (a.tokens[:, :, None] == b.tokens[:, None, :]) & (a.probabilities > 0)[:, :, None]
     same &= (b.probabilities > 0)[:, None, :]
     # Unless both are wrong. They are not independent, and what that changes is learned.

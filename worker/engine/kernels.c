@@ -17,6 +17,7 @@ enum { LANES = 16, BLOCK = 12 }; /* columns of one vector; rows multiplied toget
 #else
 enum { LANES = 8, BLOCK = 5 };
 #endif
+enum { MANY = 7, AHEAD = 12288 }; /* rows from which weights are fetched ahead of their use, by so many bytes */
 enum { PANEL = 2 * LANES }; /* columns multiplied together; packed weights lie panel by panel */
 
 typedef float floats __attribute__((vector_size(LANES * 4)));
@@ -136,12 +137,18 @@ static inline __attribute__((always_inline)) void tile(floats sums[][2], const n
                                                        const int rows) {
     floats own[BLOCK][2];
     for (int r = 0; r < rows; r++) own[r][0] = sums[r][0], own[r][1] = sums[r][1];
-    for (int64_t k = 0; k < inputs; k += STEP, weight += stride)
+    for (int64_t k = 0; k < inputs; k += STEP, weight += stride) {
+        /* With many rows a core computes too long to keep enough reads under way by itself; with few it is a hindrance. */
+        if (rows >= MANY) {
+            __builtin_prefetch((const char *)weight + AHEAD, 0, 2);
+            __builtin_prefetch((const char *)weight + AHEAD + 64, 0, 2);
+        }
 #pragma GCC unroll 12
         for (int r = 0; r < rows; r++) {
             own[r][0] = multiply_add(own[r][0], weight, x + r * x_stride + k);
             own[r][1] = multiply_add(own[r][1], weight + LANES * STEP, x + r * x_stride + k);
         }
+    }
     for (int r = 0; r < rows; r++) sums[r][0] = own[r][0], sums[r][1] = own[r][1];
 }
 
