@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import transformers
@@ -21,6 +21,7 @@ from worker.engine.compiler import processor
 from worker.engine.cost_model import CostModel
 from worker.engine.drafting import Drafter
 from worker.engine.engine import Engine
+from worker.engine.experience import Experience
 from worker.engine.language_model import PackedModel, kv_bytes, load, native_dtype, quicken
 from worker.engine.options import EngineOptions, Mode
 from worker.memory import with_kv_tokens
@@ -45,12 +46,22 @@ class Assembly:
     make_drafter: Callable[[], Drafter]
     options: EngineOptions
     costs: CostModel
+    experience: Experience = field(default_factory=Experience)
 
-    def engine(self, options: EngineOptions | None = None, make_drafter: Callable[[], Drafter] | None = None) -> Engine:
-        """Return a fresh engine over the loaded models, with other options or drafts if they are given."""
-        options = options or self.options
-        drafter = None if options.mode is Mode.PLAIN else (make_drafter or self.make_drafter)()
-        return Engine(self.target, drafter, options, self.costs)
+    def engine(
+        self,
+        options: EngineOptions | None = None,
+        make_drafter: Callable[[], Drafter] | None = None,
+        experience: Experience | None = None,
+    ) -> Engine:
+        """Return a fresh engine over the loaded models, with other options or drafts if they are given.
+
+        What its own draft is worth is remembered from engine to engine; for another draft or mode give `experience`.
+        """
+        chosen = options or self.options
+        drafter = None if chosen.mode is Mode.PLAIN else (make_drafter or self.make_drafter)()
+        own = make_drafter is None and chosen.mode is self.options.mode
+        return Engine(self.target, drafter, chosen, self.costs, experience or (self.experience if own else None))
 
 
 def assemble(settings: WorkerSettings, say: Say = lambda _: None) -> Assembly:

@@ -24,7 +24,10 @@ from transformers import AutoModelForCausalLM
 from jobs.errors import InvalidValue
 from jobs.messages import CHAT_ENDPOINT
 from worker.assembly import Assembly, Say, assemble
+from worker.drafters.head_file import is_head
+from worker.drafts import SUFFIX
 from worker.engine.drafting import Drafter
+from worker.engine.experience import Experience
 from worker.engine.options import Mode
 from worker.engine.sampling import Sampling, noise_key
 from worker.engine.sequence import Sequence as EngineSequence
@@ -182,9 +185,12 @@ def decode(
 ) -> Runner:
     """Return what decodes the prompts with our engine at a batch size; without `make_drafter`, with its own drafts."""
 
+    experience = Experience()  # a worker keeps it for its whole life, so a run begins with that of the runs before
+
     def timed(batch: int) -> Timed:
         at_once = min(batch, assembly.options.max_sequences)
-        engine = assembly.engine(replace(assembly.options, mode=mode, max_sequences=at_once), make_drafter)
+        options = replace(assembly.options, mode=mode, max_sequences=at_once)
+        engine = assembly.engine(options, make_drafter, experience)
         sequences = [
             EngineSequence(
                 key=i,
@@ -209,7 +215,7 @@ def decode(
 
 def _peers(settings: WorkerSettings, assembly: Assembly, prompts: Sequence[list[int]], plan: Plan) -> dict[str, Runner]:
     wanted = [mode for mode in plan.modes if mode in PEERS]
-    if not settings.draft:
+    if settings.draft in ("", SUFFIX) or is_head(resolve(settings.draft, settings.cache_dir)):
         wanted = [mode for mode in wanted if mode != "transformers-assisted"]
     if not wanted:
         return {}

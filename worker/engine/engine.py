@@ -15,6 +15,7 @@ import numpy as np
 from worker.engine.cost_model import CostModel
 from worker.engine.draft_tree import Forest
 from worker.engine.drafting import Drafter
+from worker.engine.experience import Experience
 from worker.engine.language_model import LanguageModel
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.planner import Planner, StepPlan
@@ -29,14 +30,23 @@ class Engine:
     """Decodes many sequences together, each exactly as if it were alone."""
 
     def __init__(
-        self, target: LanguageModel, drafter: Drafter | None, options: EngineOptions, costs: CostModel | None = None
+        self,
+        target: LanguageModel,
+        drafter: Drafter | None,
+        options: EngineOptions,
+        costs: CostModel | None = None,
+        experience: Experience | None = None,
     ) -> None:
-        """Build an engine. Opt-tree mode needs `costs`, and a drafter is of no use in plain mode."""
+        """Build an engine. Opt-tree mode needs `costs`, and a drafter is of no use in plain mode.
+
+        It goes on learning where `experience`, of an earlier engine with such a drafter, stopped.
+        """
         assert options.mode is not Mode.OPT_TREE or costs is not None, "opt-tree mode prices trees with a cost model"
         self._target = target
         self._drafter = None if options.mode is Mode.PLAIN else drafter
         self._options = options
-        self._planner = Planner(options, self._drafter, costs)
+        self._experience = experience or Experience()
+        self._planner = Planner(options, self._drafter, costs, self._experience)
         self._scheduler = Scheduler(options)
 
     @property
@@ -56,7 +66,7 @@ class Engine:
     @property
     def learned(self) -> dict[str, Any]:
         """What the engine has learned about drafts, as JSON."""
-        return self._planner.as_json()
+        return self._experience.as_json()
 
     @property
     def busy(self) -> bool:

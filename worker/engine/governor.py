@@ -46,17 +46,18 @@ class _Account:
 class Governor:
     """Accounts of speculation by load class."""
 
-    def __init__(self, probe_every: int, first_probe: int) -> None:
-        """Run one step in `probe_every` plain, the `first_probe`-th of an engine first."""
-        self._probe_every = probe_every
-        self._first_probe = first_probe
+    def __init__(self) -> None:
+        """Start with empty accounts."""
         self._steps = 0
         self._accounts: defaultdict[int, _Account] = defaultdict(_Account)
 
-    def hold_back(self, sequences: int) -> Decision | None:
-        """Return why the next step, of so many decoding sequences, must be plain; None if it may speculate."""
+    def hold_back(self, sequences: int, probe_every: int) -> Decision | None:
+        """Return why the next step, of so many decoding sequences, must be plain; None if it may speculate.
+
+        One step in `probe_every` is plain whatever speculation brings.
+        """
         self._steps += 1
-        if self._steps % self._probe_every == self._first_probe:
+        if self._steps % probe_every == probe_every // 2:
             return Decision.PROBE
         return Decision.GUARD if self._accounts[load_class(sequences)].overdrawn else None
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 
-from worker.engine.acceptance import Acceptance, drawn_tokens
-from worker.engine.budget import Budget, DraftCosts, PaperBudget, PricedBudget
+from worker.engine.acceptance import drawn_tokens
+from worker.engine.budget import Budget, PaperBudget, PricedBudget
 from worker.engine.cost_model import CostModel
 from worker.engine.draft_tree import Candidates, Forest
 from worker.engine.drafting import Drafter, Layer, as_offered, grow
-from worker.engine.governor import Decision, Governor
+from worker.engine.experience import Experience
+from worker.engine.governor import Decision
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.rows import IntArray
 from worker.engine.scheduler import Batch
@@ -41,14 +41,16 @@ class StepPlan:
 class Planner:
     """Plans the steps of one engine and learns from them."""
 
-    def __init__(self, options: EngineOptions, drafter: Drafter | None, costs: CostModel | None) -> None:
+    def __init__(
+        self, options: EngineOptions, drafter: Drafter | None, costs: CostModel | None, experience: Experience
+    ) -> None:
         """Plan with `drafter` as `options.mode` says; opt-tree mode needs `costs`."""
         self._options = options
         self._drafter = drafter
         self._costs = costs
-        self._acceptance = Acceptance()
-        self._drafts = DraftCosts()
-        self._governor = Governor(options.probe_every, options.probe_every // 2)
+        self._acceptance = experience.acceptance
+        self._drafts = experience.drafts
+        self._governor = experience.governor
 
     def plan(self, batch: Batch) -> StepPlan:
         """Decide what the decoding sequences of a batch show to the target."""
@@ -88,16 +90,16 @@ class Planner:
         self._costs.observe(rows, batch.entries * rows / trees, step_ms - draft_ms)
         return plain_ms
 
-    def as_json(self) -> dict[str, Any]:
-        """Return what has been learned about drafts, for `workers.calibration`."""
-        return {"acceptance": self._acceptance.as_json(), "accounts": self._governor.as_json()}
-
     def _hold_back(self, batch: Batch) -> Decision | None:
         if self._drafter is None:
             return Decision.OFF
         if not batch.decoding:
             return Decision.PREFILL
-        return self._governor.hold_back(len(batch.decoding)) if self._options.mode is Mode.OPT_TREE else None
+        return (
+            self._governor.hold_back(len(batch.decoding), self._options.probe_every)
+            if self._options.mode is Mode.OPT_TREE
+            else None
+        )
 
     def _budget(self, batch: Batch) -> Budget:
         if self._options.mode is Mode.PAPER or self._costs is None:

@@ -13,19 +13,21 @@ from tests.unit.worker.engine.harness import decode, options, sequences
 from worker.engine.cost_model import CostModel
 from worker.engine.draft_tree import Candidates, Forest
 from worker.engine.engine import Engine
+from worker.engine.experience import Experience
 from worker.engine.governor import Decision, Governor
 from worker.engine.options import Mode
 from worker.engine.rows import IntArray
 from worker.engine.sequence import Sequence
 
 PLAIN_MS = 10.0
+NEVER = 10**9  # steps between probes
 
 
 def run(governor: Governor, steps: int, sequences: int, tokens: float, step_ms: float) -> tuple[float, int]:
     """Serve steps that bring so much when they speculate; return tokens lost to it, and how many speculated."""
     lost, tried = 0.0, 0
     for _ in range(steps):
-        speculates = governor.hold_back(sequences) is None
+        speculates = governor.hold_back(sequences, NEVER) is None
         tried += speculates
         if speculates:
             governor.settle(sequences, int(tokens), step_ms, PLAIN_MS, speculated=True)
@@ -38,19 +40,19 @@ def run(governor: Governor, steps: int, sequences: int, tokens: float, step_ms: 
 @pytest.mark.parametrize("sequences", [1, 4, 32])
 @pytest.mark.parametrize("step_ms", [10.5, 13.0, 19.0])
 def test_drafts_that_never_hold_lose_a_hundredth_at_most(sequences: int, step_ms: float) -> None:
-    lost, tried = run(Governor(10**9, 0), 20_000, sequences, sequences, step_ms)
+    lost, tried = run(Governor(), 20_000, sequences, sequences, step_ms)
     once = sequences * (step_ms / PLAIN_MS - 1)
     assert 0 < lost <= 0.01 * 20_000 * sequences + once + 4
     assert 0 < tried < 10_000
 
 
 def test_speculation_that_pays_is_never_held_back() -> None:
-    _, tried = run(Governor(10**9, 0), 1000, 4, 8, 12.0)
+    _, tried = run(Governor(), 1000, 4, 8, 12.0)
     assert tried == 1000
 
 
 def test_old_luck_does_not_pay_for_long_losses_and_better_times_are_noticed() -> None:
-    governor = Governor(10**9, 0)
+    governor = Governor()
     run(governor, 5000, 2, 6, 12.0)
     lost, _ = run(governor, 2000, 2, 2, 15.0)
     assert lost < 0.01 * 4000 + 2 * 4 + 2
@@ -59,22 +61,32 @@ def test_old_luck_does_not_pay_for_long_losses_and_better_times_are_noticed() ->
 
 
 def test_load_classes_have_accounts_of_their_own() -> None:
-    governor = Governor(10**9, 0)
+    governor = Governor()
     run(governor, 200, 32, 32, 20.0)
-    assert governor.hold_back(32) is Decision.GUARD
-    assert governor.hold_back(1) is None
+    assert governor.hold_back(32, NEVER) is Decision.GUARD
+    assert governor.hold_back(1, NEVER) is None
 
 
 def test_one_slow_moment_of_the_machine_counts_as_no_more_than_two_steps() -> None:
-    governor = Governor(10**9, 0)
+    governor = Governor()
     governor.settle(1, 1, 5000.0, PLAIN_MS, speculated=True)
     assert governor.as_json()["1"]["credit_tokens"] == pytest.approx(2.0 - 1.0 + 0.01)
 
 
 def test_one_step_in_so_many_is_a_probe() -> None:
-    governor = Governor(16, 3)
-    decisions = [governor.hold_back(1) for _ in range(64)]
-    assert [i + 1 for i, d in enumerate(decisions) if d is Decision.PROBE] == [3, 19, 35, 51]
+    governor = Governor()
+    decisions = [governor.hold_back(1, 16) for _ in range(64)]
+    assert [i + 1 for i, d in enumerate(decisions) if d is Decision.PROBE] == [8, 24, 40, 56]
+
+
+def test_what_was_learned_outlives_the_engine() -> None:
+    experience = Experience()
+    never = TableModel(lambda text: torch.eye(61)[3 + len(text) % 5])
+    for _ in range(2):
+        chosen = options(Mode.OPT_TREE, max_sequences=4)
+        decode(Engine(never, LateReader(), chosen, CostModel({1: 2.0}), experience), sequences(max_tokens=40))
+    (account,) = [a for key, a in experience.as_json()["accounts"].items() if key == "4"]
+    assert account["steps"] > 40
 
 
 class LateReader:
