@@ -11,7 +11,7 @@ from torch import Tensor
 
 from worker.engine.draft_tree import FloatArray, Forest
 from worker.engine.rows import IntArray
-from worker.engine.sampling import noisy, process
+from worker.engine.sampling import best, noisy, process
 
 _WIDTH = 8  # children per node at most
 
@@ -31,8 +31,8 @@ def best_children(
         samplings = [sequences[i].sampling for i in sampled]
         positions = [len(sequences[i].ids) + int(forest.depth[nodes[i]]) for i in sampled]
         scores[sampled] = noisy(process(scores[sampled], samplings), samplings, positions, tokens)
-    best = scores.softmax(-1).topk(min(_WIDTH, scores.shape[1]), dim=-1)
-    return tokens[best.indices].cpu().numpy(), best.values.double().cpu().numpy()
+    places, probabilities = best(scores, min(_WIDTH, scores.shape[1]))
+    return tokens[places].cpu().numpy(), probabilities.cpu().numpy()
 
 
 def _adjusted(forest: Forest, nodes: IntArray, logits: Tensor, tokens: Tensor, vocabulary: int) -> Tensor:

@@ -49,7 +49,7 @@ def _compiled(source: Path, defines: tuple[str, ...]) -> Path:
         raise FileNotFoundError("there is no C compiler")
     version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
     identity = (
-        source.read_text(),
+        *(file.read_text() for file in (source, *sorted(source.parent.glob("*.h")))),
         compiler,
         version,
         _FLAGS,

@@ -12,6 +12,8 @@
 #include <immintrin.h>
 #endif
 
+#include "fast_math.h"
+
 #if defined(__AVX512F__)
 enum { LANES = 16, BLOCK = 12 }; /* columns of one vector; rows multiplied together, in registers */
 #else
@@ -22,10 +24,6 @@ enum { PANEL = 2 * LANES }; /* columns multiplied together; packed weights lie p
 
 typedef float floats __attribute__((vector_size(LANES * 4)));
 typedef uint32_t words __attribute__((vector_size(LANES * 4)));
-typedef union {
-    uint32_t bits;
-    float value;
-} float_bits;
 
 #ifdef BFLOAT16
 typedef uint16_t number;
@@ -59,21 +57,6 @@ static inline __attribute__((always_inline)) floats multiply_add(floats sum, con
     return sum + w * *x;
 }
 #endif
-
-/* e^x for x <= 0: 2^n * p(f) with n + f = x / ln 2 and |f| <= 1/2; relative error below 2e-7. */
-static inline float exp_below_0(float x) {
-    float y = x * 1.44269504f;
-    y = y < -126.0f ? -126.0f : y;
-    float n = floorf(y + 0.5f), f = y - n;
-    float p = 1.54035304e-4f;
-    p = p * f + 1.33335581e-3f;
-    p = p * f + 9.61812911e-3f;
-    p = p * f + 5.55041087e-2f;
-    p = p * f + 2.40226507e-1f;
-    p = p * f + 6.93147181e-1f;
-    p = p * f + 1.0f;
-    return p * (float_bits){.bits = (uint32_t)((int32_t)n + 127) << 23}.value;
-}
 
 static inline float silu(float x) {
     float e = exp_below_0(x < 0.0f ? x : -x);

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from worker.engine.noise import noise
+from worker.engine.draws import draws
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
@@ -146,12 +146,12 @@ def draw(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]
     """Draw one token per row of `logits` [rows, vocab], each for the given position of its sequence; int64 [rows]."""
     sampled = [i for i, s in enumerate(samplings) if not s.greedy]
     if len(sampled) < len(samplings):
-        drawn = logits.argmax(-1)
+        drawn = likeliest(logits)
         if sampled:
             drawn[sampled] = draw(logits[sampled], [samplings[i] for i in sampled], [positions[i] for i in sampled])
         return drawn
     keys = row_keys(samplings, positions, logits.device)
-    compiled = noise(logits.device)
+    compiled = draws(logits.device)
     if compiled is not None:
         scores = warmed(logits, samplings)
         return compiled.draw(scores, keys, floors(scores, samplings))
@@ -159,8 +159,23 @@ def draw(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]
     return gumbel(keys, tokens).add_(process(logits, samplings)).argmax(-1)
 
 
+def likeliest(logits: Tensor) -> Tensor:
+    """Return the token with the largest logit of each row of `logits` [rows, vocab], int64 [rows]."""
+    compiled = draws(logits.device)
+    return logits.argmax(-1) if compiled is None else compiled.likeliest(logits.float())
+
+
+def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the places of the `count` best of each row of `scores` [rows, n], best first, and their probabilities."""
+    compiled = draws(scores.device)
+    if compiled is not None:
+        return compiled.best(scores, count)
+    found = scores.softmax(-1).topk(count, dim=-1)
+    return found.indices, found.values.double()
+
+
 def noisy(scores: Tensor, samplings: Sequence[Sampling], positions: Sequence[int], tokens: Tensor) -> Tensor:
     """Return processed scores [rows, n] of `tokens` [n] with the noise of their draws, right to about a thousandth."""
     keys = row_keys(samplings, positions, scores.device)
-    compiled = noise(scores.device)
+    compiled = draws(scores.device)
     return (scores + gumbel(keys, tokens)).float() if compiled is None else compiled.add(scores, keys, tokens)

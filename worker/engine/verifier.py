@@ -15,7 +15,7 @@ from torch import Tensor
 
 from worker.engine.draft_tree import Forest
 from worker.engine.rows import IntArray
-from worker.engine.sampling import Sampling, draw
+from worker.engine.sampling import Sampling, draw, likeliest
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +40,9 @@ def walk(forest: Forest, logits: Tensor, rows: IntArray) -> list[Accepted]:
     walks = [_Walk(root) for root in range(len(forest.sequences))]
     greedy = [w for w in walks if _is_plain(forest.sequences[w.root].sampling)]
     if greedy:
-        likeliest = logits.argmax(-1).tolist()
+        draws = likeliest(logits).tolist()
         for w in greedy:
-            while w.advance(int(likeliest[rows[w.node]]), children):
+            while w.advance(draws[rows[w.node]], children):
                 pass
     moving = [w for w in walks if not _is_plain(forest.sequences[w.root].sampling)]
     while moving:

@@ -23,11 +23,11 @@ from tests.unit.worker.engine.harness import decode, options
 from worker.drafters.suffix import SuffixDrafter
 from worker.engine.cost_model import CostModel
 from worker.engine.draft_tree import Candidates, Forest
+from worker.engine.draws import draws
 from worker.engine.engine import Engine
-from worker.engine.noise import noise
 from worker.engine.options import Mode
 from worker.engine.rows import IntArray
-from worker.engine.sampling import Sampling, draw, gumbel, noise_key, noisy, process, row_keys
+from worker.engine.sampling import Sampling, best, draw, gumbel, likeliest, noise_key, noisy, process, row_keys
 from worker.engine.sequence import Sequence
 
 LOGITS = torch.tensor([2.0, 1.5, 1.0, 0.0, -1.0, 0.5, -0.5, 1.9])
@@ -140,7 +140,7 @@ def test_two_tokens_follow_the_joint_law_whatever_is_drafted(drafter: EveryToken
     assert chisquare(counts.flatten(), (joint / joint.sum() * count).flatten()).pvalue > 1e-3
 
 
-@pytest.mark.skipif(noise(torch.device("cpu")) is None, reason="there is no C compiler")
+@pytest.mark.skipif(draws(torch.device("cpu")) is None, reason="there is no C compiler")
 @pytest.mark.parametrize("spread", [0.0, 0.5, 3.0, 30.0])
 def test_compiled_draws_are_the_draws_of_torch(spread: float) -> None:
     logits = torch.randn(len(PROCESSED), 3000, generator=torch.Generator().manual_seed(2)) * spread
@@ -167,3 +167,18 @@ def test_a_nucleus_wider_than_the_first_look_is_found_whole() -> None:
     flat = torch.zeros(1, 2000) - torch.arange(2000) * 1e-4
     kept = process(flat, [Sampling(temperature=1.0, top_p=0.7)]).isfinite().sum()
     assert int(kept) == int((by_transformers(Sampling(temperature=1.0, top_p=0.7), flat) > 0).sum())
+
+
+def test_the_likeliest_and_the_best_are_those_of_torch() -> None:
+    for columns in (8, 61, 4099):
+        scores = torch.randn(5, columns, generator=torch.Generator().manual_seed(columns)) * 4
+        assert likeliest(scores).tolist() == scores.argmax(-1).tolist()
+        places, probabilities = best(scores, 8)
+        expected = scores.softmax(-1).topk(8)
+        assert places.tolist() == expected.indices.tolist()
+        torch.testing.assert_close(probabilities, expected.values.double(), rtol=1e-5, atol=1e-7)
+
+
+def test_of_equal_scores_the_first_is_taken() -> None:
+    assert likeliest(torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0]])).tolist() == [1]
+    assert best(torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0]]), 2)[0].tolist() == [[1, 2]]

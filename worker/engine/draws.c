@@ -1,10 +1,13 @@
-/* Draws with keyed Gumbel noise on a CPU: the same tokens as sampling.py draws with torch, a few microseconds a row.
+/* From rows of scores to tokens on a CPU: greedy draws, draws with keyed Gumbel noise, a draft's best.
  *
- * A draw is the argmax of score + noise. Nearly every token of a row can be ruled out by the leading zeros of its hash
- * alone, so the two logarithms of the noise are only taken for the few that could still win. */
+ * A noisy draw is the argmax of score + noise, the same that sampling.py finds with torch. Nearly every token of a row can
+ * be ruled out by the leading zeros of its hash alone, so the two logarithms of the noise are only taken for the few that
+ * could still win. */
 
 #include <math.h>
 #include <stdint.h>
+
+#include "fast_math.h"
 
 #define GOLDEN 0x9E3779B97F4A7C15u
 #define MIX_1 0xBF58476D1CE4E5B9u
@@ -28,6 +31,52 @@ static inline float most_noise(uint64_t bits) {
     return LN_2 * (float)(__builtin_clzll(rest) - 9) + 0.001f;
 }
 
+static inline float highest_of(const float *row, int64_t columns) {
+    float highest = row[0];
+#pragma omp simd reduction(max : highest)
+    for (int64_t i = 0; i < columns; i++) highest = row[i] > highest ? row[i] : highest;
+    return highest;
+}
+
+static inline int64_t first_of(const float *row, float value) {
+    int64_t i = 0;
+    while (row[i] != value) i++;
+    return i;
+}
+
+/* For each row of `scores` [rows, columns] the first column of its highest score. */
+void argmax_rows(const float *scores, int64_t *out, int64_t rows, int64_t columns) {
+#pragma omp parallel for schedule(static) if (rows > 1)
+    for (int64_t row = 0; row < rows; row++) {
+        const float *score = scores + row * columns;
+        out[row] = first_of(score, highest_of(score, columns));
+    }
+}
+
+/* For each row of `scores` [rows, columns] its `count` best columns, best first, and their softmax probabilities. */
+void best_rows(const float *scores, int64_t *out, double *probabilities, int64_t rows, int64_t columns, int64_t count) {
+#pragma omp parallel for schedule(static) if (rows > 1)
+    for (int64_t row = 0; row < rows; row++) {
+        const float *score = scores + row * columns;
+        float highest = highest_of(score, columns), sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < columns; i++) sum += exp_below_0(score[i] - highest);
+        int64_t *best = out + row * count, found = 0;
+        for (int64_t start = 0; start < columns; start += BLOCK) {
+            int64_t size = columns - start < BLOCK ? columns - start : BLOCK;
+            if (found == count && highest_of(score + start, size) <= score[best[count - 1]]) continue;
+            for (int64_t i = start; i < start + size; i++) {
+                if (found == count && score[i] <= score[best[count - 1]]) continue;
+                int64_t place = found < count ? found++ : count - 1;
+                for (; place > 0 && score[best[place - 1]] < score[i]; place--) best[place] = best[place - 1];
+                best[place] = i;
+            }
+        }
+        for (int64_t i = 0; i < count; i++)
+            probabilities[row * count + i] = (double)(exp_below_0(score[best[i]] - highest) / sum);
+    }
+}
+
 /* For each row of `scores` [rows, columns] the column with the most of score + noise, among those not below `floors`. */
 void draw_rows(const float *scores, const int64_t *keys, const float *floors, int64_t *out, int64_t rows,
                int64_t columns) {
@@ -36,8 +85,7 @@ void draw_rows(const float *scores, const int64_t *keys, const float *floors, in
         const float *score = scores + row * columns;
         uint64_t key = (uint64_t)keys[row];
         float floor = floors[row];
-        int64_t best = 0;
-        for (int64_t i = 1; i < columns; i++) best = score[i] > score[best] ? i : best;
+        int64_t best = first_of(score, highest_of(score, columns));
         double most = (double)score[best] + noise_of(bits_of(key, (uint64_t)best));
         for (int64_t start = 0; start < columns; start += BLOCK) {
             float bound[BLOCK];
@@ -56,18 +104,6 @@ void draw_rows(const float *scores, const int64_t *keys, const float *floors, in
         }
         out[row] = best;
     }
-}
-
-/* log(x) for normal x > 0, to 0.0002. */
-static inline float rough_log(float x) {
-    union {
-        float number;
-        int32_t bits;
-    } split = {x};
-    float exponent = (float)((split.bits >> 23) - 127);
-    split.bits = (split.bits & 0x7FFFFF) | 0x3F800000;
-    float m = split.number;
-    return LN_2 * (exponent - 2.49681f + m * (4.02845f + m * (-2.08113f + m * (0.62884f - m * 0.07915f))));
 }
 
 /* Add noise to `scores` [rows, columns] of `tokens` [columns], roughly: good enough to guess what will be drawn. */
