@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from worker.engine.errors import ModelRefused
+
 
 @dataclass(frozen=True, slots=True)
 class HeadShape:
@@ -33,7 +35,18 @@ class HeadShape:
 
     @classmethod
     def of(cls, target: PretrainedConfig, layers: int, vocabulary: int) -> Self:
-        """Return the shape for a target: its own layers' sizes, its states after each third of its layers."""
+        """Return the shape for a target: its own layers' sizes, its states after each third of its layers.
+
+        Raises ModelRefused for a target whose layers have no such sizes.
+        """
+        missing = [
+            name for name in ("intermediate_size", "rms_norm_eps", "rope_parameters") if not hasattr(target, name)
+        ]
+        if missing:
+            raise ModelRefused(
+                f"a head can't be made for a {target.model_type}: its configuration has no {missing[0]}; train a draft "
+                "of its own with --kind model"
+            )
         heads = target.num_attention_heads
         return cls(
             width=target.hidden_size,

@@ -47,8 +47,9 @@ class Acceptance:
         offered = Candidates(offered.tokens[known], offered.probabilities[known], source)
         where = self._classes(forest, frontier[known], offered)
         hit = (offered.tokens == drawn[known, None]) & (offered.probabilities > 0.0)
-        np.add.at(self._hits, where, hit)
-        np.add.at(self._promised, where, offered.probabilities)
+        places = np.ravel_multi_index(where, self._hits.shape).ravel()
+        for table, counted in ((self._hits, hit), (self._promised, offered.probabilities)):
+            table += np.bincount(places, counted.ravel(), minlength=table.size).reshape(table.shape)
 
     def forget(self) -> None:
         """Let what was learned weigh a little less; call once a step."""
