@@ -65,6 +65,7 @@ class DraftCosts:
     def __init__(self) -> None:
         """Start knowing nothing."""
         self._layer_ms: dict[int, float] = {}  # by load class of the nodes expanded
+        self._reads = 0
         self.row_ms = 0.0  # of reading one committed token, the drafter being far behind
         self.earned = 0.0  # tokens per tree and step, its own time deducted
 
@@ -82,8 +83,9 @@ class DraftCosts:
     def observe_growth(self, behind: int, layers: Sequence[int], ms: float) -> None:
         """Learn from a step's layers of so many nodes, before which so many committed tokens were read."""
         if behind > _CAUGHT_UP * max(layers[:1], default=1):
-            sample = ms / behind
-            self.row_ms += (_TIME_WEIGHT if self.row_ms else 1.0) * (sample - self.row_ms)
+            reading_ms = max(ms - sum(map(self.layer_ms, layers)), 0.0)
+            self._reads += 1
+            self.row_ms += max(_TIME_WEIGHT, 1 / self._reads) * (reading_ms / behind - self.row_ms)
             return
         for nodes in layers:
             self.observe(nodes, ms * nodes / sum(layers))

@@ -16,7 +16,8 @@ from typing import Any
 from worker.engine.cost_model import load_class
 
 _ALLOWANCE = 0.01  # of all tokens may be lost to speculation that does not pay
-_PURSE = 4.0  # tokens per sequence that an account holds at most: old luck must not pay for long losses
+_START = 8.0  # tokens of a new account, and what any holds at most: to find out what drafts are worth
+_PURSE = 4.0  # tokens per sequence that it holds at most, if that is more: old luck must not pay for long losses
 _RATE_WEIGHT = 0.05  # of a step in the running rate
 _OUTLIER = 2.0  # a step's time counts as at most so many times the plain step's
 
@@ -36,7 +37,7 @@ class Decision(StrEnum):
 
 @dataclass(slots=True)
 class _Account:
-    credit: float = 2.0  # tokens
+    credit: float = _START  # tokens
     overdrawn: bool = False
     rate: float = 0.0  # tokens per millisecond, as served
     steps: int = 0
@@ -80,7 +81,7 @@ class Governor:
             account.plain_off += _RATE_WEIGHT * (step_ms / plain_ms - account.plain_off)
         account.rate += max(_RATE_WEIGHT, 1 / account.steps) * (tokens / step_ms - account.rate)
         earned = tokens - sequences * step_ms / (plain_ms * account.plain_off) if speculated else 0.0
-        account.credit = min(account.credit + earned + _ALLOWANCE * tokens, _PURSE * sequences)
+        account.credit = min(account.credit + earned + _ALLOWANCE * tokens, max(_START, _PURSE * sequences))
         account.overdrawn = account.credit < (0.5 if account.overdrawn else 0.0)
 
     def as_json(self) -> dict[str, Any]:

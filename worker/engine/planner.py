@@ -24,6 +24,7 @@ from worker.engine.rows import IntArray
 from worker.engine.scheduler import Batch
 from worker.engine.verifier import Accepted
 
+_MOMENT = 3.0  # times that a moment of the machine may be slower or faster than usual
 _HORIZON = 32  # steps over which a draft that has caught up is expected to pay
 
 
@@ -83,11 +84,15 @@ class Planner:
         if self._costs is None or batch.chunks:
             return None
         trees, rows = len(batch.decoding), plan.shown.size
+        entries = batch.entries * rows / trees
         plain_ms = float(self._costs.step_ms(trees, batch.entries))
+        # A slow moment of the machine would have slowed a plain step as well: drafts are judged by its speed right now.
+        now = (step_ms - draft_ms) / float(self._costs.step_ms(rows, entries)) if plan.layers else 1.0
+        plain_now_ms = plain_ms * min(max(now, 1 / _MOMENT), _MOMENT)
         if plan.layers:
-            self._drafts.observe_earned((tokens - trees * step_ms / plain_ms) / len(plan.layers[0].frontier))
-        self._governor.settle(trees, tokens, step_ms, plain_ms, speculated=bool(plan.layers))
-        self._costs.observe(rows, batch.entries * rows / trees, step_ms - draft_ms)
+            self._drafts.observe_earned((tokens - trees * step_ms / plain_now_ms) / len(plan.layers[0].frontier))
+        self._governor.settle(trees, tokens, step_ms, plain_now_ms, speculated=bool(plan.layers))
+        self._costs.observe(rows, entries, step_ms - draft_ms)
         return plain_ms
 
     def _hold_back(self, batch: Batch) -> Decision | None:
@@ -95,11 +100,9 @@ class Planner:
             return Decision.OFF
         if not batch.decoding:
             return Decision.PREFILL
-        return (
-            self._governor.hold_back(len(batch.decoding), self._options.probe_every)
-            if self._options.mode is Mode.OPT_TREE
-            else None
-        )
+        if self._options.mode is not Mode.OPT_TREE:
+            return None
+        return self._governor.hold_back(len(batch.decoding), self._options.probe_every)
 
     def _budget(self, batch: Batch) -> Budget:
         if self._options.mode is Mode.PAPER or self._costs is None:
@@ -127,7 +130,8 @@ class Planner:
         rate = self._rate(batch, self._costs)
         order = np.argsort(behind, kind="stable")
         price = (rate * self._drafts.row_ms * behind[order]).cumsum()
-        purse = self._governor.credit(trees) + _HORIZON * self._drafts.earned * np.arange(1, trees + 1)
+        expected = _HORIZON * max(self._drafts.earned, 0.0) * np.arange(1, trees + 1)
+        purse = self._governor.credit(trees) + expected
         count = int((price <= purse).sum()) if self._drafts.row_ms else 1  # one is enough to learn what reading costs
         return np.sort(order[:count])
 

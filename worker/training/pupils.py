@@ -49,21 +49,25 @@ def pupil_of(target: Target, recipe: Recipe, texts: Sequence[Text]) -> Pupil:
     """Return the pupil of a recipe; a head can propose the tokens that stand most often in the answers of `texts`."""
     if recipe.kind is Kind.MODEL:
         return ModelPupil(target, recipe)
-    answers = (text.ids[text.num_prompt :] for text in texts)
-    return HeadPupil(target, recipe, commonest(answers, min(recipe.vocabulary, target.vocabulary), target.vocabulary))
+    answers = [text.ids[text.num_prompt :] for text in texts]
+    learned, proposed = (
+        commonest(answers, min(count, target.vocabulary), target.vocabulary)
+        for count in (recipe.vocabulary, min(recipe.proposed, recipe.vocabulary))
+    )
+    return HeadPupil(target, recipe, learned, proposed)
 
 
 class HeadPupil:
     """A head, learning."""
 
-    def __init__(self, target: Target, recipe: Recipe, tokens: Tensor) -> None:
-        """Start from random layers; propose `tokens`."""
-        self._target, self._tokens = target, tokens
+    def __init__(self, target: Target, recipe: Recipe, tokens: Tensor, proposed: Tensor) -> None:
+        """Start from random layers; learn to tell `tokens` apart, and propose those that are `proposed`."""
+        self._target, self._tokens = target, proposed
         torch.manual_seed(recipe.seed)
         config = target.model.config.get_text_config()
-        self.network = HeadNetwork(HeadShape.of(config, recipe.layers, len(tokens)))
+        self.network = HeadNetwork(HeadShape.of(config, recipe.layers, len(proposed)))
         output = target.output[tokens.to(target.device)]
-        weights = (target.embedding.float(), output.float(), self._tokens)
+        weights = (target.embedding.float(), output.float(), tokens)
         self.student = HeadStudent(self.network, *weights, recipe.unroll, recipe.unroll_decay)
 
     def drafter(self, hidden: HiddenStates) -> Drafter:

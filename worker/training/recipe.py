@@ -28,7 +28,8 @@ class Recipe:
     learning_rate: float = 1e-3
     unroll: int = 4  # steps that the draft is trained to see ahead on its own outputs
     unroll_decay: float = 0.8  # weight of a step over the one before
-    vocabulary: int = 8192  # tokens that a head can propose: those the target writes most often
+    vocabulary: int = 8192  # tokens that a head learns to tell apart: those the target writes most often
+    proposed: int = 4096  # of these, that it proposes: on a CPU the others cost more time than they bring tokens
     layers: int = 1  # decoder layers of the draft
 
     @classmethod

@@ -196,7 +196,7 @@ def multibyte(prefix: tuple[int, ...]) -> Tensor:
 
 @pytest.mark.parametrize(
     ("law", "stop"),
-    [(words, ["dog t"]), (words, ["never", "cat and the"]), (multibyte, ["🙂"]), (multibyte, ["x", "本 "])],
+    [(words, ["dog"]), (words, ["never", "cat and the"]), (multibyte, ["🙂"]), (multibyte, ["x", "本 "])],
 )
 @pytest.mark.parametrize("turns", [0, 2, 3, 5])
 def test_a_text_ends_before_its_stop_string_also_in_an_accepted_path_and_resumed(
