@@ -115,6 +115,7 @@ class ReplayDrafter:
     """Offers what a plain run has written, wrong now and then: as good a draft as one could train, and free."""
 
     name = "replay"
+    free = None  # it has no other part
 
     def __init__(self, known: Sequence[Sequence[int]]) -> None:
         """Take the known output of each sequence, by its key."""

@@ -96,6 +96,7 @@ class HeadDrafter:
     def __init__(self, head: HeadModel, hidden: HiddenStates, name: str) -> None:
         """Use a head for slots numbered as the target's, whose hidden states lie in `hidden`."""
         self.name = name
+        self.free = None  # it is a network and nothing else
         self._head = head
         self._hidden = hidden
         self._lanes = Lanes()

@@ -5,6 +5,8 @@ A token that both offer is offered once; how far such an agreement can be truste
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from worker.engine.draft_tree import Candidates, Forest
@@ -24,6 +26,11 @@ class MixedDrafter:
         self._network = network
         self._suffix = suffix
 
+    @property
+    def free(self) -> Drafter:
+        """The part that looks things up."""
+        return _Labelled(self._suffix)
+
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
         """Offer what either offers."""
         return _merged(self._network.expand(forest, frontier), self._suffix.expand(forest, frontier))
@@ -41,6 +48,21 @@ class MixedDrafter:
         """Forget a sequence."""
         self._network.drop(sequence)
         self._suffix.drop(sequence)
+
+
+class _Labelled:
+    """A part of a mixed drafter by itself: its candidates keep their source. What was kept, the whole is told."""
+
+    free = None
+
+    def __init__(self, part: Drafter) -> None:
+        self.name = part.name
+        self.behind, self.keep, self.drop = part.behind, part.keep, part.drop
+        self._part = part
+
+    def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
+        offered = self._part.expand(forest, frontier)
+        return replace(offered, source=np.full_like(offered.tokens, SUFFIX))
 
 
 def _merged(a: Candidates, b: Candidates) -> Candidates:

@@ -19,6 +19,7 @@ class ModelDrafter:
     def __init__(self, model: LanguageModel, name: str, vocab: int) -> None:
         """Use `model` for slots numbered as the target's; draft only ids below `vocab`, which both models know."""
         self.name = name
+        self.free = None  # it is a network and nothing else
         self._model = model
         self._vocab = vocab
         self._lanes = Lanes()

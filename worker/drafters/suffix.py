@@ -33,6 +33,7 @@ class SuffixDrafter:
     """Drafts from each sequence's own prompt and output, and from the finished outputs of its group."""
 
     name = "suffix"
+    free = None  # it has no other part
 
     def __init__(self) -> None:
         """Start with a prior: the longer the match, the likelier its continuation."""

@@ -22,6 +22,10 @@ class Drafter(Protocol):
 
     name: str
 
+    @property
+    def free(self) -> Drafter | None:
+        """The part of a mixed drafter that runs no network; None if there is no such part, or nothing else."""
+
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
         """Offer children for the frontier nodes; every call of a step brings the next layer of the same forest."""
 

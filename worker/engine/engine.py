@@ -146,7 +146,7 @@ class Engine:
                 verify_ms=clock.verify_ms,
                 step_ms=step_ms + sequence.prefill_ms,
                 batch_sequences=trees,
-                drafter=self._drafter.name if self._drafter and nodes[tree] else None,
+                drafter=plan.way.drafter.name if plan.way and nodes[tree] else None,
                 plain_step_ms=plain_step_ms,
                 decision=plan.decision,
             )

@@ -14,13 +14,23 @@ from worker.engine.governor import Governor
 
 
 @dataclass(frozen=True, slots=True)
-class Experience:
-    """What one drafter with one target has been worth so far."""
+class Ledger:
+    """What one way of drafting costs and earns."""
 
-    acceptance: Acceptance = field(default_factory=Acceptance)
     drafts: DraftCosts = field(default_factory=DraftCosts)
     governor: Governor = field(default_factory=Governor)
 
+
+@dataclass(slots=True)
+class Experience:
+    """What one drafter with one target has been worth so far: all of it, and the part that runs no network."""
+
+    acceptance: Acceptance = field(default_factory=Acceptance)
+    whole: Ledger = field(default_factory=Ledger)
+    free: Ledger = field(default_factory=Ledger)
+    steps: int = 0  # that might have had drafts
+
     def as_json(self) -> dict[str, Any]:
         """Return it for `workers.calibration`."""
-        return {"acceptance": self.acceptance.as_json(), "accounts": self.governor.as_json()}
+        accounts = {"whole": self.whole.governor.as_json(), "free": self.free.governor.as_json()}
+        return {"acceptance": self.acceptance.as_json(), "accounts": accounts}

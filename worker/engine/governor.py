@@ -18,6 +18,7 @@ from worker.engine.cost_model import load_class
 _ALLOWANCE = 0.01  # of all tokens may be lost to speculation that does not pay
 _START = 8.0  # tokens of a new account, and what any holds at most: to find out what drafts are worth
 _PURSE = 4.0  # tokens per sequence that it holds at most, if that is more: old luck must not pay for long losses
+_BACK = 0.5  # tokens that an overdrawn account must hold again
 _RATE_WEIGHT = 0.05  # of a step in the running rate
 _OUTLIER = 2.0  # a step's time counts as at most so many times the plain step's
 
@@ -48,19 +49,12 @@ class Governor:
     """Accounts of speculation by load class."""
 
     def __init__(self) -> None:
-        """Start with empty accounts."""
-        self._steps = 0
+        """Start with new accounts."""
         self._accounts: defaultdict[int, _Account] = defaultdict(_Account)
 
-    def hold_back(self, sequences: int, probe_every: int) -> Decision | None:
-        """Return why the next step, of so many decoding sequences, must be plain; None if it may speculate.
-
-        One step in `probe_every` is plain whatever speculation brings.
-        """
-        self._steps += 1
-        if self._steps % probe_every == probe_every // 2:
-            return Decision.PROBE
-        return Decision.GUARD if self._accounts[load_class(sequences)].overdrawn else None
+    def overdrawn(self, sequences: int) -> bool:
+        """Return whether the next step, of so many decoding sequences, must do without these drafts."""
+        return self._accounts[load_class(sequences)].overdrawn
 
     def rate(self, sequences: int, plain_ms: float) -> float:
         """Return the tokens per millisecond that a token's worth is measured by: those of plain decoding, or better."""
@@ -82,7 +76,13 @@ class Governor:
         account.rate += max(_RATE_WEIGHT, 1 / account.steps) * (tokens / step_ms - account.rate)
         earned = tokens - sequences * step_ms / (plain_ms * account.plain_off) if speculated else 0.0
         account.credit = min(account.credit + earned + _ALLOWANCE * tokens, max(_START, _PURSE * sequences))
-        account.overdrawn = account.credit < (0.5 if account.overdrawn else 0.0)
+        account.overdrawn = account.credit < (_BACK if account.overdrawn else 0.0)
+
+    def rest(self, sequences: int, tokens: int) -> None:
+        """Book a step that other drafts had."""
+        account = self._accounts[load_class(sequences)]
+        account.credit = min(account.credit + _ALLOWANCE * tokens, max(_START, _PURSE * sequences))
+        account.overdrawn = account.overdrawn and account.credit < _BACK
 
     def as_json(self) -> dict[str, Any]:
         """Return the accounts, by the largest batch of each load class."""

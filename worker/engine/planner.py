@@ -17,7 +17,7 @@ from worker.engine.budget import Budget, PaperBudget, PricedBudget
 from worker.engine.cost_model import CostModel
 from worker.engine.draft_tree import Candidates, Forest
 from worker.engine.drafting import Drafter, Layer, as_offered, grow
-from worker.engine.experience import Experience
+from worker.engine.experience import Experience, Ledger
 from worker.engine.governor import Decision
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.rows import IntArray
@@ -29,6 +29,14 @@ _HORIZON = 32  # steps over which a draft that has caught up is expected to pay
 
 
 @dataclass(frozen=True, slots=True)
+class _Way:
+    """A way of drafting, and what it costs and earns."""
+
+    drafter: Drafter
+    ledger: Ledger
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """The draft trees of one step."""
 
@@ -37,6 +45,7 @@ class StepPlan:
     nodes: IntArray  # for each node of `shown` its number in `forest`
     layers: list[Layer]
     decision: Decision
+    way: _Way | None = None  # how it was drafted
 
 
 class Planner:
@@ -47,29 +56,28 @@ class Planner:
     ) -> None:
         """Plan with `drafter` as `options.mode` says; opt-tree mode needs `costs`."""
         self._options = options
-        self._drafter = drafter
         self._costs = costs
+        self._experience = experience
         self._acceptance = experience.acceptance
-        self._drafts = experience.drafts
-        self._governor = experience.governor
+        self._ways = [] if drafter is None else [_Way(drafter, experience.whole)]
+        if drafter is not None and drafter.free is not None and options.mode is Mode.OPT_TREE:
+            self._ways.append(_Way(drafter.free, experience.free))
 
     def plan(self, batch: Batch) -> StepPlan:
         """Decide what the decoding sequences of a batch show to the target."""
         forest = Forest(batch.emitting)
-        decision = self._hold_back(batch)
-        if decision is not None or self._drafter is None:
-            return StepPlan(forest, forest, forest.roots, [], decision or Decision.OFF)
-        roots = self._affordable(batch)
-        if not len(roots):
-            return StepPlan(forest, forest, forest.roots, [], Decision.BEHIND)
-        budget = self._budget(batch)
-        layers = self._grow(forest, budget, roots)
+        way, roots, decision = self._choose(batch)
+        if way is None:
+            return StepPlan(forest, forest, forest.roots, [], decision)
+        budget = self._budget(batch, way)
+        layers = self._grow(forest, budget, roots, way)
         if forest.size == len(forest.sequences):
-            return StepPlan(forest, forest, forest.roots, layers, Decision.NOTHING)
+            return StepPlan(forest, forest, forest.roots, layers, Decision.NOTHING, way)
         cut = budget.cut(forest)
         shown = forest.pruned(cut)
         some = shown.size > len(shown.sequences)
-        return StepPlan(forest, shown, np.flatnonzero(cut), layers, Decision.TREE if some else Decision.UNPROFITABLE)
+        decision = Decision.TREE if some else Decision.UNPROFITABLE
+        return StepPlan(forest, shown, np.flatnonzero(cut), layers, decision, way)
 
     def learn(
         self, batch: Batch, plan: StepPlan, accepted: list[Accepted], tokens: int, draft_ms: float, step_ms: float
@@ -89,61 +97,81 @@ class Planner:
         # A slow moment of the machine would have slowed a plain step as well: drafts are judged by its speed right now.
         now = (step_ms - draft_ms) / float(self._costs.step_ms(rows, entries)) if plan.layers else 1.0
         plain_now_ms = plain_ms * min(max(now, 1 / _MOMENT), _MOMENT)
-        if plan.layers:
-            self._drafts.observe_earned((tokens - trees * step_ms / plain_now_ms) / len(plan.layers[0].frontier))
-        self._governor.settle(trees, tokens, step_ms, plain_now_ms, speculated=bool(plan.layers))
+        self._settle(plan, trees, tokens, step_ms, plain_now_ms)
         self._costs.observe(rows, entries, step_ms - draft_ms)
         return plain_ms
 
-    def _hold_back(self, batch: Batch) -> Decision | None:
-        if self._drafter is None:
-            return Decision.OFF
-        if not batch.decoding:
-            return Decision.PREFILL
-        if self._options.mode is not Mode.OPT_TREE:
-            return None
-        return self._governor.hold_back(len(batch.decoding), self._options.probe_every)
+    def _settle(self, plan: StepPlan, trees: int, tokens: int, step_ms: float, plain_ms: float) -> None:
+        """Book what a step brought to the way in which it was drafted; the others had a rest."""
+        for way in self._ways:
+            ledger = way.ledger
+            if plan.way is not None and way is not plan.way:
+                ledger.governor.rest(trees, tokens)
+                continue
+            ledger.governor.settle(trees, tokens, step_ms, plain_ms, speculated=bool(plan.layers))
+            if plan.layers:
+                earned = tokens - trees * step_ms / plain_ms
+                ledger.drafts.observe_earned(earned / len(plan.layers[0].frontier))
 
-    def _budget(self, batch: Batch) -> Budget:
+    def _choose(self, batch: Batch) -> tuple[_Way | None, IntArray, Decision]:
+        """Return how to draft and for which trees: the first way that may, or the reason why none does."""
+        trees, nobody = len(batch.decoding), np.empty(0, np.int64)
+        if not self._ways:
+            return None, nobody, Decision.OFF
+        if not trees:
+            return None, nobody, Decision.PREFILL
+        if self._options.mode is Mode.PAPER:
+            return self._ways[0], np.arange(trees), Decision.TREE
+        self._experience.steps += 1
+        # One step in so many is plain whatever drafts bring, to keep the comparison honest.
+        if self._experience.steps % self._options.probe_every == self._options.probe_every // 2:
+            return None, nobody, Decision.PROBE
+        decision = Decision.GUARD
+        for way in self._ways:
+            if not way.ledger.governor.overdrawn(trees):
+                roots = self._affordable(batch, way)
+                if len(roots):
+                    return way, roots, Decision.TREE
+                decision = Decision.BEHIND
+        return None, nobody, decision
+
+    def _budget(self, batch: Batch, way: _Way) -> Budget:
         if self._options.mode is Mode.PAPER or self._costs is None:
             return PaperBudget(self._options.nodes, self._options.threshold)
         trees = len(batch.decoding)
-        rate, rows = self._rate(batch, self._costs), trees + batch.prefill_rows
-        return PricedBudget(self._options.nodes, self._costs, self._drafts, rate, rows, batch.entries, trees)
+        rate, rows = self._rate(batch, self._costs, way), trees + batch.prefill_rows
+        return PricedBudget(self._options.nodes, self._costs, way.ledger.drafts, rate, rows, batch.entries, trees)
 
-    def _rate(self, batch: Batch, costs: CostModel) -> float:
+    def _rate(self, batch: Batch, costs: CostModel, way: _Way) -> float:
         """Return the tokens per millisecond that are the price of time in a batch like this."""
         trees = len(batch.decoding)
-        return self._governor.rate(trees, float(costs.step_ms(trees, batch.entries)))
+        return way.ledger.governor.rate(trees, float(costs.step_ms(trees, batch.entries)))
 
-    def _affordable(self, batch: Batch) -> IntArray:
+    def _affordable(self, batch: Batch, way: _Way) -> IntArray:
         """Return the trees to draft for: all whose reading by the drafter can be paid, those least behind first.
 
         A drafter reads lazily, so one that was not asked for long, or not yet, must catch up. That is paid from the
         account and from what its trees have lately earned; a draft that never earned anything is tried on few texts.
         """
-        assert self._drafter is not None
-        trees = len(batch.decoding)
-        behind = np.array([self._drafter.behind(sequence) for sequence in batch.decoding], np.int64)
-        if self._options.mode is Mode.PAPER or self._costs is None or (behind <= self._options.max_depth).all():
+        trees, drafts = len(batch.decoding), way.ledger.drafts
+        behind = np.array([way.drafter.behind(sequence) for sequence in batch.decoding], np.int64)
+        if self._costs is None or (behind <= self._options.max_depth).all():
             return np.arange(trees)
-        rate = self._rate(batch, self._costs)
         order = np.argsort(behind, kind="stable")
-        price = (rate * self._drafts.row_ms * behind[order]).cumsum()
-        expected = _HORIZON * max(self._drafts.earned, 0.0) * np.arange(1, trees + 1)
-        purse = self._governor.credit(trees) + expected
-        count = int((price <= purse).sum()) if self._drafts.row_ms else 1  # one is enough to learn what reading costs
+        price = (self._rate(batch, self._costs, way) * drafts.row_ms * behind[order]).cumsum()
+        expected = _HORIZON * max(drafts.earned, 0.0) * np.arange(1, trees + 1)
+        purse = way.ledger.governor.credit(trees) + expected
+        count = int((price <= purse).sum()) if drafts.row_ms else 1  # one is enough to learn what reading costs
         return np.sort(order[:count])
 
-    def _grow(self, forest: Forest, budget: Budget, roots: IntArray) -> list[Layer]:
-        assert self._drafter is not None
-        rows = sum(self._drafter.behind(forest.sequences[root]) for root in roots.tolist())
+    def _grow(self, forest: Forest, budget: Budget, roots: IntArray, way: _Way) -> list[Layer]:
+        rows = sum(way.drafter.behind(forest.sequences[root]) for root in roots.tolist())
         started = perf_counter()
         learned = self._options.mode is Mode.OPT_TREE or self._options.calibrated
         valued = self._valued if learned else as_offered
-        layers = grow(forest, self._drafter, budget, self._options.max_depth, roots, valued)
+        layers = grow(forest, way.drafter, budget, self._options.max_depth, roots, valued)
         ms = (perf_counter() - started) * 1e3
-        self._drafts.observe_growth(rows, [len(layer.frontier) for layer in layers], ms)
+        way.ledger.drafts.observe_growth(rows, [len(layer.frontier) for layer in layers], ms)
         return layers
 
     def _valued(self, forest: Forest, layer: Layer) -> Candidates:

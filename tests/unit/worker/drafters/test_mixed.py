@@ -14,6 +14,8 @@ from worker.engine.sequence import Sequence
 class Fixed:
     """Offers the same below every node."""
 
+    free = None
+
     def __init__(self, name: str, tokens: list[int], probabilities: list[float]) -> None:
         self.name = name
         self._offer = (np.array([tokens]), np.array([probabilities]))

@@ -21,6 +21,7 @@ WIDTH = 3
 class TableDrafter:
     """Offers the same conditional probabilities below every node of a depth, or random ones."""
 
+    free = None
     name = "table"
 
     def __init__(self, rng: np.random.Generator | None = None, row: tuple[float, ...] = (0.5, 0.3, 0.2)) -> None:
@@ -78,6 +79,8 @@ def test_expanding_only_nodes_in_the_cut_loses_nothing(seed: int) -> None:
     conditionals = rng.dirichlet([0.5] * WIDTH, 400)
 
     class Fixed(TableDrafter):
+        free = None
+
         def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
             keys = [_path_key(forest, int(node)) for node in frontier]
             return Candidates(np.tile(np.arange(WIDTH), (len(frontier), 1)), conditionals[keys])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import numpy as np
 import pytest
 import torch
 
-from tests.models import TableModel
-from tests.unit.worker.engine.harness import decode, options, sequences
+from tests.models import TableModel, packed, tiny
+from tests.unit.worker.engine.harness import decode, engine, options, sequences
+from worker.drafters.mixed import MixedDrafter
+from worker.drafters.suffix import SuffixDrafter
 from worker.engine.cost_model import CostModel
 from worker.engine.draft_tree import Candidates, Forest
 from worker.engine.engine import Engine
@@ -20,14 +23,13 @@ from worker.engine.rows import IntArray
 from worker.engine.sequence import Sequence
 
 PLAIN_MS = 10.0
-NEVER = 10**9  # steps between probes
 
 
 def run(governor: Governor, steps: int, sequences: int, tokens: float, step_ms: float) -> tuple[float, int]:
     """Serve steps that bring so much when they speculate; return tokens lost to it, and how many speculated."""
     lost, tried = 0.0, 0
     for _ in range(steps):
-        speculates = governor.hold_back(sequences, NEVER) is None
+        speculates = not governor.overdrawn(sequences)
         tried += speculates
         if speculates:
             governor.settle(sequences, int(tokens), step_ms, PLAIN_MS, speculated=True)
@@ -63,8 +65,8 @@ def test_old_luck_does_not_pay_for_long_losses_and_better_times_are_noticed() ->
 def test_load_classes_have_accounts_of_their_own() -> None:
     governor = Governor()
     run(governor, 200, 32, 32, 20.0)
-    assert governor.hold_back(32, NEVER) is Decision.GUARD
-    assert governor.hold_back(1, NEVER) is None
+    assert governor.overdrawn(32)
+    assert not governor.overdrawn(1)
 
 
 def test_one_slow_moment_of_the_machine_counts_as_no_more_than_two_steps() -> None:
@@ -74,9 +76,23 @@ def test_one_slow_moment_of_the_machine_counts_as_no_more_than_two_steps() -> No
 
 
 def test_one_step_in_so_many_is_a_probe() -> None:
-    governor = Governor()
-    decisions = [governor.hold_back(1, 16) for _ in range(64)]
-    assert [i + 1 for i, d in enumerate(decisions) if d is Decision.PROBE] == [8, 24, 40, 56]
+    results = decode(
+        engine(packed(tiny()), SuffixDrafter(), options(Mode.OPT_TREE, probe_every=16)),
+        sequences([[2, 3, 4]], max_tokens=60),
+    )
+    probes = [r.numbers.step for r in results if r.numbers.decision is Decision.PROBE]
+    assert [later - earlier for earlier, later in itertools.pairwise(probes)] == [16] * (len(probes) - 1)
+    assert len(probes) >= 2
+
+
+def test_free_drafts_go_on_when_those_of_a_network_do_not_pay() -> None:
+    mixed = MixedDrafter(LateReader(), SuffixDrafter())
+    counting = TableModel(lambda text: torch.eye(61)[2 + len(text) % 3])
+    some = sequences([[2, 3, 4, 2, 3, 4]] * 2, max_tokens=200)
+    results = decode(Engine(counting, mixed, options(Mode.OPT_TREE), CostModel({1: 0.5, 4: 0.6, 64: 8.0})), some)
+    late = [r.numbers for r in results[len(results) // 2 :]]
+    assert sum(n.drafter == "suffix" for n in late) > len(late) / 2
+    assert np.mean([n.emitted_tokens for n in late]) > 1.5
 
 
 def test_what_was_learned_outlives_the_engine() -> None:
@@ -85,7 +101,7 @@ def test_what_was_learned_outlives_the_engine() -> None:
     for _ in range(2):
         chosen = options(Mode.OPT_TREE, max_sequences=4)
         decode(Engine(never, LateReader(), chosen, CostModel({1: 2.0}), experience), sequences(max_tokens=40))
-    (account,) = [a for key, a in experience.as_json()["accounts"].items() if key == "4"]
+    account = experience.as_json()["accounts"]["whole"]["4"]
     assert account["steps"] > 40
 
 
@@ -93,6 +109,7 @@ class LateReader:
     """A draft that must read each text before it can draft, and is never right."""
 
     name = "late"
+    free = None
 
     def __init__(self) -> None:
         self.read: dict[object, int] = {}

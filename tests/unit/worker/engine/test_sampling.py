@@ -101,6 +101,7 @@ def test_choices_and_seeds_have_noise_of_their_own(other: int) -> None:
 class EveryToken:
     """Drafts every token below every node, to a depth: each draw of the target finds a child."""
 
+    free = None
     name = "every-token"
 
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
