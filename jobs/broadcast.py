@@ -58,8 +58,15 @@ class Broadcast:
         self._channels: dict[str, _Channel] = {}
         self._reads = asyncio.Semaphore(_READS_AT_ONCE)
 
+    async def settle(self, job_id: str, since: Cursor) -> Cursor:
+        """Return a cursor if it can be of this job's story, else a new reader's."""
+        return since.within((await self._read(job_id, None)).cursor)
+
     async def follow(self, job_id: str, since: Cursor) -> AsyncGenerator[bytes]:
-        """Yield what a reader has not been told, as server-sent events, until the status of the job is final."""
+        """Yield what a reader has not been told, as server-sent events, until the status of the job is final.
+
+        The cursor must have been settled.
+        """
         async with self._joined(job_id) as channel:
             while since.status not in story.FINAL:
                 heard = channel.heard  # before the look, so that no news is missed between look and wait
@@ -105,7 +112,7 @@ class Broadcast:
                 await channel.close()
 
     async def _read(self, job_id: str, since: Cursor | None) -> Page:
-        """Read what is behind a cursor (None: nothing, only where the story stands). Waits for a database that is away."""
+        """Read what is behind a cursor; with None only where the story stands. Waits for a database that is away."""
         while True:
             try:
                 async with self._reads:

@@ -20,6 +20,7 @@ BasicError
 │   └── UnsupportedBody         the body is of a type, or packed in a way, that we don't take
 ├── NotFound                    no such job
 ├── NotCancellable              the job has already ended
+├── NotRetryable                the job has not ended, or has nothing to run again
 ├── ServiceUnavailable          a part of the service can't be reached right now
 │   ├── QueueUnavailable        the Redis server does not answer
 │   └── DatabaseUnavailable     the database does not answer
@@ -169,6 +170,13 @@ class NotFound(BasicError):
 class NotCancellable(BasicError):
     """The job has already ended."""
 
+    status_code = 409
+
+
+class NotRetryable(BasicError):
+    """The job has no request to run again."""
+
+    code = "not_retryable"
     status_code = 409
 
 

@@ -111,8 +111,8 @@ async def follow(
     called again and again, and all text comes in snapshots.
     """
     reader = Reader()
-    async with aclosing(signals(redis_url, job_id, poll_s)) as signals:
-        async for signal in signals:
+    async with aclosing(signals(redis_url, job_id, poll_s)) as heard_here:
+        async for signal in heard_here:
             heard = signal is not None and reader.follows(signal)
             events = [signal] if heard and signal is not None else await asyncio.to_thread(read)
             for event in events:

@@ -115,9 +115,7 @@ def _end_requests(
 ) -> None:
     """End requests of these jobs without a result. The lease's number and owner stay: they say who had it last."""
     ending = select(Request.job_id).where(Request.job_id == Job.id, which).exists()
-    session.execute(
-        update(Job).where(Job.id.in_(job_ids), ending).values(event_number=Job.event_number + 1)
-    )
+    session.execute(update(Job).where(Job.id.in_(job_ids), ending).values(event_number=Job.event_number + 1))
     number = select(Job.event_number).where(Job.id == Request.job_id).scalar_subquery()
     ended = {"status": status, "finished_at": now, "lease_expires_at": None, "event_number": number}
     session.execute(update(Request).where(which).values(**ended, **error_columns(reason)))

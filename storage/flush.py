@@ -81,7 +81,7 @@ class _Tally:
 def _look_at(
     session: Session, worker_id: str, leases: Collection[Lease]
 ) -> tuple[dict[Lease, _Standing], dict[str, int]]:
-    """Lock jobs and requests of the leases. Say what each lease is worth until we commit, and the jobs' next numbers."""
+    """Lock jobs and requests of the leases; say what each lease is worth, and the next event number of each job."""
     jobs = {
         job.id: job
         for job in session.execute(

@@ -59,6 +59,12 @@ class Cursor:
     floor: int = -1
     status: str | None = None
 
+    def within(self, end: Cursor) -> Cursor:
+        """Return this cursor if it can be of the story that ends there, else a new reader's."""
+        fits = max(self.place.number, self.floor) <= end.place.number
+        final = self.status in FINAL
+        return self if fits and (not final or self == end) else Cursor()
+
     @property
     def is_new(self) -> bool:
         """True for a reader that has been told nothing."""
@@ -101,13 +107,10 @@ def where_it_stands(session: Session, job_id: str) -> Page:
 
 
 def read(session: Session, job_id: str, since: Cursor, limit: int) -> Page:
-    """Return up to about `limit` passages behind a cursor. The job must exist.
-
-    A cursor that is not of this job's story is a new reader's.
-    """
+    """Return up to about `limit` passages behind a cursor of this job's story. The job must exist."""
     one_state(session)
     job = _job(session, job_id)
-    if since.is_new or max(since.place.number, since.floor) > job.event_number:
+    if since.is_new:
         return _what_is_being_written(session, job_id, job)
     found = sorted(
         [
@@ -142,7 +145,7 @@ def ended(session: Session, job_id: str, after: Place, limit: int) -> list[tuple
         .order_by(Request.event_number, Request.request_index)
         .limit(limit)
     )
-    return [(Place(number, index), index) for number, index in rows]
+    return [(Place(int(number or 0), index), index) for number, index in rows]
 
 
 def _job(session: Session, job_id: str) -> AnyRow:

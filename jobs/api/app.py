@@ -7,6 +7,7 @@ from fastapi import FastAPI
 from jobs.api import errors, jobs, service
 from jobs.api.limits import BodyLimit, RequestIds
 from jobs.api.services import Services
+from jobs.broadcast import Broadcast
 from jobs.producer import Ring, make_producer_app, ring
 from jobs.settings import JobsSettings
 from storage.session import Database
@@ -15,7 +16,9 @@ from storage.session import Database
 def make_api(settings: JobsSettings, database: Database, ring: Ring | None = None) -> FastAPI:
     """Return the application. Without a `ring` of its own it rings on the Redis server of the settings."""
     app = FastAPI(title="bASIC", docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.state.services = Services(settings, database, ring or _celery_ring(settings.redis_url))
+    app.state.services = Services(
+        settings, database, ring or _celery_ring(settings.redis_url), Broadcast(database, settings.redis_url)
+    )
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(RequestIds)
     app.include_router(jobs.router)

@@ -83,10 +83,11 @@ def test_a_reader_that_comes_back_is_told_what_it_has_not_seen_of_a_text_that_ha
 def test_a_cursor_from_another_story_is_a_new_reader(database: Database) -> None:
     record(database)
     flush(database, "w1", whole(claim(database)[0].lease, 1, 2))
-    reader = Reader()
-    reader.cursor = Cursor(Place.behind(1000), status="in_progress")
-    reader.read_all(database)
-    assert reader.texts == {(0, 0): "yxy"}
+    with database.read() as session:
+        end = story.where_it_stands(session, "job-1").cursor
+    assert end.within(end) == end
+    for other in (Cursor(Place.behind(1000)), Cursor(Place(0), floor=9), Cursor(Place(0), status="completed")):
+        assert other.within(end).is_new
 
 
 def test_requests_that_end_in_one_commit_can_be_told_in_many_pages(database: Database) -> None:
