@@ -19,7 +19,7 @@ class Recipe:
 
     kind: Kind = Kind.HEAD
     seed: int = 0
-    tokens: int = 900_000  # that the target writes, prompts not counted
+    tokens: int = 600_000  # that the target writes, prompts not counted
     answer_tokens: int = 224  # of one answer at most
     greedy_share: float = 0.7  # of the answers; the others are written at temperature 1
     held_out: int = 32  # texts kept from the training, to measure on
