@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from worker.engine.compiler import library
@@ -178,3 +179,9 @@ def bound(function: Any, *arguments: Any, result: Any = None) -> Callable[..., A
     """Tell a C function's types."""
     function.argtypes, function.restype = arguments, result
     return function  # type: ignore[no-any-return]
+
+
+def address(array: NDArray[Any]) -> int:
+    """Return where an array's numbers lie; much quicker than its `ctypes`."""
+    place: int = array.__array_interface__["data"][0]
+    return place

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from worker.engine.kernels import Forward, Kernels, Network, Product, Scratch
+from worker.engine.kernels import Forward, Kernels, Network, Product, Scratch, address
 from worker.engine.layers import FusedLayers, FusedNorm
 from worker.engine.linear import PackedLinear
 from worker.engine.native_attention import NativePlan
@@ -86,9 +86,9 @@ class NativeNetwork:
             ctypes.byref(Scratch(*scratch)),
             ctypes.byref(
                 Forward(
-                    ids=ids.ctypes.data,
-                    positions=positions.ctypes.data,
-                    kept=kept.ctypes.data,
+                    ids=address(ids),
+                    positions=address(positions),
+                    kept=address(kept),
                     count=len(kept),
                     states=None if states is None else states.data_ptr(),
                     x=x,

@@ -87,7 +87,7 @@ def test_one_step_in_so_many_is_a_probe() -> None:
 
 
 def test_free_drafts_go_on_when_those_of_a_network_do_not_pay() -> None:
-    mixed = MixedDrafter(LateReader(), SuffixDrafter())
+    mixed = MixedDrafter(LateReader(row_s=5e-3), SuffixDrafter())
     counting = SlowTable(lambda text: torch.eye(61)[2 + len(text) % 3])
     some = sequences([[2, 3, 4, 2, 3, 4]] * 2, max_tokens=200)
     results = decode(Engine(counting, mixed, options(Mode.OPT_TREE), CostModel({1: 2.0, 4: 2.1, 64: 8.0})), some)
@@ -120,8 +120,9 @@ class LateReader:
     name = "late"
     free = None
 
-    def __init__(self) -> None:
+    def __init__(self, row_s: float = 2e-4) -> None:
         self.read: dict[object, int] = {}
+        self.row_s = row_s
         self.rows = 0
 
     def behind(self, sequence: Sequence) -> int:
@@ -131,7 +132,7 @@ class LateReader:
         for root in frontier[forest.depth[frontier] == 0].tolist():
             sequence = forest.sequences[root]
             self.rows += self.behind(sequence)
-            time.sleep(self.behind(sequence) * 2e-4)
+            time.sleep(self.behind(sequence) * self.row_s)
             self.read[sequence.key] = len(sequence.ids)
         return Candidates(np.full((len(frontier), 1), 60), np.full((len(frontier), 1), 0.6))
 
