@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from worker.engine.draft_tree import FloatArray
 
 _DRIFT_WEIGHT = 0.1  # of a new step in the machine's drift, once there are enough to average
-_SHAPE_WEIGHT = 0.02  # of a new step in the correction of its size
+_SHAPE_WEIGHT = 0.03  # of a new step in the correction of its size
 _OUTLIER = 1.5  # a step counts as at most so many times what was expected, and at least as one part in so many
 _LARGEST = 2.0  # correction of one size
 
