@@ -2,8 +2,8 @@
 
 `basic bench --grid` prints it. Four drafts stand for what may happen: `shipped` is the one that comes with the target,
 `suffix` what runs without a draft model, `random` a model of random weights that is wrong all the time and costs its
-forwards, `replay` one that knows the text, is right four times in five and costs nothing. Modes take turns within a run,
-and medians count.
+forwards, `replay` one that knows the text, is right four times in five and costs nothing. Modes take turns within a
+run, and medians count.
 """
 
 from __future__ import annotations
