@@ -22,6 +22,7 @@ from worker.engine.engine import Engine
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepResult
 from worker.live import LiveChoice, LiveRequest
+from worker.load import Load
 from worker.recovery import LastingEngine
 from worker.sink import Sink
 from worker.text import Codec
@@ -58,6 +59,7 @@ class Runner:
         self._lease_s = lease_s
         self._interval_s = interval_s
         self._live: dict[RequestKey, LiveRequest] = {}
+        self._load = Load()
         self._claimed_at = float("-inf")
         self._flushed_at = float("-inf")
 
@@ -70,6 +72,11 @@ class Runner:
     def learned(self) -> dict[str, Any]:
         """What the engine has learned about drafts, as JSON."""
         return self._engine.learned
+
+    @property
+    def load(self) -> dict[str, Any]:
+        """What the worker has done since its start and holds now, as JSON."""
+        return self._load.as_json(self._live.values())
 
     def turn(self, *, rung: bool = False) -> None:
         """Claim if there is room, run one step, flush if it is time. Raises DatabaseUnavailable: call again later."""
@@ -136,6 +143,7 @@ class Runner:
     def _step(self) -> None:
         results, given_up = self._engine.step()
         now = time.time()
+        self._load.take(results)
         for result in results:
             self._take(result, now)
         # The engine knows nothing of stop strings: to it, what they ended runs on.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from jobs.api import errors, jobs, service
+from jobs.api import errors, jobs, metrics, service
 from jobs.api.limits import BodyLimit, RequestIds
 from jobs.api.services import Services
 from jobs.producer import Ring, make_producer_app, ring
@@ -16,10 +16,13 @@ def make_api(settings: JobsSettings, database: Database, ring: Ring | None = Non
     """Return the application. Without a `ring` of its own it rings on the Redis server of the settings."""
     app = FastAPI(title="bASIC", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.services = Services(settings, database, ring or _celery_ring(settings.redis_url))
+    app.state.metrics = metrics.Metrics(database)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(RequestIds)
+    app.add_middleware(metrics.Stopwatch, metrics=app.state.metrics)
     app.include_router(jobs.router)
     app.include_router(service.router)
+    app.include_router(metrics.router)
     errors.install(app)
     return app
 
