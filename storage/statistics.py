@@ -249,14 +249,18 @@ _SUMMED: Final = (
 
 
 def _sums(session: Session, scope: _Scope) -> AnyRow:
+    return session.execute(select(*_sum_columns()).where(scope.of(StepMinute.job_id))).one()
+
+
+def _sum_columns() -> list[ColumnElement[Any]]:
     plain = StepMinute.decision.in_(PLAIN_DECISIONS)
-    columns = [_total(getattr(StepMinute, name)).label(name) for name in _SUMMED]
+    columns: list[ColumnElement[Any]] = [_total(getattr(StepMinute, name)).label(name) for name in _SUMMED]
     columns += [
         _total(case((plain, StepMinute.compared_steps), else_=0)).label("plain_steps"),
         _total(case((plain, StepMinute.compared_ms), else_=0)).label("plain_spent_ms"),
         _total(case((plain, StepMinute.plain_ms), else_=0)).label("plain_expected_ms"),
     ]
-    return session.execute(select(*columns).where(scope.of(StepMinute.job_id))).one()
+    return columns
 
 
 def _total(value: ColumnElement[Any] | InstrumentedAttribute[Any]) -> ColumnElement[Any]:
@@ -428,3 +432,90 @@ def _tokens_per_joule(session: Session) -> float | None:
         )
     )
     return _ratio(tokens, session.scalar(select(func.sum(WorkerEnergy.joules))))
+
+
+@dataclass(frozen=True, slots=True)
+class JobRow:
+    """One job in a table of jobs. None where nothing was measured."""
+
+    id: str
+    status: str
+    model: str
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    requests_total: int
+    requests_completed: int
+    requests_failed: int
+    prompt_tokens: int
+    completion_tokens: int
+    wall_s: float | None
+    tokens_per_s: float | None
+    steps: int
+    mean_acceptance_length: float | None
+    mean_accepted: float | None
+    mean_expected: float | None
+    mean_tree_nodes: float | None
+    speedup: float | None
+    plain_check: float | None
+    draft_share: float | None
+    verify_share: float | None
+
+
+def job_rows(session: Session, limit: int, owner: str | None = None, job_id: str | None = None) -> list[JobRow]:
+    """Return the newest jobs, or one, with their numbers."""
+    mine = true() if owner is None else Job.api_key_id == owner
+    asked = true() if job_id is None else Job.id == job_id
+    jobs = session.execute(
+        select(*(getattr(Job, name) for name in _OF_JOB))
+        .where(mine, asked)
+        .order_by(Job.created_at.desc(), Job.id.desc())
+        .limit(limit)
+    ).all()
+    sums = _sums_by_job(session, [job.id for job in jobs])
+    now = database_now(session)
+    return [_job_row(job, sums.get(job.id), now) for job in jobs]
+
+
+_OF_JOB: Final = (
+    "id",
+    "status",
+    "model",
+    "created_at",
+    "started_at",
+    "finished_at",
+    "requests_total",
+    "requests_completed",
+    "requests_failed",
+    "prompt_tokens",
+    "completion_tokens",
+)
+
+
+def _sums_by_job(session: Session, job_ids: Sequence[str]) -> dict[str, AnyRow]:
+    rows = session.execute(
+        select(StepMinute.job_id, *_sum_columns()).where(StepMinute.job_id.in_(job_ids)).group_by(StepMinute.job_id)
+    )
+    return {row.job_id: row for row in rows}
+
+
+def _job_row(job: AnyRow, sums: AnyRow | None, now: float) -> JobRow:
+    wall_s = None if job.started_at is None else max(0.0, (job.finished_at or now) - job.started_at)
+
+    def ratio(part: str, whole: str) -> float | None:
+        return None if sums is None else _ratio(getattr(sums, part), getattr(sums, whole))
+
+    return JobRow(
+        **job._mapping,
+        wall_s=wall_s,
+        tokens_per_s=_ratio(job.completion_tokens, wall_s),
+        steps=0 if sums is None else int(sums.steps),
+        mean_acceptance_length=ratio("tokens", "steps"),
+        mean_accepted=ratio("accepted_tokens", "steps"),
+        mean_expected=ratio("expected_accepted", "steps"),
+        mean_tree_nodes=ratio("tree_nodes", "steps"),
+        speedup=ratio("plain_ms", "compared_ms"),
+        plain_check=ratio("plain_spent_ms", "plain_expected_ms"),
+        draft_share=ratio("draft_ms", "step_ms"),
+        verify_share=ratio("verify_ms", "step_ms"),
+    )
