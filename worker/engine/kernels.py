@@ -78,6 +78,30 @@ class Scratch(ctypes.Structure):
     _fields_ = _fields("normed stacked mixed gated", _ADDRESS)
 
 
+class Network(ctypes.Structure):
+    """`network_t`: a whole network; `unit` and `join` are a head's."""
+
+    _fields_ = (
+        _fields("embedding cos sin layers", _ADDRESS)
+        + _fields("count width layer_size taps", _SIZE)
+        + _fields("eps", ctypes.c_float)
+        + _fields("norm", _ADDRESS)
+        + _fields("output", Product)
+        + _fields("unit", _ADDRESS)
+        + _fields("join", Product)
+    )
+
+
+class Forward(ctypes.Structure):
+    """`forward_t`: what one forward of a network reads and writes."""
+
+    _fields_ = (
+        _fields("ids positions kept", _ADDRESS)
+        + _fields("count", _SIZE)
+        + _fields("states x cos sin joined last tapped logits", _ADDRESS)
+    )
+
+
 class Finish(IntEnum):
     """`finish_t`: what becomes of a product's sums."""
 
@@ -116,6 +140,13 @@ class Kernels:
             real,
             address,
             size,
+        )
+
+        self.run_network = bound(
+            library.run_network,
+            *[ctypes.POINTER(kind) for kind in (Network, Plan, View, Scratch, Forward)],
+            address,
+            address,
         )
 
     def pack(self, weight: Tensor, second: Tensor | None = None) -> Tensor:

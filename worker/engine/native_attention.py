@@ -40,6 +40,7 @@ class NativePlan:
 
     def __init__(self, segments: Sequence[Segment], kv: NativeKv, heads: int, kernels: Kernels) -> None:
         """Plan `segments` for a model with `heads` query heads."""
+        assert all(s.end <= kv.capacity for s in segments), "rows beyond the end of their slot"
         self.kv = kv
         self._segments = segments
         self._kernels = kernels
