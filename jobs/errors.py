@@ -20,6 +20,10 @@ BasicError
 │   └── UnsupportedBody         the body is of a type, or packed in a way, that we don't take
 ├── NotFound                    no such job
 ├── NotCancellable              the job has already ended
+├── CallerRefused               who asks, or how much, is the trouble
+│   ├── InvalidKey              no key, or one that opens nothing
+│   ├── NotPermitted            the key does not have the scope for it
+│   └── LimitReached            too much at once; later there is room again
 ├── ServiceUnavailable          a part of the service can't be reached right now
 │   ├── QueueUnavailable        the Redis server does not answer
 │   └── DatabaseUnavailable     the database does not answer
@@ -29,7 +33,7 @@ BasicError
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class BasicError(Exception):
@@ -170,6 +174,37 @@ class NotCancellable(BasicError):
     """The job has already ended."""
 
     status_code = 409
+
+
+class CallerRefused(BasicError):
+    """This caller may not do this now."""
+
+    status_code = 403
+
+
+class InvalidKey(CallerRefused):
+    """The request has no key, or one that opens nothing. Set BASIC_API_KEY, or send Authorization: Bearer KEY."""
+
+    code = "invalid_api_key"
+    status_code = 401
+
+
+class NotPermitted(CallerRefused):
+    """The key does not have the scope for this."""
+
+    code = "insufficient_permissions"
+
+
+class LimitReached(CallerRefused):
+    """Too much at once; try again later."""
+
+    code = "rate_limit_exceeded"
+    status_code = 429
+
+    def __init__(self, message: str | None = None, *, retry_after_s: float = 10.0, **fields: Any) -> None:
+        """Say when it is worth another try."""
+        super().__init__(message, **fields)
+        self.retry_after_s = retry_after_s
 
 
 class ServiceUnavailable(BasicError):

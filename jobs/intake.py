@@ -12,12 +12,21 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from jobs.errors import DuplicateCustomId, EmptyJob, IdempotencyConflict, InvalidValue, TooManyRequests, UnknownModel
+from jobs.errors import (
+    DuplicateCustomId,
+    EmptyJob,
+    IdempotencyConflict,
+    InvalidValue,
+    LimitReached,
+    TooManyRequests,
+    UnknownModel,
+)
 from jobs.items import Item, Rules, parse_item, parse_parameters
 from jobs.messages import CHAT_ENDPOINT, Endpoint, model_name
 from jobs.producer import Ring
 from jobs.settings import JobsSettings
-from storage import queries, writes
+from storage import keys, queries, writes
+from storage.keys import QuotaExceeded
 from storage.records import NewJob, NewRequest, Refusal
 from storage.session import Database
 
@@ -25,6 +34,8 @@ MAX_METADATA_PAIRS = 16
 MAX_METADATA_KEY_CHARS = 64
 MAX_METADATA_VALUE_CHARS = 512
 MAX_IDEMPOTENCY_KEY_CHARS = 255
+
+_QUEUE_RETRY_S = 30.0  # a guess at when a full queue has room again
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +55,11 @@ class Submission:
 
 
 def accept_job(submission: Submission, *, database: Database, ring: Ring, settings: JobsSettings) -> str:
-    """Record a submission and return its job id: the earlier job's, if its idempotency key has been used before."""
+    """Record a submission and return its job id: the earlier job's, if its idempotency key has been used before.
+
+    Raise JobRefused for a job that can't be accepted, LimitReached for one that can't be accepted now.
+    """
+    refuse_full_queue(database, settings)
     items = _all_items(submission.items, settings.max_requests)
     rules = _rules(submission, items[0], database, settings)
     requests = [parse_item(item, rules) for item in items]
@@ -77,6 +92,17 @@ def known_models(database: Database, settings: JobsSettings) -> dict[str, int | 
     with database.read() as session:
         served = {model.target: model.context_tokens for model in queries.models(session)}
     return {model_name(settings.target): None} | served
+
+
+def refuse_full_queue(database: Database, settings: JobsSettings) -> None:
+    """Raise LimitReached while more requests wait than the service takes, whoever sent them."""
+    with database.read() as session:
+        waiting = keys.open_work(session).requests
+    if waiting >= settings.max_requests_queued:
+        raise LimitReached(
+            f"{waiting} requests are in the queue, and the service takes {settings.max_requests_queued} at once.",
+            retry_after_s=_QUEUE_RETRY_S,
+        )
 
 
 def new_job_id() -> str:
@@ -138,8 +164,20 @@ def _new_job(submission: Submission, rules: Rules, settings: JobsSettings) -> Ne
 
 
 def _record(job: NewJob, requests: Sequence[NewRequest], database: Database) -> writes.RecordedJob:
-    with database.write() as session:
-        return writes.record_job(session, job, requests)
+    try:
+        with database.write() as session:
+            return writes.record_job(session, job, requests)
+    except QuotaExceeded as exceeded:
+        raise over_limit(exceeded) from exceeded
+
+
+def over_limit(exceeded: QuotaExceeded) -> LimitReached:
+    """Return what a key is told whose limits leave no room for a job."""
+    return LimitReached(
+        f"This key may have {exceeded.limit} {exceeded.what} in the queue; with this job there would be "
+        f"{exceeded.asked}.",
+        retry_after_s=_QUEUE_RETRY_S,
+    )
 
 
 def _metadata(metadata: Any) -> Mapping[str, str] | None:

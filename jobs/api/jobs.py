@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator, Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Annotated, Any
 
@@ -13,7 +14,9 @@ from fastapi.responses import StreamingResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from jobs.api import views
+from jobs.api.caller import CallerNow
 from jobs.api.services import ExistingJob, Services, ServicesNow, find_job
+from jobs.api.streams import StreamPlace
 from jobs.api.submissions import read_submission
 from jobs.errors import InvalidValue, NotCancellable, NotFound
 from jobs.intake import accept_job
@@ -31,7 +34,9 @@ _CANCELLABLE_ANSWERS = {JobStatus.CANCELLING, JobStatus.CANCELLED}
 
 
 @router.post("")
-async def submit(request: Request, background: BackgroundTasks, services: ServicesNow) -> dict[str, Any]:
+async def submit(
+    request: Request, background: BackgroundTasks, services: ServicesNow, caller: CallerNow
+) -> dict[str, Any]:
     """Record a job and answer with it. The doorbell rings afterwards: a queue that is away does not delay the reply."""
     body = await request.body()
 
@@ -40,6 +45,7 @@ async def submit(request: Request, background: BackgroundTasks, services: Servic
 
     def accept() -> dict[str, Any]:
         submission = read_submission(body, request.query_params, request.headers)
+        submission = replace(submission, api_key_id=caller.key_id)
         job_id = accept_job(submission, database=services.database, ring=ring_later, settings=services.settings)
         return views.job(find_job(services, job_id))
 
@@ -78,7 +84,7 @@ def cancel(job_id: str, services: ServicesNow) -> dict[str, Any]:
     return views.job(find_job(services, job_id))
 
 
-@router.get("/{job_id}/outputs")
+@router.get("/{job_id}/outputs", dependencies=[StreamPlace])
 def outputs(
     job: ExistingJob, services: ServicesNow, after: Annotated[int, Query(ge=-1, le=2**31 - 1)] = -1
 ) -> StreamingResponse:
@@ -93,7 +99,7 @@ def statistics(job: ExistingJob, services: ServicesNow) -> dict[str, Any]:
         return views.statistics(queries.job_stats(session, job.id))
 
 
-@router.get("/{job_id}/events", response_class=EventSourceResponse)
+@router.get("/{job_id}/events", response_class=EventSourceResponse, dependencies=[StreamPlace])
 async def events(job: ExistingJob, services: ServicesNow) -> AsyncGenerator[ServerSentEvent]:
     """Stream what is written: first all text so far, then new text, until the job ends. Reconnecting starts over."""
 
