@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -18,10 +18,12 @@ from jobs.errors import (
     IdempotencyConflict,
     InvalidValue,
     LimitReached,
+    MissingParameter,
+    ServiceUnavailable,
     TooManyRequests,
     UnknownModel,
 )
-from jobs.items import Item, Rules, parse_item, parse_parameters
+from jobs.items import Item, Rules, parse_body, parse_item, parse_parameters
 from jobs.messages import CHAT_ENDPOINT, Endpoint, model_name
 from jobs.producer import Ring
 from jobs.settings import JobsSettings
@@ -72,6 +74,25 @@ def accept_job(submission: Submission, *, database: Database, ring: Ring, settin
     return recorded.job_id
 
 
+def accept_call(submission: Submission, *, database: Database, ring: Ring, settings: JobsSettings) -> str:
+    """Record a job of one request that somebody waits for, and return its id.
+
+    There are no others that could go on, so what is wrong with the request is raised too; and ServiceUnavailable if
+    nobody is there to serve it.
+    """
+    (item,) = submission.items
+    if item.model is None:
+        raise MissingParameter("This call needs model.", param="model")
+    rules = _rules(submission, item, database, settings)
+    request = parse_body(item.value, rules)
+    if rules.context_tokens is None:
+        raise ServiceUnavailable(f"No worker serves {rules.model} right now; try again in a few seconds.")
+    job = replace(_new_job(submission, rules, settings), priority=1)
+    _record(job, [request], database)
+    ring(job.id, job.model)
+    return job.id
+
+
 def record_refused_job(submission: Submission, refusal: Refusal, *, database: Database, settings: JobsSettings) -> str:
     """Record a job whose submission was refused as a whole: one failed request says why to whoever asks for the job."""
     job_id = submission.job_id or new_job_id()
@@ -108,6 +129,11 @@ def refuse_full_queue(database: Database, settings: JobsSettings) -> None:
 def new_job_id() -> str:
     """Return a fresh job id. Random: nobody can guess the job of another."""
     return f"batch_{secrets.token_hex(16)}"
+
+
+def new_call_id(endpoint: Endpoint) -> str:
+    """Return a fresh id of a call, which is the job's and the answer's."""
+    return f"{'chatcmpl' if endpoint == CHAT_ENDPOINT else 'cmpl'}-{secrets.token_hex(16)}"
 
 
 def _all_items(items: Iterable[Item], limit: int) -> list[Item]:

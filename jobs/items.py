@@ -141,6 +141,20 @@ def parse_item(item: Item, rules: Rules) -> NewRequest:
     return NewRequest(custom_id, body=body.model_dump(mode="json"), tokens=_most_tokens(body, rules))
 
 
+def parse_body(body: Any, rules: Rules) -> NewRequest:
+    """Return the request of an OpenAI call by itself, from its body; raise RequestRefused."""
+    if not isinstance(body, dict):
+        raise InvalidValue("The body must be a JSON object.")
+    fields = {name: value for name, value in body.items() if value is not None}
+    text = "prompt" if rules.endpoint == COMPLETIONS_ENDPOINT else "messages"
+    refuse_unknown(fields, PARAMETERS | {"model", text})
+    for name in ("model", text):
+        if name not in fields:
+            raise MissingParameter(f"This call needs {name}.", param=name)
+    request = _request(fields, rules, 0)
+    return NewRequest("request-0", body=request.model_dump(mode="json"), tokens=_most_tokens(request, rules))
+
+
 def parse_parameters(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sampling parameters among the fields; raise RequestRefused for the first that is wrong."""
     given = {name: value for name, value in fields.items() if value is not None}

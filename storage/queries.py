@@ -182,12 +182,17 @@ def job(session: Session, job_id: str) -> JobView | None:
     return None if row is None else _job_view(row)
 
 
-def jobs(session: Session, limit: int, after: str | None = None) -> JobPage:
-    """Return up to `limit` jobs, newest first, from behind the job `after`; nothing stands behind an unknown id."""
+def jobs(session: Session, limit: int, after: str | None = None, interactive: bool = False) -> JobPage:
+    """Return up to `limit` jobs, newest first, from behind the job `after`; nothing stands behind an unknown id.
+
+    Single requests that a person waits for are jobs too; they are listed if `interactive` asks for them.
+    """
     query = select(*_JOB_COLUMNS).order_by(Job.created_at.desc(), Job.id.desc()).limit(limit + 1)
     if after is not None:
         last = select(Job.created_at, Job.id).where(Job.id == after).scalar_subquery()
         query = query.where(tuple_(Job.created_at, Job.id) < last)
+    if not interactive:
+        query = query.where(Job.priority == 0)
     rows = session.execute(query).all()
     return JobPage(tuple(_job_view(row) for row in rows[:limit]), has_more=len(rows) > limit)
 

@@ -130,6 +130,7 @@ class Claim:
     lease: Lease
     custom_id: str
     endpoint: str
+    priority: int  # 1: a person waits for it
     body: Mapping[str, Any]
     attempts: int  # 1 the first time
     started_at: float | None  # of the first attempt

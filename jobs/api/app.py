@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from jobs.api import errors, jobs, service
+from jobs.api import completions, errors, jobs, service
 from jobs.api.access import AccessGuard, Door
 from jobs.api.limits import BodyLimit, RequestIds
 from jobs.api.services import Services
@@ -27,6 +27,7 @@ def make_api(settings: JobsSettings, database: Database, ring: Ring | None = Non
     app.add_middleware(AccessGuard, door=door or Door(database))
     app.add_middleware(RequestIds)
     app.include_router(jobs.router)
+    app.include_router(completions.router)
     app.include_router(service.router)
     errors.install(app)
     return app

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from jobs.api.envelope import error_body
 from jobs.api.limits import REQUEST_ID_HEADER, request_id
-from jobs.errors import BasicError, DatabaseUnavailable, InvalidValue, LimitReached
+from jobs.errors import BasicError, DatabaseUnavailable, InvalidValue, LimitReached, RequestFailed
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,8 @@ def database_away(error: OperationalError | InterfaceError) -> JSONResponse:
 
 
 def _headers(error: BasicError) -> dict[str, str]:
+    if isinstance(error, RequestFailed):
+        return {"x-should-retry": "false"}  # the workers have tried already, or somebody has cancelled it
     match error.status_code:
         case 401:
             return {"www-authenticate": "Bearer"}

@@ -57,12 +57,13 @@ def list_jobs(
     services: ServicesNow,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[str | None, Query(max_length=128)] = None,
+    interactive: Annotated[bool, Query(description="Also single requests, such as chats.")] = False,
 ) -> dict[str, Any]:
     """List jobs, newest first; `after` is the id that ended the page before."""
     with services.database.read() as session:
         if after is not None and queries.job(session, after) is None:
             raise InvalidValue("There is no job of this id to start behind.", param="after")
-        page = queries.jobs(session, limit=limit, after=after)
+        page = queries.jobs(session, limit=limit, after=after, interactive=interactive)
     return views.page([views.job(job) for job in page.jobs], page.has_more)
 
 
