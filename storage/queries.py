@@ -176,18 +176,25 @@ _JOB_COLUMNS: Final = (
 )
 
 
-def job(session: Session, job_id: str) -> JobView | None:
-    """Return a job, or None if there is none of this id."""
-    row = session.execute(select(*_JOB_COLUMNS).where(Job.id == job_id)).first()
+def job(session: Session, job_id: str, owner: str | None = None) -> JobView | None:
+    """Return a job, or None if there is none of this id (with an `owner`: none of theirs)."""
+    row = session.execute(select(*_JOB_COLUMNS).where(Job.id == job_id, _owned_by(Job.api_key_id, owner))).first()
     return None if row is None else _job_view(row)
 
 
-def jobs(session: Session, limit: int, after: str | None = None, interactive: bool = False) -> JobPage:
+def jobs(
+    session: Session,
+    limit: int,
+    after: str | None = None,
+    owner: str | None = None,
+    interactive: bool = False,
+) -> JobPage:
     """Return up to `limit` jobs, newest first, from behind the job `after`; nothing stands behind an unknown id.
 
     Single requests that a person waits for are jobs too; they are listed if `interactive` asks for them.
     """
-    query = select(*_JOB_COLUMNS).order_by(Job.created_at.desc(), Job.id.desc()).limit(limit + 1)
+    query = select(*_JOB_COLUMNS).where(_owned_by(Job.api_key_id, owner))
+    query = query.order_by(Job.created_at.desc(), Job.id.desc()).limit(limit + 1)
     if after is not None:
         last = select(Job.created_at, Job.id).where(Job.id == after).scalar_subquery()
         query = query.where(tuple_(Job.created_at, Job.id) < last)
@@ -468,3 +475,7 @@ def _at_depth(depth: int, rows: Sequence[AnyRow]) -> DepthAcceptance:
 
 def _of_job(column: ColumnElement[str] | InstrumentedAttribute[str], job_id: str | None) -> ColumnElement[bool]:
     return true() if job_id is None else column == job_id
+
+
+def _owned_by(column: InstrumentedAttribute[str], owner: str | None) -> ColumnElement[bool]:
+    return true() if owner is None else column == owner

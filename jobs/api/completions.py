@@ -23,7 +23,7 @@ from starlette.requests import ClientDisconnect
 
 from jobs.api import answers
 from jobs.api.answers import Heading
-from jobs.api.caller import CallerNow
+from jobs.api.caller import Caller, CallerNow
 from jobs.api.envelope import error_body
 from jobs.api.services import Services, ServicesNow, find_job
 from jobs.api.streams import StreamPlace
@@ -47,13 +47,13 @@ T = TypeVar("T")
 @router.post(CHAT_ENDPOINT, dependencies=[StreamPlace])
 async def create_chat_completion(request: Request, services: ServicesNow, caller: CallerNow) -> Response:
     """Answer one conversation now, before all batches."""
-    return await _answer(request, services, caller.key_id, CHAT_ENDPOINT)
+    return await _answer(request, services, caller, CHAT_ENDPOINT)
 
 
 @router.post(COMPLETIONS_ENDPOINT, dependencies=[StreamPlace])
 async def create_completion(request: Request, services: ServicesNow, caller: CallerNow) -> Response:
     """Go on with one text now, before all batches."""
-    return await _answer(request, services, caller.key_id, COMPLETIONS_ENDPOINT)
+    return await _answer(request, services, caller, COMPLETIONS_ENDPOINT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +65,9 @@ class _Call:
     with_usage: bool
 
 
-async def _answer(request: Request, services: Services, key_id: str, endpoint: Endpoint) -> Response:
+async def _answer(request: Request, services: Services, caller: Caller, endpoint: Endpoint) -> Response:
     body = await request.body()
-    call = await run_in_threadpool(_accept, services, body, key_id, endpoint)
+    call = await run_in_threadpool(_accept, services, body, caller, endpoint)
     events = _events(services, call.heading.id)
     if not call.stream:
         await _unless_gone(request, _end_of(events))
@@ -80,7 +80,7 @@ async def _answer(request: Request, services: Services, key_id: str, endpoint: E
     return StreamingResponse(lines, media_type="text/event-stream", headers={"cache-control": "no-store"})
 
 
-def _accept(services: Services, body: bytes, key_id: str, endpoint: Endpoint) -> _Call:
+def _accept(services: Services, body: bytes, caller: Caller, endpoint: Endpoint) -> _Call:
     """Record the call; raise what is wrong with it."""
     fields = read_object(body)
     stream, with_usage = _stream_options(fields)
@@ -89,10 +89,10 @@ def _accept(services: Services, body: bytes, key_id: str, endpoint: Endpoint) ->
         endpoint=endpoint,
         window_s=services.settings.interactive_timeout_s,
         job_id=new_call_id(endpoint),
-        api_key_id=key_id,
+        api_key_id=caller.key_id,
     )
     job_id = accept_call(submission, database=services.database, ring=services.ring, settings=services.settings)
-    job = find_job(services, job_id)
+    job = find_job(services, job_id, caller)
     return _Call(Heading(job_id, endpoint, job.model, int(job.created_at)), stream, with_usage)
 
 
