@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 from jobs.client import Client, Job, local_service
 from jobs.errors import BasicError, NotFound, SetupError, UnknownSetting
 from jobs.exports import write_csv
+from jobs.key_commands import key_commands
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, JobStatus
 from jobs.results import JobInfo
 from jobs.settings import JobsSettings, refuse_unknown_settings
@@ -45,6 +46,7 @@ app = typer.Typer(
 )
 database_commands = typer.Typer(help="The SQL database.", no_args_is_help=True)
 app.add_typer(database_commands, name="db")
+app.add_typer(key_commands, name="keys")
 
 JobId = Annotated[str | None, typer.Argument(metavar="[JOB]", help="Job id; the newest job if left out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]

@@ -27,7 +27,17 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import httpx
 
-from jobs.errors import BasicError, JobRefused, NotCancellable, NotFound, ServiceUnavailable
+from jobs.errors import (
+    BasicError,
+    InvalidKey,
+    JobRefused,
+    LimitReached,
+    NotCancellable,
+    NotFound,
+    NotPermitted,
+    ServiceUnavailable,
+)
+from jobs.local_key import read_local_key
 from jobs.messages import Endpoint, PartialEvent
 from jobs.reader import Reader
 from jobs.results import JobInfo, Output, Statistics
@@ -55,6 +65,15 @@ def default_api_url(settings: JobsSettings) -> str:
     return settings.api_url if service is None else service.api_url
 
 
+def default_api_key(settings: JobsSettings, api_url: str) -> str:
+    """Return the key to show: what the environment says, else that of `basic up` where it is our own that runs."""
+    if settings.api_key:
+        return settings.api_key
+    service = local_service(settings)
+    ours = service is not None and service.api_url.rstrip("/") == api_url
+    return read_local_key(settings.data_dir) if ours else ""
+
+
 def local_service(settings: JobsSettings) -> LocalService | None:
     """Return the service that `basic up` runs on the data directory of the settings, if there is one."""
     if sys.platform == "win32":  # embedded mode needs file locks that are not there
@@ -77,8 +96,8 @@ class AsyncClient:
     ) -> None:
         """Connect lazily. `patience_s`: for so long calls are tried again while the service is away or busy."""
         settings = JobsSettings()
-        key = settings.api_key if api_key is None else api_key
         self.api_url = (api_url or default_api_url(settings)).rstrip("/")
+        key = default_api_key(settings, self.api_url) if api_key is None else api_key
         self._patience_s = patience_s
         self._http = httpx.AsyncClient(
             base_url=self.api_url,
@@ -430,7 +449,8 @@ def _error(response: httpx.Response) -> BasicError:
 
 
 def _error_class(status_code: int, code: str | None) -> type[BasicError]:
-    by_status = {404: NotFound, 409: NotCancellable, 503: ServiceUnavailable}
+    by_status = {401: InvalidKey, 403: NotPermitted, 404: NotFound, 409: NotCancellable, 429: LimitReached}
+    by_status[503] = ServiceUnavailable
     fallback = by_status.get(status_code, JobRefused if status_code < 500 else BasicError)
     return next((kind for kind in _tree(BasicError) if code is not None and kind.code == code), fallback)
 

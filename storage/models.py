@@ -92,6 +92,9 @@ class Job(Base):
     idempotency_key: Mapped[str | None]
     body_sha256: Mapped[str | None]
     doorbell_at: Mapped[float | None]  # when workers were last told that the job has requests for them
+    priority: Mapped[int] = mapped_column(server_default=text("0"))  # 1: a person waits for it; claimed before all 0
+    # What its requests may come to read and write at most, guessed at the door: what a key's limit is held against.
+    tokens_asked: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
 
     __table_args__ = (
         UniqueConstraint("api_key_id", "idempotency_key"),
@@ -360,6 +363,26 @@ class Worker(Base):
     stopped_at: Mapped[float | None]
     calibration: Mapped[dict[str, Any]]
     load: Mapped[dict[str, Any] | None]  # what it was doing when it last said so
+
+
+class ApiKey(Base):
+    """A key to the shim: its hash, what it may do, and how much. Rows stay: while there is one, nobody enters without.
+
+    A limit that is NULL does not hold.
+    """
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    secret_sha256: Mapped[str]
+    scopes: Mapped[list[Any]]
+    max_requests_queued: Mapped[int | None]
+    max_tokens_queued: Mapped[int | None] = mapped_column(BigInteger)
+    max_requests_per_minute: Mapped[int | None]
+    created_at: Mapped[float]
+    expires_at: Mapped[float | None]
+    revoked_at: Mapped[float | None]
 
 
 @event.listens_for(Base.metadata, "after_create")

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Final
 
-from sqlalchemy import and_, func, select, tuple_
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, and_, func, select, true, tuple_
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from storage.flush import merge_pieces
 from storage.models import Job, Output, Partial, Request, Worker
@@ -150,18 +150,30 @@ _JOB_COLUMNS: Final = (
 )
 
 
-def job(session: Session, job_id: str) -> JobView | None:
-    """Return a job, or None if there is none of this id."""
-    row = session.execute(select(*_JOB_COLUMNS).where(Job.id == job_id)).first()
+def job(session: Session, job_id: str, owner: str | None = None) -> JobView | None:
+    """Return a job, or None if there is none of this id (with an `owner`: none of theirs)."""
+    row = session.execute(select(*_JOB_COLUMNS).where(Job.id == job_id, _owned_by(Job.api_key_id, owner))).first()
     return None if row is None else _job_view(row)
 
 
-def jobs(session: Session, limit: int, after: str | None = None) -> JobPage:
-    """Return up to `limit` jobs, newest first, from behind the job `after`; nothing stands behind an unknown id."""
-    query = select(*_JOB_COLUMNS).order_by(Job.created_at.desc(), Job.id.desc()).limit(limit + 1)
+def jobs(
+    session: Session,
+    limit: int,
+    after: str | None = None,
+    owner: str | None = None,
+    interactive: bool = False,
+) -> JobPage:
+    """Return up to `limit` jobs, newest first, from behind the job `after`; nothing stands behind an unknown id.
+
+    Single requests that a person waits for are jobs too; they are listed if `interactive` asks for them.
+    """
+    query = select(*_JOB_COLUMNS).where(_owned_by(Job.api_key_id, owner))
+    query = query.order_by(Job.created_at.desc(), Job.id.desc()).limit(limit + 1)
     if after is not None:
         last = select(Job.created_at, Job.id).where(Job.id == after).scalar_subquery()
         query = query.where(tuple_(Job.created_at, Job.id) < last)
+    if not interactive:
+        query = query.where(Job.priority == 0)
     rows = session.execute(query).all()
     return JobPage(tuple(_job_view(row) for row in rows[:limit]), has_more=len(rows) > limit)
 
@@ -348,3 +360,7 @@ def _finished_choices(session: Session, job_id: str) -> dict[tuple[int, int], Ch
         )
         for row in rows
     }
+
+
+def _owned_by(column: InstrumentedAttribute[str], owner: str | None) -> ColumnElement[bool]:
+    return true() if owner is None else column == owner

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import ColumnElement, and_, insert, select, update
 from sqlalchemy.orm import Session
 
 from storage.endings import error_columns, expire_jobs, finalise_jobs, request_cancel
 from storage.flush import flush
+from storage.keys import refuse_beyond_limits
 from storage.models import Job, Request, Worker, WorkerEnergy
 from storage.records import NewJob, NewRequest, WorkerCard
 from storage.sql import database_now, insert_into, insert_new
@@ -37,6 +38,8 @@ __all__ = [
 
 _ROWS_AT_ONCE: Final = 1_000
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, slots=True)
 class RecordedJob:
@@ -51,19 +54,23 @@ def record_job(session: Session, job: NewJob, requests: Iterable[NewRequest]) ->
     """Record a job and its requests, which are read once and in pieces. Refused requests are born failed.
 
     A submission that comes again, by its idempotency key, finds the first one's job. A job without a request that can
-    be served is completed at once.
+    be served is completed at once. Raise QuotaExceeded if it is more than the limits of its key leave room for.
     """
     now = database_now(session)
     created = session.execute(insert_new(session, Job).values(**_job_row(job, now)).returning(Job.id)).first()
     if created is None:
         return _earlier_job(session, job)
-    total = failed = 0
-    for rows in _in_pieces(_request_row(job.id, index, request, now) for index, request in enumerate(requests)):
+    total = failed = tokens = 0
+    for piece in _in_pieces(enumerate(requests)):
+        rows = [_request_row(job.id, index, request, now) for index, request in piece]
         session.execute(insert(Request), rows)
         total += len(rows)
         failed += sum(row["status"] == "failed" for row in rows)
-    session.execute(update(Job).where(Job.id == job.id).values(requests_total=total, requests_failed=failed))
+        tokens += sum(request.tokens for _, request in piece)
+    counts = {"requests_total": total, "requests_failed": failed, "tokens_asked": tokens}
+    session.execute(update(Job).where(Job.id == job.id).values(counts))
     finalise_jobs(session, [job.id])
+    refuse_beyond_limits(session, job.api_key_id or "")
     return RecordedJob(job.id, created=True)
 
 
@@ -122,6 +129,7 @@ def _job_row(job: NewJob, now: float) -> dict[str, Any]:
         "api_key_id": job.api_key_id or "",
         "idempotency_key": job.idempotency_key,
         "body_sha256": job.body_sha256,
+        "priority": job.priority,
         "doorbell_at": now,  # whoever records a job rings right after the commit
     }
 
@@ -159,7 +167,7 @@ def _earlier_job(session: Session, job: NewJob) -> RecordedJob:
     return RecordedJob(earlier.id, created=False, conflict=earlier.body_sha256 != job.body_sha256)
 
 
-def _in_pieces(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    waiting = iter(rows)
+def _in_pieces(items: Iterable[T]) -> Iterator[list[T]]:
+    waiting = iter(items)
     while piece := list(islice(waiting, _ROWS_AT_ONCE)):
         yield piece

@@ -168,6 +168,8 @@ class Resident:
             model=self._assembly.name,
             lease_s=self._settings.lease_s,
             interval_s=self._settings.partials_interval_s,
+            # An engine with room for a single sequence keeps it for everybody.
+            reserved=min(self._settings.interactive_sequences, self._assembly.options.max_sequences - 1),
         )
 
     def _card(self) -> WorkerCard:

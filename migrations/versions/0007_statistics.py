@@ -11,7 +11,7 @@ from alembic import op
 from storage.views import create_views, drop_views
 
 revision = "0007"
-down_revision = "0002"
+down_revision = "0004"
 branch_labels = None
 depends_on = None
 
