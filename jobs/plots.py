@@ -81,7 +81,7 @@ def _throughput(axes: Axes, numbers: Numbers) -> None:
     minutes = list(range(last + 1))
     axes.step([*minutes, last + 1], [tokens.get(m, 0.0) for m in [*minutes, last]], where="post", color=TARGET)
     axes.set_ylim(0, 1.1 * max(tokens.values()) or 1)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.set_ylabel("tokens/s, mean of the minute")
 
 

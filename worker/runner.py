@@ -165,7 +165,7 @@ class Runner:
 
     def _take(self, result: StepResult, now: float) -> None:
         job_id, request_index, choice = _parts(result.sequence.key)
-        self._live[job_id, request_index].choices[choice].take(result, now)
+        self._live[job_id, request_index].choices[choice].take(result, now, self._codec.token_text)
 
     def _refuse(self, sequence: Sequence) -> None:
         """Answer a request with an error because the engine can't decode this choice of it even alone."""
