@@ -14,6 +14,7 @@ from jobs.api import views
 from jobs.api.caller import CallerNow
 from jobs.api.output_lines import CURSOR, followed_lines, output_lines
 from jobs.api.services import ExistingJob, ServicesNow, cancel_job, find_job
+from jobs.api.streams import StreamPlace
 from jobs.api.submissions import read_submission
 from jobs.errors import InvalidValue
 from jobs.intake import accept_job, retry_job
@@ -51,12 +52,13 @@ def list_jobs(
     caller: CallerNow,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[str | None, Query(max_length=128)] = None,
+    interactive: Annotated[bool, Query(description="Also single requests, such as chats.")] = False,
 ) -> dict[str, Any]:
     """List jobs, newest first; `after` is the id that ended the page before."""
     with services.database.read() as session:
         if after is not None and queries.job(session, after, caller.sees) is None:
             raise InvalidValue("There is no job of this id to start behind.", param="after")
-        page = queries.jobs(session, limit=limit, after=after, owner=caller.sees)
+        page = queries.jobs(session, limit=limit, after=after, owner=caller.sees, interactive=interactive)
     return views.page([views.job(job) for job in page.jobs], page.has_more)
 
 
@@ -96,7 +98,7 @@ def retry(
     return views.job(find_job(services, job_id, caller))
 
 
-@router.get("/{job_id}/outputs")
+@router.get("/{job_id}/outputs", dependencies=[StreamPlace])
 def outputs(
     job: ExistingJob,
     services: ServicesNow,
@@ -125,6 +127,7 @@ def statistics(job: ExistingJob, services: ServicesNow) -> dict[str, Any]:
 @router.get(
     "/{job_id}/events",
     response_class=StreamingResponse,
+    dependencies=[StreamPlace],
     responses={
         200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Server-sent events."},
         204: {"description": "The reader has been told everything, and the job has ended."},

@@ -29,7 +29,7 @@ def read_submission(body: bytes, query: QueryParams, headers: Headers, key_id: s
     if content_type in _LINES_TYPES:
         fields, items = _query_fields(query), read_lines(body)
     elif content_type in _JSON_TYPES:
-        fields = _object(body)
+        fields = read_object(body)
         items = _listed(fields)
     else:
         raise UnsupportedBody
@@ -64,7 +64,8 @@ def _parameters(fields: Mapping[str, Any]) -> dict[str, Any]:
     return grouped | {name: value for name, value in fields.items() if name in PARAMETERS - _JOB_FIELDS}
 
 
-def _object(body: bytes) -> dict[str, Any]:
+def read_object(body: bytes) -> dict[str, Any]:
+    """Return the fields of a JSON object that were given; null is not given."""
     try:
         fields = read_json(body.removeprefix(b"\xef\xbb\xbf"))
     except ValueError as exc:
