@@ -44,6 +44,8 @@ from jobs.results import JobInfo, Output, Statistics
 from jobs.settings import JobsSettings
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from jobs.local_state import LocalService
 
 Prompts = Iterable[str | Mapping[str, Any]] | str | bytes | os.PathLike[str]
@@ -157,6 +159,11 @@ class AsyncClient:
     async def stats(self) -> Statistics:
         """Return the numbers of everything that ran so far."""
         return await self._call("GET", "/v1/stats")
+
+    async def job_rows(self, job_id: str | None = None, limit: int = 100) -> list[Statistics]:
+        """Return the numbers of the newest jobs, or of one, each as one flat row."""
+        params = {"limit": limit} if job_id is None else {"job": job_id}
+        return list((await self._call("GET", "/v1/stats/jobs", params=params))["data"])
 
     async def get(self, job_id: str) -> JobInfo:
         """Read a job."""
@@ -332,9 +339,14 @@ class Client:
         """List jobs, newest first."""
         return self.run(lambda client: client.jobs(limit, after))
 
-    def stats(self) -> Statistics:
-        """Return the numbers of everything that ran so far."""
-        return self.run(lambda client: client.stats())
+    def stats(self, limit: int = 100) -> DataFrame | list[Statistics]:
+        """Return the numbers of the newest jobs: a DataFrame with a row a job; a list of rows without pandas."""
+        rows = self.run(lambda client: client.job_rows(limit=limit))
+        try:
+            import pandas
+        except ModuleNotFoundError:
+            return rows
+        return pandas.DataFrame(rows)
 
     def run(self, call: Callable[[AsyncClient], Awaitable[T]]) -> T:
         """Run one call of the asynchronous client to its end."""

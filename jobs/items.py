@@ -32,6 +32,7 @@ MAX_CUSTOM_ID_CHARS = 64
 _PIECE_BYTES = 65_536  # of a line that is passed over
 _BYTES_PER_TOKEN = 4  # of ordinary text
 _CONTEXT_TOKENS = 4096  # where no worker has told its own
+MAX_TRACED_REQUESTS = 16  # of a job: so many at most keep draft trees, its first ones
 COMPLETIONS_MAX_TOKENS = 16  # OpenAI's default for raw prompts; a chat answer runs to the context's end
 
 # Fields of the OpenAI API that are accepted and change nothing in a batch.
@@ -246,7 +247,7 @@ def _sampling_for(parameters: Mapping[str, Any], rules: Rules, index: int) -> Sa
         raise InvalidValue(
             f"must be at most {limit}, the context of {rules.model}, not {sampling.max_tokens}", param="max_tokens"
         )
-    return sampling
+    return sampling if index < MAX_TRACED_REQUESTS else sampling.model_copy(update={"record_trees": 0})
 
 
 def _sampling(parameters: Mapping[str, Any]) -> SamplingParameters:

@@ -93,6 +93,18 @@ class StepRow:
     plain_step_ms: float | None  # a plain step at this batch size on this worker; None: not comparable (prefill shared)
     ended_at: float
     decision: str | None = None  # tree, or why there was none; rows written before it was recorded have none
+    # Per node the target reached: draft children shown below it, and the rank of the one it drew (none of them: None).
+    reached: tuple[tuple[int, int | None], ...] | None = None  # None: not recorded
+    tree: TreeRow | None = None  # for jobs that asked to see their trees
+
+
+@dataclass(frozen=True, slots=True)
+class TreeRow:
+    """The draft tree of a step, as text: row of `draft_trees`."""
+
+    # (parent, token id, text, probability that the target accepts it, accepted); the root first, its parent is -1
+    nodes: tuple[tuple[int, int, str, float, bool], ...]
+    bonus: str  # the target's own token behind the accepted path
 
 
 @dataclass(frozen=True, slots=True)

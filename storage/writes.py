@@ -17,16 +17,18 @@ from sqlalchemy.orm import Session
 from storage.endings import error_columns, expire_jobs, finalise_jobs, request_cancel
 from storage.flush import flush
 from storage.keys import refuse_beyond_limits
-from storage.models import Job, Request, Worker
+from storage.models import Job, Request, Worker, WorkerEnergy
 from storage.records import NewJob, NewRequest, WorkerCard
-from storage.sql import database_now, insert_new
+from storage.sql import database_now, insert_into, insert_new
 
 __all__ = [
     "RecordedJob",
+    "add_energy",
     "beat_worker",
     "expire_jobs",
     "finalise_jobs",
     "flush",
+    "note_load",
     "record_job",
     "register_worker",
     "request_cancel",
@@ -86,6 +88,18 @@ def beat_worker(session: Session, worker_id: str) -> None:
 def update_calibration(session: Session, worker_id: str, calibration: Mapping[str, Any]) -> None:
     """Replace the measured cost curves of a worker."""
     _update_worker(session, worker_id, calibration=dict(calibration))
+
+
+def note_load(session: Session, worker_id: str, load: Mapping[str, Any]) -> None:
+    """Note what a worker is doing right now."""
+    _update_worker(session, worker_id, load=dict(load))
+
+
+def add_energy(session: Session, worker_id: str, at: float, joules: float) -> None:
+    """Add what a worker's devices have drawn to the minute in which they did."""
+    added = insert_into(session, WorkerEnergy).values(worker_id=worker_id, minute=int(at // 60) * 60, joules=joules)
+    more = {"joules": WorkerEnergy.joules + added.excluded.joules}
+    session.execute(added.on_conflict_do_update(index_elements=["worker_id", "minute"], set_=more))
 
 
 def stop_worker(session: Session, worker_id: str) -> None:

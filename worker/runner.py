@@ -22,6 +22,7 @@ from worker.engine.engine import Engine
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepResult
 from worker.live import LiveChoice, LiveRequest
+from worker.load import Load
 from worker.recovery import LastingEngine
 from worker.sink import Sink
 from worker.text import Codec
@@ -64,6 +65,7 @@ class Runner:
         self._interval_s = interval_s
         self._reserved = reserved
         self._live: dict[RequestKey, LiveRequest] = {}
+        self._load = Load()
         self._claimed_at = float("-inf")
         self._flushed_at = float("-inf")
 
@@ -76,6 +78,11 @@ class Runner:
     def learned(self) -> dict[str, Any]:
         """What the engine has learned about drafts, as JSON."""
         return self._engine.learned
+
+    @property
+    def load(self) -> dict[str, Any]:
+        """What the worker has done since its start and holds now, as JSON."""
+        return self._load.as_json(self._live.values())
 
     def turn(self, *, rung: bool = False) -> None:
         """Claim if there is room, run one step, flush if it is time. Raises DatabaseUnavailable: call again later."""
@@ -148,6 +155,7 @@ class Runner:
     def _step(self) -> None:
         results, given_up = self._engine.step()
         now = time.time()
+        self._load.take(results)
         for result in results:
             self._take(result, now)
         # The engine knows nothing of stop strings: to it, what they ended runs on.
@@ -157,7 +165,7 @@ class Runner:
 
     def _take(self, result: StepResult, now: float) -> None:
         job_id, request_index, choice = _parts(result.sequence.key)
-        self._live[job_id, request_index].choices[choice].take(result, now)
+        self._live[job_id, request_index].choices[choice].take(result, now, self._codec.token_text)
 
     def _refuse(self, sequence: Sequence) -> None:
         """Answer a request with an error because the engine can't decode this choice of it even alone."""

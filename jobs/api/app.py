@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from jobs.api import completions, errors, jobs, service
+from jobs.api import completions, errors, jobs, metrics, service
 from jobs.api.access import AccessGuard, Door
 from jobs.api.bodies import BodyReader
 from jobs.api.limits import BodyLimit, RequestIds
@@ -23,13 +23,16 @@ def make_api(settings: JobsSettings, database: Database, ring: Ring | None = Non
     """
     app = FastAPI(title="bASIC", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.services = Services(settings, database, ring or _celery_ring(settings.redis_url), BodyReader())
+    app.state.metrics = metrics.Metrics(database)
     app.state.streams = Streams(settings.max_streams, settings.max_streams_per_key)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(AccessGuard, door=door or Door(database))
     app.add_middleware(RequestIds)
+    app.add_middleware(metrics.Stopwatch, metrics=app.state.metrics)
     app.include_router(jobs.router)
     app.include_router(completions.router)
     app.include_router(service.router)
+    app.include_router(metrics.router)
     errors.install(app)
     return app
 
