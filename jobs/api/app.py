@@ -6,6 +6,7 @@ from fastapi import FastAPI
 
 from jobs.api import completions, errors, jobs, metrics, service
 from jobs.api.access import AccessGuard, Door
+from jobs.api.bodies import BodyReader
 from jobs.api.limits import BodyLimit, RequestIds
 from jobs.api.services import Services
 from jobs.api.streams import Streams
@@ -21,7 +22,7 @@ def make_api(settings: JobsSettings, database: Database, ring: Ring | None = Non
     everybody in until there is a key.
     """
     app = FastAPI(title="bASIC", docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.state.services = Services(settings, database, ring or _celery_ring(settings.redis_url))
+    app.state.services = Services(settings, database, ring or _celery_ring(settings.redis_url), BodyReader())
     app.state.metrics = metrics.Metrics(database)
     app.state.streams = Streams(settings.max_streams, settings.max_streams_per_key)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)

@@ -7,6 +7,7 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
+from jobs.api.bodies import BodyReader
 from jobs.api.caller import Caller, CallerNow
 from jobs.errors import NotCancellable, NotFound
 from jobs.messages import JobStatus
@@ -26,6 +27,7 @@ class Services:
     settings: JobsSettings
     database: Database
     ring: Ring
+    bodies: BodyReader
 
 
 def _services(request: Request) -> Services:
