@@ -20,6 +20,7 @@ BasicError
 │   └── UnsupportedBody         the body is of a type, or packed in a way, that we don't take
 ├── NotFound                    no such job
 ├── NotCancellable              the job has already ended
+├── NotRetryable                the job has not ended, or has nothing to run again
 ├── CallerRefused               who asks, or how much, is the trouble
 │   ├── InvalidKey              no key, or one that opens nothing
 │   ├── NotPermitted            the key does not have the scope for it
@@ -175,6 +176,13 @@ class NotFound(BasicError):
 class NotCancellable(BasicError):
     """The job has already ended."""
 
+    status_code = 409
+
+
+class NotRetryable(BasicError):
+    """The job has no request to run again."""
+
+    code = "not_retryable"
     status_code = 409
 
 

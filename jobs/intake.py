@@ -6,10 +6,11 @@ What is wrong with one request fails that request; what is wrong with the job as
 
 from __future__ import annotations
 
+import hashlib
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 from pydantic_core import from_json, to_json
@@ -21,16 +22,18 @@ from jobs.errors import (
     InvalidValue,
     LimitReached,
     MissingParameter,
+    NotRetryable,
     ServiceUnavailable,
     TooManyRequests,
     UnknownModel,
 )
 from jobs.items import Item, Rules, parse_body, parse_item, parse_parameters
-from jobs.messages import CHAT_ENDPOINT, Endpoint, model_name
+from jobs.messages import CHAT_ENDPOINT, Endpoint, JobStatus, model_name
 from jobs.producer import Ring
 from jobs.settings import JobsSettings
 from storage import keys, queries, writes
 from storage.keys import QuotaExceeded
+from storage.queries import JobView
 from storage.records import NewJob, NewRequest, Refusal
 from storage.session import Database
 
@@ -76,6 +79,52 @@ def accept_job(submission: Submission, *, database: Database, ring: Ring, settin
         raise IdempotencyConflict
     if recorded.created:
         ring(recorded.job_id, rules.model)
+    return recorded.job_id
+
+
+def retry_job(
+    job: JobView,
+    *,
+    api_key_id: str | None,
+    idempotency_key: str | None,
+    database: Database,
+    ring: Ring,
+    settings: JobsSettings,
+) -> str:
+    """Record a new job of the requests of an ended one that have no result, and return its id.
+
+    The ended job stays as it is: its counts and files are final. The new one has its model, endpoint, metadata and
+    window, and the requests keep their custom ids, bodies and seeds.
+    """
+    if not JobStatus(job.status).final:
+        raise NotRetryable(f"The job is {job.status}; wait until it has ended, or cancel it.")
+    if job.model not in known_models(database, settings):
+        raise UnknownModel(f"There is no model {job.model[:80]!r} any more.", param="model")
+    again = NewJob(
+        id=new_job_id(),
+        model=job.model,
+        endpoint=job.endpoint,
+        window_s=job.expires_at - job.created_at,
+        metadata=job.metadata,
+        api_key_id=api_key_id,
+        idempotency_key=_idempotency_key(idempotency_key),
+        body_sha256=hashlib.sha256(f"retry of {job.id}".encode()).hexdigest(),
+        retry_of=job.id,
+    )
+    refuse_full_queue(database, settings)
+    try:
+        with database.write() as session:
+            requests = queries.requests_to_retry(session, job.id)
+            first = next(requests, None)
+            if first is None:
+                raise NotRetryable
+            recorded = writes.record_job(session, again, chain([first], requests))
+    except QuotaExceeded as exceeded:
+        raise over_limit(exceeded) from exceeded
+    if recorded.conflict:
+        raise IdempotencyConflict
+    if recorded.created:
+        ring(recorded.job_id, job.model)
     return recorded.job_id
 
 

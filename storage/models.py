@@ -92,6 +92,9 @@ class Job(Base):
     idempotency_key: Mapped[str | None]
     body_sha256: Mapped[str | None]
     doorbell_at: Mapped[float | None]  # when workers were last told that the job has requests for them
+    # Of the newest commit that wrote something readers of the job are told (storage.story).
+    event_number: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    retry_of: Mapped[str | None]  # the job whose failed requests these are
     priority: Mapped[int] = mapped_column(server_default=text("0"))  # 1: a person waits for it; claimed before all 0
     # What its requests may come to read and write at most, guessed at the door: what a key's limit is held against.
     tokens_asked: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
@@ -128,11 +131,21 @@ class Request(Base):
     lease_expires_at: Mapped[float | None]
     started_at: Mapped[float | None]
     finished_at: Mapped[float | None]
+    event_number: Mapped[int | None] = mapped_column(BigInteger)  # of the commit that ended it
 
     __table_args__ = (
         CheckConstraint(_one_of("status", REQUEST_STATUSES), name="status"),
         # The claim, and whether a job has anything left: both must not read the finished requests of a large job.
         Index(None, "job_id", "status", "request_index"),
+        # In the order in which they ended.
+        Index(
+            "ix_requests_job_id_event_number_request_index",
+            "job_id",
+            "event_number",
+            "request_index",
+            sqlite_where=text("event_number IS NOT NULL"),
+            postgresql_where=text("event_number IS NOT NULL"),
+        ),
         # What went wrong, without a look at what went well.
         Index(
             "ix_requests_error_code",
@@ -166,8 +179,9 @@ class Partial(Base):
     steps: Mapped[list[Any]]  # the step rows, waiting for the output
     worker_id: Mapped[str]
     committed_at: Mapped[float]
+    event_number: Mapped[int] = mapped_column(BigInteger, server_default="0")  # of the commit that wrote it
 
-    __table_args__ = (_of_a_request(),)
+    __table_args__ = (_of_a_request(), Index("ix_partials_job_id_event_number", "job_id", "event_number"))
 
 
 class Output(Base):
@@ -189,8 +203,14 @@ class Output(Base):
     started_at: Mapped[float]
     finished_at: Mapped[float]
     last_seq: Mapped[int]
+    event_number: Mapped[int] = mapped_column(BigInteger, server_default="0")  # of the commit that wrote it
+    # Of the checkpoints it was made of: event number, seq, characters, tokens, accepted. For readers who know some.
+    checkpoints: Mapped[list[Any] | None]
 
-    __table_args__ = (_of_a_request(),)
+    __table_args__ = (
+        _of_a_request(),
+        Index("ix_outputs_job_id_event_number", "job_id", "event_number", "request_index", "choice_index"),
+    )
 
 
 class DecodeStep(Base):

@@ -6,7 +6,7 @@ one row; what may be large (its outputs) is streamed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Final
@@ -16,6 +16,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from storage.flush import merge_pieces
 from storage.models import Job, Output, Partial, Request, Worker
+from storage.records import NewRequest
 from storage.sql import AnyRow, database_now
 from storage.statistics import DepthAcceptance as DepthAcceptance  # statistics have a module; callers find them here
 from storage.statistics import JobStats as JobStats
@@ -24,7 +25,9 @@ from storage.statistics import total_stats as total_stats
 
 _SEEN_S: Final = 60.0  # a worker that has not been heard of for longer serves nothing
 _OUTPUTS_AT_ONCE: Final = 500
-_ENDED: Final = ("completed", "failed", "expired", "cancelled")
+_WITHOUT_RESULT: Final = ("failed", "expired", "cancelled")
+_ENDED: Final = ("completed", *_WITHOUT_RESULT)
+_REQUESTS_AT_ONCE: Final = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,7 @@ class JobView:
     metadata: Mapping[str, str] | None
     api_key_id: str | None
     idempotency_key: str | None
+    retry_of: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +151,7 @@ _JOB_COLUMNS: Final = (
     Job.metadata_.label("metadata_"),
     Job.api_key_id,
     Job.idempotency_key,
+    Job.retry_of,
 )
 
 
@@ -178,8 +183,20 @@ def jobs(
     return JobPage(tuple(_job_view(row) for row in rows[:limit]), has_more=len(rows) > limit)
 
 
-def outputs(session: Session, job_id: str, after_index: int = -1) -> Iterator[OutputView]:
-    """Yield the requests of a job that have ended, in its order, from behind `after_index`; never all in memory."""
+def outputs(
+    session: Session,
+    job_id: str,
+    after_index: int = -1,
+    *,
+    without_result: bool = False,
+    among: Collection[int] | None = None,
+) -> Iterator[OutputView]:
+    """Yield the requests of a job that have ended, in its order, from behind `after_index`; never all in memory.
+
+    `without_result` leaves out those that were answered; `among` names the only ones to look at.
+    """
+    statuses = _WITHOUT_RESULT if without_result else _ENDED
+    wanted = true() if among is None else Request.request_index.in_(among)
     rows = session.execute(
         select(
             Request.custom_id,
@@ -200,12 +217,33 @@ def outputs(session: Session, job_id: str, after_index: int = -1) -> Iterator[Ou
             Output.finished_at,
         )
         .outerjoin(Output, and_(Output.job_id == Request.job_id, Output.request_index == Request.request_index))
-        .where(Request.job_id == job_id, Request.request_index > after_index, Request.status.in_(_ENDED))
+        .where(Request.job_id == job_id, Request.request_index > after_index, Request.status.in_(statuses), wanted)
         .order_by(Request.request_index, Output.choice_index)
         .execution_options(yield_per=_OUTPUTS_AT_ONCE)
     )
     for _, group in groupby(rows, key=lambda row: row.request_index):
         yield _output_view(list(group))
+
+
+def requests_to_retry(session: Session, job_id: str) -> Iterator[NewRequest]:
+    """Yield the requests of a job that ended without a result and can run, in its order."""
+    after = -1
+    while True:
+        rows = session.execute(
+            select(Request.request_index, Request.custom_id, Request.body)
+            .where(
+                Request.job_id == job_id,
+                Request.request_index > after,
+                Request.status.in_(_WITHOUT_RESULT),
+                Request.body.is_not(None),  # without one it was refused at the door, and would be again
+            )
+            .order_by(Request.request_index)
+            .limit(_REQUESTS_AT_ONCE)
+        ).all()
+        yield from (NewRequest(row.custom_id, body=row.body) for row in rows)
+        if len(rows) < _REQUESTS_AT_ONCE:
+            return
+        after = rows[-1].request_index
 
 
 def snapshot(session: Session, job_id: str) -> list[ChoiceSnapshot]:
@@ -273,7 +311,7 @@ def _errors(session: Session, job_id: str) -> dict[int, AnyRow]:
             Request.error_code,
             Request.error_message,
             Request.error_param,
-        ).where(Request.job_id == job_id, Request.status.in_(("failed", "expired", "cancelled")))
+        ).where(Request.job_id == job_id, Request.status.in_(_WITHOUT_RESULT))
     )
     return {row.request_index: row for row in rows}
 

@@ -34,6 +34,7 @@ class NewJob:
     api_key_id: str | None = None
     idempotency_key: str | None = None  # unique per api_key_id
     body_sha256: str | None = None  # of the submitted body, to tell a repeat from a conflict
+    retry_of: str | None = None  # the job whose failed requests it runs again
     priority: int = 0  # 1: a person waits for it
 
 

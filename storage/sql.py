@@ -27,6 +27,12 @@ def database_now(session: Session) -> float:
     return float(session.execute(text(_NOW[_dialect(session)])).scalar_one())
 
 
+def one_state(session: Session) -> None:
+    """Let all queries of a transaction that has not begun see one state of the database, as SQLite's always do."""
+    if _dialect(session) == "postgresql":
+        session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
+
+
 def insert_new(session: Session, model: type[Base]) -> postgresql.Insert | sqlite.Insert:
     """Return an INSERT that leaves rows alone that are there already."""
     return insert_into(session, model).on_conflict_do_nothing()

@@ -131,6 +131,8 @@ def _job_row(job: NewJob, now: float) -> dict[str, Any]:
         "body_sha256": job.body_sha256,
         "priority": job.priority,
         "doorbell_at": now,  # whoever records a job rings right after the commit
+        "event_number": 0,
+        "retry_of": job.retry_of,
     }
 
 
@@ -145,6 +147,7 @@ def _request_row(job_id: str, index: int, request: NewRequest, now: float) -> di
         "attempts": 0,
         "lease_number": 0,
         "finished_at": now if refused else None,
+        "event_number": 0 if refused else None,
         **(error_columns(request.refusal) if request.refusal is not None else _NO_ERROR),
     }
 
