@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from typing import Any
+
+from pydantic_core import from_json, to_json
 
 from jobs.errors import (
     DuplicateCustomId,
@@ -65,11 +67,14 @@ def accept_job(submission: Submission, *, database: Database, ring: Ring, settin
     Raise JobRefused for a job that can't be accepted, LimitReached for one that can't be accepted now.
     """
     refuse_full_queue(database, settings)
-    items = _all_items(submission.items, settings.max_requests)
-    rules = _rules(submission, items[0], database, settings)
-    requests = [parse_item(item, rules) for item in items]
-    _refuse_duplicates(items, requests)
-    recorded = _record(_new_job(submission, rules, settings), requests, database)
+    items = iter(submission.items)
+    first = next(items, None)
+    if first is None:
+        raise EmptyJob
+    rules = _rules(submission, first, database, settings)
+    job = _new_job(submission, rules, settings)
+    packed = _parse_all(chain((first,), items), rules, settings.max_requests)
+    recorded = _record(job, map(_unpack, packed), database)
     if recorded.conflict:
         raise IdempotencyConflict
     if recorded.created:
@@ -190,13 +195,26 @@ def new_call_id(endpoint: Endpoint) -> str:
     return f"{'chatcmpl' if endpoint == CHAT_ENDPOINT else 'cmpl'}-{secrets.token_hex(16)}"
 
 
-def _all_items(items: Iterable[Item], limit: int) -> list[Item]:
-    taken = list(islice(items, limit + 1))
-    if not taken:
-        raise EmptyJob
-    if len(taken) > limit:
-        raise TooManyRequests(f"One job may hold {limit} requests; split the file into several jobs.")
-    return taken
+def _parse_all(items: Iterable[Item], rules: Rules, limit: int) -> list[bytes]:
+    """Return the requests of all items, packed: as objects they would take many times the memory."""
+    packed: list[bytes] = []
+    places: dict[str, str] = {}
+    for item in items:
+        if len(packed) == limit:
+            raise TooManyRequests(f"One job may hold {limit} requests; split the file into several jobs.")
+        request = parse_item(item, rules)
+        if request.custom_id in places:
+            message = f"{places[request.custom_id]} and {item.place} have the same custom_id {request.custom_id!r}."
+            raise DuplicateCustomId(message, param="custom_id", line=item.line)
+        places[request.custom_id] = item.place
+        refusal = None if request.refusal is None else asdict(request.refusal)
+        packed.append(to_json((request.custom_id, request.body, refusal, request.tokens)))
+    return packed
+
+
+def _unpack(packed: bytes) -> NewRequest:
+    custom_id, body, refusal, tokens = from_json(packed)
+    return NewRequest(custom_id, body, None if refusal is None else Refusal(**refusal), tokens)
 
 
 def _rules(submission: Submission, first: Item, database: Database, settings: JobsSettings) -> Rules:
@@ -221,15 +239,6 @@ def _choose_model(asked: Any, database: Database, settings: JobsSettings) -> tup
     return model, known[model]
 
 
-def _refuse_duplicates(items: Sequence[Item], requests: Sequence[NewRequest]) -> None:
-    seen: dict[str, Item] = {}
-    for item, request in zip(items, requests, strict=True):
-        earlier = seen.setdefault(request.custom_id, item)
-        if earlier is not item:
-            message = f"{earlier.place} and {item.place} have the same custom_id {request.custom_id!r}."
-            raise DuplicateCustomId(message, param="custom_id", line=item.line)
-
-
 def _new_job(submission: Submission, rules: Rules, settings: JobsSettings) -> NewJob:
     return NewJob(
         id=rules.job_id,
@@ -243,7 +252,7 @@ def _new_job(submission: Submission, rules: Rules, settings: JobsSettings) -> Ne
     )
 
 
-def _record(job: NewJob, requests: Sequence[NewRequest], database: Database) -> writes.RecordedJob:
+def _record(job: NewJob, requests: Iterable[NewRequest], database: Database) -> writes.RecordedJob:
     try:
         with database.write() as session:
             return writes.record_job(session, job, requests)

@@ -10,7 +10,8 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, get_args
+from itertools import count
+from typing import IO, Any, get_args
 
 from pydantic import ValidationError
 from pydantic_core import from_json
@@ -28,6 +29,7 @@ from jobs.messages import COMPLETIONS_ENDPOINT, ChatMessage, Endpoint, Generatio
 from storage.records import NewRequest, Refusal
 
 MAX_CUSTOM_ID_CHARS = 64
+_PIECE_BYTES = 65_536  # of a line that is passed over
 _BYTES_PER_TOKEN = 4  # of ordinary text
 _CONTEXT_TOKENS = 4096  # where no worker has told its own
 MAX_TRACED_REQUESTS = 16  # of a job: so many at most keep draft trees, its first ones
@@ -113,16 +115,25 @@ class Rules:
     context_tokens: int | None = None  # of the workers that serve the model, if one is known
 
 
-def read_lines(body: bytes) -> Iterator[Item]:
-    """Yield the items of a JSONL body. A line that is no JSON becomes an item that will be refused; blank ones vanish.
+def read_lines(file: IO[bytes], max_line_bytes: int) -> Iterator[Item]:
+    """Yield the items of a JSONL file. A line that is no JSON becomes an item that will be refused; blank ones vanish.
 
-    Lines end at a newline only: U+2028 may stand inside a JSON string.
+    Lines end at a newline only: U+2028 may stand inside a JSON string. None is in memory beyond its limit.
     """
     index = 0
-    for number, line in enumerate(body.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if text := line.strip():
+    for number in count(1):
+        line = file.readline(max_line_bytes + 1)
+        if not line:
+            return
+        too_long = len(line) > max_line_bytes and not line.endswith(b"\n")
+        text = line.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else line.strip()
+        if too_long:
+            while (rest := file.readline(_PIECE_BYTES)) and not rest.endswith(b"\n"):
+                pass
+            yield Item(index, InvalidJsonLine(f"The line has more than {max_line_bytes} bytes."), number)
+        elif text:
             yield Item(index, _read_line(text), number)
-            index += 1
+        index += bool(too_long or text)
 
 
 def read_json(text: bytes) -> Any:

@@ -6,6 +6,7 @@ from fastapi import FastAPI
 
 from jobs.api import completions, errors, jobs, metrics, service
 from jobs.api.access import AccessGuard, Door
+from jobs.api.bodies import BodyReader
 from jobs.api.limits import BodyLimit, RequestIds
 from jobs.api.services import Services
 from jobs.api.streams import Streams
@@ -23,7 +24,11 @@ def make_api(settings: JobsSettings, database: Database, ring: Ring | None = Non
     """
     app = FastAPI(title="bASIC", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.services = Services(
-        settings, database, ring or _celery_ring(settings.redis_url), Broadcast(database, settings.redis_url)
+        settings,
+        database,
+        ring or _celery_ring(settings.redis_url),
+        BodyReader(),
+        Broadcast(database, settings.redis_url),
     )
     app.state.metrics = metrics.Metrics(database)
     app.state.streams = Streams(settings.max_streams, settings.max_streams_per_key)

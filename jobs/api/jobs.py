@@ -11,11 +11,12 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
 from jobs.api import views
+from jobs.api.bodies import Body
 from jobs.api.caller import CallerNow
 from jobs.api.output_lines import CURSOR, followed_lines, output_lines
 from jobs.api.services import ExistingJob, ServicesNow, cancel_job, find_job
 from jobs.api.streams import StreamPlace
-from jobs.api.submissions import read_submission
+from jobs.api.submissions import most_bytes, read_submission
 from jobs.errors import InvalidValue
 from jobs.intake import accept_job, retry_job
 from jobs.messages import JobStatus
@@ -33,17 +34,19 @@ async def submit(
     request: Request, background: BackgroundTasks, services: ServicesNow, caller: CallerNow
 ) -> dict[str, Any]:
     """Record a job and answer with it. The doorbell rings afterwards: a queue that is away does not delay the reply."""
-    body = await request.body()
+    most = most_bytes(request.headers, services.settings)
 
     def ring_later(job_id: str, model: str) -> None:
         background.add_task(services.ring, job_id, model)
 
-    def accept() -> dict[str, Any]:
-        submission = read_submission(body, request.query_params, request.headers, caller.key_id)
+    def accept(body: Body) -> dict[str, Any]:
+        lines = services.settings.max_line_bytes
+        submission = read_submission(body, request.query_params, request.headers, caller.key_id, lines)
         job_id = accept_job(submission, database=services.database, ring=ring_later, settings=services.settings)
         return views.job(find_job(services, job_id, caller))
 
-    return await run_in_threadpool(accept)
+    async with services.bodies.received(request, most) as body:
+        return await run_in_threadpool(accept, body)
 
 
 @router.get("")

@@ -12,6 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from jobs.api.access import Door
 from jobs.api.app import make_api
+from jobs.api.patience import PatientProtocol
 from jobs.errors import SetupError
 from jobs.local_key import read_local_key
 from jobs.logs import log_to_stderr
@@ -33,6 +34,7 @@ def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
     listener = _listen(settings.api_host, settings.api_port)
     config = uvicorn.Config(
         make_api(settings, database, door=door),
+        http=PatientProtocol,
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=_SHUTDOWN_S,

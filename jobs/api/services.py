@@ -7,6 +7,7 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
+from jobs.api.bodies import BodyReader
 from jobs.api.caller import Caller, CallerNow
 from jobs.broadcast import Broadcast
 from jobs.errors import NotCancellable, NotFound
@@ -27,6 +28,7 @@ class Services:
     settings: JobsSettings
     database: Database
     ring: Ring
+    bodies: BodyReader
     broadcast: Broadcast
 
 
