@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Final
 
-from sqlalchemy import ColumnElement, and_, case, select, update
+from sqlalchemy import ColumnElement, ScalarSelect, and_, case, select, update
 from sqlalchemy.orm import Session
 
 from storage.models import Job, Request
@@ -105,6 +105,16 @@ def _left_in_cancelled_jobs(now: float, job_ids: Iterable[str]) -> ColumnElement
     return and_(Request.job_id.in_(cancelling), (Request.status == "queued") | is_lapsed(now))
 
 
+def told_as(session: Session, job_ids: Collection[str], which: ColumnElement[bool]) -> ScalarSelect[int]:
+    """Return the `event_number` of requests that end now, all those of a job together: readers are told in its order.
+
+    Whoever ends requests of these jobs writes it with their status (storage.story).
+    """
+    ending = select(Request.job_id).where(Request.job_id == Job.id, which).exists()
+    session.execute(update(Job).where(Job.id.in_(job_ids), ending).values(event_number=Job.event_number + 1))
+    return select(Job.event_number).where(Job.id == Request.job_id).scalar_subquery()
+
+
 def _end_requests(
     session: Session,
     status: str,
@@ -114,8 +124,6 @@ def _end_requests(
     which: ColumnElement[bool],
 ) -> None:
     """End requests of these jobs without a result. The lease's number and owner stay: they say who had it last."""
-    ending = select(Request.job_id).where(Request.job_id == Job.id, which).exists()
-    session.execute(update(Job).where(Job.id.in_(job_ids), ending).values(event_number=Job.event_number + 1))
-    number = select(Job.event_number).where(Job.id == Request.job_id).scalar_subquery()
+    number = told_as(session, job_ids, which)
     ended = {"status": status, "finished_at": now, "lease_expires_at": None, "event_number": number}
     session.execute(update(Request).where(which).values(**ended, **error_columns(reason)))
