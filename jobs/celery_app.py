@@ -6,6 +6,7 @@ and only until its rows are committed. Knows no SQL and registers no task: those
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,9 @@ def make_app(redis_url: str, queues: Sequence[str] = ()) -> Celery:
     """Return an app on this server. A consumer names its `queues`; a producer needs none."""
     app = Celery("basic", broker=redis_url, set_as_current=False)
     app.conf.update(_settings())
+    if redis_url.startswith("rediss://") and "ssl_cert_reqs" not in redis_url:
+        # kombu demands that somebody says it. Its names for URLs, and redis-py's, are ssl_cert_reqs, ssl_ca_certs, …
+        app.conf.broker_use_ssl = {"ssl_cert_reqs": ssl.CERT_REQUIRED}
     app.conf.task_queues = tuple(queue(name) for name in queues)
     return app
 

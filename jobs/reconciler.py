@@ -11,17 +11,18 @@ import logging
 import random
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy.orm import Session
 
 from jobs.events import failure_events, job_events
-from jobs.liveness import is_dead
+from jobs.liveness import identity, is_dead
 from jobs.messages import PartialEvent
 from jobs.producer import Ring
 from storage import leases, writes
-from storage.elections import elect, resign
+from storage.elections import elect, holder, resign
 from storage.reclaim import mark_lost, reclaim, running_processes
 from storage.records import FailedRequest
 from storage.session import DATABASE_AWAY, Database, why_away
@@ -50,12 +51,12 @@ class _Round:
 class Reconciler:
     """One candidate for the office, with a thread of its own."""
 
-    def __init__(self, database: Database, publish: Publish, ring: Ring, *, name: str, lease_s: float) -> None:
-        """Stand for election as `name`. Nothing runs before `start`."""
+    def __init__(self, database: Database, publish: Publish, ring: Ring, *, lease_s: float) -> None:
+        """Take what the rounds need. Nothing runs before `start`."""
         self._database = database
         self._publish = publish
         self._ring = ring
-        self._name = name
+        self._name = identity() or uuid.uuid4().hex  # neighbours on this machine see whether its holder is dead
         self._lease_s = lease_s
         self._connected_at: float | None = None  # since when the database has answered every time
         self._stop = threading.Event()
@@ -80,7 +81,7 @@ class Reconciler:
         """Put right what can be put right now; return whether we hold the office. Raises what DATABASE_AWAY names."""
         try:
             with self._database.write() as session:
-                done = self._reconcile(session) if elect(session, OFFICE, self._name, _TERM_S) else None
+                done = self._reconcile(session) if self._elected(session) else None
         except DATABASE_AWAY:
             self._connected_at = None
             raise
@@ -88,6 +89,12 @@ class Reconciler:
         if done is not None:
             self._tell(done)
         return done is not None
+
+    def _elected(self, session: Session) -> bool:
+        predecessor = holder(session, OFFICE)
+        if predecessor is not None and is_dead(predecessor):
+            resign(session, OFFICE, predecessor)
+        return elect(session, OFFICE, self._name, _TERM_S)
 
     def _reconcile(self, session: Session) -> _Round:
         dead = [worker for worker, process in running_processes(session).items() if is_dead(process)]

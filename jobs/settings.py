@@ -19,7 +19,9 @@ DEFAULT_TARGET = "smollm2-135m-instruct"
 class JobsSettings(StorageSettings):
     """Settings of clients, producers, the shim and the queue."""
 
-    redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis-protocol server: queue and pub/sub.")
+    redis_url: str = Field(
+        "redis://127.0.0.1:6379/0", description="Redis-protocol server: queue and pub/sub.", repr=False
+    )
     api_url: str = Field("http://127.0.0.1:8000", description="Where clients find the REST shim.")
     api_key: str = Field("", description="Key that clients send; empty: none.", repr=False)
     api_host: str = Field("127.0.0.1", description="Address the shim listens on.")

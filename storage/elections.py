@@ -6,7 +6,7 @@ office should still do nothing that two could not do at once: a process may slee
 
 from __future__ import annotations
 
-from sqlalchemy import delete, or_, update
+from sqlalchemy import delete, or_, select, update
 from sqlalchemy.orm import Session
 
 from storage.models import Election
@@ -25,6 +25,11 @@ def elect(session: Session, office: str, candidate: str, term_s: float) -> bool:
         .returning(Election.office)
     )
     return elected.first() is not None
+
+
+def holder(session: Session, office: str) -> str | None:
+    """Return who holds the office, in term or not."""
+    return session.scalar(select(Election.holder).where(Election.office == office))
 
 
 def resign(session: Session, office: str, holder: str) -> None:

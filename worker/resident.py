@@ -54,9 +54,7 @@ class Resident:
         self._assembly = assembly
         self._database = Database.open(settings.resolved_database_url)
         self._publisher = Publisher(settings.redis_url)
-        self._reconciler = Reconciler(
-            self._database, self._publisher.publish, ring, name=self.worker_id, lease_s=settings.lease_s
-        )
+        self._reconciler = Reconciler(self._database, self._publisher.publish, ring, lease_s=settings.lease_s)
         self._watchdog = Watchdog(settings.stall_s, settings.deaf_s)
         self._pulse: Pulse = lambda: False
         self._turns = 0

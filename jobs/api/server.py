@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,6 @@ import uvicorn
 
 from jobs.api.app import make_api
 from jobs.errors import SetupError
-from jobs.liveness import identity
 from jobs.logs import log_to_stderr
 from jobs.partials import Publisher
 from jobs.producer import make_producer_app, ring
@@ -52,7 +50,6 @@ def _reconciling(settings: JobsSettings, database: Database) -> Iterator[None]:
         database,
         publisher.publish,
         lambda job_id, model: ring(bells, job_id, model),
-        name=f"shim-{identity() or uuid.uuid4().hex}",
         lease_s=settings.lease_s,
     )
     reconciler.start()
