@@ -109,7 +109,7 @@ def _redis(settings: JobsSettings) -> Iterator[Finding]:
         with redis.Redis.from_url(
             settings.redis_url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S, decode_responses=True
         ) as client:
-            info: dict[str, Any] = client.info()  # type: ignore[assignment]
+            info: dict[str, Any] = client.info()
             policy = _policy(client)
     except (RedisError, OSError, ValueError) as exc:
         advice = "start the server (basic up brings its own), or set BASIC_REDIS_URL; jobs are taken meanwhile"

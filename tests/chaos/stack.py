@@ -67,10 +67,15 @@ class Stack:
         self._workers = workers
         self.database = Database.open(self.database_url)
 
-    def start(self) -> None:
-        """Start all parts and return when jobs can be sent and are served."""
+    def start(self, *, doors: bool = True) -> None:
+        """Start all parts and return when jobs can be sent and are served. Without `doors`: only what serves them."""
         schema.upgrade(self.database_url)
         self.start_redis()
+        if not doors:
+            for number in range(self._workers):
+                self._start(f"worker-{number}", python_module("tests.chaos.worker"))
+            self.wait_for(lambda: len(self.rows("SELECT id FROM workers")) == self._workers, "the worker")
+            return
         for name, module in (("ingest", "jobs.ingest"), ("shim", "jobs.api")):
             self._start(name, python_module(module))
         for number in range(self._workers):
@@ -116,6 +121,10 @@ class Stack:
         except httpx.TransportError:
             return False
         return reply.is_success and bool(reply.json()["models"])
+
+    def status(self, name: str) -> int | None:
+        """Return the exit status of a part, None while it runs."""
+        return self.children[name].status()
 
     def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:
         """Send a signal to a part, if it runs."""
