@@ -14,6 +14,7 @@ from itertools import chain
 from typing import Any
 
 from pydantic_core import from_json, to_json
+from sqlalchemy.orm import Session
 
 from jobs.errors import (
     DuplicateCustomId,
@@ -28,7 +29,7 @@ from jobs.errors import (
     UnknownModel,
 )
 from jobs.items import Item, Rules, parse_body, parse_item, parse_parameters
-from jobs.messages import CHAT_ENDPOINT, Endpoint, JobStatus, model_name
+from jobs.messages import CHAT_ENDPOINT, MESSAGE_VERSION, Endpoint, JobStatus, model_name
 from jobs.producer import Ring
 from jobs.settings import JobsSettings
 from storage import keys, queries, writes
@@ -66,7 +67,6 @@ def accept_job(submission: Submission, *, database: Database, ring: Ring, settin
 
     Raise JobRefused for a job that can't be accepted, LimitReached for one that can't be accepted now.
     """
-    refuse_full_queue(database, settings)
     items = iter(submission.items)
     first = next(items, None)
     if first is None:
@@ -74,7 +74,7 @@ def accept_job(submission: Submission, *, database: Database, ring: Ring, settin
     rules = _rules(submission, first, database, settings)
     job = _new_job(submission, rules, settings)
     packed = _parse_all(chain((first,), items), rules, settings.max_requests)
-    recorded = _record(job, map(_unpack, packed), database)
+    recorded = _record(job, map(_unpack, packed), database, settings.max_requests_queued)
     if recorded.conflict:
         raise IdempotencyConflict
     if recorded.created:
@@ -110,8 +110,8 @@ def retry_job(
         idempotency_key=_idempotency_key(idempotency_key),
         body_sha256=hashlib.sha256(f"retry of {job.id}".encode()).hexdigest(),
         retry_of=job.id,
+        body_version=MESSAGE_VERSION,
     )
-    refuse_full_queue(database, settings)
     try:
         with database.write() as session:
             requests = queries.requests_to_retry(session, job.id)
@@ -119,6 +119,8 @@ def retry_job(
             if first is None:
                 raise NotRetryable
             recorded = writes.record_job(session, again, chain([first], requests))
+            if recorded.created:
+                _refuse_full_queue(session, settings.max_requests_queued)
     except QuotaExceeded as exceeded:
         raise over_limit(exceeded) from exceeded
     if recorded.conflict:
@@ -169,17 +171,6 @@ def known_models(database: Database, settings: JobsSettings) -> dict[str, int | 
     return {model_name(settings.target): None} | served
 
 
-def refuse_full_queue(database: Database, settings: JobsSettings) -> None:
-    """Raise LimitReached while more requests wait than the service takes, whoever sent them."""
-    with database.read() as session:
-        waiting = keys.open_work(session).requests
-    if waiting >= settings.max_requests_queued:
-        raise LimitReached(
-            f"{waiting} requests are in the queue, and the service takes {settings.max_requests_queued} at once.",
-            retry_after_s=_QUEUE_RETRY_S,
-        )
-
-
 def new_job_id() -> str:
     """Return a fresh job id. Random: nobody can guess the job of another."""
     return f"batch_{secrets.token_hex(16)}"
@@ -203,13 +194,13 @@ def _parse_all(items: Iterable[Item], rules: Rules, limit: int) -> list[bytes]:
             raise DuplicateCustomId(message, param="custom_id", line=item.line)
         places[request.custom_id] = item.place
         refusal = None if request.refusal is None else asdict(request.refusal)
-        packed.append(to_json((request.custom_id, request.body, refusal, request.tokens)))
+        packed.append(to_json((request.custom_id, request.body, refusal, request.tokens, request.timeout_s)))
     return packed
 
 
 def _unpack(packed: bytes) -> NewRequest:
-    custom_id, body, refusal, tokens = from_json(packed)
-    return NewRequest(custom_id, body, None if refusal is None else Refusal(**refusal), tokens)
+    custom_id, body, refusal, tokens, timeout_s = from_json(packed)
+    return NewRequest(custom_id, body, None if refusal is None else Refusal(**refusal), tokens, timeout_s)
 
 
 def _rules(submission: Submission, first: Item, database: Database, settings: JobsSettings) -> Rules:
@@ -244,15 +235,35 @@ def _new_job(submission: Submission, rules: Rules, settings: JobsSettings) -> Ne
         api_key_id=submission.api_key_id,
         idempotency_key=_idempotency_key(submission.idempotency_key),
         body_sha256=submission.body_sha256,
+        body_version=MESSAGE_VERSION,
     )
 
 
-def _record(job: NewJob, requests: Iterable[NewRequest], database: Database) -> writes.RecordedJob:
+def _record(
+    job: NewJob, requests: Iterable[NewRequest], database: Database, most: int | None = None
+) -> writes.RecordedJob:
+    """Record a job; raise LimitReached for one too many, of its key or with more than `most` requests of all."""
     try:
         with database.write() as session:
-            return writes.record_job(session, job, requests)
+            recorded = writes.record_job(session, job, requests)
+            if recorded.created and most is not None:
+                _refuse_full_queue(session, most)
+            return recorded
     except QuotaExceeded as exceeded:
         raise over_limit(exceeded) from exceeded
+
+
+def _refuse_full_queue(session: Session, most: int) -> None:
+    """Raise LimitReached, which undoes the transaction, if more requests wait than the service takes.
+
+    Counted with the new job, and behind the look for an earlier one: a submission that is only repeated is not refused.
+    """
+    waiting = keys.open_work(session).requests
+    if waiting > most:
+        raise LimitReached(
+            f"With this job {waiting} requests would wait, and the service takes {most} at once.",
+            retry_after_s=_QUEUE_RETRY_S,
+        )
 
 
 def over_limit(exceeded: QuotaExceeded) -> LimitReached:

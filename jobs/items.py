@@ -33,6 +33,7 @@ _PIECE_BYTES = 65_536  # of a line that is passed over
 _BYTES_PER_TOKEN = 4  # of ordinary text
 _CONTEXT_TOKENS = 4096  # where no worker has told its own
 MAX_TRACED_REQUESTS = 16  # of a job: so many at most keep draft trees, its first ones
+MAX_TIMEOUT_S = 30 * 86_400
 COMPLETIONS_MAX_TOKENS = 16  # OpenAI's default for raw prompts; a chat answer runs to the context's end
 
 # Fields of the OpenAI API that are accepted and change nothing in a batch.
@@ -77,7 +78,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 _CAPS = ("max_tokens", "max_completion_tokens")  # the second wins where both are given
 _SAMPLING = frozenset(SamplingParameters.model_fields)
 PARAMETERS = frozenset(_SAMPLING | set(_CAPS) | WITHOUT_EFFECT | set(UNSUPPORTED))
-_PROMPT_FIELDS = frozenset({"prompt", "messages", "model", "custom_id", "id"})
+_PROMPT_FIELDS = frozenset({"prompt", "messages", "model", "custom_id", "id", "timeout_s"})
 _LINE_FIELDS = frozenset({"custom_id", "id", "method", "url", "body"})
 _MESSAGE_FIELDS = frozenset({"role", "content", "name", "refusal"})
 _ROLES = {role: role for role in get_args(ChatMessage.model_fields["role"].annotation)} | {"developer": "system"}
@@ -148,9 +149,12 @@ def parse_item(item: Item, rules: Rules) -> NewRequest:
         fields = _fields(item.value, rules.endpoint)
         custom_id = _custom_id(fields, custom_id)
         body = _request(fields, rules, item.index)
+        timeout_s = _timeout_s(fields.get("timeout_s"))
     except RequestRefused as refused:
         return NewRequest(custom_id, refusal=_refusal(refused, item))
-    return NewRequest(custom_id, body=body.model_dump(mode="json"), tokens=_most_tokens(body, rules))
+    return NewRequest(
+        custom_id, body=body.model_dump(mode="json"), tokens=_most_tokens(body, rules), timeout_s=timeout_s
+    )
 
 
 def parse_body(body: Any, rules: Rules) -> NewRequest:
@@ -226,6 +230,15 @@ def _custom_id(fields: Mapping[str, Any], default: str) -> str:
     if not isinstance(custom_id, str) or not 1 <= len(custom_id) <= MAX_CUSTOM_ID_CHARS:
         raise InvalidValue(f"A custom_id is a string of 1 to {MAX_CUSTOM_ID_CHARS} characters.", param=name)
     return _clean(custom_id, name)
+
+
+def _timeout_s(value: Any) -> float | None:
+    """Return the seconds within which a request must end, counted from the recording of its job."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_TIMEOUT_S:
+        raise InvalidValue(f"must be a number of seconds above 0 and at most {MAX_TIMEOUT_S}", param="timeout_s")
+    return float(value)
 
 
 def _request(fields: Mapping[str, Any], rules: Rules, index: int) -> GenerationRequest:

@@ -14,6 +14,7 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, and_, func, select, true, tuple_
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
+from storage.endings import OPEN_JOB_STATUSES
 from storage.flush import merge_pieces
 from storage.models import Job, Output, Partial, Request, Worker
 from storage.records import NewRequest
@@ -123,6 +124,7 @@ class WorkerView:
     stopped_at: float | None
     calibration: Mapping[str, Any]
     load: Mapping[str, Any] | None  # what it was doing when it last said so
+    lost_at: float | None  # when it was found dead or silent
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +259,12 @@ def snapshot(session: Session, job_id: str) -> list[ChoiceSnapshot]:
     return [found[key] for key in sorted(found)]
 
 
+def open_requests(session: Session) -> int:
+    """Return how many requests have not ended."""
+    left = Job.requests_total - Job.requests_completed - Job.requests_failed
+    return int(session.scalar(select(func.coalesce(func.sum(left), 0)).where(Job.status.in_(OPEN_JOB_STATUSES))) or 0)
+
+
 def workers(session: Session) -> list[WorkerView]:
     """Return the workers that have introduced themselves, latest start first."""
     columns = [getattr(Worker, name) for name in WorkerView.__dataclass_fields__]
@@ -266,7 +274,8 @@ def workers(session: Session) -> list[WorkerView]:
 
 def models(session: Session) -> list[ModelView]:
     """Return the models of the workers that are alive."""
-    alive = and_(Worker.stopped_at.is_(None), Worker.last_seen_at > database_now(session) - _SEEN_S)
+    seen = Worker.last_seen_at > database_now(session) - _SEEN_S
+    alive = and_(Worker.stopped_at.is_(None), Worker.lost_at.is_(None), seen)
     rows = session.execute(
         select(Worker.target, func.min(Worker.context_tokens))
         .where(alive)
