@@ -35,9 +35,9 @@ _SHUTDOWN_S = 5  # streams that are still open after this are cut
 def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
     """Serve until a signal comes. The URL is written to `ready_file` as soon as connections are taken."""
     log_to_stderr(settings.log_format)
-    require_schema(settings.resolved_database_url)
     database = Database.open(settings.resolved_database_url)
     door = _door(settings, database)
+    require_schema(settings.resolved_database_url)
     listener = _listen(settings.api_host, settings.api_port)
     config = uvicorn.Config(
         make_api(settings, database, door=door),
