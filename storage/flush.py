@@ -14,13 +14,13 @@ from enum import Enum, auto
 from itertools import groupby
 from typing import Any
 
-from sqlalchemy import bindparam, delete, insert, select, update
+from sqlalchemy import bindparam, delete, select, update
 from sqlalchemy.orm import Session
 
 from storage.endings import cancel_requests, error_columns, finalise_jobs
 from storage.models import DecodeStep, Job, Output, Partial, Request
 from storage.records import Checkpoint, FinishedChoice, FlushResult, Lease, Progress, Refusal, RequestKey
-from storage.sql import AnyRow, database_now, insert_new, is_one_of, is_request, without_nul
+from storage.sql import AnyRow, database_now, insert_many, insert_new, is_one_of, is_request, without_nul
 
 ChoiceKey = tuple[str, int, int]  # (job_id, request_index, choice_index)
 
@@ -184,7 +184,7 @@ def _write_outputs(session: Session, worker_id: str, progress: Iterable[Progress
     written = {tuple(key) for key in session.execute(insert_new(session, Output).returning(*keys), rows)}
     steps = [row for key in finished if key in written for row in _step_rows(key, partials.get(key, []))]
     if steps:
-        session.execute(insert(DecodeStep), steps)
+        insert_many(session, DecodeStep, steps)
     _count_outputs(finished, written, partials, tally)
 
 

@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, and_, insert, select, update
+from sqlalchemy import ColumnElement, and_, select, update
 from sqlalchemy.orm import Session
 
 from storage.endings import error_columns, expire_jobs, expire_requests, finalise_jobs, request_cancel
 from storage.flush import flush
 from storage.models import Job, Request, Worker
 from storage.records import NewJob, NewRequest, WorkerCard
-from storage.sql import database_now, insert_new
+from storage.sql import database_now, insert_many, insert_new
 
 __all__ = [
     "RecordedJob",
@@ -58,7 +58,7 @@ def record_job(session: Session, job: NewJob, requests: Iterable[NewRequest]) ->
         return _earlier_job(session, job)
     total = failed = 0
     for rows in _in_pieces(_request_row(job.id, index, request, now) for index, request in enumerate(requests)):
-        session.execute(insert(Request), rows)
+        insert_many(session, Request, rows)
         total += len(rows)
         failed += sum(row["status"] == "failed" for row in rows)
     session.execute(update(Job).where(Job.id == job.id).values(requests_total=total, requests_failed=failed))
