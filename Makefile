@@ -35,7 +35,7 @@ check: setup ## Check style, types and import directions
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-unit: setup ## Run the tests that need no server
+unit: setup ## Run the quick tests: none of our processes, and PostgreSQL out of a wheel beside SQLite
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit -n auto --dist worksteal  # a process a core, each with one thread
 
 integration: model ## Run the tests with real servers, processes and SmolLM2

@@ -6,7 +6,6 @@ and only until its rows are committed. Knows no SQL and registers no task: those
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ INGEST_QUEUE = "basic.ingest"
 PULSE_TASK = "basic.pulse"  # no arguments; on a worker's own queue, to learn whether it still hears
 
 # Every key that Celery makes in Redis starts so; `basic:basic.ingest` and `basic:basic.model.*` are lists of messages,
+# `basic:basic.pulse.*` what workers send to themselves, for ten minutes at most,
 # `basic:unacked*` the messages in delivery, `basic:_kombu.binding.*` and `basic:/0.*` Celery's own wiring.
 KEY_PREFIX = "basic:"
 
@@ -29,11 +29,8 @@ _SOCKET_TIMEOUT_S = 5.0
 
 def make_app(redis_url: str, queues: Sequence[str] = ()) -> Celery:
     """Return an app on this server. A consumer names its `queues`; a producer needs none."""
-    app = Celery("basic", broker=redis_url, set_as_current=False)
+    app = Celery("basic", broker=_verifying(redis_url), set_as_current=False)
     app.conf.update(_settings())
-    if redis_url.startswith("rediss://") and "ssl_cert_reqs" not in redis_url:
-        # kombu demands that somebody says it. Its names for URLs, and redis-py's, are ssl_cert_reqs, ssl_ca_certs, …
-        app.conf.broker_use_ssl = {"ssl_cert_reqs": ssl.CERT_REQUIRED}
     app.conf.task_queues = tuple(queue(name) for name in queues)
     return app
 
@@ -51,6 +48,13 @@ def doorbell_queue(model: str) -> Queue:
 def pulse_queue(worker_id: str) -> str:
     """Return the queue on which a worker sends messages to itself. Its list expires with the worker."""
     return f"basic.pulse.{worker_id}"
+
+
+def _verifying(redis_url: str) -> str:
+    """Return the URL with what redis-py takes for granted: kombu would accept any certificate unless told not to."""
+    if not redis_url.startswith("rediss://") or "ssl_cert_reqs=" in redis_url:
+        return redis_url
+    return f"{redis_url}{'&' if '?' in redis_url else '?'}ssl_cert_reqs=required"
 
 
 def _settings() -> dict[str, Any]:

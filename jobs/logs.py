@@ -11,7 +11,7 @@ import re
 from datetime import UTC, datetime
 
 _PASSWORD = re.compile(
-    r"(?P<before>[a-z][a-z0-9+.-]*://[^\s:/@]*:)[^\s@/]+(?=@)|(?P<query>[?&](?:ssl)?password=)[^\s&]+"
+    r"(?P<before>[a-z][a-z0-9+.-]*://[^\s:/@]*:)[^\s@/]+(?=@)|(?P<query>[?&](?:ssl)?password=)[^\s&,\x22']+"
 )
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 

@@ -14,9 +14,17 @@ from storage import schema
 log = logging.getLogger(__name__)
 
 
+def driver_missing(exc: ModuleNotFoundError) -> str:
+    """Return what to say where a database's driver is not installed."""
+    return f"this database needs {exc.name}; install it with: pip install 'basic-batch[postgres]'"
+
+
 def require_schema(database_url: str) -> None:
     """Raise SetupError, with what to do, if the database is older than this version."""
-    current = schema.current(database_url)
+    try:
+        current = schema.current(database_url)
+    except ModuleNotFoundError as exc:
+        raise SetupError(driver_missing(exc)) from exc
     if current == schema.head():
         return
     if current is None:

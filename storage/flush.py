@@ -14,14 +14,14 @@ from enum import Enum, auto
 from itertools import groupby
 from typing import Any
 
-from sqlalchemy import bindparam, delete, insert, select, update
+from sqlalchemy import bindparam, delete, select, update
 from sqlalchemy.orm import Session
 
 from storage import rollups
 from storage.endings import cancel_requests, error_columns, finalise_jobs
 from storage.models import DecodeStep, DraftTree, Job, Output, Partial, Request
 from storage.records import Checkpoint, FinishedChoice, FlushResult, Lease, Progress, Refusal, RequestKey
-from storage.sql import AnyRow, database_now, insert_new, is_one_of, is_request, without_nul
+from storage.sql import AnyRow, database_now, insert_many, insert_new, is_one_of, is_request, without_nul
 
 ChoiceKey = tuple[str, int, int]  # (job_id, request_index, choice_index)
 
@@ -272,9 +272,9 @@ def _insert_steps(session: Session, steps: Sequence[dict[str, Any]]) -> None:
         for row in steps
         if (tree := row.pop("tree")) is not None
     ]
-    session.execute(insert(DecodeStep), steps)
+    insert_many(session, DecodeStep, steps)
     if trees:
-        session.execute(insert(DraftTree), trees)
+        insert_many(session, DraftTree, trees)
 
 
 def _count_outputs(

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import ColumnElement, and_, insert, select, update
+from sqlalchemy import ColumnElement, and_, select, update
 from sqlalchemy.orm import Session
 
 from storage.endings import error_columns, expire_jobs, expire_requests, finalise_jobs, request_cancel
@@ -19,7 +19,7 @@ from storage.flush import flush
 from storage.keys import refuse_beyond_limits
 from storage.models import Job, Request, Worker, WorkerEnergy
 from storage.records import NewJob, NewRequest, WorkerCard
-from storage.sql import database_now, insert_into, insert_new
+from storage.sql import database_now, insert_into, insert_many, insert_new
 
 __all__ = [
     "RecordedJob",
@@ -64,7 +64,7 @@ def record_job(session: Session, job: NewJob, requests: Iterable[NewRequest]) ->
     total = failed = tokens = 0
     for piece in _in_pieces(enumerate(requests)):
         rows = [_request_row(job.id, index, request, now) for index, request in piece]
-        session.execute(insert(Request), rows)
+        insert_many(session, Request, rows)
         total += len(rows)
         failed += sum(row["status"] == "failed" for row in rows)
         tokens += sum(request.tokens for _, request in piece)
