@@ -12,6 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from jobs.api.access import Door
 from jobs.api.app import make_api
+from jobs.dashboard import app as dashboard
 from jobs.errors import SetupError
 from jobs.local_key import read_local_key
 from jobs.logs import log_to_stderr
@@ -31,8 +32,10 @@ def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
     database = Database.open(settings.resolved_database_url)
     door = _door(settings, database)
     listener = _listen(settings.api_host, settings.api_port)
+    api = make_api(settings, database, door=door)
+    dashboard.install(api, api.state.services, door)
     config = uvicorn.Config(
-        make_api(settings, database, door=door),
+        api,
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=_SHUTDOWN_S,
