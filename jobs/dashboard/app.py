@@ -25,6 +25,8 @@ from jobs.dashboard.desk import COOKIE, Desk, Sessions
 from jobs.dashboard.look import BASE, POLICY, frame, heading
 from jobs.errors import BasicError, CallerRefused
 
+_BUILD_S = 30.0  # a page that is not ready by then is given up; a busy database may take seconds
+
 Build = Callable[[Desk, Caller], Awaitable[None]]
 
 
@@ -42,19 +44,19 @@ def install(api: FastAPI, services: Services, door: Door) -> None:
             return RedirectResponse(f"{BASE}/login", 303)
         return await build(desk, caller)
 
-    @ui.page("/")
+    @ui.page("/", response_timeout=_BUILD_S)
     async def jobs(request: Request) -> Any:
         return await show(request, jobs_page.build)
 
-    @ui.page("/jobs/{job_id}")
+    @ui.page("/jobs/{job_id}", response_timeout=_BUILD_S)
     async def job(request: Request, job_id: str) -> Any:
         return await show(request, lambda desk, caller: job_page.build(desk, caller, job_id))
 
-    @ui.page("/stats")
+    @ui.page("/stats", response_timeout=_BUILD_S)
     async def stats(request: Request) -> Any:
         return await show(request, stats_page.build)
 
-    @ui.page("/workers")
+    @ui.page("/workers", response_timeout=_BUILD_S)
     async def workers(request: Request) -> Any:
         return await show(request, workers_page.build)
 

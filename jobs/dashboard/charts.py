@@ -23,7 +23,7 @@ def throughput(stats: JobStats) -> Option:
         points.append([points[-1][0] + 60_000, points[-1][1]])  # a minute is as long as the others
     return _chart(
         xAxis=_axis("time", "") | {"axisLabel": {"color": GREY, "hideOverlap": True}},
-        yAxis=_axis("value", "tokens/s"),
+        yAxis=_upright("tokens/s"),
         series=[
             {
                 "type": "line",
@@ -43,7 +43,7 @@ def acceptance(stats: JobStats) -> Option:
     return _chart(
         xAxis=_axis("category", "accepted draft tokens")
         | {"data": [str(row.accepted_tokens) for row in stats.acceptance]},
-        yAxis=_axis("value", "% of steps"),
+        yAxis=_upright("% of steps"),
         series=[_bars([round(100 * row.steps / steps, 2) for row in stats.acceptance], DRAFT)],
     )
 
@@ -53,7 +53,7 @@ def depths(stats: JobStats) -> Option:
     rows = stats.acceptance_by_depth
     return _chart(
         xAxis=_axis("category", "depth in the tree") | {"data": [str(row.depth) for row in rows]},
-        yAxis=_axis("value", "% accepted") | {"max": 100},
+        yAxis=_upright("% accepted") | {"max": 100},
         series=[_bars([round(100 * row.rate, 1) for row in rows], DRAFT)],
     )
 
@@ -70,8 +70,16 @@ def trees(stats: JobStats) -> Option:
     ]
     return _chart(
         xAxis=_axis("value", "sequences in the step") | {"minInterval": 1, "min": 0},
-        yAxis=_axis("value", "draft nodes"),
-        series=[{"type": "line", "data": points, "color": DRAFT, "lineStyle": {"width": 1, "opacity": 0.5}}],
+        yAxis=_upright("draft nodes"),
+        series=[
+            {
+                "type": "line",
+                "data": points,
+                "color": DRAFT,
+                "symbol": "circle",
+                "lineStyle": {"width": 1, "opacity": 0.5},
+            }
+        ],
     )
 
 
@@ -89,7 +97,7 @@ def reliability(stats: JobStats) -> Option:
     diagonal = {"type": "line", "data": [[0, 0], [end, end]], "symbol": "none", "color": GREY, "silent": True}
     return _chart(
         xAxis=_axis("value", "expected accepted tokens"),
-        yAxis=_axis("value", "accepted"),
+        yAxis=_upright("accepted"),
         series=[
             diagonal | {"lineStyle": {"type": "dashed", "width": 1}},
             {"type": "scatter", "data": points, "color": TARGET},
@@ -195,12 +203,21 @@ def _axis(kind: str, name: str) -> Option:
     return {
         "type": kind,
         "name": name,
-        "nameLocation": "middle" if kind != "value" or name.startswith(("%", "seq", "exp")) else "end",
+        "nameLocation": "middle",
         "nameGap": 24,
         "nameTextStyle": {"color": GREY},
         "axisLabel": {"color": GREY},
         "axisLine": ink,
         "splitLine": {"lineStyle": {"color": GREY, "opacity": 0.2}},
+    }
+
+
+def _upright(name: str) -> Option:
+    """Return a value axis that stands, with its name above it."""
+    return _axis("value", name) | {
+        "nameLocation": "end",
+        "nameGap": 14,
+        "nameTextStyle": {"color": GREY, "align": "left", "padding": [0, 0, 0, -24]},
     }
 
 

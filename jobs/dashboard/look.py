@@ -13,7 +13,7 @@ from typing import Final
 from nicegui import ui
 
 BASE: Final = "/dashboard"  # where the pages lie
-DRAFT, TARGET, GREY = "#1f9d63", "#9065d8", "#8a8f98"  # accepted draft tokens; the target's own; all else
+DRAFT, TARGET, GREY = "#1f9d63", "#9065d8", "#7d848e"  # accepted draft tokens; the target's own; all else
 
 # Every source is this host; Vue compiles templates, hence the evals.
 POLICY: Final = (
@@ -34,7 +34,11 @@ def frame(title: str, *, dark: bool | None = None, signed_in: bool = False, bare
     mode = ui.dark_mode(dark)
     with link("#main").classes("skip"):
         ui.label("Skip to the content")
-    with ui.header().classes("items-center").style("background:#2b2140;padding:.4rem 1rem;gap:1rem;flex-wrap:wrap"):
+    with (
+        ui.header()
+        .classes("items-center")
+        .style("background:#2b2140;padding:.4rem 1rem;gap:1rem;flex-wrap:wrap;align-items:center")
+    ):
         with link(f"{BASE}/").classes("text-white").style("text-decoration:none;font-weight:700"):
             ui.label("bASIC")
         if not bare:
