@@ -239,6 +239,28 @@ def stats(
             make_console().print(stats_tables(numbers))
 
 
+@app.command("report")
+def write_report(
+    job: JobId = None,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.html", help="Where to write it.")] = Path(
+        "report.html"
+    ),
+) -> None:
+    """Write a report of a job: one HTML file with numbers, plots, errors and samples.
+
+    Example: basic report -o report.html
+    """
+    with _connect() as client:
+        found = _find(client, job)
+        numbers = client.run(lambda client: client.job_stats(found.id))
+        with _needs("plot"):
+            from jobs.report import report
+
+            page = report(found.info(), numbers, found.outputs())
+    output.write_text(page, encoding="utf-8")
+    typer.echo(f"Wrote {output}")
+
+
 def _print_csv(client: Client, job_id: str | None) -> None:
     rows = client.run(lambda client: client.job_rows(job_id))
     write_csv(rows, list(rows[0]) if rows else ["id"], sys.stdout)

@@ -15,6 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from jobs.api.access import Door
 from jobs.api.app import make_api
 from jobs.api.patience import PatientProtocol
+from jobs.dashboard import app as dashboard
 from jobs.errors import SetupError
 from jobs.local_key import read_local_key
 from jobs.logs import log_to_stderr
@@ -39,8 +40,10 @@ def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
     door = _door(settings, database)
     require_schema(settings.resolved_database_url)
     listener = _listen(settings.api_host, settings.api_port)
+    api = make_api(settings, database, door=door)
+    dashboard.install(api, api.state.services, door)
     config = uvicorn.Config(
-        make_api(settings, database, door=door),
+        api,
         http=PatientProtocol,
         log_config=None,
         access_log=False,
