@@ -28,8 +28,8 @@ from jobs.errors import (
     TooManyRequests,
     UnknownModel,
 )
-from jobs.items import Item, Rules, parse_body, parse_item, parse_parameters
-from jobs.messages import CHAT_ENDPOINT, MESSAGE_VERSION, Endpoint, JobStatus, model_name
+from jobs.items import Item, Rules, most_tokens, parse_body, parse_item, parse_parameters
+from jobs.messages import CHAT_ENDPOINT, MESSAGE_VERSION, Endpoint, GenerationRequest, JobStatus, model_name
 from jobs.producer import Ring
 from jobs.settings import JobsSettings
 from storage import keys, queries, writes
@@ -98,8 +98,7 @@ def retry_job(
     """
     if not JobStatus(job.status).final:
         raise NotRetryable(f"The job is {job.status}; wait until it has ended, or cancel it.")
-    if job.model not in known_models(database, settings):
-        raise UnknownModel(f"There is no model {job.model[:80]!r} any more.", param="model")
+    _, context_tokens = _choose_model(job.model, database, settings)
     again = NewJob(
         id=new_job_id(),
         model=job.model,
@@ -114,7 +113,8 @@ def retry_job(
     )
     try:
         with database.write() as session:
-            requests = queries.requests_to_retry(session, job.id)
+            found = queries.requests_to_retry(session, job.id)
+            requests = (_with_tokens(request, context_tokens) for request in found)
             first = next(requests, None)
             if first is None:
                 raise NotRetryable
@@ -128,6 +128,11 @@ def retry_job(
     if recorded.created:
         ring(recorded.job_id, job.model)
     return recorded.job_id
+
+
+def _with_tokens(request: NewRequest, context_tokens: int | None) -> NewRequest:
+    """Return a request that was stored before with what it may come to read and write."""
+    return replace(request, tokens=most_tokens(GenerationRequest.model_validate(request.body), context_tokens))
 
 
 def accept_call(submission: Submission, *, database: Database, ring: Ring, settings: JobsSettings) -> str:

@@ -152,9 +152,8 @@ def parse_item(item: Item, rules: Rules) -> NewRequest:
         timeout_s = _timeout_s(fields.get("timeout_s"))
     except RequestRefused as refused:
         return NewRequest(custom_id, refusal=_refusal(refused, item))
-    return NewRequest(
-        custom_id, body=body.model_dump(mode="json"), tokens=_most_tokens(body, rules), timeout_s=timeout_s
-    )
+    tokens = most_tokens(body, rules.context_tokens)
+    return NewRequest(custom_id, body=body.model_dump(mode="json"), tokens=tokens, timeout_s=timeout_s)
 
 
 def parse_body(body: Any, rules: Rules) -> NewRequest:
@@ -168,7 +167,9 @@ def parse_body(body: Any, rules: Rules) -> NewRequest:
         if name not in fields:
             raise MissingParameter(f"This call needs {name}.", param=name)
     request = _request(fields, rules, 0)
-    return NewRequest("request-0", body=request.model_dump(mode="json"), tokens=_most_tokens(request, rules))
+    return NewRequest(
+        "request-0", body=request.model_dump(mode="json"), tokens=most_tokens(request, rules.context_tokens)
+    )
 
 
 def parse_parameters(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,19 +184,19 @@ def parse_parameters(fields: Mapping[str, Any]) -> dict[str, Any]:
     return parameters
 
 
+def most_tokens(request: GenerationRequest, context_tokens: int | None) -> int:
+    """Return how many tokens a request may come to read and write, as far as one can say before it is tokenized."""
+    text = request.prompt or "".join(message.content for message in request.messages or ())
+    prompt = len(text.encode()) // _BYTES_PER_TOKEN + 1
+    room = context_tokens or _CONTEXT_TOKENS
+    return prompt + request.sampling.n * (request.sampling.max_tokens or max(1, room - prompt))
+
+
 def _read_line(text: bytes) -> Any:
     try:
         return read_json(text)
     except ValueError as exc:
         return InvalidJsonLine(f"The line is not JSON: {exc}.")
-
-
-def _most_tokens(request: GenerationRequest, rules: Rules) -> int:
-    """Return how many tokens a request may come to read and write, as far as one can say before it is tokenized."""
-    text = request.prompt or "".join(message.content for message in request.messages or ())
-    prompt = len(text.encode()) // _BYTES_PER_TOKEN + 1
-    room = rules.context_tokens or _CONTEXT_TOKENS
-    return prompt + request.sampling.n * (request.sampling.max_tokens or max(1, room - prompt))
 
 
 def _fields(value: Any, endpoint: str) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def fail_requests(session: Session, keys: Collection[RequestKey], reason: Refusa
     """Fail requests that the caller has locked with their jobs, count them, and return what their events must say."""
     if not keys:
         return []
-    number = _next_event(session, Job.id.in_({job_id for job_id, _ in keys}))
+    number = told_as(session, {job_id for job_id, _ in keys}, is_request(keys))
     ended = {"status": "failed", "finished_at": now, "lease_expires_at": None, "suspect_group": None}
     rows = session.execute(
         update(Request)
@@ -161,9 +161,13 @@ def _left_in_cancelled_jobs(now: float, job_ids: Iterable[str]) -> ColumnElement
     return and_(Request.job_id.in_(cancelling), (Request.status == "queued") | is_lapsed(now))
 
 
-def _next_event(session: Session, which: ColumnElement[bool]) -> ScalarSelect[int]:
-    """Begin the next event of some jobs; return its number for a request of theirs."""
-    session.execute(update(Job).where(which).values(event_number=Job.event_number + 1))
+def told_as(session: Session, job_ids: Collection[str], which: ColumnElement[bool]) -> ScalarSelect[int]:
+    """Return the `event_number` of requests that end now, all those of a job together: readers are told in its order.
+
+    Whoever ends requests of these jobs writes it with their status (storage.story).
+    """
+    ending = select(Request.job_id).where(Request.job_id == Job.id, which).exists()
+    session.execute(update(Job).where(Job.id.in_(job_ids), ending).values(event_number=Job.event_number + 1))
     return select(Job.event_number).where(Job.id == Request.job_id).scalar_subquery()
 
 
@@ -176,7 +180,6 @@ def _end_requests(
     which: ColumnElement[bool],
 ) -> None:
     """End requests of these jobs without a result. The lease's number and owner stay: they say who had it last."""
-    ending = select(Request.job_id).where(Request.job_id == Job.id, which).exists()
-    number = _next_event(session, Job.id.in_(job_ids) & ending)
+    number = told_as(session, job_ids, which)
     ended = {"status": status, "finished_at": now, "lease_expires_at": None, "event_number": number}
     session.execute(update(Request).where(which).values(**ended, **error_columns(reason)))
