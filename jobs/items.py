@@ -28,6 +28,9 @@ from jobs.messages import COMPLETIONS_ENDPOINT, ChatMessage, Endpoint, Generatio
 from storage.records import NewRequest, Refusal
 
 MAX_CUSTOM_ID_CHARS = 64
+_BYTES_PER_TOKEN = 4  # of ordinary text
+_CONTEXT_TOKENS = 4096  # where no worker has told its own
+MAX_TRACED_REQUESTS = 16  # of a job: so many at most keep draft trees, its first ones
 COMPLETIONS_MAX_TOKENS = 16  # OpenAI's default for raw prompts; a chat answer runs to the context's end
 
 # Fields of the OpenAI API that are accepted and change nothing in a batch.
@@ -136,7 +139,21 @@ def parse_item(item: Item, rules: Rules) -> NewRequest:
         body = _request(fields, rules, item.index)
     except RequestRefused as refused:
         return NewRequest(custom_id, refusal=_refusal(refused, item))
-    return NewRequest(custom_id, body=body.model_dump(mode="json"))
+    return NewRequest(custom_id, body=body.model_dump(mode="json"), tokens=_most_tokens(body, rules))
+
+
+def parse_body(body: Any, rules: Rules) -> NewRequest:
+    """Return the request of an OpenAI call by itself, from its body; raise RequestRefused."""
+    if not isinstance(body, dict):
+        raise InvalidValue("The body must be a JSON object.")
+    fields = {name: value for name, value in body.items() if value is not None}
+    text = "prompt" if rules.endpoint == COMPLETIONS_ENDPOINT else "messages"
+    refuse_unknown(fields, PARAMETERS | {"model", text})
+    for name in ("model", text):
+        if name not in fields:
+            raise MissingParameter(f"This call needs {name}.", param=name)
+    request = _request(fields, rules, 0)
+    return NewRequest("request-0", body=request.model_dump(mode="json"), tokens=_most_tokens(request, rules))
 
 
 def parse_parameters(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,6 +173,14 @@ def _read_line(text: bytes) -> Any:
         return read_json(text)
     except ValueError as exc:
         return InvalidJsonLine(f"The line is not JSON: {exc}.")
+
+
+def _most_tokens(request: GenerationRequest, rules: Rules) -> int:
+    """Return how many tokens a request may come to read and write, as far as one can say before it is tokenized."""
+    text = request.prompt or "".join(message.content for message in request.messages or ())
+    prompt = len(text.encode()) // _BYTES_PER_TOKEN + 1
+    room = rules.context_tokens or _CONTEXT_TOKENS
+    return prompt + request.sampling.n * (request.sampling.max_tokens or max(1, room - prompt))
 
 
 def _fields(value: Any, endpoint: str) -> dict[str, Any]:
@@ -211,7 +236,7 @@ def _sampling_for(parameters: Mapping[str, Any], rules: Rules, index: int) -> Sa
         raise InvalidValue(
             f"must be at most {limit}, the context of {rules.model}, not {sampling.max_tokens}", param="max_tokens"
         )
-    return sampling
+    return sampling if index < MAX_TRACED_REQUESTS else sampling.model_copy(update={"record_trees": 0})
 
 
 def _sampling(parameters: Mapping[str, Any]) -> SamplingParameters:

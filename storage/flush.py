@@ -17,8 +17,9 @@ from typing import Any
 from sqlalchemy import bindparam, delete, insert, select, update
 from sqlalchemy.orm import Session
 
+from storage import rollups
 from storage.endings import cancel_requests, error_columns, finalise_jobs
-from storage.models import DecodeStep, Job, Output, Partial, Request
+from storage.models import DecodeStep, DraftTree, Job, Output, Partial, Request
 from storage.records import Checkpoint, FinishedChoice, FlushResult, Lease, Progress, Refusal, RequestKey
 from storage.sql import AnyRow, database_now, insert_new, is_one_of, is_request, without_nul
 
@@ -168,7 +169,8 @@ def _write_outputs(session: Session, worker_id: str, progress: Iterable[Progress
     written = {tuple(key) for key in session.execute(insert_new(session, Output).returning(*keys), rows)}
     steps = [row for key in finished if key in written for row in _step_rows(key, partials.get(key, []))]
     if steps:
-        session.execute(insert(DecodeStep), steps)
+        _insert_steps(session, steps)
+        rollups.add_steps(session, [key for key in finished if key in written], steps)
     _count_outputs(finished, written, partials, tally)
 
 
@@ -211,9 +213,24 @@ def _step_rows(key: ChoiceKey, partials: Iterable[AnyRow]) -> list[dict[str, Any
     steps = [(partial.worker_id, step) for partial in partials for step in partial.steps]
     identity = {"job_id": job_id, "request_index": request_index, "choice_index": choice_index}
     return [
-        {**columns, **identity, "step": number, "worker_id": worker_id}
+        {**_LATER_COLUMNS, **columns, **identity, "step": number, "worker_id": worker_id}
         for number, (worker_id, columns) in enumerate(steps)
     ]
+
+
+# What checkpoints of older workers don't hold.
+_LATER_COLUMNS = {"decision": None, "reached": None, "tree": None}
+
+
+def _insert_steps(session: Session, steps: Sequence[dict[str, Any]]) -> None:
+    trees = [
+        {**{name: row[name] for name in ("job_id", "request_index", "choice_index", "step")}, **tree}
+        for row in steps
+        if (tree := row.pop("tree")) is not None
+    ]
+    session.execute(insert(DecodeStep), steps)
+    if trees:
+        session.execute(insert(DraftTree), trees)
 
 
 def _count_outputs(

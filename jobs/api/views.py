@@ -70,7 +70,7 @@ def output(view: OutputView) -> Json:
         }
         for choice in view.choices
     ]
-    return line | {"choices": choices, "usage": _usage(view)}
+    return line | {"choices": choices, "usage": usage(view)}
 
 
 def statistics(view: JobStats) -> Json:
@@ -105,7 +105,7 @@ def _elapsed_s(view: JobView) -> float:
     return max(0.0, until - view.started_at)
 
 
-def _usage(view: OutputView) -> Json:
+def usage(view: OutputView) -> Json:
     """Return the tokens of a request: its prompt is counted once, whatever the number of choices."""
     prompt = max((choice.prompt_tokens for choice in view.choices), default=0)
     completion = sum(choice.completion_tokens for choice in view.choices)
