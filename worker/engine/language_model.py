@@ -51,6 +51,12 @@ class LanguageModel(Protocol):
     def share(self, source: int, target: int, length: int) -> None:
         """Copy the keys and values of the first `length` tokens of one slot to another."""
 
+    def release(self, slot: int, length: int) -> None:
+        """Nobody will ask for more than the first `length` tokens of a slot."""
+
+    def clear(self) -> None:
+        """Nobody will ask for anything that is held now."""
+
 
 class PackedModel:
     """A transformers causal model with a KV slot per sequence."""
@@ -94,7 +100,7 @@ class PackedModel:
             on_gpu = model.device.type == "cuda"
             self._buckets = BucketedForward(self._call_paged, self.kv, CudaGraphs() if on_gpu else eagerly)
         self.forward([chain(0, 0, [0], keep_last=True)])  # unknown attention arguments are refused here, not in a job
-        self.release(0)
+        self.release(0, 0)
 
     @property
     def config(self) -> PretrainedConfig:
@@ -179,10 +185,16 @@ class PackedModel:
             if self.hidden is not None:
                 self.hidden.share(source, target, length)
 
-    def release(self, slot: int, length: int = 0) -> None:
-        """Give the memory of a slot back but for its first `length` entries, where memory can be given back."""
+    def release(self, slot: int, length: int) -> None:
+        """Give the memory of a slot back but for its first `length` entries, where it is taken bit by bit."""
         if isinstance(self.kv, PagedKv):
             self.kv.release(slot, length)
+
+    def clear(self) -> None:
+        """Give the memory of every slot back."""
+        if isinstance(self.kv, PagedKv):
+            for slot in range(self.kv.slots):
+                self.kv.release(slot)
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,7 @@ class PagedPlan:
         return merged(part, self._listed(layer, query, scaling, window)).to(query.dtype)
 
     def _takes_flash(self, query: Tensor, window: int | None) -> bool:
-        """True if the flash kernel can attend the stretches: it tells windows by places, which in trees are no positions."""
+        """True if the flash kernel can: its windows go by places, which are no positions in trees."""
         fits = query.shape[-1] % 8 == 0 and query.shape[-1] <= _FLASH_HEAD_DIM and not self._kv.block_size % FLASH_BLOCK
         return query.is_cuda and query.dtype in _FLASH_DTYPES and fits and not (window and self._rows.shape.listed)
 
@@ -133,11 +133,13 @@ def paged_plan(segments: Sequence[Segment], kv: PagedKv) -> PagedPlan:
 def reserve(segments: Sequence[Segment], kv: PagedKv) -> None:
     """Give every segment the blocks that its rows are written to."""
     for s in segments:
+        if s.visible is None:
+            kv.release(s.slot, s.end)  # behind a stretch of text there is nothing: what lies there is an older one
         kv.reserve(s.slot, s.start, s.end)
 
 
 def attended(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scaling: float) -> Part:
-    """Attend in float32: `query` [n, heads, dim] over `keys` and `values` [n, entries, kv_heads, dim] that are `visible`.
+    """Attend `query` [n, heads, dim] in float32 over those of `keys`, `values` [n, entries, kv_heads, dim] it sees.
 
     A row that sees nothing gets zeros, and the log of nothing.
     """

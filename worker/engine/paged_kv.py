@@ -116,7 +116,7 @@ class PagedKv:
         return places
 
     def reserve(self, slot: int, start: int, end: int) -> None:
-        """Make entries start..end-1 of a slot its own, to be written; raises OutOfBlocks, and then nothing has changed."""
+        """Make entries start..end-1 of a slot its own, to be written; raises OutOfBlocks, having changed nothing."""
         assert end <= self.capacity, "rows beyond the end of their slot"
         first, held = start // self.block_size, self._held[slot]
         needed = _blocks(end, self.block_size)
@@ -131,7 +131,9 @@ class PagedKv:
 
     def release(self, slot: int, length: int = 0) -> None:
         """Give back the blocks of a slot but for those of its first `length` entries."""
-        kept = min(self._held[slot], _blocks(length, self.block_size))
+        kept = _blocks(length, self.block_size)
+        if kept >= self._held[slot]:
+            return
         for block in self.held(slot)[kept:]:
             self.pool.leave(block)
         self.tables[slot, kept:] = SCRATCH
@@ -158,7 +160,7 @@ class PagedKv:
             entries[:, target] = entries[:, source]
 
     def share(self, source: int, target: int, length: int) -> None:
-        """Let one slot begin with the first `length` entries of another: full blocks are held by both, the rest copied."""
+        """Let one slot begin with the first entries of another: full blocks are held by both, the rest copied."""
         self.release(target)
         full = length // self.block_size
         for at, block in enumerate(self.held(source)[:full]):

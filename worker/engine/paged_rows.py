@@ -142,7 +142,7 @@ def _as_chain(s: Segment, chains: bool, long: bool) -> bool:
 
 
 def _runs(s: Segment, long: bool) -> list[int]:
-    """Return the rows of each run of a segment. Where runs are causal, a tree is taken apart: its rows share a prefix."""
+    """Return the rows of each run of a segment. Where runs are causal, a tree is taken apart: one row each."""
     return [1] * len(s.ids) if long and not _is_long(s) else [len(s.ids)]
 
 

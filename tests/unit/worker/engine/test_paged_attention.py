@@ -1,8 +1,9 @@
-"""The GPU's way on the CPU: paged attention and its buckets give what the plain attention gives, and padding gives nothing."""
+"""The GPU's way on the CPU: paged attention and its buckets give what plain attention gives, and padding nothing."""
 
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from tests.models import ARCHITECTURES, VOCAB, tiny
 from tests.unit.worker.engine.harness import (
-    PROMPTS,
     decode,
     engine,
     options,
@@ -23,7 +23,7 @@ from worker.drafters.model import ModelDrafter
 from worker.drafters.suffix import SuffixDrafter
 from worker.engine import paged_attention
 from worker.engine.attention import ATTENTION_NAME
-from worker.engine.buckets import BUCKETS, BucketedForward
+from worker.engine.buckets import BucketedForward
 from worker.engine.drafting import Drafter
 from worker.engine.language_model import PackedModel
 from worker.engine.options import Mode
@@ -39,7 +39,9 @@ SAMPLED = Sampling(temperature=0.9, top_k=20, top_p=0.95)
 PARENTS = [-1, 0, 0, 1, 3, 2]  # of the nodes of a tree
 
 
-def model(architecture: str = "llama", seed: int = 0, slots: int = 4, paged: bool = True, **options: int) -> PackedModel:
+def model(
+    architecture: str = "llama", seed: int = 0, slots: int = 4, paged: bool = True, **options: Any
+) -> PackedModel:
     network = tiny(architecture, seed)
     network.set_attn_implementation(ATTENTION_NAME)
     return PackedModel(network, slots=slots, capacity=512, native=False, paged=paged, **options)
@@ -119,7 +121,7 @@ def varlen_on_cpu(
     block_table: Tensor,
     num_splits: int,
 ) -> tuple[Tensor, Tensor]:
-    """What torch documents of `varlen_attn`, in loops: windows count from the end of both, nothing has a log of +inf."""
+    """What torch documents of `varlen_attn`, in loops: windows count from the end; the log of nothing is +inf."""
     n, heads, _ = query.shape
     assert enable_gqa or heads == key.shape[2]
     assert num_splits == 1
@@ -161,7 +163,9 @@ def test_the_flash_kernel_is_called_as_torch_documents_it(monkeypatch: pytest.Mo
     assert calls
 
 
-@pytest.mark.parametrize(("rows", "bucket"), [(1, 1), (2, 2), (3, 4), (31, 32), (32, 32), (33, 64), (255, 256), (256, 256)])
+@pytest.mark.parametrize(
+    ("rows", "bucket"), [(1, 1), (2, 2), (3, 4), (31, 32), (32, 32), (33, 64), (255, 256), (256, 256)]
+)
 def test_rows_take_the_smallest_bucket_with_room(rows: int, bucket: int) -> None:
     wide = np.eye(rows, dtype=np.bool_)
     siblings = Segment(0, 9, 9, np.zeros(rows, np.int64), np.full(rows, 9), wide, np.arange(rows))
@@ -321,8 +325,10 @@ def test_blocks_add_up_under_random_arrivals_and_cancellations(seed: int) -> Non
     rng = random.Random(seed)
     expected = sequences()
     decode(engine(model(paged=False), None, options(Mode.PLAIN)), expected)
-    ours = model(slots=3)
-    running = engine(ours, drafter("suffix"), options(Mode.PAPER, max_sequences=3))
+    # Room for two or three of them, and for what has ended only as long as nobody needs it.
+    ours = model(slots=4, kv_tokens=100)
+    draft = model(seed=1, slots=4)
+    running = engine(ours, ModelDrafter(draft, "model", VOCAB), options(Mode.PAPER, max_sequences=4, kv_tokens=100))
     some = sequences()
     waiting = list(some)
     while waiting or running.busy:
@@ -331,10 +337,25 @@ def test_blocks_add_up_under_random_arrivals_and_cancellations(seed: int) -> Non
         if rng.random() < 0.1:
             running.cancel({rng.randrange(len(some))})
         running.step()
-        pages(ours).check()
-        pages(ours).poison_free()
+        for paged in (ours, draft):
+            pages(paged).check()
+            pages(paged).poison_free()
+    assert not pages(draft).pool.used, "a draft holds nothing of texts that have ended"
     for sequence, whole in zip(some, expected, strict=True):
         assert sequence.output_ids == whole.output_ids[: len(sequence.output_ids)]
+
+
+@pytest.mark.parametrize("step", ["prompts", "a tree, a short chunk and a plain row"])
+def test_hidden_states_are_tapped_from_real_rows_alone(step: str) -> None:
+    states = []
+    for paged in (False, True):
+        tapped = model(paged=paged, tapped=(0, 1))
+        tapped.forward(STEPS["prompts"])
+        tapped.forward([chain(1, 3, TEXT[:40], keep_last=True)])
+        tapped.forward(STEPS[step])
+        assert tapped.hidden is not None
+        states.append(torch.cat([tapped.hidden.read(s.slot, 0, s.end) for s in STEPS[step]]))
+    assert torch.allclose(*states, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])

@@ -1,4 +1,4 @@
-"""Laws of paged KV: every block is free or held, shared entries change for nobody, and what is released is whole again."""
+"""Laws of paged KV: every block is free or held, and shared entries change for nobody."""
 
 from __future__ import annotations
 
