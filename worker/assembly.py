@@ -24,6 +24,7 @@ from worker.engine.engine import Engine
 from worker.engine.experience import Experience
 from worker.engine.language_model import PackedModel, kv_bytes, load, native_dtype, quicken
 from worker.engine.options import EngineOptions, Mode
+from worker.engine.paged_attention import FLASH_BLOCK
 from worker.memory import with_kv_tokens
 from worker.pull import resolve
 from worker.settings import WorkerSettings
@@ -85,7 +86,9 @@ def assemble(settings: WorkerSettings, say: Say = lambda _: None) -> Assembly:
     if draft.name:
         say(f"Drafting with {draft.name}")
     quicken(model)
-    options = with_kv_tokens(options, settings.kv_tokens, kv_bytes(model), draft.token_bytes, device)
+    # Hidden states for a head lie in slots taken in full, so there the sequences can't take their memory bit by bit.
+    blocks = FLASH_BLOCK if device.type == "cuda" and not draft.taps else None
+    options = with_kv_tokens(options, settings.kv_tokens, kv_bytes(model), draft.token_bytes, device, blocks)
     vocabulary = min(len(tokenizer), config.vocab_size)
     target = PackedModel(
         model,
@@ -93,7 +96,9 @@ def assemble(settings: WorkerSettings, say: Say = lambda _: None) -> Assembly:
         capacity=options.slot_tokens,
         defined_ids=vocabulary,
         tapped=draft.taps,
+        kv_tokens=options.total_kv_tokens,
     )
+    target.prepare()
     codec = Codec(tokenizer, eos_ids(tokenizer, model.generation_config), options.max_context, vocabulary)
     say("Measuring this machine")
     key = _cost_key(settings, options, target, device, draft.taps)
@@ -105,7 +110,9 @@ def assemble(settings: WorkerSettings, say: Say = lambda _: None) -> Assembly:
         dtype=str(dtype).removeprefix("torch."),
         codec=codec,
         target=target,
-        make_drafter=draft.make(target.hidden, options.max_sequences, options.draft_slot_tokens),
+        make_drafter=draft.make(
+            target.hidden, options.max_sequences, options.draft_slot_tokens, options.draft_kv_tokens
+        ),
         options=options,
         costs=calibrate(target, options.slot_tokens, key, settings.cache_dir / "costs"),
     )

@@ -39,7 +39,8 @@ class Draft:
     name: str | None  # public name of the network, if there is one
     taps: tuple[int, ...]  # layers of the target whose outputs it reads
     token_bytes: int  # memory that each token of a text takes
-    make: Callable[[HiddenStates | None, int, int], MakeDrafter]  # takes the target's states, slots, and their capacity
+    # Takes the target's states, slots, the capacity of each, and of all together (None: each in full).
+    make: Callable[[HiddenStates | None, int, int, int | None], MakeDrafter]
 
 
 def draft_for(settings: WorkerSettings, model: PreTrainedModel, tokenizer: Tokenizer) -> Draft:
@@ -90,7 +91,7 @@ def _with_head(path: str, settings: WorkerSettings, model: PreTrainedModel, toke
     shape = head.network.shape
     name = model_name(settings.draft) if settings.draft else f"{settings.target}-head"
 
-    def make(hidden: HiddenStates | None, slots: int, capacity: int) -> MakeDrafter:
+    def make(hidden: HiddenStates | None, slots: int, capacity: int, _: int | None) -> MakeDrafter:
         assert hidden is not None, "a head reads hidden states"
         net = PackedHead(head.network, embedding, rows, tokens, slots=slots, capacity=capacity)
         return lambda: MixedDrafter(HeadDrafter(net, hidden, name), SuffixDrafter())
@@ -110,8 +111,9 @@ def _with_model(path: str, settings: WorkerSettings, model: PreTrainedModel, tok
     quicken(network)
     name = model_name(settings.draft)
 
-    def make(_: HiddenStates | None, slots: int, capacity: int) -> MakeDrafter:
-        packed = PackedModel(network, slots=slots, capacity=capacity)
+    def make(_: HiddenStates | None, slots: int, capacity: int, kv_tokens: int | None) -> MakeDrafter:
+        packed = PackedModel(network, slots=slots, capacity=capacity, kv_tokens=kv_tokens)
+        packed.prepare()
         return lambda: MixedDrafter(ModelDrafter(packed, name, len(tokenizer)), SuffixDrafter())
 
     return Draft(name, (), kv_bytes(network), make)

@@ -17,15 +17,22 @@ _KV_SHARE = 0.5  # of the free memory; the rest is for activations, the tokenize
 
 
 def with_kv_tokens(
-    options: EngineOptions, chosen: int, target_bytes: int, draft_bytes: int, device: torch.device
+    options: EngineOptions,
+    chosen: int,
+    target_bytes: int,
+    draft_bytes: int,
+    device: torch.device,
+    block_size: int | None = None,
 ) -> EngineOptions:
     """Return options that fit the memory: `chosen` tokens, or as many as there is room for if that is 0.
 
     `target_bytes` and `draft_bytes` are what one token takes in the KV of each model. No text may be longer than the
     memory, so a prompt that could never be admitted is refused like any other that is too long. Raises SetupError when
     there is no room for a text at all.
+
+    `block_size` is that of memory that slots take block by block; None: a slot on a GPU takes all it may need at once.
     """
-    tokens = chosen or _fitting_tokens(options, target_bytes, draft_bytes, free_bytes(device))
+    tokens = chosen or _fitting_tokens(options, target_bytes, draft_bytes, free_bytes(device), block_size or 0)
     tokens = min(tokens, options.max_sequences * options.slot_tokens)
     context = min(options.max_context, tokens - options.nodes - 1)
     if context < 2:
@@ -34,16 +41,17 @@ def with_kv_tokens(
             "nodes need; set BASIC_KV_TOKENS or BASIC_NODES, or choose a smaller model"
         )
     options = replace(options, max_context=context, kv_tokens=tokens)
-    if device.type == "cpu":
+    if device.type == "cpu" or block_size:
         return options  # memory of a slot is only taken when it is written
     return replace(options, max_sequences=max(1, min(options.max_sequences, tokens // options.slot_tokens)))
 
 
-def _fitting_tokens(options: EngineOptions, target_bytes: int, draft_bytes: int, free: int) -> int:
-    """Return how many tokens of both models fit, each sequence's draft tree set aside before."""
+def _fitting_tokens(options: EngineOptions, target_bytes: int, draft_bytes: int, free: int, block_size: int) -> int:
+    """Return how many tokens of both models fit; set aside are each sequence's draft tree and half-empty blocks."""
     # The draft keeps every node that it expanded until the walk, the target only the tree it is shown.
     trees = options.max_sequences * options.nodes * (options.max_depth - 1) * draft_bytes
-    return int((free * _KV_SHARE - trees) // (target_bytes + draft_bytes))
+    blocks = options.max_sequences * block_size * (target_bytes + draft_bytes)
+    return int((free * _KV_SHARE - trees - blocks) // (target_bytes + draft_bytes))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -48,6 +48,7 @@ class Engine:
         self._experience = experience or Experience()
         self._planner = Planner(options, self._drafter, costs, self._experience)
         self._scheduler = Scheduler(options)
+        target.clear()  # of an earlier engine's texts
         self._late_ms = 0.0  # of the step before, behind its last look at the clock
 
     @property
@@ -92,6 +93,8 @@ class Engine:
         batch = self._scheduler.next_batch()
         if batch.empty:
             return []
+        for slot in batch.emptied:
+            self._target.release(slot, 0)
         for share in batch.shares:
             self._target.share(share.source, share.target, share.length)
         plan = self._planner.plan(batch)
@@ -165,6 +168,8 @@ class Engine:
 
     def _drop_finished(self) -> None:
         for sequence in self._scheduler.drop_finished():
+            # Its tree goes; its text stays as long as it may be shared.
+            self._target.release(sequence.slot, len(self._scheduler.slots.texts.get(sequence.slot, ())))
             if self._drafter is not None:
                 self._drafter.drop(sequence)
 

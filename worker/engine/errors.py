@@ -3,7 +3,8 @@
 EngineError
 ├── ModelRefused            a model that the packed forward can't decode exactly, or can't load
 │   └── TokenizersDiffer    target and draft give different ids to the same text
-└── OutOfSlots              more sequences than KV slots: a bug of the caller
+├── OutOfSlots              more sequences than KV slots: a bug of the caller
+└── OutOfBlocks             more KV entries than there is memory for: a bug of whoever admits sequences
 """
 
 from __future__ import annotations
@@ -27,3 +28,7 @@ class TokenizersDiffer(ModelRefused):
 
 class OutOfSlots(EngineError):
     """Every KV slot is taken."""
+
+
+class OutOfBlocks(EngineError):
+    """Every block of KV memory is taken."""

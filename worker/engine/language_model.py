@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from worker.engine.attention import ATTENTION_NAME, AttentionPlan
+from worker.engine.buckets import BucketedForward
 from worker.engine.errors import ModelRefused
 from worker.engine.hidden_states import HiddenStates
 from worker.engine.kernels import Kernels, kernels
@@ -24,11 +25,18 @@ from worker.engine.linear import pack
 from worker.engine.native_attention import NativePlan
 from worker.engine.native_kv import NativeKv
 from worker.engine.native_network import whole_network
+from worker.engine.paged_attention import FLASH_BLOCK, PagedPlan, paged_plan
+from worker.engine.paged_kv import PagedKv
+from worker.engine.paged_rows import PagedRows
+from worker.engine.recording import CudaGraphs, eagerly
 from worker.engine.rows import Move, Segment, chain, kept_rows
 
 # Frequencies of these depend on the longest text of the forward, so one sequence would change another's numbers.
 _BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+_CPU_BLOCK = 16  # entries of a block of paged KV, where the flash kernel has no say
+
+Plan = AttentionPlan | NativePlan | PagedPlan
 
 
 class LanguageModel(Protocol):
@@ -43,6 +51,12 @@ class LanguageModel(Protocol):
     def share(self, source: int, target: int, length: int) -> None:
         """Copy the keys and values of the first `length` tokens of one slot to another."""
 
+    def release(self, slot: int, length: int) -> None:
+        """Nobody will ask for more than the first `length` tokens of a slot."""
+
+    def clear(self) -> None:
+        """Nobody will ask for anything that is held now."""
+
 
 class PackedModel:
     """A transformers causal model with a KV slot per sequence."""
@@ -56,19 +70,22 @@ class PackedModel:
         defined_ids: int | None = None,
         native: bool = True,
         tapped: Sequence[int] = (),
+        paged: bool | None = None,
+        kv_tokens: int | None = None,
     ) -> None:
         """Wrap a model loaded with `ATTENTION_NAME`.
 
         `capacity` is the KV entries per slot, tree rows included. Logits are cut to the first `defined_ids` tokens, so
         that padding of the vocabulary is never emitted. `native` allows compiled kernels, where there are any. The
-        outputs of the layers `tapped` are kept for every entry, for a draft that reads them. Raises ModelRefused for
-        what can't be decoded exactly.
+        outputs of the layers `tapped` are kept for every entry, for a draft that reads them. `paged` KV with recorded
+        forwards is the way of GPUs, and of the CPU where it is asked for; all its slots together then hold `kv_tokens`
+        entries, by default every slot in full. Raises ModelRefused for what can't be decoded exactly.
         """
         config = model.config.get_text_config()
         refuse_inexact(config)
         self._model = model
         self._defined_ids = defined_ids
-        self._store = kv_store(model, slots, capacity, native)
+        self._store = kv_store(model, slots, capacity, native, paged, kv_tokens)
         self.hidden: HiddenStates | None = None
         if tapped:
             tap(model, tapped)
@@ -78,7 +95,12 @@ class PackedModel:
         # In one call where nothing of the model is left to transformers.
         compiled = self._store.compiled
         self._network = whole_network(model, self.kv.capacity, compiled) if compiled else None
+        self._buckets: BucketedForward | None = None
+        if isinstance(self.kv, PagedKv):
+            on_gpu = model.device.type == "cuda"
+            self._buckets = BucketedForward(self._call_paged, self.kv, CudaGraphs() if on_gpu else eagerly)
         self.forward([chain(0, 0, [0], keep_last=True)])  # unknown attention arguments are refused here, not in a job
+        self.release(0, 0)
 
     @property
     def config(self) -> PretrainedConfig:
@@ -97,32 +119,53 @@ class PackedModel:
         return "torch" if compiled is None else compiled.version
 
     @property
-    def kv(self) -> KvCache | NativeKv:
+    def kv(self) -> KvCache | NativeKv | PagedKv:
         """The model's KV slots."""
         return self._store.kv
 
     @torch.inference_mode()
+    def prepare(self) -> None:
+        """Record the forwards that steps will replay, if this is how the model runs."""
+        if self._buckets is not None:
+            self._buckets.prepare()
+
+    @torch.inference_mode()
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Run the rows of `segments`, which are in slot order; return logits [kept rows, vocab]."""
-        plan = self._store.plan(segments)
-        logits = self._network.forward(segments, plan)[0] if self._network else self._run(segments, plan)  # type: ignore[arg-type]
+        logits, tapped = self._outputs(segments)
         if self.hidden is not None:
-            assert plan.tapped is not None
-            self.hidden.write(segments, plan.tapped.flatten(1))
+            assert tapped is not None
+            self.hidden.write(segments, tapped.flatten(1))
         return logits if self._defined_ids is None else logits[:, : self._defined_ids]
 
-    def _run(self, segments: Sequence[Segment], plan: AttentionPlan | NativePlan) -> Tensor:
+    def _outputs(self, segments: Sequence[Segment]) -> tuple[Tensor, Tensor | None]:
+        """Return logits [kept rows, vocab], and the outputs of tapped layers [rows, taps, width]."""
+        shape = self._buckets.shape_for(segments) if self._buckets is not None else None
+        if shape is not None:
+            assert self._buckets is not None
+            return self._buckets.forward(segments, shape)
+        plan = self._store.plan(segments)
+        logits = self._network.forward(segments, plan)[0] if self._network else self._run(segments, plan)  # type: ignore[arg-type]
+        return logits, plan.tapped
+
+    def _run(self, segments: Sequence[Segment], plan: Plan) -> Tensor:
         """Let transformers' own model do it, layer by layer."""
         device = self._model.device
         ids = torch.from_numpy(np.concatenate([s.ids for s in segments])).to(device)
         positions = torch.from_numpy(np.concatenate([s.positions for s in segments])).to(device)
+        return self._call(ids, positions, kept_rows(segments).to(device), plan)
+
+    def _call_paged(self, rows: PagedRows, plan: PagedPlan) -> Tensor:
+        return self._call(rows.ids, rows.positions, rows.kept, plan)
+
+    def _call(self, ids: Tensor, positions: Tensor, kept: Tensor, plan: Plan) -> Tensor:
         logits = self._model(
             input_ids=ids.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
             attention_mask=None,
             past_key_values=None,
             use_cache=False,
-            logits_to_keep=kept_rows(segments).to(device),
+            logits_to_keep=kept,
             plan=plan,
         ).logits[0]
         assert isinstance(logits, Tensor)
@@ -142,22 +185,47 @@ class PackedModel:
             if self.hidden is not None:
                 self.hidden.share(source, target, length)
 
+    def release(self, slot: int, length: int) -> None:
+        """Give the memory of a slot back but for its first `length` entries, where it is taken bit by bit."""
+        if isinstance(self.kv, PagedKv):
+            self.kv.release(slot, length)
+
+    def clear(self) -> None:
+        """Give the memory of every slot back."""
+        if isinstance(self.kv, PagedKv):
+            for slot in range(self.kv.slots):
+                self.kv.release(slot)
+
 
 @dataclass(frozen=True, slots=True)
 class KvStore:
     """KV slots, and how a step's rows meet them."""
 
-    kv: KvCache | NativeKv
+    kv: KvCache | NativeKv | PagedKv
     compiled: Kernels | None
-    plan: Callable[[Sequence[Segment]], AttentionPlan | NativePlan]
+    plan: Callable[[Sequence[Segment]], Plan]
 
 
-def kv_store(model: PreTrainedModel, slots: int, capacity: int, native: bool = True) -> KvStore:
+def kv_store(
+    model: PreTrainedModel,
+    slots: int,
+    capacity: int,
+    native: bool = True,
+    paged: bool | None = None,
+    kv_tokens: int | None = None,
+) -> KvStore:
     """Return KV slots for a model, or for the layers of one, in the layout of what runs them."""
     config = model.config.get_text_config()
     heads, kv_heads = config.num_attention_heads, _kv_heads(model)
-    compiled = _kernels_for(model) if native else None
     layers, head_dim = config.num_hidden_layers, _head_dim(model)
+    on_gpu = model.device.type == "cuda"
+    if on_gpu if paged is None else paged:
+        size = FLASH_BLOCK if on_gpu else _CPU_BLOCK
+        pages = PagedKv(
+            layers, slots, kv_heads, capacity, head_dim, model.dtype, model.device, block_size=size, tokens=kv_tokens
+        )
+        return KvStore(pages, None, lambda segments: paged_plan(segments, pages))
+    compiled = _kernels_for(model) if native else None
     if compiled is None:
         slow = KvCache(layers, slots, kv_heads, capacity, head_dim, model.dtype, model.device)
         return KvStore(slow, None, lambda segments: AttentionPlan(segments, slow, heads // kv_heads))
