@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from worker.engine.governor import Decision
+from worker.engine.logprobs import Told
 from worker.engine.sequence import Sequence
 
 
@@ -34,3 +35,4 @@ class StepResult:
     sequence: Sequence
     tokens: tuple[int, ...]  # emitted; the first `numbers.accepted_tokens` are accepted draft tokens
     numbers: StepNumbers
+    logprobs: Told = None
