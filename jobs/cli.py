@@ -20,9 +20,12 @@ from pydantic import BaseModel, ValidationError
 
 from jobs.client import Client, Job, local_service
 from jobs.errors import BasicError, NotFound, SetupError, UnknownSetting
+from jobs.exports import write_csv
+from jobs.key_commands import key_commands
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, JobStatus
 from jobs.results import JobInfo
 from jobs.settings import JobsSettings, refuse_unknown_settings
+from jobs.stats_tables import stats_tables
 from jobs.terminal import closing_table, fields_table, jobs_table, make_console, make_view, safe
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ app = typer.Typer(
 )
 database_commands = typer.Typer(help="The SQL database.", no_args_is_help=True)
 app.add_typer(database_commands, name="db")
+app.add_typer(key_commands, name="keys")
 
 JobId = Annotated[str | None, typer.Argument(metavar="[JOB]", help="Job id; the newest job if left out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
@@ -167,14 +171,37 @@ def jobs(
 def stats(
     job: Annotated[str | None, typer.Argument(metavar="[JOB]", help="Job id; everything if left out.")] = None,
     as_json: AsJson = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print one line a job, for spreadsheets.")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw plots into this file.")] = None,
 ) -> None:
     """Say how fast a job ran, or everything so far, and how much speculation paid.
 
-    Example: basic stats --json
+    Example: basic stats --plot stats.png
     """
     with _connect() as client:
-        numbers = client.job(job).stats() if job else client.stats()
-        _print_json(numbers) if as_json else make_console().print(fields_table(numbers))
+        if as_csv:
+            _print_csv(client, job)
+            return
+        numbers = client.run(lambda client: client.job_stats(job) if job else client.stats())
+        if plot is not None:
+            _plot(numbers, job, plot)
+        if as_json:
+            _print_json(numbers)
+        elif plot is None:
+            make_console().print(stats_tables(numbers))
+
+
+def _print_csv(client: Client, job_id: str | None) -> None:
+    rows = client.run(lambda client: client.job_rows(job_id))
+    write_csv(rows, list(rows[0]) if rows else ["id"], sys.stdout)
+
+
+def _plot(numbers: dict[str, Any], job_id: str | None, path: Path) -> None:
+    with _needs("plot"):
+        from jobs.plots import save_png
+
+        save_png(numbers, job_id or "All jobs", path)
+    typer.echo(f"Wrote {path}", err=True)
 
 
 @app.command()

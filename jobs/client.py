@@ -27,13 +27,25 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import httpx
 
-from jobs.errors import BasicError, JobRefused, NotCancellable, NotFound, ServiceUnavailable
+from jobs.errors import (
+    BasicError,
+    InvalidKey,
+    JobRefused,
+    LimitReached,
+    NotCancellable,
+    NotFound,
+    NotPermitted,
+    ServiceUnavailable,
+)
+from jobs.local_key import read_local_key
 from jobs.messages import Endpoint, PartialEvent
 from jobs.reader import Reader
 from jobs.results import JobInfo, Output, Statistics
 from jobs.settings import JobsSettings
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from jobs.local_state import LocalService
 
 Prompts = Iterable[str | Mapping[str, Any]] | str | bytes | os.PathLike[str]
@@ -51,6 +63,15 @@ def default_api_url(settings: JobsSettings) -> str:
         return settings.api_url
     service = local_service(settings)
     return settings.api_url if service is None else service.api_url
+
+
+def default_api_key(settings: JobsSettings, api_url: str) -> str:
+    """Return the key to show: what the environment says, else that of `basic up` where it is our own that runs."""
+    if settings.api_key:
+        return settings.api_key
+    service = local_service(settings)
+    ours = service is not None and service.api_url.rstrip("/") == api_url
+    return read_local_key(settings.data_dir) if ours else ""
 
 
 def local_service(settings: JobsSettings) -> LocalService | None:
@@ -75,8 +96,8 @@ class AsyncClient:
     ) -> None:
         """Connect lazily. `patience_s`: for so long calls are tried again while the service is away or busy."""
         settings = JobsSettings()
-        key = settings.api_key if api_key is None else api_key
         self.api_url = (api_url or default_api_url(settings)).rstrip("/")
+        key = default_api_key(settings, self.api_url) if api_key is None else api_key
         self._patience_s = patience_s
         self._http = httpx.AsyncClient(
             base_url=self.api_url,
@@ -138,6 +159,11 @@ class AsyncClient:
     async def stats(self) -> Statistics:
         """Return the numbers of everything that ran so far."""
         return await self._call("GET", "/v1/stats")
+
+    async def job_rows(self, job_id: str | None = None, limit: int = 100) -> list[Statistics]:
+        """Return the numbers of the newest jobs, or of one, each as one flat row."""
+        params = {"limit": limit} if job_id is None else {"job": job_id}
+        return list((await self._call("GET", "/v1/stats/jobs", params=params))["data"])
 
     async def get(self, job_id: str) -> JobInfo:
         """Read a job."""
@@ -313,9 +339,14 @@ class Client:
         """List jobs, newest first."""
         return self.run(lambda client: client.jobs(limit, after))
 
-    def stats(self) -> Statistics:
-        """Return the numbers of everything that ran so far."""
-        return self.run(lambda client: client.stats())
+    def stats(self, limit: int = 100) -> DataFrame | list[Statistics]:
+        """Return the numbers of the newest jobs: a DataFrame with a row a job; a list of rows without pandas."""
+        rows = self.run(lambda client: client.job_rows(limit=limit))
+        try:
+            import pandas
+        except ModuleNotFoundError:
+            return rows
+        return pandas.DataFrame(rows)
 
     def run(self, call: Callable[[AsyncClient], Awaitable[T]]) -> T:
         """Run one call of the asynchronous client to its end."""
@@ -418,7 +449,8 @@ def _error(response: httpx.Response) -> BasicError:
 
 
 def _error_class(status_code: int, code: str | None) -> type[BasicError]:
-    by_status = {404: NotFound, 409: NotCancellable, 503: ServiceUnavailable}
+    by_status = {401: InvalidKey, 403: NotPermitted, 404: NotFound, 409: NotCancellable, 429: LimitReached}
+    by_status[503] = ServiceUnavailable
     fallback = by_status.get(status_code, JobRefused if status_code < 500 else BasicError)
     return next((kind for kind in _tree(BasicError) if code is not None and kind.code == code), fallback)
 

@@ -8,16 +8,27 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
-from jobs.errors import DuplicateCustomId, EmptyJob, IdempotencyConflict, InvalidValue, TooManyRequests, UnknownModel
-from jobs.items import Item, Rules, parse_item, parse_parameters
+from jobs.errors import (
+    DuplicateCustomId,
+    EmptyJob,
+    IdempotencyConflict,
+    InvalidValue,
+    LimitReached,
+    MissingParameter,
+    ServiceUnavailable,
+    TooManyRequests,
+    UnknownModel,
+)
+from jobs.items import Item, Rules, parse_body, parse_item, parse_parameters
 from jobs.messages import CHAT_ENDPOINT, Endpoint, model_name
 from jobs.producer import Ring
 from jobs.settings import JobsSettings
-from storage import queries, writes
+from storage import keys, queries, writes
+from storage.keys import QuotaExceeded
 from storage.records import NewJob, NewRequest, Refusal
 from storage.session import Database
 
@@ -25,6 +36,8 @@ MAX_METADATA_PAIRS = 16
 MAX_METADATA_KEY_CHARS = 64
 MAX_METADATA_VALUE_CHARS = 512
 MAX_IDEMPOTENCY_KEY_CHARS = 255
+
+_QUEUE_RETRY_S = 30.0  # a guess at when a full queue has room again
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +57,11 @@ class Submission:
 
 
 def accept_job(submission: Submission, *, database: Database, ring: Ring, settings: JobsSettings) -> str:
-    """Record a submission and return its job id: the earlier job's, if its idempotency key has been used before."""
+    """Record a submission and return its job id: the earlier job's, if its idempotency key has been used before.
+
+    Raise JobRefused for a job that can't be accepted, LimitReached for one that can't be accepted now.
+    """
+    refuse_full_queue(database, settings)
     items = _all_items(submission.items, settings.max_requests)
     rules = _rules(submission, items[0], database, settings)
     requests = [parse_item(item, rules) for item in items]
@@ -55,6 +72,25 @@ def accept_job(submission: Submission, *, database: Database, ring: Ring, settin
     if recorded.created:
         ring(recorded.job_id, rules.model)
     return recorded.job_id
+
+
+def accept_call(submission: Submission, *, database: Database, ring: Ring, settings: JobsSettings) -> str:
+    """Record a job of one request that somebody waits for, and return its id.
+
+    There are no others that could go on, so what is wrong with the request is raised too; and ServiceUnavailable if
+    nobody is there to serve it.
+    """
+    (item,) = submission.items
+    if item.model is None:
+        raise MissingParameter("This call needs model.", param="model")
+    rules = _rules(submission, item, database, settings)
+    request = parse_body(item.value, rules)
+    if rules.context_tokens is None:
+        raise ServiceUnavailable(f"No worker serves {rules.model} right now; try again in a few seconds.")
+    job = replace(_new_job(submission, rules, settings), priority=1)
+    _record(job, [request], database)
+    ring(job.id, job.model)
+    return job.id
 
 
 def record_refused_job(submission: Submission, refusal: Refusal, *, database: Database, settings: JobsSettings) -> str:
@@ -79,9 +115,25 @@ def known_models(database: Database, settings: JobsSettings) -> dict[str, int | 
     return {model_name(settings.target): None} | served
 
 
+def refuse_full_queue(database: Database, settings: JobsSettings) -> None:
+    """Raise LimitReached while more requests wait than the service takes, whoever sent them."""
+    with database.read() as session:
+        waiting = keys.open_work(session).requests
+    if waiting >= settings.max_requests_queued:
+        raise LimitReached(
+            f"{waiting} requests are in the queue, and the service takes {settings.max_requests_queued} at once.",
+            retry_after_s=_QUEUE_RETRY_S,
+        )
+
+
 def new_job_id() -> str:
     """Return a fresh job id. Random: nobody can guess the job of another."""
     return f"batch_{secrets.token_hex(16)}"
+
+
+def new_call_id(endpoint: Endpoint) -> str:
+    """Return a fresh id of a call, which is the job's and the answer's."""
+    return f"{'chatcmpl' if endpoint == CHAT_ENDPOINT else 'cmpl'}-{secrets.token_hex(16)}"
 
 
 def _all_items(items: Iterable[Item], limit: int) -> list[Item]:
@@ -99,7 +151,7 @@ def _rules(submission: Submission, first: Item, database: Database, settings: Jo
         job_id=submission.job_id or new_job_id(),
         model=model,
         endpoint=submission.endpoint,
-        defaults=parse_parameters(submission.parameters),
+        defaults=parse_parameters(submission.parameters, submission.endpoint),
         max_prompt_chars=settings.max_prompt_chars,
         context_tokens=context_tokens,
     )
@@ -138,8 +190,20 @@ def _new_job(submission: Submission, rules: Rules, settings: JobsSettings) -> Ne
 
 
 def _record(job: NewJob, requests: Sequence[NewRequest], database: Database) -> writes.RecordedJob:
-    with database.write() as session:
-        return writes.record_job(session, job, requests)
+    try:
+        with database.write() as session:
+            return writes.record_job(session, job, requests)
+    except QuotaExceeded as exceeded:
+        raise over_limit(exceeded) from exceeded
+
+
+def over_limit(exceeded: QuotaExceeded) -> LimitReached:
+    """Return what a key is told whose limits leave no room for a job."""
+    return LimitReached(
+        f"This key may have {exceeded.limit} {exceeded.what} in the queue; with this job there would be "
+        f"{exceeded.asked}.",
+        retry_after_s=_QUEUE_RETRY_S,
+    )
 
 
 def _metadata(metadata: Any) -> Mapping[str, str] | None:

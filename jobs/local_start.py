@@ -20,6 +20,7 @@ from sqlalchemy import make_url
 from sqlalchemy.exc import OperationalError
 
 from jobs.errors import SetupError
+from jobs.local_key import make_local_key
 from jobs.local_state import LocalService
 from jobs.processes import Child, Children, Command, keep_one_old, launch, python_module
 from jobs.redis_server import answers, server_arguments, server_binary
@@ -56,6 +57,7 @@ class Start:
         _migrate(settings.resolved_database_url)
         settings = _with_api_address(settings)
         self._start_python("ingest", "jobs.ingest", settings)
+        make_local_key(settings.data_dir)
         shim = self._start_python("api", "jobs.api", settings)
         self._start_worker(settings)
         self._await(shim, lambda: _ready(settings.api_url), "the REST shim")

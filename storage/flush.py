@@ -17,8 +17,9 @@ from typing import Any
 from sqlalchemy import bindparam, delete, insert, select, update
 from sqlalchemy.orm import Session
 
+from storage import rollups
 from storage.endings import cancel_requests, error_columns, finalise_jobs
-from storage.models import DecodeStep, Job, Output, Partial, Request
+from storage.models import DecodeStep, DraftTree, Job, Output, Partial, Request
 from storage.records import Checkpoint, FinishedChoice, FlushResult, Lease, Progress, Refusal, RequestKey
 from storage.sql import AnyRow, database_now, insert_new, is_one_of, is_request, without_nul
 
@@ -154,6 +155,7 @@ def _checkpoint_columns(checkpoint: Checkpoint) -> dict[str, Any]:
         "text": without_nul(checkpoint.text),
         "pieces": [(without_nul(text), source) for text, source in checkpoint.pieces],
         "steps": [asdict(step) for step in checkpoint.steps],
+        "logprobs": checkpoint.logprobs,
     }
 
 
@@ -168,14 +170,15 @@ def _write_outputs(session: Session, worker_id: str, progress: Iterable[Progress
     written = {tuple(key) for key in session.execute(insert_new(session, Output).returning(*keys), rows)}
     steps = [row for key in finished if key in written for row in _step_rows(key, partials.get(key, []))]
     if steps:
-        session.execute(insert(DecodeStep), steps)
+        _insert_steps(session, steps)
+        rollups.add_steps(session, [key for key in finished if key in written], steps)
     _count_outputs(finished, written, partials, tally)
 
 
 def _take_partials(session: Session, keys: Collection[ChoiceKey]) -> dict[ChoiceKey, list[AnyRow]]:
     """Delete the checkpoints of these choices and return them, in order."""
     place = (Partial.job_id, Partial.request_index, Partial.choice_index, Partial.seq)
-    content = (Partial.token_ids, Partial.accepted, Partial.pieces, Partial.steps, Partial.worker_id)
+    content = (Partial.token_ids, Partial.accepted, Partial.pieces, Partial.steps, Partial.logprobs, Partial.worker_id)
     taken = session.execute(delete(Partial).where(is_one_of(place[:3], keys)).returning(*place, *content))
     ordered = sorted(taken, key=lambda partial: (*_choice_key(partial), partial.seq))
     return {key: list(group) for key, group in groupby(ordered, key=_choice_key)}
@@ -194,8 +197,15 @@ def _output_row(key: ChoiceKey, choice: FinishedChoice, partials: Sequence[AnyRo
         "text": without_nul(choice.text),
         "accepted_tokens": sum(sum(partial.accepted) for partial in partials),
         "pieces": merge_pieces(piece for partial in partials for piece in partial.pieces),
+        "logprobs": _all_logprobs(partials),
         "worker_id": worker_id,
     }
+
+
+def _all_logprobs(partials: Sequence[AnyRow]) -> list[Any] | None:
+    """Return those of the whole text, whoever decoded its parts; None if the request wanted none."""
+    parts = [partial.logprobs for partial in partials]
+    return None if not parts or None in parts else [row for part in parts for row in part]
 
 
 def merge_pieces(pieces: Iterable[Sequence[str]]) -> list[tuple[str, str]]:
@@ -211,9 +221,24 @@ def _step_rows(key: ChoiceKey, partials: Iterable[AnyRow]) -> list[dict[str, Any
     steps = [(partial.worker_id, step) for partial in partials for step in partial.steps]
     identity = {"job_id": job_id, "request_index": request_index, "choice_index": choice_index}
     return [
-        {**columns, **identity, "step": number, "worker_id": worker_id}
+        {**_LATER_COLUMNS, **columns, **identity, "step": number, "worker_id": worker_id}
         for number, (worker_id, columns) in enumerate(steps)
     ]
+
+
+# What checkpoints of older workers don't hold.
+_LATER_COLUMNS = {"decision": None, "reached": None, "tree": None}
+
+
+def _insert_steps(session: Session, steps: Sequence[dict[str, Any]]) -> None:
+    trees = [
+        {**{name: row[name] for name in ("job_id", "request_index", "choice_index", "step")}, **tree}
+        for row in steps
+        if (tree := row.pop("tree")) is not None
+    ]
+    session.execute(insert(DecodeStep), steps)
+    if trees:
+        session.execute(insert(DraftTree), trees)
 
 
 def _count_outputs(

@@ -34,6 +34,7 @@ class NewJob:
     api_key_id: str | None = None
     idempotency_key: str | None = None  # unique per api_key_id
     body_sha256: str | None = None  # of the submitted body, to tell a repeat from a conflict
+    priority: int = 0  # 1: a person waits for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,21 @@ class NewRequest:
     custom_id: str
     body: Mapping[str, Any] | None = None
     refusal: Refusal | None = None
+    tokens: int = 0  # that it may come to read and write at most, as far as the door can say
+
+
+@dataclass(frozen=True, slots=True)
+class NewKey:
+    """A key to the shim about to be recorded. A limit of None does not hold."""
+
+    id: str
+    name: str
+    secret_sha256: str
+    scopes: tuple[str, ...]
+    max_requests_queued: int | None = None
+    max_tokens_queued: int | None = None
+    max_requests_per_minute: int | None = None
+    lasts_s: float | None = None  # seconds until it expires
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +93,18 @@ class StepRow:
     plain_step_ms: float | None  # a plain step at this batch size on this worker; None: not comparable (prefill shared)
     ended_at: float
     decision: str | None = None  # tree, or why there was none; rows written before it was recorded have none
+    # Per node the target reached: draft children shown below it, and the rank of the one it drew (none of them: None).
+    reached: tuple[tuple[int, int | None], ...] | None = None  # None: not recorded
+    tree: TreeRow | None = None  # for jobs that asked to see their trees
+
+
+@dataclass(frozen=True, slots=True)
+class TreeRow:
+    """The draft tree of a step, as text: row of `draft_trees`."""
+
+    # (parent, token id, text, probability that the target accepts it, accepted); the root first, its parent is -1
+    nodes: tuple[tuple[int, int, str, float, bool], ...]
+    bonus: str  # the target's own token behind the accepted path
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +118,8 @@ class Checkpoint:
     text: str
     pieces: tuple[tuple[str, str], ...]  # (text, "draft" | "target")
     steps: tuple[StepRow, ...]
+    # Per token, as JSON, if the request wants them. Not read back: the output takes them from the rows.
+    logprobs: tuple[Any, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +144,7 @@ class Claim:
     lease: Lease
     custom_id: str
     endpoint: str
+    priority: int  # 1: a person waits for it
     body: Mapping[str, Any]
     attempts: int  # 1 the first time
     started_at: float | None  # of the first attempt

@@ -72,6 +72,9 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 decodes greedily.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    logprobs: Annotated[
+        int | None, typer.Option(min=0, max=20, help="With --json: log-probabilities, and so many alternatives.")
+    ] = None,
     nodes: Nodes = None,
     target: Target = None,
     draft: Draft = None,
@@ -99,7 +102,13 @@ def generate(
     with sentences():
         assembly = assemble(settings, say=say)
         request = request_for(
-            assembly.name, text, max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop or ()
+            assembly.name,
+            text,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            stop=stop or (),
+            logprobs=logprobs if as_json else None,
         )
         endpoint = COMPLETIONS_ENDPOINT if raw else CHAT_ENDPOINT
         done = decode(assembly, request, endpoint=endpoint, on_pieces=_mute if as_json else _printer(console))
@@ -111,7 +120,9 @@ def bench(
     prompts: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="JSONL of objects with prompt.")
     ] = None,
-    batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1",
+    batch: Annotated[
+        str | None, typer.Option(help="Batch sizes, comma-separated; left out: 1, of a grid 1 to 64.")
+    ] = None,
     modes: Annotated[str | None, typer.Option(help="Modes, comma-separated; left out: all.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer at most.")] = 64,
     limit: Annotated[int, typer.Option(min=1, help="Prompts to take.")] = 6,
@@ -130,18 +141,19 @@ def bench(
     from worker import benchmark
 
     if grid:
-        _grid(
-            settings_of(target=target, dtype=dtype),
-            benchmark.read_prompts(prompts, _GRID_PROMPTS),
-            max_tokens,
-            runs,
-            as_json,
-        )
+        if modes or draft or temperature:
+            raise typer.BadParameter(
+                "a grid has all modes, drafts and temperatures; leave those options out", param_hint="--grid"
+            )
+        with sentences():
+            batches = benchmark.parse_batches(batch) if batch else None
+            some = benchmark.read_prompts(prompts, _GRID_PROMPTS)
+        _grid(settings_of(target=target, dtype=dtype), some, batches, max_tokens, runs, as_json)
         return
     with sentences():
         plan = benchmark.Plan(
             prompts=benchmark.read_prompts(prompts, limit),
-            batches=benchmark.parse_batches(batch),
+            batches=benchmark.parse_batches(batch or "1"),
             modes=benchmark.parse_modes(modes),
             max_tokens=max_tokens,
             runs=runs,
@@ -156,12 +168,20 @@ def bench(
     Console(width=width).print(benchmark.table(report))
 
 
-def _grid(settings: WorkerSettings, prompts: tuple[str, ...], max_tokens: int, runs: int, as_json: bool) -> None:
+def _grid(
+    settings: WorkerSettings,
+    prompts: tuple[str, ...],
+    batches: tuple[int, ...] | None,
+    max_tokens: int,
+    runs: int,
+    as_json: bool,
+) -> None:
     from worker import grid
 
-    settings = settings.model_copy(update={"max_sequences": max(grid.BATCHES)})
+    batches = batches or grid.BATCHES
+    settings = settings.model_copy(update={"max_sequences": max(batches)})
     with sentences():
-        cells = grid.run(settings, prompts, max_tokens, runs, say)
+        cells = grid.run(settings, prompts, batches, max_tokens, runs, say)
     if as_json:
         print(json.dumps({"target": settings.target, "results": [asdict(r) for c in cells for r in c.results()]}))
         return

@@ -25,7 +25,7 @@ class Spelling:
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         """Look at how the tokenizer decodes."""
         self._tokenizer = tokenizer
-        self._added = {i: token for i, token in tokenizer.added_tokens_decoder.items()}
+        self._added = dict(tokenizer.added_tokens_decoder)
         self._decoder = tokenizer.backend_tokenizer.decoder
         self._decoders = _decoders(tokenizer)
         self._byte_of: dict[str, int] = {symbol: byte for byte, symbol in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]

@@ -13,25 +13,27 @@ from fastapi.responses import StreamingResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from jobs.api import views
-from jobs.api.services import ExistingJob, Services, ServicesNow, find_job
+from jobs.api.caller import CallerNow
+from jobs.api.services import ExistingJob, Services, ServicesNow, cancel_job, find_job
+from jobs.api.streams import StreamPlace
 from jobs.api.submissions import read_submission
-from jobs.errors import InvalidValue, NotCancellable, NotFound
+from jobs.errors import InvalidValue
 from jobs.intake import accept_job
-from jobs.messages import JobStatus, PartialEvent
+from jobs.messages import PartialEvent
 from jobs.partials import follow
 from jobs.snapshots import read_events
-from storage import queries, writes
-from storage.queries import OutputView
+from storage import queries
+from storage.queries import JobView, OutputView
 
 router = APIRouter(prefix="/v1/jobs")
 
 _OUTPUTS_AT_ONCE = 200
 
-_CANCELLABLE_ANSWERS = {JobStatus.CANCELLING, JobStatus.CANCELLED}
-
 
 @router.post("")
-async def submit(request: Request, background: BackgroundTasks, services: ServicesNow) -> dict[str, Any]:
+async def submit(
+    request: Request, background: BackgroundTasks, services: ServicesNow, caller: CallerNow
+) -> dict[str, Any]:
     """Record a job and answer with it. The doorbell rings afterwards: a queue that is away does not delay the reply."""
     body = await request.body()
 
@@ -39,9 +41,9 @@ async def submit(request: Request, background: BackgroundTasks, services: Servic
         background.add_task(services.ring, job_id, model)
 
     def accept() -> dict[str, Any]:
-        submission = read_submission(body, request.query_params, request.headers)
+        submission = read_submission(body, request.query_params, request.headers, caller.key_id)
         job_id = accept_job(submission, database=services.database, ring=ring_later, settings=services.settings)
-        return views.job(find_job(services, job_id))
+        return views.job(find_job(services, job_id, caller))
 
     return await run_in_threadpool(accept)
 
@@ -49,14 +51,16 @@ async def submit(request: Request, background: BackgroundTasks, services: Servic
 @router.get("")
 def list_jobs(
     services: ServicesNow,
+    caller: CallerNow,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[str | None, Query(max_length=128)] = None,
+    interactive: Annotated[bool, Query(description="Also single requests, such as chats.")] = False,
 ) -> dict[str, Any]:
     """List jobs, newest first; `after` is the id that ended the page before."""
     with services.database.read() as session:
-        if after is not None and queries.job(session, after) is None:
+        if after is not None and queries.job(session, after, caller.sees) is None:
             raise InvalidValue("There is no job of this id to start behind.", param="after")
-        page = queries.jobs(session, limit=limit, after=after)
+        page = queries.jobs(session, limit=limit, after=after, owner=caller.sees, interactive=interactive)
     return views.page([views.job(job) for job in page.jobs], page.has_more)
 
 
@@ -67,23 +71,17 @@ def retrieve(job: ExistingJob) -> dict[str, Any]:
 
 
 @router.post("/{job_id}/cancel")
-def cancel(job_id: str, services: ServicesNow) -> dict[str, Any]:
+def cancel(job: ExistingJob, services: ServicesNow, caller: CallerNow) -> dict[str, Any]:
     """Cancel a job. May be repeated; a job that ended another way is a conflict."""
-    with services.database.write() as session:
-        status = writes.request_cancel(session, job_id)
-    if status is None:
-        raise NotFound(f"There is no job {job_id[:80]!r}.", param="id")
-    if JobStatus(status) not in _CANCELLABLE_ANSWERS:
-        raise NotCancellable(f"Cannot cancel a job with status '{status}'.")
-    return views.job(find_job(services, job_id))
+    return views.job(cancel_job(services, job, caller))
 
 
-@router.get("/{job_id}/outputs")
+@router.get("/{job_id}/outputs", dependencies=[StreamPlace])
 def outputs(
     job: ExistingJob, services: ServicesNow, after: Annotated[int, Query(ge=-1, le=2**31 - 1)] = -1
 ) -> StreamingResponse:
     """Stream the finished requests as JSON lines, in the order of the job; `after` is the index to start behind."""
-    return StreamingResponse(_output_lines(services, job.id, after), media_type="application/x-ndjson; charset=utf-8")
+    return StreamingResponse(_output_lines(services, job, after), media_type="application/x-ndjson; charset=utf-8")
 
 
 @router.get("/{job_id}/stats")
@@ -93,7 +91,7 @@ def statistics(job: ExistingJob, services: ServicesNow) -> dict[str, Any]:
         return views.statistics(queries.job_stats(session, job.id))
 
 
-@router.get("/{job_id}/events", response_class=EventSourceResponse)
+@router.get("/{job_id}/events", response_class=EventSourceResponse, dependencies=[StreamPlace])
 async def events(job: ExistingJob, services: ServicesNow) -> AsyncGenerator[ServerSentEvent]:
     """Stream what is written: first all text so far, then new text, until the job ends. Reconnecting starts over."""
 
@@ -106,10 +104,10 @@ def _server_sent(event: PartialEvent) -> ServerSentEvent:
     return ServerSentEvent(id=place, event=event.type, raw_data=event.model_dump_json(exclude_none=True))
 
 
-def _output_lines(services: Services, job_id: str, after: int) -> Iterator[str]:
-    while page := _output_page(services, job_id, after):
+def _output_lines(services: Services, job: JobView, after: int) -> Iterator[str]:
+    while page := _output_page(services, job.id, after):
         for output in page:
-            yield json.dumps(views.output(output), ensure_ascii=False) + "\n"
+            yield json.dumps(views.output(output, job.endpoint), ensure_ascii=False) + "\n"
         after = page[-1].request_index
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, get_args
 
 from starlette.datastructures import Headers, QueryParams
@@ -22,20 +23,26 @@ _IDEMPOTENCY_KEY = "idempotency-key"
 _UNIT_S = {"m": 60, "h": 3600, "d": 86_400}
 
 
-def read_submission(body: bytes, query: QueryParams, headers: Headers) -> Submission:
-    """Return the submission in a request; raise what is wrong with it as a whole."""
+def read_submission(body: bytes, query: QueryParams, headers: Headers, key_id: str = "") -> Submission:
+    """Return the submission in a request of this key; raise what is wrong with it as a whole."""
     content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type in _LINES_TYPES:
         fields, items = _query_fields(query), read_lines(body)
     elif content_type in _JSON_TYPES:
-        fields = _object(body)
+        fields = read_object(body)
         items = _listed(fields)
     else:
         raise UnsupportedBody
-    return _submission(fields, items, headers.get(_IDEMPOTENCY_KEY), _digest(body, query))
+    submission = _submission(fields, items)
+    return replace(
+        submission,
+        api_key_id=key_id,
+        idempotency_key=headers.get(_IDEMPOTENCY_KEY),
+        body_sha256=_digest(body, query),
+    )
 
 
-def _submission(fields: Mapping[str, Any], items: Iterator[Item], key: str | None, digest: str) -> Submission:
+def _submission(fields: Mapping[str, Any], items: Iterator[Item]) -> Submission:
     refuse_unknown(fields, _JOB_FIELDS | _LISTS | PARAMETERS)
     return Submission(
         items=items,
@@ -44,8 +51,6 @@ def _submission(fields: Mapping[str, Any], items: Iterator[Item], key: str | Non
         parameters=_parameters(fields),
         metadata=fields.get("metadata"),
         window_s=_window_s(fields.get("completion_window")),
-        idempotency_key=key,
-        body_sha256=digest,
     )
 
 
@@ -59,7 +64,8 @@ def _parameters(fields: Mapping[str, Any]) -> dict[str, Any]:
     return grouped | {name: value for name, value in fields.items() if name in PARAMETERS - _JOB_FIELDS}
 
 
-def _object(body: bytes) -> dict[str, Any]:
+def read_object(body: bytes) -> dict[str, Any]:
+    """Return the fields of a JSON object that were given; null is not given."""
     try:
         fields = read_json(body.removeprefix(b"\xef\xbb\xbf"))
     except ValueError as exc:

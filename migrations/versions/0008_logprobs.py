@@ -12,8 +12,8 @@ depends_on = None
 
 
 def upgrade() -> None:
-    op.add_column("partials", sa.Column("logprobs", _json(), nullable=True))
-    op.add_column("outputs", sa.Column("logprobs", _json(), nullable=True))
+    op.add_column("partials", sa.Column("logprobs", sa.JSON()))
+    op.add_column("outputs", sa.Column("logprobs", sa.JSON()))
 
 
 def downgrade() -> None:

@@ -169,7 +169,7 @@ class HeadDrafter:
 
 def _sequence(forest: Forest, nodes: IntArray) -> Sequence:
     """Return the sequence that nodes of one tree belong to."""
-    return forest.sequences[forest.tree[nodes[0]]]
+    return forest.sequences[int(forest.tree[nodes[0]])]
 
 
 def _places_of(nodes: IntArray, among: IntArray) -> IntArray:

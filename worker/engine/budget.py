@@ -16,6 +16,7 @@ from worker.engine.rows import BoolArray, IntArray
 
 _MOST = 256  # draft nodes of a step at most
 _CAUGHT_UP = 16  # tokens that a drafter may be behind for a layer to be an ordinary one
+_LEAST_GAIN = 0.03  # of a plain step's tokens: prices are not known so well that a smaller gain is one
 _TIME_WEIGHT = 0.1  # of a new sample in the running time of a layer
 
 
@@ -109,6 +110,7 @@ class PricedBudget:
         self._nodes = nodes
         self._drafts = drafts
         self._rate = rate
+        self._least = _LEAST_GAIN * trees
         more = np.arange(min(_MOST, nodes * trees) + 1)
         ms = costs.step_ms(rows + more, entries * (1.0 + more / rows))
         self._price: FloatArray = rate * (ms - ms[0])  # in tokens, of so many nodes
@@ -130,7 +132,7 @@ class PricedBudget:
         kept[: len(forest.sequences)] = True
         ranked = self._ranked(forest)
         net = forest.value[ranked].cumsum() - self._price[1 : len(ranked) + 1]
-        if len(net) and net.max() > 0.0:
+        if len(net) and net.max() > self._least:
             kept[ranked[: int(net.argmax()) + 1]] = True
         return kept
 

@@ -23,7 +23,7 @@ from worker.engine.planner import Planner, StepPlan, StepTimes
 from worker.engine.rows import Move
 from worker.engine.scheduler import Batch, Scheduler
 from worker.engine.sequence import Sequence
-from worker.engine.stats import StepNumbers, StepResult
+from worker.engine.stats import ShownTree, StepNumbers, StepResult
 from worker.engine.verifier import Accepted, walk
 
 
@@ -162,9 +162,10 @@ class Engine:
                 plain_step_ms=plain_step_ms,
                 decision=plan.decision,
             )
+            traced = _shown_tree(shown, tree, accepted[tree]) if sequence.steps < sequence.traced_steps else None
             sequence.steps += 1
             sequence.prefill_ms = 0.0
-            results.append(StepResult(sequence, tuple(kept[tree]), numbers, told[tree]))
+            results.append(StepResult(sequence, tuple(kept[tree]), numbers, traced, told[tree]))
         for chunk in batch.chunks:
             if not chunk.completes:
                 chunk.sequence.cached = chunk.end
@@ -175,6 +176,18 @@ class Engine:
         for sequence in self._scheduler.drop_finished():
             if self._drafter is not None:
                 self._drafter.drop(sequence)
+
+
+def _shown_tree(shown: Forest, tree: int, accepted: Accepted) -> ShownTree:
+    nodes = shown.nodes_of(tree)
+    parents = shown.parent[nodes]
+    return ShownTree(
+        parents=tuple(np.where(parents < 0, -1, np.searchsorted(nodes, parents)).tolist()),
+        tokens=tuple(shown.token[nodes].tolist()),
+        values=tuple(shown.value[nodes].tolist()),
+        accepted=tuple(np.isin(nodes, [nodes[0], *accepted.path]).tolist()),
+        bonus=accepted.bonus,
+    )
 
 
 class _Clock:

@@ -61,13 +61,12 @@ def read_rows(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> l
     most = min(max(counts, default=0), logits.shape[-1])
     tops = _likeliest(logits, totals, most) if most else [()] * len(tokens)
     return [
-        TokenLogprobs(logprob, top[:count])
-        for logprob, top, count in zip(drawn_logprobs, tops, counts, strict=True)
+        TokenLogprobs(logprob, top[:count]) for logprob, top, count in zip(drawn_logprobs, tops, counts, strict=True)
     ]
 
 
 def _likeliest(logits: Tensor, totals: Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:
-    """Return the `count` likeliest tokens of each row. Which of equal ones `topk` takes is not said, so all are read."""
+    """Return the `count` likeliest tokens of each row. `topk` does not say which of equal ones it takes: all are read."""
     floors = logits.topk(count, dim=-1).values[:, -1:]
     row, token = (logits >= floors).nonzero(as_tuple=True)  # by row, then by token
     logprob = _rounded(logits[row, token], totals[row])

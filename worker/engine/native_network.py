@@ -1,16 +1,16 @@
 """A whole network on the CPU in one call: embeddings, decoder layers, norm, logits.
 
-language_model, head -> [native_network] -> layers, native_attention, kernels.  Takes over modules whose layers are fused
-and whose products are packed; what it computes has the same bits as they have one by one.
+language_model, head -> [native_network] -> layers, native_attention, kernels. Takes over modules whose layers are fused
+and whose products are packed; it computes the same bits as they do one by one.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -43,12 +43,12 @@ class NativeNetwork:
 
         `unit` and `join` make a head of it: a row then joins its token and the state before it.
         """
-        self._kept = (stack, norm, output, embedding, *(part.contiguous() for part in rotary), unit, join)
+        cos, sin = (part.contiguous() for part in rotary)
+        self._kept = (stack, norm, output, embedding, cos, sin, unit, join)  # what the structure points into
         self._stack, self._kernels = stack, kernels
         self._vocabulary, self._width = output.out_features, embedding.shape[1]
         self._like = embedding.new_empty(0)
         self._room = self._like
-        cos, sin = self._kept[4:6]
         self._network = Network(
             embedding=embedding.data_ptr(),
             cos=cos.data_ptr(),
@@ -62,14 +62,14 @@ class NativeNetwork:
             unit=unit.weight.data_ptr() if unit else None,
             join=join.product if join else Product(),
         )
-        self._dim = cos.shape[1]
+        self._dim = int(cos.shape[1])
 
     def forward(
         self, segments: Sequence[Segment], plan: NativePlan, states: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Run the rows of `segments`, a head's with the `states` [n, width] before them.
 
-        Return float32 logits [kept, vocabulary] and the normed last states [kept, width]; `plan.tapped` gets the tapped.
+        Return float32 logits [kept, vocabulary] and normed last states [kept, width]; `plan.tapped` gets the tapped.
         """
         ids, positions = concatenated([s.ids for s in segments]), concatenated([s.positions for s in segments])
         kept = kept_places(segments)
@@ -108,11 +108,11 @@ class NativeNetwork:
     def _places(self, rows: int) -> list[int]:
         """Return the addresses of the room for so many rows, which only grows."""
         sizes = [rows * size for size in (*self._stack.room, self._width, self._dim, self._dim, 2 * self._width)]
-        ends = np.cumsum(sizes)
-        if len(self._room) < ends[-1]:
-            self._room = self._like.new_empty(int(ends[-1]))
-        start, step = self._room.data_ptr(), self._room.element_size()
-        return [start + int(end - size) * step for end, size in zip(ends, sizes, strict=True)]
+        starts = list(accumulate(sizes, initial=0))
+        if len(self._room) < starts[-1]:
+            self._room = self._like.new_empty(starts[-1])
+        first, step = self._room.data_ptr(), self._room.element_size()
+        return [first + start * step for start in starts[:-1]]
 
 
 def whole_network(model: nn.Module, capacity: int, kernels: Kernels) -> NativeNetwork | None:

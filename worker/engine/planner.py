@@ -24,7 +24,7 @@ from worker.engine.rows import IntArray
 from worker.engine.scheduler import Batch
 from worker.engine.verifier import Accepted
 
-_MOMENT = 3.0  # times that a moment of the machine may be slower or faster than usual
+_CLOSER = 8  # times as many plain steps where the race is close
 _HORIZON = 32  # steps over which a draft that has caught up is expected to pay
 
 
@@ -103,16 +103,22 @@ class Planner:
             return None
         trees, rows = len(batch.decoding), plan.shown.size
         entries = batch.entries * rows / trees
-        forward_ms = float(self._costs.step_ms(trees, batch.entries))
-        host_ms = self._experience.host_ms(trees)
-        # A slow moment of the machine would have slowed a plain step as well: drafts are judged by its speed right now.
-        now = times.verify_ms / float(self._costs.step_ms(rows, entries)) if plan.layers else 1.0
-        plain_now_ms = forward_ms * min(max(now, 1 / _MOMENT), _MOMENT) + host_ms
-        self._settle(plan, trees, tokens, times.step_ms, plain_now_ms)
+        plain_ms = self._plain_ms(batch, plan, self._costs, times)
+        self._settle(plan, trees, tokens, times.step_ms, plain_ms)
         self._costs.observe(rows, entries, times.verify_ms)
+        return plain_ms
+
+    def _plain_ms(self, batch: Batch, plan: StepPlan, costs: CostModel, times: StepTimes) -> float:
+        """Return what the step would have taken without drafts; a plain step has just told."""
+        trees, rows, pace = len(batch.decoding), plan.shown.size, self._experience.pace
+        plain_ms = costs.measured_ms(trees, batch.entries)
+        forward_ms = costs.measured_ms(rows, batch.entries * rows / trees)
+        moment = pace.observe_forward(rows, forward_ms, times.verify_ms)
         if not plan.layers:
-            self._experience.observe_host(trees, times.step_ms - times.verify_ms)
-        return forward_ms + host_ms
+            pace.observe_plain(trees, plain_ms, times.step_ms)
+            return times.step_ms
+        # A slow moment of the machine would have slowed a plain step as well: drafts are judged by its speed right now.
+        return pace.plain_ms(trees, plain_ms) * moment
 
     def _settle(self, plan: StepPlan, trees: int, tokens: int, step_ms: float, plain_ms: float) -> None:
         """Book what a step brought to the way in which it was drafted; the others had a rest."""
@@ -136,8 +142,7 @@ class Planner:
         if self._options.mode is Mode.PAPER:
             return self._ways[0], np.arange(trees), Decision.TREE
         self._experience.steps += 1
-        # One step in so many is plain whatever drafts bring, to keep the comparison honest.
-        if self._experience.steps % self._options.probe_every == self._options.probe_every // 2:
+        if self._probes(trees):
             return None, nobody, Decision.PROBE
         decision = Decision.GUARD
         for way in self._ways:
@@ -147,6 +152,16 @@ class Planner:
                     return way, roots, Decision.TREE
                 decision = Decision.BEHIND
         return None, nobody, decision
+
+    def _probes(self, trees: int) -> bool:
+        """Return whether the step is plain on purpose: the first of its kind, then one in so many.
+
+        More where the race is close: there a plain step costs nothing, and the judgement is easily wrong.
+        """
+        every = self._options.probe_every
+        if all(way.ledger.governor.close(trees) for way in self._ways):
+            every = max(every // _CLOSER, 2)
+        return self._experience.pace.unknown(trees) or self._experience.steps % every == every // 2
 
     def _budget(self, batch: Batch, way: _Way) -> Budget:
         if self._options.mode is Mode.PAPER or self._costs is None:

@@ -8,6 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy.exc import OperationalError
 
+from jobs.api import caller
 from jobs.api.app import make_api
 from jobs.messages import CHAT_ENDPOINT
 from jobs.settings import JobsSettings
@@ -178,6 +179,23 @@ def test_jobs_are_listed_in_pages_newest_first(api: TestClient) -> None:
         page = api.get("/v1/jobs", params={"limit": 2} | after).json()
         seen += [job["id"] for job in page["data"]]
     assert seen == ids[::-1]
+
+
+def test_a_caller_sees_and_cancels_only_its_own_jobs(settings: JobsSettings, database: Database, bells: Bells) -> None:
+    app = make_api(settings, database, bells)
+    with TestClient(app) as api:
+        app.dependency_overrides[caller._caller] = lambda: caller.Caller("alice", sees_all=False)
+        hers = submitted(api)["id"]
+        app.dependency_overrides[caller._caller] = lambda: caller.Caller("bob", sees_all=False)
+        his = submitted(api)["id"]
+        assert [job["id"] for job in api.get("/v1/jobs").json()["data"]] == [his]
+        assert api.get("/v1/jobs", params={"after": hers}).status_code == 400
+        for path in ("", "/outputs", "/events", "/stats"):
+            assert api.get(f"/v1/jobs/{hers}{path}").status_code == 404
+        assert api.post(f"/v1/jobs/{hers}/cancel").status_code == 404
+        app.dependency_overrides.clear()
+        assert [job["id"] for job in api.get("/v1/jobs").json()["data"]] == [his, hers]
+        assert api.get(f"/v1/jobs/{hers}").json()["status"] == "in_progress"
 
 
 def test_the_numbers_of_a_job_and_of_everything_are_there(api: TestClient, database: Database) -> None:

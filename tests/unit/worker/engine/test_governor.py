@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.models import TableModel, packed, tiny
-from tests.unit.worker.engine.harness import decode, engine, options, sequences
+from tests.models import TableModel
+from tests.unit.worker.engine.harness import decode, options, sequences
 from worker.drafters.mixed import MixedDrafter
 from worker.drafters.suffix import SuffixDrafter
 from worker.engine.cost_model import CostModel
@@ -76,14 +76,16 @@ def test_one_slow_moment_of_the_machine_counts_as_no_more_than_four_steps() -> N
     assert governor.as_json()["1"]["credit_tokens"] == pytest.approx(8.0 - 3.0, abs=0.01)
 
 
-def test_one_step_in_so_many_is_a_probe() -> None:
-    results = decode(
-        engine(packed(tiny()), SuffixDrafter(), options(Mode.OPT_TREE, probe_every=16)),
-        sequences([[2, 3, 4]], max_tokens=60),
-    )
+def test_one_step_in_so_many_is_a_probe_where_drafts_pay() -> None:
+    counting = SlowTable(lambda text: torch.eye(61)[2 + len(text) % 3])
+    chosen, costs = options(Mode.OPT_TREE, probe_every=16), CostModel({1: 2.0, 64: 2.1})
+    some = sequences([[2, 3, 4, 2, 3, 4]], max_tokens=400)
+    results = decode(Engine(counting, SuffixDrafter(), chosen, costs), some)
+    assert np.mean([r.numbers.emitted_tokens for r in results]) > 2
     probes = [r.numbers.step for r in results if r.numbers.decision is Decision.PROBE]
-    assert [later - earlier for earlier, later in itertools.pairwise(probes)] == [16] * (len(probes) - 1)
-    assert len(probes) >= 2
+    assert probes[:2] == [1, 2], "drafts are judged by plain steps, so those come first"
+    apart = [later - earlier for earlier, later in itertools.pairwise(probes)]
+    assert apart[-2:] == [16, 16], "and once it is clear that drafts pay, few"
 
 
 def test_free_drafts_go_on_when_those_of_a_network_do_not_pay() -> None:

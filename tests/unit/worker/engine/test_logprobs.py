@@ -93,7 +93,8 @@ def test_a_resumed_sequence_is_told_the_same_as_if_it_had_not_stopped(after: int
 def test_a_greedy_token_is_its_own_likeliest_alternative_and_probabilities_sum_to_at_most_one() -> None:
     some, found = plainly(GREEDY)
     for sequence, entries in zip(some, found, strict=True):
-        assert [e.top[0] for e in entries] == [(t, e.logprob) for t, e in zip(sequence.output_ids, entries, strict=True)]
+        chosen = zip(sequence.output_ids, (e.logprob for e in entries), strict=True)
+        assert [e.top[0] for e in entries] == list(chosen)
         for entry in entries:
             assert len(entry.top) == 5
             assert [p for _, p in entry.top] == sorted((p for _, p in entry.top), reverse=True)
