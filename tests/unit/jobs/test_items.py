@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from jobs.items import UNSUPPORTED, WITHOUT_EFFECT, Item, Rules, parse_item, read_lines, parse_parameters
+from jobs.items import UNSUPPORTED, WITHOUT_EFFECT, Item, Rules, parse_item, parse_parameters, read_lines
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, Endpoint, GenerationRequest
 from storage.records import NewRequest, Refusal
 
