@@ -66,7 +66,7 @@ def read_rows(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> l
 
 
 def _likeliest(logits: Tensor, totals: Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:
-    """Return the `count` likeliest tokens of each row. `topk` does not say which of equal ones it takes: all are read."""
+    """Return the `count` likeliest tokens of each row. Which of equal ones `topk` takes is open, so all are read."""
     floors = logits.topk(count, dim=-1).values[:, -1:]
     row, token = (logits >= floors).nonzero(as_tuple=True)  # by row, then by token
     logprob = _rounded(logits[row, token], totals[row])
