@@ -5,8 +5,11 @@ MODEL := smollm2-135m-instruct
 # What `make bench` decodes: MT-Bench questions if they lie beside the checkout, else our own prompts.
 BENCH_PROMPTS ?= $(firstword $(wildcard ../shared/data/mt_bench_dev.jsonl) examples/prompts.jsonl)
 
+# So many faults strike on each database.
+CHAOS_FAULTS ?= 50
+
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test check unit integration bench clean
+.PHONY: help setup model demo test check unit integration chaos audit bench clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +40,14 @@ unit: setup ## Run the tests that need no server
 
 integration: model ## Run the tests with real servers, processes and SmolLM2
 	$(BIN)/pytest tests/integration tests/acceptance
+
+chaos: setup ## Break every part of the service, again and again, and check that nothing is lost
+	$(BIN)/python -m tests.chaos.run --database postgresql --faults $(CHAOS_FAULTS)
+	$(BIN)/python -m tests.chaos.run --database sqlite --faults $(CHAOS_FAULTS)
+
+audit: setup ## Look for known holes in what constraints.txt pins; needs a reachable vulnerability service
+	test -x .venv/audit/bin/pip-audit || { $(BIN)/python -m venv .venv/audit && .venv/audit/bin/pip install -q pip-audit; }
+	.venv/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 bench: model ## Measure decoding speed against transformers' own generate
 	$(BIN)/basic bench --prompts $(BENCH_PROMPTS)

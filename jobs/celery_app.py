@@ -6,6 +6,7 @@ and only until its rows are committed. Knows no SQL and registers no task: those
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from jobs.messages import model_queue
 DOORBELL_TASK = "basic.doorbell"  # kwargs: job_id
 INGEST_TASK = "basic.ingest"  # kwargs: batch, a PromptBatch as JSON
 INGEST_QUEUE = "basic.ingest"
+PULSE_TASK = "basic.pulse"  # no arguments; on a worker's own queue, to learn whether it still hears
 
 # Every key that Celery makes in Redis starts so; `basic:basic.ingest` and `basic:basic.model.*` are lists of messages,
 # `basic:unacked*` the messages in delivery, `basic:_kombu.binding.*` and `basic:/0.*` Celery's own wiring.
@@ -29,6 +31,9 @@ def make_app(redis_url: str, queues: Sequence[str] = ()) -> Celery:
     """Return an app on this server. A consumer names its `queues`; a producer needs none."""
     app = Celery("basic", broker=redis_url, set_as_current=False)
     app.conf.update(_settings())
+    if redis_url.startswith("rediss://") and "ssl_cert_reqs" not in redis_url:
+        # kombu demands that somebody says it. Its names for URLs, and redis-py's, are ssl_cert_reqs, ssl_ca_certs, …
+        app.conf.broker_use_ssl = {"ssl_cert_reqs": ssl.CERT_REQUIRED}
     app.conf.task_queues = tuple(queue(name) for name in queues)
     return app
 
@@ -41,6 +46,11 @@ def queue(name: str) -> Queue:
 def doorbell_queue(model: str) -> Queue:
     """Return the queue on which doorbells for a model ring."""
     return queue(model_queue(model))
+
+
+def pulse_queue(worker_id: str) -> str:
+    """Return the queue on which a worker sends messages to itself. Its list expires with the worker."""
+    return f"basic.pulse.{worker_id}"
 
 
 def _settings() -> dict[str, Any]:

@@ -10,7 +10,8 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, get_args
+from itertools import count
+from typing import IO, Any, get_args
 
 from pydantic import ValidationError
 from pydantic_core import from_json
@@ -30,9 +31,11 @@ from storage.records import NewRequest, Refusal
 MAX_CUSTOM_ID_CHARS = 64
 MAX_CHAT_LOGPROBS = 20  # alternatives of one token, as OpenAI has it
 MAX_COMPLETION_LOGPROBS = 5
+_PIECE_BYTES = 65_536  # of a line that is passed over
 _BYTES_PER_TOKEN = 4  # of ordinary text
 _CONTEXT_TOKENS = 4096  # where no worker has told its own
 MAX_TRACED_REQUESTS = 16  # of a job: so many at most keep draft trees, its first ones
+MAX_TIMEOUT_S = 30 * 86_400
 COMPLETIONS_MAX_TOKENS = 16  # OpenAI's default for raw prompts; a chat answer runs to the context's end
 
 # Fields of the OpenAI API that are accepted and change nothing in a batch.
@@ -76,7 +79,7 @@ _CAPS = ("max_tokens", "max_completion_tokens")  # the second wins where both ar
 _SAMPLING = frozenset(SamplingParameters.model_fields)
 _LOGPROBS = frozenset({"logprobs", "top_logprobs"})  # OpenAI's two endpoints mean different things by them
 PARAMETERS = frozenset(_SAMPLING | _LOGPROBS | set(_CAPS) | WITHOUT_EFFECT | set(UNSUPPORTED))
-_PROMPT_FIELDS = frozenset({"prompt", "messages", "model", "custom_id", "id"})
+_PROMPT_FIELDS = frozenset({"prompt", "messages", "model", "custom_id", "id", "timeout_s"})
 _LINE_FIELDS = frozenset({"custom_id", "id", "method", "url", "body"})
 _MESSAGE_FIELDS = frozenset({"role", "content", "name", "refusal"})
 _ROLES = {role: role for role in get_args(ChatMessage.model_fields["role"].annotation)} | {"developer": "system"}
@@ -114,16 +117,25 @@ class Rules:
     context_tokens: int | None = None  # of the workers that serve the model, if one is known
 
 
-def read_lines(body: bytes) -> Iterator[Item]:
-    """Yield the items of a JSONL body. A line that is no JSON becomes an item that will be refused; blank ones vanish.
+def read_lines(file: IO[bytes], max_line_bytes: int) -> Iterator[Item]:
+    """Yield the items of a JSONL file. A line that is no JSON becomes an item that will be refused; blank ones vanish.
 
-    Lines end at a newline only: U+2028 may stand inside a JSON string.
+    Lines end at a newline only: U+2028 may stand inside a JSON string. None is in memory beyond its limit.
     """
     index = 0
-    for number, line in enumerate(body.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if text := line.strip():
+    for number in count(1):
+        line = file.readline(max_line_bytes + 1)
+        if not line:
+            return
+        too_long = len(line) > max_line_bytes and not line.endswith(b"\n")
+        text = line.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else line.strip()
+        if too_long:
+            while (rest := file.readline(_PIECE_BYTES)) and not rest.endswith(b"\n"):
+                pass
+            yield Item(index, InvalidJsonLine(f"The line has more than {max_line_bytes} bytes."), number)
+        elif text:
             yield Item(index, _read_line(text), number)
-            index += 1
+        index += bool(too_long or text)
 
 
 def read_json(text: bytes) -> Any:
@@ -138,9 +150,12 @@ def parse_item(item: Item, rules: Rules) -> NewRequest:
         fields = _fields(item.value, rules.endpoint)
         custom_id = _custom_id(fields, custom_id)
         body = _request(fields, rules, item.index)
+        timeout_s = _timeout_s(fields.get("timeout_s"))
     except RequestRefused as refused:
         return NewRequest(custom_id, refusal=_refusal(refused, item))
-    return NewRequest(custom_id, body=body.model_dump(mode="json"), tokens=_most_tokens(body, rules))
+    return NewRequest(
+        custom_id, body=body.model_dump(mode="json"), tokens=_most_tokens(body, rules), timeout_s=timeout_s
+    )
 
 
 def parse_body(body: Any, rules: Rules) -> NewRequest:
@@ -223,6 +238,15 @@ def _custom_id(fields: Mapping[str, Any], default: str) -> str:
     if not isinstance(custom_id, str) or not 1 <= len(custom_id) <= MAX_CUSTOM_ID_CHARS:
         raise InvalidValue(f"A custom_id is a string of 1 to {MAX_CUSTOM_ID_CHARS} characters.", param=name)
     return _clean(custom_id, name)
+
+
+def _timeout_s(value: Any) -> float | None:
+    """Return the seconds within which a request must end, counted from the recording of its job."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_TIMEOUT_S:
+        raise InvalidValue(f"must be a number of seconds above 0 and at most {MAX_TIMEOUT_S}", param="timeout_s")
+    return float(value)
 
 
 def _request(fields: Mapping[str, Any], rules: Rules, index: int) -> GenerationRequest:

@@ -158,11 +158,11 @@ def launch(command: Command) -> subprocess.Popen[bytes]:
             stdout=log_file,
             stderr=subprocess.STDOUT if log_file else None,
             process_group=0,
-            preexec_fn=_dying_with(os.getpid()),
+            preexec_fn=dying_with(os.getpid()),
         )
 
 
-def _dying_with(parent_pid: int) -> Callable[[], None] | None:
+def dying_with(parent_pid: int) -> Callable[[], None] | None:
     """Return what a child does between fork and exec so that the kernel kills it with its parent.
 
     SIGKILL, because everything we start is made to be killed at any time, and a promise that a hung child can't break

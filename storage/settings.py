@@ -26,7 +26,9 @@ class StorageSettings(BaseSettings):
     data_dir: Path = Field(
         default_factory=default_data_dir, description="Directory of all that is kept on this machine."
     )
-    database_url: str = Field("", description="SQLAlchemy URL; empty: SQLite `basic.sqlite3` in the data directory.")
+    database_url: str = Field(
+        "", description="SQLAlchemy URL; empty: SQLite `basic.sqlite3` in the data directory.", repr=False
+    )
 
     @property
     def resolved_database_url(self) -> str:

@@ -27,6 +27,12 @@ def database_now(session: Session) -> float:
     return float(session.execute(text(_NOW[_dialect(session)])).scalar_one())
 
 
+def one_state(session: Session) -> None:
+    """Let all queries of a transaction that has not begun see one state of the database, as SQLite's always do."""
+    if _dialect(session) == "postgresql":
+        session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
+
+
 def insert_new(session: Session, model: type[Base]) -> postgresql.Insert | sqlite.Insert:
     """Return an INSERT that leaves rows alone that are there already."""
     return insert_into(session, model).on_conflict_do_nothing()
@@ -69,10 +75,9 @@ def is_lapsed(now: float) -> ColumnElement[bool]:
     return and_(Request.status == "running", Request.lease_expires_at < now)
 
 
-def has_work(now: float) -> ColumnElement[bool]:
+def has_work() -> ColumnElement[bool]:
     """Return the condition that a job has a request that can be claimed."""
-    # Two questions rather than one with OR, for which SQLite would read the finished requests too.
-    return or_(_has_request(Request.status == "queued"), _has_request(is_lapsed(now)))
+    return _has_request(Request.status == "queued")
 
 
 def has_open_requests() -> ColumnElement[bool]:

@@ -39,7 +39,15 @@ class WorkerSettings(JobsSettings):
     threshold: float = Field(0.5, ge=0, description="Paper mode stops when a layer adds less expected acceptance.")
     max_depth: int = Field(10, gt=0, description="Layers of one draft tree at most.")
     threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: all.")
-    lease_s: float = Field(30.0, gt=0, description="Seconds a claim lasts without renewal.")
+    stall_s: float = Field(
+        120.0, gt=0, description="Seconds without a finished step after which a worker ends, to be started again."
+    )
+    deaf_s: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds without a message to itself, though Redis answers, until a worker ends.",
+    )
+    drain_s: float = Field(15.0, gt=0, description="Seconds in which a stopping worker hands its requests back.")
     cache_dir: Path = Field(
         default_factory=lambda: Path(platformdirs.user_cache_dir("basic")), description="Converted models."
     )

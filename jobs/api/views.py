@@ -37,6 +37,7 @@ def job(view: JobView) -> Json:
         },
         "progress": _progress(view),
         "metadata": view.metadata,
+        "retry_of": view.retry_of,
     }
 
 
@@ -102,7 +103,16 @@ def _progress(view: JobView) -> Json:
         "completion_tokens": view.completion_tokens,
         "elapsed_s": round(elapsed_s, 3),
         "tokens_per_s": round(view.completion_tokens / elapsed_s, 3) if elapsed_s > 0 else None,
+        "time_left_s": _time_left_s(view, elapsed_s),
     }
+
+
+def _time_left_s(view: JobView, elapsed_s: float) -> float | None:
+    """Return how long the rest takes at the pace of the requests so far; None where there is no pace yet."""
+    left = view.requests_total - view.requests_completed - view.requests_failed
+    if JobStatus(view.status).final:
+        return 0.0
+    return round(elapsed_s * left / view.requests_completed, 1) if view.requests_completed else None
 
 
 def _elapsed_s(view: JobView) -> float:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import httpx
@@ -23,7 +24,7 @@ from tests.unit.jobs.test_cli import Run, prompts, run
 
 __all__ = ["prompts", "run"]  # fixtures
 
-NOTHING = {"acceptance": [], "minutes": [], "batch_sizes": [], "reliability": []}
+NOTHING: dict[str, Any] = {"acceptance": [], "minutes": [], "batch_sizes": [], "reliability": []}
 
 
 def test_the_table_tells_the_speedup_and_where_it_comes_from(run: Run, prompts: str, database: Database) -> None:
