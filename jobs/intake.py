@@ -214,7 +214,7 @@ def _rules(submission: Submission, first: Item, database: Database, settings: Jo
         job_id=submission.job_id or new_job_id(),
         model=model,
         endpoint=submission.endpoint,
-        defaults=parse_parameters(submission.parameters),
+        defaults=parse_parameters(submission.parameters, submission.endpoint),
         max_prompt_chars=settings.max_prompt_chars,
         context_tokens=context_tokens,
     )

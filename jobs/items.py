@@ -29,6 +29,8 @@ from jobs.messages import COMPLETIONS_ENDPOINT, ChatMessage, Endpoint, Generatio
 from storage.records import NewRequest, Refusal
 
 MAX_CUSTOM_ID_CHARS = 64
+MAX_CHAT_LOGPROBS = 20  # alternatives of one token, as OpenAI has it
+MAX_COMPLETION_LOGPROBS = 5
 _PIECE_BYTES = 65_536  # of a line that is passed over
 _BYTES_PER_TOKEN = 4  # of ordinary text
 _CONTEXT_TOKENS = 4096  # where no worker has told its own
@@ -65,19 +67,18 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logprobs": (False,),
     "min_tokens": (0,),
     "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "web_search_options": (),
 }
 
 _CAPS = ("max_tokens", "max_completion_tokens")  # the second wins where both are given
 _SAMPLING = frozenset(SamplingParameters.model_fields)
-PARAMETERS = frozenset(_SAMPLING | set(_CAPS) | WITHOUT_EFFECT | set(UNSUPPORTED))
+_LOGPROBS = frozenset({"logprobs", "top_logprobs"})  # OpenAI's two endpoints mean different things by them
+PARAMETERS = frozenset(_SAMPLING | _LOGPROBS | set(_CAPS) | WITHOUT_EFFECT | set(UNSUPPORTED))
 _PROMPT_FIELDS = frozenset({"prompt", "messages", "model", "custom_id", "id", "timeout_s"})
 _LINE_FIELDS = frozenset({"custom_id", "id", "method", "url", "body"})
 _MESSAGE_FIELDS = frozenset({"role", "content", "name", "refusal"})
@@ -172,12 +173,19 @@ def parse_body(body: Any, rules: Rules) -> NewRequest:
     )
 
 
-def parse_parameters(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sampling parameters among the fields; raise RequestRefused for the first that is wrong."""
+def parse_parameters(
+    fields: Mapping[str, Any], endpoint: Endpoint, defaults: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the sampling parameters among the fields; raise RequestRefused for the first that is wrong.
+
+    `defaults` hold where the fields say nothing.
+    """
     given = {name: value for name, value in fields.items() if value is not None}
     refuse_unknown(given, PARAMETERS)
     _refuse_unsupported(given)
-    parameters = {name: value for name, value in given.items() if name in _SAMPLING}
+    parameters = {name: value for name, value in given.items() if name in _SAMPLING - _LOGPROBS}
+    if given.keys() & _LOGPROBS:
+        parameters["logprobs"] = _logprobs(given, endpoint, (defaults or {}).get("logprobs"))
     if "max_completion_tokens" in given:
         parameters["max_tokens"] = given["max_completion_tokens"]
     _sampling({"seed": 0} | parameters)
@@ -246,7 +254,9 @@ def _request(fields: Mapping[str, Any], rules: Rules, index: int) -> GenerationR
     refuse_unknown(fields, _PROMPT_FIELDS | PARAMETERS)
     if fields.get("model", rules.model) != rules.model:
         raise InvalidValue(f"This job runs on {rules.model!r}; other models need a job of their own.", param="model")
-    parameters = parse_parameters({name: value for name, value in fields.items() if name in PARAMETERS})
+    parameters = parse_parameters(
+        {name: value for name, value in fields.items() if name in PARAMETERS}, rules.endpoint, rules.defaults
+    )
     prompt = _prompt(fields, rules)
     return GenerationRequest(model=rules.model, sampling=_sampling_for(parameters, rules, index), **prompt)
 
@@ -273,6 +283,31 @@ def _sampling(parameters: Mapping[str, Any]) -> SamplingParameters:
         # What our own validators say is complete; pydantic's sentences gain by what was given.
         given = "" if first["type"] == "value_error" else f", not {_shown(first['input'])}"
         raise InvalidValue(f"{message}{given}", param=str(first["loc"][0])) from exc
+
+
+def _logprobs(fields: Mapping[str, Any], endpoint: Endpoint, default: int | None) -> int | None:
+    """Return how many alternatives are told beside each token; None if no log-probabilities are wanted."""
+    logprobs, top = fields.get("logprobs"), fields.get("top_logprobs")
+    if endpoint == COMPLETIONS_ENDPOINT:
+        if top:
+            raise InvalidValue(f"is for chats; on {endpoint}, logprobs is the number itself", param="top_logprobs")
+        return _whole(logprobs, "logprobs", MAX_COMPLETION_LOGPROBS) if logprobs not in (None, False) else None
+    if not isinstance(logprobs, bool | None):
+        raise InvalidValue(
+            f"must be true or false, not {_shown(logprobs)}; the number is top_logprobs", param="logprobs"
+        )
+    most = None if top is None else _whole(top, "top_logprobs", MAX_CHAT_LOGPROBS)
+    if not (default is not None if logprobs is None else logprobs):
+        if most:
+            raise InvalidValue("needs logprobs to be true", param="top_logprobs")
+        return None
+    return most if most is not None else default or 0
+
+
+def _whole(value: Any, name: str, most: int) -> int:
+    if type(value) is not int or not 0 <= value <= most:
+        raise InvalidValue(f"must be a whole number from 0 to {most}, not {_shown(value)}", param=name)
+    return value
 
 
 def _seed(job_id: str, index: int) -> int:

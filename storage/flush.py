@@ -182,6 +182,7 @@ def _checkpoint_columns(checkpoint: Checkpoint) -> dict[str, Any]:
         "text": without_nul(checkpoint.text),
         "pieces": [(without_nul(text), source) for text, source in checkpoint.pieces],
         "steps": [asdict(step) for step in checkpoint.steps],
+        "logprobs": checkpoint.logprobs,
     }
 
 
@@ -215,6 +216,7 @@ def _take_partials(session: Session, keys: Collection[ChoiceKey]) -> dict[Choice
         Partial.text,
         Partial.pieces,
         Partial.steps,
+        Partial.logprobs,
         Partial.worker_id,
         Partial.event_number,
     )
@@ -236,12 +238,19 @@ def _output_row(key: ChoiceKey, choice: FinishedChoice, partials: Sequence[AnyRo
         "text": without_nul(choice.text),
         "accepted_tokens": sum(sum(partial.accepted) for partial in partials),
         "pieces": merge_pieces(piece for partial in partials for piece in partial.pieces),
+        "logprobs": _all_logprobs(partials),
         "worker_id": worker_id,
         "checkpoints": [
             (partial.event_number, partial.seq, len(partial.text), len(partial.token_ids), sum(partial.accepted))
             for partial in partials
         ],
     }
+
+
+def _all_logprobs(partials: Sequence[AnyRow]) -> list[Any] | None:
+    """Return those of the whole text, whoever decoded its parts; None if the request wanted none."""
+    parts = [partial.logprobs for partial in partials]
+    return None if not parts or None in parts else [row for part in parts for row in part]
 
 
 def merge_pieces(pieces: Iterable[Sequence[str]]) -> list[tuple[str, str]]:

@@ -192,6 +192,7 @@ class Partial(Base):
     text: Mapped[str]
     pieces: Mapped[list[Any]]  # [text, "draft" | "target"]
     steps: Mapped[list[Any]]  # the step rows, waiting for the output
+    logprobs: Mapped[list[Any] | None]  # per token, if the request wants them (jobs.logprobs)
     worker_id: Mapped[str]
     committed_at: Mapped[float]
     event_number: Mapped[int] = mapped_column(BigInteger, server_default="0")  # of the commit that wrote it
@@ -214,6 +215,7 @@ class Output(Base):
     accepted_tokens: Mapped[int]  # of the completion: accepted draft tokens
     token_ids: Mapped[list[Any]]
     pieces: Mapped[list[Any]]  # the text again, cut by who chose it: [text, "draft" | "target"]
+    logprobs: Mapped[list[Any] | None]  # per token, if the request wanted them (jobs.logprobs)
     worker_id: Mapped[str]
     started_at: Mapped[float]
     finished_at: Mapped[float]

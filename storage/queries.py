@@ -76,6 +76,7 @@ class ChoiceView:
     worker_id: str
     started_at: float
     finished_at: float
+    logprobs: list[Any] | None  # per token, if they were wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +218,7 @@ def outputs(
             Output.worker_id,
             Output.started_at,
             Output.finished_at,
+            Output.logprobs,
         )
         .outerjoin(Output, and_(Output.job_id == Request.job_id, Output.request_index == Request.request_index))
         .where(Request.job_id == job_id, Request.request_index > after_index, Request.status.in_(statuses), wanted)

@@ -132,6 +132,8 @@ class Checkpoint:
     text: str
     pieces: tuple[tuple[str, str], ...]  # (text, "draft" | "target")
     steps: tuple[StepRow, ...]
+    # Per token, as JSON, if the request wants them. Not read back: the output takes them from the rows.
+    logprobs: tuple[Any, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,6 +72,10 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 decodes greedily.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(min=0, max=20, help="Log-probabilities, and so many alternatives of each token; with --json."),
+    ] = None,
     nodes: Nodes = None,
     target: Target = None,
     draft: Draft = None,
@@ -93,13 +97,21 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise InvalidValue("the prompt is empty", param="PROMPT")
+    if logprobs is not None and not as_json:
+        raise InvalidValue("log-probabilities are printed with --json only", param="--logprobs")
     # One prompt needs one KV slot, and no more of the calibration than that.
     settings = settings_of(target=target, draft=draft, dtype=dtype, mode=mode, nodes=nodes, max_sequences=1)
     console = Console(highlight=False)
     with sentences():
         assembly = assemble(settings, say=say)
         request = request_for(
-            assembly.name, text, max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop or ()
+            assembly.name,
+            text,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            stop=stop or (),
+            logprobs=logprobs,
         )
         endpoint = COMPLETIONS_ENDPOINT if raw else CHAT_ENDPOINT
         done = decode(assembly, request, endpoint=endpoint, on_pieces=_mute if as_json else _printer(console))

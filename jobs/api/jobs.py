@@ -114,9 +114,7 @@ def outputs(
 
     With `follow` the lines come as requests end, each with a `cursor` from which a new call goes on.
     """
-    lines = (
-        followed_lines(services, job.id, cursor, failed) if follow else output_lines(services, job.id, after, failed)
-    )
+    lines = followed_lines(services, job, cursor, failed) if follow else output_lines(services, job, after, failed)
     return StreamingResponse(lines, media_type="application/x-ndjson; charset=utf-8")
 
 
