@@ -23,6 +23,7 @@ from worker.engine.errors import ModelRefused, TokenizersDiffer
 from worker.engine.hidden_states import HiddenStates
 from worker.engine.language_model import PackedModel, embeddings, kv_bytes, load, output_weights, quicken
 from worker.pull import resolve
+from worker.ranks import DRAFT, Ranks, draft_split
 from worker.settings import WorkerSettings
 from worker.text import first_difference, load_tokenizer
 
@@ -42,17 +43,36 @@ class Draft:
     make: Callable[[HiddenStates | None, int, int], MakeDrafter]  # takes the target's states, slots, and their capacity
 
 
-def draft_for(settings: WorkerSettings, model: PreTrainedModel, tokenizer: Tokenizer) -> Draft:
+def draft_for(
+    settings: WorkerSettings, model: PreTrainedModel, tokenizer: Tokenizer, ranks: Ranks | None = None
+) -> Draft:
     """Return the draft that the settings choose for a loaded target, whose layers are not fused yet.
 
-    Raises ModelRefused or TokenizersDiffer, with what differs and what to do, if it can't draft for the target.
+    With `ranks` the target is split over them. Raises ModelRefused or TokenizersDiffer, with what differs and what to
+    do, if it can't draft for the target.
     """
-    path = _chosen(settings)
+    path = chosen_draft(settings)
     if path is None:
         return Draft(None, (), 0, lambda *_: SuffixDrafter)
     if is_head(path):
         return _with_head(path, settings, model, tokenizer)
-    return _with_model(path, settings, model, tokenizer)
+    return _with_model(path, settings, model, tokenizer, ranks)
+
+
+def chosen_draft(settings: WorkerSettings) -> str | None:
+    """Return where the draft of the settings lies; None: only what texts repeat."""
+    if settings.draft == SUFFIX or settings.mode == "plain":
+        return None
+    if settings.draft:
+        return resolve(settings.draft, settings.cache_dir)
+    own = shipped(settings.target)
+    return str(own) if own else None
+
+
+def heads_its_draft(settings: WorkerSettings) -> bool:
+    """Return whether the settings choose a head, which reads weights and states of its target."""
+    path = chosen_draft(settings)
+    return path is not None and is_head(path)
 
 
 def shipped(target: str) -> Path | None:
@@ -70,15 +90,6 @@ def refuse_different(target: Tokenizer, draft: Tokenizer, target_name: str, draf
             f"{draft_name} can't draft for {target_name}: token id {first} is {ours!r} in the target's tokenizer and "
             f"{theirs!r} in the draft's; choose a draft with the target's tokenizer"
         )
-
-
-def _chosen(settings: WorkerSettings) -> str | None:
-    if settings.draft == SUFFIX or settings.mode == "plain":
-        return None
-    if settings.draft:
-        return resolve(settings.draft, settings.cache_dir)
-    own = shipped(settings.target)
-    return str(own) if own else None
 
 
 def _with_head(path: str, settings: WorkerSettings, model: PreTrainedModel, tokenizer: Tokenizer) -> Draft:
@@ -99,9 +110,12 @@ def _with_head(path: str, settings: WorkerSettings, model: PreTrainedModel, toke
     return Draft(name, shape.taps, entry * model.dtype.itemsize, make)
 
 
-def _with_model(path: str, settings: WorkerSettings, model: PreTrainedModel, tokenizer: Tokenizer) -> Draft:
+def _with_model(
+    path: str, settings: WorkerSettings, model: PreTrainedModel, tokenizer: Tokenizer, ranks: Ranks | None
+) -> Draft:
     refuse_different(tokenizer, load_tokenizer(path), settings.target, settings.draft)
-    network = load(path, dtype=model.dtype, device=model.device)
+    everywhere = ranks is not None and settings.draft_ranks == "all"
+    network = load(path, dtype=model.dtype, device=model.device, ranks=draft_split(path, settings) if everywhere else 1)
     vocabulary = network.config.get_text_config().vocab_size
     if vocabulary < len(tokenizer):
         raise ModelRefused(
@@ -111,7 +125,11 @@ def _with_model(path: str, settings: WorkerSettings, model: PreTrainedModel, tok
     name = model_name(settings.draft)
 
     def make(_: HiddenStates | None, slots: int, capacity: int) -> MakeDrafter:
-        packed = PackedModel(network, slots=slots, capacity=capacity)
+        packed: PackedModel
+        if everywhere and ranks is not None:
+            packed = ranks.lead(network, DRAFT, slots=slots, capacity=capacity)
+        else:
+            packed = PackedModel(network, slots=slots, capacity=capacity)
         return lambda: MixedDrafter(ModelDrafter(packed, name, len(tokenizer)), SuffixDrafter())
 
     return Draft(name, (), kv_bytes(network), make)

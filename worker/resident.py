@@ -152,7 +152,7 @@ class Resident:
             pid=os.getpid(),
             target=self._assembly.name,
             draft=self._assembly.draft,
-            devices=(self._assembly.device,),
+            devices=(self._assembly.device,) * self._assembly.ranks,
             context_tokens=self._assembly.options.max_context,
             calibration=self._assembly.costs.as_json(),
         )

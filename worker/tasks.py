@@ -6,18 +6,16 @@ Celery -> [tasks] -> resident.  The message carries no work and is acknowledged 
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 
 from celery import Celery
 from celery.signals import worker_shutting_down
 
 from jobs.celery_app import DOORBELL_TASK, make_app
-from jobs.errors import BasicError
-from jobs.logs import log_to_stderr
 from jobs.messages import model_queue
 from jobs.producer import make_producer_app, ring
 from worker.assembly import assemble
-from worker.engine.errors import EngineError
 from worker.resident import Resident
 from worker.settings import WorkerSettings
 
@@ -47,9 +45,10 @@ def serve(settings: WorkerSettings) -> int:
     def stop(**_: object) -> None:
         resident.stop()
 
-    resident.start()
-    log.info("Serving %s as %s", assembly.name, resident.worker_id, extra={"action": "ready"})
+    signal.signal(signal.SIGTERM, _leave)  # Celery's own handler comes later, and requests may be claimed before
     try:
+        resident.start()
+        log.info("Serving %s as %s", assembly.name, resident.worker_id, extra={"action": "ready"})
         app.worker_main(["worker", "--concurrency=4", "--loglevel=INFO", f"--hostname={resident.worker_id}@%h"])
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
@@ -58,16 +57,5 @@ def serve(settings: WorkerSettings) -> int:
     return 0
 
 
-def run(settings: WorkerSettings) -> int:
-    """Serve, and turn what the settings got wrong into one sentence and an exit status that means: don't restart."""
-    log_to_stderr(settings.log_format)
-    try:
-        return serve(settings)
-    except (BasicError, EngineError) as error:
-        print(error, file=sys.stderr)
-        return 78
-
-
-def main() -> int:
-    """Run a worker with the settings of the environment: `python -m worker`."""
-    return run(WorkerSettings())
+def _leave(_number: int, _frame: object) -> None:
+    sys.exit(0)

@@ -3,6 +3,7 @@
 EngineError
 ├── ModelRefused            a model that the packed forward can't decode exactly, or can't load
 │   └── TokenizersDiffer    target and draft give different ids to the same text
+├── RankLost                a rank of the replica is gone, and the others can't go on without it
 └── OutOfSlots              more sequences than KV slots: a bug of the caller
 """
 
@@ -23,6 +24,10 @@ class ModelRefused(EngineError):
 
 class TokenizersDiffer(ModelRefused):
     """Target and draft give different ids to the same text."""
+
+
+class RankLost(EngineError):
+    """A rank of the replica is gone, and the others can't go on without it."""
 
 
 class OutOfSlots(EngineError):

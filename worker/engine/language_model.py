@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from worker.engine.attention import ATTENTION_NAME, AttentionPlan
 from worker.engine.errors import ModelRefused
@@ -27,6 +28,7 @@ from worker.engine.rows import Move, Segment, chain, kept_rows
 
 # Frequencies of these depend on the longest text of the forward, so one sequence would change another's numbers.
 _BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+_WHOLE = "basic_whole_weights"  # attribute of a split model: those of its weights that were gathered
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -146,7 +148,7 @@ class KvStore:
 def kv_store(model: PreTrainedModel, slots: int, capacity: int, native: bool = True) -> KvStore:
     """Return KV slots for a model, or for the layers of one, in the layout of what runs them."""
     config = model.config.get_text_config()
-    heads, kv_heads = config.num_attention_heads, _kv_heads(model)
+    heads, kv_heads = config.num_attention_heads // ranks_of(model), _kv_heads(model)
     compiled = _kernels_for(model) if native else None
     layers, head_dim = config.num_hidden_layers, _head_dim(model)
     if compiled is None:
@@ -176,6 +178,18 @@ def refuse_inexact(config: PretrainedConfig) -> None:
             )
 
 
+def refuse_uneven(config: PretrainedConfig, ranks: int) -> None:
+    """Raise ModelRefused, with what can be done instead, for heads that can't be dealt out to so many ranks."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if kv_heads % ranks or heads % ranks:
+        fitting = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and heads % n == 0]
+        raise ModelRefused(
+            f"{heads} heads over {kv_heads} KV heads can't be split over {ranks} ranks; use --tp "
+            f"{' or '.join(map(str, fitting))}, with more replicas beside it, or see `basic plan`"
+        )
+
+
 def _rope_types(parameters: dict[str, Any]) -> set[str]:
     own = {parameters["rope_type"]} if isinstance(parameters.get("rope_type"), str) else set()
     return own.union(*(_rope_types(nested) for nested in parameters.values() if isinstance(nested, dict)))
@@ -188,16 +202,23 @@ def native_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def load(path: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load(path: str, *, dtype: torch.dtype, device: torch.device, ranks: int = 1) -> PreTrainedModel:
     """Load a causal model for packed decoding from a local directory or a hub id; safetensors only, no remote code.
 
-    Raises ModelRefused with what to do when it is missing or not supported.
+    With `ranks` it is this process's share, by the tensor parallel plan that transformers has for the model. Raises
+    ModelRefused with what to do when it is missing or not supported.
     """
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         refuse_inexact(config.get_text_config())
+        refuse_uneven(config.get_text_config(), ranks)
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=ATTENTION_NAME, use_safetensors=True, trust_remote_code=False
+            path,
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+            use_safetensors=True,
+            trust_remote_code=False,
+            distributed_config=DistributedConfig(tp_size=ranks) if ranks > 1 else None,
         )
     except (OSError, ValueError) as error:
         raise ModelRefused(f"{path} could not be loaded: {error}") from error
@@ -208,16 +229,31 @@ def load(path: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedMo
 
 def embeddings(model: PreTrainedModel) -> Tensor:
     """Return a model's token embeddings [vocab, width]."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight.detach()
+    return _whole(model, "embeddings", model.get_input_embeddings().weight)
 
 
 def output_weights(model: PreTrainedModel) -> Tensor:
     """Return the weights [vocab, width] of a model's logits, before they are packed."""
-    weight = model.get_output_embeddings().weight  # type: ignore[no-untyped-call]
-    assert isinstance(weight, Tensor)
-    return weight.detach()
+    return _whole(model, "output", model.get_output_embeddings().weight)  # type: ignore[no-untyped-call]
+
+
+def gather(model: PreTrainedModel) -> None:
+    """Collect the embeddings and output weights of a model that is split, for a draft that needs them whole.
+
+    Every rank must call it; it does nothing for a model that is not split.
+    """
+    if ranks_of(model) > 1:
+        parts = {"embeddings": model.get_input_embeddings(), "output": model.get_output_embeddings()}  # type: ignore[no-untyped-call]
+        whole = {name: part.weight.full_tensor().detach() for name, part in parts.items()}
+        setattr(model, _WHOLE, whole)
+
+
+def _whole(model: PreTrainedModel, name: str, weight: Any) -> Tensor:
+    gathered: dict[str, Tensor] = getattr(model, _WHOLE, {})
+    assert name in gathered or ranks_of(model) == 1, "the weights of a model that is split are gathered first"
+    found = gathered.get(name, weight)
+    assert isinstance(found, Tensor)
+    return found.detach()
 
 
 def quicken(model: PreTrainedModel) -> None:
@@ -230,13 +266,18 @@ def quicken(model: PreTrainedModel) -> None:
 
 def _kernels_for(model: PreTrainedModel) -> Kernels | None:
     """Return the compiled kernels if they take this model."""
-    compiled = kernels(model.dtype) if model.device.type == "cpu" else None
+    compiled = kernels(model.dtype) if model.device.type == "cpu" and ranks_of(model) == 1 else None
     return compiled if compiled is not None and _head_dim(model) % compiled.panel == 0 else None
 
 
 def _kv_heads(model: PreTrainedModel) -> int:
     config = model.config.get_text_config()
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads) // ranks_of(model)
+
+
+def ranks_of(model: PreTrainedModel) -> int:
+    """Return over how many ranks a loaded model is split; its heads are dealt out to them."""
+    return model.tp_size or 1
 
 
 def _head_dim(model: PreTrainedModel) -> int:
