@@ -115,7 +115,12 @@ class PricedBudget:
         self.floor = float((self._price[1:] / more[1:]).min())
 
     def frontier(self, forest: Forest, layer: IntArray) -> IntArray:
-        """Go on if the next layer can earn its time. It can't gain more than this one did: children share a parent."""
+        """Go on if the next layer can earn its time. It can't gain more than this one did: children share a parent.
+
+        Only below nodes that may still enter the cut: the best of their trees, and of the batch.
+        """
+        if forest.size - len(forest.sequences) > min(self._nodes, _MOST):
+            layer = layer[self._within(forest)[layer]]
         gain = float((forest.value[layer] - self.floor).sum())
         return layer if gain > self._rate * self._drafts.layer_ms(len(layer)) else layer[:0]
 
@@ -123,11 +128,20 @@ class PricedBudget:
         """Return the best prefix of the ranking; maybe none of it."""
         kept = np.zeros(forest.size, np.bool_)
         kept[: len(forest.sequences)] = True
-        ranked = forest.ranking()
-        if len(ranked) > self._nodes:  # some tree may have too many
-            ranked = ranked[forest.best(self._nodes)[ranked]]
-        ranked = ranked[: len(self._price) - 1]
+        ranked = self._ranked(forest)
         net = forest.value[ranked].cumsum() - self._price[1 : len(ranked) + 1]
         if len(net) and net.max() > 0.0:
             kept[ranked[: int(net.argmax()) + 1]] = True
         return kept
+
+    def _ranked(self, forest: Forest) -> IntArray:
+        """Return the draft nodes that the budget has room for, best first."""
+        ranked = forest.ranking()
+        if len(ranked) > self._nodes:  # some tree may have too many
+            ranked = ranked[forest.best(self._nodes)[ranked]]
+        return ranked[: len(self._price) - 1]
+
+    def _within(self, forest: Forest) -> BoolArray:
+        within = np.zeros(forest.size, np.bool_)
+        within[self._ranked(forest)] = True
+        return within

@@ -31,6 +31,7 @@ class CostModel:
         self._ms = np.maximum.accumulate([rows_ms[int(rows)] for rows in self._rows])
         self._entry_ms = entry_ms
         self._correction = np.ones(len(self._rows))  # at each measured point
+        self._points = self._ms  # with it
         self._drift = 1.0
         self._samples = 0
 
@@ -50,6 +51,7 @@ class CostModel:
         # The points beside this size share the rest; what the drift has taken is the machine's, not the size's.
         nearness = np.clip(1.0 - np.abs(np.log2(self._rows / rows)), 0.0, 1.0)
         self._correction = np.clip(self._correction * surprise ** (_SHAPE_WEIGHT * nearness), 1 / _LARGEST, _LARGEST)
+        self._points = np.maximum.accumulate(self._ms * self._correction)
 
     def as_json(self) -> dict[str, Any]:
         """Return the curve for `workers.calibration`."""
@@ -68,7 +70,7 @@ class CostModel:
         return cls(rows_ms, float(said["ms_per_1000_entries"]) / 1000)
 
     def _undrifted(self, rows: FloatArray | np.float64, entries: FloatArray | np.float64) -> FloatArray:
-        points = np.maximum.accumulate(self._ms * self._correction)
+        points = self._points
         ms = np.interp(rows, self._rows, points)
         if len(points) > 1:  # beyond the last point the curve goes on as it ended
             slope = (points[-1] - points[-2]) / (self._rows[-1] - self._rows[-2])

@@ -10,7 +10,10 @@ from typing import Any
 
 from worker.engine.acceptance import Acceptance
 from worker.engine.budget import DraftCosts
+from worker.engine.cost_model import load_class
 from worker.engine.governor import Governor
+
+_HOST_WEIGHT = 0.05  # of a new step in the running time beside the forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,16 @@ class Experience:
     whole: Ledger = field(default_factory=Ledger)
     free: Ledger = field(default_factory=Ledger)
     steps: int = 0  # that might have had drafts
+    hosts: dict[int, float] = field(default_factory=dict)  # by load class: a plain step's time beside its forward
+
+    def host_ms(self, sequences: int) -> float:
+        """Return what a plain step of so many sequences takes beside its forward."""
+        return self.hosts.get(load_class(sequences), 0.0)
+
+    def observe_host(self, sequences: int, ms: float) -> None:
+        """Learn from a step without drafts."""
+        before = self.hosts.get(load_class(sequences), ms)
+        self.hosts[load_class(sequences)] = before + _HOST_WEIGHT * (min(ms, 2 * before) - before)
 
     def as_json(self) -> dict[str, Any]:
         """Return it for `workers.calibration`."""

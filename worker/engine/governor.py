@@ -1,8 +1,8 @@
 """The governor: may this step speculate? It watches what speculation really earned, whatever the model predicts.
 
 budget -> [governor]. Per load class it keeps an account in tokens. A step that speculated pays in what it emitted minus
-what plain decoding would have emitted in the same time; every step pays in one hundredth of its tokens. While the
-account is overdrawn, steps are plain: the loss is bounded by that hundredth, even if every prediction is wrong. The
+what plain decoding would have emitted in the same time; every step pays in a two-hundredth of its tokens. While the
+account is overdrawn, steps are plain: the loss is bounded by that part, even if every prediction is wrong. The
 account is asked only whether it is overdrawn; it must be in credit by half a token before speculation comes back.
 """
 
@@ -15,12 +15,12 @@ from typing import Any
 
 from worker.engine.cost_model import load_class
 
-_ALLOWANCE = 0.01  # of all tokens may be lost to speculation that does not pay
+_ALLOWANCE = 0.005  # of all tokens may be lost by a way of drafting that does not pay; there are two at most
 _START = 8.0  # tokens of a new account, and what any holds at most: to find out what drafts are worth
-_PURSE = 4.0  # tokens per sequence that it holds at most, if that is more: old luck must not pay for long losses
+_PURSE = 0.5  # tokens per sequence that it holds at most, if that is more: old luck must not pay for long losses
 _BACK = 0.5  # tokens that an overdrawn account must hold again
 _RATE_WEIGHT = 0.05  # of a step in the running rate
-_OUTLIER = 2.0  # a step's time counts as at most so many times the plain step's
+_OUTLIER = 4.0  # a step's time counts as at most so many times the plain step's
 
 
 class Decision(StrEnum):

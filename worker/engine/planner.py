@@ -48,6 +48,15 @@ class StepPlan:
     way: _Way | None = None  # how it was drafted
 
 
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Where the time of a step went, in milliseconds."""
+
+    draft_ms: float
+    verify_ms: float
+    step_ms: float  # all of it, bookkeeping included
+
+
 class Planner:
     """Plans the steps of one engine and learns from them."""
 
@@ -59,13 +68,14 @@ class Planner:
         self._costs = costs
         self._experience = experience
         self._acceptance = experience.acceptance
+        self._learned = options.mode is Mode.OPT_TREE or options.calibrated
         self._ways = [] if drafter is None else [_Way(drafter, experience.whole)]
         if drafter is not None and drafter.free is not None and options.mode is Mode.OPT_TREE:
             self._ways.append(_Way(drafter.free, experience.free))
 
     def plan(self, batch: Batch) -> StepPlan:
         """Decide what the decoding sequences of a batch show to the target."""
-        forest = Forest(batch.emitting)
+        forest = Forest(batch.emitting, self._acceptance.worth if self._learned else 1.0)
         way, roots, decision = self._choose(batch)
         if way is None:
             return StepPlan(forest, forest, forest.roots, [], decision)
@@ -80,7 +90,7 @@ class Planner:
         return StepPlan(forest, shown, np.flatnonzero(cut), layers, decision, way)
 
     def learn(
-        self, batch: Batch, plan: StepPlan, accepted: list[Accepted], tokens: int, draft_ms: float, step_ms: float
+        self, batch: Batch, plan: StepPlan, accepted: list[Accepted], tokens: int, times: StepTimes
     ) -> float | None:
         """Learn from a step that was taken and emitted so many tokens.
 
@@ -93,13 +103,16 @@ class Planner:
             return None
         trees, rows = len(batch.decoding), plan.shown.size
         entries = batch.entries * rows / trees
-        plain_ms = float(self._costs.step_ms(trees, batch.entries))
+        forward_ms = float(self._costs.step_ms(trees, batch.entries))
+        host_ms = self._experience.host_ms(trees)
         # A slow moment of the machine would have slowed a plain step as well: drafts are judged by its speed right now.
-        now = (step_ms - draft_ms) / float(self._costs.step_ms(rows, entries)) if plan.layers else 1.0
-        plain_now_ms = plain_ms * min(max(now, 1 / _MOMENT), _MOMENT)
-        self._settle(plan, trees, tokens, step_ms, plain_now_ms)
-        self._costs.observe(rows, entries, step_ms - draft_ms)
-        return plain_ms
+        now = times.verify_ms / float(self._costs.step_ms(rows, entries)) if plan.layers else 1.0
+        plain_now_ms = forward_ms * min(max(now, 1 / _MOMENT), _MOMENT) + host_ms
+        self._settle(plan, trees, tokens, times.step_ms, plain_now_ms)
+        self._costs.observe(rows, entries, times.verify_ms)
+        if not plan.layers:
+            self._experience.observe_host(trees, times.step_ms - times.verify_ms)
+        return forward_ms + host_ms
 
     def _settle(self, plan: StepPlan, trees: int, tokens: int, step_ms: float, plain_ms: float) -> None:
         """Book what a step brought to the way in which it was drafted; the others had a rest."""
@@ -167,8 +180,7 @@ class Planner:
     def _grow(self, forest: Forest, budget: Budget, roots: IntArray, way: _Way) -> list[Layer]:
         rows = sum(way.drafter.behind(forest.sequences[root]) for root in roots.tolist())
         started = perf_counter()
-        learned = self._options.mode is Mode.OPT_TREE or self._options.calibrated
-        valued = self._valued if learned else as_offered
+        valued = self._valued if self._learned else as_offered
         layers = grow(forest, way.drafter, budget, self._options.max_depth, roots, valued)
         ms = (perf_counter() - started) * 1e3
         way.ledger.drafts.observe_growth(rows, [len(layer.frontier) for layer in layers], ms)
@@ -186,4 +198,8 @@ class Planner:
             drawn.update(zip([root, *path], tokens, strict=True))
         for layer in plan.layers:
             self._acceptance.learn(plan.forest, layer.frontier, layer.offered, drawn_tokens(layer.frontier, drawn))
+        shown = plan.shown.size - len(accepted)
+        if shown:
+            expected = float(plan.shown.value[len(accepted) :].sum())
+            self._acceptance.learn_worth(expected, sum(len(kept.path) for kept in accepted))
         self._acceptance.forget()
