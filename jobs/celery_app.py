@@ -17,6 +17,7 @@ from jobs.messages import model_queue
 DOORBELL_TASK = "basic.doorbell"  # kwargs: job_id
 INGEST_TASK = "basic.ingest"  # kwargs: batch, a PromptBatch as JSON
 INGEST_QUEUE = "basic.ingest"
+PULSE_TASK = "basic.pulse"  # no arguments; on a worker's own queue, to learn whether it still hears
 
 # Every key that Celery makes in Redis starts so; `basic:basic.ingest` and `basic:basic.model.*` are lists of messages,
 # `basic:unacked*` the messages in delivery, `basic:_kombu.binding.*` and `basic:/0.*` Celery's own wiring.
@@ -41,6 +42,11 @@ def queue(name: str) -> Queue:
 def doorbell_queue(model: str) -> Queue:
     """Return the queue on which doorbells for a model ring."""
     return queue(model_queue(model))
+
+
+def pulse_queue(worker_id: str) -> str:
+    """Return the queue on which a worker sends messages to itself. Its list expires with the worker."""
+    return f"basic.pulse.{worker_id}"
 
 
 def _settings() -> dict[str, Any]:

@@ -8,13 +8,14 @@ BasicError
 │   ├── UnsupportedParameter    a field we know and don't honour yet
 │   ├── InvalidJsonLine         a line is not a JSON object
 │   ├── PromptTooLong           the prompt leaves no room for one new token
-│   └── GivenUp                 the request was taken up too often without an end
+│   └── UnreadableRequest       the stored request can't be read
 ├── JobRefused                  the job as a whole can't be accepted
 │   ├── UnknownModel            no worker serves this model
 │   ├── DuplicateCustomId       two requests of one job carry the same custom_id
 │   ├── EmptyJob                a job without requests
 │   ├── TooManyRequests         more requests than one job may hold
 │   ├── IdempotencyConflict     the key was used for another body
+│   ├── QueueFull               as many requests wait as the service takes
 │   ├── BodyTooLarge            the body has more bytes than one submission may
 │   ├── BodyTooSlow             the body stopped coming
 │   └── UnsupportedBody         the body is of a type, or packed in a way, that we don't take
@@ -23,6 +24,7 @@ BasicError
 ├── ServiceUnavailable          a part of the service can't be reached right now
 │   ├── QueueUnavailable        the Redis server does not answer
 │   └── DatabaseUnavailable     the database does not answer
+│       └── StorageFull         its disk is full
 └── SetupError                  the installation or its settings are not usable
     └── UnknownSetting          a BASIC_… variable that nothing reads
 """
@@ -93,8 +95,8 @@ class PromptTooLong(RequestRefused):
     code = "context_length_exceeded"
 
 
-class GivenUp(RequestRefused):
-    """The request was taken up too often without an end."""
+class UnreadableRequest(RequestRefused):
+    """The request as it is stored can't be read by this version."""
 
     code = "server_error"
     status_code = 500
@@ -137,6 +139,13 @@ class IdempotencyConflict(JobRefused):
 
     code = "idempotency_conflict"
     status_code = 409
+
+
+class QueueFull(JobRefused):
+    """As many requests are waiting as this service takes; send the job again later."""
+
+    code = "queue_full"
+    status_code = 429
 
 
 class BodyTooLarge(JobRefused):
@@ -184,6 +193,12 @@ class QueueUnavailable(ServiceUnavailable):
 
 class DatabaseUnavailable(ServiceUnavailable):
     """The database does not answer; try again in a few seconds."""
+
+
+class StorageFull(DatabaseUnavailable):
+    """The disk of the database is full; nothing was recorded. Try again when there is room."""
+
+    status_code = 507
 
 
 class SetupError(BasicError):

@@ -12,9 +12,17 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from jobs.errors import DuplicateCustomId, EmptyJob, IdempotencyConflict, InvalidValue, TooManyRequests, UnknownModel
+from jobs.errors import (
+    DuplicateCustomId,
+    EmptyJob,
+    IdempotencyConflict,
+    InvalidValue,
+    QueueFull,
+    TooManyRequests,
+    UnknownModel,
+)
 from jobs.items import Item, Rules, parse_item, parse_parameters
-from jobs.messages import CHAT_ENDPOINT, Endpoint, model_name
+from jobs.messages import CHAT_ENDPOINT, MESSAGE_VERSION, Endpoint, model_name
 from jobs.producer import Ring
 from jobs.settings import JobsSettings
 from storage import queries, writes
@@ -49,7 +57,7 @@ def accept_job(submission: Submission, *, database: Database, ring: Ring, settin
     rules = _rules(submission, items[0], database, settings)
     requests = [parse_item(item, rules) for item in items]
     _refuse_duplicates(items, requests)
-    recorded = _record(_new_job(submission, rules, settings), requests, database)
+    recorded = _record(_new_job(submission, rules, settings), requests, database, settings.max_open_requests)
     if recorded.conflict:
         raise IdempotencyConflict
     if recorded.created:
@@ -134,12 +142,19 @@ def _new_job(submission: Submission, rules: Rules, settings: JobsSettings) -> Ne
         api_key_id=submission.api_key_id,
         idempotency_key=_idempotency_key(submission.idempotency_key),
         body_sha256=submission.body_sha256,
+        body_version=MESSAGE_VERSION,
     )
 
 
-def _record(job: NewJob, requests: Sequence[NewRequest], database: Database) -> writes.RecordedJob:
+def _record(
+    job: NewJob, requests: Sequence[NewRequest], database: Database, max_open: int | None = None
+) -> writes.RecordedJob:
     with database.write() as session:
-        return writes.record_job(session, job, requests)
+        recorded = writes.record_job(session, job, requests)
+        # Counted with the job, and after a look for an earlier one: a repeated submission is not refused.
+        if recorded.created and max_open is not None and queries.open_requests(session) > max_open:
+            raise QueueFull
+        return recorded
 
 
 def _metadata(metadata: Any) -> Mapping[str, str] | None:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
+RESTART_STATUS = 75  # EX_TEMPFAIL of sysexits.h: another start may work
 BAD_SETTINGS_STATUS = 78  # EX_CONFIG of sysexits.h: another start would end the same way
 
 _PR_SET_PDEATHSIG = 1
@@ -168,7 +169,7 @@ def launch(command: Command) -> subprocess.Popen[bytes]:
             stdout=log_file,
             stderr=subprocess.STDOUT if log_file else None,
             process_group=0,
-            preexec_fn=_dying_with(os.getpid()),
+            preexec_fn=dying_with(os.getpid()),
         )
 
 
@@ -186,7 +187,7 @@ def _on(cpus: frozenset[int] | None) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def _dying_with(parent_pid: int) -> Callable[[], None] | None:
+def dying_with(parent_pid: int) -> Callable[[], None] | None:
     """Return what a child does between fork and exec so that the kernel kills it with its parent.
 
     SIGKILL, because everything we start is made to be killed at any time, and a promise that a hung child can't break

@@ -32,6 +32,12 @@ class JobsSettings(StorageSettings):
     max_body_bytes: int = Field(200_000_000, gt=0, description="Bytes of one submission.")
     max_prompt_chars: int = Field(1_000_000, gt=0, description="Characters of one prompt, before it is tokenized.")
     completion_window_s: float = Field(86_400, gt=0, description="Seconds after which an unfinished job expires.")
+    lease_s: float = Field(
+        20.0, gt=0, description="Seconds a worker's claim lasts without renewal; longer than the longest step."
+    )
+    max_open_requests: int = Field(
+        1_000_000, gt=0, description="Requests that may wait or run before new jobs are answered with 429."
+    )
     partials_interval_s: float = Field(0.5, gt=0, description="Seconds between two commits of new tokens.")
 
 

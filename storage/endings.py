@@ -6,15 +6,16 @@ locks those of jobs first, in the order of their ids, so that no two transaction
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import Final
 
-from sqlalchemy import ColumnElement, and_, case, select, update
+from sqlalchemy import ColumnElement, and_, case, func, select, update
 from sqlalchemy.orm import Session
 
-from storage.models import Job, Request
-from storage.records import Refusal, RequestKey
-from storage.sql import database_now, has_open_requests, is_lapsed, is_request, without_nul
+from storage.models import Job, Partial, Request
+from storage.records import FailedRequest, Refusal, RequestKey
+from storage.sql import database_now, has_open_requests, is_lapsed, is_one_of, is_request, without_nul
 
 OPEN_JOB_STATUSES: Final = ("in_progress", "cancelling")
 
@@ -24,6 +25,8 @@ CANCELLED: Final = Refusal(
 EXPIRED: Final = Refusal(
     "batch_expired", "The completion window was over before this request was completed.", status_code=408
 )
+
+LATE: Final = Refusal("deadline_exceeded", "The request was not completed within its timeout.", status_code=408)
 
 
 def finalise_jobs(session: Session, job_ids: Collection[str]) -> list[tuple[str, str]]:
@@ -70,6 +73,48 @@ def expire_jobs(session: Session) -> list[tuple[str, str]]:
     return [(job_id, "expired") for job_id in overdue] + _end_abandoned(session, now)
 
 
+def expire_requests(session: Session) -> tuple[list[FailedRequest], list[tuple[str, str]]]:
+    """Fail the requests whose own deadline is over; return them, and (job_id, final status) of jobs that ended so.
+
+    Whoever decodes one of them finds its lease lost.
+    """
+    now = database_now(session)
+    late = and_(Request.expires_at <= now, Request.finished_at.is_(None))
+    job_ids = lock_jobs(session, Job.id.in_(select(Request.job_id).where(late)) & (Job.status == "in_progress"))
+    if not job_ids:
+        return [], []
+    keys = session.execute(
+        select(Request.job_id, Request.request_index)
+        .where(late, Request.job_id.in_(job_ids))
+        .order_by(Request.job_id, Request.request_index)
+        .with_for_update(key_share=True)
+    )
+    failed = fail_requests(session, [(job_id, index) for job_id, index in keys], LATE, now)
+    return failed, finalise_jobs(session, {request.job_id for request in failed})
+
+
+def fail_requests(session: Session, keys: Collection[RequestKey], reason: Refusal, now: float) -> list[FailedRequest]:
+    """Fail requests that the caller has locked with their jobs, count them, and return what their events must say."""
+    if not keys:
+        return []
+    ended = {"status": "failed", "finished_at": now, "lease_expires_at": None, "suspect_group": None}
+    rows = session.execute(
+        update(Request)
+        .where(is_request(keys))
+        .values(**ended, **error_columns(reason))
+        .returning(Request.job_id, Request.request_index, Request.custom_id, Request.attempts)
+    ).all()
+    for job_id, count in Counter(row.job_id for row in rows).items():
+        session.execute(update(Job).where(Job.id == job_id).values(requests_failed=Job.requests_failed + count))
+    last = _last_seqs(session, keys)
+    # One that was never claimed has no events; `started` is number 0 of all others.
+    return [
+        FailedRequest(*key, row.custom_id, last.get(key, 0) + 1 if row.attempts else 0, reason)
+        for row in sorted(rows)
+        for key in [(row.job_id, row.request_index)]
+    ]
+
+
 def cancel_requests(session: Session, keys: Collection[RequestKey], now: float) -> None:
     """Cancel requests that the caller has locked."""
     if keys:
@@ -89,6 +134,16 @@ def error_columns(refusal: Refusal) -> dict[str, str | int | None]:
         "error_param": refusal.param,
         "error_status_code": refusal.status_code,
     }
+
+
+def _last_seqs(session: Session, keys: Collection[RequestKey]) -> dict[RequestKey, int]:
+    """Return the number of the last event of choice 0 that was committed, where there is one."""
+    rows = session.execute(
+        select(Partial.job_id, Partial.request_index, func.max(Partial.seq))
+        .where(is_one_of((Partial.job_id, Partial.request_index), keys), Partial.choice_index == 0)
+        .group_by(Partial.job_id, Partial.request_index)
+    )
+    return {(job_id, index): seq for job_id, index, seq in rows}
 
 
 def _end_abandoned(session: Session, now: float) -> list[tuple[str, str]]:

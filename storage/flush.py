@@ -31,7 +31,8 @@ def flush(
     """Renew the leases and write the progress of all requests of a worker; say which it has lost, which jobs ended.
 
     A lease that has lapsed is renewed if nobody has claimed its request meanwhile. A lease is lost when its request has
-    a new owner or has ended by another hand, or when its job is cancelled or over; then its progress is not written.
+    a new owner or has ended by another hand, when its deadline is over, or when its job is cancelled or over; then its
+    progress is not written.
     """
     leases = set(held).union(entry.lease for entry in progress)
     if not leases:
@@ -40,6 +41,7 @@ def flush(
     ours = [entry for entry in progress if standings[entry.lease] is _Standing.HOLDS]
     now = database_now(session)
     _renew(session, _keys(standings, _Standing.HOLDS), now + lease_s)
+    _prove(session, {entry.lease.key for entry in ours if entry.checkpoints})
     tally = _Tally()
     _write_checkpoints(session, worker_id, ours, now, tally)
     _write_outputs(session, worker_id, ours, tally)
@@ -91,7 +93,14 @@ def _look_at(session: Session, worker_id: str, leases: Collection[Lease]) -> dic
     requests = {
         (request.job_id, request.request_index): request
         for request in session.execute(
-            select(Request.job_id, Request.request_index, Request.status, Request.lease_owner, Request.lease_number)
+            select(
+                Request.job_id,
+                Request.request_index,
+                Request.status,
+                Request.lease_owner,
+                Request.lease_number,
+                Request.expires_at,
+            )
             .where(is_request({lease.key for lease in leases}))
             .order_by(Request.job_id, Request.request_index)
             .with_for_update(key_share=True)
@@ -106,7 +115,7 @@ def _worth(lease: Lease, worker_id: str, job: AnyRow | None, request: AnyRow | N
         return _Standing.LOST
     if request.status in ("completed", "failed"):
         return _Standing.ENDED
-    if request.status != "running":
+    if request.status != "running" or (request.expires_at is not None and request.expires_at <= now):
         return _Standing.LOST
     if job.status == "cancelling":
         return _Standing.CANCELLED
@@ -120,6 +129,13 @@ def _keys(standings: dict[Lease, _Standing], wanted: _Standing) -> set[RequestKe
 def _renew(session: Session, keys: Collection[RequestKey], until: float) -> None:
     if keys:
         session.execute(update(Request).where(is_request(keys)).values(lease_expires_at=until))
+
+
+def _prove(session: Session, keys: Collection[RequestKey]) -> None:
+    """Note which requests have committed tokens under this lease: they are no suspects any more."""
+    if keys:
+        proven = {"proven": True, "suspect_group": None, "lone_crashes": 0}
+        session.execute(update(Request).where(is_request(keys), ~Request.proven).values(**proven))
 
 
 def _write_checkpoints(

@@ -22,6 +22,8 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     event,
+    false,
+    text,
 )
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -43,6 +45,10 @@ REQUEST_STATUSES = ("queued", "running", "completed", "failed", "expired", "canc
 
 def _one_of(column: str, values: tuple[str, ...]) -> str:
     return f"{column} IN ({', '.join(repr(value) for value in values)})"
+
+
+def _where_set(column: str, condition: str) -> Index:
+    return Index(None, column, sqlite_where=text(condition), postgresql_where=text(condition))
 
 
 class Base(DeclarativeBase):
@@ -91,6 +97,8 @@ class Job(Base):
     idempotency_key: Mapped[str | None]
     body_sha256: Mapped[str | None]
     doorbell_at: Mapped[float | None]  # when workers were last told that the job has requests for them
+    # Version of its requests' bodies. A worker that reads only older ones leaves the job to those that were upgraded.
+    body_version: Mapped[int] = mapped_column(server_default=text("1"))
 
     __table_args__ = (
         UniqueConstraint("api_key_id", "idempotency_key"),
@@ -124,11 +132,19 @@ class Request(Base):
     lease_expires_at: Mapped[float | None]
     started_at: Mapped[float | None]
     finished_at: Mapped[float | None]
+    expires_at: Mapped[float | None]  # its own deadline; the job's holds too
+    # Who ran it when a worker was lost (storage.reclaim): such a group runs again with nobody else in trial beside it.
+    suspect_group: Mapped[str | None]
+    proven: Mapped[bool] = mapped_column(server_default=false())  # has committed tokens under the present lease
+    lone_crashes: Mapped[int] = mapped_column(server_default=text("0"))  # workers lost while it alone was in trial
 
     __table_args__ = (
         CheckConstraint(_one_of("status", REQUEST_STATUSES), name="status"),
         # The claim, and whether a job has anything left: both must not read the finished requests of a large job.
         Index(None, "job_id", "status", "request_index"),
+        # Few rows have one of these at any time, and only those are in the index.
+        _where_set("suspect_group", "suspect_group IS NOT NULL"),
+        _where_set("expires_at", "expires_at IS NOT NULL AND finished_at IS NULL"),
     )
 
 
@@ -226,8 +242,20 @@ class Worker(Base):
     context_tokens: Mapped[int]
     started_at: Mapped[float]
     last_seen_at: Mapped[float]
-    stopped_at: Mapped[float | None]
+    stopped_at: Mapped[float | None]  # when it left in order
     calibration: Mapped[dict[str, Any]]
+    process: Mapped[str | None]  # which process of this machine: its neighbours see at once if it is dead
+    lost_at: Mapped[float | None]  # when it was found dead or silent; cleared should it come back
+
+
+class Election(Base):
+    """Who holds an office that one process at a time must have, such as the reconciler's."""
+
+    __tablename__ = "elections"
+
+    office: Mapped[str] = mapped_column(primary_key=True)
+    holder: Mapped[str]
+    term_ends_at: Mapped[float]
 
 
 @event.listens_for(Base.metadata, "after_create")

@@ -14,6 +14,7 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, and_, func, select, true, tuple_
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
+from storage.endings import OPEN_JOB_STATUSES
 from storage.flush import merge_pieces
 from storage.models import DecodeStep, Job, Output, Partial, Request, Worker
 from storage.sql import AnyRow, database_now
@@ -145,6 +146,7 @@ class WorkerView:
     last_seen_at: float
     stopped_at: float | None
     calibration: Mapping[str, Any]
+    lost_at: float | None  # when it was found dead or silent
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +245,12 @@ def total_stats(session: Session) -> JobStats:
     return _stats(session, None)
 
 
+def open_requests(session: Session) -> int:
+    """Return how many requests have not ended."""
+    left = Job.requests_total - Job.requests_completed - Job.requests_failed
+    return int(session.scalar(select(func.coalesce(func.sum(left), 0)).where(Job.status.in_(OPEN_JOB_STATUSES))) or 0)
+
+
 def workers(session: Session) -> list[WorkerView]:
     """Return the workers that have introduced themselves, latest start first."""
     columns = [getattr(Worker, name) for name in WorkerView.__dataclass_fields__]
@@ -252,7 +260,8 @@ def workers(session: Session) -> list[WorkerView]:
 
 def models(session: Session) -> list[ModelView]:
     """Return the models of the workers that are alive."""
-    alive = and_(Worker.stopped_at.is_(None), Worker.last_seen_at > database_now(session) - _SEEN_S)
+    seen = Worker.last_seen_at > database_now(session) - _SEEN_S
+    alive = and_(Worker.stopped_at.is_(None), Worker.lost_at.is_(None), seen)
     rows = session.execute(
         select(Worker.target, func.min(Worker.context_tokens))
         .where(alive)

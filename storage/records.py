@@ -34,6 +34,7 @@ class NewJob:
     api_key_id: str | None = None
     idempotency_key: str | None = None  # unique per api_key_id
     body_sha256: str | None = None  # of the submitted body, to tell a repeat from a conflict
+    body_version: int = 1  # of the bodies of its requests: a worker must be able to read them
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,18 @@ class NewRequest:
     custom_id: str
     body: Mapping[str, Any] | None = None
     refusal: Refusal | None = None
+    timeout_s: float | None = None  # seconds from creation after which it fails, whatever its job may still have
+
+
+@dataclass(frozen=True, slots=True)
+class FailedRequest:
+    """A request that failed in nobody's hands, with what its `failed` event must say."""
+
+    job_id: str
+    request_index: int
+    custom_id: str
+    seq: int  # behind all events of its choice 0
+    refusal: Refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,3 +169,4 @@ class WorkerCard:
     devices: tuple[str, ...]
     context_tokens: int  # longest prompt plus completion it can hold
     calibration: Mapping[str, Any]
+    process: str | None = None  # which process it is, for neighbours on its machine; None: they can't know

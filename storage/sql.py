@@ -61,10 +61,9 @@ def is_lapsed(now: float) -> ColumnElement[bool]:
     return and_(Request.status == "running", Request.lease_expires_at < now)
 
 
-def has_work(now: float) -> ColumnElement[bool]:
+def has_work() -> ColumnElement[bool]:
     """Return the condition that a job has a request that can be claimed."""
-    # Two questions rather than one with OR, for which SQLite would read the finished requests too.
-    return or_(_has_request(Request.status == "queued"), _has_request(is_lapsed(now)))
+    return _has_request(Request.status == "queued")
 
 
 def has_open_requests() -> ColumnElement[bool]:

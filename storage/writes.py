@@ -14,7 +14,7 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, and_, insert, select, update
 from sqlalchemy.orm import Session
 
-from storage.endings import error_columns, expire_jobs, finalise_jobs, request_cancel
+from storage.endings import error_columns, expire_jobs, expire_requests, finalise_jobs, request_cancel
 from storage.flush import flush
 from storage.models import Job, Request, Worker
 from storage.records import NewJob, NewRequest, WorkerCard
@@ -24,6 +24,7 @@ __all__ = [
     "RecordedJob",
     "beat_worker",
     "expire_jobs",
+    "expire_requests",
     "finalise_jobs",
     "flush",
     "record_job",
@@ -72,8 +73,8 @@ def register_worker(session: Session, card: WorkerCard) -> None:
 
 
 def beat_worker(session: Session, worker_id: str) -> None:
-    """Note that a worker is alive."""
-    _update_worker(session, worker_id, last_seen_at=database_now(session))
+    """Note that a worker is alive, also if it was thought lost."""
+    _update_worker(session, worker_id, last_seen_at=database_now(session), lost_at=None)
 
 
 def update_calibration(session: Session, worker_id: str, calibration: Mapping[str, Any]) -> None:
@@ -109,6 +110,7 @@ def _job_row(job: NewJob, now: float) -> dict[str, Any]:
         "idempotency_key": job.idempotency_key,
         "body_sha256": job.body_sha256,
         "doorbell_at": now,  # whoever records a job rings right after the commit
+        "body_version": job.body_version,
     }
 
 
@@ -123,6 +125,7 @@ def _request_row(job_id: str, index: int, request: NewRequest, now: float) -> di
         "attempts": 0,
         "lease_number": 0,
         "finished_at": now if refused else None,
+        "expires_at": None if request.timeout_s is None else now + request.timeout_s,
         **(error_columns(request.refusal) if request.refusal is not None else _NO_ERROR),
     }
 

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from jobs.local_start import environment
-from jobs.processes import Command, launch, python_module
+from jobs.processes import RESTART_STATUS, Command, launch, python_module
 from worker.engine.errors import ModelRefused
 from worker.engine.language_model import refuse_uneven
 from worker.engine.leading import LeadingModel
@@ -34,7 +34,6 @@ TARGET, DRAFT = 0, 1  # numbers of the models on every rank
 
 _GRACE_S = 5.0  # within which a step notices by itself that a rank is gone; one that waits on a GPU never does
 _STOP_S = 5.0
-_RESTART_STATUS = 75  # EX_TEMPFAIL of sysexits.h: another start may work
 
 
 class Ranks:
@@ -98,7 +97,7 @@ class Ranks:
         )
         if not self._closing.wait(_GRACE_S):
             logging.shutdown()
-            os._exit(_RESTART_STATUS)
+            os._exit(RESTART_STATUS)
 
 
 def draft_split(path: str, settings: WorkerSettings) -> int:

@@ -47,7 +47,15 @@ class WorkerSettings(JobsSettings):
     memory_share: float = Field(
         1.0, gt=0, le=1, description="Part of the machine's free memory that this process may count on."
     )
-    lease_s: float = Field(30.0, gt=0, description="Seconds a claim lasts without renewal.")
+    stall_s: float = Field(
+        120.0, gt=0, description="Seconds without a finished step after which a worker ends, to be started again."
+    )
+    deaf_s: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds without a message to itself, though Redis answers, until a worker ends.",
+    )
+    drain_s: float = Field(15.0, gt=0, description="Seconds in which a stopping worker hands its requests back.")
     cache_dir: Path = Field(
         default_factory=lambda: Path(platformdirs.user_cache_dir("basic")), description="Converted models."
     )

@@ -9,7 +9,8 @@ import sys
 
 from jobs.errors import BasicError
 from jobs.logs import log_to_stderr
-from jobs.processes import BAD_SETTINGS_STATUS
+from jobs.processes import BAD_SETTINGS_STATUS, RESTART_STATUS
+from storage.session import DATABASE_AWAY, why_away
 from worker import supervisor
 from worker.engine.errors import EngineError
 from worker.settings import WorkerSettings
@@ -23,6 +24,9 @@ def run(settings: WorkerSettings) -> int:
     except (BasicError, EngineError) as error:
         print(error, file=sys.stderr)
         return BAD_SETTINGS_STATUS
+    except DATABASE_AWAY as error:
+        print(f"the database does not answer: {why_away(error)}", file=sys.stderr)
+        return RESTART_STATUS
 
 
 def main() -> int:

@@ -16,9 +16,7 @@ from worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
 
-_STOP_S = (
-    15.0  # less than whoever stops us waits for us: a replica finishes its step, commits and hands its requests back
-)
+_LEAVE_S = 3.0  # beyond the time in which a replica hands its requests back
 
 
 def is_needed(settings: WorkerSettings) -> bool:
@@ -55,7 +53,8 @@ def replica(settings: WorkerSettings, pin: Pin) -> Command:
     told = environment(settings) | pin.environment
     if not settings.threads:
         told["BASIC_THREADS"] = str(max(1, len(pin.cpus) // settings.tp))
-    return Command(f"replica {pin.number}", python_module("worker"), told, stop_s=_STOP_S, cpus=pin.cpus)
+    stop_s = settings.drain_s + _LEAVE_S
+    return Command(f"replica {pin.number}", python_module("worker"), told, stop_s=stop_s, cpus=pin.cpus)
 
 
 def _where(pin: Pin) -> str:

@@ -8,16 +8,16 @@ from collections.abc import Mapping
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import InterfaceError, OperationalError
 from starlette.exceptions import HTTPException
 
 from jobs.api.envelope import error_body
 from jobs.api.limits import REQUEST_ID_HEADER, request_id
-from jobs.errors import BasicError, DatabaseUnavailable, InvalidValue
+from jobs.errors import BasicError, DatabaseUnavailable, InvalidValue, ServiceUnavailable, StorageFull
+from storage.session import DATABASE_AWAY, is_full, why_away
 
 log = logging.getLogger(__name__)
 
-_RETRY_AFTER_S = "3"
+_RETRY_AFTER_S = {429: "10", 503: "3", 507: "30"}
 
 
 def install(app: FastAPI) -> None:
@@ -25,14 +25,15 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(BasicError, _on_basic_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
-    app.add_exception_handler(OperationalError, _on_database_away)
-    app.add_exception_handler(InterfaceError, _on_database_away)
+    for away in DATABASE_AWAY:
+        app.add_exception_handler(away, _on_database_away)
+    app.add_exception_handler(MemoryError, _on_memory_short)
     app.add_exception_handler(Exception, _on_bug)
 
 
 def _reply(error: BasicError, headers: Mapping[str, str] | None = None) -> JSONResponse:
     status = error.status_code
-    extra = {"retry-after": _RETRY_AFTER_S} if status == 503 else {}
+    extra = {"retry-after": _RETRY_AFTER_S[status]} if status in _RETRY_AFTER_S else {}
     if status == 409:
         extra["x-should-retry"] = "false"  # the openai client would otherwise try a conflict again
     body = error_body(status, error.message, error.param, error.code)
@@ -57,9 +58,13 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
 
 
 async def _on_database_away(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, OperationalError | InterfaceError)
-    log.warning("The database does not answer: %s", error.orig, extra={"action": "database_unavailable"})
-    return _reply(DatabaseUnavailable())
+    log.warning("The database does not answer: %s", why_away(error), extra={"action": "database_unavailable"})
+    return _reply(StorageFull() if is_full(error) else DatabaseUnavailable())
+
+
+async def _on_memory_short(request: Request, error: Exception) -> JSONResponse:
+    log.warning("A request found no memory", extra={"action": "memory_short"})
+    return _reply(ServiceUnavailable("There is not enough memory for this right now; try again in a few seconds."))
 
 
 async def _on_bug(request: Request, error: Exception) -> JSONResponse:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import socket
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import uvicorn
 
 from jobs.api.app import make_api
 from jobs.errors import SetupError
+from jobs.liveness import identity
 from jobs.logs import log_to_stderr
+from jobs.partials import Publisher
+from jobs.producer import make_producer_app, ring
+from jobs.reconciler import Reconciler
+from jobs.schema_guard import require_schema
 from jobs.settings import JobsSettings
 from storage.session import Database
 
@@ -20,6 +28,7 @@ _SHUTDOWN_S = 5  # streams that are still open after this are cut
 def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
     """Serve until a signal comes. The URL is written to `ready_file` as soon as connections are taken."""
     log_to_stderr(settings.log_format)
+    require_schema(settings.resolved_database_url)
     listener = _listen(settings.api_host, settings.api_port)
     database = Database.open(settings.resolved_database_url)
     config = uvicorn.Config(
@@ -28,9 +37,30 @@ def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
     if ready_file is not None:
         _write_url(ready_file, listener)
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        with _reconciling(settings, database):
+            uvicorn.Server(config).run(sockets=[listener])
     finally:
         database.dispose()
+
+
+@contextmanager
+def _reconciling(settings: JobsSettings, database: Database) -> Iterator[None]:
+    """Stand for reconciler beside the workers: jobs expire also while there is none."""
+    bells = make_producer_app(settings.redis_url)
+    publisher = Publisher(settings.redis_url)
+    reconciler = Reconciler(
+        database,
+        publisher.publish,
+        lambda job_id, model: ring(bells, job_id, model),
+        name=f"shim-{identity() or uuid.uuid4().hex}",
+        lease_s=settings.lease_s,
+    )
+    reconciler.start()
+    try:
+        yield
+    finally:
+        reconciler.stop()
+        publisher.close()
 
 
 def _listen(host: str, port: int) -> socket.socket:

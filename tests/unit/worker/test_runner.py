@@ -14,6 +14,7 @@ from torch import Tensor
 from jobs.messages import CHAT_ENDPOINT, GenerationRequest, PartialEvent, SamplingParameters
 from storage import schema, writes
 from storage.models import DecodeStep, Job, Output, Partial, Request
+from storage.reclaim import reclaim
 from storage.records import NewJob, NewRequest
 from storage.session import Database
 from tests.models import TableModel, byte_tokenizer
@@ -96,8 +97,10 @@ def texts(database: Database) -> dict[tuple[int, int], str]:
 
 
 def lapse_leases(database: Database) -> None:
+    """Let all leases lapse, and the reconciler see it."""
     with database.write() as session:
         session.execute(text("UPDATE requests SET lease_expires_at = 0 WHERE status = 'running'"))
+        reclaim(session)
 
 
 def test_every_request_gets_its_output_and_the_job_completes(database: Database) -> None:
