@@ -6,7 +6,7 @@ MODEL := smollm2-135m-instruct
 BENCH_PROMPTS ?= $(firstword $(wildcard ../shared/data/mt_bench_dev.jsonl) examples/prompts.jsonl)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test check unit integration bench clean
+.PHONY: help setup model demo test check unit integration bench secrets clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ integration: model ## Run the tests with real servers, processes and SmolLM2
 
 bench: model ## Measure decoding speed against transformers' own generate
 	$(BIN)/basic bench --prompts $(BENCH_PROMPTS)
+
+secrets: ## Write the passwords of docker-compose.yml, once
+	@sh .ci/make-secrets
 
 clean: ## Remove .venv and caches; the record of your jobs (.basic) stays
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

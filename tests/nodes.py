@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 
 from jobs.intake import Submission, accept_job
 from jobs.items import Item
 from jobs.producer import make_producer_app, ring
 from jobs.settings import JobsSettings
-from storage.models import Job, Output, Worker
+from storage.models import DecodeStep, Job, Output, Worker
 from storage.session import Database
 from tests.models import byte_tokenizer, tiny
 
@@ -106,6 +106,10 @@ class Cluster:
     def outputs(self, job_id: str) -> list[Output]:
         """Return the outputs of a job so far, in order."""
         return self._rows(select(Output).where(Output.job_id == job_id).order_by(Output.request_index))
+
+    def emitted(self, job_id: str) -> int:
+        """Return the tokens that the recorded steps of a job emitted."""
+        return int(self._rows(select(func.sum(DecodeStep.emitted_tokens)).where(DecodeStep.job_id == job_id))[0])
 
     def _rows(self, query: Any) -> list[Any]:
         database = Database.open(self.database_url)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from storage import schema
+from tests.databases import drop_schema
 from tests.nodes import Cluster, save_tiny
 from tests.processes import children_of, ended
 
@@ -49,3 +51,27 @@ def test_settings_that_can_not_work_end_the_supervisor_and_are_not_tried_again(c
     with cluster.node(replicas=2, target="/no/such/model") as supervisor:
         assert supervisor.wait(240) == 78
     assert "no model directory /no/such/model" in cluster.words()
+
+
+@pytest.fixture
+def shared(tmp_path: Path, target: Path, redis_url: str, postgresql_url: str) -> Iterator[Cluster]:
+    """One PostgreSQL and one Redis-protocol server, as several nodes have."""
+    drop_schema(postgresql_url)
+    schema.upgrade(postgresql_url)
+    yield Cluster(postgresql_url, redis_url, target, tmp_path)
+    drop_schema(postgresql_url)
+
+
+def test_two_nodes_share_a_job_and_one_that_vanishes_loses_nothing(shared: Cluster) -> None:
+    with shared.node(max_sequences=8, lease_s=3) as first, shared.node(max_sequences=8, lease_s=3):
+        workers = shared.until(lambda: len(shared.workers()) == 2 and shared.workers())
+        job = shared.submit(200, max_tokens=60)
+        shared.until(lambda: {output.worker_id for output in shared.outputs(job)} == {w.id for w in workers})
+        first.kill()
+        done = shared.finished(job)
+    assert (done.status, done.requests_completed, done.requests_failed) == ("completed", 200, 0)
+    outputs = shared.outputs(job)
+    assert [output.request_index for output in outputs] == list(range(200))
+    assert {len(output.token_ids) for output in outputs} == {60}
+    assert {output.worker_id for output in outputs} == {worker.id for worker in workers}
+    assert shared.emitted(job) == 200 * 60
