@@ -15,6 +15,7 @@ import torch
 import transformers
 from transformers.utils import logging as transformers_logging
 
+from jobs.errors import SetupError
 from jobs.messages import model_name
 from worker.calibration import calibrate
 from worker.drafts import draft_for, heads_its_draft
@@ -25,6 +26,7 @@ from worker.engine.engine import Engine
 from worker.engine.experience import Experience
 from worker.engine.language_model import PackedModel, gather, kv_bytes, load, native_dtype, quicken
 from worker.engine.options import EngineOptions, Mode
+from worker.engine.spread import Spread
 from worker.memory import own_bytes, with_kv_tokens
 from worker.pull import resolve
 from worker.ranks import TARGET, Ranks
@@ -81,7 +83,7 @@ def assemble(settings: WorkerSettings, say: Say = lambda _: None) -> Assembly:
     path = resolve(settings.target, settings.cache_dir, say)
     say(f"Loading {settings.target} in {str(dtype).removeprefix('torch.')} on {device.type}")
     ranks = Ranks.start(settings, path, device) if settings.tp > 1 else None
-    model = load(path, dtype=dtype, device=device, ranks=settings.tp)
+    model = load(path, dtype=dtype, device=device, ranks=settings.tp, spread=_spread(settings))
     if heads_its_draft(settings):
         gather(model)
     tokenizer = load_tokenizer(path)
@@ -128,6 +130,15 @@ def _free(settings: WorkerSettings, ranks: Ranks | None) -> Callable[[torch.devi
         return mine if ranks is None else ranks.least_room(mine)
 
     return free
+
+
+def _spread(settings: WorkerSettings) -> Spread | None:
+    """Return how to lay out a target that fits no other way, if the settings say that it does not."""
+    if not settings.device_map:
+        return None
+    if settings.tp > 1:
+        raise SetupError("BASIC_DEVICE_MAP lays one process's layers out; it can't be combined with --tp, unset one")
+    return Spread(settings.cache_dir / "offload" / model_name(settings.target).replace("/", "--"))
 
 
 def _cost_key(

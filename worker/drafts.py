@@ -22,6 +22,7 @@ from worker.engine.drafting import Drafter
 from worker.engine.errors import ModelRefused, TokenizersDiffer
 from worker.engine.hidden_states import HiddenStates
 from worker.engine.language_model import PackedModel, embeddings, kv_bytes, load, output_weights, quicken
+from worker.engine.spread import home_of
 from worker.pull import resolve
 from worker.ranks import DRAFT, Ranks, draft_split
 from worker.settings import WorkerSettings
@@ -96,7 +97,7 @@ def _with_head(path: str, settings: WorkerSettings, model: PreTrainedModel, toke
     whose = identity(model, model_name(settings.target), tokenizer.get_vocab())
     head = read_head(path, whose)
     # Read now: the target's output weights are packed once its layers are fused.
-    embedding, tokens = embeddings(model), head.tokens.to(model.device)
+    embedding, tokens = embeddings(model), head.tokens.to(home_of(model))
     rows = output_weights(model)[tokens].clone()
     shape = head.network.shape
     name = model_name(settings.draft) if settings.draft else f"{settings.target}-head"
@@ -115,7 +116,9 @@ def _with_model(
 ) -> Draft:
     refuse_different(tokenizer, load_tokenizer(path), settings.target, settings.draft)
     everywhere = ranks is not None and settings.draft_ranks == "all"
-    network = load(path, dtype=model.dtype, device=model.device, ranks=draft_split(path, settings) if everywhere else 1)
+    network = load(
+        path, dtype=model.dtype, device=home_of(model), ranks=draft_split(path, settings) if everywhere else 1
+    )
     vocabulary = network.config.get_text_config().vocab_size
     if vocabulary < len(tokenizer):
         raise ModelRefused(

@@ -26,6 +26,9 @@ from worker.engine.native_attention import NativePlan
 from worker.engine.native_kv import NativeKv
 from worker.engine.native_network import whole_network
 from worker.engine.rows import Move, Segment, chain, kept_rows
+from worker.engine.spread import Spread, SpreadKv, SpreadPlan, home_of, is_spread, layer_devices
+
+AnyPlan = AttentionPlan | NativePlan | SpreadPlan
 
 # Frequencies of these depend on the longest text of the forward, so one sequence would change another's numbers.
 _BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
@@ -75,7 +78,7 @@ class PackedModel:
         if tapped:
             tap(model, tapped)
             self.hidden = HiddenStates(
-                slots, self.kv.capacity, len(tapped) * config.hidden_size, model.dtype, model.device
+                slots, self.kv.capacity, len(tapped) * config.hidden_size, model.dtype, home_of(model)
             )
         # In one call where nothing of the model is left to transformers.
         compiled = self._store.compiled
@@ -99,7 +102,7 @@ class PackedModel:
         return "torch" if compiled is None else compiled.version
 
     @property
-    def kv(self) -> KvCache | NativeKv:
+    def kv(self) -> KvCache | NativeKv | SpreadKv:
         """The model's KV slots."""
         return self._store.kv
 
@@ -113,9 +116,9 @@ class PackedModel:
             self.hidden.write(segments, plan.tapped.flatten(1))
         return logits if self._defined_ids is None else logits[:, : self._defined_ids]
 
-    def _run(self, segments: Sequence[Segment], plan: AttentionPlan | NativePlan) -> Tensor:
+    def _run(self, segments: Sequence[Segment], plan: AnyPlan) -> Tensor:
         """Let transformers' own model do it, layer by layer."""
-        device = self._model.device
+        device = home_of(self._model)
         ids = torch.from_numpy(np.concatenate([s.ids for s in segments])).to(device)
         positions = torch.from_numpy(np.concatenate([s.positions for s in segments])).to(device)
         logits = self._model(
@@ -149,9 +152,9 @@ class PackedModel:
 class KvStore:
     """KV slots, and how a step's rows meet them."""
 
-    kv: KvCache | NativeKv
+    kv: KvCache | NativeKv | SpreadKv
     compiled: Kernels | None
-    plan: Callable[[Sequence[Segment]], AttentionPlan | NativePlan]
+    plan: Callable[[Sequence[Segment]], AnyPlan]
 
 
 def kv_store(model: PreTrainedModel, slots: int, capacity: int, native: bool = True) -> KvStore:
@@ -160,6 +163,9 @@ def kv_store(model: PreTrainedModel, slots: int, capacity: int, native: bool = T
     heads, kv_heads = config.num_attention_heads // ranks_of(model), _kv_heads(model)
     compiled = _kernels_for(model) if native else None
     layers, head_dim = config.num_hidden_layers, _head_dim(model)
+    if is_spread(model):
+        spread = SpreadKv(layer_devices(model), slots, kv_heads, capacity, head_dim, model.dtype)
+        return KvStore(spread, None, lambda segments: SpreadPlan(segments, spread, heads // kv_heads))
     if compiled is None:
         slow = KvCache(layers, slots, kv_heads, capacity, head_dim, model.dtype, model.device)
         return KvStore(slow, None, lambda segments: AttentionPlan(segments, slow, heads // kv_heads))
@@ -189,14 +195,23 @@ def refuse_inexact(config: PretrainedConfig) -> None:
 
 def refuse_uneven(config: PretrainedConfig, ranks: int) -> None:
     """Raise ModelRefused, with what can be done instead, for heads that can't be dealt out to so many ranks."""
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    if kv_heads % ranks or heads % ranks:
-        fitting = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and heads % n == 0]
+    if ranks not in widths(config):
+        heads, kv_heads = _heads(config)
         raise ModelRefused(
             f"{heads} heads over {kv_heads} KV heads can't be split over {ranks} ranks; use --tp "
-            f"{' or '.join(map(str, fitting))}, with more replicas beside it, or see `basic plan`"
+            f"{' or '.join(map(str, widths(config)))}, with more replicas beside it, or see `basic plan`"
         )
+
+
+def widths(config: PretrainedConfig) -> list[int]:
+    """Return the numbers of ranks that a model's heads can be dealt out to."""
+    heads, kv_heads = _heads(config)
+    return [ranks for ranks in range(1, kv_heads + 1) if kv_heads % ranks == 0 and heads % ranks == 0]
+
+
+def _heads(config: PretrainedConfig) -> tuple[int, int]:
+    heads = int(config.num_attention_heads)
+    return heads, int(getattr(config, "num_key_value_heads", None) or heads)
 
 
 def _rope_types(parameters: dict[str, Any]) -> set[str]:
@@ -211,11 +226,14 @@ def native_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def load(path: str, *, dtype: torch.dtype, device: torch.device, ranks: int = 1) -> PreTrainedModel:
+def load(
+    path: str, *, dtype: torch.dtype, device: torch.device, ranks: int = 1, spread: Spread | None = None
+) -> PreTrainedModel:
     """Load a causal model for packed decoding from a local directory or a hub id; safetensors only, no remote code.
 
-    With `ranks` it is this process's share, by the tensor parallel plan that transformers has for the model. Raises
-    ModelRefused with what to do when it is missing or not supported.
+    With `ranks` it is this process's share, by the tensor parallel plan that transformers has for the model; with
+    `spread` accelerate lays it out over all devices. Raises ModelRefused with what to do when it is missing or not
+    supported.
     """
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -228,12 +246,14 @@ def load(path: str, *, dtype: torch.dtype, device: torch.device, ranks: int = 1)
             use_safetensors=True,
             trust_remote_code=False,
             distributed_config=DistributedConfig(tp_size=ranks) if ranks > 1 else None,
+            **(spread.options() if spread else {}),
         )
     except (OSError, ValueError) as error:
         raise ModelRefused(f"{path} could not be loaded: {error}") from error
     assert isinstance(model, PreTrainedModel)
-    model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps nn.Module.to in a way its types don't follow
-    return model
+    if not is_spread(model):
+        model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to in a way its types don't follow
+    return model.eval()  # type: ignore[no-any-return,no-untyped-call]
 
 
 def embeddings(model: PreTrainedModel) -> Tensor:
@@ -262,6 +282,8 @@ def _whole(model: PreTrainedModel, name: str, weight: Any) -> Tensor:
     assert name in gathered or ranks_of(model) == 1, "the weights of a model that is split are gathered first"
     found = gathered.get(name, weight)
     assert isinstance(found, Tensor)
+    if found.is_meta:
+        raise ModelRefused("a head reads weights that are kept on disk here; set BASIC_DRAFT to a model, or to suffix")
     return found.detach()
 
 
@@ -275,13 +297,13 @@ def quicken(model: PreTrainedModel) -> None:
 
 def _kernels_for(model: PreTrainedModel) -> Kernels | None:
     """Return the compiled kernels if they take this model."""
-    compiled = kernels(model.dtype) if model.device.type == "cpu" and ranks_of(model) == 1 else None
+    ours = model.device.type == "cpu" and ranks_of(model) == 1 and not is_spread(model)
+    compiled = kernels(model.dtype) if ours else None
     return compiled if compiled is not None and _head_dim(model) % compiled.panel == 0 else None
 
 
 def _kv_heads(model: PreTrainedModel) -> int:
-    config = model.config.get_text_config()
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads) // ranks_of(model)
+    return _heads(model.config.get_text_config())[1] // ranks_of(model)
 
 
 def ranks_of(model: PreTrainedModel) -> int:
