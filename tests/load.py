@@ -36,8 +36,10 @@ from tests.unit.storage.acts import claim, flush, record
 BELLS = 500
 REQUESTS = 192
 STEPS = 100  # of each request
+TOKENS = 2 * STEPS - 1
 AT_ONCE = 64  # requests in one flush, as many as a worker holds
 EVENTS = 5_000
+JOB, WORKER = "batch_" + "5" * 32, "worker-" + "7" * 32  # as long as real ids, for they are in every row
 
 
 def timed(act: Callable[[], Any]) -> float:
@@ -68,25 +70,25 @@ def doorbells(redis_url: str) -> dict[str, float]:
 
 def rows(database: Database) -> dict[str, float]:
     """Claim requests and write their outputs and step rows, as many at once as a worker does."""
-    record(database, requests=REQUESTS)
+    record(database, JOB, requests=REQUESTS)
     before = size(database)
     claimed_s = written_s = 0.0
     for _ in range(0, REQUESTS, AT_ONCE):
         started = time.perf_counter()
-        claims = claim(database, limit=AT_ONCE)
+        claims = claim(database, WORKER, AT_ONCE)
         claimed_s += time.perf_counter() - started
-        steps = some_steps(*[2] * STEPS)
+        steps = some_steps(1, *[2] * (STEPS - 1))
         progress = [
             Progress(
                 lease=claimed.lease,
-                checkpoints=(a_checkpoint("Hi " * STEPS, token_ids=(7,) * (2 * STEPS), steps=steps),),
-                finished=(a_finished_choice("Hi " * STEPS, token_ids=(7,) * (2 * STEPS), completion_tokens=2 * STEPS),),
+                checkpoints=(a_checkpoint("Hi " * STEPS, token_ids=(7,) * TOKENS, steps=steps),),
+                finished=(a_finished_choice("Hi " * STEPS, token_ids=(7,) * TOKENS, completion_tokens=TOKENS),),
                 ends=True,
             )
             for claimed in claims
         ]
         started = time.perf_counter()
-        flush(database, "w1", *progress)
+        flush(database, WORKER, *progress)
         written_s += time.perf_counter() - started
     with database.read() as session:
         written = int(session.scalar(select(func.count()).select_from(DecodeStep)) or 0)
@@ -110,12 +112,12 @@ def size(database: Database) -> float:
 def partials(redis_url: str) -> dict[str, float]:
     """Publish events to one reader, a hundred at a time, as a worker's publisher does."""
     event = PartialEvent(
-        job_id="load", request="request-17", index=17, seq=3, type="tokens", text="a few more words of text", tokens=6
+        job_id=JOB, request="request-17", index=17, seq=3, type="tokens", text="a few more words of text", tokens=6
     )
     body = event.model_dump_json(exclude_defaults=True)
     client, got = redis.Redis.from_url(redis_url), [0]
     with client.pubsub() as subscription:
-        subscription.subscribe(channel("load"))
+        subscription.subscribe(channel(JOB))
         subscription.get_message(timeout=5)
 
         def read() -> None:
@@ -128,7 +130,7 @@ def partials(redis_url: str) -> dict[str, float]:
         for _ in range(0, EVENTS, 100):
             with client.pipeline(transaction=False) as pipe:
                 for _ in range(100):
-                    pipe.publish(channel("load"), body)
+                    pipe.publish(channel(JOB), body)
                 pipe.execute()
         published_s = time.perf_counter() - started
         reader.join()

@@ -87,3 +87,23 @@ def test_heads_that_can_not_be_split_are_refused_with_what_can_be_done(cluster: 
     done = subprocess.run(command, env=cluster.environment(tp=4), capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "6 heads over 2 KV heads can't be split over 4 ranks; use --tp 1 or 2" in done.stderr
+
+
+SEED = """
+import json, os
+from worker import generate_with_speculative_decoding as drafted, generate_with_standard_model as plain
+from worker import generate_with_streaming_speculative_decoding as streamed
+from tests.processes import children_of
+texts = [plain("Hello", 12), drafted("Hello", 12, use_parallel=True), "".join(streamed("Hello", 12, use_parallel=True))]
+print(json.dumps([texts, len(children_of(os.getpid()))]))
+"""
+
+
+def test_the_seeds_functions_run_over_several_processes_and_write_the_same_text(cluster: Cluster) -> None:
+    command = [sys.executable, "-c", SEED]
+    done = subprocess.run(command, env=cluster.environment(threads=1), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    texts_written, others = json.loads(done.stdout)
+    assert len(set(texts_written)) == 1
+    assert texts_written[0]
+    assert others == min(2, len(os.sched_getaffinity(0))) - 1  # the model has two KV heads

@@ -49,6 +49,6 @@ FLOPS_SHARE = 0.6
 COLLECTIVE_S = 15e-6
 
 # The host starts every kernel on its own when a step is not captured as a CUDA graph. 4 us a launch is PyTorch's usual
-# cost on a server CPU (assumed); how many kernels a layer starts was counted, see docs/scale.md.
+# cost on a server CPU (assumed); how many operations a layer of the packed forward starts was counted, a test holds it.
 LAUNCH_S = 4e-6
 KERNELS_PER_LAYER = 40

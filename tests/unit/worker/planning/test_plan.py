@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Qwen2Config, Qwen2ForCausalLM
 from typer.testing import CliRunner
 
-from tests.models import tiny
+from tests.models import SHAPE, tiny
 from worker.cli import commands
+from worker.engine.attention import ATTENTION_NAME
 from worker.engine.errors import ModelRefused
-from worker.engine.language_model import kv_bytes
-from worker.planning.devices import DEVICES, GIB
+from worker.engine.language_model import PackedModel, kv_bytes
+from worker.engine.rows import chain
+from worker.planning.devices import DEVICES, GIB, KERNELS_PER_LAYER
 from worker.planning.forecast import Machine, speculate, step
 from worker.planning.plan import Placement, Wish, command, pick, placements
 from worker.planning.shapes import ModelShape, measure, shape_of
@@ -154,3 +159,35 @@ def test_a_model_without_a_configuration_is_refused_with_those_there_are(tmp_pat
 
 def test_a_placement_that_does_not_fit_promises_nothing() -> None:
     assert Placement(1, 1, 0, GIB, refusal="too large").best_tokens_per_s == 0
+
+
+VIEWS = {"view", "transpose", "permute", "slice", "select", "unsqueeze", "expand", "alias", "detach", "t", "split"}
+VIEWS |= {"reshape", "_unsafe_view", "empty"}
+
+
+class Operations(TorchDispatchMode):
+    """Counts what would start a kernel on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function.overloadpacket.__name__ not in VIEWS
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_layer_starts_as_many_kernels_as_the_forecast_says() -> None:
+    counts = []
+    for layers in (1, 2):
+        config = Qwen2Config(**SHAPE | {"num_hidden_layers": layers})
+        model = PackedModel(
+            Qwen2ForCausalLM._from_config(config, attn_implementation=ATTENTION_NAME),
+            slots=1,
+            capacity=64,
+            native=False,
+        )
+        with Operations() as operations:
+            model.forward([chain(0, 1, [3, 4, 5], keep_last=True)])
+        counts.append(operations.count)
+    assert counts[1] - counts[0] == KERNELS_PER_LAYER
