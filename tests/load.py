@@ -116,7 +116,7 @@ def partials(redis_url: str) -> dict[str, float]:
     )
     body = event.model_dump_json(exclude_defaults=True)
     client, got = redis.Redis.from_url(redis_url), [0]
-    with client.pubsub() as subscription:
+    with client.pubsub() as subscription:  # type: ignore[no-untyped-call]
         subscription.subscribe(channel(JOB))
         subscription.get_message(timeout=5)
 
