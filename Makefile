@@ -9,7 +9,7 @@ BENCH_PROMPTS ?= $(firstword $(wildcard ../shared/data/mt_bench_dev.jsonl) examp
 CHAOS_FAULTS ?= 50
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test check unit integration chaos audit bench clean
+.PHONY: help setup model demo test check unit integration chaos audit bench secrets clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ audit: setup ## Look for known holes in what constraints.txt pins; needs a reach
 
 bench: model ## Measure decoding speed against transformers' own generate
 	$(BIN)/basic bench --prompts $(BENCH_PROMPTS)
+
+secrets: ## Write the passwords of docker-compose.yml, once
+	@sh .ci/make-secrets
 
 clean: ## Remove .venv and caches; the record of your jobs (.basic) stays
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

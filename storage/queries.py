@@ -276,15 +276,24 @@ def workers(session: Session) -> list[WorkerView]:
 
 def models(session: Session) -> list[ModelView]:
     """Return the models of the workers that are alive."""
-    seen = Worker.last_seen_at > database_now(session) - _SEEN_S
-    alive = and_(Worker.stopped_at.is_(None), Worker.lost_at.is_(None), seen)
     rows = session.execute(
         select(Worker.target, func.min(Worker.context_tokens))
-        .where(alive)
+        .where(_is_alive(session, _SEEN_S))
         .group_by(Worker.target)
         .order_by(Worker.target)
     )
     return [ModelView(target, context_tokens) for target, context_tokens in rows]
+
+
+def live_workers(session: Session, hostname: str, within_s: float) -> int:
+    """Return how many workers of a host have been seen within so many seconds and have not left."""
+    here = select(func.count()).where(Worker.hostname == hostname, _is_alive(session, within_s))
+    return int(session.scalar(here) or 0)
+
+
+def _is_alive(session: Session, within_s: float) -> ColumnElement[bool]:
+    seen = Worker.last_seen_at > database_now(session) - within_s
+    return and_(Worker.stopped_at.is_(None), Worker.lost_at.is_(None), seen)
 
 
 def _job_view(row: AnyRow) -> JobView:

@@ -18,6 +18,7 @@ from rich.console import Console
 from jobs.errors import InvalidValue
 from jobs.terminal import safe
 from worker import pull as models_on_disk
+from worker.planning.cli import plan
 from worker.settings import WorkerSettings
 from worker.terminal import say, sentences, settings_of
 from worker.training.cli import draft
@@ -33,6 +34,7 @@ commands = typer.Typer()
 models = typer.Typer(help="Models on this machine.", no_args_is_help=True)
 commands.add_typer(models, name="models")
 commands.add_typer(draft, name="draft")
+commands.command()(plan)
 
 Target = Annotated[str | None, typer.Option(help="Target model: a packaged name, a hub id or a directory.")]
 Draft = Annotated[
@@ -54,14 +56,23 @@ def pull(name: Annotated[str, typer.Argument(help="A packaged model, a hub id or
 
 
 @commands.command()
-def worker(target: Target = None, draft: Draft = None, dtype: Dtype = None) -> None:
-    """Run one worker process: it keeps the models resident and serves jobs until a signal ends it.
+def worker(
+    target: Target = None,
+    draft: Draft = None,
+    dtype: Dtype = None,
+    replicas: Annotated[
+        int | None, typer.Option(min=0, help="Worker processes, each on its own GPUs and CPUs; 0: all GPUs.")
+    ] = None,
+    tp: Annotated[int | None, typer.Option(min=1, help="GPUs (or processes) that share one replica's target.")] = None,
+) -> None:
+    """Keep the models resident and serve jobs until a signal ends it: in this process, or in supervised replicas.
 
-    Example: basic worker --target smollm2-135m-instruct
+    Example: basic worker --target smollm2-135m-instruct --replicas 2
     """
-    from worker import tasks
+    from worker.start import run
 
-    raise typer.Exit(tasks.run(settings_of(target=target, draft=draft, dtype=dtype)))
+    settings = settings_of(target=target, draft=draft, dtype=dtype, replicas=replicas, tp=tp)
+    raise typer.Exit(run(settings))
 
 
 @commands.command()

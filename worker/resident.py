@@ -15,11 +15,12 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 from jobs.errors import DatabaseUnavailable
 from jobs.liveness import identity
 from jobs.partials import Publisher
+from jobs.processes import RESTART_STATUS
 from jobs.producer import Ring
 from jobs.reconciler import Reconciler
 from storage import writes
@@ -33,8 +34,6 @@ from worker.sink import Sink
 from worker.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
-
-RESTART_STATUS: Final = 75  # EX_TEMPFAIL of sysexits.h: another start may work
 
 _IDLE_S = 1.0  # longest sleep without work
 _HOUSEKEEPING_S = 5.0
@@ -214,7 +213,7 @@ class Resident:
             pid=os.getpid(),
             target=self._assembly.name,
             draft=self._assembly.draft,
-            devices=(self._assembly.device,),
+            devices=(self._assembly.device,) * self._assembly.ranks,
             context_tokens=self._assembly.options.max_context,
             calibration=self._assembly.costs.as_json(),
             process=identity(),
