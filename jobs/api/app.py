@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from jobs.api import errors, jobs, service
+from jobs.api import batches, errors, files, jobs, service
 from jobs.api.limits import BodyLimit, RequestIds
 from jobs.api.services import Services
+from jobs.api.uploads import FORM_BYTES
 from jobs.producer import Ring, make_producer_app, ring
 from jobs.settings import JobsSettings
 from storage.session import Database
@@ -16,8 +17,11 @@ def make_api(settings: JobsSettings, database: Database, ring: Ring | None = Non
     """Return the application. Without a `ring` of its own it rings on the Redis server of the settings."""
     app = FastAPI(title="bASIC", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.services = Services(settings, database, ring or _celery_ring(settings.redis_url))
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    limits = {"/v1/files": settings.max_file_bytes + FORM_BYTES}
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, by_path=limits)
     app.add_middleware(RequestIds)
+    app.include_router(files.router)
+    app.include_router(batches.router)
     app.include_router(jobs.router)
     app.include_router(service.router)
     errors.install(app)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Mapping
 from typing import cast
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -42,18 +43,22 @@ class RequestIds:
 class BodyLimit:
     """Refuses bodies that are too large, too slow or compressed. The refusal rises where a route reads the body."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int, idle_s: float = 30.0) -> None:
+    def __init__(
+        self, app: ASGIApp, max_bytes: int, idle_s: float = 30.0, by_path: Mapping[str, int] | None = None
+    ) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._by_path = by_path or {}
         self._idle_s = idle_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on with a body that is watched."""
         if scope["type"] == "http":
-            receive = self._limited(Headers(scope=scope), receive)
+            max_bytes = self._by_path.get(scope.get("path", ""), self._max_bytes)
+            receive = self._limited(Headers(scope=scope), receive, max_bytes)
         await self._app(scope, receive, send)
 
-    def _limited(self, headers: Headers, receive: Receive) -> Receive:
+    def _limited(self, headers: Headers, receive: Receive, max_bytes: int) -> Receive:
         declared = headers.get("content-length", "")
         encoding = headers.get("content-encoding", "identity")
         read = 0
@@ -66,21 +71,22 @@ class BodyLimit:
             if encoding != "identity":
                 raise UnsupportedBody("Compressed bodies are not supported; send the body as it is.")
             if declared.isdecimal():
-                self._refuse_beyond(int(declared))
+                _refuse_beyond(max_bytes, int(declared))
             message = await self._in_time(receive)
             read += len(message.get("body", b""))
-            self._refuse_beyond(read)
+            _refuse_beyond(max_bytes, read)
             complete = not message.get("more_body", False)
             return message
 
         return limited
-
-    def _refuse_beyond(self, size: int) -> None:
-        if size > self._max_bytes:
-            raise BodyTooLarge(f"The body has more than the {self._max_bytes} bytes one submission may have.")
 
     async def _in_time(self, receive: Receive) -> Message:
         try:
             return await asyncio.wait_for(receive(), self._idle_s)
         except TimeoutError as exc:
             raise BodyTooSlow(f"Nothing more of the body came within {self._idle_s:g} s.") from exc
+
+
+def _refuse_beyond(max_bytes: int, size: int) -> None:
+    if size > max_bytes:
+        raise BodyTooLarge(f"The body has more than the {max_bytes} bytes one submission may have.")
