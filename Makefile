@@ -38,8 +38,9 @@ unit: setup ## Run the tests that need no server
 integration: model ## Run the tests with real servers, processes and SmolLM2
 	$(BIN)/pytest tests/integration tests/acceptance
 
-bench: model ## Measure decoding speed against transformers' own generate
+bench: model ## Measure decoding speed against transformers' own generate, then the front door
 	$(BIN)/basic bench --prompts $(BENCH_PROMPTS)
+	$(BIN)/python -m jobs.benchmark
 
 clean: ## Remove .venv and caches; the record of your jobs (.basic) stays
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
