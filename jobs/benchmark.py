@@ -61,8 +61,8 @@ def measure_upload(door: Door) -> dict[str, Any]:
     path = _write_input(door)
     with Rss(door.pids["api"]) as rss, path.open("rb") as content:
         began_at = time.monotonic()
-        form = {"data": {"purpose": "batch"}, "files": {"file": (path.name, content)}}
-        file = _ok(door.http.post("/v1/files", **form))
+        reply = door.http.post("/v1/files", data={"purpose": "batch"}, files={"file": (path.name, content)})
+        file = _ok(reply)
         seconds = time.monotonic() - began_at
     assert file["bytes"] == path.stat().st_size
     door.file_id = file["id"]
@@ -196,8 +196,8 @@ def measure(scale: Scale) -> dict[str, Any]:
 def main() -> int:
     """Measure and print a table, or one JSON object."""
     parser = argparse.ArgumentParser(prog="python -m jobs.benchmark", description="Measure the front door.")
-    parser.add_argument("--lines", type=int, default=Scale.lines, help="requests of the batch")
-    parser.add_argument("--megabytes", type=float, default=Scale.file_bytes / 1e6, help="size of its file")
+    parser.add_argument("--lines", type=int, default=Scale().lines, help="requests of the batch")
+    parser.add_argument("--megabytes", type=float, default=Scale().file_bytes / 1e6, help="size of its file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args()
     numbers = measure(Scale(given.lines, int(given.megabytes * 1e6)))

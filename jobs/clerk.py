@@ -1,8 +1,8 @@
 """The clerk: reads the input files of batches into requests, and writes their answers into files.
 
-ingest -> [clerk] -> lines, items, answers, storage.batches.  Looks into SQL for what is to be done, so nothing has to
-reach it: a batch whose clerk died is taken up by the next one when the lease lapses, and from the beginning. Both its
-tasks give the same rows and bytes when they are done twice.
+ingest -> [clerk] -> lines, items, answer_lines, storage.batches.  Looks into SQL for what is to be done, so nothing has
+to reach it: a batch whose clerk died is taken up by the next one when the lease lapses, and from the beginning. Both
+its tasks give the same rows and bytes when they are done twice.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Final
+from typing import Final, cast
 
 from sqlalchemy.exc import InterfaceError, OperationalError
 
-from jobs.answers import Answers
+from jobs.answer_lines import answer_line
 from jobs.intake import known_models
 from jobs.items import Item, Rules, parse_item, read_json
 from jobs.lines import Findings, Limits, Line, check_lines, split_lines
-from jobs.messages import PartialEvent, job_events
+from jobs.messages import Endpoint, PartialEvent, job_events
 from jobs.producer import Ring
 from jobs.settings import JobsSettings
 from storage import batches, files, queries, writes
 from storage.batches import BatchClaim, BatchEnd, ClaimLost
+from storage.keys import QuotaExceeded
 from storage.queries import OutputView
 from storage.records import NewRequest
 from storage.session import Database
@@ -143,13 +144,17 @@ class _Reading(_Task):
         rules = Rules(
             job_id=self.claim.job_id,
             model=findings.model,
-            endpoint=self.claim.endpoint,
+            endpoint=cast(Endpoint, self.claim.endpoint),  # checked when the batch was ordered
             defaults={},
             max_prompt_chars=self.settings.max_prompt_chars,
             context_tokens=known[findings.model],
         )
-        self._write(rules)
-        self._open(findings)
+        tokens = self._write(rules)
+        try:
+            self._open(findings, tokens)
+        except QuotaExceeded as beyond:
+            findings.add("token_limit_exceeded", f"The key's limit does not leave room for this batch: {beyond}.")
+            self._refuse(findings)
 
     def _refuse(self, findings: Findings) -> None:
         with self.database.write() as session:
@@ -157,8 +162,9 @@ class _Reading(_Task):
         log.info("Batch %s is refused: %s", self.claim.job_id, findings.errors[0], extra=_about(self.claim, "refused"))
         self.clerk.publish(job_events([(self.claim.job_id, status)]))
 
-    def _write(self, rules: Rules) -> None:
-        first = 0
+    def _write(self, rules: Rules) -> int:
+        """Write the requests, and return how many tokens they may come to read and write."""
+        first = tokens = 0
         for piece in _pieces(self._lines()):
             requests = [_request(line, first + n, rules) for n, line in enumerate(piece)]
             self.keep()
@@ -166,10 +172,14 @@ class _Reading(_Task):
                 batches.hold(session, self.claim, self.clerk.lease_s)
                 batches.add_requests(session, self.claim, first, requests)
             first += len(piece)
+            tokens += sum(request.tokens for request in requests)
+        return tokens
 
-    def _open(self, findings: Findings) -> None:
+    def _open(self, findings: Findings, tokens: int) -> None:
         with self.database.write() as session:
-            status = batches.open_batch(session, self.claim, findings.model, findings.requests, self.clerk.lease_s)
+            status = batches.open_batch(
+                session, self.claim, findings.model, findings.requests, tokens, self.clerk.lease_s
+            )
         log.info("Batch %s has %d requests", self.claim.job_id, findings.requests, extra=_about(self.claim, "opened"))
         if status == "in_progress":
             self.clerk.ring(self.claim.job_id, findings.model)
@@ -194,16 +204,15 @@ class _Filing(_Task):
 
     def run(self) -> None:
         """Write the lines of all requests; the files are seen in the moment in which the batch ends."""
-        answers = Answers(self.claim.job_id, self.claim.endpoint, self.claim.model)
         output, error = _FileWriter(self, "output"), _FileWriter(self, "error")
         prompt_tokens = completion_tokens = 0
         for view in self._outputs():
             if view.status == "completed":
-                output.write(answers.line(view))
+                output.write(answer_line(self.claim, view))
                 prompt_tokens += view.prompt_tokens
                 completion_tokens += view.completion_tokens
             else:
-                error.write(answers.line(view))
+                error.write(answer_line(self.claim, view))
         for writer in (output, error):
             writer.flush()
         usage = {"input_tokens": prompt_tokens, "output_tokens": completion_tokens}

@@ -6,18 +6,34 @@ What is wrong with one request fails that request; what is wrong with the job as
 
 from __future__ import annotations
 
+import hashlib
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from typing import Any
 
-from jobs.errors import DuplicateCustomId, EmptyJob, IdempotencyConflict, InvalidValue, TooManyRequests, UnknownModel
-from jobs.items import Item, Rules, parse_item, parse_parameters
-from jobs.messages import CHAT_ENDPOINT, Endpoint, model_name
+from pydantic_core import from_json, to_json
+
+from jobs.errors import (
+    DuplicateCustomId,
+    EmptyJob,
+    IdempotencyConflict,
+    InvalidValue,
+    LimitReached,
+    MissingParameter,
+    NotRetryable,
+    ServiceUnavailable,
+    TooManyRequests,
+    UnknownModel,
+)
+from jobs.items import Item, Rules, parse_body, parse_item, parse_parameters
+from jobs.messages import CHAT_ENDPOINT, Endpoint, JobStatus, model_name
 from jobs.producer import Ring
 from jobs.settings import JobsSettings
-from storage import queries, writes
+from storage import keys, queries, writes
+from storage.keys import QuotaExceeded
+from storage.queries import JobView
 from storage.records import NewJob, NewRequest, Refusal
 from storage.session import Database
 
@@ -25,6 +41,8 @@ MAX_METADATA_PAIRS = 16
 MAX_METADATA_KEY_CHARS = 64
 MAX_METADATA_VALUE_CHARS = 512
 MAX_IDEMPOTENCY_KEY_CHARS = 255
+
+_QUEUE_RETRY_S = 30.0  # a guess at when a full queue has room again
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +62,89 @@ class Submission:
 
 
 def accept_job(submission: Submission, *, database: Database, ring: Ring, settings: JobsSettings) -> str:
-    """Record a submission and return its job id: the earlier job's, if its idempotency key has been used before."""
-    items = _all_items(submission.items, settings.max_requests)
-    rules = _rules(submission, items[0], database, settings)
-    requests = [parse_item(item, rules) for item in items]
-    _refuse_duplicates(items, requests)
-    recorded = _record(_new_job(submission, rules, settings), requests, database)
+    """Record a submission and return its job id: the earlier job's, if its idempotency key has been used before.
+
+    Raise JobRefused for a job that can't be accepted, LimitReached for one that can't be accepted now.
+    """
+    refuse_full_queue(database, settings)
+    items = iter(submission.items)
+    first = next(items, None)
+    if first is None:
+        raise EmptyJob
+    rules = _rules(submission, first, database, settings)
+    job = _new_job(submission, rules, settings)
+    packed = _parse_all(chain((first,), items), rules, settings.max_requests)
+    recorded = _record(job, map(_unpack, packed), database)
     if recorded.conflict:
         raise IdempotencyConflict
     if recorded.created:
         ring(recorded.job_id, rules.model)
     return recorded.job_id
+
+
+def retry_job(
+    job: JobView,
+    *,
+    api_key_id: str | None,
+    idempotency_key: str | None,
+    database: Database,
+    ring: Ring,
+    settings: JobsSettings,
+) -> str:
+    """Record a new job of the requests of an ended one that have no result, and return its id.
+
+    The ended job stays as it is: its counts and files are final. The new one has its model, endpoint, metadata and
+    window, and the requests keep their custom ids, bodies and seeds.
+    """
+    if not JobStatus(job.status).final:
+        raise NotRetryable(f"The job is {job.status}; wait until it has ended, or cancel it.")
+    if job.model not in known_models(database, settings):
+        raise UnknownModel(f"There is no model {job.model[:80]!r} any more.", param="model")
+    again = NewJob(
+        id=new_job_id(),
+        model=job.model,
+        endpoint=job.endpoint,
+        window_s=job.expires_at - job.created_at,
+        metadata=job.metadata,
+        api_key_id=api_key_id,
+        idempotency_key=check_idempotency_key(idempotency_key),
+        body_sha256=hashlib.sha256(f"retry of {job.id}".encode()).hexdigest(),
+        retry_of=job.id,
+    )
+    refuse_full_queue(database, settings)
+    try:
+        with database.write() as session:
+            requests = queries.requests_to_retry(session, job.id)
+            first = next(requests, None)
+            if first is None:
+                raise NotRetryable
+            recorded = writes.record_job(session, again, chain([first], requests))
+    except QuotaExceeded as exceeded:
+        raise over_limit(exceeded) from exceeded
+    if recorded.conflict:
+        raise IdempotencyConflict
+    if recorded.created:
+        ring(recorded.job_id, job.model)
+    return recorded.job_id
+
+
+def accept_call(submission: Submission, *, database: Database, ring: Ring, settings: JobsSettings) -> str:
+    """Record a job of one request that somebody waits for, and return its id.
+
+    There are no others that could go on, so what is wrong with the request is raised too; and ServiceUnavailable if
+    nobody is there to serve it.
+    """
+    (item,) = submission.items
+    if item.model is None:
+        raise MissingParameter("This call needs model.", param="model")
+    rules = _rules(submission, item, database, settings)
+    request = parse_body(item.value, rules)
+    if rules.context_tokens is None:
+        raise ServiceUnavailable(f"No worker serves {rules.model} right now; try again in a few seconds.")
+    job = replace(_new_job(submission, rules, settings), priority=1)
+    _record(job, [request], database)
+    ring(job.id, job.model)
+    return job.id
 
 
 def record_refused_job(submission: Submission, refusal: Refusal, *, database: Database, settings: JobsSettings) -> str:
@@ -79,18 +169,47 @@ def known_models(database: Database, settings: JobsSettings) -> dict[str, int | 
     return {model_name(settings.target): None} | served
 
 
+def refuse_full_queue(database: Database, settings: JobsSettings) -> None:
+    """Raise LimitReached while more requests wait than the service takes, whoever sent them."""
+    with database.read() as session:
+        waiting = keys.open_work(session).requests
+    if waiting >= settings.max_requests_queued:
+        raise LimitReached(
+            f"{waiting} requests are in the queue, and the service takes {settings.max_requests_queued} at once.",
+            retry_after_s=_QUEUE_RETRY_S,
+        )
+
+
 def new_job_id() -> str:
     """Return a fresh job id. Random: nobody can guess the job of another."""
     return f"batch_{secrets.token_hex(16)}"
 
 
-def _all_items(items: Iterable[Item], limit: int) -> list[Item]:
-    taken = list(islice(items, limit + 1))
-    if not taken:
-        raise EmptyJob
-    if len(taken) > limit:
-        raise TooManyRequests(f"One job may hold {limit} requests; split the file into several jobs.")
-    return taken
+def new_call_id(endpoint: Endpoint) -> str:
+    """Return a fresh id of a call, which is the job's and the answer's."""
+    return f"{'chatcmpl' if endpoint == CHAT_ENDPOINT else 'cmpl'}-{secrets.token_hex(16)}"
+
+
+def _parse_all(items: Iterable[Item], rules: Rules, limit: int) -> list[bytes]:
+    """Return the requests of all items, packed: as objects they would take many times the memory."""
+    packed: list[bytes] = []
+    places: dict[str, str] = {}
+    for item in items:
+        if len(packed) == limit:
+            raise TooManyRequests(f"One job may hold {limit} requests; split the file into several jobs.")
+        request = parse_item(item, rules)
+        if request.custom_id in places:
+            message = f"{places[request.custom_id]} and {item.place} have the same custom_id {request.custom_id!r}."
+            raise DuplicateCustomId(message, param="custom_id", line=item.line)
+        places[request.custom_id] = item.place
+        refusal = None if request.refusal is None else asdict(request.refusal)
+        packed.append(to_json((request.custom_id, request.body, refusal, request.tokens)))
+    return packed
+
+
+def _unpack(packed: bytes) -> NewRequest:
+    custom_id, body, refusal, tokens = from_json(packed)
+    return NewRequest(custom_id, body, None if refusal is None else Refusal(**refusal), tokens)
 
 
 def _rules(submission: Submission, first: Item, database: Database, settings: JobsSettings) -> Rules:
@@ -115,15 +234,6 @@ def _choose_model(asked: Any, database: Database, settings: JobsSettings) -> tup
     return model, known[model]
 
 
-def _refuse_duplicates(items: Sequence[Item], requests: Sequence[NewRequest]) -> None:
-    seen: dict[str, Item] = {}
-    for item, request in zip(items, requests, strict=True):
-        earlier = seen.setdefault(request.custom_id, item)
-        if earlier is not item:
-            message = f"{earlier.place} and {item.place} have the same custom_id {request.custom_id!r}."
-            raise DuplicateCustomId(message, param="custom_id", line=item.line)
-
-
 def _new_job(submission: Submission, rules: Rules, settings: JobsSettings) -> NewJob:
     return NewJob(
         id=rules.job_id,
@@ -137,9 +247,21 @@ def _new_job(submission: Submission, rules: Rules, settings: JobsSettings) -> Ne
     )
 
 
-def _record(job: NewJob, requests: Sequence[NewRequest], database: Database) -> writes.RecordedJob:
-    with database.write() as session:
-        return writes.record_job(session, job, requests)
+def _record(job: NewJob, requests: Iterable[NewRequest], database: Database) -> writes.RecordedJob:
+    try:
+        with database.write() as session:
+            return writes.record_job(session, job, requests)
+    except QuotaExceeded as exceeded:
+        raise over_limit(exceeded) from exceeded
+
+
+def over_limit(exceeded: QuotaExceeded) -> LimitReached:
+    """Return what a key is told whose limits leave no room for a job."""
+    return LimitReached(
+        f"This key may have {exceeded.limit} {exceeded.what} in the queue; with this job there would be "
+        f"{exceeded.asked}.",
+        retry_after_s=_QUEUE_RETRY_S,
+    )
 
 
 def check_metadata(metadata: Any) -> Mapping[str, str] | None:

@@ -10,7 +10,8 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, get_args
+from itertools import count
+from typing import IO, Any, get_args
 
 from pydantic import ValidationError
 from pydantic_core import from_json
@@ -29,6 +30,10 @@ from storage.records import NewRequest, Refusal
 
 MAX_CUSTOM_ID_CHARS = 64
 MAX_CHOICES = 128  # of one request, over all its prompts: they are decoded together
+_PIECE_BYTES = 65_536  # of a line that is passed over
+_BYTES_PER_TOKEN = 4  # of ordinary text
+_CONTEXT_TOKENS = 4096  # where no worker has told its own
+MAX_TRACED_REQUESTS = 16  # of a job: so many at most keep draft trees, its first ones
 COMPLETIONS_MAX_TOKENS = 16  # OpenAI's default for raw prompts; a chat answer runs to the context's end
 
 # Fields of the OpenAI API that are accepted and change nothing in a batch.
@@ -113,16 +118,25 @@ class Rules:
     context_tokens: int | None = None  # of the workers that serve the model, if one is known
 
 
-def read_lines(body: bytes) -> Iterator[Item]:
-    """Yield the items of a JSONL body. A line that is no JSON becomes an item that will be refused; blank ones vanish.
+def read_lines(file: IO[bytes], max_line_bytes: int) -> Iterator[Item]:
+    """Yield the items of a JSONL file. A line that is no JSON becomes an item that will be refused; blank ones vanish.
 
-    Lines end at a newline only: U+2028 may stand inside a JSON string.
+    Lines end at a newline only: U+2028 may stand inside a JSON string. None is in memory beyond its limit.
     """
     index = 0
-    for number, line in enumerate(body.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if text := line.strip():
+    for number in count(1):
+        line = file.readline(max_line_bytes + 1)
+        if not line:
+            return
+        too_long = len(line) > max_line_bytes and not line.endswith(b"\n")
+        text = line.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else line.strip()
+        if too_long:
+            while (rest := file.readline(_PIECE_BYTES)) and not rest.endswith(b"\n"):
+                pass
+            yield Item(index, InvalidJsonLine(f"The line has more than {max_line_bytes} bytes."), number)
+        elif text:
             yield Item(index, _read_line(text), number)
-            index += 1
+        index += bool(too_long or text)
 
 
 def read_json(text: bytes) -> Any:
@@ -139,7 +153,21 @@ def parse_item(item: Item, rules: Rules) -> NewRequest:
         body = _request(fields, rules, item.index)
     except RequestRefused as refused:
         return NewRequest(custom_id, refusal=_refusal(refused, item))
-    return NewRequest(custom_id, body=body.model_dump(mode="json"))
+    return NewRequest(custom_id, body=body.model_dump(mode="json"), tokens=_most_tokens(body, rules))
+
+
+def parse_body(body: Any, rules: Rules) -> NewRequest:
+    """Return the request of an OpenAI call by itself, from its body; raise RequestRefused."""
+    if not isinstance(body, dict):
+        raise InvalidValue("The body must be a JSON object.")
+    fields = {name: value for name, value in body.items() if value is not None}
+    text = "prompt" if rules.endpoint == COMPLETIONS_ENDPOINT else "messages"
+    refuse_unknown(fields, PARAMETERS | {"model", text})
+    for name in ("model", text):
+        if name not in fields:
+            raise MissingParameter(f"This call needs {name}.", param=name)
+    request = _request(fields, rules, 0)
+    return NewRequest("request-0", body=request.model_dump(mode="json"), tokens=_most_tokens(request, rules))
 
 
 def parse_parameters(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,6 +187,18 @@ def _read_line(text: bytes) -> Any:
         return read_json(text)
     except ValueError as exc:
         return InvalidJsonLine(f"The line is not JSON: {exc}.")
+
+
+def _most_tokens(request: GenerationRequest, rules: Rules) -> int:
+    """Return how many tokens a request may come to read and write, as far as one can say before it is tokenized."""
+    text = request.prompt or "".join(message.content for message in request.messages or ())
+    prompts = [prompt if isinstance(prompt, tuple) else prompt.encode() for prompt in request.prompts or (text,)]
+    room = rules.context_tokens or _CONTEXT_TOKENS
+    most = 0
+    for prompt in prompts:
+        read = len(prompt) if isinstance(prompt, tuple) else len(prompt) // _BYTES_PER_TOKEN + 1
+        most += read + request.sampling.n * (request.sampling.max_tokens or max(1, room - read))
+    return most
 
 
 def _fields(value: Any, endpoint: str) -> dict[str, Any]:
@@ -216,7 +256,7 @@ def _sampling_for(parameters: Mapping[str, Any], rules: Rules, index: int) -> Sa
         raise InvalidValue(
             f"must be at most {limit}, the context of {rules.model}, not {sampling.max_tokens}", param="max_tokens"
         )
-    return sampling
+    return sampling if index < MAX_TRACED_REQUESTS else sampling.model_copy(update={"record_trees": 0})
 
 
 def _sampling(parameters: Mapping[str, Any]) -> SamplingParameters:

@@ -124,6 +124,9 @@ class SamplingParameters(Frozen):
     stop: Annotated[tuple[str, ...], BeforeValidator(_stop_strings)] = Field(
         (), description="The text ends before the first of these."
     )
+    record_trees: int = Field(
+        0, ge=0, le=64, description="Steps whose draft trees are recorded, to be looked at; of a job's first requests."
+    )
     stop_token_ids: Annotated[tuple[TokenId, ...], BeforeValidator(_few_ids)] = Field(
         (), description="More end-of-sequence tokens; they hold with ignore_eos too."
     )

@@ -82,22 +82,23 @@ def expire_jobs(session: Session) -> list[tuple[str, str]]:
         batches = update(Job).where(Job.id.in_(overdue), _IS_BATCH)
         session.execute(batches.values(status="finalizing", finalizing_at=now))
         others = update(Job).where(Job.id.in_(overdue), ~_IS_BATCH).returning(Job.id, Job.status)
-        expired = sorted(tuple(row) for row in session.execute(others.values(status="expired", finished_at=now)))
+        rows = session.execute(others.values(status="expired", finished_at=now))
+        expired = sorted((job_id, status) for job_id, status in rows)
         unfinished = and_(Request.job_id.in_(overdue), Request.status.in_(("queued", "running")))
-        _end_requests(session, "expired", EXPIRED, now, unfinished)
+        _end_requests(session, "expired", EXPIRED, now, overdue, unfinished)
     return expired + _end_abandoned(session, now)
 
 
 def cancel_unstarted(session: Session, job_id: str) -> None:
     """Cancel what nobody is working on of a job that is being cancelled."""
     now = database_now(session)
-    _end_requests(session, "cancelled", CANCELLED, now, _left_in_cancelled_jobs(now, [job_id]))
+    _end_requests(session, "cancelled", CANCELLED, now, [job_id], _left_in_cancelled_jobs(now, [job_id]))
 
 
 def cancel_requests(session: Session, keys: Collection[RequestKey], now: float) -> None:
     """Cancel requests that the caller has locked."""
     if keys:
-        _end_requests(session, "cancelled", CANCELLED, now, is_request(keys))
+        _end_requests(session, "cancelled", CANCELLED, now, {job_id for job_id, _ in keys}, is_request(keys))
 
 
 def lock_jobs(session: Session, condition: ColumnElement[bool]) -> list[str]:
@@ -119,7 +120,7 @@ def _end_abandoned(session: Session, now: float) -> list[tuple[str, str]]:
     cancelling = lock_jobs(session, Job.status == "cancelling")
     if not cancelling:
         return []
-    _end_requests(session, "cancelled", CANCELLED, now, _left_in_cancelled_jobs(now, cancelling))
+    _end_requests(session, "cancelled", CANCELLED, now, cancelling, _left_in_cancelled_jobs(now, cancelling))
     return finalise_jobs(session, cancelling)
 
 
@@ -129,7 +130,17 @@ def _left_in_cancelled_jobs(now: float, job_ids: Iterable[str]) -> ColumnElement
     return and_(Request.job_id.in_(cancelling), (Request.status == "queued") | is_lapsed(now))
 
 
-def _end_requests(session: Session, status: str, reason: Refusal, now: float, which: ColumnElement[bool]) -> None:
-    """End requests without a result. The lease's number and owner stay: they say who had it last."""
-    ended = {"status": status, "finished_at": now, "lease_expires_at": None, **error_columns(reason)}
-    session.execute(update(Request).where(which).values(**ended))
+def _end_requests(
+    session: Session,
+    status: str,
+    reason: Refusal,
+    now: float,
+    job_ids: Collection[str],
+    which: ColumnElement[bool],
+) -> None:
+    """End requests of these jobs without a result. The lease's number and owner stay: they say who had it last."""
+    ending = select(Request.job_id).where(Request.job_id == Job.id, which).exists()
+    session.execute(update(Job).where(Job.id.in_(job_ids), ending).values(event_number=Job.event_number + 1))
+    number = select(Job.event_number).where(Job.id == Request.job_id).scalar_subquery()
+    ended = {"status": status, "finished_at": now, "lease_expires_at": None, "event_number": number}
+    session.execute(update(Request).where(which).values(**ended, **error_columns(reason)))

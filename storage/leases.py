@@ -38,23 +38,26 @@ def claim(
     lease_s: float,
     *,
     holding: Collection[RequestKey] = (),
+    reserved: int = 0,
 ) -> list[Claim]:
     """Take up to `limit` requests of a model, with what earlier owners had committed of them.
 
     Free are queued requests, and running ones whose lease has lapsed; those come first, for something of them is
-    written. Jobs get their turns: each place goes to the job that has the fewest requests running. `holding` are
-    requests that the caller is working on; it does not get them again, lapsed or not.
+    written. Jobs get their turns: each place goes to the job that has the fewest requests running. Before all others
+    come those that a person waits for; the last `reserved` places are for them alone. `holding` are requests that the
+    caller is working on; it does not get them again, lapsed or not.
     """
     now = database_now(session)
     taken: list[AnyRow] = []
-    while len(taken) < limit and (running := _running_by_job(session, model, limit, now)):
-        got = 0
-        for job_id, places in share_out(running, limit - len(taken)).items():
-            rows = _take(session, worker_id, job_id, places, now, lease_s, holding)
-            taken += rows
-            got += len(rows)
-        if not got:  # what is left is locked by others who claim right now, or held by the caller
-            break
+    for urgent, most in ((Job.priority > 0, limit), (Job.priority == 0, limit - reserved)):
+        while len(taken) < most and (running := _running_by_job(session, model, urgent, most, now)):
+            got = 0
+            for job_id, places in share_out(running, most - len(taken)).items():
+                rows = _take(session, worker_id, job_id, places, now, lease_s, holding)
+                taken += rows
+                got += len(rows)
+            if not got:  # what is left is locked by others who claim right now, or held by the caller
+                break
     return _as_claims(session, taken)
 
 
@@ -110,7 +113,7 @@ def share_out(running: Mapping[str, int], places: int) -> dict[str, int]:
     return dict(shares)
 
 
-def _running_by_job(session: Session, model: str, limit: int, now: float) -> dict[str, int]:
+def _running_by_job(session: Session, model: str, which: ColumnElement[bool], limit: int, now: float) -> dict[str, int]:
     """Return the jobs that have something to claim, with the number of their running requests; fewest first.
 
     Among equals lots decide: were it age, an old job would win every place as long as there are fewer than jobs.
@@ -118,7 +121,7 @@ def _running_by_job(session: Session, model: str, limit: int, now: float) -> dic
     running = running_requests(now).label("running")
     jobs = session.execute(
         select(Job.id, running)
-        .where(Job.status == "in_progress", Job.model == model, Job.expires_at > now, has_work(now))
+        .where(Job.status == "in_progress", Job.model == model, which, Job.expires_at > now, has_work(now))
         .order_by(running, func.random())
         .limit(limit)
     )
@@ -174,14 +177,20 @@ def _as_claims(session: Session, taken: Collection[AnyRow]) -> list[Claim]:
     if not taken:
         return []
     keys = {(row.job_id, row.request_index) for row in taken}
-    endpoints = dict(session.execute(select(Job.id, Job.endpoint).where(Job.id.in_({job for job, _ in keys}))).all())
+    jobs = {
+        job.id: job
+        for job in session.execute(
+            select(Job.id, Job.endpoint, Job.priority).where(Job.id.in_({job for job, _ in keys}))
+        )
+    }
     checkpoints = _checkpoints(session, keys)
     finished = _finished_choices(session, keys)
     return [
         Claim(
             lease=Lease(row.job_id, row.request_index, row.lease_number),
             custom_id=row.custom_id,
-            endpoint=endpoints[row.job_id],
+            endpoint=jobs[row.job_id].endpoint,
+            priority=jobs[row.job_id].priority,
             body=row.body,
             attempts=row.attempts,
             started_at=row.started_at,

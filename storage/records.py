@@ -37,6 +37,8 @@ class NewJob:
     input_file_id: str | None = None  # a batch: its requests are still to be read from this file
     completion_window: str | None = None  # the window as it was asked for
     output_expires_after_s: float | None = None
+    retry_of: str | None = None  # the job whose failed requests it runs again
+    priority: int = 0  # 1: a person waits for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,21 @@ class NewRequest:
     custom_id: str
     body: Mapping[str, Any] | None = None
     refusal: Refusal | None = None
+    tokens: int = 0  # that it may come to read and write at most, as far as the door can say
+
+
+@dataclass(frozen=True, slots=True)
+class NewKey:
+    """A key to the shim about to be recorded. A limit of None does not hold."""
+
+    id: str
+    name: str
+    secret_sha256: str
+    scopes: tuple[str, ...]
+    max_requests_queued: int | None = None
+    max_tokens_queued: int | None = None
+    max_requests_per_minute: int | None = None
+    lasts_s: float | None = None  # seconds until it expires
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +97,18 @@ class StepRow:
     plain_step_ms: float | None  # a plain step at this batch size on this worker; None: not comparable (prefill shared)
     ended_at: float
     decision: str | None = None  # tree, or why there was none; rows written before it was recorded have none
+    # Per node the target reached: draft children shown below it, and the rank of the one it drew (none of them: None).
+    reached: tuple[tuple[int, int | None], ...] | None = None  # None: not recorded
+    tree: TreeRow | None = None  # for jobs that asked to see their trees
+
+
+@dataclass(frozen=True, slots=True)
+class TreeRow:
+    """The draft tree of a step, as text: row of `draft_trees`."""
+
+    # (parent, token id, text, probability that the target accepts it, accepted); the root first, its parent is -1
+    nodes: tuple[tuple[int, int, str, float, bool], ...]
+    bonus: str  # the target's own token behind the accepted path
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +147,7 @@ class Claim:
     lease: Lease
     custom_id: str
     endpoint: str
+    priority: int  # 1: a person waits for it
     body: Mapping[str, Any]
     attempts: int  # 1 the first time
     started_at: float | None  # of the first attempt

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Row, and_, false, func, or_, select, text, true
+from sqlalchemy import BigInteger, ColumnElement, Row, and_, cast, false, func, or_, select, text, true
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
@@ -27,11 +27,25 @@ def database_now(session: Session) -> float:
     return float(session.execute(text(_NOW[_dialect(session)])).scalar_one())
 
 
+def one_state(session: Session) -> None:
+    """Let all queries of a transaction that has not begun see one state of the database, as SQLite's always do."""
+    if _dialect(session) == "postgresql":
+        session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
+
+
 def insert_new(session: Session, model: type[Base]) -> postgresql.Insert | sqlite.Insert:
     """Return an INSERT that leaves rows alone that are there already."""
-    if _dialect(session) == "postgresql":
-        return postgresql.insert(model).on_conflict_do_nothing()
-    return sqlite.insert(model).on_conflict_do_nothing()
+    return insert_into(session, model).on_conflict_do_nothing()
+
+
+def insert_into(session: Session, model: type[Base]) -> postgresql.Insert | sqlite.Insert:
+    """Return an INSERT of this database's kind, which can say what to do about rows that are there already."""
+    return postgresql.insert(model) if _dialect(session) == "postgresql" else sqlite.insert(model)
+
+
+def whole(session: Session, value: ColumnElement[Any]) -> ColumnElement[int]:
+    """Return a number from 0 up without its fraction. SQLite may lack floor(), and its cast cuts off."""
+    return cast(func.floor(value) if _dialect(session) == "postgresql" else value, BigInteger)
 
 
 def is_request(keys: Iterable[RequestKey]) -> ColumnElement[bool]:

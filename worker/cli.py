@@ -111,7 +111,9 @@ def bench(
     prompts: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="JSONL of objects with prompt.")
     ] = None,
-    batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1",
+    batch: Annotated[
+        str | None, typer.Option(help="Batch sizes, comma-separated; left out: 1, of a grid 1 to 64.")
+    ] = None,
     modes: Annotated[str | None, typer.Option(help="Modes, comma-separated; left out: all.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer at most.")] = 64,
     limit: Annotated[int, typer.Option(min=1, help="Prompts to take.")] = 6,
@@ -130,18 +132,19 @@ def bench(
     from worker import benchmark
 
     if grid:
-        _grid(
-            settings_of(target=target, dtype=dtype),
-            benchmark.read_prompts(prompts, _GRID_PROMPTS),
-            max_tokens,
-            runs,
-            as_json,
-        )
+        if modes or draft or temperature:
+            raise typer.BadParameter(
+                "a grid has all modes, drafts and temperatures; leave those options out", param_hint="--grid"
+            )
+        with sentences():
+            batches = benchmark.parse_batches(batch) if batch else None
+            some = benchmark.read_prompts(prompts, _GRID_PROMPTS)
+        _grid(settings_of(target=target, dtype=dtype), some, batches, max_tokens, runs, as_json)
         return
     with sentences():
         plan = benchmark.Plan(
             prompts=benchmark.read_prompts(prompts, limit),
-            batches=benchmark.parse_batches(batch),
+            batches=benchmark.parse_batches(batch or "1"),
             modes=benchmark.parse_modes(modes),
             max_tokens=max_tokens,
             runs=runs,
@@ -156,12 +159,20 @@ def bench(
     Console(width=width).print(benchmark.table(report))
 
 
-def _grid(settings: WorkerSettings, prompts: tuple[str, ...], max_tokens: int, runs: int, as_json: bool) -> None:
+def _grid(
+    settings: WorkerSettings,
+    prompts: tuple[str, ...],
+    batches: tuple[int, ...] | None,
+    max_tokens: int,
+    runs: int,
+    as_json: bool,
+) -> None:
     from worker import grid
 
-    settings = settings.model_copy(update={"max_sequences": max(grid.BATCHES)})
+    batches = batches or grid.BATCHES
+    settings = settings.model_copy(update={"max_sequences": max(batches)})
     with sentences():
-        cells = grid.run(settings, prompts, max_tokens, runs, say)
+        cells = grid.run(settings, prompts, batches, max_tokens, runs, say)
     if as_json:
         print(json.dumps({"target": settings.target, "results": [asdict(r) for c in cells for r in c.results()]}))
         return

@@ -6,12 +6,13 @@ runner -> [live] -> sink.  Collects the engine's results per choice, and hands o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from storage.records import Checkpoint, Claim, FinishedChoice, Progress, Refusal, StepRow
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepNumbers, StepResult
 from worker.transcript import Transcript
+from worker.trees import reached, tree_row
 
 Now = Callable[[], float]  # Unix seconds
 
@@ -44,13 +45,16 @@ class LiveChoice:
             self.next_seq = checkpoint.seq + 1
             self.announced = True
 
-    def take(self, result: StepResult, now: float) -> None:
-        """Add what a step brought."""
+    def take(self, result: StepResult, now: float, text_of: Callable[[int], str]) -> None:
+        """Add what a step brought; `text_of` tells the tokens of a tree that is recorded."""
         written = self.transcript.take(result)
         self._ids += written.tokens
         self._accepted += written.accepted
         self._pieces += written.pieces
-        self._steps.append(_row(written.numbers, now))
+        row = _row(written.numbers, now)
+        if result.tree is not None:
+            row = replace(row, tree=tree_row(result.tree, text_of), reached=reached(result.tree))
+        self._steps.append(row)
 
     def checkpoint(self) -> Checkpoint | None:
         """Return the tokens since the last checkpoint, and start the next one."""

@@ -10,6 +10,7 @@ import os
 import random
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ from storage import leases, writes
 from storage.records import WorkerCard
 from storage.session import Database
 from worker.assembly import Assembly
+from worker.energy import gpu_meter
 from worker.runner import Runner
 from worker.settings import WorkerSettings
 from worker.sink import Sink
@@ -31,6 +33,7 @@ log = logging.getLogger(__name__)
 
 _IDLE_S = 1.0  # longest sleep without work
 _HOUSEKEEPING_S = 5.0
+_LOAD_S = 1.0  # between two looks at what the engine holds
 _RING_AFTER_S = 10.0  # a job whose queued requests nobody took up for so long is rung again
 _DATABASE_RETRY_S = 2.0
 _RESTART_STATUS = 75  # EX_TEMPFAIL of sysexits.h: another start may work
@@ -52,6 +55,10 @@ class Resident:
         self._database = Database.open(settings.resolved_database_url)
         self._publisher = Publisher(settings.redis_url)
         self._learned: dict[str, Any] = {}
+        self._load: dict[str, Any] = {}
+        self._load_at = float("-inf")
+        self._meter = gpu_meter()
+        self._joules = 0.0
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._threads = [
@@ -99,6 +106,7 @@ class Resident:
             try:
                 runner.turn(rung=rung)
                 self._learned = runner.learned
+                self._note_load(runner)
             except DatabaseUnavailable as error:
                 log.warning("Decoding pauses: %s", error, extra={"action": "database_away"})
                 self._stop.wait(_DATABASE_RETRY_S * random.uniform(0.5, 1.5))
@@ -106,6 +114,12 @@ class Resident:
                 if not runner.busy:
                     self._wake.wait(_IDLE_S * random.uniform(0.5, 1.0))
         self._leave(runner)
+
+    def _note_load(self, runner: Runner) -> None:
+        """Look at what the engine holds, from its own thread, now and then."""
+        if time.monotonic() - self._load_at >= _LOAD_S:
+            self._load_at = time.monotonic()
+            self._load = runner.load
 
     def _leave(self, runner: Runner) -> None:
         try:
@@ -124,14 +138,25 @@ class Resident:
 
     def _tidy(self) -> None:
         """What any worker may do for all: say it lives, end overdue jobs, ring again where nobody came."""
+        joules = self._meter.joules() if self._meter else 0.0
         with self._database.write() as session:
             writes.beat_worker(session, self.worker_id)
             writes.update_calibration(session, self.worker_id, {**self._assembly.costs.as_json(), **self._learned})
+            writes.note_load(
+                session, self.worker_id, {**self._load, **self._capacity(), "joules": self._joules + joules}
+            )
+            if joules:
+                writes.add_energy(session, self.worker_id, time.time(), joules)
             ended = writes.expire_jobs(session)
             unheard = leases.jobs_to_ring(session, _RING_AFTER_S)
+        self._joules += joules
         self._publisher.publish(job_events(ended))
         for job_id, model in unheard:
             self._ring(job_id, model)
+
+    def _capacity(self) -> dict[str, int]:
+        options = self._assembly.options
+        return {"max_sequences": options.max_sequences, "kv_capacity_tokens": options.total_kv_tokens}
 
     def _runner(self) -> Runner:
         sink = Sink(self._database, self._publisher.publish, self.worker_id, self._settings.lease_s)
@@ -144,6 +169,8 @@ class Resident:
             model=self._assembly.name,
             lease_s=self._settings.lease_s,
             interval_s=self._settings.partials_interval_s,
+            # An engine with room for a single sequence keeps it for everybody.
+            reserved=min(self._settings.interactive_sequences, self._assembly.options.max_sequences - 1),
         )
 
     def _card(self) -> WorkerCard:

@@ -22,6 +22,7 @@ from worker.engine.engine import Engine
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepResult
 from worker.live import LiveChoice, LiveRequest
+from worker.load import Load
 from worker.recovery import LastingEngine
 from worker.sink import Sink
 from worker.text import Codec
@@ -30,6 +31,7 @@ from worker.transcript import Transcript
 log = logging.getLogger(__name__)
 
 _POLL_S = 1.0  # between looks for work when the last one found none; a doorbell cuts it short
+_WAITED_FOR_INTERVAL_S = 0.1  # between commits of text that a person waits for
 _MAX_ATTEMPTS = 5  # a request that was taken up so often without an end is given up
 
 
@@ -47,8 +49,12 @@ class Runner:
         model: str,
         lease_s: float,
         interval_s: float,
+        reserved: int = 0,
     ) -> None:
-        """Flush every `interval_s`; `make_engine` also replaces an engine whose step failed."""
+        """Flush every `interval_s`; `make_engine` also replaces an engine whose step failed.
+
+        So many as `reserved` of the engine's sequences are kept for requests that somebody waits for.
+        """
         self._engine = LastingEngine(make_engine)
         self._codec = codec
         self._sink = sink
@@ -57,7 +63,9 @@ class Runner:
         self._model = model
         self._lease_s = lease_s
         self._interval_s = interval_s
+        self._reserved = reserved
         self._live: dict[RequestKey, LiveRequest] = {}
+        self._load = Load()
         self._claimed_at = float("-inf")
         self._flushed_at = float("-inf")
 
@@ -70,6 +78,11 @@ class Runner:
     def learned(self) -> dict[str, Any]:
         """What the engine has learned about drafts, as JSON."""
         return self._engine.learned
+
+    @property
+    def load(self) -> dict[str, Any]:
+        """What the worker has done since its start and holds now, as JSON."""
+        return self._load.as_json(self._live.values())
 
     def turn(self, *, rung: bool = False) -> None:
         """Claim if there is room, run one step, flush if it is time. Raises DatabaseUnavailable: call again later."""
@@ -94,7 +107,13 @@ class Runner:
         try:
             with self._database.write() as session:
                 claims = leases.claim(
-                    session, self._worker_id, self._model, self._engine.room, self._lease_s, holding=self._live
+                    session,
+                    self._worker_id,
+                    self._model,
+                    self._engine.room,
+                    self._lease_s,
+                    holding=self._live,
+                    reserved=max(0, self._reserved - sum(len(request.choices) for request in self._waited_for())),
                 )
         except (OperationalError, InterfaceError) as error:
             raise DatabaseUnavailable(f"The database does not answer: {error.orig}") from error
@@ -137,6 +156,7 @@ class Runner:
     def _step(self) -> None:
         results, given_up = self._engine.step()
         now = time.time()
+        self._load.take(results)
         for result in results:
             self._take(result, now)
         # The engine knows nothing of stop strings: to it, what they ended runs on.
@@ -146,7 +166,7 @@ class Runner:
 
     def _take(self, result: StepResult, now: float) -> None:
         job_id, request_index, choice = _parts(result.sequence.key)
-        self._live[job_id, request_index].choices[choice].take(result, now)
+        self._live[job_id, request_index].choices[choice].take(result, now, self._codec.token_text)
 
     def _refuse(self, sequence: Sequence) -> None:
         """Answer a request with an error because the engine can't decode this choice of it even alone."""
@@ -157,8 +177,15 @@ class Runner:
         self._engine.cancel(others)
 
     def _flush_is_due(self) -> bool:
-        done = all(request.done for request in self._live.values())
-        return done or time.monotonic() - self._flushed_at >= self._interval_s
+        if all(request.done for request in self._live.values()):
+            return True
+        waited_for = self._waited_for()
+        interval_s = min(self._interval_s, _WAITED_FOR_INTERVAL_S) if waited_for else self._interval_s
+        done = any(request.done for request in waited_for)
+        return done or time.monotonic() - self._flushed_at >= interval_s
+
+    def _waited_for(self) -> list[LiveRequest]:
+        return [request for request in self._live.values() if request.claim.priority]
 
     def _flush(self) -> None:
         result = self._sink.flush(list(self._live.values()), time.time())

@@ -25,6 +25,9 @@ class WorkerSettings(JobsSettings):
     )
     mode: str = Field("opt-tree", pattern="^(plain|opt-tree|paper)$", description="Decoding mode.")
     max_sequences: int = Field(64, gt=0, description="Sequences decoded together at most.")
+    interactive_sequences: int = Field(
+        2, ge=0, description="Sequences beside those, for single requests that somebody waits for."
+    )
     kv_tokens: int = Field(
         0, ge=0, description="Tokens of KV memory for all sequences together; 0: half of the free memory."
     )

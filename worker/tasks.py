@@ -38,7 +38,8 @@ def make_worker_app(redis_url: str, model: str, resident: Resident) -> Celery:
 
 def serve(settings: WorkerSettings) -> int:
     """Load the models, start the resident engine, and listen for doorbells until a signal ends the process."""
-    assembly = assemble(settings, say=log.info)
+    sequences = settings.max_sequences + settings.interactive_sequences
+    assembly = assemble(settings.model_copy(update={"max_sequences": sequences}), say=log.info)
     bells = make_producer_app(settings.redis_url)
     resident = Resident(settings, assembly, ring=lambda job_id, model: ring(bells, job_id, model))
     app = make_worker_app(settings.redis_url, assembly.name, resident)

@@ -74,11 +74,16 @@ class Codec:
             ),
             eos_ids=frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.eos_ids),
             group=key[0],
+            traced_steps=sampling.record_trees,
         )
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of a whole completion, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def token_text(self, token: int) -> str:
+        """Return one token as people can read it, special ones by their names."""
+        return str(self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def stream(self, stops: Sequence[str] = ()) -> TextStream:
         """Return a fresh detokenizer for one choice, whose text ends before the first of the stop strings."""

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from jobs.answers import usage
 from jobs.api.envelope import error_body
 from jobs.messages import JobStatus
 from storage.files import FileView
@@ -31,6 +30,7 @@ def job(view: JobView) -> Json:
         **_life(view, view.started_at),
         "progress": _progress(view),
         "metadata": view.metadata,
+        "retry_of": view.retry_of,
     }
 
 
@@ -137,6 +137,12 @@ def output(view: OutputView) -> Json:
     return line | {"choices": choices, "usage": usage(view)}
 
 
+def usage(view: OutputView) -> Json:
+    """Return the tokens of a request: a prompt is counted once, whatever the number of choices."""
+    prompt, completion = view.prompt_tokens, view.completion_tokens
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
 def statistics(view: JobStats) -> Json:
     """Return the numbers of a job, or of everything."""
     return asdict(view)
@@ -159,7 +165,16 @@ def _progress(view: JobView) -> Json:
         "completion_tokens": view.completion_tokens,
         "elapsed_s": round(elapsed_s, 3),
         "tokens_per_s": round(view.completion_tokens / elapsed_s, 3) if elapsed_s > 0 else None,
+        "time_left_s": _time_left_s(view, elapsed_s),
     }
+
+
+def _time_left_s(view: JobView, elapsed_s: float) -> float | None:
+    """Return how long the rest takes at the pace of the requests so far; None where there is no pace yet."""
+    left = view.requests_total - view.requests_completed - view.requests_failed
+    if JobStatus(view.status).final:
+        return 0.0
+    return round(elapsed_s * left / view.requests_completed, 1) if view.requests_completed else None
 
 
 def _elapsed_s(view: JobView) -> float:

@@ -18,11 +18,11 @@ from worker.engine.drafting import Drafter
 from worker.engine.experience import Experience
 from worker.engine.language_model import LanguageModel
 from worker.engine.options import EngineOptions, Mode
-from worker.engine.planner import Planner, StepPlan
+from worker.engine.planner import Planner, StepPlan, StepTimes
 from worker.engine.rows import Move
 from worker.engine.scheduler import Batch, Scheduler
 from worker.engine.sequence import Sequence
-from worker.engine.stats import StepNumbers, StepResult
+from worker.engine.stats import ShownTree, StepNumbers, StepResult
 from worker.engine.verifier import Accepted, walk
 
 
@@ -48,6 +48,7 @@ class Engine:
         self._experience = experience or Experience()
         self._planner = Planner(options, self._drafter, costs, self._experience)
         self._scheduler = Scheduler(options)
+        self._late_ms = 0.0  # of the step before, behind its last look at the clock
 
     @property
     def room(self) -> int:
@@ -87,7 +88,7 @@ class Engine:
 
     def step(self) -> list[StepResult]:
         """Run one step and return what each emitting sequence got; nothing while a prompt is still being read."""
-        clock = _Clock()
+        clock = _Clock(self._late_ms)
         batch = self._scheduler.next_batch()
         if batch.empty:
             return []
@@ -102,6 +103,7 @@ class Engine:
         self._keep(plan, accepted, kept)
         results = self._number(batch, plan, accepted, kept, clock)
         self._drop_finished()
+        self._late_ms = clock.late_ms()
         return results
 
     @staticmethod
@@ -118,7 +120,7 @@ class Engine:
                 places = np.searchsorted(plan.shown.nodes_of(tree), path)
                 moves.append(Move(sequence.slot, root + 1, root + places))
             sequence.cached = len(sequence.ids) - 1
-            if self._drafter is not None:
+            if self._drafter is not None and plan.layers:  # else it has nothing to forget, and reads lazily
                 self._drafter.keep(plan.forest, tree, plan.nodes[path], kept[tree])
         self._target.keep(moves)
 
@@ -126,7 +128,8 @@ class Engine:
         self, batch: Batch, plan: StepPlan, accepted: list[Accepted], kept: list[list[int]], clock: _Clock
     ) -> list[StepResult]:
         step_ms = clock.step_ms()
-        plain_step_ms = self._planner.learn(batch, plan, accepted, sum(map(len, kept)), clock.draft_ms, step_ms)
+        times = StepTimes(clock.draft_ms, clock.verify_ms, step_ms)
+        plain_step_ms = self._planner.learn(batch, plan, accepted, sum(map(len, kept)), times)
         shown = plan.shown
         trees = len(shown.sequences)
         nodes = np.bincount(shown.tree, minlength=trees) - 1
@@ -150,9 +153,10 @@ class Engine:
                 plain_step_ms=plain_step_ms,
                 decision=plan.decision,
             )
+            traced = _shown_tree(shown, tree, accepted[tree]) if sequence.steps < sequence.traced_steps else None
             sequence.steps += 1
             sequence.prefill_ms = 0.0
-            results.append(StepResult(sequence, tuple(kept[tree]), numbers))
+            results.append(StepResult(sequence, tuple(kept[tree]), numbers, traced))
         for chunk in batch.chunks:
             if not chunk.completes:
                 chunk.sequence.cached = chunk.end
@@ -165,11 +169,25 @@ class Engine:
                 self._drafter.drop(sequence)
 
 
-class _Clock:
-    """Wall times of one step, in milliseconds."""
+def _shown_tree(shown: Forest, tree: int, accepted: Accepted) -> ShownTree:
+    nodes = shown.nodes_of(tree)
+    parents = shown.parent[nodes]
+    return ShownTree(
+        parents=tuple(np.where(parents < 0, -1, np.searchsorted(nodes, parents)).tolist()),
+        tokens=tuple(shown.token[nodes].tolist()),
+        values=tuple(shown.value[nodes].tolist()),
+        accepted=tuple(np.isin(nodes, [nodes[0], *accepted.path]).tolist()),
+        bonus=accepted.bonus,
+    )
 
-    def __init__(self) -> None:
+
+class _Clock:
+    """Wall times of one step, in milliseconds. What the step before did after its last look belongs to this one."""
+
+    def __init__(self, late_ms: float) -> None:
         self._started = self._last = perf_counter()
+        self._late_ms = late_ms
+        self._step_ms = 0.0
         self.draft_ms = 0.0
         self.verify_ms = 0.0
 
@@ -180,7 +198,11 @@ class _Clock:
         self.verify_ms = self._lap()
 
     def step_ms(self) -> float:
-        return (perf_counter() - self._started) * 1e3
+        self._step_ms = (perf_counter() - self._started) * 1e3
+        return self._late_ms + self._step_ms
+
+    def late_ms(self) -> float:
+        return (perf_counter() - self._started) * 1e3 - self._step_ms
 
     def _lap(self) -> float:
         now = perf_counter()

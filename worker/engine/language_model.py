@@ -23,6 +23,7 @@ from worker.engine.layers import fuse, tap
 from worker.engine.linear import pack
 from worker.engine.native_attention import NativePlan
 from worker.engine.native_kv import NativeKv
+from worker.engine.native_network import whole_network
 from worker.engine.rows import Move, Segment, chain, kept_rows
 
 # Frequencies of these depend on the longest text of the forward, so one sequence would change another's numbers.
@@ -74,6 +75,9 @@ class PackedModel:
             self.hidden = HiddenStates(
                 slots, self.kv.capacity, len(tapped) * config.hidden_size, model.dtype, model.device
             )
+        # In one call where nothing of the model is left to transformers.
+        compiled = self._store.compiled
+        self._network = whole_network(model, self.kv.capacity, compiled) if compiled else None
         self.forward([chain(0, 0, [0], keep_last=True)])  # unknown attention arguments are refused here, not in a job
 
     @property
@@ -100,10 +104,18 @@ class PackedModel:
     @torch.inference_mode()
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Run the rows of `segments`, which are in slot order; return logits [kept rows, vocab]."""
+        plan = self._store.plan(segments)
+        logits = self._network.forward(segments, plan)[0] if self._network else self._run(segments, plan)  # type: ignore[arg-type]
+        if self.hidden is not None:
+            assert plan.tapped is not None
+            self.hidden.write(segments, plan.tapped.flatten(1))
+        return logits if self._defined_ids is None else logits[:, : self._defined_ids]
+
+    def _run(self, segments: Sequence[Segment], plan: AttentionPlan | NativePlan) -> Tensor:
+        """Let transformers' own model do it, layer by layer."""
         device = self._model.device
         ids = torch.from_numpy(np.concatenate([s.ids for s in segments])).to(device)
         positions = torch.from_numpy(np.concatenate([s.positions for s in segments])).to(device)
-        plan = self._store.plan(segments)
         logits = self._model(
             input_ids=ids.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
@@ -114,10 +126,7 @@ class PackedModel:
             plan=plan,
         ).logits[0]
         assert isinstance(logits, Tensor)
-        if self.hidden is not None:
-            assert plan.tapped is not None
-            self.hidden.write(segments, plan.tapped.flatten(1))
-        return logits if self._defined_ids is None else logits[:, : self._defined_ids]
+        return logits
 
     def keep(self, moves: Sequence[Move]) -> None:
         """Bring accepted rows down behind the committed prefix."""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -7,6 +9,10 @@ import pytest
 from jobs.items import UNSUPPORTED, WITHOUT_EFFECT, Item, Rules, parse_item, read_lines
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, Endpoint, GenerationRequest
 from storage.records import NewRequest, Refusal
+
+
+def lines(body: bytes, max_line_bytes: int = 1_000_000) -> Iterator[Item]:
+    return read_lines(io.BytesIO(body), max_line_bytes)
 
 
 def some_rules(
@@ -219,8 +225,18 @@ def test_more_tokens_than_the_context_holds_are_refused_where_a_worker_has_told_
 
 
 def test_lines_end_at_newlines_only_and_blank_ones_do_not_count() -> None:
-    items = list(read_lines('\ufeff"one"\r\n\n{"prompt": "t\u2028wo"}\n'.encode()))
+    items = list(lines('\ufeff"one"\r\n\n{"prompt": "t\u2028wo"}\n'.encode()))
     assert [(item.index, item.line, item.value) for item in items] == [(0, 1, "one"), (1, 3, {"prompt": "t\u2028wo"})]
+
+
+@pytest.mark.parametrize(("length", "refused"), [(100, False), (101, True), (1_000_000, True)])
+def test_a_line_that_is_too_long_is_passed_over(length: int, refused: bool) -> None:
+    long = b'"' + b"x" * (length - 2) + b'"'
+    first, middle, last = lines(b'"one"\n' + long + b'\n"three"', max_line_bytes=100)
+    assert (first.value, last.value, [item.line for item in (first, middle, last)]) == ("one", "three", [1, 2, 3])
+    request = parse_item(middle, some_rules())
+    assert (request.refusal is not None) is refused
+    assert request.refusal is None or "line 2: The line has more than 100 bytes" in request.refusal.message
 
 
 @pytest.mark.parametrize(
@@ -228,7 +244,7 @@ def test_lines_end_at_newlines_only_and_blank_ones_do_not_count() -> None:
     [b"{", b"nonsense", b'{"temperature": NaN}', b'"\\ud800"', b"[" * 100_000, b"9" * 5000, b"\xff\xfe", b'"\xe9"'],
 )
 def test_a_line_that_is_not_json_is_refused_and_named_and_the_others_go_on(line: bytes) -> None:
-    first, bad, last = (parse_item(item, some_rules()) for item in read_lines(b'"one"\n' + line + b'\n"three"'))
+    first, bad, last = (parse_item(item, some_rules()) for item in lines(b'"one"\n' + line + b'\n"three"'))
     assert first.refusal is last.refusal is None
     assert bad.refusal is not None
     assert bad.refusal.code == "invalid_json_line"

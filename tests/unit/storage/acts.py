@@ -6,10 +6,20 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 
 from storage import leases, queries, writes
-from storage.models import DecodeStep, Job, Output, Partial, Request
+from storage.models import (
+    DecodeStep,
+    Job,
+    Output,
+    Partial,
+    Request,
+    StepBatch,
+    StepDepth,
+    StepExpectation,
+    StepMinute,
+)
 from storage.queries import JobView
 from storage.records import Checkpoint, Claim, FinishedChoice, FlushResult, Lease, NewRequest, Progress, RequestKey
 from storage.session import Database
@@ -153,6 +163,33 @@ def check_laws(database: Database) -> None:
     for row in steps:
         emitted[row.job_id, row.request_index, row.choice_index] += row.emitted_tokens
     assert emitted == {(row.job_id, row.request_index, row.choice_index): row.completion_tokens for row in outputs}
+    check_sums(database)
     completed = {(row.job_id, row.request_index) for row in requests if row.status == "completed"}
     assert completed <= {(row.job_id, row.request_index) for row in outputs}
     assert completed.isdisjoint((row.job_id, row.request_index) for row in partials)
+
+
+def check_sums(database: Database) -> None:
+    """Every sum that is kept says what the rows of `decode_steps` say."""
+    steps_sum = func.coalesce(func.sum(StepMinute.steps + StepMinute.first_steps), 0)
+    later = DecodeStep.step > 0
+    with database.read() as session:
+        asked: list[tuple[Any, Any]] = [
+            (select(steps_sum), select(func.count()).select_from(DecodeStep)),
+            (
+                select(func.sum(StepMinute.tokens + StepMinute.first_tokens)),
+                select(func.sum(DecodeStep.emitted_tokens)),
+            ),
+            (select(func.sum(StepMinute.tokens)), select(func.sum(DecodeStep.emitted_tokens)).where(later)),
+            (select(func.sum(StepBatch.tree_nodes)), select(func.sum(DecodeStep.tree_nodes)).where(later)),
+            (
+                select(func.sum(StepDepth.accepted_tokens * StepDepth.steps)),
+                select(func.sum(DecodeStep.accepted_tokens)).where(later),
+            ),
+            (
+                select(func.sum(StepExpectation.accepted_tokens)),
+                select(func.sum(DecodeStep.accepted_tokens)).where(DecodeStep.tree_nodes > 0),
+            ),
+        ]
+        for kept, counted in asked:
+            assert (session.scalar(kept) or 0) == (session.scalar(counted) or 0), str(kept)

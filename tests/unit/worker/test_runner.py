@@ -43,7 +43,15 @@ def words(prefix: tuple[int, ...]) -> Tensor:
 class Worker:
     """A runner with its engine and sink, as one process would hold them."""
 
-    def __init__(self, database: Database, name: str, law: Callable[[tuple[int, ...]], Tensor] = words) -> None:
+    def __init__(
+        self,
+        database: Database,
+        name: str,
+        law: Callable[[tuple[int, ...]], Tensor] = words,
+        *,
+        reserved: int = 0,
+        interval_s: float = 0.0,
+    ) -> None:
         self.events: list[PartialEvent] = []
         self.database = database
         self.model = TableModel(law)
@@ -56,7 +64,8 @@ class Worker:
             worker_id=name,
             model=MODEL,
             lease_s=30.0,
-            interval_s=0.0,
+            interval_s=interval_s,
+            reserved=reserved,
         )
 
     def run(self, turns: int = 500) -> None:
@@ -78,7 +87,7 @@ def database(tmp_path: Path) -> Iterator[Database]:
     opened.dispose()
 
 
-def submit(database: Database, *prompts: str, job_id: str = "batch_1", **sampling: Any) -> None:
+def submit(database: Database, *prompts: str, job_id: str = "batch_1", priority: int = 0, **sampling: Any) -> None:
     parameters = SamplingParameters.model_validate({"seed": 1, "max_tokens": 30, "temperature": 0.0, **sampling})
     requests = [
         NewRequest(
@@ -87,7 +96,7 @@ def submit(database: Database, *prompts: str, job_id: str = "batch_1", **samplin
         for i, p in enumerate(prompts)
     ]
     with database.write() as session:
-        writes.record_job(session, NewJob(job_id, MODEL, CHAT_ENDPOINT, 3600.0), requests)
+        writes.record_job(session, NewJob(job_id, MODEL, CHAT_ENDPOINT, 3600.0, priority=priority), requests)
 
 
 def texts(database: Database) -> dict[tuple[int, int], str]:
@@ -389,3 +398,16 @@ def test_requests_of_a_job_that_is_over_leave_before_the_step_behind_the_next_fl
     with database.read() as session:
         assert session.scalars(select(Job)).one().status == ending
         assert {r.status for r in session.scalars(select(Request))} == {ending}
+
+
+def test_what_a_person_waits_for_gets_a_place_beside_a_batch_that_fills_the_engine(database: Database) -> None:
+    submit(database, "one", "two", "three", "four", max_tokens=100)
+    worker = Worker(database, "a", reserved=1, interval_s=3600.0)
+    for _ in range(3):
+        worker.runner.turn(rung=True)
+    submit(database, "now", job_id="chat", priority=1, max_tokens=5)
+    for _ in range(12):
+        worker.runner.turn(rung=True)
+    with database.read() as session:
+        statuses = dict(session.execute(select(Job.id, Job.status)).all())
+    assert statuses == {"chat": "completed", "batch_1": "in_progress"}, "and its end was not kept for the next flush"
