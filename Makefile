@@ -49,8 +49,9 @@ audit: setup ## Look for known holes in what constraints.txt pins; needs a reach
 	test -x .venv/audit/bin/pip-audit || { $(BIN)/python -m venv .venv/audit && .venv/audit/bin/pip install -q pip-audit; }
 	.venv/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
-bench: model ## Measure decoding speed against transformers' own generate
+bench: model ## Measure decoding speed against transformers' own generate, then the front door
 	$(BIN)/basic bench --prompts $(BENCH_PROMPTS)
+	$(BIN)/python -m jobs.benchmark
 
 secrets: ## Write the passwords of docker-compose.yml, once
 	@sh .ci/make-secrets

@@ -106,7 +106,7 @@ def retry_job(
         window_s=job.expires_at - job.created_at,
         metadata=job.metadata,
         api_key_id=api_key_id,
-        idempotency_key=_idempotency_key(idempotency_key),
+        idempotency_key=check_idempotency_key(idempotency_key),
         body_sha256=hashlib.sha256(f"retry of {job.id}".encode()).hexdigest(),
         retry_of=job.id,
         body_version=MESSAGE_VERSION,
@@ -120,7 +120,7 @@ def retry_job(
                 raise NotRetryable
             recorded = writes.record_job(session, again, chain([first], requests))
             if recorded.created:
-                _refuse_full_queue(session, settings.max_requests_queued)
+                refuse_full_queue(session, settings.max_requests_queued)
     except QuotaExceeded as exceeded:
         raise over_limit(exceeded) from exceeded
     if recorded.conflict:
@@ -236,9 +236,9 @@ def _new_job(submission: Submission, rules: Rules, settings: JobsSettings) -> Ne
         model=rules.model,
         endpoint=rules.endpoint,
         window_s=submission.window_s or settings.completion_window_s,
-        metadata=_metadata(submission.metadata),
+        metadata=check_metadata(submission.metadata),
         api_key_id=submission.api_key_id,
-        idempotency_key=_idempotency_key(submission.idempotency_key),
+        idempotency_key=check_idempotency_key(submission.idempotency_key),
         body_sha256=submission.body_sha256,
         body_version=MESSAGE_VERSION,
     )
@@ -252,13 +252,13 @@ def _record(
         with database.write() as session:
             recorded = writes.record_job(session, job, requests)
             if recorded.created and most is not None:
-                _refuse_full_queue(session, most)
+                refuse_full_queue(session, most)
             return recorded
     except QuotaExceeded as exceeded:
         raise over_limit(exceeded) from exceeded
 
 
-def _refuse_full_queue(session: Session, most: int) -> None:
+def refuse_full_queue(session: Session, most: int) -> None:
     """Raise LimitReached, which undoes the transaction, if more requests wait than the service takes.
 
     Counted with the new job, and behind the look for an earlier one: a submission that is only repeated is not refused.
@@ -280,7 +280,8 @@ def over_limit(exceeded: QuotaExceeded) -> LimitReached:
     )
 
 
-def _metadata(metadata: Any) -> Mapping[str, str] | None:
+def check_metadata(metadata: Any) -> Mapping[str, str] | None:
+    """Return metadata as it is kept; raise InvalidValue beyond OpenAI's limits."""
     if metadata is None:
         return None
     if not isinstance(metadata, Mapping) or len(metadata) > MAX_METADATA_PAIRS:
@@ -296,7 +297,8 @@ def _refuse_long_metadata(text: Any, limit: int, part: str) -> None:
         raise InvalidValue(f"Every {part} must be a string of at most {limit} characters.", param="metadata")
 
 
-def _idempotency_key(key: str | None) -> str | None:
+def check_idempotency_key(key: str | None) -> str | None:
+    """Return the key; raise InvalidValue for one that is empty or too long."""
     if key is not None and not 1 <= len(key) <= MAX_IDEMPOTENCY_KEY_CHARS:
         raise InvalidValue(f"must have 1 to {MAX_IDEMPOTENCY_KEY_CHARS} characters", param="Idempotency-Key")
     return key

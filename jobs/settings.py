@@ -38,6 +38,8 @@ class JobsSettings(StorageSettings):
     max_streams: int = Field(1_000, gt=0, description="Streams the shim keeps open at once.")
     max_streams_per_key: int = Field(100, gt=0, description="Streams one key may keep open at once.")
     max_body_bytes: int = Field(200_000_000, gt=0, description="Bytes of one submission.")
+    max_file_bytes: int = Field(200_000_000, gt=0, description="Bytes of one uploaded file.")
+    file_days: float = Field(30, gt=0, description="Days a file is kept that brings no expires_after.")
     max_json_bytes: int = Field(16_000_000, gt=0, description="Bytes of one JSON body; lines may have more in all.")
     max_line_bytes: int = Field(10_000_000, gt=0, description="Bytes of one line of a batch file.")
     max_prompt_chars: int = Field(1_000_000, gt=0, description="Characters of one prompt, before it is tokenized.")

@@ -24,6 +24,7 @@ from sqlalchemy import (
     event,
     false,
     text,
+    true,
 )
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -41,6 +42,7 @@ JOB_STATUSES = (
     "cancelled",
 )
 REQUEST_STATUSES = ("queued", "running", "completed", "failed", "expired", "cancelled")
+FILE_STATUSES = ("writing", "ready", "deleted", "cleared")
 
 
 def _one_of(column: str, values: tuple[str, ...]) -> str:
@@ -97,6 +99,19 @@ class Job(Base):
     idempotency_key: Mapped[str | None]
     body_sha256: Mapped[str | None]
     doorbell_at: Mapped[float | None]  # when workers were last told that the job has requests for them
+    # Of batches, which are jobs whose requests come as a file and whose answers leave as files.
+    input_file_id: Mapped[str | None]  # none: the requests came inline
+    completion_window: Mapped[str | None]  # as it was asked for
+    output_expires_after_s: Mapped[float | None]
+    validated_at: Mapped[float | None]  # none: the clerk has not read the input yet; its requests do not count
+    finalizing_at: Mapped[float | None]
+    output_file_id: Mapped[str | None]
+    error_file_id: Mapped[str | None]
+    errors: Mapped[list[Any] | None]  # why the input as a whole is bad: code, line, message, param
+    usage: Mapped[dict[str, Any] | None]  # tokens of the lines of the output file
+    # Which clerk reads the input or writes the output, and until when; the number grows with every claim.
+    clerk_number: Mapped[int] = mapped_column(server_default="0")
+    clerk_until: Mapped[float | None]
     # Of the newest commit that wrote something readers of the job are told (storage.story).
     event_number: Mapped[int] = mapped_column(BigInteger, server_default="0")
     retry_of: Mapped[str | None]  # the job whose failed requests these are
@@ -110,6 +125,7 @@ class Job(Base):
         UniqueConstraint("api_key_id", "idempotency_key"),
         CheckConstraint(_one_of("status", JOB_STATUSES), name="status"),
         Index(None, "created_at", "id"),  # the list of jobs
+        Index(None, "api_key_id", "created_at", "id"),  # the list of one owner's jobs
         Index(None, "status", "model"),  # the claim, the sweep of overdue jobs
     )
 
@@ -220,6 +236,8 @@ class Output(Base):
     started_at: Mapped[float]
     finished_at: Mapped[float]
     last_seq: Mapped[int]
+    # A request may hold several prompts, each with several choices: its prompt tokens are those of these rows.
+    first_of_prompt: Mapped[bool] = mapped_column(server_default=true())
     event_number: Mapped[int] = mapped_column(BigInteger, server_default="0")  # of the commit that wrote it
     # Of the checkpoints it was made of: event number, seq, characters, tokens, accepted. For readers who know some.
     checkpoints: Mapped[list[Any] | None]
@@ -228,6 +246,38 @@ class Output(Base):
         _of_a_request(),
         Index("ix_outputs_job_id_event_number", "job_id", "event_number", "request_index", "choice_index"),
     )
+
+
+class File(Base):
+    """A file of the OpenAI kind. Its row outlives its bytes: a list goes on behind a file that was deleted."""
+
+    __tablename__ = "files"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    purpose: Mapped[str]
+    filename: Mapped[str]
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    created_at: Mapped[float]
+    expires_at: Mapped[float | None]
+    api_key_id: Mapped[str]
+    status: Mapped[str]  # writing: not to be seen yet; deleted: not to be seen again; cleared: the bytes are gone too
+
+    __table_args__ = (
+        CheckConstraint(_one_of("status", FILE_STATUSES), name="status"),
+        Index(None, "created_at", "id"),  # the list of files
+        Index(None, "api_key_id", "created_at", "id"),  # the list of one owner's files
+        Index(None, "status", "expires_at"),  # the sweep
+    )
+
+
+class FileChunk(Base):
+    """A stretch of the bytes of a file."""
+
+    __tablename__ = "file_chunks"
+
+    file_id: Mapped[str] = mapped_column(ForeignKey("files.id", ondelete="CASCADE"), primary_key=True)
+    chunk_index: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    data: Mapped[bytes]
 
 
 class DecodeStep(Base):

@@ -34,6 +34,9 @@ class NewJob:
     api_key_id: str | None = None
     idempotency_key: str | None = None  # unique per api_key_id
     body_sha256: str | None = None  # of the submitted body, to tell a repeat from a conflict
+    input_file_id: str | None = None  # a batch: its requests are still to be read from this file
+    completion_window: str | None = None  # the window as it was asked for
+    output_expires_after_s: float | None = None
     retry_of: str | None = None  # the job whose failed requests it runs again
     priority: int = 0  # 1: a person waits for it
     body_version: int = 1  # of the bodies of its requests: a worker must be able to read them
@@ -149,6 +152,7 @@ class FinishedChoice:
     started_at: float
     finished_at: float
     last_seq: int  # seq of its `finished` event
+    first_of_prompt: bool = True  # no other choice counts the tokens of this prompt
 
 
 @dataclass(frozen=True, slots=True)
