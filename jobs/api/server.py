@@ -17,7 +17,7 @@ from jobs.errors import SetupError
 from jobs.local_key import read_local_key
 from jobs.logs import log_to_stderr
 from jobs.settings import JobsSettings
-from storage import keys
+from storage import keys, schema
 from storage.session import Database
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
     log_to_stderr(settings.log_format)
     database = Database.open(settings.resolved_database_url)
     door = _door(settings, database)
+    _refuse_other_schema(settings.resolved_database_url)
     listener = _listen(settings.api_host, settings.api_port)
     api = make_api(settings, database, door=door)
     dashboard.install(api, api.state.services, door)
@@ -46,6 +47,20 @@ def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
         uvicorn.Server(config).run(sockets=[listener])
     finally:
         database.dispose()
+
+
+def _refuse_other_schema(url: str) -> None:
+    """Raise SetupError for a database of an older or newer version: half of the pages would fail one by one."""
+    try:
+        found, needed = schema.current(url), schema.head()
+    except SQLAlchemyError as exc:
+        log.warning("The database does not say its version: %s", exc, extra={"action": "database_away"})
+        return
+    if found != needed:
+        raise SetupError(
+            f"The database has the schema {found or 'of nobody'}, and this version of bASIC works with {needed}. "
+            "Bring it up to date with: basic db upgrade"
+        )
 
 
 def _door(settings: JobsSettings, database: Database) -> Door:
