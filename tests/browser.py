@@ -16,6 +16,7 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 ARTEFACTS = Path(__file__).resolve().parent.parent / "artefacts"
+_MISSING = "chromium is not installed: apt install chromium"
 _QUIET = (
     "--no-sandbox",
     "--disable-gpu",
@@ -37,9 +38,10 @@ def chromium() -> str:
         install = ["apt-get", "install", "-y", "-q", "--no-install-recommends", "chromium", "fonts-dejavu-core"]
         subprocess.run(install, env=environment, check=False, **quiet)  # type: ignore[call-overload]
         found = shutil.which("chromium")
+    if found is None and os.environ.get("CI"):
+        pytest.fail(_MISSING)
     if found is None:
-        reason = "chromium is not installed: apt install chromium"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+        pytest.skip(_MISSING)
     return found
 
 
