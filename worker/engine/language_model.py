@@ -180,6 +180,9 @@ class PackedModel:
 
     def share(self, source: int, target: int, length: int) -> None:
         """Copy the keys and values of the first `length` tokens of one slot to another."""
+        if source == target:
+            self.release(target, length)
+            return
         with torch.inference_mode():
             self.kv.share(source, target, length)
             if self.hidden is not None:

@@ -21,7 +21,7 @@ from tests.unit.worker.engine.harness import (
 )
 from worker.drafters.model import ModelDrafter
 from worker.drafters.suffix import SuffixDrafter
-from worker.engine import paged_attention
+from worker.engine import paged_attention, paged_rows
 from worker.engine.attention import ATTENTION_NAME
 from worker.engine.buckets import BucketedForward
 from worker.engine.drafting import Drafter
@@ -204,10 +204,9 @@ def test_no_bit_of_a_real_row_depends_on_the_padding(
     expected = ours.forward(STEPS[step])
     rows = sum(len(s.ids) for s in STEPS[step])
     pages(ours).poison_free()
-    laid_out = paged_attention.laid_out
 
     def spoilt(segments: list[Segment], kv: PagedKv, shape: object) -> object:
-        numbers = laid_out(segments, kv, shape)  # type: ignore[arg-type]
+        numbers = paged_rows.laid_out(segments, kv, shape)  # type: ignore[arg-type]
         numbers[rows:bucket] = 33
         numbers[bucket + rows : 2 * bucket] = 77
         return numbers
@@ -355,7 +354,7 @@ def test_hidden_states_are_tapped_from_real_rows_alone(step: str) -> None:
         tapped.forward(STEPS[step])
         assert tapped.hidden is not None
         states.append(torch.cat([tapped.hidden.read(s.slot, 0, s.end) for s in STEPS[step]]))
-    assert torch.allclose(*states, atol=1e-4)
+    assert torch.allclose(states[0], states[1], atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
