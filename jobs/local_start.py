@@ -24,6 +24,7 @@ from jobs.local_key import make_local_key
 from jobs.local_state import LocalService
 from jobs.processes import Child, Children, Command, keep_one_old, launch, python_module
 from jobs.redis_server import answers, server_arguments, server_binary
+from jobs.schema_guard import driver_missing
 from jobs.settings import JobsSettings
 from storage import queries, schema
 from storage.session import Database
@@ -85,7 +86,7 @@ class Start:
     def _start_redis(self, settings: JobsSettings) -> JobsSettings:
         directory = settings.data_dir / "redis"
         directory.mkdir(exist_ok=True)
-        port = _free_port("127.0.0.1")
+        port = free_port("127.0.0.1")
         arguments = server_arguments(server_binary(), port, directory)
         child = self.children.start(self._command("redis", arguments, settings))
         redis_url = f"redis://127.0.0.1:{port}/0"
@@ -142,6 +143,8 @@ def _migrate(database_url: str) -> None:
     """Bring the database up to date, or say why it can't serve."""
     try:
         schema.upgrade(database_url)
+    except ModuleNotFoundError as exc:
+        raise SetupError(driver_missing(exc)) from exc
     except OperationalError as exc:
         raise SetupError(
             f"the database {make_url(database_url)} can't be used: {exc.orig}; "
@@ -160,20 +163,21 @@ def _with_api_address(settings: JobsSettings) -> JobsSettings:
     if port == 0 or not _is_free(host, port):
         if port != 0 and "api_port" in settings.model_fields_set:
             raise SetupError(f"port {port} on {host} is taken; set BASIC_API_PORT to a free port, or to 0 for any")
-        port = _free_port(host)
+        port = free_port(host)
     reached_at = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return settings.model_copy(update={"api_port": port, "api_url": f"http://{reached_at}:{port}"})
 
 
 def _is_free(host: str, port: int) -> bool:
     try:
-        _free_port(host, port)
+        free_port(host, port)
     except OSError:
         return False
     return True
 
 
-def _free_port(host: str, port: int = 0) -> int:
+def free_port(host: str, port: int = 0) -> int:
+    """Return a port that is free now: the one asked for, else raise OSError; any for 0."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family) as listener:
         return int(listener.getsockname()[1])

@@ -123,6 +123,9 @@ class SamplingParameters(Frozen):
     stop: Annotated[tuple[str, ...], BeforeValidator(_stop_strings)] = Field(
         (), description="The text ends before the first of these."
     )
+    logprobs: int | None = Field(
+        None, ge=0, le=20, description="Likeliest tokens to tell beside each token; none: tell no log-probabilities."
+    )
     record_trees: int = Field(
         0, ge=0, le=64, description="Steps whose draft trees are recorded, to be looked at; of a job's first requests."
     )

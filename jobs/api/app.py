@@ -6,9 +6,11 @@ from fastapi import FastAPI
 
 from jobs.api import completions, errors, jobs, metrics, service
 from jobs.api.access import AccessGuard, Door
+from jobs.api.bodies import BodyReader
 from jobs.api.limits import BodyLimit, RequestIds
 from jobs.api.services import Services
 from jobs.api.streams import Streams
+from jobs.broadcast import Broadcast
 from jobs.producer import Ring, make_producer_app, ring
 from jobs.settings import JobsSettings
 from storage.session import Database
@@ -21,7 +23,13 @@ def make_api(settings: JobsSettings, database: Database, ring: Ring | None = Non
     everybody in until there is a key.
     """
     app = FastAPI(title="bASIC", docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.state.services = Services(settings, database, ring or _celery_ring(settings.redis_url))
+    app.state.services = Services(
+        settings,
+        database,
+        ring or _celery_ring(settings.redis_url),
+        BodyReader(),
+        Broadcast(database, settings.redis_url),
+    )
     app.state.metrics = metrics.Metrics(database)
     app.state.streams = Streams(settings.max_streams, settings.max_streams_per_key)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)

@@ -23,11 +23,12 @@ from starlette.requests import ClientDisconnect
 
 from jobs.api import answers
 from jobs.api.answers import Heading
+from jobs.api.bodies import Body
 from jobs.api.caller import Caller, CallerNow
 from jobs.api.envelope import error_body
 from jobs.api.services import Services, ServicesNow, find_job
 from jobs.api.streams import StreamPlace
-from jobs.api.submissions import read_object
+from jobs.api.submissions import json_object
 from jobs.errors import AnswerTooLate, BasicError, InvalidValue, RequestFailed
 from jobs.intake import Submission, accept_call, new_call_id
 from jobs.items import Item
@@ -66,8 +67,8 @@ class _Call:
 
 
 async def _answer(request: Request, services: Services, caller: Caller, endpoint: Endpoint) -> Response:
-    body = await request.body()
-    call = await run_in_threadpool(_accept, services, body, caller, endpoint)
+    async with services.bodies.received(request, services.settings.max_json_bytes) as body:
+        call = await run_in_threadpool(_accept, services, body, caller, endpoint)
     events = _events(services, call.heading.id)
     if not call.stream:
         await _unless_gone(request, _end_of(events))
@@ -80,9 +81,9 @@ async def _answer(request: Request, services: Services, caller: Caller, endpoint
     return StreamingResponse(lines, media_type="text/event-stream", headers={"cache-control": "no-store"})
 
 
-def _accept(services: Services, body: bytes, caller: Caller, endpoint: Endpoint) -> _Call:
+def _accept(services: Services, body: Body, caller: Caller, endpoint: Endpoint) -> _Call:
     """Record the call; raise what is wrong with it."""
-    fields = read_object(body)
+    fields = json_object(body.open().read())
     stream, with_usage = _stream_options(fields)
     submission = Submission(
         [Item(0, fields)],
@@ -178,6 +179,8 @@ async def _lines(
             async for piece in _chunks(call.heading, first, events):
                 yield _line(piece | more)
         output = await run_in_threadpool(_output, services, call)
+        for piece in answers.logprobs_chunks(call.heading, output):
+            yield _line(piece | more)
         if call.with_usage:
             yield _line(answers.usage_chunk(call.heading, output))
         yield "data: [DONE]\n\n"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from typing import cast
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -40,12 +41,17 @@ class RequestIds:
 
 
 class BodyLimit:
-    """Refuses bodies that are too large, too slow or compressed. The refusal rises where a route reads the body."""
+    """Refuses bodies that are too large, too slow or compressed. The refusal rises where a route reads the body.
 
-    def __init__(self, app: ASGIApp, max_bytes: int, idle_s: float = 30.0) -> None:
+    Slow is: nothing for `idle_s`, or after that fewer than `min_bytes_per_s` in the mean, so that a byte now and then
+    keeps no connection.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, idle_s: float = 30.0, min_bytes_per_s: float = 1_000) -> None:
         self._app = app
         self._max_bytes = max_bytes
         self._idle_s = idle_s
+        self._min_bytes_per_s = min_bytes_per_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on with a body that is watched."""
@@ -58,6 +64,7 @@ class BodyLimit:
         encoding = headers.get("content-encoding", "identity")
         read = 0
         complete = False
+        began_at = time.monotonic()
 
         async def limited() -> Message:
             nonlocal read, complete
@@ -67,7 +74,8 @@ class BodyLimit:
                 raise UnsupportedBody("Compressed bodies are not supported; send the body as it is.")
             if declared.isdecimal():
                 self._refuse_beyond(int(declared))
-            message = await self._in_time(receive)
+            patience_s = began_at + self._idle_s + read / self._min_bytes_per_s - time.monotonic()
+            message = await self._in_time(receive, min(self._idle_s, patience_s))
             read += len(message.get("body", b""))
             self._refuse_beyond(read)
             complete = not message.get("more_body", False)
@@ -79,8 +87,8 @@ class BodyLimit:
         if size > self._max_bytes:
             raise BodyTooLarge(f"The body has more than the {self._max_bytes} bytes one submission may have.")
 
-    async def _in_time(self, receive: Receive) -> Message:
+    async def _in_time(self, receive: Receive, patience_s: float) -> Message:
         try:
-            return await asyncio.wait_for(receive(), self._idle_s)
+            return await asyncio.wait_for(receive(), patience_s)
         except TimeoutError as exc:
-            raise BodyTooSlow(f"Nothing more of the body came within {self._idle_s:g} s.") from exc
+            raise BodyTooSlow from exc

@@ -7,7 +7,9 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
+from jobs.api.bodies import BodyReader
 from jobs.api.caller import Caller, CallerNow
+from jobs.broadcast import Broadcast
 from jobs.errors import NotCancellable, NotFound
 from jobs.messages import JobStatus
 from jobs.producer import Ring
@@ -26,6 +28,8 @@ class Services:
     settings: JobsSettings
     database: Database
     ring: Ring
+    bodies: BodyReader
+    broadcast: Broadcast
 
 
 def _services(request: Request) -> Services:

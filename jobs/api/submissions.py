@@ -10,10 +10,12 @@ from typing import Any, get_args
 
 from starlette.datastructures import Headers, QueryParams
 
+from jobs.api.bodies import Body
 from jobs.errors import InvalidValue, MissingParameter, UnknownParameter, UnsupportedBody
 from jobs.intake import Submission
 from jobs.items import PARAMETERS, Item, read_json, read_lines, refuse_unknown
 from jobs.messages import CHAT_ENDPOINT, Endpoint
+from jobs.settings import JobsSettings
 
 _JSON_TYPES = {"application/json"}
 _LINES_TYPES = {"application/x-ndjson", "application/jsonl", "application/x-jsonlines"}
@@ -23,16 +25,26 @@ _IDEMPOTENCY_KEY = "idempotency-key"
 _UNIT_S = {"m": 60, "h": 3600, "d": 86_400}
 
 
-def read_submission(body: bytes, query: QueryParams, headers: Headers, key_id: str = "") -> Submission:
-    """Return the submission in a request of this key; raise what is wrong with it as a whole."""
-    content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+def most_bytes(headers: Headers, settings: JobsSettings) -> int:
+    """Return how large a body may be by its type; raise UnsupportedBody for other types.
+
+    Lines are read one by one. One JSON value is in memory as a whole, and takes many times its size there.
+    """
+    content_type = _content_type(headers)
     if content_type in _LINES_TYPES:
-        fields, items = _query_fields(query), read_lines(body)
-    elif content_type in _JSON_TYPES:
-        fields = read_object(body)
-        items = _listed(fields)
+        return settings.max_body_bytes
+    if content_type in _JSON_TYPES:
+        return min(settings.max_json_bytes, settings.max_body_bytes)
+    raise UnsupportedBody
+
+
+def read_submission(body: Body, query: QueryParams, headers: Headers, key_id: str, max_line_bytes: int) -> Submission:
+    """Return the submission in a request of this key; raise what is wrong with it as a whole."""
+    if _content_type(headers) in _LINES_TYPES:
+        fields, items = _query_fields(query), read_lines(body.open(), max_line_bytes)
     else:
-        raise UnsupportedBody
+        fields = json_object(body.open().read())
+        items = _listed(fields)
     submission = _submission(fields, items)
     return replace(
         submission,
@@ -64,7 +76,7 @@ def _parameters(fields: Mapping[str, Any]) -> dict[str, Any]:
     return grouped | {name: value for name, value in fields.items() if name in PARAMETERS - _JOB_FIELDS}
 
 
-def read_object(body: bytes) -> dict[str, Any]:
+def json_object(body: bytes) -> dict[str, Any]:
     """Return the fields of a JSON object that were given; null is not given."""
     try:
         fields = read_json(body.removeprefix(b"\xef\xbb\xbf"))
@@ -121,8 +133,12 @@ def _window_s(window: Any) -> float | None:
     return float(int(match[1]) * _UNIT_S[match[2]])
 
 
-def _digest(body: bytes, query: QueryParams) -> str:
+def _content_type(headers: Headers) -> str:
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def _digest(body: Body, query: QueryParams) -> str:
     """Return what tells a repeated submission from another one under the same key."""
-    digest = hashlib.sha256(body)
+    digest = hashlib.sha256(body.sha256.encode())
     digest.update(repr(sorted(query.multi_items())).encode())
     return digest.hexdigest()

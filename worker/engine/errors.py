@@ -3,6 +3,7 @@
 EngineError
 ├── ModelRefused            a model that the packed forward can't decode exactly, or can't load
 │   └── TokenizersDiffer    target and draft give different ids to the same text
+├── RankLost                a rank of the replica is gone, and the others can't go on without it
 ├── OutOfSlots              more sequences than KV slots: a bug of the caller
 └── OutOfBlocks             more KV entries than there is memory for: a bug of whoever admits sequences
 """
@@ -24,6 +25,10 @@ class ModelRefused(EngineError):
 
 class TokenizersDiffer(ModelRefused):
     """Target and draft give different ids to the same text."""
+
+
+class RankLost(EngineError):
+    """A rank of the replica is gone, and the others can't go on without it."""
 
 
 class OutOfSlots(EngineError):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from worker.engine.attention import ATTENTION_NAME, AttentionPlan
 from worker.engine.buckets import BucketedForward
@@ -30,13 +31,15 @@ from worker.engine.paged_kv import PagedKv
 from worker.engine.paged_rows import PagedRows
 from worker.engine.recording import CudaGraphs, eagerly
 from worker.engine.rows import Move, Segment, chain, kept_rows
+from worker.engine.spread import Spread, SpreadKv, SpreadPlan, home_of, is_spread, layer_devices
 
 # Frequencies of these depend on the longest text of the forward, so one sequence would change another's numbers.
 _BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+_WHOLE = "basic_whole_weights"  # attribute of a split model: those of its weights that were gathered
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 _CPU_BLOCK = 16  # entries of a block of paged KV, where the flash kernel has no say
 
-Plan = AttentionPlan | NativePlan | PagedPlan
+Plan = AttentionPlan | NativePlan | PagedPlan | SpreadPlan
 
 
 class LanguageModel(Protocol):
@@ -90,7 +93,7 @@ class PackedModel:
         if tapped:
             tap(model, tapped)
             self.hidden = HiddenStates(
-                slots, self.kv.capacity, len(tapped) * config.hidden_size, model.dtype, model.device
+                slots, self.kv.capacity, len(tapped) * config.hidden_size, model.dtype, home_of(model)
             )
         # In one call where nothing of the model is left to transformers.
         compiled = self._store.compiled
@@ -119,7 +122,7 @@ class PackedModel:
         return "torch" if compiled is None else compiled.version
 
     @property
-    def kv(self) -> KvCache | NativeKv | PagedKv:
+    def kv(self) -> KvCache | NativeKv | PagedKv | SpreadKv:
         """The model's KV slots."""
         return self._store.kv
 
@@ -150,7 +153,7 @@ class PackedModel:
 
     def _run(self, segments: Sequence[Segment], plan: Plan) -> Tensor:
         """Let transformers' own model do it, layer by layer."""
-        device = self._model.device
+        device = home_of(self._model)
         ids = torch.from_numpy(np.concatenate([s.ids for s in segments])).to(device)
         positions = torch.from_numpy(np.concatenate([s.positions for s in segments])).to(device)
         return self._call(ids, positions, kept_rows(segments).to(device), plan)
@@ -204,7 +207,7 @@ class PackedModel:
 class KvStore:
     """KV slots, and how a step's rows meet them."""
 
-    kv: KvCache | NativeKv | PagedKv
+    kv: KvCache | NativeKv | PagedKv | SpreadKv
     compiled: Kernels | None
     plan: Callable[[Sequence[Segment]], Plan]
 
@@ -219,8 +222,11 @@ def kv_store(
 ) -> KvStore:
     """Return KV slots for a model, or for the layers of one, in the layout of what runs them."""
     config = model.config.get_text_config()
-    heads, kv_heads = config.num_attention_heads, _kv_heads(model)
+    heads, kv_heads = config.num_attention_heads // ranks_of(model), _kv_heads(model)
     layers, head_dim = config.num_hidden_layers, _head_dim(model)
+    if is_spread(model):
+        spread = SpreadKv(layer_devices(model), slots, kv_heads, capacity, head_dim, model.dtype)
+        return KvStore(spread, None, lambda segments: SpreadPlan(segments, spread, heads // kv_heads))
     on_gpu = model.device.type == "cuda"
     if on_gpu if paged is None else paged:
         size = FLASH_BLOCK if on_gpu else _CPU_BLOCK
@@ -256,6 +262,27 @@ def refuse_inexact(config: PretrainedConfig) -> None:
             )
 
 
+def refuse_uneven(config: PretrainedConfig, ranks: int) -> None:
+    """Raise ModelRefused, with what can be done instead, for heads that can't be dealt out to so many ranks."""
+    if ranks not in widths(config):
+        heads, kv_heads = _heads(config)
+        raise ModelRefused(
+            f"{heads} heads over {kv_heads} KV heads can't be split over {ranks} ranks; use --tp "
+            f"{' or '.join(map(str, widths(config)))}, with more replicas beside it, or see `basic plan`"
+        )
+
+
+def widths(config: PretrainedConfig) -> list[int]:
+    """Return the numbers of ranks that a model's heads can be dealt out to."""
+    heads, kv_heads = _heads(config)
+    return [ranks for ranks in range(1, kv_heads + 1) if kv_heads % ranks == 0 and heads % ranks == 0]
+
+
+def _heads(config: PretrainedConfig) -> tuple[int, int]:
+    heads = int(config.num_attention_heads)
+    return heads, int(getattr(config, "num_key_value_heads", None) or heads)
+
+
 def _rope_types(parameters: dict[str, Any]) -> set[str]:
     own = {parameters["rope_type"]} if isinstance(parameters.get("rope_type"), str) else set()
     return own.union(*(_rope_types(nested) for nested in parameters.values() if isinstance(nested, dict)))
@@ -268,36 +295,65 @@ def native_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def load(path: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load(
+    path: str, *, dtype: torch.dtype, device: torch.device, ranks: int = 1, spread: Spread | None = None
+) -> PreTrainedModel:
     """Load a causal model for packed decoding from a local directory or a hub id; safetensors only, no remote code.
 
-    Raises ModelRefused with what to do when it is missing or not supported.
+    With `ranks` it is this process's share, by the tensor parallel plan that transformers has for the model; with
+    `spread` accelerate lays it out over all devices. Raises ModelRefused with what to do when it is missing or not
+    supported.
     """
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         refuse_inexact(config.get_text_config())
+        refuse_uneven(config.get_text_config(), ranks)
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=ATTENTION_NAME, use_safetensors=True, trust_remote_code=False
+            path,
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+            use_safetensors=True,
+            trust_remote_code=False,
+            distributed_config=DistributedConfig(tp_size=ranks) if ranks > 1 else None,
+            **(spread.options() if spread else {}),
         )
     except (OSError, ValueError) as error:
         raise ModelRefused(f"{path} could not be loaded: {error}") from error
     assert isinstance(model, PreTrainedModel)
-    model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps nn.Module.to in a way its types don't follow
-    return model
+    if not is_spread(model):
+        model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to in a way its types don't follow
+    return model.eval()  # type: ignore[no-any-return,no-untyped-call]
 
 
 def embeddings(model: PreTrainedModel) -> Tensor:
     """Return a model's token embeddings [vocab, width]."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight.detach()
+    return _whole(model, "embeddings", model.get_input_embeddings().weight)
 
 
 def output_weights(model: PreTrainedModel) -> Tensor:
     """Return the weights [vocab, width] of a model's logits, before they are packed."""
-    weight = model.get_output_embeddings().weight  # type: ignore[no-untyped-call]
-    assert isinstance(weight, Tensor)
-    return weight.detach()
+    return _whole(model, "output", model.get_output_embeddings().weight)  # type: ignore[no-untyped-call]
+
+
+def gather(model: PreTrainedModel) -> None:
+    """Collect the embeddings and output weights of a model that is split, for a draft that needs them whole.
+
+    Every rank must call it; it does nothing for a model that is not split.
+    """
+    if ranks_of(model) > 1:
+        parts = {"embeddings": model.get_input_embeddings(), "output": model.get_output_embeddings()}  # type: ignore[no-untyped-call]
+        whole = {name: part.weight.full_tensor().detach() for name, part in parts.items()}
+        setattr(model, _WHOLE, whole)
+
+
+def _whole(model: PreTrainedModel, name: str, weight: Any) -> Tensor:
+    gathered: dict[str, Tensor] = getattr(model, _WHOLE, {})
+    assert name in gathered or ranks_of(model) == 1, "the weights of a model that is split are gathered first"
+    found = gathered.get(name, weight)
+    assert isinstance(found, Tensor)
+    if found.is_meta:
+        raise ModelRefused("a head reads weights that are kept on disk here; set BASIC_DRAFT to a model, or to suffix")
+    return found.detach()
 
 
 def quicken(model: PreTrainedModel) -> None:
@@ -310,13 +366,18 @@ def quicken(model: PreTrainedModel) -> None:
 
 def _kernels_for(model: PreTrainedModel) -> Kernels | None:
     """Return the compiled kernels if they take this model."""
-    compiled = kernels(model.dtype) if model.device.type == "cpu" else None
+    ours = model.device.type == "cpu" and ranks_of(model) == 1 and not is_spread(model)
+    compiled = kernels(model.dtype) if ours else None
     return compiled if compiled is not None and _head_dim(model) % compiled.panel == 0 else None
 
 
 def _kv_heads(model: PreTrainedModel) -> int:
-    config = model.config.get_text_config()
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    return _heads(model.config.get_text_config())[1] // ranks_of(model)
+
+
+def ranks_of(model: PreTrainedModel) -> int:
+    """Return over how many ranks a loaded model is split; its heads are dealt out to them."""
+    return model.tp_size or 1
 
 
 def _head_dim(model: PreTrainedModel) -> int:

@@ -124,6 +124,22 @@ def test_what_a_key_submits_is_recorded_under_it(api: TestClient, database: Data
         assert owner == session.scalar(select(ApiKey.id))
 
 
+def test_another_key_s_job_is_as_if_it_were_not_there_and_an_admin_sees_all(
+    api: TestClient, database: Database
+) -> None:
+    mine, theirs, admin = a_key(database), a_key(database), a_key(database, Scope.ADMIN)
+    job = api.post("/v1/jobs", json=A_JOB, headers=mine).json()["id"]
+    calls = [("GET", ""), ("GET", "/outputs"), ("GET", "/stats"), ("GET", "/events"), ("POST", "/cancel")]
+    for method, path in calls:
+        reply, nowhere = (api.request(method, f"/v1/jobs/{id_}{path}", headers=theirs) for id_ in (job, "x" * len(job)))
+        assert reply.status_code == 404, path
+        assert reply.text.replace(job, "") == nowhere.text.replace("x" * len(job), "")
+    listed = {name: api.get("/v1/jobs", headers=key).json()["data"] for name, key in (("a", admin), ("t", theirs))}
+    assert ([found["id"] for found in listed["a"]], listed["t"]) == ([job], [])
+    assert api.get("/v1/jobs", params={"after": job}, headers=theirs).status_code == 400
+    assert api.post(f"/v1/jobs/{job}/cancel", headers=admin).json()["status"] == "cancelled"
+
+
 def test_two_keys_may_use_the_same_idempotency_key(api: TestClient, database: Database) -> None:
     once = {"idempotency-key": "k"}
     one, other = (api.post("/v1/jobs", json=A_JOB, headers=a_key(database) | once).json() for _ in range(2))
