@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from worker.engine import paged_attention, paged_rows
 from worker.engine.attention import ATTENTION_NAME
 from worker.engine.buckets import BucketedForward
 from worker.engine.drafting import Drafter
-from worker.engine.language_model import PackedModel
+from worker.engine.language_model import PackedModel, takes_blocks
 from worker.engine.options import Mode
 from worker.engine.paged_attention import PagedPlan, attended, merged
 from worker.engine.paged_kv import PagedKv
@@ -180,6 +181,16 @@ def test_more_rows_than_the_largest_bucket_and_deeper_trees_run_as_they_are() ->
     assert ours.shape_for([chain(0, 0, [5] * LISTED, keep_last=True)]) is not None
     wide = np.eye(257, dtype=np.bool_)
     assert ours.shape_for([Segment(0, 9, 9, np.zeros(257, np.int64), np.full(257, 9), wide, np.arange(257))]) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "blocks"), [("cuda", None, True), ("cuda", 2, False), ("cpu", None, False)]
+)
+def test_blocks_are_the_way_of_a_gpu_that_is_not_shared_over_ranks(
+    device: str, ranks: int | None, blocks: bool
+) -> None:
+    loaded: Any = SimpleNamespace(device=torch.device(device), tp_size=ranks)
+    assert takes_blocks(loaded) is blocks
 
 
 def test_plain_steps_list_nothing() -> None:
