@@ -83,8 +83,8 @@ def random_model(shape: str, layers: int | None, device: torch.device) -> PreTra
     with torch.device(device):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             Qwen2Config(**sizes), dtype=native_dtype(device), attn_implementation=ATTENTION_NAME
-        )
-    return model.eval()
+        ).eval()
+    return model
 
 
 def moved_bytes_per_ms(device: torch.device) -> float:
@@ -114,7 +114,7 @@ def measure(
                 continue
             segments = _trees(count, context) if trees else _plain(count, context)
             entries = len(segments) * context + count
-            times = _times(lambda step=segments: packed.forward(step), rounds, model.device)  # type: ignore[misc]
+            times = _times(lambda step=segments: packed.forward(step), rounds, model.device)
             floor = (weights + entries * kv_bytes(model)) / speed
             yield StepTime(count, len(segments), trees, median(times), floor)
 

@@ -183,6 +183,9 @@ class PackedModel:
 
     def share(self, source: int, target: int, length: int) -> None:
         """Copy the keys and values of the first `length` tokens of one slot to another."""
+        if source == target:
+            self.release(target, length)
+            return
         with torch.inference_mode():
             self.kv.share(source, target, length)
             if self.hidden is not None:
@@ -224,9 +227,8 @@ def kv_store(
     if is_spread(model):
         spread = SpreadKv(layer_devices(model), slots, kv_heads, capacity, head_dim, model.dtype)
         return KvStore(spread, None, lambda segments: SpreadPlan(segments, spread, heads // kv_heads))
-    on_gpu = model.device.type == "cuda"
-    if on_gpu if paged is None else paged:
-        size = FLASH_BLOCK if on_gpu else _CPU_BLOCK
+    if takes_blocks(model) if paged is None else paged:
+        size = FLASH_BLOCK if model.device.type == "cuda" else _CPU_BLOCK
         pages = PagedKv(
             layers, slots, kv_heads, capacity, head_dim, model.dtype, model.device, block_size=size, tokens=kv_tokens
         )
@@ -237,6 +239,14 @@ def kv_store(
         return KvStore(slow, None, lambda segments: AttentionPlan(segments, slow, heads // kv_heads))
     fast = NativeKv(layers, slots, kv_heads, capacity, head_dim, model.dtype, compiled)
     return KvStore(fast, compiled, lambda segments: NativePlan(segments, fast, heads, compiled))
+
+
+def takes_blocks(model: PreTrainedModel) -> bool:
+    """True if a model's KV is paged unless something else is asked for: on a GPU that it has to itself.
+
+    Ranks that follow another one record nothing and hear of no slot that is given back; they hold every slot in full.
+    """
+    return model.device.type == "cuda" and ranks_of(model) == 1 and not is_spread(model)
 
 
 def kv_bytes(model: PreTrainedModel) -> int:

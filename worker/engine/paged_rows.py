@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ class PagedRows:
     def __init__(self, shape: Shape, flat: Tensor) -> None:
         """Cut up `flat`, which has at least `shape.size` numbers."""
         self.shape = shape
-        parts = flat[: shape.size].split(shape.sizes)
+        parts = [flat[end - size : end] for end, size in zip(accumulate(shape.sizes), shape.sizes, strict=True)]
         self.ids, self.positions, self.places, self.sequence, self.seen = parts[:5]  # [rows]
         self.kept = parts[5]  # [kept]
         self.starts, self.lengths = parts[6], parts[7]  # [sequences + 1] first row, [sequences] longest stretch

@@ -42,7 +42,7 @@ class CudaGraphs:
 
     def __call__(self, work: Callable[[], T]) -> Callable[[], T]:
         """Record the work; if it can't be recorded, leave it as it is."""
-        aside = torch.cuda.Stream()
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(_WARM_UPS):

@@ -148,8 +148,7 @@ class Scheduler:
                 if coming >= WORTH_SHARING and coming > length:
                     continue
                 if length >= WORTH_SHARING:
-                    if source != sequence.slot:
-                        shares.append(Share(source, sequence.slot, length))
+                    shares.append(Share(source, sequence.slot, length))
                     self.slots.forget(sequence.slot)
                     sequence.cached = length
             ready.add(sequence)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,11 @@ from tests.unit.worker.engine.harness import (
 )
 from worker.drafters.model import ModelDrafter
 from worker.drafters.suffix import SuffixDrafter
-from worker.engine import paged_attention
+from worker.engine import paged_attention, paged_rows
 from worker.engine.attention import ATTENTION_NAME
 from worker.engine.buckets import BucketedForward
 from worker.engine.drafting import Drafter
-from worker.engine.language_model import PackedModel
+from worker.engine.language_model import PackedModel, takes_blocks
 from worker.engine.options import Mode
 from worker.engine.paged_attention import PagedPlan, attended, merged
 from worker.engine.paged_kv import PagedKv
@@ -182,6 +183,16 @@ def test_more_rows_than_the_largest_bucket_and_deeper_trees_run_as_they_are() ->
     assert ours.shape_for([Segment(0, 9, 9, np.zeros(257, np.int64), np.full(257, 9), wide, np.arange(257))]) is None
 
 
+@pytest.mark.parametrize(
+    ("device", "ranks", "blocks"), [("cuda", None, True), ("cuda", 2, False), ("cpu", None, False)]
+)
+def test_blocks_are_the_way_of_a_gpu_that_is_not_shared_over_ranks(
+    device: str, ranks: int | None, blocks: bool
+) -> None:
+    loaded: Any = SimpleNamespace(device=torch.device(device), tp_size=ranks)
+    assert takes_blocks(loaded) is blocks
+
+
 def test_plain_steps_list_nothing() -> None:
     ours = BucketedForward(lambda rows, _: rows.ids, small_pages(), eagerly)
     plain, drafted = ours.shape_for(STEPS["plain rows"]), ours.shape_for(STEPS["a tree"])
@@ -204,10 +215,9 @@ def test_no_bit_of_a_real_row_depends_on_the_padding(
     expected = ours.forward(STEPS[step])
     rows = sum(len(s.ids) for s in STEPS[step])
     pages(ours).poison_free()
-    laid_out = paged_attention.laid_out
 
     def spoilt(segments: list[Segment], kv: PagedKv, shape: object) -> object:
-        numbers = laid_out(segments, kv, shape)  # type: ignore[arg-type]
+        numbers = paged_rows.laid_out(segments, kv, shape)  # type: ignore[arg-type]
         numbers[rows:bucket] = 33
         numbers[bucket + rows : 2 * bucket] = 77
         return numbers
@@ -355,7 +365,7 @@ def test_hidden_states_are_tapped_from_real_rows_alone(step: str) -> None:
         tapped.forward(STEPS[step])
         assert tapped.hidden is not None
         states.append(torch.cat([tapped.hidden.read(s.slot, 0, s.end) for s in STEPS[step]]))
-    assert torch.allclose(*states, atol=1e-4)
+    assert torch.allclose(states[0], states[1], atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
