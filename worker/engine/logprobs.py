@@ -2,7 +2,8 @@
 
 verifier -> [logprobs] -> engine.  The law is the target's own: log-softmax of the raw logits of the row at which the
 token was drawn, before temperature, penalties, bias and filters. So they say how likely the model finds its text, and
-do not depend on how it was sampled. A row is read by itself, in double precision: neither batch nor tree is in it.
+do not depend on how it was sampled. A row is read by itself, in double precision: of batch and tree nothing is in it
+but what the forward rounds differently when it has more rows.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from worker.engine.draft_tree import Forest
 from worker.engine.rows import IntArray
 from worker.engine.verifier import Accepted
 
+_ROWS_AT_ONCE = 32  # rows in double precision take memory
 LEAST = -9999.0  # what is impossible has this one: JSON knows no infinity
 
 
@@ -46,7 +48,11 @@ def tell(
     places = [rows[[tree, *accepted[tree].path]][: len(kept[tree])] for tree in wanting]
     tokens = [token for tree in wanting for token in kept[tree]]
     counts = [forest.sequences[tree].sampling.logprobs or 0 for tree in wanting for _ in kept[tree]]
-    read = read_rows(logits[torch.from_numpy(np.concatenate(places)).to(logits.device)], tokens, counts)
+    shown = torch.from_numpy(np.concatenate(places)).to(logits.device)
+    read: list[TokenLogprobs] = []
+    for start in range(0, len(tokens), _ROWS_AT_ONCE):
+        some = slice(start, start + _ROWS_AT_ONCE)
+        read += read_rows(logits[shown[some]], tokens[some], counts[some])
     ends = np.cumsum([len(kept[tree]) for tree in wanting])
     for tree, end in zip(wanting, ends.tolist(), strict=True):
         told[tree] = tuple(read[end - len(kept[tree]) : end])
@@ -69,14 +75,15 @@ def _likeliest(logits: Tensor, totals: Tensor, count: int) -> list[tuple[tuple[i
     """Return the `count` likeliest tokens of each row. Which of equal ones `topk` takes is open, so all are read."""
     floors = logits.topk(count, dim=-1).values[:, -1:]
     row, token = (logits >= floors).nonzero(as_tuple=True)  # by row, then by token
-    logprob = _rounded(logits[row, token], totals[row])
-    found: list[list[tuple[int, float]]] = [[] for _ in range(len(logits))]
-    for place, *entry in zip(row.tolist(), token.tolist(), logprob, strict=True):
-        found[place].append((entry[0], entry[1]))
-    return [tuple(sorted(entries, key=lambda entry: -entry[1])[:count]) for entries in found]
+    scores = logits[row, token]
+    entries = zip(row.tolist(), scores.tolist(), token.tolist(), _rounded(scores, totals[row]), strict=True)
+    found: list[list[tuple[float, int, float]]] = [[] for _ in range(len(logits))]
+    for place, score, other, logprob in entries:
+        found[place].append((-score, other, logprob))
+    return [tuple((other, logprob) for _, other, logprob in sorted(some)[:count]) for some in found]
 
 
 def _rounded(logits: Tensor, totals: Tensor) -> list[float]:
     """Return log-probabilities in single precision, in which the order of a sum no longer shows."""
-    values: list[float] = (logits.double() - totals).float().clamp(min=LEAST).tolist()
+    values: list[float] = (logits.double() - totals).float().nan_to_num(nan=LEAST).clamp(LEAST, 0.0).tolist()
     return values
