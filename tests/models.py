@@ -33,6 +33,7 @@ from worker.engine.language_model import PackedModel
 from worker.engine.rows import Move, Segment
 
 VOCAB = 61
+TOKENIZER_VOCAB = 258  # of `byte_tokenizer`: a model that is to read its tokens has at least as many
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 48,

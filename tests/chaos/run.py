@@ -83,10 +83,7 @@ class Chaos:
             self._strike()
             self.stack.rest(self.dice.uniform(*_PAUSE_S))
         struck_at = time.monotonic()
-        while self._unsent:
-            self._send(self._unsent.pop(0))
-            self.stack.rest(0.2)
-        self.stack.wait_for(self._all_over, "the end of the jobs", _END_S)
+        self._finish("the end of the jobs")
         self.report.recovery_s = round(time.monotonic() - struck_at, 1)
         self.report.run_s = round(time.monotonic() - began_at, 1)
         self._check()
@@ -94,12 +91,19 @@ class Chaos:
 
     def _undisturbed(self) -> list[str]:
         self._send(uuid.UUID(int=self.dice.getrandbits(128)).hex)
-        self.stack.wait_for(self._all_over, "the undisturbed job")
+        self._finish("the undisturbed job")
         rows = self.stack.rows(
             "SELECT text FROM outputs WHERE job_id = :job ORDER BY request_index", job=self.job_ids[0]
         )
         assert len(rows) == REQUESTS
         return [str(text) for (text,) in rows]
+
+    def _finish(self, what: str) -> None:
+        """Wait until every submission is confirmed and every job over."""
+        while self._unsent:
+            self._send(self._unsent.pop(0))
+            self.stack.rest(0.2)
+        self.stack.wait_for(self._all_over, what, _END_S)
 
     def _keep_busy(self) -> None:
         """See to it that jobs are under way; what was not confirmed is sent again, under the same key."""
@@ -219,9 +223,9 @@ def run(count: int, database: str, seed: int, only: list[str] | None = None, tar
 
 
 def _tiny(directory: Path) -> Path:
-    from tests.models import byte_tokenizer, tiny
+    from tests.models import TOKENIZER_VOCAB, byte_tokenizer, tiny
 
-    tiny().save_pretrained(directory)
+    tiny(vocab=TOKENIZER_VOCAB).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return directory
 
