@@ -18,7 +18,7 @@ BasicError
 │   ├── BodyTooLarge            the body has more bytes than one submission may
 │   ├── BodyTooSlow             the body stopped coming
 │   └── UnsupportedBody         the body is of a type, or packed in a way, that we don't take
-├── NotFound                    no such job
+├── NotFound                    no such job, batch or file
 ├── NotCancellable              the job has already ended
 ├── CallerRefused               who asks, or how much, is the trouble
 │   ├── InvalidKey              no key, or one that opens nothing
@@ -167,7 +167,7 @@ class UnsupportedBody(JobRefused):
 
 
 class NotFound(BasicError):
-    """No such job."""
+    """There is nothing of this id."""
 
     status_code = 404
 

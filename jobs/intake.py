@@ -191,9 +191,9 @@ def _new_job(submission: Submission, rules: Rules, settings: JobsSettings) -> Ne
         model=rules.model,
         endpoint=rules.endpoint,
         window_s=submission.window_s or settings.completion_window_s,
-        metadata=_metadata(submission.metadata),
+        metadata=check_metadata(submission.metadata),
         api_key_id=submission.api_key_id,
-        idempotency_key=_idempotency_key(submission.idempotency_key),
+        idempotency_key=check_idempotency_key(submission.idempotency_key),
         body_sha256=submission.body_sha256,
     )
 
@@ -215,7 +215,8 @@ def over_limit(exceeded: QuotaExceeded) -> LimitReached:
     )
 
 
-def _metadata(metadata: Any) -> Mapping[str, str] | None:
+def check_metadata(metadata: Any) -> Mapping[str, str] | None:
+    """Return metadata as it is kept; raise InvalidValue beyond OpenAI's limits."""
     if metadata is None:
         return None
     if not isinstance(metadata, Mapping) or len(metadata) > MAX_METADATA_PAIRS:
@@ -231,7 +232,8 @@ def _refuse_long_metadata(text: Any, limit: int, part: str) -> None:
         raise InvalidValue(f"Every {part} must be a string of at most {limit} characters.", param="metadata")
 
 
-def _idempotency_key(key: str | None) -> str | None:
+def check_idempotency_key(key: str | None) -> str | None:
+    """Return the key; raise InvalidValue for one that is empty or too long."""
     if key is not None and not 1 <= len(key) <= MAX_IDEMPOTENCY_KEY_CHARS:
         raise InvalidValue(f"must have 1 to {MAX_IDEMPOTENCY_KEY_CHARS} characters", param="Idempotency-Key")
     return key

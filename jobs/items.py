@@ -32,6 +32,7 @@ MAX_CUSTOM_ID_CHARS = 64
 _PIECE_BYTES = 65_536  # of a line that is passed over
 _BYTES_PER_TOKEN = 4  # of ordinary text
 _CONTEXT_TOKENS = 4096  # where no worker has told its own
+MAX_CHOICES = 128  # of one request, over all its prompts: they are decoded together
 MAX_TRACED_REQUESTS = 16  # of a job: so many at most keep draft trees, its first ones
 COMPLETIONS_MAX_TOKENS = 16  # OpenAI's default for raw prompts; a chat answer runs to the context's end
 
@@ -39,7 +40,6 @@ COMPLETIONS_MAX_TOKENS = 16  # OpenAI's default for raw prompts; a chat answer r
 WITHOUT_EFFECT = frozenset(
     [
         "metadata",
-        "modalities",
         "parallel_tool_calls",
         "prediction",
         "prompt_cache_key",
@@ -66,6 +66,8 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "functions": ([],),
     "logprobs": (False,),
     "min_tokens": (0,),
+    "modalities": (["text"],),
+    "moderation": (),
     "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
@@ -79,7 +81,8 @@ _SAMPLING = frozenset(SamplingParameters.model_fields)
 PARAMETERS = frozenset(_SAMPLING | set(_CAPS) | WITHOUT_EFFECT | set(UNSUPPORTED))
 _PROMPT_FIELDS = frozenset({"prompt", "messages", "model", "custom_id", "id"})
 _LINE_FIELDS = frozenset({"custom_id", "id", "method", "url", "body"})
-_MESSAGE_FIELDS = frozenset({"role", "content", "name", "refusal"})
+_MESSAGE_FIELDS = frozenset({"role", "content", "name", "refusal", "tool_call_id"})  # the last three: without effect
+_CALLS = frozenset({"tool_calls", "function_call", "audio"})  # of an assistant: what it did besides speaking
 _ROLES = {role: role for role in get_args(ChatMessage.model_fields["role"].annotation)} | {"developer": "system"}
 
 
@@ -188,10 +191,13 @@ def _read_line(text: bytes) -> Any:
 
 def _most_tokens(request: GenerationRequest, rules: Rules) -> int:
     """Return how many tokens a request may come to read and write, as far as one can say before it is tokenized."""
-    text = request.prompt or "".join(message.content for message in request.messages or ())
-    prompt = len(text.encode()) // _BYTES_PER_TOKEN + 1
+    prompts = request.prompts or (request.prompt or "".join(message.content for message in request.messages or ()),)
     room = rules.context_tokens or _CONTEXT_TOKENS
-    return prompt + request.sampling.n * (request.sampling.max_tokens or max(1, room - prompt))
+    total = 0
+    for prompt in prompts:
+        read = len(prompt.encode()) // _BYTES_PER_TOKEN + 1 if isinstance(prompt, str) else len(prompt)
+        total += read + request.sampling.n * (request.sampling.max_tokens or max(1, room - read))
+    return total
 
 
 def _fields(value: Any, endpoint: str) -> dict[str, Any]:
@@ -225,7 +231,7 @@ def _custom_id(fields: Mapping[str, Any], default: str) -> str:
     custom_id = fields.get(name, default)
     if not isinstance(custom_id, str) or not 1 <= len(custom_id) <= MAX_CUSTOM_ID_CHARS:
         raise InvalidValue(f"A custom_id is a string of 1 to {MAX_CUSTOM_ID_CHARS} characters.", param=name)
-    return _clean(custom_id, name)
+    return clean_text(custom_id, name)
 
 
 def _request(fields: Mapping[str, Any], rules: Rules, index: int) -> GenerationRequest:
@@ -234,7 +240,9 @@ def _request(fields: Mapping[str, Any], rules: Rules, index: int) -> GenerationR
         raise InvalidValue(f"This job runs on {rules.model!r}; other models need a job of their own.", param="model")
     parameters = parse_parameters({name: value for name, value in fields.items() if name in PARAMETERS})
     prompt = _prompt(fields, rules)
-    return GenerationRequest(model=rules.model, sampling=_sampling_for(parameters, rules, index), **prompt)
+    sampling = _sampling_for(parameters, rules, index)
+    _refuse_many(len(prompt.get("prompts", ())), sampling.n)
+    return GenerationRequest(model=rules.model, sampling=sampling, **prompt)
 
 
 def _sampling_for(parameters: Mapping[str, Any], rules: Rules, index: int) -> SamplingParameters:
@@ -275,9 +283,34 @@ def _prompt(fields: Mapping[str, Any], rules: Rules) -> dict[str, Any]:
         return {"messages": _messages(fields["messages"], rules)}
     if "prompt" not in fields:
         raise MissingParameter("A request needs a prompt or messages.", param="prompt")
+    if isinstance(fields["prompt"], list) and rules.endpoint == COMPLETIONS_ENDPOINT:
+        return {"prompts": _prompts(fields["prompt"], rules)}
     prompt = _filled(_text(fields["prompt"], "prompt"), "prompt")
     _refuse_long(len(prompt), rules, "prompt")
     return {"prompt": prompt}
+
+
+def _prompts(prompt: list[Any], rules: Rules) -> tuple[str | tuple[int, ...], ...]:
+    """Return the prompts of a list: of texts, of token ids (one prompt), or of lists of token ids."""
+    listed = [prompt] if all(type(part) is int for part in prompt) else prompt
+    read = tuple(_one_prompt(part, f"prompt[{n}]") for n, part in enumerate(listed))
+    _refuse_long(sum(len(part) for part in read), rules, "prompt")
+    return read
+
+
+def _one_prompt(prompt: Any, param: str) -> str | tuple[int, ...]:
+    if not isinstance(prompt, list):
+        return _filled(_text(prompt, param), param)
+    if not prompt or not all(type(token) is int and 0 <= token < 2**31 for token in prompt):
+        raise InvalidValue("must be a text or a list of at least one token id", param=param)
+    return tuple(prompt)
+
+
+def _refuse_many(prompts: int, n: int) -> None:
+    if prompts * n > MAX_CHOICES:
+        raise InvalidValue(
+            f"{prompts} prompts with {n} choices each are more than {MAX_CHOICES} texts.", param="prompt"
+        )
 
 
 def _messages(messages: Any, rules: Rules) -> tuple[ChatMessage, ...]:
@@ -293,7 +326,11 @@ def _messages(messages: Any, rules: Rules) -> tuple[ChatMessage, ...]:
 def _message(message: Any, place: str) -> ChatMessage:
     if not isinstance(message, dict):
         raise InvalidValue(f"A message is an object with role and content, not {_kind(message)}.", param=place)
-    fields = {name: value for name, value in message.items() if value is not None}
+    fields = {
+        name: value for name, value in message.items() if value is not None and not (name in _CALLS and not value)
+    }
+    for name in fields.keys() & _CALLS:
+        raise UnsupportedParameter("Calls of tools are not supported.", param=f"{place}.{name}")
     refuse_unknown(fields, _MESSAGE_FIELDS, f"{place}.")
     role = fields.get("role")
     if not isinstance(role, str) or role not in _ROLES:
@@ -323,11 +360,11 @@ def _text(value: Any, param: str) -> str:
         raise MissingParameter("The text is missing.", param=param)
     if not isinstance(value, str):
         raise InvalidValue(f"must be a string, not {_kind(value)}", param=param)
-    return _clean(value, param)
+    return clean_text(value, param)
 
 
-def _clean(text: str, param: str) -> str:
-    """Refuse what not every database and tokenizer can hold: NUL, and halves of surrogate pairs."""
+def clean_text(text: str, param: str) -> str:
+    """Return the text; refuse what not every database and tokenizer can hold: NUL, and halves of surrogate pairs."""
     if "\0" in text:
         raise InvalidValue("The character U+0000 is not allowed.", param=param)
     try:
@@ -364,6 +401,8 @@ def refuse_unknown(fields: Mapping[str, Any], known: frozenset[str], place: str 
 def _refuse_unsupported(fields: Mapping[str, Any]) -> None:
     for name in fields.keys() & UNSUPPORTED.keys():
         value = fields[name]
+        if name == "best_of" and value == fields.get("n", 1) and type(value) is int:
+            continue  # the best n of n
         # False == 0 in Python, and a logprobs of 0 does ask for something.
         if not any(type(value) is type(idle) and value == idle for idle in UNSUPPORTED[name]):
             raise UnsupportedParameter("This field is not supported yet; leave it out.", param=name)

@@ -7,6 +7,7 @@ worker can tell a message it does not understand from one it does.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import PurePath
 from typing import Annotated, Any, Final, Literal
@@ -131,16 +132,22 @@ class SamplingParameters(Frozen):
     )
 
 
+Text = Annotated[str, Field(min_length=1)]
+TokenIds = Annotated[tuple[TokenId, ...], Field(min_length=1)]
+
+
 class GenerationRequest(Frozen):
     """A request as it is stored in `requests.body`: everything a worker needs to write its text.
 
-    It has either `messages` or a `prompt`. On the chat endpoint a prompt is one user message.
+    It has either `messages`, a `prompt` or `prompts`. On the chat endpoint a prompt is one user message. Of several
+    prompts each has `sampling.n` choices; those of the first come first.
     """
 
     v: Literal[1] = MESSAGE_VERSION
     model: str
     messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1)] | None = None
-    prompt: Annotated[str, Field(min_length=1)] | None = None
+    prompt: Text | None = None
+    prompts: Annotated[tuple[Text | TokenIds, ...], Field(min_length=1)] | None = None  # on /v1/completions
     sampling: SamplingParameters
 
 
@@ -194,6 +201,11 @@ class PartialEvent(Frozen):
     error: dict[str, Any] | None = None
     status: JobStatus | None = None
     snapshot: bool = False
+
+
+def job_events(ended: Iterable[tuple[str, str]]) -> list[PartialEvent]:
+    """Return the events that close the streams of jobs that have ended; takes (job_id, final status)."""
+    return [PartialEvent(job_id=job_id, type="job", status=JobStatus(status)) for job_id, status in ended]
 
 
 def model_name(target: str) -> str:

@@ -17,6 +17,8 @@ from storage.records import Refusal, RequestKey
 from storage.sql import database_now, has_open_requests, is_lapsed, is_request, without_nul
 
 OPEN_JOB_STATUSES: Final = ("in_progress", "cancelling")
+_CANCELLABLE: Final = ("validating", "in_progress", "finalizing")
+_IS_BATCH: Final = Job.input_file_id.is_not(None)
 
 CANCELLED: Final = Refusal(
     "batch_cancelled", "The job was cancelled before this request was completed.", status_code=409
@@ -27,14 +29,24 @@ EXPIRED: Final = Refusal(
 
 
 def finalise_jobs(session: Session, job_ids: Collection[str]) -> list[tuple[str, str]]:
-    """End those of the jobs that have no request left to wait for; return (job_id, final status) of each."""
+    """End those of the jobs that have no request left to wait for; return (job_id, final status) of each.
+
+    Of a batch all is decided then, but its files are still to be written: its clerk ends it.
+    """
     if not job_ids:
         return []
+    now = database_now(session)
+    decided = and_(Job.id.in_(job_ids), ~has_open_requests())
+    session.execute(
+        update(Job)
+        .where(decided, _IS_BATCH, Job.status == "in_progress")
+        .values(status="finalizing", finalizing_at=now)
+    )
     final = case((Job.status == "cancelling", "cancelled"), else_="completed")
     ended = session.execute(
         update(Job)
-        .where(Job.id.in_(job_ids), Job.status.in_(OPEN_JOB_STATUSES), ~has_open_requests())
-        .values(status=final, finished_at=database_now(session))
+        .where(decided, ~_IS_BATCH, Job.status.in_(OPEN_JOB_STATUSES))
+        .values(status=final, finished_at=now)
         .returning(Job.id, Job.status)
     )
     return sorted((job_id, status) for job_id, status in ended)
@@ -44,13 +56,15 @@ def request_cancel(session: Session, job_id: str) -> str | None:
     """Cancel a job as far as nobody is working on it, and return its status; None if there is no such job.
 
     Requests that are being decoded are cancelled at their worker's next flush, and the job ends with the last of them.
+    A batch ends when its clerk has written its files; one that is still being read is read to its end, for each of its
+    requests is owed an answer.
     Asking again, or for a job that has ended, changes nothing.
     """
     now = database_now(session)
     session.execute(
-        update(Job).where(Job.id == job_id, Job.status == "in_progress").values(status="cancelling", cancelling_at=now)
+        update(Job).where(Job.id == job_id, Job.status.in_(_CANCELLABLE)).values(status="cancelling", cancelling_at=now)
     )
-    _end_requests(session, "cancelled", CANCELLED, now, _left_in_cancelled_jobs(now, [job_id]))
+    cancel_unstarted(session, job_id)
     finalise_jobs(session, [job_id])
     return session.scalar(select(Job.status).where(Job.id == job_id))
 
@@ -63,11 +77,21 @@ def expire_jobs(session: Session) -> list[tuple[str, str]]:
     """
     now = database_now(session)
     overdue = lock_jobs(session, and_(Job.status == "in_progress", Job.expires_at <= now))
+    expired: list[tuple[str, str]] = []
     if overdue:
-        session.execute(update(Job).where(Job.id.in_(overdue)).values(status="expired", finished_at=now))
+        batches = update(Job).where(Job.id.in_(overdue), _IS_BATCH)
+        session.execute(batches.values(status="finalizing", finalizing_at=now))
+        others = update(Job).where(Job.id.in_(overdue), ~_IS_BATCH).returning(Job.id, Job.status)
+        expired = sorted(tuple(row) for row in session.execute(others.values(status="expired", finished_at=now)))
         unfinished = and_(Request.job_id.in_(overdue), Request.status.in_(("queued", "running")))
         _end_requests(session, "expired", EXPIRED, now, unfinished)
-    return [(job_id, "expired") for job_id in overdue] + _end_abandoned(session, now)
+    return expired + _end_abandoned(session, now)
+
+
+def cancel_unstarted(session: Session, job_id: str) -> None:
+    """Cancel what nobody is working on of a job that is being cancelled."""
+    now = database_now(session)
+    _end_requests(session, "cancelled", CANCELLED, now, _left_in_cancelled_jobs(now, [job_id]))
 
 
 def cancel_requests(session: Session, keys: Collection[RequestKey], now: float) -> None:

@@ -241,11 +241,11 @@ def _count_outputs(
 ) -> None:
     """Count the tokens of outputs in place of those of their checkpoints, which have been counted before."""
     for key, choice in finished.items():
-        job_id, _, choice_index = key
+        job_id, _, _ = key
         tally.completion_tokens[job_id] -= sum(len(partial.token_ids) for partial in partials.get(key, []))
         if key in written:
             tally.completion_tokens[job_id] += choice.completion_tokens
-            tally.prompt_tokens[job_id] += choice.prompt_tokens if choice_index == 0 else 0
+            tally.prompt_tokens[job_id] += choice.prompt_tokens if choice.first_of_prompt else 0
 
 
 def _end_requests(session: Session, progress: Iterable[Progress], now: float, tally: _Tally) -> None:

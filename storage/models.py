@@ -23,6 +23,7 @@ from sqlalchemy import (
     UniqueConstraint,
     event,
     text,
+    true,
 )
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -40,6 +41,7 @@ JOB_STATUSES = (
     "cancelled",
 )
 REQUEST_STATUSES = ("queued", "running", "completed", "failed", "expired", "cancelled")
+FILE_STATUSES = ("writing", "ready", "deleted", "cleared")
 
 
 def _one_of(column: str, values: tuple[str, ...]) -> str:
@@ -95,11 +97,25 @@ class Job(Base):
     priority: Mapped[int] = mapped_column(server_default=text("0"))  # 1: a person waits for it; claimed before all 0
     # What its requests may come to read and write at most, guessed at the door: what a key's limit is held against.
     tokens_asked: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    # Of batches, which are jobs whose requests come as a file and whose answers leave as files.
+    input_file_id: Mapped[str | None]  # none: the requests came inline
+    completion_window: Mapped[str | None]  # as it was asked for
+    output_expires_after_s: Mapped[float | None]
+    validated_at: Mapped[float | None]  # none: the clerk has not read the input yet; its requests do not count
+    finalizing_at: Mapped[float | None]
+    output_file_id: Mapped[str | None]
+    error_file_id: Mapped[str | None]
+    errors: Mapped[list[Any] | None]  # why the input as a whole is bad: code, line, message, param
+    usage: Mapped[dict[str, Any] | None]  # tokens of the lines of the output file
+    # Which clerk reads the input or writes the output, and until when; the number grows with every claim.
+    clerk_number: Mapped[int] = mapped_column(server_default="0")
+    clerk_until: Mapped[float | None]
 
     __table_args__ = (
         UniqueConstraint("api_key_id", "idempotency_key"),
         CheckConstraint(_one_of("status", JOB_STATUSES), name="status"),
         Index(None, "created_at", "id"),  # the list of jobs
+        Index(None, "api_key_id", "created_at", "id"),  # the list of one owner's jobs
         Index(None, "status", "model"),  # the claim, the sweep of overdue jobs
     )
 
@@ -189,8 +205,42 @@ class Output(Base):
     started_at: Mapped[float]
     finished_at: Mapped[float]
     last_seq: Mapped[int]
+    # A request may hold several prompts, each with several choices: its prompt tokens are those of these rows.
+    first_of_prompt: Mapped[bool] = mapped_column(server_default=true())
 
     __table_args__ = (_of_a_request(),)
+
+
+class File(Base):
+    """A file of the OpenAI kind. Its row outlives its bytes: a list goes on behind a file that was deleted."""
+
+    __tablename__ = "files"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    purpose: Mapped[str]
+    filename: Mapped[str]
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    created_at: Mapped[float]
+    expires_at: Mapped[float | None]
+    api_key_id: Mapped[str]
+    status: Mapped[str]  # writing: not to be seen yet; deleted: not to be seen again; cleared: the bytes are gone too
+
+    __table_args__ = (
+        CheckConstraint(_one_of("status", FILE_STATUSES), name="status"),
+        Index(None, "created_at", "id"),  # the list of files
+        Index(None, "api_key_id", "created_at", "id"),  # the list of one owner's files
+        Index(None, "status", "expires_at"),  # the sweep
+    )
+
+
+class FileChunk(Base):
+    """A stretch of the bytes of a file."""
+
+    __tablename__ = "file_chunks"
+
+    file_id: Mapped[str] = mapped_column(ForeignKey("files.id", ondelete="CASCADE"), primary_key=True)
+    chunk_index: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    data: Mapped[bytes]
 
 
 class DecodeStep(Base):

@@ -35,6 +35,9 @@ class NewJob:
     idempotency_key: str | None = None  # unique per api_key_id
     body_sha256: str | None = None  # of the submitted body, to tell a repeat from a conflict
     priority: int = 0  # 1: a person waits for it
+    input_file_id: str | None = None  # a batch: its requests are still to be read from this file
+    completion_window: str | None = None  # the window as it was asked for
+    output_expires_after_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +136,7 @@ class FinishedChoice:
     started_at: float
     finished_at: float
     last_seq: int  # seq of its `finished` event
+    first_of_prompt: bool = True  # no other choice counts the tokens of this prompt
 
 
 @dataclass(frozen=True, slots=True)

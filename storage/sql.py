@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, ColumnElement, Row, and_, cast, false, func, or_, select, text
+from sqlalchemy import BigInteger, ColumnElement, Row, and_, cast, false, func, or_, select, text, true
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
@@ -62,6 +62,11 @@ def is_one_of(columns: Sequence[InstrumentedAttribute[Any]], keys: Iterable[tupl
         for common, indexes in groups.items()
     ]
     return or_(false(), *alternatives)
+
+
+def owned_by(column: InstrumentedAttribute[str], owner: str | None) -> ColumnElement[bool]:
+    """Return the condition that a row belongs to an owner; None: to anybody."""
+    return true() if owner is None else column == owner
 
 
 def is_lapsed(now: float) -> ColumnElement[bool]:

@@ -32,6 +32,7 @@ __all__ = [
     "record_job",
     "register_worker",
     "request_cancel",
+    "request_row",
     "stop_worker",
     "update_calibration",
 ]
@@ -62,7 +63,7 @@ def record_job(session: Session, job: NewJob, requests: Iterable[NewRequest]) ->
         return _earlier_job(session, job)
     total = failed = tokens = 0
     for piece in _in_pieces(enumerate(requests)):
-        rows = [_request_row(job.id, index, request, now) for index, request in piece]
+        rows = [request_row(job.id, index, request, now) for index, request in piece]
         session.execute(insert(Request), rows)
         total += len(rows)
         failed += sum(row["status"] == "failed" for row in rows)
@@ -115,7 +116,7 @@ def _update_worker(session: Session, worker_id: str, **columns: Any) -> None:
 def _job_row(job: NewJob, now: float) -> dict[str, Any]:
     return {
         "id": job.id,
-        "status": "in_progress",
+        "status": "in_progress" if job.input_file_id is None else "validating",
         "model": job.model,
         "endpoint": job.endpoint,
         "created_at": now,
@@ -131,10 +132,15 @@ def _job_row(job: NewJob, now: float) -> dict[str, Any]:
         "body_sha256": job.body_sha256,
         "priority": job.priority,
         "doorbell_at": now,  # whoever records a job rings right after the commit
+        "input_file_id": job.input_file_id,
+        "completion_window": job.completion_window,
+        "output_expires_after_s": job.output_expires_after_s,
+        "validated_at": now if job.input_file_id is None else None,
     }
 
 
-def _request_row(job_id: str, index: int, request: NewRequest, now: float) -> dict[str, Any]:
+def request_row(job_id: str, index: int, request: NewRequest, now: float) -> dict[str, Any]:
+    """Return a new request as its row: queued, or born failed."""
     refused = request.refusal is not None
     return {
         "job_id": job_id,

@@ -24,6 +24,7 @@ class LiveChoice:
     index: int
     transcript: Transcript
     started_at: float
+    first_of_prompt: bool = True
     next_seq: int = 0  # of its next event
     announced: bool = False  # its `started` event has been published by us or an earlier owner
     _ids: list[int] = field(default_factory=list)
@@ -87,6 +88,7 @@ class LiveChoice:
             started_at=self.started_at,
             finished_at=now,
             last_seq=self.next_seq,
+            first_of_prompt=self.first_of_prompt,
         )
         self.next_seq += 1
         return finished

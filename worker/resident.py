@@ -18,6 +18,7 @@ from typing import Any
 from sqlalchemy.exc import InterfaceError, OperationalError
 
 from jobs.errors import DatabaseUnavailable
+from jobs.messages import job_events
 from jobs.partials import Publisher
 from storage import leases, writes
 from storage.records import WorkerCard
@@ -26,7 +27,7 @@ from worker.assembly import Assembly
 from worker.energy import gpu_meter
 from worker.runner import Runner
 from worker.settings import WorkerSettings
-from worker.sink import Sink, job_events
+from worker.sink import Sink
 
 log = logging.getLogger(__name__)
 

@@ -138,15 +138,16 @@ class Runner:
     def _add_choices(self, request: LiveRequest) -> None:
         claim = request.claim
         body = GenerationRequest.model_validate(claim.body)
-        prompt = self._codec.encode(body, claim.endpoint)
+        prompts = self._codec.encode_all(body, claim.endpoint)
         earlier: defaultdict[int, list[Checkpoint]] = defaultdict(list)
         for checkpoint in claim.checkpoints:
             earlier[checkpoint.choice_index].append(checkpoint)
-        for index in sorted(set(range(body.sampling.n)) - set(claim.finished_choices)):
-            sequence = self._codec.sequence((*claim.lease.key, index), prompt, body.sampling, index)
+        n = body.sampling.n
+        for index in sorted(set(range(len(prompts) * n)) - set(claim.finished_choices)):
+            sequence = self._codec.sequence((*claim.lease.key, index), prompts[index // n], body.sampling, index)
             started_at = claim.started_at or time.time()
             transcript = Transcript(sequence, self._codec.stream(body.sampling.stop))
-            choice = LiveChoice(index, transcript, started_at)
+            choice = LiveChoice(index, transcript, started_at, first_of_prompt=index % n == 0)
             choice.resume(earlier[index])
             request.choices[index] = choice
         for choice in request.choices.values():

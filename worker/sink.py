@@ -6,12 +6,12 @@ runner -> [sink] -> storage.writes, jobs.partials.  Nothing is published that is
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from sqlalchemy.exc import InterfaceError, OperationalError
 
 from jobs.errors import DatabaseUnavailable
-from jobs.messages import JobStatus, PartialEvent, Piece
+from jobs.messages import PartialEvent, Piece, job_events
 from storage import writes
 from storage.records import Checkpoint, FinishedChoice, FlushResult, Progress, RequestKey
 from storage.session import Database
@@ -105,8 +105,3 @@ class Sink:
         lease = request.claim.lease
         identity = {"job_id": lease.job_id, "request": request.claim.custom_id, "index": lease.request_index}
         return PartialEvent.model_validate({**identity, "choice": choice, "seq": seq, **fields})
-
-
-def job_events(ended: Iterable[tuple[str, str]]) -> list[PartialEvent]:
-    """Return the events that close the streams of jobs that have ended; takes (job_id, final status)."""
-    return [PartialEvent(job_id=job_id, type="job", status=JobStatus(status)) for job_id, status in ended]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from jobs.api import completions, errors, jobs, metrics, service
+from jobs.api import batches, completions, errors, files, jobs, metrics, service
 from jobs.api.access import AccessGuard, Door
 from jobs.api.bodies import BodyReader
 from jobs.api.limits import BodyLimit, RequestIds
 from jobs.api.services import Services
 from jobs.api.streams import Streams
+from jobs.api.uploads import FORM_BYTES
 from jobs.producer import Ring, make_producer_app, ring
 from jobs.settings import JobsSettings
 from storage.session import Database
@@ -25,10 +26,13 @@ def make_api(settings: JobsSettings, database: Database, ring: Ring | None = Non
     app.state.services = Services(settings, database, ring or _celery_ring(settings.redis_url), BodyReader())
     app.state.metrics = metrics.Metrics(database)
     app.state.streams = Streams(settings.max_streams, settings.max_streams_per_key)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    limits = {"/v1/files": settings.max_file_bytes + FORM_BYTES}
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, by_path=limits)
     app.add_middleware(AccessGuard, door=door or Door(database))
     app.add_middleware(RequestIds)
     app.add_middleware(metrics.Stopwatch, metrics=app.state.metrics)
+    app.include_router(files.router)
+    app.include_router(batches.router)
     app.include_router(jobs.router)
     app.include_router(completions.router)
     app.include_router(service.router)

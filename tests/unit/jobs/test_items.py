@@ -196,7 +196,7 @@ def test_a_value_out_of_range_is_refused_naming_line_and_field(field: str, value
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": "  "}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
-        ({"messages": [{"role": "user", "content": "Hello", "tool_calls": []}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "user", "content": "Hello", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
         ({"prompt": "Hello", "messages": [{"role": "user", "content": "Hello"}]}, "messages"),
         ({}, "prompt"),
         (7, None),

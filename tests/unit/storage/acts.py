@@ -108,6 +108,7 @@ def end_of(*checkpoints: Checkpoint, choice: int = 0) -> FinishedChoice:
         started_at=1.0,
         finished_at=2.0,
         last_seq=checkpoints[-1].seq + 1,
+        first_of_prompt=choice == 0,
     )
 
 
