@@ -64,7 +64,7 @@ class Start:
     def run_door(self) -> tuple[JobsSettings, dict[str, int]]:
         """Start all but the worker; return the settings with the addresses that were chosen, and who is who."""
         settings, ingest, shim = self._start_door()
-        self._await(shim, lambda: _ready(settings.api_url), "the REST shim")
+        self._await(shim, lambda: _ready(settings.api_url), "the REST shim", None)
         return settings, {"ingest": ingest.pid, "api": shim.pid}
 
     def _start_door(self) -> tuple[JobsSettings, Child, Child]:

@@ -10,7 +10,7 @@ import openai
 import pytest
 from fastapi.testclient import TestClient
 from openai import OpenAI
-from openai.types import Completion
+from openai.types import Batch, Completion, FileObject
 from openai.types.chat import ChatCompletion
 from sqlalchemy import select, update
 
@@ -388,3 +388,21 @@ def test_an_output_file_may_not_serve_as_input(world: World) -> None:
     assert output.expires_at == output.created_at + 3600
     with pytest.raises(openai.BadRequestError):
         world.client.batches.create(input_file_id=output.id, endpoint=CHAT, completion_window="24h")
+
+
+def test_the_document_shows_replies_as_they_are(world: World) -> None:
+    paths = world.api.get("/openapi.json").json()["paths"]
+
+    def example(path: str, method: str) -> Any:
+        return paths[path][method]["responses"]["200"]["content"]["application/json"]["example"]
+
+    reply = a_batch(world.client, [GOOD]).to_dict()
+    for shown in (example("/v1/batches", "post"), example("/v1/batches", "get")["data"][0]):
+        assert shown.keys() == reply.keys()
+        Batch.model_validate(shown)
+    file = world.client.files.retrieve(reply["input_file_id"]).to_dict()
+    assert example("/v1/files", "post").keys() == file.keys()
+    FileObject.model_validate(example("/v1/files/{file_id}", "get"))
+    order = paths["/v1/batches"]["post"]["requestBody"]["content"]["application/json"]["example"]
+    assert world.api.post("/v1/batches", json=order | {"input_file_id": file["id"]}).status_code == 200
+    assert "multipart/form-data" in paths["/v1/files"]["post"]["requestBody"]["content"]
