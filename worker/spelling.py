@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from functools import lru_cache
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -48,7 +49,7 @@ class Spelling:
         return Likelihood(text, logprob, own)
 
     def _spell(self, token: int) -> tuple[str, tuple[int, ...] | None]:
-        symbols = self._tokenizer.convert_ids_to_tokens(token)
+        symbols: Any = self._tokenizer.convert_ids_to_tokens(token)  # of one id; typed for lists, too
         if symbols is None:  # the model has more rows of logits than the tokenizer has tokens
             return f"<{token}>", None
         if token in self._added:
