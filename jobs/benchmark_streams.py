@@ -183,10 +183,8 @@ async def _read_all(api_url: str, load: Load, writer: _Writer) -> list[_Reader]:
             everybody_there.set()
 
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    async with (
-        httpx.AsyncClient(base_url=api_url, timeout=600.0, limits=limits, trust_env=False) as http,
-        asyncio.TaskGroup() as group,  # one that fails ends them all
-    ):
+    client = httpx.AsyncClient(base_url=api_url, timeout=600.0, limits=limits, trust_env=False)
+    async with client as http, asyncio.TaskGroup() as group:  # one reader that fails ends them all
         for reader in readers:
             group.create_task(_read(http, reader, arrived, halfway))
         await everybody_there.wait()

@@ -300,7 +300,9 @@ def _logprobs(fields: Mapping[str, Any], endpoint: Endpoint, default: int | None
     if endpoint == COMPLETIONS_ENDPOINT:
         if top:
             raise InvalidValue(f"is for chats; on {endpoint}, logprobs is the number itself", param="top_logprobs")
-        return _whole(logprobs, "logprobs", MAX_COMPLETION_LOGPROBS) if logprobs not in (None, False) else None
+        if logprobs is None or logprobs is False:  # 0, which is equal to False, asks for those of the text alone
+            return None
+        return _whole(logprobs, "logprobs", MAX_COMPLETION_LOGPROBS)
     if not isinstance(logprobs, bool | None):
         raise InvalidValue(
             f"must be true or false, not {_shown(logprobs)}; the number is top_logprobs", param="logprobs"

@@ -54,5 +54,5 @@ def test_time_left_is_that_of_the_requests_that_are_left() -> None:
 
 def test_a_database_of_an_older_version_stops_the_shim_with_a_sentence(settings: JobsSettings) -> None:
     schema.upgrade(settings.resolved_database_url, "0002")
-    with pytest.raises(SetupError, match=r"schema 0002.*basic db upgrade"):
+    with pytest.raises(SetupError, match=r"revision 0002.*basic db upgrade"):
         serve(settings)
