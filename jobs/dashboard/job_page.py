@@ -311,7 +311,7 @@ class Trees:
                     .style("min-width:9rem")
                 )
                 self._step = (
-                    ui.select([], label="Step", on_change=self._draw).props("outlined dense").style("min-width:14rem")
+                    ui.select([], label="Step", on_change=self._draw).props("outlined dense").style("min-width:17rem")
                 )
             self._drawing = ui.element("div").classes("stack")
 
@@ -321,15 +321,16 @@ class Trees:
         self._none.set_visibility(not self._places)
         self._choice.set_visibility(bool(self._places))
         names = {(p.request_index, p.choice_index): f"{p.request_index}.{p.choice_index}" for p in self._places}
-        if names:
-            self._request.set_options(names, value=next(iter(names)))
+        if self._places:
+            largest = max(self._places, key=lambda place: place.tree_nodes)
+            self._request.set_options(names, value=(largest.request_index, largest.choice_index))
 
     async def _show_steps(self) -> None:
-        steps = [p.step for p in self._places if (p.request_index, p.choice_index) == self._request.value]
-        if steps:
-            self._step.set_options(
-                {step: f"Step {step}" for step in steps}, value=steps[1] if len(steps) > 1 else steps[0]
-            )
+        places = [p for p in self._places if (p.request_index, p.choice_index) == self._request.value]
+        if places:
+            words = {p.step: f"Step {p.step}: {p.tree_nodes} nodes, {p.accepted_tokens} accepted" for p in places}
+            largest = max(places, key=lambda place: place.tree_nodes)
+            self._step.set_options(words, value=largest.step)
             await self._draw()
 
     async def _draw(self) -> None:
@@ -347,9 +348,10 @@ class Trees:
 def _draw_tree(recorded: RecordedTree) -> None:
     ui.label(_step_words(recorded)).classes("small")
     path = "".join(text for *_, text, _, accepted in recorded.nodes[1:] if accepted)
+    kept = f"<bdi class='mono by-draft'>{texts.plain(path)}</bdi>" if path else "nothing"
     ui.html(
         f"After <bdi class='mono'>{texts.plain(texts.token(recorded.nodes[0][2]))}</bdi> the target kept "
-        f"<bdi class='mono by-draft'>{texts.plain(path) or 'nothing'}</bdi> and wrote "
+        f"{kept} and wrote "
         f"<bdi class='mono'>{texts.plain(texts.token(recorded.bonus))}</bdi> itself.",
         sanitize=False,
     ).classes("small").style("overflow-wrap:anywhere")
