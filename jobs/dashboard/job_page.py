@@ -47,8 +47,7 @@ async def build(desk: Desk, caller: Caller, job_id: str) -> None:
                 ui.label("All jobs")
             return
         page = JobPage(desk, caller, job)
-        await page.refresh()
-        ui.timer(_REFRESH_S, page.refresh, immediate=False)
+        ui.timer(_REFRESH_S, page.refresh)  # what fills the tabs comes behind the page itself
 
 
 class JobPage:
@@ -78,8 +77,10 @@ class JobPage:
                 self._requests.lay_out()
             with ui.tab_panel(drawn):
                 self._trees.lay_out()
-            with ui.tab_panel(counted), ui.element("div").classes("stack"):
-                self._numbers = StatsView()
+            with ui.tab_panel(counted):
+                self._place_of_numbers = ui.element("div").classes("stack")
+        self._numbers: StatsView | None = None  # laid out when somebody looks
+        self._head.show(job)
         self._tabs = tabs
         tabs.on_value_change(self._look)
         self._filled: set[str] = set()
@@ -113,7 +114,11 @@ class JobPage:
         elif name == "Trees":
             await self._trees.show()
         elif name == "Statistics":
-            self._numbers.show(await self._desk.read(lambda session: statistics.job_stats(session, self._job.id)))
+            numbers = await self._desk.read(lambda session: statistics.job_stats(session, self._job.id))
+            if self._numbers is None:
+                with self._place_of_numbers:
+                    self._numbers = StatsView()
+            self._numbers.show(numbers)
 
     async def _cancel(self) -> None:
         try:
