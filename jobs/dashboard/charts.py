@@ -15,10 +15,12 @@ from storage.statistics import JobStats
 
 Option = dict[str, Any]
 
+_MOST_POINTS = 300
+
 
 def throughput(stats: JobStats) -> Option:
     """Tokens a second, minute by minute."""
-    points = [[minute.minute * 1000, round(minute.tokens / 60, 2)] for minute in stats.minutes]
+    points = _thinned([[minute.minute * 1000.0, minute.tokens / 60] for minute in stats.minutes])
     if points:
         points.append([points[-1][0] + 60_000, points[-1][1]])  # a minute is as long as the others
     return _chart(
@@ -164,6 +166,13 @@ def tree_height(recorded: RecordedTree) -> int:
     parents = {parent for parent, *_ in recorded.nodes}
     leaves = sum(1 for node in range(len(recorded.nodes)) if node not in parents)
     return max(160, 34 * leaves + 40)
+
+
+def _thinned(points: list[list[float]]) -> list[list[float]]:
+    """Return so few points that a screen can tell them apart, each the mean of its neighbours."""
+    together = -(-len(points) // _MOST_POINTS)
+    groups = (points[at : at + together] for at in range(0, len(points), together or 1))
+    return [[group[0][0], round(sum(value for _, value in group) / len(group), 2)] for group in groups]
 
 
 def _branch(nodes: Sequence[Any], children: dict[int, list[int]], node: int) -> Option:

@@ -47,8 +47,7 @@ async def build(desk: Desk, caller: Caller, job_id: str) -> None:
                 ui.label("All jobs")
             return
         page = JobPage(desk, caller, job)
-        await page.refresh()
-        ui.timer(_REFRESH_S, page.refresh, immediate=False)
+        ui.timer(_REFRESH_S, page.refresh)  # what fills the tabs comes behind the page itself
 
 
 class JobPage:
@@ -78,8 +77,10 @@ class JobPage:
                 self._requests.lay_out()
             with ui.tab_panel(drawn):
                 self._trees.lay_out()
-            with ui.tab_panel(counted), ui.element("div").classes("stack"):
-                self._numbers = StatsView()
+            with ui.tab_panel(counted):
+                self._place_of_numbers = ui.element("div").classes("stack")
+        self._numbers: StatsView | None = None  # laid out when somebody looks
+        self._head.show(job)
         self._tabs = tabs
         tabs.on_value_change(self._look)
         self._filled: set[str] = set()
@@ -113,7 +114,11 @@ class JobPage:
         elif name == "Trees":
             await self._trees.show()
         elif name == "Statistics":
-            self._numbers.show(await self._desk.read(lambda session: statistics.job_stats(session, self._job.id)))
+            numbers = await self._desk.read(lambda session: statistics.job_stats(session, self._job.id))
+            if self._numbers is None:
+                with self._place_of_numbers:
+                    self._numbers = StatsView()
+            self._numbers.show(numbers)
 
     async def _cancel(self) -> None:
         try:
@@ -311,7 +316,7 @@ class Trees:
                     .style("min-width:9rem")
                 )
                 self._step = (
-                    ui.select([], label="Step", on_change=self._draw).props("outlined dense").style("min-width:14rem")
+                    ui.select([], label="Step", on_change=self._draw).props("outlined dense").style("min-width:17rem")
                 )
             self._drawing = ui.element("div").classes("stack")
 
@@ -321,15 +326,16 @@ class Trees:
         self._none.set_visibility(not self._places)
         self._choice.set_visibility(bool(self._places))
         names = {(p.request_index, p.choice_index): f"{p.request_index}.{p.choice_index}" for p in self._places}
-        if names:
-            self._request.set_options(names, value=next(iter(names)))
+        if self._places:
+            largest = max(self._places, key=lambda place: place.tree_nodes)
+            self._request.set_options(names, value=(largest.request_index, largest.choice_index))
 
     async def _show_steps(self) -> None:
-        steps = [p.step for p in self._places if (p.request_index, p.choice_index) == self._request.value]
-        if steps:
-            self._step.set_options(
-                {step: f"Step {step}" for step in steps}, value=steps[1] if len(steps) > 1 else steps[0]
-            )
+        places = [p for p in self._places if (p.request_index, p.choice_index) == self._request.value]
+        if places:
+            words = {p.step: f"Step {p.step}: {p.tree_nodes} nodes, {p.accepted_tokens} accepted" for p in places}
+            largest = max(places, key=lambda place: place.tree_nodes)
+            self._step.set_options(words, value=largest.step)
             await self._draw()
 
     async def _draw(self) -> None:
@@ -347,9 +353,10 @@ class Trees:
 def _draw_tree(recorded: RecordedTree) -> None:
     ui.label(_step_words(recorded)).classes("small")
     path = "".join(text for *_, text, _, accepted in recorded.nodes[1:] if accepted)
+    kept = f"<bdi class='mono by-draft'>{texts.plain(path)}</bdi>" if path else "nothing"
     ui.html(
         f"After <bdi class='mono'>{texts.plain(texts.token(recorded.nodes[0][2]))}</bdi> the target kept "
-        f"<bdi class='mono by-draft'>{texts.plain(path) or 'nothing'}</bdi> and wrote "
+        f"{kept} and wrote "
         f"<bdi class='mono'>{texts.plain(texts.token(recorded.bonus))}</bdi> itself.",
         sanitize=False,
     ).classes("small").style("overflow-wrap:anywhere")

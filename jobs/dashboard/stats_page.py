@@ -22,15 +22,22 @@ _JOBS: Final = 20
 
 async def build(desk: Desk, caller: Caller) -> None:
     """Build the page."""
-    stats = await desk.read(lambda session: statistics.total_stats(session, caller.sees))
-    rows = await desk.read(lambda session: statistics.job_rows(session, _JOBS, caller.sees))
     with frame("Statistics", dark=desk.dark, signed_in=desk.signed_in):
         heading("Statistics of all jobs", 1)
-        StatsView().show(stats)
-        with box():
-            heading("The newest jobs")
-            with ui.element("div").classes("wide"):
-                _job_table(rows)
+        place = ui.element("div").classes("stack")
+
+    async def fill() -> None:
+        """Show the numbers, behind the page itself."""
+        stats = await desk.read(lambda session: statistics.total_stats(session, caller.sees))
+        rows = await desk.read(lambda session: statistics.job_rows(session, _JOBS, caller.sees))
+        with place:
+            StatsView().show(stats)
+            with box():
+                heading("The newest jobs")
+                with ui.element("div").classes("wide"):
+                    _job_table(rows)
+
+    ui.timer(0, fill, once=True)
 
 
 def _job_table(rows: list[JobRow]) -> None:
