@@ -300,9 +300,9 @@ def _logprobs(fields: Mapping[str, Any], endpoint: Endpoint, default: int | None
     if endpoint == COMPLETIONS_ENDPOINT:
         if top:
             raise InvalidValue(f"is for chats; on {endpoint}, logprobs is the number itself", param="top_logprobs")
-        if logprobs is None or logprobs is False:  # 0, which is equal to False, asks for those of the text alone
-            return None
-        return _whole(logprobs, "logprobs", MAX_COMPLETION_LOGPROBS)
+        # Not `in (None, False)`: 0 == False in Python, and 0 asks for the tokens' own.
+        wanted = logprobs is not None and logprobs is not False
+        return _whole(logprobs, "logprobs", MAX_COMPLETION_LOGPROBS) if wanted else None
     if not isinstance(logprobs, bool | None):
         raise InvalidValue(
             f"must be true or false, not {_shown(logprobs)}; the number is top_logprobs", param="logprobs"
