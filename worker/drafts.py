@@ -131,10 +131,10 @@ def _with_model(
     def make(_: HiddenStates | None, slots: int, capacity: int, kv_tokens: int | None) -> MakeDrafter:
         packed: PackedModel
         if everywhere and ranks is not None:
-            packed = ranks.lead(network, DRAFT, slots=slots, capacity=capacity)
+            packed = ranks.lead(network, DRAFT, slots=slots, capacity=capacity, kv_tokens=kv_tokens)
         else:
             packed = PackedModel(network, slots=slots, capacity=capacity, kv_tokens=kv_tokens)
-            packed.prepare()
+        packed.prepare()
         return lambda: MixedDrafter(ModelDrafter(packed, name, len(tokenizer)), SuffixDrafter())
 
     return Draft(name, (), kv_bytes(network), make)

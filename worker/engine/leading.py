@@ -19,17 +19,29 @@ from worker.engine.orders import Op, Order
 from worker.engine.rows import Move, Segment
 from worker.engine.wire import Wire
 
+_UNSET = -1  # among the numbers of an order: the model decides by itself
+
 
 class LeadingModel(PackedModel):
     """A packed model whose calls the other ranks follow."""
 
     def __init__(
-        self, model: PreTrainedModel, wire: Wire, number: int, *, slots: int, capacity: int, **options: Any
+        self,
+        model: PreTrainedModel,
+        wire: Wire,
+        number: int,
+        *,
+        slots: int,
+        capacity: int,
+        paged: bool | None = None,
+        kv_tokens: int | None = None,
+        **options: Any,
     ) -> None:
         """Build the KV slots of all ranks; `number` is the one that the model has on each of them."""
         self._wire: Wire | None = None  # the first forward is everybody's own
-        wire.tell(Order(Op.BUILD, number, numbers=(slots, capacity)))
-        super().__init__(model, slots=slots, capacity=capacity, **options)
+        numbers = (slots, capacity, _UNSET if paged is None else int(paged), _UNSET if kv_tokens is None else kv_tokens)
+        wire.tell(Order(Op.BUILD, number, numbers=numbers))
+        super().__init__(model, slots=slots, capacity=capacity, paged=paged, kv_tokens=kv_tokens, **options)
         self._wire, self._number = wire, number
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:
@@ -56,6 +68,24 @@ class LeadingModel(PackedModel):
         self._wire.tell(Order(Op.SHARE, self._number, numbers=(source, target, length)))
         super().share(source, target, length)
 
+    def release(self, slot: int, length: int) -> None:
+        """Give the memory of a slot back on every rank."""
+        if self._wire is not None:
+            self._wire.tell(Order(Op.RELEASE, self._number, numbers=(slot, length)))
+        super().release(slot, length)
+
+    def clear(self) -> None:
+        """Give the memory of every slot back on every rank."""
+        assert self._wire is not None
+        self._wire.tell(Order(Op.CLEAR, self._number))
+        super().clear()
+
+    def prepare(self) -> None:
+        """Record the forwards that steps will replay on every rank."""
+        assert self._wire is not None
+        self._wire.tell(Order(Op.PREPARE, self._number))
+        super().prepare()
+
 
 class FollowingModels:
     """The models of a rank that follows, by number."""
@@ -68,8 +98,14 @@ class FollowingModels:
     def obey(self, order: Order) -> None:
         """Do what the first rank does, and forget the outcome."""
         if order.op is Op.BUILD:
-            slots, capacity = order.numbers
-            self._packed[order.model] = PackedModel(self._loaded[order.model], slots=slots, capacity=capacity)
+            slots, capacity, paged, kv_tokens = order.numbers
+            self._packed[order.model] = PackedModel(
+                self._loaded[order.model],
+                slots=slots,
+                capacity=capacity,
+                paged=None if paged == _UNSET else bool(paged),
+                kv_tokens=None if kv_tokens == _UNSET else kv_tokens,
+            )
             return
         model = self._packed[order.model]
         if order.op is Op.FORWARD:
@@ -79,5 +115,12 @@ class FollowingModels:
         elif order.op is Op.SHARE:
             source, target, length = order.numbers
             model.share(source, target, length)
+        elif order.op is Op.RELEASE:
+            slot, length = order.numbers
+            model.release(slot, length)
+        elif order.op is Op.CLEAR:
+            model.clear()
+        elif order.op is Op.PREPARE:
+            model.prepare()
         else:
             raise AssertionError(f"{order.op.name} is no model's order")

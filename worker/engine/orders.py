@@ -24,6 +24,9 @@ class Op(IntEnum):
     BUILD = 3  # KV slots for a loaded model
     ROOM = 4  # say how much memory is free
     END = 5
+    RELEASE = 6
+    CLEAR = 7
+    PREPARE = 8
 
 
 @dataclass(frozen=True, slots=True)

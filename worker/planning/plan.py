@@ -12,6 +12,7 @@ from typing import Any
 
 from jobs.errors import SetupError
 from worker.engine.options import EngineOptions
+from worker.engine.paged_attention import FLASH_BLOCK
 from worker.memory import fit
 from worker.planning.devices import GIB
 from worker.planning.forecast import Machine, Speculation, Step, speculate, step
@@ -146,11 +147,20 @@ def _fitted(wish: Wish, free: int, ranks: int, draft_ranks: int) -> EngineOption
         max_sequences=wish.sequences, max_context=wish.context, nodes=wish.nodes, max_depth=wish.max_depth
     )
     draft_kv = wish.draft.kv_entries(draft_ranks) * size if wish.draft else 0
-    return fit(options, wish.kv_tokens, wish.target.kv_entries(ranks) * size, draft_kv, free, whole_slots=True)
+    return fit(
+        options,
+        wish.kv_tokens,
+        wish.target.kv_entries(ranks) * size,
+        draft_kv,
+        free,
+        whole_slots=False,
+        block_size=FLASH_BLOCK,
+    )
 
 
 def _rated(wish: Wish, place: Placement, fitted: EngineOptions) -> Placement:
-    sequences, context = fitted.max_sequences, fitted.max_context
+    context = fitted.max_context
+    sequences = max(1, min(fitted.max_sequences, fitted.total_kv_tokens // context))  # if every text is that long
     plain = step(wish.target, wish.machine, place.ranks, sequences, sequences, context)
     rated = replace(
         place,
