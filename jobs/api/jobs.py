@@ -15,6 +15,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from jobs.api import views
 from jobs.api.bodies import Body
 from jobs.api.caller import CallerNow
+from jobs.api.document import JOB_BODY
 from jobs.api.services import ExistingJob, Services, ServicesNow, cancel_job, find_job
 from jobs.api.streams import StreamPlace
 from jobs.api.submissions import most_bytes, read_submission
@@ -31,7 +32,7 @@ router = APIRouter(prefix="/v1/jobs")
 _OUTPUTS_AT_ONCE = 200
 
 
-@router.post("")
+@router.post("", openapi_extra=JOB_BODY)
 async def submit(
     request: Request, background: BackgroundTasks, services: ServicesNow, caller: CallerNow
 ) -> dict[str, Any]:
