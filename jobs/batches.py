@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.errors import IdempotencyConflict, InvalidValue, NotFound
-from jobs.intake import check_idempotency_key, check_metadata, new_job_id
+from jobs.intake import check_idempotency_key, check_metadata, new_job_id, refuse_full_queue
 from jobs.messages import Endpoint
+from jobs.settings import JobsSettings
 from storage import files, writes
 from storage.records import NewJob
 from storage.session import Database
@@ -33,7 +34,7 @@ class BatchOrder:
     body_sha256: str | None = None
 
 
-def accept_batch(order: BatchOrder, owner: str | None, database: Database) -> str:
+def accept_batch(order: BatchOrder, owner: str | None, database: Database, settings: JobsSettings) -> str:
     """Record a batch and return its id: the earlier one's, if its idempotency key has been used before.
 
     `owner` says whose files may be named; None: everybody's.
@@ -52,6 +53,7 @@ def accept_batch(order: BatchOrder, owner: str | None, database: Database) -> st
         output_expires_after_s=order.output_expires_after_s,
     )
     with database.write() as session:
+        refuse_full_queue(session, settings.max_requests_queued)
         file = files.file(session, order.input_file_id, owner, lock=True)
         if file is None:
             raise NotFound(f"There is no file {order.input_file_id[:80]!r}.", param="input_file_id")

@@ -1,8 +1,8 @@
 """The clerk: reads the input files of batches into requests, and writes their answers into files.
 
-ingest -> [clerk] -> lines, items, answers, storage.batches.  Looks into SQL for what is to be done, so nothing has to
-reach it: a batch whose clerk died is taken up by the next one when the lease lapses, and from the beginning. Both its
-tasks give the same rows and bytes when they are done twice.
+ingest -> [clerk] -> lines, items, answer_lines, storage.batches.  Looks into SQL for what is to be done, so nothing has
+to reach it: a batch whose clerk died is taken up by the next one when the lease lapses, and from the beginning. Both
+its tasks give the same rows and bytes when they are done twice.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Final
+from typing import Final, cast
 
 from sqlalchemy.exc import InterfaceError, OperationalError
 
-from jobs.answers import Answers
-from jobs.intake import known_models, over_limit
+from jobs.answer_lines import answer_line
+from jobs.events import job_events
+from jobs.intake import known_models
 from jobs.items import Item, Rules, parse_item, read_json
 from jobs.lines import Findings, Limits, Line, check_lines, split_lines
-from jobs.messages import PartialEvent, job_events
+from jobs.messages import Endpoint, PartialEvent
 from jobs.producer import Ring
 from jobs.settings import JobsSettings
 from storage import batches, files, queries, writes
@@ -144,7 +145,7 @@ class _Reading(_Task):
         rules = Rules(
             job_id=self.claim.job_id,
             model=findings.model,
-            endpoint=self.claim.endpoint,
+            endpoint=cast(Endpoint, self.claim.endpoint),  # checked when the batch was ordered
             defaults={},
             max_prompt_chars=self.settings.max_prompt_chars,
             context_tokens=known[findings.model],
@@ -152,8 +153,8 @@ class _Reading(_Task):
         tokens = self._write(rules)
         try:
             self._open(findings, tokens)
-        except QuotaExceeded as exceeded:
-            findings.add("token_limit_exceeded", over_limit(exceeded).message)
+        except QuotaExceeded as beyond:
+            findings.add("token_limit_exceeded", f"The key's limit does not leave room for this batch: {beyond}.")
             self._refuse(findings)
 
     def _refuse(self, findings: Findings) -> None:
@@ -163,7 +164,7 @@ class _Reading(_Task):
         self.clerk.publish(job_events([(self.claim.job_id, status)]))
 
     def _write(self, rules: Rules) -> int:
-        """Write the requests, which do not count yet; return the tokens they may come to."""
+        """Write the requests, and return how many tokens they may come to read and write."""
         first = tokens = 0
         for piece in _pieces(self._lines()):
             requests = [_request(line, first + n, rules) for n, line in enumerate(piece)]
@@ -204,16 +205,15 @@ class _Filing(_Task):
 
     def run(self) -> None:
         """Write the lines of all requests; the files are seen in the moment in which the batch ends."""
-        answers = Answers(self.claim.job_id, self.claim.endpoint, self.claim.model)
         output, error = _FileWriter(self, "output"), _FileWriter(self, "error")
         prompt_tokens = completion_tokens = 0
         for view in self._outputs():
             if view.status == "completed":
-                output.write(answers.line(view))
+                output.write(answer_line(self.claim, view))
                 prompt_tokens += view.prompt_tokens
                 completion_tokens += view.completion_tokens
             else:
-                error.write(answers.line(view))
+                error.write(answer_line(self.claim, view))
         for writer in (output, error):
             writer.flush()
         usage = {"input_tokens": prompt_tokens, "output_tokens": completion_tokens}

@@ -22,6 +22,8 @@ from storage.sql import database_now, has_open_requests, insert_new
 from storage.writes import request_row
 
 _OPEN: Final = ("validating", "finalizing", "cancelling")
+_SAME_NAMES: Final = ("endpoint", "api_key_id", "input_file_id", "output_expires_after_s", "model", "validated_at")
+_CLAIMED: Final = (Job.id, Job.clerk_number, *(getattr(Job, name) for name in _SAME_NAMES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +70,9 @@ def claim_batch(session: Session, lease_s: float) -> BatchClaim | None:
         update(Job)
         .where(Job.id == job_id)
         .values(clerk_number=Job.clerk_number + 1, clerk_until=now + lease_s)
-        .returning(
-            Job.id,
-            Job.clerk_number,
-            Job.endpoint,
-            Job.api_key_id,
-            Job.input_file_id,
-            Job.output_expires_after_s,
-            Job.model,
-            Job.validated_at,
-        )
+        .returning(*_CLAIMED)
     ).one()
-    return BatchClaim(*row)
+    return BatchClaim(job_id=row.id, number=row.clerk_number, **{name: getattr(row, name) for name in _SAME_NAMES})
 
 
 def hold(session: Session, claim: BatchClaim, lease_s: float) -> str:
@@ -93,7 +86,7 @@ def hold(session: Session, claim: BatchClaim, lease_s: float) -> str:
     )
     if status is None:
         raise ClaimLost(claim.job_id)
-    return status
+    return str(status)
 
 
 def release(session: Session, claim: BatchClaim) -> None:
@@ -106,31 +99,37 @@ def add_requests(session: Session, claim: BatchClaim, first_index: int, requests
     """Write a piece of the requests; a clerk that begins again finds those of an earlier one."""
     now = database_now(session)
     rows = [request_row(claim.job_id, first_index + n, request, now) for n, request in enumerate(requests)]
+    for row in rows:
+        row["event_number"] = None  # nobody is told before all are there
     session.execute(insert_new(session, Request), rows)
 
 
 def open_batch(session: Session, claim: BatchClaim, model: str, total: int, tokens: int, lease_s: float) -> str:
     """Let all requests of a batch count from now on, and return its status; one that was cancelled starts nothing.
 
-    Raise QuotaExceeded if it is more than the limits of its key leave room for.
+    Raise QuotaExceeded if they are more than the limits of its key leave room for.
     """
     hold(session, claim, lease_s)
     now = database_now(session)
-    failed = session.scalar(select(func.count()).where(Request.job_id == claim.job_id, Request.status == "failed"))
+    refused = and_(Request.job_id == claim.job_id, Request.status == "failed")
+    failed = session.scalar(select(func.count()).where(refused))
     session.execute(
         update(Job)
         .where(Job.id == claim.job_id)
         .values(
             model=model,
             requests_total=total,
-            tokens_asked=tokens,
             requests_failed=failed,
+            tokens_asked=tokens,
+            event_number=Job.event_number + 1,
             validated_at=now,
             doorbell_at=now,
             clerk_until=None,
             status=case((Job.status == "validating", "in_progress"), else_=Job.status),
         )
     )
+    number = select(Job.event_number).where(Job.id == claim.job_id).scalar_subquery()
+    session.execute(update(Request).where(refused).values(event_number=number))
     cancel_unstarted(session, claim.job_id)
     finalise_jobs(session, [claim.job_id])
     refuse_beyond_limits(session, claim.api_key_id)

@@ -6,16 +6,18 @@ one row; what may be large (its outputs) is streamed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, and_, func, select, tuple_
+from sqlalchemy import ColumnElement, and_, func, select, true, tuple_
 from sqlalchemy.orm import Session
 
+from storage.endings import OPEN_JOB_STATUSES
 from storage.flush import merge_pieces
 from storage.models import Job, Output, Partial, Request, Worker
+from storage.records import NewRequest
 from storage.sql import AnyRow, database_now, owned_by
 from storage.statistics import DepthAcceptance as DepthAcceptance  # statistics have a module; callers find them here
 from storage.statistics import JobStats as JobStats
@@ -24,7 +26,9 @@ from storage.statistics import total_stats as total_stats
 
 _SEEN_S: Final = 60.0  # a worker that has not been heard of for longer serves nothing
 _OUTPUTS_AT_ONCE: Final = 500
-_ENDED: Final = ("completed", "failed", "expired", "cancelled")
+_WITHOUT_RESULT: Final = ("failed", "expired", "cancelled")
+_ENDED: Final = ("completed", *_WITHOUT_RESULT)
+_REQUESTS_AT_ONCE: Final = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,7 @@ class JobView:
     error_file_id: str | None
     errors: Sequence[Mapping[str, Any]] | None
     usage: Mapping[str, int] | None
+    retry_of: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,7 @@ class ChoiceView:
     worker_id: str
     started_at: float
     finished_at: float
+    logprobs: list[Any] | None  # per token, if they were wanted
     first_of_prompt: bool
 
 
@@ -138,6 +144,7 @@ class WorkerView:
     stopped_at: float | None
     calibration: Mapping[str, Any]
     load: Mapping[str, Any] | None  # what it was doing when it last said so
+    lost_at: float | None  # when it was found dead or silent
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +181,7 @@ _JOB_COLUMNS: Final = (
     Job.error_file_id,
     Job.errors,
     Job.usage,
+    Job.retry_of,
 )
 
 
@@ -188,9 +196,8 @@ def jobs(
     limit: int,
     after: str | None = None,
     owner: str | None = None,
-    *,
-    batches_only: bool = False,
     interactive: bool = False,
+    batches_only: bool = False,
 ) -> JobPage:
     """Return up to `limit` jobs, newest first, from behind the job `after`; nothing stands behind an unknown id.
 
@@ -209,8 +216,20 @@ def jobs(
     return JobPage(tuple(_job_view(row) for row in rows[:limit]), has_more=len(rows) > limit)
 
 
-def outputs(session: Session, job_id: str, after_index: int = -1) -> Iterator[OutputView]:
-    """Yield the requests of a job that have ended, in its order, from behind `after_index`; never all in memory."""
+def outputs(
+    session: Session,
+    job_id: str,
+    after_index: int = -1,
+    *,
+    without_result: bool = False,
+    among: Collection[int] | None = None,
+) -> Iterator[OutputView]:
+    """Yield the requests of a job that have ended, in its order, from behind `after_index`; never all in memory.
+
+    `without_result` leaves out those that were answered; `among` names the only ones to look at.
+    """
+    statuses = _WITHOUT_RESULT if without_result else _ENDED
+    wanted = true() if among is None else Request.request_index.in_(among)
     rows = session.execute(
         select(
             Request.custom_id,
@@ -229,16 +248,38 @@ def outputs(session: Session, job_id: str, after_index: int = -1) -> Iterator[Ou
             Output.worker_id,
             Output.started_at,
             Output.finished_at,
+            Output.logprobs,
             Output.first_of_prompt,
         )
         .outerjoin(Output, and_(Output.job_id == Request.job_id, Output.request_index == Request.request_index))
-        .where(Request.job_id == job_id, Request.request_index > after_index, Request.status.in_(_ENDED))
+        .where(Request.job_id == job_id, Request.request_index > after_index, Request.status.in_(statuses), wanted)
         .where(_is_read(job_id))
         .order_by(Request.request_index, Output.choice_index)
         .execution_options(yield_per=_OUTPUTS_AT_ONCE)
     )
     for _, group in groupby(rows, key=lambda row: row.request_index):
         yield _output_view(list(group))
+
+
+def requests_to_retry(session: Session, job_id: str) -> Iterator[NewRequest]:
+    """Yield the requests of a job that ended without a result and can run, in its order."""
+    after = -1
+    while True:
+        rows = session.execute(
+            select(Request.request_index, Request.custom_id, Request.body)
+            .where(
+                Request.job_id == job_id,
+                Request.request_index > after,
+                Request.status.in_(_WITHOUT_RESULT),
+                Request.body.is_not(None),  # without one it was refused at the door, and would be again
+            )
+            .order_by(Request.request_index)
+            .limit(_REQUESTS_AT_ONCE)
+        ).all()
+        yield from (NewRequest(row.custom_id, body=row.body) for row in rows)
+        if len(rows) < _REQUESTS_AT_ONCE:
+            return
+        after = rows[-1].request_index
 
 
 def snapshot(session: Session, job_id: str) -> list[ChoiceSnapshot]:
@@ -252,6 +293,12 @@ def snapshot(session: Session, job_id: str) -> list[ChoiceSnapshot]:
     return [found[key] for key in sorted(found)]
 
 
+def open_requests(session: Session) -> int:
+    """Return how many requests have not ended."""
+    left = Job.requests_total - Job.requests_completed - Job.requests_failed
+    return int(session.scalar(select(func.coalesce(func.sum(left), 0)).where(Job.status.in_(OPEN_JOB_STATUSES))) or 0)
+
+
 def workers(session: Session) -> list[WorkerView]:
     """Return the workers that have introduced themselves, latest start first."""
     columns = [getattr(Worker, name) for name in WorkerView.__dataclass_fields__]
@@ -261,14 +308,24 @@ def workers(session: Session) -> list[WorkerView]:
 
 def models(session: Session) -> list[ModelView]:
     """Return the models of the workers that are alive."""
-    alive = and_(Worker.stopped_at.is_(None), Worker.last_seen_at > database_now(session) - _SEEN_S)
     rows = session.execute(
         select(Worker.target, func.min(Worker.context_tokens))
-        .where(alive)
+        .where(_is_alive(session, _SEEN_S))
         .group_by(Worker.target)
         .order_by(Worker.target)
     )
     return [ModelView(target, context_tokens) for target, context_tokens in rows]
+
+
+def live_workers(session: Session, hostname: str, within_s: float) -> int:
+    """Return how many workers of a host have been seen within so many seconds and have not left."""
+    here = select(func.count()).where(Worker.hostname == hostname, _is_alive(session, within_s))
+    return int(session.scalar(here) or 0)
+
+
+def _is_alive(session: Session, within_s: float) -> ColumnElement[bool]:
+    seen = Worker.last_seen_at > database_now(session) - within_s
+    return and_(Worker.stopped_at.is_(None), Worker.lost_at.is_(None), seen)
 
 
 def _job_view(row: AnyRow) -> JobView:
@@ -312,7 +369,7 @@ def _errors(session: Session, job_id: str) -> dict[int, AnyRow]:
             Request.error_message,
             Request.error_param,
         )
-        .where(Request.job_id == job_id, Request.status.in_(("failed", "expired", "cancelled")))
+        .where(Request.job_id == job_id, Request.status.in_(_WITHOUT_RESULT))
         .where(_is_read(job_id))
     )
     return {row.request_index: row for row in rows}

@@ -11,6 +11,7 @@ from jobs.api.limits import BodyLimit, RequestIds
 from jobs.api.services import Services
 from jobs.api.streams import Streams
 from jobs.api.uploads import FORM_BYTES
+from jobs.broadcast import Broadcast
 from jobs.producer import Ring, make_producer_app, ring
 from jobs.settings import JobsSettings
 from storage.session import Database
@@ -23,11 +24,17 @@ def make_api(settings: JobsSettings, database: Database, ring: Ring | None = Non
     everybody in until there is a key.
     """
     app = FastAPI(title="bASIC", responses=document.ERRORS, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.state.services = Services(settings, database, ring or _celery_ring(settings.redis_url), BodyReader())
+    app.state.services = Services(
+        settings,
+        database,
+        ring or _celery_ring(settings.redis_url),
+        BodyReader(),
+        Broadcast(database, settings.redis_url),
+    )
     app.state.metrics = metrics.Metrics(database)
     app.state.streams = Streams(settings.max_streams, settings.max_streams_per_key)
-    limits = {"/v1/files": settings.max_file_bytes + FORM_BYTES}
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, by_path=limits)
+    most_by_path = {"/v1/files": settings.max_file_bytes + FORM_BYTES}
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, most_by_path=most_by_path)
     app.add_middleware(AccessGuard, door=door or Door(database))
     app.add_middleware(RequestIds)
     app.add_middleware(metrics.Stopwatch, metrics=app.state.metrics)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -10,7 +9,9 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.concurrency import run_in_threadpool
 
 from jobs.api import views
+from jobs.api.bodies import Body
 from jobs.api.caller import Caller, CallerNow
+from jobs.api.examples import BATCH, ORDER_BODY, page_of, replies
 from jobs.api.services import ServicesNow, cancel_job, find_job
 from jobs.api.submissions import IDEMPOTENCY_KEY, json_object, read_endpoint, read_window_s
 from jobs.api.uploads import read_kept_s
@@ -22,23 +23,24 @@ from storage.queries import JobView
 
 router = APIRouter(prefix="/v1/batches")
 
+_ORDER_BYTES = 65_536  # metadata can't have more
 _FIELDS = frozenset({"input_file_id", "endpoint", "completion_window", "metadata", "output_expires_after"})
 
 
-@router.post("")
+@router.post("", openapi_extra=ORDER_BODY, responses=replies(BATCH, 400, 404, 409))
 async def create(request: Request, services: ServicesNow, caller: CallerNow) -> dict[str, Any]:
     """Make a batch of an uploaded file. The answer says `validating`; the lines are read afterwards."""
-    body = await request.body()
 
-    def accept() -> dict[str, Any]:
+    def accept(body: Body) -> dict[str, Any]:
         order = _order(body, request.headers.get(IDEMPOTENCY_KEY), caller)
-        batch_id = accept_batch(order, caller.sees, services.database)
+        batch_id = accept_batch(order, caller.sees, services.database, services.settings)
         return views.batch(find_job(services, batch_id, caller))
 
-    return await run_in_threadpool(accept)
+    async with services.bodies.received(request, _ORDER_BYTES) as body:
+        return await run_in_threadpool(accept, body)
 
 
-@router.get("")
+@router.get("", responses=replies(page_of(BATCH), 400))
 def list_batches(
     services: ServicesNow,
     caller: CallerNow,
@@ -64,13 +66,13 @@ def _existing_batch(batch_id: str, services: ServicesNow, caller: CallerNow) -> 
 ExistingBatch = Annotated[JobView, Depends(_existing_batch)]
 
 
-@router.get("/{batch_id}")
+@router.get("/{batch_id}", responses=replies(BATCH, 404))
 def retrieve(batch: ExistingBatch) -> dict[str, Any]:
     """Read one batch."""
     return views.batch(batch)
 
 
-@router.post("/{batch_id}/cancel")
+@router.post("/{batch_id}/cancel", responses=replies(BATCH, 404, 409))
 def cancel(batch: ExistingBatch, services: ServicesNow, caller: CallerNow) -> dict[str, Any]:
     """Cancel a batch; what is done of it is delivered. May be repeated; a batch that ended otherwise is a conflict."""
     return views.batch(cancel_job(services, batch, caller, "batch"))
@@ -80,8 +82,8 @@ def _is_batch(job: JobView | None) -> bool:
     return job is not None and job.input_file_id is not None
 
 
-def _order(body: bytes, idempotency_key: str | None, caller: Caller) -> BatchOrder:
-    fields = json_object(body)
+def _order(body: Body, idempotency_key: str | None, caller: Caller) -> BatchOrder:
+    fields = json_object(body.open().read())
     refuse_unknown(fields, _FIELDS)
     return BatchOrder(
         input_file_id=_text(fields, "input_file_id"),
@@ -92,7 +94,7 @@ def _order(body: bytes, idempotency_key: str | None, caller: Caller) -> BatchOrd
         output_expires_after_s=_output_kept_s(fields.get("output_expires_after")),
         api_key_id=caller.key_id,
         idempotency_key=idempotency_key,
-        body_sha256=hashlib.sha256(body).hexdigest(),
+        body_sha256=body.sha256,
     )
 
 

@@ -180,6 +180,8 @@ async def _lines(
             async for piece in _chunks(call.heading, first, events):
                 yield _line(piece | more)
         output = await run_in_threadpool(_output, services, call)
+        for piece in answers.logprobs_chunks(call.heading, output):
+            yield _line(piece | more)
         if call.with_usage:
             yield _line(answers.usage_chunk(call.heading, output))
         yield "data: [DONE]\n\n"

@@ -15,6 +15,7 @@ from fastapi.responses import StreamingResponse
 
 from jobs.api import views
 from jobs.api.caller import Caller, CallerNow
+from jobs.api.examples import BYTES, DELETED, FILE, UPLOAD_BODY, page_of, replies
 from jobs.api.services import Services, ServicesNow
 from jobs.api.uploads import UploadForm
 from jobs.errors import InvalidValue, NotFound
@@ -26,7 +27,7 @@ router = APIRouter(prefix="/v1/files")
 _DAY_S = 86_400.0
 
 
-@router.post("")
+@router.post("", openapi_extra=UPLOAD_BODY, responses=replies(FILE, 400, 413))
 async def upload(request: Request, services: ServicesNow, caller: CallerNow) -> dict[str, Any]:
     """Take a file. It is seen when all its bytes are there; the lines are looked at when a batch is made of it."""
     form = UploadForm(request.headers.get("content-type", ""), services.settings.max_file_bytes)
@@ -43,7 +44,7 @@ async def upload(request: Request, services: ServicesNow, caller: CallerNow) -> 
         raise
 
 
-@router.get("")
+@router.get("", responses=replies(page_of(FILE), 400))
 def list_files(
     services: ServicesNow,
     caller: CallerNow,
@@ -71,13 +72,13 @@ def _existing_file(file_id: str, services: ServicesNow, caller: CallerNow) -> Fi
 ExistingFile = Annotated[FileView, Depends(_existing_file)]
 
 
-@router.get("/{file_id}")
+@router.get("/{file_id}", responses=replies(FILE, 404))
 def retrieve(file: ExistingFile) -> dict[str, Any]:
     """Read one file's description."""
     return views.file(file)
 
 
-@router.delete("/{file_id}")
+@router.delete("/{file_id}", responses=replies(DELETED, 404))
 def delete(file_id: str, services: ServicesNow, caller: CallerNow) -> dict[str, Any]:
     """Delete a file. A batch that is made of it goes on."""
     with services.database.write() as session:
@@ -87,7 +88,7 @@ def delete(file_id: str, services: ServicesNow, caller: CallerNow) -> dict[str, 
     return {"id": file_id, "object": "file", "deleted": True}
 
 
-@router.get("/{file_id}/content", response_class=StreamingResponse)
+@router.get("/{file_id}/content", response_class=StreamingResponse, responses=BYTES)
 def content(file: ExistingFile, services: ServicesNow) -> StreamingResponse:
     """Fetch the bytes of a file, as they were uploaded."""
     headers = {"content-length": str(file.bytes), "x-content-type-options": "nosniff"}

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncGenerator, Iterator
-from itertools import islice
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Annotated, Any
 
-from fastapi import APIRouter, BackgroundTasks, Query, Request
+from fastapi import APIRouter, BackgroundTasks, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
-from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from jobs.api import views
 from jobs.api.bodies import Body
 from jobs.api.caller import CallerNow
 from jobs.api.document import JOB_BODY
-from jobs.api.services import ExistingJob, Services, ServicesNow, cancel_job, find_job
+from jobs.api.output_lines import CURSOR, followed_lines, output_lines
+from jobs.api.services import ExistingJob, ServicesNow, cancel_job, find_job
 from jobs.api.streams import StreamPlace
 from jobs.api.submissions import most_bytes, read_submission
 from jobs.errors import InvalidValue
-from jobs.intake import accept_job
-from jobs.messages import PartialEvent
-from jobs.partials import follow
-from jobs.snapshots import read_events
+from jobs.intake import accept_job, retry_job
+from jobs.messages import JobStatus
+from jobs.telling import read_id
 from storage import queries
-from storage.queries import OutputView
 
 router = APIRouter(prefix="/v1/jobs")
 
-_OUTPUTS_AT_ONCE = 200
+_RECONNECT = b"retry: 1000\n\n"  # milliseconds until EventSource comes back
+_STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # the second for nginx
 
 
 @router.post("", openapi_extra=JOB_BODY)
@@ -80,12 +78,45 @@ def cancel(job: ExistingJob, services: ServicesNow, caller: CallerNow) -> dict[s
     return views.job(cancel_job(services, job, caller))
 
 
+@router.post("/{job_id}/retry")
+def retry(
+    job: ExistingJob,
+    services: ServicesNow,
+    caller: CallerNow,
+    background: BackgroundTasks,
+    idempotency_key: Annotated[str | None, Header()] = None,
+) -> dict[str, Any]:
+    """Run the requests of an ended job again that have no result: as a new job, whose `retry_of` is this one."""
+
+    def ring_later(job_id: str, model: str) -> None:
+        background.add_task(services.ring, job_id, model)
+
+    job_id = retry_job(
+        job,
+        api_key_id=caller.key_id,
+        idempotency_key=idempotency_key,
+        database=services.database,
+        ring=ring_later,
+        settings=services.settings,
+    )
+    return views.job(find_job(services, job_id, caller))
+
+
 @router.get("/{job_id}/outputs", dependencies=[StreamPlace])
 def outputs(
-    job: ExistingJob, services: ServicesNow, after: Annotated[int, Query(ge=-1, le=2**31 - 1)] = -1
+    job: ExistingJob,
+    services: ServicesNow,
+    after: Annotated[int, Query(ge=-1, le=2**31 - 1, description="Index of the request to start behind.")] = -1,
+    failed: Annotated[bool, Query(description="Only requests that ended without a result.")] = False,
+    follow: Annotated[bool, Query(description="Go on until the job ends, in the order in which requests end.")] = False,
+    cursor: Annotated[str, Query(pattern=CURSOR, description="With follow: the line to start behind.")] = "",
 ) -> StreamingResponse:
-    """Stream the finished requests as JSON lines, in the order of the job; `after` is the index to start behind."""
-    return StreamingResponse(_output_lines(services, job.id, after), media_type="application/x-ndjson; charset=utf-8")
+    """Stream the requests that have ended as JSON lines, in the order of the job, while it may still run.
+
+    With `follow` the lines come as requests end, each with a `cursor` from which a new call goes on.
+    """
+    lines = followed_lines(services, job, cursor, failed) if follow else output_lines(services, job, after, failed)
+    return StreamingResponse(lines, media_type="application/x-ndjson; charset=utf-8")
 
 
 @router.get("/{job_id}/stats")
@@ -95,27 +126,33 @@ def statistics(job: ExistingJob, services: ServicesNow) -> dict[str, Any]:
         return views.statistics(queries.job_stats(session, job.id))
 
 
-@router.get("/{job_id}/events", response_class=EventSourceResponse, dependencies=[StreamPlace])
-async def events(job: ExistingJob, services: ServicesNow) -> AsyncGenerator[ServerSentEvent]:
-    """Stream what is written: first all text so far, then new text, until the job ends. Reconnecting starts over."""
+@router.get(
+    "/{job_id}/events",
+    response_class=StreamingResponse,
+    dependencies=[StreamPlace],
+    responses={
+        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Server-sent events."},
+        204: {"description": "The reader has been told everything, and the job has ended."},
+    },
+)
+async def events(
+    job: ExistingJob, services: ServicesNow, last_event_id: Annotated[str | None, Header(max_length=200)] = None
+) -> Response:
+    """Stream what is written as server-sent events: first what there is, then what comes, until the job ends.
 
-    async for event in follow(job.id, services.settings.redis_url, lambda: read_events(services.database, job.id)):
-        yield _server_sent(event)
+    Every event that tells text has an id. A reader that comes back with it as `Last-Event-ID` is told exactly what it
+    has not been told, by whichever shim; an id that is not ours starts over.
+    """
+    since = await services.broadcast.settle(job.id, read_id(last_event_id))
+    if since.status is not None and JobStatus(since.status).final:
+        return Response(status_code=204)
+    stream = _after(_RECONNECT, services.broadcast.follow(job.id, since))
+    return StreamingResponse(stream, media_type="text/event-stream", headers=_STREAM_HEADERS)
 
 
-def _server_sent(event: PartialEvent) -> ServerSentEvent:
-    place = "job" if event.index is None else f"{event.index}.{event.choice}.{event.seq}"
-    return ServerSentEvent(id=place, event=event.type, raw_data=event.model_dump_json(exclude_none=True))
-
-
-def _output_lines(services: Services, job_id: str, after: int) -> Iterator[str]:
-    while page := _output_page(services, job_id, after):
-        for output in page:
-            yield json.dumps(views.output(output), ensure_ascii=False) + "\n"
-        after = page[-1].request_index
-
-
-def _output_page(services: Services, job_id: str, after: int) -> list[OutputView]:
-    """Read some outputs at once: a reader may be slow, and must not hold a connection meanwhile."""
-    with services.database.read() as session:
-        return list(islice(queries.outputs(session, job_id, after_index=after), _OUTPUTS_AT_ONCE))
+async def _after(first: bytes, events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    """Yield what is to be said at once, and then the events."""
+    yield first
+    async with aclosing(events):
+        async for batch in events:
+            yield batch

@@ -54,18 +54,18 @@ class BodyLimit:
         max_bytes: int,
         idle_s: float = 30.0,
         min_bytes_per_s: float = 1_000,
-        by_path: Mapping[str, int] | None = None,
+        most_by_path: Mapping[str, int] | None = None,
     ) -> None:
         self._app = app
         self._max_bytes = max_bytes
-        self._by_path = by_path or {}
+        self._most_by_path = most_by_path or {}
         self._idle_s = idle_s
         self._min_bytes_per_s = min_bytes_per_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on with a body that is watched."""
         if scope["type"] == "http":
-            max_bytes = self._by_path.get(scope.get("path", ""), self._max_bytes)
+            max_bytes = self._most_by_path.get(scope.get("path", ""), self._max_bytes)
             receive = self._limited(Headers(scope=scope), receive, max_bytes)
         await self._app(scope, receive, send)
 

@@ -9,6 +9,7 @@ from fastapi import Depends, Request
 
 from jobs.api.bodies import BodyReader
 from jobs.api.caller import Caller, CallerNow
+from jobs.broadcast import Broadcast
 from jobs.errors import NotCancellable, NotFound
 from jobs.messages import JobStatus
 from jobs.producer import Ring
@@ -28,6 +29,7 @@ class Services:
     database: Database
     ring: Ring
     bodies: BodyReader
+    broadcast: Broadcast
 
 
 def _services(request: Request) -> Services:

@@ -78,7 +78,7 @@ def _parameters(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def json_object(body: bytes) -> dict[str, Any]:
-    """Return the fields of a JSON object that are not null."""
+    """Return the fields of a JSON object that were given; null is not given."""
     try:
         fields = read_json(body.removeprefix(b"\xef\xbb\xbf"))
     except ValueError as exc:

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from jobs.answers import usage
 from jobs.api.envelope import error_body
+from jobs.logprobs import shaped
 from jobs.messages import JobStatus
 from storage.files import FileView
-from storage.queries import JobStats, JobView, OutputView, WorkerView
+from storage.queries import ChoiceView, JobStats, JobView, OutputView, WorkerView
 
 Json = dict[str, Any]
 
@@ -31,6 +31,7 @@ def job(view: JobView) -> Json:
         **_life(view, view.started_at),
         "progress": _progress(view),
         "metadata": view.metadata,
+        "retry_of": view.retry_of,
     }
 
 
@@ -117,7 +118,7 @@ def page(items: Sequence[Json], has_more: bool) -> Json:
     }
 
 
-def output(view: OutputView) -> Json:
+def output(view: OutputView, endpoint: str) -> Json:
     """Return one line of a job's outputs: the choices of a request, or why there are none."""
     line: Json = {"custom_id": view.custom_id, "index": view.request_index, "status": view.status}
     if view.error_message is not None:
@@ -131,10 +132,22 @@ def output(view: OutputView) -> Json:
             "text": choice.text,
             "finish_reason": choice.finish_reason,
             "completion_tokens": choice.completion_tokens,
+            **_logprobs(choice, endpoint),
         }
         for choice in view.choices
     ]
     return line | {"choices": choices, "usage": usage(view)}
+
+
+def _logprobs(choice: ChoiceView, endpoint: str) -> Json:
+    wanted = shaped(endpoint, choice.logprobs, choice.text)
+    return {} if wanted is None else {"logprobs": wanted}
+
+
+def usage(view: OutputView) -> Json:
+    """Return the tokens of a request: a prompt is counted once, whatever the number of choices."""
+    prompt, completion = view.prompt_tokens, view.completion_tokens
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def statistics(view: JobStats) -> Json:
@@ -159,7 +172,16 @@ def _progress(view: JobView) -> Json:
         "completion_tokens": view.completion_tokens,
         "elapsed_s": round(elapsed_s, 3),
         "tokens_per_s": round(view.completion_tokens / elapsed_s, 3) if elapsed_s > 0 else None,
+        "time_left_s": _time_left_s(view, elapsed_s),
     }
+
+
+def _time_left_s(view: JobView, elapsed_s: float) -> float | None:
+    """Return how long the rest takes at the pace of the requests so far; None where there is no pace yet."""
+    left = view.requests_total - view.requests_completed - view.requests_failed
+    if JobStatus(view.status).final:
+        return 0.0
+    return round(elapsed_s * left / view.requests_completed, 1) if view.requests_completed else None
 
 
 def _elapsed_s(view: JobView) -> float:

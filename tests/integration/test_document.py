@@ -47,7 +47,7 @@ def test_calls_made_from_the_document_get_answers_that_it_knows(document: Any) -
 
         @given(case=operation.as_strategy())
         @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-        def call(case: schemathesis.Case) -> None:
+        def call(case: schemathesis.Case[Any]) -> None:
             case.call_and_validate(checks=CHECKS)
 
         call()
