@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
 Json = dict[str, Any]
@@ -81,6 +82,7 @@ def install(app: FastAPI) -> None:
 
     def openapi() -> Json:
         document = make()
+        _show_nulls(app, document)
         for methods in document["paths"].values():
             for operation in methods.values():
                 operation["responses"].pop("422", None)
@@ -89,3 +91,15 @@ def install(app: FastAPI) -> None:
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _show_nulls(app: FastAPI, document: Json) -> None:
+    """Put examples of replies back as they are: FastAPI drops what is null, and clients index it."""
+    for route in app.routes:
+        if not isinstance(route, APIRoute):
+            continue
+        for status, reply in route.responses.items():
+            for kind, content in reply.get("content", {}).items():
+                for method in route.methods:
+                    operation = document["paths"][route.path_format][method.lower()]
+                    operation["responses"][str(status)]["content"][kind].update(content)
