@@ -9,7 +9,7 @@ BENCH_PROMPTS ?= $(firstword $(wildcard ../shared/data/mt_bench_dev.jsonl) examp
 CHAOS_FAULTS ?= 50
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test check unit integration chaos audit bench clean
+.PHONY: help setup model demo test check unit integration chaos audit bench secrets clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,8 +49,12 @@ audit: setup ## Look for known holes in what constraints.txt pins; needs a reach
 	test -x .venv/audit/bin/pip-audit || { $(BIN)/python -m venv .venv/audit && .venv/audit/bin/pip install -q pip-audit; }
 	.venv/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
-bench: model ## Measure decoding speed against transformers' own generate
+bench: model ## Measure decoding speed against transformers' own generate, then the front door
 	$(BIN)/basic bench --prompts $(BENCH_PROMPTS)
+	$(BIN)/python -m jobs.benchmark
+
+secrets: ## Write the passwords of docker-compose.yml, once
+	@sh .ci/make-secrets
 
 clean: ## Remove .venv and caches; the record of your jobs (.basic) stays
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

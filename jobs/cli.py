@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import EntryPoint, entry_points
@@ -21,9 +21,13 @@ from pydantic import BaseModel, ValidationError
 
 from jobs.client import Client, Job, local_service
 from jobs.errors import BasicError, NotFound, SetupError, UnknownSetting
+from jobs.exports import write_csv
+from jobs.key_commands import key_commands
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, JobStatus
-from jobs.results import JobInfo
+from jobs.prompts import Lines
+from jobs.results import JobInfo, Output
 from jobs.settings import JobsSettings, refuse_unknown_settings
+from jobs.stats_tables import stats_tables
 from jobs.terminal import closing_table, fields_table, findings_table, jobs_table, make_console, make_view, safe
 
 if TYPE_CHECKING:
@@ -44,6 +48,7 @@ app = typer.Typer(
 )
 database_commands = typer.Typer(help="The SQL database.", no_args_is_help=True)
 app.add_typer(database_commands, name="db")
+app.add_typer(key_commands, name="keys")
 
 JobId = Annotated[str | None, typer.Argument(metavar="[JOB]", help="Job id; the newest job if left out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
@@ -63,25 +68,36 @@ def main() -> None:
 
 @app.command()
 def submit(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL, one request a line; - for stdin.")],
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch the job until it ends.")] = False,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="One request a line (JSON or text); - for stdin.")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch the text until the job ends.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", "-w", help="Show a progress bar until the job ends.")] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Wait, then write the answers here.")] = None,
     model: Annotated[str | None, typer.Option(help="Target model.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, max=2, help="0 decodes greedily.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
     endpoint: Annotated[str | None, typer.Option(help=f"{CHAT_ENDPOINT} or {COMPLETIONS_ENDPOINT}.")] = None,
+    idempotency_key: Annotated[
+        str | None, typer.Option(help="Submitting again under the same key adds nothing.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Submit a job: a file with one request a line.
 
+    A line is a JSON string, an object with prompt or messages, a line of an OpenAI batch file, or plain text.
+
     Example: basic submit examples/prompts.jsonl --follow --temperature 0
     """
     parameters = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
-    lines = _read_file(file)
+    content, suffix = _read_file(file)
     with _connect() as client:
-        job = client.submit(lines, model=model, endpoint=endpoint, **parameters)
+        job = client.submit(
+            Lines(content, suffix), model=model, endpoint=endpoint, idempotency_key=idempotency_key, **parameters
+        )
         if follow:
-            raise typer.Exit(_watch(client, job, as_json))
+            raise typer.Exit(_watch(client, job, as_json, output))
+        if wait or output is not None:
+            raise typer.Exit(_wait(job, as_json, output))
         info = job.info()
         if as_json:
             _print_json(info)
@@ -101,13 +117,20 @@ def follow(job: JobId = None, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def status(job: JobId = None, as_json: AsJson = False) -> None:
+def status(
+    job: JobId = None,
+    wait: Annotated[bool, typer.Option("--wait", "-w", help="Show a progress bar until the job ends.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Say how far a job is.
 
-    Example: basic status --json
+    Example: basic status --wait
     """
     with _connect() as client:
-        info = _find(client, job).info()
+        found = _find(client, job)
+        if wait:
+            raise typer.Exit(_wait(found, as_json))
+        info = found.info()
         _print_json(info) if as_json else make_console().print(
             fields_table(info.model_dump(mode="json", exclude_none=True))
         )
@@ -117,6 +140,8 @@ def status(job: JobId = None, as_json: AsJson = False) -> None:
 def results(
     job: JobId = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON lines to this file.")] = None,
+    failed: Annotated[bool, typer.Option("--failed", help="Only requests that ended without an answer.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends, as answers come.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Print the answers of a job so far, in its order.
@@ -125,10 +150,11 @@ def results(
     """
     with _connect() as client:
         found = _find(client, job)
+        answers = found.outputs(failed=failed, follow=follow)
         if output is not None:
-            _write_results(found, output)
+            _write_results(answers, output)
             return
-        for answer in found.outputs():
+        for answer in answers:
             if as_json:
                 typer.echo(answer.model_dump_json(exclude_none=True))
                 continue
@@ -137,6 +163,31 @@ def results(
                 typer.echo(safe(choice.text))
             if answer.error is not None:
                 typer.echo(safe(answer.error.message))
+
+
+@app.command()
+def retry(
+    job: JobId = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Watch the new job until it ends.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", "-w", help="Show a progress bar until the job ends.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the requests of an ended job again that have no answer, as a new job.
+
+    Example: basic retry --wait
+    """
+    with _connect() as client:
+        again = _find(client, job).retry()
+        if follow:
+            raise typer.Exit(_watch(client, again, as_json))
+        if wait:
+            raise typer.Exit(_wait(again, as_json))
+        info = again.info()
+        if as_json:
+            _print_json(info)
+        else:
+            typer.echo(f"Running {info.request_counts.total} requests of {info.retry_of} again as job {info.id}")
+            typer.echo(f"Watch it: basic follow {info.id}")
 
 
 @app.command()
@@ -168,14 +219,59 @@ def jobs(
 def stats(
     job: Annotated[str | None, typer.Argument(metavar="[JOB]", help="Job id; everything if left out.")] = None,
     as_json: AsJson = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print one line a job, for spreadsheets.")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw plots into this file.")] = None,
 ) -> None:
     """Say how fast a job ran, or everything so far, and how much speculation paid.
 
-    Example: basic stats --json
+    Example: basic stats --plot stats.png
     """
     with _connect() as client:
-        numbers = client.job(job).stats() if job else client.stats()
-        _print_json(numbers) if as_json else make_console().print(fields_table(numbers))
+        if as_csv:
+            _print_csv(client, job)
+            return
+        numbers = client.run(lambda client: client.job_stats(job) if job else client.stats())
+        if plot is not None:
+            _plot(numbers, job, plot)
+        if as_json:
+            _print_json(numbers)
+        elif plot is None:
+            make_console().print(stats_tables(numbers))
+
+
+@app.command("report")
+def write_report(
+    job: JobId = None,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.html", help="Where to write it.")] = Path(
+        "report.html"
+    ),
+) -> None:
+    """Write a report of a job: one HTML file with numbers, plots, errors and samples.
+
+    Example: basic report -o report.html
+    """
+    with _connect() as client:
+        found = _find(client, job)
+        numbers = client.run(lambda client: client.job_stats(found.id))
+        with _needs("plot"):
+            from jobs.report import report
+
+            page = report(found.info(), numbers, found.outputs())
+    output.write_text(page, encoding="utf-8")
+    typer.echo(f"Wrote {output}")
+
+
+def _print_csv(client: Client, job_id: str | None) -> None:
+    rows = client.run(lambda client: client.job_rows(job_id))
+    write_csv(rows, list(rows[0]) if rows else ["id"], sys.stdout)
+
+
+def _plot(numbers: dict[str, Any], job_id: str | None, path: Path) -> None:
+    with _needs("plot"):
+        from jobs.plots import save_png
+
+        save_png(numbers, job_id or "All jobs", path)
+    typer.echo(f"Wrote {path}", err=True)
 
 
 @app.command()
@@ -315,9 +411,12 @@ def _age_s(age: str) -> float:
     return float(int(match[1]) * {"m": 60, "h": 3600, "d": 86_400}[match[2]])
 
 
-def _read_file(path: Path) -> bytes:
+def _read_file(path: Path) -> tuple[bytes, str]:
+    """Return what a file holds, and the suffix that says what that is."""
     try:
-        return sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        if str(path) == "-":
+            return sys.stdin.buffer.read(), ""
+        return path.read_bytes(), path.suffix.lower()
     except OSError as exc:
         raise typer.BadParameter(f"{path} can't be read: {exc.strerror}", param_hint="FILE") from exc
 
@@ -335,7 +434,33 @@ def _find(client: Client, job_id: str | None) -> Job:
     return client.job(newest[0].id)
 
 
-def _watch(client: Client, job: Job, as_json: bool) -> int:
+def _wait(job: Job, as_json: bool, output: Path | None = None) -> int:
+    """Show how far a job is until it ends and return the exit status; Ctrl-C leaves the job running."""
+    try:
+        info = job.wait(progress=True)
+    except KeyboardInterrupt:
+        typer.echo(f"The job goes on. Wait for it again: basic status --wait {job.id}", err=True)
+        return FAILED
+    if as_json:
+        _print_json(info)
+    return _end(job, info, output)
+
+
+def _end(job: Job, info: JobInfo, output: Path | None) -> int:
+    """Write the answers, say what to do about failures, and return the exit status."""
+    if output is not None:
+        _write_results(job.outputs(), output)
+    if info.request_counts.failed:
+        typer.echo(
+            f"{info.request_counts.failed} of {info.request_counts.total} requests failed. See why: "
+            f"basic results --failed {info.id}    Run them again: basic retry {info.id}",
+            err=True,
+        )
+    answered = info.request_counts.completed > 0
+    return 0 if info.status is JobStatus.COMPLETED and answered else FAILED
+
+
+def _watch(client: Client, job: Job, as_json: bool, output: Path | None = None) -> int:
     """Show a job until it ends and return the exit status; Ctrl-C leaves the job running."""
     try:
         _watch_events(job, as_json)
@@ -345,8 +470,7 @@ def _watch(client: Client, job: Job, as_json: bool) -> int:
     info = job.info()
     if not as_json:
         make_console().print(closing_table(info, job.stats(), _database_place(client)))
-    answered = info.request_counts.completed > 0
-    return 0 if info.status is JobStatus.COMPLETED and answered else FAILED
+    return _end(job, info, output)
 
 
 def _watch_events(job: Job, as_json: bool) -> None:
@@ -368,13 +492,19 @@ def _database_place(client: Client) -> str | None:
     return service.database_url.removeprefix("sqlite:///")
 
 
-def _write_results(job: Job, path: Path) -> None:
+def _write_results(answers: Iterable[Output], path: Path) -> None:
+    """Write answers as JSON lines; a file that was there stays whole until the new one is."""
     count = 0
-    with path.open("w", encoding="utf-8") as file:
-        for answer in job.outputs():
-            file.write(answer.model_dump_json(exclude_none=True) + "\n")
-            count += 1
-    typer.echo(f"Wrote {count} answers to {path}")
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            for answer in answers:
+                file.write(answer.model_dump_json(exclude_none=True) + "\n")
+                count += 1
+        part.replace(path)
+    except OSError as exc:
+        raise typer.BadParameter(f"{path} can't be written: {exc.strerror}", param_hint="--output") from exc
+    typer.echo(f"Wrote {count} answers to {path}", err=True)
 
 
 def _announcement(service: LocalService, detached: bool) -> str:

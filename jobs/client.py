@@ -2,7 +2,7 @@
 
     with Client() as client:
         job = client.submit(["What is the capital of France?"], max_tokens=20)
-        job.wait()
+        job.wait(progress=True)
         for output in job.outputs():
             print(output.custom_id, output.text)
 
@@ -14,29 +14,43 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
 import sys
 import threading
+import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import aclosing
-from pathlib import Path
+from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import httpx
 
-from jobs.errors import BasicError, JobRefused, NotCancellable, NotFound, ServiceUnavailable
+from jobs.errors import (
+    BasicError,
+    InvalidKey,
+    JobRefused,
+    LimitReached,
+    NotCancellable,
+    NotFound,
+    NotPermitted,
+    ServiceUnavailable,
+)
+from jobs.local_key import read_local_key
 from jobs.messages import Endpoint, PartialEvent
+from jobs.progress import ProgressBar
+from jobs.prompts import Prompts, body_of
 from jobs.reader import Reader
-from jobs.results import JobInfo, Output, Statistics
+from jobs.results import JobInfo, Output, Statistics, frame, rows
 from jobs.settings import JobsSettings
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from jobs.local_state import LocalService
 
-Prompts = Iterable[str | Mapping[str, Any]] | str | bytes | os.PathLike[str]
+Progress = Callable[[JobInfo], object] | bool  # whom to tell how far a job is; True: a progress bar
 T = TypeVar("T")
 
 _TRY_AGAIN = frozenset({429, 502, 503, 504})
@@ -51,6 +65,15 @@ def default_api_url(settings: JobsSettings) -> str:
         return settings.api_url
     service = local_service(settings)
     return settings.api_url if service is None else service.api_url
+
+
+def default_api_key(settings: JobsSettings, api_url: str) -> str:
+    """Return the key to show: what the environment says, else that of `basic up` where it is our own that runs."""
+    if settings.api_key:
+        return settings.api_key
+    service = local_service(settings)
+    ours = service is not None and service.api_url.rstrip("/") == api_url
+    return read_local_key(settings.data_dir) if ours else ""
 
 
 def local_service(settings: JobsSettings) -> LocalService | None:
@@ -75,8 +98,8 @@ class AsyncClient:
     ) -> None:
         """Connect lazily. `patience_s`: for so long calls are tried again while the service is away or busy."""
         settings = JobsSettings()
-        key = settings.api_key if api_key is None else api_key
         self.api_url = (api_url or default_api_url(settings)).rstrip("/")
+        key = default_api_key(settings, self.api_url) if api_key is None else api_key
         self._patience_s = patience_s
         self._http = httpx.AsyncClient(
             base_url=self.api_url,
@@ -106,23 +129,29 @@ class AsyncClient:
         idempotency_key: str | None = None,
         **parameters: Any,
     ) -> AsyncJob:
-        """Submit a job: strings or request objects; a JSONL file by its path; or its bytes.
+        """Submit a job: prompts from any iterable, a data frame or its column, or a file by its path or its bytes.
 
+        A prompt is a string or a request object.
+
+        Files hold JSON lines (prompts, request objects, or lines of an OpenAI batch file) or plain lines of text.
         `parameters` hold for all requests that bring none of their own.
 
         Every submission carries a key, so that one whose answer got lost is not recorded twice.
         """
-        job = {"model": model, "endpoint": endpoint, "metadata": metadata, "completion_window": completion_window}
+        body = await asyncio.to_thread(body_of, prompts)
+        job = {
+            "model": model,
+            "endpoint": endpoint or body.endpoint,
+            "metadata": metadata,
+            "completion_window": completion_window,
+        }
         fields = {name: value for name, value in (job | parameters).items() if value is not None}
         headers = {"idempotency-key": idempotency_key or str(uuid.uuid4())}
-        if isinstance(prompts, os.PathLike):
-            prompts = await asyncio.to_thread(Path(prompts).read_bytes)
-        if isinstance(prompts, bytes):
+        if body.lines is not None:
             headers["content-type"] = "application/x-ndjson"
-            reply = await self._call("POST", "/v1/jobs", content=prompts, params=_query(fields), headers=headers)
+            reply = await self._call("POST", "/v1/jobs", content=body.lines, params=_query(fields), headers=headers)
         else:
-            body = fields | {"requests": [prompts] if isinstance(prompts, str) else list(prompts)}
-            reply = await self._call("POST", "/v1/jobs", json=body, headers=headers)
+            reply = await self._call("POST", "/v1/jobs", json=fields | {"requests": body.requests}, headers=headers)
         return AsyncJob(self, reply["id"])
 
     def job(self, job_id: str) -> AsyncJob:
@@ -139,6 +168,11 @@ class AsyncClient:
         """Return the numbers of everything that ran so far."""
         return await self._call("GET", "/v1/stats")
 
+    async def job_rows(self, job_id: str | None = None, limit: int = 100) -> list[Statistics]:
+        """Return the numbers of the newest jobs, or of one, each as one flat row."""
+        params = {"limit": limit} if job_id is None else {"job": job_id}
+        return list((await self._call("GET", "/v1/stats/jobs", params=params))["data"])
+
     async def get(self, job_id: str) -> JobInfo:
         """Read a job."""
         return JobInfo.model_validate(await self._call("GET", f"/v1/jobs/{job_id}"))
@@ -147,44 +181,64 @@ class AsyncClient:
         """Cancel a job; what is finished stays."""
         return JobInfo.model_validate(await self._call("POST", f"/v1/jobs/{job_id}/cancel"))
 
+    async def retry(self, job_id: str, *, idempotency_key: str | None = None) -> AsyncJob:
+        """Run the requests of an ended job that have no result again: as a new job, which is returned."""
+        headers = {"idempotency-key": idempotency_key or str(uuid.uuid4())}
+        reply = await self._call("POST", f"/v1/jobs/{job_id}/retry", headers=headers)
+        return AsyncJob(self, reply["id"])
+
     async def job_stats(self, job_id: str) -> Statistics:
         """Return the numbers of a job."""
         return await self._call("GET", f"/v1/jobs/{job_id}/stats")
 
-    async def wait(
-        self, job_id: str, progress: Callable[[JobInfo], object] | None = None, poll_s: float = 1.0
-    ) -> JobInfo:
-        """Wait until a job has ended, telling `progress` about it meanwhile."""
-        while True:
-            info = await self.get(job_id)
-            if progress is not None:
-                progress(info)
-            if info.status.final:
-                return info
-            await asyncio.sleep(poll_s)
+    async def wait(self, job_id: str, progress: Progress = False, poll_s: float = 1.0) -> JobInfo:
+        """Wait until a job has ended, telling `progress` about it meanwhile; True shows a progress bar."""
+        with ProgressBar.of(progress) as tell:
+            while True:
+                info = await self.get(job_id)
+                tell(info)
+                if info.status.final:
+                    return info
+                await asyncio.sleep(poll_s)
 
-    async def outputs(self, job_id: str) -> AsyncGenerator[Output]:
-        """Yield the answers of a job so far, in its order. A broken connection is taken up where it broke."""
-        after = -1
+    async def outputs(self, job_id: str, *, failed: bool = False, follow: bool = False) -> AsyncGenerator[Output]:
+        """Yield the answers of a job so far, in its order; only those that failed, if asked for.
+
+        With `follow` go on until the job ends: answers then come in the order in which they are ready. A broken
+        connection is taken up where it broke.
+        """
+        place: dict[str, Any] = {"cursor": ""} if follow else {"after": -1}
         pauses = _Pauses(self._patience_s)
         while True:
             try:
-                async with aclosing(self._lines(f"/v1/jobs/{job_id}/outputs", {"after": after})) as lines:
+                params = place | {"failed": failed, "follow": follow}
+                async with aclosing(self._lines(f"/v1/jobs/{job_id}/outputs", params)) as lines:
                     async for line in lines:
                         output = Output.model_validate_json(line)
-                        after = output.index
+                        place = {"cursor": output.cursor} if follow else {"after": output.index}
+                        pauses = _Pauses(self._patience_s)
                         yield output
                 return
-            except httpx.TransportError as exc:
-                await pauses.pause_or_raise(self._away(exc))
+            except (httpx.TransportError, _Busy) as exc:
+                await pauses.pause_or_raise(*self._why(exc))
+
+    async def results(self, job_id: str, *, failed: bool = False) -> list[dict[str, Any]]:
+        """Return the answers so far as plain dicts, one a choice: a request that failed has one with its error."""
+        async with aclosing(self.outputs(job_id, failed=failed)) as outputs:
+            return [row async for output in outputs for row in rows(output)]
+
+    async def dataframe(self, job_id: str, *, failed: bool = False) -> Any:
+        """Return the answers so far as a pandas DataFrame: the rows of `results`."""
+        return frame(await self.results(job_id, failed=failed))
 
     async def follow(self, job_id: str) -> AsyncGenerator[PartialEvent]:
         """Yield what is written as it is written, until the job ends. Lost connections are taken up again, unseen."""
-        reader = Reader()
+        reader = Reader()  # the service tells nothing twice; but it may have to start over
+        place = _LastEvent()
         pauses = _Pauses(self._patience_s)
         while True:
             try:
-                async with aclosing(self._events(job_id)) as events:
+                async with aclosing(self._events(job_id, place)) as events:
                     async for event in events:
                         pauses = _Pauses(self._patience_s)
                         if reader.take(event):
@@ -192,21 +246,31 @@ class AsyncClient:
                         if event.status is not None and event.status.final:
                             return
                 await pauses.pause_or_raise(ServiceUnavailable(f"{self.api_url} ends the stream before the job does."))
-            except httpx.TransportError as exc:
-                await pauses.pause_or_raise(self._away(exc))
+            except (httpx.TransportError, _Busy) as exc:
+                await pauses.pause_or_raise(*self._why(exc))
 
-    async def _events(self, job_id: str) -> AsyncGenerator[PartialEvent]:
-        """Yield the events of one connection. Every event is one line of data; comments and ids need no reading."""
-        async with aclosing(self._lines(f"/v1/jobs/{job_id}/events", {})) as lines:
+    async def _events(self, job_id: str, place: _LastEvent) -> AsyncGenerator[PartialEvent]:
+        """Yield the events of one connection, and note the id of each when whoever follows comes for the next."""
+        headers = {"last-event-id": place.id} if place.id else {}
+        event_id: str | None = None
+        async with aclosing(self._lines(f"/v1/jobs/{job_id}/events", {}, headers)) as lines:
             async for line in lines:
-                if line.startswith("data:"):
+                if line.startswith("id:"):
+                    event_id = line[3:].strip()
+                elif line.startswith("data:"):
                     yield PartialEvent.model_validate_json(line[5:])
+                    place.id = event_id or place.id
+                    event_id = None
 
-    async def _lines(self, path: str, params: Mapping[str, Any]) -> AsyncGenerator[str]:
+    async def _lines(
+        self, path: str, params: Mapping[str, Any], headers: Mapping[str, str] | None = None
+    ) -> AsyncGenerator[str]:
         """Yield the lines of a reply as they come. They end at newlines only: U+2028 may stand inside JSON."""
-        async with self._http.stream("GET", path, params=params) as response:
+        async with self._http.stream("GET", path, params=params, headers=headers) as response:
             if response.is_error:
                 await response.aread()
+                if response.status_code in _TRY_AGAIN:
+                    raise _Busy(_error(response), response.headers.get("retry-after"))
                 raise _error(response)
             rest = ""
             async for text in response.aiter_text():
@@ -229,9 +293,27 @@ class AsyncClient:
                 raise _error(response)
             await pauses.pause_or_raise(_error(response), response.headers.get("retry-after"))
 
+    def _why(self, exc: httpx.TransportError | _Busy) -> tuple[BasicError, str | None]:
+        """Return what to raise if there is no patience, and when the service wants to be asked again."""
+        return (exc.error, exc.retry_after) if isinstance(exc, _Busy) else (self._away(exc), None)
+
     def _away(self, exc: httpx.TransportError) -> ServiceUnavailable:
         reason = str(exc) or type(exc).__name__
         return ServiceUnavailable(f"{self.api_url} does not answer: {reason}. Is bASIC running? `basic up` starts it.")
+
+
+class _LastEvent:
+    """The id of the last event that was passed on."""
+
+    id: str | None = None
+
+
+class _Busy(Exception):
+    """The service says that it can't answer now."""
+
+    def __init__(self, error: BasicError, retry_after: str | None) -> None:
+        self.error = error
+        self.retry_after = retry_after
 
 
 class AsyncJob:
@@ -246,21 +328,33 @@ class AsyncJob:
         """Read the job."""
         return await self._client.get(self.id)
 
-    async def wait(self, progress: Callable[[JobInfo], object] | None = None, poll_s: float = 1.0) -> JobInfo:
-        """Wait until the job has ended."""
+    async def wait(self, progress: Progress = False, poll_s: float = 1.0) -> JobInfo:
+        """Wait until the job has ended; `progress=True` shows a progress bar."""
         return await self._client.wait(self.id, progress, poll_s)
 
     def follow(self) -> AsyncGenerator[PartialEvent]:
         """Yield what is written as it is written."""
         return self._client.follow(self.id)
 
-    def outputs(self) -> AsyncGenerator[Output]:
-        """Yield the answers so far, in the job's order."""
-        return self._client.outputs(self.id)
+    def outputs(self, *, failed: bool = False, follow: bool = False) -> AsyncGenerator[Output]:
+        """Yield the answers so far, in the job's order; with `follow` all, as they are ready."""
+        return self._client.outputs(self.id, failed=failed, follow=follow)
+
+    async def results(self, *, failed: bool = False) -> list[dict[str, Any]]:
+        """Return the answers so far as plain dicts."""
+        return await self._client.results(self.id, failed=failed)
+
+    async def dataframe(self, *, failed: bool = False) -> Any:
+        """Return the answers so far as a pandas DataFrame."""
+        return await self._client.dataframe(self.id, failed=failed)
 
     async def cancel(self) -> JobInfo:
         """Cancel the job."""
         return await self._client.cancel(self.id)
+
+    async def retry(self, *, idempotency_key: str | None = None) -> AsyncJob:
+        """Run what has no result again, as a new job."""
+        return await self._client.retry(self.id, idempotency_key=idempotency_key)
 
     async def stats(self) -> Statistics:
         """Return the numbers of the job."""
@@ -313,9 +407,14 @@ class Client:
         """List jobs, newest first."""
         return self.run(lambda client: client.jobs(limit, after))
 
-    def stats(self) -> Statistics:
-        """Return the numbers of everything that ran so far."""
-        return self.run(lambda client: client.stats())
+    def stats(self, limit: int = 100) -> DataFrame | list[Statistics]:
+        """Return the numbers of the newest jobs: a DataFrame with a row a job; a list of rows without pandas."""
+        rows = self.run(lambda client: client.job_rows(limit=limit))
+        try:
+            import pandas
+        except ModuleNotFoundError:
+            return rows
+        return pandas.DataFrame(rows)
 
     def run(self, call: Callable[[AsyncClient], Awaitable[T]]) -> T:
         """Run one call of the asynchronous client to its end."""
@@ -368,21 +467,34 @@ class Job:
         """Read the job."""
         return self._client.run(lambda client: client.get(self.id))
 
-    def wait(self, progress: Callable[[JobInfo], object] | None = None, poll_s: float = 1.0) -> JobInfo:
-        """Wait until the job has ended."""
+    def wait(self, progress: Progress = False, poll_s: float = 1.0) -> JobInfo:
+        """Wait until the job has ended; `progress=True` shows a progress bar."""
         return self._client.run(lambda client: client.wait(self.id, progress, poll_s))
 
     def follow(self) -> Iterator[PartialEvent]:
         """Yield what is written as it is written."""
         return self._client.iterate(lambda client: client.follow(self.id))
 
-    def outputs(self) -> Iterator[Output]:
-        """Yield the answers so far, in the job's order."""
-        return self._client.iterate(lambda client: client.outputs(self.id))
+    def outputs(self, *, failed: bool = False, follow: bool = False) -> Iterator[Output]:
+        """Yield the answers so far, in the job's order; with `follow` all, as they are ready."""
+        return self._client.iterate(lambda client: client.outputs(self.id, failed=failed, follow=follow))
+
+    def results(self, *, failed: bool = False) -> list[dict[str, Any]]:
+        """Return the answers so far as plain dicts."""
+        return self._client.run(lambda client: client.results(self.id, failed=failed))
+
+    def dataframe(self, *, failed: bool = False) -> Any:
+        """Return the answers so far as a pandas DataFrame."""
+        return self._client.run(lambda client: client.dataframe(self.id, failed=failed))
 
     def cancel(self) -> JobInfo:
         """Cancel the job."""
         return self._client.run(lambda client: client.cancel(self.id))
+
+    def retry(self, *, idempotency_key: str | None = None) -> Job:
+        """Run what has no result again, as a new job."""
+        again = self._client.run(lambda client: client.retry(self.id, idempotency_key=idempotency_key))
+        return Job(self._client, again.id)
 
     def stats(self) -> Statistics:
         """Return the numbers of the job."""
@@ -398,13 +510,22 @@ class _Pauses:
 
     async def pause_or_raise(self, error: BasicError, retry_after: str | None = None) -> None:
         """Sleep before the next try, or raise the error if there is no patience for it."""
-        asked = float(retry_after) if retry_after is not None and retry_after.isdecimal() else 0.0
-        pause_s = max(asked, self._next_s * random.uniform(0.5, 1.0))
+        pause_s = max(_asked_s(retry_after), self._next_s * random.uniform(0.5, 1.0))
         if pause_s > self._left_s:
             raise error
         self._left_s -= pause_s
         self._next_s = min(2 * self._next_s, _LONGEST_PAUSE_S)
         await asyncio.sleep(pause_s)
+
+
+def _asked_s(retry_after: str | None) -> float:
+    """Return the seconds of a `Retry-After`, which is a number or a date."""
+    try:
+        if retry_after is None or retry_after.replace(".", "", 1).isdecimal():
+            return float(retry_after or 0)
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except ValueError:
+        return 0.0
 
 
 def _error(response: httpx.Response) -> BasicError:
@@ -418,7 +539,8 @@ def _error(response: httpx.Response) -> BasicError:
 
 
 def _error_class(status_code: int, code: str | None) -> type[BasicError]:
-    by_status = {404: NotFound, 409: NotCancellable, 503: ServiceUnavailable}
+    by_status = {401: InvalidKey, 403: NotPermitted, 404: NotFound, 409: NotCancellable, 429: LimitReached}
+    by_status[503] = ServiceUnavailable
     fallback = by_status.get(status_code, JobRefused if status_code < 500 else BasicError)
     return next((kind for kind in _tree(BasicError) if code is not None and kind.code == code), fallback)
 

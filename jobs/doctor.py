@@ -231,8 +231,8 @@ def _work(seen: Health, settings: JobsSettings) -> Iterator[Finding]:
         yield Finding("jobs", "warning", f"{seen.poisoned} requests killed their workers within the last day", advice)
     if not (seen.unserved or seen.stuck or seen.lapsed or seen.poisoned):
         yield Finding("jobs", "ok", f"{seen.open_jobs} open, {seen.open_requests} requests in them")
-    if seen.open_requests > 0.9 * settings.max_open_requests:
-        advice = "raise BASIC_MAX_OPEN_REQUESTS, or add workers"
+    if seen.open_requests > 0.9 * settings.max_requests_queued:
+        advice = "raise BASIC_MAX_REQUESTS_QUEUED, or add workers"
         yield Finding("jobs", "warning", f"{seen.open_requests} requests wait; new jobs will get 429 soon", advice)
 
 

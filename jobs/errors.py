@@ -15,12 +15,18 @@ BasicError
 │   ├── EmptyJob                a job without requests
 │   ├── TooManyRequests         more requests than one job may hold
 │   ├── IdempotencyConflict     the key was used for another body
-│   ├── QueueFull               as many requests wait as the service takes
 │   ├── BodyTooLarge            the body has more bytes than one submission may
 │   ├── BodyTooSlow             the body stopped coming
 │   └── UnsupportedBody         the body is of a type, or packed in a way, that we don't take
-├── NotFound                    no such job
+├── NotFound                    no such job, batch or file
 ├── NotCancellable              the job has already ended
+├── NotRetryable                the job has not ended, or has nothing to run again
+├── CallerRefused               who asks, or how much, is the trouble
+│   ├── InvalidKey              no key, or one that opens nothing
+│   ├── NotPermitted            the key does not have the scope for it
+│   └── LimitReached            too much at once; later there is room again
+├── RequestFailed               a request that somebody waits for ended without an answer
+│   └── AnswerTooLate           it was not written in time
 ├── ServiceUnavailable          a part of the service can't be reached right now
 │   ├── QueueUnavailable        the Redis server does not answer
 │   └── DatabaseUnavailable     the database does not answer
@@ -31,14 +37,14 @@ BasicError
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any
 
 
 class BasicError(Exception):
     """Something went wrong in bASIC."""
 
-    code: ClassVar[str | None] = None
-    status_code: ClassVar[int] = 500
+    code: str | None = None
+    status_code: int = 500
 
     def __init__(self, message: str | None = None, *, param: str | None = None, line: int | None = None) -> None:
         """Keep the message (default: the class docstring), the field it is about, and the 1-based line, if any."""
@@ -105,7 +111,7 @@ class UnreadableRequest(RequestRefused):
 class JobRefused(BasicError):
     """The job can't be accepted."""
 
-    code: ClassVar[str | None] = "invalid_value"
+    code: str | None = "invalid_value"
     status_code = 400
 
 
@@ -141,13 +147,6 @@ class IdempotencyConflict(JobRefused):
     status_code = 409
 
 
-class QueueFull(JobRefused):
-    """As many requests are waiting as this service takes; send the job again later."""
-
-    code = "queue_full"
-    status_code = 429
-
-
 class BodyTooLarge(JobRefused):
     """The body has more bytes than one submission may have."""
 
@@ -170,7 +169,7 @@ class UnsupportedBody(JobRefused):
 
 
 class NotFound(BasicError):
-    """No such job."""
+    """There is nothing of this id."""
 
     status_code = 404
 
@@ -179,6 +178,70 @@ class NotCancellable(BasicError):
     """The job has already ended."""
 
     status_code = 409
+
+
+class NotRetryable(BasicError):
+    """The job has no request to run again."""
+
+    code = "not_retryable"
+    status_code = 409
+
+
+class CallerRefused(BasicError):
+    """This caller may not do this now."""
+
+    status_code = 403
+
+
+class InvalidKey(CallerRefused):
+    """The request has no key, or one that opens nothing. Set BASIC_API_KEY, or send Authorization: Bearer KEY."""
+
+    code = "invalid_api_key"
+    status_code = 401
+
+
+class NotPermitted(CallerRefused):
+    """The key does not have the scope for this."""
+
+    code = "insufficient_permissions"
+
+
+class LimitReached(CallerRefused):
+    """Too much at once; try again later."""
+
+    code = "rate_limit_exceeded"
+    status_code = 429
+
+    def __init__(self, message: str | None = None, *, retry_after_s: float = 10.0, **fields: Any) -> None:
+        """Say when it is worth another try."""
+        super().__init__(message, **fields)
+        self.retry_after_s = retry_after_s
+
+
+class RequestFailed(BasicError):
+    """The request ended without an answer."""
+
+    code: str | None = "server_error"
+
+    def __init__(
+        self,
+        message: str | None = None,
+        *,
+        code: str | None = None,
+        status_code: int | None = None,
+        param: str | None = None,
+    ) -> None:
+        """Keep what the record says about it."""
+        super().__init__(message, param=param)
+        self.code = code or type(self).code
+        self.status_code = status_code or type(self).status_code
+
+
+class AnswerTooLate(RequestFailed):
+    """The answer was not written in time."""
+
+    code = "request_timeout"
+    status_code = 504
 
 
 class ServiceUnavailable(BasicError):

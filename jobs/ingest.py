@@ -1,8 +1,9 @@
-"""The ingest task: prompt batches that producers pushed onto Redis become jobs in SQL. Runs as `python -m jobs.ingest`.
+"""The ingest process, `python -m jobs.ingest`: what comes in large becomes requests in SQL, outside the shim.
 
-Redis -> [ingest] -> intake.  A process of its own with one thread and late acknowledgement: the message leaves Redis
-only when its rows are committed, and recording it twice adds nothing. Late acknowledgement with more than one thread
-would not survive a restart of Redis, so the concurrency is no setting.
+(Redis -> [ingest] -> intake), and the clerks that read and write the files of batches.  Prompt batches that producers
+pushed onto Redis are recorded by one thread with late acknowledgement: the message leaves Redis only when its rows are
+committed, and recording it twice adds nothing. Late acknowledgement with more than one thread would not survive a
+restart of Redis, so the concurrency is no setting.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import hashlib
 import json
 import logging
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from celery import Celery, Task
@@ -20,11 +23,13 @@ from celery.exceptions import Reject
 from pydantic import ValidationError
 
 from jobs.celery_app import INGEST_QUEUE, INGEST_TASK, make_app
-from jobs.errors import BasicError, IdempotencyConflict, InvalidValue, QueueFull, SetupError
+from jobs.clerk import Clerk
+from jobs.errors import BasicError, IdempotencyConflict, InvalidValue, LimitReached, SetupError
 from jobs.intake import Submission, accept_job, record_refused_job
 from jobs.items import Item
 from jobs.logs import log_to_stderr
 from jobs.messages import PromptBatch
+from jobs.partials import Publisher
 from jobs.processes import BAD_SETTINGS_STATUS
 from jobs.producer import Ring, batch_job_id, make_producer_app, ring
 from jobs.schema_guard import require_schema
@@ -34,6 +39,7 @@ from storage.session import DATABASE_AWAY, Database, why_away
 
 log = logging.getLogger("jobs.ingest")  # also when it runs as a program
 
+_CLERK_STOP_S = 5.0
 _RETRY_S = 2.0  # before a message goes back: without the pause a dead database would make it spin
 _KEY_PREFIX = "producer:"  # keeps the ids of producers apart from the Idempotency-Keys of HTTP clients
 
@@ -50,7 +56,7 @@ def ingest(batch: Any, *, database: Database, ring: Ring, settings: JobsSettings
     except IdempotencyConflict:
         log.error("Batch %s was pushed again with other content; the first stands", read.id, extra=_ids(read.id))
         return submission.job_id
-    except QueueFull:
+    except LimitReached:
         raise
     except BasicError as refused:
         return _refuse(submission, read.id, refused, database, settings)
@@ -72,7 +78,7 @@ def make_ingest_app(
     def ingest_task(task: Task, batch: Any) -> None:
         try:
             ingest(batch, database=database, ring=ring_doorbell, settings=settings)
-        except (*DATABASE_AWAY, QueueFull) as exc:
+        except (*DATABASE_AWAY, LimitReached) as exc:
             log.warning("The batch goes back to the queue: %s", why_away(exc), extra={"action": "requeue"})
             sleep(_RETRY_S)
             raise Reject(exc, requeue=True) from exc
@@ -92,10 +98,30 @@ def main() -> int:
     database = Database.open(settings.resolved_database_url)
     app = make_ingest_app(database, settings)
     try:
-        app.worker_main(["worker", "--pool=threads", "--concurrency=1", "--loglevel=INFO", "--hostname=ingest@%h"])
+        with clerks(database, settings):
+            app.worker_main(["worker", "--pool=threads", "--concurrency=1", "--loglevel=INFO", "--hostname=ingest@%h"])
     finally:
         database.dispose()
     return 0
+
+
+@contextmanager
+def clerks(database: Database, settings: JobsSettings, count: int = 2) -> Iterator[None]:
+    """Let clerks work beside; two, so that a small batch need not wait for a large one."""
+    stop = threading.Event()
+    publisher = Publisher(settings.redis_url)
+    doorbells = make_producer_app(settings.redis_url)
+    clerk = Clerk(database, settings, lambda job_id, model: ring(doorbells, job_id, model), publisher.publish, stop)
+    threads = [threading.Thread(target=clerk.work, name=f"clerk-{n}", daemon=True) for n in range(count)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(_CLERK_STOP_S)
+        publisher.close()
 
 
 def _submission(batch: PromptBatch) -> Submission:

@@ -6,26 +6,35 @@ What is wrong with one request fails that request; what is wrong with the job as
 
 from __future__ import annotations
 
+import hashlib
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from typing import Any
+
+from pydantic_core import from_json, to_json
+from sqlalchemy.orm import Session
 
 from jobs.errors import (
     DuplicateCustomId,
     EmptyJob,
     IdempotencyConflict,
     InvalidValue,
-    QueueFull,
+    LimitReached,
+    MissingParameter,
+    NotRetryable,
+    ServiceUnavailable,
     TooManyRequests,
     UnknownModel,
 )
-from jobs.items import Item, Rules, parse_item, parse_parameters
-from jobs.messages import CHAT_ENDPOINT, MESSAGE_VERSION, Endpoint, model_name
+from jobs.items import Item, Rules, most_tokens, parse_body, parse_item, parse_parameters
+from jobs.messages import CHAT_ENDPOINT, MESSAGE_VERSION, Endpoint, GenerationRequest, JobStatus, model_name
 from jobs.producer import Ring
 from jobs.settings import JobsSettings
-from storage import queries, writes
+from storage import keys, queries, writes
+from storage.keys import QuotaExceeded
+from storage.queries import JobView
 from storage.records import NewJob, NewRequest, Refusal
 from storage.session import Database
 
@@ -33,6 +42,8 @@ MAX_METADATA_PAIRS = 16
 MAX_METADATA_KEY_CHARS = 64
 MAX_METADATA_VALUE_CHARS = 512
 MAX_IDEMPOTENCY_KEY_CHARS = 255
+
+_QUEUE_RETRY_S = 30.0  # a guess at when a full queue has room again
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +63,95 @@ class Submission:
 
 
 def accept_job(submission: Submission, *, database: Database, ring: Ring, settings: JobsSettings) -> str:
-    """Record a submission and return its job id: the earlier job's, if its idempotency key has been used before."""
-    items = _all_items(submission.items, settings.max_requests)
-    rules = _rules(submission, items[0], database, settings)
-    requests = [parse_item(item, rules) for item in items]
-    _refuse_duplicates(items, requests)
-    recorded = _record(_new_job(submission, rules, settings), requests, database, settings.max_open_requests)
+    """Record a submission and return its job id: the earlier job's, if its idempotency key has been used before.
+
+    Raise JobRefused for a job that can't be accepted, LimitReached for one that can't be accepted now.
+    """
+    items = iter(submission.items)
+    first = next(items, None)
+    if first is None:
+        raise EmptyJob
+    rules = _rules(submission, first, database, settings)
+    job = _new_job(submission, rules, settings)
+    packed = _parse_all(chain((first,), items), rules, settings.max_requests)
+    recorded = _record(job, map(_unpack, packed), database, settings.max_requests_queued)
     if recorded.conflict:
         raise IdempotencyConflict
     if recorded.created:
         ring(recorded.job_id, rules.model)
     return recorded.job_id
+
+
+def retry_job(
+    job: JobView,
+    *,
+    api_key_id: str | None,
+    idempotency_key: str | None,
+    database: Database,
+    ring: Ring,
+    settings: JobsSettings,
+) -> str:
+    """Record a new job of the requests of an ended one that have no result, and return its id.
+
+    The ended job stays as it is: its counts and files are final. The new one has its model, endpoint, metadata and
+    window, and the requests keep their custom ids, bodies and seeds.
+    """
+    if not JobStatus(job.status).final:
+        raise NotRetryable(f"The job is {job.status}; wait until it has ended, or cancel it.")
+    _, context_tokens = _choose_model(job.model, database, settings)
+    again = NewJob(
+        id=new_job_id(),
+        model=job.model,
+        endpoint=job.endpoint,
+        window_s=job.expires_at - job.created_at,
+        metadata=job.metadata,
+        api_key_id=api_key_id,
+        idempotency_key=check_idempotency_key(idempotency_key),
+        body_sha256=hashlib.sha256(f"retry of {job.id}".encode()).hexdigest(),
+        retry_of=job.id,
+        body_version=MESSAGE_VERSION,
+    )
+    try:
+        with database.write() as session:
+            found = queries.requests_to_retry(session, job.id)
+            requests = (_with_tokens(request, context_tokens) for request in found)
+            first = next(requests, None)
+            if first is None:
+                raise NotRetryable
+            recorded = writes.record_job(session, again, chain([first], requests))
+            if recorded.created:
+                refuse_full_queue(session, settings.max_requests_queued)
+    except QuotaExceeded as exceeded:
+        raise over_limit(exceeded) from exceeded
+    if recorded.conflict:
+        raise IdempotencyConflict
+    if recorded.created:
+        ring(recorded.job_id, job.model)
+    return recorded.job_id
+
+
+def _with_tokens(request: NewRequest, context_tokens: int | None) -> NewRequest:
+    """Return a request that was stored before with what it may come to read and write."""
+    return replace(request, tokens=most_tokens(GenerationRequest.model_validate(request.body), context_tokens))
+
+
+def accept_call(submission: Submission, *, database: Database, ring: Ring, settings: JobsSettings) -> str:
+    """Record a job of one request that somebody waits for, and return its id.
+
+    There are no others that could go on, so what is wrong with the request is raised too; and ServiceUnavailable if
+    nobody is there to serve it.
+    """
+    (item,) = submission.items
+    if item.model is None:
+        raise MissingParameter("This call needs model.", param="model")
+    rules = _rules(submission, item, database, settings)
+    request = parse_body(item.value, rules)
+    if rules.context_tokens is None:
+        raise ServiceUnavailable(f"No worker serves {rules.model} right now; try again in a few seconds.")
+    job = replace(_new_job(submission, rules, settings), priority=1)
+    _record(job, [request], database)
+    ring(job.id, job.model)
+    return job.id
 
 
 def record_refused_job(submission: Submission, refusal: Refusal, *, database: Database, settings: JobsSettings) -> str:
@@ -92,13 +181,31 @@ def new_job_id() -> str:
     return f"batch_{secrets.token_hex(16)}"
 
 
-def _all_items(items: Iterable[Item], limit: int) -> list[Item]:
-    taken = list(islice(items, limit + 1))
-    if not taken:
-        raise EmptyJob
-    if len(taken) > limit:
-        raise TooManyRequests(f"One job may hold {limit} requests; split the file into several jobs.")
-    return taken
+def new_call_id(endpoint: Endpoint) -> str:
+    """Return a fresh id of a call, which is the job's and the answer's."""
+    return f"{'chatcmpl' if endpoint == CHAT_ENDPOINT else 'cmpl'}-{secrets.token_hex(16)}"
+
+
+def _parse_all(items: Iterable[Item], rules: Rules, limit: int) -> list[bytes]:
+    """Return the requests of all items, packed: as objects they would take many times the memory."""
+    packed: list[bytes] = []
+    places: dict[str, str] = {}
+    for item in items:
+        if len(packed) == limit:
+            raise TooManyRequests(f"One job may hold {limit} requests; split the file into several jobs.")
+        request = parse_item(item, rules)
+        if request.custom_id in places:
+            message = f"{places[request.custom_id]} and {item.place} have the same custom_id {request.custom_id!r}."
+            raise DuplicateCustomId(message, param="custom_id", line=item.line)
+        places[request.custom_id] = item.place
+        refusal = None if request.refusal is None else asdict(request.refusal)
+        packed.append(to_json((request.custom_id, request.body, refusal, request.tokens, request.timeout_s)))
+    return packed
+
+
+def _unpack(packed: bytes) -> NewRequest:
+    custom_id, body, refusal, tokens, timeout_s = from_json(packed)
+    return NewRequest(custom_id, body, None if refusal is None else Refusal(**refusal), tokens, timeout_s)
 
 
 def _rules(submission: Submission, first: Item, database: Database, settings: JobsSettings) -> Rules:
@@ -107,7 +214,7 @@ def _rules(submission: Submission, first: Item, database: Database, settings: Jo
         job_id=submission.job_id or new_job_id(),
         model=model,
         endpoint=submission.endpoint,
-        defaults=parse_parameters(submission.parameters),
+        defaults=parse_parameters(submission.parameters, submission.endpoint),
         max_prompt_chars=settings.max_prompt_chars,
         context_tokens=context_tokens,
     )
@@ -123,41 +230,58 @@ def _choose_model(asked: Any, database: Database, settings: JobsSettings) -> tup
     return model, known[model]
 
 
-def _refuse_duplicates(items: Sequence[Item], requests: Sequence[NewRequest]) -> None:
-    seen: dict[str, Item] = {}
-    for item, request in zip(items, requests, strict=True):
-        earlier = seen.setdefault(request.custom_id, item)
-        if earlier is not item:
-            message = f"{earlier.place} and {item.place} have the same custom_id {request.custom_id!r}."
-            raise DuplicateCustomId(message, param="custom_id", line=item.line)
-
-
 def _new_job(submission: Submission, rules: Rules, settings: JobsSettings) -> NewJob:
     return NewJob(
         id=rules.job_id,
         model=rules.model,
         endpoint=rules.endpoint,
         window_s=submission.window_s or settings.completion_window_s,
-        metadata=_metadata(submission.metadata),
+        metadata=check_metadata(submission.metadata),
         api_key_id=submission.api_key_id,
-        idempotency_key=_idempotency_key(submission.idempotency_key),
+        idempotency_key=check_idempotency_key(submission.idempotency_key),
         body_sha256=submission.body_sha256,
         body_version=MESSAGE_VERSION,
     )
 
 
 def _record(
-    job: NewJob, requests: Sequence[NewRequest], database: Database, max_open: int | None = None
+    job: NewJob, requests: Iterable[NewRequest], database: Database, most: int | None = None
 ) -> writes.RecordedJob:
-    with database.write() as session:
-        recorded = writes.record_job(session, job, requests)
-        # Counted with the job, and after a look for an earlier one: a repeated submission is not refused.
-        if recorded.created and max_open is not None and queries.open_requests(session) > max_open:
-            raise QueueFull
-        return recorded
+    """Record a job; raise LimitReached for one too many, of its key or with more than `most` requests of all."""
+    try:
+        with database.write() as session:
+            recorded = writes.record_job(session, job, requests)
+            if recorded.created and most is not None:
+                refuse_full_queue(session, most)
+            return recorded
+    except QuotaExceeded as exceeded:
+        raise over_limit(exceeded) from exceeded
 
 
-def _metadata(metadata: Any) -> Mapping[str, str] | None:
+def refuse_full_queue(session: Session, most: int) -> None:
+    """Raise LimitReached, which undoes the transaction, if more requests wait than the service takes.
+
+    Counted with the new job, and behind the look for an earlier one: a submission that is only repeated is not refused.
+    """
+    waiting = keys.open_work(session).requests
+    if waiting > most:
+        raise LimitReached(
+            f"With this job {waiting} requests would wait, and the service takes {most} at once.",
+            retry_after_s=_QUEUE_RETRY_S,
+        )
+
+
+def over_limit(exceeded: QuotaExceeded) -> LimitReached:
+    """Return what a key is told whose limits leave no room for a job."""
+    return LimitReached(
+        f"This key may have {exceeded.limit} {exceeded.what} in the queue; with this job there would be "
+        f"{exceeded.asked}.",
+        retry_after_s=_QUEUE_RETRY_S,
+    )
+
+
+def check_metadata(metadata: Any) -> Mapping[str, str] | None:
+    """Return metadata as it is kept; raise InvalidValue beyond OpenAI's limits."""
     if metadata is None:
         return None
     if not isinstance(metadata, Mapping) or len(metadata) > MAX_METADATA_PAIRS:
@@ -173,7 +297,8 @@ def _refuse_long_metadata(text: Any, limit: int, part: str) -> None:
         raise InvalidValue(f"Every {part} must be a string of at most {limit} characters.", param="metadata")
 
 
-def _idempotency_key(key: str | None) -> str | None:
+def check_idempotency_key(key: str | None) -> str | None:
+    """Return the key; raise InvalidValue for one that is empty or too long."""
     if key is not None and not 1 <= len(key) <= MAX_IDEMPOTENCY_KEY_CHARS:
         raise InvalidValue(f"must have 1 to {MAX_IDEMPOTENCY_KEY_CHARS} characters", param="Idempotency-Key")
     return key

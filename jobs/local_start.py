@@ -20,6 +20,7 @@ from sqlalchemy import make_url
 from sqlalchemy.exc import OperationalError
 
 from jobs.errors import SetupError
+from jobs.local_key import make_local_key
 from jobs.local_state import LocalService
 from jobs.processes import Child, Children, Command, keep_one_old, launch, python_module
 from jobs.redis_server import answers, server_arguments, server_binary
@@ -48,16 +49,8 @@ class Start:
 
     def run(self) -> LocalService:
         """Go through the steps and return where the service is; raise SetupError, or Stopped after a signal."""
-        settings = self.settings
         self._fetch_models()
-        if "redis_url" not in settings.model_fields_set:
-            settings = self._start_redis(settings)
-        elif not answers(settings.redis_url):
-            raise SetupError("no Redis-protocol server answers at BASIC_REDIS_URL; start it, or unset the variable")
-        _migrate(settings.resolved_database_url)
-        settings = _with_api_address(settings)
-        self._start_python("ingest", "jobs.ingest", settings)
-        shim = self._start_python("api", "jobs.api", settings)
+        settings, _, shim = self._start_door()
         self._start_worker(settings)
         self._await(shim, lambda: _ready(settings.api_url), "the REST shim")
         return LocalService(
@@ -67,6 +60,24 @@ class Start:
             data_dir=str(settings.data_dir),
             pid=os.getpid(),
         )
+
+    def run_door(self) -> tuple[JobsSettings, dict[str, int]]:
+        """Start all but the worker; return the settings with the addresses that were chosen, and who is who."""
+        settings, ingest, shim = self._start_door()
+        self._await(shim, lambda: _ready(settings.api_url), "the REST shim", None)
+        return settings, {"ingest": ingest.pid, "api": shim.pid}
+
+    def _start_door(self) -> tuple[JobsSettings, Child, Child]:
+        settings = self.settings
+        if "redis_url" not in settings.model_fields_set:
+            settings = self._start_redis(settings)
+        elif not answers(settings.redis_url):
+            raise SetupError("no Redis-protocol server answers at BASIC_REDIS_URL; start it, or unset the variable")
+        _migrate(settings.resolved_database_url)
+        settings = _with_api_address(settings)
+        ingest = self._start_python("ingest", "jobs.ingest", settings)
+        make_local_key(settings.data_dir)
+        return settings, ingest, self._start_python("api", "jobs.api", settings)
 
     def _fetch_models(self) -> None:
         """Fetch the models in the foreground, so that a person sees the download."""
@@ -84,7 +95,7 @@ class Start:
     def _start_redis(self, settings: JobsSettings) -> JobsSettings:
         directory = settings.data_dir / "redis"
         directory.mkdir(exist_ok=True)
-        port = _free_port("127.0.0.1")
+        port = free_port("127.0.0.1")
         arguments = server_arguments(server_binary(), port, directory)
         child = self.children.start(self._command("redis", arguments, settings))
         redis_url = f"redis://127.0.0.1:{port}/0"
@@ -161,20 +172,21 @@ def _with_api_address(settings: JobsSettings) -> JobsSettings:
     if port == 0 or not _is_free(host, port):
         if port != 0 and "api_port" in settings.model_fields_set:
             raise SetupError(f"port {port} on {host} is taken; set BASIC_API_PORT to a free port, or to 0 for any")
-        port = _free_port(host)
+        port = free_port(host)
     reached_at = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return settings.model_copy(update={"api_port": port, "api_url": f"http://{reached_at}:{port}"})
 
 
 def _is_free(host: str, port: int) -> bool:
     try:
-        _free_port(host, port)
+        free_port(host, port)
     except OSError:
         return False
     return True
 
 
-def _free_port(host: str, port: int = 0) -> int:
+def free_port(host: str, port: int = 0) -> int:
+    """Return a port that is free now: the one asked for, else raise OSError; any for 0."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family) as listener:
         return int(listener.getsockname()[1])

@@ -111,8 +111,8 @@ async def follow(
     called again and again, and all text comes in snapshots.
     """
     reader = Reader()
-    async with aclosing(_signals(redis_url, job_id, poll_s)) as signals:
-        async for signal in signals:
+    async with aclosing(signals(redis_url, job_id, poll_s)) as heard_here:
+        async for signal in heard_here:
             heard = signal is not None and reader.follows(signal)
             events = [signal] if heard and signal is not None else await asyncio.to_thread(read)
             for event in events:
@@ -126,7 +126,7 @@ def _is_end(event: PartialEvent) -> bool:
     return event.status is not None and event.status.final
 
 
-async def _signals(redis_url: str, job_id: str, poll_s: float) -> AsyncGenerator[PartialEvent | None]:
+async def signals(redis_url: str, job_id: str, poll_s: float) -> AsyncGenerator[PartialEvent | None]:
     """Yield published events, and None whenever it is time to look into SQL. Survives the loss of the server."""
     while True:
         try:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from jobs.errors import SetupError
 from jobs.messages import JobStatus, RequestStatus
 
 
@@ -35,6 +37,7 @@ class Progress(Reply):
     completion_tokens: int = 0
     elapsed_s: float = 0.0
     tokens_per_s: float | None = None
+    time_left_s: float | None = None  # at the pace so far
 
 
 class JobInfo(Reply):
@@ -49,6 +52,7 @@ class JobInfo(Reply):
     request_counts: RequestCounts
     progress: Progress
     metadata: dict[str, str] | None = None
+    retry_of: str | None = None  # the job whose failed requests it runs again
 
 
 class ErrorInfo(Reply):
@@ -66,6 +70,7 @@ class Choice(Reply):
     text: str
     finish_reason: str
     completion_tokens: int
+    logprobs: dict[str, Any] | None = None  # as OpenAI shapes them, if they were asked for
 
 
 class Output(Reply):
@@ -76,6 +81,7 @@ class Output(Reply):
     status: RequestStatus
     choices: tuple[Choice, ...] = ()
     error: ErrorInfo | None = None
+    cursor: str | None = None  # of an answer that was followed: where to go on
 
     @property
     def text(self) -> str:
@@ -84,3 +90,30 @@ class Output(Reply):
 
 
 Statistics = dict[str, Any]  # the numbers of `/stats`, by the names of the SQL views
+
+
+def rows(output: Output) -> Iterator[dict[str, Any]]:
+    """Yield an answer as flat rows: one a choice, or a single one with the error."""
+    request = {"custom_id": output.custom_id, "index": output.index, "status": output.status.value}
+    error = None if output.error is None else output.error.message
+    if not output.choices:
+        yield {**request, "choice": 0, "text": None, "finish_reason": None, "completion_tokens": 0, "error": error}
+    for choice in output.choices:
+        yield {
+            **request,
+            "choice": choice.index,
+            "text": choice.text,
+            "finish_reason": choice.finish_reason,
+            "completion_tokens": choice.completion_tokens,
+            "error": error,
+        }
+
+
+def frame(table: list[dict[str, Any]]) -> Any:
+    """Return rows as a pandas DataFrame."""
+    try:
+        import pandas
+    except ModuleNotFoundError as exc:
+        raise SetupError("DataFrames need pandas; install it with: pip install 'basic-batch[pandas]'") from exc
+    names = ["custom_id", "index", "status", "choice", "text", "finish_reason", "completion_tokens", "error"]
+    return pandas.DataFrame(table, columns=names)

@@ -31,14 +31,21 @@ class JobsSettings(StorageSettings):
         "text", pattern="^(text|json)$", description="Log lines for people (text) or machines (json)."
     )
     max_requests: int = Field(50_000, gt=0, description="Requests one job may hold.")
+    max_requests_queued: int = Field(1_000_000, gt=0, description="Requests that may wait in all, whoever sent them.")
+    interactive_timeout_s: float = Field(
+        600, gt=0, description="Seconds within which the answer to a single request must be written."
+    )
+    max_streams: int = Field(1_000, gt=0, description="Streams the shim keeps open at once.")
+    max_streams_per_key: int = Field(100, gt=0, description="Streams one key may keep open at once.")
     max_body_bytes: int = Field(200_000_000, gt=0, description="Bytes of one submission.")
+    max_file_bytes: int = Field(200_000_000, gt=0, description="Bytes of one uploaded file.")
+    file_days: float = Field(30, gt=0, description="Days a file is kept that brings no expires_after.")
+    max_json_bytes: int = Field(16_000_000, gt=0, description="Bytes of one JSON body; lines may have more in all.")
+    max_line_bytes: int = Field(10_000_000, gt=0, description="Bytes of one line of a batch file.")
     max_prompt_chars: int = Field(1_000_000, gt=0, description="Characters of one prompt, before it is tokenized.")
     completion_window_s: float = Field(86_400, gt=0, description="Seconds after which an unfinished job expires.")
     lease_s: float = Field(
         20.0, gt=0, description="Seconds a worker's claim lasts without renewal; longer than the longest step."
-    )
-    max_open_requests: int = Field(
-        1_000_000, gt=0, description="Requests that may wait or run before new jobs are answered with 429."
     )
     partials_interval_s: float = Field(0.5, gt=0, description="Seconds between two commits of new tokens.")
 

@@ -6,7 +6,7 @@ Knows events and rich; fetches nothing. Text of a model is untrusted: control by
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -228,6 +228,19 @@ def jobs_table(jobs: Iterable[JobInfo]) -> Table:
         ended = f"{counts.ended}/{counts.total}"
         table.add_row(job.id, job.status, ended, str(counts.failed), str(job.progress.completion_tokens), job.model)
     return table
+
+
+def keys_table(keys: Iterable[Mapping[str, Any]]) -> Table:
+    """Return one line a key of the shim."""
+    table = Table("id", "name", "scopes", "state", "limits", box=None, pad_edge=False)
+    for key in keys:
+        limits = ", ".join(f"{name} {key[name]}" for name in _LIMITS if key[name] is not None)
+        state = "works" if key["opens"] else "revoked" if key["revoked_at"] is not None else "expired"
+        table.add_row(key["id"], Text(safe(key["name"])), ", ".join(key["scopes"]), state, limits or "none")
+    return table
+
+
+_LIMITS = ("max_requests_queued", "max_tokens_queued", "requests_per_minute")
 
 
 def findings_table(findings: Iterable[tuple[str, str, str, str]]) -> Table:

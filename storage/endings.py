@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import Final
 
-from sqlalchemy import ColumnElement, and_, case, func, or_, select, update
+from sqlalchemy import ColumnElement, ScalarSelect, and_, case, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from storage.models import Job, Partial, Request
@@ -18,6 +18,8 @@ from storage.records import FailedRequest, Refusal, RequestKey
 from storage.sql import database_now, has_open_requests, is_lapsed, is_one_of, is_request, without_nul
 
 OPEN_JOB_STATUSES: Final = ("in_progress", "cancelling")
+_CANCELLABLE: Final = ("validating", "in_progress", "finalizing")
+_IS_BATCH: Final = Job.input_file_id.is_not(None)
 
 CANCELLED: Final = Refusal(
     "batch_cancelled", "The job was cancelled before this request was completed.", status_code=409
@@ -30,14 +32,24 @@ LATE: Final = Refusal("deadline_exceeded", "The request was not completed within
 
 
 def finalise_jobs(session: Session, job_ids: Collection[str]) -> list[tuple[str, str]]:
-    """End those of the jobs that have no request left to wait for; return (job_id, final status) of each."""
+    """End those of the jobs that have no request left to wait for; return (job_id, final status) of each.
+
+    Of a batch all is decided then, but its files are still to be written: its clerk ends it.
+    """
     if not job_ids:
         return []
+    now = database_now(session)
+    decided = and_(Job.id.in_(job_ids), ~has_open_requests())
+    session.execute(
+        update(Job)
+        .where(decided, _IS_BATCH, Job.status == "in_progress")
+        .values(status="finalizing", finalizing_at=now)
+    )
     final = case((Job.status == "cancelling", "cancelled"), else_="completed")
     ended = session.execute(
         update(Job)
-        .where(Job.id.in_(job_ids), Job.status.in_(OPEN_JOB_STATUSES), ~has_open_requests())
-        .values(status=final, finished_at=database_now(session))
+        .where(decided, ~_IS_BATCH, Job.status.in_(OPEN_JOB_STATUSES))
+        .values(status=final, finished_at=now)
         .returning(Job.id, Job.status)
     )
     return sorted((job_id, status) for job_id, status in ended)
@@ -47,13 +59,15 @@ def request_cancel(session: Session, job_id: str) -> str | None:
     """Cancel a job as far as nobody is working on it, and return its status; None if there is no such job.
 
     Requests that are being decoded are cancelled at their worker's next flush, and the job ends with the last of them.
+    A batch ends when its clerk has written its files; one that is still being read is read to its end, for each of its
+    requests is owed an answer.
     Asking again, or for a job that has ended, changes nothing.
     """
     now = database_now(session)
     session.execute(
-        update(Job).where(Job.id == job_id, Job.status == "in_progress").values(status="cancelling", cancelling_at=now)
+        update(Job).where(Job.id == job_id, Job.status.in_(_CANCELLABLE)).values(status="cancelling", cancelling_at=now)
     )
-    _end_requests(session, "cancelled", CANCELLED, now, _left_in_cancelled_jobs(now, [job_id]))
+    cancel_unstarted(session, job_id)
     finalise_jobs(session, [job_id])
     return session.scalar(select(Job.status).where(Job.id == job_id))
 
@@ -66,11 +80,16 @@ def expire_jobs(session: Session) -> list[tuple[str, str]]:
     """
     now = database_now(session)
     overdue, cancelling = _lock_ending(session, now)
+    expired: list[tuple[str, str]] = []
     if overdue:
-        session.execute(update(Job).where(Job.id.in_(overdue)).values(status="expired", finished_at=now))
+        batches = update(Job).where(Job.id.in_(overdue), _IS_BATCH)
+        session.execute(batches.values(status="finalizing", finalizing_at=now))
+        others = update(Job).where(Job.id.in_(overdue), ~_IS_BATCH).returning(Job.id, Job.status)
+        rows = session.execute(others.values(status="expired", finished_at=now))
+        expired = sorted((job_id, status) for job_id, status in rows)
         unfinished = and_(Request.job_id.in_(overdue), Request.status.in_(("queued", "running")))
-        _end_requests(session, "expired", EXPIRED, now, unfinished)
-    return [(job_id, "expired") for job_id in overdue] + _end_abandoned(session, now, cancelling)
+        _end_requests(session, "expired", EXPIRED, now, overdue, unfinished)
+    return expired + _end_abandoned(session, now, cancelling)
 
 
 def _lock_ending(session: Session, now: float) -> tuple[list[str], list[str]]:
@@ -79,6 +98,12 @@ def _lock_ending(session: Session, now: float) -> tuple[list[str], list[str]]:
     locked = lock_jobs(session, or_(is_overdue, Job.status == "cancelling"))
     overdue = set(session.scalars(select(Job.id).where(Job.id.in_(locked), is_overdue))) if locked else set()
     return [job_id for job_id in locked if job_id in overdue], [job_id for job_id in locked if job_id not in overdue]
+
+
+def cancel_unstarted(session: Session, job_id: str) -> None:
+    """Cancel what nobody is working on of a job that is being cancelled."""
+    now = database_now(session)
+    _end_requests(session, "cancelled", CANCELLED, now, [job_id], _left_in_cancelled_jobs(now, [job_id]))
 
 
 def expire_requests(session: Session) -> tuple[list[FailedRequest], list[tuple[str, str]]]:
@@ -105,11 +130,12 @@ def fail_requests(session: Session, keys: Collection[RequestKey], reason: Refusa
     """Fail requests that the caller has locked with their jobs, count them, and return what their events must say."""
     if not keys:
         return []
+    number = told_as(session, {job_id for job_id, _ in keys}, is_request(keys))
     ended = {"status": "failed", "finished_at": now, "lease_expires_at": None, "suspect_group": None}
     rows = session.execute(
         update(Request)
         .where(is_request(keys))
-        .values(**ended, **error_columns(reason))
+        .values(**ended, event_number=number, **error_columns(reason))
         .returning(Request.job_id, Request.request_index, Request.custom_id, Request.attempts)
     ).all()
     for job_id, count in Counter(row.job_id for row in rows).items():
@@ -126,7 +152,7 @@ def fail_requests(session: Session, keys: Collection[RequestKey], reason: Refusa
 def cancel_requests(session: Session, keys: Collection[RequestKey], now: float) -> None:
     """Cancel requests that the caller has locked."""
     if keys:
-        _end_requests(session, "cancelled", CANCELLED, now, is_request(keys))
+        _end_requests(session, "cancelled", CANCELLED, now, {job_id for job_id, _ in keys}, is_request(keys))
 
 
 def lock_jobs(session: Session, condition: ColumnElement[bool]) -> list[str]:
@@ -157,7 +183,7 @@ def _last_seqs(session: Session, keys: Collection[RequestKey]) -> dict[RequestKe
 def _end_abandoned(session: Session, now: float, cancelling: Collection[str]) -> list[tuple[str, str]]:
     if not cancelling:
         return []
-    _end_requests(session, "cancelled", CANCELLED, now, _left_in_cancelled_jobs(now, cancelling))
+    _end_requests(session, "cancelled", CANCELLED, now, cancelling, _left_in_cancelled_jobs(now, cancelling))
     return finalise_jobs(session, cancelling)
 
 
@@ -167,7 +193,25 @@ def _left_in_cancelled_jobs(now: float, job_ids: Iterable[str]) -> ColumnElement
     return and_(Request.job_id.in_(cancelling), (Request.status == "queued") | is_lapsed(now))
 
 
-def _end_requests(session: Session, status: str, reason: Refusal, now: float, which: ColumnElement[bool]) -> None:
-    """End requests without a result. The lease's number and owner stay: they say who had it last."""
-    ended = {"status": status, "finished_at": now, "lease_expires_at": None, **error_columns(reason)}
-    session.execute(update(Request).where(which).values(**ended))
+def told_as(session: Session, job_ids: Collection[str], which: ColumnElement[bool]) -> ScalarSelect[int]:
+    """Return the `event_number` of requests that end now, all those of a job together: readers are told in its order.
+
+    Whoever ends requests of these jobs writes it with their status (storage.story).
+    """
+    ending = select(Request.job_id).where(Request.job_id == Job.id, which).exists()
+    session.execute(update(Job).where(Job.id.in_(job_ids), ending).values(event_number=Job.event_number + 1))
+    return select(Job.event_number).where(Job.id == Request.job_id).scalar_subquery()
+
+
+def _end_requests(
+    session: Session,
+    status: str,
+    reason: Refusal,
+    now: float,
+    job_ids: Collection[str],
+    which: ColumnElement[bool],
+) -> None:
+    """End requests of these jobs without a result. The lease's number and owner stay: they say who had it last."""
+    number = told_as(session, job_ids, which)
+    ended = {"status": status, "finished_at": now, "lease_expires_at": None, "event_number": number}
+    session.execute(update(Request).where(which).values(**ended, **error_columns(reason)))

@@ -8,7 +8,7 @@ outputs find their rows there already, and nothing is counted twice.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum, auto
 from itertools import groupby
@@ -17,8 +17,9 @@ from typing import Any
 from sqlalchemy import bindparam, delete, select, update
 from sqlalchemy.orm import Session
 
+from storage import rollups
 from storage.endings import cancel_requests, error_columns, finalise_jobs
-from storage.models import DecodeStep, Job, Output, Partial, Request
+from storage.models import DecodeStep, DraftTree, Job, Output, Partial, Request
 from storage.records import Checkpoint, FinishedChoice, FlushResult, Lease, Progress, Refusal, RequestKey
 from storage.sql import AnyRow, database_now, insert_many, insert_new, is_one_of, is_request, without_nul
 
@@ -37,15 +38,15 @@ def flush(
     leases = set(held).union(entry.lease for entry in progress)
     if not leases:
         return FlushResult(frozenset(), ())
-    standings = _look_at(session, worker_id, leases)
+    standings, numbers = _look_at(session, worker_id, leases)
     ours = [entry for entry in progress if standings[entry.lease] is _Standing.HOLDS]
     now = database_now(session)
     _renew(session, _keys(standings, _Standing.HOLDS), now + lease_s)
     _prove(session, {entry.lease.key for entry in ours if entry.checkpoints})
     tally = _Tally()
-    _write_checkpoints(session, worker_id, ours, now, tally)
-    _write_outputs(session, worker_id, ours, tally)
-    _end_requests(session, ours, now, tally)
+    _write_checkpoints(session, worker_id, ours, now, numbers, tally)
+    _write_outputs(session, worker_id, ours, numbers, tally)
+    _end_requests(session, ours, now, numbers, tally)
     cancelled = _keys(standings, _Standing.CANCELLED)
     cancel_requests(session, cancelled, now)
     _count(session, tally)
@@ -73,18 +74,21 @@ class _Tally:
     prompt_tokens: Counter[str] = field(default_factory=Counter)
     completion_tokens: Counter[str] = field(default_factory=Counter)
     ended: set[RequestKey] = field(default_factory=set)
+    told: set[str] = field(default_factory=set)  # jobs whose readers have something to be told
 
     @property
     def job_ids(self) -> list[str]:
-        return sorted({*self.completed, *self.failed, *self.prompt_tokens, *self.completion_tokens})
+        return sorted({*self.completed, *self.failed, *self.prompt_tokens, *self.completion_tokens, *self.told})
 
 
-def _look_at(session: Session, worker_id: str, leases: Collection[Lease]) -> dict[Lease, _Standing]:
-    """Lock jobs and requests of the leases, and say what each lease is worth until we commit."""
+def _look_at(
+    session: Session, worker_id: str, leases: Collection[Lease]
+) -> tuple[dict[Lease, _Standing], dict[str, int]]:
+    """Lock jobs and requests of the leases; say what each lease is worth, and the next event number of each job."""
     jobs = {
         job.id: job
         for job in session.execute(
-            select(Job.id, Job.status, Job.expires_at)
+            select(Job.id, Job.status, Job.expires_at, Job.event_number)
             .where(Job.id.in_({lease.job_id for lease in leases}))
             .order_by(Job.id)
             .with_for_update(key_share=True)
@@ -107,7 +111,8 @@ def _look_at(session: Session, worker_id: str, leases: Collection[Lease]) -> dic
         )
     }
     now = database_now(session)
-    return {lease: _worth(lease, worker_id, jobs.get(lease.job_id), requests.get(lease.key), now) for lease in leases}
+    worth = {lease: _worth(lease, worker_id, jobs.get(lease.job_id), requests.get(lease.key), now) for lease in leases}
+    return worth, {job_id: job.event_number + 1 for job_id, job in jobs.items()}
 
 
 def _worth(lease: Lease, worker_id: str, job: AnyRow | None, request: AnyRow | None, now: float) -> _Standing:
@@ -139,7 +144,12 @@ def _prove(session: Session, keys: Collection[RequestKey]) -> None:
 
 
 def _write_checkpoints(
-    session: Session, worker_id: str, progress: Iterable[Progress], now: float, tally: _Tally
+    session: Session,
+    worker_id: str,
+    progress: Iterable[Progress],
+    now: float,
+    numbers: Mapping[str, int],
+    tally: _Tally,
 ) -> None:
     rows = [
         {
@@ -147,6 +157,7 @@ def _write_checkpoints(
             "request_index": entry.lease.request_index,
             "worker_id": worker_id,
             "committed_at": now,
+            "event_number": numbers[entry.lease.job_id],
             **_checkpoint_columns(checkpoint),
         }
         for entry in progress
@@ -158,6 +169,7 @@ def _write_checkpoints(
     written = {tuple(key) for key in session.execute(insert_new(session, Partial).returning(*keys), rows)}
     for row in rows:
         if tuple(row[key.key] for key in keys) in written:
+            tally.told.add(row["job_id"])
             tally.completion_tokens[row["job_id"]] += len(row["token_ids"])
 
 
@@ -170,28 +182,44 @@ def _checkpoint_columns(checkpoint: Checkpoint) -> dict[str, Any]:
         "text": without_nul(checkpoint.text),
         "pieces": [(without_nul(text), source) for text, source in checkpoint.pieces],
         "steps": [asdict(step) for step in checkpoint.steps],
+        "logprobs": checkpoint.logprobs,
     }
 
 
-def _write_outputs(session: Session, worker_id: str, progress: Iterable[Progress], tally: _Tally) -> None:
+def _write_outputs(
+    session: Session, worker_id: str, progress: Iterable[Progress], numbers: Mapping[str, int], tally: _Tally
+) -> None:
     """Turn the checkpoints of finished choices into their outputs and step rows."""
     finished = {(*entry.lease.key, choice.choice_index): choice for entry in progress for choice in entry.finished}
     if not finished:
         return
     partials = _take_partials(session, finished)
-    rows = [_output_row(key, choice, partials.get(key, []), worker_id) for key, choice in finished.items()]
+    rows = [
+        {**_output_row(key, choice, partials.get(key, []), worker_id), "event_number": numbers[key[0]]}
+        for key, choice in finished.items()
+    ]
     keys = (Output.job_id, Output.request_index, Output.choice_index)
     written = {tuple(key) for key in session.execute(insert_new(session, Output).returning(*keys), rows)}
     steps = [row for key in finished if key in written for row in _step_rows(key, partials.get(key, []))]
     if steps:
-        insert_many(session, DecodeStep, steps)
+        _insert_steps(session, steps)
+        rollups.add_steps(session, [key for key in finished if key in written], steps)
     _count_outputs(finished, written, partials, tally)
 
 
 def _take_partials(session: Session, keys: Collection[ChoiceKey]) -> dict[ChoiceKey, list[AnyRow]]:
     """Delete the checkpoints of these choices and return them, in order."""
     place = (Partial.job_id, Partial.request_index, Partial.choice_index, Partial.seq)
-    content = (Partial.token_ids, Partial.accepted, Partial.pieces, Partial.steps, Partial.worker_id)
+    content = (
+        Partial.token_ids,
+        Partial.accepted,
+        Partial.text,
+        Partial.pieces,
+        Partial.steps,
+        Partial.logprobs,
+        Partial.worker_id,
+        Partial.event_number,
+    )
     taken = session.execute(delete(Partial).where(is_one_of(place[:3], keys)).returning(*place, *content))
     ordered = sorted(taken, key=lambda partial: (*_choice_key(partial), partial.seq))
     return {key: list(group) for key, group in groupby(ordered, key=_choice_key)}
@@ -210,8 +238,19 @@ def _output_row(key: ChoiceKey, choice: FinishedChoice, partials: Sequence[AnyRo
         "text": without_nul(choice.text),
         "accepted_tokens": sum(sum(partial.accepted) for partial in partials),
         "pieces": merge_pieces(piece for partial in partials for piece in partial.pieces),
+        "logprobs": _all_logprobs(partials),
         "worker_id": worker_id,
+        "checkpoints": [
+            (partial.event_number, partial.seq, len(partial.text), len(partial.token_ids), sum(partial.accepted))
+            for partial in partials
+        ],
     }
+
+
+def _all_logprobs(partials: Sequence[AnyRow]) -> list[Any] | None:
+    """Return those of the whole text, whoever decoded its parts; None if the request wanted none."""
+    parts = [partial.logprobs for partial in partials]
+    return None if not parts or None in parts else [row for part in parts for row in part]
 
 
 def merge_pieces(pieces: Iterable[Sequence[str]]) -> list[tuple[str, str]]:
@@ -227,9 +266,24 @@ def _step_rows(key: ChoiceKey, partials: Iterable[AnyRow]) -> list[dict[str, Any
     steps = [(partial.worker_id, step) for partial in partials for step in partial.steps]
     identity = {"job_id": job_id, "request_index": request_index, "choice_index": choice_index}
     return [
-        {**columns, **identity, "step": number, "worker_id": worker_id}
+        {**_LATER_COLUMNS, **columns, **identity, "step": number, "worker_id": worker_id}
         for number, (worker_id, columns) in enumerate(steps)
     ]
+
+
+# What checkpoints of older workers don't hold.
+_LATER_COLUMNS = {"decision": None, "reached": None, "tree": None}
+
+
+def _insert_steps(session: Session, steps: Sequence[dict[str, Any]]) -> None:
+    trees = [
+        {**{name: row[name] for name in ("job_id", "request_index", "choice_index", "step")}, **tree}
+        for row in steps
+        if (tree := row.pop("tree")) is not None
+    ]
+    insert_many(session, DecodeStep, steps)
+    if trees:
+        insert_many(session, DraftTree, trees)
 
 
 def _count_outputs(
@@ -240,27 +294,33 @@ def _count_outputs(
 ) -> None:
     """Count the tokens of outputs in place of those of their checkpoints, which have been counted before."""
     for key, choice in finished.items():
-        job_id, _, choice_index = key
+        job_id, _, _ = key
         tally.completion_tokens[job_id] -= sum(len(partial.token_ids) for partial in partials.get(key, []))
         if key in written:
+            tally.told.add(job_id)
             tally.completion_tokens[job_id] += choice.completion_tokens
-            tally.prompt_tokens[job_id] += choice.prompt_tokens if choice_index == 0 else 0
+            tally.prompt_tokens[job_id] += choice.prompt_tokens if choice.first_of_prompt else 0
 
 
-def _end_requests(session: Session, progress: Iterable[Progress], now: float, tally: _Tally) -> None:
+def _end_requests(
+    session: Session, progress: Iterable[Progress], now: float, numbers: Mapping[str, int], tally: _Tally
+) -> None:
     failed = {entry.lease.key: entry.refusal for entry in progress if entry.refusal is not None}
     completed = {entry.lease.key for entry in progress if entry.ends} - failed.keys()
     tally.completed.update(job_id for job_id, _ in completed)
     tally.failed.update(job_id for job_id, _ in failed)
     tally.ended |= completed | failed.keys()
-    if completed:
-        ended = {"status": "completed", "finished_at": now, "lease_expires_at": None}
-        session.execute(update(Request).where(is_request(completed)).values(**ended))
+    tally.told |= {job_id for job_id, _ in tally.ended}
+    for job_id in {job_id for job_id, _ in completed}:
+        ended = {"status": "completed", "finished_at": now, "lease_expires_at": None, "event_number": numbers[job_id]}
+        of_job = {key for key in completed if key[0] == job_id}
+        session.execute(update(Request).where(is_request(of_job)).values(**ended))
     if failed:
-        session.execute(update(Request), [_failed_row(key, refusal, now) for key, refusal in failed.items()])
+        rows = [_failed_row(key, refusal, now, numbers[key[0]]) for key, refusal in failed.items()]
+        session.execute(update(Request), rows)
 
 
-def _failed_row(key: RequestKey, refusal: Refusal, now: float) -> dict[str, Any]:
+def _failed_row(key: RequestKey, refusal: Refusal, now: float, event_number: int) -> dict[str, Any]:
     job_id, request_index = key
     return {
         "job_id": job_id,
@@ -268,6 +328,7 @@ def _failed_row(key: RequestKey, refusal: Refusal, now: float) -> dict[str, Any]
         "status": "failed",
         "finished_at": now,
         "lease_expires_at": None,
+        "event_number": event_number,
         **error_columns(refusal),
     }
 
@@ -281,6 +342,7 @@ def _count(session: Session, tally: _Tally) -> None:
             "failed": tally.failed[job_id],
             "prompt": tally.prompt_tokens[job_id],
             "completion": tally.completion_tokens[job_id],
+            "told": int(job_id in tally.told),
         }
         for job_id in tally.job_ids
     ]
@@ -295,6 +357,7 @@ def _count(session: Session, tally: _Tally) -> None:
             requests_failed=Job.requests_failed + bindparam("failed"),
             prompt_tokens=Job.prompt_tokens + bindparam("prompt"),
             completion_tokens=Job.completion_tokens + bindparam("completion"),
+            event_number=Job.event_number + bindparam("told"),
         ),
         counts,
     )

@@ -38,13 +38,15 @@ def claim(
     lease_s: float,
     *,
     holding: Collection[RequestKey] = (),
+    reserved: int = 0,
     body_version: int = 1,
 ) -> list[Claim]:
     """Take up to `limit` queued requests of a model, with what earlier owners had committed of them.
 
-    Jobs get their turns: each place goes to the job that has the fewest requests running. `holding` are requests that
-    the caller is working on; it does not get them again, whatever has become of its lease. Jobs whose bodies are newer
-    than `body_version` are left to others.
+    Jobs get their turns: each place goes to the job that has the fewest requests running. Before all others come those
+    that a person waits for; the last `reserved` places are for them alone. `holding` are requests that the caller is
+    working on; it does not get them again, whatever has become of its lease. Jobs whose bodies are newer than
+    `body_version` are left to others.
 
     Suspects (storage.reclaim) come first, a group at a time, and only when all that the caller holds is proven; until
     they are proven too, nothing joins them.
@@ -66,7 +68,9 @@ def claim(
         .limit(1)
     )
     if group is None:
-        taken = _take_turns(session, may_serve, limit, now, holding)
+        taken = _take_turns(session, and_(may_serve, Job.priority > 0), limit, now, holding)
+        rest = limit - reserved - len(taken)
+        taken += _take_turns(session, and_(may_serve, Job.priority == 0), rest, now, holding)
     elif all(row.proven for row in held):
         taken = _lock_queued(session, Request.suspect_group == group, limit, holding)
     else:
@@ -141,6 +145,8 @@ def _take_turns(
     session: Session, may_serve: ColumnElement[bool], limit: int, now: float, holding: Collection[RequestKey]
 ) -> list[RequestKey]:
     """Lock up to `limit` queued requests, fair between their jobs, and say of those jobs that they have begun."""
+    if limit <= 0:
+        return []
     running = _running_by_job(session, may_serve, limit, now)
     # Jobs before requests, in order: whoever locks several does so. Mostly there is nothing to write.
     waiting = lock_jobs(session, Job.id.in_(running) & Job.started_at.is_(None)) if running else []
@@ -208,14 +214,20 @@ def _as_claims(session: Session, taken: Collection[AnyRow]) -> list[Claim]:
     if not taken:
         return []
     keys = {(row.job_id, row.request_index) for row in taken}
-    endpoints = dict(session.execute(select(Job.id, Job.endpoint).where(Job.id.in_({job for job, _ in keys}))).all())
+    jobs = {
+        job.id: job
+        for job in session.execute(
+            select(Job.id, Job.endpoint, Job.priority).where(Job.id.in_({job for job, _ in keys}))
+        )
+    }
     checkpoints = _checkpoints(session, keys)
     finished = _finished_choices(session, keys)
     return [
         Claim(
             lease=Lease(row.job_id, row.request_index, row.lease_number),
             custom_id=row.custom_id,
-            endpoint=endpoints[row.job_id],
+            endpoint=jobs[row.job_id].endpoint,
+            priority=jobs[row.job_id].priority,
             body=row.body,
             attempts=row.attempts,
             started_at=row.started_at,

@@ -24,6 +24,7 @@ from sqlalchemy import (
     event,
     false,
     text,
+    true,
 )
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -41,6 +42,7 @@ JOB_STATUSES = (
     "cancelled",
 )
 REQUEST_STATUSES = ("queued", "running", "completed", "failed", "expired", "cancelled")
+FILE_STATUSES = ("writing", "ready", "deleted", "cleared")
 
 
 def _one_of(column: str, values: tuple[str, ...]) -> str:
@@ -97,6 +99,25 @@ class Job(Base):
     idempotency_key: Mapped[str | None]
     body_sha256: Mapped[str | None]
     doorbell_at: Mapped[float | None]  # when workers were last told that the job has requests for them
+    # Of batches, which are jobs whose requests come as a file and whose answers leave as files.
+    input_file_id: Mapped[str | None]  # none: the requests came inline
+    completion_window: Mapped[str | None]  # as it was asked for
+    output_expires_after_s: Mapped[float | None]
+    validated_at: Mapped[float | None]  # none: the clerk has not read the input yet; its requests do not count
+    finalizing_at: Mapped[float | None]
+    output_file_id: Mapped[str | None]
+    error_file_id: Mapped[str | None]
+    errors: Mapped[list[Any] | None]  # why the input as a whole is bad: code, line, message, param
+    usage: Mapped[dict[str, Any] | None]  # tokens of the lines of the output file
+    # Which clerk reads the input or writes the output, and until when; the number grows with every claim.
+    clerk_number: Mapped[int] = mapped_column(server_default="0")
+    clerk_until: Mapped[float | None]
+    # Of the newest commit that wrote something readers of the job are told (storage.story).
+    event_number: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    retry_of: Mapped[str | None]  # the job whose failed requests these are
+    priority: Mapped[int] = mapped_column(server_default=text("0"))  # 1: a person waits for it; claimed before all 0
+    # What its requests may come to read and write at most, guessed at the door: what a key's limit is held against.
+    tokens_asked: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     # Version of its requests' bodies. A worker that reads only older ones leaves the job to those that were upgraded.
     body_version: Mapped[int] = mapped_column(server_default=text("1"))
 
@@ -104,6 +125,7 @@ class Job(Base):
         UniqueConstraint("api_key_id", "idempotency_key"),
         CheckConstraint(_one_of("status", JOB_STATUSES), name="status"),
         Index(None, "created_at", "id"),  # the list of jobs
+        Index(None, "api_key_id", "created_at", "id"),  # the list of one owner's jobs
         Index(None, "status", "model"),  # the claim, the sweep of overdue jobs
     )
 
@@ -132,6 +154,7 @@ class Request(Base):
     lease_expires_at: Mapped[float | None]
     started_at: Mapped[float | None]
     finished_at: Mapped[float | None]
+    event_number: Mapped[int | None] = mapped_column(BigInteger)  # of the commit that ended it
     expires_at: Mapped[float | None]  # its own deadline; the job's holds too
     # Who ran it when a worker was lost (storage.reclaim): such a group runs again with nobody else in trial beside it.
     suspect_group: Mapped[str | None]
@@ -142,6 +165,23 @@ class Request(Base):
         CheckConstraint(_one_of("status", REQUEST_STATUSES), name="status"),
         # The claim, and whether a job has anything left: both must not read the finished requests of a large job.
         Index(None, "job_id", "status", "request_index"),
+        # In the order in which they ended.
+        Index(
+            "ix_requests_job_id_event_number_request_index",
+            "job_id",
+            "event_number",
+            "request_index",
+            sqlite_where=text("event_number IS NOT NULL"),
+            postgresql_where=text("event_number IS NOT NULL"),
+        ),
+        # What went wrong, without a look at what went well.
+        Index(
+            "ix_requests_error_code",
+            "error_code",
+            "job_id",
+            sqlite_where=text("error_code IS NOT NULL"),
+            postgresql_where=text("error_code IS NOT NULL"),
+        ),
         # Few rows have one of these at any time, and only those are in the index.
         _where_set("suspect_group", "suspect_group IS NOT NULL"),
         _where_set("expires_at", "expires_at IS NOT NULL AND finished_at IS NULL"),
@@ -168,10 +208,12 @@ class Partial(Base):
     text: Mapped[str]
     pieces: Mapped[list[Any]]  # [text, "draft" | "target"]
     steps: Mapped[list[Any]]  # the step rows, waiting for the output
+    logprobs: Mapped[list[Any] | None]  # per token, if the request wants them (jobs.logprobs)
     worker_id: Mapped[str]
     committed_at: Mapped[float]
+    event_number: Mapped[int] = mapped_column(BigInteger, server_default="0")  # of the commit that wrote it
 
-    __table_args__ = (_of_a_request(),)
+    __table_args__ = (_of_a_request(), Index("ix_partials_job_id_event_number", "job_id", "event_number"))
 
 
 class Output(Base):
@@ -189,12 +231,53 @@ class Output(Base):
     accepted_tokens: Mapped[int]  # of the completion: accepted draft tokens
     token_ids: Mapped[list[Any]]
     pieces: Mapped[list[Any]]  # the text again, cut by who chose it: [text, "draft" | "target"]
+    logprobs: Mapped[list[Any] | None]  # per token, if the request wanted them (jobs.logprobs)
     worker_id: Mapped[str]
     started_at: Mapped[float]
     finished_at: Mapped[float]
     last_seq: Mapped[int]
+    # A request may hold several prompts, each with several choices: its prompt tokens are those of these rows.
+    first_of_prompt: Mapped[bool] = mapped_column(server_default=true())
+    event_number: Mapped[int] = mapped_column(BigInteger, server_default="0")  # of the commit that wrote it
+    # Of the checkpoints it was made of: event number, seq, characters, tokens, accepted. For readers who know some.
+    checkpoints: Mapped[list[Any] | None]
 
-    __table_args__ = (_of_a_request(),)
+    __table_args__ = (
+        _of_a_request(),
+        Index("ix_outputs_job_id_event_number", "job_id", "event_number", "request_index", "choice_index"),
+    )
+
+
+class File(Base):
+    """A file of the OpenAI kind. Its row outlives its bytes: a list goes on behind a file that was deleted."""
+
+    __tablename__ = "files"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    purpose: Mapped[str]
+    filename: Mapped[str]
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    created_at: Mapped[float]
+    expires_at: Mapped[float | None]
+    api_key_id: Mapped[str]
+    status: Mapped[str]  # writing: not to be seen yet; deleted: not to be seen again; cleared: the bytes are gone too
+
+    __table_args__ = (
+        CheckConstraint(_one_of("status", FILE_STATUSES), name="status"),
+        Index(None, "created_at", "id"),  # the list of files
+        Index(None, "api_key_id", "created_at", "id"),  # the list of one owner's files
+        Index(None, "status", "expires_at"),  # the sweep
+    )
+
+
+class FileChunk(Base):
+    """A stretch of the bytes of a file."""
+
+    __tablename__ = "file_chunks"
+
+    file_id: Mapped[str] = mapped_column(ForeignKey("files.id", ondelete="CASCADE"), primary_key=True)
+    chunk_index: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    data: Mapped[bytes]
 
 
 class DecodeStep(Base):
@@ -220,12 +303,134 @@ class DecodeStep(Base):
     ended_at: Mapped[float]
     worker_id: Mapped[str]
     decision: Mapped[str | None]  # tree, or why there was none (worker.engine.governor)
+    # [children shown, rank of the one drawn or null] for every node the target reached; null: not recorded
+    reached: Mapped[list[Any] | None]
 
     __table_args__ = (
         _of_a_request(),
         CheckConstraint("accepted_tokens <= tree_nodes", name="accepted"),
         CheckConstraint("batch_sequences > 0", name="batch"),
     )
+
+
+class DraftTree(Base):
+    """The draft tree of one step, for a job that asked to see some. Rows lie beside those of `decode_steps`."""
+
+    __tablename__ = "draft_trees"
+
+    job_id: Mapped[str] = mapped_column(primary_key=True)
+    request_index: Mapped[int] = mapped_column(primary_key=True)
+    choice_index: Mapped[int] = mapped_column(primary_key=True)
+    step: Mapped[int] = mapped_column(primary_key=True)
+    nodes: Mapped[list[Any]]  # [parent, token id, text, probability, accepted]; the root first, its parent is -1
+    bonus: Mapped[str]  # text of the target's own token behind the accepted path
+
+    __table_args__ = (_of_a_request(),)
+
+
+def _of_a_job() -> ForeignKeyConstraint:
+    return ForeignKeyConstraint(["job_id"], ["jobs.id"], ondelete="CASCADE")
+
+
+class StepMinute(Base):
+    """Sums of `decode_steps` by the minute. Step 0, the token from prefill, is kept apart from the others.
+
+    Times are shares: what a step took, over the sequences that shared it. So they add up to the worker's time.
+    """
+
+    __tablename__ = "step_minutes"
+
+    job_id: Mapped[str] = mapped_column(primary_key=True)
+    minute: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)  # Unix second it begins at
+    worker_id: Mapped[str] = mapped_column(primary_key=True)
+    drafter: Mapped[str] = mapped_column(primary_key=True)  # '': no drafts were shown
+    decision: Mapped[str] = mapped_column(primary_key=True)  # '': not recorded
+    first_steps: Mapped[int] = mapped_column(BigInteger)
+    first_tokens: Mapped[int] = mapped_column(BigInteger)
+    steps: Mapped[int] = mapped_column(BigInteger)
+    tokens: Mapped[int] = mapped_column(BigInteger)
+    tree_nodes: Mapped[int] = mapped_column(BigInteger)
+    accepted_tokens: Mapped[int] = mapped_column(BigInteger)
+    expected_accepted: Mapped[float]
+    draft_ms: Mapped[float]
+    verify_ms: Mapped[float]
+    step_ms: Mapped[float]
+    # Of the steps that have a plain time to compare with:
+    compared_steps: Mapped[int] = mapped_column(BigInteger)
+    compared_tokens: Mapped[int] = mapped_column(BigInteger)
+    compared_ms: Mapped[float]
+    plain_ms: Mapped[float]  # what plain decoding would have taken for their tokens
+
+    __table_args__ = (_of_a_job(), Index(None, "minute"))
+
+
+class StepBatch(Base):
+    """Sums of `decode_steps` without step 0, by the number of sequences that shared the step."""
+
+    __tablename__ = "step_batches"
+
+    job_id: Mapped[str] = mapped_column(primary_key=True)
+    drafter: Mapped[str] = mapped_column(primary_key=True)
+    batch_sequences: Mapped[int] = mapped_column(primary_key=True)
+    steps: Mapped[int] = mapped_column(BigInteger)
+    tokens: Mapped[int] = mapped_column(BigInteger)
+    tree_nodes: Mapped[int] = mapped_column(BigInteger)
+    step_ms: Mapped[float]  # shares, as in `step_minutes`
+
+    __table_args__ = (_of_a_job(),)
+
+
+class StepDepth(Base):
+    """Counts of `decode_steps` without step 0, by how deep the tree was and how much of it was accepted."""
+
+    __tablename__ = "step_depths"
+
+    job_id: Mapped[str] = mapped_column(primary_key=True)
+    drafter: Mapped[str] = mapped_column(primary_key=True)
+    tree_depth: Mapped[int] = mapped_column(primary_key=True)
+    accepted_tokens: Mapped[int] = mapped_column(primary_key=True)
+    steps: Mapped[int] = mapped_column(BigInteger)
+
+    __table_args__ = (_of_a_job(),)
+
+
+class StepExpectation(Base):
+    """Sums of the rows of `decode_steps` that have a tree, by the accepted tokens that were expected, in quarters."""
+
+    __tablename__ = "step_expectations"
+
+    job_id: Mapped[str] = mapped_column(primary_key=True)
+    drafter: Mapped[str] = mapped_column(primary_key=True)
+    quarter: Mapped[int] = mapped_column(primary_key=True)  # 4 x the expected tokens, rounded down
+    steps: Mapped[int] = mapped_column(BigInteger)
+    expected_accepted: Mapped[float]
+    accepted_tokens: Mapped[int] = mapped_column(BigInteger)
+
+    __table_args__ = (_of_a_job(),)
+
+
+class StepRank(Base):
+    """Counts over the steps whose `reached` is recorded, by the rank of a child: 0 is the likeliest."""
+
+    __tablename__ = "step_ranks"
+
+    job_id: Mapped[str] = mapped_column(primary_key=True)
+    drafter: Mapped[str] = mapped_column(primary_key=True)
+    child_rank: Mapped[int] = mapped_column(primary_key=True)
+    tried: Mapped[int] = mapped_column(BigInteger)  # nodes that were reached and had a child of this rank
+    accepted: Mapped[int] = mapped_column(BigInteger)
+
+    __table_args__ = (_of_a_job(),)
+
+
+class WorkerEnergy(Base):
+    """What a worker's devices drew in a minute, where they can tell (NVML)."""
+
+    __tablename__ = "worker_energy"
+
+    worker_id: Mapped[str] = mapped_column(primary_key=True)
+    minute: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    joules: Mapped[float]
 
 
 class Worker(Base):
@@ -244,8 +449,29 @@ class Worker(Base):
     last_seen_at: Mapped[float]
     stopped_at: Mapped[float | None]  # when it left in order
     calibration: Mapped[dict[str, Any]]
+    load: Mapped[dict[str, Any] | None]  # what it was doing when it last said so
     process: Mapped[str | None]  # which process of this machine: its neighbours see at once if it is dead
     lost_at: Mapped[float | None]  # when it was found dead or silent; cleared should it come back
+
+
+class ApiKey(Base):
+    """A key to the shim: its hash, what it may do, and how much. Rows stay: while there is one, nobody enters without.
+
+    A limit that is NULL does not hold.
+    """
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    secret_sha256: Mapped[str]
+    scopes: Mapped[list[Any]]
+    max_requests_queued: Mapped[int | None]
+    max_tokens_queued: Mapped[int | None] = mapped_column(BigInteger)
+    max_requests_per_minute: Mapped[int | None]
+    created_at: Mapped[float]
+    expires_at: Mapped[float | None]
+    revoked_at: Mapped[float | None]
 
 
 class Election(Base):

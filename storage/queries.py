@@ -6,22 +6,29 @@ one row; what may be large (its outputs) is streamed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Final
 
 from sqlalchemy import ColumnElement, and_, func, select, true, tuple_
-from sqlalchemy.orm import InstrumentedAttribute, Session
+from sqlalchemy.orm import Session
 
 from storage.endings import OPEN_JOB_STATUSES
 from storage.flush import merge_pieces
-from storage.models import DecodeStep, Job, Output, Partial, Request, Worker
-from storage.sql import AnyRow, database_now
+from storage.models import Job, Output, Partial, Request, Worker
+from storage.records import NewRequest
+from storage.sql import AnyRow, database_now, owned_by
+from storage.statistics import DepthAcceptance as DepthAcceptance  # statistics have a module; callers find them here
+from storage.statistics import JobStats as JobStats
+from storage.statistics import job_stats as job_stats
+from storage.statistics import total_stats as total_stats
 
 _SEEN_S: Final = 60.0  # a worker that has not been heard of for longer serves nothing
 _OUTPUTS_AT_ONCE: Final = 500
-_ENDED: Final = ("completed", "failed", "expired", "cancelled")
+_WITHOUT_RESULT: Final = ("failed", "expired", "cancelled")
+_ENDED: Final = ("completed", *_WITHOUT_RESULT)
+_REQUESTS_AT_ONCE: Final = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +52,15 @@ class JobView:
     metadata: Mapping[str, str] | None
     api_key_id: str | None
     idempotency_key: str | None
+    input_file_id: str | None  # none: not a batch
+    completion_window: str | None
+    validated_at: float | None
+    finalizing_at: float | None
+    output_file_id: str | None
+    error_file_id: str | None
+    errors: Sequence[Mapping[str, Any]] | None
+    usage: Mapping[str, int] | None
+    retry_of: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +84,8 @@ class ChoiceView:
     worker_id: str
     started_at: float
     finished_at: float
+    logprobs: list[Any] | None  # per token, if they were wanted
+    first_of_prompt: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +100,16 @@ class OutputView:
     error_param: str | None
     error_status_code: int | None
     choices: tuple[ChoiceView, ...]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of its prompts: each counts once, whatever the number of its choices."""
+        return sum(choice.prompt_tokens for choice in self.choices if choice.first_of_prompt)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens of all its choices."""
+        return sum(choice.completion_tokens for choice in self.choices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,37 +129,6 @@ class ChoiceSnapshot:
 
 
 @dataclass(frozen=True, slots=True)
-class DepthAcceptance:
-    """How often draft tokens of one depth were accepted."""
-
-    depth: int
-    tried: int  # steps whose tree reached this depth
-    accepted: int
-    rate: float
-
-
-@dataclass(frozen=True, slots=True)
-class JobStats:
-    """The numbers of a job, or of everything. None where nothing was measured. Steps are those of finished choices."""
-
-    job_id: str | None  # none: everything
-    requests_total: int
-    requests_completed: int
-    requests_failed: int
-    prompt_tokens: int
-    completion_tokens: int
-    wall_s: float  # during which the job (any job) was being worked on
-    tokens_per_s: float | None  # completion tokens per second of that
-    steps: int  # step 0 is not counted, here and in the next three: it is the token from prefill
-    mean_acceptance_length: float | None  # tokens emitted per step and sequence
-    mean_accepted: float | None  # of them accepted from the draft
-    mean_expected: float | None  # accepted tokens that the drafter expected
-    speedup: float | None  # over plain decoding, where the two can be compared; as in the view `job_speedup`
-    speedup_source: str | None
-    acceptance_by_depth: tuple[DepthAcceptance, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class WorkerView:
     """A worker, running or not."""
 
@@ -146,6 +143,7 @@ class WorkerView:
     last_seen_at: float
     stopped_at: float | None
     calibration: Mapping[str, Any]
+    load: Mapping[str, Any] | None  # what it was doing when it last said so
     lost_at: float | None  # when it was found dead or silent
 
 
@@ -175,27 +173,63 @@ _JOB_COLUMNS: Final = (
     Job.metadata_.label("metadata_"),
     Job.api_key_id,
     Job.idempotency_key,
+    Job.input_file_id,
+    Job.completion_window,
+    Job.validated_at,
+    Job.finalizing_at,
+    Job.output_file_id,
+    Job.error_file_id,
+    Job.errors,
+    Job.usage,
+    Job.retry_of,
 )
 
 
-def job(session: Session, job_id: str) -> JobView | None:
-    """Return a job, or None if there is none of this id."""
-    row = session.execute(select(*_JOB_COLUMNS).where(Job.id == job_id)).first()
+def job(session: Session, job_id: str, owner: str | None = None) -> JobView | None:
+    """Return a job, or None if there is none of this id (with an `owner`: none of theirs)."""
+    row = session.execute(select(*_JOB_COLUMNS).where(Job.id == job_id, owned_by(Job.api_key_id, owner))).first()
     return None if row is None else _job_view(row)
 
 
-def jobs(session: Session, limit: int, after: str | None = None) -> JobPage:
-    """Return up to `limit` jobs, newest first, from behind the job `after`; nothing stands behind an unknown id."""
-    query = select(*_JOB_COLUMNS).order_by(Job.created_at.desc(), Job.id.desc()).limit(limit + 1)
+def jobs(
+    session: Session,
+    limit: int,
+    after: str | None = None,
+    owner: str | None = None,
+    interactive: bool = False,
+    batches_only: bool = False,
+) -> JobPage:
+    """Return up to `limit` jobs, newest first, from behind the job `after`; nothing stands behind an unknown id.
+
+    Single requests that a person waits for are jobs too; they are listed if `interactive` asks for them.
+    """
+    query = select(*_JOB_COLUMNS).where(owned_by(Job.api_key_id, owner))
+    if batches_only:
+        query = query.where(Job.input_file_id.is_not(None))
+    query = query.order_by(Job.created_at.desc(), Job.id.desc()).limit(limit + 1)
     if after is not None:
         last = select(Job.created_at, Job.id).where(Job.id == after).scalar_subquery()
         query = query.where(tuple_(Job.created_at, Job.id) < last)
+    if not interactive:
+        query = query.where(Job.priority == 0)
     rows = session.execute(query).all()
     return JobPage(tuple(_job_view(row) for row in rows[:limit]), has_more=len(rows) > limit)
 
 
-def outputs(session: Session, job_id: str, after_index: int = -1) -> Iterator[OutputView]:
-    """Yield the requests of a job that have ended, in its order, from behind `after_index`; never all in memory."""
+def outputs(
+    session: Session,
+    job_id: str,
+    after_index: int = -1,
+    *,
+    without_result: bool = False,
+    among: Collection[int] | None = None,
+) -> Iterator[OutputView]:
+    """Yield the requests of a job that have ended, in its order, from behind `after_index`; never all in memory.
+
+    `without_result` leaves out those that were answered; `among` names the only ones to look at.
+    """
+    statuses = _WITHOUT_RESULT if without_result else _ENDED
+    wanted = true() if among is None else Request.request_index.in_(among)
     rows = session.execute(
         select(
             Request.custom_id,
@@ -214,14 +248,38 @@ def outputs(session: Session, job_id: str, after_index: int = -1) -> Iterator[Ou
             Output.worker_id,
             Output.started_at,
             Output.finished_at,
+            Output.logprobs,
+            Output.first_of_prompt,
         )
         .outerjoin(Output, and_(Output.job_id == Request.job_id, Output.request_index == Request.request_index))
-        .where(Request.job_id == job_id, Request.request_index > after_index, Request.status.in_(_ENDED))
+        .where(Request.job_id == job_id, Request.request_index > after_index, Request.status.in_(statuses), wanted)
+        .where(_is_read(job_id))
         .order_by(Request.request_index, Output.choice_index)
         .execution_options(yield_per=_OUTPUTS_AT_ONCE)
     )
     for _, group in groupby(rows, key=lambda row: row.request_index):
         yield _output_view(list(group))
+
+
+def requests_to_retry(session: Session, job_id: str) -> Iterator[NewRequest]:
+    """Yield the requests of a job that ended without a result and can run, in its order."""
+    after = -1
+    while True:
+        rows = session.execute(
+            select(Request.request_index, Request.custom_id, Request.body)
+            .where(
+                Request.job_id == job_id,
+                Request.request_index > after,
+                Request.status.in_(_WITHOUT_RESULT),
+                Request.body.is_not(None),  # without one it was refused at the door, and would be again
+            )
+            .order_by(Request.request_index)
+            .limit(_REQUESTS_AT_ONCE)
+        ).all()
+        yield from (NewRequest(row.custom_id, body=row.body) for row in rows)
+        if len(rows) < _REQUESTS_AT_ONCE:
+            return
+        after = rows[-1].request_index
 
 
 def snapshot(session: Session, job_id: str) -> list[ChoiceSnapshot]:
@@ -233,16 +291,6 @@ def snapshot(session: Session, job_id: str) -> list[ChoiceSnapshot]:
         **_finished_choices(session, job_id),
     }
     return [found[key] for key in sorted(found)]
-
-
-def job_stats(session: Session, job_id: str) -> JobStats:
-    """Return the numbers of one job."""
-    return _stats(session, job_id)
-
-
-def total_stats(session: Session) -> JobStats:
-    """Return the numbers of all jobs together."""
-    return _stats(session, None)
 
 
 def open_requests(session: Session) -> int:
@@ -260,15 +308,24 @@ def workers(session: Session) -> list[WorkerView]:
 
 def models(session: Session) -> list[ModelView]:
     """Return the models of the workers that are alive."""
-    seen = Worker.last_seen_at > database_now(session) - _SEEN_S
-    alive = and_(Worker.stopped_at.is_(None), Worker.lost_at.is_(None), seen)
     rows = session.execute(
         select(Worker.target, func.min(Worker.context_tokens))
-        .where(alive)
+        .where(_is_alive(session, _SEEN_S))
         .group_by(Worker.target)
         .order_by(Worker.target)
     )
     return [ModelView(target, context_tokens) for target, context_tokens in rows]
+
+
+def live_workers(session: Session, hostname: str, within_s: float) -> int:
+    """Return how many workers of a host have been seen within so many seconds and have not left."""
+    here = select(func.count()).where(Worker.hostname == hostname, _is_alive(session, within_s))
+    return int(session.scalar(here) or 0)
+
+
+def _is_alive(session: Session, within_s: float) -> ColumnElement[bool]:
+    seen = Worker.last_seen_at > database_now(session) - within_s
+    return and_(Worker.stopped_at.is_(None), Worker.lost_at.is_(None), seen)
 
 
 def _job_view(row: AnyRow) -> JobView:
@@ -297,6 +354,11 @@ def _choice_view(row: AnyRow) -> ChoiceView:
     return ChoiceView(**{name: getattr(row, name) for name in ChoiceView.__dataclass_fields__})
 
 
+def _is_read(job_id: str) -> ColumnElement[bool]:
+    """Return the condition that all requests of a job are there: they appear at once, though written in pieces."""
+    return select(Job.validated_at).where(Job.id == job_id).scalar_subquery().is_not(None)
+
+
 def _errors(session: Session, job_id: str) -> dict[int, AnyRow]:
     """Return the requests of a job that ended without a result."""
     rows = session.execute(
@@ -306,7 +368,9 @@ def _errors(session: Session, job_id: str) -> dict[int, AnyRow]:
             Request.error_code,
             Request.error_message,
             Request.error_param,
-        ).where(Request.job_id == job_id, Request.status.in_(("failed", "expired", "cancelled")))
+        )
+        .where(Request.job_id == job_id, Request.status.in_(_WITHOUT_RESULT))
+        .where(_is_read(job_id))
     )
     return {row.request_index: row for row in rows}
 
@@ -393,82 +457,3 @@ def _finished_choices(session: Session, job_id: str) -> dict[tuple[int, int], Ch
         )
         for row in rows
     }
-
-
-def _stats(session: Session, job_id: str | None) -> JobStats:
-    counts = _counts(session, job_id)
-    steps = _step_numbers(session, job_id)
-    wall_s = _wall_s(session, job_id)
-    return JobStats(
-        job_id=job_id,
-        **counts,
-        wall_s=wall_s,
-        tokens_per_s=counts["completion_tokens"] / wall_s if wall_s > 0 else None,
-        steps=steps.steps,
-        mean_acceptance_length=_mean(steps.mean_emitted),
-        mean_accepted=_mean(steps.mean_accepted),
-        mean_expected=_mean(steps.mean_expected),
-        speedup=steps.plain_ms / steps.spent_ms if steps.spent_ms else None,
-        speedup_source="calibration" if steps.spent_ms else None,
-        acceptance_by_depth=_acceptance_by_depth(session, job_id),
-    )
-
-
-def _mean(value: Any) -> float | None:
-    """Return a mean as a float: of integers, PostgreSQL makes decimals."""
-    return None if value is None else float(value)
-
-
-def _counts(session: Session, job_id: str | None) -> dict[str, int]:
-    names = ("requests_total", "requests_completed", "requests_failed", "prompt_tokens", "completion_tokens")
-    sums = [func.coalesce(func.sum(getattr(Job, name)), 0) for name in names]
-    row = session.execute(select(*sums).where(_of_job(Job.id, job_id))).one()
-    return {name: int(value) for name, value in zip(names, row, strict=True)}
-
-
-def _wall_s(session: Session, job_id: str | None) -> float:
-    """Return the seconds in which at least one of the jobs was being worked on."""
-    end = func.coalesce(Job.finished_at, database_now(session))
-    begin = func.coalesce(Job.started_at, end)  # a job that was never started takes no time
-    spans = session.execute(select(begin, end).where(_of_job(Job.id, job_id)).order_by(begin))
-    total_s, busy_until = 0.0, float("-inf")
-    for began_at, ended_at in spans:
-        total_s += max(0.0, ended_at - max(began_at, busy_until))
-        busy_until = max(busy_until, ended_at)
-    return total_s
-
-
-def _step_numbers(session: Session, job_id: str | None) -> AnyRow:
-    decoded = DecodeStep.step > 0
-    comparable = DecodeStep.plain_step_ms.is_not(None)
-    plain_ms = DecodeStep.emitted_tokens * DecodeStep.plain_step_ms / DecodeStep.batch_sequences
-    return session.execute(
-        select(
-            func.count().filter(decoded).label("steps"),
-            func.avg(DecodeStep.emitted_tokens).filter(decoded).label("mean_emitted"),
-            func.avg(DecodeStep.accepted_tokens).filter(decoded).label("mean_accepted"),
-            func.avg(DecodeStep.expected_accepted).filter(decoded).label("mean_expected"),
-            func.sum(DecodeStep.step_ms / DecodeStep.batch_sequences).filter(comparable).label("spent_ms"),
-            func.sum(plain_ms).filter(comparable).label("plain_ms"),
-        ).where(_of_job(DecodeStep.job_id, job_id))
-    ).one()
-
-
-def _acceptance_by_depth(session: Session, job_id: str | None) -> tuple[DepthAcceptance, ...]:
-    """Return what the view of this name says; asked so that only the rows of one job are read."""
-    rows = session.execute(
-        select(DecodeStep.tree_depth, DecodeStep.accepted_tokens, func.count())
-        .where(DecodeStep.tree_depth >= 1, _of_job(DecodeStep.job_id, job_id))
-        .group_by(DecodeStep.tree_depth, DecodeStep.accepted_tokens)
-    ).all()
-    return tuple(_at_depth(depth, rows) for depth in range(1, max((row[0] for row in rows), default=0) + 1))
-
-
-def _at_depth(depth: int, rows: Sequence[AnyRow]) -> DepthAcceptance:
-    tried = sum(steps for tree_depth, _, steps in rows if tree_depth >= depth)
-    accepted = sum(steps for _, accepted_tokens, steps in rows if accepted_tokens >= depth)
-    return DepthAcceptance(depth, tried, accepted, accepted / tried)
-
-
-def _of_job(column: ColumnElement[str] | InstrumentedAttribute[str], job_id: str | None) -> ColumnElement[bool]:
-    return true() if job_id is None else column == job_id

@@ -34,6 +34,11 @@ class NewJob:
     api_key_id: str | None = None
     idempotency_key: str | None = None  # unique per api_key_id
     body_sha256: str | None = None  # of the submitted body, to tell a repeat from a conflict
+    input_file_id: str | None = None  # a batch: its requests are still to be read from this file
+    completion_window: str | None = None  # the window as it was asked for
+    output_expires_after_s: float | None = None
+    retry_of: str | None = None  # the job whose failed requests it runs again
+    priority: int = 0  # 1: a person waits for it
     body_version: int = 1  # of the bodies of its requests: a worker must be able to read them
 
 
@@ -44,7 +49,22 @@ class NewRequest:
     custom_id: str
     body: Mapping[str, Any] | None = None
     refusal: Refusal | None = None
+    tokens: int = 0  # that it may come to read and write at most, as far as the door can say
     timeout_s: float | None = None  # seconds from creation after which it fails, whatever its job may still have
+
+
+@dataclass(frozen=True, slots=True)
+class NewKey:
+    """A key to the shim about to be recorded. A limit of None does not hold."""
+
+    id: str
+    name: str
+    secret_sha256: str
+    scopes: tuple[str, ...]
+    max_requests_queued: int | None = None
+    max_tokens_queued: int | None = None
+    max_requests_per_minute: int | None = None
+    lasts_s: float | None = None  # seconds until it expires
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +110,18 @@ class StepRow:
     plain_step_ms: float | None  # a plain step at this batch size on this worker; None: not comparable (prefill shared)
     ended_at: float
     decision: str | None = None  # tree, or why there was none; rows written before it was recorded have none
+    # Per node the target reached: draft children shown below it, and the rank of the one it drew (none of them: None).
+    reached: tuple[tuple[int, int | None], ...] | None = None  # None: not recorded
+    tree: TreeRow | None = None  # for jobs that asked to see their trees
+
+
+@dataclass(frozen=True, slots=True)
+class TreeRow:
+    """The draft tree of a step, as text: row of `draft_trees`."""
+
+    # (parent, token id, text, probability that the target accepts it, accepted); the root first, its parent is -1
+    nodes: tuple[tuple[int, int, str, float, bool], ...]
+    bonus: str  # the target's own token behind the accepted path
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +135,8 @@ class Checkpoint:
     text: str
     pieces: tuple[tuple[str, str], ...]  # (text, "draft" | "target")
     steps: tuple[StepRow, ...]
+    # Per token, as JSON, if the request wants them. Not read back: the output takes them from the rows.
+    logprobs: tuple[Any, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +152,7 @@ class FinishedChoice:
     started_at: float
     finished_at: float
     last_seq: int  # seq of its `finished` event
+    first_of_prompt: bool = True  # no other choice counts the tokens of this prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +162,7 @@ class Claim:
     lease: Lease
     custom_id: str
     endpoint: str
+    priority: int  # 1: a person waits for it
     body: Mapping[str, Any]
     attempts: int  # 1 the first time
     started_at: float | None  # of the first attempt

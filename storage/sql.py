@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from sqlalchemy import JSON, ColumnElement, Row, and_, false, func, insert, or_, select, text
+from sqlalchemy import JSON, BigInteger, ColumnElement, Row, and_, cast, false, func, insert, or_, select, text, true
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
@@ -28,11 +28,25 @@ def database_now(session: Session) -> float:
     return float(session.execute(text(_NOW[_dialect(session)])).scalar_one())
 
 
+def one_state(session: Session) -> None:
+    """Let all queries of a transaction that has not begun see one state of the database, as SQLite's always do."""
+    if _dialect(session) == "postgresql":
+        session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
+
+
 def insert_new(session: Session, model: type[Base]) -> postgresql.Insert | sqlite.Insert:
     """Return an INSERT that leaves rows alone that are there already."""
-    if _dialect(session) == "postgresql":
-        return postgresql.insert(model).on_conflict_do_nothing()
-    return sqlite.insert(model).on_conflict_do_nothing()
+    return insert_into(session, model).on_conflict_do_nothing()
+
+
+def insert_into(session: Session, model: type[Base]) -> postgresql.Insert | sqlite.Insert:
+    """Return an INSERT of this database's kind, which can say what to do about rows that are there already."""
+    return postgresql.insert(model) if _dialect(session) == "postgresql" else sqlite.insert(model)
+
+
+def whole(session: Session, value: ColumnElement[Any]) -> ColumnElement[int]:
+    """Return a number from 0 up without its fraction. SQLite may lack floor(), and its cast cuts off."""
+    return cast(func.floor(value) if _dialect(session) == "postgresql" else value, BigInteger)
 
 
 def insert_many(session: Session, model: type[Base], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -75,6 +89,11 @@ def is_one_of(columns: Sequence[InstrumentedAttribute[Any]], keys: Iterable[tupl
         for common, indexes in groups.items()
     ]
     return or_(false(), *alternatives)
+
+
+def owned_by(column: InstrumentedAttribute[str], owner: str | None) -> ColumnElement[bool]:
+    """Return the condition that a row belongs to an owner; None: to anybody."""
+    return true() if owner is None else column == owner
 
 
 def is_lapsed(now: float) -> ColumnElement[bool]:

@@ -1,6 +1,7 @@
 """The views: numbers for whoever knows only SQL. Plain SQL that the sqlite3 and psql shells run as it stands.
 
-One text for both databases; what they spell differently is filled in by `create_views`. Knows no tables but by name.
+They read the sums that `rollups` keeps, never all steps: each answers at once however many steps there are. One text
+for both databases. Knows no tables but by name.
 """
 
 from __future__ import annotations
@@ -10,44 +11,83 @@ from typing import Final
 
 from sqlalchemy import Connection, text
 
-# A plain step gives every sequence of the batch one token, so a token costs a sequence plain_step_ms / batch_sequences.
-# Steps without a comparable plain time (they shared a prefill) count on neither side.
-_JOB_SPEEDUP = """
+# What every comparison with plain decoding says. `plain_ms` comes from the worker's cost curve (measured at start-up,
+# corrected by every step since). Steps that were plain by decision check it: `plain_check` is what they took over what
+# the curve said, so speedup * plain_check is the speed-up by the plain steps of the job itself.
+_COMPARISON = """
+    CAST(sum(compared_steps) AS BIGINT) AS steps,
+    CAST(sum(compared_tokens) AS BIGINT) AS emitted_tokens,
+    1.0 * sum(compared_tokens) / NULLIF(sum(compared_steps), 0) AS mean_emitted_per_step,
+    1000.0 * sum(compared_tokens) / NULLIF(sum(compared_ms), 0) AS tokens_per_s,
+    1000.0 * sum(compared_tokens) / NULLIF(sum(plain_ms), 0) AS plain_tokens_per_s,
+    sum(plain_ms) / NULLIF(sum(compared_ms), 0) AS speedup,
+    'calibration' AS source,
+    CAST(sum(CASE WHEN decision IN ('probe', 'guard', 'off') THEN compared_steps ELSE 0 END) AS BIGINT) AS plain_steps,
+    sum(CASE WHEN decision IN ('probe', 'guard', 'off') THEN compared_ms END)
+        / NULLIF(sum(CASE WHEN decision IN ('probe', 'guard', 'off') THEN plain_ms END), 0) AS plain_check
+"""
+
+_JOB_SPEEDUP = f"""
 CREATE VIEW job_speedup AS
 SELECT
+    job_id,{_COMPARISON}
+FROM step_minutes
+GROUP BY job_id
+HAVING sum(compared_steps) > 0
+"""
+
+_SPEEDUP_BY_MODEL = f"""
+CREATE VIEW speedup_by_model AS
+SELECT
+    model,{_COMPARISON}
+FROM step_minutes
+JOIN jobs ON jobs.id = step_minutes.job_id
+GROUP BY model
+HAVING sum(compared_steps) > 0
+"""
+
+# drafter '': steps that showed no drafts. What they lose or win is the price of drafts that were grown for nothing.
+_SPEEDUP_BY_DRAFTER = f"""
+CREATE VIEW speedup_by_drafter AS
+SELECT
     job_id,
-    steps,
-    emitted_tokens,
-    1.0 * emitted_tokens / steps AS mean_emitted_per_step,
-    1000.0 * emitted_tokens / NULLIF(spent_ms, 0) AS tokens_per_s,
-    1000.0 * emitted_tokens / NULLIF(plain_ms, 0) AS plain_tokens_per_s,
-    plain_ms / NULLIF(spent_ms, 0) AS speedup,
-    'calibration' AS source
-FROM (
-    SELECT
-        job_id,
-        count(*) AS steps,
-        CAST(sum(emitted_tokens) AS BIGINT) AS emitted_tokens,
-        sum(step_ms / batch_sequences) AS spent_ms,
-        sum(emitted_tokens * plain_step_ms / batch_sequences) AS plain_ms
-    FROM decode_steps
-    WHERE plain_step_ms IS NOT NULL
-    GROUP BY job_id
-) AS comparable
+    drafter,{_COMPARISON}
+FROM step_minutes
+GROUP BY job_id, drafter
+HAVING sum(compared_steps) > 0
+"""
+
+# `hour` is the Unix second at which the hour begins.
+_SPEEDUP_BY_HOUR = f"""
+CREATE VIEW speedup_by_hour AS
+SELECT
+    minute - minute % 3600 AS hour,
+    job_id,{_COMPARISON}
+FROM step_minutes
+GROUP BY minute - minute % 3600, job_id
+HAVING sum(compared_steps) > 0
+"""
+
+# `minute` is the Unix second at which the minute begins.
+_THROUGHPUT_BY_MINUTE = """
+CREATE VIEW throughput_by_minute AS
+SELECT
+    minute,
+    job_id,
+    CAST(sum(tokens + first_tokens) AS BIGINT) AS tokens,
+    CAST(sum(steps + first_steps) AS BIGINT) AS steps,
+    sum(plain_ms) / NULLIF(sum(compared_ms), 0) AS speedup
+FROM step_minutes
+GROUP BY minute, job_id
 """
 
 # At each depth: how many trees reached it, and in how many of them a draft token of that depth was accepted.
 _ACCEPTANCE_BY_DEPTH = """
 CREATE VIEW acceptance_by_depth AS
-WITH RECURSIVE reached (job_id, depth, tree_depth, accepted_tokens, steps) AS (
-    SELECT job_id, 1, tree_depth, accepted_tokens, count(*)
-    FROM decode_steps
-    WHERE tree_depth >= 1
-    GROUP BY job_id, tree_depth, accepted_tokens
+WITH RECURSIVE depths (depth, last) AS (
+    SELECT 1, (SELECT max(tree_depth) FROM step_depths)
     UNION ALL
-    SELECT job_id, depth + 1, tree_depth, accepted_tokens, steps
-    FROM reached
-    WHERE depth < tree_depth
+    SELECT depth + 1, last FROM depths WHERE depth < last
 )
 SELECT
     job_id,
@@ -55,39 +95,143 @@ SELECT
     CAST(sum(steps) AS BIGINT) AS tried,
     CAST(sum(CASE WHEN accepted_tokens >= depth THEN steps ELSE 0 END) AS BIGINT) AS accepted,
     1.0 * sum(CASE WHEN accepted_tokens >= depth THEN steps ELSE 0 END) / sum(steps) AS rate
-FROM reached
+FROM step_depths
+JOIN depths ON depth <= tree_depth
 GROUP BY job_id, depth
 """
 
-# `minute` is the Unix second at which the minute begins.
-_THROUGHPUT_BY_MINUTE = """
-CREATE VIEW throughput_by_minute AS
+# child_rank 0 is the likeliest child in the draft's eyes. Only steps whose `reached` is recorded.
+_ACCEPTANCE_BY_RANK = """
+CREATE VIEW acceptance_by_rank AS
 SELECT
-    {minute} AS minute,
     job_id,
-    CAST(sum(emitted_tokens) AS BIGINT) AS tokens,
-    count(*) AS steps
-FROM decode_steps
-GROUP BY {minute}, job_id
+    child_rank,
+    CAST(sum(tried) AS BIGINT) AS tried,
+    CAST(sum(accepted) AS BIGINT) AS accepted,
+    1.0 * sum(accepted) / sum(tried) AS rate
+FROM step_ranks
+GROUP BY job_id, child_rank
+"""
+
+# How many draft tokens steps kept; the token from prefill is not a step here.
+_ACCEPTANCE_HISTOGRAM = """
+CREATE VIEW acceptance_histogram AS
+SELECT
+    job_id,
+    accepted_tokens,
+    CAST(sum(steps) AS BIGINT) AS steps,
+    1.0 * sum(steps) / sum(sum(steps)) OVER (PARTITION BY job_id) AS share
+FROM step_depths
+GROUP BY job_id, accepted_tokens
+"""
+
+_TREE_BY_BATCH = """
+CREATE VIEW tree_by_batch AS
+SELECT
+    job_id,
+    batch_sequences,
+    CAST(sum(steps) AS BIGINT) AS steps,
+    1.0 * sum(tree_nodes) / sum(steps) AS mean_tree_nodes,
+    1.0 * sum(CASE WHEN drafter <> '' THEN steps ELSE 0 END) / sum(steps) AS share_with_tree,
+    1.0 * sum(tokens) / sum(steps) AS mean_emitted_per_step,
+    sum(step_ms) * batch_sequences / sum(steps) AS mean_step_ms
+FROM step_batches
+GROUP BY job_id, batch_sequences
+"""
+
+# Of steps with a tree. `miscalibration` 0: drafts are accepted exactly as often as was expected of them.
+_EXPECTED_AND_ACCEPTED = """
+CREATE VIEW expected_and_accepted AS
+SELECT
+    job_id,
+    drafter,
+    CAST(sum(steps) AS BIGINT) AS steps,
+    sum(expected_accepted) / sum(steps) AS mean_expected,
+    1.0 * sum(accepted_tokens) / sum(steps) AS mean_accepted,
+    abs(sum(expected_accepted) - sum(accepted_tokens)) / NULLIF(sum(accepted_tokens), 0) AS miscalibration
+FROM step_expectations
+GROUP BY job_id, drafter
+"""
+
+_RELIABILITY = """
+CREATE VIEW reliability AS
+SELECT
+    job_id,
+    quarter / 4.0 AS expected_from,
+    CAST(sum(steps) AS BIGINT) AS steps,
+    sum(expected_accepted) / sum(steps) AS mean_expected,
+    1.0 * sum(accepted_tokens) / sum(steps) AS mean_accepted
+FROM step_expectations
+GROUP BY job_id, quarter
+"""
+
+# Where the time of steps went, prefill apart: drafting, the target's forward, and everything else on the host.
+_TIME_BY_JOB = """
+CREATE VIEW time_by_job AS
+SELECT
+    job_id,
+    sum(step_ms) / 1000.0 AS busy_s,
+    sum(draft_ms) / NULLIF(sum(step_ms), 0) AS draft_share,
+    sum(verify_ms) / NULLIF(sum(step_ms), 0) AS verify_share,
+    (sum(step_ms) - sum(draft_ms) - sum(verify_ms)) / NULLIF(sum(step_ms), 0) AS host_share
+FROM step_minutes
+GROUP BY job_id
+"""
+
+_DECISIONS_BY_JOB = """
+CREATE VIEW decisions_by_job AS
+SELECT
+    job_id,
+    decision,
+    CAST(sum(steps) AS BIGINT) AS steps,
+    1.0 * sum(steps) / sum(sum(steps)) OVER (PARTITION BY job_id) AS share,
+    1.0 * sum(tokens) / sum(steps) AS mean_emitted_per_step,
+    sum(plain_ms) / NULLIF(sum(compared_ms), 0) AS speedup
+FROM step_minutes
+WHERE steps > 0
+GROUP BY job_id, decision
+"""
+
+# By worker and hour, over the minutes in which its devices told what they drew. Empty where no device tells.
+_TOKENS_PER_JOULE = """
+CREATE VIEW tokens_per_joule AS
+SELECT
+    energy.worker_id AS worker_id,
+    energy.minute - energy.minute % 3600 AS hour,
+    CAST(sum(COALESCE(written.tokens, 0)) AS BIGINT) AS tokens,
+    sum(energy.joules) AS joules,
+    1.0 * sum(COALESCE(written.tokens, 0)) / NULLIF(sum(energy.joules), 0) AS tokens_per_joule
+FROM worker_energy AS energy
+LEFT JOIN (
+    SELECT worker_id, minute, sum(tokens + first_tokens) AS tokens
+    FROM step_minutes
+    GROUP BY worker_id, minute
+) AS written ON written.worker_id = energy.worker_id AND written.minute = energy.minute
+GROUP BY energy.worker_id, energy.minute - energy.minute % 3600
 """
 
 VIEWS: Final[Mapping[str, str]] = {
     "job_speedup": _JOB_SPEEDUP,
-    "acceptance_by_depth": _ACCEPTANCE_BY_DEPTH,
+    "speedup_by_model": _SPEEDUP_BY_MODEL,
+    "speedup_by_drafter": _SPEEDUP_BY_DRAFTER,
+    "speedup_by_hour": _SPEEDUP_BY_HOUR,
     "throughput_by_minute": _THROUGHPUT_BY_MINUTE,
-}
-
-# SQLite may lack floor(), and its cast cuts off; PostgreSQL's cast rounds.
-_MINUTE: Final[Mapping[str, str]] = {
-    "sqlite": "CAST(ended_at / 60 AS INTEGER) * 60",
-    "postgresql": "CAST(floor(ended_at / 60) AS BIGINT) * 60",
+    "acceptance_by_depth": _ACCEPTANCE_BY_DEPTH,
+    "acceptance_by_rank": _ACCEPTANCE_BY_RANK,
+    "acceptance_histogram": _ACCEPTANCE_HISTOGRAM,
+    "tree_by_batch": _TREE_BY_BATCH,
+    "expected_and_accepted": _EXPECTED_AND_ACCEPTED,
+    "reliability": _RELIABILITY,
+    "time_by_job": _TIME_BY_JOB,
+    "decisions_by_job": _DECISIONS_BY_JOB,
+    "tokens_per_joule": _TOKENS_PER_JOULE,
 }
 
 
 def create_views(connection: Connection) -> None:
     """Create all views; their tables must exist."""
     for ddl in VIEWS.values():
-        connection.execute(text(ddl.strip().format(minute=_MINUTE[connection.dialect.name])))
+        connection.execute(text(ddl.strip()))
 
 
 def drop_views(connection: Connection) -> None:

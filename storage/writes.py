@@ -9,32 +9,38 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import ColumnElement, and_, select, update
 from sqlalchemy.orm import Session
 
 from storage.endings import error_columns, expire_jobs, expire_requests, finalise_jobs, request_cancel
 from storage.flush import flush
-from storage.models import Job, Request, Worker
+from storage.keys import refuse_beyond_limits
+from storage.models import Job, Request, Worker, WorkerEnergy
 from storage.records import NewJob, NewRequest, WorkerCard
-from storage.sql import database_now, insert_many, insert_new
+from storage.sql import database_now, insert_into, insert_many, insert_new
 
 __all__ = [
     "RecordedJob",
+    "add_energy",
     "beat_worker",
     "expire_jobs",
     "expire_requests",
     "finalise_jobs",
     "flush",
+    "note_load",
     "record_job",
     "register_worker",
     "request_cancel",
+    "request_row",
     "stop_worker",
     "update_calibration",
 ]
 
 _ROWS_AT_ONCE: Final = 1_000
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +56,23 @@ def record_job(session: Session, job: NewJob, requests: Iterable[NewRequest]) ->
     """Record a job and its requests, which are read once and in pieces. Refused requests are born failed.
 
     A submission that comes again, by its idempotency key, finds the first one's job. A job without a request that can
-    be served is completed at once.
+    be served is completed at once. Raise QuotaExceeded if it is more than the limits of its key leave room for.
     """
     now = database_now(session)
     created = session.execute(insert_new(session, Job).values(**_job_row(job, now)).returning(Job.id)).first()
     if created is None:
         return _earlier_job(session, job)
-    total = failed = 0
-    for rows in _in_pieces(_request_row(job.id, index, request, now) for index, request in enumerate(requests)):
+    total = failed = tokens = 0
+    for piece in _in_pieces(enumerate(requests)):
+        rows = [request_row(job.id, index, request, now) for index, request in piece]
         insert_many(session, Request, rows)
         total += len(rows)
         failed += sum(row["status"] == "failed" for row in rows)
-    session.execute(update(Job).where(Job.id == job.id).values(requests_total=total, requests_failed=failed))
+        tokens += sum(request.tokens for _, request in piece)
+    counts = {"requests_total": total, "requests_failed": failed, "tokens_asked": tokens}
+    session.execute(update(Job).where(Job.id == job.id).values(counts))
     finalise_jobs(session, [job.id])
+    refuse_beyond_limits(session, job.api_key_id or "")
     return RecordedJob(job.id, created=True)
 
 
@@ -82,6 +92,18 @@ def update_calibration(session: Session, worker_id: str, calibration: Mapping[st
     _update_worker(session, worker_id, calibration=dict(calibration))
 
 
+def note_load(session: Session, worker_id: str, load: Mapping[str, Any]) -> None:
+    """Note what a worker is doing right now."""
+    _update_worker(session, worker_id, load=dict(load))
+
+
+def add_energy(session: Session, worker_id: str, at: float, joules: float) -> None:
+    """Add what a worker's devices have drawn to the minute in which they did."""
+    added = insert_into(session, WorkerEnergy).values(worker_id=worker_id, minute=int(at // 60) * 60, joules=joules)
+    more = {"joules": WorkerEnergy.joules + added.excluded.joules}
+    session.execute(added.on_conflict_do_update(index_elements=["worker_id", "minute"], set_=more))
+
+
 def stop_worker(session: Session, worker_id: str) -> None:
     """Note that a worker has left in order."""
     now = database_now(session)
@@ -95,7 +117,7 @@ def _update_worker(session: Session, worker_id: str, **columns: Any) -> None:
 def _job_row(job: NewJob, now: float) -> dict[str, Any]:
     return {
         "id": job.id,
-        "status": "in_progress",
+        "status": "in_progress" if job.input_file_id is None else "validating",
         "model": job.model,
         "endpoint": job.endpoint,
         "created_at": now,
@@ -109,12 +131,20 @@ def _job_row(job: NewJob, now: float) -> dict[str, Any]:
         "api_key_id": job.api_key_id or "",
         "idempotency_key": job.idempotency_key,
         "body_sha256": job.body_sha256,
+        "priority": job.priority,
         "doorbell_at": now,  # whoever records a job rings right after the commit
+        "input_file_id": job.input_file_id,
+        "completion_window": job.completion_window,
+        "output_expires_after_s": job.output_expires_after_s,
+        "validated_at": now if job.input_file_id is None else None,
+        "event_number": 0,
+        "retry_of": job.retry_of,
         "body_version": job.body_version,
     }
 
 
-def _request_row(job_id: str, index: int, request: NewRequest, now: float) -> dict[str, Any]:
+def request_row(job_id: str, index: int, request: NewRequest, now: float) -> dict[str, Any]:
+    """Return a new request as its row: queued, or born failed."""
     refused = request.refusal is not None
     return {
         "job_id": job_id,
@@ -125,6 +155,7 @@ def _request_row(job_id: str, index: int, request: NewRequest, now: float) -> di
         "attempts": 0,
         "lease_number": 0,
         "finished_at": now if refused else None,
+        "event_number": 0 if refused else None,
         "expires_at": None if request.timeout_s is None else now + request.timeout_s,
         **(error_columns(request.refusal) if request.refusal is not None else _NO_ERROR),
     }
@@ -148,7 +179,7 @@ def _earlier_job(session: Session, job: NewJob) -> RecordedJob:
     return RecordedJob(earlier.id, created=False, conflict=earlier.body_sha256 != job.body_sha256)
 
 
-def _in_pieces(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    waiting = iter(rows)
+def _in_pieces(items: Iterable[T]) -> Iterator[list[T]]:
+    waiting = iter(items)
     while piece := list(islice(waiting, _ROWS_AT_ONCE)):
         yield piece

@@ -125,6 +125,14 @@ class TableModel:
         beginning = {i: self._slots[source][i] for i in range(length)}
         self._slots.setdefault(target, {}).update(beginning)
 
+    def release(self, slot: int, length: int) -> None:
+        """Forget all but the beginning of a text."""
+        self._slots[slot] = {i: token for i, token in self._slots.get(slot, {}).items() if i < length}
+
+    def clear(self) -> None:
+        """Forget every text."""
+        self._slots.clear()
+
     def _store(self, segment: Segment) -> Segment:
         slot = self._slots.setdefault(segment.slot, {})
         self.rows += len(segment.ids)

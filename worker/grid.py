@@ -1,8 +1,9 @@
 """The grid: does speculation ever cost anything? Plain, opt-tree and paper at every batch size, draft and temperature.
 
-`basic bench --grid` prints it. Three drafts stand for what may happen: `suffix` is what runs without a draft model,
-`random` a model of random weights that is wrong all the time and costs its forwards, `replay` one that knows the text,
-is right four times in five and costs nothing. Modes take turns within a run, and medians count.
+`basic bench --grid` prints it. Four drafts stand for what may happen: `shipped` is the one that comes with the target,
+`suffix` what runs without a draft model, `random` a model of random weights that is wrong all the time and costs its
+forwards, `replay` one that knows the text, is right four times in five and costs nothing. Modes take turns within a
+run, and medians count.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ from worker.engine.drafting import Drafter
 from worker.engine.language_model import PackedModel, quicken
 from worker.engine.options import Mode
 from worker.engine.rows import IntArray
+from worker.engine.sampling import noise_key
 from worker.engine.sequence import Sequence as EngineSequence
 from worker.pull import resolve
 from worker.settings import WorkerSettings
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 TEMPERATURES = (0.0, 1.0)
+SHIPPED = "shipped"
 DRAFTS = ("replay", "random", "suffix")
 _RIGHT = 0.8  # of the tokens that the replay drafter offers
 _LEAST_PROMPTS = 4
@@ -58,14 +61,16 @@ class Cell:
         ]
 
 
-def run(settings: WorkerSettings, prompts: Sequence[str], max_tokens: int, runs: int, say: Say) -> list[Cell]:
+def run(
+    settings: WorkerSettings, prompts: Sequence[str], batches: Sequence[int], max_tokens: int, runs: int, say: Say
+) -> list[Cell]:
     """Measure every cell."""
     assembly = assemble(settings, say)
     texts = encode(assembly, prompts, max_tokens)
     random = _random_draft(assembly)
     transformers = load_peer(resolve(settings.target, settings.cache_dir), assembly)
     cells: list[Cell] = []
-    for batch in BATCHES:
+    for batch in batches:
         some = [texts[i % len(texts)] for i in range(max(batch, _LEAST_PROMPTS))]
         for temperature in TEMPERATURES:
             say(f"Batch {batch}, temperature {temperature:g}")
@@ -74,7 +79,7 @@ def run(settings: WorkerSettings, prompts: Sequence[str], max_tokens: int, runs:
                 runners["transformers"] = peer(transformers, assembly, some, max_tokens, temperature)
             taken = take_turns(runners, batch, runs)
             rates = {name: median(timed.rate for timed in of) for name, of in taken.items()}
-            for drafter in DRAFTS:
+            for drafter in [name.removeprefix("opt-tree ") for name in rates if name.startswith("opt-tree ")]:
                 ours = (rates["plain"], rates[f"opt-tree {drafter}"], rates[f"paper {drafter}"])
                 cells.append(Cell(batch, temperature, drafter, *ours, rates.get("transformers"), runs))
     return cells
@@ -91,8 +96,10 @@ def _runners(
         "random": lambda: ModelDrafter(random, "random", vocab),
         "suffix": SuffixDrafter,
     }
+    if assembly.draft:
+        drafts = {SHIPPED: assembly.make_drafter, **drafts}
     runners = {"plain": decode(assembly, prompts, max_tokens, Mode.PLAIN, temperature)}
-    for name in DRAFTS:
+    for name in drafts:
         for mode in (Mode.OPT_TREE, Mode.PAPER):
             runners[f"{mode.value} {name}"] = decode(assembly, prompts, max_tokens, mode, temperature, drafts[name])
     return runners
@@ -129,7 +136,7 @@ class ReplayDrafter:
             assert isinstance(sequence.key, int)
             known = self._known[sequence.key]
             place = len(sequence.ids) - sequence.num_prompt + int(forest.depth[node])
-            right = (place * 7919 + sequence.key * 104729) % 100 < 100 * _RIGHT
+            right = noise_key(sequence.key, place) % 100 < 100 * _RIGHT  # each place by itself
             tokens[row] = known[place] if place < len(known) and right else 0
         return Candidates(tokens, np.full(tokens.shape, _RIGHT))
 

@@ -15,17 +15,19 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 from jobs.errors import DatabaseUnavailable
 from jobs.liveness import identity
 from jobs.partials import Publisher
+from jobs.processes import RESTART_STATUS
 from jobs.producer import Ring
 from jobs.reconciler import Reconciler
 from storage import writes
 from storage.records import WorkerCard
 from storage.session import DATABASE_AWAY, Database, why_away
 from worker.assembly import Assembly
+from worker.energy import gpu_meter
 from worker.runner import Runner
 from worker.settings import WorkerSettings
 from worker.sink import Sink
@@ -33,10 +35,9 @@ from worker.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-RESTART_STATUS: Final = 75  # EX_TEMPFAIL of sysexits.h: another start may work
-
 _IDLE_S = 1.0  # longest sleep without work
 _HOUSEKEEPING_S = 5.0
+_LOAD_S = 1.0  # between two looks at what the engine holds
 _DATABASE_RETRY_S = 2.0
 _HAND_BACK_RETRY_S = 0.5
 _STOP_STATUS = 1  # of a process that did not stop in order
@@ -60,6 +61,10 @@ class Resident:
         self._turns = 0
         self._moved = False
         self._learned: dict[str, Any] = {}
+        self._load: dict[str, Any] = {}
+        self._load_at = float("-inf")
+        self._meter = gpu_meter()
+        self._joules = 0.0
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._engine_thread = threading.Thread(target=self._serve_or_end, name="basic-engine", daemon=True)
@@ -120,6 +125,7 @@ class Resident:
             try:
                 runner.turn(rung=rung)
                 self._learned = runner.learned
+                self._note_load(runner)
             except DatabaseUnavailable as error:
                 log.warning("Decoding pauses: %s", error, extra={"action": "database_away"})
                 self._stop.wait(_DATABASE_RETRY_S * random.uniform(0.5, 1.5))
@@ -127,6 +133,12 @@ class Resident:
                 if not runner.busy:
                     self._wake.wait(_IDLE_S * random.uniform(0.5, 1.0))
         self._leave(runner)
+
+    def _note_load(self, runner: Runner) -> None:
+        """Look at what the engine holds, from its own thread, now and then."""
+        if time.monotonic() - self._load_at >= _LOAD_S:
+            self._load_at = time.monotonic()
+            self._load = runner.load
 
     def _leave(self, runner: Runner) -> None:
         """Hand everything back; a database that is away may come back in time."""
@@ -161,12 +173,23 @@ class Resident:
             _end(RESTART_STATUS, verdict)
 
     def _beat(self) -> None:
-        """Say that the worker lives, as long as its engine turns, and what it has learned."""
+        """Say that the worker lives, as long as its engine turns, what it holds, and what it has learned."""
         if not self._moved:
             return
+        joules = self._meter.joules() if self._meter else 0.0
         with self._database.write() as session:
             writes.beat_worker(session, self.worker_id)
             writes.update_calibration(session, self.worker_id, {**self._assembly.costs.as_json(), **self._learned})
+            writes.note_load(
+                session, self.worker_id, {**self._load, **self._capacity(), "joules": self._joules + joules}
+            )
+            if joules:
+                writes.add_energy(session, self.worker_id, time.time(), joules)
+        self._joules += joules
+
+    def _capacity(self) -> dict[str, int]:
+        options = self._assembly.options
+        return {"max_sequences": options.max_sequences, "kv_capacity_tokens": options.total_kv_tokens}
 
     def _runner(self) -> Runner:
         sink = Sink(self._database, self._publisher.publish, self.worker_id, self._settings.lease_s)
@@ -179,6 +202,8 @@ class Resident:
             model=self._assembly.name,
             lease_s=self._settings.lease_s,
             interval_s=self._settings.partials_interval_s,
+            # An engine with room for a single sequence keeps it for everybody.
+            reserved=min(self._settings.interactive_sequences, self._assembly.options.max_sequences - 1),
         )
 
     def _card(self) -> WorkerCard:
@@ -188,7 +213,7 @@ class Resident:
             pid=os.getpid(),
             target=self._assembly.name,
             draft=self._assembly.draft,
-            devices=(self._assembly.device,),
+            devices=(self._assembly.device,) * self._assembly.ranks,
             context_tokens=self._assembly.options.max_context,
             calibration=self._assembly.costs.as_json(),
             process=identity(),

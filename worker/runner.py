@@ -22,6 +22,7 @@ from worker.engine.engine import Engine
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepResult
 from worker.live import LiveChoice, LiveRequest
+from worker.load import Load
 from worker.recovery import LastingEngine
 from worker.sink import Sink
 from worker.text import Codec
@@ -30,6 +31,7 @@ from worker.transcript import Transcript
 log = logging.getLogger(__name__)
 
 _POLL_S = 1.0  # between looks for work when the last one found none; a doorbell cuts it short
+_WAITED_FOR_INTERVAL_S = 0.1  # between commits of text that a person waits for
 _FENCE = 2 / 3  # of a lease: without a renewal for longer, nothing is decoded until there is one
 
 
@@ -47,8 +49,12 @@ class Runner:
         model: str,
         lease_s: float,
         interval_s: float,
+        reserved: int = 0,
     ) -> None:
-        """Flush every `interval_s`; `make_engine` also replaces an engine whose step failed."""
+        """Flush every `interval_s`; `make_engine` also replaces an engine whose step failed.
+
+        So many as `reserved` of the engine's sequences are kept for requests that somebody waits for.
+        """
         self._engine = LastingEngine(make_engine)
         self._codec = codec
         self._sink = sink
@@ -57,7 +63,9 @@ class Runner:
         self._model = model
         self._lease_s = lease_s
         self._interval_s = interval_s
+        self._reserved = reserved
         self._live: dict[RequestKey, LiveRequest] = {}
+        self._load = Load()
         self._claimed_at = float("-inf")
         self._flushed_at = float("-inf")
         self._renewed_at = float("-inf")  # when the oldest lease that is held was renewed
@@ -72,6 +80,11 @@ class Runner:
     def learned(self) -> dict[str, Any]:
         """What the engine has learned about drafts, as JSON."""
         return self._engine.learned
+
+    @property
+    def load(self) -> dict[str, Any]:
+        """What the worker has done since its start and holds now, as JSON."""
+        return self._load.as_json(self._live.values())
 
     def turn(self, *, rung: bool = False) -> None:
         """Claim if there is room, run one step, flush if it is time. Raises DatabaseUnavailable: call again later."""
@@ -107,6 +120,7 @@ class Runner:
                     self._engine.room,
                     self._lease_s,
                     holding=self._live,
+                    reserved=max(0, self._reserved - sum(len(request.choices) for request in self._waited_for())),
                     body_version=MESSAGE_VERSION,
                 )
         except DATABASE_AWAY as error:
@@ -132,15 +146,16 @@ class Runner:
     def _add_choices(self, request: LiveRequest) -> None:
         claim = request.claim
         body = _read(claim)
-        prompt = self._codec.encode(body, claim.endpoint)
+        prompts = self._codec.encode_all(body, claim.endpoint)
         earlier: defaultdict[int, list[Checkpoint]] = defaultdict(list)
         for checkpoint in claim.checkpoints:
             earlier[checkpoint.choice_index].append(checkpoint)
-        for index in sorted(set(range(body.sampling.n)) - set(claim.finished_choices)):
-            sequence = self._codec.sequence((*claim.lease.key, index), prompt, body.sampling, index)
+        n = body.sampling.n
+        for index in sorted(set(range(len(prompts) * n)) - set(claim.finished_choices)):
+            sequence = self._codec.sequence((*claim.lease.key, index), prompts[index // n], body.sampling, index)
             started_at = claim.started_at or time.time()
             transcript = Transcript(sequence, self._codec.stream(body.sampling.stop))
-            choice = LiveChoice(index, transcript, started_at)
+            choice = LiveChoice(index, transcript, started_at, first_of_prompt=index % n == 0)
             choice.resume(earlier[index])
             request.choices[index] = choice
         for choice in request.choices.values():
@@ -151,6 +166,7 @@ class Runner:
         results, given_up = self._engine.step()
         self._warn_of_slow_steps(time.monotonic() - began_at)
         now = time.time()
+        self._load.take(results)
         for result in results:
             self._take(result, now)
         # The engine knows nothing of stop strings: to it, what they ended runs on.
@@ -171,7 +187,7 @@ class Runner:
 
     def _take(self, result: StepResult, now: float) -> None:
         job_id, request_index, choice = _parts(result.sequence.key)
-        self._live[job_id, request_index].choices[choice].take(result, now)
+        self._live[job_id, request_index].choices[choice].take(result, now, self._codec.token_text)
 
     def _refuse(self, sequence: Sequence) -> None:
         """Answer a request with an error because the engine can't decode this choice of it even alone."""
@@ -182,8 +198,15 @@ class Runner:
         self._engine.cancel(others)
 
     def _flush_is_due(self) -> bool:
-        done = all(request.done for request in self._live.values())
-        return done or time.monotonic() - self._flushed_at >= self._interval_s
+        if all(request.done for request in self._live.values()):
+            return True
+        waited_for = self._waited_for()
+        interval_s = min(self._interval_s, _WAITED_FOR_INTERVAL_S) if waited_for else self._interval_s
+        done = any(request.done for request in waited_for)
+        return done or time.monotonic() - self._flushed_at >= interval_s
+
+    def _waited_for(self) -> list[LiveRequest]:
+        return [request for request in self._live.values() if request.claim.priority]
 
     def _flush(self) -> None:
         now = time.monotonic()

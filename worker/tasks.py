@@ -18,22 +18,17 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from jobs.celery_app import DOORBELL_TASK, KEY_PREFIX, PULSE_TASK, make_app, pulse_queue
-from jobs.errors import BasicError
-from jobs.logs import log_to_stderr
 from jobs.messages import model_queue
 from jobs.producer import make_producer_app, ring, send_pulse
 from jobs.schema_guard import require_schema
-from storage.session import DATABASE_AWAY, why_away
 from worker.assembly import assemble
-from worker.engine.errors import EngineError
-from worker.resident import RESTART_STATUS, Pulse, Resident, new_worker_id
+from worker.resident import Pulse, Resident, new_worker_id
 from worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
 
 _PULSE_EXPIRES_S = 600
 _TIMEOUT_S = 2.0
-_BAD_SETTINGS_STATUS = 78
 
 
 def make_worker_app(redis_url: str, model: str, resident: Resident) -> Celery:
@@ -71,7 +66,8 @@ def make_pulse(redis_url: str, worker_id: str) -> Pulse:
 def serve(settings: WorkerSettings) -> int:
     """Load the models, start the resident engine, and listen for doorbells until a signal ends the process."""
     require_schema(settings.resolved_database_url)
-    assembly = assemble(settings, say=log.info)
+    sequences = settings.max_sequences + settings.interactive_sequences
+    assembly = assemble(settings.model_copy(update={"max_sequences": sequences}), say=log.info)
     bells = make_producer_app(settings.redis_url)
     resident = Resident(
         settings, assembly, ring=lambda job_id, model: ring(bells, job_id, model), worker_id=new_worker_id()
@@ -88,9 +84,10 @@ def serve(settings: WorkerSettings) -> int:
             signal.signal(number, _end_at_once)
         resident.stop()
 
-    resident.start(make_pulse(settings.redis_url, resident.worker_id))
-    log.info("Serving %s as %s", assembly.name, resident.worker_id, extra={"action": "ready"})
+    signal.signal(signal.SIGTERM, _leave)  # Celery's own handler comes later, and requests may be claimed before
     try:
+        resident.start(make_pulse(settings.redis_url, resident.worker_id))
+        log.info("Serving %s as %s", assembly.name, resident.worker_id, extra={"action": "ready"})
         app.worker_main(["worker", "--concurrency=4", "--loglevel=INFO", f"--hostname={resident.worker_id}@%h"])
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
@@ -99,22 +96,8 @@ def serve(settings: WorkerSettings) -> int:
     return 0
 
 
-def run(settings: WorkerSettings) -> int:
-    """Serve, and turn what the settings got wrong into one sentence and an exit status that means: don't restart."""
-    log_to_stderr(settings.log_format)
-    try:
-        return serve(settings)
-    except (BasicError, EngineError) as error:
-        print(error, file=sys.stderr)
-        return _BAD_SETTINGS_STATUS
-    except DATABASE_AWAY as error:
-        print(f"the database does not answer: {why_away(error)}", file=sys.stderr)
-        return RESTART_STATUS
-
-
-def main() -> int:
-    """Run a worker with the settings of the environment: `python -m worker`."""
-    return run(WorkerSettings())
+def _leave(_number: int, _frame: object) -> None:
+    sys.exit(0)
 
 
 def _end_at_once(number: int, _frame: FrameType | None) -> None:

@@ -1,14 +1,19 @@
 """Who is calling: the owner of what a request makes, and the limit of what it sees.
 
-routes -> [caller].  One dependency for all routes, so that no route can forget whose rows it reads.
+access -> [caller] -> routes.  One dependency for all routes, so that no route can forget whose rows it reads.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, cast
 
-from fastapi import Depends
+from fastapi import Depends, Request
+from starlette.types import Scope
+
+from jobs.errors import InvalidKey
+
+_PLACE = "basic.caller"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +29,16 @@ class Caller:
         return None if self.sees_all else self.key_id
 
 
-def _caller() -> Caller:
-    return Caller()
+def note_caller(scope: Scope, caller: Caller) -> None:
+    """Write down who was let in with this request."""
+    scope[_PLACE] = caller
+
+
+def _caller(request: Request) -> Caller:
+    """Return who was let in; a route that nobody guards has no caller, and must not ask for one."""
+    if _PLACE not in request.scope:
+        raise InvalidKey
+    return cast(Caller, request.scope[_PLACE])
 
 
 CallerNow = Annotated[Caller, Depends(_caller)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import math
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -12,12 +12,20 @@ from starlette.exceptions import HTTPException
 
 from jobs.api.envelope import error_body
 from jobs.api.limits import REQUEST_ID_HEADER, request_id
-from jobs.errors import BasicError, DatabaseUnavailable, InvalidValue, ServiceUnavailable, StorageFull
+from jobs.errors import (
+    BasicError,
+    DatabaseUnavailable,
+    InvalidValue,
+    LimitReached,
+    RequestFailed,
+    ServiceUnavailable,
+    StorageFull,
+)
 from storage.session import DATABASE_AWAY, is_full, why_away
 
 log = logging.getLogger(__name__)
 
-_RETRY_AFTER_S = {429: "10", 503: "3", 507: "30"}
+_RETRY_AFTER_S = {503: "3", 507: "30"}
 
 
 def install(app: FastAPI) -> None:
@@ -31,18 +39,38 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _on_bug)
 
 
-def _reply(error: BasicError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+def reply(error: BasicError) -> JSONResponse:
+    """Return an error of ours as a response."""
     status = error.status_code
-    extra = {"retry-after": _RETRY_AFTER_S[status]} if status in _RETRY_AFTER_S else {}
-    if status == 409:
-        extra["x-should-retry"] = "false"  # the openai client would otherwise try a conflict again
     body = error_body(status, error.message, error.param, error.code)
-    return JSONResponse(body, status, {**extra, **(headers or {})})
+    return JSONResponse(body, status, _headers(error))
+
+
+def database_away(error: Exception) -> JSONResponse:
+    """Return the response of a request that needs the database while that does not answer, or has no room."""
+    log.warning("The database does not answer: %s", why_away(error), extra={"action": "database_unavailable"})
+    return reply(StorageFull() if is_full(error) else DatabaseUnavailable())
+
+
+def _headers(error: BasicError) -> dict[str, str]:
+    if isinstance(error, RequestFailed):
+        return {"x-should-retry": "false"}  # the workers have tried already, or somebody has cancelled it
+    match error.status_code:
+        case 401:
+            return {"www-authenticate": "Bearer"}
+        case 409:
+            return {"x-should-retry": "false"}  # the openai client would otherwise try a conflict again
+        case 429 if isinstance(error, LimitReached):
+            return {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
+        case status if status in _RETRY_AFTER_S:
+            return {"retry-after": _RETRY_AFTER_S[status]}
+        case _:
+            return {}
 
 
 async def _on_basic_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, BasicError)
-    return _reply(error)
+    return reply(error)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
@@ -54,17 +82,16 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     param = ".".join(str(part) for part in first["loc"][1:]) or None
-    return _reply(InvalidValue(first["msg"].replace("Input should", "must"), param=param))
+    return reply(InvalidValue(first["msg"].replace("Input should", "must"), param=param))
 
 
 async def _on_database_away(request: Request, error: Exception) -> JSONResponse:
-    log.warning("The database does not answer: %s", why_away(error), extra={"action": "database_unavailable"})
-    return _reply(StorageFull() if is_full(error) else DatabaseUnavailable())
+    return database_away(error)
 
 
 async def _on_memory_short(request: Request, error: Exception) -> JSONResponse:
     log.warning("A request found no memory", extra={"action": "memory_short"})
-    return _reply(ServiceUnavailable("There is not enough memory for this right now; try again in a few seconds."))
+    return reply(ServiceUnavailable("There is not enough memory for this right now; try again in a few seconds."))
 
 
 async def _on_bug(request: Request, error: Exception) -> JSONResponse:

@@ -2,61 +2,67 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncGenerator, Iterator
-from itertools import islice
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Annotated, Any
 
-from fastapi import APIRouter, BackgroundTasks, Query, Request
+from fastapi import APIRouter, BackgroundTasks, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
-from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from jobs.api import views
-from jobs.api.services import ExistingJob, Services, ServicesNow, find_job
-from jobs.api.submissions import read_submission
-from jobs.errors import InvalidValue, NotCancellable, NotFound
-from jobs.intake import accept_job
-from jobs.messages import JobStatus, PartialEvent
-from jobs.partials import follow
-from jobs.snapshots import read_events
-from storage import queries, writes
-from storage.queries import OutputView
+from jobs.api.bodies import Body
+from jobs.api.caller import CallerNow
+from jobs.api.document import JOB_BODY
+from jobs.api.output_lines import CURSOR, followed_lines, output_lines
+from jobs.api.services import ExistingJob, ServicesNow, cancel_job, find_job
+from jobs.api.streams import StreamPlace
+from jobs.api.submissions import most_bytes, read_submission
+from jobs.errors import InvalidValue
+from jobs.intake import accept_job, retry_job
+from jobs.messages import JobStatus
+from jobs.telling import read_id
+from storage import queries
 
 router = APIRouter(prefix="/v1/jobs")
 
-_OUTPUTS_AT_ONCE = 200
+_RECONNECT = b"retry: 1000\n\n"  # milliseconds until EventSource comes back
+_STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # the second for nginx
 
-_CANCELLABLE_ANSWERS = {JobStatus.CANCELLING, JobStatus.CANCELLED}
 
-
-@router.post("")
-async def submit(request: Request, background: BackgroundTasks, services: ServicesNow) -> dict[str, Any]:
+@router.post("", openapi_extra=JOB_BODY)
+async def submit(
+    request: Request, background: BackgroundTasks, services: ServicesNow, caller: CallerNow
+) -> dict[str, Any]:
     """Record a job and answer with it. The doorbell rings afterwards: a queue that is away does not delay the reply."""
-    body = await request.body()
+    most = most_bytes(request.headers, services.settings)
 
     def ring_later(job_id: str, model: str) -> None:
         background.add_task(services.ring, job_id, model)
 
-    def accept() -> dict[str, Any]:
-        submission = read_submission(body, request.query_params, request.headers)
+    def accept(body: Body) -> dict[str, Any]:
+        lines = services.settings.max_line_bytes
+        submission = read_submission(body, request.query_params, request.headers, caller.key_id, lines)
         job_id = accept_job(submission, database=services.database, ring=ring_later, settings=services.settings)
-        return views.job(find_job(services, job_id))
+        return views.job(find_job(services, job_id, caller))
 
-    return await run_in_threadpool(accept)
+    async with services.bodies.received(request, most) as body:
+        return await run_in_threadpool(accept, body)
 
 
 @router.get("")
 def list_jobs(
     services: ServicesNow,
+    caller: CallerNow,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[str | None, Query(max_length=128)] = None,
+    interactive: Annotated[bool, Query(description="Also single requests, such as chats.")] = False,
 ) -> dict[str, Any]:
     """List jobs, newest first; `after` is the id that ended the page before."""
     with services.database.read() as session:
-        if after is not None and queries.job(session, after) is None:
+        if after is not None and queries.job(session, after, caller.sees) is None:
             raise InvalidValue("There is no job of this id to start behind.", param="after")
-        page = queries.jobs(session, limit=limit, after=after)
+        page = queries.jobs(session, limit=limit, after=after, owner=caller.sees, interactive=interactive)
     return views.page([views.job(job) for job in page.jobs], page.has_more)
 
 
@@ -67,23 +73,50 @@ def retrieve(job: ExistingJob) -> dict[str, Any]:
 
 
 @router.post("/{job_id}/cancel")
-def cancel(job_id: str, services: ServicesNow) -> dict[str, Any]:
+def cancel(job: ExistingJob, services: ServicesNow, caller: CallerNow) -> dict[str, Any]:
     """Cancel a job. May be repeated; a job that ended another way is a conflict."""
-    with services.database.write() as session:
-        status = writes.request_cancel(session, job_id)
-    if status is None:
-        raise NotFound(f"There is no job {job_id[:80]!r}.", param="id")
-    if JobStatus(status) not in _CANCELLABLE_ANSWERS:
-        raise NotCancellable(f"Cannot cancel a job with status '{status}'.")
-    return views.job(find_job(services, job_id))
+    return views.job(cancel_job(services, job, caller))
 
 
-@router.get("/{job_id}/outputs")
+@router.post("/{job_id}/retry")
+def retry(
+    job: ExistingJob,
+    services: ServicesNow,
+    caller: CallerNow,
+    background: BackgroundTasks,
+    idempotency_key: Annotated[str | None, Header()] = None,
+) -> dict[str, Any]:
+    """Run the requests of an ended job again that have no result: as a new job, whose `retry_of` is this one."""
+
+    def ring_later(job_id: str, model: str) -> None:
+        background.add_task(services.ring, job_id, model)
+
+    job_id = retry_job(
+        job,
+        api_key_id=caller.key_id,
+        idempotency_key=idempotency_key,
+        database=services.database,
+        ring=ring_later,
+        settings=services.settings,
+    )
+    return views.job(find_job(services, job_id, caller))
+
+
+@router.get("/{job_id}/outputs", dependencies=[StreamPlace])
 def outputs(
-    job: ExistingJob, services: ServicesNow, after: Annotated[int, Query(ge=-1, le=2**31 - 1)] = -1
+    job: ExistingJob,
+    services: ServicesNow,
+    after: Annotated[int, Query(ge=-1, le=2**31 - 1, description="Index of the request to start behind.")] = -1,
+    failed: Annotated[bool, Query(description="Only requests that ended without a result.")] = False,
+    follow: Annotated[bool, Query(description="Go on until the job ends, in the order in which requests end.")] = False,
+    cursor: Annotated[str, Query(pattern=CURSOR, description="With follow: the line to start behind.")] = "",
 ) -> StreamingResponse:
-    """Stream the finished requests as JSON lines, in the order of the job; `after` is the index to start behind."""
-    return StreamingResponse(_output_lines(services, job.id, after), media_type="application/x-ndjson; charset=utf-8")
+    """Stream the requests that have ended as JSON lines, in the order of the job, while it may still run.
+
+    With `follow` the lines come as requests end, each with a `cursor` from which a new call goes on.
+    """
+    lines = followed_lines(services, job, cursor, failed) if follow else output_lines(services, job, after, failed)
+    return StreamingResponse(lines, media_type="application/x-ndjson; charset=utf-8")
 
 
 @router.get("/{job_id}/stats")
@@ -93,27 +126,33 @@ def statistics(job: ExistingJob, services: ServicesNow) -> dict[str, Any]:
         return views.statistics(queries.job_stats(session, job.id))
 
 
-@router.get("/{job_id}/events", response_class=EventSourceResponse)
-async def events(job: ExistingJob, services: ServicesNow) -> AsyncGenerator[ServerSentEvent]:
-    """Stream what is written: first all text so far, then new text, until the job ends. Reconnecting starts over."""
+@router.get(
+    "/{job_id}/events",
+    response_class=StreamingResponse,
+    dependencies=[StreamPlace],
+    responses={
+        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Server-sent events."},
+        204: {"description": "The reader has been told everything, and the job has ended."},
+    },
+)
+async def events(
+    job: ExistingJob, services: ServicesNow, last_event_id: Annotated[str | None, Header(max_length=200)] = None
+) -> Response:
+    """Stream what is written as server-sent events: first what there is, then what comes, until the job ends.
 
-    async for event in follow(job.id, services.settings.redis_url, lambda: read_events(services.database, job.id)):
-        yield _server_sent(event)
+    Every event that tells text has an id. A reader that comes back with it as `Last-Event-ID` is told exactly what it
+    has not been told, by whichever shim; an id that is not ours starts over.
+    """
+    since = await services.broadcast.settle(job.id, read_id(last_event_id))
+    if since.status is not None and JobStatus(since.status).final:
+        return Response(status_code=204)
+    stream = _after(_RECONNECT, services.broadcast.follow(job.id, since))
+    return StreamingResponse(stream, media_type="text/event-stream", headers=_STREAM_HEADERS)
 
 
-def _server_sent(event: PartialEvent) -> ServerSentEvent:
-    place = "job" if event.index is None else f"{event.index}.{event.choice}.{event.seq}"
-    return ServerSentEvent(id=place, event=event.type, raw_data=event.model_dump_json(exclude_none=True))
-
-
-def _output_lines(services: Services, job_id: str, after: int) -> Iterator[str]:
-    while page := _output_page(services, job_id, after):
-        for output in page:
-            yield json.dumps(views.output(output), ensure_ascii=False) + "\n"
-        after = page[-1].request_index
-
-
-def _output_page(services: Services, job_id: str, after: int) -> list[OutputView]:
-    """Read some outputs at once: a reader may be slow, and must not hold a connection meanwhile."""
-    with services.database.read() as session:
-        return list(islice(queries.outputs(session, job_id, after_index=after), _OUTPUTS_AT_ONCE))
+async def _after(first: bytes, events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    """Yield what is to be said at once, and then the events."""
+    yield first
+    async with aclosing(events):
+        async for batch in events:
+            yield batch

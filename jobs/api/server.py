@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import ipaddress
+import logging
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import uvicorn
+from sqlalchemy.exc import SQLAlchemyError
 
+from jobs.api.access import Door
 from jobs.api.app import make_api
+from jobs.api.patience import PatientProtocol
+from jobs.dashboard import app as dashboard
 from jobs.errors import SetupError
+from jobs.local_key import read_local_key
 from jobs.logs import log_to_stderr
 from jobs.partials import Publisher
 from jobs.producer import make_producer_app, ring
 from jobs.reconciler import Reconciler
 from jobs.schema_guard import require_schema
 from jobs.settings import JobsSettings
+from storage import keys
 from storage.session import Database
+
+log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
 _SHUTDOWN_S = 5  # streams that are still open after this are cut
@@ -26,11 +36,18 @@ _SHUTDOWN_S = 5  # streams that are still open after this are cut
 def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
     """Serve until a signal comes. The URL is written to `ready_file` as soon as connections are taken."""
     log_to_stderr(settings.log_format)
+    database = Database.open(settings.resolved_database_url)
+    door = _door(settings, database)
     require_schema(settings.resolved_database_url)
     listener = _listen(settings.api_host, settings.api_port)
-    database = Database.open(settings.resolved_database_url)
+    api = make_api(settings, database, door=door)
+    dashboard.install(api, api.state.services, door)
     config = uvicorn.Config(
-        make_api(settings, database), log_config=None, access_log=False, timeout_graceful_shutdown=_SHUTDOWN_S
+        api,
+        http=PatientProtocol,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=_SHUTDOWN_S,
     )
     if ready_file is not None:
         _write_url(ready_file, listener)
@@ -58,6 +75,41 @@ def _reconciling(settings: JobsSettings, database: Database) -> Iterator[None]:
     finally:
         reconciler.stop()
         publisher.close()
+
+
+def _door(settings: JobsSettings, database: Database) -> Door:
+    """Return who may come in. Without keys that is everybody, so the shim must not be reached from elsewhere then."""
+    host, at_home = settings.api_host, _is_loopback(settings.api_host)
+    if not _has_keys(database):
+        if not at_home:
+            raise SetupError(
+                f"There is no API key, so the shim listens on loopback only and not on {host}. "
+                "Make one with `basic keys create NAME --scope admin`, or leave BASIC_API_HOST at 127.0.0.1."
+            )
+        log.warning(
+            "There is no API key: the shim listens on %s only, and everybody on this machine may use it. "
+            "`basic keys create NAME` makes one",
+            host,
+            extra={"action": "keyless"},
+        )
+    return Door(database, local_key=read_local_key(settings.data_dir), keyless=at_home)
+
+
+def _has_keys(database: Database) -> bool:
+    """Return whether there are keys; True if the database can't say, for then none will be taken for granted."""
+    try:
+        with database.read() as session:
+            return keys.keys_in_use(session)
+    except SQLAlchemyError as exc:
+        log.warning("The database does not say whether there are keys: %s", exc, extra={"action": "database_away"})
+        return True
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import asdict
+from typing import Annotated, Any
 
 import redis
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from redis.exceptions import RedisError
 from sqlalchemy import text
 
 from jobs.api import views
+from jobs.api.caller import CallerNow
 from jobs.api.services import ServicesNow
-from jobs.errors import UnknownModel
+from jobs.errors import NotFound, UnknownModel
 from jobs.intake import known_models
 from storage import queries
+from storage.statistics import job_rows
 
 router = APIRouter()
 
@@ -25,6 +28,21 @@ def statistics(services: ServicesNow) -> dict[str, Any]:
     """Say how fast everything ran so far, and how much speculation paid."""
     with services.database.read() as session:
         return views.statistics(queries.total_stats(session))
+
+
+@router.get("/v1/stats/jobs")
+def statistics_by_job(
+    services: ServicesNow,
+    caller: CallerNow,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    job: Annotated[str | None, Query(max_length=128)] = None,
+) -> dict[str, Any]:
+    """List the newest jobs, or one, each with its numbers in one flat row."""
+    with services.database.read() as session:
+        rows = job_rows(session, limit, owner=caller.sees, job_id=job)
+    if job is not None and not rows:
+        raise NotFound(f"There is no job {job[:80]!r}.", param="job")
+    return {"object": "list", "data": [asdict(row) for row in rows]}
 
 
 @router.get("/v1/workers")

@@ -5,47 +5,65 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, get_args
 
 from starlette.datastructures import Headers, QueryParams
 
+from jobs.api.bodies import Body
 from jobs.errors import InvalidValue, MissingParameter, UnknownParameter, UnsupportedBody
 from jobs.intake import Submission
 from jobs.items import PARAMETERS, Item, read_json, read_lines, refuse_unknown
 from jobs.messages import CHAT_ENDPOINT, Endpoint
+from jobs.settings import JobsSettings
 
 _JSON_TYPES = {"application/json"}
 _LINES_TYPES = {"application/x-ndjson", "application/jsonl", "application/x-jsonlines"}
 _JOB_FIELDS = frozenset({"model", "endpoint", "metadata", "completion_window", "parameters"})
 _LISTS = frozenset({"requests", "prompts"})
-_IDEMPOTENCY_KEY = "idempotency-key"
+IDEMPOTENCY_KEY = "idempotency-key"
 _UNIT_S = {"m": 60, "h": 3600, "d": 86_400}
 
 
-def read_submission(body: bytes, query: QueryParams, headers: Headers) -> Submission:
-    """Return the submission in a request; raise what is wrong with it as a whole."""
-    content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+def most_bytes(headers: Headers, settings: JobsSettings) -> int:
+    """Return how large a body may be by its type; raise UnsupportedBody for other types.
+
+    Lines are read one by one. One JSON value is in memory as a whole, and takes many times its size there.
+    """
+    content_type = _content_type(headers)
     if content_type in _LINES_TYPES:
-        fields, items = _query_fields(query), read_lines(body)
-    elif content_type in _JSON_TYPES:
-        fields = _object(body)
-        items = _listed(fields)
+        return settings.max_body_bytes
+    if content_type in _JSON_TYPES:
+        return min(settings.max_json_bytes, settings.max_body_bytes)
+    raise UnsupportedBody
+
+
+def read_submission(body: Body, query: QueryParams, headers: Headers, key_id: str, max_line_bytes: int) -> Submission:
+    """Return the submission in a request of this key; raise what is wrong with it as a whole."""
+    if _content_type(headers) in _LINES_TYPES:
+        fields, items = _query_fields(query), read_lines(body.open(), max_line_bytes)
     else:
-        raise UnsupportedBody
-    return _submission(fields, items, headers.get(_IDEMPOTENCY_KEY), _digest(body, query))
+        fields = json_object(body.open().read())
+        items = _listed(fields)
+    submission = _submission(fields, items)
+    return replace(
+        submission,
+        api_key_id=key_id,
+        idempotency_key=headers.get(IDEMPOTENCY_KEY),
+        body_sha256=_digest(body, query),
+    )
 
 
-def _submission(fields: Mapping[str, Any], items: Iterator[Item], key: str | None, digest: str) -> Submission:
+def _submission(fields: Mapping[str, Any], items: Iterator[Item]) -> Submission:
     refuse_unknown(fields, _JOB_FIELDS | _LISTS | PARAMETERS)
+    window = fields.get("completion_window")
     return Submission(
         items=items,
         model=_model(fields.get("model")),
-        endpoint=_endpoint(fields.get("endpoint", CHAT_ENDPOINT)),
+        endpoint=read_endpoint(fields.get("endpoint", CHAT_ENDPOINT)),
         parameters=_parameters(fields),
         metadata=fields.get("metadata"),
-        window_s=_window_s(fields.get("completion_window")),
-        idempotency_key=key,
-        body_sha256=digest,
+        window_s=None if window is None else read_window_s(window),
     )
 
 
@@ -59,7 +77,8 @@ def _parameters(fields: Mapping[str, Any]) -> dict[str, Any]:
     return grouped | {name: value for name, value in fields.items() if name in PARAMETERS - _JOB_FIELDS}
 
 
-def _object(body: bytes) -> dict[str, Any]:
+def json_object(body: bytes) -> dict[str, Any]:
+    """Return the fields of a JSON object that were given; null is not given."""
     try:
         fields = read_json(body.removeprefix(b"\xef\xbb\xbf"))
     except ValueError as exc:
@@ -99,24 +118,28 @@ def _model(model: Any) -> str | None:
     return model
 
 
-def _endpoint(endpoint: Any) -> Endpoint:
+def read_endpoint(endpoint: Any) -> Endpoint:
+    """Return the endpoint that answers the requests; raise InvalidValue if it is not one of ours."""
     offered = get_args(Endpoint)
     if endpoint not in offered:
         raise InvalidValue(f"must be one of {', '.join(offered)}", param="endpoint")
     return endpoint  # type: ignore[no-any-return]
 
 
-def _window_s(window: Any) -> float | None:
-    if window is None:
-        return None
+def read_window_s(window: Any) -> float:
+    """Return the seconds of a completion window; OpenAI knows only 24h."""
     match = re.fullmatch(r"([1-9][0-9]{0,3})([mhd])", window) if isinstance(window, str) else None
     if match is None:
         raise InvalidValue("must be digits and m, h or d, such as 24h", param="completion_window")
     return float(int(match[1]) * _UNIT_S[match[2]])
 
 
-def _digest(body: bytes, query: QueryParams) -> str:
+def _content_type(headers: Headers) -> str:
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def _digest(body: Body, query: QueryParams) -> str:
     """Return what tells a repeated submission from another one under the same key."""
-    digest = hashlib.sha256(body)
+    digest = hashlib.sha256(body.sha256.encode())
     digest.update(repr(sorted(query.multi_items())).encode())
     return digest.hexdigest()

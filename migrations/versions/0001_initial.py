@@ -5,8 +5,6 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-from storage.views import create_views, drop_views
-
 revision = "0001"
 down_revision = None
 branch_labels = None
@@ -20,11 +18,11 @@ def upgrade() -> None:
     _create_decode_steps()
     _create_outputs()
     _create_partials()
-    create_views(op.get_bind())
+    create_views()
 
 
 def downgrade() -> None:
-    drop_views(op.get_bind())
+    drop_views()
     for table in ("partials", "outputs", "decode_steps", "requests", "workers", "jobs"):
         op.drop_table(table)
 
@@ -186,3 +184,83 @@ def _of_a_request(table: str) -> sa.ForeignKeyConstraint:
         name=f"fk_{table}_requests",
         ondelete="CASCADE",
     )
+
+
+# The views as they were then: they have changed since, and a migration must not change with them.
+# A plain step gives every sequence of the batch one token, so a token costs a sequence plain_step_ms / batch_sequences.
+# Steps without a comparable plain time (they shared a prefill) count on neither side.
+_JOB_SPEEDUP = """
+CREATE VIEW job_speedup AS
+SELECT
+    job_id,
+    steps,
+    emitted_tokens,
+    1.0 * emitted_tokens / steps AS mean_emitted_per_step,
+    1000.0 * emitted_tokens / NULLIF(spent_ms, 0) AS tokens_per_s,
+    1000.0 * emitted_tokens / NULLIF(plain_ms, 0) AS plain_tokens_per_s,
+    plain_ms / NULLIF(spent_ms, 0) AS speedup,
+    'calibration' AS source
+FROM (
+    SELECT
+        job_id,
+        count(*) AS steps,
+        CAST(sum(emitted_tokens) AS BIGINT) AS emitted_tokens,
+        sum(step_ms / batch_sequences) AS spent_ms,
+        sum(emitted_tokens * plain_step_ms / batch_sequences) AS plain_ms
+    FROM decode_steps
+    WHERE plain_step_ms IS NOT NULL
+    GROUP BY job_id
+) AS comparable
+"""
+
+# At each depth: how many trees reached it, and in how many of them a draft token of that depth was accepted.
+_ACCEPTANCE_BY_DEPTH = """
+CREATE VIEW acceptance_by_depth AS
+WITH RECURSIVE reached (job_id, depth, tree_depth, accepted_tokens, steps) AS (
+    SELECT job_id, 1, tree_depth, accepted_tokens, count(*)
+    FROM decode_steps
+    WHERE tree_depth >= 1
+    GROUP BY job_id, tree_depth, accepted_tokens
+    UNION ALL
+    SELECT job_id, depth + 1, tree_depth, accepted_tokens, steps
+    FROM reached
+    WHERE depth < tree_depth
+)
+SELECT
+    job_id,
+    depth,
+    CAST(sum(steps) AS BIGINT) AS tried,
+    CAST(sum(CASE WHEN accepted_tokens >= depth THEN steps ELSE 0 END) AS BIGINT) AS accepted,
+    1.0 * sum(CASE WHEN accepted_tokens >= depth THEN steps ELSE 0 END) / sum(steps) AS rate
+FROM reached
+GROUP BY job_id, depth
+"""
+
+# `minute` is the Unix second at which the minute begins.
+_THROUGHPUT_BY_MINUTE = """
+CREATE VIEW throughput_by_minute AS
+SELECT
+    {minute} AS minute,
+    job_id,
+    CAST(sum(emitted_tokens) AS BIGINT) AS tokens,
+    count(*) AS steps
+FROM decode_steps
+GROUP BY {minute}, job_id
+"""
+
+# SQLite may lack floor(), and its cast cuts off; PostgreSQL's cast rounds.
+_MINUTE = {
+    "sqlite": "CAST(ended_at / 60 AS INTEGER) * 60",
+    "postgresql": "CAST(floor(ended_at / 60) AS BIGINT) * 60",
+}
+
+
+def create_views() -> None:
+    """Create the views of this revision; a later one that replaces them comes back to these when it is undone."""
+    for ddl in (_JOB_SPEEDUP, _ACCEPTANCE_BY_DEPTH, _THROUGHPUT_BY_MINUTE):
+        op.execute(ddl.strip().format(minute=_MINUTE[op.get_bind().dialect.name]))
+
+
+def drop_views() -> None:
+    for name in ("job_speedup", "acceptance_by_depth", "throughput_by_minute"):
+        op.execute(f"DROP VIEW IF EXISTS {name}")

@@ -15,7 +15,7 @@ import sys
 import time
 
 from jobs.messages import GenerationRequest
-from worker import tasks
+from worker import start
 from worker.engine.engine import Engine
 from worker.engine.stats import StepResult
 from worker.text import Codec
@@ -43,7 +43,7 @@ def main() -> int:
 
     Codec.encode = deadly_encode  # type: ignore[assignment, method-assign]
     Engine.step = slow_step  # type: ignore[assignment, method-assign]
-    return tasks.main()
+    return start.main()
 
 
 if __name__ == "__main__":

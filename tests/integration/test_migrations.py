@@ -11,12 +11,14 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import inspect
 
-from storage import schema
+from storage import schema, writes
 from storage.models import Base
+from storage.records import Progress
 from storage.session import Database, make_engine
 from storage.views import VIEWS
 from tests.databases import drop_schema
-from tests.unit.storage.acts import claim_one, flush, record, whole
+from tests.factories import a_checkpoint, a_finished_choice, a_step, some_steps
+from tests.unit.storage.acts import claim, claim_one, flush, record, whole
 
 
 @pytest.fixture
@@ -206,10 +208,69 @@ def test_the_views_answer_the_shell(url: str, path: Path) -> None:
     schema.upgrade(url)
     database = Database.open(url)
     record(database)
-    flush(database, "w1", whole(claim_one(database).lease, 1, 3, 2))
+    lease = claim_one(database).lease
+    steps = (*some_steps(1, 3), a_step(step=2, reached=((2, 1), (1, None)), ended_at=120.0))
+    flush(database, "w1", Progress(lease, (a_checkpoint(seq=1, steps=steps),), (a_finished_choice(),), ends=True))
+    with database.write() as session:
+        writes.add_energy(session, "w1", 120.0, 50.0)
     database.dispose()
 
     with sqlite3.connect(path) as shell:
         rows = {name: shell.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in VIEWS}
     shell.close()
-    assert rows == {"job_speedup": 1, "acceptance_by_depth": 6, "throughput_by_minute": 1}
+    assert rows == {
+        "job_speedup": 1,
+        "speedup_by_model": 1,
+        "speedup_by_drafter": 1,
+        "speedup_by_hour": 1,
+        "throughput_by_minute": 2,
+        "acceptance_by_depth": 6,
+        "acceptance_by_rank": 2,
+        "acceptance_histogram": 2,
+        "tree_by_batch": 1,
+        "expected_and_accepted": 1,
+        "reliability": 1,
+        "time_by_job": 1,
+        "decisions_by_job": 1,
+        "tokens_per_joule": 1,
+    }
+
+
+def test_sums_of_steps_that_were_there_before_are_those_that_workers_keep(url: str, path: Path) -> None:
+    """Down to before the sums, and up again: the migration adds up what it finds."""
+    schema.upgrade(url)
+    database = Database.open(url)
+    record(database, "job-1", 2)
+    record(database, "job-2")
+    steps = [
+        a_step(step=0, tree_nodes=0, tree_depth=0, accepted_tokens=0, emitted_tokens=1, plain_step_ms=None),
+        a_step(step=1, ended_at=119.5, batch_sequences=3, expected_accepted=0.3),
+        a_step(step=2, ended_at=120.0, drafter=None, decision="probe", tree_nodes=0, tree_depth=0, accepted_tokens=0),
+        a_step(step=3, ended_at=120.5, drafter="head", decision=None, expected_accepted=None),
+    ]
+    claims = claim(database, limit=3)
+    for claimed, count in zip(claims, (4, 3, 2), strict=True):
+        checkpoint = a_checkpoint(seq=1, steps=tuple(steps[:count]))
+        flush(database, "w1", Progress(claimed.lease, (checkpoint,), (a_finished_choice(),), ends=True))
+    kept = sums(path)
+    assert all(kept.values())
+
+    schema.downgrade(url, "0002")
+    schema.upgrade(url)
+
+    assert sums(path) == kept
+    database.dispose()
+
+
+def sums(path: Path) -> dict[str, list[tuple[object, ...]]]:
+    """All rows of the sums that the steps of earlier versions can fill."""
+    with sqlite3.connect(path) as shell:
+        tables = ("step_minutes", "step_batches", "step_depths", "step_expectations")
+        rows = {table: sorted(shell.execute(f"SELECT * FROM {table}").fetchall()) for table in tables}
+    shell.close()
+    return {table: [tuple(map(rounded, row)) for row in found] for table, found in rows.items()}
+
+
+def rounded(value: object) -> object:
+    """Sums of floats depend on their order."""
+    return round(value, 9) if isinstance(value, float) else value

@@ -7,7 +7,7 @@ outputs. So every accepted token is read once more, with the target's states, in
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,9 +19,11 @@ from worker.drafters.ranking import best_children
 from worker.engine.attention import ATTENTION_NAME
 from worker.engine.draft_tree import Candidates, Forest
 from worker.engine.hidden_states import HiddenStates
+from worker.engine.kernels import Kernels
 from worker.engine.language_model import KvStore, kv_store
 from worker.engine.layers import FusedNorm, fuse
 from worker.engine.linear import pack
+from worker.engine.native_network import NativeNetwork, rotary_table
 from worker.engine.rows import IntArray, Segment, kept_rows
 from worker.engine.sequence import Sequence
 
@@ -60,13 +62,26 @@ class PackedHead:
         network.model.set_attn_implementation(ATTENTION_NAME)
         network.lm_head = _linear(output)
         self._store: KvStore = kv_store(network.model, slots, capacity, native)
-        positions = torch.arange(self._store.kv.capacity, device=embedding.device).unsqueeze(0)
-        with torch.inference_mode():
-            self._rotary = [part[0] for part in network.model.rotary_emb(embedding, position_ids=positions)]
-        if self._store.compiled is not None:
-            fuse(network, self._store.compiled)
-            pack(network, self._store.compiled)
-            network.unit = FusedNorm(network.unit, self._store.compiled)  # type: ignore[assignment]
+        self._rotary = rotary_table(network.model, embedding, self._store.kv.capacity)
+        compiled = self._store.compiled
+        self._native = self._quickened(compiled) if compiled else None
+
+    def _quickened(self, compiled: Kernels) -> NativeNetwork:
+        """Swap in what computes the same faster on this processor, and return it as one network."""
+        net: Any = self._network
+        fuse(net, compiled)
+        pack(net, compiled)
+        net.unit = FusedNorm(net.unit, compiled)
+        return NativeNetwork(
+            net.model.layers[0],
+            net.model.norm,
+            net.lm_head,
+            self._embedding,
+            self._rotary,
+            compiled,
+            unit=net.unit,
+            join=net.join,
+        )
 
     @torch.inference_mode()
     def states(self, hidden: Tensor) -> Tensor:
@@ -76,6 +91,8 @@ class PackedHead:
     @torch.inference_mode()
     def forward(self, segments: Seq[Segment], states: Tensor) -> tuple[Tensor, Tensor]:
         """Run the rows of `segments`, which are in slot order, with the states [n, width] before them."""
+        if self._native is not None:
+            return self._native.forward(segments, self._store.plan(segments), states)  # type: ignore[arg-type]
         device = self._embedding.device
         ids, positions = (
             torch.from_numpy(np.concatenate(part)).to(device)
@@ -100,18 +117,23 @@ class HeadDrafter:
         self._head = head
         self._hidden = hidden
         self._lanes = Lanes()
-        self._states: dict[int, Tensor] = {}  # [width] by node of the forest that is growing
+        self._above = np.empty(0, np.int64)  # nodes of the newest layer that was run
+        self._states = torch.empty(0)  # [above, width] what came out there
 
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
         """Run the head over the frontier and offer its best children."""
         places = by_slot(forest, frontier)
         order = np.concatenate(places)
-        if not forest.depth[frontier[0]]:
-            self._states.clear()
-        rows = [self._rows(forest, frontier[some]) for some in places]
-        logits, states = self._head.forward([segment for segment, _ in rows], torch.cat([before for _, before in rows]))
-        self._states.update(zip(frontier[order].tolist(), states, strict=True))
-        ids, scores = best_children(forest, frontier[order], logits, self._head.tokens, self._head.vocabulary)
+        nodes = frontier[order]
+        if forest.depth[frontier[0]]:
+            segments = [self._lanes.below(forest, _sequence(forest, frontier[some]), frontier[some]) for some in places]
+            states = self._states[torch.from_numpy(_places_of(forest.parent[nodes], self._above))]
+        else:
+            segments = [self._rest(_sequence(forest, frontier[some])) for some in places]
+            states = self._before(segments)
+        logits, self._states = self._head.forward(segments, states)
+        self._above = nodes
+        ids, scores = best_children(forest, nodes, logits, self._head.tokens, self._head.vocabulary)
         tokens, probabilities = np.empty_like(ids), np.empty_like(scores)
         tokens[order], probabilities[order] = ids, scores
         return Candidates(tokens, probabilities)
@@ -128,21 +150,33 @@ class HeadDrafter:
         """Forget a sequence."""
         self._lanes.drop(sequence)
 
-    def _rows(self, forest: Forest, nodes: IntArray) -> tuple[Segment, Tensor]:
-        """Return the rows of one tree's nodes, and the states before them."""
-        sequence = forest.sequences[forest.tree[nodes[0]]]
-        if forest.depth[nodes[0]]:
-            segment = self._lanes.below(forest, sequence, nodes)
-            return segment, torch.stack([self._states[int(node)] for node in forest.parent[nodes]])
+    def _rest(self, sequence: Sequence) -> Segment:
+        """Return the rows of the committed tokens that were not read; what does not fit beside others is read now."""
         for late in self._lanes.late(sequence):
-            self._head.forward([late], self._before(late))
-        segment = self._lanes.rest(sequence)
-        return segment, self._before(segment)
+            self._head.forward([late], self._before([late]))
+        return self._lanes.rest(sequence)
 
-    def _before(self, segment: Segment) -> Tensor:
-        """Return the target's states before the tokens of a chain; there is none before the first of a text."""
-        states = self._head.states(self._hidden.read(segment.slot, max(segment.start - 1, 0), segment.end - 1))
-        return states if segment.start else torch.cat([states.new_zeros(1, states.shape[1]), states])
+    def _before(self, segments: Seq[Segment]) -> Tensor:
+        """Return the target's states before the tokens of chains; there is none before the first of a text."""
+        parts = []
+        for s in segments:
+            tapped = self._hidden.read(s.slot, max(s.start - 1, 0), s.end - 1)
+            if not s.start:
+                parts.append(tapped.new_zeros(1, tapped.shape[1]))  # the state of nothing is nothing
+            parts.append(tapped)
+        return self._head.states(parts[0] if len(parts) == 1 else torch.cat(parts))
+
+
+def _sequence(forest: Forest, nodes: IntArray) -> Sequence:
+    """Return the sequence that nodes of one tree belong to."""
+    return forest.sequences[int(forest.tree[nodes[0]])]
+
+
+def _places_of(nodes: IntArray, among: IntArray) -> IntArray:
+    """Return where each of `nodes` stands among others."""
+    order = np.argsort(among)
+    places: IntArray = order[np.searchsorted(among, nodes, sorter=order)]
+    return places
 
 
 def _linear(weight: Tensor) -> nn.Linear:

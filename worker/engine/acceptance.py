@@ -23,60 +23,74 @@ _FORGET = 0.998  # per step: texts of a job change
 _HIGHEST = 0.995  # nothing is certain
 
 
+_BINS = len(_EDGES) + 1
+_SHAPE = (2, SOURCES, _DEPTHS, _BINS)  # sampled or not, source, depth, class of probability
+_SIZE = 2 * SOURCES * _DEPTHS * _BINS
+_WEIGHT = 30.0  # accepted tokens that a tree's promises are believed to have kept before anything is known
+
+
 class Acceptance:
-    """Hits and promises of one drafter, by sampling, depth and probability."""
+    """Hits and promises of one drafter, by sampling, source, depth and probability."""
 
     def __init__(self) -> None:
         """Start by believing the drafter."""
-        shape = (2, SOURCES, _DEPTHS, len(_EDGES) + 1)
-        self._hits = np.full(shape, _PRIOR)
-        self._promised = np.full(shape, _PRIOR)
+        self._hits, self._promised = np.full(_SIZE, _PRIOR), np.full(_SIZE, _PRIOR)
+        self._kept, self._chosen = _WEIGHT, _WEIGHT
+
+    @property
+    def worth(self) -> float:
+        """What the trees that were shown have been worth of their promise.
+
+        They hold the best of many estimates, and the best of many is over-estimated, however right each is on average.
+        """
+        return self._kept / self._chosen
 
     def of(self, forest: Forest, frontier: IntArray, offered: Candidates) -> Candidates:
         """Return the candidates with P(the target draws this token here | it reached the node)."""
-        where = self._classes(forest, frontier, offered)
-        ratio = self._hits[where] / self._promised[where]
+        where = _classes(forest, frontier, offered)
+        ratio = (self._hits / self._promised)[where]
         return replace(offered, probabilities=np.minimum(offered.probabilities * ratio, _HIGHEST))
 
     def learn(self, forest: Forest, frontier: IntArray, offered: Candidates, drawn: IntArray) -> None:
         """Label the candidates of every node whose drawn token is known: `drawn` [frontier], -1 where it is not."""
-        known = drawn >= 0
-        if not known.any():
+        known = np.flatnonzero(drawn >= 0)
+        if not len(known):
             return
-        source = None if offered.source is None else offered.source[known]
-        offered = Candidates(offered.tokens[known], offered.probabilities[known], source)
-        where = self._classes(forest, frontier[known], offered)
-        hit = (offered.tokens == drawn[known, None]) & (offered.probabilities > 0.0)
-        places = np.ravel_multi_index(where, self._hits.shape).ravel()
-        for table, counted in ((self._hits, hit), (self._promised, offered.probabilities)):
-            table += np.bincount(places, counted.ravel(), minlength=table.size).reshape(table.shape)
+        probabilities = offered.probabilities[known]
+        where = _classes(forest, frontier, offered)[known].ravel()
+        hit = (offered.tokens[known] == drawn[known, None]) & (probabilities > 0.0)
+        self._hits += np.bincount(where, hit.ravel(), minlength=_SIZE)
+        self._promised += np.bincount(where, probabilities.ravel(), minlength=_SIZE)
+
+    def learn_worth(self, expected: float, accepted: int) -> None:
+        """Learn from the trees of a step: so many accepted tokens were expected, `worth` included, and came."""
+        self._chosen += expected / self.worth
+        self._kept += accepted
 
     def forget(self) -> None:
         """Let what was learned weigh a little less; call once a step."""
-        self._hits = _PRIOR + (self._hits - _PRIOR) * _FORGET
-        self._promised = _PRIOR + (self._promised - _PRIOR) * _FORGET
+        for table in (self._hits, self._promised):
+            table *= _FORGET
+            table += _PRIOR * (1.0 - _FORGET)
+        self._kept = _WEIGHT + (self._kept - _WEIGHT) * _FORGET
+        self._chosen = _WEIGHT + (self._chosen - _WEIGHT) * _FORGET
 
     def as_json(self) -> dict[str, Any]:
-        """Return hits over promises by source and depth, all probabilities together."""
-        ratio = self._hits.sum(axis=-1) / self._promised.sum(axis=-1)
-        return {
-            name: [[round(float(r), 3) for r in by_depth] for by_depth in rows]
-            for name, rows in zip(("greedy", "sampled"), ratio, strict=True)
-        }
+        """Return hits over promises by source and depth, all probabilities together, and what trees were worth."""
+        hits, promised = (table.reshape(_SHAPE).sum(axis=-1) for table in (self._hits, self._promised))
+        ratio = (hits / promised).round(3).tolist()
+        return {"greedy": ratio[0], "sampled": ratio[1], "worth": round(self.worth, 3)}
 
-    @staticmethod
-    def _classes(forest: Forest, frontier: IntArray, offered: Candidates) -> tuple[IntArray, ...]:
-        """Return the indices of each candidate's class, each [frontier, k]."""
-        sampled = forest.sampled[forest.tree[frontier]].astype(np.int64)
-        depth = np.minimum(forest.depth[frontier], _DEPTHS - 1)
-        shape = offered.probabilities.shape
-        source = np.zeros(shape, np.int64) if offered.source is None else offered.source
-        return (
-            np.broadcast_to(sampled[:, None], shape),
-            source,
-            np.broadcast_to(depth[:, None], shape),
-            np.searchsorted(_EDGES, offered.probabilities),
-        )
+
+def _classes(forest: Forest, frontier: IntArray, offered: Candidates) -> IntArray:
+    """Return the class of each candidate, [frontier, k]."""
+    sampled = forest.sampled[forest.tree[frontier]]
+    depth = np.minimum(forest.depth[frontier], _DEPTHS - 1)
+    classes = np.searchsorted(_EDGES, offered.probabilities)
+    classes += ((sampled * SOURCES * _DEPTHS + depth) * _BINS)[:, None]
+    if offered.source is not None:
+        classes += offered.source * (_DEPTHS * _BINS)
+    return classes
 
 
 def drawn_tokens(frontier: IntArray, drawn_at: dict[int, int]) -> IntArray:

@@ -16,6 +16,7 @@ from worker.engine.rows import BoolArray, IntArray
 
 _MOST = 256  # draft nodes of a step at most
 _CAUGHT_UP = 16  # tokens that a drafter may be behind for a layer to be an ordinary one
+_LEAST_GAIN = 0.03  # of a plain step's tokens: prices are not known so well that a smaller gain is one
 _TIME_WEIGHT = 0.1  # of a new sample in the running time of a layer
 
 
@@ -109,13 +110,19 @@ class PricedBudget:
         self._nodes = nodes
         self._drafts = drafts
         self._rate = rate
+        self._least = _LEAST_GAIN * trees
         more = np.arange(min(_MOST, nodes * trees) + 1)
         ms = costs.step_ms(rows + more, entries * (1.0 + more / rows))
         self._price: FloatArray = rate * (ms - ms[0])  # in tokens, of so many nodes
         self.floor = float((self._price[1:] / more[1:]).min())
 
     def frontier(self, forest: Forest, layer: IntArray) -> IntArray:
-        """Go on if the next layer can earn its time. It can't gain more than this one did: children share a parent."""
+        """Go on if the next layer can earn its time. It can't gain more than this one did: children share a parent.
+
+        Only below nodes that may still enter the cut: the best of their trees, and of the batch.
+        """
+        if forest.size - len(forest.sequences) > min(self._nodes, _MOST):
+            layer = layer[self._within(forest)[layer]]
         gain = float((forest.value[layer] - self.floor).sum())
         return layer if gain > self._rate * self._drafts.layer_ms(len(layer)) else layer[:0]
 
@@ -123,11 +130,20 @@ class PricedBudget:
         """Return the best prefix of the ranking; maybe none of it."""
         kept = np.zeros(forest.size, np.bool_)
         kept[: len(forest.sequences)] = True
+        ranked = self._ranked(forest)
+        net = forest.value[ranked].cumsum() - self._price[1 : len(ranked) + 1]
+        if len(net) and net.max() > self._least:
+            kept[ranked[: int(net.argmax()) + 1]] = True
+        return kept
+
+    def _ranked(self, forest: Forest) -> IntArray:
+        """Return the draft nodes that the budget has room for, best first."""
         ranked = forest.ranking()
         if len(ranked) > self._nodes:  # some tree may have too many
             ranked = ranked[forest.best(self._nodes)[ranked]]
-        ranked = ranked[: len(self._price) - 1]
-        net = forest.value[ranked].cumsum() - self._price[1 : len(ranked) + 1]
-        if len(net) and net.max() > 0.0:
-            kept[ranked[: int(net.argmax()) + 1]] = True
-        return kept
+        return ranked[: len(self._price) - 1]
+
+    def _within(self, forest: Forest) -> BoolArray:
+        within = np.zeros(forest.size, np.bool_)
+        within[self._ranked(forest)] = True
+        return within

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from worker.engine.draft_tree import FloatArray
 
 _DRIFT_WEIGHT = 0.1  # of a new step in the machine's drift, once there are enough to average
-_SHAPE_WEIGHT = 0.02  # of a new step in the correction of its size
+_SHAPE_WEIGHT = 0.03  # of a new step in the correction of its size
 _OUTLIER = 1.5  # a step counts as at most so many times what was expected, and at least as one part in so many
 _LARGEST = 2.0  # correction of one size
 
@@ -31,12 +31,17 @@ class CostModel:
         self._ms = np.maximum.accumulate([rows_ms[int(rows)] for rows in self._rows])
         self._entry_ms = entry_ms
         self._correction = np.ones(len(self._rows))  # at each measured point
+        self._points = self._ms  # with it
         self._drift = 1.0
         self._samples = 0
 
     def step_ms(self, rows: ArrayLike, entries: ArrayLike = 0.0) -> FloatArray:
         """Return the time of a step of so many rows that attend to so many entries in all; rising in both."""
         return self._drift * self._undrifted(np.asarray(rows, np.float64), np.asarray(entries, np.float64))
+
+    def measured_ms(self, rows: int, entries: float) -> float:
+        """Return the time of such a step as the calibration has it, without what was learned since."""
+        return float(self._along(self._ms, np.asarray(rows, np.float64), np.asarray(entries, np.float64)))
 
     def observe(self, rows: int, entries: float, step_ms: float) -> None:
         """Learn from a step that was served."""
@@ -50,6 +55,7 @@ class CostModel:
         # The points beside this size share the rest; what the drift has taken is the machine's, not the size's.
         nearness = np.clip(1.0 - np.abs(np.log2(self._rows / rows)), 0.0, 1.0)
         self._correction = np.clip(self._correction * surprise ** (_SHAPE_WEIGHT * nearness), 1 / _LARGEST, _LARGEST)
+        self._points = np.maximum.accumulate(self._ms * self._correction)
 
     def as_json(self) -> dict[str, Any]:
         """Return the curve for `workers.calibration`."""
@@ -68,7 +74,9 @@ class CostModel:
         return cls(rows_ms, float(said["ms_per_1000_entries"]) / 1000)
 
     def _undrifted(self, rows: FloatArray | np.float64, entries: FloatArray | np.float64) -> FloatArray:
-        points = np.maximum.accumulate(self._ms * self._correction)
+        return self._along(self._points, rows, entries)
+
+    def _along(self, points: FloatArray, rows: FloatArray | np.float64, entries: FloatArray | np.float64) -> FloatArray:
         ms = np.interp(rows, self._rows, points)
         if len(points) > 1:  # beyond the last point the curve goes on as it ended
             slope = (points[-1] - points[-2]) / (self._rows[-1] - self._rows[-2])

@@ -37,15 +37,15 @@ class Candidates:
 class Forest:
     """The draft trees of a batch. Nodes 0..len(sequences)-1 are the roots: each sequence's newest committed token."""
 
-    def __init__(self, sequences: Seq[Sequence]) -> None:
-        """Start with the roots alone, which is plain decoding."""
+    def __init__(self, sequences: Seq[Sequence], worth: float = 1.0) -> None:
+        """Start with the roots alone, which is plain decoding. Values are taken times `worth`."""
         self.sequences = list(sequences)
         count = len(self.sequences)
         self.tree: IntArray = np.arange(count)
         self.parent: IntArray = np.full(count, -1)
         self.token: IntArray = np.array([s.ids[-1] for s in self.sequences], np.int64)
         self.depth: IntArray = np.zeros(count, np.int64)
-        self.value: FloatArray = np.ones(count)
+        self.value: FloatArray = np.full(count, worth)
 
     @property
     def roots(self) -> IntArray:

@@ -17,12 +17,13 @@ from worker.engine.draft_tree import Forest
 from worker.engine.drafting import Drafter
 from worker.engine.experience import Experience
 from worker.engine.language_model import LanguageModel
+from worker.engine.logprobs import Told, tell
 from worker.engine.options import EngineOptions, Mode
-from worker.engine.planner import Planner, StepPlan
+from worker.engine.planner import Planner, StepPlan, StepTimes
 from worker.engine.rows import Move
 from worker.engine.scheduler import Batch, Scheduler
 from worker.engine.sequence import Sequence
-from worker.engine.stats import StepNumbers, StepResult
+from worker.engine.stats import ShownTree, StepNumbers, StepResult
 from worker.engine.verifier import Accepted, walk
 
 
@@ -48,6 +49,8 @@ class Engine:
         self._experience = experience or Experience()
         self._planner = Planner(options, self._drafter, costs, self._experience)
         self._scheduler = Scheduler(options)
+        target.clear()  # of an earlier engine's texts
+        self._late_ms = 0.0  # of the step before, behind its last look at the clock
 
     @property
     def room(self) -> int:
@@ -87,21 +90,26 @@ class Engine:
 
     def step(self) -> list[StepResult]:
         """Run one step and return what each emitting sequence got; nothing while a prompt is still being read."""
-        clock = _Clock()
+        clock = _Clock(self._late_ms)
         batch = self._scheduler.next_batch()
         if batch.empty:
             return []
+        for slot in batch.emptied:
+            self._target.release(slot, 0)
         for share in batch.shares:
             self._target.share(share.source, share.target, share.length)
         plan = self._planner.plan(batch)
         clock.drafted()
         segments, rows = batch.pack(plan.shown)
-        accepted = walk(plan.shown, self._target.forward(segments), rows)
+        logits = self._target.forward(segments)
+        accepted = walk(plan.shown, logits, rows)
         clock.verified()
         kept = [self._emit(plan.shown, tree, accepted[tree]) for tree in range(len(plan.shown.sequences))]
+        told = tell(plan.shown, logits, rows, accepted, kept)
         self._keep(plan, accepted, kept)
-        results = self._number(batch, plan, accepted, kept, clock)
+        results = self._number(batch, plan, accepted, kept, told, clock)
         self._drop_finished()
+        self._late_ms = clock.late_ms()
         return results
 
     @staticmethod
@@ -118,15 +126,22 @@ class Engine:
                 places = np.searchsorted(plan.shown.nodes_of(tree), path)
                 moves.append(Move(sequence.slot, root + 1, root + places))
             sequence.cached = len(sequence.ids) - 1
-            if self._drafter is not None:
+            if self._drafter is not None and plan.layers:  # else it has nothing to forget, and reads lazily
                 self._drafter.keep(plan.forest, tree, plan.nodes[path], kept[tree])
         self._target.keep(moves)
 
     def _number(
-        self, batch: Batch, plan: StepPlan, accepted: list[Accepted], kept: list[list[int]], clock: _Clock
+        self,
+        batch: Batch,
+        plan: StepPlan,
+        accepted: list[Accepted],
+        kept: list[list[int]],
+        told: list[Told],
+        clock: _Clock,
     ) -> list[StepResult]:
         step_ms = clock.step_ms()
-        plain_step_ms = self._planner.learn(batch, plan, accepted, sum(map(len, kept)), clock.draft_ms, step_ms)
+        times = StepTimes(clock.draft_ms, clock.verify_ms, step_ms)
+        plain_step_ms = self._planner.learn(batch, plan, accepted, sum(map(len, kept)), times)
         shown = plan.shown
         trees = len(shown.sequences)
         nodes = np.bincount(shown.tree, minlength=trees) - 1
@@ -150,9 +165,10 @@ class Engine:
                 plain_step_ms=plain_step_ms,
                 decision=plan.decision,
             )
+            traced = _shown_tree(shown, tree, accepted[tree]) if sequence.steps < sequence.traced_steps else None
             sequence.steps += 1
             sequence.prefill_ms = 0.0
-            results.append(StepResult(sequence, tuple(kept[tree]), numbers))
+            results.append(StepResult(sequence, tuple(kept[tree]), numbers, traced, told[tree]))
         for chunk in batch.chunks:
             if not chunk.completes:
                 chunk.sequence.cached = chunk.end
@@ -161,15 +177,31 @@ class Engine:
 
     def _drop_finished(self) -> None:
         for sequence in self._scheduler.drop_finished():
+            # Its tree goes; its text stays as long as it may be shared.
+            self._target.release(sequence.slot, len(self._scheduler.slots.texts.get(sequence.slot, ())))
             if self._drafter is not None:
                 self._drafter.drop(sequence)
 
 
-class _Clock:
-    """Wall times of one step, in milliseconds."""
+def _shown_tree(shown: Forest, tree: int, accepted: Accepted) -> ShownTree:
+    nodes = shown.nodes_of(tree)
+    parents = shown.parent[nodes]
+    return ShownTree(
+        parents=tuple(np.where(parents < 0, -1, np.searchsorted(nodes, parents)).tolist()),
+        tokens=tuple(shown.token[nodes].tolist()),
+        values=tuple(shown.value[nodes].tolist()),
+        accepted=tuple(np.isin(nodes, [nodes[0], *accepted.path]).tolist()),
+        bonus=accepted.bonus,
+    )
 
-    def __init__(self) -> None:
+
+class _Clock:
+    """Wall times of one step, in milliseconds. What the step before did after its last look belongs to this one."""
+
+    def __init__(self, late_ms: float) -> None:
         self._started = self._last = perf_counter()
+        self._late_ms = late_ms
+        self._step_ms = 0.0
         self.draft_ms = 0.0
         self.verify_ms = 0.0
 
@@ -180,7 +212,11 @@ class _Clock:
         self.verify_ms = self._lap()
 
     def step_ms(self) -> float:
-        return (perf_counter() - self._started) * 1e3
+        self._step_ms = (perf_counter() - self._started) * 1e3
+        return self._late_ms + self._step_ms
+
+    def late_ms(self) -> float:
+        return (perf_counter() - self._started) * 1e3 - self._step_ms
 
     def _lap(self) -> float:
         now = perf_counter()

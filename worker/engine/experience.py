@@ -11,6 +11,7 @@ from typing import Any
 from worker.engine.acceptance import Acceptance
 from worker.engine.budget import DraftCosts
 from worker.engine.governor import Governor
+from worker.engine.pace import Pace
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class Experience:
     whole: Ledger = field(default_factory=Ledger)
     free: Ledger = field(default_factory=Ledger)
     steps: int = 0  # that might have had drafts
+    pace: Pace = field(default_factory=Pace)
 
     def as_json(self) -> dict[str, Any]:
         """Return it for `workers.calibration`."""

@@ -1,8 +1,8 @@
 """The governor: may this step speculate? It watches what speculation really earned, whatever the model predicts.
 
 budget -> [governor]. Per load class it keeps an account in tokens. A step that speculated pays in what it emitted minus
-what plain decoding would have emitted in the same time; every step pays in one hundredth of its tokens. While the
-account is overdrawn, steps are plain: the loss is bounded by that hundredth, even if every prediction is wrong. The
+what plain decoding would have emitted in the same time; every step pays in a two-hundredth of its tokens. While the
+account is overdrawn, steps are plain: the loss is bounded by that part, even if every prediction is wrong. The
 account is asked only whether it is overdrawn; it must be in credit by half a token before speculation comes back.
 """
 
@@ -15,12 +15,13 @@ from typing import Any
 
 from worker.engine.cost_model import load_class
 
-_ALLOWANCE = 0.01  # of all tokens may be lost to speculation that does not pay
+_ALLOWANCE = 0.005  # of all tokens may be lost by a way of drafting that does not pay; there are two at most
 _START = 8.0  # tokens of a new account, and what any holds at most: to find out what drafts are worth
-_PURSE = 4.0  # tokens per sequence that it holds at most, if that is more: old luck must not pay for long losses
+_PURSE = 0.5  # tokens per sequence that it holds at most, if that is more: old luck must not pay for long losses
 _BACK = 0.5  # tokens that an overdrawn account must hold again
+_CLOSE = 0.1  # gain up to which it is worth knowing better what plain steps take
 _RATE_WEIGHT = 0.05  # of a step in the running rate
-_OUTLIER = 2.0  # a step's time counts as at most so many times the plain step's
+_OUTLIER = 4.0  # a step's time counts as at most so many times the plain step's
 
 
 class Decision(StrEnum):
@@ -42,7 +43,7 @@ class _Account:
     overdrawn: bool = False
     rate: float = 0.0  # tokens per millisecond, as served
     steps: int = 0
-    plain_off: float = 1.0  # mean of what plain steps took over what they were expected to take
+    gain: float = 0.0  # of a step that speculated over a plain one, in parts of it
 
 
 class Governor:
@@ -65,16 +66,19 @@ class Governor:
         """Return the tokens that may be spent on trying drafts."""
         return self._accounts[load_class(sequences)].credit
 
+    def close(self, sequences: int) -> bool:
+        """Return whether speculation and plain decoding are about equally fast: then a plain step costs nothing."""
+        return self._accounts[load_class(sequences)].gain < _CLOSE
+
     def settle(self, sequences: int, tokens: int, step_ms: float, plain_ms: float, *, speculated: bool) -> None:
         """Book a served step; `speculated` if it spent time on drafts, verified or not."""
         account = self._accounts[load_class(sequences)]
         step_ms = min(step_ms, _OUTLIER * plain_ms)
         account.steps += 1
-        # Times are skewed: their mean lies above what is usual, and drafts are not to blame for that.
-        if not speculated:
-            account.plain_off += _RATE_WEIGHT * (step_ms / plain_ms - account.plain_off)
         account.rate += max(_RATE_WEIGHT, 1 / account.steps) * (tokens / step_ms - account.rate)
-        earned = tokens - sequences * step_ms / (plain_ms * account.plain_off) if speculated else 0.0
+        earned = tokens - sequences * step_ms / plain_ms if speculated else 0.0
+        if speculated:
+            account.gain += _RATE_WEIGHT * (earned / sequences - account.gain)
         account.credit = min(account.credit + earned + _ALLOWANCE * tokens, max(_START, _PURSE * sequences))
         account.overdrawn = account.credit < (_BACK if account.overdrawn else 0.0)
 

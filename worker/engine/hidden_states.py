@@ -14,6 +14,8 @@ from torch import Tensor
 from worker.engine.kv_cache import lazy_zeros
 from worker.engine.rows import Move, Segment
 
+_FEW = 8  # segments that are copied one by one, which is cheaper than telling torch where every row goes
+
 
 class HiddenStates:
     """Rows [slots, capacity, size]; `size` is the width of all tapped layers together."""
@@ -29,6 +31,12 @@ class HiddenStates:
 
     def write(self, segments: Sequence[Segment], rows: Tensor) -> None:
         """Store the rows [n, size] of a forward over `segments`."""
+        if len(segments) <= _FEW:
+            row = 0
+            for s in segments:
+                self._rows[s.slot, s.start : s.end] = rows[row : row + len(s.ids)]
+                row += len(s.ids)
+            return
         slots = np.repeat([s.slot for s in segments], [len(s.ids) for s in segments])
         entries = np.concatenate([np.arange(s.start, s.end) for s in segments])
         self._rows[torch.from_numpy(slots), torch.from_numpy(entries)] = rows

@@ -408,32 +408,92 @@ typedef struct {
 } scratch_t;
 
 /* Run `layers` over `x` [rows, width] in place; `keys` and `values` are `layer_size` numbers a layer, and `tapped`
- * [rows, taps, width] takes the outputs of some. */
+ * [rows, taps, width] takes the outputs of some. Called by every thread of a parallel region; ends with a barrier. */
+static void layers_all(const layer_t *layers, int64_t count, const plan_t *plan, const view_t *views,
+                       const scratch_t *scratch, number *x, const number *cos, const number *sin, number *keys,
+                       number *values, int64_t layer_size, int64_t width, float eps, number *tapped, int64_t taps) {
+    int64_t rows = plan->rows, dim = plan->dim, row = (plan->heads + 2 * plan->kv_heads) * dim;
+    desk_t desk = make_desk(views[0].end, BLOCK, dim); /* all views end with the same row */
+    for (int64_t i = 0; i < count; i++) {
+        const layer_t *layer = layers + i;
+        heads_t heads = {scratch->stacked, scratch->stacked + plan->heads * dim,
+                         scratch->stacked + (plan->heads + plan->kv_heads) * dim,
+                         row, dim, row, dim, row, dim, cos, sin, layer->query_norm, layer->key_norm, eps};
+        normalise_all(x, layer->norm_1, scratch->normed, rows, width, eps);
+        multiply_all(&layer->qkv, scratch->normed, scratch->stacked, rows, STORE);
+        attend_all(plan, views + layer->view, &heads, keys + i * layer_size, values + i * layer_size, &desk,
+                   scratch->mixed);
+        multiply_all(&layer->o, scratch->mixed, x, rows, ADD);
+        normalise_all(x, layer->norm_2, scratch->normed, rows, width, eps);
+        multiply_all(&layer->gate_up, scratch->normed, scratch->gated, rows, GATE);
+        multiply_all(&layer->down, scratch->gated, x, rows, ADD);
+        if (layer->tap < 0) continue;
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++)
+            memcpy(tapped + (r * taps + layer->tap) * width, x + r * width, (size_t)width * sizeof(number));
+    }
+    clear_desk(desk);
+}
+
+/* The layers alone. */
 void run_layers(const layer_t *layers, int64_t count, const plan_t *plan, const view_t *views, const scratch_t *scratch,
                 number *x, const number *cos, const number *sin, number *keys, number *values, int64_t layer_size,
                 int64_t width, float eps, number *tapped, int64_t taps) {
-    int64_t rows = plan->rows, dim = plan->dim, row = (plan->heads + 2 * plan->kv_heads) * dim;
+#pragma omp parallel
+    layers_all(layers, count, plan, views, scratch, x, cos, sin, keys, values, layer_size, width, eps, tapped, taps);
+}
+
+/* ---- a whole network: embeddings, layers, norm, logits ------------------------------------------------------------------ */
+
+typedef struct {
+    const number *embedding; /* [vocabulary, width] */
+    const number *cos, *sin; /* [positions, dim] */
+    const layer_t *layers;
+    int64_t count, width, layer_size, taps;
+    float eps;
+    const number *norm;
+    product_t output;
+    const number *unit; /* the norm of what a head joins: a token and the state before it; NULL in a model */
+    product_t join;     /* [width, 2 * width], of a head */
+} network_t;
+
+/* What one forward reads and writes. */
+typedef struct {
+    const int64_t *ids, *positions; /* [rows] */
+    const int64_t *kept;            /* [count] rows whose states and logits are wanted */
+    int64_t count;
+    const number *states;     /* [rows, width] before the rows; read by a head */
+    number *x, *cos, *sin;    /* room: [rows, width], [rows, dim], [rows, dim] */
+    number *joined;           /* room of a head: [rows, 2 * width] */
+    number *last;             /* [count, width] states of the kept rows, normed */
+    number *tapped;           /* [rows, taps, width] */
+    float *logits;            /* [count, vocabulary] */
+} forward_t;
+
+void run_network(const network_t *net, const plan_t *plan, const view_t *views, const scratch_t *scratch,
+                 const forward_t *f, number *keys, number *values) {
+    const int64_t rows = plan->rows, dim = plan->dim, width = net->width;
+    const size_t row_size = (size_t)width * sizeof(number), head_size = (size_t)dim * sizeof(number);
 #pragma omp parallel
     {
-        desk_t desk = make_desk(views[0].end, BLOCK, dim); /* all views end with the same row */
-        for (int64_t i = 0; i < count; i++) {
-            const layer_t *layer = layers + i;
-            heads_t heads = {scratch->stacked, scratch->stacked + plan->heads * dim,
-                             scratch->stacked + (plan->heads + plan->kv_heads) * dim,
-                             row, dim, row, dim, row, dim, cos, sin, layer->query_norm, layer->key_norm, eps};
-            normalise_all(x, layer->norm_1, scratch->normed, rows, width, eps);
-            multiply_all(&layer->qkv, scratch->normed, scratch->stacked, rows, STORE);
-            attend_all(plan, views + layer->view, &heads, keys + i * layer_size, values + i * layer_size, &desk,
-                       scratch->mixed);
-            multiply_all(&layer->o, scratch->mixed, x, rows, ADD);
-            normalise_all(x, layer->norm_2, scratch->normed, rows, width, eps);
-            multiply_all(&layer->gate_up, scratch->normed, scratch->gated, rows, GATE);
-            multiply_all(&layer->down, scratch->gated, x, rows, ADD);
-            if (layer->tap < 0) continue;
 #pragma omp for schedule(static)
-            for (int64_t r = 0; r < rows; r++)
-                memcpy(tapped + (r * taps + layer->tap) * width, x + r * width, (size_t)width * sizeof(number));
+        for (int64_t r = 0; r < rows; r++) {
+            const number *word = net->embedding + f->ids[r] * width;
+            memcpy(f->cos + r * dim, net->cos + f->positions[r] * dim, head_size);
+            memcpy(f->sin + r * dim, net->sin + f->positions[r] * dim, head_size);
+            if (net->unit) {
+                normalise(word, net->unit, f->joined + 2 * r * width, width, net->eps);
+                normalise(f->states + r * width, net->unit, f->joined + (2 * r + 1) * width, width, net->eps);
+            } else {
+                memcpy(f->x + r * width, word, row_size);
+            }
         }
-        clear_desk(desk);
+        if (net->unit) multiply_all(&net->join, f->joined, f->x, rows, STORE);
+        layers_all(net->layers, net->count, plan, views, scratch, f->x, f->cos, f->sin, keys, values, net->layer_size,
+                   width, net->eps, f->tapped, net->taps);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < f->count; i++)
+            normalise(f->x + f->kept[i] * width, net->norm, f->last + i * width, width, net->eps);
+        multiply_all(&net->output, f->last, (number *)f->logits, f->count, STORE_FLOAT);
     }
 }

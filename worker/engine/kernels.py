@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from worker.engine.compiler import library
@@ -78,6 +79,30 @@ class Scratch(ctypes.Structure):
     _fields_ = _fields("normed stacked mixed gated", _ADDRESS)
 
 
+class Network(ctypes.Structure):
+    """`network_t`: a whole network; `unit` and `join` are a head's."""
+
+    _fields_ = (
+        _fields("embedding cos sin layers", _ADDRESS)
+        + _fields("count width layer_size taps", _SIZE)
+        + _fields("eps", ctypes.c_float)
+        + _fields("norm", _ADDRESS)
+        + _fields("output", Product)
+        + _fields("unit", _ADDRESS)
+        + _fields("join", Product)
+    )
+
+
+class Forward(ctypes.Structure):
+    """`forward_t`: what one forward of a network reads and writes."""
+
+    _fields_ = (
+        _fields("ids positions kept", _ADDRESS)
+        + _fields("count", _SIZE)
+        + _fields("states x cos sin joined last tapped logits", _ADDRESS)
+    )
+
+
 class Finish(IntEnum):
     """`finish_t`: what becomes of a product's sums."""
 
@@ -118,6 +143,13 @@ class Kernels:
             size,
         )
 
+        self.run_network = bound(
+            library.run_network,
+            *[ctypes.POINTER(kind) for kind in (Network, Plan, View, Scratch, Forward)],
+            address,
+            address,
+        )
+
     def pack(self, weight: Tensor, second: Tensor | None = None) -> Tensor:
         """Return `weight` [columns, inputs] as `multiply` wants it; with `second`, both in alternating half panels."""
         parts = [part.contiguous() for part in (weight, second) if part is not None]
@@ -147,3 +179,9 @@ def bound(function: Any, *arguments: Any, result: Any = None) -> Callable[..., A
     """Tell a C function's types."""
     function.argtypes, function.restype = arguments, result
     return function  # type: ignore[no-any-return]
+
+
+def address(array: NDArray[Any]) -> int:
+    """Return where an array's numbers lie; much quicker than its `ctypes`."""
+    place: int = array.__array_interface__["data"][0]
+    return place

@@ -46,21 +46,27 @@ class FusedLayers(nn.Module):
         super().__init__()
         self._kernels = kernels
         self._packed = [_Packed(layer, kernels) for layer in layers]
-        self._windows = sorted({packed.window for packed in self._packed}, key=lambda window: window or 0)
-        self._layers = (Layer * len(layers))(*[packed.layer(self._windows) for packed in self._packed])
-        self._taps = 0
+        self.windows = sorted({packed.window for packed in self._packed}, key=lambda window: window or 0)
+        self.layers = (Layer * len(layers))(*[packed.layer(self.windows) for packed in self._packed])
+        self.taps = 0
         first: Any = layers[0]
-        self._eps = float(first.input_layernorm.variance_epsilon)
-        self._scaling = float(first.self_attn.scaling)
+        self.eps = float(first.input_layernorm.variance_epsilon)
+        self.scaling = float(first.self_attn.scaling)
         self._inner = int(first.mlp.up_proj.out_features)
 
     def tap(self, layers: Sequence[int]) -> None:
         """From now on leave the outputs of these layers in `plan.tapped` [n, taps, width]."""
-        self._taps = len(layers)
-        for layer in self._layers:
+        self.taps = len(layers)
+        for layer in self.layers:
             layer.tap = -1
         for place, number in enumerate(layers):
-            self._layers[number].tap = place
+            self.layers[number].tap = place
+
+    @property
+    def room(self) -> tuple[int, int, int, int]:
+        """Numbers that a row takes between the products of a layer, in the order of `Scratch`."""
+        layer = self._packed[0]
+        return layer.qkv.in_features, layer.qkv.out_features, layer.o.in_features, self._inner
 
     def forward(
         self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], plan: NativePlan, **_: object
@@ -69,13 +75,12 @@ class FusedLayers(nn.Module):
         x = hidden_states.clone()
         n, width = x.shape[1:]
         cos, sin = (part.contiguous() for part in position_embeddings)
-        layer = self._packed[0]
-        room = [x.new_empty(n * size) for size in (width, layer.qkv.out_features, layer.o.in_features, self._inner)]
-        numbers, views = plan.structures(self._windows, self._scaling)
-        plan.tapped = x.new_empty(n, self._taps, width)
+        room = [x.new_empty(n * size) for size in self.room]
+        numbers, views = plan.structures(self.windows, self.scaling)
+        plan.tapped = x.new_empty(n, self.taps, width)
         self._kernels.run_layers(
-            self._layers,
-            len(self._layers),
+            self.layers,
+            len(self.layers),
             ctypes.byref(numbers),
             views,
             ctypes.byref(Scratch(*[part.data_ptr() for part in room])),
@@ -86,9 +91,9 @@ class FusedLayers(nn.Module):
             plan.kv.values.data_ptr(),
             plan.kv.keys.stride(0),
             width,
-            self._eps,
+            self.eps,
             plan.tapped.data_ptr(),
-            self._taps,
+            self.taps,
         )
         return x
 

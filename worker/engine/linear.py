@@ -33,6 +33,7 @@ class PackedLinear(nn.Module):
         self._kernels = kernels
         self._bias = torch.cat(biases) if biases else None
         self._weight = kernels.pack(*weights) if gated else kernels.pack(torch.cat(weights))
+        self.floats = floats
         self._finish = Finish.STORE_FLOAT if floats else Finish.STORE
         self.product = Product(
             weight=self._weight.data_ptr(),

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worker.engine.kernels import Heads, Kernels, Plan, View
+from worker.engine.kernels import Heads, Kernels, Plan, View, address
 from worker.engine.native_kv import NativeKv
-from worker.engine.rows import IntArray, Segment
+from worker.engine.rows import IntArray, Segment, concatenated
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class _View:
 
     def structure(self) -> View:
         """Return what the kernel reads; it points into these arrays."""
-        return View(*[x.ctypes.data for x in (self.first, self.prefix, self.extra_start, self.extra)], self.end)
+        return View(*[address(x) for x in (self.first, self.prefix, self.extra_start, self.extra)], self.end)
 
 
 class NativePlan:
@@ -40,13 +40,14 @@ class NativePlan:
 
     def __init__(self, segments: Sequence[Segment], kv: NativeKv, heads: int, kernels: Kernels) -> None:
         """Plan `segments` for a model with `heads` query heads."""
+        assert all(s.end <= kv.capacity for s in segments), "rows beyond the end of their slot"
         self.kv = kv
         self._segments = segments
         self._kernels = kernels
         self._heads = heads
         self.tapped: Tensor | None = None  # [n, taps, width] outputs of tapped layers, once they have run
         self._slot = np.repeat([s.slot for s in segments], [len(s.ids) for s in segments])
-        self._index = np.concatenate([np.arange(s.start, s.end) for s in segments])
+        self._index = concatenated([np.arange(s.start, s.end) for s in segments])
         self._views: dict[int | None, _View] = {}
 
     def attend(
@@ -73,8 +74,8 @@ class NativePlan:
             kv_heads=self.kv.kv_heads,
             dim=self.kv.head_dim,
             capacity=self.kv.capacity,
-            slot=self._slot.ctypes.data,
-            index=self._index.ctypes.data,
+            slot=address(self._slot),
+            index=address(self._index),
             scale=scaling,
         )
         for window in windows:
@@ -85,27 +86,29 @@ class NativePlan:
 
 def _view(segments: Sequence[Segment], window: int | None) -> _View:
     """Return what the rows see. A row at position p sees the texts at positions above p - window."""
-    positions = np.concatenate([s.positions for s in segments])
-    first = np.zeros_like(positions) if window is None else np.maximum(positions - window + 1, 0)
-    prefix = np.concatenate(
-        [s.start + 1 + np.arange(len(s.ids)) if s.visible is None else _prefix(s) for s in segments]
-    )
+    positions = concatenated([s.positions for s in segments])
+    prefix = concatenated([s.start + 1 + np.arange(len(s.ids)) if s.visible is None else _prefix(s) for s in segments])
+    first = np.zeros_like(prefix) if window is None else np.minimum(np.maximum(positions - window + 1, 0), prefix)
     counts, extra = [], []
     row = 0
     for s in segments:
         if s.visible is None:
             counts.append(np.zeros(len(s.ids), np.int64))
         else:
-            # entry `prefix + c` seen by a row is its ancestor at position `prefix + rank`
-            seen = s.visible & (s.prefix + s.visible.cumsum(axis=1) - 1 >= first[row : row + len(s.ids), None])
+            seen = s.visible
+            if window is not None:  # entry `prefix + c` seen by a row is its ancestor at position `prefix + rank`
+                earliest = positions[row : row + len(s.ids), None] - window + 1
+                seen = seen & (s.prefix + seen.cumsum(axis=1) - 1 >= earliest)
             counts.append(seen.sum(axis=1))
             extra.append(s.prefix + np.nonzero(seen)[1])
         row += len(s.ids)
+    starts = np.zeros(row + 1, np.int64)
+    np.cumsum(concatenated(counts), out=starts[1:])
     return _View(
-        first=np.minimum(first, prefix),
+        first=first,
         prefix=prefix,
-        extra_start=np.concatenate([[0], np.concatenate(counts).cumsum()]),
-        extra=np.concatenate([*extra, np.zeros(1, np.int64)]),  # never empty: its address is taken
+        extra_start=starts,
+        extra=concatenated(extra) if extra else np.zeros(1, np.int64),  # its address is taken
         end=max(s.end for s in segments),
     )
 

@@ -24,7 +24,7 @@ from worker.engine.rows import IntArray
 from worker.engine.scheduler import Batch
 from worker.engine.verifier import Accepted
 
-_MOMENT = 3.0  # times that a moment of the machine may be slower or faster than usual
+_CLOSER = 8  # times as many plain steps where the race is close
 _HORIZON = 32  # steps over which a draft that has caught up is expected to pay
 
 
@@ -48,6 +48,15 @@ class StepPlan:
     way: _Way | None = None  # how it was drafted
 
 
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Where the time of a step went, in milliseconds."""
+
+    draft_ms: float
+    verify_ms: float
+    step_ms: float  # all of it, bookkeeping included
+
+
 class Planner:
     """Plans the steps of one engine and learns from them."""
 
@@ -59,13 +68,14 @@ class Planner:
         self._costs = costs
         self._experience = experience
         self._acceptance = experience.acceptance
+        self._learned = options.mode is Mode.OPT_TREE or options.calibrated
         self._ways = [] if drafter is None else [_Way(drafter, experience.whole)]
         if drafter is not None and drafter.free is not None and options.mode is Mode.OPT_TREE:
             self._ways.append(_Way(drafter.free, experience.free))
 
     def plan(self, batch: Batch) -> StepPlan:
         """Decide what the decoding sequences of a batch show to the target."""
-        forest = Forest(batch.emitting)
+        forest = Forest(batch.emitting, self._acceptance.worth if self._learned else 1.0)
         way, roots, decision = self._choose(batch)
         if way is None:
             return StepPlan(forest, forest, forest.roots, [], decision)
@@ -80,7 +90,7 @@ class Planner:
         return StepPlan(forest, shown, np.flatnonzero(cut), layers, decision, way)
 
     def learn(
-        self, batch: Batch, plan: StepPlan, accepted: list[Accepted], tokens: int, draft_ms: float, step_ms: float
+        self, batch: Batch, plan: StepPlan, accepted: list[Accepted], tokens: int, times: StepTimes
     ) -> float | None:
         """Learn from a step that was taken and emitted so many tokens.
 
@@ -93,13 +103,22 @@ class Planner:
             return None
         trees, rows = len(batch.decoding), plan.shown.size
         entries = batch.entries * rows / trees
-        plain_ms = float(self._costs.step_ms(trees, batch.entries))
-        # A slow moment of the machine would have slowed a plain step as well: drafts are judged by its speed right now.
-        now = (step_ms - draft_ms) / float(self._costs.step_ms(rows, entries)) if plan.layers else 1.0
-        plain_now_ms = plain_ms * min(max(now, 1 / _MOMENT), _MOMENT)
-        self._settle(plan, trees, tokens, step_ms, plain_now_ms)
-        self._costs.observe(rows, entries, step_ms - draft_ms)
+        plain_ms = self._plain_ms(batch, plan, self._costs, times)
+        self._settle(plan, trees, tokens, times.step_ms, plain_ms)
+        self._costs.observe(rows, entries, times.verify_ms)
         return plain_ms
+
+    def _plain_ms(self, batch: Batch, plan: StepPlan, costs: CostModel, times: StepTimes) -> float:
+        """Return what the step would have taken without drafts; a plain step has just told."""
+        trees, rows, pace = len(batch.decoding), plan.shown.size, self._experience.pace
+        plain_ms = costs.measured_ms(trees, batch.entries)
+        forward_ms = costs.measured_ms(rows, batch.entries * rows / trees)
+        moment = pace.observe_forward(rows, forward_ms, times.verify_ms)
+        if not plan.layers:
+            pace.observe_plain(trees, plain_ms, times.step_ms)
+            return times.step_ms
+        # A slow moment of the machine would have slowed a plain step as well: drafts are judged by its speed right now.
+        return pace.plain_ms(trees, plain_ms) * moment
 
     def _settle(self, plan: StepPlan, trees: int, tokens: int, step_ms: float, plain_ms: float) -> None:
         """Book what a step brought to the way in which it was drafted; the others had a rest."""
@@ -123,8 +142,7 @@ class Planner:
         if self._options.mode is Mode.PAPER:
             return self._ways[0], np.arange(trees), Decision.TREE
         self._experience.steps += 1
-        # One step in so many is plain whatever drafts bring, to keep the comparison honest.
-        if self._experience.steps % self._options.probe_every == self._options.probe_every // 2:
+        if self._probes(trees):
             return None, nobody, Decision.PROBE
         decision = Decision.GUARD
         for way in self._ways:
@@ -134,6 +152,16 @@ class Planner:
                     return way, roots, Decision.TREE
                 decision = Decision.BEHIND
         return None, nobody, decision
+
+    def _probes(self, trees: int) -> bool:
+        """Return whether the step is plain on purpose: the first of its kind, then one in so many.
+
+        More where the race is close: there a plain step costs nothing, and the judgement is easily wrong.
+        """
+        every = self._options.probe_every
+        if all(way.ledger.governor.close(trees) for way in self._ways):
+            every = max(every // _CLOSER, 2)
+        return self._experience.pace.unknown(trees) or self._experience.steps % every == every // 2
 
     def _budget(self, batch: Batch, way: _Way) -> Budget:
         if self._options.mode is Mode.PAPER or self._costs is None:
@@ -167,8 +195,7 @@ class Planner:
     def _grow(self, forest: Forest, budget: Budget, roots: IntArray, way: _Way) -> list[Layer]:
         rows = sum(way.drafter.behind(forest.sequences[root]) for root in roots.tolist())
         started = perf_counter()
-        learned = self._options.mode is Mode.OPT_TREE or self._options.calibrated
-        valued = self._valued if learned else as_offered
+        valued = self._valued if self._learned else as_offered
         layers = grow(forest, way.drafter, budget, self._options.max_depth, roots, valued)
         ms = (perf_counter() - started) * 1e3
         way.ledger.drafts.observe_growth(rows, [len(layer.frontier) for layer in layers], ms)
@@ -186,4 +213,8 @@ class Planner:
             drawn.update(zip([root, *path], tokens, strict=True))
         for layer in plan.layers:
             self._acceptance.learn(plan.forest, layer.frontier, layer.offered, drawn_tokens(layer.frontier, drawn))
+        shown = plan.shown.size - len(accepted)
+        if shown:
+            expected = float(plan.shown.value[len(accepted) :].sum())
+            self._acceptance.learn_worth(expected, sum(len(kept.path) for kept in accepted))
         self._acceptance.forget()

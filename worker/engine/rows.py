@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -53,8 +54,20 @@ def chain(slot: int, cached: int, ids: list[int], *, keep_last: bool) -> Segment
 
 def kept_rows(segments: Sequence[Segment]) -> Tensor:
     """Return which rows of a forward over `segments` are kept, int64."""
-    starts = np.cumsum([0] + [len(s.ids) for s in segments[:-1]])
-    return torch.from_numpy(np.concatenate([start + s.keep for start, s in zip(starts, segments, strict=True)]))
+    return torch.from_numpy(kept_places(segments))
+
+
+def kept_places(segments: Sequence[Segment]) -> IntArray:
+    """Return the same as an array."""
+    if len(segments) == 1:
+        return segments[0].keep
+    ends = list(accumulate(len(s.ids) for s in segments))
+    return np.concatenate([end - len(s.ids) + s.keep for end, s in zip(ends, segments, strict=True)])
+
+
+def concatenated(parts: Sequence[IntArray]) -> IntArray:
+    """Return the parts one behind the other, in one piece; a single part as it is."""
+    return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +86,10 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """The first `length` KV entries of one slot, to be had in another: two texts begin alike."""
+    """The first `length` KV entries of one slot, to be had in another: two texts begin alike.
+
+    Where both are the same slot, its next text begins as the one that has ended there, whose rest is of no more use.
+    """
 
     source: int
     target: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from worker.engine.governor import Decision
+from worker.engine.logprobs import Told
 from worker.engine.sequence import Sequence
 
 
@@ -28,9 +29,22 @@ class StepNumbers:
 
 
 @dataclass(frozen=True, slots=True)
+class ShownTree:
+    """The draft tree that one sequence showed in a step, and what the target kept of it. Root first, parents first."""
+
+    parents: tuple[int, ...]  # -1: the root, the newest committed token
+    tokens: tuple[int, ...]
+    values: tuple[float, ...]  # P(the target reaches the node and accepts it), as expected; the root's is 1
+    accepted: tuple[bool, ...]  # the root is
+    bonus: int  # the target's own token behind the accepted path
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
     """What one sequence got from a step."""
 
     sequence: Sequence
     tokens: tuple[int, ...]  # emitted; the first `numbers.accepted_tokens` are accepted draft tokens
     numbers: StepNumbers
+    tree: ShownTree | None = None  # if the sequence is traced that far
+    logprobs: Told = None  # of each token, if the sequence wants them

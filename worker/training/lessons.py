@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from worker.engine.language_model import PackedModel
 from worker.engine.rows import Segment
+from worker.engine.sampling import best
 from worker.training.texts import Text
 
 _GROUP = 64  # texts of one file
@@ -84,11 +85,11 @@ def _read(target: PackedModel, text: Text) -> dict[str, Tensor]:
         rows = np.array(text.ids[start : start + _ROWS], np.int64)
         everything = np.arange(len(rows))
         segment = Segment(0, start, start, rows, start + everything, None, everything)
-        likeliest = target.forward([segment]).float().softmax(-1).topk(_LIKELIEST)
+        likeliest, shares = best(target.forward([segment]).float(), _LIKELIEST)
         assert target.hidden is not None
         hidden.append(target.hidden.read(0, start, segment.end).clone())
-        ids.append(likeliest.indices.int().cpu())
-        probabilities.append(likeliest.values.half().cpu())
+        ids.append(likeliest.int().cpu())
+        probabilities.append(shares.half().cpu())
     return {
         "ids": torch.tensor(text.ids, dtype=torch.int32),
         "hidden": torch.cat(hidden).cpu(),

@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy.exc import OperationalError
 
+from jobs.api import caller
 from jobs.api.app import make_api
-from jobs.messages import CHAT_ENDPOINT
+from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT
 from jobs.settings import JobsSettings
 from storage import leases, queries, writes
 from storage.records import Progress
@@ -47,17 +49,19 @@ def submitted(api: TestClient, *requests: Any, **fields: Any) -> dict[str, Any]:
     return job
 
 
-def answer_all(database: Database, text: str = "Paris.") -> None:
+def answer_all(
+    database: Database, text: str = "Paris.", limit: int = 10, logprobs: tuple[Any, ...] | None = None
+) -> None:
     """Do what a worker does, with the same text for every request."""
     with database.write() as session:
         writes.register_worker(session, a_worker_card(id="w", target="tiny"))
     with database.write() as session:
-        claims = leases.claim(session, "w", "tiny", 10, 30.0)
+        claims = leases.claim(session, "w", "tiny", limit, 30.0)
     with database.write() as session:
         progress = [
             Progress(
                 claim.lease,
-                checkpoints=(a_checkpoint(text=text, seq=1),),
+                checkpoints=(a_checkpoint(text=text, seq=1, logprobs=logprobs),),
                 finished=(a_finished_choice(text=text, last_seq=2),),
                 ends=True,
             )
@@ -101,6 +105,23 @@ def test_a_job_is_taken_while_redis_is_away(settings: JobsSettings, database: Da
         assert queries.job(session, job["id"]) is not None
 
 
+def test_outputs_tell_logprobs_in_the_shape_of_the_endpoint_if_they_were_asked_for(
+    api: TestClient, database: Database
+) -> None:
+    chat = submitted(api, "Hello", logprobs=True)
+    text = submitted(api, "Hello", logprobs=0, endpoint=COMPLETIONS_ENDPOINT)
+    answer_all(database, logprobs=(["Paris.", -0.5],))
+    of_chat, of_text = (api.get(f"/v1/jobs/{job['id']}/outputs").json()["choices"][0] for job in (chat, text))
+    told = {"token": "Paris.", "logprob": -0.5, "bytes": list(b"Paris."), "top_logprobs": []}
+    assert of_chat["logprobs"] == {"content": [told], "refusal": None}
+    assert of_text["logprobs"] == {
+        "tokens": ["Paris."],
+        "token_logprobs": [-0.5],
+        "top_logprobs": [{"Paris.": -0.5}],
+        "text_offset": [0],
+    }
+
+
 def test_outputs_are_lines_in_the_order_of_the_job_with_the_reason_where_there_is_no_text(
     api: TestClient, database: Database
 ) -> None:
@@ -140,13 +161,102 @@ def test_events_tell_what_is_written_and_end_with_the_job(api: TestClient, datab
     assert reply.headers["content-type"].startswith("text/event-stream")
     events = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: ")]
     assert [(event["type"], event.get("index")) for event in events] == [
+        ("failed", 1),
         ("tokens", 0),
         ("finished", 0),
-        ("failed", 1),
         ("job", None),
     ]
-    assert events[0]["text"] == "a\ndata: b"
+    assert events[1]["text"] == "a\ndata: b"
     assert events[-1]["status"] == "completed"
+
+
+def test_a_reader_goes_on_behind_the_event_whose_id_it_sends(api: TestClient, database: Database) -> None:
+    path = f"/v1/jobs/{submitted(api, 'one', 'two')['id']}/events"
+    answer_all(database)
+    whole = blocks(api.get(path).text)
+    for seen in range(len(whole)):
+        reply = api.get(path, headers={"last-event-id": id_of(whole[seen])})
+        if seen + 1 == len(whole):
+            assert (reply.status_code, reply.text) == (204, "")
+        else:
+            assert blocks(reply.text) == whole[seen + 1 :]
+
+
+@pytest.mark.parametrize("event_id", ["", "nonsense", "999999", "9" * 200, "1.2.3", "-1.0.0.0~completed"])
+def test_an_id_that_is_not_ours_starts_over(api: TestClient, database: Database, event_id: str) -> None:
+    path = f"/v1/jobs/{submitted(api)['id']}/events"
+    answer_all(database)
+    assert blocks(api.get(path, headers={"last-event-id": event_id}).text) == blocks(api.get(path).text)
+
+
+def blocks(stream: str) -> list[str]:
+    return [block for block in stream.split("\n\n") if "data: " in block]
+
+
+def id_of(block: str) -> str:
+    return block.partition("id: ")[2].partition("\n")[0]
+
+
+def test_results_can_be_followed_in_the_order_in_which_they_end(api: TestClient, database: Database) -> None:
+    job_id = submitted(api, "one", "", "three")["id"]
+    answer_all(database)
+    lines = [json.loads(line) for line in api.get(f"/v1/jobs/{job_id}/outputs?follow=true").text.splitlines()]
+    assert [line["index"] for line in lines] == [1, 0, 2]
+    params = {"follow": "true", "cursor": lines[1]["cursor"]}
+    rest = api.get(f"/v1/jobs/{job_id}/outputs", params=params).text.splitlines()
+    assert [json.loads(line) for line in rest] == lines[2:]
+
+
+@pytest.mark.parametrize("follow", ["true", "false"])
+def test_only_the_failed_lines_come_if_they_are_asked_for(api: TestClient, database: Database, follow: str) -> None:
+    job_id = submitted(api, "one", "", "three")["id"]
+    answer_all(database)
+    lines = api.get(f"/v1/jobs/{job_id}/outputs", params={"failed": "true", "follow": follow}).text.splitlines()
+    assert [json.loads(line)["index"] for line in lines] == [1]
+
+
+def test_failed_requests_run_again_as_a_new_job(api: TestClient, database: Database, bells: Bells) -> None:
+    job = submitted(api, "one", "", {"prompt": "three", "custom_id": "c", "seed": 7}, metadata={"team": "a"})
+    api.post(f"/v1/jobs/{job['id']}/cancel")
+    ended = api.get(f"/v1/jobs/{job['id']}").json()
+    again = api.post(f"/v1/jobs/{job['id']}/retry").json()
+    assert (again["retry_of"], again["metadata"]) == (job["id"], {"team": "a"})
+    assert again["request_counts"] == {"total": 2, "completed": 0, "failed": 0}  # the empty prompt can't run
+    assert bells.rung[-1] == (again["id"], "tiny")
+    answer_all(database)
+    lines = [json.loads(line) for line in api.get(f"/v1/jobs/{again['id']}/outputs").text.splitlines()]
+    assert [line["custom_id"] for line in lines] == ["request-0", "c"]
+    assert api.get(f"/v1/jobs/{job['id']}").json() == ended
+    reply = api.post(f"/v1/jobs/{again['id']}/retry")
+    assert (reply.status_code, reply.headers["x-should-retry"]) == (409, "false")
+
+
+def test_a_retry_that_is_repeated_under_one_key_is_one_job(api: TestClient) -> None:
+    job_id = submitted(api)["id"]
+    assert api.post(f"/v1/jobs/{job_id}/retry").status_code == 409
+    api.post(f"/v1/jobs/{job_id}/cancel")
+    key = {"idempotency-key": "k"}
+    assert len({api.post(f"/v1/jobs/{job_id}/retry", headers=key).json()["id"] for _ in range(2)}) == 1
+
+
+def test_the_pace_so_far_says_how_long_the_rest_takes(api: TestClient, database: Database) -> None:
+    job_id = submitted(api, "one", "two")["id"]
+    assert api.get(f"/v1/jobs/{job_id}").json()["progress"]["time_left_s"] is None
+    answer_all(database, limit=1)
+    progress = api.get(f"/v1/jobs/{job_id}").json()["progress"]
+    assert progress["time_left_s"] == pytest.approx(progress["elapsed_s"], abs=0.1)
+    answer_all(database)
+    assert api.get(f"/v1/jobs/{job_id}").json()["progress"]["time_left_s"] == 0
+
+
+def test_submissions_that_race_under_one_key_are_one_job(api: TestClient, bells: Bells) -> None:
+    def submit(_: int) -> str:
+        reply = api.post("/v1/jobs", json={"prompts": ["Hello"]}, headers={"idempotency-key": "k"})
+        return str(reply.json()["id"])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(submit, range(16)))) == 1
+    assert len(bells.rung) == 1
 
 
 def test_the_same_key_and_body_give_the_same_job(api: TestClient, bells: Bells) -> None:
@@ -178,6 +288,23 @@ def test_jobs_are_listed_in_pages_newest_first(api: TestClient) -> None:
         page = api.get("/v1/jobs", params={"limit": 2} | after).json()
         seen += [job["id"] for job in page["data"]]
     assert seen == ids[::-1]
+
+
+def test_a_caller_sees_and_cancels_only_its_own_jobs(settings: JobsSettings, database: Database, bells: Bells) -> None:
+    app = make_api(settings, database, bells)
+    with TestClient(app) as api:
+        app.dependency_overrides[caller._caller] = lambda: caller.Caller("alice", sees_all=False)
+        hers = submitted(api)["id"]
+        app.dependency_overrides[caller._caller] = lambda: caller.Caller("bob", sees_all=False)
+        his = submitted(api)["id"]
+        assert [job["id"] for job in api.get("/v1/jobs").json()["data"]] == [his]
+        assert api.get("/v1/jobs", params={"after": hers}).status_code == 400
+        for path in ("", "/outputs", "/events", "/stats"):
+            assert api.get(f"/v1/jobs/{hers}{path}").status_code == 404
+        assert api.post(f"/v1/jobs/{hers}/cancel").status_code == 404
+        app.dependency_overrides.clear()
+        assert [job["id"] for job in api.get("/v1/jobs").json()["data"]] == [his, hers]
+        assert api.get(f"/v1/jobs/{hers}").json()["status"] == "in_progress"
 
 
 def test_the_numbers_of_a_job_and_of_everything_are_there(api: TestClient, database: Database) -> None:

@@ -71,6 +71,33 @@ def test_results_are_written_to_a_file(run: Run, prompts: str, database: Databas
     assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [0, 1]
 
 
+def test_lines_of_text_are_prompts(run: Run) -> None:
+    job = json.loads(run("submit", "-", "--json", stdin="Name a river.\nName a lake.\n"))
+    assert job["request_counts"]["total"] == 2
+
+
+def test_a_job_is_waited_for_and_its_failed_lines_shown(
+    run: Run, prompts: str, database: Database, tmp_path: Path
+) -> None:
+    run("submit", prompts)
+    answer_all(database)
+    path = tmp_path / "answers.jsonl"
+    assert json.loads(run("status", "--wait", "--json"))["status"] == "completed"
+    assert [json.loads(line)["custom_id"] for line in run("results", "--failed", "--json").splitlines()] == ["empty"]
+    assert len(run("results", "--follow", "--json").splitlines()) == 2
+    run("results", "--failed", "--output", str(path))
+    assert len(path.read_text().splitlines()) == 1
+
+
+def test_failed_requests_are_run_again(run: Run, prompts: str, database: Database) -> None:
+    job_id = json.loads(run("submit", prompts, "--json"))["id"]
+    run("cancel", job_id)
+    again = json.loads(run("retry", job_id, "--json"))
+    assert (again["retry_of"], again["request_counts"]["total"]) == (job_id, 1)
+    answer_all(database)
+    assert run("status", again["id"], "--wait") == ""
+
+
 def test_jobs_are_listed_and_cancelled(run: Run, prompts: str) -> None:
     job_id = json.loads(run("submit", prompts, "--json"))["id"]
     assert job_id in run("jobs")

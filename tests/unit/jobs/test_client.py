@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from jobs.client import Client
+from jobs import AsyncClient, Client
 from jobs.errors import (
     BodyTooLarge,
     IdempotencyConflict,
@@ -21,6 +21,7 @@ from jobs.errors import (
     NotCancellable,
     NotFound,
     ServiceUnavailable,
+    SetupError,
     UnknownModel,
     UnknownParameter,
 )
@@ -69,7 +70,10 @@ def an_error(status: int, code: str | None = None, message: str = "No.", param: 
 
 
 def a_stream(*events: PartialEvent) -> httpx.Response:
-    lines = [f"id: 0\nevent: {event.type}\ndata: {event.model_dump_json(exclude_none=True)}\n\n" for event in events]
+    lines = [
+        f"id: 7.0.0.{event.seq}\nevent: {event.type}\ndata: {event.model_dump_json(exclude_none=True)}\n\n"
+        for event in events
+    ]
     return httpx.Response(200, text=": ping\n\n" + "".join(lines))
 
 
@@ -172,6 +176,14 @@ def test_a_broken_stream_is_taken_up_again_without_telling_anything_twice() -> N
     assert [event.text for event in events] == ["Hel", "lo", "!", ""]
 
 
+def test_a_stream_that_is_taken_up_again_says_what_was_seen() -> None:
+    service = Service(a_stream(tokens(0, "Hel"), tokens(1, "lo")), an_error(503), a_stream(tokens(2, "!"), ended()))
+    with some_client(service) as client:
+        events = list(client.job("batch_1").follow())
+    assert [event.text for event in events] == ["Hel", "lo", "!", ""]
+    assert [call.headers.get("last-event-id") for call in service.calls] == [None, "7.0.0.1", "7.0.0.1"]
+
+
 def test_leaving_a_stream_early_leaves_the_client_usable() -> None:
     service = Service(a_stream(tokens(0, "Hel"), tokens(1, "lo"), ended()), a_job())
     with some_client(service) as client:
@@ -210,6 +222,73 @@ def test_outputs_that_break_off_are_taken_up_behind_the_last_whole_line() -> Non
     with some_client(service) as client:
         assert [output.index for output in client.job("batch_1").outputs()] == [0, 1]
     assert service.calls[1].url.params["after"] == "0"
+
+
+def test_followed_outputs_are_taken_up_behind_the_cursor_of_the_last_line() -> None:
+    lines = [json.dumps({"custom_id": str(n), "index": n, "status": "completed", "cursor": f"{n}.{n}"}) for n in (2, 0)]
+    broken = httpx.Response(200, stream=_Breaking((lines[0] + "\n").encode()))
+    service = Service(broken, httpx.Response(200, text=lines[1] + "\n"))
+    with some_client(service) as client:
+        assert [output.index for output in client.job("batch_1").outputs(follow=True)] == [2, 0]
+    assert [dict(call.url.params)["cursor"] for call in service.calls] == ["", "2.2"]
+
+
+def answers() -> httpx.Response:
+    choices = [{"index": n, "text": f"t{n}", "finish_reason": "stop", "completion_tokens": 3} for n in (0, 1)]
+    good = {"custom_id": "a", "index": 0, "status": "completed", "choices": choices}
+    bad = {"custom_id": "b", "index": 1, "status": "failed", "error": {"message": "No.", "code": None}}
+    return httpx.Response(200, text="".join(json.dumps(line) + "\n" for line in (good, bad)))
+
+
+def test_results_are_one_row_a_choice_and_the_error_of_what_failed() -> None:
+    with some_client(Service(answers())) as client:
+        rows = client.job("batch_1").results()
+    assert [(row["custom_id"], row["choice"], row["text"], row["error"]) for row in rows] == [
+        ("a", 0, "t0", None),
+        ("a", 1, "t1", None),
+        ("b", 0, None, "No."),
+    ]
+
+
+def test_results_are_a_data_frame_too() -> None:
+    with some_client(Service(answers())) as client:
+        frame = client.job("batch_1").dataframe()
+    assert list(frame["text"].dropna()) == ["t0", "t1"]
+
+
+def test_without_pandas_a_data_frame_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with some_client(Service(answers())) as client, pytest.raises(SetupError, match=r"basic-batch\[pandas\]"):
+        client.job("batch_1").dataframe()
+
+
+def test_a_retry_is_a_job_of_its_own_and_asked_for_once() -> None:
+    service = Service(httpx.ReadError("reset"), a_job(id="batch_2", retry_of="batch_1"))
+    with some_client(service) as client:
+        assert client.job("batch_1").retry().id == "batch_2"
+    assert len({call.headers["idempotency-key"] for call in service.calls}) == 1
+
+
+def test_the_asynchronous_client_does_the_same() -> None:
+    async def scenario() -> tuple[str, list[str]]:
+        stream = a_stream(tokens(0, "Hello"), ended())
+        transport = httpx.MockTransport(Service(a_job(), stream))
+        async with AsyncClient("http://service", transport=transport) as client:
+            job = await client.submit("Hi")
+            return job.id, [event.text async for event in job.follow()]
+
+    assert asyncio.run(scenario()) == ("batch_1", ["Hello", ""])
+
+
+def test_waiting_with_progress_says_so_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = {"completion_tokens": 1200, "tokens_per_s": 60.0, "time_left_s": 95.0}
+    counts = {"total": 2, "completed": 1, "failed": 0}
+    service = Service(a_job(request_counts=counts, progress=progress), a_job(status="completed"))
+    with some_client(service) as client:
+        client.job("batch_1").wait(progress=True, poll_s=0)
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[0] == "1/2 requests · 1,200 tokens · 60.0 tokens/s · about 1 min 35 s left"
+    assert captured.out == ""
 
 
 def test_the_key_is_sent_with_every_call() -> None:

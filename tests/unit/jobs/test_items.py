@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from jobs.items import UNSUPPORTED, WITHOUT_EFFECT, Item, Rules, parse_item, read_lines
+from jobs.items import UNSUPPORTED, WITHOUT_EFFECT, Item, Rules, parse_item, parse_parameters, read_lines
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, Endpoint, GenerationRequest
 from storage.records import NewRequest, Refusal
+
+
+def lines(body: bytes, max_line_bytes: int = 1_000_000) -> Iterator[Item]:
+    return read_lines(io.BytesIO(body), max_line_bytes)
 
 
 def some_rules(
@@ -105,8 +111,6 @@ def test_stops_and_biases_are_stored_as_a_worker_reads_them() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("logprobs", True),
-        ("logprobs", 0),
         ("response_format", {"type": "json_object"}),
         ("tools", [{"type": "function"}]),
         ("best_of", 2),
@@ -115,6 +119,62 @@ def test_stops_and_biases_are_stored_as_a_worker_reads_them() -> None:
 def test_unsupported_fields_are_refused_when_they_ask_for_something(field: str, value: Any) -> None:
     refusal = refused({"prompt": "Hello", field: value})
     assert (refusal.code, refusal.param) == ("unsupported_parameter", field)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "given", "wanted"),
+    [
+        (CHAT_ENDPOINT, {}, None),
+        (CHAT_ENDPOINT, {"logprobs": False, "top_logprobs": 0}, None),
+        (CHAT_ENDPOINT, {"logprobs": True}, 0),
+        (CHAT_ENDPOINT, {"logprobs": True, "top_logprobs": 20}, 20),
+        (COMPLETIONS_ENDPOINT, {"logprobs": 0}, 0),
+        (COMPLETIONS_ENDPOINT, {"logprobs": 5}, 5),
+        (COMPLETIONS_ENDPOINT, {"logprobs": None}, None),
+    ],
+)
+def test_each_endpoint_asks_for_logprobs_in_its_own_words(
+    endpoint: Endpoint, given: dict[str, Any], wanted: int | None
+) -> None:
+    assert accepted({"prompt": "Hello", **given}, some_rules(endpoint)).sampling.logprobs == wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, 3),
+        ({"top_logprobs": 7}, 7),
+        ({"top_logprobs": 0}, 0),
+        ({"logprobs": True}, 3),
+        ({"logprobs": False}, None),
+    ],
+)
+def test_a_request_may_ask_for_other_logprobs_than_its_job(given: dict[str, Any], wanted: int | None) -> None:
+    defaults = parse_parameters({"logprobs": True, "top_logprobs": 3}, CHAT_ENDPOINT)
+    assert accepted({"prompt": "Hello", **given}, some_rules(**defaults)).sampling.logprobs == wanted
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "given", "param"),
+    [
+        (CHAT_ENDPOINT, {"logprobs": 1}, "logprobs"),
+        (CHAT_ENDPOINT, {"logprobs": 0}, "logprobs"),
+        (CHAT_ENDPOINT, {"top_logprobs": 2}, "top_logprobs"),
+        (CHAT_ENDPOINT, {"logprobs": False, "top_logprobs": 2}, "top_logprobs"),
+        (CHAT_ENDPOINT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        (CHAT_ENDPOINT, {"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
+        (CHAT_ENDPOINT, {"logprobs": True, "top_logprobs": True}, "top_logprobs"),
+        (COMPLETIONS_ENDPOINT, {"logprobs": True}, "logprobs"),
+        (COMPLETIONS_ENDPOINT, {"logprobs": 6}, "logprobs"),
+        (COMPLETIONS_ENDPOINT, {"logprobs": 2.0}, "logprobs"),
+        (COMPLETIONS_ENDPOINT, {"logprobs": 2, "top_logprobs": 2}, "top_logprobs"),
+    ],
+)
+def test_logprobs_out_of_range_or_in_the_words_of_the_other_endpoint_are_refused(
+    endpoint: Endpoint, given: dict[str, Any], param: str
+) -> None:
+    refusal = refused({"prompt": "Hello", **given}, some_rules(endpoint))
+    assert (refusal.code, refusal.param, refusal.status_code) == ("invalid_value", param, 400)
 
 
 def test_a_misspelt_field_is_refused_with_the_right_spelling() -> None:
@@ -190,7 +250,7 @@ def test_a_value_out_of_range_is_refused_naming_line_and_field(field: str, value
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": "  "}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
-        ({"messages": [{"role": "user", "content": "Hello", "tool_calls": []}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "user", "content": "Hello", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
         ({"prompt": "Hello", "messages": [{"role": "user", "content": "Hello"}]}, "messages"),
         ({}, "prompt"),
         (7, None),
@@ -219,8 +279,18 @@ def test_more_tokens_than_the_context_holds_are_refused_where_a_worker_has_told_
 
 
 def test_lines_end_at_newlines_only_and_blank_ones_do_not_count() -> None:
-    items = list(read_lines('\ufeff"one"\r\n\n{"prompt": "t\u2028wo"}\n'.encode()))
+    items = list(lines('\ufeff"one"\r\n\n{"prompt": "t\u2028wo"}\n'.encode()))
     assert [(item.index, item.line, item.value) for item in items] == [(0, 1, "one"), (1, 3, {"prompt": "t\u2028wo"})]
+
+
+@pytest.mark.parametrize(("length", "refused"), [(100, False), (101, True), (1_000_000, True)])
+def test_a_line_that_is_too_long_is_passed_over(length: int, refused: bool) -> None:
+    long = b'"' + b"x" * (length - 2) + b'"'
+    first, middle, last = lines(b'"one"\n' + long + b'\n"three"', max_line_bytes=100)
+    assert (first.value, last.value, [item.line for item in (first, middle, last)]) == ("one", "three", [1, 2, 3])
+    request = parse_item(middle, some_rules())
+    assert (request.refusal is not None) is refused
+    assert request.refusal is None or "line 2: The line has more than 100 bytes" in request.refusal.message
 
 
 @pytest.mark.parametrize(
@@ -228,7 +298,7 @@ def test_lines_end_at_newlines_only_and_blank_ones_do_not_count() -> None:
     [b"{", b"nonsense", b'{"temperature": NaN}', b'"\\ud800"', b"[" * 100_000, b"9" * 5000, b"\xff\xfe", b'"\xe9"'],
 )
 def test_a_line_that_is_not_json_is_refused_and_named_and_the_others_go_on(line: bytes) -> None:
-    first, bad, last = (parse_item(item, some_rules()) for item in read_lines(b'"one"\n' + line + b'\n"three"'))
+    first, bad, last = (parse_item(item, some_rules()) for item in lines(b'"one"\n' + line + b'\n"three"'))
     assert first.refusal is last.refusal is None
     assert bad.refusal is not None
     assert bad.refusal.code == "invalid_json_line"

@@ -6,10 +6,20 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 
 from storage import leases, queries, writes
-from storage.models import DecodeStep, Job, Output, Partial, Request
+from storage.models import (
+    DecodeStep,
+    Job,
+    Output,
+    Partial,
+    Request,
+    StepBatch,
+    StepDepth,
+    StepExpectation,
+    StepMinute,
+)
 from storage.queries import JobView
 from storage.reclaim import Reclaimed, reclaim
 from storage.records import Checkpoint, Claim, FinishedChoice, FlushResult, Lease, NewRequest, Progress, RequestKey
@@ -107,6 +117,7 @@ def end_of(*checkpoints: Checkpoint, choice: int = 0) -> FinishedChoice:
         started_at=1.0,
         finished_at=2.0,
         last_seq=checkpoints[-1].seq + 1,
+        first_of_prompt=choice == 0,
     )
 
 
@@ -144,7 +155,8 @@ def check_laws(database: Database) -> None:
     """What holds at any time, whatever happened."""
     with database.read() as session:
         jobs = session.execute(select(*Job.__table__.columns)).all()
-        requests = session.execute(select(Request.job_id, Request.request_index, Request.status)).all()
+        columns = (Request.job_id, Request.request_index, Request.status, Request.event_number)
+        requests = session.execute(select(*columns)).all()
         outputs = session.execute(select(*Output.__table__.columns)).all()
         steps = session.execute(select(*DecodeStep.__table__.columns)).all()
         partials = session.execute(select(Partial.job_id, Partial.request_index, Partial.token_ids)).all()
@@ -157,10 +169,39 @@ def check_laws(database: Database) -> None:
         assert (job.finished_at is not None) == ended
         written = sum(row.completion_tokens for row in outputs if row.job_id == job.id)
         assert job.completion_tokens == written + sum(len(r.token_ids) for r in partials if r.job_id == job.id)
+    for row in requests:  # whoever ends a request says in which commit: readers of the job are told in that order
+        assert (row.event_number is None) == (row.status in ("queued", "running"))
     emitted: Counter[tuple[str, int, int]] = Counter()
     for row in steps:
         emitted[row.job_id, row.request_index, row.choice_index] += row.emitted_tokens
     assert emitted == {(row.job_id, row.request_index, row.choice_index): row.completion_tokens for row in outputs}
+    check_sums(database)
     completed = {(row.job_id, row.request_index) for row in requests if row.status == "completed"}
     assert completed <= {(row.job_id, row.request_index) for row in outputs}
     assert completed.isdisjoint((row.job_id, row.request_index) for row in partials)
+
+
+def check_sums(database: Database) -> None:
+    """Every sum that is kept says what the rows of `decode_steps` say."""
+    steps_sum = func.coalesce(func.sum(StepMinute.steps + StepMinute.first_steps), 0)
+    later = DecodeStep.step > 0
+    with database.read() as session:
+        asked: list[tuple[Any, Any]] = [
+            (select(steps_sum), select(func.count()).select_from(DecodeStep)),
+            (
+                select(func.sum(StepMinute.tokens + StepMinute.first_tokens)),
+                select(func.sum(DecodeStep.emitted_tokens)),
+            ),
+            (select(func.sum(StepMinute.tokens)), select(func.sum(DecodeStep.emitted_tokens)).where(later)),
+            (select(func.sum(StepBatch.tree_nodes)), select(func.sum(DecodeStep.tree_nodes)).where(later)),
+            (
+                select(func.sum(StepDepth.accepted_tokens * StepDepth.steps)),
+                select(func.sum(DecodeStep.accepted_tokens)).where(later),
+            ),
+            (
+                select(func.sum(StepExpectation.accepted_tokens)),
+                select(func.sum(DecodeStep.accepted_tokens)).where(DecodeStep.tree_nodes > 0),
+            ),
+        ]
+        for kept, counted in asked:
+            assert (session.scalar(kept) or 0) == (session.scalar(counted) or 0), str(kept)

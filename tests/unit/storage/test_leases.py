@@ -248,3 +248,26 @@ def test_a_job_is_not_rung_for_requests_that_are_running(database: Database) -> 
     flush(database, "w1", held=[held.lease], lease_s=-1)  # its worker is dead
     reclaimed(database)
     assert to_ring(database, -1.0) == [("job-1", "tiny")]
+
+
+def test_what_a_person_waits_for_is_claimed_before_older_and_larger_jobs(database: Database) -> None:
+    record(database, "batch", requests=5)
+    record(database, "chat", priority=1)
+    record(database, "other chat", priority=1)
+
+    first = claim(database, limit=3)
+
+    assert {c.lease.job_id for c in first[:2]} == {"chat", "other chat"}
+    assert [(c.lease.job_id, c.priority) for c in first[2:]] == [("batch", 0)]
+
+
+def test_reserved_places_are_left_free_for_those_who_wait(database: Database) -> None:
+    record(database, "batch", requests=5)
+
+    with database.write() as session:
+        taken = leases.claim(session, "w1", "tiny", 3, 30.0, reserved=2)
+        assert [c.lease.job_id for c in taken] == ["batch"]
+        assert leases.claim(session, "w1", "tiny", 2, 30.0, reserved=2) == []
+    record(database, "chat", priority=1)
+    with database.write() as session:
+        assert [c.lease.job_id for c in leases.claim(session, "w1", "tiny", 2, 30.0, reserved=2)] == ["chat"]

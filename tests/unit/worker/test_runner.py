@@ -11,6 +11,7 @@ import torch
 from sqlalchemy import func, select, text
 from torch import Tensor
 
+from jobs.logprobs import TokenLikelihoods
 from jobs.messages import CHAT_ENDPOINT, GenerationRequest, PartialEvent, SamplingParameters
 from storage import schema, writes
 from storage.models import DecodeStep, Job, Output, Partial, Request
@@ -44,7 +45,15 @@ def words(prefix: tuple[int, ...]) -> Tensor:
 class Worker:
     """A runner with its engine and sink, as one process would hold them."""
 
-    def __init__(self, database: Database, name: str, law: Callable[[tuple[int, ...]], Tensor] = words) -> None:
+    def __init__(
+        self,
+        database: Database,
+        name: str,
+        law: Callable[[tuple[int, ...]], Tensor] = words,
+        *,
+        reserved: int = 0,
+        interval_s: float = 0.0,
+    ) -> None:
         self.events: list[PartialEvent] = []
         self.database = database
         self.model = TableModel(law)
@@ -57,7 +66,8 @@ class Worker:
             worker_id=name,
             model=MODEL,
             lease_s=30.0,
-            interval_s=0.0,
+            interval_s=interval_s,
+            reserved=reserved,
         )
 
     def run(self, turns: int = 500) -> None:
@@ -79,7 +89,7 @@ def database(tmp_path: Path) -> Iterator[Database]:
     opened.dispose()
 
 
-def submit(database: Database, *prompts: str, job_id: str = "batch_1", **sampling: Any) -> None:
+def submit(database: Database, *prompts: str, job_id: str = "batch_1", priority: int = 0, **sampling: Any) -> None:
     parameters = SamplingParameters.model_validate({"seed": 1, "max_tokens": 30, "temperature": 0.0, **sampling})
     requests = [
         NewRequest(
@@ -88,7 +98,7 @@ def submit(database: Database, *prompts: str, job_id: str = "batch_1", **samplin
         for i, p in enumerate(prompts)
     ]
     with database.write() as session:
-        writes.record_job(session, NewJob(job_id, MODEL, CHAT_ENDPOINT, 3600.0), requests)
+        writes.record_job(session, NewJob(job_id, MODEL, CHAT_ENDPOINT, 3600.0, priority=priority), requests)
 
 
 def texts(database: Database) -> dict[tuple[int, int], str]:
@@ -237,6 +247,38 @@ def test_a_text_ends_before_its_stop_string_also_in_an_accepted_path_and_resumed
         ).first()
         assert last is not None
         assert turns or last.accepted_tokens == last.emitted_tokens, "the stop did not lie inside an accepted path"
+
+
+@pytest.mark.parametrize("stop", [[], ["dog"]])
+def test_logprobs_of_all_tokens_are_stored_whoever_decoded_them(database: Database, stop: list[str]) -> None:
+    prompts = ["the cat and the dog the cat and the dog ", "two"]
+    submit(database, *prompts, job_id="whole", logprobs=3, stop=stop)
+    Worker(database, "a").run()
+    submit(database, *prompts, job_id="resumed", logprobs=3, stop=stop)
+    dying = Worker(database, "b")
+    for _ in range(2):
+        dying.runner.turn(rung=True)
+    with database.read() as session:
+        assert list(session.scalars(select(Partial))), "nothing was committed before the worker died"
+    lapse_leases(database)
+    Worker(database, "c").run()
+    with database.read() as session:
+        told = {(o.job_id, o.request_index): o for o in session.scalars(select(Output))}
+    for index in range(2):
+        whole, resumed = told["whole", index], told["resumed", index]
+        assert whole.logprobs is not None
+        assert len(whole.logprobs) == whole.completion_tokens
+        assert resumed.logprobs == whole.logprobs
+        tokens = [TokenLikelihoods.read(row) for row in whole.logprobs]
+        assert b"".join(bytes(t.chosen.bytes or ()) for t in tokens) == bytes(whole.token_ids)
+        assert all(t.top[0] == t.chosen and len(t.top) == 3 for t in tokens)
+
+
+def test_requests_that_want_no_logprobs_have_none(database: Database) -> None:
+    submit(database, "one")
+    Worker(database, "a").run()
+    with database.read() as session:
+        assert session.scalars(select(Output)).one().logprobs is None
 
 
 def test_a_slot_is_free_again_after_a_stop_string(database: Database) -> None:
@@ -392,3 +434,16 @@ def test_requests_of_a_job_that_is_over_leave_before_the_step_behind_the_next_fl
     with database.read() as session:
         assert session.scalars(select(Job)).one().status == ending
         assert {r.status for r in session.scalars(select(Request))} == {ending}
+
+
+def test_what_a_person_waits_for_gets_a_place_beside_a_batch_that_fills_the_engine(database: Database) -> None:
+    submit(database, "one", "two", "three", "four", max_tokens=100)
+    worker = Worker(database, "a", reserved=1, interval_s=3600.0)
+    for _ in range(3):
+        worker.runner.turn(rung=True)
+    submit(database, "now", job_id="chat", priority=1, max_tokens=5)
+    for _ in range(12):
+        worker.runner.turn(rung=True)
+    with database.read() as session:
+        statuses = dict(session.execute(select(Job.id, Job.status)).all())
+    assert statuses == {"chat": "completed", "batch_1": "in_progress"}, "and its end was not kept for the next flush"

@@ -1,0 +1,68 @@
+"""uvicorn's HTTP/1.1 with an end to its patience, and errors in our envelope where it answers before any route.
+
+server -> [patience].  uvicorn lets a connection be that never finishes its headers; enough of them would take every
+file descriptor there is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from jobs.api.envelope import error_body
+
+HEADERS_S = 15.0  # within which a connection must have brought a whole head of a request
+_REASONS = {400: b"Bad Request", 431: b"Request Header Fields Too Large"}
+
+
+class PatientProtocol(H11Protocol):
+    """One connection."""
+
+    _closing: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for a request."""
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        """Go on waiting where the bytes do not complete the head of a request."""
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_waiting()
+        elif self._closing is None:
+            self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait for nothing any more."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP, or has a head that is too long, and close."""
+        error = sys.exc_info()[1]
+        status = 431 if isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431 else 400
+        reason = _REASONS[status]
+        body = json.dumps(error_body(status, msg if status == 400 else "The head of the request is too long.")).encode()
+        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+        events: tuple[Any, ...] = (
+            h11.Response(status_code=status, headers=headers, reason=reason),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        )
+        for event in events:
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def _wait(self) -> None:
+        self._closing = asyncio.get_running_loop().call_later(HEADERS_S, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        if self._closing is not None:
+            self._closing.cancel()
+            self._closing = None

@@ -1,0 +1,76 @@
+"""Keys: how they are made and looked at. The secret is shown once; the record has its hash.
+
+jobs.cli, jobs.api -> [keys] -> storage.keys.  Knows no HTTP. A key is `sk-basic-ID-SECRET`: its row is found by the id,
+which is no secret, and the secret's hash is compared in constant time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from storage import keys
+from storage.keys import KeyView
+from storage.records import NewKey
+from storage.session import Database
+
+_PREFIX: Final = "sk-basic-"
+_PARTS: Final = re.compile(rf"{_PREFIX}([0-9a-f]{{16}})-([0-9a-f]{{64}})")
+_NOBODY: Final = "0" * 64  # compared with where there is no such key, so that this takes no less time
+
+
+class Scope(StrEnum):
+    """What a key may do."""
+
+    SUBMIT = "submit"  # make, change and cancel its own jobs and files; ask for single answers
+    READ = "read"  # see its own jobs and files, and the numbers of the service
+    ADMIN = "admin"  # both, for the jobs and files of everybody
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much a key may have and ask for; None: as much as it likes."""
+
+    requests_queued: int | None = None
+    tokens_queued: int | None = None
+    requests_per_minute: int | None = None
+
+
+def new_key(name: str, scopes: tuple[Scope, ...], limits: Limits, lasts_s: float | None = None) -> tuple[str, NewKey]:
+    """Return a key as its holder sends it, and as it is recorded."""
+    key_id, secret = secrets.token_hex(8), secrets.token_hex(32)
+    recorded = NewKey(
+        id=f"key_{key_id}",
+        name=name,
+        secret_sha256=_hash(secret),
+        scopes=tuple(scopes),
+        max_requests_queued=limits.requests_queued,
+        max_tokens_queued=limits.tokens_queued,
+        max_requests_per_minute=limits.requests_per_minute,
+        lasts_s=lasts_s,
+    )
+    return f"{_PREFIX}{key_id}-{secret}", recorded
+
+
+def check_key(database: Database, presented: str) -> KeyView | None:
+    """Return the key that was presented, or None if it opens nothing: unknown, malformed, revoked and expired alike."""
+    parts = _PARTS.fullmatch(presented)
+    key_id, secret = (parts[1], parts[2]) if parts else ("", "")
+    with database.read() as session:
+        found = keys.find_key(session, f"key_{key_id}")
+    right = hmac.compare_digest(_hash(secret), _NOBODY if found is None else found.secret_sha256)
+    return found if right and found is not None and found.opens else None
+
+
+def same_key(presented: str, key: str) -> bool:
+    """Compare two keys in constant time; the empty one is none."""
+    return bool(key) and hmac.compare_digest(_hash(presented), _hash(key))
+
+
+def _hash(secret: str) -> str:
+    return hashlib.sha256(secret.encode(errors="surrogatepass")).hexdigest()

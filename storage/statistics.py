@@ -1,0 +1,521 @@
+"""Statistics: how fast jobs ran and how much speculation paid, as frozen values. The views say the same in SQL.
+
+jobs.api, jobs.dashboard -> queries -> [statistics] -> models.  Reads the sums of `rollups`, so that an answer takes
+milliseconds whatever the number of steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import ColumnElement, Select, case, func, select, true
+from sqlalchemy.orm import InstrumentedAttribute, Session
+
+from storage.models import (
+    DecodeStep,
+    Job,
+    StepBatch,
+    StepDepth,
+    StepExpectation,
+    StepMinute,
+    StepRank,
+    WorkerEnergy,
+)
+from storage.sql import AnyRow, database_now
+
+PLAIN_DECISIONS: Final = ("probe", "guard", "off")  # of steps that did without drafts and without looking for them
+_FEW_BLOCKS: Final = 8  # minutes from which on the spread between minutes is taken
+_FEW_STEPS: Final = 100_000  # steps up to which the spread between requests is asked for
+
+
+@dataclass(frozen=True, slots=True)
+class DepthAcceptance:
+    """How often draft tokens of one depth were accepted."""
+
+    depth: int
+    tried: int  # steps whose tree reached this depth
+    accepted: int
+    rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class RankAcceptance:
+    """How often children of one rank were the target's draw."""
+
+    child_rank: int  # 0: the likeliest in the draft's eyes
+    tried: int
+    accepted: int
+    rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """Steps that kept so many draft tokens."""
+
+    accepted_tokens: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSize:
+    """What steps of one batch size did."""
+
+    batch_sequences: int
+    steps: int
+    mean_tree_nodes: float
+    share_with_tree: float
+    mean_emitted_per_step: float
+    mean_step_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterShare:
+    """What one source of drafts was worth; '': steps without drafts."""
+
+    drafter: str
+    steps: int
+    mean_tree_nodes: float
+    mean_accepted: float
+    speedup: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionShare:
+    """What steps of one decision did; '': not recorded."""
+
+    decision: str
+    steps: int
+    share: float
+    speedup: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """Steps of which about so much acceptance was expected, and how much there was."""
+
+    steps: int
+    mean_expected: float
+    mean_accepted: float
+
+
+@dataclass(frozen=True, slots=True)
+class Minute:
+    """One minute of decoding."""
+
+    minute: int  # Unix second at which it begins
+    tokens: int
+    mean_acceptance_length: float | None
+    speedup: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class JobStats:
+    """The numbers of a job, or of everything. None where nothing was measured. Steps are those of finished choices."""
+
+    job_id: str | None  # none: everything
+    requests_total: int
+    requests_completed: int
+    requests_failed: int
+    prompt_tokens: int
+    completion_tokens: int
+    wall_s: float  # during which the job (any job) was being worked on
+    tokens_per_s: float | None  # completion tokens per second of that
+    steps: int  # step 0 is not counted, here and in the next three: it is the token from prefill
+    mean_acceptance_length: float | None  # tokens emitted per step and sequence
+    mean_accepted: float | None  # of them accepted from the draft
+    mean_expected: float | None  # accepted tokens that the drafter expected
+    speedup: float | None  # over plain decoding, where the two can be compared; as in the view `job_speedup`
+    speedup_error: float | None  # standard error of it, from its spread between minutes (short jobs: between requests)
+    speedup_source: str | None
+    plain_steps: int  # steps that were plain by decision
+    plain_check: float | None  # what they took over what `speedup` takes for plain; 1: the comparison is exact
+    miscalibration: float | None  # |mean expected - mean accepted| / mean accepted, of steps with a tree
+    mean_tree_nodes: float | None
+    draft_share: float | None  # of the time of steps; the rest is the host's
+    verify_share: float | None
+    tokens_per_joule: float | None  # where the devices tell what they draw, and only over all jobs
+    acceptance_by_depth: tuple[DepthAcceptance, ...]
+    acceptance_by_rank: tuple[RankAcceptance, ...] = ()
+    acceptance: tuple[Accepted, ...] = ()
+    batch_sizes: tuple[BatchSize, ...] = ()
+    drafters: tuple[DrafterShare, ...] = ()
+    decisions: tuple[DecisionShare, ...] = ()
+    reliability: tuple[Expectation, ...] = ()
+    minutes: tuple[Minute, ...] = ()
+
+
+def job_stats(session: Session, job_id: str) -> JobStats:
+    """Return the numbers of one job."""
+    return _stats(session, _Scope(job_id))
+
+
+def total_stats(session: Session, owner: str | None = None) -> JobStats:
+    """Return the numbers of all jobs together, or of one owner's."""
+    return _stats(session, _Scope(owner=owner))
+
+
+@dataclass(frozen=True, slots=True)
+class _Scope:
+    """Whose numbers are asked for."""
+
+    job_id: str | None = None
+    owner: str | None = None
+
+    def of(self, column: ColumnElement[str] | InstrumentedAttribute[str]) -> ColumnElement[bool]:
+        """Return the condition that a job id is one of them."""
+        if self.job_id is not None:
+            return column == self.job_id
+        if self.owner is not None:
+            return column.in_(select(Job.id).where(Job.api_key_id == self.owner))
+        return true()
+
+
+def _stats(session: Session, scope: _Scope) -> JobStats:
+    counts = _counts(session, scope)
+    wall_s = _wall_s(session, scope)
+    sums = _sums(session, scope)
+    with_tree = _expectations(session, scope)
+    speedup = _ratio(sums.plain_ms, sums.compared_ms)
+    return JobStats(
+        job_id=scope.job_id,
+        **counts,
+        wall_s=wall_s,
+        tokens_per_s=_ratio(counts["completion_tokens"], wall_s),
+        steps=int(sums.steps),
+        mean_acceptance_length=_ratio(sums.tokens, sums.steps),
+        mean_accepted=_ratio(sums.accepted_tokens, sums.steps),
+        mean_expected=_ratio(sums.expected_accepted, sums.steps),
+        speedup=speedup,
+        speedup_error=None if speedup is None else _error(session, scope, int(sums.compared_steps)),
+        speedup_source=None if speedup is None else "calibration",
+        plain_steps=int(sums.plain_steps),
+        plain_check=_ratio(sums.plain_spent_ms, sums.plain_expected_ms),
+        miscalibration=_miscalibration(with_tree),
+        mean_tree_nodes=_ratio(sums.tree_nodes, sums.steps),
+        draft_share=_ratio(sums.draft_ms, sums.step_ms),
+        verify_share=_ratio(sums.verify_ms, sums.step_ms),
+        tokens_per_joule=_tokens_per_joule(session) if scope == _Scope() else None,
+        acceptance_by_depth=_by_depth(session, scope),
+        acceptance_by_rank=_by_rank(session, scope),
+        acceptance=_histogram(session, scope),
+        batch_sizes=_batch_sizes(session, scope),
+        drafters=_drafters(session, scope),
+        decisions=_decisions(session, scope),
+        reliability=tuple(with_tree),
+        minutes=_minutes(session, scope),
+    )
+
+
+def _ratio(part: Any, whole: Any) -> float | None:
+    """Return a quotient as a float, of whatever kind of number the database made; None where there is nothing."""
+    return float(part) / float(whole) if part is not None and whole else None
+
+
+def _counts(session: Session, scope: _Scope) -> dict[str, int]:
+    names = ("requests_total", "requests_completed", "requests_failed", "prompt_tokens", "completion_tokens")
+    sums = [func.coalesce(func.sum(getattr(Job, name)), 0) for name in names]
+    row = session.execute(select(*sums).where(scope.of(Job.id))).one()
+    return {name: int(value) for name, value in zip(names, row, strict=True)}
+
+
+def _wall_s(session: Session, scope: _Scope) -> float:
+    """Return the seconds in which at least one of the jobs was being worked on."""
+    end = func.coalesce(Job.finished_at, database_now(session))
+    begin = func.coalesce(Job.started_at, end)  # a job that was never started takes no time
+    spans = session.execute(select(begin, end).where(scope.of(Job.id)).order_by(begin))
+    total_s, busy_until = 0.0, float("-inf")
+    for began_at, ended_at in spans:
+        total_s += max(0.0, ended_at - max(began_at, busy_until))
+        busy_until = max(busy_until, ended_at)
+    return total_s
+
+
+_SUMMED: Final = (
+    "steps",
+    "tokens",
+    "tree_nodes",
+    "accepted_tokens",
+    "expected_accepted",
+    "draft_ms",
+    "verify_ms",
+    "step_ms",
+    "compared_steps",
+    "compared_ms",
+    "plain_ms",
+)
+
+
+def _sums(session: Session, scope: _Scope) -> AnyRow:
+    return session.execute(select(*_sum_columns()).where(scope.of(StepMinute.job_id))).one()
+
+
+def _sum_columns() -> list[ColumnElement[Any]]:
+    plain = StepMinute.decision.in_(PLAIN_DECISIONS)
+    columns: list[ColumnElement[Any]] = [_total(getattr(StepMinute, name)).label(name) for name in _SUMMED]
+    columns += [
+        _total(case((plain, StepMinute.compared_steps), else_=0)).label("plain_steps"),
+        _total(case((plain, StepMinute.compared_ms), else_=0)).label("plain_spent_ms"),
+        _total(case((plain, StepMinute.plain_ms), else_=0)).label("plain_expected_ms"),
+    ]
+    return columns
+
+
+def _total(value: ColumnElement[Any] | InstrumentedAttribute[Any]) -> ColumnElement[Any]:
+    return func.coalesce(func.sum(value), 0)
+
+
+def _error(session: Session, scope: _Scope, steps: int) -> float | None:
+    """Return the standard error of the speed-up, with minutes for samples; of a short job, its requests."""
+    by_minute = (
+        select(func.sum(StepMinute.plain_ms), func.sum(StepMinute.compared_ms))
+        .where(scope.of(StepMinute.job_id))
+        .group_by(StepMinute.minute)
+    )
+    blocks = session.execute(by_minute).all()
+    if len(blocks) < _FEW_BLOCKS and steps <= _FEW_STEPS:
+        blocks = session.execute(_by_request(scope)).all()
+    return ratio_error([(float(plain), float(spent)) for plain, spent in blocks if spent])
+
+
+def _by_request(scope: _Scope) -> Select[*tuple[Any, ...]]:
+    batch = DecodeStep.batch_sequences
+    return (
+        select(
+            func.sum(DecodeStep.emitted_tokens * DecodeStep.plain_step_ms / batch),
+            func.sum(1.0 * DecodeStep.step_ms / batch),
+        )
+        .where(scope.of(DecodeStep.job_id), DecodeStep.plain_step_ms.is_not(None))
+        .group_by(DecodeStep.job_id, DecodeStep.request_index, DecodeStep.choice_index)
+    )
+
+
+def ratio_error(blocks: Sequence[tuple[float, float]]) -> float | None:
+    """Return the standard error of sum(a) / sum(b) over blocks (a, b), to first order; None for fewer than two."""
+    count, below = len(blocks), sum(b for _, b in blocks)
+    if count < 2 or not below:
+        return None
+    ratio = sum(a for a, _ in blocks) / below
+    off = sum((a - ratio * b) ** 2 for a, b in blocks)
+    return math.sqrt(count / (count - 1) * off) / below
+
+
+def _by_depth(session: Session, scope: _Scope) -> tuple[DepthAcceptance, ...]:
+    rows = session.execute(
+        select(StepDepth.tree_depth, StepDepth.accepted_tokens, func.sum(StepDepth.steps))
+        .where(StepDepth.tree_depth >= 1, scope.of(StepDepth.job_id))
+        .group_by(StepDepth.tree_depth, StepDepth.accepted_tokens)
+    ).all()
+    return tuple(_at_depth(depth, rows) for depth in range(1, max((row[0] for row in rows), default=0) + 1))
+
+
+def _at_depth(depth: int, rows: Iterable[AnyRow]) -> DepthAcceptance:
+    reached = [(int(steps), accepted >= depth) for tree_depth, accepted, steps in rows if tree_depth >= depth]
+    tried = sum(steps for steps, _ in reached)
+    accepted = sum(steps for steps, kept in reached if kept)
+    return DepthAcceptance(depth, tried, accepted, accepted / tried)
+
+
+def _by_rank(session: Session, scope: _Scope) -> tuple[RankAcceptance, ...]:
+    rows = session.execute(
+        select(StepRank.child_rank, func.sum(StepRank.tried), func.sum(StepRank.accepted))
+        .where(scope.of(StepRank.job_id))
+        .group_by(StepRank.child_rank)
+        .order_by(StepRank.child_rank)
+    )
+    return tuple(RankAcceptance(rank, int(tried), int(kept), float(kept) / float(tried)) for rank, tried, kept in rows)
+
+
+def _histogram(session: Session, scope: _Scope) -> tuple[Accepted, ...]:
+    rows = session.execute(
+        select(StepDepth.accepted_tokens, func.sum(StepDepth.steps))
+        .where(scope.of(StepDepth.job_id))
+        .group_by(StepDepth.accepted_tokens)
+        .order_by(StepDepth.accepted_tokens)
+    )
+    return tuple(Accepted(kept, int(steps)) for kept, steps in rows)
+
+
+def _batch_sizes(session: Session, scope: _Scope) -> tuple[BatchSize, ...]:
+    drafted = case((StepBatch.drafter != "", StepBatch.steps), else_=0)
+    sums = (StepBatch.steps, StepBatch.tree_nodes, drafted, StepBatch.tokens, StepBatch.step_ms)
+    rows = session.execute(
+        select(StepBatch.batch_sequences, *map(func.sum, sums))
+        .where(scope.of(StepBatch.job_id))
+        .group_by(StepBatch.batch_sequences)
+        .order_by(StepBatch.batch_sequences)
+    )
+    return tuple(_batch_size(*map(float, row)) for row in rows)
+
+
+def _batch_size(batch: float, steps: float, nodes: float, drafted: float, tokens: float, step_ms: float) -> BatchSize:
+    return BatchSize(int(batch), int(steps), nodes / steps, drafted / steps, tokens / steps, step_ms * batch / steps)
+
+
+def _drafters(session: Session, scope: _Scope) -> tuple[DrafterShare, ...]:
+    rows = session.execute(_by(StepMinute.drafter, scope))
+    return tuple(
+        DrafterShare(
+            drafter=row[0],
+            steps=int(row.steps),
+            mean_tree_nodes=float(row.tree_nodes) / float(row.steps),
+            mean_accepted=float(row.accepted_tokens) / float(row.steps),
+            speedup=_ratio(row.plain_ms, row.compared_ms),
+        )
+        for row in rows
+    )
+
+
+def _decisions(session: Session, scope: _Scope) -> tuple[DecisionShare, ...]:
+    rows = session.execute(_by(StepMinute.decision, scope)).all()
+    steps = sum(int(row.steps) for row in rows)
+    return tuple(
+        DecisionShare(row[0], int(row.steps), int(row.steps) / steps, _ratio(row.plain_ms, row.compared_ms))
+        for row in rows
+    )
+
+
+def _by(column: InstrumentedAttribute[str], scope: _Scope) -> Select[*tuple[Any, ...]]:
+    """Return the sums of steps by a column, most steps first."""
+    steps = func.sum(StepMinute.steps)
+    names = ("tree_nodes", "accepted_tokens", "compared_ms", "plain_ms")
+    sums = [func.sum(getattr(StepMinute, name)).label(name) for name in names]
+    asked = select(column, steps.label("steps"), *sums).where(scope.of(StepMinute.job_id), StepMinute.steps > 0)
+    return asked.group_by(column).order_by(steps.desc(), column)
+
+
+def _expectations(session: Session, scope: _Scope) -> list[Expectation]:
+    sums = (StepExpectation.steps, StepExpectation.expected_accepted, StepExpectation.accepted_tokens)
+    rows = session.execute(
+        select(*map(func.sum, sums))
+        .where(scope.of(StepExpectation.job_id))
+        .group_by(StepExpectation.quarter)
+        .order_by(StepExpectation.quarter)
+    )
+    return [Expectation(int(row[0]), float(row[1]) / float(row[0]), float(row[2]) / float(row[0])) for row in rows]
+
+
+def _miscalibration(expectations: Iterable[Expectation]) -> float | None:
+    expected = sum(e.mean_expected * e.steps for e in expectations)
+    accepted = sum(e.mean_accepted * e.steps for e in expectations)
+    return _ratio(abs(expected - accepted), accepted)
+
+
+def _minutes(session: Session, scope: _Scope) -> tuple[Minute, ...]:
+    names = ("tokens", "first_tokens", "steps", "plain_ms", "compared_ms")
+    rows = session.execute(
+        select(StepMinute.minute, *(func.sum(getattr(StepMinute, name)).label(name) for name in names))
+        .where(scope.of(StepMinute.job_id))
+        .group_by(StepMinute.minute)
+        .order_by(StepMinute.minute)
+    )
+    return tuple(
+        Minute(
+            minute=row.minute,
+            tokens=int(row.tokens + row.first_tokens),
+            mean_acceptance_length=_ratio(row.tokens, row.steps),
+            speedup=_ratio(row.plain_ms, row.compared_ms),
+        )
+        for row in rows
+    )
+
+
+def _tokens_per_joule(session: Session) -> float | None:
+    tokens = session.scalar(
+        select(func.sum(StepMinute.tokens + StepMinute.first_tokens)).where(
+            select(WorkerEnergy.minute)
+            .where(StepMinute.worker_id == WorkerEnergy.worker_id, StepMinute.minute == WorkerEnergy.minute)
+            .correlate(StepMinute)
+            .exists()
+        )
+    )
+    return _ratio(tokens, session.scalar(select(func.sum(WorkerEnergy.joules))))
+
+
+@dataclass(frozen=True, slots=True)
+class JobRow:
+    """One job in a table of jobs. None where nothing was measured."""
+
+    id: str
+    status: str
+    model: str
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    requests_total: int
+    requests_completed: int
+    requests_failed: int
+    prompt_tokens: int
+    completion_tokens: int
+    wall_s: float | None
+    tokens_per_s: float | None
+    steps: int
+    mean_acceptance_length: float | None
+    mean_accepted: float | None
+    mean_expected: float | None
+    mean_tree_nodes: float | None
+    speedup: float | None
+    plain_check: float | None
+    draft_share: float | None
+    verify_share: float | None
+
+
+def job_rows(session: Session, limit: int, owner: str | None = None, job_id: str | None = None) -> list[JobRow]:
+    """Return the newest jobs, or one, with their numbers."""
+    mine = true() if owner is None else Job.api_key_id == owner
+    asked = true() if job_id is None else Job.id == job_id
+    jobs = session.execute(
+        select(*(getattr(Job, name) for name in _OF_JOB))
+        .where(mine, asked)
+        .order_by(Job.created_at.desc(), Job.id.desc())
+        .limit(limit)
+    ).all()
+    sums = _sums_by_job(session, [job.id for job in jobs])
+    now = database_now(session)
+    return [_job_row(job, sums.get(job.id), now) for job in jobs]
+
+
+_OF_JOB: Final = (
+    "id",
+    "status",
+    "model",
+    "created_at",
+    "started_at",
+    "finished_at",
+    "requests_total",
+    "requests_completed",
+    "requests_failed",
+    "prompt_tokens",
+    "completion_tokens",
+)
+
+
+def _sums_by_job(session: Session, job_ids: Sequence[str]) -> dict[str, AnyRow]:
+    rows = session.execute(
+        select(StepMinute.job_id, *_sum_columns()).where(StepMinute.job_id.in_(job_ids)).group_by(StepMinute.job_id)
+    )
+    return {row.job_id: row for row in rows}
+
+
+def _job_row(job: AnyRow, sums: AnyRow | None, now: float) -> JobRow:
+    wall_s = None if job.started_at is None else max(0.0, (job.finished_at or now) - job.started_at)
+
+    def ratio(part: str, whole: str) -> float | None:
+        return None if sums is None else _ratio(getattr(sums, part), getattr(sums, whole))
+
+    return JobRow(
+        **job._mapping,
+        wall_s=wall_s,
+        tokens_per_s=_ratio(job.completion_tokens, wall_s),
+        steps=0 if sums is None else int(sums.steps),
+        mean_acceptance_length=ratio("tokens", "steps"),
+        mean_accepted=ratio("accepted_tokens", "steps"),
+        mean_expected=ratio("expected_accepted", "steps"),
+        mean_tree_nodes=ratio("tree_nodes", "steps"),
+        speedup=ratio("plain_ms", "compared_ms"),
+        plain_check=ratio("plain_spent_ms", "plain_expected_ms"),
+        draft_share=ratio("draft_ms", "step_ms"),
+        verify_share=ratio("verify_ms", "step_ms"),
+    )

@@ -1,0 +1,229 @@
+"""A real shim under abuse: its memory stays bounded, and others are served meanwhile. No worker: nothing is decoded."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from jobs.api import patience
+from storage import schema
+
+MOST_MB = 600
+JSON = {"content-type": "application/json"}
+LINES = {"content-type": "application/x-ndjson"}
+STREAMS = 40
+
+
+class Shim:
+    """A running shim, seen from outside."""
+
+    def __init__(self, url: str, pid: int) -> None:
+        self.url = url
+        self.pid = pid
+        host, _, port = url.removeprefix("http://").partition(":")
+        self.address = (host, int(port))
+
+    def peak_mb(self) -> float:
+        """Return the most memory it ever had, in MB."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) / 1000
+
+    def raw(self, data: bytes) -> socket.socket:
+        connection = socket.create_connection(self.address, timeout=60)
+        connection.sendall(data)
+        return connection
+
+    def answer(self, data: bytes) -> tuple[int, Any]:
+        """Send bytes; return status and body of the answer."""
+        with self.raw(data) as connection:
+            received = b""
+            while part := connection.recv(65_536):
+                received += part
+        head, _, body = received.partition(b"\r\n\r\n")
+        return int(head.split()[1]), json.loads(body)
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Iterator[Shim]:
+    data_dir = tmp_path_factory.mktemp("shim")
+    schema.upgrade(f"sqlite:///{data_dir / 'basic.sqlite3'}")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("BASIC_")}
+    own = {
+        "BASIC_DATA_DIR": str(data_dir),
+        "BASIC_API_PORT": "0",
+        "BASIC_REDIS_URL": redis_url,
+        "BASIC_MAX_STREAMS": str(STREAMS),
+    }
+    ready = data_dir / "ready"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.api", "--ready-file", str(ready)], env=inherited | own, stderr=subprocess.DEVNULL
+    )
+    while not ready.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    yield Shim(ready.read_text().strip(), process.pid)
+    process.terminate()
+    assert process.wait(20) == 0
+
+
+@contextmanager
+def others_are_served(shim: Shim) -> Iterator[None]:
+    """Submit jobs and read them all the while, as somebody does who knows nothing of the abuse."""
+    over = threading.Event()
+    served: list[int] = []
+
+    def go_on() -> None:
+        with httpx.Client(base_url=shim.url, timeout=60) as http:
+            while not over.is_set() or not served:
+                job = http.post("/v1/jobs", json={"requests": ["Hello"], "max_tokens": 5})
+                served.append(job.status_code)
+                served.append(http.get(f"/v1/jobs/{job.json()['id']}").status_code)
+
+    other = threading.Thread(target=go_on)
+    other.start()
+    try:
+        yield
+    finally:
+        over.set()
+        other.join()
+    assert set(served) == {200}
+
+
+def bodies(size: int) -> dict[str, tuple[dict[str, str], Iterator[bytes]]]:
+    """Return bodies of some size that are made to take much memory."""
+    piece, lists = b"x" * 65_536, b"[]," * 20_000
+    line = b'{"prompt": [' + b"[]," * 3_000_000 + b"[]]}\n"  # just below the limit of a line
+    wide = (
+        json.dumps({"prompt": "x" * 3_000 + "\U0001f600", "max_tokens": 1}, ensure_ascii=False) + "\n"
+    ).encode() * 20
+
+    def pieces(begin: bytes, part: bytes) -> Iterator[bytes]:
+        yield begin
+        for _ in range(size // len(part)):
+            yield part
+
+    return {
+        "one endless line": (LINES, pieces(b'"', piece)),
+        "one endless string": (JSON, pieces(b'{"requests": ["', piece)),
+        "endless lists": (JSON, pieces(b'{"requests": [', lists)),
+        "lines of lists": (LINES, pieces(b"", line)),
+        "lines of wide text": (LINES, pieces(b"", wide)),
+        "packed": (JSON | {"content-encoding": "gzip"}, pieces(b"\x1f\x8b", piece)),
+    }
+
+
+@pytest.mark.parametrize("kind", bodies(0))
+def test_a_body_that_is_made_to_take_memory_takes_little(shim: Shim, kind: str) -> None:
+    def send(found: list[int]) -> None:
+        headers, body = bodies(100_000_000)[kind]
+        try:
+            found.append(httpx.post(f"{shim.url}/v1/jobs", content=body, headers=headers, timeout=240).status_code)
+        except (httpx.WriteError, httpx.ReadError):  # it was cut off in the midst of sending
+            found.append(413)
+
+    with others_are_served(shim):
+        found: list[int] = []
+        senders = [threading.Thread(target=send, args=(found,)) for _ in range(2)]
+        for sender in senders:
+            sender.start()
+        for sender in senders:
+            sender.join()
+    assert set(found) <= {200, 400, 413, 415}, found
+    assert shim.peak_mb() < MOST_MB
+
+
+def test_a_body_that_is_as_large_as_it_may_be_is_taken_in_bounded_memory(shim: Shim) -> None:
+    text = "Word " * 760
+    line = (json.dumps({"prompt": text, "max_tokens": 1}) + "\n").encode()
+    lines = (line * 100 for _ in range(500))
+    with others_are_served(shim):
+        reply = httpx.post(f"{shim.url}/v1/jobs", content=lines, headers=LINES, timeout=240)
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["request_counts"]["total"] == 50_000
+    assert shim.peak_mb() < MOST_MB
+
+
+def test_a_body_that_does_not_come_keeps_nobody_waiting(shim: Shim) -> None:
+    head = b"POST /v1/jobs HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n{"
+    with ExitStack() as stack:
+        for _ in range(300):
+            stack.enter_context(shim.raw(head))
+            stack.enter_context(shim.raw(b"GET /v1/jobs HTTP/1.1\r\nhos"))
+        with others_are_served(shim):
+            pass
+    assert shim.peak_mb() < MOST_MB
+
+
+def test_streams_beyond_their_number_are_refused_and_a_closed_one_makes_room(shim: Shim) -> None:
+    job = httpx.post(f"{shim.url}/v1/jobs", json={"requests": ["Hello"]}).json()["id"]
+    request = f"GET /v1/jobs/{job}/events HTTP/1.1\r\nhost: x\r\n\r\n".encode()
+
+    def status(connection: socket.socket) -> bytes:
+        return connection.recv(12)[9:]
+
+    with ExitStack() as stack, others_are_served(shim):
+        streams = [stack.enter_context(shim.raw(request)) for _ in range(STREAMS)]
+        assert {status(stream) for stream in streams} == {b"200"}
+        with httpx.stream("GET", f"{shim.url}/v1/jobs/{job}/events") as one_more:
+            assert one_more.status_code == 429
+            assert int(one_more.headers["retry-after"]) > 0
+        streams.pop().close()
+        deadline = time.monotonic() + 60
+        while status(last := stack.enter_context(shim.raw(request))) != b"200":
+            last.close()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"GET /v1/jobs HTTP/1.1\r\nhost: x\r\nx: " + b"y" * 200_000 + b"\r\n\r\n", 431),
+        (b"GET /v1/jobs?" + b"a=1&" * 50_000 + b" HTTP/1.1\r\nhost: x\r\n\r\n", 431),
+        (b"no HTTP at all\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\n\r\n", 400),
+        (b"POST /v1/jobs HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n", 400),
+        (b"GET /v1/jobs HTTP/1.1\r\nhost: x\r\nx: a\x00b\r\n\r\n", 400),
+    ],
+)
+def test_what_is_no_request_is_answered_in_the_envelope(shim: Shim, request_: bytes, status: int) -> None:
+    found, body = shim.answer(request_)
+    assert found == status
+    assert body["error"].keys() == {"message", "type", "param", "code"}
+
+
+def test_who_does_not_finish_the_head_of_a_request_is_let_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import uvicorn
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    monkeypatch.setattr(patience, "HEADERS_S", 0.2)
+    config = uvicorn.Config(app, http=patience.PatientProtocol, log_config=None, lifespan="off")
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        request = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
+        for data in (b"", b"GET / HTT", request + request[:9]):
+            with socket.create_connection(listener.getsockname(), timeout=30) as connection:
+                connection.sendall(data)
+                received = b""
+                while part := connection.recv(1_000):
+                    received += part
+                assert received.startswith(b"HTTP/1.1 204" if data.startswith(request) else b"")
+        server.should_exit = True
+        thread.join()

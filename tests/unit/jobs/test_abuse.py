@@ -1,0 +1,239 @@
+"""Bad input, row by row: the answer is a 4xx in the envelope, never a 5xx, a traceback or an echo of the whole body."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from jobs.api.app import make_api
+from jobs.messages import CHAT_ENDPOINT
+from jobs.settings import JobsSettings
+from storage import writes
+from storage.session import Database
+from tests.factories import a_worker_card
+
+JSON = {"content-type": "application/json"}
+LINES = {"content-type": "application/x-ndjson"}
+
+
+@pytest.fixture
+def api(settings: JobsSettings, database: Database) -> Iterator[TestClient]:
+    with database.write() as session:
+        writes.register_worker(session, a_worker_card(target="tiny", context_tokens=100))
+    wide = settings.model_copy(update={"max_body_bytes": 1_000_000, "max_json_bytes": 500_000})
+    with TestClient(make_api(wide, database, lambda job_id, model: None), raise_server_exceptions=False) as client:
+        yield client
+
+
+def refused(reply: Any, status: int = 400) -> dict[str, Any]:
+    assert reply.status_code == status, reply.text[:300]
+    error: dict[str, Any] = reply.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert len(reply.content) < 600, "no echo of the body"
+    return error
+
+
+# What stands for one prompt, in both calls that take one.
+NO_JSON = {
+    "truncated": b'"Hello',
+    "latin-1": '"Stra\xdfe"'.encode("latin-1"),
+    "deep": b"[" * 100_000 + b"]" * 100_000,
+    "deeper objects": b'{"a":' * 50_000 + b"1" + b"}" * 50_000,
+    "NaN": b"NaN",
+    "Infinity": b"-Infinity",
+    "long integer": b"9" * 5_000,
+    "lone surrogate": b'"\\ud800"',
+    "bad escape": b'"\\x"',
+    "UTF-16": '"Hello"'.encode("utf-16"),
+    "two values": b'"a" "b"',
+    "raw NUL": b'"a\x00b"',
+}
+
+
+@pytest.mark.parametrize("value", NO_JSON.values(), ids=NO_JSON.keys())
+def test_what_is_no_json_is_refused_whole_or_as_a_line(api: TestClient, value: bytes) -> None:
+    refused(api.post("/v1/jobs", content=b'{"requests": [' + value + b"]}", headers=JSON))
+    refused(api.post(CHAT_ENDPOINT, content=b'{"model": "tiny", "messages": ' + value + b"}", headers=JSON))
+    job = api.post("/v1/jobs", content=b'"one"\n' + value.replace(b"\n", b" ") + b'\n"three"', headers=LINES).json()
+    assert job["request_counts"] == {"total": 3, "completed": 0, "failed": 1}
+
+
+BAD_VALUES: list[tuple[str, Any]] = [
+    ("prompt", "\0"),
+    ("prompt", " \n\t "),
+    ("prompt", ""),
+    ("prompt", 5),
+    ("prompt", {"a": 1}),
+    ("custom_id", "a\0"),
+    ("custom_id", ""),
+    ("custom_id", "x" * 65),
+    ("custom_id", 7),
+    ("model", "../../etc/passwd"),
+    ("model", "http://169.254.169.254/"),
+    ("max_tokens", 0),
+    ("max_tokens", -5),
+    ("max_tokens", 10**9),
+    ("max_tokens", 2**70),
+    ("max_tokens", True),
+    ("max_tokens", "7"),
+    ("max_tokens", 1.5),
+    ("n", 0),
+    ("n", 10**6),
+    ("temperature", -1),
+    ("temperature", 1e308),
+    ("temperature", "0"),
+    ("top_p", 0),
+    ("top_p", 1.01),
+    ("top_k", -1),
+    ("min_p", 2),
+    ("seed", 2**64),
+    ("seed", 0.5),
+    ("stop", ["x"] * 10_000),
+    ("stop", [""]),
+    ("stop", "x" * 2_000),
+    ("stop", ["a\0"]),
+    ("stop_token_ids", [2**40]),
+    ("stop_token_ids", list(range(10_000))),
+    ("logit_bias", {"-1": 1}),
+    ("logit_bias", {"1": 1e300}),
+    ("logit_bias", {str(i): 1 for i in range(5_000)}),
+    ("presence_penalty", 3),
+    ("max_token", 5),
+    ("", 5),
+    ("__proto__", {}),
+    ("x" * 10_000, 5),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_VALUES, ids=[f"{n[:20]}-{i}" for i, (n, _) in enumerate(BAD_VALUES)])
+def test_a_bad_value_fails_its_request_alone_and_names_the_field(api: TestClient, name: str, value: Any) -> None:
+    bad = {"prompt": "Hello", "custom_id": "bad", name: value}
+    job = api.post("/v1/jobs", json={"model": "tiny", "requests": ["one", bad, "three"]}).json()
+    assert job["request_counts"] == {"total": 3, "completed": 0, "failed": 1}
+    (line,) = api.get(f"/v1/jobs/{job['id']}/outputs").text.splitlines()
+    error = json.loads(line)["error"]
+    assert name[:64] in error["param"]
+    assert len(error["message"]) < 400
+
+
+@pytest.mark.parametrize(("name", "value"), [pair for pair in BAD_VALUES if pair[0] not in ("prompt", "custom_id")])
+def test_a_bad_value_in_a_call_is_a_400_or_a_404(api: TestClient, name: str, value: Any) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], name: value}
+    refused(api.post(CHAT_ENDPOINT, json=body), 404 if name == "model" else 400)
+
+
+def test_a_number_beyond_all_floats_is_no_number(api: TestClient) -> None:
+    reply = api.post("/v1/jobs", content=b'{"requests": ["a"], "temperature": 1e999}', headers=JSON)
+    assert refused(reply)["code"] == "invalid_value"
+
+
+BAD_MESSAGES: list[Any] = [
+    "Hello",
+    {},
+    [[]],
+    [{"role": "user"}],
+    [{"role": "root", "content": "x"}],
+    [{"role": "user", "content": "a\0"}],
+    [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/"}}]}],
+    [{"role": "user", "content": "x", "extra": 1}],
+    [{"role": ["user"], "content": "x"}],
+]
+
+
+@pytest.mark.parametrize("messages", BAD_MESSAGES)
+def test_messages_that_are_none_are_refused_by_their_place(api: TestClient, messages: Any) -> None:
+    error = refused(api.post(CHAT_ENDPOINT, json={"model": "tiny", "messages": messages}))
+    assert str(error["param"]).startswith("messages")
+
+
+def test_of_a_name_that_comes_twice_the_last_counts_and_a_byte_order_mark_is_none(api: TestClient) -> None:
+    body = b'\xef\xbb\xbf{"requests": ["a"], "metadata": {"k": "1"}, "metadata": {"k": "2"}}'
+    assert api.post("/v1/jobs", content=body, headers=JSON).json()["metadata"] == {"k": "2"}
+
+
+@pytest.mark.parametrize(
+    "metadata", [{"k": "\0"}, {"k" * 65: "v"}, {"k": "v" * 513}, {str(i): "" for i in range(17)}, [], "x"]
+)
+def test_metadata_has_openai_s_limits(api: TestClient, metadata: Any) -> None:
+    assert refused(api.post("/v1/jobs", json={"requests": ["a"], "metadata": metadata}))["param"] == "metadata"
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        {"limit": "-1"},
+        {"limit": "0"},
+        {"limit": "1e3"},
+        {"limit": str(10**30)},
+        {"limit": "1; DROP TABLE jobs"},
+        {"after": "' OR 1=1 --"},
+        {"after": "%"},
+        {"after": "a\0b"},
+        {"after": "x" * 5_000},
+    ],
+)
+def test_a_page_is_asked_for_within_bounds(api: TestClient, query: dict[str, str]) -> None:
+    api.post("/v1/jobs", json={"requests": ["a"]})
+    refused(api.get("/v1/jobs", params=query))
+    assert len(api.get("/v1/jobs").json()["data"]) == 1
+
+
+@pytest.mark.parametrize(
+    "id_", ["%00", "..%2f..%2fetc%2fpasswd", "'%20OR%201=1", "%25", "%F0%28", "x" * 3_000, "%0d%0aX:%201"]
+)
+@pytest.mark.parametrize("path", ["/v1/jobs/{}", "/v1/jobs/{}/outputs", "/v1/jobs/{}/events", "/v1/models/{}"])
+def test_an_id_of_any_look_is_not_found(api: TestClient, path: str, id_: str) -> None:
+    refused(api.get(path.format(id_)), 404)
+
+
+@pytest.mark.parametrize("after", ["-2", str(2**31), "x", "1.5"])
+def test_an_index_of_outputs_is_one(api: TestClient, after: str) -> None:
+    job = api.post("/v1/jobs", json={"requests": ["a"]}).json()
+    refused(api.get(f"/v1/jobs/{job['id']}/outputs", params={"after": after}))
+
+
+@pytest.mark.parametrize("method", ["HEAD", "OPTIONS", "TRACE", "PATCH", "PUT", "DELETE", "BREW"])
+def test_other_verbs_are_not_allowed_and_no_origin_is(api: TestClient, method: str) -> None:
+    headers = {"origin": "https://example.org", "access-control-request-method": "POST"}
+    reply = api.request(method, "/v1/jobs", headers=headers)
+    assert reply.status_code == 405
+    assert reply.headers["allow"]
+    assert not [name for name in reply.headers if name.startswith("access-control")]
+    if method != "HEAD":
+        refused(reply, 405)
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/xml", "multipart/form-data", "", "application/json2"])
+def test_bodies_of_other_types_are_not_taken(api: TestClient, kind: str) -> None:
+    refused(api.post("/v1/jobs", content=b'{"requests": ["a"]}', headers={"content-type": kind}), 415)
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "deflate", "gzip, identity", "GZIP"])
+def test_packed_bodies_are_not_unpacked(api: TestClient, encoding: str) -> None:
+    for path in ("/v1/jobs", CHAT_ENDPOINT):
+        refused(api.post(path, content=b"\x1f\x8b" + b"0" * 100, headers=JSON | {"content-encoding": encoding}), 415)
+
+
+def test_a_json_body_has_a_limit_of_its_own_and_lines_may_have_more(api: TestClient) -> None:
+    long = "x" * 200_000
+    assert refused(api.post("/v1/jobs", json={"requests": [long] * 3}), 413)["code"] == "file_too_large"
+    assert api.post("/v1/jobs", content="\n".join([json.dumps(long)] * 3), headers=LINES).status_code == 200
+
+
+def test_very_many_parameters_in_the_query_are_too_many_words_for_nothing(api: TestClient) -> None:
+    many = "&".join(f"p{i}=1" for i in range(5_000))
+    assert api.get(f"/v1/jobs?{many}").status_code == 200
+    refused(api.post(f"/v1/jobs?{many}", content=b'"a"', headers=LINES))
+
+
+@pytest.mark.parametrize("path", ["/docs", "/redoc", "/v1/", "/v1/jobs/", "//v1/jobs", "/V1/jobs", "/v1/keys", "/.env"])
+def test_what_is_not_there_is_not_found(api: TestClient, path: str) -> None:
+    refused(api.get(path), 404)
+
+
+def test_no_answer_tells_which_software_is_behind_it(api: TestClient) -> None:
+    assert "server" not in api.get("/healthz").headers
