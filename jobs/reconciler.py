@@ -81,7 +81,8 @@ class Reconciler:
         """Put right what can be put right now; return whether we hold the office. Raises what DATABASE_AWAY names."""
         try:
             with self._database.write() as session:
-                done = self._reconcile(session) if self._elected(session) else None
+                elected = self._elected(session)
+            done = self._reconcile() if elected else None
         except DATABASE_AWAY:
             self._connected_at = None
             raise
@@ -96,13 +97,21 @@ class Reconciler:
             resign(session, OFFICE, predecessor)
         return elect(session, OFFICE, self._name, _TERM_S)
 
-    def _reconcile(self, session: Session) -> _Round:
-        dead = [worker for worker, process in running_processes(session).items() if is_dead(process)]
-        mark_lost(session, dead, _SILENT_S)
-        late, ended = writes.expire_requests(session)
-        ended += writes.expire_jobs(session)
-        again = reclaim(session, dead, lapsed=self._owners_could_renew())
-        unheard = leases.jobs_to_ring(session, _RING_AFTER_S)
+    def _reconcile(self) -> _Round:
+        """Do every repair in a transaction of its own: locks are held for moments, and taken in one order."""
+        write = self._database.write
+        with self._database.read() as session:
+            dead = [worker for worker, process in running_processes(session).items() if is_dead(process)]
+        with write() as session:
+            again = reclaim(session, dead, lapsed=self._owners_could_renew())
+        with write() as session:  # after their requests are given back: whoever is marked is not looked at again
+            mark_lost(session, dead, _SILENT_S)
+        with write() as session:
+            late, ended = writes.expire_requests(session)
+        with write() as session:
+            ended += writes.expire_jobs(session)
+        with write() as session:
+            unheard = leases.jobs_to_ring(session, _RING_AFTER_S)
         return _Round((*late, *again.poisoned), (*ended, *again.ended_jobs), (*again.requeued, *unheard))
 
     def _owners_could_renew(self) -> bool:

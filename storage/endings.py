@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import Final
 
-from sqlalchemy import ColumnElement, ScalarSelect, and_, case, func, select, update
+from sqlalchemy import ColumnElement, ScalarSelect, and_, case, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from storage.models import Job, Partial, Request
@@ -79,7 +79,7 @@ def expire_jobs(session: Session) -> list[tuple[str, str]]:
     still had requests of them have let their leases lapse.
     """
     now = database_now(session)
-    overdue = lock_jobs(session, and_(Job.status == "in_progress", Job.expires_at <= now))
+    overdue, cancelling = _lock_ending(session, now)
     expired: list[tuple[str, str]] = []
     if overdue:
         batches = update(Job).where(Job.id.in_(overdue), _IS_BATCH)
@@ -89,7 +89,15 @@ def expire_jobs(session: Session) -> list[tuple[str, str]]:
         expired = sorted((job_id, status) for job_id, status in rows)
         unfinished = and_(Request.job_id.in_(overdue), Request.status.in_(("queued", "running")))
         _end_requests(session, "expired", EXPIRED, now, overdue, unfinished)
-    return expired + _end_abandoned(session, now)
+    return expired + _end_abandoned(session, now, cancelling)
+
+
+def _lock_ending(session: Session, now: float) -> tuple[list[str], list[str]]:
+    """Lock the jobs that are overdue and those that are being cancelled, in one go: locks are taken in one order."""
+    is_overdue = and_(Job.status == "in_progress", Job.expires_at <= now)
+    locked = lock_jobs(session, or_(is_overdue, Job.status == "cancelling"))
+    overdue = set(session.scalars(select(Job.id).where(Job.id.in_(locked), is_overdue))) if locked else set()
+    return [job_id for job_id in locked if job_id in overdue], [job_id for job_id in locked if job_id not in overdue]
 
 
 def cancel_unstarted(session: Session, job_id: str) -> None:
@@ -172,8 +180,7 @@ def _last_seqs(session: Session, keys: Collection[RequestKey]) -> dict[RequestKe
     return {(job_id, index): seq for job_id, index, seq in rows}
 
 
-def _end_abandoned(session: Session, now: float) -> list[tuple[str, str]]:
-    cancelling = lock_jobs(session, Job.status == "cancelling")
+def _end_abandoned(session: Session, now: float, cancelling: Collection[str]) -> list[tuple[str, str]]:
     if not cancelling:
         return []
     _end_requests(session, "cancelled", CANCELLED, now, cancelling, _left_in_cancelled_jobs(now, cancelling))

@@ -105,12 +105,10 @@ def jobs_to_ring(session: Session, older_than_s: float) -> list[tuple[str, str]]
     """
     now = database_now(session)
     silent = or_(Job.doorbell_at.is_(None), Job.doorbell_at < now - older_than_s)
-    rung = session.execute(
-        update(Job)
-        .where(Job.status == "in_progress", silent, has_work())
-        .values(doorbell_at=now)
-        .returning(Job.model, Job.id)
-    )
+    unheard = lock_jobs(session, and_(Job.status == "in_progress", silent, has_work()))
+    if not unheard:
+        return []
+    rung = session.execute(update(Job).where(Job.id.in_(unheard)).values(doorbell_at=now).returning(Job.model, Job.id))
     one_a_model = dict(rung.all())
     return [(job_id, model) for model, job_id in one_a_model.items()]
 
