@@ -45,7 +45,7 @@ def make_api(settings: JobsSettings, database: Database, ring: Ring | None = Non
     app.include_router(service.router)
     app.include_router(metrics.router)
     errors.install(app)
-    document.install(app)
+    document.install(app, files.router, batches.router)
     return app
 
 

@@ -5,9 +5,10 @@ app -> [document].  Describes; decides nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
@@ -76,13 +77,13 @@ COMPLETION_BODY = _body(
 )
 
 
-def install(app: FastAPI) -> None:
+def install(app: FastAPI, *shown: APIRouter) -> None:
     """Let the application's document say what it does: a request that is not valid is a 400 here, never a 422."""
     make = app.openapi
 
     def openapi() -> Json:
         document = make()
-        _show_nulls(app, document)
+        _show_nulls(shown, document)
         for methods in document["paths"].values():
             for operation in methods.values():
                 operation["responses"].pop("422", None)
@@ -93,9 +94,9 @@ def install(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _show_nulls(app: FastAPI, document: Json) -> None:
+def _show_nulls(routers: Iterable[APIRouter], document: Json) -> None:
     """Put examples of replies back as they are: FastAPI drops what is null, and clients index it."""
-    for route in app.routes:
+    for route in (route for router in routers for route in router.routes):
         if not isinstance(route, APIRoute):
             continue
         for status, reply in route.responses.items():

@@ -103,7 +103,7 @@ def test_latency_is_told_by_route_and_never_by_path(api: TestClient) -> None:
 
 
 def test_dashboard_and_alerts_ask_for_metrics_that_there_are(api: TestClient, database: Database) -> None:
-    submitted(api, {"prompt": ""}, "one that waits")
+    submitted(api, "Hello", {"prompt": ""})
     with database.write() as session:
         writes.register_worker(session, a_worker_card(id="w"))
         full = dict.fromkeys(("waiting_sequences", "max_sequences", "batch_sequences", "tree_nodes"), 1)
@@ -114,7 +114,7 @@ def test_dashboard_and_alerts_ask_for_metrics_that_there_are(api: TestClient, da
 
     folder = Path(__file__).parents[3] / "docs" / "monitoring"
     asked = {
-        name for path in folder.rglob("*.*") for name in re.findall(r"\bbasic_[a-z_]+\b(?=[{\[ )/])", path.read_text())
+        name for path in folder.iterdir() for name in re.findall(r"\bbasic_[a-z_]+\b(?=[{\[ )/])", path.read_text())
     }
 
     assert len(asked) > 15
