@@ -101,6 +101,6 @@ def _show_nulls(routers: Iterable[APIRouter], document: Json) -> None:
             continue
         for status, reply in route.responses.items():
             for kind, content in reply.get("content", {}).items():
-                for method in route.methods:
+                for method in route.methods or ():
                     operation = document["paths"][route.path_format][method.lower()]
                     operation["responses"][str(status)]["content"][kind].update(content)
