@@ -8,7 +8,7 @@ BasicError
 │   ├── UnsupportedParameter    a field we know and don't honour yet
 │   ├── InvalidJsonLine         a line is not a JSON object
 │   ├── PromptTooLong           the prompt leaves no room for one new token
-│   └── GivenUp                 the request was taken up too often without an end
+│   └── UnreadableRequest       the stored request can't be read
 ├── JobRefused                  the job as a whole can't be accepted
 │   ├── UnknownModel            no worker serves this model
 │   ├── DuplicateCustomId       two requests of one job carry the same custom_id
@@ -18,7 +18,7 @@ BasicError
 │   ├── BodyTooLarge            the body has more bytes than one submission may
 │   ├── BodyTooSlow             the body stopped coming
 │   └── UnsupportedBody         the body is of a type, or packed in a way, that we don't take
-├── NotFound                    no such job
+├── NotFound                    no such job, batch or file
 ├── NotCancellable              the job has already ended
 ├── NotRetryable                the job has not ended, or has nothing to run again
 ├── CallerRefused               who asks, or how much, is the trouble
@@ -30,6 +30,7 @@ BasicError
 ├── ServiceUnavailable          a part of the service can't be reached right now
 │   ├── QueueUnavailable        the Redis server does not answer
 │   └── DatabaseUnavailable     the database does not answer
+│       └── StorageFull         its disk is full
 └── SetupError                  the installation or its settings are not usable
     └── UnknownSetting          a BASIC_… variable that nothing reads
 """
@@ -100,8 +101,8 @@ class PromptTooLong(RequestRefused):
     code = "context_length_exceeded"
 
 
-class GivenUp(RequestRefused):
-    """The request was taken up too often without an end."""
+class UnreadableRequest(RequestRefused):
+    """The request as it is stored can't be read by this version."""
 
     code = "server_error"
     status_code = 500
@@ -168,7 +169,7 @@ class UnsupportedBody(JobRefused):
 
 
 class NotFound(BasicError):
-    """No such job."""
+    """There is nothing of this id."""
 
     status_code = 404
 
@@ -255,6 +256,12 @@ class QueueUnavailable(ServiceUnavailable):
 
 class DatabaseUnavailable(ServiceUnavailable):
     """The database does not answer; try again in a few seconds."""
+
+
+class StorageFull(DatabaseUnavailable):
+    """The disk of the database is full; nothing was recorded. Try again when there is room."""
+
+    status_code = 507
 
 
 class SetupError(BasicError):

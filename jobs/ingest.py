@@ -1,8 +1,9 @@
-"""The ingest task: prompt batches that producers pushed onto Redis become jobs in SQL. Runs as `python -m jobs.ingest`.
+"""The ingest process, `python -m jobs.ingest`: what comes in large becomes requests in SQL, outside the shim.
 
-Redis -> [ingest] -> intake.  A process of its own with one thread and late acknowledgement: the message leaves Redis
-only when its rows are committed, and recording it twice adds nothing. Late acknowledgement with more than one thread
-would not survive a restart of Redis, so the concurrency is no setting.
+(Redis -> [ingest] -> intake), and the clerks that read and write the files of batches.  Prompt batches that producers
+pushed onto Redis are recorded by one thread with late acknowledgement: the message leaves Redis only when its rows are
+committed, and recording it twice adds nothing. Late acknowledgement with more than one thread would not survive a
+restart of Redis, so the concurrency is no setting.
 """
 
 from __future__ import annotations
@@ -11,28 +12,34 @@ import hashlib
 import json
 import logging
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from celery import Celery, Task
 from celery.exceptions import Reject
 from pydantic import ValidationError
-from sqlalchemy.exc import InterfaceError, OperationalError
 
 from jobs.celery_app import INGEST_QUEUE, INGEST_TASK, make_app
-from jobs.errors import BasicError, IdempotencyConflict, InvalidValue
+from jobs.clerk import Clerk
+from jobs.errors import BasicError, IdempotencyConflict, InvalidValue, LimitReached, SetupError
 from jobs.intake import Submission, accept_job, record_refused_job
 from jobs.items import Item
 from jobs.logs import log_to_stderr
 from jobs.messages import PromptBatch
+from jobs.partials import Publisher
+from jobs.processes import BAD_SETTINGS_STATUS
 from jobs.producer import Ring, batch_job_id, make_producer_app, ring
+from jobs.schema_guard import require_schema
 from jobs.settings import JobsSettings
 from storage.records import Refusal
-from storage.session import Database
+from storage.session import DATABASE_AWAY, Database, why_away
 
 log = logging.getLogger("jobs.ingest")  # also when it runs as a program
 
+_CLERK_STOP_S = 5.0
 _RETRY_S = 2.0  # before a message goes back: without the pause a dead database would make it spin
 _KEY_PREFIX = "producer:"  # keeps the ids of producers apart from the Idempotency-Keys of HTTP clients
 
@@ -49,6 +56,8 @@ def ingest(batch: Any, *, database: Database, ring: Ring, settings: JobsSettings
     except IdempotencyConflict:
         log.error("Batch %s was pushed again with other content; the first stands", read.id, extra=_ids(read.id))
         return submission.job_id
+    except LimitReached:
+        raise
     except BasicError as refused:
         return _refuse(submission, read.id, refused, database, settings)
     log.info("Recorded batch %s as job %s", read.id, job_id, extra=_ids(read.id) | {"job_id": job_id})
@@ -69,8 +78,8 @@ def make_ingest_app(
     def ingest_task(task: Task, batch: Any) -> None:
         try:
             ingest(batch, database=database, ring=ring_doorbell, settings=settings)
-        except (OperationalError, InterfaceError) as exc:
-            log.warning("The database does not answer; the batch goes back: %s", exc.orig, extra={"action": "requeue"})
+        except (*DATABASE_AWAY, LimitReached) as exc:
+            log.warning("The batch goes back to the queue: %s", why_away(exc), extra={"action": "requeue"})
             sleep(_RETRY_S)
             raise Reject(exc, requeue=True) from exc
 
@@ -81,13 +90,38 @@ def main() -> int:
     """Run the ingest worker until a signal ends it."""
     settings = JobsSettings()
     log_to_stderr(settings.log_format)
+    try:
+        require_schema(settings.resolved_database_url)
+    except SetupError as exc:
+        print(exc, file=sys.stderr)
+        return BAD_SETTINGS_STATUS
     database = Database.open(settings.resolved_database_url)
     app = make_ingest_app(database, settings)
     try:
-        app.worker_main(["worker", "--pool=threads", "--concurrency=1", "--loglevel=INFO", "--hostname=ingest@%h"])
+        with clerks(database, settings):
+            app.worker_main(["worker", "--pool=threads", "--concurrency=1", "--loglevel=INFO", "--hostname=ingest@%h"])
     finally:
         database.dispose()
     return 0
+
+
+@contextmanager
+def clerks(database: Database, settings: JobsSettings, count: int = 2) -> Iterator[None]:
+    """Let clerks work beside; two, so that a small batch need not wait for a large one."""
+    stop = threading.Event()
+    publisher = Publisher(settings.redis_url)
+    doorbells = make_producer_app(settings.redis_url)
+    clerk = Clerk(database, settings, lambda job_id, model: ring(doorbells, job_id, model), publisher.publish, stop)
+    threads = [threading.Thread(target=clerk.work, name=f"clerk-{n}", daemon=True) for n in range(count)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(_CLERK_STOP_S)
+        publisher.close()
 
 
 def _submission(batch: PromptBatch) -> Submission:

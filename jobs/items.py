@@ -29,17 +29,20 @@ from jobs.messages import COMPLETIONS_ENDPOINT, ChatMessage, Endpoint, Generatio
 from storage.records import NewRequest, Refusal
 
 MAX_CUSTOM_ID_CHARS = 64
+MAX_CHAT_LOGPROBS = 20  # alternatives of one token, as OpenAI has it
+MAX_COMPLETION_LOGPROBS = 5
+MAX_CHOICES = 128  # of one request, over all its prompts: they are decoded together
 _PIECE_BYTES = 65_536  # of a line that is passed over
 _BYTES_PER_TOKEN = 4  # of ordinary text
 _CONTEXT_TOKENS = 4096  # where no worker has told its own
 MAX_TRACED_REQUESTS = 16  # of a job: so many at most keep draft trees, its first ones
+MAX_TIMEOUT_S = 30 * 86_400
 COMPLETIONS_MAX_TOKENS = 16  # OpenAI's default for raw prompts; a chat answer runs to the context's end
 
 # Fields of the OpenAI API that are accepted and change nothing in a batch.
 WITHOUT_EFFECT = frozenset(
     [
         "metadata",
-        "modalities",
         "parallel_tool_calls",
         "prediction",
         "prompt_cache_key",
@@ -64,22 +67,24 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logprobs": (False,),
     "min_tokens": (0,),
+    "modalities": (["text"],),
+    "moderation": (),
     "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "web_search_options": (),
 }
 
 _CAPS = ("max_tokens", "max_completion_tokens")  # the second wins where both are given
 _SAMPLING = frozenset(SamplingParameters.model_fields)
-PARAMETERS = frozenset(_SAMPLING | set(_CAPS) | WITHOUT_EFFECT | set(UNSUPPORTED))
-_PROMPT_FIELDS = frozenset({"prompt", "messages", "model", "custom_id", "id"})
+_LOGPROBS = frozenset({"logprobs", "top_logprobs"})  # OpenAI's two endpoints mean different things by them
+PARAMETERS = frozenset(_SAMPLING | _LOGPROBS | set(_CAPS) | WITHOUT_EFFECT | set(UNSUPPORTED))
+_PROMPT_FIELDS = frozenset({"prompt", "messages", "model", "custom_id", "id", "timeout_s"})
 _LINE_FIELDS = frozenset({"custom_id", "id", "method", "url", "body"})
-_MESSAGE_FIELDS = frozenset({"role", "content", "name", "refusal"})
+_MESSAGE_FIELDS = frozenset({"role", "content", "name", "refusal", "tool_call_id"})  # the last three: without effect
+_CALLS = frozenset({"tool_calls", "function_call", "audio"})  # of an assistant: what it did besides speaking
 _ROLES = {role: role for role in get_args(ChatMessage.model_fields["role"].annotation)} | {"developer": "system"}
 
 
@@ -148,9 +153,11 @@ def parse_item(item: Item, rules: Rules) -> NewRequest:
         fields = _fields(item.value, rules.endpoint)
         custom_id = _custom_id(fields, custom_id)
         body = _request(fields, rules, item.index)
+        timeout_s = _timeout_s(fields.get("timeout_s"))
     except RequestRefused as refused:
         return NewRequest(custom_id, refusal=_refusal(refused, item))
-    return NewRequest(custom_id, body=body.model_dump(mode="json"), tokens=most_tokens(body, rules.context_tokens))
+    tokens = most_tokens(body, rules.context_tokens)
+    return NewRequest(custom_id, body=body.model_dump(mode="json"), tokens=tokens, timeout_s=timeout_s)
 
 
 def parse_body(body: Any, rules: Rules) -> NewRequest:
@@ -169,12 +176,19 @@ def parse_body(body: Any, rules: Rules) -> NewRequest:
     )
 
 
-def parse_parameters(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sampling parameters among the fields; raise RequestRefused for the first that is wrong."""
+def parse_parameters(
+    fields: Mapping[str, Any], endpoint: Endpoint, defaults: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the sampling parameters among the fields; raise RequestRefused for the first that is wrong.
+
+    `defaults` hold where the fields say nothing.
+    """
     given = {name: value for name, value in fields.items() if value is not None}
     refuse_unknown(given, PARAMETERS)
     _refuse_unsupported(given)
-    parameters = {name: value for name, value in given.items() if name in _SAMPLING}
+    parameters = {name: value for name, value in given.items() if name in _SAMPLING - _LOGPROBS}
+    if given.keys() & _LOGPROBS:
+        parameters["logprobs"] = _logprobs(given, endpoint, (defaults or {}).get("logprobs"))
     if "max_completion_tokens" in given:
         parameters["max_tokens"] = given["max_completion_tokens"]
     _sampling({"seed": 0} | parameters)
@@ -184,9 +198,13 @@ def parse_parameters(fields: Mapping[str, Any]) -> dict[str, Any]:
 def most_tokens(request: GenerationRequest, context_tokens: int | None) -> int:
     """Return how many tokens a request may come to read and write, as far as one can say before it is tokenized."""
     text = request.prompt or "".join(message.content for message in request.messages or ())
-    prompt = len(text.encode()) // _BYTES_PER_TOKEN + 1
+    prompts = [prompt if isinstance(prompt, tuple) else prompt.encode() for prompt in request.prompts or (text,)]
     room = context_tokens or _CONTEXT_TOKENS
-    return prompt + request.sampling.n * (request.sampling.max_tokens or max(1, room - prompt))
+    most = 0
+    for prompt in prompts:
+        read = len(prompt) if isinstance(prompt, tuple) else len(prompt) // _BYTES_PER_TOKEN + 1
+        most += read + request.sampling.n * (request.sampling.max_tokens or max(1, room - read))
+    return most
 
 
 def _read_line(text: bytes) -> Any:
@@ -227,16 +245,29 @@ def _custom_id(fields: Mapping[str, Any], default: str) -> str:
     custom_id = fields.get(name, default)
     if not isinstance(custom_id, str) or not 1 <= len(custom_id) <= MAX_CUSTOM_ID_CHARS:
         raise InvalidValue(f"A custom_id is a string of 1 to {MAX_CUSTOM_ID_CHARS} characters.", param=name)
-    return _clean(custom_id, name)
+    return clean_text(custom_id, name)
+
+
+def _timeout_s(value: Any) -> float | None:
+    """Return the seconds within which a request must end, counted from the recording of its job."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_TIMEOUT_S:
+        raise InvalidValue(f"must be a number of seconds above 0 and at most {MAX_TIMEOUT_S}", param="timeout_s")
+    return float(value)
 
 
 def _request(fields: Mapping[str, Any], rules: Rules, index: int) -> GenerationRequest:
     refuse_unknown(fields, _PROMPT_FIELDS | PARAMETERS)
     if fields.get("model", rules.model) != rules.model:
         raise InvalidValue(f"This job runs on {rules.model!r}; other models need a job of their own.", param="model")
-    parameters = parse_parameters({name: value for name, value in fields.items() if name in PARAMETERS})
+    parameters = parse_parameters(
+        {name: value for name, value in fields.items() if name in PARAMETERS}, rules.endpoint, rules.defaults
+    )
     prompt = _prompt(fields, rules)
-    return GenerationRequest(model=rules.model, sampling=_sampling_for(parameters, rules, index), **prompt)
+    sampling = _sampling_for(parameters, rules, index)
+    _refuse_many(len(prompt.get("prompts", ())), sampling.n)
+    return GenerationRequest(model=rules.model, sampling=sampling, **prompt)
 
 
 def _sampling_for(parameters: Mapping[str, Any], rules: Rules, index: int) -> SamplingParameters:
@@ -263,6 +294,33 @@ def _sampling(parameters: Mapping[str, Any]) -> SamplingParameters:
         raise InvalidValue(f"{message}{given}", param=str(first["loc"][0])) from exc
 
 
+def _logprobs(fields: Mapping[str, Any], endpoint: Endpoint, default: int | None) -> int | None:
+    """Return how many alternatives are told beside each token; None if no log-probabilities are wanted."""
+    logprobs, top = fields.get("logprobs"), fields.get("top_logprobs")
+    if endpoint == COMPLETIONS_ENDPOINT:
+        if top:
+            raise InvalidValue(f"is for chats; on {endpoint}, logprobs is the number itself", param="top_logprobs")
+        # Not `in (None, False)`: 0 == False in Python, and 0 asks for the tokens' own.
+        wanted = logprobs is not None and logprobs is not False
+        return _whole(logprobs, "logprobs", MAX_COMPLETION_LOGPROBS) if wanted else None
+    if not isinstance(logprobs, bool | None):
+        raise InvalidValue(
+            f"must be true or false, not {_shown(logprobs)}; the number is top_logprobs", param="logprobs"
+        )
+    most = None if top is None else _whole(top, "top_logprobs", MAX_CHAT_LOGPROBS)
+    if not (default is not None if logprobs is None else logprobs):
+        if most:
+            raise InvalidValue("needs logprobs to be true", param="top_logprobs")
+        return None
+    return most if most is not None else default or 0
+
+
+def _whole(value: Any, name: str, most: int) -> int:
+    if type(value) is not int or not 0 <= value <= most:
+        raise InvalidValue(f"must be a whole number from 0 to {most}, not {_shown(value)}", param=name)
+    return value
+
+
 def _seed(job_id: str, index: int) -> int:
     """Return the seed of a request that brings none. It is stored, so that a second run draws the same tokens."""
     digest = hashlib.sha256(f"{job_id}:{index}".encode()).digest()
@@ -277,9 +335,34 @@ def _prompt(fields: Mapping[str, Any], rules: Rules) -> dict[str, Any]:
         return {"messages": _messages(fields["messages"], rules)}
     if "prompt" not in fields:
         raise MissingParameter("A request needs a prompt or messages.", param="prompt")
+    if isinstance(fields["prompt"], list) and rules.endpoint == COMPLETIONS_ENDPOINT:
+        return {"prompts": _prompts(fields["prompt"], rules)}
     prompt = _filled(_text(fields["prompt"], "prompt"), "prompt")
     _refuse_long(len(prompt), rules, "prompt")
     return {"prompt": prompt}
+
+
+def _prompts(prompt: list[Any], rules: Rules) -> tuple[str | tuple[int, ...], ...]:
+    """Return the prompts of a list: of texts, of token ids (one prompt), or of lists of token ids."""
+    listed = [prompt] if all(type(part) is int for part in prompt) else prompt
+    read = tuple(_one_prompt(part, f"prompt[{n}]") for n, part in enumerate(listed))
+    _refuse_long(sum(len(part) for part in read), rules, "prompt")
+    return read
+
+
+def _one_prompt(prompt: Any, param: str) -> str | tuple[int, ...]:
+    if not isinstance(prompt, list):
+        return _filled(_text(prompt, param), param)
+    if not prompt or not all(type(token) is int and 0 <= token < 2**31 for token in prompt):
+        raise InvalidValue("must be a text or a list of at least one token id", param=param)
+    return tuple(prompt)
+
+
+def _refuse_many(prompts: int, n: int) -> None:
+    if prompts * n > MAX_CHOICES:
+        raise InvalidValue(
+            f"{prompts} prompts with {n} choices each are more than {MAX_CHOICES} texts.", param="prompt"
+        )
 
 
 def _messages(messages: Any, rules: Rules) -> tuple[ChatMessage, ...]:
@@ -295,7 +378,11 @@ def _messages(messages: Any, rules: Rules) -> tuple[ChatMessage, ...]:
 def _message(message: Any, place: str) -> ChatMessage:
     if not isinstance(message, dict):
         raise InvalidValue(f"A message is an object with role and content, not {_kind(message)}.", param=place)
-    fields = {name: value for name, value in message.items() if value is not None}
+    fields = {
+        name: value for name, value in message.items() if value is not None and not (name in _CALLS and not value)
+    }
+    for name in fields.keys() & _CALLS:
+        raise UnsupportedParameter("Calls of tools are not supported.", param=f"{place}.{name}")
     refuse_unknown(fields, _MESSAGE_FIELDS, f"{place}.")
     role = fields.get("role")
     if not isinstance(role, str) or role not in _ROLES:
@@ -325,11 +412,11 @@ def _text(value: Any, param: str) -> str:
         raise MissingParameter("The text is missing.", param=param)
     if not isinstance(value, str):
         raise InvalidValue(f"must be a string, not {_kind(value)}", param=param)
-    return _clean(value, param)
+    return clean_text(value, param)
 
 
-def _clean(text: str, param: str) -> str:
-    """Refuse what not every database and tokenizer can hold: NUL, and halves of surrogate pairs."""
+def clean_text(text: str, param: str) -> str:
+    """Return the text; refuse what not every database and tokenizer can hold: NUL, and halves of surrogate pairs."""
     if "\0" in text:
         raise InvalidValue("The character U+0000 is not allowed.", param=param)
     try:
@@ -366,6 +453,8 @@ def refuse_unknown(fields: Mapping[str, Any], known: frozenset[str], place: str 
 def _refuse_unsupported(fields: Mapping[str, Any]) -> None:
     for name in fields.keys() & UNSUPPORTED.keys():
         value = fields[name]
+        if name == "best_of" and value == fields.get("n", 1) and type(value) is int:
+            continue  # the best n of n
         # False == 0 in Python, and a logprobs of 0 does ask for something.
         if not any(type(value) is type(idle) and value == idle for idle in UNSUPPORTED[name]):
             raise UnsupportedParameter("This field is not supported yet; leave it out.", param=name)

@@ -24,6 +24,7 @@ from jobs.local_key import make_local_key
 from jobs.local_state import LocalService
 from jobs.processes import Child, Children, Command, keep_one_old, launch, python_module
 from jobs.redis_server import answers, server_arguments, server_binary
+from jobs.schema_guard import driver_missing
 from jobs.settings import JobsSettings
 from storage import queries, schema
 from storage.session import Database
@@ -48,17 +49,8 @@ class Start:
 
     def run(self) -> LocalService:
         """Go through the steps and return where the service is; raise SetupError, or Stopped after a signal."""
-        settings = self.settings
         self._fetch_models()
-        if "redis_url" not in settings.model_fields_set:
-            settings = self._start_redis(settings)
-        elif not answers(settings.redis_url):
-            raise SetupError("no Redis-protocol server answers at BASIC_REDIS_URL; start it, or unset the variable")
-        _migrate(settings.resolved_database_url)
-        settings = _with_api_address(settings)
-        self._start_python("ingest", "jobs.ingest", settings)
-        make_local_key(settings.data_dir)
-        shim = self._start_python("api", "jobs.api", settings)
+        settings, _, shim = self._start_door()
         self._start_worker(settings)
         self._await(shim, lambda: _ready(settings.api_url), "the REST shim")
         return LocalService(
@@ -68,6 +60,24 @@ class Start:
             data_dir=str(settings.data_dir),
             pid=os.getpid(),
         )
+
+    def run_door(self) -> tuple[JobsSettings, dict[str, int]]:
+        """Start all but the worker; return the settings with the addresses that were chosen, and who is who."""
+        settings, ingest, shim = self._start_door()
+        self._await(shim, lambda: _ready(settings.api_url), "the REST shim", None)
+        return settings, {"ingest": ingest.pid, "api": shim.pid}
+
+    def _start_door(self) -> tuple[JobsSettings, Child, Child]:
+        settings = self.settings
+        if "redis_url" not in settings.model_fields_set:
+            settings = self._start_redis(settings)
+        elif not answers(settings.redis_url):
+            raise SetupError("no Redis-protocol server answers at BASIC_REDIS_URL; start it, or unset the variable")
+        _migrate(settings.resolved_database_url)
+        settings = _with_api_address(settings)
+        ingest = self._start_python("ingest", "jobs.ingest", settings)
+        make_local_key(settings.data_dir)
+        return settings, ingest, self._start_python("api", "jobs.api", settings)
 
     def _fetch_models(self) -> None:
         """Fetch the models in the foreground, so that a person sees the download."""
@@ -142,6 +152,8 @@ def _migrate(database_url: str) -> None:
     """Bring the database up to date, or say why it can't serve."""
     try:
         schema.upgrade(database_url)
+    except ModuleNotFoundError as exc:
+        raise SetupError(driver_missing(exc)) from exc
     except OperationalError as exc:
         raise SetupError(
             f"the database {make_url(database_url)} can't be used: {exc.orig}; "

@@ -123,6 +123,9 @@ class SamplingParameters(Frozen):
     stop: Annotated[tuple[str, ...], BeforeValidator(_stop_strings)] = Field(
         (), description="The text ends before the first of these."
     )
+    logprobs: int | None = Field(
+        None, ge=0, le=20, description="Likeliest tokens to tell beside each token; none: tell no log-probabilities."
+    )
     record_trees: int = Field(
         0, ge=0, le=64, description="Steps whose draft trees are recorded, to be looked at; of a job's first requests."
     )
@@ -131,16 +134,22 @@ class SamplingParameters(Frozen):
     )
 
 
+Text = Annotated[str, Field(min_length=1)]
+TokenIds = Annotated[tuple[TokenId, ...], Field(min_length=1)]
+
+
 class GenerationRequest(Frozen):
     """A request as it is stored in `requests.body`: everything a worker needs to write its text.
 
-    It has either `messages` or a `prompt`. On the chat endpoint a prompt is one user message.
+    It has either `messages`, a `prompt` or `prompts`. On the chat endpoint a prompt is one user message. Of several
+    prompts each has `sampling.n` choices; those of the first come first.
     """
 
     v: Literal[1] = MESSAGE_VERSION
     model: str
     messages: Annotated[tuple[ChatMessage, ...], Field(min_length=1)] | None = None
-    prompt: Annotated[str, Field(min_length=1)] | None = None
+    prompt: Text | None = None
+    prompts: Annotated[tuple[Text | TokenIds, ...], Field(min_length=1)] | None = None  # on /v1/completions
     sampling: SamplingParameters
 
 

@@ -19,7 +19,9 @@ DEFAULT_TARGET = "smollm2-135m-instruct"
 class JobsSettings(StorageSettings):
     """Settings of clients, producers, the shim and the queue."""
 
-    redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis-protocol server: queue and pub/sub.")
+    redis_url: str = Field(
+        "redis://127.0.0.1:6379/0", description="Redis-protocol server: queue and pub/sub.", repr=False
+    )
     api_url: str = Field("http://127.0.0.1:8000", description="Where clients find the REST shim.")
     api_key: str = Field("", description="Key that clients send; empty: none.", repr=False)
     api_host: str = Field("127.0.0.1", description="Address the shim listens on.")
@@ -36,10 +38,15 @@ class JobsSettings(StorageSettings):
     max_streams: int = Field(1_000, gt=0, description="Streams the shim keeps open at once.")
     max_streams_per_key: int = Field(100, gt=0, description="Streams one key may keep open at once.")
     max_body_bytes: int = Field(200_000_000, gt=0, description="Bytes of one submission.")
+    max_file_bytes: int = Field(200_000_000, gt=0, description="Bytes of one uploaded file.")
+    file_days: float = Field(30, gt=0, description="Days a file is kept that brings no expires_after.")
     max_json_bytes: int = Field(16_000_000, gt=0, description="Bytes of one JSON body; lines may have more in all.")
     max_line_bytes: int = Field(10_000_000, gt=0, description="Bytes of one line of a batch file.")
     max_prompt_chars: int = Field(1_000_000, gt=0, description="Characters of one prompt, before it is tokenized.")
     completion_window_s: float = Field(86_400, gt=0, description="Seconds after which an unfinished job expires.")
+    lease_s: float = Field(
+        20.0, gt=0, description="Seconds a worker's claim lasts without renewal; longer than the longest step."
+    )
     partials_interval_s: float = Field(0.5, gt=0, description="Seconds between two commits of new tokens.")
 
 

@@ -22,7 +22,9 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     event,
+    false,
     text,
+    true,
 )
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -40,10 +42,15 @@ JOB_STATUSES = (
     "cancelled",
 )
 REQUEST_STATUSES = ("queued", "running", "completed", "failed", "expired", "cancelled")
+FILE_STATUSES = ("writing", "ready", "deleted", "cleared")
 
 
 def _one_of(column: str, values: tuple[str, ...]) -> str:
     return f"{column} IN ({', '.join(repr(value) for value in values)})"
+
+
+def _where_set(column: str, condition: str) -> Index:
+    return Index(None, column, sqlite_where=text(condition), postgresql_where=text(condition))
 
 
 class Base(DeclarativeBase):
@@ -92,17 +99,33 @@ class Job(Base):
     idempotency_key: Mapped[str | None]
     body_sha256: Mapped[str | None]
     doorbell_at: Mapped[float | None]  # when workers were last told that the job has requests for them
+    # Of batches, which are jobs whose requests come as a file and whose answers leave as files.
+    input_file_id: Mapped[str | None]  # none: the requests came inline
+    completion_window: Mapped[str | None]  # as it was asked for
+    output_expires_after_s: Mapped[float | None]
+    validated_at: Mapped[float | None]  # none: the clerk has not read the input yet; its requests do not count
+    finalizing_at: Mapped[float | None]
+    output_file_id: Mapped[str | None]
+    error_file_id: Mapped[str | None]
+    errors: Mapped[list[Any] | None]  # why the input as a whole is bad: code, line, message, param
+    usage: Mapped[dict[str, Any] | None]  # tokens of the lines of the output file
+    # Which clerk reads the input or writes the output, and until when; the number grows with every claim.
+    clerk_number: Mapped[int] = mapped_column(server_default="0")
+    clerk_until: Mapped[float | None]
     # Of the newest commit that wrote something readers of the job are told (storage.story).
     event_number: Mapped[int] = mapped_column(BigInteger, server_default="0")
     retry_of: Mapped[str | None]  # the job whose failed requests these are
     priority: Mapped[int] = mapped_column(server_default=text("0"))  # 1: a person waits for it; claimed before all 0
     # What its requests may come to read and write at most, guessed at the door: what a key's limit is held against.
     tokens_asked: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    # Version of its requests' bodies. A worker that reads only older ones leaves the job to those that were upgraded.
+    body_version: Mapped[int] = mapped_column(server_default=text("1"))
 
     __table_args__ = (
         UniqueConstraint("api_key_id", "idempotency_key"),
         CheckConstraint(_one_of("status", JOB_STATUSES), name="status"),
         Index(None, "created_at", "id"),  # the list of jobs
+        Index(None, "api_key_id", "created_at", "id"),  # the list of one owner's jobs
         Index(None, "status", "model"),  # the claim, the sweep of overdue jobs
     )
 
@@ -132,6 +155,11 @@ class Request(Base):
     started_at: Mapped[float | None]
     finished_at: Mapped[float | None]
     event_number: Mapped[int | None] = mapped_column(BigInteger)  # of the commit that ended it
+    expires_at: Mapped[float | None]  # its own deadline; the job's holds too
+    # Who ran it when a worker was lost (storage.reclaim): such a group runs again with nobody else in trial beside it.
+    suspect_group: Mapped[str | None]
+    proven: Mapped[bool] = mapped_column(server_default=false())  # has committed tokens under the present lease
+    lone_crashes: Mapped[int] = mapped_column(server_default=text("0"))  # workers lost while it alone was in trial
 
     __table_args__ = (
         CheckConstraint(_one_of("status", REQUEST_STATUSES), name="status"),
@@ -154,6 +182,9 @@ class Request(Base):
             sqlite_where=text("error_code IS NOT NULL"),
             postgresql_where=text("error_code IS NOT NULL"),
         ),
+        # Few rows have one of these at any time, and only those are in the index.
+        _where_set("suspect_group", "suspect_group IS NOT NULL"),
+        _where_set("expires_at", "expires_at IS NOT NULL AND finished_at IS NULL"),
     )
 
 
@@ -177,6 +208,7 @@ class Partial(Base):
     text: Mapped[str]
     pieces: Mapped[list[Any]]  # [text, "draft" | "target"]
     steps: Mapped[list[Any]]  # the step rows, waiting for the output
+    logprobs: Mapped[list[Any] | None]  # per token, if the request wants them (jobs.logprobs)
     worker_id: Mapped[str]
     committed_at: Mapped[float]
     event_number: Mapped[int] = mapped_column(BigInteger, server_default="0")  # of the commit that wrote it
@@ -199,10 +231,13 @@ class Output(Base):
     accepted_tokens: Mapped[int]  # of the completion: accepted draft tokens
     token_ids: Mapped[list[Any]]
     pieces: Mapped[list[Any]]  # the text again, cut by who chose it: [text, "draft" | "target"]
+    logprobs: Mapped[list[Any] | None]  # per token, if the request wanted them (jobs.logprobs)
     worker_id: Mapped[str]
     started_at: Mapped[float]
     finished_at: Mapped[float]
     last_seq: Mapped[int]
+    # A request may hold several prompts, each with several choices: its prompt tokens are those of these rows.
+    first_of_prompt: Mapped[bool] = mapped_column(server_default=true())
     event_number: Mapped[int] = mapped_column(BigInteger, server_default="0")  # of the commit that wrote it
     # Of the checkpoints it was made of: event number, seq, characters, tokens, accepted. For readers who know some.
     checkpoints: Mapped[list[Any] | None]
@@ -211,6 +246,38 @@ class Output(Base):
         _of_a_request(),
         Index("ix_outputs_job_id_event_number", "job_id", "event_number", "request_index", "choice_index"),
     )
+
+
+class File(Base):
+    """A file of the OpenAI kind. Its row outlives its bytes: a list goes on behind a file that was deleted."""
+
+    __tablename__ = "files"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    purpose: Mapped[str]
+    filename: Mapped[str]
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    created_at: Mapped[float]
+    expires_at: Mapped[float | None]
+    api_key_id: Mapped[str]
+    status: Mapped[str]  # writing: not to be seen yet; deleted: not to be seen again; cleared: the bytes are gone too
+
+    __table_args__ = (
+        CheckConstraint(_one_of("status", FILE_STATUSES), name="status"),
+        Index(None, "created_at", "id"),  # the list of files
+        Index(None, "api_key_id", "created_at", "id"),  # the list of one owner's files
+        Index(None, "status", "expires_at"),  # the sweep
+    )
+
+
+class FileChunk(Base):
+    """A stretch of the bytes of a file."""
+
+    __tablename__ = "file_chunks"
+
+    file_id: Mapped[str] = mapped_column(ForeignKey("files.id", ondelete="CASCADE"), primary_key=True)
+    chunk_index: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    data: Mapped[bytes]
 
 
 class DecodeStep(Base):
@@ -380,9 +447,11 @@ class Worker(Base):
     context_tokens: Mapped[int]
     started_at: Mapped[float]
     last_seen_at: Mapped[float]
-    stopped_at: Mapped[float | None]
+    stopped_at: Mapped[float | None]  # when it left in order
     calibration: Mapped[dict[str, Any]]
     load: Mapped[dict[str, Any] | None]  # what it was doing when it last said so
+    process: Mapped[str | None]  # which process of this machine: its neighbours see at once if it is dead
+    lost_at: Mapped[float | None]  # when it was found dead or silent; cleared should it come back
 
 
 class ApiKey(Base):
@@ -403,6 +472,16 @@ class ApiKey(Base):
     created_at: Mapped[float]
     expires_at: Mapped[float | None]
     revoked_at: Mapped[float | None]
+
+
+class Election(Base):
+    """Who holds an office that one process at a time must have, such as the reconciler's."""
+
+    __tablename__ = "elections"
+
+    office: Mapped[str] = mapped_column(primary_key=True)
+    holder: Mapped[str]
+    term_ends_at: Mapped[float]
 
 
 @event.listens_for(Base.metadata, "after_create")

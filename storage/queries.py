@@ -6,18 +6,19 @@ one row; what may be large (its outputs) is streamed.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Final
 
 from sqlalchemy import ColumnElement, and_, func, select, true, tuple_
-from sqlalchemy.orm import InstrumentedAttribute, Session
+from sqlalchemy.orm import Session
 
+from storage.endings import OPEN_JOB_STATUSES
 from storage.flush import merge_pieces
 from storage.models import Job, Output, Partial, Request, Worker
 from storage.records import NewRequest
-from storage.sql import AnyRow, database_now
+from storage.sql import AnyRow, database_now, owned_by
 from storage.statistics import DepthAcceptance as DepthAcceptance  # statistics have a module; callers find them here
 from storage.statistics import JobStats as JobStats
 from storage.statistics import job_stats as job_stats
@@ -51,6 +52,14 @@ class JobView:
     metadata: Mapping[str, str] | None
     api_key_id: str | None
     idempotency_key: str | None
+    input_file_id: str | None  # none: not a batch
+    completion_window: str | None
+    validated_at: float | None
+    finalizing_at: float | None
+    output_file_id: str | None
+    error_file_id: str | None
+    errors: Sequence[Mapping[str, Any]] | None
+    usage: Mapping[str, int] | None
     retry_of: str | None
 
 
@@ -75,6 +84,8 @@ class ChoiceView:
     worker_id: str
     started_at: float
     finished_at: float
+    logprobs: list[Any] | None  # per token, if they were wanted
+    first_of_prompt: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +100,16 @@ class OutputView:
     error_param: str | None
     error_status_code: int | None
     choices: tuple[ChoiceView, ...]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of its prompts: each counts once, whatever the number of its choices."""
+        return sum(choice.prompt_tokens for choice in self.choices if choice.first_of_prompt)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens of all its choices."""
+        return sum(choice.completion_tokens for choice in self.choices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +144,7 @@ class WorkerView:
     stopped_at: float | None
     calibration: Mapping[str, Any]
     load: Mapping[str, Any] | None  # what it was doing when it last said so
+    lost_at: float | None  # when it was found dead or silent
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,13 +173,21 @@ _JOB_COLUMNS: Final = (
     Job.metadata_.label("metadata_"),
     Job.api_key_id,
     Job.idempotency_key,
+    Job.input_file_id,
+    Job.completion_window,
+    Job.validated_at,
+    Job.finalizing_at,
+    Job.output_file_id,
+    Job.error_file_id,
+    Job.errors,
+    Job.usage,
     Job.retry_of,
 )
 
 
 def job(session: Session, job_id: str, owner: str | None = None) -> JobView | None:
     """Return a job, or None if there is none of this id (with an `owner`: none of theirs)."""
-    row = session.execute(select(*_JOB_COLUMNS).where(Job.id == job_id, _owned_by(Job.api_key_id, owner))).first()
+    row = session.execute(select(*_JOB_COLUMNS).where(Job.id == job_id, owned_by(Job.api_key_id, owner))).first()
     return None if row is None else _job_view(row)
 
 
@@ -167,12 +197,15 @@ def jobs(
     after: str | None = None,
     owner: str | None = None,
     interactive: bool = False,
+    batches_only: bool = False,
 ) -> JobPage:
     """Return up to `limit` jobs, newest first, from behind the job `after`; nothing stands behind an unknown id.
 
     Single requests that a person waits for are jobs too; they are listed if `interactive` asks for them.
     """
-    query = select(*_JOB_COLUMNS).where(_owned_by(Job.api_key_id, owner))
+    query = select(*_JOB_COLUMNS).where(owned_by(Job.api_key_id, owner))
+    if batches_only:
+        query = query.where(Job.input_file_id.is_not(None))
     query = query.order_by(Job.created_at.desc(), Job.id.desc()).limit(limit + 1)
     if after is not None:
         last = select(Job.created_at, Job.id).where(Job.id == after).scalar_subquery()
@@ -215,9 +248,12 @@ def outputs(
             Output.worker_id,
             Output.started_at,
             Output.finished_at,
+            Output.logprobs,
+            Output.first_of_prompt,
         )
         .outerjoin(Output, and_(Output.job_id == Request.job_id, Output.request_index == Request.request_index))
         .where(Request.job_id == job_id, Request.request_index > after_index, Request.status.in_(statuses), wanted)
+        .where(_is_read(job_id))
         .order_by(Request.request_index, Output.choice_index)
         .execution_options(yield_per=_OUTPUTS_AT_ONCE)
     )
@@ -257,6 +293,12 @@ def snapshot(session: Session, job_id: str) -> list[ChoiceSnapshot]:
     return [found[key] for key in sorted(found)]
 
 
+def open_requests(session: Session) -> int:
+    """Return how many requests have not ended."""
+    left = Job.requests_total - Job.requests_completed - Job.requests_failed
+    return int(session.scalar(select(func.coalesce(func.sum(left), 0)).where(Job.status.in_(OPEN_JOB_STATUSES))) or 0)
+
+
 def workers(session: Session) -> list[WorkerView]:
     """Return the workers that have introduced themselves, latest start first."""
     columns = [getattr(Worker, name) for name in WorkerView.__dataclass_fields__]
@@ -266,14 +308,24 @@ def workers(session: Session) -> list[WorkerView]:
 
 def models(session: Session) -> list[ModelView]:
     """Return the models of the workers that are alive."""
-    alive = and_(Worker.stopped_at.is_(None), Worker.last_seen_at > database_now(session) - _SEEN_S)
     rows = session.execute(
         select(Worker.target, func.min(Worker.context_tokens))
-        .where(alive)
+        .where(_is_alive(session, _SEEN_S))
         .group_by(Worker.target)
         .order_by(Worker.target)
     )
     return [ModelView(target, context_tokens) for target, context_tokens in rows]
+
+
+def live_workers(session: Session, hostname: str, within_s: float) -> int:
+    """Return how many workers of a host have been seen within so many seconds and have not left."""
+    here = select(func.count()).where(Worker.hostname == hostname, _is_alive(session, within_s))
+    return int(session.scalar(here) or 0)
+
+
+def _is_alive(session: Session, within_s: float) -> ColumnElement[bool]:
+    seen = Worker.last_seen_at > database_now(session) - within_s
+    return and_(Worker.stopped_at.is_(None), Worker.lost_at.is_(None), seen)
 
 
 def _job_view(row: AnyRow) -> JobView:
@@ -302,6 +354,11 @@ def _choice_view(row: AnyRow) -> ChoiceView:
     return ChoiceView(**{name: getattr(row, name) for name in ChoiceView.__dataclass_fields__})
 
 
+def _is_read(job_id: str) -> ColumnElement[bool]:
+    """Return the condition that all requests of a job are there: they appear at once, though written in pieces."""
+    return select(Job.validated_at).where(Job.id == job_id).scalar_subquery().is_not(None)
+
+
 def _errors(session: Session, job_id: str) -> dict[int, AnyRow]:
     """Return the requests of a job that ended without a result."""
     rows = session.execute(
@@ -311,7 +368,9 @@ def _errors(session: Session, job_id: str) -> dict[int, AnyRow]:
             Request.error_code,
             Request.error_message,
             Request.error_param,
-        ).where(Request.job_id == job_id, Request.status.in_(_WITHOUT_RESULT))
+        )
+        .where(Request.job_id == job_id, Request.status.in_(_WITHOUT_RESULT))
+        .where(_is_read(job_id))
     )
     return {row.request_index: row for row in rows}
 
@@ -398,7 +457,3 @@ def _finished_choices(session: Session, job_id: str) -> dict[tuple[int, int], Ch
         )
         for row in rows
     }
-
-
-def _owned_by(column: InstrumentedAttribute[str], owner: str | None) -> ColumnElement[bool]:
-    return true() if owner is None else column == owner

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 
+from jobs.logprobs import Stored
 from storage.records import Checkpoint, Claim, FinishedChoice, Progress, Refusal, StepRow
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepNumbers, StepResult
@@ -24,12 +25,14 @@ class LiveChoice:
     index: int
     transcript: Transcript
     started_at: float
+    first_of_prompt: bool = True
     next_seq: int = 0  # of its next event
     announced: bool = False  # its `started` event has been published by us or an earlier owner
     _ids: list[int] = field(default_factory=list)
     _accepted: list[bool] = field(default_factory=list)
     _pieces: list[tuple[str, str]] = field(default_factory=list)
     _steps: list[StepRow] = field(default_factory=list)
+    _logprobs: list[Stored] = field(default_factory=list)
 
     @property
     def sequence(self) -> Sequence:
@@ -50,6 +53,7 @@ class LiveChoice:
         self._ids += written.tokens
         self._accepted += written.accepted
         self._pieces += written.pieces
+        self._logprobs += [likelihoods.stored() for likelihoods in written.logprobs or ()]
         row = _row(written.numbers, now)
         if result.tree is not None:
             row = replace(row, tree=tree_row(result.tree, text_of), reached=reached(result.tree))
@@ -67,9 +71,10 @@ class LiveChoice:
             text="".join(text for text, _ in self._pieces),
             pieces=tuple(self._pieces),
             steps=tuple(self._steps),
+            logprobs=None if self.sequence.sampling.logprobs is None else tuple(self._logprobs),
         )
         self.next_seq += 1
-        self._ids, self._accepted, self._pieces, self._steps = [], [], [], []
+        self._ids, self._accepted, self._pieces, self._steps, self._logprobs = [], [], [], [], []
         return taken
 
     def output(self, now: float) -> FinishedChoice:
@@ -87,6 +92,7 @@ class LiveChoice:
             started_at=self.started_at,
             finished_at=now,
             last_seq=self.next_seq,
+            first_of_prompt=self.first_of_prompt,
         )
         self.next_seq += 1
         return finished

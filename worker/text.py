@@ -14,10 +14,13 @@ from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from jobs.errors import InvalidValue, PromptTooLong
+from jobs.logprobs import TokenLikelihoods
 from jobs.messages import CHAT_ENDPOINT, GenerationRequest, SamplingParameters
 from worker.engine.errors import ModelRefused
+from worker.engine.logprobs import TokenLogprobs
 from worker.engine.sampling import Sampling, noise_key
 from worker.engine.sequence import Sequence as EngineSequence
+from worker.spelling import spelling
 from worker.stops import Pieces, StopStrings, add_piece
 
 
@@ -33,16 +36,13 @@ class Codec:
     def encode(self, request: GenerationRequest, endpoint: str) -> list[int]:
         """Return the prompt's token ids; raises PromptTooLong, or InvalidValue if the chat template refuses it."""
         param = "prompt" if request.messages is None else "messages"
-        ids = self._encode(request, endpoint)
-        if len(ids) >= self.context_tokens:
-            raise PromptTooLong(
-                f"the prompt has {len(ids)} tokens and leaves no room for one new token in the model's context of "
-                f"{self.context_tokens} tokens; shorten it",
-                param=param,
-            )
-        if not ids:
-            raise InvalidValue("the prompt has no tokens", param=param)
-        return ids
+        return self._checked(self._encode(request, endpoint), param)
+
+    def encode_all(self, request: GenerationRequest, endpoint: str) -> list[list[int]]:
+        """Return the token ids of all prompts of a request; raises what `encode` does."""
+        if request.prompts is None:
+            return [self.encode(request, endpoint)]
+        return [self._encode_one(prompt, request, endpoint) for prompt in request.prompts]
 
     def sequence(
         self, key: tuple[Any, ...], prompt: list[int], sampling: SamplingParameters, choice: int
@@ -74,6 +74,7 @@ class Codec:
                 frequency_penalty=sampling.frequency_penalty,
                 repetition_penalty=sampling.repetition_penalty,
                 logit_bias=tuple(sampling.logit_bias.items()),
+                logprobs=sampling.logprobs,
             ),
             eos_ids=frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.eos_ids),
             group=key[0],
@@ -98,6 +99,23 @@ class Codec:
             raise InvalidValue(
                 f"token id {beyond[0]} is beyond the model's vocabulary of {self.vocabulary} tokens", param=param
             )
+
+    def _encode_one(self, prompt: str | tuple[int, ...], request: GenerationRequest, endpoint: str) -> list[int]:
+        if isinstance(prompt, str):
+            return self.encode(request.model_copy(update={"prompt": prompt, "prompts": None}), endpoint)
+        self._refuse_beyond(prompt, "prompt")
+        return self._checked(list(prompt), "prompt")
+
+    def _checked(self, ids: list[int], param: str) -> list[int]:
+        if len(ids) >= self.context_tokens:
+            raise PromptTooLong(
+                f"the prompt has {len(ids)} tokens and leaves no room for one new token in the model's context of "
+                f"{self.context_tokens} tokens; shorten it",
+                param=param,
+            )
+        if not ids:
+            raise InvalidValue("the prompt has no tokens", param=param)
+        return ids
 
     def _encode(self, request: GenerationRequest, endpoint: str) -> list[int]:
         if request.messages is None and (endpoint != CHAT_ENDPOINT or self.tokenizer.chat_template is None):
@@ -162,6 +180,11 @@ class TextStream:
             self._add(pieces, whole[len(streamed) :], "target")
         self._pass(pieces, self._stops.end())
         return pieces
+
+    def spelled(self, ids: Sequence[int], told: Sequence[TokenLogprobs]) -> tuple[TokenLikelihoods, ...]:
+        """Return what the engine tells of these tokens (the first of `told`) in the words of the tokenizer."""
+        own = spelling(self._codec.tokenizer)
+        return tuple(own.of(entry, token) for token, entry in zip(ids, told, strict=False))
 
     def _add(self, pieces: Pieces, chunk: str, source: str) -> None:
         self._decoded.append(chunk)

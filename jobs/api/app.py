@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from jobs.api import completions, errors, jobs, metrics, service
+from jobs.api import batches, completions, document, errors, files, jobs, metrics, service
 from jobs.api.access import AccessGuard, Door
 from jobs.api.bodies import BodyReader
 from jobs.api.limits import BodyLimit, RequestIds
 from jobs.api.services import Services
 from jobs.api.streams import Streams
+from jobs.api.uploads import FORM_BYTES
 from jobs.broadcast import Broadcast
 from jobs.producer import Ring, make_producer_app, ring
 from jobs.settings import JobsSettings
@@ -22,7 +23,7 @@ def make_api(settings: JobsSettings, database: Database, ring: Ring | None = Non
     Without a `ring` of its own it rings on the Redis server of the settings; without a `door` of its own it lets
     everybody in until there is a key.
     """
-    app = FastAPI(title="bASIC", docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(title="bASIC", responses=document.ERRORS, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.services = Services(
         settings,
         database,
@@ -32,15 +33,19 @@ def make_api(settings: JobsSettings, database: Database, ring: Ring | None = Non
     )
     app.state.metrics = metrics.Metrics(database)
     app.state.streams = Streams(settings.max_streams, settings.max_streams_per_key)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    most_by_path = {"/v1/files": settings.max_file_bytes + FORM_BYTES}
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, most_by_path=most_by_path)
     app.add_middleware(AccessGuard, door=door or Door(database))
     app.add_middleware(RequestIds)
     app.add_middleware(metrics.Stopwatch, metrics=app.state.metrics)
+    app.include_router(files.router)
+    app.include_router(batches.router)
     app.include_router(jobs.router)
     app.include_router(completions.router)
     app.include_router(service.router)
     app.include_router(metrics.router)
     errors.install(app)
+    document.install(app, files.router, batches.router)
     return app
 
 

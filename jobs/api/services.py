@@ -48,12 +48,12 @@ def find_job(services: Services, job_id: str, caller: Caller) -> JobView:
     return job
 
 
-def cancel_job(services: Services, job: JobView, caller: Caller) -> JobView:
+def cancel_job(services: Services, job: JobView, caller: Caller, noun: str = "job") -> JobView:
     """Cancel a job and return it as it stands then; raise NotCancellable if it has ended another way."""
     with services.database.write() as session:
         status = writes.request_cancel(session, job.id)
     if status is not None and JobStatus(status) not in _CANCEL_ANSWERS:
-        raise NotCancellable(f"Cannot cancel a job with status '{status}'.")
+        raise NotCancellable(f"Cannot cancel a {noun} with status '{status}'.")
     return find_job(services, job.id, caller)
 
 

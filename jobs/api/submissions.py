@@ -21,7 +21,7 @@ _JSON_TYPES = {"application/json"}
 _LINES_TYPES = {"application/x-ndjson", "application/jsonl", "application/x-jsonlines"}
 _JOB_FIELDS = frozenset({"model", "endpoint", "metadata", "completion_window", "parameters"})
 _LISTS = frozenset({"requests", "prompts"})
-_IDEMPOTENCY_KEY = "idempotency-key"
+IDEMPOTENCY_KEY = "idempotency-key"
 _UNIT_S = {"m": 60, "h": 3600, "d": 86_400}
 
 
@@ -49,20 +49,21 @@ def read_submission(body: Body, query: QueryParams, headers: Headers, key_id: st
     return replace(
         submission,
         api_key_id=key_id,
-        idempotency_key=headers.get(_IDEMPOTENCY_KEY),
+        idempotency_key=headers.get(IDEMPOTENCY_KEY),
         body_sha256=_digest(body, query),
     )
 
 
 def _submission(fields: Mapping[str, Any], items: Iterator[Item]) -> Submission:
     refuse_unknown(fields, _JOB_FIELDS | _LISTS | PARAMETERS)
+    window = fields.get("completion_window")
     return Submission(
         items=items,
         model=_model(fields.get("model")),
-        endpoint=_endpoint(fields.get("endpoint", CHAT_ENDPOINT)),
+        endpoint=read_endpoint(fields.get("endpoint", CHAT_ENDPOINT)),
         parameters=_parameters(fields),
         metadata=fields.get("metadata"),
-        window_s=_window_s(fields.get("completion_window")),
+        window_s=None if window is None else read_window_s(window),
     )
 
 
@@ -117,16 +118,16 @@ def _model(model: Any) -> str | None:
     return model
 
 
-def _endpoint(endpoint: Any) -> Endpoint:
+def read_endpoint(endpoint: Any) -> Endpoint:
+    """Return the endpoint that answers the requests; raise InvalidValue if it is not one of ours."""
     offered = get_args(Endpoint)
     if endpoint not in offered:
         raise InvalidValue(f"must be one of {', '.join(offered)}", param="endpoint")
     return endpoint  # type: ignore[no-any-return]
 
 
-def _window_s(window: Any) -> float | None:
-    if window is None:
-        return None
+def read_window_s(window: Any) -> float:
+    """Return the seconds of a completion window; OpenAI knows only 24h."""
     match = re.fullmatch(r"([1-9][0-9]{0,3})([mhd])", window) if isinstance(window, str) else None
     if match is None:
         raise InvalidValue("must be digits and m, h or d, such as 24h", param="completion_window")

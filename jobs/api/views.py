@@ -3,30 +3,80 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from jobs.api.envelope import error_body
+from jobs.logprobs import shaped
 from jobs.messages import JobStatus
-from storage.queries import JobStats, JobView, OutputView, WorkerView
+from storage.files import FileView
+from storage.queries import ChoiceView, JobStats, JobView, OutputView, WorkerView
 
 Json = dict[str, Any]
 
 
 def job(view: JobView) -> Json:
     """Return a job. Times are whole Unix seconds; a time that has not come is null."""
-    status = JobStatus(view.status)
     return {
         "id": view.id,
         "object": "job",
         "status": view.status,
         "model": view.model,
         "endpoint": view.endpoint,
-        "completion_window": _window(view.expires_at - view.created_at),
+        "input_file_id": view.input_file_id,
+        "output_file_id": view.output_file_id,
+        "error_file_id": view.error_file_id,
+        "errors": _errors(view),
+        **_life(view, view.started_at),
+        "progress": _progress(view),
+        "metadata": view.metadata,
+        "retry_of": view.retry_of,
+    }
+
+
+def batch(view: JobView) -> Json:
+    """Return a job that was made of a file, with all fields of OpenAI's Batch: null until they mean something."""
+    return {
+        "id": view.id,
+        "object": "batch",
+        "status": view.status,
+        "model": view.model or None,
+        "endpoint": view.endpoint,
+        "input_file_id": view.input_file_id,
+        "output_file_id": view.output_file_id,
+        "error_file_id": view.error_file_id,
+        "errors": _errors(view),
+        **_life(view, view.validated_at),
+        "usage": _batch_usage(view.usage),
+        "metadata": view.metadata,
+    }
+
+
+def file(view: FileView) -> Json:
+    """Return a file in OpenAI's fields. It is `processed` at once: the lines are looked at by the batch."""
+    return {
+        "id": view.id,
+        "object": "file",
+        "bytes": view.bytes,
         "created_at": int(view.created_at),
-        "in_progress_at": _second(view.started_at),
+        "expires_at": _second(view.expires_at),
+        "filename": view.filename,
+        "purpose": view.purpose,
+        "status": "processed",
+        "status_details": None,
+    }
+
+
+def _life(view: JobView, in_progress_at: float | None) -> Json:
+    """Return how far a job is: its window, its times and its counts."""
+    status = JobStatus(view.status)
+    return {
+        "completion_window": view.completion_window or _window(view.expires_at - view.created_at),
+        "created_at": int(view.created_at),
+        "in_progress_at": _second(in_progress_at),
         "expires_at": int(view.expires_at),
+        "finalizing_at": _second(view.finalizing_at),
         "cancelling_at": _second(view.cancelling_at),
         **{f"{end}_at": _second(view.finished_at if status == end else None) for end in _ENDS},
         "request_counts": {
@@ -34,9 +84,23 @@ def job(view: JobView) -> Json:
             "completed": view.requests_completed,
             "failed": view.requests_failed,
         },
-        "progress": _progress(view),
-        "metadata": view.metadata,
-        "retry_of": view.retry_of,
+    }
+
+
+def _errors(view: JobView) -> Json | None:
+    return None if view.errors is None else {"object": "list", "data": list(view.errors)}
+
+
+def _batch_usage(tokens: Mapping[str, int] | None) -> Json | None:
+    """Return the tokens of the output file. Nothing is cached between requests, and nothing is thought unseen."""
+    if tokens is None:
+        return None
+    return {
+        "input_tokens": tokens["input_tokens"],
+        "input_tokens_details": {"cached_tokens": 0},
+        "output_tokens": tokens["output_tokens"],
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": tokens["input_tokens"] + tokens["output_tokens"],
     }
 
 
@@ -54,7 +118,7 @@ def page(items: Sequence[Json], has_more: bool) -> Json:
     }
 
 
-def output(view: OutputView) -> Json:
+def output(view: OutputView, endpoint: str) -> Json:
     """Return one line of a job's outputs: the choices of a request, or why there are none."""
     line: Json = {"custom_id": view.custom_id, "index": view.request_index, "status": view.status}
     if view.error_message is not None:
@@ -68,10 +132,22 @@ def output(view: OutputView) -> Json:
             "text": choice.text,
             "finish_reason": choice.finish_reason,
             "completion_tokens": choice.completion_tokens,
+            **_logprobs(choice, endpoint),
         }
         for choice in view.choices
     ]
     return line | {"choices": choices, "usage": usage(view)}
+
+
+def _logprobs(choice: ChoiceView, endpoint: str) -> Json:
+    wanted = shaped(endpoint, choice.logprobs, choice.text)
+    return {} if wanted is None else {"logprobs": wanted}
+
+
+def usage(view: OutputView) -> Json:
+    """Return the tokens of a request: a prompt is counted once, whatever the number of choices."""
+    prompt, completion = view.prompt_tokens, view.completion_tokens
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def statistics(view: JobStats) -> Json:
@@ -113,13 +189,6 @@ def _elapsed_s(view: JobView) -> float:
         return 0.0
     until = time.time() if view.finished_at is None else view.finished_at
     return max(0.0, until - view.started_at)
-
-
-def usage(view: OutputView) -> Json:
-    """Return the tokens of a request: its prompt is counted once, whatever the number of choices."""
-    prompt = max((choice.prompt_tokens for choice in view.choices), default=0)
-    completion = sum(choice.completion_tokens for choice in view.choices)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def _window(window_s: float) -> str:

@@ -21,6 +21,7 @@ from storage.models import (
     StepMinute,
 )
 from storage.queries import JobView
+from storage.reclaim import Reclaimed, reclaim
 from storage.records import Checkpoint, Claim, FinishedChoice, FlushResult, Lease, NewRequest, Progress, RequestKey
 from storage.session import Database
 from tests.factories import a_job, some_requests, some_steps
@@ -41,9 +42,17 @@ def claim(
     lease_s: float = 30.0,
     model: str = "tiny",
     holding: Sequence[RequestKey] = (),
+    body_version: int = 1,
 ) -> list[Claim]:
+    """Claim, after somebody has given back what workers let lapse."""
+    reclaimed(database)
     with database.write() as session:
-        return leases.claim(session, worker, model, limit, lease_s, holding=holding)
+        return leases.claim(session, worker, model, limit, lease_s, holding=holding, body_version=body_version)
+
+
+def reclaimed(database: Database, *dead: str, lapsed: bool = True) -> Reclaimed:
+    with database.write() as session:
+        return reclaim(session, dead, lapsed=lapsed)
 
 
 def claim_one(database: Database, worker: str = "w1", lease_s: float = 30.0) -> Claim:
@@ -108,6 +117,7 @@ def end_of(*checkpoints: Checkpoint, choice: int = 0) -> FinishedChoice:
         started_at=1.0,
         finished_at=2.0,
         last_seq=checkpoints[-1].seq + 1,
+        first_of_prompt=choice == 0,
     )
 
 

@@ -1,0 +1,152 @@
+"""Reading an upload: a multipart form with one file, whose bytes are handed on in chunks while they come.
+
+files -> [uploads].  Knows no SQL. The fields may stand before or behind the file, so nothing can be said about them
+before the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from jobs.errors import BodyTooLarge, InvalidValue, MissingParameter, UnknownParameter, UnsupportedBody
+
+FORM_BYTES: Final = 65_536  # of an upload besides the file
+_MAX_FIELD_BYTES: Final = 1_024
+_MAX_NAME_CHARS: Final = 255
+_FIELDS: Final = frozenset({"purpose", "expires_after[anchor]", "expires_after[seconds]"})
+_MIN_KEPT_S: Final = 3_600
+_MAX_KEPT_S: Final = 2_592_000
+
+
+@dataclass(slots=True)
+class _Part:
+    name: str = ""
+    filename: str | None = None
+    data: bytearray = field(default_factory=bytearray)
+
+
+class UploadForm:
+    """Takes the bytes of a form; keeps its fields, and the bytes of its file until they are taken."""
+
+    def __init__(self, content_type: str, max_file_bytes: int) -> None:
+        """Read the boundary; raise UnsupportedBody if this is no form with a file."""
+        kind, options = parse_options_header(content_type)
+        if kind != b"multipart/form-data" or not options.get(b"boundary"):
+            raise UnsupportedBody("Send the file as multipart/form-data, in a part named file.")
+        self.size = 0  # of the file
+        self.filename: str | None = None
+        self.waiting = bytearray()  # of the file, not taken yet
+        self._max_file_bytes = max_file_bytes
+        self._fields: dict[str, str] = {}
+        self._part = _Part()
+        self._header, self._value = bytearray(), bytearray()
+        self._ended = False
+        self._parser = self._make_parser(options[b"boundary"])
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes of the body; raise what is wrong with the form."""
+        try:
+            self._parser.write(data)
+        except FormParserError as exc:
+            raise InvalidValue(f"The form can't be read: {exc}.") from exc
+
+    def end(self) -> None:
+        """Say that the body is over; raise what is missing."""
+        if not self._ended:
+            raise InvalidValue("The form ends in the midst of a part.")
+        if self.filename is None:
+            raise MissingParameter("The form has no part named file with a filename.", param="file")
+
+    def purpose(self) -> str:
+        """Return the purpose of the file; raise if it is not one of ours."""
+        purpose = self._fields.get("purpose")
+        if purpose is None:
+            raise MissingParameter("Say what the file is for: purpose must be batch.", param="purpose")
+        if purpose != "batch":
+            raise InvalidValue(f"must be batch, not {purpose[:40]!r}", param="purpose")
+        return purpose
+
+    def kept_s(self) -> float | None:
+        """Return for how many seconds the file is to be kept; None if the form does not say."""
+        anchor, seconds = (self._fields.get(f"expires_after[{name}]") for name in ("anchor", "seconds"))
+        if anchor is None and seconds is None:
+            return None
+        return read_kept_s(anchor, int(seconds) if seconds and seconds.isdecimal() else None, "expires_after")
+
+    def _make_parser(self, boundary: bytes) -> MultipartParser:
+        try:
+            return MultipartParser(
+                boundary,
+                {
+                    "on_part_begin": self._begin,
+                    "on_header_field": lambda data, start, end: self._header.extend(data[start:end]),
+                    "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
+                    "on_header_end": self._header_end,
+                    "on_headers_finished": self._headers_end,
+                    "on_part_data": self._data,
+                    "on_part_end": self._part_end,
+                    "on_end": self._end,
+                },
+            )
+        except FormParserError as exc:
+            raise InvalidValue(f"The form can't be read: {exc}.") from exc
+
+    def _begin(self) -> None:
+        self._part = _Part()
+
+    def _header_end(self) -> None:
+        if self._header.lower() == b"content-disposition":
+            _, options = parse_options_header(self._value.decode("latin-1"))
+            self._part.name = options.get(b"name", b"").decode(errors="replace")
+            if b"filename" in options:
+                self._part.filename = _base_name(options[b"filename"].decode(errors="replace"))
+        self._header.clear()
+        self._value.clear()
+
+    def _headers_end(self) -> None:
+        part = self._part
+        if part.name == "file" and part.filename is not None:
+            if self.filename is not None:
+                raise InvalidValue("The form has more than one file.", param="file")
+            self.filename = part.filename
+        elif part.name not in _FIELDS:
+            raise UnknownParameter("This field is not known.", param=part.name[:64] or None)
+
+    def _data(self, data: bytes, start: int, end: int) -> None:
+        if self._part.filename is None:
+            self._part.data += data[start:end]
+            if len(self._part.data) > _MAX_FIELD_BYTES:
+                raise InvalidValue("The value is too long.", param=self._part.name)
+            return
+        self.size += end - start
+        if self.size > self._max_file_bytes:
+            raise BodyTooLarge(f"A file may have {self._max_file_bytes} bytes.", param="file")
+        self.waiting += data[start:end]
+
+    def _part_end(self) -> None:
+        if self._part.filename is None:
+            self._fields[self._part.name] = self._part.data.decode(errors="replace")
+
+    def _end(self) -> None:
+        self._ended = True
+
+
+def read_kept_s(anchor: object, seconds: object, param: str) -> float:
+    """Return the seconds of an `expires_after`; raise InvalidValue if it is out of range."""
+    if anchor != "created_at":
+        raise InvalidValue("must be created_at", param=f"{param}.anchor")
+    if isinstance(seconds, bool) or not isinstance(seconds, int) or not _MIN_KEPT_S <= seconds <= _MAX_KEPT_S:
+        raise InvalidValue(f"must be a number of seconds from {_MIN_KEPT_S} to {_MAX_KEPT_S}", param=f"{param}.seconds")
+    return float(seconds)
+
+
+def _base_name(name: str) -> str:
+    """Return a file's name without the path to it: it is shown to people, and programs may save under it."""
+    last = name.replace("\\", "/").rpartition("/")[2].replace("\0", "")
+    if len(last) > _MAX_NAME_CHARS:
+        raise InvalidValue(f"A filename may have {_MAX_NAME_CHARS} characters.", param="file")
+    return last or "file"

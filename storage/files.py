@@ -1,0 +1,149 @@
+"""Files and their bytes, which lie in chunks: nobody holds a whole file.
+
+jobs.api, jobs.clerk -> [files] -> models.  A file is written chunk by chunk and seen when it is finished; deleting or
+expiring hides it at once, and the sweep takes its bytes when no batch is being read from them any more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from sqlalchemy import ColumnElement, and_, delete, func, insert, or_, select, tuple_, update
+from sqlalchemy.orm import Session
+
+from storage.models import File, FileChunk, Job
+from storage.sql import AnyRow, database_now, insert_new, owned_by
+
+CHUNK_BYTES: Final = 1 << 20
+_ABANDONED_S: Final = 86_400.0  # an upload that took longer has no sender any more
+
+
+@dataclass(frozen=True, slots=True)
+class FileView:
+    """A file as it stands."""
+
+    id: str
+    purpose: str
+    filename: str
+    bytes: int
+    created_at: float
+    expires_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class FilePage:
+    """A page of the list of files."""
+
+    files: tuple[FileView, ...]
+    has_more: bool
+
+
+_FILE_COLUMNS: Final = (File.id, File.purpose, File.filename, File.bytes, File.created_at, File.expires_at)
+
+
+def begin_file(session: Session, file_id: str, purpose: str, filename: str, owner: str) -> None:
+    """Begin a file that nobody sees yet; one of this id that was begun before loses its chunks."""
+    row = {"id": file_id, "purpose": purpose, "filename": filename, "api_key_id": owner, "status": "writing"}
+    session.execute(insert_new(session, File).values(**row, bytes=0, created_at=database_now(session), expires_at=None))
+    session.execute(delete(FileChunk).where(FileChunk.file_id == file_id))
+
+
+def append_chunk(session: Session, file_id: str, index: int, data: bytes) -> None:
+    """Write the chunk of this number."""
+    session.execute(insert(FileChunk).values(file_id=file_id, chunk_index=index, data=data))
+
+
+def finish_file(session: Session, file_id: str, size: int, expires_after_s: float | None, purpose: str) -> None:
+    """Show a file whose chunks are written. It counts as created now."""
+    now = database_now(session)
+    expires_at = None if expires_after_s is None else now + expires_after_s
+    shown = {"status": "ready", "bytes": size, "created_at": now, "expires_at": expires_at, "purpose": purpose}
+    session.execute(update(File).where(File.id == file_id, File.status == "writing").values(**shown))
+
+
+def drop_file(session: Session, file_id: str) -> None:
+    """Forget a file that was never finished."""
+    if session.scalar(select(File.id).where(File.id == file_id, File.status == "writing")) is not None:
+        session.execute(delete(FileChunk).where(FileChunk.file_id == file_id))
+        session.execute(delete(File).where(File.id == file_id))
+
+
+def delete_file(session: Session, file_id: str, owner: str | None = None) -> bool:
+    """Delete a file and return whether there was one."""
+    gone = update(File).where(_is_visible(database_now(session)), File.id == file_id, owned_by(File.api_key_id, owner))
+    return session.execute(gone.values(status="deleted").returning(File.id)).first() is not None
+
+
+def file(session: Session, file_id: str, owner: str | None = None, *, lock: bool = False) -> FileView | None:
+    """Return a file, or None if there is none of this id (any more); `lock` keeps it until the transaction ends."""
+    query = select(*_FILE_COLUMNS).where(File.id == file_id, owned_by(File.api_key_id, owner))
+    query = query.where(_is_visible(database_now(session)))
+    row = session.execute(query.with_for_update(key_share=True) if lock else query).first()
+    return None if row is None else _file_view(row)
+
+
+def files(
+    session: Session,
+    limit: int,
+    after: str | None = None,
+    owner: str | None = None,
+    *,
+    purpose: str | None = None,
+    newest_first: bool = True,
+) -> FilePage | None:
+    """Return up to `limit` files from behind the file `after`, deleted or not; None if there never was such a file."""
+    query = select(*_FILE_COLUMNS).where(_is_visible(database_now(session)), owned_by(File.api_key_id, owner))
+    if purpose is not None:
+        query = query.where(File.purpose == purpose)
+    if after is not None:
+        place = select(File.created_at, File.id).where(
+            File.id == after, owned_by(File.api_key_id, owner), File.status != "writing"
+        )
+        if (last := session.execute(place).first()) is None:
+            return None
+        here, there = tuple_(File.created_at, File.id), tuple_(*last)
+        query = query.where(here < there if newest_first else here > there)
+    columns = (File.created_at, File.id)
+    rows = session.execute(
+        query.order_by(*(c.desc() if newest_first else c.asc() for c in columns)).limit(limit + 1)
+    ).all()
+    return FilePage(tuple(_file_view(row) for row in rows[:limit]), has_more=len(rows) > limit)
+
+
+def chunk(session: Session, file_id: str, index: int) -> bytes | None:
+    """Return the bytes of one chunk; None behind the last."""
+    return session.scalar(select(FileChunk.data).where(FileChunk.file_id == file_id, FileChunk.chunk_index == index))
+
+
+def clear_files(session: Session) -> int:
+    """Remove the bytes of files that are deleted, expired or were never finished; return how many files that were."""
+    now = database_now(session)
+    ended = or_(
+        File.status == "deleted",
+        and_(File.status == "ready", File.expires_at <= now),
+        and_(File.status == "writing", File.created_at < now - _ABANDONED_S),
+    )
+    in_use = select(Job.input_file_id).where(
+        Job.status.in_(("validating", "cancelling")), Job.validated_at.is_(None), Job.input_file_id.is_not(None)
+    )
+    free = select(File.id).where(ended, File.id.not_in(in_use)).order_by(File.id).with_for_update(skip_locked=True)
+    ids = list(session.scalars(free))
+    if ids:
+        session.execute(delete(FileChunk).where(FileChunk.file_id.in_(ids)))
+        session.execute(update(File).where(File.id.in_(ids)).values(status="cleared"))
+    return len(ids)
+
+
+def bytes_kept(session: Session, owner: str | None = None) -> int:
+    """Return the bytes of all files that are to be seen."""
+    total = select(func.coalesce(func.sum(File.bytes), 0)).where(owned_by(File.api_key_id, owner))
+    return int(session.scalar(total.where(_is_visible(database_now(session)))) or 0)
+
+
+def _is_visible(now: float) -> ColumnElement[bool]:
+    return and_(File.status == "ready", or_(File.expires_at.is_(None), File.expires_at > now))
+
+
+def _file_view(row: AnyRow) -> FileView:
+    return FileView(**row._mapping)

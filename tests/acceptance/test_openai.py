@@ -1,0 +1,157 @@
+"""The examples of OpenAI's Batch API, unchanged but for base_url and api_key, against a real server and worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import openai
+import pytest
+from openai import OpenAI
+from openai._models import BaseModel
+from openai.types import Batch, Completion
+from openai.types.chat import ChatCompletion
+
+BASIC = Path(sys.executable).with_name("basic")
+MODEL = "smollm2-135m-instruct"
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+FINAL = {"completed", "failed", "expired", "cancelled"}
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
+    data_dir = tmp_path_factory.mktemp("data")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("BASIC_")}
+    environment = inherited | {"BASIC_DATA_DIR": str(data_dir), "BASIC_API_PORT": "0"}
+    up = subprocess.run([str(BASIC), "up", "--detach", "--json"], env=environment, capture_output=True, text=True)
+    assert up.returncode == 0, up.stderr
+    with OpenAI(base_url=json.loads(up.stdout)["api_url"] + "/v1", api_key="unused") as client:
+        yield client
+    down = subprocess.run([str(BASIC), "down"], env=environment, capture_output=True, text=True)
+    assert down.returncode == 0, down.stderr
+
+
+def checked(reply: Model) -> Model:
+    return type(reply).model_validate(reply.to_dict())
+
+
+def submitted(client: OpenAI, lines: list[dict[str, Any]], endpoint: Any = CHAT) -> Batch:
+    content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+    file = checked(client.files.create(file=("batch.jsonl", content), purpose="batch"))
+    assert checked(client.files.wait_for_processing(file.id)).status == "processed"
+    assert client.files.content(file.id).read() == content
+    return checked(
+        client.batches.create(input_file_id=file.id, endpoint=endpoint, completion_window="24h", metadata={"team": "a"})
+    )
+
+
+def ended(client: OpenAI, batch: Batch) -> Batch:
+    """Poll until a batch has ended; its counts only grow, and no file shows before the end."""
+    deadline = time.monotonic() + 240
+    counts = (0, 0)
+    while batch.status not in FINAL:
+        assert time.monotonic() < deadline, batch
+        assert (batch.output_file_id, batch.error_file_id) == (None, None)
+        time.sleep(0.2)
+        batch = checked(client.batches.retrieve(batch.id))
+        assert batch.request_counts is not None
+        now = (batch.request_counts.completed, batch.request_counts.failed)
+        assert now[0] >= counts[0]
+        assert now[1] >= counts[1]
+        counts = now
+    return batch
+
+
+def lines_of(client: OpenAI, file_id: str | None) -> dict[str, dict[str, Any]]:
+    text = client.files.content(file_id).text if file_id else ""
+    lines = [json.loads(line) for line in text.split("\n") if line]
+    by_custom_id = {line["custom_id"]: line for line in lines}
+    assert len(by_custom_id) == len(lines)
+    return by_custom_id
+
+
+def chat_line(custom_id: str, **body: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    whole = {"model": MODEL, "messages": messages, "max_tokens": 6, "temperature": 0} | body
+    return {"custom_id": custom_id, "method": "POST", "url": CHAT, "body": whole}
+
+
+def test_a_file_becomes_answers_and_errors_each_line_once(client: OpenAI) -> None:
+    bad: dict[str, Any] = {
+        "cold": {"temperature": -1},
+        "long": {"messages": [{"role": "user", "content": "word " * 20_000}]},
+    }
+    lines = [chat_line(f"é-{n}", seed=n, n=2 if n == 3 else 1) for n in range(10)]
+    batch = ended(client, submitted(client, lines + [chat_line(name, **body) for name, body in bad.items()]))
+    assert (batch.status, batch.metadata, batch.model) == ("completed", {"team": "a"}, MODEL)
+    assert batch.request_counts is not None
+    assert batch.request_counts.to_dict() == {"total": 12, "completed": 10, "failed": 2}
+    output, errors = lines_of(client, batch.output_file_id), lines_of(client, batch.error_file_id)
+    assert output.keys() == {line["custom_id"] for line in lines}
+    answers = {name: ChatCompletion.model_validate(line["response"]["body"]) for name, line in output.items()}
+    assert all("Paris" in (choice.message.content or "") for a in answers.values() for choice in a.choices)
+    assert [choice.index for choice in answers["é-3"].choices] == [0, 1]
+    used = [answer.usage.total_tokens for answer in answers.values() if answer.usage]
+    assert batch.usage is not None
+    assert batch.usage.total_tokens == sum(used)
+    found = {name: line["response"]["body"]["error"]["code"] for name, line in errors.items()}
+    assert found == {"cold": "invalid_value", "long": "context_length_exceeded"}
+    assert batch.id in [each.id for each in client.batches.list(limit=1)]
+    with pytest.raises(openai.ConflictError):
+        client.batches.cancel(batch.id)
+    for file_id in (batch.input_file_id, batch.output_file_id):
+        assert checked(client.files.delete(str(file_id))).deleted
+        with pytest.raises(openai.NotFoundError):
+            client.files.content(str(file_id))
+    assert checked(client.batches.retrieve(batch.id)) == batch
+
+
+def test_prompts_may_be_texts_lists_and_token_ids(client: OpenAI) -> None:
+    prompts: dict[str, Any] = {"text": "One two", "texts": ["One two", "Three"], "ids": [1, 2], "lists": [[1, 2], [3]]}
+    options = {"model": MODEL, "n": 2, "max_tokens": 2}
+    lines = [
+        {"custom_id": name, "method": "POST", "url": COMPLETIONS, "body": options | {"prompt": prompt}}
+        for name, prompt in prompts.items()
+    ]
+    batch = ended(client, submitted(client, lines, COMPLETIONS))
+    output = lines_of(client, batch.output_file_id)
+    answers = {name: Completion.model_validate(line["response"]["body"]) for name, line in output.items()}
+    assert {name: [choice.index for choice in answer.choices] for name, answer in answers.items()} == {
+        "text": [0, 1],
+        "texts": [0, 1, 2, 3],
+        "ids": [0, 1],
+        "lists": [0, 1, 2, 3],
+    }
+    tokens = {name: answer.usage.prompt_tokens for name, answer in answers.items() if answer.usage}
+    assert (tokens["ids"], tokens["lists"]) == (2, 3)
+    assert tokens["texts"] > tokens["text"]
+
+
+def test_a_file_that_is_no_batch_names_its_lines(client: OpenAI) -> None:
+    batch = ended(client, submitted(client, [chat_line("a"), chat_line("a"), {"custom_id": "b"}]))
+    assert batch.status == "failed"
+    assert batch.errors is not None
+    assert [(e.code, e.line) for e in batch.errors.data or []] == [
+        ("duplicate_custom_id", 2),
+        ("missing_required_parameter", 3),
+    ]
+
+
+def test_a_cancelled_batch_answers_every_line(client: OpenAI) -> None:
+    names = {f"{n}" for n in range(300)}
+    batch = submitted(client, [chat_line(name, max_tokens=200, ignore_eos=True) for name in names])
+    assert checked(client.batches.cancel(batch.id)).status == "cancelling"
+    batch = ended(client, batch)
+    assert batch.status == "cancelled"
+    output, errors = lines_of(client, batch.output_file_id), lines_of(client, batch.error_file_id)
+    assert output.keys() | errors.keys() == names
+    assert output.keys().isdisjoint(errors)
+    assert {line["error"]["code"] for line in errors.values()} == {"batch_cancelled"}

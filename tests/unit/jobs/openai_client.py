@@ -1,0 +1,56 @@
+"""The real `openai` client in front of the application in process, and its own types as the judge of every reply."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any, Final, TypeVar
+
+from fastapi.testclient import TestClient
+from openai import OpenAI
+from openai._models import BaseModel
+from openai.types import Batch, FileObject
+
+Model = TypeVar("Model", bound=BaseModel)
+
+CHAT: Final = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+
+
+def openai_on(api: TestClient) -> OpenAI:
+    """A client whose requests go to the application; it tries nothing twice."""
+    return OpenAI(base_url="http://testserver/v1", api_key="unused", http_client=api, max_retries=0)
+
+
+def checked(reply: Model) -> Model:
+    """Return a reply that its type accepts: the client itself never looks."""
+    return type(reply).model_validate(reply.to_dict())
+
+
+def a_line(custom_id: str = "a", **fields: Any) -> dict[str, Any]:
+    """A line of a batch file; `body` adds to the body."""
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]} | fields.pop("body", {})
+    return {"custom_id": custom_id, "method": "POST", "url": CHAT, "body": body} | fields
+
+
+def as_jsonl(lines: Iterable[Any]) -> bytes:
+    """The lines as a file; a text is a line as it stands."""
+    return "".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines).encode()
+
+
+def uploaded(client: OpenAI, content: bytes, name: str = "input.jsonl") -> FileObject:
+    return checked(client.files.create(file=(name, content), purpose="batch"))
+
+
+def a_batch(client: OpenAI, lines: Iterable[Any], **fields: Any) -> Batch:
+    """A batch that has just been created of these lines."""
+    file = uploaded(client, as_jsonl(lines))
+    order: dict[str, Any] = {"endpoint": CHAT, "completion_window": "24h"} | fields
+    return checked(client.batches.create(input_file_id=file.id, **order))
+
+
+def lines_of(client: OpenAI, file_id: str | None) -> list[dict[str, Any]]:
+    """The lines of an output or error file; none where there is no file."""
+    if file_id is None:
+        return []
+    return [json.loads(line) for line in client.files.content(file_id).text.split("\n") if line]
