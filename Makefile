@@ -5,8 +5,11 @@ MODEL := smollm2-135m-instruct
 # What `make bench` decodes: MT-Bench questions if they lie beside the checkout, else our own prompts.
 BENCH_PROMPTS ?= $(firstword $(wildcard ../shared/data/mt_bench_dev.jsonl) examples/prompts.jsonl)
 
+# So many faults strike on each database.
+CHAOS_FAULTS ?= 50
+
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test check unit integration bench clean
+.PHONY: help setup model demo test check unit integration chaos audit bench secrets clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,15 +35,26 @@ check: setup ## Check style, types and import directions
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-unit: setup ## Run the tests that need no server
+unit: setup ## Run the quick tests: none of our processes, and PostgreSQL out of a wheel beside SQLite
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit -n auto --dist worksteal  # a process a core, each with one thread
 
 integration: model ## Run the tests with real servers, processes and SmolLM2
 	$(BIN)/pytest tests/integration tests/acceptance
 
+chaos: setup ## Break every part of the service, again and again, and check that nothing is lost
+	$(BIN)/python -m tests.chaos.run --database postgresql --faults $(CHAOS_FAULTS)
+	$(BIN)/python -m tests.chaos.run --database sqlite --faults $(CHAOS_FAULTS)
+
+audit: setup ## Look for known holes in what constraints.txt pins; needs a reachable vulnerability service
+	test -x .venv/audit/bin/pip-audit || { $(BIN)/python -m venv .venv/audit && .venv/audit/bin/pip install -q pip-audit; }
+	.venv/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+
 bench: model ## Measure decoding speed against transformers' own generate, then the front door
 	$(BIN)/basic bench --prompts $(BENCH_PROMPTS)
 	$(BIN)/python -m jobs.benchmark
+
+secrets: ## Write the passwords of docker-compose.yml, once
+	@sh .ci/make-secrets
 
 clean: ## Remove .venv and caches; the record of your jobs (.basic) stays
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -39,7 +39,6 @@ def accept_batch(order: BatchOrder, owner: str | None, database: Database, setti
 
     `owner` says whose files may be named; None: everybody's.
     """
-    refuse_full_queue(database, settings)
     job = NewJob(
         id=new_job_id(),
         model="",  # said by the lines
@@ -54,6 +53,7 @@ def accept_batch(order: BatchOrder, owner: str | None, database: Database, setti
         output_expires_after_s=order.output_expires_after_s,
     )
     with database.write() as session:
+        refuse_full_queue(session, settings.max_requests_queued)
         file = files.file(session, order.input_file_id, owner, lock=True)
         if file is None:
             raise NotFound(f"There is no file {order.input_file_id[:80]!r}.", param="input_file_id")

@@ -13,7 +13,6 @@ import json
 import os
 import subprocess
 import tempfile
-import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterator
@@ -106,15 +105,14 @@ class _Writer:
         self._load = load
         self.began_at = 0.0
         self.ended_at = 0.0
-        self.half = threading.Event()  # half of the commits are done
         with database.write() as session:
             job = NewJob(_JOB, "benchmark", "/v1/completions", 86_400.0)
             writes.record_job(session, job, [NewRequest(f"r{n}", body={"n": n}) for n in range(load.requests)])
         with database.write() as session:
             self._claims = leases.claim(session, _WORKER, "benchmark", load.requests, 600.0)
 
-    def write(self) -> None:
-        """Commit and publish until the job has ended."""
+    def write(self, halfway: Callable[[], object]) -> None:
+        """Commit and publish until the job has ended, and say when half of it is done."""
         publisher = Publisher(self._redis_url)
         self.began_at = time.monotonic()
         for number in range(1, self._load.commits + 1):
@@ -127,8 +125,8 @@ class _Writer:
             events = [self._event(claim, number) for claim in self._claims]
             end = [PartialEvent(job_id=_JOB, type="job", status=JobStatus.COMPLETED)] if last else []
             publisher.publish([*events, *end])
-            if number >= self._load.commits // 2:
-                self.half.set()
+            if number == self._load.commits // 2:
+                halfway()
         publisher.close()
 
     def _progress(self, claim: Claim, number: int, last: bool) -> Progress:
@@ -174,7 +172,8 @@ def _text(claim: Claim, number: int) -> str:
 
 async def _read_all(api_url: str, load: Load, writer: _Writer) -> list[_Reader]:
     readers = [_Reader(number) for number in range(load.readers)]
-    everybody_there = asyncio.Event()
+    everybody_there, halfway = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
     waiting = sum(reader.kind != 1 for reader in readers)
 
     def arrived() -> None:
@@ -184,17 +183,18 @@ async def _read_all(api_url: str, load: Load, writer: _Writer) -> list[_Reader]:
             everybody_there.set()
 
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-    async with httpx.AsyncClient(base_url=api_url, timeout=600.0, limits=limits, trust_env=False) as http:
-        tasks = [asyncio.create_task(_read(http, reader, arrived, writer)) for reader in readers]
+    client = httpx.AsyncClient(base_url=api_url, timeout=600.0, limits=limits, trust_env=False)
+    async with client as http, asyncio.TaskGroup() as group:  # one reader that fails ends them all
+        for reader in readers:
+            group.create_task(_read(http, reader, arrived, halfway))
         await everybody_there.wait()
-        await asyncio.to_thread(writer.write)
-        await asyncio.gather(*tasks)
+        await asyncio.to_thread(writer.write, lambda: loop.call_soon_threadsafe(halfway.set))
     return readers
 
 
-async def _read(http: httpx.AsyncClient, reader: _Reader, arrived: Callable[[], None], writer: _Writer) -> None:
+async def _read(http: httpx.AsyncClient, reader: _Reader, arrived: Callable[[], None], halfway: asyncio.Event) -> None:
     if reader.kind == 1:
-        await asyncio.to_thread(writer.half.wait)
+        await halfway.wait()
     cut_after = 20 + reader.number if reader.kind == 2 else None  # events; everyone somewhere else
     while True:
         blocks = _blocks(http, reader.last_id)

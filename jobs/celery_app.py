@@ -17,8 +17,10 @@ from jobs.messages import model_queue
 DOORBELL_TASK = "basic.doorbell"  # kwargs: job_id
 INGEST_TASK = "basic.ingest"  # kwargs: batch, a PromptBatch as JSON
 INGEST_QUEUE = "basic.ingest"
+PULSE_TASK = "basic.pulse"  # no arguments; on a worker's own queue, to learn whether it still hears
 
 # Every key that Celery makes in Redis starts so; `basic:basic.ingest` and `basic:basic.model.*` are lists of messages,
+# `basic:basic.pulse.*` what workers send to themselves, for ten minutes at most,
 # `basic:unacked*` the messages in delivery, `basic:_kombu.binding.*` and `basic:/0.*` Celery's own wiring.
 KEY_PREFIX = "basic:"
 
@@ -27,7 +29,7 @@ _SOCKET_TIMEOUT_S = 5.0
 
 def make_app(redis_url: str, queues: Sequence[str] = ()) -> Celery:
     """Return an app on this server. A consumer names its `queues`; a producer needs none."""
-    app = Celery("basic", broker=redis_url, set_as_current=False)
+    app = Celery("basic", broker=_verifying(redis_url), set_as_current=False)
     app.conf.update(_settings())
     app.conf.task_queues = tuple(queue(name) for name in queues)
     return app
@@ -41,6 +43,18 @@ def queue(name: str) -> Queue:
 def doorbell_queue(model: str) -> Queue:
     """Return the queue on which doorbells for a model ring."""
     return queue(model_queue(model))
+
+
+def pulse_queue(worker_id: str) -> str:
+    """Return the queue on which a worker sends messages to itself. Its list expires with the worker."""
+    return f"basic.pulse.{worker_id}"
+
+
+def _verifying(redis_url: str) -> str:
+    """Return the URL with what redis-py takes for granted: kombu would accept any certificate unless told not to."""
+    if not redis_url.startswith("rediss://") or "ssl_cert_reqs=" in redis_url:
+        return redis_url
+    return f"{redis_url}{'&' if '?' in redis_url else '?'}ssl_cert_reqs=required"
 
 
 def _settings() -> dict[str, Any]:

@@ -19,10 +19,11 @@ from typing import Final, cast
 from sqlalchemy.exc import InterfaceError, OperationalError
 
 from jobs.answer_lines import answer_line
+from jobs.events import job_events
 from jobs.intake import known_models
 from jobs.items import Item, Rules, parse_item, read_json
 from jobs.lines import Findings, Limits, Line, check_lines, split_lines
-from jobs.messages import Endpoint, PartialEvent, job_events
+from jobs.messages import Endpoint, PartialEvent
 from jobs.producer import Ring
 from jobs.settings import JobsSettings
 from storage import batches, files, queries, writes

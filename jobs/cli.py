@@ -7,6 +7,7 @@ themselves in through the entry points `basic.commands`.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from jobs.prompts import Lines
 from jobs.results import JobInfo, Output
 from jobs.settings import JobsSettings, refuse_unknown_settings
 from jobs.stats_tables import stats_tables
-from jobs.terminal import closing_table, fields_table, jobs_table, make_console, make_view, safe
+from jobs.terminal import closing_table, fields_table, findings_table, jobs_table, make_console, make_view, safe
 
 if TYPE_CHECKING:
     from jobs.local_state import LocalService
@@ -238,6 +239,28 @@ def stats(
             make_console().print(stats_tables(numbers))
 
 
+@app.command("report")
+def write_report(
+    job: JobId = None,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.html", help="Where to write it.")] = Path(
+        "report.html"
+    ),
+) -> None:
+    """Write a report of a job: one HTML file with numbers, plots, errors and samples.
+
+    Example: basic report -o report.html
+    """
+    with _connect() as client:
+        found = _find(client, job)
+        numbers = client.run(lambda client: client.job_stats(found.id))
+        with _needs("plot"):
+            from jobs.report import report
+
+            page = report(found.info(), numbers, found.outputs())
+    output.write_text(page, encoding="utf-8")
+    typer.echo(f"Wrote {output}")
+
+
 def _print_csv(client: Client, job_id: str | None) -> None:
     rows = client.run(lambda client: client.job_rows(job_id))
     write_csv(rows, list(rows[0]) if rows else ["id"], sys.stdout)
@@ -312,6 +335,41 @@ def database_upgrade() -> None:
     typer.echo("The database is up to date")
 
 
+@database_commands.command("prune")
+def database_prune(
+    steps_older_than: Annotated[str, typer.Option(metavar="AGE", help="Digits and m, h or d: 30d.")],
+    as_json: AsJson = False,
+) -> None:
+    """Delete the decoding steps of jobs that ended longer ago; jobs and outputs stay.
+
+    Example: basic db prune --steps-older-than 30d
+    """
+    with _needs("api"):
+        from storage.prune import prune_steps
+        from storage.session import Database
+    database = Database.open(JobsSettings().resolved_database_url)
+    deleted = sum(prune_steps(database, _age_s(steps_older_than)))
+    database.dispose()
+    typer.echo(json.dumps({"deleted_steps": deleted}) if as_json else f"Deleted {deleted:,} steps")
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Look at every part of this installation and say what is wrong and what to do; status 1 if something is.
+
+    Example: basic doctor
+    """
+    with _needs("api"):
+        from jobs.doctor import examine
+    found = examine(JobsSettings())
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in found]))
+    else:
+        rows = ((finding.part, finding.status, finding.message, finding.advice) for finding in found)
+        make_console().print(findings_table(rows))
+    raise typer.Exit(FAILED if any(finding.status == "problem" for finding in found) else 0)
+
+
 def plug_in_commands(to: typer.Typer) -> None:
     """Add the commands of other packages; where one can't be imported, commands that say what to install."""
     for entry in entry_points(group="basic.commands"):
@@ -344,6 +402,13 @@ def _needs(extra: str) -> Iterator[None]:
 
 def _not_installed(extra: str, missing: ModuleNotFoundError) -> SetupError:
     return SetupError(f"This command needs {missing.name}; install it with: pip install 'basic-batch[{extra}]'")
+
+
+def _age_s(age: str) -> float:
+    match = re.fullmatch(r"([0-9]{1,5})([mhd])", age)
+    if match is None:
+        raise typer.BadParameter("must be digits and m, h or d, such as 30d", param_hint="--steps-older-than")
+    return float(int(match[1]) * {"m": 60, "h": 3600, "d": 86_400}[match[2]])
 
 
 def _read_file(path: Path) -> tuple[bytes, str]:

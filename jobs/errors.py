@@ -8,7 +8,7 @@ BasicError
 │   ├── UnsupportedParameter    a field we know and don't honour yet
 │   ├── InvalidJsonLine         a line is not a JSON object
 │   ├── PromptTooLong           the prompt leaves no room for one new token
-│   └── GivenUp                 the request was taken up too often without an end
+│   └── UnreadableRequest       the stored request can't be read
 ├── JobRefused                  the job as a whole can't be accepted
 │   ├── UnknownModel            no worker serves this model
 │   ├── DuplicateCustomId       two requests of one job carry the same custom_id
@@ -30,6 +30,7 @@ BasicError
 ├── ServiceUnavailable          a part of the service can't be reached right now
 │   ├── QueueUnavailable        the Redis server does not answer
 │   └── DatabaseUnavailable     the database does not answer
+│       └── StorageFull         its disk is full
 └── SetupError                  the installation or its settings are not usable
     └── UnknownSetting          a BASIC_… variable that nothing reads
 """
@@ -100,8 +101,8 @@ class PromptTooLong(RequestRefused):
     code = "context_length_exceeded"
 
 
-class GivenUp(RequestRefused):
-    """The request was taken up too often without an end."""
+class UnreadableRequest(RequestRefused):
+    """The request as it is stored can't be read by this version."""
 
     code = "server_error"
     status_code = 500
@@ -255,6 +256,12 @@ class QueueUnavailable(ServiceUnavailable):
 
 class DatabaseUnavailable(ServiceUnavailable):
     """The database does not answer; try again in a few seconds."""
+
+
+class StorageFull(DatabaseUnavailable):
+    """The disk of the database is full; nothing was recorded. Try again when there is room."""
+
+    status_code = 507
 
 
 class SetupError(BasicError):

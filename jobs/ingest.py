@@ -21,20 +21,21 @@ from typing import Any
 from celery import Celery, Task
 from celery.exceptions import Reject
 from pydantic import ValidationError
-from sqlalchemy.exc import InterfaceError, OperationalError
 
 from jobs.celery_app import INGEST_QUEUE, INGEST_TASK, make_app
 from jobs.clerk import Clerk
-from jobs.errors import BasicError, IdempotencyConflict, InvalidValue
+from jobs.errors import BasicError, IdempotencyConflict, InvalidValue, LimitReached, SetupError
 from jobs.intake import Submission, accept_job, record_refused_job
 from jobs.items import Item
 from jobs.logs import log_to_stderr
 from jobs.messages import PromptBatch
 from jobs.partials import Publisher
+from jobs.processes import BAD_SETTINGS_STATUS
 from jobs.producer import Ring, batch_job_id, make_producer_app, ring
+from jobs.schema_guard import require_schema
 from jobs.settings import JobsSettings
 from storage.records import Refusal
-from storage.session import Database
+from storage.session import DATABASE_AWAY, Database, why_away
 
 log = logging.getLogger("jobs.ingest")  # also when it runs as a program
 
@@ -55,6 +56,8 @@ def ingest(batch: Any, *, database: Database, ring: Ring, settings: JobsSettings
     except IdempotencyConflict:
         log.error("Batch %s was pushed again with other content; the first stands", read.id, extra=_ids(read.id))
         return submission.job_id
+    except LimitReached:
+        raise
     except BasicError as refused:
         return _refuse(submission, read.id, refused, database, settings)
     log.info("Recorded batch %s as job %s", read.id, job_id, extra=_ids(read.id) | {"job_id": job_id})
@@ -75,8 +78,8 @@ def make_ingest_app(
     def ingest_task(task: Task, batch: Any) -> None:
         try:
             ingest(batch, database=database, ring=ring_doorbell, settings=settings)
-        except (OperationalError, InterfaceError) as exc:
-            log.warning("The database does not answer; the batch goes back: %s", exc.orig, extra={"action": "requeue"})
+        except (*DATABASE_AWAY, LimitReached) as exc:
+            log.warning("The batch goes back to the queue: %s", why_away(exc), extra={"action": "requeue"})
             sleep(_RETRY_S)
             raise Reject(exc, requeue=True) from exc
 
@@ -87,6 +90,11 @@ def main() -> int:
     """Run the ingest worker until a signal ends it."""
     settings = JobsSettings()
     log_to_stderr(settings.log_format)
+    try:
+        require_schema(settings.resolved_database_url)
+    except SetupError as exc:
+        print(exc, file=sys.stderr)
+        return BAD_SETTINGS_STATUS
     database = Database.open(settings.resolved_database_url)
     app = make_ingest_app(database, settings)
     try:

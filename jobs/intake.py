@@ -14,6 +14,7 @@ from itertools import chain
 from typing import Any
 
 from pydantic_core import from_json, to_json
+from sqlalchemy.orm import Session
 
 from jobs.errors import (
     DuplicateCustomId,
@@ -27,8 +28,8 @@ from jobs.errors import (
     TooManyRequests,
     UnknownModel,
 )
-from jobs.items import Item, Rules, parse_body, parse_item, parse_parameters
-from jobs.messages import CHAT_ENDPOINT, Endpoint, JobStatus, model_name
+from jobs.items import Item, Rules, most_tokens, parse_body, parse_item, parse_parameters
+from jobs.messages import CHAT_ENDPOINT, MESSAGE_VERSION, Endpoint, GenerationRequest, JobStatus, model_name
 from jobs.producer import Ring
 from jobs.settings import JobsSettings
 from storage import keys, queries, writes
@@ -66,7 +67,6 @@ def accept_job(submission: Submission, *, database: Database, ring: Ring, settin
 
     Raise JobRefused for a job that can't be accepted, LimitReached for one that can't be accepted now.
     """
-    refuse_full_queue(database, settings)
     items = iter(submission.items)
     first = next(items, None)
     if first is None:
@@ -74,7 +74,7 @@ def accept_job(submission: Submission, *, database: Database, ring: Ring, settin
     rules = _rules(submission, first, database, settings)
     job = _new_job(submission, rules, settings)
     packed = _parse_all(chain((first,), items), rules, settings.max_requests)
-    recorded = _record(job, map(_unpack, packed), database)
+    recorded = _record(job, map(_unpack, packed), database, settings.max_requests_queued)
     if recorded.conflict:
         raise IdempotencyConflict
     if recorded.created:
@@ -98,8 +98,7 @@ def retry_job(
     """
     if not JobStatus(job.status).final:
         raise NotRetryable(f"The job is {job.status}; wait until it has ended, or cancel it.")
-    if job.model not in known_models(database, settings):
-        raise UnknownModel(f"There is no model {job.model[:80]!r} any more.", param="model")
+    _, context_tokens = _choose_model(job.model, database, settings)
     again = NewJob(
         id=new_job_id(),
         model=job.model,
@@ -110,15 +109,18 @@ def retry_job(
         idempotency_key=check_idempotency_key(idempotency_key),
         body_sha256=hashlib.sha256(f"retry of {job.id}".encode()).hexdigest(),
         retry_of=job.id,
+        body_version=MESSAGE_VERSION,
     )
-    refuse_full_queue(database, settings)
     try:
         with database.write() as session:
-            requests = queries.requests_to_retry(session, job.id)
+            found = queries.requests_to_retry(session, job.id)
+            requests = (_with_tokens(request, context_tokens) for request in found)
             first = next(requests, None)
             if first is None:
                 raise NotRetryable
             recorded = writes.record_job(session, again, chain([first], requests))
+            if recorded.created:
+                refuse_full_queue(session, settings.max_requests_queued)
     except QuotaExceeded as exceeded:
         raise over_limit(exceeded) from exceeded
     if recorded.conflict:
@@ -126,6 +128,11 @@ def retry_job(
     if recorded.created:
         ring(recorded.job_id, job.model)
     return recorded.job_id
+
+
+def _with_tokens(request: NewRequest, context_tokens: int | None) -> NewRequest:
+    """Return a request that was stored before with what it may come to read and write."""
+    return replace(request, tokens=most_tokens(GenerationRequest.model_validate(request.body), context_tokens))
 
 
 def accept_call(submission: Submission, *, database: Database, ring: Ring, settings: JobsSettings) -> str:
@@ -169,17 +176,6 @@ def known_models(database: Database, settings: JobsSettings) -> dict[str, int | 
     return {model_name(settings.target): None} | served
 
 
-def refuse_full_queue(database: Database, settings: JobsSettings) -> None:
-    """Raise LimitReached while more requests wait than the service takes, whoever sent them."""
-    with database.read() as session:
-        waiting = keys.open_work(session).requests
-    if waiting >= settings.max_requests_queued:
-        raise LimitReached(
-            f"{waiting} requests are in the queue, and the service takes {settings.max_requests_queued} at once.",
-            retry_after_s=_QUEUE_RETRY_S,
-        )
-
-
 def new_job_id() -> str:
     """Return a fresh job id. Random: nobody can guess the job of another."""
     return f"batch_{secrets.token_hex(16)}"
@@ -203,13 +199,13 @@ def _parse_all(items: Iterable[Item], rules: Rules, limit: int) -> list[bytes]:
             raise DuplicateCustomId(message, param="custom_id", line=item.line)
         places[request.custom_id] = item.place
         refusal = None if request.refusal is None else asdict(request.refusal)
-        packed.append(to_json((request.custom_id, request.body, refusal, request.tokens)))
+        packed.append(to_json((request.custom_id, request.body, refusal, request.tokens, request.timeout_s)))
     return packed
 
 
 def _unpack(packed: bytes) -> NewRequest:
-    custom_id, body, refusal, tokens = from_json(packed)
-    return NewRequest(custom_id, body, None if refusal is None else Refusal(**refusal), tokens)
+    custom_id, body, refusal, tokens, timeout_s = from_json(packed)
+    return NewRequest(custom_id, body, None if refusal is None else Refusal(**refusal), tokens, timeout_s)
 
 
 def _rules(submission: Submission, first: Item, database: Database, settings: JobsSettings) -> Rules:
@@ -218,7 +214,7 @@ def _rules(submission: Submission, first: Item, database: Database, settings: Jo
         job_id=submission.job_id or new_job_id(),
         model=model,
         endpoint=submission.endpoint,
-        defaults=parse_parameters(submission.parameters),
+        defaults=parse_parameters(submission.parameters, submission.endpoint),
         max_prompt_chars=settings.max_prompt_chars,
         context_tokens=context_tokens,
     )
@@ -244,15 +240,35 @@ def _new_job(submission: Submission, rules: Rules, settings: JobsSettings) -> Ne
         api_key_id=submission.api_key_id,
         idempotency_key=check_idempotency_key(submission.idempotency_key),
         body_sha256=submission.body_sha256,
+        body_version=MESSAGE_VERSION,
     )
 
 
-def _record(job: NewJob, requests: Iterable[NewRequest], database: Database) -> writes.RecordedJob:
+def _record(
+    job: NewJob, requests: Iterable[NewRequest], database: Database, most: int | None = None
+) -> writes.RecordedJob:
+    """Record a job; raise LimitReached for one too many, of its key or with more than `most` requests of all."""
     try:
         with database.write() as session:
-            return writes.record_job(session, job, requests)
+            recorded = writes.record_job(session, job, requests)
+            if recorded.created and most is not None:
+                refuse_full_queue(session, most)
+            return recorded
     except QuotaExceeded as exceeded:
         raise over_limit(exceeded) from exceeded
+
+
+def refuse_full_queue(session: Session, most: int) -> None:
+    """Raise LimitReached, which undoes the transaction, if more requests wait than the service takes.
+
+    Counted with the new job, and behind the look for an earlier one: a submission that is only repeated is not refused.
+    """
+    waiting = keys.open_work(session).requests
+    if waiting > most:
+        raise LimitReached(
+            f"With this job {waiting} requests would wait, and the service takes {most} at once.",
+            retry_after_s=_QUEUE_RETRY_S,
+        )
 
 
 def over_limit(exceeded: QuotaExceeded) -> LimitReached:

@@ -29,11 +29,14 @@ from jobs.messages import COMPLETIONS_ENDPOINT, ChatMessage, Endpoint, Generatio
 from storage.records import NewRequest, Refusal
 
 MAX_CUSTOM_ID_CHARS = 64
+MAX_CHAT_LOGPROBS = 20  # alternatives of one token, as OpenAI has it
+MAX_COMPLETION_LOGPROBS = 5
 MAX_CHOICES = 128  # of one request, over all its prompts: they are decoded together
 _PIECE_BYTES = 65_536  # of a line that is passed over
 _BYTES_PER_TOKEN = 4  # of ordinary text
 _CONTEXT_TOKENS = 4096  # where no worker has told its own
 MAX_TRACED_REQUESTS = 16  # of a job: so many at most keep draft trees, its first ones
+MAX_TIMEOUT_S = 30 * 86_400
 COMPLETIONS_MAX_TOKENS = 16  # OpenAI's default for raw prompts; a chat answer runs to the context's end
 
 # Fields of the OpenAI API that are accepted and change nothing in a batch.
@@ -64,7 +67,6 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logprobs": (False,),
     "min_tokens": (0,),
     "modalities": (["text"],),
     "moderation": (),
@@ -72,14 +74,14 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "web_search_options": (),
 }
 
 _CAPS = ("max_tokens", "max_completion_tokens")  # the second wins where both are given
 _SAMPLING = frozenset(SamplingParameters.model_fields)
-PARAMETERS = frozenset(_SAMPLING | set(_CAPS) | WITHOUT_EFFECT | set(UNSUPPORTED))
-_PROMPT_FIELDS = frozenset({"prompt", "messages", "model", "custom_id", "id"})
+_LOGPROBS = frozenset({"logprobs", "top_logprobs"})  # OpenAI's two endpoints mean different things by them
+PARAMETERS = frozenset(_SAMPLING | _LOGPROBS | set(_CAPS) | WITHOUT_EFFECT | set(UNSUPPORTED))
+_PROMPT_FIELDS = frozenset({"prompt", "messages", "model", "custom_id", "id", "timeout_s"})
 _LINE_FIELDS = frozenset({"custom_id", "id", "method", "url", "body"})
 _MESSAGE_FIELDS = frozenset({"role", "content", "name", "refusal", "tool_call_id"})  # the last three: without effect
 _CALLS = frozenset({"tool_calls", "function_call", "audio"})  # of an assistant: what it did besides speaking
@@ -151,9 +153,11 @@ def parse_item(item: Item, rules: Rules) -> NewRequest:
         fields = _fields(item.value, rules.endpoint)
         custom_id = _custom_id(fields, custom_id)
         body = _request(fields, rules, item.index)
+        timeout_s = _timeout_s(fields.get("timeout_s"))
     except RequestRefused as refused:
         return NewRequest(custom_id, refusal=_refusal(refused, item))
-    return NewRequest(custom_id, body=body.model_dump(mode="json"), tokens=_most_tokens(body, rules))
+    tokens = most_tokens(body, rules.context_tokens)
+    return NewRequest(custom_id, body=body.model_dump(mode="json"), tokens=tokens, timeout_s=timeout_s)
 
 
 def parse_body(body: Any, rules: Rules) -> NewRequest:
@@ -167,19 +171,40 @@ def parse_body(body: Any, rules: Rules) -> NewRequest:
         if name not in fields:
             raise MissingParameter(f"This call needs {name}.", param=name)
     request = _request(fields, rules, 0)
-    return NewRequest("request-0", body=request.model_dump(mode="json"), tokens=_most_tokens(request, rules))
+    return NewRequest(
+        "request-0", body=request.model_dump(mode="json"), tokens=most_tokens(request, rules.context_tokens)
+    )
 
 
-def parse_parameters(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sampling parameters among the fields; raise RequestRefused for the first that is wrong."""
+def parse_parameters(
+    fields: Mapping[str, Any], endpoint: Endpoint, defaults: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the sampling parameters among the fields; raise RequestRefused for the first that is wrong.
+
+    `defaults` hold where the fields say nothing.
+    """
     given = {name: value for name, value in fields.items() if value is not None}
     refuse_unknown(given, PARAMETERS)
     _refuse_unsupported(given)
-    parameters = {name: value for name, value in given.items() if name in _SAMPLING}
+    parameters = {name: value for name, value in given.items() if name in _SAMPLING - _LOGPROBS}
+    if given.keys() & _LOGPROBS:
+        parameters["logprobs"] = _logprobs(given, endpoint, (defaults or {}).get("logprobs"))
     if "max_completion_tokens" in given:
         parameters["max_tokens"] = given["max_completion_tokens"]
     _sampling({"seed": 0} | parameters)
     return parameters
+
+
+def most_tokens(request: GenerationRequest, context_tokens: int | None) -> int:
+    """Return how many tokens a request may come to read and write, as far as one can say before it is tokenized."""
+    text = request.prompt or "".join(message.content for message in request.messages or ())
+    prompts = [prompt if isinstance(prompt, tuple) else prompt.encode() for prompt in request.prompts or (text,)]
+    room = context_tokens or _CONTEXT_TOKENS
+    most = 0
+    for prompt in prompts:
+        read = len(prompt) if isinstance(prompt, tuple) else len(prompt) // _BYTES_PER_TOKEN + 1
+        most += read + request.sampling.n * (request.sampling.max_tokens or max(1, room - read))
+    return most
 
 
 def _read_line(text: bytes) -> Any:
@@ -187,18 +212,6 @@ def _read_line(text: bytes) -> Any:
         return read_json(text)
     except ValueError as exc:
         return InvalidJsonLine(f"The line is not JSON: {exc}.")
-
-
-def _most_tokens(request: GenerationRequest, rules: Rules) -> int:
-    """Return how many tokens a request may come to read and write, as far as one can say before it is tokenized."""
-    text = request.prompt or "".join(message.content for message in request.messages or ())
-    prompts = [prompt if isinstance(prompt, tuple) else prompt.encode() for prompt in request.prompts or (text,)]
-    room = rules.context_tokens or _CONTEXT_TOKENS
-    most = 0
-    for prompt in prompts:
-        read = len(prompt) if isinstance(prompt, tuple) else len(prompt) // _BYTES_PER_TOKEN + 1
-        most += read + request.sampling.n * (request.sampling.max_tokens or max(1, room - read))
-    return most
 
 
 def _fields(value: Any, endpoint: str) -> dict[str, Any]:
@@ -235,11 +248,22 @@ def _custom_id(fields: Mapping[str, Any], default: str) -> str:
     return clean_text(custom_id, name)
 
 
+def _timeout_s(value: Any) -> float | None:
+    """Return the seconds within which a request must end, counted from the recording of its job."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_TIMEOUT_S:
+        raise InvalidValue(f"must be a number of seconds above 0 and at most {MAX_TIMEOUT_S}", param="timeout_s")
+    return float(value)
+
+
 def _request(fields: Mapping[str, Any], rules: Rules, index: int) -> GenerationRequest:
     refuse_unknown(fields, _PROMPT_FIELDS | PARAMETERS)
     if fields.get("model", rules.model) != rules.model:
         raise InvalidValue(f"This job runs on {rules.model!r}; other models need a job of their own.", param="model")
-    parameters = parse_parameters({name: value for name, value in fields.items() if name in PARAMETERS})
+    parameters = parse_parameters(
+        {name: value for name, value in fields.items() if name in PARAMETERS}, rules.endpoint, rules.defaults
+    )
     prompt = _prompt(fields, rules)
     sampling = _sampling_for(parameters, rules, index)
     _refuse_many(len(prompt.get("prompts", ())), sampling.n)
@@ -268,6 +292,33 @@ def _sampling(parameters: Mapping[str, Any]) -> SamplingParameters:
         # What our own validators say is complete; pydantic's sentences gain by what was given.
         given = "" if first["type"] == "value_error" else f", not {_shown(first['input'])}"
         raise InvalidValue(f"{message}{given}", param=str(first["loc"][0])) from exc
+
+
+def _logprobs(fields: Mapping[str, Any], endpoint: Endpoint, default: int | None) -> int | None:
+    """Return how many alternatives are told beside each token; None if no log-probabilities are wanted."""
+    logprobs, top = fields.get("logprobs"), fields.get("top_logprobs")
+    if endpoint == COMPLETIONS_ENDPOINT:
+        if top:
+            raise InvalidValue(f"is for chats; on {endpoint}, logprobs is the number itself", param="top_logprobs")
+        # Not `in (None, False)`: 0 == False in Python, and 0 asks for the tokens' own.
+        wanted = logprobs is not None and logprobs is not False
+        return _whole(logprobs, "logprobs", MAX_COMPLETION_LOGPROBS) if wanted else None
+    if not isinstance(logprobs, bool | None):
+        raise InvalidValue(
+            f"must be true or false, not {_shown(logprobs)}; the number is top_logprobs", param="logprobs"
+        )
+    most = None if top is None else _whole(top, "top_logprobs", MAX_CHAT_LOGPROBS)
+    if not (default is not None if logprobs is None else logprobs):
+        if most:
+            raise InvalidValue("needs logprobs to be true", param="top_logprobs")
+        return None
+    return most if most is not None else default or 0
+
+
+def _whole(value: Any, name: str, most: int) -> int:
+    if type(value) is not int or not 0 <= value <= most:
+        raise InvalidValue(f"must be a whole number from 0 to {most}, not {_shown(value)}", param=name)
+    return value
 
 
 def _seed(job_id: str, index: int) -> int:

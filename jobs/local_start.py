@@ -24,6 +24,7 @@ from jobs.local_key import make_local_key
 from jobs.local_state import LocalService
 from jobs.processes import Child, Children, Command, keep_one_old, launch, python_module
 from jobs.redis_server import answers, server_arguments, server_binary
+from jobs.schema_guard import driver_missing
 from jobs.settings import JobsSettings
 from storage import queries, schema
 from storage.session import Database
@@ -151,6 +152,8 @@ def _migrate(database_url: str) -> None:
     """Bring the database up to date, or say why it can't serve."""
     try:
         schema.upgrade(database_url)
+    except ModuleNotFoundError as exc:
+        raise SetupError(driver_missing(exc)) from exc
     except OperationalError as exc:
         raise SetupError(
             f"the database {make_url(database_url)} can't be used: {exc.orig}; "

@@ -63,10 +63,12 @@ def owner(data_dir: Path) -> int | None:
 
 
 def announce_service(service: LocalService) -> None:
-    """Write `up.json`, in one piece."""
+    """Write `up.json`, in one piece, for its owner's eyes: the URLs may carry passwords."""
     path = _service_path(Path(service.data_dir))
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(asdict(service), indent=2) + "\n")
+    part.unlink(missing_ok=True)
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(json.dumps(asdict(service), indent=2) + "\n")
     part.replace(path)
 
 

@@ -7,7 +7,6 @@ worker can tell a message it does not understand from one it does.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import PurePath
 from typing import Annotated, Any, Final, Literal
@@ -124,6 +123,9 @@ class SamplingParameters(Frozen):
     stop: Annotated[tuple[str, ...], BeforeValidator(_stop_strings)] = Field(
         (), description="The text ends before the first of these."
     )
+    logprobs: int | None = Field(
+        None, ge=0, le=20, description="Likeliest tokens to tell beside each token; none: tell no log-probabilities."
+    )
     record_trees: int = Field(
         0, ge=0, le=64, description="Steps whose draft trees are recorded, to be looked at; of a job's first requests."
     )
@@ -201,11 +203,6 @@ class PartialEvent(Frozen):
     error: dict[str, Any] | None = None
     status: JobStatus | None = None
     snapshot: bool = False
-
-
-def job_events(ended: Iterable[tuple[str, str]]) -> list[PartialEvent]:
-    """Return the events that close the streams of jobs that have ended; takes (job_id, final status)."""
-    return [PartialEvent(job_id=job_id, type="job", status=JobStatus(status)) for job_id, status in ended]
 
 
 def model_name(target: str) -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
+RESTART_STATUS = 75  # EX_TEMPFAIL of sysexits.h: another start may work
 BAD_SETTINGS_STATUS = 78  # EX_CONFIG of sysexits.h: another start would end the same way
 
 _PR_SET_PDEATHSIG = 1
@@ -42,6 +43,7 @@ class Command:
     environment: Mapping[str, str]
     log_path: Path | None = None  # none: the parent's own output
     stop_s: float = 10.0  # time it gets to stop by itself
+    cpus: frozenset[int] | None = None  # where it may run; none: where its parent may
 
 
 class Child:
@@ -74,10 +76,14 @@ class Child:
             self.restarts += 1
             self._launch()
 
-    def stop(self, at_once: threading.Event) -> None:
-        """Ask the child to stop; kill it when its time is over or `at_once` is set."""
+    def ask_to_stop(self) -> None:
+        """Send the signal and don't wait."""
         if self.status() is None:
             self._process.terminate()
+
+    def stop(self, at_once: threading.Event) -> None:
+        """Ask the child to stop; kill it when its time is over or `at_once` is set."""
+        self.ask_to_stop()
         ends_at = time.monotonic() + self.command.stop_s
         while self.status() is None and time.monotonic() < ends_at and not at_once.is_set():
             time.sleep(_TICK_S)
@@ -106,7 +112,7 @@ class Child:
             self.status(),
             lived_s,
             delay_s,
-            self.command.log_path,
+            self.command.log_path or "with ours",
             extra={"action": "child_died", "child": self.command.name},
         )
         return delay_s
@@ -138,8 +144,13 @@ class Children:
                 child.revive()
         return None
 
-    def stop(self, at_once: threading.Event) -> None:
-        """Stop one after the other, last started first: each leans on those before it. `at_once` set: kill instead."""
+    def stop(self, at_once: threading.Event, *, together: bool = False) -> None:
+        """Stop one after the other, last started first: each leans on those before it. `at_once` set: kill instead.
+
+        `together` asks all of them first: for children that don't need each other.
+        """
+        for child in self._children if together else ():
+            child.ask_to_stop()
         while self._children:
             self._children.pop().stop(at_once)
 
@@ -150,7 +161,7 @@ def launch(command: Command) -> subprocess.Popen[bytes]:
     The kernel sends the death signal when the thread that forked ends, so this must be called from the main thread.
     A group of its own keeps Ctrl-C away from the child: the parent stops its children in order.
     """
-    with command.log_path.open("ab") if command.log_path else nullcontext() as log_file:
+    with command.log_path.open("ab") if command.log_path else nullcontext() as log_file, _on(command.cpus):
         return subprocess.Popen(
             command.arguments,
             env=dict(command.environment),
@@ -158,11 +169,25 @@ def launch(command: Command) -> subprocess.Popen[bytes]:
             stdout=log_file,
             stderr=subprocess.STDOUT if log_file else None,
             process_group=0,
-            preexec_fn=_dying_with(os.getpid()),
+            preexec_fn=dying_with(os.getpid()),
         )
 
 
-def _dying_with(parent_pid: int) -> Callable[[], None] | None:
+@contextmanager
+def _on(cpus: frozenset[int] | None) -> Iterator[None]:
+    """Run this thread on some CPUs for a moment: a child starts where the thread that forked it may run."""
+    if cpus is None or not hasattr(os, "sched_setaffinity"):  # not Linux
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def dying_with(parent_pid: int) -> Callable[[], None] | None:
     """Return what a child does between fork and exec so that the kernel kills it with its parent.
 
     SIGKILL, because everything we start is made to be killed at any time, and a promise that a hung child can't break

@@ -15,7 +15,16 @@ from kombu.entity import Queue
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
-from jobs.celery_app import DOORBELL_TASK, INGEST_QUEUE, INGEST_TASK, doorbell_queue, make_app, queue
+from jobs.celery_app import (
+    DOORBELL_TASK,
+    INGEST_QUEUE,
+    INGEST_TASK,
+    PULSE_TASK,
+    doorbell_queue,
+    make_app,
+    pulse_queue,
+    queue,
+)
 from jobs.errors import QueueUnavailable
 from jobs.messages import PromptBatch
 
@@ -48,6 +57,15 @@ def ring(app: Celery, job_id: str, model: str) -> bool:
         _send(app, DOORBELL_TASK, doorbell_queue(model), {"job_id": job_id})
     except QueueUnavailable as exc:
         log.warning("Could not ring for job %s: %s", job_id, exc, extra={"action": "ring_failed", "job_id": job_id})
+        return False
+    return True
+
+
+def send_pulse(app: Celery, worker_id: str) -> bool:
+    """Send a worker's message to itself; return False if Redis does not take it."""
+    try:
+        _send(app, PULSE_TASK, queue(pulse_queue(worker_id)), {})
+    except QueueUnavailable:
         return False
     return True
 

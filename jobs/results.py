@@ -70,6 +70,7 @@ class Choice(Reply):
     text: str
     finish_reason: str
     completion_tokens: int
+    logprobs: dict[str, Any] | None = None  # as OpenAI shapes them, if they were asked for
 
 
 class Output(Reply):

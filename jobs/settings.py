@@ -19,7 +19,9 @@ DEFAULT_TARGET = "smollm2-135m-instruct"
 class JobsSettings(StorageSettings):
     """Settings of clients, producers, the shim and the queue."""
 
-    redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis-protocol server: queue and pub/sub.")
+    redis_url: str = Field(
+        "redis://127.0.0.1:6379/0", description="Redis-protocol server: queue and pub/sub.", repr=False
+    )
     api_url: str = Field("http://127.0.0.1:8000", description="Where clients find the REST shim.")
     api_key: str = Field("", description="Key that clients send; empty: none.", repr=False)
     api_host: str = Field("127.0.0.1", description="Address the shim listens on.")
@@ -42,6 +44,9 @@ class JobsSettings(StorageSettings):
     max_line_bytes: int = Field(10_000_000, gt=0, description="Bytes of one line of a batch file.")
     max_prompt_chars: int = Field(1_000_000, gt=0, description="Characters of one prompt, before it is tokenized.")
     completion_window_s: float = Field(86_400, gt=0, description="Seconds after which an unfinished job expires.")
+    lease_s: float = Field(
+        20.0, gt=0, description="Seconds a worker's claim lasts without renewal; longer than the longest step."
+    )
     partials_interval_s: float = Field(0.5, gt=0, description="Seconds between two commits of new tokens.")
 
 

@@ -46,12 +46,13 @@ def speedup_text(numbers: Numbers) -> str:
 
 def _summary(numbers: Numbers) -> Table:
     grid = Table.grid(padding=(0, 2))
-    for name, value in _summary_rows(numbers):
+    for name, value in summary_rows(numbers):
         grid.add_row(Text(name, "bold"), Text(value, overflow="fold"))
     return grid
 
 
-def _summary_rows(numbers: Numbers) -> Iterable[tuple[str, str]]:
+def summary_rows(numbers: Numbers) -> Iterable[tuple[str, str]]:
+    """Yield the sums as names and values."""
     completed, failed, total = (numbers[f"requests_{name}"] for name in ("completed", "failed", "total"))
     yield "requests", f"{completed:,d} completed, {failed:,d} failed, {total:,d} in all"
     yield "tokens", f"{numbers['completion_tokens']:,d} written, {numbers['prompt_tokens']:,d} read"

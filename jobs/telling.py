@@ -28,7 +28,7 @@ def write_id(cursor: Cursor) -> str:
     text = str(place.number)
     if not place.is_behind_a_commit:
         text += f".{place.request_index}.{place.choice_index}.{place.part}"
-    if cursor.floor > place.number:
+    if cursor.floor >= place.number and not place.is_behind_a_commit:
         text += f"@{cursor.floor}"
     if cursor.status != JobStatus.IN_PROGRESS:
         text += f"~{cursor.status or ''}"

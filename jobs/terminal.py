@@ -243,6 +243,20 @@ def keys_table(keys: Iterable[Mapping[str, Any]]) -> Table:
 _LIMITS = ("max_requests_queued", "max_tokens_queued", "requests_per_minute")
 
 
+def findings_table(findings: Iterable[tuple[str, str, str, str]]) -> Table:
+    """Return what the doctor found: (part, status, message, advice) each; the advice stands below the message."""
+    table = Table.grid(padding=(0, 2))
+    for part, status, message, advice in findings:
+        words = Text(safe(message), overflow="fold")
+        if advice:
+            words.append(f"\n→ {safe(advice)}", "bold")
+        table.add_row(Text(status, _STATUS_STYLES.get(status, "")), Text(part, "bold"), words)
+    return table
+
+
+_STATUS_STYLES = {"ok": "green", "warning": "yellow", "problem": "red"}
+
+
 def _grid(rows: Iterable[tuple[str, str]]) -> Table:
     table = Table.grid(padding=(0, 2))
     for name, value in rows:

@@ -53,6 +53,8 @@ class TreePlace:
     request_index: int
     choice_index: int
     step: int
+    tree_nodes: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +96,15 @@ def errors(session: Session, job_id: str) -> list[tuple[str, int, str]]:
 
 
 def tree_places(session: Session, job_id: str) -> list[TreePlace]:
-    """Return where a job has recorded trees, of requests that have ended."""
+    """Return where a job has recorded trees, of requests that have ended, and how large they are."""
     columns = (DraftTree.request_index, DraftTree.choice_index, DraftTree.step)
-    rows = session.execute(select(*columns).where(DraftTree.job_id == job_id).order_by(*columns))
+    same = [getattr(DecodeStep, column.key) == column for column in (DraftTree.job_id, *columns)]
+    rows = session.execute(
+        select(*columns, DecodeStep.tree_nodes, DecodeStep.accepted_tokens)
+        .join(DecodeStep, and_(*same))
+        .where(DraftTree.job_id == job_id)
+        .order_by(*columns)
+    )
     return [TreePlace(*row) for row in rows]
 
 

@@ -6,15 +6,16 @@ locks those of jobs first, in the order of their ids, so that no two transaction
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 from typing import Final
 
-from sqlalchemy import ColumnElement, and_, case, select, update
+from sqlalchemy import ColumnElement, ScalarSelect, and_, case, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from storage.models import Job, Request
-from storage.records import Refusal, RequestKey
-from storage.sql import database_now, has_open_requests, is_lapsed, is_request, without_nul
+from storage.models import Job, Partial, Request
+from storage.records import FailedRequest, Refusal, RequestKey
+from storage.sql import database_now, has_open_requests, is_lapsed, is_one_of, is_request, without_nul
 
 OPEN_JOB_STATUSES: Final = ("in_progress", "cancelling")
 _CANCELLABLE: Final = ("validating", "in_progress", "finalizing")
@@ -26,6 +27,8 @@ CANCELLED: Final = Refusal(
 EXPIRED: Final = Refusal(
     "batch_expired", "The completion window was over before this request was completed.", status_code=408
 )
+
+LATE: Final = Refusal("deadline_exceeded", "The request was not completed within its timeout.", status_code=408)
 
 
 def finalise_jobs(session: Session, job_ids: Collection[str]) -> list[tuple[str, str]]:
@@ -76,7 +79,7 @@ def expire_jobs(session: Session) -> list[tuple[str, str]]:
     still had requests of them have let their leases lapse.
     """
     now = database_now(session)
-    overdue = lock_jobs(session, and_(Job.status == "in_progress", Job.expires_at <= now))
+    overdue, cancelling = _lock_ending(session, now)
     expired: list[tuple[str, str]] = []
     if overdue:
         batches = update(Job).where(Job.id.in_(overdue), _IS_BATCH)
@@ -86,13 +89,64 @@ def expire_jobs(session: Session) -> list[tuple[str, str]]:
         expired = sorted((job_id, status) for job_id, status in rows)
         unfinished = and_(Request.job_id.in_(overdue), Request.status.in_(("queued", "running")))
         _end_requests(session, "expired", EXPIRED, now, overdue, unfinished)
-    return expired + _end_abandoned(session, now)
+    return expired + _end_abandoned(session, now, cancelling)
+
+
+def _lock_ending(session: Session, now: float) -> tuple[list[str], list[str]]:
+    """Lock the jobs that are overdue and those that are being cancelled, in one go: locks are taken in one order."""
+    is_overdue = and_(Job.status == "in_progress", Job.expires_at <= now)
+    locked = lock_jobs(session, or_(is_overdue, Job.status == "cancelling"))
+    overdue = set(session.scalars(select(Job.id).where(Job.id.in_(locked), is_overdue))) if locked else set()
+    return [job_id for job_id in locked if job_id in overdue], [job_id for job_id in locked if job_id not in overdue]
 
 
 def cancel_unstarted(session: Session, job_id: str) -> None:
     """Cancel what nobody is working on of a job that is being cancelled."""
     now = database_now(session)
     _end_requests(session, "cancelled", CANCELLED, now, [job_id], _left_in_cancelled_jobs(now, [job_id]))
+
+
+def expire_requests(session: Session) -> tuple[list[FailedRequest], list[tuple[str, str]]]:
+    """Fail the requests whose own deadline is over; return them, and (job_id, final status) of jobs that ended so.
+
+    Whoever decodes one of them finds its lease lost.
+    """
+    now = database_now(session)
+    late = and_(Request.expires_at <= now, Request.finished_at.is_(None))
+    job_ids = lock_jobs(session, Job.id.in_(select(Request.job_id).where(late)) & (Job.status == "in_progress"))
+    if not job_ids:
+        return [], []
+    keys = session.execute(
+        select(Request.job_id, Request.request_index)
+        .where(late, Request.job_id.in_(job_ids))
+        .order_by(Request.job_id, Request.request_index)
+        .with_for_update(key_share=True)
+    )
+    failed = fail_requests(session, [(job_id, index) for job_id, index in keys], LATE, now)
+    return failed, finalise_jobs(session, {request.job_id for request in failed})
+
+
+def fail_requests(session: Session, keys: Collection[RequestKey], reason: Refusal, now: float) -> list[FailedRequest]:
+    """Fail requests that the caller has locked with their jobs, count them, and return what their events must say."""
+    if not keys:
+        return []
+    number = told_as(session, {job_id for job_id, _ in keys}, is_request(keys))
+    ended = {"status": "failed", "finished_at": now, "lease_expires_at": None, "suspect_group": None}
+    rows = session.execute(
+        update(Request)
+        .where(is_request(keys))
+        .values(**ended, event_number=number, **error_columns(reason))
+        .returning(Request.job_id, Request.request_index, Request.custom_id, Request.attempts)
+    ).all()
+    for job_id, count in Counter(row.job_id for row in rows).items():
+        session.execute(update(Job).where(Job.id == job_id).values(requests_failed=Job.requests_failed + count))
+    last = _last_seqs(session, keys)
+    # One that was never claimed has no events; `started` is number 0 of all others.
+    return [
+        FailedRequest(*key, row.custom_id, last.get(key, 0) + 1 if row.attempts else 0, reason)
+        for row in sorted(rows)
+        for key in [(row.job_id, row.request_index)]
+    ]
 
 
 def cancel_requests(session: Session, keys: Collection[RequestKey], now: float) -> None:
@@ -116,8 +170,17 @@ def error_columns(refusal: Refusal) -> dict[str, str | int | None]:
     }
 
 
-def _end_abandoned(session: Session, now: float) -> list[tuple[str, str]]:
-    cancelling = lock_jobs(session, Job.status == "cancelling")
+def _last_seqs(session: Session, keys: Collection[RequestKey]) -> dict[RequestKey, int]:
+    """Return the number of the last event of choice 0 that was committed, where there is one."""
+    rows = session.execute(
+        select(Partial.job_id, Partial.request_index, func.max(Partial.seq))
+        .where(is_one_of((Partial.job_id, Partial.request_index), keys), Partial.choice_index == 0)
+        .group_by(Partial.job_id, Partial.request_index)
+    )
+    return {(job_id, index): seq for job_id, index, seq in rows}
+
+
+def _end_abandoned(session: Session, now: float, cancelling: Collection[str]) -> list[tuple[str, str]]:
     if not cancelling:
         return []
     _end_requests(session, "cancelled", CANCELLED, now, cancelling, _left_in_cancelled_jobs(now, cancelling))
@@ -130,6 +193,16 @@ def _left_in_cancelled_jobs(now: float, job_ids: Iterable[str]) -> ColumnElement
     return and_(Request.job_id.in_(cancelling), (Request.status == "queued") | is_lapsed(now))
 
 
+def told_as(session: Session, job_ids: Collection[str], which: ColumnElement[bool]) -> ScalarSelect[int]:
+    """Return the `event_number` of requests that end now, all those of a job together: readers are told in its order.
+
+    Whoever ends requests of these jobs writes it with their status (storage.story).
+    """
+    ending = select(Request.job_id).where(Request.job_id == Job.id, which).exists()
+    session.execute(update(Job).where(Job.id.in_(job_ids), ending).values(event_number=Job.event_number + 1))
+    return select(Job.event_number).where(Job.id == Request.job_id).scalar_subquery()
+
+
 def _end_requests(
     session: Session,
     status: str,
@@ -139,8 +212,6 @@ def _end_requests(
     which: ColumnElement[bool],
 ) -> None:
     """End requests of these jobs without a result. The lease's number and owner stay: they say who had it last."""
-    ending = select(Request.job_id).where(Request.job_id == Job.id, which).exists()
-    session.execute(update(Job).where(Job.id.in_(job_ids), ending).values(event_number=Job.event_number + 1))
-    number = select(Job.event_number).where(Job.id == Request.job_id).scalar_subquery()
+    number = told_as(session, job_ids, which)
     ended = {"status": status, "finished_at": now, "lease_expires_at": None, "event_number": number}
     session.execute(update(Request).where(which).values(**ended, **error_columns(reason)))

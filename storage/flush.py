@@ -14,14 +14,14 @@ from enum import Enum, auto
 from itertools import groupby
 from typing import Any
 
-from sqlalchemy import bindparam, delete, insert, select, update
+from sqlalchemy import bindparam, delete, select, update
 from sqlalchemy.orm import Session
 
 from storage import rollups
 from storage.endings import cancel_requests, error_columns, finalise_jobs
 from storage.models import DecodeStep, DraftTree, Job, Output, Partial, Request
 from storage.records import Checkpoint, FinishedChoice, FlushResult, Lease, Progress, Refusal, RequestKey
-from storage.sql import AnyRow, database_now, insert_new, is_one_of, is_request, without_nul
+from storage.sql import AnyRow, database_now, insert_many, insert_new, is_one_of, is_request, without_nul
 
 ChoiceKey = tuple[str, int, int]  # (job_id, request_index, choice_index)
 
@@ -32,7 +32,8 @@ def flush(
     """Renew the leases and write the progress of all requests of a worker; say which it has lost, which jobs ended.
 
     A lease that has lapsed is renewed if nobody has claimed its request meanwhile. A lease is lost when its request has
-    a new owner or has ended by another hand, or when its job is cancelled or over; then its progress is not written.
+    a new owner or has ended by another hand, when its deadline is over, or when its job is cancelled or over; then its
+    progress is not written.
     """
     leases = set(held).union(entry.lease for entry in progress)
     if not leases:
@@ -41,6 +42,7 @@ def flush(
     ours = [entry for entry in progress if standings[entry.lease] is _Standing.HOLDS]
     now = database_now(session)
     _renew(session, _keys(standings, _Standing.HOLDS), now + lease_s)
+    _prove(session, {entry.lease.key for entry in ours if entry.checkpoints})
     tally = _Tally()
     _write_checkpoints(session, worker_id, ours, now, numbers, tally)
     _write_outputs(session, worker_id, ours, numbers, tally)
@@ -95,7 +97,14 @@ def _look_at(
     requests = {
         (request.job_id, request.request_index): request
         for request in session.execute(
-            select(Request.job_id, Request.request_index, Request.status, Request.lease_owner, Request.lease_number)
+            select(
+                Request.job_id,
+                Request.request_index,
+                Request.status,
+                Request.lease_owner,
+                Request.lease_number,
+                Request.expires_at,
+            )
             .where(is_request({lease.key for lease in leases}))
             .order_by(Request.job_id, Request.request_index)
             .with_for_update(key_share=True)
@@ -111,7 +120,7 @@ def _worth(lease: Lease, worker_id: str, job: AnyRow | None, request: AnyRow | N
         return _Standing.LOST
     if request.status in ("completed", "failed"):
         return _Standing.ENDED
-    if request.status != "running":
+    if request.status != "running" or (request.expires_at is not None and request.expires_at <= now):
         return _Standing.LOST
     if job.status == "cancelling":
         return _Standing.CANCELLED
@@ -125,6 +134,13 @@ def _keys(standings: dict[Lease, _Standing], wanted: _Standing) -> set[RequestKe
 def _renew(session: Session, keys: Collection[RequestKey], until: float) -> None:
     if keys:
         session.execute(update(Request).where(is_request(keys)).values(lease_expires_at=until))
+
+
+def _prove(session: Session, keys: Collection[RequestKey]) -> None:
+    """Note which requests have committed tokens under this lease: they are no suspects any more."""
+    if keys:
+        proven = {"proven": True, "suspect_group": None, "lone_crashes": 0}
+        session.execute(update(Request).where(is_request(keys), ~Request.proven).values(**proven))
 
 
 def _write_checkpoints(
@@ -166,6 +182,7 @@ def _checkpoint_columns(checkpoint: Checkpoint) -> dict[str, Any]:
         "text": without_nul(checkpoint.text),
         "pieces": [(without_nul(text), source) for text, source in checkpoint.pieces],
         "steps": [asdict(step) for step in checkpoint.steps],
+        "logprobs": checkpoint.logprobs,
     }
 
 
@@ -199,6 +216,7 @@ def _take_partials(session: Session, keys: Collection[ChoiceKey]) -> dict[Choice
         Partial.text,
         Partial.pieces,
         Partial.steps,
+        Partial.logprobs,
         Partial.worker_id,
         Partial.event_number,
     )
@@ -220,12 +238,19 @@ def _output_row(key: ChoiceKey, choice: FinishedChoice, partials: Sequence[AnyRo
         "text": without_nul(choice.text),
         "accepted_tokens": sum(sum(partial.accepted) for partial in partials),
         "pieces": merge_pieces(piece for partial in partials for piece in partial.pieces),
+        "logprobs": _all_logprobs(partials),
         "worker_id": worker_id,
         "checkpoints": [
             (partial.event_number, partial.seq, len(partial.text), len(partial.token_ids), sum(partial.accepted))
             for partial in partials
         ],
     }
+
+
+def _all_logprobs(partials: Sequence[AnyRow]) -> list[Any] | None:
+    """Return those of the whole text, whoever decoded its parts; None if the request wanted none."""
+    parts = [partial.logprobs for partial in partials]
+    return None if not parts or None in parts else [row for part in parts for row in part]
 
 
 def merge_pieces(pieces: Iterable[Sequence[str]]) -> list[tuple[str, str]]:
@@ -256,9 +281,9 @@ def _insert_steps(session: Session, steps: Sequence[dict[str, Any]]) -> None:
         for row in steps
         if (tree := row.pop("tree")) is not None
     ]
-    session.execute(insert(DecodeStep), steps)
+    insert_many(session, DecodeStep, steps)
     if trees:
-        session.execute(insert(DraftTree), trees)
+        insert_many(session, DraftTree, trees)
 
 
 def _count_outputs(

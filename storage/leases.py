@@ -1,7 +1,7 @@
 """Ownership: who may work on a request, and for how long. Claim, hand back, and wake those who could claim.
 
 worker.runner -> [leases] -> models.  A lease carries a number that grows with every claim; whoever writes with an older
-one matches no row. Renewing is part of the flush.
+one matches no row. Renewing is part of the flush, and so is a sign of life: no thread renews for an engine that hangs.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final
 
-from sqlalchemy import ColumnElement, func, or_, select, update
+from sqlalchemy import ColumnElement, and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from storage.endings import cancel_requests, finalise_jobs, lock_jobs
 from storage.models import Job, Output, Partial, Request
 from storage.records import Checkpoint, Claim, Lease, RequestKey, StepRow
-from storage.sql import AnyRow, database_now, has_work, is_lapsed, is_one_of, running_requests
+from storage.sql import AnyRow, database_now, has_work, is_one_of, is_request, running_requests
 
 _CLAIMED: Final = (
     Request.job_id,
@@ -39,26 +39,43 @@ def claim(
     *,
     holding: Collection[RequestKey] = (),
     reserved: int = 0,
+    body_version: int = 1,
 ) -> list[Claim]:
-    """Take up to `limit` requests of a model, with what earlier owners had committed of them.
+    """Take up to `limit` queued requests of a model, with what earlier owners had committed of them.
 
-    Free are queued requests, and running ones whose lease has lapsed; those come first, for something of them is
-    written. Jobs get their turns: each place goes to the job that has the fewest requests running. Before all others
-    come those that a person waits for; the last `reserved` places are for them alone. `holding` are requests that the
-    caller is working on; it does not get them again, lapsed or not.
+    Jobs get their turns: each place goes to the job that has the fewest requests running. Before all others come those
+    that a person waits for; the last `reserved` places are for them alone. `holding` are requests that the caller is
+    working on; it does not get them again, whatever has become of its lease. Jobs whose bodies are newer than
+    `body_version` are left to others.
+
+    Suspects (storage.reclaim) come first, a group at a time, and only when all that the caller holds is proven; until
+    they are proven too, nothing joins them.
     """
+    if limit <= 0:
+        return []
     now = database_now(session)
-    taken: list[AnyRow] = []
-    for urgent, most in ((Job.priority > 0, limit), (Job.priority == 0, limit - reserved)):
-        while len(taken) < most and (running := _running_by_job(session, model, urgent, most, now)):
-            got = 0
-            for job_id, places in share_out(running, most - len(taken)).items():
-                rows = _take(session, worker_id, job_id, places, now, lease_s, holding)
-                taken += rows
-                got += len(rows)
-            if not got:  # what is left is locked by others who claim right now, or held by the caller
-                break
-    return _as_claims(session, taken)
+    held = _held(session, worker_id, holding)
+    if any(row.suspect_group is not None and not row.proven for row in held):
+        return []
+    may_serve = and_(
+        Job.status == "in_progress", Job.model == model, Job.expires_at > now, Job.body_version <= body_version
+    )
+    group = session.scalar(
+        select(Request.suspect_group)
+        .join(Job, Job.id == Request.job_id)
+        .where(Request.suspect_group.is_not(None), Request.status == "queued", may_serve)
+        .order_by(Request.suspect_group)
+        .limit(1)
+    )
+    if group is None:
+        taken = _take_turns(session, and_(may_serve, Job.priority > 0), limit, now, holding)
+        rest = limit - reserved - len(taken)
+        taken += _take_turns(session, and_(may_serve, Job.priority == 0), rest, now, holding)
+    elif all(row.proven for row in held):
+        taken = _lock_queued(session, Request.suspect_group == group, limit, holding)
+    else:
+        return []
+    return _as_claims(session, _own(session, worker_id, taken, now, lease_s))
 
 
 def release(session: Session, worker_id: str, leases: Iterable[Lease]) -> None:
@@ -66,7 +83,8 @@ def release(session: Session, worker_id: str, leases: Iterable[Lease]) -> None:
     leases = list(leases)
     if not leases:
         return
-    cancelling = set(lock_jobs(session, Job.id.in_({lease.job_id for lease in leases}) & (Job.status == "cancelling")))
+    jobs = lock_jobs(session, Job.id.in_({lease.job_id for lease in leases}))
+    cancelling = set(session.scalars(select(Job.id).where(Job.id.in_(jobs), Job.status == "cancelling")))
     columns = (Request.job_id, Request.request_index, Request.lease_number)
     mine = is_one_of(columns, [(*lease.key, lease.number) for lease in leases])
     released = session.execute(
@@ -81,16 +99,18 @@ def release(session: Session, worker_id: str, leases: Iterable[Lease]) -> None:
 
 
 def jobs_to_ring(session: Session, older_than_s: float) -> list[tuple[str, str]]:
-    """Return (job_id, model) of jobs with work that nobody was told of for so long, and note that they are rung."""
+    """Return (job_id, model) of a job a model with work that nobody was told of for so long; note that all are rung.
+
+    One doorbell is enough for all jobs of a model: workers look for any.
+    """
     now = database_now(session)
     silent = or_(Job.doorbell_at.is_(None), Job.doorbell_at < now - older_than_s)
-    rung = session.execute(
-        update(Job)
-        .where(Job.status == "in_progress", silent, has_work(now))
-        .values(doorbell_at=now)
-        .returning(Job.id, Job.model)
-    )
-    return [(job_id, model) for job_id, model in rung]
+    unheard = lock_jobs(session, and_(Job.status == "in_progress", silent, has_work()))
+    if not unheard:
+        return []
+    rung = session.execute(update(Job).where(Job.id.in_(unheard)).values(doorbell_at=now).returning(Job.model, Job.id))
+    one_a_model = dict(rung.all())
+    return [(job_id, model) for model, job_id in one_a_model.items()]
 
 
 def mark_rung(session: Session, job_id: str) -> None:
@@ -113,39 +133,67 @@ def share_out(running: Mapping[str, int], places: int) -> dict[str, int]:
     return dict(shares)
 
 
-def _running_by_job(session: Session, model: str, which: ColumnElement[bool], limit: int, now: float) -> dict[str, int]:
+def _held(session: Session, worker_id: str, holding: Collection[RequestKey]) -> Sequence[AnyRow]:
+    """Return how far those that the caller still owns are proven."""
+    if not holding:
+        return ()
+    mine = (is_request(holding), Request.lease_owner == worker_id, Request.status == "running")
+    return session.execute(select(Request.suspect_group, Request.proven).where(*mine)).all()
+
+
+def _take_turns(
+    session: Session, may_serve: ColumnElement[bool], limit: int, now: float, holding: Collection[RequestKey]
+) -> list[RequestKey]:
+    """Lock up to `limit` queued requests, fair between their jobs, and say of those jobs that they have begun."""
+    if limit <= 0:
+        return []
+    running = _running_by_job(session, may_serve, limit, now)
+    # Jobs before requests, in order: whoever locks several does so. Mostly there is nothing to write.
+    waiting = lock_jobs(session, Job.id.in_(running) & Job.started_at.is_(None)) if running else []
+    taken: list[RequestKey] = []
+    while running and len(taken) < limit:
+        for job_id, places in share_out(running, limit - len(taken)).items():
+            got = _lock_queued(session, Request.job_id == job_id, places, [*holding, *taken])
+            taken += got
+            running[job_id] += len(got)
+            if len(got) < places:  # the rest is locked by others who claim right now, or held by the caller
+                del running[job_id]
+    begun = {job_id for job_id, _ in taken}.intersection(waiting)
+    if begun:
+        session.execute(update(Job).where(Job.id.in_(begun)).values(started_at=now))
+    return taken
+
+
+def _running_by_job(session: Session, may_serve: ColumnElement[bool], limit: int, now: float) -> dict[str, int]:
     """Return the jobs that have something to claim, with the number of their running requests; fewest first.
 
     Among equals lots decide: were it age, an old job would win every place as long as there are fewer than jobs.
     """
     running = running_requests(now).label("running")
     jobs = session.execute(
-        select(Job.id, running)
-        .where(Job.status == "in_progress", Job.model == model, which, Job.expires_at > now, has_work(now))
-        .order_by(running, func.random())
-        .limit(limit)
+        select(Job.id, running).where(may_serve, has_work()).order_by(running, func.random()).limit(limit)
     )
     return dict(jobs.all())
 
 
-def _take(
-    session: Session,
-    worker_id: str,
-    job_id: str,
-    places: int,
-    now: float,
-    lease_s: float,
-    holding: Collection[RequestKey],
-) -> Sequence[AnyRow]:
-    """Claim up to `places` requests of one job."""
-    # The job before its requests: whoever locks both does so in this order. Mostly there is nothing to write.
-    session.execute(update(Job).where(Job.id == job_id, Job.started_at.is_(None)).values(started_at=now))
-    held = [index for job, index in holding if job == job_id]
-    free = _lock_free(session, job_id, is_lapsed(now) & Request.request_index.not_in(held), places)
-    free += _lock_free(session, job_id, Request.status == "queued", places - len(free))
+def _lock_queued(
+    session: Session, condition: ColumnElement[bool], limit: int, but: Collection[RequestKey]
+) -> list[RequestKey]:
+    """Lock queued requests that meet the condition, passing over those that somebody else is claiming right now."""
+    query = select(Request.job_id, Request.request_index).where(condition, Request.status == "queued")
+    if but:
+        query = query.where(~is_request(but))
+    query = query.order_by(Request.job_id, Request.request_index).limit(limit).with_for_update(skip_locked=True)
+    return [(job_id, index) for job_id, index in session.execute(query)]
+
+
+def _own(session: Session, worker_id: str, keys: Sequence[RequestKey], now: float, lease_s: float) -> Sequence[AnyRow]:
+    """Make locked requests the worker's."""
+    if not keys:
+        return ()
     rows = session.execute(
         update(Request)
-        .where(Request.job_id == job_id, Request.request_index.in_(free))
+        .where(is_request(keys))
         .values(
             status="running",
             attempts=Request.attempts + 1,
@@ -153,23 +201,12 @@ def _take(
             lease_number=Request.lease_number + 1,
             lease_expires_at=now + lease_s,
             started_at=func.coalesce(Request.started_at, now),
+            proven=False,
         )
         .returning(*_CLAIMED)
     )
-    place = {index: number for number, index in enumerate(free)}
-    return sorted(rows, key=lambda row: place[row.request_index])
-
-
-def _lock_free(session: Session, job_id: str, condition: ColumnElement[bool], limit: int) -> list[int]:
-    """Lock requests of a job that meet the condition, passing over those that somebody else is claiming right now."""
-    free = (
-        select(Request.request_index)
-        .where(Request.job_id == job_id, condition)
-        .order_by(Request.request_index)
-        .limit(limit)
-        .with_for_update(skip_locked=True)
-    )
-    return list(session.scalars(free))
+    place = {key: number for number, key in enumerate(keys)}
+    return sorted(rows, key=lambda row: place[row.job_id, row.request_index])
 
 
 def _as_claims(session: Session, taken: Collection[AnyRow]) -> list[Claim]:

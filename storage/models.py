@@ -22,6 +22,7 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     event,
+    false,
     text,
     true,
 )
@@ -46,6 +47,10 @@ FILE_STATUSES = ("writing", "ready", "deleted", "cleared")
 
 def _one_of(column: str, values: tuple[str, ...]) -> str:
     return f"{column} IN ({', '.join(repr(value) for value in values)})"
+
+
+def _where_set(column: str, condition: str) -> Index:
+    return Index(None, column, sqlite_where=text(condition), postgresql_where=text(condition))
 
 
 class Base(DeclarativeBase):
@@ -113,6 +118,8 @@ class Job(Base):
     priority: Mapped[int] = mapped_column(server_default=text("0"))  # 1: a person waits for it; claimed before all 0
     # What its requests may come to read and write at most, guessed at the door: what a key's limit is held against.
     tokens_asked: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    # Version of its requests' bodies. A worker that reads only older ones leaves the job to those that were upgraded.
+    body_version: Mapped[int] = mapped_column(server_default=text("1"))
 
     __table_args__ = (
         UniqueConstraint("api_key_id", "idempotency_key"),
@@ -148,6 +155,11 @@ class Request(Base):
     started_at: Mapped[float | None]
     finished_at: Mapped[float | None]
     event_number: Mapped[int | None] = mapped_column(BigInteger)  # of the commit that ended it
+    expires_at: Mapped[float | None]  # its own deadline; the job's holds too
+    # Who ran it when a worker was lost (storage.reclaim): such a group runs again with nobody else in trial beside it.
+    suspect_group: Mapped[str | None]
+    proven: Mapped[bool] = mapped_column(server_default=false())  # has committed tokens under the present lease
+    lone_crashes: Mapped[int] = mapped_column(server_default=text("0"))  # workers lost while it alone was in trial
 
     __table_args__ = (
         CheckConstraint(_one_of("status", REQUEST_STATUSES), name="status"),
@@ -170,6 +182,9 @@ class Request(Base):
             sqlite_where=text("error_code IS NOT NULL"),
             postgresql_where=text("error_code IS NOT NULL"),
         ),
+        # Few rows have one of these at any time, and only those are in the index.
+        _where_set("suspect_group", "suspect_group IS NOT NULL"),
+        _where_set("expires_at", "expires_at IS NOT NULL AND finished_at IS NULL"),
     )
 
 
@@ -193,6 +208,7 @@ class Partial(Base):
     text: Mapped[str]
     pieces: Mapped[list[Any]]  # [text, "draft" | "target"]
     steps: Mapped[list[Any]]  # the step rows, waiting for the output
+    logprobs: Mapped[list[Any] | None]  # per token, if the request wants them (jobs.logprobs)
     worker_id: Mapped[str]
     committed_at: Mapped[float]
     event_number: Mapped[int] = mapped_column(BigInteger, server_default="0")  # of the commit that wrote it
@@ -215,6 +231,7 @@ class Output(Base):
     accepted_tokens: Mapped[int]  # of the completion: accepted draft tokens
     token_ids: Mapped[list[Any]]
     pieces: Mapped[list[Any]]  # the text again, cut by who chose it: [text, "draft" | "target"]
+    logprobs: Mapped[list[Any] | None]  # per token, if the request wanted them (jobs.logprobs)
     worker_id: Mapped[str]
     started_at: Mapped[float]
     finished_at: Mapped[float]
@@ -430,9 +447,11 @@ class Worker(Base):
     context_tokens: Mapped[int]
     started_at: Mapped[float]
     last_seen_at: Mapped[float]
-    stopped_at: Mapped[float | None]
+    stopped_at: Mapped[float | None]  # when it left in order
     calibration: Mapped[dict[str, Any]]
     load: Mapped[dict[str, Any] | None]  # what it was doing when it last said so
+    process: Mapped[str | None]  # which process of this machine: its neighbours see at once if it is dead
+    lost_at: Mapped[float | None]  # when it was found dead or silent; cleared should it come back
 
 
 class ApiKey(Base):
@@ -453,6 +472,16 @@ class ApiKey(Base):
     created_at: Mapped[float]
     expires_at: Mapped[float | None]
     revoked_at: Mapped[float | None]
+
+
+class Election(Base):
+    """Who holds an office that one process at a time must have, such as the reconciler's."""
+
+    __tablename__ = "elections"
+
+    office: Mapped[str] = mapped_column(primary_key=True)
+    holder: Mapped[str]
+    term_ends_at: Mapped[float]
 
 
 @event.listens_for(Base.metadata, "after_create")

@@ -14,6 +14,7 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, and_, func, select, true, tuple_
 from sqlalchemy.orm import Session
 
+from storage.endings import OPEN_JOB_STATUSES
 from storage.flush import merge_pieces
 from storage.models import Job, Output, Partial, Request, Worker
 from storage.records import NewRequest
@@ -83,6 +84,7 @@ class ChoiceView:
     worker_id: str
     started_at: float
     finished_at: float
+    logprobs: list[Any] | None  # per token, if they were wanted
     first_of_prompt: bool
 
 
@@ -142,6 +144,7 @@ class WorkerView:
     stopped_at: float | None
     calibration: Mapping[str, Any]
     load: Mapping[str, Any] | None  # what it was doing when it last said so
+    lost_at: float | None  # when it was found dead or silent
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +248,7 @@ def outputs(
             Output.worker_id,
             Output.started_at,
             Output.finished_at,
+            Output.logprobs,
             Output.first_of_prompt,
         )
         .outerjoin(Output, and_(Output.job_id == Request.job_id, Output.request_index == Request.request_index))
@@ -289,6 +293,12 @@ def snapshot(session: Session, job_id: str) -> list[ChoiceSnapshot]:
     return [found[key] for key in sorted(found)]
 
 
+def open_requests(session: Session) -> int:
+    """Return how many requests have not ended."""
+    left = Job.requests_total - Job.requests_completed - Job.requests_failed
+    return int(session.scalar(select(func.coalesce(func.sum(left), 0)).where(Job.status.in_(OPEN_JOB_STATUSES))) or 0)
+
+
 def workers(session: Session) -> list[WorkerView]:
     """Return the workers that have introduced themselves, latest start first."""
     columns = [getattr(Worker, name) for name in WorkerView.__dataclass_fields__]
@@ -298,14 +308,24 @@ def workers(session: Session) -> list[WorkerView]:
 
 def models(session: Session) -> list[ModelView]:
     """Return the models of the workers that are alive."""
-    alive = and_(Worker.stopped_at.is_(None), Worker.last_seen_at > database_now(session) - _SEEN_S)
     rows = session.execute(
         select(Worker.target, func.min(Worker.context_tokens))
-        .where(alive)
+        .where(_is_alive(session, _SEEN_S))
         .group_by(Worker.target)
         .order_by(Worker.target)
     )
     return [ModelView(target, context_tokens) for target, context_tokens in rows]
+
+
+def live_workers(session: Session, hostname: str, within_s: float) -> int:
+    """Return how many workers of a host have been seen within so many seconds and have not left."""
+    here = select(func.count()).where(Worker.hostname == hostname, _is_alive(session, within_s))
+    return int(session.scalar(here) or 0)
+
+
+def _is_alive(session: Session, within_s: float) -> ColumnElement[bool]:
+    seen = Worker.last_seen_at > database_now(session) - within_s
+    return and_(Worker.stopped_at.is_(None), Worker.lost_at.is_(None), seen)
 
 
 def _job_view(row: AnyRow) -> JobView:

@@ -39,6 +39,7 @@ class NewJob:
     output_expires_after_s: float | None = None
     retry_of: str | None = None  # the job whose failed requests it runs again
     priority: int = 0  # 1: a person waits for it
+    body_version: int = 1  # of the bodies of its requests: a worker must be able to read them
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ class NewRequest:
     body: Mapping[str, Any] | None = None
     refusal: Refusal | None = None
     tokens: int = 0  # that it may come to read and write at most, as far as the door can say
+    timeout_s: float | None = None  # seconds from creation after which it fails, whatever its job may still have
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,17 @@ class NewKey:
     max_tokens_queued: int | None = None
     max_requests_per_minute: int | None = None
     lasts_s: float | None = None  # seconds until it expires
+
+
+@dataclass(frozen=True, slots=True)
+class FailedRequest:
+    """A request that failed in nobody's hands, with what its `failed` event must say."""
+
+    job_id: str
+    request_index: int
+    custom_id: str
+    seq: int  # behind all events of its choice 0
+    refusal: Refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +135,8 @@ class Checkpoint:
     text: str
     pieces: tuple[tuple[str, str], ...]  # (text, "draft" | "target")
     steps: tuple[StepRow, ...]
+    # Per token, as JSON, if the request wants them. Not read back: the output takes them from the rows.
+    logprobs: tuple[Any, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,3 +205,4 @@ class WorkerCard:
     devices: tuple[str, ...]
     context_tokens: int  # longest prompt plus completion it can hold
     calibration: Mapping[str, Any]
+    process: str | None = None  # which process it is, for neighbours on its machine; None: they can't know

@@ -13,10 +13,11 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection
+from sqlalchemy import Connection, text
 
 from storage.session import make_engine, write_connection
 
+_UPGRADE_LOCK: Final = 0x62415349  # any number that nobody else locks
 _SCRIPTS: Final = Path(__file__).resolve().parent.parent / "migrations"
 
 
@@ -28,6 +29,8 @@ def upgrade(url: str, revision: str = "head") -> None:
     engine = make_engine(url)
     try:
         with write_connection(engine) as connection:
+            if connection.dialect.name == "postgresql":  # on SQLite the transaction itself is the lock
+                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _UPGRADE_LOCK})
             command.upgrade(_config(connection), revision)
     finally:
         engine.dispose()
@@ -51,6 +54,11 @@ def current(url: str) -> str | None:
             return MigrationContext.configure(connection).get_current_revision()
     finally:
         engine.dispose()
+
+
+def is_known(revision: str) -> bool:
+    """Return whether this version has the migration script of a revision. It lacks those of versions to come."""
+    return revision in {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
 
 
 def head() -> str:

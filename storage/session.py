@@ -1,7 +1,7 @@
 """Connections to the record: SQLite in WAL mode on one machine, PostgreSQL for many.
 
-Callers get a Session that is one transaction, for reading or for writing. Exceptions are SQLAlchemy's own: an
-OperationalError means that the database is away or busy, and that the whole transaction may be tried again.
+Callers get a Session that is one transaction, for reading or for writing. Exceptions are SQLAlchemy's own: those of
+DATABASE_AWAY mean that the database is away, busy or full, and that the whole transaction may be tried again.
 """
 
 from __future__ import annotations
@@ -12,12 +12,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
+DATABASE_AWAY: Final = (OperationalError, InterfaceError, PoolTimeout)
+
 _BUSY_S = 10.0  # how long SQLite waits for another writer
+
+# A server that hangs, or a network that swallows packets, must not hold a thread for longer than a few seconds.
+_POSTGRESQL_LIMITS: Final = {
+    "connect_timeout": "5",
+    "keepalives_idle": "10",
+    "keepalives_interval": "5",
+    "keepalives_count": "3",
+    "tcp_user_timeout": "15000",
+}
+_POOL: Final = {"pool_size": 5, "max_overflow": 40, "pool_timeout": 10}  # the shim has 40 threads
+
+# A reader sees one state of the database, whatever it asks, and holds nobody up.
+_READING: Final = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
 
 # How a transaction of this connection begins on SQLite. A writer takes the lock at once: one that has read first and
 # then finds the lock taken is refused without waiting.
@@ -43,7 +60,10 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Session]:
         """Yield a session that sees one state of the database."""
-        with Session(self.engine, execution_options=_SESSION_OPTIONS) as session:
+        engine = self.engine
+        if engine.dialect.name == "postgresql":  # SQLite's transactions are always of this kind
+            engine = engine.execution_options(**_READING)
+        with Session(engine, execution_options=_SESSION_OPTIONS) as session:
             yield session
 
     @contextmanager
@@ -63,7 +83,18 @@ def make_engine(url: str) -> Engine:
     parsed = make_url(url)
     if parsed.get_backend_name() == "sqlite":
         return _sqlite_engine(parsed)
-    return create_engine(parsed, pool_pre_ping=True)
+    return _postgresql_engine(parsed)
+
+
+def why_away(error: BaseException) -> str:
+    """Return what the driver says about a database that is away, without the statement and its values."""
+    return " ".join(str(error.orig if isinstance(error, DBAPIError) else error).split())
+
+
+def is_full(error: BaseException) -> bool:
+    """Return whether a database refused to write because its disk is full."""
+    cause = error.orig if isinstance(error, DBAPIError) else None
+    return getattr(cause, "sqlite_errorname", "") == "SQLITE_FULL" or getattr(cause, "sqlstate", "") == "53100"
 
 
 @contextmanager
@@ -71,6 +102,13 @@ def write_connection(engine: Engine) -> Iterator[Connection]:
     """Yield a connection in one write transaction, for those who need no session."""
     with engine.execution_options(**_WRITING).begin() as connection:
         yield connection
+
+
+def _postgresql_engine(url: URL) -> Engine:
+    if url.drivername in ("postgresql", "postgres"):
+        url = url.set(drivername="postgresql+psycopg")
+    limits = {name: value for name, value in _POSTGRESQL_LIMITS.items() if name not in url.query}
+    return create_engine(url, pool_pre_ping=True, connect_args=limits, **_POOL)
 
 
 def _sqlite_engine(url: URL) -> Engine:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import operator
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from sqlalchemy import BigInteger, ColumnElement, Row, and_, cast, false, func, or_, select, text, true
+from sqlalchemy import JSON, BigInteger, ColumnElement, Row, and_, cast, false, func, insert, or_, select, text, true
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
@@ -48,6 +49,26 @@ def whole(session: Session, value: ColumnElement[Any]) -> ColumnElement[int]:
     return cast(func.floor(value) if _dialect(session) == "postgresql" else value, BigInteger)
 
 
+def insert_many(session: Session, model: type[Base], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Insert many rows that have the same columns: with COPY, where the database has it."""
+    if _dialect(session) != "postgresql":
+        session.execute(insert(model), list(rows))
+        return
+    table = model.__table__
+    names = list(rows[0])
+    to_json = [isinstance(table.c[name].type, JSON) for name in names]
+    columns = ", ".join(f'"{name}"' for name in names)
+    connection: Any = session.connection().connection.driver_connection
+    with connection.cursor() as cursor, cursor.copy(f'COPY "{table.description}" ({columns}) FROM STDIN') as copy:
+        for row in rows:
+            copy.write_row(
+                [
+                    json.dumps(row[name]) if encode and row[name] is not None else row[name]
+                    for name, encode in zip(names, to_json, strict=True)
+                ]
+            )
+
+
 def is_request(keys: Iterable[RequestKey]) -> ColumnElement[bool]:
     """Return the condition that a row of `requests` is one of these."""
     return is_one_of((Request.job_id, Request.request_index), keys)
@@ -80,10 +101,9 @@ def is_lapsed(now: float) -> ColumnElement[bool]:
     return and_(Request.status == "running", Request.lease_expires_at < now)
 
 
-def has_work(now: float) -> ColumnElement[bool]:
+def has_work() -> ColumnElement[bool]:
     """Return the condition that a job has a request that can be claimed."""
-    # Two questions rather than one with OR, for which SQLite would read the finished requests too.
-    return or_(_has_request(Request.status == "queued"), _has_request(is_lapsed(now)))
+    return _has_request(Request.status == "queued")
 
 
 def has_open_requests() -> ColumnElement[bool]:

@@ -103,7 +103,7 @@ class Page:
 def where_it_stands(session: Session, job_id: str) -> Page:
     """Return the empty page behind everything. The job must exist."""
     job = _job(session, job_id)
-    return Page((), Cursor(Place.behind(job.event_number), status=job.status), job.status, complete=True)
+    return Page((), _end(job, Cursor(floor=job.event_number)), job.status, complete=True)
 
 
 def read(session: Session, job_id: str, since: Cursor, limit: int) -> Page:
@@ -129,8 +129,7 @@ def read(session: Session, job_id: str, since: Cursor, limit: int) -> Page:
     # A row more than the limit, in any of the three, shows that there is more.
     if len(found) > limit:
         return Page(tuple(passages), replace(since, place=told), job.status, complete=False)
-    done = Cursor(Place.behind(job.event_number), status=job.status)
-    return Page(tuple(passages), done, job.status, complete=True)
+    return Page(tuple(passages), _end(job, replace(since, place=told)), job.status, complete=True)
 
 
 def ended(session: Session, job_id: str, after: Place, limit: int) -> list[tuple[Place, int]]:
@@ -150,6 +149,16 @@ def ended(session: Session, job_id: str, after: Place, limit: int) -> list[tuple
 
 def _job(session: Session, job_id: str) -> AnyRow:
     return session.execute(select(Job.status, Job.event_number).where(Job.id == job_id)).one()
+
+
+def _end(job: AnyRow, told: Cursor) -> Cursor:
+    """Return the cursor of a reader that was told all there is.
+
+    While a job's input is read, requests are still being added, under the number that was there from the start.
+    """
+    if job.status == "validating":
+        return replace(told, status=job.status)
+    return Cursor(Place.behind(job.event_number), status=job.status)
 
 
 def _what_is_being_written(session: Session, job_id: str, job: AnyRow) -> Page:

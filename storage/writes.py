@@ -11,21 +11,22 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import ColumnElement, and_, insert, select, update
+from sqlalchemy import ColumnElement, and_, select, update
 from sqlalchemy.orm import Session
 
-from storage.endings import error_columns, expire_jobs, finalise_jobs, request_cancel
+from storage.endings import error_columns, expire_jobs, expire_requests, finalise_jobs, request_cancel
 from storage.flush import flush
 from storage.keys import refuse_beyond_limits
 from storage.models import Job, Request, Worker, WorkerEnergy
 from storage.records import NewJob, NewRequest, WorkerCard
-from storage.sql import database_now, insert_into, insert_new
+from storage.sql import database_now, insert_into, insert_many, insert_new
 
 __all__ = [
     "RecordedJob",
     "add_energy",
     "beat_worker",
     "expire_jobs",
+    "expire_requests",
     "finalise_jobs",
     "flush",
     "note_load",
@@ -64,7 +65,7 @@ def record_job(session: Session, job: NewJob, requests: Iterable[NewRequest]) ->
     total = failed = tokens = 0
     for piece in _in_pieces(enumerate(requests)):
         rows = [request_row(job.id, index, request, now) for index, request in piece]
-        session.execute(insert(Request), rows)
+        insert_many(session, Request, rows)
         total += len(rows)
         failed += sum(row["status"] == "failed" for row in rows)
         tokens += sum(request.tokens for _, request in piece)
@@ -82,8 +83,8 @@ def register_worker(session: Session, card: WorkerCard) -> None:
 
 
 def beat_worker(session: Session, worker_id: str) -> None:
-    """Note that a worker is alive."""
-    _update_worker(session, worker_id, last_seen_at=database_now(session))
+    """Note that a worker is alive, also if it was thought lost."""
+    _update_worker(session, worker_id, last_seen_at=database_now(session), lost_at=None)
 
 
 def update_calibration(session: Session, worker_id: str, calibration: Mapping[str, Any]) -> None:
@@ -138,6 +139,7 @@ def _job_row(job: NewJob, now: float) -> dict[str, Any]:
         "validated_at": now if job.input_file_id is None else None,
         "event_number": 0,
         "retry_of": job.retry_of,
+        "body_version": job.body_version,
     }
 
 
@@ -154,6 +156,7 @@ def request_row(job_id: str, index: int, request: NewRequest, now: float) -> dic
         "lease_number": 0,
         "finished_at": now if refused else None,
         "event_number": 0 if refused else None,
+        "expires_at": None if request.timeout_s is None else now + request.timeout_s,
         **(error_columns(request.refusal) if request.refusal is not None else _NO_ERROR),
     }
 

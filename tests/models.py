@@ -33,6 +33,7 @@ from worker.engine.language_model import PackedModel
 from worker.engine.rows import Move, Segment
 
 VOCAB = 61
+TOKENIZER_VOCAB = 258  # of `byte_tokenizer`: a model that is to read its tokens has at least as many
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
@@ -123,6 +124,14 @@ class TableModel:
         """Copy the beginning of a text."""
         beginning = {i: self._slots[source][i] for i in range(length)}
         self._slots.setdefault(target, {}).update(beginning)
+
+    def release(self, slot: int, length: int) -> None:
+        """Forget all but the beginning of a text."""
+        self._slots[slot] = {i: token for i, token in self._slots.get(slot, {}).items() if i < length}
+
+    def clear(self) -> None:
+        """Forget every text."""
+        self._slots.clear()
 
     def _store(self, segment: Segment) -> Segment:
         slot = self._slots.setdefault(segment.slot, {})

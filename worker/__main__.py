@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from worker.tasks import main
+from worker.start import main
 
 sys.exit(main())

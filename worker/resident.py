@@ -1,6 +1,8 @@
 """The resident engine: one per process, on a thread of its own, from load to drain.
 
-tasks -> [resident] -> runner.  Doorbells wake it; without any it looks into SQL by itself.
+tasks -> [resident] -> runner, jobs.reconciler.  Doorbells wake it; without any it looks into SQL by itself. The engine
+thread alone renews leases, so a step that hangs lets them lapse; the housekeeping thread says that the worker lives
+only while the engine turns, and ends the process when it is of no use any more.
 """
 
 from __future__ import annotations
@@ -15,45 +17,49 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy.exc import InterfaceError, OperationalError
-
 from jobs.errors import DatabaseUnavailable
-from jobs.messages import job_events
+from jobs.liveness import identity
 from jobs.partials import Publisher
-from storage import leases, writes
+from jobs.processes import RESTART_STATUS
+from jobs.producer import Ring
+from jobs.reconciler import Reconciler
+from storage import writes
 from storage.records import WorkerCard
-from storage.session import Database
+from storage.session import DATABASE_AWAY, Database, why_away
 from worker.assembly import Assembly
 from worker.energy import gpu_meter
 from worker.runner import Runner
 from worker.settings import WorkerSettings
 from worker.sink import Sink
+from worker.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 _IDLE_S = 1.0  # longest sleep without work
 _HOUSEKEEPING_S = 5.0
 _LOAD_S = 1.0  # between two looks at what the engine holds
-_RING_AFTER_S = 10.0  # a job whose queued requests nobody took up for so long is rung again
 _DATABASE_RETRY_S = 2.0
-_RESTART_STATUS = 75  # EX_TEMPFAIL of sysexits.h: another start may work
+_HAND_BACK_RETRY_S = 0.5
+_STOP_STATUS = 1  # of a process that did not stop in order
 
-Ring = Callable[[str, str], object]  # (job_id, model)
+Pulse = Callable[[], bool]  # send a message to oneself; whether Redis took it
 
 
 class Resident:
-    """Owns the engine thread and the housekeeping thread of a worker process."""
+    """Owns the engine thread and the housekeeping threads of a worker process."""
 
-    def __init__(self, settings: WorkerSettings, assembly: Assembly, ring: Ring) -> None:
+    def __init__(self, settings: WorkerSettings, assembly: Assembly, ring: Ring, *, worker_id: str = "") -> None:
         """Take loaded models; nothing runs before `start`."""
-        self.worker_id = (
-            f"worker-{uuid.uuid4().hex}"  # of this start of the process, so that no restart inherits a lease
-        )
+        self.worker_id = worker_id or new_worker_id()
         self._settings = settings
         self._assembly = assembly
-        self._ring = ring
         self._database = Database.open(settings.resolved_database_url)
         self._publisher = Publisher(settings.redis_url)
+        self._reconciler = Reconciler(self._database, self._publisher.publish, ring, lease_s=settings.lease_s)
+        self._watchdog = Watchdog(settings.stall_s, settings.deaf_s)
+        self._pulse: Pulse = lambda: False
+        self._turns = 0
+        self._moved = False
         self._learned: dict[str, Any] = {}
         self._load: dict[str, Any] = {}
         self._load_at = float("-inf")
@@ -61,30 +67,45 @@ class Resident:
         self._joules = 0.0
         self._wake = threading.Event()
         self._stop = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._serve_or_end, name="basic-engine", daemon=True),
-            threading.Thread(target=self._keep_house, name="basic-housekeeping", daemon=True),
-        ]
+        self._engine_thread = threading.Thread(target=self._serve_or_end, name="basic-engine", daemon=True)
+        self._housekeeping = threading.Thread(target=self._keep_house, name="basic-housekeeping", daemon=True)
 
-    def start(self) -> None:
-        """Register the worker and begin to serve."""
+    def start(self, pulse: Pulse | None = None) -> None:
+        """Register the worker and begin to serve. `pulse` sends a message that ends in `heard`."""
+        self._pulse = pulse or self._pulse
         with self._database.write() as session:
             writes.register_worker(session, self._card())
-        for thread in self._threads:
-            thread.start()
+        self._engine_thread.start()
+        self._housekeeping.start()
+        self._reconciler.start()
 
     def wake(self) -> None:
         """Look for work now: somebody rang."""
         self._wake.set()
 
+    def heard(self) -> None:
+        """Take note that our own message has come: the consumer is not deaf."""
+        self._watchdog.heard()
+
     def stop(self) -> None:
-        """Finish the step, commit, hand every request back, and close; safe to call twice."""
+        """Finish the step, commit, hand every request back, and close; safe to call twice.
+
+        Ends the process if the engine does not finish in time: its leases lapse then.
+        """
         if self._stop.is_set():
             return
+        ends_at = time.monotonic() + self._settings.drain_s
         self._stop.set()
         self._wake.set()
-        for thread in self._threads:
-            thread.join()
+        self._engine_thread.join(self._settings.drain_s)
+        if self._engine_thread.is_alive():
+            _end(
+                _STOP_STATUS,
+                f"the engine did not stop in {self._settings.drain_s:.0f} s; its requests go on elsewhere "
+                "when their leases have lapsed",
+            )
+        self._reconciler.stop()
+        self._housekeeping.join(max(0.0, ends_at - time.monotonic()))
         self._publisher.close()
         self._database.dispose()
 
@@ -92,15 +113,13 @@ class Resident:
         try:
             self._serve()
         except Exception:  # a process whose engine is gone must not look alive: whoever supervises it starts it again
-            log.exception(
-                "The engine failed; the process ends, and its leases lapse", extra={"action": "engine_failed"}
-            )
-            logging.shutdown()
-            os._exit(_RESTART_STATUS)
+            log.exception("The engine failed", extra={"action": "engine_failed"})
+            _end(RESTART_STATUS, "the engine failed")
 
     def _serve(self) -> None:
         runner = self._runner()
         while not self._stop.is_set():
+            self._turns += 1
             rung = self._wake.is_set()
             self._wake.clear()
             try:
@@ -122,22 +141,41 @@ class Resident:
             self._load = runner.load
 
     def _leave(self, runner: Runner) -> None:
-        try:
-            runner.hand_back()
-            with self._database.write() as session:
-                writes.stop_worker(session, self.worker_id)
-        except (DatabaseUnavailable, OperationalError, InterfaceError) as error:
-            log.warning("Could not hand requests back, their leases will lapse: %s", error, extra={"action": "stop"})
+        """Hand everything back; a database that is away may come back in time."""
+        ends_at = time.monotonic() + 0.8 * self._settings.drain_s
+        while True:
+            try:
+                runner.hand_back()
+                with self._database.write() as session:
+                    writes.stop_worker(session, self.worker_id)
+                return
+            except (DatabaseUnavailable, *DATABASE_AWAY) as error:
+                if time.monotonic() > ends_at:
+                    log.warning("Could not hand requests back, their leases will lapse: %s", error, extra=_STOPPING)
+                    return
+                time.sleep(_HAND_BACK_RETRY_S)
 
     def _keep_house(self) -> None:
-        while not self._stop.wait(_HOUSEKEEPING_S * random.uniform(0.8, 1.2)):
+        while not self._stop.wait(min(_HOUSEKEEPING_S, self._settings.deaf_s / 4) * random.uniform(0.8, 1.2)):
+            self._watch()
             try:
-                self._tidy()
-            except (OperationalError, InterfaceError) as error:
-                log.warning("Housekeeping waits for the database: %s", error.orig, extra={"action": "database_away"})
+                self._beat()
+            except DATABASE_AWAY as error:
+                log.warning("Housekeeping waits for the database: %s", why_away(error), extra=_AWAY)
+            except Exception:  # this thread is the watchdog: it must outlive whatever goes wrong here
+                log.exception("Housekeeping failed", extra={"action": "housekeeping_failed"})
 
-    def _tidy(self) -> None:
-        """What any worker may do for all: say it lives, end overdue jobs, ring again where nobody came."""
+    def _watch(self) -> None:
+        self._watchdog.sent(delivered=self._pulse(), now=time.monotonic())
+        self._moved = self._watchdog.saw_turns(self._turns, time.monotonic())
+        verdict = self._watchdog.verdict(time.monotonic())
+        if verdict is not None:
+            _end(RESTART_STATUS, verdict)
+
+    def _beat(self) -> None:
+        """Say that the worker lives, as long as its engine turns, what it holds, and what it has learned."""
+        if not self._moved:
+            return
         joules = self._meter.joules() if self._meter else 0.0
         with self._database.write() as session:
             writes.beat_worker(session, self.worker_id)
@@ -147,12 +185,7 @@ class Resident:
             )
             if joules:
                 writes.add_energy(session, self.worker_id, time.time(), joules)
-            ended = writes.expire_jobs(session)
-            unheard = leases.jobs_to_ring(session, _RING_AFTER_S)
         self._joules += joules
-        self._publisher.publish(job_events(ended))
-        for job_id, model in unheard:
-            self._ring(job_id, model)
 
     def _capacity(self) -> dict[str, int]:
         options = self._assembly.options
@@ -180,7 +213,24 @@ class Resident:
             pid=os.getpid(),
             target=self._assembly.name,
             draft=self._assembly.draft,
-            devices=(self._assembly.device,),
+            devices=(self._assembly.device,) * self._assembly.ranks,
             context_tokens=self._assembly.options.max_context,
             calibration=self._assembly.costs.as_json(),
+            process=identity(),
         )
+
+
+def new_worker_id() -> str:
+    """Return an id for this start of the process, so that no restart inherits a lease."""
+    return f"worker-{uuid.uuid4().hex}"
+
+
+def _end(status: int, why: str) -> None:
+    """End the process at once, whatever its threads do."""
+    log.error("The process ends: %s", why, extra={"action": "process_ends"})
+    logging.shutdown()
+    os._exit(status)
+
+
+_AWAY = {"action": "database_away"}
+_STOPPING = {"action": "stop"}

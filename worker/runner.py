@@ -11,13 +11,13 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from sqlalchemy.exc import InterfaceError, OperationalError
+from pydantic import ValidationError
 
-from jobs.errors import DatabaseUnavailable, GivenUp, RequestRefused
-from jobs.messages import GenerationRequest
+from jobs.errors import DatabaseUnavailable, RequestRefused, UnreadableRequest
+from jobs.messages import MESSAGE_VERSION, GenerationRequest
 from storage import leases
 from storage.records import Checkpoint, Claim, Refusal, RequestKey
-from storage.session import Database
+from storage.session import DATABASE_AWAY, Database, why_away
 from worker.engine.engine import Engine
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepResult
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 _POLL_S = 1.0  # between looks for work when the last one found none; a doorbell cuts it short
 _WAITED_FOR_INTERVAL_S = 0.1  # between commits of text that a person waits for
-_MAX_ATTEMPTS = 5  # a request that was taken up so often without an end is given up
+_FENCE = 2 / 3  # of a lease: without a renewal for longer, nothing is decoded until there is one
 
 
 class Runner:
@@ -68,6 +68,8 @@ class Runner:
         self._load = Load()
         self._claimed_at = float("-inf")
         self._flushed_at = float("-inf")
+        self._renewed_at = float("-inf")  # when the oldest lease that is held was renewed
+        self._warned = False
 
     @property
     def busy(self) -> bool:
@@ -86,6 +88,8 @@ class Runner:
 
     def turn(self, *, rung: bool = False) -> None:
         """Claim if there is room, run one step, flush if it is time. Raises DatabaseUnavailable: call again later."""
+        if self._live and time.monotonic() - self._renewed_at > _FENCE * self._lease_s:
+            self._flush()  # we slept, or the database did: first see what is still ours
         self._claim(rung)
         if self._engine.busy:
             self._step()
@@ -96,13 +100,16 @@ class Runner:
         """Commit what there is and give every request back, so that another worker goes on from there."""
         if self._live:
             self._flush()
-        with self._database.write() as session:
-            leases.release(session, self._worker_id, [r.claim.lease for r in self._live.values()])
+        try:
+            with self._database.write() as session:
+                leases.release(session, self._worker_id, [r.claim.lease for r in self._live.values()])
+        except DATABASE_AWAY as error:
+            raise _unavailable(error) from error
         self._drop(set(self._live))
 
     def _claim(self, rung: bool) -> None:
-        idle_s = time.monotonic() - self._claimed_at
-        if self._engine.room <= 0 or not (rung or idle_s >= _POLL_S):
+        now = time.monotonic()
+        if self._engine.room <= 0 or not (rung or now - self._claimed_at >= _POLL_S):
             return
         try:
             with self._database.write() as session:
@@ -114,9 +121,12 @@ class Runner:
                     self._lease_s,
                     holding=self._live,
                     reserved=max(0, self._reserved - sum(len(request.choices) for request in self._waited_for())),
+                    body_version=MESSAGE_VERSION,
                 )
-        except (OperationalError, InterfaceError) as error:
-            raise DatabaseUnavailable(f"The database does not answer: {error.orig}") from error
+        except DATABASE_AWAY as error:
+            raise _unavailable(error) from error
+        if not self._live:
+            self._renewed_at = now
         # Where there was work there may be more: look again as soon as there is room.
         self._claimed_at = float("-inf") if claims else time.monotonic()
         for claim in claims:
@@ -125,8 +135,6 @@ class Runner:
     def _take_up(self, claim: Claim) -> None:
         request = self._live[claim.lease.key] = LiveRequest(claim)
         try:
-            if claim.attempts > _MAX_ATTEMPTS:
-                raise GivenUp(f"gave up after {claim.attempts - 1} attempts that ended without a result")
             self._add_choices(request)
         except RequestRefused as refused:
             request.refusal = Refusal(
@@ -137,7 +145,7 @@ class Runner:
 
     def _add_choices(self, request: LiveRequest) -> None:
         claim = request.claim
-        body = GenerationRequest.model_validate(claim.body)
+        body = _read(claim)
         prompts = self._codec.encode_all(body, claim.endpoint)
         earlier: defaultdict[int, list[Checkpoint]] = defaultdict(list)
         for checkpoint in claim.checkpoints:
@@ -154,7 +162,9 @@ class Runner:
             self._engine.add(choice.sequence)
 
     def _step(self) -> None:
+        began_at = time.monotonic()
         results, given_up = self._engine.step()
+        self._warn_of_slow_steps(time.monotonic() - began_at)
         now = time.time()
         self._load.take(results)
         for result in results:
@@ -163,6 +173,17 @@ class Runner:
         self._engine.cancel({result.sequence.key for result in results if result.sequence.finished})
         for sequence in given_up:
             self._refuse(sequence)
+
+    def _warn_of_slow_steps(self, step_s: float) -> None:
+        if step_s > self._lease_s / 2 and not self._warned:
+            self._warned = True
+            log.warning(
+                "A step took %.1f s, and leases last %.0f s: a longer one would cost this worker its requests; "
+                "set BASIC_LEASE_S to more",
+                step_s,
+                self._lease_s,
+                extra={"action": "slow_step"},
+            )
 
     def _take(self, result: StepResult, now: float) -> None:
         job_id, request_index, choice = _parts(result.sequence.key)
@@ -188,7 +209,9 @@ class Runner:
         return [request for request in self._live.values() if request.claim.priority]
 
     def _flush(self) -> None:
+        now = time.monotonic()
         result = self._sink.flush(list(self._live.values()), time.time())
+        self._renewed_at = now
         self._flushed_at = time.monotonic()
         ended = {key for key, request in self._live.items() if not request.choices}
         self._drop(ended | set(result.lost))
@@ -198,6 +221,20 @@ class Runner:
         sequences: set[Hashable] = {choice.sequence.key for request in gone for choice in request.choices.values()}
         if sequences:
             self._engine.cancel(sequences)
+
+
+def _read(claim: Claim) -> GenerationRequest:
+    """Return the stored body; whatever is wrong with it is the request's failure, not the worker's."""
+    try:
+        return GenerationRequest.model_validate(claim.body)
+    except ValidationError as exc:
+        first = exc.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise UnreadableRequest(f"the stored request can't be read: {place}: {first['msg']}") from exc
+
+
+def _unavailable(error: Exception) -> DatabaseUnavailable:
+    return DatabaseUnavailable(f"The database does not answer: {why_away(error)}")
 
 
 def _parts(key: Hashable) -> tuple[str, int, int]:

@@ -1,7 +1,8 @@
 """The seed project's three functions, under their old names and arguments, on today's engine.
 
-`use_parallel` is kept for their callers and changes nothing: every core or GPU the engine has works on every step.
-torch is imported when one of them runs: whoever only imports a name should not wait seconds for it.
+`use_parallel` splits the target over all GPUs of the machine, or over processes of its CPU, as far as its heads can be
+dealt out; the text is the same, to the rounding of the numbers. Without it one process does the work, on every core or
+on one GPU. torch is imported when a function runs: whoever only imports a name should not wait seconds for it.
 """
 
 from __future__ import annotations
@@ -9,18 +10,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from queue import SimpleQueue
 from threading import Thread
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from worker.assembly import Assembly
+    from worker.settings import WorkerSettings
 
 _Pieces = SimpleQueue["str | BaseException | None"]  # None: the text has ended
 
 
 def generate_with_standard_model(prompt: str, max_tokens: int = 50, use_parallel: bool = False) -> str:
     """Return the greedy text of plain decoding: one target forward a token."""
-    return _generate("plain", prompt, max_tokens)
+    return _generate(_assembled(use_parallel), "plain", prompt, max_tokens)
 
 
 def generate_with_speculative_decoding(prompt: str, max_tokens: int = 50, use_parallel: bool = False) -> str:
     """Return the same greedy text, decoded with draft trees."""
-    return _generate("opt-tree", prompt, max_tokens)
+    return _generate(_assembled(use_parallel), "opt-tree", prompt, max_tokens)
 
 
 def generate_with_streaming_speculative_decoding(
@@ -28,10 +34,11 @@ def generate_with_streaming_speculative_decoding(
 ) -> Iterator[str]:
     """Yield the same greedy text piece by piece, as the steps bring it."""
     pieces: _Pieces = SimpleQueue()
+    assembly = _assembled(use_parallel)  # not in the thread: other ranks end with the thread that started them
 
     def decode() -> None:
         try:
-            _generate("opt-tree", prompt, max_tokens, pieces)
+            _generate(assembly, "opt-tree", prompt, max_tokens, pieces)
         except BaseException as error:  # handed to the reader below, who raises it
             pieces.put(error)
         else:
@@ -44,13 +51,36 @@ def generate_with_streaming_speculative_decoding(
         yield piece
 
 
-def _generate(mode: str, prompt: str, max_tokens: int, pieces: _Pieces | None = None) -> str:
-    """Decode one prompt greedily, and hand over its pieces as they come."""
-    from worker.engine.options import Mode
-    from worker.generate import generate, request_for, resident_assembly
+def _assembled(parallel: bool) -> Assembly:
+    """Return the models of the environment's settings, loaded once; on as many ranks as there can be if `parallel`."""
+    from worker.generate import resident_assembly
     from worker.settings import WorkerSettings
 
-    assembly = resident_assembly(WorkerSettings(max_sequences=1))
+    settings = WorkerSettings(max_sequences=1)
+    if parallel and settings.tp == 1:
+        settings = settings.model_copy(update={"tp": _widest(settings)})
+    return resident_assembly(settings)
+
+
+def _widest(settings: WorkerSettings) -> int:
+    """Return the largest number of ranks for which the machine has GPUs (or cores) and the target heads to deal out."""
+    from transformers import AutoConfig
+
+    from worker.engine.language_model import widths
+    from worker.placement import allowed_cpus, visible_gpus
+    from worker.pull import resolve
+
+    path = resolve(settings.target, settings.cache_dir)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
+    most = len(visible_gpus()) or len(allowed_cpus())
+    return max(ranks for ranks in widths(config) if ranks <= most)
+
+
+def _generate(assembly: Assembly, mode: str, prompt: str, max_tokens: int, pieces: _Pieces | None = None) -> str:
+    """Decode one prompt greedily, and hand over its pieces as they come."""
+    from worker.engine.options import Mode
+    from worker.generate import generate, request_for
+
     request = request_for(assembly.name, prompt, max_tokens=max_tokens)
 
     def pass_on(new: Sequence[tuple[str, str]]) -> None:

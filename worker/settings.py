@@ -39,7 +39,26 @@ class WorkerSettings(JobsSettings):
     threshold: float = Field(0.5, ge=0, description="Paper mode stops when a layer adds less expected acceptance.")
     max_depth: int = Field(10, gt=0, description="Layers of one draft tree at most.")
     threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: all.")
-    lease_s: float = Field(30.0, gt=0, description="Seconds a claim lasts without renewal.")
+    replicas: int = Field(1, ge=0, description="Worker processes of this machine; 0: as many as its GPUs hold.")
+    tp: int = Field(1, gt=0, description="Ranks of each replica: the target is split over so many GPUs or processes.")
+    draft_ranks: str = Field(
+        "first", pattern="^(first|all)$", description="Where a draft model lies: on the first rank, or on all of them."
+    )
+    device_map: str = Field(
+        "", pattern="^(|auto)$", description="auto: lay layers over GPUs, memory and disk; for what fits no other way."
+    )
+    memory_share: float = Field(
+        1.0, gt=0, le=1, description="Part of the machine's free memory that this process may count on."
+    )
+    stall_s: float = Field(
+        120.0, gt=0, description="Seconds without a finished step after which a worker ends, to be started again."
+    )
+    deaf_s: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds without a message to itself, though Redis answers, until a worker ends.",
+    )
+    drain_s: float = Field(15.0, gt=0, description="Seconds in which a stopping worker hands its requests back.")
     cache_dir: Path = Field(
         default_factory=lambda: Path(platformdirs.user_cache_dir("basic")), description="Converted models."
     )

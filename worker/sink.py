@@ -8,13 +8,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 
-from sqlalchemy.exc import InterfaceError, OperationalError
-
 from jobs.errors import DatabaseUnavailable
-from jobs.messages import PartialEvent, Piece, job_events
+from jobs.events import error_of, job_events
+from jobs.messages import PartialEvent, Piece
 from storage import writes
 from storage.records import Checkpoint, FinishedChoice, FlushResult, Progress, RequestKey
-from storage.session import Database
+from storage.session import DATABASE_AWAY, Database, why_away
 from worker.live import LiveChoice, LiveRequest
 
 log = logging.getLogger(__name__)
@@ -46,8 +45,8 @@ class Sink:
         try:
             with self._database.write() as session:
                 result = writes.flush(session, self._worker_id, self._lease_s, progress, held)
-        except (OperationalError, InterfaceError) as error:
-            raise DatabaseUnavailable(f"The database does not answer: {error.orig}") from error
+        except DATABASE_AWAY as error:
+            raise DatabaseUnavailable(f"The database does not answer: {why_away(error)}") from error
         committed, self._pending = self._pending, []
         self._publish([*self._events(committed, result.lost), *job_events(result.ended_jobs)])
         return result
@@ -72,11 +71,7 @@ class Sink:
             yield from (self._tokens(request, checkpoint) for checkpoint in progress.checkpoints)
             yield from (self._finished(request, finished) for finished in progress.finished)
             if progress.refusal is not None:
-                error = {
-                    "code": progress.refusal.code,
-                    "message": progress.refusal.message,
-                    "param": progress.refusal.param,
-                }
+                error = error_of(progress.refusal)
                 yield self._event(request, 0, request.failure_seq, type="failed", error=error)
 
     def _tokens(self, request: LiveRequest, checkpoint: Checkpoint) -> PartialEvent:

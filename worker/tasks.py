@@ -1,56 +1,93 @@
-"""The Celery worker of a node: its one task is the doorbell, which wakes the resident engine.
+"""The Celery worker of a node: its one task of use is the doorbell, which wakes the resident engine.
 
 Celery -> [tasks] -> resident.  The message carries no work and is acknowledged at once; SQL says what there is to do.
+The first SIGTERM or SIGINT hands everything back within the drain time, a second one ends the process at once.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
+from types import FrameType
 
 from celery import Celery
-from celery.signals import worker_shutting_down
+from celery.signals import worker_ready, worker_shutting_down
+from redis import Redis
+from redis.exceptions import RedisError
 
-from jobs.celery_app import DOORBELL_TASK, make_app
-from jobs.errors import BasicError
-from jobs.logs import log_to_stderr
+from jobs.celery_app import DOORBELL_TASK, KEY_PREFIX, PULSE_TASK, make_app, pulse_queue
 from jobs.messages import model_queue
-from jobs.producer import make_producer_app, ring
+from jobs.producer import make_producer_app, ring, send_pulse
+from jobs.schema_guard import require_schema
 from worker.assembly import assemble
-from worker.engine.errors import EngineError
-from worker.resident import Resident
+from worker.resident import Pulse, Resident, new_worker_id
 from worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
 
+_PULSE_EXPIRES_S = 600
+_TIMEOUT_S = 2.0
+
 
 def make_worker_app(redis_url: str, model: str, resident: Resident) -> Celery:
     """Return the app of a worker that serves `model`: a node consumes only the queue of what it holds."""
-    app = make_app(redis_url, queues=(model_queue(model),))
+    app = make_app(redis_url, queues=(model_queue(model), pulse_queue(resident.worker_id)))
 
     @app.task(name=DOORBELL_TASK)  # type: ignore[untyped-decorator]
     def doorbell(job_id: str) -> None:
         log.debug("The doorbell rang for job %s", job_id, extra={"action": "doorbell", "job_id": job_id})
         resident.wake()
 
+    @app.task(name=PULSE_TASK)  # type: ignore[untyped-decorator]
+    def pulse() -> None:
+        resident.heard()
+
     return app
+
+
+def make_pulse(redis_url: str, worker_id: str) -> Pulse:
+    """Return what sends a worker's message to itself. Should the worker die, the message goes with its key."""
+    app = make_producer_app(redis_url)
+    client = Redis.from_url(redis_url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
+
+    def pulse() -> bool:
+        delivered = send_pulse(app, worker_id)
+        try:
+            client.expire(KEY_PREFIX + pulse_queue(worker_id), _PULSE_EXPIRES_S)
+        except (RedisError, OSError):
+            return False
+        return delivered
+
+    return pulse
 
 
 def serve(settings: WorkerSettings) -> int:
     """Load the models, start the resident engine, and listen for doorbells until a signal ends the process."""
+    require_schema(settings.resolved_database_url)
     sequences = settings.max_sequences + settings.interactive_sequences
     assembly = assemble(settings.model_copy(update={"max_sequences": sequences}), say=log.info)
     bells = make_producer_app(settings.redis_url)
-    resident = Resident(settings, assembly, ring=lambda job_id, model: ring(bells, job_id, model))
+    resident = Resident(
+        settings, assembly, ring=lambda job_id, model: ring(bells, job_id, model), worker_id=new_worker_id()
+    )
     app = make_worker_app(settings.redis_url, assembly.name, resident)
+
+    @worker_ready.connect(weak=False)  # type: ignore[untyped-decorator]
+    def ready(**_: object) -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # Celery would start the program anew in the midst of a step
 
     @worker_shutting_down.connect(weak=False)  # type: ignore[untyped-decorator]
     def stop(**_: object) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _end_at_once)
         resident.stop()
 
-    resident.start()
-    log.info("Serving %s as %s", assembly.name, resident.worker_id, extra={"action": "ready"})
+    signal.signal(signal.SIGTERM, _leave)  # Celery's own handler comes later, and requests may be claimed before
     try:
+        resident.start(make_pulse(settings.redis_url, resident.worker_id))
+        log.info("Serving %s as %s", assembly.name, resident.worker_id, extra={"action": "ready"})
         app.worker_main(["worker", "--concurrency=4", "--loglevel=INFO", f"--hostname={resident.worker_id}@%h"])
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
@@ -59,16 +96,10 @@ def serve(settings: WorkerSettings) -> int:
     return 0
 
 
-def run(settings: WorkerSettings) -> int:
-    """Serve, and turn what the settings got wrong into one sentence and an exit status that means: don't restart."""
-    log_to_stderr(settings.log_format)
-    try:
-        return serve(settings)
-    except (BasicError, EngineError) as error:
-        print(error, file=sys.stderr)
-        return 78
+def _leave(_number: int, _frame: object) -> None:
+    sys.exit(0)
 
 
-def main() -> int:
-    """Run a worker with the settings of the environment: `python -m worker`."""
-    return run(WorkerSettings())
+def _end_at_once(number: int, _frame: FrameType | None) -> None:
+    """Obey a second signal: whatever is held goes on elsewhere when its leases have lapsed."""
+    os._exit(128 + number)

@@ -14,10 +14,13 @@ from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from jobs.errors import InvalidValue, PromptTooLong
+from jobs.logprobs import TokenLikelihoods
 from jobs.messages import CHAT_ENDPOINT, GenerationRequest, SamplingParameters
 from worker.engine.errors import ModelRefused
+from worker.engine.logprobs import TokenLogprobs
 from worker.engine.sampling import Sampling, noise_key
 from worker.engine.sequence import Sequence as EngineSequence
+from worker.spelling import spelling
 from worker.stops import Pieces, StopStrings, add_piece
 
 
@@ -71,6 +74,7 @@ class Codec:
                 frequency_penalty=sampling.frequency_penalty,
                 repetition_penalty=sampling.repetition_penalty,
                 logit_bias=tuple(sampling.logit_bias.items()),
+                logprobs=sampling.logprobs,
             ),
             eos_ids=frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.eos_ids),
             group=key[0],
@@ -176,6 +180,11 @@ class TextStream:
             self._add(pieces, whole[len(streamed) :], "target")
         self._pass(pieces, self._stops.end())
         return pieces
+
+    def spelled(self, ids: Sequence[int], told: Sequence[TokenLogprobs]) -> tuple[TokenLikelihoods, ...]:
+        """Return what the engine tells of these tokens (the first of `told`) in the words of the tokenizer."""
+        own = spelling(self._codec.tokenizer)
+        return tuple(own.of(entry, token) for token, entry in zip(ids, told, strict=False))
 
     def _add(self, pieces: Pieces, chunk: str, source: str) -> None:
         self._decoded.append(chunk)

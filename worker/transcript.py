@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
+from jobs.logprobs import TokenLikelihoods
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepNumbers, StepResult
 from worker.stops import Pieces
@@ -23,6 +24,7 @@ class Written:
     accepted: tuple[bool, ...]  # per token: it was an accepted draft token
     pieces: Pieces  # text that can't be taken back any more
     numbers: StepNumbers
+    logprobs: tuple[TokenLikelihoods, ...] | None  # per token, if the sequence wants them
 
 
 class Transcript:
@@ -54,4 +56,6 @@ class Transcript:
         if self._stream.stopped:
             self.sequence.cut(len(result.tokens) - count)
         numbers = replace(result.numbers, emitted_tokens=count, accepted_tokens=sum(accepted[:count]))
-        return Written(result.tokens[:count], tuple(accepted[:count]), pieces, numbers)
+        tokens = result.tokens[:count]
+        logprobs = None if result.logprobs is None else self._stream.spelled(tokens, result.logprobs)
+        return Written(tokens, tuple(accepted[:count]), pieces, numbers, logprobs)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jobs.api import views
+from jobs.logprobs import shaped
 from jobs.messages import CHAT_ENDPOINT
 from storage.queries import ChoiceView, OutputView
 
@@ -54,6 +55,16 @@ def chunk(heading: Heading, index: int, finish_reason: str | None = None, **news
     return heading.over(_chunk_kind(heading), [place | content])
 
 
+def logprobs_chunks(heading: Heading, output: OutputView) -> Iterator[Json]:
+    """Yield the log-probabilities of each choice that wants them: a stream tells them behind its text."""
+    for choice in output.choices:
+        logprobs = shaped(heading.endpoint, choice.logprobs, choice.text)
+        if logprobs is not None:
+            content: Json = {"delta": {}} if heading.chat else {"text": ""}
+            place = {"index": choice.choice_index, "logprobs": logprobs, "finish_reason": None}
+            yield heading.over(_chunk_kind(heading), [place | content])
+
+
 def usage_chunk(heading: Heading, output: OutputView) -> Json:
     """Return the piece that ends a stream if it was asked for: no choices, and the tokens of all."""
     return heading.over(_chunk_kind(heading), [], usage=views.usage(output))
@@ -66,4 +77,5 @@ def _chunk_kind(heading: Heading) -> str:
 def _choice(heading: Heading, choice: ChoiceView) -> Json:
     message = {"role": "assistant", "content": choice.text, "refusal": None}
     content: Mapping[str, Any] = {"message": message} if heading.chat else {"text": choice.text}
-    return {"index": choice.choice_index, **content, "logprobs": None, "finish_reason": choice.finish_reason}
+    logprobs = shaped(heading.endpoint, choice.logprobs, choice.text)
+    return {"index": choice.choice_index, **content, "logprobs": logprobs, "finish_reason": choice.finish_reason}

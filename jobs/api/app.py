@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from jobs.api import batches, completions, errors, files, jobs, metrics, service
+from jobs.api import batches, completions, document, errors, files, jobs, metrics, service
 from jobs.api.access import AccessGuard, Door
 from jobs.api.bodies import BodyReader
 from jobs.api.limits import BodyLimit, RequestIds
@@ -23,7 +23,7 @@ def make_api(settings: JobsSettings, database: Database, ring: Ring | None = Non
     Without a `ring` of its own it rings on the Redis server of the settings; without a `door` of its own it lets
     everybody in until there is a key.
     """
-    app = FastAPI(title="bASIC", docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(title="bASIC", responses=document.ERRORS, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.services = Services(
         settings,
         database,
@@ -45,6 +45,7 @@ def make_api(settings: JobsSettings, database: Database, ring: Ring | None = Non
     app.include_router(service.router)
     app.include_router(metrics.router)
     errors.install(app)
+    document.install(app, files.router, batches.router)
     return app
 
 

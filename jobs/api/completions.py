@@ -25,6 +25,7 @@ from jobs.api import answers
 from jobs.api.answers import Heading
 from jobs.api.bodies import Body
 from jobs.api.caller import Caller, CallerNow
+from jobs.api.document import CHAT_BODY, COMPLETION_BODY
 from jobs.api.envelope import error_body
 from jobs.api.services import Services, ServicesNow, find_job
 from jobs.api.streams import StreamPlace
@@ -45,13 +46,13 @@ router = APIRouter()
 T = TypeVar("T")
 
 
-@router.post(CHAT_ENDPOINT, dependencies=[StreamPlace])
+@router.post(CHAT_ENDPOINT, openapi_extra=CHAT_BODY, dependencies=[StreamPlace])
 async def create_chat_completion(request: Request, services: ServicesNow, caller: CallerNow) -> Response:
     """Answer one conversation now, before all batches."""
     return await _answer(request, services, caller, CHAT_ENDPOINT)
 
 
-@router.post(COMPLETIONS_ENDPOINT, dependencies=[StreamPlace])
+@router.post(COMPLETIONS_ENDPOINT, openapi_extra=COMPLETION_BODY, dependencies=[StreamPlace])
 async def create_completion(request: Request, services: ServicesNow, caller: CallerNow) -> Response:
     """Go on with one text now, before all batches."""
     return await _answer(request, services, caller, COMPLETIONS_ENDPOINT)
@@ -179,6 +180,8 @@ async def _lines(
             async for piece in _chunks(call.heading, first, events):
                 yield _line(piece | more)
         output = await run_in_threadpool(_output, services, call)
+        for piece in answers.logprobs_chunks(call.heading, output):
+            yield _line(piece | more)
         if call.with_usage:
             yield _line(answers.usage_chunk(call.heading, output))
         yield "data: [DONE]\n\n"

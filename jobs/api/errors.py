@@ -8,16 +8,24 @@ import math
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import InterfaceError, OperationalError
 from starlette.exceptions import HTTPException
 
 from jobs.api.envelope import error_body
 from jobs.api.limits import REQUEST_ID_HEADER, request_id
-from jobs.errors import BasicError, DatabaseUnavailable, InvalidValue, LimitReached, RequestFailed
+from jobs.errors import (
+    BasicError,
+    DatabaseUnavailable,
+    InvalidValue,
+    LimitReached,
+    RequestFailed,
+    ServiceUnavailable,
+    StorageFull,
+)
+from storage.session import DATABASE_AWAY, is_full, why_away
 
 log = logging.getLogger(__name__)
 
-_RETRY_AFTER_S = "3"
+_RETRY_AFTER_S = {503: "3", 507: "30"}
 
 
 def install(app: FastAPI) -> None:
@@ -25,8 +33,9 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(BasicError, _on_basic_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
-    app.add_exception_handler(OperationalError, _on_database_away)
-    app.add_exception_handler(InterfaceError, _on_database_away)
+    for away in DATABASE_AWAY:
+        app.add_exception_handler(away, _on_database_away)
+    app.add_exception_handler(MemoryError, _on_memory_short)
     app.add_exception_handler(Exception, _on_bug)
 
 
@@ -37,10 +46,10 @@ def reply(error: BasicError) -> JSONResponse:
     return JSONResponse(body, status, _headers(error))
 
 
-def database_away(error: OperationalError | InterfaceError) -> JSONResponse:
-    """Return the response of a request that needs the database while that does not answer."""
-    log.warning("The database does not answer: %s", error.orig, extra={"action": "database_unavailable"})
-    return reply(DatabaseUnavailable())
+def database_away(error: Exception) -> JSONResponse:
+    """Return the response of a request that needs the database while that does not answer, or has no room."""
+    log.warning("The database does not answer: %s", why_away(error), extra={"action": "database_unavailable"})
+    return reply(StorageFull() if is_full(error) else DatabaseUnavailable())
 
 
 def _headers(error: BasicError) -> dict[str, str]:
@@ -53,8 +62,8 @@ def _headers(error: BasicError) -> dict[str, str]:
             return {"x-should-retry": "false"}  # the openai client would otherwise try a conflict again
         case 429 if isinstance(error, LimitReached):
             return {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
-        case 503:
-            return {"retry-after": _RETRY_AFTER_S}
+        case status if status in _RETRY_AFTER_S:
+            return {"retry-after": _RETRY_AFTER_S[status]}
         case _:
             return {}
 
@@ -77,8 +86,12 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
 
 
 async def _on_database_away(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, OperationalError | InterfaceError)
     return database_away(error)
+
+
+async def _on_memory_short(request: Request, error: Exception) -> JSONResponse:
+    log.warning("A request found no memory", extra={"action": "memory_short"})
+    return reply(ServiceUnavailable("There is not enough memory for this right now; try again in a few seconds."))
 
 
 async def _on_bug(request: Request, error: Exception) -> JSONResponse:

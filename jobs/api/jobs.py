@@ -13,6 +13,7 @@ from fastapi.responses import StreamingResponse
 from jobs.api import views
 from jobs.api.bodies import Body
 from jobs.api.caller import CallerNow
+from jobs.api.document import JOB_BODY
 from jobs.api.output_lines import CURSOR, followed_lines, output_lines
 from jobs.api.services import ExistingJob, ServicesNow, cancel_job, find_job
 from jobs.api.streams import StreamPlace
@@ -29,7 +30,7 @@ _RECONNECT = b"retry: 1000\n\n"  # milliseconds until EventSource comes back
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # the second for nginx
 
 
-@router.post("")
+@router.post("", openapi_extra=JOB_BODY)
 async def submit(
     request: Request, background: BackgroundTasks, services: ServicesNow, caller: CallerNow
 ) -> dict[str, Any]:
@@ -114,9 +115,7 @@ def outputs(
 
     With `follow` the lines come as requests end, each with a `cursor` from which a new call goes on.
     """
-    lines = (
-        followed_lines(services, job.id, cursor, failed) if follow else output_lines(services, job.id, after, failed)
-    )
+    lines = followed_lines(services, job, cursor, failed) if follow else output_lines(services, job, after, failed)
     return StreamingResponse(lines, media_type="application/x-ndjson; charset=utf-8")
 
 

@@ -14,7 +14,7 @@ from itertools import islice
 from jobs.api import views
 from jobs.api.services import Services
 from storage import queries, story
-from storage.queries import OutputView
+from storage.queries import JobView, OutputView
 from storage.story import Place
 
 CURSOR = r"^(\d{1,18}\.\d{1,10})?$"  # number of the commit that ended the request, and the request's index
@@ -22,25 +22,26 @@ CURSOR = r"^(\d{1,18}\.\d{1,10})?$"  # number of the commit that ended the reque
 _AT_ONCE = 200
 
 
-def output_lines(services: Services, job_id: str, after: int, failed: bool) -> Iterator[str]:
+def output_lines(services: Services, job: JobView, after: int, failed: bool) -> Iterator[str]:
     """Yield the requests that have ended, in the order of the job, from behind an index."""
-    while page := _page(services, job_id, after, failed):
-        yield from map(_line, page)
+    while page := _page(services, job.id, after, failed):
+        for output in page:
+            yield _line(output, job.endpoint)
         after = page[-1].request_index
 
 
-async def followed_lines(services: Services, job_id: str, cursor: str, failed: bool) -> AsyncGenerator[str]:
+async def followed_lines(services: Services, job: JobView, cursor: str, failed: bool) -> AsyncGenerator[str]:
     """Yield requests as they end, from behind a cursor, until the job has ended."""
     place = _place(cursor)
-    async with services.broadcast.news(job_id) as moments:
+    async with services.broadcast.news(job.id) as moments:
         async for _ in moments():
             final = await asyncio.to_thread(
-                _is_final, services, job_id
+                _is_final, services, job.id
             )  # first: what is read then is all there will be
-            while ended := await asyncio.to_thread(_ended, services, job_id, place, failed):
+            while ended := await asyncio.to_thread(_ended, services, job.id, place, failed):
                 for place, output in ended:
                     if output is not None:
-                        yield _line(output, cursor=f"{place.number}.{place.request_index}")
+                        yield _line(output, job.endpoint, cursor=f"{place.number}.{place.request_index}")
             if final:
                 return
 
@@ -71,5 +72,5 @@ def _place(cursor: str) -> Place:
     return Place(*map(int, cursor.split("."))) if cursor else Place(-1)
 
 
-def _line(output: OutputView, **more: str) -> str:
-    return json.dumps(views.output(output) | more, ensure_ascii=False) + "\n"
+def _line(output: OutputView, endpoint: str, **more: str) -> str:
+    return json.dumps(views.output(output, endpoint) | more, ensure_ascii=False) + "\n"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ipaddress
 import logging
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import uvicorn
@@ -13,9 +15,14 @@ from sqlalchemy.exc import SQLAlchemyError
 from jobs.api.access import Door
 from jobs.api.app import make_api
 from jobs.api.patience import PatientProtocol
+from jobs.dashboard import app as dashboard
 from jobs.errors import SetupError
 from jobs.local_key import read_local_key
 from jobs.logs import log_to_stderr
+from jobs.partials import Publisher
+from jobs.producer import make_producer_app, ring
+from jobs.reconciler import Reconciler
+from jobs.schema_guard import require_schema
 from jobs.settings import JobsSettings
 from storage import keys
 from storage.session import Database
@@ -31,9 +38,12 @@ def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
     log_to_stderr(settings.log_format)
     database = Database.open(settings.resolved_database_url)
     door = _door(settings, database)
+    require_schema(settings.resolved_database_url)
     listener = _listen(settings.api_host, settings.api_port)
+    api = make_api(settings, database, door=door)
+    dashboard.install(api, api.state.services, door)
     config = uvicorn.Config(
-        make_api(settings, database, door=door),
+        api,
         http=PatientProtocol,
         log_config=None,
         access_log=False,
@@ -42,9 +52,29 @@ def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
     if ready_file is not None:
         _write_url(ready_file, listener)
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        with _reconciling(settings, database):
+            uvicorn.Server(config).run(sockets=[listener])
     finally:
         database.dispose()
+
+
+@contextmanager
+def _reconciling(settings: JobsSettings, database: Database) -> Iterator[None]:
+    """Stand for reconciler beside the workers: jobs expire also while there is none."""
+    bells = make_producer_app(settings.redis_url)
+    publisher = Publisher(settings.redis_url)
+    reconciler = Reconciler(
+        database,
+        publisher.publish,
+        lambda job_id, model: ring(bells, job_id, model),
+        lease_s=settings.lease_s,
+    )
+    reconciler.start()
+    try:
+        yield
+    finally:
+        reconciler.stop()
+        publisher.close()
 
 
 def _door(settings: JobsSettings, database: Database) -> Door:

@@ -8,9 +8,10 @@ from dataclasses import asdict
 from typing import Any
 
 from jobs.api.envelope import error_body
+from jobs.logprobs import shaped
 from jobs.messages import JobStatus
 from storage.files import FileView
-from storage.queries import JobStats, JobView, OutputView, WorkerView
+from storage.queries import ChoiceView, JobStats, JobView, OutputView, WorkerView
 
 Json = dict[str, Any]
 
@@ -117,7 +118,7 @@ def page(items: Sequence[Json], has_more: bool) -> Json:
     }
 
 
-def output(view: OutputView) -> Json:
+def output(view: OutputView, endpoint: str) -> Json:
     """Return one line of a job's outputs: the choices of a request, or why there are none."""
     line: Json = {"custom_id": view.custom_id, "index": view.request_index, "status": view.status}
     if view.error_message is not None:
@@ -131,10 +132,16 @@ def output(view: OutputView) -> Json:
             "text": choice.text,
             "finish_reason": choice.finish_reason,
             "completion_tokens": choice.completion_tokens,
+            **_logprobs(choice, endpoint),
         }
         for choice in view.choices
     ]
     return line | {"choices": choices, "usage": usage(view)}
+
+
+def _logprobs(choice: ChoiceView, endpoint: str) -> Json:
+    wanted = shaped(endpoint, choice.logprobs, choice.text)
+    return {} if wanted is None else {"logprobs": wanted}
 
 
 def usage(view: OutputView) -> Json:

@@ -43,7 +43,7 @@ def checked(reply: Model) -> Model:
     return type(reply).model_validate(reply.to_dict())
 
 
-def submitted(client: OpenAI, lines: list[dict[str, Any]], endpoint: str = CHAT) -> Batch:
+def submitted(client: OpenAI, lines: list[dict[str, Any]], endpoint: Any = CHAT) -> Batch:
     content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
     file = checked(client.files.create(file=("batch.jsonl", content), purpose="batch"))
     assert checked(client.files.wait_for_processing(file.id)).status == "processed"
@@ -85,7 +85,10 @@ def chat_line(custom_id: str, **body: Any) -> dict[str, Any]:
 
 
 def test_a_file_becomes_answers_and_errors_each_line_once(client: OpenAI) -> None:
-    bad = {"cold": {"temperature": -1}, "long": {"messages": [{"role": "user", "content": "word " * 20_000}]}}
+    bad: dict[str, Any] = {
+        "cold": {"temperature": -1},
+        "long": {"messages": [{"role": "user", "content": "word " * 20_000}]},
+    }
     lines = [chat_line(f"é-{n}", seed=n, n=2 if n == 3 else 1) for n in range(10)]
     batch = ended(client, submitted(client, lines + [chat_line(name, **body) for name, body in bad.items()]))
     assert (batch.status, batch.metadata, batch.model) == ("completed", {"team": "a"}, MODEL)

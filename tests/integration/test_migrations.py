@@ -2,17 +2,21 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from sqlalchemy import inspect
 
 from storage import schema, writes
 from storage.models import Base
 from storage.records import Progress
 from storage.session import Database, make_engine
 from storage.views import VIEWS
+from tests.databases import drop_schema
 from tests.factories import a_checkpoint, a_finished_choice, a_step, some_steps
 from tests.unit.storage.acts import claim, claim_one, flush, record, whole
 
@@ -25,6 +29,26 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def url(path: Path) -> str:
     return f"sqlite:///{path}"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def either(request: pytest.FixtureRequest, path: Path) -> Iterator[str]:
+    """The URL of a database without a schema, on either server."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{path}"
+        return
+    url: str = request.getfixturevalue("postgresql_url")
+    drop_schema(url)
+    yield url
+    drop_schema(url)
+
+
+def tables_and_views(url: str) -> set[str]:
+    engine = make_engine(url)
+    found = inspect(engine)
+    names = {*found.get_table_names(), *found.get_view_names()} - {"alembic_version"}
+    engine.dispose()
+    return names
 
 
 def definitions(path: Path) -> dict[tuple[str, str], list[str]]:
@@ -48,13 +72,13 @@ def parts(sql: str) -> list[str]:
     return [head, *sorted(part.strip() for part in found)]
 
 
-def test_upgrade_from_nothing_gives_the_schema_of_the_models(url: str) -> None:
-    assert schema.current(url) is None
+def test_upgrade_from_nothing_gives_the_schema_of_the_models(either: str) -> None:
+    assert schema.current(either) is None
 
-    schema.upgrade(url)
+    schema.upgrade(either)
 
-    assert schema.current(url) == schema.head()
-    engine = make_engine(url)
+    assert schema.current(either) == schema.head()
+    engine = make_engine(either)
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
         assert compare_metadata(context, Base.metadata) == []
@@ -83,13 +107,62 @@ def test_down_to_nothing_and_up_again(url: str, path: Path) -> None:
     assert definitions(path) == before
 
 
-def test_upgrading_again_keeps_the_jobs(url: str) -> None:
-    schema.upgrade(url)
-    database = Database.open(url)
+def test_down_one_by_one_and_up_again_with_the_jobs_that_were_there(either: str) -> None:
+    schema.upgrade(either)
+    before = tables_and_views(either)
+    database = Database.open(either)
+    record(database)
+    flush(database, "w1", whole(claim_one(database).lease, 1, 2))
+    database.dispose()
+
+    down = 0
+    while (current := schema.current(either)) is not None and current != "0001":
+        schema.downgrade(either, "-1")
+        down += 1
+    assert down >= 2
+    schema.upgrade(either)
+    assert tables_and_views(either) == before
+    database = Database.open(either)
+    with database.read() as session:
+        assert session.connection().exec_driver_sql("SELECT status FROM jobs").all() == [("completed",)]
+        assert session.connection().exec_driver_sql("SELECT emitted_tokens FROM job_speedup").all() == [(2,)]
+    database.dispose()
+
+    schema.downgrade(either, "base")
+    assert tables_and_views(either) == set()
+
+
+def test_an_old_worker_s_rows_are_welcome_on_the_new_schema(either: str) -> None:
+    """An old version writes none of the columns that were added since: each has a default or may be empty."""
+    schema.upgrade(either, "0001")
+    old = _columns(either)
+    schema.upgrade(either)
+    added = {
+        (table, column["name"]): column
+        for table, columns in _columns(either).items()
+        if table in old
+        for column in columns
+        if column["name"] not in {c["name"] for c in old[table]}
+    }
+    assert added
+    assert [name for name, column in added.items() if not column["nullable"] and column["default"] is None] == []
+
+
+def _columns(url: str) -> dict[str, list[Any]]:
+    engine = make_engine(url)
+    found = inspect(engine)
+    columns: dict[str, list[Any]] = {table: list(found.get_columns(table)) for table in found.get_table_names()}
+    engine.dispose()
+    return columns
+
+
+def test_upgrading_again_keeps_the_jobs(either: str) -> None:
+    schema.upgrade(either)
+    database = Database.open(either)
     record(database)
     flush(database, "w1", whole(claim_one(database).lease, 1, 2))
 
-    schema.upgrade(url)
+    schema.upgrade(either)
 
     with database.read() as session:
         assert session.connection().exec_driver_sql("SELECT status FROM jobs").all() == [("completed",)]
@@ -110,14 +183,14 @@ def test_a_migration_that_fails_leaves_the_database_as_it_was(url: str, path: Pa
     assert schema.current(url) is None
 
 
-def test_two_that_upgrade_at_once_do_not_meet(url: str) -> None:
+def test_two_that_upgrade_at_once_do_not_meet(either: str) -> None:
     failures: list[BaseException] = []
     start = threading.Barrier(2)
 
     def upgrade() -> None:
         start.wait()
         try:
-            schema.upgrade(url)
+            schema.upgrade(either)
         except BaseException as exc:  # told to the test below
             failures.append(exc)
 
@@ -128,7 +201,7 @@ def test_two_that_upgrade_at_once_do_not_meet(url: str) -> None:
         thread.join()
 
     assert failures == []
-    assert schema.current(url) == schema.head()
+    assert schema.current(either) == schema.head()
 
 
 def test_the_views_answer_the_shell(url: str, path: Path) -> None:

@@ -23,6 +23,7 @@ class ModelDrafter:
         self._model = model
         self._vocab = vocab
         self._lanes = Lanes()
+        model.clear()  # of an earlier drafter's texts
 
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
         """Run the model over the frontier and offer its best children."""
@@ -54,6 +55,7 @@ class ModelDrafter:
     def drop(self, sequence: Sequence) -> None:
         """Forget a sequence."""
         self._lanes.drop(sequence)
+        self._model.release(sequence.slot, 0)
 
     def _segment(self, forest: Forest, nodes: IntArray) -> Segment:
         sequence = forest.sequences[forest.tree[nodes[0]]]

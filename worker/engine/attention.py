@@ -19,6 +19,7 @@ from transformers import AttentionInterface
 from worker.engine.errors import ModelRefused
 from worker.engine.kv_cache import KvCache
 from worker.engine.native_attention import NativePlan
+from worker.engine.paged_attention import PagedPlan
 from worker.engine.rows import BoolArray, IntArray, Segment
 
 ATTENTION_NAME = "basic_packed"
@@ -192,7 +193,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    plan: AttentionPlan | NativePlan,
+    plan: AttentionPlan | NativePlan | PagedPlan,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,

@@ -17,6 +17,7 @@ from worker.engine.draft_tree import Forest
 from worker.engine.drafting import Drafter
 from worker.engine.experience import Experience
 from worker.engine.language_model import LanguageModel
+from worker.engine.logprobs import Told, tell
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.planner import Planner, StepPlan, StepTimes
 from worker.engine.rows import Move
@@ -48,6 +49,7 @@ class Engine:
         self._experience = experience or Experience()
         self._planner = Planner(options, self._drafter, costs, self._experience)
         self._scheduler = Scheduler(options)
+        target.clear()  # of an earlier engine's texts
         self._late_ms = 0.0  # of the step before, behind its last look at the clock
 
     @property
@@ -92,16 +94,20 @@ class Engine:
         batch = self._scheduler.next_batch()
         if batch.empty:
             return []
+        for slot in batch.emptied:
+            self._target.release(slot, 0)
         for share in batch.shares:
             self._target.share(share.source, share.target, share.length)
         plan = self._planner.plan(batch)
         clock.drafted()
         segments, rows = batch.pack(plan.shown)
-        accepted = walk(plan.shown, self._target.forward(segments), rows)
+        logits = self._target.forward(segments)
+        accepted = walk(plan.shown, logits, rows)
         clock.verified()
         kept = [self._emit(plan.shown, tree, accepted[tree]) for tree in range(len(plan.shown.sequences))]
+        told = tell(plan.shown, logits, rows, accepted, kept)
         self._keep(plan, accepted, kept)
-        results = self._number(batch, plan, accepted, kept, clock)
+        results = self._number(batch, plan, accepted, kept, told, clock)
         self._drop_finished()
         self._late_ms = clock.late_ms()
         return results
@@ -125,7 +131,13 @@ class Engine:
         self._target.keep(moves)
 
     def _number(
-        self, batch: Batch, plan: StepPlan, accepted: list[Accepted], kept: list[list[int]], clock: _Clock
+        self,
+        batch: Batch,
+        plan: StepPlan,
+        accepted: list[Accepted],
+        kept: list[list[int]],
+        told: list[Told],
+        clock: _Clock,
     ) -> list[StepResult]:
         step_ms = clock.step_ms()
         times = StepTimes(clock.draft_ms, clock.verify_ms, step_ms)
@@ -156,7 +168,7 @@ class Engine:
             traced = _shown_tree(shown, tree, accepted[tree]) if sequence.steps < sequence.traced_steps else None
             sequence.steps += 1
             sequence.prefill_ms = 0.0
-            results.append(StepResult(sequence, tuple(kept[tree]), numbers, traced))
+            results.append(StepResult(sequence, tuple(kept[tree]), numbers, traced, told[tree]))
         for chunk in batch.chunks:
             if not chunk.completes:
                 chunk.sequence.cached = chunk.end
@@ -165,6 +177,8 @@ class Engine:
 
     def _drop_finished(self) -> None:
         for sequence in self._scheduler.drop_finished():
+            # Its tree goes; its text stays as long as it may be shared.
+            self._target.release(sequence.slot, len(self._scheduler.slots.texts.get(sequence.slot, ())))
             if self._drafter is not None:
                 self._drafter.drop(sequence)
 

@@ -3,7 +3,9 @@
 EngineError
 ├── ModelRefused            a model that the packed forward can't decode exactly, or can't load
 │   └── TokenizersDiffer    target and draft give different ids to the same text
-└── OutOfSlots              more sequences than KV slots: a bug of the caller
+├── RankLost                a rank of the replica is gone, and the others can't go on without it
+├── OutOfSlots              more sequences than KV slots: a bug of the caller
+└── OutOfBlocks             more KV entries than there is memory for: a bug of whoever admits sequences
 """
 
 from __future__ import annotations
@@ -25,5 +27,13 @@ class TokenizersDiffer(ModelRefused):
     """Target and draft give different ids to the same text."""
 
 
+class RankLost(EngineError):
+    """A rank of the replica is gone, and the others can't go on without it."""
+
+
 class OutOfSlots(EngineError):
     """Every KV slot is taken."""
+
+
+class OutOfBlocks(EngineError):
+    """Every block of KV memory is taken."""

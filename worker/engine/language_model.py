@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from worker.engine.attention import ATTENTION_NAME, AttentionPlan
+from worker.engine.buckets import BucketedForward
 from worker.engine.errors import ModelRefused
 from worker.engine.hidden_states import HiddenStates
 from worker.engine.kernels import Kernels, kernels
@@ -24,11 +26,20 @@ from worker.engine.linear import pack
 from worker.engine.native_attention import NativePlan
 from worker.engine.native_kv import NativeKv
 from worker.engine.native_network import whole_network
+from worker.engine.paged_attention import FLASH_BLOCK, PagedPlan, paged_plan
+from worker.engine.paged_kv import PagedKv
+from worker.engine.paged_rows import PagedRows
+from worker.engine.recording import CudaGraphs, eagerly
 from worker.engine.rows import Move, Segment, chain, kept_rows
+from worker.engine.spread import Spread, SpreadKv, SpreadPlan, home_of, is_spread, layer_devices
 
 # Frequencies of these depend on the longest text of the forward, so one sequence would change another's numbers.
 _BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+_WHOLE = "basic_whole_weights"  # attribute of a split model: those of its weights that were gathered
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+_CPU_BLOCK = 16  # entries of a block of paged KV, where the flash kernel has no say
+
+Plan = AttentionPlan | NativePlan | PagedPlan | SpreadPlan
 
 
 class LanguageModel(Protocol):
@@ -43,6 +54,12 @@ class LanguageModel(Protocol):
     def share(self, source: int, target: int, length: int) -> None:
         """Copy the keys and values of the first `length` tokens of one slot to another."""
 
+    def release(self, slot: int, length: int) -> None:
+        """Nobody will ask for more than the first `length` tokens of a slot."""
+
+    def clear(self) -> None:
+        """Nobody will ask for anything that is held now."""
+
 
 class PackedModel:
     """A transformers causal model with a KV slot per sequence."""
@@ -56,29 +73,37 @@ class PackedModel:
         defined_ids: int | None = None,
         native: bool = True,
         tapped: Sequence[int] = (),
+        paged: bool | None = None,
+        kv_tokens: int | None = None,
     ) -> None:
         """Wrap a model loaded with `ATTENTION_NAME`.
 
         `capacity` is the KV entries per slot, tree rows included. Logits are cut to the first `defined_ids` tokens, so
         that padding of the vocabulary is never emitted. `native` allows compiled kernels, where there are any. The
-        outputs of the layers `tapped` are kept for every entry, for a draft that reads them. Raises ModelRefused for
-        what can't be decoded exactly.
+        outputs of the layers `tapped` are kept for every entry, for a draft that reads them. `paged` KV with recorded
+        forwards is the way of GPUs, and of the CPU where it is asked for; all its slots together then hold `kv_tokens`
+        entries, by default every slot in full. Raises ModelRefused for what can't be decoded exactly.
         """
         config = model.config.get_text_config()
         refuse_inexact(config)
         self._model = model
         self._defined_ids = defined_ids
-        self._store = kv_store(model, slots, capacity, native)
+        self._store = kv_store(model, slots, capacity, native, paged, kv_tokens)
         self.hidden: HiddenStates | None = None
         if tapped:
             tap(model, tapped)
             self.hidden = HiddenStates(
-                slots, self.kv.capacity, len(tapped) * config.hidden_size, model.dtype, model.device
+                slots, self.kv.capacity, len(tapped) * config.hidden_size, model.dtype, home_of(model)
             )
         # In one call where nothing of the model is left to transformers.
         compiled = self._store.compiled
         self._network = whole_network(model, self.kv.capacity, compiled) if compiled else None
+        self._buckets: BucketedForward | None = None
+        if isinstance(self.kv, PagedKv):
+            on_gpu = model.device.type == "cuda"
+            self._buckets = BucketedForward(self._call_paged, self.kv, CudaGraphs() if on_gpu else eagerly)
         self.forward([chain(0, 0, [0], keep_last=True)])  # unknown attention arguments are refused here, not in a job
+        self.release(0, 0)
 
     @property
     def config(self) -> PretrainedConfig:
@@ -97,32 +122,53 @@ class PackedModel:
         return "torch" if compiled is None else compiled.version
 
     @property
-    def kv(self) -> KvCache | NativeKv:
+    def kv(self) -> KvCache | NativeKv | PagedKv | SpreadKv:
         """The model's KV slots."""
         return self._store.kv
 
     @torch.inference_mode()
+    def prepare(self) -> None:
+        """Record the forwards that steps will replay, if this is how the model runs."""
+        if self._buckets is not None:
+            self._buckets.prepare()
+
+    @torch.inference_mode()
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Run the rows of `segments`, which are in slot order; return logits [kept rows, vocab]."""
-        plan = self._store.plan(segments)
-        logits = self._network.forward(segments, plan)[0] if self._network else self._run(segments, plan)  # type: ignore[arg-type]
+        logits, tapped = self._outputs(segments)
         if self.hidden is not None:
-            assert plan.tapped is not None
-            self.hidden.write(segments, plan.tapped.flatten(1))
+            assert tapped is not None
+            self.hidden.write(segments, tapped.flatten(1))
         return logits if self._defined_ids is None else logits[:, : self._defined_ids]
 
-    def _run(self, segments: Sequence[Segment], plan: AttentionPlan | NativePlan) -> Tensor:
+    def _outputs(self, segments: Sequence[Segment]) -> tuple[Tensor, Tensor | None]:
+        """Return logits [kept rows, vocab], and the outputs of tapped layers [rows, taps, width]."""
+        shape = self._buckets.shape_for(segments) if self._buckets is not None else None
+        if shape is not None:
+            assert self._buckets is not None
+            return self._buckets.forward(segments, shape)
+        plan = self._store.plan(segments)
+        logits = self._network.forward(segments, plan)[0] if self._network else self._run(segments, plan)  # type: ignore[arg-type]
+        return logits, plan.tapped
+
+    def _run(self, segments: Sequence[Segment], plan: Plan) -> Tensor:
         """Let transformers' own model do it, layer by layer."""
-        device = self._model.device
+        device = home_of(self._model)
         ids = torch.from_numpy(np.concatenate([s.ids for s in segments])).to(device)
         positions = torch.from_numpy(np.concatenate([s.positions for s in segments])).to(device)
+        return self._call(ids, positions, kept_rows(segments).to(device), plan)
+
+    def _call_paged(self, rows: PagedRows, plan: PagedPlan) -> Tensor:
+        return self._call(rows.ids, rows.positions, rows.kept, plan)
+
+    def _call(self, ids: Tensor, positions: Tensor, kept: Tensor, plan: Plan) -> Tensor:
         logits = self._model(
             input_ids=ids.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
             attention_mask=None,
             past_key_values=None,
             use_cache=False,
-            logits_to_keep=kept_rows(segments).to(device),
+            logits_to_keep=kept,
             plan=plan,
         ).logits[0]
         assert isinstance(logits, Tensor)
@@ -137,32 +183,70 @@ class PackedModel:
 
     def share(self, source: int, target: int, length: int) -> None:
         """Copy the keys and values of the first `length` tokens of one slot to another."""
+        if source == target:
+            self.release(target, length)
+            return
         with torch.inference_mode():
             self.kv.share(source, target, length)
             if self.hidden is not None:
                 self.hidden.share(source, target, length)
+
+    def release(self, slot: int, length: int) -> None:
+        """Give the memory of a slot back but for its first `length` entries, where it is taken bit by bit."""
+        if isinstance(self.kv, PagedKv):
+            self.kv.release(slot, length)
+
+    def clear(self) -> None:
+        """Give the memory of every slot back."""
+        if isinstance(self.kv, PagedKv):
+            for slot in range(self.kv.slots):
+                self.kv.release(slot)
 
 
 @dataclass(frozen=True, slots=True)
 class KvStore:
     """KV slots, and how a step's rows meet them."""
 
-    kv: KvCache | NativeKv
+    kv: KvCache | NativeKv | PagedKv | SpreadKv
     compiled: Kernels | None
-    plan: Callable[[Sequence[Segment]], AttentionPlan | NativePlan]
+    plan: Callable[[Sequence[Segment]], Plan]
 
 
-def kv_store(model: PreTrainedModel, slots: int, capacity: int, native: bool = True) -> KvStore:
+def kv_store(
+    model: PreTrainedModel,
+    slots: int,
+    capacity: int,
+    native: bool = True,
+    paged: bool | None = None,
+    kv_tokens: int | None = None,
+) -> KvStore:
     """Return KV slots for a model, or for the layers of one, in the layout of what runs them."""
     config = model.config.get_text_config()
-    heads, kv_heads = config.num_attention_heads, _kv_heads(model)
-    compiled = _kernels_for(model) if native else None
+    heads, kv_heads = config.num_attention_heads // ranks_of(model), _kv_heads(model)
     layers, head_dim = config.num_hidden_layers, _head_dim(model)
+    if is_spread(model):
+        spread = SpreadKv(layer_devices(model), slots, kv_heads, capacity, head_dim, model.dtype)
+        return KvStore(spread, None, lambda segments: SpreadPlan(segments, spread, heads // kv_heads))
+    if takes_blocks(model) if paged is None else paged:
+        size = FLASH_BLOCK if model.device.type == "cuda" else _CPU_BLOCK
+        pages = PagedKv(
+            layers, slots, kv_heads, capacity, head_dim, model.dtype, model.device, block_size=size, tokens=kv_tokens
+        )
+        return KvStore(pages, None, lambda segments: paged_plan(segments, pages))
+    compiled = _kernels_for(model) if native else None
     if compiled is None:
         slow = KvCache(layers, slots, kv_heads, capacity, head_dim, model.dtype, model.device)
         return KvStore(slow, None, lambda segments: AttentionPlan(segments, slow, heads // kv_heads))
     fast = NativeKv(layers, slots, kv_heads, capacity, head_dim, model.dtype, compiled)
     return KvStore(fast, compiled, lambda segments: NativePlan(segments, fast, heads, compiled))
+
+
+def takes_blocks(model: PreTrainedModel) -> bool:
+    """True if a model's KV is paged unless something else is asked for: on a GPU that it has to itself.
+
+    Ranks that follow another one record nothing and hear of no slot that is given back; they hold every slot in full.
+    """
+    return model.device.type == "cuda" and ranks_of(model) == 1 and not is_spread(model)
 
 
 def kv_bytes(model: PreTrainedModel) -> int:
@@ -185,6 +269,27 @@ def refuse_inexact(config: PretrainedConfig) -> None:
             )
 
 
+def refuse_uneven(config: PretrainedConfig, ranks: int) -> None:
+    """Raise ModelRefused, with what can be done instead, for heads that can't be dealt out to so many ranks."""
+    if ranks not in widths(config):
+        heads, kv_heads = _heads(config)
+        raise ModelRefused(
+            f"{heads} heads over {kv_heads} KV heads can't be split over {ranks} ranks; use --tp "
+            f"{' or '.join(map(str, widths(config)))}, with more replicas beside it, or see `basic plan`"
+        )
+
+
+def widths(config: PretrainedConfig) -> list[int]:
+    """Return the numbers of ranks that a model's heads can be dealt out to."""
+    heads, kv_heads = _heads(config)
+    return [ranks for ranks in range(1, kv_heads + 1) if kv_heads % ranks == 0 and heads % ranks == 0]
+
+
+def _heads(config: PretrainedConfig) -> tuple[int, int]:
+    heads = int(config.num_attention_heads)
+    return heads, int(getattr(config, "num_key_value_heads", None) or heads)
+
+
 def _rope_types(parameters: dict[str, Any]) -> set[str]:
     own = {parameters["rope_type"]} if isinstance(parameters.get("rope_type"), str) else set()
     return own.union(*(_rope_types(nested) for nested in parameters.values() if isinstance(nested, dict)))
@@ -197,36 +302,65 @@ def native_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def load(path: str, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load(
+    path: str, *, dtype: torch.dtype, device: torch.device, ranks: int = 1, spread: Spread | None = None
+) -> PreTrainedModel:
     """Load a causal model for packed decoding from a local directory or a hub id; safetensors only, no remote code.
 
-    Raises ModelRefused with what to do when it is missing or not supported.
+    With `ranks` it is this process's share, by the tensor parallel plan that transformers has for the model; with
+    `spread` accelerate lays it out over all devices. Raises ModelRefused with what to do when it is missing or not
+    supported.
     """
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         refuse_inexact(config.get_text_config())
+        refuse_uneven(config.get_text_config(), ranks)
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=ATTENTION_NAME, use_safetensors=True, trust_remote_code=False
+            path,
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+            use_safetensors=True,
+            trust_remote_code=False,
+            distributed_config=DistributedConfig(tp_size=ranks) if ranks > 1 else None,
+            **(spread.options() if spread else {}),
         )
     except (OSError, ValueError) as error:
         raise ModelRefused(f"{path} could not be loaded: {error}") from error
     assert isinstance(model, PreTrainedModel)
-    model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps nn.Module.to in a way its types don't follow
-    return model
+    if not is_spread(model):
+        model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to in a way its types don't follow
+    return model.eval()  # type: ignore[no-any-return,no-untyped-call]
 
 
 def embeddings(model: PreTrainedModel) -> Tensor:
     """Return a model's token embeddings [vocab, width]."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight.detach()
+    return _whole(model, "embeddings", model.get_input_embeddings().weight)
 
 
 def output_weights(model: PreTrainedModel) -> Tensor:
     """Return the weights [vocab, width] of a model's logits, before they are packed."""
-    weight = model.get_output_embeddings().weight  # type: ignore[no-untyped-call]
-    assert isinstance(weight, Tensor)
-    return weight.detach()
+    return _whole(model, "output", model.get_output_embeddings().weight)  # type: ignore[no-untyped-call]
+
+
+def gather(model: PreTrainedModel) -> None:
+    """Collect the embeddings and output weights of a model that is split, for a draft that needs them whole.
+
+    Every rank must call it; it does nothing for a model that is not split.
+    """
+    if ranks_of(model) > 1:
+        parts = {"embeddings": model.get_input_embeddings(), "output": model.get_output_embeddings()}  # type: ignore[no-untyped-call]
+        whole = {name: part.weight.full_tensor().detach() for name, part in parts.items()}
+        setattr(model, _WHOLE, whole)
+
+
+def _whole(model: PreTrainedModel, name: str, weight: Any) -> Tensor:
+    gathered: dict[str, Tensor] = getattr(model, _WHOLE, {})
+    assert name in gathered or ranks_of(model) == 1, "the weights of a model that is split are gathered first"
+    found = gathered.get(name, weight)
+    assert isinstance(found, Tensor)
+    if found.is_meta:
+        raise ModelRefused("a head reads weights that are kept on disk here; set BASIC_DRAFT to a model, or to suffix")
+    return found.detach()
 
 
 def quicken(model: PreTrainedModel) -> None:
@@ -239,13 +373,18 @@ def quicken(model: PreTrainedModel) -> None:
 
 def _kernels_for(model: PreTrainedModel) -> Kernels | None:
     """Return the compiled kernels if they take this model."""
-    compiled = kernels(model.dtype) if model.device.type == "cpu" else None
+    ours = model.device.type == "cpu" and ranks_of(model) == 1 and not is_spread(model)
+    compiled = kernels(model.dtype) if ours else None
     return compiled if compiled is not None and _head_dim(model) % compiled.panel == 0 else None
 
 
 def _kv_heads(model: PreTrainedModel) -> int:
-    config = model.config.get_text_config()
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    return _heads(model.config.get_text_config())[1] // ranks_of(model)
+
+
+def ranks_of(model: PreTrainedModel) -> int:
+    """Return over how many ranks a loaded model is split; its heads are dealt out to them."""
+    return model.tp_size or 1
 
 
 def _head_dim(model: PreTrainedModel) -> int:

@@ -40,6 +40,11 @@ class EngineOptions:
         return self.max_context + self.nodes * self.max_depth
 
     @property
+    def draft_kv_tokens(self) -> int:
+        """KV entries of all sequences of a draft model together: their texts, and beside them their trees."""
+        return self.total_kv_tokens + self.max_sequences * self.nodes * (self.max_depth - 1)
+
+    @property
     def total_kv_tokens(self) -> int:
         """KV entries of all sequences together."""
         return self.max_sequences * self.slot_tokens if self.kv_tokens is None else self.kv_tokens

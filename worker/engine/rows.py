@@ -86,7 +86,10 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """The first `length` KV entries of one slot, to be had in another: two texts begin alike."""
+    """The first `length` KV entries of one slot, to be had in another: two texts begin alike.
+
+    Where both are the same slot, its next text begins as the one that has ended there, whose rest is of no more use.
+    """
 
     source: int
     target: int

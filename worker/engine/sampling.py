@@ -35,6 +35,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, bias); no token twice
+    logprobs: int | None = None  # likeliest tokens to tell beside each emitted one; None: tell nothing of either
 
     @property
     def greedy(self) -> bool:

@@ -43,6 +43,7 @@ class Batch:
     chunks: tuple[Chunk, ...]
     decoding: tuple[Sequence, ...]
     shares: tuple[Share, ...] = ()  # beginnings to copy before anything is run, in this order
+    emptied: tuple[int, ...] = ()  # slots whose texts make way for others: their memory is free before that
 
     @property
     def empty(self) -> bool:
@@ -125,7 +126,8 @@ class Scheduler:
         order = _fair_order([s for s in self._running if s.prefilling])
         starting, shares = self._start(order)
         chunks = tuple(self._chunks([s for s in order if s.prefilling and s in starting]))
-        return Batch(chunks, tuple(s for s in self._running if not s.prefilling), tuple(shares))
+        decoding = tuple(s for s in self._running if not s.prefilling)
+        return Batch(chunks, decoding, tuple(shares), self.slots.emptied())
 
     def _fits(self, sequence: Sequence) -> bool:
         return self.slots.fits(self._needs(sequence))
@@ -146,8 +148,7 @@ class Scheduler:
                 if coming >= WORTH_SHARING and coming > length:
                     continue
                 if length >= WORTH_SHARING:
-                    if source != sequence.slot:
-                        shares.append(Share(source, sequence.slot, length))
+                    shares.append(Share(source, sequence.slot, length))
                     self.slots.forget(sequence.slot)
                     sequence.cached = length
             ready.add(sequence)

@@ -21,6 +21,7 @@ class Slots:
         self.tokens = tokens
         self._reserved: dict[int, int] = {}  # of each slot in use
         self._texts: dict[int, list[int]] = {}  # what a slot holds without an owner's say; longest freed first
+        self._emptied: list[int] = []  # slots whose texts had to make way
 
     @property
     def free(self) -> int:
@@ -36,6 +37,12 @@ class Slots:
     def free_tokens(self) -> int:
         """Tokens that can still be reserved; remembered texts make way."""
         return self.tokens - self.used_tokens
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens that slots hold or may come to hold, remembered texts included."""
+        remembered = sum(max(0, len(text) - self._reserved.get(slot, 0)) for slot, text in self._texts.items())
+        return self.used_tokens + remembered
 
     @property
     def texts(self) -> dict[int, list[int]]:
@@ -62,6 +69,10 @@ class Slots:
         # A blank slot would need memory beside all that is remembered; else the oldest text gives up its own.
         slot = ended[0] if blank is None or (ended and remembered + tokens > self.free_tokens) else blank
         self._reserved[slot] = tokens
+        while self.held_tokens > self.tokens:
+            oldest = next(iter(self._texts))
+            self.forget(oldest)
+            self._emptied.append(oldest)
         return slot
 
     def give_back(self, slot: int, text: list[int]) -> None:
@@ -74,3 +85,9 @@ class Slots:
     def forget(self, slot: int) -> None:
         """Note that the text of an earlier owner is gone or about to be overwritten."""
         self._texts.pop(slot, None)
+
+    def emptied(self) -> tuple[int, ...]:
+        """Return the slots whose texts made way since the last call: their memory is to be given back."""
+        slots = tuple(self._emptied)
+        self._emptied.clear()
+        return slots

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from worker.engine.governor import Decision
+from worker.engine.logprobs import Told
 from worker.engine.sequence import Sequence
 
 
@@ -46,3 +47,4 @@ class StepResult:
     tokens: tuple[int, ...]  # emitted; the first `numbers.accepted_tokens` are accepted draft tokens
     numbers: StepNumbers
     tree: ShownTree | None = None  # if the sequence is traced that far
+    logprobs: Told = None  # of each token, if the sequence wants them

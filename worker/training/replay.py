@@ -90,6 +90,12 @@ class Reciter:
     def share(self, source: int, target: int, length: int) -> None:
         """There is one slot."""
 
+    def release(self, slot: int, length: int) -> None:
+        """Its memory stays."""
+
+    def clear(self) -> None:
+        """Its memory stays."""
+
 
 def replay(
     lessons: Sequence[Lesson],

@@ -93,7 +93,7 @@ def evaluate_draft(
     taps = draft.taps or tapped_layers(target.whose.layers)
     lessons = _lessons(target, taps, texts, work, progress)
     held_out = [lessons[number] for number in range(len(lessons))]
-    return _judged(held_out, target, lambda hidden: draft.make(hidden, 1, hidden.capacity)(), progress)
+    return _judged(held_out, target, lambda hidden: draft.make(hidden, 1, hidden.capacity, None)(), progress)
 
 
 def _remember(work: Path, settings: WorkerSettings, recipe: Recipe) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from fastapi.testclient import TestClient
 from openai import OpenAI
@@ -13,7 +13,7 @@ from openai.types import Batch, FileObject
 
 Model = TypeVar("Model", bound=BaseModel)
 
-CHAT = "/v1/chat/completions"
+CHAT: Final = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 
 

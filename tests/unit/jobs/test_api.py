@@ -11,7 +11,7 @@ from sqlalchemy.exc import OperationalError
 
 from jobs.api import caller
 from jobs.api.app import make_api
-from jobs.messages import CHAT_ENDPOINT
+from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT
 from jobs.settings import JobsSettings
 from storage import leases, queries, writes
 from storage.records import Progress
@@ -49,7 +49,9 @@ def submitted(api: TestClient, *requests: Any, **fields: Any) -> dict[str, Any]:
     return job
 
 
-def answer_all(database: Database, text: str = "Paris.", limit: int = 10) -> None:
+def answer_all(
+    database: Database, text: str = "Paris.", limit: int = 10, logprobs: tuple[Any, ...] | None = None
+) -> None:
     """Do what a worker does, with the same text for every request."""
     with database.write() as session:
         writes.register_worker(session, a_worker_card(id="w", target="tiny"))
@@ -59,7 +61,7 @@ def answer_all(database: Database, text: str = "Paris.", limit: int = 10) -> Non
         progress = [
             Progress(
                 claim.lease,
-                checkpoints=(a_checkpoint(text=text, seq=1),),
+                checkpoints=(a_checkpoint(text=text, seq=1, logprobs=logprobs),),
                 finished=(a_finished_choice(text=text, last_seq=2),),
                 ends=True,
             )
@@ -101,6 +103,23 @@ def test_a_job_is_taken_while_redis_is_away(settings: JobsSettings, database: Da
         assert api.get("/readyz").json()["redis"] == "degraded"
     with database.read() as session:
         assert queries.job(session, job["id"]) is not None
+
+
+def test_outputs_tell_logprobs_in_the_shape_of_the_endpoint_if_they_were_asked_for(
+    api: TestClient, database: Database
+) -> None:
+    chat = submitted(api, "Hello", logprobs=True)
+    text = submitted(api, "Hello", logprobs=0, endpoint=COMPLETIONS_ENDPOINT)
+    answer_all(database, logprobs=(["Paris.", -0.5],))
+    of_chat, of_text = (api.get(f"/v1/jobs/{job['id']}/outputs").json()["choices"][0] for job in (chat, text))
+    told = {"token": "Paris.", "logprob": -0.5, "bytes": list(b"Paris."), "top_logprobs": []}
+    assert of_chat["logprobs"] == {"content": [told], "refusal": None}
+    assert of_text["logprobs"] == {
+        "tokens": ["Paris."],
+        "token_logprobs": [-0.5],
+        "top_logprobs": [{"Paris.": -0.5}],
+        "text_offset": [0],
+    }
 
 
 def test_outputs_are_lines_in_the_order_of_the_job_with_the_reason_where_there_is_no_text(

@@ -13,6 +13,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from jobs.api.app import make_api
+from jobs.logprobs import Likelihood, TokenLikelihoods
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT
 from jobs.settings import JobsSettings
 from storage import leases, queries, writes
@@ -75,6 +76,42 @@ def test_a_stream_begins_with_the_role_and_ends_with_the_reason_and_the_usage(se
     assert [chunk.choices[0].finish_reason for chunk in said] == [None] * (len(said) - 1) + ["stop"]
     assert (usage.choices, usage.usage is not None) == ([], True)
     assert len({chunk.id for chunk in told}) == 1
+
+
+def with_logprobs(database: Database) -> None:
+    token = TokenLikelihoods(
+        Likelihood("Paris.", -0.25, tuple(b"Paris.")), (Likelihood("Rome.", -0.2, tuple(b"Rome.")),)
+    )
+    end = TokenLikelihoods(Likelihood("<eos>", -0.5, None), ())
+    answer_all(database, logprobs=(token.stored(), end.stored()))
+
+
+def test_a_chat_tells_logprobs_if_asked_also_at_the_end_of_a_stream(serve: Serve) -> None:
+    body = CHAT | {"logprobs": True, "top_logprobs": 1}
+    api = serve(with_logprobs)
+    told = ChatCompletion.model_validate(api.post(CHAT_ENDPOINT, json=body).json()).choices[0].logprobs
+    assert told is not None
+    assert told.content is not None
+    assert [(t.token, t.logprob, t.bytes) for t in told.content] == [
+        ("Paris.", -0.25, list(b"Paris.")),
+        ("<eos>", -0.5, None),
+    ]
+    assert told.content[0].top_logprobs[0].token == "Rome."
+    streamed = [
+        ChatCompletionChunk.model_validate(chunk).choices[0].logprobs
+        for chunk in chunks(api.post(CHAT_ENDPOINT, json=body | {"stream": True}))
+    ]
+    assert [t for part in streamed if part for t in part.content or []] == told.content
+
+
+def test_a_completion_tells_logprobs_if_asked(serve: Serve) -> None:
+    answer = Completion.model_validate(
+        serve(with_logprobs).post(COMPLETIONS_ENDPOINT, json=PROMPT | {"logprobs": 1}).json()
+    )
+    told = answer.choices[0].logprobs
+    assert told is not None
+    assert (told.tokens, told.text_offset) == (["Paris.", "<eos>"], [0, 6])
+    assert told.top_logprobs == [{"Rome.": -0.2, "Paris.": -0.25}, {"<eos>": -0.5}]
 
 
 def test_a_stream_of_text_has_no_roles_and_no_usage_unless_asked(serve: Serve) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from jobs.items import UNSUPPORTED, WITHOUT_EFFECT, Item, Rules, parse_item, read_lines
+from jobs.items import UNSUPPORTED, WITHOUT_EFFECT, Item, Rules, parse_item, parse_parameters, read_lines
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, Endpoint, GenerationRequest
 from storage.records import NewRequest, Refusal
 
@@ -111,8 +111,6 @@ def test_stops_and_biases_are_stored_as_a_worker_reads_them() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("logprobs", True),
-        ("logprobs", 0),
         ("response_format", {"type": "json_object"}),
         ("tools", [{"type": "function"}]),
         ("best_of", 2),
@@ -121,6 +119,62 @@ def test_stops_and_biases_are_stored_as_a_worker_reads_them() -> None:
 def test_unsupported_fields_are_refused_when_they_ask_for_something(field: str, value: Any) -> None:
     refusal = refused({"prompt": "Hello", field: value})
     assert (refusal.code, refusal.param) == ("unsupported_parameter", field)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "given", "wanted"),
+    [
+        (CHAT_ENDPOINT, {}, None),
+        (CHAT_ENDPOINT, {"logprobs": False, "top_logprobs": 0}, None),
+        (CHAT_ENDPOINT, {"logprobs": True}, 0),
+        (CHAT_ENDPOINT, {"logprobs": True, "top_logprobs": 20}, 20),
+        (COMPLETIONS_ENDPOINT, {"logprobs": 0}, 0),
+        (COMPLETIONS_ENDPOINT, {"logprobs": 5}, 5),
+        (COMPLETIONS_ENDPOINT, {"logprobs": None}, None),
+    ],
+)
+def test_each_endpoint_asks_for_logprobs_in_its_own_words(
+    endpoint: Endpoint, given: dict[str, Any], wanted: int | None
+) -> None:
+    assert accepted({"prompt": "Hello", **given}, some_rules(endpoint)).sampling.logprobs == wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, 3),
+        ({"top_logprobs": 7}, 7),
+        ({"top_logprobs": 0}, 0),
+        ({"logprobs": True}, 3),
+        ({"logprobs": False}, None),
+    ],
+)
+def test_a_request_may_ask_for_other_logprobs_than_its_job(given: dict[str, Any], wanted: int | None) -> None:
+    defaults = parse_parameters({"logprobs": True, "top_logprobs": 3}, CHAT_ENDPOINT)
+    assert accepted({"prompt": "Hello", **given}, some_rules(**defaults)).sampling.logprobs == wanted
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "given", "param"),
+    [
+        (CHAT_ENDPOINT, {"logprobs": 1}, "logprobs"),
+        (CHAT_ENDPOINT, {"logprobs": 0}, "logprobs"),
+        (CHAT_ENDPOINT, {"top_logprobs": 2}, "top_logprobs"),
+        (CHAT_ENDPOINT, {"logprobs": False, "top_logprobs": 2}, "top_logprobs"),
+        (CHAT_ENDPOINT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        (CHAT_ENDPOINT, {"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
+        (CHAT_ENDPOINT, {"logprobs": True, "top_logprobs": True}, "top_logprobs"),
+        (COMPLETIONS_ENDPOINT, {"logprobs": True}, "logprobs"),
+        (COMPLETIONS_ENDPOINT, {"logprobs": 6}, "logprobs"),
+        (COMPLETIONS_ENDPOINT, {"logprobs": 2.0}, "logprobs"),
+        (COMPLETIONS_ENDPOINT, {"logprobs": 2, "top_logprobs": 2}, "top_logprobs"),
+    ],
+)
+def test_logprobs_out_of_range_or_in_the_words_of_the_other_endpoint_are_refused(
+    endpoint: Endpoint, given: dict[str, Any], param: str
+) -> None:
+    refusal = refused({"prompt": "Hello", **given}, some_rules(endpoint))
+    assert (refusal.code, refusal.param, refusal.status_code) == ("invalid_value", param, 400)
 
 
 def test_a_misspelt_field_is_refused_with_the_right_spelling() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -97,3 +100,24 @@ def test_latency_is_told_by_route_and_never_by_path(api: TestClient) -> None:
     assert seen.of(count, "GET", "/v1/jobs/{job_id}", "404") == 2
     assert seen.of(count, "GET", "other", "404") == 1
     assert not any("BREW" in labels or "/no/such/place" in labels for _, labels in seen)
+
+
+def test_dashboard_and_alerts_ask_for_metrics_that_there_are(api: TestClient, database: Database) -> None:
+    submitted(api, "Hello", {"prompt": ""})
+    with database.write() as session:
+        writes.register_worker(session, a_worker_card(id="w"))
+        full = dict.fromkeys(("waiting_sequences", "max_sequences", "batch_sequences", "tree_nodes"), 1)
+        accepted = dict.fromkeys(("accepted_tokens", "expected_accepted", "joules"), 1)
+        writes.note_load(session, "w", LOAD | full | accepted)
+    api.get("/healthz")
+    told = {name for name, _ in scrape(api)}
+
+    folder = Path(__file__).parents[3] / "docs" / "monitoring"
+    asked = {
+        name
+        for path in folder.rglob("*.*")
+        for name in re.findall(r"\bbasic_[a-z_]+\b(?=[{\[ )/])", path.read_text())
+    }
+
+    assert len(asked) > 15
+    assert asked - told - {"basic_request_errors_total"} == set()

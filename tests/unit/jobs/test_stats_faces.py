@@ -92,3 +92,17 @@ def test_python_gets_a_table_of_the_jobs(settings: JobsSettings, database: Datab
     assert isinstance(table, pandas.DataFrame)
     assert list(table["id"]) == [job.id]
     assert table["speedup"][0] == pytest.approx(1.8)
+
+
+def test_a_report_is_one_file_whose_texts_do_nothing(run: Run, database: Database, tmp_path: Path) -> None:
+    lines = '"Hello"\n{"prompt": "", "custom_id": "<b>bold</b>"}\n'
+    run("submit", "-", stdin=lines)
+    answer_all(database, text="<script>alert(1)</script>\x1b[31m\u202e" + "x" * 100_000)
+    path = tmp_path / "report.html"
+
+    run("report", "-o", str(path))
+
+    page = path.read_text()
+    assert "&lt;script&gt;alert(1)" in page
+    assert page.count("<svg") == len(PLOTS)
+    assert not any(forbidden in page for forbidden in ("<script", "\x1b", "\u202e", "src=", "@import", "<link"))

@@ -21,6 +21,7 @@ from storage.models import (
     StepMinute,
 )
 from storage.queries import JobView
+from storage.reclaim import Reclaimed, reclaim
 from storage.records import Checkpoint, Claim, FinishedChoice, FlushResult, Lease, NewRequest, Progress, RequestKey
 from storage.session import Database
 from tests.factories import a_job, some_requests, some_steps
@@ -41,9 +42,17 @@ def claim(
     lease_s: float = 30.0,
     model: str = "tiny",
     holding: Sequence[RequestKey] = (),
+    body_version: int = 1,
 ) -> list[Claim]:
+    """Claim, after somebody has given back what workers let lapse."""
+    reclaimed(database)
     with database.write() as session:
-        return leases.claim(session, worker, model, limit, lease_s, holding=holding)
+        return leases.claim(session, worker, model, limit, lease_s, holding=holding, body_version=body_version)
+
+
+def reclaimed(database: Database, *dead: str, lapsed: bool = True) -> Reclaimed:
+    with database.write() as session:
+        return reclaim(session, dead, lapsed=lapsed)
 
 
 def claim_one(database: Database, worker: str = "w1", lease_s: float = 30.0) -> Claim:
@@ -146,7 +155,8 @@ def check_laws(database: Database) -> None:
     """What holds at any time, whatever happened."""
     with database.read() as session:
         jobs = session.execute(select(*Job.__table__.columns)).all()
-        requests = session.execute(select(Request.job_id, Request.request_index, Request.status)).all()
+        columns = (Request.job_id, Request.request_index, Request.status, Request.event_number)
+        requests = session.execute(select(*columns)).all()
         outputs = session.execute(select(*Output.__table__.columns)).all()
         steps = session.execute(select(*DecodeStep.__table__.columns)).all()
         partials = session.execute(select(Partial.job_id, Partial.request_index, Partial.token_ids)).all()
@@ -159,6 +169,8 @@ def check_laws(database: Database) -> None:
         assert (job.finished_at is not None) == ended
         written = sum(row.completion_tokens for row in outputs if row.job_id == job.id)
         assert job.completion_tokens == written + sum(len(r.token_ids) for r in partials if r.job_id == job.id)
+    for row in requests:  # whoever ends a request says in which commit: readers of the job are told in that order
+        assert (row.event_number is None) == (row.status in ("queued", "running"))
     emitted: Counter[tuple[str, int, int]] = Counter()
     for row in steps:
         emitted[row.job_id, row.request_index, row.choice_index] += row.emitted_tokens

@@ -1,20 +1,29 @@
+"""Every test of storage that asks for a `database` runs twice: on SQLite and on a real PostgreSQL server."""
+
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from storage.models import Base
 from storage.session import Database
+from tests.databases import on_postgresql, on_sqlite
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
+    """An empty record."""
+    if request.param == "sqlite":
+        with on_sqlite(tmp_path) as database:
+            yield database
+    else:
+        with on_postgresql(request.getfixturevalue("postgresql_url")) as database:
+            yield database
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    """An empty record: SQLite, or the PostgreSQL database that TEST_POSTGRES_URL names (it is emptied)."""
-    database = Database.open(os.environ.get("TEST_POSTGRES_URL", f"sqlite:///{tmp_path / 'basic.sqlite3'}"))
-    Base.metadata.drop_all(database.engine)
-    Base.metadata.create_all(database.engine)
-    yield database
-    database.dispose()
+def sqlite(tmp_path: Path) -> Iterator[Database]:
+    """An empty record, for what is about SQLite alone."""
+    with on_sqlite(tmp_path) as database:
+        yield database

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from sqlalchemy import text
 
 from storage.models import Base
 from storage.records import Checkpoint, Claim, Progress, Refusal
 from storage.session import Database
+from tests.databases import make_empty
 from tests.unit.storage import acts
 
 WORKERS = st.sampled_from(["w1", "w2"])
@@ -25,18 +27,15 @@ EMITTED = st.lists(st.integers(1, 4), min_size=1, max_size=3)
 class Record(RuleBasedStateMachine):
     """Two workers on two jobs. A worker may keep on writing under a lease that it lost long ago."""
 
-    def __init__(self) -> None:
+    def __init__(self, empty: Callable[[], Database]) -> None:
         super().__init__()
-        self.directory = Path(tempfile.mkdtemp())
-        self.database = Database.open(f"sqlite:///{self.directory / 'basic.sqlite3'}")
-        Base.metadata.create_all(self.database.engine)
+        self.database = empty()
         self.held: dict[str, list[Claim]] = {"w1": [], "w2": []}
         self.written: dict[tuple[str, int], list[Checkpoint]] = {}  # by what each lease's owner believes
         self.ended: dict[Any, Any] = {}
 
     def teardown(self) -> None:
         self.database.dispose()
-        shutil.rmtree(self.directory)
 
     @initialize()
     def record(self) -> None:
@@ -107,9 +106,24 @@ class Record(RuleBasedStateMachine):
                     assert self.ended.setdefault((job_id, index), row) == row
 
 
-TestRecord = Record.TestCase
-TestRecord.settings = settings(
-    max_examples=20,
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_the_laws_hold_after_every_act(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> None:
+    urls = (f"sqlite:///{tmp_path / str(number)}" for number in count())
+
+    def empty() -> Database:
+        if kind == "sqlite":
+            database = Database.open(next(urls))
+            Base.metadata.create_all(database.engine)
+            return database
+        url: str = request.getfixturevalue("postgresql_url")
+        make_empty(url)
+        return Database.open(url)
+
+    run_state_machine_as_test(lambda: Record(empty), settings=SETTINGS)  # type: ignore[arg-type]
+
+
+SETTINGS = settings(
+    max_examples=12,
     stateful_step_count=25,
     deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # to shrink on a real database takes minutes

@@ -17,6 +17,7 @@ from tests.unit.storage.acts import (
     end_of,
     expire,
     flush,
+    reclaimed,
     record,
     release,
     requests_of,
@@ -88,7 +89,7 @@ def test_a_new_owner_gets_checkpoints_and_finished_choices(database: Database) -
 
 def test_lapsed_requests_are_taken_up_before_queued_ones(database: Database) -> None:
     record(database, requests=4)
-    claim(database, "w1", limit=3, lease_s=-1)
+    claim(database, "w1", limit=3, lease_s=-10)
     flush(database, "w1", held=[Lease("job-1", 0, 1)])
 
     assert [c.lease.request_index for c in claim(database, "w2", limit=3)] == [1, 2, 3]
@@ -245,6 +246,7 @@ def test_a_job_is_not_rung_for_requests_that_are_running(database: Database) -> 
     assert to_ring(database, -1.0) == []
 
     flush(database, "w1", held=[held.lease], lease_s=-1)  # its worker is dead
+    reclaimed(database)
     assert to_ring(database, -1.0) == [("job-1", "tiny")]
 
 

@@ -14,13 +14,6 @@ from storage.sql import database_now
 from tests.unit.storage.acts import record
 
 
-@pytest.fixture
-def sqlite(database: Database) -> Database:
-    if database.engine.dialect.name != "sqlite":
-        pytest.skip("about SQLite alone")
-    return database
-
-
 def test_the_directory_of_a_database_is_made(tmp_path: Path) -> None:
     database = Database.open(f"sqlite:///{tmp_path / 'a' / 'b' / 'basic.sqlite3'}")
     Base.metadata.create_all(database.engine)
@@ -54,12 +47,12 @@ def test_a_writer_that_fails_leaves_nothing(database: Database) -> None:
         assert session.execute(text("SELECT requests_total FROM jobs")).scalar() == 1
 
 
-def test_a_reader_sees_one_state_while_a_writer_commits(sqlite: Database) -> None:
-    with sqlite.read() as session:
+def test_a_reader_sees_one_state_while_a_writer_commits(database: Database) -> None:
+    with database.read() as session:
         assert queries.jobs(session, 5).jobs == ()
-        record(sqlite)
+        record(database)
         assert queries.jobs(session, 5).jobs == ()
-    with sqlite.read() as session:
+    with database.read() as session:
         assert len(queries.jobs(session, 5).jobs) == 1
 
 

@@ -5,8 +5,10 @@ from collections import defaultdict
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import update
 
 from storage import story
+from storage.models import Base, Job, Request
 from storage.records import Claim, NewRequest, Progress, Refusal
 from storage.session import Database
 from storage.story import Cursor, Page, Place
@@ -98,6 +100,29 @@ def test_requests_that_end_in_one_commit_can_be_told_in_many_pages(database: Dat
     assert reader.ends == [(index, 0) for index in range(7)]
 
 
+def test_requests_that_are_refused_while_the_input_is_read_are_told(database: Database) -> None:
+    record(database, requests=[NewRequest("a", refusal=REFUSAL), a_request("b"), NewRequest("c", refusal=REFUSAL)])
+    set_status(database, "validating", without=2)
+    reader = Reader()
+    reader.read_all(database)
+    with database.read() as session:
+        watching = story.where_it_stands(session, "job-1").cursor
+    set_status(database, "in_progress", without=None)
+    reader.read_all(database)
+    assert reader.ends == [(0, 0), (2, 0)]
+    assert len(page(database, watching).passages) == 2
+
+
+def set_status(database: Database, status: str, without: int | None) -> None:
+    """Show a job as it is while its input is read: without the requests from an index on, or with them again."""
+    with database.write() as session:
+        session.execute(update(Job).values(status=status))
+        if without is None:
+            session.execute(update(Request).where(Request.event_number == -9).values(event_number=0))
+        else:
+            session.execute(update(Request).where(Request.request_index >= without).values(event_number=-9))
+
+
 def test_requests_are_listed_in_the_order_in_which_they_ended(database: Database) -> None:
     record(database, requests=3)
     claims = claim(database, limit=3)
@@ -119,8 +144,6 @@ ACTS = st.lists(
 @given(acts=ACTS)
 def test_whatever_happens_between_reads_all_text_is_told_once(acts: list[tuple[str, int, int]]) -> None:
     database = Database.open("sqlite://")
-    from storage.models import Base
-
     Base.metadata.create_all(database.engine)
     try:
         _read_while_written(database, acts)

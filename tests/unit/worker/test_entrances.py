@@ -59,6 +59,21 @@ def test_generate_prints_text_tokens_and_steps(mode: str) -> None:
     ].keys()
 
 
+@pytest.mark.parametrize("raw", [[], ["--raw"]])
+def test_generate_prints_logprobs_in_the_shape_of_its_endpoint(raw: list[str]) -> None:
+    arguments = ["generate", PROMPT, "--mode", "paper", "--max-tokens", "9", "--logprobs", "2", "--json", *raw]
+    done = CliRunner().invoke(commands, arguments)
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    told = said["logprobs"]
+    if raw:
+        assert len(told["tokens"]) == len(told["text_offset"]) == said["completion_tokens"]
+        assert all(max(top.values()) == p for top, p in zip(told["top_logprobs"], told["token_logprobs"], strict=True))
+    else:
+        assert len(told["content"]) == said["completion_tokens"]
+        assert all(t["top_logprobs"][0]["logprob"] == t["logprob"] for t in told["content"])
+
+
 @pytest.mark.parametrize("mode", ["plain", "paper"])
 def test_generate_ends_before_a_stop_string(mode: str) -> None:
     def said(*more: str) -> Any:
@@ -79,6 +94,7 @@ def test_generate_ends_before_a_stop_string(mode: str) -> None:
     ("arguments", "words"),
     [
         (["generate", "  "], "PROMPT: the prompt is empty"),
+        (["generate", PROMPT, "--logprobs", "1"], "--logprobs: log-probabilities are printed with --json only"),
         (["generate", "x", "--mode", "quick"], "mode"),
         (["generate", "x" * 400], "context of 300 tokens"),
         (["bench", "--modes", "warp"], "'warp' is no mode"),

@@ -46,6 +46,13 @@ def test_where_slots_are_taken_in_full_there_are_only_as_many_as_fit() -> None:
     assert with_kv_tokens(OPTIONS, 2500, 200, 0, torch.device("cuda")).max_sequences == 2
 
 
+def test_where_slots_take_block_by_block_there_may_be_more_of_them_than_fit_in_full(free: int) -> None:
+    fitted = with_kv_tokens(OPTIONS, 2500, 200, 0, torch.device("cuda"), 256)
+    assert (fitted.max_sequences, fitted.total_kv_tokens) == (4, 2500)
+    derived = with_kv_tokens(OPTIONS, 0, 200, 0, torch.device("cuda"), 256).total_kv_tokens
+    assert 0 <= free / 2 - (derived + 4 * 256) * 200 < 200
+
+
 def test_no_room_for_any_text_says_what_to_set() -> None:
     with pytest.raises(SetupError, match="BASIC_KV_TOKENS"):
         with_kv_tokens(OPTIONS, 50, 200, 0, CPU)

@@ -11,9 +11,11 @@ import torch
 from sqlalchemy import func, select, text
 from torch import Tensor
 
+from jobs.logprobs import TokenLikelihoods
 from jobs.messages import CHAT_ENDPOINT, GenerationRequest, PartialEvent, SamplingParameters
 from storage import schema, writes
 from storage.models import DecodeStep, Job, Output, Partial, Request
+from storage.reclaim import reclaim
 from storage.records import NewJob, NewRequest
 from storage.session import Database
 from tests.models import TableModel, byte_tokenizer
@@ -105,8 +107,10 @@ def texts(database: Database) -> dict[tuple[int, int], str]:
 
 
 def lapse_leases(database: Database) -> None:
+    """Let all leases lapse, and the reconciler see it."""
     with database.write() as session:
         session.execute(text("UPDATE requests SET lease_expires_at = 0 WHERE status = 'running'"))
+        reclaim(session)
 
 
 def test_every_request_gets_its_output_and_the_job_completes(database: Database) -> None:
@@ -243,6 +247,38 @@ def test_a_text_ends_before_its_stop_string_also_in_an_accepted_path_and_resumed
         ).first()
         assert last is not None
         assert turns or last.accepted_tokens == last.emitted_tokens, "the stop did not lie inside an accepted path"
+
+
+@pytest.mark.parametrize("stop", [[], ["dog"]])
+def test_logprobs_of_all_tokens_are_stored_whoever_decoded_them(database: Database, stop: list[str]) -> None:
+    prompts = ["the cat and the dog the cat and the dog ", "two"]
+    submit(database, *prompts, job_id="whole", logprobs=3, stop=stop)
+    Worker(database, "a").run()
+    submit(database, *prompts, job_id="resumed", logprobs=3, stop=stop)
+    dying = Worker(database, "b")
+    for _ in range(2):
+        dying.runner.turn(rung=True)
+    with database.read() as session:
+        assert list(session.scalars(select(Partial))), "nothing was committed before the worker died"
+    lapse_leases(database)
+    Worker(database, "c").run()
+    with database.read() as session:
+        told = {(o.job_id, o.request_index): o for o in session.scalars(select(Output))}
+    for index in range(2):
+        whole, resumed = told["whole", index], told["resumed", index]
+        assert whole.logprobs is not None
+        assert len(whole.logprobs) == whole.completion_tokens
+        assert resumed.logprobs == whole.logprobs
+        tokens = [TokenLikelihoods.read(row) for row in whole.logprobs]
+        assert b"".join(bytes(t.chosen.bytes or ()) for t in tokens) == bytes(whole.token_ids)
+        assert all(t.top[0] == t.chosen and len(t.top) == 3 for t in tokens)
+
+
+def test_requests_that_want_no_logprobs_have_none(database: Database) -> None:
+    submit(database, "one")
+    Worker(database, "a").run()
+    with database.read() as session:
+        assert session.scalars(select(Output)).one().logprobs is None
 
 
 def test_a_slot_is_free_again_after_a_stop_string(database: Database) -> None:

@@ -1,0 +1,140 @@
+"""The pages on the shim: who may see them, and which there are.
+
+server -> [app] -> jobs_page, job_page, stats_page, workers_page.  Built on NiceGUI, because its pages are Python
+functions inside FastAPI, pushed over one socket, with everything the browser needs in the wheel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+from urllib.parse import parse_qs
+
+from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import RedirectResponse
+from nicegui import ui
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from jobs.api.access import Door
+from jobs.api.caller import Caller
+from jobs.api.services import Services
+from jobs.dashboard import job_page, jobs_page, stats_page, workers_page
+from jobs.dashboard.desk import COOKIE, Desk, Sessions
+from jobs.dashboard.look import BASE, POLICY, frame, heading
+from jobs.errors import BasicError, CallerRefused
+
+_BUILD_S = 30.0  # a page that is not ready by then is given up; a busy database may take seconds
+
+Build = Callable[[Desk, Caller], Awaitable[None]]
+
+
+def install(api: FastAPI, services: Services, door: Door) -> None:
+    """Add the pages to the shim. Once per process: NiceGUI has one application."""
+    sessions = Sessions(door)
+    _add_login(api, sessions)
+
+    async def show(request: Request, build: Build) -> Any:
+        """Build a page for whoever may see it; send others to the log-in."""
+        desk = Desk.of(request, services, sessions)
+        try:
+            caller = await desk.admit()
+        except CallerRefused:
+            return RedirectResponse(f"{BASE}/login", 303)
+        return await build(desk, caller)
+
+    @ui.page("/", response_timeout=_BUILD_S)
+    async def jobs(request: Request) -> Any:
+        return await show(request, jobs_page.build)
+
+    @ui.page("/jobs/{job_id}", response_timeout=_BUILD_S)
+    async def job(request: Request, job_id: str) -> Any:
+        return await show(request, lambda desk, caller: job_page.build(desk, caller, job_id))
+
+    @ui.page("/stats", response_timeout=_BUILD_S)
+    async def stats(request: Request) -> Any:
+        return await show(request, stats_page.build)
+
+    @ui.page("/workers", response_timeout=_BUILD_S)
+    async def workers(request: Request) -> Any:
+        return await show(request, workers_page.build)
+
+    @ui.page("/login")
+    async def login(wrong: str = "") -> None:
+        _build_login(wrong)
+
+    ui.run_with(
+        api, mount_path=BASE, title="bASIC", dark=None, language="en-US", tailwind=False, show_welcome_message=False
+    )
+    api.add_middleware(ContentPolicy)
+
+
+def _add_login(api: FastAPI, sessions: Sessions) -> None:
+    """Add the routes that begin and end sessions: plain forms, for a cookie is set by a reply and not by a socket."""
+
+    @api.get("/", include_in_schema=False)
+    def front() -> RedirectResponse:
+        return RedirectResponse(f"{BASE}/", 307)
+
+    @api.post(f"{BASE}/login", include_in_schema=False)
+    async def login(request: Request) -> RedirectResponse:
+        fields = parse_qs((await request.body()).decode(errors="replace"))
+        key = fields.get("key", [""])[0].strip()
+        address = request.client.host if request.client else ""
+        try:
+            session = await run_in_threadpool(sessions.begin, key, address)
+        except BasicError as refused:
+            return RedirectResponse(f"{BASE}/login?wrong={type(refused).__name__}", 303)
+        reply = RedirectResponse(f"{BASE}/", 303)
+        secure = request.url.scheme == "https"
+        reply.set_cookie(COOKIE, session, httponly=True, samesite="strict", secure=secure, path=BASE)
+        return reply
+
+    @api.post(f"{BASE}/logout", include_in_schema=False)
+    def logout(request: Request) -> RedirectResponse:
+        sessions.end(request.cookies.get(COOKIE, ""))
+        reply = RedirectResponse(f"{BASE}/login", 303)
+        reply.delete_cookie(COOKIE, path=BASE)
+        return reply
+
+
+_REFUSALS = {"LimitReached": "Too many wrong keys from here; wait a minute.", "NotPermitted": "This key may not read."}
+
+
+def _build_login(wrong: str) -> None:
+    with frame("Log in", bare=True):
+        heading("Log in", 1)
+        with (
+            ui.element("form")
+            .props(f'method="post" action="{BASE}/login"')
+            .classes("box stack")
+            .style("max-width:28rem")
+        ):
+            ui.label("The pages need a key. `basic keys create NAME --scope read` makes one.").classes("dim")
+            if wrong:
+                text = _REFUSALS.get(wrong, "This key opens nothing. Is it whole, and still valid?")
+                ui.label(text).props('role="alert"').style("color:var(--q-negative)")
+            ui.input("Key").props('name="key" type="password" autocomplete="current-password" outlined autofocus')
+            ui.button("Log in").props('type="submit" no-caps')
+
+
+class ContentPolicy:
+    """Tells the browser with every page that it may ask no other host for anything."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, and mark its reply."""
+
+        async def marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers["content-security-policy"] = POLICY
+                headers["x-content-type-options"] = "nosniff"
+                headers["referrer-policy"] = "same-origin"
+            await send(message)
+
+        ours = scope["type"] == "http" and scope["path"].startswith(BASE)
+        await self._app(scope, receive, marked if ours else send)

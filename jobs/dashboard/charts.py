@@ -1,0 +1,234 @@
+"""Charts of statistics as ECharts options: plain data, drawn by the browser.
+
+storage.statistics -> [charts] -> pages.  One function a chart; colours come from `look` and suit light and dark.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jobs.dashboard import texts
+from jobs.dashboard.look import DRAFT, GREY, TARGET
+from storage.browse import RecordedTree
+from storage.statistics import JobStats
+
+Option = dict[str, Any]
+
+_MOST_POINTS = 300
+
+
+def throughput(stats: JobStats) -> Option:
+    """Tokens a second, minute by minute."""
+    points = _thinned([[minute.minute * 1000.0, minute.tokens / 60] for minute in stats.minutes])
+    if points:
+        points.append([points[-1][0] + 60_000, points[-1][1]])  # a minute is as long as the others
+    return _chart(
+        xAxis=_axis("time", "") | {"axisLabel": {"color": GREY, "hideOverlap": True}},
+        yAxis=_upright("tokens/s"),
+        series=[
+            {
+                "type": "line",
+                "step": "end",
+                "data": points,
+                "color": TARGET,
+                "symbol": "none",
+                "areaStyle": {"opacity": 0.15},
+            }
+        ],
+    )
+
+
+def acceptance(stats: JobStats) -> Option:
+    """How many draft tokens steps kept."""
+    steps = sum(row.steps for row in stats.acceptance) or 1
+    return _chart(
+        xAxis=_axis("category", "accepted draft tokens")
+        | {"data": [str(row.accepted_tokens) for row in stats.acceptance]},
+        yAxis=_upright("% of steps"),
+        series=[_bars([round(100 * row.steps / steps, 2) for row in stats.acceptance], DRAFT)],
+    )
+
+
+def depths(stats: JobStats) -> Option:
+    """How often a draft token of each depth was accepted."""
+    rows = stats.acceptance_by_depth
+    return _chart(
+        xAxis=_axis("category", "depth in the tree") | {"data": [str(row.depth) for row in rows]},
+        yAxis=_upright("% accepted") | {"max": 100},
+        series=[_bars([round(100 * row.rate, 1) for row in rows], DRAFT)],
+    )
+
+
+def trees(stats: JobStats) -> Option:
+    """How large trees were at each batch size; dots are as large as their share of the steps."""
+    most = max((row.steps for row in stats.batch_sizes), default=1)
+    points = [
+        {
+            "value": [row.batch_sequences, round(row.mean_tree_nodes, 2)],
+            "symbolSize": 6 + 18 * (row.steps / most) ** 0.5,
+        }
+        for row in stats.batch_sizes
+    ]
+    return _chart(
+        xAxis=_axis("value", "sequences in the step") | {"minInterval": 1, "min": 0},
+        yAxis=_upright("draft nodes"),
+        series=[
+            {
+                "type": "line",
+                "data": points,
+                "color": DRAFT,
+                "symbol": "circle",
+                "lineStyle": {"width": 1, "opacity": 0.5},
+            }
+        ],
+    )
+
+
+def reliability(stats: JobStats) -> Option:
+    """Accepted against expected: on the diagonal, drafts are worth what they were taken for."""
+    most = max((row.steps for row in stats.reliability), default=1)
+    points = [
+        {
+            "value": [round(row.mean_expected, 2), round(row.mean_accepted, 2)],
+            "symbolSize": 6 + 18 * (row.steps / most) ** 0.5,
+        }
+        for row in stats.reliability
+    ]
+    end = max((max(point["value"]) for point in points), default=1)
+    diagonal = {"type": "line", "data": [[0, 0], [end, end]], "symbol": "none", "color": GREY, "silent": True}
+    return _chart(
+        xAxis=_axis("value", "expected accepted tokens"),
+        yAxis=_upright("accepted"),
+        series=[
+            diagonal | {"lineStyle": {"type": "dashed", "width": 1}},
+            {"type": "scatter", "data": points, "color": TARGET},
+        ],
+    )
+
+
+def phases(stats: JobStats) -> Option:
+    """Where the time of steps went."""
+    draft, verify = stats.draft_share or 0.0, stats.verify_share or 0.0
+    parts = (("draft", draft, DRAFT), ("verify", verify, TARGET), ("host", max(0.0, 1 - draft - verify), GREY))
+    series = [
+        {"type": "bar", "stack": "all", "name": name, "data": [round(100 * share, 1)], "color": color, "barWidth": 34}
+        for name, share, color in parts
+    ]
+    return _chart(
+        xAxis=_axis("value", "% of the time of steps") | {"max": 100},
+        yAxis=_axis("category", "") | {"data": [""]},
+        series=series,
+    ) | {"legend": {"textStyle": {"color": GREY}, "top": 0}}
+
+
+def decisions(stats: JobStats) -> Option:
+    """What steps decided."""
+    rows = stats.decisions[::-1]
+    return _chart(
+        xAxis=_axis("value", "% of steps"),
+        yAxis=_axis("category", "") | {"data": [row.decision or "unknown" for row in rows]},
+        series=[_bars([round(100 * row.share, 1) for row in rows], TARGET)],
+    )
+
+
+def tree(recorded: RecordedTree) -> Option:
+    """Draw a draft tree: tokens, the probability of each given its parent, and the accepted path."""
+    children: dict[int, list[int]] = {}
+    for node, (parent, *_) in enumerate(recorded.nodes):
+        children.setdefault(parent, []).append(node)
+    return {
+        "aria": {"enabled": True},
+        "tooltip": {"trigger": "item"},
+        "series": [
+            {
+                "type": "tree",
+                "data": [_branch(recorded.nodes, children, 0)],
+                "orient": "LR",
+                "initialTreeDepth": -1,
+                "expandAndCollapse": False,
+                "roam": True,
+                "left": 60,
+                "right": 90,
+                "top": 12,
+                "bottom": 12,
+                "symbol": "circle",
+                "symbolSize": 9,
+                "edgeForkPosition": "40%",
+                "animationDuration": 200,
+            }
+        ],
+    }
+
+
+def tree_height(recorded: RecordedTree) -> int:
+    """Return how many pixels a tree needs: a row for each leaf."""
+    parents = {parent for parent, *_ in recorded.nodes}
+    leaves = sum(1 for node in range(len(recorded.nodes)) if node not in parents)
+    return max(160, 34 * leaves + 40)
+
+
+def _thinned(points: list[list[float]]) -> list[list[float]]:
+    """Return so few points that a screen can tell them apart, each the mean of its neighbours."""
+    together = -(-len(points) // _MOST_POINTS)
+    groups = (points[at : at + together] for at in range(0, len(points), together or 1))
+    return [[group[0][0], round(sum(value for _, value in group) / len(group), 2)] for group in groups]
+
+
+def _branch(nodes: Sequence[Any], children: dict[int, list[int]], node: int) -> Option:
+    parent, _, text, value, accepted = nodes[node]
+    above = nodes[parent][3] if parent >= 0 else 1.0
+    share = value / above if above else 0.0
+    color = DRAFT if accepted else GREY
+    label = texts.token(text) if parent < 0 else f"{texts.token(text)} {share:.2f}"
+    return {
+        "name": label,
+        "value": round(value, 3),
+        "itemStyle": {"color": TARGET if parent < 0 else color, "borderColor": color},
+        "lineStyle": {"color": color, "width": 3 if accepted else 1},
+        "label": {
+            "position": "left" if parent < 0 else ("top" if node in children else "right"),
+            "color": color if accepted else GREY,
+            "fontWeight": "bold" if accepted else "normal",
+            "fontSize": 12,
+            "align": None,
+        },
+        "children": [_branch(nodes, children, child) for child in children.get(node, ())],
+    }
+
+
+def _chart(**parts: Any) -> Option:
+    return {
+        "aria": {"enabled": True},
+        "grid": {"left": 8, "right": 22, "top": 34, "bottom": 28, "containLabel": True},
+        "tooltip": {"trigger": "item", "confine": True},
+        "animationDuration": 200,
+        **parts,
+    }
+
+
+def _axis(kind: str, name: str) -> Option:
+    ink = {"lineStyle": {"color": GREY}}
+    return {
+        "type": kind,
+        "name": name,
+        "nameLocation": "middle",
+        "nameGap": 24,
+        "nameTextStyle": {"color": GREY},
+        "axisLabel": {"color": GREY},
+        "axisLine": ink,
+        "splitLine": {"lineStyle": {"color": GREY, "opacity": 0.2}},
+    }
+
+
+def _upright(name: str) -> Option:
+    """Return a value axis that stands, with its name above it."""
+    return _axis("value", name) | {
+        "nameLocation": "end",
+        "nameGap": 14,
+        "nameTextStyle": {"color": GREY, "align": "left", "padding": [0, 0, 0, -24]},
+    }
+
+
+def _bars(values: list[float], color: str) -> Option:
+    return {"type": "bar", "data": values, "color": color, "barMaxWidth": 40, "itemStyle": {"borderRadius": 2}}

@@ -1,0 +1,388 @@
+"""The page of one job: how far it is, its texts as they come, its requests and errors, its trees and numbers.
+
+app -> [job_page] -> storage.browse, storage.statistics.  Each tab asks for a screenful when it is looked at; only what
+is being written is asked for again and again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+from nicegui import ui
+
+from jobs.api.caller import Caller
+from jobs.api.services import cancel_job
+from jobs.dashboard import charts, texts, words
+from jobs.dashboard.desk import Desk
+from jobs.dashboard.jobs_page import show_status
+from jobs.dashboard.look import BASE, box, frame, heading, link
+from jobs.dashboard.stats_view import StatsView, table
+from jobs.errors import BasicError
+from jobs.keys import Scope
+from jobs.messages import JobStatus
+from storage import browse, queries, statistics
+from storage.browse import RecordedTree, RequestText, TreePlace
+from storage.queries import JobView
+
+_REFRESH_S: Final = 1.0
+_STREAMS: Final = 6  # texts being written that are shown at once
+_PAGE: Final = 20
+_FILTERS: Final = {
+    "All": (),
+    "Completed": ("completed",),
+    "Failed": ("failed", "expired", "cancelled"),
+    "Running": ("running",),
+    "Waiting": ("queued",),
+}
+
+
+async def build(desk: Desk, caller: Caller, job_id: str) -> None:
+    """Build the page."""
+    job = await desk.read(lambda session: queries.job(session, job_id, caller.sees))
+    with frame("Job", dark=desk.dark, signed_in=desk.signed_in):
+        if job is None:
+            heading("There is no such job", 1)
+            with link(f"{BASE}/"):
+                ui.label("All jobs")
+            return
+        page = JobPage(desk, caller, job)
+        ui.timer(_REFRESH_S, page.refresh)  # what fills the tabs comes behind the page itself
+
+
+class JobPage:
+    """Everything about one job."""
+
+    def __init__(self, desk: Desk, caller: Caller, job: JobView) -> None:
+        """Lay the page out."""
+        self._desk = desk
+        self._caller = caller
+        self._job = job
+        self._head = JobHead(job, self._cancel)
+        self._live = LiveTexts()
+        self._requests = Requests(desk, job.id)
+        self._trees = Trees(desk, job.id)
+        with ui.tabs().props('align="left" no-caps inline-label outside-arrows mobile-arrows') as tabs:
+            live, asked = ui.tab("Live"), ui.tab("Requests")
+            drawn, counted = ui.tab("Trees"), ui.tab("Statistics")
+        first = live if not JobStatus(job.status).final else asked
+        with (
+            ui.tab_panels(tabs, value=first, animated=False)
+            .props("keep-alive")
+            .style("background:transparent;width:100%")
+        ):
+            with ui.tab_panel(live):
+                self._live.lay_out()
+            with ui.tab_panel(asked):
+                self._requests.lay_out()
+            with ui.tab_panel(drawn):
+                self._trees.lay_out()
+            with ui.tab_panel(counted):
+                self._place_of_numbers = ui.element("div").classes("stack")
+        self._numbers: StatsView | None = None  # laid out when somebody looks
+        self._head.show(job)
+        self._tabs = tabs
+        tabs.on_value_change(self._look)
+        self._filled: set[str] = set()
+
+    async def refresh(self) -> None:
+        """Show the job as it stands, and what is being written if that is looked at."""
+        job = await self._desk.read(lambda session: queries.job(session, self._job.id, self._caller.sees))
+        if job is None:
+            return
+        ended_now = JobStatus(job.status).final and not JobStatus(self._job.status).final
+        self._job = job
+        self._head.show(job)
+        name = self._tab()
+        if name == "Live":
+            running = await self._desk.read(lambda session: browse.running(session, job.id, _STREAMS))
+            self._live.show(running, job)
+        elif name not in self._filled or ended_now:
+            await self._fill(name)
+
+    def _tab(self) -> str:
+        value = self._tabs.value
+        return value if isinstance(value, str) else str(getattr(value, "_props", {}).get("name", ""))
+
+    async def _look(self) -> None:
+        await self._fill(self._tab())
+
+    async def _fill(self, name: str) -> None:
+        self._filled.add(name)
+        if name == "Requests":
+            await self._requests.show()
+        elif name == "Trees":
+            await self._trees.show()
+        elif name == "Statistics":
+            numbers = await self._desk.read(lambda session: statistics.job_stats(session, self._job.id))
+            if self._numbers is None:
+                with self._place_of_numbers:
+                    self._numbers = StatsView()
+            self._numbers.show(numbers)
+
+    async def _cancel(self) -> None:
+        try:
+            caller = await self._desk.admit(Scope.SUBMIT)
+            await asyncio.to_thread(cancel_job, self._desk.services, self._job, caller)
+        except BasicError as refused:
+            ui.notify(str(refused), type="warning")
+        await self.refresh()
+
+
+class JobHead:
+    """Name, state, progress, and what can be done with the job."""
+
+    def __init__(self, job: JobView, cancel: object) -> None:
+        """Lay the head out."""
+        with box():
+            with ui.element("div").classes("line"):
+                with ui.element("div").classes("grow"), ui.element("h1"):
+                    ui.label(job.id)
+                self._status = ui.label().props('role="status"')
+            ui.label(f"{job.model} · {job.endpoint} · submitted {words.ago(job.created_at)}").classes("dim small")
+            self._bar = ui.element("progress").props('max="1" aria-label="Requests that have ended"')
+            with ui.element("div").classes("line"):
+                self._counts = ui.label().classes("grow")
+                self._speed = ui.label()
+            with ui.element("div").classes("line"):
+                self._button = ui.button("Cancel the job", on_click=cancel).props("outline no-caps color=negative")  # type: ignore[arg-type]
+                with link(f"/v1/jobs/{job.id}/outputs").props("download"):
+                    ui.label("Outputs (NDJSON)")
+
+    def show(self, job: JobView) -> None:
+        """Show the job as it stands."""
+        show_status(self._status, job.status)
+        self._bar.props(f"value={words.ended(job) / max(1, job.requests_total):.4f}")
+        failed = f", {job.requests_failed:,d} failed" if job.requests_failed else ""
+        self._counts.set_text(f"{words.ended(job):,d} of {job.requests_total:,d} requests{failed}")
+        rate = words.number(words.tokens_per_s(job))
+        self._speed.set_text(f"{job.completion_tokens:,d} tokens · {rate} tokens/s · {words.left(job)}")
+        self._button.set_visibility(job.status == JobStatus.IN_PROGRESS)
+
+
+class LiveTexts:
+    """The texts that are being written, by who chose each token."""
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._shown: list[int] = []
+        self._texts: dict[tuple[int, int], ui.html] = {}
+
+    def lay_out(self) -> None:
+        """Make the places for what `show` tells."""
+        with ui.element("div").classes("stack"):
+            legend()
+            self._note = ui.label().classes("dim").props('role="status"')
+            self._cards = ui.element("div").classes("stack")
+
+    def show(self, running: list[RequestText], job: JobView) -> None:
+        """Show the texts as far as they are committed."""
+        self._note.set_text(self._words(running, job))
+        keys = [request.request_index for request in running]
+        if keys != self._shown or any(
+            (r.request_index, c.choice_index) not in self._texts for r in running for c in r.choices
+        ):
+            self._shown = keys
+            self._texts = {}
+            self._cards.clear()
+            with self._cards:
+                for request in running:
+                    self._card(request)
+        for request in running:
+            for choice in request.choices:
+                self._texts[request.request_index, choice.choice_index].set_content(texts.colored(choice.pieces))
+
+    @staticmethod
+    def _words(running: list[RequestText], job: JobView) -> str:
+        if JobStatus(job.status).final:
+            return "The job has ended; its texts are under Requests."
+        return "" if running else "Nothing is being written right now."
+
+    def _card(self, request: RequestText) -> None:
+        with box():
+            request_head(request)
+            for choice in request.choices:
+                self._texts[request.request_index, choice.choice_index] = ui.html("", sanitize=False)
+
+
+def legend() -> None:
+    """Say what the colours mean."""
+    marks = (
+        '<span class="by-draft">accepted draft tokens</span> · <span class="by-target">the target’s own tokens</span>'
+    )
+    ui.html(marks, sanitize=False).classes("small")
+
+
+def request_head(request: RequestText) -> None:
+    """Write the name of a request, its state and what was asked."""
+    with ui.element("div").classes("line"):
+        with ui.element("h2").classes("grow"):
+            ui.html(f"<bdi>{texts.plain(request.custom_id)}</bdi>", sanitize=False).style("overflow-wrap:anywhere")
+        show_status(ui.label(), request.status)
+    if request.prompt:
+        ui.html(f"<bdi>{texts.plain(request.prompt)}</bdi>", sanitize=False).classes("dim small").style(
+            "overflow-wrap:anywhere"
+        )
+
+
+class Requests:
+    """The requests of a job, a page at a time, and what went wrong with how many."""
+
+    def __init__(self, desk: Desk, job_id: str) -> None:
+        """Begin at the first request."""
+        self._desk = desk
+        self._job_id = job_id
+        self._after = [-1]  # where each page looked at so far begins
+
+    def lay_out(self) -> None:
+        """Make the places for what `show` tells."""
+        with ui.element("div").classes("stack"):
+            self._errors = ui.element("div").classes("stack")
+            self._which = ui.toggle(list(_FILTERS), value="All", on_change=self._first_page).props("no-caps unelevated")
+            legend()
+            self._cards = ui.element("div").classes("stack")
+            with ui.element("div").classes("line"):
+                self._back = ui.button("Back", on_click=self._page_back).props("flat no-caps")
+                self._next = ui.button("Next", on_click=self._page_on).props("flat no-caps")
+        self._last = -1
+
+    async def show(self) -> None:
+        """Ask for a page of requests and show it."""
+        statuses, after = _FILTERS[str(self._which.value)], self._after[-1]
+        found = await self._desk.read(lambda s: browse.requests(s, self._job_id, statuses, after, _PAGE + 1))
+        errors = await self._desk.read(lambda session: browse.errors(session, self._job_id))
+        self._show_errors(errors)
+        self._cards.clear()
+        with self._cards:
+            if not found:
+                ui.label("No such request.").classes("dim")
+            for request in found[:_PAGE]:
+                self._card(request)
+        self._last = found[:_PAGE][-1].request_index if found else -1
+        self._next.set_visibility(len(found) > _PAGE)
+        self._back.set_visibility(len(self._after) > 1)
+
+    def _show_errors(self, errors: list[tuple[str, int, str]]) -> None:
+        self._errors.clear()
+        if errors:
+            with self._errors, box():
+                heading("Errors")
+                with ui.element("div").classes("wide"):
+                    rows = [(f"{code}: {texts.safe(message)[:200]}", f"{count:,d}") for code, count, message in errors]
+                    table(("What went wrong", "Requests"), rows)
+
+    def _card(self, request: RequestText) -> None:
+        with box():
+            request_head(request)
+            if request.error_message:
+                ui.label(texts.safe(request.error_message)).style("color:var(--q-negative);overflow-wrap:anywhere")
+            for choice in request.choices:
+                ui.html(texts.colored(choice.pieces), sanitize=False)
+                end = f", ended by {choice.finish_reason}" if choice.finish_reason else ""
+                ui.label(f"{choice.tokens:,d} tokens, {choice.accepted:,d} from the draft{end}").classes("dim small")
+
+    async def _first_page(self) -> None:
+        self._after = [-1]
+        await self.show()
+
+    async def _page_on(self) -> None:
+        self._after.append(self._last)
+        await self.show()
+
+    async def _page_back(self) -> None:
+        self._after.pop()
+        await self.show()
+
+
+class Trees:
+    """The draft trees a job has recorded, one at a time."""
+
+    def __init__(self, desk: Desk, job_id: str) -> None:
+        """Begin with none."""
+        self._desk = desk
+        self._job_id = job_id
+        self._places: list[TreePlace] = []
+
+    def lay_out(self) -> None:
+        """Make the places for what `show` tells."""
+        with ui.element("div").classes("stack"):
+            self._none = ui.label(
+                "No draft trees are recorded. Submit with record_trees to keep those of the first steps."
+            ).classes("dim")
+            with ui.element("div").classes("line") as self._choice:
+                self._request = (
+                    ui.select([], label="Text", on_change=self._show_steps)
+                    .props("outlined dense")
+                    .style("min-width:9rem")
+                )
+                self._step = (
+                    ui.select([], label="Step", on_change=self._draw).props("outlined dense").style("min-width:17rem")
+                )
+            self._drawing = ui.element("div").classes("stack")
+
+    async def show(self) -> None:
+        """Ask where trees are, and draw the first that is worth a look."""
+        self._places = await self._desk.read(lambda session: browse.tree_places(session, self._job_id))
+        self._none.set_visibility(not self._places)
+        self._choice.set_visibility(bool(self._places))
+        names = {(p.request_index, p.choice_index): f"{p.request_index}.{p.choice_index}" for p in self._places}
+        if self._places:
+            largest = max(self._places, key=lambda place: place.tree_nodes)
+            self._request.set_options(names, value=(largest.request_index, largest.choice_index))
+
+    async def _show_steps(self) -> None:
+        places = [p for p in self._places if (p.request_index, p.choice_index) == self._request.value]
+        if places:
+            words = {p.step: f"Step {p.step}: {p.tree_nodes} nodes, {p.accepted_tokens} accepted" for p in places}
+            largest = max(places, key=lambda place: place.tree_nodes)
+            self._step.set_options(words, value=largest.step)
+            await self._draw()
+
+    async def _draw(self) -> None:
+        if self._request.value is None or self._step.value is None:
+            return
+        request, choice = self._request.value
+        place = TreePlace(request, choice, self._step.value)
+        recorded = await self._desk.read(lambda session: browse.tree(session, self._job_id, place))
+        self._drawing.clear()
+        if recorded is not None:
+            with self._drawing, box():
+                _draw_tree(recorded)
+
+
+def _draw_tree(recorded: RecordedTree) -> None:
+    ui.label(_step_words(recorded)).classes("small")
+    path = "".join(text for *_, text, _, accepted in recorded.nodes[1:] if accepted)
+    kept = f"<bdi class='mono by-draft'>{texts.plain(path)}</bdi>" if path else "nothing"
+    ui.html(
+        f"After <bdi class='mono'>{texts.plain(texts.token(recorded.nodes[0][2]))}</bdi> the target kept "
+        f"{kept} and wrote "
+        f"<bdi class='mono'>{texts.plain(texts.token(recorded.bonus))}</bdi> itself.",
+        sanitize=False,
+    ).classes("small").style("overflow-wrap:anywhere")
+    if len(recorded.nodes) == 1:
+        ui.label("This step showed no drafts.").classes("dim")
+        return
+    with ui.element("div").classes("wide").props('tabindex="0" role="group" aria-label="Drawing of the draft tree"'):
+        ui.echart(charts.tree(recorded), renderer="svg").classes("draft-tree").style(
+            f"height:{charts.tree_height(recorded)}px;width:100%"
+        ).props('role="img" aria-label="Draft tree; the table below says the same"')
+    with ui.expansion("The tree as a table").props("dense").style("width:100%"), ui.element("div").classes("wide"):
+        table(
+            ("Token", "Below", "Probability", "Accepted"),
+            [_tree_line(recorded, node) for node in range(1, len(recorded.nodes))],
+        )
+
+
+def _step_words(recorded: RecordedTree) -> str:
+    step = recorded.step
+    expected = "" if step["expected_accepted"] is None else f", {step['expected_accepted']:.2f} expected"
+    drafts = f"{step['tree_nodes']} draft nodes by {step['drafter'] or 'nobody'}"
+    batch = f"{step['batch_sequences']} sequences in the step, {step['step_ms']:.1f} ms"
+    decision = f"decision: {step['decision'] or 'unknown'}"
+    return f"{drafts}, {step['accepted_tokens']} accepted{expected}; {batch}; {decision}"
+
+
+def _tree_line(recorded: RecordedTree, node: int) -> tuple[str, str, str, str]:
+    parent, _, text, value, accepted = recorded.nodes[node]
+    return texts.token(text), texts.token(recorded.nodes[parent][2]), f"{value:.3f}", "yes" if accepted else ""

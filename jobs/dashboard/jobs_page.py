@@ -1,0 +1,157 @@
+"""The page of all jobs: how far each is, and a form for a small one.
+
+app -> [jobs_page] -> storage.queries, jobs.intake.  Reads one screenful of rows of `jobs`, every other second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+from nicegui import ui
+
+from jobs.api.caller import Caller
+from jobs.dashboard import texts, words
+from jobs.dashboard.desk import Desk
+from jobs.dashboard.look import BASE, frame, heading, link
+from jobs.errors import BasicError
+from jobs.intake import Submission, accept_job, known_models
+from jobs.items import Item
+from jobs.keys import Scope
+from jobs.messages import model_name
+from storage import queries
+from storage.queries import JobView
+
+_SHOWN: Final = 25
+_REFRESH_S: Final = 2.0
+_TREE_STEPS: Final = 32
+
+
+async def build(desk: Desk, caller: Caller) -> None:
+    """Build the page."""
+    with frame("Jobs", dark=desk.dark, signed_in=desk.signed_in):
+        with ui.element("div").classes("line"):
+            with ui.element("div").classes("grow"):
+                heading("Jobs", 1)
+            dialog = await _submit_dialog(desk)
+            ui.button("New job", icon="add", on_click=dialog.open).props("no-caps")
+        jobs = JobList(desk, caller)
+        await jobs.refresh()
+        ui.timer(_REFRESH_S, jobs.refresh, immediate=False)
+
+
+class JobList:
+    """The newest jobs, kept up to date in place, so that whoever stands on a row stays there."""
+
+    def __init__(self, desk: Desk, caller: Caller) -> None:
+        """Begin empty; what is made now is filled by `refresh`."""
+        self._desk = desk
+        self._caller = caller
+        self._limit = _SHOWN
+        self._rows: dict[str, JobRow] = {}
+        self._list = ui.element("div").props('role="list" aria-label="Jobs"').classes("stack")
+        self._empty = ui.label("There is no job yet.").classes("dim")
+        self._more = ui.button("Older jobs", on_click=self._show_more).props("flat no-caps")
+
+    async def refresh(self) -> None:
+        """Show the jobs as they stand."""
+        page = await self._desk.read(lambda session: queries.jobs(session, self._limit, owner=self._caller.sees))
+        self._empty.set_visibility(not page.jobs)
+        self._more.set_visibility(page.has_more)
+        if [job.id for job in page.jobs] != list(self._rows):
+            self._list.clear()
+            with self._list:
+                self._rows = {job.id: JobRow(job) for job in page.jobs}
+        for job in page.jobs:
+            self._rows[job.id].show(job)
+
+    async def _show_more(self) -> None:
+        self._limit += _SHOWN
+        await self.refresh()
+
+
+class JobRow:
+    """One job in the list."""
+
+    def __init__(self, job: JobView) -> None:
+        """Lay the row out."""
+        with ui.element("div").props('role="listitem"').classes("box job"):
+            with ui.element("div").classes("stack").style("gap:.1rem"):
+                with link(f"{BASE}/jobs/{job.id}").classes("mono"):
+                    ui.label(job.id)
+                self._about = ui.label().classes("dim small")
+            with ui.element("div").style("min-width:0"):
+                self._bar = ui.element("progress").props('max="1" aria-label="Requests that have ended"')
+                self._counts = ui.label().classes("small")
+            self._speed = ui.label().classes("small")
+            self._status = ui.label()
+        self._shown: tuple[object, ...] = ()
+
+    def show(self, job: JobView) -> None:
+        """Show the job as it stands; says nothing to the browser if nothing has changed."""
+        speed = f"{words.number(words.tokens_per_s(job), 1)} tokens/s · {words.left(job)}"
+        values = (job.status, words.ended(job), job.requests_failed, job.completion_tokens, speed)
+        if values == self._shown:
+            return
+        self._shown = values
+        self._about.set_text(f"{job.model} · {words.ago(job.created_at)}")
+        self._bar.props(f"value={words.ended(job) / max(1, job.requests_total):.4f}")
+        failed = f", {job.requests_failed:,d} failed" if job.requests_failed else ""
+        self._counts.set_text(f"{words.ended(job):,d} of {job.requests_total:,d} requests{failed}")
+        self._speed.set_text(speed)
+        show_status(self._status, job.status)
+
+
+def show_status(label: ui.label, status: str) -> None:
+    """Write a status, in its colour."""
+    label.set_text(status.replace("_", " "))
+    label.classes(replace=f"status status-{status}")
+
+
+async def _submit_dialog(desk: Desk) -> ui.dialog:
+    """Return the form for a small job."""
+    settings = desk.services.settings
+    known = sorted(await asyncio.to_thread(known_models, desk.services.database, settings))
+    with ui.dialog() as dialog, ui.card().style("width:34rem;max-width:95vw;background:var(--card)"):
+        heading("New job")
+        prompts = ui.textarea("Prompts, one a line").props("outlined autogrow autofocus").style("width:100%")
+        model = ui.select(known, value=model_name(settings.target), label="Model").props("outlined").style("width:100%")
+        with ui.element("div").classes("line"):
+            tokens = ui.number("Most tokens", value=128, min=1, precision=0).props("outlined dense").style("width:9rem")
+            heat = (
+                ui.number("Temperature", value=0.0, min=0, max=2, step=0.1).props("outlined dense").style("width:9rem")
+            )
+            trees = ui.checkbox("Record draft trees")
+        problem = ui.label().props('role="alert"').style("color:var(--q-negative)")
+
+        async def submit() -> None:
+            lines = [line.strip() for line in (prompts.value or "").splitlines() if line.strip()]
+            parameters = {"max_tokens": int(tokens.value or 1), "temperature": float(heat.value or 0)}
+            if trees.value:
+                parameters["record_trees"] = _TREE_STEPS
+            try:
+                job_id = await _accept(desk, lines, str(model.value), parameters)
+            except BasicError as refused:
+                problem.set_text(texts.safe(str(refused)))
+                return
+            dialog.close()
+            ui.navigate.to(f"/jobs/{job_id}")
+
+        with ui.element("div").classes("line"):
+            ui.button("Submit", on_click=submit).props("no-caps")
+            ui.button("Close", on_click=dialog.close).props("flat no-caps")
+    return dialog
+
+
+async def _accept(desk: Desk, lines: list[str], model: str, parameters: dict[str, float]) -> str:
+    caller = await desk.admit(Scope.SUBMIT)
+    submission = Submission(
+        items=[Item(index, line) for index, line in enumerate(lines)],
+        model=model,
+        parameters=parameters,
+        api_key_id=caller.key_id,
+    )
+    services = desk.services
+    return await asyncio.to_thread(
+        accept_job, submission, database=services.database, ring=services.ring, settings=services.settings
+    )

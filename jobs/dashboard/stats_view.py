@@ -1,0 +1,123 @@
+"""The numbers and charts of a job, or of everything, as a part of a page.
+
+pages -> [stats_view] -> charts, storage.statistics.  Every chart has its numbers in words beside or below it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from nicegui import ui
+
+from jobs.dashboard import charts, words
+from jobs.dashboard.look import box, heading
+from storage.statistics import JobStats
+
+_CHARTS: Final[Sequence[tuple[str, Callable[[JobStats], dict[str, Any]]]]] = (
+    ("Tokens per second", charts.throughput),
+    ("Draft tokens accepted in a step", charts.acceptance),
+    ("Acceptance by depth", charts.depths),
+    ("Tree size at each batch size", charts.trees),
+    ("Accepted against expected", charts.reliability),
+    ("What steps decided", charts.decisions),
+    ("Where the time went", charts.phases),
+)
+
+
+class StatsView:
+    """Statistics that can be shown again with newer numbers."""
+
+    def __init__(self) -> None:
+        """Lay out figures and charts."""
+        with box():
+            heading("Numbers")
+            self._figures = ui.element("dl").classes("figures")
+        self._charts: list[tuple[ui.echart, Callable[[JobStats], dict[str, Any]]]] = []
+        with ui.element("div").classes("charts"):
+            for title, draw in _CHARTS:
+                with box():
+                    heading(title)
+                    chart = ui.echart({}, renderer="svg").style("height:15rem;width:100%")
+                    chart.props(f'role="img" aria-label="{title}"')
+                    self._charts.append((chart, draw))
+        with box():
+            heading("By source of the drafts")
+            self._drafters = ui.element("div").classes("wide")
+
+    def show(self, stats: JobStats) -> None:
+        """Show these numbers."""
+        self._figures.clear()
+        with self._figures:
+            for name, value, note in _figures(stats):
+                _figure(name, value, note)
+        for chart, draw in self._charts:
+            chart.options.clear()
+            chart.options.update(draw(stats))
+            chart.update()
+        self._drafters.clear()
+        with self._drafters:
+            _drafter_table(stats)
+
+
+def _figures(stats: JobStats) -> Sequence[tuple[str, str, str]]:
+    return (
+        ("Speed-up over plain", words.speedup(stats.speedup, stats.speedup_error), _check(stats)),
+        ("Tokens per second", words.number(stats.tokens_per_s), f"over {words.span(stats.wall_s)}"),
+        ("Tokens per step", words.number(stats.mean_acceptance_length, 2), f"{stats.steps:,d} steps"),
+        ("Expected, accepted", _expected(stats), "draft tokens a step"),
+        ("Off by", words.percent(stats.miscalibration), "accepted against expected, with a tree"),
+        ("Draft nodes per step", words.number(stats.mean_tree_nodes, 2), ""),
+        ("Tokens written", f"{stats.completion_tokens:,d}", f"{stats.prompt_tokens:,d} read"),
+        ("Tokens per joule", words.number(stats.tokens_per_joule, 2), "where the device tells"),
+    )
+
+
+def _check(stats: JobStats) -> str:
+    if stats.speedup is None or stats.plain_check is None:
+        return "by calibration; no plain step checked it"
+    return f"by {stats.plain_steps:,d} plain steps: {words.speedup(stats.speedup * stats.plain_check)}"
+
+
+def _expected(stats: JobStats) -> str:
+    return f"{words.number(stats.mean_expected, 2)}, {words.number(stats.mean_accepted, 2)}"
+
+
+def _figure(name: str, value: str, note: str) -> None:
+    with ui.element("div"):
+        with ui.element("dt"):
+            ui.label(name)
+        with ui.element("dd"):
+            ui.label(value)
+            if note:
+                with ui.element("small"):
+                    ui.label(note)
+
+
+def _drafter_table(stats: JobStats) -> None:
+    rows = [
+        (
+            share.drafter or "no drafts",
+            f"{share.steps:,d}",
+            words.number(share.mean_tree_nodes, 2),
+            words.number(share.mean_accepted, 2),
+            words.speedup(share.speedup),
+        )
+        for share in stats.drafters
+    ]
+    table(("Draft", "Steps", "Nodes", "Accepted", "Speed-up"), rows)
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Write a table; all columns but the first hold numbers."""
+    with ui.element("table").classes("plain"):
+        with ui.element("thead"), ui.element("tr"):
+            for place, text in enumerate(headings):
+                with ui.element("th").props('scope="col"').classes("n" if place else ""):
+                    ui.label(text)
+        with ui.element("tbody"):
+            for row in rows:
+                with ui.element("tr"):
+                    for place, text in enumerate(row):
+                        with ui.element("td").classes("n" if place else ""):
+                            ui.label(text)

@@ -1,0 +1,36 @@
+"""Events about what ended in SQL: jobs, and requests that failed in nobody's hands.
+
+worker.sink, reconciler -> [events] -> messages.  Made after the commit, from what the record returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from jobs.messages import JobStatus, PartialEvent
+from storage.records import FailedRequest, Refusal
+
+
+def job_events(ended: Iterable[tuple[str, str]]) -> list[PartialEvent]:
+    """Return the events that close the streams of jobs that have ended; takes (job_id, final status)."""
+    return [PartialEvent(job_id=job_id, type="job", status=JobStatus(status)) for job_id, status in ended]
+
+
+def failure_events(failed: Iterable[FailedRequest]) -> list[PartialEvent]:
+    """Return the events of requests that failed."""
+    return [
+        PartialEvent(
+            job_id=request.job_id,
+            request=request.custom_id,
+            index=request.request_index,
+            seq=request.seq,
+            type="failed",
+            error=error_of(request.refusal),
+        )
+        for request in failed
+    ]
+
+
+def error_of(refusal: Refusal) -> dict[str, str | None]:
+    """Return the error of a `failed` event."""
+    return {"code": refusal.code, "message": refusal.message, "param": refusal.param}

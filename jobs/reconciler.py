@@ -1,0 +1,146 @@
+"""The reconciler: whatever was lost between the parts of the service is found in SQL and put right.
+
+worker.resident, jobs.api.server -> [reconciler] -> storage.  Runs in every worker and every shim, one elected at a
+time: requests whose worker is gone go back to the queue, doorbells that nobody heard ring again, what is overdue
+expires, cancelled jobs end without their workers, and dead workers are marked. Every act may be repeated.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy.orm import Session
+
+from jobs.events import failure_events, job_events
+from jobs.liveness import identity, is_dead
+from jobs.messages import PartialEvent
+from jobs.producer import Ring
+from storage import leases, writes
+from storage.elections import elect, holder, resign
+from storage.reclaim import mark_lost, reclaim, running_processes
+from storage.records import FailedRequest
+from storage.session import DATABASE_AWAY, Database, why_away
+
+log = logging.getLogger(__name__)
+
+OFFICE = "reconciler"
+
+_ROUND_S = 3.0
+_TERM_S = 10.0  # a reconciler that is dead is succeeded after so long
+_RING_AFTER_S = 10.0  # a job whose queued requests nobody took up for so long is rung again
+_SILENT_S = 60.0  # a worker that has not said anything for so long is lost
+
+Publish = Callable[[Sequence[PartialEvent]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """What one round changed, to be told after its commit."""
+
+    failed: tuple[FailedRequest, ...]
+    ended_jobs: tuple[tuple[str, str], ...]  # (job_id, final status)
+    to_ring: tuple[tuple[str, str], ...]  # (job_id, model)
+
+
+class Reconciler:
+    """One candidate for the office, with a thread of its own."""
+
+    def __init__(self, database: Database, publish: Publish, ring: Ring, *, lease_s: float) -> None:
+        """Take what the rounds need. Nothing runs before `start`."""
+        self._database = database
+        self._publish = publish
+        self._ring = ring
+        self._name = identity() or uuid.uuid4().hex  # neighbours on this machine see whether its holder is dead
+        self._lease_s = lease_s
+        self._connected_at: float | None = None  # since when the database has answered every time
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="basic-reconciler", daemon=True)
+
+    def start(self) -> None:
+        """Begin with the rounds."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the rounds and leave the office to the next."""
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join(_ROUND_S)
+        try:
+            with self._database.write() as session:
+                resign(session, OFFICE, self._name)
+        except DATABASE_AWAY:
+            pass  # the term ends by itself
+
+    def round(self) -> bool:
+        """Put right what can be put right now; return whether we hold the office. Raises what DATABASE_AWAY names."""
+        try:
+            with self._database.write() as session:
+                elected = self._elected(session)
+            done = self._reconcile() if elected else None
+        except DATABASE_AWAY:
+            self._connected_at = None
+            raise
+        self._connected_at = self._connected_at or time.monotonic()
+        if done is not None:
+            self._tell(done)
+        return done is not None
+
+    def _elected(self, session: Session) -> bool:
+        predecessor = holder(session, OFFICE)
+        if predecessor is not None and is_dead(predecessor):
+            resign(session, OFFICE, predecessor)
+        return elect(session, OFFICE, self._name, _TERM_S)
+
+    def _reconcile(self) -> _Round:
+        """Do every repair in a transaction of its own: locks are held for moments, and taken in one order."""
+        write = self._database.write
+        with self._database.read() as session:
+            dead = [worker for worker, process in running_processes(session).items() if is_dead(process)]
+        with write() as session:
+            again = reclaim(session, dead, lapsed=self._owners_could_renew())
+        with write() as session:  # after their requests are given back: whoever is marked is not looked at again
+            mark_lost(session, dead, _SILENT_S)
+        with write() as session:
+            late, ended = writes.expire_requests(session)
+        with write() as session:
+            ended += writes.expire_jobs(session)
+        with write() as session:
+            unheard = leases.jobs_to_ring(session, _RING_AFTER_S)
+        return _Round((*late, *again.poisoned), (*ended, *again.ended_jobs), (*again.requeued, *unheard))
+
+    def _owners_could_renew(self) -> bool:
+        """Return whether a lapsed lease means that its owner is gone: not while the database was away for everybody."""
+        return self._connected_at is not None and time.monotonic() - self._connected_at >= self._lease_s
+
+    def _tell(self, done: _Round) -> None:
+        for request in done.failed:
+            log.error(
+                "Request %s of job %s failed: %s",
+                request.custom_id,
+                request.job_id,
+                request.refusal.message,
+                extra={"action": request.refusal.code, "job_id": request.job_id},
+            )
+        self._publish([*failure_events(done.failed), *job_events(done.ended_jobs)])
+        one_a_model = {model: job_id for job_id, model in done.to_ring}
+        for model, job_id in one_a_model.items():
+            self._ring(job_id, model)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self.round()
+            except DATABASE_AWAY as error:
+                log.warning("The reconciler waits for the database: %s", why_away(error), extra=_AWAY)
+            except Exception:  # the thread must live: nobody else would notice that it is gone
+                log.exception("A round of the reconciler failed", extra={"action": "reconciler_failed"})
+            self._stop.wait(_ROUND_S * random.uniform(0.8, 1.2))
+
+
+_AWAY = {"action": "database_away"}

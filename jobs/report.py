@@ -1,0 +1,110 @@
+"""A report of one job: one HTML file that needs nothing else, to send to a colleague.
+
+cli -> [report] -> plots.  Takes what the service says about a job; fetches nothing. All text is escaped: models and
+submitters write what they like.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from html import escape
+from typing import Final
+
+from jobs.plots import PLOTS, svg
+from jobs.results import JobInfo, Output, Statistics
+from jobs.stats_tables import speedup_text, summary_rows
+from jobs.terminal import safe
+
+SAMPLES: Final = 12  # texts that a report shows
+_TEXT_CHARS: Final = 4_000  # of each
+
+_STYLES: Final = """
+:root { color-scheme: light dark; --line: #8a8f9855; --dim: #6b717b; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.4rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+table { border-collapse: collapse; width: 100%; } th { text-align: left; font-weight: 600; white-space: nowrap; }
+th, td { padding: .3rem 1rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td { overflow-wrap: anywhere; }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
+.plots svg { width: 100%; height: auto; } figure { margin: 0; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; display: block; }
+.text { border: 1px solid var(--line); border-radius: .4rem; padding: .6rem .8rem; }
+.dim { color: var(--dim); font-size: .9rem; }
+"""
+
+
+def report(info: JobInfo, numbers: Statistics, outputs: Iterable[Output]) -> str:
+    """Return the report. Reads the outputs once, and keeps as many as it shows."""
+    samples, errors = _look_at(outputs)
+    title = f"Job {info.id}"
+    parts = [
+        f"<h1>{_text(title)}</h1>",
+        f'<p class="dim">{_text(_about(info))}</p>',
+        "<h2>Numbers</h2>",
+        _table(("", ""), [("speed-up over plain", speedup_text(numbers)), *_others(numbers)]),
+        f'<h2>Plots</h2><div class="plots">{"".join(_plot(numbers, name) for name in PLOTS)}</div>',
+        _errors(errors),
+        "<h2>Samples</h2>",
+        *map(_sample, samples),
+    ]
+    return _page(title, "\n".join(parts))
+
+
+def _page(title: str, body: str) -> str:
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
+        f"<title>{_text(title)}</title><style>{_STYLES}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _look_at(outputs: Iterable[Output]) -> tuple[list[Output], Counter[tuple[str, str]]]:
+    samples: list[Output] = []
+    errors: Counter[tuple[str, str]] = Counter()
+    for output in outputs:
+        if output.error is not None:
+            errors[output.error.code or "unknown", output.error.message] += 1
+        elif len(samples) < SAMPLES:
+            samples.append(output)
+    return samples, errors
+
+
+def _about(info: JobInfo) -> str:
+    submitted = datetime.fromtimestamp(info.created_at, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return f"{info.status.replace('_', ' ')} · {info.model} · {info.endpoint} · submitted {submitted}"
+
+
+def _others(numbers: Statistics) -> Sequence[tuple[str, str]]:
+    return [row for row in summary_rows(numbers) if row[0] != "speed-up over plain"]
+
+
+def _plot(numbers: Statistics, name: str) -> str:
+    return f"<figure>{svg(numbers, name)}</figure>"
+
+
+def _errors(errors: Counter[tuple[str, str]]) -> str:
+    if not errors:
+        return ""
+    rows = [(f"{code}: {message}", f"{count:,d}") for (code, message), count in errors.most_common(50)]
+    return "<h2>Errors</h2>" + _table(("what went wrong", "requests"), rows)
+
+
+def _sample(output: Output) -> str:
+    texts = "".join(f'<bdi class="text">{_text(choice.text[:_TEXT_CHARS])}</bdi>' for choice in output.choices)
+    return f"<h3><bdi>{_text(output.custom_id)}</bdi></h3>{texts}"
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    head = "".join(f'<th scope="col">{_text(heading)}</th>' for heading in headings) if any(headings) else ""
+    lines = (
+        f'<tr><th scope="row">{_text(row[0])}</th>{"".join(f"<td>{_text(c)}</td>" for c in row[1:])}</tr>'
+        for row in rows
+    )
+    return f"<table>{f'<thead><tr>{head}</tr></thead>' if head else ''}<tbody>{''.join(lines)}</tbody></table>"
+
+
+def _text(text: str) -> str:
+    return escape(safe(text))

@@ -1,0 +1,91 @@
+"""How the work is going, as far as rows tell: who is alive, what waits for nobody, what does not move.
+
+jobs.doctor -> [health] -> models.  Reads only.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, and_, func, select
+from sqlalchemy.orm import Session
+
+from storage import queries
+from storage.models import Job, Partial, Request, Worker
+from storage.sql import database_now, has_work
+
+_HOUR_S = 3600.0
+_DAY_S = 86_400.0
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What the rows say."""
+
+    alive: Mapping[str, int]  # workers by the model they serve
+    lost_lately: int  # workers, within the last hour
+    open_jobs: int
+    open_requests: int
+    unserved: Mapping[str, int]  # open jobs by models that nobody serves
+    stuck: tuple[str, ...]  # jobs of served models of which nothing moved for long
+    lapsed: int  # requests whose lease lapsed and that nobody gave back
+    poisoned: int  # requests, within the last day
+
+
+def health(session: Session, stuck_s: float) -> Health:
+    """Look at workers and open jobs; a job that did not move for `stuck_s` is stuck."""
+    now = database_now(session)
+    served = {model.target for model in queries.models(session)}
+    alive = Counter(
+        session.scalars(select(Worker.target).where(Worker.stopped_at.is_(None), Worker.lost_at.is_(None))).all()
+    )
+    lost = session.scalar(select(func.count()).select_from(Worker).where(Worker.lost_at > now - _HOUR_S))
+    open_jobs = session.execute(select(Job.id, Job.model).where(Job.status == "in_progress")).all()
+    lapsed = session.scalar(
+        select(func.count())
+        .select_from(Request)
+        .join(Job, Job.id == Request.job_id)
+        .where(Job.status == "in_progress", Request.status == "running", Request.lease_expires_at < now)
+    )
+    return Health(
+        alive={model: count for model, count in alive.items() if model in served},
+        lost_lately=lost or 0,
+        open_jobs=len(open_jobs),
+        open_requests=queries.open_requests(session),
+        unserved=Counter(job.model for job in open_jobs if job.model not in served),
+        stuck=_stuck(session, served, now - stuck_s),
+        lapsed=lapsed or 0,
+        poisoned=_poisoned(session, now - _DAY_S),
+    )
+
+
+def _stuck(session: Session, served: set[str], since: float) -> tuple[str, ...]:
+    """Return the jobs with work to claim that are old enough and of which nothing was committed since."""
+    running = select(Request.job_id).where(Request.job_id == Job.id, Request.status == "running").correlate(Job)
+    moved = select(Partial.job_id).where(Partial.job_id == Job.id, Partial.committed_at > since).correlate(Job)
+    ended = select(Request.job_id).where(Request.job_id == Job.id, Request.finished_at > since).correlate(Job)
+    return tuple(
+        session.scalars(
+            select(Job.id)
+            .where(Job.status == "in_progress", Job.model.in_(served), Job.created_at < since)
+            .where(has_work() | running.exists(), ~moved.exists(), ~ended.exists())
+            .where(~_others_move(since))
+            .order_by(Job.created_at)
+            .limit(20)
+        )
+    )
+
+
+def _others_move(since: float) -> ColumnElement[bool]:
+    """Return the condition that workers are busy with other jobs: then this one waits its turn."""
+    other = select(Partial.job_id).where(Partial.committed_at > since, Partial.job_id != Job.id)
+    return other.correlate(Job).exists()
+
+
+def _poisoned(session: Session, since: float) -> int:
+    """Count among jobs that are open or ended lately; others' requests are not read."""
+    recent = and_(Request.error_code == "poison", Request.finished_at > since)
+    lately = select(Job.id).where((Job.finished_at > since) | (Job.status == "in_progress"))
+    return session.scalar(select(func.count()).select_from(Request).where(recent, Request.job_id.in_(lately))) or 0

@@ -1,0 +1,22 @@
+"""A short form of `make chaos`: a few faults of every part, and nothing lost, doubled or changed."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.chaos.run import run
+
+FAULTS = {
+    "sqlite": ["kill a worker", "flush redis", "fill the disk", "kill the shim"],
+    "postgresql": ["kill all workers", "restart the database", "replace redis", "hold doorbells back"],
+}
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_faults_of_every_part_lose_double_and_change_nothing(database: str) -> None:
+    report = run(4, database, seed=7, only=FAULTS[database])
+
+    assert report.wrong == []
+    assert report.jobs > 1
+    assert report.outputs == report.requests
+    assert report.errors == {}

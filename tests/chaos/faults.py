@@ -1,0 +1,248 @@
+"""The faults: each takes a running service, does its harm, and leaves the repair to the service."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from redis.exceptions import RedisError
+
+from jobs.celery_app import DOORBELL_TASK, KEY_PREFIX
+from jobs.messages import model_queue
+from storage.session import Database
+from tests.chaos.stack import Stack
+
+Fault = Callable[[Stack, random.Random], None]
+
+_LEASE_AND_MORE_S = 6.0
+# Each of them ends a Celery consumer.
+_LETHAL_FRAMES = (b"\x80\x04garbage", b"7", b'{"body": "%%%", "properties": {"delivery_tag": "x"}}')
+
+
+def kill_a_worker(stack: Stack, dice: random.Random) -> None:
+    """Kill a worker in the midst of a step."""
+    stack.kill(dice.choice(stack.workers()))
+
+
+def kill_all_workers(stack: Stack, dice: random.Random) -> None:
+    """Kill all workers at once: nobody is left to see it."""
+    for name in stack.workers():
+        stack.kill(name)
+
+
+def stop_a_worker(stack: Stack, dice: random.Random) -> None:
+    """Stop a worker in order, as an upgrade does."""
+    stack.kill(dice.choice(stack.workers()), signal.SIGTERM)
+
+
+def stop_a_worker_twice(stack: Stack, dice: random.Random) -> None:
+    """Stop a worker and insist at once."""
+    name = dice.choice(stack.workers())
+    stack.kill(name, signal.SIGTERM)
+    stack.rest(0.05)
+    stack.kill(name, signal.SIGTERM)
+
+
+def freeze_a_worker(stack: Stack, dice: random.Random) -> None:
+    """Freeze a worker for longer than its lease, and let it wake up."""
+    name = dice.choice(stack.workers())
+    stack.kill(name, signal.SIGSTOP)
+    stack.rest(_LEASE_AND_MORE_S)
+    stack.kill(name, signal.SIGCONT)
+
+
+def restart_redis(stack: Stack, dice: random.Random) -> None:
+    """Kill the Redis server and start it again with its data."""
+    with stack.without_redis(lose_data=False):
+        stack.rest(dice.uniform(0.2, 3.0))
+
+
+def replace_redis(stack: Stack, dice: random.Random) -> None:
+    """Kill the Redis server and start an empty one."""
+    with stack.without_redis(lose_data=True):
+        stack.rest(dice.uniform(0.2, 3.0))
+
+
+def flush_redis(stack: Stack, dice: random.Random) -> None:
+    """Empty the Redis server while everybody is connected."""
+    with stack.redis() as client:
+        client.flushall()
+
+
+def cut_redis_connections(stack: Stack, dice: random.Random) -> None:
+    """Close every connection to the Redis server but our own."""
+    with stack.redis() as client:
+        client.client_kill_filter(skipme=True, _type="normal")
+        client.client_kill_filter(skipme=True, _type="pubsub")
+
+
+def hang_redis(stack: Stack, dice: random.Random) -> None:
+    """Let the Redis server hang with all its connections open."""
+    stack.kill("redis", signal.SIGSTOP)
+    stack.rest(dice.uniform(1.0, 4.0))
+    stack.kill("redis", signal.SIGCONT)
+
+
+def repeat_doorbells(stack: Stack, dice: random.Random) -> None:
+    """Ring for a job that may be over, fifty times."""
+    with stack.redis() as client:
+        queue = KEY_PREFIX + model_queue(Path(stack.environment["BASIC_TARGET"]).name)
+        client.lpush(queue, *[_doorbell("batch_nobody_knows", number) for number in range(50)])
+
+
+def hold_doorbells_back(stack: Stack, dice: random.Random) -> None:
+    """Take what is queued in Redis away, and put it back later."""
+    with stack.redis() as client:
+        held: dict[bytes, list[bytes]] = {}
+        ends_at = time.monotonic() + 2.0
+        while time.monotonic() < ends_at:
+            for key in client.keys(KEY_PREFIX + "basic.*"):
+                while (message := _pop(client, key)) is not None:
+                    held.setdefault(key, []).append(message)
+            stack.rest(0.05)
+        for key, messages in held.items():
+            client.lpush(key, *messages)
+
+
+def send_garbage(stack: Stack, dice: random.Random) -> None:
+    """Put bytes on the workers' queue that end a Celery consumer."""
+    with stack.redis() as client:
+        client.lpush(KEY_PREFIX + model_queue(Path(stack.environment["BASIC_TARGET"]).name), *_LETHAL_FRAMES)
+
+
+def kill_the_shim(stack: Stack, dice: random.Random) -> None:
+    """Kill the REST shim."""
+    stack.kill("shim")
+
+
+def kill_the_ingest(stack: Stack, dice: random.Random) -> None:
+    """Kill the process that records pushed batches."""
+    stack.kill("ingest")
+
+
+def restart_the_database(stack: Stack, dice: random.Random) -> None:
+    """Stop PostgreSQL at once, as a crash does, and start it again."""
+    assert stack.postgres is not None
+    stack.postgres.stop(signal.SIGQUIT)
+    stack.rest(dice.uniform(0.5, 5.0))
+    stack.postgres.start()
+
+
+def cut_database_connections(stack: Stack, dice: random.Random) -> None:
+    """Close every connection to PostgreSQL in the midst of its transaction."""
+    with psycopg.connect(stack.database_url, autocommit=True) as connection:
+        connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND datname = 'chaos'"
+        )
+
+
+def lock_the_database(stack: Stack, dice: random.Random) -> None:
+    """Hold SQLite's write lock from outside for longer than a writer waits."""
+    database = Database.open(stack.database_url)
+    with database.write():
+        stack.rest(12.0)
+    database.dispose()
+
+
+def fill_the_disk(stack: Stack, dice: random.Random) -> None:
+    """Leave not a byte on the disk of the record for a while."""
+    ballast = stack.database_path.parent / "ballast"
+    with ballast.open("wb") as file:
+        try:
+            while True:
+                file.write(b"\0" * 4096)
+                file.flush()
+        except OSError:
+            pass
+    stack.rest(4.0)
+    ballast.unlink()
+
+
+ANYWHERE: Mapping[str, Fault] = {
+    fault.__name__.replace("_", " "): fault
+    for fault in (
+        kill_a_worker,
+        kill_all_workers,
+        stop_a_worker,
+        stop_a_worker_twice,
+        freeze_a_worker,
+        restart_redis,
+        replace_redis,
+        flush_redis,
+        cut_redis_connections,
+        hang_redis,
+        repeat_doorbells,
+        hold_doorbells_back,
+        send_garbage,
+        kill_the_shim,
+        kill_the_ingest,
+    )
+}
+ON_POSTGRESQL: Mapping[str, Fault] = {
+    "restart the database": restart_the_database,
+    "cut database connections": cut_database_connections,
+}
+ON_SQLITE: Mapping[str, Fault] = {"lock the database": lock_the_database}
+ON_A_SMALL_DISK: Mapping[str, Fault] = {"fill the disk": fill_the_disk}
+
+
+def faults_for(*, postgres: bool, small_disk: bool) -> dict[str, Fault]:
+    """Return the faults that a service of this kind can suffer."""
+    return {
+        **ANYWHERE,
+        **(ON_POSTGRESQL if postgres else ON_SQLITE),
+        **(ON_A_SMALL_DISK if small_disk and not postgres else {}),
+    }
+
+
+@contextmanager
+def small_disk(directory: Path, megabytes: int = 128) -> Iterator[bool]:
+    """Mount a disk of few megabytes at `directory`, if we may; yields whether there is one."""
+    directory.mkdir(parents=True, exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "basic-chaos", str(directory)]
+    mounted = os.geteuid() == 0 and subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", str(directory)], capture_output=True, check=False)
+
+
+def _pop(client: Any, key: bytes) -> bytes | None:
+    try:
+        popped = client.rpop(key)
+    except RedisError:  # not a list: Celery's own wiring
+        return None
+    return popped if isinstance(popped, bytes) else None
+
+
+def _doorbell(job_id: str, number: int) -> str:
+    """A message as Celery writes it."""
+    body = base64.b64encode(json.dumps([[], {"job_id": job_id}, {}]).encode()).decode()
+    tag = f"chaos-{os.getpid()}-{time.monotonic_ns()}-{number}"
+    return json.dumps(
+        {
+            "body": body,
+            "content-encoding": "utf-8",
+            "content-type": "application/json",
+            "headers": {"lang": "py", "task": DOORBELL_TASK, "id": tag, "argsrepr": "", "kwargsrepr": ""},
+            "properties": {
+                "correlation_id": tag,
+                "delivery_mode": 2,
+                "delivery_info": {"exchange": "", "routing_key": ""},
+                "priority": 0,
+                "body_encoding": "base64",
+                "delivery_tag": tag,
+            },
+        }
+    )

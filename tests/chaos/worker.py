@@ -1,0 +1,50 @@
+"""A worker that can be made to go wrong: `python -m tests.chaos.worker`.
+
+It is the worker of the service with a few changes, and all of them live here, in a program that only tests start and
+that no installation has: the package itself holds no switch that injects a fault. A prompt with POISON in it kills the
+process when it is taken up, as one that crashes a kernel would; one with HANG stops its engine thread for good; and
+every step takes CHAOS_STEP_S seconds longer, so that a model of a few thousand weights is still decoding when the next
+fault comes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+from jobs.messages import GenerationRequest
+from worker import start
+from worker.engine.engine import Engine
+from worker.engine.stats import StepResult
+from worker.text import Codec
+
+POISON = "the prompt that kills"
+HANG = "the prompt that hangs"
+STEP_VARIABLE = "CHAOS_STEP_S"
+
+
+def main() -> int:
+    """Serve as the environment says, with the faults above."""
+    encode, step = Codec.encode, Engine.step
+    step_s = float(os.environ.get(STEP_VARIABLE, "0"))
+
+    def deadly_encode(codec: Codec, request: GenerationRequest, endpoint: str) -> list[int]:
+        if request.prompt is not None and POISON in request.prompt:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if request.prompt is not None and HANG in request.prompt:
+            time.sleep(3600)
+        return encode(codec, request, endpoint)
+
+    def slow_step(engine: Engine) -> list[StepResult]:
+        time.sleep(step_s)
+        return step(engine)
+
+    Codec.encode = deadly_encode  # type: ignore[assignment, method-assign]
+    Engine.step = slow_step  # type: ignore[assignment, method-assign]
+    return start.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs import broadcast
+from jobs.benchmark_streams import Load, measure
+from jobs.broadcast import PING, Broadcast
+from jobs.messages import PartialEvent
+from jobs.partials import Publisher
+from storage.models import Base
+from storage.records import Progress
+from storage.session import Database
+from storage.story import Cursor
+from tests.conftest import free_port
+from tests.unit.storage.acts import claim, end_of, flush, record, tokens_of
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    database = Database.open(f"sqlite:///{tmp_path / 'basic.sqlite3'}")
+    Base.metadata.create_all(database.engine)
+    yield database
+    database.dispose()
+
+
+class Worker:
+    """Writes one text, a word at a time, and says so."""
+
+    def __init__(self, database: Database, redis_url: str) -> None:
+        record(database, "job-1")
+        self._database = database
+        (self._claim,) = claim(database)
+        self._publisher = Publisher(redis_url)
+        self._made = [tokens_of(1, 1)]
+
+    @property
+    def text(self) -> str:
+        return "".join(checkpoint.text for checkpoint in self._made[:-1])
+
+    def write(self, *, ends: bool = False) -> None:
+        checkpoint = self._made[-1]
+        finished = (end_of(*self._made),) if ends else ()
+        flush(self._database, "w1", Progress(self._claim.lease, (checkpoint,), finished, ends=ends))
+        self._publisher.publish([PartialEvent(job_id="job-1", request="a", index=0, seq=checkpoint.seq, type="tokens")])
+        self._made.append(tokens_of(checkpoint.seq + 1, 2, first=checkpoint.seq))
+
+    def close(self) -> None:
+        self._publisher.close()
+
+
+def text_of(events: bytes) -> str:
+    text = ""
+    for line in events.splitlines():
+        if line.startswith(b"data: ") and (event := json.loads(line[6:]))["type"] == "tokens":
+            text = event["text"] if event["snapshot"] else text + event["text"]
+    return text
+
+
+async def told(reader: AsyncIterator[bytes]) -> bytes:
+    """Return what a reader is told next but signs of life."""
+    async for events in reader:
+        if events != PING:
+            return events
+    raise AssertionError("the stream ended")
+
+
+async def rest_of(reader: AsyncGenerator[bytes]) -> bytes:
+    return b"".join([events async for events in reader if events != PING])
+
+
+def test_every_reader_is_told_everything_once_whenever_it_comes_and_however_often_it_is_cut_off() -> None:
+    figures = measure(Load(readers=9, requests=4, commits=8, interval_s=0.2))
+    assert (figures.told_wrong, figures.told_twice) == (0, 0)
+    assert (figures.reconnected, figures.late) == (3, 3)
+
+
+def test_a_reader_that_falls_behind_the_ring_goes_on_from_sql(
+    database: Database, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(broadcast, "_RING_BYTES", 1)
+    worker = Worker(database, redis_url)
+
+    async def scenario() -> None:
+        channels = Broadcast(database, redis_url, poll_s=0.2)
+        slow, quick = (channels.follow("job-1", Cursor()) for _ in range(2))
+        worker.write()
+        first = await told(slow)
+        seen = b""
+        for _ in range(6):
+            worker.write()
+            while text_of(seen) != worker.text:
+                seen += await told(quick)
+        worker.write(ends=True)
+        assert text_of(seen + await rest_of(quick)) == worker.text
+        assert text_of(first + await rest_of(slow)) == worker.text
+        assert channels.open_channels == 0
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+    worker.close()
+
+
+def test_without_a_redis_server_readers_are_told_all_the_same(database: Database) -> None:
+    nowhere = f"redis://127.0.0.1:{free_port()}/0"
+    worker = Worker(database, nowhere)
+
+    async def scenario() -> None:
+        reader = Broadcast(database, nowhere).follow("job-1", Cursor())
+        worker.write()
+        first = await told(reader)
+        worker.write(ends=True)
+        assert text_of(first + await rest_of(reader)) == worker.text
+
+    asyncio.run(asyncio.wait_for(scenario(), 60))
+    worker.close()
+
+
+def test_a_silent_stream_gives_signs_of_life(database: Database, redis_url: str) -> None:
+    record(database, "job-1")
+
+    async def scenario() -> list[bytes]:
+        reader = Broadcast(database, redis_url, ping_s=0.05).follow("job-1", Cursor())
+        heard = [await anext(reader) for _ in range(3)]
+        await reader.aclose()
+        return heard
+
+    assert asyncio.run(asyncio.wait_for(scenario(), 60))[1:] == [PING, PING]

@@ -1,0 +1,174 @@
+"""The pages in a real browser, on a real service with a tiny model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from playwright.sync_api import Browser, Page, Request, expect
+
+from jobs.client import Client
+from jobs.local import LocalService, down, start_detached
+from jobs.local_start import environment
+from jobs.settings import JobsSettings
+from tests.browser import browser, picture
+from tests.models import byte_tokenizer, tiny
+
+PATIENCE_MS = 60_000
+UGLY = (
+    "<script>document.title = 'pwned'</script><img src=x onerror=\"document.title = 'pwned'\">"
+    "\x1b[31mred\x1b[0m \u202eturned\u202c " + "x" * 100_000
+)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> JobsSettings:
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    tiny().save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return JobsSettings(data_dir=tmp_path_factory.mktemp("data"), api_port=0, target=str(directory))
+
+
+@pytest.fixture(scope="module")
+def service(settings: JobsSettings) -> Iterator[LocalService]:
+    yield start_detached(settings)
+    down(settings.data_dir)
+
+
+@pytest.fixture(scope="module")
+def chrome() -> Iterator[Browser]:
+    with browser() as started:
+        yield started
+
+
+@pytest.fixture
+def page(chrome: Browser, service: LocalService) -> Iterator[Page]:
+    """A page that must ask this service alone, and must not complain."""
+    context = chrome.new_context(base_url=service.api_url, viewport={"width": 1200, "height": 850})
+    context.set_default_timeout(PATIENCE_MS)
+    opened = context.new_page()
+    asked: list[str] = []
+    complaints: list[str] = []
+
+    def note(request: Request) -> None:
+        parts = urlsplit(request.url)
+        if parts.scheme in ("http", "https", "ws", "wss"):
+            asked.append(parts.netloc)
+
+    opened.on("request", note)
+    opened.on("pageerror", lambda error: complaints.append(str(error)))
+    yield opened
+    context.close()
+    assert set(asked) <= {urlsplit(service.api_url).netloc}
+    assert complaints == []
+
+
+def open_tab(page: Page, name: str) -> None:
+    page.get_by_role("tab", name=name).click()
+
+
+def test_a_job_is_submitted_watched_and_looked_into(page: Page) -> None:
+    page.goto("/")
+    expect(page.get_by_role("heading", name="Jobs")).to_be_visible(timeout=PATIENCE_MS)
+    page.get_by_role("button", name="New job").click()
+    page.get_by_label("Prompts, one a line").fill("abc abc abc abc\nxyz xyz xyz")
+    page.get_by_label("Most tokens").fill("200")
+    page.get_by_label("Record draft trees").click()
+    page.get_by_role("button", name="Submit").click()
+
+    expect(page.get_by_text("2 of 2 requests")).to_be_visible(timeout=PATIENCE_MS)
+    open_tab(page, "Requests")
+    expect(page.locator(".model-text").first).not_to_be_empty(timeout=PATIENCE_MS)
+    picture(page, "requests")
+    open_tab(page, "Trees")
+    expect(page.get_by_text("sequences in the step").first).to_be_visible(timeout=PATIENCE_MS)
+    picture(page, "tree")
+    open_tab(page, "Statistics")
+    expect(page.get_by_text("Speed-up over plain")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.locator(".charts svg").first).to_be_visible(timeout=PATIENCE_MS)
+    picture(page, "charts")
+
+
+def test_tokens_arrive_and_a_job_is_cancelled(page: Page, service: LocalService) -> None:
+    with Client(service.api_url) as client:
+        job = client.submit(["abc"] * 200, max_tokens=3000, ignore_eos=True, temperature=0)
+    page.goto(f"/dashboard/jobs/{job.id}")
+
+    text = page.locator(".model-text").first
+    expect(text).not_to_be_empty(timeout=PATIENCE_MS)
+    before = text.inner_text()
+    page.wait_for_function(
+        "before => [...document.querySelectorAll('.model-text')].some(text => text.innerText.length > before + 20)",
+        arg=len(before),
+        timeout=PATIENCE_MS,
+    )
+    picture(page, "live")
+    page.get_by_role("button", name="Cancel the job").click()
+    expect(page.locator(".status").first).to_have_text("cancelled", timeout=PATIENCE_MS)
+
+
+def test_ugly_text_is_shown_as_text_and_leaves_the_page_whole(page: Page, service: LocalService) -> None:
+    with Client(service.api_url) as client:
+        job = client.submit([UGLY, {"prompt": "a", "max_tokens": 0, "custom_id": "<b>bad</b>"}], max_tokens=4)
+        job.wait()
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.goto(f"/dashboard/jobs/{job.id}")
+
+    expect(page.get_by_text("<script>document.title").first).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_text("<b>bad</b>").first).to_be_visible()
+    assert "pwned" not in page.title()
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    picture(page, "ugly-phone")
+
+
+@pytest.mark.parametrize("place", ["/dashboard/", "/dashboard/stats", "/dashboard/workers"])
+@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1200, "dark")])
+def test_pages_fit_phones_and_follow_the_system(page: Page, place: str, width: int, scheme: str) -> None:
+    page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+    page.set_viewport_size({"width": width, "height": 850})
+    page.goto(place)
+
+    expect(page.get_by_role("heading", level=1)).to_be_visible(timeout=PATIENCE_MS)
+    page.wait_for_function(
+        f"document.body.classList.contains('body--dark') === {'true' if scheme == 'dark' else 'false'}"
+    )
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    picture(page, f"{place.strip('/').replace('/', '-')}-{width}-{scheme}")
+
+
+def test_the_keyboard_reaches_the_form(page: Page) -> None:
+    page.goto("/dashboard/")
+    expect(page.get_by_role("button", name="New job")).to_be_visible(timeout=PATIENCE_MS)
+    page.keyboard.press("Tab")
+    expect(page.get_by_text("Skip to the content")).to_be_focused()
+    page.get_by_role("button", name="New job").focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_label("Prompts, one a line")).to_be_focused()
+
+
+def test_once_there_is_a_key_the_pages_ask_for_it(page: Page, service: LocalService, settings: JobsSettings) -> None:
+    """The last test: the service has a key from here on."""
+    create = [sys.executable, "-m", "jobs.cli", "keys", "create", "looker", "--scope", "read"]
+    made = subprocess.run(create, env=environment(settings), capture_output=True, text=True, check=True)
+    key = next(word for word in made.stdout.split() if word.startswith("sk-basic-"))
+
+    page.goto("/")
+    expect(page.get_by_role("heading", name="Log in")).to_be_visible(timeout=PATIENCE_MS)
+    page.get_by_label("Key").fill("sk-basic-wrong")
+    page.get_by_role("button", name="Log in").click()
+    expect(page.get_by_role("alert")).to_contain_text("opens nothing")
+    page.get_by_label("Key").fill(key)
+    page.get_by_role("button", name="Log in").click()
+    expect(page.get_by_role("heading", name="Jobs")).to_be_visible(timeout=PATIENCE_MS)
+    assert all(cookie["httpOnly"] for cookie in page.context.cookies() if cookie["name"] == "basic_session")
+    page.get_by_role("button", name="Log out").click()
+    expect(page.get_by_role("heading", name="Log in")).to_be_visible(timeout=PATIENCE_MS)
+
+
+def test_the_page_says_that_only_this_host_may_be_asked(service: LocalService) -> None:
+    reply = httpx.get(f"{service.api_url}/dashboard/login")
+    assert "default-src 'self'" in reply.headers["content-security-policy"]

@@ -1,0 +1,77 @@
+"""Several workers on one record and one queue: replicas of a machine under their supervisor, and nodes on their own."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from storage import schema
+from tests.databases import drop_schema
+from tests.nodes import Cluster, save_tiny
+from tests.processes import children_of, ended
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, target: Path, redis_url: str) -> Cluster:
+    url = f"sqlite:///{tmp_path / 'basic.sqlite3'}"
+    schema.upgrade(url)
+    return Cluster(url, redis_url, target, tmp_path)
+
+
+def test_replicas_share_a_job_a_dead_one_is_started_again_and_a_stop_drains_all(cluster: Cluster) -> None:
+    with cluster.node(replicas=2, max_sequences=4, lease_s=3) as supervisor:
+        workers = cluster.until(lambda: len(cluster.workers()) == 2 and cluster.workers())
+        pids = {worker.pid for worker in workers}
+        assert pids == set(children_of(supervisor.pid))
+        if len(os.sched_getaffinity(0)) > 1:
+            assert os.sched_getaffinity(workers[0].pid).isdisjoint(os.sched_getaffinity(workers[1].pid))
+        job = cluster.submit(40, max_tokens=120)
+        cluster.until(lambda: {output.worker_id for output in cluster.outputs(job)} == {w.id for w in workers})
+        os.kill(workers[0].pid, signal.SIGKILL)
+        started_again = cluster.until(lambda: len(cluster.workers()) == 3 and cluster.workers()[-1])
+        done = cluster.finished(job)
+        assert (done.status, done.requests_completed) == ("completed", 40)
+        assert [len(output.token_ids) for output in cluster.outputs(job)] == [120] * 40
+        supervisor.terminate()
+        assert supervisor.wait(60) == 0, cluster.words()
+        assert ended(started_again.pid)
+        assert [worker.pid for worker in cluster.workers()] == [workers[0].pid]  # the others left in order
+
+
+def test_settings_that_can_not_work_end_the_supervisor_and_are_not_tried_again(cluster: Cluster) -> None:
+    with cluster.node(replicas=2, target="/no/such/model") as supervisor:
+        assert supervisor.wait(240) == 78
+    assert "no model directory /no/such/model" in cluster.words()
+
+
+@pytest.fixture
+def shared(tmp_path: Path, target: Path, redis_url: str, postgresql_url: str) -> Iterator[Cluster]:
+    """One PostgreSQL and one Redis-protocol server, as several nodes have."""
+    drop_schema(postgresql_url)
+    schema.upgrade(postgresql_url)
+    yield Cluster(postgresql_url, redis_url, target, tmp_path)
+    drop_schema(postgresql_url)
+
+
+def test_two_nodes_share_a_job_and_one_that_vanishes_loses_nothing(shared: Cluster) -> None:
+    with shared.node(max_sequences=8, lease_s=3) as first, shared.node(max_sequences=8, lease_s=3):
+        workers = shared.until(lambda: len(shared.workers()) == 2 and shared.workers())
+        job = shared.submit(200, max_tokens=60)
+        shared.until(lambda: {output.worker_id for output in shared.outputs(job)} == {w.id for w in workers})
+        first.kill()
+        done = shared.finished(job)
+    assert (done.status, done.requests_completed, done.requests_failed) == ("completed", 200, 0)
+    outputs = shared.outputs(job)
+    assert [output.request_index for output in outputs] == list(range(200))
+    assert {len(output.token_ids) for output in outputs} == {60}
+    assert {output.worker_id for output in outputs} == {worker.id for worker in workers}
+    assert shared.emitted(job) == 200 * 60

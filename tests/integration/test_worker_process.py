@@ -1,0 +1,165 @@
+"""A real worker process with a tiny model: how it dies, stops, hangs and goes deaf, and where its requests end."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.celery_app import make_app
+from jobs.messages import CHAT_ENDPOINT, GenerationRequest, PartialEvent, SamplingParameters, model_queue
+from jobs.partials import channel
+from storage import writes
+from storage.records import NewJob, NewRequest
+from tests.chaos.stack import Stack
+from tests.chaos.worker import HANG, POISON, STEP_VARIABLE
+from tests.models import TOKENIZER_VOCAB, byte_tokenizer, tiny
+
+MODEL = "tiny"
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models") / MODEL
+    tiny(vocab=TOKENIZER_VOCAB).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def stack(tmp_path: Path, target: Path) -> Iterator[Stack]:
+    """A Redis server and a record; the test starts the worker."""
+    made = Stack(tmp_path / "stack", target, None, workers=1, step_s=0.01)
+    yield made
+    made.stop()
+
+
+def submit(stack: Stack, job_id: str, *prompts: str, max_tokens: int = 30) -> None:
+    sampling = SamplingParameters(seed=1, max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+    requests = [
+        NewRequest(f"r{n}", GenerationRequest(model=MODEL, prompt=prompt, sampling=sampling).model_dump(mode="json"))
+        for n, prompt in enumerate(prompts)
+    ]
+    with stack.database.write() as session:
+        writes.record_job(session, NewJob(job_id, MODEL, CHAT_ENDPOINT, 3600.0), requests)
+
+
+def ended(stack: Stack, job_id: str) -> bool:
+    return stack.rows("SELECT status FROM jobs WHERE id = :job", job=job_id) == [("completed",)]
+
+
+def rows(stack: Stack, job_id: str) -> list[tuple[Any, ...]]:
+    return stack.rows(
+        "SELECT status, error_code, attempts FROM requests WHERE job_id = :job ORDER BY request_index", job=job_id
+    )
+
+
+def text_of(stack: Stack, job_id: str) -> list[tuple[Any, ...]]:
+    return stack.rows("SELECT request_index, text FROM outputs WHERE job_id = :job ORDER BY 1", job=job_id)
+
+
+def test_a_prompt_that_kills_its_workers_is_failed_and_its_neighbours_are_served(stack: Stack) -> None:
+    stack.start(doors=False)
+    submit(stack, "job", "one", "two", POISON)
+
+    stack.wait_for(lambda: ended(stack, "job"), "the end of the job")
+
+    assert [row[:2] for row in rows(stack, "job")] == [("completed", None), ("completed", None), ("failed", "poison")]
+    assert stack.rows("SELECT requests_completed, requests_failed FROM jobs") == [(2, 1)]
+    lost = stack.rows("SELECT count(*) FROM workers WHERE lost_at IS NOT NULL")
+    assert lost == [(3,)]  # with all three, then with the other half done, alone twice
+
+
+def test_stopping_in_the_midst_of_a_job_loses_no_token_that_was_published(stack: Stack) -> None:
+    stack.start(doors=False)
+    submit(stack, "undisturbed", "one", "two")
+    stack.wait_for(lambda: ended(stack, "undisturbed"), "the undisturbed job")
+    published: list[PartialEvent] = []
+    with stack.redis() as client, client.pubsub() as subscription:
+        subscription.subscribe(channel("job"))
+        submit(stack, "job", "one", "two", max_tokens=200)
+        stack.wait_for(lambda: _hear(subscription, published), "the first tokens")
+        stack.down.add("worker-0")
+        asked_at = time.monotonic()
+        stack.kill("worker-0", signal.SIGTERM)
+        stack.wait_for(lambda: stack.status("worker-0") is not None, "the worker's end")
+        assert stack.status("worker-0") == 0
+        assert time.monotonic() - asked_at < 15.0 + 10.0  # its drain time, and Celery's own goodbye
+        while _hear(subscription, published):
+            pass
+
+    told = {index: sum(e.tokens for e in published if e.index == index) for index in (0, 1)}
+    partials = stack.rows("SELECT request_index, sum(json_array_length(token_ids)) FROM partials GROUP BY 1")
+    kept: dict[Any, Any] = {row[0]: row[1] for row in partials}
+    assert told == kept
+    assert rows(stack, "job") == [("queued", None, 0), ("queued", None, 0)]
+    assert stack.rows("SELECT count(*) FROM workers WHERE stopped_at IS NOT NULL") == [(1,)]
+
+    stack.down.clear()
+    stack.wait_for(lambda: ended(stack, "job"), "the end of the job")
+    begun = {index: str(text) for index, text in text_of(stack, "undisturbed")}
+    assert all(str(text).startswith(begun[index]) for index, text in text_of(stack, "job"))
+    assert rows(stack, "job") == [("completed", None, 1), ("completed", None, 1)]
+
+
+def _hear(subscription: Any, published: list[PartialEvent]) -> bool:
+    """Take one message, and return whether it brought tokens."""
+    message = subscription.get_message(timeout=0.5)
+    if message is None or message["type"] != "message":
+        return False
+    published.append(PartialEvent.model_validate_json(message["data"]))
+    return published[-1].type == "tokens"
+
+
+def test_a_second_signal_stops_at_once_and_a_hang_up_not_at_all(stack: Stack) -> None:
+    stack.environment |= {STEP_VARIABLE: "600"}
+    stack.start(doors=False)
+    submit(stack, "job", "one")
+    stack.wait_for(lambda: rows(stack, "job")[0][0] == "running", "the claim")
+    log = stack.directory / "worker-0.log"
+    stack.wait_for(lambda: "ready" in log.read_text(), "Celery")
+    stack.down.add("worker-0")
+    stack.rest(0.5)
+
+    stack.kill("worker-0", signal.SIGHUP)
+    stack.rest(0.5)
+    assert stack.status("worker-0") is None
+    asked_at = time.monotonic()
+    stack.kill("worker-0", signal.SIGTERM)
+    while stack.status("worker-0") is None and time.monotonic() - asked_at < 10:
+        stack.rest(0.2)
+        stack.kill("worker-0", signal.SIGTERM)
+    assert stack.status("worker-0") == 128 + signal.SIGTERM
+
+
+def test_an_engine_that_hangs_lets_its_leases_lapse_and_its_process_ends(stack: Stack) -> None:
+    stack.environment |= {"BASIC_STALL_S": "3"}
+    stack.start(doors=False)
+    stack.down.add("worker-0")
+    submit(stack, "job", HANG)
+
+    stack.wait_for(lambda: stack.status("worker-0") is not None, "the watchdog")
+
+    assert stack.status("worker-0") == 75
+    assert "has not finished a step" in (stack.directory / "worker-0.log").read_text()
+
+
+def test_a_deaf_worker_is_noticed_and_its_jobs_are_served_meanwhile(stack: Stack) -> None:
+    stack.environment |= {"BASIC_DEAF_S": "4"}
+    stack.start(doors=False)
+    stack.wait_for(lambda: "ready" in (stack.directory / "worker-0.log").read_text(), "Celery")
+    stack.down.add("worker-0")
+    app = make_app(stack.redis_url)
+    ((worker,),) = stack.rows("SELECT id FROM workers")
+    for queue in (model_queue(MODEL), f"basic.pulse.{worker}"):
+        app.control.cancel_consumer(queue)  # alive, connected, and deaf
+    submit(stack, "job", "one")
+    stack.wait_for(lambda: ended(stack, "job"), "the job")  # the engine looks into SQL by itself
+
+    stack.wait_for(lambda: stack.status("worker-0") is not None, "the watchdog")
+    assert stack.status("worker-0") == 75
+    assert "no message has come from Redis" in (stack.directory / "worker-0.log").read_text()

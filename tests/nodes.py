@@ -1,0 +1,122 @@
+"""Worker processes as nodes: started as a cluster starts them, on the database and queue of the test."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import func, select
+
+from jobs.intake import Submission, accept_job
+from jobs.items import Item
+from jobs.producer import make_producer_app, ring
+from jobs.settings import JobsSettings
+from storage.models import DecodeStep, Job, Output, Worker
+from storage.session import Database
+from tests.models import byte_tokenizer, tiny
+
+_DEADLINE_S = 250.0
+_PAUSE_S = 0.05
+
+
+def save_tiny(directory: Path, seed: int = 0) -> Path:
+    """Write a random model that reads bytes, in float32, and loads in an instant."""
+    tiny("qwen2", seed, vocab=258).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where the nodes of a test meet."""
+
+    database_url: str
+    redis_url: str
+    target: Path
+    data_dir: Path
+
+    def environment(self, **settings: object) -> dict[str, str]:
+        """Return the environment of a worker, with settings on top."""
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("BASIC_")}
+        told = {"data_dir": self.data_dir, "cache_dir": self.data_dir, "database_url": self.database_url}
+        told |= {"redis_url": self.redis_url, "target": self.target, "dtype": "float32", "draft": "suffix"} | settings
+        return inherited | {f"BASIC_{name.upper()}": str(value) for name, value in told.items()}
+
+    @contextmanager
+    def node(self, **settings: object) -> Iterator[subprocess.Popen[bytes]]:
+        """Run a worker command until the block ends; it is killed if it is still there."""
+        log = self.data_dir / f"node-{len(list(self.data_dir.glob('node-*')))}.log"
+        with log.open("wb") as words:
+            environment = self.environment(**settings)
+            process = subprocess.Popen([sys.executable, "-m", "worker"], env=environment, stdout=words, stderr=words)
+        try:
+            yield process
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+
+    def submit(self, count: int, **parameters: Any) -> str:
+        """Record a job of `count` requests, as the doors do, and ring its doorbell."""
+        settings = JobsSettings(target=str(self.target), redis_url=self.redis_url)
+        items = [Item(number, {"prompt": f"Request {number}"}) for number in range(count)]
+        bells = make_producer_app(self.redis_url)
+        database = Database.open(self.database_url)
+        try:
+            submission = Submission(items, parameters={"temperature": 0, "ignore_eos": True} | parameters)
+            return accept_job(
+                submission, database=database, ring=lambda job, model: ring(bells, job, model), settings=settings
+            )
+        finally:
+            database.dispose()
+
+    def until(self, what: Callable[[], Any]) -> Any:
+        """Wait until `what` returns something true, and return it."""
+        ends_at = time.monotonic() + _DEADLINE_S
+        while not (found := what()):
+            assert time.monotonic() < ends_at, self.words()
+            time.sleep(_PAUSE_S)
+        return found
+
+    def words(self) -> str:
+        """Return what the nodes said."""
+        return "\n".join(log.read_text(errors="replace")[-4000:] for log in sorted(self.data_dir.glob("node-*")))
+
+    def workers(self) -> list[Worker]:
+        """Return the rows of the workers that have not left, oldest first."""
+        return self._rows(select(Worker).where(Worker.stopped_at.is_(None)).order_by(Worker.started_at))
+
+    def job(self, job_id: str) -> Job:
+        """Return the row of a job."""
+        job: Job = self._rows(select(Job).where(Job.id == job_id))[0]
+        return job
+
+    def finished(self, job_id: str) -> Job:
+        """Wait for a job's end and return its row."""
+        self.until(lambda: self.job(job_id).finished_at)
+        return self.job(job_id)
+
+    def outputs(self, job_id: str) -> list[Output]:
+        """Return the outputs of a job so far, in order."""
+        return self._rows(select(Output).where(Output.job_id == job_id).order_by(Output.request_index))
+
+    def emitted(self, job_id: str) -> int:
+        """Return the tokens that the recorded steps of a job emitted."""
+        return int(self._rows(select(func.sum(DecodeStep.emitted_tokens)).where(DecodeStep.job_id == job_id))[0])
+
+    def _rows(self, query: Any) -> list[Any]:
+        database = Database.open(self.database_url)
+        try:
+            with database.read() as session:
+                rows = list(session.scalars(query))
+                session.expunge_all()
+                return rows
+        finally:
+            database.dispose()

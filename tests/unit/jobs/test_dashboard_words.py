@@ -1,0 +1,58 @@
+"""What pages write: texts of strangers, tokens, spans of time."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from jobs.api.server import serve
+from jobs.dashboard import texts, words
+from jobs.errors import SetupError
+from jobs.settings import JobsSettings
+from storage import schema
+from storage.queries import JobView
+
+
+def test_model_text_does_nothing_on_the_page() -> None:
+    pieces = [("<script>alert(1)</script>", "draft"), ('\x1b[31m"red"\x1b[0m\u202e', "target"), ("x", "</span>")]
+    html = texts.colored(pieces)
+    assert "<script" not in html
+    assert "&lt;script&gt;" in html
+    assert 'class="by-draft"' in html
+    assert "\x1b" not in html
+    assert "\u202e" not in html
+    assert html.count("<span") == html.count("</span>") == 3
+
+
+@pytest.mark.parametrize(
+    ("token", "label"),
+    [(" the", "␣the"), ("\n", "⏎"), ("", "∅"), ("\x1b[2J", "∅"), ("abcdefghijklmnop", "abcdefghijklm…")],
+)
+def test_tokens_can_be_seen(token: str, label: str) -> None:
+    assert texts.token(token) == label
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0 s"), (59.6, "1 min"), (61, "1 min 1 s"), (3_700, "1 h 1 min"), (90_000, "1 d 1 h")]
+)
+def test_spans_have_two_units_at_most(seconds: float, text: str) -> None:
+    assert words.span(seconds) == text
+
+
+def job(**fields: object) -> JobView:
+    values = dict.fromkeys(JobView.__dataclass_fields__, 0) | {"started_at": time.time() - 100, "finished_at": None}
+    return JobView(**values | {"requests_total": 40, "requests_completed": 10} | fields)  # type: ignore[arg-type]
+
+
+def test_time_left_is_that_of_the_requests_that_are_left() -> None:
+    assert words.left(job()) == "about 5 min left"
+    assert words.left(job(requests_completed=0)) == "1 min 40 s so far"
+    assert words.left(job(started_at=None)) == "waiting"
+    assert words.left(job(started_at=100.0, finished_at=160.0)) == "took 1 min"
+
+
+def test_a_database_of_an_older_version_stops_the_shim_with_a_sentence(settings: JobsSettings) -> None:
+    schema.upgrade(settings.resolved_database_url, "0002")
+    with pytest.raises(SetupError, match=r"revision 0002.*basic db upgrade"):
+        serve(settings)

@@ -1,0 +1,127 @@
+"""Rounds of the reconciler on a real record, with a real dead process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+from sqlalchemy import text
+
+from jobs.liveness import identity
+from jobs.messages import PartialEvent
+from jobs.reconciler import Reconciler
+from storage import queries, writes
+from storage.session import DATABASE_AWAY, Database
+from tests.factories import a_request, a_worker_card
+from tests.unit.storage.acts import claim_one, record, requests_of, view
+
+
+class Town:
+    """A reconciler and what it says to the others."""
+
+    def __init__(self, database: Database, lease_s: float = 0.0) -> None:
+        self.events: list[PartialEvent] = []
+        self.rung: list[tuple[str, str]] = []
+
+        def ring(job_id: str, model: str) -> None:
+            self.rung.append((job_id, model))
+
+        def publish(events: Sequence[PartialEvent]) -> None:
+            self.events.extend(events)
+
+        self.reconciler = Reconciler(database, publish, ring, lease_s=lease_s)
+
+
+def a_dead_worker(database: Database, worker: str) -> None:
+    """Register a worker whose process has been killed."""
+    process = subprocess.Popen(["sleep", "60"])
+    card = a_worker_card(id=worker, process=identity(process.pid))
+    process.kill()
+    process.wait()
+    with database.write() as session:
+        writes.register_worker(session, card)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which processes there are")
+def test_requests_of_a_killed_neighbour_go_on_at_once(database: Database) -> None:
+    record(database)
+    a_dead_worker(database, "w1")
+    claim_one(database, "w1")  # for 30 s
+    town = Town(database, lease_s=30.0)
+
+    assert town.reconciler.round()
+
+    assert requests_of(database)[0].status == "queued"
+    assert town.rung == [("job-1", "tiny")]
+    with database.read() as session:
+        assert [w.lost_at is not None for w in queries.workers(session)] == [True]
+
+
+def test_lapsed_leases_wait_until_their_owners_could_have_renewed(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("jobs.reconciler.time.monotonic", lambda: now)
+    record(database)
+    claim_one(database, "w1", lease_s=-1)
+    town = Town(database, lease_s=20.0)
+
+    town.reconciler.round()
+    now += 19
+    town.reconciler.round()
+    assert requests_of(database)[0].status == "running"
+    now += 1
+    town.reconciler.round()
+    assert requests_of(database)[0].status == "queued"
+
+
+def test_after_an_outage_the_owners_have_a_lease_s_time_again(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("jobs.reconciler.time.monotonic", lambda: now)
+    town = Town(database, lease_s=20.0)
+    town.reconciler.round()
+    now += 100
+    with database.write() as session:
+        session.execute(text("ALTER TABLE elections RENAME TO away"))
+    with pytest.raises(DATABASE_AWAY):
+        town.reconciler.round()
+    with database.write() as session:
+        session.execute(text("ALTER TABLE away RENAME TO elections"))
+    record(database)
+    claim_one(database, "w1", lease_s=-1)
+
+    town.reconciler.round()
+    now += 19
+    town.reconciler.round()
+    assert requests_of(database)[0].status == "running"
+    now += 1
+    town.reconciler.round()
+    assert requests_of(database)[0].status == "queued"
+
+
+def test_a_late_request_fails_with_its_event_and_ends_its_job(database: Database) -> None:
+    record(database, requests=[a_request("late", timeout_s=-1.0)])
+    town = Town(database)
+
+    town.reconciler.round()
+
+    failed, ended = town.events
+    assert (failed.type, failed.request, failed.seq) == ("failed", "late", 0)
+    assert failed.error is not None
+    assert failed.error["code"] == "deadline_exceeded"
+    assert (ended.type, ended.status) == ("job", "completed")
+    assert view(database).requests_failed == 1
+
+
+def test_one_of_two_holds_the_office(database: Database) -> None:
+    first, second = Town(database), Town(database)
+    second.reconciler._name = "another process"
+
+    assert first.reconciler.round()
+    assert not second.reconciler.round()
+    first.reconciler.stop()
+    assert second.reconciler.round()

@@ -1,0 +1,194 @@
+"""`basic plan`: what it counts is exact, what it promises fits, and what can't be split is refused with what can."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from typer.testing import CliRunner
+
+from tests.models import SHAPE, tiny
+from worker.cli import commands
+from worker.engine.attention import ATTENTION_NAME
+from worker.engine.errors import ModelRefused
+from worker.engine.language_model import PackedModel, kv_bytes
+from worker.engine.rows import chain
+from worker.planning.devices import DEVICES, GIB, KERNELS_PER_LAYER
+from worker.planning.forecast import Machine, speculate, step
+from worker.planning.plan import Placement, Wish, command, pick, placements
+from worker.planning.shapes import ModelShape, measure, shape_of
+
+TARGET, DRAFT = "DeepSeek-R1-Distill-Qwen-32B", "DeepSeek-R1-Distill-Qwen-1.5B"
+H100 = Machine(DEVICES["h100"], "bfloat16", graphs=False)
+
+
+@pytest.fixture(scope="module")
+def target() -> ModelShape:
+    return shape_of(TARGET)
+
+
+@pytest.fixture(scope="module")
+def draft() -> ModelShape:
+    return shape_of(DRAFT)
+
+
+@pytest.fixture(scope="module")
+def wish(target: ModelShape, draft: ModelShape) -> Wish:
+    return Wish(target, draft, H100, gpus=8, sequences=64, context=4096)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])  # own and tied output weights
+def test_a_shape_counts_what_the_loaded_model_holds(architecture: str) -> None:
+    model = tiny(architecture)
+    shape = measure("tiny", model.config)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert shape.kv_entries(1) * model.dtype.itemsize == kv_bytes(model)
+    assert shape.kv_entries(2) * 2 == shape.kv_entries(1)
+
+
+def test_the_production_pair_has_its_published_size(target: ModelShape, draft: ModelShape) -> None:
+    assert (target.parameters, draft.parameters) == (32_763_876_352, 1_777_088_000)
+    assert (target.kv_entries(1) * 2, draft.kv_entries(1) * 2) == (262_144, 28_672)
+    assert (target.widths, draft.widths) == ([1, 2, 4, 8], [1, 2])
+
+
+def test_every_fitting_placement_fits(wish: Wish) -> None:
+    for place in placements(wish):
+        if place.refusal is not None:
+            continue
+        assert wish.draft is not None
+        kv = 2 * place.kv_tokens * wish.target.kv_entries(place.ranks)
+        draft_kv = 2 * place.kv_tokens * wish.draft.kv_entries(place.draft_ranks)
+        assert place.weights_bytes + kv + draft_kv < H100.device.memory_bytes
+        assert place.sequences * place.context <= place.kv_tokens
+
+
+def test_more_ranks_hold_less_each_and_leave_more_room(wish: Wish) -> None:
+    on_first = [place for place in placements(wish) if place.draft_ranks == 1]
+    assert [place.name.split(",")[0] for place in on_first] == ["8 x 1 GPU", "4 x TP 2", "2 x TP 4", "1 x TP 8"]
+    assert [p.weights_bytes for p in on_first] == sorted((p.weights_bytes for p in on_first), reverse=True)
+    assert [p.kv_tokens for p in on_first] == sorted(p.kv_tokens for p in on_first)
+
+
+def test_heads_that_can_not_be_split_are_refused_with_the_alternatives(wish: Wish, draft: ModelShape) -> None:
+    refused = {p.ranks: p.refusal for p in placements(replace(wish, target=draft, draft=None))}
+    assert refused[1] is None
+    assert refused[2] is None
+    assert "--tp 1, 2" in str(refused[4])
+    assert "--tp 1, 2" in str(refused[8])
+
+
+def test_what_is_too_large_for_the_gpus_is_refused_with_its_size(wish: Wish) -> None:
+    small = replace(wish, machine=replace(H100, device=H100.device.with_memory(24)))
+    by_name = {p.name: p for p in placements(small)}
+    assert "leave no room" in str(by_name["8 x 1 GPU"].refusal)
+    chosen = pick(list(by_name.values()))
+    assert chosen is not None
+    assert chosen.ranks >= 4
+    assert pick(placements(replace(small, gpus=1))) is None
+
+
+def test_a_step_is_never_faster_than_its_weights_can_be_read(target: ModelShape) -> None:
+    for ranks in target.widths:
+        parts = step(target, H100, ranks, sequences=1, rows=1, context=1)
+        floor_ms = 1e3 * 2 * target.read_parameters(ranks) / H100.device.bytes_per_s
+        assert parts.step_ms >= parts.memory_ms > floor_ms
+    assert step(target, H100, 1, 1, 1, 1).traffic_ms == 0
+
+
+def test_rows_that_share_the_reading_of_the_weights_are_nearly_free_until_computing_takes_longer(
+    target: ModelShape,
+) -> None:
+    graphs = replace(H100, graphs=True)
+    one, few = (step(target, graphs, 1, 1, rows, 1) for rows in (1, 16))
+    many = step(target, graphs, 1, 1, 4096, 1)
+    assert few.step_ms == one.step_ms
+    assert many.step_ms == many.compute_ms > one.step_ms
+
+
+def test_drafts_are_as_deep_as_they_are_good_and_none_where_they_do_not_pay(
+    target: ModelShape, draft: ModelShape
+) -> None:
+    depths = [
+        speculate(
+            target,
+            draft,
+            H100,
+            ranks=1,
+            draft_ranks=1,
+            sequences=8,
+            context=1024,
+            acceptance=acceptance,
+            max_depth=10,
+        ).depth
+        for acceptance in (0.0, 0.5, 0.7, 0.9)
+    ]
+    assert depths[0] == 0
+    assert depths == sorted(set(depths))
+
+
+def test_the_pick_yields_most_and_its_command_is_whole(wish: Wish) -> None:
+    choices = placements(wish)
+    chosen = pick(choices)
+    assert chosen is not None
+    assert all(c.refusal or c.best_tokens_per_s <= chosen.best_tokens_per_s for c in choices)
+    line = command(wish, chosen)
+    assert f"--replicas {chosen.replicas} --tp {chosen.ranks} --target {TARGET} --draft {DRAFT}" in line
+
+
+def test_the_command_reads_a_directory_and_prints_json(tmp_path: Path) -> None:
+    tiny("qwen2").config.save_pretrained(tmp_path)
+    options = ["--target", str(tmp_path), "--draft", "none", "--gpus", "2", "--dtype", "float32", "--json"]
+    done = CliRunner().invoke(commands, ["plan", *options])
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    assert [p["name"] for p in said["placements"]] == ["2 x 1 GPU", "1 x TP 2"]
+    assert said["pick"]["name"] == "2 x 1 GPU"  # a tiny model gains nothing from a second GPU
+    assert str(tmp_path) in said["command"]
+
+
+def test_a_model_without_a_configuration_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(ModelRefused, match=TARGET):
+        shape_of(str(tmp_path))
+
+
+def test_a_placement_that_does_not_fit_promises_nothing() -> None:
+    assert Placement(1, 1, 0, GIB, refusal="too large").best_tokens_per_s == 0
+
+
+VIEWS = {"view", "transpose", "permute", "slice", "select", "unsqueeze", "expand", "alias", "detach", "t", "split"}
+VIEWS |= {"reshape", "_unsafe_view", "empty"}
+
+
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what would start a kernel on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function.overloadpacket.__name__ not in VIEWS
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_layer_starts_as_many_kernels_as_the_forecast_says() -> None:
+    counts = []
+    make_model: Any = Qwen2ForCausalLM._from_config  # transformers leaves it untyped
+    for layers in (1, 2):
+        config = Qwen2Config(**SHAPE | {"num_hidden_layers": layers})
+        model = PackedModel(
+            make_model(config, attn_implementation=ATTENTION_NAME),
+            slots=1,
+            capacity=64,
+            native=False,
+        )
+        with Operations() as operations:
+            model.forward([chain(0, 1, [3, 4, 5], keep_last=True)])
+        counts.append(operations.count)
+    assert counts[1] - counts[0] == KERNELS_PER_LAYER

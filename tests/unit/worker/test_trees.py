@@ -1,0 +1,58 @@
+"""Draft trees that are recorded: bounded, and in step with the numbers of their steps."""
+
+from __future__ import annotations
+
+from sqlalchemy import select
+
+from storage.models import DecodeStep, DraftTree
+from storage.session import Database
+from tests.unit.worker.test_runner import Worker, database, submit
+from worker.engine.stats import ShownTree
+from worker.trees import reached, tree_row
+
+__all__ = ["database"]  # a fixture
+
+#        0
+#      1   2
+#     3 4
+SHOWN = ShownTree(
+    (-1, 0, 0, 1, 1), (9, 10, 11, 12, 13), (1.0, 0.3, 0.6, 0.1, 0.2), (True, True, False, True, False), 14
+)
+
+
+def test_ranks_are_those_of_the_children_that_were_drawn() -> None:
+    assert reached(SHOWN) == ((2, 1), (2, 1))
+
+
+def test_a_node_whose_children_were_all_wrong_has_no_rank() -> None:
+    nothing = ShownTree((-1, 0), (9, 10), (1.0, 0.5), (True, False), 14)
+    assert reached(nothing) == ((1, None),)
+    assert reached(ShownTree((-1,), (9,), (1.0,), (True,), 14)) == ()
+
+
+def test_a_tree_is_recorded_with_its_texts() -> None:
+    row = tree_row(SHOWN, lambda token: "\0" if token == 9 else f"<{token}>")
+    assert row.nodes[0] == (-1, 9, "\ufffd", 1.0, True)
+    assert row.nodes[2] == (0, 11, "<11>", 0.6, False)
+    assert row.bonus == "<14>"
+
+
+def test_trees_of_the_first_steps_are_kept_and_agree_with_the_steps(database: Database) -> None:
+    submit(database, "one", "two", record_trees=5)
+    submit(database, "three", job_id="batch_2")
+    Worker(database, "a").run()
+
+    with database.read() as session:
+        trees = session.scalars(select(DraftTree)).all()
+        steps = {(s.request_index, s.step): s for s in session.scalars(select(DecodeStep)) if s.job_id == "batch_1"}
+        others = [s.reached for s in session.scalars(select(DecodeStep).where(DecodeStep.job_id == "batch_2"))]
+
+    assert {(t.job_id, t.request_index, t.step) for t in trees} == {("batch_1", r, s) for r in (0, 1) for s in range(5)}
+    assert any(len(tree.nodes) > 1 for tree in trees)
+    for tree in trees:
+        step = steps[tree.request_index, tree.step]
+        assert len(tree.nodes) == step.tree_nodes + 1
+        assert sum(accepted for *_, accepted in tree.nodes) == step.accepted_tokens + 1
+        assert sum(rank is not None for _, rank in step.reached or []) == step.accepted_tokens
+        assert all(parent < node for node, (parent, *_) in enumerate(tree.nodes))
+    assert set(map(bool, others)) == {False}

@@ -1,0 +1,58 @@
+"""What the doctor asks a node: whether its model files are there, and what it would compute on.
+
+jobs.doctor -> entry point `basic.checks` -> [checks].  Downloads and loads nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from jobs.doctor import Finding
+from jobs.settings import JobsSettings
+from worker.pull import PACKAGED
+from worker.settings import WorkerSettings
+
+
+def checks(_: JobsSettings) -> Iterator[Finding]:
+    """Look at the models of the worker's settings and at the device."""
+    settings = WorkerSettings()
+    yield _model(settings)
+    yield _device()
+
+
+def _model(settings: WorkerSettings) -> Finding:
+    target = settings.target
+    if target.startswith(("/", ".", "~")):
+        directory = Path(target).expanduser()
+        if not (directory / "config.json").exists():
+            return Finding(
+                "model files", "problem", f"no model in {directory}", "set BASIC_TARGET to a model directory"
+            )
+        if not any(directory.glob("*.safetensors")):
+            advice = "save the model as safetensors; pickled weights are never loaded"
+            return Finding("model files", "problem", f"no safetensors in {directory}", advice)
+        return Finding("model files", "ok", f"{target} lies in {directory}")
+    packaged = PACKAGED.get(target)
+    if packaged is None:
+        return Finding("model files", "ok", f"{target} comes from the hub at the first start", "")
+    if (settings.cache_dir.expanduser() / "models" / target / "config.json").exists():
+        return Finding("model files", "ok", f"{target} is converted")
+    return Finding("model files", "warning", f"{target} is not here yet", f"fetch it with: basic models pull {target}")
+
+
+def _device() -> Finding:
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        name = torch.cuda.get_device_name()
+        said = f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+        if free < 0.1 * total:
+            return Finding("gpu", "warning", said, "another process holds its memory; a worker needs most of it")
+        return Finding("gpu", "ok", said)
+    if shutil.which("nvidia-smi"):
+        advice = "install torch with CUDA (the default wheel of PyPI), and a driver that is new enough for it"
+        return Finding("gpu", "problem", "there is a GPU, and torch can't use it", advice)
+    return Finding("gpu", "ok", f"none; the engine computes on {torch.get_num_threads()} CPU threads")

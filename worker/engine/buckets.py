@@ -1,0 +1,86 @@
+"""Buckets: forwards of a few fixed shapes, recorded once and replayed. Steps with more rows run as they are.
+
+language_model -> [buckets] -> recording, paged_rows, paged_attention. The numbers of a step are written where the
+recorded forward reads them; rows that a bucket has too many are padding, which writes to a scratch block and is read by
+nobody. On the CPU the same buckets, buffers and padding run without a recording: the twin that the tests hold to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from worker.engine.paged_attention import PagedPlan, reserve
+from worker.engine.paged_kv import PagedKv
+from worker.engine.paged_rows import LISTED, PagedRows, Shape, fits_bucket, laid_out
+from worker.engine.recording import Record
+from worker.engine.rows import Segment
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # rows
+Run = Callable[[PagedRows, PagedPlan], Tensor]  # rows and what they see -> logits [kept, vocab]
+Outputs = tuple[Tensor, Tensor | None]  # logits [kept, vocab], outputs of tapped layers [rows, taps, width]
+
+
+class BucketedForward:
+    """A model's forward in a few shapes: for each number of rows one without draft trees and one with."""
+
+    def __init__(self, run: Run, kv: PagedKv, record: Record) -> None:
+        """Run the rows with `run`; `record` makes a recording of a forward, or leaves it as it is."""
+        self._run, self._kv, self._record = run, kv, record
+        self._replays: dict[Shape, Callable[[], Outputs]] = {}
+        largest = max(shape.size for shape in self.shapes)
+        self._flat = torch.zeros(largest, dtype=torch.int64, device=kv.keys.device)  # every recording reads from here
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """Every shape there is, the largest first: what is recorded later finds room in its memory."""
+        return [self._shape(rows, listed) for rows in reversed(BUCKETS) for listed in (LISTED, 0)]
+
+    def shape_for(self, segments: Sequence[Segment]) -> Shape | None:
+        """Return the smallest shape with room for the rows; None if they are too many or see too much."""
+        rows = sum(len(s.ids) for s in segments)
+        bucket = next((bucket for bucket in BUCKETS if bucket >= rows), None)
+        if bucket is None:
+            return None
+        listed = next((listed for listed in (0, LISTED) if fits_bucket(segments, listed)), None)
+        return None if listed is None else self._shape(bucket, listed)
+
+    def prepare(self) -> None:
+        """Record every shape now, so that no request waits for it."""
+        for shape in self.shapes:
+            self._replay([], shape)
+
+    def forward(self, segments: Sequence[Segment], shape: Shape) -> Outputs:
+        """Run the rows in the shape; return logits [kept, vocab] and outputs of tapped layers [rows, taps, width]."""
+        reserve(segments, self._kv)
+        logits, tapped = self._replay(segments, shape)
+        rows, kept = sum(len(s.ids) for s in segments), sum(len(s.keep) for s in segments)
+        # Copies: the next replay writes over what a recording has returned.
+        return logits[:kept].clone(), None if tapped is None else tapped[:rows].clone()
+
+    def _replay(self, segments: Sequence[Segment], shape: Shape) -> Outputs:
+        # From ordinary memory, so that the numbers are read before this returns.
+        self._flat[: shape.size].copy_(torch.from_numpy(laid_out(segments, self._kv, shape)))
+        if shape not in self._replays:
+            self._replays[shape] = self._record(lambda: self._once(shape))
+        return self._replays[shape]()
+
+    def _once(self, shape: Shape) -> Outputs:
+        """Run the rows that the buffer holds; what is recorded."""
+        rows = PagedRows(shape, self._flat)
+        plan = PagedPlan(rows, self._kv)
+        return self._run(rows, plan), plan.tapped
+
+    def _shape(self, rows: int, listed: int) -> Shape:
+        return Shape(
+            rows=rows,
+            kept=rows,
+            # Without trees every row is a run; with them a slot is one at most, and padding another.
+            sequences=min(rows, self._kv.slots) + 1 if listed else rows,
+            queries=rows if listed else 1,
+            blocks=self._kv.tables.shape[1],
+            listed=listed,
+            causal=not listed,
+        )

@@ -1,0 +1,65 @@
+"""Recordings of forwards as CUDA graphs: one launch instead of thousands. The only code here that needs a GPU.
+
+buckets -> [recording]. Unmeasured: it has not run on a GPU yet. `eagerly` takes its place on the CPU, so that all else
+about buckets is tested there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+import torch
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_WARM_UPS = 2  # runs before the recording: libraries set themselves up in the first ones
+
+
+class Record(Protocol):
+    """Makes a repeatable call of some work on fixed buffers."""
+
+    def __call__(self, work: Callable[[], T]) -> Callable[[], T]:
+        """Return what does the work again on whatever the buffers hold then."""
+
+
+def eagerly(work: Callable[[], T]) -> Callable[[], T]:
+    """Record nothing: the work itself, every time."""
+    return work
+
+
+class CudaGraphs:
+    """Records work as CUDA graphs that share their memory. Unmeasured.
+
+    The outputs of a replay are overwritten by the next one of any of them.
+    """
+
+    def __init__(self) -> None:
+        """Start without a graph."""
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Callable[[], T]) -> Callable[[], T]:
+        """Record the work; if it can't be recorded, leave it as it is."""
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(_WARM_UPS):
+                work()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                outputs = work()
+        except RuntimeError as error:
+            log.warning(
+                "A forward could not be recorded and runs step by step: %s", error, extra={"action": "no_graph"}
+            )
+            return work
+
+        def replay() -> T:
+            graph.replay()
+            return outputs
+
+        return replay

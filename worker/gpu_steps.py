@@ -1,0 +1,192 @@
+"""Step times of the paged forward on random weights of the production shapes, against the bytes that a step must move.
+
+    python -m worker.gpu_steps --shape qwen2-32b
+
+Needs no model: weights are random, and keys and values are whatever lies in the blocks. Runs where the worker would
+run, on a GPU if there is one. Unmeasured on a GPU so far; a CPU takes the shape `tiny`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from statistics import median
+from time import perf_counter
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
+
+from worker.engine.attention import ATTENTION_NAME
+from worker.engine.language_model import PackedModel, kv_bytes, native_dtype
+from worker.engine.paged_kv import PagedKv
+from worker.engine.rows import Segment, chain
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen2-32b": {
+        "vocab_size": 152064,
+        "hidden_size": 5120,
+        "intermediate_size": 27648,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    },
+    "qwen2-1.5b": {
+        "vocab_size": 151936,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "tiny": {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+}
+ROWS = (1, 8, 32, 64, 128, 256)
+TREE_ROWS = 16  # rows of one draft tree, root included: a chain of four levels with siblings
+_COPIED_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """One way to fill a step."""
+
+    rows: int
+    sequences: int
+    trees: bool  # several rows of a sequence, as a draft tree has them; else one of each
+    step_ms: float  # median, host included
+    floor_ms: float  # what moving the bytes takes: weights once, keys and values once for each sequence
+
+    @property
+    def times_floor(self) -> float:
+        """How many times the floor a step takes."""
+        return self.step_ms / self.floor_ms
+
+
+def random_model(shape: str, layers: int | None, device: torch.device) -> PreTrainedModel:
+    """Return a random Qwen2 of a shape, with fewer layers if they are given."""
+    sizes = {**SHAPES[shape], **({"num_hidden_layers": layers} if layers else {})}
+    with torch.device(device):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            Qwen2Config(**sizes), dtype=native_dtype(device), attn_implementation=ATTENTION_NAME
+        ).eval()
+    return model
+
+
+def moved_bytes_per_ms(device: torch.device) -> float:
+    """Return what this device reads and writes in a millisecond, measured on a large copy."""
+    source = torch.zeros(_COPIED_BYTES[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    fastest = min(_times(lambda: target.copy_(source), 5, device))
+    return 2 * source.numel() / fastest
+
+
+def measure(
+    model: PreTrainedModel, rows: tuple[int, ...] = ROWS, context: int = 512, rounds: int = 20
+) -> Iterator[StepTime]:
+    """Yield the step times of every number of rows, without trees and with them."""
+    slots = max(rows)
+    packed = PackedModel(
+        model, slots=slots, capacity=context + TREE_ROWS, paged=True, kv_tokens=slots * (context + TREE_ROWS)
+    )
+    assert isinstance(packed.kv, PagedKv)
+    for slot in range(slots):
+        packed.kv.reserve(slot, 0, context)
+    speed = moved_bytes_per_ms(model.device)
+    weights = _weight_bytes(model)
+    for count in rows:
+        for trees in (False, True):
+            if trees and count == 1:
+                continue
+            segments = _trees(count, context) if trees else _plain(count, context)
+            entries = len(segments) * context + count
+            times = _times(lambda step=segments: packed.forward(step), rounds, model.device)
+            floor = (weights + entries * kv_bytes(model)) / speed
+            yield StepTime(count, len(segments), trees, median(times), floor)
+
+
+def _times(work: Any, rounds: int, device: torch.device) -> list[float]:
+    """Return milliseconds of each of some rounds, after one that is not counted."""
+    times = []
+    for _ in range(rounds + 1):
+        started = perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append((perf_counter() - started) * 1e3)
+    return times[1:]
+
+
+def _weight_bytes(model: PreTrainedModel) -> int:
+    """Return the weights that a step reads: all but embeddings that are no output layer as well."""
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    embedding = model.get_input_embeddings().weight
+    assert isinstance(embedding, torch.Tensor)
+    tied = model.config.tie_word_embeddings
+    return int(total if tied else total - embedding.numel() * embedding.element_size())
+
+
+def _plain(rows: int, context: int) -> list[Segment]:
+    return [chain(slot, context, [1], keep_last=True) for slot in range(rows)]
+
+
+def _trees(rows: int, context: int) -> list[Segment]:
+    return [_tree(slot, min(TREE_ROWS, rows - at), context) for slot, at in enumerate(range(0, rows, TREE_ROWS))]
+
+
+def _tree(slot: int, rows: int, context: int) -> Segment:
+    """Return a binary tree of so many rows behind a context."""
+    visible = np.eye(rows, dtype=np.bool_)
+    for node in range(1, rows):
+        visible[node] |= visible[(node - 1) // 2]
+    depth = visible.sum(axis=1) - 1
+    return Segment(slot, context, context, np.ones(rows, np.int64), context + depth, visible, np.arange(rows))
+
+
+def main(
+    shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "qwen2-1.5b",
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers, where memory lacks for all of them.")] = None,
+    rows: Annotated[str, typer.Option(help="Rows of a step, separated by commas.")] = ",".join(map(str, ROWS)),
+    context: Annotated[int, typer.Option(min=1, help="Tokens before every row.")] = 512,
+    rounds: Annotated[int, typer.Option(min=1, help="Steps timed for each line.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines for programs.")] = False,
+) -> None:
+    """Measure steps on random weights of a production shape."""
+    if shape not in SHAPES:
+        raise typer.BadParameter(f"there is no shape {shape}; choose one of {', '.join(SHAPES)}")
+    try:
+        counts = tuple(int(part) for part in rows.split(","))
+    except ValueError:
+        raise typer.BadParameter("rows are whole numbers, separated by commas") from None
+    if min(counts) < 1:
+        raise typer.BadParameter("a step has one row at least")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = random_model(shape, layers, device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    table = Table("rows", "sequences", "step ms", "floor ms", "times floor")
+    table.title = f"{shape}, {model.config.num_hidden_layers} layers, {model.dtype}, {context} tokens before, {name}"
+    for time in measure(model, counts, context, rounds):
+        if as_json:
+            print(json.dumps({"shape": shape, "device": name, **asdict(time), "times_floor": time.times_floor}))
+        numbers = (f"{time.step_ms:.2f}", f"{time.floor_ms:.2f}", f"{time.times_floor:.2f}")
+        table.add_row(str(time.rows), f"{time.sequences}{' trees' if time.trees else ''}", *numbers)
+    if not as_json:
+        Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,132 @@
+"""How long a step should take: bytes and operations against the device's rates, collectives, kernel launches.
+
+shapes, devices -> [forecast] -> plan.  A forecast, not a measurement: it decides between placements before there is a
+machine. The worker's own calibration (worker/calibration.py) replaces it the moment models are loaded.
+
+The formulas, for one rank of a replica of n ranks, a step of R rows of B sequences with C tokens of context each:
+
+    bytes   = parameters read * size + B * C * KV bytes of a token
+    flops   = 2 * parameters read * R + 4 * layers * heads/n * head_dim * C * R
+    device  = max(bytes / memory rate, flops / compute rate)
+    ring(S) = latency + 2 (n-1)/n * S / link rate
+    traffic = (2 * layers + 1) * ring(R * width * size) + gather of the logits
+    host    = layers * kernels a layer * launch; nothing with CUDA graphs
+    step    = max(device + traffic, host)
+
+Every weight and every KV entry is read once a step. A product is a multiply and an add for each weight; scores and
+values are two more products over the context. `device` is the roofline (Williams, Waterman, Patterson 2009), `ring` the
+time of an all-reduce (Patarasuk, Yuan 2009; the factor of nccl-tests' PERFORMANCE.md). A layer has two of them
+(Megatron-LM, Shoeybi et al. 2019), and the embedding one. Launches run ahead of the device, so the slower is seen.
+
+With a draft that is taken with probability p at every depth, a chain of d nodes yields (1 - p^(d+1)) / (1 - p) tokens a
+step (Leviathan et al. 2023, equation 1) for d steps of the draft and one step of the target with d + 1 rows a sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from worker.planning.devices import (
+    COLLECTIVE_S,
+    FLOPS_SHARE,
+    KERNELS_PER_LAYER,
+    LAUNCH_S,
+    MEMORY_SHARE,
+    Device,
+)
+from worker.planning.shapes import ModelShape
+
+NUMBER_BYTES = {"bfloat16": 2, "float32": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where a replica runs."""
+
+    device: Device
+    dtype: str
+    graphs: bool  # steps are captured as CUDA graphs
+
+    @property
+    def number_bytes(self) -> int:
+        """Bytes of one number."""
+        return NUMBER_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The parts of a step, in milliseconds."""
+
+    memory_ms: float  # reading weights, keys and values
+    compute_ms: float
+    traffic_ms: float  # between the ranks
+    host_ms: float  # starting kernels
+
+    @property
+    def step_ms(self) -> float:
+        """The step as it is seen."""
+        return max(max(self.memory_ms, self.compute_ms) + self.traffic_ms, self.host_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class Speculation:
+    """The depth of a chain that is worth most, and what it brings."""
+
+    depth: int  # 0: plain decoding is faster
+    tokens_per_step: float
+    step_ms: float  # drafting and verifying
+
+
+def step(shape: ModelShape, machine: Machine, ranks: int, sequences: int, rows: int, context: int) -> Step:
+    """Return the parts of a step of `rows` rows of `sequences` sequences, each with `context` tokens."""
+    size, device = machine.number_bytes, machine.device
+    read = shape.read_parameters(ranks)
+    moved = read * size + sequences * context * shape.kv_entries(ranks) * size
+    products = 2 * read * rows + 4 * shape.layers * shape.heads // ranks * shape.head_dim * context * rows
+    traffic_s = (2 * shape.layers + 1) * _all_reduce_s(rows * shape.width * size, device, ranks)
+    traffic_s += _all_gather_s(rows * shape.vocabulary * size, device, ranks)
+    return Step(
+        memory_ms=1e3 * moved / (device.bytes_per_s * MEMORY_SHARE),
+        compute_ms=1e3 * products / (device.flops[machine.dtype] * FLOPS_SHARE),
+        traffic_ms=1e3 * traffic_s,
+        host_ms=0.0 if machine.graphs else 1e3 * shape.layers * KERNELS_PER_LAYER * LAUNCH_S,
+    )
+
+
+def speculate(
+    target: ModelShape,
+    draft: ModelShape,
+    machine: Machine,
+    *,
+    ranks: int,
+    draft_ranks: int,
+    sequences: int,
+    context: int,
+    acceptance: float,
+    max_depth: int,
+) -> Speculation:
+    """Return the depth of a draft chain that yields most tokens a second; depth 0 where drafts don't pay."""
+    layer_ms = step(draft, machine, draft_ranks, sequences, sequences, context).step_ms
+    return max(
+        (
+            Speculation(
+                depth,
+                sum(acceptance**length for length in range(depth + 1)),
+                step(target, machine, ranks, sequences, sequences * (depth + 1), context).step_ms + depth * layer_ms,
+            )
+            for depth in range(max_depth + 1)
+        ),
+        key=lambda choice: choice.tokens_per_step / choice.step_ms,
+    )
+
+
+def _all_reduce_s(size: float, device: Device, ranks: int) -> float:
+    if ranks == 1:
+        return 0.0
+    return COLLECTIVE_S + 2 * (ranks - 1) / ranks * size / device.link_bytes_per_s
+
+
+def _all_gather_s(size: float, device: Device, ranks: int) -> float:
+    if ranks == 1:
+        return 0.0
+    return COLLECTIVE_S + (ranks - 1) / ranks * size / device.link_bytes_per_s

@@ -1,0 +1,185 @@
+"""Placements of a target and its draft on a node's GPUs: which fit, what each should yield, and which to take.
+
+shapes, forecast, worker.memory -> [plan] -> cli.  What fits is decided by the rule the worker itself uses, so that a
+plan never promises KV memory that the worker would not take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from jobs.errors import SetupError
+from worker.engine.options import EngineOptions
+from worker.engine.paged_attention import FLASH_BLOCK
+from worker.memory import fit
+from worker.planning.devices import GIB
+from worker.planning.forecast import Machine, Speculation, Step, speculate, step
+from worker.planning.shapes import ModelShape
+
+_RESERVED_BYTES = 2 * GIB  # CUDA's context, the libraries' workspaces, and what memory fragments into
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What is to be placed, and how it will be used."""
+
+    target: ModelShape
+    draft: ModelShape | None
+    machine: Machine
+    gpus: int
+    sequences: int  # of one replica, at most
+    context: int  # tokens of prompt and completion
+    kv_tokens: int = 0  # BASIC_KV_TOKENS; 0: as many as the worker takes by itself
+    acceptance: float = 0.6  # probability that the target takes a draft token; assumed, no formula knows it
+    nodes: int = 60
+    max_depth: int = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """One way to lay a node out. Without a `refusal` it fits, and the numbers behind it are filled in."""
+
+    replicas: int
+    ranks: int  # of each replica: its tensor parallel size
+    draft_ranks: int  # 0: no draft, 1: on the first rank, else split like the target
+    weights_bytes: int  # on the fullest GPU
+    refusal: str | None = None
+    kv_tokens: int = 0  # of one replica
+    sequences: int = 0  # of one replica
+    context: int = 0
+    step: Step | None = None  # a plain step
+    tokens_per_s: float = 0.0  # of the node, plain
+    drafted: Speculation | None = None
+    drafted_tokens_per_s: float = 0.0  # of the node, with the draft
+
+    @property
+    def name(self) -> str:
+        """The layout in words."""
+        whole = f"{self.replicas} x 1 GPU" if self.ranks == 1 else f"{self.replicas} x TP {self.ranks}"
+        where = {0: "", 1: ", draft on the first rank"}.get(self.draft_ranks, ", draft split")
+        return whole + (where if self.ranks > 1 else "")
+
+    @property
+    def best_tokens_per_s(self) -> float:
+        """What the engine would get: it drafts where that pays."""
+        return max(self.tokens_per_s, self.drafted_tokens_per_s)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the public JSON form."""
+        said = {"name": self.name, **asdict(self), "best_tokens_per_s": self.best_tokens_per_s}
+        if self.step is not None:
+            said["step"]["step_ms"] = self.step.step_ms
+        return said
+
+
+def placements(wish: Wish) -> list[Placement]:
+    """Return every way to lay the node out, with what it yields or why it doesn't fit."""
+    return [_place(wish, ranks, draft_ranks) for ranks, draft_ranks in _layouts(wish)]
+
+
+def pick(choices: list[Placement]) -> Placement | None:
+    """Return the placement with most tokens a second; among equals the one with fewest ranks. None: nothing fits."""
+    fitting = [choice for choice in choices if choice.refusal is None]
+    return max(fitting, key=lambda choice: (choice.best_tokens_per_s, -choice.ranks), default=None)
+
+
+def command(wish: Wish, chosen: Placement) -> str:
+    """Return the command that starts a placement."""
+    variables = [f"BASIC_MAX_SEQUENCES={chosen.sequences}", f"BASIC_MAX_CONTEXT={chosen.context}"]
+    if wish.kv_tokens:
+        variables.append(f"BASIC_KV_TOKENS={wish.kv_tokens}")
+    if chosen.draft_ranks > 1:
+        variables.append("BASIC_DRAFT_RANKS=all")
+    words = ["basic worker", f"--replicas {chosen.replicas}", f"--tp {chosen.ranks}", f"--target {wish.target.name}"]
+    words.append(f"--draft {wish.draft.name}" if wish.draft else "--draft suffix")
+    return " ".join([*variables, *words, f"--dtype {wish.machine.dtype}"])
+
+
+def _layouts(wish: Wish) -> Iterator[tuple[int, int]]:
+    """Yield (ranks, draft ranks): every tensor parallel size that uses all GPUs, and both places of a draft."""
+    for ranks in range(1, wish.gpus + 1):
+        if wish.gpus % ranks:
+            continue
+        yield ranks, 0 if wish.draft is None else 1
+        if wish.draft is not None and ranks > 1 and wish.target.splits(ranks) and wish.draft.splits(ranks):
+            yield ranks, ranks
+
+
+def _place(wish: Wish, ranks: int, draft_ranks: int) -> Placement:
+    size = wish.machine.number_bytes
+    draft_bytes = wish.draft.rank_parameters(draft_ranks) * size if wish.draft else 0
+    place = Placement(
+        replicas=wish.gpus // ranks,
+        ranks=ranks,
+        draft_ranks=draft_ranks,
+        weights_bytes=wish.target.rank_parameters(ranks) * size + draft_bytes,
+    )
+    if not wish.target.splits(ranks):
+        return replace(place, refusal=cannot_split(wish.target, ranks))
+    free = wish.machine.device.memory_bytes - _RESERVED_BYTES - place.weights_bytes
+    if free <= 0:
+        return replace(
+            place,
+            refusal=f"weights of {place.weights_bytes / GIB:.1f} GiB leave no room on a GPU of "
+            f"{wish.machine.device.memory_bytes / GIB:.0f} GiB",
+        )
+    try:
+        fitted = _fitted(wish, free, ranks, draft_ranks)
+    except SetupError as error:
+        return replace(place, refusal=str(error))
+    return _rated(wish, replace(place, kv_tokens=fitted.total_kv_tokens, context=fitted.max_context), fitted)
+
+
+def cannot_split(shape: ModelShape, ranks: int) -> str:
+    """Say why a model's heads can't be dealt out to so many ranks, and what can be done instead."""
+    widths = ", ".join(str(width) for width in shape.widths)
+    return (
+        f"{shape.heads} heads over {shape.kv_heads} KV heads can't be split over {ranks} ranks; "
+        f"{shape.name} can run with --tp {widths}, with more replicas beside it"
+    )
+
+
+def _fitted(wish: Wish, free: int, ranks: int, draft_ranks: int) -> EngineOptions:
+    size = wish.machine.number_bytes
+    options = EngineOptions(
+        max_sequences=wish.sequences, max_context=wish.context, nodes=wish.nodes, max_depth=wish.max_depth
+    )
+    draft_kv = wish.draft.kv_entries(draft_ranks) * size if wish.draft else 0
+    return fit(
+        options,
+        wish.kv_tokens,
+        wish.target.kv_entries(ranks) * size,
+        draft_kv,
+        free,
+        whole_slots=False,
+        block_size=FLASH_BLOCK,
+    )
+
+
+def _rated(wish: Wish, place: Placement, fitted: EngineOptions) -> Placement:
+    context = fitted.max_context
+    sequences = max(1, min(fitted.max_sequences, fitted.total_kv_tokens // context))  # if every text is that long
+    plain = step(wish.target, wish.machine, place.ranks, sequences, sequences, context)
+    rated = replace(
+        place,
+        sequences=sequences,
+        step=plain,
+        tokens_per_s=1e3 * place.replicas * sequences / plain.step_ms,
+    )
+    if wish.draft is None:
+        return rated
+    drafted = speculate(
+        wish.target,
+        wish.draft,
+        wish.machine,
+        ranks=place.ranks,
+        draft_ranks=place.draft_ranks,
+        sequences=sequences,
+        context=context,
+        acceptance=wish.acceptance,
+        max_depth=wish.max_depth,
+    )
+    rate = 1e3 * place.replicas * sequences * drafted.tokens_per_step / drafted.step_ms
+    return replace(rated, drafted=drafted, drafted_tokens_per_s=rate)

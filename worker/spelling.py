@@ -1,0 +1,85 @@
+"""Spelling: what a single token says, as a text and as the bytes it adds.
+
+transcript -> [spelling] -> jobs.logprobs.  A text is decoded as a whole (`worker.text`); here a token stands alone, and
+may be part of a character.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import lru_cache
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from jobs.logprobs import Likelihood, TokenLikelihoods
+from worker.engine.logprobs import TokenLogprobs
+
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class Spelling:
+    """Spells the tokens of one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Look at how the tokenizer decodes."""
+        self._tokenizer = tokenizer
+        self._added = dict(tokenizer.added_tokens_decoder)
+        self._decoder = tokenizer.backend_tokenizer.decoder
+        self._decoders = _decoders(tokenizer)
+        self._byte_of: dict[str, int] = {symbol: byte for byte, symbol in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
+        self._known: dict[int, tuple[str, tuple[int, ...] | None]] = {}
+
+    def of(self, told: TokenLogprobs, token: int) -> TokenLikelihoods:
+        """Return a token and its alternatives as they are told to people."""
+        return TokenLikelihoods(
+            self._likelihood(token, told.logprob), tuple(self._likelihood(other, p) for other, p in told.top)
+        )
+
+    def spell(self, token: int) -> tuple[str, tuple[int, ...] | None]:
+        """Return a token's text and its bytes. Special tokens add none to a text."""
+        if token not in self._known:
+            self._known[token] = self._spell(token)
+        return self._known[token]
+
+    def _likelihood(self, token: int, logprob: float) -> Likelihood:
+        text, own = self.spell(token)
+        return Likelihood(text, logprob, own)
+
+    def _spell(self, token: int) -> tuple[str, tuple[int, ...] | None]:
+        symbols: Any = self._tokenizer.convert_ids_to_tokens(token)  # of one id; typed for lists, too
+        if symbols is None:  # the model has more rows of logits than the tokenizer has tokens
+            return f"<{token}>", None
+        if token in self._added:
+            special = self._added[token].special
+            return symbols, None if special else tuple(symbols.encode())
+        own = self._bytes(symbols)
+        # Not every database takes a NUL.
+        return own.decode(errors="replace").replace("\0", "\ufffd"), tuple(own)
+
+    def _bytes(self, symbols: str) -> bytes:
+        if "ByteLevel" in self._decoders:
+            known = [self._byte_of.get(symbol) for symbol in symbols]
+            return bytes(byte for byte in known if byte is not None) if None not in known else symbols.encode()
+        if "ByteFallback" in self._decoders and (byte := _BYTE.fullmatch(symbols)):
+            return bytes([int(byte[1], 16)])
+        return self._text_behind_another(symbols).encode()
+
+    def _text_behind_another(self, symbols: str) -> str:
+        """Return what a token adds in the midst of a text, where no decoder strips its space."""
+        if self._decoder is None:
+            return symbols
+        return str(self._decoder.decode(["a", symbols])).removeprefix(str(self._decoder.decode(["a"])))
+
+
+@lru_cache(maxsize=4)
+def spelling(tokenizer: PreTrainedTokenizerFast) -> Spelling:
+    """Return the spelling of a tokenizer, which remembers what it has spelt."""
+    return Spelling(tokenizer)
+
+
+def _decoders(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
+    decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}
+    return frozenset(part["type"] for part in [decoder, *decoder.get("decoders", [])] if "type" in part)

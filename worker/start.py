@@ -1,0 +1,40 @@
+"""How a worker begins: as one replica in this process, or as the supervisor of several.
+
+cli, `python -m worker` -> [start] -> tasks or supervisor.  torch is imported only where models will be loaded.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from jobs.errors import BasicError
+from jobs.logs import log_to_stderr
+from jobs.processes import BAD_SETTINGS_STATUS, RESTART_STATUS
+from storage.session import DATABASE_AWAY, why_away
+from worker import supervisor
+from worker.engine.errors import EngineError
+from worker.settings import WorkerSettings
+
+
+def run(settings: WorkerSettings) -> int:
+    """Serve, and turn what the settings got wrong into one sentence and an exit status that means: don't restart."""
+    log_to_stderr(settings.log_format)
+    try:
+        return supervisor.supervise(settings) if supervisor.is_needed(settings) else _serve(settings)
+    except (BasicError, EngineError) as error:
+        print(error, file=sys.stderr)
+        return BAD_SETTINGS_STATUS
+    except DATABASE_AWAY as error:
+        print(f"the database does not answer: {why_away(error)}", file=sys.stderr)
+        return RESTART_STATUS
+
+
+def main() -> int:
+    """Run a worker with the settings of the environment: `python -m worker`."""
+    return run(WorkerSettings())
+
+
+def _serve(settings: WorkerSettings) -> int:
+    from worker.tasks import serve
+
+    return serve(settings)
