@@ -256,11 +256,13 @@ def _figures(
 def _is_right(reader: _Reader, written: dict[int, str]) -> bool:
     """Return whether a reader has every text, in order, every end once, and the status of the job last."""
     texts: defaultdict[int, str] = defaultdict(str)
+    seqs: defaultdict[int, int] = defaultdict(lambda: -1)
     ends: Counter[int] = Counter()
     status = None
     for block in reader.told:
         event = json.loads(block[block.index(b"data: ") + 6 :])
-        if event["type"] == "tokens":
+        if event["type"] == "tokens" and event["seq"] > seqs[event["index"]]:  # cut off within a commit: told again
+            seqs[event["index"]] = event["seq"]
             before = "" if event["snapshot"] else texts[event["index"]]
             texts[event["index"]] = before + event["text"]
         elif event["type"] == "finished":

@@ -13,23 +13,24 @@ from typing import Any
 from jobs.messages import JobStatus, PartialEvent, Piece
 from storage.story import Cursor, Page, Passage, Place
 
-# 12 or 12.3.0.1: everything up to commit 12, or up to a place in it. @17: checkpoints up to commit 17, too.
-# ~cancelling: the reader knows this status; without it, that the job is in progress; ~ alone: no status yet.
+# 12: everything up to commit 12. 12-15: and the checkpoints of what was being written at commit 15; 12-15.14.3.0.1: and
+# what ended up to this place. ~cancelling: the reader knows this status; ~ alone: none yet; else: in progress.
 _ID = re.compile(
-    r"(?P<number>-1|\d{1,18})(?:\.(?P<request>\d{1,10})\.(?P<choice>\d{1,10})\.(?P<part>\d))?"
-    r"(?:@(?P<floor>\d{1,18}))?(?P<status>~[a-z_]*)?",
+    r"(?P<base>-1|\d{1,18})"
+    r"(?:-(?P<floor>\d{1,18})(?:\.(?P<number>\d{1,18})\.(?P<request>\d{1,9})\.(?P<choice>\d{1,9})\.(?P<part>\d))?)?"
+    r"(?P<status>~[a-z_]*)?",
     re.ASCII,
 )
 
 
 def write_id(cursor: Cursor) -> str:
     """Return the id of the event that brings a reader to this cursor."""
+    text = str(cursor.base)
+    if cursor.floor >= 0:
+        text += f"-{cursor.floor}"
     place = cursor.place
-    text = str(place.number)
-    if not place.is_behind_a_commit:
-        text += f".{place.request_index}.{place.choice_index}.{place.part}"
-    if cursor.floor >= place.number and not place.is_behind_a_commit:
-        text += f"@{cursor.floor}"
+    if place.number >= 0:
+        text += f".{place.number}.{place.request_index}.{place.choice_index}.{place.part}"
     if cursor.status != JobStatus.IN_PROGRESS:
         text += f"~{cursor.status or ''}"
     return text
@@ -40,12 +41,11 @@ def read_id(text: str | None) -> Cursor:
     match = _ID.fullmatch(text or "")
     if match is None:
         return Cursor()
-    number = int(match["number"])
-    place = Place.behind(number)
-    if match["request"] is not None:
-        place = Place(number, *(int(match[part]) for part in ("request", "choice", "part")))
+    place = Place(-1)
+    if match["number"] is not None:
+        place = Place(*(int(match[part]) for part in ("number", "request", "choice", "part")))
     status = JobStatus.IN_PROGRESS if match["status"] is None else match["status"][1:]
-    return Cursor(place, int(match["floor"] or -1), status or None)
+    return Cursor(int(match["base"]), int(match["floor"] or -1), place, status or None)
 
 
 def server_sent(event: PartialEvent, event_id: str | None = None) -> bytes:
@@ -56,18 +56,16 @@ def server_sent(event: PartialEvent, event_id: str | None = None) -> bytes:
 
 def tell(job_id: str, page: Page, since: Cursor) -> tuple[bytes, Cursor]:
     """Return the events of a page for a reader with this cursor, and the cursor of a reader that was told them."""
-    after = page.cursor if page.complete else Cursor(page.cursor.place, page.cursor.floor, since.status)
-    return b"".join(_events(job_id, page, since, after)), after
+    return b"".join(_events(job_id, page, since)), page.cursor
 
 
-def _events(job_id: str, page: Page, since: Cursor, after: Cursor) -> Iterator[bytes]:
-    for number, passage in enumerate(page.passages, start=1):
-        cursor = passage.cursor
-        if cursor is None and number == len(page.passages):
-            cursor = after  # only now nothing of the page is missing
-        yield server_sent(_event(job_id, passage), None if cursor is None else write_id(cursor))
-    if after.status != since.status:
-        yield server_sent(PartialEvent(job_id=job_id, type="job", status=JobStatus(page.status)), write_id(after))
+def _events(job_id: str, page: Page, since: Cursor) -> Iterator[bytes]:
+    for passage in page.passages:
+        event_id = None if passage.cursor is None else write_id(passage.cursor)
+        yield server_sent(_event(job_id, passage), event_id)
+    if page.cursor.status != since.status:
+        status = JobStatus(page.status)
+        yield server_sent(PartialEvent(job_id=job_id, type="job", status=status), write_id(page.cursor))
 
 
 def _event(job_id: str, passage: Passage) -> PartialEvent:

@@ -2,9 +2,10 @@
 
 jobs.broadcast -> [story] -> models.  Every transaction that writes something readers are told of (a checkpoint, an
 output, the end of a request) takes the job's next event number under the job's lock, so the numbers are in the order of
-the commits. A reader is known by its cursor alone: what it has been told is everything up to a place. Rows only move to
-higher numbers (checkpoints into their output), and an output knows its checkpoints; so nothing is told twice or left
-out, whatever happens between two reads.
+the commits. A reader is known by its cursor alone. It is told the news in passes: everything up to a commit is behind
+it (the base), and it is told what stands between that and the newest commit (the floor): first the checkpoints of what
+is still being written, in one page, then what has ended, in pages. Checkpoints move into the output of their choice,
+and an output knows them; so whatever happens between two reads, an output brings what came after the base.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from storage.sql import AnyRow, one_state
 
 FINAL: Final = ("completed", "failed", "expired", "cancelled")
 _WITHOUT_RESULT: Final = ("failed", "expired", "cancelled")
-_LAST: Final = 2**31 - 1
 
 _TEXT, _END, _FAILURE = range(3)  # parts of a place
 
@@ -37,45 +37,35 @@ class Place:
     choice_index: int = 0
     part: int = 0  # text before the end of its choice
 
-    @classmethod
-    def behind(cls, number: int) -> Place:
-        """Return the place behind all that a commit wrote."""
-        return cls(number, _LAST, _LAST, _LAST)
-
-    @property
-    def is_behind_a_commit(self) -> bool:
-        """True for a place that `behind` made."""
-        return self.part == _LAST
-
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """What a reader has been told: everything up to a place, checkpoints up to `floor`, and a status of the job.
+    """What a reader has been told: all commits up to `base`, and in a pass up to `floor` a part of what came since.
 
-    A new reader is told first what is being written, and then the rest in order; the floor is where it was told so.
+    In a pass it knows the checkpoints of what was still being written at the floor, and what ended up to a place.
     """
 
+    base: int = -1
+    floor: int = -1  # none: between two passes
     place: Place = Place(-1)
-    floor: int = -1
-    status: str | None = None
+    status: str | None = None  # of the job
+
+    @property
+    def newest(self) -> int:
+        """The newest commit it knows of."""
+        return max(self.base, self.floor, self.place.number)
 
     def within(self, end: Cursor) -> Cursor:
         """Return this cursor if it can be of the story that ends there, else a new reader's."""
-        fits = max(self.place.number, self.floor) <= end.place.number
         final = self.status in FINAL
-        return self if fits and (not final or self == end) else Cursor()
-
-    @property
-    def is_new(self) -> bool:
-        """True for a reader that has been told nothing."""
-        return self.floor < 0 and self.place.number < 0
+        return self if self.newest <= end.newest and (not final or self == end) else Cursor()
 
 
 @dataclass(frozen=True, slots=True)
 class Passage:
     """One thing to tell: text of a choice, its end, or why a request has no result."""
 
-    cursor: Cursor | None  # of a reader that was told it; none: the page must be told to its end
+    cursor: Cursor | None  # of a reader that was told it; none: what follows belongs to it
     kind: Literal["tokens", "finished", "failed"]
     custom_id: str
     request_index: int
@@ -110,25 +100,20 @@ def read(session: Session, job_id: str, since: Cursor, limit: int) -> Page:
     """Return up to about `limit` passages behind a cursor of this job's story. The job must exist."""
     one_state(session)
     job = _job(session, job_id)
-    if since.is_new:
-        return _what_is_being_written(session, job_id, job)
-    found = sorted(
-        [
-            *_checkpoints(session, job_id, since, limit),
-            *_outputs(session, job_id, since, limit),
-            *_failures(session, job_id, since, limit),
-        ],
-        key=lambda row: row[0],
-    )
-    page = found[:limit]
-    told = since.place
     passages: list[Passage] = []
-    for place, row in page:
-        told = place
-        passages += _passages(row, place, since)
-    # A row more than the limit, in any of the three, shows that there is more.
+    if since.floor < 0 and since.base < job.event_number:
+        written = _what_is_being_written(session, job_id, since.base)
+        since = replace(since, floor=job.event_number)
+        # Only with the last of them are they all told: a reader that is cut off before is told them again.
+        passages = [*written[:-1], *(replace(last, cursor=since) for last in written[-1:])]
+    found = [] if since.floor < 0 else _what_ended(session, job_id, since, limit)
+    told = since.place
+    for told, row in found[:limit]:
+        passages += _passages(row, told, since)
     if len(found) > limit:
         return Page(tuple(passages), replace(since, place=told), job.status, complete=False)
+    if 0 <= since.floor < job.event_number:
+        return Page(tuple(passages), Cursor(since.floor, status=since.status), job.status, complete=False)
     return Page(tuple(passages), _end(job, replace(since, place=told)), job.status, complete=True)
 
 
@@ -158,16 +143,23 @@ def _end(job: AnyRow, told: Cursor) -> Cursor:
     """
     if job.status == "validating":
         return replace(told, status=job.status)
-    return Cursor(Place.behind(job.event_number), status=job.status)
+    return Cursor(job.event_number, status=job.status)
 
 
-def _what_is_being_written(session: Session, job_id: str, job: AnyRow) -> Page:
-    """Return the beginning for a new reader: the text so far of every choice that has not ended."""
-    rows = session.execute(_checkpoint_query(job_id).order_by(*_PARTIAL_KEY, Partial.seq)).all()
-    passages = tuple(
-        _written(list(group)) for _, group in groupby(rows, key=lambda row: (row.request_index, row.choice_index))
-    )
-    return Page(passages, Cursor(floor=job.event_number), job.status, complete=False)
+def _what_is_being_written(session: Session, job_id: str, base: int) -> list[Passage]:
+    """Return the checkpoints behind a commit of every choice that has not ended: to a new reader as one text each."""
+    query = _checkpoint_query(job_id).where(Partial.event_number > base)
+    if base >= 0:
+        return [_written([row]) for row in session.execute(query.order_by(*_PARTIAL_PLACE, Partial.seq))]
+    rows = session.execute(query.order_by(*_PARTIAL_KEY, Partial.seq)).all()
+    groups = groupby(rows, key=lambda row: (row.request_index, row.choice_index))
+    return [replace(_written(list(group)), from_start=True) for _, group in groups]
+
+
+def _what_ended(session: Session, job_id: str, since: Cursor, limit: int) -> list[tuple[Place, AnyRow]]:
+    """Return what ended in this pass behind the place, in order; one more than the limit shows that there is more."""
+    rows = [*_outputs(session, job_id, since, limit), *_failures(session, job_id, since, limit)]
+    return sorted(rows, key=lambda row: row[0])
 
 
 def _written(checkpoints: Sequence[AnyRow]) -> Passage:
@@ -184,7 +176,6 @@ def _written(checkpoints: Sequence[AnyRow]) -> Passage:
         pieces=tuple(merge_pieces(piece for row in checkpoints for piece in row.pieces)),
         tokens=len(flags),
         accepted=sum(flags),
-        from_start=True,
     )
 
 
@@ -204,22 +195,10 @@ def _checkpoint_query(job_id: str) -> Any:
             Partial.text,
             Partial.pieces,
             Partial.accepted,
-            literal("checkpoint").label("source"),
         )
         .join(Request, and_(Request.job_id == Partial.job_id, Request.request_index == Partial.request_index))
         .where(Partial.job_id == job_id)
     )
-
-
-def _checkpoints(session: Session, job_id: str, since: Cursor, limit: int) -> Iterator[tuple[Place, AnyRow]]:
-    place = since.place
-    query = _checkpoint_query(job_id).where(
-        Partial.event_number >= place.number,
-        Partial.event_number > since.floor,
-        tuple_(*_PARTIAL_PLACE) > _bound(place.number, place.request_index, place.choice_index),
-    )
-    for row in session.execute(query.order_by(*_PARTIAL_PLACE).limit(limit + 1)):
-        yield Place(row.event_number, row.request_index, row.choice_index, _TEXT), row
 
 
 def _outputs(session: Session, job_id: str, since: Cursor, limit: int) -> Iterator[tuple[Place, AnyRow]]:
@@ -243,6 +222,8 @@ def _outputs(session: Session, job_id: str, since: Cursor, limit: int) -> Iterat
         .where(
             Output.job_id == job_id,
             Output.event_number >= place.number,
+            Output.event_number > since.base,
+            Output.event_number <= since.floor,
             tuple_(*_OUTPUT_PLACE) >= _bound(place.number, place.request_index, place.choice_index),
         )
         .order_by(*_OUTPUT_PLACE)
@@ -279,6 +260,8 @@ def _failures(session: Session, job_id: str, since: Cursor, limit: int) -> Itera
         .where(
             Request.job_id == job_id,
             Request.event_number >= place.number,
+            Request.event_number > since.base,
+            Request.event_number <= since.floor,
             Request.status.in_(_WITHOUT_RESULT),
             tuple_(Request.event_number, Request.request_index) >= _bound(place.number, place.request_index),
         )
@@ -292,9 +275,7 @@ def _failures(session: Session, job_id: str, since: Cursor, limit: int) -> Itera
 
 
 def _passages(row: AnyRow, place: Place, since: Cursor) -> Iterator[Passage]:
-    if row.source == "checkpoint":
-        yield replace(_written([row]), cursor=replace(since, place=place), from_start=False)
-    elif row.source == "failure":
+    if row.source == "failure":
         error = {"code": row.error_code, "message": row.error_message, "param": row.error_param}
         cursor = replace(since, place=place)
         yield Passage(cursor, "failed", row.custom_id, row.request_index, 0, row.seq, error=error)
@@ -326,12 +307,9 @@ def _output_passages(row: AnyRow, end: Place, since: Cursor) -> Iterator[Passage
 
 def _untold(row: AnyRow, since: Cursor) -> tuple[int, int, int] | None:
     """Return how much of an output the reader knows: characters, tokens, accepted ones; None if it knows everything."""
-    # What had ended at the floor was not being written there.
-    floor = since.floor if row.event_number > since.floor else -1
     known = [0, 0, 0]
     for number, _, *sizes in row.checkpoints or ():
-        told = number <= floor or Place(number, row.request_index, row.choice_index) <= since.place
-        if not told:
+        if number > since.base:
             return known[0], known[1], known[2]
         known = [sum(pair) for pair in zip(known, sizes, strict=True)]
     # Outputs from before checkpoints were noted were told as one.

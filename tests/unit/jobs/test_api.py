@@ -183,7 +183,7 @@ def test_a_reader_goes_on_behind_the_event_whose_id_it_sends(api: TestClient, da
             assert blocks(reply.text) == whole[seen + 1 :]
 
 
-@pytest.mark.parametrize("event_id", ["", "nonsense", "999999", "9" * 200, "1.2.3", "-1.0.0.0~completed"])
+@pytest.mark.parametrize("event_id", ["", "nonsense", "999999", "9" * 200, "1.2.3", "-1~completed", "0-999"])
 def test_an_id_that_is_not_ours_starts_over(api: TestClient, database: Database, event_id: str) -> None:
     path = f"/v1/jobs/{submitted(api)['id']}/events"
     answer_all(database)

@@ -30,6 +30,7 @@ class Reader:
         self.cursor = Cursor()
         self.texts: defaultdict[tuple[int, int], str] = defaultdict(str)
         self.tokens: defaultdict[tuple[int, int], int] = defaultdict(int)
+        self.seqs: dict[tuple[int, int], int] = {}
         self.ends: list[tuple[int, int]] = []
 
     def read(self, database: Database, limit: int = 100, *, leave_after: int | None = None) -> bool:
@@ -39,6 +40,11 @@ class Reader:
         for passage in passages:
             key = (passage.request_index, passage.choice_index)
             if passage.kind == "tokens":
+                again = passage.seq <= self.seqs.get(key, -1)
+                self.seqs[key] = max(passage.seq, self.seqs.get(key, -1))
+                if again:
+                    self.cursor = passage.cursor or self.cursor
+                    continue
                 before = "" if passage.from_start else self.texts[key]
                 self.texts[key] = before + passage.text
                 self.tokens[key] = passage.tokens + (0 if passage.from_start else self.tokens[key])
@@ -88,8 +94,24 @@ def test_a_cursor_from_another_story_is_a_new_reader(database: Database) -> None
     with database.read() as session:
         end = story.where_it_stands(session, "job-1").cursor
     assert end.within(end) == end
-    for other in (Cursor(Place.behind(1000)), Cursor(Place(0), floor=9), Cursor(Place(0), status="completed")):
-        assert other.within(end).is_new
+    for other in (Cursor(1000), Cursor(0, floor=9), Cursor(0, status="completed")):
+        assert other.within(end) == Cursor()
+
+
+def test_a_reader_that_is_cut_off_among_outputs_is_told_all_of_the_others(database: Database) -> None:
+    record(database, requests=3)
+    claims = claim(database, limit=3)
+    made = [tokens_of(1, 1), tokens_of(2, 2, first=1)]
+    flush(database, "w1", *(Progress(each.lease, (made[0],)) for each in claims))
+    for each in claims:
+        flush(database, "w1", Progress(each.lease, (made[1],), (end_of(*made),), ends=True))
+    told = page(database, Cursor()).passages
+    for seen in range(1, len(told) + 1):
+        assert told[seen - 1].cursor is not None
+        rest = page(database, told[seen - 1].cursor or Cursor()).passages
+        assert [(each.request_index, each.text) for each in rest] == [
+            (each.request_index, each.text) for each in told[seen:]
+        ]
 
 
 def test_requests_that_end_in_one_commit_can_be_told_in_many_pages(database: Database) -> None:
@@ -184,10 +206,10 @@ def _read_while_written(database: Database, acts: list[tuple[str, int, int]]) ->
 @pytest.mark.parametrize("act", ["cancel", "whole", "going_on"])
 def test_numbers_follow_the_commits(database: Database, act: str) -> None:
     record(database, requests=2)
-    before = page(database, Cursor()).cursor.floor
+    before = page(database, Cursor()).cursor.base
     if act == "cancel":
         cancel(database)
     else:
         (claimed,) = claim(database)
         flush(database, "w1", whole(claimed.lease, 1) if act == "whole" else going_on(claimed, 1))
-    assert page(database, Cursor()).cursor.floor > before
+    assert page(database, Cursor()).cursor.base > before
