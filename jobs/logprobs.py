@@ -15,7 +15,7 @@ from typing import Any
 from jobs.messages import CHAT_ENDPOINT
 
 Json = dict[str, Any]
-Stored = list[Any]  # one token's row: [text, logprob] or [text, logprob, bytes], then the same for each alternative
+Stored = list[Any]  # of one token: [text, logprob] or [text, logprob, bytes], and one such list for each alternative
 
 
 @dataclass(frozen=True, slots=True)

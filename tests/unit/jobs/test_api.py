@@ -109,8 +109,9 @@ def test_outputs_tell_logprobs_in_the_shape_of_the_endpoint_if_they_were_asked_f
     api: TestClient, database: Database
 ) -> None:
     chat = submitted(api, "Hello", logprobs=True)
+    answer_all(database, logprobs=([["Paris.", -0.5]],))
     text = submitted(api, "Hello", logprobs=0, endpoint=COMPLETIONS_ENDPOINT)
-    answer_all(database, logprobs=(["Paris.", -0.5],))
+    answer_all(database, logprobs=([["Paris.", -0.5]],))
     of_chat, of_text = (api.get(f"/v1/jobs/{job['id']}/outputs").json()["choices"][0] for job in (chat, text))
     told = {"token": "Paris.", "logprob": -0.5, "bytes": list(b"Paris."), "top_logprobs": []}
     assert of_chat["logprobs"] == {"content": [told], "refusal": None}
