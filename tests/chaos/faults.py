@@ -10,7 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -156,14 +156,10 @@ def lock_the_database(stack: Stack, dice: random.Random) -> None:
 
 def fill_the_disk(stack: Stack, dice: random.Random) -> None:
     """Leave not a byte on the disk of the record for a while."""
-    ballast = stack.database_path.parent / "ballast"
-    with ballast.open("wb") as file:
-        try:
-            while True:
-                file.write(b"\0" * 4096)
-                file.flush()
-        except OSError:
-            pass
+    ballast = stack.disk / "ballast"
+    with suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"\0" * 4096)
     stack.rest(4.0)
     ballast.unlink()
 

@@ -80,8 +80,8 @@ class Chaos:
         began_at = time.monotonic()
         for _ in range(count):
             self._keep_busy()
-            self._strike()
             self.stack.rest(self.dice.uniform(*_PAUSE_S))
+            self._strike()
         struck_at = time.monotonic()
         self._finish("the end of the jobs")
         self.report.recovery_s = round(time.monotonic() - struck_at, 1)
@@ -214,7 +214,7 @@ def run(count: int, database: str, seed: int, only: list[str] | None = None, tar
             postgres = Postgres()
             cleanup.callback(postgres.remove)
             postgres.start()
-        stack = Stack(directory / "disk", target or _tiny(directory / "tiny"), postgres)
+        stack = Stack(directory, target or _tiny(directory / "tiny"), postgres)
         cleanup.callback(stack.stop)
         stack.start()
         faults = faults_for(postgres=postgres is not None, small_disk=disk)

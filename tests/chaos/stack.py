@@ -35,18 +35,22 @@ class Stack:
     def __init__(
         self, directory: Path, target: Path, postgres: Postgres | None, *, workers: int = 2, step_s: float = 0.02
     ) -> None:
-        """Lay everything out below `directory`; the record is SQLite there, or a database of `postgres`."""
+        """Lay everything out below `directory`: data that can be lost in `disk`, logs beside it.
+
+        The record is SQLite on that disk, or a database of `postgres`.
+        """
         self.directory = directory
+        self.disk = directory / "disk"
         self.postgres = postgres
         self.redis_port = free_port()
         self.redis_url = f"redis://127.0.0.1:{self.redis_port}/0"
         self.api_url = f"http://127.0.0.1:{free_port()}"
-        self.database_path = directory / "data" / "basic.sqlite3"
+        self.database_path = self.disk / "data" / "basic.sqlite3"
         self.database_path.parent.mkdir(parents=True)
         self.database_url = postgres.create("chaos") if postgres else f"sqlite:///{self.database_path}"
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("BASIC_")},
-            "BASIC_DATA_DIR": str(directory / "data"),
+            "BASIC_DATA_DIR": str(self.disk / "data"),
             "BASIC_DATABASE_URL": self.database_url,
             "BASIC_REDIS_URL": self.redis_url,
             "BASIC_API_URL": self.api_url,
@@ -137,7 +141,7 @@ class Stack:
 
     def start_redis(self) -> None:
         """Start the Redis-protocol server on its port and return when it answers."""
-        directory = self.directory / "redis"
+        directory = self.disk / "redis"
         directory.mkdir(exist_ok=True)
         self.down.discard("redis")
         self._start("redis", server_arguments(server_binary(), self.redis_port, directory))
@@ -150,7 +154,7 @@ class Stack:
         self.kill("redis")
         self.children["redis"]._process.wait()
         if lose_data:
-            shutil.rmtree(self.directory / "redis")
+            shutil.rmtree(self.disk / "redis")
         yield
         self.start_redis()
 
