@@ -6,6 +6,7 @@ assembly -> [drafts] -> drafters.  A target that comes with a draft of its own u
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,7 +106,7 @@ def _with_head(path: str, settings: WorkerSettings, model: PreTrainedModel, toke
 
     def make(hidden: HiddenStates | None, slots: int, capacity: int, _: int | None) -> MakeDrafter:
         assert hidden is not None, "a head reads hidden states"
-        net = PackedHead(head.network, embedding, rows, tokens, slots=slots, capacity=capacity)
+        net = PackedHead(deepcopy(head.network), embedding, rows, tokens, slots=slots, capacity=capacity)
         return lambda: MixedDrafter(HeadDrafter(net, hidden, name), SuffixDrafter())
 
     entry = 2 * shape.layers * shape.kv_heads * shape.head_dim + len(shape.taps) * shape.width

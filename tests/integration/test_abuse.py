@@ -20,6 +20,8 @@ import pytest
 from jobs.api import patience
 from storage import schema
 
+pytestmark = pytest.mark.unproven
+
 MOST_MB = 600
 JSON = {"content-type": "application/json"}
 LINES = {"content-type": "application/x-ndjson"}

@@ -18,6 +18,8 @@ from jobs.settings import JobsSettings
 from tests.browser import browser, picture
 from tests.models import byte_tokenizer, tiny
 
+pytestmark = pytest.mark.unproven
+
 PATIENCE_MS = 60_000
 UGLY = (
     "<script>document.title = 'pwned'</script><img src=x onerror=\"document.title = 'pwned'\">"

@@ -14,6 +14,8 @@ from tests.databases import drop_schema
 from tests.nodes import Cluster, save_tiny
 from tests.processes import children_of, ended
 
+pytestmark = pytest.mark.unproven
+
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:

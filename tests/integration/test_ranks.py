@@ -94,6 +94,8 @@ import json, os
 from worker import generate_with_speculative_decoding as drafted, generate_with_standard_model as plain
 from worker import generate_with_streaming_speculative_decoding as streamed
 from tests.processes import children_of
+
+pytestmark = pytest.mark.unproven
 texts = [plain("Hello", 12), drafted("Hello", 12, use_parallel=True), "".join(streamed("Hello", 12, use_parallel=True))]
 print(json.dumps([texts, len(children_of(os.getpid()))]))
 """

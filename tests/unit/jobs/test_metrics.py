@@ -114,9 +114,7 @@ def test_dashboard_and_alerts_ask_for_metrics_that_there_are(api: TestClient, da
 
     folder = Path(__file__).parents[3] / "docs" / "monitoring"
     asked = {
-        name
-        for path in folder.rglob("*.*")
-        for name in re.findall(r"\bbasic_[a-z_]+\b(?=[{\[ )/])", path.read_text())
+        name for path in folder.rglob("*.*") for name in re.findall(r"\bbasic_[a-z_]+\b(?=[{\[ )/])", path.read_text())
     }
 
     assert len(asked) > 15
