@@ -214,7 +214,7 @@ def run(count: int, database: str, seed: int, only: list[str] | None = None, tar
             postgres = Postgres()
             cleanup.callback(postgres.remove)
             postgres.start()
-        stack = Stack(directory, target or _tiny(directory / "tiny"), postgres)
+        stack = Stack(directory, target or tiny_model(directory / "tiny"), postgres)
         cleanup.callback(stack.stop)
         stack.start()
         faults = faults_for(postgres=postgres is not None, small_disk=disk)
@@ -222,7 +222,8 @@ def run(count: int, database: str, seed: int, only: list[str] | None = None, tar
         return Chaos(stack, chosen, seed, database).run(count)
 
 
-def _tiny(directory: Path) -> Path:
+def tiny_model(directory: Path) -> Path:
+    """Write a model that loads in an instant, and its tokenizer."""
     from tests.models import TOKENIZER_VOCAB, byte_tokenizer, tiny
 
     tiny(vocab=TOKENIZER_VOCAB).save_pretrained(directory)

@@ -71,13 +71,17 @@ class Stack:
         self._workers = workers
         self.database = Database.open(self.database_url)
 
-    def start(self, *, doors: bool = True) -> None:
-        """Start all parts and return when jobs can be sent and are served. Without `doors`: only what serves them."""
+    def start(self, *, doors: bool = True, victim_prefix: tuple[str, ...] = ()) -> None:
+        """Start all parts and return when jobs can be sent and are served. Without `doors`: only what serves them.
+
+        `victim_prefix` is a command that starts the first worker in surroundings of its own.
+        """
         schema.upgrade(self.database_url)
         self.start_redis()
         if not doors:
             for number in range(self._workers):
-                self._start(f"worker-{number}", python_module("tests.chaos.worker"))
+                prefix = () if number else victim_prefix
+                self._start(f"worker-{number}", (*prefix, *python_module("tests.chaos.worker")))
             self.wait_for(lambda: len(self.rows("SELECT id FROM workers")) == self._workers, "the worker")
             return
         for name, module in (("ingest", "jobs.ingest"), ("shim", "jobs.api")):
