@@ -50,7 +50,7 @@ chaos: setup ## Break every part of the service, again and again, and check that
 
 audit: setup ## Look for known holes in what constraints.txt pins; needs a reachable vulnerability service
 	test -x .venv/audit/bin/pip-audit || { $(BIN)/python -m venv .venv/audit && .venv/audit/bin/pip install -q pip-audit; }
-	.venv/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	.venv/audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
 bench: model ## Measure decoding speed against transformers' own generate, then the front door
 	$(BIN)/basic bench --prompts $(BENCH_PROMPTS)
