@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from sqlalchemy import ColumnElement, and_, delete, func, insert, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, and_, delete, insert, or_, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from storage.models import File, FileChunk, Job
@@ -133,12 +133,6 @@ def clear_files(session: Session) -> int:
         session.execute(delete(FileChunk).where(FileChunk.file_id.in_(ids)))
         session.execute(update(File).where(File.id.in_(ids)).values(status="cleared"))
     return len(ids)
-
-
-def bytes_kept(session: Session, owner: str | None = None) -> int:
-    """Return the bytes of all files that are to be seen."""
-    total = select(func.coalesce(func.sum(File.bytes), 0)).where(owned_by(File.api_key_id, owner))
-    return int(session.scalar(total.where(_is_visible(database_now(session)))) or 0)
 
 
 def _is_visible(now: float) -> ColumnElement[bool]:

@@ -140,7 +140,7 @@ class Engine:
         clock: _Clock,
     ) -> list[StepResult]:
         step_ms = clock.step_ms()
-        times = StepTimes(clock.draft_ms, clock.verify_ms, step_ms)
+        times = StepTimes(clock.verify_ms, step_ms)
         plain_step_ms = self._planner.learn(batch, plan, accepted, sum(map(len, kept)), times)
         shown = plan.shown
         trees = len(shown.sequences)

@@ -52,7 +52,6 @@ class StepPlan:
 class StepTimes:
     """Where the time of a step went, in milliseconds."""
 
-    draft_ms: float
     verify_ms: float
     step_ms: float  # all of it, bookkeeping included
 
@@ -103,16 +102,19 @@ class Planner:
             return None
         trees, rows = len(batch.decoding), plan.shown.size
         entries = batch.entries * rows / trees
-        plain_ms = self._plain_ms(batch, plan, self._costs, times)
+        plain_ms = self._plain_ms(batch, plan, self._costs, times, entries)
         self._settle(plan, trees, tokens, times.step_ms, plain_ms)
         self._costs.observe(rows, entries, times.verify_ms)
         return plain_ms
 
-    def _plain_ms(self, batch: Batch, plan: StepPlan, costs: CostModel, times: StepTimes) -> float:
-        """Return what the step would have taken without drafts; a plain step has just told."""
+    def _plain_ms(self, batch: Batch, plan: StepPlan, costs: CostModel, times: StepTimes, entries: float) -> float:
+        """Return what the step, whose rows attended to `entries`, would have taken without drafts.
+
+        A plain step has just told.
+        """
         trees, rows, pace = len(batch.decoding), plan.shown.size, self._experience.pace
         plain_ms = costs.measured_ms(trees, batch.entries)
-        forward_ms = costs.measured_ms(rows, batch.entries * rows / trees)
+        forward_ms = costs.measured_ms(rows, entries)
         moment = pace.observe_forward(rows, forward_ms, times.verify_ms)
         if not plan.layers:
             pace.observe_plain(trees, plain_ms, times.step_ms)
