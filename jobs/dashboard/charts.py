@@ -155,7 +155,7 @@ def tree(recorded: RecordedTree) -> Option:
                 "symbol": "circle",
                 "symbolSize": 9,
                 "edgeForkPosition": "40%",
-                "animationDuration": 200,
+                "animation": False,
             }
         ],
     }
@@ -202,7 +202,7 @@ def _chart(**parts: Any) -> Option:
         "aria": {"enabled": True},
         "grid": {"left": 8, "right": 22, "top": 34, "bottom": 28, "containLabel": True},
         "tooltip": {"trigger": "item", "confine": True},
-        "animationDuration": 200,
+        "animation": False,  # numbers that are drawn anew every second must not dance
         **parts,
     }
 

@@ -121,7 +121,7 @@ async def _submit_dialog(desk: Desk) -> ui.dialog:
             heat = (
                 ui.number("Temperature", value=0.0, min=0, max=2, step=0.1).props("outlined dense").style("width:9rem")
             )
-            trees = ui.checkbox("Record draft trees")
+            trees = ui.checkbox("Record draft trees").props('aria-label="Record draft trees"')  # Quasar hides its own
         problem = ui.label().props('role="alert"').style("color:var(--q-negative)")
 
         async def submit() -> None:

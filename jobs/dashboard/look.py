@@ -32,13 +32,13 @@ def frame(title: str, *, dark: bool | None = None, signed_in: bool = False, bare
     ui.add_css(_STYLES)
     ui.colors(primary="#6b44b8", positive="#0d6b41", negative="#b3261e")
     mode = ui.dark_mode(dark)
-    with link("#main").classes("skip"):
-        ui.label("Skip to the content")
     with (
         ui.header()
         .classes("items-center")
         .style("background:#2b2140;padding:.4rem 1rem;gap:1rem;flex-wrap:wrap;align-items:center")
     ):
+        with link("#main").classes("skip"):  # inside, for the head of a page comes before all else
+            ui.label("Skip to the content")
         with link(f"{BASE}/").classes("text-white").style("text-decoration:none;font-weight:700"):
             ui.label("bASIC")
         if not bare:
