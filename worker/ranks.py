@@ -39,13 +39,14 @@ _STOP_S = 5.0
 class Ranks:
     """The other ranks of a replica, as the first one sees them."""
 
-    def __init__(self, processes: list[subprocess.Popen[bytes]], store: Path, device: torch.device) -> None:
-        """Meet the ranks that run as `processes`; see `start`."""
+    def __init__(self, processes: list[subprocess.Popen[bytes]], folder: TemporaryDirectory[str], device: torch.device):
+        """Meet the ranks that run as `processes` at the store in `folder`; see `start`."""
         self._processes = processes
+        self._folder = folder  # stays as long as we do: each new group of ranks meets at the store again
         self._closing = threading.Event()
         for process in processes:  # from now on: one that dies before we met would never come
             threading.Thread(target=self._end_with, args=(process,), name="basic-rank", daemon=True).start()
-        self._wire = Wire(store, 0, 1 + len(processes), device)
+        self._wire = Wire(_store(folder), 0, 1 + len(processes), device)
         atexit.register(self.close)
 
     @classmethod
@@ -59,9 +60,8 @@ class Ranks:
         except OSError as error:
             raise ModelRefused(f"{path} could not be loaded: {error}") from error
         refuse_uneven(config.get_text_config(), settings.tp)
-        with TemporaryDirectory(prefix="basic-ranks-") as folder:
-            store = Path(folder) / "store"
-            return cls([_start(settings, rank, store) for rank in range(1, settings.tp)], store, device)
+        folder = TemporaryDirectory(prefix="basic-ranks-")
+        return cls([_start(settings, rank, _store(folder)) for rank in range(1, settings.tp)], folder, device)
 
     def lead(self, model: PreTrainedModel, number: int, **options: Any) -> LeadingModel:
         """Return a model whose calls the other ranks follow."""
@@ -84,6 +84,7 @@ class Ranks:
                 process.wait(_STOP_S)
             except subprocess.TimeoutExpired:
                 process.kill()
+        self._folder.cleanup()
 
     def _end_with(self, process: subprocess.Popen[bytes]) -> None:
         """End this process when a rank ends: at once where a step fails by it, after a while where none runs."""
@@ -107,6 +108,10 @@ def draft_split(path: str, settings: WorkerSettings) -> int:
     except ModelRefused:
         return 1
     return settings.tp
+
+
+def _store(folder: TemporaryDirectory[str]) -> Path:
+    return Path(folder.name) / "store"
 
 
 def _start(settings: WorkerSettings, rank: int, store: Path) -> subprocess.Popen[bytes]:

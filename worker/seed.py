@@ -1,8 +1,8 @@
 """The seed project's three functions, under their old names and arguments, on today's engine.
 
-`use_parallel` splits the target over all GPUs of the machine, as far as its heads can be dealt out; the text is the
-same, to the rounding of the numbers. Without it one process does the work, on every core or on one GPU; on a CPU that
-is parallel already. torch is imported when a function runs: whoever only imports a name should not wait seconds for it.
+`use_parallel` splits the target over all GPUs of the machine, or over processes of its CPU, as far as its heads can be
+dealt out; the text is the same, to the rounding of the numbers. Without it one process does the work, on every core or
+on one GPU. torch is imported when a function runs: whoever only imports a name should not wait seconds for it.
 """
 
 from __future__ import annotations
@@ -63,16 +63,16 @@ def _assembled(parallel: bool) -> Assembly:
 
 
 def _widest(settings: WorkerSettings) -> int:
-    """Return the largest number of ranks for which the machine has GPUs and the target heads to deal out."""
+    """Return the largest number of ranks for which the machine has GPUs (or cores) and the target heads to deal out."""
     from transformers import AutoConfig
 
     from worker.engine.language_model import widths
-    from worker.placement import visible_gpus
+    from worker.placement import allowed_cpus, visible_gpus
     from worker.pull import resolve
 
     path = resolve(settings.target, settings.cache_dir)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
-    most = len(visible_gpus()) or 1
+    most = len(visible_gpus()) or len(allowed_cpus())
     return max(ranks for ranks in widths(config) if ranks <= most)
 
 

@@ -58,7 +58,6 @@ def cluster(tmp_path: Path, redis_url: str) -> Cluster:
     return Cluster(url, redis_url, save_tiny(tmp_path / "tiny"), tmp_path)
 
 
-@pytest.mark.unproven
 def test_a_killed_rank_ends_its_replica_and_the_next_one_goes_on_with_the_same_texts(cluster: Cluster) -> None:
     with cluster.node(replicas=1, lease_s=3):
         cluster.until(cluster.workers)
@@ -100,7 +99,6 @@ print(json.dumps([texts, len(children_of(os.getpid()))]))
 """
 
 
-@pytest.mark.unproven
 def test_the_seeds_functions_run_over_several_processes_and_write_the_same_text(cluster: Cluster) -> None:
     command = [sys.executable, "-c", SEED]
     done = subprocess.run(command, env=cluster.environment(threads=1), capture_output=True, text=True, check=False)
