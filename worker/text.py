@@ -103,7 +103,6 @@ class Codec:
     def _encode_one(self, prompt: str | tuple[int, ...], request: GenerationRequest, endpoint: str) -> list[int]:
         if isinstance(prompt, str):
             return self.encode(request.model_copy(update={"prompt": prompt, "prompts": None}), endpoint)
-        self._refuse_beyond(prompt, "prompt")
         return self._checked(list(prompt), "prompt")
 
     def _checked(self, ids: list[int], param: str) -> list[int]:
@@ -115,6 +114,7 @@ class Codec:
             )
         if not ids:
             raise InvalidValue("the prompt has no tokens", param=param)
+        self._refuse_beyond(ids, param)  # a tokenizer can know more tokens than its model has embeddings
         return ids
 
     def _encode(self, request: GenerationRequest, endpoint: str) -> list[int]:

@@ -16,7 +16,7 @@ from jobs.local import LocalService, down, start_detached
 from jobs.local_start import environment
 from jobs.settings import JobsSettings
 from tests.browser import browser, picture
-from tests.models import byte_tokenizer, tiny
+from tests.models import TOKENIZER_VOCAB, byte_tokenizer, tiny
 
 PATIENCE_MS = 20_000
 UGLY = (
@@ -28,7 +28,7 @@ UGLY = (
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> JobsSettings:
     directory = tmp_path_factory.mktemp("models") / "tiny"
-    tiny().save_pretrained(directory)
+    tiny(vocab=TOKENIZER_VOCAB).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return JobsSettings(data_dir=tmp_path_factory.mktemp("data"), api_port=0, target=str(directory))
 

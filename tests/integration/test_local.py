@@ -16,7 +16,7 @@ from jobs.local_start import environment
 from jobs.redis_server import answers, server_arguments, server_binary
 from jobs.settings import JobsSettings
 from tests.conftest import free_port
-from tests.models import byte_tokenizer, tiny
+from tests.models import TOKENIZER_VOCAB, byte_tokenizer, tiny
 from tests.processes import children_of, ended
 
 # A parent that starts a Redis-protocol server as its child, says its process id and waits to be killed.
@@ -67,7 +67,7 @@ def test_a_killed_parent_takes_its_server_along_and_no_write_is_lost(tmp_path: P
 def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that loads in an instant."""
     directory = tmp_path_factory.mktemp("models") / "tiny"
-    tiny().save_pretrained(directory)
+    tiny(vocab=TOKENIZER_VOCAB).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return directory
 

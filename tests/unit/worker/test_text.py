@@ -49,6 +49,12 @@ def test_a_prompt_that_fills_the_context_is_refused_with_both_lengths() -> None:
     assert refused.value.param == "prompt"
 
 
+def test_a_token_that_the_tokenizer_knows_and_the_model_does_not_is_refused() -> None:
+    short = Codec(byte_tokenizer(), frozenset({EOS}), context_tokens=100, vocabulary=61)
+    with pytest.raises(InvalidValue, match="beyond the model's vocabulary of 61 tokens"):
+        short.encode(request("hi"), COMPLETIONS_ENDPOINT)
+
+
 def test_a_prompt_that_leaves_room_for_one_token_is_taken() -> None:
     ids = codec(30).encode(request("x" * 29), COMPLETIONS_ENDPOINT)
     assert codec(30).sequence((0,), ids, request().sampling, 0).max_tokens == 1
