@@ -1,8 +1,9 @@
 """The seed project's three functions, under their old names and arguments, on today's engine.
 
-`use_parallel` splits the target over all GPUs of the machine, or over processes of its CPU, as far as its heads can be
-dealt out; the text is the same, to the rounding of the numbers. Without it one process does the work, on every core or
-on one GPU. torch is imported when a function runs: whoever only imports a name should not wait seconds for it.
+`use_parallel` splits the target over all GPUs of the machine, as far as its heads can be dealt out, or over processes of
+its CPU where it computes in float32: in bfloat16 split sums round differently enough to change a text, and one process
+has every core anyway. Without it one process does the work, on every core or on one GPU. torch is imported when a
+function runs: whoever only imports a name should not wait seconds for it.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def _assembled(parallel: bool) -> Assembly:
 
 
 def _widest(settings: WorkerSettings) -> int:
-    """Return the largest number of ranks for which the machine has GPUs (or cores) and the target heads to deal out."""
+    """Return the largest number of ranks for which the machine has GPUs (cores in float32) and the target has heads."""
     from transformers import AutoConfig
 
     from worker.engine.language_model import widths
@@ -72,7 +73,8 @@ def _widest(settings: WorkerSettings) -> int:
 
     path = resolve(settings.target, settings.cache_dir)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
-    most = len(visible_gpus()) or len(allowed_cpus())
+    cores = len(allowed_cpus()) if settings.dtype == "float32" else 1
+    most = len(visible_gpus()) or cores
     return max(ranks for ranks in widths(config) if ranks <= most)
 
 
