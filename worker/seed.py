@@ -1,9 +1,9 @@
 """The seed project's three functions, under their old names and arguments, on today's engine.
 
-`use_parallel` splits the target over all GPUs of the machine, as far as its heads can be dealt out, or over processes of
-its CPU where it computes in float32: in bfloat16 split sums round differently enough to change a text, and one process
-has every core anyway. Without it one process does the work, on every core or on one GPU. torch is imported when a
-function runs: whoever only imports a name should not wait seconds for it.
+`use_parallel` splits the target over all GPUs of the machine, as far as its heads can be dealt out, or over processes
+of its CPU where it computes in float32: in bfloat16 split sums round differently enough to change a text, and one
+process has every core anyway. Without it one process does the work, on every core or on one GPU. torch is imported
+when a function runs: whoever only imports a name should not wait seconds for it.
 """
 
 from __future__ import annotations
