@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,6 +75,13 @@ def tiny(architecture: str = "llama", seed: int = 0, vocab: int = VOCAB) -> PreT
         for parameter in model.parameters():
             parameter.mul_(3.0)  # random models are nearly flat; sharper ones repeat themselves as real ones do
     return model
+
+
+def save_tiny(directory: Path, architecture: str = "llama", seed: int = 0) -> Path:
+    """Write a random float32 model that reads bytes and loads in an instant, with its tokenizer; return where."""
+    tiny(architecture, seed, vocab=TOKENIZER_VOCAB).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
 
 
 def packed(model: PreTrainedModel, slots: int = 4, capacity: int = 512) -> PackedModel:

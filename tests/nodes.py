@@ -21,17 +21,9 @@ from jobs.producer import make_producer_app, ring
 from jobs.settings import JobsSettings
 from storage.models import DecodeStep, Job, Output, Worker
 from storage.session import Database
-from tests.models import byte_tokenizer, tiny
 
 _DEADLINE_S = 250.0
 _PAUSE_S = 0.05
-
-
-def save_tiny(directory: Path, seed: int = 0) -> Path:
-    """Write a random model that reads bytes, in float32, and loads in an instant."""
-    tiny("qwen2", seed, vocab=258).save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
-    return directory
 
 
 @dataclass(frozen=True)

@@ -224,11 +224,9 @@ def run(count: int, database: str, seed: int, only: list[str] | None = None, tar
 
 def tiny_model(directory: Path) -> Path:
     """Write a model that loads in an instant, and its tokenizer."""
-    from tests.models import TOKENIZER_VOCAB, byte_tokenizer, tiny
+    from tests.models import save_tiny
 
-    tiny(vocab=TOKENIZER_VOCAB).save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
-    return directory
+    return save_tiny(directory)
 
 
 def main() -> int:

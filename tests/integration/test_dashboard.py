@@ -16,7 +16,7 @@ from jobs.local import LocalService, down, start_detached
 from jobs.local_start import environment
 from jobs.settings import JobsSettings
 from tests.browser import browser, picture
-from tests.models import TOKENIZER_VOCAB, byte_tokenizer, tiny
+from tests.models import save_tiny
 
 PATIENCE_MS = 20_000
 UGLY = (
@@ -27,9 +27,7 @@ UGLY = (
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> JobsSettings:
-    directory = tmp_path_factory.mktemp("models") / "tiny"
-    tiny(vocab=TOKENIZER_VOCAB).save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
+    directory = save_tiny(tmp_path_factory.mktemp("models") / "tiny")
     return JobsSettings(data_dir=tmp_path_factory.mktemp("data"), api_port=0, target=str(directory))
 
 

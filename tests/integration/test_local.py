@@ -16,7 +16,7 @@ from jobs.local_start import environment
 from jobs.redis_server import answers, server_arguments, server_binary
 from jobs.settings import JobsSettings
 from tests.conftest import free_port
-from tests.models import TOKENIZER_VOCAB, byte_tokenizer, tiny
+from tests.models import save_tiny
 from tests.processes import children_of, ended
 
 # A parent that starts a Redis-protocol server as its child, says its process id and waits to be killed.
@@ -66,10 +66,7 @@ def test_a_killed_parent_takes_its_server_along_and_no_write_is_lost(tmp_path: P
 @pytest.fixture(scope="module")
 def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that loads in an instant."""
-    directory = tmp_path_factory.mktemp("models") / "tiny"
-    tiny(vocab=TOKENIZER_VOCAB).save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
-    return directory
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ import pytest
 
 from storage import schema
 from tests.databases import drop_schema
-from tests.nodes import Cluster, save_tiny
+from tests.models import save_tiny
+from tests.nodes import Cluster
 from tests.processes import children_of, ended
 
 pytestmark = pytest.mark.unproven
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.unproven
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny", "qwen2")
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from storage import schema
-from tests.models import packed, tiny
-from tests.nodes import Cluster, save_tiny
+from tests.models import packed, save_tiny, tiny
+from tests.nodes import Cluster
 from tests.processes import children_of, ended
 from tests.split import texts
 
@@ -55,7 +55,7 @@ def test_two_ranks_write_what_one_writes_and_see_the_same_trees_whatever_the_sec
 def cluster(tmp_path: Path, redis_url: str) -> Cluster:
     url = f"sqlite:///{tmp_path / 'basic.sqlite3'}"
     schema.upgrade(url)
-    return Cluster(url, redis_url, save_tiny(tmp_path / "tiny"), tmp_path)
+    return Cluster(url, redis_url, save_tiny(tmp_path / "tiny", "qwen2"), tmp_path)
 
 
 def test_a_killed_rank_ends_its_replica_and_the_next_one_goes_on_with_the_same_texts(cluster: Cluster) -> None:

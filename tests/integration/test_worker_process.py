@@ -17,17 +17,14 @@ from storage import writes
 from storage.records import NewJob, NewRequest
 from tests.chaos.stack import Stack
 from tests.chaos.worker import HANG, POISON, STEP_VARIABLE
-from tests.models import TOKENIZER_VOCAB, byte_tokenizer, tiny
+from tests.models import save_tiny
 
 MODEL = "tiny"
 
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("models") / MODEL
-    tiny(vocab=TOKENIZER_VOCAB).save_pretrained(directory)
-    byte_tokenizer().save_pretrained(directory)
-    return directory
+    return save_tiny(tmp_path_factory.mktemp("models") / MODEL)
 
 
 @pytest.fixture
