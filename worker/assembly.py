@@ -26,7 +26,7 @@ from worker.engine.engine import Engine
 from worker.engine.experience import Experience
 from worker.engine.language_model import PackedModel, gather, kv_bytes, load, native_dtype, quicken, takes_blocks
 from worker.engine.options import EngineOptions, Mode
-from worker.engine.paged_attention import FLASH_BLOCK
+from worker.engine.paged_attention import GPU_BLOCK
 from worker.engine.spread import Spread
 from worker.memory import own_bytes, with_kv_tokens
 from worker.pull import resolve
@@ -95,7 +95,7 @@ def assemble(settings: WorkerSettings, say: Say = lambda _: None) -> Assembly:
         say(f"Drafting with {draft.name}")
     quicken(model)
     # Hidden states for a head lie in slots taken in full, so there the sequences can't take their memory bit by bit.
-    blocks = FLASH_BLOCK if takes_blocks(model) and not draft.taps else None
+    blocks = GPU_BLOCK if takes_blocks(model) and not draft.taps else None
     free = _free(settings, ranks)
     options = with_kv_tokens(options, settings.kv_tokens, kv_bytes(model), draft.token_bytes, device, blocks, free)
     vocabulary = min(len(tokenizer), config.vocab_size)

@@ -1,9 +1,9 @@
-"""Step times of the paged forward on random weights of the production shapes, against the bytes that a step must move.
+"""Step times of the paged forward on random weights, beside the bytes that a step must move and what `basic plan` says.
 
-    python -m worker.gpu_steps --shape qwen2-32b
+    python -m worker.gpu_steps --model DeepSeek-R1-Distill-Qwen-32B
 
-Needs no model: weights are random, and keys and values are whatever lies in the blocks. Runs where the worker would
-run, on a GPU if there is one. Unmeasured on a GPU so far; a CPU takes the shape `tiny`.
+Needs no weights, which are random, and keys and values are whatever lies in the blocks. Runs where the worker would
+run, on a GPU if there is one.
 """
 
 from __future__ import annotations
@@ -20,42 +20,18 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from worker.engine.attention import ATTENTION_NAME
-from worker.engine.language_model import PackedModel, kv_bytes, native_dtype
+from worker.engine.errors import ModelRefused
+from worker.engine.language_model import PackedModel, kv_bytes, native_dtype, quicken, takes_blocks
 from worker.engine.paged_kv import PagedKv
 from worker.engine.rows import Segment, chain
+from worker.planning.devices import DEVICES
+from worker.planning.forecast import Machine, step
+from worker.planning.shapes import ModelShape, configuration
+from worker.planning.shapes import measure as shape_from
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "qwen2-32b": {
-        "vocab_size": 152064,
-        "hidden_size": 5120,
-        "intermediate_size": 27648,
-        "num_hidden_layers": 64,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 8,
-        "tie_word_embeddings": False,
-    },
-    "qwen2-1.5b": {
-        "vocab_size": 151936,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-    },
-    "tiny": {
-        "vocab_size": 256,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-    },
-}
 ROWS = (1, 8, 32, 64, 128, 256)
 TREE_ROWS = 16  # rows of one draft tree, root included: a chain of four levels with siblings
 _COPIED_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
@@ -77,12 +53,15 @@ class StepTime:
         return self.step_ms / self.floor_ms
 
 
-def random_model(shape: str, layers: int | None, device: torch.device) -> PreTrainedModel:
-    """Return a random Qwen2 of a shape, with fewer layers if they are given."""
-    sizes = {**SHAPES[shape], **({"num_hidden_layers": layers} if layers else {})}
+def random_model(config: PretrainedConfig, layers: int | None, device: torch.device) -> PreTrainedModel:
+    """Return a random model of a configuration, with fewer layers if they are given."""
+    if layers:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
     with torch.device(device):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            Qwen2Config(**sizes), dtype=native_dtype(device), attn_implementation=ATTENTION_NAME
+            config, dtype=native_dtype(device), attn_implementation=ATTENTION_NAME
         ).eval()
     return model
 
@@ -100,6 +79,9 @@ def measure(
 ) -> Iterator[StepTime]:
     """Yield the step times of every number of rows, without trees and with them."""
     slots = max(rows)
+    weights = _weight_bytes(model)
+    if takes_blocks(model):
+        quicken(model)
     packed = PackedModel(
         model, slots=slots, capacity=context + TREE_ROWS, paged=True, kv_tokens=slots * (context + TREE_ROWS)
     )
@@ -107,7 +89,6 @@ def measure(
     for slot in range(slots):
         packed.kv.reserve(slot, 0, context)
     speed = moved_bytes_per_ms(model.device)
-    weights = _weight_bytes(model)
     for count in rows:
         for trees in (False, True):
             if trees and count == 1:
@@ -157,32 +138,47 @@ def _tree(slot: int, rows: int, context: int) -> Segment:
     return Segment(slot, context, context, np.ones(rows, np.int64), context + depth, visible, np.arange(rows))
 
 
+def forecast_ms(shape: ModelShape, machine: Machine, time: StepTime, context: int) -> float:
+    """Return what `basic plan` says of such a step."""
+    return step(shape, machine, 1, time.sequences, time.rows, context).step_ms
+
+
 def main(
-    shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "qwen2-1.5b",
+    model: Annotated[
+        str, typer.Option(help="Packaged name, directory with a config.json, or hub id; no weights are read.")
+    ] = "DeepSeek-R1-Distill-Qwen-1.5B",
     layers: Annotated[int | None, typer.Option(min=1, help="Layers, where memory lacks for all of them.")] = None,
     rows: Annotated[str, typer.Option(help="Rows of a step, separated by commas.")] = ",".join(map(str, ROWS)),
     context: Annotated[int, typer.Option(min=1, help="Tokens before every row.")] = 512,
     rounds: Annotated[int, typer.Option(min=1, help="Steps timed for each line.")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines for programs.")] = False,
 ) -> None:
-    """Measure steps on random weights of a production shape."""
-    if shape not in SHAPES:
-        raise typer.BadParameter(f"there is no shape {shape}; choose one of {', '.join(SHAPES)}")
+    """Measure steps on random weights of a model's shape."""
     try:
         counts = tuple(int(part) for part in rows.split(","))
     except ValueError:
         raise typer.BadParameter("rows are whole numbers, separated by commas") from None
     if min(counts) < 1:
         raise typer.BadParameter("a step has one row at least")
+    try:
+        config = configuration(model)
+    except ModelRefused as refusal:
+        raise typer.BadParameter(str(refusal)) from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = random_model(shape, layers, device)
+    network = random_model(config, layers, device)
+    shape = shape_from(model, config)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    table = Table("rows", "sequences", "step ms", "floor ms", "times floor")
-    table.title = f"{shape}, {model.config.num_hidden_layers} layers, {model.dtype}, {context} tokens before, {name}"
-    for time in measure(model, counts, context, rounds):
+    dtype = str(network.dtype).removeprefix("torch.")
+    known = next((known for known in DEVICES.values() if known.name in name.lower()), None)
+    table = Table("rows", "sequences", "step ms", "floor ms", "times floor", "plan ms", "plan / step")
+    table.title = f"{model}, {shape.layers} layers, {dtype}, {context} tokens before, {name}"
+    for time in measure(network, counts, context, rounds):
+        plan_ms = forecast_ms(shape, Machine(known, dtype), time, context) if known else None
         if as_json:
-            print(json.dumps({"shape": shape, "device": name, **asdict(time), "times_floor": time.times_floor}))
-        numbers = (f"{time.step_ms:.2f}", f"{time.floor_ms:.2f}", f"{time.times_floor:.2f}")
+            line = {"model": model, "device": name, **asdict(time), "times_floor": time.times_floor, "plan_ms": plan_ms}
+            print(json.dumps(line))
+        numbers = [f"{time.step_ms:.2f}", f"{time.floor_ms:.2f}", f"{time.times_floor:.2f}"]
+        numbers += [f"{plan_ms:.2f}", f"{plan_ms / time.step_ms:.2f}"] if plan_ms else ["", ""]
         table.add_row(str(time.rows), f"{time.sequences}{' trees' if time.trees else ''}", *numbers)
     if not as_json:
         Console().print(table)

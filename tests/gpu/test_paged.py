@@ -1,28 +1,55 @@
-"""The GPU's way on a GPU, against the CPU in float32, and in half precision against itself without recordings."""
+"""The GPU's way on a GPU: the CPU's numbers in float32, and in half precision the same bits however a row is run."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-from tests.models import ARCHITECTURES, tiny
-from tests.unit.worker.engine.harness import decode, engine, options, outputs, sequences
-from tests.unit.worker.engine.test_paged_attention import STEPS, buckets, model
+from tests.models import ARCHITECTURES, VOCAB, tiny
+from tests.unit.worker.engine.harness import decode, engine, options, outputs, resumed_after, sequences
+from tests.unit.worker.engine.test_paged_attention import SAMPLED, STEPS, buckets, model, tree
+from worker.drafters.model import ModelDrafter
 from worker.drafters.suffix import SuffixDrafter
 from worker.engine.attention import ATTENTION_NAME
-from worker.engine.language_model import PackedModel
+from worker.engine.language_model import PackedModel, quicken
 from worker.engine.options import Mode
+from worker.engine.rows import Move, chain
+from worker.engine.sampling import Sampling
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
+LONG = [int(i) for i in np.random.default_rng(1).integers(2, 60, 900)]  # several chunks of attention
+KNOWN = [name for name in ARCHITECTURES if name != "gemma3"]
 
 
-def on_gpu(architecture: str, dtype: torch.dtype) -> PackedModel:
-    network = tiny(architecture).to("cuda", dtype)  # type: ignore[arg-type]
+def packed(network: PreTrainedModel, dtype: torch.dtype, slots: int = 8, capacity: int = 1024) -> PackedModel:
+    network.to("cuda", dtype)  # type: ignore[arg-type]
     network.set_attn_implementation(ATTENTION_NAME)
-    return PackedModel(network, slots=4, capacity=512)
+    quicken(network)
+    return PackedModel(network, slots=slots, capacity=capacity)
+
+
+def on_gpu(architecture: str, dtype: torch.dtype, seed: int = 0) -> PackedModel:
+    return packed(tiny(architecture, seed), dtype)
+
+
+def real_sizes() -> PackedModel:
+    """Return two random layers with the widths of a 1.5B model: products in more than one tile and step."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=4096, hidden_size=1536, intermediate_size=8960, num_hidden_layers=2, num_attention_heads=12,
+        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
+    )  # fmt: skip
+    network = Qwen2ForCausalLM(config)
+    network.train(False)
+    return packed(network, torch.bfloat16)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -34,14 +61,11 @@ def test_float32_logits_are_those_of_the_cpu(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_flash_kernel_agrees_with_gathered_attention(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    flash = on_gpu(architecture, torch.bfloat16)
-    ours = [flash.forward(step).float() for step in STEPS.values()]
-    monkeypatch.setattr("worker.engine.paged_attention.PagedPlan._takes_flash", lambda *_: False)
-    gathered = on_gpu(architecture, torch.bfloat16)
-    for name, rows in zip(STEPS, ours, strict=True):
-        expected = gathered.forward(STEPS[name]).float()
-        assert (rows - expected).abs().max() <= 0.05 * expected.abs().max(), name
+def test_half_precision_logits_are_near_those_of_the_cpu(architecture: str) -> None:
+    cpu, gpu = model(architecture, paged=False), on_gpu(architecture, torch.bfloat16)
+    for name, step in STEPS.items():
+        expected = cpu.forward(step)
+        assert (gpu.forward(step).cpu().float() - expected).abs().max() <= 0.1 * expected.abs().max(), name
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -56,8 +80,82 @@ def test_a_replayed_forward_has_the_bits_of_the_same_forward_run(architecture: s
             assert torch.equal(run[: len(replayed)], replayed)
 
 
+def last_logits(gpu: PackedModel, text: Sequence[int], pieces: Sequence[int]) -> Tensor:
+    """Return the logits behind a text that is read in pieces of some sizes, the rest in one."""
+    start = 0
+    for size in (*pieces, len(text) - sum(pieces)):
+        logits = gpu.forward([chain(0, start, list(text[start : start + size]), keep_last=True)])
+        start += size
+    return logits[-1].clone()
+
+
+@pytest.mark.parametrize("pieces", [(899,), (1, 898), (300, 300), (880, 5, 5, 5), (17, 600, 270)])
+def test_a_prompt_has_the_same_bits_in_any_pieces(pieces: tuple[int, ...]) -> None:
+    gpu = real_sizes()
+    whole = last_logits(gpu, LONG, ())
+    assert torch.equal(last_logits(gpu, LONG, pieces), whole)
+
+
+@pytest.mark.parametrize("others", [0, 1, 3, 7])
+def test_a_row_has_the_same_bits_in_any_batch(others: int) -> None:
+    gpu = real_sizes()
+    expected = last_logits(gpu, LONG, (899,))
+    for slot in range(1, others + 1):
+        gpu.forward([chain(slot, 0, LONG[slot : 40 * slot], keep_last=True)])
+    step = [chain(slot, 40 * slot - slot, [5], keep_last=True) for slot in range(1, others + 1)]
+    logits = gpu.forward([chain(0, 899, [LONG[899]], keep_last=True), *step])
+    assert torch.equal(logits[0], expected)
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_a_row_has_the_same_bits_in_a_tree(many: bool) -> None:
+    """Along the path 0, 1, 3, 4 of the tree, each row is what the same token behind the same text is alone."""
+    gpu = real_sizes()
+    prefix, path = 700, [0, 1, 3, 4]
+    nodes = tree(0, prefix)
+    alone = []
+    gpu.forward([chain(0, 0, LONG[:prefix], keep_last=True)])
+    for depth, node in enumerate(path):
+        alone.append(gpu.forward([chain(0, prefix + depth, [int(nodes.ids[node])], keep_last=True)])[0].clone())
+    rest = [chain(slot, 0, LONG[: 90 * slot], keep_last=True) for slot in range(1, 5)] if many else []
+    logits = gpu.forward([nodes, *rest])
+    for row, node in enumerate(path):
+        assert torch.equal(logits[node], alone[row]), f"depth {row}"
+
+
+def test_accepted_rows_are_what_plain_rows_would_have_stored() -> None:
+    gpu = real_sizes()
+    nodes = tree(0, 700)
+    path = [0, 1, 3, 4]
+    gpu.forward([chain(0, 0, LONG[:700], keep_last=True)])
+    for depth, node in enumerate(path):
+        gpu.forward([chain(0, 700 + depth, [int(nodes.ids[node])], keep_last=True)])
+    expected = gpu.forward([chain(0, 704, [9], keep_last=True)]).clone()
+    gpu.forward([chain(0, 0, LONG[:700], keep_last=True)])
+    gpu.forward([nodes])
+    gpu.keep([Move(0, 700, 700 + np.array(path))])
+    assert torch.equal(gpu.forward([chain(0, 704, [9], keep_last=True)]), expected)
+
+
 def test_texts_on_a_gpu_are_those_of_the_cpu_in_float32() -> None:
     cpu, gpu = sequences(), sequences()
     decode(engine(model(paged=False), None, options(Mode.PLAIN)), cpu)
     decode(engine(on_gpu("llama", torch.float32), SuffixDrafter(), options(Mode.PAPER)), gpu)
     assert outputs(gpu) == outputs(cpu)
+
+
+@pytest.mark.parametrize("architecture", KNOWN)
+@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
+def test_half_precision_texts_depend_on_nothing_but_the_request(architecture: str, sampling: Sampling) -> None:
+    alone = sequences(max_tokens=40, sampling=sampling)
+    target = on_gpu(architecture, torch.bfloat16)
+    for sequence in alone:
+        decode(engine(target, None, options(Mode.PLAIN)), [sequence])
+    for mode, batch, prefill in ((Mode.PLAIN, 4, 3), (Mode.PAPER, 2, 7), (Mode.PAPER, 4, 500), (Mode.OPT_TREE, 3, 7)):
+        drafter = ModelDrafter(on_gpu(architecture, torch.bfloat16), "same", VOCAB)
+        together = sequences(max_tokens=40, sampling=sampling)
+        decode(engine(target, drafter, options(mode, max_sequences=batch, prefill_rows=prefill)), together[::-1])
+        assert outputs(together) == outputs(alone), (mode, batch, prefill)
+    resumed = resumed_after(9, alone, sequences(max_tokens=40, sampling=sampling))
+    decode(engine(target, SuffixDrafter(), options(Mode.PAPER)), resumed)
+    assert outputs(resumed) == outputs(alone)

@@ -21,7 +21,7 @@ _PURSE = 0.5  # tokens per sequence that it holds at most, if that is more: old 
 _BACK = 0.5  # tokens that an overdrawn account must hold again
 _CLOSE = 0.1  # gain up to which it is worth knowing better what plain steps take
 _RATE_WEIGHT = 0.05  # of a step in the running rate
-_OUTLIER = 4.0  # a step's time counts as at most so many times the plain step's
+_OUTLIER = 4.0  # a step's time counts as at most so many times what such a step usually takes
 
 
 class Decision(StrEnum):
@@ -44,6 +44,19 @@ class _Account:
     rate: float = 0.0  # tokens per millisecond, as served
     steps: int = 0
     gain: float = 0.0  # of a step that speculated over a plain one, in parts of it
+    tries: int = 0  # steps that speculated
+    usual: float = 1.0  # plain steps that one of them takes
+
+    def plain_steps(self, step_ms: float, plain_ms: float, speculated: bool) -> float:
+        """Return how many plain steps a step took.
+
+        A moment that the machine was away must not pass for a loss, and drafts that are dear every time must.
+        """
+        steps = min(step_ms / plain_ms, _OUTLIER * max(1.0, self.usual if speculated else 1.0))
+        if speculated:
+            self.tries += 1
+            self.usual += max(_RATE_WEIGHT, 1 / self.tries) * (steps - self.usual)
+        return steps
 
 
 class Governor:
@@ -73,10 +86,10 @@ class Governor:
     def settle(self, sequences: int, tokens: int, step_ms: float, plain_ms: float, *, speculated: bool) -> None:
         """Book a served step; `speculated` if it spent time on drafts, verified or not."""
         account = self._accounts[load_class(sequences)]
-        step_ms = min(step_ms, _OUTLIER * plain_ms)
+        plain_steps = account.plain_steps(step_ms, plain_ms, speculated)
         account.steps += 1
-        account.rate += max(_RATE_WEIGHT, 1 / account.steps) * (tokens / step_ms - account.rate)
-        earned = tokens - sequences * step_ms / plain_ms if speculated else 0.0
+        account.rate += max(_RATE_WEIGHT, 1 / account.steps) * (tokens / (plain_steps * plain_ms) - account.rate)
+        earned = tokens - sequences * plain_steps if speculated else 0.0
         if speculated:
             account.gain += _RATE_WEIGHT * (earned / sequences - account.gain)
         account.credit = min(account.credit + earned + _ALLOWANCE * tokens, max(_START, _PURSE * sequences))

@@ -26,7 +26,7 @@ from worker.engine.linear import pack
 from worker.engine.native_attention import NativePlan
 from worker.engine.native_kv import NativeKv
 from worker.engine.native_network import whole_network
-from worker.engine.paged_attention import FLASH_BLOCK, PagedPlan, paged_plan
+from worker.engine.paged_attention import GPU_BLOCK, PagedPlan, paged_plan
 from worker.engine.paged_kv import PagedKv
 from worker.engine.paged_rows import PagedRows
 from worker.engine.recording import CudaGraphs, eagerly
@@ -228,7 +228,7 @@ def kv_store(
         spread = SpreadKv(layer_devices(model), slots, kv_heads, capacity, head_dim, model.dtype)
         return KvStore(spread, None, lambda segments: SpreadPlan(segments, spread, heads // kv_heads))
     if takes_blocks(model) if paged is None else paged:
-        size = FLASH_BLOCK if model.device.type == "cuda" else _CPU_BLOCK
+        size = GPU_BLOCK if model.device.type == "cuda" else _CPU_BLOCK
         pages = PagedKv(
             layers, slots, kv_heads, capacity, head_dim, model.dtype, model.device, block_size=size, tokens=kv_tokens
         )
@@ -365,6 +365,10 @@ def _whole(model: PreTrainedModel, name: str, weight: Any) -> Tensor:
 
 def quicken(model: PreTrainedModel) -> None:
     """Swap in what computes the same faster on this processor: fused layers, packed products."""
+    if takes_blocks(model):
+        from worker.engine.gpu_layers import fuse_on_gpu  # needs Triton, which comes with torch where there is a GPU
+
+        fuse_on_gpu(model)
     compiled = _kernels_for(model)
     if compiled is not None:
         fuse(model, compiled)

@@ -38,7 +38,15 @@ class FusedNorm(nn.Module):
         return self._kernels.rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.eps).view(x.shape)
 
 
-class FusedLayers(nn.Module):
+class LayerStack(nn.Module):
+    """All decoder layers of a model as one module."""
+
+    def tap(self, layers: Sequence[int]) -> None:
+        """From now on leave the outputs of these layers in `plan.tapped` [n, taps, width]."""
+        raise NotImplementedError
+
+
+class FusedLayers(LayerStack):
     """The decoder layers of a model, in the place of the first of them."""
 
     def __init__(self, layers: nn.ModuleList, kernels: Kernels) -> None:
@@ -103,7 +111,7 @@ class _Packed:
 
     def __init__(self, layer: Any, kernels: Kernels) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.window = _window(attention)
+        self.window = window_of(attention)
         self.qkv = PackedLinear([attention.q_proj, attention.k_proj, attention.v_proj], kernels)
         self.o = PackedLinear([attention.o_proj], kernels)
         self._gate_up = PackedLinear([mlp.gate_proj, mlp.up_proj], kernels, gated=True)
@@ -128,7 +136,7 @@ def fuse(model: nn.Module, kernels: Kernels) -> bool:
     """Swap the decoder layers and the last norm of a model, if all of its layers are known; return whether."""
     body: Any = getattr(model, "model", None)
     layers = getattr(body, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not all(_known(layer) for layer in layers):
+    if not isinstance(layers, nn.ModuleList) or not are_known(layers):
         return False
     # The model calls what stands in its list of layers, one after the other: now one that does the work of all.
     body.layers = nn.ModuleList([FusedLayers(layers, kernels)])
@@ -146,7 +154,7 @@ def tap(model: nn.Module, layers: Sequence[int]) -> None:
     if not isinstance(stack, nn.ModuleList):
         raise ModelRefused(f"the hidden states of a {type(model).__name__} can't be read: it has no list of layers")
     first = stack[0]
-    if isinstance(first, FusedLayers):
+    if isinstance(first, LayerStack):
         first.tap(layers)
         return
     for place, number in enumerate(layers):
@@ -167,7 +175,12 @@ class _Tap:
         plan.tapped[:, self._place] = hidden
 
 
-def _known(layer: Any) -> bool:
+def are_known(layers: nn.ModuleList) -> bool:
+    """True for layers that are "norm, attention, add; norm, gated SiLU, add" with rotate-half positions."""
+    return all(_is_known(layer) for layer in layers)
+
+
+def _is_known(layer: Any) -> bool:
     return (
         type(layer).__name__ in _KNOWN
         and isinstance(layer.mlp.act_fn, SiLUActivation | nn.SiLU)
@@ -176,8 +189,8 @@ def _known(layer: Any) -> bool:
     )
 
 
-def _window(attention: Any) -> int | None:
-    """Return the sliding window; classes that have it for the whole model keep it in the config."""
+def window_of(attention: Any) -> int | None:
+    """Return its sliding window; classes that have it for the whole model keep it in the config."""
     owner = attention if hasattr(attention, "sliding_window") else attention.config
     window: int | None = getattr(owner, "sliding_window", None)
     return window

@@ -92,14 +92,19 @@ def laid_out(segments: Sequence[Segment], kv: PagedKv, shape: Shape) -> IntArray
     Rows of padding see themselves alone. They write to the scratch block and nobody reads them there.
     """
     chains, long = not shape.listed, bool(shape.listed) and shape.causal
-    counts = np.array([len(s.ids) for s in segments], np.int64)
+    slots, counts, first, prefix = (
+        np.array([(s.slot, len(s.ids), s.start, s.prefix) for s in segments], np.int64).reshape(-1, 4).T
+    )
     n = int(counts.sum())
     padding = shape.rows - n
-    slots = np.repeat(np.array([s.slot for s in segments], np.int64), counts)
+    slots = np.repeat(slots, counts)
     scratch = SCRATCH * kv.block_size + np.arange(padding) % kv.block_size
-    index = _joined([np.arange(s.start, s.end) for s in segments])
-    starts = _starts([run for s in segments for run in _runs(s, long)], n, shape)
-    seen = _joined([_seen(s, chains, long) for s in segments] + [np.full(padding, int(chains))])
+    index = np.arange(n) + np.repeat(first - (np.cumsum(counts) - counts), counts)
+    runs = [run for s in segments for run in _runs(s, True)] if long else counts
+    starts = _starts(runs, n, shape)
+    own_stretch = np.repeat(np.array([_as_chain(s, chains, long) for s in segments], np.bool_), counts)
+    seen = np.where(own_stretch, index + 1, np.repeat(prefix, counts))
+    seen = _joined([seen, np.full(padding, int(chains))])
     last = np.diff(starts) > 0  # runs that have rows; each is as long as its last row says
     lengths = np.where(last, seen[np.maximum(starts[1:] - 1, 0)], 0)
     table = np.full((shape.sequences, shape.blocks), SCRATCH, np.int64)
@@ -147,12 +152,6 @@ def _runs(s: Segment, long: bool) -> list[int]:
     return [1] * len(s.ids) if long and not _is_long(s) else [len(s.ids)]
 
 
-def _seen(s: Segment, chains: bool, long: bool) -> IntArray:
-    if _as_chain(s, chains, long):
-        return s.start + 1 + np.arange(len(s.ids))
-    return np.full(len(s.ids), s.prefix)
-
-
 def _visible(s: Segment) -> BoolArray:
     return np.tri(len(s.ids), dtype=np.bool_) if s.visible is None else s.visible
 
@@ -164,7 +163,7 @@ def _listed(s: Segment, causal: bool) -> int:
     return int(s.visible.sum(axis=1).max())
 
 
-def _starts(runs: Sequence[int], rows: int, shape: Shape) -> IntArray:
+def _starts(runs: Sequence[int] | IntArray, rows: int, shape: Shape) -> IntArray:
     """Return [sequences + 1] first rows. Rows of padding are runs of their own in plain shapes, else the last run."""
     starts = np.full(shape.sequences + 1, rows, np.int64)
     starts[0] = 0

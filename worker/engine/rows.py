@@ -61,8 +61,9 @@ def kept_places(segments: Sequence[Segment]) -> IntArray:
     """Return the same as an array."""
     if len(segments) == 1:
         return segments[0].keep
-    ends = list(accumulate(len(s.ids) for s in segments))
-    return np.concatenate([end - len(s.ids) + s.keep for end, s in zip(ends, segments, strict=True)])
+    firsts = accumulate((len(s.ids) for s in segments[:-1]), initial=0)
+    places: IntArray = np.concatenate([s.keep for s in segments])
+    return places + np.repeat(np.fromiter(firsts, np.int64), [len(s.keep) for s in segments])
 
 
 def concatenated(parts: Sequence[IntArray]) -> IntArray:

@@ -37,7 +37,6 @@ def plan(
     acceptance: Annotated[
         float, typer.Option(min=0, max=0.99, help="Probability that a draft token is taken; an assumption.")
     ] = 0.6,
-    graphs: Annotated[bool, typer.Option(help="Assume steps captured as CUDA graphs.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Print the placements that fit, with weights, KV room and predicted tokens/s, and pick one. Reads no weights.
@@ -55,7 +54,7 @@ def plan(
         wish = Wish(
             target=shape_of(target),
             draft=None if draft == "none" else shape_of(draft),
-            machine=Machine(DEVICES[device].with_memory(memory_gib), dtype, graphs),
+            machine=Machine(DEVICES[device].with_memory(memory_gib), dtype),
             gpus=gpus,
             sequences=sequences,
             context=context,
@@ -85,7 +84,6 @@ def _as_json(wish: Wish, choices: list[Placement], chosen: Placement | None) -> 
         "draft": None if wish.draft is None else asdict(wish.draft) | {"parameters": wish.draft.parameters},
         "device": asdict(wish.machine.device),
         "dtype": wish.machine.dtype,
-        "graphs": wish.machine.graphs,
         "gpus": wish.gpus,
         "acceptance": wish.acceptance,
         "placements": [choice.as_json() for choice in choices],
@@ -105,11 +103,10 @@ def _show(wish: Wish, choices: list[Placement], chosen: Placement | None) -> Non
     if chosen is None:
         say(_fallback(wish))
         return
-    how = "captured as CUDA graphs" if wish.machine.graphs else "started kernel by kernel"
     taken = f" if a draft token is taken with probability {wish.acceptance:g}" if wish.draft else ""
     console.print(
-        f"Predicted from data sheets, for steps {how}{taken}; nothing here was measured. "
-        "Formulas and sources: docs/scale.md"
+        f"Predicted from data sheets and what our kernels get of them on one H100{taken}; steps of several GPUs were "
+        "never measured. Formulas and sources: docs/scale.md"
     )
     console.print(f"Pick: {chosen.name}. Start it with:")
     print(f"  {command(wish, chosen)}")

@@ -1,7 +1,6 @@
 """GPUs that can be planned for: what their makers say they hold and do, and what of that a step gets.
 
-[devices] -> forecast.  Every number has its source beside it. None of them was measured by us: docs/scale.md says which
-command replaces which number once a GPU is at hand.
+[devices] -> forecast.  Every number has its source beside it.
 """
 
 from __future__ import annotations
@@ -39,16 +38,19 @@ DEVICES = {
     )
 }
 
-# What real kernels get of the data sheet. Assumed, from what others report: streaming kernels reach 80 to 90 % of the
-# memory's rate on Hopper, and large matrix products 60 to 75 % of the tensor cores' peak.
-MEMORY_SHARE = 0.8
-FLOPS_SHARE = 0.6
+# What our kernels get of the data sheet, and what a kernel costs beside its bytes when the next one waits for it.
+# Fitted to steps that were measured on an H100: docs/measurements/2026-11-27-h100.md says how far off each is.
+MEMORY_SHARE = 0.93
+FLOPS_SHARE = 0.5
+RAMP_S = 5e-6
+HOST_S = 0.25e-3  # laying out the rows, and fetching what was drawn
+FUSED_KERNELS_PER_LAYER = 9  # of gpu_layers; a test holds it
 
 # A collective over NVLink takes this much before the first byte counts. Assumed, from published nccl-tests tables of
 # DGX H100 nodes, where all-reduces of a few KiB take 10 to 20 us whatever their size.
 COLLECTIVE_S = 15e-6
 
-# The host starts every kernel on its own when a step is not captured as a CUDA graph. 4 us a launch is PyTorch's usual
-# cost on a server CPU (assumed); how many operations a layer of the packed forward starts was counted, a test holds it.
+# Replicas of several GPUs run as transformers wrote them: the host starts every kernel on its own. 4 us a launch is
+# PyTorch's usual cost on a server CPU (assumed); how many operations a layer starts was counted, a test holds it.
 LAUNCH_S = 4e-6
 KERNELS_PER_LAYER = 40

@@ -10,13 +10,15 @@ The formulas, for one rank of a replica of n ranks, a step of R rows of B sequen
     device  = max(bytes / memory rate, flops / compute rate)
     ring(S) = latency + 2 (n-1)/n * S / link rate
     traffic = (2 * layers + 1) * ring(R * width * size) + gather of the logits
-    host    = layers * kernels a layer * launch; nothing with CUDA graphs
-    step    = max(device + traffic, host)
+    ramps   = layers * kernels a layer * ramp, and launches = 0, for one rank: its steps are recorded
+    launches = layers * kernels a layer * launch, and ramps = 0, for more
+    step    = max(device + ramps + traffic, launches) + host
 
 Every weight and every KV entry is read once a step. A product is a multiply and an add for each weight; scores and
 values are two more products over the context. `device` is the roofline (Williams, Waterman, Patterson 2009), `ring` the
 time of an all-reduce (Patarasuk, Yuan 2009; the factor of nccl-tests' PERFORMANCE.md). A layer has two of them
-(Megatron-LM, Shoeybi et al. 2019), and the embedding one. Launches run ahead of the device, so the slower is seen.
+(Megatron-LM, Shoeybi et al. 2019), and the embedding one. Launches run ahead of the device, so the slower is seen; in a
+recorded step (a CUDA graph) nobody launches, but every kernel begins and ends with most of the device idle.
 
 With a draft that is taken with probability p at every depth, a chain of d nodes yields (1 - p^(d+1)) / (1 - p) tokens a
 step (Leviathan et al. 2023, equation 1) for d steps of the draft and one step of the target with d + 1 rows a sequence.
@@ -29,9 +31,12 @@ from dataclasses import dataclass
 from worker.planning.devices import (
     COLLECTIVE_S,
     FLOPS_SHARE,
+    FUSED_KERNELS_PER_LAYER,
+    HOST_S,
     KERNELS_PER_LAYER,
     LAUNCH_S,
     MEMORY_SHARE,
+    RAMP_S,
     Device,
 )
 from worker.planning.shapes import ModelShape
@@ -45,7 +50,6 @@ class Machine:
 
     device: Device
     dtype: str
-    graphs: bool  # steps are captured as CUDA graphs
 
     @property
     def number_bytes(self) -> int:
@@ -60,12 +64,14 @@ class Step:
     memory_ms: float  # reading weights, keys and values
     compute_ms: float
     traffic_ms: float  # between the ranks
-    host_ms: float  # starting kernels
+    ramp_ms: float  # of kernels one behind the other
+    launch_ms: float  # starting kernels one by one
+    host_ms: float  # before and after
 
     @property
     def step_ms(self) -> float:
         """The step as it is seen."""
-        return max(max(self.memory_ms, self.compute_ms) + self.traffic_ms, self.host_ms)
+        return max(max(self.memory_ms, self.compute_ms) + self.ramp_ms + self.traffic_ms, self.launch_ms) + self.host_ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +95,9 @@ def step(shape: ModelShape, machine: Machine, ranks: int, sequences: int, rows: 
         memory_ms=1e3 * moved / (device.bytes_per_s * MEMORY_SHARE),
         compute_ms=1e3 * products / (device.flops[machine.dtype] * FLOPS_SHARE),
         traffic_ms=1e3 * traffic_s,
-        host_ms=0.0 if machine.graphs else 1e3 * shape.layers * KERNELS_PER_LAYER * LAUNCH_S,
+        ramp_ms=1e3 * shape.layers * FUSED_KERNELS_PER_LAYER * RAMP_S if ranks == 1 else 0.0,
+        launch_ms=0.0 if ranks == 1 else 1e3 * shape.layers * KERNELS_PER_LAYER * LAUNCH_S,
+        host_ms=1e3 * HOST_S,
     )
 
 

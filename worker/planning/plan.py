@@ -12,7 +12,7 @@ from typing import Any
 
 from jobs.errors import SetupError
 from worker.engine.options import EngineOptions
-from worker.engine.paged_attention import FLASH_BLOCK
+from worker.engine.paged_attention import GPU_BLOCK
 from worker.memory import fit
 from worker.planning.devices import GIB
 from worker.planning.forecast import Machine, Speculation, Step, speculate, step
@@ -154,7 +154,7 @@ def _fitted(wish: Wish, free: int, ranks: int, draft_ranks: int) -> EngineOption
         draft_kv,
         free,
         whole_slots=False,
-        block_size=FLASH_BLOCK,
+        block_size=GPU_BLOCK,
     )
 
 

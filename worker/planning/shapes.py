@@ -69,7 +69,7 @@ def shape_of(name: str) -> ModelShape:
 
     Raises ModelRefused, with what to do, when there is none.
     """
-    return measure(name, _configuration(name))
+    return measure(name, configuration(name))
 
 
 def packaged_names() -> list[str]:
@@ -110,7 +110,8 @@ def measure(name: str, config: PretrainedConfig) -> ModelShape:
     )
 
 
-def _configuration(name: str) -> PretrainedConfig:
+def configuration(name: str) -> PretrainedConfig:
+    """Return the configuration of a packaged name, a directory with a config.json, or a hub id; raises ModelRefused."""
     packaged = _PACKAGED / f"{name.rpartition('/')[2]}.json"
     directory = Path(name).expanduser()
     try:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests.models import tiny
 from worker.engine.language_model import kv_bytes
 from worker.gpu_steps import main, measure, random_model
 
 
-def test_every_number_of_rows_is_timed_without_trees_and_with_them(capsys: pytest.CaptureFixture[str]) -> None:
-    main(shape="tiny", rows="1,20", context=40, rounds=1, as_json=True)
+def test_every_number_of_rows_is_timed_without_trees_and_with_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny().config.save_pretrained(tmp_path)
+    main(model=str(tmp_path), rows="1,20", context=40, rounds=1, as_json=True)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(x["rows"], x["sequences"], x["trees"]) for x in lines] == [(1, 1, False), (20, 20, False), (20, 2, True)]
     assert all(x["step_ms"] > 0 and x["times_floor"] == pytest.approx(x["step_ms"] / x["floor_ms"]) for x in lines)
@@ -20,7 +25,9 @@ def test_every_number_of_rows_is_timed_without_trees_and_with_them(capsys: pytes
 
 def test_the_floor_counts_weights_once_and_keys_and_values_once_a_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.gpu_steps.moved_bytes_per_ms", lambda _: 1.0)
-    model = random_model("tiny", 1, torch.device("cpu"))
+    config = tiny("qwen2").config
+    config.tie_word_embeddings = True
+    model = random_model(config, 1, torch.device("cpu"))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     floors = {(t.rows, t.trees): t.floor_ms for t in measure(model, (20,), 40, 1)}
     assert floors[20, False] == weights + kv_bytes(model) * (20 * 40 + 20)

@@ -41,11 +41,11 @@ def run(governor: Governor, steps: int, sequences: int, tokens: float, step_ms: 
 
 
 @pytest.mark.parametrize("sequences", [1, 4, 32])
-@pytest.mark.parametrize("step_ms", [10.5, 13.0, 19.0])
+@pytest.mark.parametrize("step_ms", [10.5, 13.0, 19.0, 90.0])
 def test_drafts_that_never_hold_lose_a_hundredth_at_most(sequences: int, step_ms: float) -> None:
     lost, tried = run(Governor(), 20_000, sequences, sequences, step_ms)
     once = sequences * (step_ms / PLAIN_MS - 1)
-    assert 0 < lost <= 0.01 * 20_000 * sequences + once + 8
+    assert 0 < lost <= 0.01 * 20_000 * sequences + 2 * once + 8
     assert 0 < tried < 10_000
 
 

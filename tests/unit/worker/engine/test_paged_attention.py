@@ -22,13 +22,13 @@ from tests.unit.worker.engine.harness import (
 )
 from worker.drafters.model import ModelDrafter
 from worker.drafters.suffix import SuffixDrafter
-from worker.engine import paged_attention, paged_rows
+from worker.engine import paged_rows
 from worker.engine.attention import ATTENTION_NAME
 from worker.engine.buckets import BucketedForward
 from worker.engine.drafting import Drafter
 from worker.engine.language_model import PackedModel, takes_blocks
 from worker.engine.options import Mode
-from worker.engine.paged_attention import PagedPlan, attended, merged
+from worker.engine.paged_attention import attended, merged
 from worker.engine.paged_kv import PagedKv
 from worker.engine.paged_rows import LISTED
 from worker.engine.recording import eagerly
@@ -103,65 +103,6 @@ def test_paged_logits_are_those_of_the_plain_attention(architecture: str) -> Non
         assert torch.allclose(ours.forward(step), plain.forward(step), atol=1e-4), name
         in_buckets.add(buckets(ours).shape_for(step) is not None)
     assert in_buckets == {True, False}
-
-
-def varlen_on_cpu(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: None,
-    max_q: int,
-    max_k: int,
-    *,
-    return_aux: object,
-    scale: float,
-    window_size: tuple[int, int],
-    enable_gqa: bool,
-    seqused_k: Tensor,
-    block_table: Tensor,
-    num_splits: int,
-) -> tuple[Tensor, Tensor]:
-    """What torch documents of `varlen_attn`, in loops: windows count from the end; the log of nothing is +inf."""
-    n, heads, _ = query.shape
-    assert enable_gqa or heads == key.shape[2]
-    assert num_splits == 1
-    assert all(x.dtype == torch.int32 for x in (cu_seq_q, seqused_k, block_table))
-    out, lse = torch.zeros_like(query), torch.full((heads, n), torch.inf)
-    for sequence, length in enumerate(seqused_k.tolist()):
-        first, end = cu_seq_q[sequence : sequence + 2].tolist()
-        assert end - first <= max_q
-        assert length <= max_k
-        if first == end or not length:
-            continue
-        keys, values = (pool[block_table[sequence].long()].flatten(0, 1)[:length] for pool in (key, value))
-        at = torch.arange(end - first).unsqueeze(1) + length - (end - first)
-        place = torch.arange(length)
-        visible = torch.ones(end - first, length, dtype=torch.bool)
-        if window_size[0] >= 0:
-            visible &= place >= at - window_size[0]
-        if window_size[1] >= 0:
-            visible &= place <= at + window_size[1]
-        copies = [part.expand(end - first, *part.shape) for part in (keys, values)]
-        part, log = attended(query[first:end], copies[0], copies[1], visible, scale)
-        out[first:end], lse[:, first:end] = part, log.T
-    return out, lse
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_flash_kernel_is_called_as_torch_documents_it(monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
-    plain, ours = model(architecture, paged=False), model(architecture)
-    calls = []
-
-    def counted(*given: object, **named: object) -> tuple[Tensor, Tensor]:
-        calls.append(named["window_size"])
-        return varlen_on_cpu(*given, **named)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(paged_attention, "varlen_attn", counted)
-    monkeypatch.setattr(PagedPlan, "_takes_flash", lambda self, _, window: not (window and self._rows.shape.listed))
-    for name, step in STEPS.items():
-        assert torch.allclose(ours.forward(step), plain.forward(step), atol=1e-4), name
-    assert calls
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from worker.planning.plan import Placement, Wish, command, pick, placements
 from worker.planning.shapes import ModelShape, measure, shape_of
 
 TARGET, DRAFT = "DeepSeek-R1-Distill-Qwen-32B", "DeepSeek-R1-Distill-Qwen-1.5B"
-H100 = Machine(DEVICES["h100"], "bfloat16", graphs=False)
+H100 = Machine(DEVICES["h100"], "bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +104,10 @@ def test_a_step_is_never_faster_than_its_weights_can_be_read(target: ModelShape)
 def test_rows_that_share_the_reading_of_the_weights_are_nearly_free_until_computing_takes_longer(
     target: ModelShape,
 ) -> None:
-    graphs = replace(H100, graphs=True)
-    one, few = (step(target, graphs, 1, 1, rows, 1) for rows in (1, 16))
-    many = step(target, graphs, 1, 1, 4096, 1)
+    one, few = (step(target, H100, 1, 1, rows, 1) for rows in (1, 16))
+    many = step(target, H100, 1, 1, 4096, 1)
     assert few.step_ms == one.step_ms
-    assert many.step_ms == many.compute_ms > one.step_ms
+    assert many.step_ms == many.compute_ms + many.ramp_ms + many.host_ms > one.step_ms
 
 
 def test_drafts_are_as_deep_as_they_are_good_and_none_where_they_do_not_pay(

@@ -1,0 +1,111 @@
+"""The whole engine on random weights: tokens per second of plain decoding, and of trees whose drafts are always wrong.
+
+    python -m worker.gpu_engine --model DeepSeek-R1-Distill-Qwen-32B --draft DeepSeek-R1-Distill-Qwen-1.5B
+
+Needs no weights. What random models write is noise, so no draft of one is ever taken by the other: OPT-Tree has to find
+out that plain decoding is faster, and lose next to nothing while it does. `--draft same` is the other end: a draft with
+the target's own weights, of which every token is taken.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from worker.calibration import calibrate
+from worker.drafters.model import ModelDrafter
+from worker.engine.drafting import Drafter
+from worker.engine.engine import Engine
+from worker.engine.experience import Experience
+from worker.engine.language_model import PackedModel, quicken, takes_blocks
+from worker.engine.options import EngineOptions, Mode
+from worker.engine.sampling import Sampling, noise_key
+from worker.engine.sequence import Sequence
+from worker.gpu_steps import random_model
+from worker.planning.shapes import configuration
+
+_PROMPT_TOKENS = 64
+_MODES = (Mode.PLAIN, Mode.OPT_TREE, Mode.PAPER)
+_SAME = "same"
+
+
+def prompts(count: int, vocabulary: int, tokens: int) -> list[Sequence]:
+    """Return sequences with prompts of random tokens, to be decoded greedily."""
+    ids = np.random.default_rng(count).integers(0, vocabulary, (count, _PROMPT_TOKENS))
+    greedy = Sampling(key=noise_key(0, 0))
+    return [Sequence(i, row.tolist(), _PROMPT_TOKENS, tokens, greedy, frozenset()) for i, row in enumerate(ids)]
+
+
+def decode(engine: Engine, sequences: list[Sequence]) -> float:
+    """Decode sequences to their end and return the tokens per second behind their prompts."""
+    for sequence in sequences:
+        engine.add(sequence)
+    while any(not sequence.output_ids for sequence in sequences):
+        engine.step()
+    before, started = sum(len(s.output_ids) for s in sequences), perf_counter()
+    while engine.busy:
+        engine.step()
+    return (sum(len(s.output_ids) for s in sequences) - before) / (perf_counter() - started)
+
+
+def main(
+    model: Annotated[str, typer.Option(help="As for `basic plan`; no weights are read.")] = (
+        "DeepSeek-R1-Distill-Qwen-1.5B"
+    ),
+    draft: Annotated[str, typer.Option(help="The same, or `same`: the target's own weights.")] = _SAME,
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers, where memory lacks for all of them.")] = None,
+    sequences: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,16,64",
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens that each sequence writes.")] = 96,
+    runs: Annotated[int, typer.Option(min=1, help="Runs of each mode, in turns; the median counts.")] = 3,
+) -> None:
+    """Decode random prompts with random weights, plain and with trees, and print tokens/s and whether texts agree."""
+    batches = [int(part) for part in sequences.split(",")]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options = EngineOptions(max_sequences=max(batches), max_context=_PROMPT_TOKENS + tokens)
+    torch.manual_seed(0)
+    network = random_model(configuration(model), layers, device)
+    drafting = network if draft == _SAME else random_model(configuration(draft), layers, device)
+    for one in {network, drafting}:
+        if takes_blocks(one):
+            quicken(one)
+    vocabulary = min(network.config.vocab_size, drafting.config.vocab_size)
+    slots = options.max_sequences
+    target = PackedModel(network, slots=slots, capacity=options.slot_tokens, defined_ids=vocabulary)
+    drafts = PackedModel(drafting, slots=slots, capacity=options.draft_slot_tokens)
+    target.prepare()
+    drafts.prepare()
+    with TemporaryDirectory() as folder:
+        costs = calibrate(target, options.slot_tokens, (), Path(folder))
+    experiences = {mode: Experience() for mode in _MODES}
+    table = Table("sequences", *(f"{mode} tokens/s" for mode in _MODES), "opt-tree / plain", "texts agree")
+    for batch in batches:
+        rates: dict[Mode, list[float]] = {mode: [] for mode in _MODES}
+        texts: dict[Mode, list[list[int]]] = {}
+        for _ in range(runs):
+            for mode in _MODES:
+                drafter: Drafter | None = None if mode is Mode.PLAIN else ModelDrafter(drafts, draft, vocabulary)
+                chosen = replace(options, mode=mode, max_sequences=batch)
+                some = prompts(batch, vocabulary, tokens)
+                rates[mode].append(decode(Engine(target, drafter, chosen, costs, experiences[mode]), some))
+                texts[mode] = [sequence.output_ids for sequence in some]
+        middle = {mode: median(rates[mode]) for mode in _MODES}
+        agree = all(texts[mode] == texts[Mode.PLAIN] for mode in _MODES)
+        print(json.dumps({"sequences": batch, **{str(mode): rates[mode] for mode in _MODES}, "texts_agree": agree}))
+        ratio = middle[Mode.OPT_TREE] / middle[Mode.PLAIN]
+        table.add_row(str(batch), *(f"{middle[mode]:.0f}" for mode in _MODES), f"{ratio:.2f}", "yes" if agree else "NO")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
