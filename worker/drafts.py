@@ -107,6 +107,7 @@ def _with_head(path: str, settings: WorkerSettings, model: PreTrainedModel, toke
     def make(hidden: HiddenStates | None, slots: int, capacity: int, _: int | None) -> MakeDrafter:
         assert hidden is not None, "a head reads hidden states"
         net = PackedHead(deepcopy(head.network), embedding, rows, tokens, slots=slots, capacity=capacity)
+        net.prepare()
         return lambda: MixedDrafter(HeadDrafter(net, hidden, name), SuffixDrafter())
 
     entry = 2 * shape.layers * shape.kv_heads * shape.head_dim + len(shape.taps) * shape.width

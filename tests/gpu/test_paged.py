@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
+from tests.heads import network, packed_head
 from tests.models import ARCHITECTURES, VOCAB, tiny
 from tests.unit.worker.engine.harness import decode, engine, options, outputs, resumed_after, sequences
 from tests.unit.worker.engine.test_paged_attention import SAMPLED, STEPS, buckets, model, tree
@@ -135,6 +136,17 @@ def test_accepted_rows_are_what_plain_rows_would_have_stored() -> None:
     gpu.forward([nodes])
     gpu.keep([Move(0, 700, 700 + np.array(path))])
     assert torch.equal(gpu.forward([chain(0, 704, [9], keep_last=True)]), expected)
+
+
+def test_a_head_says_on_a_gpu_what_it_says_on_the_cpu() -> None:
+    """In a bucket, and in a prompt that fits none."""
+    cpu, gpu = (packed_head(target, network(target)) for target in (tiny(), tiny().to("cuda")))  # type: ignore[arg-type]
+    states = torch.randn(40, tiny().config.hidden_size)
+    steps = [[chain(0, 0, LONG[:40], keep_last=True)], [chain(1, 0, LONG[:4], keep_last=True), tree(2, 0)]]
+    for step in steps * 2:
+        some = states[: sum(len(s.ids) for s in step)]
+        for ours, expected in zip(gpu.forward(step, some.to("cuda")), cpu.forward(step, some), strict=True):
+            assert torch.allclose(ours.cpu(), expected, atol=1e-3)
 
 
 def test_texts_on_a_gpu_are_those_of_the_cpu_in_float32() -> None:

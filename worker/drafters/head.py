@@ -17,13 +17,18 @@ from worker.drafters.head_network import HeadNetwork
 from worker.drafters.lanes import Lanes, by_slot
 from worker.drafters.ranking import best_children
 from worker.engine.attention import ATTENTION_NAME
+from worker.engine.buckets import BUCKETS, BucketedForward
 from worker.engine.draft_tree import Candidates, Forest
+from worker.engine.gpu_layers import fuse_on_gpu
 from worker.engine.hidden_states import HiddenStates
 from worker.engine.kernels import Kernels
-from worker.engine.language_model import KvStore, kv_store
+from worker.engine.language_model import KvStore, Plan, kv_store
 from worker.engine.layers import FusedNorm, fuse
 from worker.engine.linear import pack
 from worker.engine.native_network import NativeNetwork, rotary_table
+from worker.engine.paged_attention import PagedPlan, gpu_kernels_for
+from worker.engine.paged_kv import PagedKv
+from worker.engine.paged_rows import PagedRows
 from worker.engine.rows import IntArray, Segment, kept_rows
 from worker.engine.sequence import Sequence
 
@@ -54,17 +59,28 @@ class PackedHead:
         slots: int,
         capacity: int,
         native: bool = True,
+        paged: bool | None = None,
     ) -> None:
-        """Take a network for good, the target's `embedding` [vocabulary, width], and its `output` rows for `tokens`."""
+        """Take a network for good, the target's `embedding` [vocabulary, width], and its `output` rows for `tokens`.
+
+        `native` and `paged` are those of `PackedModel`.
+        """
         self.tokens, self.vocabulary = tokens, len(embedding)
         self._embedding = embedding
         self._network = network.to(embedding.device, embedding.dtype).eval()
         network.model.set_attn_implementation(ATTENTION_NAME)
         network.lm_head = _linear(output)
-        self._store: KvStore = kv_store(network.model, slots, capacity, native)
+        on_gpu = gpu_kernels_for(embedding.device)
+        if on_gpu is not None:
+            fuse_on_gpu(network, on_gpu)
+        self._store: KvStore = kv_store(network.model, slots, capacity, native, paged)
         self._rotary = rotary_table(network.model, embedding, self._store.kv.capacity)
         compiled = self._store.compiled
         self._native = self._quickened(compiled) if compiled else None
+        self._buckets: BucketedForward | None = None
+        if isinstance(self._store.kv, PagedKv):
+            self._buckets = BucketedForward(self._run_paged, self._store.kv)
+            self._read = embedding.new_empty(BUCKETS[-1], network.shape.width)  # states, where recordings find them
 
     def _quickened(self, compiled: Kernels) -> NativeNetwork:
         """Swap in what computes the same faster on this processor, and return it as one network."""
@@ -84,6 +100,12 @@ class PackedHead:
         )
 
     @torch.inference_mode()
+    def prepare(self) -> None:
+        """Record the forwards that steps will replay, if this is how it runs."""
+        if self._buckets is not None:
+            self._buckets.prepare()
+
+    @torch.inference_mode()
     def states(self, hidden: Tensor) -> Tensor:
         """Return states [n, width] from the target's hidden states [n, size]."""
         return self._network.states(hidden)
@@ -93,17 +115,29 @@ class PackedHead:
         """Run the rows of `segments`, which are in slot order, with the states [n, width] before them."""
         if self._native is not None:
             return self._native.forward(segments, self._store.plan(segments), states)  # type: ignore[arg-type]
+        shape = self._buckets.shape_for(segments) if self._buckets else None
+        if shape is not None:
+            assert self._buckets is not None
+            self._read[: len(states)] = states
+            logits, out = self._buckets.forward(segments, shape)
+            assert out is not None
+            return logits, out[: len(logits)]
         device = self._embedding.device
         ids, positions = (
             torch.from_numpy(np.concatenate(part)).to(device)
             for part in ([s.ids for s in segments], [s.positions for s in segments])
         )
+        return self._run(ids, positions, kept_rows(segments).to(device), states, self._store.plan(segments))
+
+    def _run_paged(self, rows: PagedRows, plan: PagedPlan) -> tuple[Tensor, Tensor]:
+        return self._run(rows.ids, rows.positions, rows.kept, self._read[: len(rows.ids)], plan)
+
+    def _run(self, ids: Tensor, positions: Tensor, kept: Tensor, states: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         x = self._network.entries(self._embedding[ids], states).unsqueeze(0)
         rotary = tuple(part[positions].unsqueeze(0) for part in self._rotary)
-        plan = self._store.plan(segments)
         for layer in self._network.model.layers:
             x = layer(x, position_embeddings=rotary, attention_mask=None, plan=plan)
-        out = self._network.model.norm(x[0][kept_rows(segments).to(device)])
+        out = self._network.model.norm(x[0][kept])
         return self._network.lm_head(out), out  # type: ignore[operator]
 
 

@@ -15,20 +15,20 @@ from torch import Tensor
 from worker.engine.paged_attention import PagedPlan, reserve
 from worker.engine.paged_kv import PagedKv
 from worker.engine.paged_rows import LISTED, PagedRows, Shape, fits_bucket, laid_out
-from worker.engine.recording import Record
+from worker.engine.recording import Record, recorder
 from worker.engine.rows import Segment
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # rows
-Run = Callable[[PagedRows, PagedPlan], Tensor]  # rows and what they see -> logits [kept, vocab]
-Outputs = tuple[Tensor, Tensor | None]  # logits [kept, vocab], outputs of tapped layers [rows, taps, width]
+Outputs = tuple[Tensor, Tensor | None]  # logits [kept, vocab], and what else there is of rows: [rows, …] or [kept, …]
+Run = Callable[[PagedRows, PagedPlan], Outputs]  # takes rows and what they see
 
 
 class BucketedForward:
     """A model's forward in a few shapes: for each number of rows one without draft trees and one with."""
 
-    def __init__(self, run: Run, kv: PagedKv, record: Record) -> None:
-        """Run the rows with `run`; `record` makes a recording of a forward, or leaves it as it is."""
-        self._run, self._kv, self._record = run, kv, record
+    def __init__(self, run: Run, kv: PagedKv, record: Record | None = None) -> None:
+        """Run the rows with `run`; `record` makes a recording of a forward, by default the device's own kind."""
+        self._run, self._kv, self._record = run, kv, record or recorder(kv.keys.device)
         self._replays: dict[Shape, Callable[[], Outputs]] = {}
         largest = max(shape.size for shape in self.shapes)
         self._flat = torch.zeros(largest, dtype=torch.int64, device=kv.keys.device)  # every recording reads from here
@@ -53,12 +53,12 @@ class BucketedForward:
             self._replay([], shape)
 
     def forward(self, segments: Sequence[Segment], shape: Shape) -> Outputs:
-        """Run the rows in the shape; return logits [kept, vocab] and outputs of tapped layers [rows, taps, width]."""
+        """Run the rows in the shape; return logits [kept, vocab] and what else there is of the rows."""
         reserve(segments, self._kv)
-        logits, tapped = self._replay(segments, shape)
+        logits, more = self._replay(segments, shape)
         rows, kept = sum(len(s.ids) for s in segments), sum(len(s.keep) for s in segments)
         # Copies: the next replay writes over what a recording has returned.
-        return logits[:kept].clone(), None if tapped is None else tapped[:rows].clone()
+        return logits[:kept].clone(), None if more is None else more[:rows].clone()
 
     def _replay(self, segments: Sequence[Segment], shape: Shape) -> Outputs:
         # From ordinary memory, so that the numbers are read before this returns.
@@ -70,8 +70,7 @@ class BucketedForward:
     def _once(self, shape: Shape) -> Outputs:
         """Run the rows that the buffer holds; what is recorded."""
         rows = PagedRows(shape, self._flat)
-        plan = PagedPlan(rows, self._kv)
-        return self._run(rows, plan), plan.tapped
+        return self._run(rows, PagedPlan(rows, self._kv))
 
     def _shape(self, rows: int, listed: int) -> Shape:
         return Shape(

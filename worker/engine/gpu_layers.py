@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from worker.engine import gpu_kernels
 from worker.engine.layers import LayerStack, are_known, window_of
 from worker.engine.paged_attention import PagedPlan
 
@@ -37,9 +37,10 @@ class _Weights:
 class GpuLayers(LayerStack):
     """The decoder layers of a model, in the place of the first of them."""
 
-    def __init__(self, layers: nn.ModuleList, norm: Any) -> None:
+    def __init__(self, layers: nn.ModuleList, norm: Any, kernels: ModuleType) -> None:
         """Take over the weights of transformers layers of a known class, then empty, and the last norm."""
         super().__init__()
+        self._kernels = kernels
         first: Any = layers[0]
         self._eps = float(first.input_layernorm.variance_epsilon)
         self._scaling = float(first.self_attn.scaling)
@@ -63,18 +64,19 @@ class GpuLayers(LayerStack):
         if self._taps:
             plan.tapped = x.new_empty(len(x), len(self._taps), x.shape[1])
         for number, layer in enumerate(self._layers):
-            x, normed = gpu_kernels.norm(x, delta, layer.before, self._eps)
+            x, normed = self._kernels.norm(x, delta, layer.before, self._eps)
             self._tap(plan, number - 1, x)
-            qkv = gpu_kernels.multiply_apart(normed, layer.qkv, layer.qkv_bias)
-            query = gpu_kernels.place(qkv, rotary, layer.head_norms, self._eps, plan.kv, number, plan.rows.places)
+            qkv = self._kernels.multiply_apart(normed, layer.qkv, layer.qkv_bias)
+            query = self._kernels.place(qkv, rotary, layer.head_norms, self._eps, plan.kv, number, plan.rows.places)
             seen = plan.attend_stored(number, query, self._scaling, layer.window).flatten(1)
-            delta = gpu_kernels.multiply_apart(seen, layer.o, layer.o_bias)
-            x, normed = gpu_kernels.norm(x, delta, layer.after, self._eps)
-            inner = gpu_kernels.multiply(normed, layer.gate_up, gated=True)
-            delta = gpu_kernels.multiply_apart(inner, layer.down)
-        x, normed = gpu_kernels.norm(x, delta, self._last, self._eps)
+            delta = self._kernels.multiply_apart(seen, layer.o, layer.o_bias)
+            x, normed = self._kernels.norm(x, delta, layer.after, self._eps)
+            inner = self._kernels.multiply(normed, layer.gate_up, gated=True)
+            delta = self._kernels.multiply_apart(inner, layer.down)
+        x, normed = self._kernels.norm(x, delta, self._last, self._eps)
         self._tap(plan, len(self._layers) - 1, x)
-        return normed.unsqueeze(0)
+        out: Tensor = normed.unsqueeze(0)
+        return out
 
     def _tap(self, plan: PagedPlan, number: int, x: Tensor) -> None:
         for place, tapped in enumerate(self._taps):
@@ -86,30 +88,35 @@ class GpuLayers(LayerStack):
 class GpuLinear(nn.Module):
     """A linear layer. Its logits stay float32: rounding them would make ties that are none."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, kernels: ModuleType) -> None:
         """Take over the weight of a layer."""
         super().__init__()
+        self._kernels = kernels
         self.weight, self._bias = linear.weight, linear.bias
         self.out_features, self.in_features = linear.weight.shape
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x @ weight.T + bias` in float32 for `x` [..., in]."""
         rows = x.reshape(-1, self.in_features).contiguous()
-        return gpu_kernels.multiply(rows, self.weight, self._bias, floats=True).view(*x.shape[:-1], -1)
+        out: Tensor = self._kernels.multiply(rows, self.weight, self._bias, floats=True)
+        return out.view(*x.shape[:-1], -1)
 
 
-def fuse_on_gpu(model: nn.Module) -> bool:
-    """Swap the decoder layers, the last norm and the logits of a model, if its layers are known; return whether."""
+def fuse_on_gpu(model: nn.Module, kernels: ModuleType) -> bool:
+    """Swap the decoder layers, the last norm and the logits of a model, if its layers are known; return whether.
+
+    `kernels` is the module gpu_kernels, which only those import who have Triton.
+    """
     body: Any = getattr(model, "model", None)
     layers = getattr(body, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not are_known(layers):
         return False
     # The model calls what stands in its list of layers, one after the other: now one that does the work of all.
-    body.layers = nn.ModuleList([GpuLayers(layers, body.norm)])
+    body.layers = nn.ModuleList([GpuLayers(layers, body.norm, kernels)])
     body.norm = nn.Identity()
     output: Any = model.lm_head
     if type(output) is nn.Linear:
-        model.lm_head = GpuLinear(output)
+        model.lm_head = GpuLinear(output, kernels)
     return True
 
 

@@ -16,8 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from worker.engine.attention import ATTENTION_NAME, AttentionPlan
-from worker.engine.buckets import BucketedForward
+from worker.engine.buckets import BucketedForward, Outputs
 from worker.engine.errors import ModelRefused
+from worker.engine.gpu_layers import fuse_on_gpu
 from worker.engine.hidden_states import HiddenStates
 from worker.engine.kernels import Kernels, kernels
 from worker.engine.kv_cache import KvCache
@@ -26,10 +27,9 @@ from worker.engine.linear import pack
 from worker.engine.native_attention import NativePlan
 from worker.engine.native_kv import NativeKv
 from worker.engine.native_network import whole_network
-from worker.engine.paged_attention import GPU_BLOCK, PagedPlan, paged_plan
+from worker.engine.paged_attention import GPU_BLOCK, PagedPlan, gpu_kernels_for, paged_plan
 from worker.engine.paged_kv import PagedKv
 from worker.engine.paged_rows import PagedRows
-from worker.engine.recording import CudaGraphs, eagerly
 from worker.engine.rows import Move, Segment, chain, kept_rows
 from worker.engine.spread import Spread, SpreadKv, SpreadPlan, home_of, is_spread, layer_devices
 
@@ -100,8 +100,7 @@ class PackedModel:
         self._network = whole_network(model, self.kv.capacity, compiled) if compiled else None
         self._buckets: BucketedForward | None = None
         if isinstance(self.kv, PagedKv):
-            on_gpu = model.device.type == "cuda"
-            self._buckets = BucketedForward(self._call_paged, self.kv, CudaGraphs() if on_gpu else eagerly)
+            self._buckets = BucketedForward(self._call_paged, self.kv)
         self.forward([chain(0, 0, [0], keep_last=True)])  # unknown attention arguments are refused here, not in a job
         self.release(0, 0)
 
@@ -158,8 +157,8 @@ class PackedModel:
         positions = torch.from_numpy(np.concatenate([s.positions for s in segments])).to(device)
         return self._call(ids, positions, kept_rows(segments).to(device), plan)
 
-    def _call_paged(self, rows: PagedRows, plan: PagedPlan) -> Tensor:
-        return self._call(rows.ids, rows.positions, rows.kept, plan)
+    def _call_paged(self, rows: PagedRows, plan: PagedPlan) -> Outputs:
+        return self._call(rows.ids, rows.positions, rows.kept, plan), plan.tapped
 
     def _call(self, ids: Tensor, positions: Tensor, kept: Tensor, plan: Plan) -> Tensor:
         logits = self._model(
@@ -365,10 +364,9 @@ def _whole(model: PreTrainedModel, name: str, weight: Any) -> Tensor:
 
 def quicken(model: PreTrainedModel) -> None:
     """Swap in what computes the same faster on this processor: fused layers, packed products."""
-    if takes_blocks(model):
-        from worker.engine.gpu_layers import fuse_on_gpu  # needs Triton, which comes with torch where there is a GPU
-
-        fuse_on_gpu(model)
+    on_gpu = gpu_kernels_for(model.device) if takes_blocks(model) else None
+    if on_gpu is not None:
+        fuse_on_gpu(model, on_gpu)
     compiled = _kernels_for(model)
     if compiled is not None:
         fuse(model, compiled)

@@ -1,7 +1,6 @@
-"""Recordings of forwards as CUDA graphs: one launch instead of thousands. The only code here that needs a GPU.
+"""Recordings of forwards as CUDA graphs: one launch instead of hundreds. The only code here that needs a GPU.
 
-buckets -> [recording]. Unmeasured: it has not run on a GPU yet. `eagerly` takes its place on the CPU, so that all else
-about buckets is tested there.
+buckets -> [recording]. `eagerly` takes its place on the CPU, so that all else about buckets is tested there.
 """
 
 from __future__ import annotations
@@ -30,8 +29,13 @@ def eagerly(work: Callable[[], T]) -> Callable[[], T]:
     return work
 
 
+def recorder(device: torch.device) -> Record:
+    """Return what a device can do."""
+    return CudaGraphs() if device.type == "cuda" else eagerly
+
+
 class CudaGraphs:
-    """Records work as CUDA graphs that share their memory. Unmeasured.
+    """Records work as CUDA graphs that share their memory.
 
     The outputs of a replay are overwritten by the next one of any of them.
     """

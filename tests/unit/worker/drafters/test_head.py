@@ -35,13 +35,13 @@ def test_tapped_states_are_those_that_transformers_shows(architecture: str, nati
     torch.testing.assert_close(ours[:, 0], shown[1][0], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize(("native", "paged"), [(True, None), (False, None), (False, True)])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_a_head_sees_in_a_tree_what_it_was_trained_to_see(layers: int, native: bool) -> None:
+def test_a_head_sees_in_a_tree_what_it_was_trained_to_see(layers: int, native: bool, paged: bool | None) -> None:
     model = tiny("llama")
     net = network(model, layers)
     learned = network(model, layers)
-    head = packed_head(model, net, native=native)
+    head = packed_head(model, net, native=native, paged=paged)
     embedded = model.get_input_embeddings()(torch.tensor([IDS])).detach()
     hidden = torch.randn(1, len(IDS), net.fuse.in_features)
     with torch.no_grad():

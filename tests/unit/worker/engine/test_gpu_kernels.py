@@ -5,13 +5,11 @@ Their bits, in half precision, are compared on a GPU (tests/gpu).
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 import torch
 
-os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")  # read when Triton is imported
 pytest.importorskip(
     "triton", reason="Triton, whose interpreter runs the GPU's kernels here, has no wheel for this system"
 )
@@ -77,7 +75,7 @@ def packed(made: PreTrainedModel, paged: bool, **given: Any) -> PackedModel:
 
 def fused(architecture: str, **given: Any) -> PackedModel:
     made = network(architecture)
-    assert fuse_on_gpu(made)
+    assert fuse_on_gpu(made, gpu_kernels)
     return packed(made, True, **given)
 
 
@@ -93,7 +91,7 @@ def test_logits_and_tapped_states_are_those_of_plain_attention(architecture: str
 
 def test_layers_that_are_not_known_stay_as_they_are_and_take_our_attention() -> None:
     made = network("gemma3")
-    assert not fuse_on_gpu(made)
+    assert not fuse_on_gpu(made, gpu_kernels)
     plain, ours = packed(network("gemma3"), False), packed(made, True)
     for name in ("prompts", "a tree"):
         assert torch.allclose(ours.forward(STEPS[name]), plain.forward(STEPS[name]), atol=1e-4), name

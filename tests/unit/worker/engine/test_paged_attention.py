@@ -111,13 +111,13 @@ def test_paged_logits_are_those_of_the_plain_attention(architecture: str) -> Non
 def test_rows_take_the_smallest_bucket_with_room(rows: int, bucket: int) -> None:
     wide = np.eye(rows, dtype=np.bool_)
     siblings = Segment(0, 9, 9, np.zeros(rows, np.int64), np.full(rows, 9), wide, np.arange(rows))
-    shape = BucketedForward(lambda rows, _: rows.ids, small_pages(), eagerly).shape_for([siblings])
+    shape = BucketedForward(lambda rows, _: (rows.ids, None), small_pages()).shape_for([siblings])
     assert shape is not None
     assert shape.rows == bucket
 
 
 def test_more_rows_than_the_largest_bucket_and_deeper_trees_run_as_they_are() -> None:
-    ours = BucketedForward(lambda rows, _: rows.ids, small_pages(), eagerly)
+    ours = BucketedForward(lambda rows, _: (rows.ids, None), small_pages())
     assert ours.shape_for([chain(0, 0, [5] * (LISTED + 1), keep_last=True)]) is None
     assert ours.shape_for([chain(0, 0, [5] * LISTED, keep_last=True)]) is not None
     wide = np.eye(257, dtype=np.bool_)
@@ -135,7 +135,7 @@ def test_blocks_are_the_way_of_a_gpu_that_is_not_shared_over_ranks(
 
 
 def test_plain_steps_list_nothing() -> None:
-    ours = BucketedForward(lambda rows, _: rows.ids, small_pages(), eagerly)
+    ours = BucketedForward(lambda rows, _: (rows.ids, None), small_pages())
     plain, drafted = ours.shape_for(STEPS["plain rows"]), ours.shape_for(STEPS["a tree"])
     assert plain is not None
     assert drafted is not None
