@@ -70,11 +70,11 @@ class PackedHead:
         self._network = network.to(embedding.device, embedding.dtype).eval()
         network.model.set_attn_implementation(ATTENTION_NAME)
         network.lm_head = _linear(output)
+        self._store: KvStore = kv_store(network.model, slots, capacity, native, paged)
+        self._rotary = rotary_table(network.model, embedding, self._store.kv.capacity)
         on_gpu = gpu_kernels_for(embedding.device)
         if on_gpu is not None:
             fuse_on_gpu(network, on_gpu)
-        self._store: KvStore = kv_store(network.model, slots, capacity, native, paged)
-        self._rotary = rotary_table(network.model, embedding, self._store.kv.capacity)
         compiled = self._store.compiled
         self._native = self._quickened(compiled) if compiled else None
         self._buckets: BucketedForward | None = None
