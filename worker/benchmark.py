@@ -26,9 +26,11 @@ from jobs.messages import CHAT_ENDPOINT
 from worker.assembly import Assembly, Say, assemble
 from worker.drafters.head_file import is_head
 from worker.drafts import SUFFIX
+from worker.engine.draft_tree import Candidates, Forest
 from worker.engine.drafting import Drafter
 from worker.engine.experience import Experience
 from worker.engine.options import Mode
+from worker.engine.rows import IntArray
 from worker.engine.sampling import Sampling, noise_key
 from worker.engine.sequence import Sequence as EngineSequence
 from worker.generate import request_for
@@ -66,6 +68,8 @@ class Result:
     runs: int
     tokens_per_s_of_runs: tuple[float, ...]
     same_text: bool | None  # greedy: equal to plain decoding, token for token
+    host_share: float | None = None  # of the steps' time: planning and bookkeeping, no network; median over runs
+    expected_over_accepted: float | None = None  # draft tokens of the last run, when drafts are known; None: none shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,9 @@ class Timed:
     token_ids: tuple[tuple[int, ...], ...]
     seconds: float
     steps: int | None  # decoding steps, summed over sequences; prefill not counted
+    host_share: float | None = None  # of the steps' time: neither the target's forward nor a draft's
+    expected: float = 0.0  # draft tokens that the trees were expected to bring
+    accepted: int = 0  # that they brought
 
     @property
     def tokens(self) -> int:
@@ -152,6 +159,7 @@ def _measure(runners: dict[str, Runner], batch: int, plan: Plan, assembly: Assem
 def _result(mode: str, batch: int, plan: Plan, runs: list[Timed], plain: Timed | None, assembly: Assembly) -> Result:
     rates = [r.rate for r in runs]
     steps = runs[0].steps
+    shares = [r.host_share for r in runs if r.host_share is not None]
     speculates = mode in (Mode.OPT_TREE.value, Mode.PAPER.value)
     return Result(
         mode=mode,
@@ -163,6 +171,8 @@ def _result(mode: str, batch: int, plan: Plan, runs: list[Timed], plain: Timed |
         runs=len(runs),
         tokens_per_s_of_runs=tuple(round(rate, 2) for rate in rates),
         same_text=None if plain is None or plan.temperature else runs[0].token_ids == plain.token_ids,
+        host_share=round(median(shares), 4) if shares else None,
+        expected_over_accepted=round(runs[-1].expected / runs[-1].accepted, 3) if runs[-1].accepted else None,
     )
 
 
@@ -190,7 +200,9 @@ def decode(
     def timed(batch: int) -> Timed:
         at_once = min(batch, assembly.options.max_sequences)
         options = replace(assembly.options, mode=mode, max_sequences=at_once)
-        engine = assembly.engine(options, make_drafter, experience)
+        clock = _DraftClock()
+        made = make_drafter or assembly.make_drafter
+        engine = assembly.engine(options, lambda: _Clocked(made(), clock), experience)
         sequences = [
             EngineSequence(
                 key=i,
@@ -202,15 +214,50 @@ def decode(
             )
             for i, prompt in enumerate(prompts)
         ]
-        steps = 0
+        steps, accepted = 0, 0
+        expected = stepped_ms = verify_ms = 0.0
         started = perf_counter()
         for sequence in sequences:
             engine.add(sequence)
         while engine.busy:
-            steps += sum(1 for result in engine.step() if result.numbers.step)
-        return Timed(tuple(tuple(s.output_ids) for s in sequences), perf_counter() - started, steps)
+            before = perf_counter()
+            numbers = [result.numbers for result in engine.step()]
+            if numbers:
+                stepped_ms += (perf_counter() - before) * 1e3
+                verify_ms += numbers[0].verify_ms
+            steps += sum(1 for one in numbers if one.step)
+            expected += sum(one.expected_accepted for one in numbers)
+            accepted += sum(one.accepted_tokens for one in numbers)
+        seconds = perf_counter() - started
+        host_share = (stepped_ms - verify_ms - clock.ms) / stepped_ms if stepped_ms else None
+        return Timed(tuple(tuple(s.output_ids) for s in sequences), seconds, steps, host_share, expected, accepted)
 
     return timed
+
+
+class _DraftClock:
+    """Milliseconds that drafts took."""
+
+    ms = 0.0
+
+
+class _Clocked:
+    """A drafter whose time counts as a draft's, not as the planner's."""
+
+    def __init__(self, drafter: Drafter, clock: _DraftClock) -> None:
+        self._drafter, self._clock = drafter, clock
+        self.name = drafter.name
+        self.behind, self.keep, self.drop = drafter.behind, drafter.keep, drafter.drop
+
+    @property
+    def free(self) -> Drafter | None:
+        return _Clocked(self._drafter.free, self._clock) if self._drafter.free is not None else None
+
+    def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
+        started = perf_counter()
+        offered = self._drafter.expand(forest, frontier)
+        self._clock.ms += (perf_counter() - started) * 1e3
+        return offered
 
 
 def _peers(settings: WorkerSettings, assembly: Assembly, prompts: Sequence[list[int]], plan: Plan) -> dict[str, Runner]:
@@ -280,7 +327,17 @@ def _until_eos(ids: list[int], eos: frozenset[int]) -> tuple[int, ...]:
 def table(report: Report) -> Table:
     """Return the report as a table with the ratios people ask for."""
     shown = Table(title=f"{report.target}, {report.dtype}, {report.device}; drafts: {report.draft}")
-    for column in ("mode", "batch", "tokens/s", "tokens/step", "vs plain", "vs transformers", "same text as plain"):
+    for column in (
+        "mode",
+        "batch",
+        "tokens/s",
+        "tokens/step",
+        "vs plain",
+        "vs transformers",
+        "same text",
+        "host",
+        "E/A",
+    ):
         shown.add_column(column, justify="left" if column == "mode" else "right", no_wrap=column == "mode")
     for r in report.results:
         shown.add_row(
@@ -291,6 +348,8 @@ def table(report: Report) -> Table:
             _ratio(r.tokens_per_s, report.rate(Mode.PLAIN.value, r.batch)),
             _ratio(r.tokens_per_s, report.rate("transformers-greedy", r.batch)),
             "-" if r.same_text is None else "yes" if r.same_text else "no",
+            f"{r.host_share:.1%}" if r.host_share is not None else "-",
+            f"{r.expected_over_accepted:.2f}" if r.expected_over_accepted else "-",
         )
     return shown
 
