@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from itertools import islice
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from sqlalchemy import ColumnElement, and_, select, update
 from sqlalchemy.orm import Session
@@ -39,8 +38,7 @@ __all__ = [
 ]
 
 _ROWS_AT_ONCE: Final = 1_000
-
-T = TypeVar("T")
+_BYTES_AT_ONCE: Final = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +61,7 @@ def record_job(session: Session, job: NewJob, requests: Iterable[NewRequest]) ->
     if created is None:
         return _earlier_job(session, job)
     total = failed = tokens = 0
-    for piece in _in_pieces(enumerate(requests)):
+    for piece in _in_pieces(requests):
         rows = [request_row(job.id, index, request, now) for index, request in piece]
         insert_many(session, Request, rows)
         total += len(rows)
@@ -179,7 +177,15 @@ def _earlier_job(session: Session, job: NewJob) -> RecordedJob:
     return RecordedJob(earlier.id, created=False, conflict=earlier.body_sha256 != job.body_sha256)
 
 
-def _in_pieces(items: Iterable[T]) -> Iterator[list[T]]:
-    waiting = iter(items)
-    while piece := list(islice(waiting, _ROWS_AT_ONCE)):
+def _in_pieces(requests: Iterable[NewRequest]) -> Iterator[list[tuple[int, NewRequest]]]:
+    """Yield requests with their indexes, in pieces that are neither many nor large."""
+    piece: list[tuple[int, NewRequest]] = []
+    size = 0
+    for index, request in enumerate(requests):
+        piece.append((index, request))
+        size += request.size_bytes
+        if len(piece) >= _ROWS_AT_ONCE or size >= _BYTES_AT_ONCE:
+            yield piece
+            piece, size = [], 0
+    if piece:
         yield piece
