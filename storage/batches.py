@@ -18,7 +18,7 @@ from storage.endings import cancel_unstarted, finalise_jobs
 from storage.keys import refuse_beyond_limits
 from storage.models import Job, Request
 from storage.records import NewRequest
-from storage.sql import database_now, has_open_requests, insert_new
+from storage.sql import database_now, has_expired_requests, has_open_requests, insert_new
 from storage.writes import request_row
 
 _OPEN: Final = ("validating", "finalizing", "cancelling")
@@ -151,7 +151,7 @@ def end_batch(session: Session, claim: BatchClaim, end: BatchEnd, lease_s: float
     """End a batch whose files are written, and return its final status."""
     status = hold(session, claim, lease_s)
     if status != "cancelling":
-        unrun = select(Request.job_id).where(Request.job_id == claim.job_id, Request.status == "expired").limit(1)
+        unrun = select(Job.id).where(Job.id == claim.job_id, has_expired_requests())
         status = "completed" if session.scalar(unrun) is None else "expired"
     else:
         status = "cancelled"

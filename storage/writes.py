@@ -13,7 +13,7 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, and_, select, update
 from sqlalchemy.orm import Session
 
-from storage.endings import error_columns, expire_jobs, expire_requests, finalise_jobs, request_cancel
+from storage.endings import Ended, end_jobs, error_columns, expire_requests, finalise_jobs, request_cancel
 from storage.flush import flush
 from storage.keys import refuse_beyond_limits
 from storage.models import Job, Request, Worker, WorkerEnergy
@@ -21,10 +21,11 @@ from storage.records import NewJob, NewRequest, WorkerCard
 from storage.sql import database_now, insert_into, insert_many, insert_new
 
 __all__ = [
+    "Ended",
     "RecordedJob",
     "add_energy",
     "beat_worker",
-    "expire_jobs",
+    "end_jobs",
     "expire_requests",
     "finalise_jobs",
     "flush",

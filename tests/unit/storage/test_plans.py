@@ -41,7 +41,7 @@ def work(database: Database) -> None:
     claim(database, "w1")
     with database.write() as session:
         leases.jobs_to_ring(session, -1.0)
-        writes.expire_jobs(session)
+        writes.end_jobs(session)
         writes.expire_requests(session)
 
 
