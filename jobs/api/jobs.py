@@ -67,7 +67,7 @@ def list_jobs(
 
 
 @router.get("/{job_id}")
-def retrieve(job: ExistingJob) -> dict[str, Any]:
+async def retrieve(job: ExistingJob) -> dict[str, Any]:
     """Read one job."""
     return views.job(job)
 
