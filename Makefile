@@ -55,6 +55,7 @@ audit: setup ## Look for known holes in what constraints.txt pins; needs a reach
 bench: model ## Measure decoding speed against transformers' own generate, then the front door
 	$(BIN)/basic bench --prompts $(BENCH_PROMPTS)
 	$(BIN)/python -m jobs.benchmark
+	$(BIN)/python -m jobs.benchmark_streams
 
 secrets: ## Write the passwords of docker-compose.yml, once
 	@sh .ci/make-secrets
