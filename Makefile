@@ -41,7 +41,7 @@ unit: setup ## Run the quick tests: none of our processes, and PostgreSQL out of
 integration: model ## Run the tests with real servers, processes and SmolLM2
 	$(BIN)/pytest tests/integration tests/acceptance
 
-unproven: model ## Run the tests that nobody has seen to pass yet: abuse of the shim, several nodes
+unproven: model ## Run the tests that nobody has seen to pass yet: several nodes
 	$(BIN)/pytest tests -m unproven
 
 chaos: setup ## Break every part of the service, again and again, and check that nothing is lost
@@ -55,6 +55,7 @@ audit: setup ## Look for known holes in what constraints.txt pins; needs a reach
 bench: model ## Measure decoding speed against transformers' own generate, then the front door
 	$(BIN)/basic bench --prompts $(BENCH_PROMPTS)
 	$(BIN)/python -m jobs.benchmark
+	$(BIN)/python -m jobs.benchmark_streams
 
 secrets: ## Write the passwords of docker-compose.yml, once
 	@sh .ci/make-secrets

@@ -83,9 +83,9 @@ class Clerk:
     def tidy(self) -> None:
         """What any clerk may do for all: end overdue jobs, also where no worker lives, and take ended files' bytes."""
         with self.database.write() as session:
-            ended = writes.expire_jobs(session)
+            ended = writes.end_jobs(session)
             cleared = files.clear_files(session)
-        self.publish(job_events(ended))
+        self.publish(job_events(ended.jobs))
         if cleared:
             log.info("Removed the bytes of %d files", cleared, extra={"action": "files_cleared"})
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from itertools import chain
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from typing import Any
 
-from pydantic_core import from_json, to_json
 from sqlalchemy.orm import Session
 
 from jobs.errors import (
@@ -32,6 +32,7 @@ from jobs.items import Item, Rules, most_tokens, parse_body, parse_item, parse_p
 from jobs.messages import CHAT_ENDPOINT, MESSAGE_VERSION, Endpoint, GenerationRequest, JobStatus, model_name
 from jobs.producer import Ring
 from jobs.settings import JobsSettings
+from jobs.spool import Spool
 from storage import keys, queries, writes
 from storage.keys import QuotaExceeded
 from storage.queries import JobView
@@ -68,13 +69,14 @@ def accept_job(submission: Submission, *, database: Database, ring: Ring, settin
     Raise JobRefused for a job that can't be accepted, LimitReached for one that can't be accepted now.
     """
     items = iter(submission.items)
-    first = next(items, None)
-    if first is None:
+    head = deque(islice(items, 1))
+    if not head:
         raise EmptyJob
-    rules = _rules(submission, first, database, settings)
+    rules = _rules(submission, head[0], database, settings)
     job = _new_job(submission, rules, settings)
-    packed = _parse_all(chain((first,), items), rules, settings.max_requests)
-    recorded = _record(job, map(_unpack, packed), database, settings.max_requests_queued)
+    with Spool() as spool:
+        _parse_all(chain(_drained(head), items), rules, settings.max_requests, spool)
+        recorded = _record(job, spool.requests(), database, settings.max_requests_queued)
     if recorded.conflict:
         raise IdempotencyConflict
     if recorded.created:
@@ -186,26 +188,25 @@ def new_call_id(endpoint: Endpoint) -> str:
     return f"{'chatcmpl' if endpoint == CHAT_ENDPOINT else 'cmpl'}-{secrets.token_hex(16)}"
 
 
-def _parse_all(items: Iterable[Item], rules: Rules, limit: int) -> list[bytes]:
-    """Return the requests of all items, packed: as objects they would take many times the memory."""
-    packed: list[bytes] = []
+def _drained(items: deque[Item]) -> Iterator[Item]:
+    """Yield items and keep none: a single one may be as large as a line can be."""
+    while items:
+        yield items.popleft()
+
+
+def _parse_all(items: Iterable[Item], rules: Rules, limit: int, spool: Spool) -> None:
+    """Put the requests of all items into the spool."""
     places: dict[str, str] = {}
     for item in items:
-        if len(packed) == limit:
+        if len(spool) == limit:
             raise TooManyRequests(f"One job may hold {limit} requests; split the file into several jobs.")
         request = parse_item(item, rules)
         if request.custom_id in places:
             message = f"{places[request.custom_id]} and {item.place} have the same custom_id {request.custom_id!r}."
             raise DuplicateCustomId(message, param="custom_id", line=item.line)
         places[request.custom_id] = item.place
-        refusal = None if request.refusal is None else asdict(request.refusal)
-        packed.append(to_json((request.custom_id, request.body, refusal, request.tokens, request.timeout_s)))
-    return packed
-
-
-def _unpack(packed: bytes) -> NewRequest:
-    custom_id, body, refusal, tokens, timeout_s = from_json(packed)
-    return NewRequest(custom_id, body, None if refusal is None else Refusal(**refusal), tokens, timeout_s)
+        spool.add(request)
+        del item, request  # before the next one is read
 
 
 def _rules(submission: Submission, first: Item, database: Database, settings: JobsSettings) -> Rules:

@@ -26,6 +26,7 @@ from storage.elections import elect, holder, resign
 from storage.reclaim import mark_lost, reclaim, running_processes
 from storage.records import FailedRequest
 from storage.session import DATABASE_AWAY, Database, why_away
+from storage.writes import Ended
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ class _Round:
     failed: tuple[FailedRequest, ...]
     ended_jobs: tuple[tuple[str, str], ...]  # (job_id, final status)
     to_ring: tuple[tuple[str, str], ...]  # (job_id, model)
+    more: bool  # there was more to end than one round may take
 
 
 class Reconciler:
@@ -58,6 +60,7 @@ class Reconciler:
         self._ring = ring
         self._name = identity() or uuid.uuid4().hex  # neighbours on this machine see whether its holder is dead
         self._lease_s = lease_s
+        self._more = False  # the next round has something to end at once
         self._connected_at: float | None = None  # since when the database has answered every time
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="basic-reconciler", daemon=True)
@@ -89,6 +92,7 @@ class Reconciler:
         self._connected_at = self._connected_at or time.monotonic()
         if done is not None:
             self._tell(done)
+        self._more = done is not None and done.more
         return done is not None
 
     def _elected(self, session: Session) -> bool:
@@ -106,13 +110,31 @@ class Reconciler:
             again = reclaim(session, dead, lapsed=self._owners_could_renew())
         with write() as session:  # after their requests are given back: whoever is marked is not looked at again
             mark_lost(session, dead, _SILENT_S)
-        with write() as session:
-            late, ended = writes.expire_requests(session)
-        with write() as session:
-            ended += writes.expire_jobs(session)
+        late = self._in_pieces(writes.expire_requests)
+        over = self._in_pieces(writes.end_jobs)
         with write() as session:
             unheard = leases.jobs_to_ring(session, _RING_AFTER_S)
-        return _Round((*late, *again.poisoned), (*ended, *again.ended_jobs), (*again.requeued, *unheard))
+        return _Round(
+            failed=(*late.failed, *again.poisoned),
+            ended_jobs=(*late.jobs, *over.jobs, *again.ended_jobs),
+            to_ring=(*again.requeued, *unheard),
+            more=late.more or over.more,
+        )
+
+    def _in_pieces(self, end: Callable[[Session], Ended]) -> Ended:
+        """Let requests end a piece at a time, with as much time between them for others as each has taken."""
+        pieces: list[Ended] = []
+        round_ends_at = time.monotonic() + _ROUND_S
+        while True:
+            began_at = time.monotonic()
+            with self._database.write() as session:
+                pieces.append(end(session))
+            if not pieces[-1].more or time.monotonic() > round_ends_at or self._stop.is_set():
+                break
+            self._stop.wait(time.monotonic() - began_at)
+        jobs = (job for piece in pieces for job in piece.jobs)
+        failed = (request for piece in pieces for request in piece.failed)
+        return Ended(tuple(jobs), tuple(failed), pieces[-1].more)
 
     def _owners_could_renew(self) -> bool:
         """Return whether a lapsed lease means that its owner is gone: not while the database was away for everybody."""
@@ -140,7 +162,7 @@ class Reconciler:
                 log.warning("The reconciler waits for the database: %s", why_away(error), extra=_AWAY)
             except Exception:  # the thread must live: nobody else would notice that it is gone
                 log.exception("A round of the reconciler failed", extra={"action": "reconciler_failed"})
-            self._stop.wait(_ROUND_S * random.uniform(0.8, 1.2))
+            self._stop.wait(0.0 if self._more else _ROUND_S * random.uniform(0.8, 1.2))
 
 
 _AWAY = {"action": "database_away"}

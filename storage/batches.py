@@ -18,7 +18,7 @@ from storage.endings import cancel_unstarted, finalise_jobs
 from storage.keys import refuse_beyond_limits
 from storage.models import Job, Request
 from storage.records import NewRequest
-from storage.sql import database_now, has_open_requests, insert_new
+from storage.sql import database_now, has_expired_requests, has_open_requests, insert_new
 from storage.writes import request_row
 
 _OPEN: Final = ("validating", "finalizing", "cancelling")
@@ -59,11 +59,16 @@ class ClaimLost(Exception):
 
 
 def claim_batch(session: Session, lease_s: float) -> BatchClaim | None:
-    """Take the oldest batch that needs a clerk and has none; None if there is no such batch."""
+    """Take the oldest batch that needs a clerk and has none; None if there is no such batch.
+
+    Those of owners for whom a clerk is at work already wait behind all others.
+    """
     now = database_now(session)
     free = or_(Job.clerk_until.is_(None), Job.clerk_until < now)
+    served = select(Job.api_key_id).where(Job.status.in_(_OPEN), Job.clerk_until >= now)
     waiting = select(Job.id).where(Job.input_file_id.is_not(None), free, _needs_clerk())
-    job_id = session.scalar(waiting.order_by(Job.created_at, Job.id).limit(1).with_for_update(skip_locked=True))
+    in_turn = waiting.order_by(Job.api_key_id.in_(served), Job.created_at, Job.id)
+    job_id = session.scalar(in_turn.limit(1).with_for_update(skip_locked=True))
     if job_id is None:
         return None
     row = session.execute(
@@ -151,7 +156,7 @@ def end_batch(session: Session, claim: BatchClaim, end: BatchEnd, lease_s: float
     """End a batch whose files are written, and return its final status."""
     status = hold(session, claim, lease_s)
     if status != "cancelling":
-        unrun = select(Request.job_id).where(Request.job_id == claim.job_id, Request.status == "expired").limit(1)
+        unrun = select(Job.id).where(Job.id == claim.job_id, has_expired_requests())
         status = "completed" if session.scalar(unrun) is None else "expired"
     else:
         status = "cancelled"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from typing import Final
 
 from sqlalchemy import ColumnElement, ScalarSelect, and_, case, func, or_, select, update
@@ -15,11 +16,21 @@ from sqlalchemy.orm import Session
 
 from storage.models import Job, Partial, Request
 from storage.records import FailedRequest, Refusal, RequestKey
-from storage.sql import database_now, has_open_requests, is_lapsed, is_one_of, is_request, without_nul
+from storage.sql import (
+    database_now,
+    has_expired_requests,
+    has_open_requests,
+    is_lapsed,
+    is_one_of,
+    is_request,
+    without_nul,
+)
 
 OPEN_JOB_STATUSES: Final = ("in_progress", "cancelling")
 _CANCELLABLE: Final = ("validating", "in_progress", "finalizing")
 _IS_BATCH: Final = Job.input_file_id.is_not(None)
+
+_ROWS_AT_ONCE: Final = 500  # ended in one transaction
 
 CANCELLED: Final = Refusal(
     "batch_cancelled", "The job was cancelled before this request was completed.", status_code=409
@@ -29,6 +40,15 @@ EXPIRED: Final = Refusal(
 )
 
 LATE: Final = Refusal("deadline_exceeded", "The request was not completed within its timeout.", status_code=408)
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What was ended in one go."""
+
+    jobs: tuple[tuple[str, str], ...] = ()  # (job_id, final status)
+    failed: tuple[FailedRequest, ...] = ()
+    more: bool = False  # there is more to end right now
 
 
 def finalise_jobs(session: Session, job_ids: Collection[str]) -> list[tuple[str, str]]:
@@ -45,7 +65,7 @@ def finalise_jobs(session: Session, job_ids: Collection[str]) -> list[tuple[str,
         .where(decided, _IS_BATCH, Job.status == "in_progress")
         .values(status="finalizing", finalizing_at=now)
     )
-    final = case((Job.status == "cancelling", "cancelled"), else_="completed")
+    final = case((Job.status == "cancelling", "cancelled"), (has_expired_requests(), "expired"), else_="completed")
     ended = session.execute(
         update(Job)
         .where(decided, ~_IS_BATCH, Job.status.in_(OPEN_JOB_STATUSES))
@@ -56,8 +76,9 @@ def finalise_jobs(session: Session, job_ids: Collection[str]) -> list[tuple[str,
 
 
 def request_cancel(session: Session, job_id: str) -> str | None:
-    """Cancel a job as far as nobody is working on it, and return its status; None if there is no such job.
+    """Cancel a job and return its status; None if there is no such job.
 
+    What nobody is working on ends here if it is little, else with `end_jobs`: whoever asks must not wait for it.
     Requests that are being decoded are cancelled at their worker's next flush, and the job ends with the last of them.
     A batch ends when its clerk has written its files; one that is still being read is read to its end, for each of its
     requests is owed an answer.
@@ -72,24 +93,18 @@ def request_cancel(session: Session, job_id: str) -> str | None:
     return session.scalar(select(Job.status).where(Job.id == job_id))
 
 
-def expire_jobs(session: Session) -> list[tuple[str, str]]:
-    """End what only time can end; return (job_id, final status) of every job that ended.
+def end_jobs(session: Session) -> Ended:
+    """End what only time can end, a piece of it: whoever wants to write meanwhile waits for no more than that.
 
-    Jobs whose completion window is over expire with all that is unfinished. Cancelled jobs end when the workers that
-    still had requests of them have let their leases lapse.
+    Jobs whose completion window is over expire with all that is unfinished. Cancelled jobs end when nothing of them is
+    queued any more and the workers that still had requests of them have let their leases lapse.
     """
     now = database_now(session)
     overdue, cancelling = _lock_ending(session, now)
-    expired: list[tuple[str, str]] = []
-    if overdue:
-        batches = update(Job).where(Job.id.in_(overdue), _IS_BATCH)
-        session.execute(batches.values(status="finalizing", finalizing_at=now))
-        others = update(Job).where(Job.id.in_(overdue), ~_IS_BATCH).returning(Job.id, Job.status)
-        rows = session.execute(others.values(status="expired", finished_at=now))
-        expired = sorted((job_id, status) for job_id, status in rows)
-        unfinished = and_(Request.job_id.in_(overdue), Request.status.in_(("queued", "running")))
-        _end_requests(session, "expired", EXPIRED, now, overdue, unfinished)
-    return expired + _end_abandoned(session, now, cancelling)
+    unfinished = and_(Request.job_id.in_(overdue), Request.status.in_(("queued", "running")))
+    count = _end_piece(session, "expired", EXPIRED, now, unfinished) if overdue else 0
+    count += cancel_unstarted(session, *cancelling) if cancelling else 0
+    return Ended(tuple(finalise_jobs(session, [*overdue, *cancelling])), more=count >= _ROWS_AT_ONCE)
 
 
 def _lock_ending(session: Session, now: float) -> tuple[list[str], list[str]]:
@@ -100,14 +115,14 @@ def _lock_ending(session: Session, now: float) -> tuple[list[str], list[str]]:
     return [job_id for job_id in locked if job_id in overdue], [job_id for job_id in locked if job_id not in overdue]
 
 
-def cancel_unstarted(session: Session, job_id: str) -> None:
-    """Cancel what nobody is working on of a job that is being cancelled."""
+def cancel_unstarted(session: Session, *job_ids: str) -> int:
+    """Cancel a piece of what nobody is working on of jobs that are being cancelled; return how many requests."""
     now = database_now(session)
-    _end_requests(session, "cancelled", CANCELLED, now, [job_id], _left_in_cancelled_jobs(now, [job_id]))
+    return _end_piece(session, "cancelled", CANCELLED, now, _left_in_cancelled_jobs(now, job_ids))
 
 
-def expire_requests(session: Session) -> tuple[list[FailedRequest], list[tuple[str, str]]]:
-    """Fail the requests whose own deadline is over; return them, and (job_id, final status) of jobs that ended so.
+def expire_requests(session: Session) -> Ended:
+    """Fail requests whose own deadline is over, a piece of them, and end the jobs that had no others.
 
     Whoever decodes one of them finds its lease lost.
     """
@@ -115,15 +130,18 @@ def expire_requests(session: Session) -> tuple[list[FailedRequest], list[tuple[s
     late = and_(Request.expires_at <= now, Request.finished_at.is_(None))
     job_ids = lock_jobs(session, Job.id.in_(select(Request.job_id).where(late)) & (Job.status == "in_progress"))
     if not job_ids:
-        return [], []
-    keys = session.execute(
+        return Ended()
+    found = session.execute(
         select(Request.job_id, Request.request_index)
         .where(late, Request.job_id.in_(job_ids))
         .order_by(Request.job_id, Request.request_index)
+        .limit(_ROWS_AT_ONCE)
         .with_for_update(key_share=True)
     )
-    failed = fail_requests(session, [(job_id, index) for job_id, index in keys], LATE, now)
-    return failed, finalise_jobs(session, {request.job_id for request in failed})
+    keys = [(job_id, index) for job_id, index in found]
+    failed = fail_requests(session, keys, LATE, now)
+    ended = finalise_jobs(session, {request.job_id for request in failed})
+    return Ended(tuple(ended), tuple(failed), more=len(keys) >= _ROWS_AT_ONCE)
 
 
 def fail_requests(session: Session, keys: Collection[RequestKey], reason: Refusal, now: float) -> list[FailedRequest]:
@@ -180,13 +198,6 @@ def _last_seqs(session: Session, keys: Collection[RequestKey]) -> dict[RequestKe
     return {(job_id, index): seq for job_id, index, seq in rows}
 
 
-def _end_abandoned(session: Session, now: float, cancelling: Collection[str]) -> list[tuple[str, str]]:
-    if not cancelling:
-        return []
-    _end_requests(session, "cancelled", CANCELLED, now, cancelling, _left_in_cancelled_jobs(now, cancelling))
-    return finalise_jobs(session, cancelling)
-
-
 def _left_in_cancelled_jobs(now: float, job_ids: Iterable[str]) -> ColumnElement[bool]:
     """Return the condition that a request of a cancelled job is in nobody's hands."""
     cancelling = select(Job.id).where(Job.id.in_(list(job_ids)), Job.status == "cancelling")
@@ -201,6 +212,15 @@ def told_as(session: Session, job_ids: Collection[str], which: ColumnElement[boo
     ending = select(Request.job_id).where(Request.job_id == Job.id, which).exists()
     session.execute(update(Job).where(Job.id.in_(job_ids), ending).values(event_number=Job.event_number + 1))
     return select(Job.event_number).where(Job.id == Request.job_id).scalar_subquery()
+
+
+def _end_piece(session: Session, status: str, reason: Refusal, now: float, which: ColumnElement[bool]) -> int:
+    """End some of the requests, whose jobs the caller has locked, and return how many: less than a piece is all."""
+    found = session.execute(select(Request.job_id, Request.request_index).where(which).limit(_ROWS_AT_ONCE))
+    keys = [(job_id, index) for job_id, index in found]
+    if keys:
+        _end_requests(session, status, reason, now, {job_id for job_id, _ in keys}, is_request(keys))
+    return len(keys)
 
 
 def _end_requests(

@@ -6,6 +6,7 @@ here opens nothing from the next call on.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Final
 
@@ -78,6 +79,12 @@ def find_key(session: Session, key_id: str) -> KeyView | None:
 def list_keys(session: Session) -> list[KeyView]:
     """Return all keys, in the order in which they were made."""
     return _keys(session)
+
+
+def opening(session: Session, key_ids: Collection[str]) -> set[str]:
+    """Return those of the keys that are neither revoked nor expired."""
+    lasts = or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > database_now(session))
+    return set(session.scalars(select(ApiKey.id).where(ApiKey.id.in_(key_ids), ApiKey.revoked_at.is_(None), lasts)))
 
 
 def keys_in_use(session: Session) -> bool:

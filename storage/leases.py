@@ -6,8 +6,7 @@ one matches no row. Renewing is part of the flush, and so is a sign of life: no 
 
 from __future__ import annotations
 
-import heapq
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final
 
@@ -18,6 +17,7 @@ from storage.endings import cancel_requests, finalise_jobs, lock_jobs
 from storage.models import Job, Output, Partial, Request
 from storage.records import Checkpoint, Claim, Lease, RequestKey, StepRow
 from storage.sql import AnyRow, database_now, has_work, is_one_of, is_request, running_requests
+from storage.turns import Standing, Turns
 
 _CLAIMED: Final = (
     Request.job_id,
@@ -43,8 +43,8 @@ def claim(
 ) -> list[Claim]:
     """Take up to `limit` queued requests of a model, with what earlier owners had committed of them.
 
-    Jobs get their turns: each place goes to the job that has the fewest requests running. Before all others come those
-    that a person waits for; the last `reserved` places are for them alone. `holding` are requests that the caller is
+    Owners and their jobs get their turns (storage.turns). Before all others come requests that a person waits for; the
+    last `reserved` places are for them alone. `holding` are requests that the caller is
     working on; it does not get them again, whatever has become of its lease. Jobs whose bodies are newer than
     `body_version` are left to others.
 
@@ -118,21 +118,6 @@ def mark_rung(session: Session, job_id: str) -> None:
     session.execute(update(Job).where(Job.id == job_id).values(doorbell_at=database_now(session)))
 
 
-def share_out(running: Mapping[str, int], places: int) -> dict[str, int]:
-    """Give every place to the job that runs the fewest requests, counting those it was given before.
-
-    Jobs in equal position take turns in the order of the mapping.
-    """
-    turns = [(count, order, job_id) for order, (job_id, count) in enumerate(running.items())]
-    heapq.heapify(turns)
-    shares: Counter[str] = Counter()
-    for _ in range(places if turns else 0):
-        count, order, job_id = turns[0]
-        shares[job_id] += 1
-        heapq.heapreplace(turns, (count + 1, order, job_id))
-    return dict(shares)
-
-
 def _held(session: Session, worker_id: str, holding: Collection[RequestKey]) -> Sequence[AnyRow]:
     """Return how far those that the caller still owns are proven."""
     if not holding:
@@ -144,36 +129,46 @@ def _held(session: Session, worker_id: str, holding: Collection[RequestKey]) -> 
 def _take_turns(
     session: Session, may_serve: ColumnElement[bool], limit: int, now: float, holding: Collection[RequestKey]
 ) -> list[RequestKey]:
-    """Lock up to `limit` queued requests, fair between their jobs, and say of those jobs that they have begun."""
+    """Lock up to `limit` queued requests, fair between owners and their jobs, and say of those jobs that they began."""
     if limit <= 0:
         return []
-    running = _running_by_job(session, may_serve, limit, now)
+    turns = Turns(_standings(session, may_serve, limit, now))
     # Jobs before requests, in order: whoever locks several does so. Mostly there is nothing to write.
-    waiting = lock_jobs(session, Job.id.in_(running) & Job.started_at.is_(None)) if running else []
+    waiting = lock_jobs(session, Job.id.in_(turns.job_ids) & Job.started_at.is_(None)) if turns.job_ids else []
     taken: list[RequestKey] = []
-    while running and len(taken) < limit:
-        for job_id, places in share_out(running, limit - len(taken)).items():
+    while len(taken) < limit and (shares := turns.share_out(limit - len(taken))):
+        for job_id, places in shares.items():
             got = _lock_queued(session, Request.job_id == job_id, places, [*holding, *taken])
             taken += got
-            running[job_id] += len(got)
+            turns.took(job_id, len(got))
             if len(got) < places:  # the rest is locked by others who claim right now, or held by the caller
-                del running[job_id]
+                turns.leave(job_id)
     begun = {job_id for job_id, _ in taken}.intersection(waiting)
     if begun:
         session.execute(update(Job).where(Job.id.in_(begun)).values(started_at=now))
     return taken
 
 
-def _running_by_job(session: Session, may_serve: ColumnElement[bool], limit: int, now: float) -> dict[str, int]:
-    """Return the jobs that have something to claim, with the number of their running requests; fewest first.
+def _standings(session: Session, may_serve: ColumnElement[bool], limit: int, now: float) -> list[Standing]:
+    """Return the jobs that come first for `limit` places, of those that have something to claim.
 
     Among equals lots decide: were it age, an old job would win every place as long as there are fewer than jobs.
     """
-    running = running_requests(now).label("running")
-    jobs = session.execute(
-        select(Job.id, running).where(may_serve, has_work()).order_by(running, func.random()).limit(limit)
+    job = (
+        select(Job.id, Job.api_key_id.label("owner"), running_requests(now).label("running"), has_work().label("waits"))
+        .where(may_serve)
+        .subquery()
     )
-    return dict(jobs.all())
+    owners_running = func.sum(job.c.running).over(partition_by=job.c.owner).label("owner_running")
+    owned = select(job, owners_running).subquery()
+    in_turn = func.row_number().over(partition_by=owned.c.owner, order_by=(owned.c.running, func.random()))
+    turn = select(owned, (owned.c.owner_running + in_turn).label("turn")).where(owned.c.waits).subquery()
+    rows = session.execute(
+        select(turn.c.id, turn.c.owner, turn.c.running, turn.c.owner_running)
+        .order_by(turn.c.turn, func.random())
+        .limit(limit)
+    )
+    return [Standing(job_id, owner, running, int(owner_running)) for job_id, owner, running, owner_running in rows]
 
 
 def _lock_queued(

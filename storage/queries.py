@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, and_, func, select, true, tuple_
+from sqlalchemy import ColumnElement, Text, and_, cast, func, select, true, tuple_
 from sqlalchemy.orm import Session
 
 from storage.endings import OPEN_JOB_STATUSES
@@ -28,7 +28,7 @@ _SEEN_S: Final = 60.0  # a worker that has not been heard of for longer serves n
 _OUTPUTS_AT_ONCE: Final = 500
 _WITHOUT_RESULT: Final = ("failed", "expired", "cancelled")
 _ENDED: Final = ("completed", *_WITHOUT_RESULT)
-_REQUESTS_AT_ONCE: Final = 1_000
+_REQUESTS_AT_ONCE: Final = 50  # each may be as large as a line can be
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +266,12 @@ def requests_to_retry(session: Session, job_id: str) -> Iterator[NewRequest]:
     after = -1
     while True:
         rows = session.execute(
-            select(Request.request_index, Request.custom_id, Request.body)
+            select(
+                Request.request_index,
+                Request.custom_id,
+                Request.body,
+                func.length(cast(Request.body, Text)).label("size_bytes"),
+            )
             .where(
                 Request.job_id == job_id,
                 Request.request_index > after,
@@ -276,7 +281,7 @@ def requests_to_retry(session: Session, job_id: str) -> Iterator[NewRequest]:
             .order_by(Request.request_index)
             .limit(_REQUESTS_AT_ONCE)
         ).all()
-        yield from (NewRequest(row.custom_id, body=row.body) for row in rows)
+        yield from (NewRequest(row.custom_id, body=row.body, size_bytes=row.size_bytes) for row in rows)
         if len(rows) < _REQUESTS_AT_ONCE:
             return
         after = rows[-1].request_index

@@ -51,6 +51,7 @@ class NewRequest:
     refusal: Refusal | None = None
     tokens: int = 0  # that it may come to read and write at most, as far as the door can say
     timeout_s: float | None = None  # seconds from creation after which it fails, whatever its job may still have
+    size_bytes: int = 0  # of its body, about: what is written together must not be large; 0: small
 
 
 @dataclass(frozen=True, slots=True)

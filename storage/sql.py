@@ -111,6 +111,11 @@ def has_open_requests() -> ColumnElement[bool]:
     return _has_request(Request.status.in_(("queued", "running")))
 
 
+def has_expired_requests() -> ColumnElement[bool]:
+    """Return the condition that the completion window of a job was over before one of its requests had ended."""
+    return _has_request(Request.status == "expired")
+
+
 def running_requests(now: float) -> ColumnElement[int]:
     """Return the number of a job's requests that are being decoded."""
     alive = and_(Request.status == "running", Request.lease_expires_at >= now)

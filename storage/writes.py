@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from itertools import islice
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from sqlalchemy import ColumnElement, and_, select, update
 from sqlalchemy.orm import Session
 
-from storage.endings import error_columns, expire_jobs, expire_requests, finalise_jobs, request_cancel
+from storage.endings import Ended, end_jobs, error_columns, expire_requests, finalise_jobs, request_cancel
 from storage.flush import flush
 from storage.keys import refuse_beyond_limits
 from storage.models import Job, Request, Worker, WorkerEnergy
@@ -22,10 +21,11 @@ from storage.records import NewJob, NewRequest, WorkerCard
 from storage.sql import database_now, insert_into, insert_many, insert_new
 
 __all__ = [
+    "Ended",
     "RecordedJob",
     "add_energy",
     "beat_worker",
-    "expire_jobs",
+    "end_jobs",
     "expire_requests",
     "finalise_jobs",
     "flush",
@@ -39,8 +39,7 @@ __all__ = [
 ]
 
 _ROWS_AT_ONCE: Final = 1_000
-
-T = TypeVar("T")
+_BYTES_AT_ONCE: Final = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,7 @@ def record_job(session: Session, job: NewJob, requests: Iterable[NewRequest]) ->
     if created is None:
         return _earlier_job(session, job)
     total = failed = tokens = 0
-    for piece in _in_pieces(enumerate(requests)):
+    for piece in _in_pieces(requests):
         rows = [request_row(job.id, index, request, now) for index, request in piece]
         insert_many(session, Request, rows)
         total += len(rows)
@@ -179,7 +178,15 @@ def _earlier_job(session: Session, job: NewJob) -> RecordedJob:
     return RecordedJob(earlier.id, created=False, conflict=earlier.body_sha256 != job.body_sha256)
 
 
-def _in_pieces(items: Iterable[T]) -> Iterator[list[T]]:
-    waiting = iter(items)
-    while piece := list(islice(waiting, _ROWS_AT_ONCE)):
+def _in_pieces(requests: Iterable[NewRequest]) -> Iterator[list[tuple[int, NewRequest]]]:
+    """Yield requests with their indexes, in pieces that are neither many nor large."""
+    piece: list[tuple[int, NewRequest]] = []
+    size = 0
+    for index, request in enumerate(requests):
+        piece.append((index, request))
+        size += request.size_bytes
+        if len(piece) >= _ROWS_AT_ONCE or size >= _BYTES_AT_ONCE:
+            yield piece
+            piece, size = [], 0
+    if piece:
         yield piece

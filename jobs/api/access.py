@@ -19,6 +19,7 @@ from starlette.types import Scope as Call
 
 from jobs.api import errors
 from jobs.api.caller import Caller, note_caller
+from jobs.api.watch import Watch
 from jobs.errors import BasicError, InvalidKey, LimitReached, NotPermitted
 from jobs.keys import Scope, check_key, same_key
 from storage import keys
@@ -103,11 +104,15 @@ class Counts:
 
 
 class AccessGuard:
-    """Asks the door about every call below `/v1`, and answers itself where the door says no."""
+    """Asks the door about every call below `/v1`, and answers itself where the door says no.
 
-    def __init__(self, app: ASGIApp, door: Door) -> None:
+    Answers that last are watched: what was let in is cut off when its key is revoked.
+    """
+
+    def __init__(self, app: ASGIApp, door: Door, watch: Watch) -> None:
         self._app = app
         self._door = door
+        self._watch = watch
 
     async def __call__(self, scope: Call, receive: Receive, send: Send) -> None:
         """Pass on the calls that may come in, with their caller."""
@@ -125,7 +130,14 @@ class AccessGuard:
             await errors.database_away(away)(scope, receive, send)
         else:
             note_caller(scope, caller)
+            await self._answer(scope, receive, send, caller)
+
+    async def _answer(self, scope: Call, receive: Receive, send: Send, caller: Caller) -> None:
+        if not caller.key_id:
             await self._app(scope, receive, send)
+            return
+        with self._watch.over(caller.key_id, send) as watched:
+            await self._app(scope, receive, watched)
 
 
 def _is_guarded(path: str) -> bool:

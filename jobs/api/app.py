@@ -11,6 +11,7 @@ from jobs.api.limits import BodyLimit, RequestIds
 from jobs.api.services import Services
 from jobs.api.streams import Streams
 from jobs.api.uploads import FORM_BYTES
+from jobs.api.watch import Watch
 from jobs.broadcast import Broadcast
 from jobs.producer import Ring, make_producer_app, ring
 from jobs.settings import JobsSettings
@@ -35,7 +36,7 @@ def make_api(settings: JobsSettings, database: Database, ring: Ring | None = Non
     app.state.streams = Streams(settings.max_streams, settings.max_streams_per_key)
     most_by_path = {"/v1/files": settings.max_file_bytes + FORM_BYTES}
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, most_by_path=most_by_path)
-    app.add_middleware(AccessGuard, door=door or Door(database))
+    app.add_middleware(AccessGuard, door=door or Door(database), watch=Watch(database))
     app.add_middleware(RequestIds)
     app.add_middleware(metrics.Stopwatch, metrics=app.state.metrics)
     app.include_router(files.router)

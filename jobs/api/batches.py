@@ -67,7 +67,7 @@ ExistingBatch = Annotated[JobView, Depends(_existing_batch)]
 
 
 @router.get("/{batch_id}", responses=replies(BATCH, 404))
-def retrieve(batch: ExistingBatch) -> dict[str, Any]:
+async def retrieve(batch: ExistingBatch) -> dict[str, Any]:
     """Read one batch."""
     return views.batch(batch)
 

@@ -34,7 +34,7 @@ def note_caller(scope: Scope, caller: Caller) -> None:
     scope[_PLACE] = caller
 
 
-def _caller(request: Request) -> Caller:
+async def _caller(request: Request) -> Caller:
     """Return who was let in; a route that nobody guards has no caller, and must not ask for one."""
     if _PLACE not in request.scope:
         raise InvalidKey

@@ -10,24 +10,10 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
-from pydantic import BaseModel
+
+from jobs.api.replies import ErrorReply, streamed_schemas
 
 Json = dict[str, Any]
-
-
-class ErrorInfo(BaseModel):
-    """What went wrong: the field it is about and a code for programs, where there are such."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorReply(BaseModel):
-    """The body of every error."""
-
-    error: ErrorInfo
 
 
 ERRORS: dict[int | str, Json] = {"default": {"model": ErrorReply, "description": "Why not."}}
@@ -87,6 +73,7 @@ def install(app: FastAPI, *shown: APIRouter) -> None:
         for methods in document["paths"].values():
             for operation in methods.values():
                 operation["responses"].pop("422", None)
+        document["components"]["schemas"] |= streamed_schemas()
         for name in ("HTTPValidationError", "ValidationError"):
             document.get("components", {}).get("schemas", {}).pop(name, None)
         return document

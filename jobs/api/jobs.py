@@ -15,6 +15,7 @@ from jobs.api.bodies import Body
 from jobs.api.caller import CallerNow
 from jobs.api.document import JOB_BODY
 from jobs.api.output_lines import CURSOR, followed_lines, output_lines
+from jobs.api.replies import EVENTS, JOB, JOBS, LINES, STATISTICS
 from jobs.api.services import ExistingJob, ServicesNow, cancel_job, find_job
 from jobs.api.streams import StreamPlace
 from jobs.api.submissions import most_bytes, read_submission
@@ -30,7 +31,7 @@ _RECONNECT = b"retry: 1000\n\n"  # milliseconds until EventSource comes back
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # the second for nginx
 
 
-@router.post("", openapi_extra=JOB_BODY)
+@router.post("", response_model=None, openapi_extra=JOB_BODY, responses=JOB)
 async def submit(
     request: Request, background: BackgroundTasks, services: ServicesNow, caller: CallerNow
 ) -> dict[str, Any]:
@@ -50,7 +51,7 @@ async def submit(
         return await run_in_threadpool(accept, body)
 
 
-@router.get("")
+@router.get("", response_model=None, responses=JOBS)
 def list_jobs(
     services: ServicesNow,
     caller: CallerNow,
@@ -66,19 +67,19 @@ def list_jobs(
     return views.page([views.job(job) for job in page.jobs], page.has_more)
 
 
-@router.get("/{job_id}")
-def retrieve(job: ExistingJob) -> dict[str, Any]:
+@router.get("/{job_id}", response_model=None, responses=JOB)
+async def retrieve(job: ExistingJob) -> dict[str, Any]:
     """Read one job."""
     return views.job(job)
 
 
-@router.post("/{job_id}/cancel")
+@router.post("/{job_id}/cancel", response_model=None, responses=JOB)
 def cancel(job: ExistingJob, services: ServicesNow, caller: CallerNow) -> dict[str, Any]:
     """Cancel a job. May be repeated; a job that ended another way is a conflict."""
     return views.job(cancel_job(services, job, caller))
 
 
-@router.post("/{job_id}/retry")
+@router.post("/{job_id}/retry", response_model=None, responses=JOB)
 def retry(
     job: ExistingJob,
     services: ServicesNow,
@@ -102,7 +103,7 @@ def retry(
     return views.job(find_job(services, job_id, caller))
 
 
-@router.get("/{job_id}/outputs", dependencies=[StreamPlace])
+@router.get("/{job_id}/outputs", response_class=StreamingResponse, dependencies=[StreamPlace], responses=LINES)
 def outputs(
     job: ExistingJob,
     services: ServicesNow,
@@ -119,7 +120,7 @@ def outputs(
     return StreamingResponse(lines, media_type="application/x-ndjson; charset=utf-8")
 
 
-@router.get("/{job_id}/stats")
+@router.get("/{job_id}/stats", response_model=None, responses=STATISTICS)
 def statistics(job: ExistingJob, services: ServicesNow) -> dict[str, Any]:
     """Say how fast the job ran and how much speculation paid."""
     with services.database.read() as session:
@@ -130,10 +131,7 @@ def statistics(job: ExistingJob, services: ServicesNow) -> dict[str, Any]:
     "/{job_id}/events",
     response_class=StreamingResponse,
     dependencies=[StreamPlace],
-    responses={
-        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Server-sent events."},
-        204: {"description": "The reader has been told everything, and the job has ended."},
-    },
+    responses=EVENTS | {204: {"description": "The reader has been told everything, and the job has ended."}},
 )
 async def events(
     job: ExistingJob, services: ServicesNow, last_event_id: Annotated[str | None, Header(max_length=200)] = None

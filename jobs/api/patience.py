@@ -1,7 +1,8 @@
 """uvicorn's HTTP/1.1 with an end to its patience, and errors in our envelope where it answers before any route.
 
 server -> [patience].  uvicorn lets a connection be that never finishes its headers; enough of them would take every
-file descriptor there is.
+file descriptor there is. And it closes a connection on which bytes are still coming, which resets it: whoever sent
+them would not see the answer. So after an answer of ours we say that nothing follows, and pass over what still comes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from jobs.api.envelope import error_body
 
 HEADERS_S = 15.0  # within which a connection must have brought a whole head of a request
+LINGER_S = 2.0  # within which a sender that is refused must have read the answer and closed
 _REASONS = {400: b"Bad Request", 431: b"Request Header Fields Too Large"}
 
 
@@ -24,19 +26,18 @@ class PatientProtocol(H11Protocol):
     """One connection."""
 
     _closing: asyncio.TimerHandle | None = None
+    _refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request."""
         super().connection_made(transport)
-        self._wait()
+        self._wait(HEADERS_S)
 
     def data_received(self, data: bytes) -> None:
         """Go on waiting where the bytes do not complete the head of a request."""
-        super().data_received(data)
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._stop_waiting()
-        elif self._closing is None:
-            self._wait()
+        if not self._refused:
+            super().data_received(data)
+            self._wait_or_not()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait for nothing any more."""
@@ -49,7 +50,11 @@ class PatientProtocol(H11Protocol):
         status = 431 if isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431 else 400
         reason = _REASONS[status]
         body = json.dumps(error_body(status, msg if status == 400 else "The head of the request is too long.")).encode()
-        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+        ]
         events: tuple[Any, ...] = (
             h11.Response(status_code=status, headers=headers, reason=reason),
             h11.Data(data=body),
@@ -57,10 +62,24 @@ class PatientProtocol(H11Protocol):
         )
         for event in events:
             self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
+        self._refused = True
+        self.transport.write_eof()
+        if self.cycle is not None:  # a route that waits for the rest of this body waits for nothing
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self._stop_waiting()
+        self._wait(LINGER_S)
 
-    def _wait(self) -> None:
-        self._closing = asyncio.get_running_loop().call_later(HEADERS_S, self.transport.close)
+    def _wait_or_not(self) -> None:
+        if self._refused:
+            return
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop_waiting()
+        elif self._closing is None:
+            self._wait(HEADERS_S)
+
+    def _wait(self, seconds: float) -> None:
+        self._closing = asyncio.get_running_loop().call_later(seconds, self.transport.close)
 
     def _stop_waiting(self) -> None:
         if self._closing is not None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 from sqlalchemy.exc import SQLAlchemyError
@@ -33,6 +35,15 @@ _BACKLOG = 2048
 _SHUTDOWN_S = 5  # streams that are still open after this are cut
 
 
+class _Server(uvicorn.Server):
+    """uvicorn, which after its own end dies of the signal that ended it; what is done behind it would not be done."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop; on a second Ctrl-C at once."""
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
+
+
 def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
     """Serve until a signal comes. The URL is written to `ready_file` as soon as connections are taken."""
     log_to_stderr(settings.log_format)
@@ -53,7 +64,7 @@ def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
         _write_url(ready_file, listener)
     try:
         with _reconciling(settings, database):
-            uvicorn.Server(config).run(sockets=[listener])
+            _Server(config).run(sockets=[listener])
     finally:
         database.dispose()
 

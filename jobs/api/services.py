@@ -32,7 +32,7 @@ class Services:
     broadcast: Broadcast
 
 
-def _services(request: Request) -> Services:
+async def _services(request: Request) -> Services:  # async: what does not wait needs no thread
     return cast(Services, request.app.state.services)
 
 

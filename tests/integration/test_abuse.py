@@ -18,9 +18,8 @@ import httpx
 import pytest
 
 from jobs.api import patience
+from jobs.items import MAX_JSON_NODES
 from storage import schema
-
-pytestmark = pytest.mark.unproven
 
 MOST_MB = 600
 JSON = {"content-type": "application/json"}
@@ -107,9 +106,11 @@ def bodies(size: int) -> dict[str, tuple[dict[str, str], Iterator[bytes]]]:
     """Return bodies of some size that are made to take much memory."""
     piece, lists = b"x" * 65_536, b"[]," * 20_000
     line = b'{"prompt": [' + b"[]," * 3_000_000 + b"[]]}\n"  # just below the limit of a line
-    wide = (
-        json.dumps({"prompt": "x" * 3_000 + "\U0001f600", "max_tokens": 1}, ensure_ascii=False) + "\n"
-    ).encode() * 20
+    dear = b'{"prompt": [' + b'{"a":0},' * (MAX_JSON_NODES - 10) + b"0]}\n"  # and this below that of its lists
+
+    def wide(chars: int) -> bytes:
+        prompt = "x" * chars + "\U0001f600"  # in memory each of its characters takes four bytes
+        return (json.dumps({"prompt": prompt, "max_tokens": 1}, ensure_ascii=False) + "\n").encode()
 
     def pieces(begin: bytes, part: bytes) -> Iterator[bytes]:
         yield begin
@@ -121,7 +122,9 @@ def bodies(size: int) -> dict[str, tuple[dict[str, str], Iterator[bytes]]]:
         "one endless string": (JSON, pieces(b'{"requests": ["', piece)),
         "endless lists": (JSON, pieces(b'{"requests": [', lists)),
         "lines of lists": (LINES, pieces(b"", line)),
-        "lines of wide text": (LINES, pieces(b"", wide)),
+        "lines of objects": (LINES, pieces(b"", dear)),
+        "lines of wide text": (LINES, pieces(b"", wide(3_000) * 20)),
+        "lines of long wide text": (LINES, pieces(b"", wide(999_999))),
         "packed": (JSON | {"content-encoding": "gzip"}, pieces(b"\x1f\x8b", piece)),
     }
 
@@ -198,6 +201,7 @@ def test_streams_beyond_their_number_are_refused_and_a_closed_one_makes_room(shi
         (b"GET / HTTP/1.1\r\n\r\n", 400),
         (b"POST /v1/jobs HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n", 400),
         (b"GET /v1/jobs HTTP/1.1\r\nhost: x\r\nx: a\x00b\r\n\r\n", 400),
+        (b"POST /v1/jobs HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nno length\r\n" + b"z" * 200_000, 400),
     ],
 )
 def test_what_is_no_request_is_answered_in_the_envelope(shim: Shim, request_: bytes, status: int) -> None:

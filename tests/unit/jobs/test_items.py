@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 
-from jobs.items import UNSUPPORTED, WITHOUT_EFFECT, Item, Rules, parse_item, parse_parameters, read_lines
+from jobs.items import (
+    MAX_JSON_NODES,
+    UNSUPPORTED,
+    WITHOUT_EFFECT,
+    Item,
+    Rules,
+    parse_item,
+    parse_parameters,
+    read_lines,
+)
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, Endpoint, GenerationRequest
 from storage.records import NewRequest, Refusal
 
@@ -304,3 +313,8 @@ def test_a_line_that_is_not_json_is_refused_and_named_and_the_others_go_on(line:
     assert bad.refusal.code == "invalid_json_line"
     assert bad.refusal.message.startswith("line 2: ")
     assert len(bad.refusal.message) < 200
+
+
+def test_a_line_of_more_lists_than_one_may_hold_is_refused_before_they_are_made() -> None:
+    (item,) = lines(b"[" * (MAX_JSON_NODES + 1), max_line_bytes=10_000_000)
+    assert "lists and objects" in refused(item.value, line=1).message

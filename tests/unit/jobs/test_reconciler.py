@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 
 import pytest
@@ -15,7 +16,7 @@ from jobs.reconciler import Reconciler
 from storage import queries, writes
 from storage.session import DATABASE_AWAY, Database
 from tests.factories import a_request, a_worker_card
-from tests.unit.storage.acts import claim_one, record, requests_of, view
+from tests.unit.storage.acts import cancel, claim_one, record, requests_of, view
 
 
 class Town:
@@ -115,6 +116,35 @@ def test_a_late_request_fails_with_its_event_and_ends_its_job(database: Database
     assert failed.error["code"] == "deadline_exceeded"
     assert (ended.type, ended.status) == ("job", "completed")
     assert view(database).requests_failed == 1
+
+
+def test_one_round_ends_a_large_cancelled_job_and_tells_so(database: Database) -> None:
+    record(database, requests=2_000)
+    assert cancel(database) == "cancelling"
+    town = Town(database)
+
+    town.reconciler.round()
+
+    assert [(event.type, event.status) for event in town.events] == [("job", "cancelled")]
+    assert {row.status for row in requests_of(database).values()} == {"cancelled"}
+
+
+def test_others_write_between_the_pieces_of_what_ends(database: Database) -> None:
+    record(database, requests=3_000)
+    cancel(database)
+    town = Town(database)
+
+    def go_on() -> None:
+        while view(database).status == "cancelling":
+            town.reconciler.round()
+
+    reconciling = threading.Thread(target=go_on)
+    reconciling.start()
+    recorded = 0
+    while reconciling.is_alive():
+        record(database, f"other-{recorded}")
+        recorded += 1
+    assert recorded > 6  # there are six pieces
 
 
 def test_one_of_two_holds_the_office(database: Database) -> None:

@@ -79,7 +79,7 @@ def cancel(database: Database, job_id: str = "job-1") -> str | None:
 
 def expire(database: Database) -> list[tuple[str, str]]:
     with database.write() as session:
-        return writes.expire_jobs(session)
+        return list(writes.end_jobs(session).jobs)
 
 
 def view(database: Database, job_id: str = "job-1") -> JobView:

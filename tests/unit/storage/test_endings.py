@@ -4,9 +4,11 @@ from collections import Counter
 
 import pytest
 
-from storage import writes
+from storage import story, writes
 from storage.records import Progress
 from storage.session import Database
+from storage.story import Cursor
+from tests.factories import a_request
 from tests.unit.storage.acts import (
     cancel,
     check_laws,
@@ -136,3 +138,62 @@ def test_finalising_ends_only_jobs_with_nothing_left(database: Database) -> None
         assert writes.finalise_jobs(session, ["job-1", "nowhere"]) == []
         assert writes.finalise_jobs(session, []) == []
     assert view(database).status == "in_progress"
+
+
+def end_all(database: Database) -> int:
+    """End a piece at a time until nothing is left; return in how many."""
+    pieces = 0
+    more = True
+    while more:
+        with database.write() as session:
+            more = writes.end_jobs(session).more
+        pieces += 1
+        check_laws(database)
+    return pieces
+
+
+def events_of(database: Database, job_id: str = "job-1") -> list[int]:
+    """The requests that a reader is told have failed, in the order in which it is."""
+    cursor, failed, complete = Cursor(), [], False
+    while not complete:
+        with database.read() as session:
+            page = story.read(session, job_id, cursor, 100)
+        failed += [passage.request_index for passage in page.passages if passage.kind == "failed"]
+        cursor, complete = page.cursor, page.complete
+    return failed
+
+
+@pytest.mark.parametrize("ending", ["cancelled", "expired"])
+def test_a_large_job_ends_in_pieces_and_each_of_its_requests_is_told_once(database: Database, ending: str) -> None:
+    record(database, requests=1_700)
+    first, second = claim(database, limit=2)
+    flush(database, "w1", whole(first.lease, 1))
+    if ending == "cancelled":
+        assert cancel(database) == "cancelling"
+    else:
+        let_the_window_pass(database)
+    assert claim(database, "w2") == []
+
+    assert end_all(database) == (3 if ending == "cancelled" else 4)
+    assert view(database).status == ("cancelling" if ending == "cancelled" else "expired")  # its worker still has one
+    flush(database, "w1", held=[second.lease])
+
+    assert view(database).status == ending
+    rows = requests_of(database).values()
+    assert Counter(row.status for row in rows) == {"completed": 1, ending: 1_699}
+    assert {row.error_code for row in rows if row.status == ending} == {f"batch_{ending}"}
+    assert sorted(events_of(database)) == sorted(set(range(1_700)) - {first.lease.request_index})
+
+
+def test_requests_that_are_late_together_fail_in_pieces(database: Database) -> None:
+    record(database, requests=[a_request(f"r{n}", timeout_s=-1.0) for n in range(1_100)])
+    failed: list[str] = []
+    more = True
+    while more:
+        with database.write() as session:
+            ended = writes.expire_requests(session)
+        failed += [request.custom_id for request in ended.failed]
+        more = ended.more
+    assert failed == [f"r{n}" for n in range(1_100)]
+    assert ended.jobs == (("job-1", "completed"),)
+    check_laws(database)

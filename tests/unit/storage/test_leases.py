@@ -3,10 +3,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 
-import pytest
-
 from storage import leases
-from storage.leases import share_out
 from storage.records import Claim, Lease, Progress, Refusal
 from storage.session import Database
 from tests.unit.storage.acts import (
@@ -145,20 +142,31 @@ def _serve_one(database: Database) -> list[Claim]:
     return [claimed]
 
 
-@pytest.mark.parametrize(
-    ("running", "places", "shares"),
-    [
-        ({}, 4, {}),
-        ({"a": 7}, 3, {"a": 3}),
-        ({"a": 0, "b": 0}, 3, {"a": 2, "b": 1}),
-        ({"a": 0, "b": 2}, 4, {"a": 3, "b": 1}),
-        ({"a": 0, "b": 9}, 2, {"a": 2}),
-    ],
-)
-def test_every_place_goes_to_the_job_with_the_fewest_running(
-    running: dict[str, int], places: int, shares: dict[str, int]
-) -> None:
-    assert share_out(running, places) == shares
+def test_an_owner_of_many_jobs_gets_no_more_than_one_of_a_single_small_job(database: Database) -> None:
+    for number in range(30):
+        record(database, f"mass-{number}", 50, api_key_id="mass")
+    claim(database, limit=8)
+    record(database, "small", 10, api_key_id="small")
+
+    served = [Counter(c.lease.job_id.partition("-")[0] for c in claim(database, limit=limit)) for limit in (8, 4)]
+
+    assert served == [{"small": 8}, {"small": 2, "mass": 2}]
+
+
+def test_the_jobs_of_one_owner_share_what_it_gets(database: Database) -> None:
+    record(database, "large", 100, api_key_id="alice")
+    record(database, "other", 100, api_key_id="bob")
+    claim(database, limit=12)
+    record(database, "small", 100, api_key_id="alice")
+
+    assert Counter(c.lease.job_id for c in claim(database, limit=8)) == {"small": 4, "other": 4}
+
+
+def test_an_owner_whose_jobs_are_all_running_leaves_the_places_to_the_others(database: Database) -> None:
+    record(database, "short", 3, api_key_id="alice")
+    record(database, "long", 100, api_key_id="bob")
+
+    assert Counter(c.lease.job_id for c in claim(database, limit=10)) == {"short": 3, "long": 7}
 
 
 def test_two_claimers_never_get_the_same_request(database: Database) -> None:

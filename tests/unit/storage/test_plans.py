@@ -41,7 +41,7 @@ def work(database: Database) -> None:
     claim(database, "w1")
     with database.write() as session:
         leases.jobs_to_ring(session, -1.0)
-        writes.expire_jobs(session)
+        writes.end_jobs(session)
         writes.expire_requests(session)
 
 
@@ -78,3 +78,8 @@ def test_no_table_that_grows_is_read_whole(two_jobs: Database, act: Callable[[Da
     growing = re.compile(r"SCAN (requests|outputs|partials|decode_steps)")
     assert plans
     assert {sql: plan for sql, plan in plans.items() if any(growing.match(step) for step in plan)} == {}
+
+
+def test_a_job_is_read_from_one_row_however_many_requests_it_has(two_jobs: Database) -> None:
+    (plan,) = plans_of(two_jobs, lambda: view(two_jobs)).values()
+    assert [re.sub(r" USING INDEX \S+", "", step) for step in plan] == ["SEARCH jobs (id=?)"]

@@ -244,15 +244,16 @@ def test_a_request_fails_when_its_own_deadline_is_over(database: Database, runni
     if running:
         flush(database, "w1", *(Progress(c.lease, (tokens_of(1, 2),)) for c in held))
     with database.write() as session:
-        assert writes.expire_requests(session) == ([], [])
+        assert writes.expire_requests(session) == writes.Ended()
         session.execute(text("UPDATE requests SET expires_at = 1.0 WHERE custom_id = 'late'"))
     if running:
         assert flush(database, "w1", held=[c.lease for c in held]).lost == {("job-1", 0)}
 
     with database.write() as session:
-        (failed,), ended = writes.expire_requests(session)
+        ended = writes.expire_requests(session)
 
+    (failed,) = ended.failed
     assert (failed.custom_id, failed.seq, failed.refusal.code) == ("late", 2 if running else 0, "deadline_exceeded")
-    assert ended == []
+    assert ended.jobs == ()
     assert requests_of(database)[0].status == "failed"
     check_laws(database)

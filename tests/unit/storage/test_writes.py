@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from storage import queries, writes
@@ -27,8 +29,9 @@ def test_a_recorded_job_is_in_progress_with_its_requests_queued(database: Databa
     check_laws(database)
 
 
-def test_a_job_of_more_requests_than_one_insert_holds_is_recorded_whole(database: Database) -> None:
-    requests = (a_request(f"r{index}") for index in range(2_500))
+@pytest.mark.parametrize("size_bytes", [0, 10_000])
+def test_a_job_of_more_requests_than_one_insert_holds_is_recorded_whole(database: Database, size_bytes: int) -> None:
+    requests = (replace(a_request(f"r{index}"), size_bytes=size_bytes) for index in range(2_500))
     with database.write() as session:
         writes.record_job(session, a_job(), requests)
 

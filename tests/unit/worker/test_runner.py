@@ -425,7 +425,7 @@ def test_requests_of_a_job_that_is_over_leave_before_the_step_behind_the_next_fl
             writes.request_cancel(session, "batch_1")
         else:
             session.execute(text("UPDATE jobs SET expires_at = 0"))
-            writes.expire_jobs(session)
+            writes.end_jobs(session)
     worker.runner.turn()  # the interval is 0: this turn ends with a flush
     forwards = worker.model.forwards
     assert not worker.runner.busy

@@ -1,0 +1,144 @@
+"""A real ingest process that is killed in the midst of a batch: the next one brings it to its right end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from jobs.batches import BatchOrder, accept_batch
+from jobs.messages import CHAT_ENDPOINT
+from jobs.settings import JobsSettings
+from storage import files, schema, writes
+from storage.session import Database
+
+LINES = 20_000
+BAD = range(0, LINES, 2_000)  # lines whose content is refused
+PATIENCE_S = 120.0
+
+
+@pytest.fixture
+def settings(tmp_path: Path, redis_url: str) -> JobsSettings:
+    made = JobsSettings(data_dir=tmp_path, redis_url=redis_url, target="tiny")
+    schema.upgrade(made.resolved_database_url)
+    return made
+
+
+@pytest.fixture
+def database(settings: JobsSettings) -> Iterator[Database]:
+    database = Database.open(settings.resolved_database_url)
+    yield database
+    database.dispose()
+
+
+@contextmanager
+def an_ingest_process(settings: JobsSettings) -> Iterator[subprocess.Popen[bytes]]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("BASIC_")}
+    own = {
+        "BASIC_DATA_DIR": str(settings.data_dir),
+        "BASIC_REDIS_URL": settings.redis_url,
+        "BASIC_TARGET": settings.target,
+    }
+    process = subprocess.Popen([sys.executable, "-m", "jobs.ingest"], env=inherited | own, stderr=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def a_batch(database: Database, settings: JobsSettings) -> str:
+    content = "".join(_line(index) for index in range(LINES)).encode()
+    with database.write() as session:
+        files.begin_file(session, "file-1", "batch", "input.jsonl", "")
+        for index, start in enumerate(range(0, len(content), files.CHUNK_BYTES)):
+            files.append_chunk(session, "file-1", index, content[start : start + files.CHUNK_BYTES])
+        files.finish_file(session, "file-1", len(content), None, "batch")
+    return accept_batch(BatchOrder("file-1", CHAT_ENDPOINT, "24h", 86_400.0), None, database, settings)
+
+
+def _line(index: int) -> str:
+    message = {"role": "user", "content": "word " * 100}
+    body = {"model": "tiny", "messages": [message], "max_tokens": -1 if index in BAD else 8}
+    return json.dumps({"custom_id": f"r{index}", "method": "POST", "url": CHAT_ENDPOINT, "body": body}) + "\n"
+
+
+def value(database: Database, query: str) -> Any:
+    with database.read() as session:
+        return session.execute(text(query)).scalar()
+
+
+def wait_for(process: subprocess.Popen[bytes], done: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not done():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def killed_once(settings: JobsSettings, begun: Callable[[], Any]) -> None:
+    """Let a process begin, and kill it at once."""
+    with an_ingest_process(settings) as process:
+        wait_for(process, begun)
+
+
+def status_of(database: Database) -> str:
+    return str(value(database, "SELECT status FROM jobs"))
+
+
+def test_a_batch_whose_reader_is_killed_is_read_by_the_next_and_each_line_is_one_request(
+    database: Database, settings: JobsSettings
+) -> None:
+    a_batch(database, settings)
+    killed_once(settings, lambda: value(database, "SELECT count(*) FROM requests"))
+    assert status_of(database) == "validating"
+    assert 0 < value(database, "SELECT count(*) FROM requests") < LINES
+    assert value(database, "SELECT requests_total FROM jobs") == 0, "nothing counts before all is read"
+
+    with an_ingest_process(settings) as process:
+        wait_for(process, lambda: status_of(database) != "validating")
+
+    with database.read() as session:
+        (job,) = session.execute(text("SELECT status, requests_total, requests_completed, requests_failed FROM jobs"))
+        rows = session.execute(text("SELECT custom_id, status FROM requests ORDER BY request_index")).all()
+    assert tuple(job) == ("in_progress", LINES, 0, len(BAD))
+    assert [row.custom_id for row in rows] == [f"r{index}" for index in range(LINES)]
+    assert [index for index, row in enumerate(rows) if row.status == "failed"] == list(BAD)
+
+
+def test_a_batch_whose_writer_is_killed_has_each_line_once_in_its_files(
+    database: Database, settings: JobsSettings
+) -> None:
+    job_id = a_batch(database, settings)
+    with an_ingest_process(settings) as process:
+        wait_for(process, lambda: status_of(database) != "validating")
+    with database.write() as session:
+        writes.request_cancel(session, job_id)
+    while True:
+        with database.write() as session:
+            if not writes.end_jobs(session).more:
+                break
+    killed_once(settings, lambda: value(database, "SELECT count(*) FROM file_chunks WHERE file_id <> 'file-1'"))
+    assert status_of(database) == "cancelling"
+    assert value(database, "SELECT error_file_id FROM jobs") is None, "no file is shown before it is whole"
+
+    with an_ingest_process(settings) as process:
+        wait_for(process, lambda: status_of(database) == "cancelled")
+
+    chunks = "SELECT data FROM file_chunks JOIN jobs ON file_id = error_file_id ORDER BY chunk_index"
+    with database.read() as session:
+        content = b"".join(session.scalars(text(chunks)))
+    lines = [json.loads(line) for line in content.splitlines()]
+    assert [line["custom_id"] for line in lines] == [f"r{index}" for index in range(LINES)]
+    found = Counter("refused" if line["response"] else line["error"]["code"] for line in lines)
+    assert found == {"refused": len(BAD), "batch_cancelled": LINES - len(BAD)}

@@ -1,0 +1,139 @@
+"""Answers that last, over a real connection: how they end when they may not go on."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from sqlalchemy.exc import OperationalError
+
+from jobs import telling
+from jobs.api import output_lines
+from jobs.api.app import make_api
+from jobs.api.patience import PatientProtocol
+from jobs.settings import JobsSettings
+from storage import files, keys
+from storage.session import Database
+from tests.databases import on_sqlite
+from tests.factories import a_key
+from tests.unit.storage.acts import cancel, record
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    with on_sqlite(tmp_path) as database:
+        yield database
+
+
+@pytest.fixture
+def url(database: Database, redis_url: str, tmp_path: Path) -> Iterator[str]:
+    """A shim that is served on a thread, so that a test can break what it is made of."""
+    api = make_api(JobsSettings(data_dir=tmp_path, redis_url=redis_url), database)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        config = uvicorn.Config(api, http=PatientProtocol, log_config=None, timeout_graceful_shutdown=1)
+        server = uvicorn.Server(config)
+        serving = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        serving.start()
+        yield "http://{}:{}".format(*listener.getsockname())
+        server.should_exit = True
+        serving.join()
+
+
+@contextmanager
+def streamed(url: str, path: str, headers: dict[str, str] | None = None) -> Iterator[Iterator[bytes]]:
+    with httpx.stream("GET", url + path, headers=headers, timeout=30) as reply:
+        assert reply.status_code == 200
+        yield reply.iter_raw()
+
+
+def revoke(database: Database) -> None:
+    with database.write() as session:
+        assert all(keys.revoke_key(session, key.id) for key in keys.list_keys(session)[:1])
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs/job-1/events", "/v1/jobs/job-1/outputs?follow=true"])
+def test_a_stream_whose_key_is_revoked_is_cut_off_within_a_second_or_two(
+    database: Database, url: str, path: str
+) -> None:
+    revoked, other = a_key(database), a_key(database)
+    (owner, stranger) = (key.id for key in _in_order(database))
+    record(database, "job-1", 3, api_key_id=owner)
+    record(database, "job-2", 3, api_key_id=stranger)
+    with database.write() as session:  # so that there is a first line
+        session.connection().exec_driver_sql(
+            "UPDATE requests SET status = 'failed', error_message = 'No.', event_number = 1 WHERE request_index = 0"
+        )
+        session.connection().exec_driver_sql("UPDATE jobs SET event_number = 1, requests_failed = 1")
+    with streamed(url, path, revoked) as cut, streamed(url, path.replace("job-1", "job-2"), other) as kept:
+        assert next(cut)
+        assert next(kept)
+        revoke(database)
+        revoked_at = time.monotonic()
+        with pytest.raises(httpx.RemoteProtocolError, match="incomplete chunked read"):
+            for _ in cut:
+                pass
+        assert time.monotonic() - revoked_at < 2.0
+        assert httpx.get(url + path, headers=revoked).status_code == 401
+        cancel(database, "job-2")
+        assert b"".join(kept)  # to its end
+
+
+def _in_order(database: Database) -> list[Any]:
+    with database.read() as session:
+        return list(keys.list_keys(session))
+
+
+def _break(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, error: Exception, after: int) -> None:
+    """Let a function work so often, and then no more."""
+    real, calls = getattr(place, name), [0]
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] > after:
+            raise error
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(place, name, broken)
+
+
+ERRORS = [RuntimeError("a bug"), OperationalError("SELECT", {}, Exception("gone"))]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["a bug", "no database"])
+@pytest.mark.parametrize(
+    ("path", "place", "name"),
+    [
+        ("/v1/jobs/job-1/outputs", output_lines, "_line"),
+        ("/v1/jobs/job-1/outputs?follow=true", output_lines, "_line"),
+        ("/v1/jobs/job-1/events", telling, "server_sent"),
+    ],
+)
+def test_lines_that_break_off_do_not_look_complete(
+    database: Database, url: str, monkeypatch: pytest.MonkeyPatch, path: str, place: Any, name: str, error: Exception
+) -> None:
+    record(database, "job-1", 450)
+    cancel(database)
+    _break(monkeypatch, place, name, error, after=250)
+    with streamed(url, path) as body, pytest.raises(httpx.RemoteProtocolError):
+        for _ in body:
+            pass
+
+
+def test_a_file_that_breaks_off_does_not_look_complete(
+    database: Database, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with httpx.Client(base_url=url) as http:
+        content = b"x" * (3 * files.CHUNK_BYTES)
+        file = http.post("/v1/files", data={"purpose": "batch"}, files={"file": ("a.jsonl", content)}).json()
+    _break(monkeypatch, files, "chunk", RuntimeError("a bug"), after=2)
+    with streamed(url, f"/v1/files/{file['id']}/content") as body, pytest.raises(httpx.RemoteProtocolError):
+        for _ in body:
+            pass

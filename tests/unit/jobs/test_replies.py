@@ -1,0 +1,75 @@
+"""The document of the routes of jobs is true: every reply has exactly the fields that its type has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from pydantic import TypeAdapter
+
+from jobs.api.app import make_api
+from jobs.api.replies import ErrorReply, JobPage, JobReply, OutputLine
+from jobs.messages import PartialEvent
+from jobs.settings import JobsSettings
+from storage.queries import JobStats
+from storage.session import Database
+from tests.unit.jobs.test_api import answer_all, submitted
+
+
+@pytest.fixture
+def api(settings: JobsSettings, database: Database) -> TestClient:
+    return TestClient(make_api(settings, database, lambda job_id, model: None))
+
+
+@pytest.fixture
+def job_id(api: TestClient, database: Database) -> str:
+    """A job with an answer, a refusal, and a request that was cancelled."""
+    job: str = submitted(api, "Hello", {"prompt": ""}, "Bye", metadata={"team": "a"}, logprobs=True)["id"]
+    answer_all(database, limit=1, logprobs=([["Paris.", -0.5]],))
+    return job
+
+
+def test_jobs_are_as_their_type_says_whatever_their_state(api: TestClient, job_id: str) -> None:
+    for reply in (
+        api.get(f"/v1/jobs/{job_id}"),
+        api.post(f"/v1/jobs/{job_id}/cancel"),
+        api.post(f"/v1/jobs/{job_id}/retry"),
+    ):
+        assert JobReply.model_validate_json(reply.content, strict=True).request_counts.total
+    assert JobPage.model_validate_json(api.get("/v1/jobs").content, strict=True).data
+    assert ErrorReply.model_validate_json(api.get("/v1/jobs/nowhere").content, strict=True)
+    stats = TypeAdapter(JobStats).validate_json(api.get(f"/v1/jobs/{job_id}/stats").content, strict=True)
+    assert stats.requests_total == 3
+
+
+def test_lines_and_events_are_as_their_types_say(api: TestClient, job_id: str) -> None:
+    api.post(f"/v1/jobs/{job_id}/cancel")
+    for query in ("", "?follow=true"):
+        lines = api.get(f"/v1/jobs/{job_id}/outputs{query}").text.splitlines()
+        read = [OutputLine.model_validate_json(line, strict=True) for line in lines]
+        assert sorted(line.status for line in read) == ["cancelled", "completed", "failed"]
+    events = api.get(f"/v1/jobs/{job_id}/events").text.splitlines()
+    told = [PartialEvent.model_validate_json(line[6:]) for line in events if line.startswith("data: ")]
+    assert {event.type for event in told} == {"tokens", "finished", "failed", "job"}
+
+
+def test_every_route_of_jobs_says_what_it_answers(api: TestClient) -> None:
+    document = api.get("/openapi.json").json()
+    schemas = document["components"]["schemas"]
+
+    def names(part: Any) -> set[str]:
+        if isinstance(part, dict):
+            own = {part["$ref"].rpartition("/")[2]} if "$ref" in part else set()
+            return own.union(*map(names, part.values()))
+        return set().union(*map(names, part)) if isinstance(part, list) else set()
+
+    replies = {
+        f"{method} {path}": operation["responses"]["200"]
+        for path, methods in document["paths"].items()
+        if path.startswith("/v1/jobs")
+        for method, operation in methods.items()
+    }
+    assert len(replies) == 8
+    assert [route for route, reply in replies.items() if not names(reply)] == []
+    assert names(document) <= schemas.keys()
