@@ -67,6 +67,7 @@ class Runner:
         self._live: dict[RequestKey, LiveRequest] = {}
         self._load = Load()
         self._claimed_at = float("-inf")
+        self._more_waits = False  # the last look that had room for requests of batches found some
         self._flushed_at = float("-inf")
         self._renewed_at = float("-inf")  # when the oldest lease that is held was renewed
         self._warned = False
@@ -108,8 +109,10 @@ class Runner:
         self._drop(set(self._live))
 
     def _claim(self, rung: bool) -> None:
-        now = time.monotonic()
-        if self._engine.room <= 0 or not (rung or now - self._claimed_at >= _POLL_S):
+        now, room = time.monotonic(), self._engine.room
+        reserved = max(0, self._reserved - sum(len(request.choices) for request in self._waited_for()))
+        more = self._more_waits and room > reserved
+        if room <= 0 or not (rung or more or now - self._claimed_at >= _POLL_S):
             return
         try:
             with self._database.write() as session:
@@ -117,18 +120,20 @@ class Runner:
                     session,
                     self._worker_id,
                     self._model,
-                    self._engine.room,
+                    room,
                     self._lease_s,
                     holding=self._live,
-                    reserved=max(0, self._reserved - sum(len(request.choices) for request in self._waited_for())),
+                    reserved=reserved,
                     body_version=MESSAGE_VERSION,
                 )
         except DATABASE_AWAY as error:
             raise _unavailable(error) from error
         if not self._live:
             self._renewed_at = now
-        # Where there was work there may be more: look again as soon as there is room.
-        self._claimed_at = float("-inf") if claims else time.monotonic()
+        # Where there was work there may be more: look again as soon as there is room. A look without room for batches
+        # tells nothing of them, else the next place to come free would stay empty until the next poll.
+        self._more_waits = bool(claims) or (self._more_waits and room <= reserved)
+        self._claimed_at = time.monotonic()
         for claim in claims:
             self._take_up(claim)
 

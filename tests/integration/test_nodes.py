@@ -15,8 +15,6 @@ from tests.models import save_tiny
 from tests.nodes import Cluster
 from tests.processes import children_of, ended
 
-pytestmark = pytest.mark.unproven
-
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -78,3 +76,4 @@ def test_two_nodes_share_a_job_and_one_that_vanishes_loses_nothing(shared: Clust
     assert {len(output.token_ids) for output in outputs} == {60}
     assert {output.worker_id for output in outputs} == {worker.id for worker in workers}
     assert shared.emitted(job) == 200 * 60
+    assert shared.attempts(job) == {1, 2}, "it vanished in the midst of some requests, and those were taken up again"

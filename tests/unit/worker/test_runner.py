@@ -447,3 +447,16 @@ def test_what_a_person_waits_for_gets_a_place_beside_a_batch_that_fills_the_engi
     with database.read() as session:
         statuses = dict(session.execute(select(Job.id, Job.status)).all())
     assert statuses == {"chat": "completed", "batch_1": "in_progress"}, "and its end was not kept for the next flush"
+
+
+def test_a_place_that_a_request_leaves_is_filled_at_once_though_places_are_kept_for_others(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.runner._POLL_S", float("inf"))
+    submit(database, "one", "two", "three", "four", "five")
+    worker = Worker(database, "a", reserved=1)
+    worker.runner.turn(rung=True)
+    for _ in range(200):
+        worker.runner.turn()
+    with database.read() as session:
+        assert session.scalars(select(Job)).one().status == "completed"
