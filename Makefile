@@ -8,6 +8,10 @@ BENCH_PROMPTS ?= $(firstword $(wildcard ../shared/data/mt_bench_dev.jsonl) examp
 # So many faults strike on each database.
 CHAOS_FAULTS ?= 50
 
+# Whoever starts torch keeps its bytecode, whatever the caller's environment says: else every process of a test compiles
+# torch and transformers anew, which takes longer than most of what is tested.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .PHONY: help setup model demo test check unit integration unproven chaos audit bench secrets clean
 
@@ -41,7 +45,7 @@ unit: setup ## Run the quick tests: none of our processes, and PostgreSQL out of
 integration: model ## Run the tests with real servers, processes and SmolLM2
 	$(BIN)/pytest tests/integration tests/acceptance
 
-unproven: model ## Run the tests that nobody has seen to pass yet: abuse of the shim, several nodes
+unproven: model ## Run the tests that nobody has seen to pass yet: abuse of the shim
 	$(BIN)/pytest tests -m unproven
 
 chaos: setup ## Break every part of the service, again and again, and check that nothing is lost

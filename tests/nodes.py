@@ -99,6 +99,11 @@ class Cluster:
         """Return the outputs of a job so far, in order."""
         return self._rows(select(Output).where(Output.job_id == job_id).order_by(Output.request_index))
 
+    def held(self, worker_id: str) -> int:
+        """Return how many requests a worker is decoding."""
+        mine = (Request.lease_owner == worker_id, Request.status == "running")
+        return int(self._rows(select(func.count()).select_from(Request).where(*mine))[0])
+
     def attempts(self, job_id: str) -> set[int]:
         """Return how often the requests of a job were claimed."""
         return set(self._rows(select(Request.attempts).where(Request.job_id == job_id)))
