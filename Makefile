@@ -8,8 +8,12 @@ BENCH_PROMPTS ?= $(firstword $(wildcard ../shared/data/mt_bench_dev.jsonl) examp
 # So many faults strike on each database.
 CHAOS_FAULTS ?= 50
 
+# Whoever starts torch keeps its bytecode, whatever the caller's environment says: else every process of a test compiles
+# torch and transformers anew, which takes longer than most of what is tested.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test check unit integration unproven chaos audit bench secrets clean
+.PHONY: help setup model demo test check unit integration chaos audit bench secrets clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,9 +44,6 @@ unit: setup ## Run the quick tests: none of our processes, and PostgreSQL out of
 
 integration: model ## Run the tests with real servers, processes and SmolLM2
 	$(BIN)/pytest tests/integration tests/acceptance
-
-unproven: model ## Run the tests that nobody has seen to pass yet: several nodes
-	$(BIN)/pytest tests -m unproven
 
 chaos: setup ## Break every part of the service, again and again, and check that nothing is lost
 	$(BIN)/python -m tests.chaos.run --database postgresql --faults $(CHAOS_FAULTS)

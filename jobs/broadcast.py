@@ -14,13 +14,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
-from sqlalchemy.exc import InterfaceError, OperationalError
-
 from jobs.messages import PartialEvent
 from jobs.partials import signals
 from jobs.telling import server_sent, tell
 from storage import story
-from storage.session import Database
+from storage.session import DATABASE_AWAY, Database, why_away
 from storage.story import Cursor, Page
 
 log = logging.getLogger(__name__)
@@ -117,8 +115,8 @@ class Broadcast:
             try:
                 async with self._reads:
                     return await asyncio.to_thread(self._read_now, job_id, since)
-            except (OperationalError, InterfaceError) as exc:
-                log.warning("No events for job %s: %s", job_id, exc.orig, extra={"action": "story_unavailable"})
+            except DATABASE_AWAY as exc:
+                log.warning("No events for job %s: %s", job_id, why_away(exc), extra={"action": "story_unavailable"})
                 await asyncio.sleep(_RETRY_S)
 
     def _read_now(self, job_id: str, since: Cursor | None) -> Page:

@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final, cast
 
-from sqlalchemy.exc import InterfaceError, OperationalError
-
 from jobs.answer_lines import answer_line
 from jobs.events import job_events
 from jobs.intake import known_models
@@ -31,7 +29,7 @@ from storage.batches import BatchClaim, BatchEnd, ClaimLost
 from storage.keys import QuotaExceeded
 from storage.queries import OutputView
 from storage.records import NewRequest
-from storage.session import Database
+from storage.session import DATABASE_AWAY, Database, why_away
 
 log = logging.getLogger(__name__)
 
@@ -99,8 +97,8 @@ class Clerk:
                     tidied_at = time.monotonic()
                 if not self.turn():
                     self.stop.wait(_POLL_S)
-            except (OperationalError, InterfaceError) as error:
-                log.warning("The clerk waits for the database: %s", error.orig, extra={"action": "database_away"})
+            except DATABASE_AWAY as error:
+                log.warning("The clerk waits for the database: %s", why_away(error), extra={"action": "database_away"})
                 self.stop.wait(_RETRY_S)
             except Exception:  # the batch is taken up again when its lease lapses; the others must not wait for it
                 log.exception("The clerk failed", extra={"action": "clerk_failed"})

@@ -25,6 +25,7 @@ BasicError
 │   ├── InvalidKey              no key, or one that opens nothing
 │   ├── NotPermitted            the key does not have the scope for it
 │   └── LimitReached            too much at once; later there is room again
+│       └── QueueFull           more requests than the service lets wait, of all callers together
 ├── RequestFailed               a request that somebody waits for ended without an answer
 │   └── AnswerTooLate           it was not written in time
 ├── ServiceUnavailable          a part of the service can't be reached right now
@@ -218,6 +219,12 @@ class LimitReached(CallerRefused):
         self.retry_after_s = retry_after_s
 
 
+class QueueFull(LimitReached):
+    """As many requests wait as the service takes; try again later."""
+
+    code = "queue_full"
+
+
 class RequestFailed(BasicError):
     """The request ended without an answer."""
 
@@ -253,14 +260,19 @@ class ServiceUnavailable(BasicError):
 class QueueUnavailable(ServiceUnavailable):
     """The Redis server does not answer; try again in a few seconds."""
 
+    code = "queue_unavailable"
+
 
 class DatabaseUnavailable(ServiceUnavailable):
     """The database does not answer; try again in a few seconds."""
+
+    code = "database_unavailable"
 
 
 class StorageFull(DatabaseUnavailable):
     """The disk of the database is full; nothing was recorded. Try again when there is room."""
 
+    code = "storage_full"
     status_code = 507
 
 

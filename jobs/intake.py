@@ -24,6 +24,7 @@ from jobs.errors import (
     LimitReached,
     MissingParameter,
     NotRetryable,
+    QueueFull,
     ServiceUnavailable,
     TooManyRequests,
     UnknownModel,
@@ -260,13 +261,13 @@ def _record(
 
 
 def refuse_full_queue(session: Session, most: int) -> None:
-    """Raise LimitReached, which undoes the transaction, if more requests wait than the service takes.
+    """Raise QueueFull, which undoes the transaction, if more requests wait than the service takes.
 
     Counted with the new job, and behind the look for an earlier one: a submission that is only repeated is not refused.
     """
     waiting = keys.open_work(session).requests
     if waiting > most:
-        raise LimitReached(
+        raise QueueFull(
             f"With this job {waiting} requests would wait, and the service takes {most} at once.",
             retry_after_s=_QUEUE_RETRY_S,
         )

@@ -113,11 +113,6 @@ def jobs_to_ring(session: Session, older_than_s: float) -> list[tuple[str, str]]
     return [(job_id, model) for model, job_id in one_a_model.items()]
 
 
-def mark_rung(session: Session, job_id: str) -> None:
-    """Note that the doorbell of a job has just been rung."""
-    session.execute(update(Job).where(Job.id == job_id).values(doorbell_at=database_now(session)))
-
-
 def _held(session: Session, worker_id: str, holding: Collection[RequestKey]) -> Sequence[AnyRow]:
     """Return how far those that the caller still owns are proven."""
     if not holding:

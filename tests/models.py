@@ -66,10 +66,10 @@ ARCHITECTURES: dict[str, Callable[[dict[str, Any]], PreTrainedModel]] = {
 }
 
 
-def tiny(architecture: str = "llama", seed: int = 0, vocab: int = VOCAB) -> PreTrainedModel:
+def tiny(architecture: str = "llama", seed: int = 0, vocab: int = VOCAB, **shape: int) -> PreTrainedModel:
     """Return a random float32 model of an architecture; the same seed gives the same weights."""
     torch.manual_seed(seed)
-    model = ARCHITECTURES[architecture]({**SHAPE, "vocab_size": vocab})
+    model = ARCHITECTURES[architecture]({**SHAPE, "vocab_size": vocab, **shape})
     model.train(False)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -77,9 +77,9 @@ def tiny(architecture: str = "llama", seed: int = 0, vocab: int = VOCAB) -> PreT
     return model
 
 
-def save_tiny(directory: Path, architecture: str = "llama", seed: int = 0) -> Path:
+def save_tiny(directory: Path, architecture: str = "llama", seed: int = 0, **shape: int) -> Path:
     """Write a random float32 model that reads bytes and loads in an instant, with its tokenizer; return where."""
-    tiny(architecture, seed, vocab=TOKENIZER_VOCAB).save_pretrained(directory)
+    tiny(architecture, seed, vocab=TOKENIZER_VOCAB, **shape).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return directory
 

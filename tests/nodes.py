@@ -19,7 +19,7 @@ from jobs.intake import Submission, accept_job
 from jobs.items import Item
 from jobs.producer import make_producer_app, ring
 from jobs.settings import JobsSettings
-from storage.models import DecodeStep, Job, Output, Worker
+from storage.models import DecodeStep, Job, Output, Request, Worker
 from storage.session import Database
 
 _DEADLINE_S = 250.0
@@ -98,6 +98,15 @@ class Cluster:
     def outputs(self, job_id: str) -> list[Output]:
         """Return the outputs of a job so far, in order."""
         return self._rows(select(Output).where(Output.job_id == job_id).order_by(Output.request_index))
+
+    def held(self, worker_id: str) -> int:
+        """Return how many requests a worker is decoding."""
+        mine = (Request.lease_owner == worker_id, Request.status == "running")
+        return int(self._rows(select(func.count()).select_from(Request).where(*mine))[0])
+
+    def attempts(self, job_id: str) -> set[int]:
+        """Return how often the requests of a job were claimed."""
+        return set(self._rows(select(Request.attempts).where(Request.job_id == job_id)))
 
     def emitted(self, job_id: str) -> int:
         """Return the tokens that the recorded steps of a job emitted."""

@@ -1,7 +1,9 @@
 """`python -m tests.throughput [TARGET]`: what one worker process on one core yields, and two on a core each, as JSON.
 
-Real nodes on one PostgreSQL and one Redis-protocol server of their own. Needs a machine that does nothing else; the
-load that it found is printed beside the rates. The default target is the embedded model.
+Real nodes on one PostgreSQL and one Redis-protocol server of their own. What is measured is how the service scales, so
+the nodes decode plainly, and the default target is a random model whose steps are arithmetic: those of the embedded one
+are reading its weights, and cores of one machine share their memory. Needs a machine that does nothing else; beside
+each rate stands how much of their cores the nodes got.
 """
 
 from __future__ import annotations
@@ -11,32 +13,58 @@ import os
 import sys
 import tempfile
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from storage import schema
 from tests.conftest import free_port, start_redis, stop
+from tests.models import save_tiny
 from tests.nodes import Cluster
 from tests.postgres import Postgres
 from worker.settings import WorkerSettings
 
-REQUESTS, TOKENS = 64, 64
-RUNS = 3
+REQUESTS, TOKENS = 384, 64
+SEQUENCES = 32  # of each node: rows enough to keep a core computing while it reads the weights once
+JOBS, ROUNDS = 2, 3  # in turns, so that a slow minute of the machine hits both
+_NODE = {"threads": 1, "max_sequences": SEQUENCES, "mode": "plain"}
+_SHAPE = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6}
 
 
-def tokens_per_s(cluster: Cluster, cores: list[int]) -> list[float]:
+@dataclass(frozen=True)
+class Rate:
+    """What a job came to."""
+
+    tokens_per_s: float
+    cpu_share: float  # of their cores, that the nodes got: the rest went to whatever else ran
+
+
+def rates(cluster: Cluster, cores: list[int]) -> list[Rate]:
     """Return the rates of a few jobs, by the record's own clock, once every node serves."""
     before = len(cluster.workers())
     with ExitStack() as nodes:
+        pids = []
         for core in cores:
-            node = nodes.enter_context(cluster.node(threads=1, max_sequences=8, cache_dir=WorkerSettings().cache_dir))
+            node = nodes.enter_context(cluster.node(**_NODE, cache_dir=WorkerSettings().cache_dir))
             os.sched_setaffinity(node.pid, {core})
+            pids.append(node.pid)
         cluster.until(lambda: len(cluster.workers()) == before + len(cores))
-        jobs = [cluster.finished(cluster.submit(REQUESTS, max_tokens=TOKENS)) for _ in range(RUNS)]
-    return [job.completion_tokens / ((job.finished_at or 0) - job.created_at) for job in jobs]
+        return [_rate(cluster, pids) for _ in range(JOBS)]
+
+
+def _rate(cluster: Cluster, pids: list[int]) -> Rate:
+    used_s = sum(map(_cpu_s, pids))
+    job = cluster.finished(cluster.submit(REQUESTS, max_tokens=TOKENS))
+    used_s = sum(map(_cpu_s, pids)) - used_s
+    took_s = (job.finished_at or 0) - job.created_at
+    return Rate(round(job.completion_tokens / took_s), round(used_s / took_s / len(pids), 2))
+
+
+def _cpu_s(pid: int) -> float:
+    ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
-    target = sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m-instruct"
     cores = sorted(os.sched_getaffinity(0))[:2]
     assert len(cores) == 2, "two cores are needed"
     postgres = Postgres()
@@ -45,16 +73,22 @@ def main() -> None:
         port = free_port()
         server = start_redis(port, Path(folder))
         try:
+            target = Path(sys.argv[1]) if len(sys.argv) > 1 else save_tiny(Path(folder) / "model", "llama", 0, **_SHAPE)
             url = postgres.create("throughput")
             schema.upgrade(url)
-            cluster = Cluster(url, f"redis://127.0.0.1:{port}/0", Path(target), Path(folder))
+            cluster = Cluster(url, f"redis://127.0.0.1:{port}/0", target, Path(folder))
             load = os.getloadavg()[0]
-            one = tokens_per_s(cluster, cores[:1])
-            two = tokens_per_s(cluster, cores)
+            one: list[Rate] = []
+            two: list[Rate] = []
+            for _ in range(ROUNDS):
+                one += rates(cluster, cores[:1])
+                two += rates(cluster, cores)
         finally:
             stop(server)
             postgres.remove()
-    print(json.dumps({"load_before": load, "one": one, "two": two, "ratio": max(two) / max(one)}, indent=1))
+    ratio = max(rate.tokens_per_s for rate in two) / max(rate.tokens_per_s for rate in one)
+    said = {"load_before": load, "load_after": os.getloadavg()[0], "ratio": round(ratio, 2)}
+    print(json.dumps(said | {"one": [asdict(rate) for rate in one], "two": [asdict(rate) for rate in two]}))
 
 
 if __name__ == "__main__":

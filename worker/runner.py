@@ -31,6 +31,7 @@ from worker.transcript import Transcript
 log = logging.getLogger(__name__)
 
 _POLL_S = 1.0  # between looks for work when the last one found none; a doorbell cuts it short
+_CLAIM_SHARE = 0.05  # of the time, at most, goes into looks for more work while there is text to decode
 _WAITED_FOR_INTERVAL_S = 0.1  # between commits of text that a person waits for
 _FENCE = 2 / 3  # of a lease: without a renewal for longer, nothing is decoded until there is one
 
@@ -67,6 +68,8 @@ class Runner:
         self._live: dict[RequestKey, LiveRequest] = {}
         self._load = Load()
         self._claimed_at = float("-inf")
+        self._claim_s = 0.0  # that the last look took
+        self._more_waits = False  # the last look that had room for requests of batches found some
         self._flushed_at = float("-inf")
         self._renewed_at = float("-inf")  # when the oldest lease that is held was renewed
         self._warned = False
@@ -108,8 +111,11 @@ class Runner:
         self._drop(set(self._live))
 
     def _claim(self, rung: bool) -> None:
-        now = time.monotonic()
-        if self._engine.room <= 0 or not (rung or now - self._claimed_at >= _POLL_S):
+        now, room = time.monotonic(), self._engine.room
+        reserved = max(0, self._reserved - sum(len(request.choices) for request in self._waited_for()))
+        since_s = now - self._claimed_at
+        more = self._more_waits and room > reserved and self._may_look(since_s)
+        if room <= 0 or not (rung or more or since_s >= _POLL_S):
             return
         try:
             with self._database.write() as session:
@@ -117,20 +123,27 @@ class Runner:
                     session,
                     self._worker_id,
                     self._model,
-                    self._engine.room,
+                    room,
                     self._lease_s,
                     holding=self._live,
-                    reserved=max(0, self._reserved - sum(len(request.choices) for request in self._waited_for())),
+                    reserved=reserved,
                     body_version=MESSAGE_VERSION,
                 )
         except DATABASE_AWAY as error:
             raise _unavailable(error) from error
         if not self._live:
             self._renewed_at = now
-        # Where there was work there may be more: look again as soon as there is room.
-        self._claimed_at = float("-inf") if claims else time.monotonic()
+        # Where there was work there may be more: look again when there is room. A look without room for batches tells
+        # nothing of them, else the next place to come free would stay empty until the next poll.
+        self._more_waits = bool(claims) or (self._more_waits and room <= reserved)
+        self._claimed_at = time.monotonic()
+        self._claim_s = self._claimed_at - now
         for claim in claims:
             self._take_up(claim)
+
+    def _may_look(self, since_s: float) -> bool:
+        """Return whether a look for more work pays: those who are decoding wait for it."""
+        return not self._engine.busy or since_s >= self._claim_s / _CLAIM_SHARE
 
     def _take_up(self, claim: Claim) -> None:
         request = self._live[claim.lease.key] = LiveRequest(claim)

@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from sqlalchemy.exc import InterfaceError, OperationalError
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Send
@@ -24,7 +23,7 @@ from jobs.errors import BasicError, InvalidKey, LimitReached, NotPermitted
 from jobs.keys import Scope, check_key, same_key
 from storage import keys
 from storage.keys import KeyView
-from storage.session import Database
+from storage.session import DATABASE_AWAY, Database
 
 _GUARDED = "/v1"
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -126,7 +125,7 @@ class AccessGuard:
             caller = await run_in_threadpool(self._door.admit, authorization, address, needed)
         except BasicError as refused:
             await errors.reply(refused)(scope, receive, send)
-        except (OperationalError, InterfaceError) as away:
+        except DATABASE_AWAY as away:
             await errors.database_away(away)(scope, receive, send)
         else:
             note_caller(scope, caller)

@@ -7,14 +7,14 @@ import pytest
 from tests.chaos.run import run
 
 FAULTS = {
-    "sqlite": ["kill a worker", "flush redis", "fill the disk"],
-    "postgresql": ["kill all workers", "restart the database", "replace redis"],
+    "sqlite": ["kill a worker", "flush redis", "fill the disk", "kill the shim"],
+    "postgresql": ["kill all workers", "restart the database", "replace redis", "cut database connections"],
 }
 
 
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
 def test_faults_of_every_part_lose_double_and_change_nothing(database: str) -> None:
-    report = run(3, database, seed=7, only=FAULTS[database])
+    report = run(len(FAULTS[database]), database, seed=7, only=FAULTS[database])
 
     assert report.wrong == []
     assert report.jobs > 1

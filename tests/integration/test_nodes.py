@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from tests.models import save_tiny
 from tests.nodes import Cluster
 from tests.processes import children_of, ended
 
-pytestmark = pytest.mark.unproven
+_COMMIT_S = 0.1  # within which a commit that was sent is done
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +70,26 @@ def shared(tmp_path: Path, target: Path, redis_url: str, postgresql_url: str) ->
 def test_two_nodes_share_a_job_and_one_that_vanishes_loses_nothing(shared: Cluster) -> None:
     with shared.node(max_sequences=8, lease_s=3) as first, shared.node(max_sequences=8, lease_s=3):
         workers = shared.until(lambda: len(shared.workers()) == 2 and shared.workers())
-        job = shared.submit(200, max_tokens=60)
+        job = shared.submit(200, max_tokens=200)
         shared.until(lambda: {output.worker_id for output in shared.outputs(job)} == {w.id for w in workers})
+        (victim,) = (worker.id for worker in workers if worker.pid == first.pid)
+        shared.until(lambda: _is_caught_at_work(shared, first, victim))
         first.kill()
         done = shared.finished(job)
     assert (done.status, done.requests_completed, done.requests_failed) == ("completed", 200, 0)
     outputs = shared.outputs(job)
     assert [output.request_index for output in outputs] == list(range(200))
-    assert {len(output.token_ids) for output in outputs} == {60}
+    assert {len(output.token_ids) for output in outputs} == {200}
     assert {output.worker_id for output in outputs} == {worker.id for worker in workers}
-    assert shared.emitted(job) == 200 * 60
+    assert shared.emitted(job) == 200 * 200
+    assert shared.attempts(job) == {1, 2}, "what the victim held was taken up again"
+
+
+def _is_caught_at_work(cluster: Cluster, node: subprocess.Popen[bytes], worker_id: str) -> bool:
+    """Stop a node; let it go on if it holds nothing."""
+    node.send_signal(signal.SIGSTOP)
+    time.sleep(_COMMIT_S)
+    if cluster.held(worker_id):
+        return True
+    node.send_signal(signal.SIGCONT)
+    return False

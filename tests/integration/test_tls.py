@@ -1,4 +1,4 @@
-"""Redis behind TLS and a password: our clients speak through it, and refuse what nobody vouches for."""
+"""Redis and PostgreSQL behind TLS: our clients speak through it, and refuse what nobody vouches for."""
 
 from __future__ import annotations
 
@@ -8,28 +8,34 @@ import socket
 import ssl
 import subprocess
 import threading
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import redis
+from fastapi.testclient import TestClient
+from sqlalchemy import URL, make_url, text
 
+from jobs.api.app import make_api
 from jobs.errors import QueueUnavailable
 from jobs.messages import PartialEvent, PromptBatch
 from jobs.partials import Publisher, channel
 from jobs.producer import push
 from jobs.redis_server import answers
+from jobs.settings import JobsSettings
+from storage import schema
+from storage.session import DATABASE_AWAY, Database
+from tests.databases import drop_schema
 
 PASSWORD = "hunter2"
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate for 127.0.0.1 that vouches for itself, with its key in the same file."""
+def self_signed(directory: Path) -> Path:
+    """Return a certificate for 127.0.0.1 that vouches for itself, with its key in the same file."""
     if shutil.which("openssl") is None and not os.environ.get("CI"):
         pytest.skip("there is no openssl to make a certificate with")
-    path = tmp_path_factory.mktemp("tls") / "server.pem"
+    path = directory / "server.pem"
     command = (
         "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
     )
@@ -40,41 +46,42 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def tls_port(certificate: Path, redis_url: str) -> Iterator[int]:
-    """A port of ours that takes TLS off and passes on to the real server, which wants a password."""
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the servers show."""
+    return self_signed(tmp_path_factory.mktemp("tls"))
+
+
+@contextmanager
+def tls_in_front_of(
+    port: int, certificate: Path, greet: Callable[[socket.socket], None] = lambda raw: None
+) -> Iterator[int]:
+    """Yield a port of ours that takes TLS off and passes on to a server; `greet` is what is said before TLS begins."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
-    plain_port = int(redis_url.rpartition(":")[2].partition("/")[0])
-    listener = socket.create_server(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
 
-    def serve() -> None:
-        with suppress(OSError):
-            while True:
-                raw, _ = listener.accept()
-                threading.Thread(target=_pass_on, args=(context, raw, plain_port), daemon=True).start()
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    raw, _ = listener.accept()
+                    threading.Thread(target=_pass_on, args=(context, raw, greet, port), daemon=True).start()
 
-    threading.Thread(target=serve, daemon=True).start()
-    with redis.Redis.from_url(redis_url) as client:
-        client.config_set("requirepass", PASSWORD)
-    yield listener.getsockname()[1]
-    listener.close()
-    with redis.Redis.from_url(redis_url, password=PASSWORD) as client:
-        client.config_set("requirepass", "")
-        client.delete("basic:basic.ingest")
+        threading.Thread(target=serve, daemon=True).start()
+        yield listener.getsockname()[1]
 
 
-def _pass_on(context: ssl.SSLContext, raw: socket.socket, port: int) -> None:
-    with (
-        suppress(OSError),
-        raw,
-        context.wrap_socket(raw, server_side=True) as inside,
-        socket.create_connection(("127.0.0.1", port)) as outside,
-    ):
-        back = threading.Thread(target=_copy, args=(outside, inside), daemon=True)
-        back.start()
-        _copy(inside, outside)
-        back.join()
+def _pass_on(context: ssl.SSLContext, raw: socket.socket, greet: Callable[[socket.socket], None], port: int) -> None:
+    with suppress(OSError), raw:
+        greet(raw)
+        with (
+            context.wrap_socket(raw, server_side=True) as inside,
+            socket.create_connection(("127.0.0.1", port)) as outside,
+        ):
+            back = threading.Thread(target=_copy, args=(outside, inside), daemon=True)
+            back.start()
+            _copy(inside, outside)
+            back.join()
 
 
 def _copy(source: socket.socket, target: socket.socket) -> None:
@@ -84,6 +91,18 @@ def _copy(source: socket.socket, target: socket.socket) -> None:
     for end in (source, target):
         with suppress(OSError):
             end.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def tls_port(certificate: Path, redis_url: str) -> Iterator[int]:
+    """A port in front of the real Redis-protocol server, which wants a password."""
+    with redis.Redis.from_url(redis_url) as client:
+        client.config_set("requirepass", PASSWORD)
+    with tls_in_front_of(int(redis_url.rpartition(":")[2].partition("/")[0]), certificate) as port:
+        yield port
+    with redis.Redis.from_url(redis_url, password=PASSWORD) as client:
+        client.config_set("requirepass", "")
+        client.delete("basic:basic.ingest")
 
 
 def test_batches_and_events_go_through_tls_with_a_password(tls_port: int, certificate: Path, redis_url: str) -> None:
@@ -112,3 +131,59 @@ def test_a_certificate_that_nobody_vouches_for_is_refused(tls_port: int, redis_u
     assert PASSWORD not in str(refused.value)
     with redis.Redis.from_url(redis_url, password=PASSWORD) as plain:
         assert plain.llen("basic:basic.ingest") == 0
+
+
+def agree_on_tls(raw: socket.socket) -> None:
+    """Answer as PostgreSQL does when a client asks for TLS; one that does not ask is not served."""
+    if raw.recv(8, socket.MSG_WAITALL) != b"\0\0\0\x08\x04\xd2\x16\x2f":
+        raise ConnectionAbortedError
+    raw.sendall(b"S")
+
+
+@pytest.fixture
+def tls_database(certificate: Path, postgresql_url: str) -> Iterator[URL]:
+    """The database of the tests, empty, behind a port that speaks TLS alone: the wheel's server can't."""
+    drop_schema(postgresql_url)
+    url = make_url(postgresql_url)
+    assert url.port is not None
+    with tls_in_front_of(url.port, certificate, agree_on_tls) as port:
+        yield url.set(port=port)
+    drop_schema(postgresql_url)
+
+
+def verified(url: URL, certificate: Path) -> str:
+    """Return the URL of an owner who wants to know whom he speaks to."""
+    wanted = {"sslmode": "verify-full", "sslrootcert": str(certificate)}
+    return url.update_query_dict(wanted).render_as_string(hide_password=False)
+
+
+def test_without_tls_the_database_is_not_reached(tls_database: URL) -> None:
+    database = Database.open(tls_database.update_query_dict({"sslmode": "disable"}).render_as_string())
+    with pytest.raises(DATABASE_AWAY), database.read() as session:
+        session.execute(text("SELECT 1"))
+    database.dispose()
+
+
+def test_the_record_is_made_written_and_read_through_tls(tls_database: URL, certificate: Path, tmp_path: Path) -> None:
+    url = verified(tls_database, certificate)
+    schema.upgrade(url)
+    database = Database.open(url)
+    settings = JobsSettings(data_dir=tmp_path, target="tiny", database_url=url)
+    with TestClient(make_api(settings, database, lambda job_id, model: None)) as api:
+        job = api.post("/v1/jobs", json={"requests": ["Hello"]}).json()
+        assert api.get(f"/v1/jobs/{job['id']}").json()["id"] == job["id"]
+    database.dispose()
+
+
+@pytest.mark.parametrize("why", ["nobody vouches for it", "it is another server's"])
+def test_a_database_with_a_certificate_that_proves_nothing_is_not_spoken_to(
+    tls_database: URL, certificate: Path, tmp_path: Path, why: str
+) -> None:
+    if why == "nobody vouches for it":
+        certificate = self_signed(tmp_path)
+    else:
+        tls_database = tls_database.set(host="db.example").update_query_dict({"hostaddr": "127.0.0.1"})
+    database = Database.open(verified(tls_database, certificate))
+    with pytest.raises(DATABASE_AWAY, match="certificate"), database.read() as session:
+        session.execute(text("SELECT 1"))
+    database.dispose()

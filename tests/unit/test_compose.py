@@ -15,11 +15,13 @@ import pytest
 from ruamel.yaml import YAML
 from sqlalchemy import make_url
 
+from jobs.redis_server import RULES
 from storage.settings import StorageSettings
 
 ROOT = Path(__file__).parent.parent.parent
 FILES = [ROOT / "docker-compose.yml", ROOT / "docs/compose-cpu.yml"]
 ONCE = {"migrate"}  # runs to its end
+NOTHING = "''"  # in a shell
 UNSEEN = {"ingest"}  # has no port to ask; it ends by itself when it is of no use
 
 
@@ -89,6 +91,12 @@ def test_the_migration_runs_once_before_anything_that_needs_the_record(services:
     assert services["migrate"]["restart"] == "no"
     for name in ("shim", "ingest", "worker"):
         assert services[name]["depends_on"]["migrate"] == {"condition": "service_completed_successfully"}
+
+
+def test_redis_keeps_the_rules_of_the_server_that_we_start_ourselves(services: dict[str, dict[str, Any]]) -> None:
+    command = services["redis"]["command"][-1]
+    rules = [f"--{name} {value or NOTHING} " for name, value in RULES.items()]
+    assert [rule for rule in rules if rule not in command] == []
 
 
 def test_passwords_come_from_files_alone_and_the_script_writes_all_of_them(

@@ -151,11 +151,11 @@ def test_who_can_read_the_data_directory_needs_no_other_key(api: TestClient, dat
     assert api.post("/v1/jobs", json=A_JOB, headers={"authorization": "Bearer sk-basic-local-1"}).status_code == 200
 
 
-def refused_for_now(reply: Any) -> str:
+def refused_for_now(reply: Any, code: str = "rate_limit_exceeded") -> str:
     assert reply.status_code == 429, reply.text
     assert int(reply.headers["retry-after"]) > 0
     error = reply.json()["error"]
-    assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
+    assert (error["type"], error["code"]) == ("rate_limit_error", code)
     return str(error["message"])
 
 
@@ -193,7 +193,8 @@ def test_a_full_queue_takes_nothing_from_anybody(settings: JobsSettings, databas
     full = settings.model_copy(update={"max_requests_queued": 1})
     with TestClient(make_api(full, database, lambda job_id, model: None)) as api:
         assert api.post("/v1/jobs", json=A_JOB).status_code == 200
-        refused_for_now(api.post("/v1/jobs", json=A_JOB))
+        message = refused_for_now(api.post("/v1/jobs", json=A_JOB), "queue_full")
+    assert message == "With this job 2 requests would wait, and the service takes 1 at once."
 
 
 def test_wrong_keys_are_slowed_down_and_right_ones_from_the_same_place_are_not(

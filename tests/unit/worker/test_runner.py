@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from jobs.logprobs import TokenLikelihoods
 from jobs.messages import CHAT_ENDPOINT, GenerationRequest, PartialEvent, SamplingParameters
-from storage import schema, writes
+from storage import leases, schema, writes
 from storage.models import DecodeStep, Job, Output, Partial, Request
 from storage.reclaim import reclaim
 from storage.records import NewJob, NewRequest
@@ -447,3 +448,38 @@ def test_what_a_person_waits_for_gets_a_place_beside_a_batch_that_fills_the_engi
     with database.read() as session:
         statuses = dict(session.execute(select(Job.id, Job.status)).all())
     assert statuses == {"chat": "completed", "batch_1": "in_progress"}, "and its end was not kept for the next flush"
+
+
+def test_a_place_that_a_request_leaves_is_filled_without_a_poll_though_places_are_kept_for_others(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.runner._POLL_S", float("inf"))
+    submit(database, "one", "two", "three", "four", "five")
+    worker = Worker(database, "a", reserved=1)
+    worker.runner.turn(rung=True)
+    ends_at = time.monotonic() + 10
+    while len(texts(database)) < 5:
+        assert time.monotonic() < ends_at
+        worker.runner.turn()
+
+
+def test_looks_for_more_work_take_a_small_part_of_the_time_of_those_who_decode(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[float] = []
+    real = leases.claim
+
+    def slow_claim(*arguments: Any, **named: Any) -> Any:
+        looks.append(time.monotonic())
+        time.sleep(0.02)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(leases, "claim", slow_claim)
+    submit(database, *map(str, range(30)), max_tokens=3)
+    submit(database, "long", job_id="batch_2", max_tokens=150)
+    worker = Worker(database, "a")
+    worker.runner.turn(rung=True)
+    began_at = time.monotonic()
+    while worker.runner.busy and time.monotonic() < began_at + 1:
+        worker.runner.turn()
+    assert 0.02 * len(looks) < 0.1 * (time.monotonic() - began_at) + 0.1

@@ -1,0 +1,158 @@
+"""What the shim answers while a part of it is away, busy or full: the status, the cause, and when to come again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from sqlalchemy import create_engine, text
+from sqlalchemy.pool import QueuePool
+
+from jobs.api.app import make_api
+from jobs.settings import JobsSettings
+from storage.models import Base
+from storage.session import Database, write_connection
+from tests.conftest import free_port, start_redis, stop
+from tests.databases import on_postgresql, on_sqlite
+from tests.factories import a_key
+from tests.postgres import QUICK, Postgres
+
+A_JOB = {"requests": ["Hello"], "max_tokens": 10}
+
+
+@contextmanager
+def shim(database: Database, directory: Path, redis_url: str = "") -> Iterator[TestClient]:
+    """Serve the real application on a record; without a queue of its own to nobody."""
+    settings = JobsSettings(
+        data_dir=directory, target="tiny", redis_url=redis_url or f"redis://127.0.0.1:{free_port()}/0"
+    )
+    with TestClient(make_api(settings, database), raise_server_exceptions=False) as client:
+        yield client
+
+
+def refused(reply: Any, status: int, code: str) -> str:
+    """Return the words of a refusal that says what is wrong and when to come again."""
+    assert reply.status_code == status, reply.text
+    assert int(reply.headers["retry-after"]) > 0
+    error = reply.json()["error"]
+    assert (error["type"], error["code"]) == ("server_error", code)
+    return str(error["message"])
+
+
+def ask(api: TestClient) -> list[Any]:
+    return [api.get("/v1/jobs"), api.post("/v1/jobs", json=A_JOB), api.get("/v1/files")]
+
+
+def test_a_database_that_stops_is_a_503_until_it_is_back(tmp_path: Path) -> None:
+    server = Postgres(**QUICK)
+    server.start()
+    try:
+        with on_postgresql(server.create("pressure")) as database, shim(database, tmp_path) as api:
+            assert {reply.status_code for reply in ask(api)} == {200}
+            server.stop(signal.SIGQUIT)
+            for reply in [*ask(api), api.get("/readyz")]:
+                assert "database does not answer" in refused(reply, 503, "database_unavailable")
+            assert api.get("/healthz").status_code == 200
+            server.start()
+            assert {reply.status_code for reply in ask(api)} == {200}
+    finally:
+        server.remove()
+
+
+def test_a_database_that_somebody_else_writes_to_for_too_long_is_a_503(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("storage.session._BUSY_S", 0.1)
+    with on_sqlite(tmp_path) as database, shim(database, tmp_path) as api:
+        with write_connection(database.engine):
+            refused(api.post("/v1/jobs", json=A_JOB), 503, "database_unavailable")
+            assert api.get("/v1/jobs").json()["data"] == [], "who only reads is not held up, and nothing was recorded"
+        assert api.post("/v1/jobs", json=A_JOB).status_code == 200
+
+
+@pytest.mark.parametrize("with_key", [False, True])
+def test_a_shim_whose_connections_are_all_taken_answers_503(tmp_path: Path, with_key: bool) -> None:
+    """With a key the guard in front of the routes is the first to look for a connection, without one too."""
+    pool = {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0, "pool_timeout": 0.05}
+    database = Database(create_engine(f"sqlite:///{tmp_path / 'basic.sqlite3'}", **pool))
+    Base.metadata.create_all(database.engine)
+    key = a_key(database) if with_key else {}
+    with shim(database, tmp_path) as api:
+        with database.engine.connect():
+            refused(api.get("/v1/jobs", headers=key), 503, "database_unavailable")
+        assert api.get("/v1/jobs", headers=key).status_code == 200
+    database.dispose()
+
+
+def fill_sqlite(database: Database) -> Callable[[], None]:
+    """Let the file have no more pages than it has, as on a full disk; return what gives it room again."""
+    database.engine.dispose()
+    with write_connection(database.engine) as connection:
+        pages = connection.scalar(text("PRAGMA page_count"))
+        connection.execute(text(f"PRAGMA max_page_count = {pages}"))
+
+    def empty() -> None:
+        with write_connection(database.engine) as connection:
+            connection.execute(text("PRAGMA max_page_count = 1000000"))
+
+    return empty
+
+
+def test_a_full_disk_is_a_507_what_is_there_stays_readable_and_it_goes_on_when_there_is_room(tmp_path: Path) -> None:
+    one = {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0}  # the limit of pages is a connection's own
+    database = Database(create_engine(f"sqlite:///{tmp_path / 'basic.sqlite3'}", **one))
+    Base.metadata.create_all(database.engine)
+    with shim(database, tmp_path) as api:
+        known = api.post("/v1/jobs", json=A_JOB).json()["id"]
+        empty = fill_sqlite(database)
+        large = {"requests": ["Hello " * 20_000]}
+        assert "disk" in refused(api.post("/v1/jobs", json=large), 507, "storage_full")
+        assert [job["id"] for job in api.get("/v1/jobs").json()["data"]] == [known]
+        empty()
+        assert api.post("/v1/jobs", json=large).status_code == 200
+    database.dispose()
+
+
+def test_a_full_disk_of_postgresql_is_a_507_too(tmp_path: Path, postgresql_url: str) -> None:
+    """The server is told to say what it says then: to fill a disk takes one of its own."""
+    full = (
+        "CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$ BEGIN RAISE 'could not extend file: No space left on device' USING ERRCODE = 'disk_full'; END $$",
+        "CREATE TRIGGER full_disk BEFORE INSERT ON jobs EXECUTE FUNCTION full_disk()",
+    )
+    with on_postgresql(postgresql_url) as database, shim(database, tmp_path) as api:
+        with write_connection(database.engine) as connection:
+            for statement in full:
+                connection.execute(text(statement))
+        try:
+            assert "disk" in refused(api.post("/v1/jobs", json=A_JOB), 507, "storage_full")
+            assert api.get("/v1/jobs").json()["data"] == []
+        finally:
+            with write_connection(database.engine) as connection:
+                connection.execute(text("DROP FUNCTION full_disk CASCADE"))
+        assert api.post("/v1/jobs", json=A_JOB).status_code == 200
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_without_a_redis_server_jobs_are_taken_all_the_same_and_the_service_says_so(
+    tmp_path: Path, hangs: bool
+) -> None:
+    """Nothing depends on it: the record has the job, and workers look there. So nobody is refused."""
+    port = free_port()
+    server = start_redis(port, tmp_path)
+    with on_sqlite(tmp_path) as database, shim(database, tmp_path, f"redis://127.0.0.1:{port}/0") as api:
+        assert api.get("/readyz").json()["redis"] == "ok"
+        os.kill(server.pid, signal.SIGSTOP if hangs else signal.SIGKILL)
+        began_at = time.monotonic()
+        assert {reply.status_code for reply in ask(api)} == {200}
+        assert time.monotonic() - began_at < 10
+        assert api.get("/readyz").json()["redis"] == "degraded"
+        os.kill(server.pid, signal.SIGCONT)
+    stop(server)

@@ -1,0 +1,249 @@
+"""`python -m tests.rows --rows 20000000 --database postgresql`: what a record of many step rows costs, as JSON.
+
+Fills an empty record with jobs whose steps have random trees, through the functions that a worker's flush calls, and
+times the filling; then what is asked of it (views, statistics, pages of the dashboard); then pruning of half of it.
+Before all that COPY is held against INSERT, where there is COPY. The servers are our own and keep what they are told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import delete, func, insert, select, text, update
+from sqlalchemy.orm import Session
+
+from storage import browse, queries, rollups, views
+from storage import statistics as figures
+from storage.models import DecodeStep, Job, Output, Request, StepBatch, StepDepth, StepExpectation, StepMinute
+from storage.prune import prune_steps
+from storage.session import Database, write_connection
+from storage.sql import insert_many
+from tests.databases import on_postgresql, on_sqlite
+from tests.factories import a_finished_choice, a_step
+from tests.load import size, timed
+from tests.postgres import Postgres
+from tests.unit.storage.acts import record
+
+STEPS = 100  # of a request
+REQUESTS = 2_000  # of a job
+AT_ONCE = 200  # requests whose rows are one transaction
+JOB_S, GAP_S = 1_800.0, 3_600.0  # how long a job ran; seconds from the beginning of one to that of the next
+KINDS = 64  # of random requests
+WORKER = "worker-" + "7" * 32  # as long as real ids, for they are in every row
+TURNS = 3  # of writing the same rows in both ways
+ASKED = 5  # times, unless it takes long
+LONG_S = 2.0
+SUMS = (StepMinute, StepBatch, StepDepth, StepExpectation)
+# The numbers of the view job_speedup, asked of all steps.
+OF_ALL_STEPS = """
+    SELECT job_id, count(*), sum(emitted_tokens), 1000.0 * sum(emitted_tokens) / sum(step_ms / batch_sequences),
+        sum(emitted_tokens * plain_step_ms / batch_sequences) / sum(step_ms / batch_sequences)
+    FROM decode_steps WHERE plain_step_ms IS NOT NULL GROUP BY job_id
+"""
+
+Row = dict[str, Any]
+
+
+class Steps:
+    """Step rows of requests: random, and the same in every run."""
+
+    def __init__(self) -> None:
+        """Make a few kinds of requests; the others repeat them."""
+        dice = random.Random(1)
+        self._kinds = [_kind(dice, batch=dice.choice((1, 2, 4, 8, 16, 32, 64))) for _ in range(KINDS)]
+
+    def of(self, job_id: str, index: int, ended_at: float) -> list[Row]:
+        """Return the rows of one request."""
+        identity = {"job_id": job_id, "request_index": index, "choice_index": 0, "worker_id": WORKER}
+        return [{**row, **identity, "ended_at": ended_at} for row in self._kinds[index % KINDS]]
+
+
+def _kind(dice: random.Random, batch: int) -> list[Row]:
+    rows = [_step(dice, number, batch) for number in range(STEPS)]
+    return [{name: value for name, value in row.items() if name != "tree"} for row in rows]
+
+
+def _step(dice: random.Random, number: int, batch: int) -> Row:
+    nodes = dice.randint(0, 12) if number else 0
+    accepted = min(nodes, dice.choice((0, 0, 0, 1, 1, 2, 3)))
+    step = a_step(
+        step=number,
+        tree_nodes=nodes,
+        tree_depth=max(accepted, min(nodes, dice.randint(1, 5))),
+        accepted_tokens=accepted,
+        emitted_tokens=accepted + 1,
+        expected_accepted=accepted + dice.random() if nodes else None,
+        step_ms=10.0 + dice.random(),
+        batch_sequences=batch,
+        drafter=dice.choice(("suffix", "head+suffix")) if nodes else None,
+        plain_step_ms=9.0 if number else None,
+        decision="tree" if nodes else "nothing",
+    )
+    return asdict(step)
+
+
+def writing(database: Database, steps: Steps) -> dict[str, list[float]]:
+    """Return the seconds that the rows of one transaction take by COPY and by INSERT, in turns."""
+    record(database, "writing", requests=AT_ONCE)
+    rows = [row for index in range(AT_ONCE) for row in steps.of("writing", index, time.time())]
+    took: dict[str, list[float]] = {"copy": [], "insert": []}
+    for _ in range(TURNS):
+        for name, write in (("copy", insert_many), ("insert", _insert)):
+            with database.write() as session:
+                started = time.perf_counter()
+                write(session, DecodeStep, rows)
+                took[name].append(time.perf_counter() - started)
+            with database.write() as session:
+                session.execute(delete(DecodeStep))
+    return took
+
+
+def _insert(session: Session, model: type[DecodeStep], rows: Sequence[Row]) -> None:
+    session.execute(insert(model), rows)
+
+
+def fill(database: Database, steps: Steps, rows: int) -> dict[str, float]:
+    """Write so many step rows, of jobs that have ended one after the other."""
+    jobs = max(2, rows // (REQUESTS * STEPS))
+    before, steps_s, rollups_s = size(database), 0.0, 0.0
+    started = time.perf_counter()
+    for number in range(jobs):
+        job_id, began_at = f"batch_{number:032d}", time.time() - GAP_S * (jobs - number)
+        record(database, job_id, requests=REQUESTS)
+        for first in range(0, REQUESTS, AT_ONCE):
+            took = _end_requests(database, steps, job_id, range(first, first + AT_ONCE), began_at)
+            steps_s, rollups_s = steps_s + took[0], rollups_s + took[1]
+        _end(database, job_id, began_at)
+    written = jobs * REQUESTS * STEPS
+    return {
+        "rows": written,
+        "bytes_per_row": (size(database) - before) / written,
+        "step_rows_per_s": written / steps_s,
+        "rollups_s_per_million_rows": rollups_s / written * 1e6,
+        "filled_in_s": time.perf_counter() - started,
+    }
+
+
+def _end_requests(
+    database: Database, steps: Steps, job_id: str, indexes: range, began_at: float
+) -> tuple[float, float]:
+    """Write outputs and steps of requests in one transaction; return the seconds of the steps, and of their sums."""
+    rows = [row for index in indexes for row in steps.of(job_id, index, began_at + JOB_S * index / REQUESTS)]
+    with database.write() as session:
+        insert_many(session, Output, [_output(job_id, index, began_at) for index in indexes])
+        began = time.perf_counter()
+        insert_many(session, DecodeStep, rows)
+        written = time.perf_counter()
+        rollups.add_steps(session, [(job_id, index, 0) for index in indexes], rows)
+        return written - began, time.perf_counter() - written
+
+
+def _output(job_id: str, index: int, began_at: float) -> Row:
+    choice = asdict(a_finished_choice("Hi " * STEPS, started_at=began_at, finished_at=began_at + JOB_S))
+    own = {"job_id": job_id, "request_index": index, "accepted_tokens": 0, "pieces": [], "logprobs": None}
+    return {**choice, **own, "worker_id": WORKER, "event_number": 1, "checkpoints": []}
+
+
+def _end(database: Database, job_id: str, began_at: float) -> None:
+    ended = {"status": "completed", "started_at": began_at, "finished_at": began_at + JOB_S}
+    with database.write() as session:
+        session.execute(update(Request).where(Request.job_id == job_id).values(**ended))
+        session.execute(update(Job).where(Job.id == job_id).values(**ended, requests_completed=REQUESTS))
+
+
+def questions() -> dict[str, Callable[[Session], Any]]:
+    """Return everything that is asked, by the name it has in the report."""
+    job_id = f"batch_{1:032d}"
+    steps = select(DecodeStep.step, DecodeStep.tree_nodes).where(
+        DecodeStep.job_id == job_id, DecodeStep.request_index == 7
+    )
+    return {
+        **{name: _all_of(name) for name in views.VIEWS},
+        "the numbers of job_speedup, of all steps": lambda session: session.execute(text(OF_ALL_STEPS)).all(),
+        "statistics of one job": lambda session: figures.job_stats(session, job_id),
+        "statistics of everything": lambda session: figures.total_stats(session),
+        "100 jobs with their numbers": lambda session: figures.job_rows(session, 100),
+        "the newest 25 jobs": lambda session: queries.jobs(session, 25),
+        "21 requests with texts": lambda session: browse.requests(session, job_id, limit=21),
+        "21 failed requests": lambda session: browse.requests(session, job_id, ("failed",), limit=21),
+        "steps of one request": lambda session: session.execute(steps).all(),
+    }
+
+
+def _all_of(view: str) -> Callable[[Session], Any]:
+    return lambda session: session.execute(text(f"SELECT * FROM {view}")).all()
+
+
+def asking(database: Database) -> dict[str, float]:
+    """Return the milliseconds of every question: the median, or the first time of what takes long."""
+    return {name: round(_ask(database, question), 1) for name, question in questions().items()}
+
+
+def _ask(database: Database, question: Callable[[Session], Any]) -> float:
+    took: list[float] = []
+    while len(took) < ASKED and (not took or took[0] < LONG_S):
+        with database.read() as session:
+            took.append(timed(lambda: question(session)))  # called at once
+    return statistics.median(took) * 1e3
+
+
+def pruning(database: Database) -> dict[str, float]:
+    """Delete the steps of the older half of the jobs."""
+    with database.read() as session:
+        ends = session.scalars(select(Job.finished_at).where(Job.finished_at.is_not(None)).order_by(Job.id)).all()
+    older_than_s = time.time() - float(ends[len(ends) // 2] or 0) + 1
+    started = time.perf_counter()
+    rows = sum(prune_steps(database, older_than_s))
+    return {"rows": rows, "s": time.perf_counter() - started}
+
+
+def measure(database: Database, rows: int) -> dict[str, Any]:
+    """Fill an empty record, ask it, prune it, and say what everything took."""
+    steps = Steps()
+    with write_connection(database.engine) as connection:
+        views.drop_views(connection)
+        views.create_views(connection)
+    said: dict[str, Any] = {}
+    if database.engine.dialect.name == "postgresql":
+        said["s_for_20000_rows"] = writing(database, steps)
+    said["filling"] = fill(database, steps, rows)
+    with write_connection(database.engine) as connection:
+        connection.execute(text("ANALYZE"))
+    with database.read() as session:
+        said["sums"] = {m.__tablename__: session.scalar(select(func.count()).select_from(m)) for m in SUMS}
+    return said | {"ms": asking(database), "pruning": pruning(database)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=20_000_000)
+    parser.add_argument("--database", choices=["sqlite", "postgresql"], default="postgresql")
+    asked = parser.parse_args()
+    said: dict[str, Any] = {"database": asked.database, "cpus": os.cpu_count(), "load_before": os.getloadavg()[0]}
+    with ExitStack() as cleanup:
+        if asked.database == "sqlite":
+            folder = cleanup.enter_context(tempfile.TemporaryDirectory())
+            database = cleanup.enter_context(on_sqlite(Path(folder)))
+        else:
+            server = Postgres(shared_buffers="1GB", max_wal_size="4GB")
+            cleanup.callback(server.remove)
+            server.start()
+            database = cleanup.enter_context(on_postgresql(server.create("rows")))
+        said |= measure(database, asked.rows)
+    said["load_after"] = os.getloadavg()[0]
+    print(json.dumps(said, indent=1))
+
+
+if __name__ == "__main__":
+    main()
