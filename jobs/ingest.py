@@ -131,6 +131,7 @@ def _submission(batch: PromptBatch) -> Submission:
         endpoint=batch.endpoint,
         parameters=batch.parameters,
         metadata=batch.metadata,
+        compare_plain=batch.compare_plain,
         job_id=batch_job_id(batch.id),
         idempotency_key=_KEY_PREFIX + batch.id,
         body_sha256=hashlib.sha256(batch.model_dump_json().encode()).hexdigest(),

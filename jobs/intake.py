@@ -29,7 +29,15 @@ from jobs.errors import (
     UnknownModel,
 )
 from jobs.items import Item, Rules, most_tokens, parse_body, parse_item, parse_parameters
-from jobs.messages import CHAT_ENDPOINT, MESSAGE_VERSION, Endpoint, GenerationRequest, JobStatus, model_name
+from jobs.messages import (
+    CHAT_ENDPOINT,
+    MAX_COMPARED_REQUESTS,
+    MESSAGE_VERSION,
+    Endpoint,
+    GenerationRequest,
+    JobStatus,
+    model_name,
+)
 from jobs.producer import Ring
 from jobs.settings import JobsSettings
 from storage import keys, queries, writes
@@ -56,6 +64,7 @@ class Submission:
     parameters: Mapping[str, Any] = field(default_factory=dict)  # for requests that bring none of their own
     metadata: Any = None
     window_s: float | None = None
+    compare_plain: Any = None  # how many of the requests are decoded both ways when the job is done
     job_id: str | None = None
     api_key_id: str | None = None
     idempotency_key: str | None = None
@@ -241,7 +250,16 @@ def _new_job(submission: Submission, rules: Rules, settings: JobsSettings) -> Ne
         idempotency_key=check_idempotency_key(submission.idempotency_key),
         body_sha256=submission.body_sha256,
         body_version=MESSAGE_VERSION,
+        compare_plain=_check_compare_plain(submission.compare_plain),
     )
+
+
+def _check_compare_plain(count: Any) -> int:
+    if count is None:
+        return 0
+    if type(count) is not int or not 1 <= count <= MAX_COMPARED_REQUESTS:
+        raise InvalidValue(f"must be a whole number from 1 to {MAX_COMPARED_REQUESTS}", param="compare_plain")
+    return count
 
 
 def _record(

@@ -40,6 +40,7 @@ class NewJob:
     retry_of: str | None = None  # the job whose failed requests it runs again
     priority: int = 0  # 1: a person waits for it
     body_version: int = 1  # of the bodies of its requests: a worker must be able to read them
+    compare_plain: int = 0  # so many of its requests are decoded both ways when it is done
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +169,37 @@ class Claim:
     started_at: float | None  # of the first attempt
     checkpoints: tuple[Checkpoint, ...]  # ordered by (choice, seq)
     finished_choices: tuple[int, ...]  # choices whose outputs are already recorded
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedText:
+    """A request of a finished job, and what its first choice says."""
+
+    request_index: int
+    body: Mapping[str, Any]
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonClaim:
+    """The sample of a finished job that a worker is to decode both ways."""
+
+    job_id: str
+    endpoint: str
+    texts: tuple[FinishedText, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonRow:
+    """A request that was decoded both ways; row of `comparisons`."""
+
+    request_index: int
+    completion_tokens: int
+    drafted_ms: float | None
+    plain_ms: float | None
+    drafted_batch: float | None
+    plain_batch: float | None
+    same_text: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from sqlalchemy import ColumnElement, Select, case, func, select, true
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from storage.models import (
+    Comparison,
     DecodeStep,
     Job,
     StepBatch,
@@ -112,6 +113,20 @@ class Minute:
 
 
 @dataclass(frozen=True, slots=True)
+class PlainComparison:
+    """What came of decoding some requests of a job both ways."""
+
+    requests_asked: int
+    requests: int  # that were decoded both ways; those without an answer are left out
+    done: bool  # False: no worker has been idle for long enough yet
+    speedup: float | None  # time of plain decoding over time with drafts, in steps that took turns
+    speedup_error: float | None  # standard error of it, from its spread between requests
+    drafted_batch: float | None  # sequences that shared a step, mean
+    plain_batch: float | None
+    faults: int  # requests whose texts differ; there must be none
+
+
+@dataclass(frozen=True, slots=True)
 class JobStats:
     """The numbers of a job, or of everything. None where nothing was measured. Steps are those of finished choices."""
 
@@ -145,6 +160,7 @@ class JobStats:
     decisions: tuple[DecisionShare, ...] = ()
     reliability: tuple[Expectation, ...] = ()
     minutes: tuple[Minute, ...] = ()
+    comparison: PlainComparison | None = None  # of one job that asked for it
 
 
 def job_stats(session: Session, job_id: str) -> JobStats:
@@ -206,6 +222,7 @@ def _stats(session: Session, scope: _Scope) -> JobStats:
         decisions=_decisions(session, scope),
         reliability=tuple(with_tree),
         minutes=_minutes(session, scope),
+        comparison=None if scope.job_id is None else _comparison(session, scope.job_id),
     )
 
 
@@ -300,6 +317,29 @@ def ratio_error(blocks: Sequence[tuple[float, float]]) -> float | None:
     ratio = sum(a for a, _ in blocks) / below
     off = sum((a - ratio * b) ** 2 for a, b in blocks)
     return math.sqrt(count / (count - 1) * off) / below
+
+
+def _comparison(session: Session, job_id: str) -> PlainComparison | None:
+    job = session.execute(select(Job.compare_plain, Job.compared_at).where(Job.id == job_id)).first()
+    if job is None or not job.compare_plain:
+        return None
+    rows = session.scalars(select(Comparison).where(Comparison.job_id == job_id)).all()
+    pairs = [(row.plain_ms, row.drafted_ms) for row in rows if row.plain_ms is not None and row.drafted_ms]
+    return PlainComparison(
+        requests_asked=job.compare_plain,
+        requests=len(rows),
+        done=job.compared_at is not None,
+        speedup=_ratio(sum(plain for plain, _ in pairs), sum(drafted for _, drafted in pairs)),
+        speedup_error=ratio_error(pairs),
+        drafted_batch=_mean([row.drafted_batch for row in rows]),
+        plain_batch=_mean([row.plain_batch for row in rows]),
+        faults=sum(not row.same_text for row in rows),
+    )
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return _ratio(sum(known), len(known))
 
 
 def _by_depth(session: Session, scope: _Scope) -> tuple[DepthAcceptance, ...]:

@@ -69,12 +69,15 @@ class LastingEngine:
         self._engine.cancel(keys)
         self._forget_finished()
 
-    def step(self) -> tuple[list[StepResult], list[Sequence]]:
-        """Run one step; return what each emitting sequence got, and those that are given up."""
+    def step(self, *, plain: bool = False) -> tuple[list[StepResult], list[Sequence]]:
+        """Run one step, of the plain sequences or of all others.
+
+        Return what each emitting sequence got, and those that are given up.
+        """
         self._admit()
         marks = {s: _Mark(len(s.ids), s.steps) for s in self._held}
         try:
-            results = self._engine.step()
+            results = self._engine.step(plain=plain)
         except RankLost:  # no engine can go on over what is left of the replica
             raise
         except Exception:  # the one place where any failure of a step is survived

@@ -88,10 +88,13 @@ class Engine:
                 sequence.cancelled = True
         self._drop_finished()
 
-    def step(self) -> list[StepResult]:
-        """Run one step and return what each emitting sequence got; nothing while a prompt is still being read."""
+    def step(self, *, plain: bool = False) -> list[StepResult]:
+        """Run one step and return what each emitting sequence got; nothing while a prompt is still being read.
+
+        It is a step of the plain sequences, or of all others.
+        """
         clock = _Clock(self._late_ms)
-        batch = self._scheduler.next_batch()
+        batch = self._scheduler.next_batch(plain=plain)
         if batch.empty:
             return []
         for slot in batch.emptied:
