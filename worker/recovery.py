@@ -81,7 +81,8 @@ class LastingEngine:
         except RankLost:  # no engine can go on over what is left of the replica
             raise
         except Exception:  # the one place where any failure of a step is survived
-            log.exception("A step of %d sequences failed", len(marks), extra={"action": "step_failed"})
+            about = {"action": "step_failed", "sequences": [s.key for s in marks]}  # (job, request, choice) of each
+            log.exception("A step of %d sequences failed", len(marks), extra=about)
             return [], self._start_over(marks)
         for result in results:
             self._held[result.sequence] = True

@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from jobs.errors import DatabaseUnavailable, RequestRefused
+from jobs.logs import noted
 from jobs.messages import MESSAGE_VERSION
 from storage import leases
 from storage.records import Checkpoint, Claim, Refusal, RequestKey
@@ -136,7 +137,8 @@ class Runner:
         if claims:
             self._comparison.give_way()
         for claim in claims:
-            self._take_up(claim)
+            with noted(job_id=claim.lease.job_id, request_index=claim.lease.request_index):
+                self._take_up(claim)
 
     def _compare(self) -> None:
         try:

@@ -18,6 +18,7 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from jobs.celery_app import DOORBELL_TASK, KEY_PREFIX, PULSE_TASK, make_app, pulse_queue
+from jobs.logs import noted
 from jobs.messages import model_queue
 from jobs.producer import make_producer_app, ring, send_pulse
 from jobs.schema_guard import require_schema
@@ -37,8 +38,9 @@ def make_worker_app(redis_url: str, model: str, resident: Resident) -> Celery:
 
     @app.task(name=DOORBELL_TASK)  # type: ignore[untyped-decorator]
     def doorbell(job_id: str) -> None:
-        log.debug("The doorbell rang for job %s", job_id, extra={"action": "doorbell", "job_id": job_id})
-        resident.wake()
+        with noted(job_id=job_id):
+            log.debug("The doorbell rang", extra={"action": "doorbell"})
+            resident.wake()
 
     @app.task(name=PULSE_TASK)  # type: ignore[untyped-decorator]
     def pulse() -> None:

@@ -234,7 +234,8 @@ def _cancel(services: Services, job_id: str) -> None:
         with services.database.write() as session:
             writes.request_cancel(session, job_id)
     except SQLAlchemyError as exc:
-        log.warning("Call %s goes on without a listener: %s", job_id, exc, extra={"action": "cancel_failed"})
+        about = {"action": "cancel_failed", "job_id": job_id}
+        log.warning("Call %s goes on without a listener: %s", job_id, exc, extra=about)
 
 
 __all__ = ["router"]
