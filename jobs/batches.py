@@ -32,6 +32,7 @@ class BatchOrder:
     api_key_id: str = ""
     idempotency_key: str | None = None
     body_sha256: str | None = None
+    traceparent: str | None = None
 
 
 def accept_batch(order: BatchOrder, owner: str | None, database: Database, settings: JobsSettings) -> str:
@@ -51,6 +52,7 @@ def accept_batch(order: BatchOrder, owner: str | None, database: Database, setti
         input_file_id=order.input_file_id,
         completion_window=order.completion_window,
         output_expires_after_s=order.output_expires_after_s,
+        traceparent=order.traceparent,
     )
     with database.write() as session:
         refuse_full_queue(session, settings.max_requests_queued)

@@ -40,6 +40,7 @@ from jobs.messages import (
 )
 from jobs.producer import Ring
 from jobs.settings import JobsSettings
+from jobs.tracing import span
 from storage import keys, queries, writes
 from storage.keys import QuotaExceeded
 from storage.queries import JobView
@@ -64,6 +65,7 @@ class Submission:
     parameters: Mapping[str, Any] = field(default_factory=dict)  # for requests that bring none of their own
     metadata: Any = None
     window_s: float | None = None
+    traceparent: str | None = None
     compare_plain: Any = None  # how many of the requests are decoded both ways when the job is done
     job_id: str | None = None
     api_key_id: str | None = None
@@ -81,9 +83,10 @@ def accept_job(submission: Submission, *, database: Database, ring: Ring, settin
     if first is None:
         raise EmptyJob
     rules = _rules(submission, first, database, settings)
-    job = _new_job(submission, rules, settings)
-    packed = _parse_all(chain((first,), items), rules, settings.max_requests)
-    recorded = _record(job, map(_unpack, packed), database, settings.max_requests_queued)
+    with span("ingest", submission.traceparent, job_id=rules.job_id) as place:
+        job = replace(_new_job(submission, rules, settings), traceparent=place)
+        packed = _parse_all(chain((first,), items), rules, settings.max_requests)
+        recorded = _record(job, map(_unpack, packed), database, settings.max_requests_queued)
     if recorded.conflict:
         raise IdempotencyConflict
     if recorded.created:
@@ -121,13 +124,13 @@ def retry_job(
         body_version=MESSAGE_VERSION,
     )
     try:
-        with database.write() as session:
+        with span("ingest", job_id=again.id) as place, database.write() as session:
             found = queries.requests_to_retry(session, job.id)
             requests = (_with_tokens(request, context_tokens) for request in found)
             first = next(requests, None)
             if first is None:
                 raise NotRetryable
-            recorded = writes.record_job(session, again, chain([first], requests))
+            recorded = writes.record_job(session, replace(again, traceparent=place), chain([first], requests))
             if recorded.created:
                 refuse_full_queue(session, settings.max_requests_queued)
     except QuotaExceeded as exceeded:
@@ -157,8 +160,9 @@ def accept_call(submission: Submission, *, database: Database, ring: Ring, setti
     request = parse_body(item.value, rules)
     if rules.context_tokens is None:
         raise ServiceUnavailable(f"No worker serves {rules.model} right now; try again in a few seconds.")
-    job = replace(_new_job(submission, rules, settings), priority=1)
-    _record(job, [request], database)
+    with span("ingest", submission.traceparent, job_id=rules.job_id) as place:
+        job = replace(_new_job(submission, rules, settings), priority=1, traceparent=place)
+        _record(job, [request], database)
     ring(job.id, job.model)
     return job.id
 

@@ -125,6 +125,7 @@ class Job(Base):
     compare_plain: Mapped[int] = mapped_column(server_default=text("0"))
     comparing_until: Mapped[float | None]
     compared_at: Mapped[float | None]
+    traceparent: Mapped[str | None]  # where the spans of its requests belong, for whoever traces (jobs.tracing)
 
     __table_args__ = (
         UniqueConstraint("api_key_id", "idempotency_key"),

@@ -41,6 +41,7 @@ class NewJob:
     priority: int = 0  # 1: a person waits for it
     body_version: int = 1  # of the bodies of its requests: a worker must be able to read them
     compare_plain: int = 0  # so many of its requests are decoded both ways when it is done
+    traceparent: str | None = None  # where its spans belong, for whoever traces
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +170,7 @@ class Claim:
     started_at: float | None  # of the first attempt
     checkpoints: tuple[Checkpoint, ...]  # ordered by (choice, seq)
     finished_choices: tuple[int, ...]  # choices whose outputs are already recorded
+    traceparent: str | None = None  # where its spans belong, for whoever traces
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ runner -> [live] -> sink.  Collects the engine's results per choice, and hands o
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 
@@ -105,6 +106,7 @@ class LiveRequest:
     claim: Claim
     choices: dict[int, LiveChoice] = field(default_factory=dict)
     refusal: Refusal | None = None
+    taken_at: float = field(default_factory=time.time)
     _next_seq: int | None = None  # of choice 0, once that is no longer among the choices
 
     @property

@@ -17,6 +17,7 @@ from jobs.messages import MESSAGE_VERSION
 from storage import leases
 from storage.records import Checkpoint, Claim, Refusal, RequestKey
 from storage.session import DATABASE_AWAY, Database, why_away
+from worker import spans
 from worker.comparison import Comparison
 from worker.engine.engine import Engine
 from worker.engine.sequence import Sequence
@@ -130,6 +131,7 @@ class Runner:
                 )
         except DATABASE_AWAY as error:
             raise _unavailable(error) from error
+        spans.claimed(claims, time.time() - (time.monotonic() - now), time.time())
         if not self._live:
             self._renewed_at = now
         # Where there was work there may be more: look again as soon as there is room.

@@ -6,6 +6,7 @@ runner -> [sink] -> storage.writes, jobs.partials.  Nothing is published that is
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 from jobs.errors import DatabaseUnavailable
@@ -14,6 +15,7 @@ from jobs.messages import PartialEvent, Piece
 from storage import writes
 from storage.records import Checkpoint, FinishedChoice, FlushResult, Lease, Progress, Refusal, RequestKey
 from storage.session import DATABASE_AWAY, Database, why_away
+from worker import spans
 from worker.live import LiveChoice, LiveRequest
 
 log = logging.getLogger(__name__)
@@ -42,12 +44,14 @@ class Sink:
         self._pending += [(r, r.progress(now)) for r in requests if r.claim.lease.key not in ended]
         progress = [p for _, p in self._pending]
         held = [request.claim.lease for request in requests]
+        began_at = time.time()
         try:
             with self._database.write() as session:
                 result = writes.flush(session, self._worker_id, self._lease_s, progress, held)
         except DATABASE_AWAY as error:
             raise DatabaseUnavailable(f"The database does not answer: {why_away(error)}") from error
         committed, self._pending = self._pending, []
+        spans.committed([entry for entry in committed if entry[1].lease.key not in result.lost], began_at, time.time())
         self._publish([*self._events(committed, result.lost), *job_events(result.ended_jobs)])
         for job_id, status in result.ended_jobs:
             log.info("Job %s is %s", job_id, status, extra={"action": "job_ended", "job_id": job_id})

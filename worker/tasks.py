@@ -22,6 +22,7 @@ from jobs.logs import noted
 from jobs.messages import model_queue
 from jobs.producer import make_producer_app, ring, send_pulse
 from jobs.schema_guard import require_schema
+from jobs.tracing import start_tracing, stop_tracing
 from worker.assembly import assemble
 from worker.resident import Pulse, Resident, new_worker_id
 from worker.settings import WorkerSettings
@@ -68,6 +69,7 @@ def make_pulse(redis_url: str, worker_id: str) -> Pulse:
 def serve(settings: WorkerSettings) -> int:
     """Load the models, start the resident engine, and listen for doorbells until a signal ends the process."""
     require_schema(settings.resolved_database_url)
+    start_tracing("basic-worker")
     sequences = settings.max_sequences + settings.interactive_sequences
     assembly = assemble(settings.model_copy(update={"max_sequences": sequences}), say=log.info)
     bells = make_producer_app(settings.redis_url)
@@ -95,6 +97,7 @@ def serve(settings: WorkerSettings) -> int:
         return end.code if isinstance(end.code, int) else 0
     finally:
         resident.stop()
+        stop_tracing()
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -18,6 +19,7 @@ from jobs.api.uploads import read_kept_s
 from jobs.batches import BatchOrder, accept_batch
 from jobs.errors import InvalidValue, MissingParameter, NotFound
 from jobs.items import refuse_unknown
+from jobs.tracing import submit_span
 from storage import queries
 from storage.queries import JobView
 
@@ -32,8 +34,9 @@ async def create(request: Request, services: ServicesNow, caller: CallerNow) -> 
     """Make a batch of an uploaded file. The answer says `validating`; the lines are read afterwards."""
 
     def accept(body: Body) -> dict[str, Any]:
-        order = _order(body, request.headers.get(IDEMPOTENCY_KEY), caller)
-        batch_id = accept_batch(order, caller.sees, services.database, services.settings)
+        with submit_span(request.headers) as place:
+            order = replace(_order(body, request.headers.get(IDEMPOTENCY_KEY), caller), traceparent=place)
+            batch_id = accept_batch(order, caller.sees, services.database, services.settings)
         return views.batch(find_job(services, batch_id, caller))
 
     async with services.bodies.received(request, _ORDER_BYTES) as body:

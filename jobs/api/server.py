@@ -24,6 +24,7 @@ from jobs.producer import make_producer_app, ring
 from jobs.reconciler import Reconciler
 from jobs.schema_guard import require_schema
 from jobs.settings import JobsSettings
+from jobs.tracing import start_tracing, stop_tracing
 from storage import keys
 from storage.session import Database
 
@@ -36,6 +37,7 @@ _SHUTDOWN_S = 5  # streams that are still open after this are cut
 def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
     """Serve until a signal comes. The URL is written to `ready_file` as soon as connections are taken."""
     log_to_stderr(settings.log_format)
+    start_tracing("basic-shim")
     database = Database.open(settings.resolved_database_url)
     door = _door(settings, database)
     require_schema(settings.resolved_database_url)
@@ -56,6 +58,7 @@ def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
             uvicorn.Server(config).run(sockets=[listener])
     finally:
         database.dispose()
+        stop_tracing()
 
 
 @contextmanager
