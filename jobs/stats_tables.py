@@ -52,8 +52,8 @@ def comparison_text(comparison: Numbers) -> str:
         texts += f"; {comparison['faults']} of them with ANOTHER TEXT, which is a fault"
     if comparison["speedup"] is None:
         return f"not measured ({texts})"
-    batches = f"batches of {comparison['drafted_batch']:.1f} and plain {comparison['plain_batch']:.1f}"
-    return f"{times_text(comparison['speedup'], comparison['speedup_error'])} ({texts}, in {batches})"
+    batch = f"{comparison['mean_batch_sequences']:.1f} at a time"
+    return f"{times_text(comparison['speedup'], comparison['speedup_error'])} ({texts}, {batch})"
 
 
 def times_text(speedup: float, error: float | None) -> str:

@@ -338,8 +338,8 @@ class DraftTree(Base):
 class Comparison(Base):
     """One request of a finished job that was decoded both ways once more, in steps that took turns.
 
-    Times are shares of steps, as in `step_minutes`, for all its tokens; prefill is in neither. NULL: no step of one of
-    the ways can be compared.
+    Times are shares of steps, as in `step_minutes`, for the same tokens in batches of the same sizes; prefill is in
+    neither. NULL: no step of it can be compared.
     """
 
     __tablename__ = "comparisons"
@@ -347,11 +347,10 @@ class Comparison(Base):
     job_id: Mapped[str] = mapped_column(primary_key=True)
     request_index: Mapped[int] = mapped_column(primary_key=True)
     worker_id: Mapped[str]
-    completion_tokens: Mapped[int]
+    tokens: Mapped[int]
     drafted_ms: Mapped[float | None]  # as the job's requests are decoded
     plain_ms: Mapped[float | None]
-    drafted_batch: Mapped[float | None]  # sequences that shared a step, mean
-    plain_batch: Mapped[float | None]
+    batch_sequences: Mapped[float | None]  # that shared a step with drafts, mean
     same_text: Mapped[bool]  # both ways wrote what the output says; anything else is a fault
 
     __table_args__ = (_of_a_request(),)

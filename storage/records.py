@@ -196,11 +196,10 @@ class ComparisonRow:
     """A request that was decoded both ways; row of `comparisons`."""
 
     request_index: int
-    completion_tokens: int
+    tokens: int
     drafted_ms: float | None
     plain_ms: float | None
-    drafted_batch: float | None
-    plain_batch: float | None
+    batch_sequences: float | None
     same_text: bool
 
 

@@ -121,8 +121,7 @@ class PlainComparison:
     done: bool  # False: no worker has been idle for long enough yet
     speedup: float | None  # time of plain decoding over time with drafts, in steps that took turns
     speedup_error: float | None  # standard error of it, from its spread between requests
-    drafted_batch: float | None  # sequences that shared a step, mean
-    plain_batch: float | None
+    mean_batch_sequences: float | None
     faults: int  # requests whose texts differ; there must be none
 
 
@@ -331,8 +330,7 @@ def _comparison(session: Session, job_id: str) -> PlainComparison | None:
         done=job.compared_at is not None,
         speedup=_ratio(sum(plain for plain, _ in pairs), sum(drafted for _, drafted in pairs)),
         speedup_error=ratio_error(pairs),
-        drafted_batch=_mean([row.drafted_batch for row in rows]),
-        plain_batch=_mean([row.plain_batch for row in rows]),
+        mean_batch_sequences=_mean([row.batch_sequences for row in rows]),
         faults=sum(not row.same_text for row in rows),
     )
 

@@ -223,8 +223,7 @@ SELECT
         plain_squared - 2.0 * plain_ms / NULLIF(drafted_ms, 0) * product
         + plain_ms * plain_ms / NULLIF(drafted_ms * drafted_ms, 0) * drafted_squared
     ) / NULLIF(drafted_ms * drafted_ms, 0) AS speedup_variance,
-    drafted_batch,
-    plain_batch,
+    mean_batch_sequences,
     faults
 FROM (
     SELECT
@@ -236,8 +235,7 @@ FROM (
         sum(plain_ms * plain_ms) AS plain_squared,
         sum(drafted_ms * drafted_ms) AS drafted_squared,
         sum(plain_ms * drafted_ms) AS product,
-        avg(drafted_batch) AS drafted_batch,
-        avg(plain_batch) AS plain_batch,
+        avg(batch_sequences) AS mean_batch_sequences,
         sum(CASE WHEN same_text THEN 0 ELSE 1 END) AS faults
     FROM comparisons
     GROUP BY job_id

@@ -1,17 +1,20 @@
 """The comparison: requests of a finished job, decoded once more with drafts and without, while nobody needs the engine.
 
 runner -> [comparison] -> recovery, storage.comparisons.  Every request is there twice, and steps of the two ways take
-turns: whichever has written less is next. So both meet the same machine, the same batch and the same lengths of text.
-Whoever comes with work has the engine at once; the comparison begins anew when it is idle again.
+turns: whichever has written less is next. A plain step has as many sequences as the step with drafts before it. So both
+meet the same machine, the same lengths of text and the same batches; left alone, the plain texts would end together,
+the others one by one. Whoever comes with work has the engine at once; the comparison begins anew when it is idle again.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Hashable
+from collections import defaultdict
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
+from statistics import fmean
 from typing import Any
 
 from jobs.errors import RequestRefused
@@ -30,34 +33,39 @@ _LOOK_S = 1.0  # between looks for a job that waits
 _KEEPS = 3  # times that a comparison in hand is renewed while it would last
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One sequence's share of a step that read no prompt."""
+
+    ms: float
+    tokens: int
+    batch_sequences: int
+
+
 @dataclass(slots=True)
 class _Way:
-    """One of the two ways in which a request is decoded, and what it took."""
+    """One of the two ways in which a request is decoded."""
 
     transcript: Transcript
-    step_ms: float = 0.0  # shares of the steps that can be compared: those that read no prompt
-    tokens: int = 0  # of these steps, as is the next
-    batch_sequences: list[int] = field(default_factory=list)
+    steps: list[_Step] = field(default_factory=list)  # those that can be compared
+
+    @property
+    def key(self) -> Hashable:
+        return self.transcript.sequence.key
 
     @property
     def over(self) -> bool:
         return self.transcript.sequence.finished
 
     @property
-    def written(self) -> int:
-        return len(self.transcript.sequence.output_ids)
-
-    @property
-    def batch(self) -> float | None:
-        return sum(self.batch_sequences) / len(self.batch_sequences) if self.batch_sequences else None
+    def ids(self) -> list[int]:
+        return self.transcript.sequence.output_ids
 
     def take(self, result: StepResult) -> None:
         numbers = self.transcript.take(result).numbers
-        if numbers.plain_step_ms is None:
-            return
-        self.step_ms += numbers.step_ms / numbers.batch_sequences
-        self.tokens += numbers.emitted_tokens
-        self.batch_sequences.append(numbers.batch_sequences)
+        if numbers.plain_step_ms is not None:
+            batch = numbers.batch_sequences
+            self.steps.append(_Step(numbers.step_ms / batch, numbers.emitted_tokens, batch))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +76,28 @@ class _Pair:
     drafted: _Way
     plain: _Way
 
-    def row(self) -> ComparisonRow:
-        drafted, plain, tokens = self.drafted, self.plain, len(self.text.token_ids)
-        comparable = bool(drafted.tokens and plain.tokens)
-        texts = [way.transcript.sequence.output_ids for way in (drafted, plain)]
+    @property
+    def left(self) -> int:
+        """Tokens that its plain way is going to write."""
+        return len(self.text.token_ids) - len(self.plain.ids)
+
+    def row(self, token_ms: Mapping[int, float]) -> ComparisonRow:
+        """Return what it took, and what plain decoding took for a token in batches of each size."""
+        steps = self.drafted.steps
+        known = bool(steps and token_ms)
         return ComparisonRow(
             request_index=self.text.request_index,
-            completion_tokens=tokens,
-            drafted_ms=tokens * drafted.step_ms / drafted.tokens if comparable else None,
-            plain_ms=tokens * plain.step_ms / plain.tokens if comparable else None,
-            drafted_batch=drafted.batch,
-            plain_batch=plain.batch,
-            same_text=all(ids == list(self.text.token_ids) for ids in texts),
+            tokens=sum(step.tokens for step in steps),
+            drafted_ms=sum(step.ms for step in steps) if known else None,
+            plain_ms=sum(step.tokens * _nearest(token_ms, step.batch_sequences) for step in steps) if known else None,
+            batch_sequences=fmean(step.batch_sequences for step in steps) if known else None,
+            same_text=all(way.ids == list(self.text.token_ids) for way in (self.drafted, self.plain)),
         )
+
+
+def _nearest(token_ms: Mapping[int, float], batch_sequences: int) -> float:
+    """Return what a token took in plain batches of this size, or of the nearest there were."""
+    return token_ms[min(token_ms, key=lambda size: abs(size - batch_sequences))]
 
 
 class Comparison:
@@ -102,6 +119,7 @@ class Comparison:
         self._numbers = count()  # of comparisons that were begun
         self._room = 0
         self._plain_next = False
+        self._batch = 1  # sequences of the last step with drafts
         self._looked_at = self._kept_at = float("-inf")
 
     @property
@@ -164,7 +182,7 @@ class Comparison:
         # One by one, so that as many are decoded this way as that, however many there is room for.
         for pair in self._pairs:
             for way in (pair.drafted, pair.plain):
-                self._ways[way.transcript.sequence.key] = way
+                self._ways[way.key] = way
                 self._engine.add(way.transcript.sequence)
 
     def _way(self, claim: ComparisonClaim, text: FinishedText, number: int, plain: bool) -> _Way:
@@ -176,30 +194,47 @@ class Comparison:
         prompt = self._codec.encode_all(request, claim.endpoint)[0]
         key = (f"comparison {number} of {claim.job_id}", text.request_index, plain)
         sequence = self._codec.sequence(key, prompt, request.sampling, 0)
-        sequence.plain, sequence.traced_steps = plain, 0
+        sequence.traced_steps = 0
         return _Way(Transcript(sequence, self._codec.stream(request.sampling.stop)))
 
     def _step(self) -> None:
-        results, given_up = self._engine.step(plain=self._plain_next)
+        only = self._plain_batch() if self._plain_next else {pair.drafted.key for pair in self._pairs}
+        results, given_up = self._engine.step(only, plain=self._plain_next)
         for result in results:
             self._ways[result.sequence.key].take(result)
         for sequence in given_up:
             self._give_up(sequence.key)
         self._engine.cancel({result.sequence.key for result in results if result.sequence.finished})
-        self._plain_next = not self._plain_next if not results else self._plain_is_behind()
+        if results and not self._plain_next:
+            self._batch = len(results)
+        self._plain_next = self._plain_is_behind() if results else not self._plain_next
+
+    def _plain_batch(self) -> set[Hashable]:
+        """Return the next plain step's sequences: those with most left to write, lest there be too few in the end."""
+        unfinished = [pair for pair in self._pairs if not pair.plain.over]
+        waiting = [pair.plain.transcript.sequence.slot < 0 for pair in unfinished]
+        order = sorted(zip(waiting, unfinished, strict=True), key=lambda entry: (entry[0], -entry[1].left))
+        return {pair.plain.key for _, pair in order[: self._batch]}
 
     def _plain_is_behind(self) -> bool:
         """Return whether the next step is a plain one: that way has written less, or the other is through."""
         drafted, plain = [pair.drafted for pair in self._pairs], [pair.plain for pair in self._pairs]
         if all(way.over for way in drafted) or all(way.over for way in plain):
             return not all(way.over for way in plain)
-        return sum(way.written for way in plain) < sum(way.written for way in drafted)
+        return sum(len(way.ids) for way in plain) < sum(len(way.ids) for way in drafted)
+
+    def _token_ms(self) -> dict[int, float]:
+        """Return what plain decoding took for a token of a sequence, by the sequences of the step."""
+        times: defaultdict[int, list[float]] = defaultdict(list)
+        for pair in self._pairs:
+            for step in pair.plain.steps:
+                times[step.batch_sequences].append(step.ms)
+        return {size: fmean(ms) for size, ms in times.items()}
 
     def _give_up(self, key: Hashable) -> None:
         """Leave out a request that the engine can't decode any more."""
-        lost = [p for p in self._pairs if key in {way.transcript.sequence.key for way in (p.drafted, p.plain)}]
-        for pair in lost:
-            self._engine.cancel({pair.drafted.transcript.sequence.key, pair.plain.transcript.sequence.key})
+        for pair in [p for p in self._pairs if key in (p.drafted.key, p.plain.key)]:
+            self._engine.cancel({pair.drafted.key, pair.plain.key})
             self._pairs.remove(pair)
 
     def _keep(self, claim: ComparisonClaim) -> None:
@@ -210,7 +245,8 @@ class Comparison:
         self._kept_at = time.monotonic()
 
     def _record(self, claim: ComparisonClaim) -> None:
-        rows = [pair.row() for pair in self._pairs]
+        token_ms = self._token_ms()
+        rows = [pair.row(token_ms) for pair in self._pairs]
         with self._database.write() as session:
             comparisons.record_comparison(session, self._worker_id, claim.job_id, rows)
         for row in rows:

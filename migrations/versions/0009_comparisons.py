@@ -24,11 +24,10 @@ def upgrade() -> None:
         sa.Column("job_id", sa.Text(), nullable=False),
         sa.Column("request_index", sa.Integer(), nullable=False),
         sa.Column("worker_id", sa.Text(), nullable=False),
-        sa.Column("completion_tokens", sa.Integer(), nullable=False),
+        sa.Column("tokens", sa.Integer(), nullable=False),
         sa.Column("drafted_ms", sa.Double()),
         sa.Column("plain_ms", sa.Double()),
-        sa.Column("drafted_batch", sa.Double()),
-        sa.Column("plain_batch", sa.Double()),
+        sa.Column("batch_sequences", sa.Double()),
         sa.Column("same_text", sa.Boolean(), nullable=False),
         sa.ForeignKeyConstraint(
             ["job_id", "request_index"],

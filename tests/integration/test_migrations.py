@@ -213,7 +213,7 @@ def test_the_views_answer_the_shell(url: str, path: Path) -> None:
     flush(database, "w1", Progress(lease, (a_checkpoint(seq=1, steps=steps),), (a_finished_choice(),), ends=True))
     with database.write() as session:
         writes.add_energy(session, "w1", 120.0, 50.0)
-        comparisons.record_comparison(session, "w1", lease.job_id, [ComparisonRow(0, 4, 1.0, 2.0, 1.0, 1.0, True)])
+        comparisons.record_comparison(session, "w1", lease.job_id, [ComparisonRow(0, 4, 1.0, 2.0, 1.0, True)])
     database.dispose()
 
     with sqlite3.connect(path) as shell:

@@ -6,7 +6,7 @@ truth that tests compare with and the baseline that benchmarks measure.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from time import perf_counter
 from typing import Any
 
@@ -88,13 +88,13 @@ class Engine:
                 sequence.cancelled = True
         self._drop_finished()
 
-    def step(self, *, plain: bool = False) -> list[StepResult]:
+    def step(self, only: Collection[Hashable] | None = None, *, plain: bool = False) -> list[StepResult]:
         """Run one step and return what each emitting sequence got; nothing while a prompt is still being read.
 
-        It is a step of the plain sequences, or of all others.
+        It is a step of all sequences or of `only` those with these keys; a `plain` one does without drafts.
         """
         clock = _Clock(self._late_ms)
-        batch = self._scheduler.next_batch(plain=plain)
+        batch = self._scheduler.next_batch(only, plain=plain)
         if batch.empty:
             return []
         for slot in batch.emptied:

@@ -7,7 +7,7 @@ served; the caller decides who comes. What two texts have in common from their b
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Hashable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,16 +118,13 @@ class Scheduler:
             self.slots.give_back(sequence.slot, sequence.ids[: sequence.cached])
         return gone
 
-    def next_batch(self, *, plain: bool = False) -> Batch:
-        """Admit who fits, share beginnings, give prompts their rows, and return the step's work.
-
-        A step is for the plain sequences or for the others, never for both.
-        """
+    def next_batch(self, only: Collection[Hashable] | None = None, *, plain: bool = False) -> Batch:
+        """Admit who fits, share beginnings, give prompts their rows, and return the step's work: of all, or of some."""
         while self._waiting and self._fits(self._waiting[0]):
             sequence = self._waiting.popleft()
             sequence.slot = self.slots.take(self._needs(sequence))
             self._running.append(sequence)
-        taking_part = [s for s in self._running if s.plain is plain]
+        taking_part = [s for s in self._running if only is None or s.key in only]
         order = _fair_order([s for s in taking_part if s.prefilling])
         starting, shares = self._start(order)
         chunks = tuple(self._chunks([s for s in order if s.prefilling and s in starting]))

@@ -40,7 +40,6 @@ class Sequence:
     slot: int = -1  # KV slot; -1: not admitted
     cached: int = 0  # leading ids whose keys and values lie in the slot
     steps: int = 0  # decoding steps so far; the token from prefill is step 0
-    plain: bool = False  # decoded without drafts, in steps of such sequences alone
     traced_steps: int = 0  # so many steps say which trees they showed
     prefill_ms: float = 0.0  # time of prefill chunks that emitted nothing yet
     finish_reason: FinishReason | None = None

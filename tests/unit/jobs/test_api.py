@@ -326,7 +326,7 @@ def test_a_comparison_with_plain_decoding_is_told_with_the_numbers(api: TestClie
     waiting = api.get(f"/v1/jobs/{job['id']}/stats").json()["comparison"]
     assert (waiting["requests_asked"], waiting["done"], waiting["speedup"]) == (2, False, None)
     answer_all(database)
-    rows = [ComparisonRow(index, 3, 10.0, 20.0 + index, 2.0, 2.0, same_text=index == 0) for index in range(2)]
+    rows = [ComparisonRow(index, 3, 10.0, 20.0 + index, 2.0, same_text=index == 0) for index in range(2)]
     with database.write() as session:
         comparisons.record_comparison(session, "w", job["id"], rows)
 

@@ -46,14 +46,14 @@ def test_the_table_tells_what_came_of_a_comparison_with_plain_decoding(
     job_id = json.loads(run("submit", prompts, "--compare-plain", "20", "--json"))["id"]
     answer_all(database)
     assert "20 requests wait for a worker that is idle" in run("stats", job_id)
-    rows = [ComparisonRow(0, 3, 10.0, 20.0, 1.0, 1.5, True), ComparisonRow(1, 3, 10.0, 22.0, 1.0, 1.5, False)]
+    rows = [ComparisonRow(0, 3, 10.0, 20.0, 1.5, True), ComparisonRow(1, 3, 10.0, 22.0, 1.5, False)]
     with database.write() as session:
         comparisons.record_comparison(session, "w", job_id, rows)
 
     table = run("stats", job_id)
 
     assert "2.10x ± 0.20 (2 requests decoded both ways; 1 of them with ANOTHER TEXT, which is a fault" in flat(table)
-    assert "in batches of 1.0 and plain 1.5" in flat(table)
+    assert "which is a fault, 1.5 at a time)" in flat(table)
     run("submit", prompts, "--compare-plain", "101", status=2)
 
 
