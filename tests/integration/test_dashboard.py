@@ -140,6 +140,19 @@ def test_pages_fit_phones_and_follow_the_system(page: Page, place: str, width: i
     picture(page, f"{place.strip('/').replace('/', '-')}-{width}-{scheme}")
 
 
+def test_ids_in_a_table_stay_whole_on_a_phone(page: Page, service: LocalService) -> None:
+    with Client(service.api_url) as client:
+        client.submit(["abc"], max_tokens=2).wait()
+    page.set_viewport_size({"width": 390, "height": 850})
+    page.goto("/dashboard/stats")
+
+    name = page.locator("table a").first
+    expect(name).to_be_visible(timeout=PATIENCE_MS)
+    assert name.evaluate("link => link.getClientRects().length") == 1
+    assert name.evaluate("link => link.offsetHeight") < 30
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
 def test_the_keyboard_reaches_the_form(page: Page) -> None:
     page.goto("/dashboard/")
     expect(page.get_by_role("button", name="New job")).to_be_visible(timeout=PATIENCE_MS)
