@@ -310,7 +310,7 @@ class DecodeStep(Base):
     ended_at: Mapped[float]
     worker_id: Mapped[str]
     decision: Mapped[str | None]  # tree, or why there was none (worker.engine.governor)
-    # [children shown, rank of the one drawn or null] for every node the target reached; null: not recorded
+    # [children shown, rank of the one drawn or null] for every node the target reached that had some; null: no tree
     reached: Mapped[list[Any] | None]
 
     __table_args__ = (
@@ -438,7 +438,7 @@ class StepExpectation(Base):
 
 
 class StepRank(Base):
-    """Counts over the steps whose `reached` is recorded, by the rank of a child: 0 is the likeliest."""
+    """Counts over the steps with a tree, by the rank of a child: 0 is the likeliest."""
 
     __tablename__ = "step_ranks"
 

@@ -113,7 +113,7 @@ class StepRow:
     ended_at: float
     decision: str | None = None  # tree, or why there was none; rows written before it was recorded have none
     # Per node the target reached: draft children shown below it, and the rank of the one it drew (none of them: None).
-    reached: tuple[tuple[int, int | None], ...] | None = None  # None: not recorded
+    reached: tuple[tuple[int, int | None], ...] | None = None  # None: no tree, or written before it was recorded
     tree: TreeRow | None = None  # for jobs that asked to see their trees
 
 

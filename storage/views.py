@@ -100,7 +100,7 @@ JOIN depths ON depth <= tree_depth
 GROUP BY job_id, depth
 """
 
-# child_rank 0 is the likeliest child in the draft's eyes. Only steps whose `reached` is recorded.
+# child_rank 0 is the likeliest child in the draft's eyes, among those of one node that the target reached.
 _ACCEPTANCE_BY_RANK = """
 CREATE VIEW acceptance_by_rank AS
 SELECT

@@ -14,7 +14,7 @@ from storage.records import Checkpoint, Claim, FinishedChoice, Progress, Refusal
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepNumbers, StepResult
 from worker.transcript import Transcript
-from worker.trees import reached, tree_row
+from worker.trees import tree_row
 
 Now = Callable[[], float]  # Unix seconds
 
@@ -57,7 +57,7 @@ class LiveChoice:
         self._logprobs += [likelihoods.stored() for likelihoods in written.logprobs or ()]
         row = _row(written.numbers, now)
         if result.tree is not None:
-            row = replace(row, tree=tree_row(result.tree, text_of), reached=reached(result.tree))
+            row = replace(row, tree=tree_row(result.tree, text_of))
         self._steps.append(row)
 
     def checkpoint(self) -> Checkpoint | None:

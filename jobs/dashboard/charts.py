@@ -51,11 +51,19 @@ def acceptance(stats: JobStats) -> Option:
 
 def depths(stats: JobStats) -> Option:
     """How often a draft token of each depth was accepted."""
-    rows = stats.acceptance_by_depth
+    return _rate_bars("depth in the tree", [(row.depth, row.rate) for row in stats.acceptance_by_depth])
+
+
+def ranks(stats: JobStats) -> Option:
+    """How often the likeliest child of a node was the target's choice, the second, and so on."""
+    return _rate_bars("rank of the child", [(row.child_rank + 1, row.rate) for row in stats.acceptance_by_rank])
+
+
+def _rate_bars(name: str, rates: list[tuple[int, float]]) -> Option:
     return _chart(
-        xAxis=_axis("category", "depth in the tree") | {"data": [str(row.depth) for row in rows]},
+        xAxis=_axis("category", name) | {"data": [str(place) for place, _ in rates]},
         yAxis=_upright("% accepted") | {"max": 100},
-        series=[_bars([round(100 * row.rate, 1) for row in rows], DRAFT)],
+        series=[_bars([round(100 * rate, 1) for _, rate in rates], DRAFT)],
     )
 
 

@@ -18,6 +18,7 @@ _CHARTS: Final[Sequence[tuple[str, Callable[[JobStats], dict[str, Any]]]]] = (
     ("Tokens per second", charts.throughput),
     ("Draft tokens accepted in a step", charts.acceptance),
     ("Acceptance by depth", charts.depths),
+    ("Acceptance by rank", charts.ranks),
     ("Tree size at each batch size", charts.trees),
     ("Accepted against expected", charts.reliability),
     ("What steps decided", charts.decisions),
