@@ -28,6 +28,7 @@ from storage.models import (
 from storage.sql import AnyRow, database_now
 
 PLAIN_DECISIONS: Final = ("probe", "guard", "off")  # of steps that did without drafts and without looking for them
+_NEVER_COMPARED: Final = ("failed", "expired", "cancelled")
 _FEW_BLOCKS: Final = 8  # minutes from which on the spread between minutes is taken
 _FEW_STEPS: Final = 100_000  # steps up to which the spread between requests is asked for
 
@@ -118,7 +119,7 @@ class PlainComparison:
 
     requests_asked: int
     requests: int  # that were decoded both ways; those without an answer are left out
-    done: bool  # False: no worker has been idle for long enough yet
+    done: bool  # False: no worker has been idle for long enough yet; only jobs that are completed are compared
     speedup: float | None  # time of plain decoding over time with drafts, in steps that took turns
     speedup_error: float | None  # standard error of it, from its spread between requests
     mean_batch_sequences: float | None
@@ -319,7 +320,7 @@ def ratio_error(blocks: Sequence[tuple[float, float]]) -> float | None:
 
 
 def _comparison(session: Session, job_id: str) -> PlainComparison | None:
-    job = session.execute(select(Job.compare_plain, Job.compared_at).where(Job.id == job_id)).first()
+    job = session.execute(select(Job.compare_plain, Job.compared_at, Job.status).where(Job.id == job_id)).first()
     if job is None or not job.compare_plain:
         return None
     rows = session.scalars(select(Comparison).where(Comparison.job_id == job_id)).all()
@@ -327,7 +328,7 @@ def _comparison(session: Session, job_id: str) -> PlainComparison | None:
     return PlainComparison(
         requests_asked=job.compare_plain,
         requests=len(rows),
-        done=job.compared_at is not None,
+        done=job.compared_at is not None or job.status in _NEVER_COMPARED,
         speedup=_ratio(sum(plain for plain, _ in pairs), sum(drafted for _, drafted in pairs)),
         speedup_error=ratio_error(pairs),
         mean_batch_sequences=_mean([row.batch_sequences for row in rows]),

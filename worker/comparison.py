@@ -130,7 +130,7 @@ class Comparison:
     @property
     def room(self) -> int:
         """Sequences that the engine could take if it were given way."""
-        return self._room if self.busy else self._engine.room
+        return max(1, self._room) if self.busy else self._engine.room  # one is enough to be given way
 
     def turn(self) -> None:
         """Run one step of a comparison, or look whether one is due; to be called only while nobody else has work."""

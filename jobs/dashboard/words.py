@@ -41,6 +41,8 @@ def compared(comparison: PlainComparison) -> str:
     """Return what stands beside a comparison with plain decoding: of how many requests, and what was wrong."""
     if not comparison.done:
         return f"{comparison.requests_asked:,d} requests wait for an idle worker"
+    if not comparison.requests:
+        return "no request was decoded both ways"
     if comparison.faults:
         return f"{comparison.faults:,d} of {comparison.requests:,d} texts differ: a fault"
     return f"{comparison.requests:,d} requests decoded both ways, the same texts"

@@ -134,3 +134,14 @@ def test_statistics_say_that_a_comparison_still_waits(database: Database) -> Non
     assert numbers is not None
     assert (numbers.done, numbers.requests_asked, numbers.requests, numbers.speedup) == (False, 2, 0, None)
     assert everything is None
+
+
+def test_a_cancelled_job_waits_for_no_comparison(database: Database) -> None:
+    record(database, requests=2)
+    with database.write() as session:
+        session.execute(update(Job).values(compare_plain=2))
+    cancel(database)
+    with database.read() as session:
+        numbers = queries.job_stats(session, "job-1").comparison
+    assert numbers is not None
+    assert (numbers.done, numbers.requests) == (True, 0)
