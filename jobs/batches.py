@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.errors import IdempotencyConflict, InvalidValue, NotFound
-from jobs.intake import check_idempotency_key, check_metadata, new_job_id, refuse_full_queue
+from jobs.intake import check_compare_plain, check_idempotency_key, check_metadata, new_job_id, refuse_full_queue
 from jobs.messages import Endpoint
 from jobs.settings import JobsSettings
 from storage import files, writes
@@ -33,6 +33,7 @@ class BatchOrder:
     idempotency_key: str | None = None
     body_sha256: str | None = None
     traceparent: str | None = None
+    compare_plain: Any = None
 
 
 def accept_batch(order: BatchOrder, owner: str | None, database: Database, settings: JobsSettings) -> str:
@@ -53,6 +54,7 @@ def accept_batch(order: BatchOrder, owner: str | None, database: Database, setti
         completion_window=order.completion_window,
         output_expires_after_s=order.output_expires_after_s,
         traceparent=order.traceparent,
+        compare_plain=check_compare_plain(order.compare_plain),
     )
     with database.write() as session:
         refuse_full_queue(session, settings.max_requests_queued)

@@ -254,16 +254,8 @@ def _new_job(submission: Submission, rules: Rules, settings: JobsSettings) -> Ne
         idempotency_key=check_idempotency_key(submission.idempotency_key),
         body_sha256=submission.body_sha256,
         body_version=MESSAGE_VERSION,
-        compare_plain=_check_compare_plain(submission.compare_plain),
+        compare_plain=check_compare_plain(submission.compare_plain),
     )
-
-
-def _check_compare_plain(count: Any) -> int:
-    if count is None:
-        return 0
-    if type(count) is not int or not 1 <= count <= MAX_COMPARED_REQUESTS:
-        raise InvalidValue(f"must be a whole number from 1 to {MAX_COMPARED_REQUESTS}", param="compare_plain")
-    return count
 
 
 def _record(
@@ -324,3 +316,12 @@ def check_idempotency_key(key: str | None) -> str | None:
     if key is not None and not 1 <= len(key) <= MAX_IDEMPOTENCY_KEY_CHARS:
         raise InvalidValue(f"must have 1 to {MAX_IDEMPOTENCY_KEY_CHARS} characters", param="Idempotency-Key")
     return key
+
+
+def check_compare_plain(count: Any) -> int:
+    """Return how many requests are decoded both ways; raise InvalidValue for what is no such number."""
+    if count is None:
+        return 0
+    if type(count) is not int or not 1 <= count <= MAX_COMPARED_REQUESTS:
+        raise InvalidValue(f"must be a whole number from 1 to {MAX_COMPARED_REQUESTS}", param="compare_plain")
+    return count

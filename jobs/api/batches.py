@@ -26,7 +26,8 @@ from storage.queries import JobView
 router = APIRouter(prefix="/v1/batches")
 
 _ORDER_BYTES = 65_536  # metadata can't have more
-_FIELDS = frozenset({"input_file_id", "endpoint", "completion_window", "metadata", "output_expires_after"})
+_OPENAI_FIELDS = frozenset({"input_file_id", "endpoint", "completion_window", "metadata", "output_expires_after"})
+_FIELDS = _OPENAI_FIELDS | {"compare_plain"}
 
 
 @router.post("", openapi_extra=ORDER_BODY, responses=replies(BATCH, 400, 404, 409))
@@ -98,6 +99,7 @@ def _order(body: Body, idempotency_key: str | None, caller: Caller) -> BatchOrde
         api_key_id=caller.key_id,
         idempotency_key=idempotency_key,
         body_sha256=body.sha256,
+        compare_plain=fields.get("compare_plain"),
     )
 
 
