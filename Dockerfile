@@ -14,7 +14,7 @@ COPY jobs jobs
 COPY storage storage
 COPY migrations migrations
 COPY worker worker
-RUN pip install --constraint constraints.txt ".[api,postgres]"
+RUN pip install --constraint constraints.txt ".[api,otel,postgres]"
 USER 10001:10001
 ENV BASIC_DATA_DIR=/var/lib/basic BASIC_LOG_FORMAT=json
 CMD ["basic", "api"]
@@ -29,7 +29,7 @@ COPY jobs jobs
 COPY storage storage
 COPY migrations migrations
 COPY worker worker
-RUN pip install --constraint constraints.txt ".[worker,postgres]"
+RUN pip install --constraint constraints.txt ".[otel,postgres,worker]"
 USER 10001:10001
 ENV BASIC_DATA_DIR=/var/lib/basic BASIC_CACHE_DIR=/var/lib/basic/cache HF_HOME=/var/lib/basic/hub BASIC_LOG_FORMAT=json
 CMD ["basic", "worker"]

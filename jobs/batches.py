@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.errors import IdempotencyConflict, InvalidValue, NotFound
-from jobs.intake import check_idempotency_key, check_metadata, new_job_id, refuse_full_queue
+from jobs.intake import check_compare_plain, check_idempotency_key, check_metadata, new_job_id, refuse_full_queue
 from jobs.messages import Endpoint
 from jobs.settings import JobsSettings
 from storage import files, writes
@@ -32,6 +32,8 @@ class BatchOrder:
     api_key_id: str = ""
     idempotency_key: str | None = None
     body_sha256: str | None = None
+    traceparent: str | None = None
+    compare_plain: Any = None
 
 
 def accept_batch(order: BatchOrder, owner: str | None, database: Database, settings: JobsSettings) -> str:
@@ -51,6 +53,8 @@ def accept_batch(order: BatchOrder, owner: str | None, database: Database, setti
         input_file_id=order.input_file_id,
         completion_window=order.completion_window,
         output_expires_after_s=order.output_expires_after_s,
+        traceparent=order.traceparent,
+        compare_plain=check_compare_plain(order.compare_plain),
     )
     with database.write() as session:
         refuse_full_queue(session, settings.max_requests_queued)

@@ -116,7 +116,7 @@ class Broadcast:
                 async with self._reads:
                     return await asyncio.to_thread(self._read_now, job_id, since)
             except DATABASE_AWAY as exc:
-                log.warning("No events for job %s: %s", job_id, why_away(exc), extra={"action": "story_unavailable"})
+                log.warning("No events for job %s: %s", job_id, why_away(exc), extra=_away(job_id))
                 await asyncio.sleep(_RETRY_S)
 
     def _read_now(self, job_id: str, since: Cursor | None) -> Page:
@@ -213,3 +213,7 @@ class _Channel:
         self.heard += 1
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+def _away(job_id: str) -> dict[str, str]:
+    return {"action": "story_unavailable", "job_id": job_id}

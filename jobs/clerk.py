@@ -24,6 +24,7 @@ from jobs.lines import Findings, Limits, Line, check_lines, split_lines
 from jobs.messages import Endpoint, PartialEvent
 from jobs.producer import Ring
 from jobs.settings import JobsSettings
+from jobs.tracing import span
 from storage import batches, files, queries, writes
 from storage.batches import BatchClaim, BatchEnd, ClaimLost
 from storage.keys import QuotaExceeded
@@ -69,8 +70,11 @@ class Clerk:
         if claim is None:
             return False
         try:
-            work = _Filing(self, claim) if claim.is_read else _Reading(self, claim)
-            work.run()
+            if claim.is_read:
+                _Filing(self, claim).run()
+            else:
+                with span("ingest", claim.traceparent, job_id=claim.job_id):
+                    _Reading(self, claim).run()
         except ClaimLost:
             log.warning("Another clerk took batch %s", claim.job_id, extra=_about(claim, "claim_lost"))
         except Stopped:

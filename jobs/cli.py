@@ -23,7 +23,7 @@ from jobs.client import Client, Job, local_service
 from jobs.errors import BasicError, NotFound, SetupError, UnknownSetting
 from jobs.exports import write_csv
 from jobs.key_commands import key_commands
-from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, JobStatus
+from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, MAX_COMPARED_REQUESTS, JobStatus
 from jobs.prompts import Lines
 from jobs.results import JobInfo, Output
 from jobs.settings import JobsSettings, refuse_unknown_settings
@@ -80,6 +80,10 @@ def submit(
     idempotency_key: Annotated[
         str | None, typer.Option(help="Submitting again under the same key adds nothing.")
     ] = None,
+    compare_plain: Annotated[
+        int | None,
+        typer.Option(min=1, max=MAX_COMPARED_REQUESTS, help="Decode so many both ways when it is done, and time it."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Submit a job: a file with one request a line.
@@ -92,7 +96,12 @@ def submit(
     content, suffix = _read_file(file)
     with _connect() as client:
         job = client.submit(
-            Lines(content, suffix), model=model, endpoint=endpoint, idempotency_key=idempotency_key, **parameters
+            Lines(content, suffix),
+            model=model,
+            endpoint=endpoint,
+            idempotency_key=idempotency_key,
+            compare_plain=compare_plain,
+            **parameters,
         )
         if follow:
             raise typer.Exit(_watch(client, job, as_json, output))

@@ -126,6 +126,7 @@ class AsyncClient:
         endpoint: Endpoint | None = None,
         metadata: Mapping[str, str] | None = None,
         completion_window: str | None = None,
+        compare_plain: int | None = None,
         idempotency_key: str | None = None,
         **parameters: Any,
     ) -> AsyncJob:
@@ -134,7 +135,8 @@ class AsyncClient:
         A prompt is a string or a request object.
 
         Files hold JSON lines (prompts, request objects, or lines of an OpenAI batch file) or plain lines of text.
-        `parameters` hold for all requests that bring none of their own.
+        `parameters` hold for all requests that bring none of their own. So many as `compare_plain` of the requests are
+        decoded both ways when the job is done: with drafts and without, and its statistics tell how long each way took.
 
         Every submission carries a key, so that one whose answer got lost is not recorded twice.
         """
@@ -144,6 +146,7 @@ class AsyncClient:
             "endpoint": endpoint or body.endpoint,
             "metadata": metadata,
             "completion_window": completion_window,
+            "compare_plain": compare_plain,
         }
         fields = {name: value for name, value in (job | parameters).items() if value is not None}
         headers = {"idempotency-key": idempotency_key or str(uuid.uuid4())}

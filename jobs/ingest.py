@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from celery import Celery, Task
@@ -34,6 +35,7 @@ from jobs.processes import BAD_SETTINGS_STATUS
 from jobs.producer import Ring, batch_job_id, make_producer_app, ring
 from jobs.schema_guard import require_schema
 from jobs.settings import JobsSettings
+from jobs.tracing import TRACEPARENT, as_traceparent, start_tracing, stop_tracing
 from storage.records import Refusal
 from storage.session import DATABASE_AWAY, Database, why_away
 
@@ -44,13 +46,15 @@ _RETRY_S = 2.0  # before a message goes back: without the pause a dead database 
 _KEY_PREFIX = "producer:"  # keeps the ids of producers apart from the Idempotency-Keys of HTTP clients
 
 
-def ingest(batch: Any, *, database: Database, ring: Ring, settings: JobsSettings) -> str | None:
+def ingest(
+    batch: Any, *, database: Database, ring: Ring, settings: JobsSettings, traceparent: str | None = None
+) -> str | None:
     """Record one prompt batch as a job and return the job's id; None if it does not even say its own id."""
     try:
         read = PromptBatch.model_validate_json(json.dumps(batch))
     except ValidationError as exc:
         return _refuse_unreadable(batch, exc, database, settings)
-    submission = _submission(read)
+    submission = replace(_submission(read), traceparent=traceparent)
     try:
         job_id = accept_job(submission, database=database, ring=ring, settings=settings)
     except IdempotencyConflict:
@@ -77,7 +81,8 @@ def make_ingest_app(
     @app.task(name=INGEST_TASK, bind=True, acks_late=True)  # type: ignore[untyped-decorator]
     def ingest_task(task: Task, batch: Any) -> None:
         try:
-            ingest(batch, database=database, ring=ring_doorbell, settings=settings)
+            place = as_traceparent(task.request.get(TRACEPARENT))
+            ingest(batch, database=database, ring=ring_doorbell, settings=settings, traceparent=place)
         except (*DATABASE_AWAY, LimitReached) as exc:
             log.warning("The batch goes back to the queue: %s", why_away(exc), extra={"action": "requeue"})
             sleep(_RETRY_S)
@@ -90,6 +95,7 @@ def main() -> int:
     """Run the ingest worker until a signal ends it."""
     settings = JobsSettings()
     log_to_stderr(settings.log_format)
+    start_tracing("basic-ingest")
     try:
         require_schema(settings.resolved_database_url)
     except SetupError as exc:
@@ -102,6 +108,7 @@ def main() -> int:
             app.worker_main(["worker", "--pool=threads", "--concurrency=1", "--loglevel=INFO", "--hostname=ingest@%h"])
     finally:
         database.dispose()
+        stop_tracing()
     return 0
 
 
@@ -131,6 +138,7 @@ def _submission(batch: PromptBatch) -> Submission:
         endpoint=batch.endpoint,
         parameters=batch.parameters,
         metadata=batch.metadata,
+        compare_plain=batch.compare_plain,
         job_id=batch_job_id(batch.id),
         idempotency_key=_KEY_PREFIX + batch.id,
         body_sha256=hashlib.sha256(batch.model_dump_json().encode()).hexdigest(),

@@ -30,10 +30,19 @@ from jobs.errors import (
     UnknownModel,
 )
 from jobs.items import Item, Rules, most_tokens, parse_body, parse_item, parse_parameters
-from jobs.messages import CHAT_ENDPOINT, MESSAGE_VERSION, Endpoint, GenerationRequest, JobStatus, model_name
+from jobs.messages import (
+    CHAT_ENDPOINT,
+    MAX_COMPARED_REQUESTS,
+    MESSAGE_VERSION,
+    Endpoint,
+    GenerationRequest,
+    JobStatus,
+    model_name,
+)
 from jobs.producer import Ring
 from jobs.settings import JobsSettings
 from jobs.spool import Spool
+from jobs.tracing import span
 from storage import keys, queries, writes
 from storage.keys import QuotaExceeded
 from storage.queries import JobView
@@ -58,6 +67,8 @@ class Submission:
     parameters: Mapping[str, Any] = field(default_factory=dict)  # for requests that bring none of their own
     metadata: Any = None
     window_s: float | None = None
+    traceparent: str | None = None
+    compare_plain: Any = None  # how many of the requests are decoded both ways when the job is done
     job_id: str | None = None
     api_key_id: str | None = None
     idempotency_key: str | None = None
@@ -74,8 +85,8 @@ def accept_job(submission: Submission, *, database: Database, ring: Ring, settin
     if not head:
         raise EmptyJob
     rules = _rules(submission, head[0], database, settings)
-    job = _new_job(submission, rules, settings)
-    with Spool() as spool:
+    with span("ingest", submission.traceparent, job_id=rules.job_id) as place, Spool() as spool:
+        job = replace(_new_job(submission, rules, settings), traceparent=place)
         _parse_all(chain(_drained(head), items), rules, settings.max_requests, spool)
         recorded = _record(job, spool.requests(), database, settings.max_requests_queued)
     if recorded.conflict:
@@ -115,13 +126,13 @@ def retry_job(
         body_version=MESSAGE_VERSION,
     )
     try:
-        with database.write() as session:
+        with span("ingest", job_id=again.id) as place, database.write() as session:
             found = queries.requests_to_retry(session, job.id)
             requests = (_with_tokens(request, context_tokens) for request in found)
             first = next(requests, None)
             if first is None:
                 raise NotRetryable
-            recorded = writes.record_job(session, again, chain([first], requests))
+            recorded = writes.record_job(session, replace(again, traceparent=place), chain([first], requests))
             if recorded.created:
                 refuse_full_queue(session, settings.max_requests_queued)
     except QuotaExceeded as exceeded:
@@ -151,8 +162,9 @@ def accept_call(submission: Submission, *, database: Database, ring: Ring, setti
     request = parse_body(item.value, rules)
     if rules.context_tokens is None:
         raise ServiceUnavailable(f"No worker serves {rules.model} right now; try again in a few seconds.")
-    job = replace(_new_job(submission, rules, settings), priority=1)
-    _record(job, [request], database)
+    with span("ingest", submission.traceparent, job_id=rules.job_id) as place:
+        job = replace(_new_job(submission, rules, settings), priority=1, traceparent=place)
+        _record(job, [request], database)
     ring(job.id, job.model)
     return job.id
 
@@ -243,6 +255,7 @@ def _new_job(submission: Submission, rules: Rules, settings: JobsSettings) -> Ne
         idempotency_key=check_idempotency_key(submission.idempotency_key),
         body_sha256=submission.body_sha256,
         body_version=MESSAGE_VERSION,
+        compare_plain=check_compare_plain(submission.compare_plain),
     )
 
 
@@ -304,3 +317,12 @@ def check_idempotency_key(key: str | None) -> str | None:
     if key is not None and not 1 <= len(key) <= MAX_IDEMPOTENCY_KEY_CHARS:
         raise InvalidValue(f"must have 1 to {MAX_IDEMPOTENCY_KEY_CHARS} characters", param="Idempotency-Key")
     return key
+
+
+def check_compare_plain(count: Any) -> int:
+    """Return how many requests are decoded both ways; raise InvalidValue for what is no such number."""
+    if count is None:
+        return 0
+    if type(count) is not int or not 1 <= count <= MAX_COMPARED_REQUESTS:
+        raise InvalidValue(f"must be a whole number from 1 to {MAX_COMPARED_REQUESTS}", param="compare_plain")
+    return count

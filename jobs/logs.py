@@ -1,6 +1,8 @@
 """Log lines for every process of ours: sentences for people, or one JSON object a line for machines.
 
-No line carries a password: whatever looks like a URL with one loses it, whoever wrote the line.
+A line says which job and request it is about where there are any: by its `extra`, or by what is noted around it, which
+holds for lines of libraries too. No line carries a password: whatever looks like a URL with one loses it, whoever wrote
+the line.
 """
 
 from __future__ import annotations
@@ -8,12 +10,42 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import UTC, datetime
+from types import MappingProxyType
+from typing import Final
 
 _PASSWORD = re.compile(
     r"(?P<before>[a-z][a-z0-9+.-]*://[^\s:/@]*:)[^\s@/]+(?=@)|(?P<query>[?&](?:ssl)?password=)[^\s&,\x22']+"
 )
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+# As lines for people name them. `request_id` is the shim's name of one HTTP call, which its reply carries too.
+_NAMES: Final[Mapping[str, str]] = {"job_id": "job", "request_index": "request", "request_id": "call"}
+_noted: ContextVar[Mapping[str, object]] = ContextVar("noted", default=MappingProxyType({}))
+
+
+def note(**ids: object) -> None:
+    """Let all lines of this task or thread say what they are about, from now on."""
+    _noted.set({**_noted.get(), **ids})
+
+
+@contextmanager
+def noted(**ids: object) -> Iterator[None]:
+    """Let all lines within say what they are about."""
+    token = _noted.set({**_noted.get(), **ids})
+    try:
+        yield
+    finally:
+        _noted.reset(token)
+
+
+def _add_noted(record: logging.LogRecord) -> bool:
+    for name, value in _noted.get().items():
+        vars(record).setdefault(name, value)  # the line itself knows better
+    return True
 
 
 class JsonFormatter(logging.Formatter):
@@ -40,6 +72,11 @@ class TextFormatter(logging.Formatter):
         """Return the record as text."""
         return without_secrets(super().format(record))
 
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return the line with what it is about at its end, before any traceback."""
+        about = [f"{name} {vars(record)[field]}" for field, name in _NAMES.items() if field in vars(record)]
+        return super().formatMessage(record) + (f" [{', '.join(about)}]" if about else "")
+
 
 def without_secrets(text: str) -> str:
     """Return the text with the passwords of all URLs in it blotted out."""
@@ -51,4 +88,5 @@ def log_to_stderr(log_format: str, level: int = logging.INFO) -> None:
     handler = logging.StreamHandler()
     text = TextFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     handler.setFormatter(JsonFormatter() if log_format == "json" else text)
+    handler.addFilter(_add_noted)
     logging.basicConfig(level=level, handlers=[handler], force=True)

@@ -69,6 +69,7 @@ MAX_STOP_STRINGS: Final = 4
 MAX_STOP_CHARS: Final = 1000
 MAX_STOP_TOKEN_IDS: Final = 64
 MAX_BIASES: Final = 1024
+MAX_COMPARED_REQUESTS: Final = 100  # of a job: decoded both ways when it is done
 
 
 def _stop_strings(value: Any) -> Any:
@@ -168,6 +169,10 @@ class PromptBatch(Frozen):
     requests: Annotated[tuple[Any, ...], Field(min_length=1)]
     parameters: dict[str, Any] = Field(default_factory=dict)
     metadata: dict[str, str] | None = None
+    # Left out where it asks for nothing: processes of an older version refuse fields that they don't know.
+    compare_plain: int | None = Field(
+        None, ge=1, le=MAX_COMPARED_REQUESTS, strict=True, exclude_if=lambda count: count is None
+    )
 
 
 class Piece(Frozen):

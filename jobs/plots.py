@@ -63,7 +63,9 @@ def _accepted(axes: Axes, numbers: Numbers) -> None:
     counts = [row["accepted_tokens"] for row in rows]
     bars = axes.bar(counts, [row["steps"] / steps for row in rows], color=DRAFT)
     axes.bar_label(bars, fmt=lambda share: f"{share:.0%}" if share >= 0.005 else "", fontsize=8, padding=1)
-    axes.set_xticks(range(max(counts) + 1))
+    last = max(3, *counts)  # one bar alone would fill the picture
+    axes.set_xticks(range(last + 1))
+    axes.set_xlim(-0.6, last + 0.6)
     axes.yaxis.set_major_formatter("{x:.0%}")
     axes.margins(y=0.12)
 
@@ -102,6 +104,9 @@ def _trees(axes: Axes, numbers: Numbers) -> None:
     if max(batch) > 8:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
+    else:
+        axes.set_xlim(0, max(batch) + 1)
+        axes.locator_params(axis="x", integer=True)
 
 
 def _reliability(axes: Axes, numbers: Numbers) -> None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from celery import Celery
@@ -27,6 +28,7 @@ from jobs.celery_app import (
 )
 from jobs.errors import QueueUnavailable
 from jobs.messages import PromptBatch
+from jobs.tracing import TRACEPARENT, span, start_tracing
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +42,11 @@ def push(batch: PromptBatch, redis_url: str) -> str:
 
     Pushing the same id again adds nothing, so a producer that got no answer simply pushes once more.
     """
+    start_tracing("basic-producer")
     app = make_producer_app(redis_url)
-    with app:
-        _send(app, INGEST_TASK, queue(INGEST_QUEUE), {"batch": batch.model_dump(mode="json")})
+    with app, span("submit", batch_id=batch.id) as place:
+        headers = {} if place is None else {TRACEPARENT: place}
+        _send(app, INGEST_TASK, queue(INGEST_QUEUE), {"batch": batch.model_dump(mode="json")}, headers)
     return batch.id
 
 
@@ -83,8 +87,10 @@ def make_producer_app(redis_url: str) -> Celery:
     return app
 
 
-def _send(app: Celery, task: str, to: Queue, kwargs: dict[str, Any]) -> None:
+def _send(
+    app: Celery, task: str, to: Queue, kwargs: dict[str, Any], headers: Mapping[str, str] = MappingProxyType({})
+) -> None:
     try:
-        app.send_task(task, kwargs=kwargs, queue=to, retry=False, ignore_result=True)
+        app.send_task(task, kwargs=kwargs, queue=to, retry=False, ignore_result=True, headers=dict(headers))
     except (OperationalError, RedisError, OSError) as exc:
         raise QueueUnavailable(f"The Redis server does not take the message: {exc}") from exc

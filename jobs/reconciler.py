@@ -147,7 +147,11 @@ class Reconciler:
                 request.custom_id,
                 request.job_id,
                 request.refusal.message,
-                extra={"action": request.refusal.code, "job_id": request.job_id},
+                extra={
+                    "action": request.refusal.code,
+                    "job_id": request.job_id,
+                    "request_index": request.request_index,
+                },
             )
         self._publish([*failure_events(done.failed), *job_events(done.ended_jobs)])
         one_a_model = {model: job_id for job_id, model in done.to_ring}

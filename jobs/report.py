@@ -14,20 +14,21 @@ from typing import Final
 
 from jobs.plots import PLOTS, svg
 from jobs.results import JobInfo, Output, Statistics
-from jobs.stats_tables import speedup_text, summary_rows
+from jobs.stats_tables import summary_rows
 from jobs.terminal import safe
 
 SAMPLES: Final = 12  # texts that a report shows
 _TEXT_CHARS: Final = 4_000  # of each
 
 _STYLES: Final = """
-:root { color-scheme: light dark; --line: #8a8f9855; --dim: #6b717b; }
+:root { color-scheme: light dark; --line: #8a8f9855; --dim: light-dark(#5d636d, #a6adb8); }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.4rem; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-table { border-collapse: collapse; width: 100%; } th { text-align: left; font-weight: 600; white-space: nowrap; }
+table { border-collapse: collapse; width: 100%; } th { text-align: left; font-weight: 600; }
 th, td { padding: .3rem 1rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td { overflow-wrap: anywhere; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
+th, td { overflow-wrap: anywhere; } td, .short { min-width: 5rem; } .short { white-space: nowrap; width: 14rem; }
+@media (max-width: 40rem) { .short { white-space: normal; width: auto; } }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
 .plots svg { width: 100%; height: auto; } figure { margin: 0; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; display: block; }
 .text { border: 1px solid var(--line); border-radius: .4rem; padding: .6rem .8rem; }
@@ -43,7 +44,7 @@ def report(info: JobInfo, numbers: Statistics, outputs: Iterable[Output]) -> str
         f"<h1>{_text(title)}</h1>",
         f'<p class="dim">{_text(_about(info))}</p>',
         "<h2>Numbers</h2>",
-        _table(("", ""), [("speed-up over plain", speedup_text(numbers)), *_others(numbers)]),
+        _table((), _numbers(numbers), names="short"),
         f'<h2>Plots</h2><div class="plots">{"".join(_plot(numbers, name) for name in PLOTS)}</div>',
         _errors(errors),
         "<h2>Samples</h2>",
@@ -77,8 +78,9 @@ def _about(info: JobInfo) -> str:
     return f"{info.status.replace('_', ' ')} · {info.model} · {info.endpoint} · submitted {submitted}"
 
 
-def _others(numbers: Statistics) -> Sequence[tuple[str, str]]:
-    return [row for row in summary_rows(numbers) if row[0] != "speed-up over plain"]
+def _numbers(numbers: Statistics) -> Sequence[tuple[str, str]]:
+    """Return the sums, beginning with what speculation has brought."""
+    return sorted(summary_rows(numbers), key=lambda row: not row[0].endswith("plain"))
 
 
 def _plot(numbers: Statistics, name: str) -> str:
@@ -97,12 +99,11 @@ def _sample(output: Output) -> str:
     return f"<h3><bdi>{_text(output.custom_id)}</bdi></h3>{texts}"
 
 
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f'<th scope="col">{_text(heading)}</th>' for heading in headings) if any(headings) else ""
-    lines = (
-        f'<tr><th scope="row">{_text(row[0])}</th>{"".join(f"<td>{_text(c)}</td>" for c in row[1:])}</tr>'
-        for row in rows
-    )
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], names: str = "long") -> str:
+    """Return a table; `names` says whether what stands first in a row is short or long."""
+    head = "".join(f'<th scope="col">{_text(heading)}</th>' for heading in headings)
+    name = f'<th scope="row" class="{names}">'
+    lines = (f"<tr>{name}{_text(row[0])}</th>{''.join(f'<td>{_text(c)}</td>' for c in row[1:])}</tr>" for row in rows)
     return f"<table>{f'<thead><tr>{head}</tr></thead>' if head else ''}<tbody>{''.join(lines)}</tbody></table>"
 
 

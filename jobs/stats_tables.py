@@ -36,12 +36,29 @@ def speedup_text(numbers: Numbers) -> str:
     speedup = numbers.get("speedup")
     if speedup is None:
         return "not measured"
-    error = numbers.get("speedup_error")
-    text = f"{speedup:.2f}x" + ("" if error is None else f" ± {_NORMAL_95 * error:.2f}")
+    text = times_text(speedup, numbers.get("speedup_error"))
     check, plain_steps = numbers.get("plain_check"), numbers.get("plain_steps", 0)
     if check is None:
         return f"{text} (by the calibrated time of plain steps; no plain step checked it)"
     return f"{text} (by {plain_steps} plain steps of these jobs: {speedup * check:.2f}x)"
+
+
+def comparison_text(comparison: Numbers) -> str:
+    """Return what came of decoding some requests both ways, with its uncertainty, and every fault."""
+    if not comparison["done"]:
+        return f"{comparison['requests_asked']} requests wait for a worker that is idle"
+    texts = f"{comparison['requests']} requests decoded both ways"
+    if comparison["faults"]:
+        texts += f"; {comparison['faults']} of them with ANOTHER TEXT, which is a fault"
+    if comparison["speedup"] is None:
+        return f"not measured ({texts})"
+    batch = f"{comparison['mean_batch_sequences']:.1f} at a time"
+    return f"{times_text(comparison['speedup'], comparison['speedup_error'])} ({texts}, {batch})"
+
+
+def times_text(speedup: float, error: float | None) -> str:
+    """Return a speed-up with its uncertainty."""
+    return f"{speedup:.2f}x" + ("" if error is None else f" ± {_NORMAL_95 * error:.2f}")
 
 
 def _summary(numbers: Numbers) -> Table:
@@ -58,6 +75,8 @@ def summary_rows(numbers: Numbers) -> Iterable[tuple[str, str]]:
     yield "tokens", f"{numbers['completion_tokens']:,d} written, {numbers['prompt_tokens']:,d} read"
     yield "tokens/s", _number(numbers.get("tokens_per_s"), ".1f", f" over {numbers['wall_s']:,.1f} s")
     yield "speed-up over plain", speedup_text(numbers)
+    if numbers.get("comparison") is not None:
+        yield "compared with plain", comparison_text(numbers["comparison"])
     yield "tokens per step", _number(numbers.get("mean_acceptance_length"), ".2f")
     yield "expected, accepted", _expected(numbers)
     yield "draft nodes per step", _number(numbers.get("mean_tree_nodes"), ".2f")

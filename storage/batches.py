@@ -22,7 +22,15 @@ from storage.sql import database_now, has_expired_requests, has_open_requests, i
 from storage.writes import request_row
 
 _OPEN: Final = ("validating", "finalizing", "cancelling")
-_SAME_NAMES: Final = ("endpoint", "api_key_id", "input_file_id", "output_expires_after_s", "model", "validated_at")
+_SAME_NAMES: Final = (
+    "endpoint",
+    "api_key_id",
+    "input_file_id",
+    "output_expires_after_s",
+    "model",
+    "validated_at",
+    "traceparent",
+)
 _CLAIMED: Final = (Job.id, Job.clerk_number, *(getattr(Job, name) for name in _SAME_NAMES))
 
 
@@ -38,6 +46,7 @@ class BatchClaim:
     output_expires_after_s: float | None
     model: str  # '' before the input is read
     validated_at: float | None
+    traceparent: str | None
 
     @property
     def is_read(self) -> bool:

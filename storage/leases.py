@@ -207,7 +207,7 @@ def _as_claims(session: Session, taken: Collection[AnyRow]) -> list[Claim]:
     jobs = {
         job.id: job
         for job in session.execute(
-            select(Job.id, Job.endpoint, Job.priority).where(Job.id.in_({job for job, _ in keys}))
+            select(Job.id, Job.endpoint, Job.priority, Job.traceparent).where(Job.id.in_({job for job, _ in keys}))
         )
     }
     checkpoints = _checkpoints(session, keys)
@@ -223,6 +223,7 @@ def _as_claims(session: Session, taken: Collection[AnyRow]) -> list[Claim]:
             started_at=row.started_at,
             checkpoints=tuple(checkpoints[row.job_id, row.request_index]),
             finished_choices=tuple(finished[row.job_id, row.request_index]),
+            traceparent=jobs[row.job_id].traceparent,
         )
         for row in taken
     ]

@@ -120,6 +120,12 @@ class Job(Base):
     tokens_asked: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     # Version of its requests' bodies. A worker that reads only older ones leaves the job to those that were upgraded.
     body_version: Mapped[int] = mapped_column(server_default=text("1"))
+    # So many of its requests are decoded both ways when it is done (storage.comparisons): until when a worker has that
+    # in hand, and when it was over.
+    compare_plain: Mapped[int] = mapped_column(server_default=text("0"))
+    comparing_until: Mapped[float | None]
+    compared_at: Mapped[float | None]
+    traceparent: Mapped[str | None]  # where the spans of its requests belong, for whoever traces (jobs.tracing)
 
     __table_args__ = (
         UniqueConstraint("api_key_id", "idempotency_key"),
@@ -127,6 +133,7 @@ class Job(Base):
         Index(None, "created_at", "id"),  # the list of jobs
         Index(None, "api_key_id", "created_at", "id"),  # the list of one owner's jobs
         Index(None, "status", "model"),  # the claim, the sweep of overdue jobs
+        _where_set("compare_plain", "compare_plain > 0 AND compared_at IS NULL"),
     )
 
 
@@ -303,7 +310,7 @@ class DecodeStep(Base):
     ended_at: Mapped[float]
     worker_id: Mapped[str]
     decision: Mapped[str | None]  # tree, or why there was none (worker.engine.governor)
-    # [children shown, rank of the one drawn or null] for every node the target reached; null: not recorded
+    # [children shown, rank of the one drawn or null] for every node the target reached that had some; null: no tree
     reached: Mapped[list[Any] | None]
 
     __table_args__ = (
@@ -324,6 +331,27 @@ class DraftTree(Base):
     step: Mapped[int] = mapped_column(primary_key=True)
     nodes: Mapped[list[Any]]  # [parent, token id, text, probability, accepted]; the root first, its parent is -1
     bonus: Mapped[str]  # text of the target's own token behind the accepted path
+
+    __table_args__ = (_of_a_request(),)
+
+
+class Comparison(Base):
+    """One request of a finished job that was decoded both ways once more, in steps that took turns.
+
+    Times are shares of steps, as in `step_minutes`, for the same tokens in batches of the same sizes; prefill is in
+    neither. NULL: no step of it can be compared.
+    """
+
+    __tablename__ = "comparisons"
+
+    job_id: Mapped[str] = mapped_column(primary_key=True)
+    request_index: Mapped[int] = mapped_column(primary_key=True)
+    worker_id: Mapped[str]
+    tokens: Mapped[int]
+    drafted_ms: Mapped[float | None]  # as the job's requests are decoded
+    plain_ms: Mapped[float | None]
+    batch_sequences: Mapped[float | None]  # that shared a step with drafts, mean
+    same_text: Mapped[bool]  # both ways wrote what the output says; anything else is a fault
 
     __table_args__ = (_of_a_request(),)
 
@@ -410,7 +438,7 @@ class StepExpectation(Base):
 
 
 class StepRank(Base):
-    """Counts over the steps whose `reached` is recorded, by the rank of a child: 0 is the likeliest."""
+    """Counts over the steps with a tree, by the rank of a child: 0 is the likeliest."""
 
     __tablename__ = "step_ranks"
 

@@ -40,6 +40,8 @@ class NewJob:
     retry_of: str | None = None  # the job whose failed requests it runs again
     priority: int = 0  # 1: a person waits for it
     body_version: int = 1  # of the bodies of its requests: a worker must be able to read them
+    compare_plain: int = 0  # so many of its requests are decoded both ways when it is done
+    traceparent: str | None = None  # where its spans belong, for whoever traces
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,7 @@ class StepRow:
     ended_at: float
     decision: str | None = None  # tree, or why there was none; rows written before it was recorded have none
     # Per node the target reached: draft children shown below it, and the rank of the one it drew (none of them: None).
-    reached: tuple[tuple[int, int | None], ...] | None = None  # None: not recorded
+    reached: tuple[tuple[int, int | None], ...] | None = None  # None: no tree, or written before it was recorded
     tree: TreeRow | None = None  # for jobs that asked to see their trees
 
 
@@ -169,6 +171,37 @@ class Claim:
     started_at: float | None  # of the first attempt
     checkpoints: tuple[Checkpoint, ...]  # ordered by (choice, seq)
     finished_choices: tuple[int, ...]  # choices whose outputs are already recorded
+    traceparent: str | None = None  # where its spans belong, for whoever traces
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedText:
+    """A request of a finished job, and what its first choice says."""
+
+    request_index: int
+    body: Mapping[str, Any]
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonClaim:
+    """The sample of a finished job that a worker is to decode both ways."""
+
+    job_id: str
+    endpoint: str
+    texts: tuple[FinishedText, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ComparisonRow:
+    """A request that was decoded both ways; row of `comparisons`."""
+
+    request_index: int
+    tokens: int
+    drafted_ms: float | None
+    plain_ms: float | None
+    batch_sequences: float | None
+    same_text: bool
 
 
 @dataclass(frozen=True, slots=True)

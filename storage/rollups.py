@@ -119,7 +119,7 @@ def _add(
 
 
 def _add_ranks(session: Session, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Count the ranks of the steps that have them recorded."""
+    """Count the ranks of the children that were tried and drawn."""
     tried: Counter[tuple[str, str, int]] = Counter()
     accepted: Counter[tuple[str, str, int]] = Counter()
     for row in rows:

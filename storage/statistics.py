@@ -15,6 +15,7 @@ from sqlalchemy import ColumnElement, Select, case, func, select, true
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from storage.models import (
+    Comparison,
     DecodeStep,
     Job,
     StepBatch,
@@ -27,6 +28,7 @@ from storage.models import (
 from storage.sql import AnyRow, database_now
 
 PLAIN_DECISIONS: Final = ("probe", "guard", "off")  # of steps that did without drafts and without looking for them
+_NEVER_COMPARED: Final = ("failed", "expired", "cancelled")
 _FEW_BLOCKS: Final = 8  # minutes from which on the spread between minutes is taken
 _FEW_STEPS: Final = 100_000  # steps up to which the spread between requests is asked for
 
@@ -112,6 +114,19 @@ class Minute:
 
 
 @dataclass(frozen=True, slots=True)
+class PlainComparison:
+    """What came of decoding some requests of a job both ways."""
+
+    requests_asked: int
+    requests: int  # that were decoded both ways; those without an answer are left out
+    done: bool  # False: no worker has been idle for long enough yet; only jobs that are completed are compared
+    speedup: float | None  # time of plain decoding over time with drafts, in steps that took turns
+    speedup_error: float | None  # standard error of it, from its spread between requests
+    mean_batch_sequences: float | None
+    faults: int  # requests whose texts differ; there must be none
+
+
+@dataclass(frozen=True, slots=True)
 class JobStats:
     """The numbers of a job, or of everything. None where nothing was measured. Steps are those of finished choices."""
 
@@ -145,6 +160,7 @@ class JobStats:
     decisions: tuple[DecisionShare, ...] = ()
     reliability: tuple[Expectation, ...] = ()
     minutes: tuple[Minute, ...] = ()
+    comparison: PlainComparison | None = None  # of one job that asked for it
 
 
 def job_stats(session: Session, job_id: str) -> JobStats:
@@ -206,6 +222,7 @@ def _stats(session: Session, scope: _Scope) -> JobStats:
         decisions=_decisions(session, scope),
         reliability=tuple(with_tree),
         minutes=_minutes(session, scope),
+        comparison=None if scope.job_id is None else _comparison(session, scope.job_id),
     )
 
 
@@ -300,6 +317,28 @@ def ratio_error(blocks: Sequence[tuple[float, float]]) -> float | None:
     ratio = sum(a for a, _ in blocks) / below
     off = sum((a - ratio * b) ** 2 for a, b in blocks)
     return math.sqrt(count / (count - 1) * off) / below
+
+
+def _comparison(session: Session, job_id: str) -> PlainComparison | None:
+    job = session.execute(select(Job.compare_plain, Job.compared_at, Job.status).where(Job.id == job_id)).first()
+    if job is None or not job.compare_plain:
+        return None
+    rows = session.scalars(select(Comparison).where(Comparison.job_id == job_id)).all()
+    pairs = [(row.plain_ms, row.drafted_ms) for row in rows if row.plain_ms is not None and row.drafted_ms]
+    return PlainComparison(
+        requests_asked=job.compare_plain,
+        requests=len(rows),
+        done=job.compared_at is not None or job.status in _NEVER_COMPARED,
+        speedup=_ratio(sum(plain for plain, _ in pairs), sum(drafted for _, drafted in pairs)),
+        speedup_error=ratio_error(pairs),
+        mean_batch_sequences=_mean([row.batch_sequences for row in rows]),
+        faults=sum(not row.same_text for row in rows),
+    )
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return _ratio(sum(known), len(known))
 
 
 def _by_depth(session: Session, scope: _Scope) -> tuple[DepthAcceptance, ...]:

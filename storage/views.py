@@ -6,7 +6,7 @@ for both databases. Knows no tables but by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from sqlalchemy import Connection, text
@@ -100,7 +100,7 @@ JOIN depths ON depth <= tree_depth
 GROUP BY job_id, depth
 """
 
-# child_rank 0 is the likeliest child in the draft's eyes. Only steps whose `reached` is recorded.
+# child_rank 0 is the likeliest child in the draft's eyes, among those of one node that the target reached.
 _ACCEPTANCE_BY_RANK = """
 CREATE VIEW acceptance_by_rank AS
 SELECT
@@ -210,6 +210,38 @@ LEFT JOIN (
 GROUP BY energy.worker_id, energy.minute - energy.minute % 3600
 """
 
+# Requests of a job that were decoded both ways. The square root of `speedup_variance` is the standard error: SQLite may
+# be built without sqrt(). `faults`: texts that differed.
+_JOB_COMPARISON = """
+CREATE VIEW job_comparison AS
+SELECT
+    job_id,
+    requests,
+    compared,
+    plain_ms / NULLIF(drafted_ms, 0) AS speedup,
+    1.0 * compared / NULLIF(compared - 1, 0) * (
+        plain_squared - 2.0 * plain_ms / NULLIF(drafted_ms, 0) * product
+        + plain_ms * plain_ms / NULLIF(drafted_ms * drafted_ms, 0) * drafted_squared
+    ) / NULLIF(drafted_ms * drafted_ms, 0) AS speedup_variance,
+    mean_batch_sequences,
+    faults
+FROM (
+    SELECT
+        job_id,
+        count(*) AS requests,
+        count(drafted_ms) AS compared,
+        sum(plain_ms) AS plain_ms,
+        sum(drafted_ms) AS drafted_ms,
+        sum(plain_ms * plain_ms) AS plain_squared,
+        sum(drafted_ms * drafted_ms) AS drafted_squared,
+        sum(plain_ms * drafted_ms) AS product,
+        avg(batch_sequences) AS mean_batch_sequences,
+        sum(CASE WHEN same_text THEN 0 ELSE 1 END) AS faults
+    FROM comparisons
+    GROUP BY job_id
+) AS sums
+"""
+
 VIEWS: Final[Mapping[str, str]] = {
     "job_speedup": _JOB_SPEEDUP,
     "speedup_by_model": _SPEEDUP_BY_MODEL,
@@ -225,13 +257,14 @@ VIEWS: Final[Mapping[str, str]] = {
     "time_by_job": _TIME_BY_JOB,
     "decisions_by_job": _DECISIONS_BY_JOB,
     "tokens_per_joule": _TOKENS_PER_JOULE,
+    "job_comparison": _JOB_COMPARISON,
 }
 
 
-def create_views(connection: Connection) -> None:
-    """Create all views; their tables must exist."""
-    for ddl in VIEWS.values():
-        connection.execute(text(ddl.strip()))
+def create_views(connection: Connection, names: Iterable[str] = VIEWS) -> None:
+    """Create these views; their tables must exist."""
+    for name in names:
+        connection.execute(text(VIEWS[name].strip()))
 
 
 def drop_views(connection: Connection) -> None:

@@ -139,6 +139,8 @@ def _job_row(job: NewJob, now: float) -> dict[str, Any]:
         "event_number": 0,
         "retry_of": job.retry_of,
         "body_version": job.body_version,
+        "compare_plain": job.compare_plain,
+        "traceparent": job.traceparent,
     }
 
 

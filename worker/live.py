@@ -5,6 +5,7 @@ runner -> [live] -> sink.  Collects the engine's results per choice, and hands o
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 
@@ -13,7 +14,7 @@ from storage.records import Checkpoint, Claim, FinishedChoice, Progress, Refusal
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepNumbers, StepResult
 from worker.transcript import Transcript
-from worker.trees import reached, tree_row
+from worker.trees import tree_row
 
 Now = Callable[[], float]  # Unix seconds
 
@@ -56,7 +57,7 @@ class LiveChoice:
         self._logprobs += [likelihoods.stored() for likelihoods in written.logprobs or ()]
         row = _row(written.numbers, now)
         if result.tree is not None:
-            row = replace(row, tree=tree_row(result.tree, text_of), reached=reached(result.tree))
+            row = replace(row, tree=tree_row(result.tree, text_of))
         self._steps.append(row)
 
     def checkpoint(self) -> Checkpoint | None:
@@ -105,6 +106,7 @@ class LiveRequest:
     claim: Claim
     choices: dict[int, LiveChoice] = field(default_factory=dict)
     refusal: Refusal | None = None
+    taken_at: float = field(default_factory=time.time)
     _next_seq: int | None = None  # of choice 0, once that is no longer among the choices
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,16 +69,22 @@ class LastingEngine:
         self._engine.cancel(keys)
         self._forget_finished()
 
-    def step(self) -> tuple[list[StepResult], list[Sequence]]:
-        """Run one step; return what each emitting sequence got, and those that are given up."""
+    def step(
+        self, only: Collection[Hashable] | None = None, *, plain: bool = False
+    ) -> tuple[list[StepResult], list[Sequence]]:
+        """Run one step, with the engine's arguments.
+
+        Return what each emitting sequence got, and those that are given up.
+        """
         self._admit()
         marks = {s: _Mark(len(s.ids), s.steps) for s in self._held}
         try:
-            results = self._engine.step()
+            results = self._engine.step(only, plain=plain)
         except RankLost:  # no engine can go on over what is left of the replica
             raise
         except Exception:  # the one place where any failure of a step is survived
-            log.exception("A step of %d sequences failed", len(marks), extra={"action": "step_failed"})
+            about = {"action": "step_failed", "sequences": [s.key for s in marks]}  # (job, request, choice) of each
+            log.exception("A step of %d sequences failed", len(marks), extra=about)
             return [], self._start_over(marks)
         for result in results:
             self._held[result.sequence] = True

@@ -11,13 +11,14 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from pydantic import ValidationError
-
-from jobs.errors import DatabaseUnavailable, RequestRefused, UnreadableRequest
-from jobs.messages import MESSAGE_VERSION, GenerationRequest
+from jobs.errors import DatabaseUnavailable, RequestRefused
+from jobs.logs import noted
+from jobs.messages import MESSAGE_VERSION
 from storage import leases
 from storage.records import Checkpoint, Claim, Refusal, RequestKey
 from storage.session import DATABASE_AWAY, Database, why_away
+from worker import spans
+from worker.comparison import Comparison
 from worker.engine.engine import Engine
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepResult
@@ -25,7 +26,7 @@ from worker.live import LiveChoice, LiveRequest
 from worker.load import Load
 from worker.recovery import LastingEngine
 from worker.sink import Sink
-from worker.text import Codec
+from worker.text import Codec, read_request
 from worker.transcript import Transcript
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class Runner:
         self._lease_s = lease_s
         self._interval_s = interval_s
         self._reserved = reserved
+        self._comparison = Comparison(self._engine, codec, database, worker_id=worker_id, model=model, lease_s=lease_s)
         self._live: dict[RequestKey, LiveRequest] = {}
         self._load = Load()
         self._claimed_at = float("-inf")
@@ -76,8 +78,8 @@ class Runner:
 
     @property
     def busy(self) -> bool:
-        """True while requests are held."""
-        return bool(self._live)
+        """True while requests are held, or compared."""
+        return bool(self._live) or self._comparison.busy
 
     @property
     def learned(self) -> dict[str, Any]:
@@ -94,13 +96,16 @@ class Runner:
         if self._live and time.monotonic() - self._renewed_at > _FENCE * self._lease_s:
             self._flush()  # we slept, or the database did: first see what is still ours
         self._claim(rung)
-        if self._engine.busy:
+        if self._live and self._engine.busy:
             self._step()
         if self._live and self._flush_is_due():
             self._flush()
+        if not self._live:
+            self._compare()
 
     def hand_back(self) -> None:
         """Commit what there is and give every request back, so that another worker goes on from there."""
+        self._comparison.give_way()
         if self._live:
             self._flush()
         try:
@@ -111,7 +116,7 @@ class Runner:
         self._drop(set(self._live))
 
     def _claim(self, rung: bool) -> None:
-        now, room = time.monotonic(), self._engine.room
+        now, room = time.monotonic(), self._comparison.room
         reserved = max(0, self._reserved - sum(len(request.choices) for request in self._waited_for()))
         since_s = now - self._claimed_at
         more = self._more_waits and room > reserved and self._may_look(since_s)
@@ -131,6 +136,7 @@ class Runner:
                 )
         except DATABASE_AWAY as error:
             raise _unavailable(error) from error
+        spans.claimed(claims, time.time() - (time.monotonic() - now), time.time())
         if not self._live:
             self._renewed_at = now
         # Where there was work there may be more: look again when there is room. A look without room for batches tells
@@ -138,8 +144,17 @@ class Runner:
         self._more_waits = bool(claims) or (self._more_waits and room <= reserved)
         self._claimed_at = time.monotonic()
         self._claim_s = self._claimed_at - now
+        if claims:
+            self._comparison.give_way()
         for claim in claims:
-            self._take_up(claim)
+            with noted(job_id=claim.lease.job_id, request_index=claim.lease.request_index):
+                self._take_up(claim)
+
+    def _compare(self) -> None:
+        try:
+            self._comparison.turn()
+        except DATABASE_AWAY as error:
+            raise _unavailable(error) from error
 
     def _may_look(self, since_s: float) -> bool:
         """Return whether a look for more work pays: those who are decoding wait for it."""
@@ -158,7 +173,7 @@ class Runner:
 
     def _add_choices(self, request: LiveRequest) -> None:
         claim = request.claim
-        body = _read(claim)
+        body = read_request(claim.body)
         prompts = self._codec.encode_all(body, claim.endpoint)
         earlier: defaultdict[int, list[Checkpoint]] = defaultdict(list)
         for checkpoint in claim.checkpoints:
@@ -234,16 +249,6 @@ class Runner:
         sequences: set[Hashable] = {choice.sequence.key for request in gone for choice in request.choices.values()}
         if sequences:
             self._engine.cancel(sequences)
-
-
-def _read(claim: Claim) -> GenerationRequest:
-    """Return the stored body; whatever is wrong with it is the request's failure, not the worker's."""
-    try:
-        return GenerationRequest.model_validate(claim.body)
-    except ValidationError as exc:
-        first = exc.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise UnreadableRequest(f"the stored request can't be read: {place}: {first['msg']}") from exc
 
 
 def _unavailable(error: Exception) -> DatabaseUnavailable:

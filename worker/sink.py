@@ -6,14 +6,16 @@ runner -> [sink] -> storage.writes, jobs.partials.  Nothing is published that is
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 from jobs.errors import DatabaseUnavailable
 from jobs.events import error_of, job_events
 from jobs.messages import PartialEvent, Piece
 from storage import writes
-from storage.records import Checkpoint, FinishedChoice, FlushResult, Progress, RequestKey
+from storage.records import Checkpoint, FinishedChoice, FlushResult, Lease, Progress, Refusal, RequestKey
 from storage.session import DATABASE_AWAY, Database, why_away
+from worker import spans
 from worker.live import LiveChoice, LiveRequest
 
 log = logging.getLogger(__name__)
@@ -42,13 +44,17 @@ class Sink:
         self._pending += [(r, r.progress(now)) for r in requests if r.claim.lease.key not in ended]
         progress = [p for _, p in self._pending]
         held = [request.claim.lease for request in requests]
+        began_at = time.time()
         try:
             with self._database.write() as session:
                 result = writes.flush(session, self._worker_id, self._lease_s, progress, held)
         except DATABASE_AWAY as error:
             raise DatabaseUnavailable(f"The database does not answer: {why_away(error)}") from error
         committed, self._pending = self._pending, []
+        spans.committed([entry for entry in committed if entry[1].lease.key not in result.lost], began_at, time.time())
         self._publish([*self._events(committed, result.lost), *job_events(result.ended_jobs)])
+        for job_id, status in result.ended_jobs:
+            log.info("Job %s is %s", job_id, status, extra={"action": "job_ended", "job_id": job_id})
         return result
 
     def _announce(self, request: LiveRequest, choice: LiveChoice) -> Iterator[PartialEvent]:
@@ -65,12 +71,13 @@ class Sink:
                 log.warning(
                     "Request %s is no longer ours; its progress was dropped",
                     request.claim.custom_id,
-                    extra={"action": "lease_lost", "job_id": progress.lease.job_id},
+                    extra={"action": "lease_lost", **_ids(progress.lease)},
                 )
                 continue
             yield from (self._tokens(request, checkpoint) for checkpoint in progress.checkpoints)
             yield from (self._finished(request, finished) for finished in progress.finished)
             if progress.refusal is not None:
+                _log_refusal(progress.lease, progress.refusal)
                 error = error_of(progress.refusal)
                 yield self._event(request, 0, request.failure_seq, type="failed", error=error)
 
@@ -100,3 +107,12 @@ class Sink:
         lease = request.claim.lease
         identity = {"job_id": lease.job_id, "request": request.claim.custom_id, "index": lease.request_index}
         return PartialEvent.model_validate({**identity, "choice": choice, "seq": seq, **fields})
+
+
+def _log_refusal(lease: Lease, refusal: Refusal) -> None:
+    ids = _ids(lease)
+    log.info("A request failed: %s: %s", refusal.code, refusal.message, extra={"action": "request_failed", **ids})
+
+
+def _ids(lease: Lease) -> dict[str, object]:
+    return {"job_id": lease.job_id, "request_index": lease.request_index}

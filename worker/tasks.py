@@ -18,9 +18,11 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from jobs.celery_app import DOORBELL_TASK, KEY_PREFIX, PULSE_TASK, make_app, pulse_queue
+from jobs.logs import noted
 from jobs.messages import model_queue
 from jobs.producer import make_producer_app, ring, send_pulse
 from jobs.schema_guard import require_schema
+from jobs.tracing import start_tracing, stop_tracing
 from worker.assembly import assemble
 from worker.resident import Pulse, Resident, new_worker_id
 from worker.settings import WorkerSettings
@@ -37,8 +39,9 @@ def make_worker_app(redis_url: str, model: str, resident: Resident) -> Celery:
 
     @app.task(name=DOORBELL_TASK)  # type: ignore[untyped-decorator]
     def doorbell(job_id: str) -> None:
-        log.debug("The doorbell rang for job %s", job_id, extra={"action": "doorbell", "job_id": job_id})
-        resident.wake()
+        with noted(job_id=job_id):
+            log.debug("The doorbell rang", extra={"action": "doorbell"})
+            resident.wake()
 
     @app.task(name=PULSE_TASK)  # type: ignore[untyped-decorator]
     def pulse() -> None:
@@ -66,6 +69,7 @@ def make_pulse(redis_url: str, worker_id: str) -> Pulse:
 def serve(settings: WorkerSettings) -> int:
     """Load the models, start the resident engine, and listen for doorbells until a signal ends the process."""
     require_schema(settings.resolved_database_url)
+    start_tracing("basic-worker")
     sequences = settings.max_sequences + settings.interactive_sequences
     assembly = assemble(settings.model_copy(update={"max_sequences": sequences}), say=log.info)
     bells = make_producer_app(settings.redis_url)
@@ -93,6 +97,7 @@ def serve(settings: WorkerSettings) -> int:
         return end.code if isinstance(end.code, int) else 0
     finally:
         resident.stop()
+        stop_tracing()
     return 0
 
 

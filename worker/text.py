@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from jinja2.exceptions import TemplateError
+from pydantic import ValidationError
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from jobs.errors import InvalidValue, PromptTooLong
+from jobs.errors import InvalidValue, PromptTooLong, UnreadableRequest
 from jobs.logprobs import TokenLikelihoods
 from jobs.messages import CHAT_ENDPOINT, GenerationRequest, SamplingParameters
 from worker.engine.errors import ModelRefused
@@ -194,6 +195,16 @@ class TextStream:
         for chunk, source in passed:
             self._text.append(chunk)
             add_piece(pieces, chunk, source)
+
+
+def read_request(body: Mapping[str, Any]) -> GenerationRequest:
+    """Return a stored request; raises UnreadableRequest: what is wrong with it is its failure, not the worker's."""
+    try:
+        return GenerationRequest.model_validate(body)
+    except ValidationError as exc:
+        first = exc.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise UnreadableRequest(f"the stored request can't be read: {place}: {first['msg']}") from exc
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerFast:

@@ -5,7 +5,6 @@ runner -> [trees] -> storage.records.  Only for requests that asked to see their
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 
 from storage.records import TreeRow
@@ -22,18 +21,3 @@ def tree_row(shown: ShownTree, text_of: Callable[[int], str]) -> TreeRow:
         )
     )
     return TreeRow(nodes, without_nul(text_of(shown.bonus)))
-
-
-def reached(shown: ShownTree) -> tuple[tuple[int, int | None], ...]:
-    """Return, for each node the target reached that had children, their number and the rank of the one it drew."""
-    children: defaultdict[int, list[int]] = defaultdict(list)
-    for node, parent in enumerate(shown.parents):
-        if parent >= 0:
-            children[parent].append(node)
-    path = [node for node, accepted in enumerate(shown.accepted) if accepted]
-    ranks: list[tuple[int, int | None]] = []
-    for node in path:
-        ranked = sorted(children[node], key=lambda child: -shown.values[child])
-        if ranked:
-            ranks.append((len(ranked), next((r for r, child in enumerate(ranked) if shown.accepted[child]), None)))
-    return tuple(ranks)

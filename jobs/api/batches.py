@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -18,13 +19,15 @@ from jobs.api.uploads import read_kept_s
 from jobs.batches import BatchOrder, accept_batch
 from jobs.errors import InvalidValue, MissingParameter, NotFound
 from jobs.items import refuse_unknown
+from jobs.tracing import submit_span
 from storage import queries
 from storage.queries import JobView
 
 router = APIRouter(prefix="/v1/batches")
 
 _ORDER_BYTES = 65_536  # metadata can't have more
-_FIELDS = frozenset({"input_file_id", "endpoint", "completion_window", "metadata", "output_expires_after"})
+_OPENAI_FIELDS = frozenset({"input_file_id", "endpoint", "completion_window", "metadata", "output_expires_after"})
+_FIELDS = _OPENAI_FIELDS | {"compare_plain"}
 
 
 @router.post("", openapi_extra=ORDER_BODY, responses=replies(BATCH, 400, 404, 409))
@@ -32,8 +35,9 @@ async def create(request: Request, services: ServicesNow, caller: CallerNow) -> 
     """Make a batch of an uploaded file. The answer says `validating`; the lines are read afterwards."""
 
     def accept(body: Body) -> dict[str, Any]:
-        order = _order(body, request.headers.get(IDEMPOTENCY_KEY), caller)
-        batch_id = accept_batch(order, caller.sees, services.database, services.settings)
+        with submit_span(request.headers) as place:
+            order = replace(_order(body, request.headers.get(IDEMPOTENCY_KEY), caller), traceparent=place)
+            batch_id = accept_batch(order, caller.sees, services.database, services.settings)
         return views.batch(find_job(services, batch_id, caller))
 
     async with services.bodies.received(request, _ORDER_BYTES) as body:
@@ -95,6 +99,7 @@ def _order(body: Body, idempotency_key: str | None, caller: Caller) -> BatchOrde
         api_key_id=caller.key_id,
         idempotency_key=idempotency_key,
         body_sha256=body.sha256,
+        compare_plain=fields.get("compare_plain"),
     )
 
 

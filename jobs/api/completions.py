@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import islice
@@ -36,6 +36,7 @@ from jobs.items import Item
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, Endpoint, PartialEvent
 from jobs.partials import follow
 from jobs.snapshots import read_events
+from jobs.tracing import submit_span
 from storage import queries, writes
 from storage.queries import OutputView
 
@@ -69,7 +70,7 @@ class _Call:
 
 async def _answer(request: Request, services: Services, caller: Caller, endpoint: Endpoint) -> Response:
     async with services.bodies.received(request, services.settings.max_json_bytes) as body:
-        call = await run_in_threadpool(_accept, services, body, caller, endpoint)
+        call = await run_in_threadpool(_accept, services, body, request.headers, caller, endpoint)
     events = _events(services, call.heading.id)
     if not call.stream:
         await _unless_gone(request, _end_of(events))
@@ -82,18 +83,20 @@ async def _answer(request: Request, services: Services, caller: Caller, endpoint
     return StreamingResponse(lines, media_type="text/event-stream", headers={"cache-control": "no-store"})
 
 
-def _accept(services: Services, body: Body, caller: Caller, endpoint: Endpoint) -> _Call:
+def _accept(services: Services, body: Body, headers: Mapping[str, str], caller: Caller, endpoint: Endpoint) -> _Call:
     """Record the call; raise what is wrong with it."""
     fields = json_object(body.open().read())
     stream, with_usage = _stream_options(fields)
-    submission = Submission(
-        [Item(0, fields)],
-        endpoint=endpoint,
-        window_s=services.settings.interactive_timeout_s,
-        job_id=new_call_id(endpoint),
-        api_key_id=caller.key_id,
-    )
-    job_id = accept_call(submission, database=services.database, ring=services.ring, settings=services.settings)
+    with submit_span(headers) as place:
+        submission = Submission(
+            [Item(0, fields)],
+            endpoint=endpoint,
+            window_s=services.settings.interactive_timeout_s,
+            job_id=new_call_id(endpoint),
+            api_key_id=caller.key_id,
+            traceparent=place,
+        )
+        job_id = accept_call(submission, database=services.database, ring=services.ring, settings=services.settings)
     job = find_job(services, job_id, caller)
     return _Call(Heading(job_id, endpoint, job.model, int(job.created_at)), stream, with_usage)
 
@@ -234,7 +237,8 @@ def _cancel(services: Services, job_id: str) -> None:
         with services.database.write() as session:
             writes.request_cancel(session, job_id)
     except SQLAlchemyError as exc:
-        log.warning("Call %s goes on without a listener: %s", job_id, exc, extra={"action": "cancel_failed"})
+        about = {"action": "cancel_failed", "job_id": job_id}
+        log.warning("Call %s goes on without a listener: %s", job_id, exc, extra=about)
 
 
 __all__ = ["router"]

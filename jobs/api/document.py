@@ -12,6 +12,7 @@ from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 
 from jobs.api.replies import ErrorReply, streamed_schemas
+from jobs.messages import MAX_COMPARED_REQUESTS
 
 Json = dict[str, Any]
 
@@ -49,6 +50,7 @@ JOB_BODY = _body(
         "model": _TEXT,
         "metadata": {"type": "object", "additionalProperties": {"type": "string", "maxLength": 512}},
         "completion_window": {"type": "string", "pattern": "^[1-9][0-9]{0,3}[mhd]$"},
+        "compare_plain": {"type": "integer", "minimum": 1, "maximum": MAX_COMPARED_REQUESTS},
     },
     {"requests": ["Name two rivers.", {"custom_id": "b", "prompt": "Say hello."}], "max_tokens": 40},
     **{"application/x-ndjson": {"schema": {"type": "string"}, "example": '"Name two rivers."\n"Say hello."\n'}},

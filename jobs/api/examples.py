@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from jobs.messages import MAX_COMPARED_REQUESTS
+
 Json = dict[str, Any]
 
 FILE: Final[Json] = {
@@ -89,6 +91,7 @@ _ORDER: Final[Json] = {
                 "seconds": {"type": "integer", "minimum": 3600, "maximum": 2592000},
             },
         },
+        "compare_plain": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_COMPARED_REQUESTS},
     },
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, BackgroundTasks, Header, Query, Request, Response
@@ -23,6 +24,7 @@ from jobs.errors import InvalidValue
 from jobs.intake import accept_job, retry_job
 from jobs.messages import JobStatus
 from jobs.telling import read_id
+from jobs.tracing import submit_span
 from storage import queries
 
 router = APIRouter(prefix="/v1/jobs")
@@ -43,8 +45,10 @@ async def submit(
 
     def accept(body: Body) -> dict[str, Any]:
         lines = services.settings.max_line_bytes
-        submission = read_submission(body, request.query_params, request.headers, caller.key_id, lines)
-        job_id = accept_job(submission, database=services.database, ring=ring_later, settings=services.settings)
+        with submit_span(request.headers) as place:
+            submission = read_submission(body, request.query_params, request.headers, caller.key_id, lines)
+            submission = replace(submission, traceparent=place)
+            job_id = accept_job(submission, database=services.database, ring=ring_later, settings=services.settings)
         return views.job(find_job(services, job_id, caller))
 
     async with services.bodies.received(request, most) as body:

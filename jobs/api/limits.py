@@ -6,6 +6,7 @@ Plain ASGI: counts bytes as they come, so that a body without Content-Length has
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import time
 from collections.abc import Mapping
@@ -15,8 +16,11 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jobs.errors import BodyTooLarge, BodyTooSlow, UnsupportedBody
+from jobs.logs import note
 
 REQUEST_ID_HEADER = "x-request-id"
+# Ids that could be ours alone: what else stands in a path may be anything, and as long as it likes.
+_JOB_PATH = re.compile(r"/v1/(?:jobs|batches)/(?P<job>[A-Za-z0-9_-]{1,64})(?:/|$)")
 
 
 def request_id(scope: Scope) -> str:
@@ -25,7 +29,7 @@ def request_id(scope: Scope) -> str:
 
 
 class RequestIds:
-    """Gives every reply a header `x-request-id`."""
+    """Gives every reply a header `x-request-id`, and lets log lines say which call and job they are about."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -38,7 +42,17 @@ class RequestIds:
                 MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id(scope)
             await send(message)
 
-        await self._app(scope, receive, send_with_id if scope["type"] == "http" else send)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        # For good: the server logs what a route raised when this has been left. Every call has a context of its own.
+        note(request_id=request_id(scope), **_job_of(scope["path"]))
+        await self._app(scope, receive, send_with_id)
+
+
+def _job_of(path: str) -> dict[str, str]:
+    found = _JOB_PATH.match(path)
+    return {} if found is None else {"job_id": found["job"]}
 
 
 class BodyLimit:

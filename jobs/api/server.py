@@ -26,6 +26,7 @@ from jobs.producer import make_producer_app, ring
 from jobs.reconciler import Reconciler
 from jobs.schema_guard import require_schema
 from jobs.settings import JobsSettings
+from jobs.tracing import start_tracing, stop_tracing
 from storage import keys
 from storage.session import Database
 
@@ -47,6 +48,7 @@ class _Server(uvicorn.Server):
 def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
     """Serve until a signal comes. The URL is written to `ready_file` as soon as connections are taken."""
     log_to_stderr(settings.log_format)
+    start_tracing("basic-shim")
     database = Database.open(settings.resolved_database_url)
     door = _door(settings, database)
     require_schema(settings.resolved_database_url)
@@ -67,6 +69,7 @@ def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
             _Server(config).run(sockets=[listener])
     finally:
         database.dispose()
+        stop_tracing()
 
 
 @contextmanager

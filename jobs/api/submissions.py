@@ -19,7 +19,7 @@ from jobs.settings import JobsSettings
 
 _JSON_TYPES = {"application/json"}
 _LINES_TYPES = {"application/x-ndjson", "application/jsonl", "application/x-jsonlines"}
-_JOB_FIELDS = frozenset({"model", "endpoint", "metadata", "completion_window", "parameters"})
+_JOB_FIELDS = frozenset({"model", "endpoint", "metadata", "completion_window", "parameters", "compare_plain"})
 _LISTS = frozenset({"requests", "prompts"})
 IDEMPOTENCY_KEY = "idempotency-key"
 _UNIT_S = {"m": 60, "h": 3600, "d": 86_400}
@@ -64,6 +64,7 @@ def _submission(fields: Mapping[str, Any], items: Iterator[Item]) -> Submission:
         parameters=_parameters(fields),
         metadata=fields.get("metadata"),
         window_s=None if window is None else read_window_s(window),
+        compare_plain=fields.get("compare_plain"),
     )
 
 

@@ -5,7 +5,8 @@ storage.statistics -> [charts] -> pages.  One function a chart; colours come fro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs.dashboard import texts
@@ -19,13 +20,11 @@ _MOST_POINTS = 300
 
 
 def throughput(stats: JobStats) -> Option:
-    """Tokens a second, minute by minute."""
-    points = _thinned([[minute.minute * 1000.0, minute.tokens / 60] for minute in stats.minutes])
-    if points:
-        points.append([points[-1][0] + 60_000, points[-1][1]])  # a minute is as long as the others
+    """Tokens a second, minute by minute, or over so many minutes that a screen can tell them apart."""
+    points = _rates({minute.minute // 60: minute.tokens for minute in stats.minutes})
     return _chart(
         xAxis=_axis("time", "") | {"axisLabel": {"color": GREY, "hideOverlap": True}},
-        yAxis=_upright("tokens/s"),
+        yAxis=_upright("tokens/s, mean of the minute"),
         series=[
             {
                 "type": "line",
@@ -52,11 +51,19 @@ def acceptance(stats: JobStats) -> Option:
 
 def depths(stats: JobStats) -> Option:
     """How often a draft token of each depth was accepted."""
-    rows = stats.acceptance_by_depth
+    return _rate_bars("depth in the tree", [(row.depth, row.rate) for row in stats.acceptance_by_depth])
+
+
+def ranks(stats: JobStats) -> Option:
+    """How often the likeliest child of a node was the target's choice, the second, and so on."""
+    return _rate_bars("rank of the child", [(row.child_rank + 1, row.rate) for row in stats.acceptance_by_rank])
+
+
+def _rate_bars(name: str, rates: list[tuple[int, float]]) -> Option:
     return _chart(
-        xAxis=_axis("category", "depth in the tree") | {"data": [str(row.depth) for row in rows]},
+        xAxis=_axis("category", name) | {"data": [str(place) for place, _ in rates]},
         yAxis=_upright("% accepted") | {"max": 100},
-        series=[_bars([round(100 * row.rate, 1) for row in rows], DRAFT)],
+        series=[_bars([round(100 * rate, 1) for _, rate in rates], DRAFT)],
     )
 
 
@@ -168,11 +175,18 @@ def tree_height(recorded: RecordedTree) -> int:
     return max(160, 34 * leaves + 40)
 
 
-def _thinned(points: list[list[float]]) -> list[list[float]]:
-    """Return so few points that a screen can tell them apart, each the mean of its neighbours."""
-    together = -(-len(points) // _MOST_POINTS)
-    groups = (points[at : at + together] for at in range(0, len(points), together or 1))
-    return [[group[0][0], round(sum(value for _, value in group) / len(group), 2)] for group in groups]
+def _rates(tokens: Mapping[int, int]) -> list[list[float]]:
+    """Return milliseconds and tokens a second for tokens by the minute; where nothing was written, there were none."""
+    if not tokens:
+        return []
+    first, last = min(tokens), max(tokens)
+    together = -(-(last + 1 - first) // _MOST_POINTS)
+    sums = Counter[int]()
+    for minute, count in tokens.items():
+        sums[(minute - first) // together] += count
+    places = range((last - first) // together + 1)
+    points = [[(first + place * together) * 60_000.0, round(sums[place] / together / 60, 3)] for place in places]
+    return [*points, [points[-1][0] + together * 60_000, points[-1][1]]]  # the last is as long as the others
 
 
 def _branch(nodes: Sequence[Any], children: dict[int, list[int]], node: int) -> Option:

@@ -325,7 +325,7 @@ class Trees:
         self._places = await self._desk.read(lambda session: browse.tree_places(session, self._job_id))
         self._none.set_visibility(not self._places)
         self._choice.set_visibility(bool(self._places))
-        names = {(p.request_index, p.choice_index): f"{p.request_index}.{p.choice_index}" for p in self._places}
+        names = {(p.request_index, p.choice_index): _text_name(p) for p in self._places}
         if self._places:
             largest = max(self._places, key=lambda place: place.tree_nodes)
             self._request.set_options(names, value=(largest.request_index, largest.choice_index))
@@ -348,6 +348,10 @@ class Trees:
         if recorded is not None:
             with self._drawing, box():
                 _draw_tree(recorded)
+
+
+def _text_name(place: TreePlace) -> str:
+    return f"Request {place.request_index}" + (f", choice {place.choice_index}" if place.choice_index else "")
 
 
 def _draw_tree(recorded: RecordedTree) -> None:

@@ -12,12 +12,13 @@ from nicegui import ui
 
 from jobs.dashboard import charts, words
 from jobs.dashboard.look import box, heading
-from storage.statistics import JobStats
+from storage.statistics import JobStats, PlainComparison
 
 _CHARTS: Final[Sequence[tuple[str, Callable[[JobStats], dict[str, Any]]]]] = (
     ("Tokens per second", charts.throughput),
     ("Draft tokens accepted in a step", charts.acceptance),
     ("Acceptance by depth", charts.depths),
+    ("Acceptance by rank", charts.ranks),
     ("Tree size at each batch size", charts.trees),
     ("Accepted against expected", charts.reliability),
     ("What steps decided", charts.decisions),
@@ -61,8 +62,10 @@ class StatsView:
 
 
 def _figures(stats: JobStats) -> Sequence[tuple[str, str, str]]:
+    compared = () if stats.comparison is None else (_compared(stats.comparison),)
     return (
         ("Speed-up over plain", words.speedup(stats.speedup, stats.speedup_error), _check(stats)),
+        *compared,
         ("Tokens per second", words.number(stats.tokens_per_s), f"over {words.span(stats.wall_s)}"),
         ("Tokens per step", words.number(stats.mean_acceptance_length, 2), f"{stats.steps:,d} steps"),
         ("Expected, accepted", _expected(stats), "draft tokens a step"),
@@ -77,6 +80,11 @@ def _check(stats: JobStats) -> str:
     if stats.speedup is None or stats.plain_check is None:
         return "by calibration; no plain step checked it"
     return f"by {stats.plain_steps:,d} plain steps: {words.speedup(stats.speedup * stats.plain_check)}"
+
+
+def _compared(comparison: PlainComparison) -> tuple[str, str, str]:
+    value = words.speedup(comparison.speedup, comparison.speedup_error)
+    return "Compared with plain", value, words.compared(comparison)
 
 
 def _expected(stats: JobStats) -> str:

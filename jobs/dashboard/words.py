@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from storage.queries import JobView
+from storage.statistics import PlainComparison
 
 _NORMAL_95 = 1.96
 
@@ -34,6 +35,17 @@ def speedup(value: float | None, error: float | None = None) -> str:
     if value is None:
         return "–"
     return f"{value:.2f}×" + ("" if error is None else f" ± {_NORMAL_95 * error:.2f}")
+
+
+def compared(comparison: PlainComparison) -> str:
+    """Return what stands beside a comparison with plain decoding: of how many requests, and what was wrong."""
+    if not comparison.done:
+        return f"{comparison.requests_asked:,d} requests wait for an idle worker"
+    if not comparison.requests:
+        return "no request was decoded both ways"
+    if comparison.faults:
+        return f"{comparison.faults:,d} of {comparison.requests:,d} texts differ: a fault"
+    return f"{comparison.requests:,d} requests decoded both ways, the same texts"
 
 
 def ago(at: float) -> str:

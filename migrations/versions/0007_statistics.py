@@ -15,6 +15,24 @@ down_revision = "0004"
 branch_labels = None
 depends_on = None
 
+# Those of this revision: later ones may read tables that are not there yet.
+_VIEWS = (
+    "job_speedup",
+    "speedup_by_model",
+    "speedup_by_drafter",
+    "speedup_by_hour",
+    "throughput_by_minute",
+    "acceptance_by_depth",
+    "acceptance_by_rank",
+    "acceptance_histogram",
+    "tree_by_batch",
+    "expected_and_accepted",
+    "reliability",
+    "time_by_job",
+    "decisions_by_job",
+    "tokens_per_joule",
+)
+
 _first = importlib.import_module("migrations.versions.0001_initial")  # not a name that `import` takes
 
 
@@ -30,7 +48,7 @@ def upgrade() -> None:
     _create_sums()
     _create_worker_energy()
     _add_up_what_is_there()
-    create_views(op.get_bind())
+    create_views(op.get_bind(), _VIEWS)
 
 
 def downgrade() -> None:

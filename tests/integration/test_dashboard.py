@@ -14,11 +14,13 @@ from playwright.sync_api import Browser, Page, Request, expect
 from jobs.client import Client
 from jobs.local import LocalService, down, start_detached
 from jobs.local_start import environment
+from jobs.report import report
 from jobs.settings import JobsSettings
 from tests.browser import browser, picture
 from tests.models import save_tiny
 
 PATIENCE_MS = 20_000
+DIM = {"light": "rgb(93, 99, 109)", "dark": "rgb(166, 173, 184)"}  # of a report's side notes
 UGLY = (
     "<script>document.title = 'pwned'</script><img src=x onerror=\"document.title = 'pwned'\">"
     "\x1b[31mred\x1b[0m \u202eturned\u202c " + "x" * 100_000
@@ -138,6 +140,37 @@ def test_pages_fit_phones_and_follow_the_system(page: Page, place: str, width: i
         expect(page.locator(".charts svg").first).to_be_visible(timeout=PATIENCE_MS)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     picture(page, f"{place.strip('/').replace('/', '-')}-{width}-{scheme}")
+
+
+def test_ids_in_a_table_stay_whole_on_a_phone(page: Page, service: LocalService) -> None:
+    with Client(service.api_url) as client:
+        client.submit(["abc"], max_tokens=2).wait()
+    page.set_viewport_size({"width": 390, "height": 850})
+    page.goto("/dashboard/stats")
+
+    name = page.locator("table a").first
+    expect(name).to_be_visible(timeout=PATIENCE_MS)
+    assert name.evaluate("link => link.getClientRects().length") == 1
+    assert name.evaluate("link => link.offsetHeight") < 30
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (1200, "light")])
+def test_a_report_fits_phones_and_follows_the_system(
+    page: Page, service: LocalService, width: int, scheme: str
+) -> None:
+    with Client(service.api_url) as client:
+        job = client.submit(["abc", {"prompt": "x" * 400_000, "custom_id": "y" * 64}], max_tokens=4)
+        job.wait()
+        html = report(job.info(), job.stats(), job.outputs())
+    page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+    page.set_viewport_size({"width": width, "height": 850})
+    page.set_content(html)
+
+    expect(page.get_by_text("context_length_exceeded")).to_be_visible(timeout=PATIENCE_MS)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert page.evaluate("getComputedStyle(document.querySelector('.dim')).color") == DIM[scheme]
+    picture(page, f"report-{width}-{scheme}")
 
 
 def test_the_keyboard_reaches_the_form(page: Page) -> None:

@@ -11,9 +11,9 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import inspect
 
-from storage import schema, writes
+from storage import comparisons, schema, writes
 from storage.models import Base
-from storage.records import Progress
+from storage.records import ComparisonRow, Progress
 from storage.session import Database, make_engine
 from storage.views import VIEWS
 from tests.databases import drop_schema
@@ -213,6 +213,7 @@ def test_the_views_answer_the_shell(url: str, path: Path) -> None:
     flush(database, "w1", Progress(lease, (a_checkpoint(seq=1, steps=steps),), (a_finished_choice(),), ends=True))
     with database.write() as session:
         writes.add_energy(session, "w1", 120.0, 50.0)
+        comparisons.record_comparison(session, "w1", lease.job_id, [ComparisonRow(0, 4, 1.0, 2.0, 1.0, True)])
     database.dispose()
 
     with sqlite3.connect(path) as shell:
@@ -233,6 +234,7 @@ def test_the_views_answer_the_shell(url: str, path: Path) -> None:
         "time_by_job": 1,
         "decisions_by_job": 1,
         "tokens_per_joule": 1,
+        "job_comparison": 1,
     }
 
 

@@ -114,6 +114,19 @@ class Forest:
         """Node numbers of one tree, root first, parents before children."""
         return np.flatnonzero(self.tree == tree)
 
+    def siblings(self) -> tuple[IntArray, IntArray]:
+        """Return for each node its place among its siblings by value, the likeliest first, and how many it has below.
+
+        Of equals the one drafted first comes first.
+        """
+        roots, parents = len(self.sequences), self.parent[len(self.sequences) :]
+        children = np.bincount(parents, minlength=self.size)
+        order = np.lexsort((-self.value[roots:], parents))
+        starts = children.cumsum() - children
+        rank = np.zeros(self.size, np.int64)
+        rank[roots + order] = np.arange(len(order)) - starts[parents[order]]
+        return rank, children
+
     def path(self, node: int) -> list[int]:
         """Tokens from below the root down to a node."""
         tokens: list[int] = []

@@ -6,7 +6,7 @@ truth that tests compare with and the baseline that benchmarks measure.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from time import perf_counter
 from typing import Any
 
@@ -20,10 +20,10 @@ from worker.engine.language_model import LanguageModel
 from worker.engine.logprobs import Told, tell
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.planner import Planner, StepPlan, StepTimes
-from worker.engine.rows import Move
+from worker.engine.rows import IntArray, Move
 from worker.engine.scheduler import Batch, Scheduler
 from worker.engine.sequence import Sequence
-from worker.engine.stats import ShownTree, StepNumbers, StepResult
+from worker.engine.stats import Reached, ShownTree, StepNumbers, StepResult
 from worker.engine.verifier import Accepted, walk
 
 
@@ -88,10 +88,13 @@ class Engine:
                 sequence.cancelled = True
         self._drop_finished()
 
-    def step(self) -> list[StepResult]:
-        """Run one step and return what each emitting sequence got; nothing while a prompt is still being read."""
+    def step(self, only: Collection[Hashable] | None = None, *, plain: bool = False) -> list[StepResult]:
+        """Run one step and return what each emitting sequence got; nothing while a prompt is still being read.
+
+        It is a step of all sequences or of `only` those with these keys; a `plain` one does without drafts.
+        """
         clock = _Clock(self._late_ms)
-        batch = self._scheduler.next_batch()
+        batch = self._scheduler.next_batch(only, plain=plain)
         if batch.empty:
             return []
         for slot in batch.emptied:
@@ -148,6 +151,7 @@ class Engine:
         depths = np.zeros(trees, np.int64)
         np.maximum.at(depths, shown.tree, shown.depth)
         expected = shown.expected(np.ones(shown.size, np.bool_))
+        siblings = shown.siblings()
         results = []
         for tree, sequence in enumerate(shown.sequences):
             numbers = StepNumbers(
@@ -164,6 +168,7 @@ class Engine:
                 drafter=plan.way.drafter.name if plan.way and nodes[tree] else None,
                 plain_step_ms=plain_step_ms,
                 decision=plan.decision,
+                reached=_reached(tree, accepted[tree].path, len(kept[tree]), *siblings) if nodes[tree] else None,
             )
             traced = _shown_tree(shown, tree, accepted[tree]) if sequence.steps < sequence.traced_steps else None
             sequence.steps += 1
@@ -181,6 +186,14 @@ class Engine:
             self._target.release(sequence.slot, len(self._scheduler.slots.texts.get(sequence.slot, ())))
             if self._drafter is not None:
                 self._drafter.drop(sequence)
+
+
+def _reached(root: int, path: IntArray, kept: int, rank: IntArray, children: IntArray) -> Reached:
+    """Return how the target chose below the root and the nodes of an accepted path, as far as that was kept."""
+    drawn: list[int | None] = [*rank[path].tolist(), None]
+    below = children[[root, *path.tolist()]].tolist()
+    places = len(drawn) if kept >= len(path) else kept  # what was cut off at the text's end is no step's
+    return tuple((count, one) for count, one in zip(below[:places], drawn[:places], strict=True) if count)
 
 
 def _shown_tree(shown: Forest, tree: int, accepted: Accepted) -> ShownTree:

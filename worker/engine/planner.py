@@ -137,7 +137,7 @@ class Planner:
     def _choose(self, batch: Batch) -> tuple[_Way | None, IntArray, Decision]:
         """Return how to draft and for which trees: the first way that may, or the reason why none does."""
         trees, nobody = len(batch.decoding), np.empty(0, np.int64)
-        if not self._ways:
+        if not self._ways or batch.plain:
             return None, nobody, Decision.OFF
         if not trees:
             return None, nobody, Decision.PREFILL

@@ -7,7 +7,7 @@ served; the caller decides who comes. What two texts have in common from their b
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Hashable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +44,7 @@ class Batch:
     decoding: tuple[Sequence, ...]
     shares: tuple[Share, ...] = ()  # beginnings to copy before anything is run, in this order
     emptied: tuple[int, ...] = ()  # slots whose texts make way for others: their memory is free before that
+    plain: bool = False  # no drafts, whatever they would be worth
 
     @property
     def empty(self) -> bool:
@@ -117,17 +118,18 @@ class Scheduler:
             self.slots.give_back(sequence.slot, sequence.ids[: sequence.cached])
         return gone
 
-    def next_batch(self) -> Batch:
-        """Admit who fits, share beginnings, give prompts their rows, and return the step's work."""
+    def next_batch(self, only: Collection[Hashable] | None = None, *, plain: bool = False) -> Batch:
+        """Admit who fits, share beginnings, give prompts their rows, and return the step's work: of all, or of some."""
         while self._waiting and self._fits(self._waiting[0]):
             sequence = self._waiting.popleft()
             sequence.slot = self.slots.take(self._needs(sequence))
             self._running.append(sequence)
-        order = _fair_order([s for s in self._running if s.prefilling])
+        taking_part = [s for s in self._running if only is None or s.key in only]
+        order = _fair_order([s for s in taking_part if s.prefilling])
         starting, shares = self._start(order)
         chunks = tuple(self._chunks([s for s in order if s.prefilling and s in starting]))
-        decoding = tuple(s for s in self._running if not s.prefilling)
-        return Batch(chunks, decoding, tuple(shares), self.slots.emptied())
+        decoding = tuple(s for s in taking_part if not s.prefilling)
+        return Batch(chunks, decoding, tuple(shares), self.slots.emptied(), plain)
 
     def _fits(self, sequence: Sequence) -> bool:
         return self.slots.fits(self._needs(sequence))

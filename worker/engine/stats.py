@@ -8,6 +8,10 @@ from worker.engine.governor import Decision
 from worker.engine.logprobs import Told
 from worker.engine.sequence import Sequence
 
+# Per node that the target reached and that had drafts below it: how many, and the rank of the one it drew, 0 being the
+# likeliest (None: none of them).
+Reached = tuple[tuple[int, int | None], ...]
+
 
 @dataclass(frozen=True, slots=True)
 class StepNumbers:
@@ -26,6 +30,7 @@ class StepNumbers:
     drafter: str | None  # None: the sequence showed no drafts
     plain_step_ms: float | None  # time of the step without drafts, as measured; None: the step shared a prefill
     decision: Decision  # what the whole batch did, and why
+    reached: Reached | None = None  # None: the sequence showed no drafts
 
 
 @dataclass(frozen=True, slots=True)

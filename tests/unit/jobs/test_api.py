@@ -13,8 +13,8 @@ from jobs.api import caller
 from jobs.api.app import make_api
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT
 from jobs.settings import JobsSettings
-from storage import leases, queries, writes
-from storage.records import Progress
+from storage import comparisons, leases, queries, writes
+from storage.records import ComparisonRow, Progress
 from storage.session import Database
 from tests.factories import a_checkpoint, a_finished_choice, a_worker_card
 
@@ -315,6 +315,28 @@ def test_the_numbers_of_a_job_and_of_everything_are_there(api: TestClient, datab
         assert api.get(path).json()["completion_tokens"] > 0
 
 
+def test_the_query_of_lines_asks_for_a_comparison_too(api: TestClient) -> None:
+    reply = api.post("/v1/jobs", params={"compare_plain": "2"}, content='"one"\n"two"\n', headers=LINES)
+    assert api.get(f"/v1/jobs/{reply.json()['id']}/stats").json()["comparison"]["requests_asked"] == 2
+
+
+def test_a_comparison_with_plain_decoding_is_told_with_the_numbers(api: TestClient, database: Database) -> None:
+    job = submitted(api, "one", "two", "three", compare_plain=2)
+    assert api.get(f"/v1/jobs/{submitted(api)['id']}/stats").json()["comparison"] is None
+    waiting = api.get(f"/v1/jobs/{job['id']}/stats").json()["comparison"]
+    assert (waiting["requests_asked"], waiting["done"], waiting["speedup"]) == (2, False, None)
+    answer_all(database)
+    rows = [ComparisonRow(index, 3, 10.0, 20.0 + index, 2.0, same_text=index == 0) for index in range(2)]
+    with database.write() as session:
+        comparisons.record_comparison(session, "w", job["id"], rows)
+
+    told = api.get(f"/v1/jobs/{job['id']}/stats").json()["comparison"]
+
+    assert (told["requests"], told["done"], told["faults"]) == (2, True, 1)
+    assert told["speedup"] == pytest.approx(2.05)
+    assert told["speedup_error"] == pytest.approx(0.05)
+
+
 def test_models_and_workers_are_listed(api: TestClient, database: Database) -> None:
     with database.write() as session:
         writes.register_worker(session, a_worker_card(target="org/large", context_tokens=64))
@@ -344,6 +366,11 @@ BAD_SUBMISSIONS: list[tuple[dict[str, Any], int, str | None, str | None]] = [
     ({"json": {"requests": ["a"], "endpoint": {}}}, 400, "invalid_value", "endpoint"),
     ({"json": {"requests": ["a"], "completion_window": "soon"}}, 400, "invalid_value", "completion_window"),
     ({"json": {"requests": ["a"], "metadata": {"a": 1}}}, 400, "invalid_value", "metadata"),
+    ({"json": {"requests": ["a"], "compare_plain": 0}}, 400, "invalid_value", "compare_plain"),
+    ({"json": {"requests": ["a"], "compare_plain": 101}}, 400, "invalid_value", "compare_plain"),
+    ({"json": {"requests": ["a"], "compare_plain": True}}, 400, "invalid_value", "compare_plain"),
+    ({"json": {"requests": ["a"], "compare_plain": "2"}}, 400, "invalid_value", "compare_plain"),
+    ({"json": {"requests": ["a"], "compare_plain": 2.5}}, 400, "invalid_value", "compare_plain"),
     ({"json": {"requests": ["a"] * 6}}, 400, "too_many_requests", None),
     ({"json": {"requests": ["x" * 10_001]}}, 413, "file_too_large", None),
     ({"content": "", "headers": LINES}, 400, "empty_job", None),

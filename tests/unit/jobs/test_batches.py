@@ -18,7 +18,7 @@ from jobs.api.app import make_api
 from jobs.clerk import Clerk
 from jobs.messages import PartialEvent
 from jobs.settings import JobsSettings
-from storage import batches, files, leases, writes
+from storage import batches, files, leases, queries, writes
 from storage.models import Job, Request
 from storage.records import Claim, Progress, Refusal
 from storage.session import Database
@@ -348,6 +348,14 @@ def test_batches_are_jobs_and_only_batches_are_listed_as_such(world: World) -> N
     assert world.api.post(f"/v1/jobs/{batch_ids[0]}/cancel").json()["status"] == "cancelling"
 
 
+def test_a_batch_asks_for_a_comparison_with_plain_decoding(world: World) -> None:
+    batch = a_batch(world.client, [GOOD], extra_body={"compare_plain": 20})
+    with world.database.read() as session:
+        comparison = queries.job_stats(session, batch.id).comparison
+    assert comparison is not None
+    assert comparison.requests_asked == 20
+
+
 def test_the_same_key_and_order_give_the_same_batch(world: World) -> None:
     order = {"input_file_id": uploaded(world.client, b"x").id, "endpoint": CHAT, "completion_window": "24h"}
     key = {"idempotency-key": "k"}
@@ -368,6 +376,7 @@ def test_the_same_key_and_order_give_the_same_batch(world: World) -> None:
         ({"completion_window": "soon"}, 400, "invalid_value", "completion_window"),
         ({"completion_window": 24}, 400, "invalid_value", "completion_window"),
         ({"metadata": {"k": "v" * 513}}, 400, "invalid_value", "metadata"),
+        ({"compare_plain": 101}, 400, "invalid_value", "compare_plain"),
         (
             {"output_expires_after": {"anchor": "created_at", "seconds": 1}},
             400,

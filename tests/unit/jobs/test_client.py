@@ -108,11 +108,11 @@ def test_a_file_is_submitted_as_it_is(tmp_path: Path) -> None:
     path.write_bytes(b'"Hello"\n{broken\n')
     service = Service(a_job())
     with some_client(service) as client:
-        client.submit(path, max_tokens=5, metadata={"team": "a"})
+        client.submit(path, max_tokens=5, metadata={"team": "a"}, compare_plain=20)
     [call] = service.calls
     assert call.content == path.read_bytes()
     assert call.headers["content-type"] == "application/x-ndjson"
-    assert dict(call.url.params) == {"max_tokens": "5", "metadata": '{"team": "a"}'}
+    assert dict(call.url.params) == {"max_tokens": "5", "metadata": '{"team": "a"}', "compare_plain": "20"}
 
 
 def test_a_submission_whose_answer_got_lost_is_repeated_under_the_same_key() -> None:

@@ -7,11 +7,12 @@ import time
 import pytest
 
 from jobs.api.server import serve
-from jobs.dashboard import texts, words
+from jobs.dashboard import charts, texts, words
 from jobs.errors import SetupError
 from jobs.settings import JobsSettings
 from storage import schema
 from storage.queries import JobView
+from storage.statistics import PlainComparison
 
 
 def test_model_text_does_nothing_on_the_page() -> None:
@@ -56,3 +57,35 @@ def test_a_database_of_an_older_version_stops_the_shim_with_a_sentence(settings:
     schema.upgrade(settings.resolved_database_url, "0002")
     with pytest.raises(SetupError, match=r"revision 0002.*basic db upgrade"):
         serve(settings)
+
+
+def test_minutes_in_which_nothing_was_written_have_no_throughput() -> None:
+    assert charts._rates({100: 60, 103: 120}) == [
+        [6_000_000, 1.0],
+        [6_060_000, 0.0],
+        [6_120_000, 0.0],
+        [6_180_000, 2.0],
+        [6_240_000, 2.0],  # a minute is as long as the others
+    ]
+    assert charts._rates({}) == []
+
+
+def test_a_month_of_minutes_keeps_all_its_tokens_in_few_points() -> None:
+    points = charts._rates(dict.fromkeys(range(0, 43_200, 7), 60))
+    assert len(points) <= 301
+    minutes = (points[1][0] - points[0][0]) / 60_000
+    assert sum(rate for _, rate in points[:-1]) * minutes * 60 == pytest.approx(60 * len(range(0, 43_200, 7)), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("done", "requests", "faults", "text"),
+    [
+        (False, 0, 0, "20 requests wait for an idle worker"),
+        (True, 0, 0, "no request was decoded both ways"),
+        (True, 20, 0, "20 requests decoded both ways, the same texts"),
+        (True, 20, 1, "1 of 20 texts differ: a fault"),
+    ],
+)
+def test_a_comparison_says_what_it_is_worth(done: bool, requests: int, faults: int, text: str) -> None:
+    comparison = PlainComparison(20, requests, done, 1.2, 0.1, 4.0, faults)
+    assert words.compared(comparison) == text

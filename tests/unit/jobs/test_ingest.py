@@ -42,6 +42,18 @@ def test_a_batch_becomes_a_job_whose_id_the_producer_knows(database: Database, s
     assert job_of("nightly", database).requests_total == 2
 
 
+def test_a_batch_asks_for_a_comparison_with_plain_decoding(database: Database, settings: JobsSettings) -> None:
+    ingested(a_message(compare_plain=20), database, settings)
+    with database.read() as session:
+        comparison = queries.job_stats(session, batch_job_id("nightly")).comparison
+    assert comparison is not None
+    assert comparison.requests_asked == 20
+
+
+def test_a_batch_that_asks_for_no_comparison_is_the_message_that_older_versions_know() -> None:
+    assert set(a_message()) == {"v", "id", "model", "endpoint", "requests", "parameters", "metadata"}
+
+
 def test_a_batch_delivered_fifty_times_is_one_job(database: Database, settings: JobsSettings) -> None:
     ids = {ingested(a_message(), database, settings) for _ in range(50)}
     assert ids == {batch_job_id("nightly")}

@@ -2,11 +2,21 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
+from sqlalchemy.exc import OperationalError
 
-from jobs.logs import log_to_stderr, without_secrets
+from jobs.api.app import make_api
+from jobs.logs import log_to_stderr, noted, without_secrets
 from jobs.settings import JobsSettings
+from storage.session import Database
+from tests.databases import on_sqlite
+from tests.unit.worker.test_runner import Worker, submit
 
 SECRETS = [
     "redis://:hunter2@localhost:6379/0",
@@ -14,6 +24,18 @@ SECRETS = [
     "postgresql+psycopg://basic:hunter2@db/basic?sslmode=verify-full",
     "postgresql://db/basic?user=basic&password=hunter2",
 ]
+
+
+@contextmanager
+def logging_to_stderr(log_format: str) -> Iterator[None]:
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    try:
+        log_to_stderr(log_format)
+        yield
+    finally:
+        root.handlers[:] = before
+        root.setLevel(level)
 
 
 @pytest.mark.parametrize("url", SECRETS)
@@ -35,15 +57,11 @@ def test_what_is_no_password_is_left_alone(text: str) -> None:
 def test_no_log_line_carries_a_password_also_not_in_a_traceback(
     log_format: str, url: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = logging.getLogger().handlers[:]
-    try:
-        log_to_stderr(log_format)
+    with logging_to_stderr(log_format):
         try:
             raise ConnectionError(f"can't reach {url}")
         except ConnectionError:
             logging.getLogger("somebody.else").exception("lost %s", url, extra={"action": "lost"})
-    finally:
-        logging.getLogger().handlers[:] = before
     said = capsys.readouterr().err
     assert "ConnectionError" in said
     assert "hunter2" not in said
@@ -54,3 +72,81 @@ def test_no_log_line_carries_a_password_also_not_in_a_traceback(
 def test_settings_that_are_printed_show_no_url() -> None:
     shown = repr(JobsSettings(redis_url=SECRETS[0], database_url=SECRETS[2], api_key="hunter2"))
     assert "hunter2" not in shown
+
+
+def lines(said: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in said.splitlines()]
+
+
+def test_lines_of_anybody_say_which_job_and_request_they_are_about(capsys: pytest.CaptureFixture[str]) -> None:
+    with logging_to_stderr("json"):
+        with noted(job_id="batch_1", request_index=3):
+            logging.getLogger("somebody.else").warning("odd text")
+            logging.getLogger("ours").warning("of another", extra={"job_id": "batch_2"})
+        logging.getLogger("somebody.else").warning("later")
+
+    first, second, third = lines(capsys.readouterr().err)
+
+    assert (first["job_id"], first["request_index"]) == ("batch_1", 3)
+    assert second["job_id"] == "batch_2"
+    assert not {"job_id", "request_index"} & set(third)
+
+
+def test_people_find_the_ids_at_the_end_of_the_line_before_any_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    with logging_to_stderr("text"), noted(job_id="batch_1", request_index=0):
+        try:
+            raise ValueError("no")
+        except ValueError:
+            logging.getLogger("ours").exception("lost")
+
+    first, *rest = capsys.readouterr().err.splitlines()
+
+    assert first.endswith("lost [job batch_1, request 0]")
+    assert "ValueError: no" in rest
+
+
+def test_a_line_about_nothing_ends_with_its_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with logging_to_stderr("text"):
+        logging.getLogger("ours").warning("Ready")
+    assert capsys.readouterr().err.endswith("ours: Ready\n")
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_the_shim_says_which_call_and_job_a_line_is_about(
+    log_format: str,
+    settings: JobsSettings,
+    database: Database,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def away(*_: object) -> None:
+        raise OperationalError("SELECT", {}, Exception("gone"))
+
+    monkeypatch.setattr("storage.queries.job", away)
+    api = make_api(settings, database, ring=lambda job_id, model: True)
+    with logging_to_stderr(log_format), TestClient(api, raise_server_exceptions=False) as client:
+        reply = client.get("/v1/jobs/batch_0123/stats")
+    assert reply.status_code == 503
+    said = [line for line in capsys.readouterr().err.splitlines() if "The database does not answer" in line]
+    call = reply.headers["x-request-id"]
+    if log_format == "json":
+        assert [(line["job_id"], line["request_id"]) for line in lines("\n".join(said))] == [("batch_0123", call)]
+    else:
+        assert [line.partition(" [")[2] for line in said] == [f"job batch_0123, call {call}]"]
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_worker_says_which_request_failed_and_which_job_has_ended(
+    log_format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with on_sqlite(tmp_path) as database, logging_to_stderr(log_format):
+        submit(database, "one", "x" * 500)
+        Worker(database, "a").run()
+    said = capsys.readouterr().err
+    if log_format == "json":
+        by_action = {line["action"]: line for line in lines(said) if "action" in line}
+        failed, ended = by_action["request_failed"], by_action["job_ended"]
+        assert (failed["job_id"], failed["request_index"], ended["job_id"]) == ("batch_1", 1, "batch_1")
+    else:
+        assert "[job batch_1, request 1]" in said
+        assert "Job batch_1 is completed [job batch_1]" in said

@@ -18,6 +18,8 @@ from jobs.client import Client
 from jobs.exports import cell, write_csv
 from jobs.plots import PLOTS, svg
 from jobs.settings import JobsSettings
+from storage import comparisons
+from storage.records import ComparisonRow
 from storage.session import Database
 from tests.unit.jobs.test_api import answer_all
 from tests.unit.jobs.test_cli import Run, prompts, run
@@ -36,6 +38,28 @@ def test_the_table_tells_the_speedup_and_where_it_comes_from(run: Run, prompts: 
 
     assert "1 completed, 1 failed, 2 in all" in table
     assert "1.80x (by the calibrated time of plain steps; no plain step checked it)" in table
+
+
+def test_the_table_tells_what_came_of_a_comparison_with_plain_decoding(
+    run: Run, prompts: str, database: Database
+) -> None:
+    job_id = json.loads(run("submit", prompts, "--compare-plain", "20", "--json"))["id"]
+    answer_all(database)
+    assert "20 requests wait for a worker that is idle" in run("stats", job_id)
+    rows = [ComparisonRow(0, 3, 10.0, 20.0, 1.5, True), ComparisonRow(1, 3, 10.0, 22.0, 1.5, False)]
+    with database.write() as session:
+        comparisons.record_comparison(session, "w", job_id, rows)
+
+    table = run("stats", job_id)
+
+    assert "2.10x ± 0.20 (2 requests decoded both ways; 1 of them with ANOTHER TEXT, which is a fault" in flat(table)
+    assert "which is a fault, 1.5 at a time)" in flat(table)
+    run("submit", prompts, "--compare-plain", "101", status=2)
+
+
+def flat(table: str) -> str:
+    """The words of a table, wherever its lines end."""
+    return " ".join(table.split())
 
 
 def test_csv_has_one_line_a_job(run: Run, prompts: str, database: Database) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,14 @@ class Worker:
         *,
         reserved: int = 0,
         interval_s: float = 0.0,
+        max_sequences: int = OPTIONS.max_sequences,
     ) -> None:
         self.events: list[PartialEvent] = []
         self.database = database
         self.model = TableModel(law)
         sink = Sink(database, self.events.extend, name, lease_s=30.0)
         self.runner = Runner(
-            lambda: Engine(self.model, SuffixDrafter(), OPTIONS, FLAT_COSTS),
+            lambda: Engine(self.model, SuffixDrafter(), replace(OPTIONS, max_sequences=max_sequences), FLAT_COSTS),
             Codec(byte_tokenizer(), frozenset({EOS}), OPTIONS.max_context, VOCAB),
             sink,
             database,
@@ -90,7 +92,14 @@ def database(tmp_path: Path) -> Iterator[Database]:
     opened.dispose()
 
 
-def submit(database: Database, *prompts: str, job_id: str = "batch_1", priority: int = 0, **sampling: Any) -> None:
+def submit(
+    database: Database,
+    *prompts: str,
+    job_id: str = "batch_1",
+    priority: int = 0,
+    compare_plain: int = 0,
+    **sampling: Any,
+) -> None:
     parameters = SamplingParameters.model_validate({"seed": 1, "max_tokens": 30, "temperature": 0.0, **sampling})
     requests = [
         NewRequest(
@@ -99,7 +108,8 @@ def submit(database: Database, *prompts: str, job_id: str = "batch_1", priority:
         for i, p in enumerate(prompts)
     ]
     with database.write() as session:
-        writes.record_job(session, NewJob(job_id, MODEL, CHAT_ENDPOINT, 3600.0, priority=priority), requests)
+        job = NewJob(job_id, MODEL, CHAT_ENDPOINT, 3600.0, priority=priority, compare_plain=compare_plain)
+        writes.record_job(session, job, requests)
 
 
 def texts(database: Database) -> dict[tuple[int, int], str]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from sqlalchemy import select
 
-from storage.models import DecodeStep, DraftTree
+from storage.models import DecodeStep, DraftTree, StepRank
 from storage.session import Database
 from tests.unit.worker.test_runner import Worker, database, submit
 from worker.engine.stats import ShownTree
-from worker.trees import reached, tree_row
+from worker.trees import tree_row
 
 __all__ = ["database"]  # a fixture
 
@@ -18,16 +18,6 @@ __all__ = ["database"]  # a fixture
 SHOWN = ShownTree(
     (-1, 0, 0, 1, 1), (9, 10, 11, 12, 13), (1.0, 0.3, 0.6, 0.1, 0.2), (True, True, False, True, False), 14
 )
-
-
-def test_ranks_are_those_of_the_children_that_were_drawn() -> None:
-    assert reached(SHOWN) == ((2, 1), (2, 1))
-
-
-def test_a_node_whose_children_were_all_wrong_has_no_rank() -> None:
-    nothing = ShownTree((-1, 0), (9, 10), (1.0, 0.5), (True, False), 14)
-    assert reached(nothing) == ((1, None),)
-    assert reached(ShownTree((-1,), (9,), (1.0,), (True,), 14)) == ()
 
 
 def test_a_tree_is_recorded_with_its_texts() -> None:
@@ -45,7 +35,6 @@ def test_trees_of_the_first_steps_are_kept_and_agree_with_the_steps(database: Da
     with database.read() as session:
         trees = session.scalars(select(DraftTree)).all()
         steps = {(s.request_index, s.step): s for s in session.scalars(select(DecodeStep)) if s.job_id == "batch_1"}
-        others = [s.reached for s in session.scalars(select(DecodeStep).where(DecodeStep.job_id == "batch_2"))]
 
     assert {(t.job_id, t.request_index, t.step) for t in trees} == {("batch_1", r, s) for r in (0, 1) for s in range(5)}
     assert any(len(tree.nodes) > 1 for tree in trees)
@@ -53,6 +42,23 @@ def test_trees_of_the_first_steps_are_kept_and_agree_with_the_steps(database: Da
         step = steps[tree.request_index, tree.step]
         assert len(tree.nodes) == step.tree_nodes + 1
         assert sum(accepted for *_, accepted in tree.nodes) == step.accepted_tokens + 1
-        assert sum(rank is not None for _, rank in step.reached or []) == step.accepted_tokens
         assert all(parent < node for node, (parent, *_) in enumerate(tree.nodes))
-    assert set(map(bool, others)) == {False}
+
+
+def test_every_step_says_which_of_the_children_the_target_drew(database: Database) -> None:
+    submit(database, "one", "two")
+    Worker(database, "a").run()
+
+    with database.read() as session:
+        steps = session.scalars(select(DecodeStep)).all()
+        ranks = session.scalars(select(StepRank)).all()
+
+    assert any(step.tree_nodes for step in steps)
+    for step in steps:
+        assert (step.reached is not None) == (step.tree_nodes > 0)
+        drawn = [rank for _, rank in step.reached or [] if rank is not None]
+        assert len(drawn) == step.accepted_tokens
+        assert all(rank < children for children, rank in step.reached or [] if rank is not None)
+        assert sum(children for children, _ in step.reached or []) <= step.tree_nodes
+    assert sum(rank.accepted for rank in ranks) == sum(step.accepted_tokens for step in steps)
+    assert sum(rank.tried for rank in ranks) == sum(children for step in steps for children, _ in step.reached or [])

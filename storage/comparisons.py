@@ -1,0 +1,89 @@
+"""Comparisons: a finished job that asked for it has some of its requests decoded both ways, by a worker that is idle.
+
+worker.comparison -> [comparisons] -> models.  Which requests is drawn from the job's id, so that everybody draws the
+same. One worker at a time has a comparison in hand; whoever is done first writes it, and it is written as a whole.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import asdict
+
+from sqlalchemy import ColumnElement, and_, or_, select, update
+from sqlalchemy.orm import Session
+
+from storage.models import Comparison, Job, Output, Request
+from storage.records import ComparisonClaim, ComparisonRow, FinishedText
+from storage.sql import database_now, insert_many, is_one_of
+
+
+def due(session: Session, model: str, body_version: int) -> bool:
+    """Return whether some job of the model waits for its comparison, and no worker has it in hand."""
+    return session.scalar(select(_is_due(database_now(session), model, body_version))) or False
+
+
+def claim_comparison(session: Session, model: str, body_version: int, lease_s: float) -> ComparisonClaim | None:
+    """Take the comparison of the job that waits longest in hand, for so long; None if none waits."""
+    now = database_now(session)
+    oldest = (
+        select(Job.id)
+        .where(_waits(now, model, body_version))
+        .order_by(Job.finished_at, Job.id)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    )
+    job_id = session.scalar(oldest)
+    if job_id is None:
+        return None
+    taken = update(Job).where(Job.id == job_id).values(comparing_until=now + lease_s)
+    job = session.execute(taken.returning(Job.endpoint, Job.requests_total, Job.compare_plain)).one()
+    sample = sorted(random.Random(job_id).sample(range(job.requests_total), min(job.compare_plain, job.requests_total)))
+    return ComparisonClaim(job_id, job.endpoint, tuple(_finished_texts(session, job_id, sample)))
+
+
+def keep_comparison(session: Session, job_id: str, lease_s: float) -> None:
+    """Go on having a comparison in hand."""
+    session.execute(update(Job).where(Job.id == job_id).values(comparing_until=database_now(session) + lease_s))
+
+
+def drop_comparison(session: Session, job_id: str) -> None:
+    """Leave a comparison to whoever is idle next; it begins anew."""
+    session.execute(update(Job).where(Job.id == job_id).values(comparing_until=None))
+
+
+def record_comparison(session: Session, worker_id: str, job_id: str, rows: Iterable[ComparisonRow]) -> None:
+    """Write a comparison that is done, unless somebody else has."""
+    now = database_now(session)
+    first = update(Job).where(Job.id == job_id, Job.compared_at.is_(None)).values(compared_at=now, comparing_until=None)
+    if session.execute(first.returning(Job.id)).first() is None:
+        return
+    written = [{"job_id": job_id, "worker_id": worker_id, **asdict(row)} for row in rows]
+    if written:
+        insert_many(session, Comparison, written)
+
+
+def _is_due(now: float, model: str, body_version: int) -> ColumnElement[bool]:
+    return select(Job.id).where(_waits(now, model, body_version)).exists()
+
+
+def _waits(now: float, model: str, body_version: int) -> ColumnElement[bool]:
+    in_no_hand = or_(Job.comparing_until.is_(None), Job.comparing_until < now)
+    # Only of a job that has its answers: whoever cancels one wants no more of it.
+    finished = and_(Job.status == "completed", Job.model == model, Job.body_version <= body_version)
+    return and_(Job.compare_plain > 0, Job.compared_at.is_(None), finished, in_no_hand)
+
+
+def _finished_texts(session: Session, job_id: str, indexes: Iterable[int]) -> Iterable[FinishedText]:
+    """Yield those of the requests that have an answer."""
+    rows = session.execute(
+        select(Request.request_index, Request.body, Output.token_ids)
+        .join(Output, and_(Output.job_id == Request.job_id, Output.request_index == Request.request_index))
+        .where(
+            is_one_of((Request.job_id, Request.request_index), [(job_id, index) for index in indexes]),
+            Output.choice_index == 0,
+        )
+        .order_by(Request.request_index)
+    )
+    for row in rows:
+        yield FinishedText(row.request_index, row.body, tuple(row.token_ids))
