@@ -41,7 +41,8 @@ DEVICES = {
 # What our kernels get of the data sheet, and what a kernel costs beside its bytes when the next one waits for it.
 # Fitted to steps that were measured on an H100: docs/measurements/2026-11-27-h100.md says how far off each is.
 MEMORY_SHARE = 0.93
-FLOPS_SHARE = 0.5
+FLOPS_SHARE = 0.74
+HALF_WIDTH = 3700  # of a model whose products get half of that
 RAMP_S = 5e-6
 HOST_S = 0.25e-3  # laying out the rows, and fetching what was drawn
 FUSED_KERNELS_PER_LAYER = 9  # of gpu_layers; a test holds it

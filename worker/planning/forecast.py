@@ -5,20 +5,23 @@ machine. The worker's own calibration (worker/calibration.py) replaces it the mo
 
 The formulas, for one rank of a replica of n ranks, a step of R rows of B sequences with C tokens of context each:
 
-    bytes   = parameters read * size + B * C * KV bytes of a token
-    flops   = 2 * parameters read * R + 4 * layers * heads/n * head_dim * C * R
-    device  = max(bytes / memory rate, flops / compute rate)
-    ring(S) = latency + 2 (n-1)/n * S / link rate
-    traffic = (2 * layers + 1) * ring(R * width * size) + gather of the logits
-    ramps   = layers * kernels a layer * ramp, and launches = 0, for one rank: its steps are recorded
+    weights  = parameters read * size / memory rate
+    products = 2 * parameters read * R / (compute rate * width / (width + half width))
+    context  = max(B * C * KV bytes of a token / memory rate, 4 * layers * heads/n * head_dim * C * R / compute rate)
+    device   = max(weights, products) + context
+    ring(S)  = latency + 2 (n-1)/n * S / link rate
+    traffic  = (2 * layers + 1) * ring(R * width * size) + gather of the logits
+    ramps    = layers * kernels a layer * ramp, and launches = 0, for one rank: its steps are recorded
     launches = layers * kernels a layer * launch, and ramps = 0, for more
-    step    = max(device + ramps + traffic, launches) + host
+    step     = max(device + ramps + traffic, launches) + host
 
 Every weight and every KV entry is read once a step. A product is a multiply and an add for each weight; scores and
-values are two more products over the context. `device` is the roofline (Williams, Waterman, Patterson 2009), `ring` the
-time of an all-reduce (Patarasuk, Yuan 2009; the factor of nccl-tests' PERFORMANCE.md). A layer has two of them
-(Megatron-LM, Shoeybi et al. 2019), and the embedding one. Launches run ahead of the device, so the slower is seen; in a
-recorded step (a CUDA graph) nobody launches, but every kernel begins and ends with most of the device idle.
+values are two more products over the context. Each part of `device` is a roofline (Williams, Waterman, Patterson
+2009); narrow products leave tensor cores idle, which `half width` says: so wide a model gets half of what a wide one
+does. `ring` is the time of an all-reduce (Patarasuk, Yuan 2009; the factor of nccl-tests' PERFORMANCE.md). A layer
+has two of them (Megatron-LM, Shoeybi et al. 2019), and the embedding one. Launches run ahead of the device, so the
+slower is seen; in a recorded step (a CUDA graph) nobody launches, but every kernel begins and ends with most of the
+device idle.
 
 With a draft that is taken with probability p at every depth, a chain of d nodes yields (1 - p^(d+1)) / (1 - p) tokens a
 step (Leviathan et al. 2023, equation 1) for d steps of the draft and one step of the target with d + 1 rows a sequence.
@@ -32,6 +35,7 @@ from worker.planning.devices import (
     COLLECTIVE_S,
     FLOPS_SHARE,
     FUSED_KERNELS_PER_LAYER,
+    HALF_WIDTH,
     HOST_S,
     KERNELS_PER_LAYER,
     LAUNCH_S,
@@ -61,8 +65,9 @@ class Machine:
 class Step:
     """The parts of a step, in milliseconds."""
 
-    memory_ms: float  # reading weights, keys and values
-    compute_ms: float
+    weights_ms: float  # reading them
+    products_ms: float  # multiplying with them
+    context_ms: float  # attention
     traffic_ms: float  # between the ranks
     ramp_ms: float  # of kernels one behind the other
     launch_ms: float  # starting kernels one by one
@@ -71,7 +76,8 @@ class Step:
     @property
     def step_ms(self) -> float:
         """The step as it is seen."""
-        return max(max(self.memory_ms, self.compute_ms) + self.ramp_ms + self.traffic_ms, self.launch_ms) + self.host_ms
+        device_ms = max(self.weights_ms, self.products_ms) + self.context_ms
+        return max(device_ms + self.ramp_ms + self.traffic_ms, self.launch_ms) + self.host_ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +93,15 @@ def step(shape: ModelShape, machine: Machine, ranks: int, sequences: int, rows: 
     """Return the parts of a step of `rows` rows of `sequences` sequences, each with `context` tokens."""
     size, device = machine.number_bytes, machine.device
     read = shape.read_parameters(ranks)
-    moved = read * size + sequences * context * shape.kv_entries(ranks) * size
-    products = 2 * read * rows + 4 * shape.layers * shape.heads // ranks * shape.head_dim * context * rows
+    bytes_per_s, flops = device.bytes_per_s * MEMORY_SHARE, device.flops[machine.dtype] * FLOPS_SHARE
+    attended = 4 * shape.layers * shape.heads // ranks * shape.head_dim * context * rows
+    kept = sequences * context * shape.kv_entries(ranks) * size
     traffic_s = (2 * shape.layers + 1) * _all_reduce_s(rows * shape.width * size, device, ranks)
     traffic_s += _all_gather_s(rows * shape.vocabulary * size, device, ranks)
     return Step(
-        memory_ms=1e3 * moved / (device.bytes_per_s * MEMORY_SHARE),
-        compute_ms=1e3 * products / (device.flops[machine.dtype] * FLOPS_SHARE),
+        weights_ms=1e3 * read * size / bytes_per_s,
+        products_ms=1e3 * 2 * read * rows / (flops * shape.width / (shape.width + HALF_WIDTH)),
+        context_ms=1e3 * max(kept / bytes_per_s, attended / flops),
         traffic_ms=1e3 * traffic_s,
         ramp_ms=1e3 * shape.layers * FUSED_KERNELS_PER_LAYER * RAMP_S if ranks == 1 else 0.0,
         launch_ms=0.0 if ranks == 1 else 1e3 * shape.layers * KERNELS_PER_LAYER * LAUNCH_S,
