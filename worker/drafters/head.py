@@ -45,6 +45,9 @@ class HeadModel(Protocol):
     def forward(self, segments: Seq[Segment], states: Tensor) -> tuple[Tensor, Tensor]:
         """Run rows with the states [n, width] before them; return logits [kept, n] and states [kept, width]."""
 
+    def share(self, source: int, target: int, length: int) -> None:
+        """Copy the keys and values of the first `length` tokens of one slot to another."""
+
 
 class PackedHead:
     """A head's network with a KV slot per sequence."""
@@ -129,6 +132,11 @@ class PackedHead:
         )
         return self._run(ids, positions, kept_rows(segments).to(device), states, self._store.plan(segments))
 
+    @torch.inference_mode()
+    def share(self, source: int, target: int, length: int) -> None:
+        """Copy the keys and values of the first `length` tokens of one slot to another."""
+        self._store.kv.share(source, target, length)
+
     def _run_paged(self, rows: PagedRows, plan: PagedPlan) -> tuple[Tensor, Tensor]:
         return self._run(rows.ids, rows.positions, rows.kept, self._read[: len(rows.ids)], plan)
 
@@ -163,7 +171,8 @@ class HeadDrafter:
             segments = [self._lanes.below(forest, _sequence(forest, frontier[some]), frontier[some]) for some in places]
             states = self._states[torch.from_numpy(_places_of(forest.parent[nodes], self._above))]
         else:
-            segments = [self._rest(_sequence(forest, frontier[some])) for some in places]
+            roots = [_sequence(forest, frontier[some]) for some in places]
+            segments = self._lanes.rest(roots, self._feed, self._head.share)
             states = self._before(segments)
         logits, self._states = self._head.forward(segments, states)
         self._above = nodes
@@ -184,11 +193,8 @@ class HeadDrafter:
         """Forget a sequence."""
         self._lanes.drop(sequence)
 
-    def _rest(self, sequence: Sequence) -> Segment:
-        """Return the rows of the committed tokens that were not read; what does not fit beside others is read now."""
-        for late in self._lanes.late(sequence):
-            self._head.forward([late], self._before([late]))
-        return self._lanes.rest(sequence)
+    def _feed(self, segment: Segment) -> None:
+        self._head.forward([segment], self._before([segment]))
 
     def _before(self, segments: Seq[Segment]) -> Tensor:
         """Return the target's states before the tokens of chains; there is none before the first of a text."""

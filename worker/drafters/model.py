@@ -29,7 +29,7 @@ class ModelDrafter:
         """Run the model over the frontier and offer its best children."""
         places = by_slot(forest, frontier)
         order = np.concatenate(places)
-        logits = self._model.forward([self._segment(forest, frontier[some]) for some in places])[:, : self._vocab]
+        logits = self._model.forward(self._segments(forest, [frontier[some] for some in places]))[:, : self._vocab]
         every = torch.arange(self._vocab, device=logits.device)
         ids, scores = best_children(forest, frontier[order], logits, every, self._vocab)
         tokens, probabilities = np.empty_like(ids), np.empty_like(scores)
@@ -57,10 +57,9 @@ class ModelDrafter:
         self._lanes.drop(sequence)
         self._model.release(sequence.slot, 0)
 
-    def _segment(self, forest: Forest, nodes: IntArray) -> Segment:
-        sequence = forest.sequences[forest.tree[nodes[0]]]
-        if forest.depth[nodes[0]]:
-            return self._lanes.below(forest, sequence, nodes)
-        for late in self._lanes.late(sequence):
-            self._model.forward([late])
-        return self._lanes.rest(sequence)
+    def _segments(self, forest: Forest, layer: list[IntArray]) -> list[Segment]:
+        """Return the rows of one layer of every tree."""
+        sequences = [forest.sequences[int(forest.tree[nodes[0]])] for nodes in layer]
+        if not forest.depth[layer[0][0]]:
+            return self._lanes.rest(sequences, lambda segment: self._model.forward([segment]), self._model.share)
+        return [self._lanes.below(forest, *one) for one in zip(sequences, layer, strict=True)]

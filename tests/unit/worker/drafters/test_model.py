@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Sequence
 
-from tests.models import tiny
+import pytest
+from torch import Tensor
+
+from tests.models import VOCAB, tiny
 from tests.unit.worker.engine.harness import decode, engine, options, outputs, sequences
+from worker.drafters import lanes
 from worker.drafters.model import ModelDrafter
 from worker.engine.attention import ATTENTION_NAME
 from worker.engine.language_model import PackedModel
 from worker.engine.options import Mode
+from worker.engine.rows import Segment
 from worker.engine.sampling import Sampling
 
 DEFINED = 50  # ids of the tokenizer; the models have more, each its own number
@@ -33,3 +38,42 @@ def test_padding_of_either_vocabulary_is_never_drafted_fed_or_emitted(
     assert outputs(drafted) == outputs(plain)
     assert max(max(ids) for ids in outputs(drafted)) < DEFINED
     assert sum(r.numbers.tree_nodes for r in results) > 0
+
+
+class Counted:
+    """A draft model that counts the rows of chains it runs."""
+
+    def __init__(self, model: PackedModel) -> None:
+        self.model = model
+        self.keep, self.share, self.release, self.clear = model.keep, model.share, model.release, model.clear
+        self.fed = 0
+
+    def forward(self, segments: Sequence[Segment]) -> Tensor:
+        self.fed += sum(len(s.ids) for s in segments if s.visible is None)
+        return self.model.forward(segments)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("together", [False, True])
+def test_what_texts_begin_with_is_read_once_and_changes_no_draft(paged: bool, together: bool) -> None:
+    system = [2 + i % 37 for i in range(100)]
+    prompts = [[*system, 3, 4], [*system, 3, 4], [*system[:60], 5, 6], [9, 8, 7]]
+    runs = []
+    for limit in (10_000, 16):  # from so many tokens in common on they are shared
+        draft = tiny("llama", seed=0)
+        draft.set_attn_implementation(ATTENTION_NAME)
+        counted = Counted(PackedModel(draft, slots=4, capacity=1024, native=False, paged=paged))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lanes, "_ALIKE", limit)
+            some = sequences(prompts, sampling=Sampling(temperature=0.7))
+            target = padded(VOCAB, 0, None)
+            size = 4 if together else 2
+            results = decode(
+                engine(target, ModelDrafter(counted, "same", VOCAB), options(Mode.PAPER, max_sequences=size)), some
+            )
+        runs.append((outputs(some), [r.numbers.tree_nodes for r in results], counted.fed))
+    (texts, trees, apart), (shared_texts, shared_trees, once) = runs
+    assert shared_texts == texts
+    assert shared_trees == trees
+    saved = 100 + 60 if together else 100  # of two at once, the third may come when the first are gone
+    assert apart - once >= saved
