@@ -8,9 +8,11 @@ can be said (headers, sampling, resource) says OpenTelemetry's own environment.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Final
@@ -26,6 +28,7 @@ TRACEPARENT: Final = "traceparent"  # its name as a header of HTTP calls and of 
 _SHAPE: Final = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 _ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 _PREFIX: Final = "basic."  # of the names of attributes
+_STOP_S: Final = 3.0  # for what is left to send at the end
 
 _provider: TracerProvider | None = None  # of this process, like its log handlers
 
@@ -48,15 +51,20 @@ def start_tracing(service: str) -> None:
         )
         return
     named = {} if os.environ.get("OTEL_SERVICE_NAME") else {"service.name": service}
-    _provider = TracerProvider(resource=Resource.create(named))
+    _provider = TracerProvider(resource=Resource.create(named), shutdown_on_exit=False)
     _provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    atexit.register(stop_tracing)
 
 
 def stop_tracing() -> None:
-    """Send what is left, and trace no more."""
+    """Send what is left, as far as the time allows, and trace no more."""
     global _provider
-    if _provider is not None:
-        _provider.shutdown()
+    if _provider is None:
+        return
+    # In a thread that nobody need wait for: while the collector is away, the library would try for half a minute.
+    sending = threading.Thread(target=_provider.shutdown, name="basic-tracing", daemon=True)
+    sending.start()
+    sending.join(_STOP_S)
     _provider = None
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,6 +28,7 @@ from jobs.tracing import as_traceparent, start_tracing, stop_tracing
 from storage import schema
 from storage.models import Job
 from storage.session import Database
+from tests.conftest import free_port
 from tests.unit.worker.test_runner import MODEL, Worker
 
 STRANGER = f"00-{'ab' * 16}-{'cd' * 8}-01"
@@ -184,6 +186,17 @@ def test_a_request_that_fails_says_why_in_its_span(collector: Collector, api: Te
     api.post("/v1/jobs", json={"requests": ["x" * 500]})
     finish(database)
     assert attributes(collector.one("decode"))["basic.error_code"] == "context_length_exceeded"
+
+
+def test_a_collector_that_is_away_holds_up_no_end() -> None:
+    code = (
+        "from jobs.tracing import span, start_tracing; start_tracing('x')\n"
+        "with span('submit') as place: assert place is not None"
+    )
+    env = without_otel() | {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{free_port()}"}
+    began_at = time.monotonic()
+    subprocess.run([sys.executable, "-c", code], check=True, env=env, capture_output=True)
+    assert time.monotonic() - began_at < 15  # the library alone would take 30 s
 
 
 @pytest.mark.parametrize(
