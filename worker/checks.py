@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -51,6 +52,14 @@ def _device() -> Finding:
         said = f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
         if free < 0.1 * total:
             return Finding("gpu", "warning", said, "another process holds its memory; a worker needs most of it")
+        if find_spec("triton") is None:
+            return Finding(
+                "gpu", "problem", f"{said}; Triton is missing", "pip install triton, in the release that torch asks for"
+            )
+        if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+            return Finding(
+                "gpu", "problem", f"{said}; Triton finds no C compiler", "install gcc: it starts our kernels"
+            )
         return Finding("gpu", "ok", said)
     if shutil.which("nvidia-smi"):
         advice = "install torch with CUDA (the default wheel of PyPI), and a driver that is new enough for it"

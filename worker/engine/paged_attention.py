@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from worker.engine.errors import ModelRefused
 from worker.engine.paged_kv import PagedKv
 from worker.engine.paged_rows import PagedRows, exact_shape, laid_out, on_device
 from worker.engine.rows import Segment
@@ -24,11 +25,19 @@ Part = tuple[Tensor, Tensor]  # outputs [n, heads, head_dim], and float32 logs o
 
 
 def gpu_kernels_for(device: torch.device) -> ModuleType | None:
-    """Return the module of compiled kernels for a device, or None for one that torch alone serves."""
+    """Return the module of compiled kernels for a device, or None for one that torch alone serves.
+
+    Raises ModelRefused, with what to do, for a GPU without Triton, whose texts would depend on the batch.
+    """
     if device.type != "cuda":
         return None
-    from worker.engine import gpu_kernels  # Triton comes with torch where there is a GPU, and nowhere else
-
+    try:
+        from worker.engine import gpu_kernels
+    except ImportError as missing:
+        raise ModelRefused(
+            f"{missing}: on a GPU our kernels need Triton, which torch brings on Linux; pip install triton, in the "
+            "release that your torch asks for"
+        ) from missing
     return gpu_kernels
 
 

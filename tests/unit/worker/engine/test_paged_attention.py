@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,9 +27,10 @@ from worker.engine import paged_rows
 from worker.engine.attention import ATTENTION_NAME
 from worker.engine.buckets import BucketedForward
 from worker.engine.drafting import Drafter
+from worker.engine.errors import ModelRefused
 from worker.engine.language_model import PackedModel, takes_blocks
 from worker.engine.options import Mode
-from worker.engine.paged_attention import attended, merged
+from worker.engine.paged_attention import attended, gpu_kernels_for, merged
 from worker.engine.paged_kv import PagedKv
 from worker.engine.paged_rows import LISTED
 from worker.engine.recording import eagerly
@@ -132,6 +134,13 @@ def test_blocks_are_the_way_of_a_gpu_that_is_not_shared_over_ranks(
 ) -> None:
     loaded: Any = SimpleNamespace(device=torch.device(device), tp_size=ranks)
     assert takes_blocks(loaded) is blocks
+
+
+def test_a_gpu_without_triton_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "worker.engine.gpu_kernels", None)
+    with pytest.raises(ModelRefused, match="pip install triton"):
+        gpu_kernels_for(torch.device("cuda"))
+    assert gpu_kernels_for(torch.device("cpu")) is None
 
 
 def test_plain_steps_list_nothing() -> None:
