@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from typing import Any
 
 from jobs.messages import GenerationRequest
 from worker import start
@@ -37,9 +38,9 @@ def main() -> int:
             time.sleep(3600)
         return encode(codec, request, endpoint)
 
-    def slow_step(engine: Engine) -> list[StepResult]:
+    def slow_step(engine: Engine, *given: Any, **named: Any) -> list[StepResult]:
         time.sleep(step_s)
-        return step(engine)
+        return step(engine, *given, **named)
 
     Codec.encode = deadly_encode  # type: ignore[assignment, method-assign]
     Engine.step = slow_step  # type: ignore[assignment, method-assign]
