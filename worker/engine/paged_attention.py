@@ -8,6 +8,7 @@ listed entries; both parts return the log of their sum of exponentials, so that 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -32,13 +33,12 @@ def gpu_kernels_for(device: torch.device) -> ModuleType | None:
     if device.type != "cuda":
         return None
     try:
-        from worker.engine import gpu_kernels
+        return import_module("worker.engine.gpu_kernels")
     except ImportError as missing:
         raise ModelRefused(
             f"{missing}: on a GPU our kernels need Triton, which torch brings on Linux; pip install triton, in the "
             "release that your torch asks for"
         ) from missing
-    return gpu_kernels
 
 
 class PagedPlan:
