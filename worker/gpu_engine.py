@@ -23,12 +23,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from jobs.errors import InvalidValue
+from worker.benchmark import parse_batches
 from worker.calibration import calibrate
 from worker.drafters.model import ModelDrafter
 from worker.engine.drafting import Drafter
 from worker.engine.engine import Engine
 from worker.engine.experience import Experience
-from worker.engine.language_model import PackedModel, quicken, takes_blocks
+from worker.engine.language_model import PackedModel, quicken
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.sampling import Sampling, noise_key
 from worker.engine.sequence import Sequence
@@ -70,15 +72,17 @@ def main(
     runs: Annotated[int, typer.Option(min=1, help="Runs of each mode, in turns; the median counts.")] = 3,
 ) -> None:
     """Decode random prompts with random weights, plain and with trees, and print tokens/s and whether texts agree."""
-    batches = [int(part) for part in sequences.split(",")]
+    try:
+        batches = parse_batches(sequences)
+    except InvalidValue as error:
+        raise typer.BadParameter(error.message) from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options = EngineOptions(max_sequences=max(batches), max_context=_PROMPT_TOKENS + tokens)
     torch.manual_seed(0)
     network = random_model(configuration(model), layers, device)
     drafting = network if draft == _SAME else random_model(configuration(draft), layers, device)
     for one in {network, drafting}:
-        if takes_blocks(one):
-            quicken(one)
+        quicken(one)
     vocabulary = min(network.config.vocab_size, drafting.config.vocab_size)
     slots = options.max_sequences
     target = PackedModel(network, slots=slots, capacity=options.slot_tokens, defined_ids=vocabulary)

@@ -16,6 +16,7 @@ import numpy as np
 
 from worker.engine.draft_tree import Forest
 from worker.engine.rows import BoolArray, IntArray, Segment, chain
+from worker.engine.scheduler import common
 from worker.engine.sequence import Sequence
 
 CATCH_UP_ROWS = 512  # committed tokens fed in one forward
@@ -112,7 +113,7 @@ class Lanes:
         for lane in self._beginnings.get(_beginning(sequence), ()):
             if lane.sequence is not sequence and not lane.nodes:
                 most = min(len(lane.sequence.ids), len(sequence.ids)) - 1
-                alike = _common(lane.sequence.ids, sequence.ids, most)
+                alike = min(common(lane.sequence.ids, sequence.ids), most)
                 if alike >= _ALIKE and (
                     best[0] is None or (min(alike, lane.cached), alike) > (best[0].cached, best[1])
                 ):
@@ -138,13 +139,6 @@ class Lanes:
 
 def _beginning(sequence: Sequence) -> tuple[int, ...]:
     return tuple(sequence.ids[: min(_ALIKE, sequence.num_prompt)])
-
-
-def _common(one: list[int], other: list[int], most: int) -> int:
-    """Return how many of their first `most` tokens two texts have in common."""
-    if one[:most] == other[:most]:
-        return most
-    return next(at for at in range(most) if one[at] != other[at])
 
 
 def by_slot(forest: Forest, frontier: IntArray) -> list[IntArray]:

@@ -37,7 +37,7 @@ from worker.engine.spread import Spread, SpreadKv, SpreadPlan, home_of, is_sprea
 _BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 _WHOLE = "basic_whole_weights"  # attribute of a split model: those of its weights that were gathered
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-_CPU_BLOCK = 16  # entries of a block of paged KV, where the flash kernel has no say
+_CPU_BLOCK = 16  # entries of a block of paged KV on a CPU: small texts fill several
 
 Plan = AttentionPlan | NativePlan | PagedPlan | SpreadPlan
 

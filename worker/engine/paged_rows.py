@@ -40,7 +40,7 @@ class Shape:
     def sizes(self) -> tuple[int, ...]:
         """Numbers in each part of the flat tensor, in the order of `PagedRows`."""
         n, s = self.rows, self.sequences
-        return (n, n, n, n, n, self.kept, s + 1, s, s * self.blocks, n * self.listed, n)
+        return (n, n, n, n, n, self.kept, s + 1, s * self.blocks, n * self.listed, n)
 
     @property
     def size(self) -> int:
@@ -56,11 +56,10 @@ class PagedRows:
         self.shape = shape
         parts = [flat[end - size : end] for end, size in zip(accumulate(shape.sizes), shape.sizes, strict=True)]
         self.ids, self.positions, self.places, self.sequence, self.seen = parts[:5]  # [rows]
-        self.kept = parts[5]  # [kept]
-        self.starts, self.lengths = parts[6], parts[7]  # [sequences + 1] first row, [sequences] longest stretch
-        self.table = parts[8].view(shape.sequences, shape.blocks)
-        self.own = parts[9].view(shape.rows, shape.listed)  # where the listed entries lie, in order of depth
-        self.own_count = parts[10]  # [rows] how many of them count
+        self.kept, self.starts = parts[5], parts[6]  # [kept], [sequences + 1] first row
+        self.table = parts[7].view(shape.sequences, shape.blocks)
+        self.own = parts[8].view(shape.rows, shape.listed)  # where the listed entries lie, in order of depth
+        self.own_count = parts[9]  # [rows] how many of them count
 
 
 def exact_shape(segments: Sequence[Segment], kv: PagedKv) -> Shape:
@@ -105,8 +104,6 @@ def laid_out(segments: Sequence[Segment], kv: PagedKv, shape: Shape) -> IntArray
     own_stretch = np.repeat(np.array([_as_chain(s, chains, long) for s in segments], np.bool_), counts)
     seen = np.where(own_stretch, index + 1, np.repeat(prefix, counts))
     seen = _joined([seen, np.full(padding, int(chains))])
-    last = np.diff(starts) > 0  # runs that have rows; each is as long as its last row says
-    lengths = np.where(last, seen[np.maximum(starts[1:] - 1, 0)], 0)
     table = np.full((shape.sequences, shape.blocks), SCRATCH, np.int64)
     real = starts[:-1] < n
     table[real] = kv.tables[slots[starts[:-1][real]], : shape.blocks]
@@ -125,7 +122,6 @@ def laid_out(segments: Sequence[Segment], kv: PagedKv, shape: Shape) -> IntArray
             seen,
             _padded([kept], shape.kept),
             starts,
-            lengths,
             table.ravel(),
             own.ravel(),
             own_count,
