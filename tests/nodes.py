@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +114,12 @@ class Cluster:
         return int(self._rows(select(func.sum(DecodeStep.emitted_tokens)).where(DecodeStep.job_id == job_id))[0])
 
     def _rows(self, query: Any) -> list[Any]:
-        database = Database.open(self.database_url)
-        try:
-            with database.read() as session:
-                rows = list(session.scalars(query))
-                session.expunge_all()
-                return rows
-        finally:
-            database.dispose()
+        with self._database.read() as session:
+            rows = list(session.scalars(query))
+            session.expunge_all()
+            return rows
+
+    @cached_property
+    def _database(self) -> Database:
+        """Stay connected: whoever looks often must not take the nodes' time for it."""
+        return Database.open(self.database_url)

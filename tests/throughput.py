@@ -23,11 +23,11 @@ from tests.nodes import Cluster
 from tests.postgres import Postgres
 from worker.settings import WorkerSettings
 
-REQUESTS, TOKENS = 384, 64
+REQUESTS, TOKENS = 256, 64
 SEQUENCES = 32  # of each node: rows enough to keep a core computing while it reads the weights once
 JOBS, ROUNDS = 2, 3  # in turns, so that a slow minute of the machine hits both
 _NODE = {"threads": 1, "max_sequences": SEQUENCES, "mode": "plain"}
-_SHAPE = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6}
+_SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 8}
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,8 @@ class Runner:
 
     @property
     def busy(self) -> bool:
-        """True while requests are held, or compared."""
-        return bool(self._live) or self._comparison.busy
+        """True while requests are held or compared, and while more may wait: the last look found some."""
+        return bool(self._live) or self._more_waits or self._comparison.busy
 
     @property
     def learned(self) -> dict[str, Any]:

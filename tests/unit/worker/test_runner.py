@@ -439,8 +439,8 @@ def test_requests_of_a_job_that_is_over_leave_before_the_step_behind_the_next_fl
             writes.end_jobs(session)
     worker.runner.turn()  # the interval is 0: this turn ends with a flush
     forwards = worker.model.forwards
-    assert not worker.runner.busy
     worker.runner.turn()
+    assert not worker.runner.busy
     assert worker.model.forwards == forwards
     with database.read() as session:
         assert session.scalars(select(Job)).one().status == ending
@@ -473,6 +473,24 @@ def test_a_place_that_a_request_leaves_is_filled_without_a_poll_though_places_ar
         worker.runner.turn()
 
 
+def _is_over(database: Database, job_id: str) -> bool:
+    with database.read() as session:
+        return session.get_one(Job, job_id).finished_at is not None
+
+
+def test_a_worker_whose_requests_all_end_at_once_does_not_rest_before_those_that_wait(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.runner._POLL_S", float("inf"))
+    count = 2 * OPTIONS.max_sequences + 1
+    submit(database, *map(str, range(count)), max_tokens=5, ignore_eos=True)
+    worker = Worker(database, "a")
+    worker.runner.turn(rung=True)
+    while worker.runner.busy:  # a resident that finds its runner idle sleeps
+        worker.runner.turn()
+    assert len(texts(database)) == count
+
+
 def test_looks_for_more_work_take_a_small_part_of_the_time_of_those_who_decode(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -485,11 +503,11 @@ def test_looks_for_more_work_take_a_small_part_of_the_time_of_those_who_decode(
         return real(*arguments, **named)
 
     monkeypatch.setattr(leases, "claim", slow_claim)
-    submit(database, *map(str, range(30)), max_tokens=3)
-    submit(database, "long", job_id="batch_2", max_tokens=150)
+    submit(database, "long", max_tokens=150)
+    submit(database, *map(str, range(30)), job_id="batch_2", max_tokens=3)
     worker = Worker(database, "a")
     worker.runner.turn(rung=True)
     began_at = time.monotonic()
-    while worker.runner.busy and time.monotonic() < began_at + 1:
+    while not _is_over(database, "batch_1"):
         worker.runner.turn()
     assert 0.02 * len(looks) < 0.1 * (time.monotonic() - began_at) + 0.1
