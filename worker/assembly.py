@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,10 +17,11 @@ from transformers.utils import logging as transformers_logging
 
 from jobs.errors import SetupError
 from jobs.messages import model_name
-from worker.calibration import calibrate
+from worker.calibration import calibrate, calibrate_drafts, measure_drafts
 from worker.drafts import draft_for, heads_its_draft
 from worker.engine.compiler import processor
 from worker.engine.cost_model import CostModel
+from worker.engine.draft_costs import DraftTimes
 from worker.engine.drafting import Drafter
 from worker.engine.engine import Engine
 from worker.engine.experience import Experience
@@ -52,7 +53,15 @@ class Assembly:
     make_drafter: Callable[[], Drafter]
     options: EngineOptions
     costs: CostModel
-    experience: Experience = field(default_factory=Experience)
+    draft_times: tuple[DraftTimes, DraftTimes | None]  # of its drafts, and of their part that runs no network
+    experience: Experience  # with its drafts in its mode
+
+    def beginning(self, make_drafter: Callable[[], Drafter] | None = None) -> Experience:
+        """Return what is known before the first step of its own drafts, or of others, which are measured now."""
+        if make_drafter is None:
+            return Experience.of(*self.draft_times)
+        room = (self.options.max_sequences, self.options.draft_slot_tokens)
+        return Experience.of(*_of_parts(make_drafter(), lambda drafter: measure_drafts(drafter, *room)))
 
     def engine(
         self,
@@ -112,6 +121,13 @@ def assemble(settings: WorkerSettings, say: Say = lambda _: None) -> Assembly:
     codec = Codec(tokenizer, eos_ids(tokenizer, model.generation_config), options.max_context, vocabulary)
     say("Measuring this machine")
     key = _cost_key(settings, options, target, device, draft.taps)
+    make_drafter = draft.make(target.hidden, options.max_sequences, options.draft_slot_tokens, options.draft_kv_tokens)
+    folder = settings.cache_dir / "costs"
+    costs = calibrate(target, options.slot_tokens, key, folder)
+    room = (options.max_sequences, options.draft_slot_tokens)
+    draft_times = _of_parts(
+        make_drafter(), lambda drafter: calibrate_drafts(drafter, *room, (*key, drafter.name), folder)
+    )
     return Assembly(
         name=model_name(settings.target),
         draft=draft.name,
@@ -121,12 +137,17 @@ def assemble(settings: WorkerSettings, say: Say = lambda _: None) -> Assembly:
         dtype=str(dtype).removeprefix("torch."),
         codec=codec,
         target=target,
-        make_drafter=draft.make(
-            target.hidden, options.max_sequences, options.draft_slot_tokens, options.draft_kv_tokens
-        ),
+        make_drafter=make_drafter,
         options=options,
-        costs=calibrate(target, options.slot_tokens, key, settings.cache_dir / "costs"),
+        costs=costs,
+        draft_times=draft_times,
+        experience=Experience.of(*draft_times),
     )
+
+
+def _of_parts(drafter: Drafter, times_of: Callable[[Drafter], DraftTimes]) -> tuple[DraftTimes, DraftTimes | None]:
+    """Return the times of a drafter, and of its part that runs no network."""
+    return times_of(drafter), None if drafter.free is None else times_of(drafter.free)
 
 
 def _free(settings: WorkerSettings, ranks: Ranks | None) -> Callable[[torch.device], int]:

@@ -195,7 +195,8 @@ def decode(
 ) -> Runner:
     """Return what decodes the prompts with our engine at a batch size; without `make_drafter`, with its own drafts."""
 
-    experience = Experience()  # a worker keeps it for its whole life, so a run begins with that of the runs before
+    # A worker keeps it for its whole life, so a run begins with that of the runs before.
+    experience = Experience() if mode is Mode.PLAIN else assembly.beginning(make_drafter)
 
     def timed(batch: int) -> Timed:
         at_once = min(batch, assembly.options.max_sequences)

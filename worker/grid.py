@@ -134,7 +134,9 @@ class ReplayDrafter:
         for row, node in enumerate(frontier.tolist()):
             sequence = forest.sequences[forest.tree[node]]
             assert isinstance(sequence.key, int)
-            known = self._known[sequence.key]
+            known = (
+                self._known[sequence.key] if sequence.key < len(self._known) else ()
+            )  # what is timed, it doesn't know
             place = len(sequence.ids) - sequence.num_prompt + int(forest.depth[node])
             right = noise_key(sequence.key, place) % 100 < 100 * _RIGHT  # each place by itself
             tokens[row] = known[place] if place < len(known) and right else 0

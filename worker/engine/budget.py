@@ -5,19 +5,17 @@ A budget is made for one step and asked layer by layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
-from worker.engine.cost_model import CostModel, load_class
+from worker.engine.cost_model import CostModel
+from worker.engine.draft_costs import DraftCosts
 from worker.engine.draft_tree import FloatArray, Forest
 from worker.engine.rows import BoolArray, IntArray
 
 _MOST = 256  # draft nodes of a step at most
-_CAUGHT_UP = 16  # tokens that a drafter may be behind for a layer to be an ordinary one
 _LEAST_GAIN = 0.03  # of a plain step's tokens: prices are not known so well that a smaller gain is one
-_TIME_WEIGHT = 0.1  # of a new sample in the running time of a layer
 
 
 class Budget(Protocol):
@@ -60,42 +58,6 @@ class PaperBudget:
         return forest.best(self._nodes)
 
 
-class DraftCosts:
-    """What a drafter costs and earns, as measured while decoding. Before anything is known, its layers are free."""
-
-    def __init__(self) -> None:
-        """Start knowing nothing."""
-        self._layer_ms: dict[int, float] = {}  # by load class of the nodes expanded
-        self._reads = 0
-        self.row_ms = 0.0  # of reading one committed token, the drafter being far behind
-        self.earned = 0.0  # tokens per tree and step, its own time deducted
-
-    def layer_ms(self, nodes: int) -> float:
-        """Return the time of a layer; of a size never seen, that of the nearest smaller one."""
-        known = [size for size in self._layer_ms if size <= load_class(nodes)]
-        return self._layer_ms[max(known)] if known else 0.0
-
-    def observe(self, nodes: int, layer_ms: float) -> None:
-        """Learn from a layer that was drafted."""
-        size = load_class(nodes)
-        before = self._layer_ms.get(size, layer_ms)
-        self._layer_ms[size] = before + _TIME_WEIGHT * (min(layer_ms, 2 * before) - before)
-
-    def observe_growth(self, behind: int, layers: Sequence[int], ms: float) -> None:
-        """Learn from a step's layers of so many nodes, before which so many committed tokens were read."""
-        if behind > _CAUGHT_UP * max(layers[:1], default=1):
-            reading_ms = max(ms - sum(map(self.layer_ms, layers)), 0.0)
-            self._reads += 1
-            self.row_ms += max(_TIME_WEIGHT, 1 / self._reads) * (reading_ms / behind - self.row_ms)
-            return
-        for nodes in layers:
-            self.observe(nodes, ms * nodes / sum(layers))
-
-    def observe_earned(self, tokens: float) -> None:
-        """Learn what one tree brought in one step over plain decoding."""
-        self.earned += _TIME_WEIGHT * (tokens - self.earned)
-
-
 class PricedBudget:
     """A node is worth a row if it brings more tokens than the engine makes in the time of the row.
 
@@ -115,16 +77,47 @@ class PricedBudget:
         ms = costs.step_ms(rows + more, entries * (1.0 + more / rows))
         self._price: FloatArray = rate * (ms - ms[0])  # in tokens, of so many nodes
         self.floor = float((self._price[1:] / more[1:]).min())
+        self._before = self._promised = (
+            0.0  # what the best cut brought before the newest layer, which could add so much
+        )
 
     def frontier(self, forest: Forest, layer: IntArray) -> IntArray:
-        """Go on if the next layer can earn its time. It can't gain more than this one did: children share a parent.
-
-        Only below nodes that may still enter the cut: the best of their trees, and of the batch.
-        """
+        """Go on if the next layer is likely to earn its time, and only below nodes whose children can enter the cut."""
         if forest.size - len(forest.sequences) > min(self._nodes, _MOST):
             layer = layer[self._within(forest)[layer]]
-        gain = float((forest.value[layer] - self.floor).sum())
-        return layer if gain > self._rate * self._drafts.layer_ms(len(layer)) else layer[:0]
+        now = self._best(forest)
+        self._drafts.observe_yield(now - self._before, self._promised)
+        able, most = self._prospects(forest, layer, now)
+        layer = layer[able]
+        pays = most * self._drafts.yielded > self._rate * self._drafts.layer_ms(len(layer))
+        self._before, self._promised = now, most if pays else 0.0
+        return layer if pays else layer[:0]
+
+    def _best(self, forest: Forest) -> float:
+        """Return what the best cut would bring, in tokens."""
+        values = forest.value[self._ranked(forest)]
+        return max(float((values.cumsum() - self._price[1 : len(values) + 1]).max(initial=0.0)), 0.0)
+
+    def _prospects(self, forest: Forest, layer: IntArray, now: float) -> tuple[BoolArray, float]:
+        """Return which nodes of a layer may have children in the cut, and what all of those could add to it at most.
+
+        Children share their parent's value, so none is worth more than one that has all of it. It may get into the cut
+        beside all others of its layer (where rows come in flocks, they share the price) or alone (where rows get
+        dearer, there is more room for it then).
+        """
+        values, children = forest.value[self._ranked(forest)], forest.value[layer]
+        everything = np.sort(np.concatenate([values, children]))[::-1][: len(self._price) - 1]
+        net = everything.cumsum() - self._price[1 : len(everything) + 1]
+        last = int(net.argmax()) if len(net) else 0
+        most = max(float(net[last]) - now, 0.0) if len(net) else 0.0
+        beside = children >= everything[last] if most else np.zeros(len(layer), np.bool_)
+        sums = np.concatenate([[0.0], values.cumsum()])[: len(self._price) - 1]
+        alone = np.maximum.accumulate((sums - self._price[1 : len(sums) + 1])[::-1])[::-1]  # with one more behind them
+        rank = np.searchsorted(-values, -children, side="right")  # it stands behind its equals
+        room = rank < len(alone)
+        enters = np.zeros(len(layer), np.bool_)
+        enters[room] = alone[rank[room]] + children[room] > now
+        return beside | enters, most
 
     def cut(self, forest: Forest) -> BoolArray:
         """Return the best prefix of the ranking; maybe none of it."""

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from worker.engine.acceptance import Acceptance
-from worker.engine.budget import DraftCosts
+from worker.engine.draft_costs import DraftCosts, DraftTimes
 from worker.engine.governor import Governor
 from worker.engine.pace import Pace
 
@@ -32,7 +32,13 @@ class Experience:
     steps: int = 0  # that might have had drafts
     pace: Pace = field(default_factory=Pace)
 
+    @classmethod
+    def of(cls, whole: DraftTimes, free: DraftTimes | None) -> Self:
+        """Return what is known at the start of a drafter, and of its part that runs no network: what they cost."""
+        return cls(whole=Ledger(DraftCosts(whole)), free=Ledger(DraftCosts(free)))
+
     def as_json(self) -> dict[str, Any]:
         """Return it for `workers.calibration`."""
         accounts = {"whole": self.whole.governor.as_json(), "free": self.free.governor.as_json()}
-        return {"acceptance": self.acceptance.as_json(), "accounts": accounts}
+        times = {"whole": self.whole.drafts.as_json(), "free": self.free.drafts.as_json()}
+        return {"acceptance": self.acceptance.as_json(), "accounts": accounts, "drafts": times}

@@ -6,6 +6,8 @@ the rest is simply overwritten later. Memory of a slot is committed by the opera
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 
 import numpy as np
@@ -76,9 +78,13 @@ class KvCache:
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return zeros whose CPU pages are only committed when written: numpy's calloc, which torch.zeros is not."""
+    """Return zeros whose CPU pages are only committed when written, which those of torch.zeros are not.
+
+    In small pages: a text touches a little in every layer and head, and huge ones would zero, and keep, a whole slot.
+    """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    width = torch.empty((), dtype=dtype).element_size()
-    flat = torch.from_numpy(np.zeros(int(np.prod(shape)) * width, np.uint8))
-    return flat.view(dtype).view(shape)
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)

@@ -25,6 +25,7 @@ from worker.engine.scheduler import Batch
 from worker.engine.verifier import Accepted
 
 _CLOSER = 8  # times as many plain steps where the race is close
+_TRIAL = 0.25  # of the account may go into what drafters must read before they have earned anything
 _HORIZON = 32  # steps over which a draft that has caught up is expected to pay
 
 
@@ -46,6 +47,7 @@ class StepPlan:
     layers: list[Layer]
     decision: Decision
     way: _Way | None = None  # how it was drafted
+    reading_ms: float = 0.0  # that the drafter took to catch up, if it was far behind
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +81,14 @@ class Planner:
         if way is None:
             return StepPlan(forest, forest, forest.roots, [], decision)
         budget = self._budget(batch, way)
-        layers = self._grow(forest, budget, roots, way)
+        layers, reading_ms = self._grow(forest, budget, roots, way)
         if forest.size == len(forest.sequences):
-            return StepPlan(forest, forest, forest.roots, layers, Decision.NOTHING, way)
+            return StepPlan(forest, forest, forest.roots, layers, Decision.NOTHING, way, reading_ms)
         cut = budget.cut(forest)
         shown = forest.pruned(cut)
         some = shown.size > len(shown.sequences)
         decision = Decision.TREE if some else Decision.UNPROFITABLE
-        return StepPlan(forest, shown, np.flatnonzero(cut), layers, decision, way)
+        return StepPlan(forest, shown, np.flatnonzero(cut), layers, decision, way, reading_ms)
 
     def learn(
         self, batch: Batch, plan: StepPlan, accepted: list[Accepted], tokens: int, times: StepTimes
@@ -130,8 +132,10 @@ class Planner:
                 ledger.governor.rest(trees, tokens)
                 continue
             ledger.governor.settle(trees, tokens, step_ms, plain_ms, speculated=bool(plan.layers))
-            if plan.layers:
-                earned = tokens - trees * step_ms / plain_ms
+            if (
+                plan.layers
+            ):  # what was read serves many steps: the account pays it, but it tells nothing of a step's worth
+                earned = tokens - trees * (step_ms - plan.reading_ms) / plain_ms
                 ledger.drafts.observe_earned(earned / len(plan.layers[0].frontier))
 
     def _choose(self, batch: Batch) -> tuple[_Way | None, IntArray, Decision]:
@@ -180,8 +184,9 @@ class Planner:
     def _affordable(self, batch: Batch, way: _Way) -> IntArray:
         """Return the trees to draft for: all whose reading by the drafter can be paid, those least behind first.
 
-        A drafter reads lazily, so one that was not asked for long, or not yet, must catch up. That is paid from the
-        account and from what its trees have lately earned; a draft that never earned anything is tried on few texts.
+        A drafter reads lazily, so one that was not asked for long, or not yet, must catch up. That is paid from a part
+        of the account and from what its trees have lately earned: a draft that never earned anything is tried on few
+        texts, and enough is left to see how it does there.
         """
         trees, drafts = len(batch.decoding), way.ledger.drafts
         behind = np.array([way.drafter.behind(sequence) for sequence in batch.decoding], np.int64)
@@ -190,18 +195,22 @@ class Planner:
         order = np.argsort(behind, kind="stable")
         price = (self._rate(batch, self._costs, way) * drafts.row_ms * behind[order]).cumsum()
         expected = _HORIZON * max(drafts.earned, 0.0) * np.arange(1, trees + 1)
-        purse = way.ledger.governor.credit(trees) + expected
-        count = int((price <= purse).sum()) if drafts.row_ms else 1  # one is enough to learn what reading costs
+        credit = way.ledger.governor.credit(trees)
+        count = int((price <= _TRIAL * credit + expected).sum())
+        if count == 0 and price[0] <= credit:
+            count = 1  # one is enough to learn what drafts are worth
+        if not drafts.row_ms:
+            count = 1  # and what reading costs
         return np.sort(order[:count])
 
-    def _grow(self, forest: Forest, budget: Budget, roots: IntArray, way: _Way) -> list[Layer]:
+    def _grow(self, forest: Forest, budget: Budget, roots: IntArray, way: _Way) -> tuple[list[Layer], float]:
+        """Grow the trees; return what was offered, and the time that went into catching up."""
         rows = sum(way.drafter.behind(forest.sequences[root]) for root in roots.tolist())
         started = perf_counter()
         valued = self._valued if self._learned else as_offered
         layers = grow(forest, way.drafter, budget, self._options.max_depth, roots, valued)
         ms = (perf_counter() - started) * 1e3
-        way.ledger.drafts.observe_growth(rows, [len(layer.frontier) for layer in layers], ms)
-        return layers
+        return layers, way.ledger.drafts.observe_growth(rows, [len(layer.frontier) for layer in layers], ms)
 
     def _valued(self, forest: Forest, layer: Layer) -> Candidates:
         return self._acceptance.of(forest, layer.frontier, layer.offered)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from tests.unit.worker.engine.harness import FLAT_COSTS, sequences
-from worker.engine.budget import DraftCosts, PaperBudget, PricedBudget
+from worker.engine.budget import PaperBudget, PricedBudget
 from worker.engine.cost_model import CostModel
+from worker.engine.draft_costs import DraftCosts
 from worker.engine.draft_tree import Candidates, FloatArray, Forest
 from worker.engine.drafting import grow
 from worker.engine.rows import BoolArray, IntArray
@@ -197,19 +198,45 @@ def test_no_tree_is_worth_its_price_when_rows_cost_as_much_as_steps() -> None:
     assert priced(steep, 0.1, 3).cut(forest).sum() == 3
 
 
-def test_only_nodes_that_can_enter_the_cut_are_drafted() -> None:
-    """Below the floor nothing is added, so nothing is expanded, and the cut is what it would be without a floor."""
-    drafter, forest = TableDrafter(row=(0.6, 0.3, 0.1)), Forest(sequences(max_tokens=50)[:2])
-    budget = priced(STAIRS, 0.6, 2)
-    grow(forest, drafter, budget, 6, np.arange(2))
-    assert (forest.value[2:] > budget.floor).all()
+SHELF = CostModel({1: 10.0, 2: 14.0, 8: 14.0, 16: 60.0})
+
+
+@pytest.mark.parametrize("row", [(0.6, 0.3, 0.1), (0.9, 0.05, 0.03), (0.35, 0.3, 0.25)])
+@pytest.mark.parametrize("rate", [0.05, 0.2, 0.6])
+@pytest.mark.parametrize("costs", [STAIRS, SHELF])
+def test_only_nodes_that_can_enter_the_cut_are_drafted(
+    costs: CostModel, rate: float, row: tuple[float, float, float]
+) -> None:
+    """Where layers are free, the cut is as good as that of trees which were grown everywhere, and much less is grown."""
+    drafter, forest = TableDrafter(row=row), Forest(sequences(max_tokens=50)[:2])
+    budget = priced(costs, rate, 2)
+    layers = grow(forest, drafter, budget, 6, np.arange(2))
     whole = Forest(sequences(max_tokens=50)[:2])
-    everything = priced(STAIRS, 0.6, 2)
-    everything.floor = 0.0
-    grow(whole, TableDrafter(row=(0.6, 0.3, 0.1)), everything, 6, np.arange(2))
-    ours, theirs = (b.cut(f) for b, f in ((budget, forest), (priced(STAIRS, 0.6, 2), whole)))
-    assert np.sort(forest.value[ours]).tolist() == np.sort(whole.value[theirs]).tolist()
-    assert forest.size < whole.size / 10
+    everywhere = grow(whole, TableDrafter(row=row), PaperBudget(10_000, 0.0), 6, np.arange(2))
+
+    def net(grown: Forest) -> float:
+        kept = priced(costs, rate, 2).cut(grown)
+        chosen = int(kept.sum()) - 2
+        return float(grown.value[kept][2:].sum() - rate * (costs.step_ms(2 + chosen) - costs.step_ms(2)))
+
+    assert net(forest) == pytest.approx(net(whole))
+    assert sum(len(layer.frontier) for layer in layers) < sum(len(layer.frontier) for layer in everywhere) / 10
+
+
+def test_layers_that_bring_little_of_what_they_could_are_drafted_less() -> None:
+    """A layer costs half a token. One that keeps its promise pays; one that never does is tried and then left."""
+    costs, layers = CostModel({1: 10.0, 64: 10.0}), DraftCosts()
+    layers.observe(1, 1.0)
+
+    def depth(row: tuple[float, float, float]) -> int:
+        drafter = TableDrafter(row=row)
+        grow(Forest(sequences(max_tokens=50)[:1]), drafter, priced(costs, 0.5, 1, drafts=layers), 10, np.arange(1))
+        return drafter.calls
+
+    assert depth((0.9, 0.0, 0.0)) > 3
+    for _ in range(60):
+        depth((0.55, 0.0, 0.0))  # of which the second layer keeps 0.3
+    assert depth((0.55, 0.0, 0.0)) == 1
 
 
 def test_depth_stops_at_the_first_layer_that_does_not_pay_its_draft() -> None:
