@@ -23,8 +23,8 @@ class Budget(Protocol):
 
     floor: float  # a node of less value is not worth a row under any circumstances
 
-    def frontier(self, forest: Forest, layer: IntArray) -> IntArray:
-        """Return the nodes of the newest layer to expand; none ends the growth."""
+    def frontier(self, forest: Forest, expanded: IntArray, layer: IntArray) -> IntArray:
+        """Return the nodes to expand of the newest layer, which hangs below `expanded`; none ends the growth."""
 
     def cut(self, forest: Forest) -> BoolArray:
         """Return the nodes to verify, a parent-closed set with every root."""
@@ -41,7 +41,7 @@ class PaperBudget:
         self._threshold = threshold
         self._expected: FloatArray | float = 0.0
 
-    def frontier(self, forest: Forest, layer: IntArray) -> IntArray:
+    def frontier(self, forest: Forest, expanded: IntArray, layer: IntArray) -> IntArray:
         """Go on in the trees whose E(A) grew by more than the threshold, below the nodes that are among the n best."""
         best = forest.best(self._nodes)
         expected = forest.expected(best)
@@ -81,43 +81,47 @@ class PricedBudget:
             0.0  # what the best cut brought before the newest layer, which could add so much
         )
 
-    def frontier(self, forest: Forest, layer: IntArray) -> IntArray:
+    def frontier(self, forest: Forest, expanded: IntArray, layer: IntArray) -> IntArray:
         """Go on if the next layer is likely to earn its time, and only below nodes whose children can enter the cut."""
+        depth = int(forest.depth[expanded[0]])
+        best = np.zeros(forest.size)
+        np.maximum.at(best, forest.parent[layer], forest.value[layer])
+        self._drafts.observe_share(depth, float(best[expanded].sum()), float(forest.value[expanded].sum()))
         if forest.size - len(forest.sequences) > min(self._nodes, _MOST):
             layer = layer[self._within(forest)[layer]]
-        now = self._best(forest)
-        self._drafts.observe_yield(now - self._before, self._promised)
-        able, most = self._prospects(forest, layer, now)
-        layer = layer[able]
-        pays = most * self._drafts.yielded > self._rate * self._drafts.layer_ms(len(layer))
-        self._before, self._promised = now, most if pays else 0.0
-        return layer if pays else layer[:0]
-
-    def _best(self, forest: Forest) -> float:
-        """Return what the best cut would bring, in tokens."""
         values = forest.value[self._ranked(forest)]
-        return max(float((values.cumsum() - self._price[1 : len(values) + 1]).max(initial=0.0)), 0.0)
+        layer = layer[self._may_have_children(values, forest.value[layer])]
+        if not len(layer):
+            return layer
+        children = self._drafts.share(depth + 1) * forest.value[layer]
+        gain = self._best(_descending(values, children)) - self._best(values)
+        return layer if gain > self._rate * self._drafts.layer_ms(len(layer)) else layer[:0]
 
-    def _prospects(self, forest: Forest, layer: IntArray, now: float) -> tuple[BoolArray, float]:
-        """Return which nodes of a layer may have children in the cut, and what all of those could add to it at most.
+    def _best(self, values: FloatArray) -> float:
+        """Return what the best cut brings, in tokens, of draft nodes with these values, descending."""
+        values = values[: len(self._price) - 1]
+        return float((values.cumsum() - self._price[1 : len(values) + 1]).max(initial=0.0))
 
-        Children share their parent's value, so none is worth more than one that has all of it. It may get into the cut
-        beside all others of its layer (where rows come in flocks, they share the price) or alone (where rows get
-        dearer, there is more room for it then).
+    def _may_have_children(self, values: FloatArray, parents: FloatArray) -> BoolArray:
+        """Return for parents with these values whether their children can enter the cut beside nodes with `values`.
+
+        No child is worth more than its parent. One of that worth may get in beside all others of its layer (where rows
+        come in flocks, they share the price) or alone (where rows get dearer, there is more room for it then).
         """
-        values, children = forest.value[self._ranked(forest)], forest.value[layer]
-        everything = np.sort(np.concatenate([values, children]))[::-1][: len(self._price) - 1]
+        room = len(self._price) - 1
+        everything = _descending(values, parents)[:room]
         net = everything.cumsum() - self._price[1 : len(everything) + 1]
-        last = int(net.argmax()) if len(net) else 0
-        most = max(float(net[last]) - now, 0.0) if len(net) else 0.0
-        beside = children >= everything[last] if most else np.zeros(len(layer), np.bool_)
-        sums = np.concatenate([[0.0], values.cumsum()])[: len(self._price) - 1]
-        alone = np.maximum.accumulate((sums - self._price[1 : len(sums) + 1])[::-1])[::-1]  # with one more behind them
-        rank = np.searchsorted(-values, -children, side="right")  # it stands behind its equals
-        room = rank < len(alone)
-        enters = np.zeros(len(layer), np.bool_)
-        enters[room] = alone[rank[room]] + children[room] > now
-        return beside | enters, most
+        now = self._best(values)
+        beside = np.zeros(len(parents), np.bool_)
+        if net.max(initial=0.0) > now:
+            beside = parents >= everything[int(net.argmax())]
+        sums = np.concatenate([[0.0], values[:room].cumsum()])[:room]
+        with_one_more = np.maximum.accumulate((sums - self._price[1 : len(sums) + 1])[::-1])[::-1]
+        rank = np.searchsorted(-values, -parents, side="right")  # a child stands behind its parent and all its equals
+        alone = np.zeros(len(parents), np.bool_)
+        fits = rank < len(with_one_more)
+        alone[fits] = with_one_more[rank[fits]] + parents[fits] > now
+        return beside | alone
 
     def cut(self, forest: Forest) -> BoolArray:
         """Return the best prefix of the ranking; maybe none of it."""
@@ -140,3 +144,8 @@ class PricedBudget:
         within = np.zeros(forest.size, np.bool_)
         within[self._ranked(forest)] = True
         return within
+
+
+def _descending(some: FloatArray, others: FloatArray) -> FloatArray:
+    """Return all values, the best first."""
+    return np.sort(np.concatenate([some, others]))[::-1]

@@ -13,8 +13,9 @@ from worker.engine.cost_model import load_class
 
 _CAUGHT_UP = 16  # tokens that a drafter may be behind for a layer to be an ordinary one
 _TIME_WEIGHT = 0.1  # of a new sample in a running time
-_YIELD_WEIGHT = 0.05  # of a new layer in what layers have yielded
-_FADE = 0.002  # so fast is that forgotten while no layer is drafted to learn it from
+_SHARE_WEIGHT = 0.05  # of a new layer in what best children are worth
+_FADE = 0.002  # so fast is that forgotten of a depth which is not drafted
+_DEPTHS = 4  # told apart: 0, 1, 2, and deeper
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class DraftCosts:
         self.row_ms = times.row_ms if times else 0.0  # of reading one committed token, the drafter being far behind
         self._reads = round(1 / _TIME_WEIGHT) if times else 0  # that the time of a row is the mean of
         self.earned = 0.0  # tokens per tree and step, its own time deducted
-        self.yielded = 1.0  # what layers below the first have brought, of what they could at most
+        self._share = [1.0] * _DEPTHS  # of a node's value that its best child has, by the depth of the node
 
     def layer_ms(self, nodes: int) -> float:
         """Return the time of a layer; of a size never seen, that of the nearest smaller one."""
@@ -76,12 +77,19 @@ class DraftCosts:
             self.observe(nodes, ms * part / sum(known))
         return 0.0
 
-    def observe_yield(self, brought: float, promised: float) -> None:
-        """Learn what a layer brought that could have brought `promised`; 0 if there was none: old lessons fade then."""
-        if promised:
-            self.yielded += _YIELD_WEIGHT * (min(max(brought / promised, 0.0), 1.0) - self.yielded)
-        else:
-            self.yielded += _FADE * (1.0 - self.yielded)
+    def share(self, depth: int) -> float:
+        """Return how much of a node's value its best child is likely to have; the root's depth is 0."""
+        return self._share[min(depth, len(self._share) - 1)]
+
+    def observe_share(self, depth: int, best_children: float, parents: float) -> None:
+        """Learn from the values of nodes of a depth, taken together, and those of the best child of each.
+
+        What is known of deeper ones fades a little, for it may not be tried again otherwise.
+        """
+        place = min(depth, len(self._share) - 1)
+        self._share[place] += _SHARE_WEIGHT * (best_children / parents - self._share[place])
+        for deeper in range(place + 1, len(self._share)):
+            self._share[deeper] += _FADE * (1.0 - self._share[deeper])
 
     def observe_earned(self, tokens: float) -> None:
         """Learn what one tree brought in one step over plain decoding."""

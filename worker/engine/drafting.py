@@ -68,9 +68,7 @@ def grow(
     while len(frontier) and len(layers) < max_depth:
         layers.append(Layer(frontier, drafter.expand(forest, frontier)))
         added = forest.add_layer(frontier, valued(forest, layers[-1]), budget.floor)
-        if not len(added):
-            break
-        frontier = _expandable(forest, budget.frontier(forest, added))
+        frontier = _expandable(forest, budget.frontier(forest, frontier, added))
     return layers
 
 

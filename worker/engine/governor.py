@@ -16,12 +16,12 @@ from typing import Any
 from worker.engine.cost_model import load_class
 
 _ALLOWANCE = 0.005  # of all tokens may be lost by a way of drafting that does not pay; there are two at most
-_START = 8.0  # tokens of a new account, and what any holds at most: to find out what drafts are worth
+_START = 5.0  # tokens of a new account, and what any holds at most: to find out what drafts are worth
 _PURSE = 0.5  # tokens per sequence that it holds at most, if that is more: old luck must not pay for long losses
 _BACK = 0.5  # tokens that an overdrawn account must hold again
 _CLOSE = 0.1  # gain up to which it is worth knowing better what plain steps take
 _RATE_WEIGHT = 0.05  # of a step in the running rate
-_OUTLIER = 4.0  # a step's time counts as at most so many times what such a step usually takes
+_OUTLIER = 2.5  # a step's time counts as at most so many times what such a step usually takes
 
 
 class Decision(StrEnum):

@@ -26,6 +26,7 @@ from worker.engine.verifier import Accepted
 
 _CLOSER = 8  # times as many plain steps where the race is close
 _TRIAL = 0.25  # of the account may go into what drafters must read before they have earned anything
+_GLANCE = 0.02  # of a plain step that a layer takes at most which need not pay, if it finds nothing
 _HORIZON = 32  # steps over which a draft that has caught up is expected to pay
 
 
@@ -83,6 +84,8 @@ class Planner:
         budget = self._budget(batch, way)
         layers, reading_ms = self._grow(forest, budget, roots, way)
         if forest.size == len(forest.sequences):
+            if self._is_glance(batch, way):
+                return StepPlan(forest, forest, forest.roots, [], Decision.NOTHING)
             return StepPlan(forest, forest, forest.roots, layers, Decision.NOTHING, way, reading_ms)
         cut = budget.cut(forest)
         shown = forest.pruned(cut)
@@ -202,6 +205,13 @@ class Planner:
         if not drafts.row_ms:
             count = 1  # and what reading costs
         return np.sort(order[:count])
+
+    def _is_glance(self, batch: Batch, way: _Way) -> bool:
+        """Return whether a look for drafts that found nothing took next to no time: then the step was a plain one."""
+        trees = len(batch.decoding)
+        if self._costs is None or self._options.mode is Mode.PAPER:
+            return False
+        return way.ledger.drafts.layer_ms(trees) < _GLANCE * float(self._costs.step_ms(trees, batch.entries))
 
     def _grow(self, forest: Forest, budget: Budget, roots: IntArray, way: _Way) -> tuple[list[Layer], float]:
         """Grow the trees; return what was offered, and the time that went into catching up."""

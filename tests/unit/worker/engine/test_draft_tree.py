@@ -207,7 +207,7 @@ SHELF = CostModel({1: 10.0, 2: 14.0, 8: 14.0, 16: 60.0})
 def test_only_nodes_that_can_enter_the_cut_are_drafted(
     costs: CostModel, rate: float, row: tuple[float, float, float]
 ) -> None:
-    """Where layers are free, the cut is as good as that of trees which were grown everywhere, and much less is grown."""
+    """Where layers are free, the cut is as good as that of trees which were grown everywhere, and far less is grown."""
     drafter, forest = TableDrafter(row=row), Forest(sequences(max_tokens=50)[:2])
     budget = priced(costs, rate, 2)
     layers = grow(forest, drafter, budget, 6, np.arange(2))
@@ -223,8 +223,8 @@ def test_only_nodes_that_can_enter_the_cut_are_drafted(
     assert sum(len(layer.frontier) for layer in layers) < sum(len(layer.frontier) for layer in everywhere) / 10
 
 
-def test_layers_that_bring_little_of_what_they_could_are_drafted_less() -> None:
-    """A layer costs half a token. One that keeps its promise pays; one that never does is tried and then left."""
+def test_a_layer_is_drafted_for_what_its_best_children_have_been_worth() -> None:
+    """A layer costs half a token: it is worth that below 0.9 with good children, and soon not any more below 0.55."""
     costs, layers = CostModel({1: 10.0, 64: 10.0}), DraftCosts()
     layers.observe(1, 1.0)
 
@@ -235,7 +235,7 @@ def test_layers_that_bring_little_of_what_they_could_are_drafted_less() -> None:
 
     assert depth((0.9, 0.0, 0.0)) > 3
     for _ in range(60):
-        depth((0.55, 0.0, 0.0))  # of which the second layer keeps 0.3
+        depth((0.55, 0.0, 0.0))
     assert depth((0.55, 0.0, 0.0)) == 1
 
 

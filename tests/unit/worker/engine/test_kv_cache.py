@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ import torch
 from tests.models import ARCHITECTURES, packed, tiny
 from tests.unit.worker.engine.harness import PROMPTS, decode, drafter, engine, options, outputs, sequences
 from worker.engine.errors import ModelRefused, OutOfSlots
-from worker.engine.kv_cache import KvCache
+from worker.engine.kv_cache import KvCache, lazy_zeros
 from worker.engine.language_model import PackedModel, refuse_inexact
 from worker.engine.options import Mode
 from worker.engine.rows import Move, Segment, chain
@@ -146,3 +149,17 @@ def test_layers_that_are_not_attention_are_refused() -> None:
     config.layer_types = ["linear_attention", "full_attention"]
     with pytest.raises(ModelRefused, match="linear_attention"):
         refuse_inexact(config)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of the process from /proc")
+def test_a_short_text_commits_little_of_its_slot() -> None:
+    """Memory comes when it is written, in small pages: one number in each of many heads must not cost a whole slot."""
+    before = _resident_bytes()
+    slot = lazy_zeros((64, 1 << 20), torch.bfloat16, torch.device("cpu"))
+    slot[:, 0] = 1.0
+    assert _resident_bytes() - before < slot.nbytes / 8
+    assert float(slot[:, :8].sum()) == 64.0
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
