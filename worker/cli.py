@@ -138,8 +138,8 @@ def bench(
         str | None, typer.Option(help="Batch sizes, comma-separated; left out: 1, of a grid 1 to 64.")
     ] = None,
     modes: Annotated[str | None, typer.Option(help="Modes, comma-separated; left out: all.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer at most.")] = 64,
-    limit: Annotated[int, typer.Option(min=1, help="Prompts to take.")] = 6,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer at most.")] = 128,
+    limit: Annotated[int, typer.Option(min=1, help="Prompts to take.")] = 8,
     runs: Annotated[int, typer.Option(min=1, help="Runs of each mode; the median counts.")] = 3,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 decodes greedily.")] = 0.0,
     grid: Annotated[bool, typer.Option(help="Every batch size, draft and temperature: is plain ever faster?")] = False,

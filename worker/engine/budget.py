@@ -15,6 +15,7 @@ from worker.engine.draft_tree import FloatArray, Forest
 from worker.engine.rows import BoolArray, IntArray
 
 _MOST = 256  # draft nodes of a step at most
+_MORE = np.arange(_MOST + 1)
 _LEAST_GAIN = 0.03  # of a plain step's tokens: prices are not known so well that a smaller gain is one
 
 
@@ -73,7 +74,7 @@ class PricedBudget:
         self._drafts = drafts
         self._rate = rate
         self._least = _LEAST_GAIN * trees
-        more = np.arange(min(_MOST, nodes * trees) + 1)
+        more = _MORE[: min(_MOST, nodes * trees) + 1]
         ms = costs.step_ms(rows + more, entries * (1.0 + more / rows))
         self._price: FloatArray = rate * (ms - ms[0])  # in tokens, of so many nodes
         self.floor = float((self._price[1:] / more[1:]).min())
@@ -84,6 +85,9 @@ class PricedBudget:
     def frontier(self, forest: Forest, expanded: IntArray, layer: IntArray) -> IntArray:
         """Go on if the next layer is likely to earn its time, and only below nodes whose children can enter the cut."""
         depth = int(forest.depth[expanded[0]])
+        if not len(layer):
+            self._drafts.observe_share(depth, 0.0, float(forest.value[expanded].sum()))
+            return layer
         best = np.zeros(forest.size)
         np.maximum.at(best, forest.parent[layer], forest.value[layer])
         self._drafts.observe_share(depth, float(best[expanded].sum()), float(forest.value[expanded].sum()))

@@ -50,6 +50,9 @@ class Layer:
 Valued = Callable[[Forest, Layer], Candidates]  # a drafter's probabilities -> what the trees are to believe
 
 
+_NONE: IntArray = np.empty(0, np.int64)
+
+
 def as_offered(_: Forest, layer: Layer) -> Candidates:
     """Believe the drafter, as the paper does."""
     return layer.offered
@@ -67,7 +70,9 @@ def grow(
     frontier = _expandable(forest, roots)
     while len(frontier) and len(layers) < max_depth:
         layers.append(Layer(frontier, drafter.expand(forest, frontier)))
-        added = forest.add_layer(frontier, valued(forest, layers[-1]), budget.floor)
+        added = _NONE
+        if layers[-1].offered.probabilities.any():
+            added = forest.add_layer(frontier, valued(forest, layers[-1]), budget.floor)
         frontier = _expandable(forest, budget.frontier(forest, frontier, added))
     return layers
 
