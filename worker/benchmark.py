@@ -192,11 +192,15 @@ def decode(
     mode: Mode,
     temperature: float,
     make_drafter: Callable[[], Drafter] | None = None,
+    experience: Experience | None = None,
 ) -> Runner:
-    """Return what decodes the prompts with our engine at a batch size; without `make_drafter`, with its own drafts."""
+    """Return what decodes the prompts with our engine at a batch size; without `make_drafter`, with its own drafts.
 
-    # A worker keeps it for its whole life, so a run begins with that of the runs before.
-    experience = Experience() if mode is Mode.PLAIN else assembly.beginning(make_drafter)
+    A worker keeps its experience with them for its whole life, so a run begins with that of the runs before, or of
+    whoever gives one.
+    """
+    if experience is None:
+        experience = Experience() if mode is Mode.PLAIN else assembly.beginning(make_drafter)
 
     def timed(batch: int) -> Timed:
         at_once = min(batch, assembly.options.max_sequences)

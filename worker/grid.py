@@ -4,13 +4,15 @@
 `suffix` what runs without a draft model, `random` a model of random weights that is wrong all the time and costs its
 forwards, `replay` one that knows the text, is right four times in five and costs nothing. In every run each mode is
 measured right behind plain decoding and compared with that, for machines change their speed; the medians of these
-ratios count. The paper's trees, slow where they don't pay, are measured once.
+ratios count. The paper's trees, slow where they don't pay, are measured once. A draft's experience goes through the
+whole grid, as it goes through the life of a worker.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -24,6 +26,7 @@ from worker.drafters.suffix import SuffixDrafter
 from worker.engine.attention import ATTENTION_NAME
 from worker.engine.draft_tree import Candidates, Forest
 from worker.engine.drafting import Drafter
+from worker.engine.experience import Experience
 from worker.engine.language_model import PackedModel, quicken
 from worker.engine.options import Mode
 from worker.engine.rows import IntArray
@@ -35,7 +38,8 @@ from worker.settings import WorkerSettings
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 TEMPERATURES = (0.0, 1.0)
 SHIPPED = "shipped"
-DRAFTS = ("replay", "random", "suffix")
+Texts = Sequence[Sequence[int]]
+MakeDraft = Callable[[Texts], Drafter]  # from what plain decoding wrote
 _RIGHT = 0.8  # of the tokens that the replay drafter offers
 _LEAST_PROMPTS = 4
 _PEER_RUNS = 3  # of transformers, which takes longest
@@ -70,7 +74,8 @@ def run(
     """Measure every cell."""
     assembly = assemble(settings, say)
     texts = encode(assembly, prompts, max_tokens)
-    random = _random_draft(assembly)
+    drafts = _drafts(assembly)
+    experiences = {name: assembly.beginning(partial(make, ())) for name, make in drafts.items()}
     transformers = load_peer(resolve(settings.target, settings.cache_dir), assembly)
     cells: list[Cell] = []
     for batch in batches:
@@ -79,9 +84,20 @@ def run(
             say(f"Batch {batch}, temperature {temperature:g}")
             peers = peer(transformers, assembly, some, max_tokens, temperature) if temperature == 0.0 else None
             theirs = median(peers(batch).rate for _ in range(min(runs, _PEER_RUNS))) if peers else None
-            case = _Case(assembly, some, max_tokens, temperature, batch, random)
+            case = _Case(assembly, some, max_tokens, temperature, batch, drafts, experiences)
             cells += case.measure(runs, theirs)
     return cells
+
+
+def _drafts(assembly: Assembly) -> dict[str, MakeDraft]:
+    """Return the drafts of the grid by name."""
+    random, vocab = _random_draft(assembly), len(assembly.codec.tokenizer)
+    drafts: dict[str, MakeDraft] = {
+        "replay": ReplayDrafter,
+        "random": lambda _: ModelDrafter(random, "random", vocab),
+        "suffix": lambda _: SuffixDrafter(),
+    }
+    return {SHIPPED: lambda _: assembly.make_drafter(), **drafts} if assembly.draft else drafts
 
 
 class _Case:
@@ -94,25 +110,20 @@ class _Case:
         max_tokens: int,
         temperature: float,
         batch: int,
-        random: PackedModel,
+        drafts: Mapping[str, MakeDraft],
+        experiences: Mapping[str, Experience],
     ) -> None:
         self._batch, self._temperature = batch, temperature
+        self._plain = decode(assembly, prompts, max_tokens, Mode.PLAIN, temperature)
+        known = self._plain(len(prompts)).token_ids
 
-        def runner(mode: Mode, make: Callable[[], Drafter] | None = None) -> Runner:
-            return decode(assembly, prompts, max_tokens, mode, temperature, make)
+        def runners(mode: Mode, of: Mapping[str, Experience]) -> dict[str, Runner]:
+            return {
+                name: decode(assembly, prompts, max_tokens, mode, temperature, partial(make, known), of.get(name))
+                for name, make in drafts.items()
+            }
 
-        self._plain = runner(Mode.PLAIN)
-        known = self._plain(len(prompts)).token_ids  # what the replay draft knows
-        vocab = len(assembly.codec.tokenizer)
-        drafts: dict[str, Callable[[], Drafter]] = {
-            "replay": lambda: ReplayDrafter(known),
-            "random": lambda: ModelDrafter(random, "random", vocab),
-            "suffix": SuffixDrafter,
-        }
-        if assembly.draft:
-            drafts = {SHIPPED: assembly.make_drafter, **drafts}
-        self._ours = {name: runner(Mode.OPT_TREE, make) for name, make in drafts.items()}
-        self._paper = {name: runner(Mode.PAPER, make) for name, make in drafts.items()}
+        self._ours, self._paper = runners(Mode.OPT_TREE, experiences), runners(Mode.PAPER, {})
 
     def measure(self, runs: int, transformers: float | None) -> list[Cell]:
         """Return a cell for every draft."""
@@ -152,7 +163,7 @@ class ReplayDrafter:
     name = "replay"
     free = None  # it has no other part
 
-    def __init__(self, known: Sequence[Sequence[int]]) -> None:
+    def __init__(self, known: Texts) -> None:
         """Take the known output of each sequence, by its key."""
         self._known = known
 

@@ -38,8 +38,14 @@ static inline float highest_of(const float *row, int64_t columns) {
     return highest;
 }
 
-static inline int64_t first_of(const float *row, float value) {
+/* The first column that holds a value which is there. */
+static inline int64_t first_of(const float *row, int64_t columns, float value) {
     int64_t i = 0;
+    for (int found = 0; i + BLOCK <= columns; i += BLOCK) { /* block by block, for that goes in parallel */
+#pragma omp simd reduction(| : found)
+        for (int j = 0; j < BLOCK; j++) found |= row[i + j] == value;
+        if (found) break;
+    }
     while (row[i] != value) i++;
     return i;
 }
@@ -49,7 +55,7 @@ void argmax_rows(const float *scores, int64_t *out, int64_t rows, int64_t column
 #pragma omp parallel for schedule(static) if (rows > 1)
     for (int64_t row = 0; row < rows; row++) {
         const float *score = scores + row * columns;
-        out[row] = first_of(score, highest_of(score, columns));
+        out[row] = first_of(score, columns, highest_of(score, columns));
     }
 }
 
@@ -85,7 +91,7 @@ void draw_rows(const float *scores, const int64_t *keys, const float *floors, in
         const float *score = scores + row * columns;
         uint64_t key = (uint64_t)keys[row];
         float floor = floors[row];
-        int64_t best = first_of(score, highest_of(score, columns));
+        int64_t best = first_of(score, columns, highest_of(score, columns));
         double most = (double)score[best] + noise_of(bits_of(key, (uint64_t)best));
         for (int64_t start = 0; start < columns; start += BLOCK) {
             float bound[BLOCK];

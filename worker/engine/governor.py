@@ -8,7 +8,6 @@ account is asked only whether it is overdrawn; it must be in credit by half a to
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -63,29 +62,41 @@ class Governor:
     """Accounts of speculation by load class."""
 
     def __init__(self) -> None:
-        """Start with new accounts."""
-        self._accounts: defaultdict[int, _Account] = defaultdict(_Account)
+        """Start without accounts."""
+        self._accounts: dict[int, _Account] = {}
+
+    def _account(self, sequences: int) -> _Account:
+        """Return the account of a load, a new one if there is none.
+
+        What did not pay for fewer sequences hardly pays for more, whose rows are dearer: little may be spent on it.
+        """
+        load = load_class(sequences)
+        if load not in self._accounts:
+            fewer = [known for known in self._accounts if known < load and self._accounts[known].tries]
+            lost = bool(fewer) and self._accounts[max(fewer)].gain < 0
+            self._accounts[load] = _Account(credit=_BACK if lost else _START)
+        return self._accounts[load]
 
     def overdrawn(self, sequences: int) -> bool:
         """Return whether the next step, of so many decoding sequences, must do without these drafts."""
-        return self._accounts[load_class(sequences)].overdrawn
+        return self._account(sequences).overdrawn
 
     def rate(self, sequences: int, plain_ms: float) -> float:
         """Return the tokens per millisecond that a token's worth is measured by: those of plain decoding, or better."""
-        account = self._accounts[load_class(sequences)]
+        account = self._account(sequences)
         return max(account.rate, sequences / plain_ms)
 
     def credit(self, sequences: int) -> float:
         """Return the tokens that may be spent on trying drafts."""
-        return self._accounts[load_class(sequences)].credit
+        return self._account(sequences).credit
 
     def close(self, sequences: int) -> bool:
         """Return whether speculation and plain decoding are about equally fast: then a plain step costs nothing."""
-        return self._accounts[load_class(sequences)].gain < _CLOSE
+        return self._account(sequences).gain < _CLOSE
 
     def settle(self, sequences: int, tokens: int, step_ms: float, plain_ms: float, *, speculated: bool) -> None:
         """Book a served step; `speculated` if it spent time on drafts, verified or not."""
-        account = self._accounts[load_class(sequences)]
+        account = self._account(sequences)
         plain_steps = account.plain_steps(step_ms, plain_ms, speculated)
         account.steps += 1
         account.rate += max(_RATE_WEIGHT, 1 / account.steps) * (tokens / (plain_steps * plain_ms) - account.rate)
@@ -97,7 +108,7 @@ class Governor:
 
     def rest(self, sequences: int, tokens: int) -> None:
         """Book a step that other drafts had."""
-        account = self._accounts[load_class(sequences)]
+        account = self._account(sequences)
         account.credit = min(account.credit + _ALLOWANCE * tokens, max(_START, _PURSE * sequences))
         account.overdrawn = account.overdrawn and account.credit < _BACK
 

@@ -25,6 +25,11 @@ class HiddenStates:
         self.capacity = capacity
         self._rows = lazy_zeros((slots, capacity, size), dtype, device)
 
+    @property
+    def address(self) -> int:
+        """Where the first row lies: a whole network writes its rows itself."""
+        return self._rows.data_ptr()
+
     def read(self, slot: int, start: int, end: int) -> Tensor:
         """Return the rows of entries start..end-1 of a slot, [end - start, size]; a view."""
         return self._rows[slot, start:end]

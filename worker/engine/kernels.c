@@ -408,10 +408,12 @@ typedef struct {
 } scratch_t;
 
 /* Run `layers` over `x` [rows, width] in place; `keys` and `values` are `layer_size` numbers a layer, and `tapped`
- * [rows, taps, width] takes the outputs of some. Called by every thread of a parallel region; ends with a barrier. */
+ * [rows, taps, width] takes the outputs of some, or [slots, capacity, taps, width] if they go to their entries at once.
+ * Called by every thread of a parallel region; ends with a barrier. */
 static void layers_all(const layer_t *layers, int64_t count, const plan_t *plan, const view_t *views,
                        const scratch_t *scratch, number *x, const number *cos, const number *sin, number *keys,
-                       number *values, int64_t layer_size, int64_t width, float eps, number *tapped, int64_t taps) {
+                       number *values, int64_t layer_size, int64_t width, float eps, number *tapped, int64_t taps,
+                       int64_t by_entry) {
     int64_t rows = plan->rows, dim = plan->dim, row = (plan->heads + 2 * plan->kv_heads) * dim;
     desk_t desk = make_desk(views[0].end, BLOCK, dim); /* all views end with the same row */
     for (int64_t i = 0; i < count; i++) {
@@ -429,8 +431,10 @@ static void layers_all(const layer_t *layers, int64_t count, const plan_t *plan,
         multiply_all(&layer->down, scratch->gated, x, rows, ADD);
         if (layer->tap < 0) continue;
 #pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; r++)
-            memcpy(tapped + (r * taps + layer->tap) * width, x + r * width, (size_t)width * sizeof(number));
+        for (int64_t r = 0; r < rows; r++) {
+            int64_t place = by_entry ? plan->slot[r] * plan->capacity + plan->index[r] : r;
+            memcpy(tapped + (place * taps + layer->tap) * width, x + r * width, (size_t)width * sizeof(number));
+        }
     }
     clear_desk(desk);
 }
@@ -440,7 +444,7 @@ void run_layers(const layer_t *layers, int64_t count, const plan_t *plan, const 
                 number *x, const number *cos, const number *sin, number *keys, number *values, int64_t layer_size,
                 int64_t width, float eps, number *tapped, int64_t taps) {
 #pragma omp parallel
-    layers_all(layers, count, plan, views, scratch, x, cos, sin, keys, values, layer_size, width, eps, tapped, taps);
+    layers_all(layers, count, plan, views, scratch, x, cos, sin, keys, values, layer_size, width, eps, tapped, taps, 0);
 }
 
 /* ---- a whole network: embeddings, layers, norm, logits ------------------------------------------------------------------ */
@@ -466,7 +470,7 @@ typedef struct {
     number *x, *cos, *sin;    /* room: [rows, width], [rows, dim], [rows, dim] */
     number *joined;           /* room of a head: [rows, 2 * width] */
     number *last;             /* [count, width] states of the kept rows, normed */
-    number *tapped;           /* [rows, taps, width] */
+    number *tapped;           /* [slots, capacity, taps, width] */
     float *logits;            /* [count, vocabulary] */
 } forward_t;
 
@@ -490,7 +494,7 @@ void run_network(const network_t *net, const plan_t *plan, const view_t *views, 
         }
         if (net->unit) multiply_all(&net->join, f->joined, f->x, rows, STORE);
         layers_all(net->layers, net->count, plan, views, scratch, f->x, f->cos, f->sin, keys, values, net->layer_size,
-                   width, net->eps, f->tapped, net->taps);
+                   width, net->eps, f->tapped, net->taps, 1);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < f->count; i++)
             normalise(f->x + f->kept[i] * width, net->norm, f->last + i * width, width, net->eps);

@@ -97,7 +97,7 @@ class PackedModel:
             )
         # In one call where nothing of the model is left to transformers.
         compiled = self._store.compiled
-        self._network = whole_network(model, self.kv.capacity, compiled) if compiled else None
+        self._network = whole_network(model, self.kv.capacity, compiled, self.hidden) if compiled else None
         self._buckets: BucketedForward | None = None
         if isinstance(self.kv, PagedKv):
             self._buckets = BucketedForward(self._call_paged, self.kv)
@@ -135,13 +135,15 @@ class PackedModel:
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Run the rows of `segments`, which are in slot order; return logits [kept rows, vocab]."""
         logits, tapped = self._outputs(segments)
-        if self.hidden is not None:
-            assert tapped is not None
+        if self.hidden is not None and tapped is not None:
             self.hidden.write(segments, tapped.flatten(1))
         return logits if self._defined_ids is None else logits[:, : self._defined_ids]
 
     def _outputs(self, segments: Sequence[Segment]) -> tuple[Tensor, Tensor | None]:
-        """Return logits [kept rows, vocab], and the outputs of tapped layers [rows, taps, width]."""
+        """Return logits [kept rows, vocab], and the outputs of tapped layers [rows, taps, width].
+
+        Of the latter nothing if there are none, or if they stand in `hidden` already.
+        """
         shape = self._buckets.shape_for(segments) if self._buckets is not None else None
         if shape is not None:
             assert self._buckets is not None

@@ -1,7 +1,7 @@
 """A whole network on the CPU in one call: embeddings, decoder layers, norm, logits.
 
-language_model, head -> [native_network] -> layers, native_attention, kernels. Takes over modules whose layers are fused
-and whose products are packed; it computes the same bits as they do one by one.
+language_model, head -> [native_network] -> layers, native_attention, hidden_states, kernels. Takes over modules whose
+layers are fused and whose products are packed; it computes the same bits as they do one by one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from worker.engine.hidden_states import HiddenStates
 from worker.engine.kernels import Forward, Kernels, Network, Product, Scratch, address
 from worker.engine.layers import FusedLayers, FusedNorm
 from worker.engine.linear import PackedLinear
@@ -36,16 +37,20 @@ class NativeNetwork:
         rotary: tuple[Tensor, Tensor],
         kernels: Kernels,
         *,
+        hidden: HiddenStates | None = None,
         unit: FusedNorm | None = None,
         join: PackedLinear | None = None,
     ) -> None:
         """Take fused layers, what stands around them, and `rotary` cosines and sines [positions, dim].
 
-        `unit` and `join` make a head of it: a row then joins its token and the state before it.
+        What is tapped goes to `hidden`, whose slots are as long as the KV slots. `unit` and `join` make a head of it: a
+        row then joins its token and the state before it.
         """
         cos, sin = (part.contiguous() for part in rotary)
         self._kept = (stack, norm, output, embedding, cos, sin, unit, join)  # what the structure points into
         self._stack, self._kernels = stack, kernels
+        assert (hidden is not None) == bool(stack.taps), "what is tapped needs a place"
+        self._tapped = hidden.address if hidden is not None else None
         self._vocabulary, self._width = output.out_features, embedding.shape[1]
         self._like = embedding.new_empty(0)
         self._room = self._like
@@ -56,6 +61,7 @@ class NativeNetwork:
             layers=ctypes.addressof(stack.layers),
             count=len(stack.layers),
             width=self._width,
+            taps=stack.taps,
             eps=stack.eps,
             norm=norm.weight.data_ptr(),
             output=output.product,
@@ -69,16 +75,16 @@ class NativeNetwork:
     ) -> tuple[Tensor, Tensor]:
         """Run the rows of `segments`, a head's with the `states` [n, width] before them.
 
-        Return float32 logits [kept, vocabulary] and normed last states [kept, width]; `plan.tapped` gets the tapped.
+        Return float32 logits [kept, vocabulary] and normed last states [kept, width].
         """
         ids, positions = concatenated([s.ids for s in segments]), concatenated([s.positions for s in segments])
         kept = kept_places(segments)
-        n, width, taps = len(ids), self._width, self._stack.taps
+        n, width = len(ids), self._width
         logits = torch.empty(len(kept), self._vocabulary, dtype=torch.float32)
-        last, plan.tapped = self._like.new_empty(len(kept), width), self._like.new_empty(n, taps, width)
+        last = self._like.new_empty(len(kept), width)
         numbers, views = plan.structures(self._stack.windows, self._stack.scaling)
         *scratch, x, cos, sin, joined = self._places(n)
-        self._network.layer_size, self._network.taps = plan.kv.keys.stride(0), taps
+        self._network.layer_size = plan.kv.keys.stride(0)
         self._kernels.run_network(
             ctypes.byref(self._network),
             ctypes.byref(numbers),
@@ -96,7 +102,7 @@ class NativeNetwork:
                     sin=sin,
                     joined=joined,
                     last=last.data_ptr(),
-                    tapped=plan.tapped.data_ptr(),
+                    tapped=self._tapped,
                     logits=logits.data_ptr(),
                 )
             ),
@@ -115,8 +121,13 @@ class NativeNetwork:
         return [first + start * step for start in starts[:-1]]
 
 
-def whole_network(model: nn.Module, capacity: int, kernels: Kernels) -> NativeNetwork | None:
-    """Return a quickened model as one network with `capacity` positions; None if it is more than that."""
+def whole_network(
+    model: nn.Module, capacity: int, kernels: Kernels, hidden: HiddenStates | None
+) -> NativeNetwork | None:
+    """Return a quickened model as one network with `capacity` positions; None if it is more than that.
+
+    What is tapped goes to `hidden`.
+    """
     body: Any = getattr(model, "model", None)
     if type(model).__name__ not in _KNOWN or not isinstance(body.layers[0], FusedLayers):
         return None
@@ -125,7 +136,7 @@ def whole_network(model: nn.Module, capacity: int, kernels: Kernels) -> NativeNe
         return None
     embedding = body.embed_tokens.weight.detach()
     rotary = rotary_table(body, embedding, capacity)
-    return NativeNetwork(body.layers[0], body.norm, output, embedding, rotary, kernels)
+    return NativeNetwork(body.layers[0], body.norm, output, embedding, rotary, kernels, hidden=hidden)
 
 
 @torch.inference_mode()

@@ -57,6 +57,8 @@ def train(
     command = shlex.join(["basic", *sys.argv[1:]])
     with sentences(), Bars() as bars:
         evaluation = school.train_draft(settings_of(target=target), recipe, out, texts, command, bars, say)
+    if evaluation is None:  # one of several processes; the first of them speaks
+        return
     print(json.dumps(evaluation.as_json())) if as_json else _console().print(table(evaluation))
     say(f"The draft lies in {out}; use it with BASIC_DRAFT={out} or --draft {out}. Its card is {out / school.CARD}.")
 

@@ -67,11 +67,19 @@ class Lessons(Dataset[Lesson]):
 
 
 def teach(
-    target: PackedModel, texts: Sequence[Text], folder: Path, progress: Callable[[int], None] = lambda _: None
+    target: PackedModel,
+    texts: Sequence[Text],
+    folder: Path,
+    progress: Callable[[int], None] = lambda _: None,
+    share: tuple[int, int] = (0, 1),
 ) -> Lessons:
-    """Let the target, with tapped layers, read the texts; return the lessons. Files that are there are kept."""
+    """Let the target, with tapped layers, read the texts; return the lessons. Files that are there are kept.
+
+    Of several processes each reads its `share`, (number of the process, processes).
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for first in range(0, len(texts), _GROUP):
+    number, processes = share
+    for first in range(number * _GROUP, len(texts), processes * _GROUP):
         group, file = texts[first : first + _GROUP], folder / f"{first // _GROUP:05}.safetensors"
         if not file.exists():
             _save(file, group, [_read(target, text) for text in group])

@@ -1,7 +1,8 @@
 """The school: from a target's name to a trained draft, its card, and what it is worth.
 
 texts -> lessons -> trainer -> evaluation, one after the other; whatever is there already is not made again, so the same
-call goes on where an interrupted one stopped.
+call goes on where an interrupted one stopped. The processes of an `accelerate launch` read the texts and train as one;
+the first of them writes what there is to write.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import json
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import transformers
+from accelerate import PartialState
 from safetensors.torch import load_file
 
 from jobs.errors import InvalidValue
@@ -33,6 +36,7 @@ from worker.training.target import Target, load_target
 from worker.training.texts import Text
 from worker.training.trainer import Report, train
 
+_PATIENCE = timedelta(days=7)  # of processes that wait for the first to write or to judge
 _JUDGED, _JUDGED_AT = 16, 8  # texts, and nodes a step, for E(A) between epochs
 _RECIPE, _TEXTS, _LESSONS, CARD = "recipe.json", "texts.jsonl", "lessons", "card.json"
 
@@ -44,6 +48,13 @@ class Progress(Protocol):
         """Begin a part of the work; return what takes how much more of it is done, and a note."""
 
 
+class _Silence:
+    """Nobody is shown anything."""
+
+    def part(self, name: str, total: int) -> Callable[..., None]:
+        return lambda *_: None
+
+
 def train_draft(
     settings: WorkerSettings,
     recipe: Recipe,
@@ -52,16 +63,25 @@ def train_draft(
     command: str,
     progress: Progress,
     say: Say,
-) -> Evaluation:
+) -> Evaluation | None:
     """Train a draft for the settings' target and write it into `out`; what it was made from lies in `out`/work.
 
-    Raises InvalidValue if `out` holds the work of another recipe, and ModelRefused or SetupError for the target.
+    Of several processes the first returns the evaluation, the others None. Raises InvalidValue if `out` holds the work
+    of another recipe, and ModelRefused or SetupError for the target.
     """
+    team = PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
+    if not team.is_main_process:
+        progress, say = _Silence(), lambda _: None
     work = out / "work"
-    _remember(work, settings, recipe)
-    texts = _texts(settings, recipe, work, prompts, progress, say)
+    with team.main_process_first():  # the others find everything there
+        _remember(work, settings, recipe)
+        texts = _texts(settings, recipe, work, prompts, progress, say)
     target = load_target(settings)
-    lessons = _lessons(target, tapped_layers(target.whose.layers), texts, work, progress)
+    _lessons(
+        target, tapped_layers(target.whose.layers), texts, work, progress, (team.process_index, team.num_processes)
+    )
+    team.wait_for_everyone()
+    lessons = Lessons(work / _LESSONS)
     pupil = pupil_of(target, recipe, texts[recipe.held_out :])
     held_out = [lessons[number] for number in range(recipe.held_out)]
     reciter = Reciter(held_out, target.vocabulary, target.device)
@@ -74,10 +94,12 @@ def train_draft(
         lambda: replay(held_out[:_JUDGED], reciter, pupil.drafter, _JUDGED_AT).expected_acceptance,
         _told(progress.part("Training", 100)),
     )
+    if not team.is_main_process:
+        return None
     pupil.network.load_state_dict(load_file(work / "best.safetensors"))
     files = pupil.write(out)
     evaluation = _judged(held_out, target, pupil.drafter, progress)
-    card = _card(settings, recipe, texts, history, files, command, evaluation)
+    card = _card(settings, recipe, texts, history, files, command, evaluation, team.num_processes)
     (out / CARD).write_text(json.dumps(card, indent=2) + "\n")
     return evaluation
 
@@ -112,9 +134,12 @@ def _remember(work: Path, settings: WorkerSettings, recipe: Recipe) -> None:
 def _texts(
     settings: WorkerSettings, recipe: Recipe, work: Path, prompts: Sequence[str], progress: Progress, say: Say
 ) -> list[Text]:
-    # The target writes in plain mode: no draft is needed to train one.
-    assembly = assemble(settings.model_copy(update={"mode": "plain", "draft": SUFFIX}), say)
-    texts = texts_of.write(assembly, recipe, work / _TEXTS, prompts, progress.part("Writing", recipe.tokens))
+    file = work / _TEXTS
+    if not texts_of.complete(file, recipe):
+        # The target writes in plain mode: no draft is needed to train one.
+        assembly = assemble(settings.model_copy(update={"mode": "plain", "draft": SUFFIX}), say)
+        texts_of.write(assembly, recipe, file, prompts, progress.part("Writing", recipe.tokens))
+    texts = texts_of.read(file)
     if len(texts) <= recipe.held_out + recipe.rows:
         raise InvalidValue(
             f"{len(texts)} texts are too few: {recipe.held_out} are held out, and an update takes {recipe.rows}; "
@@ -124,9 +149,17 @@ def _texts(
     return texts
 
 
-def _lessons(target: Target, taps: Sequence[int], texts: Sequence[Text], work: Path, progress: Progress) -> Lessons:
+def _lessons(
+    target: Target,
+    taps: Sequence[int],
+    texts: Sequence[Text],
+    work: Path,
+    progress: Progress,
+    share: tuple[int, int] = (0, 1),
+) -> Lessons:
     packed = target.packed(taps, max(len(text.ids) for text in texts))
-    return teach(packed, texts, work / _LESSONS, progress.part("Reading", sum(len(text.ids) for text in texts)))
+    tokens = sum(len(text.ids) for text in texts) // share[1]
+    return teach(packed, texts, work / _LESSONS, progress.part("Reading", tokens), share)
 
 
 def _told(part: Callable[..., None]) -> Callable[[Report], None]:
@@ -157,6 +190,7 @@ def _card(
     files: Sequence[Path],
     command: str,
     evaluation: Evaluation,
+    processes: int,
 ) -> dict[str, Any]:
     """Return everything that somebody needs to trust a draft or to make it again."""
     return {
@@ -175,6 +209,7 @@ def _card(
             "transformers": transformers.__version__,
             "python": platform.python_version(),
             "machine": platform.machine(),
+            "processes": processes,
         },
         "sha256": {file.name: file_sha256(file) for file in files},
     }

@@ -22,6 +22,7 @@ from worker.training.recipe import Recipe
 Progress = Callable[[int], None]  # takes the tokens written since the last call
 
 _ROUND = 256  # texts that are written together, and kept together when the training is interrupted
+_BARREN = 4  # rounds in a row without a text, after which there will be none
 _QUESTION_TOKENS = 96  # of a question at most; one that has not ended by then is thrown away
 _QUESTION_TOP_P = 0.95  # the tail of the target's law makes no questions
 _PLACE = "basic-question"  # stands in the chat template where the question goes
@@ -57,14 +58,28 @@ def write(
     _write(file, texts, "w")  # without a line that was cut off
     written = sum(text.written for text in texts)
     progress(written)
+    given = _fitting(assembly, recipe, [_encode(assembly, prompt) for prompt in prompts])
+    barren = 0
     while written < recipe.tokens:
         first = len(texts)
-        asked = _given(assembly, prompts, first) if prompts else _questions(assembly, recipe, first)
+        asked = _given(given, first) if given else _questions(assembly, recipe, first)
         answers = _answers(assembly, recipe, asked, first, progress)
+        barren = 0 if answers else barren + 1
+        if barren == _BARREN:
+            raise InvalidValue(
+                f"the target asked itself nothing that {recipe.answer_tokens} tokens can answer in a context of "
+                f"{assembly.options.max_context}; give prompts, or raise BASIC_MAX_CONTEXT",
+                param="--prompts",
+            )
         _write(file, answers, "a")
         texts += answers
         written += sum(text.written for text in answers)
     return texts
+
+
+def complete(file: Path, recipe: Recipe) -> bool:
+    """Return whether everything that the recipe wants is written."""
+    return file.exists() and sum(text.written for text in read(file)) >= recipe.tokens
 
 
 def read(file: Path) -> list[Text]:
@@ -78,10 +93,23 @@ def _write(file: Path, texts: Sequence[Text], how: str) -> None:
         out.write("".join(json.dumps(asdict(text)) + "\n" for text in texts))
 
 
-def _given(assembly: Assembly, prompts: Sequence[str], first: int) -> list[list[int]]:
-    """Return the next prompts of a file, which starts over when it is used up."""
-    chosen = [prompts[number % len(prompts)] for number in range(first, first + _ROUND)]
-    return [_encode(assembly, prompt) for prompt in chosen]
+def _fitting(assembly: Assembly, recipe: Recipe, prompts: Sequence[list[int]]) -> list[list[int]]:
+    """Return the prompts that leave room for an answer; raises InvalidValue if there are some, and none does."""
+    room = assembly.options.max_context - recipe.answer_tokens
+    fitting = [ids for ids in prompts if len(ids) <= room]
+    if prompts and not fitting:
+        raise InvalidValue(
+            f"no prompt leaves room for an answer of {recipe.answer_tokens} tokens in a context of "
+            f"{assembly.options.max_context}: the shortest has {min(map(len, prompts))} tokens; give shorter ones, or "
+            "raise BASIC_MAX_CONTEXT",
+            param="--prompts",
+        )
+    return fitting
+
+
+def _given(prompts: Sequence[list[int]], first: int) -> list[list[int]]:
+    """Return the next of these prompts, which start over when they are used up."""
+    return [prompts[number % len(prompts)] for number in range(first, first + _ROUND)]
 
 
 def _questions(assembly: Assembly, recipe: Recipe, first: int) -> list[list[int]]:

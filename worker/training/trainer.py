@@ -1,7 +1,7 @@
 """The trainer: a student goes through the lessons until it foresees held-out texts no better.
 
 students -> [trainer].  accelerate runs it, so that one CPU, one GPU and eight GPUs take the same code; an interrupted
-training goes on at its last checkpoint.
+training goes on at its last checkpoint. Of several processes the first judges and writes, and all go by what it says.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -29,6 +30,7 @@ _WARM_UP = 0.03  # of all updates
 _CLIP = 1.0  # length of a gradient at most
 _GROWTH = 0.01  # of E(A), that an epoch must bring for another to follow
 _CHECKPOINT_S = 120.0  # between checkpoints
+_LOOK = 8  # updates between looks at the clock
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,8 @@ def train(
 ) -> tuple[float, ...]:
     """Train the `network` inside a student; leave its best weights in `folder`/best.safetensors.
 
-    `measure` returns E(A) on held-out texts, after each epoch. Returns these, in order.
+    `measure` returns E(A) on held-out texts, after each epoch. Returns these, in order. Every process of a training
+    calls this, and the first of them measures and tells.
     """
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=_precision())
     weights = [p for p in network.parameters() if p.requires_grad]
@@ -87,22 +90,28 @@ def train(
     saved = monotonic()
     while progress.update < updates and not _enough(progress):
         epoch, done = divmod(progress.update, per_epoch)
-        for lot in accelerator.prepare_data_loader(_loader(lessons, recipe, epoch, done * accelerator.num_processes)):
+        for lot in accelerator.prepare_data_loader(_loader(lessons, recipe, epoch, (done, per_epoch), accelerator)):
             rate = float(schedule.get_last_lr()[0])
             running.add(_update(accelerator, student, optimizer, weights, lot))
             schedule.step()
             progress.update += 1
             expected = progress.history[-1] if progress.history else None
-            done = progress.update / per_epoch
-            tell(Report(done, progress.update, updates, rate, running.loss, running.right, expected))
-            if monotonic() - saved > _CHECKPOINT_S:
+            if accelerator.is_main_process:
+                part = progress.update / per_epoch
+                tell(Report(part, progress.update, updates, rate, running.loss, running.right, expected))
+            if progress.update % _LOOK == 0 and _agreed(monotonic() - saved > _CHECKPOINT_S):
                 _save(accelerator, checkpoint)
                 saved = monotonic()
         if accelerator.is_main_process:
             _judge(progress, measure(), network, folder)
-        accelerator.wait_for_everyone()
+        progress.load_state_dict(_agreed(progress.state_dict()))
         _save(accelerator, checkpoint)
     return progress.history
+
+
+def _agreed(said: Any) -> Any:
+    """Return what the first process says."""
+    return broadcast_object_list([said])[0]
 
 
 def _precision() -> str:
@@ -123,10 +132,13 @@ def _enough(progress: _Progress) -> bool:
     return len(progress.history) > 1 and progress.history[-1] < progress.history[-2] + _GROWTH
 
 
-def _loader(lessons: Lessons, recipe: Recipe, epoch: int, done: int) -> DataLoader[Lot]:
-    """Return an epoch's lots in its own order, without the `done` first."""
+def _loader(
+    lessons: Lessons, recipe: Recipe, epoch: int, updates: tuple[int, int], accelerator: Accelerator
+) -> DataLoader[Lot]:
+    """Return the lots of an epoch's updates first..last-1, in its own order; every process gets as many of them."""
     order = torch.randperm(len(lessons) - recipe.held_out, generator=torch.Generator().manual_seed(recipe.seed + epoch))
-    rest = (order + recipe.held_out).tolist()[done * recipe.rows :]
+    first, last = (update * accelerator.num_processes * recipe.rows for update in updates)
+    rest = (order + recipe.held_out).tolist()[first:last]
     return DataLoader(Subset(lessons, rest), recipe.rows, collate_fn=Lot.of, drop_last=True)  # type: ignore[arg-type]
 
 
@@ -175,6 +187,7 @@ def _save(accelerator: Accelerator, checkpoint: Path) -> None:
     """Write a checkpoint whole or not at all."""
     scratch = checkpoint.with_name("checkpoint.part")
     accelerator.save_state(str(scratch))
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         old = checkpoint.with_name("checkpoint.old")
         if checkpoint.exists():

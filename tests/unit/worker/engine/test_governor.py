@@ -70,6 +70,14 @@ def test_load_classes_have_accounts_of_their_own() -> None:
     assert not governor.overdrawn(1)
 
 
+def test_what_lost_with_few_sequences_is_hardly_tried_with_more() -> None:
+    lost, won = Governor(), Governor()
+    run(lost, 200, 4, 4, 13.0)
+    run(won, 200, 4, 8, 13.0)
+    assert won.credit(8) > 4 * lost.credit(8) > 0
+    assert lost.credit(2) == won.credit(2), "with fewer it may well pay"
+
+
 def test_one_slow_moment_of_the_machine_counts_as_no_more_than_two_and_a_half_steps() -> None:
     governor = Governor()
     governor.settle(1, 1, 5000.0, PLAIN_MS, speculated=True)

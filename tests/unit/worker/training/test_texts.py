@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 
+from jobs.errors import InvalidValue
 from tests.models import byte_tokenizer, packed, tiny
 from worker.assembly import Assembly
 from worker.engine.cost_model import CostModel
@@ -77,3 +78,21 @@ def test_progress_adds_up_to_what_was_written(assembly: Assembly, tmp_path: Path
     file = tmp_path / "texts.jsonl"
     texts: list[Text] = write(assembly, RECIPE, file, prompts=["abc"], progress=cast(Any, told.append))
     assert sum(told) == sum(text.written for text in texts)
+
+
+def test_prompts_without_room_for_an_answer_are_passed_over_and_none_with_room_is_an_error(
+    assembly: Assembly, tmp_path: Path
+) -> None:
+    long = "x" * 228
+    texts = write(assembly, RECIPE, tmp_path / "texts.jsonl", prompts=[long, "abc"])
+    assert {bytes(text.ids[text.num_prompt - 16 : text.num_prompt - 13]) for text in texts} == {b"abc"}
+    with pytest.raises(InvalidValue, match=r"no prompt leaves room .* context of 256: the shortest has 2\d\d tokens"):
+        write(assembly, RECIPE, tmp_path / "none.jsonl", prompts=[long])
+
+
+def test_a_target_that_never_ends_a_question_is_not_waited_for(
+    assembly: Assembly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(texts_of, "_QUESTION_TOKENS", 1)
+    with pytest.raises(InvalidValue, match="asked itself nothing"):
+        write(assembly, RECIPE, tmp_path / "texts.jsonl")
