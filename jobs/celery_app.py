@@ -1,7 +1,8 @@
 """The Celery app: names of tasks and queues, and the settings under which Celery on Redis can be trusted.
 
 A doorbell says "there may be work"; it carries no work and its loss is harmless. Only the ingest queue carries data,
-and only until its rows are committed. Knows no SQL and registers no task: those who have a task body register it.
+and only until its rows are committed. Knows no SQL and registers no task: those who have a task body register it, not
+shared, for Celery would give it to every other app of the process too.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from pydantic import ValidationError
 
 from jobs.celery_app import INGEST_QUEUE, INGEST_TASK, make_app
 from jobs.clerk import Clerk
+from jobs.doorbells import Doorbells
 from jobs.errors import BasicError, IdempotencyConflict, InvalidValue, LimitReached, SetupError
 from jobs.intake import Submission, accept_job, record_refused_job
 from jobs.items import Item
@@ -32,7 +33,7 @@ from jobs.logs import log_to_stderr
 from jobs.messages import PromptBatch
 from jobs.partials import Publisher
 from jobs.processes import BAD_SETTINGS_STATUS
-from jobs.producer import Ring, batch_job_id, make_producer_app, ring
+from jobs.producer import Ring, batch_job_id
 from jobs.schema_guard import require_schema
 from jobs.settings import JobsSettings
 from jobs.tracing import TRACEPARENT, as_traceparent, start_tracing, stop_tracing
@@ -73,16 +74,13 @@ def make_ingest_app(
 ) -> Celery:
     """Return the Celery app with the ingest task registered."""
     app = make_app(settings.redis_url, queues=(INGEST_QUEUE,))
-    doorbells = make_producer_app(settings.redis_url)
+    ring = Doorbells(settings.redis_url).ring
 
-    def ring_doorbell(job_id: str, model: str) -> None:
-        ring(doorbells, job_id, model)
-
-    @app.task(name=INGEST_TASK, bind=True, acks_late=True)  # type: ignore[untyped-decorator]
+    @app.task(name=INGEST_TASK, bind=True, acks_late=True, shared=False)  # type: ignore[untyped-decorator]
     def ingest_task(task: Task, batch: Any) -> None:
         try:
             place = as_traceparent(task.request.get(TRACEPARENT))
-            ingest(batch, database=database, ring=ring_doorbell, settings=settings, traceparent=place)
+            ingest(batch, database=database, ring=ring, settings=settings, traceparent=place)
         except (*DATABASE_AWAY, LimitReached) as exc:
             log.warning("The batch goes back to the queue: %s", why_away(exc), extra={"action": "requeue"})
             sleep(_RETRY_S)
@@ -117,8 +115,7 @@ def clerks(database: Database, settings: JobsSettings, count: int = 2) -> Iterat
     """Let clerks work beside; two, so that a small batch need not wait for a large one."""
     stop = threading.Event()
     publisher = Publisher(settings.redis_url)
-    doorbells = make_producer_app(settings.redis_url)
-    clerk = Clerk(database, settings, lambda job_id, model: ring(doorbells, job_id, model), publisher.publish, stop)
+    clerk = Clerk(database, settings, Doorbells(settings.redis_url).ring, publisher.publish, stop)
     threads = [threading.Thread(target=clerk.work, name=f"clerk-{n}", daemon=True) for n in range(count)]
     for thread in threads:
         thread.start()

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -32,6 +32,9 @@ _TIMEOUT_S = 2.0
 _QUEUED_BATCHES = 256  # batches of events waiting for a slow server; beyond that they are dropped, SQL has the text
 _POLL_S = 5.0  # silence after which a reader looks into SQL anyway
 _RETRY_S = 1.0
+_SUBSCRIBE_S = 5.0  # that a server may take for it; whoever waits looks into SQL meanwhile
+
+Confirmed = Callable[[], Awaitable[bool]]
 
 
 def channel(job_id: str) -> str:
@@ -130,7 +133,9 @@ async def signals(redis_url: str, job_id: str, poll_s: float) -> AsyncGenerator[
     """Yield published events, and None whenever it is time to look into SQL. Survives the loss of the server."""
     while True:
         try:
-            async with _subscription(redis_url, job_id) as subscription:
+            async with _subscription(redis_url, job_id) as (subscription, confirmed):
+                while not await confirmed():
+                    yield None
                 while True:
                     yield _event(await subscription.get_message(timeout=poll_s))
         except (RedisError, OSError) as exc:
@@ -140,13 +145,25 @@ async def signals(redis_url: str, job_id: str, poll_s: float) -> AsyncGenerator[
 
 
 @asynccontextmanager
-async def _subscription(redis_url: str, job_id: str) -> AsyncIterator[PubSub]:
+async def _subscription(redis_url: str, job_id: str) -> AsyncIterator[tuple[PubSub, Confirmed]]:
+    """Yield a subscription, and what waits a little for the server to take it and tells whether it has."""
     client = redis.asyncio.Redis.from_url(
         redis_url, socket_connect_timeout=_TIMEOUT_S, socket_keepalive=True, health_check_interval=10
     )
     async with client, client.pubsub() as subscription:
-        await subscription.subscribe(channel(job_id))
-        yield subscription
+        subscribing = asyncio.ensure_future(asyncio.wait_for(subscription.subscribe(channel(job_id)), _SUBSCRIBE_S))
+
+        async def confirmed() -> bool:
+            await asyncio.wait({subscribing}, timeout=_RETRY_S)
+            if subscribing.done():
+                subscribing.result()  # raises what went wrong
+            return subscribing.done()
+
+        try:
+            yield subscription, confirmed
+        finally:
+            subscribing.cancel()
+            await asyncio.gather(subscribing, return_exceptions=True)
 
 
 def _event(message: dict[str, Any] | None) -> PartialEvent | None:

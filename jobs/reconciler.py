@@ -2,7 +2,8 @@
 
 worker.resident, jobs.api.server -> [reconciler] -> storage.  Runs in every worker and every shim, one elected at a
 time: requests whose worker is gone go back to the queue, doorbells that nobody heard ring again, what is overdue
-expires, cancelled jobs end without their workers, and dead workers are marked. Every act may be repeated.
+expires, cancelled jobs end without their workers, comparisons that kill their workers are given up, and dead workers
+are marked. Every act may be repeated.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from jobs.liveness import identity, is_dead
 from jobs.messages import PartialEvent
 from jobs.producer import Ring
 from storage import leases, writes
+from storage.comparisons import give_up_comparisons
 from storage.elections import elect, holder, resign
 from storage.reclaim import mark_lost, reclaim, running_processes
 from storage.records import FailedRequest
@@ -46,6 +48,7 @@ class _Round:
 
     failed: tuple[FailedRequest, ...]
     ended_jobs: tuple[tuple[str, str], ...]  # (job_id, final status)
+    given_up: tuple[str, ...]  # jobs that are not compared after all
     to_ring: tuple[tuple[str, str], ...]  # (job_id, model)
     more: bool  # there was more to end than one round may take
 
@@ -106,8 +109,11 @@ class Reconciler:
         write = self._database.write
         with self._database.read() as session:
             dead = [worker for worker, process in running_processes(session).items() if is_dead(process)]
+        could_renew = self._owners_could_renew()
         with write() as session:
-            again = reclaim(session, dead, lapsed=self._owners_could_renew())
+            again = reclaim(session, dead, lapsed=could_renew)
+        with write() as session:
+            given_up = give_up_comparisons(session) if could_renew else ()
         with write() as session:  # after their requests are given back: whoever is marked is not looked at again
             mark_lost(session, dead, _SILENT_S)
         late = self._in_pieces(writes.expire_requests)
@@ -117,6 +123,7 @@ class Reconciler:
         return _Round(
             failed=(*late.failed, *again.poisoned),
             ended_jobs=(*late.jobs, *over.jobs, *again.ended_jobs),
+            given_up=tuple(given_up),
             to_ring=(*again.requeued, *unheard),
             more=late.more or over.more,
         )
@@ -153,6 +160,8 @@ class Reconciler:
                     "request_index": request.request_index,
                 },
             )
+        for job_id in done.given_up:
+            log.error("The comparison of job %s killed its workers: given up", job_id, extra=_compare(job_id))
         self._publish([*failure_events(done.failed), *job_events(done.ended_jobs)])
         one_a_model = {model: job_id for job_id, model in done.to_ring}
         for model, job_id in one_a_model.items():
@@ -167,6 +176,10 @@ class Reconciler:
             except Exception:  # the thread must live: nobody else would notice that it is gone
                 log.exception("A round of the reconciler failed", extra={"action": "reconciler_failed"})
             self._stop.wait(0.0 if self._more else _ROUND_S * random.uniform(0.8, 1.2))
+
+
+def _compare(job_id: str) -> dict[str, str]:
+    return {"action": "compare", "job_id": job_id}
 
 
 _AWAY = {"action": "database_away"}

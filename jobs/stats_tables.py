@@ -47,6 +47,8 @@ def comparison_text(comparison: Numbers) -> str:
     """Return what came of decoding some requests both ways, with its uncertainty, and every fault."""
     if not comparison["done"]:
         return f"{comparison['requests_asked']} requests wait for a worker that is idle"
+    if comparison.get("error_code"):
+        return f"given up, {comparison['error_code']}: {comparison['error_message']}"
     texts = f"{comparison['requests']} requests decoded both ways"
     if comparison["faults"]:
         texts += f"; {comparison['faults']} of them with ANOTHER TEXT, which is a fault"

@@ -1,21 +1,28 @@
 """Comparisons: a finished job that asked for it has some of its requests decoded both ways, by a worker that is idle.
 
-worker.comparison -> [comparisons] -> models.  Which requests is drawn from the job's id, so that everybody draws the
-same. One worker at a time has a comparison in hand; whoever is done first writes it, and it is written as a whole.
+worker.comparison, jobs.reconciler -> [comparisons] -> models.  Which requests is drawn from the job's id, so that
+everybody draws the same. One worker at a time has a comparison in hand; whoever is done first writes it, and it is
+written as a whole. A worker that compares does nothing else, so a comparison is always alone in trial: having cost as
+many workers as a request may (storage.reclaim), it is given up.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import Final
 
 from sqlalchemy import ColumnElement, and_, or_, select, update
 from sqlalchemy.orm import Session
 
+from storage.endings import lock_jobs
 from storage.models import Comparison, Job, Output, Request
+from storage.reclaim import LONE_CRASHES, POISON
 from storage.records import ComparisonClaim, ComparisonRow, FinishedText
 from storage.sql import database_now, insert_many, is_one_of
+
+_POISON: Final = replace(POISON, message="The worker process died twice while it decoded these requests both ways.")
 
 
 def due(session: Session, model: str, body_version: int) -> bool:
@@ -36,10 +43,10 @@ def claim_comparison(session: Session, model: str, body_version: int, lease_s: f
     job_id = session.scalar(oldest)
     if job_id is None:
         return None
-    taken = update(Job).where(Job.id == job_id).values(comparing_until=now + lease_s)
-    job = session.execute(taken.returning(Job.endpoint, Job.requests_total, Job.compare_plain)).one()
-    sample = sorted(random.Random(job_id).sample(range(job.requests_total), min(job.compare_plain, job.requests_total)))
-    return ComparisonClaim(job_id, job.endpoint, tuple(_finished_texts(session, job_id, sample)))
+    in_hand = {"comparing_until": now + lease_s, "compare_attempts": Job.compare_attempts + 1}
+    taken = update(Job).where(Job.id == job_id).values(in_hand)
+    endpoint = session.execute(taken.returning(Job.endpoint)).scalar_one()
+    return ComparisonClaim(job_id, endpoint, tuple(_finished_texts(session, job_id)))
 
 
 def keep_comparison(session: Session, job_id: str, lease_s: float) -> None:
@@ -48,8 +55,9 @@ def keep_comparison(session: Session, job_id: str, lease_s: float) -> None:
 
 
 def drop_comparison(session: Session, job_id: str) -> None:
-    """Leave a comparison to whoever is idle next; it begins anew."""
-    session.execute(update(Job).where(Job.id == job_id).values(comparing_until=None))
+    """Leave a comparison to whoever is idle next; it begins anew, and this attempt does not count."""
+    handed_back = {"comparing_until": None, "compare_attempts": Job.compare_attempts - 1}
+    session.execute(update(Job).where(Job.id == job_id).values(handed_back))
 
 
 def record_comparison(session: Session, worker_id: str, job_id: str, rows: Iterable[ComparisonRow]) -> None:
@@ -63,24 +71,42 @@ def record_comparison(session: Session, worker_id: str, job_id: str, rows: Itera
         insert_many(session, Comparison, written)
 
 
+def give_up_comparisons(session: Session) -> list[str]:
+    """End the comparisons that have cost too many workers, with an error for each request; return their jobs."""
+    lost = and_(Job.comparing_until < database_now(session), Job.compare_attempts >= LONE_CRASHES)
+    job_ids = lock_jobs(session, and_(_is_wanted(), lost))
+    for job_id in job_ids:
+        indexes = [text.request_index for text in _finished_texts(session, job_id)]
+        errors = [ComparisonRow(i, error_code=_POISON.code, error_message=_POISON.message) for i in indexes]
+        record_comparison(session, "", job_id, errors)
+    return job_ids
+
+
 def _is_due(now: float, model: str, body_version: int) -> ColumnElement[bool]:
     return select(Job.id).where(_waits(now, model, body_version)).exists()
 
 
 def _waits(now: float, model: str, body_version: int) -> ColumnElement[bool]:
     in_no_hand = or_(Job.comparing_until.is_(None), Job.comparing_until < now)
+    may_be_tried = Job.compare_attempts < LONE_CRASHES
     # Only of a job that has its answers: whoever cancels one wants no more of it.
     finished = and_(Job.status == "completed", Job.model == model, Job.body_version <= body_version)
-    return and_(Job.compare_plain > 0, Job.compared_at.is_(None), finished, in_no_hand)
+    return and_(_is_wanted(), finished, in_no_hand, may_be_tried)
 
 
-def _finished_texts(session: Session, job_id: str, indexes: Iterable[int]) -> Iterable[FinishedText]:
-    """Yield those of the requests that have an answer."""
+def _is_wanted() -> ColumnElement[bool]:
+    return and_(Job.compare_plain > 0, Job.compared_at.is_(None))
+
+
+def _finished_texts(session: Session, job_id: str) -> Iterable[FinishedText]:
+    """Yield those of the job's sample that have an answer."""
+    total, asked = session.execute(select(Job.requests_total, Job.compare_plain).where(Job.id == job_id)).one()
+    sample = sorted(random.Random(job_id).sample(range(total), min(asked, total)))
     rows = session.execute(
         select(Request.request_index, Request.body, Output.token_ids)
         .join(Output, and_(Output.job_id == Request.job_id, Output.request_index == Request.request_index))
         .where(
-            is_one_of((Request.job_id, Request.request_index), [(job_id, index) for index in indexes]),
+            is_one_of((Request.job_id, Request.request_index), [(job_id, index) for index in sample]),
             Output.choice_index == 0,
         )
         .order_by(Request.request_index)

@@ -125,6 +125,7 @@ class Job(Base):
     compare_plain: Mapped[int] = mapped_column(server_default=text("0"))
     comparing_until: Mapped[float | None]
     compared_at: Mapped[float | None]
+    compare_attempts: Mapped[int] = mapped_column(server_default=text("0"))  # taken in hand, and not handed back
     traceparent: Mapped[str | None]  # where the spans of its requests belong, for whoever traces (jobs.tracing)
 
     __table_args__ = (
@@ -339,19 +340,21 @@ class Comparison(Base):
     """One request of a finished job that was decoded both ways once more, in steps that took turns.
 
     Times are shares of steps, as in `step_minutes`, for the same tokens in batches of the same sizes; prefill is in
-    neither. NULL: no step of it can be compared.
+    neither. NULL: no step of it can be compared, or there is an error: the comparison was given up.
     """
 
     __tablename__ = "comparisons"
 
     job_id: Mapped[str] = mapped_column(primary_key=True)
     request_index: Mapped[int] = mapped_column(primary_key=True)
-    worker_id: Mapped[str]
+    worker_id: Mapped[str]  # '' with an error: no worker came through
     tokens: Mapped[int]
     drafted_ms: Mapped[float | None]  # as the job's requests are decoded
     plain_ms: Mapped[float | None]
     batch_sequences: Mapped[float | None]  # that shared a step with drafts, mean
-    same_text: Mapped[bool]  # both ways wrote what the output says; anything else is a fault
+    same_text: Mapped[bool | None]  # both ways wrote what the output says; anything else is a fault
+    error_code: Mapped[str | None]
+    error_message: Mapped[str | None]
 
     __table_args__ = (_of_a_request(),)
 

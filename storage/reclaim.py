@@ -28,7 +28,7 @@ POISON: Final = Refusal(
     "poison", "The worker process died twice while this request was the only one on trial.", status_code=500
 )
 
-_LONE_CRASHES: Final = 2
+LONE_CRASHES: Final = 2  # so often may work that was alone in trial cost its worker
 _ORPHANED_S: Final = 5.0  # a lease that lapsed so long ago, of an owner that renews its others, is one it never knew of
 
 
@@ -97,7 +97,7 @@ class _Plan:
         self.innocent += [row for row in owned if _key(row) not in accused]
         if len(suspects) == 1 and not suspects[0].proven:
             (row,) = suspects
-            if row.lone_crashes + 1 >= _LONE_CRASHES:
+            if row.lone_crashes + 1 >= LONE_CRASHES:
                 self.poison.append(row)
                 return
             self.alone.append(row)

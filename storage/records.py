@@ -194,14 +194,16 @@ class ComparisonClaim:
 
 @dataclass(frozen=True, slots=True)
 class ComparisonRow:
-    """A request that was decoded both ways; row of `comparisons`."""
+    """A request that was decoded both ways, or the error that came instead; row of `comparisons`."""
 
     request_index: int
-    tokens: int
-    drafted_ms: float | None
-    plain_ms: float | None
-    batch_sequences: float | None
-    same_text: bool
+    tokens: int = 0
+    drafted_ms: float | None = None
+    plain_ms: float | None = None
+    batch_sequences: float | None = None
+    same_text: bool | None = None
+    error_code: str | None = None
+    error_message: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,6 +124,8 @@ class PlainComparison:
     speedup_error: float | None  # standard error of it, from its spread between requests
     mean_batch_sequences: float | None
     faults: int  # requests whose texts differ; there must be none
+    error_code: str | None = None  # why it was given up
+    error_message: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,7 +325,9 @@ def _comparison(session: Session, job_id: str) -> PlainComparison | None:
     job = session.execute(select(Job.compare_plain, Job.compared_at, Job.status).where(Job.id == job_id)).first()
     if job is None or not job.compare_plain:
         return None
-    rows = session.scalars(select(Comparison).where(Comparison.job_id == job_id)).all()
+    everything = session.scalars(select(Comparison).where(Comparison.job_id == job_id)).all()
+    rows = [row for row in everything if row.error_code is None]
+    given_up = next((row for row in everything if row.error_code is not None), None)
     pairs = [(row.plain_ms, row.drafted_ms) for row in rows if row.plain_ms is not None and row.drafted_ms]
     return PlainComparison(
         requests_asked=job.compare_plain,
@@ -333,6 +337,8 @@ def _comparison(session: Session, job_id: str) -> PlainComparison | None:
         speedup_error=ratio_error(pairs),
         mean_batch_sequences=_mean([row.batch_sequences for row in rows]),
         faults=sum(not row.same_text for row in rows),
+        error_code=None if given_up is None else given_up.error_code,
+        error_message=None if given_up is None else given_up.error_message,
     )
 
 

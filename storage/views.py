@@ -211,7 +211,7 @@ GROUP BY energy.worker_id, energy.minute - energy.minute % 3600
 """
 
 # Requests of a job that were decoded both ways. The square root of `speedup_variance` is the standard error: SQLite may
-# be built without sqrt(). `faults`: texts that differed.
+# be built without sqrt(). `faults`: texts that differed; `given_up`: requests that have an error instead of numbers.
 _JOB_COMPARISON = """
 CREATE VIEW job_comparison AS
 SELECT
@@ -224,11 +224,12 @@ SELECT
         + plain_ms * plain_ms / NULLIF(drafted_ms * drafted_ms, 0) * drafted_squared
     ) / NULLIF(drafted_ms * drafted_ms, 0) AS speedup_variance,
     mean_batch_sequences,
-    faults
+    faults,
+    given_up
 FROM (
     SELECT
         job_id,
-        count(*) AS requests,
+        count(same_text) AS requests,
         count(drafted_ms) AS compared,
         sum(plain_ms) AS plain_ms,
         sum(drafted_ms) AS drafted_ms,
@@ -236,7 +237,8 @@ FROM (
         sum(drafted_ms * drafted_ms) AS drafted_squared,
         sum(plain_ms * drafted_ms) AS product,
         avg(batch_sequences) AS mean_batch_sequences,
-        sum(CASE WHEN same_text THEN 0 ELSE 1 END) AS faults
+        sum(CASE WHEN NOT same_text THEN 1 ELSE 0 END) AS faults,
+        count(*) - count(same_text) AS given_up
     FROM comparisons
     GROUP BY job_id
 ) AS sums

@@ -4,19 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from sqlalchemy import inspect, text
+from sqlalchemy import Engine, text
 
 from storage.models import Base
 from storage.session import Database, make_engine, write_connection
+
+# All at once, children before their parents. TRUNCATE makes every table and index anew, which takes 50 times as long.
+_EMPTY = ";".join(f"DELETE FROM {table.name}" for table in reversed(Base.metadata.sorted_tables))
+
+
+def open_sqlite(path: Path) -> Database:
+    """Return an empty record in a new file; the caller disposes of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(_empty_file())
+    return Database.open(f"sqlite:///{path}")
+
+
+@cache
+def _empty_file() -> bytes:
+    """Return the file of an empty record: to copy it is quicker than to make it."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "basic.sqlite3"
+        engine = make_engine(f"sqlite:///{path}")
+        Base.metadata.create_all(engine)
+        engine.dispose()
+        return path.read_bytes()
 
 
 @contextmanager
 def on_sqlite(directory: Path) -> Iterator[Database]:
     """Yield an empty record in a file of its own."""
-    database = Database.open(f"sqlite:///{directory / 'basic.sqlite3'}")
-    Base.metadata.create_all(database.engine)
+    database = open_sqlite(directory / "basic.sqlite3")
     yield database
     database.dispose()
 
@@ -24,8 +46,8 @@ def on_sqlite(directory: Path) -> Iterator[Database]:
 @contextmanager
 def on_postgresql(url: str) -> Iterator[Database]:
     """Yield an empty record in a database that only tests use: whatever was there is gone."""
-    make_empty(url)
     database = Database.open(url)
+    make_empty(database.engine)
     yield database
     database.dispose()
 
@@ -39,11 +61,9 @@ def drop_schema(url: str) -> None:
     engine.dispose()
 
 
-def make_empty(url: str) -> None:
-    """Empty all tables of a PostgreSQL database; make them if there are none. To empty is quicker than to make."""
-    engine = make_engine(url)
-    if not inspect(engine).has_table("jobs"):
-        Base.metadata.create_all(engine)
+def make_empty(engine: Engine) -> None:
+    """Empty all tables of a PostgreSQL database; make them if there are none."""
     with write_connection(engine) as connection:
-        connection.execute(text(f"TRUNCATE {', '.join(Base.metadata.tables)}"))
-    engine.dispose()
+        if connection.scalar(text("SELECT to_regclass('jobs')")) is None:
+            Base.metadata.create_all(connection)
+        connection.exec_driver_sql(_EMPTY)

@@ -16,9 +16,9 @@ from typing import Any
 
 from sqlalchemy import func, select
 
+from jobs.doorbells import Doorbells
 from jobs.intake import Submission, accept_job
 from jobs.items import Item
-from jobs.producer import make_producer_app, ring
 from jobs.settings import JobsSettings
 from storage.models import DecodeStep, Job, Output, Request, Worker
 from storage.session import Database
@@ -60,13 +60,11 @@ class Cluster:
         """Record a job of `count` requests, as the doors do, and ring its doorbell."""
         settings = JobsSettings(target=str(self.target), redis_url=self.redis_url)
         items = [Item(number, {"prompt": f"Request {number}"}) for number in range(count)]
-        bells = make_producer_app(self.redis_url)
+        ring = Doorbells(self.redis_url).ring
         database = Database.open(self.database_url)
         try:
             submission = Submission(items, parameters={"temperature": 0, "ignore_eos": True} | parameters)
-            return accept_job(
-                submission, database=database, ring=lambda job, model: ring(bells, job, model), settings=settings
-            )
+            return accept_job(submission, database=database, ring=ring, settings=settings)
         finally:
             database.dispose()
 

@@ -153,7 +153,7 @@ class Comparison:
         try:
             with self._database.write() as session:
                 comparisons.drop_comparison(session, job_id)
-        except DATABASE_AWAY as error:  # no reason to keep others waiting: it lapses by itself
+        except DATABASE_AWAY as error:  # no reason to keep others waiting: it lapses, as if we were lost
             log.warning("Could not hand the comparison of job %s back: %s", job_id, error, extra=_ids(job_id))
 
     def _look(self) -> None:

@@ -10,7 +10,8 @@ the target's own weights, of which every token is taken.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -27,8 +28,10 @@ from jobs.errors import InvalidValue
 from worker.benchmark import parse_batches
 from worker.calibration import calibrate
 from worker.drafters.model import ModelDrafter
+from worker.engine.cost_model import CostModel
 from worker.engine.drafting import Drafter
 from worker.engine.engine import Engine
+from worker.engine.errors import ModelRefused
 from worker.engine.experience import Experience
 from worker.engine.language_model import PackedModel, quicken
 from worker.engine.options import EngineOptions, Mode
@@ -40,6 +43,35 @@ from worker.planning.shapes import configuration
 _PROMPT_TOKENS = 64
 _MODES = (Mode.PLAIN, Mode.OPT_TREE, Mode.PAPER)
 _SAME = "same"
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What the engine wrote at one batch size."""
+
+    sequences: int
+    tokens_per_s: dict[Mode, list[float]]  # of every run
+    texts_agree: bool  # those of all modes
+
+    @property
+    def middle(self) -> dict[Mode, float]:
+        """The median run of each mode."""
+        return {mode: median(runs) for mode, runs in self.tokens_per_s.items()}
+
+    @property
+    def gain(self) -> float:
+        """How many times the tokens of plain decoding trees wrote."""
+        return self.middle[Mode.OPT_TREE] / self.middle[Mode.PLAIN]
+
+    def as_json(self) -> str:
+        """Return a line for programs."""
+        runs = {str(mode): rates for mode, rates in self.tokens_per_s.items()}
+        return json.dumps({"sequences": self.sequences, **runs, "texts_agree": self.texts_agree})
+
+    def cells(self) -> list[str]:
+        """Return a line of the table."""
+        rates = [f"{rate:.0f}" for rate in self.middle.values()]
+        return [str(self.sequences), *rates, f"{self.gain:.2f}", "yes" if self.texts_agree else "NO"]
 
 
 def prompts(count: int, vocabulary: int, tokens: int) -> list[Sequence]:
@@ -61,23 +93,41 @@ def decode(engine: Engine, sequences: list[Sequence]) -> float:
     return (sum(len(s.output_ids) for s in sequences) - before) / (perf_counter() - started)
 
 
-def main(
-    model: Annotated[str, typer.Option(help="As for `basic plan`; no weights are read.")] = (
-        "DeepSeek-R1-Distill-Qwen-1.5B"
-    ),
-    draft: Annotated[str, typer.Option(help="The same, or `same`: the target's own weights.")] = _SAME,
-    layers: Annotated[int | None, typer.Option(min=1, help="Layers, where memory lacks for all of them.")] = None,
-    sequences: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,16,64",
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens that each sequence writes.")] = 96,
-    runs: Annotated[int, typer.Option(min=1, help="Runs of each mode, in turns; the median counts.")] = 3,
-) -> None:
-    """Decode random prompts with random weights, plain and with trees, and print tokens/s and whether texts agree."""
-    try:
-        batches = parse_batches(sequences)
-    except InvalidValue as error:
-        raise typer.BadParameter(error.message) from None
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """A target and its draft, ready to decode."""
+
+    target: PackedModel
+    drafts: PackedModel
+    draft: str  # its name
+    vocabulary: int  # of ids that both know
+    options: EngineOptions
+    costs: CostModel
+
+    def measure(self, batches: Iterable[int], tokens: int, runs: int) -> Iterator[Rates]:
+        """Decode at each batch size in every mode, in turns."""
+        experiences = {mode: Experience() for mode in _MODES}
+        for batch in batches:
+            rates: dict[Mode, list[float]] = {mode: [] for mode in _MODES}
+            texts: dict[Mode, list[list[int]]] = {}
+            for _ in range(runs):
+                for mode in _MODES:
+                    some = prompts(batch, self.vocabulary, tokens)
+                    rates[mode].append(decode(self._engine(mode, batch, experiences[mode]), some))
+                    texts[mode] = [sequence.output_ids for sequence in some]
+            yield Rates(batch, rates, all(texts[mode] == texts[Mode.PLAIN] for mode in _MODES))
+
+    def _engine(self, mode: Mode, batch: int, experience: Experience) -> Engine:
+        drafter: Drafter | None = None
+        if mode is not Mode.PLAIN:
+            drafter = ModelDrafter(self.drafts, self.draft, self.vocabulary)
+        options = replace(self.options, mode=mode, max_sequences=batch)
+        return Engine(self.target, drafter, options, self.costs, experience)
+
+
+def _random_pair(model: str, draft: str, layers: int | None, options: EngineOptions) -> _Pair:
+    """Return random models of these shapes, on a GPU if there is one; raise ModelRefused if a shape is unknown."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    options = EngineOptions(max_sequences=max(batches), max_context=_PROMPT_TOKENS + tokens)
     torch.manual_seed(0)
     network = random_model(configuration(model), layers, device)
     drafting = network if draft == _SAME else random_model(configuration(draft), layers, device)
@@ -91,24 +141,37 @@ def main(
     drafts.prepare()
     with TemporaryDirectory() as folder:
         costs = calibrate(target, options.slot_tokens, (), Path(folder))
-    experiences = {mode: Experience() for mode in _MODES}
+    return _Pair(target, drafts, draft, vocabulary, options, costs)
+
+
+def main(
+    model: Annotated[str, typer.Option(help="As for `basic plan`; no weights are read.")] = (
+        "DeepSeek-R1-Distill-Qwen-1.5B"
+    ),
+    draft: Annotated[str, typer.Option(help="The same, or `same`: the target's own weights.")] = _SAME,
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers, where memory lacks for all of them.")] = None,
+    sequences: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,16,64",
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens that each sequence writes.")] = 96,
+    runs: Annotated[int, typer.Option(min=1, help="Runs of each mode, in turns; the median counts.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines for programs.")] = False,
+) -> None:
+    """Decode random prompts with random weights, plain and with trees, and print tokens/s and whether texts agree."""
+    try:
+        batches = parse_batches(sequences)
+    except InvalidValue as error:
+        raise typer.BadParameter(error.message) from None
+    options = EngineOptions(max_sequences=max(batches), max_context=_PROMPT_TOKENS + tokens)
+    try:
+        pair = _random_pair(model, draft, layers, options)
+    except ModelRefused as refusal:
+        raise typer.BadParameter(str(refusal)) from None
     table = Table("sequences", *(f"{mode} tokens/s" for mode in _MODES), "opt-tree / plain", "texts agree")
-    for batch in batches:
-        rates: dict[Mode, list[float]] = {mode: [] for mode in _MODES}
-        texts: dict[Mode, list[list[int]]] = {}
-        for _ in range(runs):
-            for mode in _MODES:
-                drafter: Drafter | None = None if mode is Mode.PLAIN else ModelDrafter(drafts, draft, vocabulary)
-                chosen = replace(options, mode=mode, max_sequences=batch)
-                some = prompts(batch, vocabulary, tokens)
-                rates[mode].append(decode(Engine(target, drafter, chosen, costs, experiences[mode]), some))
-                texts[mode] = [sequence.output_ids for sequence in some]
-        middle = {mode: median(rates[mode]) for mode in _MODES}
-        agree = all(texts[mode] == texts[Mode.PLAIN] for mode in _MODES)
-        print(json.dumps({"sequences": batch, **{str(mode): rates[mode] for mode in _MODES}, "texts_agree": agree}))
-        ratio = middle[Mode.OPT_TREE] / middle[Mode.PLAIN]
-        table.add_row(str(batch), *(f"{middle[mode]:.0f}" for mode in _MODES), f"{ratio:.2f}", "yes" if agree else "NO")
-    Console().print(table)
+    for rates in pair.measure(batches, tokens, runs):
+        if as_json:
+            print(rates.as_json())
+        table.add_row(*rates.cells())
+    if not as_json:
+        Console().print(table)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from jobs.celery_app import DOORBELL_TASK, KEY_PREFIX, PULSE_TASK, make_app, pulse_queue
+from jobs.doorbells import Doorbells
 from jobs.logs import noted
 from jobs.messages import model_queue
-from jobs.producer import make_producer_app, ring, send_pulse
+from jobs.producer import make_producer_app, send_pulse
 from jobs.schema_guard import require_schema
 from jobs.tracing import start_tracing, stop_tracing
 from worker.assembly import assemble
@@ -37,13 +38,13 @@ def make_worker_app(redis_url: str, model: str, resident: Resident) -> Celery:
     """Return the app of a worker that serves `model`: a node consumes only the queue of what it holds."""
     app = make_app(redis_url, queues=(model_queue(model), pulse_queue(resident.worker_id)))
 
-    @app.task(name=DOORBELL_TASK)  # type: ignore[untyped-decorator]
+    @app.task(name=DOORBELL_TASK, shared=False)  # type: ignore[untyped-decorator]
     def doorbell(job_id: str) -> None:
         with noted(job_id=job_id):
             log.debug("The doorbell rang", extra={"action": "doorbell"})
             resident.wake()
 
-    @app.task(name=PULSE_TASK)  # type: ignore[untyped-decorator]
+    @app.task(name=PULSE_TASK, shared=False)  # type: ignore[untyped-decorator]
     def pulse() -> None:
         resident.heard()
 
@@ -72,10 +73,7 @@ def serve(settings: WorkerSettings) -> int:
     start_tracing("basic-worker")
     sequences = settings.max_sequences + settings.interactive_sequences
     assembly = assemble(settings.model_copy(update={"max_sequences": sequences}), say=log.info)
-    bells = make_producer_app(settings.redis_url)
-    resident = Resident(
-        settings, assembly, ring=lambda job_id, model: ring(bells, job_id, model), worker_id=new_worker_id()
-    )
+    resident = Resident(settings, assembly, ring=Doorbells(settings.redis_url).ring, worker_id=new_worker_id())
     app = make_worker_app(settings.redis_url, assembly.name, resident)
 
     @worker_ready.connect(weak=False)  # type: ignore[untyped-decorator]

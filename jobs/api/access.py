@@ -86,20 +86,15 @@ class Counts:
         """Count a call and return 0; or, if there were `most` within a minute, the seconds until there is room."""
         now = self._now()
         with self._lock:
-            times = self._times.setdefault(name, deque())
+            times = self._times[name] = self._times.pop(name, deque())  # now behind all who came before
+            while len(self._times) > _MOST_NAMES:  # somebody has very many addresses; who was away longest is forgotten
+                del self._times[next(iter(self._times))]
             while times and times[0] <= now - _MINUTE_S:
                 times.popleft()
             if len(times) >= most:
                 return times[0] + _MINUTE_S - now if times else _MINUTE_S
             times.append(now)
-            if len(self._times) > _MOST_NAMES:
-                self._forget_old(now)
         return 0.0
-
-    def _forget_old(self, now: float) -> None:
-        self._times = {name: times for name, times in self._times.items() if times and times[-1] > now - _MINUTE_S}
-        while len(self._times) > _MOST_NAMES:  # somebody has very many addresses; those who came first are forgotten
-            del self._times[next(iter(self._times))]
 
 
 class AccessGuard:

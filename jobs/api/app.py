@@ -13,7 +13,8 @@ from jobs.api.streams import Streams
 from jobs.api.uploads import FORM_BYTES
 from jobs.api.watch import Watch
 from jobs.broadcast import Broadcast
-from jobs.producer import Ring, make_producer_app, ring
+from jobs.doorbells import Doorbells
+from jobs.producer import Ring
 from jobs.settings import JobsSettings
 from storage.session import Database
 
@@ -28,7 +29,7 @@ def make_api(settings: JobsSettings, database: Database, ring: Ring | None = Non
     app.state.services = Services(
         settings,
         database,
-        ring or _celery_ring(settings.redis_url),
+        ring or Doorbells(settings.redis_url).ring,
         BodyReader(),
         Broadcast(database, settings.redis_url),
     )
@@ -48,8 +49,3 @@ def make_api(settings: JobsSettings, database: Database, ring: Ring | None = Non
     errors.install(app)
     document.install(app, files.router, batches.router)
     return app
-
-
-def _celery_ring(redis_url: str) -> Ring:
-    app = make_producer_app(redis_url)
-    return lambda job_id, model: ring(app, job_id, model)

@@ -7,7 +7,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Annotated, Any
 
-from fastapi import APIRouter, BackgroundTasks, Header, Query, Request, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import StreamingResponse
 
@@ -34,21 +34,16 @@ _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # th
 
 
 @router.post("", response_model=None, openapi_extra=JOB_BODY, responses=JOB)
-async def submit(
-    request: Request, background: BackgroundTasks, services: ServicesNow, caller: CallerNow
-) -> dict[str, Any]:
-    """Record a job and answer with it. The doorbell rings afterwards: a queue that is away does not delay the reply."""
+async def submit(request: Request, services: ServicesNow, caller: CallerNow) -> dict[str, Any]:
+    """Record a job and answer with it."""
     most = most_bytes(request.headers, services.settings)
-
-    def ring_later(job_id: str, model: str) -> None:
-        background.add_task(services.ring, job_id, model)
 
     def accept(body: Body) -> dict[str, Any]:
         lines = services.settings.max_line_bytes
         with submit_span(request.headers) as place:
             submission = read_submission(body, request.query_params, request.headers, caller.key_id, lines)
             submission = replace(submission, traceparent=place)
-            job_id = accept_job(submission, database=services.database, ring=ring_later, settings=services.settings)
+            job_id = accept_job(submission, database=services.database, ring=services.ring, settings=services.settings)
         return views.job(find_job(services, job_id, caller))
 
     async with services.bodies.received(request, most) as body:
@@ -88,20 +83,15 @@ def retry(
     job: ExistingJob,
     services: ServicesNow,
     caller: CallerNow,
-    background: BackgroundTasks,
     idempotency_key: Annotated[str | None, Header()] = None,
 ) -> dict[str, Any]:
     """Run the requests of an ended job again that have no result: as a new job, whose `retry_of` is this one."""
-
-    def ring_later(job_id: str, model: str) -> None:
-        background.add_task(services.ring, job_id, model)
-
     job_id = retry_job(
         job,
         api_key_id=caller.key_id,
         idempotency_key=idempotency_key,
         database=services.database,
-        ring=ring_later,
+        ring=services.ring,
         settings=services.settings,
     )
     return views.job(find_job(services, job_id, caller))

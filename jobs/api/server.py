@@ -18,11 +18,11 @@ from jobs.api.access import Door
 from jobs.api.app import make_api
 from jobs.api.patience import PatientProtocol
 from jobs.dashboard import app as dashboard
+from jobs.doorbells import Doorbells
 from jobs.errors import SetupError
 from jobs.local_key import read_local_key
 from jobs.logs import log_to_stderr
 from jobs.partials import Publisher
-from jobs.producer import make_producer_app, ring
 from jobs.reconciler import Reconciler
 from jobs.schema_guard import require_schema
 from jobs.settings import JobsSettings
@@ -75,12 +75,11 @@ def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
 @contextmanager
 def _reconciling(settings: JobsSettings, database: Database) -> Iterator[None]:
     """Stand for reconciler beside the workers: jobs expire also while there is none."""
-    bells = make_producer_app(settings.redis_url)
     publisher = Publisher(settings.redis_url)
     reconciler = Reconciler(
         database,
         publisher.publish,
-        lambda job_id, model: ring(bells, job_id, model),
+        Doorbells(settings.redis_url).ring,
         lease_s=settings.lease_s,
     )
     reconciler.start()

@@ -41,6 +41,8 @@ def compared(comparison: PlainComparison) -> str:
     """Return what stands beside a comparison with plain decoding: of how many requests, and what was wrong."""
     if not comparison.done:
         return f"{comparison.requests_asked:,d} requests wait for an idle worker"
+    if comparison.error_code:
+        return f"given up, {comparison.error_code}: {comparison.error_message}"
     if not comparison.requests:
         return "no request was decoded both ways"
     if comparison.faults:

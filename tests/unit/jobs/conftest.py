@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from jobs.settings import JobsSettings
-from storage.models import Base
 from storage.session import Database
+from tests.databases import on_sqlite
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,5 @@ def settings(tmp_path: Path) -> JobsSettings:
 @pytest.fixture
 def database(settings: JobsSettings) -> Iterator[Database]:
     """An empty record."""
-    database = Database.open(settings.resolved_database_url)
-    Base.metadata.create_all(database.engine)
-    yield database
-    database.dispose()
+    with on_sqlite(settings.data_dir) as database:
+        yield database

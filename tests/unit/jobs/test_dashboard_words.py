@@ -89,3 +89,8 @@ def test_a_month_of_minutes_keeps_all_its_tokens_in_few_points() -> None:
 def test_a_comparison_says_what_it_is_worth(done: bool, requests: int, faults: int, text: str) -> None:
     comparison = PlainComparison(20, requests, done, 1.2, 0.1, 4.0, faults)
     assert words.compared(comparison) == text
+
+
+def test_a_comparison_that_was_given_up_says_why() -> None:
+    comparison = PlainComparison(20, 0, True, None, None, None, 0, "poison", "The worker process died twice.")
+    assert words.compared(comparison) == "given up, poison: The worker process died twice."

@@ -14,9 +14,11 @@ from jobs.liveness import identity
 from jobs.messages import PartialEvent
 from jobs.reconciler import Reconciler
 from storage import queries, writes
+from storage.reclaim import LONE_CRASHES
 from storage.session import DATABASE_AWAY, Database
 from tests.factories import a_request, a_worker_card
 from tests.unit.storage.acts import cancel, claim_one, record, requests_of, view
+from tests.unit.storage.test_comparisons import finish, lose
 
 
 class Town:
@@ -76,6 +78,26 @@ def test_lapsed_leases_wait_until_their_owners_could_have_renewed(
     now += 1
     town.reconciler.round()
     assert requests_of(database)[0].status == "queued"
+
+
+def test_a_comparison_that_killed_its_workers_is_given_up_once_they_could_have_renewed(
+    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("jobs.reconciler.time.monotonic", lambda: now)
+    finish(database)
+    lose(database, LONE_CRASHES)
+    town = Town(database, lease_s=20.0)
+
+    town.reconciler.round()
+    now += 19
+    town.reconciler.round()
+    assert "comparison of job job-1" not in caplog.text
+    now += 1
+    town.reconciler.round()
+    assert "comparison of job job-1 killed its workers" in caplog.text
+    with database.read() as session:
+        assert set(session.scalars(text("SELECT error_code FROM comparisons"))) == {"poison"}
 
 
 def test_after_an_outage_the_owners_have_a_lease_s_time_again(

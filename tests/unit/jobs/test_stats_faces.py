@@ -57,6 +57,16 @@ def test_the_table_tells_what_came_of_a_comparison_with_plain_decoding(
     run("submit", prompts, "--compare-plain", "101", status=2)
 
 
+def test_the_table_tells_that_a_comparison_was_given_up_and_why(run: Run, prompts: str, database: Database) -> None:
+    job_id = json.loads(run("submit", prompts, "--compare-plain", "20", "--json"))["id"]
+    answer_all(database)
+    with database.write() as session:
+        row = ComparisonRow(0, error_code="poison", error_message="The worker process died twice.")
+        comparisons.record_comparison(session, "", job_id, [row])
+
+    assert "compared with plain given up, poison: The worker process died twice." in flat(run("stats", job_id))
+
+
 def flat(table: str) -> str:
     """The words of a table, wherever its lines end."""
     return " ".join(table.split())

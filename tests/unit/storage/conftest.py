@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from storage.session import Database
-from tests.databases import on_postgresql, on_sqlite
+from tests.databases import make_empty, on_sqlite
+
+
+@pytest.fixture(scope="session")
+def postgresql(postgresql_url: str) -> Iterator[Database]:
+    """The database of all tests on PostgreSQL, with its connections; whoever takes it empties it."""
+    database = Database.open(postgresql_url)
+    yield database
+    database.dispose()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -18,8 +26,9 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Databas
         with on_sqlite(tmp_path) as database:
             yield database
     else:
-        with on_postgresql(request.getfixturevalue("postgresql_url")) as database:
-            yield database
+        database = request.getfixturevalue("postgresql")
+        make_empty(database.engine)
+        yield database
 
 
 @pytest.fixture

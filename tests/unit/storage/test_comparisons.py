@@ -10,6 +10,7 @@ from sqlalchemy import text, update
 
 from storage import comparisons, queries
 from storage.models import Job
+from storage.reclaim import LONE_CRASHES
 from storage.records import ComparisonClaim, ComparisonRow
 from storage.session import Database
 from tests.unit.storage.acts import cancel, claim, flush, record, whole
@@ -83,6 +84,58 @@ def test_what_a_lost_worker_had_in_hand_lapses_unless_it_is_kept(database: Datab
     with database.write() as session:
         comparisons.keep_comparison(session, "job-1", -1.0)
     assert take(database) is not None
+
+
+def lose(database: Database, workers: int) -> None:
+    """Let so many workers take the comparison and never be heard of again."""
+    for _ in range(workers):
+        assert take(database, lease_s=-1.0) is not None
+
+
+def give_up(database: Database) -> list[str]:
+    with database.write() as session:
+        return comparisons.give_up_comparisons(session)
+
+
+def test_a_comparison_that_has_cost_two_workers_ends_with_an_error_for_each_request(database: Database) -> None:
+    finish(database, requests=3, compare_plain=2)
+    lose(database, LONE_CRASHES)
+    assert take(database) is None
+    assert give_up(database) == ["job-1"]
+    assert give_up(database) == []
+    with database.read() as session:
+        written = session.execute(text("SELECT worker_id, tokens, same_text, error_code FROM comparisons")).all()
+        numbers = queries.job_stats(session, "job-1").comparison
+    assert written == [("", 0, None, "poison")] * 2
+    assert numbers is not None
+    assert (numbers.done, numbers.requests, numbers.faults, numbers.error_code) == (True, 0, 0, "poison")
+    assert numbers.error_message is not None
+    assert "died twice" in numbers.error_message
+    told = view(database)
+    assert (told["requests"], told["given_up"], told["faults"], told["speedup"]) == (0, 2, 0, None)
+    write(database, row(0, 10.0, 20.0))
+    assert view(database)["requests"] == 0
+
+
+def test_a_comparison_that_is_being_tried_the_last_time_is_left_to_its_worker(database: Database) -> None:
+    finish(database)
+    lose(database, LONE_CRASHES - 1)
+    assert give_up(database) == []
+    assert take(database) is not None
+    assert give_up(database) == []
+    write(database, row(0, 10.0, 20.0))
+    assert give_up(database) == []
+    assert view(database)["given_up"] == 0
+
+
+def test_a_comparison_that_gives_way_is_taken_up_however_often_it_does(database: Database) -> None:
+    finish(database)
+    for _ in range(3 * LONE_CRASHES):
+        assert take(database) is not None
+        with database.write() as session:
+            comparisons.drop_comparison(session, "job-1")
+    lose(database, LONE_CRASHES)
+    assert take(database) is None
 
 
 def test_only_jobs_that_asked_and_are_done_and_can_be_read_are_compared(database: Database) -> None:

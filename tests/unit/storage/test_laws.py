@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from sqlalchemy import text
 
-from storage.models import Base
 from storage.records import Checkpoint, Claim, Progress, Refusal
 from storage.session import Database
-from tests.databases import make_empty
+from tests.databases import make_empty, open_sqlite
 from tests.unit.storage import acts
 
 WORKERS = st.sampled_from(["w1", "w2"])
@@ -108,16 +107,14 @@ class Record(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_the_laws_hold_after_every_act(request: pytest.FixtureRequest, kind: str, tmp_path: Path) -> None:
-    urls = (f"sqlite:///{tmp_path / str(number)}" for number in count())
+    paths = (tmp_path / str(number) for number in count())
 
     def empty() -> Database:
         if kind == "sqlite":
-            database = Database.open(next(urls))
-            Base.metadata.create_all(database.engine)
-            return database
-        url: str = request.getfixturevalue("postgresql_url")
-        make_empty(url)
-        return Database.open(url)
+            return open_sqlite(next(paths))
+        database: Database = request.getfixturevalue("postgresql")
+        make_empty(database.engine)
+        return database
 
     run_state_machine_as_test(lambda: Record(empty), settings=SETTINGS)  # type: ignore[arg-type]
 

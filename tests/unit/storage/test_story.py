@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import Phase, given, settings
@@ -8,10 +10,11 @@ from hypothesis import strategies as st
 from sqlalchemy import update
 
 from storage import story
-from storage.models import Base, Job, Request
+from storage.models import Job, Request
 from storage.records import Claim, NewRequest, Progress, Refusal
 from storage.session import Database
 from storage.story import Cursor, Page, Place
+from tests.databases import on_sqlite
 from tests.factories import a_request
 from tests.unit.storage.acts import cancel, claim, end_of, flush, going_on, record, tokens_of, whole
 
@@ -165,12 +168,8 @@ ACTS = st.lists(
 @settings(max_examples=40, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(acts=ACTS)
 def test_whatever_happens_between_reads_all_text_is_told_once(acts: list[tuple[str, int, int]]) -> None:
-    database = Database.open("sqlite://")
-    Base.metadata.create_all(database.engine)
-    try:
+    with TemporaryDirectory() as folder, on_sqlite(Path(folder)) as database:
         _read_while_written(database, acts)
-    finally:
-        database.dispose()
 
 
 def _read_while_written(database: Database, acts: list[tuple[str, int, int]]) -> None:

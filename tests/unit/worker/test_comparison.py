@@ -223,6 +223,17 @@ def test_a_worker_that_stops_leaves_its_comparison_to_the_next_at_once(database:
     assert {row.worker_id for row in compared(database)} == {"b"}
 
 
+def test_a_worker_that_meets_a_comparison_which_killed_two_others_has_nothing_to_do(database: Database) -> None:
+    submit(database, "one", "two", compare_plain=2)
+    for name in ("a", "b"):
+        run_until_it_compares(Worker(database, name))  # and never comes back
+        with database.write() as session:
+            session.execute(update(Job).values(comparing_until=0.0))
+    third = Worker(database, "c")
+    third.runner.turn(rung=True)
+    assert not third.runner.busy
+
+
 def test_a_request_that_can_no_longer_be_decoded_is_left_out(database: Database) -> None:
     submit(database, "one", "two", compare_plain=2)
     worker = Worker(database, "a")
