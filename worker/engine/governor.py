@@ -3,7 +3,8 @@
 budget -> [governor]. Per load class it keeps an account in tokens. A step that speculated pays in what it emitted minus
 what plain decoding would have emitted in the same time; every step pays in a two-hundredth of its tokens. While the
 account is overdrawn, steps are plain: the loss is bounded by that part, even if every prediction is wrong. The
-account is asked only whether it is overdrawn; it must be in credit by half a token before speculation comes back.
+account is asked only whether it is overdrawn; it must be in credit by half a token before speculation comes back. Drafts
+that have lately gained on average are not held back by a few slow moments of the machine.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from worker.engine.cost_model import load_class
 
 _ALLOWANCE = 0.005  # of all tokens may be lost by a way of drafting that does not pay; there are two at most
-_START = 5.0  # tokens of a new account, and what any holds at most: to find out what drafts are worth
+_START = 8.0  # tokens of a new account, and what any holds at most: to find out what drafts are worth
 _PURSE = 0.5  # tokens per sequence that it holds at most, if that is more: old luck must not pay for long losses
 _BACK = 0.5  # tokens that an overdrawn account must hold again
 _CLOSE = 0.1  # gain up to which it is worth knowing better what plain steps take
@@ -102,8 +103,10 @@ class Governor:
         account.rate += max(_RATE_WEIGHT, 1 / account.steps) * (tokens / (plain_steps * plain_ms) - account.rate)
         earned = tokens - sequences * plain_steps if speculated else 0.0
         if speculated:
-            account.gain += _RATE_WEIGHT * (earned / sequences - account.gain)
+            account.gain += max(_RATE_WEIGHT, 1 / account.tries) * (earned / sequences - account.gain)
         account.credit = min(account.credit + earned + _ALLOWANCE * tokens, max(_START, _PURSE * sequences))
+        if account.gain >= 0.0:
+            account.credit = max(account.credit, 0.0)
         account.overdrawn = account.credit < (_BACK if account.overdrawn else 0.0)
 
     def rest(self, sequences: int, tokens: int) -> None:
