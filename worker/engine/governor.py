@@ -3,8 +3,8 @@
 budget -> [governor]. Per load class it keeps an account in tokens. A step that speculated pays in what it emitted minus
 what plain decoding would have emitted in the same time; every step pays in a two-hundredth of its tokens. While the
 account is overdrawn, steps are plain: the loss is bounded by that part, even if every prediction is wrong. The
-account is asked only whether it is overdrawn; it must be in credit by half a token before speculation comes back. Drafts
-that have lately gained on average are not held back by a few slow moments of the machine.
+account is asked only whether it is overdrawn; it must be in credit by half a token before speculation comes back. What
+has lately gained on average is not held back by a few slow moments of the machine.
 """
 
 from __future__ import annotations
