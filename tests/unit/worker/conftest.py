@@ -2,6 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 import torch
 
+from storage.session import Database
+from tests.databases import on_sqlite
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    """An empty record."""
+    with on_sqlite(tmp_path) as database:
+        yield database

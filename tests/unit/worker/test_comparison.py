@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,12 +14,6 @@ from tests.databases import on_sqlite
 from tests.unit.worker.test_runner import Worker, submit, texts
 from worker import comparison
 from worker.engine.stats import StepResult
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    with on_sqlite(tmp_path) as database:
-        yield database
 
 
 @pytest.fixture(autouse=True)

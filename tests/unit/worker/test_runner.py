@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from jobs.logprobs import TokenLikelihoods
 from jobs.messages import CHAT_ENDPOINT, GenerationRequest, PartialEvent, SamplingParameters
-from storage import leases, schema, writes
+from storage import leases, writes
 from storage.models import DecodeStep, Job, Output, Partial, Request
 from storage.reclaim import reclaim
 from storage.records import NewJob, NewRequest
@@ -81,15 +80,6 @@ class Worker:
                 if not self.runner.busy:
                     return
         raise AssertionError(f"still busy after {turns} turns")
-
-
-@pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    url = f"sqlite:///{tmp_path / 'basic.sqlite3'}"
-    schema.upgrade(url)
-    opened = Database.open(url)
-    yield opened
-    opened.dispose()
 
 
 def submit(

@@ -6,11 +6,9 @@ from sqlalchemy import select
 
 from storage.models import DecodeStep, DraftTree, StepRank
 from storage.session import Database
-from tests.unit.worker.test_runner import Worker, database, submit
+from tests.unit.worker.test_runner import Worker, submit
 from worker.engine.stats import ShownTree
 from worker.trees import tree_row
-
-__all__ = ["database"]  # a fixture
 
 #        0
 #      1   2
