@@ -128,9 +128,17 @@ def test_what_was_learned_outlives_the_engine() -> None:
 class SlowTable(TableModel):
     """A target whose forward takes longer than any bookkeeping."""
 
+    forward_s = 2e-3
+
     def forward(self, segments: Seq[Segment]) -> torch.Tensor:
-        time.sleep(2e-3)
+        time.sleep(self.forward_s)
         return super().forward(segments)
+
+
+class VerySlowTable(SlowTable):
+    """One beside which a look for drafts is nothing, on a busy machine too."""
+
+    forward_s = 4e-2
 
 
 class LateReader:
@@ -174,9 +182,9 @@ def test_a_draft_that_never_earned_anything_is_tried_on_few_texts() -> None:
 
 def test_a_look_that_finds_nothing_is_no_attempt() -> None:
     """What only looks things up may look at every step: it costs nothing to speak of, so it is never held back."""
-    counting = SlowTable(lambda text: torch.eye(61)[2 + (len(text) ** 2 // 7) % 59])
-    some = sequences([[2, 3, 4, 5]], max_tokens=100)
-    found = decode(Engine(counting, Blank(), options(Mode.OPT_TREE), CostModel({1: 10.0, 64: 11.0})), some)
+    counting = VerySlowTable(lambda text: torch.eye(61)[2 + (len(text) ** 2 // 7) % 59])
+    some = sequences([[2, 3, 4, 5]], max_tokens=30)
+    found = decode(Engine(counting, Blank(), options(Mode.OPT_TREE), CostModel({1: 40.0, 64: 44.0})), some)
     decisions = [result.numbers.decision for result in found]
     assert Decision.GUARD not in decisions
     assert decisions.count(Decision.NOTHING) > len(decisions) / 2
