@@ -24,7 +24,7 @@ from storage.session import Database, write_connection
 from tests.conftest import free_port, start_redis, stop
 from tests.databases import on_postgresql, on_sqlite
 from tests.factories import a_key
-from tests.postgres import QUICK, Postgres
+from tests.postgres import Postgres
 from tests.unit.jobs.test_api import answer_all
 
 A_JOB = {"requests": ["Hello"], "max_tokens": 10}
@@ -57,7 +57,7 @@ def ask(api: TestClient) -> list[Any]:
 
 
 def test_a_database_that_stops_is_a_503_until_it_is_back(tmp_path: Path) -> None:
-    server = Postgres(**QUICK)
+    server = Postgres()  # it loses its power, so it must keep what it promised to
     server.start()
     try:
         with on_postgresql(server.create("pressure")) as database, shim(database, tmp_path) as api:
