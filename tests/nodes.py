@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,5 +120,7 @@ class Cluster:
 
     @cached_property
     def _database(self) -> Database:
-        """Stay connected: whoever looks often must not take the nodes' time for it."""
-        return Database.open(self.database_url)
+        """Stay connected while the cluster lives: whoever looks often must not take the nodes' time for it."""
+        database = Database.open(self.database_url)
+        weakref.finalize(self, database.dispose)
+        return database
