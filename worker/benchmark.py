@@ -200,7 +200,7 @@ def decode(
     whoever gives one.
     """
     if experience is None:
-        experience = Experience() if mode is Mode.PLAIN else assembly.beginning(make_drafter)
+        experience = assembly.beginning(make_drafter) if mode is Mode.OPT_TREE else Experience()
 
     def timed(batch: int) -> Timed:
         at_once = min(batch, assembly.options.max_sequences)

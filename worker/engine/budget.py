@@ -78,9 +78,6 @@ class PricedBudget:
         ms = costs.step_ms(rows + more, entries * (1.0 + more / rows))
         self._price: FloatArray = rate * (ms - ms[0])  # in tokens, of so many nodes
         self.floor = float((self._price[1:] / more[1:]).min())
-        self._before = self._promised = (
-            0.0  # what the best cut brought before the newest layer, which could add so much
-        )
 
     def frontier(self, forest: Forest, expanded: IntArray, layer: IntArray) -> IntArray:
         """Go on if the next layer is likely to earn its time, and only below nodes whose children can enter the cut."""

@@ -135,9 +135,8 @@ class Planner:
                 ledger.governor.rest(trees, tokens)
                 continue
             ledger.governor.settle(trees, tokens, step_ms, plain_ms, speculated=bool(plan.layers))
-            if (
-                plan.layers
-            ):  # what was read serves many steps: the account pays it, but it tells nothing of a step's worth
+            if plan.layers:
+                # What was read serves many steps: the account pays it, but it tells nothing of a step's worth.
                 earned = tokens - trees * (step_ms - plan.reading_ms) / plain_ms
                 ledger.drafts.observe_earned(earned / len(plan.layers[0].frontier))
 

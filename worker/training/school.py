@@ -135,11 +135,12 @@ def _texts(
     settings: WorkerSettings, recipe: Recipe, work: Path, prompts: Sequence[str], progress: Progress, say: Say
 ) -> list[Text]:
     file = work / _TEXTS
-    if not texts_of.complete(file, recipe):
+    if texts_of.complete(file, recipe):
+        texts = texts_of.read(file)
+    else:
         # The target writes in plain mode: no draft is needed to train one.
         assembly = assemble(settings.model_copy(update={"mode": "plain", "draft": SUFFIX}), say)
-        texts_of.write(assembly, recipe, file, prompts, progress.part("Writing", recipe.tokens))
-    texts = texts_of.read(file)
+        texts = texts_of.write(assembly, recipe, file, prompts, progress.part("Writing", recipe.tokens))
     if len(texts) <= recipe.held_out + recipe.rows:
         raise InvalidValue(
             f"{len(texts)} texts are too few: {recipe.held_out} are held out, and an update takes {recipe.rows}; "
