@@ -41,7 +41,7 @@ SHIPPED = "shipped"
 Texts = Sequence[Sequence[int]]
 MakeDraft = Callable[[Texts], Drafter]  # from what plain decoding wrote
 _RIGHT = 0.8  # of the tokens that the replay drafter offers
-_LEAST_PROMPTS = 4
+_LEAST_PROMPTS = 8
 _PEER_RUNS = 3  # of transformers, which takes longest
 
 

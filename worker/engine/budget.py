@@ -5,6 +5,8 @@ A budget is made for one step and asked layer by layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -22,7 +24,9 @@ _LEAST_GAIN = 0.03  # of a plain step's tokens: prices are not known so well tha
 class Budget(Protocol):
     """Decides which nodes are worth adding, which are expanded further, and which the target sees."""
 
-    floor: float  # a node of less value is not worth a row under any circumstances
+    @property
+    def floor(self) -> float:
+        """The value below which a node is not worth a row under any circumstances."""
 
     def frontier(self, forest: Forest, expanded: IntArray, layer: IntArray) -> IntArray:
         """Return the nodes to expand of the newest layer, which hangs below `expanded`; none ends the growth."""
@@ -67,23 +71,50 @@ class PricedBudget:
     """
 
     def __init__(
-        self, nodes: int, costs: CostModel, drafts: DraftCosts, rate: float, rows: int, entries: float, trees: int
+        self,
+        nodes: int,
+        costs: CostModel,
+        drafts: DraftCosts,
+        rate: Callable[[], float],
+        rows: int,
+        entries: float,
+        trees: int,
     ) -> None:
-        """Price a step that has `rows` rows attending to `entries` KV entries even without drafts, of `trees` trees."""
+        """Price a step that has `rows` rows attending to `entries` KV entries even without drafts, of `trees` trees.
+
+        Nothing is computed before something was drafted: many a look for drafts finds nothing.
+        """
         self._nodes = nodes
+        self._costs = costs
         self._drafts = drafts
-        self._rate = rate
-        self._least = _LEAST_GAIN * trees
-        more = _MORE[: min(_MOST, nodes * trees) + 1]
-        ms = costs.step_ms(rows + more, entries * (1.0 + more / rows))
-        self._price: FloatArray = rate * (ms - ms[0])  # in tokens, of so many nodes
-        self.floor = float((self._price[1:] / more[1:]).min())
+        self._asked_rate = rate
+        self._rows = rows
+        self._entries = entries
+        self._trees = trees
+
+    @property
+    def floor(self) -> float:
+        """The cheapest row's price."""
+        return float((self._price[1:] / _MORE[1 : len(self._price)]).min())
+
+    @cached_property
+    def _rate(self) -> float:
+        return self._asked_rate()
+
+    @cached_property
+    def _price(self) -> FloatArray:
+        """What so many nodes cost, in tokens."""
+        more = _MORE[: min(_MOST, self._nodes * self._trees) + 1]
+        ms = self._costs.step_ms(self._rows + more, self._entries * (1.0 + more / self._rows))
+        price: FloatArray = self._rate * (ms - ms[0])
+        return price
 
     def frontier(self, forest: Forest, expanded: IntArray, layer: IntArray) -> IntArray:
         """Go on if the next layer is likely to earn its time, and only below nodes whose children can enter the cut."""
         depth = int(forest.depth[expanded[0]])
         if not len(layer):
-            self._drafts.observe_share(depth, 0.0, float(forest.value[expanded].sum()))
+            if depth:  # nobody asks what roots' children are worth before they are drafted
+                self._drafts.observe_share(depth, 0.0, float(forest.value[expanded].sum()))
             return layer
         best = np.zeros(forest.size)
         np.maximum.at(best, forest.parent[layer], forest.value[layer])
@@ -130,7 +161,7 @@ class PricedBudget:
         kept[: len(forest.sequences)] = True
         ranked = self._ranked(forest)
         net = forest.value[ranked].cumsum() - self._price[1 : len(ranked) + 1]
-        if len(net) and net.max() > self._least:
+        if len(net) and net.max() > _LEAST_GAIN * self._trees:
             kept[ranked[: int(net.argmax()) + 1]] = True
         return kept
 

@@ -1,7 +1,7 @@
 """The governor: may this step speculate? It watches what speculation really earned, whatever the model predicts.
 
 budget -> [governor]. Per load class it keeps an account in tokens. A step that speculated pays in what it emitted minus
-what plain decoding would have emitted in the same time; every step pays in a two-hundredth of its tokens. While the
+what plain decoding would have emitted in the same time; every step pays in three thousandths of its tokens. While the
 account is overdrawn, steps are plain: the loss is bounded by that part, even if every prediction is wrong. The
 account is asked only whether it is overdrawn; it must be in credit by half a token before speculation comes back. What
 has lately gained on average is not held back by a few slow moments of the machine.
@@ -15,8 +15,8 @@ from typing import Any
 
 from worker.engine.cost_model import load_class
 
-_ALLOWANCE = 0.005  # of all tokens may be lost by a way of drafting that does not pay; there are two at most
-_START = 8.0  # tokens of a new account, and what any holds at most: to find out what drafts are worth
+_ALLOWANCE = 0.003  # of all tokens may be lost by a way of drafting that does not pay; there are two at most
+_START = 4.0  # tokens of a new account, and what any holds at most: to find out what drafts are worth
 _PURSE = 0.5  # tokens per sequence that it holds at most, if that is more: old luck must not pay for long losses
 _BACK = 0.5  # tokens that an overdrawn account must hold again
 _CLOSE = 0.1  # gain up to which it is worth knowing better what plain steps take
@@ -94,6 +94,10 @@ class Governor:
     def close(self, sequences: int) -> bool:
         """Return whether speculation and plain decoding are about equally fast: then a plain step costs nothing."""
         return self._account(sequences).gain < _CLOSE
+
+    def pays(self, sequences: int) -> bool:
+        """Return whether speculation has gained on average."""
+        return self._account(sequences).gain > 0.0
 
     def settle(self, sequences: int, tokens: int, step_ms: float, plain_ms: float, *, speculated: bool) -> None:
         """Book a served step; `speculated` if it spent time on drafts, verified or not."""

@@ -8,6 +8,7 @@ tree of the same problem: then nothing is drafted and the step is a plain one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -18,7 +19,7 @@ from worker.engine.cost_model import CostModel
 from worker.engine.draft_tree import Candidates, Forest
 from worker.engine.drafting import Drafter, Layer, as_offered, grow
 from worker.engine.experience import Experience, Ledger
-from worker.engine.governor import Decision
+from worker.engine.governor import Decision, Governor
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.rows import IntArray
 from worker.engine.scheduler import Batch
@@ -154,12 +155,18 @@ class Planner:
             return None, nobody, Decision.PROBE
         decision = Decision.GUARD
         for way in self._ways:
-            if not way.ledger.governor.overdrawn(trees):
+            if self._may(batch, way.ledger.governor):
                 roots = self._affordable(batch, way)
                 if len(roots):
                     return way, roots, Decision.TREE
                 decision = Decision.BEHIND
         return None, nobody, decision
+
+    @staticmethod
+    def _may(batch: Batch, governor: Governor) -> bool:
+        """Return whether a way of drafting may be used. Beside a prefill nothing is learned, so nothing is tried."""
+        trees = len(batch.decoding)
+        return governor.pays(trees) if batch.chunks else not governor.overdrawn(trees)
 
     def _probes(self, trees: int) -> bool:
         """Return whether the step is plain on purpose: the first of its kind, then one in so many.
@@ -175,7 +182,7 @@ class Planner:
         if self._options.mode is Mode.PAPER or self._costs is None:
             return PaperBudget(self._options.nodes, self._options.threshold)
         trees = len(batch.decoding)
-        rate, rows = self._rate(batch, self._costs, way), trees + batch.prefill_rows
+        rate, rows = partial(self._rate, batch, self._costs, way), trees + batch.prefill_rows
         return PricedBudget(self._options.nodes, self._costs, way.ledger.drafts, rate, rows, batch.entries, trees)
 
     def _rate(self, batch: Batch, costs: CostModel, way: _Way) -> float:

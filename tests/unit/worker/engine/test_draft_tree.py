@@ -160,7 +160,7 @@ def test_nodes_that_could_never_be_emitted_are_not_drafted() -> None:
 def priced(
     costs: CostModel, rate: float, trees: int, nodes: int = 60, drafts: DraftCosts | None = None
 ) -> PricedBudget:
-    return PricedBudget(nodes, costs, drafts or DraftCosts(), rate, rows=trees, entries=0.0, trees=trees)
+    return PricedBudget(nodes, costs, drafts or DraftCosts(), lambda: rate, rows=trees, entries=0.0, trees=trees)
 
 
 STAIRS = CostModel({1: 10.0, 4: 11.0, 8: 15.0, 16: 26.0, 64: 90.0})

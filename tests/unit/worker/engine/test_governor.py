@@ -88,7 +88,7 @@ def test_slow_moments_do_not_hold_back_what_gains_on_average() -> None:
 def test_one_slow_moment_of_the_machine_counts_as_no_more_than_two_and_a_half_steps() -> None:
     governor = Governor()
     governor.settle(1, 1, 5000.0, PLAIN_MS, speculated=True)
-    assert governor.as_json()["1"]["credit_tokens"] == pytest.approx(8.0 - 1.5, abs=0.01)
+    assert governor.as_json()["1"]["credit_tokens"] == pytest.approx(4.0 - 1.5, abs=0.01)
 
 
 def test_one_step_in_so_many_is_a_probe_where_drafts_pay() -> None:
@@ -196,5 +196,26 @@ class Blank(LateReader):
     def behind(self, sequence: Sequence) -> int:
         return 0
 
+    looks = 0
+
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
+        self.looks += 1
         return Candidates(np.zeros((len(frontier), 1), np.int64), np.zeros((len(frontier), 1)))
+
+
+def test_nothing_is_tried_beside_a_prefill() -> None:
+    """A step that reads prompts as well tells nothing of what drafts are worth; those known to pay go on."""
+    blank = Blank()
+    some = sequences([[2, 3, 4, 5], list(range(2, 50))], max_tokens=12)
+    chosen = options(Mode.OPT_TREE, prefill_rows=4)
+    never = TableModel(lambda text: torch.eye(61)[3 + len(text) % 5])
+    engine = Engine(never, blank, chosen, CostModel({1: 2.0}))
+    for sequence in some:
+        engine.add(sequence)
+    while any(sequence.cached < sequence.num_prompt - 1 for sequence in some):
+        beside = [r.numbers for r in engine.step()]
+        assert all(n.decision is not Decision.TREE and n.decision is not Decision.NOTHING for n in beside)
+    assert blank.looks == 0
+    while engine.busy:
+        engine.step()
+    assert blank.looks > 0
