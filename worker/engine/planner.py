@@ -166,7 +166,7 @@ class Planner:
     def _may(batch: Batch, governor: Governor) -> bool:
         """Return whether a way of drafting may be used. Beside a prefill nothing is learned, so nothing is tried."""
         trees = len(batch.decoding)
-        return governor.pays(trees) if batch.chunks else not governor.overdrawn(trees)
+        return not governor.overdrawn(trees) and (not batch.chunks or governor.pays(trees))
 
     def _probes(self, trees: int) -> bool:
         """Return whether the step is plain on purpose: the first of its kind, then one in so many.

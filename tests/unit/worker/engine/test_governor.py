@@ -193,10 +193,10 @@ def test_a_look_that_finds_nothing_is_no_attempt() -> None:
 class Blank(LateReader):
     """It never finds anything, at once."""
 
+    looks = 0
+
     def behind(self, sequence: Sequence) -> int:
         return 0
-
-    looks = 0
 
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
         self.looks += 1
@@ -204,7 +204,7 @@ class Blank(LateReader):
 
 
 def test_nothing_is_tried_beside_a_prefill() -> None:
-    """A step that reads prompts as well tells nothing of what drafts are worth; those known to pay go on."""
+    """A step that reads prompts as well tells nothing of what drafts are worth."""
     blank = Blank()
     some = sequences([[2, 3, 4, 5], list(range(2, 50))], max_tokens=12)
     chosen = options(Mode.OPT_TREE, prefill_rows=4)
@@ -219,3 +219,16 @@ def test_nothing_is_tried_beside_a_prefill() -> None:
     while engine.busy:
         engine.step()
     assert blank.looks > 0
+
+
+def test_drafts_that_pay_go_on_beside_a_prefill() -> None:
+    counting = SlowTable(lambda text: torch.eye(61)[2 + len(text) % 3])
+    first, late = sequences([[2, 3, 4, 2, 3, 4], [5, 6, 7] * 20], max_tokens=190)
+    engine = Engine(counting, SuffixDrafter(), options(Mode.OPT_TREE, prefill_rows=4), CostModel({1: 2.0, 64: 2.1}))
+    engine.add(first)
+    for _ in range(30):
+        engine.step()
+    engine.add(late)
+    beside = [r.numbers.decision for _ in range(10) for r in engine.step()]
+    assert not late.output_ids
+    assert Decision.TREE in beside
