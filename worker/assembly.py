@@ -25,7 +25,16 @@ from worker.engine.draft_costs import DraftTimes
 from worker.engine.drafting import Drafter
 from worker.engine.engine import Engine
 from worker.engine.experience import Experience
-from worker.engine.language_model import PackedModel, gather, kv_bytes, load, native_dtype, quicken, takes_blocks
+from worker.engine.language_model import (
+    LanguageModel,
+    PackedModel,
+    gather,
+    kv_bytes,
+    load,
+    native_dtype,
+    quicken,
+    takes_blocks,
+)
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.paged_attention import GPU_BLOCK
 from worker.engine.spread import Spread
@@ -68,15 +77,18 @@ class Assembly:
         options: EngineOptions | None = None,
         make_drafter: Callable[[], Drafter] | None = None,
         experience: Experience | None = None,
+        target: LanguageModel | None = None,
     ) -> Engine:
         """Return a fresh engine over the loaded models, with other options or drafts if they are given.
 
         What its own draft is worth is remembered from engine to engine; for another draft or mode give `experience`.
+        Two engines at a time each need a `target` of their own, say a part of the slots.
         """
         chosen = options or self.options
         drafter = None if chosen.mode is Mode.PLAIN else (make_drafter or self.make_drafter)()
         own = make_drafter is None and chosen.mode is self.options.mode
-        return Engine(self.target, drafter, chosen, self.costs, experience or (self.experience if own else None))
+        learned = experience or (self.experience if own else None)
+        return Engine(target or self.target, drafter, chosen, self.costs, learned)
 
 
 def assemble(settings: WorkerSettings, say: Say = lambda _: None) -> Assembly:

@@ -208,17 +208,7 @@ def decode(
         clock = _DraftClock()
         made = make_drafter or assembly.make_drafter
         engine = assembly.engine(options, lambda: _Clocked(made(), clock), experience)
-        sequences = [
-            EngineSequence(
-                key=i,
-                ids=list(prompt),
-                num_prompt=len(prompt),
-                max_tokens=max_tokens,
-                sampling=Sampling(temperature=temperature, key=noise_key(i, 0)),
-                eos_ids=assembly.codec.eos_ids,
-            )
-            for i, prompt in enumerate(prompts)
-        ]
+        sequences = fresh(assembly, prompts, max_tokens, temperature)
         steps, accepted = 0, 0
         expected = stepped_ms = verify_ms = 0.0
         started = perf_counter()
@@ -238,6 +228,23 @@ def decode(
         return Timed(tuple(tuple(s.output_ids) for s in sequences), seconds, steps, host_share, expected, accepted)
 
     return timed
+
+
+def fresh(
+    assembly: Assembly, prompts: Sequence[list[int]], max_tokens: int, temperature: float
+) -> list[EngineSequence]:
+    """Return sequences that begin with the prompts, each with noise of its own."""
+    return [
+        EngineSequence(
+            key=i,
+            ids=list(prompt),
+            num_prompt=len(prompt),
+            max_tokens=max_tokens,
+            sampling=Sampling(temperature=temperature, key=noise_key(i, 0)),
+            eos_ids=assembly.codec.eos_ids,
+        )
+        for i, prompt in enumerate(prompts)
+    ]
 
 
 class _DraftClock:

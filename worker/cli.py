@@ -193,14 +193,14 @@ def _grid(
     from worker import grid
 
     batches = batches or grid.BATCHES
-    settings = settings.model_copy(update={"max_sequences": max(batches)})
     with sentences():
         cells = grid.run(settings, prompts, batches, max_tokens, runs, say)
     if as_json:
         print(json.dumps({"target": settings.target, "results": [asdict(r) for c in cells for r in c.results()]}))
         return
     width = None if sys.stdout.isatty() else _LOG_WIDTH
-    Console(width=width).print(grid.table(f"{settings.target}, {max_tokens} tokens, medians of {runs} runs", cells))
+    title = f"{settings.target}, {max_tokens} tokens, medians of {runs} races or more"
+    Console(width=width).print(grid.table(title, cells))
 
 
 def _mute(_: Pieces) -> None:

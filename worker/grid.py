@@ -2,16 +2,16 @@
 
 `basic bench --grid` prints it. Four drafts stand for what may happen: `shipped` is the one that comes with the target,
 `suffix` what runs without a draft model, `random` a model of random weights that is wrong all the time and costs its
-forwards, `replay` one that knows the text, is right four times in five and costs nothing. In every run each mode is
-measured right behind plain decoding and compared with that, for machines change their speed; the medians of these
-ratios count. The paper's trees, slow where they don't pay, are measured once. A draft's experience goes through the
-whole grid, as it goes through the life of a worker.
+forwards, `replay` one that knows the text, is right four times in five and costs nothing. Each mode races against plain
+decoding, for machines change their speed; the median of the races counts, and short ones are run more often. The
+paper's trees, slow where they don't pay, are measured as often only where they come near. A draft's experience goes
+through the whole grid, as it goes through the life of a worker.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 
@@ -20,12 +20,13 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from worker.assembly import Assembly, Say, assemble
-from worker.benchmark import Result, Runner, decode, encode, load_peer, peer
+from worker.benchmark import Result, decode, encode, fresh, load_peer, peer
 from worker.drafters.model import ModelDrafter
 from worker.drafters.suffix import SuffixDrafter
 from worker.engine.attention import ATTENTION_NAME
 from worker.engine.draft_tree import Candidates, Forest
 from worker.engine.drafting import Drafter
+from worker.engine.engine import Engine
 from worker.engine.experience import Experience
 from worker.engine.language_model import PackedModel, quicken
 from worker.engine.options import Mode
@@ -33,6 +34,7 @@ from worker.engine.rows import IntArray
 from worker.engine.sampling import noise_key
 from worker.engine.sequence import Sequence as EngineSequence
 from worker.pull import resolve
+from worker.race import Lane, race
 from worker.settings import WorkerSettings
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -42,6 +44,8 @@ Texts = Sequence[Sequence[int]]
 MakeDraft = Callable[[Texts], Drafter]  # from what plain decoding wrote
 _RIGHT = 0.8  # of the tokens that the replay drafter offers
 _LEAST_PROMPTS = 8
+_CELL_S = 6.0  # seconds of plain decoding that the races of a cell take together, if the least number is not longer
+_NEAR = 0.9  # of our speed, from which on the paper's trees are looked at as closely
 _PEER_RUNS = 3  # of transformers, which takes longest
 
 
@@ -52,8 +56,8 @@ class Cell:
     batch: int
     temperature: float
     drafter: str
-    plain: float  # tokens per second, median of the runs
-    opt_tree: float  # times plain, median of the runs
+    plain: float  # tokens per second, median of the races
+    opt_tree: float  # times plain, median of the races
     paper: float  # times plain
     transformers: float | None  # its own greedy generate, padded, in tokens per second; None above temperature 0
     runs: int
@@ -71,8 +75,8 @@ class Cell:
 def run(
     settings: WorkerSettings, prompts: Sequence[str], batches: Sequence[int], max_tokens: int, runs: int, say: Say
 ) -> list[Cell]:
-    """Measure every cell."""
-    assembly = assemble(settings, say)
+    """Measure every cell, in `runs` races or more."""
+    assembly = assemble(settings.model_copy(update={"max_sequences": 2 * max(batches)}), say)  # two engines at a time
     texts = encode(assembly, prompts, max_tokens)
     drafts = _drafts(assembly)
     experiences = {name: assembly.beginning(partial(make, ())) for name, make in drafts.items()}
@@ -85,7 +89,7 @@ def run(
             peers = peer(transformers, assembly, some, max_tokens, temperature) if temperature == 0.0 else None
             theirs = median(peers(batch).rate for _ in range(min(runs, _PEER_RUNS))) if peers else None
             case = _Case(assembly, some, max_tokens, temperature, batch, drafts, experiences)
-            cells += case.measure(runs, theirs)
+            cells += case.measure(runs, theirs, say)
     return cells
 
 
@@ -113,35 +117,43 @@ class _Case:
         drafts: Mapping[str, MakeDraft],
         experiences: Mapping[str, Experience],
     ) -> None:
-        self._batch, self._temperature = batch, temperature
-        self._plain = decode(assembly, prompts, max_tokens, Mode.PLAIN, temperature)
-        known = self._plain(len(prompts)).token_ids
+        self._assembly, self._batch, self._temperature = assembly, batch, temperature
+        self._fresh = partial(fresh, assembly, prompts, max_tokens, temperature)
+        alone = decode(assembly, prompts, max_tokens, Mode.PLAIN, temperature)(batch)
+        self._tokens, self._seconds = alone.tokens, alone.seconds
+        self._makes = {name: partial(make, alone.token_ids) for name, make in drafts.items()}
+        self._experiences = experiences
+        self._plain: list[float] = []  # tokens per second
 
-        def runners(mode: Mode, of: Mapping[str, Experience]) -> dict[str, Runner]:
-            return {
-                name: decode(assembly, prompts, max_tokens, mode, temperature, partial(make, known), of.get(name))
-                for name, make in drafts.items()
-            }
-
-        self._ours, self._paper = runners(Mode.OPT_TREE, experiences), runners(Mode.PAPER, {})
-
-    def measure(self, runs: int, transformers: float | None) -> list[Cell]:
+    def measure(self, least: int, transformers: float | None, say: Say) -> list[Cell]:
         """Return a cell for every draft."""
-        plain: list[float] = []
-        ratios: dict[str, list[float]] = {name: [] for name in self._ours}
+        runs = max(least, round(_CELL_S / self._seconds))
+        return [self._cell(name, runs, transformers, say) for name in self._makes]
 
-        def against_plain(runner: Runner) -> float:
-            plain.append(self._plain(self._batch).rate)
-            return runner(self._batch).rate / plain[-1]
+    def _cell(self, name: str, runs: int, transformers: float | None, say: Say) -> Cell:
+        say(f"Batch {self._batch}, temperature {self._temperature:g}, {name}: {runs} runs")
+        ours = median(self._against_plain(Mode.OPT_TREE, name) for _ in range(runs))
+        paper = self._against_plain(Mode.PAPER, name)
+        if paper > _NEAR * ours:
+            paper = median([paper, *(self._against_plain(Mode.PAPER, name) for _ in range(runs - 1))])
+        plain = median(self._plain)
+        return Cell(self._batch, self._temperature, name, plain, ours, paper, transformers, runs)
 
-        for _ in range(runs):
-            for name, runner in self._ours.items():
-                ratios[name].append(against_plain(runner))
-        paper = {name: against_plain(runner) for name, runner in self._paper.items()}
-        return [
-            Cell(self._batch, self._temperature, name, median(plain), median(of), paper[name], transformers, runs)
-            for name, of in ratios.items()
-        ]
+    def _against_plain(self, mode: Mode, name: str) -> float:
+        """Return how many times as fast as plain decoding a mode is, in a race of both."""
+        one, other = (self._engine(mode, name, lane) for lane, mode in enumerate((mode, Mode.PLAIN)))
+        seconds, plain_seconds = race([one, other])
+        self._plain.append(self._tokens / plain_seconds)
+        return plain_seconds / seconds
+
+    def _engine(self, mode: Mode, name: str, lane: int) -> Engine:
+        options = replace(self._assembly.options, mode=mode, max_sequences=self._batch)
+        experience = self._experiences[name] if mode is Mode.OPT_TREE else Experience()
+        target = Lane(self._assembly.target, lane * self._batch, self._batch)
+        engine = self._assembly.engine(options, self._makes[name], experience, target)
+        for sequence in self._fresh():
+            engine.add(sequence)
+        return engine
 
 
 def _random_draft(assembly: Assembly) -> PackedModel:
