@@ -26,6 +26,7 @@ from worker.engine.language_model import KvStore, Plan, kv_store
 from worker.engine.layers import FusedNorm, fuse
 from worker.engine.linear import pack
 from worker.engine.native_network import NativeNetwork, rotary_table
+from worker.engine.options import MOST_NODES
 from worker.engine.paged_attention import PagedPlan, gpu_kernels_for
 from worker.engine.paged_kv import PagedKv
 from worker.engine.paged_rows import PagedRows
@@ -104,9 +105,11 @@ class PackedHead:
 
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Record the forwards that steps will replay, if this is how it runs."""
+        """Record the forwards that steps will replay, or make the room that they need, whichever way it runs."""
         if self._buckets is not None:
             self._buckets.prepare()
+        if self._native is not None:
+            self._native.prepare(MOST_NODES)
 
     @torch.inference_mode()
     def states(self, hidden: Tensor) -> Tensor:

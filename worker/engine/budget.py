@@ -14,10 +14,10 @@ import numpy as np
 from worker.engine.cost_model import CostModel
 from worker.engine.draft_costs import DraftCosts
 from worker.engine.draft_tree import FloatArray, Forest
+from worker.engine.options import MOST_NODES
 from worker.engine.rows import BoolArray, IntArray
 
-_MOST = 256  # draft nodes of a step at most
-_MORE = np.arange(_MOST + 1)
+_MORE = np.arange(MOST_NODES + 1)
 _LEAST_GAIN = 0.03  # of a plain step's tokens: prices are not known so well that a smaller gain is one
 
 
@@ -104,7 +104,7 @@ class PricedBudget:
     @cached_property
     def _price(self) -> FloatArray:
         """What so many nodes cost, in tokens."""
-        more = _MORE[: min(_MOST, self._nodes * self._trees) + 1]
+        more = _MORE[: min(MOST_NODES, self._nodes * self._trees) + 1]
         ms = self._costs.step_ms(self._rows + more, self._entries * (1.0 + more / self._rows))
         price: FloatArray = self._rate * (ms - ms[0])
         return price
@@ -119,7 +119,7 @@ class PricedBudget:
         best = np.zeros(forest.size)
         np.maximum.at(best, forest.parent[layer], forest.value[layer])
         self._drafts.observe_share(depth, float(best[expanded].sum()), float(forest.value[expanded].sum()))
-        if forest.size - len(forest.sequences) > min(self._nodes, _MOST):
+        if forest.size - len(forest.sequences) > min(self._nodes, MOST_NODES):
             layer = layer[self._within(forest)[layer]]
         values = forest.value[self._ranked(forest)]
         layer = layer[self._may_have_children(values, forest.value[layer])]

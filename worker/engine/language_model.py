@@ -27,6 +27,7 @@ from worker.engine.linear import pack
 from worker.engine.native_attention import NativePlan
 from worker.engine.native_kv import NativeKv
 from worker.engine.native_network import whole_network
+from worker.engine.options import MOST_NODES
 from worker.engine.paged_attention import GPU_BLOCK, PagedPlan, gpu_kernels_for, paged_plan
 from worker.engine.paged_kv import PagedKv
 from worker.engine.paged_rows import PagedRows
@@ -88,6 +89,7 @@ class PackedModel:
         refuse_inexact(config)
         self._model = model
         self._defined_ids = defined_ids
+        self._slots = slots
         self._store = kv_store(model, slots, capacity, native, paged, kv_tokens)
         self.hidden: HiddenStates | None = None
         if tapped:
@@ -127,9 +129,11 @@ class PackedModel:
 
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Record the forwards that steps will replay, if this is how the model runs."""
+        """Record the forwards that steps will replay, or make the room that they need, whichever way the model runs."""
         if self._buckets is not None:
             self._buckets.prepare()
+        if self._network is not None:
+            self._network.prepare(self._slots + MOST_NODES)
 
     @torch.inference_mode()
     def forward(self, segments: Sequence[Segment]) -> Tensor:

@@ -114,6 +114,19 @@ def test_a_prompt_read_in_chunks_leaves_the_same_bits(chunk: int) -> None:
     assert torch.equal(whole, pieces)
 
 
+def test_logits_that_somebody_holds_are_not_written_over_and_the_place_of_others_is_used_again() -> None:
+    model = quick("llama")
+    held = model.forward([chain(0, 0, TEXT[:9], keep_last=True)])
+    numbers, place = held.clone(), held.data_ptr()
+    part = held[:, :3]
+    del held
+    assert model.forward([chain(1, 0, TEXT[:5], keep_last=True)]).data_ptr() != place
+    assert torch.equal(part, numbers[:, :3])
+    del part
+    free = model.forward([chain(1, 0, TEXT[:5], keep_last=True)]).data_ptr()
+    assert model.forward([chain(1, 0, TEXT[:7], keep_last=True)]).data_ptr() == free
+
+
 def test_an_accepted_path_moves_down_in_all_layers() -> None:
     model = quick("llama")
     for slot in range(2):
