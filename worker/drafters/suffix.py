@@ -45,9 +45,9 @@ class SuffixDrafter:
         """Offer the continuations of the longest match of each node's text."""
         tokens = np.zeros((len(frontier), _WIDTH), np.int64)
         probabilities = np.zeros((len(frontier), _WIDTH))
-        for row, node in enumerate(frontier):
-            sequence = forest.sequences[forest.tree[node]]
-            trust, length, followers = self._match(sequence, self._text(sequence).end(forest.path(int(node))))
+        for row, (node, tree) in enumerate(zip(frontier.tolist(), forest.tree[frontier].tolist(), strict=True)):
+            sequence = forest.sequences[tree]
+            trust, length, followers = self._match(sequence, self._text(sequence), forest.path(node))
             if not length:
                 continue
             share = trust.of(length) / sum(followers.values())
@@ -65,7 +65,7 @@ class SuffixDrafter:
         sequence = forest.sequences[tree]
         text = self._text(sequence, behind=len(emitted))
         for token in emitted:
-            trust, length, followers = self._match(sequence, text.end())
+            trust, length, followers = self._match(sequence, text)
             if length:
                 trust.learn(length, held=token in followers)
             text.append(token)
@@ -81,9 +81,10 @@ class SuffixDrafter:
         if len(self._groups) > _GROUPS:
             self._groups.popitem(last=False)
 
-    def _match(self, sequence: Sequence, end: list[int]) -> tuple[_Trust, int, Followers]:
-        """Return the longest match of an end of text, and how matches of its kind are trusted; length 0 for none."""
-        length, followers = self._text(sequence).runs.match(end, longer_than=0)
+    def _match(self, sequence: Sequence, text: _Text, path: Seq[int] = ()) -> tuple[_Trust, int, Followers]:
+        """Return the longest match of a text's end with a draft path behind it, and whose trust it has; 0 for none."""
+        end = text.end(path)
+        length, followers = text.runs.match(end, longer_than=0)
         group = self._groups.get(sequence.group) if sequence.group is not None else None
         if group is not None:
             longer, found = group.match(end, longer_than=length)
@@ -143,12 +144,17 @@ class _Runs:
             self.note(ids[max(place - _LONGEST, 0) : place], ids[place])
 
     def match(self, end: Seq[int], *, longer_than: int) -> tuple[int, Followers]:
-        """Return (length, followers) of the longest run at an end of text; length 0 for none that is longer."""
-        for start in range(len(end) - longer_than):
-            followers = self._followers.get(tuple(end[start:]))
-            if followers:
-                return len(end) - start, followers
-        return 0, {}
+        """Return (length, followers) of the longest run at an end of text; length 0 for none that is longer.
+
+        The end of a run is one, so a run that is not there ends the search.
+        """
+        found: tuple[int, Followers] = (0, {})
+        for length in range(longer_than + 1, len(end) + 1):
+            followers = self._followers.get(tuple(end[-length:]))
+            if followers is None:
+                break
+            found = (length, followers)
+        return found
 
 
 class _Text:

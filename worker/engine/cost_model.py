@@ -7,7 +7,6 @@ now (a busy neighbour, a throttled clock), and a slow correction per size how fa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -87,4 +86,4 @@ class CostModel:
 
 def load_class(sequences: int) -> int:
     """Return which batches are alike enough to share what was learned: 1, 2, 3-4, 5-8, 9-16, …"""
-    return math.ceil(math.log2(max(sequences, 1)))
+    return max(sequences - 1, 0).bit_length()

@@ -4,7 +4,8 @@ budget -> [governor]. Per load class it keeps an account in tokens. A step that 
 what plain decoding would have emitted in the same time; every step pays in three thousandths of its tokens. While the
 account is overdrawn, steps are plain: the loss is bounded by that part, even if every prediction is wrong. The
 account is asked only whether it is overdrawn; it must be in credit by half a token before speculation comes back. What
-has lately gained on average is not held back by a few slow moments of the machine.
+has lately gained on average is not held back by a few slow moments of the machine, but glances that find nothing are
+booked as well: where drafts are rare, their gains must pay for looking.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class _Account:
     credit: float = _START  # tokens
     overdrawn: bool = False
     rate: float = 0.0  # tokens per millisecond, as served
+    speedup: float = 1.0  # of steps as served over plain ones
     steps: int = 0
     gain: float = 0.0  # of a step that speculated over a plain one, in parts of it
     tries: int = 0  # steps that speculated
@@ -83,9 +85,13 @@ class Governor:
         return self._account(sequences).overdrawn
 
     def rate(self, sequences: int, plain_ms: float) -> float:
-        """Return the tokens per millisecond that a token's worth is measured by: those of plain decoding, or better."""
-        account = self._account(sequences)
-        return max(account.rate, sequences / plain_ms)
+        """Return the tokens per millisecond that are the price of time: those of plain decoding, or as much better as
+        steps of this load have been, whatever their number of sequences."""
+        return sequences / plain_ms * max(self._account(sequences).speedup, 1.0)
+
+    def served(self, sequences: int) -> float:
+        """Return the tokens per millisecond of steps that were served, of whatever kind; 0 before the first."""
+        return self._account(sequences).rate
 
     def credit(self, sequences: int) -> float:
         """Return the tokens that may be spent on trying drafts."""
@@ -100,17 +106,19 @@ class Governor:
         return self._account(sequences).gain > 0.0
 
     def settle(self, sequences: int, tokens: int, step_ms: float, plain_ms: float, *, speculated: bool) -> None:
-        """Book a served step; `speculated` if it spent time on drafts, verified or not."""
+        """Book a served step; `speculated` if it spent more than a glance on drafts, verified or not."""
         account = self._account(sequences)
         plain_steps = account.plain_steps(step_ms, plain_ms, speculated)
         account.steps += 1
-        account.rate += max(_RATE_WEIGHT, 1 / account.steps) * (tokens / (plain_steps * plain_ms) - account.rate)
-        earned = tokens - sequences * plain_steps if speculated else 0.0
+        weight = max(_RATE_WEIGHT, 1 / account.steps)
+        account.rate += weight * (tokens / (plain_steps * plain_ms) - account.rate)
+        account.speedup += weight * (tokens / (sequences * plain_steps) - account.speedup)
+        earned = tokens - sequences * plain_steps  # of a plain step nothing
+        account.credit = min(account.credit + earned + _ALLOWANCE * tokens, max(_START, _PURSE * sequences))
         if speculated:
             account.gain += max(_RATE_WEIGHT, 1 / account.tries) * (earned / sequences - account.gain)
-        account.credit = min(account.credit + earned + _ALLOWANCE * tokens, max(_START, _PURSE * sequences))
-        if account.gain >= 0.0:
-            account.credit = max(account.credit, 0.0)
+            if account.gain >= 0.0:
+                account.credit = max(account.credit, 0.0)
         account.overdrawn = account.credit < (_BACK if account.overdrawn else 0.0)
 
     def rest(self, sequences: int, tokens: int) -> None:

@@ -27,7 +27,7 @@ from worker.engine.verifier import Accepted
 
 _CLOSER = 8  # times as many plain steps where the race is close
 _TRIAL = 0.25  # of the account may go into what drafters must read before they have earned anything
-_GLANCE = 0.02  # of a plain step that a layer takes at most which need not pay, if it finds nothing
+_GLANCE = 0.02  # of a step that a layer takes at most which need not pay, if it finds nothing
 _HORIZON = 32  # steps over which a draft that has caught up is expected to pay
 
 
@@ -37,6 +37,15 @@ class _Way:
 
     drafter: Drafter
     ledger: Ledger
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """How a step drafts, and for whom."""
+
+    way: _Way
+    roots: IntArray
+    behind: int  # committed tokens that the drafter must read for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +59,7 @@ class StepPlan:
     decision: Decision
     way: _Way | None = None  # how it was drafted
     reading_ms: float = 0.0  # that the drafter took to catch up, if it was far behind
+    look_ms: float = 0.0  # that a glance for drafts took which found nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +88,18 @@ class Planner:
 
     def plan(self, batch: Batch) -> StepPlan:
         """Decide what the decoding sequences of a batch show to the target."""
+        began = perf_counter()
         forest = Forest(batch.emitting, self._acceptance.worth if self._learned else 1.0)
-        way, roots, decision = self._choose(batch)
-        if way is None:
-            return StepPlan(forest, forest, forest.roots, [], decision)
+        start = self._start(batch)
+        if isinstance(start, Decision):
+            return StepPlan(forest, forest, forest.roots, [], start)
+        way = start.way
         budget = self._budget(batch, way)
-        layers, reading_ms = self._grow(forest, budget, roots, way)
+        layers, reading_ms = self._grow(forest, budget, start)
         if forest.size == len(forest.sequences):
-            if self._is_glance(batch, way):
-                return StepPlan(forest, forest, forest.roots, [], Decision.NOTHING)
+            if self._is_glance(len(batch.decoding), way):
+                look_ms = (perf_counter() - began) * 1e3
+                return StepPlan(forest, forest, forest.roots, [], Decision.NOTHING, way, look_ms=look_ms)
             return StepPlan(forest, forest, forest.roots, layers, Decision.NOTHING, way, reading_ms)
         cut = budget.cut(forest)
         shown = forest.pruned(cut)
@@ -116,15 +129,16 @@ class Planner:
     def _plain_ms(self, batch: Batch, plan: StepPlan, costs: CostModel, times: StepTimes, entries: float) -> float:
         """Return what the step, whose rows attended to `entries`, would have taken without drafts.
 
-        A plain step has just told.
+        A plain step has just told, or one with nothing but a glance for drafts.
         """
         trees, rows, pace = len(batch.decoding), plan.shown.size, self._experience.pace
         plain_ms = costs.measured_ms(trees, batch.entries)
         forward_ms = costs.measured_ms(rows, entries)
         moment = pace.observe_forward(rows, forward_ms, times.verify_ms)
         if not plan.layers:
-            pace.observe_plain(trees, plain_ms, times.step_ms)
-            return times.step_ms
+            step_ms = times.step_ms - plan.look_ms
+            pace.observe_plain(trees, plain_ms, step_ms)
+            return step_ms
         # A slow moment of the machine would have slowed a plain step as well: drafts are judged by its speed right now.
         return pace.plain_ms(trees, plain_ms) * moment
 
@@ -141,26 +155,27 @@ class Planner:
                 earned = tokens - trees * (step_ms - plan.reading_ms) / plain_ms
                 ledger.drafts.observe_earned(earned / len(plan.layers[0].frontier))
 
-    def _choose(self, batch: Batch) -> tuple[_Way | None, IntArray, Decision]:
+    def _start(self, batch: Batch) -> _Start | Decision:
         """Return how to draft and for which trees: the first way that may, or the reason why none does."""
-        trees, nobody = len(batch.decoding), np.empty(0, np.int64)
+        trees = len(batch.decoding)
         if not self._ways or batch.plain:
-            return None, nobody, Decision.OFF
+            return Decision.OFF
         if not trees:
-            return None, nobody, Decision.PREFILL
+            return Decision.PREFILL
         if self._options.mode is Mode.PAPER:
-            return self._ways[0], np.arange(trees), Decision.TREE
+            way = self._ways[0]
+            return _Start(way, np.arange(trees), sum(map(way.drafter.behind, batch.decoding)))
         self._experience.steps += 1
         if self._probes(trees):
-            return None, nobody, Decision.PROBE
+            return Decision.PROBE
         decision = Decision.GUARD
         for way in self._ways:
             if self._may(batch, way.ledger.governor):
-                roots = self._affordable(batch, way)
-                if len(roots):
-                    return way, roots, Decision.TREE
+                start = self._affordable(batch, way)
+                if start is not None:
+                    return start
                 decision = Decision.BEHIND
-        return None, nobody, decision
+        return decision
 
     @staticmethod
     def _may(batch: Batch, governor: Governor) -> bool:
@@ -188,21 +203,23 @@ class Planner:
     def _rate(self, batch: Batch, costs: CostModel, way: _Way) -> float:
         """Return the tokens per millisecond that are the price of time in a batch like this."""
         trees = len(batch.decoding)
-        return way.ledger.governor.rate(trees, float(costs.step_ms(trees, batch.entries)))
+        plain_ms = self._experience.pace.plain_ms(trees, costs.measured_ms(trees, batch.entries))
+        return way.ledger.governor.rate(trees, plain_ms)
 
-    def _affordable(self, batch: Batch, way: _Way) -> IntArray:
-        """Return the trees to draft for: all whose reading by the drafter can be paid, those least behind first.
+    def _affordable(self, batch: Batch, way: _Way) -> _Start | None:
+        """Return a start with the trees whose reading by the drafter can be paid, those least behind first.
 
         A drafter reads lazily, so one that was not asked for long, or not yet, must catch up. That is paid from a part
         of the account and from what its trees have lately earned: a draft that never earned anything is tried on few
         texts, and enough is left to see how it does there.
         """
         trees, drafts = len(batch.decoding), way.ledger.drafts
-        behind = np.array([way.drafter.behind(sequence) for sequence in batch.decoding], np.int64)
-        if self._costs is None or (behind <= self._options.max_depth).all():
-            return np.arange(trees)
+        behind = [way.drafter.behind(sequence) for sequence in batch.decoding]
+        if self._costs is None or max(behind) <= self._options.max_depth:
+            return _Start(way, np.arange(trees), sum(behind))
         order = np.argsort(behind, kind="stable")
-        price = (self._rate(batch, self._costs, way) * drafts.row_ms * behind[order]).cumsum()
+        reading = np.array(behind)[order].cumsum()
+        price = self._rate(batch, self._costs, way) * drafts.row_ms * reading
         expected = _HORIZON * max(drafts.earned, 0.0) * np.arange(1, trees + 1)
         credit = way.ledger.governor.credit(trees)
         count = int((price <= _TRIAL * credit + expected).sum())
@@ -210,23 +227,21 @@ class Planner:
             count = 1  # one is enough to learn what drafts are worth
         if not drafts.row_ms:
             count = 1  # and what reading costs
-        return np.sort(order[:count])
+        return _Start(way, np.sort(order[:count]), int(reading[count - 1])) if count else None
 
-    def _is_glance(self, batch: Batch, way: _Way) -> bool:
+    def _is_glance(self, trees: int, way: _Way) -> bool:
         """Return whether a look for drafts that found nothing took next to no time: then the step was a plain one."""
-        trees = len(batch.decoding)
         if self._costs is None or self._options.mode is Mode.PAPER:
             return False
-        return way.ledger.drafts.layer_ms(trees) < _GLANCE * float(self._costs.step_ms(trees, batch.entries))
+        return way.ledger.drafts.layer_ms(trees) * way.ledger.governor.served(trees) < _GLANCE * trees
 
-    def _grow(self, forest: Forest, budget: Budget, roots: IntArray, way: _Way) -> tuple[list[Layer], float]:
+    def _grow(self, forest: Forest, budget: Budget, start: _Start) -> tuple[list[Layer], float]:
         """Grow the trees; return what was offered, and the time that went into catching up."""
-        rows = sum(way.drafter.behind(forest.sequences[root]) for root in roots.tolist())
-        started = perf_counter()
+        started, way = perf_counter(), start.way
         valued = self._valued if self._learned else as_offered
-        layers = grow(forest, way.drafter, budget, self._options.max_depth, roots, valued)
+        layers = grow(forest, way.drafter, budget, self._options.max_depth, start.roots, valued)
         ms = (perf_counter() - started) * 1e3
-        return layers, way.ledger.drafts.observe_growth(rows, [len(layer.frontier) for layer in layers], ms)
+        return layers, way.ledger.drafts.observe_growth(start.behind, [len(layer.frontier) for layer in layers], ms)
 
     def _valued(self, forest: Forest, layer: Layer) -> Candidates:
         return self._acceptance.of(forest, layer.frontier, layer.offered)
