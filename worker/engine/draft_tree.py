@@ -63,9 +63,9 @@ class Forest:
         return np.array([not s.sampling.greedy for s in self.sequences], np.bool_)
 
     @cached_property
-    def _written_last(self) -> IntArray:
-        """Rank of each tree: the text that has most left to write comes first."""
-        return np.array([-s.remaining for s in self.sequences], np.int64)
+    def _left(self) -> IntArray:
+        """Tokens that the text of each tree may still get."""
+        return np.array([s.remaining for s in self.sequences], np.int64)
 
     def add_layer(self, frontier: IntArray, candidates: Candidates, floor: float = 0.0) -> IntArray:
         """Hang the candidates worth more than `floor` below the frontier; return the new nodes' numbers."""
@@ -86,7 +86,7 @@ class Forest:
         Ties go to the shallower, then to the text that has most left to write, for the last one to end alone is dear.
         """
         nodes = np.arange(len(self.sequences), self.size)
-        return nodes[np.lexsort((nodes, self._written_last[self.tree[nodes]], self.depth[nodes], -self.value[nodes]))]
+        return nodes[np.lexsort((nodes, -self._left[self.tree[nodes]], self.depth[nodes], -self.value[nodes]))]
 
     def best(self, per_tree: int) -> BoolArray:
         """Mark the `per_tree` best draft nodes of every tree, and the roots: the paper's T_opt (section 3)."""

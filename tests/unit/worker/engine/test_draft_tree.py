@@ -294,3 +294,14 @@ def test_siblings_are_ranked_by_value_and_counted() -> None:
 def test_roots_alone_have_no_siblings() -> None:
     rank, children = Forest(sequences(max_tokens=50)[:3]).siblings()
     assert rank.tolist() == children.tolist() == [0, 0, 0]
+
+
+def test_of_equal_nodes_those_of_the_text_with_most_left_come_first() -> None:
+    some = sequences(max_tokens=50)[:3]
+    for sequence, written in zip(some, (9, 2, 5), strict=True):
+        sequence.ids += [3] * written
+    forest = Forest(some)
+    grow(forest, TableDrafter(row=(0.5, 0.0, 0.0)), PaperBudget(2, -1.0), 2, np.arange(3))
+    ranked = forest.ranking()
+    assert forest.tree[ranked].tolist() == [1, 2, 0] * 2
+    assert forest.depth[ranked].tolist() == [1] * 3 + [2] * 3, "however much is left, a parent precedes its children"

@@ -83,6 +83,14 @@ def test_old_luck_does_not_pay_for_long_losses_and_better_times_are_noticed() ->
     assert tried > 200
 
 
+def test_the_price_of_time_follows_the_number_of_sequences_and_the_speedup() -> None:
+    governor = Governor()
+    assert governor.rate(8, PLAIN_MS) == 8 / PLAIN_MS
+    run(governor, 200, 8, 16, 12.0)
+    assert governor.rate(8, PLAIN_MS) == pytest.approx(16 / 12.0, rel=0.01)
+    assert governor.rate(5, PLAIN_MS) == pytest.approx(10 / 12.0, rel=0.01), "fewer write less in the same time"
+
+
 def test_load_classes_have_accounts_of_their_own() -> None:
     governor = Governor()
     run(governor, 200, 32, 32, 20.0)
