@@ -83,28 +83,30 @@ void best_rows(const float *scores, int64_t *out, double *probabilities, int64_t
     }
 }
 
-/* For each row of `scores` [rows, columns] the column with the most of score + noise, among those not below `floors`. */
-void draw_rows(const float *scores, const int64_t *keys, const float *floors, int64_t *out, int64_t rows,
-               int64_t columns) {
+/* For each of some rows of `logits`, at `places` and `stride` apart, the column with the most of logit / temperature +
+ * noise, among those not below `floors`. */
+void draw_rows(const float *logits, int64_t stride, const int64_t *places, const float *temperatures,
+               const int64_t *keys, const float *floors, int64_t *out, int64_t rows, int64_t columns) {
 #pragma omp parallel for schedule(static) if (rows > 1)
     for (int64_t row = 0; row < rows; row++) {
-        const float *score = scores + row * columns;
+        const float *logit = logits + places[row] * stride;
         uint64_t key = (uint64_t)keys[row];
-        float floor = floors[row];
-        int64_t best = first_of(score, columns, highest_of(score, columns));
-        double most = (double)score[best] + noise_of(bits_of(key, (uint64_t)best));
+        float floor = floors[row], temperature = temperatures[row];
+        int64_t best = first_of(logit, columns, highest_of(logit, columns));
+        double most = (double)(logit[best] / temperature) + noise_of(bits_of(key, (uint64_t)best));
         for (int64_t start = 0; start < columns; start += BLOCK) {
-            float bound[BLOCK];
+            float score[BLOCK], bound[BLOCK];
             int64_t count = columns - start < BLOCK ? columns - start : BLOCK;
             float highest = -INFINITY;
             for (int64_t i = 0; i < count; i++) {
-                bound[i] = score[start + i] + most_noise(bits_of(key, (uint64_t)(start + i)));
+                score[i] = logit[start + i] / temperature;
+                bound[i] = score[i] + most_noise(bits_of(key, (uint64_t)(start + i)));
                 highest = bound[i] > highest ? bound[i] : highest;
             }
             if ((double)highest < most) continue;
             for (int64_t i = 0; i < count; i++) {
-                if ((double)bound[i] < most || score[start + i] < floor) continue;
-                double sum = (double)score[start + i] + noise_of(bits_of(key, (uint64_t)(start + i)));
+                if ((double)bound[i] < most || score[i] < floor) continue;
+                double sum = (double)score[i] + noise_of(bits_of(key, (uint64_t)(start + i)));
                 if (sum > most || (sum == most && start + i < best)) most = sum, best = start + i;
             }
         }

@@ -30,6 +30,7 @@ class Experience:
     whole: Ledger = field(default_factory=Ledger)
     free: Ledger = field(default_factory=Ledger)
     steps: int = 0  # that might have had drafts
+    probed: int = 0  # which of them was the last that was plain on purpose
     pace: Pace = field(default_factory=Pace)
 
     @classmethod

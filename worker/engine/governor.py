@@ -20,7 +20,6 @@ _ALLOWANCE = 0.003  # of all tokens may be lost by a way of drafting that does n
 _START = 4.0  # tokens of a new account, and what any holds at most: to find out what drafts are worth
 _PURSE = 0.5  # tokens per sequence that it holds at most, if that is more: old luck must not pay for long losses
 _BACK = 0.5  # tokens that an overdrawn account must hold again
-_CLOSE = 0.1  # gain up to which it is worth knowing better what plain steps take
 _RATE_WEIGHT = 0.05  # of a step in the running rate
 _OUTLIER = 2.5  # a step's time counts as at most so many times what such a step usually takes
 
@@ -97,13 +96,9 @@ class Governor:
         """Return the tokens that may be spent on trying drafts."""
         return self._account(sequences).credit
 
-    def close(self, sequences: int) -> bool:
-        """Return whether speculation and plain decoding are about equally fast: then a plain step costs nothing."""
-        return self._account(sequences).gain < _CLOSE
-
-    def pays(self, sequences: int) -> bool:
-        """Return whether speculation has gained on average."""
-        return self._account(sequences).gain > 0.0
+    def gain(self, sequences: int) -> float:
+        """Return what steps that speculated have lately gained over plain ones, in parts of a plain step."""
+        return self._account(sequences).gain
 
     def settle(self, sequences: int, tokens: int, step_ms: float, plain_ms: float, *, speculated: bool) -> None:
         """Book a served step; `speculated` if it spent more than a glance on drafts, verified or not."""

@@ -29,7 +29,7 @@ class EngineOptions:
     threshold: float = 0.5  # delta of paper mode: a layer must add more expected acceptance than this
     max_depth: int = 10  # layers of one draft tree at most
     calibrated: bool = False  # paper mode: value nodes by learned acceptance, as opt-tree always does
-    probe_every: int = 64  # opt-tree: one step in so many runs plain, to keep the measured speed-up honest
+    probe_every: int = 64  # opt-tree: about one step in so many runs plain, to keep the measured speed-up honest
 
     @property
     def slot_tokens(self) -> int:

@@ -25,6 +25,7 @@ from worker.engine.rows import IntArray
 from worker.engine.scheduler import Batch
 from worker.engine.verifier import Accepted
 
+_CLOSE, _CLEAR = 0.1, 0.25  # gain of drafts up to which the race is close, and from which it is clear
 _CLOSER = 8  # times as many plain steps where the race is close
 _TRIAL = 0.25  # of the account may go into what drafters must read before they have earned anything
 _GLANCE = 0.02  # of a step that a layer takes at most which need not pay, if it finds nothing
@@ -181,17 +182,24 @@ class Planner:
     def _may(batch: Batch, governor: Governor) -> bool:
         """Return whether a way of drafting may be used. Beside a prefill nothing is learned, so nothing is tried."""
         trees = len(batch.decoding)
-        return not governor.overdrawn(trees) and (not batch.chunks or governor.pays(trees))
+        return not governor.overdrawn(trees) and (not batch.chunks or governor.gain(trees) > 0.0)
 
     def _probes(self, trees: int) -> bool:
-        """Return whether the step is plain on purpose: the first of its kind, then one in so many.
+        """Return whether the step is plain on purpose: the first of its kind, then one in so many."""
+        experience = self._experience
+        probes = experience.pace.unknown(trees) or experience.steps - experience.probed >= self._probe_every(trees)
+        if probes:
+            experience.probed = experience.steps
+        return probes
 
-        More where the race is close: there a plain step costs nothing, and the judgement is easily wrong.
+    def _probe_every(self, trees: int) -> int:
+        """Return one in how many steps is plain on purpose.
+
+        More where the race is close: there a plain step costs nothing, and the judgement is easily wrong. Fewer where
+        drafts gain much, for it costs what they gain.
         """
-        every = self._options.probe_every
-        if all(way.ledger.governor.close(trees) for way in self._ways):
-            every = max(every // _CLOSER, 2)
-        return self._experience.pace.unknown(trees) or self._experience.steps % every == every // 2
+        every, gain = self._options.probe_every, max(way.ledger.governor.gain(trees) for way in self._ways)
+        return max(every // _CLOSER, 2) if gain < _CLOSE else int(every * max(gain / _CLEAR, 1.0))
 
     def _budget(self, batch: Batch, way: _Way) -> Budget:
         if self._options.mode is Mode.PAPER or self._costs is None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from worker.engine.draws import draws
+from worker.engine.rows import IntArray
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
@@ -41,6 +43,11 @@ class Sampling:
     def greedy(self) -> bool:
         """True when the likeliest token is taken and no noise is drawn."""
         return self.temperature == 0.0
+
+    @property
+    def filtered(self) -> bool:
+        """True when some tokens may not be drawn."""
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
     @property
     def adjusted(self) -> bool:
@@ -86,8 +93,11 @@ def gumbel(keys: Tensor, tokens: Tensor) -> Tensor:
 
 def row_keys(samplings: Sequence[Sampling], positions: Sequence[int], device: torch.device) -> Tensor:
     """Return int64 keys [rows, 1]: one per row, from its sequence's key and the position of the token drawn there."""
-    keys = [_signed(_mix(s.key ^ _mix(p))) for s, p in zip(samplings, positions, strict=True)]
-    return torch.tensor(keys, dtype=torch.int64, device=device).unsqueeze(1)
+    return torch.tensor(_row_keys(samplings, positions), dtype=torch.int64, device=device).unsqueeze(1)
+
+
+def _row_keys(samplings: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
+    return [_signed(_mix(s.key ^ _mix(p))) for s, p in zip(samplings, positions, strict=True)]
 
 
 def process(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
@@ -143,21 +153,35 @@ def _top_p_floor(scores: Tensor, top_p: Tensor, first: int = _NUCLEUS) -> Tensor
     return ordered.gather(1, needed - 1)
 
 
-def draw(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> Tensor:
-    """Draw one token per row of `logits` [rows, vocab], each for the given position of its sequence; int64 [rows]."""
+def draw(
+    logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int], places: IntArray | None = None
+) -> list[int]:
+    """Draw one token at each of some rows of `logits` [n, vocab], each for the given position of its sequence.
+
+    The rows are those at `places` [rows], or all.
+    """
+    places = np.arange(len(logits)) if places is None else places
     sampled = [i for i, s in enumerate(samplings) if not s.greedy]
     if len(sampled) < len(samplings):
-        drawn = likeliest(logits)
-        if sampled:
-            drawn[sampled] = draw(logits[sampled], [samplings[i] for i in sampled], [positions[i] for i in sampled])
+        drawn: list[int] = likeliest(logits[_on_device(places, logits)]).tolist()
+        some = draw(logits, [samplings[i] for i in sampled], [positions[i] for i in sampled], places[sampled])
+        for i, token in zip(sampled, some, strict=True):
+            drawn[i] = token
         return drawn
-    keys = row_keys(samplings, positions, logits.device)
     compiled = draws(logits.device)
-    if compiled is not None:
-        scores = warmed(logits, samplings)
-        return compiled.draw(scores, keys, floors(scores, samplings))
-    tokens = torch.arange(logits.shape[-1], device=logits.device)
-    return gumbel(keys, tokens).add_(process(logits, samplings)).argmax(-1)
+    if compiled is None:
+        tokens, picked = torch.arange(logits.shape[-1], device=logits.device), logits[_on_device(places, logits)]
+        noise = gumbel(row_keys(samplings, positions, logits.device), tokens)
+        return noise.add_(process(picked, samplings)).argmax(-1).tolist()
+    keys = np.array(_row_keys(samplings, positions), np.int64)
+    if logits.dtype == torch.float32 and not any(s.filtered for s in samplings):
+        return compiled.draw(logits, places, [s.temperature for s in samplings], keys, None)
+    scores = warmed(logits[_on_device(places, logits)], samplings)
+    return compiled.draw(scores, np.arange(len(scores)), [1.0] * len(scores), keys, floors(scores, samplings))
+
+
+def _on_device(places: IntArray, like: Tensor) -> Tensor:
+    return torch.from_numpy(places).to(like.device)
 
 
 def likeliest(logits: Tensor) -> Tensor:

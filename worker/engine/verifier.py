@@ -77,7 +77,8 @@ class _Walk:
 def _draw_at(nodes: list[int], forest: Forest, logits: Tensor, rows: IntArray) -> list[int]:
     sequences = [forest.sequences[forest.tree[node]] for node in nodes]
     positions = [len(s.ids) + int(forest.depth[node]) for s, node in zip(sequences, nodes, strict=True)]
+    samplings = [s.sampling for s in sequences]
+    if not any(s.adjusted for s in samplings):
+        return draw(logits, samplings, positions, rows[nodes])
     picked = logits[torch.from_numpy(rows[nodes]).to(logits.device)]
-    picked = forest.adjusted(picked, np.array(nodes, np.int64))
-    draws: list[int] = draw(picked, [s.sampling for s in sequences], positions).tolist()
-    return draws
+    return draw(forest.adjusted(picked, np.array(nodes, np.int64)), samplings, positions)

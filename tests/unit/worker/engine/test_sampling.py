@@ -73,7 +73,7 @@ def test_draws_follow_the_processed_law(sampling: Sampling) -> None:
     rows = LOGITS.expand(DRAWS, -1)
     drawn = draw(rows, [sampling] * DRAWS, range(DRAWS))
     expected = by_transformers(sampling, LOGITS.unsqueeze(0))[0].double().numpy()
-    counts = np.bincount(drawn.numpy(), minlength=len(LOGITS))
+    counts = np.bincount(drawn, minlength=len(LOGITS))
     assert counts[expected == 0].sum() == 0
     possible = expected > 0
     law = expected[possible] / expected[possible].sum()
@@ -150,7 +150,21 @@ def test_compiled_draws_are_the_draws_of_torch(spread: float) -> None:
         positions = [position] * len(samplings)
         keys = row_keys(samplings, positions, logits.device)
         by_torch = gumbel(keys, torch.arange(3000)).add_(process(logits, samplings)).argmax(-1)
-        assert draw(logits, samplings, positions).tolist() == by_torch.tolist()
+        assert draw(logits, samplings, positions) == by_torch.tolist()
+
+
+def test_rows_are_drawn_where_they_lie() -> None:
+    """Of a view whose rows lie further apart than they are long, in any order, greedy and filtered ones among them."""
+    logits = torch.randn(9, 300, generator=torch.Generator().manual_seed(3))[:, :211]
+    some = [Sampling(), Sampling(temperature=0.7), Sampling(temperature=1.3), Sampling(temperature=0.7, top_k=5)]
+    places = np.array([7, 0, 3, 3])
+    for position in range(40):
+        samplings = [replace(s, key=noise_key(position, row)) for row, s in enumerate(some)]
+        for chosen in (slice(0, 4), slice(1, 3)):
+            here, positions = samplings[chosen], [position] * len(samplings[chosen])
+            alone = zip(places[chosen], here, strict=True)
+            copied = [draw(logits[[place]].clone(), [s], [position])[0] for place, s in alone]
+            assert draw(logits, here, positions, places[chosen]) == copied
 
 
 def test_rough_noise_is_the_noise_to_a_thousandth() -> None:
