@@ -92,7 +92,7 @@ class PricedBudget:
         self._entries = entries
         self._trees = trees
 
-    @property
+    @cached_property
     def floor(self) -> float:
         """The cheapest row's price."""
         return float((self._price[1:] / _MORE[1 : len(self._price)]).min())
@@ -121,12 +121,13 @@ class PricedBudget:
         self._drafts.observe_share(depth, float(best[expanded].sum()), float(forest.value[expanded].sum()))
         if forest.size - len(forest.sequences) > min(self._nodes, MOST_NODES):
             layer = layer[self._within(forest)[layer]]
-        values = forest.value[self._ranked(forest)]
-        layer = layer[self._may_have_children(values, forest.value[layer])]
+        values = self._values(forest)
+        now = self._best(values)
+        layer = layer[self._may_have_children(values, now, forest.value[layer])]
         if not len(layer):
             return layer
         children = self._drafts.share(depth + 1) * forest.value[layer]
-        gain = self._best(_descending(values, children)) - self._best(values)
+        gain = self._best(_descending(values, children)) - now
         return layer if gain > self._rate * self._drafts.layer_ms(len(layer)) else layer[:0]
 
     def _best(self, values: FloatArray) -> float:
@@ -134,26 +135,24 @@ class PricedBudget:
         values = values[: len(self._price) - 1]
         return float((values.cumsum() - self._price[1 : len(values) + 1]).max(initial=0.0))
 
-    def _may_have_children(self, values: FloatArray, parents: FloatArray) -> BoolArray:
-        """Return for parents with these values whether their children can enter the cut beside nodes with `values`.
+    def _may_have_children(self, values: FloatArray, now: float, parents: FloatArray) -> BoolArray:
+        """Return for parents whether their children can enter the cut beside nodes with `values`, which brings `now`.
 
-        No child is worth more than its parent. One of that worth may get in beside all others of its layer (where rows
-        come in flocks, they share the price) or alone (where rows get dearer, there is more room for it then).
+        No child is worth more than its parent. One of that worth may get in alone (where rows get dearer, there is more
+        room for it then) or beside all others of its layer (where rows come in flocks, they share the price).
         """
         room = len(self._price) - 1
-        everything = _descending(values, parents)[:room]
-        net = everything.cumsum() - self._price[1 : len(everything) + 1]
-        now = self._best(values)
-        beside = np.zeros(len(parents), np.bool_)
-        if net.max(initial=0.0) > now:
-            beside = parents >= everything[int(net.argmax())]
-        sums = np.concatenate([[0.0], values[:room].cumsum()])[:room]
+        sums = np.zeros(min(len(values), room - 1) + 1)
+        np.cumsum(values[: len(sums) - 1], out=sums[1:])
         with_one_more = np.maximum.accumulate((sums - self._price[1 : len(sums) + 1])[::-1])[::-1]
         rank = np.searchsorted(-values, -parents, side="right")  # a child stands behind its parent and all its equals
-        alone = np.zeros(len(parents), np.bool_)
-        fits = rank < len(with_one_more)
-        alone[fits] = with_one_more[rank[fits]] + parents[fits] > now
-        return beside | alone
+        alone = (rank < len(sums)) & (with_one_more[np.minimum(rank, len(sums) - 1)] + parents > now)
+        if alone.all():
+            return alone
+        everything = _descending(values, parents)[:room]
+        net = everything.cumsum() - self._price[1 : len(everything) + 1]
+        beside = parents >= everything[int(net.argmax())] if net.max() > now else alone
+        return alone | beside
 
     def cut(self, forest: Forest) -> BoolArray:
         """Return the best prefix of the ranking; maybe none of it."""
@@ -172,12 +171,19 @@ class PricedBudget:
             ranked = ranked[forest.best(self._nodes)[ranked]]
         return ranked[: len(self._price) - 1]
 
+    def _values(self, forest: Forest) -> FloatArray:
+        """Return the values of the draft nodes that the budget has room for, descending."""
+        drafted = forest.value[len(forest.sequences) :]
+        if len(drafted) > self._nodes:
+            return forest.value[self._ranked(forest)]
+        return _descending(drafted)
+
     def _within(self, forest: Forest) -> BoolArray:
         within = np.zeros(forest.size, np.bool_)
         within[self._ranked(forest)] = True
         return within
 
 
-def _descending(some: FloatArray, others: FloatArray) -> FloatArray:
+def _descending(*some: FloatArray) -> FloatArray:
     """Return all values, the best first."""
-    return np.sort(np.concatenate([some, others]))[::-1]
+    return np.sort(np.concatenate(some))[::-1]
