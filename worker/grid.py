@@ -132,12 +132,15 @@ class _Case:
 
     def _cell(self, name: str, runs: int, transformers: float | None, say: Say) -> Cell:
         say(f"Batch {self._batch}, temperature {self._temperature:g}, {name}: {runs} runs")
-        ours = median(self._against_plain(Mode.OPT_TREE, name) for _ in range(runs))
-        paper = self._against_plain(Mode.PAPER, name)
-        if paper > _NEAR * ours:
-            paper = median([paper, *(self._against_plain(Mode.PAPER, name) for _ in range(runs - 1))])
-        plain = median(self._plain)
-        return Cell(self._batch, self._temperature, name, plain, ours, paper, transformers, runs)
+        ours: list[float] = []
+        paper: list[float] = []
+        for _ in range(runs):
+            ours.append(self._against_plain(Mode.OPT_TREE, name))
+            if not paper or paper[0] > _NEAR * ours[0]:
+                paper.append(self._against_plain(Mode.PAPER, name))
+        return Cell(
+            self._batch, self._temperature, name, median(self._plain), median(ours), median(paper), transformers, runs
+        )
 
     def _against_plain(self, mode: Mode, name: str) -> float:
         """Return how many times as fast as plain decoding a mode is, in a race of both."""
