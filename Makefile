@@ -53,7 +53,7 @@ audit: setup ## Look for known holes in what constraints.txt pins; needs a reach
 	test -x .venv/audit/bin/pip-audit || { $(BIN)/python -m venv .venv/audit && .venv/audit/bin/pip install -q pip-audit; }
 	.venv/audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
-bench: model ## Measure decoding against transformers' generate, at every batch size, and the front door; half an hour
+bench: model ## Measure decoding against transformers' generate, at every batch size, and the front door; forty minutes
 	$(BIN)/basic bench --prompts $(BENCH_PROMPTS)
 	$(BIN)/basic bench --grid --prompts $(BENCH_PROMPTS) --max-tokens 48
 	$(BIN)/python -m jobs.benchmark

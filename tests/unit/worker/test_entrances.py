@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from typer.testing import CliRunner
 
 import worker
 from tests.models import byte_tokenizer, tiny
-from worker import benchmark
+from worker import benchmark, grid
+from worker.benchmark import OURS
 from worker.cli import commands
 from worker.generate import resident_assembly
 
@@ -147,6 +149,21 @@ def test_the_benchmark_measures_ours_and_transformers_on_the_same_tokens(tmp_pat
         *((mode, 2) for mode in modes.split(",") if mode != "transformers-prompt-lookup"),
     }
     assert all(r["same_text"] and r["tokens_per_s"] > 0 and r["runs"] == 1 for r in results)
+
+
+def test_the_grid_has_a_cell_for_every_batch_draft_and_temperature(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid, "_CELL_S", 0.0)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": PROMPT}) + "\n")
+    arguments = ["bench", "--grid", "--batch", "1,3", "--max-tokens", "4", "--runs", "1", "--json"]
+    done = CliRunner().invoke(commands, [*arguments, "--prompts", str(prompts)])
+    assert done.exit_code == 0, done.output
+    results = json.loads(done.stdout)["results"]
+    told = {(r["mode"], r["batch"], r["temperature"], r["drafter"]) for r in results}
+    assert told == set(product(OURS, (1, 3), (0.0, 1.0), ("replay", "random", "suffix")))
+    assert all(r["tokens_per_s"] > 0 for r in results)
 
 
 def test_a_prompt_file_that_is_no_jsonl_names_the_line(tmp_path: Path) -> None:
