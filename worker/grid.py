@@ -131,7 +131,7 @@ class _Case:
         return [self._cell(name, runs, transformers, say) for name in self._makes]
 
     def _cell(self, name: str, runs: int, transformers: float | None, say: Say) -> Cell:
-        say(f"Batch {self._batch}, temperature {self._temperature:g}, {name}: {runs} runs")
+        say(f"Batch {self._batch}, temperature {self._temperature:g}, {name}: {runs} races")
         ours: list[float] = []
         paper: list[float] = []
         for _ in range(runs):

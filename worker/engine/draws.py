@@ -6,7 +6,6 @@ verifier, sampling, ranking -> [draws] -> compiler.  Elsewhere, and without a C 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from worker.engine.compiler import library
-from worker.engine.kernels import address, bound
+from worker.engine.kernels import bound
 from worker.engine.rows import IntArray
 
 
@@ -45,19 +44,24 @@ class Draws:
         return places, probabilities
 
     def draw(
-        self, logits: Tensor, places: IntArray, temperatures: Sequence[float], keys: IntArray, floors: Tensor | None
-    ) -> list[int]:
-        """Return what is drawn from the rows of `logits` [n, vocab] at `places` [rows], with `keys` [rows].
+        self,
+        logits: Tensor,
+        temperatures: Tensor,
+        keys: Tensor,
+        floors: Tensor | None = None,
+        places: IntArray | None = None,
+    ) -> Tensor:
+        """Return what is drawn from the rows of `logits` [n, vocab] at `places` [rows], or from all, int64 [rows].
 
-        What is drawn over its temperature is not below `floors` [rows, 1], if there are any.
+        Temperatures, keys and floors have `rows` entries; no token is drawn that is over its temperature below a floor.
         """
-        lowest = np.full(len(places), -np.inf, np.float32) if floors is None else floors.flatten().numpy()
-        out = np.empty(len(places), np.int64)
-        parts = (np.ascontiguousarray(places), np.array(temperatures, np.float32), keys, lowest, out)
+        rows = torch.arange(len(logits)) if places is None else torch.from_numpy(np.ascontiguousarray(places))
+        floors = torch.full((len(rows),), -torch.inf) if floors is None else floors
+        out = torch.empty(len(rows), dtype=torch.int64)
         assert (logits.dtype, logits.stride(1)) == (torch.float32, 1)
-        self._draw_rows(logits.data_ptr(), logits.stride(0), *map(address, parts), len(places), logits.shape[1])
-        drawn: list[int] = out.tolist()
-        return drawn
+        parts = (part.data_ptr() for part in (rows, temperatures, keys, floors, out))
+        self._draw_rows(logits.data_ptr(), logits.stride(0), *parts, len(rows), logits.shape[1])
+        return out
 
     def add(self, scores: Tensor, keys: Tensor, tokens: Tensor) -> Tensor:
         """Return `scores` [rows, n] of `tokens` [n] with noise, which is right to about a thousandth."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,11 +92,8 @@ def gumbel(keys: Tensor, tokens: Tensor) -> Tensor:
 
 def row_keys(samplings: Sequence[Sampling], positions: Sequence[int], device: torch.device) -> Tensor:
     """Return int64 keys [rows, 1]: one per row, from its sequence's key and the position of the token drawn there."""
-    return torch.tensor(_row_keys(samplings, positions), dtype=torch.int64, device=device).unsqueeze(1)
-
-
-def _row_keys(samplings: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
-    return [_signed(_mix(s.key ^ _mix(p))) for s, p in zip(samplings, positions, strict=True)]
+    keys = [_signed(_mix(s.key ^ _mix(p))) for s, p in zip(samplings, positions, strict=True)]
+    return torch.tensor(keys, dtype=torch.int64, device=device).unsqueeze(1)
 
 
 def process(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
@@ -160,28 +156,32 @@ def draw(
 
     The rows are those at `places` [rows], or all.
     """
-    places = np.arange(len(logits)) if places is None else places
+    compiled = draws(logits.device)
+    if compiled is not None and logits.dtype == torch.float32 and not any(s.greedy or s.filtered for s in samplings):
+        temperatures, keys = (
+            _column([s.temperature for s in samplings], logits),
+            row_keys(samplings, positions, logits.device),
+        )
+        return compiled.draw(logits, temperatures, keys, places=places).tolist()
+    picked = logits if places is None else logits[torch.from_numpy(places).to(logits.device)]
+    return _drawn(picked, samplings, positions).tolist()
+
+
+def _drawn(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> Tensor:
+    """Return what is drawn from each row of `logits` [rows, vocab], whatever the samplings, int64 [rows]."""
     sampled = [i for i, s in enumerate(samplings) if not s.greedy]
     if len(sampled) < len(samplings):
-        drawn: list[int] = likeliest(logits[_on_device(places, logits)]).tolist()
-        some = draw(logits, [samplings[i] for i in sampled], [positions[i] for i in sampled], places[sampled])
-        for i, token in zip(sampled, some, strict=True):
-            drawn[i] = token
+        drawn = likeliest(logits)
+        if sampled:
+            drawn[sampled] = _drawn(logits[sampled], [samplings[i] for i in sampled], [positions[i] for i in sampled])
         return drawn
+    keys = row_keys(samplings, positions, logits.device)
     compiled = draws(logits.device)
-    if compiled is None:
-        tokens, picked = torch.arange(logits.shape[-1], device=logits.device), logits[_on_device(places, logits)]
-        noise = gumbel(row_keys(samplings, positions, logits.device), tokens)
-        return noise.add_(process(picked, samplings)).argmax(-1).tolist()
-    keys = np.array(_row_keys(samplings, positions), np.int64)
-    if logits.dtype == torch.float32 and not any(s.filtered for s in samplings):
-        return compiled.draw(logits, places, [s.temperature for s in samplings], keys, None)
-    scores = warmed(logits[_on_device(places, logits)], samplings)
-    return compiled.draw(scores, np.arange(len(scores)), [1.0] * len(scores), keys, floors(scores, samplings))
-
-
-def _on_device(places: IntArray, like: Tensor) -> Tensor:
-    return torch.from_numpy(places).to(like.device)
+    if compiled is not None:
+        scores = warmed(logits, samplings)
+        return compiled.draw(scores, torch.ones(len(scores)), keys, floors(scores, samplings))
+    tokens = torch.arange(logits.shape[-1], device=logits.device)
+    return gumbel(keys, tokens).add_(process(logits, samplings)).argmax(-1)
 
 
 def likeliest(logits: Tensor) -> Tensor:
