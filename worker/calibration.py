@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
@@ -47,11 +48,17 @@ def calibrate(target: LanguageModel, capacity: int, key: Sequence[object], folde
     return _kept(folder, key, CostModel.from_json, lambda: measure(target, capacity), CostModel.as_json)
 
 
-def calibrate_drafts(drafter: Drafter, slots: int, capacity: int, key: Sequence[object], folder: Path) -> DraftTimes:
-    """Return the times of a drafter with so many KV slots of `capacity` entries; kept like those of the target."""
-    return _kept(
-        folder, key, DraftTimes.from_json, lambda: measure_drafts(drafter, slots, capacity), DraftTimes.as_json
-    )
+def calibrate_drafts(
+    drafter: Drafter,
+    slots: int,
+    capacity: int,
+    key: Sequence[object],
+    folder: Path,
+    clock: Callable[[], float] = perf_counter,
+) -> DraftTimes:
+    """Return the times of a drafter with `slots` KV slots of `capacity` entries; kept like those of the target."""
+    measured = partial(measure_drafts, drafter, slots, capacity, clock)
+    return _kept(folder, key, DraftTimes.from_json, measured, DraftTimes.as_json)
 
 
 def _kept(
@@ -100,16 +107,21 @@ def _tree_rows(rows: int, context: int) -> Segment:
     return Segment(0, context, context, np.zeros(rows, np.int64), at, np.eye(rows, dtype=np.bool_), np.arange(rows))
 
 
-def measure_drafts(drafter: Drafter, slots: int, capacity: int) -> DraftTimes:
-    """Measure layers, and the reading before the first of them, each as the fastest of a few rounds."""
+def measure_drafts(
+    drafter: Drafter, slots: int, capacity: int, clock: Callable[[], float] = perf_counter
+) -> DraftTimes:
+    """Measure layers, and the reading before the first of them, each as the fastest of a few rounds.
+
+    `clock` returns seconds.
+    """
     length = min(_TEXT_TOKENS, capacity // 4)
     layer_ms = {count: float("inf") for count in _TEXTS if count <= slots}
     row_ms = float("inf")
     for _ in range(_ROUNDS):
         for count in layer_ms:
             texts = [_text(slot, length) for slot in range(count)]
-            reading_ms = _layer_ms(drafter, texts)
-            usual_ms = _layer_ms(drafter, texts)
+            reading_ms = _layer_ms(drafter, texts, clock)
+            usual_ms = _layer_ms(drafter, texts, clock)
             for text in texts:
                 drafter.drop(text)
             layer_ms[count] = min(layer_ms[count], usual_ms)
@@ -123,12 +135,12 @@ def _text(slot: int, length: int) -> Text:
     return Text(key=slot, ids=ids, num_prompt=length, max_tokens=length, sampling=Sampling(), slot=slot)
 
 
-def _layer_ms(drafter: Drafter, texts: list[Text]) -> float:
+def _layer_ms(drafter: Drafter, texts: list[Text], clock: Callable[[], float]) -> float:
     """Draft a layer for every text, and let one token be written behind it."""
     forest = Forest(texts)
-    started = perf_counter()
+    started = clock()
     drafter.expand(forest, forest.roots)
-    ms = (perf_counter() - started) * 1e3
+    ms = (clock() - started) * 1e3
     for tree, text in enumerate(texts):
         text.ids.append((text.ids[-1] + 1) % _WORDS)
         drafter.keep(forest, tree, forest.roots[:0], text.ids[-1:])

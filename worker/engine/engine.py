@@ -6,7 +6,7 @@ truth that tests compare with and the baseline that benchmarks measure.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable
+from collections.abc import Callable, Collection, Hashable
 from time import perf_counter
 from typing import Any
 
@@ -37,17 +37,21 @@ class Engine:
         options: EngineOptions,
         costs: CostModel | None = None,
         experience: Experience | None = None,
+        *,
+        clock: Callable[[], float] = perf_counter,
     ) -> None:
         """Build an engine. Opt-tree mode needs `costs`, and a drafter is of no use in plain mode.
 
-        It goes on learning where `experience`, of an earlier engine with such a drafter, stopped.
+        Learning continues from `experience`, that of an earlier engine with such a drafter. `clock` returns seconds;
+        every time that the engine measures is read from it.
         """
         assert options.mode is not Mode.OPT_TREE or costs is not None, "opt-tree mode prices trees with a cost model"
         self._target = target
         self._drafter = None if options.mode is Mode.PLAIN else drafter
         self._options = options
         self._experience = experience or Experience()
-        self._planner = Planner(options, self._drafter, costs, self._experience)
+        self._clock = clock
+        self._planner = Planner(options, self._drafter, costs, self._experience, clock)
         self._scheduler = Scheduler(options)
         target.clear()  # of an earlier engine's texts
         self._late_ms = 0.0  # of the step before, behind its last look at the clock
@@ -93,7 +97,7 @@ class Engine:
 
         It is a step of all sequences or of `only` those with these keys; a `plain` one does without drafts.
         """
-        clock = _Clock(self._late_ms)
+        timer = _StepTimer(self._clock, self._late_ms)
         batch = self._scheduler.next_batch(only, plain=plain)
         if batch.empty:
             return []
@@ -102,17 +106,17 @@ class Engine:
         for share in batch.shares:
             self._target.share(share.source, share.target, share.length)
         plan = self._planner.plan(batch)
-        clock.drafted()
+        timer.drafted()
         segments, rows = batch.pack(plan.shown)
         logits = self._target.forward(segments)
         accepted = walk(plan.shown, logits, rows)
-        clock.verified()
+        timer.verified()
         kept = [self._emit(plan.shown, tree, accepted[tree]) for tree in range(len(plan.shown.sequences))]
         told = tell(plan.shown, logits, rows, accepted, kept)
         self._keep(plan, accepted, kept)
-        results = self._number(batch, plan, accepted, kept, told, clock)
+        results = self._number(batch, plan, accepted, kept, told, timer)
         self._drop_finished()
-        self._late_ms = clock.late_ms()
+        self._late_ms = timer.late_ms()
         return results
 
     @staticmethod
@@ -140,10 +144,10 @@ class Engine:
         accepted: list[Accepted],
         kept: list[list[int]],
         told: list[Told],
-        clock: _Clock,
+        timer: _StepTimer,
     ) -> list[StepResult]:
-        step_ms = clock.step_ms()
-        times = StepTimes(clock.verify_ms, step_ms)
+        step_ms = timer.step_ms()
+        times = StepTimes(timer.verify_ms, step_ms)
         plain_step_ms = self._planner.learn(batch, plan, accepted, sum(map(len, kept)), times)
         shown = plan.shown
         trees = len(shown.sequences)
@@ -161,8 +165,8 @@ class Engine:
                 accepted_tokens=min(len(accepted[tree].path), len(kept[tree])),
                 emitted_tokens=len(kept[tree]),
                 expected_accepted=float(expected[tree]),
-                draft_ms=clock.draft_ms,
-                verify_ms=clock.verify_ms,
+                draft_ms=timer.draft_ms,
+                verify_ms=timer.verify_ms,
                 step_ms=step_ms + sequence.prefill_ms,
                 batch_sequences=trees,
                 drafter=plan.way.drafter.name if plan.way and nodes[tree] else None,
@@ -208,11 +212,12 @@ def _shown_tree(shown: Forest, tree: int, accepted: Accepted) -> ShownTree:
     )
 
 
-class _Clock:
+class _StepTimer:
     """Wall times of one step, in milliseconds. What the step before did after its last look belongs to this one."""
 
-    def __init__(self, late_ms: float) -> None:
-        self._started = self._last = perf_counter()
+    def __init__(self, clock: Callable[[], float], late_ms: float) -> None:
+        self._clock = clock
+        self._started = self._last = clock()
         self._late_ms = late_ms
         self._step_ms = 0.0
         self.draft_ms = 0.0
@@ -225,13 +230,13 @@ class _Clock:
         self.verify_ms = self._lap()
 
     def step_ms(self) -> float:
-        self._step_ms = (perf_counter() - self._started) * 1e3
+        self._step_ms = (self._clock() - self._started) * 1e3
         return self._late_ms + self._step_ms
 
     def late_ms(self) -> float:
-        return (perf_counter() - self._started) * 1e3 - self._step_ms
+        return (self._clock() - self._started) * 1e3 - self._step_ms
 
     def _lap(self) -> float:
-        now = perf_counter()
+        now = self._clock()
         lap, self._last = (now - self._last) * 1e3, now
         return lap

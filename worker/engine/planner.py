@@ -7,6 +7,7 @@ tree of the same problem: then nothing is drafted and the step is a plain one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -75,10 +76,16 @@ class Planner:
     """Plans the steps of one engine and learns from them."""
 
     def __init__(
-        self, options: EngineOptions, drafter: Drafter | None, costs: CostModel | None, experience: Experience
+        self,
+        options: EngineOptions,
+        drafter: Drafter | None,
+        costs: CostModel | None,
+        experience: Experience,
+        clock: Callable[[], float] = perf_counter,
     ) -> None:
-        """Plan with `drafter` as `options.mode` says; opt-tree mode needs `costs`."""
+        """Plan with `drafter` as `options.mode` says; opt-tree mode needs `costs`. `clock` returns seconds."""
         self._options = options
+        self._clock = clock
         self._costs = costs
         self._experience = experience
         self._acceptance = experience.acceptance
@@ -89,7 +96,7 @@ class Planner:
 
     def plan(self, batch: Batch) -> StepPlan:
         """Decide what the decoding sequences of a batch show to the target."""
-        began = perf_counter()
+        began = self._clock()
         forest = Forest(batch.emitting, self._acceptance.worth if self._learned else 1.0)
         start = self._start(batch)
         if isinstance(start, Decision):
@@ -99,7 +106,7 @@ class Planner:
         layers, reading_ms = self._grow(forest, budget, start)
         if forest.size == len(forest.sequences):
             if self._is_glance(len(batch.decoding), way):
-                look_ms = (perf_counter() - began) * 1e3
+                look_ms = (self._clock() - began) * 1e3
                 return StepPlan(forest, forest, forest.roots, [], Decision.NOTHING, way, look_ms=look_ms)
             return StepPlan(forest, forest, forest.roots, layers, Decision.NOTHING, way, reading_ms)
         cut = budget.cut(forest)
@@ -245,10 +252,10 @@ class Planner:
 
     def _grow(self, forest: Forest, budget: Budget, start: _Start) -> tuple[list[Layer], float]:
         """Grow the trees; return what was offered, and the time that went into catching up."""
-        started, way = perf_counter(), start.way
+        started, way = self._clock(), start.way
         valued = self._valued if self._learned else as_offered
         layers = grow(forest, way.drafter, budget, self._options.max_depth, start.roots, valued)
-        ms = (perf_counter() - started) * 1e3
+        ms = (self._clock() - started) * 1e3
         return layers, way.ledger.drafts.observe_growth(start.behind, [len(layer.frontier) for layer in layers], ms)
 
     def _valued(self, forest: Forest, layer: Layer) -> Candidates:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.clock import Clock
 from worker.calibration import calibrate_drafts, measure_drafts
 from worker.drafters.suffix import SuffixDrafter
 from worker.engine.draft_costs import DraftCosts, DraftTimes
@@ -24,7 +24,8 @@ class Timed:
     name = "timed"
     free = None
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
         self.read: dict[int, int] = {}
         self.held: set[int] = set()
 
@@ -35,7 +36,7 @@ class Timed:
         rows = sum(self.behind(forest.sequences[root]) for root in frontier)
         self.held |= {id(forest.sequences[root]) for root in frontier}
         self.read |= {id(forest.sequences[root]): len(forest.sequences[root].ids) for root in frontier}
-        time.sleep(_LAYER_S + (rows * _ROW_S if rows > len(frontier) else 0.0))
+        self.clock.advance(_LAYER_S + (rows * _ROW_S if rows > len(frontier) else 0.0))
         return Candidates(np.zeros((len(frontier), 1), np.int64), np.zeros((len(frontier), 1)))
 
     def keep(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
@@ -47,18 +48,19 @@ class Timed:
 
 
 def test_layers_and_the_reading_before_them_are_told_apart() -> None:
-    drafter = Timed()
-    times = measure_drafts(drafter, slots=4, capacity=200)
-    assert sorted(times.layer_ms) == [1, 2, 4]
-    assert all(_LAYER_S * 1e3 <= ms < 2 * _LAYER_S * 1e3 for ms in times.layer_ms.values())
-    assert times.row_ms == pytest.approx(_ROW_S * 1e3, rel=0.5)
+    drafter = Timed(Clock())
+    times = measure_drafts(drafter, slots=4, capacity=200, clock=drafter.clock)
+    assert times.layer_ms == pytest.approx({1: _LAYER_S * 1e3, 2: _LAYER_S * 1e3, 4: _LAYER_S * 1e3})
+    assert times.row_ms == pytest.approx(_ROW_S * 1e3)
     assert not drafter.held, "and what was drafted for is forgotten"
 
 
 def test_what_was_measured_is_kept_by_its_key(tmp_path: Path) -> None:
     first = calibrate_drafts(SuffixDrafter(), 8, 200, ("one",), tmp_path)
-    assert calibrate_drafts(Timed(), 8, 200, ("one",), tmp_path).as_json() == first.as_json()
-    assert calibrate_drafts(Timed(), 8, 200, ("other",), tmp_path).layer_ms[1] > first.layer_ms[1]
+    other = Timed(Clock())
+    assert calibrate_drafts(other, 8, 200, ("one",), tmp_path, other.clock).as_json() == first.as_json()
+    measured = calibrate_drafts(other, 8, 200, ("other",), tmp_path, other.clock)
+    assert measured.layer_ms[1] == pytest.approx(_LAYER_S * 1e3)
 
 
 def test_a_drafter_is_priced_by_what_was_measured_before_its_first_layer() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from storage.models import DecodeStep, Job, Output, Partial, Request
 from storage.reclaim import reclaim
 from storage.records import NewJob, NewRequest
 from storage.session import Database
+from tests.clock import Clock
 from tests.models import TableModel, byte_tokenizer
 from tests.unit.worker.engine.harness import FLAT_COSTS
 from worker.drafters.suffix import SuffixDrafter
@@ -484,20 +486,22 @@ def test_a_worker_whose_requests_all_end_at_once_does_not_rest_before_those_that
 def test_looks_for_more_work_take_a_small_part_of_the_time_of_those_who_decode(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looks: list[float] = []
+    clock, claim_s, turn_s = Clock(), 0.02, 0.005
+    claimed_at: list[float] = []
     real = leases.claim
 
     def slow_claim(*arguments: Any, **named: Any) -> Any:
-        looks.append(time.monotonic())
-        time.sleep(0.02)
+        claimed_at.append(clock())
+        clock.advance(claim_s)
         return real(*arguments, **named)
 
     monkeypatch.setattr(leases, "claim", slow_claim)
+    monkeypatch.setattr("worker.runner.time", SimpleNamespace(monotonic=clock, time=time.time))
     submit(database, "long", max_tokens=150)
     submit(database, *map(str, range(30)), job_id="batch_2", max_tokens=3)
     worker = Worker(database, "a")
     worker.runner.turn(rung=True)
-    began_at = time.monotonic()
     while not _is_over(database, "batch_1"):
+        clock.advance(turn_s)
         worker.runner.turn()
-    assert 0.02 * len(looks) < 0.1 * (time.monotonic() - began_at) + 0.1
+    assert claim_s * len(claimed_at) < 0.1 * clock() + 2 * claim_s

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 import torch
 
+from tests.clock import Clock
 from tests.models import TableModel
 from tests.unit.worker.engine.harness import decode, options, sequences
 from worker.drafters.mixed import MixedDrafter
@@ -120,10 +121,10 @@ def test_one_slow_moment_of_the_machine_counts_as_no_more_than_two_and_a_half_st
 
 
 def test_the_more_drafts_gain_the_rarer_are_plain_steps_on_purpose() -> None:
-    counting = SlowTable(lambda text: torch.eye(61)[2 + len(text) % 3])
+    counting = TimedTable(lambda text: torch.eye(61)[2 + len(text) % 3])
     chosen, costs = options(Mode.OPT_TREE, probe_every=4, max_context=3000), CostModel({1: 2.0, 64: 2.1})
     some = sequences([[2, 3, 4, 2, 3, 4]], max_tokens=2000)
-    results = decode(Engine(counting, SuffixDrafter(), chosen, costs), some)
+    results = decode(Engine(counting, SuffixDrafter(), chosen, costs, clock=counting.clock), some)
     assert np.mean([r.numbers.emitted_tokens for r in results]) > 2
     probes = [r.numbers.step for r in results if r.numbers.decision is Decision.PROBE]
     assert probes[:2] == [1, 2], "drafts are judged by plain steps, so those come first"
@@ -133,10 +134,11 @@ def test_the_more_drafts_gain_the_rarer_are_plain_steps_on_purpose() -> None:
 
 
 def test_free_drafts_go_on_when_those_of_a_network_do_not_pay() -> None:
-    mixed = MixedDrafter(LateReader(row_s=5e-3), SuffixDrafter())
-    counting = SlowTable(lambda text: torch.eye(61)[2 + len(text) % 3])
+    counting = TimedTable(lambda text: torch.eye(61)[2 + len(text) % 3])
+    mixed = MixedDrafter(LateReader(counting.clock, row_s=5e-3), SuffixDrafter())
     some = sequences([[2, 3, 4, 2, 3, 4]] * 2, max_tokens=200)
-    results = decode(Engine(counting, mixed, options(Mode.OPT_TREE), CostModel({1: 2.0, 4: 2.1, 64: 8.0})), some)
+    costs = CostModel({1: 2.0, 4: 2.1, 64: 8.0})
+    results = decode(Engine(counting, mixed, options(Mode.OPT_TREE), costs, clock=counting.clock), some)
     late = [r.numbers for r in results[len(results) // 2 :]]
     assert sum(n.drafter == "suffix" for n in late) > len(late) / 2
     assert np.mean([n.emitted_tokens for n in late]) > 1.5
@@ -144,28 +146,26 @@ def test_free_drafts_go_on_when_those_of_a_network_do_not_pay() -> None:
 
 def test_what_was_learned_outlives_the_engine() -> None:
     experience = Experience()
-    never = TableModel(lambda text: torch.eye(61)[3 + len(text) % 5])
+    never = TimedTable(lambda text: torch.eye(61)[3 + len(text) % 5])
+    clock = never.clock
     for _ in range(2):
         chosen = options(Mode.OPT_TREE, max_sequences=4)
-        decode(Engine(never, LateReader(), chosen, CostModel({1: 2.0}), experience), sequences(max_tokens=40))
+        running = Engine(never, LateReader(clock), chosen, CostModel({1: 2.0}), experience, clock=clock)
+        decode(running, sequences(max_tokens=40))
     account = experience.as_json()["accounts"]["whole"]["4"]
     assert account["steps"] > 40
 
 
-class SlowTable(TableModel):
-    """A target whose forward takes longer than any bookkeeping."""
+@dataclass
+class TimedTable(TableModel):
+    """A target whose forward takes `forward_s` of a clock."""
 
-    forward_s = 2e-3
+    clock: Clock = field(default_factory=Clock)
+    forward_s: float = 2e-3
 
     def forward(self, segments: Seq[Segment]) -> torch.Tensor:
-        time.sleep(self.forward_s)
+        self.clock.advance(self.forward_s)
         return super().forward(segments)
-
-
-class VerySlowTable(SlowTable):
-    """One beside which a look for drafts is nothing, on a busy machine too."""
-
-    forward_s = 4e-2
 
 
 class LateReader:
@@ -174,7 +174,8 @@ class LateReader:
     name = "late"
     free = None
 
-    def __init__(self, row_s: float = 2e-4) -> None:
+    def __init__(self, clock: Clock, row_s: float = 2e-4) -> None:
+        self.clock = clock
         self.read: dict[object, int] = {}
         self.row_s = row_s
         self.rows = 0
@@ -186,7 +187,7 @@ class LateReader:
         for root in frontier[forest.depth[frontier] == 0].tolist():
             sequence = forest.sequences[root]
             self.rows += self.behind(sequence)
-            time.sleep(self.behind(sequence) * self.row_s)
+            self.clock.advance(self.behind(sequence) * self.row_s)
             self.read[sequence.key] = len(sequence.ids)
         return Candidates(np.full((len(frontier), 1), 60), np.full((len(frontier), 1), 0.6))
 
@@ -198,29 +199,33 @@ class LateReader:
 
 
 def test_a_draft_that_never_earned_anything_is_tried_on_few_texts() -> None:
-    late = LateReader()
     texts = [list(range(2, 52))] * 32
     some = sequences(texts, max_tokens=6)
-    never = TableModel(lambda text: torch.eye(61)[3 + len(text) % 5])
-    running = Engine(never, late, options(Mode.OPT_TREE, max_sequences=32, prefill_rows=2000), CostModel({1: 2.0}))
+    never = TimedTable(lambda text: torch.eye(61)[3 + len(text) % 5])
+    late = LateReader(never.clock)
+    chosen = options(Mode.OPT_TREE, max_sequences=32, prefill_rows=2000)
+    running = Engine(never, late, chosen, CostModel({1: 2.0}), clock=never.clock)
     decode(running, some)
     assert 0 < late.rows < 32 * 50 / 3
 
 
 def test_a_glance_that_finds_nothing_is_no_attempt() -> None:
     """What only looks things up costs next to nothing, and what it costs is known: a plain step would have saved it."""
-    counting = VerySlowTable(lambda text: torch.eye(61)[2 + (len(text) ** 2 // 7) % 59])
+    target = TimedTable(lambda text: torch.eye(61)[2 + (len(text) ** 2 // 7) % 59], forward_s=4e-2)
     some = sequences([[2, 3, 4, 5]], max_tokens=30)
-    found = decode(Engine(counting, Blank(), options(Mode.OPT_TREE), CostModel({1: 40.0, 64: 44.0})), some)
+    costs = CostModel({1: 40.0, 64: 44.0})
+    found = decode(Engine(target, Blank(target.clock), options(Mode.OPT_TREE), costs, clock=target.clock), some)
     glances = [r.numbers for r in found if r.numbers.decision is Decision.NOTHING]
     assert Decision.GUARD not in {result.numbers.decision for result in found}
     assert len(glances) > len(found) / 2
-    assert all(n.plain_step_ms is not None and 0.0 < n.step_ms - n.plain_step_ms < 5.0 for n in glances)
+    looks_ms = [n.step_ms - (n.plain_step_ms or 0.0) for n in glances[:-1]]  # the last token of a text needs no look
+    assert looks_ms == pytest.approx([Blank.look_s * 1e3] * len(looks_ms))
 
 
 class Blank(LateReader):
-    """It never finds anything, at once."""
+    """It never finds anything, and says so quickly."""
 
+    look_s = 1e-4
     looks = 0
 
     def behind(self, sequence: Sequence) -> int:
@@ -228,16 +233,17 @@ class Blank(LateReader):
 
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
         self.looks += 1
+        self.clock.advance(self.look_s)
         return Candidates(np.zeros((len(frontier), 1), np.int64), np.zeros((len(frontier), 1)))
 
 
 def test_nothing_is_tried_beside_a_prefill() -> None:
     """A step that reads prompts as well tells nothing of what drafts are worth."""
-    blank = Blank()
     some = sequences([[2, 3, 4, 5], list(range(2, 50))], max_tokens=12)
     chosen = options(Mode.OPT_TREE, prefill_rows=4)
-    never = TableModel(lambda text: torch.eye(61)[3 + len(text) % 5])
-    engine = Engine(never, blank, chosen, CostModel({1: 2.0}))
+    never = TimedTable(lambda text: torch.eye(61)[3 + len(text) % 5])
+    blank = Blank(never.clock)
+    engine = Engine(never, blank, chosen, CostModel({1: 2.0}), clock=never.clock)
     for sequence in some:
         engine.add(sequence)
     while any(sequence.cached < sequence.num_prompt - 1 for sequence in some):
@@ -250,9 +256,10 @@ def test_nothing_is_tried_beside_a_prefill() -> None:
 
 
 def test_drafts_that_pay_go_on_beside_a_prefill() -> None:
-    counting = SlowTable(lambda text: torch.eye(61)[2 + len(text) % 3])
+    counting = TimedTable(lambda text: torch.eye(61)[2 + len(text) % 3])
     first, late = sequences([[2, 3, 4, 2, 3, 4], [5, 6, 7] * 20], max_tokens=190)
-    engine = Engine(counting, SuffixDrafter(), options(Mode.OPT_TREE, prefill_rows=4), CostModel({1: 2.0, 64: 2.1}))
+    chosen, costs = options(Mode.OPT_TREE, prefill_rows=4), CostModel({1: 2.0, 64: 2.1})
+    engine = Engine(counting, SuffixDrafter(), chosen, costs, clock=counting.clock)
     engine.add(first)
     for _ in range(30):
         engine.step()
