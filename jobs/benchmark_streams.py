@@ -31,6 +31,7 @@ from jobs.redis_server import answers, server_arguments, server_binary
 from storage import leases, queries, schema, writes
 from storage.records import Checkpoint, Claim, FinishedChoice, NewJob, NewRequest, Progress
 from storage.session import Database
+from storage.settings import sqlite_url
 
 _START_S = 120.0
 _JOB = "batch_benchmark"
@@ -84,7 +85,7 @@ def measure(load: Load) -> Figures:
     """Run the benchmark in a directory of its own."""
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
         data_dir = Path(directory)
-        database_url = f"sqlite:///{data_dir / 'basic.sqlite3'}"
+        database_url = sqlite_url(data_dir / "basic.sqlite3")
         schema.upgrade(database_url)
         database = Database.open(database_url)
         stack.callback(database.dispose)

@@ -23,12 +23,14 @@ from jobs.client import Client, Job, local_service
 from jobs.errors import BasicError, NotFound, SetupError, UnknownSetting
 from jobs.exports import write_csv
 from jobs.key_commands import key_commands
+from jobs.logs import without_secrets
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, MAX_COMPARED_REQUESTS, JobStatus
 from jobs.prompts import Lines
 from jobs.results import JobInfo, Output
-from jobs.settings import JobsSettings, refuse_unknown_settings
+from jobs.settings import JobsSettings, refuse_unknown_settings, settings_sentence
 from jobs.stats_tables import stats_tables
 from jobs.terminal import closing_table, fields_table, findings_table, jobs_table, make_console, make_view, safe
+from storage.settings import sqlite_file
 
 if TYPE_CHECKING:
     from jobs.local_state import LocalService
@@ -498,7 +500,8 @@ def _database_place(client: Client) -> str | None:
     service = local_service(JobsSettings())
     if service is None or service.api_url.rstrip("/") != client.api_url:
         return None
-    return service.database_url.removeprefix("sqlite:///")
+    file = sqlite_file(service.database_url)
+    return without_secrets(service.database_url) if file is None else str(file)
 
 
 def _write_results(answers: Iterable[Output], path: Path) -> None:
@@ -531,10 +534,7 @@ def _print_json(value: BaseModel | list[JobInfo] | dict[str, Any]) -> None:
 
 
 def _settings_sentence(exc: UnknownSetting | ValidationError) -> str:
-    if isinstance(exc, UnknownSetting):
-        return str(exc)
-    first = exc.errors(include_url=False, include_input=False)[0]
-    return f"BASIC_{str(first['loc'][0]).upper()}: {first['msg']}"
+    return str(exc) if isinstance(exc, UnknownSetting) else settings_sentence(exc)
 
 
 def _fail(sentence: str, status: int) -> None:

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any, Literal
 
 import httpx
@@ -26,6 +25,7 @@ from jobs.settings import JobsSettings
 from storage import schema
 from storage.health import Health, health
 from storage.session import DATABASE_AWAY, Database, why_away
+from storage.settings import sqlite_file
 from storage.sql import database_now
 
 Status = Literal["ok", "warning", "problem"]
@@ -162,8 +162,9 @@ def _redis_memory(info: dict[str, Any], policy: str | None) -> Iterator[Finding]
 
 def _database(settings: JobsSettings) -> Iterator[Finding]:
     url = settings.resolved_database_url
-    if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).exists():
-        yield Finding("database", "problem", f"there is no {url}", "make it with: basic db upgrade, or basic up")
+    file = sqlite_file(url)
+    if file is not None and not file.exists():
+        yield Finding("database", "problem", f"there is no {file}", "make it with: basic db upgrade, or basic up")
         return
     database = Database.open(url)
     try:

@@ -35,7 +35,7 @@ from jobs.partials import Publisher
 from jobs.processes import BAD_SETTINGS_STATUS
 from jobs.producer import Ring, batch_job_id
 from jobs.schema_guard import require_schema
-from jobs.settings import JobsSettings
+from jobs.settings import JobsSettings, read_settings
 from jobs.tracing import TRACEPARENT, as_traceparent, start_tracing, stop_tracing
 from storage.records import Refusal
 from storage.session import DATABASE_AWAY, Database, why_away
@@ -91,10 +91,10 @@ def make_ingest_app(
 
 def main() -> int:
     """Run the ingest worker until a signal ends it."""
-    settings = JobsSettings()
-    log_to_stderr(settings.log_format)
-    start_tracing("basic-ingest")
     try:
+        settings = read_settings(JobsSettings)
+        log_to_stderr(settings.log_format)
+        start_tracing("basic-ingest")
         require_schema(settings.resolved_database_url)
     except SetupError as exc:
         print(exc, file=sys.stderr)

@@ -21,7 +21,7 @@ from jobs.local_start import Start, Stopped, environment, say
 from jobs.local_state import LocalService, announce_service, owned, owner, running
 from jobs.logs import log_to_stderr
 from jobs.processes import BAD_SETTINGS_STATUS, Child, Children, keep_one_old, python_module, stop_signals, tail
-from jobs.settings import JobsSettings
+from jobs.settings import JobsSettings, read_settings
 
 _TICK_S = 0.1
 _DOWN_S = 60.0  # within which a service must have stopped; each child has its own, shorter time
@@ -136,9 +136,9 @@ def _send(pid: int, number: signal.Signals) -> None:
 
 def main() -> int:
     """Run the service as the environment says; the process behind `start_detached`."""
-    settings = JobsSettings()
-    log_to_stderr(settings.log_format, logging.WARNING)
     try:
+        settings = read_settings(JobsSettings)
+        log_to_stderr(settings.log_format, logging.WARNING)
         return up(settings, announce=lambda _: None)
     except BasicError as exc:
         say(str(exc))

@@ -6,12 +6,15 @@ import os
 from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib.metadata import entry_points
+from typing import Literal, TypeVar
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings
 
-from jobs.errors import UnknownSetting
-from storage.settings import StorageSettings
+from jobs.errors import SetupError, UnknownSetting
+from storage.settings import Directory, StorageSettings
+
+Settings = TypeVar("Settings", bound=BaseSettings)
 
 DEFAULT_TARGET = "smollm2-135m-instruct"
 
@@ -27,9 +30,7 @@ class JobsSettings(StorageSettings):
     api_host: str = Field("127.0.0.1", description="Address the shim listens on.")
     api_port: int = Field(8000, ge=0, le=65535, description="Port the shim listens on; 0: a free one.")
     target: str = Field(DEFAULT_TARGET, description="Target model: a known name, a hub id or a local directory.")
-    log_format: str = Field(
-        "text", pattern="^(text|json)$", description="Log lines for people (text) or machines (json)."
-    )
+    log_format: Literal["text", "json"] = Field("text", description="Log lines for people (text) or machines (json).")
     max_requests: int = Field(50_000, gt=0, description="Requests one job may hold.")
     max_requests_queued: int = Field(1_000_000, gt=0, description="Requests that may wait in all, whoever sent them.")
     interactive_timeout_s: float = Field(
@@ -50,6 +51,20 @@ class JobsSettings(StorageSettings):
     partials_interval_s: float = Field(0.5, gt=0, description="Seconds between two commits of new tokens.")
 
 
+def read_settings(kind: type[Settings]) -> Settings:
+    """Return the settings of the environment; raise SetupError, with the variable's name, if one can't be used."""
+    try:
+        return kind()
+    except ValidationError as exc:
+        raise SetupError(settings_sentence(exc)) from exc
+
+
+def settings_sentence(exc: ValidationError) -> str:
+    """Return which variable has a value that can't be used, and why. The value may be a secret, so it is not told."""
+    first = exc.errors(include_url=False, include_input=False)[0]
+    return f"BASIC_{str(first['loc'][0]).upper()}: {first['msg']}"
+
+
 def refuse_unknown_settings(environ: Mapping[str, str] = os.environ) -> None:
     """Raise UnknownSetting if a BASIC_… variable is read by no settings class: a typo must not be ignored."""
     known: set[str] = set()
@@ -63,4 +78,11 @@ def refuse_unknown_settings(environ: Mapping[str, str] = os.environ) -> None:
             raise UnknownSetting(f"{name} is set, but nothing reads a variable of this name{hint}")
 
 
-__all__ = ["DEFAULT_TARGET", "JobsSettings", "refuse_unknown_settings"]
+__all__ = [
+    "DEFAULT_TARGET",
+    "Directory",
+    "JobsSettings",
+    "read_settings",
+    "refuse_unknown_settings",
+    "settings_sentence",
+]

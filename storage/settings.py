@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Annotated
+from urllib.parse import unquote
 
 import platformdirs
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+Directory = Annotated[Path, AfterValidator(Path.expanduser)]  # an environment variable may hold a ~ that no shell read
+
+_SQLITE = re.compile(r"sqlite(?:\+\w+)?:///(?P<file>[^?]+)", re.DOTALL)
 _PACKAGE_PARENT = Path(__file__).resolve().parent.parent
 
 
@@ -29,7 +35,7 @@ class StorageSettings(BaseSettings):
         env_prefix="BASIC_", frozen=True, extra="forbid", secrets_dir=_SECRETS if _SECRETS.is_dir() else None
     )
 
-    data_dir: Path = Field(
+    data_dir: Directory = Field(
         default_factory=default_data_dir, description="Directory of all that is kept on this machine."
     )
     database_url: str = Field(
@@ -39,4 +45,16 @@ class StorageSettings(BaseSettings):
     @property
     def resolved_database_url(self) -> str:
         """The URL to connect to."""
-        return self.database_url or f"sqlite:///{self.data_dir / 'basic.sqlite3'}"
+        return self.database_url or sqlite_url(self.data_dir / "basic.sqlite3")
+
+
+def sqlite_url(file: Path) -> str:
+    """Return the SQLAlchemy URL of a SQLite file. SQLAlchemy reads `?` as the end of the path, and decodes `%`."""
+    return f"sqlite:///{str(file).replace('%', '%25').replace('?', '%3F')}"
+
+
+def sqlite_file(url: str) -> Path | None:
+    """Return the file of a SQLite URL; None if it is of another database, in memory, or a URI that SQLite reads."""
+    found = _SQLITE.match(url)
+    named = unquote(found["file"]) if found else ""
+    return None if not named or named == ":memory:" or named.startswith("file:") else Path(named)

@@ -25,7 +25,6 @@ from jobs.errors import InvalidValue
 from jobs.messages import CHAT_ENDPOINT
 from worker.assembly import Assembly, Say, assemble
 from worker.drafters.head_file import is_head
-from worker.drafts import SUFFIX
 from worker.engine.draft_tree import Candidates, Forest
 from worker.engine.drafting import Drafter
 from worker.engine.experience import Experience
@@ -35,7 +34,7 @@ from worker.engine.sampling import Sampling, noise_key
 from worker.engine.sequence import Sequence as EngineSequence
 from worker.generate import request_for
 from worker.pull import resolve
-from worker.settings import WorkerSettings
+from worker.settings import SUFFIX, WorkerSettings
 
 OURS = tuple(mode.value for mode in (Mode.PLAIN, Mode.OPT_TREE, Mode.PAPER))
 PEERS = ("transformers-greedy", "transformers-prompt-lookup", "transformers-assisted")

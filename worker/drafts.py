@@ -26,10 +26,9 @@ from worker.engine.language_model import PackedModel, embeddings, kv_bytes, load
 from worker.engine.spread import home_of
 from worker.pull import resolve
 from worker.ranks import DRAFT, Ranks, draft_split
-from worker.settings import WorkerSettings
+from worker.settings import SUFFIX, WorkerSettings
 from worker.text import first_difference, load_tokenizer
 
-SUFFIX = "suffix"  # the setting's word for no network at all
 _SHIPPED = Path(__file__).with_name("shipped_drafts")  # a folder for each packaged target that has one
 
 MakeDrafter = Callable[[], Drafter]

@@ -24,6 +24,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from jobs.errors import SetupError
+from jobs.settings import read_settings
 from worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
@@ -240,9 +241,9 @@ def _pull_from_hub(hub_id: str) -> str:
 def main() -> int:
     """Fetch the target and the draft that the environment names; what `basic up` runs before it starts a worker."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwind: end pip and remove what was half done
-    settings = WorkerSettings()
     try:
-        for name in filter(None, (settings.target, settings.draft)):
+        settings = read_settings(WorkerSettings)
+        for name in settings.models:
             pull(name, settings.cache_dir, say)
     except SetupError as exc:
         say(str(exc))

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Final, Literal
 
 import platformdirs
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from jobs.settings import JobsSettings
+from jobs.settings import Directory, JobsSettings
+
+SUFFIX: Final = "suffix"  # the setting's word for no network at all
+_NO_NETWORK: Final = (SUFFIX, "none")
+
+
+def _draft(named: str) -> str:
+    return SUFFIX if named in _NO_NETWORK else named
 
 
 class WorkerSettings(JobsSettings):
     """Settings of a worker process."""
 
-    draft: str = Field(
+    draft: Annotated[str, AfterValidator(_draft)] = Field(
         "",
-        description="Draft: a directory, a hub id, or `suffix` for none but the text's own repetitions; "
+        description="Draft: a directory, a hub id, or `suffix` (or `none`) for none but the text's own repetitions; "
         "empty: the one that comes with the target, if there is one.",
     )
-    dtype: str = Field(
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        pattern="^(auto|float32|bfloat16)$",
         description="Numbers of the models; auto: bfloat16 where the hardware computes in it, else float32.",
     )
-    mode: str = Field("opt-tree", pattern="^(plain|opt-tree|paper)$", description="Decoding mode.")
+    mode: Literal["plain", "opt-tree", "paper"] = Field("opt-tree", description="Decoding mode.")
     max_sequences: int = Field(64, gt=0, description="Sequences decoded together at most.")
     interactive_sequences: int = Field(
         2, ge=0, description="Sequences beside those, for single requests that somebody waits for."
@@ -41,11 +48,11 @@ class WorkerSettings(JobsSettings):
     threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: all.")
     replicas: int = Field(1, ge=0, description="Worker processes of this machine; 0: as many as its GPUs hold.")
     tp: int = Field(1, gt=0, description="Ranks of each replica: the target is split over so many GPUs or processes.")
-    draft_ranks: str = Field(
-        "first", pattern="^(first|all)$", description="Where a draft model lies: on the first rank, or on all of them."
+    draft_ranks: Literal["first", "all"] = Field(
+        "first", description="Where a draft model lies: on the first rank, or on all of them."
     )
-    device_map: str = Field(
-        "", pattern="^(|auto)$", description="auto: lay layers over GPUs, memory and disk; for what fits no other way."
+    device_map: Literal["", "auto"] = Field(
+        "", description="auto: lay layers over GPUs, memory and disk; for what fits no other way."
     )
     memory_share: float = Field(
         1.0, gt=0, le=1, description="Part of the machine's free memory that this process may count on."
@@ -59,6 +66,12 @@ class WorkerSettings(JobsSettings):
         description="Seconds without a message to itself, though Redis answers, until a worker ends.",
     )
     drain_s: float = Field(15.0, gt=0, description="Seconds in which a stopping worker hands its requests back.")
-    cache_dir: Path = Field(
+    cache_dir: Directory = Field(
         default_factory=lambda: Path(platformdirs.user_cache_dir("basic")), description="Converted models."
     )
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models that the settings name: the target, and a draft where one is named and will be used."""
+        drafts = self.draft not in ("", SUFFIX) and self.mode != "plain"
+        return (self.target, self.draft) if drafts else (self.target,)

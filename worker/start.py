@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import sys
 
-from jobs.errors import BasicError
+from jobs.errors import BasicError, SetupError
 from jobs.logs import log_to_stderr
 from jobs.processes import BAD_SETTINGS_STATUS, RESTART_STATUS
+from jobs.settings import read_settings
 from storage.session import DATABASE_AWAY, why_away
 from worker import supervisor
 from worker.engine.errors import EngineError
@@ -31,7 +32,12 @@ def run(settings: WorkerSettings) -> int:
 
 def main() -> int:
     """Run a worker with the settings of the environment: `python -m worker`."""
-    return run(WorkerSettings())
+    try:
+        settings = read_settings(WorkerSettings)
+    except SetupError as error:
+        print(error, file=sys.stderr)
+        return BAD_SETTINGS_STATUS
+    return run(settings)
 
 
 def _serve(settings: WorkerSettings) -> int:

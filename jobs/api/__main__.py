@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jobs.api.server import serve
 from jobs.errors import SetupError
-from jobs.settings import JobsSettings
+from jobs.settings import JobsSettings, read_settings
 
 
 def main() -> int:
@@ -17,7 +17,7 @@ def main() -> int:
     parser.add_argument("--ready-file", type=Path, help="write the URL here once connections are taken")
     arguments = parser.parse_args()
     try:
-        serve(JobsSettings(), arguments.ready_file)
+        serve(read_settings(JobsSettings), arguments.ready_file)
     except SetupError as exc:
         print(exc, file=sys.stderr)
         return 78

@@ -136,3 +136,14 @@ def test_the_service_uses_a_redis_server_that_was_named(settings: JobsSettings, 
     finally:
         down(settings.data_dir)
     assert answers(redis_url)
+
+
+@pytest.mark.parametrize("draft", ["suffix", "none"])
+def test_a_service_without_a_draft_model_starts(
+    draft: str, settings: JobsSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BASIC_DRAFT", draft)
+    try:
+        assert answers(start_detached(settings).redis_url)
+    finally:
+        assert down(settings.data_dir)

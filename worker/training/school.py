@@ -24,8 +24,8 @@ from jobs.errors import InvalidValue
 from worker.assembly import Say, assemble
 from worker.drafters.head_file import file_sha256
 from worker.drafters.head_network import tapped_layers
-from worker.drafts import SUFFIX, draft_for
-from worker.settings import WorkerSettings
+from worker.drafts import draft_for
+from worker.settings import SUFFIX, WorkerSettings
 from worker.training import texts as texts_of
 from worker.training.evaluation import BUDGETS, Evaluation, MakeDrafter, evaluate
 from worker.training.lessons import Lesson, Lessons, teach

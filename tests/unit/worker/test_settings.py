@@ -1,0 +1,93 @@
+"""Every documented value of every setting starts. The settings and their values are read from the settings classes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+from pydantic.fields import FieldInfo
+
+from jobs.errors import SetupError
+from jobs.settings import read_settings
+from tests.models import save_tiny
+from worker import pull
+from worker.assembly import assemble
+from worker.settings import WorkerSettings
+from worker.supervisor import is_needed
+
+FILES = {"basic.sqlite3"}  # a description names it, and it is no value
+NOT_HERE = {("replicas", "0")}  # as many as there are GPUs: the supervisor starts them
+
+
+def documented(field: FieldInfo) -> set[str]:
+    """Return the values that a field's type and description name."""
+    found = {str(value) for value in get_args(field.annotation)} if get_origin(field.annotation) is Literal else set()
+    said = field.description or ""
+    found |= set(re.findall(r"`([^`]+)`", said)) - FILES
+    found |= set(re.findall(r"(?:^|[;,] |\. )([a-z0-9-]+):", said)) - {"empty"}
+    return found | ({""} if "empty:" in said else set())
+
+
+def values() -> Iterator[tuple[str, str]]:
+    """Return every setting with each of its documented values."""
+    fields: dict[str, FieldInfo] = {}
+    for entry in entry_points(group="basic.settings"):
+        fields |= entry.load().model_fields
+    for name, field in fields.items():
+        yield from ((name, value) for value in sorted(documented(field)))
+
+
+def test_the_values_are_found_in_the_classes() -> None:
+    found = set(values())
+    assert {("draft", "suffix"), ("draft", "none"), ("draft", ""), ("device_map", "auto"), ("api_port", "0")} <= found
+    assert {("mode", "paper"), ("dtype", "bfloat16"), ("draft_ranks", "all"), ("log_format", "json")} <= found
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.parametrize(("name", "value"), sorted(values()))
+def test_every_documented_value_of_every_setting_starts(
+    name: str, value: str, tiny: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {"target": tiny, "cache_dir": cache, "max_sequences": 2, "max_context": 64, name: value}
+    for setting, said in given.items():
+        monkeypatch.setenv(f"BASIC_{setting.upper()}", str(said))
+    monkeypatch.setattr(pull, "_pull_from_hub", lambda hub_id: pytest.fail(f"{hub_id} is not on this machine"))
+    assert pull.main() == 0
+    settings = read_settings(WorkerSettings)
+    if (name, value) in NOT_HERE:
+        assert is_needed(settings)
+    else:
+        assert assemble(settings, say=lambda _: None).name
+
+
+@pytest.mark.parametrize("draft", ["suffix", "none"])
+def test_a_word_for_no_network_is_no_model_to_fetch(draft: str) -> None:
+    assert WorkerSettings(target="tiny", draft=draft).models == ("tiny",)
+
+
+def test_a_draft_that_no_step_will_use_is_not_fetched() -> None:
+    assert WorkerSettings(target="tiny", draft="some/draft").models == ("tiny", "some/draft")
+    assert WorkerSettings(target="tiny", draft="some/draft", mode="plain").models == ("tiny",)
+
+
+def test_a_value_that_is_none_of_the_documented_ones_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BASIC_DTYPE", "float16")
+    with pytest.raises(SetupError, match=r"^BASIC_DTYPE: .*'bfloat16'"):
+        read_settings(WorkerSettings)
+    assert pull.main() == 78
+    assert capsys.readouterr().err.startswith("BASIC_DTYPE: ")
