@@ -24,7 +24,7 @@ from jobs.errors import BasicError, NotFound, SetupError, UnknownSetting
 from jobs.exports import write_csv
 from jobs.key_commands import key_commands
 from jobs.logs import without_secrets
-from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, MAX_COMPARED_REQUESTS, JobStatus
+from jobs.messages import MAX_COMPARED_REQUESTS, Endpoint, JobStatus
 from jobs.prompts import Lines
 from jobs.results import JobInfo, Output
 from jobs.settings import JobsSettings, refuse_unknown_settings, settings_sentence
@@ -78,7 +78,7 @@ def submit(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, max=2, help="0 decodes greedily.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
-    endpoint: Annotated[str | None, typer.Option(help=f"{CHAT_ENDPOINT} or {COMPLETIONS_ENDPOINT}.")] = None,
+    endpoint: Annotated[Endpoint | None, typer.Option(help="Of all requests; left out: what the lines name.")] = None,
     idempotency_key: Annotated[
         str | None, typer.Option(help="Submitting again under the same key adds nothing.")
     ] = None,
@@ -94,7 +94,6 @@ def submit(
 
     Example: basic submit examples/prompts.jsonl --follow --temperature 0
     """
-    parameters = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     content, suffix = _read_file(file)
     with _connect() as client:
         job = client.submit(
@@ -103,7 +102,9 @@ def submit(
             endpoint=endpoint,
             idempotency_key=idempotency_key,
             compare_plain=compare_plain,
-            **parameters,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
         )
         if follow:
             raise typer.Exit(_watch(client, job, as_json, output))

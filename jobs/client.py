@@ -6,24 +6,22 @@
         for output in job.outputs():
             print(output.custom_id, output.text)
 
-`AsyncClient` is the one implementation; `Client` runs it on an event loop in a thread. A job is known by its id, so a
-script that was interrupted goes on with `client.job(job_id)`.
+`AsyncClient` is the one implementation; `Client` makes the same calls over connections that block, without an event
+loop or a thread. A job is known by its id, so a script that was interrupted goes on with `client.job(job_id)`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
 import sys
-import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Mapping
 from contextlib import aclosing
 from email.utils import parsedate_to_datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 import httpx
 
@@ -39,11 +37,13 @@ from jobs.errors import (
 )
 from jobs.local_key import read_local_key
 from jobs.messages import Endpoint, PartialEvent
+from jobs.parameters import Parameters
 from jobs.progress import ProgressBar
 from jobs.prompts import Prompts, body_of
 from jobs.reader import Reader
 from jobs.results import JobInfo, Output, Statistics, frame, rows
 from jobs.settings import JobsSettings
+from jobs.wire import AsyncWire, BlockingWire, Refusal, Wire, finish
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -52,9 +52,9 @@ if TYPE_CHECKING:
 
 Progress = Callable[[JobInfo], object] | bool  # whom to tell how far a job is; True: a progress bar
 T = TypeVar("T")
+_Connect = Callable[[str, Mapping[str, str]], Wire]
 
 _TRY_AGAIN = frozenset({429, 502, 503, 504})
-_SILENCE_S = 60.0  # the server sends a comment every 15 s, so a stream that is silent for so long is dead
 _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 8.0
 
@@ -97,16 +97,14 @@ class AsyncClient:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         """Connect lazily. `patience_s`: for so long calls are tried again while the service is away or busy."""
+        self._set_up(api_url, api_key, patience_s, lambda url, headers: AsyncWire(url, headers, transport))
+
+    def _set_up(self, api_url: str | None, api_key: str | None, patience_s: float, connect: _Connect) -> None:
         settings = JobsSettings()
         self.api_url = (api_url or default_api_url(settings)).rstrip("/")
         key = default_api_key(settings, self.api_url) if api_key is None else api_key
         self._patience_s = patience_s
-        self._http = httpx.AsyncClient(
-            base_url=self.api_url,
-            headers={"authorization": f"Bearer {key}"} if key else {},
-            timeout=httpx.Timeout(_SILENCE_S, connect=5.0),
-            transport=transport,
-        )
+        self._wire = connect(self.api_url, {"authorization": f"Bearer {key}"} if key else {})
 
     async def __aenter__(self) -> Self:
         return self
@@ -116,7 +114,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._http.aclose()
+        await self._wire.close()
 
     async def submit(
         self,
@@ -128,7 +126,7 @@ class AsyncClient:
         completion_window: str | None = None,
         compare_plain: int | None = None,
         idempotency_key: str | None = None,
-        **parameters: Any,
+        **parameters: Unpack[Parameters],
     ) -> AsyncJob:
         """Submit a job: prompts from any iterable, a data frame or its column, or a file by its path or its bytes.
 
@@ -140,7 +138,7 @@ class AsyncClient:
 
         Every submission carries a key, so that one whose answer got lost is not recorded twice.
         """
-        body = await asyncio.to_thread(body_of, prompts)
+        body = await self._wire.aside(lambda: body_of(prompts))
         job = {
             "model": model,
             "endpoint": endpoint or body.endpoint,
@@ -202,7 +200,7 @@ class AsyncClient:
                 tell(info)
                 if info.status.final:
                     return info
-                await asyncio.sleep(poll_s)
+                await self._wire.pause(poll_s)
 
     async def outputs(self, job_id: str, *, failed: bool = False, follow: bool = False) -> AsyncGenerator[Output]:
         """Yield the answers of a job so far, in its order; only those that failed, if asked for.
@@ -211,7 +209,7 @@ class AsyncClient:
         connection is taken up where it broke.
         """
         place: dict[str, Any] = {"cursor": ""} if follow else {"after": -1}
-        pauses = _Pauses(self._patience_s)
+        pauses = self._pauses()
         while True:
             try:
                 params = place | {"failed": failed, "follow": follow}
@@ -219,7 +217,7 @@ class AsyncClient:
                     async for line in lines:
                         output = Output.model_validate_json(line)
                         place = {"cursor": output.cursor} if follow else {"after": output.index}
-                        pauses = _Pauses(self._patience_s)
+                        pauses = self._pauses()
                         yield output
                 return
             except (httpx.TransportError, _Busy) as exc:
@@ -230,7 +228,7 @@ class AsyncClient:
         async with aclosing(self.outputs(job_id, failed=failed)) as outputs:
             return [row async for output in outputs for row in rows(output)]
 
-    async def dataframe(self, job_id: str, *, failed: bool = False) -> Any:
+    async def dataframe(self, job_id: str, *, failed: bool = False) -> DataFrame:
         """Return the answers so far as a pandas DataFrame: the rows of `results`."""
         return frame(await self.results(job_id, failed=failed))
 
@@ -238,12 +236,12 @@ class AsyncClient:
         """Yield what is written as it is written, until the job ends. Lost connections are taken up again, unseen."""
         reader = Reader()  # the service tells nothing twice; but it may have to start over
         place = _LastEvent()
-        pauses = _Pauses(self._patience_s)
+        pauses = self._pauses()
         while True:
             try:
                 async with aclosing(self._events(job_id, place)) as events:
                     async for event in events:
-                        pauses = _Pauses(self._patience_s)
+                        pauses = self._pauses()
                         if reader.take(event):
                             yield event
                         if event.status is not None and event.status.final:
@@ -269,24 +267,25 @@ class AsyncClient:
         self, path: str, params: Mapping[str, Any], headers: Mapping[str, str] | None = None
     ) -> AsyncGenerator[str]:
         """Yield the lines of a reply as they come. They end at newlines only: U+2028 may stand inside JSON."""
-        async with self._http.stream("GET", path, params=params, headers=headers) as response:
-            if response.is_error:
-                await response.aread()
-                if response.status_code in _TRY_AGAIN:
-                    raise _Busy(_error(response), response.headers.get("retry-after"))
-                raise _error(response)
-            rest = ""
-            async for text in response.aiter_text():
-                *lines, rest = (rest + text).split("\n")
-                for line in lines:
-                    yield line
+        rest = ""
+        try:
+            async with aclosing(self._wire.texts(path, params, headers or {})) as texts:
+                async for text in texts:
+                    *lines, rest = (rest + text).split("\n")
+                    for line in lines:
+                        yield line
+        except Refusal as refused:
+            response = refused.response
+            if response.status_code in _TRY_AGAIN:
+                raise _Busy(_error(response), response.headers.get("retry-after")) from None
+            raise _error(response) from None
 
     async def _call(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
         """Call the service, again while it is away or busy; return the reply or raise the error it answered."""
-        pauses = _Pauses(self._patience_s)
+        pauses = self._pauses()
         while True:
             try:
-                response = await self._http.request(method, path, **arguments)
+                response = await self._wire.send(method, path, **arguments)
             except httpx.TransportError as exc:
                 await pauses.pause_or_raise(self._away(exc))
                 continue
@@ -295,6 +294,9 @@ class AsyncClient:
             if response.status_code not in _TRY_AGAIN:
                 raise _error(response)
             await pauses.pause_or_raise(_error(response), response.headers.get("retry-after"))
+
+    def _pauses(self) -> _Pauses:
+        return _Pauses(self._patience_s, self._wire)
 
     def _why(self, exc: httpx.TransportError | _Busy) -> tuple[BasicError, str | None]:
         """Return what to raise if there is no patience, and when the service wants to be asked again."""
@@ -347,7 +349,7 @@ class AsyncJob:
         """Return the answers so far as plain dicts."""
         return await self._client.results(self.id, failed=failed)
 
-    async def dataframe(self, *, failed: bool = False) -> Any:
+    async def dataframe(self, *, failed: bool = False) -> DataFrame:
         """Return the answers so far as a pandas DataFrame."""
         return await self._client.dataframe(self.id, failed=failed)
 
@@ -364,16 +366,28 @@ class AsyncJob:
         return await self._client.job_stats(self.id)
 
 
-class Client:
-    """A connection to the service, for code without asyncio: the same calls, on an event loop in a thread."""
+class _BlockingClient(AsyncClient):
+    """The same calls over connections that block: none of its coroutines ever suspends."""
 
-    def __init__(self, api_url: str | None = None, api_key: str | None = None, **options: Any) -> None:
+    def __init__(
+        self, api_url: str | None, api_key: str | None, patience_s: float, transport: httpx.BaseTransport | None
+    ) -> None:
+        self._set_up(api_url, api_key, patience_s, lambda url, headers: BlockingWire(url, headers, transport))
+
+
+class Client:
+    """A connection to the service, for code without asyncio. Several threads may share it."""
+
+    def __init__(
+        self,
+        api_url: str | None = None,
+        api_key: str | None = None,
+        *,
+        patience_s: float = 30.0,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
         """Connect lazily; arguments as for AsyncClient."""
-        self._client = AsyncClient(api_url, api_key, **options)
-        self._loop = asyncio.new_event_loop()
-        # A daemon, so that a script which forgets to close still ends.
-        self._thread = threading.Thread(target=self._loop.run_forever, name="basic-client", daemon=True)
-        self._thread.start()
+        self._client = _BlockingClient(api_url, api_key, patience_s, transport)
 
     def __enter__(self) -> Self:
         return self
@@ -384,23 +398,40 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close all connections and end the thread."""
-        if self._loop.is_closed():
-            return
-        self._wait_for(self._client.close)
-        self._wait_for(self._loop.shutdown_asyncgens)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+        """Close all connections."""
+        finish(self._client.close())
 
     @property
     def api_url(self) -> str:
         """Where the service is."""
         return self._client.api_url
 
-    def submit(self, prompts: Prompts, **arguments: Any) -> Job:
+    def submit(
+        self,
+        prompts: Prompts,
+        *,
+        model: str | None = None,
+        endpoint: Endpoint | None = None,
+        metadata: Mapping[str, str] | None = None,
+        completion_window: str | None = None,
+        compare_plain: int | None = None,
+        idempotency_key: str | None = None,
+        **parameters: Unpack[Parameters],
+    ) -> Job:
         """Submit a job; arguments as for AsyncClient.submit."""
-        return Job(self, self.run(lambda client: client.submit(prompts, **arguments)).id)
+        submitted = finish(
+            self._client.submit(
+                prompts,
+                model=model,
+                endpoint=endpoint,
+                metadata=metadata,
+                completion_window=completion_window,
+                compare_plain=compare_plain,
+                idempotency_key=idempotency_key,
+                **parameters,
+            )
+        )
+        return Job(self, submitted.id)
 
     def job(self, job_id: str) -> Job:
         """Return the handle of a job that was submitted before."""
@@ -408,11 +439,11 @@ class Client:
 
     def jobs(self, limit: int = 20, after: str | None = None) -> list[JobInfo]:
         """List jobs, newest first."""
-        return self.run(lambda client: client.jobs(limit, after))
+        return finish(self._client.jobs(limit, after))
 
     def stats(self, limit: int = 100) -> DataFrame | list[Statistics]:
         """Return the numbers of the newest jobs: a DataFrame with a row a job; a list of rows without pandas."""
-        rows = self.run(lambda client: client.job_rows(limit=limit))
+        rows = finish(self._client.job_rows(limit=limit))
         try:
             import pandas
         except ModuleNotFoundError:
@@ -420,42 +451,31 @@ class Client:
         return pandas.DataFrame(rows)
 
     def run(self, call: Callable[[AsyncClient], Awaitable[T]]) -> T:
-        """Run one call of the asynchronous client to its end."""
+        """Make one call of the asynchronous client; it must wait for the service only."""
 
         async def run() -> T:
             return await call(self._client)
 
-        return self._wait_for(run)
+        return finish(run())
 
-    def iterate(self, stream: Callable[[AsyncClient], AsyncGenerator[T]]) -> Iterator[T]:
+    def iterate(self, stream: Callable[[AsyncClient], AsyncGenerator[T]]) -> Generator[T]:
         """Iterate over a stream of the asynchronous client; leaving the loop, Ctrl-C included, closes it."""
-        generator = stream(self._client)
-        turn = asyncio.Lock()  # an interrupted step must have ended before the stream can be closed
+        items = stream(self._client)
 
         async def step() -> tuple[T] | None:
-            async with turn:
-                async for item in generator:
-                    return (item,)
-                return None
-
-        async def close() -> None:
-            async with turn:
-                await generator.aclose()
+            async for item in items:
+                return (item,)
+            return None
 
         try:
-            while (item := self._wait_for(step)) is not None:
+            while (item := finish(step())) is not None:
                 yield item[0]
         finally:
-            self._wait_for(close)
+            finish(_closed(items))
 
-    def _wait_for(self, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Wait for a call on the event loop; whoever stops waiting stops the call."""
-        pending = asyncio.run_coroutine_threadsafe(call(), self._loop)
-        try:
-            return pending.result()
-        except BaseException:
-            pending.cancel()
-            raise
+
+async def _closed(items: AsyncGenerator[Any]) -> None:
+    await items.aclose()
 
 
 class Job:
@@ -486,7 +506,7 @@ class Job:
         """Return the answers so far as plain dicts."""
         return self._client.run(lambda client: client.results(self.id, failed=failed))
 
-    def dataframe(self, *, failed: bool = False) -> Any:
+    def dataframe(self, *, failed: bool = False) -> DataFrame:
         """Return the answers so far as a pandas DataFrame."""
         return self._client.run(lambda client: client.dataframe(self.id, failed=failed))
 
@@ -507,7 +527,8 @@ class Job:
 class _Pauses:
     """The pauses between tries of one call: longer each time, with jitter, until the patience is used up."""
 
-    def __init__(self, patience_s: float) -> None:
+    def __init__(self, patience_s: float, wire: Wire) -> None:
+        self._wire = wire
         self._left_s = patience_s
         self._next_s = _FIRST_PAUSE_S
 
@@ -518,7 +539,7 @@ class _Pauses:
             raise error
         self._left_s -= pause_s
         self._next_s = min(2 * self._next_s, _LONGEST_PAUSE_S)
-        await asyncio.sleep(pause_s)
+        await self._wire.pause(pause_s)
 
 
 def _asked_s(retry_after: str | None) -> float:

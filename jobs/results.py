@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
 from jobs.errors import SetupError
 from jobs.messages import JobStatus, RequestStatus
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 class Reply(BaseModel):
@@ -109,7 +112,7 @@ def rows(output: Output) -> Iterator[dict[str, Any]]:
         }
 
 
-def frame(table: list[dict[str, Any]]) -> Any:
+def frame(table: list[dict[str, Any]]) -> DataFrame:
     """Return rows as a pandas DataFrame."""
     try:
         import pandas

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
-import httpx
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -16,6 +15,7 @@ from jobs.client import Client
 from jobs.errors import SetupError
 from jobs.settings import JobsSettings
 from storage.session import Database
+from tests.in_process import InProcess
 from tests.unit.jobs.test_api import answer_all
 
 Run = Callable[..., str]
@@ -25,8 +25,7 @@ Run = Callable[..., str]
 def run(settings: JobsSettings, database: Database, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run a command against a service in this process; return what it prints."""
     api = make_api(settings, database, ring=lambda job_id, model: True)
-    transport = httpx.ASGITransport(app=api)
-    monkeypatch.setattr(cli, "_connect", lambda: Client("http://service", transport=transport))
+    monkeypatch.setattr(cli, "_connect", lambda: Client("http://service", transport=InProcess(api)))
 
     def run(*arguments: str, status: int = 0, stdin: str | None = None) -> str:
         result = CliRunner().invoke(cli.app, arguments, input=stdin)

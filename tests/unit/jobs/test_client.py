@@ -3,10 +3,12 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ class Service:
         self._answers = iter(answers)
         self.calls: list[httpx.Request] = []
 
-    async def __call__(self, request: httpx.Request) -> httpx.Response:
+    def __call__(self, request: httpx.Request) -> httpx.Response:
         self.calls.append(request)
         answer = next(self._answers)
         if isinstance(answer, Exception):
@@ -204,13 +206,13 @@ def test_outputs_are_read_line_by_line_whatever_the_text_holds() -> None:
     assert second.error.message == "No."
 
 
-class _Breaking(httpx.AsyncByteStream):
+class _Breaking(httpx.SyncByteStream):
     """A body that breaks off after its first part."""
 
     def __init__(self, part: bytes) -> None:
         self._part = part
 
-    async def __aiter__(self) -> Any:
+    def __iter__(self) -> Iterator[bytes]:
         yield self._part
         raise httpx.ReadError("reset")
 
@@ -298,17 +300,18 @@ def test_the_key_is_sent_with_every_call() -> None:
     assert service.calls[0].headers["authorization"] == "Bearer secret"
 
 
-class _Endless(httpx.AsyncByteStream):
-    """A stream on which nothing happens."""
+class _Endless(httpx.SyncByteStream):
+    """A stream on which nothing happens after its first part."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: bytes = b": ping\n\n") -> None:
+        self._first = first
         self.closed = False
 
-    async def __aiter__(self) -> Any:
-        yield b": ping\n\n"
-        await asyncio.Event().wait()
+    def __iter__(self) -> Iterator[bytes]:
+        yield self._first
+        threading.Event().wait()
 
-    async def aclose(self) -> None:
+    def close(self) -> None:
         self.closed = True
 
 
@@ -316,13 +319,89 @@ def test_ctrl_c_ends_a_stream_on_which_nothing_happens() -> None:
     stream = _Endless()
     main = threading.main_thread().ident
     assert main is not None
-    with some_client(Service(httpx.Response(200, stream=stream))) as client:
+    with some_client(Service(httpx.Response(200, stream=stream), a_job())) as client:
         interrupt = threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT))
         interrupt.start()
         with pytest.raises(KeyboardInterrupt):
             list(client.job("batch_1").follow())
         interrupt.join()
-    assert stream.closed
+        assert stream.closed
+        assert client.job("batch_1").info().id == "batch_1"
+
+
+def test_a_stream_that_is_left_is_closed_at_once() -> None:
+    line = json.dumps({"custom_id": "a", "index": 0, "status": "completed"})
+    stream = _Endless(f"{line}\n".encode())
+    with some_client(Service(httpx.Response(200, stream=stream))) as client:
+        outputs = client.job("batch_1").outputs()
+        assert next(outputs).custom_id == "a"
+        assert not stream.closed
+        del outputs
+        assert stream.closed
+
+
+def test_a_client_starts_no_thread_and_may_be_shared_by_threads() -> None:
+    before = threading.active_count()
+    with some_client(Service(*[a_job()] * 8)) as client:
+        assert client.job("batch_1").info().id == "batch_1"
+        assert threading.active_count() == before
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(lambda _: client.job("batch_1").info().id, range(7)))
+    assert found == ["batch_1"] * 7
+
+
+def test_a_client_works_where_an_event_loop_runs() -> None:
+    async def in_a_notebook() -> list[str]:
+        with some_client(Service(a_stream(tokens(0, "Hel"), tokens(1, "lo"), ended()), a_job())) as client:
+            events = client.job("batch_1").follow()
+            return [next(events).text, client.job("batch_1").info().id]
+
+    assert asyncio.run(in_a_notebook()) == ["Hel", "batch_1"]
+
+
+def test_what_iterates_over_prompts_stays_in_the_thread_that_made_it() -> None:
+    threads: list[int] = []
+
+    def prompts() -> Iterator[str]:
+        threads.append(threading.get_ident())
+        yield "Hello"
+
+    with some_client(Service(a_job())) as client:
+        client.submit(prompts())
+    assert threads == [threading.get_ident()]
+
+
+def test_a_call_that_needs_an_event_loop_is_refused_in_a_sentence() -> None:
+    with some_client(Service()) as client, pytest.raises(RuntimeError, match="AsyncClient"):
+        client.run(lambda _: asyncio.sleep(0))
+
+
+def served(answers: Iterable[bytes]) -> tuple[str, socket.socket]:
+    """Answer one call on a socket with so many parts of a body that does not end; return where."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        connection.recv(65536)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for part in answers:
+            connection.sendall(b"%x\r\n%s\r\n" % (len(part), part))
+        connection.recv(1)  # until the client goes
+        connection.close()
+
+    threading.Thread(target=serve, daemon=True).start()
+    return f"http://127.0.0.1:{listener.getsockname()[1]}", listener
+
+
+@pytest.mark.parametrize("stream", ["outputs", "follow"])
+def test_a_script_that_reads_part_of_a_stream_and_forgets_to_close_still_ends(stream: str) -> None:
+    line = json.dumps({"custom_id": "a", "index": 0, "status": "completed"})
+    event = tokens(0, "Hel").model_dump_json()
+    url, listener = served([f"{line}\n".encode() if stream == "outputs" else f"data: {event}\n\n".encode()])
+    script = f"from jobs import Client\nitems = Client('{url}').job('batch_1').{stream}()\nprint(next(items).index)"
+    with listener:
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
 
 
 def test_a_script_that_forgets_to_close_its_client_still_ends() -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import httpx
 import pandas
 import pytest
 
@@ -21,6 +20,7 @@ from jobs.settings import JobsSettings
 from storage import comparisons
 from storage.records import ComparisonRow
 from storage.session import Database
+from tests.in_process import InProcess
 from tests.unit.jobs.test_api import answer_all
 from tests.unit.jobs.test_cli import Run, prompts, run
 
@@ -117,7 +117,7 @@ def test_csv_survives_quotes_and_lines() -> None:
 
 
 def test_python_gets_a_table_of_the_jobs(settings: JobsSettings, database: Database) -> None:
-    transport = httpx.ASGITransport(app=make_api(settings, database, ring=lambda job_id, model: True))
+    transport = InProcess(make_api(settings, database, ring=lambda job_id, model: True))
     with Client("http://service", transport=transport) as client:
         job = client.submit(["Hello"])
         answer_all(database)

@@ -1,0 +1,29 @@
+"""The parameters of a submission, with their types: for editors and type checkers. The service checks the values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
+
+
+class Parameters(TypedDict, total=False):
+    """Sampling parameters of a job: they hold for its requests that bring none of their own. None says nothing."""
+
+    max_tokens: int | None
+    max_completion_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    n: int | None
+    seed: int | None
+    ignore_eos: bool | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    repetition_penalty: float | None
+    logit_bias: Mapping[str, float] | Mapping[int, float] | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    logprobs: bool | int | None
+    top_logprobs: int | None
+    record_trees: int | None
