@@ -24,6 +24,8 @@ BasicError
 ├── CallerRefused               who asks, or how much, is the trouble
 │   ├── InvalidKey              no key, or one that opens nothing
 │   ├── NotPermitted            the key does not have the scope for it
+│   ├── HostNotServed           the call names a host that the service does not answer to
+│   ├── CrossSite               a page of another site calls without a key
 │   └── LimitReached            too much at once; later there is room again
 │       └── QueueFull           more requests than the service lets wait, of all callers together
 ├── RequestFailed               a request that somebody waits for ended without an answer
@@ -205,6 +207,27 @@ class NotPermitted(CallerRefused):
     """The key does not have the scope for this."""
 
     code = "insufficient_permissions"
+
+
+class HostNotServed(CallerRefused):
+    """The service does not answer to this host."""
+
+    code = "host_not_served"
+    status_code = 421
+
+    @classmethod
+    def by(cls, host: str) -> HostNotServed:
+        """Say which host it is, and which setting adds one."""
+        return cls(
+            f"The service does not answer to the host {host[:80]!r}. Call it by the address it listens on or by "
+            "localhost, or add the name to BASIC_API_NAMES (comma-separated) and restart the API server."
+        )
+
+
+class CrossSite(CallerRefused):
+    """A page of another site may not call the service without a key."""
+
+    code = "cross_site_refused"
 
 
 class LimitReached(CallerRefused):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib.metadata import entry_points
 from typing import Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings
 
 from jobs.errors import SetupError, UnknownSetting
@@ -17,6 +18,7 @@ from storage.settings import Directory, StorageSettings
 Settings = TypeVar("Settings", bound=BaseSettings)
 
 DEFAULT_TARGET = "smollm2-135m-instruct"
+_NAME = re.compile(r"\*|(?:\*\.)?[\w-]+(?:\.[\w-]+)*\.?(?::[0-9]{1,5})?|\[?[0-9a-fA-F:.]+\]?(?::[0-9]{1,5})?|")
 
 
 class JobsSettings(StorageSettings):
@@ -29,6 +31,11 @@ class JobsSettings(StorageSettings):
     api_key: str = Field("", description="Key that clients send; empty: none.", repr=False)
     api_host: str = Field("127.0.0.1", description="Address the shim listens on.")
     api_port: int = Field(8000, ge=0, le=65535, description="Port the shim listens on; 0: a free one.")
+    api_names: str = Field(
+        "",
+        description="Host names by which the API server may be called besides its address, comma-separated; "
+        "*.NAME: all below it, *: any.",
+    )
     target: str = Field(DEFAULT_TARGET, description="Target model: a known name, a hub id or a local directory.")
     log_format: Literal["text", "json"] = Field("text", description="Log lines for people (text) or machines (json).")
     max_requests: int = Field(50_000, gt=0, description="Requests one job may hold.")
@@ -49,6 +56,22 @@ class JobsSettings(StorageSettings):
         20.0, gt=0, description="Seconds a worker's claim lasts without renewal; longer than the longest step."
     )
     partials_interval_s: float = Field(0.5, gt=0, description="Seconds between two commits of new tokens.")
+
+    @property
+    def served_names(self) -> tuple[str, ...]:
+        """The names of `api_names`, in lower case."""
+        return tuple(name.strip().lower() for name in self.api_names.split(",") if name.strip())
+
+    @field_validator("api_names")
+    @classmethod
+    def _names_are_hosts(cls, names: str) -> str:
+        for name in names.split(","):
+            if not _NAME.fullmatch(name.strip()):
+                raise ValueError(
+                    f"{name.strip()!r} is no host name; write names such as basic.example.com or "
+                    "basic.example.com:8443, comma-separated and without http://"
+                )
+        return names
 
 
 def read_settings(kind: type[Settings]) -> Settings:

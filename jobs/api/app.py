@@ -7,6 +7,7 @@ from fastapi import FastAPI
 from jobs.api import batches, completions, document, errors, files, jobs, metrics, service
 from jobs.api.access import AccessGuard, Door
 from jobs.api.bodies import BodyReader
+from jobs.api.gate import Gate, Names
 from jobs.api.limits import BodyLimit, RequestIds
 from jobs.api.services import Services
 from jobs.api.streams import Streams
@@ -19,11 +20,17 @@ from jobs.settings import JobsSettings
 from storage.session import Database
 
 
-def make_api(settings: JobsSettings, database: Database, ring: Ring | None = None, door: Door | None = None) -> FastAPI:
+def make_api(
+    settings: JobsSettings,
+    database: Database,
+    ring: Ring | None = None,
+    door: Door | None = None,
+    names: Names | None = None,
+) -> FastAPI:
     """Return the application.
 
     Without a `ring` of its own it rings on the Redis server of the settings; without a `door` of its own it lets
-    everybody in until there is a key.
+    everybody in until there is a key; without `names` it answers to any.
     """
     app = FastAPI(title="bASIC", responses=document.ERRORS, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.services = Services(
@@ -38,6 +45,7 @@ def make_api(settings: JobsSettings, database: Database, ring: Ring | None = Non
     most_by_path = {"/v1/files": settings.max_file_bytes + FORM_BYTES}
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, most_by_path=most_by_path)
     app.add_middleware(AccessGuard, door=door or Door(database), watch=Watch(database))
+    app.add_middleware(Gate, names=names)
     app.add_middleware(RequestIds)
     app.add_middleware(metrics.Stopwatch, metrics=app.state.metrics)
     app.include_router(files.router)

@@ -14,7 +14,7 @@ from jobs.api.bodies import Body
 from jobs.api.caller import Caller, CallerNow
 from jobs.api.examples import BATCH, ORDER_BODY, page_of, replies
 from jobs.api.services import ServicesNow, cancel_job, find_job
-from jobs.api.submissions import IDEMPOTENCY_KEY, json_object, read_endpoint, read_window_s
+from jobs.api.submissions import IDEMPOTENCY_KEY, json_object, read_endpoint, read_window_s, require_json
 from jobs.api.uploads import read_kept_s
 from jobs.batches import BatchOrder, accept_batch
 from jobs.errors import InvalidValue, MissingParameter, NotFound
@@ -33,6 +33,7 @@ _FIELDS = _OPENAI_FIELDS | {"compare_plain"}
 @router.post("", openapi_extra=ORDER_BODY, responses=replies(BATCH, 400, 404, 409))
 async def create(request: Request, services: ServicesNow, caller: CallerNow) -> dict[str, Any]:
     """Make a batch of an uploaded file. The answer says `validating`; the lines are read afterwards."""
+    require_json(request.headers)
 
     def accept(body: Body) -> dict[str, Any]:
         with submit_span(request.headers) as place:

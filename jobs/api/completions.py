@@ -29,7 +29,7 @@ from jobs.api.document import CHAT_BODY, COMPLETION_BODY
 from jobs.api.envelope import error_body
 from jobs.api.services import Services, ServicesNow, find_job
 from jobs.api.streams import StreamPlace
-from jobs.api.submissions import json_object
+from jobs.api.submissions import json_object, require_json
 from jobs.errors import AnswerTooLate, BasicError, InvalidValue, RequestFailed
 from jobs.intake import Submission, accept_call, new_call_id
 from jobs.items import Item
@@ -69,6 +69,7 @@ class _Call:
 
 
 async def _answer(request: Request, services: Services, caller: Caller, endpoint: Endpoint) -> Response:
+    require_json(request.headers)
     async with services.bodies.received(request, services.settings.max_json_bytes) as body:
         call = await run_in_threadpool(_accept, services, body, request.headers, caller, endpoint)
     events = _events(services, call.heading.id)

@@ -22,11 +22,33 @@ LINGER_S = 2.0  # within which a sender that is refused must have read the answe
 _REASONS = {400: b"Bad Request", 431: b"Request Header Fields Too Large"}
 
 
+class TwoLengths(h11.RemoteProtocolError):
+    """The head of a request says twice how long its body is."""
+
+
+class StrictConnection(h11.Connection):
+    """Refuses a head with two lengths of its body: of the servers on the way, each may believe another."""
+
+    def next_event(self) -> Any:
+        """Return the next event; raise RemoteProtocolError."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            names = {name.lower() for name, _ in event.headers}
+            if {b"content-length", b"transfer-encoding"} <= names:
+                raise TwoLengths("Send Content-Length or Transfer-Encoding, not both.")
+        return event
+
+
 class PatientProtocol(H11Protocol):
     """One connection."""
 
     _closing: asyncio.TimerHandle | None = None
     _refused = False
+
+    def __init__(self, *arguments: Any, **fields: Any) -> None:
+        """Read requests strictly."""
+        super().__init__(*arguments, **fields)
+        self.conn = StrictConnection(h11.SERVER, self.conn._max_incomplete_event_size)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request."""
@@ -48,6 +70,7 @@ class PatientProtocol(H11Protocol):
         """Answer what is no HTTP, or has a head that is too long, and close."""
         error = sys.exc_info()[1]
         status = 431 if isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431 else 400
+        msg = str(error) if isinstance(error, TwoLengths) else msg
         reason = _REASONS[status]
         body = json.dumps(error_body(status, msg if status == 400 else "The head of the request is too long.")).encode()
         headers = [

@@ -16,6 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from jobs.api.access import Door
 from jobs.api.app import make_api
+from jobs.api.gate import Names
 from jobs.api.patience import PatientProtocol
 from jobs.dashboard import app as dashboard
 from jobs.doorbells import Doorbells
@@ -53,7 +54,7 @@ def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
     door = _door(settings, database)
     require_schema(settings.resolved_database_url)
     listener = _listen(settings.api_host, settings.api_port)
-    api = make_api(settings, database, door=door)
+    api = make_api(settings, database, door=door, names=Names.of(settings))
     dashboard.install(api, api.state.services, door)
     config = uvicorn.Config(
         api,

@@ -38,6 +38,12 @@ def most_bytes(headers: Headers, settings: JobsSettings) -> int:
     raise UnsupportedBody
 
 
+def require_json(headers: Headers) -> None:
+    """Raise UnsupportedBody for a body that is not declared as JSON: a page of another site can send any other type."""
+    if _content_type(headers) not in _JSON_TYPES:
+        raise UnsupportedBody("Send the body as JSON, with the header content-type: application/json.")
+
+
 def read_submission(body: Body, query: QueryParams, headers: Headers, key_id: str, max_line_bytes: int) -> Submission:
     """Return the submission in a request of this key; raise what is wrong with it as a whole."""
     if _content_type(headers) in _LINES_TYPES:

@@ -1,0 +1,144 @@
+"""Which names the service answers to, and whether a page of another site is calling: asked before any key.
+
+[gate] -> access -> routes.  A browser lends a page its network: without a key, any page could use a service on this
+machine. A page whose name was bound to our address brings that name in `Host`, and a page that calls our address brings
+its own in `Origin` or says `cross-site`; so both are refused, and programs, which send neither, are not concerned.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from dataclasses import dataclass
+from typing import Final, Self
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from jobs.api import errors
+from jobs.errors import CallerRefused, CrossSite, HostNotServed
+from jobs.settings import JobsSettings
+
+_NETLOC: Final = re.compile(r"(?:\[(?P<six>[0-9a-f:.]+)\]|(?P<name>[^\[\]:@/\\\s]+))(?::[0-9]{1,5})?", re.IGNORECASE)
+_USUAL_PORT: Final = re.compile(r":(?:80|443)$")
+_OWN_SITE: Final = frozenset({"same-origin", "none"})  # none: the address bar, a bookmark
+_ANY: Final = "*"
+_CROSS_SITE: Final = (
+    "A page of another site may not call the service without a key. Send Authorization: Bearer KEY; if the page is the "
+    "service's own behind a proxy, add its host to BASIC_API_NAMES (comma-separated) and restart the API server."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """The names and addresses under which the service may be called."""
+
+    named: frozenset[str]  # of the setting: a name, with or without a port; `*.name` for all below it; `*` for all
+    own: frozenset[str]  # the address it listens on
+    every_address: bool = False  # it listens on all; no name can be bound to what is no name
+
+    @classmethod
+    def of(cls, settings: JobsSettings) -> Self:
+        """Return the names of these settings. A service that can be reached from elsewhere has its machine's name."""
+        own = {settings.api_host.lower()}
+        address = _address(settings.api_host)
+        every = address is not None and address.is_unspecified
+        if every or not (address.is_loopback if address else settings.api_host == "localhost"):
+            own.add(socket.gethostname().lower())
+        return cls(frozenset(settings.served_names), frozenset(own), every)
+
+    def serve(self, netloc: str) -> bool:
+        """Return whether a `Host` is one of the names."""
+        host = _host(netloc)
+        if host is None:
+            return False
+        address = _address(host)
+        if address is not None and (address.is_loopback or self.every_address):
+            return True
+        return host == "localhost" or host in self.own or host in self.named or self._named(host)
+
+    def are_origin(self, netloc: str) -> bool:
+        """Return whether pages of this place are ours although they call us by another name, as behind a proxy."""
+        return _plain(netloc) in self.named
+
+    def _named(self, host: str) -> bool:
+        return _ANY in self.named or any(
+            _host(name) == host or (name[:2] == "*." and host.endswith(name[1:])) for name in self.named
+        )
+
+
+class Gate:
+    """Refuses calls by names that are not ours, and calls that a page of another site makes without a key."""
+
+    def __init__(self, app: ASGIApp, names: Names | None) -> None:
+        """Answer to these names; None: to any, for applications that no browser reaches."""
+        self._app = app
+        self._names = names
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on what may come near, HTTP and WebSocket alike."""
+        refused = self._refusal(scope) if scope["type"] in ("http", "websocket") else None
+        if refused is None:
+            await self._app(scope, receive, send)
+        elif scope["type"] == "http":
+            await errors.reply(refused)(scope, receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1008, "reason": refused.code})
+
+    def _refusal(self, scope: Scope) -> CallerRefused | None:
+        headers = Headers(scope=scope)
+        host = headers.get("host", "")  # browsers always send it
+        if self._names is not None and host and not self._names.serve(host):
+            return HostNotServed.by(host)
+        if _shows_key(headers) or not self._from_elsewhere(headers, host) or _is_visit(scope, headers):
+            return None
+        return CrossSite(_CROSS_SITE)
+
+    def _from_elsewhere(self, headers: Headers, host: str) -> bool:
+        """Return whether a browser says that a page of another site is calling."""
+        site = headers.get("sec-fetch-site")
+        if site is not None and site not in _OWN_SITE:
+            return True
+        origin = headers.get("origin")
+        if origin is None or site == "same-origin":
+            return False
+        netloc = urlsplit(origin).netloc if origin.startswith(("http://", "https://")) else ""
+        if netloc and _plain(netloc) == _plain(host):
+            return False
+        return not (netloc and self._names is not None and self._names.are_origin(netloc))
+
+
+def _shows_key(headers: Headers) -> bool:
+    """Return whether a key is shown. No page can make a browser send one to another site without being allowed to."""
+    kind, _, key = headers.get("authorization", "").partition(" ")
+    return kind.lower() == "bearer" and bool(key.strip())
+
+
+def _is_visit(scope: Scope, headers: Headers) -> bool:
+    """Return whether a person follows a link: they see the page, and the page with the link reads nothing of it."""
+    return (
+        scope.get("method") == "GET"
+        and headers.get("sec-fetch-mode") == "navigate"
+        and headers.get("sec-fetch-dest") == "document"
+    )
+
+
+def _plain(netloc: str) -> str:
+    return _USUAL_PORT.sub("", netloc.lower())
+
+
+def _host(netloc: str) -> str | None:
+    """Return the name or address in a `Host`; None for what is none."""
+    found = _NETLOC.fullmatch(netloc)
+    return None if found is None else (found["six"] or found["name"]).lower().rstrip(".")
+
+
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address
