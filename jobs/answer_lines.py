@@ -12,6 +12,7 @@ from typing import Any
 from jobs.api import answers
 from jobs.api.answers import Heading
 from jobs.api.envelope import error_body
+from jobs.json_lines import one_line
 from jobs.messages import CHAT_ENDPOINT
 from storage.batches import BatchClaim
 from storage.queries import OutputView
@@ -23,7 +24,7 @@ def answer_line(batch: BatchClaim, view: OutputView) -> bytes:
     """Return the line of a request that has ended, for the output file if it is completed, else for the error file."""
     name = hashlib.sha256(f"{batch.job_id}:{view.request_index}".encode()).hexdigest()[:24]
     line = {"id": f"batch_req_{name}", "custom_id": view.custom_id, **_result(batch, view, name)}
-    return json.dumps(line, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+    return one_line(json.dumps(line, ensure_ascii=False, allow_nan=False, separators=(",", ":"))).encode() + b"\n"
 
 
 def _result(batch: BatchClaim, view: OutputView, name: str) -> Json:

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ValidationError
 from jobs.client import Client, Job, local_service
 from jobs.errors import BasicError, NotFound, SetupError, UnknownSetting
 from jobs.exports import write_csv
+from jobs.json_lines import json_line, one_line
 from jobs.key_commands import key_commands
 from jobs.logs import without_secrets
 from jobs.messages import MAX_COMPARED_REQUESTS, Endpoint, JobStatus
@@ -168,7 +169,7 @@ def results(
             return
         for answer in answers:
             if as_json:
-                typer.echo(answer.model_dump_json(exclude_none=True))
+                typer.echo(json_line(answer))
                 continue
             typer.echo(f"{safe(answer.custom_id)} ({answer.status})")
             for choice in answer.choices:
@@ -488,7 +489,7 @@ def _watch(client: Client, job: Job, as_json: bool, output: Path | None = None) 
 def _watch_events(job: Job, as_json: bool) -> None:
     if as_json:
         for event in job.follow():
-            typer.echo(event.model_dump_json(exclude_none=True))
+            typer.echo(json_line(event))
         return
     console = make_console()
     with make_view(console, job.info()) as view:
@@ -512,7 +513,7 @@ def _write_results(answers: Iterable[Output], path: Path) -> None:
     try:
         with part.open("w", encoding="utf-8") as file:
             for answer in answers:
-                file.write(answer.model_dump_json(exclude_none=True) + "\n")
+                file.write(json_line(answer) + "\n")
                 count += 1
         part.replace(path)
     except OSError as exc:
@@ -527,7 +528,7 @@ def _announcement(service: LocalService, detached: bool) -> str:
 
 def _print_json(value: BaseModel | list[JobInfo] | dict[str, Any]) -> None:
     if isinstance(value, BaseModel):
-        typer.echo(value.model_dump_json())
+        typer.echo(one_line(value.model_dump_json()))
     elif isinstance(value, list):
         typer.echo(json.dumps([item.model_dump(mode="json") for item in value]))
     else:

@@ -1,5 +1,7 @@
 """Log lines for every process of ours: sentences for people, or one JSON object a line for machines.
 
+A sentence is one line whatever it holds: what a caller sent can't add a line that looks like ours.
+
 A line says which job and request it is about where there are any: by its `extra`, or by what is noted around it, which
 holds for lines of libraries too. No line carries a password: whatever looks like a URL with one loses it, whoever wrote
 the line.
@@ -10,16 +12,21 @@ from __future__ import annotations
 import json
 import logging
 import re
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 _PASSWORD = re.compile(
     r"(?P<before>[a-z][a-z0-9+.-]*://[^\s:/@]*:)[^\s@/]+(?=@)|(?P<query>[?&](?:ssl)?password=)[^\s&,\x22']+"
 )
+# All at which a reader may end a line, or that a terminal obeys: C0, DEL and C1, U+2028 and U+2029, and what turns the
+# direction of writing; and halves of surrogate pairs.
+_CONTROLS = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_INDENT: Final = "    "
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 # As lines for people name them. `request_id` is the shim's name of one HTTP call, which its reply carries too.
@@ -69,13 +76,33 @@ class TextFormatter(logging.Formatter):
     """A line for people."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the record as text."""
+        """Return the record as one line, and its traceback below."""
         return without_secrets(super().format(record))
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """Return the line with what it is about at its end, before any traceback."""
         about = [f"{name} {vars(record)[field]}" for field, name in _NAMES.items() if field in vars(record)]
-        return super().formatMessage(record) + (f" [{', '.join(about)}]" if about else "")
+        return _without_controls(super().formatMessage(record) + (f" [{', '.join(about)}]" if about else ""))
+
+    def formatException(self, ei: Any) -> str:
+        """Return the traceback. What an exception says on further lines is indented, as are the lines of frames."""
+        parts = traceback.TracebackException(*ei).format()
+        return "\n".join(line for part in parts for line in _indented(part.splitlines()))
+
+
+def _without_controls(text: str) -> str:
+    """Return the text with its line breaks and control characters escaped, tabs excepted.
+
+    Halves of surrogate pairs are escaped too: no stream can encode them.
+    """
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def _indented(lines: list[str]) -> Iterator[str]:
+    """Yield the first line, and the others so that none of them begins as a line of ours."""
+    for number, line in enumerate(lines):
+        indent = _INDENT if number and line and not line.startswith(" ") else ""
+        yield indent + _without_controls(line)
 
 
 def without_secrets(text: str) -> str:

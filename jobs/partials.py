@@ -23,6 +23,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
+from jobs.json_lines import one_line
 from jobs.messages import PartialEvent
 from jobs.reader import Reader
 
@@ -88,7 +89,7 @@ class Publisher:
             with self._client.pipeline(transaction=False) as pipeline:
                 for event in events:
                     pipeline.publish(
-                        channel(event.job_id), event.model_dump_json(exclude_none=True, exclude={"snapshot"})
+                        channel(event.job_id), one_line(event.model_dump_json(exclude_none=True, exclude={"snapshot"}))
                     )
                 pipeline.execute()
         except (RedisError, OSError) as exc:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from jobs.json_lines import json_line
 from jobs.messages import JobStatus, PartialEvent, Piece
 from storage.story import Cursor, Page, Passage, Place
 
@@ -51,7 +52,7 @@ def read_id(text: str | None) -> Cursor:
 def server_sent(event: PartialEvent, event_id: str | None = None) -> bytes:
     """Return an event on the wire. Its data is one line, whatever the text holds."""
     name = "" if event_id is None else f"id: {event_id}\n"
-    return f"{name}event: {event.type}\ndata: {event.model_dump_json(exclude_none=True)}\n\n".encode()
+    return f"{name}event: {event.type}\ndata: {json_line(event)}\n\n".encode()
 
 
 def tell(job_id: str, page: Page, since: Cursor) -> tuple[bytes, Cursor]:

@@ -7,7 +7,6 @@ text is what the sink publishes and SQL has, so a lost event costs nothing; whoe
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
 from contextlib import aclosing
@@ -33,6 +32,7 @@ from jobs.api.submissions import json_object, require_json
 from jobs.errors import AnswerTooLate, BasicError, InvalidValue, RequestFailed
 from jobs.intake import Submission, accept_call, new_call_id
 from jobs.items import Item
+from jobs.json_lines import json_line
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, Endpoint, PartialEvent
 from jobs.partials import follow
 from jobs.snapshots import read_events
@@ -214,7 +214,7 @@ async def _chunks(
 
 
 def _line(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value)}\n\n"
+    return f"data: {json_line(value)}\n\n"
 
 
 def _output(services: Services, call: _Call) -> OutputView:

@@ -7,12 +7,12 @@ held while it reads: results are fetched a page at a time.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator, Iterator
 from itertools import islice
 
 from jobs.api import views
 from jobs.api.services import Services
+from jobs.json_lines import json_line
 from storage import queries, story
 from storage.queries import JobView, OutputView
 from storage.story import Place
@@ -73,4 +73,4 @@ def _place(cursor: str) -> Place:
 
 
 def _line(output: OutputView, endpoint: str, **more: str) -> str:
-    return json.dumps(views.output(output, endpoint) | more, ensure_ascii=False) + "\n"
+    return json_line(views.output(output, endpoint) | more) + "\n"

@@ -150,3 +150,38 @@ def test_a_worker_says_which_request_failed_and_which_job_has_ended(
     else:
         assert "[job batch_1, request 1]" in said
         assert "Job batch_1 is completed [job batch_1]" in said
+
+
+FORGED = "2026-11-29 12:00:00,000 INFO    jobs.ingest: forged"
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"])
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_what_a_caller_sends_adds_no_line_to_the_log(
+    log_format: str, end: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = f"a{end}{FORGED}"
+    with logging_to_stderr(log_format), noted(job_id=given):
+        logging.getLogger("ours").warning("Batch %s is refused: custom_id %s", given, given, extra={"batch_id": given})
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "forged" in line
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\x85", "\u2028"])
+def test_the_text_of_an_exception_adds_no_line_that_looks_like_ours(
+    end: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with logging_to_stderr("text"):
+        try:
+            raise ValueError(f"bad id a{end}{FORGED}")
+        except ValueError:
+            logging.getLogger("ours").exception("lost")
+    said = capsys.readouterr().err
+    assert "forged" in said
+    assert not [line for line in said.splitlines() if line.startswith(FORGED)]
+
+
+def test_a_terminal_that_shows_the_log_obeys_nothing_a_caller_sent(capsys: pytest.CaptureFixture[str]) -> None:
+    with logging_to_stderr("text"):
+        logging.getLogger("ours").warning("Batch %s", "\x1b[2J\x9b2J\u202e\ud800")
+    assert capsys.readouterr().err.endswith("Batch \\x1b[2J\\x9b2J\\u202e\\ud800\n")

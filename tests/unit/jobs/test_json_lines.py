@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from jobs.answer_lines import answer_line
+from jobs.api.completions import _line as completion_event
+from jobs.api.output_lines import _line as output_line
+from jobs.json_lines import json_line
+from jobs.messages import CHAT_ENDPOINT, PartialEvent
+from jobs.results import Output
+from jobs.telling import server_sent
+from storage.batches import BatchClaim
+from storage.queries import ChoiceView, OutputView
+
+# All characters at which `str.splitlines` ends a line, and what stands beside them.
+TEXT = "a\nb\rc\x0bd\x0ce\x1cf\x1dg\x1eh\x85i\u2028j\u2029k\x00\x1f\x7f\ufeff\U0001f600é"
+
+
+def an_output(custom_id: str = "a", error: str | None = None) -> OutputView:
+    choice = ChoiceView(0, TEXT, "stop", 3, 3, 0, "w", 1.0, 2.0, None, first_of_prompt=True)
+    if error is None:
+        return OutputView(custom_id, 0, "completed", None, None, None, None, (choice,))
+    return OutputView(custom_id, 0, "failed", "invalid_value", error, TEXT, 400, ())
+
+
+BATCH = BatchClaim("batch_1", 1, CHAT_ENDPOINT, "", "file-1", None, "tiny", 1.0, None)
+EVENT = PartialEvent(job_id="batch_1", type="tokens", request=TEXT, text=TEXT)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json_line({TEXT: [TEXT]}),
+        json_line(EVENT),
+        json_line(Output(custom_id=TEXT, index=0, status="failed")),
+        answer_line(BATCH, an_output()).decode().removesuffix("\n"),
+        answer_line(BATCH, an_output(TEXT, TEXT)).decode().removesuffix("\n"),
+        output_line(an_output(TEXT), CHAT_ENDPOINT).removesuffix("\n"),
+        output_line(an_output(TEXT, TEXT), CHAT_ENDPOINT, cursor="1.2").removesuffix("\n"),
+        completion_event({"choices": [{"delta": {"content": TEXT}}]}).removeprefix("data: ").removesuffix("\n\n"),
+        server_sent(EVENT).decode().partition("data: ")[2].removesuffix("\n\n"),
+    ],
+)
+def test_whoever_splits_at_any_line_end_sees_one_line_that_says_the_same(text: str) -> None:
+    assert text.splitlines() == [text]
+    assert TEXT in said(json.loads(text))
+
+
+def said(value: Any) -> list[Any]:
+    """All keys and values in a JSON value."""
+    if isinstance(value, dict):
+        return [text for key, inner in value.items() for text in (key, *said(inner))]
+    return [text for inner in value for text in said(inner)] if isinstance(value, list) else [value]
