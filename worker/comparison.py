@@ -195,7 +195,7 @@ class Comparison:
         key = (f"comparison {number} of {claim.job_id}", text.request_index, plain)
         sequence = self._codec.sequence(key, prompt, request.sampling, 0)
         sequence.traced_steps = 0
-        return _Way(Transcript(sequence, self._codec.stream(request.sampling.stop)))
+        return _Way(Transcript(sequence, self._codec.stream(request.sampling.stop, prompt, claim.endpoint)))
 
     def _step(self) -> None:
         only = self._plain_batch() if self._plain_next else {pair.drafted.key for pair in self._pairs}

@@ -63,7 +63,7 @@ def generate(
     engine = assembly.engine(replace(assembly.options, mode=mode) if mode else None)
     prompt = assembly.codec.encode(request, endpoint)
     sequence = assembly.codec.sequence((0,), prompt, request.sampling, choice=0)
-    transcript = Transcript(sequence, assembly.codec.stream(request.sampling.stop))
+    transcript = Transcript(sequence, assembly.codec.stream(request.sampling.stop, prompt, endpoint))
     steps: list[StepNumbers] = []
     logprobs: list[TokenLikelihoods] = []
     engine.add(sequence)

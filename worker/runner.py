@@ -180,9 +180,10 @@ class Runner:
             earlier[checkpoint.choice_index].append(checkpoint)
         n = body.sampling.n
         for index in sorted(set(range(len(prompts) * n)) - set(claim.finished_choices)):
-            sequence = self._codec.sequence((*claim.lease.key, index), prompts[index // n], body.sampling, index)
+            prompt = prompts[index // n]
+            sequence = self._codec.sequence((*claim.lease.key, index), prompt, body.sampling, index)
             started_at = claim.started_at or time.time()
-            transcript = Transcript(sequence, self._codec.stream(body.sampling.stop))
+            transcript = Transcript(sequence, self._codec.stream(body.sampling.stop, prompt, claim.endpoint))
             choice = LiveChoice(index, transcript, started_at, first_of_prompt=index % n == 0)
             choice.resume(earlier[index])
             request.choices[index] = choice

@@ -11,12 +11,12 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 from pydantic import ValidationError
-from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from jobs.errors import InvalidValue, PromptTooLong, UnreadableRequest
 from jobs.logprobs import TokenLikelihoods
-from jobs.messages import CHAT_ENDPOINT, GenerationRequest, SamplingParameters
+from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, GenerationRequest, SamplingParameters
+from worker.detokenizer import Detokenizer
 from worker.engine.errors import ModelRefused
 from worker.engine.logprobs import TokenLogprobs
 from worker.engine.sampling import Sampling, noise_key
@@ -90,9 +90,15 @@ class Codec:
         """Return one token as people can read it, special ones by their names."""
         return str(self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def stream(self, stops: Sequence[str] = ()) -> TextStream:
-        """Return a fresh detokenizer for one choice, whose text ends before the first of the stop strings."""
-        return TextStream(self, stops)
+    def stream(
+        self, stops: Sequence[str] = (), prompt: Sequence[int] = (), endpoint: str = COMPLETIONS_ENDPOINT
+    ) -> TextStream:
+        """Return a fresh detokenizer for one choice, whose text ends before the first of the stop strings.
+
+        A completion continues its prompt, so its first token keeps its space. A chat's answer is a text of its own.
+        """
+        alone = endpoint == CHAT_ENDPOINT and self.tokenizer.chat_template is not None
+        return TextStream(self, stops, None if alone else prompt)
 
     def _refuse_beyond(self, ids: Iterable[int], param: str) -> None:
         beyond = [i for i in ids if i >= self.vocabulary]
@@ -139,13 +145,13 @@ class Codec:
 class TextStream:
     """Incremental detokenizing of one choice: whole characters only, and from which source each piece came."""
 
-    def __init__(self, codec: Codec, stops: Sequence[str] = ()) -> None:
-        """Start with no text."""
-        self._codec = codec
-        self._stream = DecodeStream(skip_special_tokens=True)
+    def __init__(self, codec: Codec, stops: Sequence[str] = (), before: Sequence[int] | None = ()) -> None:
+        """Start with no text; `before` it come these tokens, or None where it is a text of its own."""
+        self._spelling = spelling(codec.tokenizer)
+        self._detokenizer = Detokenizer(codec.tokenizer, before)
         self._stops = StopStrings(stops)
-        self._decoded: list[str] = []  # all of it, also what was not passed on
         self._text: list[str] = []
+        self._first = before is None  # the next token is the first of a text
         self.num_tokens = 0  # taken; those behind a stop string are not
 
     @property
@@ -158,6 +164,11 @@ class TextStream:
         """True once the text has met a stop string."""
         return self._stops.hit
 
+    def resume(self, ids: Sequence[int], accepted: Iterable[bool]) -> None:
+        """Take tokens that were passed on and told by an earlier owner."""
+        self.push(ids, accepted)
+        self._first = self._first and all(map(self._spelling.is_special, ids))
+
     def push(self, ids: Iterable[int], accepted: Iterable[bool]) -> Pieces:
         """Add tokens; return the new (text, source) pieces, source `draft` for accepted draft tokens, else `target`.
 
@@ -168,28 +179,30 @@ class TextStream:
             if self.stopped:
                 break
             self.num_tokens += 1
-            chunk = self._stream.step(self._codec.tokenizer.backend_tokenizer, token)
+            chunk = self._detokenizer.push(token)
             if chunk:
-                self._add(pieces, chunk, "draft" if drafted else "target")
+                self._pass(pieces, self._stops.push(chunk, "draft" if drafted else "target"))
         return pieces
 
-    def finish(self, ids: Sequence[int]) -> Pieces:
+    def finish(self, _ids: Sequence[int] = ()) -> Pieces:
         """Return what is still missing of the whole text, such as an incomplete last character."""
-        whole, streamed = self._codec.decode(ids), "".join(self._decoded)
         pieces: Pieces = []
-        if whole.startswith(streamed) and whole != streamed:
-            self._add(pieces, whole[len(streamed) :], "target")
+        rest = self._detokenizer.finish()
+        if rest:
+            self._pass(pieces, self._stops.push(rest, "target"))
         self._pass(pieces, self._stops.end())
         return pieces
 
     def spelled(self, ids: Sequence[int], told: Sequence[TokenLogprobs]) -> tuple[TokenLikelihoods, ...]:
-        """Return what the engine tells of these tokens (the first of `told`) in the words of the tokenizer."""
-        own = spelling(self._codec.tokenizer)
-        return tuple(own.of(entry, token) for token, entry in zip(ids, told, strict=False))
+        """Return what the engine tells of these tokens (the first of `told`) in the words of the tokenizer.
 
-    def _add(self, pieces: Pieces, chunk: str, source: str) -> None:
-        self._decoded.append(chunk)
-        self._pass(pieces, self._stops.push(chunk, source))
+        They are the tokens behind those that were told before.
+        """
+        return tuple(self._likelihoods(token, entry) for token, entry in zip(ids, told, strict=False))
+
+    def _likelihoods(self, token: int, entry: TokenLogprobs) -> TokenLikelihoods:
+        first, self._first = self._first, self._first and self._spelling.is_special(token)
+        return self._spelling.of(entry, token, first=first)
 
     def _pass(self, pieces: Pieces, passed: Pieces) -> None:
         for chunk, source in passed:

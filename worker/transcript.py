@@ -42,7 +42,7 @@ class Transcript:
 
     def resume(self, tokens: Seq[int], accepted: Seq[bool]) -> None:
         """Take over tokens that an earlier owner has committed."""
-        self._stream.push(tokens, accepted)
+        self._stream.resume(tokens, accepted)
         self.sequence.ids += tokens
 
     def take(self, result: StepResult) -> Written:
@@ -52,7 +52,7 @@ class Transcript:
         pieces = self._stream.push(result.tokens, accepted)
         count = self._stream.num_tokens - before
         if self.sequence.finished:
-            pieces += self._stream.finish(self.sequence.output_ids)
+            pieces += self._stream.finish()
         if self._stream.stopped:
             self.sequence.cut(len(result.tokens) - count)
         numbers = replace(result.numbers, emitted_tokens=count, accepted_tokens=sum(accepted[:count]))
