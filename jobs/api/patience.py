@@ -44,6 +44,7 @@ class PatientProtocol(H11Protocol):
 
     _closing: asyncio.TimerHandle | None = None
     _refused = False
+    _handed_over = False  # to the protocol of WebSockets
 
     def __init__(self, *arguments: Any, **fields: Any) -> None:
         """Read requests strictly."""
@@ -65,6 +66,12 @@ class PatientProtocol(H11Protocol):
         """Wait for nothing any more."""
         self._stop_waiting()
         super().connection_lost(exc)
+
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        """Hand the connection over. It is a socket's from here on, and may last: no timer of ours may close it."""
+        self._handed_over = True
+        self._stop_waiting()
+        super().handle_websocket_upgrade(event)
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no HTTP, or has a head that is too long, and close."""
@@ -94,7 +101,7 @@ class PatientProtocol(H11Protocol):
         self._wait(LINGER_S)
 
     def _wait_or_not(self) -> None:
-        if self._refused:
+        if self._refused or self._handed_over:
             return
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_waiting()

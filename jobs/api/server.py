@@ -19,6 +19,7 @@ from jobs.api.app import make_api
 from jobs.api.gate import Names
 from jobs.api.patience import PatientProtocol
 from jobs.dashboard import app as dashboard
+from jobs.dashboard.bodies import SOCKET_BYTES
 from jobs.doorbells import Doorbells
 from jobs.errors import SetupError
 from jobs.local_key import read_local_key
@@ -59,6 +60,7 @@ def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
     config = uvicorn.Config(
         api,
         http=PatientProtocol,
+        ws_max_size=SOCKET_BYTES,
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=_SHUTDOWN_S,

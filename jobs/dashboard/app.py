@@ -21,6 +21,7 @@ from jobs.api.access import Door
 from jobs.api.caller import Caller
 from jobs.api.services import Services
 from jobs.dashboard import job_page, jobs_page, stats_page, workers_page
+from jobs.dashboard.bodies import SmallBodies
 from jobs.dashboard.desk import COOKIE, Desk, Sessions
 from jobs.dashboard.look import BASE, POLICY, frame, heading
 from jobs.errors import BasicError, CallerRefused
@@ -67,6 +68,7 @@ def install(api: FastAPI, services: Services, door: Door) -> None:
     ui.run_with(
         api, mount_path=BASE, title="bASIC", dark=None, language="en-US", tailwind=False, show_welcome_message=False
     )
+    api.add_middleware(SmallBodies)
     api.add_middleware(ContentPolicy)
 
 

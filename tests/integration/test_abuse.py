@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
@@ -221,26 +222,65 @@ def test_what_is_no_request_is_answered_in_the_envelope(shim: Shim, request_: by
     assert body["error"].keys() == {"message", "type", "param", "code"}
 
 
-def test_who_does_not_finish_the_head_of_a_request_is_let_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@contextmanager
+def served_with_patience(app: Any) -> Iterator[tuple[str, int]]:
+    """Yield the address at which an application is served behind `PatientProtocol`."""
     import uvicorn
 
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 204, "headers": []})
-        await send({"type": "http.response.body"})
-
-    monkeypatch.setattr(patience, "HEADERS_S", 0.2)
     config = uvicorn.Config(app, http=patience.PatientProtocol, log_config=None, lifespan="off")
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
+        try:
+            yield listener.getsockname()
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def test_who_does_not_finish_the_head_of_a_request_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    monkeypatch.setattr(patience, "HEADERS_S", 0.2)
+    with served_with_patience(app) as address:
         request = b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n"
         for data in (b"", b"GET / HTT", request + request[:9]):
-            with socket.create_connection(listener.getsockname(), timeout=30) as connection:
+            with socket.create_connection(address, timeout=30) as connection:
                 connection.sendall(data)
                 received = b""
                 while part := connection.recv(1_000):
                     received += part
                 assert received.startswith(b"HTTP/1.1 204" if data.startswith(request) else b"")
-        server.should_exit = True
-        thread.join()
+
+
+@pytest.mark.parametrize("parts", [1, 2], ids=["at once", "in two parts"])
+def test_a_socket_outlives_the_patience_with_heads_of_requests(monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
+    """What it says after that time still arrives."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        assert scope["type"] == "websocket"
+        await send({"type": "websocket.accept"})
+        await asyncio.sleep(4 * patience.HEADERS_S)
+        await send({"type": "websocket.send", "text": "still here"})
+        await send({"type": "websocket.close"})
+
+    monkeypatch.setattr(patience, "HEADERS_S", 0.2)
+    hello = (
+        b"GET / HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
+        b"sec-websocket-version: 13\r\nsec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+    )
+    with served_with_patience(app) as address, socket.create_connection(address, timeout=30) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if parts == 2:
+            connection.sendall(hello[:40])
+            hello = hello[40:]
+        connection.sendall(hello)
+        received = b""
+        while b"still here" not in received:
+            part = connection.recv(1_000)
+            assert part, "the connection was closed"
+            received += part
+        assert received.startswith(b"HTTP/1.1 101")
