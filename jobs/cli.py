@@ -22,6 +22,7 @@ from pydantic import BaseModel, ValidationError
 from jobs.client import Client, Job, local_service
 from jobs.errors import BasicError, NotFound, SetupError, UnknownSetting
 from jobs.exports import write_csv
+from jobs.formats import refuse_to_write
 from jobs.json_lines import json_line, one_line
 from jobs.key_commands import key_commands
 from jobs.logs import without_secrets
@@ -39,6 +40,11 @@ if TYPE_CHECKING:
 FAILED = 1
 WRONG_USE = 2
 
+_WRITTEN = (
+    "answers are written as JSON lines",
+    ".jsonl .ndjson .json .txt",
+    "In Python, job.dataframe() gives them as a table, with to_csv, to_parquet and to_excel.",
+)
 _PATIENCE_S = 8.0  # a person who forgot `basic up` should not wait longer to be told
 
 app = typer.Typer(
@@ -95,10 +101,12 @@ def submit(
 
     Example: basic submit examples/prompts.jsonl --follow --temperature 0
     """
-    content, suffix = _read_file(file)
+    if output is not None:
+        refuse_to_write(output, *_WRITTEN)
+    lines = _read_file(file)
     with _connect() as client:
         job = client.submit(
-            Lines(content, suffix),
+            lines,
             model=model,
             endpoint=endpoint,
             idempotency_key=idempotency_key,
@@ -117,6 +125,7 @@ def submit(
         else:
             typer.echo(f"Submitted {info.request_counts.total} requests as job {info.id}")
             typer.echo(f"Watch it: basic follow {info.id}")
+        raise typer.Exit(_say_refused(job, info))
 
 
 @app.command()
@@ -161,6 +170,8 @@ def results(
 
     Example: basic results --output answers.jsonl
     """
+    if output is not None:
+        refuse_to_write(output, *_WRITTEN)
     with _connect() as client:
         found = _find(client, job)
         answers = found.outputs(failed=failed, follow=follow)
@@ -239,6 +250,8 @@ def stats(
 
     Example: basic stats --plot stats.png
     """
+    if plot is not None:
+        refuse_to_write(plot, "plots are drawn as PNG", ".png")
     with _connect() as client:
         if as_csv:
             _print_csv(client, job)
@@ -263,6 +276,7 @@ def write_report(
 
     Example: basic report -o report.html
     """
+    refuse_to_write(output, "a report is HTML", ".html .htm", "A browser prints it as PDF.")
     with _connect() as client:
         found = _find(client, job)
         numbers = client.run(lambda client: client.job_stats(found.id))
@@ -424,12 +438,12 @@ def _age_s(age: str) -> float:
     return float(int(match[1]) * {"m": 60, "h": 3600, "d": 86_400}[match[2]])
 
 
-def _read_file(path: Path) -> tuple[bytes, str]:
-    """Return what a file holds, and the suffix that says what that is."""
+def _read_file(path: Path) -> Lines:
+    """Return what a file holds."""
     try:
         if str(path) == "-":
-            return sys.stdin.buffer.read(), ""
-        return path.read_bytes(), path.suffix.lower()
+            return Lines(sys.stdin.buffer.read(), name="Standard input")
+        return Lines.read(path)
     except OSError as exc:
         raise typer.BadParameter(f"{path} can't be read: {exc.strerror}", param_hint="FILE") from exc
 
@@ -471,6 +485,20 @@ def _end(job: Job, info: JobInfo, output: Path | None) -> int:
         )
     answered = info.request_counts.completed > 0
     return 0 if info.status is JobStatus.COMPLETED and answered else FAILED
+
+
+def _say_refused(job: Job, info: JobInfo) -> int:
+    """Say why requests were refused as soon as they were submitted; return the exit status, of failure if all were."""
+    counts = info.request_counts
+    refused = next(job.outputs(failed=True), None) if counts.failed else None
+    if refused is None or refused.error is None:
+        return 0
+    typer.echo(
+        f"{counts.failed} of {counts.total} requests failed at once, the first of them so: "
+        f"{safe(refused.error.message)}    See all: basic results --failed {info.id}",
+        err=True,
+    )
+    return FAILED if counts.failed == counts.total else 0
 
 
 def _watch(client: Client, job: Job, as_json: bool, output: Path | None = None) -> int:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from jobs import cli
 from jobs.api.app import make_api
 from jobs.client import Client
-from jobs.errors import SetupError
+from jobs.errors import InvalidValue, SetupError
 from jobs.settings import JobsSettings
 from storage.session import Database
 from tests.in_process import InProcess
@@ -73,6 +73,46 @@ def test_results_are_written_to_a_file(run: Run, prompts: str, database: Databas
 def test_lines_of_text_are_prompts(run: Run) -> None:
     job = json.loads(run("submit", "-", "--json", stdin="Name a river.\nName a lake.\n"))
     assert job["request_counts"]["total"] == 2
+
+
+def test_a_job_whose_lines_all_fail_at_once_is_a_failure_and_the_first_reason_is_said(run: Run, prompts: str) -> None:
+    result = CliRunner().invoke(cli.app, ["submit", "-"], input='{"promt": "Hello"}\n{broken\n')
+    assert result.exit_code == cli.FAILED
+    assert "2 of 2 requests failed at once" in result.stderr
+    assert "line 1, promt: " in result.stderr
+    result = CliRunner().invoke(cli.app, ["submit", prompts])
+    assert result.exit_code == 0
+    assert "1 of 2 requests failed at once" in result.stderr
+    job = json.loads(run("submit", "-", "--json", stdin='{"broken\n' * 2, status=cli.FAILED))
+    assert job["request_counts"]["failed"] == 2
+
+
+@pytest.mark.parametrize("content", ["question,answer\na,b\n", '[{"prompt": "a"}]', "", " \n"])
+def test_what_holds_no_lines_is_not_submitted(run: Run, content: str) -> None:
+    with pytest.raises(InvalidValue, match="Standard input is"):
+        run("submit", "-", stdin=content)
+    assert json.loads(run("jobs", "--json")) == []
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.TSV", "out.parquet", "out.xlsx", "out.jsonl.gz"])
+def test_answers_are_not_written_under_the_name_of_another_format(
+    run: Run, prompts: str, tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / name
+    with pytest.raises(InvalidValue, match=r"answers are written as JSON lines \(.jsonl\)"):
+        run("submit", prompts, "--output", str(path))
+    assert json.loads(run("jobs", "--json")) == []
+    run("submit", prompts)
+    with pytest.raises(InvalidValue, match="dataframe"):
+        run("results", "--output", str(path))
+    assert not path.exists()
+
+
+def test_reports_and_plots_are_not_written_under_the_name_of_another_format(run: Run) -> None:
+    with pytest.raises(InvalidValue, match="HTML"):
+        run("report", "-o", "report.pdf")
+    with pytest.raises(InvalidValue, match="PNG"):
+        run("stats", "--plot", "stats.jpg")
 
 
 def test_a_job_is_waited_for_and_its_failed_lines_shown(
