@@ -2,7 +2,8 @@
 
 worker.resident, reconciler -> [liveness].  An identity names boot, process namespace, process id and the moment of its
 start, so that neither a restart of the machine nor a process id that is used again makes a dead process look alive, and
-no other container of the machine is judged. Linux only; elsewhere nobody has an identity, and leases tell.
+no other container of the machine is judged. Linux only; elsewhere nobody has an identity, and leases tell. A container
+that starts again has a new process namespace: there the new process under the old name and number tells of the old one.
 """
 
 from __future__ import annotations
@@ -29,6 +30,22 @@ def is_dead(identity: str | None) -> bool:
         return False
     fields = _stat(int(pid))
     return not fields or fields[_START_TICKS] != process or fields[_STATE] in "ZX"
+
+
+def follows(later: str | None, earlier: str | None) -> bool:
+    """Return whether a process has the number of an earlier one of this boot, in another process namespace.
+
+    If both are of one container, which has one such namespace at a time, then the earlier has ended.
+    """
+    (boot, namespace, pid), (old_boot, old_namespace, old_pid) = _parts(later), _parts(earlier)
+    return bool(boot) and (boot, pid) == (old_boot, old_pid) and namespace != old_namespace
+
+
+def _parts(identity: str | None) -> tuple[str, str, str]:
+    boot, _, rest = (identity or "").partition("/")
+    place, _, _ = rest.rpartition("/")
+    namespace, _, pid = place.rpartition("/")
+    return boot, namespace, pid
 
 
 def _scope() -> str | None:

@@ -3,7 +3,8 @@
 worker.resident, jobs.api.server -> [reconciler] -> storage.  Runs in every worker and every shim, one elected at a
 time: requests whose worker is gone go back to the queue, doorbells that nobody heard ring again, what is overdue
 expires, cancelled jobs end without their workers, comparisons that kill their workers are given up, and dead workers
-are marked. Every act may be repeated.
+are marked. Those that are not elected look for dead processes too, for only neighbours see them. Every act may be
+repeated.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from dataclasses import dataclass
 from sqlalchemy.orm import Session
 
 from jobs.events import failure_events, job_events
-from jobs.liveness import identity, is_dead
+from jobs.liveness import follows, identity, is_dead
 from jobs.messages import PartialEvent
 from jobs.producer import Ring
 from storage import leases, writes
 from storage.comparisons import give_up_comparisons
 from storage.elections import elect, holder, resign
-from storage.reclaim import mark_lost, reclaim, running_processes
+from storage.reclaim import Process, mark_lost, reclaim, running_processes
 from storage.records import FailedRequest
 from storage.session import DATABASE_AWAY, Database, why_away
 from storage.writes import Ended
@@ -46,11 +47,11 @@ Publish = Callable[[Sequence[PartialEvent]], None]
 class _Round:
     """What one round changed, to be told after its commit."""
 
-    failed: tuple[FailedRequest, ...]
-    ended_jobs: tuple[tuple[str, str], ...]  # (job_id, final status)
-    given_up: tuple[str, ...]  # jobs that are not compared after all
-    to_ring: tuple[tuple[str, str], ...]  # (job_id, model)
-    more: bool  # there was more to end than one round may take
+    failed: tuple[FailedRequest, ...] = ()
+    ended_jobs: tuple[tuple[str, str], ...] = ()  # (job_id, final status)
+    given_up: tuple[str, ...] = ()  # jobs that are not compared after all
+    to_ring: tuple[tuple[str, str], ...] = ()  # (job_id, model)
+    more: bool = False  # there was more to end than one round may take
 
 
 class Reconciler:
@@ -88,15 +89,14 @@ class Reconciler:
         try:
             with self._database.write() as session:
                 elected = self._elected(session)
-            done = self._reconcile() if elected else None
+            done = self._reconcile() if elected else self._bury()
         except DATABASE_AWAY:
             self._connected_at = None
             raise
         self._connected_at = self._connected_at or time.monotonic()
-        if done is not None:
-            self._tell(done)
-        self._more = done is not None and done.more
-        return done is not None
+        self._tell(done)
+        self._more = done.more
+        return elected
 
     def _elected(self, session: Session) -> bool:
         predecessor = holder(session, OFFICE)
@@ -107,13 +107,11 @@ class Reconciler:
     def _reconcile(self) -> _Round:
         """Do every repair in a transaction of its own: locks are held for moments, and taken in one order."""
         write = self._database.write
-        with self._database.read() as session:
-            dead = [worker for worker, process in running_processes(session).items() if is_dead(process)]
-        could_renew = self._owners_could_renew()
+        dead = self._dead()
         with write() as session:
-            again = reclaim(session, dead, lapsed=could_renew)
+            again = reclaim(session, dead, lapsed=self._owners_could_renew(), patience_s=self._lease_s)
         with write() as session:
-            given_up = give_up_comparisons(session) if could_renew else ()
+            given_up = give_up_comparisons(session, dead)
         with write() as session:  # after their requests are given back: whoever is marked is not looked at again
             mark_lost(session, dead, _SILENT_S)
         late = self._in_pieces(writes.expire_requests)
@@ -127,6 +125,25 @@ class Reconciler:
             to_ring=(*again.requeued, *unheard),
             more=late.more or over.more,
         )
+
+    def _bury(self) -> _Round:
+        """Give back what dead processes of this machine left: who holds the office may be unable to see them."""
+        dead = self._dead()
+        if not dead:
+            return _Round()
+        with self._database.write() as session:
+            again = reclaim(session, dead, lapsed=False)
+        with self._database.write() as session:
+            given_up = give_up_comparisons(session, dead)
+        with self._database.write() as session:
+            mark_lost(session, dead)
+        return _Round(again.poisoned, again.ended_jobs, tuple(given_up), again.requeued)
+
+    def _dead(self) -> list[str]:
+        """Return the workers whose process has certainly ended."""
+        with self._database.read() as session:
+            running = running_processes(session)
+        return [worker.worker_id for worker in running if is_dead(worker.process) or _is_followed(worker, running)]
 
     def _in_pieces(self, end: Callable[[Session], Ended]) -> Ended:
         """Let requests end a piece at a time, with as much time between them for others as each has taken."""
@@ -176,6 +193,16 @@ class Reconciler:
             except Exception:  # the thread must live: nobody else would notice that it is gone
                 log.exception("A round of the reconciler failed", extra={"action": "reconciler_failed"})
             self._stop.wait(0.0 if self._more else _ROUND_S * random.uniform(0.8, 1.2))
+
+
+def _is_followed(worker: Process, running: Sequence[Process]) -> bool:
+    """Return whether another process has taken a worker's place in its container since it was last heard of."""
+    return any(
+        later.hostname == worker.hostname
+        and later.started_at > worker.last_seen_at
+        and follows(later.process, worker.process)
+        for later in running
+    )
 
 
 def _compare(job_id: str) -> dict[str, str]:

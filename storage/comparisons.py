@@ -3,17 +3,18 @@
 worker.comparison, jobs.reconciler -> [comparisons] -> models.  Which requests is drawn from the job's id, so that
 everybody draws the same. One worker at a time has a comparison in hand; whoever is done first writes it, and it is
 written as a whole. A worker that compares does nothing else, so a comparison is always alone in trial: having cost as
-many workers as a request may (storage.reclaim), it is given up.
+many workers as a request may (storage.reclaim), it is given up. Only deaths that were seen count. One that lapsed is
+taken up by the next worker, and that attempt takes the place of the last.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, replace
 from typing import Final
 
-from sqlalchemy import ColumnElement, and_, or_, select, update
+from sqlalchemy import ColumnElement, and_, case, or_, select, update
 from sqlalchemy.orm import Session
 
 from storage.endings import lock_jobs
@@ -30,7 +31,9 @@ def due(session: Session, model: str, body_version: int) -> bool:
     return session.scalar(select(_is_due(database_now(session), model, body_version))) or False
 
 
-def claim_comparison(session: Session, model: str, body_version: int, lease_s: float) -> ComparisonClaim | None:
+def claim_comparison(
+    session: Session, model: str, body_version: int, lease_s: float, worker_id: str | None = None
+) -> ComparisonClaim | None:
     """Take the comparison of the job that waits longest in hand, for so long; None if none waits."""
     now = database_now(session)
     oldest = (
@@ -43,7 +46,12 @@ def claim_comparison(session: Session, model: str, body_version: int, lease_s: f
     job_id = session.scalar(oldest)
     if job_id is None:
         return None
-    in_hand = {"comparing_until": now + lease_s, "compare_attempts": Job.compare_attempts + 1}
+    counted = case((Job.comparing_until.is_(None), 1), else_=0)
+    in_hand = {
+        "comparing_until": now + lease_s,
+        "comparing_by": worker_id,
+        "compare_attempts": Job.compare_attempts + counted,
+    }
     taken = update(Job).where(Job.id == job_id).values(in_hand)
     endpoint = session.execute(taken.returning(Job.endpoint)).scalar_one()
     return ComparisonClaim(job_id, endpoint, tuple(_finished_texts(session, job_id)))
@@ -56,7 +64,7 @@ def keep_comparison(session: Session, job_id: str, lease_s: float) -> None:
 
 def drop_comparison(session: Session, job_id: str) -> None:
     """Leave a comparison to whoever is idle next; it begins anew, and this attempt does not count."""
-    handed_back = {"comparing_until": None, "compare_attempts": Job.compare_attempts - 1}
+    handed_back = {"comparing_until": None, "comparing_by": None, "compare_attempts": Job.compare_attempts - 1}
     session.execute(update(Job).where(Job.id == job_id).values(handed_back))
 
 
@@ -71,10 +79,19 @@ def record_comparison(session: Session, worker_id: str, job_id: str, rows: Itera
         insert_many(session, Comparison, written)
 
 
-def give_up_comparisons(session: Session) -> list[str]:
-    """End the comparisons that have cost too many workers, with an error for each request; return their jobs."""
-    lost = and_(Job.comparing_until < database_now(session), Job.compare_attempts >= LONE_CRASHES)
-    job_ids = lock_jobs(session, and_(_is_wanted(), lost))
+def give_up_comparisons(session: Session, dead: Collection[str] = ()) -> list[str]:
+    """End the comparisons that have cost too many workers, with an error for each request; return their jobs.
+
+    `dead` are workers whose process is known to have ended.
+    """
+    if not dead:
+        return []
+    job_ids = lock_jobs(session, and_(_is_wanted(), Job.comparing_by.in_(dead)))
+    if not job_ids:
+        return []
+    freed = update(Job).where(Job.id.in_(job_ids)).values(comparing_until=None, comparing_by=None)
+    attempts = session.execute(freed.returning(Job.id, Job.compare_attempts)).all()
+    job_ids = sorted(job_id for job_id, count in attempts if count >= LONE_CRASHES)
     for job_id in job_ids:
         indexes = [text.request_index for text in _finished_texts(session, job_id)]
         errors = [ComparisonRow(i, error_code=_POISON.code, error_message=_POISON.message) for i in indexes]
@@ -88,7 +105,7 @@ def _is_due(now: float, model: str, body_version: int) -> ColumnElement[bool]:
 
 def _waits(now: float, model: str, body_version: int) -> ColumnElement[bool]:
     in_no_hand = or_(Job.comparing_until.is_(None), Job.comparing_until < now)
-    may_be_tried = Job.compare_attempts < LONE_CRASHES
+    may_be_tried = or_(Job.compare_attempts < LONE_CRASHES, Job.comparing_until.is_not(None))
     # Only of a job that has its answers: whoever cancels one wants no more of it.
     finished = and_(Job.status == "completed", Job.model == model, Job.body_version <= body_version)
     return and_(_is_wanted(), finished, in_no_hand, may_be_tried)

@@ -19,9 +19,9 @@ from sqlalchemy.orm import Session
 
 from storage import rollups
 from storage.endings import cancel_requests, error_columns, finalise_jobs
-from storage.models import DecodeStep, DraftTree, Job, Output, Partial, Request
+from storage.models import DecodeStep, DraftTree, Job, Output, Partial, Request, Served
 from storage.records import Checkpoint, FinishedChoice, FlushResult, Lease, Progress, Refusal, RequestKey
-from storage.sql import AnyRow, database_now, insert_many, insert_new, is_one_of, is_request, without_nul
+from storage.sql import AnyRow, database_now, insert_into, insert_many, insert_new, is_one_of, is_request, without_nul
 
 ChoiceKey = tuple[str, int, int]  # (job_id, request_index, choice_index)
 
@@ -42,7 +42,7 @@ def flush(
     ours = [entry for entry in progress if standings[entry.lease] is _Standing.HOLDS]
     now = database_now(session)
     _renew(session, _keys(standings, _Standing.HOLDS), now + lease_s)
-    _prove(session, {entry.lease.key for entry in ours if entry.checkpoints})
+    _prove(session, worker_id, {entry.lease.key for entry in ours if entry.checkpoints}, now)
     tally = _Tally()
     _write_checkpoints(session, worker_id, ours, now, numbers, tally)
     _write_outputs(session, worker_id, ours, numbers, tally)
@@ -136,11 +136,24 @@ def _renew(session: Session, keys: Collection[RequestKey], until: float) -> None
         session.execute(update(Request).where(is_request(keys)).values(lease_expires_at=until))
 
 
-def _prove(session: Session, keys: Collection[RequestKey]) -> None:
-    """Note which requests have committed tokens under this lease: they are no suspects any more."""
-    if keys:
-        proven = {"proven": True, "suspect_group": None, "lone_crashes": 0}
-        session.execute(update(Request).where(is_request(keys), ~Request.proven).values(**proven))
+def _prove(session: Session, worker_id: str, keys: Collection[RequestKey], now: float) -> None:
+    """Note which requests have committed tokens under this lease, so are no suspects any more, and that we serve."""
+    if not keys:
+        return
+    proven = {
+        "proven": True,
+        "suspect_group": None,
+        "lone_crashes": 0,
+        "lone_served": False,
+        "lone_host": None,
+    }
+    newly = update(Request).where(is_request(keys), ~Request.proven).values(**proven).returning(Request.job_id)
+    job_id = session.scalar(newly)
+    if job_id is None:
+        return
+    model = select(Job.model).where(Job.id == job_id).scalar_subquery()
+    served = insert_into(session, Served).values(worker_id=worker_id, model=model, last_at=now)
+    session.execute(served.on_conflict_do_update(index_elements=["worker_id"], set_={"last_at": now}))
 
 
 def _write_checkpoints(

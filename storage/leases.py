@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from storage.endings import cancel_requests, finalise_jobs, lock_jobs
 from storage.models import Job, Output, Partial, Request
 from storage.records import Checkpoint, Claim, Lease, RequestKey, StepRow
-from storage.sql import AnyRow, database_now, has_work, is_one_of, is_request, running_requests
+from storage.sql import AnyRow, database_now, has_served, has_work, is_one_of, is_request, running_requests
 from storage.turns import Standing, Turns
 
 _CLAIMED: Final = (
@@ -49,7 +49,8 @@ def claim(
     `body_version` are left to others.
 
     Suspects (storage.reclaim) come first, a group at a time, and only when all that the caller holds is proven; until
-    they are proven too, nothing joins them.
+    they are proven too, nothing joins them. A worker that has not served anything yet takes requests that stand accused
+    last: if it dies of other work too, the host is bad, and if it does not, its death will tell something.
     """
     if limit <= 0:
         return []
@@ -60,21 +61,14 @@ def claim(
     may_serve = and_(
         Job.status == "in_progress", Job.model == model, Job.expires_at > now, Job.body_version <= body_version
     )
-    group = session.scalar(
-        select(Request.suspect_group)
-        .join(Job, Job.id == Request.job_id)
-        .where(Request.suspect_group.is_not(None), Request.status == "queued", may_serve)
-        .order_by(Request.suspect_group)
-        .limit(1)
-    )
-    if group is None:
+    group, accused = _next_group(session, may_serve)
+    taken: list[RequestKey] = []
+    if group is None or (accused and not has_served(session, worker_id)):
         taken = _take_turns(session, and_(may_serve, Job.priority > 0), limit, now, holding)
         rest = limit - reserved - len(taken)
         taken += _take_turns(session, and_(may_serve, Job.priority == 0), rest, now, holding)
-    elif all(row.proven for row in held):
+    if group is not None and not taken and all(row.proven for row in held):
         taken = _lock_queued(session, Request.suspect_group == group, limit, holding)
-    else:
-        return []
     return _as_claims(session, _own(session, worker_id, taken, now, lease_s))
 
 
@@ -113,6 +107,19 @@ def jobs_to_ring(session: Session, older_than_s: float) -> list[tuple[str, str]]
     return [(job_id, model) for model, job_id in one_a_model.items()]
 
 
+def _next_group(session: Session, may_serve: ColumnElement[bool]) -> tuple[str | None, bool]:
+    """Return the suspects that are tried next, and whether a worker has died of them alone. Those come last."""
+    accused = Request.lone_crashes > 0
+    found = session.execute(
+        select(Request.suspect_group, accused)
+        .join(Job, Job.id == Request.job_id)
+        .where(Request.suspect_group.is_not(None), Request.status == "queued", may_serve)
+        .order_by(accused, Request.suspect_group)
+        .limit(1)
+    ).first()
+    return (None, False) if found is None else (found[0], bool(found[1]))
+
+
 def _held(session: Session, worker_id: str, holding: Collection[RequestKey]) -> Sequence[AnyRow]:
     """Return how far those that the caller still owns are proven."""
     if not holding:
@@ -133,7 +140,8 @@ def _take_turns(
     taken: list[RequestKey] = []
     while len(taken) < limit and (shares := turns.share_out(limit - len(taken))):
         for job_id, places in shares.items():
-            got = _lock_queued(session, Request.job_id == job_id, places, [*holding, *taken])
+            unsuspected = and_(Request.job_id == job_id, Request.suspect_group.is_(None))
+            got = _lock_queued(session, unsuspected, places, [*holding, *taken])
             taken += got
             turns.took(job_id, len(got))
             if len(got) < places:  # the rest is locked by others who claim right now, or held by the caller

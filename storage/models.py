@@ -124,6 +124,7 @@ class Job(Base):
     # in hand, and when it was over.
     compare_plain: Mapped[int] = mapped_column(server_default=text("0"))
     comparing_until: Mapped[float | None]
+    comparing_by: Mapped[str | None]  # the worker that has it in hand
     compared_at: Mapped[float | None]
     compare_attempts: Mapped[int] = mapped_column(server_default=text("0"))  # taken in hand, and not handed back
     traceparent: Mapped[str | None]  # where the spans of its requests belong, for whoever traces (jobs.tracing)
@@ -167,7 +168,11 @@ class Request(Base):
     # Who ran it when a worker was lost (storage.reclaim): such a group runs again with nobody else in trial beside it.
     suspect_group: Mapped[str | None]
     proven: Mapped[bool] = mapped_column(server_default=false())  # has committed tokens under the present lease
-    lone_crashes: Mapped[int] = mapped_column(server_default=text("0"))  # workers lost while it alone was in trial
+    # Of deaths of workers that were seen while it alone was in trial: how many, whether such a worker had served others
+    # before, and the host of the first.
+    lone_crashes: Mapped[int] = mapped_column(server_default=text("0"))
+    lone_served: Mapped[bool] = mapped_column(server_default=false())
+    lone_host: Mapped[str | None]
 
     __table_args__ = (
         CheckConstraint(_one_of("status", REQUEST_STATUSES), name="status"),
@@ -483,6 +488,16 @@ class Worker(Base):
     load: Mapped[dict[str, Any] | None]  # what it was doing when it last said so
     process: Mapped[str | None]  # which process of this machine: its neighbours see at once if it is dead
     lost_at: Mapped[float | None]  # when it was found dead or silent; cleared should it come back
+
+
+class Served(Base):
+    """A worker that has committed tokens of a request: its host serves, so a death of it speaks against what it ran."""
+
+    __tablename__ = "served"
+
+    worker_id: Mapped[str] = mapped_column(primary_key=True)
+    model: Mapped[str]
+    last_at: Mapped[float]  # when it last did so of a request that it had just taken up
 
 
 class ApiKey(Base):

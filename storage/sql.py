@@ -12,7 +12,7 @@ from sqlalchemy import JSON, BigInteger, ColumnElement, Row, and_, cast, false, 
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from storage.models import Base, Job, Request
+from storage.models import Base, Job, Request, Served
 from storage.records import RequestKey
 
 AnyRow = Row[*tuple[Any, ...]]
@@ -99,6 +99,11 @@ def owned_by(column: InstrumentedAttribute[str], owner: str | None) -> ColumnEle
 def is_lapsed(now: float) -> ColumnElement[bool]:
     """Return the condition that whoever runs a request has not renewed its lease in time."""
     return and_(Request.status == "running", Request.lease_expires_at < now)
+
+
+def has_served(session: Session, worker_id: str) -> bool:
+    """Return whether a worker has committed tokens of any request."""
+    return session.scalar(select(Served.worker_id).where(Served.worker_id == worker_id)) is not None
 
 
 def has_work() -> ColumnElement[bool]:

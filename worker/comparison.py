@@ -165,7 +165,7 @@ class Comparison:
             if not comparisons.due(session, self._model, MESSAGE_VERSION):
                 return
         with self._database.write() as session:
-            claim = comparisons.claim_comparison(session, self._model, MESSAGE_VERSION, self._lease_s)
+            claim = comparisons.claim_comparison(session, self._model, MESSAGE_VERSION, self._lease_s, self._worker_id)
         if claim is not None:
             self._begin(claim)
 

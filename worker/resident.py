@@ -40,6 +40,7 @@ _HOUSEKEEPING_S = 5.0
 _LOAD_S = 1.0  # between two looks at what the engine holds
 _DATABASE_RETRY_S = 2.0
 _HAND_BACK_RETRY_S = 0.5
+_LEAVING_S = 2.0
 _STOP_STATUS = 1  # of a process that did not stop in order
 
 Pulse = Callable[[], bool]  # send a message to oneself; whether Redis took it
@@ -99,6 +100,7 @@ class Resident:
         self._wake.set()
         self._engine_thread.join(self._settings.drain_s)
         if self._engine_thread.is_alive():
+            self._note_leaving()
             _end(
                 _STOP_STATUS,
                 f"the engine did not stop in {self._settings.drain_s:.0f} s; its requests go on elsewhere "
@@ -170,7 +172,22 @@ class Resident:
         self._moved = self._watchdog.saw_turns(self._turns, time.monotonic())
         verdict = self._watchdog.verdict(time.monotonic())
         if verdict is not None:
+            if self._moved:  # not for a step that hangs
+                self._note_leaving()
             _end(RESTART_STATUS, verdict)
+
+    def _note_leaving(self) -> None:
+        """Say that the end of this process is no fault of its requests; a database that is away need not know."""
+        noting = threading.Thread(target=self._stop_worker, name="basic-leaving", daemon=True)
+        noting.start()
+        noting.join(_LEAVING_S)
+
+    def _stop_worker(self) -> None:
+        try:
+            with self._database.write() as session:
+                writes.stop_worker(session, self.worker_id)
+        except DATABASE_AWAY as error:
+            log.warning("Could not note that this worker leaves: %s", why_away(error), extra=_STOPPING)
 
     def _beat(self) -> None:
         """Say that the worker lives, as long as its engine turns, what it holds, and what it has learned."""

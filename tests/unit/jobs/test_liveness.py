@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from jobs.liveness import identity, is_dead
+from jobs.liveness import follows, identity, is_dead
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which processes there are")
 
@@ -33,6 +33,13 @@ def test_another_process_under_the_same_number_is_not_taken_for_the_first() -> N
     assert name is not None
     assert not is_dead(name)
     assert is_dead(name.rpartition("/")[0] + "/1")  # started at another moment
+
+
+def test_a_number_that_is_used_in_another_namespace_of_this_boot_follows_the_first() -> None:
+    assert follows("boot/pid:[2]/7/50", "boot/pid:[1]/7/20")
+    for earlier in ("boot/pid:[2]/7/20", "boot/pid:[1]/8/20", "other/pid:[1]/7/20", None, ""):
+        assert not follows("boot/pid:[2]/7/50", earlier)
+    assert not follows(None, None)
 
 
 @pytest.mark.parametrize("name", [None, "", "worker-1", "another-boot/pid:[1]/1/1"])

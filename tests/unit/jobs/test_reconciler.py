@@ -13,12 +13,12 @@ from sqlalchemy import text
 from jobs.liveness import identity
 from jobs.messages import PartialEvent
 from jobs.reconciler import Reconciler
-from storage import queries, writes
-from storage.reclaim import LONE_CRASHES
+from storage import leases, queries, writes
+from storage.reclaim import LONE_CRASHES, mark_lost
 from storage.session import DATABASE_AWAY, Database
 from tests.factories import a_request, a_worker_card
 from tests.unit.storage.acts import cancel, claim_one, record, requests_of, view
-from tests.unit.storage.test_comparisons import finish, lose
+from tests.unit.storage.test_comparisons import finish, take
 
 
 class Town:
@@ -62,6 +62,68 @@ def test_requests_of_a_killed_neighbour_go_on_at_once(database: Database) -> Non
         assert [w.lost_at is not None for w in queries.workers(session)] == [True]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which processes there are")
+def test_a_death_is_seen_by_its_neighbours_whoever_holds_the_office(database: Database) -> None:
+    elsewhere, here = Town(database), Town(database, lease_s=30.0)
+    elsewhere.reconciler._name = "a process of another machine"
+    assert elsewhere.reconciler.round()
+    record(database)
+    a_dead_worker(database, "w1")
+    claim_one(database, "w1")
+
+    assert not here.reconciler.round()
+
+    assert requests_of(database)[0].lone_crashes == 1
+    assert here.rung == [("job-1", "tiny")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which processes there are")
+def test_a_death_counts_also_of_a_worker_that_was_silent_before(database: Database) -> None:
+    record(database)
+    a_dead_worker(database, "w1")
+    claim_one(database, "w1")
+    with database.write() as session:
+        mark_lost(session, ["w1"])
+
+    Town(database, lease_s=30.0).reconciler.round()
+
+    assert requests_of(database)[0].lone_crashes == 1
+
+
+def test_a_container_that_starts_again_tells_of_the_death_of_its_worker(database: Database) -> None:
+    record(database)
+    with database.write() as session:
+        writes.register_worker(session, a_worker_card(id="w1", hostname="pod-1", process="boot/pid:[1]/7/100"))
+    claim_one(database, "w1")
+    town = Town(database, lease_s=30.0)
+    with database.write() as session:
+        writes.register_worker(session, a_worker_card(id="w0", hostname="pod-2", process="boot/pid:[2]/7/200"))
+    town.reconciler.round()
+    assert requests_of(database)[0].status == "running"
+    with database.write() as session:
+        writes.register_worker(session, a_worker_card(id="w2", hostname="pod-1", process="boot/pid:[3]/7/300"))
+
+    town.reconciler.round()
+
+    assert (requests_of(database)[0].status, requests_of(database)[0].lone_crashes) == ("queued", 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which processes there are")
+def test_a_step_that_outlasts_its_lease_again_and_again_fails_no_request(database: Database) -> None:
+    record(database, requests=4)
+    town = Town(database, lease_s=0.0)
+    town.reconciler.round()  # from now on their owners could renew
+    for number in range(12):
+        with database.write() as session:
+            writes.register_worker(session, a_worker_card(id=f"w{number}", process=identity()))
+            claimed = leases.claim(session, f"w{number}", "tiny", 4, lease_s=-1.0)
+        assert claimed
+        town.reconciler.round()
+
+    rows = requests_of(database).values()
+    assert {(row.status, row.error_code, row.lone_crashes) for row in rows} == {("queued", None, 0)}
+
+
 def test_lapsed_leases_wait_until_their_owners_could_have_renewed(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -80,21 +142,16 @@ def test_lapsed_leases_wait_until_their_owners_could_have_renewed(
     assert requests_of(database)[0].status == "queued"
 
 
-def test_a_comparison_that_killed_its_workers_is_given_up_once_they_could_have_renewed(
-    database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    now = 1000.0
-    monkeypatch.setattr("jobs.reconciler.time.monotonic", lambda: now)
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which processes there are")
+def test_a_comparison_that_killed_its_workers_is_given_up(database: Database, caplog: pytest.LogCaptureFixture) -> None:
     finish(database)
-    lose(database, LONE_CRASHES)
     town = Town(database, lease_s=20.0)
 
-    town.reconciler.round()
-    now += 19
-    town.reconciler.round()
-    assert "comparison of job job-1" not in caplog.text
-    now += 1
-    town.reconciler.round()
+    for number in range(LONE_CRASHES):
+        assert "comparison of job job-1" not in caplog.text
+        a_dead_worker(database, f"w{number}")
+        assert take(database, worker=f"w{number}") is not None
+        town.reconciler.round()
     assert "comparison of job job-1 killed its workers" in caplog.text
     with database.read() as session:
         assert set(session.scalars(text("SELECT error_code FROM comparisons"))) == {"poison"}

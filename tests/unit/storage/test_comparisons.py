@@ -28,11 +28,11 @@ def finish(database: Database, job_id: str = "job-1", requests: int = 3, compare
 
 
 def take(
-    database: Database, *, model: str = MODEL, body_version: int = 9, lease_s: float = 30.0
+    database: Database, *, model: str = MODEL, body_version: int = 9, lease_s: float = 30.0, worker: str = "w1"
 ) -> ComparisonClaim | None:
     with database.write() as session:
         found = comparisons.due(session, model, body_version)
-        claimed = comparisons.claim_comparison(session, model, body_version, lease_s)
+        claimed = comparisons.claim_comparison(session, model, body_version, lease_s, worker)
     assert found is (claimed is not None)
     return claimed
 
@@ -86,23 +86,25 @@ def test_what_a_lost_worker_had_in_hand_lapses_unless_it_is_kept(database: Datab
     assert take(database) is not None
 
 
-def lose(database: Database, workers: int) -> None:
-    """Let so many workers take the comparison and never be heard of again."""
-    for _ in range(workers):
-        assert take(database, lease_s=-1.0) is not None
+def lose(database: Database, workers: int) -> list[str]:
+    """Let so many workers take the comparison and be seen dead; return what was given up then."""
+    given_up: list[str] = []
+    for number in range(workers):
+        assert take(database, worker=f"w{number}") is not None
+        given_up += give_up(database, f"w{number}")
+    return given_up
 
 
-def give_up(database: Database) -> list[str]:
+def give_up(database: Database, *dead: str) -> list[str]:
     with database.write() as session:
-        return comparisons.give_up_comparisons(session)
+        return comparisons.give_up_comparisons(session, dead)
 
 
 def test_a_comparison_that_has_cost_two_workers_ends_with_an_error_for_each_request(database: Database) -> None:
     finish(database, requests=3, compare_plain=2)
-    lose(database, LONE_CRASHES)
+    assert lose(database, LONE_CRASHES) == ["job-1"]
     assert take(database) is None
-    assert give_up(database) == ["job-1"]
-    assert give_up(database) == []
+    assert give_up(database, "w1") == []
     with database.read() as session:
         written = session.execute(text("SELECT worker_id, tokens, same_text, error_code FROM comparisons")).all()
         numbers = queries.job_stats(session, "job-1").comparison
@@ -136,6 +138,15 @@ def test_a_comparison_that_gives_way_is_taken_up_however_often_it_does(database:
             comparisons.drop_comparison(session, "job-1")
     lose(database, LONE_CRASHES)
     assert take(database) is None
+
+
+def test_a_comparison_that_lapses_is_taken_up_again_and_accuses_no_job(database: Database) -> None:
+    finish(database)
+    for number in range(3 * LONE_CRASHES):
+        assert take(database, lease_s=-1.0, worker=f"w{number}") is not None
+        assert give_up(database, "another") == []
+    assert give_up(database, f"w{3 * LONE_CRASHES - 1}") == []  # one death that was seen
+    assert take(database) is not None
 
 
 def test_only_jobs_that_asked_and_are_done_and_can_be_read_are_compared(database: Database) -> None:

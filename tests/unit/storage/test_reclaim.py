@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import text
 
-from storage import queries, writes
-from storage.reclaim import mark_lost, running_processes
+from storage import leases, queries, writes
+from storage.reclaim import LONE_CRASHES, mark_lost, reclaim, running_processes
 from storage.records import Claim, Progress
 from storage.session import Database
 from tests.factories import a_request, a_worker_card
@@ -31,6 +31,20 @@ def indexes(claims: list[Claim]) -> list[int]:
 
 def prove(database: Database, worker: str, *claims: Claim) -> None:
     flush(database, worker, *(going_on(claimed, 1) for claimed in claims))
+
+
+def register(database: Database, worker: str, hostname: str) -> None:
+    with database.write() as session:
+        writes.register_worker(session, a_worker_card(id=worker, hostname=hostname))
+
+
+def serve_all(database: Database, worker: str) -> int:
+    """Let a good worker serve all that is queued, and return how many requests that were."""
+    served = 0
+    while claims := claim(database, worker, 32):
+        flush(database, worker, *(going_on(c, 2, ends=True) for c in claims))
+        served += len(claims)
+    return served
 
 
 def die(database: Database, worker: str) -> None:
@@ -143,6 +157,8 @@ def test_the_one_that_kills_its_workers_is_found_and_all_others_come_through(dat
 
 def test_a_poisonous_request_tells_its_stream_and_ends_its_job(database: Database) -> None:
     record(database)
+    register(database, "w1", "host-1")
+    register(database, "w2", "host-2")
     claim_one(database, "w1")
     die(database, "w1")
     claim_one(database, "w2")
@@ -150,10 +166,123 @@ def test_a_poisonous_request_tells_its_stream_and_ends_its_job(database: Databas
     found = reclaimed(database, "w2")
 
     (failed,) = found.poisoned
+    assert "two hosts" in failed.refusal.message
     assert (failed.custom_id, failed.seq, failed.refusal.code) == ("request-0", 1, "poison")
     assert found.ended_jobs == (("job-1", "completed"),)
     assert view(database).requests_failed == 1
     assert requests_of(database)[0].suspect_group is None
+
+
+def test_a_request_that_kills_the_only_host_while_that_serves_others_is_failed(database: Database) -> None:
+    record(database)
+    claim_one(database, "w1")
+    die(database, "w1")
+    record(database, "meanwhile")
+    (other,) = claim(database, "w2", 9)
+    assert other.lease.job_id == "meanwhile"  # first of all: does the host serve?
+    flush(database, "w2", going_on(other, 2, ends=True))
+    assert claim_one(database, "w2").lease.job_id == "job-1"
+
+    (failed,) = reclaimed(database, "w2").poisoned
+
+    assert "twice" in failed.refusal.message
+    assert "serves other requests" in failed.refusal.message
+    check_laws(database)
+
+
+def test_a_request_that_kills_its_only_worker_with_no_other_to_try_it_with_fails_in_the_end(
+    database: Database,
+) -> None:
+    record(database)
+    deaths = 0
+    while view(database).status == "in_progress":
+        register(database, f"w{deaths}", "the only host")
+        claim_one(database, f"w{deaths}")
+        found = reclaimed(database, f"w{deaths}")
+        deaths += 1
+        assert deaths < 10
+
+    (failed,) = found.poisoned
+    assert deaths > LONE_CRASHES
+    assert f"{deaths} times" in failed.refusal.message
+    assert "the fault may be the host's" in failed.refusal.message
+    check_laws(database)
+
+
+def test_a_worker_that_dies_at_every_first_step_fails_none_of_the_requests_it_takes(database: Database) -> None:
+    record(database, requests=32)
+    for death in range(150):
+        register(database, f"bad-{death}", "bad")
+        assert claim(database, f"bad-{death}", 32)
+        assert reclaimed(database, f"bad-{death}").poisoned == ()
+
+    served = serve_all(database, "good")
+
+    assert served == 32
+    assert (view(database).requests_completed, view(database).requests_failed) == (32, 0)
+    check_laws(database)
+
+
+def test_a_worker_that_dies_at_every_first_step_beside_good_ones_of_its_host_fails_no_request(
+    database: Database,
+) -> None:
+    record(database, requests=32)
+    register(database, "good", "host")
+    deaths = 0
+    while view(database).status == "in_progress":
+        register(database, f"bad-{deaths}", "host")
+        if claim(database, f"bad-{deaths}", 32):
+            assert reclaimed(database, f"bad-{deaths}").poisoned == ()
+            deaths += 1
+        held = claim(database, "good", 2)
+        flush(database, "good", *(going_on(c, 2, ends=True) for c in held))
+    assert deaths > 5
+    assert (view(database).requests_completed, view(database).requests_failed) == (32, 0)
+    check_laws(database)
+
+
+def test_the_guilty_are_found_also_when_there_are_several_on_one_host(database: Database) -> None:
+    record(database, requests=20)
+    guilty, deaths = {3, 4, 17}, 0
+    while view(database).status == "in_progress":
+        worker = f"w{deaths}"
+        register(database, worker, "the only host")
+        held: list[Claim] = []
+        while claims := claim(database, worker, 4, holding=[c.lease.key for c in held]):
+            if guilty.intersection(indexes(claims)):
+                die(database, worker)
+                deaths += 1
+                assert deaths < 40
+                break
+            flush(database, worker, *(going_on(c, 2, ends=True) for c in claims))
+
+    assert {index for index, row in requests_of(database).items() if row.error_code == "poison"} == guilty
+    check_laws(database)
+
+
+def test_a_lease_that_lapses_while_its_worker_lives_never_counts(database: Database) -> None:
+    record(database, requests=3)
+    for number in range(20):
+        assert claim(database, f"w{number}", 3, lease_s=-1)
+        assert reclaimed(database).poisoned == ()
+
+    rows = requests_of(database).values()
+    assert {(row.status, row.lone_crashes) for row in rows} == {("queued", 0)}
+    assert serve_all(database, "patient") == 3
+
+
+def test_a_request_that_lapsed_before_waits_longer_for_its_owner(database: Database) -> None:
+    record(database)
+    for number, waits_s in enumerate([0, 10, 30, 70, 150, 150]):
+        for late_s in (waits_s - 1, waits_s + 1):
+            if late_s < waits_s:
+                with database.write() as session:
+                    (claimed,) = leases.claim(session, f"w{number}", "tiny", 1, lease_s=-late_s)
+            else:
+                flush(database, f"w{number}", held=[claimed.lease], lease_s=-late_s)
+            with database.write() as session:
+                given_back = reclaim(session, patience_s=10.0).requeued
+            assert bool(given_back) == (late_s > waits_s)
 
 
 def test_a_token_in_between_acquits(database: Database) -> None:
@@ -166,7 +295,8 @@ def test_a_token_in_between_acquits(database: Database) -> None:
     assert requests_of(database)[0].status == "queued"
     claim_one(database, "w5")
     die(database, "w5")
-    assert requests_of(database)[0].lone_crashes == 1
+    row = requests_of(database)[0]
+    assert (row.lone_crashes, row.lone_served, row.lone_host) == (1, False, None)
 
 
 def test_handing_back_is_no_crash(database: Database) -> None:
@@ -217,11 +347,11 @@ def test_dead_and_silent_workers_are_marked_and_one_that_comes_back_is_not(datab
         writes.stop_worker(session, "left")
         session.execute(text("UPDATE workers SET last_seen_at = last_seen_at - 61 WHERE id = 'silent'"))
     with database.write() as session:
-        assert set(running_processes(session)) == {"dead", "silent", "alive"}
+        assert {p.worker_id for p in running_processes(session)} == {"dead", "silent", "alive"}
         mark_lost(session, ["dead"], 60.0)
     with database.read() as session:
         assert {w.id for w in queries.workers(session) if w.lost_at is not None} == {"dead", "silent"}
-        assert set(running_processes(session)) == {"alive"}
+        assert {p.worker_id for p in running_processes(session)} == {"alive"}
 
     with database.write() as session:
         writes.beat_worker(session, "silent")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select, text, update
 
+from storage import comparisons
 from storage.models import Comparison, DecodeStep, Job, Output
 from storage.session import Database
 from storage.statistics import job_stats
@@ -221,7 +222,7 @@ def test_a_worker_that_meets_a_comparison_which_killed_two_others_has_nothing_to
     for name in ("a", "b"):
         run_until_it_compares(Worker(database, name))  # and never comes back
         with database.write() as session:
-            session.execute(update(Job).values(comparing_until=0.0))
+            comparisons.give_up_comparisons(session, [name])
     third = Worker(database, "c")
     third.runner.turn(rung=True)
     assert not third.runner.busy
