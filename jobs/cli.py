@@ -27,6 +27,7 @@ from jobs.json_lines import json_line, one_line
 from jobs.key_commands import key_commands
 from jobs.logs import without_secrets
 from jobs.messages import MAX_COMPARED_REQUESTS, Endpoint, JobStatus
+from jobs.outcome import info_words
 from jobs.prompts import Lines
 from jobs.results import JobInfo, Output
 from jobs.settings import JobsSettings, refuse_unknown_settings, settings_sentence
@@ -154,7 +155,7 @@ def status(
             raise typer.Exit(_wait(found, as_json))
         info = found.info()
         _print_json(info) if as_json else make_console().print(
-            fields_table(info.model_dump(mode="json", exclude_none=True))
+            fields_table(info.model_dump(mode="json", exclude_none=True) | {"status": info_words(info)})
         )
 
 
@@ -222,7 +223,7 @@ def cancel(job: Annotated[str, typer.Argument(help="Job id.")], as_json: AsJson 
     """
     with _connect() as client:
         info = client.job(job).cancel()
-        _print_json(info) if as_json else typer.echo(f"Job {info.id} is {info.status}")
+        _print_json(info) if as_json else typer.echo(f"Job {info.id} is {info_words(info)}")
 
 
 @app.command()

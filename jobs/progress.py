@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from jobs.outcome import info_words, warns
 from jobs.results import JobInfo
 
 _LINE_EVERY_S = 10.0
@@ -40,10 +41,11 @@ def pace(info: JobInfo) -> str:
     parts = [f"{progress.completion_tokens:,} tokens"]
     if progress.tokens_per_s:
         parts.append(f"{progress.tokens_per_s:,.1f} tokens/s")
-    if info.request_counts.failed:
-        parts.append(f"{info.request_counts.failed} failed")
+    failed = info.request_counts.failed
+    if failed and not warns(info.status, failed):
+        parts.append(f"{failed} failed")
     if info.status.final:
-        parts.append(str(info.status))
+        parts.append(info_words(info))
     elif progress.time_left_s is not None:
         parts.append(f"about {duration(progress.time_left_s)} left")
     return " · ".join(parts)

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from html import escape
 from typing import Final
 
+from jobs.outcome import info_words, warns
 from jobs.plots import PLOTS, svg
 from jobs.results import JobInfo, Output, Statistics
 from jobs.stats_tables import summary_rows
@@ -32,7 +33,7 @@ th, td { overflow-wrap: anywhere; } td, .short { min-width: 5rem; } .short { whi
 .plots svg { width: 100%; height: auto; } figure { margin: 0; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; display: block; }
 .text { border: 1px solid var(--line); border-radius: .4rem; padding: .6rem .8rem; }
-.dim { color: var(--dim); font-size: .9rem; }
+.dim { color: var(--dim); font-size: .9rem; } .warning { color: light-dark(#8a5300, #ffc46b); }
 """
 
 
@@ -42,12 +43,12 @@ def report(info: JobInfo, numbers: Statistics, outputs: Iterable[Output]) -> str
     title = f"Job {info.id}"
     parts = [
         f"<h1>{_text(title)}</h1>",
-        f'<p class="dim">{_text(_about(info))}</p>',
+        f'<p class="dim">{_status(info)}{_text(_about(info))}</p>',
         "<h2>Numbers</h2>",
         _table((), _numbers(numbers), names="short"),
         f'<h2>Plots</h2><div class="plots">{"".join(_plot(numbers, name) for name in PLOTS)}</div>',
         _errors(errors),
-        "<h2>Samples</h2>",
+        "<h2>Samples</h2>" if samples else "",
         *map(_sample, samples),
     ]
     return _page(title, "\n".join(parts))
@@ -73,9 +74,14 @@ def _look_at(outputs: Iterable[Output]) -> tuple[list[Output], Counter[tuple[str
     return samples, errors
 
 
+def _status(info: JobInfo) -> str:
+    words = _text(info_words(info))
+    return f'<strong class="warning">{words}</strong>' if warns(info.status, info.request_counts.failed) else words
+
+
 def _about(info: JobInfo) -> str:
     submitted = datetime.fromtimestamp(info.created_at, UTC).strftime("%Y-%m-%d %H:%M UTC")
-    return f"{info.status.replace('_', ' ')} · {info.model} · {info.endpoint} · submitted {submitted}"
+    return f" · {info.model} · {info.endpoint} · submitted {submitted}"
 
 
 def _numbers(numbers: Statistics) -> Sequence[tuple[str, str]]:

@@ -17,6 +17,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from jobs.messages import PartialEvent, Piece
+from jobs.outcome import info_words, warns
 from jobs.results import JobInfo, Statistics
 
 STYLES = {"draft": "green", "target": "magenta"}  # who chose a token: accepted from the draft, or the target itself
@@ -201,8 +202,8 @@ class PlainView:
 def closing_table(info: JobInfo, statistics: Statistics, database: str | None) -> Table:
     """Return the table that ends a job: how much was written, how fast, and what speculation paid."""
     counts = info.request_counts
-    rows = {
-        "job": f"{info.id} ({info.status})",
+    rows: dict[str, str | Text] = {
+        "job": Text.assemble(f"{info.id} (", status_text(info), ")"),
         "requests": f"{counts.completed} completed, {counts.failed} failed, {counts.total} in all",
         "tokens": _number(statistics.get("completion_tokens"), ",d"),
         "tokens/s": _number(statistics.get("tokens_per_s"), ".1f"),
@@ -221,12 +222,14 @@ def fields_table(fields: dict[str, Any]) -> Table:
 def jobs_table(jobs: Iterable[JobInfo]) -> Table:
     """Return one line a job."""
     identity = Column("job", no_wrap=True, min_width=_JOB_ID_CHARS)  # to be copied, so never cut
-    status = Column("status", no_wrap=True, min_width=_STATUS_CHARS)
+    status = Column("status", min_width=_STATUS_CHARS)
     table = Table(identity, status, "ended", "failed", "tokens", "model", box=None, pad_edge=False)
     for job in jobs:
         counts = job.request_counts
         ended = f"{counts.ended}/{counts.total}"
-        table.add_row(job.id, job.status, ended, str(counts.failed), str(job.progress.completion_tokens), job.model)
+        table.add_row(
+            job.id, status_text(job), ended, str(counts.failed), str(job.progress.completion_tokens), job.model
+        )
     return table
 
 
@@ -257,10 +260,15 @@ def findings_table(findings: Iterable[tuple[str, str, str, str]]) -> Table:
 _STATUS_STYLES = {"ok": "green", "warning": "yellow", "problem": "red"}
 
 
-def _grid(rows: Iterable[tuple[str, str]]) -> Table:
+def status_text(info: JobInfo) -> Text:
+    """Return the status of a job, in the colour of a warning where requests of a completed job failed."""
+    return Text(info_words(info), "yellow" if warns(info.status, info.request_counts.failed) else "")
+
+
+def _grid(rows: Iterable[tuple[str, str | Text]]) -> Table:
     table = Table.grid(padding=(0, 2))
     for name, value in rows:
-        table.add_row(Text(name, "bold"), Text(value, overflow="fold"))
+        table.add_row(Text(name, "bold"), value if isinstance(value, Text) else Text(value, overflow="fold"))
     return table
 
 

@@ -15,7 +15,7 @@ from jobs.api.caller import Caller
 from jobs.api.services import cancel_job
 from jobs.dashboard import charts, texts, words
 from jobs.dashboard.desk import Desk
-from jobs.dashboard.jobs_page import show_status
+from jobs.dashboard.jobs_page import show_job_status, show_status
 from jobs.dashboard.look import BASE, box, frame, heading, link
 from jobs.dashboard.stats_view import StatsView, table
 from jobs.errors import BasicError
@@ -151,7 +151,7 @@ class JobHead:
 
     def show(self, job: JobView) -> None:
         """Show the job as it stands."""
-        show_status(self._status, job.status)
+        show_job_status(self._status, job)
         self._bar.props(f"value={words.ended(job) / max(1, job.requests_total):.4f}")
         failed = f", {job.requests_failed:,d} failed" if job.requests_failed else ""
         self._counts.set_text(f"{words.ended(job):,d} of {job.requests_total:,d} requests{failed}")

@@ -19,6 +19,7 @@ from jobs.intake import Submission, accept_job, known_models
 from jobs.items import Item
 from jobs.keys import Scope
 from jobs.messages import model_name
+from jobs.outcome import status_words, warns
 from storage import queries
 from storage.queries import JobView
 
@@ -99,7 +100,15 @@ class JobRow:
         failed = f", {job.requests_failed:,d} failed" if job.requests_failed else ""
         self._counts.set_text(f"{words.ended(job):,d} of {job.requests_total:,d} requests{failed}")
         self._speed.set_text(speed)
-        show_status(self._status, job.status)
+        show_job_status(self._status, job)
+
+
+def show_job_status(label: ui.label, job: JobView) -> None:
+    """Write the status of a job; one that is completed and has failed requests is no success."""
+    show_status(label, job.status)
+    if warns(job.status, job.requests_failed):
+        label.set_text(status_words(job.status, job.requests_completed, job.requests_failed))
+        label.classes(replace="status status-warning")
 
 
 def show_status(label: ui.label, status: str) -> None:
