@@ -13,13 +13,25 @@ from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from worker.engine.engine import Engine
-from worker.engine.errors import RankLost
+from worker.engine.errors import NotNumbers, RankLost
 from worker.engine.history import History
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepResult
 
 log = logging.getLogger(__name__)
+
+
+def _guilty(error: Exception, marks: Collection[Sequence]) -> Collection[Sequence]:
+    """Return whose failure it was, if the error names some of several, or the only one."""
+    named = error.sequences if isinstance(error, NotNumbers) else ()
+    if len(named) == len(marks) > 1:  # that may lie in what they share
+        return ()
+    for sequence in named:
+        sequence.failure = f"decoding failed on this request: {error}"
+    return named
 
 
 @dataclass(slots=True)
@@ -76,41 +88,50 @@ class LastingEngine:
 
         Return what each emitting sequence got, and those that are given up.
         """
-        self._admit()
+        unfit = self._admit()
         marks = {s: _Mark(len(s.ids), s.steps) for s in self._held}
         try:
             results = self._engine.step(only, plain=plain)
-        except RankLost:  # no engine can go on over what is left of the replica
+        except (RankLost, torch.AcceleratorError):  # no engine can run on what is left of the replica or its device
             raise
-        except Exception:  # the one place where any failure of a step is survived
+        except Exception as error:  # the one place where any failure of a step is survived
             about = {"action": "step_failed", "sequences": [s.key for s in marks]}  # (job, request, choice) of each
             log.exception("A step of %d sequences failed", len(marks), extra=about)
-            return [], self._start_over(marks)
+            return [], [*unfit, *self._start_over(marks, _guilty(error, marks))]
         for result in results:
             self._held[result.sequence] = True
         self._forget_finished()
         self._widen()
-        return results, []
+        return results, unfit
 
-    def _admit(self) -> None:
+    def _admit(self) -> list[Sequence]:
+        """Hand waiting sequences to the engine as far as it may hold them; return those that it does not take."""
+        unfit = []
         while self._waiting and (self._limit is None or len(self._held) < self._limit):
             sequence = self._waiting.popleft()
-            self._held[sequence] = False
-            self._engine.add(sequence)
+            try:
+                self._engine.add(sequence)
+            except Exception as error:  # such as a text that another worker, with a longer context, has begun
+                log.exception("A sequence can't be decoded", extra={"action": "unfit", "sequences": [sequence.key]})
+                sequence.failure = f"this worker can't decode the request: {error}"
+                unfit.append(sequence)
+            else:
+                self._held[sequence] = False
+        return unfit
 
-    def _start_over(self, marks: dict[Sequence, _Mark]) -> list[Sequence]:
-        """Take everybody back to before the step; return the one that failed alone, if it did."""
-        alone = self._limit == 1
-        given_up = list(marks) if alone else []
+    def _start_over(self, marks: dict[Sequence, _Mark], guilty: Collection[Sequence]) -> list[Sequence]:
+        """Take everybody back to before the step; return those who are known to be guilty, or failed alone."""
+        alone = self._limit == 1 or bool(guilty)
+        given_up = list(guilty or marks) if alone else []
         for sequence, mark in marks.items():
             del sequence.ids[mark.length :]
             sequence.steps, sequence.finish_reason = mark.steps, None
             sequence.slot, sequence.cached = -1, 0
             sequence.history = History()  # it may have counted what is taken back
         # The sort is stable: those who have not shown that they can emit come first, so that halving finds the one.
-        suspects = [] if alone else sorted(marks, key=lambda s: self._held[s])
+        suspects = [s for s in sorted(marks, key=lambda s: self._held[s]) if s not in given_up]
         self._waiting.extendleft(reversed(suspects))
-        self._limit = max(1, len(marks) // 2)
+        self._limit = self._limit if guilty else max(1, len(marks) // 2)
         self._failures = 0 if alone else self._failures + 1
         self._calm = 0
         self._held = {}

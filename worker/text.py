@@ -24,6 +24,8 @@ from worker.engine.sequence import Sequence as EngineSequence
 from worker.spelling import spelling
 from worker.stops import Pieces, StopStrings, add_piece
 
+_TINY = 1e-20  # what logits are divided by: single precision makes zero of much less, and numbers would be none
+
 
 @dataclass(frozen=True, slots=True)
 class Codec:
@@ -66,14 +68,14 @@ class Codec:
             num_prompt=len(prompt),
             max_tokens=min(sampling.max_tokens or room, room),
             sampling=Sampling(
-                temperature=sampling.temperature,
+                temperature=sampling.temperature if sampling.temperature >= _TINY else 0.0,
                 top_k=sampling.top_k,
                 top_p=sampling.top_p,
                 min_p=sampling.min_p,
                 key=noise_key(sampling.seed, choice),
                 presence_penalty=sampling.presence_penalty,
                 frequency_penalty=sampling.frequency_penalty,
-                repetition_penalty=sampling.repetition_penalty,
+                repetition_penalty=max(sampling.repetition_penalty, _TINY),
                 logit_bias=tuple(sampling.logit_bias.items()),
                 logprobs=sampling.logprobs,
             ),

@@ -38,7 +38,14 @@ static inline float highest_of(const float *row, int64_t columns) {
     return highest;
 }
 
-/* The first column that holds a value which is there. */
+static inline int has_nan(const float *row, int64_t columns) {
+    int found = 0;
+#pragma omp simd reduction(| : found)
+    for (int64_t i = 0; i < columns; i++) found |= row[i] != row[i];
+    return found;
+}
+
+/* The first column that holds a value which is there; -1 if it is not. */
 static inline int64_t first_of(const float *row, int64_t columns, float value) {
     int64_t i = 0;
     for (int found = 0; i + BLOCK <= columns; i += BLOCK) { /* block by block, for that goes in parallel */
@@ -46,16 +53,16 @@ static inline int64_t first_of(const float *row, int64_t columns, float value) {
         for (int j = 0; j < BLOCK; j++) found |= row[i + j] == value;
         if (found) break;
     }
-    while (row[i] != value) i++;
-    return i;
+    while (i < columns && row[i] != value) i++;
+    return i < columns ? i : -1;
 }
 
-/* For each row of `scores` [rows, columns] the first column of its highest score. */
+/* For each row of `scores` [rows, columns] the first column of its highest score; -1 where one is not a number. */
 void argmax_rows(const float *scores, int64_t *out, int64_t rows, int64_t columns) {
 #pragma omp parallel for schedule(static) if (rows > 1)
     for (int64_t row = 0; row < rows; row++) {
         const float *score = scores + row * columns;
-        out[row] = first_of(score, columns, highest_of(score, columns));
+        out[row] = has_nan(score, columns) ? -1 : first_of(score, columns, highest_of(score, columns));
     }
 }
 
@@ -84,7 +91,7 @@ void best_rows(const float *scores, int64_t *out, double *probabilities, int64_t
 }
 
 /* For each of some rows of `logits`, at `places` and `stride` apart, the column with the most of logit / temperature +
- * noise, among those not below `floors`. */
+ * noise, among those not below `floors`; -1 where a logit is not a number. */
 void draw_rows(const float *logits, int64_t stride, const int64_t *places, const float *temperatures,
                const int64_t *keys, const float *floors, int64_t *out, int64_t rows, int64_t columns) {
 #pragma omp parallel for schedule(static) if (rows > 1)
@@ -92,7 +99,11 @@ void draw_rows(const float *logits, int64_t stride, const int64_t *places, const
         const float *logit = logits + places[row] * stride;
         uint64_t key = (uint64_t)keys[row];
         float floor = floors[row], temperature = temperatures[row];
-        int64_t best = first_of(logit, columns, highest_of(logit, columns));
+        int64_t best = has_nan(logit, columns) ? -1 : first_of(logit, columns, highest_of(logit, columns));
+        if (best < 0) {
+            out[row] = -1;
+            continue;
+        }
         double most = (double)(logit[best] / temperature) + noise_of(bits_of(key, (uint64_t)best));
         for (int64_t start = 0; start < columns; start += BLOCK) {
             float score[BLOCK], bound[BLOCK];

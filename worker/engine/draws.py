@@ -30,7 +30,7 @@ class Draws:
         self._add_noise = bound(compiled.add_noise, *[address] * 3, size, size)
 
     def likeliest(self, scores: Tensor) -> Tensor:
-        """Return the place [rows] of the highest score of each row of `scores` [rows, vocab]."""
+        """Return the place [rows] of the highest score of each row of `scores` [rows, vocab]; -1 where one is NaN."""
         scores = scores.contiguous()
         out = torch.empty(len(scores), dtype=torch.int64)
         self._argmax_rows(scores.data_ptr(), out.data_ptr(), *scores.shape)
@@ -41,7 +41,7 @@ class Draws:
         scores = scores.contiguous()
         places, probabilities = (torch.empty(len(scores), count, dtype=kind) for kind in (torch.int64, torch.float64))
         self._best_rows(scores.data_ptr(), places.data_ptr(), probabilities.data_ptr(), *scores.shape, count)
-        return places, probabilities
+        return places, probabilities.nan_to_num_(0.0)  # what a broken draft offers is worth nothing
 
     def draw(
         self,
@@ -54,6 +54,7 @@ class Draws:
         """Return what is drawn from the rows of `logits` [n, vocab] at `places` [rows], or from all, int64 [rows].
 
         Temperatures, keys and floors have `rows` entries; no token is drawn that is over its temperature below a floor.
+        A row with a NaN draws -1.
         """
         rows = torch.arange(len(logits)) if places is None else torch.from_numpy(np.ascontiguousarray(places))
         floors = torch.full((len(rows),), -torch.inf) if floors is None else floors

@@ -15,6 +15,7 @@ import numpy as np
 from worker.engine.cost_model import CostModel
 from worker.engine.draft_tree import Forest
 from worker.engine.drafting import Drafter
+from worker.engine.errors import NotNumbers
 from worker.engine.experience import Experience
 from worker.engine.language_model import LanguageModel
 from worker.engine.logprobs import Told, tell
@@ -95,6 +96,7 @@ class Engine:
     def step(self, only: Collection[Hashable] | None = None, *, plain: bool = False) -> list[StepResult]:
         """Run one step and return what each emitting sequence got; nothing while a prompt is still being read.
 
+        Raises NotNumbers, before any text has changed, if nothing can be drawn for some of them.
         It is a step of all sequences or of `only` those with these keys; a `plain` one does without drafts.
         """
         timer = _StepTimer(self._clock, self._late_ms)
@@ -110,6 +112,9 @@ class Engine:
         segments, rows = batch.pack(plan.shown)
         logits = self._target.forward(segments)
         accepted = walk(plan.shown, logits, rows)
+        undrawn = [s for s, kept in zip(plan.shown.sequences, accepted, strict=True) if kept.bonus < 0]
+        if undrawn:
+            raise NotNumbers(undrawn)
         timer.verified()
         kept = [self._emit(plan.shown, tree, accepted[tree]) for tree in range(len(plan.shown.sequences))]
         told = tell(plan.shown, logits, rows, accepted, kept)

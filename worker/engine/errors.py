@@ -3,12 +3,19 @@
 EngineError
 ├── ModelRefused            a model that the packed forward can't decode exactly, or can't load
 │   └── TokenizersDiffer    target and draft give different ids to the same text
+├── NotNumbers              the scores of some sequences hold NaN, so that nothing can be drawn for them
 ├── RankLost                a rank of the replica is gone, and the others can't go on without it
 ├── OutOfSlots              more sequences than KV slots: a bug of the caller
 └── OutOfBlocks             more KV entries than there is memory for: a bug of whoever admits sequences
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from worker.engine.sequence import Sequence as EngineSequence
 
 
 class EngineError(Exception):
@@ -25,6 +32,15 @@ class ModelRefused(EngineError):
 
 class TokenizersDiffer(ModelRefused):
     """Target and draft give different ids to the same text."""
+
+
+class NotNumbers(EngineError):
+    """The model's scores for a text are not numbers (NaN), so that no token can be drawn."""
+
+    def __init__(self, sequences: Sequence[EngineSequence]) -> None:
+        """Keep the sequences that these scores are for."""
+        super().__init__()
+        self.sequences = tuple(sequences)
 
 
 class RankLost(EngineError):

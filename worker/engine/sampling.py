@@ -154,7 +154,7 @@ def draw(
 ) -> list[int]:
     """Draw one token at each of some rows of `logits` [n, vocab], each for the given position of its sequence.
 
-    The rows are those at `places` [rows], or all.
+    The rows are those at `places` [rows], or all. A row with a NaN draws -1.
     """
     compiled = draws(logits.device)
     if compiled is not None and logits.dtype == torch.float32 and not any(s.greedy or s.filtered for s in samplings):
@@ -181,13 +181,19 @@ def _drawn(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[in
         scores = warmed(logits, samplings)
         return compiled.draw(scores, torch.ones(len(scores)), keys, floors(scores, samplings))
     tokens = torch.arange(logits.shape[-1], device=logits.device)
-    return gumbel(keys, tokens).add_(process(logits, samplings)).argmax(-1)
+    return _argmax(gumbel(keys, tokens).add_(process(logits, samplings)))
 
 
 def likeliest(logits: Tensor) -> Tensor:
-    """Return the token with the largest logit of each row of `logits` [rows, vocab], int64 [rows]."""
+    """Return the token with the largest logit of each row of `logits` [rows, vocab], int64 [rows]; -1 beside a NaN."""
     compiled = draws(logits.device)
-    return logits.argmax(-1) if compiled is None else compiled.likeliest(logits.float())
+    return _argmax(logits) if compiled is None else compiled.likeliest(logits.float())
+
+
+def _argmax(scores: Tensor) -> Tensor:
+    """Return the place of the highest score of each row, -1 if one of them is NaN: `argmax` finds that first."""
+    places = scores.argmax(-1)
+    return places.masked_fill_(scores.gather(-1, places.unsqueeze(-1)).squeeze(-1).isnan(), -1)
 
 
 def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -196,7 +202,7 @@ def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if compiled is not None:
         return compiled.best(scores, count)
     found = scores.softmax(-1).topk(count, dim=-1)
-    return found.indices, found.values.double()
+    return found.indices, found.values.double().nan_to_num_(0.0)
 
 
 def noisy(scores: Tensor, samplings: Sequence[Sampling], positions: Sequence[int], tokens: Tensor) -> Tensor:

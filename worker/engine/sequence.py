@@ -44,6 +44,7 @@ class Sequence:
     prefill_ms: float = 0.0  # time of prefill chunks that emitted nothing yet
     finish_reason: FinishReason | None = None
     cancelled: bool = False
+    failure: str = ""  # why it was given up
     history: History = field(default_factory=History)  # read only for penalties
 
     @property

@@ -23,7 +23,7 @@ class Accepted:
     """What the target kept of one tree."""
 
     path: IntArray  # accepted draft nodes, root not counted, in order of depth
-    bonus: int  # the target's own token behind them
+    bonus: int  # the target's own token behind them; -1: its scores there were not numbers
 
 
 def walk(forest: Forest, logits: Tensor, rows: IntArray) -> list[Accepted]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+import torch
 from torch import Tensor
 
 from tests.models import TableModel
@@ -104,3 +105,42 @@ def test_who_waits_after_a_failure_can_be_cancelled() -> None:
     running.cancel({0, 1, 2})
     assert not running.busy
     assert outputs(some) == [[], [], []]
+
+
+def test_scores_that_are_no_numbers_end_the_one_text_they_are_for() -> None:
+    def law(prefix: tuple[int, ...]) -> Tensor:
+        return last_token(prefix) * (float("nan") if 40 in prefix and len(prefix) > 6 else 1.0)
+
+    some, calm = sequences([[2 + i, 3] for i in range(5)] + [[2, 40]]), sequences([[2 + i, 3] for i in range(5)])
+    decode(lasting(FragileModel(last_token)), calm)
+    model = FragileModel(law)
+    assert decode(lasting(model), some) == [some[5]]
+    assert "not numbers" in some[5].failure
+    assert outputs(some[:5]) == outputs(calm)
+
+
+def test_scores_that_are_no_numbers_for_all_are_tried_again_one_by_one() -> None:
+    failures = iter([True, True])
+
+    def law(prefix: tuple[int, ...]) -> Tensor:
+        return last_token(prefix) * (float("nan") if len(prefix) > 6 and next(failures, False) else 1.0)
+
+    some, calm = sequences([[2, 3], [4, 5]]), sequences([[2, 3], [4, 5]])
+    decode(lasting(FragileModel(last_token)), calm)
+    assert decode(lasting(FragileModel(law)), some) == []
+    assert outputs(some) == outputs(calm)
+
+
+def test_a_text_that_the_engine_does_not_take_is_given_up_and_the_others_are_decoded() -> None:
+    some = sequences([[2, 3], [5] * 300, [4, 5]])
+    assert decode(lasting(FragileModel(last_token)), some) == [some[1]]
+    assert all(len(some[i].output_ids) == some[i].max_tokens for i in (0, 2))
+
+
+def test_a_fault_of_the_device_is_no_fault_of_a_text() -> None:
+    class Broken(FragileModel):
+        def forward(self, segments: Sequence[Segment]) -> Tensor:
+            raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    with pytest.raises(torch.AcceleratorError):
+        decode(lasting(Broken(last_token)), sequences([[2, 3]]))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 from transformers import GenerationConfig
 
 from jobs.errors import InvalidValue, PromptTooLong
@@ -10,6 +12,8 @@ from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, ChatMessage, Gene
 from tests.models import byte_tokenizer
 from worker.drafts import refuse_different
 from worker.engine.errors import TokenizersDiffer
+from worker.engine.history import adjust
+from worker.engine.sampling import draw
 from worker.text import Codec, eos_ids
 
 EOS = 256
@@ -118,3 +122,14 @@ def test_tokenizers_that_differ_are_refused_by_their_first_different_id() -> Non
     with pytest.raises(TokenizersDiffer, match=r"token id 258 is None .* '<extra>'"):
         refuse_different(byte_tokenizer(), other, "big", "small")
     refuse_different(byte_tokenizer(), byte_tokenizer(), "big", "small")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("temperature", 1e-300), ("temperature", 1e-46), ("repetition_penalty", 1e-300)]
+)
+def test_values_that_are_zero_in_single_precision_leave_numbers_to_draw_from(field: str, value: float) -> None:
+    parameters = SamplingParameters.model_validate({"seed": 1, "temperature": 1.0, field: value})
+    sampling = codec().sequence((0,), [1, 2], parameters, 0).sampling
+    scores = adjust(torch.tensor([[0.0, -1.0, 3.0]]), [sampling], [(np.arange(3), np.ones(3, np.int64))])
+    assert draw(scores, [sampling], [2])[0] >= 0
+    assert scores.isfinite().all()

@@ -197,3 +197,31 @@ def test_the_likeliest_and_the_best_are_those_of_torch() -> None:
 def test_of_equal_scores_the_first_is_taken() -> None:
     assert likeliest(torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0]])).tolist() == [1]
     assert best(torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0]]), 2)[0].tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), *PROCESSED])
+@pytest.mark.parametrize("vocab", [5, 64, 1000])
+@pytest.mark.parametrize("by_torch", [False, True])
+def test_a_row_with_a_nan_draws_nothing_and_its_neighbours_draw_as_ever(
+    sampling: Sampling, vocab: int, by_torch: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by_torch:
+        monkeypatch.setattr("worker.engine.sampling.draws", lambda device: None)
+    logits = torch.randn(6, vocab, generator=torch.Generator().manual_seed(1))
+    expected = draw(logits, [sampling] * 6, range(6))
+    broken = logits.clone()
+    broken[1], broken[3, 0], broken[5, -1] = torch.nan, torch.nan, torch.nan
+    drawn = draw(broken, [sampling] * 6, range(6))
+    assert drawn == [expected[0], -1, expected[2], -1, expected[4], -1]
+    assert likeliest(broken).tolist()[1::2] == [-1, -1, -1]
+    assert not best(broken, 3)[1].isnan().any()
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
+def test_infinite_logits_draw_a_token(value: float) -> None:
+    logits = torch.zeros(1, 70)
+    logits[0, 65:] = value
+    for sampling in (Sampling(), *PROCESSED):
+        (token,) = draw(logits, [sampling], [0])
+        assert 0 <= token < 70
+        assert (token >= 65) == (value > 0)
