@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from jobs.api import batches, completions, document, errors, files, jobs, metrics, service
+from jobs.api import batches, completions, docs, document, errors, files, jobs, metrics, service
 from jobs.api.access import AccessGuard, Door
 from jobs.api.bodies import BodyReader
 from jobs.api.gate import Gate, Names
@@ -48,12 +48,13 @@ def make_api(
     app.add_middleware(Gate, names=names)
     app.add_middleware(RequestIds)
     app.add_middleware(metrics.Stopwatch, metrics=app.state.metrics)
-    app.include_router(files.router)
-    app.include_router(batches.router)
-    app.include_router(jobs.router)
-    app.include_router(completions.router)
-    app.include_router(service.router)
-    app.include_router(metrics.router)
+    app.include_router(files.router, tags=["files"])
+    app.include_router(batches.router, tags=["batches"])
+    app.include_router(jobs.router, tags=["jobs"])
+    app.include_router(completions.router, tags=["completions"])
+    app.include_router(service.router, tags=["service"])
+    app.include_router(metrics.router, tags=["service"])
+    app.include_router(docs.router)
     errors.install(app)
     document.install(app, files.router, batches.router)
     return app

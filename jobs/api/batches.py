@@ -13,6 +13,7 @@ from jobs.api import views
 from jobs.api.bodies import Body
 from jobs.api.caller import Caller, CallerNow
 from jobs.api.examples import BATCH, ORDER_BODY, page_of, replies
+from jobs.api.replies import BatchPage, BatchReply
 from jobs.api.services import ServicesNow, cancel_job, find_job
 from jobs.api.submissions import IDEMPOTENCY_KEY, json_object, read_endpoint, read_window_s, require_json
 from jobs.api.uploads import read_kept_s
@@ -30,7 +31,7 @@ _OPENAI_FIELDS = frozenset({"input_file_id", "endpoint", "completion_window", "m
 _FIELDS = _OPENAI_FIELDS | {"compare_plain"}
 
 
-@router.post("", openapi_extra=ORDER_BODY, responses=replies(BATCH, 400, 404, 409))
+@router.post("", response_model=None, openapi_extra=ORDER_BODY, responses=replies(BatchReply, BATCH, 400, 404, 409))
 async def create(request: Request, services: ServicesNow, caller: CallerNow) -> dict[str, Any]:
     """Make a batch of an uploaded file. The answer says `validating`; the lines are read afterwards."""
     require_json(request.headers)
@@ -45,7 +46,7 @@ async def create(request: Request, services: ServicesNow, caller: CallerNow) -> 
         return await run_in_threadpool(accept, body)
 
 
-@router.get("", responses=replies(page_of(BATCH), 400))
+@router.get("", response_model=None, responses=replies(BatchPage, page_of(BATCH), 400))
 def list_batches(
     services: ServicesNow,
     caller: CallerNow,
@@ -71,13 +72,13 @@ def _existing_batch(batch_id: str, services: ServicesNow, caller: CallerNow) -> 
 ExistingBatch = Annotated[JobView, Depends(_existing_batch)]
 
 
-@router.get("/{batch_id}", responses=replies(BATCH, 404))
+@router.get("/{batch_id}", response_model=None, responses=replies(BatchReply, BATCH, 404))
 async def retrieve(batch: ExistingBatch) -> dict[str, Any]:
     """Read one batch."""
     return views.batch(batch)
 
 
-@router.post("/{batch_id}/cancel", responses=replies(BATCH, 404, 409))
+@router.post("/{batch_id}/cancel", response_model=None, responses=replies(BatchReply, BATCH, 404, 409))
 def cancel(batch: ExistingBatch, services: ServicesNow, caller: CallerNow) -> dict[str, Any]:
     """Cancel a batch; what is done of it is delivered. May be repeated; a batch that ended otherwise is a conflict."""
     return views.batch(cancel_job(services, batch, caller, "batch"))

@@ -26,6 +26,7 @@ from jobs.api.bodies import Body
 from jobs.api.caller import Caller, CallerNow
 from jobs.api.document import CHAT_BODY, COMPLETION_BODY
 from jobs.api.envelope import error_body
+from jobs.api.replies import CHAT, TEXT
 from jobs.api.services import Services, ServicesNow, find_job
 from jobs.api.streams import StreamPlace
 from jobs.api.submissions import json_object, require_json
@@ -47,13 +48,13 @@ router = APIRouter()
 T = TypeVar("T")
 
 
-@router.post(CHAT_ENDPOINT, openapi_extra=CHAT_BODY, dependencies=[StreamPlace])
+@router.post(CHAT_ENDPOINT, openapi_extra=CHAT_BODY, responses=CHAT, dependencies=[StreamPlace])
 async def create_chat_completion(request: Request, services: ServicesNow, caller: CallerNow) -> Response:
     """Answer one conversation now, before all batches."""
     return await _answer(request, services, caller, CHAT_ENDPOINT)
 
 
-@router.post(COMPLETIONS_ENDPOINT, openapi_extra=COMPLETION_BODY, dependencies=[StreamPlace])
+@router.post(COMPLETIONS_ENDPOINT, openapi_extra=COMPLETION_BODY, responses=TEXT, dependencies=[StreamPlace])
 async def create_completion(request: Request, services: ServicesNow, caller: CallerNow) -> Response:
     """Go on with one text now, before all batches."""
     return await _answer(request, services, caller, COMPLETIONS_ENDPOINT)

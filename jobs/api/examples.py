@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from jobs.api.document import IDEMPOTENCY, named
+from jobs.api.replies import ErrorReply
 from jobs.messages import MAX_COMPARED_REQUESTS
 
 Json = dict[str, Any]
@@ -95,23 +97,33 @@ _ORDER: Final[Json] = {
     },
 }
 
-UPLOAD_BODY: Final[Json] = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}}
+UPLOAD_BODY: Final[Json] = {
+    "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": named("Upload", _FORM)}}}
+}
 ORDER_BODY: Final[Json] = {
-    "requestBody": {"required": True, "content": {"application/json": {"schema": _ORDER, "example": ORDER}}}
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": named("BatchOrder", _ORDER), "example": ORDER}},
+    },
+    "parameters": [IDEMPOTENCY],
 }
 BYTES: Final[dict[int | str, Json]] = {
-    200: {"description": "The bytes.", "content": {"application/octet-stream": {}}},
-    404: {"description": "There is no such file."},
+    200: {
+        "description": "The bytes.",
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    },
+    404: {"model": ErrorReply, "description": "There is no such file."},
 }
 
 
-def replies(example: Json, *errors: int) -> dict[int | str, Json]:
-    """Return what a route answers with: an example of success, and the statuses of its errors, all in one envelope."""
+def replies(model: type, example: Json, *errors: int) -> dict[int | str, Json]:
+    """Return what a route answers with: type and example of success, and the statuses of its errors."""
     envelope = {"error": {"message": "What is wrong.", "type": "invalid_request_error", "param": "id", "code": None}}
-    done = {"description": "Done.", "content": {"application/json": {"example": example}}}
+    done = {"model": model, "description": "Done.", "content": {"application/json": {"example": example}}}
     found: dict[int | str, Json] = {200: done}
     for status in errors:
         found[status] = {
+            "model": ErrorReply,
             "description": _ERRORS[status],
             "content": {"application/json": {"example": envelope}},
         }

@@ -16,6 +16,7 @@ from fastapi.responses import StreamingResponse
 from jobs.api import views
 from jobs.api.caller import Caller, CallerNow
 from jobs.api.examples import BYTES, DELETED, FILE, UPLOAD_BODY, page_of, replies
+from jobs.api.replies import FileDeleted, FilePage, FileReply
 from jobs.api.services import Services, ServicesNow
 from jobs.api.uploads import UploadForm
 from jobs.errors import InvalidValue, NotFound
@@ -27,7 +28,7 @@ router = APIRouter(prefix="/v1/files")
 _DAY_S = 86_400.0
 
 
-@router.post("", openapi_extra=UPLOAD_BODY, responses=replies(FILE, 400, 413))
+@router.post("", response_model=None, openapi_extra=UPLOAD_BODY, responses=replies(FileReply, FILE, 400, 413))
 async def upload(request: Request, services: ServicesNow, caller: CallerNow) -> dict[str, Any]:
     """Take a file. It is seen when all its bytes are there; the lines are looked at when a batch is made of it."""
     form = UploadForm(request.headers.get("content-type", ""), services.settings.max_file_bytes)
@@ -44,7 +45,7 @@ async def upload(request: Request, services: ServicesNow, caller: CallerNow) -> 
         raise
 
 
-@router.get("", responses=replies(page_of(FILE), 400))
+@router.get("", response_model=None, responses=replies(FilePage, page_of(FILE), 400))
 def list_files(
     services: ServicesNow,
     caller: CallerNow,
@@ -72,13 +73,13 @@ def _existing_file(file_id: str, services: ServicesNow, caller: CallerNow) -> Fi
 ExistingFile = Annotated[FileView, Depends(_existing_file)]
 
 
-@router.get("/{file_id}", responses=replies(FILE, 404))
+@router.get("/{file_id}", response_model=None, responses=replies(FileReply, FILE, 404))
 def retrieve(file: ExistingFile) -> dict[str, Any]:
     """Read one file's description."""
     return views.file(file)
 
 
-@router.delete("/{file_id}", responses=replies(DELETED, 404))
+@router.delete("/{file_id}", response_model=None, responses=replies(FileDeleted, DELETED, 404))
 def delete(file_id: str, services: ServicesNow, caller: CallerNow) -> dict[str, Any]:
     """Delete a file. A batch that is made of it goes on."""
     with services.database.write() as session:

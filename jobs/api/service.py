@@ -12,6 +12,7 @@ from sqlalchemy import text
 
 from jobs.api import views
 from jobs.api.caller import CallerNow
+from jobs.api.replies import HEALTH, JOB_ROWS, MODEL, MODELS, READY, STATISTICS, WORKERS
 from jobs.api.services import ServicesNow
 from jobs.errors import NotFound, UnknownModel
 from jobs.intake import known_models
@@ -23,14 +24,14 @@ router = APIRouter()
 _REDIS_TIMEOUT_S = 1.0
 
 
-@router.get("/v1/stats")
+@router.get("/v1/stats", response_model=None, responses=STATISTICS)
 def statistics(services: ServicesNow) -> dict[str, Any]:
     """Say how fast everything ran so far, and how much speculation paid."""
     with services.database.read() as session:
         return views.statistics(queries.total_stats(session))
 
 
-@router.get("/v1/stats/jobs")
+@router.get("/v1/stats/jobs", response_model=None, responses=JOB_ROWS)
 def statistics_by_job(
     services: ServicesNow,
     caller: CallerNow,
@@ -45,21 +46,21 @@ def statistics_by_job(
     return {"object": "list", "data": [asdict(row) for row in rows]}
 
 
-@router.get("/v1/workers")
+@router.get("/v1/workers", response_model=None, responses=WORKERS)
 def workers(services: ServicesNow) -> dict[str, Any]:
     """List the workers that have introduced themselves, with their measured cost curves."""
     with services.database.read() as session:
         return {"object": "list", "data": [views.worker(worker) for worker in queries.workers(session)]}
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", response_model=None, responses=MODELS)
 def models(services: ServicesNow) -> dict[str, Any]:
     """List the models a job may name."""
     known = known_models(services.database, services.settings)
     return {"object": "list", "data": [views.model(name, known[name]) for name in sorted(known)]}
 
 
-@router.get("/v1/models/{model:path}")
+@router.get("/v1/models/{model:path}", response_model=None, responses=MODEL)
 def model(model: str, services: ServicesNow) -> dict[str, Any]:
     """Read one model. Hub ids carry a slash, so the name is the rest of the path."""
     known = known_models(services.database, services.settings)
@@ -68,13 +69,13 @@ def model(model: str, services: ServicesNow) -> dict[str, Any]:
     return views.model(model, known[model])
 
 
-@router.get("/healthz")
+@router.get("/healthz", response_model=None, responses=HEALTH)
 def health() -> dict[str, str]:
     """Say that the process is alive."""
     return {"status": "ok"}
 
 
-@router.get("/readyz")
+@router.get("/readyz", response_model=None, responses=READY)
 def ready(services: ServicesNow) -> dict[str, Any]:
     """Say whether jobs can be taken (503 if the database is away), and how the queue is."""
     with services.database.read() as session:
