@@ -1,13 +1,22 @@
 #!/bin/sh
 # Submit with a producer, follow with redis-cli, download with sqlite3: no HTTP at all. The addresses stand in up.json
 # of the data directory while `basic up` runs:   BASIC_REDIS_URL=redis://… DATABASE=….sqlite3 sh examples/redis.sh
+# The password in the URL goes to redis-cli through the environment: all users can read the arguments of a process.
 set -eu
 
 : "${BASIC_REDIS_URL:?set it to the redis_url in .basic/up.json}"
 : "${DATABASE:?set it to the SQLite file of .basic/up.json}"
 heard=$(mktemp)
 
-redis-cli -u "$BASIC_REDIS_URL" psubscribe 'basic:partials:*' >"$heard" &
+address=${BASIC_REDIS_URL##*@}
+case $BASIC_REDIS_URL in
+*@*)
+    password=${BASIC_REDIS_URL%@*}
+    export REDISCLI_AUTH="${password##*:}"
+    address="${BASIC_REDIS_URL%%://*}://$address"
+    ;;
+esac
+redis-cli -u "$address" psubscribe 'basic:partials:*' >"$heard" &
 listener=$!
 trap 'kill $listener; rm -f "$heard"' EXIT
 until grep -q psubscribe "$heard"; do sleep 0.1; done

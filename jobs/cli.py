@@ -552,7 +552,11 @@ def _write_results(answers: Iterable[Output], path: Path) -> None:
 
 def _announcement(service: LocalService, detached: bool) -> str:
     stop = "Stop it with: basic down" if detached else "Ctrl-C stops it"
-    return f"bASIC answers at {service.api_url}\nEverything lies in {service.data_dir}\n{stop}"
+    addresses = Path(service.data_dir, "up.json")
+    return (
+        f"bASIC answers at {service.api_url}\nEverything lies in {service.data_dir}\n"
+        f"Addresses of queue and database, with the password: {addresses}\n{stop}"
+    )
 
 
 def _print_json(value: BaseModel | list[JobInfo] | dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from jobs.errors import BasicError, SetupError
 from jobs.local_start import Start, Stopped, environment, say
 from jobs.local_state import LocalService, announce_service, owned, owner, running
 from jobs.logs import log_to_stderr
+from jobs.private import private, private_files, tighten
 from jobs.processes import BAD_SETTINGS_STATUS, Child, Children, keep_one_old, python_module, stop_signals, tail
 from jobs.settings import JobsSettings, read_settings
 
@@ -34,10 +35,10 @@ def up(settings: JobsSettings, *, announce: Callable[[LocalService], None]) -> i
     Raise SetupError if it can't start: nothing is left running then.
     """
     settings = _at_home(settings)
-    with owned(settings.data_dir), stop_signals() as (stop, at_once):
+    with private_files() as umask, owned(settings.data_dir), stop_signals() as (stop, at_once):
         children = Children()
         try:
-            service = Start(settings, children, stop).run()
+            service = Start(settings, children, stop, umask).run()
             announce_service(service)
             announce(service)
             return _report(children.keep_running(stop))
@@ -55,7 +56,7 @@ def start_detached(settings: JobsSettings) -> LocalService:
         return service
     log_path = settings.data_dir / "logs" / "up.log"
     keep_one_old([log_path])
-    with log_path.open("ab") as log_file:
+    with open(log_path, "ab", opener=private) as log_file:
         process = subprocess.Popen(
             python_module("jobs.local"),
             env=environment(settings),
@@ -82,10 +83,16 @@ def down(data_dir: Path) -> bool:
 
 
 def _at_home(settings: JobsSettings) -> JobsSettings:
-    """Return the settings with an absolute data directory that exists, can be written and has some room."""
-    data_dir = settings.data_dir.expanduser().resolve()
+    """Return the settings with an absolute data directory that exists, can be written and has some room.
+
+    What lies there from earlier runs is closed to other users.
+    """
+    data_dir = settings.data_dir.resolve()
+    _refuse_unwritable_name(data_dir)
     try:
-        (data_dir / "logs").mkdir(parents=True, exist_ok=True)
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (data_dir / "logs").mkdir(mode=0o700, exist_ok=True)
+        tighten(data_dir)
         statistics = os.statvfs(data_dir)
     except OSError as exc:
         raise SetupError(f"can't use the data directory {data_dir}: {exc.strerror}; set BASIC_DATA_DIR") from exc
@@ -98,6 +105,14 @@ def _at_home(settings: JobsSettings) -> JobsSettings:
             "free some space, or set BASIC_DATA_DIR to a directory on another disk"
         )
     return settings.model_copy(update={"data_dir": data_dir})
+
+
+def _refuse_unwritable_name(data_dir: Path) -> None:
+    """Refuse bytes that are no text: SQLite takes file names as UTF-8."""
+    try:
+        str(data_dir).encode()
+    except UnicodeEncodeError as exc:
+        raise SetupError(f"the name of the data directory {data_dir!a} is not UTF-8; set BASIC_DATA_DIR") from exc
 
 
 def _report(hopeless: Child | None) -> int:

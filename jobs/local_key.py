@@ -6,23 +6,18 @@ working when keys for others are made.
 
 from __future__ import annotations
 
-import os
 import secrets
 from pathlib import Path
+
+from jobs.private import write_private
 
 _FILE = "local.key"
 
 
 def make_local_key(data_dir: Path) -> None:
     """Write the key, readable to nobody else, unless it is there."""
-    path = data_dir / _FILE
-    if read_local_key(data_dir):
-        return
-    part = path.with_suffix(".part")
-    part.unlink(missing_ok=True)
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(f"sk-basic-local-{secrets.token_hex(32)}")
-    part.replace(path)
+    if not read_local_key(data_dir):
+        write_private(data_dir / _FILE, f"sk-basic-local-{secrets.token_hex(32)}")
 
 
 def read_local_key(data_dir: Path) -> str:

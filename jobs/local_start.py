@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -46,6 +47,7 @@ class Start:
     settings: JobsSettings
     children: Children
     stop: threading.Event
+    models_umask: int | None = None  # models are for all who share the cache; all else we make is for its owner
 
     def run(self) -> LocalService:
         """Go through the steps and return where the service is; raise SetupError, or Stopped after a signal."""
@@ -83,7 +85,8 @@ class Start:
         """Fetch the models in the foreground, so that a person sees the download."""
         if importlib.util.find_spec("torch") is None:
             raise SetupError("a worker needs torch, which is not installed; run: pip install 'basic-batch[worker]'")
-        process = launch(Command("models", python_module("worker.pull"), environment(self.settings)))
+        command = Command("models", python_module("worker.pull"), environment(self.settings), umask=self.models_umask)
+        process = launch(command)
         while process.poll() is None:
             if self.stop.wait(_TICK_S):
                 process.terminate()
@@ -94,11 +97,12 @@ class Start:
 
     def _start_redis(self, settings: JobsSettings) -> JobsSettings:
         directory = settings.data_dir / "redis"
-        directory.mkdir(exist_ok=True)
+        directory.mkdir(mode=0o700, exist_ok=True)
         port = free_port("127.0.0.1")
-        arguments = server_arguments(server_binary(), port, directory)
+        password = secrets.token_hex(32)
+        arguments = server_arguments(server_binary(), port, directory, password)
         child = self.children.start(self._command("redis", arguments, settings))
-        redis_url = f"redis://127.0.0.1:{port}/0"
+        redis_url = f"redis://:{password}@127.0.0.1:{port}/0"
         self._await(child, lambda: answers(redis_url), "the Redis-protocol server")
         return settings.model_copy(update={"redis_url": redis_url})
 

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from jobs.errors import SetupError
+from jobs.private import private, write_private
 
 _PROBES = 5  # a reader's probe holds the lock for an instant; that is not another owner
 _PROBE_PAUSE_S = 0.05
@@ -35,7 +36,7 @@ class LocalService:
 @contextmanager
 def owned(data_dir: Path) -> Iterator[None]:
     """Own the data directory, or raise SetupError naming the owner. Whatever a crashed owner left is cleared."""
-    with _lock_path(data_dir).open("a+") as lock:
+    with open(_lock_path(data_dir), "a+", opener=private) as lock:
         if not _try_lock(lock.fileno()):
             raise SetupError(
                 f"another `basic up` (process {owner(data_dir) or 'unknown'}) runs on {data_dir}; "
@@ -64,12 +65,7 @@ def owner(data_dir: Path) -> int | None:
 
 def announce_service(service: LocalService) -> None:
     """Write `up.json`, in one piece, for its owner's eyes: the URLs may carry passwords."""
-    path = _service_path(Path(service.data_dir))
-    part = path.with_suffix(".part")
-    part.unlink(missing_ok=True)
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(json.dumps(asdict(service), indent=2) + "\n")
-    part.replace(path)
+    write_private(_service_path(Path(service.data_dir)), json.dumps(asdict(service), indent=2) + "\n")
 
 
 def running(data_dir: Path) -> LocalService | None:

@@ -44,6 +44,7 @@ class Command:
     log_path: Path | None = None  # none: the parent's own output
     stop_s: float = 10.0  # time it gets to stop by itself
     cpus: frozenset[int] | None = None  # where it may run; none: where its parent may
+    umask: int | None = None  # rights its files don't have; none: those its parent's don't have
 
 
 class Child:
@@ -169,6 +170,7 @@ def launch(command: Command) -> subprocess.Popen[bytes]:
             stdout=log_file,
             stderr=subprocess.STDOUT if log_file else None,
             process_group=0,
+            umask=-1 if command.umask is None else command.umask,
             preexec_fn=dying_with(os.getpid()),
         )
 

@@ -6,6 +6,7 @@ it leaves an orphan server behind a killed parent and keeps no append-only file.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Final
 import redis
 
 from jobs.errors import SetupError
+from jobs.private import write_private
 
 _SYSTEM_SERVERS = ("valkey-server", "redis-server")
 
@@ -44,10 +46,19 @@ def server_binary() -> Path:
     )
 
 
-def server_arguments(binary: Path, port: int, directory: Path) -> tuple[str, ...]:
-    """Return the command: loopback only, every write in the append-only file within a second, nothing ever evicted."""
-    options = {"bind": "127.0.0.1", "port": str(port), "dir": str(directory), "daemonize": "no", **RULES}
-    return (str(binary), *(word for name, value in options.items() for word in (f"--{name}", *(value.split() or [""]))))
+def server_arguments(binary: Path, port: int, directory: Path, password: str = "") -> tuple[str, ...]:
+    """Return the command: loopback only, every write in the append-only file within a second, nothing ever evicted.
+
+    With a password the server knows one user, by the password's hash: it is written to a file, since all can read the
+    arguments of a process.
+    """
+    options = {"bind": ["127.0.0.1"], "port": [str(port)], "dir": [str(directory)], "daemonize": ["no"]}
+    if password:
+        users = directory / "users.acl"
+        write_private(users, f"user default on #{hashlib.sha256(password.encode()).hexdigest()} ~* &* +@all\n")
+        options["aclfile"] = [str(users)]
+    options |= {name: value.split() or [""] for name, value in RULES.items()}
+    return (str(binary), *(word for name, values in options.items() for word in (f"--{name}", *values)))
 
 
 def answers(redis_url: str) -> bool:

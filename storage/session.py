@@ -6,10 +6,11 @@ DATABASE_AWAY mean that the database is away, busy or full, and that the whole t
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -112,12 +113,27 @@ def _postgresql_engine(url: URL) -> Engine:
 
 
 def _sqlite_engine(url: URL) -> Engine:
-    if url.database and url.database != ":memory:":
-        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    file = _file_of(url)
+    if file is not None:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     engine = create_engine(url, connect_args={"timeout": _BUSY_S})
+    if file is not None:
+        event.listen(engine, "do_connect", lambda *_: _make_private(file))
     event.listen(engine, "connect", _prepare_connection)
     event.listen(engine, "begin", _begin)
     return engine
+
+
+def _file_of(url: URL) -> Path | None:
+    """Return the file of a SQLite URL; None: it lies in memory, or SQLite itself reads its name as a URI."""
+    name = url.database or ":memory:"
+    return None if name == ":memory:" or name.startswith("file:") else Path(name)
+
+
+def _make_private(file: Path) -> None:
+    """Make the file before SQLite does, which would let all users read it. Its journals get the file's mode."""
+    with suppress(OSError):  # it is there, or SQLite says what is wrong
+        os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
 
 
 def _prepare_connection(connection: Any, _record: object) -> None:

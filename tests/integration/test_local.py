@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import redis
+from sqlalchemy import make_url
 
 from jobs.errors import SetupError
 from jobs.local import LocalService, down, running, start_detached
@@ -18,6 +19,8 @@ from jobs.settings import JobsSettings
 from tests.conftest import free_port
 from tests.models import save_tiny
 from tests.processes import children_of, ended
+
+AWKWARD = "d a%41t?a #'é[x]*\"\\y"  # every character that something on the way reads as its own
 
 # A parent that starts a Redis-protocol server as its child, says its process id and waits to be killed.
 PARENT = """
@@ -71,7 +74,7 @@ def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(tmp_path: Path, tiny_target: Path) -> JobsSettings:
-    return JobsSettings(data_dir=tmp_path / "data", api_port=0, target=str(tiny_target))
+    return JobsSettings(data_dir=tmp_path / AWKWARD, api_port=0, target=str(tiny_target))
 
 
 def test_a_crash_leaves_nothing_running_and_the_next_start_recovers(settings: JobsSettings) -> None:
@@ -93,6 +96,29 @@ def test_a_crash_leaves_nothing_running_and_the_next_start_recovers(settings: Jo
     assert all(ended(pid) for pid in [service.pid, *processes])
     assert running(settings.data_dir) is None
     assert not down(settings.data_dir)
+
+
+def test_no_other_user_of_the_machine_can_read_the_data_or_ask_redis(settings: JobsSettings) -> None:
+    logs = settings.data_dir / "logs"
+    logs.mkdir(parents=True, mode=0o755)
+    (logs / "worker.log").write_text("of a run before\n")
+    before = os.umask(0o022)
+    service = start_detached(settings)
+    try:
+        data = [settings.data_dir, *settings.data_dir.rglob("*")]
+        made = {"basic.sqlite3", "worker.log", "worker.log.1", "appendonlydir", "up.json"}
+        assert {path.name for path in data} >= made
+        assert [path for path in data if path.stat().st_mode & 0o077] == []
+        url = make_url(service.redis_url)
+        with redis.Redis(port=url.port or 0) as stranger, pytest.raises(redis.AuthenticationError):
+            stranger.ping()
+        password = str(url.password)
+        assert len(password) == 64
+        arguments = [Path(f"/proc/{pid}/cmdline").read_text() for pid in [service.pid, *children_of(service.pid)]]
+        assert [said for said in arguments if password in said] == []
+    finally:
+        os.umask(before)
+        down(settings.data_dir)
 
 
 def test_ctrl_c_in_the_foreground_ends_all_with_status_0(settings: JobsSettings) -> None:

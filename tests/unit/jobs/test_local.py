@@ -16,7 +16,9 @@ from jobs.errors import SetupError
 from jobs.local import down, running, up
 from jobs.local_start import Start, environment
 from jobs.local_state import LocalService, announce_service, owned, owner
+from jobs.private import tighten
 from jobs.processes import Child, Children, Command, keep_one_old, stop_signals, tail
+from jobs.redis_server import server_arguments
 from jobs.settings import JobsSettings
 from tests.processes import ended
 
@@ -201,6 +203,49 @@ def test_a_data_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(SetupError, match=r"file/data.*BASIC_DATA_DIR"):
         up(JobsSettings(data_dir=tmp_path / "file" / "data"), announce=lambda _: None)
+
+
+def test_what_lies_in_a_data_directory_is_closed_to_others(tmp_path: Path) -> None:
+    ours = [tmp_path / name for name in ("basic.sqlite3", "basic.sqlite3-wal", "redis/aof/a.aof", "logs/up.log.1")]
+    for file in ours:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+        file.write_text("private")
+        file.chmod(0o664)
+    tmp_path.chmod(0o755)
+    tighten(tmp_path)
+    assert {file.stat().st_mode & 0o777 for file in ours} == {0o600}
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path, *tmp_path.rglob("*")) if path.is_dir()} == {0o700}
+
+
+def test_a_directory_that_holds_other_things_too_keeps_its_mode(tmp_path: Path) -> None:
+    for name in ("basic.sqlite3", "photo.png"):
+        (tmp_path / name).touch(0o644)
+    (tmp_path / "logs").symlink_to(tmp_path.parent)
+    modes = {path: path.stat().st_mode for path in (tmp_path / "photo.png", tmp_path.parent)}
+    tmp_path.chmod(0o755)
+    tighten(tmp_path)
+    assert tmp_path.stat().st_mode & 0o777 == 0o755
+    assert {path: path.stat().st_mode for path in modes} == modes
+    assert (tmp_path / "basic.sqlite3").stat().st_mode & 0o077 == 0
+
+
+def test_a_password_is_in_no_argument_and_in_no_readable_file(tmp_path: Path) -> None:
+    arguments = server_arguments(Path("valkey-server"), 1, tmp_path, "secret")
+    assert "secret" not in " ".join(arguments)
+    (users,) = tmp_path.iterdir()
+    assert users.stat().st_mode & 0o077 == 0
+    assert str(users) in arguments
+
+
+def test_a_tilde_that_no_shell_has_read_is_the_home_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("BASIC_DATA_DIR", "~/data")
+    assert JobsSettings().data_dir == tmp_path / "data"
+
+
+def test_a_data_directory_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match="not UTF-8"):
+        up(JobsSettings(data_dir=tmp_path / os.fsdecode(b"\xff")), announce=lambda _: None)
 
 
 def test_a_child_that_dies_while_we_wait_is_reported_with_its_last_words(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import string
 import threading
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 from storage import queries
 from storage.models import Base
 from storage.session import Database
+from storage.settings import sqlite_file, sqlite_url
 from storage.sql import database_now
 from tests.unit.storage.acts import record
 
@@ -20,6 +23,28 @@ def test_the_directory_of_a_database_is_made(tmp_path: Path) -> None:
     database.dispose()
 
     assert (tmp_path / "a" / "b" / "basic.sqlite3").exists()
+
+
+def test_a_sqlite_file_may_have_any_name_and_only_its_owner_reads_it(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        for number, character in enumerate((*string.punctuation.replace("/", ""), " ", "\n", "é", "%41", "?mode=ro")):
+            file = tmp_path / str(number) / f"a{character}b" / f"basic{character}.sqlite3"
+            url = sqlite_url(file)
+            assert sqlite_file(url) == file
+            database = Database.open(url)
+            Base.metadata.create_all(database.engine)
+            named = sorted(file.parent.iterdir())
+            database.dispose()
+            assert named == [file, *(file.with_name(file.name + end) for end in ("-shm", "-wal"))]
+            assert [path for path in (file.parent, *named) if path.exists() and path.stat().st_mode & 0o077] == []
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "sqlite:///file:x?uri=true", "postgresql://a/b"])
+def test_a_url_that_names_no_file_has_none(url: str) -> None:
+    assert sqlite_file(url) is None
 
 
 def test_connections_are_set_up_for_many_processes(sqlite: Database) -> None:
