@@ -27,7 +27,12 @@ def main() -> None:
             "custom_id": name,
             "method": "POST",
             "url": "/v1/chat/completions",
-            "body": {"model": model, "messages": [{"role": "user", "content": prompt}], "max_tokens": 24},
+            "body": {
+                "model": model,
+                "messages": [{"role": "user", "content": prompt}],
+                "max_tokens": 24,
+                "temperature": 0,
+            },
         }
         for name, prompt in PROMPTS.items()
     ]

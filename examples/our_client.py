@@ -9,7 +9,7 @@ from jobs import Client
 
 PROMPTS = [
     "What is the capital of Portugal?",
-    {"custom_id": "rivers", "prompt": "Name two rivers.", "temperature": 0},
+    {"custom_id": "rivers", "prompt": "Name two rivers.", "temperature": 0.7, "seed": 1},
     {"custom_id": "broken", "prompt": "This line fails alone.", "temperature": -1},
 ]
 
@@ -17,7 +17,8 @@ PROMPTS = [
 def main() -> None:
     """Run the example."""
     with Client() as client:
-        job = client.submit(PROMPTS, max_tokens=24)  # also: a path, an iterator, a pandas column or data frame
+        # Also: a path, an iterator, a pandas column or data frame. What no prompt names holds for all of them.
+        job = client.submit(PROMPTS, max_tokens=24, temperature=0)
         print(f"job {job.id}")
         for event in job.follow():  # text as it is written; a lost connection is taken up where it was
             print(event.request or "", event.type, event.text or event.status or "")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,19 +21,19 @@ import typer
 from pydantic import BaseModel, ValidationError
 
 from jobs.client import Client, Job, local_service
-from jobs.errors import BasicError, NotFound, SetupError, UnknownSetting
+from jobs.errors import BasicError, InvalidValue, NotFound, SetupError, UnknownSetting
 from jobs.exports import write_csv
 from jobs.formats import refuse_to_write
 from jobs.json_lines import json_line, one_line
 from jobs.key_commands import key_commands
 from jobs.logs import without_secrets
-from jobs.messages import MAX_COMPARED_REQUESTS, Endpoint, JobStatus
+from jobs.messages import MAX_COMPARED_REQUESTS, TOOLS_TEMPERATURE, Endpoint, JobStatus
 from jobs.outcome import info_words
 from jobs.prompts import Lines
 from jobs.results import JobInfo, Output
 from jobs.settings import JobsSettings, refuse_unknown_settings, settings_sentence
 from jobs.stats_tables import stats_tables
-from jobs.terminal import closing_table, fields_table, findings_table, jobs_table, make_console, make_view, safe
+from jobs.terminal import closing_table, findings_table, jobs_table, make_console, make_view, safe, status_table
 from storage.settings import sqlite_file
 
 if TYPE_CHECKING:
@@ -48,6 +49,10 @@ _WRITTEN = (
 )
 _PATIENCE_S = 8.0  # a person who forgot `basic up` should not wait longer to be told
 
+_NO_JOB = "There is no job yet; submit one with: basic submit FILE.jsonl"
+_JOB_ID = re.compile(r"batch_[0-9a-f]{32}")
+_MOST_NAMED = 5  # ids in one sentence
+
 app = typer.Typer(
     name="basic",
     help="Asynchronous batch generation with adaptive draft trees.",
@@ -60,7 +65,7 @@ database_commands = typer.Typer(help="The SQL database.", no_args_is_help=True)
 app.add_typer(database_commands, name="db")
 app.add_typer(key_commands, name="keys")
 
-JobId = Annotated[str | None, typer.Argument(metavar="[JOB]", help="Job id; the newest job if left out.")]
+JobId = Annotated[str | None, typer.Argument(metavar="[JOB]", help="Id or its beginning; left out: your newest job.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
@@ -84,7 +89,9 @@ def submit(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Wait, then write the answers here.")] = None,
     model: Annotated[str | None, typer.Option(help="Target model.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of an answer.")] = None,
-    temperature: Annotated[float | None, typer.Option(min=0, max=2, help="0 decodes greedily.")] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0, max=2, help="Of lines that name none: 0 decodes greedily, 1 is OpenAI's.")
+    ] = TOOLS_TEMPERATURE,
     seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
     endpoint: Annotated[Endpoint | None, typer.Option(help="Of all requests; left out: what the lines name.")] = None,
     idempotency_key: Annotated[
@@ -98,9 +105,10 @@ def submit(
 ) -> None:
     """Submit a job: a file with one request a line.
 
-    A line is a JSON string, an object with prompt or messages, a line of an OpenAI batch file, or plain text.
+    A line is a JSON string, an object with prompt or messages, a line of an OpenAI batch file, or plain text. What a
+    line names for itself, such as its temperature, wins over the options.
 
-    Example: basic submit examples/prompts.jsonl --follow --temperature 0
+    Example: basic submit examples/prompts.jsonl --follow --max-tokens 128
     """
     if output is not None:
         refuse_to_write(output, *_WRITTEN)
@@ -125,6 +133,8 @@ def submit(
             _print_json(info)
         else:
             typer.echo(f"Submitted {info.request_counts.total} requests as job {info.id}")
+            greedy = ", decoded greedily" if temperature == 0 else ""
+            typer.echo(f"Lines that name no temperature have {temperature:g}{greedy}")
             typer.echo(f"Watch it: basic follow {info.id}")
         raise typer.Exit(_say_refused(job, info))
 
@@ -154,9 +164,7 @@ def status(
         if wait:
             raise typer.Exit(_wait(found, as_json))
         info = found.info()
-        _print_json(info) if as_json else make_console().print(
-            fields_table(info.model_dump(mode="json", exclude_none=True) | {"status": info_words(info)})
-        )
+        _print_json(info) if as_json else make_console().print(status_table(info, time.time()))
 
 
 @app.command()
@@ -216,13 +224,13 @@ def retry(
 
 
 @app.command()
-def cancel(job: Annotated[str, typer.Argument(help="Job id.")], as_json: AsJson = False) -> None:
+def cancel(job: Annotated[str, typer.Argument(help="Job id, or its beginning.")], as_json: AsJson = False) -> None:
     """Cancel a job; what is finished stays.
 
     Example: basic cancel batch_0123456789abcdef
     """
     with _connect() as client:
-        info = client.job(job).cancel()
+        info = _find(client, job).cancel()
         _print_json(info) if as_json else typer.echo(f"Job {info.id} is {info_words(info)}")
 
 
@@ -231,18 +239,26 @@ def jobs(
     limit: Annotated[int, typer.Option(min=1, max=100, help="How many.")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """List jobs, newest first.
+    """List jobs, newest first. In a narrow window ids are cut; commands take the beginning of an id.
 
     Example: basic jobs --limit 5
     """
     with _connect() as client:
         listed = client.jobs(limit)
-        _print_json(listed) if as_json else make_console().print(jobs_table(listed))
+        if as_json:
+            _print_json(listed)
+        elif listed:
+            console = make_console()
+            console.print(jobs_table(listed, console.width, time.time()))
+        else:
+            typer.echo(_NO_JOB)
 
 
 @app.command()
 def stats(
-    job: Annotated[str | None, typer.Argument(metavar="[JOB]", help="Job id; everything if left out.")] = None,
+    job: Annotated[
+        str | None, typer.Argument(metavar="[JOB]", help="Job id, or its beginning; everything if left out.")
+    ] = None,
     as_json: AsJson = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print one line a job, for spreadsheets.")] = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw plots into this file.")] = None,
@@ -254,12 +270,13 @@ def stats(
     if plot is not None:
         refuse_to_write(plot, "plots are drawn as PNG", ".png")
     with _connect() as client:
+        job_id = None if job is None else _find(client, job).id
         if as_csv:
-            _print_csv(client, job)
+            _print_csv(client, job_id)
             return
-        numbers = client.run(lambda client: client.job_stats(job) if job else client.stats())
+        numbers = client.run(lambda client: client.job_stats(job_id) if job_id else client.stats())
         if plot is not None:
-            _plot(numbers, job, plot)
+            _plot(numbers, job_id, plot)
         if as_json:
             _print_json(numbers)
         elif plot is None:
@@ -453,13 +470,21 @@ def _connect() -> Client:
     return Client(patience_s=_PATIENCE_S)
 
 
-def _find(client: Client, job_id: str | None) -> Job:
-    if job_id is not None:
+def _find(client: Client, asked: str | None) -> Job:
+    """Return the job that is meant: by its id, by the beginning of its id, or the newest of the caller's own."""
+    if asked is None:
+        newest = client.jobs(limit=1, mine=True)
+        if not newest:
+            raise NotFound(_NO_JOB)
+        return client.job(newest[0].id)
+    if _JOB_ID.fullmatch(asked):
+        return client.job(asked)
+    found = [job.id for job in client.jobs(limit=_MOST_NAMED, id_prefix=asked)]
+    for job_id in found if len(found) == 1 else [job_id for job_id in found if job_id == asked]:
         return client.job(job_id)
-    newest = client.jobs(limit=1)
-    if not newest:
-        raise NotFound("There is no job yet; submit one with: basic submit FILE.jsonl")
-    return client.job(newest[0].id)
+    if found:
+        raise InvalidValue(f"More than one job begins with {safe(asked)!r}: {', '.join(found)}. Give more of the id.")
+    raise NotFound(f"There is no job whose id begins with {safe(asked[:80])!r}; `basic jobs` lists the newest.")
 
 
 def _wait(job: Job, as_json: bool, output: Path | None = None) -> int:

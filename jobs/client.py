@@ -1,7 +1,7 @@
 """The Python client: submit prompts, follow the text, fetch the outputs. Needs httpx and pydantic, no server code.
 
     with Client() as client:
-        job = client.submit(["What is the capital of France?"], max_tokens=20)
+        job = client.submit(["What is the capital of France?"], max_tokens=20, temperature=0)
         job.wait(progress=True)
         for output in job.outputs():
             print(output.custom_id, output.text)
@@ -133,8 +133,9 @@ class AsyncClient:
         A prompt is a string or a request object.
 
         Files hold JSON lines (prompts, request objects, or lines of an OpenAI batch file) or plain lines of text.
-        `parameters` hold for all requests that bring none of their own. So many as `compare_plain` of the requests are
-        decoded both ways when the job is done: with drafts and without, and its statistics tell how long each way took.
+        `parameters` hold for all requests that bring none of their own; what nothing names is as the API has it, with
+        temperature 1 (`basic submit` has 0). `compare_plain` requests are decoded both ways when the job is done: with
+        drafts and without, and its statistics tell how long each way took.
 
         Every submission carries a key, so that one whose answer got lost is not recorded twice.
         """
@@ -159,11 +160,15 @@ class AsyncClient:
         """Return the handle of a job that was submitted before."""
         return AsyncJob(self, job_id)
 
-    async def jobs(self, limit: int = 20, after: str | None = None) -> list[JobInfo]:
-        """List jobs, newest first."""
-        params = {"limit": limit} | ({"after": after} if after else {})
-        reply = await self._call("GET", "/v1/jobs", params=params)
-        return [JobInfo.model_validate(job) for job in reply["data"]]
+    async def jobs(
+        self, limit: int = 20, after: str | None = None, *, mine: bool = False, id_prefix: str = ""
+    ) -> list[JobInfo]:
+        """List jobs, newest first: with `mine` those of the caller's own key, whatever else it may see."""
+        params: dict[str, Any] = {"limit": limit, "after": after, "mine": mine or None, "id_prefix": id_prefix or None}
+        given = {name: value for name, value in params.items() if value is not None}
+        reply = await self._call("GET", "/v1/jobs", params=given)
+        listed = [JobInfo.model_validate(job) for job in reply["data"]]
+        return [job for job in listed if job.id.startswith(id_prefix)]  # an older server does not know the parameter
 
     async def stats(self) -> Statistics:
         """Return the numbers of everything that ran so far."""
@@ -437,9 +442,11 @@ class Client:
         """Return the handle of a job that was submitted before."""
         return Job(self, job_id)
 
-    def jobs(self, limit: int = 20, after: str | None = None) -> list[JobInfo]:
-        """List jobs, newest first."""
-        return finish(self._client.jobs(limit, after))
+    def jobs(
+        self, limit: int = 20, after: str | None = None, *, mine: bool = False, id_prefix: str = ""
+    ) -> list[JobInfo]:
+        """List jobs, newest first; arguments as for AsyncClient.jobs."""
+        return finish(self._client.jobs(limit, after, mine=mine, id_prefix=id_prefix))
 
     def stats(self, limit: int = 100) -> DataFrame | list[Statistics]:
         """Return the numbers of the newest jobs: a DataFrame with a row a job; a list of rows without pandas."""

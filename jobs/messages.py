@@ -65,6 +65,8 @@ class ChatMessage(Frozen):
     content: str
 
 
+TOOLS_TEMPERATURE: Final = 0.0  # of `basic submit`, `basic generate` and the page; what the API has is OpenAI's 1
+
 MAX_STOP_STRINGS: Final = 4
 MAX_STOP_CHARS: Final = 1000
 MAX_STOP_TOKEN_IDS: Final = 64

@@ -6,7 +6,7 @@ Knows events and rich; fetches nothing. Text of a model is untrusted: control by
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -18,6 +18,7 @@ from rich.text import Text
 
 from jobs.messages import PartialEvent, Piece
 from jobs.outcome import info_words, warns
+from jobs.progress import ago, duration, local_time
 from jobs.results import JobInfo, Statistics
 
 STYLES = {"draft": "green", "target": "magenta"}  # who chose a token: accepted from the draft, or the target itself
@@ -26,8 +27,12 @@ _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _ROWS_AROUND = 6  # of the screen, left for the progress bar and what scrolls above it
 _NAME_CHARS = 24
-_JOB_ID_CHARS = 38
-_STATUS_CHARS = 11
+_ID_CHARS = 38
+_SHORT_ID_CHARS = 14
+_NUMBERS = ("requests", "tokens")
+_LEAST_CHARS = 4
+_WIDE_ENOUGH = 110  # columns for whole ids
+_BAR_WIDTH = 24
 _WIDE = 160  # columns where there is no terminal to say
 
 
@@ -214,23 +219,66 @@ def closing_table(info: JobInfo, statistics: Statistics, database: str | None) -
     return _grid(rows.items())
 
 
-def fields_table(fields: dict[str, Any]) -> Table:
-    """Return names and values, one pair a line."""
-    return _grid((name, _shown(value)) for name, value in fields.items() if value not in (None, [], {}))
+def status_table(info: JobInfo, now: float) -> Table:
+    """Return how far a job is, one name and value a line; times are those of this machine's clock."""
+    counts, progress = info.request_counts, info.progress
+    rows: dict[str, str | Text] = {
+        "job": info.id,
+        "status": status_text(info),
+        "model": f"{info.model}, {info.endpoint}",
+        "submitted": f"{local_time(info.created_at)}, {ago(info.created_at, now)}",
+        "requests": f"{counts.completed:,d} completed, {counts.failed:,d} failed, {counts.total:,d} in all",
+        "tokens": f"{progress.completion_tokens:,d} written, {progress.prompt_tokens:,d} read",
+        "tokens/s": _number(progress.tokens_per_s, ",.1f", f" over {duration(progress.elapsed_s)}"),
+    }
+    if not info.status.final:
+        left_s = progress.time_left_s
+        rows["time left"] = "not known yet" if left_s is None else f"about {duration(left_s)}"
+        rows["expires"] = "never" if info.expires_at is None else local_time(info.expires_at)
+    if info.retry_of is not None:
+        rows["runs again"] = info.retry_of
+    if info.metadata:
+        rows["metadata"] = ", ".join(f"{safe(name)}={safe(value)}" for name, value in info.metadata.items())
+    return _grid(rows.items())
 
 
-def jobs_table(jobs: Iterable[JobInfo]) -> Table:
-    """Return one line a job."""
-    identity = Column("job", no_wrap=True, min_width=_JOB_ID_CHARS)  # to be copied, so never cut
-    status = Column("status", min_width=_STATUS_CHARS)
-    table = Table(identity, status, "ended", "failed", "tokens", "model", box=None, pad_edge=False)
-    for job in jobs:
-        counts = job.request_counts
-        ended = f"{counts.ended}/{counts.total}"
-        table.add_row(
-            job.id, status_text(job), ended, str(counts.failed), str(job.progress.completion_tokens), job.model
-        )
+def jobs_table(jobs: Sequence[JobInfo], width: int, now: float) -> Table:
+    """Return one line a job. In a narrow window ids are cut to beginnings that tell them apart, and commands take."""
+    chars = _ID_CHARS if width >= _WIDE_ENOUGH else _telling_chars([job.id for job in jobs])
+    lines = [_job_cells(job, chars, now) for job in jobs]
+    headings = ("job", "status", "requests", "tokens", "submitted", "model")
+    *fixed, _ = (max(map(len, cells)) for cells in zip(headings, *lines, strict=True))
+    columns = [
+        Column(name, no_wrap=True, min_width=chars, justify="right" if name in _NUMBERS else "left")
+        for name, chars in zip(headings, fixed, strict=False)
+    ]
+    rest = max(_LEAST_CHARS, width - sum(fixed) - 2 * len(fixed))  # two spaces between columns
+    table = Table(*columns, Column("model", no_wrap=True, max_width=rest), box=None, pad_edge=False)
+    for cells in lines:
+        table.add_row(*cells)
     return table
+
+
+def _job_cells(job: JobInfo, chars: int, now: float) -> tuple[Text, ...]:
+    counts = job.request_counts
+    status = status_text(job)
+    if counts.failed and not warns(job.status, counts.failed):
+        status.append(f", {counts.failed} failed")
+    rest = (
+        f"{counts.ended}/{counts.total}",
+        str(job.progress.completion_tokens),
+        ago(job.created_at, now),
+        safe(job.model),
+    )
+    return (Text(job.id[:chars]), status, *map(Text, rest))
+
+
+def _telling_chars(ids: Sequence[str]) -> int:
+    """Return how much of each id tells it apart from the others."""
+    chars = _SHORT_ID_CHARS
+    while chars < _ID_CHARS and len({job_id[:chars] for job_id in ids}) < len(ids):
+        chars += 1
+    return chars
 
 
 def keys_table(keys: Iterable[Mapping[str, Any]]) -> Table:
@@ -274,7 +322,7 @@ def _grid(rows: Iterable[tuple[str, str | Text]]) -> Table:
 
 def _progress_bar(console: Console) -> Progress:
     return Progress(
-        BarColumn(),
+        BarColumn(_BAR_WIDTH),
         MofNCompleteColumn(),
         TextColumn("requests · {task.fields[tokens]} tokens"),
         TimeElapsedColumn(),
@@ -323,11 +371,3 @@ def _speedup(statistics: Statistics) -> str:
 
 def _number(value: Any, form: str, unit: str = "") -> str:
     return "not measured" if value is None else format(value, form) + unit
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_shown(inner)}" for name, inner in value.items())
-    if isinstance(value, list):
-        return "; ".join(_shown(inner) for inner in value)
-    return f"{value:.4g}" if isinstance(value, float) else safe(str(value))

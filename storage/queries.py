@@ -198,6 +198,7 @@ def jobs(
     owner: str | None = None,
     interactive: bool = False,
     batches_only: bool = False,
+    id_prefix: str = "",
 ) -> JobPage:
     """Return up to `limit` jobs, newest first, from behind the job `after`; nothing stands behind an unknown id.
 
@@ -206,6 +207,8 @@ def jobs(
     query = select(*_JOB_COLUMNS).where(owned_by(Job.api_key_id, owner))
     if batches_only:
         query = query.where(Job.input_file_id.is_not(None))
+    if id_prefix:
+        query = query.where(Job.id.startswith(id_prefix, autoescape=True))
     query = query.order_by(Job.created_at.desc(), Job.id.desc()).limit(limit + 1)
     if after is not None:
         last = select(Job.created_at, Job.id).where(Job.id == after).scalar_subquery()

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from jobs.errors import InvalidValue
+from jobs.messages import TOOLS_TEMPERATURE
 from jobs.terminal import safe
 from worker import pull as models_on_disk
 from worker.planning.cli import plan
@@ -80,7 +81,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to answer; - reads standard input.")],
     mode: Annotated[str | None, typer.Option(help="plain, opt-tree or paper.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of the answer.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 decodes greedily.")] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 decodes greedily.")] = TOOLS_TEMPERATURE,
     seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
     logprobs: Annotated[

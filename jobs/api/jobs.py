@@ -57,12 +57,15 @@ def list_jobs(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[str | None, Query(max_length=128)] = None,
     interactive: Annotated[bool, Query(description="Also single requests, such as chats.")] = False,
+    mine: Annotated[bool, Query(description="Only those of the caller's own key.")] = False,
+    id_prefix: Annotated[str, Query(max_length=128, description="Only those whose id begins so.")] = "",
 ) -> dict[str, Any]:
     """List jobs, newest first; `after` is the id that ended the page before."""
     with services.database.read() as session:
         if after is not None and queries.job(session, after, caller.sees) is None:
             raise InvalidValue("There is no job of this id to start behind.", param="after")
-        page = queries.jobs(session, limit=limit, after=after, owner=caller.sees, interactive=interactive)
+        owner = caller.key_id if mine else caller.sees
+        page = queries.jobs(session, limit, after, owner, interactive, id_prefix=id_prefix)
     return views.page([views.job(job) for job in page.jobs], page.has_more)
 
 

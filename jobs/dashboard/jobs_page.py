@@ -18,7 +18,7 @@ from jobs.errors import BasicError
 from jobs.intake import Submission, accept_job, known_models
 from jobs.items import Item
 from jobs.keys import Scope
-from jobs.messages import model_name
+from jobs.messages import TOOLS_TEMPERATURE, model_name
 from jobs.outcome import status_words, warns
 from storage import queries
 from storage.queries import JobView
@@ -127,9 +127,8 @@ async def _submit_dialog(desk: Desk) -> ui.dialog:
         model = ui.select(known, value=model_name(settings.target), label="Model").props("outlined").style("width:100%")
         with ui.element("div").classes("line"):
             tokens = ui.number("Most tokens", value=128, min=1, precision=0).props("outlined dense").style("width:9rem")
-            heat = (
-                ui.number("Temperature", value=0.0, min=0, max=2, step=0.1).props("outlined dense").style("width:9rem")
-            )
+            heat = ui.number("Temperature", value=TOOLS_TEMPERATURE, min=0, max=2, step=0.1)
+            heat.props("outlined dense").style("width:9rem")
             trees = ui.checkbox("Record draft trees").props('aria-label="Record draft trees"')  # Quasar hides its own
         problem = ui.label().props('role="alert"').style("color:var(--q-negative)")
 

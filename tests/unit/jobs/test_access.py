@@ -243,3 +243,13 @@ def test_where_others_can_come_a_key_is_needed_even_if_none_was_found(
 ) -> None:
     with TestClient(make_api(settings, database, door=Door(database, keyless=False))) as api:
         assert api.get("/v1/jobs").status_code == 401
+
+
+def test_whoever_sees_everybody_s_jobs_can_ask_for_their_own(api: TestClient, database: Database) -> None:
+    theirs, ours = a_key(database), a_key(database, Scope.ADMIN)
+    local = {"authorization": "Bearer sk-basic-local-1"}
+    ids = [api.post("/v1/jobs", json=A_JOB, headers=headers).json()["id"] for headers in (ours, local, theirs)]
+    for headers, own in ((ours, ids[0]), (local, ids[1]), (theirs, ids[2])):
+        listed = api.get("/v1/jobs", params={"mine": True}, headers=headers).json()["data"]
+        assert [job["id"] for job in listed] == [own]
+    assert len(api.get("/v1/jobs", headers=ours).json()["data"]) == 3

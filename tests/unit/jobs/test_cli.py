@@ -7,14 +7,18 @@ from pathlib import Path
 
 import pytest
 import typer
+from sqlalchemy import select
 from typer.testing import CliRunner
 
 from jobs import cli
+from jobs.api.access import Door
 from jobs.api.app import make_api
 from jobs.client import Client
-from jobs.errors import InvalidValue, SetupError
+from jobs.errors import InvalidValue, NotFound, SetupError
 from jobs.settings import JobsSettings
+from storage.models import Request
 from storage.session import Database
+from tests.factories import a_key
 from tests.in_process import InProcess
 from tests.unit.jobs.test_api import answer_all
 
@@ -135,6 +139,52 @@ def test_failed_requests_are_run_again(run: Run, prompts: str, database: Databas
     assert (again["retry_of"], again["request_counts"]["total"]) == (job_id, 1)
     answer_all(database)
     assert run("status", again["id"], "--wait") == ""
+
+
+def test_the_beginning_of_an_id_names_a_job(run: Run, prompts: str, database: Database) -> None:
+    job_id = json.loads(run("submit", prompts, "--json"))["id"]
+    short = job_id[:12]
+    answer_all(database)
+    for command in (["status"], ["follow"], ["results"], ["stats"]):
+        assert run(*command, short, "--json") == run(*command, job_id, "--json")
+    assert job_id in run("stats", short, "--csv")
+    other_id = json.loads(run("submit", prompts, "--json"))["id"]
+    assert json.loads(run("cancel", other_id[:12], "--json"))["id"] == other_id
+    assert json.loads(run("retry", other_id[:12], "--json"))["retry_of"] == other_id
+
+
+def test_the_beginning_of_several_ids_or_of_none_is_refused_with_what_there_is(run: Run, prompts: str) -> None:
+    ids = [json.loads(run("submit", prompts, "--json"))["id"] for _ in range(2)]
+    with pytest.raises(InvalidValue, match=r"More than one .* Give more of the id") as refused:
+        run("status", "batch_")
+    assert all(job_id in str(refused.value) for job_id in ids)
+    with pytest.raises(NotFound, match="begins with 'batch_x'"):
+        run("cancel", "batch_x")
+
+
+def test_without_jobs_there_is_a_sentence(run: Run) -> None:
+    assert "There is no job yet" in run("jobs")
+    assert run("jobs", "--json") == "[]\n"
+
+
+def test_the_newest_job_is_the_caller_s(settings: JobsSettings, database: Database, run: Run) -> None:
+    run("submit", "-", "--json", stdin='"Ours"\n')
+    key = a_key(database)["authorization"].removeprefix("Bearer ")
+    api = make_api(settings, database, lambda job_id, model: None, Door(database, local_key="sk-basic-local-1"))
+    with Client("http://service", key, transport=InProcess(api)) as other:
+        theirs = other.submit("Theirs")
+    with Client("http://service", "sk-basic-local-1", transport=InProcess(api)) as client:
+        assert client.jobs()[0].id == theirs.id
+        assert cli._find(client, None).id != theirs.id
+
+
+def test_lines_that_name_no_temperature_are_decoded_greedily_and_that_is_said(run: Run, database: Database) -> None:
+    lines = '"Hello"\n{"prompt": "Hello", "temperature": 0.5}\n'
+    assert "Lines that name no temperature have 0, decoded greedily" in run("submit", "-", stdin=lines)
+    run("submit", "-", "--temperature", "1", stdin=lines)
+    with database.read() as session:
+        bodies = session.scalars(select(Request.body).order_by(Request.job_id, Request.request_index)).all()
+    assert sorted(body["sampling"]["temperature"] for body in bodies) == [0, 0.5, 0.5, 1]
 
 
 def test_jobs_are_listed_and_cancelled(run: Run, prompts: str) -> None:

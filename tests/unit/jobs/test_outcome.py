@@ -54,7 +54,7 @@ def test_a_job_whose_requests_all_failed_is_no_plain_success_on_the_terminal(run
     assert json.loads(run("status", job_id, "--json"))["status"] == "completed", "programs read OpenAI's word"
     console = make_console()
     with console.capture() as shown:
-        console.print(closing_table(info(0, 3), {}, None), jobs_table([info(0, 3)]))
+        console.print(closing_table(info(0, 3), {}, None), jobs_table([info(0, 3)], 80, 0.0))
     assert " ".join(shown.get().split()).count("all failed") == 2
 
 

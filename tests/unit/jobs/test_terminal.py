@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 import io
+import re
+import sys
+import time
+from types import ModuleType
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from jobs import progress
 from jobs.messages import JobStatus, PartialEvent, Piece
 from jobs.results import JobInfo, Progress, RequestCounts
-from jobs.terminal import STYLES, Transcript, closing_table, make_view, safe
+from jobs.terminal import STYLES, Transcript, closing_table, jobs_table, make_view, safe, status_table
 
 
 def some_info(total: int = 2, completed: int = 2) -> JobInfo:
@@ -128,3 +133,108 @@ def test_the_closing_table_does_not_invent_a_speed_up() -> None:
     console.print(closing_table(some_info(), {}, None))
     assert isinstance(console.file, io.StringIO)
     assert "not measured" in console.file.getvalue()
+
+
+def a_job(job_id: str, **changes: Any) -> JobInfo:
+    large = {
+        "id": job_id,
+        "status": JobStatus.IN_PROGRESS,
+        "model": "meta-llama/Llama-3.1-70B-Instruct",
+        "created_at": 1_795_990_000,
+        "expires_at": 1_796_076_400,
+        "request_counts": RequestCounts(total=50_000, completed=49_990, failed=3),
+        "progress": Progress(
+            completion_tokens=12_345_678, prompt_tokens=5, elapsed_s=95, tokens_per_s=60, time_left_s=95
+        ),
+        "metadata": {"team": "a\x1b[2J"},
+    }
+    return some_info().model_copy(update=large | changes)
+
+
+def printed(renderable: Any, width: int) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(renderable)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_list_of_jobs_fits_its_window_and_tells_jobs_apart(width: int) -> None:
+    ids = [f"batch_{start}{'0' * (32 - len(start))}" for start in ("1", "2", "00000000001", "00000000002")]
+    lines = printed(jobs_table([a_job(job_id) for job_id in ids], width, 1_795_990_090), width).splitlines()
+    assert len(lines) == 1 + len(ids)
+    assert max(map(len, lines)) <= width
+    shown = [line.split()[0] for line in lines[1:]]
+    assert len(set(shown)) == len(ids)
+    assert all(job_id.startswith(name) for job_id, name in zip(ids, shown, strict=True))
+    assert shown == ids or width == 80
+    for line in lines[1:]:
+        assert "in progress, 3 failed  49993/50000  12345678  1 min ago  met" in line
+
+
+def test_a_narrow_list_of_jobs_is_readable_with_all_its_columns() -> None:
+    table = printed(jobs_table([some_info().model_copy(update={"id": "batch_" + "1" * 32})], 80, 5.0), 80)
+    assert table.splitlines()[1].split() == ["batch_11111111", "completed", "2/2", "0", "5", "s", "ago", "tiny"]
+
+
+def test_the_status_of_a_job_is_words_with_times_of_this_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Kolkata")
+    time.tzset()
+    text = printed(status_table(a_job("batch_1"), 1_795_990_090), 80)
+    monkeypatch.undo()
+    time.tzset()
+    lines = dict(line.rstrip().split("  ", 1) for line in text.splitlines())
+    assert {name.strip(): value.strip() for name, value in lines.items()} == {
+        "job": "batch_1",
+        "status": "in progress",
+        "model": "meta-llama/Llama-3.1-70B-Instruct, /v1/chat/completions",
+        "submitted": "2026-11-30 03:36:40 IST, 1 min ago",
+        "requests": "49,990 completed, 3 failed, 50,000 in all",
+        "tokens": "12,345,678 written, 5 read",
+        "tokens/s": "60.0 over 1 min 35 s",
+        "time left": "about 1 min 35 s",
+        "expires": "2026-12-01 03:36:40 IST",
+        "metadata": "team=a",
+    }
+
+
+def test_a_job_that_has_ended_has_no_time_left() -> None:
+    text = printed(status_table(a_job("batch_1", status=JobStatus.COMPLETED, retry_of="batch_0"), 1_795_990_090), 80)
+    assert "left" not in text
+    assert "expires" not in text
+    assert "batch_0" in text
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_bar_says_the_time_left_whatever_the_window(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    monkeypatch.setattr(progress, "Console", lambda stderr: console)
+    with progress.ProgressBar.of(True) as tell:
+        tell(a_job("batch_1"))
+    assert isinstance(console.file, io.StringIO)
+    words = re.sub(r"\x1b\[[?0-9]*[a-zA-Z]|\s+", " ", console.file.getvalue())
+    assert "1 min 35 s left" in words
+    assert "60.0 tokens/s" in words
+
+
+def test_in_a_notebook_one_line_changes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    shown: list[str] = []
+
+    class Handle:
+        def update(self, data: dict[str, str], raw: bool) -> None:
+            assert raw
+            shown.append(data["text/plain"])
+
+    notebook = ModuleType("IPython.display")
+    notebook.__dict__["display"] = lambda data, raw, display_id: Handle()
+    monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", notebook)
+    monkeypatch.setattr(progress, "Console", lambda stderr: Console(stderr=stderr, force_jupyter=True))
+    with progress.ProgressBar.of(True) as tell:
+        for left_s in (95, 30):
+            tell(a_job("batch_1", progress=Progress(completion_tokens=9, tokens_per_s=60, time_left_s=left_s)))
+    assert shown == [
+        "49993/50000 requests · 9 tokens · 60.0 tokens/s · 3 failed · about 1 min 35 s left",
+        "49993/50000 requests · 9 tokens · 60.0 tokens/s · 3 failed · about 30 s left",
+    ]
+    assert capsys.readouterr() == ("", "")

@@ -66,6 +66,16 @@ def test_nothing_stands_behind_an_unknown_job(database: Database) -> None:
         assert queries.jobs(session, 5, after="nowhere") == queries.JobPage((), has_more=False)
 
 
+def test_jobs_are_found_by_the_beginning_of_their_ids_as_it_is_spelt(database: Database) -> None:
+    for job_id in ("a_1", "a_2", "ab1"):
+        record(database, job_id)
+    with database.read() as session:
+        found = {
+            asked: {job.id for job in queries.jobs(session, 5, id_prefix=asked).jobs} for asked in ("a_", "ab", "%")
+        }
+    assert found == {"a_": {"a_1", "a_2"}, "ab": {"ab1"}, "%": set()}
+
+
 def test_outputs_come_in_the_order_of_the_job_with_failed_requests_among_them(database: Database) -> None:
     bad = NewRequest("bad", refusal=Refusal("invalid_value", "no", "top_p"))
     record(database, requests=[a_request("a"), bad, a_request("c"), a_request("d")])
