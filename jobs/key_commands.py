@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,6 +17,7 @@ from jobs.terminal import keys_table, make_console
 
 if TYPE_CHECKING:
     from storage.keys import KeyView
+    from storage.records import NewKey
     from storage.session import Database
 
 _UNIT_S = {"m": 60, "h": 3600, "d": 86_400}
@@ -48,6 +50,10 @@ def create(
         int | None, typer.Option(min=1, max=_MOST_A_MINUTE, help="Calls of the shim.")
     ] = None,
     expires_in: Annotated[str | None, typer.Option(help="Digits and m, h or d, such as 30d. [never]")] = None,
+    key_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Record the key in this file instead of a new one, unless it is recorded."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a key and show it, once: only its hash is kept.
@@ -62,12 +68,25 @@ def create(
         _scopes(scope),
         Limits(max_requests_queued, max_tokens_queued, requests_per_minute),
         None if expires_in is None else _seconds(expires_in),
+        given=None if key_file is None else _read_key(key_file),
     )
     with _database() as database, database.write() as session:
         first = not keys.keys_in_use(session)
-        keys.add_key(session, recorded)
+        known = keys.find_key(session, recorded.id)
+        if known is None:
+            keys.add_key(session, recorded)
+    if known is not None:
+        _refuse_another(known, recorded)
     if as_json:
-        typer.echo(json.dumps({"id": recorded.id, "name": recorded.name, "scopes": recorded.scopes, "key": key}))
+        about = {"id": recorded.id, "name": recorded.name, "scopes": recorded.scopes}
+        typer.echo(json.dumps(about if key_file else {**about, "key": key}))
+        return
+    if known is not None:
+        state = "" if known.opens else ", and it opens nothing any more"
+        typer.echo(f"The key {known.id} ({known.name}) is recorded already{state}")
+        return
+    if key_file is not None:
+        typer.echo(f"Recorded the key in {key_file} as {recorded.id}")
         return
     typer.echo(key)
     typer.echo(f"This is {recorded.id}; keep the key now, it is not shown again.", err=True)
@@ -131,6 +150,19 @@ def _fields(key: KeyView) -> dict[str, Any]:
         "expires_at": None if key.expires_at is None else int(key.expires_at),
         "revoked_at": None if key.revoked_at is None else int(key.revoked_at),
     }
+
+
+def _read_key(file: Path) -> str:
+    try:
+        return file.read_text(errors="replace").strip()
+    except OSError as exc:
+        raise typer.BadParameter(f"{file} can't be read: {exc.strerror}", param_hint="--key-file") from exc
+
+
+def _refuse_another(known: KeyView, given: NewKey) -> None:
+    """Refuse a key that has the id of another one. The same key again is no fault: migrations run at every start."""
+    if known.secret_sha256 != given.secret_sha256:
+        raise InvalidValue(f"{known.id} is another key's id; `basic keys create` makes one", param="--key-file")
 
 
 def _name(name: str) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from jobs.errors import InvalidValue
 from storage import keys
 from storage.keys import KeyView
 from storage.records import NewKey
@@ -41,20 +42,35 @@ class Limits:
     requests_per_minute: int | None = None
 
 
-def new_key(name: str, scopes: tuple[Scope, ...], limits: Limits, lasts_s: float | None = None) -> tuple[str, NewKey]:
-    """Return a key as its holder sends it, and as it is recorded."""
-    key_id, secret = secrets.token_hex(8), secrets.token_hex(32)
+def new_key(
+    name: str,
+    scopes: tuple[Scope, ...],
+    limits: Limits,
+    lasts_s: float | None = None,
+    *,
+    given: str | None = None,
+) -> tuple[str, NewKey]:
+    """Return a key as its holder sends it, and as it is recorded: a new one, or the one `given`.
+
+    Raise InvalidValue if what is given is no key of ours.
+    """
+    key = f"{_PREFIX}{secrets.token_hex(8)}-{secrets.token_hex(32)}" if given is None else given
+    parts = _PARTS.fullmatch(key)
+    if parts is None:
+        raise InvalidValue(
+            f"a key is {_PREFIX}, 16 hexadecimal digits, a hyphen and 64 of them, in lower case", param="--key-file"
+        )
     recorded = NewKey(
-        id=f"key_{key_id}",
+        id=f"key_{parts[1]}",
         name=name,
-        secret_sha256=_hash(secret),
+        secret_sha256=_hash(parts[2]),
         scopes=tuple(scopes),
         max_requests_queued=limits.requests_queued,
         max_tokens_queued=limits.tokens_queued,
         max_requests_per_minute=limits.requests_per_minute,
         lasts_s=lasts_s,
     )
-    return f"{_PREFIX}{key_id}-{secret}", recorded
+    return key, recorded
 
 
 def check_key(database: Database, presented: str) -> KeyView | None:

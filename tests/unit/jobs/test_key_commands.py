@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -47,6 +48,38 @@ def test_a_person_gets_the_key_alone_on_standard_output_and_is_told_what_it_mean
     assert "not shown again" in result.stderr
     assert "from now on every call below /v1 needs a key" in result.stderr
     assert "first one" not in basic("create", "bob").stderr
+
+
+def test_a_key_in_a_file_is_recorded_once_however_often_it_is_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "basic_api_key"
+    key = f"sk-basic-{'ab' * 8}-{'cd' * 32}"
+    file.write_text(f"{key}\n")
+    for said in ("Recorded the key", "recorded already"):
+        result = basic("create", "admin", "--scope", "admin", "--key-file", str(file))
+        assert result.exit_code == 0
+        assert said in result.stdout
+        assert key not in result.output
+    assert len(json.loads(basic("list", "--json").stdout)) == 1
+    record = Database.open(JobsSettings().resolved_database_url)
+    found = check_key(record, key)
+    assert found is not None
+    assert found.scopes == ("admin",)
+    record.dispose()
+
+    file.write_text(key[:-1] + "e")
+    refused = basic("create", "admin", "--key-file", str(file))
+    assert isinstance(refused.exception, BasicError)
+    assert "another key's id" in str(refused.exception)
+
+
+def test_a_file_without_a_key_is_refused_with_what_a_key_is(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    refused = basic("create", "admin", "--key-file", str(tmp_path / "empty"))
+    assert isinstance(refused.exception, BasicError)
+    assert "--key-file: a key is sk-basic-" in str(refused.exception)
+    missing = basic("create", "admin", "--key-file", str(tmp_path / "missing"))
+    assert missing.exit_code == 2
+    assert "No such file" in missing.output
 
 
 def test_keys_of_one_name_are_revoked_by_their_ids() -> None:
