@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Send
@@ -57,6 +58,12 @@ class Door:
         if wait_s:
             raise LimitReached("Too many calls without a key that opens.", retry_after_s=wait_s)
         raise InvalidKey
+
+    def still_admits(self, key: str, caller: Caller, session: Session) -> bool:
+        """Return whether who was let in with `key` ('': without) would be let in again; it is not counted as a call."""
+        if caller.key_id:
+            return caller.key_id in keys.opening(session, {caller.key_id})
+        return same_key(key, self._local_key) or (self._keyless and not keys.keys_in_use(session))
 
     def _holder(self, key: KeyView, needed: Scope) -> Caller:
         sees_all = Scope.ADMIN in key.scopes

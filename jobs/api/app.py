@@ -44,7 +44,8 @@ def make_api(
     app.state.streams = Streams(settings.max_streams, settings.max_streams_per_key)
     most_by_path = {"/v1/files": settings.max_file_bytes + FORM_BYTES}
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, most_by_path=most_by_path)
-    app.add_middleware(AccessGuard, door=door or Door(database), watch=Watch(database))
+    app.state.watch = Watch(database)
+    app.add_middleware(AccessGuard, door=door or Door(database), watch=app.state.watch)
     app.add_middleware(Gate, names=names)
     app.add_middleware(RequestIds)
     app.add_middleware(metrics.Stopwatch, metrics=app.state.metrics)

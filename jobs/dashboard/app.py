@@ -6,26 +6,32 @@ functions inside FastAPI, pushed over one socket, with everything the browser ne
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import logging
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 from urllib.parse import parse_qs
 
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import RedirectResponse
+from fastapi.responses import RedirectResponse, Response, StreamingResponse
 from nicegui import ui
-from starlette.datastructures import MutableHeaders
+from sqlalchemy.orm import Session
+from starlette.datastructures import MutableHeaders, State
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jobs.api.access import Door
 from jobs.api.caller import Caller
-from jobs.api.services import Services
+from jobs.api.output_lines import output_lines
+from jobs.api.services import Services, find_job
 from jobs.dashboard import job_page, jobs_page, stats_page, workers_page
 from jobs.dashboard.bodies import SmallBodies
 from jobs.dashboard.desk import COOKIE, Desk, Sessions
 from jobs.dashboard.look import BASE, POLICY, frame, heading
 from jobs.errors import BasicError, CallerRefused
 
+_ASK_S = 1.0  # between two looks at whether an open page may stay
 _BUILD_S = 30.0  # a page that is not ready by then is given up; a busy database may take seconds
 
 Build = Callable[[Desk, Caller], Awaitable[None]]
@@ -35,6 +41,8 @@ def install(api: FastAPI, services: Services, door: Door) -> None:
     """Add the pages to the shim. Once per process: NiceGUI has one application."""
     sessions = Sessions(door)
     _add_login(api, sessions)
+    _add_download(api, services, sessions)
+    logging.getLogger("nicegui").addFilter(_is_no_refusal)
 
     async def show(request: Request, build: Build) -> Any:
         """Build a page for whoever may see it; send others to the log-in."""
@@ -43,7 +51,11 @@ def install(api: FastAPI, services: Services, door: Door) -> None:
             caller = await desk.admit()
         except CallerRefused:
             return RedirectResponse(f"{BASE}/login", 303)
-        return await build(desk, caller)
+        ui.on_exception(_leave_if_refused)
+        desk = replace(desk, caller=caller)
+        await build(desk, caller)
+        ui.timer(_ASK_S, partial(desk.read, _nothing), immediate=False)
+        return None
 
     @ui.page("/", response_timeout=_BUILD_S)
     async def jobs(request: Request) -> Any:
@@ -99,6 +111,56 @@ def _add_login(api: FastAPI, sessions: Sessions) -> None:
         reply = RedirectResponse(f"{BASE}/login", 303)
         reply.delete_cookie(COOKIE, path=BASE)
         return reply
+
+
+def _add_download(api: FastAPI, services: Services, sessions: Sessions) -> None:
+    """Add the route of a job's outputs as a file: what a browser fetches shows the cookie of a session, and no key."""
+
+    @api.get(f"{BASE}/jobs/{{job_id}}/outputs", include_in_schema=False)
+    async def outputs(request: Request, job_id: str) -> Response:
+        try:
+            caller = await Desk.of(request, services, sessions).admit()
+        except CallerRefused:
+            return RedirectResponse(f"{BASE}/login", 303)
+        job = await run_in_threadpool(find_job, services, job_id, caller)
+        headers = {"content-disposition": f'attachment; filename="{job.id}.jsonl"'}
+        lines = output_lines(services, job, after=-1, failed=False)
+        return _Download(lines, caller, api.state, headers=headers, media_type="application/x-ndjson; charset=utf-8")
+
+
+class _Download(StreamingResponse):
+    """A file that is sent for as long as the key of its reader opens; it takes a place among the streams."""
+
+    def __init__(self, content: Iterator[str], caller: Caller, state: State, **fields: Any) -> None:
+        super().__init__(content, **fields)
+        self._caller = caller
+        self._state = state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the file."""
+        key_id = self._caller.key_id
+        with self._state.streams.place(key_id):
+            if not key_id:
+                await super().__call__(scope, receive, send)
+                return
+            with self._state.watch.over(key_id, send) as watched:
+                await super().__call__(scope, receive, watched)
+
+
+def _nothing(session: Session) -> None:
+    """Ask nothing of the record: the question is whether one may."""
+
+
+def _leave_if_refused(error: Exception) -> None:
+    """Empty a page whose reader may not see it any more, and show the log-in instead."""
+    if isinstance(error, CallerRefused):
+        ui.context.client.content.clear()
+        ui.navigate.to("/login")
+
+
+def _is_no_refusal(record: logging.LogRecord) -> bool:
+    """Return whether NiceGUI shall log this: a page that closes because its key was revoked is no fault."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], CallerRefused)
 
 
 _REFUSALS = {"LimitReached": "Too many wrong keys from here; wait a minute.", "NotPermitted": "This key may not read."}

@@ -1,7 +1,7 @@
-"""What a page works with: the services, and whoever looks at it, by a key or from home.
+"""What a page works with: the services, and who looks at it, by a key or from this machine.
 
-pages -> [desk] -> jobs.api.access, storage.  A session is a cookie for a key that was shown at log-in; the key is asked
-of the door again and again, so that one that is revoked closes the pages it had opened.
+pages -> [desk] -> jobs.api.access, storage.  A session is a cookie for a key that was shown at log-in. Each question to
+the record asks for the key again, in the same transaction: a key that is revoked reads nothing more.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 from jobs.api.access import Door
 from jobs.api.caller import Caller
 from jobs.api.services import Services
+from jobs.errors import InvalidKey
 from jobs.keys import Scope
 
 T = TypeVar("T")
@@ -52,6 +53,11 @@ class Sessions:
         key = self._keys.get(session, "")
         return self._door.admit(f"Bearer {key}" if key else "", address, needed)
 
+    def still_admits(self, session: str, caller: Caller, record: Session) -> bool:
+        """Return whether who was let in would be let in again: the key opens, and has not been logged out."""
+        key = self._keys.get(session, "")
+        return (not caller.key_id or bool(key)) and self._door.still_admits(key, caller, record)
+
     def knows(self, session: str) -> bool:
         """Return whether somebody has logged in with this session."""
         return session in self._keys
@@ -66,6 +72,7 @@ class Desk:
     session: str
     address: str
     dark: bool | None  # None: as the system
+    caller: Caller | None = None  # who was let in; None: nobody yet
 
     @classmethod
     def of(cls, request: Request, services: Services, sessions: Sessions) -> Desk:
@@ -84,9 +91,11 @@ class Desk:
         return await asyncio.to_thread(self.sessions.admit, self.session, self.address, needed)
 
     async def read(self, question: Callable[[Session], T]) -> T:
-        """Ask the record, in a thread: nobody else waits for the answer."""
+        """Ask the record, in a thread, for who was let in; raise CallerRefused if they would not be let in again."""
         return await asyncio.to_thread(self._read, question)
 
     def _read(self, question: Callable[[Session], T]) -> T:
         with self.services.database.read() as session:
+            if self.caller is None or not self.sessions.still_admits(self.session, self.caller, session):
+                raise InvalidKey
             return question(session)

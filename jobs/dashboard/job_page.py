@@ -146,8 +146,8 @@ class JobHead:
                 self._speed = ui.label()
             with ui.element("div").classes("line"):
                 self._button = ui.button("Cancel the job", on_click=cancel).props("outline no-caps color=negative")  # type: ignore[arg-type]
-                with link(f"/v1/jobs/{job.id}/outputs").props("download"):
-                    ui.label("Outputs (NDJSON)")
+                with link(f"{BASE}/jobs/{job.id}/outputs").props(f'download="{job.id}.jsonl"'):
+                    ui.label("Outputs (JSON lines)")
 
     def show(self, job: JobView) -> None:
         """Show the job as it stands."""

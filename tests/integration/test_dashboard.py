@@ -184,23 +184,81 @@ def test_the_keyboard_reaches_the_form(page: Page) -> None:
     expect(page.get_by_label("Prompts, one a line")).to_be_focused()
 
 
-def test_once_there_is_a_key_the_pages_ask_for_it(page: Page, service: LocalService, settings: JobsSettings) -> None:
-    """The last test: the service has a key from here on."""
-    create = [sys.executable, "-m", "jobs.cli", "keys", "create", "looker", "--scope", "read"]
-    made = subprocess.run(create, env=environment(settings), capture_output=True, text=True, check=True)
-    key = next(word for word in made.stdout.split() if word.startswith("sk-basic-"))
+def downloaded(page: Page) -> tuple[str, list[str]]:
+    """Follow the link to the outputs of the job that is shown; return the file's name and its lines."""
+    with page.expect_download(timeout=PATIENCE_MS) as started:
+        page.get_by_role("link", name="Outputs").click()
+    return started.value.suggested_filename, started.value.path().read_text().splitlines()
 
-    page.goto("/")
-    expect(page.get_by_role("heading", name="Log in")).to_be_visible(timeout=PATIENCE_MS)
-    page.get_by_label("Key").fill("sk-basic-wrong")
-    page.get_by_role("button", name="Log in").click()
-    expect(page.get_by_role("alert")).to_contain_text("opens nothing")
+
+def test_the_outputs_of_a_job_are_saved_under_its_name(page: Page, service: LocalService) -> None:
+    with Client(service.api_url) as client:
+        job = client.submit(["abc", "xyz"], max_tokens=4)
+        job.wait()
+    page.goto(f"/dashboard/jobs/{job.id}")
+
+    name, lines = downloaded(page)
+
+    assert name == f"{job.id}.jsonl"
+    assert lines == httpx.get(f"{service.api_url}/v1/jobs/{job.id}/outputs").text.splitlines()
+
+
+def keys_command(settings: JobsSettings, *arguments: str) -> str:
+    command = [sys.executable, "-m", "jobs.cli", "keys", *arguments]
+    return subprocess.run(command, env=environment(settings), capture_output=True, text=True, check=True).stdout
+
+
+def log_in(page: Page, key: str) -> None:
     page.get_by_label("Key").fill(key)
     page.get_by_role("button", name="Log in").click()
     expect(page.get_by_role("heading", name="Jobs")).to_be_visible(timeout=PATIENCE_MS)
-    assert all(cookie["httpOnly"] for cookie in page.context.cookies() if cookie["name"] == "basic_session")
-    page.get_by_role("button", name="Log out").click()
+
+
+def expect_log_in(page: Page) -> None:
     expect(page.get_by_role("heading", name="Log in")).to_be_visible(timeout=PATIENCE_MS)
+    assert page.url.endswith("/dashboard/login")
+
+
+def test_once_there_is_a_key_the_pages_ask_for_it_and_a_revoked_one_closes_them(
+    page: Page, service: LocalService, settings: JobsSettings
+) -> None:
+    """The last test: the service has a key from here on."""
+    page.goto("/")
+    expect(page.get_by_role("heading", name="Jobs")).to_be_visible(timeout=PATIENCE_MS)
+    made = keys_command(settings, "create", "looker", "--scope", "read", "--scope", "submit")
+    key = next(word for word in made.split() if word.startswith("sk-basic-"))
+    expect_log_in(page)  # by itself: the page was open to all while there was no key
+
+    page.goto("/")
+    expect_log_in(page)
+    page.get_by_label("Key").fill("sk-basic-wrong")
+    page.get_by_role("button", name="Log in").click()
+    expect(page.get_by_role("alert")).to_contain_text("opens nothing")
+    log_in(page, key)
+    assert all(cookie["httpOnly"] for cookie in page.context.cookies() if cookie["name"] == "basic_session")
+    with Client(service.api_url, api_key=key) as client:
+        job = client.submit(["abc"] * 400, ignore_eos=True, temperature=0)
+        places = ["/dashboard/", "/dashboard/stats", "/dashboard/workers", f"/dashboard/jobs/{job.id}"]
+        pages = [page.context.new_page() for _ in places]
+        for opened, place in zip(pages, places, strict=True):
+            opened.goto(place)
+            expect(opened.get_by_role("heading", level=1)).to_be_visible(timeout=PATIENCE_MS)
+        expect(pages[-1].locator(".model-text").first).not_to_be_empty(timeout=PATIENCE_MS)
+        name, _ = downloaded(pages[-1])
+        assert name == f"{job.id}.jsonl"
+        keys_command(settings, "revoke", "looker")
+        for opened in pages:
+            expect_log_in(opened)
+        expect_log_in(page)
+    other = next(w for w in keys_command(settings, "create", "other", "--scope", "read").split() if "sk-basic-" in w)
+    log_in(page, other)
+    open_still = page.context.new_page()
+    open_still.goto("/dashboard/stats")
+    expect(open_still.get_by_role("heading", level=1)).to_be_visible(timeout=PATIENCE_MS)
+    page.get_by_role("button", name="Log out").click()
+    expect_log_in(page)
+    expect_log_in(open_still)
+    assert httpx.get(f"{service.api_url}/dashboard/jobs/{job.id}/outputs").headers["location"] == "/dashboard/login"
 
 
 def test_the_page_says_that_only_this_host_may_be_asked(service: LocalService) -> None:

@@ -11,6 +11,7 @@ from sqlalchemy import select
 
 from jobs.api.access import Counts, Door
 from jobs.api.app import make_api
+from jobs.api.caller import Caller
 from jobs.api.server import serve
 from jobs.api.streams import Streams
 from jobs.errors import LimitReached, SetupError
@@ -253,3 +254,20 @@ def test_whoever_sees_everybody_s_jobs_can_ask_for_their_own(api: TestClient, da
         listed = api.get("/v1/jobs", params={"mine": True}, headers=headers).json()["data"]
         assert [job["id"] for job in listed] == [own]
     assert len(api.get("/v1/jobs", headers=ours).json()["data"]) == 3
+
+
+def test_an_open_page_asks_for_its_key_without_using_up_its_calls(database: Database) -> None:
+    authorization = a_key(database, requests_per_minute=1)["authorization"]
+    key = authorization.removeprefix("Bearer ")
+    door = Door(database, local_key="sk-basic-local-1")
+    caller = door.admit(authorization, "", Scope.READ)
+
+    def stays(key: str, caller: Caller) -> bool:
+        with database.read() as session:
+            return door.still_admits(key, caller, session)
+
+    assert all(stays(key, caller) for _ in range(5))
+    assert stays("sk-basic-local-1", Caller()), "who can read the data directory"
+    assert not stays("", Caller()), "let in while there was no key"
+    revoke(database, {"authorization": authorization})
+    assert not stays(key, caller)
