@@ -130,7 +130,10 @@ def assemble(settings: WorkerSettings, say: Say = lambda _: None) -> Assembly:
         kv_tokens=options.total_kv_tokens,
     )
     target.prepare()
-    codec = Codec(tokenizer, eos_ids(tokenizer, model.generation_config), options.max_context, vocabulary)
+    ends = eos_ids(tokenizer, model.generation_config)
+    codec = Codec(tokenizer, ends, options.max_context, vocabulary, settings.special_in_content)
+    for finding in codec.findings:
+        say(finding)
     say("Measuring this machine")
     key = _cost_key(settings, options, target, device, draft.taps)
     make_drafter = draft.make(target.hidden, options.max_sequences, options.draft_slot_tokens, options.draft_kv_tokens)

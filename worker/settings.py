@@ -30,6 +30,11 @@ class WorkerSettings(JobsSettings):
         "auto",
         description="Numbers of the models; auto: bfloat16 where the hardware computes in it, else float32.",
     )
+    special_in_content: Literal["text", "control"] = Field(
+        "text",
+        description="Special tokens that the content of a chat message spells; text: they are read as any text; "
+        "control: as those that the chat template writes.",
+    )
     mode: Literal["plain", "opt-tree", "paper"] = Field("opt-tree", description="Decoding mode.")
     max_sequences: int = Field(64, gt=0, description="Sequences decoded together at most.")
     interactive_sequences: int = Field(

@@ -94,5 +94,6 @@ def spelling(tokenizer: PreTrainedTokenizerFast) -> Spelling:
 
 
 def _decoders(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
-    decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"] or {}
+    own = tokenizer.backend_tokenizer.decoder
+    decoder = {} if own is None else json.loads(own.__getstate__())
     return frozenset(part["type"] for part in [decoder, *decoder.get("decoders", [])] if "type" in part)

@@ -6,21 +6,23 @@ runner -> [text].  Knows the tokenizer and the limits of the context; knows no S
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from jinja2.exceptions import TemplateError
 from pydantic import ValidationError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from jobs.errors import InvalidValue, PromptTooLong, UnreadableRequest
 from jobs.logprobs import TokenLikelihoods
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, GenerationRequest, SamplingParameters
+from worker.chat import Chat, Special
 from worker.detokenizer import Detokenizer
 from worker.engine.errors import ModelRefused
 from worker.engine.logprobs import TokenLogprobs
 from worker.engine.sampling import Sampling, noise_key
 from worker.engine.sequence import Sequence as EngineSequence
+from worker.prompt_length import PromptLength
 from worker.spelling import spelling
 from worker.stops import Pieces, StopStrings, add_piece
 
@@ -35,6 +37,22 @@ class Codec:
     eos_ids: frozenset[int]
     context_tokens: int  # prompt and completion together
     vocabulary: int  # the ids below it are the target's
+    special_in_content: Special = "text"  # what special tokens are that a chat's content spells
+    _chat: Chat = field(init=False, repr=False, compare=False)
+    _length: PromptLength = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Look at the tokenizer and try its chat template."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()  # as `tokenizer(text)` does: a file may ask for it
+        backend.no_padding()
+        object.__setattr__(self, "_chat", Chat(self.tokenizer, self.special_in_content))
+        object.__setattr__(self, "_length", PromptLength(self.tokenizer))
+
+    @property
+    def findings(self) -> list[str]:
+        """What the chat template can't do, for people."""
+        return self._chat.findings
 
     def encode(self, request: GenerationRequest, endpoint: str) -> list[int]:
         """Return the prompt's token ids; raises PromptTooLong, or InvalidValue if the chat template refuses it."""
@@ -99,7 +117,7 @@ class Codec:
 
         A completion continues its prompt, so its first token keeps its space. A chat's answer is a text of its own.
         """
-        alone = endpoint == CHAT_ENDPOINT and self.tokenizer.chat_template is not None
+        alone = endpoint == CHAT_ENDPOINT and self._chat.has_template
         return TextStream(self, stops, None if alone else prompt)
 
     def _refuse_beyond(self, ids: Iterable[int], param: str) -> None:
@@ -116,32 +134,35 @@ class Codec:
 
     def _checked(self, ids: list[int], param: str) -> list[int]:
         if len(ids) >= self.context_tokens:
-            raise PromptTooLong(
-                f"the prompt has {len(ids)} tokens and leaves no room for one new token in the model's context of "
-                f"{self.context_tokens} tokens; shorten it",
-                param=param,
-            )
+            raise self._too_long(str(len(ids)), param)
         if not ids:
             raise InvalidValue("the prompt has no tokens", param=param)
         self._refuse_beyond(ids, param)  # a tokenizer can know more tokens than its model has embeddings
         return ids
 
     def _encode(self, request: GenerationRequest, endpoint: str) -> list[int]:
-        if request.messages is None and (endpoint != CHAT_ENDPOINT or self.tokenizer.chat_template is None):
-            return list(self.tokenizer(request.prompt)["input_ids"])
+        if request.messages is None and (endpoint != CHAT_ENDPOINT or not self._chat.has_template):
+            text = request.prompt or ""
+            self._refuse_too_long(text, "prompt")
+            return list(self.tokenizer.backend_tokenizer.encode(text).ids)
         if request.messages is None:
-            turns: list[dict[str, str]] = [{"role": "user", "content": request.prompt or ""}]
+            param, turns = "prompt", [{"role": "user", "content": request.prompt or ""}]
         else:
-            turns = [m.model_dump() for m in request.messages]
-        if self.tokenizer.chat_template is None:
-            raise InvalidValue("this model has no chat template; send a prompt to /v1/completions", param="messages")
-        try:
-            text = str(self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
-        except TemplateError as error:
-            raise InvalidValue(
-                f"the model's chat template refuses these messages: {error}", param="messages"
-            ) from error
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])  # the template wrote the special ones
+            param, turns = "messages", [m.model_dump() for m in request.messages]
+        return self._chat.encode(turns, partial(self._refuse_too_long, param=param))
+
+    def _refuse_too_long(self, text: str, param: str) -> None:
+        """Refuse a text that can't fit, whatever its tokens are: reading it would take long, and for nothing."""
+        least = self._length.least(text)
+        if least >= self.context_tokens:
+            raise self._too_long(f"at least {least}", param)
+
+    def _too_long(self, count: str, param: str) -> PromptTooLong:
+        return PromptTooLong(
+            f"the prompt has {count} tokens and leaves no room for one new token in the model's context of "
+            f"{self.context_tokens} tokens; shorten it",
+            param=param,
+        )
 
 
 class TextStream:

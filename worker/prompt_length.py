@@ -1,0 +1,74 @@
+"""How many tokens a text has at least, told by its length: what can't fit is refused before it is tokenized.
+
+text -> [prompt_length].  Told only for tokenizers in which every token takes up a stretch of the text and no part of a
+text vanishes; of others nothing is known.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Iterator
+from typing import Any
+
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+_NORMALIZERS = {"Prepend", "Replace", "NFC"}
+_PRE_TOKENIZERS = {"ByteLevel", "Split", "Digits", "Metaspace"}
+
+
+class PromptLength:
+    """The least number of tokens of a text, for one tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Look at the parts of the tokenizer."""
+        backend = tokenizer.backend_tokenizer
+        normalizers, pre_tokenizers = list(_parts(backend.normalizer)), list(_parts(backend.pre_tokenizer))
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self._composes = any(part["type"] == "NFC" for part in normalizers)
+        self._in_bytes = any(part["type"] == "ByteLevel" for part in pre_tokenizers)
+        self._longest = max(map(len, vocabulary), default=0)
+        alphabet = bytes_to_unicode().values() if self._in_bytes else [f"<0x{byte:02X}>" for byte in range(256)]  # type: ignore[no-untyped-call]
+        model = backend.model
+        self._known = (
+            isinstance(model, BPE)
+            and (self._in_bytes or bool(model.byte_fallback))
+            and all(symbol in vocabulary for symbol in alphabet)
+            and all(part["type"] in _NORMALIZERS and not _shortens(part) for part in normalizers)
+            and all(part["type"] in _PRE_TOKENIZERS and part.get("behavior") != "Removed" for part in pre_tokenizers)
+            and not any(added.lstrip or added.rstrip for added in tokenizer.added_tokens_decoder.values())
+        )
+
+    def least(self, text: str) -> int:
+        """Return a number of tokens that a text has at least; 0 where nothing is known."""
+        if not self._known or (self._composes and not unicodedata.is_normalized("NFC", text)):
+            return 0
+        size = len(text.encode(errors="replace")) if self._in_bytes else len(text)
+        return -(-size // self._longest)
+
+
+def _parts(component: Any) -> Iterator[dict[str, Any]]:
+    """Yield the parts of a normalizer or pre-tokenizer, as `tokenizer.json` has them."""
+    if component is None:
+        return
+    whole = json.loads(component.__getstate__())
+    yield from _flat(whole)
+
+
+def _flat(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    inner = part.get("normalizers") or part.get("pretokenizers")
+    if inner is None:
+        yield part
+    else:
+        for one in inner:
+            yield from _flat(one)
+
+
+def _shortens(part: dict[str, Any]) -> bool:
+    """Return whether a normalizer may make a text shorter, composition left aside."""
+    if part["type"] != "Replace":
+        return False
+    pattern = part["pattern"].get("String")
+    return pattern is None or len(part["content"]) < len(pattern)
