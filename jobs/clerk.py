@@ -11,16 +11,17 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Final, cast
 
 from jobs.answer_lines import answer_line
 from jobs.events import job_events
+from jobs.input_lines import Line, split_lines
 from jobs.intake import known_models
-from jobs.items import Item, Rules, parse_item, read_json
-from jobs.lines import Findings, Limits, Line, check_lines, split_lines
+from jobs.items import Rules, parse_item, refused_request
+from jobs.lines import Findings, Limits, LineReader, check_lines
 from jobs.messages import Endpoint, PartialEvent
 from jobs.producer import Ring
 from jobs.settings import JobsSettings
@@ -152,7 +153,8 @@ class _Reading(_Task):
             max_prompt_chars=self.settings.max_prompt_chars,
             context_tokens=known[findings.model],
         )
-        tokens = self._write(rules)
+        reader = LineReader(rules.endpoint, known, limits.line_bytes, findings.model)
+        tokens = self._write(rules, reader, findings.ids.others())
         try:
             self._open(findings, tokens)
         except QuotaExceeded as beyond:
@@ -165,11 +167,11 @@ class _Reading(_Task):
         log.info("Batch %s is refused: %s", self.claim.job_id, findings.errors[0], extra=_about(self.claim, "refused"))
         self.clerk.publish(job_events([(self.claim.job_id, status)]))
 
-    def _write(self, rules: Rules) -> int:
+    def _write(self, rules: Rules, reader: LineReader, ids: Mapping[int, str]) -> int:
         """Write the requests, and return how many tokens they may come to read and write."""
         first = tokens = 0
         for piece in _pieces(self._lines()):
-            requests = [_request(line, first + n, rules) for n, line in enumerate(piece)]
+            requests = [_request(line, first + n, rules, reader, ids) for n, line in enumerate(piece)]
             self.keep()
             with self.database.write() as session:
                 batches.hold(session, self.claim, self.clerk.lease_s)
@@ -284,9 +286,11 @@ class _FileWriter:
         self._chunks += 1
 
 
-def _request(line: Line, index: int, rules: Rules) -> NewRequest:
-    assert line.text is not None, "the structure has been checked"
-    return parse_item(Item(index, read_json(line.text), line.number), rules)
+def _request(line: Line, index: int, rules: Rules, reader: LineReader, ids: Mapping[int, str]) -> NewRequest:
+    """Return the request of a line: valid, or with the refusal for its error row."""
+    item, problem = reader.read(index, line)
+    request = parse_item(item, rules) if problem is None else refused_request(problem, item)
+    return replace(request, custom_id=ids[index]) if index in ids else request
 
 
 def _pieces(lines: Iterable[Line]) -> Iterator[list[Line]]:
@@ -295,7 +299,7 @@ def _pieces(lines: Iterable[Line]) -> Iterator[list[Line]]:
     size = 0
     for line in lines:
         piece.append(line)
-        size += len(line.text or b"")
+        size += len(line.text)
         if len(piece) >= _PIECE_REQUESTS or size >= _PIECE_BYTES:
             yield piece
             piece, size = [], 0

@@ -147,7 +147,7 @@ def filled_lines(content: bytes) -> Iterator[bytes]:
 def _value(line: bytes) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

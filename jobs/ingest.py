@@ -25,10 +25,11 @@ from pydantic import ValidationError
 
 from jobs.celery_app import INGEST_QUEUE, INGEST_TASK, make_app
 from jobs.clerk import Clerk
+from jobs.custom_ids import storable
 from jobs.doorbells import Doorbells
-from jobs.errors import BasicError, IdempotencyConflict, InvalidValue, LimitReached, SetupError
+from jobs.errors import BasicError, IdempotencyConflict, InvalidJsonLine, InvalidValue, LimitReached, SetupError
 from jobs.intake import Submission, accept_job, record_refused_job
-from jobs.items import Item
+from jobs.items import Item, read_value
 from jobs.logs import log_to_stderr
 from jobs.messages import PromptBatch
 from jobs.partials import Publisher
@@ -52,20 +53,21 @@ def ingest(
 ) -> str | None:
     """Record one prompt batch as a job and return the job's id; None if it does not even say its own id."""
     try:
-        read = PromptBatch.model_validate_json(json.dumps(batch))
-    except ValidationError as exc:
+        submission = _read(batch)
+    except (ValidationError, RecursionError) as exc:
         return _refuse_unreadable(batch, exc, database, settings)
-    submission = replace(_submission(read), traceparent=traceparent)
+    submission = replace(submission, traceparent=traceparent)
+    batch_id = str(batch["id"])
     try:
         job_id = accept_job(submission, database=database, ring=ring, settings=settings)
     except IdempotencyConflict:
-        log.error("Batch %s was pushed again with other content; the first stands", read.id, extra=_ids(read.id))
+        log.error("Batch %s was pushed again with other content; the first stands", batch_id, extra=_ids(batch_id))
         return submission.job_id
     except LimitReached:
         raise
     except BasicError as refused:
-        return _refuse(submission, read.id, refused, database, settings)
-    log.info("Recorded batch %s as job %s", read.id, job_id, extra=_ids(read.id) | {"job_id": job_id})
+        return _refuse(submission, batch_id, refused, database, settings)
+    log.info("Recorded batch %s as job %s", batch_id, job_id, extra=_ids(batch_id) | {"job_id": job_id})
     return job_id
 
 
@@ -128,9 +130,29 @@ def clerks(database: Database, settings: JobsSettings, count: int = 2) -> Iterat
         publisher.close()
 
 
-def _submission(batch: PromptBatch) -> Submission:
+def _read(batch: Any) -> Submission:
+    """Return the submission in a message; raise ValidationError for what is no batch.
+
+    A request that is no JSON, as one with half of a surrogate pair or NaN, fails alone: the others go on.
+    """
+    text = json.dumps(batch)
+    try:
+        read = PromptBatch.model_validate_json(text)
+        return _submission(read, [Item(index, value) for index, value in enumerate(read.requests)])
+    except ValidationError:
+        if not isinstance(batch, dict) or not isinstance(batch.get("requests"), list):
+            raise
+        items = [read_value(index, value) for index, value in enumerate(batch["requests"])]
+        if not any(isinstance(item.value, InvalidJsonLine) for item in items):
+            raise
+    rest = json.dumps(batch | {"requests": [None] * len(items)})
+    submission = _submission(PromptBatch.model_validate_json(rest), items)
+    return replace(submission, body_sha256=hashlib.sha256(text.encode()).hexdigest())
+
+
+def _submission(batch: PromptBatch, items: list[Item]) -> Submission:
     return Submission(
-        items=[Item(index, value) for index, value in enumerate(batch.requests)],
+        items=items,
         model=batch.model,
         endpoint=batch.endpoint,
         parameters=batch.parameters,
@@ -146,22 +168,25 @@ def _refuse(
     submission: Submission, batch_id: str, refused: BasicError, database: Database, settings: JobsSettings
 ) -> str:
     log.warning("Refused batch %s: %s", batch_id, refused, extra=_ids(batch_id))
-    refusal = Refusal(refused.code or "invalid_value", str(refused), refused.param, refused.status_code)
+    param = refused.param and storable(refused.param)
+    refusal = Refusal(refused.code or "invalid_value", storable(str(refused)), param, refused.status_code)
     return record_refused_job(submission, refusal, database=database, settings=settings)
 
 
-def _refuse_unreadable(batch: Any, exc: ValidationError, database: Database, settings: JobsSettings) -> str | None:
+def _refuse_unreadable(
+    batch: Any, exc: ValidationError | RecursionError, database: Database, settings: JobsSettings
+) -> str | None:
     """Answer a message that is no PromptBatch under the id it carries; without one there is nobody to answer."""
-    first = exc.errors(include_url=False, include_input=False)[0]
-    place = ".".join(str(part) for part in first["loc"]) or "batch"
+    place, message = "batch", "It holds lists and objects that are nested too deep."
+    if isinstance(exc, ValidationError):
+        first = exc.errors(include_url=False, include_input=False)[0]
+        place, message = ".".join(str(part) for part in first["loc"]) or "batch", first["msg"]
     batch_id = batch.get("id") if isinstance(batch, dict) else None
-    if not isinstance(batch_id, str) or not 1 <= len(batch_id) <= 128:
-        log.error(
-            "Dropped a prompt batch without a usable id: %s: %s", place, first["msg"], extra={"action": "dropped"}
-        )
+    if not isinstance(batch_id, str) or not 1 <= len(batch_id) <= 128 or batch_id != storable(batch_id):
+        log.error("Dropped a prompt batch without a usable id: %s: %s", place, message, extra={"action": "dropped"})
         return None
     submission = Submission((), job_id=batch_job_id(batch_id), idempotency_key=_KEY_PREFIX + batch_id)
-    return _refuse(submission, batch_id, InvalidValue(first["msg"], param=place), database, settings)
+    return _refuse(submission, batch_id, InvalidValue(message, param=place), database, settings)
 
 
 def _ids(batch_id: str) -> dict[str, str]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 from sqlalchemy.orm import Session
 
+from jobs.custom_ids import CustomIds
 from jobs.errors import (
     DuplicateCustomId,
     EmptyJob,
@@ -29,7 +30,7 @@ from jobs.errors import (
     TooManyRequests,
     UnknownModel,
 )
-from jobs.items import Item, Rules, most_tokens, parse_body, parse_item, parse_parameters
+from jobs.items import Item, Rules, given_id, most_tokens, parse_body, parse_item, parse_parameters
 from jobs.messages import (
     CHAT_ENDPOINT,
     MAX_COMPARED_REQUESTS,
@@ -81,14 +82,15 @@ def accept_job(submission: Submission, *, database: Database, ring: Ring, settin
     Raise JobRefused for a job that can't be accepted, LimitReached for one that can't be accepted now.
     """
     items = iter(submission.items)
-    head = deque(islice(items, 1))
+    known = known_models(database, settings)
+    head, model = _up_to_the_model(items, submission.model, known, settings.max_requests)
     if not head:
         raise EmptyJob
-    rules = _rules(submission, head[0], database, settings)
+    rules = _rules(submission, model, database, settings)
     with span("ingest", submission.traceparent, job_id=rules.job_id) as place, Spool() as spool:
         job = replace(_new_job(submission, rules, settings), traceparent=place)
-        _parse_all(chain(_drained(head), items), rules, settings.max_requests, spool)
-        recorded = _record(job, spool.requests(), database, settings.max_requests_queued)
+        ids = _parse_all(chain(_drained(head), items), rules, settings.max_requests, spool)
+        recorded = _record(job, _named(spool.requests(), ids), database, settings.max_requests_queued)
     if recorded.conflict:
         raise IdempotencyConflict
     if recorded.created:
@@ -158,7 +160,7 @@ def accept_call(submission: Submission, *, database: Database, ring: Ring, setti
     (item,) = submission.items
     if item.model is None:
         raise MissingParameter("This call needs model.", param="model")
-    rules = _rules(submission, item, database, settings)
+    rules = _rules(submission, submission.model or item.model, database, settings)
     request = parse_body(item.value, rules)
     if rules.context_tokens is None:
         raise ServiceUnavailable(f"No worker serves {rules.model} right now; try again in a few seconds.")
@@ -207,23 +209,62 @@ def _drained(items: deque[Item]) -> Iterator[Item]:
         yield items.popleft()
 
 
-def _parse_all(items: Iterable[Item], rules: Rules, limit: int, spool: Spool) -> None:
-    """Put the requests of all items into the spool."""
-    places: dict[str, str] = {}
+def _up_to_the_model(items: Iterator[Item], model: Any, known: Collection[str], limit: int) -> tuple[deque[Item], Any]:
+    """Return the first items, and the model that the job asks for, or else the first item that can ask for one.
+
+    An item that can't be read, or names a model that does not exist, fails alone: it does not choose for the others.
+    """
+    head: deque[Item] = deque()
+    unknown: Any = None
+    for item in items:
+        if model is not None or (item.can_be_read and (item.model is None or _is_known(item.model, known))):
+            head.append(item)
+            return head, item.model if model is None else model
+        unknown = item.model if unknown is None else unknown
+        head.append(_without_text(item))
+        if len(head) > limit:
+            break
+    return head, unknown
+
+
+def _is_known(model: Any, known: Collection[str]) -> bool:
+    return isinstance(model, str) and model in known
+
+
+def _without_text(item: Item) -> Item:
+    """Return an item that names no known model with nothing but its id: many of them may come before one that does."""
+    if not item.can_be_read:
+        return item
+    given = given_id(item)
+    if given is None or not given.sure:
+        return replace(item, value={"model": False}, said_id=None if given is None else given.text)
+    return replace(item, value={"model": False, "custom_id": given.text})
+
+
+def _named(requests: Iterable[NewRequest], ids: Mapping[int, str]) -> Iterator[NewRequest]:
+    """Yield requests with the ids that they have in place of their own."""
+    for index, request in enumerate(requests):
+        yield replace(request, custom_id=ids[index]) if index in ids else request
+
+
+def _parse_all(items: Iterable[Item], rules: Rules, limit: int, spool: Spool) -> Mapping[int, str]:
+    """Put the requests of all items into the spool; return the ids of those that were given none of their own."""
+    ids = CustomIds()
     for item in items:
         if len(spool) == limit:
             raise TooManyRequests(f"One job may hold {limit} requests; split the file into several jobs.")
         request = parse_item(item, rules)
-        if request.custom_id in places:
-            message = f"{places[request.custom_id]} and {item.place} have the same custom_id {request.custom_id!r}."
+        earlier = ids.add(item.index, item.place, given_id(item))
+        if earlier is not None:
+            message = f"{earlier} and {item.place} have the same custom_id {request.custom_id!r}."
             raise DuplicateCustomId(message, param="custom_id", line=item.line)
-        places[request.custom_id] = item.place
         spool.add(request)
         del item, request  # before the next one is read
+    return ids.others()
 
 
-def _rules(submission: Submission, first: Item, database: Database, settings: JobsSettings) -> Rules:
-    model, context_tokens = _choose_model(submission.model or first.model, database, settings)
+def _rules(submission: Submission, asked: Any, database: Database, settings: JobsSettings) -> Rules:
+    model, context_tokens = _choose_model(asked, database, settings)
     return Rules(
         job_id=submission.job_id or new_job_id(),
         model=model,

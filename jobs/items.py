@@ -7,16 +7,20 @@ Redis and no HTTP. Whatever is wrong with an item fails its own request and no o
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from itertools import count
+from functools import partial
 from typing import IO, Any, get_args
+from urllib.parse import urlsplit
 
 from pydantic import ValidationError
 from pydantic_core import from_json
 
+from jobs.custom_ids import GivenId, default_id, storable, told
 from jobs.errors import (
+    BasicError,
     InvalidJsonLine,
     InvalidValue,
     MissingParameter,
@@ -25,6 +29,7 @@ from jobs.errors import (
     UnknownParameter,
     UnsupportedParameter,
 )
+from jobs.input_lines import Line, Sample, custom_id_in, other_kind, split_lines
 from jobs.messages import COMPLETIONS_ENDPOINT, ChatMessage, Endpoint, GenerationRequest, SamplingParameters
 from storage.records import NewRequest, Refusal
 
@@ -33,7 +38,7 @@ MAX_CHAT_LOGPROBS = 20  # alternatives of one token, as OpenAI has it
 MAX_COMPLETION_LOGPROBS = 5
 MAX_CHOICES = 128  # of one request, over all its prompts: they are decoded together
 MAX_JSON_NODES = 1_000_000  # lists and objects of one JSON text: each takes up to 240 bytes, and two to write
-_PIECE_BYTES = 65_536  # of a line that is passed over
+_PIECE_BYTES = 1 << 20  # of a file that are read at once
 _BYTES_PER_TOKEN = 4  # of ordinary text
 _CONTEXT_TOKENS = 4096  # where no worker has told its own
 MAX_TRACED_REQUESTS = 16  # of a job: so many at most keep draft trees, its first ones
@@ -96,6 +101,7 @@ class Item:
     index: int
     value: Any
     line: int | None = None
+    said_id: str | None = None  # by a line that can't be read: the value does not have it
 
     @property
     def place(self) -> str:
@@ -107,6 +113,11 @@ class Item:
         """The model the item asks for, as it is written, or None."""
         fields = self.value.get("body", self.value) if isinstance(self.value, dict) else None
         return fields.get("model") if isinstance(fields, dict) else None
+
+    @property
+    def can_be_read(self) -> bool:
+        """True for what may be a request: a text or an object."""
+        return isinstance(self.value, str | dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,22 +135,18 @@ class Rules:
 def read_lines(file: IO[bytes], max_line_bytes: int) -> Iterator[Item]:
     """Yield the items of a JSONL file. A line that is no JSON becomes an item that will be refused; blank ones vanish.
 
-    Lines end at a newline only: U+2028 may stand inside a JSON string. None is in memory beyond its limit.
+    Raise InvalidJsonLine behind the last line of a file that holds no requests but something else that is known.
     """
-    index = 0
-    for number in count(1):
-        line = file.readline(max_line_bytes + 1)
-        if not line:
-            return
-        too_long = len(line) > max_line_bytes and not line.endswith(b"\n")
-        text = line.removeprefix(b"\xef\xbb\xbf").strip() if number == 1 else line.strip()
-        if too_long:
-            while (rest := file.readline(_PIECE_BYTES)) and not rest.endswith(b"\n"):
-                pass
-            yield Item(index, InvalidJsonLine(f"The line has more than {max_line_bytes} bytes."), number)
-        elif text:
-            yield Item(index, _read_line(text), number)
-        index += bool(too_long or text)
+    sample: Sample | None = Sample()
+    for index, line in enumerate(split_lines(iter(partial(file.read, _PIECE_BYTES), b""), max_line_bytes)):
+        item = _read_line(index, line, max_line_bytes)
+        if item.can_be_read:
+            sample = None
+        elif sample is not None:
+            sample.add(line.text)
+        yield item
+    if sample is not None and sample.lines and (kind := other_kind(sample.lines)) is not None:
+        raise InvalidJsonLine(kind)
 
 
 def read_json(text: bytes) -> Any:
@@ -154,16 +161,33 @@ def read_json(text: bytes) -> Any:
 
 def parse_item(item: Item, rules: Rules) -> NewRequest:
     """Return the request of an item: valid, or with the refusal for its error row. Never raises for content."""
-    custom_id = f"request-{item.index}"
     try:
         fields = _fields(item.value, rules.endpoint)
-        custom_id = _custom_id(fields, custom_id)
+        for name in ("custom_id", "id"):
+            if name in fields:
+                check_custom_id(fields[name], name)
+                break
         body = _request(fields, rules, item.index)
         timeout_s = _timeout_s(fields.get("timeout_s"))
     except RequestRefused as refused:
-        return NewRequest(custom_id, refusal=_refusal(refused, item))
+        return refused_request(refused, item)
     tokens = most_tokens(body, rules.context_tokens)
-    return NewRequest(custom_id, body=body.model_dump(mode="json"), tokens=tokens, timeout_s=timeout_s)
+    return NewRequest(_id_of(item), body=body.model_dump(mode="json"), tokens=tokens, timeout_s=timeout_s)
+
+
+def refused_request(refused: BasicError, item: Item) -> NewRequest:
+    """Return the request of an item that can't be served, with the reason for its error row."""
+    where = f"{item.place}, {refused.param}" if refused.param else item.place
+    message, param = storable(f"{where}: {refused.message}"), refused.param and storable(refused.param)
+    return NewRequest(
+        _id_of(item), refusal=Refusal(refused.code or "invalid_value", message, param, refused.status_code)
+    )
+
+
+def _id_of(item: Item) -> str:
+    """Return the id an item came with, or one by its place. Who makes a job looks that no two are alike."""
+    given = given_id(item)
+    return default_id(item.index) if given is None else given.text
 
 
 def parse_body(body: Any, rules: Rules) -> NewRequest:
@@ -213,11 +237,69 @@ def most_tokens(request: GenerationRequest, context_tokens: int | None) -> int:
     return most
 
 
-def _read_line(text: bytes) -> Any:
+def _read_line(index: int, line: Line, max_line_bytes: int) -> Item:
     try:
-        return read_json(text)
+        return Item(index, read_line(line, max_line_bytes), line.number)
+    except InvalidJsonLine as refused:
+        return Item(index, refused, line.number, custom_id_in(line.text))
+
+
+def read_value(index: int, value: Any) -> Item:
+    """Return the item of a value out of a message that is not strict JSON as a whole."""
+    text = json.dumps(value).encode()
+    try:
+        return Item(index, read_json(text))
     except ValueError as exc:
-        return InvalidJsonLine(f"The line is not JSON: {exc}.")
+        return Item(index, InvalidJsonLine(f"The request is not JSON: {_why(text, exc)}."), None, custom_id_in(text))
+
+
+def read_line(line: Line, max_bytes: int) -> Any:
+    """Return the value of a line; raise InvalidJsonLine, which says why there is none."""
+    if line.too_long:
+        raise InvalidJsonLine(f"The line has more than {max_bytes} bytes.")
+    try:
+        return read_json(line.text)
+    except ValueError as exc:
+        raise InvalidJsonLine(f"The line is not JSON: {_why(line.text, exc)}.") from exc
+
+
+def _why(text: bytes, exc: ValueError) -> str:
+    """Return why a line is no JSON, in words that say what to do where the parser's don't."""
+    reason, _, column = str(exc).partition(" at line 1 column ")  # the parser counts lines within this one
+    if text.endswith(b","):
+        reason, column = "it ends with a comma, and lines have none between them", ""
+    elif reason == "invalid unicode code point":
+        reason = "it is not UTF-8"
+    elif "surrogate" in reason or reason == "unexpected end of hex escape":
+        reason = "half of a surrogate pair is not valid text"
+    return f"{reason} (column {column})" if column else reason
+
+
+def given_id(item: Item) -> GivenId | None:
+    """Return the custom_id an item came with, whatever else is wrong with it; None if there is none."""
+    if item.said_id is not None:
+        return told(item.said_id)
+    line = item.value if isinstance(item.value, dict) else {}
+    body = line.get("body")
+    for name in ("custom_id", "id"):
+        for fields in (line, body if isinstance(body, dict) else {}):
+            if fields.get(name) is not None:
+                return _given_id(fields[name], name)
+    return None
+
+
+def _given_id(custom_id: Any, name: str) -> GivenId | None:
+    try:
+        return GivenId(check_custom_id(custom_id, name), sure=True)
+    except InvalidValue:
+        return told(custom_id)
+
+
+def check_custom_id(custom_id: Any, name: str = "custom_id") -> str:
+    """Return a custom_id; raise InvalidValue for what can't be one."""
+    if not isinstance(custom_id, str) or not 1 <= len(custom_id) <= MAX_CUSTOM_ID_CHARS:
+        raise InvalidValue(f"A custom_id is a string of 1 to {MAX_CUSTOM_ID_CHARS} characters.", param=name)
+    return clean_text(custom_id, name)
 
 
 def _fields(value: Any, endpoint: str) -> dict[str, Any]:
@@ -235,9 +317,9 @@ def _fields(value: Any, endpoint: str) -> dict[str, Any]:
 def _line_fields(line: dict[str, Any], endpoint: str) -> dict[str, Any]:
     """Return the fields of an OpenAI batch line: those of its body, and its custom_id."""
     refuse_unknown(line, _LINE_FIELDS)
-    if line.get("method", "POST") != "POST":
+    if not is_post(line.get("method", "POST")):
         raise InvalidValue("The method must be POST.", param="method")
-    if line.get("url", endpoint) != endpoint:
+    if not is_url_of(line.get("url", endpoint), endpoint):
         raise InvalidValue(f"The url must be the job's endpoint, {endpoint}.", param="url")
     body = line.get("body")
     if not isinstance(body, dict):
@@ -246,12 +328,18 @@ def _line_fields(line: dict[str, Any], endpoint: str) -> dict[str, Any]:
     return {name: value for name, value in body.items() if value is not None} | names
 
 
-def _custom_id(fields: Mapping[str, Any], default: str) -> str:
-    name = "custom_id" if "custom_id" in fields else "id"
-    custom_id = fields.get(name, default)
-    if not isinstance(custom_id, str) or not 1 <= len(custom_id) <= MAX_CUSTOM_ID_CHARS:
-        raise InvalidValue(f"A custom_id is a string of 1 to {MAX_CUSTOM_ID_CHARS} characters.", param=name)
-    return clean_text(custom_id, name)
+def is_post(method: Any) -> bool:
+    """Return whether a line's method is POST, in letters of any case."""
+    return isinstance(method, str) and method.upper() == "POST"
+
+
+def is_url_of(url: Any, endpoint: str) -> bool:
+    """Return whether a line's url means the endpoint: also with a host, a slash at its end, or without /v1."""
+    try:
+        path = urlsplit(url).path.rstrip("/") if isinstance(url, str) else ""
+    except ValueError:
+        return False
+    return path in (endpoint, endpoint.removeprefix("/v1"))
 
 
 def _timeout_s(value: Any) -> float | None:
@@ -384,9 +472,7 @@ def _messages(messages: Any, rules: Rules) -> tuple[ChatMessage, ...]:
 def _message(message: Any, place: str) -> ChatMessage:
     if not isinstance(message, dict):
         raise InvalidValue(f"A message is an object with role and content, not {_kind(message)}.", param=place)
-    fields = {
-        name: value for name, value in message.items() if value is not None and not (name in _CALLS and not value)
-    }
+    fields = {name: value for name, value in message.items() if not _asks_for_nothing(name, value)}
     for name in fields.keys() & _CALLS:
         raise UnsupportedParameter("Calls of tools are not supported.", param=f"{place}.{name}")
     refuse_unknown(fields, _MESSAGE_FIELDS, f"{place}.")
@@ -397,6 +483,11 @@ def _message(message: Any, place: str) -> ChatMessage:
     if role == "user":
         _filled(content, f"{place}.content")
     return ChatMessage(role=_ROLES[role], content=content)
+
+
+def _asks_for_nothing(name: str, value: Any) -> bool:
+    """Return whether a field of a message says nothing: an answer that is sent back has many that are empty."""
+    return value is None or (name not in ("role", "content") and value in ("", [], {}))
 
 
 def _content(content: Any, param: str) -> str:
@@ -464,11 +555,6 @@ def _refuse_unsupported(fields: Mapping[str, Any]) -> None:
         # False == 0 in Python, and a logprobs of 0 does ask for something.
         if not any(type(value) is type(idle) and value == idle for idle in UNSUPPORTED[name]):
             raise UnsupportedParameter("This field is not supported yet; leave it out.", param=name)
-
-
-def _refusal(refused: RequestRefused, item: Item) -> Refusal:
-    where = f"{item.place}, {refused.param}" if refused.param else item.place
-    return Refusal(refused.code or "invalid_value", f"{where}: {refused.message}", refused.param, refused.status_code)
 
 
 def _kind(value: Any) -> str:

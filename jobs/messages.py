@@ -164,6 +164,9 @@ class PromptBatch(Frozen):
     `custom_id`, and parameters that win over `parameters`.
     """
 
+    # NaN in a request stays NaN on its way and fails there, alone; as null it would ask for the default in silence.
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
     v: Literal[1] = MESSAGE_VERSION
     id: Annotated[str, Field(min_length=1, max_length=128)]
     model: str | None = None

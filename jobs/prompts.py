@@ -145,7 +145,7 @@ def _as_json_lines(lines: Lines) -> Iterator[bytes]:
 def _json(line: bytes) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

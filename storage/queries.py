@@ -199,8 +199,11 @@ def jobs(
     interactive: bool = False,
     batches_only: bool = False,
     id_prefix: str = "",
+    *,
+    status: str | None = None,
+    newest_first: bool = True,
 ) -> JobPage:
-    """Return up to `limit` jobs, newest first, from behind the job `after`; nothing stands behind an unknown id.
+    """Return up to `limit` jobs by their age from behind the job `after`; nothing stands behind an unknown id.
 
     Single requests that a person waits for are jobs too; they are listed if `interactive` asks for them.
     """
@@ -209,10 +212,13 @@ def jobs(
         query = query.where(Job.input_file_id.is_not(None))
     if id_prefix:
         query = query.where(Job.id.startswith(id_prefix, autoescape=True))
-    query = query.order_by(Job.created_at.desc(), Job.id.desc()).limit(limit + 1)
+    if status is not None:
+        query = query.where(Job.status == status)
+    columns = (Job.created_at, Job.id)
+    query = query.order_by(*(c.desc() if newest_first else c.asc() for c in columns)).limit(limit + 1)
     if after is not None:
         last = select(Job.created_at, Job.id).where(Job.id == after).scalar_subquery()
-        query = query.where(tuple_(Job.created_at, Job.id) < last)
+        query = query.where(tuple_(*columns) < last if newest_first else tuple_(*columns) > last)
     if not interactive:
         query = query.where(Job.priority == 0)
     rows = session.execute(query).all()

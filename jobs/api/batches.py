@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.concurrency import run_in_threadpool
@@ -20,6 +20,7 @@ from jobs.api.uploads import read_kept_s
 from jobs.batches import BatchOrder, accept_batch
 from jobs.errors import InvalidValue, MissingParameter, NotFound
 from jobs.items import refuse_unknown
+from jobs.messages import JobStatus
 from jobs.tracing import submit_span
 from storage import queries
 from storage.queries import JobView
@@ -52,12 +53,17 @@ def list_batches(
     caller: CallerNow,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[str | None, Query(max_length=128)] = None,
+    order: Literal["asc", "desc"] = "desc",
+    status: JobStatus | None = None,
 ) -> dict[str, Any]:
-    """List batches, newest first; `after` is the id that ended the page before."""
+    """List batches by the time of their creation, newest first; `after` is the id that ended the page before."""
     with services.database.read() as session:
-        if after is not None and not _is_batch(queries.job(session, after, caller.sees)):
+        if after and not _is_batch(queries.job(session, after, caller.sees)):
             raise InvalidValue("There is no batch of this id to start behind.", param="after")
-        page = queries.jobs(session, limit, after, caller.sees, batches_only=True)
+        newest_first = order == "desc"
+        page = queries.jobs(
+            session, limit, after or None, caller.sees, batches_only=True, status=status, newest_first=newest_first
+        )
     return views.page([views.batch(job) for job in page.jobs], page.has_more)
 
 

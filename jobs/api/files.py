@@ -56,7 +56,7 @@ def list_files(
 ) -> dict[str, Any]:
     """List files by the time of their creation; `after` is the id that ended the page before."""
     with services.database.read() as session:
-        page = files.files(session, limit, after, caller.sees, purpose=purpose, newest_first=order == "desc")
+        page = files.files(session, limit, after or None, caller.sees, purpose=purpose, newest_first=order == "desc")
     if page is None:
         raise InvalidValue("There is no file of this id to start behind.", param="after")
     return views.page([views.file(file) for file in page.files], page.has_more)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -59,13 +59,24 @@ def list_jobs(
     interactive: Annotated[bool, Query(description="Also single requests, such as chats.")] = False,
     mine: Annotated[bool, Query(description="Only those of the caller's own key.")] = False,
     id_prefix: Annotated[str, Query(max_length=128, description="Only those whose id begins so.")] = "",
+    order: Literal["asc", "desc"] = "desc",
+    status: JobStatus | None = None,
 ) -> dict[str, Any]:
-    """List jobs, newest first; `after` is the id that ended the page before."""
+    """List jobs by the time of their creation, newest first; `after` is the id that ended the page before."""
     with services.database.read() as session:
-        if after is not None and queries.job(session, after, caller.sees) is None:
+        if after and queries.job(session, after, caller.sees) is None:
             raise InvalidValue("There is no job of this id to start behind.", param="after")
-        owner = caller.key_id if mine else caller.sees
-        page = queries.jobs(session, limit, after, owner, interactive, id_prefix=id_prefix)
+        owner, newest_first = caller.key_id if mine else caller.sees, order == "desc"
+        page = queries.jobs(
+            session,
+            limit,
+            after or None,
+            owner,
+            interactive,
+            id_prefix=id_prefix,
+            status=status,
+            newest_first=newest_first,
+        )
     return views.page([views.job(job) for job in page.jobs], page.has_more)
 
 

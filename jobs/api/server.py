@@ -35,6 +35,7 @@ from storage.session import Database
 log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
+_IDLE_S = 120  # that a connection may rest; longer than clients keep one, which would else send into one that closes
 _SHUTDOWN_S = 5  # streams that are still open after this are cut
 
 
@@ -63,6 +64,7 @@ def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
         ws_max_size=SOCKET_BYTES,
         log_config=None,
         access_log=False,
+        timeout_keep_alive=_IDLE_S,
         timeout_graceful_shutdown=_SHUTDOWN_S,
     )
     if ready_file is not None:

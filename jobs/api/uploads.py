@@ -6,6 +6,7 @@ before the end.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -17,7 +18,9 @@ from jobs.errors import BodyTooLarge, InvalidValue, MissingParameter, UnknownPar
 FORM_BYTES: Final = 65_536  # of an upload besides the file
 _MAX_FIELD_BYTES: Final = 1_024
 _MAX_NAME_CHARS: Final = 255
-_FIELDS: Final = frozenset({"purpose", "expires_after[anchor]", "expires_after[seconds]"})
+_FIELDS: Final = frozenset({"purpose", "expires_after", "expires_after[anchor]", "expires_after[seconds]"})
+# What gateways and clients send beside it; accepted, and changes nothing.
+_WITHOUT_EFFECT: Final = frozenset({"custom_llm_provider", "target_model_names", "user"})
 _MIN_KEPT_S: Final = 3_600
 _MAX_KEPT_S: Final = 2_592_000
 
@@ -59,7 +62,7 @@ class UploadForm:
         if not self._ended:
             raise InvalidValue("The form ends in the midst of a part.")
         if self.filename is None:
-            raise MissingParameter("The form has no part named file with a filename.", param="file")
+            raise MissingParameter("The form has no part named file.", param="file")
 
     def purpose(self) -> str:
         """Return the purpose of the file; raise if it is not one of ours."""
@@ -72,6 +75,8 @@ class UploadForm:
 
     def kept_s(self) -> float | None:
         """Return for how many seconds the file is to be kept; None if the form does not say."""
+        if "expires_after" in self._fields:
+            return _kept_s_of_json(self._fields["expires_after"])
         anchor, seconds = (self._fields.get(f"expires_after[{name}]") for name in ("anchor", "seconds"))
         if anchor is None and seconds is None:
             return None
@@ -109,11 +114,12 @@ class UploadForm:
 
     def _headers_end(self) -> None:
         part = self._part
-        if part.name == "file" and part.filename is not None:
+        if part.name == "file":
+            part.filename = part.filename or _base_name("")  # some clients send the bytes alone
             if self.filename is not None:
                 raise InvalidValue("The form has more than one file.", param="file")
             self.filename = part.filename
-        elif part.name not in _FIELDS:
+        elif part.name not in _FIELDS | _WITHOUT_EFFECT:
             raise UnknownParameter("This field is not known.", param=part.name[:64] or None)
 
     def _data(self, data: bytes, start: int, end: int) -> None:
@@ -133,6 +139,17 @@ class UploadForm:
 
     def _end(self) -> None:
         self._ended = True
+
+
+def _kept_s_of_json(text: str) -> float:
+    """Return the seconds of an `expires_after` that is one JSON object."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        raise InvalidValue("must be a JSON object with anchor and seconds", param="expires_after") from exc
+    if not isinstance(value, dict):
+        raise InvalidValue("must be a JSON object with anchor and seconds", param="expires_after")
+    return read_kept_s(value.get("anchor"), value.get("seconds"), "expires_after")
 
 
 def read_kept_s(anchor: object, seconds: object, param: str) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -166,11 +168,11 @@ GOOD = a_line("good")
 BAD_FILES: list[tuple[list[Any], list[tuple[str, int | None, str | None]]]] = [
     ([], [("empty_file", None, None)]),
     (["", "  "], [("empty_file", None, None)]),
-    ([GOOD, "nope", "[1]", "7"], [("invalid_json_line", 2, None), ("invalid_json_line", 3, None)]),
-    ([GOOD, "", '{"a": NaN}'], [("invalid_json_line", 3, None)]),
-    ([GOOD, "[" * 1_500], [("invalid_json_line", 2, None)]),
-    ([GOOD, '{"custom_id": "\\ud800"}'], [("invalid_json_line", 2, None)]),
-    ([GOOD, a_line("x" * 2_100)], [("invalid_json_line", 2, None)]),
+    (["nope", "[1]", "7"], [("invalid_json_line", 1, None), ("invalid_json_line", 2, None)]),
+    (["", '{"a": NaN}'], [("invalid_json_line", 2, None)]),
+    (["[" * 1_500], [("invalid_json_line", 1, None)]),
+    (['{"custom_id": "\\ud800"}'], [("invalid_json_line", 1, None)]),
+    ([a_line("x" * 2_100)], [("invalid_json_line", 1, None)]),
     ([a_line(""), a_line("x" * 65)], [("invalid_request", 1, "custom_id"), ("invalid_request", 2, "custom_id")]),
     ([a_line("\0"), a_line(7)], [("invalid_request", 1, "custom_id"), ("invalid_request", 2, "custom_id")]),  # type: ignore[arg-type]
     ([{k: v for k, v in GOOD.items() if k != "custom_id"}], [("missing_required_parameter", 1, "custom_id")]),
@@ -204,11 +206,164 @@ def test_a_file_that_is_no_batch_fails_as_a_whole_with_its_bad_lines(
         world.client.batches.cancel(batch.id)
 
 
+def broken(line: dict[str, Any], old: str, new: str) -> bytes:
+    """A line with a part of its text replaced; Latin-1 stands for bytes that are no UTF-8."""
+    text = json.dumps(line)
+    assert old in text
+    return text.replace(old, new).encode("latin-1")
+
+
+BAD = a_line("bad", body={"top_p": 0.5})
+BAD_LINES = {
+    "high half of a pair": (broken(BAD, "Hello", "Nice \\ud83d"), "bad"),
+    "low half of a pair": (broken(BAD, "Hello", "\\udc4d nice"), "bad"),
+    "halves the wrong way round": (broken(BAD, "Hello", "\\udc4d\\ud83d"), "bad"),
+    "NaN": (broken(BAD, "0.5", "NaN"), "bad"),
+    "Infinity": (broken(BAD, "0.5", "-Infinity"), "bad"),
+    "more than all floats": (broken(BAD, "0.5", "1e999"), "bad"),
+    "a huge number": (broken(BAD, "0.5", "9" * 1_000), "bad"),
+    "latin-1": (broken(BAD, "Hello", "caf\xe9"), "bad"),
+    "latin-1 in the id": (broken(BAD, "bad", "caf\xe9"), "caf\ufffd"),
+    "a raw control character": (broken(BAD, "Hello", "a\x01b"), "bad"),
+    "a raw NUL": (broken(BAD, "Hello", "a\0b"), "bad"),
+    "a NUL in the name of a field": (broken(BAD, "top_p", "top\\u0000p"), "bad"),
+    "deep nesting": (broken(BAD, "0.5", "[" * 600 + "]" * 600), "bad"),
+    "more of it": (broken(BAD, "0.5", "[" * 1_700), "bad"),
+    "a comma behind it": (json.dumps(BAD).encode() + b",", "bad"),
+    "a comma too many": (broken(BAD, "0.5", "0.5,"), "bad"),
+    "two values": (json.dumps(BAD).encode() * 2, "bad"),
+    "an end that is missing": (json.dumps(BAD).encode()[:-3], "bad"),
+    "an end that is missing in a text": (broken(BAD, 'Hello"', "Hello"), "bad"),
+    "a backslash too few": (broken(BAD, "Hello", 'say \\\\"custom_id": "other" to'), "bad"),
+    "Python's own spelling": (str(BAD | {"x": None}).encode(), "bad"),
+    "no object": (b"[1, 2]", "request-1"),
+    "a text": (b'"Hello"', "request-1"),
+    "nothing": (b"null", "request-1"),
+    "a table": (b"id,prompt", "request-1"),
+    "another endpoint": (json.dumps(BAD | {"url": COMPLETIONS}).encode(), "bad"),
+    "another method": (json.dumps(BAD | {"method": "GET"}).encode(), "bad"),
+    "no url": (json.dumps(BAD | {"url": None}).encode(), "bad"),
+    "no body": (json.dumps(BAD | {"body": None}).encode(), "bad"),
+    "a body that is none": (json.dumps(BAD | {"body": "Hello"}).encode(), "bad"),
+    "another model": (json.dumps(a_line("bad", body={"model": "gpt-9"})).encode(), "bad"),
+    "a model that is none": (json.dumps(a_line("bad", body={"model": ["tiny"]})).encode(), "bad"),
+    "one more field": (json.dumps(BAD | {"metadata": {"row": "7"}}).encode(), "bad"),
+    "one more field in the body": (json.dumps(a_line("bad", body={"surprise": 1})).encode(), "bad"),
+    "a bad value": (json.dumps(a_line("bad", body={"top_p": 7})).encode(), "bad"),
+    "a line that is too long": (json.dumps(a_line("bad", body={"user": "x" * 3_000})).encode(), "bad"),
+    "an id that is a number": (json.dumps(BAD | {"custom_id": 7}).encode(), "7"),
+    "an id that is too long": (json.dumps(BAD | {"custom_id": "x" * 65}).encode(), "x" * 65),
+    "an id that no database holds": (json.dumps(BAD | {"custom_id": "a\0\ud83d"}).encode(), "a\ufffd\ufffd"),
+    "an id that is a list": (json.dumps(BAD | {"custom_id": ["bad"]}).encode(), "request-1"),
+    "an empty id": (json.dumps(BAD | {"custom_id": ""}).encode(), "request-1"),
+    "no id": (json.dumps(BAD | {"custom_id": None}).encode(), "request-1"),
+    "an id of another line": (broken(BAD, '"bad"', '"good", "n": NaN'), "request-1"),
+}
+
+
+@pytest.mark.parametrize(("number", "name"), list(enumerate(BAD_LINES)), ids=BAD_LINES.keys())
+def test_one_bad_line_fails_alone_and_its_id_survives(world: World, number: int, name: str) -> None:
+    (line, custom_id), place = BAD_LINES[name], number % 3
+    lines = [json.dumps(a_line(name)).encode() for name in ("good", "fine")]
+    lines.insert(place, line)
+    file = uploaded(world.client, b"\n".join(lines))
+    batch = world.client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+    world.work()
+    assert world.read(batch.id).request_counts.to_dict() == {"total": 3, "completed": 0, "failed": 1}
+    world.answer(*world.claim())
+    world.work()
+    batch = world.read(batch.id)
+    assert [line["custom_id"] for line in lines_of(world.client, batch.output_file_id)] == ["good", "fine"]
+    (failed,) = lines_of(world.client, batch.error_file_id)
+    assert failed["custom_id"] == custom_id.replace("request-1", f"request-{place}")
+    assert failed["response"]["body"]["error"]["message"].startswith(f"line {place + 1}")
+
+
+def test_ids_that_look_like_ours_stay_with_their_lines(world: World) -> None:
+    """Each id names one line, whichever lines are bad."""
+    given = ["request-1", None, "request-3", 7, "7", None, "request-5-unnamed", "request-5"]
+    lines = [json.dumps(a_line() | {"custom_id": name}) for name in given]
+    batch = a_batch(world.client, [*lines, '{"custom_id": "request-3", "x": NaN}', '{"custom_id": "broken", "x": NaN}'])
+    world.work()
+    world.answer(*world.claim())
+    world.work()
+    batch = world.read(batch.id)
+    output = [line["custom_id"] for line in lines_of(world.client, batch.output_file_id)]
+    errors = [line["custom_id"] for line in lines_of(world.client, batch.error_file_id)]
+    assert output == ["request-1", "request-3", "7", "request-5-unnamed", "request-5"]
+    assert errors == ["request-1-unnamed", "request-3-unnamed", "request-5-unnamed-unnamed", "request-8", "broken"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "\u00a0 ",
+        "\u2028",
+        "\ufeff",
+        "\x1a",
+        "\u200b\t",
+        "\ufeff" + json.dumps(a_line("b")),
+        json.dumps(a_line("b")) + "\x1a",
+    ],
+)
+def test_what_a_person_does_not_see_is_no_bad_line(world: World, line: str) -> None:
+    batch = a_batch(world.client, [GOOD, line])
+    world.work()
+    assert world.read(batch.id).request_counts.failed == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "post"},
+        {"url": "/chat/completions"},
+        {"url": f"{CHAT}/"},
+        {"url": f"https://api.openai.com{CHAT}"},
+        {"url": f"{CHAT}?api-version=2024-10-21"},
+    ],
+)
+def test_the_endpoint_may_be_spelt_as_other_services_spell_it(world: World, changes: dict[str, str]) -> None:
+    batch = a_batch(world.client, [GOOD | changes])
+    world.work()
+    assert world.read(batch.id).request_counts.to_dict() == {"total": 1, "completed": 0, "failed": 0}
+
+
+PRETTY = json.dumps([GOOD, GOOD], indent=2)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (gzip.compress(as_jsonl([GOOD])), "gzip"),
+        (as_jsonl([GOOD]).decode().encode("utf-16"), "UTF-16"),
+        (json.dumps([GOOD] * 5).encode(), "JSON array"),
+        (json.dumps([GOOD] * 2_000).encode(), "JSON array"),
+        (PRETTY.encode(), "several lines"),
+        (json.dumps(GOOD, indent=2).encode(), "several lines"),
+        (as_jsonl([GOOD, GOOD]).replace(b"\n", b"\r"), "carriage return"),
+        (b"id,prompt\n1,hi\n2,yo\n", "CSV"),
+    ],
+)
+def test_a_file_that_is_something_else_says_so_once(world: World, content: bytes, said: str) -> None:
+    file = uploaded(world.client, content)
+    batch = world.client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+    world.work()
+    (error,) = world.read(batch.id).errors.data
+    assert (error.code, error.line) == ("invalid_json_line", 1)
+    assert said in error.message
+
+
 def test_no_more_errors_are_told_than_a_person_reads(world: World) -> None:
     batch = a_batch(world.client, ["nope"] * 150)
     world.work()
     errors = world.read(batch.id).errors.data
     assert [error.line for error in errors] == list(range(1, 101))
+
+
+def test_a_good_line_behind_many_bad_ones_is_answered(world: World) -> None:
+    batch = a_batch(world.client, ["nope"] * 150 + [GOOD])
+    world.work()
+    assert world.read(batch.id).request_counts.to_dict() == {"total": 151, "completed": 0, "failed": 150}
 
 
 def test_lines_may_end_as_windows_ends_them_and_begin_with_a_mark(world: World) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -89,6 +90,28 @@ def test_a_batch_that_is_refused_as_a_whole_says_why_in_sql(
     [answer] = answers("nightly", database)
     assert answer.error_message is not None
     assert words in answer.error_message
+
+
+@pytest.mark.parametrize(
+    "bad", ["Nice \ud83d", {"top_p": float("nan")}, {"a\ud83d": 1}, {"prompt": json.loads("[" * 400 + "]" * 400)}]
+)
+def test_a_request_that_is_no_json_fails_alone_and_keeps_its_id(
+    database: Database, settings: JobsSettings, bad: Any
+) -> None:
+    request = {"custom_id": "bad", "prompt": "x"} | (bad if isinstance(bad, dict) else {"prompt": bad})
+    message = a_message(requests=["one", request, {"custom_id": "request-0", "prompt": "y"}])
+    assert ingested(message, database, settings) == ingested(message, database, settings)
+    job = job_of("nightly", database)
+    assert (job.requests_total, job.requests_failed) == (3, 1)
+    [failed] = answers("nightly", database)
+    assert failed.custom_id == "bad"
+
+
+def test_an_id_of_a_batch_that_no_database_holds_drops_it(
+    database: Database, settings: JobsSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert ingested(a_message(id="a\ud83d"), database, settings) is None
+    assert "without a usable id" in caplog.text
 
 
 @pytest.mark.parametrize("message", [None, 7, [], {}, {"id": 7}, {"id": ""}])

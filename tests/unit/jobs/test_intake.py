@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from jobs.errors import (
     DuplicateCustomId,
@@ -17,6 +18,7 @@ from jobs.intake import Submission, accept_job
 from jobs.items import Item
 from jobs.settings import JobsSettings
 from storage import queries, writes
+from storage.models import Request
 from storage.queries import JobView, OutputView
 from storage.session import Database
 from tests.factories import a_worker_card
@@ -44,6 +46,11 @@ class Door:
             job = queries.job(session, job_id)
         assert job is not None
         return job
+
+    def names(self, job_id: str) -> list[str]:
+        with self.database.read() as session:
+            wanted = select(Request.custom_id).where(Request.job_id == job_id).order_by(Request.request_index)
+            return list(session.scalars(wanted))
 
     def failed(self, job_id: str) -> list[OutputView]:
         with self.database.read() as session:
@@ -96,6 +103,25 @@ def test_without_a_key_two_submissions_are_two_jobs(door: Door) -> None:
 def test_a_custom_id_given_twice_is_refused_naming_both_lines(door: Door) -> None:
     with pytest.raises(DuplicateCustomId, match="line 1 and line 3"):
         door.accept({"custom_id": "a", "prompt": "x"}, "y", {"custom_id": "a", "prompt": "z"})
+
+
+def test_an_id_that_looks_like_ours_stays_with_its_request(door: Door) -> None:
+    job_id = door.accept("one", {"custom_id": "request-0", "prompt": "two"}, {"custom_id": 7, "prompt": "x"}, "four")
+    assert door.names(job_id) == ["request-0-unnamed", "request-0", "7", "request-3"]
+
+
+def test_a_bad_id_never_takes_that_of_another_request(door: Door) -> None:
+    job_id = door.accept({"custom_id": 7, "prompt": "x"}, {"custom_id": "7", "prompt": "y"}, {"custom_id": 7})
+    assert door.names(job_id) == ["request-0", "7", "request-2"]
+
+
+@pytest.mark.parametrize("bad", [{"prompt": "x", "model": "gpt-9"}, {"prompt": "x", "model": 7}, 7, ["x"]])
+def test_a_bad_first_request_chooses_no_model_for_the_others(door: Door, bad: Any) -> None:
+    with door.database.write() as session:
+        writes.register_worker(session, a_worker_card(target="other", context_tokens=64))
+    job_id = door.accept(bad, bad, {"prompt": "one", "model": "other"})
+    job = door.job(job_id)
+    assert (job.model, job.requests_total, job.requests_failed) == ("other", 3, 2)
 
 
 def test_a_job_without_requests_is_refused(door: Door) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from jobs.errors import InvalidJsonLine
+from jobs.input_lines import custom_id_in
 from jobs.items import (
     MAX_JSON_NODES,
     UNSUPPORTED,
@@ -313,6 +315,67 @@ def test_a_line_that_is_not_json_is_refused_and_named_and_the_others_go_on(line:
     assert bad.refusal.code == "invalid_json_line"
     assert bad.refusal.message.startswith("line 2: ")
     assert len(bad.refusal.message) < 200
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"custom_id": "a", "surprise": 1},
+        {"custom_id": "a", "prompt": 7},
+        {"custom_id": "a", "body": {"prompt": "Hello"}, "metadata": {"row": "7"}},
+        {"custom_id": "a", "body": {"prompt": "Hello"}, "method": "GET"},
+        {"custom_id": "a", "body": {"prompt": "Hello"}, "url": "/v1/embeddings"},
+        {"custom_id": "a", "body": None, "url": CHAT_ENDPOINT},
+        {"custom_id": "a", "body": []},
+        {"custom_id": None, "id": "a", "body": {}, "priority": 1},
+        {"body": {"custom_id": "a"}, "priority": 1},
+    ],
+)
+def test_a_given_id_survives_whatever_else_is_wrong(value: Any) -> None:
+    request = parsed(value)
+    assert request.refusal is not None
+    assert request.custom_id == "a"
+
+
+@pytest.mark.parametrize("line", [b'{"custom_id": "a", "x": NaN}', b'{"x": "\xe9", "custom_id": "a"}', b'{"id": "a",}'])
+def test_a_line_that_can_not_be_read_still_says_its_id(line: bytes) -> None:
+    (item,) = lines(line)
+    assert parse_item(item, some_rules()).custom_id == "a"
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x1f\x8b\x08\x00", b'[{"prompt": "a"}]', b'{\n "prompt": "a"\n}', b"id,prompt\n1,hi\n2,yo\n"]
+)
+def test_a_file_of_something_else_is_refused_as_a_whole_with_what_it_is(content: bytes) -> None:
+    with pytest.raises(InvalidJsonLine, match=r"The file is"):
+        list(lines(content))
+
+
+@pytest.mark.parametrize(
+    "line", [b'"' + b'\\"' * 500_000, b"{" * 900_000, b'{"' * 450_000, b'{"custom_id" ' * 80_000, b"'" * 900_000]
+)
+def test_a_broken_line_is_looked_through_once(line: bytes) -> None:
+    """Its id is looked for in one pass: a line that is made to be read again at each quote would take hours."""
+    assert custom_id_in(line) is None
+
+
+def test_an_answer_that_is_sent_back_as_history_asks_for_nothing() -> None:
+    answer: dict[str, Any] = {
+        "role": "assistant",
+        "content": "The Nile.",
+        "refusal": None,
+        "annotations": [],
+        "audio": None,
+        "function_call": None,
+        "tool_calls": [],
+        "reasoning_content": "",
+        "provider_specific_fields": {},
+    }
+    messages = [{"role": "user", "content": "Name a river."}, answer, {"role": "user", "content": "Another."}]
+    request = accepted({"messages": messages})
+    assert [message.content for message in request.messages or ()] == ["Name a river.", "The Nile.", "Another."]
+    cited = answer | {"annotations": [{"type": "url_citation"}]}
+    assert refused({"messages": [cited]}).param == "messages[0].annotations"
 
 
 def test_a_line_of_more_lists_than_one_may_hold_is_refused_before_they_are_made() -> None:
