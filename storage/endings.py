@@ -23,7 +23,7 @@ from storage.sql import (
     is_lapsed,
     is_one_of,
     is_request,
-    without_nul,
+    storable,
 )
 
 OPEN_JOB_STATUSES: Final = ("in_progress", "cancelling")
@@ -182,8 +182,8 @@ def error_columns(refusal: Refusal) -> dict[str, str | int | None]:
     """Return a refusal as the columns of its request."""
     return {
         "error_code": refusal.code,
-        "error_message": without_nul(refusal.message),
-        "error_param": refusal.param,
+        "error_message": storable(refusal.message),
+        "error_param": None if refusal.param is None else storable(refusal.param),
         "error_status_code": refusal.status_code,
     }
 

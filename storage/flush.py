@@ -21,7 +21,7 @@ from storage import rollups
 from storage.endings import cancel_requests, error_columns, finalise_jobs
 from storage.models import DecodeStep, DraftTree, Job, Output, Partial, Request, Served
 from storage.records import Checkpoint, FinishedChoice, FlushResult, Lease, Progress, Refusal, RequestKey
-from storage.sql import AnyRow, database_now, insert_into, insert_many, insert_new, is_one_of, is_request, without_nul
+from storage.sql import AnyRow, database_now, insert_into, insert_many, insert_new, is_one_of, is_request, storable
 
 ChoiceKey = tuple[str, int, int]  # (job_id, request_index, choice_index)
 
@@ -192,8 +192,8 @@ def _checkpoint_columns(checkpoint: Checkpoint) -> dict[str, Any]:
         "seq": checkpoint.seq,
         "token_ids": checkpoint.token_ids,
         "accepted": checkpoint.accepted,
-        "text": without_nul(checkpoint.text),
-        "pieces": [(without_nul(text), source) for text, source in checkpoint.pieces],
+        "text": storable(checkpoint.text),
+        "pieces": [(storable(text), source) for text, source in checkpoint.pieces],
         "steps": [asdict(step) for step in checkpoint.steps],
         "logprobs": checkpoint.logprobs,
     }
@@ -248,7 +248,7 @@ def _output_row(key: ChoiceKey, choice: FinishedChoice, partials: Sequence[AnyRo
         "job_id": job_id,
         "request_index": request_index,
         **asdict(choice),
-        "text": without_nul(choice.text),
+        "text": storable(choice.text),
         "accepted_tokens": sum(sum(partial.accepted) for partial in partials),
         "pieces": merge_pieces(piece for partial in partials for piece in partial.pieces),
         "logprobs": _all_logprobs(partials),

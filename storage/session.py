@@ -98,6 +98,12 @@ def is_full(error: BaseException) -> bool:
     return getattr(cause, "sqlite_errorname", "") == "SQLITE_FULL" or getattr(cause, "sqlstate", "") == "53100"
 
 
+def is_too_large(error: BaseException) -> bool:
+    """Return whether a database refused a value because of its size, which PostgreSQL calls operational, too."""
+    cause = error.orig if isinstance(error, DBAPIError) else None
+    return str(getattr(cause, "sqlstate", None) or "").startswith("54")
+
+
 @contextmanager
 def write_connection(engine: Engine) -> Iterator[Connection]:
     """Yield a connection in one write transaction, for those who need no session."""

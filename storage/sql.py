@@ -127,9 +127,19 @@ def running_requests(now: float) -> ColumnElement[int]:
     return select(func.count()).where(Request.job_id == Job.id, alive).correlate(Job).scalar_subquery()
 
 
-def without_nul(text: str) -> str:
-    """Return the text as PostgreSQL can hold it: a model may emit the NUL character, which becomes U+FFFD."""
-    return text.replace("\0", "\ufffd")
+def storable(text: str) -> str:
+    """Return the text as every database can hold it: NUL and halves of surrogate pairs become U+FFFD."""
+    return "".join("\ufffd" if c == "\0" or "\ud800" <= c <= "\udfff" else c for c in text) if _odd(text) else text
+
+
+def _odd(text: str) -> bool:
+    if "\0" in text:
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _has_request(condition: ColumnElement[bool]) -> ColumnElement[bool]:

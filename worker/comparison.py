@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
@@ -117,6 +117,8 @@ class Comparison:
         self._pairs: list[_Pair] = []
         self._ways: dict[Hashable, _Way] = {}
         self._numbers = count()  # of comparisons that were begun
+        self._number = 0
+        self._unread: deque[FinishedText] = deque()
         self._room = 0
         self._plain_next = False
         self._batch = 1  # sequences of the last step with drafts
@@ -137,7 +139,10 @@ class Comparison:
         if self._claim is None:
             self._look()
             return
-        if any(not way.over for way in self._ways.values()):
+        if self._unread:
+            self._read(self._claim, self._unread.popleft())
+            self._keep(self._claim)
+        elif any(not way.over for way in self._ways.values()):
             self._step()
             self._keep(self._claim)
         else:
@@ -172,18 +177,23 @@ class Comparison:
     def _begin(self, claim: ComparisonClaim) -> None:
         self._room = self._engine.room
         self._claim, self._kept_at, self._plain_next = claim, time.monotonic(), False
-        number = next(self._numbers)
-        for text in claim.texts:
-            try:
-                drafted, plain = (self._way(claim, text, number, plain) for plain in (False, True))
-            except RequestRefused:  # it was decoded by a worker that takes more than this one
-                continue
-            self._pairs.append(_Pair(text, drafted, plain))
+        self._number = next(self._numbers)
+        self._unread = deque(claim.texts)
+
+    def _read(self, claim: ComparisonClaim, text: FinishedText) -> None:
+        """Read one request a turn, as whoever comes must not wait for all of them."""
+        try:
+            drafted, plain = (self._way(claim, text, self._number, plain) for plain in (False, True))
+        except RequestRefused:  # it was decoded by a worker that takes more than this one
+            return
+        except Exception:
+            log.exception("Request %d can't be compared", text.request_index, extra=_ids(claim.job_id))
+            return
         # One by one, so that as many are decoded this way as that, however many there is room for.
-        for pair in self._pairs:
-            for way in (pair.drafted, pair.plain):
-                self._ways[way.key] = way
-                self._engine.add(way.transcript.sequence)
+        self._pairs.append(_Pair(text, drafted, plain))
+        for way in (drafted, plain):
+            self._ways[way.key] = way
+            self._engine.add(way.transcript.sequence)
 
     def _way(self, claim: ComparisonClaim, text: FinishedText, number: int, plain: bool) -> _Way:
         """Return a request's first choice once more.
@@ -201,7 +211,11 @@ class Comparison:
         only = self._plain_batch() if self._plain_next else {pair.drafted.key for pair in self._pairs}
         results, given_up = self._engine.step(only, plain=self._plain_next)
         for result in results:
-            self._ways[result.sequence.key].take(result)
+            try:
+                self._ways[result.sequence.key].take(result)
+            except Exception:
+                log.exception("A request can't be compared", extra={"action": "compare"})
+                given_up.append(result.sequence)
         for sequence in given_up:
             self._give_up(sequence.key)
         self._engine.cancel({result.sequence.key for result in results if result.sequence.finished})
@@ -263,6 +277,7 @@ class Comparison:
     def _forget(self) -> None:
         self._claim = None
         self._pairs, self._ways = [], {}
+        self._unread.clear()
 
 
 def _ids(job_id: str) -> dict[str, Any]:

@@ -6,15 +6,19 @@ runner -> [live] -> sink.  Collects the engine's results per choice, and hands o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import asdict, dataclass, field, replace
 
 from jobs.logprobs import Stored
 from storage.records import Checkpoint, Claim, FinishedChoice, Progress, Refusal, StepRow
+from storage.session import why_away
+from storage.sql import storable
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepNumbers, StepResult
 from worker.transcript import Transcript
 from worker.trees import tree_row
+
+_MOST_SAID = 500  # characters of an error
 
 Now = Callable[[], float]  # Unix seconds
 
@@ -106,13 +110,27 @@ class LiveRequest:
     claim: Claim
     choices: dict[int, LiveChoice] = field(default_factory=dict)
     refusal: Refusal | None = None
+    reading: bool = False  # it has no choices yet: its prompt is being read
+    keys: frozenset[Hashable] = frozenset()  # of the sequences of all choices that it has had
     taken_at: float = field(default_factory=time.time)
     _next_seq: int | None = None  # of choice 0, once that is no longer among the choices
 
     @property
     def done(self) -> bool:
         """True when the next flush ends the request."""
-        return self.refusal is not None or all(c.sequence.finished for c in self.choices.values())
+        if self.refusal is not None:
+            return True
+        return not self.reading and all(c.sequence.finished for c in self.choices.values())
+
+    @property
+    def ended(self) -> bool:
+        """True when nothing is left to be written of it."""
+        return not self.reading and not self.choices
+
+    @property
+    def places(self) -> int:
+        """Sequences of the engine that it takes, as far as that is known."""
+        return len(self.choices) or int(self.reading)
 
     @property
     def failure_seq(self) -> int:
@@ -128,6 +146,7 @@ class LiveRequest:
         if 0 in self.choices:
             self._next_seq = self.choices[0].next_seq
         self.choices.clear()
+        self.reading = False
         self.refusal = refusal
 
     def progress(self, now: float) -> Progress:
@@ -149,6 +168,12 @@ class LiveRequest:
             if choice.index == 0:
                 self._next_seq = choice.next_seq
         return progress
+
+
+def unforeseen(what: str, error: BaseException) -> Refusal:
+    """Return the answer to a request on which something failed that nobody foresaw."""
+    said = f"{type(error).__name__}: {why_away(error)}"[:_MOST_SAID]  # no statement, no values
+    return Refusal("server_error", f"{what}: {storable(said)}", status_code=500)
 
 
 def _row(numbers: StepNumbers, now: float) -> StepRow:

@@ -15,18 +15,19 @@ from jobs.errors import DatabaseUnavailable, RequestRefused
 from jobs.logs import noted
 from jobs.messages import MESSAGE_VERSION
 from storage import leases
-from storage.records import Checkpoint, Claim, Refusal, RequestKey
+from storage.records import Checkpoint, Refusal, RequestKey
 from storage.session import DATABASE_AWAY, Database, why_away
 from worker import spans
 from worker.comparison import Comparison
 from worker.engine.engine import Engine
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepResult
-from worker.live import LiveChoice, LiveRequest
+from worker.live import LiveChoice, LiveRequest, unforeseen
 from worker.load import Load
+from worker.readers import Readers, Reading
 from worker.recovery import LastingEngine
 from worker.sink import Sink
-from worker.text import Codec, read_request
+from worker.text import Codec
 from worker.transcript import Transcript
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,9 @@ log = logging.getLogger(__name__)
 _POLL_S = 1.0  # between looks for work when the last one found none; a doorbell cuts it short
 _CLAIM_SHARE = 0.05  # of the time, at most, goes into looks for more work while there is text to decode
 _WAITED_FOR_INTERVAL_S = 0.1  # between commits of text that a person waits for
+_SETTLE_S = 0.02  # that texts being written wait for short requests that were just claimed
+_IDLE_S = 0.5  # that an idle engine waits for short requests to be read, so that they begin together
+_NAP_S = 0.05  # that it waits for a long one before it looks around
 _FENCE = 2 / 3  # of a lease: without a renewal for longer, nothing is decoded until there is one
 
 
@@ -66,6 +70,7 @@ class Runner:
         self._lease_s = lease_s
         self._interval_s = interval_s
         self._reserved = reserved
+        self._readers = Readers(codec)
         self._comparison = Comparison(self._engine, codec, database, worker_id=worker_id, model=model, lease_s=lease_s)
         self._live: dict[RequestKey, LiveRequest] = {}
         self._load = Load()
@@ -95,7 +100,7 @@ class Runner:
         """Claim if there is room, run one step, flush if it is time. Raises DatabaseUnavailable: call again later."""
         if self._live and time.monotonic() - self._renewed_at > _FENCE * self._lease_s:
             self._flush()  # we slept, or the database did: first see what is still ours
-        self._claim(rung)
+        self._take_up_read(_SETTLE_S if self._claim(rung) else 0.0)
         if self._live and self._engine.busy:
             self._step()
         if self._live and self._flush_is_due():
@@ -115,13 +120,15 @@ class Runner:
             raise _unavailable(error) from error
         self._drop(set(self._live))
 
-    def _claim(self, rung: bool) -> None:
+    def _claim(self, rung: bool) -> bool:
+        """Look for work if it is time, and let it be read; return whether there was some."""
         now, room = time.monotonic(), self._comparison.room
-        reserved = max(0, self._reserved - sum(len(request.choices) for request in self._waited_for()))
+        room -= sum(request.reading for request in self._live.values())
+        reserved = max(0, self._reserved - sum(request.places for request in self._waited_for()))
         since_s = now - self._claimed_at
         more = self._more_waits and room > reserved and self._may_look(since_s)
         if room <= 0 or not (rung or more or since_s >= _POLL_S):
-            return
+            return False
         try:
             with self._database.write() as session:
                 claims = leases.claim(
@@ -147,8 +154,18 @@ class Runner:
         if claims:
             self._comparison.give_way()
         for claim in claims:
-            with noted(job_id=claim.lease.job_id, request_index=claim.lease.request_index):
-                self._take_up(claim)
+            self._live[claim.lease.key] = LiveRequest(claim, reading=True)
+            self._readers.put(claim)
+        return bool(claims)
+
+    def _take_up_read(self, settle_s: float) -> None:
+        """Hand to the engine what has been read; an engine that has nothing to do waits for that."""
+        idle = bool(self._live) and not self._engine.busy
+        for claim, result in self._readers.take(_IDLE_S if idle else settle_s, _NAP_S if idle else 0.0):
+            request = self._live.get(claim.lease.key)
+            if request is not None and request.claim is claim:  # else it was lost meanwhile
+                with noted(job_id=claim.lease.job_id, request_index=claim.lease.request_index):
+                    self._take_up(request, result)
 
     def _compare(self) -> None:
         try:
@@ -160,21 +177,21 @@ class Runner:
         """Return whether a look for more work pays: those who are decoding wait for it."""
         return not self._engine.busy or since_s >= self._claim_s / _CLAIM_SHARE
 
-    def _take_up(self, claim: Claim) -> None:
-        request = self._live[claim.lease.key] = LiveRequest(claim)
+    def _take_up(self, request: LiveRequest, result: Reading | BaseException) -> None:
+        request.reading = False
         try:
-            self._add_choices(request)
-        except RequestRefused as refused:
-            request.refusal = Refusal(
-                refused.code or "invalid_value", refused.message, refused.param, refused.status_code
-            )
-        else:
+            if isinstance(result, BaseException):
+                raise result
+            self._add_choices(request, result)
             self._sink.started(request)
+        except RequestRefused as refused:
+            code, status = refused.code or "invalid_value", refused.status_code
+            self._end(request, Refusal(code, refused.message, refused.param, status))
+        except BaseException as error:  # whatever it is: it came of this request
+            self._fail(request, "it could not be taken up", error)
 
-    def _add_choices(self, request: LiveRequest) -> None:
-        claim = request.claim
-        body = read_request(claim.body)
-        prompts = self._codec.encode_all(body, claim.endpoint)
+    def _add_choices(self, request: LiveRequest, reading: Reading) -> None:
+        claim, body, prompts = request.claim, reading.request, reading.prompts
         earlier: defaultdict[int, list[Checkpoint]] = defaultdict(list)
         for checkpoint in claim.checkpoints:
             earlier[checkpoint.choice_index].append(checkpoint)
@@ -187,6 +204,7 @@ class Runner:
             choice = LiveChoice(index, transcript, started_at, first_of_prompt=index % n == 0)
             choice.resume(earlier[index])
             request.choices[index] = choice
+        request.keys = frozenset(choice.sequence.key for choice in request.choices.values())
         for choice in request.choices.values():
             self._engine.add(choice.sequence)
 
@@ -215,16 +233,31 @@ class Runner:
             )
 
     def _take(self, result: StepResult, now: float) -> None:
-        job_id, request_index, choice = _parts(result.sequence.key)
-        self._live[job_id, request_index].choices[choice].take(result, now, self._codec.token_text)
+        job_id, request_index, index = _parts(result.sequence.key)
+        request = self._live[job_id, request_index]
+        choice = request.choices.get(index)
+        if choice is None:  # the request has failed in this very step, on another of its choices
+            return
+        try:
+            choice.take(result, now, self._codec.token_text)
+        except BaseException as error:  # a text is the request's own: it stops none of the others
+            self._fail(request, "its text could not be written", error)
 
     def _refuse(self, sequence: Sequence) -> None:
         """Answer a request with an error because the engine can't decode this choice of it even alone."""
         job_id, request_index, _ = _parts(sequence.key)
-        request = self._live[job_id, request_index]
-        others: set[Hashable] = {choice.sequence.key for choice in request.choices.values()}
-        request.fail(Refusal("engine_error", "decoding failed on this request, and on it alone", status_code=500))
-        self._engine.cancel(others)
+        said = sequence.failure or "decoding failed on this request, and on it alone"
+        self._end(self._live[job_id, request_index], Refusal("engine_error", said, status_code=500))
+
+    def _fail(self, request: LiveRequest, what: str, error: BaseException) -> None:
+        """Answer a request with an error that nobody foresaw, and log where it came from."""
+        about = {"action": "request_failed", "job_id": request.claim.lease.job_id}
+        log.error("Request %s failed: %s", request.claim.custom_id, what, exc_info=error, extra=about)
+        self._end(request, unforeseen(what, error))
+
+    def _end(self, request: LiveRequest, refusal: Refusal) -> None:
+        request.fail(refusal)
+        self._engine.cancel(set(request.keys))
 
     def _flush_is_due(self) -> bool:
         if all(request.done for request in self._live.values()):
@@ -242,12 +275,12 @@ class Runner:
         result = self._sink.flush(list(self._live.values()), time.time())
         self._renewed_at = now
         self._flushed_at = time.monotonic()
-        ended = {key for key, request in self._live.items() if not request.choices}
+        ended = {key for key, request in self._live.items() if request.ended}
         self._drop(ended | set(result.lost))
 
     def _drop(self, keys: set[RequestKey]) -> None:
         gone = [self._live.pop(key) for key in keys if key in self._live]
-        sequences: set[Hashable] = {choice.sequence.key for request in gone for choice in request.choices.values()}
+        sequences: set[Hashable] = {key for request in gone for key in request.keys}
         if sequences:
             self._engine.cancel(sequences)
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from storage.records import TreeRow
-from storage.sql import without_nul
+from storage.sql import storable
 from worker.engine.stats import ShownTree
 
 
 def tree_row(shown: ShownTree, text_of: Callable[[int], str]) -> TreeRow:
     """Return a tree with the texts of its tokens."""
     nodes = tuple(
-        (parent, token, without_nul(text_of(token)), round(value, 4), accepted)
+        (parent, token, storable(text_of(token)), round(value, 4), accepted)
         for parent, token, value, accepted in zip(
             shown.parents, shown.tokens, shown.values, shown.accepted, strict=True
         )
     )
-    return TreeRow(nodes, without_nul(text_of(shown.bonus)))
+    return TreeRow(nodes, storable(text_of(shown.bonus)))
