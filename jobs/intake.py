@@ -188,7 +188,7 @@ def record_refused_job(submission: Submission, refusal: Refusal, *, database: Da
 
 def known_models(database: Database, settings: JobsSettings) -> dict[str, int | None]:
     """Return the models a job may name, with their context in tokens where a worker has told it."""
-    with database.read() as session:
+    with database.look() as session:
         served = {model.target: model.context_tokens for model in queries.models(session)}
     return {model_name(settings.target): None} | served
 

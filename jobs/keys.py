@@ -76,8 +76,10 @@ def new_key(
 def check_key(database: Database, presented: str) -> KeyView | None:
     """Return the key that was presented, or None if it opens nothing: unknown, malformed, revoked and expired alike."""
     parts = _PARTS.fullmatch(presented)
-    key_id, secret = (parts[1], parts[2]) if parts else ("", "")
-    with database.read() as session:
+    if parts is None:
+        return None
+    key_id, secret = parts[1], parts[2]
+    with database.look() as session:
         found = keys.find_key(session, f"key_{key_id}")
     right = hmac.compare_digest(_hash(secret), _NOBODY if found is None else found.secret_sha256)
     return found if right and found is not None and found.opens else None

@@ -8,16 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from typing import Final
+from functools import cache
+from typing import Any, Final
 
-from sqlalchemy import exists, func, insert, or_, select, update
+from sqlalchemy import Connection, Select, bindparam, exists, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
 from storage.models import ApiKey, Job
 from storage.records import NewKey
-from storage.sql import database_now
+from storage.sql import clock, database_now, dialect_of
 
+_KEYS: Final = ApiKey.__table__
+_IN_USE: Final = select(exists().where(_KEYS.c.id.is_not(None)))  # asked with every call
 _OPEN: Final = ("validating", "in_progress", "cancelling")
+
+
+_JOBS: Final = Job.__table__.c
+_LEFT: Final = _JOBS.requests_total - _JOBS.requests_completed - _JOBS.requests_failed
+_TOKENS: Final = _JOBS.tokens_asked * _LEFT / func.nullif(_JOBS.requests_total, 0)
+# Made once: they come with every submission.
+_ALL_WORK: Final = select(func.coalesce(func.sum(_LEFT), 0), func.coalesce(func.sum(_TOKENS), 0)).where(
+    _JOBS.status.in_(_OPEN)
+)
+_WORK: Final = _ALL_WORK.where(_JOBS.api_key_id == bindparam("key_id"))
 
 
 class QuotaExceeded(Exception):
@@ -71,7 +84,7 @@ def revoke_key(session: Session, key_id: str) -> bool:
     return session.execute(update(ApiKey).where(*live).values(revoked_at=now).returning(ApiKey.id)).first() is not None
 
 
-def find_key(session: Session, key_id: str) -> KeyView | None:
+def find_key(session: Session | Connection, key_id: str) -> KeyView | None:
     """Return a key, whether it opens anything or not."""
     return next(iter(_keys(session, key_id)), None)
 
@@ -87,9 +100,9 @@ def opening(session: Session, key_ids: Collection[str]) -> set[str]:
     return set(session.scalars(select(ApiKey.id).where(ApiKey.id.in_(key_ids), ApiKey.revoked_at.is_(None), lasts)))
 
 
-def keys_in_use(session: Session) -> bool:
+def keys_in_use(session: Session | Connection) -> bool:
     """Return whether there has ever been a key. Revoking the last one shuts the door; it does not open it to all."""
-    return bool(session.scalar(select(exists().where(ApiKey.id.is_not(None)))))
+    return bool(session.scalar(_IN_USE))
 
 
 def open_work(session: Session, key_id: str | None = None) -> OpenWork:
@@ -97,16 +110,14 @@ def open_work(session: Session, key_id: str | None = None) -> OpenWork:
 
     Tokens of a job are taken to be spread evenly over its requests.
     """
-    left = Job.requests_total - Job.requests_completed - Job.requests_failed
-    tokens = Job.tokens_asked * left / func.nullif(Job.requests_total, 0)
-    query = select(func.coalesce(func.sum(left), 0), func.coalesce(func.sum(tokens), 0))
-    query = query.where(Job.status.in_(_OPEN))
-    requests, asked = session.execute(query if key_id is None else query.where(Job.api_key_id == key_id)).one()
+    requests, asked = session.execute(_ALL_WORK if key_id is None else _WORK, {"key_id": key_id}).one()
     return OpenWork(int(requests), int(asked))
 
 
 def refuse_beyond_limits(session: Session, key_id: str) -> None:
     """Raise QuotaExceeded if a key has more in the queue than its limits allow, what was just written included."""
+    if not key_id:
+        return
     limits = session.execute(
         select(ApiKey.max_requests_queued, ApiKey.max_tokens_queued)
         .where(ApiKey.id == key_id, or_(ApiKey.max_requests_queued.is_not(None), ApiKey.max_tokens_queued.is_not(None)))
@@ -123,15 +134,20 @@ def refuse_beyond_limits(session: Session, key_id: str) -> None:
             raise QuotaExceeded(what, limit, asked)
 
 
-def _keys(session: Session, key_id: str | None = None) -> list[KeyView]:
-    now = database_now(session)
-    query = select(ApiKey.__table__).order_by(ApiKey.created_at, ApiKey.id)
-    rows = session.execute(query if key_id is None else query.where(ApiKey.id == key_id))
-    return [_view(dict(row._mapping), now) for row in rows]
+def _keys(session: Session | Connection, key_id: str | None = None) -> list[KeyView]:
+    rows = session.execute(_keys_query(dialect_of(session), key_id is None), {"key_id": key_id})
+    return [_view(dict(row._mapping)) for row in rows]
 
 
-def _view(columns: dict[str, object], now: float) -> KeyView:
-    expires_at = columns["expires_at"]
+@cache
+def _keys_query(dialect: str, every: bool) -> Select[Any]:
+    """Return the query of one key, or of all, with the time at which it is asked; made once."""
+    query = select(_KEYS, clock(dialect).label("now")).order_by(_KEYS.c.created_at, _KEYS.c.id)
+    return query if every else query.where(_KEYS.c.id == bindparam("key_id"))
+
+
+def _view(columns: dict[str, Any]) -> KeyView:
+    now, expires_at = columns.pop("now"), columns["expires_at"]
     expired = isinstance(expires_at, float) and expires_at <= now
-    columns["scopes"] = tuple(columns["scopes"])  # type: ignore[arg-type]
-    return KeyView(**columns, opens=columns["revoked_at"] is None and not expired)  # type: ignore[arg-type]
+    columns["scopes"] = tuple(columns["scopes"])
+    return KeyView(**columns, opens=columns["revoked_at"] is None and not expired)

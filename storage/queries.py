@@ -7,18 +7,19 @@ one row; what may be large (its outputs) is streamed.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cache
 from itertools import groupby
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Text, and_, cast, func, select, true, tuple_
+from sqlalchemy import ColumnElement, Connection, Select, Text, and_, bindparam, cast, func, select, true, tuple_
 from sqlalchemy.orm import Session
 
 from storage.endings import OPEN_JOB_STATUSES
 from storage.flush import merge_pieces
 from storage.models import Job, Output, Partial, Request, Worker
 from storage.records import NewRequest
-from storage.sql import AnyRow, database_now, owned_by
+from storage.sql import AnyRow, clock, dialect_of, owned_by
 from storage.statistics import DepthAcceptance as DepthAcceptance  # statistics have a module; callers find them here
 from storage.statistics import JobStats as JobStats
 from storage.statistics import job_stats as job_stats
@@ -170,7 +171,7 @@ _JOB_COLUMNS: Final = (
     Job.requests_failed,
     Job.prompt_tokens,
     Job.completion_tokens,
-    Job.metadata_.label("metadata_"),
+    Job.metadata_.label("metadata"),
     Job.api_key_id,
     Job.idempotency_key,
     Job.input_file_id,
@@ -185,9 +186,17 @@ _JOB_COLUMNS: Final = (
 )
 
 
-def job(session: Session, job_id: str, owner: str | None = None) -> JobView | None:
+# Asked with every call about a job: made once, and of the table's columns, for making costs more than asking.
+_JOBS: Final = Job.__table__.c
+_JOB_OF_ANYBODY: Final = select(*(_JOBS[field.name] for field in fields(JobView))).where(
+    _JOBS.id == bindparam("job_id")
+)
+_JOB_OF: Final = _JOB_OF_ANYBODY.where(_JOBS.api_key_id == bindparam("owner"))
+
+
+def job(session: Session | Connection, job_id: str, owner: str | None = None) -> JobView | None:
     """Return a job, or None if there is none of this id (with an `owner`: none of theirs)."""
-    row = session.execute(select(*_JOB_COLUMNS).where(Job.id == job_id, owned_by(Job.api_key_id, owner))).first()
+    row = session.execute(_JOB_OF_ANYBODY if owner is None else _JOB_OF, {"job_id": job_id, "owner": owner}).first()
     return None if row is None else _job_view(row)
 
 
@@ -320,31 +329,38 @@ def workers(session: Session) -> list[WorkerView]:
     return [WorkerView(*row) for row in rows]
 
 
-def models(session: Session) -> list[ModelView]:
+def models(session: Session | Connection) -> list[ModelView]:
     """Return the models of the workers that are alive."""
-    rows = session.execute(
-        select(Worker.target, func.min(Worker.context_tokens))
-        .where(_is_alive(session, _SEEN_S))
-        .group_by(Worker.target)
-        .order_by(Worker.target)
-    )
+    rows = session.execute(_models_query(dialect_of(session)))
     return [ModelView(target, context_tokens) for target, context_tokens in rows]
+
+
+@cache
+def _models_query(dialect: str) -> Select[Any]:
+    """Return the query of the models that are served; made once, for it comes with every submission."""
+    workers = Worker.__table__.c
+    return (
+        select(workers.target, func.min(workers.context_tokens))
+        .where(_is_alive(dialect, _SEEN_S))
+        .group_by(workers.target)
+        .order_by(workers.target)
+    )
 
 
 def live_workers(session: Session, hostname: str, within_s: float) -> int:
     """Return how many workers of a host have been seen within so many seconds and have not left."""
-    here = select(func.count()).where(Worker.hostname == hostname, _is_alive(session, within_s))
+    here = select(func.count()).where(Worker.hostname == hostname, _is_alive(dialect_of(session), within_s))
     return int(session.scalar(here) or 0)
 
 
-def _is_alive(session: Session, within_s: float) -> ColumnElement[bool]:
-    seen = Worker.last_seen_at > database_now(session) - within_s
-    return and_(Worker.stopped_at.is_(None), Worker.lost_at.is_(None), seen)
+def _is_alive(dialect: str, within_s: float) -> ColumnElement[bool]:
+    workers = Worker.__table__.c
+    seen = workers.last_seen_at > clock(dialect) - within_s
+    return and_(workers.stopped_at.is_(None), workers.lost_at.is_(None), seen)
 
 
 def _job_view(row: AnyRow) -> JobView:
     values = dict(row._mapping)
-    values["metadata"] = values.pop("metadata_")
     values["api_key_id"] = values["api_key_id"] or None
     return JobView(**values)
 

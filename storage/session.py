@@ -68,6 +68,12 @@ class Database:
             yield session
 
     @contextmanager
+    def look(self) -> Iterator[Connection]:
+        """Yield a connection for the few single queries that come with every call: a session costs as much again."""
+        with self.engine.connect() as connection:
+            yield connection
+
+    @contextmanager
     def write(self) -> Iterator[Session]:
         """Yield a session that is one write transaction: committed at the end, or rolled back by an exception."""
         engine = self.engine.execution_options(**_WRITING)

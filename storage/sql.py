@@ -8,7 +8,24 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from sqlalchemy import JSON, BigInteger, ColumnElement, Row, and_, cast, false, func, insert, or_, select, text, true
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    ColumnElement,
+    Connection,
+    Double,
+    Row,
+    and_,
+    cast,
+    false,
+    func,
+    insert,
+    literal_column,
+    or_,
+    select,
+    text,
+    true,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
@@ -17,20 +34,26 @@ from storage.records import RequestKey
 
 AnyRow = Row[*tuple[Any, ...]]
 
-_NOW: Final[Mapping[str, str]] = {
-    "sqlite": "SELECT (julianday('now') - 2440587.5) * 86400.0",
-    "postgresql": "SELECT CAST(extract(epoch FROM clock_timestamp()) AS double precision)",
+_CLOCK: Final[Mapping[str, str]] = {
+    "sqlite": "(julianday('now') - 2440587.5) * 86400.0",
+    "postgresql": "CAST(extract(epoch FROM clock_timestamp()) AS double precision)",
 }
+_NOW: Final = {dialect: text(f"SELECT {clock}") for dialect, clock in _CLOCK.items()}
 
 
 def database_now(session: Session) -> float:
     """Return the database's clock, in Unix seconds. Leases are measured by it alone: clocks of workers may be wrong."""
-    return float(session.execute(text(_NOW[_dialect(session)])).scalar_one())
+    return float(session.execute(_NOW[dialect_of(session)]).scalar_one())
+
+
+def clock(dialect: str) -> ColumnElement[float]:
+    """Return the database's clock as a part of a query, which saves asking for it before."""
+    return literal_column(f"(SELECT {_CLOCK[dialect]})", Double())
 
 
 def one_state(session: Session) -> None:
     """Let all queries of a transaction that has not begun see one state of the database, as SQLite's always do."""
-    if _dialect(session) == "postgresql":
+    if dialect_of(session) == "postgresql":
         session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
 
 
@@ -41,20 +64,20 @@ def insert_new(session: Session, model: type[Base]) -> postgresql.Insert | sqlit
 
 def insert_into(session: Session, model: type[Base]) -> postgresql.Insert | sqlite.Insert:
     """Return an INSERT of this database's kind, which can say what to do about rows that are there already."""
-    return postgresql.insert(model) if _dialect(session) == "postgresql" else sqlite.insert(model)
+    return postgresql.insert(model) if dialect_of(session) == "postgresql" else sqlite.insert(model)
 
 
 def whole(session: Session, value: ColumnElement[Any]) -> ColumnElement[int]:
     """Return a number from 0 up without its fraction. SQLite may lack floor(), and its cast cuts off."""
-    return cast(func.floor(value) if _dialect(session) == "postgresql" else value, BigInteger)
+    return cast(func.floor(value) if dialect_of(session) == "postgresql" else value, BigInteger)
 
 
 def insert_many(session: Session, model: type[Base], rows: Sequence[Mapping[str, Any]]) -> None:
     """Insert many rows that have the same columns: with COPY, where the database has it."""
-    if _dialect(session) != "postgresql":
-        session.execute(insert(model), list(rows))
+    table: Any = model.__table__
+    if dialect_of(session) != "postgresql":
+        session.execute(insert(table), list(rows))  # its own columns: the detour by objects costs as much again
         return
-    table = model.__table__
     names = list(rows[0])
     to_json = [isinstance(table.c[name].type, JSON) for name in names]
     columns = ", ".join(f'"{name}"' for name in names)
@@ -146,5 +169,6 @@ def _has_request(condition: ColumnElement[bool]) -> ColumnElement[bool]:
     return select(Request.job_id).where(Request.job_id == Job.id, condition).correlate(Job).exists()
 
 
-def _dialect(session: Session) -> str:
-    return session.get_bind().dialect.name
+def dialect_of(session: Session | Connection) -> str:
+    """Return which of the two databases it is."""
+    return session.dialect.name if isinstance(session, Connection) else session.get_bind().dialect.name

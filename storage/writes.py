@@ -6,19 +6,23 @@ here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import chain
 from typing import Any, Final
 
 from sqlalchemy import ColumnElement, and_, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
+from sqlalchemy.sql.dml import ReturningInsert
 
 from storage.endings import Ended, end_jobs, error_columns, expire_requests, finalise_jobs, request_cancel
 from storage.flush import flush
 from storage.keys import refuse_beyond_limits
 from storage.models import Job, Request, Worker, WorkerEnergy
 from storage.records import NewJob, NewRequest, WorkerCard
-from storage.sql import database_now, insert_into, insert_many, insert_new
+from storage.sql import database_now, dialect_of, insert_into, insert_many, insert_new
 
 __all__ = [
     "Ended",
@@ -58,19 +62,20 @@ def record_job(session: Session, job: NewJob, requests: Iterable[NewRequest]) ->
     be served is completed at once. Raise QuotaExceeded if it is more than the limits of its key leave room for.
     """
     now = database_now(session)
-    created = session.execute(insert_new(session, Job).values(**_job_row(job, now)).returning(Job.id)).first()
-    if created is None:
+    pieces = _in_pieces(requests)
+    first, second = next(pieces, ()), next(pieces, None)
+    counts = _counted(first, _NO_REQUESTS)  # of most jobs all there is
+    if session.execute(_new_job(dialect_of(session)), _job_row(job, now) | counts).first() is None:
         return _earlier_job(session, job)
-    total = failed = tokens = 0
-    for piece in _in_pieces(requests):
-        rows = [request_row(job.id, index, request, now) for index, request in piece]
-        insert_many(session, Request, rows)
-        total += len(rows)
-        failed += sum(row["status"] == "failed" for row in rows)
-        tokens += sum(request.tokens for _, request in piece)
-    counts = {"requests_total": total, "requests_failed": failed, "tokens_asked": tokens}
-    session.execute(update(Job).where(Job.id == job.id).values(counts))
-    finalise_jobs(session, [job.id])
+    if first:
+        insert_many(session, Request, [request_row(job.id, index, request, now) for index, request in first])
+    if second is not None:
+        for piece in chain([second], pieces):
+            insert_many(session, Request, [request_row(job.id, index, request, now) for index, request in piece])
+            counts = _counted(piece, counts)
+        session.execute(update(Job).where(Job.id == job.id).values(counts))
+    if counts["requests_failed"] == counts["requests_total"]:
+        finalise_jobs(session, [job.id])
     refuse_beyond_limits(session, job.api_key_id or "")
     return RecordedJob(job.id, created=True)
 
@@ -113,6 +118,14 @@ def _update_worker(session: Session, worker_id: str, **columns: Any) -> None:
     session.execute(update(Worker).where(Worker.id == worker_id).values(**columns))
 
 
+@cache
+def _new_job(dialect: str) -> ReturningInsert[Any]:
+    """Return the INSERT of a job that is not there already; made once, and of the table's columns."""
+    table: Any = Job.__table__
+    insert = postgresql.insert(table) if dialect == "postgresql" else sqlite.insert(table)
+    return insert.on_conflict_do_nothing().returning(table.c.id)
+
+
 def _job_row(job: NewJob, now: float) -> dict[str, Any]:
     return {
         "id": job.id,
@@ -126,7 +139,7 @@ def _job_row(job: NewJob, now: float) -> dict[str, Any]:
         "requests_failed": 0,
         "prompt_tokens": 0,
         "completion_tokens": 0,
-        "metadata_": None if job.metadata is None else dict(job.metadata),
+        "metadata": None if job.metadata is None else dict(job.metadata),
         "api_key_id": job.api_key_id or "",
         "idempotency_key": job.idempotency_key,
         "body_sha256": job.body_sha256,
@@ -168,6 +181,19 @@ _NO_ERROR: Final[Mapping[str, None]] = {
     "error_param": None,
     "error_status_code": None,
 }
+
+
+def _counted(piece: Sequence[tuple[int, NewRequest]], before: Mapping[str, int]) -> dict[str, int]:
+    """Return the counts of a job with the requests of one more piece."""
+    requests = [request for _, request in piece]
+    return {
+        "requests_total": before["requests_total"] + len(requests),
+        "requests_failed": before["requests_failed"] + sum(request.refusal is not None for request in requests),
+        "tokens_asked": before["tokens_asked"] + sum(request.tokens for request in requests),
+    }
+
+
+_NO_REQUESTS: Final[Mapping[str, int]] = {"requests_total": 0, "requests_failed": 0, "tokens_asked": 0}
 
 
 def _earlier_job(session: Session, job: NewJob) -> RecordedJob:

@@ -52,7 +52,7 @@ class Door:
         key = check_key(self._database, presented)
         if key is not None:
             return self._holder(key, needed)
-        if self._keyless and not self._keys_in_use():
+        if not self._keys_in_use():
             return Caller()
         wait_s = self._wrong.add(address, _WRONG_KEYS)
         if wait_s:
@@ -76,8 +76,11 @@ class Door:
         return Caller(key.id, sees_all=sees_all)
 
     def _keys_in_use(self) -> bool:
-        with self._database.read() as session:
-            return keys.keys_in_use(session)
+        """Ask the record until there is a key; from then on there has always been one."""
+        if self._keyless:
+            with self._database.look() as session:
+                self._keyless = not keys.keys_in_use(session)
+        return not self._keyless
 
 
 class Counts:

@@ -41,7 +41,7 @@ ServicesNow = Annotated[Services, Depends(_services)]
 
 def find_job(services: Services, job_id: str, caller: Caller) -> JobView:
     """Return a job, or raise NotFound: the same answer for an id of any look, and for other people's jobs."""
-    with services.database.read() as session:
+    with services.database.look() as session:
         job = queries.job(session, job_id, caller.sees)
     if job is None:
         raise NotFound(f"There is no job {job_id[:80]!r}.", param="id")
