@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+import threading
+import time
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
+from weakref import WeakKeyDictionary
 
+from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from jobs.custom_ids import CustomIds
@@ -86,11 +90,14 @@ def accept_job(submission: Submission, *, database: Database, ring: Ring, settin
     head, model = _up_to_the_model(items, submission.model, known, settings.max_requests)
     if not head:
         raise EmptyJob
-    rules = _rules(submission, model, database, settings)
+    rules = _rules(submission, model, known, settings)
     with span("ingest", submission.traceparent, job_id=rules.job_id) as place, Spool() as spool:
         job = replace(_new_job(submission, rules, settings), traceparent=place)
         ids = _parse_all(chain(_drained(head), items), rules, settings.max_requests, spool)
-        recorded = _record(job, _named(spool.requests(), ids), database, settings.max_requests_queued)
+        waiting = _waiting(database)
+        room = waiting.leaves_room(len(spool), settings.max_requests_queued)
+        most = None if room else settings.max_requests_queued
+        recorded = _record(job, _named(spool.requests(), ids), database, most, waiting)
     if recorded.conflict:
         raise IdempotencyConflict
     if recorded.created:
@@ -114,7 +121,7 @@ def retry_job(
     """
     if not JobStatus(job.status).final:
         raise NotRetryable(f"The job is {job.status}; wait until it has ended, or cancel it.")
-    _, context_tokens = _choose_model(job.model, database, settings)
+    _, context_tokens = _choose_model(job.model, known_models(database, settings), settings)
     again = NewJob(
         id=new_job_id(),
         model=job.model,
@@ -160,7 +167,7 @@ def accept_call(submission: Submission, *, database: Database, ring: Ring, setti
     (item,) = submission.items
     if item.model is None:
         raise MissingParameter("This call needs model.", param="model")
-    rules = _rules(submission, submission.model or item.model, database, settings)
+    rules = _rules(submission, submission.model or item.model, known_models(database, settings), settings)
     request = parse_body(item.value, rules)
     if rules.context_tokens is None:
         raise ServiceUnavailable(f"No worker serves {rules.model} right now; try again in a few seconds.")
@@ -263,8 +270,8 @@ def _parse_all(items: Iterable[Item], rules: Rules, limit: int, spool: Spool) ->
     return ids.others()
 
 
-def _rules(submission: Submission, asked: Any, database: Database, settings: JobsSettings) -> Rules:
-    model, context_tokens = _choose_model(asked, database, settings)
+def _rules(submission: Submission, asked: Any, known: Mapping[str, int | None], settings: JobsSettings) -> Rules:
+    model, context_tokens = _choose_model(asked, known, settings)
     return Rules(
         job_id=submission.job_id or new_job_id(),
         model=model,
@@ -275,8 +282,7 @@ def _rules(submission: Submission, asked: Any, database: Database, settings: Job
     )
 
 
-def _choose_model(asked: Any, database: Database, settings: JobsSettings) -> tuple[str, int | None]:
-    known = known_models(database, settings)
+def _choose_model(asked: Any, known: Mapping[str, int | None], settings: JobsSettings) -> tuple[str, int | None]:
     model = model_name(settings.target) if asked is None else asked
     if not isinstance(model, str) or model not in known:
         raise UnknownModel(
@@ -301,21 +307,64 @@ def _new_job(submission: Submission, rules: Rules, settings: JobsSettings) -> Ne
 
 
 def _record(
-    job: NewJob, requests: Iterable[NewRequest], database: Database, most: int | None = None
+    job: NewJob,
+    requests: Iterable[NewRequest],
+    database: Database,
+    most: int | None = None,
+    waiting: Waiting | None = None,
 ) -> writes.RecordedJob:
     """Record a job; raise LimitReached for one too many, of its key or with more than `most` requests of all."""
     try:
         with database.write() as session:
             recorded = writes.record_job(session, job, requests)
             if recorded.created and most is not None:
-                refuse_full_queue(session, most)
+                counted = refuse_full_queue(session, most)
+                if waiting is not None:
+                    waiting.counted(counted)
             return recorded
     except QuotaExceeded as exceeded:
         raise over_limit(exceeded) from exceeded
 
 
-def refuse_full_queue(session: Session, most: int) -> None:
-    """Raise QueueFull, which undoes the transaction, if more requests wait than the service takes.
+class Waiting:
+    """How many requests wait, as this process knows: to count them takes longer the more open jobs there are.
+
+    A count holds for a second, with what was added here since, and only while half of the room is free: nearer to the
+    limit they are counted with every job.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        """Know nothing yet."""
+        self._now = now
+        self._lock = threading.Lock()
+        self._requests = 0
+        self._counted_at = float("-inf")
+
+    def leaves_room(self, requests: int, most: int) -> bool:
+        """Add so many requests and return True if there is room for certain; else they must be counted."""
+        with self._lock:
+            fresh = self._now() - self._counted_at < _COUNT_HOLDS_S
+            if not fresh or self._requests + requests > most / 2:
+                return False
+            self._requests += requests
+            return True
+
+    def counted(self, requests: int) -> None:
+        """Note how many requests wait."""
+        with self._lock:
+            self._requests, self._counted_at = requests, self._now()
+
+
+_COUNT_HOLDS_S = 1.0
+_waiting_by_engine: WeakKeyDictionary[Engine, Waiting] = WeakKeyDictionary()
+
+
+def _waiting(database: Database) -> Waiting:
+    return _waiting_by_engine.setdefault(database.engine, Waiting())
+
+
+def refuse_full_queue(session: Session, most: int) -> int:
+    """Return how many requests wait; raise QueueFull, which undoes the transaction, if that is more than the most.
 
     Counted with the new job, and behind the look for an earlier one: a submission that is only repeated is not refused.
     """
@@ -325,6 +374,7 @@ def refuse_full_queue(session: Session, most: int) -> None:
             f"With this job {waiting} requests would wait, and the service takes {most} at once.",
             retry_after_s=_QUEUE_RETRY_S,
         )
+    return waiting
 
 
 def over_limit(exceeded: QuotaExceeded) -> LimitReached:

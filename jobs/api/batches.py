@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
 
 from jobs.api import views
 from jobs.api.bodies import Body
@@ -33,15 +34,15 @@ _FIELDS = _OPENAI_FIELDS | {"compare_plain"}
 
 
 @router.post("", response_model=None, openapi_extra=ORDER_BODY, responses=replies(BatchReply, BATCH, 400, 404, 409))
-async def create(request: Request, services: ServicesNow, caller: CallerNow) -> dict[str, Any]:
+async def create(request: Request, services: ServicesNow, caller: CallerNow) -> Response:
     """Make a batch of an uploaded file. The answer says `validating`; the lines are read afterwards."""
     require_json(request.headers)
 
-    def accept(body: Body) -> dict[str, Any]:
+    def accept(body: Body) -> Response:
         with submit_span(request.headers) as place:
             order = replace(_order(body, request.headers.get(IDEMPOTENCY_KEY), caller), traceparent=place)
             batch_id = accept_batch(order, caller.sees, services.database, services.settings)
-        return views.batch(find_job(services, batch_id, caller))
+        return JSONResponse(views.batch(find_job(services, batch_id, caller)))
 
     async with services.bodies.received(request, _ORDER_BYTES) as body:
         return await run_in_threadpool(accept, body)
@@ -55,7 +56,7 @@ def list_batches(
     after: Annotated[str | None, Query(max_length=128)] = None,
     order: Literal["asc", "desc"] = "desc",
     status: JobStatus | None = None,
-) -> dict[str, Any]:
+) -> Response:
     """List batches by the time of their creation, newest first; `after` is the id that ended the page before."""
     with services.database.read() as session:
         if after and not _is_batch(queries.job(session, after, caller.sees)):
@@ -64,7 +65,7 @@ def list_batches(
         page = queries.jobs(
             session, limit, after or None, caller.sees, batches_only=True, status=status, newest_first=newest_first
         )
-    return views.page([views.batch(job) for job in page.jobs], page.has_more)
+    return JSONResponse(views.page([views.batch(job) for job in page.jobs], page.has_more))
 
 
 def _existing_batch(batch_id: str, services: ServicesNow, caller: CallerNow) -> JobView:
@@ -79,15 +80,15 @@ ExistingBatch = Annotated[JobView, Depends(_existing_batch)]
 
 
 @router.get("/{batch_id}", response_model=None, responses=replies(BatchReply, BATCH, 404))
-async def retrieve(batch: ExistingBatch) -> dict[str, Any]:
+async def retrieve(batch: ExistingBatch) -> Response:
     """Read one batch."""
-    return views.batch(batch)
+    return JSONResponse(views.batch(batch))
 
 
 @router.post("/{batch_id}/cancel", response_model=None, responses=replies(BatchReply, BATCH, 404, 409))
-def cancel(batch: ExistingBatch, services: ServicesNow, caller: CallerNow) -> dict[str, Any]:
+def cancel(batch: ExistingBatch, services: ServicesNow, caller: CallerNow) -> Response:
     """Cancel a batch; what is done of it is delivered. May be repeated; a batch that ended otherwise is a conflict."""
-    return views.batch(cancel_job(services, batch, caller, "batch"))
+    return JSONResponse(views.batch(cancel_job(services, batch, caller, "batch")))
 
 
 def _is_batch(job: JobView | None) -> bool:

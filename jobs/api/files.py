@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 
 from jobs.api import views
 from jobs.api.caller import Caller, CallerNow
@@ -29,7 +29,7 @@ _DAY_S = 86_400.0
 
 
 @router.post("", response_model=None, openapi_extra=UPLOAD_BODY, responses=replies(FileReply, FILE, 400, 413))
-async def upload(request: Request, services: ServicesNow, caller: CallerNow) -> dict[str, Any]:
+async def upload(request: Request, services: ServicesNow, caller: CallerNow) -> Response:
     """Take a file. It is seen when all its bytes are there; the lines are looked at when a batch is made of it."""
     form = UploadForm(request.headers.get("content-type", ""), services.settings.max_file_bytes)
     writer = _Writer(services, caller, f"file-{secrets.token_hex(16)}")
@@ -53,13 +53,13 @@ def list_files(
     after: Annotated[str | None, Query(max_length=128)] = None,
     order: Literal["asc", "desc"] = "desc",
     purpose: Annotated[str | None, Query(max_length=64)] = None,
-) -> dict[str, Any]:
+) -> Response:
     """List files by the time of their creation; `after` is the id that ended the page before."""
     with services.database.read() as session:
         page = files.files(session, limit, after or None, caller.sees, purpose=purpose, newest_first=order == "desc")
     if page is None:
         raise InvalidValue("There is no file of this id to start behind.", param="after")
-    return views.page([views.file(file) for file in page.files], page.has_more)
+    return JSONResponse(views.page([views.file(file) for file in page.files], page.has_more))
 
 
 def _existing_file(file_id: str, services: ServicesNow, caller: CallerNow) -> FileView:
@@ -74,19 +74,19 @@ ExistingFile = Annotated[FileView, Depends(_existing_file)]
 
 
 @router.get("/{file_id}", response_model=None, responses=replies(FileReply, FILE, 404))
-def retrieve(file: ExistingFile) -> dict[str, Any]:
+def retrieve(file: ExistingFile) -> Response:
     """Read one file's description."""
-    return views.file(file)
+    return JSONResponse(views.file(file))
 
 
 @router.delete("/{file_id}", response_model=None, responses=replies(FileDeleted, DELETED, 404))
-def delete(file_id: str, services: ServicesNow, caller: CallerNow) -> dict[str, Any]:
+def delete(file_id: str, services: ServicesNow, caller: CallerNow) -> Response:
     """Delete a file. A batch that is made of it goes on."""
     with services.database.write() as session:
         deleted = files.delete_file(session, file_id, caller.sees)
     if not deleted:
         raise _no_file(file_id)
-    return {"id": file_id, "object": "file", "deleted": True}
+    return JSONResponse({"id": file_id, "object": "file", "deleted": True})
 
 
 @router.get("/{file_id}/content", response_class=StreamingResponse, responses=BYTES)
@@ -115,7 +115,7 @@ class _Writer:
             files.append_chunk(session, self._file_id, self._chunks, data)
         self._chunks += 1
 
-    def finish(self, form: UploadForm) -> dict[str, Any]:
+    def finish(self, form: UploadForm) -> Response:
         """Write the rest and show the file."""
         purpose = form.purpose()
         kept_s = form.kept_s() or self._services.settings.file_days * _DAY_S
@@ -125,7 +125,7 @@ class _Writer:
             files.finish_file(session, self._file_id, form.size, kept_s, purpose)
             file = files.file(session, self._file_id)
         assert file is not None
-        return views.file(file)
+        return JSONResponse(views.file(file))
 
     def drop(self) -> None:
         """Take back what was written of an upload that failed."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 
 from jobs.api import views
 from jobs.api.bodies import Body
@@ -34,17 +34,17 @@ _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # th
 
 
 @router.post("", response_model=None, openapi_extra=JOB_BODY, responses=JOB)
-async def submit(request: Request, services: ServicesNow, caller: CallerNow) -> dict[str, Any]:
+async def submit(request: Request, services: ServicesNow, caller: CallerNow) -> Response:
     """Record a job and answer with it."""
     most = most_bytes(request.headers, services.settings)
 
-    def accept(body: Body) -> dict[str, Any]:
+    def accept(body: Body) -> Response:
         lines = services.settings.max_line_bytes
         with submit_span(request.headers) as place:
             submission = read_submission(body, request.query_params, request.headers, caller.key_id, lines)
             submission = replace(submission, traceparent=place)
             job_id = accept_job(submission, database=services.database, ring=services.ring, settings=services.settings)
-        return views.job(find_job(services, job_id, caller))
+        return JSONResponse(views.job(find_job(services, job_id, caller)))
 
     async with services.bodies.received(request, most) as body:
         return await run_in_threadpool(accept, body)
@@ -61,7 +61,7 @@ def list_jobs(
     id_prefix: Annotated[str, Query(max_length=128, description="Only those whose id begins so.")] = "",
     order: Literal["asc", "desc"] = "desc",
     status: JobStatus | None = None,
-) -> dict[str, Any]:
+) -> Response:
     """List jobs by the time of their creation, newest first; `after` is the id that ended the page before."""
     with services.database.read() as session:
         if after and queries.job(session, after, caller.sees) is None:
@@ -77,19 +77,19 @@ def list_jobs(
             status=status,
             newest_first=newest_first,
         )
-    return views.page([views.job(job) for job in page.jobs], page.has_more)
+    return JSONResponse(views.page([views.job(job) for job in page.jobs], page.has_more))
 
 
 @router.get("/{job_id}", response_model=None, responses=JOB)
-async def retrieve(job: ExistingJob) -> dict[str, Any]:
+async def retrieve(job: ExistingJob) -> Response:
     """Read one job."""
-    return views.job(job)
+    return JSONResponse(views.job(job))
 
 
 @router.post("/{job_id}/cancel", response_model=None, responses=JOB)
-def cancel(job: ExistingJob, services: ServicesNow, caller: CallerNow) -> dict[str, Any]:
+def cancel(job: ExistingJob, services: ServicesNow, caller: CallerNow) -> Response:
     """Cancel a job. May be repeated; a job that ended another way is a conflict."""
-    return views.job(cancel_job(services, job, caller))
+    return JSONResponse(views.job(cancel_job(services, job, caller)))
 
 
 @router.post("/{job_id}/retry", response_model=None, responses=JOB)
@@ -98,7 +98,7 @@ def retry(
     services: ServicesNow,
     caller: CallerNow,
     idempotency_key: Annotated[str | None, Header()] = None,
-) -> dict[str, Any]:
+) -> Response:
     """Run the requests of an ended job again that have no result: as a new job, whose `retry_of` is this one."""
     job_id = retry_job(
         job,
@@ -108,7 +108,7 @@ def retry(
         ring=services.ring,
         settings=services.settings,
     )
-    return views.job(find_job(services, job_id, caller))
+    return JSONResponse(views.job(find_job(services, job_id, caller)))
 
 
 @router.get("/{job_id}/outputs", response_class=StreamingResponse, dependencies=[StreamPlace], responses=LINES)
@@ -129,10 +129,10 @@ def outputs(
 
 
 @router.get("/{job_id}/stats", response_model=None, responses=STATISTICS)
-def statistics(job: ExistingJob, services: ServicesNow) -> dict[str, Any]:
+def statistics(job: ExistingJob, services: ServicesNow) -> Response:
     """Say how fast the job ran and how much speculation paid."""
     with services.database.read() as session:
-        return views.statistics(queries.job_stats(session, job.id))
+        return JSONResponse(views.statistics(queries.job_stats(session, job.id)))
 
 
 @router.get(

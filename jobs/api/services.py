@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, cast
 
 from fastapi import Depends, Request
+from fastapi.concurrency import run_in_threadpool
+from starlette.types import Scope
 
 from jobs.api.bodies import BodyReader
 from jobs.api.caller import Caller, CallerNow
@@ -18,6 +21,8 @@ from storage import queries, writes
 from storage.queries import JobView
 from storage.session import Database
 
+_PLACE = "basic.job"  # of what was read ahead
+_ABOUT_JOB = re.compile(r"/v1/jobs/(?P<job_id>[^/]+)(?:/|$)")
 _CANCEL_ANSWERS = frozenset({JobStatus.CANCELLING, JobStatus.CANCELLED})
 
 
@@ -44,7 +49,7 @@ def find_job(services: Services, job_id: str, caller: Caller) -> JobView:
     with services.database.look() as session:
         job = queries.job(session, job_id, caller.sees)
     if job is None:
-        raise NotFound(f"There is no job {job_id[:80]!r}.", param="id")
+        raise _no_job(job_id)
     return job
 
 
@@ -57,8 +62,32 @@ def cancel_job(services: Services, job: JobView, caller: Caller, noun: str = "jo
     return find_job(services, job.id, caller)
 
 
-def _existing_job(job_id: str, services: ServicesNow, caller: CallerNow) -> JobView:
-    return find_job(services, job_id, caller)
+class ReadAhead:
+    """Reads the job that a call is about while its caller is let in, and hands it to the route."""
+
+    def __init__(self, database: Database) -> None:
+        """Read from this database."""
+        self._database = database
+
+    def __call__(self, call: Scope, caller: Caller) -> None:
+        """Note the job of a call that only reads, or that there is none."""
+        found = _ABOUT_JOB.match(call["path"]) if call["method"] == "GET" else None
+        if found is not None:
+            with self._database.look() as connection:
+                call[_PLACE] = (found["job_id"], caller, queries.job(connection, found["job_id"], caller.sees))
+
+
+async def _existing_job(request: Request, job_id: str, services: ServicesNow, caller: CallerNow) -> JobView:
+    read_id, reader, job = request.scope.get(_PLACE, ("", None, None))
+    if (read_id, reader) != (job_id, caller):
+        return await run_in_threadpool(find_job, services, job_id, caller)
+    if job is None:
+        raise _no_job(job_id)
+    return cast(JobView, job)
+
+
+def _no_job(job_id: str) -> NotFound:
+    return NotFound(f"There is no job {job_id[:80]!r}.", param="id")
 
 
 ExistingJob = Annotated[JobView, Depends(_existing_job)]
