@@ -64,7 +64,7 @@ _WITHOUT_HEADER: Final = (
 _WITHOUT_COMMAS: Final = "JSON lines end without one."
 
 _CELL: Final = r'"?\w[\w. -]*"?'
-_HEADING: Final = re.compile(rf"{_CELL}(?:(?P<comma>[,;\t|]){_CELL})+")  # prose has a space behind a comma
+_HEADING: Final = re.compile(rf"(?:{_CELL})?(?:(?P<comma>[,;\t|]){_CELL})+")  # prose has a space behind a comma
 _ROWS_LOOKED_AT: Final = 20
 _SAMPLE_BYTES: Final = 4096
 _MOST: Final = 0.7

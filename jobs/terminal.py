@@ -283,15 +283,27 @@ def _telling_chars(ids: Sequence[str]) -> int:
 
 def keys_table(keys: Iterable[Mapping[str, Any]]) -> Table:
     """Return one line a key of the shim."""
-    table = Table("id", "name", "scopes", "state", "limits", box=None, pad_edge=False)
+    identity = Column("id", no_wrap=True, min_width=_KEY_ID_CHARS)  # to be copied, so never cut
+    name = Column("name", overflow="fold")
+    table = Table(identity, name, "scopes", "state", "limits", box=None, pad_edge=False)
     for key in keys:
-        limits = ", ".join(f"{name} {key[name]}" for name in _LIMITS if key[name] is not None)
-        state = "works" if key["opens"] else "revoked" if key["revoked_at"] is not None else "expired"
-        table.add_row(key["id"], Text(safe(key["name"])), ", ".join(key["scopes"]), state, limits or "none")
+        limits = ", ".join(f"{key[limit]:,d} {words}" for limit, words in _LIMITS.items() if key[limit] is not None)
+        table.add_row(key["id"], Text(safe(key["name"])), ", ".join(key["scopes"]), _key_state(key), limits or "none")
     return table
 
 
-_LIMITS = ("max_requests_queued", "max_tokens_queued", "requests_per_minute")
+def _key_state(key: Mapping[str, Any]) -> str:
+    if not key["opens"]:
+        return "revoked" if key["revoked_at"] is not None else "expired"
+    return "works" if key["expires_at"] is None else f"works until {local_time(key['expires_at'])[:10]}"
+
+
+_KEY_ID_CHARS = 20
+_LIMITS = {
+    "max_requests_queued": "requests queued",
+    "max_tokens_queued": "tokens queued",
+    "requests_per_minute": "calls a minute",
+}
 
 
 def findings_table(findings: Iterable[tuple[str, str, str, str]]) -> Table:

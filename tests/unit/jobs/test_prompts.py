@@ -94,6 +94,7 @@ with zipfile.ZipFile(WORKBOOK, "w") as workbook:
         (b'"prompt"\n"Name a river."\n', "a.csv", "a table"),
         (b'question,answer\n"What is 2+2?",4\n"Name a river, please",x\n', "a", "a table"),
         (b"id\tprompt\n1\thi\n2\tyo\n", "a", "a table"),
+        (b",question,answer\n0,What is 2+2?,4\n", "a", "a table"),
         (b"id;prompt text\n1;hi\n2;yo\n", "a", "a table"),
         (json.dumps(ROWS).encode(), "a.json", "one JSON array"),
         (json.dumps(ROWS).encode(), "a", "one JSON array"),

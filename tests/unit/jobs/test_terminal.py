@@ -13,7 +13,7 @@ from rich.console import Console
 from jobs import progress
 from jobs.messages import JobStatus, PartialEvent, Piece
 from jobs.results import JobInfo, Progress, RequestCounts
-from jobs.terminal import STYLES, Transcript, closing_table, jobs_table, make_view, safe, status_table
+from jobs.terminal import STYLES, Transcript, closing_table, jobs_table, keys_table, make_view, safe, status_table
 
 
 def some_info(total: int = 2, completed: int = 2) -> JobInfo:
@@ -215,6 +215,28 @@ def test_the_bar_says_the_time_left_whatever_the_window(width: int, monkeypatch:
     words = re.sub(r"\x1b\[[?0-9]*[a-zA-Z]|\s+", " ", console.file.getvalue())
     assert "1 min 35 s left" in words
     assert "60.0 tokens/s" in words
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_list_of_keys_shows_whole_ids_and_limits_in_words(width: int) -> None:
+    key: dict[str, Any] = {
+        "id": "key_" + "0" * 16,
+        "name": "a-name-that-is-longer-than-a-column",
+        "scopes": ["submit", "read"],
+        "opens": True,
+        "max_requests_queued": 1000,
+        "max_tokens_queued": None,
+        "requests_per_minute": 120,
+        "expires_at": 1_795_990_000,
+        "revoked_at": None,
+    }
+    lines = printed(keys_table([key]), width).splitlines()
+    assert max(map(len, lines)) <= width
+    words = " ".join(" ".join(lines).split())
+    assert key["id"] in words
+    assert "_queued" not in words
+    assert "1,000" in words
+    assert re.search(r"works until .*2026-11-", words)
 
 
 def test_in_a_notebook_one_line_changes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
