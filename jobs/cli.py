@@ -51,6 +51,7 @@ _PATIENCE_S = 8.0  # a person who forgot `basic up` should not wait longer to be
 
 _NO_JOB = "There is no job yet; submit one with: basic submit FILE.jsonl"
 _JOB_ID = re.compile(r"batch_[0-9a-f]{32}")
+_ID_PREFIX = re.compile(r"[A-Za-z0-9_-]{1,64}")  # what the service takes
 _MOST_NAMED = 5  # ids in one sentence
 
 app = typer.Typer(
@@ -479,7 +480,8 @@ def _find(client: Client, asked: str | None) -> Job:
         return client.job(newest[0].id)
     if _JOB_ID.fullmatch(asked):
         return client.job(asked)
-    found = [job.id for job in client.jobs(limit=_MOST_NAMED, id_prefix=asked)]
+    listed = client.jobs(limit=_MOST_NAMED, id_prefix=asked) if _ID_PREFIX.fullmatch(asked) else []
+    found = [job.id for job in listed]
     for job_id in found if len(found) == 1 else [job_id for job_id in found if job_id == asked]:
         return client.job(job_id)
     if found:

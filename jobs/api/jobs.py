@@ -29,6 +29,7 @@ from storage import queries
 
 router = APIRouter(prefix="/v1/jobs")
 
+ID_PREFIX = "^[A-Za-z0-9_-]{0,64}$"
 _RECONNECT = b"retry: 1000\n\n"  # milliseconds until EventSource comes back
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # the second for nginx
 
@@ -58,7 +59,7 @@ def list_jobs(
     after: Annotated[str | None, Query(max_length=128)] = None,
     interactive: Annotated[bool, Query(description="Also single requests, such as chats.")] = False,
     mine: Annotated[bool, Query(description="Only those of the caller's own key.")] = False,
-    id_prefix: Annotated[str, Query(max_length=128, description="Only those whose id begins so.")] = "",
+    id_prefix: Annotated[str, Query(pattern=ID_PREFIX, description="Only those whose id begins so.")] = "",
     order: Literal["asc", "desc"] = "desc",
     status: JobStatus | None = None,
 ) -> Response:

@@ -246,7 +246,7 @@ def test_where_others_can_come_a_key_is_needed_even_if_none_was_found(
         assert api.get("/v1/jobs").status_code == 401
 
 
-def test_whoever_sees_everybody_s_jobs_can_ask_for_their_own(api: TestClient, database: Database) -> None:
+def test_a_key_that_sees_all_jobs_can_ask_for_its_own(api: TestClient, database: Database) -> None:
     theirs, ours = a_key(database), a_key(database, Scope.ADMIN)
     local = {"authorization": "Bearer sk-basic-local-1"}
     ids = [api.post("/v1/jobs", json=A_JOB, headers=headers).json()["id"] for headers in (ours, local, theirs)]

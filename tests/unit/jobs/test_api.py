@@ -414,6 +414,7 @@ def test_a_body_without_a_length_has_the_same_limit(api: TestClient) -> None:
         ("GET", "/v1/models/gpt-9", 404),
         ("DELETE", "/v1/jobs", 405),
         ("GET", "/v1/jobs?limit=0", 400),
+        ("GET", "/v1/jobs?id_prefix=%00", 400),
         ("GET", "/v1/jobs?limit=true", 400),
         ("GET", "/v1/jobs?after=batch_unknown", 400),
     ],

@@ -158,8 +158,9 @@ def test_the_beginning_of_several_ids_or_of_none_is_refused_with_what_there_is(r
     with pytest.raises(InvalidValue, match=r"More than one .* Give more of the id") as refused:
         run("status", "batch_")
     assert all(job_id in str(refused.value) for job_id in ids)
-    with pytest.raises(NotFound, match="begins with 'batch_x'"):
-        run("cancel", "batch_x")
+    for nothing in ("batch_x", "%", "\N{SNOWMAN}", "x" * 1000, " "):
+        with pytest.raises(NotFound, match="There is no job whose id begins with"):
+            run("cancel", nothing)
 
 
 def test_without_jobs_there_is_a_sentence(run: Run) -> None:
