@@ -376,8 +376,8 @@ def database_upgrade() -> None:
     Example: basic db upgrade
     """
     with _needs("api"):
-        from storage import schema
-    schema.upgrade(JobsSettings().resolved_database_url)
+        from jobs.schema_guard import upgrade_schema
+    upgrade_schema(JobsSettings().resolved_database_url)
     typer.echo("The database is up to date")
 
 
@@ -393,7 +393,7 @@ def database_prune(
     with _needs("api"):
         from storage.prune import prune_steps
         from storage.session import Database
-    database = Database.open(JobsSettings().resolved_database_url)
+    database = Database.open(JobsSettings().resolved_database_url, answer_s=None)
     deleted = sum(prune_steps(database, _age_s(steps_older_than)))
     database.dispose()
     typer.echo(json.dumps({"deleted_steps": deleted}) if as_json else f"Deleted {deleted:,} steps")

@@ -33,6 +33,7 @@ BasicError
 ├── ServiceUnavailable          a part of the service can't be reached right now
 │   ├── QueueUnavailable        the Redis server does not answer
 │   └── DatabaseUnavailable     the database does not answer
+│       ├── DatabaseReadOnly    it may only be read
 │       └── StorageFull         its disk is full
 └── SetupError                  the installation or its settings are not usable
     └── UnknownSetting          a BASIC_… variable that nothing reads
@@ -290,6 +291,10 @@ class DatabaseUnavailable(ServiceUnavailable):
     """The database does not answer; try again in a few seconds."""
 
     code = "database_unavailable"
+
+
+class DatabaseReadOnly(DatabaseUnavailable):
+    """The database can be read but not written: jobs and outputs are served, and nothing new is taken until it can."""
 
 
 class StorageFull(DatabaseUnavailable):

@@ -39,7 +39,7 @@ from jobs.schema_guard import require_schema
 from jobs.settings import JobsSettings, read_settings
 from jobs.tracing import TRACEPARENT, as_traceparent, start_tracing, stop_tracing
 from storage.records import Refusal
-from storage.session import DATABASE_AWAY, Database, why_away
+from storage.session import DATABASE_AWAY, LONG_ANSWER_S, Database, why_away
 
 log = logging.getLogger("jobs.ingest")  # also when it runs as a program
 
@@ -101,7 +101,7 @@ def main() -> int:
     except SetupError as exc:
         print(exc, file=sys.stderr)
         return BAD_SETTINGS_STATUS
-    database = Database.open(settings.resolved_database_url)
+    database = Database.open(settings.resolved_database_url, answer_s=LONG_ANSWER_S)
     app = make_ingest_app(database, settings)
     try:
         with clerks(database, settings):

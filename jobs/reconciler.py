@@ -66,6 +66,7 @@ class Reconciler:
         self._lease_s = lease_s
         self._more = False  # the next round has something to end at once
         self._connected_at: float | None = None  # since when the database has answered every time
+        self._waits_for = ""  # why the database could do nothing in the last round
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="basic-reconciler", daemon=True)
 
@@ -184,12 +185,19 @@ class Reconciler:
         for model, job_id in one_a_model.items():
             self._ring(job_id, model)
 
+    def _note_away(self, why: str) -> None:
+        """Say why nothing can be done: once, not every few seconds of an outage."""
+        if why != self._waits_for:
+            log.warning("The reconciler waits for the database: %s", why, extra=_AWAY)
+        self._waits_for = why
+
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
                 self.round()
+                self._waits_for = ""
             except DATABASE_AWAY as error:
-                log.warning("The reconciler waits for the database: %s", why_away(error), extra=_AWAY)
+                self._note_away(why_away(error))
             except Exception:  # the thread must live: nobody else would notice that it is gone
                 log.exception("A round of the reconciler failed", extra={"action": "reconciler_failed"})
             self._stop.wait(0.0 if self._more else _ROUND_S * random.uniform(0.8, 1.2))

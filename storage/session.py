@@ -9,33 +9,39 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event, make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 DATABASE_AWAY: Final = (OperationalError, InterfaceError, PoolTimeout)
 
+_READ_ONLY_STATE: Final = "25006"
 _BUSY_S = 10.0  # how long SQLite waits for another writer
 
 # A server that hangs, or a network that swallows packets, must not hold a thread for longer than a few seconds.
 _POSTGRESQL_LIMITS: Final = {
-    "connect_timeout": "5",
+    "connect_timeout": "2",
     "keepalives_idle": "10",
     "keepalives_interval": "5",
     "keepalives_count": "3",
     "tcp_user_timeout": "15000",
 }
 _POOL: Final = {"pool_size": 5, "max_overflow": 40, "pool_timeout": 10}  # the shim has 40 threads
+_SQLITE_POOL: Final = {"pool_size": 5, "max_overflow": 75, "pool_timeout": 10}  # writers wait, and leave some
 
-# A reader sees one state of the database, whatever it asks, and holds nobody up.
-_READING: Final = {"isolation_level": "REPEATABLE READ", "postgresql_readonly": True}
+ANSWER_S: Final = 4.5  # how long callers of the shim wait for an answer to one statement
+LONG_ANSWER_S: Final = 30.0  # the same for those whom no person waits for
+
+# A reader sees one state of the database, whatever it asks. Without `postgresql_readonly`: the transaction of the next
+# writer would then say READ WRITE, against what the database says of itself.
+_READING: Final = {"isolation_level": "REPEATABLE READ"}
 
 # How a transaction of this connection begins on SQLite. A writer takes the lock at once: one that has read first and
 # then finds the lock taken is refused without waiting.
@@ -54,9 +60,12 @@ class Database:
     engine: Engine
 
     @classmethod
-    def open(cls, url: str) -> Self:
-        """Open the database at an SQLAlchemy URL. Connects when first used."""
-        return cls(make_engine(url))
+    def open(cls, url: str, *, answer_s: float | None = ANSWER_S) -> Self:
+        """Open the database at an SQLAlchemy URL. Connects when first used.
+
+        A server that does not answer a statement within `answer_s` is away; None: it may take as long as it likes.
+        """
+        return cls(make_engine(url, answer_s))
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -85,12 +94,15 @@ class Database:
         self.engine.dispose()
 
 
-def make_engine(url: str) -> Engine:
-    """Return an engine for SQLite (the file's directory is made if need be) or PostgreSQL."""
+def make_engine(url: str, answer_s: float | None = None) -> Engine:
+    """Return an engine for SQLite (the file's directory is made if need be) or PostgreSQL.
+
+    A PostgreSQL server that does not answer a statement within `answer_s` is away; None: it may take any time.
+    """
     parsed = make_url(url)
-    if parsed.get_backend_name() == "sqlite":
-        return _sqlite_engine(parsed)
-    return _postgresql_engine(parsed)
+    engine = _sqlite_engine(parsed) if parsed.get_backend_name() == "sqlite" else _postgresql_engine(parsed, answer_s)
+    event.listen(engine, "handle_error", _refused_to_write)
+    return engine
 
 
 def why_away(error: BaseException) -> str:
@@ -110,6 +122,21 @@ def is_too_large(error: BaseException) -> bool:
     return str(getattr(cause, "sqlstate", None) or "").startswith("54")
 
 
+def is_read_only(error: BaseException) -> bool:
+    """Return whether a database refused to write because it may only be read."""
+    cause = error.orig if isinstance(error, DBAPIError) else None
+    named = getattr(cause, "sqlite_errorname", None) or ""
+    return named.startswith("SQLITE_READONLY") or getattr(cause, "sqlstate", "") == _READ_ONLY_STATE
+
+
+def _refused_to_write(context: ExceptionContext) -> OperationalError | None:
+    """Return the error of a PostgreSQL database that may only be read as one of DATABASE_AWAY, as SQLite's is."""
+    cause = context.original_exception
+    if getattr(cause, "sqlstate", "") != _READ_ONLY_STATE:
+        return None
+    return OperationalError(context.statement, context.parameters, cause)
+
+
 @contextmanager
 def write_connection(engine: Engine) -> Iterator[Connection]:
     """Yield a connection in one write transaction, for those who need no session."""
@@ -117,20 +144,26 @@ def write_connection(engine: Engine) -> Iterator[Connection]:
         yield connection
 
 
-def _postgresql_engine(url: URL) -> Engine:
+def _postgresql_engine(url: URL, answer_s: float | None) -> Engine:
     if url.drivername in ("postgresql", "postgres"):
         url = url.set(drivername="postgresql+psycopg")
     limits = {name: value for name, value in _POSTGRESQL_LIMITS.items() if name not in url.query}
-    return create_engine(url, pool_pre_ping=True, connect_args=limits, **_POOL)
+    engine = create_engine(url, pool_pre_ping=True, connect_args=limits, **_POOL)
+    if answer_s is not None:
+        from storage.postgres import limit_answers  # an installation without PostgreSQL has no driver
+
+        limit_answers(engine, answer_s)
+    return engine
 
 
 def _sqlite_engine(url: URL) -> Engine:
     file = _file_of(url)
     if file is not None:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    engine = create_engine(url, connect_args={"timeout": _BUSY_S})
+    pool = _SQLITE_POOL if file is not None else {}
+    engine = create_engine(url, connect_args={"timeout": _BUSY_S}, **pool)
     if file is not None:
-        event.listen(engine, "do_connect", lambda *_: _make_private(file))
+        event.listen(engine, "do_connect", lambda *given: _open_file(file, given[-1]))
     event.listen(engine, "connect", _prepare_connection)
     event.listen(engine, "begin", _begin)
     return engine
@@ -146,6 +179,30 @@ def _make_private(file: Path) -> None:
     """Make the file before SQLite does, which would let all users read it. Its journals get the file's mode."""
     with suppress(OSError):  # it is there, or SQLite says what is wrong
         os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+
+
+def _sqlite_connect(uri: str, options: Mapping[str, Any]) -> sqlite3.Connection:
+    connection: sqlite3.Connection = sqlite3.connect(uri, uri=True, **options)
+    return connection
+
+
+def _open_file(file: Path, options: Mapping[str, Any]) -> sqlite3.Connection | None:
+    """Return a connection to a file that may only be read; None: SQLite opens it as it does any other."""
+    _make_private(file)
+    if (os.access(file, os.W_OK) and os.access(file.parent, os.W_OK)) or not file.is_file():
+        return None
+    place = f"{file.absolute().as_uri()}?mode=ro"
+    connection = _sqlite_connect(place, options)
+    try:
+        connection.execute("PRAGMA schema_version").fetchone()
+    except sqlite3.OperationalError:
+        connection.close()
+        journal = file.with_name(f"{file.name}-wal")
+        if journal.exists() and journal.stat().st_size:  # the newest rows are in there, and can't be read
+            raise
+        # The journal's index can't be made in this directory, so SQLite has to be told that it needs none.
+        return _sqlite_connect(f"{place}&immutable=1", options)
+    return connection
 
 
 def _prepare_connection(connection: Any, _record: object) -> None:
@@ -166,6 +223,8 @@ def _write_ahead(cursor: Any) -> None:
             cursor.execute("PRAGMA journal_mode = WAL")
             return
         except sqlite3.OperationalError as error:
+            if error.sqlite_errorname.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN")):
+                return  # it may only be read, and says so to the first who writes
             if "locked" not in str(error) or time.monotonic() > deadline:
                 raise
             time.sleep(0.01)

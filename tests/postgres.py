@@ -14,6 +14,8 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
@@ -21,6 +23,7 @@ from psycopg import sql
 
 from jobs.processes import dying_with
 from tests.ports import free_port
+from tests.processes import children_of
 
 _READY_S = 30.0
 _FOR_TESTS = {"max_connections": "60", "shared_buffers": "32MB", "listen_addresses": "127.0.0.1"}
@@ -68,6 +71,19 @@ class Postgres:
             self._server.send_signal(how)
             self._server.wait(60)
             self._server = None
+
+    @contextmanager
+    def hanging(self) -> Iterator[None]:
+        """Let the server hang with all its connections open, and wake it up at the end."""
+        assert self._server is not None
+        stopped = [self._server.pid, *children_of(self._server.pid)]
+        for pid in stopped:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in stopped:
+                os.kill(pid, signal.SIGCONT)
 
     def remove(self) -> None:
         """Stop the server and delete its data."""

@@ -239,7 +239,7 @@ def main() -> None:
             server = Postgres(shared_buffers="1GB", max_wal_size="4GB")
             cleanup.callback(server.remove)
             server.start()
-            database = cleanup.enter_context(on_postgresql(server.create("rows")))
+            database = cleanup.enter_context(on_postgresql(server.create("rows"), answer_s=None))
         said |= measure(database, asked.rows)
     said["load_after"] = os.getloadavg()[0]
     print(json.dumps(said, indent=1))

@@ -25,7 +25,7 @@ from jobs.producer import Ring
 from jobs.reconciler import Reconciler
 from storage import writes
 from storage.records import WorkerCard
-from storage.session import DATABASE_AWAY, Database, why_away
+from storage.session import DATABASE_AWAY, LONG_ANSWER_S, Database, why_away
 from worker.assembly import Assembly
 from worker.energy import gpu_meter
 from worker.runner import Runner
@@ -54,7 +54,7 @@ class Resident:
         self.worker_id = worker_id or new_worker_id()
         self._settings = settings
         self._assembly = assembly
-        self._database = Database.open(settings.resolved_database_url)
+        self._database = Database.open(settings.resolved_database_url, answer_s=LONG_ANSWER_S)
         self._publisher = Publisher(settings.redis_url)
         self._reconciler = Reconciler(self._database, self._publisher.publish, ring, lease_s=settings.lease_s)
         self._watchdog = Watchdog(settings.stall_s, settings.deaf_s)

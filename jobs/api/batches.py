@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
 from jobs.api import views
@@ -18,6 +17,7 @@ from jobs.api.replies import BatchPage, BatchReply
 from jobs.api.services import ServicesNow, cancel_job, find_job
 from jobs.api.submissions import IDEMPOTENCY_KEY, json_object, read_endpoint, read_window_s, require_json
 from jobs.api.uploads import read_kept_s
+from jobs.api.writing import writing
 from jobs.batches import BatchOrder, accept_batch
 from jobs.errors import InvalidValue, MissingParameter, NotFound
 from jobs.items import refuse_unknown
@@ -45,7 +45,7 @@ async def create(request: Request, services: ServicesNow, caller: CallerNow) -> 
         return JSONResponse(views.batch(find_job(services, batch_id, caller)))
 
     async with services.bodies.received(request, _ORDER_BYTES) as body:
-        return await run_in_threadpool(accept, body)
+        return await writing(accept, body)
 
 
 @router.get("", response_model=None, responses=replies(BatchPage, page_of(BATCH), 400))
@@ -86,9 +86,9 @@ async def retrieve(batch: ExistingBatch) -> Response:
 
 
 @router.post("/{batch_id}/cancel", response_model=None, responses=replies(BatchReply, BATCH, 404, 409))
-def cancel(batch: ExistingBatch, services: ServicesNow, caller: CallerNow) -> Response:
+async def cancel(batch: ExistingBatch, services: ServicesNow, caller: CallerNow) -> Response:
     """Cancel a batch; what is done of it is delivered. May be repeated; a batch that ended otherwise is a conflict."""
-    return JSONResponse(views.batch(cancel_job(services, batch, caller, "batch")))
+    return JSONResponse(views.batch(await writing(cancel_job, services, batch, caller, "batch")))
 
 
 def _is_batch(job: JobView | None) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import islice
@@ -30,6 +31,7 @@ from jobs.api.replies import CHAT, TEXT
 from jobs.api.services import Services, ServicesNow, find_job
 from jobs.api.streams import StreamPlace
 from jobs.api.submissions import json_object, require_json
+from jobs.api.writing import writing
 from jobs.errors import AnswerTooLate, BasicError, InvalidValue, RequestFailed
 from jobs.intake import Submission, accept_call, new_call_id
 from jobs.items import Item
@@ -42,6 +44,8 @@ from storage import queries, writes
 from storage.queries import OutputView
 
 log = logging.getLogger(__name__)
+
+_cancels = ThreadPoolExecutor(4, "cancels")  # they wait for other writers, and no reader for them
 
 router = APIRouter()
 
@@ -72,7 +76,7 @@ class _Call:
 async def _answer(request: Request, services: Services, caller: Caller, endpoint: Endpoint) -> Response:
     require_json(request.headers)
     async with services.bodies.received(request, services.settings.max_json_bytes) as body:
-        call = await run_in_threadpool(_accept, services, body, request.headers, caller, endpoint)
+        call = await writing(_accept, services, body, request.headers, caller, endpoint)
     events = _events(services, call.heading.id)
     if not call.stream:
         await _unless_gone(request, _end_of(events))
@@ -138,7 +142,7 @@ async def _events(services: Services, job_id: str) -> AsyncGenerator[PartialEven
     finally:
         if not ended:
             # In a thread that nobody waits for: the task that runs us may be cancelled itself.
-            loop.run_in_executor(None, _cancel, services, job_id)
+            loop.run_in_executor(_cancels, _cancel, services, job_id)
 
 
 async def _end_of(events: AsyncGenerator[PartialEvent]) -> None:

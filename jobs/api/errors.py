@@ -14,6 +14,7 @@ from jobs.api.envelope import error_body
 from jobs.api.limits import REQUEST_ID_HEADER, request_id
 from jobs.errors import (
     BasicError,
+    DatabaseReadOnly,
     DatabaseUnavailable,
     InvalidValue,
     LimitReached,
@@ -21,7 +22,7 @@ from jobs.errors import (
     ServiceUnavailable,
     StorageFull,
 )
-from storage.session import DATABASE_AWAY, is_full, why_away
+from storage.session import DATABASE_AWAY, is_full, is_read_only, why_away
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,9 @@ def reply(error: BasicError) -> JSONResponse:
 def database_away(error: Exception) -> JSONResponse:
     """Return the response of a request that needs the database while that does not answer, or has no room."""
     log.warning("The database does not answer: %s", why_away(error), extra={"action": "database_unavailable"})
-    return reply(StorageFull() if is_full(error) else DatabaseUnavailable())
+    if is_full(error):
+        return reply(StorageFull())
+    return reply(DatabaseReadOnly() if is_read_only(error) else DatabaseUnavailable())
 
 
 def _headers(error: BasicError) -> dict[str, str]:

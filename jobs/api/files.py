@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from jobs.api import views
@@ -19,6 +18,7 @@ from jobs.api.examples import BYTES, DELETED, FILE, UPLOAD_BODY, page_of, replie
 from jobs.api.replies import FileDeleted, FilePage, FileReply
 from jobs.api.services import Services, ServicesNow
 from jobs.api.uploads import UploadForm
+from jobs.api.writing import writing
 from jobs.errors import InvalidValue, NotFound
 from storage import files
 from storage.files import CHUNK_BYTES, FileView
@@ -37,11 +37,11 @@ async def upload(request: Request, services: ServicesNow, caller: CallerNow) -> 
         async for data in request.stream():
             form.feed(data)
             while len(form.waiting) >= CHUNK_BYTES:
-                await run_in_threadpool(writer.write, form, CHUNK_BYTES)
+                await writing(writer.write, form, CHUNK_BYTES)
         form.end()
-        return await run_in_threadpool(writer.finish, form)
+        return await writing(writer.finish, form)
     except BaseException:
-        await run_in_threadpool(writer.drop)
+        await writing(writer.drop)
         raise
 
 
@@ -80,11 +80,9 @@ def retrieve(file: ExistingFile) -> Response:
 
 
 @router.delete("/{file_id}", response_model=None, responses=replies(FileDeleted, DELETED, 404))
-def delete(file_id: str, services: ServicesNow, caller: CallerNow) -> Response:
+async def delete(file_id: str, services: ServicesNow, caller: CallerNow) -> Response:
     """Delete a file. A batch that is made of it goes on."""
-    with services.database.write() as session:
-        deleted = files.delete_file(session, file_id, caller.sees)
-    if not deleted:
+    if not await writing(_delete, services, file_id, caller):
         raise _no_file(file_id)
     return JSONResponse({"id": file_id, "object": "file", "deleted": True})
 
@@ -94,6 +92,11 @@ def content(file: ExistingFile, services: ServicesNow) -> StreamingResponse:
     """Fetch the bytes of a file, as they were uploaded."""
     headers = {"content-length": str(file.bytes), "x-content-type-options": "nosniff"}
     return StreamingResponse(_chunks(services, file.id), media_type="application/octet-stream", headers=headers)
+
+
+def _delete(services: Services, file_id: str, caller: Caller) -> bool:
+    with services.database.write() as session:
+        return files.delete_file(session, file_id, caller.sees)
 
 
 class _Writer:

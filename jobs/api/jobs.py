@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Header, Query, Request, Response
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from jobs.api import views
@@ -20,6 +19,7 @@ from jobs.api.replies import EVENTS, JOB, JOBS, LINES, STATISTICS
 from jobs.api.services import ExistingJob, ServicesNow, cancel_job, find_job
 from jobs.api.streams import StreamPlace
 from jobs.api.submissions import most_bytes, read_submission
+from jobs.api.writing import writing
 from jobs.errors import InvalidValue
 from jobs.intake import accept_job, retry_job
 from jobs.messages import JobStatus
@@ -48,7 +48,7 @@ async def submit(request: Request, services: ServicesNow, caller: CallerNow) -> 
         return JSONResponse(views.job(find_job(services, job_id, caller)))
 
     async with services.bodies.received(request, most) as body:
-        return await run_in_threadpool(accept, body)
+        return await writing(accept, body)
 
 
 @router.get("", response_model=None, responses=JOBS)
@@ -88,28 +88,32 @@ async def retrieve(job: ExistingJob) -> Response:
 
 
 @router.post("/{job_id}/cancel", response_model=None, responses=JOB)
-def cancel(job: ExistingJob, services: ServicesNow, caller: CallerNow) -> Response:
+async def cancel(job: ExistingJob, services: ServicesNow, caller: CallerNow) -> Response:
     """Cancel a job. May be repeated; a job that ended another way is a conflict."""
-    return JSONResponse(views.job(cancel_job(services, job, caller)))
+    return JSONResponse(views.job(await writing(cancel_job, services, job, caller)))
 
 
 @router.post("/{job_id}/retry", response_model=None, responses=JOB)
-def retry(
+async def retry(
     job: ExistingJob,
     services: ServicesNow,
     caller: CallerNow,
     idempotency_key: Annotated[str | None, Header()] = None,
 ) -> Response:
     """Run the requests of an ended job again that have no result: as a new job, whose `retry_of` is this one."""
-    job_id = retry_job(
-        job,
-        api_key_id=caller.key_id,
-        idempotency_key=idempotency_key,
-        database=services.database,
-        ring=services.ring,
-        settings=services.settings,
-    )
-    return JSONResponse(views.job(find_job(services, job_id, caller)))
+
+    def accept() -> Response:
+        job_id = retry_job(
+            job,
+            api_key_id=caller.key_id,
+            idempotency_key=idempotency_key,
+            database=services.database,
+            ring=services.ring,
+            settings=services.settings,
+        )
+        return JSONResponse(views.job(find_job(services, job_id, caller)))
+
+    return await writing(accept)
 
 
 @router.get("/{job_id}/outputs", response_class=StreamingResponse, dependencies=[StreamPlace], responses=LINES)

@@ -25,12 +25,13 @@ from jobs.errors import SetupError
 from jobs.local_key import read_local_key
 from jobs.logs import log_to_stderr
 from jobs.partials import Publisher
-from jobs.reconciler import Reconciler
+from jobs.reconciler import OFFICE, Reconciler
 from jobs.schema_guard import require_schema
 from jobs.settings import JobsSettings
 from jobs.tracing import start_tracing, stop_tracing
 from storage import keys
-from storage.session import Database
+from storage.elections import resign
+from storage.session import LONG_ANSWER_S, Database, is_read_only
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
     database = Database.open(settings.resolved_database_url)
     door = _door(settings, database)
     require_schema(settings.resolved_database_url)
+    _say_if_read_only(database)
     listener = _listen(settings.api_host, settings.api_port)
     api = make_api(settings, database, door=door, names=Names.of(settings))
     dashboard.install(api, api.state.services, door)
@@ -70,7 +72,7 @@ def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
     if ready_file is not None:
         _write_url(ready_file, listener)
     try:
-        with _reconciling(settings, database):
+        with _reconciling(settings):
             _Server(config).run(sockets=[listener])
     finally:
         database.dispose()
@@ -78,8 +80,9 @@ def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
 
 
 @contextmanager
-def _reconciling(settings: JobsSettings, database: Database) -> Iterator[None]:
+def _reconciling(settings: JobsSettings) -> Iterator[None]:
     """Stand for reconciler beside the workers: jobs expire also while there is none."""
+    database = Database.open(settings.resolved_database_url, answer_s=LONG_ANSWER_S)
     publisher = Publisher(settings.redis_url)
     reconciler = Reconciler(
         database,
@@ -93,6 +96,7 @@ def _reconciling(settings: JobsSettings, database: Database) -> Iterator[None]:
     finally:
         reconciler.stop()
         publisher.close()
+        database.dispose()
 
 
 def _door(settings: JobsSettings, database: Database) -> Door:
@@ -121,6 +125,18 @@ def _has_keys(database: Database) -> bool:
     except SQLAlchemyError as exc:
         log.warning("The database does not say whether there are keys: %s", exc, extra={"action": "database_away"})
         return True
+
+
+def _say_if_read_only(database: Database) -> None:
+    try:
+        with database.write() as session:
+            resign(session, OFFICE, "")  # changes nothing, and needs the right to
+    except SQLAlchemyError as exc:
+        if is_read_only(exc):
+            log.warning(
+                "The database can't be written: jobs and outputs are served, submissions are answered with 503",
+                extra={"action": "database_read_only"},
+            )
 
 
 def _is_loopback(host: str) -> bool:

@@ -6,13 +6,13 @@ is being written is asked for again and again.
 
 from __future__ import annotations
 
-import asyncio
 from typing import Final
 
 from nicegui import ui
 
 from jobs.api.caller import Caller
 from jobs.api.services import cancel_job
+from jobs.api.writing import writing
 from jobs.dashboard import charts, texts, words
 from jobs.dashboard.desk import Desk
 from jobs.dashboard.jobs_page import show_job_status, show_status
@@ -123,7 +123,7 @@ class JobPage:
     async def _cancel(self) -> None:
         try:
             caller = await self._desk.admit(Scope.SUBMIT)
-            await asyncio.to_thread(cancel_job, self._desk.services, self._job, caller)
+            await writing(cancel_job, self._desk.services, self._job, caller)
         except BasicError as refused:
             ui.notify(str(refused), type="warning")
         await self.refresh()

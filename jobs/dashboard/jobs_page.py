@@ -11,6 +11,7 @@ from typing import Final
 from nicegui import ui
 
 from jobs.api.caller import Caller
+from jobs.api.writing import writing
 from jobs.dashboard import texts, words
 from jobs.dashboard.desk import Desk
 from jobs.dashboard.look import BASE, frame, heading, link
@@ -160,6 +161,6 @@ async def _accept(desk: Desk, lines: list[str], model: str, parameters: dict[str
         api_key_id=caller.key_id,
     )
     services = desk.services
-    return await asyncio.to_thread(
+    return await writing(
         accept_job, submission, database=services.database, ring=services.ring, settings=services.settings
     )

@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import create_engine, text
 from sqlalchemy.pool import QueuePool
 
 from jobs.api.app import make_api
+from jobs.keys import Scope
 from jobs.messages import CHAT_ENDPOINT
 from jobs.settings import JobsSettings
+from storage import queries
 from storage.models import Base
-from storage.session import Database, write_connection
+from storage.session import DATABASE_AWAY, Database, why_away, write_connection
+from storage.writes import record_job
 from tests.conftest import free_port, start_redis, stop
 from tests.databases import on_postgresql, on_sqlite
-from tests.factories import a_key
-from tests.postgres import Postgres
+from tests.factories import a_job, a_key, a_request
+from tests.postgres import QUICK, Postgres
 from tests.unit.jobs.test_api import answer_all
+from tests.unit.storage.acts import record
 
 A_JOB = {"requests": ["Hello"], "max_tokens": 10}
 A_CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
 QUICK_S = 1.5  # on a busy machine; whoever waits for a server that hangs takes 2 s or more
+HANGS_S = 60.0  # for three calls, each of which gives up within 5 s on a machine that is not busy
 LOOK_S = 1.0  # between looks at SQL of those who can't listen
 
 
@@ -81,6 +88,112 @@ def test_a_database_that_somebody_else_writes_to_for_too_long_is_a_503(
             refused(api.post("/v1/jobs", json=A_JOB), 503, "database_unavailable")
             assert api.get("/v1/jobs").json()["data"] == [], "who only reads is not held up, and nothing was recorded"
         assert api.post("/v1/jobs", json=A_JOB).status_code == 200
+
+
+async def wait_for_writers(database: Database, directory: Path) -> tuple[list[int], int, list[int]]:
+    """Let many submit while another process writes; return what readers get meanwhile, how many submissions had ended
+    by then, and what those get in the end."""
+    settings = JobsSettings(data_dir=directory, target="tiny", redis_url=f"redis://127.0.0.1:{free_port()}/0")
+    transport = httpx.ASGITransport(make_api(settings, database))
+    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000", timeout=None) as client:
+        known = (await client.post("/v1/jobs", json=A_JOB)).json()["id"]
+        with write_connection(database.engine):
+            posts = [asyncio.create_task(client.post("/v1/jobs", json=A_JOB)) for _ in range(40)]
+            posts += [asyncio.create_task(client.post(f"/v1/jobs/{known}/cancel")) for _ in range(40)]
+            posts += [asyncio.create_task(client.delete("/v1/files/none")) for _ in range(40)]
+            await asyncio.sleep(0.2)
+            paths = [f"/v1/jobs/{known}", "/v1/jobs", "/v1/models", "/v1/files", "/readyz", f"/v1/jobs/{known}/outputs"]
+            read = [(await client.get(path)).status_code for path in paths]
+            ended = sum(post.done() for post in posts)
+        return read, ended, [reply.status_code for reply in await asyncio.gather(*posts)]
+
+
+def test_readers_do_not_wait_behind_writers_that_wait_for_the_database(tmp_path: Path) -> None:
+    with on_sqlite(tmp_path) as database:
+        read, ended, written = asyncio.run(wait_for_writers(database, tmp_path))
+
+    assert read == [200] * 6
+    assert ended == 0, "the readers were answered while all writers waited"
+    assert written == [200] * 80 + [404] * 40
+
+
+def test_a_database_that_hangs_is_a_503_and_serves_again_when_it_wakes(tmp_path: Path) -> None:
+    server = Postgres(**QUICK)
+    server.start()
+    try:
+        with on_postgresql(server.create("pressure")) as database, shim(database, tmp_path) as api:
+            api.headers.update(a_key(database, Scope.ADMIN))
+            assert {reply.status_code for reply in ask(api)} == {200}
+            with server.hanging():
+                began_at = time.monotonic()
+                for reply in ask(api):
+                    assert "database does not answer" in refused(reply, 503, "database_unavailable")
+                assert time.monotonic() - began_at < HANGS_S
+            assert {reply.status_code for reply in ask(api)} == {200}
+    finally:
+        server.remove()
+
+
+def write_while_it_hangs(database: Database, server: Postgres) -> None:
+    with ExitStack() as hang, database.write() as session:
+        record_job(session, a_job(), [a_request()])
+        hang.enter_context(server.hanging())
+        session.execute(text("SELECT 1"))
+
+
+def test_a_transaction_in_hand_when_the_database_hangs_is_given_up() -> None:
+    server = Postgres(**QUICK)
+    server.start()
+    try:
+        with on_postgresql(server.create("pressure")) as database:
+            with pytest.raises(DATABASE_AWAY) as given_up:
+                write_while_it_hangs(database, server)
+            assert "did not answer within" in why_away(given_up.value)
+            with database.read() as session:
+                assert queries.jobs(session, 5).jobs == ()
+    finally:
+        server.remove()
+
+
+def with_a_job(database: Database) -> str:
+    answer_all(database)  # nothing yet: a worker is there
+    return record(database).job_id
+
+
+def read_only_sqlite(directory: Path) -> Iterator[tuple[Database, str]]:
+    with on_sqlite(directory) as database:
+        known = with_a_job(database)
+    database = Database.open(f"sqlite:///file:{directory / 'basic.sqlite3'}?mode=ro&uri=true")
+    yield database, known
+    database.dispose()
+
+
+def read_only_postgresql(url: str) -> Iterator[tuple[Database, str]]:
+    with on_postgresql(url) as database:
+        known = with_a_job(database)
+    database = Database.open(f"{url}?options=-cdefault_transaction_read_only%3Don")
+    yield database, known
+    database.dispose()
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_a_database_that_may_only_be_read_is_served_and_submissions_say_so(
+    tmp_path: Path, kind: str, request: pytest.FixtureRequest
+) -> None:
+    url = request.getfixturevalue("postgresql_url") if kind == "postgresql" else ""
+    opened = read_only_postgresql(url) if url else read_only_sqlite(tmp_path)
+    for database, known in opened:
+        with shim(database, tmp_path) as api:
+            for path in (f"/v1/jobs/{known}", "/v1/jobs", f"/v1/jobs/{known}/outputs", "/v1/files", "/v1/models"):
+                assert api.get(path).status_code == 200, path
+            for reply in (
+                api.post("/v1/jobs", json=A_JOB),
+                api.post(f"/v1/jobs/{known}/cancel"),
+                api.post(CHAT_ENDPOINT, json=A_CHAT),
+                api.post("/v1/files", files={"file": ("lines.jsonl", b"{}")}, data={"purpose": "batch"}),
+                api.delete("/v1/files/none"),
+            ):
+                assert "can be read but not written" in refused(reply, 503, "database_unavailable")
 
 
 @pytest.mark.parametrize("with_key", [False, True])

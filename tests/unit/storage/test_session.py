@@ -11,7 +11,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 
 from storage import queries
 from storage.models import Base
-from storage.session import Database
+from storage.session import Database, is_read_only
 from storage.settings import sqlite_file, sqlite_url
 from storage.sql import database_now
 from tests.unit.storage.acts import record
@@ -115,3 +115,17 @@ def test_the_clock_of_the_database_runs_in_unix_seconds(database: Database) -> N
         first, second = database_now(session), database_now(session)
 
     assert 1_600_000_000 < first <= second < first + 60
+
+
+def test_a_file_that_may_only_be_read_is_read_and_a_writer_is_told(
+    sqlite: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(sqlite)
+    sqlite.dispose()
+    monkeypatch.setattr("storage.session.os.access", lambda *_: False)
+
+    with sqlite.read() as session:
+        assert len(queries.jobs(session, 5).jobs) == 1
+    with pytest.raises(OperationalError) as refused:
+        record(sqlite, "job-2")
+    assert is_read_only(refused.value)
