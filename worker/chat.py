@@ -45,6 +45,8 @@ class Chat:
         self._tokenizer = tokenizer
         self._special = special
         self._lock = threading.Lock()
+        # One that may be switched to take special tokens for text while others encode with theirs. It takes a while.
+        self._own = copy.deepcopy(tokenizer) if self.has_template and special == "text" else tokenizer
         self._forms: dict[str, _Form] = {}
         self.findings: list[str] = []  # what the template can't do, for people
         if self.has_template:
@@ -97,11 +99,6 @@ class Chat:
     @cached_property
     def _specials(self) -> list[str]:
         return [added.content for added in self._tokenizer.added_tokens_decoder.values() if added.special]
-
-    @cached_property
-    def _own(self) -> PreTrainedTokenizerFast:
-        """A tokenizer that may be switched to take special tokens for text while others encode with theirs."""
-        return copy.deepcopy(self._tokenizer)
 
     def _given(self, turn: Turn, form: _Form | None = None) -> dict[str, Any]:
         """Return a turn in the form that the template takes."""
