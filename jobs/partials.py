@@ -81,7 +81,10 @@ class Publisher:
 
     def _run(self) -> None:
         while (events := self._batches.get()) is not None:
-            self._send(events)
+            try:
+                self._send(events)
+            except Exception:  # the texts of others are published by this thread, too
+                log.exception("Partial events can't be told", extra={"action": "partials_failed"})
         self._client.close()
 
     def _send(self, events: Sequence[PartialEvent]) -> None:

@@ -114,7 +114,7 @@ class Resident:
     def _serve_or_end(self) -> None:
         try:
             self._serve()
-        except BaseException:  # also what Rust raises: a process whose engine is gone must not look alive: whoever supervises it starts it again
+        except BaseException:  # also what Rust raises: without its engine a process must not look alive
             log.exception("The engine failed", extra={"action": "engine_failed"})
             _end(RESTART_STATUS, "the engine failed")
 
