@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 import transformers
+from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from jobs.errors import SetupError
@@ -28,10 +29,12 @@ from worker.engine.experience import Experience
 from worker.engine.language_model import (
     LanguageModel,
     PackedModel,
+    changes_later,
     gather,
     kv_bytes,
     load,
     native_dtype,
+    positions_of,
     quicken,
     takes_blocks,
 )
@@ -110,7 +113,7 @@ def assemble(settings: WorkerSettings, say: Say = lambda _: None) -> Assembly:
         gather(model)
     tokenizer = load_tokenizer(path)
     config = model.config.get_text_config()
-    options = engine_options(settings, min(settings.max_context, config.max_position_embeddings))
+    options = engine_options(settings, _context(settings, config, say))
     draft = draft_for(settings, model, tokenizer, ranks)
     if draft.name:
         say(f"Drafting with {draft.name}")
@@ -138,7 +141,7 @@ def assemble(settings: WorkerSettings, say: Say = lambda _: None) -> Assembly:
     key = _cost_key(settings, options, target, device, draft.taps)
     make_drafter = draft.make(target.hidden, options.max_sequences, options.draft_slot_tokens, options.draft_kv_tokens)
     folder = settings.cache_dir / "costs"
-    costs = calibrate(target, options.slot_tokens, key, folder)
+    costs = calibrate(target, min(options.slot_tokens, positions_of(config) or options.slot_tokens), key, folder)
     room = (options.max_sequences, options.draft_slot_tokens)
     draft_times = _of_parts(
         make_drafter(), lambda drafter: calibrate_drafts(drafter, *room, (*key, drafter.name), folder)
@@ -158,6 +161,18 @@ def assemble(settings: WorkerSettings, say: Say = lambda _: None) -> Assembly:
         draft_times=draft_times,
         experience=Experience.of(*draft_times),
     )
+
+
+def _context(settings: WorkerSettings, config: PretrainedConfig, say: Say) -> int:
+    """Return the longest text that is taken, and say so if it is shorter than the settings and the model allow."""
+    most = positions_of(config) or settings.max_context
+    kind = changes_later(config)
+    if kind and most < settings.max_context:
+        say(
+            f"Texts may have {most} tokens: beyond, the {kind} rotary embeddings of {settings.target} change with the "
+            "other texts of a batch"
+        )
+    return min(settings.max_context, most)
 
 
 def _of_parts(drafter: Drafter, times_of: Callable[[Drafter], DraftTimes]) -> tuple[DraftTimes, DraftTimes | None]:

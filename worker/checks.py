@@ -27,6 +27,11 @@ def checks(_: JobsSettings) -> Iterator[Finding]:
 
 def _model(settings: WorkerSettings) -> Finding:
     target = settings.target
+    if target.lower().endswith(".gguf"):
+        file = Path(target).expanduser()
+        if file.is_file():
+            return Finding("model files", "ok", f"{target} is converted at the first start")
+        return Finding("model files", "problem", f"there is no file {file}", "set BASIC_TARGET to a GGUF file")
     if target.startswith(("/", ".", "~")):
         directory = Path(target).expanduser()
         if not (directory / "config.json").exists():

@@ -10,6 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
@@ -17,18 +18,28 @@ from jobs.messages import model_name
 from worker.drafters.head import HeadDrafter, PackedHead
 from worker.drafters.head_file import identity, is_head, read_head
 from worker.drafters.mixed import MixedDrafter
-from worker.drafters.model import ModelDrafter
+from worker.drafters.model import ModelDrafter, Words
 from worker.drafters.suffix import SuffixDrafter
+from worker.engine.checkpoint import draft_kind, refuse_unreadable
 from worker.engine.drafting import Drafter
 from worker.engine.errors import ModelRefused, TokenizersDiffer
 from worker.engine.hidden_states import HiddenStates
-from worker.engine.language_model import PackedModel, embeddings, kv_bytes, load, output_weights, quicken
+from worker.engine.language_model import (
+    PackedModel,
+    embeddings,
+    kv_bytes,
+    load,
+    output_weights,
+    positions_of,
+    quicken,
+)
 from worker.engine.spread import home_of
 from worker.pull import resolve
 from worker.ranks import DRAFT, Ranks, draft_split
 from worker.settings import SUFFIX, WorkerSettings
-from worker.text import first_difference, load_tokenizer
+from worker.text import first_difference, load_tokenizer, spelled_alike
 
+_ALIKE = 0.5  # of the target's token ids, at least, that a draft must spell alike
 _SHIPPED = Path(__file__).with_name("shipped_drafts")  # a folder for each packaged target that has one
 
 MakeDrafter = Callable[[], Drafter]
@@ -58,6 +69,7 @@ def draft_for(
         return Draft(None, (), 0, lambda *_: SuffixDrafter)
     if is_head(path):
         return _with_head(path, settings, model, tokenizer)
+    refuse_foreign(path)
     return _with_model(path, settings, model, tokenizer, ranks)
 
 
@@ -83,14 +95,31 @@ def shipped(target: str) -> Path | None:
     return folder if "/" not in target and folder.is_dir() else None
 
 
-def refuse_different(target: Tokenizer, draft: Tokenizer, target_name: str, draft_name: str) -> None:
-    """Raise TokenizersDiffer, naming the first id, unless both tokenizers spell every id alike."""
-    first = first_difference(target.get_vocab(), draft.get_vocab())
-    if first is not None:
-        ours, theirs = target.convert_ids_to_tokens(first), draft.convert_ids_to_tokens(first)
+def words_of(target: Tokenizer, draft: Tokenizer, target_name: str, draft_name: str, known: int) -> Words:
+    """Return the tokens of a target and of a draft that knows the ids below `known`.
+
+    Raises TokenizersDiffer, naming the first id, unless both spell most of the target's ids alike: what is drafted
+    changes no text, but hardly anything would be accepted.
+    """
+    ours, theirs = target.get_vocab(), draft.get_vocab()
+    shared = [i for i in spelled_alike(ours, theirs) if i < known]
+    if len(shared) < _ALIKE * len(ours):
+        first = first_difference(ours, theirs) or 0
         raise TokenizersDiffer(
-            f"{draft_name} can't draft for {target_name}: token id {first} is {ours!r} in the target's tokenizer and "
-            f"{theirs!r} in the draft's; choose a draft with the target's tokenizer"
+            f"{draft_name} can't draft for {target_name}: they spell {len(shared)} of {len(ours)} token ids alike, and "
+            f"token id {first} is {target.convert_ids_to_tokens(first)!r} in the target's tokenizer and "
+            f"{draft.convert_ids_to_tokens(first)!r} in the draft's; choose a draft with the target's tokenizer"
+        )
+    return Words(np.array(shared, np.int64), known)
+
+
+def refuse_foreign(path: str) -> None:
+    """Raise ModelRefused for a directory with a draft that is made for other programs."""
+    kind = draft_kind(Path(path))
+    if kind is not None:
+        raise ModelRefused(
+            f"{path} is {kind}, which this version can't run; set BASIC_DRAFT to a smaller language model with the "
+            "target's tokenizer, to a head of `basic draft train`, or to suffix"
         )
 
 
@@ -116,16 +145,14 @@ def _with_head(path: str, settings: WorkerSettings, model: PreTrainedModel, toke
 def _with_model(
     path: str, settings: WorkerSettings, model: PreTrainedModel, tokenizer: Tokenizer, ranks: Ranks | None
 ) -> Draft:
-    refuse_different(tokenizer, load_tokenizer(path), settings.target, settings.draft)
+    refuse_unreadable(path)
+    draft_tokenizer = load_tokenizer(path)
     everywhere = ranks is not None and settings.draft_ranks == "all"
     network = load(
         path, dtype=model.dtype, device=home_of(model), ranks=draft_split(path, settings) if everywhere else 1
     )
-    vocabulary = network.config.get_text_config().vocab_size
-    if vocabulary < len(tokenizer):
-        raise ModelRefused(
-            f"{settings.draft} knows {vocabulary} token ids and the target's tokenizer has {len(tokenizer)}"
-        )
+    config = network.config.get_text_config()
+    words = words_of(tokenizer, draft_tokenizer, settings.target, settings.draft, config.vocab_size)
     quicken(network)
     name = model_name(settings.draft)
 
@@ -136,6 +163,8 @@ def _with_model(
         else:
             packed = PackedModel(network, slots=slots, capacity=capacity, kv_tokens=kv_tokens)
         packed.prepare()
-        return lambda: MixedDrafter(ModelDrafter(packed, name, len(tokenizer)), SuffixDrafter())
+        return lambda: MixedDrafter(
+            ModelDrafter(packed, name, len(tokenizer), words=words, positions=positions_of(config)), SuffixDrafter()
+        )
 
     return Draft(name, (), kv_bytes(network), make)

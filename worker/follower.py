@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from jobs.errors import BasicError
 from jobs.logs import log_to_stderr
+from jobs.processes import BAD_SETTINGS_STATUS
 from worker.drafters.head_file import is_head
 from worker.drafts import chosen_draft
 from worker.engine.errors import EngineError, RankLost
@@ -45,7 +46,7 @@ def main() -> int:
         return 1
     except (BasicError, EngineError) as error:
         print(error, file=sys.stderr)
-        return 1
+        return BAD_SETTINGS_STATUS
     return 0
 
 

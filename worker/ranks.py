@@ -20,7 +20,8 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from jobs.local_start import environment
-from jobs.processes import RESTART_STATUS, Command, launch, python_module
+from jobs.processes import BAD_SETTINGS_STATUS, RESTART_STATUS, Command, launch, python_module
+from worker.engine.checkpoint import refusals
 from worker.engine.errors import ModelRefused
 from worker.engine.language_model import refuse_uneven
 from worker.engine.leading import LeadingModel
@@ -55,10 +56,8 @@ class Ranks:
 
         Raises ModelRefused, with what can be done instead, when the target can't be split so.
         """
-        try:
+        with refusals(f"{path} could not be loaded"):
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        except OSError as error:
-            raise ModelRefused(f"{path} could not be loaded: {error}") from error
         refuse_uneven(config.get_text_config(), settings.tp)
         folder = TemporaryDirectory(prefix="basic-ranks-")
         return cls([_start(settings, rank, _store(folder)) for rank in range(1, settings.tp)], folder, device)
@@ -98,7 +97,8 @@ class Ranks:
         )
         if not self._closing.wait(_GRACE_S):
             logging.shutdown()
-            os._exit(RESTART_STATUS)
+            # What a rank refuses, another start would refuse as well.
+            os._exit(BAD_SETTINGS_STATUS if status == BAD_SETTINGS_STATUS else RESTART_STATUS)
 
 
 def draft_split(path: str, settings: WorkerSettings) -> int:

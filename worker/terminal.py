@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from jobs.errors import InvalidValue
+from jobs.processes import BAD_SETTINGS_STATUS
 from worker.settings import WorkerSettings
 
 FAILED = 1
@@ -33,13 +34,13 @@ def say(sentence: str) -> None:
 @contextmanager
 def sentences() -> Iterator[None]:
     """Turn the engine's and pydantic's refusals into one sentence and an exit status."""
-    from worker.engine.errors import EngineError
+    from worker.engine.errors import EngineError, ModelRefused
 
     try:
         yield
     except EngineError as error:
         say(str(error))
-        raise typer.Exit(FAILED) from error
+        raise typer.Exit(BAD_SETTINGS_STATUS if isinstance(error, ModelRefused) else FAILED) from error
     except ValidationError as error:
         first = error.errors()[0]
         raise InvalidValue(first["msg"], param=".".join(str(part) for part in first["loc"])) from error

@@ -18,6 +18,7 @@ from jobs.logprobs import TokenLikelihoods
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, GenerationRequest, SamplingParameters
 from worker.chat import Chat, Special
 from worker.detokenizer import Detokenizer
+from worker.engine.checkpoint import sentence
 from worker.engine.errors import ModelRefused
 from worker.engine.logprobs import TokenLogprobs
 from worker.engine.sampling import Sampling, noise_key
@@ -247,8 +248,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     """Load a tokenizer; raises ModelRefused when there is none that streams."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelRefused(f"the tokenizer of {path} could not be loaded: {error}") from error
+    except Exception as error:  # the tokenizers library raises that very class
+        raise ModelRefused(f"the tokenizer of {path} could not be loaded: {sentence(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ModelRefused(f"{path} has no fast tokenizer (tokenizer.json), which streaming text needs")
     return tokenizer
@@ -259,6 +260,11 @@ def eos_ids(tokenizer: PreTrainedTokenizerFast, generation: GenerationConfig | N
     configured = getattr(generation, "eos_token_id", None)
     ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
     return frozenset(int(i) for i in ids if i is not None)
+
+
+def spelled_alike(ours: Mapping[str, int], theirs: Mapping[str, int]) -> list[int]:
+    """Return the token ids that two vocabularies spell alike, ascending."""
+    return sorted(i for token, i in ours.items() if theirs.get(token) == i)
 
 
 def first_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> int | None:

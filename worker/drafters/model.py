@@ -2,42 +2,79 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from worker.drafters.lanes import Lanes, by_slot
 from worker.drafters.ranking import best_children
 from worker.engine.draft_tree import Candidates, Forest
 from worker.engine.language_model import LanguageModel
-from worker.engine.rows import IntArray, Move, Segment
+from worker.engine.rows import BoolArray, IntArray, Move, Segment
 from worker.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Words:
+    """The token ids that a draft has in common with its target."""
+
+    shared: IntArray  # ascending: those that both spell alike, which are drafted
+    known: int  # the draft can read those below
+
+    @property
+    def first(self) -> bool:
+        """True if they are the first ones of all."""
+        return bool(len(self.shared)) and int(self.shared[-1]) == len(self.shared) - 1
 
 
 class ModelDrafter:
     """Drafts with an independent causal model."""
 
-    def __init__(self, model: LanguageModel, name: str, vocab: int) -> None:
-        """Use `model` for slots numbered as the target's; draft only ids below `vocab`, which both models know."""
+    def __init__(
+        self,
+        model: LanguageModel,
+        name: str,
+        vocab: int,
+        *,
+        words: Words | None = None,
+        positions: int | None = None,
+    ) -> None:
+        """Use `model` for slots numbered as those of the target, which has the ids below `vocab`.
+
+        `words` are the tokens of both, where they differ. Nothing is drafted at `positions` and beyond.
+        """
         self.name = name
         self.free = None  # it is a network and nothing else
         self._model = model
+        self._words = words or Words(np.arange(vocab), vocab)
         self._vocab = vocab
+        self._every = torch.from_numpy(self._words.shared)
+        self._positions = positions
         self._lanes = Lanes()
         model.clear()  # of an earlier drafter's texts
 
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
-        """Run the model over the frontier and offer its best children."""
-        places = by_slot(forest, frontier)
+        """Run the model over the frontier and offer its best children; none beyond the positions that it knows."""
+        known = np.flatnonzero(self._knows(forest, frontier))
+        places = [known[some] for some in by_slot(forest, frontier[known])] if len(known) else []
+        if not places:
+            return Candidates(np.zeros((len(frontier), 1), np.int64), np.zeros((len(frontier), 1)))
         order = np.concatenate(places)
-        logits = self._model.forward(self._segments(forest, [frontier[some] for some in places]))[:, : self._vocab]
-        every = torch.arange(self._vocab, device=logits.device)
-        ids, scores = best_children(forest, frontier[order], logits, every, self._vocab)
-        tokens, probabilities = np.empty_like(ids), np.empty_like(scores)
+        logits = self._forward(self._segments(forest, [frontier[some] for some in places]))
+        self._every = self._every.to(logits.device)
+        logits = logits[:, : len(self._every)] if self._words.first else logits[:, self._every]
+        ids, scores = best_children(forest, frontier[order], logits, self._every, self._vocab)
+        tokens = np.zeros((len(frontier), ids.shape[1]), ids.dtype)
+        probabilities = np.zeros((len(frontier), ids.shape[1]), scores.dtype)
         tokens[order], probabilities[order] = ids, scores
         return Candidates(tokens, probabilities)
 
     def behind(self, sequence: Sequence) -> int:
         """Return the tokens that are to be fed before the first layer can be drafted."""
+        if self._positions is not None and len(sequence.ids) > self._positions:
+            return 0
         return self._lanes.behind(sequence)
 
     def keep(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
@@ -57,9 +94,23 @@ class ModelDrafter:
         self._lanes.drop(sequence)
         self._model.release(sequence.slot, 0)
 
+    def _knows(self, forest: Forest, nodes: IntArray) -> BoolArray:
+        """Return which nodes stand at positions that the model knows."""
+        if self._positions is None:
+            return np.ones(len(nodes), np.bool_)
+        lengths = np.array([len(sequence.ids) for sequence in forest.sequences])
+        return lengths[forest.tree[nodes]] + forest.depth[nodes] <= self._positions
+
+    def _forward(self, segments: list[Segment]) -> Tensor:
+        """Run rows, with tokens that the model does not know replaced by one that it does."""
+        known = self._words.known
+        return self._model.forward(
+            [replace(s, ids=np.where(s.ids < known, s.ids, 0)) if (s.ids >= known).any() else s for s in segments]
+        )
+
     def _segments(self, forest: Forest, layer: list[IntArray]) -> list[Segment]:
         """Return the rows of one layer of every tree."""
         sequences = [forest.sequences[int(forest.tree[nodes[0]])] for nodes in layer]
         if not forest.depth[layer[0][0]]:
-            return self._lanes.rest(sequences, lambda segment: self._model.forward([segment]), self._model.share)
+            return self._lanes.rest(sequences, lambda segment: self._forward([segment]), self._model.share)
         return [self._lanes.below(forest, *one) for one in zip(sequences, layer, strict=True)]

@@ -25,7 +25,16 @@ from worker.engine.rows import BoolArray, IntArray, Segment
 ATTENTION_NAME = "basic_packed"
 # Arguments of other attention functions that change nothing here, since the plan says what a row sees.
 _HARMLESS = frozenset(
-    ["position_ids", "cache_position", "is_causal", "output_attentions", "use_cache", "past_key_values", "return_dict"]
+    [
+        "position_ids",
+        "cache_position",
+        "is_causal",
+        "output_attentions",
+        "output_router_logits",  # of a mixture of experts: what is returned beside the logits
+        "use_cache",
+        "past_key_values",
+        "return_dict",
+    ]
 )
 _PADDING_LIMIT = 1.5  # a padded group may compute at most this many times the entries it needs
 
@@ -193,7 +202,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    plan: AttentionPlan | NativePlan | PagedPlan,
+    plan: AttentionPlan | NativePlan | PagedPlan | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -208,6 +217,11 @@ def packed_attention(
         raise ModelRefused(
             f"{type(module).__name__} passes {', '.join(unknown) or 'a mask'} to attention, "
             "which packed decoding does not implement; choose another model"
+        )
+    if plan is None:
+        raise ModelRefused(
+            f"{type(module).__name__} does not hand on what its rows see, which packed decoding needs; "
+            "choose another model"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = plan.attend(int(module.layer_idx), query[0], key[0], value[0], scale, sliding_window)  # type: ignore[arg-type]

@@ -5,7 +5,8 @@ engine -> [language_model] -> attention -> kv_cache. Knows token ids and positio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
+from transformers.utils import logging as transformers_logging
 
 from worker.engine.attention import ATTENTION_NAME, AttentionPlan
 from worker.engine.buckets import BucketedForward, Outputs
+from worker.engine.checkpoint import refusals, refuse_incomplete, refuse_unfit, refuse_unreadable
 from worker.engine.errors import ModelRefused
 from worker.engine.gpu_layers import fuse_on_gpu
 from worker.engine.hidden_states import HiddenStates
@@ -31,12 +34,17 @@ from worker.engine.options import MOST_NODES
 from worker.engine.paged_attention import GPU_BLOCK, PagedPlan, gpu_kernels_for, paged_plan
 from worker.engine.paged_kv import PagedKv
 from worker.engine.paged_rows import PagedRows
+from worker.engine.proof import NEEDED, Attends, Proof, proven
 from worker.engine.rows import Move, Segment, chain, kept_rows
 from worker.engine.spread import Spread, SpreadKv, SpreadPlan, home_of, is_spread, layer_devices
 
-# Frequencies of these depend on the longest text of the forward, so one sequence would change another's numbers.
+# Beyond the original positions, frequencies of these depend on the longest text of the forward, so that one sequence
+# would change another's numbers.
 _BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+_ORIGINAL = "original_max_position_embeddings"
+_SIZES = ("num_attention_heads", "num_hidden_layers", "hidden_size", "vocab_size")
 _WHOLE = "basic_whole_weights"  # attribute of a split model: those of its weights that were gathered
+_PROOF = "basic_proof"  # attribute of a loaded model: what it is held to when it is packed
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 _CPU_BLOCK = 16  # entries of a block of paged KV on a CPU: small texts fill several
 
@@ -99,12 +107,14 @@ class PackedModel:
             )
         # In one call where nothing of the model is left to transformers.
         compiled = self._store.compiled
-        self._network = whole_network(model, self.kv.capacity, compiled, self.hidden) if compiled else None
+        self._network = (
+            whole_network(model, self.kv.capacity, compiled, self.hidden, positions_of(config)) if compiled else None
+        )
         self._buckets: BucketedForward | None = None
         if isinstance(self.kv, PagedKv):
             self._buckets = BucketedForward(self._call_paged, self.kv)
-        self.forward([chain(0, 0, [0], keep_last=True)])  # unknown attention arguments are refused here, not in a job
-        self.release(0, 0)
+        with refusals(f"{type(model).__name__} can't be packed", ranks=ranks_of(model)):
+            self._prove(getattr(model, _PROOF, None), kv_tokens)
 
     @property
     def config(self) -> PretrainedConfig:
@@ -126,6 +136,20 @@ class PackedModel:
     def kv(self) -> KvCache | NativeKv | PagedKv | SpreadKv:
         """The model's KV slots."""
         return self._store.kv
+
+    def _prove(self, proof: Proof | None, kv_tokens: int | None) -> None:
+        """Hold the model, as it will serve, to what it gave when it was loaded; raises ModelRefused.
+
+        Where a slot holds less than the texts of the proof, and for models that `load` did not load, one token has to
+        do: unknown attention arguments are refused here, not in a job.
+        """
+        if proof is None or self.kv.capacity < NEEDED:
+            self.forward([chain(0, 0, [0], keep_last=True)])
+        else:
+            both = kv_tokens is None or kv_tokens >= 2 * max(GPU_BLOCK, NEEDED)
+            proof.check(self.forward, slots=self._slots if both else 1, defined=self._defined_ids)
+        for slot in range(min(self._slots, 2)):
+            self.release(slot, 0)
 
     @torch.inference_mode()
     def prepare(self) -> None:
@@ -157,27 +181,10 @@ class PackedModel:
         return logits, plan.tapped
 
     def _run(self, segments: Sequence[Segment], plan: Plan) -> Tensor:
-        """Let transformers' own model do it, layer by layer."""
-        device = home_of(self._model)
-        ids = torch.from_numpy(np.concatenate([s.ids for s in segments])).to(device)
-        positions = torch.from_numpy(np.concatenate([s.positions for s in segments])).to(device)
-        return self._call(ids, positions, kept_rows(segments).to(device), plan)
+        return _run(self._model, segments, plan)
 
     def _call_paged(self, rows: PagedRows, plan: PagedPlan) -> Outputs:
-        return self._call(rows.ids, rows.positions, rows.kept, plan), plan.tapped
-
-    def _call(self, ids: Tensor, positions: Tensor, kept: Tensor, plan: Plan) -> Tensor:
-        logits = self._model(
-            input_ids=ids.unsqueeze(0),
-            position_ids=positions.unsqueeze(0),
-            attention_mask=None,
-            past_key_values=None,
-            use_cache=False,
-            logits_to_keep=kept,
-            plan=plan,
-        ).logits[0]
-        assert isinstance(logits, Tensor)
-        return logits
+        return _call(self._model, rows.ids, rows.positions, rows.kept, plan), plan.tapped
 
     def keep(self, moves: Sequence[Move]) -> None:
         """Bring accepted rows down behind the committed prefix."""
@@ -208,6 +215,28 @@ class PackedModel:
                 self.kv.release(slot)
 
 
+def _run(model: PreTrainedModel, segments: Sequence[Segment], plan: Plan | Attends) -> Tensor:
+    """Let transformers' own model do it, layer by layer."""
+    device = home_of(model)
+    ids = torch.from_numpy(np.concatenate([s.ids for s in segments])).to(device)
+    positions = torch.from_numpy(np.concatenate([s.positions for s in segments])).to(device)
+    return _call(model, ids, positions, kept_rows(segments).to(device), plan)
+
+
+def _call(model: PreTrainedModel, ids: Tensor, positions: Tensor, kept: Tensor, plan: Plan | Attends) -> Tensor:
+    logits = model(
+        input_ids=ids.unsqueeze(0),
+        position_ids=positions.unsqueeze(0),
+        attention_mask=None,
+        past_key_values=None,
+        use_cache=False,
+        logits_to_keep=kept,
+        plan=plan,
+    ).logits[0]
+    assert isinstance(logits, Tensor)
+    return logits
+
+
 @dataclass(frozen=True, slots=True)
 class KvStore:
     """KV slots, and how a step's rows meet them."""
@@ -224,25 +253,29 @@ def kv_store(
     native: bool = True,
     paged: bool | None = None,
     kv_tokens: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> KvStore:
-    """Return KV slots for a model, or for the layers of one, in the layout of what runs them."""
-    config = model.config.get_text_config()
+    """Return KV slots for a model, or for the layers of one, in the layout of what runs them.
+
+    They hold numbers of `dtype`, by default the model's.
+    """
+    config, dtype = model.config.get_text_config(), dtype or model.dtype
     heads, kv_heads = config.num_attention_heads // ranks_of(model), _kv_heads(model)
     layers, head_dim = config.num_hidden_layers, _head_dim(model)
     if is_spread(model):
-        spread = SpreadKv(layer_devices(model), slots, kv_heads, capacity, head_dim, model.dtype)
+        spread = SpreadKv(layer_devices(model), slots, kv_heads, capacity, head_dim, dtype)
         return KvStore(spread, None, lambda segments: SpreadPlan(segments, spread, heads // kv_heads))
     if takes_blocks(model) if paged is None else paged:
         size = GPU_BLOCK if model.device.type == "cuda" else _CPU_BLOCK
         pages = PagedKv(
-            layers, slots, kv_heads, capacity, head_dim, model.dtype, model.device, block_size=size, tokens=kv_tokens
+            layers, slots, kv_heads, capacity, head_dim, dtype, model.device, block_size=size, tokens=kv_tokens
         )
         return KvStore(pages, None, lambda segments: paged_plan(segments, pages))
     compiled = _kernels_for(model) if native else None
     if compiled is None:
-        slow = KvCache(layers, slots, kv_heads, capacity, head_dim, model.dtype, model.device)
+        slow = KvCache(layers, slots, kv_heads, capacity, head_dim, dtype, model.device)
         return KvStore(slow, None, lambda segments: AttentionPlan(segments, slow, heads // kv_heads))
-    fast = NativeKv(layers, slots, kv_heads, capacity, head_dim, model.dtype, compiled)
+    fast = NativeKv(layers, slots, kv_heads, capacity, head_dim, dtype, compiled)
     return KvStore(fast, compiled, lambda segments: NativePlan(segments, fast, heads, compiled))
 
 
@@ -262,16 +295,26 @@ def kv_bytes(model: PreTrainedModel) -> int:
 
 def refuse_inexact(config: PretrainedConfig) -> None:
     """Raise ModelRefused, with the reason, for a configuration that the packed forward can't decode exactly."""
+    try:
+        for name in ("head_dim", "num_key_value_heads"):
+            getattr(config, name, None)
+    except Exception as error:  # transformers has a class of its own for it, which no name of its API is
+        raise ModelRefused(
+            f"{config.model_type} has heads whose number or size differs from layer to layer; packed decoding needs "
+            "one for all, choose another model"
+        ) from error
     unknown = set(getattr(config, "layer_types", None) or []) - _KNOWN_LAYERS
     if unknown:
         raise ModelRefused(
-            f"{config.model_type} has layers of type {', '.join(sorted(unknown))}; only attention can be packed"
+            f"{config.model_type} has layers of type {', '.join(sorted(unknown))}; only attention can be packed, "
+            "choose another model"
         )
-    for rope in _rope_types(getattr(config, "rope_parameters", None) or {}):
-        if rope in _BATCH_DEPENDENT_ROPE:
-            raise ModelRefused(
-                f"{config.model_type} uses {rope} rotary embeddings, which change with the other texts of a batch"
-            )
+    missing = [name for name in _SIZES if not isinstance(getattr(config, name, None), int)]
+    if missing:
+        raise ModelRefused(
+            f"{config.model_type} has no {missing[0]} in its configuration, and only models of attention layers can be "
+            "packed; choose another model"
+        )
 
 
 def refuse_uneven(config: PretrainedConfig, ranks: int) -> None:
@@ -295,9 +338,13 @@ def _heads(config: PretrainedConfig) -> tuple[int, int]:
     return heads, int(getattr(config, "num_key_value_heads", None) or heads)
 
 
-def _rope_types(parameters: dict[str, Any]) -> set[str]:
-    own = {parameters["rope_type"]} if isinstance(parameters.get("rope_type"), str) else set()
-    return own.union(*(_rope_types(nested) for nested in parameters.values() if isinstance(nested, dict)))
+def _ropes(parameters: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the parameters of each kind of rotary embeddings: one for all layers, or one for each kind of layer."""
+    if isinstance(parameters.get("rope_type"), str):
+        yield parameters
+    for nested in parameters.values():
+        if isinstance(nested, dict):
+            yield from _ropes(nested)
 
 
 def native_dtype(device: torch.device) -> torch.dtype:
@@ -316,25 +363,90 @@ def load(
     `spread` accelerate lays it out over all devices. Raises ModelRefused with what to do when it is missing or not
     supported.
     """
-    try:
+    with refusals(f"{path} could not be loaded", ranks=ranks):
+        refuse_unreadable(path)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        refuse_unfit(path, config)
         refuse_inexact(config.get_text_config())
         refuse_uneven(config.get_text_config(), ranks)
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            attn_implementation=ATTENTION_NAME,
-            use_safetensors=True,
-            trust_remote_code=False,
-            distributed_config=DistributedConfig(tp_size=ranks) if ranks > 1 else None,
-            **(spread.options() if spread else {}),
-        )
-    except (OSError, ValueError) as error:
-        raise ModelRefused(f"{path} could not be loaded: {error}") from error
+        model = _loaded(path, dtype, ranks, spread)
+        if not is_spread(model):
+            model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to as its types don't say
+        model.eval()  # type: ignore[no-untyped-call]
+        setattr(model, _PROOF, _proven(model))
+        return model
+
+
+def _loaded(path: str, dtype: torch.dtype, ranks: int, spread: Spread | None) -> PreTrainedModel:
+    """Let transformers load a model; raises ModelRefused unless all of its weights were there, and no others."""
+    try:
+        with _few_words():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype,
+                attn_implementation=ATTENTION_NAME,
+                use_safetensors=True,
+                trust_remote_code=False,
+                distributed_config=DistributedConfig(tp_size=ranks) if ranks > 1 else None,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                **(spread.options() if spread else {}),
+            )
+    except KeyError as error:
+        if error.args != (ATTENTION_NAME,):
+            raise
+        raise ModelRefused(
+            f"{path} computes attention by itself and not by transformers' attention interface, which packed decoding "
+            "needs; choose another model"
+        ) from error
+    model, info = loaded
+    refuse_incomplete(path, model, info)
     assert isinstance(model, PreTrainedModel)
-    if not is_spread(model):
-        model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to in a way its types don't follow
-    return model.eval()  # type: ignore[no-any-return,no-untyped-call]
+    return model
+
+
+@contextmanager
+def _few_words() -> Iterator[None]:
+    """Keep transformers' own report of a checkpoint to itself: what it finds is refused in a sentence."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def _proven(model: PreTrainedModel) -> Proof:
+    """Return what a model that was just loaded is held to; raises ModelRefused if its packed rows are not exact."""
+    config = model.config.get_text_config()
+    stores: list[KvStore] = []
+
+    def packed(segments: Sequence[Segment], watched: Callable[[Attends], Attends]) -> Tensor:
+        if not stores:
+            dtype = None if is_spread(model) else torch.float32
+            stores.append(kv_store(model, 2, NEEDED, native=False, paged=False, dtype=dtype))
+        return _run(model, segments, watched(stores[0].plan(segments)))
+
+    heads = (_kv_heads(model), _head_dim(model))
+    return proven(model, config, positions_of(config) or NEEDED, heads, packed, ATTENTION_NAME)
+
+
+def positions_of(config: PretrainedConfig) -> int | None:
+    """Return how many positions a text model computes exactly in any batch; None if its configuration sets no end.
+
+    Rotary frequencies that depend on the longest text of a forward don't below the original number of positions.
+    """
+    known = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len", "n_positions")]
+    ropes = list(_ropes(getattr(config, "rope_parameters", None) or {}))
+    if any(rope.get("rope_type") in _BATCH_DEPENDENT_ROPE for rope in ropes):
+        known += [rope.get(_ORIGINAL) for rope in ropes] + [getattr(config, _ORIGINAL, None)]
+    return min((int(n) for n in known if isinstance(n, int) and n > 0), default=None)
+
+
+def changes_later(config: PretrainedConfig) -> str | None:
+    """Return the kind of rotary embeddings whose frequencies change beyond `positions_of`, if there are such."""
+    kinds = (str(rope.get("rope_type")) for rope in _ropes(getattr(config, "rope_parameters", None) or {}))
+    return next((kind for kind in kinds if kind in _BATCH_DEPENDENT_ROPE), None)
 
 
 def embeddings(model: PreTrainedModel) -> Tensor:

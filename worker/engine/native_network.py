@@ -141,11 +141,11 @@ class NativeNetwork:
 
 
 def whole_network(
-    model: nn.Module, capacity: int, kernels: Kernels, hidden: HiddenStates | None
+    model: nn.Module, capacity: int, kernels: Kernels, hidden: HiddenStates | None, exact: int | None = None
 ) -> NativeNetwork | None:
     """Return a quickened model as one network with `capacity` positions; None if it is more than that.
 
-    What is tapped goes to `hidden`.
+    What is tapped goes to `hidden`. No text has more than `exact` positions; None: as many as there is room for.
     """
     body: Any = getattr(model, "model", None)
     if type(model).__name__ not in _KNOWN or not isinstance(body.layers[0], FusedLayers):
@@ -154,13 +154,16 @@ def whole_network(
     if not isinstance(output, PackedLinear) or not output.floats:
         return None
     embedding = body.embed_tokens.weight.detach()
-    rotary = rotary_table(body, embedding, capacity)
+    rotary = rotary_table(body, embedding, capacity, exact)
     return NativeNetwork(body.layers[0], body.norm, output, embedding, rotary, kernels, hidden=hidden)
 
 
 @torch.inference_mode()
-def rotary_table(body: Any, like: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines [capacity, dim] as a transformers model computes them."""
-    positions = torch.arange(capacity, device=like.device).unsqueeze(0)
+def rotary_table(body: Any, like: Tensor, capacity: int, exact: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines [capacity, dim] as a transformers model computes them.
+
+    Positions from `exact` on get those of the last before: a larger one could change the frequencies of all.
+    """
+    positions = torch.arange(capacity, device=like.device).clamp(max=(exact or capacity) - 1).unsqueeze(0)
     cos, sin = body.rotary_emb(like, position_ids=positions)
     return cos[0], sin[0]

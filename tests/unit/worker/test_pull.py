@@ -21,7 +21,7 @@ SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
 
 
-def write_gguf(path: Path) -> dict[str, numpy.ndarray]:
+def write_gguf(path: Path, rule: str | None = None, without: str = "") -> dict[str, numpy.ndarray]:
     """Write a Llama model of one layer with a byte-level tokenizer, and return its weights."""
     tokens = SPECIALS + [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 324))] + ["12", "Â½"]
     writer = GGUFWriter(path, "llama")
@@ -36,6 +36,8 @@ def write_gguf(path: Path) -> dict[str, numpy.ndarray]:
     writer.add_rope_dimension_count(WIDTH // HEADS)
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("gpt2")
+    if rule is not None:
+        writer.add_tokenizer_pre(rule)
     writer.add_token_list(tokens)
     writer.add_token_types([3] * len(SPECIALS) + [1] * (len(tokens) - len(SPECIALS)))
     writer.add_token_merges(["1 2", "Â ½"])
@@ -46,7 +48,8 @@ def write_gguf(path: Path) -> dict[str, numpy.ndarray]:
     writer.add_chat_template(TEMPLATE)
     weights = some_weights(len(tokens))
     for name, weight in weights.items():
-        writer.add_tensor(name, weight)
+        if name != without:
+            writer.add_tensor(name, weight)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -208,3 +211,46 @@ def test_a_directory_and_a_hub_id_are_taken_as_they_are(tmp_path: Path) -> None:
 def test_a_directory_that_is_not_there_is_an_error_that_names_the_known_models(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match=rf"no model directory .*absent.*{SMOLLM2_135M_INSTRUCT.name}"):
         resolve(str(tmp_path / "absent"), tmp_path)
+
+
+def test_a_gguf_file_is_converted_as_a_packaged_model_is_and_once(tmp_path: Path) -> None:
+    gguf, said = tmp_path / "some model.gguf", list[str]()
+    write_gguf(gguf)
+    directory = Path(resolve(str(gguf), tmp_path / "cache", said.append))
+    assert directory.parent == tmp_path / "cache" / "models"
+    assert AutoModelForCausalLM.from_pretrained(directory).dtype == torch.bfloat16
+    assert AutoTokenizer.from_pretrained(directory).eos_token == "<|im_end|>"
+    assert resolve(str(gguf), tmp_path / "cache", said.append) == str(directory)
+    assert len(said) == 1
+    gguf.write_bytes(gguf.read_bytes() + b"changed")
+    assert resolve(str(gguf), tmp_path / "cache", said.append) != str(directory)
+
+
+@pytest.mark.parametrize(("rule", "tokens"), [("smollm", ["1", "2"]), ("gpt-2", ["12"])])
+def test_the_digits_of_a_gguf_file_are_split_as_its_header_says(tmp_path: Path, rule: str, tokens: list[str]) -> None:
+    write_gguf(tmp_path / "a.gguf", rule)
+    tokenizer = AutoTokenizer.from_pretrained(resolve(str(tmp_path / "a.gguf"), tmp_path, print))
+    assert tokenizer.tokenize("12") == tokens
+
+
+def test_a_gguf_file_that_can_not_be_converted_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match=r"can't read .*gone\.gguf: No such file"):
+        resolve("gone.gguf", tmp_path)
+    write_gguf(tmp_path / "rule.gguf", "a-rule-of-tomorrow")
+    with pytest.raises(SetupError, match="'a-rule-of-tomorrow', which is not known here"):
+        resolve(str(tmp_path / "rule.gguf"), tmp_path)
+    write_gguf(tmp_path / "lacking.gguf", without="blk.0.ffn_up.weight")
+    with pytest.raises(SetupError, match=r"lacking\.gguf lacks weights of a LlamaForCausalLM: .*up_proj"):
+        resolve(str(tmp_path / "lacking.gguf"), tmp_path)
+    (tmp_path / "cut.gguf").write_bytes((tmp_path / "rule.gguf").read_bytes()[:500])
+    (tmp_path / "text.gguf").write_text("not a model")
+    for name in ("cut", "text"):
+        with pytest.raises(SetupError, match=rf"{name}\.gguf could not be converted: [^\n]+$"):
+            resolve(str(tmp_path / f"{name}.gguf"), tmp_path)
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_a_file_of_another_kind_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(SetupError, match="is a file; give the directory"):
+        resolve(str(tmp_path / "model.safetensors"), tmp_path)

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from jobs.errors import InvalidValue, PromptTooLong
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, ChatMessage, GenerationRequest, SamplingParameters
 from tests.models import byte_tokenizer
-from worker.drafts import refuse_different
+from worker.drafts import words_of
 from worker.engine.errors import TokenizersDiffer
 from worker.engine.history import adjust
 from worker.engine.sampling import draw
@@ -116,12 +116,28 @@ def test_every_end_of_sequence_id_counts() -> None:
     assert eos_ids(tokenizer, None) == {EOS}
 
 
-def test_tokenizers_that_differ_are_refused_by_their_first_different_id() -> None:
-    other = byte_tokenizer()
-    other.add_tokens(["<extra>"])
-    with pytest.raises(TokenizersDiffer, match=r"token id 258 is None .* '<extra>'"):
-        refuse_different(byte_tokenizer(), other, "big", "small")
-    refuse_different(byte_tokenizer(), byte_tokenizer(), "big", "small")
+def test_tokenizers_that_spell_most_ids_differently_are_refused_by_the_first_of_them() -> None:
+    theirs = byte_tokenizer()
+    words = {token: (i + 1) % 256 if i < 200 else i for token, i in byte_tokenizer().get_vocab().items()}
+    theirs.get_vocab = lambda: words  # type: ignore[method-assign]
+    with pytest.raises(TokenizersDiffer, match=r"58 of 258 token ids alike, and token id 0 is"):
+        words_of(byte_tokenizer(), theirs, "big", "small", 258)
+
+
+def test_of_tokenizers_that_differ_in_one_token_the_others_are_drafted() -> None:
+    longer, renamed = byte_tokenizer(), byte_tokenizer()
+    longer.add_tokens(["<extra>"])
+    words = {("<begin>" if token == "<bos>" else token): i for token, i in renamed.get_vocab().items()}
+    renamed.get_vocab = lambda: words  # type: ignore[method-assign]
+    for target, draft, known, shared in [
+        (byte_tokenizer(), longer, 259, range(258)),
+        (longer, byte_tokenizer(), 258, range(258)),
+        (byte_tokenizer(), renamed, 258, range(257)),
+        (byte_tokenizer(), byte_tokenizer(), 200, range(200)),
+    ]:
+        found = words_of(target, draft, "big", "small", known)
+        assert found.shared.tolist() == list(shared)
+        assert found.known == known
 
 
 @pytest.mark.parametrize(

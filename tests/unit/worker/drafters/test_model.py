@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
+import torch
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from tests.models import VOCAB, tiny
+from tests.models import VOCAB, packed, tiny
 from tests.unit.worker.engine.harness import decode, engine, options, outputs, sequences
 from worker.drafters import lanes
-from worker.drafters.model import ModelDrafter
+from worker.drafters.mixed import MixedDrafter
+from worker.drafters.model import ModelDrafter, Words
+from worker.drafters.suffix import SuffixDrafter
 from worker.engine.attention import ATTENTION_NAME
+from worker.engine.draft_tree import Candidates, Forest
 from worker.engine.language_model import PackedModel
 from worker.engine.options import Mode
-from worker.engine.rows import Segment
+from worker.engine.rows import IntArray, Segment
 from worker.engine.sampling import Sampling
 
 DEFINED = 50  # ids of the tokenizer; the models have more, each its own number
@@ -38,6 +44,53 @@ def test_padding_of_either_vocabulary_is_never_drafted_fed_or_emitted(
     assert outputs(drafted) == outputs(plain)
     assert max(max(ids) for ids in outputs(drafted)) < DEFINED
     assert sum(r.numbers.tree_nodes for r in results) > 0
+
+
+@pytest.mark.parametrize("known", [VOCAB, 40])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.2)])
+def test_only_ids_that_both_spell_alike_are_drafted_and_others_change_no_text(known: int, sampling: Sampling) -> None:
+    shared = np.array([i for i in range(known) if i % 3], np.int64)
+    plain, drafted = sequences(sampling=sampling), sequences(sampling=sampling)
+    decode(engine(packed(tiny()), None, options(Mode.PLAIN)), plain)
+    same = packed(tiny(vocab=known) if known < VOCAB else tiny(), capacity=1024)
+    drafter = Watched(ModelDrafter(same, "draft", VOCAB, words=Words(shared, known)))
+    decode(engine(packed(tiny()), drafter, options(Mode.PAPER, threshold=0.0)), drafted)
+    assert outputs(drafted) == outputs(plain)
+    assert drafter.offered
+    assert drafter.offered <= set(shared.tolist())
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("positions", [1, 12, 20])
+def test_a_draft_with_a_shorter_context_stops_there_and_the_texts_go_on(mixed: bool, positions: int) -> None:
+    torch.manual_seed(0)
+    short = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=48, n_layer=1, n_head=2, n_positions=positions))
+    short.set_attn_implementation(ATTENTION_NAME)
+    short.train(False)
+    plain, drafted = sequences(), sequences()
+    decode(engine(packed(tiny()), None, options(Mode.PLAIN)), plain)
+    network = ModelDrafter(PackedModel(short, slots=4, capacity=1024), "short", VOCAB, positions=positions)
+    drafter = MixedDrafter(network, SuffixDrafter()) if mixed else network
+    decode(engine(packed(tiny()), drafter, options(Mode.PAPER, threshold=0.0)), drafted)
+    assert outputs(drafted) == outputs(plain)
+    assert max(len(text.ids) for text in drafted) > positions
+
+
+class Watched:
+    """A drafter whose offers are remembered."""
+
+    free = None
+
+    def __init__(self, drafter: ModelDrafter) -> None:
+        self.name = drafter.name
+        self.behind, self.keep, self.drop = drafter.behind, drafter.keep, drafter.drop
+        self.drafter = drafter
+        self.offered: set[int] = set()
+
+    def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
+        found = self.drafter.expand(forest, frontier)
+        self.offered |= set(found.tokens[found.probabilities > 0].tolist())
+        return found
 
 
 class Counted:

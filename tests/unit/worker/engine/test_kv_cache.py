@@ -6,6 +6,7 @@ import os
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from tests.models import ARCHITECTURES, packed, tiny
 from tests.unit.worker.engine.harness import PROMPTS, decode, drafter, engine, options, outputs, sequences
 from worker.engine.errors import ModelRefused, OutOfSlots
 from worker.engine.kv_cache import KvCache, lazy_zeros
-from worker.engine.language_model import PackedModel, refuse_inexact
+from worker.engine.language_model import PackedModel, changes_later, positions_of, refuse_inexact
 from worker.engine.options import Mode
 from worker.engine.rows import Move, Segment, chain
 from worker.engine.slots import Slots
@@ -137,11 +138,27 @@ def test_prompts_longer_than_a_chunk_are_read_in_stretches() -> None:
     assert outputs(some) == outputs(whole)
 
 
-def test_rotary_embeddings_that_depend_on_the_batch_are_refused() -> None:
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0, "original_max_position_embeddings": 64},
+        {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 64},
+        {"full_attention": {"rope_type": "longrope", "original_max_position_embeddings": 64}},
+    ],
+)
+def test_rotary_embeddings_that_depend_on_the_batch_end_a_text_where_they_begin_to(rope: dict[str, Any]) -> None:
     config = tiny().config
-    config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
-    with pytest.raises(ModelRefused, match="dynamic rotary embeddings"):
-        refuse_inexact(config)
+    config.rope_parameters = rope
+    refuse_inexact(config)
+    assert positions_of(config) == 64
+    assert changes_later(config) in ("dynamic", "longrope")
+
+
+def test_rotary_embeddings_that_are_the_same_in_any_batch_have_all_positions() -> None:
+    config = tiny().config
+    config.rope_parameters = {"rope_type": "yarn", "rope_theta": 10_000.0, "original_max_position_embeddings": 64}
+    assert positions_of(config) == config.max_position_embeddings
+    assert changes_later(config) is None
 
 
 def test_layers_that_are_not_attention_are_refused() -> None:
