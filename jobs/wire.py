@@ -7,8 +7,10 @@ never suspend: `finish` runs them, and what waits for nothing else, without an e
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import httpx
@@ -82,24 +84,33 @@ class AsyncWire:
 
 
 class BlockingWire:
-    """Connections that block the thread which uses them; several threads may use them at once."""
+    """Connections that block the thread which uses them. Threads may share them; a process that forks has its own."""
 
     def __init__(self, api_url: str, headers: Mapping[str, str], transport: httpx.BaseTransport | None) -> None:
         """Connect lazily."""
         self.headers = headers
-        self._http = httpx.Client(base_url=api_url, headers=headers, timeout=_timeout(), transport=transport)
+        self._connect = partial(
+            httpx.Client, base_url=api_url, headers=headers, timeout=_timeout(), transport=transport
+        )
+        self._http, self._pid = self._connect(), os.getpid()
+
+    def _here(self) -> httpx.Client:
+        """Return the connections of this process: answers to a fork must not come to its parent."""
+        if self._pid != os.getpid():
+            self._http, self._pid = self._connect(), os.getpid()
+        return self._http
 
     async def close(self) -> None:
         """Close all connections."""
-        self._http.close()
+        self._here().close()
 
     async def send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
         """Return the whole answer to a call."""
-        return self._http.request(method, path, **arguments)
+        return self._here().request(method, path, **arguments)
 
     async def texts(self, path: str, params: Mapping[str, Any], headers: Mapping[str, str]) -> AsyncGenerator[str]:
         """Yield the text of an answer as it comes."""
-        with self._http.stream("GET", path, params=params, headers=headers) as response:
+        with self._here().stream("GET", path, params=params, headers=headers) as response:
             if response.is_error:
                 response.read()
                 raise Refusal(response)

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -402,6 +403,40 @@ def test_a_script_that_reads_part_of_a_stream_and_forgets_to_close_still_ends(st
     with listener:
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
+
+
+def test_a_process_that_forks_has_connections_of_its_own() -> None:
+    addresses: list[int] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # connections are kept
+
+        def do_GET(self) -> None:
+            addresses.append(self.client_address[1])
+            self.send_response(200)
+            self.send_header("content-length", "12")
+            self.end_headers()
+            self.wfile.write(b'{"data": []}')
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    script = """if True:
+        import os, sys
+        from jobs import Client
+        client = Client(sys.argv[1])
+        client.jobs()
+        if child := os.fork():
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        client.jobs()
+    """
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        command = [sys.executable, "-c", script, f"http://127.0.0.1:{server.server_port}"]
+        subprocess.run(command, timeout=60, check=True)
+        server.shutdown()
+    parent, child, parent_again = addresses
+    assert parent == parent_again != child
 
 
 def test_a_script_that_forgets_to_close_its_client_still_ends() -> None:
