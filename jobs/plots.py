@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from jobs.rates import MINUTE_S, rates
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -19,6 +21,7 @@ Numbers = Mapping[str, Any]  # what `/stats` says
 DRAFT, TARGET = "#2a9d63", "#8e5bd0"  # accepted draft tokens; the target's own
 _GREY: Final = "#808890"  # readable on white and on black
 _PNG_DPI: Final = 150
+_MOST_POINTS: Final = 3_000
 
 
 def save_png(numbers: Numbers, title: str, path: Path) -> None:
@@ -77,14 +80,13 @@ def _throughput(axes: Axes, numbers: Numbers) -> None:
     axes.set_xlabel("minutes")
     if not rows:
         return _nothing(axes)
-    first = rows[0]["minute"]
-    last = (rows[-1]["minute"] - first) // 60
-    tokens = {(row["minute"] - first) // 60: row["tokens"] / 60 for row in rows}
-    minutes = list(range(last + 1))
-    axes.step([*minutes, last + 1], [tokens.get(m, 0.0) for m in [*minutes, last]], where="post", color=TARGET)
-    axes.set_ylim(0, 1.1 * max(tokens.values()) or 1)
+    together, found = rates([(row["minute"], row["tokens"], row.get("busy_s", MINUTE_S)) for row in rows], _MOST_POINTS)
+    minutes = [place * together for place in range(len(found) + 1)]
+    heights = [rate for _, rate in found]
+    axes.step(minutes, [*heights, heights[-1]], where="post", color=TARGET)
+    axes.set_ylim(0, 1.1 * max(heights) or 1)
     axes.locator_params(axis="x", integer=True)
-    axes.set_ylabel("tokens/s, mean of the minute")
+    axes.set_ylabel("tokens/s while at work")
 
 
 def _trees(axes: Axes, numbers: Numbers) -> None:

@@ -7,8 +7,10 @@ milliseconds whatever the number of steps.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from typing import Any, Final
 
 from sqlalchemy import ColumnElement, Select, case, func, select, true
@@ -29,6 +31,7 @@ from storage.sql import AnyRow, database_now
 
 PLAIN_DECISIONS: Final = ("probe", "guard", "off")  # of steps that did without drafts and without looking for them
 _NEVER_COMPARED: Final = ("failed", "expired", "cancelled")
+_MINUTE_S: Final = 60
 _FEW_BLOCKS: Final = 8  # minutes from which on the spread between minutes is taken
 _FEW_STEPS: Final = 100_000  # steps up to which the spread between requests is asked for
 
@@ -109,6 +112,7 @@ class Minute:
 
     minute: int  # Unix second at which it begins
     tokens: int
+    busy_s: float  # of its seconds those in which the job (any job) was being worked on
     mean_acceptance_length: float | None
     speedup: float | None
 
@@ -193,7 +197,8 @@ class _Scope:
 
 def _stats(session: Session, scope: _Scope) -> JobStats:
     counts = _counts(session, scope)
-    wall_s = _wall_s(session, scope)
+    spans = _spans(session, scope)
+    wall_s = sum(end - begin for begin, end in spans)
     sums = _sums(session, scope)
     with_tree = _expectations(session, scope)
     speedup = _ratio(sums.plain_ms, sums.compared_ms)
@@ -223,7 +228,7 @@ def _stats(session: Session, scope: _Scope) -> JobStats:
         drafters=_drafters(session, scope),
         decisions=_decisions(session, scope),
         reliability=tuple(with_tree),
-        minutes=_minutes(session, scope),
+        minutes=_minutes(session, scope, spans),
         comparison=None if scope.job_id is None else _comparison(session, scope.job_id),
     )
 
@@ -240,16 +245,20 @@ def _counts(session: Session, scope: _Scope) -> dict[str, int]:
     return {name: int(value) for name, value in zip(names, row, strict=True)}
 
 
-def _wall_s(session: Session, scope: _Scope) -> float:
-    """Return the seconds in which at least one of the jobs was being worked on."""
+_Spans = Sequence[tuple[float, float]]
+
+
+def _spans(session: Session, scope: _Scope) -> _Spans:
+    """Return the times in which at least one of the jobs was being worked on, in order, none touching another."""
     end = func.coalesce(Job.finished_at, database_now(session))
     begin = func.coalesce(Job.started_at, end)  # a job that was never started takes no time
-    spans = session.execute(select(begin, end).where(scope.of(Job.id)).order_by(begin))
-    total_s, busy_until = 0.0, float("-inf")
-    for began_at, ended_at in spans:
-        total_s += max(0.0, ended_at - max(began_at, busy_until))
-        busy_until = max(busy_until, ended_at)
-    return total_s
+    spans: list[tuple[float, float]] = []
+    for began_at, ended_at in session.execute(select(begin, end).where(scope.of(Job.id)).order_by(begin)):
+        if spans and began_at <= spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(spans[-1][1], ended_at))
+        elif ended_at > began_at:
+            spans.append((began_at, ended_at))
+    return spans
 
 
 _SUMMED: Final = (
@@ -448,7 +457,14 @@ def _miscalibration(expectations: Iterable[Expectation]) -> float | None:
     return _ratio(abs(expected - accepted), accepted)
 
 
-def _minutes(session: Session, scope: _Scope) -> tuple[Minute, ...]:
+def _busy_s(spans: _Spans, minute: int) -> float:
+    """Return how many seconds of a minute lie in the spans."""
+    first = max(0, bisect_right(spans, (minute, math.inf)) - 1)  # the last span that has begun by then
+    among = takewhile(lambda span: span[0] < minute + _MINUTE_S, islice(spans, first, None))
+    return sum(max(0.0, min(end, minute + _MINUTE_S) - max(begin, minute)) for begin, end in among)
+
+
+def _minutes(session: Session, scope: _Scope, spans: _Spans) -> tuple[Minute, ...]:
     names = ("tokens", "first_tokens", "steps", "plain_ms", "compared_ms")
     rows = session.execute(
         select(StepMinute.minute, *(func.sum(getattr(StepMinute, name)).label(name) for name in names))
@@ -460,6 +476,7 @@ def _minutes(session: Session, scope: _Scope) -> tuple[Minute, ...]:
         Minute(
             minute=row.minute,
             tokens=int(row.tokens + row.first_tokens),
+            busy_s=round(_busy_s(spans, row.minute), 3),
             mean_acceptance_length=_ratio(row.tokens, row.steps),
             speedup=_ratio(row.plain_ms, row.compared_ms),
         )

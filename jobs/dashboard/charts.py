@@ -5,14 +5,14 @@ storage.statistics -> [charts] -> pages.  One function a chart; colours come fro
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jobs.dashboard import texts
 from jobs.dashboard.look import DRAFT, GREY, TARGET
+from jobs.rates import rates
 from storage.browse import RecordedTree
-from storage.statistics import JobStats
+from storage.statistics import JobStats, Minute
 
 Option = dict[str, Any]
 
@@ -21,10 +21,10 @@ _MOST_POINTS = 300
 
 def throughput(stats: JobStats) -> Option:
     """Tokens a second, minute by minute, or over so many minutes that a screen can tell them apart."""
-    points = _rates({minute.minute // 60: minute.tokens for minute in stats.minutes})
+    points = _points(stats.minutes)
     return _chart(
         xAxis=_axis("time", "") | {"axisLabel": {"color": GREY, "hideOverlap": True}},
-        yAxis=_upright("tokens/s, mean of the minute"),
+        yAxis=_upright("tokens/s while at work"),
         series=[
             {
                 "type": "line",
@@ -175,18 +175,11 @@ def tree_height(recorded: RecordedTree) -> int:
     return max(160, 34 * leaves + 40)
 
 
-def _rates(tokens: Mapping[int, int]) -> list[list[float]]:
-    """Return milliseconds and tokens a second for tokens by the minute; where nothing was written, there were none."""
-    if not tokens:
-        return []
-    first, last = min(tokens), max(tokens)
-    together = -(-(last + 1 - first) // _MOST_POINTS)
-    sums = Counter[int]()
-    for minute, count in tokens.items():
-        sums[(minute - first) // together] += count
-    places = range((last - first) // together + 1)
-    points = [[(first + place * together) * 60_000.0, round(sums[place] / together / 60, 3)] for place in places]
-    return [*points, [points[-1][0] + together * 60_000, points[-1][1]]]  # the last is as long as the others
+def _points(minutes: Sequence[Minute]) -> list[list[float]]:
+    """Return milliseconds and tokens a second; where nothing was written, there were none."""
+    together, found = rates([(minute.minute, minute.tokens, minute.busy_s) for minute in minutes], _MOST_POINTS)
+    points = [[begin * 1_000.0, round(rate, 3)] for begin, rate in found]
+    return [*points, [points[-1][0] + together * 60_000, points[-1][1]]] if points else []  # the last is as long
 
 
 def _branch(nodes: Sequence[Any], children: dict[int, list[int]], node: int) -> Option:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 
+import numpy
 import pytest
+from matplotlib.figure import Figure
 
 from jobs.api.server import serve
 from jobs.dashboard import charts, texts, words
 from jobs.errors import SetupError
+from jobs.plots import PLOTS
 from jobs.settings import JobsSettings
 from storage import schema
 from storage.queries import JobView
-from storage.statistics import PlainComparison
+from storage.statistics import Minute, PlainComparison
 
 
 def test_model_text_does_nothing_on_the_page() -> None:
@@ -59,22 +62,41 @@ def test_a_database_of_an_older_version_stops_the_shim_with_a_sentence(settings:
         serve(settings)
 
 
+def minutes(*found: tuple[int, int, float]) -> list[Minute]:
+    return [Minute(60 * minute, tokens, busy_s, None, None) for minute, tokens, busy_s in found]
+
+
 def test_minutes_in_which_nothing_was_written_have_no_throughput() -> None:
-    assert charts._rates({100: 60, 103: 120}) == [
+    assert charts._points(minutes((100, 60, 60.0), (103, 120, 60.0))) == [
         [6_000_000, 1.0],
         [6_060_000, 0.0],
         [6_120_000, 0.0],
         [6_180_000, 2.0],
         [6_240_000, 2.0],  # a minute is as long as the others
     ]
-    assert charts._rates({}) == []
+    assert charts._points([]) == []
+
+
+def test_a_job_of_four_seconds_is_as_fast_in_the_picture_as_in_the_numbers() -> None:
+    assert [rate for _, rate in charts._points(minutes((100, 981, 4.0)))] == [245.25, 245.25]
+    assert [rate for _, rate in charts._points(minutes((100, 20, 0.1)))] == [200.0, 200.0]
+    figure = Figure()
+    axes = figure.add_subplot()
+    PLOTS["throughput"](axes, {"minutes": [{"minute": 6_000, "tokens": 981, "busy_s": 4.0}]})
+    assert numpy.asarray(axes.lines[0].get_ydata()).tolist() == [245.25, 245.25]
+    PLOTS["throughput"](axes, {"minutes": [{"minute": 6_000, "tokens": 981}]})  # of a service that does not tell it
+    assert numpy.asarray(axes.lines[1].get_ydata()).tolist() == [16.35, 16.35]
+
+
+def test_a_moment_at_the_edge_of_a_minute_is_no_peak() -> None:
+    points = charts._points(minutes((100, 6_000, 60.0), (101, 40, 0.01), (103, 30, 0.0), (105, 30, 0.5)))
+    assert [rate for _, rate in points] == pytest.approx([100, 6_040 / 60.01, 0, 0.5, 0, 60, 60], abs=1e-3)
 
 
 def test_a_month_of_minutes_keeps_all_its_tokens_in_few_points() -> None:
-    points = charts._rates(dict.fromkeys(range(0, 43_200, 7), 60))
+    points = charts._points(minutes(*((minute, 60, 60.0) for minute in range(0, 43_200, 7))))
     assert len(points) <= 301
-    minutes = (points[1][0] - points[0][0]) / 60_000
-    assert sum(rate for _, rate in points[:-1]) * minutes * 60 == pytest.approx(60 * len(range(0, 43_200, 7)), rel=0.02)
+    assert [rate for _, rate in points] == [1.0] * len(points)
 
 
 @pytest.mark.parametrize(

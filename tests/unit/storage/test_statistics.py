@@ -211,3 +211,17 @@ def test_totals_can_be_one_owners(database: Database) -> None:
 
     assert stats(database, None, "me").requests_total == 1
     assert stats(database, None).requests_total == 3
+
+
+def test_a_minute_tells_how_many_of_its_seconds_had_work(database: Database) -> None:
+    decode(database, *(a_step(step=n, ended_at=60.0 * n + 5) for n in (1, 2, 3)))
+    record(database, "job-2")
+    with database.write() as session:
+        session.execute(text("UPDATE jobs SET started_at = 118.0, finished_at = 130.5 WHERE id = 'job-1'"))
+        session.execute(text("UPDATE jobs SET started_at = 125.0, finished_at = 140.0 WHERE id = 'job-2'"))
+
+    one, everything = stats(database), stats(database, None)
+
+    assert [(m.minute, m.busy_s) for m in one.minutes] == [(60, 2.0), (120, 10.5), (180, 0.0)]
+    assert [(m.minute, m.busy_s) for m in everything.minutes] == [(60, 2.0), (120, 20.0), (180, 0.0)]
+    assert (one.wall_s, everything.wall_s) == (12.5, 22.0)
