@@ -5,8 +5,13 @@ pages, cli, report -> [outcome].  Pure. On the wire the status stays the bare wo
 
 from __future__ import annotations
 
+import re
+from typing import Final
+
 from jobs.messages import JobStatus
-from jobs.results import JobInfo
+from jobs.results import ErrorInfo, JobInfo
+
+_PLACE: Final = re.compile(r"^(?:line \d+|requests\[\d+\])[^:]*: ")
 
 
 def status_words(status: str, completed: int, failed: int) -> str:
@@ -19,6 +24,12 @@ def status_words(status: str, completed: int, failed: int) -> str:
 def info_words(info: JobInfo) -> str:
     """Return the status of a job as the client reads it."""
     return status_words(info.status, info.request_counts.completed, info.request_counts.failed)
+
+
+def error_words(error: ErrorInfo) -> str:
+    """Return what a request did wrong: the field and the message, without where the request stands in its job."""
+    rule = _PLACE.sub("", error.message)
+    return f"{error.param}: {rule}" if error.param else rule
 
 
 def warns(status: str, failed: int) -> bool:

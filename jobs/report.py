@@ -12,13 +12,14 @@ from datetime import UTC, datetime
 from html import escape
 from typing import Final
 
-from jobs.outcome import info_words, warns
+from jobs.outcome import error_words, info_words, warns
 from jobs.plots import PLOTS, svg
 from jobs.results import JobInfo, Output, Statistics
 from jobs.stats_tables import summary_rows
 from jobs.terminal import safe
 
 SAMPLES: Final = 12  # texts that a report shows
+_ERRORS: Final = 50  # of the messages that requests failed with
 _TEXT_CHARS: Final = 4_000  # of each
 
 _STYLES: Final = """
@@ -68,7 +69,7 @@ def _look_at(outputs: Iterable[Output]) -> tuple[list[Output], Counter[tuple[str
     errors: Counter[tuple[str, str]] = Counter()
     for output in outputs:
         if output.error is not None:
-            errors[output.error.code or "unknown", output.error.message] += 1
+            errors[output.error.code or "unknown", error_words(output.error)] += 1
         elif len(samples) < SAMPLES:
             samples.append(output)
     return samples, errors
@@ -96,7 +97,12 @@ def _plot(numbers: Statistics, name: str) -> str:
 def _errors(errors: Counter[tuple[str, str]]) -> str:
     if not errors:
         return ""
-    rows = [(f"{code}: {message}", f"{count:,d}") for (code, message), count in errors.most_common(50)]
+    shown = errors.most_common(_ERRORS)
+    left = Counter[str]()
+    for (code, _), count in (errors - Counter(dict(shown))).items():
+        left[code] += count
+    rows = [(f"{code}: {message}", f"{count:,d}") for (code, message), count in shown]
+    rows += [(f"{code}: other messages", f"{count:,d}") for code, count in left.most_common()]
     return "<h2>Errors</h2>" + _table(("what went wrong", "requests"), rows)
 
 

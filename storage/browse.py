@@ -5,17 +5,18 @@ jobs.dashboard, jobs.report -> [browse] -> models.  Every question reads a scree
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Final
 
-from sqlalchemy import and_, func, select
+from sqlalchemy import ColumnElement, and_, case, func, or_, select
 from sqlalchemy.orm import Session
 
 from storage.flush import merge_pieces
 from storage.models import DecodeStep, DraftTree, Output, Partial, Request
-from storage.sql import AnyRow
+from storage.sql import AnyRow, place_of
 
 Pieces = tuple[tuple[str, str], ...]  # text, and who chose it: draft or target
 
@@ -44,6 +45,15 @@ class RequestText:
     error_message: str | None
     prompt: str  # its beginning
     choices: tuple[ChoiceText, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorCount:
+    """How many requests of a job failed with one message; None: with all the others of this code."""
+
+    code: str
+    message: str | None  # with the field it is about
+    requests: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +93,23 @@ def running(session: Session, job_id: str, limit: int) -> list[RequestText]:
     return _with_texts(session, job_id, session.execute(query.order_by(Request.request_index).limit(limit)).all())
 
 
-def errors(session: Session, job_id: str) -> list[tuple[str, int, str]]:
-    """Return (code, requests, one message) for every kind of error of a job, most frequent first."""
-    count = func.count()
-    rows = session.execute(
-        select(Request.error_code, count, func.min(Request.error_message))
-        .where(Request.job_id == job_id, Request.error_code.is_not(None))
-        .group_by(Request.error_code)
-        .order_by(count.desc(), Request.error_code)
-    )
-    return [(str(code), number, str(message)) for code, number, message in rows]
+def errors(session: Session, job_id: str, limit: int = 20) -> list[ErrorCount]:
+    """Return the most frequent errors of a job by code, field and message, and by code what they leave out."""
+    count = func.count().label("requests")
+    of_job = (Request.job_id == job_id, Request.error_code.is_not(None))
+    kinds = select(Request.error_code, Request.error_param, _rule(session).label("rule")).where(*of_job).subquery()
+    ranked = select(*kinds.c, count).group_by(*kinds.c).order_by(count.desc(), *kinds.c).limit(limit)
+    found = [
+        ErrorCount(str(row.error_code), _said(row.error_param, row.rule or ""), row.requests)
+        for row in session.execute(ranked)
+    ]
+    left = Counter[str]()
+    by_code = select(Request.error_code, count).where(*of_job).group_by(Request.error_code)
+    for code, number in session.execute(by_code):
+        left[str(code)] = number
+    for error in found:
+        left[error.code] -= error.requests
+    return found + [ErrorCount(code, None, number) for code, number in left.most_common() if number]
 
 
 def tree_places(session: Session, job_id: str) -> list[TreePlace]:
@@ -197,6 +214,17 @@ def cut(pieces: Sequence[Sequence[str]], chars: int = _TEXT_CHARS) -> Pieces:
         taken.append((text, source))
         chars -= len(text)
     return tuple(taken)
+
+
+def _rule(session: Session) -> ColumnElement[str]:
+    """Return what a request did wrong, without where it stands in its job: else each would be of a kind of its own."""
+    message = Request.error_message
+    placed = or_(message.like("line %: %"), message.like("requests[%: %"))
+    return case((placed, func.substr(message, place_of(session, message, ": ") + 2)), else_=message)
+
+
+def _said(param: str | None, rule: str) -> str:
+    return f"{param}: {rule}" if param else rule
 
 
 def _prompt(body: Mapping[str, Any] | None) -> str:

@@ -72,6 +72,11 @@ def whole(session: Session, value: ColumnElement[Any]) -> ColumnElement[int]:
     return cast(func.floor(value) if dialect_of(session) == "postgresql" else value, BigInteger)
 
 
+def place_of(session: Session, value: InstrumentedAttribute[Any], part: str) -> ColumnElement[int]:
+    """Return the place, from 1 on, at which a part begins in a text; 0: it is not there."""
+    return func.strpos(value, part) if dialect_of(session) == "postgresql" else func.instr(value, part)
+
+
 def insert_many(session: Session, model: type[Base], rows: Sequence[Mapping[str, Any]]) -> None:
     """Insert many rows that have the same columns: with COPY, where the database has it."""
     table: Any = model.__table__

@@ -1,11 +1,12 @@
 """The page of one job: how far it is, its texts as they come, its requests and errors, its trees and numbers.
 
-app -> [job_page] -> storage.browse, storage.statistics.  Each tab asks for a screenful when it is looked at; only what
-is being written is asked for again and again.
+app -> [job_page] -> storage.browse, storage.statistics.  The tab that is looked at asks for a screenful again and
+again, and changes only what is different: a reader keeps their place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 from nicegui import ui
@@ -22,12 +23,15 @@ from jobs.errors import BasicError
 from jobs.keys import Scope
 from jobs.messages import JobStatus
 from storage import browse, queries, statistics
-from storage.browse import RecordedTree, RequestText, TreePlace
+from storage.browse import ErrorCount, RecordedTree, RequestText, TreePlace
 from storage.queries import JobView
 
 _REFRESH_S: Final = 1.0
+_TICKS: Final = {"Requests": 2, "Trees": 5, "Statistics": 4}  # seconds between two looks of a tab, while the job runs
+_TICKS_ENDED: Final = 10  # after that; a comparison with plain decoding is made later
 _STREAMS: Final = 6  # texts being written that are shown at once
 _PAGE: Final = 20
+_MESSAGE_CHARS: Final = 200
 _FILTERS: Final = {
     "All": (),
     "Completed": ("completed",),
@@ -83,7 +87,7 @@ class JobPage:
         self._head.show(job)
         self._tabs = tabs
         tabs.on_value_change(self._look)
-        self._filled: set[str] = set()
+        self._ticks = 0  # since the tab was filled
 
     async def refresh(self) -> None:
         """Show the job as it stands, and what is being written if that is looked at."""
@@ -92,12 +96,13 @@ class JobPage:
             return
         ended_now = JobStatus(job.status).final and not JobStatus(self._job.status).final
         self._job = job
+        self._ticks -= 1
         self._head.show(job)
         name = self._tab()
         if name == "Live":
             running = await self._desk.read(lambda session: browse.running(session, job.id, _STREAMS))
             self._live.show(running, job)
-        elif name not in self._filled or ended_now:
+        elif ended_now or self._ticks <= 0:
             await self._fill(name)
 
     def _tab(self) -> str:
@@ -108,13 +113,14 @@ class JobPage:
         await self._fill(self._tab())
 
     async def _fill(self, name: str) -> None:
-        self._filled.add(name)
+        self._ticks = _TICKS_ENDED if JobStatus(self._job.status).final else _TICKS.get(name, 0)
         if name == "Requests":
             await self._requests.show()
         elif name == "Trees":
             await self._trees.show()
         elif name == "Statistics":
-            numbers = await self._desk.read(lambda session: statistics.job_stats(session, self._job.id))
+            job_id = self._job.id
+            numbers = await self._desk.read(lambda session: statistics.job_stats(session, job_id))
             if self._numbers is None:
                 with self._place_of_numbers:
                     self._numbers = StatsView()
@@ -139,7 +145,7 @@ class JobHead:
                 with ui.element("div").classes("grow"), ui.element("h1"):
                     ui.label(job.id)
                 self._status = ui.label().props('role="status"')
-            ui.label(f"{job.model} · {job.endpoint} · submitted {words.ago(job.created_at)}").classes("dim small")
+            self._about = ui.label().classes("dim small")
             self._bar = ui.element("progress").props('max="1" aria-label="Requests that have ended"')
             with ui.element("div").classes("line"):
                 self._counts = ui.label().classes("grow")
@@ -152,6 +158,7 @@ class JobHead:
     def show(self, job: JobView) -> None:
         """Show the job as it stands."""
         show_job_status(self._status, job)
+        self._about.set_text(f"{job.model} · {job.endpoint} · submitted {words.ago(job.created_at)}")
         self._bar.props(f"value={words.ended(job) / max(1, job.requests_total):.4f}")
         failed = f", {job.requests_failed:,d} failed" if job.requests_failed else ""
         self._counts.set_text(f"{words.ended(job):,d} of {job.requests_total:,d} requests{failed}")
@@ -233,6 +240,8 @@ class Requests:
         self._desk = desk
         self._job_id = job_id
         self._after = [-1]  # where each page looked at so far begins
+        self._shown: dict[int, tuple[ui.element, RequestText]] = {}
+        self._errors_shown: list[ErrorCount] = []
 
     def lay_out(self) -> None:
         """Make the places for what `show` tells."""
@@ -240,6 +249,8 @@ class Requests:
             self._errors = ui.element("div").classes("stack")
             self._which = ui.toggle(list(_FILTERS), value="All", on_change=self._first_page).props("no-caps unelevated")
             legend()
+            self._none = ui.label("There is no such request now.").classes("dim")
+            self._none.set_visibility(False)
             self._cards = ui.element("div").classes("stack")
             with ui.element("div").classes("line"):
                 self._back = ui.button("Back", on_click=self._page_back).props("flat no-caps")
@@ -248,38 +259,59 @@ class Requests:
 
     async def show(self) -> None:
         """Ask for a page of requests and show it."""
-        statuses, after = _FILTERS[str(self._which.value)], self._after[-1]
+        asked = self._asked()
+        statuses, after = asked
         found = await self._desk.read(lambda s: browse.requests(s, self._job_id, statuses, after, _PAGE + 1))
         errors = await self._desk.read(lambda session: browse.errors(session, self._job_id))
+        if asked != self._asked():  # another page was asked for meanwhile
+            return
         self._show_errors(errors)
-        self._cards.clear()
-        with self._cards:
-            if not found:
-                ui.label("No such request.").classes("dim")
-            for request in found[:_PAGE]:
-                self._card(request)
+        self._show_requests(found[:_PAGE])
+        self._none.set_visibility(not found)
         self._last = found[:_PAGE][-1].request_index if found else -1
         self._next.set_visibility(len(found) > _PAGE)
         self._back.set_visibility(len(self._after) > 1)
 
-    def _show_errors(self, errors: list[tuple[str, int, str]]) -> None:
+    def _asked(self) -> tuple[Sequence[str], int]:
+        return _FILTERS[str(self._which.value)], self._after[-1]
+
+    def _show_requests(self, requests: Sequence[RequestText]) -> None:
+        if [request.request_index for request in requests] != list(self._shown):
+            self._cards.clear()
+            self._shown = {}
+        for request in requests:
+            card, shown = self._shown.get(request.request_index, (None, None))
+            if request == shown:
+                continue
+            if card is None:
+                with self._cards:
+                    card = box()
+            self._shown[request.request_index] = card, request
+            card.clear()
+            with card:
+                self._fill_card(request)
+
+    def _show_errors(self, errors: list[ErrorCount]) -> None:
+        if errors == self._errors_shown:
+            return
+        self._errors_shown = errors
         self._errors.clear()
         if errors:
             with self._errors, box():
                 heading("Errors")
                 with ui.element("div").classes("wide"):
-                    rows = [(f"{code}: {texts.safe(message)[:200]}", f"{count:,d}") for code, count, message in errors]
+                    rows = [(_error_words(error), f"{error.requests:,d}") for error in errors]
                     table(("What went wrong", "Requests"), rows)
 
-    def _card(self, request: RequestText) -> None:
-        with box():
-            request_head(request)
-            if request.error_message:
-                ui.label(texts.safe(request.error_message)).style("color:var(--q-negative);overflow-wrap:anywhere")
-            for choice in request.choices:
-                ui.html(texts.colored(choice.pieces), sanitize=False)
-                end = f", ended by {choice.finish_reason}" if choice.finish_reason else ""
-                ui.label(f"{choice.tokens:,d} tokens, {choice.accepted:,d} from the draft{end}").classes("dim small")
+    @staticmethod
+    def _fill_card(request: RequestText) -> None:
+        request_head(request)
+        if request.error_message:
+            ui.label(texts.safe(request.error_message)).style("color:var(--q-negative);overflow-wrap:anywhere")
+        for choice in request.choices:
+            ui.html(texts.colored(choice.pieces), sanitize=False)
+            end = f", ended by {choice.finish_reason}" if choice.finish_reason else ""
+            ui.label(f"{choice.tokens:,d} tokens, {choice.accepted:,d} from the draft{end}").classes("dim small")
 
     async def _first_page(self) -> None:
         self._after = [-1]
@@ -292,6 +324,11 @@ class Requests:
     async def _page_back(self) -> None:
         self._after.pop()
         await self.show()
+
+
+def _error_words(error: ErrorCount) -> str:
+    message = "other messages" if error.message is None else texts.safe(error.message)[:_MESSAGE_CHARS]
+    return f"{error.code}: {message}"
 
 
 class Trees:
@@ -322,13 +359,18 @@ class Trees:
 
     async def show(self) -> None:
         """Ask where trees are, and draw the first that is worth a look."""
-        self._places = await self._desk.read(lambda session: browse.tree_places(session, self._job_id))
+        places = await self._desk.read(lambda session: browse.tree_places(session, self._job_id))
+        if places and places == self._places:
+            return
+        self._places = places
         self._none.set_visibility(not self._places)
         self._choice.set_visibility(bool(self._places))
         names = {(p.request_index, p.choice_index): _text_name(p) for p in self._places}
-        if self._places:
+        if self._places and self._request.value is None:
             largest = max(self._places, key=lambda place: place.tree_nodes)
             self._request.set_options(names, value=(largest.request_index, largest.choice_index))
+        elif self._places:  # a text that has trees has all of them: its steps stay
+            self._request.set_options(names, value=self._request.value)
 
     async def _show_steps(self) -> None:
         places = [p for p in self._places if (p.request_index, p.choice_index) == self._request.value]

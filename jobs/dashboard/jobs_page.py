@@ -92,11 +92,12 @@ class JobRow:
     def show(self, job: JobView) -> None:
         """Show the job as it stands; says nothing to the browser if nothing has changed."""
         speed = f"{words.number(words.tokens_per_s(job), 1)} tokens/s · {words.left(job)}"
-        values = (job.status, words.ended(job), job.requests_failed, job.completion_tokens, speed)
+        about = f"{job.model} · {words.ago(job.created_at)}"
+        values = (about, job.status, words.ended(job), job.requests_failed, job.completion_tokens, speed)
         if values == self._shown:
             return
         self._shown = values
-        self._about.set_text(f"{job.model} · {words.ago(job.created_at)}")
+        self._about.set_text(about)
         self._bar.props(f"value={words.ended(job) / max(1, job.requests_total):.4f}")
         failed = f", {job.requests_failed:,d} failed" if job.requests_failed else ""
         self._counts.set_text(f"{words.ended(job):,d} of {job.requests_total:,d} requests{failed}")

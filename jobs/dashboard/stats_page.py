@@ -18,26 +18,44 @@ from storage import statistics
 from storage.statistics import JobRow
 
 _JOBS: Final = 20
+_REFRESH_S: Final = 5.0
 
 
 async def build(desk: Desk, caller: Caller) -> None:
     """Build the page."""
     with frame("Statistics", dark=desk.dark, signed_in=desk.signed_in):
         heading("Statistics of all jobs", 1)
-        place = ui.element("div").classes("stack")
+        page = StatsPage(desk, caller)
+        ui.timer(_REFRESH_S, page.refresh)  # the numbers come behind the page itself
 
-    async def fill() -> None:
-        """Show the numbers, behind the page itself."""
-        stats = await desk.read(lambda session: statistics.total_stats(session, caller.sees))
-        rows = await desk.read(lambda session: statistics.job_rows(session, _JOBS, caller.sees))
-        with place:
-            StatsView().show(stats)
-            with box():
-                heading("The newest jobs")
-                with ui.element("div").classes("wide"):
-                    _job_table(rows)
 
-    ui.timer(0, fill, once=True)
+class StatsPage:
+    """The numbers of all jobs, and of the newest ones."""
+
+    def __init__(self, desk: Desk, caller: Caller) -> None:
+        """Make the place for what `refresh` tells."""
+        self._desk = desk
+        self._sees = caller.sees
+        self._place = ui.element("div").classes("stack")
+        self._numbers: StatsView | None = None  # laid out when they have come
+        self._shown: list[JobRow] = []
+
+    async def refresh(self) -> None:
+        """Show the numbers as they stand."""
+        stats = await self._desk.read(lambda session: statistics.total_stats(session, self._sees))
+        rows = await self._desk.read(lambda session: statistics.job_rows(session, _JOBS, self._sees))
+        if self._numbers is None:
+            with self._place:
+                self._numbers = StatsView()
+                with box():
+                    heading("The newest jobs")
+                    self._jobs = ui.element("div").classes("wide")
+        self._numbers.show(stats)
+        if rows != self._shown:
+            self._shown = rows
+            self._jobs.clear()
+            with self._jobs:
+                _job_table(rows)
 
 
 def _job_table(rows: list[JobRow]) -> None:

@@ -45,9 +45,13 @@ class StatsView:
         with box():
             heading("By source of the drafts")
             self._drafters = ui.element("div").classes("wide")
+        self._shown: JobStats | None = None
 
     def show(self, stats: JobStats) -> None:
-        """Show these numbers."""
+        """Show these numbers; says nothing to the browser if they are the same."""
+        if stats == self._shown:
+            return
+        self._shown = stats
         self._figures.clear()
         with self._figures:
             for name, value, note in _figures(stats):

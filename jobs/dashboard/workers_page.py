@@ -21,6 +21,7 @@ from storage.census import SEEN_S
 from storage.queries import WorkerView
 
 _REFRESH_S: Final = 3.0
+_AGO_S: Final = 30.0  # after which the page says again how long ago things were
 _SHOWN: Final = 40
 
 
@@ -34,9 +35,10 @@ async def build(desk: Desk, caller: Caller) -> None:
         async def refresh() -> None:
             workers = (await desk.read(queries.workers))[:_SHOWN]
             facts = [(w.id, w.load, w.stopped_at, _alive(w)) for w in workers]
-            if facts == last:
+            told = [int(time.time() // _AGO_S), *facts]
+            if told == last:
                 return
-            last[:] = facts
+            last[:] = told
             shown.clear()
             with shown:
                 _show(workers)

@@ -111,6 +111,55 @@ def test_tokens_arrive_and_a_job_is_cancelled(page: Page, service: LocalService)
     expect(page.locator(".status").first).to_have_text("cancelled", timeout=PATIENCE_MS)
 
 
+def test_lists_and_statistics_of_a_running_job_follow_it_to_its_end(page: Page, service: LocalService) -> None:
+    """Nothing is clicked once the pages are open."""
+    with Client(service.api_url) as client:
+        job = client.submit(["abc"] * 400, ignore_eos=True, temperature=0)
+        page.goto(f"/dashboard/jobs/{job.id}")
+        open_tab(page, "Requests")
+        page.get_by_role("button", name="Running").click()
+        expect(page.locator(".q-tab-panel .status-running").first).to_be_visible(timeout=PATIENCE_MS)
+        numbers, everything, jobs = (page.context.new_page() for _ in range(3))
+        numbers.goto(f"/dashboard/jobs/{job.id}")
+        open_tab(numbers, "Statistics")
+        everything.goto("/dashboard/stats")
+        jobs.goto("/dashboard/")
+        row = jobs.get_by_role("listitem").filter(has_text=job.id)
+        expect(row.locator(".status")).to_have_text("in progress", timeout=PATIENCE_MS)
+        for shown in (numbers, everything):
+            figures = shown.locator("dl.figures").first
+            expect(figures).to_contain_text("Tokens per second", timeout=PATIENCE_MS)
+            before = figures.inner_text()
+            shown.wait_for_function(
+                "before => document.querySelector('dl.figures').innerText != before", arg=before, timeout=PATIENCE_MS
+            )
+        job.cancel()
+    expect(row.locator(".status")).to_have_text("cancelled", timeout=PATIENCE_MS)
+    expect(page.get_by_text("There is no such request now.")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.locator(".q-tab-panel .status-running")).to_have_count(0)
+    told = httpx.get(f"{service.api_url}/v1/jobs/{job.id}/stats").json()
+    expect(numbers.locator("dl.figures").first).to_contain_text(f"{told['steps']:,d} steps", timeout=PATIENCE_MS)
+
+
+def test_each_error_of_a_job_is_told_and_a_job_that_failed_whole_is_no_success(
+    page: Page, service: LocalService
+) -> None:
+    wrong = [{"prompt": "a", "max_tokens": 0}, {"prompt": "a", "temperature": 9}, {"prompt": "a", "temperature": 9}]
+    with Client(service.api_url) as client:
+        job = client.submit(wrong)
+        assert job.wait().status == "completed"
+    page.goto(f"/dashboard/jobs/{job.id}")
+
+    lines = page.locator("table.plain tbody tr")
+    expect(lines).to_have_count(2, timeout=PATIENCE_MS)
+    assert "temperature" in lines.nth(0).inner_text()
+    assert "max_tokens" in lines.nth(1).inner_text()
+    status = page.locator(".status").first
+    expect(status).to_have_text("completed, all failed")
+    expect(status).to_have_css("color", "rgb(138, 83, 0)")
+    picture(page, "all-failed")
+
+
 def test_ugly_text_is_shown_as_text_and_leaves_the_page_whole(page: Page, service: LocalService) -> None:
     with Client(service.api_url) as client:
         job = client.submit([UGLY, {"prompt": "a", "max_tokens": 0, "custom_id": "<b>bad</b>"}], max_tokens=4)

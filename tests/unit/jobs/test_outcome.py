@@ -11,12 +11,15 @@ from jobs.messages import JobStatus
 from jobs.outcome import status_words, warns
 from jobs.progress import pace
 from jobs.report import report
-from jobs.results import JobInfo
+from jobs.results import JobInfo, Output, Statistics
 from jobs.terminal import closing_table, jobs_table, make_console
 from tests.unit.jobs.test_cli import Run, prompts, run
 
 __all__ = ["prompts", "run"]  # fixtures
 
+SUMS = ("requests_completed", "requests_failed", "requests_total", "completion_tokens", "prompt_tokens", "wall_s")
+LISTS = ("acceptance", "minutes", "batch_sizes", "reliability")
+NUMBERS: Statistics = dict.fromkeys(SUMS, 0) | {name: [] for name in LISTS}
 FAILURES = "\n".join(json.dumps({"prompt": "Hello", "max_tokens": 0}) for _ in range(3))
 
 
@@ -70,7 +73,17 @@ def test_a_report_says_so_in_the_colour_of_a_warning(run: Run, tmp_path: Path) -
 
 
 def test_a_report_of_a_success_does_not_warn() -> None:
-    numbers = dict.fromkeys(("requests_completed", "requests_failed", "requests_total"), 0)
-    empty: dict[str, object] = {"acceptance": [], "minutes": [], "batch_sizes": [], "reliability": []}
-    page = report(info(3, 0), numbers | empty | {"completion_tokens": 0, "prompt_tokens": 0, "wall_s": 0.0}, [])
-    assert '<strong class="warning">' not in page
+    assert '<strong class="warning">' not in report(info(3, 0), NUMBERS, [])
+
+
+def test_a_report_of_very_many_errors_counts_those_it_leaves_out() -> None:
+    page = report_of([f"requests[{n}], n: Message {n}." for n in range(60)] + ["line 7, n: Message 3."])
+    assert page.count("odd: Message ") == 50
+    assert "odd: Message 3.</th><td>2</td>" in page
+    assert "odd: other messages</th><td>10</td>" in page
+
+
+def report_of(messages: list[str]) -> str:
+    error = {"custom_id": "a", "index": 0, "status": "failed"}
+    outputs = [Output.model_validate(error | {"error": {"code": "odd", "message": message}}) for message in messages]
+    return report(info(0, len(outputs)), NUMBERS, outputs)

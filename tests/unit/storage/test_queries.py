@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import text
 
-from storage import queries, writes
+from storage import browse, queries, writes
+from storage.browse import ErrorCount
 from storage.queries import ChoiceSnapshot, DepthAcceptance, JobStats
 from storage.records import NewRequest, Progress, Refusal, StepRow
 from storage.session import Database
@@ -259,3 +260,25 @@ def test_models_are_those_of_workers_that_are_alive(database: Database) -> None:
     with database.read() as session:
         assert queries.models(session) == [queries.ModelView("small", 256)]
         assert {worker.id for worker in queries.workers(session)} == {"a", "b", "c", "d"}
+
+
+def test_every_error_of_a_job_is_told_or_counted(database: Database) -> None:
+    """Errors of one code that differ are told apart; of very many, each code says how many it leaves out."""
+    told = [
+        Refusal("bad", "line 1: Too hot: 9."),
+        Refusal("bad", "requests[1], n: Too long.", "n"),
+        Refusal("bad", "line 12: Too hot: 9."),
+        Refusal("worse", "Gone: away."),
+        Refusal("bad", "Too long.", "max_tokens"),
+    ]
+    record(database, "job-1", [NewRequest(str(n), refusal=refusal) for n, refusal in enumerate(told)])
+
+    def errors(limit: int) -> list[ErrorCount]:
+        with database.read() as session:
+            return browse.errors(session, "job-1", limit)
+
+    hot = ErrorCount("bad", "Too hot: 9.", 2)
+    few, long = (ErrorCount("bad", f"{name}: Too long.", 1) for name in ("max_tokens", "n"))
+    gone = ErrorCount("worse", "Gone: away.", 1)
+    assert errors(20) == [hot, few, long, gone]
+    assert errors(1) == [hot, ErrorCount("bad", None, 2), ErrorCount("worse", None, 1)]
