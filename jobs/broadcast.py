@@ -178,7 +178,8 @@ class _Channel:
         return True
 
     async def _batch(self, since: Cursor) -> Batch:
-        events, after = tell(self._job_id, await self._read(self._job_id, since), since)
+        page = await self._read(self._job_id, since)
+        events, after = await asyncio.to_thread(tell, self._job_id, page, since)  # a page may be large
         return Batch(since, after, events)
 
     async def _listen(self, heard: AsyncGenerator[PartialEvent | None]) -> None:

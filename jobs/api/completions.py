@@ -80,7 +80,7 @@ async def _answer(request: Request, services: Services, caller: Caller, endpoint
     events = _events(services, call.heading.id)
     if not call.stream:
         await _unless_gone(request, _end_of(events))
-        return JSONResponse(answers.answer(call.heading, await run_in_threadpool(_output, services, call)))
+        return await run_in_threadpool(_whole, services, call)
     # Nothing is sent before there is text, so that a request that is refused by the worker still gets its status.
     first = await _unless_gone(request, _next_text(events))
     if first is None:
@@ -188,11 +188,8 @@ async def _lines(
         async with aclosing(events):
             async for piece in _chunks(call.heading, first, events):
                 yield _line(piece | more)
-        output = await run_in_threadpool(_output, services, call)
-        for piece in answers.logprobs_chunks(call.heading, output):
-            yield _line(piece | more)
-        if call.with_usage:
-            yield _line(answers.usage_chunk(call.heading, output))
+        for line in await run_in_threadpool(_last_lines, services, call, more):
+            yield line
         yield "data: [DONE]\n\n"
     except BasicError as failed:
         yield _line(error_body(failed.status_code, failed.message, failed.param, failed.code))
@@ -220,6 +217,17 @@ async def _chunks(
 
 def _line(value: dict[str, Any]) -> str:
     return f"data: {json_line(value)}\n\n"
+
+
+def _whole(services: Services, call: _Call) -> Response:
+    return JSONResponse(answers.answer(call.heading, _output(services, call)))
+
+
+def _last_lines(services: Services, call: _Call, more: dict[str, Any]) -> list[str]:
+    """Return what a stream tells behind its text: log-probabilities, and the tokens if they were asked for."""
+    output = _output(services, call)
+    lines = [_line(piece | more) for piece in answers.logprobs_chunks(call.heading, output)]
+    return [*lines, _line(answers.usage_chunk(call.heading, output))] if call.with_usage else lines
 
 
 def _output(services: Services, call: _Call) -> OutputView:

@@ -6,6 +6,7 @@ app -> [document] -> items, messages.  Describes; decides nothing. Names of fiel
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any, Final, get_args
 
 from fastapi import APIRouter, FastAPI
@@ -243,6 +244,7 @@ def install(app: FastAPI, *shown: APIRouter) -> None:
     """Let the application's document say what it does: a request that is not valid is a 400 here, never a 422."""
     make = app.openapi
 
+    @cache
     def openapi() -> Json:
         document = make()
         _show_nulls(shown, document)

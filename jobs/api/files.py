@@ -13,6 +13,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from jobs.api import views
+from jobs.api.bodies import pieces
 from jobs.api.caller import Caller, CallerNow
 from jobs.api.examples import BYTES, DELETED, FILE, UPLOAD_BODY, page_of, replies
 from jobs.api.replies import FileDeleted, FilePage, FileReply
@@ -34,10 +35,8 @@ async def upload(request: Request, services: ServicesNow, caller: CallerNow) -> 
     form = UploadForm(request.headers.get("content-type", ""), services.settings.max_file_bytes)
     writer = _Writer(services, caller, f"file-{secrets.token_hex(16)}")
     try:
-        async for data in request.stream():
-            form.feed(data)
-            while len(form.waiting) >= CHUNK_BYTES:
-                await writing(writer.write, form, CHUNK_BYTES)
+        async for data in pieces(request.stream()):
+            await writing(writer.take, form, data)
         form.end()
         return await writing(writer.finish, form)
     except BaseException:
@@ -107,6 +106,12 @@ class _Writer:
         self._caller = caller
         self._file_id = file_id
         self._chunks = 0
+
+    def take(self, form: UploadForm, data: bytes) -> None:
+        """Read the next bytes of the body, and write what they complete."""
+        form.feed(data)
+        while len(form.waiting) >= CHUNK_BYTES:
+            self.write(form, CHUNK_BYTES)
 
     def write(self, form: UploadForm, size: int) -> None:
         """Write that many bytes of what waits in the form."""

@@ -38,10 +38,11 @@ async def followed_lines(services: Services, job: JobView, cursor: str, failed: 
             final = await asyncio.to_thread(
                 _is_final, services, job.id
             )  # first: what is read then is all there will be
-            while ended := await asyncio.to_thread(_ended, services, job.id, place, failed):
-                for place, output in ended:
-                    if output is not None:
-                        yield _line(output, job.endpoint, cursor=f"{place.number}.{place.request_index}")
+            while ended := await asyncio.to_thread(_ended, services, job, place, failed):
+                place = ended[-1][0]
+                for _, line in ended:
+                    if line is not None:
+                        yield line
             if final:
                 return
 
@@ -51,16 +52,20 @@ def _page(services: Services, job_id: str, after: int, failed: bool) -> list[Out
         return list(islice(queries.outputs(session, job_id, after, without_result=failed), _AT_ONCE))
 
 
-def _ended(services: Services, job_id: str, place: Place, failed: bool) -> list[tuple[Place, OutputView | None]]:
-    """Return the next requests that ended, with nothing for those that the reader does not want."""
+def _ended(services: Services, job: JobView, place: Place, failed: bool) -> list[tuple[Place, str | None]]:
+    """Return the lines of the next requests that ended, with nothing for those that the reader does not want."""
     with services.database.read() as session:
-        places = story.ended(session, job_id, place, _AT_ONCE)
+        places = story.ended(session, job.id, place, _AT_ONCE)
         among = [index for _, index in places]
         found = {
             output.request_index: output
-            for output in queries.outputs(session, job_id, without_result=failed, among=among)
+            for output in queries.outputs(session, job.id, without_result=failed, among=among)
         }
-    return [(place, found.get(index)) for place, index in places]
+    return [(place, _followed(found[index], job, place) if index in found else None) for place, index in places]
+
+
+def _followed(output: OutputView, job: JobView, place: Place) -> str:
+    return _line(output, job.endpoint, cursor=f"{place.number}.{place.request_index}")
 
 
 def _is_final(services: Services, job_id: str) -> bool:
