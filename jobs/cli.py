@@ -391,10 +391,15 @@ def database_prune(
     Example: basic db prune --steps-older-than 30d
     """
     with _needs("api"):
+        from jobs.schema_guard import database_in_words, require_schema
         from storage.prune import prune_steps
         from storage.session import Database
-    database = Database.open(JobsSettings().resolved_database_url, answer_s=None)
-    deleted = sum(prune_steps(database, _age_s(steps_older_than)))
+    age_s = _age_s(steps_older_than)
+    url = JobsSettings().resolved_database_url
+    require_schema(url)
+    with database_in_words(url):
+        database = Database.open(url, answer_s=None)
+        deleted = sum(prune_steps(database, age_s))
     database.dispose()
     typer.echo(json.dumps({"deleted_steps": deleted}) if as_json else f"Deleted {deleted:,} steps")
 

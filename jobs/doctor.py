@@ -19,8 +19,10 @@ from redis.exceptions import RedisError
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
+from jobs.errors import BasicError
 from jobs.local_state import running
 from jobs.logs import without_secrets
+from jobs.schema_guard import database_in_words
 from jobs.settings import JobsSettings
 from storage import schema
 from storage.health import Health, health
@@ -166,7 +168,12 @@ def _database(settings: JobsSettings) -> Iterator[Finding]:
     if file is not None and not file.exists():
         yield Finding("database", "problem", f"there is no {file}", "make it with: basic db upgrade, or basic up")
         return
-    database = Database.open(url)
+    try:
+        with database_in_words(url):
+            database = Database.open(url)
+    except BasicError as exc:
+        yield Finding("database", "problem", str(exc), "correct the URL, or install what it needs")
+        return
     try:
         began_at = time.monotonic()
         with database.read() as session:

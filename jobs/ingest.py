@@ -27,15 +27,14 @@ from jobs.celery_app import INGEST_QUEUE, INGEST_TASK, make_app
 from jobs.clerk import Clerk
 from jobs.custom_ids import storable
 from jobs.doorbells import Doorbells
-from jobs.errors import BasicError, IdempotencyConflict, InvalidJsonLine, InvalidValue, LimitReached, SetupError
+from jobs.errors import BasicError, IdempotencyConflict, InvalidJsonLine, InvalidValue, LimitReached
 from jobs.intake import Submission, accept_job, record_refused_job
 from jobs.items import Item, read_value
 from jobs.logs import log_to_stderr
 from jobs.messages import PromptBatch
 from jobs.partials import Publisher
-from jobs.processes import BAD_SETTINGS_STATUS
 from jobs.producer import Ring, batch_job_id
-from jobs.schema_guard import require_schema
+from jobs.schema_guard import exit_status, require_schema
 from jobs.settings import JobsSettings, read_settings
 from jobs.tracing import TRACEPARENT, as_traceparent, start_tracing, stop_tracing
 from storage.records import Refusal
@@ -98,9 +97,9 @@ def main() -> int:
         log_to_stderr(settings.log_format)
         start_tracing("basic-ingest")
         require_schema(settings.resolved_database_url)
-    except SetupError as exc:
+    except BasicError as exc:
         print(exc, file=sys.stderr)
-        return BAD_SETTINGS_STATUS
+        return exit_status(exc)
     database = Database.open(settings.resolved_database_url, answer_s=LONG_ANSWER_S)
     app = make_ingest_app(database, settings)
     try:

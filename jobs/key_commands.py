@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jobs.errors import InvalidValue, NotFound, SetupError
+from jobs.errors import InvalidValue, NotFound
 from jobs.settings import JobsSettings
 from jobs.terminal import keys_table, make_console
 
@@ -190,22 +190,20 @@ def _seconds(text: str) -> float:
 @contextmanager
 def _database() -> Iterator[Database]:
     """Open the database of this installation, of the schema of this version; make it if there is none yet."""
-    try:
-        from storage import schema
-        from storage.session import Database
-    except ModuleNotFoundError as exc:
-        raise SetupError(f"This command needs {exc.name}; install it with: pip install 'basic-batch[api]'") from exc
+    from jobs.schema_guard import database_in_words, require_schema
+    from storage import schema
+    from storage.session import Database
+
     url = _database_url()
-    found = schema.current(url)
-    if found is None:
-        schema.upgrade(url)
-    elif found != schema.head():
-        raise SetupError("The database has another version's schema; bring it up to date with `basic db upgrade`")
-    database = Database.open(url)
-    try:
-        yield database
-    finally:
-        database.dispose()
+    with database_in_words(url):
+        if schema.current(url) is None:
+            schema.upgrade(url)
+        require_schema(url)
+        database = Database.open(url)
+        try:
+            yield database
+        finally:
+            database.dispose()
 
 
 def _database_url() -> str:

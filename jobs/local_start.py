@@ -16,16 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import httpx
-from alembic.util import CommandError
-from sqlalchemy import make_url
-from sqlalchemy.exc import OperationalError
 
 from jobs.errors import SetupError
 from jobs.local_key import make_local_key
 from jobs.local_state import LocalService
 from jobs.processes import Child, Children, Command, keep_one_old, launch, python_module
 from jobs.redis_server import answers, server_arguments, server_binary
-from jobs.schema_guard import driver_missing
+from jobs.schema_guard import database_in_words
 from jobs.settings import JobsSettings
 from storage import queries, schema
 from storage.session import Database
@@ -154,20 +151,8 @@ def say(sentence: str) -> None:
 
 def _migrate(database_url: str) -> None:
     """Bring the database up to date, or say why it can't serve."""
-    try:
+    with database_in_words(database_url):
         schema.upgrade(database_url)
-    except ModuleNotFoundError as exc:
-        raise SetupError(driver_missing(exc)) from exc
-    except OperationalError as exc:
-        raise SetupError(
-            f"the database {make_url(database_url)} can't be used: {exc.orig}; "
-            "check that it can be reached and written, or set BASIC_DATABASE_URL to another"
-        ) from exc
-    except CommandError as exc:
-        raise SetupError(
-            f"the database {make_url(database_url)} was made by another version of bASIC ({exc}); "
-            "use that version, or set BASIC_DATABASE_URL to another database"
-        ) from exc
 
 
 def _with_api_address(settings: JobsSettings) -> JobsSettings:

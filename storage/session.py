@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event, make_url
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
@@ -42,6 +42,8 @@ LONG_ANSWER_S: Final = 30.0  # the same for those whom no person waits for
 # A reader sees one state of the database, whatever it asks. Without `postgresql_readonly`: the transaction of the next
 # writer would then say READ WRITE, against what the database says of itself.
 _READING: Final = {"isolation_level": "REPEATABLE READ"}
+
+_SQLITE_OPTIONS: Final = {"cached_statements", "check_same_thread", "detect_types", "isolation_level", "timeout"}
 
 # How a transaction of this connection begins on SQLite. A writer takes the lock at once: one that has read first and
 # then finds the lock taken is refused without waiting.
@@ -97,10 +99,17 @@ class Database:
 def make_engine(url: str, answer_s: float | None = None) -> Engine:
     """Return an engine for SQLite (the file's directory is made if need be) or PostgreSQL.
 
-    A PostgreSQL server that does not answer a statement within `answer_s` is away; None: it may take any time.
+    A PostgreSQL server that does not answer a statement within `answer_s` is away; None: it may take any time. Raise
+    ArgumentError for a URL of neither, or of no form that SQLAlchemy knows.
     """
-    parsed = make_url(url)
-    engine = _sqlite_engine(parsed) if parsed.get_backend_name() == "sqlite" else _postgresql_engine(parsed, answer_s)
+    try:
+        parsed = make_url(url)
+    except ValueError as exc:  # a port that is no number
+        raise ArgumentError(f"could not parse it ({exc})") from exc
+    backend = parsed.get_backend_name()
+    if backend not in ("sqlite", "postgresql", "postgres"):
+        raise ArgumentError(f"the record lies in PostgreSQL or SQLite, not in {backend}")
+    engine = _sqlite_engine(parsed) if backend == "sqlite" else _postgresql_engine(parsed, answer_s)
     event.listen(engine, "handle_error", _refused_to_write)
     return engine
 
@@ -157,6 +166,9 @@ def _postgresql_engine(url: URL, answer_s: float | None) -> Engine:
 
 
 def _sqlite_engine(url: URL) -> Engine:
+    unknown = set() if "uri" in url.query else url.query.keys() - _SQLITE_OPTIONS
+    if unknown:
+        raise ArgumentError(f"SQLite has no option {min(unknown)}; a question mark in a path is written %3F")
     file = _file_of(url)
     if file is not None:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -8,8 +8,11 @@ from __future__ import annotations
 import socket
 import sys
 
+from jobs.errors import BasicError
+from jobs.schema_guard import database_in_words
+from jobs.settings import read_settings
 from storage import queries
-from storage.session import DATABASE_AWAY, Database, why_away
+from storage.session import Database
 from worker.settings import WorkerSettings
 
 _SILENT_S = 60.0  # a worker beats every few seconds
@@ -17,14 +20,15 @@ _SILENT_S = 60.0  # a worker beats every few seconds
 
 def main() -> int:
     """Say what is wrong, if anything is, and return the exit status."""
-    database = Database.open(WorkerSettings().resolved_database_url)
     try:
-        serving = workers_here(database)
-    except DATABASE_AWAY as error:
-        print(f"the database does not answer: {why_away(error)}", file=sys.stderr)
+        url = read_settings(WorkerSettings).resolved_database_url
+        with database_in_words(url):
+            database = Database.open(url)
+            serving = workers_here(database)
+            database.dispose()
+    except BasicError as error:
+        print(error, file=sys.stderr)
         return 1
-    finally:
-        database.dispose()
     if not serving:
         print(f"no worker of {socket.gethostname()} has been seen for {_SILENT_S:.0f} s", file=sys.stderr)
     return 0 if serving else 1

@@ -10,6 +10,7 @@ import sys
 from jobs.errors import BasicError, SetupError
 from jobs.logs import log_to_stderr
 from jobs.processes import BAD_SETTINGS_STATUS, RESTART_STATUS
+from jobs.schema_guard import exit_status
 from jobs.settings import read_settings
 from storage.session import DATABASE_AWAY, why_away
 from worker import supervisor
@@ -22,7 +23,10 @@ def run(settings: WorkerSettings) -> int:
     log_to_stderr(settings.log_format)
     try:
         return supervisor.supervise(settings) if supervisor.is_needed(settings) else _serve(settings)
-    except (BasicError, EngineError) as error:
+    except BasicError as error:
+        print(error, file=sys.stderr)
+        return exit_status(error)
+    except EngineError as error:
         print(error, file=sys.stderr)
         return BAD_SETTINGS_STATUS
     except DATABASE_AWAY as error:

@@ -7,20 +7,21 @@ import sys
 from pathlib import Path
 
 from jobs.api.server import serve
-from jobs.errors import SetupError
+from jobs.errors import BasicError
+from jobs.schema_guard import exit_status
 from jobs.settings import JobsSettings, read_settings
 
 
 def main() -> int:
-    """Serve until a signal comes; 78 (bad configuration) if that is impossible."""
+    """Serve until a signal comes; 78 (bad configuration) if that is impossible, 75 if it may be possible later."""
     parser = argparse.ArgumentParser(prog="python -m jobs.api", description=__doc__)
     parser.add_argument("--ready-file", type=Path, help="write the URL here once connections are taken")
     arguments = parser.parse_args()
     try:
         serve(read_settings(JobsSettings), arguments.ready_file)
-    except SetupError as exc:
+    except BasicError as exc:
         print(exc, file=sys.stderr)
-        return 78
+        return exit_status(exc)
     return 0
 
 

@@ -53,9 +53,9 @@ def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
     """Serve until a signal comes. The URL is written to `ready_file` as soon as connections are taken."""
     log_to_stderr(settings.log_format)
     start_tracing("basic-shim")
+    require_schema(settings.resolved_database_url)
     database = Database.open(settings.resolved_database_url)
     door = _door(settings, database)
-    require_schema(settings.resolved_database_url)
     _say_if_read_only(database)
     listener = _listen(settings.api_host, settings.api_port)
     api = make_api(settings, database, door=door, names=Names.of(settings))
