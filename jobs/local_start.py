@@ -22,9 +22,9 @@ from jobs.local_key import make_local_key
 from jobs.local_state import LocalService
 from jobs.processes import Child, Children, Command, keep_one_old, launch, python_module
 from jobs.redis_server import answers, server_arguments, server_binary
-from jobs.schema_guard import database_in_words
+from jobs.schema_guard import upgrade_schema
 from jobs.settings import JobsSettings
-from storage import queries, schema
+from storage import queries
 from storage.session import Database
 
 _ANSWER_S = 60.0  # within which a server that is not the worker must answer; a worker may load a model for long
@@ -72,7 +72,7 @@ class Start:
             settings = self._start_redis(settings)
         elif not answers(settings.redis_url):
             raise SetupError("no Redis-protocol server answers at BASIC_REDIS_URL; start it, or unset the variable")
-        _migrate(settings.resolved_database_url)
+        upgrade_schema(settings.resolved_database_url)
         settings = _with_api_address(settings)
         ingest = self._start_python("ingest", "jobs.ingest", settings)
         make_local_key(settings.data_dir)
@@ -147,12 +147,6 @@ def environment(settings: JobsSettings) -> dict[str, str]:
 def say(sentence: str) -> None:
     """Tell the person who waits."""
     print(sentence, file=sys.stderr, flush=True)
-
-
-def _migrate(database_url: str) -> None:
-    """Bring the database up to date, or say why it can't serve."""
-    with database_in_words(database_url):
-        schema.upgrade(database_url)
 
 
 def _with_api_address(settings: JobsSettings) -> JobsSettings:
