@@ -24,8 +24,13 @@ Turn = Mapping[str, str]  # role and content
 Special = Literal["text", "control"]  # what a special token spelt in content is
 
 _MARK = "7dcb04"  # stands in no template
-_USER, _ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-_BEFORE: dict[str, list[dict[str, str]]] = {"user": [], "system": [], "assistant": [_USER], "tool": [_USER, _ASSISTANT]}
+_ROLES: dict[str, tuple[str, ...]] = {  # conversations in which a role is tried, by the initials of their roles
+    "user": ("u", "su", "uau"),
+    "system": ("su", "s"),
+    "assistant": ("uau", "suau", "ua"),
+    "tool": ("uatu", "uat", "utu", "suatu"),
+}
+_INITIALS = {role[0]: role for role in _ROLES}
 _NOTHING = re.compile("(?!)")
 
 
@@ -50,7 +55,7 @@ class Chat:
         self._forms: dict[str, _Form] = {}
         self.findings: list[str] = []  # what the template can't do, for people
         if self.has_template:
-            for role in _BEFORE:
+            for role in _ROLES:
                 self._forms[role] = self._form_of(role)
 
     @property
@@ -108,22 +113,24 @@ class Chat:
     def _form_of(self, role: str) -> _Form:
         """Return the form in which the template shows what a role says: text if it can."""
         refusals: list[str] = []
-        for form in (_Form.TEXT, _Form.PARTS):
+        tries = [(form, initials) for initials in _ROLES[role] for form in (_Form.TEXT, _Form.PARTS)]
+        for form, initials in tries:
             try:
-                if _MARK in self._rendered(self._conversation(role, form)):
+                if _MARK in self._rendered([self._tried(_INITIALS[i], role, form) for i in initials]):
                     return form
             except InvalidValue as refused:
                 refusals.append(refused.message)
-        if len(refusals) == 2:  # it says so itself, whenever it is asked
+        if len(refusals) == len(tries):  # it says so itself, whenever it is asked
             self.findings.append(f"With a {role} message: {refusals[0]}")
             return _Form.TEXT
         self.findings.append(f"The model's chat template leaves out what {role} messages say; they will be refused")
         return _Form.LEFT_OUT
 
-    def _conversation(self, role: str, form: _Form) -> list[dict[str, Any]]:
-        asked = self._given({"role": role, "content": _MARK}, form)
-        behind = [] if role == "user" else [_USER]
-        return [*map(self._given, _BEFORE[role]), asked, *map(self._given, behind)]
+    def _tried(self, role: str, wanted: str, form: _Form) -> dict[str, Any]:
+        if role == wanted:
+            return self._given({"role": role, "content": _MARK}, form)
+        known = self._forms.get(role)
+        return self._given({"role": role, "content": "a"}, form if known in (None, _Form.LEFT_OUT) else known)
 
     def _rendered(self, turns: list[dict[str, Any]]) -> str:
         try:

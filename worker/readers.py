@@ -24,6 +24,7 @@ from worker.text import Codec, read_request
 
 _SHORT_CHARS = 20_000
 _CHARS_A_PLACE = 20_000  # a long request waits for one that comes later only if that is so much shorter
+_CLOSE_S = 3.0
 _MOST_S = 120.0  # that a request may take; what takes longer never ends
 
 
@@ -78,6 +79,11 @@ class Readers:
             taken.append(one)
         return taken
 
+    def close(self) -> None:
+        """Read no more, and wait a while for what is being read: a process must not end in the midst of it."""
+        for lane in (self._short, self._long):
+            lane.close(_CLOSE_S)
+
     def _read(self, claim: Claim) -> None:
         try:
             request = read_request(claim.body)
@@ -115,6 +121,13 @@ class _Lane:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(
                 ctypes.c_ulong(thread.ident or 0), ctypes.py_object(ReadingTooLong)
             )
+
+    def close(self, timeout_s: float) -> None:
+        with self._lock:
+            self._waiting.clear()
+            thread = self._thread
+        if thread is not None:
+            thread.join(timeout_s)
 
     def _run(self) -> None:
         while True:

@@ -119,6 +119,7 @@ class Runner:
         except DATABASE_AWAY as error:
             raise _unavailable(error) from error
         self._drop(set(self._live))
+        self._readers.close()
 
     def _claim(self, rung: bool) -> bool:
         """Look for work if it is time, and let it be read; return whether there was some."""

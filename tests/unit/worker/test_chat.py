@@ -23,6 +23,10 @@ MIXED = (  # a system message is a string, what a user says has parts
     "{% for m in messages %}{{ m.role }}: {% if m.role == 'system' %}{{ m.content + '' }}{% else %}"
     "{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}. {% endfor %}"
 )
+STRICT = (  # a system message comes first, and all have parts
+    "{% if messages[0].role != 'system' %}{{ raise_exception('a system message comes first') }}{% endif %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content[0].text + '' }}. {% endfor %}"
+)
 FORGETFUL = "{% for m in messages %}{% if m.role != 'system' %}{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}"
 CHATML = (
     "{% for m in messages %}<bos>{{ m.role }}\n{{ m.content | trim }}<eos>\n{% endfor %}"
@@ -48,7 +52,7 @@ def said(template: Any, *turns: tuple[str, str]) -> str:
     return one.decode(one.encode(chat(*turns), CHAT_ENDPOINT))
 
 
-@pytest.mark.parametrize("template", [PARTS, MIXED])
+@pytest.mark.parametrize("template", [PARTS, MIXED, STRICT])
 def test_a_template_that_reads_content_parts_is_given_parts(template: str) -> None:
     assert said(template, ("system", "be brief"), ("user", "hello there")) == "system: be brief. user: hello there. "
 

@@ -215,6 +215,7 @@ def test_a_worker_that_leaves_hands_back_what_it_reads(database: Database, monke
         return real(*arguments)
 
     monkeypatch.setattr(readers, "_SHORT_CHARS", -1)
+    monkeypatch.setattr(readers, "_CLOSE_S", 0.0)
     monkeypatch.setattr(Codec, "encode_all", slow)
     submit(database, "one")
     leaving = Worker(database, "a")
