@@ -16,13 +16,14 @@ from functools import cached_property
 from typing import Any, Literal, cast
 
 from transformers import PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
+from transformers.utils.chat_template_utils import _compile_jinja_template, encode_marked_chat, mark_control_tokens
 
 from jobs.errors import InvalidValue
 
 Turn = Mapping[str, str]  # role and content
 Special = Literal["text", "control"]  # what a special token spelt in content is
 
+_LEAST_CHARS, _CHARS_A_CHAR = 1_000_000, 10  # that a template may write at most, and for each character of content
 _MARK = "7dcb04"  # stands in no template
 _ROLES: dict[str, tuple[str, ...]] = {  # conversations in which a role is tried, by the initials of their roles
     "user": ("u", "su", "uau"),
@@ -133,11 +134,23 @@ class Chat:
         return self._given({"role": role, "content": "a"}, form if known in (None, _Form.LEFT_OUT) else known)
 
     def _rendered(self, turns: list[dict[str, Any]]) -> str:
+        """Return what the template writes, piece by piece as it may never end."""
+        most = _LEAST_CHARS + _CHARS_A_CHAR * sum(len(str(turn["content"])) for turn in turns)
+        pieces: list[str] = []
+        length = 0
         try:
-            text = str(self._tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+            template = _compile_jinja_template(self._tokenizer.get_chat_template())
+            special = self._tokenizer.special_tokens_map
+            for piece in template.generate(
+                messages=turns, tools=None, documents=None, add_generation_prompt=True, **special
+            ):
+                pieces.append(piece)
+                length += len(piece) + 1
+                if length > most:
+                    raise OverflowError(f"it writes more than {most} characters")
         except Exception as error:  # a template is a program: it may raise anything
             kind = "" if error.__class__.__module__.startswith("jinja2") else f"{type(error).__name__}: "
             raise InvalidValue(
                 f"the model's chat template refuses these messages: {kind}{error}", param="messages"
             ) from error
-        return text
+        return "".join(pieces)

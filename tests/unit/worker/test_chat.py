@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 import pytest
+from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from jobs.errors import InvalidValue
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, ChatMessage, GenerationRequest, SamplingParameters
 from tests.models import byte_tokenizer
+from worker.chat import Chat
 from worker.text import Codec
 
 PARTS = (
@@ -77,6 +79,9 @@ def test_a_role_that_a_template_leaves_out_is_refused_and_the_others_are_not() -
         "{{ 1 // 0 }}",
         "{% for i in range(10 ** 9) %}{% endfor %}",
         "{{ messages | nothing }}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{{ j }}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{{ '' }}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{{ messages[0].content * 9999 }}{% endfor %}",
         "{% if %}",
         {"rag": "R", "tool_use": "T"},
     ],
@@ -131,6 +136,20 @@ def sentencepiece() -> PreTrainedTokenizerFast:
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("template", [CHATML, PARTS, MIXED, STRICT, "{{ bos_token }}{{ tools }}{{ documents }}"])
+def test_a_conversation_is_rendered_as_transformers_does(template: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    parts = [{"type": "text", "text": "hi"}]
+    conversations: list[Any] = [[{"role": "system", "content": "hi"}], [{"role": "system", "content": parts}]]
+    for turns in conversations:
+        try:
+            wanted = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        except (TypeError, TemplateError):
+            continue
+        assert Chat(tokenizer)._rendered(turns) == wanted
 
 
 @pytest.mark.parametrize("make", [byte_tokenizer, sentencepiece])
