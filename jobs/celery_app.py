@@ -60,6 +60,8 @@ def _verifying(redis_url: str) -> str:
 
 def _settings() -> dict[str, Any]:
     return {
+        "broker_transport": "jobs.redis_transport:Transport",
+        "broker_channel_error_retry": True,  # what a server refuses is no reason to end
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,  # a server that comes back after an hour is still our server
         "broker_transport_options": _transport_options(),

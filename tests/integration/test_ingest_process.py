@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 from sqlalchemy import text
 
 from jobs.batches import BatchOrder, accept_batch
-from jobs.messages import CHAT_ENDPOINT
+from jobs.messages import CHAT_ENDPOINT, PromptBatch
+from jobs.producer import push
 from jobs.settings import JobsSettings
 from storage import files, schema, writes
 from storage.session import Database
+from tests.ports import free_port
 
 LINES = 20_000
 BAD = range(0, LINES, 2_000)  # lines whose content is refused
@@ -42,14 +45,15 @@ def database(settings: JobsSettings) -> Iterator[Database]:
 
 
 @contextmanager
-def an_ingest_process(settings: JobsSettings) -> Iterator[subprocess.Popen[bytes]]:
+def an_ingest_process(settings: JobsSettings, log: Path = Path(os.devnull)) -> Iterator[subprocess.Popen[bytes]]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("BASIC_")}
     own = {
         "BASIC_DATA_DIR": str(settings.data_dir),
         "BASIC_REDIS_URL": settings.redis_url,
         "BASIC_TARGET": settings.target,
     }
-    process = subprocess.Popen([sys.executable, "-m", "jobs.ingest"], env=inherited | own, stderr=subprocess.DEVNULL)
+    with log.open("ab") as words:
+        process = subprocess.Popen([sys.executable, "-m", "jobs.ingest"], env=inherited | own, stderr=words)
     try:
         yield process
     finally:
@@ -142,3 +146,41 @@ def test_a_batch_whose_writer_is_killed_has_each_line_once_in_its_files(
     assert [line["custom_id"] for line in lines] == [f"r{index}" for index in range(LINES)]
     found = Counter("refused" if line["response"] else line["error"]["code"] for line in lines)
     assert found == {"refused": len(BAD), "batch_cancelled": LINES - len(BAD)}
+
+
+# Each as a server with a full disk, without memory or that has become a replica: it answers, and refuses to write.
+REFUSALS: dict[str, tuple[Callable[[redis.Redis], object], Callable[[redis.Redis], object]]] = {
+    "disk": (
+        lambda server: server.config_set("min-replicas-to-write", 1),
+        lambda server: server.config_set("min-replicas-to-write", 0),
+    ),
+    "memory": (lambda server: server.config_set("maxmemory", 1), lambda server: server.config_set("maxmemory", 0)),
+    "replica": (
+        lambda server: server.replicaof("127.0.0.1", str(free_port())),
+        lambda server: server.replicaof("NO", "ONE"),
+    ),
+}
+
+
+@pytest.mark.parametrize("first", ["it starts", "it refuses"])
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_a_redis_server_that_refuses_to_write_is_waited_for(
+    database: Database, settings: JobsSettings, tmp_path: Path, kind: str, first: str
+) -> None:
+    refuse, allow = REFUSALS[kind]
+    log = tmp_path / "ingest.log"
+    with redis.Redis.from_url(settings.redis_url) as server:
+        if first == "it refuses":
+            refuse(server)
+        try:
+            with an_ingest_process(settings, log) as process:
+                if first == "it starts":
+                    wait_for(process, lambda: "ready" in log.read_text())
+                    refuse(server)
+                wait_for(process, lambda: "refuses to write" in log.read_text())
+                allow(server)
+                push(PromptBatch(id="pushed", requests=["Hello"]), settings.redis_url)
+                wait_for(process, lambda: value(database, "SELECT count(*) FROM jobs"))
+                assert log.read_text().count("refuses to write") == 1
+        finally:
+            allow(server)
