@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -83,6 +84,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 
+_NO_NUMBER = re.compile(rb"-?(?:NaN|Infinity)")
 _CAPS = ("max_tokens", "max_completion_tokens")  # the second wins where both are given
 _SAMPLING = frozenset(SamplingParameters.model_fields)
 _LOGPROBS = frozenset({"logprobs", "top_logprobs"})  # OpenAI's two endpoints mean different things by them
@@ -268,6 +270,8 @@ def _why(text: bytes, exc: ValueError) -> str:
     reason, _, column = str(exc).partition(" at line 1 column ")  # the parser counts lines within this one
     if text.endswith(b","):
         reason, column = "it ends with a comma, and lines have none between them", ""
+    elif reason == "expected value" and (number := _NO_NUMBER.match(text, int(column or 1) - 1)):
+        reason = f"{number[0].decode()} is no number of JSON"
     elif reason == "invalid unicode code point":
         reason = "it is not UTF-8"
     elif "surrogate" in reason or reason == "unexpected end of hex escape":

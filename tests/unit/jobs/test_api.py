@@ -97,6 +97,51 @@ def test_lines_are_requests_and_the_query_is_the_job(api: TestClient) -> None:
     assert reply.json()["request_counts"] == {"total": 3, "completed": 0, "failed": 1}
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [
+        b'{"custom_id": "bad", "prompt": "Nice \\ud83d"}',
+        b'{"custom_id": "bad", "prompt": "x", "top_p": NaN}',
+        b'{"custom_id": "bad", "prompt": "caf\xe9"}',
+        b'{"custom_id": "bad", "prompt": "x"},',
+        b'{"custom_id": "bad", "body": {"prompt": "x"}, "metadata": {"row": "7"}}',
+        b'{"custom_id": "bad", "prompt": "x", "model": "gpt-9"}',
+        b'{"custom_id": "bad", "a\\u0000b": 1}',
+    ],
+)
+def test_one_bad_line_fails_alone_under_its_own_id_wherever_it_stands(api: TestClient, bad: bytes) -> None:
+    good = [b'{"custom_id": "request-2", "prompt": "Hello"}', b'"Bye"']
+    for place in range(3):
+        lines = b"\n".join([*good[:place], bad, *good[place:]])
+        job = api.post("/v1/jobs", content=lines, headers=LINES).json()
+        assert job["request_counts"] == {"total": 3, "completed": 0, "failed": 1}
+        (failed,) = map(json.loads, api.get(f"/v1/jobs/{job['id']}/outputs").text.splitlines())
+        assert (failed["custom_id"], failed["index"]) == ("bad", place)
+
+
+@pytest.mark.parametrize("content", [b'[{"prompt": "a"}]', b'[\n {\n  "prompt": "a"\n }\n]', b"\x1f\x8b\x08\x00"])
+def test_lines_that_are_something_else_are_refused_as_a_whole(api: TestClient, content: bytes) -> None:
+    reply = api.post("/v1/jobs", content=content, headers=LINES)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["message"].startswith("The file is ")
+    assert api.get("/v1/jobs").json()["data"] == []
+
+
+def test_lists_of_jobs_take_an_order_a_status_and_an_empty_place(api: TestClient, database: Database) -> None:
+    ids = [submitted(api)["id"] for _ in range(3)]
+    answer_all(database, limit=1)
+
+    def listed(**query: str) -> list[str]:
+        return [job["id"] for job in api.get("/v1/jobs/", params=query).json()["data"]]
+
+    done = listed(status="completed")
+    assert len(done) == 1
+    assert sorted(listed(status="in_progress") + done) == sorted(ids)
+    assert listed(after="") == listed(order="desc") == listed(order="asc")[::-1]
+    assert listed(order="asc", after=listed(order="asc")[0]) == listed(order="asc")[1:]
+    assert api.get("/v1/jobs?status=nope").json()["error"]["param"] == "status"
+
+
 def test_a_job_is_taken_while_redis_is_away(settings: JobsSettings, database: Database) -> None:
     with TestClient(make_api(settings, database)) as api:
         job = submitted(api)

@@ -353,6 +353,18 @@ def test_a_file_that_is_something_else_says_so_once(world: World, content: bytes
     assert said in error.message
 
 
+def test_lists_take_an_order_a_status_and_an_empty_place(world: World) -> None:
+    ids = [a_batch(world.client, [GOOD]).id, a_batch(world.client, ["nope"]).id]
+    world.work()
+
+    def listed(query: str) -> list[str]:
+        return [batch["id"] for batch in world.api.get(f"/v1/batches{query}").json()["data"]]
+
+    assert listed("?order=asc") == listed("/?after=")[::-1]
+    assert (listed("?status=failed"), listed("?status=in_progress")) == ([ids[1]], [ids[0]])
+    assert world.api.get("/v1/batches?order=up").json()["error"]["param"] == "order"
+
+
 def test_no_more_errors_are_told_than_a_person_reads(world: World) -> None:
     batch = a_batch(world.client, ["nope"] * 150)
     world.work()

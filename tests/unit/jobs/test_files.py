@@ -130,6 +130,36 @@ def test_files_are_seen_by_those_who_sent_them(settings: JobsSettings, database:
             client.files.list(after=hers)
 
 
+@pytest.mark.parametrize(
+    ("form", "kept_s"),
+    [
+        ({"custom_llm_provider": "openai", "target_model_names": "gpt-4o", "user": "me"}, 30 * 86_400),
+        ({"expires_after": '{"anchor": "created_at", "seconds": 7200}'}, 7_200),
+    ],
+)
+def test_an_upload_may_bring_what_gateways_and_curl_send(api: TestClient, form: dict[str, str], kept_s: int) -> None:
+    reply = api.post("/v1/files", data={"purpose": "batch"} | form, files={"file": ("a.jsonl", b"{}")})
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["expires_at"] - reply.json()["created_at"] == kept_s
+
+
+@pytest.mark.parametrize("said", ["7200", "{", "[" * 500, '{"anchor": "created_at", "seconds": 60}'])
+def test_an_expiry_that_is_none_is_refused_by_its_name(api: TestClient, said: str) -> None:
+    form = {"purpose": "batch", "expires_after": said}
+    reply = api.post("/v1/files", data=form, files={"file": ("a.jsonl", b"{}")})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"].startswith("expires_after")
+
+
+def test_a_file_without_a_name_is_taken(api: TestClient) -> None:
+    form = (
+        b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+        b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\n{}\r\n--b--\r\n'
+    )
+    reply = api.post("/v1/files/", content=form, headers={"content-type": "multipart/form-data; boundary=b"})
+    assert (reply.json()["filename"], reply.json()["bytes"]) == ("file", 2)
+
+
 FORM = {"files": {"file": ("a.jsonl", b"{}")}, "data": {"purpose": "batch"}}
 BAD_UPLOADS: list[tuple[dict[str, Any], int, str | None, str | None]] = [
     (FORM | {"data": {}}, 400, "missing_required_parameter", "purpose"),
