@@ -11,7 +11,7 @@ from enum import StrEnum
 from pathlib import PurePath
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 MESSAGE_VERSION: Final = 1
@@ -137,6 +137,13 @@ class SamplingParameters(Frozen):
     )
 
 
+def _without_nul(text: str) -> str:
+    """Refuse what not every database can hold."""
+    if "\0" in text:
+        raise PydanticCustomError("value_error", "The character U+0000 is not allowed.")
+    return text
+
+
 Text = Annotated[str, Field(min_length=1)]
 TokenIds = Annotated[tuple[TokenId, ...], Field(min_length=1)]
 
@@ -168,8 +175,8 @@ class PromptBatch(Frozen):
     model_config = ConfigDict(ser_json_inf_nan="constants")
 
     v: Literal[1] = MESSAGE_VERSION
-    id: Annotated[str, Field(min_length=1, max_length=128)]
-    model: str | None = None
+    id: Annotated[str, Field(min_length=1, max_length=128), AfterValidator(_without_nul)]
+    model: Annotated[str, AfterValidator(_without_nul)] | None = None
     endpoint: Endpoint = CHAT_ENDPOINT
     requests: Annotated[tuple[Any, ...], Field(min_length=1)]
     parameters: dict[str, Any] = Field(default_factory=dict)

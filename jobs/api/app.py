@@ -9,7 +9,7 @@ from jobs.api.access import AccessGuard, Door
 from jobs.api.bodies import BodyReader
 from jobs.api.gate import Gate, Names
 from jobs.api.limits import BodyLimit, RequestIds
-from jobs.api.paths import WithoutLastSlash
+from jobs.api.paths import PlainPaths
 from jobs.api.services import ReadAhead, Services
 from jobs.api.streams import Streams
 from jobs.api.uploads import FORM_BYTES
@@ -44,10 +44,10 @@ def make_api(
     app.state.metrics = metrics.Metrics(database)
     app.state.streams = Streams(settings.max_streams, settings.max_streams_per_key)
     most_by_path = {"/v1/files": settings.max_file_bytes + FORM_BYTES}
-    app.add_middleware(WithoutLastSlash)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, most_by_path=most_by_path)
     app.state.watch = Watch(database)
     app.add_middleware(AccessGuard, door=door or Door(database), watch=app.state.watch, ahead=ReadAhead(database))
+    app.add_middleware(PlainPaths)
     app.add_middleware(Gate, names=names)
     app.add_middleware(RequestIds)
     app.add_middleware(metrics.Stopwatch, metrics=app.state.metrics)

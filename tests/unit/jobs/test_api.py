@@ -127,6 +127,14 @@ def test_lines_that_are_something_else_are_refused_as_a_whole(api: TestClient, c
     assert api.get("/v1/jobs").json()["data"] == []
 
 
+@pytest.mark.parametrize(
+    ("address", "status"),
+    [("/v1/jobs/x%00", 404), ("/v1/jobs?after=x%00", 400), ("/v1/batches/%00", 404), ("/v1/files/%00/content", 404)],
+)
+def test_an_address_that_no_database_can_look_for_is_refused(api: TestClient, address: str, status: int) -> None:
+    assert api.get(address).status_code == status
+
+
 def test_lists_of_jobs_take_an_order_a_status_and_an_empty_place(api: TestClient, database: Database) -> None:
     ids = [submitted(api)["id"] for _ in range(3)]
     answer_all(database, limit=1)

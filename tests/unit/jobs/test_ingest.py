@@ -79,6 +79,8 @@ def test_a_batch_pushed_again_with_other_content_leaves_the_first(database: Data
         ),
         ({"parameters": {"max_tokens": 0}}, "max_tokens"),
         ({"surprise": 1}, "surprise"),
+        ({"model": "x\0"}, "U+0000"),
+        ({"metadata": {"a": "\0"}}, "metadata"),
         ({"v": 2}, "v"),
     ],
 )
@@ -107,10 +109,11 @@ def test_a_request_that_is_no_json_fails_alone_and_keeps_its_id(
     assert failed.custom_id == "bad"
 
 
+@pytest.mark.parametrize("batch_id", ["a\ud83d", "a\0"])
 def test_an_id_of_a_batch_that_no_database_holds_drops_it(
-    database: Database, settings: JobsSettings, caplog: pytest.LogCaptureFixture
+    database: Database, settings: JobsSettings, caplog: pytest.LogCaptureFixture, batch_id: str
 ) -> None:
-    assert ingested(a_message(id="a\ud83d"), database, settings) is None
+    assert ingested(a_message(id=batch_id), database, settings) is None
     assert "without a usable id" in caplog.text
 
 
