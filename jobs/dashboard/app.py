@@ -178,7 +178,7 @@ def _build_login(wrong: str) -> None:
             ui.label("The pages need a key. `basic keys create NAME --scope read` makes one.").classes("dim")
             if wrong:
                 text = _REFUSALS.get(wrong, "This key opens nothing. Is it whole, and still valid?")
-                ui.label(text).props('role="alert"').style("color:var(--q-negative)")
+                ui.label(text).props('role="alert"').style("color:var(--bad)")
             ui.input("Key").props('name="key" type="password" autocomplete="current-password" outlined autofocus')
             ui.button("Log in").props('type="submit" no-caps')
 

@@ -307,7 +307,7 @@ class Requests:
     def _fill_card(request: RequestText) -> None:
         request_head(request)
         if request.error_message:
-            ui.label(texts.safe(request.error_message)).style("color:var(--q-negative);overflow-wrap:anywhere")
+            ui.label(texts.safe(request.error_message)).style("color:var(--bad);overflow-wrap:anywhere")
         for choice in request.choices:
             ui.html(texts.colored(choice.pieces), sanitize=False)
             end = f", ended by {choice.finish_reason}" if choice.finish_reason else ""

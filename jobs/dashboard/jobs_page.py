@@ -132,7 +132,7 @@ async def _submit_dialog(desk: Desk) -> ui.dialog:
             heat = ui.number("Temperature", value=TOOLS_TEMPERATURE, min=0, max=2, step=0.1)
             heat.props("outlined dense").style("width:9rem")
             trees = ui.checkbox("Record draft trees").props('aria-label="Record draft trees"')  # Quasar hides its own
-        problem = ui.label().props('role="alert"').style("color:var(--q-negative)")
+        problem = ui.label().props('role="alert"').style("color:var(--bad)")
 
         async def submit() -> None:
             lines = [line.strip() for line in (prompts.value or "").splitlines() if line.strip()]
