@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from jobs.logprobs import Likelihood, TokenLikelihoods
+from storage.sql import storable
 from worker.engine.logprobs import TokenLogprobs
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -65,10 +66,9 @@ class Spelling:
             return f"<{token}>", None
         if token in self._added:
             special = self._added[token].special
-            return symbols, None if special else tuple(symbols.encode())
+            return storable(symbols), None if special else tuple(symbols.encode())
         own = self._bytes(symbols, first)
-        # Not every database takes a NUL.
-        return own.decode(errors="replace").replace("\0", "\ufffd"), tuple(own)
+        return storable(own.decode(errors="replace")), tuple(own)
 
     def _bytes(self, symbols: str, first: bool) -> bytes:
         if "ByteLevel" in self._decoders:

@@ -42,6 +42,13 @@ def test_special_tokens_and_rows_without_a_token_have_names_and_no_bytes() -> No
     assert Spelling(byte_tokenizer()).spell(1000) == ("<1000>", None)
 
 
+def test_no_token_is_told_with_a_nul_which_not_every_database_takes() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["a\0b"])
+    assert Spelling(tokenizer).spell(258) == ("a\ufffdb", (97, 0, 98))
+    assert Spelling(tokenizer).spell(0) == ("\ufffd", (0,))
+
+
 def test_a_space_that_belongs_to_a_token_is_told_also_at_the_beginning_of_a_text() -> None:
     spelling = Spelling(sentencepiece_tokenizer())
     assert [spelling.spell(token)[0] for token in (0, 1, 2)] == [" Hello", " you", "!"]
