@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from sqlalchemy import Connection
+
 from jobs.errors import InvalidValue
 from storage import keys
 from storage.keys import KeyView
@@ -75,12 +77,17 @@ def new_key(
 
 def check_key(database: Database, presented: str) -> KeyView | None:
     """Return the key that was presented, or None if it opens nothing: unknown, malformed, revoked and expired alike."""
+    with database.look() as connection:
+        return key_among(connection, presented)
+
+
+def key_among(connection: Connection, presented: str) -> KeyView | None:
+    """Do the same for those who have a connection."""
     parts = _PARTS.fullmatch(presented)
     if parts is None:
         return None
     key_id, secret = parts[1], parts[2]
-    with database.look() as session:
-        found = keys.find_key(session, f"key_{key_id}")
+    found = keys.find_key(connection, f"key_{key_id}")
     right = hmac.compare_digest(_hash(secret), _NOBODY if found is None else found.secret_sha256)
     return found if right and found is not None and found.opens else None
 

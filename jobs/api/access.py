@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
@@ -21,7 +22,7 @@ from jobs.api import errors
 from jobs.api.caller import Caller, note_caller
 from jobs.api.watch import Watch
 from jobs.errors import BasicError, InvalidKey, LimitReached, NotPermitted
-from jobs.keys import Scope, check_key, same_key
+from jobs.keys import Scope, key_among, same_key
 from storage import keys
 from storage.keys import KeyView
 from storage.session import DATABASE_AWAY, Database
@@ -44,15 +45,26 @@ class Door:
         self._calls = Counts()
         self._wrong = Counts()
 
-    def admit(self, authorization: str, address: str, needed: Scope) -> Caller:
-        """Return the caller; raise CallerRefused. A right key is never kept out by wrong ones from its address."""
-        presented = _bearer(authorization)
+    def admit(
+        self, authorization: str, address: str, needed: Scope, then: Callable[[Caller, Connection], None] | None = None
+    ) -> Caller:
+        """Return the caller; raise CallerRefused. A right key is never kept out by wrong ones from its address.
+
+        Whoever is let in is handed to `then`, with the connection on which the record was asked.
+        """
+        with self._database.look() as connection:
+            caller = self._caller(connection, _bearer(authorization), address, needed)
+            if then is not None:
+                then(caller, connection)
+        return caller
+
+    def _caller(self, connection: Connection, presented: str, address: str, needed: Scope) -> Caller:
         if same_key(presented, self._local_key):
             return Caller()
-        key = check_key(self._database, presented)
+        key = key_among(connection, presented)
         if key is not None:
             return self._holder(key, needed)
-        if not self._keys_in_use():
+        if not self._keys_in_use(connection):
             return Caller()
         wait_s = self._wrong.add(address, _WRONG_KEYS)
         if wait_s:
@@ -75,11 +87,10 @@ class Door:
             raise LimitReached(f"This key may call {most} times a minute.", retry_after_s=wait_s)
         return Caller(key.id, sees_all=sees_all)
 
-    def _keys_in_use(self) -> bool:
+    def _keys_in_use(self, connection: Connection) -> bool:
         """Ask the record until there is a key; from then on there has always been one."""
         if self._keyless:
-            with self._database.look() as session:
-                self._keyless = not keys.keys_in_use(session)
+            self._keyless = not keys.keys_in_use(connection)
         return not self._keyless
 
 
@@ -114,7 +125,7 @@ class AccessGuard:
     """
 
     def __init__(
-        self, app: ASGIApp, door: Door, watch: Watch, ahead: Callable[[Call, Caller], None] = lambda call, caller: None
+        self, app: ASGIApp, door: Door, watch: Watch, ahead: Callable[[Call, Caller, Connection], None] | None = None
     ) -> None:
         """Let `ahead` read what the route will ask for, in the thread that is taken anyway: another one costs more."""
         self._app = app
@@ -140,10 +151,12 @@ class AccessGuard:
             await self._answer(scope, receive, send, caller)
 
     def _let_in(self, scope: Call, authorization: str, address: str, needed: Scope) -> Caller:
-        caller = self._door.admit(authorization, address, needed)
-        note_caller(scope, caller)
-        self._ahead(scope, caller)
-        return caller
+        def then(caller: Caller, connection: Connection) -> None:
+            note_caller(scope, caller)
+            if self._ahead is not None:
+                self._ahead(scope, caller, connection)
+
+        return self._door.admit(authorization, address, needed, then)
 
     async def _answer(self, scope: Call, receive: Receive, send: Send, caller: Caller) -> None:
         if not caller.key_id:

@@ -10,7 +10,7 @@ from jobs.api.bodies import BodyReader
 from jobs.api.gate import Gate, Names
 from jobs.api.limits import BodyLimit, RequestIds
 from jobs.api.paths import PlainPaths
-from jobs.api.services import ReadAhead, Services
+from jobs.api.services import Services, read_ahead
 from jobs.api.streams import Streams
 from jobs.api.uploads import FORM_BYTES
 from jobs.api.watch import Watch
@@ -46,14 +46,14 @@ def make_api(
     most_by_path = {"/v1/files": settings.max_file_bytes + FORM_BYTES}
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, most_by_path=most_by_path)
     app.state.watch = Watch(database)
-    app.add_middleware(AccessGuard, door=door or Door(database), watch=app.state.watch, ahead=ReadAhead(database))
+    app.add_middleware(AccessGuard, door=door or Door(database), watch=app.state.watch, ahead=read_ahead)
     app.add_middleware(PlainPaths)
     app.add_middleware(Gate, names=names)
     app.add_middleware(RequestIds)
     app.add_middleware(metrics.Stopwatch, metrics=app.state.metrics)
+    app.include_router(jobs.router, tags=["jobs"])  # looked through in this order: what comes most is first
     app.include_router(files.router, tags=["files"])
     app.include_router(batches.router, tags=["batches"])
-    app.include_router(jobs.router, tags=["jobs"])
     app.include_router(completions.router, tags=["completions"])
     app.include_router(service.router, tags=["service"])
     app.include_router(metrics.router, tags=["service"])

@@ -8,6 +8,7 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Request
 from fastapi.concurrency import run_in_threadpool
+from sqlalchemy import Connection
 from starlette.types import Scope
 
 from jobs.api.bodies import BodyReader
@@ -62,19 +63,11 @@ def cancel_job(services: Services, job: JobView, caller: Caller, noun: str = "jo
     return find_job(services, job.id, caller)
 
 
-class ReadAhead:
-    """Reads the job that a call is about while its caller is let in, and hands it to the route."""
-
-    def __init__(self, database: Database) -> None:
-        """Read from this database."""
-        self._database = database
-
-    def __call__(self, call: Scope, caller: Caller) -> None:
-        """Note the job of a call that only reads, or that there is none."""
-        found = _ABOUT_JOB.match(call["path"]) if call["method"] == "GET" else None
-        if found is not None:
-            with self._database.look() as connection:
-                call[_PLACE] = (found["job_id"], caller, queries.job(connection, found["job_id"], caller.sees))
+def read_ahead(call: Scope, caller: Caller, connection: Connection) -> None:
+    """Read the job that a call is about while its caller is let in, and hand it to the route; or that there is none."""
+    found = _ABOUT_JOB.match(call["path"]) if call["method"] == "GET" else None
+    if found is not None:
+        call[_PLACE] = (found["job_id"], caller, queries.job(connection, found["job_id"], caller.sees))
 
 
 async def _existing_job(request: Request, job_id: str, services: ServicesNow, caller: CallerNow) -> JobView:
