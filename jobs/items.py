@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from jobs.errors import (
     InvalidValue,
     MissingParameter,
     PromptTooLong,
+    RequestFailed,
     RequestRefused,
     UnknownParameter,
     UnsupportedParameter,
@@ -33,6 +35,8 @@ from jobs.errors import (
 from jobs.input_lines import Line, Sample, custom_id_in, other_kind, split_lines
 from jobs.messages import COMPLETIONS_ENDPOINT, ChatMessage, Endpoint, GenerationRequest, SamplingParameters
 from storage.records import NewRequest, Refusal
+
+log = logging.getLogger(__name__)
 
 MAX_CUSTOM_ID_CHARS = 64
 MAX_CHAT_LOGPROBS = 20  # alternatives of one token, as OpenAI has it
@@ -171,10 +175,19 @@ def parse_item(item: Item, rules: Rules) -> NewRequest:
                 break
         body = _request(fields, rules, item.index)
         timeout_s = _timeout_s(fields.get("timeout_s"))
+        tokens = most_tokens(body, rules.context_tokens)
+        return NewRequest(_id_of(item), body=body.model_dump(mode="json"), tokens=tokens, timeout_s=timeout_s)
     except RequestRefused as refused:
         return refused_request(refused, item)
-    tokens = most_tokens(body, rules.context_tokens)
-    return NewRequest(_id_of(item), body=body.model_dump(mode="json"), tokens=tokens, timeout_s=timeout_s)
+    except MemoryError:
+        raise  # of the machine: the same request may be read later
+    except Exception:  # a fault of ours: it is this request's, and no reason to stop the others
+        log.exception("Request %d of job %s can't be read", item.index, rules.job_id, extra=_about(item, rules))
+        return refused_request(RequestFailed("The request can't be read."), item)
+
+
+def _about(item: Item, rules: Rules) -> dict[str, object]:
+    return {"action": "unreadable_request", "job_id": rules.job_id, "request_index": item.index}
 
 
 def refused_request(refused: BasicError, item: Item) -> NewRequest:

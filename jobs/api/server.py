@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 from sqlalchemy.exc import SQLAlchemyError
 
 from jobs.api.access import Door
@@ -60,7 +61,19 @@ def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
     listener = _listen(settings.api_host, settings.api_port)
     api = make_api(settings, database, door=door, names=Names.of(settings))
     dashboard.install(api, api.state.services, door)
-    config = uvicorn.Config(
+    if ready_file is not None:
+        _write_url(ready_file, listener)
+    try:
+        with _reconciling(settings):
+            _Server(server_config(api)).run(sockets=[listener])
+    finally:
+        database.dispose()
+        stop_tracing()
+
+
+def server_config(api: FastAPI) -> uvicorn.Config:
+    """Return how uvicorn serves the application."""
+    return uvicorn.Config(
         api,
         http=PatientProtocol,
         ws_max_size=SOCKET_BYTES,
@@ -69,14 +82,6 @@ def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
         timeout_keep_alive=_IDLE_S,
         timeout_graceful_shutdown=_SHUTDOWN_S,
     )
-    if ready_file is not None:
-        _write_url(ready_file, listener)
-    try:
-        with _reconciling(settings):
-            _Server(config).run(sockets=[listener])
-    finally:
-        database.dispose()
-        stop_tracing()
 
 
 @contextmanager

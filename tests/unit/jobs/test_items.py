@@ -359,6 +359,18 @@ def test_a_broken_line_is_looked_through_once(line: bytes) -> None:
     assert custom_id_in(line) is None
 
 
+def test_a_fault_of_ours_fails_the_request_that_meets_it_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise TypeError("unforeseen")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jobs.items.most_tokens", fail)
+        request = parsed({"custom_id": "a", "prompt": "Hello"})
+    assert request.refusal is not None
+    assert (request.custom_id, request.refusal.code, request.refusal.status_code) == ("a", "server_error", 500)
+    accepted("Hello")
+
+
 def test_an_answer_that_is_sent_back_as_history_asks_for_nothing() -> None:
     answer: dict[str, Any] = {
         "role": "assistant",
