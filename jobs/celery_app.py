@@ -22,7 +22,8 @@ PULSE_TASK = "basic.pulse"  # no arguments; on a worker's own queue, to learn wh
 
 # Every key that Celery makes in Redis starts so; `basic:basic.ingest` and `basic:basic.model.*` are lists of messages,
 # `basic:basic.pulse.*` what workers send to themselves, for ten minutes at most,
-# `basic:unacked*` the messages in delivery, `basic:_kombu.binding.*` and `basic:/0.*` Celery's own wiring.
+# `basic:unacked*` the messages in delivery, `basic:_kombu.binding.*` and `basic:/0.*` Celery's own wiring,
+# `basic:probe` a look whether a server that refused to write does so again (jobs.redis_transport).
 KEY_PREFIX = "basic:"
 
 _SOCKET_TIMEOUT_S = 5.0

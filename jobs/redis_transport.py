@@ -24,7 +24,7 @@ from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
 log = logging.getLogger(__name__)
 
 _FIRST_S, _LONGEST_S = 0.5, 10.0
-_QUIET_S = 15.0  # without a refusal, after which the server is said to write again: some commands it may take all along
+_PROBE: Final = "probe"  # a key that is written to learn whether the server writes again
 _REFUSALS: Final = re.compile(r"\b(MISCONF|NOREPLICAS|READONLY|OOM|MASTERDOWN|UNBLOCKED)\b")
 
 
@@ -42,8 +42,13 @@ class Pause:
         """Begin without one."""
         self._lock = threading.Lock()
         self._next_s = 0.0
-        self._ends_at = self._refused_at = float("-inf")
-        self._told = False
+        self._ends_at = float("-inf")
+        self._on = False
+
+    @property
+    def on(self) -> bool:
+        """True from the first refusal until a write is taken."""
+        return self._on
 
     @property
     def over(self) -> bool:
@@ -53,12 +58,11 @@ class Pause:
     def refused(self, error: BaseException) -> None:
         """Begin a pause, or a longer one."""
         with self._lock:
-            self._refused_at = time.monotonic()
             if not self.over:
                 return
             self._next_s = min(max(_FIRST_S, 2 * self._next_s), _LONGEST_S)
             self._ends_at = time.monotonic() + self._next_s
-            told, self._told = self._told, True
+            told, self._on = self._on, True
         if not told:
             log.warning(
                 "The Redis server refuses to write: %s; messages wait until it does again. Look at its disk and memory",
@@ -66,15 +70,11 @@ class Pause:
                 extra={"action": "redis_refuses"},
             )
 
-    def taken(self) -> None:
-        """Note that the server has taken a command; without a refusal for a while, the pauses are over."""
+    def end(self) -> None:
+        """Note that the server has taken a write."""
         with self._lock:
-            if time.monotonic() - self._refused_at < _QUIET_S:
-                return
-            told, self._told = self._told, False
-            self._next_s = 0.0
-        if told:
-            log.info("The Redis server writes again", extra={"action": "redis_writes"})
+            self._on, self._next_s = False, 0.0
+        log.info("The Redis server writes again", extra={"action": "redis_writes"})
 
 
 _pause = Pause()  # of this process: it has one server
@@ -135,20 +135,26 @@ class _Channel(redis.Channel):
     QoS = _QoS
 
     def _brpop_start(self, timeout: Any = None) -> None:
-        if _pause.over:
+        if not _pause.on or (_pause.over and self._is_written_to()):
             super()._brpop_start(timeout)
+
+    def _is_written_to(self) -> bool:
+        """Try a write. Without memory a server lets messages be taken but not noted: they are safer where they are."""
+        try:
+            with self.conn_or_acquire() as client:
+                client.set(_PROBE, "", ex=60)
+        except ResponseError as error:
+            _endure(error)
+            return False
+        _pause.end()
+        return True
 
     def _brpop_read(self, **options: Any) -> Any:
         try:
-            taken = super()._brpop_read(**options)
-        except Empty:
-            _pause.taken()
-            raise
+            return super()._brpop_read(**options)
         except ResponseError as error:
             _endure(error)
             raise Empty from error
-        _pause.taken()
-        return taken
 
     def _queue_bind(self, *given: Any) -> None:
         with _enduring():  # a message for the default exchange finds its list without

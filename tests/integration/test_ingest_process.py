@@ -178,6 +178,7 @@ def test_a_redis_server_that_refuses_to_write_is_waited_for(
                     wait_for(process, lambda: "ready" in log.read_text())
                     refuse(server)
                 wait_for(process, lambda: "refuses to write" in log.read_text())
+                time.sleep(1.0)  # looks again, and is refused again
                 allow(server)
                 push(PromptBatch(id="pushed", requests=["Hello"]), settings.redis_url)
                 wait_for(process, lambda: value(database, "SELECT count(*) FROM jobs"))

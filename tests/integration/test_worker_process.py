@@ -71,6 +71,28 @@ def test_a_prompt_that_kills_its_workers_is_failed_and_its_neighbours_are_served
     assert lost == [(3,)]  # with all three, then with the other half done, alone twice
 
 
+def test_a_prompt_that_kills_the_only_worker_with_nothing_else_to_serve_is_failed_in_the_end(stack: Stack) -> None:
+    stack.start(doors=False)
+    submit(stack, "job", POISON)
+
+    stack.wait_for(lambda: ended(stack, "job"), "the end of the job")
+
+    assert [row[:2] for row in rows(stack, "job")] == [("failed", "poison")]
+    ((message,),) = stack.rows("SELECT error_message FROM requests")
+    assert "the fault may be the host's" in str(message)
+
+
+def test_steps_that_outlast_their_lease_fail_no_request(stack: Stack) -> None:
+    stack.environment |= {"BASIC_LEASE_S": "0.4", STEP_VARIABLE: "1.5"}
+    stack.start(doors=False)
+    submit(stack, "job", "one", "two", "three", max_tokens=4)
+
+    stack.wait_for(lambda: ended(stack, "job"), "the end of the job")
+
+    assert [row[:2] for row in rows(stack, "job")] == [("completed", None)] * 3
+    assert max(attempts for _, _, attempts in rows(stack, "job")) > 1, "they had lapsed"
+
+
 def test_stopping_in_the_midst_of_a_job_loses_no_token_that_was_published(stack: Stack) -> None:
     stack.start(doors=False)
     submit(stack, "undisturbed", "one", "two")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from redis.exceptions import OutOfMemoryError, ReadOnlyError, ResponseError
 
-from jobs import redis_transport
 from jobs.redis_transport import Pause, refuses_to_write
 
 
@@ -40,12 +39,12 @@ def test_pauses_grow_and_are_told_once(monkeypatch: pytest.MonkeyPatch, caplog: 
         while not pause.over:
             now += 0.25
         lengths.append(now - began_at)
-        pause.taken()  # a command that is no write
     assert lengths == [0.5, 1.0, 2.0, 4.0, 8.0, 10.0, 10.0, 10.0]
     assert [record.getMessage().split(":")[0] for record in caplog.records] == ["The Redis server refuses to write"]
 
-    now += redis_transport._QUIET_S
-    pause.taken()
+    states = [pause.on]
+    pause.end()
+    assert [*states, pause.on] == [True, False]
     assert caplog.records[-1].getMessage() == "The Redis server writes again"
     pause.refused(ReadOnlyError("no"))
     assert caplog.text.count("refuses to write") == 2
