@@ -27,6 +27,11 @@ from storage.queries import JobView
 _SHOWN: Final = 25
 _REFRESH_S: Final = 2.0
 _TREE_STEPS: Final = 32
+_PROMPT_CHARS: Final = 150_000  # as JSON in JSON at most what a message of the socket may have
+_TOO_LONG: Final = (
+    f"These prompts have {_PROMPT_CHARS:,d} characters or more, which is too long for this form. "
+    "Write them to a file, and submit it: basic submit FILE"
+)
 
 
 async def build(desk: Desk, caller: Caller) -> None:
@@ -126,6 +131,7 @@ async def _submit_dialog(desk: Desk) -> ui.dialog:
     with ui.dialog() as dialog, ui.card().style("width:34rem;max-width:95vw;background:var(--card)"):
         heading("New job")
         prompts = ui.textarea("Prompts, one a line").props("outlined autogrow autofocus").style("width:100%")
+        prompts.props(f"maxlength={_PROMPT_CHARS}")  # a longer message would end the page's socket
         model = ui.select(known, value=model_name(settings.target), label="Model").props("outlined").style("width:100%")
         with ui.element("div").classes("line"):
             tokens = ui.number("Most tokens", value=128, min=1, precision=0).props("outlined dense").style("width:9rem")
@@ -135,6 +141,9 @@ async def _submit_dialog(desk: Desk) -> ui.dialog:
         problem = ui.label().props('role="alert"').style("color:var(--bad)")
 
         async def submit() -> None:
+            if _javascript_length(prompts.value or "") >= _PROMPT_CHARS:  # the browser may have left out the rest
+                problem.set_text(_TOO_LONG)
+                return
             lines = [line.strip() for line in (prompts.value or "").splitlines() if line.strip()]
             parameters = {"max_tokens": int(tokens.value or 1), "temperature": float(heat.value or 0)}
             if trees.value:
@@ -151,6 +160,11 @@ async def _submit_dialog(desk: Desk) -> ui.dialog:
             ui.button("Submit", on_click=submit).props("no-caps")
             ui.button("Close", on_click=dialog.close).props("flat no-caps")
     return dialog
+
+
+def _javascript_length(text: str) -> int:
+    """Return the length of a text as a browser counts it."""
+    return len(text.encode("utf-16-le", errors="surrogatepass")) // 2
 
 
 async def _accept(desk: Desk, lines: list[str], model: str, parameters: dict[str, float]) -> str:

@@ -160,6 +160,14 @@ def test_each_error_of_a_job_is_told_and_a_job_that_failed_whole_is_no_success(
     picture(page, "all-failed")
 
 
+def test_prompts_that_are_too_long_for_the_form_are_refused_and_not_cut(page: Page) -> None:
+    page.goto("/dashboard/")
+    page.get_by_role("button", name="New job").click()
+    page.get_by_label("Prompts, one a line").fill("é" * 2_000_000)
+    page.get_by_role("button", name="Submit").click()
+    expect(page.get_by_role("alert")).to_contain_text("too long for this form", timeout=PATIENCE_MS)
+
+
 def test_ugly_text_is_shown_as_text_and_leaves_the_page_whole(page: Page, service: LocalService) -> None:
     with Client(service.api_url) as client:
         job = client.submit([UGLY, {"prompt": "a", "max_tokens": 0, "custom_id": "<b>bad</b>"}], max_tokens=4)
