@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 _POLL_S = 1.0  # between looks for work when the last one found none; a doorbell cuts it short
 _CLAIM_SHARE = 0.05  # of the time, at most, goes into looks for more work while there is text to decode
 _WAITED_FOR_INTERVAL_S = 0.1  # between commits of text that a person waits for
+_READ_BESIDE = 4  # requests being read that take no place: prompts that take long to read must not keep others out
 _SETTLE_S = 0.02  # that texts being written wait for short requests that were just claimed
 _IDLE_S = 0.5  # that an idle engine waits for short requests to be read, so that they begin together
 _NAP_S = 0.05  # that it waits for a long one before it looks around
@@ -124,7 +125,7 @@ class Runner:
     def _claim(self, rung: bool) -> bool:
         """Look for work if it is time, and let it be read; return whether there was some."""
         now, room = time.monotonic(), self._comparison.room
-        room -= sum(request.reading for request in self._live.values())
+        room -= max(0, sum(request.reading for request in self._live.values()) - _READ_BESIDE)
         reserved = max(0, self._reserved - sum(request.places for request in self._waited_for()))
         since_s = now - self._claimed_at
         more = self._more_waits and room > reserved and self._may_look(since_s)

@@ -207,6 +207,30 @@ def test_others_are_answered_and_leases_renewed_while_a_prompt_is_read(
     assert codes == {"context_length_exceeded"}
 
 
+def test_prompts_that_take_long_to_read_keep_no_place_from_others(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, real = threading.Event(), Codec.encode_all
+
+    def slow(codec: Codec, request: Any, endpoint: str) -> Any:
+        if request.prompt != "short":
+            go_on.wait()
+        return real(codec, request, endpoint)
+
+    monkeypatch.setattr(Codec, "encode_all", slow)
+    submit(database, *["x" * 50_000] * 3, job_id="batch")
+    worker = Worker(database, "a")
+    worker.runner.turn(rung=True)
+    submit(database, "short", job_id="later")
+    for _ in range(200):
+        worker.runner.turn(rung=True)
+        if texts(database):
+            break
+    assert texts(database), "three long prompts filled an engine of three places"
+    go_on.set()
+    worker.run()
+
+
 def test_a_worker_that_leaves_hands_back_what_it_reads(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     go_on, real = threading.Event(), Codec.encode_all
 
