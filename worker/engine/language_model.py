@@ -84,6 +84,7 @@ class PackedModel:
         tapped: Sequence[int] = (),
         paged: bool | None = None,
         kv_tokens: int | None = None,
+        judges: bool = True,
     ) -> None:
         """Wrap a model loaded with `ATTENTION_NAME`.
 
@@ -91,7 +92,8 @@ class PackedModel:
         that padding of the vocabulary is never emitted. `native` allows compiled kernels, where there are any. The
         outputs of the layers `tapped` are kept for every entry, for a draft that reads them. `paged` KV with recorded
         forwards is the way of GPUs, and of the CPU where it is asked for; all its slots together then hold `kv_tokens`
-        entries, by default every slot in full. Raises ModelRefused for what can't be decoded exactly.
+        entries, by default every slot in full. Raises ModelRefused for what can't be decoded exactly, if it `judges`: a
+        rank that follows another one does not.
         """
         config = model.config.get_text_config()
         refuse_inexact(config)
@@ -114,7 +116,7 @@ class PackedModel:
         if isinstance(self.kv, PagedKv):
             self._buckets = BucketedForward(self._call_paged, self.kv)
         with refusals(f"{type(model).__name__} can't be packed", ranks=ranks_of(model)):
-            self._prove(getattr(model, _PROOF, None), kv_tokens)
+            self._prove(getattr(model, _PROOF, None), kv_tokens, judges)
 
     @property
     def config(self) -> PretrainedConfig:
@@ -137,7 +139,7 @@ class PackedModel:
         """The model's KV slots."""
         return self._store.kv
 
-    def _prove(self, proof: Proof | None, kv_tokens: int | None) -> None:
+    def _prove(self, proof: Proof | None, kv_tokens: int | None, judges: bool) -> None:
         """Hold the model, as it will serve, to what it gave when it was loaded; raises ModelRefused.
 
         Where a slot holds less than the texts of the proof, and for models that `load` did not load, one token has to
@@ -147,7 +149,7 @@ class PackedModel:
             self.forward([chain(0, 0, [0], keep_last=True)])
         else:
             both = kv_tokens is None or kv_tokens >= 2 * max(GPU_BLOCK, NEEDED)
-            proof.check(self.forward, slots=self._slots if both else 1, defined=self._defined_ids)
+            proof.check(self.forward, slots=self._slots if both else 1, defined=self._defined_ids, judges=judges)
         for slot in range(min(self._slots, 2)):
             self.release(slot, 0)
 

@@ -105,6 +105,7 @@ class FollowingModels:
                 capacity=capacity,
                 paged=None if paged == _UNSET else bool(paged),
                 kv_tokens=None if kv_tokens == _UNSET else kv_tokens,
+                judges=False,
             )
             return
         model = self._packed[order.model]
