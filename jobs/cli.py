@@ -21,7 +21,7 @@ import typer
 from pydantic import BaseModel, ValidationError
 
 from jobs.client import Client, Job, local_service
-from jobs.errors import BasicError, InvalidValue, NotFound, SetupError, UnknownSetting
+from jobs.errors import BasicError, ChildRefused, InvalidValue, NotFound, SetupError, UnknownSetting
 from jobs.exports import write_csv
 from jobs.formats import refuse_to_write
 from jobs.json_lines import json_line, one_line
@@ -29,6 +29,7 @@ from jobs.key_commands import key_commands
 from jobs.logs import without_secrets
 from jobs.messages import MAX_COMPARED_REQUESTS, TOOLS_TEMPERATURE, Endpoint, JobStatus
 from jobs.outcome import info_words
+from jobs.processes import BAD_SETTINGS_STATUS
 from jobs.prompts import Lines
 from jobs.results import JobInfo, Output
 from jobs.settings import JobsSettings, refuse_unknown_settings, settings_sentence
@@ -78,6 +79,8 @@ def main() -> None:
         app()
     except (UnknownSetting, ValidationError) as exc:
         _fail(_settings_sentence(exc), WRONG_USE)
+    except ChildRefused as exc:
+        _fail(str(exc), BAD_SETTINGS_STATUS)
     except BasicError as exc:
         _fail(str(exc), FAILED)
 

@@ -36,6 +36,7 @@ BasicError
 │       ├── DatabaseReadOnly    it may only be read
 │       └── StorageFull         its disk is full
 └── SetupError                  the installation or its settings are not usable
+    ├── ChildRefused            a process of the service can't work with its settings or its model
     └── UnknownSetting          a BASIC_… variable that nothing reads
 """
 
@@ -306,6 +307,10 @@ class StorageFull(DatabaseUnavailable):
 
 class SetupError(BasicError):
     """The installation or its settings are not usable."""
+
+
+class ChildRefused(SetupError):
+    """A process of the service can't work with its settings or its model; another start would end the same way."""
 
 
 class UnknownSetting(SetupError):

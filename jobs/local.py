@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from jobs.errors import BasicError, SetupError
+from jobs.errors import BasicError, ChildRefused, SetupError
 from jobs.local_start import Start, Stopped, environment, say
 from jobs.local_state import LocalService, announce_service, owned, owner, running
 from jobs.logs import log_to_stderr
@@ -137,7 +137,8 @@ def _follow_start(process: subprocess.Popen[bytes], data_dir: Path, log_path: Pa
         process.terminate()  # it has a session of its own, so Ctrl-C did not reach it
         process.wait()
         raise
-    raise SetupError(f"the service did not start:\n{tail(log_path, 20)}")
+    kind = ChildRefused if process.returncode == BAD_SETTINGS_STATUS else SetupError
+    raise kind(f"the service did not start:\n{tail(log_path, 20)}")
 
 
 def _send(pid: int, number: signal.Signals) -> None:

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 import httpx
 
-from jobs.errors import SetupError
+from jobs.errors import ChildRefused, SetupError
 from jobs.local_key import make_local_key
 from jobs.local_state import LocalService
-from jobs.processes import Child, Children, Command, keep_one_old, launch, python_module
+from jobs.processes import BAD_SETTINGS_STATUS, Child, Children, Command, keep_one_old, launch, python_module
 from jobs.redis_server import answers, server_arguments, server_binary
 from jobs.schema_guard import upgrade_schema
 from jobs.settings import JobsSettings
@@ -90,7 +90,8 @@ class Start:
                 process.wait()
                 raise Stopped
         if process.returncode != 0:
-            raise SetupError("the model could not be fetched; the reason is above")
+            kind = ChildRefused if process.returncode == BAD_SETTINGS_STATUS else SetupError
+            raise kind("the model could not be fetched; the reason is above")
 
     def _start_redis(self, settings: JobsSettings) -> JobsSettings:
         directory = settings.data_dir / "redis"
@@ -127,7 +128,7 @@ class Start:
         news_at = began_at + _NEWS_S
         while not answers():
             for dead in self.children.dead():
-                raise SetupError(_death_notice(dead))
+                raise _death_of(dead)
             waited_s = time.monotonic() - began_at
             if timeout_s is not None and waited_s > timeout_s:
                 raise SetupError(f"{what} did not answer in {timeout_s:.0f} s; its log: {child.command.log_path}")
@@ -187,10 +188,13 @@ def _ready(api_url: str) -> bool:
         return False
 
 
-def _death_notice(child: Child) -> str:
-    """Say which child died, with the end of its log: there stands what to do."""
+def _death_of(child: Child) -> SetupError:
+    """Return the error that says which child died, with the end of its log: there stands what to do."""
     words = child.last_words() or "(its log is empty)"
-    return (
+    log = f"The whole log: {child.command.log_path}"
+    if child.status() == BAD_SETTINGS_STATUS:
+        return ChildRefused(f"{child.command.name} can't work: {words.splitlines()[-1]}\n{log}")
+    return SetupError(
         f"{child.command.name} ended with status {child.status()} while the service started. Its last words:\n"
-        f"{words}\nThe whole log: {child.command.log_path}"
+        f"{words}\n{log}"
     )

@@ -138,7 +138,7 @@ def test_ctrl_c_in_the_foreground_ends_all_with_status_0(settings: JobsSettings)
 def test_a_model_that_cannot_be_loaded_stops_the_start_with_the_reason(settings: JobsSettings, tmp_path: Path) -> None:
     (tmp_path / "empty-model").mkdir()
     bad = settings.model_copy(update={"target": str(tmp_path / "empty-model")})
-    with pytest.raises(SetupError, match=r"(?s)worker ended with status.*empty-model"):
+    with pytest.raises(SetupError, match=r"(?s)worker can't work.*empty-model"):
         start_detached(bad)
     assert running(settings.data_dir) is None
     assert not down(settings.data_dir)

@@ -8,11 +8,12 @@ import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from jobs import local_start, processes
-from jobs.errors import SetupError
+from jobs.errors import ChildRefused, SetupError
 from jobs.local import down, running, up
 from jobs.local_start import Start, environment
 from jobs.local_state import LocalService, announce_service, owned, owner
@@ -261,3 +262,12 @@ def _await_file(path: Path) -> None:
     while not path.exists():
         assert time.monotonic() < ends_at, f"{path} never came"
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("status", "kind"), [(78, ChildRefused), (1, SetupError), (-9, SetupError)])
+def test_a_child_that_can_not_work_is_told_from_one_that_died(status: int, kind: type[SetupError]) -> None:
+    command = SimpleNamespace(name="worker", log_path="worker.log")
+    child = SimpleNamespace(command=command, status=lambda: status, last_words=lambda: "Loading x\nx is damaged")
+    error = local_start._death_of(child)  # type: ignore[arg-type]
+    assert type(error) is kind
+    assert "x is damaged\nThe whole log: worker.log" in str(error)

@@ -8,14 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import worker
-from tests.models import byte_tokenizer, tiny
-from worker import benchmark, grid
+from jobs.messages import COMPLETIONS_ENDPOINT
+from jobs.schema_guard import upgrade_schema
+from tests.models import byte_tokenizer, save_tiny, tiny
+from worker import benchmark, grid, start
+from worker.assembly import assemble
 from worker.benchmark import OURS
 from worker.cli import commands
-from worker.generate import resident_assembly
+from worker.engine.options import Mode
+from worker.generate import generate as decoded
+from worker.generate import request_for, resident_assembly
+from worker.settings import WorkerSettings
 
 PROMPT = "abcabcabcabc"
 
@@ -179,3 +187,45 @@ def test_the_seeds_benchmark_prints_both_rates_and_their_ratio(capsys: pytest.Ca
     assert [line.split()[0] for line in lines] == ["standard", "speculative", "ratio"]
     standard, speculative, ratio = (float(line.split()[1].rstrip("x")) for line in lines)
     assert ratio == pytest.approx(speculative / standard, rel=0.05)
+
+
+def test_a_model_that_is_refused_ends_every_process_that_loads_it_with_a_sentence_and_78(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = save_tiny(tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"half")
+    done = CliRunner().invoke(commands, ["generate", PROMPT, "--target", str(broken)])
+    assert done.exit_code == 78
+    assert "is damaged or cut off" in done.stderr.splitlines()[-1]
+    upgrade_schema(f"sqlite:///{tmp_path}/jobs.sqlite3")
+    monkeypatch.setenv("BASIC_DATABASE_URL", f"sqlite:///{tmp_path}/jobs.sqlite3")
+    assert start.run(WorkerSettings(target=str(broken))) == 78
+    assert "is damaged or cut off" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_longrope_ends_texts_at_its_original_positions_and_says_so(tmp_path: Path) -> None:
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "original_max_position_embeddings": 64,
+        "short_factor": [1.1] * 16,
+        "long_factor": [4.0] * 16,
+        "factor": 8.0,
+    }
+    model = tiny(vocab=258)
+    model.config.rope_parameters = rope
+    model.save_pretrained(tmp_path / "long")
+    byte_tokenizer().save_pretrained(tmp_path / "long")
+    own: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "long")
+    said: list[str] = []
+    settings = WorkerSettings(target=str(tmp_path / "long"), dtype="float32", draft="suffix", max_sequences=2)
+    assembly = assemble(settings, said.append)
+    assert assembly.options.max_context == 64
+    assert any("may have 64 tokens" in sentence and "longrope" in sentence for sentence in said)
+    request = request_for("long", PROMPT, max_tokens=60)
+    for mode in Mode:
+        done = decoded(assembly, request, endpoint=COMPLETIONS_ENDPOINT, mode=mode)
+        prompt = torch.tensor([done.prompt_token_ids])
+        with torch.no_grad():
+            exact = own.generate(prompt, max_length=64, do_sample=False, eos_token_id=256, pad_token_id=0)
+        assert [*done.prompt_token_ids, *done.token_ids] == exact[0].tolist()
