@@ -6,7 +6,9 @@ themselves in through the entry points `basic.commands`.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import sys
 import time
@@ -21,7 +23,16 @@ import typer
 from pydantic import BaseModel, ValidationError
 
 from jobs.client import Client, Job, local_service
-from jobs.errors import BasicError, ChildRefused, InvalidValue, NotFound, SetupError, UnknownSetting
+from jobs.errors import (
+    BasicError,
+    ChildRefused,
+    InvalidValue,
+    NotFound,
+    NotRetryable,
+    RequestRefused,
+    SetupError,
+    UnknownSetting,
+)
 from jobs.exports import write_csv
 from jobs.formats import refuse_to_write
 from jobs.json_lines import json_line, one_line
@@ -83,6 +94,10 @@ def main() -> None:
         _fail(str(exc), BAD_SETTINGS_STATUS)
     except BasicError as exc:
         _fail(str(exc), FAILED)
+    except ModuleNotFoundError as exc:
+        if _is_ours(exc):
+            raise  # a fault of ours, not of the installation
+        _fail(str(_not_installed(_extra(sys.argv[1:2], exc), exc)), FAILED)
 
 
 @app.command()
@@ -116,6 +131,7 @@ def submit(
     """
     if output is not None:
         refuse_to_write(output, *_WRITTEN)
+        _refuse_unwritable(output, "--output")
     lines = _read_file(file)
     with _connect() as client:
         job = client.submit(
@@ -185,6 +201,7 @@ def results(
     """
     if output is not None:
         refuse_to_write(output, *_WRITTEN)
+        _refuse_unwritable(output, "--output")
     with _connect() as client:
         found = _find(client, job)
         answers = found.outputs(failed=failed, follow=follow)
@@ -214,7 +231,18 @@ def retry(
     Example: basic retry --wait
     """
     with _connect() as client:
-        again = _find(client, job).retry()
+        ended = _find(client, job)
+        info = ended.info()
+        if info.status is JobStatus.COMPLETED and not info.request_counts.failed:
+            said = f"There is nothing to run again: every request of {info.id} has an answer"
+            _print_json(info) if as_json else typer.echo(said)
+            return
+        if info.status is JobStatus.COMPLETED and not _may_succeed(ended):
+            raise NotRetryable(
+                "The requests that failed would fail again: their lines are wrong. "
+                f"See why: basic results --failed {info.id}    Correct them and submit those: basic submit FILE"
+            )
+        again = ended.retry()
         if follow:
             raise typer.Exit(_watch(client, again, as_json))
         if wait:
@@ -273,6 +301,7 @@ def stats(
     """
     if plot is not None:
         refuse_to_write(plot, "plots are drawn as PNG", ".png")
+        _refuse_unwritable(plot, "--plot")
     with _connect() as client:
         job_id = None if job is None else _find(client, job).id
         if as_csv:
@@ -299,6 +328,7 @@ def write_report(
     Example: basic report -o report.html
     """
     refuse_to_write(output, "a report is HTML", ".html .htm", "A browser prints it as PDF.")
+    _refuse_unwritable(output, "--output")
     with _connect() as client:
         found = _find(client, job)
         numbers = client.run(lambda client: client.job_stats(found.id))
@@ -306,7 +336,8 @@ def write_report(
             from jobs.report import report
 
             page = report(found.info(), numbers, found.outputs())
-    output.write_text(page, encoding="utf-8")
+    with _writing(output, "--output"):
+        output.write_text(page, encoding="utf-8")
     typer.echo(f"Wrote {output}")
 
 
@@ -319,7 +350,8 @@ def _plot(numbers: dict[str, Any], job_id: str | None, path: Path) -> None:
     with _needs("plot"):
         from jobs.plots import save_png
 
-        save_png(numbers, job_id or "All jobs", path)
+        with _writing(path, "--plot"):
+            save_png(numbers, job_id or "All jobs", path)
     typer.echo(f"Wrote {path}", err=True)
 
 
@@ -434,7 +466,9 @@ def plug_in_commands(to: typer.Typer) -> None:
 
 
 # What `worker.cli` brings, for an installation that can't import it.
-_WORKER_COMMANDS = ("worker", "generate", "bench", "models", "draft")
+_WORKER_COMMANDS = ("worker", "generate", "bench", "plan", "models", "draft")
+_EXTRAS = {"matplotlib": "plot", "pandas": "pandas", "psycopg": "postgres"}  # which brings a package; else the command
+_OURS = ("jobs", "storage", "worker", "migrations")
 
 
 def _add_placeholders(to: typer.Typer, entry: EntryPoint, missing: ModuleNotFoundError) -> None:
@@ -452,6 +486,16 @@ def _needs(extra: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as exc:
         raise _not_installed(extra, exc) from exc
+
+
+def _is_ours(missing: ModuleNotFoundError) -> bool:
+    return (missing.name or "").partition(".")[0] in _OURS
+
+
+def _extra(command: list[str], missing: ModuleNotFoundError) -> str:
+    """Return the extra to install for a command that lacks a package."""
+    by_command = "worker" if set(command) & {*_WORKER_COMMANDS, "up"} else "api"
+    return _EXTRAS.get((missing.name or "").partition(".")[0], by_command)
 
 
 def _not_installed(extra: str, missing: ModuleNotFoundError) -> SetupError:
@@ -514,13 +558,24 @@ def _end(job: Job, info: JobInfo, output: Path | None) -> int:
     if output is not None:
         _write_results(job.outputs(), output)
     if info.request_counts.failed:
+        again = f"Run them again: basic retry {info.id}"
+        if not _may_succeed(job):
+            again = "They would fail again: correct their lines and submit those"
         typer.echo(
             f"{info.request_counts.failed} of {info.request_counts.total} requests failed. See why: "
-            f"basic results --failed {info.id}    Run them again: basic retry {info.id}",
+            f"basic results --failed {info.id}    {again}",
             err=True,
         )
     answered = info.request_counts.completed > 0
     return 0 if info.status is JobStatus.COMPLETED and answered else FAILED
+
+
+_REFUSED = {RequestRefused.code, *(kind.code for kind in RequestRefused.__subclasses__())}
+
+
+def _may_succeed(job: Job) -> bool:
+    """Return whether a failed request could end otherwise: one that was refused for what its line says could not."""
+    return any(output.error is None or output.error.code not in _REFUSED for output in job.outputs(failed=True))
 
 
 def _say_refused(job: Job, info: JobInfo) -> int:
@@ -573,16 +628,39 @@ def _database_place(client: Client) -> str | None:
 def _write_results(answers: Iterable[Output], path: Path) -> None:
     """Write answers as JSON lines; a file that was there stays whole until the new one is."""
     count = 0
-    part = path.with_name(path.name + ".part")
-    try:
+    is_device = path.exists() and not path.is_file()  # or a pipe: written to, not replaced
+    part = path if is_device else path.with_name(path.name + ".part")
+    with _writing(path, "--output"):
         with part.open("w", encoding="utf-8") as file:
             for answer in answers:
                 file.write(json_line(answer) + "\n")
                 count += 1
-        part.replace(path)
-    except OSError as exc:
-        raise typer.BadParameter(f"{path} can't be written: {exc.strerror}", param_hint="--output") from exc
+        if part != path:
+            part.replace(path)
     typer.echo(f"Wrote {count} answers to {path}", err=True)
+
+
+def _refuse_unwritable(path: Path, option: str) -> None:
+    """Refuse a file that can't be written before any work is done for it."""
+    folder = path.parent
+    if path.is_dir():
+        why = "it is a folder"
+    elif not folder.is_dir():
+        why = f"there is no folder {folder}; make it first"
+    elif not os.access(path if path.exists() else folder, os.W_OK):
+        why = os.strerror(errno.EACCES)
+    else:
+        return
+    raise typer.BadParameter(f"{path} can't be written: {why}", param_hint=option)
+
+
+@contextmanager
+def _writing(path: Path, option: str) -> Iterator[None]:
+    """Say in one sentence that a file can't be written."""
+    try:
+        yield
+    except OSError as exc:
+        raise typer.BadParameter(f"{path} can't be written: {exc.strerror}", param_hint=option) from exc
 
 
 def _announcement(service: LocalService, detached: bool) -> str:

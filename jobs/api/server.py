@@ -165,5 +165,8 @@ def _write_url(path: Path, listener: socket.socket) -> None:
     """Write the URL in one piece: whoever waits for the file must not read half of it."""
     host, port = listener.getsockname()[:2]
     part = path.with_suffix(".part")
-    part.write_text(f"http://{f'[{host}]' if ':' in host else host}:{port}\n")
-    part.replace(path)
+    try:
+        part.write_text(f"http://{f'[{host}]' if ':' in host else host}:{port}\n")
+        part.replace(path)
+    except OSError as exc:
+        raise SetupError(f"the ready file {path} can't be written: {exc.strerror}") from exc

@@ -14,7 +14,7 @@ from jobs import cli
 from jobs.api.access import Door
 from jobs.api.app import make_api
 from jobs.client import Client
-from jobs.errors import InvalidValue, NotFound, SetupError
+from jobs.errors import InvalidValue, NotFound, NotRetryable, SetupError
 from jobs.settings import JobsSettings
 from storage.models import Request
 from storage.session import Database
@@ -139,6 +139,51 @@ def test_failed_requests_are_run_again(run: Run, prompts: str, database: Databas
     assert (again["retry_of"], again["request_counts"]["total"]) == (job_id, 1)
     answer_all(database)
     assert run("status", again["id"], "--wait") == ""
+
+
+def test_of_a_clean_job_there_is_nothing_to_run_again_and_that_is_no_failure(run: Run, database: Database) -> None:
+    run("submit", "-", stdin='"Hello"\n')
+    answer_all(database)
+    assert "nothing to run again" in run("retry")
+    assert json.loads(run("retry", "--json"))["request_counts"]["failed"] == 0
+    assert len(run("jobs", "--json")) > 0
+    assert len(json.loads(run("jobs", "--json"))) == 1
+
+
+def test_lines_that_can_not_succeed_are_not_run_again_and_that_is_not_the_hint(
+    run: Run, prompts: str, database: Database
+) -> None:
+    run("submit", prompts)
+    answer_all(database)
+    result = CliRunner().invoke(cli.app, ["status", "--wait"])
+    assert result.exit_code == 0
+    assert "1 of 2 requests failed" in result.stderr
+    assert "basic retry" not in result.stderr
+    assert "correct their lines" in result.stderr
+    with pytest.raises(NotRetryable, match="basic results --failed"):
+        run("retry")
+
+
+@pytest.mark.parametrize(
+    "command", [("submit", "-", "-o"), ("results", "-o"), ("report", "-o"), ("stats", "--plot")], ids=" ".join
+)
+def test_a_file_that_can_not_be_written_is_refused_before_anything_is_done(
+    command: tuple[str, ...], run: Run, tmp_path: Path
+) -> None:
+    suffix = {"report": ".html", "stats": ".png"}.get(command[0], ".jsonl")
+    (tmp_path / f"folder{suffix}").mkdir()
+    for place, why in (("missing/out", "there is no folder"), ("folder", "it is a folder")):
+        result = CliRunner().invoke(cli.app, [*command, str(tmp_path / f"{place}{suffix}")], input='"Hello"\n')
+        assert result.exit_code == 2
+        assert why in " ".join(result.stderr.replace("│", "").split())
+    assert json.loads(run("jobs", "--json")) == []
+
+
+def test_what_is_no_file_is_written_to_and_not_replaced(run: Run, prompts: str) -> None:
+    run("submit", prompts)
+    run("results", "--output", "/dev/null")
+    assert Path("/dev/null").is_char_device()
+    assert not Path("/dev/null.part").exists()
 
 
 def test_the_beginning_of_an_id_names_a_job(run: Run, prompts: str, database: Database) -> None:

