@@ -36,7 +36,9 @@ class JobsSettings(StorageSettings):
         description="Host names by which the API server may be called besides its address, comma-separated; "
         "*.NAME: all below it, *: any.",
     )
-    target: str = Field(DEFAULT_TARGET, description="Target model: a known name, a hub id or a local directory.")
+    target: str = Field(
+        DEFAULT_TARGET, description="Target model: a known name, a hub id, a local directory or a GGUF file."
+    )
     log_format: Literal["text", "json"] = Field("text", description="Log lines for people (text) or machines (json).")
     max_requests: int = Field(50_000, gt=0, description="Requests one job may hold.")
     max_requests_queued: int = Field(1_000_000, gt=0, description="Requests that may wait in all, whoever sent them.")

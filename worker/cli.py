@@ -37,7 +37,9 @@ commands.add_typer(models, name="models")
 commands.add_typer(draft, name="draft")
 commands.command()(plan)
 
-Target = Annotated[str | None, typer.Option(help="Target model: a packaged name, a hub id or a directory.")]
+Target = Annotated[
+    str | None, typer.Option(help="Target model: a packaged name, a hub id, a directory or a GGUF file.")
+]
 Draft = Annotated[
     str | None,
     typer.Option(help="Draft: a directory, a hub id, or suffix; left out: the one that comes with the target."),

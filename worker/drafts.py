@@ -20,7 +20,7 @@ from worker.drafters.head_file import identity, is_head, read_head
 from worker.drafters.mixed import MixedDrafter
 from worker.drafters.model import ModelDrafter, Words
 from worker.drafters.suffix import SuffixDrafter
-from worker.engine.checkpoint import draft_kind, refuse_unreadable
+from worker.engine.checkpoint import draft_kind, folder_of, refuse_unreadable
 from worker.engine.drafting import Drafter
 from worker.engine.errors import ModelRefused, TokenizersDiffer
 from worker.engine.hidden_states import HiddenStates
@@ -114,8 +114,9 @@ def words_of(target: Tokenizer, draft: Tokenizer, target_name: str, draft_name: 
 
 
 def refuse_foreign(path: str) -> None:
-    """Raise ModelRefused for a directory with a draft that is made for other programs."""
-    kind = draft_kind(Path(path))
+    """Raise ModelRefused for a draft that is made for other programs."""
+    folder = folder_of(path)
+    kind = None if folder is None else draft_kind(folder)
     if kind is not None:
         raise ModelRefused(
             f"{path} is {kind}, which this version can't run; set BASIC_DRAFT to a smaller language model with the "

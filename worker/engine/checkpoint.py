@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
@@ -162,6 +164,16 @@ def draft_kind(folder: Path) -> str | None:
     if re.search(r"draft|speculat|mtpmodel|dflash", named):
         return f"a draft head ({(said.get('architectures') or [said.get('model_type')])[0]})"
     return None
+
+
+def folder_of(path: str) -> Path | None:
+    """Return where the files of a model lie on this machine: a directory, or those of a hub id that were fetched."""
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(snapshot_download(path, local_files_only=True))
+    except (OSError, ValueError, HfHubHTTPError):
+        return None
 
 
 def read_config(folder: Path) -> dict[str, Any]:

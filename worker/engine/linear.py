@@ -33,6 +33,8 @@ class PackedLinear(nn.Module):
         self._kernels = kernels
         self._bias = torch.cat(biases) if biases else None
         self._weight = kernels.pack(*weights) if gated else kernels.pack(torch.cat(weights))
+        # For models that ask what their weights are like; one that computes with it, and does not call us, fails.
+        self.weight = torch.empty(self.out_features, self.in_features, dtype=weights[0].dtype, device="meta")
         self.floats = floats
         self._finish = Finish.STORE_FLOAT if floats else Finish.STORE
         self.product = Product(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tests.models import save_tiny
 from worker.drafts import refuse_foreign
+from worker.engine import checkpoint
 from worker.engine.errors import ModelRefused
 from worker.engine.language_model import load
 
@@ -184,3 +185,16 @@ def test_drafts_for_other_programs_are_named_as_what_they_are(
 
 def test_a_language_model_is_no_draft_for_another_program(saved: Path) -> None:
     refuse_foreign(str(saved))
+
+
+def test_a_draft_of_another_program_is_named_by_its_hub_id_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"medusa_num_heads": 2}))
+    monkeypatch.setattr(checkpoint, "snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(ModelRefused, match="someone/medusa is a set of Medusa heads"):
+        refuse_foreign("someone/medusa")
+
+
+def test_a_hub_id_that_was_not_fetched_is_left_to_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    refuse_foreign("someone/that-is-not-there")
+    refuse_foreign("no hub id: at all")

@@ -49,6 +49,14 @@ EXACT: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**SHAPE, **EXPERTS, "head_dim": 32},
     "qwen2_moe": {**SHAPE, **EXPERTS, "shared_expert_intermediate_size": 32},
     "olmoe": {**SHAPE, **EXPERTS},
+    "hunyuan_v1_moe": {  # its router asks for the numbers of its weights
+        **SHAPE,
+        "num_experts": 4,
+        "moe_topk": [2, 2],
+        "num_shared_expert": [1, 1],
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+    },
     "phi3": {**SHAPE, "original_max_position_embeddings": 64, "rope_parameters": LONGROPE},
 }
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
