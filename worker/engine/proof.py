@@ -28,7 +28,6 @@ from worker.engine.spread import home_of, is_spread
 
 NEEDED = 20  # KV entries of a slot: a text, and the nodes of a tree that are not on its path
 _LENGTH, _SHORTEST = 16, 4  # tokens of a text
-_TEXTS = 3
 _BEHIND = 2  # tokens of a text that are draft nodes below the root
 _WINDOW = 5  # positions of a sliding window under test: fewer than a text has
 _EXACT = 1e-3  # of the spread of the logits; float32 sums in another order differ by 1e-5, another formula by 1e-2
@@ -134,7 +133,7 @@ def _own(model: PreTrainedModel, texts: IntArray, ours: str) -> Tensor:
             logits = model(input_ids=torch.from_numpy(texts).to(home_of(model)), use_cache=False).logits
     finally:
         model.set_attn_implementation(ours)
-    found: Tensor = logits.flatten(0, 1).float()
+    found: Tensor = logits.flatten(0, 1).float().cpu()  # it stays as long as the model: not on a GPU
     if found.isnan().any():
         raise ModelRefused(f"transformers' own forward of {type(model).__name__} gives NaN; its weights are damaged")
     return found
@@ -144,11 +143,11 @@ def _distances(proof: Proof, forward: Forward, slots: int, defined: int | None) 
     """Return how far each row of the packed texts is from what it should be, by the kind of rows."""
     found: dict[str, list[Tensor]] = {}
     for segments, expected in _steps(proof.texts, slots):
-        logits = forward(segments).float().to(proof.exact.device)
+        logits = forward(segments).float().cpu()
         rows = iter(torch.split(logits, [len(places) for places in expected]))
         for segment, places, row in zip(segments, expected, rows, strict=True):
             kind = "draft trees" if segment.visible is not None else "plain rows"
-            exact = proof.exact[torch.from_numpy(places).to(proof.exact.device)]
+            exact = proof.exact[torch.from_numpy(places)]
             found.setdefault(kind, []).append(_distance(row, exact if defined is None else exact[:, :defined]))
     return {kind: torch.cat(parts) for kind, parts in found.items()}
 
