@@ -15,6 +15,7 @@ from jobs.messages import PartialEvent, Piece
 from storage import writes
 from storage.records import Checkpoint, FinishedChoice, FlushResult, Lease, Progress, Refusal, RequestKey
 from storage.session import DATABASE_AWAY, Database, is_too_large, why_away
+from storage.sql import storable
 from worker import spans
 from worker.live import LiveChoice, LiveRequest, unforeseen
 
@@ -149,7 +150,9 @@ def _fail(request: LiveRequest, what: str, error: Exception) -> None:
 
 def _log_refusal(lease: Lease, refusal: Refusal) -> None:
     ids = _ids(lease)
-    log.info("A request failed: %s: %s", refusal.code, refusal.message, extra={"action": "request_failed", **ids})
+    log.info(
+        "A request failed: %s: %s", refusal.code, storable(refusal.message), extra={"action": "request_failed", **ids}
+    )
 
 
 def _ids(lease: Lease) -> dict[str, object]:

@@ -17,7 +17,7 @@ from jobs.api.streams import Streams
 from jobs.errors import LimitReached, SetupError
 from jobs.keys import Scope, check_key
 from jobs.settings import JobsSettings
-from storage import keys
+from storage import keys, schema
 from storage.models import ApiKey, Job
 from storage.session import Database
 from tests.factories import a_key
@@ -232,9 +232,8 @@ def test_streams_are_limited_in_all_and_for_each_key() -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
-def test_without_a_key_the_shim_refuses_to_listen_to_others(
-    settings: JobsSettings, database: Database, host: str
-) -> None:
+def test_without_a_key_the_shim_refuses_to_listen_to_others(settings: JobsSettings, host: str) -> None:
+    schema.upgrade(settings.resolved_database_url)
     with pytest.raises(SetupError, match=r"no API key.*basic keys create"):
         serve(settings.model_copy(update={"api_host": host}))
 

@@ -334,7 +334,7 @@ PRETTY = json.dumps([GOOD, GOOD], indent=2)
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (gzip.compress(as_jsonl([GOOD])), "gzip"),
+        (gzip.compress(as_jsonl([GOOD]), mtime=0), "gzip"),
         (as_jsonl([GOOD]).decode().encode("utf-16"), "UTF-16"),
         (json.dumps([GOOD] * 5).encode(), "JSON array"),
         (json.dumps([GOOD] * 2_000).encode(), "JSON array"),
