@@ -151,6 +151,7 @@ def read_lines(file: IO[bytes], max_line_bytes: int) -> Iterator[Item]:
         elif sample is not None:
             sample.add(line.text)
         yield item
+        del item  # before the next one is read: a line of 10 MB may be 400 MB as a value
     if sample is not None and sample.lines and (kind := other_kind(sample.lines)) is not None:
         raise InvalidJsonLine(kind)
 
