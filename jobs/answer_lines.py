@@ -1,6 +1,6 @@
 """The lines of output and error files: what OpenAI's routes would have answered to each request of a batch.
 
-clerk -> [answer_lines] -> api.answers.  The same rows give the same bytes, so that a file may be written twice.
+The same rows give the same bytes, so that a file may be written twice.
 """
 
 from __future__ import annotations

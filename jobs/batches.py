@@ -1,6 +1,6 @@
 """Making a batch: a job whose requests are still to be read from an uploaded file.
 
-jobs.api -> [batches] -> storage.writes.  Checks only the order itself; the clerk reads the file (`jobs.clerk`).
+Checks only the order itself; the clerk reads the file (`jobs.clerk`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Measure the front door: `python -m jobs.benchmark`. Real shim and ingest process, real Redis-protocol server, SQLite.
 
-[benchmark] -> local_start's parts, httpx.  Needs no worker and no model: what is measured is what a door does. Each
-measurement is a function that gets the door and returns its numbers; add one to MEASUREMENTS.
+Needs no worker and no model: what is measured is what a door does. Each measurement is a function that gets the door
+and returns its numbers; add one to MEASUREMENTS.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The events of running jobs, told to all their readers: one subscription and one reading of SQL a job, however many.
 
-storage.story, jobs.partials -> [broadcast] -> jobs.api.  What is published says only that there is news; what the news
-is stands in SQL, in order. A job's newest events are kept ready for its readers in a ring of limited size; whoever has
-fallen behind it reads SQL at its own pace. So a reader costs no memory but what it is being sent.
+What is published says only that there is news; what the news is stands in SQL, in order. A job's newest events are kept
+ready for its readers in a ring of limited size; whoever has fallen behind it reads SQL at its own pace. So a reader
+costs no memory but what it is being sent.
 """
 
 from __future__ import annotations

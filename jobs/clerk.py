@@ -1,8 +1,7 @@
 """The clerk: reads the input files of batches into requests, and writes their answers into files.
 
-ingest -> [clerk] -> lines, items, answer_lines, storage.batches.  Looks into SQL for what is to be done, so nothing has
-to reach it: a batch whose clerk died is taken up by the next one when the lease lapses, and from the beginning. Both
-its tasks give the same rows and bytes when they are done twice.
+Looks into SQL for what is to be done, so nothing has to reach it: a batch whose clerk died is taken up by the next one
+when the lease lapses, and from the beginning. Both its tasks give the same rows and bytes when they are done twice.
 """
 
 from __future__ import annotations

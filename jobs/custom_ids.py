@@ -1,6 +1,6 @@
 """The ids of a job's requests: those that were given, and for the others ids that no request of the job was given.
 
-intake, lines -> [custom_ids].  An id is all by which a caller knows an answer, so two requests never have the same one.
+An id is all by which a caller knows an answer, so two requests never have the same one.
 """
 
 from __future__ import annotations

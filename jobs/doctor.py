@@ -1,7 +1,7 @@
 """The doctor: looks at every part of an installation and says what is wrong and what to do about it.
 
-cli -> [doctor] -> storage, redis.  Changes nothing and needs nothing to be well: a part that is away is a finding. What
-only a worker can know (models, GPU) comes from the entry points `basic.checks`.
+Changes nothing and needs nothing to be well: a part that is away is a finding. What only a worker can know (models,
+GPU) comes from the entry points `basic.checks`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Doorbells, rung from a thread of their own: whoever records a job never waits for Redis.
 
-jobs.api, jobs.ingest, worker.tasks -> [doorbells] -> producer.  A server that hangs takes seconds to be given up. What
-is to be rung meanwhile rings afterwards, once a model: one doorbell is enough for all jobs of a model.
+A server that hangs takes seconds to be given up. What is to be rung meanwhile rings afterwards, once a model: one
+doorbell is enough for all jobs of a model.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Events about what ended in SQL: jobs, and requests that failed in nobody's hands.
 
-worker.sink, reconciler -> [events] -> messages.  Made after the commit, from what the record returned.
+Made after the commit, from what the record returned.
 """
 
 from __future__ import annotations

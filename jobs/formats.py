@@ -1,7 +1,6 @@
 """What a file is that is given for lines of prompts, and is none: told by its name, its first bytes and its shape.
 
-prompts, cli -> [formats].  Pure: reads and writes nothing. Lines that are wrong one by one pass: they fail alone, where
-the job is taken.
+Pure: reads and writes nothing. Lines that are wrong one by one pass: they fail alone, where the job is taken.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The ingest process, `python -m jobs.ingest`: what comes in large becomes requests in SQL, outside the shim.
 
-(Redis -> [ingest] -> intake), and the clerks that read and write the files of batches.  Prompt batches that producers
-pushed onto Redis are recorded by one thread with late acknowledgement: the message leaves Redis only when its rows are
-committed, and recording it twice adds nothing. Late acknowledgement with more than one thread would not survive a
-restart of Redis, so the concurrency is no setting.
+Prompt batches that producers pushed onto Redis are recorded by one thread with late acknowledgement: the message leaves
+Redis only when its rows are committed, and recording it twice adds nothing. Late acknowledgement with more than one
+thread would not survive a restart of Redis, so the concurrency is no setting.
 """
 
 from __future__ import annotations

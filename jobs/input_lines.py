@@ -1,6 +1,6 @@
 """The lines of a file that someone sends: where they end, what a broken one still says, and what a file is instead.
 
-items, lines -> [input_lines].  Knows no requests. Holds one line at a time, and none beyond its limit.
+Knows no requests. Holds one line at a time, and none beyond its limit.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The one door behind both entrances: a submission is checked, recorded in one transaction, and its doorbell rung.
 
-(jobs.api | jobs.ingest) -> [intake] -> storage.writes.  Knows no HTTP and no Celery: it is handed a `ring` to call.
-What is wrong with one request fails that request; what is wrong with the job as a whole raises JobRefused.
+Knows no HTTP and no Celery: it is handed a `ring` to call. What is wrong with one request fails that request; what is
+wrong with the job as a whole raises JobRefused.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Keys: how they are made and looked at. The secret is shown once; the record has its hash.
 
-jobs.cli, jobs.api -> [keys] -> storage.keys.  Knows no HTTP. A key is `sk-basic-ID-SECRET`: its row is found by the id,
-which is no secret, and the secret's hash is compared in constant time.
+Knows no HTTP. A key is `sk-basic-ID-SECRET`: its row is found by the id, which is no secret, and the secret's hash is
+compared in constant time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What is wrong with the lines of a batch file: the cheap pass over the whole file before anything of it runs.
 
-jobs.clerk -> [lines] -> items.  A bad line fails alone. The batch is refused, with its bad lines named, if none of its
-lines is good, if it is too large, or if two lines share a custom_id: then answers could not be told apart.
+A bad line fails alone. The batch is refused, with its bad lines named, if none of its lines is good, if it is too
+large, or if two lines share a custom_id: then answers could not be told apart.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Whether a process of this machine is still there: a kill is seen at once, not when a lease lapses.
 
-worker.resident, reconciler -> [liveness].  An identity names boot, process namespace, process id and the moment of its
-start, so that neither a restart of the machine nor a process id that is used again makes a dead process look alive, and
-no other container of the machine is judged. Linux only; elsewhere nobody has an identity, and leases tell. A container
-that starts again has a new process namespace: there the new process under the old name and number tells of the old one.
+An identity names boot, process namespace, process id and the moment of its start, so that neither a restart of the
+machine nor a process id that is used again makes a dead process look alive, and no other container of the machine is
+judged. Linux only; elsewhere nobody has an identity, and leases tell. A container that starts again has a new process
+namespace: there the new process under the old name and number tells of the old one.
 """
 
 from __future__ import annotations

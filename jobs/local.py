@@ -1,6 +1,5 @@
 """Embedded mode: the whole service on this machine, below one data directory, as children of one process.
 
-[local] -> local_start -> a Redis-protocol server, `python -m jobs.ingest`, `python -m jobs.api`, `python -m worker`.
 Each child is the program that runs on a cluster; only the addresses are chosen here. Ctrl-C or `basic down` stops them
 all, a crash takes them along, and the next start goes on with what SQL says is unfinished.
 """

@@ -1,6 +1,6 @@
 """The steps by which an embedded service starts: model, Redis-protocol server, schema, ingest, shim, worker.
 
-local -> [local_start] -> processes, redis_server.  Every step waits for what it started or says why it can't go on.
+Every step waits for what it started or says why it can't go on.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Log-probabilities of a text's tokens: how they are stored, and how OpenAI's two endpoints spell them.
 
-worker.transcript -> [logprobs] -> answers.  A token is told as a text and its bytes: a token that is part of a
-character has bytes of its own and a text with U+FFFD; one that adds nothing to the text, as the end-of-sequence token,
-has no bytes. Joined, the bytes are the text, up to where a stop string cut it.
+A token is told as a text and its bytes: a token that is part of a character has bytes of its own and a text with
+U+FFFD; one that adds nothing to the text, as the end-of-sequence token, has no bytes. Joined, the bytes are the text,
+up to where a stop string cut it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The status of a job in words for people: `completed` alone says too much where requests failed.
 
-pages, cli, report -> [outcome].  Pure. On the wire the status stays the bare word, as OpenAI has it.
+Pure. On the wire the status stays the bare word, as OpenAI has it.
 """
 
 from __future__ import annotations

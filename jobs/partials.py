@@ -1,8 +1,8 @@
 """Partial text on pub/sub: a publisher that never holds anybody up, and a reader that never misses or doubles text.
 
-worker.sink -> [partials] -> jobs.api.  Pub/sub may lose anything at any time; the truth is in SQL. So a reader
-subscribes, waits for the confirmation, is told what SQL has, and then takes numbered events; a gap, a second
-confirmation (the only sign of a reconnect) or silence sends it back to SQL.
+Pub/sub may lose anything at any time; the truth is in SQL. So a reader subscribes, waits for the confirmation, is told
+what SQL has, and then takes numbered events; a gap, a second confirmation (the only sign of a reconnect) or silence
+sends it back to SQL.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Plots of a job's statistics, drawn with matplotlib: for `basic stats --plot` and for reports.
 
-Statistics as `/stats` tells them -> [plots] -> PNG or SVG.  Needs the extra `plot`; imports matplotlib when it draws.
+Needs the extra `plot`; imports matplotlib when it draws.
 """
 
 from __future__ import annotations

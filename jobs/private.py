@@ -1,6 +1,6 @@
 """Files for their owner's eyes alone: prompts, texts, keys and passwords lie in the data directory.
 
-local, local_start, local_state, local_key -> [private].  Knows modes and names, nothing of what is in the files.
+Knows modes and names, nothing of what is in the files.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Child processes that can't outlive their parent, and the group that keeps them running and stops them in order.
 
-local -> [processes].  Knows commands, logs and signals; nothing of Redis, SQL or HTTP. Linux kills the children with
-their parent; other systems have no such call, so there a killed parent leaves its children to be stopped by hand.
+Knows commands, logs and signals; nothing of Redis, SQL or HTTP. Linux kills the children with their parent; other
+systems have no such call, so there a killed parent leaves its children to be stopped by hand.
 """
 
 from __future__ import annotations

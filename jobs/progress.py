@@ -1,6 +1,6 @@
 """How far a job is, for a person who waits: a bar on a terminal, a line that changes in a notebook, else lines.
 
-client, cli -> [progress] -> rich.  Knows a job as it was read, no HTTP.
+Knows a job as it was read, no HTTP.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tokens a second over time, from what each minute wrote: the same for the page, the report and `--plot`.
 
-dashboard.charts, plots -> [rates].  Pure.  A minute counts with the seconds of it in which work was done, so that a job
-of four seconds is as fast in the picture as in the numbers.
+Pure. A minute counts with the seconds of it in which work was done, so that a job of four seconds is as fast in the
+picture as in the numbers.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """The reconciler: whatever was lost between the parts of the service is found in SQL and put right.
 
-worker.resident, jobs.api.server -> [reconciler] -> storage.  Runs in every worker and every shim, one elected at a
-time: requests whose worker is gone go back to the queue, doorbells that nobody heard ring again, what is overdue
-expires, cancelled jobs end without their workers, comparisons that kill their workers are given up, and dead workers
-are marked. Those that are not elected look for dead processes too, for only neighbours see them. Every act may be
-repeated.
+Runs in every worker and every shim, one elected at a time: requests whose worker is gone go back to the queue,
+doorbells that nobody heard ring again, what is overdue expires, cancelled jobs end without their workers, comparisons
+that kill their workers are given up, and dead workers are marked. Those that are not elected look for dead processes
+too, for only neighbours see them. Every act may be repeated.
 """
 
 from __future__ import annotations

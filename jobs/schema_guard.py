@@ -1,7 +1,7 @@
 """The guard before every start and upgrade: a database that can't be reached, or has a schema not to work with.
 
-worker, jobs.api, jobs.ingest, jobs.cli -> [schema_guard] -> storage.schema.  Migrations only add, so a database that a
-newer version has upgraded serves this one too, and old and new processes run side by side during an upgrade.
+Migrations only add, so a database that a newer version has upgraded serves this one too, and old and new processes run
+side by side during an upgrade.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The story of a job as SQL has it, told in events: for readers that come late or have missed something.
 
-storage.queries -> [snapshots] -> partials.  Knows no Redis and no HTTP.
+Knows no Redis and no HTTP.
 """
 
 from __future__ import annotations

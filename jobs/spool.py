@@ -1,7 +1,7 @@
 """Requests between the check of a submission and its recording: packed, in a file if they are many.
 
-intake -> [spool].  A job is recorded only when all of it is known to be good, so its requests wait; as objects they
-would take many times the memory of what was sent.
+A job is recorded only when all of it is known to be good, so its requests wait; as objects they would take many times
+the memory of what was sent.
 """
 
 from __future__ import annotations

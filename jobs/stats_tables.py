@@ -1,6 +1,6 @@
 """What `basic stats` prints: the numbers of a job, or of everything, as tables for people.
 
-cli -> [stats_tables] -> rich.  Takes statistics as `/stats` tells them; fetches nothing.
+Takes statistics as `/stats` tells them; fetches nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From the story of a job to server-sent events, and from the id of an event back to the place in the story.
 
-storage.story -> [telling] -> broadcast.  An id is what EventSource and our clients send back as `Last-Event-ID`. It
-holds all that is to be known of its reader, so any shim goes on from it. To readers it is opaque.
+An id is what EventSource and our clients send back as `Last-Event-ID`. It holds all that is to be known of its reader,
+so any shim goes on from it. To readers it is opaque.
 """
 
 from __future__ import annotations

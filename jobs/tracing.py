@@ -1,9 +1,8 @@
 """Tracing: spans of a job from its submission to its outputs, sent to an OpenTelemetry collector if one is named.
 
-jobs.api, jobs.producer, jobs.ingest, worker -> [tracing] -> OTLP over HTTP.  A span's place is a W3C `traceparent`,
-which travels with the message and lies in `jobs.traceparent`, so that processes that never meet write one trace. Where
-OTEL_EXPORTER_OTLP_ENDPOINT is not set, nothing of OpenTelemetry is imported and nothing is done. Everything else that
-can be said (headers, sampling, resource) says OpenTelemetry's own environment.
+A span's place is a W3C `traceparent`, which travels with the message and lies in `jobs.traceparent`, so that processes
+that never meet write one trace. Where OTEL_EXPORTER_OTLP_ENDPOINT is not set, nothing of OpenTelemetry is imported and
+nothing is done. Everything else that can be said (headers, sampling, resource) says OpenTelemetry's own environment.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The two ways over which calls go to the service: connections for asyncio, and connections that block.
 
-client -> [wire] -> httpx.  Both have the same coroutines, so that the client is written once. Those of BlockingWire
-never suspend: `finish` runs them, and what waits for nothing else, without an event loop and without a thread.
+Both have the same coroutines, so that the client is written once. Those of BlockingWire never suspend: `finish` runs
+them, and what waits for nothing else, without an event loop and without a thread.
 """
 
 from __future__ import annotations

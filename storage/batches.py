@@ -1,8 +1,8 @@
 """Batches between their files: who reads the input and writes the output, and what that adds to the record.
 
-jobs.clerk -> [batches] -> models.  A clerk works under a lease with a number that grows with every claim, like a
-worker: whoever has an older one writes nothing. Requests are written in pieces, for a large batch must not lock
-everybody out, and count all at once, when `open_batch` says that the input is read.
+A clerk works under a lease with a number that grows with every claim, like a worker: whoever has an older one writes
+nothing. Requests are written in pieces, for a large batch must not lock everybody out, and count all at once, when
+`open_batch` says that the input is read.
 """
 
 from __future__ import annotations

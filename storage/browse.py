@@ -1,6 +1,6 @@
 """What a page shows of one job: some requests at a time, what is being written, and its draft trees.
 
-jobs.dashboard, jobs.report -> [browse] -> models.  Every question reads a screenful, however large the job is.
+Every question reads a screenful, however large the job is.
 """
 
 from __future__ import annotations

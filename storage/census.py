@@ -1,6 +1,6 @@
 """A census: how much waits, runs and has ended, by model, and what every living worker says of itself.
 
-jobs.api.metrics, jobs.dashboard -> [census] -> models.  Counts open requests and jobs; never reads finished requests.
+Counts open requests and jobs; never reads finished requests.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Comparisons: a finished job that asked for it has some of its requests decoded both ways, by a worker that is idle.
 
-worker.comparison, jobs.reconciler -> [comparisons] -> models.  Which requests is drawn from the job's id, so that
-everybody draws the same. One worker at a time has a comparison in hand; whoever is done first writes it, and it is
-written as a whole. A worker that compares does nothing else, so a comparison is always alone in trial: having cost as
-many workers as a request may (storage.reclaim), it is given up. Only deaths that were seen count. One that lapsed is
-taken up by the next worker, and that attempt takes the place of the last.
+Which requests is drawn from the job's id, so that everybody draws the same. One worker at a time has a comparison in
+hand; whoever is done first writes it, and it is written as a whole. A worker that compares does nothing else, so a
+comparison is always alone in trial: having cost as many workers as a request may (storage.reclaim), it is given up.
+Only deaths that were seen count. One that lapsed is taken up by the next worker, and that attempt takes the place of
+the last.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Elections: an office that one process at a time holds, for a term, on the database's clock.
 
-jobs.reconciler -> [elections] -> models.  A holder that dies loses the office when its term is over. Whoever holds an
-office should still do nothing that two could not do at once: a process may sleep through the end of its term.
+A holder that dies loses the office when its term is over. Whoever holds an office should still do nothing that two
+could not do at once: a process may sleep through the end of its term.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How requests and jobs end: cancelled, expired, or finalised because nothing of the job is left to do.
 
-writes -> [endings] -> models.  A status that is final never changes again. Whoever locks rows of jobs and of requests
-locks those of jobs first, in the order of their ids, so that no two transactions wait for each other.
+A status that is final never changes again. Whoever locks rows of jobs and of requests locks those of jobs first, in the
+order of their ids, so that no two transactions wait for each other.
 """
 
 from __future__ import annotations

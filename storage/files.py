@@ -1,7 +1,7 @@
 """Files and their bytes, which lie in chunks: nobody holds a whole file.
 
-jobs.api, jobs.clerk -> [files] -> models.  A file is written chunk by chunk and seen when it is finished; deleting or
-expiring hides it at once, and the sweep takes its bytes when no batch is being read from them any more.
+A file is written chunk by chunk and seen when it is finished; deleting or expiring hides it at once, and the sweep
+takes its bytes when no batch is being read from them any more.
 """
 
 from __future__ import annotations

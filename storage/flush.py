@@ -1,8 +1,8 @@
 """The flush: everything a worker has to say about its requests, in one transaction, fenced and safe to repeat.
 
-worker.sink -> writes -> [flush] -> models.  First every lease is looked at under lock; then only what is said under a
-lease that holds is written. A worker that never learnt whether a flush was committed sends it again: checkpoints and
-outputs find their rows there already, and nothing is counted twice.
+First every lease is looked at under lock; then only what is said under a lease that holds is written. A worker that
+never learnt whether a flush was committed sends it again: checkpoints and outputs find their rows there already, and
+nothing is counted twice.
 """
 
 from __future__ import annotations

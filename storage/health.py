@@ -1,6 +1,6 @@
 """How the work is going, as far as rows tell: who is alive, what waits for nobody, what does not move.
 
-jobs.doctor -> [health] -> models.  Reads only.
+Reads only.
 """
 
 from __future__ import annotations

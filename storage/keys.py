@@ -1,7 +1,6 @@
 """Keys to the shim: written, found, revoked, and what their limits leave room for.
 
-jobs.keys, jobs.api, writes -> [keys] -> models.  Knows hashes only, and keeps nothing in memory: a key that is revoked
-here opens nothing from the next call on.
+Knows hashes only, and keeps nothing in memory: a key that is revoked here opens nothing from the next call on.
 """
 
 from __future__ import annotations

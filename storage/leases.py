@@ -1,7 +1,7 @@
 """Ownership: who may work on a request, and for how long. Claim, hand back, and wake those who could claim.
 
-worker.runner -> [leases] -> models.  A lease carries a number that grows with every claim; whoever writes with an older
-one matches no row. Renewing is part of the flush, and so is a sign of life: no thread renews for an engine that hangs.
+A lease carries a number that grows with every claim; whoever writes with an older one matches no row. Renewing is part
+of the flush, and so is a sign of life: no thread renews for an engine that hangs.
 """
 
 from __future__ import annotations

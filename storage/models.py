@@ -1,7 +1,7 @@
 """The tables of the record, as SQLAlchemy maps them.
 
-writes, leases, queries -> [models] <- migrations.  Rows are keyed by the identity of the work: a job, a request of it,
-a choice of the request, a checkpoint or a step of the choice. Whatever is written twice finds its own row.
+Rows are keyed by the identity of the work: a job, a request of it, a choice of the request, a checkpoint or a step of
+the choice. Whatever is written twice finds its own row.
 
 Times (`*_at`) are Unix seconds (UTC) on the database's clock, `*_ms` are milliseconds.
 """

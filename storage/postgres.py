@@ -1,8 +1,8 @@
 """Connections to PostgreSQL that give up on a server which does not answer.
 
-session -> [postgres] -> psycopg.  A server that is stopped or cut off keeps its connections open, and its own timeouts
-do not run. So the time is taken on this side: a connection that waits too long is closed, and what it was asked for
-raises OperationalError, as it does when the server is gone.
+A server that is stopped or cut off keeps its connections open, and its own timeouts do not run. So the time is taken on
+this side: a connection that waits too long is closed, and what it was asked for raises OperationalError, as it does
+when the server is gone.
 """
 
 from __future__ import annotations

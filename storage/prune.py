@@ -1,7 +1,7 @@
 """Pruning: decoding steps of jobs that ended long ago are deleted, so that the table does not grow for ever.
 
-jobs.cli -> [prune] -> models.  Jobs, requests and outputs stay. The steps of a few hundred requests are a transaction,
-along the primary key: no index of its own is needed, and workers and readers go on meanwhile.
+Jobs, requests and outputs stay. The steps of a few hundred requests are a transaction, along the primary key: no index
+of its own is needed, and workers and readers go on meanwhile.
 """
 
 from __future__ import annotations

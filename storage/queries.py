@@ -1,7 +1,6 @@
 """The read side of the record: rows in, frozen values out.
 
-jobs.api, jobs.partials, jobs.intake -> [queries] -> models.  Changes nothing. What is asked often (a job's state) is
-one row; what may be large (its outputs) is streamed.
+Changes nothing. What is asked often (a job's state) is one row; what may be large (its outputs) is streamed.
 """
 
 from __future__ import annotations

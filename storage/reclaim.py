@@ -1,8 +1,8 @@
 """Reclaiming: requests whose worker is gone go back to the queue, and one that kills its workers is found and failed.
 
-jobs.reconciler -> [reclaim] -> models.  Nobody can tell from outside which of the requests in flight killed a worker,
-or whether any did. So they are suspects and run again in halves, one half at a time (storage.leases sees to that): the
-half with the guilty one kills its worker again and is halved again, the others come through.
+Nobody can tell from outside which of the requests in flight killed a worker, or whether any did. So they are suspects
+and run again in halves, one half at a time (storage.leases sees to that): the half with the guilty one kills its worker
+again and is halved again, the others come through.
 
 What has committed tokens since it was claimed is proven: it is no suspect as long as others are not.
 

@@ -1,7 +1,7 @@
 """Sums of `decode_steps`, added up as its rows are written, so that statistics read thousands of rows and not millions.
 
-flush -> [rollups] -> models.  Each sum is one INSERT … SELECT … GROUP BY over the steps of the choices that have just
-got their outputs, added to what is there. So at any time the sums say what the same SELECT over all steps would say.
+Each sum is one INSERT … SELECT … GROUP BY over the steps of the choices that have just got their outputs, added to what
+is there. So at any time the sums say what the same SELECT over all steps would say.
 """
 
 from __future__ import annotations

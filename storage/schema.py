@@ -1,7 +1,7 @@
 """The schema's version: bring a database up to date, and say where it stands.
 
-jobs.local, jobs.cli -> [schema] -> Alembic -> migrations.  The migration scripts lie beside this package, in a checkout
-as in an installation; Alembic reads them as files, nothing here imports them.
+The migration scripts lie beside this package, in a checkout as in an installation; Alembic reads them as files, nothing
+here imports them.
 """
 
 from __future__ import annotations

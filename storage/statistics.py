@@ -1,7 +1,6 @@
 """Statistics: how fast jobs ran and how much speculation paid, as frozen values. The views say the same in SQL.
 
-jobs.api, jobs.dashboard -> queries -> [statistics] -> models.  Reads the sums of `rollups`, so that an answer takes
-milliseconds whatever the number of steps.
+Reads the sums of `rollups`, so that an answer takes milliseconds whatever the number of steps.
 """
 
 from __future__ import annotations

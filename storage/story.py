@@ -1,11 +1,11 @@
 """The story of a job in the order in which it was committed, told from any place in it.
 
-jobs.broadcast -> [story] -> models.  Every transaction that writes something readers are told of (a checkpoint, an
-output, the end of a request) takes the job's next event number under the job's lock, so the numbers are in the order of
-the commits. A reader is known by its cursor alone. It is told the news in passes: everything up to a commit is behind
-it (the base), and it is told what stands between that and the newest commit (the floor): first the checkpoints of what
-is still being written, in one page, then what has ended, in pages. Checkpoints move into the output of their choice,
-and an output knows them; so whatever happens between two reads, an output brings what came after the base.
+Every transaction that writes something readers are told of (a checkpoint, an output, the end of a request) takes the
+job's next event number under the job's lock, so the numbers are in the order of the commits. A reader is known by its
+cursor alone. It is told the news in passes: everything up to a commit is behind it (the base), and it is told what
+stands between that and the newest commit (the floor): first the checkpoints of what is still being written, in one
+page, then what has ended, in pages. Checkpoints move into the output of their choice, and an output knows them; so
+whatever happens between two reads, an output brings what came after the base.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Turns: which job gets the next free place of a worker.
 
-leases -> [turns].  Places go first to whoever has the fewest requests running, whatever the number of their jobs, and
-then to that owner's job with the fewest. So nobody waits behind a large job of somebody else, nor behind many.
+Places go first to whoever has the fewest requests running, whatever the number of their jobs, and then to that owner's
+job with the fewest. So nobody waits behind a large job of somebody else, nor behind many.
 """
 
 from __future__ import annotations

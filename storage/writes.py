@@ -1,7 +1,6 @@
 """The write side of the record. Every function takes an open session inside a write transaction; all may be repeated.
 
-jobs.intake, jobs.api, worker -> [writes] -> models.  Flushes and endings have modules of their own; callers find them
-here.
+Flushes and endings have modules of their own; callers find them here.
 """
 
 from __future__ import annotations

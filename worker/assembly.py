@@ -1,7 +1,7 @@
 """Assembly: from settings to a ready engine. The one place where models, drafter, codec and cost model meet.
 
-settings -> [assembly] -> engine.  Used by the worker process, by `basic generate`, by the benchmark and the seed
-functions, so that all of them run the same engine.
+Used by the worker process, by `basic generate`, by the benchmark and the seed functions, so that all of them run the
+same engine.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Chats: from the turns of a conversation to the token ids of the text that the model's chat template makes of them.
 
-text -> [chat].  Templates are programs that came with the model. Each is tried when it is loaded: with a string, with
-content parts, for every role; so it is given what it shows, and a role that it leaves out is refused. Special tokens
-that are spelt in a turn's content are text there: only the template writes control tokens.
+Templates are programs that came with the model. Each is tried when it is loaded: with a string, with content parts, for
+every role; so it is given what it shows, and a role that it leaves out is refused. Special tokens that are spelt in a
+turn's content are text there: only the template writes control tokens.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the doctor asks a node: whether its model files are there, and what it would compute on.
 
-jobs.doctor -> entry point `basic.checks` -> [checks].  Downloads and loads nothing.
+Downloads and loads nothing.
 """
 
 from __future__ import annotations

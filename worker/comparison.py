@@ -1,9 +1,9 @@
 """The comparison: requests of a finished job, decoded once more with drafts and without, while nobody needs the engine.
 
-runner -> [comparison] -> recovery, storage.comparisons.  Every request is there twice, and steps of the two ways take
-turns: whichever has written less is next. A plain step has as many sequences as the step with drafts before it. So both
-meet the same machine, the same lengths of text and the same batches; left alone, the plain texts would end together,
-the others one by one. Whoever comes with work has the engine at once; the comparison begins anew when it is idle again.
+Every request is there twice, and steps of the two ways take turns: whichever has written less is next. A plain step has
+as many sequences as the step with drafts before it. So both meet the same machine, the same lengths of text and the
+same batches; left alone, the plain texts would end together, the others one by one. Whoever comes with work has the
+engine at once; the comparison begins anew when it is idle again.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The detokenizer: token ids to text as they come, whole characters only, whatever the ids are.
 
-text -> [detokenizer] -> spelling.  A token is decoded behind those whose text has been told, because some decoders
-treat the first token of a text differently. `tokenizers`' own stream does the same, and raises where bytes that follow
-each other are no UTF-8 together. Here the bytes of such tokens are read one by one and decoding starts again behind
-them: what is no character becomes U+FFFD, and every other byte stays what it is.
+A token is decoded behind those whose text has been told, because some decoders treat the first token of a text
+differently. `tokenizers`' own stream does the same, and raises where bytes that follow each other are no UTF-8
+together. Here the bytes of such tokens are read one by one and decoding starts again behind them: what is no character
+becomes U+FFFD, and every other byte stays what it is.
 """
 
 from __future__ import annotations

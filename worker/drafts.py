@@ -1,6 +1,6 @@
 """Drafts: from the setting to what makes drafters. A head or a language model on disk, mixed with the suffix index.
 
-assembly -> [drafts] -> drafters.  A target that comes with a draft of its own uses it unless the setting says not.
+A target that comes with a draft of its own uses it unless the setting says not.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How much energy the worker's GPU has drawn, as NVML counts it. Where nothing counts, there is no meter.
 
-resident -> [energy] -> NVML.  Asked every few seconds by the housekeeping thread; decoding knows nothing of it.
+Asked every few seconds by the housekeeping thread; decoding knows nothing of it.
 """
 
 from __future__ import annotations

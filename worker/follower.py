@@ -1,7 +1,7 @@
 """`python -m worker.follower STORE RANK`: a rank that holds its share of the models and does what the first rank says.
 
-ranks -> [follower] -> engine.leading, engine.wire.  It loads what the first rank loads, in the same order, and then
-only obeys: it knows no job, no text and no draft tree, and ends with the first rank.
+It loads what the first rank loads, in the same order, and then only obeys: it knows no job, no text and no draft tree,
+and ends with the first rank.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`python -m worker.health`: whether some worker of this host serves. What a container's health check runs.
 
-[health] -> storage.  Loads no torch. The workers themselves say in SQL that they live, and only while they are of use.
+Loads no torch. The workers themselves say in SQL that they live, and only while they are of use.
 """
 
 from __future__ import annotations

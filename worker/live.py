@@ -1,6 +1,6 @@
 """A live request: what the worker holds of a claimed request until its outputs are committed.
 
-runner -> [live] -> sink.  Collects the engine's results per choice, and hands over what one flush has to write.
+Collects the engine's results per choice, and hands over what one flush has to write.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a worker is doing: counts since its start, and what it holds right now. For the page and for metrics.
 
-runner -> [load] -> resident, which writes it down every few seconds.  Adds a few numbers a step, nothing a token.
+Adds a few numbers a step, nothing a token.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Memory: how many tokens of keys and values fit beside the loaded models.
 
-assembly -> [memory].  Asked once, at start-up, when all weights lie where they stay.
+Asked once, at start-up, when all weights lie where they stay.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Placement: which GPUs and which CPUs each replica of this machine gets.
 
-settings -> [placement] -> supervisor.  Asks the operating system, never CUDA: whoever supervises should hold no GPU.
+Asks the operating system, never CUDA: whoever supervises should hold no GPU.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How many tokens a text has at least, told by its length: what can't fit is refused before it is tokenized.
 
-text -> [prompt_length].  Told only for tokenizers in which every token takes up a stretch of the text and no part of a
-text vanishes; of others nothing is known.
+Told only for tokenizers in which every token takes up a stretch of the text and no part of a text vanishes; of others
+nothing is known.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""A race: engines decode in turns on one target, so that all of them meet the same moments of the machine.
-
-[race] -> engine. Machines change their speed by some percent from second to second, which hides differences of that
-size between runs that follow each other.
-"""
+"""A race: engines decode in turns on one target, so that all of them meet the same moments of the machine."""
 
 from __future__ import annotations
 

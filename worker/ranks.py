@@ -1,8 +1,7 @@
 """The ranks of a replica: the first one is the worker, and starts the others as its children.
 
-assembly -> [ranks] -> engine.leading, engine.wire, jobs.processes.  The kernel kills the others when the first rank
-dies. When another rank dies, the first one ends too, so that whoever supervises it starts the whole replica again and
-its leases lapse; what it had committed stays.
+The kernel kills the others when the first rank dies. When another rank dies, the first one ends too, so that whoever
+supervises it starts the whole replica again and its leases lapse; what it had committed stays.
 """
 
 from __future__ import annotations

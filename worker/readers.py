@@ -1,7 +1,7 @@
 """Readers: requests to token ids, on threads beside the engine's; short ones first, the longest last.
 
-runner -> [readers] -> text.  Templates and tokenizers take as long as a prompt makes them, and the engine has leases to
-renew and texts to write meanwhile. Short requests have a thread of their own, so that no long one holds them up.
+Templates and tokenizers take as long as a prompt makes them, and the engine has leases to renew and texts to write
+meanwhile. Short requests have a thread of their own, so that no long one holds them up.
 """
 
 from __future__ import annotations

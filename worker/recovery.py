@@ -1,8 +1,8 @@
 """Recovery: an engine that outlives its steps. A step that fails is tried again with half as many sequences.
 
-runner -> [recovery] -> engine.  What fails may be the size of the batch or one of its sequences, and nobody can tell
-which from the exception. So a fresh engine gets half of them, first those that have not emitted since they came. Once
-all it holds have emitted, twice as many may come. A sequence that fails alone is given up; everybody else goes on.
+What fails may be the size of the batch or one of its sequences, and nobody can tell which from the exception. So a
+fresh engine gets half of them, first those that have not emitted since they came. Once all it holds have emitted, twice
+as many may come. A sequence that fails alone is given up; everybody else goes on.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The resident engine: one per process, on a thread of its own, from load to drain.
 
-tasks -> [resident] -> runner, jobs.reconciler.  Doorbells wake it; without any it looks into SQL by itself. The engine
-thread alone renews leases, so a step that hangs lets them lapse; the housekeeping thread says that the worker lives
-only while the engine turns, and ends the process when it is of no use any more.
+Doorbells wake it; without any it looks into SQL by itself. The engine thread alone renews leases, so a step that hangs
+lets them lapse; the housekeeping thread says that the worker lives only while the engine turns, and ends the process
+when it is of no use any more.
 """
 
 from __future__ import annotations

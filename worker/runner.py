@@ -1,6 +1,6 @@
 """The runner: claims requests, feeds the engine, and hands what it decodes to the sink. One turn is one step.
 
-resident -> [runner] -> recovery, sink, storage.leases.  Knows no Celery and no signals.
+Knows no Celery and no signals.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The sink: commits the progress of all running requests in one transaction, then publishes it.
 
-runner -> [sink] -> storage.writes, jobs.partials.  Nothing is published that is not committed.
+Nothing is published that is not committed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Spans of requests in a worker: when each was claimed, decoded and committed. Nothing is done where nobody traces.
 
-runner, sink -> [spans] -> jobs.tracing.  Written when they are over, below the place that their job came with.
+Written when they are over, below the place that their job came with.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Spelling: what a single token says, as a text and as the bytes it adds.
 
-transcript -> [spelling] -> jobs.logprobs.  A text is decoded as a whole (`worker.text`); here a token stands alone, and
-may be part of a character.
+A text is decoded as a whole (`worker.text`); here a token stands alone, and may be part of a character.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How a worker begins: as one replica in this process, or as the supervisor of several.
 
-cli, `python -m worker` -> [start] -> tasks or supervisor.  torch is imported only where models will be loaded.
+torch is imported only where models will be loaded.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Stop strings: a text ends before the first of them, and none of its beginning is ever shown.
 
-text -> [stops].  Works on decoded text, so that a stop string is found across the borders of tokens, pieces and steps.
+Works on decoded text, so that a stop string is found across the borders of tokens, pieces and steps.
 """
 
 from __future__ import annotations

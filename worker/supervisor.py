@@ -1,7 +1,7 @@
 """The supervisor of a node: starts its replicas, each pinned to its GPUs and CPUs, and keeps them running.
 
-start -> [supervisor] -> jobs.processes, `python -m worker`.  A replica is a whole worker: it registers itself and pulls
-from the model's queue like any other, so that the supervisor knows nothing of jobs. It loads no model and no torch.
+A replica is a whole worker: it registers itself and pulls from the model's queue like any other, so that the supervisor
+knows nothing of jobs. It loads no model and no torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The Celery worker of a node: its one task of use is the doorbell, which wakes the resident engine.
 
-Celery -> [tasks] -> resident.  The message carries no work and is acknowledged at once; SQL says what there is to do.
-The first SIGTERM or SIGINT hands everything back within the drain time, a second one ends the process at once.
+The message carries no work and is acknowledged at once; SQL says what there is to do. The first SIGTERM or SIGINT hands
+everything back within the drain time, a second one ends the process at once.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Text on the way in and out: prompts to token ids, token ids back to text as they come.
 
-runner -> [text].  Knows the tokenizer and the limits of the context; knows no SQL and no engine state.
+Knows the tokenizer and the limits of the context; knows no SQL and no engine state.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A transcript: what one sequence has written, step by step, ended where its text meets a stop string.
 
-runner, generate -> [transcript] -> text, engine.sequence.  The engine knows no text: within a step it may have gone on
-behind the stop string. Here the surplus is taken back from the sequence and from the numbers of that step.
+The engine knows no text: within a step it may have gone on behind the stop string. Here the surplus is taken back from
+the sequence and from the numbers of that step.
 """
 
 from __future__ import annotations

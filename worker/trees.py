@@ -1,6 +1,6 @@
 """Draft trees as they are recorded: from the engine's token ids to rows that people can look at.
 
-runner -> [trees] -> storage.records.  Only for requests that asked to see their trees.
+Only for requests that asked to see their trees.
 """
 
 from __future__ import annotations

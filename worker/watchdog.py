@@ -1,8 +1,8 @@
 """The watchdog: when a worker process that still runs is of no use, and had better end and be started again.
 
-resident -> [watchdog].  Two ways to be of no use while looking alive: the engine thread hangs in a step, or the Celery
-consumer has gone deaf and hears no doorbell. The first shows in a counter that stands still. For the second the worker
-sends itself a message now and then and waits for it. Knows no Celery and no SQL; time is handed in.
+Two ways to be of no use while looking alive: the engine thread hangs in a step, or the Celery consumer has gone deaf
+and hears no doorbell. The first shows in a counter that stands still. For the second the worker sends itself a message
+now and then and waits for it. Knows no Celery and no SQL; time is handed in.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Who may come in: every call below `/v1` shows its key here, before its body is read and its route is found.
 
-[access] -> caller -> routes.  As long as no key was ever made, everybody may come who can reach the shim, and the
-server sees to it that this is nobody outside this machine. What a key is worth is asked of the record each time.
+As long as no key was ever made, everybody may come who can reach the shim, and the server sees to it that this is
+nobody outside this machine. What a key is worth is asked of the record each time.
 """
 
 from __future__ import annotations

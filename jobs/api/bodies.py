@@ -1,7 +1,6 @@
 """The body of a call, received: in memory while it is small, in a file beyond that, and never larger than it may be.
 
-routes -> [bodies] -> submissions.  What is made of a large body takes many times its size for a moment, so
-large ones are worked on one at a time.
+What is made of a large body takes many times its size for a moment, so large ones are worked on one at a time.
 """
 
 from __future__ import annotations

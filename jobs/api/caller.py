@@ -1,6 +1,6 @@
 """Who is calling: the owner of what a request makes, and the limit of what it sees.
 
-access -> [caller] -> routes.  One dependency for all routes, so that no route can forget whose rows it reads.
+One dependency for all routes, so that no route can forget whose rows it reads.
 """
 
 from __future__ import annotations

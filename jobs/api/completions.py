@@ -1,7 +1,7 @@
 """Single requests that somebody waits for: `/v1/chat/completions` and `/v1/completions`, whole or streamed.
 
-[completions] -> intake, partials, answers.  Each is a job of one request that workers take up before all others. The
-text is what the sink publishes and SQL has, so a lost event costs nothing; whoever goes away takes the request along.
+Each is a job of one request that workers take up before all others. The text is what the sink publishes and SQL has, so
+a lost event costs nothing; whoever goes away takes the request along.
 """
 
 from __future__ import annotations

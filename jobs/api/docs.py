@@ -1,6 +1,6 @@
 """`/docs`: the OpenAPI document as a page to read and to try, with everything the browser needs from here.
 
-app -> [docs].  Swagger UI's files come from the wheel of `fastapi-swagger`; the page may ask no other host.
+Swagger UI's files come from the wheel of `fastapi-swagger`; the page may ask no other host.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The OpenAPI document: what FastAPI can't see in the routes, for they read their bodies themselves.
 
-app -> [document] -> items, messages.  Describes; decides nothing. Names of fields come from the code that reads them.
+Describes; decides nothing. Names of fields come from the code that reads them.
 """
 
 from __future__ import annotations

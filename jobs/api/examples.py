@@ -1,6 +1,6 @@
 """What the OpenAPI document shows of files and batches: bodies that can be sent, and replies as they come.
 
-files, batches -> [examples].  Only for people and generators of clients: nothing is checked against it.
+Only for people and generators of clients: nothing is checked against it.
 """
 
 from __future__ import annotations

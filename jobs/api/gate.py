@@ -1,8 +1,8 @@
 """Which names the service answers to, and whether a page of another site is calling: asked before any key.
 
-[gate] -> access -> routes.  A browser lends a page its network: without a key, any page could use a service on this
-machine. A page whose name was bound to our address brings that name in `Host`, and a page that calls our address brings
-its own in `Origin` or says `cross-site`; so both are refused, and programs, which send neither, are not concerned.
+A browser lends a page its network: without a key, any page could use a service on this machine. A page whose name was
+bound to our address brings that name in `Host`, and a page that calls our address brings its own in `Origin` or says
+`cross-site`; so both are refused, and programs, which send neither, are not concerned.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`/metrics` for Prometheus: what the record says about queue and workers, and how long this shim takes to answer.
 
-Prometheus -> [metrics] -> storage.census.  The record is read once in a few seconds, however many ask. Where several
-shims serve one database each tells the same about it: take the maximum over them, not the sum.
+The record is read once in a few seconds, however many ask. Where several shims serve one database each tells the same
+about it: take the maximum over them, not the sum.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The results of a job as JSON lines: those there are, in the job's order, or all of them, as they come.
 
-routes -> [output_lines] -> storage.queries, storage.story.  A reader may be slow, so no connection to the database is
-held while it reads: results are fetched a page at a time.
+A reader may be slow, so no connection to the database is held while it reads: results are fetched a page at a time.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Addresses as clients and gateways spell them: `/v1/batches/` is `/v1/batches`; one with U+0000 is refused.
 
-app -> [paths].  Nothing is redirected: a client that follows a redirect may send a POST again without its body.
+Nothing is redirected: a client that follows a redirect may send a POST again without its body.
 """
 
 from __future__ import annotations

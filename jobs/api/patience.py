@@ -1,8 +1,8 @@
 """uvicorn's HTTP/1.1 with an end to its patience, and errors in our envelope where it answers before any route.
 
-server -> [patience].  uvicorn lets a connection be that never finishes its headers; enough of them would take every
-file descriptor there is. And it closes a connection on which bytes are still coming, which resets it: whoever sent
-them would not see the answer. So after an answer of ours we say that nothing follows, and pass over what still comes.
+uvicorn lets a connection be that never finishes its headers; enough of them would take every file descriptor there is.
+And it closes a connection on which bytes are still coming, which resets it: whoever sent them would not see the answer.
+So after an answer of ours we say that nothing follows, and pass over what still comes.
 """
 
 from __future__ import annotations

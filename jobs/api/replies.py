@@ -1,7 +1,7 @@
 """What the routes answer with, as types: for the OpenAPI document, and for whoever generates a client from it.
 
-routes, document -> [replies].  The bodies are made in `views`; a test holds the two together, so nothing is checked
-here while calls wait. What has not come yet is null, and is there.
+The bodies are made in `views`; a test holds the two together, so nothing is checked here while calls wait. What has not
+come yet is null, and is there.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Open streams, counted: an answer that lasts takes a place while it does, so that nobody takes them all.
 
-routes -> [streams].  A stream holds a connection and a subscription, so one key has fewer places than there are.
+A stream holds a connection and a subscription, so one key has fewer places than there are.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Reading an upload: a multipart form with one file, whose bytes are handed on in chunks while they come.
 
-files -> [uploads].  Knows no SQL. The fields may stand before or behind the file, so nothing can be said about them
-before the end.
+Knows no SQL. The fields may stand before or behind the file, so nothing can be said about them before the end.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Answers that last, watched: one whose key opens nothing any more is cut off within a second.
 
-access -> [watch] -> storage.keys.  The keys of all open answers are asked about at once, twice a second.
+The keys of all open answers are asked about at once, twice a second.
 """
 
 from __future__ import annotations

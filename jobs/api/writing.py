@@ -1,7 +1,7 @@
 """Threads for what writes: calls that wait for the database's writers hold up none that only read.
 
-jobs.api, jobs.dashboard -> [writing] -> anyio.  SQLite lets one write at a time and the others wait, each in a thread.
-Were these the threads of all calls, a status could not be read before the writers had their turn.
+SQLite lets one write at a time and the others wait, each in a thread. Were these the threads of all calls, a status
+could not be read before the writers had their turn.
 """
 
 from __future__ import annotations

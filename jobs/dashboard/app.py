@@ -1,7 +1,7 @@
 """The pages on the shim: who may see them, and which there are.
 
-server -> [app] -> jobs_page, job_page, stats_page, workers_page.  Built on NiceGUI, because its pages are Python
-functions inside FastAPI, pushed over one socket, with everything the browser needs in the wheel.
+Built on NiceGUI, because its pages are Python functions inside FastAPI, pushed over one socket, with everything the
+browser needs in the wheel.
 """
 
 from __future__ import annotations

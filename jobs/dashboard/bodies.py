@@ -1,7 +1,7 @@
 """Bodies sent to the pages: short, and read before anything works on them.
 
-app -> [bodies].  A log-in is a key, and all else a page sends goes over its socket. Anyone may call these routes, so
-what they take must cost nothing.
+A log-in is a key, and all else a page sends goes over its socket. Anyone may call these routes, so what they take must
+cost nothing.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Charts of statistics as ECharts options: plain data, drawn by the browser.
 
-storage.statistics -> [charts] -> pages.  One function a chart; colours come from `look` and suit light and dark.
+One function a chart; colours come from `look` and suit light and dark.
 """
 
 from __future__ import annotations

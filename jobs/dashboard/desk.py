@@ -1,7 +1,7 @@
 """What a page works with: the services, and who looks at it, by a key or from this machine.
 
-pages -> [desk] -> jobs.api.access, storage.  A session is a cookie for a key that was shown at log-in. Each question to
-the record asks for the key again, in the same transaction: a key that is revoked reads nothing more.
+A session is a cookie for a key that was shown at log-in. Each question to the record asks for the key again, in the
+same transaction: a key that is revoked reads nothing more.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The page of one job: how far it is, its texts as they come, its requests and errors, its trees and numbers.
 
-app -> [job_page] -> storage.browse, storage.statistics.  The tab that is looked at asks for a screenful again and
-again, and changes only what is different: a reader keeps their place.
+The tab that is looked at asks for a screenful again and again, and changes only what is different: a reader keeps their
+place.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The page of all jobs: how far each is, and a form for a small one.
 
-app -> [jobs_page] -> storage.queries, jobs.intake.  Reads one screenful of rows of `jobs`, every other second.
+Reads one screenful of rows of `jobs`, every other second.
 """
 
 from __future__ import annotations

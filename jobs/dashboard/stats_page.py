@@ -1,7 +1,4 @@
-"""The page of all statistics: everything that ran, and the newest jobs beside each other.
-
-app -> [stats_page] -> storage.statistics.
-"""
+"""The page of all statistics: everything that ran, and the newest jobs beside each other."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The numbers and charts of a job, or of everything, as a part of a page.
 
-pages -> [stats_view] -> charts, storage.statistics.  Every chart has its numbers in words beside or below it.
+Every chart has its numbers in words beside or below it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The page of the workers: where they run, what they hold, and what their steps decide.
-
-app -> [workers_page] -> storage.queries.
-"""
+"""The page of the workers: where they run, what they hold, and what their steps decide."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A head on disk: `config.json` with its shape and whose head it is, `draft.safetensors` with the weights.
 
-training -> [head_file] -> assembly.  A head is of use to one target only, so whatever differs is refused, by name.
+A head is of use to one target only, so whatever differs is refused, by name.
 """
 
 from __future__ import annotations

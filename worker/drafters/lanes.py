@@ -1,8 +1,7 @@
 """Lanes: where each sequence stands in the KV slots of a draft network, and the rows that a frontier becomes there.
 
-drafting -> [lanes] -> model, head.  A slot lags behind its text: the first layer of a step feeds whatever committed
-tokens it has not seen, but for what texts have in common, which is fed once. The rows of a tree lie behind them until
-the walk.
+A slot lags behind its text: the first layer of a step feeds whatever committed tokens it has not seen, but for what
+texts have in common, which is fed once. The rows of a tree lie behind them until the walk.
 """
 
 from __future__ import annotations

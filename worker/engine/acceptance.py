@@ -1,10 +1,4 @@
-"""Acceptance: how often the target really draws what a drafter gives a probability, learned while decoding.
-
-drafter -> [acceptance] -> draft_tree. The target's own token is known at every node that it accepted, so each of these
-nodes labels all candidates that were offered below it, whether they were verified or not: nothing is censored by the
-budget. A candidate's value is its probability times the ratio of hits to promises among candidates of like depth and
-like probability; greedy and sampled sequences are counted apart, and so are the sources of a mixed drafter.
-"""
+"""Acceptance: how often the target really draws what a drafter gives a probability, learned while decoding."""
 
 from __future__ import annotations
 

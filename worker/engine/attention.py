@@ -1,9 +1,4 @@
-"""Attention over packed rows, registered once with transformers: rows of many sequences, each seeing its own text.
-
-language_model -> [attention] -> kv_cache. The model calls `packed_attention` in every layer with the N rows of the
-step; it stores their keys and values and attends group by group. A group is a run of neighbouring slots of similar
-size, attended in one padded call: few calls for many short sequences, little padding beside a long one.
-"""
+"""Attention over packed rows, registered once with transformers: rows of many sequences, each seeing its own text."""
 
 from __future__ import annotations
 

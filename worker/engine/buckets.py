@@ -1,9 +1,4 @@
-"""Buckets: forwards of a few fixed shapes, recorded once and replayed. Steps with more rows run as they are.
-
-language_model -> [buckets] -> recording, paged_rows, paged_attention. The numbers of a step are written where the
-recorded forward reads them; rows that a bucket has too many are padding, which writes to a scratch block and is read by
-nobody. On the CPU the same buckets, buffers and padding run without a recording: the twin that the tests hold to.
-"""
+"""Buckets: forwards of a few fixed shapes, recorded once and replayed. Steps with more rows run as they are."""
 
 from __future__ import annotations
 

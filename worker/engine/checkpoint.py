@@ -1,7 +1,7 @@
 """A checkpoint before it is trusted: whole files, plain numbers, a language model, and every weight there.
 
-language_model, drafts -> [checkpoint].  Reads configurations and the headers of weight files, never the weights. Each
-refusal is one sentence that names what was found: what loads in spite of these would write random text.
+Reads configurations and the headers of weight files, never the weights. Each refusal is one sentence that names what
+was found: what loads in spite of these would write random text.
 """
 
 from __future__ import annotations

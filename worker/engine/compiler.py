@@ -1,6 +1,6 @@
 """The compiler: C sources of ours as libraries for this processor, compiled once and kept.
 
-[compiler] -> kernels, noise.  Where there is no C compiler, torch's own operations do the same work, slower.
+Where there is no C compiler, torch's own operations do the same work, slower.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What drafts cost and earn: times measured at start-up and corrected by every step, and what the drafts brought.
-
-calibration, planner -> [draft_costs] -> budget.
-"""
+"""What drafts cost and earn: times measured at start-up and corrected by every step, and what the drafts brought."""
 
 from __future__ import annotations
 

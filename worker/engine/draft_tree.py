@@ -1,9 +1,4 @@
-"""Draft trees of a whole batch, as flat arrays, and how they grow.
-
-drafter -> [draft_tree] -> verifier. OPT-Tree (arXiv 2406.17276): the value of a node is the probability that the target
-reaches it and accepts it, estimated by the product of draft probabilities along its path; the expected acceptance E(A)
-of a tree is the sum over its nodes. A child is never worth more than its parent, so the n best nodes are always a tree.
-"""
+"""Draft trees of a whole batch, as flat arrays, and how they grow."""
 
 from __future__ import annotations
 

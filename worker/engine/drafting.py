@@ -1,7 +1,4 @@
-"""Growing the draft trees of a step, layer by layer over the whole batch.
-
-planner -> [drafting] -> draft_tree. `Drafter` is the one interface behind which every source of drafts stands.
-"""
+"""Growing the draft trees of a step, layer by layer over the whole batch."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """From rows of scores to tokens on the CPU, by compiled code.
 
-verifier, sampling, ranking -> [draws] -> compiler.  Elsewhere, and without a C compiler, torch does the same.
+Elsewhere, and without a C compiler, torch does the same.
 """
 
 from __future__ import annotations

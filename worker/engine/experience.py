@@ -1,7 +1,4 @@
-"""Experience: everything that is learned about a drafter while it drafts. It outlives the engine that learned it.
-
-[experience] -> planner.
-"""
+"""Experience: everything that is learned about a drafter while it drafts. It outlives the engine that learned it."""
 
 from __future__ import annotations
 

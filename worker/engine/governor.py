@@ -1,12 +1,4 @@
-"""The governor: may this step speculate? It watches what speculation really earned, whatever the model predicts.
-
-budget -> [governor]. Per load class it keeps an account in tokens. A step that speculated pays in what it emitted minus
-what plain decoding would have emitted in the same time; every step pays in three thousandths of its tokens. While the
-account is overdrawn, steps are plain: the loss is bounded by that part, even if every prediction is wrong. The
-account is asked only whether it is overdrawn; it must be in credit by half a token before speculation comes back. What
-has lately gained on average is not held back by a few slow moments of the machine, but glances that find nothing are
-booked as well: where drafts are rare, their gains must pay for looking.
-"""
+"""The governor: may this step speculate? It watches what speculation really earned, whatever the model predicts."""
 
 from __future__ import annotations
 

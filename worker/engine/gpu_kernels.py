@@ -1,10 +1,4 @@
-"""Triton kernels of the GPU path: norms, products, positions and attention whose rows don't see their neighbours.
-
-gpu_layers, paged_attention -> [gpu_kernels]. A row has the same bits alone, in a batch, in a draft tree and in a piece
-of a prompt, which is what makes half-precision texts independent of all of those: every sum of a row is taken in an
-order that depends on its own position alone, and no kernel adds with atomics. With TRITON_INTERPRET=1 the same code
-runs on a CPU in float32, slowly: that is how the tests run it.
-"""
+"""Triton kernels of the GPU path: norms, products, positions and attention whose rows don't see their neighbours."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Fused decoder layers for the GPU: nine kernels a layer on the model's own weights, each row with bits of its own.
-
-language_model -> [gpu_layers] -> gpu_kernels, paged_attention. Swapped in the loaded model where its layers are known
-(see layers); every other model runs as transformers wrote it, with our attention alone.
-"""
+"""Fused decoder layers for the GPU: nine kernels a layer on the model's own weights, each row with bits of its own."""
 
 from __future__ import annotations
 

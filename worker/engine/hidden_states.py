@@ -1,6 +1,6 @@
 """Hidden states of the target, one row per KV entry, for drafts that read them.
 
-language_model -> [hidden_states] -> drafters.  A row lives and moves as the keys and values of its entry do.
+A row lives and moves as the keys and values of its entry do.
 """
 
 from __future__ import annotations

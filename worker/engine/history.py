@@ -1,7 +1,4 @@
-"""History: what a text already holds, and what that does to the logits of its next token.
-
-sequence -> [history] -> sampling. A draft node has a history of its own: the sequence's, and the node's path.
-"""
+"""History: what a text already holds, and what that does to the logits of its next token."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Kernels: compile `kernels.c` for this processor, once, and call it with tensors.
-
-language_model -> layers, linear, native_attention -> [kernels]. Where there is no C compiler, torch's own
-operations do the same work: slower, and a row's last bits may then depend on its batch.
-"""
+"""Kernels: compile `kernels.c` for this processor, once, and call it with tensors."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A language model as the engine sees it: packed rows in, logits out. Any transformers causal model, unmodified.
-
-engine -> [language_model] -> attention -> kv_cache. Knows token ids and positions; text stays outside.
-"""
+"""A language model as the engine sees it: packed rows in, logits out. Any transformers causal model, unmodified."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Fused decoder layers for the CPU: all layers of a model in one call, on the model's own weights.
-
-language_model -> [layers] -> linear, native_attention, kernels. The layers are swapped in the loaded model where their
-class is known to be "norm, attention, add; norm, gated SiLU, add" with rotate-half positions; every other model runs as
-transformers wrote it.
-"""
+"""Fused decoder layers for the CPU: all layers of a model in one call, on the model's own weights."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """A model that is split over ranks, as the engine of the first rank sees it: one model like any other.
 
-engine -> [leading] -> language_model, wire.  Every call is told to the other ranks before it runs here, so that all of
-them run the same rows in the same order over their shares. They decide nothing: trees, draws and slots are the first
-rank's, whatever the others' numbers may be.
+Every call is told to the other ranks before it runs here, so that all of them run the same rows in the same order over
+their shares. They decide nothing: trees, draws and slots are the first rank's, whatever the others' numbers may be.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Log-probabilities of emitted tokens, and of the likeliest tokens in their places, for sequences that want them.
 
-verifier -> [logprobs] -> engine.  The law is the target's own: log-softmax of the raw logits of the row at which the
-token was drawn, before temperature, penalties, bias and filters. So they say how likely the model finds its text, and
-do not depend on how it was sampled. A row is read by itself, in double precision: of batch and tree nothing is in it
-but what the forward rounds differently when it has more rows.
+The law is the target's own: log-softmax of the raw logits of the row at which the token was drawn, before temperature,
+penalties, bias and filters. So they say how likely the model finds its text, and do not depend on how it was sampled. A
+row is read by itself, in double precision: of batch and tree nothing is in it but what the forward rounds differently
+when it has more rows.
 """
 
 from __future__ import annotations

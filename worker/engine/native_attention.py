@@ -1,9 +1,4 @@
-"""Attention over packed rows by the compiled kernel: no padding, no masks, one call a layer.
-
-layers, attention -> [native_attention] -> native_kv, kernels. A row lists what it sees: a stretch of its slot, then the
-entries of its ancestors in order of depth. A tree row therefore adds up in the very order in which it would alone, and
-gets the same bits.
-"""
+"""Attention over packed rows by the compiled kernel: no padding, no masks, one call a layer."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""KV slots in the layout of the compiled kernels: keys packed as a weight, values as another, per slot and KV head.
-
-native_attention -> [native_kv] -> kernels. Attention is then two products of the same kind as all others.
-"""
+"""KV slots in the layout of the compiled kernels: keys packed as a weight, values as another, per slot and KV head."""
 
 from __future__ import annotations
 

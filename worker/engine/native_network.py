@@ -1,8 +1,4 @@
-"""A whole network on the CPU in one call: embeddings, decoder layers, norm, logits.
-
-language_model, head -> [native_network] -> layers, native_attention, hidden_states, kernels. Takes over modules whose
-layers are fused and whose products are packed; it computes the same bits as they do one by one.
-"""
+"""A whole network on the CPU in one call: embeddings, decoder layers, norm, logits."""
 
 from __future__ import annotations
 

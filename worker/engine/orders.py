@@ -1,7 +1,7 @@
 """Orders from the first rank of a replica to the others: what to run, as one array of whole numbers.
 
-leading -> [orders] -> wire.  Only ids, places and masks travel. No probability does, so that ranks can't come to differ
-about a tree: whoever follows sees the rows that the first rank decided on, and nothing to decide from.
+Only ids, places and masks travel. No probability does, so that ranks can't come to differ about a tree: whoever follows
+sees the rows that the first rank decided on, and nothing to decide from.
 """
 
 from __future__ import annotations

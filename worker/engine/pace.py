@@ -1,7 +1,7 @@
 """Pace: what plain decoding would take right now, known from the plain steps that were really taken.
 
-cost_model -> [pace] -> planner.  The cost model is right enough to choose trees by, but it learns from steps with trees
-too, and an error there must not pass for a slow plain step: speculation would look better than it is.
+The cost model is right enough to choose trees by, but it learns from steps with trees too, and an error there must not
+pass for a slow plain step: speculation would look better than it is.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""Attention over paged KV: a stretch of every sequence from its beginning, and the entries that a row lists behind it.
-
-language_model -> attention, gpu_layers -> [paged_attention] -> gpu_kernels, paged_rows, paged_kv. On a GPU our kernels
-read both from the blocks where they lie. Elsewhere the stretch is gathered by the block table and attended beside the
-listed entries; both parts return the log of their sum of exponentials, so that their merge is the softmax over all.
-"""
+"""Attention over paged KV: a stretch of every sequence, and the entries that a row lists behind it."""
 
 from __future__ import annotations
 

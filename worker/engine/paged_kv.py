@@ -1,8 +1,4 @@
-"""Paged KV: keys and values in blocks of one pool, a table of blocks per slot. What GPUs read without copying.
-
-paged_rows, paged_attention -> [paged_kv]. A slot takes blocks as it is written and gives them all back when it is
-released; texts that begin alike hold the same full blocks, counted, and who writes into such a block copies it first.
-"""
+"""Paged KV: keys and values in blocks of one pool, a table of blocks per slot. What GPUs read without copying."""
 
 from __future__ import annotations
 

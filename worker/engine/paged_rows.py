@@ -1,8 +1,4 @@
-"""The rows of one forward as tensors of a fixed shape: token ids, where keys go, what each row sees. Padded or exact.
-
-rows -> [paged_rows] -> paged_attention, buckets. Everything lies in one flat int64 tensor, so that a step costs one
-transfer to the device, and a recorded forward finds its inputs where they were when it was recorded.
-"""
+"""The rows of one forward as tensors of a fixed shape: token ids, where keys go, what each row sees."""
 
 from __future__ import annotations
 

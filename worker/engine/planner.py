@@ -1,9 +1,4 @@
-"""The planner: what a step drafts, and what of it the target sees. Trees, their depth, or no speculation at all.
-
-scheduler -> [planner] -> verifier. One price for the whole batch decides (`budget`), on values that are learned
-(`acceptance`) and times that are measured (`cost_model`); the `governor` has the last word. No speculation is the empty
-tree of the same problem: then nothing is drafted and the step is a plain one.
-"""
+"""The planner: what a step drafts, and what of it the target sees. Trees, their depth, or no speculation at all."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The proof that a loaded model gives when it is packed what it gives in transformers' own forward.
 
-language_model -> [proof] -> rows, spread.  Three short texts, two of which begin alike, run through the model as
-transformers wrote it; then the same tokens run as packed rows: chains, and a draft tree behind a prefix. First in
-float32 whatever the weights are, where both must agree but for the order of sums; then in the numbers, kernels and KV
-that serve, which may be as far from float32 as transformers' own forward is in these numbers, and a little further.
+Three short texts, two of which begin alike, run through the model as transformers wrote it; then the same tokens run as
+packed rows: chains, and a draft tree behind a prefix. First in float32 whatever the weights are, where both must agree
+but for the order of sums; then in the numbers, kernels and KV that serve, which may be as far from float32 as
+transformers' own forward is in these numbers, and a little further.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Recordings of forwards as CUDA graphs: one launch instead of hundreds. The only code here that needs a GPU.
-
-buckets -> [recording]. `eagerly` takes its place on the CPU, so that all else about buckets is tested there.
-"""
+"""Recordings of forwards as CUDA graphs: one launch instead of hundreds. The only code here that needs a GPU."""
 
 from __future__ import annotations
 

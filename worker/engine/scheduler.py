@@ -1,8 +1,4 @@
-"""Which sequences take part in the next step: admission to KV slots, shared beginnings, prompt chunks, running ones.
-
-[scheduler] -> drafter -> draft_tree -> verifier. Admitted are those whose longest text has room, first come, first
-served; the caller decides who comes. What two texts have in common from their beginning is read once and copied.
-"""
+"""Which sequences take part in the next step: admission to KV slots, shared beginnings, prompt chunks, running ones."""
 
 from __future__ import annotations
 

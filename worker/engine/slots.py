@@ -1,6 +1,6 @@
 """Slots: which KV slots are free, how much KV memory is spoken for, and which texts free slots still hold.
 
-scheduler -> [slots].  Counts alone: the keys and values lie in `kv_cache` and `native_kv`.
+Counts alone: the keys and values lie in `kv_cache` and `native_kv`.
 """
 
 from __future__ import annotations

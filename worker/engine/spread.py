@@ -1,7 +1,7 @@
 """Models that are larger than the GPUs: layers on several devices, some of them in main memory or on disk.
 
-language_model -> [spread] -> attention, kv_cache, accelerate.  accelerate lays the layers out and brings to a device
-what it needs when it is needed: slow, but it works. Keys and values stay where their layer is computed.
+accelerate lays the layers out and brings to a device what it needs when it is needed: slow, but it works. Keys and
+values stay where their layer is computed.
 """
 
 from __future__ import annotations

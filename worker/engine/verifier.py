@@ -1,9 +1,4 @@
-"""Verification: keep the path on which every draft token is the target's own draw.
-
-drafter -> draft_tree -> [verifier] -> kv_cache. Sample and match: the target draws its token at each node it reaches; a
-child survives when it is that token. Whatever the trees hold, the emitted text is what the target alone would draw, so
-the law is exact; and as the noise is keyed by position, so is the text.
-"""
+"""Verification: keep the path on which every draft token is the target's own draw."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The wire between the ranks of a replica: orders from the first rank to the others, over torch.distributed.
 
-leading, worker.ranks -> [wire] -> torch.distributed.  Orders travel over gloo in main memory, the model's own sums over
-NCCL where there are GPUs. A wire that breaks means that a rank is gone, and with it the replica.
+Orders travel over gloo in main memory, the model's own sums over NCCL where there are GPUs. A wire that breaks means
+that a rank is gone, and with it the replica.
 """
 
 from __future__ import annotations

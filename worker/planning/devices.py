@@ -1,6 +1,6 @@
 """GPUs that can be planned for: what their makers say they hold and do, and what of that a step gets.
 
-[devices] -> forecast.  Every number has its source beside it.
+Every number has its source beside it.
 """
 
 from __future__ import annotations

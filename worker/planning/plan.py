@@ -1,7 +1,7 @@
 """Placements of a target and its draft on a node's GPUs: which fit, what each should yield, and which to take.
 
-shapes, forecast, worker.memory -> [plan] -> cli.  What fits is decided by the rule the worker itself uses, so that a
-plan never promises KV memory that the worker would not take.
+What fits is decided by the rule the worker itself uses, so that a plan never promises KV memory that the worker would
+not take.
 """
 
 from __future__ import annotations

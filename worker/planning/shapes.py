@@ -1,7 +1,7 @@
 """What a model weighs, from its configuration alone: parameters, which of them are split over ranks, KV bytes a token.
 
-[shapes] -> forecast, plan.  transformers builds the model without memory (on torch's `meta` device) and names its own
-tensor parallel plan, so that every architecture it knows is counted exactly and no formula of ours can drift from it.
+transformers builds the model without memory (on torch's `meta` device) and names its own tensor parallel plan, so that
+every architecture it knows is counted exactly and no formula of ours can drift from it.
 """
 
 from __future__ import annotations

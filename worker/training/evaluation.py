@@ -1,6 +1,6 @@
 """Evaluation of a draft: what it foresees of held-out texts at several budgets, and whether its promises hold.
 
-replay -> [evaluation] -> school.  A table for people, JSON for programs, and a reliability plot.
+A table for people, JSON for programs, and a reliability plot.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Lessons: what the target thought of its own texts. Read once, kept on disk, read again in every epoch.
 
-texts -> [lessons] -> trainer.  One file of safetensors per group of texts: the hidden states of the tapped layers, and
-the likeliest next tokens with their probabilities, for every token of every text.
+One file of safetensors per group of texts: the hidden states of the tapped layers, and the likeliest next tokens with
+their probabilities, for every token of every text.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Pupils: the kinds of draft that can be trained. What learns, how it drafts by now, and how it is written down.
-
-target, students -> [pupils] -> school.
-"""
+"""Pupils: the kinds of draft that can be trained. What learns, how it drafts by now, and how it is written down."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Students: the networks that are trained, and what each is told it got wrong.
 
-lessons -> [students] -> trainer.  A loss is the cross-entropy against the target's own law at each token, so that a
-draft learns what the target might have said too, not only what it said.
+A loss is the cross-entropy against the target's own law at each token, so that a draft learns what the target might
+have said too, not only what it said.
 """
 
 from __future__ import annotations

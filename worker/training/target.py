@@ -1,7 +1,4 @@
-"""The target of a training, as it is before its layers are fused: who it is, and the words it shares with a draft.
-
-[target] -> lessons, pupils.
-"""
+"""The target of a training, as it is before its layers are fused: who it is, and the words it shares with a draft."""
 
 from __future__ import annotations
 

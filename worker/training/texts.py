@@ -1,6 +1,6 @@
 """The texts of a training: the target asks itself questions and answers them, through the engine that serves jobs.
 
-[texts] -> lessons -> trainer.  Needs no data set and no hub; prompts of a file may take the questions' place.
+Needs no data set and no hub; prompts of a file may take the questions' place.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The trainer: a student goes through the lessons until it foresees held-out texts no better.
 
-students -> [trainer].  accelerate runs it, so that one CPU, one GPU and eight GPUs take the same code; an interrupted
-training goes on at its last checkpoint. Of several processes the first judges and writes, and all go by what it says.
+accelerate runs it, so that one CPU, one GPU and eight GPUs take the same code; an interrupted training goes on at its
+last checkpoint. Of several processes the first judges and writes, and all go by what it says.
 """
 
 from __future__ import annotations
