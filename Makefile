@@ -56,8 +56,8 @@ audit: setup ## Look for known holes in what constraints.txt pins; needs a reach
 bench: model ## Measure decoding against transformers' generate, at every batch size, and the front door; forty minutes
 	$(BIN)/basic bench --prompts $(BENCH_PROMPTS)
 	$(BIN)/basic bench --grid --prompts $(BENCH_PROMPTS) --max-tokens 48
-	$(BIN)/python -m jobs.benchmark
-	$(BIN)/python -m jobs.benchmark_streams
+	$(BIN)/python -m jobs.bench.batch_api
+	$(BIN)/python -m jobs.bench.streams
 
 secrets: ## Write the passwords of docker-compose.yml, once
 	@sh .ci/make-secrets

@@ -35,7 +35,7 @@ def basic(*arguments: str) -> int:
 
 def _is_running() -> bool:
     """Return whether a service was started before: then it is not ours to stop."""
-    from jobs.local import running
+    from jobs.local.service import running
     from jobs.settings import JobsSettings
 
     return running(JobsSettings().data_dir) is not None

@@ -23,7 +23,7 @@ PULSE_TASK = "basic.pulse"  # no arguments; on a worker's own queue, to learn wh
 # Every key that Celery makes in Redis starts so; `basic:basic.ingest` and `basic:basic.model.*` are lists of messages,
 # `basic:basic.pulse.*` what workers send to themselves, for ten minutes at most,
 # `basic:unacked*` the messages in delivery, `basic:_kombu.binding.*` and `basic:/0.*` Celery's own wiring,
-# `basic:probe` a look whether a server that refused to write does so again (jobs.redis_transport).
+# `basic:probe` a look whether a server that refused to write does so again (jobs.queue.redis_transport).
 KEY_PREFIX = "basic:"
 
 _SOCKET_TIMEOUT_S = 5.0
@@ -61,7 +61,7 @@ def _verifying(redis_url: str) -> str:
 
 def _settings() -> dict[str, Any]:
     return {
-        "broker_transport": "jobs.redis_transport:Transport",
+        "broker_transport": "jobs.queue.redis_transport:Transport",
         "broker_channel_error_retry": True,  # what a server refuses is no reason to end
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,  # a server that comes back after an hour is still our server

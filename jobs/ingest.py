@@ -22,19 +22,19 @@ from celery import Celery, Task
 from celery.exceptions import Reject
 from pydantic import ValidationError
 
+from jobs.batch_files.processor import Clerk
 from jobs.celery_app import INGEST_QUEUE, INGEST_TASK, make_app
-from jobs.clerk import Clerk
-from jobs.custom_ids import storable
-from jobs.doorbells import Doorbells
 from jobs.errors import BasicError, IdempotencyConflict, InvalidJsonLine, InvalidValue, LimitReached
-from jobs.intake import Submission, accept_job, record_refused_job
-from jobs.items import Item, read_value
 from jobs.logs import log_to_stderr
 from jobs.messages import PromptBatch
-from jobs.partials import Publisher
 from jobs.producer import Ring, batch_job_id
-from jobs.schema_guard import exit_status, require_schema
+from jobs.queue.worker_notifier import Doorbells
+from jobs.schema_check import exit_status, require_schema
 from jobs.settings import JobsSettings, read_settings
+from jobs.streaming.pubsub import Publisher
+from jobs.submission.custom_ids import storable
+from jobs.submission.intake import Submission, accept_job, record_refused_job
+from jobs.submission.request_parser import Item, read_value
 from jobs.tracing import TRACEPARENT, as_traceparent, start_tracing, stop_tracing
 from storage.records import Refusal
 from storage.session import DATABASE_AWAY, LONG_ANSWER_S, Database, why_away

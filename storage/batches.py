@@ -14,11 +14,11 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, and_, case, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from storage.endings import cancel_unstarted, finalise_jobs
+from storage.dialect import database_now, has_expired_requests, has_open_requests, insert_new
 from storage.keys import refuse_beyond_limits
 from storage.models import Job, Request
 from storage.records import NewRequest
-from storage.sql import database_now, has_expired_requests, has_open_requests, insert_new
+from storage.transitions import cancel_unstarted, finalise_jobs
 from storage.writes import request_row
 
 _OPEN: Final = ("validating", "finalizing", "cancelling")

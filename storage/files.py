@@ -12,8 +12,8 @@ from typing import Final
 from sqlalchemy import ColumnElement, and_, delete, insert, or_, select, tuple_, update
 from sqlalchemy.orm import Session
 
+from storage.dialect import AnyRow, database_now, insert_new, owned_by
 from storage.models import File, FileChunk, Job
-from storage.sql import AnyRow, database_now, insert_new, owned_by
 
 CHUNK_BYTES: Final = 1 << 20
 _ABANDONED_S: Final = 86_400.0  # an upload that took longer has no sender any more

@@ -13,8 +13,8 @@ from sqlalchemy import ColumnElement, and_, func, select
 from sqlalchemy.orm import Session
 
 from storage import queries
+from storage.dialect import database_now, has_work
 from storage.models import Job, Partial, Request, Worker
-from storage.sql import database_now, has_work
 
 _HOUR_S = 3600.0
 _DAY_S = 86_400.0

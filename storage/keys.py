@@ -13,9 +13,9 @@ from typing import Any, Final
 from sqlalchemy import Connection, Select, bindparam, exists, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
+from storage.dialect import clock, database_now, dialect_of
 from storage.models import ApiKey, Job
 from storage.records import NewKey
-from storage.sql import clock, database_now, dialect_of
 
 _KEYS: Final = ApiKey.__table__
 _IN_USE: Final = select(exists().where(_KEYS.c.id.is_not(None)))  # asked with every call

@@ -13,11 +13,11 @@ from typing import Final
 from sqlalchemy import ColumnElement, and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from storage.endings import cancel_requests, finalise_jobs, lock_jobs
+from storage.dialect import AnyRow, database_now, has_served, has_work, is_one_of, is_request, running_requests
+from storage.fair_share import Standing, Turns
 from storage.models import Job, Output, Partial, Request
 from storage.records import Checkpoint, Claim, Lease, RequestKey, StepRow
-from storage.sql import AnyRow, database_now, has_served, has_work, is_one_of, is_request, running_requests
-from storage.turns import Standing, Turns
+from storage.transitions import cancel_requests, finalise_jobs, lock_jobs
 
 _CLAIMED: Final = (
     Request.job_id,
@@ -43,14 +43,14 @@ def claim(
 ) -> list[Claim]:
     """Take up to `limit` queued requests of a model, with what earlier owners had committed of them.
 
-    Owners and their jobs get their turns (storage.turns). Before all others come requests that a person waits for; the
-    last `reserved` places are for them alone. `holding` are requests that the caller is
+    Owners and their jobs get fair shares (storage.fair_share). Requests that a person waits for come first; the last
+    `reserved` places are for them alone. `holding` are requests that the caller is
     working on; it does not get them again, whatever has become of its lease. Jobs whose bodies are newer than
     `body_version` are left to others.
 
-    Suspects (storage.reclaim) come first, a group at a time, and only when all that the caller holds is proven; until
-    they are proven too, nothing joins them. A worker that has not served anything yet takes requests that stand accused
-    last: if it dies of other work too, the host is bad, and if it does not, its death will tell something.
+    Suspects (storage.lease_recovery) come first, a group at a time, and only when all that the caller holds is proven;
+    until they are proven too, nothing joins them. A worker that has not served anything yet takes accused ones last:
+    if it dies of other work too, the host is bad, and if it does not, its death will tell something.
     """
     if limit <= 0:
         return []

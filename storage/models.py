@@ -112,7 +112,7 @@ class Job(Base):
     # Which clerk reads the input or writes the output, and until when; the number grows with every claim.
     clerk_number: Mapped[int] = mapped_column(server_default="0")
     clerk_until: Mapped[float | None]
-    # Of the newest commit that wrote something readers of the job are told (storage.story).
+    # Of the newest commit that wrote something readers of the job are told (storage.event_log).
     event_number: Mapped[int] = mapped_column(BigInteger, server_default="0")
     retry_of: Mapped[str | None]  # the job whose failed requests these are
     priority: Mapped[int] = mapped_column(server_default=text("0"))  # 1: a person waits for it; claimed before all 0
@@ -120,8 +120,8 @@ class Job(Base):
     tokens_asked: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     # Version of its requests' bodies. A worker that reads only older ones leaves the job to those that were upgraded.
     body_version: Mapped[int] = mapped_column(server_default=text("1"))
-    # So many of its requests are decoded both ways when it is done (storage.comparisons): until when a worker has that
-    # in hand, and when it was over.
+    # How many of its requests are decoded again with and without drafts after it ends (storage.speedup_checks); until
+    # when a worker holds that work, and when it ended.
     compare_plain: Mapped[int] = mapped_column(server_default=text("0"))
     comparing_until: Mapped[float | None]
     comparing_by: Mapped[str | None]  # the worker that has it in hand
@@ -165,7 +165,7 @@ class Request(Base):
     finished_at: Mapped[float | None]
     event_number: Mapped[int | None] = mapped_column(BigInteger)  # of the commit that ended it
     expires_at: Mapped[float | None]  # its own deadline; the job's holds too
-    # Who ran it when a worker was lost (storage.reclaim): such a group runs again with nobody else in trial beside it.
+    # Requests that ran together when a worker was lost (storage.lease_recovery): such a group runs again by itself.
     suspect_group: Mapped[str | None]
     proven: Mapped[bool] = mapped_column(server_default=false())  # has committed tokens under the present lease
     # Of deaths of workers that were seen while it alone was in trial: how many, whether such a worker had served others
@@ -221,7 +221,7 @@ class Partial(Base):
     text: Mapped[str]
     pieces: Mapped[list[Any]]  # [text, "draft" | "target"]
     steps: Mapped[list[Any]]  # the step rows, waiting for the output
-    logprobs: Mapped[list[Any] | None]  # per token, if the request wants them (jobs.logprobs)
+    logprobs: Mapped[list[Any] | None]  # per token, if the request wants them (jobs.openai.logprobs)
     worker_id: Mapped[str]
     committed_at: Mapped[float]
     event_number: Mapped[int] = mapped_column(BigInteger, server_default="0")  # of the commit that wrote it
@@ -244,7 +244,7 @@ class Output(Base):
     accepted_tokens: Mapped[int]  # of the completion: accepted draft tokens
     token_ids: Mapped[list[Any]]
     pieces: Mapped[list[Any]]  # the text again, cut by who chose it: [text, "draft" | "target"]
-    logprobs: Mapped[list[Any] | None]  # per token, if the request wanted them (jobs.logprobs)
+    logprobs: Mapped[list[Any] | None]  # per token, if the request wanted them (jobs.openai.logprobs)
     worker_id: Mapped[str]
     started_at: Mapped[float]
     finished_at: Mapped[float]
@@ -315,7 +315,7 @@ class DecodeStep(Base):
     plain_step_ms: Mapped[float | None]
     ended_at: Mapped[float]
     worker_id: Mapped[str]
-    decision: Mapped[str | None]  # tree, or why there was none (worker.engine.governor)
+    decision: Mapped[str | None]  # tree, or why there was none (worker.engine.speculation.regret_guard)
     # [children shown, rank of the one drawn or null] for every node the target reached that had some; null: no tree
     reached: Mapped[list[Any] | None]
 

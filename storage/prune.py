@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 from sqlalchemy import delete, exists, select
 
+from storage.dialect import database_now
 from storage.models import DecodeStep, Job
 from storage.session import Database
-from storage.sql import database_now
 
 _JOBS_AT_ONCE = 100
 _REQUESTS_AT_ONCE = 200

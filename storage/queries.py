@@ -14,15 +14,15 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, Connection, Select, Text, and_, bindparam, cast, func, select, true, tuple_
 from sqlalchemy.orm import Session
 
-from storage.endings import OPEN_JOB_STATUSES
-from storage.flush import merge_pieces
+from storage.dialect import AnyRow, clock, dialect_of, owned_by
 from storage.models import Job, Output, Partial, Request, Worker
+from storage.progress_writes import merge_pieces
 from storage.records import NewRequest
-from storage.sql import AnyRow, clock, dialect_of, owned_by
 from storage.statistics import DepthAcceptance as DepthAcceptance  # statistics have a module; callers find them here
 from storage.statistics import JobStats as JobStats
 from storage.statistics import job_stats as job_stats
 from storage.statistics import total_stats as total_stats
+from storage.transitions import OPEN_JOB_STATUSES
 
 _SEEN_S: Final = 60.0  # a worker that has not been heard of for longer serves nothing
 _OUTPUTS_AT_ONCE: Final = 500

@@ -13,8 +13,8 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, Select, and_, case, func, select, text
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
+from storage.dialect import insert_into, is_one_of, whole
 from storage.models import Base, DecodeStep, StepBatch, StepDepth, StepExpectation, StepMinute, StepRank
-from storage.sql import insert_into, is_one_of, whole
 
 ChoiceKey = tuple[str, int, int]  # (job_id, request_index, choice_index)
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, Select, case, func, select, true
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
+from storage.dialect import AnyRow, database_now
 from storage.models import (
     Comparison,
     DecodeStep,
@@ -26,7 +27,6 @@ from storage.models import (
     StepRank,
     WorkerEnergy,
 )
-from storage.sql import AnyRow, database_now
 
 PLAIN_DECISIONS: Final = ("probe", "guard", "off")  # of steps that did without drafts and without looking for them
 _NEVER_COMPARED: Final = ("failed", "expired", "cancelled")

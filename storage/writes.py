@@ -16,12 +16,12 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.dml import ReturningInsert
 
-from storage.endings import Ended, end_jobs, error_columns, expire_requests, finalise_jobs, request_cancel
-from storage.flush import flush
+from storage.dialect import database_now, dialect_of, insert_into, insert_many, insert_new
 from storage.keys import refuse_beyond_limits
 from storage.models import Job, Request, Worker, WorkerEnergy
+from storage.progress_writes import flush
 from storage.records import NewJob, NewRequest, WorkerCard
-from storage.sql import database_now, dialect_of, insert_into, insert_many, insert_new
+from storage.transitions import Ended, end_jobs, error_columns, expire_requests, finalise_jobs, request_cancel
 
 __all__ = [
     "Ended",

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from jobs.redis_server import server_arguments, server_binary
+from jobs.local.redis_server import server_arguments, server_binary
 from tests.ports import free_port
 from tests.postgres import QUICK, Postgres
 

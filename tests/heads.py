@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 from tests.models import VOCAB
 from worker.drafters.head import HeadDrafter, PackedHead
 from worker.drafters.head_network import HeadNetwork, HeadShape, tapped_layers
-from worker.engine.attention import ATTENTION_NAME
-from worker.engine.language_model import PackedModel, embeddings, output_weights, quicken
+from worker.engine.model.attention import ATTENTION_NAME
+from worker.engine.model.language_model import PackedModel, embeddings, output_weights, quicken
 
 TOKENS = torch.arange(0, VOCAB, 2)  # a head proposes every second token
 

@@ -22,8 +22,8 @@ from sqlalchemy import func, select, text
 
 from jobs.celery_app import DOORBELL_TASK, make_app
 from jobs.messages import PartialEvent, model_queue
-from jobs.partials import channel
 from jobs.producer import make_producer_app, ring
+from jobs.streaming.pubsub import channel
 from storage.models import DecodeStep
 from storage.records import Progress
 from storage.session import Database

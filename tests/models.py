@@ -29,9 +29,9 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from worker.engine.attention import ATTENTION_NAME
-from worker.engine.language_model import PackedModel
-from worker.engine.rows import Move, Segment
+from worker.engine.model.attention import ATTENTION_NAME
+from worker.engine.model.language_model import PackedModel
+from worker.engine.segments import Move, Segment
 
 VOCAB = 61
 TOKENIZER_VOCAB = 258  # of `byte_tokenizer`: a model that is to read its tokens has at least as many

@@ -17,10 +17,10 @@ from typing import Any
 
 from sqlalchemy import func, select
 
-from jobs.doorbells import Doorbells
-from jobs.intake import Submission, accept_job
-from jobs.items import Item
+from jobs.queue.worker_notifier import Doorbells
 from jobs.settings import JobsSettings
+from jobs.submission.intake import Submission, accept_job
+from jobs.submission.request_parser import Item
 from storage.models import DecodeStep, Job, Output, Request, Worker
 from storage.session import Database
 

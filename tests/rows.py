@@ -23,12 +23,12 @@ from typing import Any
 from sqlalchemy import delete, func, insert, select, text, update
 from sqlalchemy.orm import Session
 
-from storage import browse, queries, rollups, views
+from storage import job_details, queries, rollups, views
 from storage import statistics as figures
+from storage.dialect import insert_many
 from storage.models import DecodeStep, Job, Output, Request, StepBatch, StepDepth, StepExpectation, StepMinute
 from storage.prune import prune_steps
 from storage.session import Database, write_connection
-from storage.sql import insert_many
 from tests.databases import on_postgresql, on_sqlite
 from tests.factories import a_finished_choice, a_step
 from tests.load import size, timed
@@ -175,8 +175,8 @@ def questions() -> dict[str, Callable[[Session], Any]]:
         "statistics of everything": lambda session: figures.total_stats(session),
         "100 jobs with their numbers": lambda session: figures.job_rows(session, 100),
         "the newest 25 jobs": lambda session: queries.jobs(session, 25),
-        "21 requests with texts": lambda session: browse.requests(session, job_id, limit=21),
-        "21 failed requests": lambda session: browse.requests(session, job_id, ("failed",), limit=21),
+        "21 requests with texts": lambda session: job_details.requests(session, job_id, limit=21),
+        "21 failed requests": lambda session: job_details.requests(session, job_id, ("failed",), limit=21),
         "steps of one request": lambda session: session.execute(steps).all(),
     }
 

@@ -19,13 +19,13 @@ from transformers import PreTrainedModel
 
 from tests.unit.worker.engine.harness import decode, engine, options, outputs, sequences
 from worker.drafters.model import ModelDrafter
-from worker.engine.language_model import PackedModel, load
-from worker.engine.leading import FollowingModels, LeadingModel
+from worker.engine.model.language_model import PackedModel, load
 from worker.engine.options import Mode
-from worker.engine.orders import Op, Order
-from worker.engine.rows import Segment
-from worker.engine.sampling import Sampling
-from worker.engine.wire import Wire
+from worker.engine.parallel.channel import Wire
+from worker.engine.parallel.commands import Op, Order
+from worker.engine.parallel.leader_model import FollowingModels, LeadingModel
+from worker.engine.sampling.sampling import Sampling
+from worker.engine.segments import Segment
 
 CPU = torch.device("cpu")
 TARGET, DRAFT = 0, 1

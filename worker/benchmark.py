@@ -23,17 +23,17 @@ from transformers import AutoModelForCausalLM
 
 from jobs.errors import InvalidValue
 from jobs.messages import CHAT_ENDPOINT
-from worker.assembly import Assembly, Say, assemble
 from worker.drafters.head_file import is_head
-from worker.engine.draft_tree import Candidates, Forest
-from worker.engine.drafting import Drafter
-from worker.engine.experience import Experience
 from worker.engine.options import Mode
-from worker.engine.rows import IntArray
-from worker.engine.sampling import Sampling, noise_key
+from worker.engine.sampling.sampling import Sampling, noise_key
+from worker.engine.segments import IntArray
 from worker.engine.sequence import Sequence as EngineSequence
+from worker.engine.speculation.draft_tree import Candidates, Forest
+from worker.engine.speculation.drafting import Drafter
+from worker.engine.speculation.state import Experience
 from worker.generate import request_for
-from worker.pull import resolve
+from worker.loading.loader import Assembly, Say, assemble
+from worker.loading.model_store import resolve
 from worker.settings import SUFFIX, WorkerSettings
 
 OURS = tuple(mode.value for mode in (Mode.PLAIN, Mode.OPT_TREE, Mode.PAPER))

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from jobs.doctor import Finding
 from jobs.settings import JobsSettings
-from worker.pull import PACKAGED
+from jobs.upkeep.doctor import Finding
+from worker.loading.model_store import PACKAGED
 from worker.settings import WorkerSettings
 
 

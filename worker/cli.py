@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from jobs.control_characters import safe
 from jobs.errors import InvalidValue
 from jobs.messages import TOOLS_TEMPERATURE
-from jobs.terminal import safe
-from worker import pull as models_on_disk
+from worker.loading import model_store as models_on_disk
 from worker.planning.cli import plan
 from worker.settings import WorkerSettings
 from worker.terminal import say, sentences, settings_of
@@ -26,7 +26,7 @@ from worker.training.cli import draft
 
 if TYPE_CHECKING:
     from worker.generate import Generation
-    from worker.stops import Pieces
+    from worker.text.stop_strings import Pieces
 
 _GRID_PROMPTS = 64
 _LOG_WIDTH = 120  # columns of a table that goes to a file
@@ -104,9 +104,9 @@ def generate(
     Example: basic generate "What is the capital of France?" --max-tokens 50 --json
     """
     from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT
-    from worker.assembly import assemble
     from worker.generate import generate as decode
     from worker.generate import request_for
+    from worker.loading.loader import assemble
 
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
@@ -193,7 +193,7 @@ def _grid(
     runs: int,
     as_json: bool,
 ) -> None:
-    from worker import grid
+    from worker.bench import grid
 
     batches = batches or grid.BATCHES
     with sentences():

@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from jobs.logprobs import TokenLikelihoods, shaped
 from jobs.messages import CHAT_ENDPOINT, GenerationRequest, SamplingParameters
-from worker.assembly import Assembly, assemble
+from jobs.openai.logprobs import TokenLikelihoods, shaped
 from worker.engine.options import Mode
 from worker.engine.stats import StepNumbers
+from worker.loading.loader import Assembly, assemble
 from worker.settings import WorkerSettings
-from worker.stops import Pieces
-from worker.transcript import Transcript
+from worker.text.output_stream import Transcript
+from worker.text.stop_strings import Pieces
 
 
 @dataclass(frozen=True, slots=True)

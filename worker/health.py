@@ -9,7 +9,7 @@ import socket
 import sys
 
 from jobs.errors import BasicError
-from jobs.schema_guard import database_in_words
+from jobs.schema_check import database_in_words
 from jobs.settings import read_settings
 from storage import queries
 from storage.session import Database

@@ -14,7 +14,7 @@ from threading import Thread
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from worker.assembly import Assembly
+    from worker.loading.loader import Assembly
     from worker.settings import WorkerSettings
 
 _Pieces = SimpleQueue["str | BaseException | None"]  # None: the text has ended
@@ -67,9 +67,9 @@ def _widest(settings: WorkerSettings) -> int:
     """Return the largest number of ranks for which the machine has GPUs (cores in float32) and the target has heads."""
     from transformers import AutoConfig
 
-    from worker.engine.language_model import widths
-    from worker.placement import allowed_cpus, visible_gpus
-    from worker.pull import resolve
+    from worker.engine.model.language_model import widths
+    from worker.loading.model_store import resolve
+    from worker.node.placement import allowed_cpus, visible_gpus
 
     path = resolve(settings.target, settings.cache_dir)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()

@@ -10,11 +10,11 @@ import sys
 from jobs.errors import BasicError, SetupError
 from jobs.logs import log_to_stderr
 from jobs.processes import BAD_SETTINGS_STATUS, RESTART_STATUS
-from jobs.schema_guard import exit_status
+from jobs.schema_check import exit_status
 from jobs.settings import read_settings
 from storage.session import DATABASE_AWAY, why_away
-from worker import supervisor
 from worker.engine.errors import EngineError
+from worker.node import supervisor
 from worker.settings import WorkerSettings
 
 

@@ -18,14 +18,14 @@ from redis import Redis
 from redis.exceptions import RedisError
 
 from jobs.celery_app import DOORBELL_TASK, KEY_PREFIX, PULSE_TASK, make_app, pulse_queue
-from jobs.doorbells import Doorbells
 from jobs.logs import noted
 from jobs.messages import model_queue
 from jobs.producer import make_producer_app, send_pulse
-from jobs.schema_guard import require_schema
+from jobs.queue.worker_notifier import Doorbells
+from jobs.schema_check import require_schema
 from jobs.tracing import start_tracing, stop_tracing
-from worker.assembly import assemble
-from worker.resident import Pulse, Resident, new_worker_id
+from worker.loading.loader import assemble
+from worker.serving.service import Pulse, Resident, new_worker_id
 from worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jobs.api.server import serve
 from jobs.errors import BasicError
-from jobs.schema_guard import exit_status
+from jobs.schema_check import exit_status
 from jobs.settings import JobsSettings, read_settings
 
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from jobs.api import batches, completions, docs, document, errors, files, jobs, metrics, service
-from jobs.api.access import AccessGuard, Door
-from jobs.api.bodies import BodyReader
-from jobs.api.gate import Gate, Names
-from jobs.api.limits import BodyLimit, RequestIds
-from jobs.api.paths import PlainPaths
-from jobs.api.services import Services, read_ahead
-from jobs.api.streams import Streams
-from jobs.api.uploads import FORM_BYTES
-from jobs.api.watch import Watch
-from jobs.broadcast import Broadcast
-from jobs.doorbells import Doorbells
+from jobs.api import errors
+from jobs.api.auth.guard import AccessGuard, Door
+from jobs.api.auth.revocation import Watch
+from jobs.api.auth.stream_limits import Streams
+from jobs.api.dependencies import Services, read_ahead
+from jobs.api.http.body import BodyReader
+from jobs.api.http.host_check import Gate, Names
+from jobs.api.http.limits import BodyLimit
+from jobs.api.http.multipart import FORM_BYTES
+from jobs.api.http.paths import PlainPaths
+from jobs.api.request_ids import RequestIds
+from jobs.api.routes import batches, completions, docs, files, jobs, metrics, service
+from jobs.api.schemas import openapi
 from jobs.producer import Ring
+from jobs.queue.worker_notifier import Doorbells
 from jobs.settings import JobsSettings
+from jobs.streaming.hub import Broadcast
 from storage.session import Database
 
 
@@ -33,7 +36,7 @@ def make_api(
     Without a `ring` of its own it rings on the Redis server of the settings; without a `door` of its own it lets
     everybody in until there is a key; without `names` it answers to any.
     """
-    app = FastAPI(title="bASIC", responses=document.ERRORS, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(title="bASIC", responses=openapi.ERRORS, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.services = Services(
         settings,
         database,
@@ -59,5 +62,5 @@ def make_api(
     app.include_router(metrics.router, tags=["service"])
     app.include_router(docs.router)
     errors.install(app)
-    document.install(app, files.router, batches.router)
+    openapi.install(app, files.router, batches.router)
     return app

@@ -10,8 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from jobs.api.envelope import error_body
-from jobs.api.limits import REQUEST_ID_HEADER, request_id
+from jobs.api.request_ids import REQUEST_ID_HEADER, request_id
 from jobs.errors import (
     BasicError,
     DatabaseReadOnly,
@@ -22,6 +21,7 @@ from jobs.errors import (
     ServiceUnavailable,
     StorageFull,
 )
+from jobs.openai.errors import error_body
 from storage.session import DATABASE_AWAY, is_full, is_read_only, why_away
 
 log = logging.getLogger(__name__)

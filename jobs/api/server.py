@@ -15,23 +15,23 @@ import uvicorn
 from fastapi import FastAPI
 from sqlalchemy.exc import SQLAlchemyError
 
-from jobs.api.access import Door
 from jobs.api.app import make_api
-from jobs.api.gate import Names
-from jobs.api.patience import PatientProtocol
+from jobs.api.auth.guard import Door
+from jobs.api.http.h11_protocol import PatientProtocol
+from jobs.api.http.host_check import Names
 from jobs.dashboard import app as dashboard
-from jobs.dashboard.bodies import SOCKET_BYTES
-from jobs.doorbells import Doorbells
+from jobs.dashboard.body_limit import SOCKET_BYTES
 from jobs.errors import SetupError
-from jobs.local_key import read_local_key
+from jobs.local.key import read_local_key
 from jobs.logs import log_to_stderr
-from jobs.partials import Publisher
-from jobs.reconciler import OFFICE, Reconciler
-from jobs.schema_guard import require_schema
+from jobs.queue.worker_notifier import Doorbells
+from jobs.schema_check import require_schema
 from jobs.settings import JobsSettings
+from jobs.streaming.pubsub import Publisher
 from jobs.tracing import start_tracing, stop_tracing
+from jobs.upkeep.reconciler import OFFICE, Reconciler
 from storage import keys
-from storage.elections import resign
+from storage.leader_election import resign
 from storage.session import LONG_ANSWER_S, Database, is_read_only
 
 log = logging.getLogger(__name__)

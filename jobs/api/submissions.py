@@ -10,12 +10,12 @@ from typing import Any, get_args
 
 from starlette.datastructures import Headers, QueryParams
 
-from jobs.api.bodies import Body
+from jobs.api.http.body import Body
 from jobs.errors import InvalidValue, MissingParameter, UnknownParameter, UnsupportedBody
-from jobs.intake import Submission
-from jobs.items import PARAMETERS, Item, read_json, read_lines, refuse_unknown
 from jobs.messages import CHAT_ENDPOINT, Endpoint
 from jobs.settings import JobsSettings
+from jobs.submission.intake import Submission
+from jobs.submission.request_parser import PARAMETERS, Item, read_json, read_lines, refuse_unknown
 
 _JSON_TYPES = {"application/json"}
 _LINES_TYPES = {"application/x-ndjson", "application/jsonl", "application/x-jsonlines"}

@@ -21,14 +21,14 @@ from sqlalchemy.orm import Session
 from starlette.datastructures import MutableHeaders, State
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jobs.api.access import Door
-from jobs.api.caller import Caller
-from jobs.api.output_lines import output_lines
-from jobs.api.services import Services, find_job
+from jobs.api.auth.caller import Caller
+from jobs.api.auth.guard import Door
+from jobs.api.dependencies import Services, find_job
+from jobs.api.routes.job_outputs import output_lines
 from jobs.dashboard import job_page, jobs_page, stats_page, workers_page
-from jobs.dashboard.bodies import SmallBodies
-from jobs.dashboard.desk import COOKIE, Desk, Sessions
-from jobs.dashboard.look import BASE, POLICY, frame, heading
+from jobs.dashboard.body_limit import SmallBodies
+from jobs.dashboard.layout import BASE, POLICY, frame, heading
+from jobs.dashboard.session import COOKIE, Desk, Sessions
 from jobs.errors import BasicError, CallerRefused
 
 _ASK_S = 1.0  # between two looks at whether an open page may stay

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jobs.dashboard import texts
-from jobs.dashboard.look import DRAFT, GREY, TARGET
-from jobs.rates import rates
-from storage.browse import RecordedTree
+from jobs.dashboard import html
+from jobs.dashboard.layout import DRAFT, GREY, TARGET
+from jobs.reports.rates import rates
+from storage.job_details import RecordedTree
 from storage.statistics import JobStats, Minute
 
 Option = dict[str, Any]
@@ -187,7 +187,7 @@ def _branch(nodes: Sequence[Any], children: dict[int, list[int]], node: int) -> 
     above = nodes[parent][3] if parent >= 0 else 1.0
     share = value / above if above else 0.0
     color = DRAFT if accepted else GREY
-    label = texts.token(text) if parent < 0 else f"{texts.token(text)} {share:.2f}"
+    label = html.token(text) if parent < 0 else f"{html.token(text)} {share:.2f}"
     return {
         "name": label,
         "value": round(value, 3),

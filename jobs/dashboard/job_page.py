@@ -11,19 +11,19 @@ from typing import Final
 
 from nicegui import ui
 
-from jobs.api.caller import Caller
-from jobs.api.services import cancel_job
-from jobs.api.writing import writing
-from jobs.dashboard import charts, texts, words
-from jobs.dashboard.desk import Desk
+from jobs.api.auth.caller import Caller
+from jobs.api.dependencies import cancel_job
+from jobs.api.write_threads import writing
+from jobs.dashboard import charts, format, html
 from jobs.dashboard.jobs_page import show_job_status, show_status
-from jobs.dashboard.look import BASE, box, frame, heading, link
+from jobs.dashboard.layout import BASE, box, frame, heading, link
+from jobs.dashboard.session import Desk
 from jobs.dashboard.stats_view import StatsView, table
 from jobs.errors import BasicError
 from jobs.keys import Scope
 from jobs.messages import JobStatus
-from storage import browse, queries, statistics
-from storage.browse import ErrorCount, RecordedTree, RequestText, TreePlace
+from storage import job_details, queries, statistics
+from storage.job_details import ErrorCount, RecordedTree, RequestText, TreePlace
 from storage.queries import JobView
 
 _REFRESH_S: Final = 1.0
@@ -100,7 +100,7 @@ class JobPage:
         self._head.show(job)
         name = self._tab()
         if name == "Live":
-            running = await self._desk.read(lambda session: browse.running(session, job.id, _STREAMS))
+            running = await self._desk.read(lambda session: job_details.running(session, job.id, _STREAMS))
             self._live.show(running, job)
         elif ended_now or self._ticks <= 0:
             await self._fill(name)
@@ -158,12 +158,12 @@ class JobHead:
     def show(self, job: JobView) -> None:
         """Show the job as it stands."""
         show_job_status(self._status, job)
-        self._about.set_text(f"{job.model} · {job.endpoint} · submitted {words.ago(job.created_at)}")
-        self._bar.props(f"value={words.ended(job) / max(1, job.requests_total):.4f}")
+        self._about.set_text(f"{job.model} · {job.endpoint} · submitted {format.ago(job.created_at)}")
+        self._bar.props(f"value={format.ended(job) / max(1, job.requests_total):.4f}")
         failed = f", {job.requests_failed:,d} failed" if job.requests_failed else ""
-        self._counts.set_text(f"{words.ended(job):,d} of {job.requests_total:,d} requests{failed}")
-        rate = words.number(words.tokens_per_s(job))
-        self._speed.set_text(f"{job.completion_tokens:,d} tokens · {rate} tokens/s · {words.left(job)}")
+        self._counts.set_text(f"{format.ended(job):,d} of {job.requests_total:,d} requests{failed}")
+        rate = format.number(format.tokens_per_s(job))
+        self._speed.set_text(f"{job.completion_tokens:,d} tokens · {rate} tokens/s · {format.left(job)}")
         self._button.set_visibility(job.status == JobStatus.IN_PROGRESS)
 
 
@@ -197,7 +197,7 @@ class LiveTexts:
                     self._card(request)
         for request in running:
             for choice in request.choices:
-                self._texts[request.request_index, choice.choice_index].set_content(texts.colored(choice.pieces))
+                self._texts[request.request_index, choice.choice_index].set_content(html.colored(choice.pieces))
 
     @staticmethod
     def _words(running: list[RequestText], job: JobView) -> str:
@@ -224,10 +224,10 @@ def request_head(request: RequestText) -> None:
     """Write the name of a request, its state and what was asked."""
     with ui.element("div").classes("line"):
         with ui.element("h2").classes("grow"):
-            ui.html(f"<bdi>{texts.plain(request.custom_id)}</bdi>", sanitize=False).style("overflow-wrap:anywhere")
+            ui.html(f"<bdi>{html.plain(request.custom_id)}</bdi>", sanitize=False).style("overflow-wrap:anywhere")
         show_status(ui.label(), request.status)
     if request.prompt:
-        ui.html(f"<bdi>{texts.plain(request.prompt)}</bdi>", sanitize=False).classes("dim small").style(
+        ui.html(f"<bdi>{html.plain(request.prompt)}</bdi>", sanitize=False).classes("dim small").style(
             "overflow-wrap:anywhere"
         )
 
@@ -261,8 +261,8 @@ class Requests:
         """Ask for a page of requests and show it."""
         asked = self._asked()
         statuses, after = asked
-        found = await self._desk.read(lambda s: browse.requests(s, self._job_id, statuses, after, _PAGE + 1))
-        errors = await self._desk.read(lambda session: browse.errors(session, self._job_id))
+        found = await self._desk.read(lambda s: job_details.requests(s, self._job_id, statuses, after, _PAGE + 1))
+        errors = await self._desk.read(lambda session: job_details.errors(session, self._job_id))
         if asked != self._asked():  # another page was asked for meanwhile
             return
         self._show_errors(errors)
@@ -307,9 +307,9 @@ class Requests:
     def _fill_card(request: RequestText) -> None:
         request_head(request)
         if request.error_message:
-            ui.label(texts.safe(request.error_message)).style("color:var(--bad);overflow-wrap:anywhere")
+            ui.label(html.safe(request.error_message)).style("color:var(--bad);overflow-wrap:anywhere")
         for choice in request.choices:
-            ui.html(texts.colored(choice.pieces), sanitize=False)
+            ui.html(html.colored(choice.pieces), sanitize=False)
             end = f", ended by {choice.finish_reason}" if choice.finish_reason else ""
             ui.label(f"{choice.tokens:,d} tokens, {choice.accepted:,d} from the draft{end}").classes("dim small")
 
@@ -327,7 +327,7 @@ class Requests:
 
 
 def _error_words(error: ErrorCount) -> str:
-    message = "other messages" if error.message is None else texts.safe(error.message)[:_MESSAGE_CHARS]
+    message = "other messages" if error.message is None else html.safe(error.message)[:_MESSAGE_CHARS]
     return f"{error.code}: {message}"
 
 
@@ -359,7 +359,7 @@ class Trees:
 
     async def show(self) -> None:
         """Ask where trees are, and draw the first that is worth a look."""
-        places = await self._desk.read(lambda session: browse.tree_places(session, self._job_id))
+        places = await self._desk.read(lambda session: job_details.tree_places(session, self._job_id))
         if places and places == self._places:
             return
         self._places = places
@@ -375,9 +375,9 @@ class Trees:
     async def _show_steps(self) -> None:
         places = [p for p in self._places if (p.request_index, p.choice_index) == self._request.value]
         if places:
-            words = {p.step: f"Step {p.step}: {p.tree_nodes} nodes, {p.accepted_tokens} accepted" for p in places}
+            format = {p.step: f"Step {p.step}: {p.tree_nodes} nodes, {p.accepted_tokens} accepted" for p in places}
             largest = max(places, key=lambda place: place.tree_nodes)
-            self._step.set_options(words, value=largest.step)
+            self._step.set_options(format, value=largest.step)
             await self._draw()
 
     async def _draw(self) -> None:
@@ -385,7 +385,7 @@ class Trees:
             return
         request, choice = self._request.value
         place = TreePlace(request, choice, self._step.value)
-        recorded = await self._desk.read(lambda session: browse.tree(session, self._job_id, place))
+        recorded = await self._desk.read(lambda session: job_details.tree(session, self._job_id, place))
         self._drawing.clear()
         if recorded is not None:
             with self._drawing, box():
@@ -399,11 +399,11 @@ def _text_name(place: TreePlace) -> str:
 def _draw_tree(recorded: RecordedTree) -> None:
     ui.label(_step_words(recorded)).classes("small")
     path = "".join(text for *_, text, _, accepted in recorded.nodes[1:] if accepted)
-    kept = f"<bdi class='mono by-draft'>{texts.plain(path)}</bdi>" if path else "nothing"
+    kept = f"<bdi class='mono by-draft'>{html.plain(path)}</bdi>" if path else "nothing"
     ui.html(
-        f"After <bdi class='mono'>{texts.plain(texts.token(recorded.nodes[0][2]))}</bdi> the target kept "
+        f"After <bdi class='mono'>{html.plain(html.token(recorded.nodes[0][2]))}</bdi> the target kept "
         f"{kept} and wrote "
-        f"<bdi class='mono'>{texts.plain(texts.token(recorded.bonus))}</bdi> itself.",
+        f"<bdi class='mono'>{html.plain(html.token(recorded.bonus))}</bdi> itself.",
         sanitize=False,
     ).classes("small").style("overflow-wrap:anywhere")
     if len(recorded.nodes) == 1:
@@ -431,4 +431,4 @@ def _step_words(recorded: RecordedTree) -> str:
 
 def _tree_line(recorded: RecordedTree, node: int) -> tuple[str, str, str, str]:
     parent, _, text, value, accepted = recorded.nodes[node]
-    return texts.token(text), texts.token(recorded.nodes[parent][2]), f"{value:.3f}", "yes" if accepted else ""
+    return html.token(text), html.token(recorded.nodes[parent][2]), f"{value:.3f}", "yes" if accepted else ""

@@ -10,17 +10,17 @@ from typing import Final
 
 from nicegui import ui
 
-from jobs.api.caller import Caller
-from jobs.api.writing import writing
-from jobs.dashboard import texts, words
-from jobs.dashboard.desk import Desk
-from jobs.dashboard.look import BASE, frame, heading, link
+from jobs.api.auth.caller import Caller
+from jobs.api.write_threads import writing
+from jobs.client.outcome import status_words, warns
+from jobs.dashboard import format, html
+from jobs.dashboard.layout import BASE, frame, heading, link
+from jobs.dashboard.session import Desk
 from jobs.errors import BasicError
-from jobs.intake import Submission, accept_job, known_models
-from jobs.items import Item
 from jobs.keys import Scope
 from jobs.messages import TOOLS_TEMPERATURE, model_name
-from jobs.outcome import status_words, warns
+from jobs.submission.intake import Submission, accept_job, known_models
+from jobs.submission.request_parser import Item
 from storage import queries
 from storage.queries import JobView
 
@@ -96,16 +96,16 @@ class JobRow:
 
     def show(self, job: JobView) -> None:
         """Show the job as it stands; says nothing to the browser if nothing has changed."""
-        speed = f"{words.number(words.tokens_per_s(job), 1)} tokens/s · {words.left(job)}"
-        about = f"{job.model} · {words.ago(job.created_at)}"
-        values = (about, job.status, words.ended(job), job.requests_failed, job.completion_tokens, speed)
+        speed = f"{format.number(format.tokens_per_s(job), 1)} tokens/s · {format.left(job)}"
+        about = f"{job.model} · {format.ago(job.created_at)}"
+        values = (about, job.status, format.ended(job), job.requests_failed, job.completion_tokens, speed)
         if values == self._shown:
             return
         self._shown = values
         self._about.set_text(about)
-        self._bar.props(f"value={words.ended(job) / max(1, job.requests_total):.4f}")
+        self._bar.props(f"value={format.ended(job) / max(1, job.requests_total):.4f}")
         failed = f", {job.requests_failed:,d} failed" if job.requests_failed else ""
-        self._counts.set_text(f"{words.ended(job):,d} of {job.requests_total:,d} requests{failed}")
+        self._counts.set_text(f"{format.ended(job):,d} of {job.requests_total:,d} requests{failed}")
         self._speed.set_text(speed)
         show_job_status(self._status, job)
 
@@ -151,7 +151,7 @@ async def _submit_dialog(desk: Desk) -> ui.dialog:
             try:
                 job_id = await _accept(desk, lines, str(model.value), parameters)
             except BasicError as refused:
-                problem.set_text(texts.safe(str(refused)))
+                problem.set_text(html.safe(str(refused)))
                 return
             dialog.close()
             ui.navigate.to(f"/jobs/{job_id}")

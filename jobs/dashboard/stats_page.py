@@ -6,10 +6,10 @@ from typing import Final
 
 from nicegui import ui
 
-from jobs.api.caller import Caller
-from jobs.dashboard import words
-from jobs.dashboard.desk import Desk
-from jobs.dashboard.look import BASE, box, frame, heading, link
+from jobs.api.auth.caller import Caller
+from jobs.dashboard import format
+from jobs.dashboard.layout import BASE, box, frame, heading, link
+from jobs.dashboard.session import Desk
 from jobs.dashboard.stats_view import StatsView
 from storage import statistics
 from storage.statistics import JobRow
@@ -70,9 +70,9 @@ def _job_table(rows: list[JobRow]) -> None:
 def _job_line(row: JobRow) -> None:
     numbers = (
         f"{row.completion_tokens:,d}",
-        words.number(row.tokens_per_s),
-        words.number(row.mean_acceptance_length, 2),
-        words.speedup(row.speedup),
+        format.number(row.tokens_per_s),
+        format.number(row.mean_acceptance_length, 2),
+        format.speedup(row.speedup),
     )
     with ui.element("tr"):
         with ui.element("td"), link(f"{BASE}/jobs/{row.id}").classes("mono"):

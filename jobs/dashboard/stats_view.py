@@ -10,8 +10,8 @@ from typing import Any, Final
 
 from nicegui import ui
 
-from jobs.dashboard import charts, words
-from jobs.dashboard.look import box, heading
+from jobs.dashboard import charts, format
+from jobs.dashboard.layout import box, heading
 from storage.statistics import JobStats, PlainComparison
 
 _CHARTS: Final[Sequence[tuple[str, Callable[[JobStats], dict[str, Any]]]]] = (
@@ -68,31 +68,31 @@ class StatsView:
 def _figures(stats: JobStats) -> Sequence[tuple[str, str, str]]:
     compared = () if stats.comparison is None else (_compared(stats.comparison),)
     return (
-        ("Speed-up over plain", words.speedup(stats.speedup, stats.speedup_error), _check(stats)),
+        ("Speed-up over plain", format.speedup(stats.speedup, stats.speedup_error), _check(stats)),
         *compared,
-        ("Tokens per second", words.number(stats.tokens_per_s), f"over {words.span(stats.wall_s)}"),
-        ("Tokens per step", words.number(stats.mean_acceptance_length, 2), f"{stats.steps:,d} steps"),
+        ("Tokens per second", format.number(stats.tokens_per_s), f"over {format.span(stats.wall_s)}"),
+        ("Tokens per step", format.number(stats.mean_acceptance_length, 2), f"{stats.steps:,d} steps"),
         ("Expected, accepted", _expected(stats), "draft tokens a step"),
-        ("Off by", words.percent(stats.miscalibration), "accepted against expected, with a tree"),
-        ("Draft nodes per step", words.number(stats.mean_tree_nodes, 2), ""),
+        ("Off by", format.percent(stats.miscalibration), "accepted against expected, with a tree"),
+        ("Draft nodes per step", format.number(stats.mean_tree_nodes, 2), ""),
         ("Tokens written", f"{stats.completion_tokens:,d}", f"{stats.prompt_tokens:,d} read"),
-        ("Tokens per joule", words.number(stats.tokens_per_joule, 2), "where the device tells"),
+        ("Tokens per joule", format.number(stats.tokens_per_joule, 2), "where the device tells"),
     )
 
 
 def _check(stats: JobStats) -> str:
     if stats.speedup is None or stats.plain_check is None:
         return "by calibration; no plain step checked it"
-    return f"by {stats.plain_steps:,d} plain steps: {words.speedup(stats.speedup * stats.plain_check)}"
+    return f"by {stats.plain_steps:,d} plain steps: {format.speedup(stats.speedup * stats.plain_check)}"
 
 
 def _compared(comparison: PlainComparison) -> tuple[str, str, str]:
-    value = words.speedup(comparison.speedup, comparison.speedup_error)
-    return "Compared with plain", value, words.compared(comparison)
+    value = format.speedup(comparison.speedup, comparison.speedup_error)
+    return "Compared with plain", value, format.compared(comparison)
 
 
 def _expected(stats: JobStats) -> str:
-    return f"{words.number(stats.mean_expected, 2)}, {words.number(stats.mean_accepted, 2)}"
+    return f"{format.number(stats.mean_expected, 2)}, {format.number(stats.mean_accepted, 2)}"
 
 
 def _figure(name: str, value: str, note: str) -> None:
@@ -111,9 +111,9 @@ def _drafter_table(stats: JobStats) -> None:
         (
             share.drafter or "no drafts",
             f"{share.steps:,d}",
-            words.number(share.mean_tree_nodes, 2),
-            words.number(share.mean_accepted, 2),
-            words.speedup(share.speedup),
+            format.number(share.mean_tree_nodes, 2),
+            format.number(share.mean_accepted, 2),
+            format.speedup(share.speedup),
         )
         for share in stats.drafters
     ]

@@ -8,14 +8,14 @@ from typing import Any, Final
 
 from nicegui import ui
 
-from jobs.api.caller import Caller
-from jobs.dashboard import words
-from jobs.dashboard.desk import Desk
-from jobs.dashboard.look import box, frame, heading
+from jobs.api.auth.caller import Caller
+from jobs.dashboard import format
+from jobs.dashboard.layout import box, frame, heading
+from jobs.dashboard.session import Desk
 from jobs.dashboard.stats_view import table
 from storage import queries
-from storage.census import SEEN_S
 from storage.queries import WorkerView
+from storage.queue_stats import SEEN_S
 
 _REFRESH_S: Final = 3.0
 _AGO_S: Final = 30.0  # after which the page says again how long ago things were
@@ -57,7 +57,7 @@ def _show(workers: Sequence[WorkerView]) -> None:
             with ui.element("div").classes("wide"):
                 table(
                     ("Worker", "Seen"),
-                    [(f"{w.hostname}, process {w.pid}: {w.target}", words.ago(w.last_seen_at)) for w in gone],
+                    [(f"{w.hostname}, process {w.pid}: {w.target}", format.ago(w.last_seen_at)) for w in gone],
                 )
 
 
@@ -71,7 +71,7 @@ def _card(worker: WorkerView) -> None:
         heading(f"{worker.target} on {worker.hostname}")
         draft = f"drafts by {worker.draft}" if worker.draft else "no draft model"
         devices = ", ".join(map(str, worker.devices))
-        ui.label(f"{devices} · {draft} · started {words.ago(worker.started_at)}").classes("dim small")
+        ui.label(f"{devices} · {draft} · started {format.ago(worker.started_at)}").classes("dim small")
         with ui.element("dl").classes("figures"):
             for name, value in _figures(load):
                 with ui.element("div"):
@@ -85,7 +85,7 @@ def _card(worker: WorkerView) -> None:
             total = sum(steps.values())
             ranked = sorted(steps.items(), key=lambda item: -item[1])
             with ui.element("div").classes("wide"):
-                table(("Decision", "Steps", "Share"), [(n, f"{c:,d}", words.percent(c / total)) for n, c in ranked])
+                table(("Decision", "Steps", "Share"), [(n, f"{c:,d}", format.percent(c / total)) for n, c in ranked])
 
 
 def _figures(load: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -94,10 +94,10 @@ def _figures(load: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("Sequences now", f"{load.get('sequences', 0):,d} of {load.get('max_sequences', 0):,d}"),
         ("Waiting for a place", f"{load.get('waiting_sequences', 0):,d}"),
-        ("Mean batch", words.number(load["batch_sequences"] / steps if steps else None)),
-        ("Tokens/s while decoding", words.number(load["tokens"] / milliseconds * 1e3 if milliseconds else None)),
-        ("Accepted a step", words.number(load["accepted_tokens"] / load["batch_sequences"] if steps else None, 2)),
-        ("Energy", words.number(load.get("joules") or None, 0, " J")),
+        ("Mean batch", format.number(load["batch_sequences"] / steps if steps else None)),
+        ("Tokens/s while decoding", format.number(load["tokens"] / milliseconds * 1e3 if milliseconds else None)),
+        ("Accepted a step", format.number(load["accepted_tokens"] / load["batch_sequences"] if steps else None, 2)),
+        ("Energy", format.number(load.get("joules") or None, 0, " J")),
     ]
 
 

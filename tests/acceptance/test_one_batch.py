@@ -23,8 +23,8 @@ import redis
 
 from jobs.client import Client
 from jobs.messages import PartialEvent, PromptBatch
-from jobs.partials import channel
 from jobs.producer import batch_job_id, push
+from jobs.streaming.pubsub import channel
 from tests.processes import ended
 
 BASIC = Path(sys.executable).with_name("basic")
@@ -81,7 +81,7 @@ def assert_greedy(prompts: list[str], texts: list[str]) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from worker.pull import resolve
+    from worker.loading.model_store import resolve
     from worker.settings import WorkerSettings
 
     path = resolve(MODEL, WorkerSettings().cache_dir)

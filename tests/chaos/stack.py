@@ -18,8 +18,8 @@ import httpx
 import redis
 from sqlalchemy import text
 
+from jobs.local.redis_server import answers, server_arguments, server_binary
 from jobs.processes import Child, Command, python_module
-from jobs.redis_server import answers, server_arguments, server_binary
 from storage import schema
 from storage.session import DATABASE_AWAY, Database
 from tests.chaos.worker import STEP_VARIABLE

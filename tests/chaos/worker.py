@@ -19,7 +19,7 @@ from jobs.messages import GenerationRequest
 from worker import start
 from worker.engine.engine import Engine
 from worker.engine.stats import StepResult
-from worker.text import Codec
+from worker.text.codec import Codec
 
 POISON = "the prompt that kills"
 HANG = "the prompt that hangs"

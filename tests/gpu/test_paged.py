@@ -13,14 +13,14 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from tests.heads import network, packed_head
 from tests.models import ARCHITECTURES, VOCAB, tiny
 from tests.unit.worker.engine.harness import decode, engine, options, outputs, resumed_after, sequences
-from tests.unit.worker.engine.test_paged_attention import SAMPLED, STEPS, buckets, model, tree
+from tests.unit.worker.engine.paged.test_attention import SAMPLED, STEPS, buckets, model, tree
 from worker.drafters.model import ModelDrafter
 from worker.drafters.suffix import SuffixDrafter
-from worker.engine.attention import ATTENTION_NAME
-from worker.engine.language_model import PackedModel, quicken
+from worker.engine.model.attention import ATTENTION_NAME
+from worker.engine.model.language_model import PackedModel, quicken
 from worker.engine.options import Mode
-from worker.engine.rows import Move, chain
-from worker.engine.sampling import Sampling
+from worker.engine.sampling.sampling import Sampling
+from worker.engine.segments import Move, chain
 
 pytestmark = [
     pytest.mark.gpu,

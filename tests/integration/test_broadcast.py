@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from jobs import broadcast
-from jobs.benchmark_streams import Load, measure
-from jobs.broadcast import PING, Broadcast
+from jobs.bench.streams import Load, measure
 from jobs.messages import PartialEvent
-from jobs.partials import Publisher
+from jobs.streaming import hub
+from jobs.streaming.hub import PING, Broadcast
+from jobs.streaming.pubsub import Publisher
+from storage.event_log import Cursor
 from storage.models import Base
 from storage.records import Progress
 from storage.session import Database
-from storage.story import Cursor
 from tests.conftest import free_port
 from tests.unit.storage.acts import claim, end_of, flush, record, tokens_of
 
@@ -82,7 +82,7 @@ def test_every_reader_is_told_everything_once_whenever_it_comes_and_however_ofte
 def test_a_reader_that_falls_behind_the_ring_goes_on_from_sql(
     database: Database, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(broadcast, "_RING_BYTES", 1)
+    monkeypatch.setattr(hub, "_RING_BYTES", 1)
     worker = Worker(database, redis_url)
 
     async def scenario() -> None:

@@ -21,7 +21,7 @@ import httpx
 import pytest
 from ruamel.yaml import YAML
 
-from jobs.redis_server import server_binary
+from jobs.local.redis_server import server_binary
 from tests.conftest import free_port
 from tests.models import save_tiny
 from tests.postgres import QUICK, Postgres

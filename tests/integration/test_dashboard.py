@@ -12,9 +12,9 @@ import pytest
 from playwright.sync_api import Browser, Page, Request, expect
 
 from jobs.client import Client
-from jobs.local import LocalService, down, start_detached
-from jobs.local_start import environment
-from jobs.report import report
+from jobs.local.service import LocalService, down, start_detached
+from jobs.local.startup import environment
+from jobs.reports.report import report
 from jobs.settings import JobsSettings
 from tests.browser import browser, picture
 from tests.models import save_tiny

@@ -21,7 +21,7 @@ from storage import schema as database_schema
 from storage import writes
 from storage.session import Database
 from tests.factories import a_worker_card
-from tests.unit.jobs.test_api import answer_all
+from tests.unit.jobs.api.test_routes import answer_all
 
 EXAMPLES = 8  # of calls of one route
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]

@@ -17,10 +17,10 @@ import pytest
 import redis
 from sqlalchemy import text
 
-from jobs.batches import BatchOrder, accept_batch
 from jobs.messages import CHAT_ENDPOINT, PromptBatch
 from jobs.producer import push
 from jobs.settings import JobsSettings
+from jobs.submission.batches import BatchOrder, accept_batch
 from storage import files, schema, writes
 from storage.session import Database
 from tests.ports import free_port

@@ -12,9 +12,9 @@ import redis
 from sqlalchemy import make_url
 
 from jobs.errors import SetupError
-from jobs.local import LocalService, down, running, start_detached
-from jobs.local_start import environment
-from jobs.redis_server import answers, server_arguments, server_binary
+from jobs.local.redis_server import answers, server_arguments, server_binary
+from jobs.local.service import LocalService, down, running, start_detached
+from jobs.local.startup import environment
 from jobs.settings import JobsSettings
 from tests.conftest import free_port
 from tests.models import save_tiny

@@ -11,7 +11,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import inspect
 
-from storage import comparisons, schema, writes
+from storage import schema, speedup_checks, writes
 from storage.models import Base
 from storage.records import ComparisonRow, Progress
 from storage.session import Database, make_engine
@@ -117,7 +117,7 @@ def test_down_one_by_one_and_up_again_with_the_jobs_that_were_there(either: str)
     record(database)
     flush(database, "w1", whole(claim_one(database).lease, 1, 2))
     with database.write() as session:
-        comparisons.record_comparison(session, "", "job-1", [ComparisonRow(0, error_code="poison")])
+        speedup_checks.record_comparison(session, "", "job-1", [ComparisonRow(0, error_code="poison")])
     database.dispose()
 
     down = 0
@@ -218,7 +218,7 @@ def test_the_views_answer_the_shell(url: str, path: Path) -> None:
     flush(database, "w1", Progress(lease, (a_checkpoint(seq=1, steps=steps),), (a_finished_choice(),), ends=True))
     with database.write() as session:
         writes.add_energy(session, "w1", 120.0, 50.0)
-        comparisons.record_comparison(session, "w1", lease.job_id, [ComparisonRow(0, 4, 1.0, 2.0, 1.0, True)])
+        speedup_checks.record_comparison(session, "w1", lease.job_id, [ComparisonRow(0, 4, 1.0, 2.0, 1.0, True)])
     database.dispose()
 
     with sqlite3.connect(path) as shell:

@@ -10,7 +10,7 @@ import redis
 import redis.asyncio
 
 from jobs.messages import JobStatus, PartialEvent
-from jobs.partials import Publisher, channel, follow
+from jobs.streaming.pubsub import Publisher, channel, follow
 from tests.conftest import free_port, start_redis, stop
 
 

@@ -30,7 +30,7 @@ from tests.conftest import free_port, start_redis, stop
 from tests.databases import on_postgresql, on_sqlite
 from tests.factories import a_job, a_key, a_request
 from tests.postgres import QUICK, Postgres
-from tests.unit.jobs.test_api import answer_all
+from tests.unit.jobs.api.test_routes import answer_all
 from tests.unit.storage.acts import record
 
 A_JOB = {"requests": ["Hello"], "max_tokens": 10}

@@ -12,7 +12,7 @@ import pytest
 import redis
 
 from jobs.messages import PartialEvent
-from jobs.partials import Publisher, channel
+from jobs.streaming.pubsub import Publisher, channel
 from tests.conftest import free_port, start_redis, stop
 
 DEAF = 20

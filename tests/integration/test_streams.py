@@ -15,11 +15,11 @@ import pytest
 import uvicorn
 from sqlalchemy.exc import OperationalError
 
-from jobs import telling
-from jobs.api import output_lines
 from jobs.api.app import make_api
-from jobs.api.patience import PatientProtocol
+from jobs.api.http.h11_protocol import PatientProtocol
+from jobs.api.routes import job_outputs
 from jobs.settings import JobsSettings
+from jobs.streaming import sse
 from storage import files, keys
 from storage.session import Database
 from tests.databases import on_sqlite
@@ -111,9 +111,9 @@ ERRORS = [RuntimeError("a bug"), OperationalError("SELECT", {}, Exception("gone"
 @pytest.mark.parametrize(
     ("path", "place", "name"),
     [
-        ("/v1/jobs/job-1/outputs", output_lines, "_line"),
-        ("/v1/jobs/job-1/outputs?follow=true", output_lines, "_line"),
-        ("/v1/jobs/job-1/events", telling, "server_sent"),
+        ("/v1/jobs/job-1/outputs", job_outputs, "_line"),
+        ("/v1/jobs/job-1/outputs?follow=true", job_outputs, "_line"),
+        ("/v1/jobs/job-1/events", sse, "server_sent"),
     ],
 )
 def test_lines_that_break_off_do_not_look_complete(

@@ -19,11 +19,11 @@ from sqlalchemy import URL, make_url, text
 
 from jobs.api.app import make_api
 from jobs.errors import QueueUnavailable
+from jobs.local.redis_server import answers
 from jobs.messages import PartialEvent, PromptBatch
-from jobs.partials import Publisher, channel
 from jobs.producer import push
-from jobs.redis_server import answers
 from jobs.settings import JobsSettings
+from jobs.streaming.pubsub import Publisher, channel
 from storage import schema
 from storage.session import DATABASE_AWAY, Database
 from tests.databases import drop_schema

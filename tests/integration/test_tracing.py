@@ -20,7 +20,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from sqlalchemy import select
 
 from jobs.api.app import make_api
-from jobs.clerk import Clerk
+from jobs.batch_files.processor import Clerk
 from jobs.messages import PromptBatch
 from jobs.producer import batch_job_id, push
 from jobs.settings import JobsSettings
@@ -29,7 +29,7 @@ from storage import schema
 from storage.models import Job
 from storage.session import Database
 from tests.conftest import free_port
-from tests.unit.worker.test_runner import MODEL, Worker
+from tests.unit.worker.serving.test_runner import MODEL, Worker
 
 STRANGER = f"00-{'ab' * 16}-{'cd' * 8}-01"
 
@@ -216,7 +216,7 @@ def test_without_a_collector_no_place_is_kept(api: TestClient, database: Databas
 # redis, FastAPI and transformers load parts of OpenTelemetry by themselves, if it is there; never what sends.
 @pytest.mark.parametrize(
     ("modules", "unwanted"),
-    [("jobs.client", "opentelemetry"), ("jobs.api.app, worker.spans", "opentelemetry.exporter")],
+    [("jobs.client", "opentelemetry"), ("jobs.api.app, worker.serving.spans", "opentelemetry.exporter")],
 )
 def test_without_a_collector_nothing_is_loaded(modules: str, unwanted: str) -> None:
     code = (

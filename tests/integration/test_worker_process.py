@@ -12,7 +12,7 @@ import pytest
 
 from jobs.celery_app import make_app
 from jobs.messages import CHAT_ENDPOINT, GenerationRequest, PartialEvent, SamplingParameters, model_queue
-from jobs.partials import channel
+from jobs.streaming.pubsub import channel
 from storage import writes
 from storage.records import NewJob, NewRequest
 from tests.chaos.stack import Stack

@@ -15,7 +15,7 @@ import pytest
 from ruamel.yaml import YAML
 from sqlalchemy import make_url
 
-from jobs.redis_server import RULES
+from jobs.local.redis_server import RULES
 from storage.settings import StorageSettings
 
 ROOT = Path(__file__).parent.parent.parent

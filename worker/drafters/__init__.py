@@ -1,3 +1,3 @@
-"""Sources of draft tokens behind one interface, `worker.engine.drafting.Drafter`."""
+"""Sources of draft tokens behind one interface, `worker.engine.speculation.drafting.Drafter`."""
 
 from __future__ import annotations

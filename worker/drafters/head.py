@@ -13,25 +13,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from worker.drafters.candidates import best_children
 from worker.drafters.head_network import HeadNetwork
-from worker.drafters.lanes import Lanes, by_slot
-from worker.drafters.ranking import best_children
-from worker.engine.attention import ATTENTION_NAME
-from worker.engine.buckets import BUCKETS, BucketedForward
-from worker.engine.draft_tree import Candidates, Forest
-from worker.engine.gpu_layers import fuse_on_gpu
-from worker.engine.hidden_states import HiddenStates
-from worker.engine.kernels import Kernels
-from worker.engine.language_model import KvStore, Plan, kv_store
-from worker.engine.layers import FusedNorm, fuse
-from worker.engine.linear import pack
-from worker.engine.native_network import NativeNetwork, rotary_table
+from worker.drafters.kv_tracker import Lanes, by_slot
+from worker.engine.cpu.fused_layers import FusedNorm, fuse
+from worker.engine.cpu.fused_model import NativeNetwork, rotary_table
+from worker.engine.cpu.kernels import Kernels
+from worker.engine.cpu.packed_linear import pack
+from worker.engine.gpu.fused_layers import fuse_on_gpu
+from worker.engine.kv.hidden_states import HiddenStates
+from worker.engine.model.attention import ATTENTION_NAME
+from worker.engine.model.language_model import KvStore, Plan, kv_store
 from worker.engine.options import MOST_NODES
-from worker.engine.paged_attention import PagedPlan, gpu_kernels_for
-from worker.engine.paged_kv import PagedKv
-from worker.engine.paged_rows import PagedRows
-from worker.engine.rows import IntArray, Segment, kept_rows
+from worker.engine.paged.attention import PagedPlan, gpu_kernels_for
+from worker.engine.paged.kv import PagedKv
+from worker.engine.paged.rows import PagedRows
+from worker.engine.paged.shape_buckets import BUCKETS, BucketedForward
+from worker.engine.segments import IntArray, Segment, kept_rows
 from worker.engine.sequence import Sequence
+from worker.engine.speculation.draft_tree import Candidates, Forest
 
 
 class HeadModel(Protocol):

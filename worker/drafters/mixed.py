@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from worker.engine.draft_tree import Candidates, Forest
-from worker.engine.drafting import Drafter
-from worker.engine.rows import IntArray
+from worker.engine.segments import IntArray
 from worker.engine.sequence import Sequence
+from worker.engine.speculation.draft_tree import Candidates, Forest
+from worker.engine.speculation.drafting import Drafter
 
 NETWORK, SUFFIX, BOTH = 0, 1, 2  # who offers a candidate
 

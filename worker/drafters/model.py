@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worker.drafters.lanes import Lanes, by_slot
-from worker.drafters.ranking import best_children
-from worker.engine.draft_tree import Candidates, Forest
-from worker.engine.language_model import LanguageModel
-from worker.engine.rows import BoolArray, IntArray, Move, Segment
+from worker.drafters.candidates import best_children
+from worker.drafters.kv_tracker import Lanes, by_slot
+from worker.engine.model.language_model import LanguageModel
+from worker.engine.segments import BoolArray, IntArray, Move, Segment
 from worker.engine.sequence import Sequence
+from worker.engine.speculation.draft_tree import Candidates, Forest
 
 
 @dataclass(frozen=True, slots=True, eq=False)

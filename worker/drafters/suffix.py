@@ -13,9 +13,9 @@ from collections.abc import Sequence as Seq
 
 import numpy as np
 
-from worker.engine.draft_tree import Candidates, Forest
-from worker.engine.rows import IntArray
+from worker.engine.segments import IntArray
 from worker.engine.sequence import Sequence
+from worker.engine.speculation.draft_tree import Candidates, Forest
 
 _LONGEST = 6  # tokens of a match at most
 _WIDTH = 4  # continuations per node at most

@@ -12,20 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from worker.engine.cost_model import CostModel
-from worker.engine.draft_tree import Forest
-from worker.engine.drafting import Drafter
+from worker.engine.batch import Batch
 from worker.engine.errors import NotNumbers
-from worker.engine.experience import Experience
-from worker.engine.language_model import LanguageModel
 from worker.engine.logprobs import Told, tell
+from worker.engine.model.language_model import LanguageModel
 from worker.engine.options import EngineOptions, Mode
-from worker.engine.planner import Planner, StepPlan, StepTimes
-from worker.engine.rows import IntArray, Move
-from worker.engine.scheduler import Batch, Scheduler
+from worker.engine.scheduler import Scheduler
+from worker.engine.segments import IntArray, Move
 from worker.engine.sequence import Sequence
+from worker.engine.speculation.cost_model import CostModel
+from worker.engine.speculation.draft_tree import Forest
+from worker.engine.speculation.drafting import Drafter
+from worker.engine.speculation.planner import Planner, StepPlan, StepTimes
+from worker.engine.speculation.state import Experience
+from worker.engine.speculation.verifier import Accepted, walk
 from worker.engine.stats import Reached, ShownTree, StepNumbers, StepResult
-from worker.engine.verifier import Accepted, walk
 
 
 class Engine:

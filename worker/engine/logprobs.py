@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worker.engine.draft_tree import Forest
-from worker.engine.rows import IntArray
-from worker.engine.verifier import Accepted
+from worker.engine.segments import IntArray
+from worker.engine.speculation.draft_tree import Forest
+from worker.engine.speculation.verifier import Accepted
 
 _ROWS_AT_ONCE = 32  # rows in double precision take memory
 LEAST = -9999.0  # what is impossible has this one: JSON knows no infinity

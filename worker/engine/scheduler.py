@@ -4,78 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Hashable, Iterator
-from dataclasses import dataclass
 
-import numpy as np
-
-from worker.engine.draft_tree import Forest
+from worker.engine.batch import Batch, Chunk
+from worker.engine.kv.slot_allocator import Slots
 from worker.engine.options import EngineOptions
-from worker.engine.rows import IntArray, Segment, Share, chain
+from worker.engine.segments import Share
 from worker.engine.sequence import Sequence
-from worker.engine.slots import Slots
 
 WORTH_SHARING = 16  # tokens: reading fewer costs no more than keeping apart who waits for whom
 _OLDEST_SHARE = 4  # the oldest prompt gets at least one in so many of a step's prompt rows
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A stretch of a sequence's ids to bring into its KV slot."""
-
-    sequence: Sequence
-    end: int  # ids[cached:end]
-    completes: bool  # the sequence's next token comes out of this chunk
-
-    def segment(self) -> Segment:
-        """Return the chunk's rows."""
-        s = self.sequence
-        return chain(s.slot, s.cached, s.ids[s.cached : self.end], keep_last=self.completes)
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """What one step works on."""
-
-    chunks: tuple[Chunk, ...]
-    decoding: tuple[Sequence, ...]
-    shares: tuple[Share, ...] = ()  # beginnings to copy before anything is run, in this order
-    emptied: tuple[int, ...] = ()  # slots whose texts make way for others: their memory is free before that
-    plain: bool = False  # no drafts, whatever they would be worth
-
-    @property
-    def empty(self) -> bool:
-        """True when there is nothing to run."""
-        return not self.chunks and not self.decoding
-
-    @property
-    def emitting(self) -> tuple[Sequence, ...]:
-        """Sequences that get tokens from this step: those decoding, then those whose prefill completes."""
-        return self.decoding + tuple(c.sequence for c in self.chunks if c.completes)
-
-    @property
-    def prefill_rows(self) -> int:
-        """Prompt tokens of the step."""
-        return sum(c.end - c.sequence.cached for c in self.chunks)
-
-    @property
-    def entries(self) -> float:
-        """KV entries that the decoding sequences' rows attend to, one row each."""
-        return float(sum(len(s.ids) for s in self.decoding))
-
-    def pack(self, forest: Forest) -> tuple[list[Segment], IntArray]:
-        """Return the step's segments in slot order, and for each node of `forest` its row of the kept logits."""
-        trees = {s.slot: (tree, forest.nodes_of(tree)) for tree, s in enumerate(forest.sequences)}
-        chunks = {c.sequence.slot: c for c in self.chunks}
-        rows = np.zeros(forest.size, np.int64)
-        segments: list[Segment] = []
-        kept = 0
-        for slot in sorted({*trees, *chunks}):
-            tree, nodes = trees.get(slot, (-1, np.empty(0, np.int64)))
-            segment = chunks[slot].segment() if slot in chunks else forest.segment(tree, nodes)
-            rows[nodes] = kept + np.arange(len(nodes))
-            kept += len(segment.keep)
-            segments.append(segment)
-        return segments, rows
 
 
 class Scheduler:

@@ -1,6 +1,6 @@
 """A sequence: one choice of one request while it is decoded. The engine's only mutable noun.
 
-Token ids only: the text belongs to `worker.text`, the request to `worker.runner`.
+Token ids only: the text belongs to `worker.text.codec`, the request to `worker.serving.runner`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from worker.engine.history import History
-from worker.engine.rows import IntArray
-from worker.engine.sampling import Sampling
+from worker.engine.sampling.penalties import History
+from worker.engine.sampling.sampling import Sampling
+from worker.engine.segments import IntArray
 
 
 class FinishReason(StrEnum):

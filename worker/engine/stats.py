@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from worker.engine.governor import Decision
 from worker.engine.logprobs import Told
 from worker.engine.sequence import Sequence
+from worker.engine.speculation.regret_guard import Decision
 
 # Per node that the target reached and that had drafts below it: how many, and the rank of the one it drew, 0 being the
 # likeliest (None: none of them).

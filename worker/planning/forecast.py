@@ -1,7 +1,7 @@
 """How long a step should take: bytes and operations against the device's rates, collectives, kernel launches.
 
 A forecast, not a measurement: it decides between placements before there is a machine. The worker's own calibration
-(worker/calibration.py) replaces it the moment models are loaded.
+(worker/loading/calibration.py) replaces it the moment models are loaded.
 
 The formulas, for one rank of a replica of n ranks, a step of R rows of B sequences with C tokens of context each:
 

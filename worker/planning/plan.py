@@ -12,8 +12,8 @@ from typing import Any
 
 from jobs.errors import SetupError
 from worker.engine.options import EngineOptions
-from worker.engine.paged_attention import GPU_BLOCK
-from worker.memory import fit
+from worker.engine.paged.attention import GPU_BLOCK
+from worker.loading.memory import fit
 from worker.planning.devices import GIB
 from worker.planning.forecast import Machine, Speculation, Step, speculate, step
 from worker.planning.shapes import ModelShape

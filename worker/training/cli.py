@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from worker.terminal import Bars, say, sentences, settings_of
-from worker.training.recipe import Kind, Recipe
+from worker.training.config import Kind, Recipe
 
 _LOG_WIDTH = 120  # columns of a table that goes to a file
 
@@ -46,7 +46,7 @@ def train(
     Example: basic draft train --target smollm2-135m-instruct --out drafts/smollm2
     """
     from worker.benchmark import read_prompts
-    from worker.training import school
+    from worker.training import pipeline
     from worker.training.evaluation import table
 
     recipe = Recipe.quick(kind, seed) if quick else Recipe(kind=kind, seed=seed)
@@ -56,11 +56,11 @@ def train(
     texts = read_prompts(prompts, limit=sys.maxsize) if prompts else ()
     command = shlex.join(["basic", *sys.argv[1:]])
     with sentences(), Bars() as bars:
-        evaluation = school.train_draft(settings_of(target=target), recipe, out, texts, command, bars, say)
+        evaluation = pipeline.train_draft(settings_of(target=target), recipe, out, texts, command, bars, say)
     if evaluation is None:  # one of several processes; the first of them speaks
         return
     print(json.dumps(evaluation.as_json())) if as_json else _console().print(table(evaluation))
-    say(f"The draft lies in {out}; use it with BASIC_DRAFT={out} or --draft {out}. Its card is {out / school.CARD}.")
+    say(f"The draft lies in {out}; use it with BASIC_DRAFT={out} or --draft {out}. Its card is {out / pipeline.CARD}.")
 
 
 @draft.command(name="eval")
@@ -78,14 +78,14 @@ def evaluate(
     Example: basic draft eval --prompts examples/prompts.jsonl --tokens 2000 --out drafts/measured
     """
     from worker.benchmark import read_prompts
-    from worker.training import school
+    from worker.training import pipeline
     from worker.training.evaluation import plot, table
 
     recipe = Recipe(seed=seed, tokens=tokens, greedy_share=1.0, held_out=0, rows=1)
     texts = read_prompts(prompts, limit=sys.maxsize) if prompts else ()
     with sentences(), Bars() as bars:
         settings = settings_of(target=target, draft=draft)
-        evaluation = school.evaluate_draft(settings, recipe, out, texts, bars, say)
+        evaluation = pipeline.evaluate_draft(settings, recipe, out, texts, bars, say)
     (out / "evaluation.json").write_text(json.dumps(evaluation.as_json(), indent=2) + "\n")
     plot(evaluation, out / "reliability.png")
     print(json.dumps(evaluation.as_json())) if as_json else _console().print(table(evaluation))

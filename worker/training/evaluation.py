@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from worker.engine.drafting import Drafter
-from worker.engine.hidden_states import HiddenStates
-from worker.training.lessons import Lesson
+from worker.engine.kv.hidden_states import HiddenStates
+from worker.engine.speculation.drafting import Drafter
+from worker.training.features import Lesson
 from worker.training.replay import Foresight, Reciter, replay
 
 BUDGETS = (4, 8, 16, 32, 60)

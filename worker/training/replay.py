@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worker.engine.draft_tree import FloatArray
-from worker.engine.drafting import Drafter
 from worker.engine.engine import Engine
-from worker.engine.hidden_states import HiddenStates
+from worker.engine.kv.hidden_states import HiddenStates
 from worker.engine.options import EngineOptions, Mode
-from worker.engine.rows import Move, Segment
-from worker.engine.sampling import Sampling
+from worker.engine.sampling.sampling import Sampling
+from worker.engine.segments import Move, Segment
 from worker.engine.sequence import Sequence as EngineSequence
+from worker.engine.speculation.draft_tree import FloatArray
+from worker.engine.speculation.drafting import Drafter
 from worker.engine.stats import StepNumbers
-from worker.training.lessons import Lesson
+from worker.training.features import Lesson
 
 _DEPTH = 8  # layers of a tree at most
 

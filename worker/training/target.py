@@ -11,10 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from jobs.messages import model_name
 from worker.drafters.head_file import Identity, identity
-from worker.engine.language_model import PackedModel, embeddings, load, native_dtype, output_weights, quicken
-from worker.pull import resolve
+from worker.engine.model.language_model import PackedModel, embeddings, load, native_dtype, output_weights, quicken
+from worker.loading.model_store import resolve
 from worker.settings import WorkerSettings
-from worker.text import load_tokenizer
+from worker.text.codec import load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from worker.engine.language_model import native_dtype
-from worker.training.lessons import Lessons
-from worker.training.recipe import Recipe
-from worker.training.students import Lot
+from worker.engine.model.language_model import native_dtype
+from worker.training.config import Recipe
+from worker.training.features import Lessons
+from worker.training.losses import Lot
 
 _WARM_UP = 0.03  # of all updates
 _CLIP = 1.0  # length of a gradient at most

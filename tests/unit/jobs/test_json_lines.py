@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from jobs.answer_lines import answer_line
-from jobs.api.completions import _line as completion_event
-from jobs.api.output_lines import _line as output_line
+from jobs.api.routes.completions import _line as completion_event
+from jobs.api.routes.job_outputs import _line as output_line
+from jobs.batch_files.output_lines import answer_line
+from jobs.client.results import Output
 from jobs.json_lines import json_line
 from jobs.messages import CHAT_ENDPOINT, PartialEvent
-from jobs.results import Output
-from jobs.telling import server_sent
+from jobs.streaming.sse import server_sent
 from storage.batches import BatchClaim
 from storage.queries import ChoiceView, OutputView
 

@@ -16,7 +16,7 @@ from jobs.logs import log_to_stderr, noted, without_secrets
 from jobs.settings import JobsSettings
 from storage.session import Database
 from tests.databases import on_sqlite
-from tests.unit.worker.test_runner import Worker, submit
+from tests.unit.worker.serving.test_runner import Worker, submit
 
 SECRETS = [
     "redis://:hunter2@localhost:6379/0",

@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import func, select
 
 from storage import leases, queries, writes
+from storage.lease_recovery import Reclaimed, reclaim
 from storage.models import (
     DecodeStep,
     Job,
@@ -21,7 +22,6 @@ from storage.models import (
     StepMinute,
 )
 from storage.queries import JobView
-from storage.reclaim import Reclaimed, reclaim
 from storage.records import Checkpoint, Claim, FinishedChoice, FlushResult, Lease, NewRequest, Progress, RequestKey
 from storage.session import Database
 from tests.factories import a_job, some_requests, some_steps

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import text
 
-from storage import browse, queries, writes
-from storage.browse import ErrorCount
+from storage import job_details, queries, writes
+from storage.job_details import ErrorCount
 from storage.queries import ChoiceSnapshot, DepthAcceptance, JobStats
 from storage.records import NewRequest, Progress, Refusal, StepRow
 from storage.session import Database
@@ -275,7 +275,7 @@ def test_every_error_of_a_job_is_told_or_counted(database: Database) -> None:
 
     def errors(limit: int) -> list[ErrorCount]:
         with database.read() as session:
-            return browse.errors(session, "job-1", limit)
+            return job_details.errors(session, "job-1", limit)
 
     hot = ErrorCount("bad", "Too hot: 9.", 2)
     few, long = (ErrorCount("bad", f"{name}: Too long.", 1) for name in ("max_tokens", "n"))

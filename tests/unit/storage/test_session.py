@@ -10,10 +10,10 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError, OperationalError
 
 from storage import queries
+from storage.dialect import database_now
 from storage.models import Base
 from storage.session import Database, is_read_only
 from storage.settings import sqlite_file, sqlite_url
-from storage.sql import database_now
 from tests.unit.storage.acts import record
 
 

@@ -14,15 +14,16 @@ from typer.testing import CliRunner
 
 import worker
 from jobs.messages import COMPLETIONS_ENDPOINT
-from jobs.schema_guard import upgrade_schema
+from jobs.schema_check import upgrade_schema
 from tests.models import byte_tokenizer, save_tiny, tiny
-from worker import benchmark, grid, start
-from worker.assembly import assemble
+from worker import benchmark, start
+from worker.bench import grid
 from worker.benchmark import OURS
 from worker.cli import commands
 from worker.engine.options import Mode
 from worker.generate import generate as decoded
 from worker.generate import request_for, resident_assembly
+from worker.loading.loader import assemble
 from worker.settings import WorkerSettings
 
 PROMPT = "abcabcabcabc"

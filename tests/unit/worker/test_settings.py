@@ -14,10 +14,10 @@ from pydantic.fields import FieldInfo
 from jobs.errors import SetupError
 from jobs.settings import read_settings
 from tests.models import save_tiny
-from worker import pull
-from worker.assembly import assemble
+from worker.loading import model_store
+from worker.loading.loader import assemble
+from worker.node.supervisor import is_needed
 from worker.settings import WorkerSettings
-from worker.supervisor import is_needed
 
 FILES = {"basic.sqlite3"}  # a description names it, and it is no value
 NOT_HERE = {("replicas", "0")}  # as many as there are GPUs: the supervisor starts them
@@ -64,8 +64,8 @@ def test_every_documented_value_of_every_setting_starts(
     given: dict[str, Any] = {"target": tiny, "cache_dir": cache, "max_sequences": 2, "max_context": 64, name: value}
     for setting, said in given.items():
         monkeypatch.setenv(f"BASIC_{setting.upper()}", str(said))
-    monkeypatch.setattr(pull, "_pull_from_hub", lambda hub_id: pytest.fail(f"{hub_id} is not on this machine"))
-    assert pull.main() == 0
+    monkeypatch.setattr(model_store, "_pull_from_hub", lambda hub_id: pytest.fail(f"{hub_id} is not on this machine"))
+    assert model_store.main() == 0
     settings = read_settings(WorkerSettings)
     if (name, value) in NOT_HERE:
         assert is_needed(settings)
@@ -89,5 +89,5 @@ def test_a_value_that_is_none_of_the_documented_ones_is_one_sentence(
     monkeypatch.setenv("BASIC_DTYPE", "float16")
     with pytest.raises(SetupError, match=r"^BASIC_DTYPE: .*'bfloat16'"):
         read_settings(WorkerSettings)
-    assert pull.main() == 78
+    assert model_store.main() == 78
     assert capsys.readouterr().err.startswith("BASIC_DTYPE: ")

@@ -13,9 +13,9 @@ from worker.drafters.head import HeadDrafter
 from worker.drafters.mixed import MixedDrafter
 from worker.drafters.suffix import SuffixDrafter
 from worker.engine.options import Mode
-from worker.engine.rows import Segment, chain
-from worker.engine.sampling import Sampling
-from worker.training.unroll import unroll
+from worker.engine.sampling.sampling import Sampling
+from worker.engine.segments import Segment, chain
+from worker.training.head_unroll import unroll
 
 IDS = [5, 9, 2, 7, 7, 30, 41, 8, 12, 3]
 

@@ -6,9 +6,9 @@ import numpy as np
 
 from tests.unit.worker.engine.harness import sequences
 from worker.drafters.mixed import BOTH, NETWORK, SUFFIX, MixedDrafter
-from worker.engine.draft_tree import Candidates, Forest
-from worker.engine.rows import IntArray
+from worker.engine.segments import IntArray
 from worker.engine.sequence import Sequence
+from worker.engine.speculation.draft_tree import Candidates, Forest
 
 
 class Fixed:

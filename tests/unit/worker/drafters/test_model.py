@@ -12,16 +12,16 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.models import VOCAB, packed, tiny
 from tests.unit.worker.engine.harness import decode, engine, options, outputs, sequences
-from worker.drafters import lanes
+from worker.drafters import kv_tracker
 from worker.drafters.mixed import MixedDrafter
 from worker.drafters.model import ModelDrafter, Words
 from worker.drafters.suffix import SuffixDrafter
-from worker.engine.attention import ATTENTION_NAME
-from worker.engine.draft_tree import Candidates, Forest
-from worker.engine.language_model import PackedModel
+from worker.engine.model.attention import ATTENTION_NAME
+from worker.engine.model.language_model import PackedModel
 from worker.engine.options import Mode
-from worker.engine.rows import IntArray, Segment
-from worker.engine.sampling import Sampling
+from worker.engine.sampling.sampling import Sampling
+from worker.engine.segments import IntArray, Segment
+from worker.engine.speculation.draft_tree import Candidates, Forest
 
 DEFINED = 50  # ids of the tokenizer; the models have more, each its own number
 
@@ -117,7 +117,7 @@ def test_what_texts_begin_with_is_read_once_and_changes_no_draft(paged: bool, to
         draft.set_attn_implementation(ATTENTION_NAME)
         counted = Counted(PackedModel(draft, slots=4, capacity=1024, native=False, paged=paged))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(lanes, "_ALIKE", limit)
+            patch.setattr(kv_tracker, "_ALIKE", limit)
             some = sequences(prompts, sampling=Sampling(temperature=0.7))
             target = padded(VOCAB, 0, None)
             size = 4 if together else 2

@@ -9,13 +9,13 @@ from typing import Any
 from tests.models import packed, tiny
 from worker.drafters.model import ModelDrafter
 from worker.drafters.suffix import SuffixDrafter
-from worker.engine.cost_model import CostModel
-from worker.engine.drafting import Drafter
 from worker.engine.engine import Engine
-from worker.engine.language_model import LanguageModel
+from worker.engine.model.language_model import LanguageModel
 from worker.engine.options import EngineOptions, Mode
-from worker.engine.sampling import Sampling, noise_key
+from worker.engine.sampling.sampling import Sampling, noise_key
 from worker.engine.sequence import Sequence as EngineSequence
+from worker.engine.speculation.cost_model import CostModel
+from worker.engine.speculation.drafting import Drafter
 from worker.engine.stats import StepResult
 
 OPTIONS = EngineOptions(max_sequences=4, max_context=256, prefill_rows=7, nodes=12, threshold=0.1, max_depth=5)

@@ -19,7 +19,7 @@ from tests.unit.worker.engine.harness import (
     sequences,
 )
 from worker.engine.options import Mode
-from worker.engine.sampling import Sampling
+from worker.engine.sampling.sampling import Sampling
 from worker.engine.sequence import FinishReason
 
 SAMPLED = Sampling(temperature=0.9, top_k=20, top_p=0.95)
@@ -78,7 +78,7 @@ def test_shared_noise_lifts_acceptance_when_sampling(monkeypatch: pytest.MonkeyP
         return sum(r.numbers.accepted_tokens for r in results) / len(results)
 
     shared = accepted()
-    monkeypatch.setattr("worker.drafters.ranking.noisy", lambda scores, *_: scores)
+    monkeypatch.setattr("worker.drafters.candidates.noisy", lambda scores, *_: scores)
     assert shared > 1.5 * accepted()
 
 

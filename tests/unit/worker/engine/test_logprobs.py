@@ -16,7 +16,7 @@ from tests.models import packed, tiny
 from tests.unit.worker.engine.harness import PROMPTS, decode, drafter, engine, options, resumed_after, sequences
 from worker.engine.logprobs import LEAST, TokenLogprobs, read_rows
 from worker.engine.options import Mode
-from worker.engine.sampling import Sampling
+from worker.engine.sampling.sampling import Sampling
 from worker.engine.sequence import Sequence as EngineSequence
 from worker.engine.stats import StepResult
 

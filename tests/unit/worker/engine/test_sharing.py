@@ -10,7 +10,7 @@ from tests.models import ARCHITECTURES, VOCAB, TableModel, packed, tiny
 from tests.unit.worker.engine.harness import decode, drafter, engine, options, outputs, sequences
 from worker.engine import scheduler
 from worker.engine.options import Mode
-from worker.engine.sampling import Sampling
+from worker.engine.sampling.sampling import Sampling
 from worker.engine.scheduler import common
 
 SYSTEM = [2 + i % 37 for i in range(40)]
@@ -38,7 +38,7 @@ def test_text_is_the_same_with_and_without_sharing(
     nobody_shares: pytest.MonkeyPatch, architecture: str, prefill_rows: int, sampling: Sampling, native: bool
 ) -> None:
     if not native:
-        nobody_shares.setattr("worker.engine.language_model.kernels", lambda dtype: None)
+        nobody_shares.setattr("worker.engine.model.language_model.kernels", lambda dtype: None)
     alone = sequences(PROMPTS, max_tokens=6, sampling=sampling)
     decode(engine(packed(tiny(architecture)), None, options(Mode.PLAIN, prefill_rows=prefill_rows)), alone)
     nobody_shares.setattr(scheduler, "WORTH_SHARING", 16)

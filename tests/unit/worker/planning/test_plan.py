@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from tests.models import SHAPE, tiny
 from worker.cli import commands
-from worker.engine.attention import ATTENTION_NAME
 from worker.engine.errors import ModelRefused
-from worker.engine.language_model import PackedModel, kv_bytes
-from worker.engine.rows import chain
+from worker.engine.model.attention import ATTENTION_NAME
+from worker.engine.model.language_model import PackedModel, kv_bytes
+from worker.engine.segments import chain
 from worker.planning.devices import DEVICES, GIB, KERNELS_PER_LAYER
 from worker.planning.forecast import Machine, speculate, step
 from worker.planning.plan import Placement, Wish, command, pick, placements

@@ -14,16 +14,16 @@ from tests.models import tiny
 from tests.unit.worker.engine.harness import PROMPTS, decode, engine, options, sequences
 from worker.drafters.head import HeadDrafter
 from worker.drafters.suffix import SuffixDrafter
-from worker.engine.hidden_states import HiddenStates
-from worker.engine.language_model import embeddings, output_weights
+from worker.engine.kv.hidden_states import HiddenStates
+from worker.engine.model.language_model import embeddings, output_weights
 from worker.engine.options import Mode
-from worker.training import texts as texts_of
+from worker.training import self_generated as texts_of
 from worker.training import trainer
-from worker.training.lessons import Lessons, teach
-from worker.training.recipe import Recipe
+from worker.training.config import Recipe
+from worker.training.features import Lessons, teach
+from worker.training.losses import HeadStudent, Lot, commonest
 from worker.training.replay import Reciter, replay
-from worker.training.students import HeadStudent, Lot, commonest
-from worker.training.texts import Text
+from worker.training.self_generated import Text
 from worker.training.trainer import Report, train
 
 RECIPE = Recipe(epochs=4, rows=2, held_out=2, unroll=2, learning_rate=1e-2)

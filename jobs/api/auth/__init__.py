@@ -1,0 +1,3 @@
+"""Authentication: API keys, callers and revocation."""
+
+from __future__ import annotations

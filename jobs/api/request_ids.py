@@ -1,0 +1,48 @@
+"""Request ids: one for every call, in its reply and in its log lines."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from typing import cast
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from jobs.logs import note
+
+REQUEST_ID_HEADER = "x-request-id"
+# Ids that could be ours alone: what else stands in a path may be anything, and as long as it likes.
+_JOB_PATH = re.compile(r"/v1/(?:jobs|batches)/(?P<job>[A-Za-z0-9_-]{1,64})(?:/|$)")
+
+
+def request_id(scope: Scope) -> str:
+    """Return the id of the request, as its reply will carry it."""
+    return cast(str, scope.setdefault("basic.request_id", f"req_{secrets.token_hex(12)}"))
+
+
+class RequestIds:
+    """Gives every reply a header `x-request-id`, and lets log lines say which call and job they are about."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, and mark its reply."""
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id(scope)
+            await send(message)
+
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        # For good: the server logs what a route raised when this has been left. Every call has a context of its own.
+        note(request_id=request_id(scope), **_job_of(scope["path"]))
+        await self._app(scope, receive, send_with_id)
+
+
+def _job_of(path: str) -> dict[str, str]:
+    found = _JOB_PATH.match(path)
+    return {} if found is None else {"job_id": found["job"]}

@@ -1,0 +1,3 @@
+"""The routes, one file a resource."""
+
+from __future__ import annotations

@@ -1,0 +1,258 @@
+"""Single requests that somebody waits for: `/v1/chat/completions` and `/v1/completions`, whole or streamed.
+
+Each is a job of one request that workers take up before all others. The text is what the sink publishes and SQL has, so
+a lost event costs nothing; whoever goes away takes the request along.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, StreamingResponse
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.requests import ClientDisconnect
+
+from jobs.api.auth.caller import Caller, CallerNow
+from jobs.api.auth.stream_limits import StreamPlace
+from jobs.api.dependencies import Services, ServicesNow, find_job
+from jobs.api.http.body import Body
+from jobs.api.schemas.openapi import CHAT_BODY, COMPLETION_BODY
+from jobs.api.schemas.replies import CHAT, TEXT
+from jobs.api.submissions import json_object, require_json
+from jobs.api.write_threads import writing
+from jobs.errors import AnswerTooLate, BasicError, InvalidValue, RequestFailed
+from jobs.json_lines import json_line
+from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, Endpoint, PartialEvent
+from jobs.openai import responses
+from jobs.openai.errors import error_body
+from jobs.openai.responses import Heading
+from jobs.streaming.pubsub import follow
+from jobs.streaming.snapshots import read_events
+from jobs.submission.intake import Submission, accept_call, new_call_id
+from jobs.submission.request_parser import Item
+from jobs.tracing import submit_span
+from storage import queries, writes
+from storage.queries import OutputView
+
+log = logging.getLogger(__name__)
+
+_cancels = ThreadPoolExecutor(4, "cancels")  # they wait for other writers, and no reader for them
+
+router = APIRouter()
+
+T = TypeVar("T")
+
+
+@router.post(CHAT_ENDPOINT, openapi_extra=CHAT_BODY, responses=CHAT, dependencies=[StreamPlace])
+async def create_chat_completion(request: Request, services: ServicesNow, caller: CallerNow) -> Response:
+    """Answer one conversation now, before all batches."""
+    return await _answer(request, services, caller, CHAT_ENDPOINT)
+
+
+@router.post(COMPLETIONS_ENDPOINT, openapi_extra=COMPLETION_BODY, responses=TEXT, dependencies=[StreamPlace])
+async def create_completion(request: Request, services: ServicesNow, caller: CallerNow) -> Response:
+    """Go on with one text now, before all batches."""
+    return await _answer(request, services, caller, COMPLETIONS_ENDPOINT)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A call that was recorded, and how it wants its answer."""
+
+    heading: Heading
+    stream: bool
+    with_usage: bool
+
+
+async def _answer(request: Request, services: Services, caller: Caller, endpoint: Endpoint) -> Response:
+    require_json(request.headers)
+    async with services.bodies.received(request, services.settings.max_json_bytes) as body:
+        call = await writing(_accept, services, body, request.headers, caller, endpoint)
+    events = _events(services, call.heading.id)
+    if not call.stream:
+        await _unless_gone(request, _end_of(events))
+        return await run_in_threadpool(_whole, services, call)
+    # Nothing is sent before there is text, so that a request that is refused by the worker still gets its status.
+    first = await _unless_gone(request, _next_text(events))
+    if first is None:
+        await run_in_threadpool(_output, services, call)
+    lines = _lines(services, call, first, events)
+    return StreamingResponse(lines, media_type="text/event-stream", headers={"cache-control": "no-store"})
+
+
+def _accept(services: Services, body: Body, headers: Mapping[str, str], caller: Caller, endpoint: Endpoint) -> _Call:
+    """Record the call; raise what is wrong with it."""
+    fields = json_object(body.open().read())
+    stream, with_usage = _stream_options(fields)
+    with submit_span(headers) as place:
+        submission = Submission(
+            [Item(0, fields)],
+            endpoint=endpoint,
+            window_s=services.settings.interactive_timeout_s,
+            job_id=new_call_id(endpoint),
+            api_key_id=caller.key_id,
+            traceparent=place,
+        )
+        job_id = accept_call(submission, database=services.database, ring=services.ring, settings=services.settings)
+    job = find_job(services, job_id, caller)
+    return _Call(Heading(job_id, endpoint, job.model, int(job.created_at)), stream, with_usage)
+
+
+def _stream_options(fields: dict[str, Any]) -> tuple[bool, bool]:
+    """Return whether to stream, and whether the stream ends with the tokens used."""
+    stream, options = fields.get("stream", False), fields.get("stream_options", {})
+    if not isinstance(stream, bool):
+        raise InvalidValue("must be a boolean", param="stream")
+    if not isinstance(options, dict) or not isinstance(options.get("include_usage") or False, bool):
+        raise InvalidValue("must be an object; include_usage is a boolean", param="stream_options")
+    if options and not stream:
+        raise InvalidValue("is only for calls with stream", param="stream_options")
+    return stream, bool(options.get("include_usage"))
+
+
+async def _events(services: Services, job_id: str) -> AsyncGenerator[PartialEvent]:
+    """Yield the events of a call until it ends. If nobody listens to the end, or it takes too long, it is cancelled."""
+    loop = asyncio.get_running_loop()
+    limit_s = services.settings.interactive_timeout_s
+    ends_at = loop.time() + limit_s
+    ended = False
+    try:
+        async with aclosing(
+            follow(job_id, services.settings.redis_url, lambda: read_events(services.database, job_id))
+        ) as events:
+            while True:
+                try:
+                    async with asyncio.timeout_at(ends_at):
+                        event = await anext(events)
+                except TimeoutError as exc:
+                    raise AnswerTooLate(f"The answer was not written within {limit_s:g} s.") from exc
+                ended = event.status is not None and event.status.final
+                yield event
+                if ended:
+                    return
+    finally:
+        if not ended:
+            # In a thread that nobody waits for: the task that runs us may be cancelled itself.
+            loop.run_in_executor(_cancels, _cancel, services, job_id)
+
+
+async def _end_of(events: AsyncGenerator[PartialEvent]) -> None:
+    async with aclosing(events):
+        async for _ in events:
+            pass
+
+
+async def _next_text(events: AsyncGenerator[PartialEvent]) -> PartialEvent | None:
+    """Return the next event that brings text or ends one; None if there is none any more."""
+    async for event in events:
+        if event.type in ("tokens", "finished"):
+            return event
+    return None
+
+
+async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
+    """Return what the work returns; raise ClientDisconnect as soon as there is nobody to answer."""
+    working = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        for task in (working, gone):
+            task.cancel()
+        await asyncio.gather(working, gone, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _lines(
+    services: Services, call: _Call, first: PartialEvent | None, events: AsyncGenerator[PartialEvent]
+) -> AsyncIterator[str]:
+    """Yield the server-sent events of an answer. What goes wrong from here on is told in the stream."""
+    more = {"usage": None} if call.with_usage else {}
+    try:
+        async with aclosing(events):
+            async for piece in _chunks(call.heading, first, events):
+                yield _line(piece | more)
+        for line in await run_in_threadpool(_last_lines, services, call, more):
+            yield line
+        yield "data: [DONE]\n\n"
+    except BasicError as failed:
+        yield _line(error_body(failed.status_code, failed.message, failed.param, failed.code))
+
+
+async def _chunks(
+    heading: Heading, first: PartialEvent | None, events: AsyncGenerator[PartialEvent]
+) -> AsyncIterator[dict[str, Any]]:
+    told: dict[int, int] = {}  # choice -> characters of its text that were sent
+    event = first
+    while event is not None:
+        choice = event.choice
+        if choice not in told:
+            told[choice] = 0
+            if heading.chat:
+                yield responses.chunk(heading, choice, role="assistant", content="")
+        text = event.text[told[choice] :] if event.snapshot else event.text
+        if text:
+            told[choice] += len(text)
+            yield responses.chunk(heading, choice, **{"content" if heading.chat else "text": text})
+        if event.type == "finished":
+            yield responses.chunk(heading, choice, event.finish_reason)
+        event = await _next_text(events)
+
+
+def _line(value: dict[str, Any]) -> str:
+    return f"data: {json_line(value)}\n\n"
+
+
+def _whole(services: Services, call: _Call) -> Response:
+    return JSONResponse(responses.answer(call.heading, _output(services, call)))
+
+
+def _last_lines(services: Services, call: _Call, more: dict[str, Any]) -> list[str]:
+    """Return what a stream tells behind its text: log-probabilities, and the tokens if they were asked for."""
+    output = _output(services, call)
+    lines = [_line(piece | more) for piece in responses.logprobs_chunks(call.heading, output)]
+    return [*lines, _line(responses.usage_chunk(call.heading, output))] if call.with_usage else lines
+
+
+def _output(services: Services, call: _Call) -> OutputView:
+    """Return the call's output; raise RequestFailed if it has none."""
+    with services.database.read() as session:
+        output = next(islice(queries.outputs(session, call.heading.id), 1), None)
+    if output is None:
+        raise RequestFailed
+    if output.error_message is not None:
+        raise RequestFailed(
+            output.error_message,
+            code=output.error_code,
+            status_code=output.error_status_code,
+            param=output.error_param,
+        )
+    return output
+
+
+def _cancel(services: Services, job_id: str) -> None:
+    try:
+        with services.database.write() as session:
+            writes.request_cancel(session, job_id)
+    except SQLAlchemyError as exc:
+        about = {"action": "cancel_failed", "job_id": job_id}
+        log.warning("Call %s goes on without a listener: %s", job_id, exc, extra=about)
+
+
+__all__ = ["router"]

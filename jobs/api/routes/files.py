@@ -1,0 +1,158 @@
+"""Routes of files, in OpenAI's shapes: upload, list, read, fetch the bytes, delete.
+
+Neither an upload nor a download is ever whole in memory: bytes go to SQL and come from there in chunks.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from jobs.api.auth.caller import Caller, CallerNow
+from jobs.api.dependencies import Services, ServicesNow
+from jobs.api.http.body import pieces
+from jobs.api.http.multipart import UploadForm
+from jobs.api.schemas import serializers
+from jobs.api.schemas.examples import BYTES, DELETED, FILE, UPLOAD_BODY, page_of, replies
+from jobs.api.schemas.replies import FileDeleted, FilePage, FileReply
+from jobs.api.write_threads import writing
+from jobs.errors import InvalidValue, NotFound
+from storage import files
+from storage.files import CHUNK_BYTES, FileView
+
+router = APIRouter(prefix="/v1/files")
+
+_DAY_S = 86_400.0
+
+
+@router.post("", response_model=None, openapi_extra=UPLOAD_BODY, responses=replies(FileReply, FILE, 400, 413))
+async def upload(request: Request, services: ServicesNow, caller: CallerNow) -> Response:
+    """Take a file. It is seen when all its bytes are there; the lines are looked at when a batch is made of it."""
+    form = UploadForm(request.headers.get("content-type", ""), services.settings.max_file_bytes)
+    writer = _Writer(services, caller, f"file-{secrets.token_hex(16)}")
+    try:
+        async for data in pieces(request.stream()):
+            await writing(writer.take, form, data)
+        form.end()
+        return await writing(writer.finish, form)
+    except BaseException:
+        await writing(writer.drop)
+        raise
+
+
+@router.get("", response_model=None, responses=replies(FilePage, page_of(FILE), 400))
+def list_files(
+    services: ServicesNow,
+    caller: CallerNow,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+    after: Annotated[str | None, Query(max_length=128)] = None,
+    order: Literal["asc", "desc"] = "desc",
+    purpose: Annotated[str | None, Query(max_length=64)] = None,
+) -> Response:
+    """List files by the time of their creation; `after` is the id that ended the page before."""
+    with services.database.read() as session:
+        page = files.files(session, limit, after or None, caller.sees, purpose=purpose, newest_first=order == "desc")
+    if page is None:
+        raise InvalidValue("There is no file of this id to start behind.", param="after")
+    return JSONResponse(serializers.page([serializers.file(file) for file in page.files], page.has_more))
+
+
+def _existing_file(file_id: str, services: ServicesNow, caller: CallerNow) -> FileView:
+    with services.database.read() as session:
+        file = files.file(session, file_id, caller.sees)
+    if file is None:
+        raise _no_file(file_id)
+    return file
+
+
+ExistingFile = Annotated[FileView, Depends(_existing_file)]
+
+
+@router.get("/{file_id}", response_model=None, responses=replies(FileReply, FILE, 404))
+def retrieve(file: ExistingFile) -> Response:
+    """Read one file's description."""
+    return JSONResponse(serializers.file(file))
+
+
+@router.delete("/{file_id}", response_model=None, responses=replies(FileDeleted, DELETED, 404))
+async def delete(file_id: str, services: ServicesNow, caller: CallerNow) -> Response:
+    """Delete a file. A batch that is made of it goes on."""
+    if not await writing(_delete, services, file_id, caller):
+        raise _no_file(file_id)
+    return JSONResponse({"id": file_id, "object": "file", "deleted": True})
+
+
+@router.get("/{file_id}/content", response_class=StreamingResponse, responses=BYTES)
+def content(file: ExistingFile, services: ServicesNow) -> StreamingResponse:
+    """Fetch the bytes of a file, as they were uploaded."""
+    headers = {"content-length": str(file.bytes), "x-content-type-options": "nosniff"}
+    return StreamingResponse(_chunks(services, file.id), media_type="application/octet-stream", headers=headers)
+
+
+def _delete(services: Services, file_id: str, caller: Caller) -> bool:
+    with services.database.write() as session:
+        return files.delete_file(session, file_id, caller.sees)
+
+
+class _Writer:
+    """Writes one upload, each chunk as a transaction of its own: a slow sender must not lock the others out."""
+
+    def __init__(self, services: Services, caller: Caller, file_id: str) -> None:
+        self._services = services
+        self._caller = caller
+        self._file_id = file_id
+        self._chunks = 0
+
+    def take(self, form: UploadForm, data: bytes) -> None:
+        """Read the next bytes of the body, and write what they complete."""
+        form.feed(data)
+        while len(form.waiting) >= CHUNK_BYTES:
+            self.write(form, CHUNK_BYTES)
+
+    def write(self, form: UploadForm, size: int) -> None:
+        """Write that many bytes of what waits in the form."""
+        data = bytes(form.waiting[:size])
+        del form.waiting[:size]
+        with self._services.database.write() as session:
+            if not self._chunks:
+                files.begin_file(session, self._file_id, "batch", form.filename or "", self._caller.key_id)
+            files.append_chunk(session, self._file_id, self._chunks, data)
+        self._chunks += 1
+
+    def finish(self, form: UploadForm) -> Response:
+        """Write the rest and show the file."""
+        purpose = form.purpose()
+        kept_s = form.kept_s() or self._services.settings.file_days * _DAY_S
+        if form.waiting or not self._chunks:
+            self.write(form, len(form.waiting))
+        with self._services.database.write() as session:
+            files.finish_file(session, self._file_id, form.size, kept_s, purpose)
+            file = files.file(session, self._file_id)
+        assert file is not None
+        return JSONResponse(serializers.file(file))
+
+    def drop(self) -> None:
+        """Take back what was written of an upload that failed."""
+        if self._chunks:
+            with self._services.database.write() as session:
+                files.drop_file(session, self._file_id)
+
+
+def _chunks(services: Services, file_id: str) -> Iterator[bytes]:
+    """Yield the bytes of a file; a slow reader holds no connection meanwhile."""
+    index = 0
+    while True:
+        with services.database.read() as session:
+            data = files.chunk(session, file_id, index)
+        if data is None:
+            return
+        yield data
+        index += 1
+
+
+def _no_file(file_id: str) -> NotFound:
+    return NotFound(f"There is no file {file_id[:80]!r}.", param="id")

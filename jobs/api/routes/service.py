@@ -1,0 +1,104 @@
+"""Routes about the service itself: statistics, workers, models and health."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import redis
+from fastapi import APIRouter, Query, Response
+from fastapi.responses import JSONResponse
+from redis.exceptions import RedisError
+from sqlalchemy import text
+
+from jobs.api.auth.caller import CallerNow
+from jobs.api.dependencies import ServicesNow
+from jobs.api.schemas import serializers
+from jobs.api.schemas.replies import HEALTH, JOB_ROWS, MODEL, MODELS, READY, STATISTICS, WORKERS
+from jobs.errors import NotFound, UnknownModel
+from jobs.submission.intake import known_models
+from storage import queries
+from storage.statistics import job_rows
+
+router = APIRouter()
+
+_REDIS_TIMEOUT_S = 1.0
+
+
+@router.get("/v1/stats", response_model=None, responses=STATISTICS)
+def statistics(services: ServicesNow) -> Response:
+    """Say how fast everything ran so far, and how much speculation paid."""
+    with services.database.read() as session:
+        return JSONResponse(serializers.statistics(queries.total_stats(session)))
+
+
+@router.get("/v1/stats/jobs", response_model=None, responses=JOB_ROWS)
+def statistics_by_job(
+    services: ServicesNow,
+    caller: CallerNow,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    job: Annotated[str | None, Query(max_length=128)] = None,
+) -> Response:
+    """List the newest jobs, or one, each with its numbers in one flat row."""
+    with services.database.read() as session:
+        rows = job_rows(session, limit, owner=caller.sees, job_id=job)
+    if job is not None and not rows:
+        raise NotFound(f"There is no job {job[:80]!r}.", param="job")
+    return JSONResponse({"object": "list", "data": [asdict(row) for row in rows]})
+
+
+@router.get("/v1/workers", response_model=None, responses=WORKERS)
+def workers(services: ServicesNow) -> Response:
+    """List the workers that have introduced themselves, with their measured cost curves."""
+    with services.database.read() as session:
+        found = queries.workers(session)
+    return JSONResponse({"object": "list", "data": [serializers.worker(worker) for worker in found]})
+
+
+@router.get("/v1/models", response_model=None, responses=MODELS)
+def models(services: ServicesNow) -> Response:
+    """List the models a job may name."""
+    known = known_models(services.database, services.settings)
+    return JSONResponse({"object": "list", "data": [serializers.model(name, known[name]) for name in sorted(known)]})
+
+
+@router.get("/v1/models/{model:path}", response_model=None, responses=MODEL)
+def model(model: str, services: ServicesNow) -> Response:
+    """Read one model. Hub ids carry a slash, so the name is the rest of the path."""
+    known = known_models(services.database, services.settings)
+    if model not in known:
+        raise UnknownModel(f"There is no model {model[:80]!r}; there is {', '.join(sorted(known))}.", param="model")
+    return JSONResponse(serializers.model(model, known[model]))
+
+
+@router.get("/healthz", response_model=None, responses=HEALTH)
+def health() -> Response:
+    """Say that the process is alive."""
+    return JSONResponse({"status": "ok"})
+
+
+@router.get("/readyz", response_model=None, responses=READY)
+def ready(services: ServicesNow) -> Response:
+    """Say whether jobs can be taken (503 if the database is away), and how the queue is."""
+    with services.database.read() as session:
+        session.execute(text("SELECT 1"))
+        served = queries.models(session)
+    return JSONResponse(
+        {
+            "status": "ready",
+            "database": "ok",
+            "redis": _redis_state(services.settings.redis_url),
+            "models": [view.target for view in served],
+        }
+    )
+
+
+def _redis_state(redis_url: str) -> str:
+    """Return ok or degraded. Degraded is no reason to refuse jobs: SQL has them, and workers look there."""
+    client = redis.Redis.from_url(redis_url, socket_timeout=_REDIS_TIMEOUT_S, socket_connect_timeout=_REDIS_TIMEOUT_S)
+    try:
+        with client:
+            client.ping()
+    except (RedisError, OSError):
+        return "degraded"
+    return "ok"

@@ -1,0 +1,3 @@
+"""Response models, serializers and the OpenAPI document."""
+
+from __future__ import annotations

@@ -1,0 +1,275 @@
+"""The OpenAPI document: what FastAPI can't see in the routes, for they read their bodies themselves.
+
+Describes; decides nothing. Names of fields come from the code that reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any, Final, get_args
+
+from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
+
+from jobs.api.schemas.replies import ErrorReply, streamed_schemas
+from jobs.messages import MAX_COMPARED_REQUESTS, Endpoint, SamplingParameters
+from jobs.submission.request_parser import MAX_CUSTOM_ID_CHARS, MAX_TIMEOUT_S, PARAMETERS, UNSUPPORTED, WITHOUT_EFFECT
+
+Json = dict[str, Any]
+
+
+ERRORS: dict[int | str, Json] = {
+    "4XX": {"model": ErrorReply, "description": "Why not: what to change about the call."},
+    "5XX": {"model": ErrorReply, "description": "Why not now, or what went wrong here."},
+}
+TAGS: Final[list[Json]] = [
+    {"name": "jobs", "description": "Submit prompts, watch them, fetch their texts."},
+    {"name": "files", "description": "Files for batches and of batches, as OpenAI has them."},
+    {"name": "batches", "description": "Jobs that are made of a file, as OpenAI has them."},
+    {"name": "completions", "description": "Single requests, answered at once, as OpenAI has them."},
+    {"name": "service", "description": "Models, workers, numbers, health."},
+]
+_KEY: Final = "key"  # the name of the security scheme
+_SCHEMAS: Final[Json] = {}  # of bodies, by their names
+
+_TEXT: Final[Json] = {"type": "string", "minLength": 1}
+_WINDOW: Final[Json] = {"type": "string", "pattern": "^[1-9][0-9]{0,3}[mhd]$", "description": "Such as 24h or 30m."}
+_ENDPOINT: Final[Json] = {"type": "string", "enum": list(get_args(Endpoint))}
+
+
+def _parameters() -> Json:
+    """Return the schemas of all fields of PARAMETERS: those of the sampling parameters are read from their type."""
+    schemas: Json = {name: {"description": "Accepted; changes nothing here."} for name in WITHOUT_EFFECT}
+    schemas |= {name: {"description": "Not supported yet; leave it out."} for name in UNSUPPORTED}
+    for name, schema in SamplingParameters.model_json_schema()["properties"].items():
+        schemas[name] = {key: value for key, value in schema.items() if key not in ("title", "default")}
+    schemas["stop"] = {
+        "anyOf": [_TEXT, {"type": "array", "items": _TEXT, "maxItems": 4}],
+        "description": schemas["stop"]["description"],
+    }
+    schemas["max_completion_tokens"] = {**schemas["max_tokens"], "description": "As max_tokens; wins over it."}
+    schemas["logprobs"] = {
+        "anyOf": [{"type": "boolean"}, {"type": "integer", "minimum": 0, "maximum": 20}],
+        "description": "Chats: whether to tell log-probabilities. Plain texts: for how many of the likeliest tokens.",
+    }
+    schemas["top_logprobs"] = {"type": "integer", "minimum": 0, "maximum": 20, "description": "Of chats with logprobs."}
+    return {name: schemas[name] for name in sorted(PARAMETERS)}
+
+
+def _optional(schema: Json) -> Json:
+    """Return the schema of a field that may be left out, or be null, which is the same."""
+    said = schema.get("anyOf")
+    if schema.keys() <= {"description"} or (said and {"type": "null"} in said):
+        return schema
+    described = {key: value for key, value in schema.items() if key == "description"}
+    own = said or [{key: value for key, value in schema.items() if key != "description"}]
+    return {"anyOf": [*own, {"type": "null"}], **described}
+
+
+def _object(title: str, required: list[str], properties: Json, *, open_ended: bool = False) -> Json:
+    """Name the schema of an object, and return a reference to it."""
+    shown = {name: schema if name in required else _optional(schema) for name, schema in properties.items()}
+    needed = {"required": required} if required else {}
+    return named(title, {"type": "object", "properties": shown, "additionalProperties": open_ended, **needed})
+
+
+def named(title: str, schema: Json) -> Json:
+    """Put a schema under its name into the document, and return a reference to it."""
+    _SCHEMAS[title] = {"title": title, **schema}
+    return {"$ref": f"#/components/schemas/{title}"}
+
+
+_PARAMETERS: Final = _parameters()
+_METADATA: Final[Json] = {
+    "type": "object",
+    "maxProperties": 16,
+    "additionalProperties": {"type": "string", "maxLength": 512},
+    "description": "Yours: comes back with the job.",
+}
+_PART: Final = _object("ContentPart", ["type", "text"], {"type": {"type": "string", "enum": ["text"]}, "text": _TEXT})
+_MESSAGE: Final = _object(
+    "Message",
+    ["role", "content"],
+    {
+        "role": {"type": "string", "enum": ["system", "developer", "user", "assistant", "tool"]},
+        "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]},
+        "name": {"type": "string", "description": "Accepted; changes nothing here."},
+        "refusal": {"description": "Accepted; changes nothing here."},
+        "tool_call_id": {"type": "string", "description": "Accepted; changes nothing here."},
+    },
+    open_ended=True,  # an answer that is sent back as history has more fields, which are empty
+)
+_MESSAGES: Final[Json] = {"type": "array", "minItems": 1, "items": _MESSAGE}
+_TOKEN_IDS: Final[Json] = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+_PROMPT: Final[Json] = {
+    "anyOf": [_TEXT, {"type": "array", "minItems": 1, "items": {"anyOf": [_TEXT, {"type": "integer"}, _TOKEN_IDS]}}],
+    "description": "A text; on /v1/completions also a list of texts, or token ids.",
+}
+_ID: Final[Json] = {"type": "string", "minLength": 1, "maxLength": MAX_CUSTOM_ID_CHARS}
+_REQUEST: Final = _object(
+    "JobRequest",
+    [],
+    {
+        **_PARAMETERS,
+        "custom_id": {**_ID, "description": "Your name for the request; unique in the job."},
+        "id": {**_ID, "description": "Another spelling of custom_id."},
+        "prompt": _PROMPT,
+        "messages": _MESSAGES,
+        "model": _TEXT,
+        "timeout_s": {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_TIMEOUT_S},
+    },
+)
+_LINE: Final = _object(
+    "BatchLine",
+    ["body"],
+    {
+        "custom_id": _ID,
+        "id": _ID,
+        "method": {"type": "string", "enum": ["POST"]},
+        "url": _ENDPOINT,
+        "body": {"type": "object"},
+    },
+)
+_REQUESTS: Final[Json] = {
+    "type": "array",
+    "minItems": 1,
+    "items": {"anyOf": [_TEXT, _REQUEST, _LINE]},
+    "description": "Prompts: texts, objects with prompt or messages, or lines of an OpenAI batch file.",
+}
+_JOB: Final[Json] = {
+    "model": {**_TEXT, "description": "None: the first request's, else the one that is served."},
+    "endpoint": _ENDPOINT,
+    "metadata": _METADATA,
+    "completion_window": _WINDOW,
+    "parameters": _object("Parameters", [], _PARAMETERS),
+    "compare_plain": {
+        "type": "integer",
+        "minimum": 1,
+        "maximum": MAX_COMPARED_REQUESTS,
+        "description": "Requests that are decoded a second time without drafts when the job is done.",
+    },
+}
+_SUBMISSION: Final = _object(
+    "JobSubmission",
+    [],
+    {
+        **_PARAMETERS,
+        **_JOB,
+        "requests": _REQUESTS,
+        "prompts": {**_REQUESTS, "description": "The same as requests; give one of them."},
+    },
+)
+_CALL: Final[Json] = {
+    **_PARAMETERS,
+    "model": _TEXT,
+    "stream": {"type": "boolean", "description": "Answer in server-sent events, as the text is written."},
+    "stream_options": _object("StreamOptions", [], {"include_usage": {"type": "boolean"}}, open_ended=True),
+}
+_CHAT: Final = _object("ChatCall", ["model", "messages"], {**_CALL, "messages": _MESSAGES})
+_COMPLETION: Final = _object("CompletionCall", ["model", "prompt"], {**_CALL, "prompt": _PROMPT})
+
+IDEMPOTENCY: Final[Json] = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "required": False,
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255},
+    "description": "A submission that comes again under the same key is the same job.",
+}
+_TRACEPARENT: Final[Json] = {
+    "name": "traceparent",
+    "in": "header",
+    "required": False,
+    "schema": {"type": "string"},
+    "description": "W3C trace context: the spans of the job continue it.",
+}
+
+
+def _of_query() -> list[Json]:
+    """Return the job's fields and the parameters as a query, for bodies of lines. Objects and lists are JSON texts."""
+    fields = {name: schema for name, schema in {**_PARAMETERS, **_JOB}.items() if schema.keys() - {"description"}}
+    return [
+        {
+            "name": name,
+            "in": "query",
+            "required": False,
+            "schema": _of_text(schema),
+            "description": f"{schema.get('description', '')} Of bodies of lines; lists and objects as JSON.".strip(),
+        }
+        for name, schema in {**fields, "parameters": {"type": "object"}}.items()
+    ]
+
+
+def _of_text(schema: Json) -> Json:
+    """Return the schema of a field in a query: its own if it is a plain value, else a string."""
+    ways = [way for way in schema.get("anyOf", [schema]) if way != {"type": "null"}]
+    plain = len(ways) == 1 and ways[0].get("type") in ("string", "integer", "number", "boolean")
+    return {key: value for key, value in ways[0].items() if key != "description"} if plain else {"type": "string"}
+
+
+def _body(schema: Json, examples: Json, *parameters: Json, **others: Json) -> Json:
+    shown = {name: {"value": value} for name, value in examples.items()}
+    content = {"application/json": {"schema": schema, "examples": shown}, **others}
+    return {"requestBody": {"required": True, "content": content}, "parameters": [*parameters, _TRACEPARENT]}
+
+
+_LINES: Final[Json] = {"schema": {"type": "string"}, "example": '"Name two rivers."\n"Say hello."\n'}
+JOB_BODY: Final = _body(
+    _SUBMISSION,
+    {
+        "prompts": {"prompts": ["Name two rivers."], "max_tokens": 40, "temperature": 0},
+        "requests": {"requests": ["Name two rivers.", {"custom_id": "b", "prompt": "Hello."}], "max_tokens": 40},
+    },
+    *_of_query(),
+    IDEMPOTENCY,
+    **{"application/x-ndjson": _LINES, "application/jsonl": _LINES, "application/x-jsonlines": _LINES},
+)
+CHAT_BODY: Final = _body(
+    _CHAT,
+    {"chat": {"model": "smollm2-135m-instruct", "messages": [{"role": "user", "content": "Name two rivers."}]}},
+)
+COMPLETION_BODY: Final = _body(
+    _COMPLETION, {"text": {"model": "smollm2-135m-instruct", "prompt": "The river runs", "max_tokens": 16}}
+)
+
+
+_SCHEME: Final[Json] = {
+    "type": "http",
+    "scheme": "bearer",
+    "description": "A key of `basic keys create`. Needed once there is a key; before that, calls need none.",
+}
+
+
+def install(app: FastAPI, *shown: APIRouter) -> None:
+    """Let the application's document say what it does: a request that is not valid is a 400 here, never a 422."""
+    make = app.openapi
+
+    @cache
+    def openapi() -> Json:
+        document = make()
+        _show_nulls(shown, document)
+        document["tags"] = TAGS
+        for path, methods in document["paths"].items():
+            for operation in methods.values():
+                operation["responses"].pop("422", None)
+                if path.startswith("/v1"):
+                    operation["security"] = [{_KEY: []}, {}]
+        document["components"]["schemas"] |= streamed_schemas() | _SCHEMAS
+        document["components"]["securitySchemes"] = {_KEY: _SCHEME}
+        for name in ("HTTPValidationError", "ValidationError"):
+            document.get("components", {}).get("schemas", {}).pop(name, None)
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _show_nulls(routers: Iterable[APIRouter], document: Json) -> None:
+    """Put examples of replies back as they are: FastAPI drops what is null, and clients index it."""
+    for route in (route for router in routers for route in router.routes):
+        if not isinstance(route, APIRoute):
+            continue
+        for status, reply in route.responses.items():
+            for kind, content in reply.get("content", {}).items():
+                for method in route.methods or ():
+                    operation = document["paths"][route.path_format][method.lower()]
+                    operation["responses"][str(status)]["content"][kind].update(content)

@@ -1,0 +1,196 @@
+"""How things look on the wire: rows of the record in, JSON objects in OpenAI's style out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from jobs.messages import JobStatus
+from jobs.openai.errors import error_body
+from jobs.openai.logprobs import shaped
+from jobs.openai.responses import usage
+from storage.files import FileView
+from storage.queries import ChoiceView, JobStats, JobView, OutputView, WorkerView
+
+Json = dict[str, Any]
+
+
+def job(view: JobView) -> Json:
+    """Return a job. Times are whole Unix seconds; a time that has not come is null."""
+    return {
+        "id": view.id,
+        "object": "job",
+        "status": view.status,
+        "model": view.model,
+        "endpoint": view.endpoint,
+        "input_file_id": view.input_file_id,
+        "output_file_id": view.output_file_id,
+        "error_file_id": view.error_file_id,
+        "errors": _errors(view),
+        **_life(view, view.started_at),
+        "progress": _progress(view),
+        "metadata": view.metadata,
+        "retry_of": view.retry_of,
+    }
+
+
+def batch(view: JobView) -> Json:
+    """Return a job that was made of a file, with all fields of OpenAI's Batch: null until they mean something."""
+    return {
+        "id": view.id,
+        "object": "batch",
+        "status": view.status,
+        "model": view.model or None,
+        "endpoint": view.endpoint,
+        "input_file_id": view.input_file_id,
+        "output_file_id": view.output_file_id,
+        "error_file_id": view.error_file_id,
+        "errors": _errors(view),
+        **_life(view, view.validated_at),
+        "usage": _batch_usage(view.usage),
+        "metadata": view.metadata,
+    }
+
+
+def file(view: FileView) -> Json:
+    """Return a file in OpenAI's fields. It is `processed` at once: the lines are looked at by the batch."""
+    return {
+        "id": view.id,
+        "object": "file",
+        "bytes": view.bytes,
+        "created_at": int(view.created_at),
+        "expires_at": _second(view.expires_at),
+        "filename": view.filename,
+        "purpose": view.purpose,
+        "status": "processed",
+        "status_details": None,
+    }
+
+
+def _life(view: JobView, in_progress_at: float | None) -> Json:
+    """Return how far a job is: its window, its times and its counts."""
+    status = JobStatus(view.status)
+    return {
+        "completion_window": view.completion_window or _window(view.expires_at - view.created_at),
+        "created_at": int(view.created_at),
+        "in_progress_at": _second(in_progress_at),
+        "expires_at": int(view.expires_at),
+        "finalizing_at": _second(view.finalizing_at),
+        "cancelling_at": _second(view.cancelling_at),
+        **{f"{end}_at": _second(view.finished_at if status == end else None) for end in _ENDS},
+        "request_counts": {
+            "total": view.requests_total,
+            "completed": view.requests_completed,
+            "failed": view.requests_failed,
+        },
+    }
+
+
+def _errors(view: JobView) -> Json | None:
+    return None if view.errors is None else {"object": "list", "data": list(view.errors)}
+
+
+def _batch_usage(tokens: Mapping[str, int] | None) -> Json | None:
+    """Return the tokens of the output file. Nothing is cached between requests, and nothing is thought unseen."""
+    if tokens is None:
+        return None
+    return {
+        "input_tokens": tokens["input_tokens"],
+        "input_tokens_details": {"cached_tokens": 0},
+        "output_tokens": tokens["output_tokens"],
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": tokens["input_tokens"] + tokens["output_tokens"],
+    }
+
+
+_ENDS = (JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.EXPIRED, JobStatus.CANCELLED)
+
+
+def page(items: Sequence[Json], has_more: bool) -> Json:
+    """Return a page of a list."""
+    return {
+        "object": "list",
+        "data": items,
+        "first_id": items[0]["id"] if items else None,
+        "last_id": items[-1]["id"] if items else None,
+        "has_more": has_more,
+    }
+
+
+def output(view: OutputView, endpoint: str) -> Json:
+    """Return one line of a job's outputs: the choices of a request, or why there are none."""
+    line: Json = {"custom_id": view.custom_id, "index": view.request_index, "status": view.status}
+    if view.error_message is not None:
+        status_code = view.error_status_code or 500
+        line |= error_body(status_code, view.error_message, view.error_param, view.error_code)
+        if not view.choices:
+            return line
+    choices = [
+        {
+            "index": choice.choice_index,
+            "text": choice.text,
+            "finish_reason": choice.finish_reason,
+            "completion_tokens": choice.completion_tokens,
+            **_logprobs(choice, endpoint),
+        }
+        for choice in view.choices
+    ]
+    return line | {"choices": choices, "usage": usage(view)}
+
+
+def _logprobs(choice: ChoiceView, endpoint: str) -> Json:
+    wanted = shaped(endpoint, choice.logprobs, choice.text)
+    return {} if wanted is None else {"logprobs": wanted}
+
+
+def statistics(view: JobStats) -> Json:
+    """Return the numbers of a job, or of everything."""
+    return asdict(view)
+
+
+def worker(view: WorkerView) -> Json:
+    """Return a worker."""
+    return asdict(view)
+
+
+def model(name: str, context_tokens: int | None) -> Json:
+    """Return a model: OpenAI's fields, and the context where a worker has told it."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "basic", "context_tokens": context_tokens}
+
+
+def _progress(view: JobView) -> Json:
+    elapsed_s = _elapsed_s(view)
+    return {
+        "prompt_tokens": view.prompt_tokens,
+        "completion_tokens": view.completion_tokens,
+        "elapsed_s": round(elapsed_s, 3),
+        "tokens_per_s": round(view.completion_tokens / elapsed_s, 3) if elapsed_s > 0 else None,
+        "time_left_s": _time_left_s(view, elapsed_s),
+    }
+
+
+def _time_left_s(view: JobView, elapsed_s: float) -> float | None:
+    """Return how long the rest takes at the pace of the requests so far; None where there is no pace yet."""
+    left = view.requests_total - view.requests_completed - view.requests_failed
+    if JobStatus(view.status).final:
+        return 0.0
+    return round(elapsed_s * left / view.requests_completed, 1) if view.requests_completed else None
+
+
+def _elapsed_s(view: JobView) -> float:
+    if view.started_at is None:
+        return 0.0
+    until = time.time() if view.finished_at is None else view.finished_at
+    return max(0.0, until - view.started_at)
+
+
+def _window(window_s: float) -> str:
+    """Return a time span as it is written in a submission."""
+    minutes = max(1, round(window_s / 60))
+    return f"{minutes // 60}h" if minutes % 60 == 0 else f"{minutes}m"
+
+
+def _second(at: float | None) -> int | None:
+    return None if at is None else int(at)

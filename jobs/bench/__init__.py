@@ -1,0 +1,3 @@
+"""Benchmarks of the API server."""
+
+from __future__ import annotations

@@ -1,0 +1,236 @@
+"""Measure the API server: `python -m jobs.bench.batch_api`.
+
+Real API server and ingest process, real Redis-protocol server, SQLite; no worker and no model. Each measurement is a
+function that gets the server and returns its numbers; add one to MEASUREMENTS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+
+from jobs.local.startup import Start
+from jobs.messages import CHAT_ENDPOINT, model_name
+from jobs.processes import Children
+from jobs.settings import JobsSettings
+
+_TICK_S: Final = 0.2
+_PATIENCE_S: Final = 900.0
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How large the measured batch is."""
+
+    lines: int = 50_000
+    file_bytes: int = 200_000_000
+    polls: int = 200
+
+
+@dataclass(slots=True)
+class Door:
+    """The running processes, and what one measurement leaves for the next."""
+
+    http: httpx.Client
+    model: str
+    pids: dict[str, int]
+    scale: Scale
+    directory: Path
+    file_id: str = ""
+    batch_id: str = ""
+    seen: dict[str, Any] = field(default_factory=dict)
+
+
+Measurement = Callable[[Door], dict[str, Any]]
+
+
+def measure_upload(door: Door) -> dict[str, Any]:
+    """Upload a file of the largest size, as fast as the machine takes it."""
+    path = _write_input(door)
+    with Rss(door.pids["api"]) as rss, path.open("rb") as content:
+        began_at = time.monotonic()
+        reply = door.http.post("/v1/files", data={"purpose": "batch"}, files={"file": (path.name, content)})
+        file = _ok(reply)
+        seconds = time.monotonic() - began_at
+    assert file["bytes"] == path.stat().st_size
+    door.file_id = file["id"]
+    return {"upload_bytes": file["bytes"], "upload_s": seconds, "upload_server_rss_mb": rss.peak_mb}
+
+
+def measure_validation(door: Door) -> dict[str, Any]:
+    """Make a batch of the file and wait until its lines are read; meanwhile ask the shim whether it is well."""
+    order = {"input_file_id": door.file_id, "endpoint": CHAT_ENDPOINT, "completion_window": "24h"}
+    waits_ms: list[float] = []
+    with Rss(door.pids["ingest"]) as rss:
+        began_at = time.monotonic()
+        batch = _ok(door.http.post("/v1/batches", json=order))
+        while batch["status"] == "validating":
+            if time.monotonic() - began_at > _PATIENCE_S:
+                raise SystemExit("the batch was not read in time")
+            time.sleep(_TICK_S)
+            asked_at = time.monotonic()
+            batch = _ok(door.http.get(f"/v1/batches/{batch['id']}"))
+            waits_ms.append(1000 * (time.monotonic() - asked_at))
+        seconds = time.monotonic() - began_at
+    assert batch["request_counts"]["total"] == door.scale.lines, batch["errors"]
+    door.batch_id = batch["id"]
+    return {
+        "validation_s": seconds,
+        "validation_ingest_rss_mb": rss.peak_mb,
+        "poll_while_validating_median_ms": statistics.median(waits_ms),
+        "poll_while_validating_max_ms": max(waits_ms),
+    }
+
+
+def measure_polls(door: Door) -> dict[str, Any]:
+    """Read the large job again and again."""
+    waits_ms = []
+    for _ in range(door.scale.polls):
+        asked_at = time.monotonic()
+        _ok(door.http.get(f"/v1/jobs/{door.batch_id}"))
+        waits_ms.append(1000 * (time.monotonic() - asked_at))
+    waits_ms.sort()
+    return {"poll_median_ms": statistics.median(waits_ms), "poll_p99_ms": waits_ms[int(0.99 * len(waits_ms))]}
+
+
+def measure_download(door: Door) -> dict[str, Any]:
+    """Fetch the file again, all of it."""
+    size = 0
+    with Rss(door.pids["api"]) as rss:
+        began_at = time.monotonic()
+        with door.http.stream("GET", f"/v1/files/{door.file_id}/content") as reply:
+            for data in reply.iter_bytes():
+                size += len(data)
+        seconds = time.monotonic() - began_at
+    return {"download_bytes": size, "download_s": seconds, "download_server_rss_mb": rss.peak_mb}
+
+
+def measure_cancel(door: Door) -> dict[str, Any]:
+    """Cancel the batch and wait for its error file: a line for each request."""
+    began_at = time.monotonic()
+    batch = _ok(door.http.post(f"/v1/batches/{door.batch_id}/cancel"))
+    answered_s = time.monotonic() - began_at
+    with Rss(door.pids["ingest"]) as rss:
+        while batch["status"] != "cancelled":
+            if time.monotonic() - began_at > _PATIENCE_S:
+                raise SystemExit("the batch was not filed in time")
+            time.sleep(_TICK_S)
+            batch = _ok(door.http.get(f"/v1/batches/{door.batch_id}"))
+    lines = door.http.get(f"/v1/files/{batch['error_file_id']}/content").content.count(b"\n")
+    assert lines == door.scale.lines
+    seconds = time.monotonic() - began_at
+    return {"cancel_answer_s": answered_s, "cancelled_and_filed_s": seconds, "filing_ingest_rss_mb": rss.peak_mb}
+
+
+MEASUREMENTS: Final[tuple[Measurement, ...]] = (
+    measure_upload,
+    measure_validation,
+    measure_polls,
+    measure_download,
+    measure_cancel,
+)
+
+
+class Rss:
+    """The highest resident memory of a process while the block runs, looked at five times a second."""
+
+    def __init__(self, pid: int) -> None:
+        """Watch this process."""
+        self._status = Path(f"/proc/{pid}/status")
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self.peak_mb = 0.0
+
+    def __enter__(self) -> Rss:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            for line in self._status.read_text().splitlines():
+                if line.startswith("VmRSS"):
+                    self.peak_mb = max(self.peak_mb, int(line.split()[1]) / 1000)
+            if self._stop.wait(_TICK_S):
+                return
+
+
+@contextmanager
+def open_door(directory: Path, scale: Scale) -> Iterator[Door]:
+    """Start what a door consists of, in a directory of its own, and stop it at the end."""
+    (directory / "logs").mkdir()
+    settings = JobsSettings(data_dir=directory, api_port=0)
+    children = Children()
+    try:
+        settings, pids = Start(settings, children, threading.Event()).run_door()
+        with httpx.Client(base_url=settings.api_url, timeout=_PATIENCE_S, trust_env=False) as http:
+            yield Door(http, model_name(settings.target), pids, scale, directory)
+    finally:
+        children.stop(threading.Event())
+
+
+def measure(scale: Scale) -> dict[str, Any]:
+    """Return the numbers of all measurements."""
+    numbers: dict[str, Any] = {"lines": scale.lines}
+    with tempfile.TemporaryDirectory(prefix="basic-bench-") as directory, open_door(Path(directory), scale) as door:
+        for measurement in MEASUREMENTS:
+            numbers |= measurement(door)
+    return numbers
+
+
+def main() -> int:
+    """Measure and print a table, or one JSON object."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.bench.batch_api", description="Measure the front door.")
+    parser.add_argument("--lines", type=int, default=Scale().lines, help="requests of the batch")
+    parser.add_argument("--megabytes", type=float, default=Scale().file_bytes / 1e6, help="size of its file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given = parser.parse_args()
+    numbers = measure(Scale(given.lines, int(given.megabytes * 1e6)))
+    if given.json:
+        print(json.dumps(numbers))
+        return 0
+    for name, value in numbers.items():
+        print(f"{name:<34} {value:,.1f}" if isinstance(value, float) else f"{name:<34} {value:,}")
+    return 0
+
+
+def _write_input(door: Door) -> Path:
+    """Write a batch file of the wanted number of lines and about the wanted size."""
+    path = door.directory / "input.jsonl"
+    with path.open("w") as file:
+        empty = _line(door.model, 0, "")
+        filler = "word " * ((door.scale.file_bytes // door.scale.lines - len(empty)) // 5 - 2)
+        for index in range(door.scale.lines):
+            file.write(_line(door.model, index, filler))
+    return path
+
+
+def _line(model: str, index: int, content: str) -> str:
+    body = {"model": model, "messages": [{"role": "user", "content": f"{index:08} {content}"}], "max_tokens": 8}
+    return json.dumps({"custom_id": f"request-{index:08}", "method": "POST", "url": CHAT_ENDPOINT, "body": body}) + "\n"
+
+
+def _ok(reply: httpx.Response) -> dict[str, Any]:
+    if not reply.is_success:
+        raise SystemExit(f"{reply.request.method} {reply.request.url} was answered with {reply.text[:500]}")
+    answer: dict[str, Any] = reply.json()
+    return answer
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,348 @@
+"""`python -m jobs.bench.streams`: many readers on one running job, and whether each was told everything once.
+
+The shim is a process of its own in front of a real Redis-protocol server and SQLite; a thread of this process writes as
+a worker does, through the same flush and publisher. Of the readers a third comes late, and a third is cut off in the
+middle and comes back with `Last-Event-ID`. Each one's text is compared with what SQL has in the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+
+import httpx
+
+from jobs.local.redis_server import answers, server_arguments, server_binary
+from jobs.local.startup import free_port
+from jobs.messages import JobStatus, PartialEvent, Piece
+from jobs.processes import python_module
+from jobs.streaming.pubsub import Publisher
+from storage import leases, queries, schema, writes
+from storage.records import Checkpoint, Claim, FinishedChoice, NewJob, NewRequest, Progress
+from storage.session import Database
+from storage.settings import sqlite_url
+
+_START_S = 120.0
+_JOB = "batch_benchmark"
+_WORKER = "benchmark"
+_WORDS = ("to ", "be ", "or ", "not ")  # of one commit of one choice
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What is written, and for how many."""
+
+    readers: int = 500
+    requests: int = 32  # running at once, as in one worker
+    commits: int = 20
+    interval_s: float = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What came of it."""
+
+    readers: int
+    events_per_reader: int  # told live, to a reader that was there from the start
+    told_wrong: int  # readers whose text, ends or status differ from what SQL has
+    told_twice: int  # readers that got an event id twice
+    reconnected: int
+    late: int
+    written_in_s: float  # from the first commit to the last
+    behind_p50_ms: float  # from the last commit to a reader's last event
+    behind_max_ms: float
+    server_rss_mb: float
+    server_cpu_s: float
+
+
+@dataclass(slots=True)
+class _Reader:
+    """One reader: what it was told, over one connection or two."""
+
+    number: int
+    told: list[bytes] = field(default_factory=list)
+    last_id: str | None = None
+    ended_at: float = 0.0
+    reconnected: bool = False
+
+    @property
+    def kind(self) -> int:
+        return self.number % 3  # 0: stays, 1: comes late, 2: is cut off
+
+
+def measure(load: Load) -> Figures:
+    """Run the benchmark in a directory of its own."""
+    with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
+        data_dir = Path(directory)
+        database_url = sqlite_url(data_dir / "basic.sqlite3")
+        schema.upgrade(database_url)
+        database = Database.open(database_url)
+        stack.callback(database.dispose)
+        redis_url = stack.enter_context(_redis(data_dir))
+        api_url, shim = stack.enter_context(_shim(data_dir, database_url, redis_url))
+        writer = _Writer(database, redis_url, load)
+        readers = asyncio.run(_read_all(api_url, load, writer))
+        rss_mb, cpu_s = _usage(shim.pid)
+        return _figures(readers, writer, database, load, rss_mb, cpu_s)
+
+
+class _Writer:
+    """Writes as a worker does."""
+
+    def __init__(self, database: Database, redis_url: str, load: Load) -> None:
+        self._database = database
+        self._redis_url = redis_url
+        self._load = load
+        self.began_at = 0.0
+        self.ended_at = 0.0
+        with database.write() as session:
+            job = NewJob(_JOB, "benchmark", "/v1/completions", 86_400.0)
+            writes.record_job(session, job, [NewRequest(f"r{n}", body={"n": n}) for n in range(load.requests)])
+        with database.write() as session:
+            self._claims = leases.claim(session, _WORKER, "benchmark", load.requests, 600.0)
+
+    def write(self, halfway: Callable[[], object]) -> None:
+        """Commit and publish until the job has ended, and say when half of it is done."""
+        publisher = Publisher(self._redis_url)
+        self.began_at = time.monotonic()
+        for number in range(1, self._load.commits + 1):
+            time.sleep(self._load.interval_s)
+            last = number == self._load.commits
+            progress = [self._progress(claim, number, last) for claim in self._claims]
+            with self._database.write() as session:
+                writes.flush(session, _WORKER, 600.0, progress, [claim.lease for claim in self._claims])
+            self.ended_at = time.monotonic()
+            events = [self._event(claim, number) for claim in self._claims]
+            end = [PartialEvent(job_id=_JOB, type="job", status=JobStatus.COMPLETED)] if last else []
+            publisher.publish([*events, *end])
+            if number == self._load.commits // 2:
+                halfway()
+        publisher.close()
+
+    def _progress(self, claim: Claim, number: int, last: bool) -> Progress:
+        finished = FinishedChoice(
+            choice_index=0,
+            text="".join(_text(claim, n) for n in range(1, number + 1)),
+            token_ids=tuple(range(len(_WORDS) * number)),
+            finish_reason="stop",
+            prompt_tokens=1,
+            completion_tokens=len(_WORDS) * number,
+            started_at=0.0,
+            finished_at=1.0,
+            last_seq=number + 1,
+        )
+        checkpoint = Checkpoint(
+            choice_index=0,
+            seq=number,
+            token_ids=tuple(range(len(_WORDS))),
+            accepted=(False,) * len(_WORDS),
+            text=_text(claim, number),
+            pieces=((_text(claim, number), "target"),),
+            steps=(),
+        )
+        return Progress(claim.lease, (checkpoint,), (finished,) if last else (), ends=last)
+
+    def _event(self, claim: Claim, number: int) -> PartialEvent:
+        text = _text(claim, number)
+        return PartialEvent(
+            job_id=_JOB,
+            request=claim.custom_id,
+            index=claim.lease.request_index,
+            seq=number,
+            type="tokens",
+            text=text,
+            pieces=(Piece(text=text, source="target"),),
+            tokens=len(_WORDS),
+        )
+
+
+def _text(claim: Claim, number: int) -> str:
+    return f"[{claim.lease.request_index}.{number}] " + "".join(_WORDS)
+
+
+async def _read_all(api_url: str, load: Load, writer: _Writer) -> list[_Reader]:
+    readers = [_Reader(number) for number in range(load.readers)]
+    everybody_there, halfway = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    waiting = sum(reader.kind != 1 for reader in readers)
+
+    def arrived() -> None:
+        nonlocal waiting
+        waiting -= 1
+        if waiting == 0:
+            everybody_there.set()
+
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    client = httpx.AsyncClient(base_url=api_url, timeout=600.0, limits=limits, trust_env=False)
+    async with client as http, asyncio.TaskGroup() as group:  # one reader that fails ends them all
+        for reader in readers:
+            group.create_task(_read(http, reader, arrived, halfway))
+        await everybody_there.wait()
+        await asyncio.to_thread(writer.write, lambda: loop.call_soon_threadsafe(halfway.set))
+    return readers
+
+
+async def _read(http: httpx.AsyncClient, reader: _Reader, arrived: Callable[[], None], halfway: asyncio.Event) -> None:
+    if reader.kind == 1:
+        await halfway.wait()
+    cut_after = 20 + reader.number if reader.kind == 2 else None  # events; everyone somewhere else
+    while True:
+        blocks = _blocks(http, reader.last_id)
+        async for block in blocks:
+            if b"retry:" in block:
+                if not reader.reconnected and reader.kind != 1:
+                    arrived()
+                continue
+            if b"data: " not in block:
+                continue
+            reader.told.append(block)
+            reader.last_id = _id(block) or reader.last_id
+            if cut_after is not None and len(reader.told) >= cut_after:
+                cut_after, reader.reconnected = None, True
+                await blocks.aclose()
+                break
+        else:
+            reader.ended_at = time.monotonic()
+            return
+
+
+async def _blocks(http: httpx.AsyncClient, last_id: str | None) -> AsyncGenerator[bytes]:
+    headers = {"last-event-id": last_id} if last_id else {}
+    async with http.stream("GET", f"/v1/jobs/{_JOB}/events", headers=headers) as response:
+        response.raise_for_status()
+        rest = b""
+        async for part in response.aiter_bytes():
+            *blocks, rest = (rest + part).split(b"\n\n")
+            for block in blocks:
+                yield block
+
+
+def _id(block: bytes) -> str | None:
+    head = block.partition(b"\n")[0]
+    return head[4:].decode() if head.startswith(b"id: ") else None
+
+
+def _figures(
+    readers: list[_Reader], writer: _Writer, database: Database, load: Load, rss_mb: float, cpu_s: float
+) -> Figures:
+    with database.read() as session:
+        written = {view.request_index: view.choices[0].text for view in queries.outputs(session, _JOB)}
+    behind_ms = [1000 * (reader.ended_at - writer.ended_at) for reader in readers]
+    return Figures(
+        readers=load.readers,
+        events_per_reader=len(readers[0].told),
+        told_wrong=sum(not _is_right(reader, written) for reader in readers),
+        told_twice=sum(_is_doubled(reader) for reader in readers),
+        reconnected=sum(reader.reconnected for reader in readers),
+        late=sum(reader.kind == 1 for reader in readers),
+        written_in_s=round(writer.ended_at - writer.began_at, 2),
+        behind_p50_ms=round(median(behind_ms), 1),
+        behind_max_ms=round(max(behind_ms), 1),
+        server_rss_mb=rss_mb,
+        server_cpu_s=cpu_s,
+    )
+
+
+def _is_right(reader: _Reader, written: dict[int, str]) -> bool:
+    """Return whether a reader has every text, in order, every end once, and the status of the job last."""
+    texts: defaultdict[int, str] = defaultdict(str)
+    seqs: defaultdict[int, int] = defaultdict(lambda: -1)
+    ends: Counter[int] = Counter()
+    status = None
+    for block in reader.told:
+        event = json.loads(block[block.index(b"data: ") + 6 :])
+        if event["type"] == "tokens" and event["seq"] > seqs[event["index"]]:  # cut off within a commit: told again
+            seqs[event["index"]] = event["seq"]
+            before = "" if event["snapshot"] else texts[event["index"]]
+            texts[event["index"]] = before + event["text"]
+        elif event["type"] == "finished":
+            ends[event["index"]] += 1
+        status = event.get("status", status)
+    return texts == written and ends == Counter(written.keys()) and status == "completed"
+
+
+def _is_doubled(reader: _Reader) -> bool:
+    ids = [event_id for block in reader.told if (event_id := _id(block))]
+    return len(ids) != len(set(ids))
+
+
+@contextmanager
+def _redis(data_dir: Path) -> Iterator[str]:
+    directory = data_dir / "redis"
+    directory.mkdir()
+    port = free_port("127.0.0.1")
+    server = subprocess.Popen(server_arguments(server_binary(), port, directory), stdout=subprocess.DEVNULL)
+    try:
+        url = f"redis://127.0.0.1:{port}/0"
+        _await(lambda: answers(url), server)
+        yield url
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@contextmanager
+def _shim(data_dir: Path, database_url: str, redis_url: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    ready_file = data_dir / "ready"
+    own = {name: value for name, value in os.environ.items() if not name.startswith("BASIC_")}
+    settings = {
+        "BASIC_DATA_DIR": str(data_dir),
+        "BASIC_DATABASE_URL": database_url,
+        "BASIC_REDIS_URL": redis_url,
+        "BASIC_API_PORT": "0",
+    }
+    arguments = [*python_module("jobs.api"), "--ready-file", str(ready_file)]
+    shim = subprocess.Popen(arguments, env=own | settings)
+    try:
+        _await(ready_file.exists, shim)
+        yield ready_file.read_text().strip(), shim
+    finally:
+        shim.terminate()
+        shim.wait()
+
+
+def _await(is_there: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + _START_S
+    while not is_there():
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"{process.args!r} did not start")
+        time.sleep(0.05)
+
+
+def _usage(pid: int) -> tuple[float, float]:
+    """Return the most memory a process had, in MB, and the seconds it computed; Linux only, else zeros."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0, 0.0
+    peak_kb = int(status.partition("VmHWM:")[2].split()[0])
+    return round(peak_kb / 1000, 1), round((int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), 2)
+
+
+def main() -> int:
+    """Run it as the arguments say; status 1 if any reader was told something wrong or twice."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.bench.streams", description=__doc__)
+    parser.add_argument("--readers", type=int, default=500)
+    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--commits", type=int, default=20)
+    parser.add_argument("--interval-s", type=float, default=0.5)
+    arguments = parser.parse_args()
+    figures = measure(Load(arguments.readers, arguments.requests, arguments.commits, arguments.interval_s))
+    print(json.dumps(asdict(figures), indent=2))
+    return int(figures.told_wrong or figures.told_twice)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,7 @@
+"""The `basic` command."""
+
+from __future__ import annotations
+
+from jobs.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,378 @@
+"""What a person sees of a job in a terminal: progress, text as it is written, and the table at the end.
+
+Knows events and rich; fetches nothing. Text of a model is untrusted: control bytes never reach the terminal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
+from rich.text import Text
+
+from jobs.client.outcome import info_words, warns
+from jobs.client.progress import ago, duration, local_time
+from jobs.client.results import JobInfo, Statistics
+from jobs.control_characters import safe
+from jobs.messages import PartialEvent, Piece
+
+STYLES = {"draft": "green", "target": "magenta"}  # who chose a token: accepted from the draft, or the target itself
+
+_ROWS_AROUND = 6  # of the screen, left for the progress bar and what scrolls above it
+_NAME_CHARS = 24
+_ID_CHARS = 38
+_SHORT_ID_CHARS = 14
+_NUMBERS = ("requests", "tokens")
+_LEAST_CHARS = 4
+_WIDE_ENOUGH = 110  # columns for whole ids
+_BAR_WIDTH = 24
+_WIDE = 160  # columns where there is no terminal to say
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceText:
+    """One choice as far as it is written."""
+
+    name: str
+    pieces: tuple[Piece, ...] = ()
+    tokens: int = 0
+    accepted: int = 0
+    ended: bool = False
+    finish_reason: str | None = None
+    error: str | None = None
+
+    def after(self, event: PartialEvent) -> ChoiceText:
+        """Return the choice with one more event. A snapshot replaces the text, anything else goes on from it."""
+        start = ChoiceText(self.name) if event.snapshot else self
+        return ChoiceText(
+            name=self.name,
+            pieces=start.pieces + _pieces(event),
+            tokens=start.tokens + event.tokens,
+            accepted=start.accepted + event.accepted,
+            ended=event.type in ("finished", "failed"),
+            finish_reason=event.finish_reason,
+            error=safe(str((event.error or {}).get("message", "failed"))) if event.type == "failed" else None,
+        )
+
+    def rich_text(self) -> Text:
+        """Return the text with every stretch in the colour of its source."""
+        text = Text()
+        for piece in self.pieces:
+            text.append(safe(piece.text), STYLES[piece.source])
+        return text
+
+    def tail(self, chars: int) -> Text:
+        """Return the end of the text on one line."""
+        text = Text()
+        for piece in self.pieces[-chars:]:  # a piece has at least one character
+            text.append(safe(piece.text).replace("\n", " "), STYLES[piece.source])
+        return text[-chars:] if len(text) > chars else text
+
+
+class Transcript:
+    """All choices of a job as far as they are written, and how many requests have ended."""
+
+    def __init__(self) -> None:
+        """Start with nothing written."""
+        self._choices: dict[tuple[int, int], ChoiceText] = {}
+        self._open: dict[int, int] = {}  # request -> choices still being written
+
+    def add(self, event: PartialEvent) -> ChoiceText | None:
+        """Take an event; return its choice if that has just ended."""
+        if event.index is None:
+            return None
+        key = (event.index, event.choice)
+        before = self._choices.get(key)
+        if before is None:
+            before = ChoiceText(_name(event))
+            self._open[event.index] = self._open.get(event.index, 0) + 1
+        after = self._choices[key] = before.after(event)
+        if not after.ended or before.ended:
+            return None
+        self._open[event.index] = 0 if event.type == "failed" else self._open[event.index] - 1
+        return after
+
+    @property
+    def ended_requests(self) -> int:
+        """Requests of which every choice seen so far has ended."""
+        return sum(1 for left in self._open.values() if left == 0)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all choices."""
+        return sum(choice.tokens for choice in self._choices.values())
+
+    @property
+    def running(self) -> Iterator[ChoiceText]:
+        """The choices being written."""
+        written = ((self._open[index], choice) for (index, _), choice in self._choices.items())
+        return (choice for left, choice in written if left > 0 and not choice.ended)
+
+
+class View(Protocol):
+    """Shows a job while it runs."""
+
+    def __enter__(self) -> Self:
+        """Begin to show."""
+
+    def __exit__(self, *exc: object) -> None:
+        """Leave the screen in order."""
+
+    def show(self, event: PartialEvent) -> None:
+        """Show an event."""
+
+
+def make_console() -> Console:
+    """Return a console for standard output."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDE)
+
+
+def make_view(console: Console, info: JobInfo) -> View:
+    """Return the view that suits the console: moving on a terminal, plain lines elsewhere."""
+    return LiveView(console, info) if console.is_terminal else PlainView(console, info)
+
+
+class LiveView:
+    """A progress bar with the texts being written above it; finished texts scroll away upwards, whole."""
+
+    def __init__(self, console: Console, info: JobInfo) -> None:
+        """Prepare to show a job of so many requests."""
+        self._console = console
+        self._transcript = Transcript()
+        self._progress = _progress_bar(console)
+        self._task = self._progress.add_task("", total=info.request_counts.total, tokens=0)
+        self._live = Live(console=console, refresh_per_second=8, get_renderable=self._render)
+
+    def __enter__(self) -> Self:
+        self._console.print(_legend())
+        self._live.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._live.stop()
+
+    def show(self, event: PartialEvent) -> None:
+        """Take an event; the screen follows at its own pace."""
+        ended = self._transcript.add(event)
+        if ended is not None:
+            self._live.console.print(_ended_block(ended))
+        done = self._transcript.ended_requests
+        self._progress.update(self._task, completed=done, tokens=self._transcript.tokens)
+
+    def _render(self) -> RenderableType:
+        width, height = self._console.size
+        rows = Table.grid(padding=(0, 1))
+        for choice, _ in zip(self._transcript.running, range(max(1, height - _ROWS_AROUND)), strict=False):
+            rows.add_row(Text(choice.name, "bold"), choice.tail(max(10, width - _NAME_CHARS - 4)))
+        return Group(rows, self._progress)
+
+
+class PlainView:
+    """One block of plain lines for every text that is finished; nothing moves and nothing is coloured."""
+
+    def __init__(self, console: Console, info: JobInfo) -> None:
+        """Prepare to show a job of so many requests."""
+        self._console = console
+        self._total = info.request_counts.total
+        self._transcript = Transcript()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def show(self, event: PartialEvent) -> None:
+        """Print the choice if it has just ended."""
+        ended = self._transcript.add(event)
+        if ended is not None:
+            count = f"[{self._transcript.ended_requests}/{self._total}]"
+            _print_plain(self._console, f"{count} {_headline(ended)}")
+            _print_plain(self._console, ended.rich_text().plain)
+
+
+def closing_table(info: JobInfo, statistics: Statistics, database: str | None) -> Table:
+    """Return the table that ends a job: how much was written, how fast, and what speculation paid."""
+    counts = info.request_counts
+    rows: dict[str, str | Text] = {
+        "job": Text.assemble(f"{info.id} (", status_text(info), ")"),
+        "requests": f"{counts.completed} completed, {counts.failed} failed, {counts.total} in all",
+        "tokens": _number(statistics.get("completion_tokens"), ",d"),
+        "tokens/s": _number(statistics.get("tokens_per_s"), ".1f"),
+        "mean acceptance length": _number(statistics.get("mean_acceptance_length"), ".2f", " tokens a step"),
+        "speed-up over plain": _speedup(statistics),
+        "database": database or "on the server",
+    }
+    return _grid(rows.items())
+
+
+def status_table(info: JobInfo, now: float) -> Table:
+    """Return how far a job is, one name and value a line; times are those of this machine's clock."""
+    counts, progress = info.request_counts, info.progress
+    rows: dict[str, str | Text] = {
+        "job": info.id,
+        "status": status_text(info),
+        "model": f"{info.model}, {info.endpoint}",
+        "submitted": f"{local_time(info.created_at)}, {ago(info.created_at, now)}",
+        "requests": f"{counts.completed:,d} completed, {counts.failed:,d} failed, {counts.total:,d} in all",
+        "tokens": f"{progress.completion_tokens:,d} written, {progress.prompt_tokens:,d} read",
+        "tokens/s": _number(progress.tokens_per_s, ",.1f", f" over {duration(progress.elapsed_s)}"),
+    }
+    if not info.status.final:
+        left_s = progress.time_left_s
+        rows["time left"] = "not known yet" if left_s is None else f"about {duration(left_s)}"
+        rows["expires"] = "never" if info.expires_at is None else local_time(info.expires_at)
+    if info.retry_of is not None:
+        rows["runs again"] = info.retry_of
+    if info.metadata:
+        rows["metadata"] = ", ".join(f"{safe(name)}={safe(value)}" for name, value in info.metadata.items())
+    return _grid(rows.items())
+
+
+def jobs_table(jobs: Sequence[JobInfo], width: int, now: float) -> Table:
+    """Return one line a job. In a narrow window ids are cut to beginnings that tell them apart, and commands take."""
+    chars = _ID_CHARS if width >= _WIDE_ENOUGH else _telling_chars([job.id for job in jobs])
+    lines = [_job_cells(job, chars, now) for job in jobs]
+    headings = ("job", "status", "requests", "tokens", "submitted", "model")
+    *fixed, _ = (max(map(len, cells)) for cells in zip(headings, *lines, strict=True))
+    columns = [
+        Column(name, no_wrap=True, min_width=chars, justify="right" if name in _NUMBERS else "left")
+        for name, chars in zip(headings, fixed, strict=False)
+    ]
+    rest = max(_LEAST_CHARS, width - sum(fixed) - 2 * len(fixed))  # two spaces between columns
+    table = Table(*columns, Column("model", no_wrap=True, max_width=rest), box=None, pad_edge=False)
+    for cells in lines:
+        table.add_row(*cells)
+    return table
+
+
+def _job_cells(job: JobInfo, chars: int, now: float) -> tuple[Text, ...]:
+    counts = job.request_counts
+    status = status_text(job)
+    if counts.failed and not warns(job.status, counts.failed):
+        status.append(f", {counts.failed} failed")
+    rest = (
+        f"{counts.ended}/{counts.total}",
+        str(job.progress.completion_tokens),
+        ago(job.created_at, now),
+        safe(job.model),
+    )
+    return (Text(job.id[:chars]), status, *map(Text, rest))
+
+
+def _telling_chars(ids: Sequence[str]) -> int:
+    """Return how much of each id tells it apart from the others."""
+    chars = _SHORT_ID_CHARS
+    while chars < _ID_CHARS and len({job_id[:chars] for job_id in ids}) < len(ids):
+        chars += 1
+    return chars
+
+
+def keys_table(keys: Iterable[Mapping[str, Any]]) -> Table:
+    """Return one line a key of the shim."""
+    identity = Column("id", no_wrap=True, min_width=_KEY_ID_CHARS)  # to be copied, so never cut
+    name = Column("name", overflow="fold")
+    table = Table(identity, name, "scopes", "state", "limits", box=None, pad_edge=False)
+    for key in keys:
+        limits = ", ".join(f"{key[limit]:,d} {words}" for limit, words in _LIMITS.items() if key[limit] is not None)
+        table.add_row(key["id"], Text(safe(key["name"])), ", ".join(key["scopes"]), _key_state(key), limits or "none")
+    return table
+
+
+def _key_state(key: Mapping[str, Any]) -> str:
+    if not key["opens"]:
+        return "revoked" if key["revoked_at"] is not None else "expired"
+    return "works" if key["expires_at"] is None else f"works until {local_time(key['expires_at'])[:10]}"
+
+
+_KEY_ID_CHARS = 20
+_LIMITS = {
+    "max_requests_queued": "requests queued",
+    "max_tokens_queued": "tokens queued",
+    "requests_per_minute": "calls a minute",
+}
+
+
+def findings_table(findings: Iterable[tuple[str, str, str, str]]) -> Table:
+    """Return what the doctor found: (part, status, message, advice) each; the advice stands below the message."""
+    table = Table.grid(padding=(0, 2))
+    for part, status, message, advice in findings:
+        words = Text(safe(message), overflow="fold")
+        if advice:
+            words.append(f"\n→ {safe(advice)}", "bold")
+        table.add_row(Text(status, _STATUS_STYLES.get(status, "")), Text(part, "bold"), words)
+    return table
+
+
+_STATUS_STYLES = {"ok": "green", "warning": "yellow", "problem": "red"}
+
+
+def status_text(info: JobInfo) -> Text:
+    """Return the status of a job, in the colour of a warning where requests of a completed job failed."""
+    return Text(info_words(info), "yellow" if warns(info.status, info.request_counts.failed) else "")
+
+
+def _grid(rows: Iterable[tuple[str, str | Text]]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows:
+        table.add_row(Text(name, "bold"), value if isinstance(value, Text) else Text(value, overflow="fold"))
+    return table
+
+
+def _progress_bar(console: Console) -> Progress:
+    return Progress(
+        BarColumn(_BAR_WIDTH),
+        MofNCompleteColumn(),
+        TextColumn("requests · {task.fields[tokens]} tokens"),
+        TimeElapsedColumn(),
+        console=console,
+        auto_refresh=False,
+    )
+
+
+def _legend() -> Text:
+    return Text.assemble(("accepted draft tokens", STYLES["draft"]), " · ", ("target's own tokens", STYLES["target"]))
+
+
+def _ended_block(choice: ChoiceText) -> RenderableType:
+    return Group(Text(_headline(choice), "bold" if choice.error is None else "bold red"), choice.rich_text(), Text())
+
+
+def _headline(choice: ChoiceText) -> str:
+    if choice.error is not None:
+        return f"{choice.name}: {choice.error}"
+    return f"{choice.name} ({choice.tokens} tokens, {choice.accepted} from the draft, {choice.finish_reason})"
+
+
+def _name(event: PartialEvent) -> str:
+    name = safe(event.request or f"request-{event.index}")
+    name = name if len(name) <= _NAME_CHARS else name[: _NAME_CHARS - 1] + "…"
+    return f"{name} #{event.choice}" if event.choice else name
+
+
+def _pieces(event: PartialEvent) -> tuple[Piece, ...]:
+    if event.pieces or not event.text:
+        return event.pieces
+    return (Piece(text=event.text, source="target"),)
+
+
+def _print_plain(console: Console, line: str) -> None:
+    console.print(Text(line), soft_wrap=True)
+
+
+def _speedup(statistics: Statistics) -> str:
+    speedup = statistics.get("speedup")
+    if speedup is None:
+        return "not measured"
+    source = statistics.get("speedup_source")
+    return f"{speedup:.2f}x, measured on this machine" + (f" ({source})" if source else "")
+
+
+def _number(value: Any, form: str, unit: str = "") -> str:
+    return "not measured" if value is None else format(value, form) + unit

@@ -1,0 +1,170 @@
+"""What a file is that is given for lines of prompts, and is none: told by its name, its first bytes and its shape.
+
+Pure: reads and writes nothing. Lines that are wrong one by one pass: they fail alone, where the job is taken.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import PurePath
+from typing import Any, Final
+
+from jobs.errors import InvalidValue
+
+_WANTED: Final = "Give JSON lines, named .jsonl, or one prompt a line, named .txt."
+
+# By its name. What a name says about lines (.txt, .jsonl, .json) is said in `jobs.client.prompts`.
+_SUFFIXES: Final = {
+    **dict.fromkeys((".csv", ".tsv"), "a table (CSV)"),
+    **dict.fromkeys((".xlsx", ".xls", ".xlsm", ".ods", ".numbers"), "a spreadsheet"),
+    **dict.fromkeys((".parquet", ".feather", ".arrow", ".orc", ".avro"), "a table in a binary format"),
+    **dict.fromkeys((".gz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".rar", ".tar", ".tgz"), "packed"),
+    **dict.fromkeys((".doc", ".docx", ".odt", ".rtf", ".pdf", ".epub"), "a document with a layout"),
+    **dict.fromkeys((".htm", ".html", ".xml"), "HTML or XML"),
+    **dict.fromkeys((".md", ".markdown", ".rst", ".tex"), "a document"),
+    **dict.fromkeys((".py", ".js", ".ts", ".c", ".h", ".cpp", ".rs", ".go", ".java", ".sh", ".sql"), "source code"),
+    **dict.fromkeys((".yaml", ".yml", ".toml"), "YAML or TOML"),
+    **dict.fromkeys((".npy", ".npz", ".pkl", ".pickle", ".h5", ".pt", ".safetensors"), "binary data"),
+    **dict.fromkeys((".db", ".sqlite", ".sqlite3"), "a database"),
+    **dict.fromkeys((".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg"), "an image"),
+    ".ipynb": "a notebook",
+}
+
+# By its first bytes.
+_BEGINNINGS: Final = (
+    (rb"\x1f\x8b", "packed (gzip)"),
+    (rb"BZh[1-9]1AY&SY", "packed (bzip2)"),
+    (rb"\xfd7zXZ\0", "packed (xz)"),
+    (rb"\x28\xb5\x2f\xfd", "packed (zstd)"),
+    (rb"7z\xbc\xaf\x27\x1c|Rar!\x1a\x07", "packed"),
+    (rb"PK[\x03\x05]", "packed (zip), as are spreadsheets and documents of office programs"),
+    (rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "a spreadsheet or document of an office program"),
+    (rb"\{\\rtf", "a document with a layout"),
+    (rb"%PDF-", "PDF"),
+    (rb"PAR1", "a table in a binary format (Parquet)"),
+    (rb"ARROW1\0|FEA1|ORC[\x00-\x20]|Obj\x01", "a table in a binary format"),
+    (rb"SQLite format 3\0", "a database (SQLite)"),
+    (rb"\x89HDF|\x93NUMPY|\x80[\x02-\x05]", "binary data"),
+    (rb"\x89PNG|\xff\xd8\xff|GIF8[79]a", "an image"),
+    (rb"(?i)\s*<(?:!doctype html|html|\?xml)[\s>]", "HTML or XML"),
+)
+
+_PACKED: Final = "Unpack it first."
+_UTF_8: Final = "Save it as UTF-8."
+_TO_LINES: Final = "One object a line is wanted: jq -c '.[]' makes lines of an array, and jq -c . of objects."
+_WITHOUT_HEADER: Final = (
+    "In Python, Client().submit(pandas.read_csv(…)) takes columns named prompt, custom_id and as parameters. "
+    "If its lines are the prompts, name it .txt."
+)
+_WITHOUT_COMMAS: Final = "JSON lines end without one."
+
+_CELL: Final = r'"?\w[\w. -]*"?'
+_HEADING: Final = re.compile(rf"(?:{_CELL})?(?:(?P<comma>[,;\t|]){_CELL})+")  # prose has a space behind a comma
+_ROWS_LOOKED_AT: Final = 20
+_SAMPLE_BYTES: Final = 4096
+_MOST: Final = 0.7
+_ARRAY_BEGINS: Final = re.compile(rb"\[\s*(?:$|[\[{\"])")
+
+
+def refuse_as_lines(content: bytes, name: str, suffix: str) -> None:
+    """Raise InvalidValue if a file holds no lines of prompts as a whole, with what it is and what to do."""
+    for what, advice in _other_formats(content, suffix):
+        raise InvalidValue(f"{name} is {what}. {advice}")
+
+
+def refuse_to_write(path: PurePath, written: str, suffixes: str, advice: str = "") -> None:
+    """Raise InvalidValue if the name of a file asks for another format than what will be written into it."""
+    what = _SUFFIXES.get(path.suffix.lower())
+    if what is not None and path.suffix.lower() not in suffixes.split():
+        raise InvalidValue(f"{path} would be {what}, but {written} ({suffixes.split()[0]}). {advice}".rstrip())
+
+
+def _other_formats(content: bytes, suffix: str) -> Iterator[tuple[str, str]]:
+    """Yield what a file is instead of lines, and what to do; the first holds."""
+    for pattern, what in _BEGINNINGS:
+        if re.match(pattern, content) and not (suffix == ".txt" and what.startswith("HTML")):
+            yield what, _PACKED if what.startswith("packed (") and "office" not in what else _WANTED
+    if (encoding := _wide_encoding(content)) is not None:
+        yield f"text in {encoding}, neither JSON lines nor text in UTF-8", _UTF_8
+    if suffix in _SUFFIXES:
+        what = _SUFFIXES[suffix]
+        yield what, _WITHOUT_HEADER if "CSV" in what else _PACKED if what == "packed" else _WANTED
+    lines = list(islice(filled_lines(content), _ROWS_LOOKED_AT))
+    if not lines:
+        yield "empty", _WANTED
+    elif suffix == ".txt":
+        return
+    elif "json" in suffix or lines[0].startswith((b"{", b"[")):
+        yield from _other_json(content, lines)
+    elif _is_table(lines):
+        yield "a table (CSV)", _WITHOUT_HEADER
+
+
+def _other_json(content: bytes, lines: list[bytes]) -> Iterator[tuple[str, str]]:
+    """Yield what JSON is that stands on other lines than one value each."""
+    first = _value(lines[0])
+    if isinstance(first, list) and len(lines) == 1:
+        yield "one JSON array", _TO_LINES
+    if first is not None:
+        return
+    if all(line.endswith(b",") for line in lines[:-1]) and isinstance(_value(lines[0].rstrip(b",")), dict | str):
+        yield "JSON with a comma after each line", _WITHOUT_COMMAS
+    if len(lines) > 1 and _value(lines[1]) is None and (lines[0] == b"{" or _ARRAY_BEGINS.match(lines[0])):
+        yield "JSON with one value on several lines", _TO_LINES
+    if _first_value_has_lines(content):
+        yield "JSON with one value on several lines", _TO_LINES
+
+
+def _is_table(lines: list[bytes]) -> bool:
+    """Return whether a heading of names stands above rows of as many cells."""
+    try:
+        heading, *texts = (line.decode() for line in lines)
+        match = _HEADING.fullmatch(heading)
+        if match is None:
+            return False
+        widths = [len(row) for row in csv.reader([heading, *texts], delimiter=match["comma"])]
+    except (UnicodeDecodeError, csv.Error):
+        return False
+    return len(widths) > 1 and widths.count(widths[0]) > _MOST * len(widths)
+
+
+def filled_lines(content: bytes) -> Iterator[bytes]:
+    """Yield the lines that are not blank, stripped, one by one."""
+    start = 0
+    while start < len(content):
+        end = content.find(b"\n", start)
+        end = len(content) if end < 0 else end
+        if line := content[start:end].strip(b" \t\r\n\x1a\0"):
+            yield line
+        start = end + 1
+
+
+def _value(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _first_value_has_lines(content: bytes) -> bool:
+    """Return whether a JSON value begins with the file and ends on a later line."""
+    try:
+        text = content.decode(errors="replace").lstrip()
+        _, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return "\n" in text[:end]
+
+
+def _wide_encoding(content: bytes) -> str | None:
+    """Return the encoding of text whose characters take two or four bytes each; None for other files."""
+    if content.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        return "UTF-32"
+    sample = content[:_SAMPLE_BYTES]
+    halves = (sample[0::2], sample[1::2])
+    mostly_nul = any(len(half) > 1 and half.count(0) > _MOST * len(half) for half in halves)
+    return "UTF-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) or mostly_nul else None

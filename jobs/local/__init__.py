@@ -1,0 +1,3 @@
+"""Embedded mode: queue, database, worker and API server on this machine."""
+
+from __future__ import annotations

@@ -1,0 +1,202 @@
+"""The steps by which an embedded service starts: model, Redis-protocol server, schema, ingest, shim, worker.
+
+Every step waits for what it started or says why it can't go on.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import httpx
+
+from jobs.errors import ChildRefused, SetupError
+from jobs.local.key import make_local_key
+from jobs.local.redis_server import answers, server_arguments, server_binary
+from jobs.local.state import LocalService
+from jobs.processes import BAD_SETTINGS_STATUS, Child, Children, Command, keep_one_old, launch, python_module
+from jobs.schema_check import upgrade_schema
+from jobs.settings import JobsSettings
+from storage import queries
+from storage.session import Database
+
+_ANSWER_S = 60.0  # within which a server that is not the worker must answer; a worker may load a model for long
+_NEWS_S = 10.0  # between two words to a person who waits
+_TICK_S = 0.1
+_WORKER_STOP_S = 20.0  # it finishes its step, commits and hands its requests back
+
+
+class Stopped(Exception):
+    """A signal came before the service was up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The steps from nothing to a service that answers."""
+
+    settings: JobsSettings
+    children: Children
+    stop: threading.Event
+    models_umask: int | None = None  # models are for all who share the cache; all else we make is for its owner
+
+    def run(self) -> LocalService:
+        """Go through the steps and return where the service is; raise SetupError, or Stopped after a signal."""
+        self._fetch_models()
+        settings, _, shim = self._start_door()
+        self._start_worker(settings)
+        self._await(shim, lambda: _ready(settings.api_url), "the REST shim")
+        return LocalService(
+            api_url=settings.api_url,
+            redis_url=settings.redis_url,
+            database_url=settings.resolved_database_url,
+            data_dir=str(settings.data_dir),
+            pid=os.getpid(),
+        )
+
+    def run_door(self) -> tuple[JobsSettings, dict[str, int]]:
+        """Start all but the worker; return the settings with the addresses that were chosen, and who is who."""
+        settings, ingest, shim = self._start_door()
+        self._await(shim, lambda: _ready(settings.api_url), "the REST shim", None)
+        return settings, {"ingest": ingest.pid, "api": shim.pid}
+
+    def _start_door(self) -> tuple[JobsSettings, Child, Child]:
+        settings = self.settings
+        if "redis_url" not in settings.model_fields_set:
+            settings = self._start_redis(settings)
+        elif not answers(settings.redis_url):
+            raise SetupError("no Redis-protocol server answers at BASIC_REDIS_URL; start it, or unset the variable")
+        upgrade_schema(settings.resolved_database_url)
+        settings = _with_api_address(settings)
+        ingest = self._start_python("ingest", "jobs.ingest", settings)
+        make_local_key(settings.data_dir)
+        return settings, ingest, self._start_python("api", "jobs.api", settings)
+
+    def _fetch_models(self) -> None:
+        """Fetch the models in the foreground, so that a person sees the download."""
+        if importlib.util.find_spec("torch") is None:
+            raise SetupError("a worker needs torch, which is not installed; run: pip install 'basic-batch[worker]'")
+        command = Command(
+            "models", python_module("worker.loading.model_store"), environment(self.settings), umask=self.models_umask
+        )
+        process = launch(command)
+        while process.poll() is None:
+            if self.stop.wait(_TICK_S):
+                process.terminate()
+                process.wait()
+                raise Stopped
+        if process.returncode != 0:
+            kind = ChildRefused if process.returncode == BAD_SETTINGS_STATUS else SetupError
+            raise kind("the model could not be fetched; the reason is above")
+
+    def _start_redis(self, settings: JobsSettings) -> JobsSettings:
+        directory = settings.data_dir / "redis"
+        directory.mkdir(mode=0o700, exist_ok=True)
+        port = free_port("127.0.0.1")
+        password = secrets.token_hex(32)
+        arguments = server_arguments(server_binary(), port, directory, password)
+        child = self.children.start(self._command("redis", arguments, settings))
+        redis_url = f"redis://:{password}@127.0.0.1:{port}/0"
+        self._await(child, lambda: answers(redis_url), "the Redis-protocol server")
+        return settings.model_copy(update={"redis_url": redis_url})
+
+    def _start_worker(self, settings: JobsSettings) -> None:
+        """Start the worker and wait until it has written itself into SQL: only then are its models loaded."""
+        database = Database.open(settings.resolved_database_url)
+        try:
+            earlier = _worker_ids(database)
+            child = self._start_python("worker", "worker", settings, stop_s=_WORKER_STOP_S)
+            self._await(child, lambda: bool(_worker_ids(database) - earlier), f"the worker ({settings.target})", None)
+        finally:
+            database.dispose()
+
+    def _start_python(self, name: str, module: str, settings: JobsSettings, stop_s: float = 10.0) -> Child:
+        return self.children.start(self._command(name, python_module(module), settings, stop_s))
+
+    def _command(self, name: str, arguments: tuple[str, ...], settings: JobsSettings, stop_s: float = 10.0) -> Command:
+        log_path = settings.data_dir / "logs" / f"{name}.log"
+        keep_one_old([log_path])
+        return Command(name, arguments, environment(settings), log_path, stop_s)
+
+    def _await(self, child: Child, answers: Callable[[], bool], what: str, timeout_s: float | None = _ANSWER_S) -> None:
+        """Wait until `answers` is true; raise SetupError if any child dies or, with a time limit, if it is over."""
+        began_at = time.monotonic()
+        news_at = began_at + _NEWS_S
+        while not answers():
+            for dead in self.children.dead():
+                raise _death_of(dead)
+            waited_s = time.monotonic() - began_at
+            if timeout_s is not None and waited_s > timeout_s:
+                raise SetupError(f"{what} did not answer in {timeout_s:.0f} s; its log: {child.command.log_path}")
+            if time.monotonic() > news_at:
+                say(f"Waiting for {what} ({waited_s:.0f} s)")
+                news_at += _NEWS_S
+            if self.stop.wait(_TICK_S):
+                raise Stopped
+
+
+def environment(settings: JobsSettings) -> dict[str, str]:
+    """Return the environment of a child: ours, and every setting that was given or settled here. Defaults stay open."""
+    settled = {f"BASIC_{name.upper()}": str(value) for name, value in settings.model_dump(exclude_unset=True).items()}
+    return {**os.environ, "PYTHONUNBUFFERED": "1", **settled}
+
+
+def say(sentence: str) -> None:
+    """Tell the person who waits."""
+    print(sentence, file=sys.stderr, flush=True)
+
+
+def _with_api_address(settings: JobsSettings) -> JobsSettings:
+    """Settle the shim's port: the one that was set, else the usual one, else a free one."""
+    host, port = settings.api_host, settings.api_port
+    if port == 0 or not _is_free(host, port):
+        if port != 0 and "api_port" in settings.model_fields_set:
+            raise SetupError(f"port {port} on {host} is taken; set BASIC_API_PORT to a free port, or to 0 for any")
+        port = free_port(host)
+    reached_at = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return settings.model_copy(update={"api_port": port, "api_url": f"http://{reached_at}:{port}"})
+
+
+def _is_free(host: str, port: int) -> bool:
+    try:
+        free_port(host, port)
+    except OSError:
+        return False
+    return True
+
+
+def free_port(host: str, port: int = 0) -> int:
+    """Return a port that is free now: the one asked for, else raise OSError; any for 0."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, port), family=family) as listener:
+        return int(listener.getsockname()[1])
+
+
+def _worker_ids(database: Database) -> set[str]:
+    with database.read() as session:
+        return {worker.id for worker in queries.workers(session)}
+
+
+def _ready(api_url: str) -> bool:
+    try:
+        return httpx.get(f"{api_url}/readyz", timeout=2.0, trust_env=False).is_success
+    except httpx.TransportError:
+        return False
+
+
+def _death_of(child: Child) -> SetupError:
+    """Return the error that says which child died, with the end of its log: there stands what to do."""
+    words = child.last_words() or "(its log is empty)"
+    log = f"The whole log: {child.command.log_path}"
+    if child.status() == BAD_SETTINGS_STATUS:
+        return ChildRefused(f"{child.command.name} can't work: {words.splitlines()[-1]}\n{log}")
+    return SetupError(
+        f"{child.command.name} ended with status {child.status()} while the service started. Its last words:\n"
+        f"{words}\n{log}"
+    )

@@ -1,0 +1,3 @@
+"""Partial output: pub/sub, the event hub and server-sent events."""
+
+from __future__ import annotations

@@ -1,0 +1,3 @@
+"""Submissions: parse and validate requests, create jobs."""
+
+from __future__ import annotations

@@ -1,0 +1,169 @@
+"""What is wrong with the lines of a batch file: the cheap pass over the whole file before anything of it runs.
+
+A bad line fails alone. The batch is refused, with its bad lines named, if none of its lines is good, if it is too
+large, or if two lines share a custom_id: then answers could not be told apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from jobs.errors import BasicError, InvalidJsonLine, InvalidValue
+from jobs.submission.custom_ids import CustomIds, GivenId
+from jobs.submission.input_lines import Line, Sample, custom_id_in, other_kind
+from jobs.submission.request_parser import (
+    MAX_CUSTOM_ID_CHARS,
+    Item,
+    clean_text,
+    given_id,
+    is_post,
+    is_url_of,
+    read_line,
+)
+
+MAX_ERRORS: Final = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How large a batch may be."""
+
+    requests: int
+    line_bytes: int
+
+
+class BadLine(BasicError):
+    """The line is no request of the batch."""
+
+    status_code = 400
+
+    def __init__(self, code: str, message: str, param: str | None = None) -> None:
+        """Keep the code of OpenAI's BatchError, the message and the field."""
+        super().__init__(message, param=param)
+        self.code = code
+
+
+@dataclass(slots=True)
+class Findings:
+    """What the pass over a batch file found."""
+
+    errors: list[dict[str, Any]] = field(default_factory=list)  # of a batch that is refused, at most MAX_ERRORS
+    model: str = ""
+    requests: int = 0
+    ids: CustomIds = field(default_factory=CustomIds)
+
+    def add(self, code: str, message: str, line: int | None = None, param: str | None = None) -> None:
+        """Note an error, in the fields of OpenAI's BatchError."""
+        self.errors.append({"code": code, "line": line, "message": message, "param": param})
+
+
+def check_lines(lines: Iterable[Line], endpoint: str, models: Collection[str], limits: Limits) -> Findings:
+    """Return what the lines of a batch file are: its model, requests and ids, or the errors for which it is refused."""
+    findings, reader = Findings(), LineReader(endpoint, models, limits.line_bytes)
+    bad, shared, sample = Findings(), Findings(), Sample()
+    for index, line in enumerate(lines):
+        findings.requests += 1
+        if findings.requests > limits.requests:
+            findings.add("too_many_tasks", f"A batch may hold {limits.requests} requests; split the file.")
+            return findings
+        item, problem = reader.read(index, line)
+        if problem is not None:
+            sample.add(line.text)
+            _add(bad, problem, line.number)
+        earlier = findings.ids.add(index, item.place, sure_id(item))
+        if earlier is not None:
+            message = f"The custom_id {item.value['custom_id']!r} is that of {earlier} too."
+            _add(shared, BadLine("duplicate_custom_id", message, "custom_id"), line.number)
+        elif problem is None:
+            findings.model = reader.model
+    if not findings.requests:
+        findings.add("empty_file", "The file holds no requests.")
+    elif not findings.model and (kind := other_kind(sample.lines)) is not None:
+        findings.add("invalid_json_line", kind, 1)
+    elif not findings.model or shared.errors:
+        found = (shared.errors + bad.errors)[:MAX_ERRORS]
+        findings.errors = sorted(found, key=lambda error: int(error["line"]))
+    return findings
+
+
+def sure_id(item: Item) -> GivenId | None:
+    """Return the id of a line. Only its custom_id is sure: an `id` names no request of a batch."""
+    given = given_id(item)
+    if given is None or not given.sure or (isinstance(item.value, dict) and item.value.get("custom_id") == given.text):
+        return given
+    return GivenId(given.text, sure=False)
+
+
+def _add(findings: Findings, problem: BasicError, line: int) -> None:
+    if len(findings.errors) < MAX_ERRORS:
+        findings.add(problem.code or "invalid_request", problem.message, line, problem.param)
+
+
+class LineReader:
+    """Reads one line after the other, and says what is wrong with its structure."""
+
+    def __init__(self, endpoint: str, models: Collection[str], line_bytes: int, model: str = "") -> None:
+        """Take the batch's model if it is known; else that of the first good line."""
+        self.model = model
+        self._endpoint = endpoint
+        self._models = models
+        self._line_bytes = line_bytes
+
+    def read(self, index: int, line: Line) -> tuple[Item, BasicError | None]:
+        """Return a line as an item, and the first thing that is wrong with it."""
+        try:
+            item = Item(index, read_line(line, self._line_bytes), line.number)
+            if not isinstance(item.value, dict):
+                raise InvalidJsonLine("The line is not a JSON object.")
+            for look in (_check_custom_id, _check_method, self._check_url, self._check_body):
+                look(item.value)
+        except InvalidJsonLine as exc:
+            return Item(index, exc, line.number, custom_id_in(line.text)), exc
+        except BadLine as exc:
+            return item, exc
+        return item, None
+
+    def _check_url(self, line: dict[str, Any]) -> None:
+        _require(line, "url", str, "a string")
+        if not is_url_of(line["url"], self._endpoint):
+            raise BadLine("invalid_url", f"url must be the batch's endpoint, {self._endpoint}.", "url")
+
+    def _check_body(self, line: dict[str, Any]) -> None:
+        _require(line, "body", dict, "an object")
+        model = line["body"].get("model")
+        if model is None:
+            raise BadLine("missing_required_parameter", "The body names no model.", "body.model")
+        if not isinstance(model, str) or model not in self._models:
+            message = f"There is no model {str(model)[:80]!r}; there is {', '.join(sorted(self._models))}."
+            raise BadLine("model_not_found", message, "body.model")
+        self.model = self.model or model
+        if model != self.model:
+            message = f"This batch asks for {self.model}; another model needs a batch of its own."
+            raise BadLine("mismatched_model", message, "body.model")
+
+
+def _require(line: dict[str, Any], name: str, kind: type, what: str) -> None:
+    if line.get(name) is None:
+        raise BadLine("missing_required_parameter", f"The line has no {name}.", name)
+    if not isinstance(line[name], kind):
+        raise BadLine("invalid_request", f"{name} must be {what}.", name)
+
+
+def _check_custom_id(line: dict[str, Any]) -> None:
+    _require(line, "custom_id", str, "a string")
+    custom_id = line["custom_id"]
+    if not 1 <= len(custom_id) <= MAX_CUSTOM_ID_CHARS:
+        message = f"custom_id must have 1 to {MAX_CUSTOM_ID_CHARS} characters."
+        raise BadLine("invalid_request", message, "custom_id")
+    try:
+        clean_text(custom_id, "custom_id")
+    except InvalidValue as exc:
+        raise BadLine("invalid_request", exc.message, "custom_id") from exc
+
+
+def _check_method(line: dict[str, Any]) -> None:
+    _require(line, "method", str, "a string")
+    if not is_post(line["method"]):
+        raise BadLine("invalid_method", "method must be POST.", "method")

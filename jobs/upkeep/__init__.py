@@ -1,0 +1,3 @@
+"""Diagnosis and recovery: doctor and reconciler."""
+
+from __future__ import annotations

@@ -1,0 +1,259 @@
+"""The doctor: looks at every part of an installation and says what is wrong and what to do about it.
+
+Changes nothing and needs nothing to be well: a part that is away is a finding. What only a worker can know (models,
+GPU) comes from the entry points `basic.checks`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
+from typing import Any, Literal
+
+import httpx
+import redis
+from redis.exceptions import RedisError
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+
+from jobs.errors import BasicError
+from jobs.local.state import running
+from jobs.logs import without_secrets
+from jobs.schema_check import database_in_words
+from jobs.settings import JobsSettings
+from storage import schema
+from storage.dialect import database_now
+from storage.health import Health, health
+from storage.session import DATABASE_AWAY, Database, why_away
+from storage.settings import sqlite_file
+
+Status = Literal["ok", "warning", "problem"]
+
+_NEEDED_BYTES = 1_000_000_000
+_CLOCK_S = 5.0  # leases don't mind, but times in logs and tables would contradict each other
+_TIMEOUT_S = 3.0
+_STUCK_S = 300.0  # requests that wait so long although a worker of their model lives and has room are stuck
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What was found about one part, and what to do about it."""
+
+    part: str
+    status: Status
+    message: str
+    advice: str = ""
+
+
+Check = Callable[[JobsSettings], Iterable[Finding]]
+
+
+def examine(settings: JobsSettings) -> list[Finding]:
+    """Return what there is to say about the installation of these settings, or the service that runs on it."""
+    settings = _as_it_runs(settings)
+    checks: list[tuple[str, Check]] = [
+        ("disk", _disk),
+        ("redis", _redis),
+        ("database", _database),
+        ("shim", _shim),
+        *((entry.name, _plugged(entry.load)) for entry in entry_points(group="basic.checks")),
+    ]
+    found = [finding for part, check in checks for finding in _survived(part, check, settings)]
+    return [replace(f, message=without_secrets(f.message), advice=without_secrets(f.advice)) for f in found]
+
+
+def _as_it_runs(settings: JobsSettings) -> JobsSettings:
+    """Return the settings with the addresses of the service that runs on this data directory, if one does."""
+    service = running(settings.data_dir)
+    if service is None:
+        return settings
+    update: dict[str, Any] = {"redis_url": service.redis_url, "api_url": service.api_url}
+    return settings.model_copy(update={**update, "database_url": service.database_url})
+
+
+def _plugged(load: Callable[[], Check]) -> Check:
+    def check(settings: JobsSettings) -> Iterable[Finding]:
+        return load()(settings)
+
+    return check
+
+
+def _survived(part: str, check: Check, settings: JobsSettings) -> list[Finding]:
+    """Run a check; one that fails itself is a finding too."""
+    try:
+        return list(check(settings))
+    except ModuleNotFoundError as exc:
+        return [Finding(part, "warning", f"not looked at: {exc.name} is not installed")]
+    except Exception as exc:  # a doctor that dies of the illness tells nobody
+        return [Finding(part, "problem", f"the look at it failed: {type(exc).__name__}: {exc}", "report this")]
+
+
+def _disk(settings: JobsSettings) -> Iterator[Finding]:
+    directory = settings.data_dir.expanduser()
+    existing = next(path for path in (directory, *directory.resolve().parents) if path.exists())
+    statistics = os.statvfs(existing)
+    free = statistics.f_bavail * statistics.f_frsize
+    said = f"{free / 1e9:.1f} GB free at {directory}"
+    if not os.access(existing, os.W_OK):
+        yield Finding("disk", "problem", f"{existing} can't be written", "set BASIC_DATA_DIR to a directory of yours")
+    elif free < _NEEDED_BYTES:
+        advice = "free some space, delete old rows with: basic db prune, or set BASIC_DATA_DIR to another disk"
+        yield Finding("disk", "problem", said, advice)
+    else:
+        yield Finding("disk", "ok", said)
+
+
+def _redis(settings: JobsSettings) -> Iterator[Finding]:
+    try:
+        with redis.Redis.from_url(
+            settings.redis_url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S, decode_responses=True
+        ) as client:
+            info: dict[str, Any] = client.info()
+            policy = _policy(client)
+    except (RedisError, OSError, ValueError) as exc:
+        advice = "start the server (basic up brings its own), or set BASIC_REDIS_URL; jobs are taken meanwhile"
+        yield Finding("redis", "problem", f"no answer at {settings.redis_url}: {exc}", advice)
+        return
+    yield Finding("redis", "ok", f"{info.get('redis_version')} answers at {settings.redis_url}")
+    yield from _redis_memory(info, policy)
+    if not info.get("aof_enabled") and not info.get("rdb_last_save_time"):
+        yield _WITHOUT_PERSISTENCE
+    elif not info.get("aof_enabled"):
+        yield Finding(
+            "redis persistence",
+            "warning",
+            "snapshots only: pushed batches of the last minutes would be lost in a crash",
+            "start the server with --appendonly yes",
+        )
+    else:
+        yield Finding("redis persistence", "ok", "append-only file")
+
+
+_WITHOUT_PERSISTENCE = Finding(
+    "redis persistence",
+    "warning",
+    "none: batches that were pushed and not recorded yet would be lost in a crash",
+    "start the server with --appendonly yes; jobs that were accepted over HTTP are safe in SQL",
+)
+
+
+def _policy(client: redis.Redis) -> str | None:
+    try:
+        policies: Any = client.config_get("maxmemory-policy")
+    except RedisError:  # hosted servers often refuse CONFIG
+        return None
+    return str(policies.get("maxmemory-policy"))
+
+
+def _redis_memory(info: dict[str, Any], policy: str | None) -> Iterator[Finding]:
+    if policy is None:
+        yield Finding("redis memory", "warning", "maxmemory-policy can't be read", "see to it that it is noeviction")
+    elif policy != "noeviction":
+        advice = "run: redis-cli config set maxmemory-policy noeviction, and set it in the server's configuration"
+        yield Finding("redis memory", "problem", f"maxmemory-policy is {policy}: the server may drop messages", advice)
+    limit, used = int(info.get("maxmemory", 0)), int(info.get("used_memory", 0))
+    if limit and used > 0.9 * limit:
+        advice = "raise maxmemory; while it is reached, doorbells are lost and workers look into SQL instead"
+        yield Finding("redis memory", "problem", f"{used:,} of {limit:,} bytes are used", advice)
+    elif policy == "noeviction":
+        yield Finding("redis memory", "ok", f"{used:,} bytes used, nothing is ever evicted")
+
+
+def _database(settings: JobsSettings) -> Iterator[Finding]:
+    url = settings.resolved_database_url
+    file = sqlite_file(url)
+    if file is not None and not file.exists():
+        yield Finding("database", "problem", f"there is no {file}", "make it with: basic db upgrade, or basic up")
+        return
+    try:
+        with database_in_words(url):
+            database = Database.open(url)
+    except BasicError as exc:
+        yield Finding("database", "problem", str(exc), "correct the URL, or install what it needs")
+        return
+    try:
+        began_at = time.monotonic()
+        with database.read() as session:
+            session.execute(text("SELECT 1"))
+            clock_s = database_now(session) - time.time()
+        took_ms = (time.monotonic() - began_at) * 1e3
+        yield Finding("database", "ok", f"{database.engine.dialect.name} answers in {took_ms:.0f} ms")
+        yield from _clock(clock_s)
+        finding = _migrations(url)
+        yield finding
+        if finding.status != "problem":
+            with database.read() as session:
+                yield from _work(health(session, _STUCK_S), settings)
+    except (*DATABASE_AWAY, SQLAlchemyError) as exc:
+        advice = "start the database, or set BASIC_DATABASE_URL; the service answers 503 and goes on when it is back"
+        yield Finding("database", "problem", f"no answer: {why_away(exc)}", advice)
+    finally:
+        database.dispose()
+
+
+def _clock(behind_s: float) -> Iterator[Finding]:
+    if abs(behind_s) > _CLOCK_S:
+        advice = "let both machines follow a time server (chrony or systemd-timesyncd)"
+        yield Finding("clock", "warning", f"the database's clock is {behind_s:+.1f} s from this machine's", advice)
+    else:
+        yield Finding("clock", "ok", f"within {abs(behind_s):.1f} s of the database's")
+
+
+def _migrations(url: str) -> Finding:
+    current, head = schema.current(url), schema.head()
+    if current == head:
+        return Finding("migrations", "ok", f"at revision {head}")
+    if current is None:
+        return Finding("migrations", "problem", "the database has no schema", "make it with: basic db upgrade")
+    if schema.is_known(current):
+        return Finding("migrations", "problem", f"at revision {current}, not {head}", "run: basic db upgrade")
+    return Finding("migrations", "warning", f"at revision {current}, of a newer version", "upgrade this installation")
+
+
+def _work(seen: Health, settings: JobsSettings) -> Iterator[Finding]:
+    """Say how workers and jobs are."""
+    if seen.alive:
+        served = ", ".join(f"{count} of {model}" for model, count in sorted(seen.alive.items()))
+        yield Finding("workers", "ok", f"alive: {served}")
+    else:
+        yield Finding("workers", "warning", "none is alive", "start one with: basic worker, or all with: basic up")
+    if seen.lost_lately:
+        advice = "look for the reason in their logs (data directory, logs/worker.log); their requests went on elsewhere"
+        yield Finding("workers", "warning", f"{seen.lost_lately} were lost within the last hour", advice)
+    for model in sorted(seen.unserved):
+        advice = f"start a worker with BASIC_TARGET={model}, or cancel its jobs"
+        yield Finding("jobs", "problem", f"{seen.unserved[model]} jobs wait for {model}, which nobody serves", advice)
+    if seen.stuck:
+        advice = "look at the worker's log; a restart of the worker loses nothing"
+        yield Finding("jobs", "problem", f"stuck, though their workers live: {', '.join(seen.stuck[:5])}", advice)
+    if seen.lapsed:
+        advice = "they go back to the queue within seconds while a worker or a shim runs; is one running?"
+        yield Finding("jobs", "warning", f"{seen.lapsed} requests were left by their workers", advice)
+    if seen.poisoned:
+        advice = (
+            "SELECT job_id, request_index FROM requests WHERE error_code = 'poison' names them; send them again singly"
+        )
+        yield Finding("jobs", "warning", f"{seen.poisoned} requests killed their workers within the last day", advice)
+    if not (seen.unserved or seen.stuck or seen.lapsed or seen.poisoned):
+        yield Finding("jobs", "ok", f"{seen.open_jobs} open, {seen.open_requests} requests in them")
+    if seen.open_requests > 0.9 * settings.max_requests_queued:
+        advice = "raise BASIC_MAX_REQUESTS_QUEUED, or add workers"
+        yield Finding("jobs", "warning", f"{seen.open_requests} requests wait; new jobs will get 429 soon", advice)
+
+
+def _shim(settings: JobsSettings) -> Iterator[Finding]:
+    try:
+        reply = httpx.get(f"{settings.api_url}/healthz", timeout=_TIMEOUT_S, trust_env=False)
+    except httpx.TransportError:
+        yield Finding("shim", "warning", f"no answer at {settings.api_url}", "start it with: basic api, or basic up")
+        return
+    if reply.is_success:
+        yield Finding("shim", "ok", f"answers at {settings.api_url}")
+    else:
+        yield Finding("shim", "problem", f"{settings.api_url} answers {reply.status_code}", "look at its log")
+
+
+__all__ = ["Finding", "examine"]

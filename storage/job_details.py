@@ -1,0 +1,236 @@
+"""What a page shows of one job: some requests at a time, what is being written, and its draft trees.
+
+Every question reads a screenful, however large the job is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Final
+
+from sqlalchemy import ColumnElement, and_, case, func, or_, select
+from sqlalchemy.orm import Session
+
+from storage.dialect import AnyRow, place_of
+from storage.models import DecodeStep, DraftTree, Output, Partial, Request
+from storage.progress_writes import merge_pieces
+
+Pieces = tuple[tuple[str, str], ...]  # text, and who chose it: draft or target
+
+_TEXT_CHARS: Final = 20_000  # of one text that a page shows
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceText:
+    """One choice, finished or not."""
+
+    choice_index: int
+    pieces: Pieces
+    tokens: int
+    accepted: int
+    finish_reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestText:
+    """One request with what is written of it."""
+
+    request_index: int
+    custom_id: str
+    status: str
+    error_code: str | None
+    error_message: str | None
+    prompt: str  # its beginning
+    choices: tuple[ChoiceText, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorCount:
+    """How many requests of a job failed with one message; None: with all the others of this code."""
+
+    code: str
+    message: str | None  # with the field it is about
+    requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class TreePlace:
+    """Where a tree was recorded."""
+
+    request_index: int
+    choice_index: int
+    step: int
+    tree_nodes: int = 0
+    accepted_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedTree:
+    """A recorded draft tree, and the numbers of its step."""
+
+    nodes: tuple[tuple[int, int, str, float, bool], ...]  # parent, token id, text, value, accepted; the root first
+    bonus: str
+    step: Mapping[str, Any]  # columns of `decode_steps`
+
+
+def requests(
+    session: Session, job_id: str, statuses: Sequence[str] = (), after: int = -1, limit: int = 20
+) -> list[RequestText]:
+    """Return some requests of a job in its order, from behind the index `after`; `statuses` empty: of any status."""
+    query = select(*_REQUEST).where(Request.job_id == job_id, Request.request_index > after)
+    if statuses:
+        query = query.where(Request.status.in_(statuses))
+    rows = session.execute(query.order_by(Request.request_index).limit(limit)).all()
+    return _with_texts(session, job_id, rows)
+
+
+def running(session: Session, job_id: str, limit: int) -> list[RequestText]:
+    """Return the first requests of a job that are being written."""
+    query = select(*_REQUEST).where(Request.job_id == job_id, Request.status == "running")
+    return _with_texts(session, job_id, session.execute(query.order_by(Request.request_index).limit(limit)).all())
+
+
+def errors(session: Session, job_id: str, limit: int = 20) -> list[ErrorCount]:
+    """Return the most frequent errors of a job by code, field and message, and by code what they leave out."""
+    count = func.count().label("requests")
+    of_job = (Request.job_id == job_id, Request.error_code.is_not(None))
+    kinds = select(Request.error_code, Request.error_param, _rule(session).label("rule")).where(*of_job).subquery()
+    ranked = select(*kinds.c, count).group_by(*kinds.c).order_by(count.desc(), *kinds.c).limit(limit)
+    found = [
+        ErrorCount(str(row.error_code), _said(row.error_param, row.rule or ""), row.requests)
+        for row in session.execute(ranked)
+    ]
+    left = Counter[str]()
+    by_code = select(Request.error_code, count).where(*of_job).group_by(Request.error_code)
+    for code, number in session.execute(by_code):
+        left[str(code)] = number
+    for error in found:
+        left[error.code] -= error.requests
+    return found + [ErrorCount(code, None, number) for code, number in left.most_common() if number]
+
+
+def tree_places(session: Session, job_id: str) -> list[TreePlace]:
+    """Return where a job has recorded trees, of requests that have ended, and how large they are."""
+    columns = (DraftTree.request_index, DraftTree.choice_index, DraftTree.step)
+    same = [getattr(DecodeStep, column.key) == column for column in (DraftTree.job_id, *columns)]
+    rows = session.execute(
+        select(*columns, DecodeStep.tree_nodes, DecodeStep.accepted_tokens)
+        .join(DecodeStep, and_(*same))
+        .where(DraftTree.job_id == job_id)
+        .order_by(*columns)
+    )
+    return [TreePlace(*row) for row in rows]
+
+
+def tree(session: Session, job_id: str, place: TreePlace) -> RecordedTree | None:
+    """Return a recorded tree."""
+    where = [getattr(DraftTree, name) == getattr(place, name) for name in ("request_index", "choice_index", "step")]
+    row = session.execute(select(DraftTree.nodes, DraftTree.bonus).where(DraftTree.job_id == job_id, *where)).first()
+    if row is None:
+        return None
+    same = [getattr(DecodeStep, name) == getattr(place, name) for name in ("request_index", "choice_index", "step")]
+    step = session.execute(select(*_STEP).where(DecodeStep.job_id == job_id, *same)).one()
+    return RecordedTree(tuple(tuple(node) for node in row.nodes), row.bonus, dict(step._mapping))
+
+
+_REQUEST: Final = (
+    Request.request_index,
+    Request.custom_id,
+    Request.status,
+    Request.error_code,
+    Request.error_message,
+    Request.body,
+)
+_STEP: Final = (
+    DecodeStep.tree_nodes,
+    DecodeStep.tree_depth,
+    DecodeStep.accepted_tokens,
+    DecodeStep.emitted_tokens,
+    DecodeStep.expected_accepted,
+    DecodeStep.draft_ms,
+    DecodeStep.verify_ms,
+    DecodeStep.step_ms,
+    DecodeStep.batch_sequences,
+    DecodeStep.drafter,
+    DecodeStep.decision,
+)
+
+
+def _with_texts(session: Session, job_id: str, rows: Sequence[AnyRow]) -> list[RequestText]:
+    indexes = [row.request_index for row in rows]
+    texts = _partial_texts(session, job_id, indexes) | _output_texts(session, job_id, indexes)
+    return [
+        RequestText(
+            request_index=row.request_index,
+            custom_id=row.custom_id,
+            status=row.status,
+            error_code=row.error_code,
+            error_message=row.error_message,
+            prompt=_prompt(row.body),
+            choices=tuple(text for (index, _), text in sorted(texts.items()) if index == row.request_index),
+        )
+        for row in rows
+    ]
+
+
+def _output_texts(session: Session, job_id: str, indexes: Sequence[int]) -> dict[tuple[int, int], ChoiceText]:
+    rows = session.execute(
+        select(
+            Output.request_index,
+            Output.choice_index,
+            Output.pieces,
+            Output.completion_tokens,
+            Output.accepted_tokens,
+            Output.finish_reason,
+        ).where(and_(Output.job_id == job_id, Output.request_index.in_(indexes)))
+    )
+    return {(row[0], row[1]): ChoiceText(row[1], cut(row.pieces), *row[3:]) for row in rows}
+
+
+def _partial_texts(session: Session, job_id: str, indexes: Sequence[int]) -> dict[tuple[int, int], ChoiceText]:
+    rows = session.execute(
+        select(Partial.request_index, Partial.choice_index, Partial.pieces, Partial.accepted)
+        .where(Partial.job_id == job_id, Partial.request_index.in_(indexes))
+        .order_by(Partial.request_index, Partial.choice_index, Partial.seq)
+    )
+    return {key: _partial_text(key[1], list(group)) for key, group in groupby(rows, lambda row: (row[0], row[1]))}
+
+
+def _partial_text(choice: int, rows: Sequence[AnyRow]) -> ChoiceText:
+    flags = [flag for row in rows for flag in row.accepted]
+    pieces = merge_pieces(piece for row in rows for piece in row.pieces)
+    return ChoiceText(choice, cut(pieces), len(flags), sum(flags), None)
+
+
+def cut(pieces: Sequence[Sequence[str]], chars: int = _TEXT_CHARS) -> Pieces:
+    """Return the beginning of a text; a piece that says so stands for the rest."""
+    taken: list[tuple[str, str]] = []
+    for text, source in pieces:
+        if len(text) > chars:
+            return (*taken, (text[:chars], source), (" […]", "target"))
+        taken.append((text, source))
+        chars -= len(text)
+    return tuple(taken)
+
+
+def _rule(session: Session) -> ColumnElement[str]:
+    """Return what a request did wrong, without where it stands in its job: else each would be of a kind of its own."""
+    message = Request.error_message
+    placed = or_(message.like("line %: %"), message.like("requests[%: %"))
+    return case((placed, func.substr(message, place_of(session, message, ": ") + 2)), else_=message)
+
+
+def _said(param: str | None, rule: str) -> str:
+    return f"{param}: {rule}" if param else rule
+
+
+def _prompt(body: Mapping[str, Any] | None) -> str:
+    """Return what was asked: the prompt, or the last turn of the conversation."""
+    if body is None:
+        return ""
+    messages = body.get("messages")
+    text = messages[-1].get("content", "") if messages else body.get("prompt")
+    return str(text or "")[:500]

@@ -1,0 +1,376 @@
+"""The flush: everything a worker has to say about its requests, in one transaction, fenced and safe to repeat.
+
+First every lease is looked at under lock; then only what is said under a lease that holds is written. A worker that
+never learnt whether a flush was committed sends it again: checkpoints and outputs find their rows there already, and
+nothing is counted twice.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import Enum, auto
+from itertools import groupby
+from typing import Any
+
+from sqlalchemy import bindparam, delete, select, update
+from sqlalchemy.orm import Session
+
+from storage import rollups
+from storage.dialect import AnyRow, database_now, insert_into, insert_many, insert_new, is_one_of, is_request, storable
+from storage.models import DecodeStep, DraftTree, Job, Output, Partial, Request, Served
+from storage.records import Checkpoint, FinishedChoice, FlushResult, Lease, Progress, Refusal, RequestKey
+from storage.transitions import cancel_requests, error_columns, finalise_jobs
+
+ChoiceKey = tuple[str, int, int]  # (job_id, request_index, choice_index)
+
+
+def flush(
+    session: Session, worker_id: str, lease_s: float, progress: Sequence[Progress], held: Sequence[Lease]
+) -> FlushResult:
+    """Renew the leases and write the progress of all requests of a worker; say which it has lost, which jobs ended.
+
+    A lease that has lapsed is renewed if nobody has claimed its request meanwhile. A lease is lost when its request has
+    a new owner or has ended by another hand, when its deadline is over, or when its job is cancelled or over; then its
+    progress is not written.
+    """
+    leases = set(held).union(entry.lease for entry in progress)
+    if not leases:
+        return FlushResult(frozenset(), ())
+    standings, numbers = _look_at(session, worker_id, leases)
+    ours = [entry for entry in progress if standings[entry.lease] is _Standing.HOLDS]
+    now = database_now(session)
+    _renew(session, _keys(standings, _Standing.HOLDS), now + lease_s)
+    _prove(session, worker_id, {entry.lease.key for entry in ours if entry.checkpoints}, now)
+    tally = _Tally()
+    _write_checkpoints(session, worker_id, ours, now, numbers, tally)
+    _write_outputs(session, worker_id, ours, numbers, tally)
+    _end_requests(session, ours, now, numbers, tally)
+    cancelled = _keys(standings, _Standing.CANCELLED)
+    cancel_requests(session, cancelled, now)
+    _count(session, tally)
+    return FlushResult(
+        lost=frozenset(_keys(standings, _Standing.LOST) | cancelled),
+        ended_jobs=tuple(finalise_jobs(session, {job_id for job_id, _ in tally.ended | cancelled})),
+    )
+
+
+class _Standing(Enum):
+    """What a lease is worth."""
+
+    HOLDS = auto()
+    ENDED = auto()  # its owner has ended the request: a repeated flush, whose work is done
+    CANCELLED = auto()  # holds, but the job is being cancelled
+    LOST = auto()
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What a flush adds to the counts of its jobs."""
+
+    completed: Counter[str] = field(default_factory=Counter)
+    failed: Counter[str] = field(default_factory=Counter)
+    prompt_tokens: Counter[str] = field(default_factory=Counter)
+    completion_tokens: Counter[str] = field(default_factory=Counter)
+    ended: set[RequestKey] = field(default_factory=set)
+    told: set[str] = field(default_factory=set)  # jobs whose readers have something to be told
+
+    @property
+    def job_ids(self) -> list[str]:
+        return sorted({*self.completed, *self.failed, *self.prompt_tokens, *self.completion_tokens, *self.told})
+
+
+def _look_at(
+    session: Session, worker_id: str, leases: Collection[Lease]
+) -> tuple[dict[Lease, _Standing], dict[str, int]]:
+    """Lock jobs and requests of the leases; say what each lease is worth, and the next event number of each job."""
+    jobs = {
+        job.id: job
+        for job in session.execute(
+            select(Job.id, Job.status, Job.expires_at, Job.event_number)
+            .where(Job.id.in_({lease.job_id for lease in leases}))
+            .order_by(Job.id)
+            .with_for_update(key_share=True)
+        )
+    }
+    requests = {
+        (request.job_id, request.request_index): request
+        for request in session.execute(
+            select(
+                Request.job_id,
+                Request.request_index,
+                Request.status,
+                Request.lease_owner,
+                Request.lease_number,
+                Request.expires_at,
+            )
+            .where(is_request({lease.key for lease in leases}))
+            .order_by(Request.job_id, Request.request_index)
+            .with_for_update(key_share=True)
+        )
+    }
+    now = database_now(session)
+    worth = {lease: _worth(lease, worker_id, jobs.get(lease.job_id), requests.get(lease.key), now) for lease in leases}
+    return worth, {job_id: job.event_number + 1 for job_id, job in jobs.items()}
+
+
+def _worth(lease: Lease, worker_id: str, job: AnyRow | None, request: AnyRow | None, now: float) -> _Standing:
+    if job is None or request is None or (request.lease_owner, request.lease_number) != (worker_id, lease.number):
+        return _Standing.LOST
+    if request.status in ("completed", "failed"):
+        return _Standing.ENDED
+    if request.status != "running" or (request.expires_at is not None and request.expires_at <= now):
+        return _Standing.LOST
+    if job.status == "cancelling":
+        return _Standing.CANCELLED
+    return _Standing.HOLDS if job.status == "in_progress" and job.expires_at > now else _Standing.LOST
+
+
+def _keys(standings: dict[Lease, _Standing], wanted: _Standing) -> set[RequestKey]:
+    return {lease.key for lease, standing in standings.items() if standing is wanted}
+
+
+def _renew(session: Session, keys: Collection[RequestKey], until: float) -> None:
+    if keys:
+        session.execute(update(Request).where(is_request(keys)).values(lease_expires_at=until))
+
+
+def _prove(session: Session, worker_id: str, keys: Collection[RequestKey], now: float) -> None:
+    """Note which requests have committed tokens under this lease, so are no suspects any more, and that we serve."""
+    if not keys:
+        return
+    proven = {
+        "proven": True,
+        "suspect_group": None,
+        "lone_crashes": 0,
+        "lone_served": False,
+        "lone_host": None,
+    }
+    newly = update(Request).where(is_request(keys), ~Request.proven).values(**proven).returning(Request.job_id)
+    job_id = session.scalar(newly)
+    if job_id is None:
+        return
+    model = select(Job.model).where(Job.id == job_id).scalar_subquery()
+    served = insert_into(session, Served).values(worker_id=worker_id, model=model, last_at=now)
+    session.execute(served.on_conflict_do_update(index_elements=["worker_id"], set_={"last_at": now}))
+
+
+def _write_checkpoints(
+    session: Session,
+    worker_id: str,
+    progress: Iterable[Progress],
+    now: float,
+    numbers: Mapping[str, int],
+    tally: _Tally,
+) -> None:
+    rows = [
+        {
+            "job_id": entry.lease.job_id,
+            "request_index": entry.lease.request_index,
+            "worker_id": worker_id,
+            "committed_at": now,
+            "event_number": numbers[entry.lease.job_id],
+            **_checkpoint_columns(checkpoint),
+        }
+        for entry in progress
+        for checkpoint in entry.checkpoints
+    ]
+    if not rows:
+        return
+    keys = (Partial.job_id, Partial.request_index, Partial.choice_index, Partial.seq)
+    written = {tuple(key) for key in session.execute(insert_new(session, Partial).returning(*keys), rows)}
+    for row in rows:
+        if tuple(row[key.key] for key in keys) in written:
+            tally.told.add(row["job_id"])
+            tally.completion_tokens[row["job_id"]] += len(row["token_ids"])
+
+
+def _checkpoint_columns(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "choice_index": checkpoint.choice_index,
+        "seq": checkpoint.seq,
+        "token_ids": checkpoint.token_ids,
+        "accepted": checkpoint.accepted,
+        "text": storable(checkpoint.text),
+        "pieces": [(storable(text), source) for text, source in checkpoint.pieces],
+        "steps": [asdict(step) for step in checkpoint.steps],
+        "logprobs": checkpoint.logprobs,
+    }
+
+
+def _write_outputs(
+    session: Session, worker_id: str, progress: Iterable[Progress], numbers: Mapping[str, int], tally: _Tally
+) -> None:
+    """Turn the checkpoints of finished choices into their outputs and step rows."""
+    finished = {(*entry.lease.key, choice.choice_index): choice for entry in progress for choice in entry.finished}
+    if not finished:
+        return
+    partials = _take_partials(session, finished)
+    rows = [
+        {**_output_row(key, choice, partials.get(key, []), worker_id), "event_number": numbers[key[0]]}
+        for key, choice in finished.items()
+    ]
+    keys = (Output.job_id, Output.request_index, Output.choice_index)
+    written = {tuple(key) for key in session.execute(insert_new(session, Output).returning(*keys), rows)}
+    steps = [row for key in finished if key in written for row in _step_rows(key, partials.get(key, []))]
+    if steps:
+        _insert_steps(session, steps)
+        rollups.add_steps(session, [key for key in finished if key in written], steps)
+    _count_outputs(finished, written, partials, tally)
+
+
+def _take_partials(session: Session, keys: Collection[ChoiceKey]) -> dict[ChoiceKey, list[AnyRow]]:
+    """Delete the checkpoints of these choices and return them, in order."""
+    place = (Partial.job_id, Partial.request_index, Partial.choice_index, Partial.seq)
+    content = (
+        Partial.token_ids,
+        Partial.accepted,
+        Partial.text,
+        Partial.pieces,
+        Partial.steps,
+        Partial.logprobs,
+        Partial.worker_id,
+        Partial.event_number,
+    )
+    taken = session.execute(delete(Partial).where(is_one_of(place[:3], keys)).returning(*place, *content))
+    ordered = sorted(taken, key=lambda partial: (*_choice_key(partial), partial.seq))
+    return {key: list(group) for key, group in groupby(ordered, key=_choice_key)}
+
+
+def _choice_key(partial: AnyRow) -> ChoiceKey:
+    return (partial.job_id, partial.request_index, partial.choice_index)
+
+
+def _output_row(key: ChoiceKey, choice: FinishedChoice, partials: Sequence[AnyRow], worker_id: str) -> dict[str, Any]:
+    job_id, request_index, _ = key
+    return {
+        "job_id": job_id,
+        "request_index": request_index,
+        **asdict(choice),
+        "text": storable(choice.text),
+        "accepted_tokens": sum(sum(partial.accepted) for partial in partials),
+        "pieces": merge_pieces(piece for partial in partials for piece in partial.pieces),
+        "logprobs": _all_logprobs(partials),
+        "worker_id": worker_id,
+        "checkpoints": [
+            (partial.event_number, partial.seq, len(partial.text), len(partial.token_ids), sum(partial.accepted))
+            for partial in partials
+        ],
+    }
+
+
+def _all_logprobs(partials: Sequence[AnyRow]) -> list[Any] | None:
+    """Return those of the whole text, whoever decoded its parts; None if the request wanted none."""
+    parts = [partial.logprobs for partial in partials]
+    return None if not parts or None in parts else [row for part in parts for row in part]
+
+
+def merge_pieces(pieces: Iterable[Sequence[str]]) -> list[tuple[str, str]]:
+    """Return the pieces with neighbours of one source joined."""
+    return [
+        ("".join(text for text, _ in group), source) for source, group in groupby(pieces, key=lambda piece: piece[1])
+    ]
+
+
+def _step_rows(key: ChoiceKey, partials: Iterable[AnyRow]) -> list[dict[str, Any]]:
+    """Return the steps of a choice, numbered as they were committed: a new owner may count its own from 0 again."""
+    job_id, request_index, choice_index = key
+    steps = [(partial.worker_id, step) for partial in partials for step in partial.steps]
+    identity = {"job_id": job_id, "request_index": request_index, "choice_index": choice_index}
+    return [
+        {**_LATER_COLUMNS, **columns, **identity, "step": number, "worker_id": worker_id}
+        for number, (worker_id, columns) in enumerate(steps)
+    ]
+
+
+# What checkpoints of older workers don't hold.
+_LATER_COLUMNS = {"decision": None, "reached": None, "tree": None}
+
+
+def _insert_steps(session: Session, steps: Sequence[dict[str, Any]]) -> None:
+    trees = [
+        {**{name: row[name] for name in ("job_id", "request_index", "choice_index", "step")}, **tree}
+        for row in steps
+        if (tree := row.pop("tree")) is not None
+    ]
+    insert_many(session, DecodeStep, steps)
+    if trees:
+        insert_many(session, DraftTree, trees)
+
+
+def _count_outputs(
+    finished: dict[ChoiceKey, FinishedChoice],
+    written: Collection[tuple[Any, ...]],
+    partials: dict[ChoiceKey, list[AnyRow]],
+    tally: _Tally,
+) -> None:
+    """Count the tokens of outputs in place of those of their checkpoints, which have been counted before."""
+    for key, choice in finished.items():
+        job_id, _, _ = key
+        tally.completion_tokens[job_id] -= sum(len(partial.token_ids) for partial in partials.get(key, []))
+        if key in written:
+            tally.told.add(job_id)
+            tally.completion_tokens[job_id] += choice.completion_tokens
+            tally.prompt_tokens[job_id] += choice.prompt_tokens if choice.first_of_prompt else 0
+
+
+def _end_requests(
+    session: Session, progress: Iterable[Progress], now: float, numbers: Mapping[str, int], tally: _Tally
+) -> None:
+    failed = {entry.lease.key: entry.refusal for entry in progress if entry.refusal is not None}
+    completed = {entry.lease.key for entry in progress if entry.ends} - failed.keys()
+    tally.completed.update(job_id for job_id, _ in completed)
+    tally.failed.update(job_id for job_id, _ in failed)
+    tally.ended |= completed | failed.keys()
+    tally.told |= {job_id for job_id, _ in tally.ended}
+    for job_id in {job_id for job_id, _ in completed}:
+        ended = {"status": "completed", "finished_at": now, "lease_expires_at": None, "event_number": numbers[job_id]}
+        of_job = {key for key in completed if key[0] == job_id}
+        session.execute(update(Request).where(is_request(of_job)).values(**ended))
+    if failed:
+        rows = [_failed_row(key, refusal, now, numbers[key[0]]) for key, refusal in failed.items()]
+        session.execute(update(Request), rows)
+
+
+def _failed_row(key: RequestKey, refusal: Refusal, now: float, event_number: int) -> dict[str, Any]:
+    job_id, request_index = key
+    return {
+        "job_id": job_id,
+        "request_index": request_index,
+        "status": "failed",
+        "finished_at": now,
+        "lease_expires_at": None,
+        "event_number": event_number,
+        **error_columns(refusal),
+    }
+
+
+def _count(session: Session, tally: _Tally) -> None:
+    """Add the tally to the jobs, which are locked: nobody else is counting."""
+    counts = [
+        {
+            "job": job_id,
+            "completed": tally.completed[job_id],
+            "failed": tally.failed[job_id],
+            "prompt": tally.prompt_tokens[job_id],
+            "completion": tally.completion_tokens[job_id],
+            "told": int(job_id in tally.told),
+        }
+        for job_id in tally.job_ids
+    ]
+    if not counts:
+        return
+    # Through the connection: a session takes an UPDATE with a list of values for one by primary key.
+    session.connection().execute(
+        update(Job)
+        .where(Job.id == bindparam("job"))
+        .values(
+            requests_completed=Job.requests_completed + bindparam("completed"),
+            requests_failed=Job.requests_failed + bindparam("failed"),
+            prompt_tokens=Job.prompt_tokens + bindparam("prompt"),
+            completion_tokens=Job.completion_tokens + bindparam("completion"),
+            event_number=Job.event_number + bindparam("told"),
+        ),
+        counts,
+    )

@@ -1,0 +1,119 @@
+"""A census: how much waits, runs and has ended, by model, and what every living worker says of itself.
+
+Counts open requests and jobs; never reads finished requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sqlalchemy import and_, case, func, select
+from sqlalchemy.orm import Session
+
+from storage.dialect import database_now
+from storage.models import Job, Request, Worker
+from storage.transitions import OPEN_JOB_STATUSES
+
+SEEN_S: Final = 60.0  # a worker that has not been heard of for longer is not alive
+
+
+@dataclass(frozen=True, slots=True)
+class OpenJobs:
+    """What has not ended of one model."""
+
+    model: str
+    jobs: int
+    queued: int
+    running: int
+    oldest_s: float  # age of the oldest job
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What has ever been asked of one model."""
+
+    model: str
+    requests_completed: int
+    requests_failed: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """A living worker and what it last said of itself."""
+
+    id: str
+    hostname: str
+    model: str
+    load: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """Everything that is counted."""
+
+    open_jobs: tuple[OpenJobs, ...]
+    totals: tuple[Totals, ...]
+    errors: tuple[tuple[str, int], ...]  # error code, requests that ended with it
+    leases_held: int
+    leases_lapsed: int
+    workers: tuple[WorkerLoad, ...]
+
+
+def take(session: Session) -> Census:
+    """Count."""
+    now = database_now(session)
+    held, lapsed = _leases(session, now)
+    return Census(_open_jobs(session, now), _totals(session), _errors(session), held, lapsed, _workers(session, now))
+
+
+def _open_jobs(session: Session, now: float) -> tuple[OpenJobs, ...]:
+    status = (func.count(case((Request.status == name, 1))) for name in ("queued", "running"))
+    rows = session.execute(
+        select(Job.model, func.count(Job.id.distinct()), *status, func.min(Job.created_at))
+        .outerjoin(Request, and_(Request.job_id == Job.id, Request.status.in_(("queued", "running"))))
+        .where(Job.status.in_(OPEN_JOB_STATUSES))
+        .group_by(Job.model)
+        .order_by(Job.model)
+    )
+    return tuple(OpenJobs(row[0], row[1], row[2], row[3], max(0.0, now - row[4])) for row in rows)
+
+
+def _totals(session: Session) -> tuple[Totals, ...]:
+    names = ("requests_completed", "requests_failed", "prompt_tokens", "completion_tokens")
+    sums = (func.sum(getattr(Job, name)) for name in names)
+    rows = session.execute(select(Job.model, *sums).group_by(Job.model).order_by(Job.model))
+    return tuple(Totals(row[0], *map(int, row[1:])) for row in rows)
+
+
+def _errors(session: Session) -> tuple[tuple[str, int], ...]:
+    rows = session.execute(
+        select(Request.error_code, func.count())
+        .where(Request.error_code.is_not(None))
+        .group_by(Request.error_code)
+        .order_by(Request.error_code)
+    )
+    return tuple((str(code), count) for code, count in rows)
+
+
+def _leases(session: Session, now: float) -> tuple[int, int]:
+    lapsed = func.count(case((Request.lease_expires_at < now, 1)))
+    row = session.execute(
+        select(func.count(), lapsed)
+        .select_from(Job)
+        .join(Request, and_(Request.job_id == Job.id, Request.status == "running"))
+        .where(Job.status.in_(OPEN_JOB_STATUSES))
+    ).one()
+    return row[0] - row[1], row[1]
+
+
+def _workers(session: Session, now: float) -> tuple[WorkerLoad, ...]:
+    rows = session.execute(
+        select(Worker.id, Worker.hostname, Worker.target, Worker.load)
+        .where(Worker.stopped_at.is_(None), Worker.last_seen_at > now - SEEN_S)
+        .order_by(Worker.started_at, Worker.id)
+    )
+    return tuple(WorkerLoad(row[0], row[1], row[2], row[3] or {}) for row in rows)

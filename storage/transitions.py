@@ -1,0 +1,237 @@
+"""How requests and jobs end: cancelled, expired, or finalised because nothing of the job is left to do.
+
+A status that is final never changes again. Whoever locks rows of jobs and of requests locks those of jobs first, in the
+order of their ids, so that no two transactions wait for each other.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from sqlalchemy import ColumnElement, ScalarSelect, and_, case, func, or_, select, update
+from sqlalchemy.orm import Session
+
+from storage.dialect import (
+    database_now,
+    has_expired_requests,
+    has_open_requests,
+    is_lapsed,
+    is_one_of,
+    is_request,
+    storable,
+)
+from storage.models import Job, Partial, Request
+from storage.records import FailedRequest, Refusal, RequestKey
+
+OPEN_JOB_STATUSES: Final = ("in_progress", "cancelling")
+_CANCELLABLE: Final = ("validating", "in_progress", "finalizing")
+_IS_BATCH: Final = Job.input_file_id.is_not(None)
+
+_ROWS_AT_ONCE: Final = 500  # ended in one transaction
+
+CANCELLED: Final = Refusal(
+    "batch_cancelled", "The job was cancelled before this request was completed.", status_code=409
+)
+EXPIRED: Final = Refusal(
+    "batch_expired", "The completion window was over before this request was completed.", status_code=408
+)
+
+LATE: Final = Refusal("deadline_exceeded", "The request was not completed within its timeout.", status_code=408)
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What was ended in one go."""
+
+    jobs: tuple[tuple[str, str], ...] = ()  # (job_id, final status)
+    failed: tuple[FailedRequest, ...] = ()
+    more: bool = False  # there is more to end right now
+
+
+def finalise_jobs(session: Session, job_ids: Collection[str]) -> list[tuple[str, str]]:
+    """End those of the jobs that have no request left to wait for; return (job_id, final status) of each.
+
+    Of a batch all is decided then, but its files are still to be written: its clerk ends it.
+    """
+    if not job_ids:
+        return []
+    now = database_now(session)
+    decided = and_(Job.id.in_(job_ids), ~has_open_requests())
+    session.execute(
+        update(Job)
+        .where(decided, _IS_BATCH, Job.status == "in_progress")
+        .values(status="finalizing", finalizing_at=now)
+    )
+    final = case((Job.status == "cancelling", "cancelled"), (has_expired_requests(), "expired"), else_="completed")
+    ended = session.execute(
+        update(Job)
+        .where(decided, ~_IS_BATCH, Job.status.in_(OPEN_JOB_STATUSES))
+        .values(status=final, finished_at=now)
+        .returning(Job.id, Job.status)
+    )
+    return sorted((job_id, status) for job_id, status in ended)
+
+
+def request_cancel(session: Session, job_id: str) -> str | None:
+    """Cancel a job and return its status; None if there is no such job.
+
+    What nobody is working on ends here if it is little, else with `end_jobs`: whoever asks must not wait for it.
+    Requests that are being decoded are cancelled at their worker's next flush, and the job ends with the last of them.
+    A batch ends when its clerk has written its files; one that is still being read is read to its end, for each of its
+    requests is owed an answer.
+    Asking again, or for a job that has ended, changes nothing.
+    """
+    now = database_now(session)
+    session.execute(
+        update(Job).where(Job.id == job_id, Job.status.in_(_CANCELLABLE)).values(status="cancelling", cancelling_at=now)
+    )
+    cancel_unstarted(session, job_id)
+    finalise_jobs(session, [job_id])
+    return session.scalar(select(Job.status).where(Job.id == job_id))
+
+
+def end_jobs(session: Session) -> Ended:
+    """End what only time can end, a piece of it: whoever wants to write meanwhile waits for no more than that.
+
+    Jobs whose completion window is over expire with all that is unfinished. Cancelled jobs end when nothing of them is
+    queued any more and the workers that still had requests of them have let their leases lapse.
+    """
+    now = database_now(session)
+    overdue, cancelling = _lock_ending(session, now)
+    unfinished = and_(Request.job_id.in_(overdue), Request.status.in_(("queued", "running")))
+    count = _end_piece(session, "expired", EXPIRED, now, unfinished) if overdue else 0
+    count += cancel_unstarted(session, *cancelling) if cancelling else 0
+    return Ended(tuple(finalise_jobs(session, [*overdue, *cancelling])), more=count >= _ROWS_AT_ONCE)
+
+
+def _lock_ending(session: Session, now: float) -> tuple[list[str], list[str]]:
+    """Lock the jobs that are overdue and those that are being cancelled, in one go: locks are taken in one order."""
+    is_overdue = and_(Job.status == "in_progress", Job.expires_at <= now)
+    locked = lock_jobs(session, or_(is_overdue, Job.status == "cancelling"))
+    overdue = set(session.scalars(select(Job.id).where(Job.id.in_(locked), is_overdue))) if locked else set()
+    return [job_id for job_id in locked if job_id in overdue], [job_id for job_id in locked if job_id not in overdue]
+
+
+def cancel_unstarted(session: Session, *job_ids: str) -> int:
+    """Cancel a piece of what nobody is working on of jobs that are being cancelled; return how many requests."""
+    now = database_now(session)
+    return _end_piece(session, "cancelled", CANCELLED, now, _left_in_cancelled_jobs(now, job_ids))
+
+
+def expire_requests(session: Session) -> Ended:
+    """Fail requests whose own deadline is over, a piece of them, and end the jobs that had no others.
+
+    Whoever decodes one of them finds its lease lost.
+    """
+    now = database_now(session)
+    late = and_(Request.expires_at <= now, Request.finished_at.is_(None))
+    job_ids = lock_jobs(session, Job.id.in_(select(Request.job_id).where(late)) & (Job.status == "in_progress"))
+    if not job_ids:
+        return Ended()
+    found = session.execute(
+        select(Request.job_id, Request.request_index)
+        .where(late, Request.job_id.in_(job_ids))
+        .order_by(Request.job_id, Request.request_index)
+        .limit(_ROWS_AT_ONCE)
+        .with_for_update(key_share=True)
+    )
+    keys = [(job_id, index) for job_id, index in found]
+    failed = fail_requests(session, keys, LATE, now)
+    ended = finalise_jobs(session, {request.job_id for request in failed})
+    return Ended(tuple(ended), tuple(failed), more=len(keys) >= _ROWS_AT_ONCE)
+
+
+def fail_requests(session: Session, keys: Collection[RequestKey], reason: Refusal, now: float) -> list[FailedRequest]:
+    """Fail requests that the caller has locked with their jobs, count them, and return what their events must say."""
+    if not keys:
+        return []
+    number = told_as(session, {job_id for job_id, _ in keys}, is_request(keys))
+    ended = {"status": "failed", "finished_at": now, "lease_expires_at": None, "suspect_group": None}
+    rows = session.execute(
+        update(Request)
+        .where(is_request(keys))
+        .values(**ended, event_number=number, **error_columns(reason))
+        .returning(Request.job_id, Request.request_index, Request.custom_id, Request.attempts)
+    ).all()
+    for job_id, count in Counter(row.job_id for row in rows).items():
+        session.execute(update(Job).where(Job.id == job_id).values(requests_failed=Job.requests_failed + count))
+    last = _last_seqs(session, keys)
+    # One that was never claimed has no events; `started` is number 0 of all others.
+    return [
+        FailedRequest(*key, row.custom_id, last.get(key, 0) + 1 if row.attempts else 0, reason)
+        for row in sorted(rows)
+        for key in [(row.job_id, row.request_index)]
+    ]
+
+
+def cancel_requests(session: Session, keys: Collection[RequestKey], now: float) -> None:
+    """Cancel requests that the caller has locked."""
+    if keys:
+        _end_requests(session, "cancelled", CANCELLED, now, {job_id for job_id, _ in keys}, is_request(keys))
+
+
+def lock_jobs(session: Session, condition: ColumnElement[bool]) -> list[str]:
+    """Lock the jobs that meet a condition, in the order in which everybody locks them, and return their ids."""
+    return list(session.scalars(select(Job.id).where(condition).order_by(Job.id).with_for_update(key_share=True)))
+
+
+def error_columns(refusal: Refusal) -> dict[str, str | int | None]:
+    """Return a refusal as the columns of its request."""
+    return {
+        "error_code": refusal.code,
+        "error_message": storable(refusal.message),
+        "error_param": None if refusal.param is None else storable(refusal.param),
+        "error_status_code": refusal.status_code,
+    }
+
+
+def _last_seqs(session: Session, keys: Collection[RequestKey]) -> dict[RequestKey, int]:
+    """Return the number of the last event of choice 0 that was committed, where there is one."""
+    rows = session.execute(
+        select(Partial.job_id, Partial.request_index, func.max(Partial.seq))
+        .where(is_one_of((Partial.job_id, Partial.request_index), keys), Partial.choice_index == 0)
+        .group_by(Partial.job_id, Partial.request_index)
+    )
+    return {(job_id, index): seq for job_id, index, seq in rows}
+
+
+def _left_in_cancelled_jobs(now: float, job_ids: Iterable[str]) -> ColumnElement[bool]:
+    """Return the condition that a request of a cancelled job is in nobody's hands."""
+    cancelling = select(Job.id).where(Job.id.in_(list(job_ids)), Job.status == "cancelling")
+    return and_(Request.job_id.in_(cancelling), (Request.status == "queued") | is_lapsed(now))
+
+
+def told_as(session: Session, job_ids: Collection[str], which: ColumnElement[bool]) -> ScalarSelect[int]:
+    """Return the `event_number` of requests that end now, all those of a job together: readers are told in its order.
+
+    Whoever ends requests of these jobs writes it with their status (storage.event_log).
+    """
+    ending = select(Request.job_id).where(Request.job_id == Job.id, which).exists()
+    session.execute(update(Job).where(Job.id.in_(job_ids), ending).values(event_number=Job.event_number + 1))
+    return select(Job.event_number).where(Job.id == Request.job_id).scalar_subquery()
+
+
+def _end_piece(session: Session, status: str, reason: Refusal, now: float, which: ColumnElement[bool]) -> int:
+    """End some of the requests, whose jobs the caller has locked, and return how many: less than a piece is all."""
+    found = session.execute(select(Request.job_id, Request.request_index).where(which).limit(_ROWS_AT_ONCE))
+    keys = [(job_id, index) for job_id, index in found]
+    if keys:
+        _end_requests(session, status, reason, now, {job_id for job_id, _ in keys}, is_request(keys))
+    return len(keys)
+
+
+def _end_requests(
+    session: Session,
+    status: str,
+    reason: Refusal,
+    now: float,
+    job_ids: Collection[str],
+    which: ColumnElement[bool],
+) -> None:
+    """End requests of these jobs without a result. The lease's number and owner stay: they say who had it last."""
+    number = told_as(session, job_ids, which)
+    ended = {"status": status, "finished_at": now, "lease_expires_at": None, "event_number": number}
+    session.execute(update(Request).where(which).values(**ended, **error_columns(reason)))

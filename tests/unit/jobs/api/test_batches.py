@@ -1,0 +1,592 @@
+"""Batches through the real `openai` client: a clerk reads and files them, and the test does what a worker does."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from fastapi.testclient import TestClient
+from openai import OpenAI
+from openai.types import Batch, Completion, FileObject
+from openai.types.chat import ChatCompletion
+from sqlalchemy import select, update
+
+from jobs.api.app import make_api
+from jobs.batch_files.processor import Clerk
+from jobs.messages import PartialEvent
+from jobs.settings import JobsSettings
+from storage import batches, files, leases, queries, writes
+from storage.models import Job, Request
+from storage.records import Claim, Progress, Refusal
+from storage.session import Database
+from tests.factories import a_checkpoint, a_finished_choice
+from tests.unit.jobs.openai_client import (
+    CHAT,
+    COMPLETIONS,
+    a_batch,
+    a_line,
+    as_jsonl,
+    checked,
+    lines_of,
+    openai_on,
+    uploaded,
+)
+
+
+class World:
+    """The shim, its client, and a clerk that works when it is told to."""
+
+    def __init__(self, settings: JobsSettings, database: Database, api: TestClient) -> None:
+        self.database = database
+        self.settings = settings
+        self.api = api
+        self.client: OpenAI = openai_on(api)
+        self.rung: list[tuple[str, str]] = []
+        self.events: list[PartialEvent] = []
+        self.clerk = self.another_clerk()
+
+    def another_clerk(self, lease_s: float = 30.0) -> Clerk:
+        ring = lambda job_id, model: self.rung.append((job_id, model))  # noqa: E731
+        return Clerk(self.database, self.settings, ring, self.events.extend, lease_s=lease_s)
+
+    def claim(self, limit: int = 10) -> list[Claim]:
+        with self.database.write() as session:
+            return leases.claim(session, "w", "tiny", limit, 30.0)
+
+    def answer(self, *claims: Claim, texts: tuple[str, ...] = ("Paris.",)) -> None:
+        """Do what a worker does: one choice for each text."""
+        choices = [
+            a_finished_choice(text, choice_index=n, last_seq=2, first_of_prompt=n == 0) for n, text in enumerate(texts)
+        ]
+        written = [a_checkpoint(text, choice_index=n) for n, text in enumerate(texts)]
+        self.flush(Progress(c.lease, tuple(written), tuple(choices), ends=True) for c in claims)
+
+    def flush(self, progress: Iterator[Progress]) -> None:
+        entries = list(progress)
+        with self.database.write() as session:
+            writes.flush(session, "w", 30.0, entries, [entry.lease for entry in entries])
+
+    def overdue(self, batch_id: str) -> None:
+        with self.database.write() as session:
+            session.execute(update(Job).where(Job.id == batch_id).values(expires_at=1.0))
+
+    def end_what_is_cancelled(self) -> None:
+        """Do the reconciler's part."""
+        more = True
+        while more:
+            with self.database.write() as session:
+                more = writes.end_jobs(session).more
+
+    def work(self) -> None:
+        """Let the clerk do all there is."""
+        self.clerk.tidy()
+        while self.clerk.turn():
+            pass
+
+    def read(self, batch_id: str) -> Any:
+        return checked(self.client.batches.retrieve(batch_id))
+
+
+@pytest.fixture
+def settings(settings: JobsSettings) -> JobsSettings:
+    return settings.model_copy(update={"max_requests": 2_000, "max_body_bytes": 1_000_000, "max_line_bytes": 2_000})
+
+
+@pytest.fixture
+def world(settings: JobsSettings, database: Database) -> Iterator[World]:
+    with TestClient(make_api(settings, database, lambda *_: None), raise_server_exceptions=False) as api:
+        yield World(settings, database, api)
+
+
+def test_a_batch_goes_from_file_to_files_and_tells_each_stage(world: World) -> None:
+    names = ["a", "ü\u2028", "bad", "refused"]
+    lines = [a_line(name, body={"temperature": -1} if name == "bad" else {"stream": True}) for name in names]
+    batch = a_batch(world.client, lines, metadata={"team": "ä"})
+    assert (batch.status, batch.metadata, batch.model) == ("validating", {"team": "ä"}, None)
+    assert batch.expires_at == batch.created_at + 86_400
+    world.work()
+    batch = world.read(batch.id)
+    assert (batch.status, batch.model) == ("in_progress", "tiny")
+    assert batch.in_progress_at >= batch.created_at
+    assert batch.request_counts.to_dict() == {"total": 4, "completed": 0, "failed": 1}
+    assert world.rung == [(batch.id, "tiny")]
+
+    first, second, last = world.claim()
+    world.answer(first, second)
+    world.flush(iter([Progress(last.lease, refusal=Refusal("context_length_exceeded", "too long", "messages"))]))
+    batch = world.read(batch.id)
+    assert (batch.status, batch.output_file_id, batch.error_file_id) == ("finalizing", None, None)
+    world.work()
+    batch = world.read(batch.id)
+    assert batch.status == "completed"
+    assert batch.completed_at >= batch.finalizing_at >= batch.in_progress_at
+    assert batch.request_counts.to_dict() == {"total": 4, "completed": 2, "failed": 2}
+
+    output = lines_of(world.client, batch.output_file_id)
+    assert [line["custom_id"] for line in output] == names[:2]
+    answers = [ChatCompletion.model_validate(line["response"]["body"]) for line in output]
+    assert {answer.choices[0].message.content for answer in answers} == {"Paris."}
+    assert answers[0].id != answers[1].id
+    assert [line["error"] for line in output] == [None, None]
+    tokens = [answer.usage for answer in answers if answer.usage]
+    assert batch.usage.total_tokens == sum(each.total_tokens for each in tokens) == 14
+    errors = {line["custom_id"]: line["response"] for line in lines_of(world.client, batch.error_file_id)}
+    assert {name: (r["status_code"], r["body"]["error"]["param"]) for name, r in errors.items()} == {
+        "bad": (400, "temperature"),
+        "refused": (400, "messages"),
+    }
+    assert {file.id for file in world.client.files.list(purpose="batch_output")} == {
+        batch.output_file_id,
+        batch.error_file_id,
+    }
+    assert [(event.type, event.status) for event in world.events] == [("job", "completed")]
+    assert world.read(batch.id) == batch
+
+
+def test_choices_of_several_prompts_are_prompt_major_and_prompts_count_once(world: World) -> None:
+    body = {"prompt": [[1, 2], [3]], "n": 1, "best_of": 1, "messages": None}
+    batch = a_batch(world.client, [a_line(url=COMPLETIONS, body=body)], endpoint=COMPLETIONS)
+    world.work()
+    (claim,) = world.claim()
+    assert claim.body["prompts"] == [[1, 2], [3]]
+    assert claim.body["sampling"]["max_tokens"] == 16
+    world.answer(claim, texts=("one", "two"))
+    world.work()
+    (line,) = lines_of(world.client, world.read(batch.id).output_file_id)
+    answer = Completion.model_validate(line["response"]["body"])
+    assert [(choice.index, choice.text) for choice in answer.choices] == [(0, "one"), (1, "two")]
+    assert answer.usage is not None
+    assert answer.usage.to_dict() == {"prompt_tokens": 5, "completion_tokens": 4, "total_tokens": 9}
+
+
+GOOD = a_line("good")
+BAD_FILES: list[tuple[list[Any], list[tuple[str, int | None, str | None]]]] = [
+    ([], [("empty_file", None, None)]),
+    (["", "  "], [("empty_file", None, None)]),
+    (["nope", "[1]", "7"], [("invalid_json_line", 1, None), ("invalid_json_line", 2, None)]),
+    (["", '{"a": NaN}'], [("invalid_json_line", 2, None)]),
+    (["[" * 1_500], [("invalid_json_line", 1, None)]),
+    (['{"custom_id": "\\ud800"}'], [("invalid_json_line", 1, None)]),
+    ([a_line("x" * 2_100)], [("invalid_json_line", 1, None)]),
+    ([a_line(""), a_line("x" * 65)], [("invalid_request", 1, "custom_id"), ("invalid_request", 2, "custom_id")]),
+    ([a_line("\0"), a_line(7)], [("invalid_request", 1, "custom_id"), ("invalid_request", 2, "custom_id")]),  # type: ignore[arg-type]
+    ([{k: v for k, v in GOOD.items() if k != "custom_id"}], [("missing_required_parameter", 1, "custom_id")]),
+    ([GOOD | {"method": None}], [("missing_required_parameter", 1, "method")]),
+    ([GOOD | {"body": []}], [("invalid_request", 1, "body")]),
+    ([GOOD, a_line("b"), GOOD], [("duplicate_custom_id", 3, "custom_id")]),
+    ([GOOD | {"method": "GET"}], [("invalid_method", 1, "method")]),
+    ([GOOD | {"url": COMPLETIONS}], [("invalid_url", 1, "url")]),
+    ([a_line("m", body={"model": None})], [("missing_required_parameter", 1, "body.model")]),
+    ([a_line("m", body={"model": "gpt-9"})], [("model_not_found", 1, "body.model")]),
+    ([a_line(str(n)) for n in range(2_001)], [("too_many_tasks", None, None)]),
+]
+
+
+@pytest.mark.parametrize(("lines", "found"), BAD_FILES)
+def test_a_file_that_is_no_batch_fails_as_a_whole_with_its_bad_lines(
+    world: World, lines: list[Any], found: list[tuple[str, int | None, str | None]]
+) -> None:
+    batch = a_batch(world.client, lines)
+    world.work()
+    batch = world.read(batch.id)
+    assert batch.status == "failed"
+    assert batch.failed_at is not None
+    assert batch.errors is not None
+    errors = batch.errors.data or []
+    assert [(error.code, error.line, error.param) for error in errors][: len(found)] == found
+    assert all(error.message for error in errors)
+    assert (batch.output_file_id, batch.error_file_id, batch.in_progress_at) == (None, None, None)
+    assert world.claim() == []
+    with pytest.raises(openai.ConflictError):
+        world.client.batches.cancel(batch.id)
+
+
+def broken(line: dict[str, Any], old: str, new: str) -> bytes:
+    """A line with a part of its text replaced; Latin-1 stands for bytes that are no UTF-8."""
+    text = json.dumps(line)
+    assert old in text
+    return text.replace(old, new).encode("latin-1")
+
+
+BAD = a_line("bad", body={"top_p": 0.5})
+BAD_LINES = {
+    "high half of a pair": (broken(BAD, "Hello", "Nice \\ud83d"), "bad"),
+    "low half of a pair": (broken(BAD, "Hello", "\\udc4d nice"), "bad"),
+    "halves the wrong way round": (broken(BAD, "Hello", "\\udc4d\\ud83d"), "bad"),
+    "NaN": (broken(BAD, "0.5", "NaN"), "bad"),
+    "Infinity": (broken(BAD, "0.5", "-Infinity"), "bad"),
+    "more than all floats": (broken(BAD, "0.5", "1e999"), "bad"),
+    "a huge number": (broken(BAD, "0.5", "9" * 1_000), "bad"),
+    "latin-1": (broken(BAD, "Hello", "caf\xe9"), "bad"),
+    "latin-1 in the id": (broken(BAD, "bad", "caf\xe9"), "caf\ufffd"),
+    "a raw control character": (broken(BAD, "Hello", "a\x01b"), "bad"),
+    "a raw NUL": (broken(BAD, "Hello", "a\0b"), "bad"),
+    "a NUL in the name of a field": (broken(BAD, "top_p", "top\\u0000p"), "bad"),
+    "deep nesting": (broken(BAD, "0.5", "[" * 600 + "]" * 600), "bad"),
+    "more of it": (broken(BAD, "0.5", "[" * 1_700), "bad"),
+    "a comma behind it": (json.dumps(BAD).encode() + b",", "bad"),
+    "a comma too many": (broken(BAD, "0.5", "0.5,"), "bad"),
+    "two values": (json.dumps(BAD).encode() * 2, "bad"),
+    "an end that is missing": (json.dumps(BAD).encode()[:-3], "bad"),
+    "an end that is missing in a text": (broken(BAD, 'Hello"', "Hello"), "bad"),
+    "a backslash too few": (broken(BAD, "Hello", 'say \\\\"custom_id": "other" to'), "bad"),
+    "Python's own spelling": (str(BAD | {"x": None}).encode(), "bad"),
+    "no object": (b"[1, 2]", "request-1"),
+    "a text": (b'"Hello"', "request-1"),
+    "nothing": (b"null", "request-1"),
+    "a table": (b"id,prompt", "request-1"),
+    "another endpoint": (json.dumps(BAD | {"url": COMPLETIONS}).encode(), "bad"),
+    "another method": (json.dumps(BAD | {"method": "GET"}).encode(), "bad"),
+    "no url": (json.dumps(BAD | {"url": None}).encode(), "bad"),
+    "no body": (json.dumps(BAD | {"body": None}).encode(), "bad"),
+    "a body that is none": (json.dumps(BAD | {"body": "Hello"}).encode(), "bad"),
+    "another model": (json.dumps(a_line("bad", body={"model": "gpt-9"})).encode(), "bad"),
+    "a model that is none": (json.dumps(a_line("bad", body={"model": ["tiny"]})).encode(), "bad"),
+    "one more field": (json.dumps(BAD | {"metadata": {"row": "7"}}).encode(), "bad"),
+    "one more field in the body": (json.dumps(a_line("bad", body={"surprise": 1})).encode(), "bad"),
+    "a bad value": (json.dumps(a_line("bad", body={"top_p": 7})).encode(), "bad"),
+    "a line that is too long": (json.dumps(a_line("bad", body={"user": "x" * 3_000})).encode(), "bad"),
+    "an id that is a number": (json.dumps(BAD | {"custom_id": 7}).encode(), "7"),
+    "an id that is too long": (json.dumps(BAD | {"custom_id": "x" * 65}).encode(), "x" * 65),
+    "an id that no database holds": (json.dumps(BAD | {"custom_id": "a\0\ud83d"}).encode(), "a\ufffd\ufffd"),
+    "an id that is a list": (json.dumps(BAD | {"custom_id": ["bad"]}).encode(), "request-1"),
+    "an empty id": (json.dumps(BAD | {"custom_id": ""}).encode(), "request-1"),
+    "no id": (json.dumps(BAD | {"custom_id": None}).encode(), "request-1"),
+    "an id of another line": (broken(BAD, '"bad"', '"good", "n": NaN'), "request-1"),
+}
+
+
+@pytest.mark.parametrize(("number", "name"), list(enumerate(BAD_LINES)), ids=BAD_LINES.keys())
+def test_one_bad_line_fails_alone_and_its_id_survives(world: World, number: int, name: str) -> None:
+    (line, custom_id), place = BAD_LINES[name], number % 3
+    lines = [json.dumps(a_line(name)).encode() for name in ("good", "fine")]
+    lines.insert(place, line)
+    file = uploaded(world.client, b"\n".join(lines))
+    batch = world.client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+    world.work()
+    assert world.read(batch.id).request_counts.to_dict() == {"total": 3, "completed": 0, "failed": 1}
+    world.answer(*world.claim())
+    world.work()
+    batch = world.read(batch.id)
+    assert [line["custom_id"] for line in lines_of(world.client, batch.output_file_id)] == ["good", "fine"]
+    (failed,) = lines_of(world.client, batch.error_file_id)
+    assert failed["custom_id"] == custom_id.replace("request-1", f"request-{place}")
+    assert failed["response"]["body"]["error"]["message"].startswith(f"line {place + 1}")
+
+
+def test_ids_that_look_like_ours_stay_with_their_lines(world: World) -> None:
+    """Each id names one line, whichever lines are bad."""
+    given = ["request-1", None, "request-3", 7, "7", None, "request-5-unnamed", "request-5"]
+    lines = [json.dumps(a_line() | {"custom_id": name}) for name in given]
+    batch = a_batch(world.client, [*lines, '{"custom_id": "request-3", "x": NaN}', '{"custom_id": "broken", "x": NaN}'])
+    world.work()
+    world.answer(*world.claim())
+    world.work()
+    batch = world.read(batch.id)
+    output = [line["custom_id"] for line in lines_of(world.client, batch.output_file_id)]
+    errors = [line["custom_id"] for line in lines_of(world.client, batch.error_file_id)]
+    assert output == ["request-1", "request-3", "7", "request-5-unnamed", "request-5"]
+    assert errors == ["request-1-unnamed", "request-3-unnamed", "request-5-unnamed-unnamed", "request-8", "broken"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "\u00a0 ",
+        "\u2028",
+        "\ufeff",
+        "\x1a",
+        "\u200b\t",
+        "\ufeff" + json.dumps(a_line("b")),
+        json.dumps(a_line("b")) + "\x1a",
+    ],
+)
+def test_what_a_person_does_not_see_is_no_bad_line(world: World, line: str) -> None:
+    batch = a_batch(world.client, [GOOD, line])
+    world.work()
+    assert world.read(batch.id).request_counts.failed == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "post"},
+        {"url": "/chat/completions"},
+        {"url": f"{CHAT}/"},
+        {"url": f"https://api.openai.com{CHAT}"},
+        {"url": f"{CHAT}?api-version=2024-10-21"},
+    ],
+)
+def test_the_endpoint_may_be_spelt_as_other_services_spell_it(world: World, changes: dict[str, str]) -> None:
+    batch = a_batch(world.client, [GOOD | changes])
+    world.work()
+    assert world.read(batch.id).request_counts.to_dict() == {"total": 1, "completed": 0, "failed": 0}
+
+
+PRETTY = json.dumps([GOOD, GOOD], indent=2)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (gzip.compress(as_jsonl([GOOD]), mtime=0), "gzip"),
+        (as_jsonl([GOOD]).decode().encode("utf-16"), "UTF-16"),
+        (json.dumps([GOOD] * 5).encode(), "JSON array"),
+        (json.dumps([GOOD] * 2_000).encode(), "JSON array"),
+        (PRETTY.encode(), "several lines"),
+        (json.dumps(GOOD, indent=2).encode(), "several lines"),
+        (as_jsonl([GOOD, GOOD]).replace(b"\n", b"\r"), "carriage return"),
+        (b"id,prompt\n1,hi\n2,yo\n", "CSV"),
+    ],
+)
+def test_a_file_that_is_something_else_says_so_once(world: World, content: bytes, said: str) -> None:
+    file = uploaded(world.client, content)
+    batch = world.client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+    world.work()
+    (error,) = world.read(batch.id).errors.data
+    assert (error.code, error.line) == ("invalid_json_line", 1)
+    assert said in error.message
+
+
+def test_lists_take_an_order_a_status_and_an_empty_place(world: World) -> None:
+    ids = [a_batch(world.client, [GOOD]).id, a_batch(world.client, ["nope"]).id]
+    world.work()
+
+    def listed(query: str) -> list[str]:
+        return [batch["id"] for batch in world.api.get(f"/v1/batches{query}").json()["data"]]
+
+    assert listed("?order=asc") == listed("/?after=")[::-1]
+    assert (listed("?status=failed"), listed("?status=in_progress")) == ([ids[1]], [ids[0]])
+    assert world.api.get("/v1/batches?order=up").json()["error"]["param"] == "order"
+
+
+def test_no_more_errors_are_told_than_a_person_reads(world: World) -> None:
+    batch = a_batch(world.client, ["nope"] * 150)
+    world.work()
+    errors = world.read(batch.id).errors.data
+    assert [error.line for error in errors] == list(range(1, 101))
+
+
+def test_a_good_line_behind_many_bad_ones_is_answered(world: World) -> None:
+    batch = a_batch(world.client, ["nope"] * 150 + [GOOD])
+    world.work()
+    assert world.read(batch.id).request_counts.to_dict() == {"total": 151, "completed": 0, "failed": 150}
+
+
+def test_lines_may_end_as_windows_ends_them_and_begin_with_a_mark(world: World) -> None:
+    content = b"\xef\xbb\xbf" + as_jsonl([a_line("a"), a_line("b")]).replace(b"\n", b"\r\n").rstrip() + b"\r\n\r\n"
+    file = uploaded(world.client, content)
+    batch = world.client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="7d")  # type: ignore[arg-type]
+    assert (batch.completion_window, batch.expires_at) == ("7d", batch.created_at + 7 * 86_400)
+    world.client.files.delete(file.id)  # the batch goes on
+    world.work()
+    assert world.read(batch.id).request_counts.total == 2
+
+
+def test_cancelling_delivers_what_is_done_and_names_the_rest(world: World) -> None:
+    batch = a_batch(world.client, [a_line(name) for name in "abc"])
+    world.work()
+    world.answer(*world.claim(1))
+    (running,) = world.claim(1)
+    for _ in range(2):
+        cancelled = checked(world.client.batches.cancel(batch.id))
+        assert (cancelled.status, cancelled.cancelling_at is not None) == ("cancelling", True)
+    world.work()
+    assert world.read(batch.id).status == "cancelling"  # one line is in flight
+    world.answer(running)
+    world.work()
+    batch = world.read(batch.id)
+    assert (batch.status, batch.cancelled_at is not None) == ("cancelled", True)
+    assert batch.request_counts.to_dict() == {"total": 3, "completed": 1, "failed": 0}
+    assert [line["custom_id"] for line in lines_of(world.client, batch.output_file_id)] == ["a"]
+    rest = [
+        (line["custom_id"], line["response"], line["error"]["code"])
+        for line in lines_of(world.client, batch.error_file_id)
+    ]
+    assert rest == [("b", None, "batch_cancelled"), ("c", None, "batch_cancelled")]
+    assert world.client.batches.cancel(batch.id) == batch
+
+
+def test_a_batch_that_is_cancelled_while_it_is_read_still_answers_every_line(world: World) -> None:
+    batch = a_batch(world.client, [a_line("a"), a_line("b", body={"n": 0})])
+    assert world.client.batches.cancel(batch.id).status == "cancelling"
+    world.work()
+    batch = world.read(batch.id)
+    assert (batch.status, batch.output_file_id, world.rung) == ("cancelled", None, [])
+    assert batch.request_counts.to_dict() == {"total": 2, "completed": 0, "failed": 1}
+    assert {line["custom_id"] for line in lines_of(world.client, batch.error_file_id)} == {"a", "b"}
+    bad = a_batch(world.client, ["nope"])
+    world.client.batches.cancel(bad.id)
+    world.work()
+    assert world.read(bad.id).status == "cancelled"
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_batch_whose_window_is_over_delivers_what_is_done(world: World, started: bool) -> None:
+    batch = a_batch(world.client, [a_line(name) for name in "abc"])
+    if started:
+        world.work()
+        world.answer(*world.claim(1))
+        world.claim(1)
+    world.overdue(batch.id)
+    world.work()
+    world.work()
+    batch = world.read(batch.id)
+    assert (batch.status, batch.expired_at is not None) == ("expired", True)
+    assert batch.request_counts.to_dict() == {"total": 3, "completed": int(started), "failed": 0}
+    done = [line["custom_id"] for line in lines_of(world.client, batch.output_file_id)]
+    errors = lines_of(world.client, batch.error_file_id)
+    assert done + [line["custom_id"] for line in errors] == ["a", "b", "c"]
+    assert {line["error"]["code"] for line in errors} == {"batch_expired"}
+
+
+def test_a_clerk_that_dies_leaves_the_batch_to_the_next_and_writes_nothing_any_more(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the midst of the requests, and of the files: none is there twice, and none shows before all are there."""
+    batch = a_batch(world.client, [a_line(f"{n}", body={"n": 0 if n % 500 == 0 else 1}) for n in range(1_500)])
+    dying = world.another_clerk(lease_s=-1.0)
+    with world.database.write() as session:
+        dead = batches.claim_batch(session, -1.0)
+    assert dead is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(batches, "open_batch", _die)
+        with pytest.raises(_Killed):
+            dying.turn()
+    assert world.read(batch.id).request_counts.total == 0
+    assert world.claim() == []
+    assert world.api.get(f"/v1/jobs/{batch.id}/outputs").text == ""
+
+    world.work()
+    assert world.read(batch.id).request_counts.to_dict() == {"total": 1_500, "completed": 0, "failed": 3}
+    with world.database.read() as session:
+        assert len(session.scalars(select(Request.custom_id).where(Request.job_id == batch.id)).all()) == 1_500
+    with pytest.raises(batches.ClaimLost), world.database.write() as session:
+        batches.hold(session, dead, 30.0)
+
+    world.client.batches.cancel(batch.id)
+    world.end_what_is_cancelled()
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "finish_file", _die)
+        with pytest.raises(_Killed):
+            dying.turn()
+    assert world.read(batch.id).error_file_id is None
+    world.work()
+    errors = lines_of(world.client, world.read(batch.id).error_file_id)
+    assert [line["custom_id"] for line in errors] == [f"{n}" for n in range(1_500)]
+
+
+class _Killed(Exception):
+    pass
+
+
+def _die(*_args: object, **_fields: object) -> None:
+    raise _Killed
+
+
+def test_a_clerk_that_is_stopped_gives_its_batch_back(world: World) -> None:
+    batch = a_batch(world.client, [GOOD])
+    leaving = Clerk(world.database, world.settings, lambda *_: None, lambda _: None, threading.Event())
+    leaving.stop.set()
+    leaving.turn()
+    assert world.read(batch.id).status == "validating"
+    world.work()
+    assert world.read(batch.id).status == "in_progress"
+
+
+def test_batches_are_jobs_and_only_batches_are_listed_as_such(world: World) -> None:
+    batch_ids = [a_batch(world.client, [GOOD]).id for _ in range(3)][::-1]
+    inline = world.api.post("/v1/jobs", json={"prompts": ["x"]}).json()["id"]
+    page = world.client.batches.list(limit=2)
+    assert page.has_more
+    assert [batch.id for batch in checked(page).data + page.get_next_page().data] == batch_ids
+    assert [job["id"] for job in world.api.get("/v1/jobs").json()["data"]] == [inline, *batch_ids]
+    job = world.api.get(f"/v1/jobs/{batch_ids[0]}").json()
+    assert (job["status"], job["input_file_id"]) == ("validating", world.read(batch_ids[0]).input_file_id)
+    with pytest.raises(openai.NotFoundError):
+        world.client.batches.retrieve(inline)
+    with pytest.raises(openai.BadRequestError):
+        world.client.batches.list(after=inline)
+    assert world.api.post(f"/v1/jobs/{batch_ids[0]}/cancel").json()["status"] == "cancelling"
+
+
+def test_a_batch_asks_for_a_comparison_with_plain_decoding(world: World) -> None:
+    batch = a_batch(world.client, [GOOD], extra_body={"compare_plain": 20})
+    with world.database.read() as session:
+        comparison = queries.job_stats(session, batch.id).comparison
+    assert comparison is not None
+    assert comparison.requests_asked == 20
+
+
+def test_the_same_key_and_order_give_the_same_batch(world: World) -> None:
+    order = {"input_file_id": uploaded(world.client, b"x").id, "endpoint": CHAT, "completion_window": "24h"}
+    key = {"idempotency-key": "k"}
+    first, again = (world.api.post("/v1/batches", json=order, headers=key).json()["id"] for _ in range(2))
+    assert first == again
+    other = world.api.post("/v1/batches", json=order | {"metadata": {}}, headers=key)
+    assert (other.status_code, other.headers["x-should-retry"]) == (409, "false")
+    assert first != world.api.post("/v1/batches", json=order).json()["id"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "code", "param"),
+    [
+        ({"input_file_id": None}, 400, "missing_required_parameter", "input_file_id"),
+        ({"input_file_id": "file-unknown"}, 404, None, "input_file_id"),
+        ({"endpoint": "/v1/embeddings"}, 400, "invalid_value", "endpoint"),
+        ({"endpoint": None}, 400, "missing_required_parameter", "endpoint"),
+        ({"completion_window": "soon"}, 400, "invalid_value", "completion_window"),
+        ({"completion_window": 24}, 400, "invalid_value", "completion_window"),
+        ({"metadata": {"k": "v" * 513}}, 400, "invalid_value", "metadata"),
+        ({"compare_plain": 101}, 400, "invalid_value", "compare_plain"),
+        (
+            {"output_expires_after": {"anchor": "created_at", "seconds": 1}},
+            400,
+            "invalid_value",
+            "output_expires_after.seconds",
+        ),
+        ({"windows": "24h"}, 400, "unknown_parameter", "windows"),
+    ],
+)
+def test_a_bad_order_is_refused_at_once(
+    world: World, fields: dict[str, Any], status: int, code: str | None, param: str
+) -> None:
+    order = {"input_file_id": uploaded(world.client, b"x").id, "endpoint": CHAT, "completion_window": "24h"}
+    reply = world.api.post("/v1/batches", json=order | fields)
+    assert reply.status_code == status, reply.text
+    error = reply.json()["error"]
+    assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", code, param)
+
+
+def test_an_output_file_may_not_serve_as_input(world: World) -> None:
+    batch = a_batch(world.client, [GOOD], output_expires_after={"anchor": "created_at", "seconds": 3600})
+    world.work()
+    world.answer(*world.claim())
+    world.work()
+    output = checked(world.client.files.retrieve(world.read(batch.id).output_file_id))
+    assert output.expires_at == output.created_at + 3600
+    with pytest.raises(openai.BadRequestError):
+        world.client.batches.create(input_file_id=output.id, endpoint=CHAT, completion_window="24h")
+
+
+def test_the_document_shows_replies_as_they_are(world: World) -> None:
+    paths = world.api.get("/openapi.json").json()["paths"]
+
+    def example(path: str, method: str) -> Any:
+        return paths[path][method]["responses"]["200"]["content"]["application/json"]["example"]
+
+    reply = a_batch(world.client, [GOOD]).to_dict()
+    for shown in (example("/v1/batches", "post"), example("/v1/batches", "get")["data"][0]):
+        assert shown.keys() == reply.keys()
+        Batch.model_validate(shown)
+    file = world.client.files.retrieve(str(reply["input_file_id"])).to_dict()
+    assert example("/v1/files", "post").keys() == file.keys()
+    FileObject.model_validate(example("/v1/files/{file_id}", "get"))
+    order = paths["/v1/batches"]["post"]["requestBody"]["content"]["application/json"]["example"]
+    assert world.api.post("/v1/batches", json=order | {"input_file_id": file["id"]}).status_code == 200
+    assert "multipart/form-data" in paths["/v1/files"]["post"]["requestBody"]["content"]

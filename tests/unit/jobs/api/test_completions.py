@@ -1,0 +1,209 @@
+"""Single requests that somebody waits for, with a worker that answers before the doorbell has stopped ringing."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from openai.types import Completion
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+from jobs.api.app import make_api
+from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT
+from jobs.openai.logprobs import Likelihood, TokenLikelihoods
+from jobs.settings import JobsSettings
+from storage import leases, queries, writes
+from storage.records import Progress, Refusal
+from storage.session import Database
+from tests.factories import a_key, a_worker_card
+from tests.unit.jobs.api.test_routes import answer_all
+
+CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}
+PROMPT: dict[str, Any] = {"model": "tiny", "prompt": "Hello"}
+
+Serve = Callable[..., TestClient]
+
+
+@pytest.fixture
+def serve(settings: JobsSettings, database: Database) -> Iterator[Serve]:
+    """Start a shim whose doorbell is the given function of the database."""
+    clients: list[TestClient] = []
+
+    def start(work: Callable[[Database], None] = answer_all, **changes: Any) -> TestClient:
+        with database.write() as session:
+            writes.register_worker(session, a_worker_card(target="tiny", context_tokens=100))
+        app = make_api(settings.model_copy(update=changes), database, lambda job_id, model: work(database))
+        clients.append(TestClient(app, raise_server_exceptions=False))
+        return clients[-1].__enter__()
+
+    yield start
+    for client in clients:
+        client.__exit__(None, None, None)
+
+
+def chunks(reply: Any) -> list[Any]:
+    assert reply.status_code == 200, reply.text
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    *lines, end = [line.removeprefix("data: ") for line in reply.text.splitlines() if line]
+    assert end == "[DONE]"
+    return [json.loads(line) for line in lines]
+
+
+def test_a_chat_is_answered_in_openai_s_shape(serve: Serve) -> None:
+    reply = serve().post(CHAT_ENDPOINT, json=CHAT)
+    answer = ChatCompletion.model_validate(reply.json())
+    assert answer.choices[0].message.content == "Paris."
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_a_prompt_is_gone_on_with_in_openai_s_shape(serve: Serve) -> None:
+    answer = Completion.model_validate(serve().post(COMPLETIONS_ENDPOINT, json=PROMPT).json())
+    assert (answer.object, answer.choices[0].text) == ("text_completion", "Paris.")
+
+
+def test_a_stream_begins_with_the_role_and_ends_with_the_reason_and_the_usage(serve: Serve) -> None:
+    body = CHAT | {"stream": True, "stream_options": {"include_usage": True}}
+    told = [ChatCompletionChunk.model_validate(chunk) for chunk in chunks(serve().post(CHAT_ENDPOINT, json=body))]
+    *said, usage = told
+    assert said[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in said) == "Paris."
+    assert [chunk.choices[0].finish_reason for chunk in said] == [None] * (len(said) - 1) + ["stop"]
+    assert (usage.choices, usage.usage is not None) == ([], True)
+    assert len({chunk.id for chunk in told}) == 1
+
+
+def with_logprobs(database: Database) -> None:
+    token = TokenLikelihoods(
+        Likelihood("Paris.", -0.25, tuple(b"Paris.")), (Likelihood("Rome.", -0.2, tuple(b"Rome.")),)
+    )
+    end = TokenLikelihoods(Likelihood("<eos>", -0.5, None), ())
+    answer_all(database, logprobs=(token.stored(), end.stored()))
+
+
+def test_a_chat_tells_logprobs_if_asked_also_at_the_end_of_a_stream(serve: Serve) -> None:
+    body = CHAT | {"logprobs": True, "top_logprobs": 1}
+    api = serve(with_logprobs)
+    told = ChatCompletion.model_validate(api.post(CHAT_ENDPOINT, json=body).json()).choices[0].logprobs
+    assert told is not None
+    assert told.content is not None
+    assert [(t.token, t.logprob, t.bytes) for t in told.content] == [
+        ("Paris.", -0.25, list(b"Paris.")),
+        ("<eos>", -0.5, None),
+    ]
+    assert told.content[0].top_logprobs[0].token == "Rome."
+    streamed = [
+        ChatCompletionChunk.model_validate(chunk).choices[0].logprobs
+        for chunk in chunks(api.post(CHAT_ENDPOINT, json=body | {"stream": True}))
+    ]
+    assert [t for part in streamed if part for t in part.content or []] == told.content
+
+
+def test_a_completion_tells_logprobs_if_asked(serve: Serve) -> None:
+    answer = Completion.model_validate(
+        serve(with_logprobs).post(COMPLETIONS_ENDPOINT, json=PROMPT | {"logprobs": 1}).json()
+    )
+    told = answer.choices[0].logprobs
+    assert told is not None
+    assert (told.tokens, told.text_offset) == (["Paris.", "<eos>"], [0, 6])
+    assert told.top_logprobs == [{"Rome.": -0.2, "Paris.": -0.25}, {"<eos>": -0.5}]
+
+
+def test_a_stream_of_text_has_no_roles_and_no_usage_unless_asked(serve: Serve) -> None:
+    told = chunks(serve().post(COMPLETIONS_ENDPOINT, json=PROMPT | {"stream": True}))
+    assert "".join(chunk["choices"][0]["text"] for chunk in told) == "Paris."
+    assert told[-1]["choices"][0]["finish_reason"] == "stop"
+    assert all("usage" not in chunk for chunk in told)
+
+
+def test_a_call_is_a_job_that_is_listed_only_if_asked_for_and_belongs_to_its_key(
+    serve: Serve, database: Database
+) -> None:
+    api = serve()
+    key = a_key(database)
+    answer = api.post(CHAT_ENDPOINT, json=CHAT, headers=key).json()
+    with database.read() as session:
+        job = queries.job(session, answer["id"])
+    assert job is not None
+    assert (job.status, job.api_key_id is None) == ("completed", False)
+    assert api.get("/v1/jobs", headers=key).json()["data"] == []
+    listed = api.get("/v1/jobs", params={"interactive": True}, headers=key).json()["data"]
+    assert [job["id"] for job in listed] == [answer["id"]]
+
+
+BAD_CALLS: list[tuple[dict[str, Any], int, str, str | None]] = [
+    ({"model": None}, 400, "missing_required_parameter", "model"),
+    ({"model": "gpt-9"}, 404, "model_not_found", "model"),
+    ({"messages": None}, 400, "missing_required_parameter", "messages"),
+    ({"messages": []}, 400, "invalid_value", "messages"),
+    ({"prompt": "Hello"}, 400, "unknown_parameter", "prompt"),
+    ({"custom_id": "a"}, 400, "unknown_parameter", "custom_id"),
+    ({"temperature": -1}, 400, "invalid_value", "temperature"),
+    ({"max_tokens": True}, 400, "invalid_value", "max_tokens"),
+    ({"max_tokens": 101}, 400, "invalid_value", "max_tokens"),
+    ({"stream": "yes"}, 400, "invalid_value", "stream"),
+    ({"stream_options": {"include_usage": True}}, 400, "invalid_value", "stream_options"),
+    ({"stream": True, "stream_options": {"include_usage": 1}}, 400, "invalid_value", "stream_options"),
+    ({"tools": [{}]}, 400, "unsupported_parameter", "tools"),
+]
+
+
+@pytest.mark.parametrize(("change", "status", "code", "param"), BAD_CALLS)
+def test_a_bad_call_is_refused_and_leaves_no_job(
+    serve: Serve, database: Database, change: dict[str, Any], status: int, code: str, param: str | None
+) -> None:
+    reply = serve().post(CHAT_ENDPOINT, json=CHAT | change)
+    assert reply.status_code == status, reply.text
+    assert (reply.json()["error"]["code"], reply.json()["error"]["param"]) == (code, param)
+    with database.read() as session:
+        assert queries.jobs(session, 10, interactive=True).jobs == ()
+
+
+def refuse(database: Database) -> None:
+    """Do what a worker does with a prompt that is too long for it."""
+    with database.write() as session:
+        (claim,) = leases.claim(session, "w", "tiny", 1, 30.0)
+    with database.write() as session:
+        refusal = Refusal("context_length_exceeded", "too long", "messages")
+        writes.flush(session, "w", 30.0, [Progress(claim.lease, refusal=refusal)], [claim.lease])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_the_worker_refuses_has_its_own_status_streamed_or_not(serve: Serve, stream: bool) -> None:
+    reply = serve(refuse).post(CHAT_ENDPOINT, json=CHAT | {"stream": stream})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["code"] == "context_length_exceeded"
+    assert reply.headers["x-should-retry"] == "false"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_takes_too_long_is_cancelled_and_said_to_be_late(
+    serve: Serve, database: Database, stream: bool
+) -> None:
+    cancelled = threading.Event()
+    real = writes.request_cancel
+
+    def cancel(*arguments: Any) -> Any:
+        done = real(*arguments)
+        cancelled.set()
+        return done
+
+    api = serve(lambda database: None, interactive_timeout_s=0.05)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writes, "request_cancel", cancel)
+        reply = api.post(CHAT_ENDPOINT, json=CHAT | {"stream": stream})
+        assert reply.status_code == 504
+        assert reply.json()["error"]["code"] == "request_timeout"
+        assert cancelled.wait(10)
+
+
+def test_without_a_worker_nobody_waits(settings: JobsSettings, database: Database) -> None:
+    with TestClient(make_api(settings, database, lambda job_id, model: None)) as api:
+        reply = api.post(CHAT_ENDPOINT, json=CHAT)
+    assert reply.status_code == 503
+    assert int(reply.headers["retry-after"]) > 0

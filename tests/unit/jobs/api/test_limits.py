@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import pytest
+from starlette.types import Message, Receive, Scope, Send
+
+from jobs.api.http.limits import BodyLimit
+from jobs.errors import BodyTooLarge, BodyTooSlow, UnsupportedBody
+from jobs.logs import JsonFormatter
+
+
+async def read_all(scope: Scope, receive: Receive, send: Send) -> None:
+    while (await receive()).get("more_body"):
+        pass
+
+
+def read(*parts: bytes, headers: dict[str, str] | None = None, idle_s: float = 5.0) -> None:
+    """Send a body in parts to an application that reads it; an empty part is one that never comes."""
+    waiting = list(parts)
+
+    async def receive() -> Message:
+        part = waiting.pop(0)
+        if not part:
+            await asyncio.Event().wait()
+        return {"type": "http.request", "body": part, "more_body": bool(waiting)}
+
+    async def send(message: Message) -> None:
+        raise AssertionError("nothing is answered here")
+
+    encoded = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
+    scope: dict[str, Any] = {"type": "http", "headers": encoded}
+    asyncio.run(BodyLimit(read_all, max_bytes=10, idle_s=idle_s)(scope, receive, send))
+
+
+def test_a_body_within_the_limit_passes() -> None:
+    read(b"12345", b"67890")
+
+
+def test_a_body_beyond_the_limit_is_not_read_to_its_end() -> None:
+    with pytest.raises(BodyTooLarge, match="10 bytes"):
+        read(b"12345", b"678901", b"")
+
+
+def test_a_declared_length_beyond_the_limit_is_refused_before_anything_is_read() -> None:
+    with pytest.raises(BodyTooLarge):
+        read(b"", headers={"content-length": "11"})
+
+
+def test_a_body_that_stops_coming_is_given_up() -> None:
+    with pytest.raises(BodyTooSlow):
+        read(b"1", b"", idle_s=0.01)
+
+
+def test_a_compressed_body_is_refused() -> None:
+    with pytest.raises(UnsupportedBody):
+        read(b"1", headers={"content-encoding": "gzip"})
+
+
+def test_json_log_lines_carry_what_the_call_gave_as_extra() -> None:
+    record = logging.makeLogRecord({"msg": "Recorded %s", "args": ("it",), "action": "ingest", "job_id": "batch_1"})
+    line = JsonFormatter().format(record)
+    assert '"message": "Recorded it"' in line
+    assert '"action": "ingest", "job_id": "batch_1"' in line
+    assert "\n" not in line

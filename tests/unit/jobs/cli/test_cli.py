@@ -1,0 +1,301 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import typer
+from sqlalchemy import select
+from typer.testing import CliRunner
+
+from jobs.api.app import make_api
+from jobs.api.auth.guard import Door
+from jobs.cli import app as cli
+from jobs.client import Client
+from jobs.errors import InvalidValue, NotFound, NotRetryable, SetupError
+from jobs.settings import JobsSettings
+from storage.models import Request
+from storage.session import Database
+from tests.factories import a_key
+from tests.in_process import InProcess
+from tests.unit.jobs.api.test_routes import answer_all
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(settings: JobsSettings, database: Database, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command against a service in this process; return what it prints."""
+    api = make_api(settings, database, ring=lambda job_id, model: True)
+    monkeypatch.setattr(cli, "_connect", lambda: Client("http://service", transport=InProcess(api)))
+
+    def run(*arguments: str, status: int = 0, stdin: str | None = None) -> str:
+        result = CliRunner().invoke(cli.app, arguments, input=stdin)
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == status, result.output
+        return result.stdout
+
+    return run
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> str:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('"What is the capital of France?"\n{"prompt": "", "custom_id": "empty"}\n')
+    return str(path)
+
+
+def test_a_file_is_submitted_watched_and_fetched(run: Run, prompts: str, database: Database) -> None:
+    job = json.loads(run("submit", prompts, "--json", "--max-tokens", "5", "--temperature", "0"))
+    assert job["request_counts"] == {"total": 2, "completed": 0, "failed": 1}
+    answer_all(database, text="Paris\x1b[2J.")
+    assert json.loads(run("status", "--json"))["status"] == "completed"
+    watched = run("follow", job["id"])
+    assert "Paris." in watched
+    assert "requests" in watched
+    lines = [json.loads(line) for line in run("results", "--json").splitlines()]
+    assert [line["custom_id"] for line in lines] == ["request-0", "empty"]
+    assert "line 2, prompt" in lines[1]["error"]["message"]
+    assert "\x1b" not in run("results")
+
+
+def test_prompts_come_from_standard_input_too(run: Run) -> None:
+    assert "Submitted 1 requests" in run("submit", "-", stdin='"Hello"\n')
+
+
+def test_results_are_written_to_a_file(run: Run, prompts: str, database: Database, tmp_path: Path) -> None:
+    run("submit", prompts)
+    answer_all(database)
+    path = tmp_path / "answers.jsonl"
+    run("results", "--output", str(path))
+    assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [0, 1]
+
+
+def test_lines_of_text_are_prompts(run: Run) -> None:
+    job = json.loads(run("submit", "-", "--json", stdin="Name a river.\nName a lake.\n"))
+    assert job["request_counts"]["total"] == 2
+
+
+def test_a_job_whose_lines_all_fail_at_once_is_a_failure_and_the_first_reason_is_said(run: Run, prompts: str) -> None:
+    result = CliRunner().invoke(cli.app, ["submit", "-"], input='{"promt": "Hello"}\n{broken\n')
+    assert result.exit_code == cli.FAILED
+    assert "2 of 2 requests failed at once" in result.stderr
+    assert "line 1, promt: " in result.stderr
+    result = CliRunner().invoke(cli.app, ["submit", prompts])
+    assert result.exit_code == 0
+    assert "1 of 2 requests failed at once" in result.stderr
+    job = json.loads(run("submit", "-", "--json", stdin='{"broken\n' * 2, status=cli.FAILED))
+    assert job["request_counts"]["failed"] == 2
+
+
+@pytest.mark.parametrize("content", ["question,answer\na,b\n", '[{"prompt": "a"}]', "", " \n"])
+def test_what_holds_no_lines_is_not_submitted(run: Run, content: str) -> None:
+    with pytest.raises(InvalidValue, match="Standard input is"):
+        run("submit", "-", stdin=content)
+    assert json.loads(run("jobs", "--json")) == []
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.TSV", "out.parquet", "out.xlsx", "out.jsonl.gz"])
+def test_answers_are_not_written_under_the_name_of_another_format(
+    run: Run, prompts: str, tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / name
+    with pytest.raises(InvalidValue, match=r"answers are written as JSON lines \(.jsonl\)"):
+        run("submit", prompts, "--output", str(path))
+    assert json.loads(run("jobs", "--json")) == []
+    run("submit", prompts)
+    with pytest.raises(InvalidValue, match="dataframe"):
+        run("results", "--output", str(path))
+    assert not path.exists()
+
+
+def test_reports_and_plots_are_not_written_under_the_name_of_another_format(run: Run) -> None:
+    with pytest.raises(InvalidValue, match="HTML"):
+        run("report", "-o", "report.pdf")
+    with pytest.raises(InvalidValue, match="PNG"):
+        run("stats", "--plot", "stats.jpg")
+
+
+def test_a_job_is_waited_for_and_its_failed_lines_shown(
+    run: Run, prompts: str, database: Database, tmp_path: Path
+) -> None:
+    run("submit", prompts)
+    answer_all(database)
+    path = tmp_path / "answers.jsonl"
+    assert json.loads(run("status", "--wait", "--json"))["status"] == "completed"
+    assert [json.loads(line)["custom_id"] for line in run("results", "--failed", "--json").splitlines()] == ["empty"]
+    assert len(run("results", "--follow", "--json").splitlines()) == 2
+    run("results", "--failed", "--output", str(path))
+    assert len(path.read_text().splitlines()) == 1
+
+
+def test_failed_requests_are_run_again(run: Run, prompts: str, database: Database) -> None:
+    job_id = json.loads(run("submit", prompts, "--json"))["id"]
+    run("cancel", job_id)
+    again = json.loads(run("retry", job_id, "--json"))
+    assert (again["retry_of"], again["request_counts"]["total"]) == (job_id, 1)
+    answer_all(database)
+    assert run("status", again["id"], "--wait") == ""
+
+
+def test_of_a_clean_job_there_is_nothing_to_run_again_and_that_is_no_failure(run: Run, database: Database) -> None:
+    run("submit", "-", stdin='"Hello"\n')
+    answer_all(database)
+    assert "nothing to run again" in run("retry")
+    assert json.loads(run("retry", "--json"))["request_counts"]["failed"] == 0
+    assert len(run("jobs", "--json")) > 0
+    assert len(json.loads(run("jobs", "--json"))) == 1
+
+
+def test_lines_that_can_not_succeed_are_not_run_again_and_that_is_not_the_hint(
+    run: Run, prompts: str, database: Database
+) -> None:
+    run("submit", prompts)
+    answer_all(database)
+    result = CliRunner().invoke(cli.app, ["status", "--wait"])
+    assert result.exit_code == 0
+    assert "1 of 2 requests failed" in result.stderr
+    assert "basic retry" not in result.stderr
+    assert "correct their lines" in result.stderr
+    with pytest.raises(NotRetryable, match="basic results --failed"):
+        run("retry")
+
+
+@pytest.mark.parametrize(
+    "command", [("submit", "-", "-o"), ("results", "-o"), ("report", "-o"), ("stats", "--plot")], ids=" ".join
+)
+def test_a_file_that_can_not_be_written_is_refused_before_anything_is_done(
+    command: tuple[str, ...], run: Run, tmp_path: Path
+) -> None:
+    suffix = {"report": ".html", "stats": ".png"}.get(command[0], ".jsonl")
+    (tmp_path / f"folder{suffix}").mkdir()
+    for place, why in (("missing/out", "there is no folder"), ("folder", "it is a folder")):
+        result = CliRunner().invoke(cli.app, [*command, str(tmp_path / f"{place}{suffix}")], input='"Hello"\n')
+        assert result.exit_code == 2
+        assert why in " ".join(result.stderr.replace("│", "").split())
+    assert json.loads(run("jobs", "--json")) == []
+
+
+def test_what_is_no_file_is_written_to_and_not_replaced(run: Run, prompts: str) -> None:
+    run("submit", prompts)
+    run("results", "--output", "/dev/null")
+    assert Path("/dev/null").is_char_device()
+    assert not Path("/dev/null.part").exists()
+
+
+def test_the_beginning_of_an_id_names_a_job(run: Run, prompts: str, database: Database) -> None:
+    job_id = json.loads(run("submit", prompts, "--json"))["id"]
+    short = job_id[:12]
+    answer_all(database)
+    for command in (["status"], ["follow"], ["results"], ["stats"]):
+        assert run(*command, short, "--json") == run(*command, job_id, "--json")
+    assert job_id in run("stats", short, "--csv")
+    other_id = json.loads(run("submit", prompts, "--json"))["id"]
+    assert json.loads(run("cancel", other_id[:12], "--json"))["id"] == other_id
+    assert json.loads(run("retry", other_id[:12], "--json"))["retry_of"] == other_id
+
+
+def test_the_beginning_of_several_ids_or_of_none_is_refused_with_what_there_is(run: Run, prompts: str) -> None:
+    ids = [json.loads(run("submit", prompts, "--json"))["id"] for _ in range(2)]
+    with pytest.raises(InvalidValue, match=r"More than one .* Give more of the id") as refused:
+        run("status", "batch_")
+    assert all(job_id in str(refused.value) for job_id in ids)
+    for nothing in ("batch_x", "%", "\N{SNOWMAN}", "x" * 1000, " "):
+        with pytest.raises(NotFound, match="There is no job whose id begins with"):
+            run("cancel", nothing)
+
+
+def test_without_jobs_there_is_a_sentence(run: Run) -> None:
+    assert "There is no job yet" in run("jobs")
+    assert run("jobs", "--json") == "[]\n"
+
+
+def test_the_newest_job_is_the_caller_s(settings: JobsSettings, database: Database, run: Run) -> None:
+    run("submit", "-", "--json", stdin='"Ours"\n')
+    key = a_key(database)["authorization"].removeprefix("Bearer ")
+    api = make_api(settings, database, lambda job_id, model: None, Door(database, local_key="sk-basic-local-1"))
+    with Client("http://service", key, transport=InProcess(api)) as other:
+        theirs = other.submit("Theirs")
+    with Client("http://service", "sk-basic-local-1", transport=InProcess(api)) as client:
+        assert client.jobs()[0].id == theirs.id
+        assert cli._find(client, None).id != theirs.id
+
+
+def test_lines_that_name_no_temperature_are_decoded_greedily_and_that_is_said(run: Run, database: Database) -> None:
+    lines = '"Hello"\n{"prompt": "Hello", "temperature": 0.5}\n'
+    assert "Lines that name no temperature have 0, decoded greedily" in run("submit", "-", stdin=lines)
+    run("submit", "-", "--temperature", "1", stdin=lines)
+    with database.read() as session:
+        bodies = session.scalars(select(Request.body).order_by(Request.job_id, Request.request_index)).all()
+    assert sorted(body["sampling"]["temperature"] for body in bodies) == [0, 0.5, 0.5, 1]
+
+
+def test_jobs_are_listed_and_cancelled(run: Run, prompts: str) -> None:
+    job_id = json.loads(run("submit", prompts, "--json"))["id"]
+    assert job_id in run("jobs")
+    assert json.loads(run("cancel", job_id, "--json"))["status"] == "cancelled"
+    assert [job["status"] for job in json.loads(run("jobs", "--json"))] == ["cancelled"]
+
+
+def test_a_job_that_did_not_complete_is_a_failure(run: Run, prompts: str) -> None:
+    job_id = json.loads(run("submit", prompts, "--json"))["id"]
+    run("cancel", job_id)
+    events = [json.loads(line) for line in run("follow", job_id, "--json", status=cli.FAILED).splitlines()]
+    assert events[-1]["status"] == "cancelled"
+
+
+def test_numbers_are_printed_for_programs(run: Run, prompts: str, database: Database) -> None:
+    run("submit", prompts)
+    answer_all(database)
+    assert json.loads(run("stats", "--json"))["completion_tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("submit", "nowhere.jsonl"), ("submit",), ("jobs", "--limit", "0"), ("nonsense",), ("status", "--what")],
+)
+def test_wrong_use_is_status_2(run: Run, arguments: tuple[str, ...]) -> None:
+    run(*arguments, status=cli.WRONG_USE)
+
+
+def test_an_error_is_one_sentence_and_status_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BASIC_API_URL", "http://127.0.0.1:1")
+    monkeypatch.setattr(cli, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr("sys.argv", ["basic", "jobs"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == cli.FAILED
+    assert "Is bASIC running? `basic up` starts it." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "value"), [("BASIC_API_PROT", "1"), ("BASIC_API_PORT", "many")])
+def test_a_setting_that_is_wrong_stops_the_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", ["basic", "jobs"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == cli.WRONG_USE
+    assert name in capsys.readouterr().err
+
+
+def test_a_command_that_is_not_installed_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = EntryPoint("worker", "a_package_that_is_not_there:commands", "basic.commands")
+    monkeypatch.setattr(cli, "entry_points", lambda group: [missing])
+    app = typer.Typer()
+    app.add_typer(typer.Typer())
+    cli.plug_in_commands(app)
+    result = CliRunner().invoke(app, ["bench", "--batch", "8"])
+    assert isinstance(result.exception, SetupError)
+    assert "pip install 'basic-batch[worker]'" in str(result.exception)
+
+
+@pytest.mark.parametrize("command", [command.callback for command in cli.app.registered_commands])
+def test_every_command_shows_an_example(command: Callable[..., None]) -> None:
+    assert "Example: basic" in (command.__doc__ or "")

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import math
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas
+import pytest
+
+from jobs.client.prompts import Lines, Prompts, body_of
+from jobs.errors import InvalidValue
+
+BATCH_LINE = b'{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}\n'
+
+
+@pytest.mark.parametrize(
+    ("prompts", "requests"),
+    [
+        ("Hello", ["Hello"]),
+        ({"prompt": "Hello", "n": 2}, [{"prompt": "Hello", "n": 2}]),
+        (["a", {"prompt": "b"}], ["a", {"prompt": "b"}]),
+        ((name for name in "ab"), ["a", "b"]),
+        (pandas.Series(["a", "b"], index=[7, 9]), ["a", "b"]),
+        (
+            pandas.DataFrame({"prompt": ["a", "b"], "seed": [1, None], "custom_id": ["x", None]}),
+            [{"prompt": "a", "seed": 1, "custom_id": "x"}, {"prompt": "b"}],
+        ),
+    ],
+)
+def test_whatever_holds_prompts_becomes_requests(prompts: Prompts, requests: list[object]) -> None:
+    assert body_of(prompts).requests == requests
+
+
+@pytest.mark.parametrize("prompts", [["a", None], ["a", 7], pandas.Series(["a", float("nan")])])
+def test_what_is_no_prompt_is_refused_with_its_place(prompts: Prompts) -> None:
+    with pytest.raises(InvalidValue, match="Prompt 1 is"):
+        body_of(prompts)
+
+
+@pytest.mark.parametrize(
+    ("content", "suffix", "lines"),
+    [
+        (b'"Hello"\n{broken\n', "", b'"Hello"\n{broken\n'),
+        (b"{broken\n", ".jsonl", b"{broken\n"),
+        (BATCH_LINE, "", BATCH_LINE),
+        (b"One river?\r\n\nTwo \xe2\x80\xa8lines?", "", '"One river?"\n"Two \u2028lines?"\n'.encode()),
+        (b'"Quoted"', ".txt", b'"\\"Quoted\\""\n'),
+        (b"7\n8\n", "", b'"7"\n"8"\n'),
+        (b"One river?\rTwo lines?\r", "", b'"One river?"\n"Two lines?"\n'),
+        (b'"Hello"\r{broken\r', ".jsonl", b'"Hello"\n{broken\n'),
+        (b'{broken\n{"prompt": "x"}\n', "", b'{broken\n{"prompt": "x"}\n'),
+        (b"Hello, who are you?\nWell, who are you?\n\x1a", "", b'"Hello, who are you?"\n"Well, who are you?"\n'),
+        (b"[INST] Hello\n[INST] Bye\n", "", b'"[INST] Hello"\n"[INST] Bye"\n'),
+        (b"a,b\nc,d\n<html>\n", ".txt", b'"a,b"\n"c,d"\n"<html>"\n'),
+        (b'[1,2]\n{"prompt": "x"}\n', ".jsonl", b'[1,2]\n{"prompt": "x"}\n'),
+    ],
+)
+def test_a_file_is_json_lines_or_lines_of_text(content: bytes, suffix: str, lines: bytes) -> None:
+    assert body_of(Lines(content, suffix)).lines == lines
+
+
+def test_the_lines_of_a_batch_file_name_the_endpoint(tmp_path: Path) -> None:
+    path = tmp_path / "batch.jsonl"
+    path.write_bytes(BATCH_LINE)
+    assert body_of(path).endpoint == "/v1/completions"
+    assert body_of(b'{"prompt": "x"}').endpoint is None
+    assert body_of(Lines(b"{broken\n" + BATCH_LINE, ".jsonl")).endpoint == "/v1/completions"
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", "Wie hei\xdft du?".encode("latin-1")])
+def test_a_file_that_is_no_text_is_refused(content: bytes) -> None:
+    with pytest.raises(InvalidValue, match="neither JSON lines nor text in UTF-8"):
+        body_of(content)
+
+
+ROWS = [{"prompt": "a"}, {"prompt": "b"}]
+WORKBOOK = io.BytesIO()
+with zipfile.ZipFile(WORKBOOK, "w") as workbook:
+    workbook.writestr("xl/workbook.xml", "<workbook/>")
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "what"),
+    [
+        (b"question,answer\nWhat is 2+2?,4\n", "a.csv", "a table"),
+        (b'"prompt"\n"Name a river."\n', "a.csv", "a table"),
+        (b'question,answer\n"What is 2+2?",4\n"Name a river, please",x\n', "a", "a table"),
+        (b"id\tprompt\n1\thi\n2\tyo\n", "a", "a table"),
+        (b",question,answer\n0,What is 2+2?,4\n", "a", "a table"),
+        (b"id;prompt text\n1;hi\n2;yo\n", "a", "a table"),
+        (json.dumps(ROWS).encode(), "a.json", "one JSON array"),
+        (json.dumps(ROWS).encode(), "a", "one JSON array"),
+        (json.dumps(ROWS, indent=1).encode(), "a.json", "one value on several lines"),
+        (json.dumps(ROWS, indent=1).encode(), "a", "one value on several lines"),
+        (json.dumps(["a", "b"], indent=1).encode(), "a.json", "one value on several lines"),
+        (b"\xef\xbb\xbf" + json.dumps(ROWS[0], indent=1).encode(), "a.jsonl", "one value on several lines"),
+        ((json.dumps(ROWS[0], indent=1) + "\n").encode() * 2, "a.jsonl", "one value on several lines"),
+        (json.dumps(ROWS, indent=1).encode()[:-3], "a.json", "one value on several lines"),
+        (b'[{"prompt": "a"},\n{"prompt": "b"},\n]', "a.json", "one value on several lines"),
+        (b'{"prompt": "a"},\n{"prompt": "b"}\n', "a.jsonl", "a comma after each line"),
+        (gzip.compress(b'"Hello"\n', mtime=0), "a.jsonl.gz", "packed"),
+        (gzip.compress(b'"Hello"\n', mtime=0), "a.jsonl", "packed"),
+        (bz2.compress(b'"Hello"\n'), "a", "packed"),
+        (lzma.compress(b'"Hello"\n'), "a", "packed"),
+        (WORKBOOK.getvalue(), "a.xlsx", "spreadsheets"),
+        (WORKBOOK.getvalue(), "a.txt", "spreadsheets"),
+        (b"%PDF-1.7\n", "a.pdf", "PDF"),
+        (b"%PDF-1.7\n", "a", "PDF"),
+        (b"PAR1\x15\x04", "a.parquet", "Parquet"),
+        ("Hello\nyou".encode("utf-16"), "a.txt", "UTF-16"),
+        ('"Hello"\n'.encode("utf-16-le"), "a.jsonl", "UTF-16"),
+        ('"Hello"\n'.encode("utf-32"), "a.jsonl", "UTF-32"),
+        (b"<!DOCTYPE html><title>404</title>", "a", "HTML"),
+        (b"# Title\n\nWords.\n", "a.md", "a document"),
+        (b"", "a.jsonl", "empty"),
+        (b"", "a", "empty"),
+        (b"\xef\xbb\xbf\n \r\n", "a.txt", "empty"),
+    ],
+)
+def test_a_file_that_holds_no_lines_is_refused_with_what_it_is(
+    tmp_path: Path, content: bytes, name: str, what: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(InvalidValue, match=what) as refused:
+        body_of(path)
+    assert str(refused.value).startswith(str(path))
+
+
+def test_a_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidValue, match="is a directory"):
+        body_of(tmp_path)
+
+
+def test_an_open_file_is_read_as_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'"Hello"\n')
+    with path.open() as text, path.open("rb") as binary:
+        assert body_of(text).lines == body_of(binary).lines == b'"Hello"\n'
+
+
+def test_the_name_of_a_file_is_no_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert body_of("prompts.jsonl").requests == ["prompts.jsonl"]
+    Path("prompts.jsonl").touch()
+    with pytest.raises(InvalidValue, match=r"Path\('prompts.jsonl'\)"):
+        body_of("prompts.jsonl")
+    assert body_of(["prompts.jsonl"]).requests == ["prompts.jsonl"]
+
+
+def test_ids_of_a_data_frame_become_text_and_whole_numbers_stay_whole() -> None:
+    table = pandas.DataFrame(
+        {"prompt": ["a", "b"], "custom_id": [7, 8], "max_tokens": [3, None], "temperature": [0.5, 1.0]}
+    )
+    assert json.dumps(body_of(table).requests) == json.dumps(
+        [
+            {"prompt": "a", "custom_id": "7", "max_tokens": 3, "temperature": 0.5},
+            {"prompt": "b", "custom_id": "8", "temperature": 1},
+        ]
+    )
+    with_a_gap = pandas.DataFrame({"prompt": ["a", "b"], "custom_id": [7, None]})
+    assert body_of(with_a_gap).requests == [{"prompt": "a", "custom_id": "7"}, {"prompt": "b"}]
+
+
+def test_cells_that_are_arrays_become_lists() -> None:
+    table = pandas.DataFrame({"messages": [np.array([{"role": "user", "content": "a"}])], "seed": [np.int64(3)]})
+    assert body_of(table).requests == [{"messages": [{"role": "user", "content": "a"}], "seed": 3}]
+
+
+def test_a_data_frame_without_prompts_is_refused_with_its_columns() -> None:
+    with pytest.raises(InvalidValue, match="question, answer"):
+        body_of(pandas.DataFrame({"question": ["a"], "answer": ["b"]}))
+
+
+@pytest.mark.parametrize("way", ["to_dicts", "to_pylist"])
+def test_data_frames_of_other_packages_are_read_too(way: str) -> None:
+    table = SimpleNamespace(columns=["custom_id", "prompt"], to_dict=None)
+    setattr(table, way, lambda: [{"custom_id": 7, "prompt": "a"}])
+    assert body_of(table).requests == [{"custom_id": "7", "prompt": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "why"),
+    [("\ud800", "surrogate"), ({"prompt": "a", "seed": 1j}, "complex"), ({"prompt": "a", "top_p": math.nan}, "JSON")],
+)
+def test_what_json_can_not_hold_is_refused_with_its_place(prompt: Any, why: str) -> None:
+    with pytest.raises(InvalidValue, match=f"Prompt 1 .*{why}"):
+        body_of(["a", prompt])
+
+
+def test_what_holds_no_prompts_is_refused() -> None:
+    with pytest.raises(InvalidValue, match="int holds no prompts"):
+        body_of(5)  # type: ignore[arg-type]

@@ -1,0 +1,93 @@
+"""Who may save a job's outputs from its page: whoever is logged in there and may see the job."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from fastapi.testclient import TestClient
+
+from jobs.api.app import make_api
+from jobs.api.auth.guard import Door
+from jobs.dashboard.app import _add_download, _add_login
+from jobs.dashboard.body_limit import SmallBodies
+from jobs.dashboard.session import Sessions
+from jobs.settings import JobsSettings
+from storage import keys
+from storage.session import Database
+from tests.factories import a_key
+from tests.unit.jobs.api.test_routes import answer_all
+
+A_JOB = {"requests": ["Hello", "World"], "max_tokens": 10}
+
+
+@pytest.fixture
+def api(settings: JobsSettings, database: Database) -> Iterator[TestClient]:
+    """The API server with the routes of the pages that need no socket."""
+    door = Door(database)
+    app = make_api(settings, database, lambda job_id, model: None, door)
+    sessions = Sessions(door)
+    _add_login(app, sessions)
+    _add_download(app, app.state.services, sessions)
+    app.add_middleware(SmallBodies)
+    with TestClient(app, follow_redirects=False) as client:
+        yield client
+
+
+def submit(api: TestClient, database: Database, headers: dict[str, str] | None = None) -> str:
+    job_id = str(api.post("/v1/jobs", json=A_JOB, headers=headers).json()["id"])
+    answer_all(database)
+    return job_id
+
+
+def log_in(api: TestClient, key: dict[str, str]) -> None:
+    reply = api.post("/dashboard/login", data={"key": key["authorization"].removeprefix("Bearer ")})
+    assert (reply.status_code, reply.headers["location"]) == (303, "/dashboard/")
+
+
+def test_without_keys_outputs_are_saved_under_the_name_of_the_job(api: TestClient, database: Database) -> None:
+    job_id = submit(api, database)
+    reply = api.get(f"/dashboard/jobs/{job_id}/outputs")
+    assert reply.headers["content-disposition"] == f'attachment; filename="{job_id}.jsonl"'
+    assert reply.text == api.get(f"/v1/jobs/{job_id}/outputs").text != ""
+
+
+def test_a_log_in_is_enough_to_save_outputs_and_needed(api: TestClient, database: Database) -> None:
+    mine, theirs = a_key(database), a_key(database)
+    job_id = submit(api, database, mine)
+    place = f"/dashboard/jobs/{job_id}/outputs"
+    assert (api.get(place).status_code, api.get(place).headers["location"]) == (303, "/dashboard/login")
+    log_in(api, mine)
+    assert api.get(place).text == api.get(f"/v1/jobs/{job_id}/outputs", headers=mine).text
+    log_in(api, theirs)
+    assert api.get(place).status_code == 404
+
+
+def test_a_key_that_is_revoked_saves_nothing_more(api: TestClient, database: Database) -> None:
+    key = a_key(database)
+    place = f"/dashboard/jobs/{submit(api, database, key)}/outputs"
+    log_in(api, key)
+    assert api.get(place).status_code == 200
+    with database.write() as session:
+        assert all(keys.revoke_key(session, found.id) for found in keys.list_keys(session))
+    assert api.get(place).status_code == 303
+
+
+def test_a_file_that_is_being_saved_takes_a_place_among_the_streams(
+    settings: JobsSettings, api: TestClient, database: Database
+) -> None:
+    place = f"/dashboard/jobs/{submit(api, database)}/outputs"
+    app = api.app
+    streams = app.state.streams  # type: ignore[attr-defined]
+    with streams.place(""):
+        streams._most = 1
+        assert api.get(place).status_code == 429
+    assert api.get(place).status_code == 200
+    assert api.get(place).status_code == 200, "the place is given back"
+
+
+def test_a_long_key_is_no_log_in(api: TestClient, database: Database) -> None:
+    a_key(database)
+    reply = api.post("/dashboard/login", content=b"key=" + b"x" * 5_000)
+    assert reply.status_code == 413
+    assert reply.json()["error"]["message"] == "The body has more than the 4096 bytes that may be sent here."

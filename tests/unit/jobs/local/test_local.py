@@ -1,0 +1,274 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from jobs import processes
+from jobs.errors import ChildRefused, SetupError
+from jobs.local import startup
+from jobs.local.private_files import tighten
+from jobs.local.redis_server import server_arguments
+from jobs.local.service import down, running, up
+from jobs.local.startup import Start, environment
+from jobs.local.state import LocalService, announce_service, owned, owner
+from jobs.processes import Child, Children, Command, keep_one_old, stop_signals, tail
+from jobs.settings import JobsSettings
+from tests.processes import ended
+
+NEVER = threading.Event()
+
+
+def a_service(data_dir: Path, pid: int | None = None) -> LocalService:
+    return LocalService(
+        api_url="http://127.0.0.1:8000",
+        redis_url="redis://127.0.0.1:6379/0",
+        database_url="sqlite:///x",
+        data_dir=str(data_dir),
+        pid=os.getpid() if pid is None else pid,
+    )
+
+
+def a_shell(script: str, directory: Path, stop_s: float = 10.0) -> Command:
+    return Command("shell", ("/bin/sh", "-c", script), dict(os.environ), directory / "shell.log", stop_s)
+
+
+def test_a_data_directory_has_one_owner_and_the_second_is_told_who_it_is(tmp_path: Path) -> None:
+    with owned(tmp_path):
+        assert owner(tmp_path) == os.getpid()
+        with pytest.raises(SetupError, match=f"process {os.getpid()}.*basic down"), owned(tmp_path):
+            pytest.fail("two owners")
+    assert owner(tmp_path) is None
+
+
+def test_a_state_file_left_by_a_crash_is_no_running_service(tmp_path: Path) -> None:
+    announce_service(a_service(tmp_path))
+    assert running(tmp_path) is None
+    assert not down(tmp_path)
+    with owned(tmp_path):
+        assert running(tmp_path) is None
+
+
+def test_a_state_file_of_another_process_is_not_believed(tmp_path: Path) -> None:
+    with owned(tmp_path):
+        announce_service(a_service(tmp_path, pid=1))
+        assert running(tmp_path) is None
+
+
+def test_a_service_is_found_from_its_announcement_to_its_end(tmp_path: Path) -> None:
+    service = a_service(tmp_path)
+    with owned(tmp_path):
+        assert running(tmp_path) is None
+        announce_service(service)
+        assert running(tmp_path) == service
+        assert json.loads((tmp_path / "up.json").read_text()) == asdict(service)
+    assert running(tmp_path) is None
+    assert not (tmp_path / "up.json").exists()
+
+
+def test_nothing_runs_where_nothing_ever_ran(tmp_path: Path) -> None:
+    assert running(tmp_path / "absent") is None
+    assert not down(tmp_path / "absent")
+
+
+def test_a_dead_child_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_FIRST_DELAY_S", 0.0)
+    child = Child(a_shell("echo started; exit 3", tmp_path))
+    first = child.pid
+    assert ended(first)
+    assert child.status() == 3
+    child.revive()
+    child.revive()
+    assert child.pid != first
+    assert ended(child.pid)
+    assert child.last_words() == "started\nstarted"
+    child.stop(NEVER)
+
+
+def test_a_child_that_keeps_dying_waits_longer_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.monotonic()
+    monkeypatch.setattr("jobs.processes.time.monotonic", lambda: now)
+    child = Child(a_shell("exit 3", tmp_path))
+    waits: list[float] = []
+    for _ in range(8):
+        assert ended(child.pid)
+        child.revive()
+        wait_s, restarts = 0.0, child.restarts
+        while child.restarts == restarts:
+            wait_s += 0.5
+            now += 0.5
+            child.revive()
+        waits.append(wait_s)
+    child.stop(NEVER)
+    assert waits == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+
+
+def test_a_child_whose_settings_are_bad_is_not_started_again(tmp_path: Path) -> None:
+    children = Children()
+    child = children.start(a_shell("echo no such model; exit 78", tmp_path))
+    assert ended(child.pid)
+    assert children.keep_running(NEVER) is child
+    assert child.last_words() == "no such model"
+
+
+def test_children_stop_in_the_reverse_order_of_their_start(tmp_path: Path) -> None:
+    children = Children()
+    order = tmp_path / "order"
+    for name in ("first", "second"):
+        script = f"trap 'echo {name} >> {order}; exit 0' TERM; touch {tmp_path / name}; while :; do sleep 0.02; done"
+        children.start(a_shell(script, tmp_path))
+        _await_file(tmp_path / name)
+    children.stop(NEVER)
+    assert order.read_text().split() == ["second", "first"]
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_child_that_does_not_stop_is_killed(tmp_path: Path, at_once: bool) -> None:
+    stop_s = 60.0 if at_once else 0.2
+    script = f"trap '' TERM; touch {tmp_path / 'ready'}; while :; do sleep 0.02; done"
+    child = Child(a_shell(script, tmp_path, stop_s))
+    _await_file(tmp_path / "ready")
+    hurry = threading.Event()
+    if at_once:
+        hurry.set()
+    child.stop(hurry)
+    assert child.status() == -signal.SIGKILL
+
+
+def test_the_first_signal_asks_and_the_second_insists() -> None:
+    with stop_signals() as (stop, at_once):
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.wait(5)
+        assert not at_once.is_set()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert at_once.wait(5)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_log_speaks_of_one_run_and_the_one_before_is_kept(tmp_path: Path) -> None:
+    log = tmp_path / "worker.log"
+    for run in ("first", "second", "third"):
+        keep_one_old([log])
+        log.write_text(f"{run}\n")
+    assert tail(log, 5) == "third"
+    assert tail(tmp_path / "worker.log.1", 5) == "second"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["worker.log", "worker.log.1"]
+
+
+def test_children_are_told_what_was_given_and_left_their_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BASIC_TARGET", "from-the-environment")
+    settings = JobsSettings(data_dir=tmp_path, target="given").model_copy(update={"api_port": 8123})
+    told = environment(settings)
+    assert told["BASIC_TARGET"] == "given"
+    assert told["BASIC_DATA_DIR"] == str(tmp_path)
+    assert told["BASIC_API_PORT"] == "8123"
+    assert "BASIC_REDIS_URL" not in told
+
+
+def test_a_port_that_was_asked_for_and_is_taken_stops_the_start(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SetupError, match=f"port {port} .* is taken"):
+            startup._with_api_address(JobsSettings(data_dir=tmp_path, api_port=port))
+
+
+def test_a_port_that_nobody_asked_for_gives_way(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        usual = JobsSettings(data_dir=tmp_path).model_copy()
+        object.__setattr__(usual, "api_port", port)
+        settled = startup._with_api_address(usual)
+    assert settled.api_port != port
+    assert settled.api_url == f"http://127.0.0.1:{settled.api_port}"
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [("0.0.0.0", "http://127.0.0.1:{}"), ("127.0.0.1", "http://127.0.0.1:{}"), ("::1", "http://[::1]:{}")],
+)
+def test_the_announced_url_can_be_reached(tmp_path: Path, host: str, url: str) -> None:
+    settled = startup._with_api_address(JobsSettings(data_dir=tmp_path, api_host=host, api_port=0))
+    assert settled.api_url == url.format(settled.api_port)
+
+
+def test_a_data_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SetupError, match=r"file/data.*BASIC_DATA_DIR"):
+        up(JobsSettings(data_dir=tmp_path / "file" / "data"), announce=lambda _: None)
+
+
+def test_what_lies_in_a_data_directory_is_closed_to_others(tmp_path: Path) -> None:
+    ours = [tmp_path / name for name in ("basic.sqlite3", "basic.sqlite3-wal", "redis/aof/a.aof", "logs/up.log.1")]
+    for file in ours:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+        file.write_text("private")
+        file.chmod(0o664)
+    tmp_path.chmod(0o755)
+    tighten(tmp_path)
+    assert {file.stat().st_mode & 0o777 for file in ours} == {0o600}
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path, *tmp_path.rglob("*")) if path.is_dir()} == {0o700}
+
+
+def test_a_directory_that_holds_other_things_too_keeps_its_mode(tmp_path: Path) -> None:
+    for name in ("basic.sqlite3", "photo.png"):
+        (tmp_path / name).touch(0o644)
+    (tmp_path / "logs").symlink_to(tmp_path.parent)
+    modes = {path: path.stat().st_mode for path in (tmp_path / "photo.png", tmp_path.parent)}
+    tmp_path.chmod(0o755)
+    tighten(tmp_path)
+    assert tmp_path.stat().st_mode & 0o777 == 0o755
+    assert {path: path.stat().st_mode for path in modes} == modes
+    assert (tmp_path / "basic.sqlite3").stat().st_mode & 0o077 == 0
+
+
+def test_a_password_is_in_no_argument_and_in_no_readable_file(tmp_path: Path) -> None:
+    arguments = server_arguments(Path("valkey-server"), 1, tmp_path, "secret")
+    assert "secret" not in " ".join(arguments)
+    (users,) = tmp_path.iterdir()
+    assert users.stat().st_mode & 0o077 == 0
+    assert str(users) in arguments
+
+
+def test_a_tilde_that_no_shell_has_read_is_the_home_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("BASIC_DATA_DIR", "~/data")
+    assert JobsSettings().data_dir == tmp_path / "data"
+
+
+def test_a_data_directory_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match="not UTF-8"):
+        up(JobsSettings(data_dir=tmp_path / os.fsdecode(b"\xff")), announce=lambda _: None)
+
+
+def test_a_child_that_dies_while_we_wait_is_reported_with_its_last_words(tmp_path: Path) -> None:
+    children = Children()
+    child = children.start(a_shell("echo the model directory is empty; exit 1", tmp_path))
+    start = Start(JobsSettings(data_dir=tmp_path), children, threading.Event())
+    with pytest.raises(SetupError, match=r"(?s)status 1.*the model directory is empty.*shell\.log"):
+        start._await(child, lambda: False, "the worker", None)
+
+
+def _await_file(path: Path) -> None:
+    ends_at = time.monotonic() + 10
+    while not path.exists():
+        assert time.monotonic() < ends_at, f"{path} never came"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("status", "kind"), [(78, ChildRefused), (1, SetupError), (-9, SetupError)])
+def test_a_child_that_can_not_work_is_told_from_one_that_died(status: int, kind: type[SetupError]) -> None:
+    command = SimpleNamespace(name="worker", log_path="worker.log")
+    child = SimpleNamespace(command=command, status=lambda: status, last_words=lambda: "Loading x\nx is damaged")
+    error = startup._death_of(child)  # type: ignore[arg-type]
+    assert type(error) is kind
+    assert "x is damaged\nThe whole log: worker.log" in str(error)

@@ -1,0 +1,142 @@
+"""What people get of the statistics: `basic stats` as table, CSV and plots, and a DataFrame in Python."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pandas
+import pytest
+
+from jobs.api.app import make_api
+from jobs.cli.csv_export import cell, write_csv
+from jobs.client import Client
+from jobs.reports.plots import PLOTS, svg
+from jobs.settings import JobsSettings
+from storage import speedup_checks
+from storage.records import ComparisonRow
+from storage.session import Database
+from tests.in_process import InProcess
+from tests.unit.jobs.api.test_routes import answer_all
+from tests.unit.jobs.cli.test_cli import Run, prompts, run
+
+__all__ = ["prompts", "run"]  # fixtures
+
+NOTHING: dict[str, Any] = {"acceptance": [], "minutes": [], "batch_sizes": [], "reliability": []}
+
+
+def test_the_table_tells_the_speedup_and_where_it_comes_from(run: Run, prompts: str, database: Database) -> None:
+    run("submit", prompts)
+    assert "not measured" in run("stats")
+    answer_all(database)
+
+    table = run("stats")
+
+    assert "1 completed, 1 failed, 2 in all" in table
+    assert "1.80x (by the calibrated time of plain steps; no plain step checked it)" in table
+
+
+def test_the_table_tells_what_came_of_a_comparison_with_plain_decoding(
+    run: Run, prompts: str, database: Database
+) -> None:
+    job_id = json.loads(run("submit", prompts, "--compare-plain", "20", "--json"))["id"]
+    answer_all(database)
+    assert "20 requests wait for a worker that is idle" in run("stats", job_id)
+    rows = [ComparisonRow(0, 3, 10.0, 20.0, 1.5, True), ComparisonRow(1, 3, 10.0, 22.0, 1.5, False)]
+    with database.write() as session:
+        speedup_checks.record_comparison(session, "w", job_id, rows)
+
+    table = run("stats", job_id)
+
+    assert "2.10x ± 0.20 (2 requests decoded both ways; 1 of them with ANOTHER TEXT, which is a fault" in flat(table)
+    assert "which is a fault, 1.5 at a time)" in flat(table)
+    run("submit", prompts, "--compare-plain", "101", status=2)
+
+
+def test_the_table_tells_that_a_comparison_was_given_up_and_why(run: Run, prompts: str, database: Database) -> None:
+    job_id = json.loads(run("submit", prompts, "--compare-plain", "20", "--json"))["id"]
+    answer_all(database)
+    with database.write() as session:
+        row = ComparisonRow(0, error_code="poison", error_message="The worker process died twice.")
+        speedup_checks.record_comparison(session, "", job_id, [row])
+
+    assert "compared with plain given up, poison: The worker process died twice." in flat(run("stats", job_id))
+
+
+def flat(table: str) -> str:
+    """The words of a table, wherever its lines end."""
+    return " ".join(table.split())
+
+
+def test_csv_has_one_line_a_job(run: Run, prompts: str, database: Database) -> None:
+    ids = [json.loads(run("submit", prompts, "--json"))["id"] for _ in range(2)]
+    answer_all(database)
+
+    rows = list(csv.DictReader(io.StringIO(run("stats", "--csv"))))
+    (row,) = csv.DictReader(io.StringIO(run("stats", ids[0], "--csv")))
+
+    assert [found["id"] for found in rows] == ids[::-1]
+    assert row in rows
+    assert (row["completion_tokens"], row["speedup"]) == ("2", "1.8")
+
+
+def test_the_plot_is_a_picture(run: Run, prompts: str, database: Database, tmp_path: Path) -> None:
+    run("submit", prompts)
+    answer_all(database)
+    path = tmp_path / "stats.png"
+
+    run("stats", "--plot", str(path))
+
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_plots_of_nothing_say_so(name: str) -> None:
+    picture = ElementTree.fromstring(svg(NOTHING, name))
+
+    assert "nothing measured" in "".join(picture.itertext())
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "  =1", "\r=1", "＝1"])
+def test_text_that_a_spreadsheet_would_run_is_marked_as_text(text: str) -> None:
+    assert cell(text) == f"'{text}"
+
+
+def test_other_cells_are_as_they_are() -> None:
+    assert [cell(value) for value in (-1.5, 3, None, True, "a=b", "")] == [-1.5, 3, None, True, "a=b", ""]
+
+
+def test_csv_survives_quotes_and_lines() -> None:
+    file = io.StringIO()
+    write_csv([{"text": 'a "b"\nc,d', "n": -1}, {"text": "=x"}], ["text", "n"], file)
+    assert list(csv.reader(io.StringIO(file.getvalue()))) == [["text", "n"], ['a "b"\nc,d', "-1"], ["'=x", ""]]
+
+
+def test_python_gets_a_table_of_the_jobs(settings: JobsSettings, database: Database) -> None:
+    transport = InProcess(make_api(settings, database, ring=lambda job_id, model: True))
+    with Client("http://service", transport=transport) as client:
+        job = client.submit(["Hello"])
+        answer_all(database)
+        table = client.stats()
+
+    assert isinstance(table, pandas.DataFrame)
+    assert list(table["id"]) == [job.id]
+    assert table["speedup"][0] == pytest.approx(1.8)
+
+
+def test_a_report_is_one_file_whose_texts_do_nothing(run: Run, database: Database, tmp_path: Path) -> None:
+    lines = '"Hello"\n{"prompt": "", "custom_id": "<b>bold</b>"}\n'
+    run("submit", "-", stdin=lines)
+    answer_all(database, text="<script>alert(1)</script>\x1b[31m\u202e" + "x" * 100_000)
+    path = tmp_path / "report.html"
+
+    run("report", "-o", str(path))
+
+    page = path.read_text()
+    assert "&lt;script&gt;alert(1)" in page
+    assert page.count("<svg") == len(PLOTS)
+    assert not any(forbidden in page for forbidden in ("<script", "\x1b", "\u202e", "src=", "@import", "<link"))

@@ -1,0 +1,395 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from jobs.errors import InvalidJsonLine
+from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, Endpoint, GenerationRequest
+from jobs.submission.input_lines import custom_id_in
+from jobs.submission.request_parser import (
+    MAX_JSON_NODES,
+    UNSUPPORTED,
+    WITHOUT_EFFECT,
+    Item,
+    Rules,
+    parse_item,
+    parse_parameters,
+    read_lines,
+)
+from storage.records import NewRequest, Refusal
+
+
+def lines(body: bytes, max_line_bytes: int = 1_000_000) -> Iterator[Item]:
+    return read_lines(io.BytesIO(body), max_line_bytes)
+
+
+def some_rules(
+    endpoint: Endpoint = CHAT_ENDPOINT, context_tokens: int | None = None, job_id: str = "batch_1", **defaults: Any
+) -> Rules:
+    return Rules(job_id, "tiny", endpoint, defaults, max_prompt_chars=1000, context_tokens=context_tokens)
+
+
+def parsed(value: Any, rules: Rules | None = None, index: int = 0, line: int | None = None) -> NewRequest:
+    return parse_item(Item(index, value, line), rules or some_rules())
+
+
+def accepted(value: Any, rules: Rules | None = None, index: int = 0) -> GenerationRequest:
+    request = parsed(value, rules, index)
+    assert request.refusal is None, request.refusal
+    return GenerationRequest.model_validate(request.body)
+
+
+def refused(value: Any, rules: Rules | None = None, line: int | None = None) -> Refusal:
+    request = parsed(value, rules, line=line)
+    assert request.body is None
+    assert request.refusal is not None
+    return request.refusal
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "Hello",
+        {"prompt": "Hello"},
+        {"messages": [{"role": "user", "content": "Hello"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]}]},
+        {"custom_id": "a", "method": "POST", "url": CHAT_ENDPOINT, "body": {"prompt": "Hello", "model": "tiny"}},
+        {"prompt": "Hello", "stop": None, "max_tokens": None},
+    ],
+)
+def test_every_form_of_an_item_says_the_same(value: Any) -> None:
+    request = accepted(value)
+    turns = [(message.role, message.content) for message in request.messages or ()]
+    assert (turns, request.prompt) in (([("user", "Hello")], None), ([], "Hello"))
+
+
+def test_the_completions_endpoint_sends_the_raw_prompt_and_writes_16_tokens_by_default() -> None:
+    request = accepted("Hello", some_rules(COMPLETIONS_ENDPOINT))
+    assert request.prompt == "Hello"
+    assert request.messages is None
+    assert request.sampling.max_tokens == 16
+
+
+def test_developer_is_another_word_for_system() -> None:
+    messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    request = accepted({"messages": messages})
+    assert request.messages is not None
+    assert request.messages[0].role == "system"
+
+
+def test_a_request_brings_its_own_parameters_and_takes_the_rest_from_the_job() -> None:
+    request = accepted({"prompt": "Hello", "temperature": 0.5}, some_rules(temperature=0, max_tokens=7))
+    assert (request.sampling.temperature, request.sampling.max_tokens) == (0.5, 7)
+
+
+def test_max_completion_tokens_wins_over_max_tokens() -> None:
+    assert accepted({"prompt": "Hello", "max_tokens": 5, "max_completion_tokens": 9}).sampling.max_tokens == 9
+
+
+def test_a_missing_seed_follows_from_job_and_place_so_that_a_restart_writes_the_same_text() -> None:
+    seeds = [accepted("Hello", index=index).sampling.seed for index in (0, 0, 1)]
+    assert seeds[0] == seeds[1] != seeds[2]
+    assert accepted("Hello", some_rules(job_id="batch_2")).sampling.seed != seeds[0]
+
+
+def test_a_custom_id_is_kept_and_a_missing_one_says_the_place() -> None:
+    assert parsed({"custom_id": "Ünï", "prompt": "Hello"}).custom_id == "Ünï"
+    assert parsed({"id": "mine", "prompt": "Hello"}).custom_id == "mine"
+    assert parsed("Hello", index=3).custom_id == "request-3"
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_EFFECT))
+def test_fields_without_effect_are_accepted(name: str) -> None:
+    accepted({"prompt": "Hello", name: "anything"})
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, idle) for name, values in UNSUPPORTED.items() for idle in values])
+def test_unsupported_fields_are_accepted_when_they_ask_for_nothing(name: str, value: Any) -> None:
+    accepted({"prompt": "Hello", name: value})
+
+
+def test_stops_and_biases_are_stored_as_a_worker_reads_them() -> None:
+    given = {"stop": "\n", "stop_token_ids": [5, 6], "logit_bias": {"1": 5, "2": -0.5}, "repetition_penalty": 1.2}
+    sampling = accepted({"prompt": "Hello", **given}).sampling
+    assert (sampling.stop, sampling.stop_token_ids) == (("\n",), (5, 6))
+    assert (sampling.logit_bias, sampling.repetition_penalty) == ({1: 5.0, 2: -0.5}, 1.2)
+    assert accepted({"prompt": "Hello", "stop": ["a", "b"], "logit_bias": {}}).sampling.stop == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("response_format", {"type": "json_object"}),
+        ("tools", [{"type": "function"}]),
+        ("best_of", 2),
+    ],
+)
+def test_unsupported_fields_are_refused_when_they_ask_for_something(field: str, value: Any) -> None:
+    refusal = refused({"prompt": "Hello", field: value})
+    assert (refusal.code, refusal.param) == ("unsupported_parameter", field)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "given", "wanted"),
+    [
+        (CHAT_ENDPOINT, {}, None),
+        (CHAT_ENDPOINT, {"logprobs": False, "top_logprobs": 0}, None),
+        (CHAT_ENDPOINT, {"logprobs": True}, 0),
+        (CHAT_ENDPOINT, {"logprobs": True, "top_logprobs": 20}, 20),
+        (COMPLETIONS_ENDPOINT, {"logprobs": 0}, 0),
+        (COMPLETIONS_ENDPOINT, {"logprobs": 5}, 5),
+        (COMPLETIONS_ENDPOINT, {"logprobs": None}, None),
+    ],
+)
+def test_each_endpoint_asks_for_logprobs_in_its_own_words(
+    endpoint: Endpoint, given: dict[str, Any], wanted: int | None
+) -> None:
+    assert accepted({"prompt": "Hello", **given}, some_rules(endpoint)).sampling.logprobs == wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, 3),
+        ({"top_logprobs": 7}, 7),
+        ({"top_logprobs": 0}, 0),
+        ({"logprobs": True}, 3),
+        ({"logprobs": False}, None),
+    ],
+)
+def test_a_request_may_ask_for_other_logprobs_than_its_job(given: dict[str, Any], wanted: int | None) -> None:
+    defaults = parse_parameters({"logprobs": True, "top_logprobs": 3}, CHAT_ENDPOINT)
+    assert accepted({"prompt": "Hello", **given}, some_rules(**defaults)).sampling.logprobs == wanted
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "given", "param"),
+    [
+        (CHAT_ENDPOINT, {"logprobs": 1}, "logprobs"),
+        (CHAT_ENDPOINT, {"logprobs": 0}, "logprobs"),
+        (CHAT_ENDPOINT, {"top_logprobs": 2}, "top_logprobs"),
+        (CHAT_ENDPOINT, {"logprobs": False, "top_logprobs": 2}, "top_logprobs"),
+        (CHAT_ENDPOINT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        (CHAT_ENDPOINT, {"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
+        (CHAT_ENDPOINT, {"logprobs": True, "top_logprobs": True}, "top_logprobs"),
+        (COMPLETIONS_ENDPOINT, {"logprobs": True}, "logprobs"),
+        (COMPLETIONS_ENDPOINT, {"logprobs": 6}, "logprobs"),
+        (COMPLETIONS_ENDPOINT, {"logprobs": 2.0}, "logprobs"),
+        (COMPLETIONS_ENDPOINT, {"logprobs": 2, "top_logprobs": 2}, "top_logprobs"),
+    ],
+)
+def test_logprobs_out_of_range_or_in_the_words_of_the_other_endpoint_are_refused(
+    endpoint: Endpoint, given: dict[str, Any], param: str
+) -> None:
+    refusal = refused({"prompt": "Hello", **given}, some_rules(endpoint))
+    assert (refusal.code, refusal.param, refusal.status_code) == ("invalid_value", param, 400)
+
+
+def test_a_misspelt_field_is_refused_with_the_right_spelling() -> None:
+    refusal = refused({"prompt": "Hello", "max_token": 5})
+    assert refusal.code == "unknown_parameter"
+    assert "did you mean max_tokens?" in refusal.message
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_tokens", 0),
+        ("max_tokens", -5),
+        ("max_tokens", 10**9 * 10),
+        ("max_tokens", True),
+        ("max_tokens", "7"),
+        ("max_tokens", 7.5),
+        ("temperature", -1),
+        ("temperature", 2.5),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("top_p", 0),
+        ("top_p", 1.5),
+        ("n", 0),
+        ("n", 10**6),
+        ("seed", 2**64),
+        ("top_k", -1),
+        ("min_p", 2),
+        ("ignore_eos", 1),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", -2.1),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", 2.5),
+        ("repetition_penalty", "1"),
+        ("logit_bias", [1]),
+        ("logit_bias", {"1": 101}),
+        ("logit_bias", {"1": "5"}),
+        ("logit_bias", {"-1": 5}),
+        ("logit_bias", {"one": 5}),
+        ("logit_bias", {str(i): 1 for i in range(1025)}),
+        ("stop", 7),
+        ("stop", ""),
+        ("stop", ["a", ""]),
+        ("stop", ["a"] * 5),
+        ("stop", ["a", 7]),
+        ("stop", "x" * 1001),
+        ("stop", "a\0b"),
+        ("stop_token_ids", 7),
+        ("stop_token_ids", ["7"]),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", list(range(65))),
+    ],
+)
+def test_a_value_out_of_range_is_refused_naming_line_and_field(field: str, value: Any) -> None:
+    refusal = refused({"prompt": "Hello", field: value}, line=3)
+    assert (refusal.code, refusal.param) == ("invalid_value", field)
+    assert refusal.message.startswith(f"line 3, {field}: must be")
+
+
+@pytest.mark.parametrize(
+    ("value", "param"),
+    [
+        ("", "prompt"),
+        (" \n", "prompt"),
+        ("a\0b", "prompt"),
+        ("\ud800", "prompt"),
+        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"messages": []}, "messages"),
+        ({"messages": "Hello"}, "messages"),
+        ({"messages": ["Hello"]}, "messages[0]"),
+        ({"messages": [{"role": "robot", "content": "Hello"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": 7}]}, "messages[0].content"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "  "}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": "Hello", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        ({"prompt": "Hello", "messages": [{"role": "user", "content": "Hello"}]}, "messages"),
+        ({}, "prompt"),
+        (7, None),
+        ({"prompt": "Hello", "custom_id": 7}, "custom_id"),
+        ({"prompt": "Hello", "custom_id": "x" * 65}, "custom_id"),
+        ({"prompt": "Hello", "model": "other"}, "model"),
+        ({"url": CHAT_ENDPOINT}, "body"),
+        ({"url": "/v1/embeddings", "body": {"prompt": "Hello"}}, "url"),
+        ({"method": "GET", "body": {"prompt": "Hello"}}, "method"),
+    ],
+)
+def test_a_bad_prompt_is_refused_naming_its_place(value: Any, param: str | None) -> None:
+    refusal = refused(value)
+    assert refusal.param == param
+    assert refusal.message.startswith("requests[0]")
+
+
+def test_a_prompt_with_too_many_characters_is_refused_before_it_is_tokenized() -> None:
+    assert refused("x" * 1001).code == "context_length_exceeded"
+
+
+def test_more_tokens_than_the_context_holds_are_refused_where_a_worker_has_told_its_context() -> None:
+    rules = some_rules(context_tokens=64)
+    assert refused({"prompt": "Hello", "max_tokens": 65}, rules).param == "max_tokens"
+    accepted({"prompt": "Hello", "max_tokens": 64}, rules)
+
+
+def test_lines_end_at_newlines_only_and_blank_ones_do_not_count() -> None:
+    items = list(lines('\ufeff"one"\r\n\n{"prompt": "t\u2028wo"}\n'.encode()))
+    assert [(item.index, item.line, item.value) for item in items] == [(0, 1, "one"), (1, 3, {"prompt": "t\u2028wo"})]
+
+
+@pytest.mark.parametrize(("length", "refused"), [(100, False), (101, True), (1_000_000, True)])
+def test_a_line_that_is_too_long_is_passed_over(length: int, refused: bool) -> None:
+    long = b'"' + b"x" * (length - 2) + b'"'
+    first, middle, last = lines(b'"one"\n' + long + b'\n"three"', max_line_bytes=100)
+    assert (first.value, last.value, [item.line for item in (first, middle, last)]) == ("one", "three", [1, 2, 3])
+    request = parse_item(middle, some_rules())
+    assert (request.refusal is not None) is refused
+    assert request.refusal is None or "line 2: The line has more than 100 bytes" in request.refusal.message
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"{", b"nonsense", b'{"temperature": NaN}', b'"\\ud800"', b"[" * 100_000, b"9" * 5000, b"\xff\xfe", b'"\xe9"'],
+)
+def test_a_line_that_is_not_json_is_refused_and_named_and_the_others_go_on(line: bytes) -> None:
+    first, bad, last = (parse_item(item, some_rules()) for item in lines(b'"one"\n' + line + b'\n"three"'))
+    assert first.refusal is last.refusal is None
+    assert bad.refusal is not None
+    assert bad.refusal.code == "invalid_json_line"
+    assert bad.refusal.message.startswith("line 2: ")
+    assert len(bad.refusal.message) < 200
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"custom_id": "a", "surprise": 1},
+        {"custom_id": "a", "prompt": 7},
+        {"custom_id": "a", "body": {"prompt": "Hello"}, "metadata": {"row": "7"}},
+        {"custom_id": "a", "body": {"prompt": "Hello"}, "method": "GET"},
+        {"custom_id": "a", "body": {"prompt": "Hello"}, "url": "/v1/embeddings"},
+        {"custom_id": "a", "body": None, "url": CHAT_ENDPOINT},
+        {"custom_id": "a", "body": []},
+        {"custom_id": None, "id": "a", "body": {}, "priority": 1},
+        {"body": {"custom_id": "a"}, "priority": 1},
+    ],
+)
+def test_a_given_id_survives_whatever_else_is_wrong(value: Any) -> None:
+    request = parsed(value)
+    assert request.refusal is not None
+    assert request.custom_id == "a"
+
+
+@pytest.mark.parametrize("line", [b'{"custom_id": "a", "x": NaN}', b'{"x": "\xe9", "custom_id": "a"}', b'{"id": "a",}'])
+def test_a_line_that_can_not_be_read_still_says_its_id(line: bytes) -> None:
+    (item,) = lines(line)
+    assert parse_item(item, some_rules()).custom_id == "a"
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x1f\x8b\x08\x00", b'[{"prompt": "a"}]', b'{\n "prompt": "a"\n}', b"id,prompt\n1,hi\n2,yo\n"]
+)
+def test_a_file_of_something_else_is_refused_as_a_whole_with_what_it_is(content: bytes) -> None:
+    with pytest.raises(InvalidJsonLine, match=r"The file is"):
+        list(lines(content))
+
+
+@pytest.mark.parametrize(
+    "line", [b'"' + b'\\"' * 500_000, b"{" * 900_000, b'{"' * 450_000, b'{"custom_id" ' * 80_000, b"'" * 900_000]
+)
+def test_a_broken_line_is_looked_through_once(line: bytes) -> None:
+    """Its id is looked for in one pass: a line that is made to be read again at each quote would take hours."""
+    assert custom_id_in(line) is None
+
+
+def test_a_fault_of_ours_fails_the_request_that_meets_it_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise TypeError("unforeseen")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jobs.submission.request_parser.most_tokens", fail)
+        request = parsed({"custom_id": "a", "prompt": "Hello"})
+    assert request.refusal is not None
+    assert (request.custom_id, request.refusal.code, request.refusal.status_code) == ("a", "server_error", 500)
+    accepted("Hello")
+
+
+def test_an_answer_that_is_sent_back_as_history_asks_for_nothing() -> None:
+    answer: dict[str, Any] = {
+        "role": "assistant",
+        "content": "The Nile.",
+        "refusal": None,
+        "annotations": [],
+        "audio": None,
+        "function_call": None,
+        "tool_calls": [],
+        "reasoning_content": "",
+        "provider_specific_fields": {},
+    }
+    messages = [{"role": "user", "content": "Name a river."}, answer, {"role": "user", "content": "Another."}]
+    request = accepted({"messages": messages})
+    assert [message.content for message in request.messages or ()] == ["Name a river.", "The Nile.", "Another."]
+    cited = answer | {"annotations": [{"type": "url_citation"}]}
+    assert refused({"messages": [cited]}).param == "messages[0].annotations"
+
+
+def test_a_line_of_more_lists_than_one_may_hold_is_refused_before_they_are_made() -> None:
+    (item,) = lines(b"[" * (MAX_JSON_NODES + 1), max_line_bytes=10_000_000)
+    assert "lists and objects" in refused(item.value, line=1).message

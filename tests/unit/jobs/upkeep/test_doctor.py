@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+
+from jobs.settings import JobsSettings
+from jobs.upkeep.doctor import Finding, examine
+from storage import schema, writes
+from storage.session import Database
+from tests.conftest import free_port
+from tests.factories import a_worker_card
+from tests.unit.storage.acts import record
+
+
+def found(settings: JobsSettings) -> dict[str, Finding]:
+    """The findings by part; the worst one of each."""
+    worst: dict[str, Finding] = {}
+    for finding in sorted(examine(settings), key=lambda f: ("ok", "warning", "problem").index(f.status)):
+        worst[finding.part] = finding
+    return worst
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> JobsSettings:
+    """An installation whose database is up to date and whose servers are down."""
+    settings = JobsSettings(
+        data_dir=tmp_path,
+        redis_url=f"redis://:hunter2@127.0.0.1:{free_port()}/0",
+        api_url=f"http://127.0.0.1:{free_port()}",
+    )
+    schema.upgrade(settings.resolved_database_url)
+    return settings
+
+
+def test_what_is_away_is_a_finding_with_advice_and_no_password(installed: JobsSettings) -> None:
+    findings = found(installed)
+
+    assert findings["redis"].status == "problem"
+    assert "BASIC_REDIS_URL" in findings["redis"].advice
+    assert findings["shim"].status == "warning"
+    assert "hunter2" not in repr(findings)
+    for part in ("disk", "database", "migrations", "clock"):
+        assert findings[part].status == "ok", findings[part]
+
+
+def test_every_finding_that_is_not_ok_says_what_to_do(installed: JobsSettings) -> None:
+    assert [f for f in examine(installed) if f.status == "problem" and not f.advice] == []
+
+
+def test_a_database_that_is_not_there_or_old_is_found(tmp_path: Path) -> None:
+    settings = JobsSettings(data_dir=tmp_path, redis_url="redis://127.0.0.1:1/0", api_url="http://127.0.0.1:1")
+    assert "basic db upgrade" in found(settings)["database"].advice
+
+    schema.upgrade(settings.resolved_database_url, "0001")
+    assert found(settings)["migrations"].advice == "run: basic db upgrade"
+
+
+def test_jobs_that_nobody_serves_and_jobs_that_do_not_move_are_named(installed: JobsSettings) -> None:
+    database = Database.open(installed.resolved_database_url)
+    record(database, "unserved", model="large")
+    assert "BASIC_TARGET=large" in found(installed)["jobs"].advice
+
+    with database.write() as session:
+        session.execute(text("DELETE FROM requests"))
+        session.execute(text("DELETE FROM jobs"))
+        writes.register_worker(session, a_worker_card(id="w", target="tiny"))
+    record(database, "stuck", model="tiny")
+    assert found(installed)["jobs"].status == "ok"
+    with database.write() as session:
+        session.execute(text("UPDATE jobs SET created_at = created_at - 3600"))
+    database.dispose()
+    assert "stuck" in found(installed)["jobs"].message
+
+
+def test_a_server_that_evicts_is_a_problem(installed: JobsSettings, redis_url: str) -> None:
+    import redis
+
+    settings = installed.model_copy(update={"redis_url": redis_url})
+    assert found(settings)["redis memory"].status == "ok"
+    with redis.Redis.from_url(redis_url) as client:
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        try:
+            assert "allkeys-lru" in found(settings)["redis memory"].message
+        finally:
+            client.config_set("maxmemory-policy", "noeviction")

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import update
+
+from storage import event_log
+from storage.event_log import Cursor, Page, Place
+from storage.models import Job, Request
+from storage.records import Claim, NewRequest, Progress, Refusal
+from storage.session import Database
+from tests.databases import on_sqlite
+from tests.factories import a_request
+from tests.unit.storage.acts import cancel, claim, end_of, flush, going_on, record, tokens_of, whole
+
+REFUSAL = Refusal("invalid_value", "No.")
+
+
+def page(database: Database, since: Cursor, limit: int = 100) -> Page:
+    with database.read() as session:
+        return event_log.read(session, "job-1", since, limit)
+
+
+class Reader:
+    """Is told the story in pages, and writes it down. Forgets at will all but its cursor."""
+
+    def __init__(self) -> None:
+        self.cursor = Cursor()
+        self.texts: defaultdict[tuple[int, int], str] = defaultdict(str)
+        self.tokens: defaultdict[tuple[int, int], int] = defaultdict(int)
+        self.seqs: dict[tuple[int, int], int] = {}
+        self.ends: list[tuple[int, int]] = []
+
+    def read(self, database: Database, limit: int = 100, *, leave_after: int | None = None) -> bool:
+        """Take one page, or only some passages of it; return whether the story is complete for now."""
+        told = page(database, self.cursor, limit)
+        passages = told.passages if leave_after is None else told.passages[:leave_after]
+        for passage in passages:
+            key = (passage.request_index, passage.choice_index)
+            if passage.kind == "tokens":
+                again = passage.seq <= self.seqs.get(key, -1)
+                self.seqs[key] = max(passage.seq, self.seqs.get(key, -1))
+                if again:
+                    self.cursor = passage.cursor or self.cursor
+                    continue
+                before = "" if passage.from_start else self.texts[key]
+                self.texts[key] = before + passage.text
+                self.tokens[key] = passage.tokens + (0 if passage.from_start else self.tokens[key])
+                assert "".join(text for text, _ in passage.pieces) == passage.text
+            else:
+                self.ends.append(key)
+            if passage.cursor is not None:
+                self.cursor = passage.cursor
+        if len(passages) == len(told.passages):
+            self.cursor = told.cursor
+        return told.complete and len(passages) == len(told.passages)
+
+    def read_all(self, database: Database, limit: int = 100) -> None:
+        while not self.read(database, limit):
+            pass
+
+
+def test_a_new_reader_is_told_what_is_being_written_and_what_has_ended(database: Database) -> None:
+    record(database, requests=[a_request("a"), a_request("b"), NewRequest("c", refusal=REFUSAL)])
+    first, second = claim(database, limit=2)
+    flush(database, "w1", whole(first.lease, 1, 2), Progress(second.lease, (tokens_of(1, 1),)))
+    flush(database, "w1", Progress(second.lease, (tokens_of(2, 2),)))
+    reader = Reader()
+    reader.read_all(database)
+    assert reader.texts == {(0, 0): "yxy", (1, 0): "yxy"}
+    assert reader.ends == [(2, 0), (0, 0)]
+
+
+def test_a_reader_that_comes_back_is_told_what_it_has_not_seen_of_a_text_that_has_ended(database: Database) -> None:
+    record(database)
+    (claimed,) = claim(database)
+    seen, unseen = tokens_of(1, 1, 2), tokens_of(2, 3, first=2)
+    flush(database, "w1", Progress(claimed.lease, (seen,)))
+    cursor = Cursor()
+    while not (told := page(database, cursor)).complete:
+        cursor = told.cursor
+    flush(database, "w1", Progress(claimed.lease, (unseen,), (end_of(seen, unseen),), ends=True))
+    text, end = page(database, told.cursor).passages
+    assert (text.text, text.tokens, text.accepted, text.from_start, text.seq) == ("xxy", 3, 2, False, 2)
+    assert (end.kind, end.seq) == ("finished", 3)
+    assert page(database, told.cursor).status == "completed"
+
+
+def test_a_cursor_from_another_story_is_a_new_reader(database: Database) -> None:
+    record(database)
+    flush(database, "w1", whole(claim(database)[0].lease, 1, 2))
+    with database.read() as session:
+        end = event_log.where_it_stands(session, "job-1").cursor
+    assert end.within(end) == end
+    for other in (Cursor(1000), Cursor(0, floor=9), Cursor(0, status="completed")):
+        assert other.within(end) == Cursor()
+
+
+def test_a_reader_that_is_cut_off_among_outputs_is_told_all_of_the_others(database: Database) -> None:
+    record(database, requests=3)
+    claims = claim(database, limit=3)
+    made = [tokens_of(1, 1), tokens_of(2, 2, first=1)]
+    flush(database, "w1", *(Progress(each.lease, (made[0],)) for each in claims))
+    for each in claims:
+        flush(database, "w1", Progress(each.lease, (made[1],), (end_of(*made),), ends=True))
+    told = page(database, Cursor()).passages
+    for seen in range(1, len(told) + 1):
+        assert told[seen - 1].cursor is not None
+        rest = page(database, told[seen - 1].cursor or Cursor()).passages
+        assert [(each.request_index, each.text) for each in rest] == [
+            (each.request_index, each.text) for each in told[seen:]
+        ]
+
+
+def test_requests_that_end_in_one_commit_can_be_told_in_many_pages(database: Database) -> None:
+    record(database, requests=7)
+    cancel(database)
+    reader = Reader()
+    reader.read_all(database, limit=2)
+    assert reader.ends == [(index, 0) for index in range(7)]
+
+
+def test_requests_that_are_refused_while_the_input_is_read_are_told(database: Database) -> None:
+    record(database, requests=[NewRequest("a", refusal=REFUSAL), a_request("b"), NewRequest("c", refusal=REFUSAL)])
+    set_status(database, "validating", without=2)
+    reader = Reader()
+    reader.read_all(database)
+    with database.read() as session:
+        watching = event_log.where_it_stands(session, "job-1").cursor
+    set_status(database, "in_progress", without=None)
+    reader.read_all(database)
+    assert reader.ends == [(0, 0), (2, 0)]
+    assert len(page(database, watching).passages) == 2
+
+
+def set_status(database: Database, status: str, without: int | None) -> None:
+    """Show a job as it is while its input is read: without the requests from an index on, or with them again."""
+    with database.write() as session:
+        session.execute(update(Job).values(status=status))
+        if without is None:
+            session.execute(update(Request).where(Request.event_number == -9).values(event_number=0))
+        else:
+            session.execute(update(Request).where(Request.request_index >= without).values(event_number=-9))
+
+
+def test_requests_are_listed_in_the_order_in_which_they_ended(database: Database) -> None:
+    record(database, requests=3)
+    claims = claim(database, limit=3)
+    for claimed in (claims[2], claims[0], claims[1]):
+        flush(database, "w1", whole(claimed.lease, 1))
+    with database.read() as session:
+        first = event_log.ended(session, "job-1", Place(-1), 2)
+        rest = event_log.ended(session, "job-1", first[-1][0], 2)
+    assert [index for _, index in first + rest] == [2, 0, 1]
+
+
+ACTS = st.lists(
+    st.tuples(st.sampled_from(["write", "end", "fail", "read", "part"]), st.integers(0, 3), st.integers(1, 4)),
+    max_size=25,
+)
+
+
+@settings(max_examples=40, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@given(acts=ACTS)
+def test_whatever_happens_between_reads_all_text_is_told_once(acts: list[tuple[str, int, int]]) -> None:
+    with TemporaryDirectory() as folder, on_sqlite(Path(folder)) as database:
+        _read_while_written(database, acts)
+
+
+def _read_while_written(database: Database, acts: list[tuple[str, int, int]]) -> None:
+    record(database, requests=4)
+    live: dict[int, Claim] = {each.lease.request_index: each for each in claim(database, limit=4)}
+    written: dict[int, list[int]] = {index: [] for index in live}
+    checkpoints = {index: [] for index in live}  # type: ignore[var-annotated]
+    reader = Reader()
+    failed = set()
+    for act, index, count in acts:
+        if act in ("read", "part"):
+            reader.read(database, limit=count, leave_after=count - 1 if act == "part" else None)
+        elif index in live:
+            lease = live[index].lease
+            if act == "fail":
+                flush(database, "w1", Progress(lease, refusal=REFUSAL))
+                failed.add(index)
+            else:
+                checkpoints[index].append(tokens_of(len(checkpoints[index]) + 1, count, first=1))
+                written[index].append(count)
+                finished = (end_of(*checkpoints[index]),) if act == "end" else ()
+                flush(database, "w1", Progress(lease, (checkpoints[index][-1],), finished, ends=act == "end"))
+            if act in ("fail", "end"):
+                del live[index]
+    reader.read_all(database, limit=2)
+    texts = {(i, 0): "".join(c.text for c in made) for i, made in checkpoints.items() if made}
+    assert reader.texts == texts
+    assert reader.tokens == {key: len(text) for key, text in texts.items()}
+    ended = set(written) - set(live)
+    assert sorted(reader.ends) == sorted((index, 0) for index in ended)
+
+
+@pytest.mark.parametrize("act", ["cancel", "whole", "going_on"])
+def test_numbers_follow_the_commits(database: Database, act: str) -> None:
+    record(database, requests=2)
+    before = page(database, Cursor()).cursor.base
+    if act == "cancel":
+        cancel(database)
+    else:
+        (claimed,) = claim(database)
+        flush(database, "w1", whole(claimed.lease, 1) if act == "whole" else going_on(claimed, 1))
+    assert page(database, Cursor()).cursor.base > before

@@ -1,0 +1,211 @@
+"""Comparisons with plain decoding in the record: who has one in hand, what is drawn, and what is told of it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from sqlalchemy import text, update
+
+from storage import queries, speedup_checks
+from storage.lease_recovery import LONE_CRASHES
+from storage.models import Job
+from storage.records import ComparisonClaim, ComparisonRow
+from storage.session import Database
+from tests.unit.storage.acts import cancel, claim, flush, record, whole
+
+MODEL = "tiny"
+
+
+def finish(database: Database, job_id: str = "job-1", requests: int = 3, compare_plain: int = 2) -> None:
+    """Record a job that asks for a comparison, and all its outputs."""
+    record(database, job_id, requests)
+    with database.write() as session:
+        session.execute(update(Job).where(Job.id == job_id).values(compare_plain=compare_plain))
+    for claimed in claim(database, limit=requests):
+        flush(database, "w1", whole(claimed.lease, 1, 2))
+
+
+def take(
+    database: Database, *, model: str = MODEL, body_version: int = 9, lease_s: float = 30.0, worker: str = "w1"
+) -> ComparisonClaim | None:
+    with database.write() as session:
+        found = speedup_checks.due(session, model, body_version)
+        claimed = speedup_checks.claim_comparison(session, model, body_version, lease_s, worker)
+    assert found is (claimed is not None)
+    return claimed
+
+
+def write(database: Database, *rows: ComparisonRow, worker: str = "w1", job_id: str = "job-1") -> None:
+    with database.write() as session:
+        speedup_checks.record_comparison(session, worker, job_id, rows)
+
+
+def row(index: int, drafted_ms: float | None, plain_ms: float | None, *, same_text: bool = True) -> ComparisonRow:
+    return ComparisonRow(index, 3, drafted_ms, plain_ms, 2.0, same_text)
+
+
+def view(database: Database) -> Any:
+    with database.read() as session:
+        return session.execute(text("SELECT * FROM job_comparison")).mappings().one()
+
+
+def test_a_finished_job_waits_with_what_it_has_written(database: Database) -> None:
+    finish(database, requests=5, compare_plain=3)
+    claimed = take(database)
+    assert claimed is not None
+    assert len({found.request_index for found in claimed.texts}) == 3
+    assert {found.token_ids for found in claimed.texts} == {(0, 1, 2)}
+
+
+def test_a_small_job_is_compared_as_a_whole(database: Database) -> None:
+    finish(database, requests=2, compare_plain=100)
+    claimed = take(database)
+    assert claimed is not None
+    assert [found.request_index for found in claimed.texts] == [0, 1]
+
+
+def test_one_worker_at_a_time_has_it_in_hand(database: Database) -> None:
+    finish(database)
+    assert take(database) is not None
+    assert take(database) is None
+    with database.write() as session:
+        speedup_checks.drop_comparison(session, "job-1")
+    assert take(database) is not None
+
+
+def test_what_a_lost_worker_had_in_hand_lapses_unless_it_is_kept(database: Database) -> None:
+    finish(database)
+    assert take(database, lease_s=-1.0) is not None
+    with database.write() as session:
+        speedup_checks.keep_comparison(session, "job-1", 30.0)
+    assert take(database) is None
+    with database.write() as session:
+        speedup_checks.keep_comparison(session, "job-1", -1.0)
+    assert take(database) is not None
+
+
+def lose(database: Database, workers: int) -> list[str]:
+    """Let so many workers take the comparison and be seen dead; return what was given up then."""
+    given_up: list[str] = []
+    for number in range(workers):
+        assert take(database, worker=f"w{number}") is not None
+        given_up += give_up(database, f"w{number}")
+    return given_up
+
+
+def give_up(database: Database, *dead: str) -> list[str]:
+    with database.write() as session:
+        return speedup_checks.give_up_comparisons(session, dead)
+
+
+def test_a_comparison_that_has_cost_two_workers_ends_with_an_error_for_each_request(database: Database) -> None:
+    finish(database, requests=3, compare_plain=2)
+    assert lose(database, LONE_CRASHES) == ["job-1"]
+    assert take(database) is None
+    assert give_up(database, "w1") == []
+    with database.read() as session:
+        written = session.execute(text("SELECT worker_id, tokens, same_text, error_code FROM comparisons")).all()
+        numbers = queries.job_stats(session, "job-1").comparison
+    assert written == [("", 0, None, "poison")] * 2
+    assert numbers is not None
+    assert (numbers.done, numbers.requests, numbers.faults, numbers.error_code) == (True, 0, 0, "poison")
+    assert numbers.error_message is not None
+    assert "died twice" in numbers.error_message
+    told = view(database)
+    assert (told["requests"], told["given_up"], told["faults"], told["speedup"]) == (0, 2, 0, None)
+    write(database, row(0, 10.0, 20.0))
+    assert view(database)["requests"] == 0
+
+
+def test_a_comparison_that_is_being_tried_the_last_time_is_left_to_its_worker(database: Database) -> None:
+    finish(database)
+    lose(database, LONE_CRASHES - 1)
+    assert give_up(database) == []
+    assert take(database) is not None
+    assert give_up(database) == []
+    write(database, row(0, 10.0, 20.0))
+    assert give_up(database) == []
+    assert view(database)["given_up"] == 0
+
+
+def test_a_comparison_that_gives_way_is_taken_up_however_often_it_does(database: Database) -> None:
+    finish(database)
+    for _ in range(3 * LONE_CRASHES):
+        assert take(database) is not None
+        with database.write() as session:
+            speedup_checks.drop_comparison(session, "job-1")
+    lose(database, LONE_CRASHES)
+    assert take(database) is None
+
+
+def test_a_comparison_that_lapses_is_taken_up_again_and_accuses_no_job(database: Database) -> None:
+    finish(database)
+    for number in range(3 * LONE_CRASHES):
+        assert take(database, lease_s=-1.0, worker=f"w{number}") is not None
+        assert give_up(database, "another") == []
+    assert give_up(database, f"w{3 * LONE_CRASHES - 1}") == []  # one death that was seen
+    assert take(database) is not None
+
+
+def test_only_jobs_that_asked_and_are_done_and_can_be_read_are_compared(database: Database) -> None:
+    finish(database, compare_plain=0)
+    assert take(database) is None
+    finish(database, "job-2")
+    assert take(database, model="another") is None
+    assert take(database, body_version=0) is None
+    record(database, "job-3", 2)
+    with database.write() as session:
+        session.execute(update(Job).where(Job.id == "job-3").values(compare_plain=2))
+    cancel(database, "job-3")
+    claimed = take(database)
+    assert claimed is not None
+    assert claimed.job_id == "job-2"
+    write(database, job_id="job-2")
+    assert take(database) is None
+
+
+def test_who_is_done_first_writes_it_as_a_whole(database: Database) -> None:
+    finish(database)
+    write(database, row(0, 10.0, 20.0), row(1, 10.0, 20.0))
+    write(database, row(0, 1.0, 1.0), row(2, 1.0, 1.0), worker="w2")
+    with database.read() as session:
+        written = session.execute(text("SELECT request_index, worker_id FROM comparisons ORDER BY 1")).all()
+    assert written == [(0, "w1"), (1, "w1")]
+
+
+def test_the_view_says_what_the_statistics_say(database: Database) -> None:
+    finish(database)
+    write(database, row(0, 10.0, 20.0), row(1, 20.0, 30.0, same_text=False), row(2, None, None))
+    with database.read() as session:
+        numbers = queries.job_stats(session, "job-1").comparison
+    told = view(database)
+    assert numbers is not None
+    assert (numbers.requests, numbers.faults) == (told["requests"], told["faults"]) == (3, 1)
+    assert told["compared"] == 2
+    assert numbers.speedup == pytest.approx(50 / 30) == told["speedup"]
+    assert numbers.speedup_error == pytest.approx(math.sqrt(told["speedup_variance"]))
+    assert numbers.speedup_error == pytest.approx(math.sqrt(2 * 2 * (20 - 10 * 50 / 30) ** 2) / 30)
+    assert numbers.mean_batch_sequences == told["mean_batch_sequences"] == 2.0
+
+
+def test_statistics_say_that_a_comparison_still_waits(database: Database) -> None:
+    finish(database)
+    with database.read() as session:
+        numbers = queries.job_stats(session, "job-1").comparison
+        everything = queries.total_stats(session).comparison
+    assert numbers is not None
+    assert (numbers.done, numbers.requests_asked, numbers.requests, numbers.speedup) == (False, 2, 0, None)
+    assert everything is None
+
+
+def test_a_cancelled_job_waits_for_no_comparison(database: Database) -> None:
+    record(database, requests=2)
+    with database.write() as session:
+        session.execute(update(Job).values(compare_plain=2))
+    cancel(database)
+    with database.read() as session:
+        numbers = queries.job_stats(session, "job-1").comparison
+    assert numbers is not None
+    assert (numbers.done, numbers.requests) == (True, 0)

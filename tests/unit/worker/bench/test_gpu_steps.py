@@ -1,0 +1,34 @@
+"""The step times of the paged forward: every way to fill a step is timed, against a floor that knows its bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.models import tiny
+from worker.bench.gpu_steps import main, measure, random_model
+from worker.engine.model.language_model import kv_bytes
+
+
+def test_every_number_of_rows_is_timed_without_trees_and_with_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny().config.save_pretrained(tmp_path)
+    main(model=str(tmp_path), rows="1,20", context=40, rounds=1, as_json=True)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(x["rows"], x["sequences"], x["trees"]) for x in lines] == [(1, 1, False), (20, 20, False), (20, 2, True)]
+    assert all(x["step_ms"] > 0 and x["times_floor"] == pytest.approx(x["step_ms"] / x["floor_ms"]) for x in lines)
+
+
+def test_the_floor_counts_weights_once_and_keys_and_values_once_a_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.bench.gpu_steps.moved_bytes_per_ms", lambda _: 1.0)
+    config = tiny("qwen2").config
+    config.tie_word_embeddings = True
+    model = random_model(config, 1, torch.device("cpu"))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    floors = {(t.rows, t.trees): t.floor_ms for t in measure(model, (20,), 40, 1)}
+    assert floors[20, False] == weights + kv_bytes(model) * (20 * 40 + 20)
+    assert floors[20, True] == weights + kv_bytes(model) * (2 * 40 + 20)

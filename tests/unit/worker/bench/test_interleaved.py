@@ -1,0 +1,66 @@
+"""A race: engines that take turns on one target write what each writes alone, and meet the same moments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.models import packed, tiny
+from tests.unit.worker.engine.harness import decode, drafter, engine, options, outputs, sequences
+from worker.bench import interleaved
+from worker.engine.engine import Engine
+from worker.engine.options import Mode
+from worker.engine.sampling.sampling import Sampling
+from worker.engine.segments import chain
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_engines_in_a_race_write_what_each_writes_alone(temperature: float) -> None:
+    model, sampling = tiny("llama"), Sampling(temperature=temperature)
+    alone = sequences(sampling=sampling)
+    decode(engine(packed(model), None, options(Mode.PLAIN)), alone)
+    target = packed(model, slots=8)
+    racing = [sequences(sampling=sampling) for _ in range(2)]
+    engines = [
+        engine(interleaved.Lane(target, 0, 4), drafter("same"), options(Mode.PAPER)),
+        engine(interleaved.Lane(target, 4, 4), None, options(Mode.PLAIN)),
+    ]
+    for running, some in zip(engines, racing, strict=True):
+        for sequence in some:
+            running.add(sequence)
+    interleaved.race(engines)
+    assert [outputs(some) for some in racing] == [outputs(alone)] * 2
+
+
+def test_lanes_have_slots_of_their_own() -> None:
+    target = packed(tiny("llama"), slots=2)
+    one, other = interleaved.Lane(target, 0, 1), interleaved.Lane(target, 1, 1)
+    before = one.forward([chain(0, 0, [5, 6, 7], keep_last=True)]).clone()
+    other.forward([chain(0, 0, [8, 9, 10], keep_last=True)])
+    other.clear()
+    again = one.forward([chain(0, 2, [7], keep_last=True)])
+    assert torch.allclose(before, again, atol=1e-5)
+
+
+def test_the_next_step_is_of_the_engine_that_has_had_least_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, turns = [0.0], []
+
+    class Stepper(Engine):
+        """Takes so many seconds for each of so many steps."""
+
+        def __init__(self, name: str, seconds: float, steps: int) -> None:
+            self._name, self._takes, self._left = name, seconds, steps
+
+        @property
+        def busy(self) -> bool:
+            return self._left > 0
+
+        def step(self, *_: object, **__: object) -> list[object]:  # type: ignore[override]
+            self._left -= 1
+            clock[0] += self._takes
+            turns.append(self._name)
+            return []
+
+    monkeypatch.setattr(interleaved, "perf_counter", lambda: clock[0])
+    assert interleaved.race([Stepper("slow", 3.0, 2), Stepper("quick", 1.0, 8)]) == [6.0, 8.0]
+    assert turns == ["slow", "quick", "quick", "quick", "slow", *["quick"] * 5]

@@ -1,0 +1,156 @@
+"""The compiled kernels compute what torch computes, and every row by itself: same bits in any batch or tree."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.models import ARCHITECTURES, packed, tiny
+from tests.unit.worker.engine.harness import decode, drafter, engine, options, outputs, sequences
+from worker.engine.cpu.fused_layers import FusedLayers, fuse
+from worker.engine.cpu.kernels import Kernels, kernels
+from worker.engine.cpu.kv import NativeKv
+from worker.engine.cpu.packed_linear import PackedLinear
+from worker.engine.model.language_model import PackedModel, quicken
+from worker.engine.options import Mode
+from worker.engine.segments import Move, Segment, chain
+
+TEXT = [int(i) for i in np.random.default_rng(0).integers(2, 60, 90)]
+
+
+def compiled(dtype: torch.dtype = torch.float32) -> Kernels:
+    ours = kernels(dtype)
+    if ours is None:
+        pytest.skip("no C compiler here")
+    return ours
+
+
+def quick(architecture: str, dtype: torch.dtype = torch.float32) -> PackedModel:
+    compiled(dtype)
+    model = tiny(architecture).to(dtype)  # type: ignore[arg-type]
+    quicken(model)
+    return packed(model, capacity=160)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("rows", "inputs", "columns"), [(1, 48, 64), (5, 64, 61), (40, 32, 100), (13, 2, 1)])
+def test_a_packed_product_equals_torchs(dtype: torch.dtype, bias: bool, rows: int, inputs: int, columns: int) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(inputs, columns, bias).requires_grad_(False).to(dtype)
+    x = torch.randn(rows, inputs).to(dtype)
+    exact = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0.0)
+    ours = PackedLinear([layer], compiled(dtype))(x).double()
+    assert (ours - exact).abs().max() <= exact.abs().max() * (2**-8 if dtype is torch.bfloat16 else 2**-20)
+
+
+def test_stacked_layers_equal_separate_ones() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(32, n).requires_grad_(False) for n in (32, 16, 16)]
+    x = torch.randn(7, 32)
+    assert torch.allclose(PackedLinear(layers, compiled())(x), torch.cat([layer(x) for layer in layers], -1), atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+def test_the_layers_of_known_architectures_are_fused(architecture: str) -> None:
+    model = tiny(architecture)
+    assert fuse(model, compiled())
+    assert [type(layer) for layer in model.model.layers] == [FusedLayers]
+
+
+def test_a_layer_that_is_not_known_stays_as_it_is() -> None:
+    model = tiny("gemma3")
+    assert not fuse(model, compiled())
+    assert len(model.model.layers) == 2
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_kernels_give_the_logits_of_torch_attention(architecture: str) -> None:
+    slow = packed_without_kernels(architecture)
+    fast = quick(architecture)
+    assert isinstance(fast.kv, NativeKv)
+    rows = [chain(0, 0, TEXT[:50], keep_last=True), chain(1, 0, TEXT[:3], keep_last=True)]
+    assert torch.allclose(fast.forward(rows), slow.forward(rows), atol=1e-4)
+    assert torch.allclose(fast.forward([tree(0, 50)]), slow.forward([tree(0, 50)]), atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_quickened_model_writes_the_same_text(architecture: str) -> None:
+    plain, fast = sequences(), sequences()
+    decode(engine(packed_without_kernels(architecture), None, options(Mode.PLAIN)), plain)
+    decode(engine(quick(architecture), drafter("suffix"), options(Mode.PAPER)), fast)
+    assert outputs(fast) == outputs(plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("length", [31, 32, 33, 64])
+def test_a_row_has_the_same_bits_alone_in_a_batch_and_in_a_tree(
+    architecture: str, dtype: torch.dtype, length: int
+) -> None:
+    """The path 1-3-4 of the tree is decoded token by token, then shown as part of the tree beside other texts."""
+    model = quick(architecture, dtype)
+    for slot in range(3):
+        model.forward([chain(slot, 0, TEXT[:length], keep_last=True)])
+    shown = tree(1, length)
+    path = [0, 1, 3, 4]
+    alone = [
+        model.forward([chain(0, length + i, [int(shown.ids[node])], keep_last=True)])[0] for i, node in enumerate(path)
+    ]
+    others = [chain(0, 0, TEXT[:20], keep_last=True), shown, chain(2, length, TEXT[:17], keep_last=True)]
+    together = model.forward(others)[1:-1]
+    for i, node in enumerate(path):
+        assert torch.equal(together[node], alone[i])
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 40])
+def test_a_prompt_read_in_chunks_leaves_the_same_bits(chunk: int) -> None:
+    model = quick("llama", torch.bfloat16)
+    whole = model.forward([chain(0, 0, TEXT, keep_last=True)])
+    for start in range(0, len(TEXT), chunk):
+        pieces = model.forward([chain(1, start, TEXT[start : start + chunk], keep_last=True)])
+    assert torch.equal(whole, pieces)
+
+
+def test_logits_that_somebody_holds_are_not_written_over_and_the_place_of_others_is_used_again() -> None:
+    model = quick("llama")
+    held = model.forward([chain(0, 0, TEXT[:9], keep_last=True)])
+    numbers, place = held.clone(), held.data_ptr()
+    part = held[:, :3]
+    del held
+    assert model.forward([chain(1, 0, TEXT[:5], keep_last=True)]).data_ptr() != place
+    assert torch.equal(part, numbers[:, :3])
+    del part
+    free = model.forward([chain(1, 0, TEXT[:5], keep_last=True)]).data_ptr()
+    assert model.forward([chain(1, 0, TEXT[:7], keep_last=True)]).data_ptr() == free
+
+
+def test_an_accepted_path_moves_down_in_all_layers() -> None:
+    model = quick("llama")
+    for slot in range(2):
+        model.forward([chain(slot, 0, TEXT[:33], keep_last=True)])
+    shown = tree(0, 33)
+    model.forward([shown])
+    model.keep([Move(0, 34, 33 + np.array([1, 3, 4]))])
+    model.forward([chain(1, 33, [int(shown.ids[node]) for node in (0, 1, 3, 4)], keep_last=True)])
+    after = [model.forward([chain(slot, 37, [5], keep_last=True)]) for slot in range(2)]
+    assert torch.equal(*after)
+
+
+def packed_without_kernels(architecture: str) -> PackedModel:
+    model = tiny(architecture)
+    model.set_attn_implementation("basic_packed")
+    return PackedModel(model, slots=4, capacity=160, native=False)
+
+
+def tree(slot: int, prefix: int) -> Segment:
+    """Root 0 with children 1 and 2; 1 has child 3, 2 has child 5, 3 has child 4."""
+    parents = [-1, 0, 0, 1, 3, 2]
+    visible = np.eye(6, dtype=np.bool_)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            visible[node] |= visible[parent]
+    depth = visible.sum(1) - 1
+    return Segment(slot, prefix, prefix, np.array([7, 8, 9, 10, 11, 12]), prefix + depth, visible, np.arange(6))

@@ -1,0 +1,142 @@
+"""The GPU's kernels in Triton's interpreter on the CPU: the same numbers as torch, for every way a row can see.
+
+Their bits, in half precision, are compared on a GPU (tests/gpu).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip(
+    "triton", reason="Triton, whose interpreter runs the GPU's kernels here, has no wheel for this system"
+)
+
+from transformers import PreTrainedModel
+from triton.runtime.interpreter import GridExecutor
+
+from tests.models import ARCHITECTURES
+from tests.unit.worker.engine.paged.test_attention import deeper, tree
+from worker.engine.gpu import kernels
+from worker.engine.gpu.fused_layers import fuse_on_gpu
+from worker.engine.model.attention import ATTENTION_NAME
+from worker.engine.model.language_model import PackedModel
+from worker.engine.paged import attention
+from worker.engine.segments import Segment, chain
+from worker.planning.devices import FUSED_KERNELS_PER_LAYER
+
+# The interpreter runs program by program, a few hundred a second, so everything here is as small as it can be.
+SHAPE: dict[str, Any] = {
+    "vocab_size": 37,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+}
+FUSED = ["qwen2", "qwen3", "mistral"]  # a bias, norms of heads, a window
+STEPS: dict[str, list[Segment]] = {
+    "prompts": [chain(0, 0, [3, 1, 4, 1, 5] * 4, keep_last=True), chain(1, 0, [9, 2], keep_last=True)],
+    "one plain row": [chain(0, 20, [5], keep_last=True)],
+    "a tree": [tree(0, 20)],
+    "below a tree": [deeper(0, 20)],
+    "a tree and a long chunk": [tree(0, 20), chain(1, 2, [7, 8] * 9, keep_last=True)],
+    "a tree, a short chunk and a plain row": [
+        tree(0, 20),
+        chain(1, 20, [6, 6, 7], keep_last=True),
+        chain(2, 0, [8], keep_last=False),
+    ],
+}
+
+
+@pytest.fixture(autouse=True)
+def with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the CPU take the GPU's kernels, with chunks and tiles that tiny texts fill several of."""
+    monkeypatch.setattr(attention, "gpu_kernels_for", lambda _: kernels)
+    monkeypatch.setattr(kernels, "CHUNK", 16)
+    monkeypatch.setattr(kernels, "_ENTRIES", 16)
+    monkeypatch.setattr("worker.engine.paged.shape_buckets.BUCKETS", (1, 8))
+
+
+def network(architecture: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    made = ARCHITECTURES[architecture](SHAPE)
+    made.train(False)
+    made.set_attn_implementation(ATTENTION_NAME)
+    return made
+
+
+def packed(made: PreTrainedModel, paged: bool, **given: Any) -> PackedModel:
+    return PackedModel(made, slots=3, capacity=64, native=False, paged=paged, **given)
+
+
+def fused(architecture: str, **given: Any) -> PackedModel:
+    made = network(architecture)
+    assert fuse_on_gpu(made, kernels)
+    return packed(made, True, **given)
+
+
+@pytest.mark.parametrize("architecture", FUSED)
+def test_logits_and_tapped_states_are_those_of_plain_attention(architecture: str) -> None:
+    plain, ours = packed(network(architecture), False, tapped=(0, 1)), fused(architecture, tapped=(0, 1))
+    for name, step in STEPS.items():
+        assert torch.allclose(ours.forward(step), plain.forward(step), atol=1e-4), name
+    assert plain.hidden is not None
+    assert ours.hidden is not None
+    assert torch.allclose(ours.hidden.read(0, 0, 20), plain.hidden.read(0, 0, 20), atol=1e-4)
+
+
+def test_layers_that_are_not_known_stay_as_they_are_and_take_our_attention() -> None:
+    made = network("gemma3")
+    assert not fuse_on_gpu(made, kernels)
+    plain, ours = packed(network("gemma3"), False), packed(made, True)
+    for name in ("prompts", "a tree"):
+        assert torch.allclose(ours.forward(STEPS[name]), plain.forward(STEPS[name]), atol=1e-4), name
+
+
+@pytest.mark.parametrize(("n", "columns", "inputs"), [(1, 5, 16), (17, 40, 48), (70, 33, 96)])
+def test_products_are_those_of_torch(n: int, columns: int, inputs: int) -> None:
+    torch.manual_seed(n)
+    x, weight, bias = torch.randn(n, inputs), torch.randn(2 * columns, inputs), torch.randn(2 * columns)
+    assert torch.allclose(kernels.multiply(x, weight, bias), x @ weight.T + bias, atol=1e-4)
+    gate, up = (x @ weight.T).chunk(2, dim=1)
+    expected = torch.nn.functional.silu(gate) * up
+    assert torch.allclose(kernels.multiply(x, weight, gated=True), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("inputs", [100, 900, 2000])
+def test_the_parts_of_a_product_add_up(inputs: int) -> None:
+    torch.manual_seed(inputs)
+    x, weight, bias = torch.randn(3, inputs), torch.randn(7, inputs), torch.randn(7)
+    parts = kernels.multiply_apart(x, weight, bias)
+    assert (len(parts) > 1) is (inputs > 700)
+    assert torch.allclose(parts.sum(0), x @ weight.T + bias, atol=1e-3)
+
+
+def test_parts_are_a_matter_of_the_weights_alone() -> None:
+    weight = torch.randn(7, 900)
+    assert len({len(kernels.multiply_apart(torch.randn(n, 900), weight)) for n in (1, 20, 70)}) == 1
+
+
+def test_a_layer_takes_as_many_kernels_as_the_forecast_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+    run = GridExecutor.__call__
+
+    def counted(self: GridExecutor, *given: Any, **named: Any) -> None:
+        launched.append(self.fn)
+        run(self, *given, **named)
+
+    counts = []
+    for layers in (1, 2):
+        monkeypatch.setitem(SHAPE, "num_hidden_layers", layers)
+        ours = fused("qwen2")
+        with monkeypatch.context() as patch:
+            patch.setattr(GridExecutor, "__call__", counted)
+            launched.clear()
+            ours.forward(STEPS["one plain row"])
+        counts.append(len(launched))
+    assert counts[1] - counts[0] == FUSED_KERNELS_PER_LAYER

@@ -1,0 +1,182 @@
+"""Laws of the KV cache and attention: rows see their own text alone, slots leak nothing, accounts add up."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.models import ARCHITECTURES, packed, tiny
+from tests.unit.worker.engine.harness import PROMPTS, decode, drafter, engine, options, outputs, sequences
+from worker.engine.errors import ModelRefused, OutOfSlots
+from worker.engine.kv.dense import KvCache, lazy_zeros
+from worker.engine.kv.slot_allocator import Slots
+from worker.engine.model.language_model import PackedModel, changes_later, positions_of, refuse_inexact
+from worker.engine.options import Mode
+from worker.engine.segments import Move, Segment, chain
+
+# A tree of two branches behind the root: rows 0 -> 1 -> 3 and 0 -> 2 -> 4.
+PARENTS = [-1, 0, 0, 1, 2]
+TREE_IDS = [7, 8, 9, 10, 11]
+PREFIX = [2, 3, 4, 5, 6, 12, 13, 14, 15, 16]
+
+
+def tree_segment(slot: int, broken: bool = False) -> Segment:
+    seen = np.eye(len(PARENTS), dtype=np.bool_)
+    depth = np.zeros(len(PARENTS), np.int64)
+    for i, parent in enumerate(PARENTS):
+        if parent >= 0:
+            seen[i] |= seen[parent]
+            depth[i] = depth[parent] + 1
+    if broken:
+        seen[4, 3] = True
+    n = len(PREFIX)
+    return Segment(slot, n, n, np.array(TREE_IDS), n + depth, seen, np.arange(len(PARENTS)))
+
+
+def path_logits(model: PackedModel, row: int) -> torch.Tensor:
+    path = []
+    while row >= 0:
+        path.append(TREE_IDS[row])
+        row = PARENTS[row]
+    return model.forward([chain(3, 0, PREFIX + path[::-1], keep_last=True)])[0]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tree_rows_equal_separate_forwards_of_their_paths(architecture: str) -> None:
+    model = packed(tiny(architecture))
+    model.forward([chain(1, 0, PREFIX, keep_last=False), chain(2, 0, [20, 21, 22], keep_last=True)])
+    rows = model.forward([tree_segment(1), chain(2, 3, [23], keep_last=True)])
+    for row in range(len(PARENTS)):
+        assert torch.allclose(rows[row], path_logits(model, row), atol=1e-4)
+
+
+def test_a_wrong_ancestor_shows() -> None:
+    model = packed(tiny())
+    model.forward([chain(1, 0, PREFIX, keep_last=True)])
+    rows = model.forward([tree_segment(1, broken=True)])
+    assert not torch.allclose(rows[4], path_logits(model, 4), atol=1e-2)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_an_accepted_path_moved_down_equals_a_fresh_prefill(architecture: str) -> None:
+    model = packed(tiny(architecture))
+    n = len(PREFIX)
+    model.forward([chain(1, 0, PREFIX, keep_last=True)])
+    model.forward([tree_segment(1)])
+    model.keep([Move(1, n + 1, np.array([n + 2, n + 4]))])
+    after = model.forward([chain(1, n + 3, [17], keep_last=True)])[0]
+    fresh = model.forward([chain(0, 0, [*PREFIX, 7, 9, 11, 17], keep_last=True)])[0]
+    assert torch.allclose(after, fresh, atol=1e-4)
+
+
+def test_overlapping_moves_copy_what_was_there_before() -> None:
+    cache = KvCache(1, 2, 1, 8, 1, torch.float32, torch.device("cpu"))
+    cache.keys[0, 1, :, 0, 0] = torch.arange(8.0)
+    cache.keep([Move(1, 2, np.array([3, 4, 6]))])
+    assert cache.keys[0, 1, :, 0, 0].tolist() == [0, 1, 3, 4, 6, 5, 6, 7]
+
+
+def test_freed_slots_leak_nothing_into_later_texts() -> None:
+    expected = sequences()
+    decode(engine(packed(tiny()), None, options(Mode.PLAIN)), expected)
+    model = packed(tiny(), slots=2)
+    for slot in range(2):
+        model.kv.poison(slot)
+    for _ in range(2):
+        some = sequences()
+        decode(engine(model, drafter("random"), options(Mode.PAPER, max_sequences=2)), some)
+        assert outputs(some) == outputs(expected)
+        model.kv.poison(0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_slots_add_up_under_random_arrivals_and_cancellations(seed: int) -> None:
+    rng = random.Random(seed)
+    running = engine(packed(tiny(), slots=3), drafter("suffix"), options(Mode.PAPER, max_sequences=3))
+    expected = sequences()
+    decode(engine(packed(tiny()), None, options(Mode.PLAIN)), expected)
+    some = sequences()
+    waiting = list(some)
+    cancelled: set[object] = set()
+    while waiting or running.busy:
+        if waiting and rng.random() < 0.5:
+            running.add(waiting.pop())
+        if rng.random() < 0.1:
+            key = rng.randrange(len(some))
+            cancelled.add(key)
+            running.cancel({key})
+        running.step()
+        held = [s for s in some if s.slot >= 0 and not s.finished]
+        assert running.free_slots + len(held) == 3
+        assert len({s.slot for s in held}) == len(held)
+    for ours, theirs in zip(some, expected, strict=True):
+        assert ours.output_ids == theirs.output_ids[: len(ours.output_ids)]
+        assert ours.finish_reason is not None or ours.key in cancelled
+
+
+def test_slots_hand_out_the_lowest_and_refuse_more_than_there_are() -> None:
+    slots = Slots(2, 10)
+    assert [slots.take(5), slots.take(5)] == [0, 1]
+    with pytest.raises(OutOfSlots):
+        slots.take(0)
+    slots.give_back(0, [])
+    assert slots.take(5) == 0
+
+
+def test_prompts_longer_than_a_chunk_are_read_in_stretches() -> None:
+    long = [[2 + i % 50 for i in range(60)], *PROMPTS]
+    some, whole = sequences(long), sequences(long)
+    decode(engine(packed(tiny()), None, options(Mode.PLAIN, prefill_rows=7)), some)
+    decode(engine(packed(tiny()), None, options(Mode.PLAIN, prefill_rows=500)), whole)
+    assert outputs(some) == outputs(whole)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0, "original_max_position_embeddings": 64},
+        {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 64},
+        {"full_attention": {"rope_type": "longrope", "original_max_position_embeddings": 64}},
+    ],
+)
+def test_rotary_embeddings_that_depend_on_the_batch_end_a_text_where_they_begin_to(rope: dict[str, Any]) -> None:
+    config = tiny().config
+    config.rope_parameters = rope
+    refuse_inexact(config)
+    assert positions_of(config) == 64
+    assert changes_later(config) in ("dynamic", "longrope")
+
+
+def test_rotary_embeddings_that_are_the_same_in_any_batch_have_all_positions() -> None:
+    config = tiny().config
+    config.rope_parameters = {"rope_type": "yarn", "rope_theta": 10_000.0, "original_max_position_embeddings": 64}
+    assert positions_of(config) == config.max_position_embeddings
+    assert changes_later(config) is None
+
+
+def test_layers_that_are_not_attention_are_refused() -> None:
+    config = tiny().config
+    config.layer_types = ["linear_attention", "full_attention"]
+    with pytest.raises(ModelRefused, match="linear_attention"):
+        refuse_inexact(config)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of the process from /proc")
+def test_a_short_text_commits_little_of_its_slot() -> None:
+    """Memory comes when it is written, in small pages: one number in each of many heads must not cost a whole slot."""
+    before = _resident_bytes()
+    slot = lazy_zeros((64, 1 << 20), torch.bfloat16, torch.device("cpu"))
+    slot[:, 0] = 1.0
+    assert _resident_bytes() - before < slot.nbytes / 8
+    assert float(slot[:, :8].sum()) == 64.0
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

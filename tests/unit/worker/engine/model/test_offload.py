@@ -1,0 +1,58 @@
+"""A model whose layers lie partly on disk, as accelerate lays them out, decodes as if it lay in one piece."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.models import packed, tiny
+from tests.unit.worker.engine.harness import decode, drafter, engine, options, outputs, sequences
+from worker.engine.errors import ModelRefused
+from worker.engine.model.language_model import PackedModel, load, output_weights
+from worker.engine.model.offload import Spread, is_spread
+from worker.engine.options import Mode
+
+CPU = torch.device("cpu")
+_LAYER = 48 * 64 * 4 * 3 + 48 * 32 * (6 + 2 + 2 + 6) * 4  # bytes of a layer's products
+MEMORY: dict[str | int, int | str] = {"cpu": int(1.5 * _LAYER)}  # the rest lies on disk
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    tiny("llama").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_layers_on_disk_write_the_text_of_layers_in_memory(saved: Path, tmp_path: Path) -> None:
+    model = load(str(saved), dtype=torch.float32, device=CPU, spread=Spread(tmp_path / "offload", MEMORY))
+    assert is_spread(model)
+    assert "disk" in model.hf_device_map.values()  # type: ignore[operator]
+    spread, whole = sequences(), sequences()
+    results = decode(engine(PackedModel(model, slots=4, capacity=512), drafter("same"), options(Mode.PAPER)), spread)
+    decode(engine(packed(tiny("llama")), None, options(Mode.PLAIN)), whole)
+    assert outputs(spread) == outputs(whole)
+    assert any(result.numbers.accepted_tokens for result in results)
+
+
+def test_a_head_can_not_read_weights_that_are_on_disk(saved: Path, tmp_path: Path) -> None:
+    model = load(str(saved), dtype=torch.float32, device=CPU, spread=Spread(tmp_path / "offload", MEMORY))
+    with pytest.raises(ModelRefused, match="suffix"):
+        output_weights(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_with_layers_on_disk_proves_itself_as_any_other(
+    saved: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    memory: dict[str | int, int | str] = {"cpu": int(1.5 * _LAYER * dtype.itemsize / 4)}
+    model = load(str(saved), dtype=dtype, device=CPU, spread=Spread(tmp_path / "offload", memory))
+    assert is_spread(model)
+    PackedModel(model, slots=4, capacity=64)
+    proof: Any = model.basic_proof
+    model.basic_proof = replace(proof, exact=-proof.exact)
+    with pytest.raises(ModelRefused, match="away from those of transformers' own forward"):
+        PackedModel(model, slots=4, capacity=64)

@@ -1,0 +1,329 @@
+"""The GPU's way on the CPU: paged attention and its buckets give what plain attention gives, and padding nothing."""
+
+from __future__ import annotations
+
+import random
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.models import ARCHITECTURES, VOCAB, tiny
+from tests.unit.worker.engine.harness import (
+    decode,
+    engine,
+    options,
+    outputs,
+    resumed_after,
+    sequences,
+)
+from worker.drafters.model import ModelDrafter
+from worker.drafters.suffix import SuffixDrafter
+from worker.engine.errors import ModelRefused
+from worker.engine.model.attention import ATTENTION_NAME
+from worker.engine.model.language_model import PackedModel, takes_blocks
+from worker.engine.options import Mode
+from worker.engine.paged import rows as paged_rows
+from worker.engine.paged.attention import attended, gpu_kernels_for, merged
+from worker.engine.paged.cuda_graphs import eagerly
+from worker.engine.paged.kv import PagedKv
+from worker.engine.paged.rows import LISTED
+from worker.engine.paged.shape_buckets import BucketedForward
+from worker.engine.sampling.sampling import Sampling
+from worker.engine.segments import Move, Segment, chain
+from worker.engine.speculation.drafting import Drafter
+
+TEXT = [int(i) for i in np.random.default_rng(0).integers(2, 60, 150)]
+SAMPLED = Sampling(temperature=0.9, top_k=20, top_p=0.95)
+PARENTS = [-1, 0, 0, 1, 3, 2]  # of the nodes of a tree
+
+
+def model(
+    architecture: str = "llama", seed: int = 0, slots: int = 4, paged: bool = True, **options: Any
+) -> PackedModel:
+    network = tiny(architecture, seed)
+    network.set_attn_implementation(ATTENTION_NAME)
+    return PackedModel(network, slots=slots, capacity=512, native=False, paged=paged, **options)
+
+
+def pages(of: PackedModel) -> PagedKv:
+    assert isinstance(of.kv, PagedKv)
+    return of.kv
+
+
+def buckets(of: PackedModel) -> BucketedForward:
+    assert of._buckets is not None
+    return of._buckets
+
+
+def small_pages() -> PagedKv:
+    return PagedKv(1, 4, 1, 64, 1, torch.float32, torch.device("cpu"), block_size=16)
+
+
+def tree(slot: int, prefix: int, first: int = 7) -> Segment:
+    visible = np.eye(len(PARENTS), dtype=np.bool_)
+    for node, parent in enumerate(PARENTS):
+        if parent >= 0:
+            visible[node] |= visible[parent]
+    depth = visible.sum(1) - 1
+    return Segment(slot, prefix, prefix, first + np.arange(6), prefix + depth, visible, np.arange(6))
+
+
+def deeper(slot: int, prefix: int) -> Segment:
+    """Two more nodes below nodes 4 and 5 of the tree, as a draft adds them in a forward of their own."""
+    visible = np.zeros((2, 8), np.bool_)
+    visible[0, [0, 1, 3, 4, 6]] = visible[1, [0, 2, 5, 7]] = True
+    return Segment(slot, prefix, prefix + 6, np.array([20, 21]), prefix + np.array([4, 3]), visible, np.arange(2))
+
+
+STEPS: dict[str, list[Segment]] = {
+    "prompts": [chain(0, 0, TEXT[:50], keep_last=True), chain(1, 0, TEXT[:3], keep_last=True)],
+    "one plain row": [chain(0, 50, [5], keep_last=True)],
+    "a tree": [tree(0, 50)],
+    "below a tree": [deeper(0, 50)],
+    "plain rows": [chain(0, 50, [5], keep_last=True), chain(1, 3, [9], keep_last=True)],
+    "a tree and a long chunk": [tree(0, 50), chain(1, 3, TEXT[:40], keep_last=True)],
+    "a tree, a short chunk and a plain row": [
+        tree(0, 50),
+        chain(1, 43, TEXT[:4], keep_last=True),
+        chain(2, 0, [8], keep_last=False),
+    ],
+    "a prompt beyond every window": [chain(3, 0, TEXT, keep_last=True)],
+    "trees": [tree(0, 50), tree(1, 47), tree(3, 150)],
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_paged_logits_are_those_of_the_plain_attention(architecture: str) -> None:
+    plain, ours = model(architecture, paged=False), model(architecture)
+    in_buckets = set()
+    for name, step in STEPS.items():
+        assert torch.allclose(ours.forward(step), plain.forward(step), atol=1e-4), name
+        in_buckets.add(buckets(ours).shape_for(step) is not None)
+    assert in_buckets == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("rows", "bucket"), [(1, 1), (2, 2), (3, 4), (31, 32), (32, 32), (33, 64), (255, 256), (256, 256)]
+)
+def test_rows_take_the_smallest_bucket_with_room(rows: int, bucket: int) -> None:
+    wide = np.eye(rows, dtype=np.bool_)
+    siblings = Segment(0, 9, 9, np.zeros(rows, np.int64), np.full(rows, 9), wide, np.arange(rows))
+    shape = BucketedForward(lambda rows, _: (rows.ids, None), small_pages()).shape_for([siblings])
+    assert shape is not None
+    assert shape.rows == bucket
+
+
+def test_more_rows_than_the_largest_bucket_and_deeper_trees_run_as_they_are() -> None:
+    ours = BucketedForward(lambda rows, _: (rows.ids, None), small_pages())
+    assert ours.shape_for([chain(0, 0, [5] * (LISTED + 1), keep_last=True)]) is None
+    assert ours.shape_for([chain(0, 0, [5] * LISTED, keep_last=True)]) is not None
+    wide = np.eye(257, dtype=np.bool_)
+    assert ours.shape_for([Segment(0, 9, 9, np.zeros(257, np.int64), np.full(257, 9), wide, np.arange(257))]) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "blocks"), [("cuda", None, True), ("cuda", 2, False), ("cpu", None, False)]
+)
+def test_blocks_are_the_way_of_a_gpu_that_is_not_shared_over_ranks(
+    device: str, ranks: int | None, blocks: bool
+) -> None:
+    loaded: Any = SimpleNamespace(device=torch.device(device), tp_size=ranks)
+    assert takes_blocks(loaded) is blocks
+
+
+def test_a_gpu_without_triton_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "worker.engine.gpu.kernels", None)
+    with pytest.raises(ModelRefused, match="pip install triton"):
+        gpu_kernels_for(torch.device("cuda"))
+    assert gpu_kernels_for(torch.device("cpu")) is None
+
+
+def test_plain_steps_list_nothing() -> None:
+    ours = BucketedForward(lambda rows, _: (rows.ids, None), small_pages())
+    plain, drafted = ours.shape_for(STEPS["plain rows"]), ours.shape_for(STEPS["a tree"])
+    assert plain is not None
+    assert drafted is not None
+    assert (plain.listed, drafted.listed) == (0, LISTED)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@pytest.mark.parametrize("step", ["one plain row", "a tree", "a tree, a short chunk and a plain row"])
+@pytest.mark.parametrize("bucket", [16, 64])
+def test_no_bit_of_a_real_row_depends_on_the_padding(
+    monkeypatch: pytest.MonkeyPatch, architecture: str, step: str, bucket: int
+) -> None:
+    """In the same bucket, rows of padding get other tokens, other positions, and a scratch block full of poison."""
+    monkeypatch.setattr("worker.engine.paged.shape_buckets.BUCKETS", (bucket,))
+    ours = model(architecture)
+    for before in ("prompts", "a tree and a long chunk"):
+        ours.forward(STEPS[before])
+    expected = ours.forward(STEPS[step])
+    rows = sum(len(s.ids) for s in STEPS[step])
+    pages(ours).poison_free()
+
+    def spoilt(segments: list[Segment], kv: PagedKv, shape: object) -> object:
+        numbers = paged_rows.laid_out(segments, kv, shape)  # type: ignore[arg-type]
+        numbers[rows:bucket] = 33
+        numbers[bucket + rows : 2 * bucket] = 77
+        return numbers
+
+    monkeypatch.setattr("worker.engine.paged.shape_buckets.laid_out", spoilt)
+    assert torch.equal(ours.forward(STEPS[step]), expected)
+
+
+def test_the_padding_of_a_prepared_model_leaves_no_trace() -> None:
+    ours = model()
+    ours.forward(STEPS["prompts"])
+    before = [store.clone() for store in (pages(ours).keys, pages(ours).values)]
+    ours.prepare()
+    for store, was in zip((pages(ours).keys, pages(ours).values), before, strict=True):
+        assert torch.equal(store[:, 1:], was[:, 1:])
+    assert buckets(ours)._replays.keys() == set(buckets(ours).shapes)
+
+
+def test_a_recorded_forward_reads_what_the_buffer_holds_when_it_is_replayed() -> None:
+    """A recording keeps nothing of the step it was made in: it is made once, and serves steps in any order."""
+    ours, plain = model(), model(paged=False)
+    made = []
+
+    def record(work: object) -> object:
+        made.append(work)
+        return eagerly(work)  # type: ignore[arg-type]
+
+    recorded = BucketedForward(ours._call_paged, pages(ours), record)  # type: ignore[arg-type]
+    ours._buckets = recorded
+    for name in ("prompts", "a tree and a long chunk"):
+        ours.forward(STEPS[name])
+        plain.forward(STEPS[name])
+    for round_ in range(3):
+        for step in ([tree(0, 50, 7 + round_)], [chain(1, 43, [5 + round_], keep_last=True)]):
+            assert torch.allclose(ours.forward(step), plain.forward(step), atol=1e-4)
+    assert len(made) == 2
+
+
+def test_logits_outlive_the_next_replay() -> None:
+    ours = model()
+    ours.forward(STEPS["prompts"])
+    still: dict[str, Tensor] = {}
+
+    def record(work: object) -> object:
+        def replay() -> tuple[Tensor, None]:
+            logits = work()[0]  # type: ignore[operator]
+            still.setdefault("output", torch.empty_like(logits)).copy_(logits)
+            return still["output"], None
+
+        return replay
+
+    ours._buckets = BucketedForward(ours._call_paged, pages(ours), record)  # type: ignore[arg-type]
+    first = ours.forward(STEPS["one plain row"])
+    kept = first.clone()
+    ours.forward([chain(0, 50, [31], keep_last=True)])
+    assert torch.equal(first, kept)
+
+
+def test_merged_parts_are_the_attention_over_both() -> None:
+    torch.manual_seed(0)
+    query, keys, values = torch.randn(5, 6, 8), torch.randn(5, 11, 2, 8), torch.randn(5, 11, 2, 8)
+    visible = torch.rand(5, 11) < 0.5
+    visible[:, 3] = True
+    visible[1, 4:] = False  # nothing of the second part
+    whole, _ = attended(query, keys, values, visible, 0.3)
+    parts = [attended(query, keys[:, at], values[:, at], visible[:, at], 0.3) for at in (slice(4), slice(4, 11))]
+    assert torch.allclose(merged(parts[0], parts[1]), whole, atol=1e-6)
+
+
+def drafter(kind: str) -> Drafter | None:
+    if kind == "model":
+        return ModelDrafter(model(seed=1), kind, VOCAB)
+    return SuffixDrafter() if kind == "suffix" else None
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
+def test_paged_texts_equal_plain_ones(architecture: str, sampling: Sampling) -> None:
+    plain = sequences(sampling=sampling)
+    decode(engine(model(architecture, paged=False), None, options(Mode.PLAIN)), plain)
+    for kind, mode in (("none", Mode.PLAIN), ("suffix", Mode.PAPER), ("model", Mode.OPT_TREE)):
+        some, ours = sequences(sampling=sampling), model(architecture)
+        pages(ours).poison_free()
+        decode(engine(ours, drafter(kind), options(mode, max_sequences=2)), some[::-1])
+        assert outputs(some) == outputs(plain)
+        pages(ours).check()
+
+
+def test_paged_sequences_resume_from_their_tokens() -> None:
+    whole = sequences(sampling=SAMPLED)
+    decode(engine(model(paged=False), None, options(Mode.PLAIN)), whole)
+    resumed = resumed_after(5, whole, sequences(sampling=SAMPLED))
+    decode(engine(model(), drafter("model"), options(Mode.PAPER)), resumed)
+    assert outputs(resumed) == outputs(whole)
+
+
+@pytest.mark.parametrize("prefill_rows", [7, 500])
+def test_paged_texts_are_the_same_with_shared_beginnings(prefill_rows: int) -> None:
+    system = [2 + i % 37 for i in range(40)]
+    prompts = [[*system, 7, 8], [*system, 9], [*system[:25], 11, 12, 13], [*system, 7, 8], [20, 21], system]
+    alone = sequences(prompts, max_tokens=6)
+    for sequence in alone:
+        decode(engine(model(paged=False), None, options(Mode.PLAIN)), [sequence])
+    ours = model()
+    running = engine(ours, drafter("model"), options(Mode.PAPER, prefill_rows=prefill_rows))
+    for _ in range(2):  # the second time from slots whose texts have ended
+        together = sequences(prompts, max_tokens=6)
+        decode(running, together)
+        assert outputs(together) == outputs(alone)
+        pages(ours).check()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_blocks_add_up_under_random_arrivals_and_cancellations(seed: int) -> None:
+    rng = random.Random(seed)
+    expected = sequences()
+    decode(engine(model(paged=False), None, options(Mode.PLAIN)), expected)
+    # Room for two or three of them, and for what has ended only as long as nobody needs it.
+    ours = model(slots=4, kv_tokens=100)
+    draft = model(seed=1, slots=4)
+    running = engine(ours, ModelDrafter(draft, "model", VOCAB), options(Mode.PAPER, max_sequences=4, kv_tokens=100))
+    some = sequences()
+    waiting = list(some)
+    while waiting or running.busy:
+        if waiting and rng.random() < 0.5:
+            running.add(waiting.pop())
+        if rng.random() < 0.1:
+            running.cancel({rng.randrange(len(some))})
+        running.step()
+        for paged in (ours, draft):
+            pages(paged).check()
+            pages(paged).poison_free()
+    assert not pages(draft).pool.used, "a draft holds nothing of texts that have ended"
+    for sequence, whole in zip(some, expected, strict=True):
+        assert sequence.output_ids == whole.output_ids[: len(sequence.output_ids)]
+
+
+@pytest.mark.parametrize("step", ["prompts", "a tree, a short chunk and a plain row"])
+def test_hidden_states_are_tapped_from_real_rows_alone(step: str) -> None:
+    states = []
+    for paged in (False, True):
+        tapped = model(paged=paged, tapped=(0, 1))
+        tapped.forward(STEPS["prompts"])
+        tapped.forward([chain(1, 3, TEXT[:40], keep_last=True)])
+        tapped.forward(STEPS[step])
+        assert tapped.hidden is not None
+        states.append(torch.cat([tapped.hidden.read(s.slot, 0, s.end) for s in STEPS[step]]))
+    assert torch.allclose(states[0], states[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_an_accepted_path_moved_down_equals_a_fresh_prefill(architecture: str) -> None:
+    ours = model(architecture)
+    ours.forward([chain(1, 0, TEXT[:10], keep_last=True)])
+    ours.forward([tree(1, 10)])
+    ours.keep([Move(1, 11, np.array([11, 13, 14]))])
+    after = ours.forward([chain(1, 14, [17], keep_last=True)])[0]
+    fresh = ours.forward([chain(0, 0, [*TEXT[:10], 7, 8, 10, 11, 17], keep_last=True)])[0]
+    assert torch.allclose(after, fresh, atol=1e-4)

@@ -1,0 +1,146 @@
+"""Laws of paged KV: every block is free or held, and shared entries change for nobody."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from worker.engine.errors import OutOfBlocks
+from worker.engine.paged.kv import PagedKv
+from worker.engine.segments import Move
+
+SLOTS, CAPACITY, BLOCK = 3, 24, 4
+
+
+def paged(tokens: int | None = None) -> PagedKv:
+    return PagedKv(1, SLOTS, 1, CAPACITY, 1, torch.float32, torch.device("cpu"), block_size=BLOCK, tokens=tokens)
+
+
+def write(kv: PagedKv, slot: int, start: int, values: list[float]) -> None:
+    kv.reserve(slot, start, start + len(values))
+    places = torch.from_numpy(kv.places(slot, np.arange(start, start + len(values))))
+    rows = torch.tensor(values).view(-1, 1, 1)
+    kv.write(0, places, rows, -rows)
+
+
+def read(kv: PagedKv, slot: int, length: int) -> list[float]:
+    places = torch.from_numpy(kv.places(slot, np.arange(length)))
+    keys, values = (store[0].flatten()[places] for store in (kv.keys, kv.values))
+    assert torch.equal(keys, -values)
+    return keys.tolist()
+
+
+class PagedKvMachine(RuleBasedStateMachine):
+    """Random writes, moves, shares and releases of a pool that is too small for all, beside plain lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kv = paged(tokens=40)
+        self.texts: list[list[float]] = [[] for _ in range(SLOTS)]
+        self.written = 0
+
+    @rule(slot=st.integers(0, SLOTS - 1), back=st.integers(0, 6), count=st.integers(1, 9))
+    def write(self, slot: int, back: int, count: int) -> None:
+        text = self.texts[slot]
+        start = max(0, len(text) - back)
+        values = [float(self.written + i) for i in range(min(count, CAPACITY - start))]
+        if not values:
+            return
+        before = self.kv.held(slot)
+        try:
+            write(self.kv, slot, start, values)
+        except OutOfBlocks:
+            assert self.kv.held(slot) == before
+            return
+        self.written += count
+        self.texts[slot] = text[:start] + values + text[start + len(values) :]
+
+    @rule(slot=st.integers(0, SLOTS - 1), data=st.data())
+    def grow_a_tree_and_keep_a_path(self, slot: int, data: st.DataObject) -> None:
+        start = len(self.texts[slot])
+        nodes = min(6, CAPACITY - start)
+        if nodes < 1 or self.kv.pool.free < 3:
+            return
+        values = [float(self.written + i) for i in range(nodes)]
+        self.written += nodes
+        write(self.kv, slot, start, values)
+        path = sorted(data.draw(st.sets(st.integers(0, nodes - 1), max_size=nodes)))
+        self.kv.keep([Move(slot, start, start + np.array(path, np.int64))])
+        self.texts[slot] += [values[node] for node in path]
+
+    @rule(source=st.integers(0, SLOTS - 1), step=st.integers(1, SLOTS - 1), data=st.data())
+    @precondition(lambda self: self.kv.pool.free)
+    def share(self, source: int, step: int, data: st.DataObject) -> None:
+        target = (source + step) % SLOTS
+        length = data.draw(st.integers(0, len(self.texts[source])))
+        self.kv.share(source, target, length)
+        self.texts[target] = self.texts[source][:length]
+
+    @rule(slot=st.integers(0, SLOTS - 1), length=st.integers(0, CAPACITY))
+    def release(self, slot: int, length: int) -> None:
+        self.kv.release(slot, length)
+        self.texts[slot] = self.texts[slot][: -(-length // BLOCK) * BLOCK]
+
+    @rule(slot=st.integers(0, SLOTS - 1))
+    def poison(self, slot: int) -> None:
+        if self.kv.pool.free < len(self.kv.held(slot)):
+            return
+        self.kv.poison(slot)
+        self.kv.poison_free()
+        self.kv.release(slot)
+        self.texts[slot] = []
+
+    @invariant()
+    def blocks_add_up(self) -> None:
+        self.kv.check()
+
+    @invariant()
+    def every_text_reads_as_it_was_written(self) -> None:
+        for slot, text in enumerate(self.texts):
+            assert read(self.kv, slot, len(text)) == text
+
+    def teardown(self) -> None:
+        for slot in range(SLOTS):
+            self.kv.release(slot)
+        assert self.kv.pool.free == self.kv.pool.count
+
+
+PagedKvMachine.TestCase.settings = settings(max_examples=15, stateful_step_count=25, deadline=None)
+TestPagedKv = PagedKvMachine.TestCase
+
+
+def test_texts_that_begin_alike_hold_the_same_full_blocks() -> None:
+    kv = paged()
+    write(kv, 0, 0, [1.0] * 10)
+    kv.share(0, 1, 10)
+    assert kv.held(0)[:2] == kv.held(1)[:2]
+    assert kv.held(0)[2] != kv.held(1)[2]
+    assert kv.pool.used == 4
+
+
+def test_overlapping_moves_copy_what_was_there_before() -> None:
+    kv = paged()
+    write(kv, 1, 0, [float(i) for i in range(8)])
+    kv.keep([Move(1, 2, np.array([3, 4, 6]))])
+    assert read(kv, 1, 8) == [0, 1, 3, 4, 6, 5, 6, 7]
+
+
+def test_more_than_the_pool_holds_is_refused_and_nothing_changes() -> None:
+    kv = paged(tokens=8)
+    write(kv, 0, 0, [1.0] * 16)
+    with pytest.raises(OutOfBlocks):
+        kv.reserve(1, 0, 8)
+    assert kv.held(1) == []
+    kv.check()
+
+
+def test_a_block_is_given_back_once() -> None:
+    kv = paged()
+    block = kv.pool.take()
+    kv.pool.leave(block)
+    with pytest.raises(AssertionError):
+        kv.pool.leave(block)

@@ -1,0 +1,67 @@
+"""Laws of the cost model: curves never fall, one wild sample moves little, and drift of the machine is followed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from worker.engine.speculation.cost_model import CostModel, load_class
+
+
+def costs() -> CostModel:
+    return CostModel({1: 10.0, 8: 12.0, 16: 20.0}, entry_ms=0.001)
+
+
+def test_the_curve_passes_through_its_points_and_goes_on_beyond_them() -> None:
+    assert costs().step_ms([1, 8, 12, 16, 24]).tolist() == [10.0, 12.0, 16.0, 20.0, 28.0]
+
+
+def test_attended_entries_are_priced_one_by_one() -> None:
+    assert costs().step_ms(8, 3000.0) == pytest.approx(15.0)
+
+
+def test_more_rows_never_cost_less_even_if_measured_so() -> None:
+    noisy = CostModel({1: 30.0, 2: 10.0, 4: 12.0, 8: 40.0})
+    assert (np.diff(noisy.step_ms(np.arange(1, 30))) >= 0).all()
+
+
+def test_one_point_is_a_flat_curve() -> None:
+    assert CostModel({1: 5.0}).step_ms(9) == 5.0
+
+
+def test_served_steps_say_how_far_the_machine_has_drifted() -> None:
+    model = costs()
+    for _ in range(200):
+        model.observe(8, 0.0, 24.0)
+    assert model.step_ms(8) == pytest.approx(24.0, rel=0.01)
+    assert model.step_ms(1) == pytest.approx(20.0, rel=0.15), "drift learned at one size holds at the others"
+
+
+def test_one_size_that_is_off_is_corrected_and_the_others_stay() -> None:
+    model = costs()
+    for _ in range(400):
+        model.observe(16, 0.0, 26.0)
+        model.observe(1, 0.0, 10.0)
+    assert model.step_ms(16) / model.step_ms(1) == pytest.approx(2.6, rel=0.05)
+
+
+@pytest.mark.parametrize("wild", [1000.0, 0.01])
+def test_one_wild_sample_moves_a_price_by_less_than_a_twentieth(wild: float) -> None:
+    model = costs()
+    for _ in range(30):
+        model.observe(1, 0.0, 10.0)
+    before = model.step_ms([1, 8, 16])
+    model.observe(1, 0.0, wild)
+    assert np.abs(model.step_ms([1, 8, 16]) / before - 1).max() < 0.055
+
+
+def test_what_was_measured_survives_json_and_what_was_learned_does_not() -> None:
+    model = costs()
+    for _ in range(50):
+        model.observe(8, 0.0, 50.0)
+    again = CostModel.from_json(model.as_json())
+    assert again.step_ms([1, 8, 30], 100.0).tolist() == costs().step_ms([1, 8, 30], 100.0).tolist()
+
+
+def test_batches_of_like_size_share_a_load_class() -> None:
+    assert [load_class(n) for n in (1, 2, 3, 4, 5, 8, 9, 16, 64)] == [0, 1, 2, 2, 3, 3, 4, 4, 6]

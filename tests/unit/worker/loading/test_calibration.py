@@ -1,0 +1,74 @@
+"""Laws of calibration: what is measured is what takes the time, and it is measured once for each key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.clock import Clock
+from worker.drafters.suffix import SuffixDrafter
+from worker.engine.segments import IntArray
+from worker.engine.sequence import Sequence
+from worker.engine.speculation.draft_costs import DraftCosts, DraftTimes
+from worker.engine.speculation.draft_tree import Candidates, Forest
+from worker.loading.calibration import calibrate_drafts, measure_drafts
+
+_LAYER_S, _ROW_S = 4e-3, 1e-4
+
+
+class Timed:
+    """A draft whose layers take a fixed time, and each token that it has not read some more."""
+
+    name = "timed"
+    free = None
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.read: dict[int, int] = {}
+        self.held: set[int] = set()
+
+    def behind(self, sequence: Sequence) -> int:
+        return len(sequence.ids) - self.read.get(id(sequence), 0)
+
+    def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
+        rows = sum(self.behind(forest.sequences[root]) for root in frontier)
+        self.held |= {id(forest.sequences[root]) for root in frontier}
+        self.read |= {id(forest.sequences[root]): len(forest.sequences[root].ids) for root in frontier}
+        self.clock.advance(_LAYER_S + (rows * _ROW_S if rows > len(frontier) else 0.0))
+        return Candidates(np.zeros((len(frontier), 1), np.int64), np.zeros((len(frontier), 1)))
+
+    def keep(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
+        """It has no tree."""
+
+    def drop(self, sequence: Sequence) -> None:
+        self.held.discard(id(sequence))
+        self.read.pop(id(sequence), None)
+
+
+def test_layers_and_the_reading_before_them_are_told_apart() -> None:
+    drafter = Timed(Clock())
+    times = measure_drafts(drafter, slots=4, capacity=200, clock=drafter.clock)
+    assert times.layer_ms == pytest.approx({1: _LAYER_S * 1e3, 2: _LAYER_S * 1e3, 4: _LAYER_S * 1e3})
+    assert times.row_ms == pytest.approx(_ROW_S * 1e3)
+    assert not drafter.held, "and what was drafted for is forgotten"
+
+
+def test_what_was_measured_is_kept_by_its_key(tmp_path: Path) -> None:
+    first = calibrate_drafts(SuffixDrafter(), 8, 200, ("one",), tmp_path)
+    other = Timed(Clock())
+    assert calibrate_drafts(other, 8, 200, ("one",), tmp_path, other.clock).as_json() == first.as_json()
+    measured = calibrate_drafts(other, 8, 200, ("other",), tmp_path, other.clock)
+    assert measured.layer_ms[1] == pytest.approx(_LAYER_S * 1e3)
+
+
+def test_a_drafter_is_priced_by_what_was_measured_before_its_first_layer() -> None:
+    costs = DraftCosts(DraftTimes({1: 1.0, 2: 1.0, 4: 2.0}, row_ms=0.5))
+    assert [costs.layer_ms(nodes) for nodes in (1, 2, 3, 4, 60)] == [1.0, 1.0, 2.0, 2.0, 2.0]
+    assert costs.observe_growth(100, [2, 4], 43.0) == pytest.approx(40.0)
+    assert costs.row_ms == pytest.approx(0.5 - 0.1 * 0.1, rel=0.05)
+    assert costs.layer_ms(2) == 1.0, "a step that had much to read tells nothing of layers"
+    assert costs.observe_growth(2, [2, 4], 6.0) == 0.0
+    assert costs.layer_ms(2) == pytest.approx(1.1)
+    assert costs.layer_ms(4) == pytest.approx(2.2)

@@ -1,0 +1,507 @@
+"""The worker's loop on a real SQLite file: claims, checkpoints, outputs, resumption, refusals, and its events."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sqlalchemy import func, select, text
+from torch import Tensor
+
+from jobs.messages import CHAT_ENDPOINT, GenerationRequest, PartialEvent, SamplingParameters
+from jobs.openai.logprobs import TokenLikelihoods
+from storage import leases, writes
+from storage.lease_recovery import reclaim
+from storage.models import DecodeStep, Job, Output, Partial, Request
+from storage.records import NewJob, NewRequest
+from storage.session import Database
+from tests.clock import Clock
+from tests.models import TableModel, byte_tokenizer
+from tests.unit.worker.engine.harness import FLAT_COSTS
+from worker.drafters.suffix import SuffixDrafter
+from worker.engine.engine import Engine
+from worker.engine.options import EngineOptions, Mode
+from worker.serving.runner import Runner
+from worker.serving.sink import Sink
+from worker.text.codec import Codec
+
+MODEL = "table"
+VOCAB = 258
+EOS = 256
+OPTIONS = EngineOptions(
+    Mode.PAPER, max_sequences=3, max_context=200, prefill_rows=64, nodes=8, threshold=0.05, max_depth=4
+)
+
+
+def words(prefix: tuple[int, ...]) -> Tensor:
+    """A law that spells words over and over, so that the suffix drafter has something to find."""
+    logits = torch.zeros(VOCAB)
+    logits[b"the cat and the dog "[len(prefix) % 20]] = 8.0
+    return logits
+
+
+class Worker:
+    """A runner with its engine and sink, as one process would hold them."""
+
+    def __init__(
+        self,
+        database: Database,
+        name: str,
+        law: Callable[[tuple[int, ...]], Tensor] = words,
+        *,
+        reserved: int = 0,
+        interval_s: float = 0.0,
+        max_sequences: int = OPTIONS.max_sequences,
+    ) -> None:
+        self.events: list[PartialEvent] = []
+        self.database = database
+        self.model = TableModel(law)
+        sink = Sink(database, self.events.extend, name, lease_s=30.0)
+        self.runner = Runner(
+            lambda: Engine(self.model, SuffixDrafter(), replace(OPTIONS, max_sequences=max_sequences), FLAT_COSTS),
+            Codec(byte_tokenizer(), frozenset({EOS}), OPTIONS.max_context, VOCAB),
+            sink,
+            database,
+            worker_id=name,
+            model=MODEL,
+            lease_s=30.0,
+            interval_s=interval_s,
+            reserved=reserved,
+        )
+
+    def run(self, turns: int = 500) -> None:
+        for _ in range(turns):
+            self.runner.turn(rung=True)
+            if not self.runner.busy:
+                self.runner.turn(rung=True)
+                if not self.runner.busy:
+                    return
+        raise AssertionError(f"still busy after {turns} turns")
+
+
+def submit(
+    database: Database,
+    *prompts: str,
+    job_id: str = "batch_1",
+    priority: int = 0,
+    compare_plain: int = 0,
+    **sampling: Any,
+) -> None:
+    parameters = SamplingParameters.model_validate({"seed": 1, "max_tokens": 30, "temperature": 0.0, **sampling})
+    requests = [
+        NewRequest(
+            f"request-{i}", GenerationRequest(model=MODEL, prompt=p, sampling=parameters).model_dump(mode="json")
+        )
+        for i, p in enumerate(prompts)
+    ]
+    with database.write() as session:
+        job = NewJob(job_id, MODEL, CHAT_ENDPOINT, 3600.0, priority=priority, compare_plain=compare_plain)
+        writes.record_job(session, job, requests)
+
+
+def texts(database: Database) -> dict[tuple[int, int], str]:
+    with database.read() as session:
+        return {(o.request_index, o.choice_index): o.text for o in session.scalars(select(Output))}
+
+
+def lapse_leases(database: Database) -> None:
+    """Let all leases lapse, and the reconciler see it."""
+    with database.write() as session:
+        session.execute(text("UPDATE requests SET lease_expires_at = 0 WHERE status = 'running'"))
+        reclaim(session)
+
+
+def test_every_request_gets_its_output_and_the_job_completes(database: Database) -> None:
+    submit(database, "one", "two", "three", "four", "five")
+    Worker(database, "a").run()
+    assert len(texts(database)) == 5
+    with database.read() as session:
+        job = session.scalars(select(Job)).one()
+        assert (job.status, job.requests_completed, job.requests_failed) == ("completed", 5, 0)
+
+
+def test_emitted_tokens_of_the_steps_are_the_completion_tokens(database: Database) -> None:
+    submit(database, "one", "two", n=2)
+    Worker(database, "a").run()
+    with database.read() as session:
+        outputs = list(session.scalars(select(Output)))
+        assert len(outputs) == 4
+        for o in outputs:
+            own = (DecodeStep.request_index == o.request_index) & (DecodeStep.choice_index == o.choice_index)
+            assert session.scalar(select(func.sum(DecodeStep.emitted_tokens)).where(own)) == o.completion_tokens == 30
+            assert session.scalar(select(func.sum(DecodeStep.accepted_tokens)).where(own))
+        assert not list(session.scalars(select(Partial)))
+
+
+def test_events_are_numbered_without_gaps_and_spell_the_output(database: Database) -> None:
+    submit(database, "one", "two")
+    worker = Worker(database, "a")
+    worker.run()
+    for index in range(2):
+        own = [e for e in worker.events if e.index == index]
+        assert [e.seq for e in own] == list(range(len(own)))
+        assert (own[0].type, own[-1].type, own[-1].finish_reason) == ("started", "finished", "length")
+        assert "".join(e.text for e in own) == texts(database)[index, 0]
+        assert all("".join(p.text for p in e.pieces) == e.text for e in own)
+        assert sum(e.tokens for e in own) == 30
+        assert 0 < sum(e.accepted for e in own) < 30
+    assert [e.status for e in worker.events if e.type == "job"] == ["completed"]
+
+
+@pytest.mark.parametrize("turns", [1, 4, 9])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_request_goes_on_from_its_checkpoint_when_its_worker_dies(
+    database: Database, turns: int, temperature: float
+) -> None:
+    submit(database, "one", "two", job_id="undisturbed", temperature=temperature)
+    Worker(database, "a").run()
+    expected = texts(database)
+    with database.write() as session:
+        session.execute(text("DELETE FROM outputs"))
+    submit(database, "one", "two", temperature=temperature)
+    dying, heir = Worker(database, "b"), Worker(database, "c")
+    for _ in range(turns):
+        dying.runner.turn(rung=True)
+    lapse_leases(database)
+    heir.run()
+    assert texts(database) == expected
+    with database.read() as session:
+        emitted = select(func.sum(DecodeStep.emitted_tokens)).where(DecodeStep.job_id == "batch_1")
+        assert session.scalar(emitted) == 60
+    for index in range(2):
+        seqs = [e.seq for e in (*dying.events, *heir.events) if e.index == index]
+        assert seqs == list(range(len(seqs))) or turns == 1
+
+
+PENALTIES: dict[str, Any] = {
+    "presence_penalty": 0.5,
+    "frequency_penalty": 1.5,
+    "repetition_penalty": 1.3,
+    "logit_bias": {"120": 3},
+}
+
+
+@pytest.mark.parametrize("turns", [2, 6])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_penalties_survive_the_death_of_a_worker(database: Database, turns: int, temperature: float) -> None:
+    submit(database, "one", "two", job_id="undisturbed", temperature=temperature, **PENALTIES)
+    Worker(database, "a").run()
+    expected = texts(database)
+    with database.write() as session:
+        session.execute(text("DELETE FROM outputs"))
+    submit(database, "one", "two", temperature=temperature, **PENALTIES)
+    dying = Worker(database, "b")
+    for _ in range(turns):
+        dying.runner.turn(rung=True)
+    lapse_leases(database)
+    Worker(database, "c").run()
+    assert texts(database) == expected
+
+
+def multibyte(prefix: tuple[int, ...]) -> Tensor:
+    logits = torch.zeros(VOCAB)
+    spelt = "日本 🙂é ".encode()
+    logits[spelt[len(prefix) % len(spelt)]] = 8.0
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("law", "stop"),
+    [(words, ["dog"]), (words, ["never", "cat and the"]), (multibyte, ["🙂"]), (multibyte, ["x", "本 "])],
+)
+@pytest.mark.parametrize("turns", [0, 2, 3, 5])
+def test_a_text_ends_before_its_stop_string_also_in_an_accepted_path_and_resumed(
+    database: Database, law: Callable[[tuple[int, ...]], Tensor], stop: list[str], turns: int
+) -> None:
+    prompts = [
+        "the cat and the dog the cat and the dog 日本 🙂é日本 🙂é",
+        "two",
+    ]  # the first one's text is drafted at once
+    submit(database, *prompts, job_id="whole", max_tokens=60)
+    Worker(database, "a", law).run()
+    whole = texts(database)
+    with database.write() as session:
+        session.execute(text("DELETE FROM outputs"))
+        session.execute(text("DELETE FROM decode_steps"))
+    submit(database, *prompts, max_tokens=60, stop=stop)
+    dying, heir = Worker(database, "b", law), Worker(database, "c", law)
+    for _ in range(turns):
+        dying.runner.turn(rung=True)
+    lapse_leases(database)
+    heir.run()
+    assert texts(database) == {key: said.partition(stop[-1])[0] for key, said in whole.items()}
+    with database.read() as session:
+        for o in session.scalars(select(Output)):
+            mine = DecodeStep.request_index == o.request_index
+            assert session.scalar(select(func.sum(DecodeStep.emitted_tokens)).where(mine)) == o.completion_tokens
+            assert len(o.token_ids) == o.completion_tokens
+            assert bytes(o.token_ids).decode(errors="ignore").endswith(stop[-1])
+            assert o.finish_reason == "stop"
+            assert "".join(piece for piece, _ in o.pieces) == o.text
+            events = [e for e in (*dying.events, *heir.events) if e.index == o.request_index]
+            assert "".join(e.text for e in events) == o.text
+        last = session.scalars(
+            select(DecodeStep).where(DecodeStep.request_index == 0).order_by(DecodeStep.step.desc())
+        ).first()
+        assert last is not None
+        assert turns or last.accepted_tokens == last.emitted_tokens, "the stop did not lie inside an accepted path"
+
+
+@pytest.mark.parametrize("stop", [[], ["dog"]])
+def test_logprobs_of_all_tokens_are_stored_whoever_decoded_them(database: Database, stop: list[str]) -> None:
+    prompts = ["the cat and the dog the cat and the dog ", "two"]
+    submit(database, *prompts, job_id="whole", logprobs=3, stop=stop)
+    Worker(database, "a").run()
+    submit(database, *prompts, job_id="resumed", logprobs=3, stop=stop)
+    dying = Worker(database, "b")
+    for _ in range(2):
+        dying.runner.turn(rung=True)
+    with database.read() as session:
+        assert list(session.scalars(select(Partial))), "nothing was committed before the worker died"
+    lapse_leases(database)
+    Worker(database, "c").run()
+    with database.read() as session:
+        told = {(o.job_id, o.request_index): o for o in session.scalars(select(Output))}
+    for index in range(2):
+        whole, resumed = told["whole", index], told["resumed", index]
+        assert whole.logprobs is not None
+        assert len(whole.logprobs) == whole.completion_tokens
+        assert resumed.logprobs == whole.logprobs
+        tokens = [TokenLikelihoods.read(row) for row in whole.logprobs]
+        assert b"".join(bytes(t.chosen.bytes or ()) for t in tokens) == bytes(whole.token_ids)
+        assert all(t.top[0] == t.chosen and len(t.top) == 3 for t in tokens)
+
+
+def test_requests_that_want_no_logprobs_have_none(database: Database) -> None:
+    submit(database, "one")
+    Worker(database, "a").run()
+    with database.read() as session:
+        assert session.scalars(select(Output)).one().logprobs is None
+
+
+def test_a_slot_is_free_again_after_a_stop_string(database: Database) -> None:
+    submit(database, *"abcdefgh", stop="cat", max_tokens=60)
+    worker = Worker(database, "a")
+    worker.run()
+    assert len(texts(database)) == 8
+    assert not any("cat" in said for said in texts(database).values())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("logit_bias", {"258": 1}), ("stop_token_ids", [5, 258])], ids=["logit_bias", "stop_token_ids"]
+)
+def test_a_token_id_beyond_the_vocabulary_fails_its_request_by_name(database: Database, field: str, value: Any) -> None:
+    submit(database, "one", **{field: value})
+    Worker(database, "a").run()
+    with database.read() as session:
+        failed = session.scalars(select(Request)).one()
+        assert (failed.error_code, failed.error_param) == ("invalid_value", field)
+        assert "token id 258 is beyond the model's vocabulary of 258 tokens" in str(failed.error_message)
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_a_stop_token_ends_a_text_as_an_end_of_sequence_does(database: Database, ignore_eos: bool) -> None:
+    submit(database, "one", stop_token_ids=[ord("d")], ignore_eos=ignore_eos)
+    Worker(database, "a").run()
+    with database.read() as session:
+        output = session.scalars(select(Output)).one()
+        assert (output.finish_reason, output.token_ids[-1]) == ("stop", ord("d"))
+        assert output.token_ids.count(ord("d")) == 1
+
+
+def test_a_worker_that_lost_its_leases_writes_nothing(database: Database) -> None:
+    submit(database, "one")
+    stale, owner = Worker(database, "a"), Worker(database, "b")
+    for _ in range(3):
+        stale.runner.turn(rung=True)
+    lapse_leases(database)
+    owner.run()
+    published = len(stale.events)
+    stale.run()
+    assert len(stale.events) == published
+    assert len(texts(database)) == 1
+
+
+def test_handing_back_lets_the_next_worker_go_on_without_counting_an_attempt(database: Database) -> None:
+    submit(database, "one")
+    leaving = Worker(database, "a")
+    for _ in range(3):
+        leaving.runner.turn(rung=True)
+    leaving.runner.hand_back()
+    with database.read() as session:
+        request = session.scalars(select(Request)).one()
+        assert (request.status, request.attempts) == ("queued", 0)
+        assert list(session.scalars(select(Partial)))
+    Worker(database, "b").run()
+    assert len(texts(database)[0, 0]) == 30
+
+
+def test_a_prompt_that_does_not_fit_fails_alone(database: Database) -> None:
+    submit(database, "x" * 500, "short")
+    worker = Worker(database, "a")
+    worker.run()
+    with database.read() as session:
+        failed, done = session.scalars(select(Request).order_by(Request.request_index))
+        assert (failed.status, failed.error_code, failed.error_param) == ("failed", "context_length_exceeded", "prompt")
+        assert done.status == "completed"
+        assert session.scalars(select(Job)).one().requests_failed == 1
+    (event,) = [e for e in worker.events if e.index == 0]
+    assert event.type == "failed"
+    assert event.error is not None
+    assert event.error["code"] == "context_length_exceeded"
+
+
+def test_a_cancelled_job_stops_at_the_next_flush(database: Database) -> None:
+    submit(database, "one", "two", "three", "four", "five")
+    worker = Worker(database, "a")
+    for _ in range(3):
+        worker.runner.turn(rung=True)
+    with database.write() as session:
+        assert writes.request_cancel(session, "batch_1") == "cancelling"
+    worker.run()
+    with database.read() as session:
+        assert session.scalars(select(Job)).one().status == "cancelled"
+        assert {r.status for r in session.scalars(select(Request))} == {"cancelled"}
+
+
+def test_a_step_that_fails_is_tried_again_and_nothing_shows(database: Database) -> None:
+    failures = iter([True])
+
+    def fragile(prefix: tuple[int, ...]) -> Tensor:
+        if len(prefix) > 25 and next(failures, False):
+            raise RuntimeError("out of memory")
+        return words(prefix)
+
+    submit(database, "one", "two", job_id="undisturbed")
+    Worker(database, "a").run()
+    expected = texts(database)
+    with database.write() as session:
+        session.execute(text("DELETE FROM outputs"))
+    submit(database, "one", "two")
+    worker = Worker(database, "b", fragile)
+    worker.run()
+    assert next(failures, None) is None, "the step did not fail"
+    assert texts(database) == expected
+    with database.read() as session:
+        requests = session.scalars(select(Request).where(Request.job_id == "batch_1"))
+        assert {(r.status, r.attempts) for r in requests} == {("completed", 1)}
+    for index in range(2):
+        own = [e for e in worker.events if e.index == index]
+        assert [e.seq for e in own] == list(range(len(own)))
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_request_that_fails_alone_ends_in_an_error_row_and_the_others_go_on(database: Database, n: int) -> None:
+    def broken(prefix: tuple[int, ...]) -> Tensor:
+        if ord("!") in prefix and len(prefix) > 30:
+            raise RuntimeError("out of memory")
+        return words(prefix)
+
+    submit(database, "one", "two", "three!", "four", "five", n=n)
+    worker = Worker(database, "a", broken)
+    worker.run()
+    assert set(texts(database)) == {(index, choice) for index in (0, 1, 3, 4) for choice in range(n)}
+    with database.read() as session:
+        request = session.scalars(select(Request).where(Request.request_index == 2)).one()
+        assert (request.status, request.error_code, request.error_status_code) == ("failed", "engine_error", 500)
+        assert session.scalars(select(Job)).one().status == "completed"
+    own = [e for e in worker.events if (e.index, e.choice) == (2, 0)]
+    assert own[-1].type == "failed"
+    assert [e.seq for e in own] == list(range(len(own)))
+
+
+@pytest.mark.parametrize("ending", ["cancelled", "expired"])
+def test_requests_of_a_job_that_is_over_leave_before_the_step_behind_the_next_flush(
+    database: Database, ending: str
+) -> None:
+    submit(database, "one", "two", "three")
+    worker = Worker(database, "a")
+    for _ in range(3):
+        worker.runner.turn(rung=True)
+    with database.write() as session:
+        if ending == "cancelled":
+            writes.request_cancel(session, "batch_1")
+        else:
+            session.execute(text("UPDATE jobs SET expires_at = 0"))
+            writes.end_jobs(session)
+    worker.runner.turn()  # the interval is 0: this turn ends with a flush
+    forwards = worker.model.forwards
+    worker.runner.turn()
+    assert not worker.runner.busy
+    assert worker.model.forwards == forwards
+    with database.read() as session:
+        assert session.scalars(select(Job)).one().status == ending
+        assert {r.status for r in session.scalars(select(Request))} == {ending}
+
+
+def test_what_a_person_waits_for_gets_a_place_beside_a_batch_that_fills_the_engine(database: Database) -> None:
+    submit(database, "one", "two", "three", "four", max_tokens=100)
+    worker = Worker(database, "a", reserved=1, interval_s=3600.0)
+    for _ in range(3):
+        worker.runner.turn(rung=True)
+    submit(database, "now", job_id="chat", priority=1, max_tokens=5)
+    for _ in range(12):
+        worker.runner.turn(rung=True)
+    with database.read() as session:
+        statuses = dict(session.execute(select(Job.id, Job.status)).all())
+    assert statuses == {"chat": "completed", "batch_1": "in_progress"}, "and its end was not kept for the next flush"
+
+
+def test_a_place_that_a_request_leaves_is_filled_without_a_poll_though_places_are_kept_for_others(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.serving.runner._POLL_S", float("inf"))
+    submit(database, "one", "two", "three", "four", "five")
+    worker = Worker(database, "a", reserved=1)
+    worker.runner.turn(rung=True)
+    ends_at = time.monotonic() + 10
+    while len(texts(database)) < 5:
+        assert time.monotonic() < ends_at
+        worker.runner.turn()
+
+
+def _is_over(database: Database, job_id: str) -> bool:
+    with database.read() as session:
+        return session.get_one(Job, job_id).finished_at is not None
+
+
+def test_a_worker_whose_requests_all_end_at_once_does_not_rest_before_those_that_wait(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.serving.runner._POLL_S", float("inf"))
+    count = 2 * OPTIONS.max_sequences + 1
+    submit(database, *map(str, range(count)), max_tokens=5, ignore_eos=True)
+    worker = Worker(database, "a")
+    worker.runner.turn(rung=True)
+    while worker.runner.busy:  # a resident that finds its runner idle sleeps
+        worker.runner.turn()
+    assert len(texts(database)) == count
+
+
+def test_looks_for_more_work_take_a_small_part_of_the_time_of_those_who_decode(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, claim_s, turn_s = Clock(), 0.02, 0.005
+    claimed_at: list[float] = []
+    real = leases.claim
+
+    def slow_claim(*arguments: Any, **named: Any) -> Any:
+        claimed_at.append(clock())
+        clock.advance(claim_s)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(leases, "claim", slow_claim)
+    monkeypatch.setattr("worker.serving.runner.time", SimpleNamespace(monotonic=clock, time=time.time))
+    submit(database, "long", max_tokens=150)
+    submit(database, *map(str, range(30)), job_id="batch_2", max_tokens=3)
+    worker = Worker(database, "a")
+    worker.runner.turn(rung=True)
+    while not _is_over(database, "batch_1"):
+        clock.advance(turn_s)
+        worker.runner.turn()
+    assert claim_s * len(claimed_at) < 0.1 * clock() + 2 * claim_s

@@ -1,0 +1,239 @@
+"""Requests of a finished job, decoded both ways once more by an idle worker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select, text, update
+
+from storage import speedup_checks
+from storage.models import Comparison, DecodeStep, Job, Output
+from storage.session import Database
+from storage.statistics import job_stats
+from tests.databases import on_sqlite
+from tests.unit.worker.serving.test_runner import Worker, submit, texts
+from worker.engine.stats import StepResult
+from worker.serving import speedup_check
+
+
+@pytest.fixture(autouse=True)
+def _look_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speedup_check, "_LOOK_S", 0.0)
+
+
+def compared(database: Database, job_id: str = "batch_1") -> list[Comparison]:
+    with database.read() as session:
+        rows = select(Comparison).where(Comparison.job_id == job_id).order_by(Comparison.request_index)
+        return list(session.scalars(rows))
+
+
+def run_until_it_compares(worker: Worker) -> None:
+    for _ in range(500):
+        worker.runner.turn(rung=True)
+        if worker.runner.busy and not worker.runner.load["requests"]:
+            return
+    raise AssertionError("it never compared anything")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_job_that_asks_for_it_is_decoded_both_ways_and_writes_the_same_texts(
+    database: Database, temperature: float
+) -> None:
+    submit(database, "one", "two", "three", "four", "five", compare_plain=4, temperature=temperature)
+    Worker(database, "a").run(2_000)
+    rows = compared(database)
+    assert [row.same_text for row in rows] == [True] * 4
+    assert all(row.plain_ms and row.drafted_ms and row.tokens > 20 for row in rows)
+    with database.read() as session:
+        job = session.scalars(select(Job)).one()
+        assert job.compared_at is not None
+        assert job.finished_at is not None
+        assert job.compared_at >= job.finished_at
+        numbers = job_stats(session, job.id).comparison
+    assert numbers is not None
+    assert numbers.done
+    assert (numbers.requests_asked, numbers.requests, numbers.faults) == (4, 4, 0)
+    assert numbers.speedup is not None
+    assert numbers.speedup_error is not None
+
+
+def test_steps_of_the_two_ways_take_turns_and_the_plain_ones_show_no_drafts(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[tuple[bool, int]] = []
+    take = speedup_check._Way.take
+
+    def noted(way: speedup_check._Way, result: StepResult) -> None:
+        taken.append((plain(result), result.numbers.tree_nodes))
+        take(way, result)
+
+    monkeypatch.setattr(speedup_check._Way, "take", noted)
+    submit(database, "one", compare_plain=1)
+    Worker(database, "a").run(2_000)
+    assert {nodes for is_plain, nodes in taken if is_plain} == {0}
+    assert any(nodes for is_plain, nodes in taken if not is_plain)
+    turns = [is_plain for is_plain, _ in taken]
+    assert turns[: turns.index(True) + 1] == [False, True]
+
+
+def plain(result: StepResult) -> bool:
+    """Whether it is the plain way's, by the last part of its key."""
+    assert isinstance(result.sequence.key, tuple)
+    return bool(result.sequence.key[-1])
+
+
+def test_plain_steps_have_as_many_sequences_as_those_with_drafts(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One text ends long before the others: without it, neither way may have more company."""
+    taken: list[tuple[bool, int]] = []
+    take = speedup_check._Way.take
+
+    def noted(way: speedup_check._Way, result: StepResult) -> None:
+        if result.numbers.plain_step_ms is not None:
+            taken.append((plain(result), result.numbers.batch_sequences))
+        take(way, result)
+
+    monkeypatch.setattr(speedup_check._Way, "take", noted)
+    submit(database, "one", "two", "three", compare_plain=3, max_tokens=40, stop=["dog"])
+    with database.write() as session:
+        session.execute(
+            text("UPDATE requests SET body = json_set(body, '$.sampling.stop', json('[]')) WHERE request_index < 2")
+        )
+    Worker(database, "a", max_sequences=8).run(4_000)
+    batch = 3
+    for is_plain, sequences in taken:
+        assert sequences <= batch or not is_plain
+        batch = batch if is_plain else sequences
+    assert {sequences for is_plain, sequences in taken if is_plain} >= {2, 3}
+    assert [row.same_text for row in compared(database)] == [True] * 3
+
+
+def test_what_the_job_has_written_is_no_draft_of_the_comparison(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be copied, and a copy is faster than any answer was."""
+    groups: list[object] = []
+    take = speedup_check._Way.take
+
+    def noted(way: speedup_check._Way, result: StepResult) -> None:
+        groups.append(result.sequence.group)
+        take(way, result)
+
+    monkeypatch.setattr(speedup_check._Way, "take", noted)
+    submit(database, "one", "two", compare_plain=2)
+    worker = Worker(database, "a")
+    run_until_it_compares(worker)
+    for _ in range(8):
+        worker.runner.turn(rung=True)
+    first = set(groups)
+    worker.runner.hand_back()
+    groups.clear()
+    worker.run(2_000)
+    assert first
+    assert groups
+    assert "batch_1" not in first | set(groups)
+    assert not first & set(groups)
+
+
+def test_the_sample_of_a_job_is_always_the_same(database: Database, tmp_path: Path) -> None:
+    prompts = [f"prompt {n}" for n in range(9)]
+    submit(database, *prompts, compare_plain=3, max_tokens=4)
+    Worker(database, "a").run(2_000)
+    (tmp_path / "other").mkdir()
+    with on_sqlite(tmp_path / "other") as other:
+        submit(other, *prompts, compare_plain=3, max_tokens=4)
+        Worker(other, "b").run(2_000)
+        again = [row.request_index for row in compared(other)]
+    assert [row.request_index for row in compared(database)] == again
+    assert len(again) == 3
+
+
+def test_whoever_comes_meanwhile_is_served_first(database: Database) -> None:
+    submit(database, "one", "two", "three", compare_plain=3)
+    worker = Worker(database, "a")
+    run_until_it_compares(worker)
+    submit(database, "four", "five", "six", job_id="batch_2")
+    worker.runner.turn(rung=True)
+    assert worker.runner.load["requests"] == 3
+    worker.run(2_000)
+    with database.read() as session:
+        served_at = session.scalar(select(Job.finished_at).where(Job.id == "batch_2"))
+        compared_at = session.scalar(select(Job.compared_at).where(Job.id == "batch_1"))
+    assert served_at is not None
+    assert compared_at is not None
+    assert served_at < compared_at
+    assert [row.same_text for row in compared(database)] == [True] * 3
+
+
+def test_an_engine_with_room_for_one_sequence_compares_one_way_after_the_other(database: Database) -> None:
+    submit(database, "one", "two", compare_plain=2)
+    Worker(database, "a", max_sequences=1).run(2_000)
+    assert [row.same_text for row in compared(database)] == [True, True]
+
+
+def test_a_text_that_differs_is_a_fault_that_is_told(database: Database, caplog: pytest.LogCaptureFixture) -> None:
+    submit(database, "one", "two", compare_plain=2)
+    worker = Worker(database, "a")
+    run_until_it_compares(worker)
+    worker.runner.hand_back()
+    with database.write() as session:
+        tokens = session.scalar(select(Output.token_ids).where(Output.request_index == 1))
+        assert tokens is not None
+        session.execute(update(Output).where(Output.request_index == 1).values(token_ids=[*tokens[:-1], 7]))
+    worker.run(2_000)
+    assert [row.same_text for row in compared(database)] == [True, False]
+    with database.read() as session:
+        numbers = job_stats(session, "batch_1").comparison
+    assert numbers is not None
+    assert numbers.faults == 1
+    assert "Request 1 of job batch_1 has another text" in caplog.text
+
+
+def test_a_comparison_leaves_the_job_as_it_is(database: Database) -> None:
+    submit(database, "one", "two", compare_plain=2)
+    worker = Worker(database, "a")
+    run_until_it_compares(worker)
+    before = texts(database), steps(database), len(worker.events)
+    worker.run(2_000)
+    assert (texts(database), steps(database), len(worker.events)) == before
+
+
+def steps(database: Database) -> int:
+    with database.read() as session:
+        return len(session.scalars(select(DecodeStep)).all())
+
+
+def test_a_worker_that_stops_leaves_its_comparison_to_the_next_at_once(database: Database) -> None:
+    submit(database, "one", "two", compare_plain=2)
+    first = Worker(database, "a")
+    run_until_it_compares(first)
+    second = Worker(database, "b")
+    second.runner.turn(rung=True)
+    assert not second.runner.busy
+    first.runner.hand_back()
+    second.run(2_000)
+    assert {row.worker_id for row in compared(database)} == {"b"}
+
+
+def test_a_worker_that_meets_a_comparison_which_killed_two_others_has_nothing_to_do(database: Database) -> None:
+    submit(database, "one", "two", compare_plain=2)
+    for name in ("a", "b"):
+        run_until_it_compares(Worker(database, name))  # and never comes back
+        with database.write() as session:
+            speedup_checks.give_up_comparisons(session, [name])
+    third = Worker(database, "c")
+    third.runner.turn(rung=True)
+    assert not third.runner.busy
+
+
+def test_a_request_that_can_no_longer_be_decoded_is_left_out(database: Database) -> None:
+    submit(database, "one", "two", compare_plain=2)
+    worker = Worker(database, "a")
+    run_until_it_compares(worker)
+    worker.runner.hand_back()
+    with database.write() as session:
+        session.execute(text("UPDATE requests SET body = '{}' WHERE request_index = 0"))
+    worker.run(2_000)
+    assert [row.request_index for row in compared(database)] == [1]

@@ -1,0 +1,188 @@
+"""Step times of the paged forward on random weights, beside the bytes that a step must move and what `basic plan` says.
+
+    python -m worker.bench.gpu_steps --model DeepSeek-R1-Distill-Qwen-32B
+
+Needs no weights, which are random, and keys and values are whatever lies in the blocks. Runs where the worker would
+run, on a GPU if there is one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from statistics import median
+from time import perf_counter
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from worker.engine.errors import ModelRefused
+from worker.engine.model.attention import ATTENTION_NAME
+from worker.engine.model.language_model import PackedModel, kv_bytes, native_dtype, quicken, takes_blocks
+from worker.engine.paged.kv import PagedKv
+from worker.engine.segments import Segment, chain
+from worker.planning.devices import DEVICES
+from worker.planning.forecast import Machine, step
+from worker.planning.shapes import ModelShape, configuration
+from worker.planning.shapes import measure as shape_from
+
+ROWS = (1, 8, 32, 64, 128, 256)
+TREE_ROWS = 16  # rows of one draft tree, root included: a chain of four levels with siblings
+_COPIED_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """One way to fill a step."""
+
+    rows: int
+    sequences: int
+    trees: bool  # several rows of a sequence, as a draft tree has them; else one of each
+    step_ms: float  # median, host included
+    floor_ms: float  # what moving the bytes takes: weights once, keys and values once for each sequence
+
+    @property
+    def times_floor(self) -> float:
+        """How many times the floor a step takes."""
+        return self.step_ms / self.floor_ms
+
+
+def random_model(config: PretrainedConfig, layers: int | None, device: torch.device) -> PreTrainedModel:
+    """Return a random model of a configuration, with fewer layers if they are given."""
+    if layers:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+    with torch.device(device):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=native_dtype(device), attn_implementation=ATTENTION_NAME
+        ).eval()
+    return model
+
+
+def moved_bytes_per_ms(device: torch.device) -> float:
+    """Return what this device reads and writes in a millisecond, measured on a large copy."""
+    source = torch.zeros(_COPIED_BYTES[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    fastest = min(_times(lambda: target.copy_(source), 5, device))
+    return 2 * source.numel() / fastest
+
+
+def measure(
+    model: PreTrainedModel, rows: tuple[int, ...] = ROWS, context: int = 512, rounds: int = 20
+) -> Iterator[StepTime]:
+    """Yield the step times of every number of rows, without trees and with them."""
+    slots = max(rows)
+    weights = _weight_bytes(model)
+    if takes_blocks(model):
+        quicken(model)
+    packed = PackedModel(
+        model, slots=slots, capacity=context + TREE_ROWS, paged=True, kv_tokens=slots * (context + TREE_ROWS)
+    )
+    assert isinstance(packed.kv, PagedKv)
+    for slot in range(slots):
+        packed.kv.reserve(slot, 0, context)
+    speed = moved_bytes_per_ms(model.device)
+    for count in rows:
+        for trees in (False, True):
+            if trees and count == 1:
+                continue
+            segments = _trees(count, context) if trees else _plain(count, context)
+            entries = len(segments) * context + count
+            times = _times(lambda step=segments: packed.forward(step), rounds, model.device)
+            floor = (weights + entries * kv_bytes(model)) / speed
+            yield StepTime(count, len(segments), trees, median(times), floor)
+
+
+def _times(work: Any, rounds: int, device: torch.device) -> list[float]:
+    """Return milliseconds of each of some rounds, after one that is not counted."""
+    times = []
+    for _ in range(rounds + 1):
+        started = perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append((perf_counter() - started) * 1e3)
+    return times[1:]
+
+
+def _weight_bytes(model: PreTrainedModel) -> int:
+    """Return the weights that a step reads: all but embeddings that are no output layer as well."""
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    embedding = model.get_input_embeddings().weight
+    assert isinstance(embedding, torch.Tensor)
+    tied = model.config.tie_word_embeddings
+    return int(total if tied else total - embedding.numel() * embedding.element_size())
+
+
+def _plain(rows: int, context: int) -> list[Segment]:
+    return [chain(slot, context, [1], keep_last=True) for slot in range(rows)]
+
+
+def _trees(rows: int, context: int) -> list[Segment]:
+    return [_tree(slot, min(TREE_ROWS, rows - at), context) for slot, at in enumerate(range(0, rows, TREE_ROWS))]
+
+
+def _tree(slot: int, rows: int, context: int) -> Segment:
+    """Return a binary tree of so many rows behind a context."""
+    visible = np.eye(rows, dtype=np.bool_)
+    for node in range(1, rows):
+        visible[node] |= visible[(node - 1) // 2]
+    depth = visible.sum(axis=1) - 1
+    return Segment(slot, context, context, np.ones(rows, np.int64), context + depth, visible, np.arange(rows))
+
+
+def forecast_ms(shape: ModelShape, machine: Machine, time: StepTime, context: int) -> float:
+    """Return what `basic plan` says of such a step."""
+    return step(shape, machine, 1, time.sequences, time.rows, context).step_ms
+
+
+def main(
+    model: Annotated[
+        str, typer.Option(help="Packaged name, directory with a config.json, or hub id; no weights are read.")
+    ] = "DeepSeek-R1-Distill-Qwen-1.5B",
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers, where memory lacks for all of them.")] = None,
+    rows: Annotated[str, typer.Option(help="Rows of a step, separated by commas.")] = ",".join(map(str, ROWS)),
+    context: Annotated[int, typer.Option(min=1, help="Tokens before every row.")] = 512,
+    rounds: Annotated[int, typer.Option(min=1, help="Steps timed for each line.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines for programs.")] = False,
+) -> None:
+    """Measure steps on random weights of a model's shape."""
+    try:
+        counts = tuple(int(part) for part in rows.split(","))
+    except ValueError:
+        raise typer.BadParameter("rows are whole numbers, separated by commas") from None
+    if min(counts) < 1:
+        raise typer.BadParameter("a step has one row at least")
+    try:
+        config = configuration(model)
+    except ModelRefused as refusal:
+        raise typer.BadParameter(str(refusal)) from None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = random_model(config, layers, device)
+    shape = shape_from(model, config)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    dtype = str(network.dtype).removeprefix("torch.")
+    known = next((known for known in DEVICES.values() if known.name in name.lower()), None)
+    table = Table("rows", "sequences", "step ms", "floor ms", "times floor", "plan ms", "plan / step")
+    table.title = f"{model}, {shape.layers} layers, {dtype}, {context} tokens before, {name}"
+    for time in measure(network, counts, context, rounds):
+        plan_ms = forecast_ms(shape, Machine(known, dtype), time, context) if known else None
+        if as_json:
+            line = {"model": model, "device": name, **asdict(time), "times_floor": time.times_floor, "plan_ms": plan_ms}
+            print(json.dumps(line))
+        numbers = [f"{time.step_ms:.2f}", f"{time.floor_ms:.2f}", f"{time.times_floor:.2f}"]
+        numbers += [f"{plan_ms:.2f}", f"{plan_ms / time.step_ms:.2f}"] if plan_ms else ["", ""]
+        table.add_row(str(time.rows), f"{time.sequences}{' trees' if time.trees else ''}", *numbers)
+    if not as_json:
+        Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

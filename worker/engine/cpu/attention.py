@@ -1,0 +1,112 @@
+"""Attention over packed rows by the compiled kernel: no padding, no masks, one call a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import Array, byref
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worker.engine.cpu.kernels import Heads, Kernels, Plan, View, address
+from worker.engine.cpu.kv import NativeKv
+from worker.engine.segments import IntArray, Segment, concatenated
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """What each row sees: entries first..prefix-1 of its slot, then its part of `extra`."""
+
+    first: IntArray  # [rows]
+    prefix: IntArray  # [rows]
+    extra_start: IntArray  # [rows + 1]
+    extra: IntArray  # KV entries, by row
+    end: int  # behind the last entry that any row sees
+
+    def structure(self) -> View:
+        """Return what the kernel reads; it points into these arrays."""
+        return View(*[address(x) for x in (self.first, self.prefix, self.extra_start, self.extra)], self.end)
+
+
+class NativePlan:
+    """Where the rows of one forward go and what they see. Built once a step, used by every layer."""
+
+    def __init__(self, segments: Sequence[Segment], kv: NativeKv, heads: int, kernels: Kernels) -> None:
+        """Plan `segments` for a model with `heads` query heads."""
+        assert all(s.end <= kv.capacity for s in segments), "rows beyond the end of their slot"
+        self.kv = kv
+        self._segments = segments
+        self._kernels = kernels
+        self._heads = heads
+        self.tapped: Tensor | None = None  # [n, taps, width] outputs of tapped layers, once they have run
+        self._slot = np.repeat([s.slot for s in segments], [len(s.ids) for s in segments])
+        self._index = concatenated([np.arange(s.start, s.end) for s in segments])
+        self._views: dict[int | None, _View] = {}
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
+        """Store the rows' keys and values, attend, and return [n, heads, head_dim]; inputs are [heads, n, head_dim]."""
+        heads = Heads()
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            assert x.stride(2) == 1
+            setattr(heads, name, x.data_ptr())
+            setattr(heads, f"{name}_head", x.stride(0))
+            setattr(heads, f"{name}_row", x.stride(1))
+        out = torch.empty(len(self._slot), self._heads, query.shape[-1], dtype=query.dtype)
+        plan, views = self.structures([window], scaling)
+        keys, values = self.kv.keys[layer].data_ptr(), self.kv.values[layer].data_ptr()
+        self._kernels.attend(byref(plan), views, byref(heads), keys, values, out.data_ptr())
+        return out
+
+    def structures(self, windows: Sequence[int | None], scaling: float) -> tuple[Plan, Array[View]]:
+        """Return the plan and, for each window, what the rows see. They point into this object: keep it."""
+        plan = Plan(
+            rows=len(self._slot),
+            heads=self._heads,
+            kv_heads=self.kv.kv_heads,
+            dim=self.kv.head_dim,
+            capacity=self.kv.capacity,
+            slot=address(self._slot),
+            index=address(self._index),
+            scale=scaling,
+        )
+        for window in windows:
+            if window not in self._views:
+                self._views[window] = _view(self._segments, window)
+        return plan, (View * len(windows))(*[self._views[window].structure() for window in windows])
+
+
+def _view(segments: Sequence[Segment], window: int | None) -> _View:
+    """Return what the rows see. A row at position p sees the texts at positions above p - window."""
+    positions = concatenated([s.positions for s in segments])
+    prefix = concatenated([s.start + 1 + np.arange(len(s.ids)) if s.visible is None else _prefix(s) for s in segments])
+    first = np.zeros_like(prefix) if window is None else np.minimum(np.maximum(positions - window + 1, 0), prefix)
+    counts, extra = [], []
+    row = 0
+    for s in segments:
+        if s.visible is None:
+            counts.append(np.zeros(len(s.ids), np.int64))
+        else:
+            seen = s.visible
+            if window is not None:  # entry `prefix + c` seen by a row is its ancestor at position `prefix + rank`
+                earliest = positions[row : row + len(s.ids), None] - window + 1
+                seen = seen & (s.prefix + seen.cumsum(axis=1) - 1 >= earliest)
+            counts.append(seen.sum(axis=1))
+            extra.append(s.prefix + np.nonzero(seen)[1])
+        row += len(s.ids)
+    starts = np.zeros(row + 1, np.int64)
+    np.cumsum(concatenated(counts), out=starts[1:])
+    return _View(
+        first=first,
+        prefix=prefix,
+        extra_start=starts,
+        extra=concatenated(extra) if extra else np.zeros(1, np.int64),  # its address is taken
+        end=max(s.end for s in segments),
+    )
+
+
+def _prefix(s: Segment) -> IntArray:
+    return np.full(len(s.ids), s.prefix)

@@ -1,0 +1,191 @@
+"""Fused decoder layers for the CPU: all layers of a model in one call, on the model's own weights."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+
+from worker.engine.cpu.attention import NativePlan
+from worker.engine.cpu.kernels import Kernels, Layer, Scratch
+from worker.engine.cpu.packed_linear import PackedLinear
+from worker.engine.errors import ModelRefused
+
+_KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
+
+
+class FusedNorm(nn.Module):
+    """A root mean square norm in one call."""
+
+    def __init__(self, norm: Any, kernels: Kernels) -> None:
+        """Take over the weight of a transformers norm."""
+        super().__init__()
+        self.weight = norm.weight
+        self.eps = float(norm.variance_epsilon)
+        self._kernels = kernels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normed rows of `x` [..., width]."""
+        return self._kernels.rms_norm(x.reshape(-1, x.shape[-1]), self.weight, self.eps).view(x.shape)
+
+
+class LayerStack(nn.Module):
+    """All decoder layers of a model as one module."""
+
+    def tap(self, layers: Sequence[int]) -> None:
+        """From now on leave the outputs of these layers in `plan.tapped` [n, taps, width]."""
+        raise NotImplementedError
+
+
+class FusedLayers(LayerStack):
+    """The decoder layers of a model, in the place of the first of them."""
+
+    def __init__(self, layers: nn.ModuleList, kernels: Kernels) -> None:
+        """Take over the weights of transformers layers of a known class."""
+        super().__init__()
+        self._kernels = kernels
+        self._packed = [_Packed(layer, kernels) for layer in layers]
+        self.windows = sorted({packed.window for packed in self._packed}, key=lambda window: window or 0)
+        self.layers = (Layer * len(layers))(*[packed.layer(self.windows) for packed in self._packed])
+        self.taps = 0
+        first: Any = layers[0]
+        self.eps = float(first.input_layernorm.variance_epsilon)
+        self.scaling = float(first.self_attn.scaling)
+        self._inner = int(first.mlp.up_proj.out_features)
+
+    def tap(self, layers: Sequence[int]) -> None:
+        """From now on leave the outputs of these layers in `plan.tapped` [n, taps, width]."""
+        self.taps = len(layers)
+        for layer in self.layers:
+            layer.tap = -1
+        for place, number in enumerate(layers):
+            self.layers[number].tap = place
+
+    @property
+    def room(self) -> tuple[int, int, int, int]:
+        """Numbers that a row takes between the products of a layer, in the order of `Scratch`."""
+        layer = self._packed[0]
+        return layer.qkv.in_features, layer.qkv.out_features, layer.o.in_features, self._inner
+
+    def forward(
+        self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], plan: NativePlan, **_: object
+    ) -> Tensor:
+        """Return what the last layer makes of `hidden_states` [1, n, width]."""
+        x = hidden_states.clone()
+        n, width = x.shape[1:]
+        cos, sin = (part.contiguous() for part in position_embeddings)
+        room = [x.new_empty(n * size) for size in self.room]
+        numbers, views = plan.structures(self.windows, self.scaling)
+        plan.tapped = x.new_empty(n, self.taps, width)
+        self._kernels.run_layers(
+            self.layers,
+            len(self.layers),
+            ctypes.byref(numbers),
+            views,
+            ctypes.byref(Scratch(*[part.data_ptr() for part in room])),
+            x.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            plan.kv.keys.data_ptr(),
+            plan.kv.values.data_ptr(),
+            plan.kv.keys.stride(0),
+            width,
+            self.eps,
+            plan.tapped.data_ptr(),
+            self.taps,
+        )
+        return x
+
+
+class _Packed:
+    """The packed weights of one layer; `Layer` points into them."""
+
+    def __init__(self, layer: Any, kernels: Kernels) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.window = window_of(attention)
+        self.qkv = PackedLinear([attention.q_proj, attention.k_proj, attention.v_proj], kernels)
+        self.o = PackedLinear([attention.o_proj], kernels)
+        self._gate_up = PackedLinear([mlp.gate_proj, mlp.up_proj], kernels, gated=True)
+        self._down = PackedLinear([mlp.down_proj], kernels)
+        names = ("input_layernorm", "post_attention_layernorm")
+        norms = [getattr(layer, name) for name in names] + [
+            getattr(attention, name, None) for name in ("q_norm", "k_norm")
+        ]
+        self._norms: list[Tensor | None] = [None if norm is None else norm.weight.detach() for norm in norms]
+
+    def layer(self, windows: list[int | None]) -> Layer:
+        """Return the addresses; the step's views will be in the order of `windows`."""
+        return Layer(
+            *[None if norm is None else norm.data_ptr() for norm in self._norms],
+            *[linear.product for linear in (self.qkv, self.o, self._gate_up, self._down)],
+            windows.index(self.window),
+            -1,
+        )
+
+
+def fuse(model: nn.Module, kernels: Kernels) -> bool:
+    """Swap the decoder layers and the last norm of a model, if all of its layers are known; return whether."""
+    body: Any = getattr(model, "model", None)
+    layers = getattr(body, "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not are_known(layers):
+        return False
+    # The model calls what stands in its list of layers, one after the other: now one that does the work of all.
+    body.layers = nn.ModuleList([FusedLayers(layers, kernels)])
+    body.norm = FusedNorm(body.norm, kernels)
+    return True
+
+
+def tap(model: nn.Module, layers: Sequence[int]) -> None:
+    """Make a model leave the outputs of some of its decoder layers in `plan.tapped` [n, taps, width], in this order.
+
+    Raises ModelRefused for a model whose layers can't be told.
+    """
+    body: Any = getattr(model, "model", None)
+    stack = getattr(body, "layers", None)
+    if not isinstance(stack, nn.ModuleList):
+        raise ModelRefused(f"the hidden states of a {type(model).__name__} can't be read: it has no list of layers")
+    first = stack[0]
+    if isinstance(first, LayerStack):
+        first.tap(layers)
+        return
+    for place, number in enumerate(layers):
+        stack[number].register_forward_hook(_Tap(place, len(layers)), with_kwargs=True)
+
+
+class _Tap:
+    """Leaves one layer's output in the plan of the step."""
+
+    def __init__(self, place: int, taps: int) -> None:
+        self._place, self._taps = place, taps
+
+    def __call__(self, _: nn.Module, __: tuple[Any, ...], given: dict[str, Any], output: Any) -> None:
+        hidden = (output[0] if isinstance(output, tuple) else output)[0]
+        plan = given["plan"]
+        if plan.tapped is None:
+            plan.tapped = hidden.new_empty(hidden.shape[0], self._taps, hidden.shape[1])
+        plan.tapped[:, self._place] = hidden
+
+
+def are_known(layers: nn.ModuleList) -> bool:
+    """True for layers that are "norm, attention, add; norm, gated SiLU, add" with rotate-half positions."""
+    return all(_is_known(layer) for layer in layers)
+
+
+def _is_known(layer: Any) -> bool:
+    return (
+        type(layer).__name__ in _KNOWN
+        and isinstance(layer.mlp.act_fn, SiLUActivation | nn.SiLU)
+        and layer.mlp.gate_proj.bias is None
+        and layer.mlp.gate_proj.weight.dtype in (torch.bfloat16, torch.float32)
+    )
+
+
+def window_of(attention: Any) -> int | None:
+    """Return its sliding window; classes that have it for the whole model keep it in the config."""
+    owner = attention if hasattr(attention, "sliding_window") else attention.config
+    window: int | None = getattr(owner, "sliding_window", None)
+    return window

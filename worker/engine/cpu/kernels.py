@@ -1,0 +1,183 @@
+"""Kernels: compile `kernels.c` for this processor, once, and call it with tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from enum import IntEnum
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from worker.engine.cpu.compiler import library
+
+_SOURCE = Path(__file__).with_name("kernels.c")
+_NUMBERS = {torch.bfloat16: ("-DBFLOAT16",), torch.float32: ()}
+
+
+_SIZE, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
+
+
+def _fields(names: str, kind: Any) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names.split()]
+
+
+class Product(ctypes.Structure):
+    """`product_t`: one packed weight [columns, inputs]."""
+
+    _fields_ = _fields("weight bias", _ADDRESS) + _fields("columns inputs", _SIZE)
+
+
+class View(ctypes.Structure):
+    """`view_t`: what the rows of a step see."""
+
+    _fields_ = _fields("first prefix extra_start extra", _ADDRESS) + _fields("end", _SIZE)
+
+
+class Plan(ctypes.Structure):
+    """`plan_t`: the rows of a step and the KV slots they go to."""
+
+    _fields_ = (
+        _fields("rows heads kv_heads dim capacity", _SIZE)
+        + _fields("slot index", _ADDRESS)
+        + _fields("scale", ctypes.c_float)
+    )
+
+
+class Heads(ctypes.Structure):
+    """`heads_t`: queries, keys and values of one layer."""
+
+    _fields_ = (
+        _fields("query key value", _ADDRESS)
+        + _fields("query_row query_head key_row key_head value_row value_head", _SIZE)
+        + _fields("cos sin query_norm key_norm", _ADDRESS)
+        + _fields("eps", ctypes.c_float)
+    )
+
+
+class Layer(ctypes.Structure):
+    """`layer_t`: the weights of one decoder layer."""
+
+    _fields_ = (
+        _fields("norm_1 norm_2 query_norm key_norm", _ADDRESS)
+        + _fields("qkv o gate_up down", Product)
+        + _fields("view tap", _SIZE)
+    )
+
+
+class Scratch(ctypes.Structure):
+    """`scratch_t`: room for the intermediate rows of a step."""
+
+    _fields_ = _fields("normed stacked mixed gated", _ADDRESS)
+
+
+class Network(ctypes.Structure):
+    """`network_t`: a whole network; `unit` and `join` are a head's."""
+
+    _fields_ = (
+        _fields("embedding cos sin layers", _ADDRESS)
+        + _fields("count width layer_size taps", _SIZE)
+        + _fields("eps", ctypes.c_float)
+        + _fields("norm", _ADDRESS)
+        + _fields("output", Product)
+        + _fields("unit", _ADDRESS)
+        + _fields("join", Product)
+    )
+
+
+class Forward(ctypes.Structure):
+    """`forward_t`: what one forward of a network reads and writes."""
+
+    _fields_ = (
+        _fields("ids positions kept", _ADDRESS)
+        + _fields("count", _SIZE)
+        + _fields("states x cos sin joined last tapped logits", _ADDRESS)
+    )
+
+
+class Finish(IntEnum):
+    """`finish_t`: what becomes of a product's sums."""
+
+    STORE = 0
+    STORE_FLOAT = 3
+
+
+class Kernels:
+    """The compiled functions for one type of number."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        """Bind the functions of a library compiled from kernels.c."""
+        size, address, real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
+        self.version = Path(library._name).stem
+        self.panel = int(library.panel_columns())
+        self._pack = bound(library.pack, address, address, address, size, size)
+        self._packed_size = bound(library.packed_size, size, size, result=size)
+        self._rms_norm = bound(library.rms_norm, address, address, address, size, size, real)
+        self.multiply = bound(library.multiply, ctypes.POINTER(Product), address, address, size, size)
+        self.attend = bound(
+            library.attend, ctypes.POINTER(Plan), ctypes.POINTER(View), ctypes.POINTER(Heads), address, address, address
+        )
+        self.move_entries = bound(
+            library.move_entries, address, address, ctypes.POINTER(Plan), *[size] * 4, address, size
+        )
+        self.run_layers = bound(
+            library.run_layers,
+            ctypes.POINTER(Layer),
+            size,
+            ctypes.POINTER(Plan),
+            ctypes.POINTER(View),
+            ctypes.POINTER(Scratch),
+            *[address] * 5,
+            size,
+            size,
+            real,
+            address,
+            size,
+        )
+
+        self.run_network = bound(
+            library.run_network,
+            *[ctypes.POINTER(kind) for kind in (Network, Plan, View, Scratch, Forward)],
+            address,
+            address,
+        )
+
+    def pack(self, weight: Tensor, second: Tensor | None = None) -> Tensor:
+        """Return `weight` [columns, inputs] as `multiply` wants it; with `second`, both in alternating half panels."""
+        parts = [part.contiguous() for part in (weight, second) if part is not None]
+        columns, inputs = sum(map(len, parts)), weight.shape[1]
+        packed = torch.empty(self._packed_size(columns, inputs), dtype=weight.dtype)
+        first, other = [*(part.data_ptr() for part in parts), None][:2]
+        self._pack(first, other, packed.data_ptr(), columns, inputs)
+        return packed
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Return the normed rows of `x` [rows, width], which is contiguous."""
+        out = torch.empty_like(x)
+        self._rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.shape[0], x.shape[1], eps)
+        return out
+
+
+@cache
+def kernels(dtype: torch.dtype) -> Kernels | None:
+    """Return the kernels for a dtype; None where they can't be compiled."""
+    if dtype not in _NUMBERS:
+        return None
+    compiled = library(_SOURCE, *_NUMBERS[dtype])
+    return None if compiled is None else Kernels(compiled)
+
+
+def bound(function: Any, *arguments: Any, result: Any = None) -> Callable[..., Any]:
+    """Tell a C function's types."""
+    function.argtypes, function.restype = arguments, result
+    return function  # type: ignore[no-any-return]
+
+
+def address(array: NDArray[Any]) -> int:
+    """Return where an array's numbers lie; much quicker than its `ctypes`."""
+    place: int = array.__array_interface__["data"][0]
+    return place

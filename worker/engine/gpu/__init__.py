@@ -1,0 +1,3 @@
+"""Triton kernels and fused layers for GPUs."""
+
+from __future__ import annotations

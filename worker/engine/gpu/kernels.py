@@ -1,0 +1,438 @@
+"""Triton kernels of the GPU path: norms, products, positions and attention whose rows don't see their neighbours."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from worker.engine.paged.kv import PagedKv
+from worker.engine.paged.rows import PagedRows
+
+CHUNK = 256  # entries that are attended as one; chunks are merged in the order of the text
+_ENTRIES = 64  # of a chunk that are loaded at once
+_TILE = 32  # queries of one program where rows share a stretch
+_LEAST = 16  # rows, columns or inputs that the tensor cores take at least
+_PROGRAMS = 512  # that keep a GPU busy, more or less
+_INPUTS = 128  # of which a part of a product takes a whole number
+_PARTED = 320  # tiles of a product that do
+_LONG = 100  # steps of a sum from which on there may be twice as many
+_SMALL = {"num_warps": 2, "num_stages": 2}  # how the kernels of attention are run
+_LOG2_E = 1.4426950408889634
+# What changes from step to step: no kernel is compiled anew for it.
+_STEP = ("table", "sequence", "starts", "seen", "own", "own_count", "positions", "window", "width", "chunks", "listed")
+
+
+@triton.jit
+def _sum_parts(parts, size, inside, PARTS: tl.constexpr, dtype: tl.constexpr):
+    """Return the sum of numbers that lie `size` apart in each part, first to last, as the model would have it."""
+    total = tl.load(parts, mask=inside, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(parts + part * size, mask=inside, other=0.0)
+    return total.to(dtype)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _norm_rows(x, parts, weight, total, out, rows, width, eps, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Add some parts to a row, first to last, keep the sum, and write its root mean square norm."""
+    row = tl.program_id(0).to(tl.int64) * width
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    value = tl.load(x + row + at, mask=inside, other=0.0)
+    if PARTS:
+        value += _sum_parts(parts + row + at, rows.to(tl.int64) * width, inside, PARTS, value.dtype)
+        tl.store(total + row + at, value, mask=inside)
+    wide = value.to(tl.float32)
+    wide = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / width + eps)
+    scale = tl.load(weight + at, mask=inside, other=0.0)
+    tl.store(out + row + at, scale * wide.to(scale.dtype), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _multiply_tile(
+    x, weight, bias, out, rows, columns, inputs, share,
+    BIASED: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr,
+):  # fmt: skip
+    """Write one tile of x @ weight.T, or of silu(x @ gate.T) * (x @ up.T) with the gate above the up weights.
+
+    It is the product over `share` inputs alone, if those are not all.
+    """
+    # Tiles of the same columns are neighbours: their weights come from memory once.
+    row_tiles = tl.cdiv(rows, ROWS)
+    r = (tl.program_id(0) % row_tiles) * ROWS + tl.arange(0, ROWS)
+    c = (tl.program_id(0) // row_tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    k = tl.arange(0, INPUTS)
+    part = tl.program_id(1)
+    real_rows, real_columns = r < rows, c < columns
+    xs = x + r.to(tl.int64)[:, None] * inputs + k[None, :]
+    ws = weight + c.to(tl.int64)[None, :] * inputs + k[:, None]
+    ups = ws + columns.to(tl.int64) * inputs
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    other = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(part * share, tl.minimum((part + 1) * share, inputs), INPUTS):
+        x_mask, w_mask = real_rows[:, None], real_columns[None, :]
+        if not EVEN:
+            x_mask, w_mask = x_mask & (k[None, :] < inputs - start), w_mask & (k[:, None] < inputs - start)
+        some = tl.load(xs + start, mask=x_mask, other=0.0)
+        total = tl.dot(some, tl.load(ws + start, mask=w_mask, other=0.0), total, input_precision="ieee")
+        if GATED:
+            other = tl.dot(some, tl.load(ups + start, mask=w_mask, other=0.0), other, input_precision="ieee")
+    if BIASED and part == 0:
+        total += tl.load(bias + c, mask=real_columns, other=0.0).to(tl.float32)[None, :]
+    if GATED:
+        total = total * tl.sigmoid(total) * other
+    at = out + (part.to(tl.int64) * rows + r)[:, None] * columns + c[None, :]
+    tl.store(at, total.to(out.dtype.element_ty), mask=real_rows[:, None] & real_columns[None, :])
+
+
+@triton.jit(do_not_specialize=["places", "rows"])
+def _place_heads(
+    qkv, cos, sin, query_norm, key_norm, query, keys, values, places, rows, eps,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, NORMED: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """Turn one head of a row to its position (rotate-half) and write it: a query, or a key or value of the cache."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    half: tl.constexpr = DIM // 2
+    at = tl.arange(0, HALF)
+    inside = at < half
+    source = qkv + (row * (HEADS + 2 * KV_HEADS) + head) * DIM + at
+    size = rows.to(tl.int64) * (HEADS + 2 * KV_HEADS) * DIM
+    low = _sum_parts(source, size, inside, PARTS, query.dtype.element_ty)
+    high = _sum_parts(source + half, size, inside, PARTS, query.dtype.element_ty)
+    is_query, is_value = head < HEADS, head >= HEADS + KV_HEADS
+    place = tl.load(places + row) * KV_HEADS
+    if is_value:
+        target = values + (place + head - HEADS - KV_HEADS) * DIM + at
+        tl.store(target, low, mask=inside)
+        tl.store(target + half, high, mask=inside)
+    else:
+        a, b = low.to(tl.float32), high.to(tl.float32)
+        if NORMED:
+            scale = tl.rsqrt(tl.sum(a * a + b * b, axis=0) / DIM + eps)
+            norm = query_norm + at
+            if not is_query:
+                norm = key_norm + at
+            a = (a * scale).to(low.dtype).to(tl.float32) * tl.load(norm, mask=inside, other=0.0).to(tl.float32)
+            b = (b * scale).to(low.dtype).to(tl.float32) * tl.load(norm + half, mask=inside, other=0.0).to(tl.float32)
+        angle = row * DIM + at
+        cos_a, sin_a = tl.load(cos + angle, mask=inside, other=0.0), tl.load(sin + angle, mask=inside, other=0.0)
+        cos_b = tl.load(cos + angle + half, mask=inside, other=0.0)
+        sin_b = tl.load(sin + angle + half, mask=inside, other=0.0)
+        turned_a = (a * cos_a - b * sin_a).to(low.dtype)
+        turned_b = (b * cos_b + a * sin_b).to(low.dtype)
+        target = query + (row * HEADS + head) * DIM + at
+        if not is_query:
+            target = keys + (place + head - HEADS) * DIM + at
+        tl.store(target, turned_a, mask=inside)
+        tl.store(target + half, turned_b, mask=inside)
+
+
+@triton.jit
+def _attend_entries(q, ks, vs, visible, scale, top, weight, total):
+    """Take some entries into a running softmax: the largest score, the sum of weights, the weighted values."""
+    scores = tl.dot(q, ks, input_precision="ieee") * scale
+    scores = tl.where(visible, scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)  # of rows that have seen nothing so far
+    shrink = tl.exp2(top - base)
+    weights = tl.exp2(scores - base[:, None])
+    weight = weight * shrink + tl.sum(weights, axis=1)
+    total = tl.dot(weights.to(vs.dtype), vs, total * shrink[:, None], input_precision="ieee")
+    return new_top, weight, total
+
+
+@triton.jit(do_not_specialize=_STEP)
+def _attend_rows(
+    query, keys, values, table, sequence, seen, own, own_count, positions,
+    tops, weights, totals, scale, window, width, chunks, listed,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, LISTS: tl.constexpr,
+    SHARES: tl.constexpr, WINDOWED: tl.constexpr,
+    QUERIES: tl.constexpr, ROOM: tl.constexpr, CHUNK: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """Attend the heads of one row and one KV head over some chunks of what the row sees.
+
+    What a row lists is seen as if it lay behind its stretch, where it will lie once it is accepted. With SHARES,
+    `_attend_runs` has seen to the chunks that rows have in common.
+    """
+    row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    group: tl.constexpr = HEADS // KV_HEADS
+    m, d = tl.arange(0, QUERIES), tl.arange(0, ROOM)
+    in_group, in_dim = m < group, d < DIM
+    stretch = tl.load(seen + row)
+    end = stretch
+    first = 0
+    if LISTS:
+        listed_here = tl.load(own_count + row)
+        end += listed_here
+        if SHARES:
+            first = tl.where(listed_here > 0, stretch // CHUNK, end // CHUNK + 1)
+    lowest = 0
+    if WINDOWED:
+        lowest = tl.maximum(tl.load(positions + row) - window + 1, 0)
+        first = tl.maximum(first, lowest // CHUNK)
+    blocks = table + tl.load(sequence + row) * width
+    head = kv_head * group + m
+    q = tl.load(
+        query + (row * HEADS + head)[:, None] * DIM + d[None, :], mask=in_group[:, None] & in_dim[None, :], other=0.0
+    )
+    for chunk in range(first + split, tl.cdiv(end, CHUNK), tl.num_programs(2)):
+        top = tl.full((QUERIES,), float("-inf"), tl.float32)
+        weight = tl.zeros((QUERIES,), tl.float32)
+        total = tl.zeros((QUERIES, ROOM), tl.float32)
+        for start in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, end), ENTRIES):
+            j = start + tl.arange(0, ENTRIES)
+            here = j < end
+            place = tl.load(blocks + j // BLOCK, mask=j < stretch, other=0) * BLOCK + j % BLOCK
+            if LISTS:
+                behind = (j >= stretch) & here
+                place = tl.where(behind, tl.load(own + row * listed + j - stretch, mask=behind, other=0), place)
+            entry = (place * KV_HEADS + kv_head) * DIM
+            ks = tl.load(keys + entry[None, :] + d[:, None], mask=here[None, :] & in_dim[:, None], other=0.0)
+            vs = tl.load(values + entry[:, None] + d[None, :], mask=here[:, None] & in_dim[None, :], other=0.0)
+            visible = here & (j >= lowest)
+            top, weight, total = _attend_entries(q, ks, vs, visible[None, :], scale, top, weight, total)
+        part = (row * HEADS + head) * chunks + chunk
+        tl.store(tops + part, top, mask=in_group)
+        tl.store(weights + part, weight, mask=in_group)
+        tl.store(totals + part[:, None] * DIM + d[None, :], total, mask=in_group[:, None] & in_dim[None, :])
+
+
+@triton.jit(do_not_specialize=_STEP)
+def _attend_runs(
+    query, keys, values, table, sequence, starts, seen, own_count, positions,
+    tops, weights, totals, scale, window, width, chunks,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, LISTS: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    TILE: tl.constexpr, ROOM: tl.constexpr, CHUNK: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """Attend some rows of a run over chunks that they have in common; programs of other rows have nothing to do.
+
+    For rows that list entries these are the full chunks of their stretch, for others all there are.
+    """
+    lead, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    group: tl.constexpr = HEADS // KV_HEADS
+    together: tl.constexpr = TILE // group  # rows
+    run = tl.load(sequence + lead)
+    if (lead - tl.load(starts + run)) % together == 0:
+        m, d = tl.arange(0, TILE), tl.arange(0, ROOM)
+        in_dim = d < DIM
+        run_end = tl.minimum(tl.load(starts + run + 1), lead + together)
+        row = lead + m // group
+        real = (row < run_end) & (m < together * group)
+        upto = tl.load(seen + row, mask=real, other=0)
+        if LISTS:
+            lists = tl.load(own_count + row, mask=real, other=0) > 0
+            upto = tl.where(lists, upto // CHUNK * CHUNK, upto)
+        lowest = tl.zeros_like(upto)
+        first = 0
+        if WINDOWED:
+            lowest = tl.maximum(tl.load(positions + row, mask=real, other=0) - window + 1, 0)
+            first = tl.min(tl.where(real, lowest, 1 << 40), axis=0) // CHUNK
+        end = tl.max(upto, axis=0)
+        blocks = table + run * width
+        head = kv_head * group + m % group
+        mask = real[:, None] & in_dim[None, :]
+        q = tl.load(query + (row * HEADS + head)[:, None] * DIM + d[None, :], mask=mask, other=0.0)
+        for chunk in range(first + split, tl.cdiv(end, CHUNK), tl.num_programs(2)):
+            top = tl.full((TILE,), float("-inf"), tl.float32)
+            weight = tl.zeros((TILE,), tl.float32)
+            total = tl.zeros((TILE, ROOM), tl.float32)
+            for start in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, end), ENTRIES):
+                j = start + tl.arange(0, ENTRIES)
+                here = j < end
+                place = tl.load(blocks + j // BLOCK, mask=here, other=0) * BLOCK + j % BLOCK
+                entry = (place * KV_HEADS + kv_head) * DIM
+                ks = tl.load(keys + entry[None, :] + d[:, None], mask=here[None, :] & in_dim[:, None], other=0.0)
+                vs = tl.load(values + entry[:, None] + d[None, :], mask=here[:, None] & in_dim[None, :], other=0.0)
+                visible = (j[None, :] < upto[:, None]) & (j[None, :] >= lowest[:, None])
+                top, weight, total = _attend_entries(q, ks, vs, visible, scale, top, weight, total)
+            part = (row * HEADS + head) * chunks + chunk
+            sees = real & (chunk * CHUNK < upto)
+            tl.store(tops + part, top, mask=sees)
+            tl.store(weights + part, weight, mask=sees)
+            tl.store(totals + part[:, None] * DIM + d[None, :], total, mask=sees[:, None] & in_dim[None, :])
+
+
+@triton.jit(do_not_specialize=_STEP)
+def _merge_chunks(
+    tops, weights, totals, out, seen, own_count, positions, window, chunks,
+    HEADS: tl.constexpr, DIM: tl.constexpr, LISTS: tl.constexpr, WINDOWED: tl.constexpr, ROOM: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Write the attention of one head of a row from that over each chunk, first to last."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    d = tl.arange(0, ROOM)
+    in_dim = d < DIM
+    end = tl.load(seen + row)
+    if LISTS:
+        end += tl.load(own_count + row)
+    first = 0
+    if WINDOWED:
+        first = tl.maximum(tl.load(positions + row) - window + 1, 0) // CHUNK
+    top = tl.full((1,), float("-inf"), tl.float32)
+    weight = tl.zeros((1,), tl.float32)
+    total = tl.zeros((ROOM,), tl.float32)
+    start = (row * HEADS + head) * chunks
+    for chunk in range(first, tl.cdiv(end, CHUNK)):
+        part = start + chunk + tl.zeros((1,), tl.int64)
+        part_top = tl.load(tops + part)
+        new_top = tl.maximum(top, part_top)
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        shrink, share = tl.exp2(top - base), tl.exp2(part_top - base)
+        weight = weight * shrink + tl.load(weights + part) * share
+        total = total * shrink + tl.load(totals + (start + chunk) * DIM + d, mask=in_dim, other=0.0) * share
+        top = new_top
+    total = total / tl.where(weight > 0.0, weight, 1.0)
+    tl.store(out + (row * HEADS + head) * DIM + d, total.to(out.dtype.element_ty), mask=in_dim)
+
+
+def norm(x: Tensor, parts: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return `x` [n, width] plus the sum of `parts` [parts, n, width], and its root mean square norm times `weight`."""
+    n, width = x.shape
+    total, out = x if parts is None else torch.empty_like(x), torch.empty_like(x)
+    block = triton.next_power_of_2(width)
+    count = 0 if parts is None else len(parts)
+    _norm_rows[(n,)](x, parts, weight, total, out, n, width, eps, PARTS=count, BLOCK=block, num_warps=_warps(block))
+    return total, out
+
+
+def multiply(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gated: bool = False, floats: bool = False
+) -> Tensor:
+    """Return x @ weight.T + bias for `x` [n, in] and `weight` [out, in]; float32 if `floats`.
+
+    With `gated` the first half of the weights is a gate: silu(x @ gate.T) * (x @ up.T) [n, out / 2].
+    """
+    columns = len(weight) // 2 if gated else len(weight)
+    out = torch.empty(len(x), columns, dtype=torch.float32 if floats else x.dtype, device=x.device)
+    _multiply(x, weight, bias, out, columns, 1, gated)
+    return out
+
+
+def multiply_apart(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return float32 parts [parts, n, out] whose sum, taken by `norm` and `place`, is x @ weight.T + bias.
+
+    Few columns make few tiles; cut up over their inputs as well, all of a GPU works on them.
+    """
+    columns, inputs = weight.shape
+    parts = _parts(columns, inputs)
+    out = torch.empty(parts, len(x), columns, dtype=torch.float32, device=x.device)
+    _multiply(x, weight, bias, out, columns, parts, gated=False)
+    return out
+
+
+def _multiply(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, columns: int, parts: int, gated: bool
+) -> None:
+    n, inputs = x.shape
+    tile = _tile(n, inputs, x.dtype, gated)
+    grid = (triton.cdiv(n, tile["ROWS"]) * triton.cdiv(columns, tile["COLUMNS"]), parts)
+    share = triton.cdiv(triton.cdiv(inputs, _INPUTS), parts) * _INPUTS
+    _multiply_tile[grid](
+        x, weight, bias, out, n, columns, inputs, share,
+        BIASED=bias is not None, GATED=gated, EVEN=inputs % tile["INPUTS"] == 0, **tile,
+    )  # fmt: skip
+
+
+def place(
+    qkv: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    norms: tuple[Tensor, Tensor] | None,
+    eps: float,
+    kv: PagedKv,
+    layer: int,
+    places: Tensor,
+) -> Tensor:
+    """Turn queries and keys of the sum of `qkv` [parts, n, (heads + 2 kv_heads) * dim] to their positions.
+
+    Keys and values go where `places` [n] says; returned are the queries [n, heads, dim]. `rotary` has cosines and sines
+    [n, dim]; `norms` are the weights of a norm of every query and key, where the model has them.
+    """
+    kv_heads, dim = kv.keys.shape[3:]
+    parts, n, width = qkv.shape
+    heads = width // dim - 2 * kv_heads
+    query = torch.empty(n, heads, dim, dtype=kv.keys.dtype, device=qkv.device)
+    cos, sin = rotary
+    query_norm, key_norm = norms or (None, None)
+    _place_heads[(n, heads + 2 * kv_heads)](
+        qkv, cos, sin, query_norm, key_norm, query, kv.keys[layer], kv.values[layer], places, n, eps,
+        HEADS=heads, KV_HEADS=kv_heads, DIM=dim, HALF=triton.next_power_of_2(dim // 2), NORMED=norms is not None,
+        PARTS=parts, num_warps=1,
+    )  # fmt: skip
+    return query
+
+
+def attend(query: Tensor, rows: PagedRows, kv: PagedKv, layer: int, scaling: float, window: int | None) -> Tensor:
+    """Return the attention [n, heads, dim] of `query` over what each row sees; its keys and values are stored."""
+    n, heads, dim = query.shape
+    shape, kv_heads = rows.shape, kv.keys.shape[3]
+    chunks = triton.cdiv(shape.blocks * kv.block_size + shape.listed, CHUNK)
+    tops, weights = (query.new_empty(n, heads, chunks, dtype=torch.float32) for _ in range(2))
+    totals = query.new_empty(n, heads, chunks, dim, dtype=torch.float32)
+    keys, values = kv.keys[layer], kv.values[layer]
+    room = max(_LEAST, triton.next_power_of_2(dim))
+    sizes = {"HEADS": heads, "DIM": dim, "ROOM": room, "LISTS": shape.listed > 0, "WINDOWED": window is not None}
+    sizes |= {"CHUNK": CHUNK}
+    lists, seen = rows.own_count, rows.seen
+    numbers = (tops, weights, totals, scaling * _LOG2_E, window or 0, shape.blocks, chunks)
+    entries = {"KV_HEADS": kv_heads, "BLOCK": kv.block_size, "ENTRIES": _ENTRIES}
+    group = heads // kv_heads
+    tile = max(_TILE, triton.next_power_of_2(group))
+    shares = shape.queries > 1
+    if shares:
+        splits = _splits(n * kv_heads // (tile // group), chunks)
+        _attend_runs[(n, kv_heads, splits)](
+            query, keys, values, rows.table, rows.sequence, rows.starts, seen, lists, rows.positions, *numbers,
+            TILE=tile, **entries, **sizes, **_SMALL,
+        )  # fmt: skip
+    if not shares or shape.listed:
+        # Where rows share, what is left of each is the end of its stretch and what it lists.
+        splits = _splits(n * kv_heads, min(chunks, 2) if shares else chunks)
+        _attend_rows[(n, kv_heads, splits)](
+            query, keys, values, rows.table, rows.sequence, seen, rows.own, lists, rows.positions, *numbers,
+            shape.listed, SHARES=shares, QUERIES=max(_LEAST, triton.next_power_of_2(group)),
+            **entries, **sizes, **_SMALL,
+        )  # fmt: skip
+    out = torch.empty_like(query)
+    _merge_chunks[(n, heads)](
+        tops, weights, totals, out, seen, lists, rows.positions, window or 0, chunks, num_warps=1, **sizes
+    )
+    return out
+
+
+def _splits(programs: int, chunks: int) -> int:
+    """Return over how many programs the chunks of a row are dealt out; their order of adding up stays the same."""
+    return max(1, min(triton.next_power_of_2(chunks), _PROGRAMS // max(programs, 1)))
+
+
+def _parts(columns: int, inputs: int) -> int:
+    """Return over how many programs the inputs of a product are dealt out. Never a matter of rows: see above."""
+    tiles, steps = triton.cdiv(columns, 64), triton.cdiv(inputs, _INPUTS)
+    wanted = _PARTED * (2 if steps > _LONG else 1) // tiles
+    return max(1, min(8, wanted, steps // 3))
+
+
+def _tile(rows: int, inputs: int, dtype: torch.dtype, gated: bool) -> dict[str, int]:
+    """Return the sizes of a product's tiles, and how it is run: what was fastest on an H100.
+
+    None of them may change how a row adds up. The tensor cores take inputs sixteen by sixteen in order whatever the
+    tile, if the kind of instruction is the same, which it is from 64 rows of a tile on.
+    """
+    if dtype == torch.float32:
+        return _how(16, 32, 32, warps=4, stages=2)
+    if rows <= 64:
+        return _how(64, 64, 128 if inputs % 128 == 0 else 64, warps=4, stages=4)
+    if gated:
+        return _how(128, 128, 64, warps=8, stages=4)
+    return _how(64, 128, 64, warps=4, stages=4) if rows <= 128 else _how(128, 256, 64, warps=8, stages=4)
+
+
+def _how(rows: int, columns: int, inputs: int, *, warps: int, stages: int) -> dict[str, int]:
+    return {"ROWS": rows, "COLUMNS": columns, "INPUTS": inputs, "num_warps": warps, "num_stages": stages}
+
+
+def _warps(block: int) -> int:
+    return max(1, min(8, block // 256))

@@ -1,0 +1,206 @@
+"""Paged KV: keys and values in blocks of one pool, a table of blocks per slot. What GPUs read without copying."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worker.engine.errors import OutOfBlocks
+from worker.engine.kv.dense import POISON, lazy_zeros
+from worker.engine.segments import IntArray, Move
+
+SCRATCH = 0  # the block that rows of padding write to; no slot ever holds it
+
+
+class BlockPool:
+    """Blocks 1..count, each with the number of slots that hold it."""
+
+    def __init__(self, count: int) -> None:
+        """Start with every block free."""
+        self.count = count
+        self._holders = [0] * (count + 1)
+        self._free = list(range(count, SCRATCH, -1))
+
+    @property
+    def free(self) -> int:
+        """Blocks that no slot holds."""
+        return len(self._free)
+
+    @property
+    def used(self) -> int:
+        """Blocks that some slot holds."""
+        return sum(holders > 0 for holders in self._holders)
+
+    @property
+    def free_blocks(self) -> list[int]:
+        """Their numbers."""
+        return list(self._free)
+
+    def holders(self, block: int) -> int:
+        """Return how many slots hold a block."""
+        return self._holders[block]
+
+    def take(self) -> int:
+        """Hand out a free block; raises OutOfBlocks."""
+        if not self._free:
+            raise OutOfBlocks
+        block = self._free.pop()
+        self._holders[block] = 1
+        return block
+
+    def join(self, block: int) -> None:
+        """Let one more slot hold a block."""
+        assert self._holders[block] > 0, f"block {block} is free"
+        self._holders[block] += 1
+
+    def leave(self, block: int) -> None:
+        """Let one slot go of a block; it is free when nobody is left."""
+        assert self._holders[block] > 0, f"block {block} was given back twice"
+        self._holders[block] -= 1
+        if not self._holders[block]:
+            self._free.append(block)
+
+
+class PagedKv:
+    """Keys and values [layers, blocks, block size, kv_heads, head_dim] of one model, block `SCRATCH` included."""
+
+    def __init__(
+        self,
+        layers: int,
+        slots: int,
+        kv_heads: int,
+        capacity: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        block_size: int,
+        tokens: int | None = None,
+    ) -> None:
+        """Reserve a pool for `slots` sequences of up to `capacity` entries, tree rows included.
+
+        `tokens` is what all of them together hold at most; None: every slot in full. Each slot may leave the better
+        part of its last block empty, so the pool has that many blocks more.
+        """
+        self.block_size = block_size
+        width = _blocks(capacity, block_size)
+        self.capacity = width * block_size
+        full = slots * width
+        self.pool = BlockPool(full if tokens is None else min(full, _blocks(tokens, block_size) + slots))
+        shape = (layers, self.pool.count + 1, block_size, kv_heads, head_dim)
+        self.keys = lazy_zeros(shape, dtype, device)
+        self.values = lazy_zeros(shape, dtype, device)
+        self.tables = np.full((slots, width), SCRATCH, np.int64)  # blocks of each slot, in the order of its text
+        self._held = [0] * slots  # blocks of each slot
+
+    @property
+    def slots(self) -> int:
+        """Slots that the tables are for."""
+        return len(self.tables)
+
+    def held(self, slot: int) -> list[int]:
+        """Return the blocks of a slot."""
+        blocks: list[int] = self.tables[slot, : self._held[slot]].tolist()
+        return blocks
+
+    def places(self, slot: IntArray | int, index: IntArray) -> IntArray:
+        """Return where entries lie when all blocks are put one behind the other."""
+        places: IntArray = self.tables[slot, index // self.block_size] * self.block_size + index % self.block_size
+        return places
+
+    def reserve(self, slot: int, start: int, end: int) -> None:
+        """Make entries start..end-1 of a slot its own, to be written; raises OutOfBlocks, having changed nothing."""
+        assert end <= self.capacity, "rows beyond the end of their slot"
+        first, held = start // self.block_size, self._held[slot]
+        needed = _blocks(end, self.block_size)
+        shared = [at for at in range(first, min(held, needed)) if self.pool.holders(int(self.tables[slot, at])) > 1]
+        if len(shared) + max(0, needed - held) > self.pool.free:
+            raise OutOfBlocks
+        for at in shared:
+            self._own(slot, at, copied=at * self.block_size < start or (at + 1) * self.block_size > end)
+        for at in range(held, needed):
+            self.tables[slot, at] = self.pool.take()
+        self._held[slot] = max(held, needed)
+
+    def release(self, slot: int, length: int = 0) -> None:
+        """Give back the blocks of a slot but for those of its first `length` entries."""
+        kept = _blocks(length, self.block_size)
+        if kept >= self._held[slot]:
+            return
+        for block in self.held(slot)[kept:]:
+            self.pool.leave(block)
+        self.tables[slot, kept:] = SCRATCH
+        self._held[slot] = kept
+
+    def write(self, layer: int, places: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store rows: `places` int64 [n], `keys` and `values` [n, kv_heads, head_dim]."""
+        for store, rows in ((self.keys, keys), (self.values, values)):
+            store[layer].flatten(0, 1)[places] = rows
+
+    def keep(self, moves: Sequence[Move]) -> None:
+        """Bring accepted rows down behind the committed prefix, all layers at once."""
+        moves = [m for m in moves if not m.in_place]
+        if not moves:
+            return
+        sources = np.concatenate([self.places(m.slot, m.sources) for m in moves])
+        targets = np.concatenate([self.places(m.slot, m.destination + np.arange(len(m.sources))) for m in moves])
+        # Entries that move were written by their owner, into blocks that it made its own then.
+        assert all(self.pool.holders(int(block)) == 1 for block in np.unique(targets // self.block_size))
+        source, target = (torch.from_numpy(part).to(self.keys.device) for part in (sources, targets))
+        for store in (self.keys, self.values):
+            entries = store.flatten(1, 2)
+            # the right-hand side is gathered before anything is written: overlapping moves are safe
+            entries[:, target] = entries[:, source]
+
+    def share(self, source: int, target: int, length: int) -> None:
+        """Let one slot begin with the first entries of another: full blocks are held by both, the rest copied."""
+        self.release(target)
+        full = length // self.block_size
+        for at, block in enumerate(self.held(source)[:full]):
+            self.pool.join(block)
+            self.tables[target, at] = block
+        self._held[target] = full
+        if length % self.block_size:
+            self.reserve(target, full * self.block_size, length)
+            self._copy(int(self.tables[source, full]), int(self.tables[target, full]))
+
+    def poison(self, slot: int, start: int = 0) -> None:
+        """Overwrite what a slot holds from `start` on, as another owner would (tests only)."""
+        end = self._held[slot] * self.block_size
+        if start < end:
+            self.reserve(slot, start, end)
+            places = torch.from_numpy(self.places(slot, np.arange(start, end)))
+            for store in (self.keys, self.values):
+                store.flatten(1, 2)[:, places] = POISON
+
+    def poison_free(self) -> None:
+        """Overwrite everything that no slot holds, the block of padding included (tests only)."""
+        for store in (self.keys, self.values):
+            store[:, [SCRATCH, *self.pool.free_blocks]] = POISON
+
+    def check(self) -> None:
+        """Assert that every block is free or held by exactly the slots whose tables say so (tests only)."""
+        held = [block for slot in range(self.slots) for block in self.held(slot)]
+        assert SCRATCH not in held
+        assert all(self.pool.holders(block) == held.count(block) for block in range(1, self.pool.count + 1))
+        assert self.pool.free + self.pool.used == self.pool.count
+        assert len(set(self.pool.free_blocks)) == self.pool.free
+
+    def _own(self, slot: int, at: int, copied: bool) -> None:
+        """Replace a block that others hold too, with its contents if they are not all overwritten."""
+        old, new = int(self.tables[slot, at]), self.pool.take()
+        if copied:
+            self._copy(old, new)
+        self.pool.leave(old)
+        self.tables[slot, at] = new
+
+    def _copy(self, source: int, target: int) -> None:
+        for store in (self.keys, self.values):
+            store[:, target] = store[:, source]
+
+
+def _blocks(entries: int, block_size: int) -> int:
+    return -(-entries // block_size)

@@ -1,0 +1,191 @@
+"""The rows of one forward as tensors of a fixed shape: token ids, where keys go, what each row sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worker.engine.paged.kv import SCRATCH, PagedKv
+from worker.engine.segments import BoolArray, IntArray, Segment, kept_places
+
+LISTED = 16  # entries beside the shared beginning that a row can list: its ancestors and itself
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of a forward.
+
+    A row sees a stretch from the beginning of its slot and then the entries that it lists. With none listed the stretch
+    ends at the row itself: plain decoding and prompts. Else it is the committed prefix, shared by all rows of a tree.
+    """
+
+    rows: int
+    kept: int  # rows whose logits are wanted
+    sequences: int  # runs of rows that share a stretch
+    queries: int  # rows of the longest run
+    blocks: int  # width of the block tables
+    listed: int  # entries that a row lists at most; 0: every row sees a stretch that ends at itself
+    causal: bool  # within a run, the stretch of each row is one entry longer than that of the row before
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers in each part of the flat tensor, in the order of `PagedRows`."""
+        n, s = self.rows, self.sequences
+        return (n, n, n, n, n, self.kept, s + 1, s * self.blocks, n * self.listed, n)
+
+    @property
+    def size(self) -> int:
+        """Numbers in the flat tensor."""
+        return sum(self.sizes)
+
+
+class PagedRows:
+    """Views of a flat int64 tensor that holds the rows of a forward."""
+
+    def __init__(self, shape: Shape, flat: Tensor) -> None:
+        """Cut up `flat`, which has at least `shape.size` numbers."""
+        self.shape = shape
+        parts = [flat[end - size : end] for end, size in zip(accumulate(shape.sizes), shape.sizes, strict=True)]
+        self.ids, self.positions, self.places, self.sequence, self.seen = parts[:5]  # [rows]
+        self.kept, self.starts = parts[5], parts[6]  # [kept], [sequences + 1] first row
+        self.table = parts[7].view(shape.sequences, shape.blocks)
+        self.own = parts[8].view(shape.rows, shape.listed)  # where the listed entries lie, in order of depth
+        self.own_count = parts[9]  # [rows] how many of them count
+
+
+def exact_shape(segments: Sequence[Segment], kv: PagedKv) -> Shape:
+    """Return the shape of a forward over `segments` without any padding."""
+    chains = all(s.visible is None for s in segments)
+    long = not chains and any(_is_long(s) for s in segments)
+    runs = [run for s in segments for run in _runs(s, long)]
+    return Shape(
+        rows=sum(len(s.ids) for s in segments),
+        kept=sum(len(s.keep) for s in segments),
+        sequences=len(runs),
+        queries=max(runs),
+        blocks=max(-(-s.end // kv.block_size) for s in segments),
+        listed=0 if chains else max(_listed(s, long) for s in segments),
+        causal=chains or long,
+    )
+
+
+def fits_bucket(segments: Sequence[Segment], listed: int) -> bool:
+    """True if the rows can be shown in a bucket whose rows list `listed` entries at most; 0: single rows alone."""
+    if not listed:
+        return all(s.visible is None and len(s.ids) == 1 for s in segments)
+    return all(_listed(s, causal=False) <= listed for s in segments)
+
+
+def laid_out(segments: Sequence[Segment], kv: PagedKv, shape: Shape) -> IntArray:
+    """Return the flat numbers of `segments` in a shape that has room for them; what is left is padding.
+
+    Rows of padding see themselves alone. They write to the scratch block and nobody reads them there.
+    """
+    chains, long = not shape.listed, bool(shape.listed) and shape.causal
+    slots, counts, first, prefix = (
+        np.array([(s.slot, len(s.ids), s.start, s.prefix) for s in segments], np.int64).reshape(-1, 4).T
+    )
+    n = int(counts.sum())
+    padding = shape.rows - n
+    slots = np.repeat(slots, counts)
+    scratch = SCRATCH * kv.block_size + np.arange(padding) % kv.block_size
+    index = np.arange(n) + np.repeat(first - (np.cumsum(counts) - counts), counts)
+    runs = [run for s in segments for run in _runs(s, True)] if long else counts
+    starts = _starts(runs, n, shape)
+    own_stretch = np.repeat(np.array([_as_chain(s, chains, long) for s in segments], np.bool_), counts)
+    seen = np.where(own_stretch, index + 1, np.repeat(prefix, counts))
+    seen = _joined([seen, np.full(padding, int(chains))])
+    table = np.full((shape.sequences, shape.blocks), SCRATCH, np.int64)
+    real = starts[:-1] < n
+    table[real] = kv.tables[slots[starts[:-1][real]], : shape.blocks]
+    own, own_count = _own(segments, kv, shape, long)
+    if shape.listed:
+        own[n:, 0] = scratch
+        own_count[n:] = 1
+    kept = kept_places(segments) if segments else np.empty(0, np.int64)
+    return np.concatenate(
+        [
+            _padded([s.ids for s in segments], shape.rows),
+            _padded([s.positions for s in segments], shape.rows),
+            kv.places(slots, index),
+            scratch,
+            np.repeat(np.arange(shape.sequences), np.diff(starts)),
+            seen,
+            _padded([kept], shape.kept),
+            starts,
+            table.ravel(),
+            own.ravel(),
+            own_count,
+        ]
+    )
+
+
+def on_device(numbers: IntArray, device: torch.device) -> Tensor:
+    """Return flat numbers on a device."""
+    return torch.from_numpy(numbers).to(device)
+
+
+def _is_long(s: Segment) -> bool:
+    """True for a stretch of text that is better seen as one than listed."""
+    return s.visible is None and len(s.ids) > LISTED
+
+
+def _as_chain(s: Segment, chains: bool, long: bool) -> bool:
+    return chains or (long and _is_long(s))
+
+
+def _runs(s: Segment, long: bool) -> list[int]:
+    """Return the rows of each run of a segment. Where runs are causal, a tree is taken apart: one row each."""
+    return [1] * len(s.ids) if long and not _is_long(s) else [len(s.ids)]
+
+
+def _visible(s: Segment) -> BoolArray:
+    return np.tri(len(s.ids), dtype=np.bool_) if s.visible is None else s.visible
+
+
+def _listed(s: Segment, causal: bool) -> int:
+    """Return how many entries the rows of a segment list at most."""
+    if s.visible is None:
+        return 0 if causal and _is_long(s) else len(s.ids)
+    return int(s.visible.sum(axis=1).max())
+
+
+def _starts(runs: Sequence[int] | IntArray, rows: int, shape: Shape) -> IntArray:
+    """Return [sequences + 1] first rows. Rows of padding are runs of their own in plain shapes, else the last run."""
+    starts = np.full(shape.sequences + 1, rows, np.int64)
+    starts[0] = 0
+    starts[1 : len(runs) + 1] = np.cumsum(runs, dtype=np.int64)
+    if not shape.listed and shape.rows > rows:
+        starts[len(runs) :] = np.arange(rows, shape.rows + 1)
+    starts[-1] = shape.rows
+    return starts
+
+
+def _own(segments: Sequence[Segment], kv: PagedKv, shape: Shape, long: bool) -> tuple[IntArray, IntArray]:
+    """Return where the listed entries of each row lie [rows, listed], and how many there are [rows]."""
+    own = np.full((shape.rows, shape.listed), SCRATCH * kv.block_size, np.int64)
+    count = np.zeros(shape.rows, np.int64)
+    row = 0
+    for s in segments if shape.listed else ():
+        if not _as_chain(s, False, long):
+            visible = _visible(s)
+            rows, columns = np.nonzero(visible)
+            rank = visible.cumsum(axis=1)[rows, columns] - 1
+            own[row + rows, rank] = kv.places(s.slot, s.prefix + columns)
+            count[row : row + len(s.ids)] = visible.sum(axis=1)
+        row += len(s.ids)
+    return own, count
+
+
+def _joined(parts: Sequence[IntArray]) -> IntArray:
+    return np.concatenate([np.empty(0, np.int64), *parts])
+
+
+def _padded(parts: Sequence[IntArray], length: int) -> IntArray:
+    joined = _joined(parts)
+    return np.concatenate([joined, np.zeros(length - len(joined), np.int64)])

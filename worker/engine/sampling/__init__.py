@@ -1,0 +1,3 @@
+"""Sampling: filters, penalties and compiled draws."""
+
+from __future__ import annotations

@@ -1,0 +1,83 @@
+"""History: what a text already holds, and what that does to the logits of its next token."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence as Seq
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worker.engine.sampling.sampling import Sampling
+from worker.engine.segments import IntArray
+
+
+class History:
+    """The distinct tokens of one text, and how often each stands in its output. Grows with the text, counts once."""
+
+    def __init__(self) -> None:
+        """Start with nothing read."""
+        self._read = 0
+        self._place: dict[int, int] = {}
+        self._tokens = array("q")
+        self._counts = array("q")
+
+    def read(self, ids: list[int], num_prompt: int) -> None:
+        """Take in what `ids` hold beyond the part that was read before."""
+        for i in range(self._read, len(ids)):
+            self._add(ids[i], int(i >= num_prompt))
+        self._read = len(ids)
+
+    def along(self, path: Seq[int]) -> tuple[IntArray, IntArray]:
+        """Return the distinct tokens of the text with `path` behind it, and how often each stands in the output."""
+        fresh = list(dict.fromkeys(token for token in path if token not in self._place))
+        tokens = np.array([*fresh, *self._tokens] if fresh else self._tokens, np.int64)
+        counts = np.array([*[0] * len(fresh), *self._counts] if fresh else self._counts, np.int64)
+        for token in path:
+            place = self._place.get(token)
+            counts[fresh.index(token) if place is None else len(fresh) + place] += 1
+        return tokens, counts
+
+    def _add(self, token: int, count: int) -> None:
+        place = self._place.setdefault(token, len(self._tokens))
+        if place == len(self._tokens):
+            self._tokens.append(token)
+            self._counts.append(0)
+        self._counts[place] += count
+
+
+def adjust(logits: Tensor, samplings: Seq[Sampling], seen: Seq[tuple[IntArray, IntArray]]) -> Tensor:
+    """Apply logit_bias, then the repetition, frequency and presence penalties, to a copy of `logits` [rows, vocab].
+
+    `seen` holds each row's `History.along`. Repetition is transformers' (prompt and output, divides or multiplies);
+    frequency and presence are OpenAI's (output, subtract).
+    """
+    scores = logits.float().clone()
+    _add_bias(scores, samplings)
+    rows = _flat([np.full(len(tokens), row) for row, (tokens, _) in enumerate(seen)], logits)
+    tokens, counts = _flat([t for t, _ in seen], logits), _flat([c for _, c in seen], logits)
+    repetition, frequency, presence = (
+        torch.tensor(values, dtype=torch.float32, device=logits.device)[rows]
+        for values in (
+            [s.repetition_penalty for s in samplings],
+            [s.frequency_penalty for s in samplings],
+            [s.presence_penalty for s in samplings],
+        )
+    )
+    old = scores[rows, tokens]
+    repeated = torch.where(old < 0, old * repetition, old / repetition)
+    scores[rows, tokens] = repeated - frequency * counts - presence * (counts > 0)
+    return scores
+
+
+def _add_bias(scores: Tensor, samplings: Seq[Sampling]) -> None:
+    biased = [(row, token, bias) for row, s in enumerate(samplings) for token, bias in s.logit_bias]
+    if biased:
+        rows, tokens, values = zip(*biased, strict=True)
+        at = (torch.tensor(rows, device=scores.device), torch.tensor(tokens, device=scores.device))
+        scores[at] += torch.tensor(values, dtype=torch.float32, device=scores.device)
+
+
+def _flat(parts: Seq[IntArray], like: Tensor) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts)).to(like.device)

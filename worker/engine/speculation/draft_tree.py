@@ -1,0 +1,172 @@
+"""Draft trees of a whole batch, as flat arrays, and how they grow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from worker.engine.sampling.penalties import adjust
+from worker.engine.segments import BoolArray, IntArray, Segment
+from worker.engine.sequence import Sequence
+
+FloatArray = NDArray[np.float64]
+
+
+SOURCES = 3  # of candidates, that are told apart at most
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """What a drafter offers below each node of a frontier: probability 0 marks an empty place."""
+
+    tokens: IntArray  # [frontier, k]
+    probabilities: FloatArray  # [frontier, k] P(the target draws this token here | it reached the node)
+    source: IntArray | None = None  # [frontier, k] who offers it, below SOURCES; None: one source for all
+
+
+class Forest:
+    """The draft trees of a batch. Nodes 0..len(sequences)-1 are the roots: each sequence's newest committed token."""
+
+    def __init__(self, sequences: Seq[Sequence], worth: float = 1.0) -> None:
+        """Start with the roots alone, which is plain decoding. Values are taken times `worth`."""
+        self.sequences = list(sequences)
+        count = len(self.sequences)
+        self.tree: IntArray = np.arange(count)
+        self.parent: IntArray = np.full(count, -1)
+        self.token: IntArray = np.array([s.ids[-1] for s in self.sequences], np.int64)
+        self.depth: IntArray = np.zeros(count, np.int64)
+        self.value: FloatArray = np.full(count, worth)
+
+    @property
+    def roots(self) -> IntArray:
+        """Node numbers of the roots."""
+        return np.arange(len(self.sequences))
+
+    @property
+    def size(self) -> int:
+        """Nodes, roots included."""
+        return len(self.token)
+
+    @cached_property
+    def sampled(self) -> BoolArray:
+        """Which trees belong to sequences above temperature 0."""
+        return np.array([not s.sampling.greedy for s in self.sequences], np.bool_)
+
+    @cached_property
+    def _left(self) -> IntArray:
+        """Tokens that the text of each tree may still get."""
+        return np.array([s.remaining for s in self.sequences], np.int64)
+
+    def add_layer(self, frontier: IntArray, candidates: Candidates, floor: float = 0.0) -> IntArray:
+        """Hang the candidates worth more than `floor` below the frontier; return the new nodes' numbers."""
+        values = self.value[frontier, None] * candidates.probabilities
+        places, ranks = np.nonzero(values > floor)
+        parents = frontier[places]
+        first = self.size
+        self.tree = np.concatenate([self.tree, self.tree[parents]])
+        self.parent = np.concatenate([self.parent, parents])
+        self.token = np.concatenate([self.token, candidates.tokens[places, ranks]])
+        self.depth = np.concatenate([self.depth, self.depth[parents] + 1])
+        self.value = np.concatenate([self.value, values[places, ranks]])
+        return np.arange(first, self.size)
+
+    def ranking(self) -> IntArray:
+        """Draft nodes, best value first: parents precede children.
+
+        Ties go to the shallower, then to the text that has most left to write, for the last one to end alone is dear.
+        """
+        nodes = np.arange(len(self.sequences), self.size)
+        return nodes[np.lexsort((nodes, -self._left[self.tree[nodes]], self.depth[nodes], -self.value[nodes]))]
+
+    def best(self, per_tree: int) -> BoolArray:
+        """Mark the `per_tree` best draft nodes of every tree, and the roots: the paper's T_opt (section 3)."""
+        ranked = self.ranking()
+        by_tree = ranked[np.argsort(self.tree[ranked], kind="stable")]
+        starts = np.searchsorted(self.tree[by_tree], self.roots)
+        rank = np.arange(len(by_tree)) - starts[self.tree[by_tree]]
+        kept = np.zeros(self.size, np.bool_)
+        kept[: len(self.sequences)] = True
+        kept[by_tree[rank < per_tree]] = True
+        return kept
+
+    def expected(self, kept: BoolArray) -> FloatArray:
+        """Return E(A) per tree [sequences]: expected accepted draft tokens over the kept nodes."""
+        draft = kept.copy()
+        draft[: len(self.sequences)] = False
+        sums = np.bincount(self.tree[draft], weights=self.value[draft], minlength=len(self.sequences))
+        return sums.astype(np.float64)  # of no nodes at all, bincount returns integers
+
+    def pruned(self, kept: BoolArray) -> Forest:
+        """Return the kept nodes as a forest of their own, ordered by tree depth; `kept` holds every root."""
+        order = np.flatnonzero(kept)
+        number = np.full(self.size, -1)
+        number[order] = np.arange(len(order))
+        forest = Forest(self.sequences)
+        forest.tree, forest.token = self.tree[order], self.token[order]
+        forest.depth, forest.value = self.depth[order], self.value[order]
+        forest.parent = np.where(self.parent[order] >= 0, number[self.parent[order]], -1)
+        assert (forest.parent[len(self.sequences) :] >= 0).all(), "a kept node lost its parent"
+        return forest
+
+    def nodes_of(self, tree: int) -> IntArray:
+        """Node numbers of one tree, root first, parents before children."""
+        return np.flatnonzero(self.tree == tree)
+
+    def siblings(self) -> tuple[IntArray, IntArray]:
+        """Return for each node its place among its siblings by value, the likeliest first, and how many it has below.
+
+        Of equals the one drafted first comes first.
+        """
+        roots, parents = len(self.sequences), self.parent[len(self.sequences) :]
+        children = np.bincount(parents, minlength=self.size)
+        order = np.lexsort((-self.value[roots:], parents))
+        starts = children.cumsum() - children
+        rank = np.zeros(self.size, np.int64)
+        rank[roots + order] = np.arange(len(order)) - starts[parents[order]]
+        return rank, children
+
+    def path(self, node: int) -> list[int]:
+        """Tokens from below the root down to a node."""
+        tokens: list[int] = []
+        while self.parent[node] >= 0:
+            tokens.append(int(self.token[node]))
+            node = int(self.parent[node])
+        return tokens[::-1]
+
+    def adjusted(self, logits: Tensor, nodes: IntArray) -> Tensor:
+        """Return the logits [nodes, vocab] of these nodes under penalties and bias, each along its own path."""
+        sequences = [self.sequences[tree] for tree in self.tree[nodes]]
+        rows = [i for i, s in enumerate(sequences) if s.sampling.adjusted]
+        if not rows:
+            return logits
+        seen = [sequences[i].seen(self.path(int(nodes[i]))) for i in rows]
+        scores = logits.float().clone()
+        scores[rows] = adjust(scores[rows], [sequences[i].sampling for i in rows], seen)
+        return scores
+
+    def segment(self, tree: int, nodes: IntArray) -> Segment:
+        """Return the rows that show one tree to the target; the root's own KV entry is written with them."""
+        sequence = self.sequences[tree]
+        prefix = len(sequence.ids) - 1
+        return Segment(
+            slot=sequence.slot,
+            prefix=prefix,
+            start=prefix,
+            ids=self.token[nodes],
+            positions=prefix + self.depth[nodes],
+            visible=self._ancestors(nodes) if len(nodes) > 1 else None,
+            keep=np.arange(len(nodes)),
+        )
+
+    def _ancestors(self, nodes: IntArray) -> BoolArray:
+        """Return [n, n]: which of `nodes` (parents first) each one sees: its ancestors and itself."""
+        place = np.searchsorted(nodes, self.parent[nodes])
+        seen = np.eye(len(nodes), dtype=np.bool_)
+        for i in range(1, len(nodes)):
+            seen[i] |= seen[place[i]]
+        return seen

@@ -1,0 +1,86 @@
+"""Growing the draft trees of a step, layer by layer over the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from worker.engine.segments import IntArray
+from worker.engine.sequence import Sequence
+from worker.engine.speculation.draft_tree import Candidates, Forest
+from worker.engine.speculation.tree_budget import Budget
+
+
+class Drafter(Protocol):
+    """A source of draft tokens. It keeps its own state per sequence and catches up lazily with committed tokens."""
+
+    name: str
+
+    @property
+    def free(self) -> Drafter | None:
+        """The part of a mixed drafter that runs no network; None if there is no such part, or nothing else."""
+
+    def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
+        """Offer children for the frontier nodes; every call of a step brings the next layer of the same forest."""
+
+    def behind(self, sequence: Sequence) -> int:
+        """Return how many committed tokens a forward of the drafter must read before it can draft for the sequence."""
+
+    def keep(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
+        """Learn what the target kept: `path` are nodes of the forest that was grown, `emitted` the step's tokens."""
+
+    def drop(self, sequence: Sequence) -> None:
+        """Forget a sequence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What a drafter offered below a frontier, in its own probabilities."""
+
+    frontier: IntArray
+    offered: Candidates
+
+
+Valued = Callable[[Forest, Layer], Candidates]  # a drafter's probabilities -> what the trees are to believe
+
+
+_NONE: IntArray = np.empty(0, np.int64)
+
+
+def as_offered(_: Forest, layer: Layer) -> Candidates:
+    """Believe the drafter, as the paper does."""
+    return layer.offered
+
+
+def grow(
+    forest: Forest, drafter: Drafter, budget: Budget, max_depth: int, roots: IntArray, valued: Valued = as_offered
+) -> list[Layer]:
+    """Grow the trees of `roots` in place and return what was offered.
+
+    A layer that was drafted is always eligible, and gains never rise with depth, so the first layer that is not worth
+    its cost is the right place to stop.
+    """
+    layers: list[Layer] = []
+    frontier = _expandable(forest, roots)
+    while len(frontier) and len(layers) < max_depth:
+        layers.append(Layer(frontier, drafter.expand(forest, frontier)))
+        added = _NONE
+        if layers[-1].offered.probabilities.any():
+            added = forest.add_layer(frontier, valued(forest, layers[-1]), budget.floor)
+        frontier = _expandable(forest, budget.frontier(forest, frontier, added))
+    return layers
+
+
+def _expandable(forest: Forest, nodes: IntArray) -> IntArray:
+    """Drop nodes whose children could never be emitted: behind an end of sequence, or beyond max_tokens."""
+    useful = [
+        depth + 2 <= sequence.remaining and not (depth and token in sequence.eos_ids)
+        for depth, token, tree in zip(
+            forest.depth[nodes].tolist(), forest.token[nodes].tolist(), forest.tree[nodes].tolist(), strict=True
+        )
+        for sequence in (forest.sequences[tree],)
+    ]
+    return nodes[np.array(useful, np.bool_)]

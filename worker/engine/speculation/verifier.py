@@ -1,0 +1,79 @@
+"""Verification: keep the path on which every draft token is the target's own draw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worker.engine.sampling.sampling import Sampling, draw, likeliest
+from worker.engine.segments import IntArray
+from worker.engine.speculation.draft_tree import Forest
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What the target kept of one tree."""
+
+    path: IntArray  # accepted draft nodes, root not counted, in order of depth
+    bonus: int  # the target's own token behind them; -1: its scores there were not numbers
+
+
+def walk(forest: Forest, logits: Tensor, rows: IntArray) -> list[Accepted]:
+    """Walk every tree of the batch along the target's draws.
+
+    `rows[node]` is the row of `logits` [rows, vocab] that shows the node. Greedy trees take one argmax and one transfer
+    for all of them; trees with noise or penalties draw lazily, one round per depth, on the rows they reach.
+    """
+    children = {
+        (int(parent), int(token)): node
+        for node, (parent, token) in enumerate(zip(forest.parent, forest.token, strict=True))
+        if parent >= 0
+    }
+    walks = [_Walk(root) for root in range(len(forest.sequences))]
+    greedy = [w for w in walks if _is_plain(forest.sequences[w.root].sampling)]
+    if greedy:
+        draws = likeliest(logits).tolist()
+        for w in greedy:
+            while w.advance(draws[rows[w.node]], children):
+                pass
+    moving = [w for w in walks if not _is_plain(forest.sequences[w.root].sampling)]
+    while moving:
+        draws = _draw_at([w.node for w in moving], forest, logits, rows)
+        moving = [w for w, token in zip(moving, draws, strict=True) if w.advance(token, children)]
+    return [Accepted(np.array(w.path, np.int64), w.bonus) for w in walks]
+
+
+def _is_plain(sampling: Sampling) -> bool:
+    """True when the largest raw logit is drawn."""
+    return sampling.greedy and not sampling.adjusted
+
+
+class _Walk:
+    def __init__(self, root: int) -> None:
+        self.root = root
+        self.node = root
+        self.path: list[int] = []
+        self.bonus = -1
+
+    def advance(self, token: int, children: dict[tuple[int, int], int]) -> bool:
+        """Step to the child that is the target's draw; False, with the draw as bonus, when there is none."""
+        child = children.get((self.node, token))
+        if child is None:
+            self.bonus = token
+            return False
+        self.path.append(child)
+        self.node = child
+        return True
+
+
+def _draw_at(nodes: list[int], forest: Forest, logits: Tensor, rows: IntArray) -> list[int]:
+    sequences = [forest.sequences[forest.tree[node]] for node in nodes]
+    positions = [len(s.ids) + int(forest.depth[node]) for s, node in zip(sequences, nodes, strict=True)]
+    samplings = [s.sampling for s in sequences]
+    if not any(s.adjusted for s in samplings):
+        return draw(logits, samplings, positions, rows[nodes])
+    picked = logits[torch.from_numpy(rows[nodes]).to(logits.device)]
+    return draw(forest.adjusted(picked, np.array(nodes, np.int64)), samplings, positions)

@@ -1,0 +1,3 @@
+"""Loading models, drafters, calibration and memory."""
+
+from __future__ import annotations

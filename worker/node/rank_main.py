@@ -1,0 +1,85 @@
+"""`python -m worker.node.rank_main STORE RANK`: a rank with its share of the models, led by the first rank.
+
+It loads what the first rank loads, in the same order, and then only obeys: it knows no job, no text and no draft tree,
+and ends with the first rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from jobs.errors import BasicError
+from jobs.logs import log_to_stderr
+from jobs.processes import BAD_SETTINGS_STATUS
+from worker.drafters.head_file import is_head
+from worker.engine.errors import EngineError, RankLost
+from worker.engine.model.language_model import gather, load, native_dtype, quicken
+from worker.engine.parallel.channel import Wire
+from worker.engine.parallel.commands import Op
+from worker.engine.parallel.leader_model import FollowingModels
+from worker.loading.drafts import chosen_draft
+from worker.loading.memory import own_bytes
+from worker.loading.model_store import resolve
+from worker.loading.tensor_parallel import draft_split
+from worker.settings import WorkerSettings
+
+log = logging.getLogger(__name__)
+
+
+def main() -> int:
+    """Follow until the first rank says that it is over, or is gone."""
+    store, rank = sys.argv[1:]
+    settings = WorkerSettings()
+    log_to_stderr(settings.log_format, logging.WARNING)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the first rank drains, and then says that it is over
+    try:
+        follow(settings, Path(store), int(rank))
+    except RankLost as lost:
+        log.warning("%s", lost, extra={"action": "rank_lost"})
+        return 1
+    except (BasicError, EngineError) as error:
+        print(error, file=sys.stderr)
+        return BAD_SETTINGS_STATUS
+    return 0
+
+
+def follow(settings: WorkerSettings, store: Path, rank: int) -> None:
+    """Load this rank's shares and obey orders until the end."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+    wire = Wire(store, rank, settings.tp, device)
+    models = FollowingModels(_load(settings, device))
+    while (order := wire.hear()).op is not Op.END:
+        if order.op is Op.ROOM:
+            wire.least(own_bytes(device, settings.memory_share / settings.tp))
+        else:
+            models.obey(order)
+
+
+def _load(settings: WorkerSettings, device: torch.device) -> list[PreTrainedModel]:
+    """Load the target's share, and the draft if it lies on all ranks; exactly as the first rank does (assembly)."""
+    dtype = native_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    target = load(resolve(settings.target, settings.cache_dir), dtype=dtype, device=device, ranks=settings.tp)
+    draft = chosen_draft(settings)
+    if draft is None:
+        return [target]
+    if is_head(draft):
+        gather(target)
+        return [target]
+    if settings.draft_ranks != "all":
+        return [target]
+    network = load(draft, dtype=dtype, device=device, ranks=draft_split(draft, settings))
+    quicken(network)
+    return [target, network]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

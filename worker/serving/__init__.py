@@ -1,0 +1,3 @@
+"""Serving requests: claim, step, write."""
+
+from __future__ import annotations

@@ -1,0 +1,180 @@
+"""A live request: what the worker holds of a claimed request until its outputs are committed.
+
+Collects the engine's results per choice, and hands over what one flush has to write.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import asdict, dataclass, field, replace
+
+from jobs.openai.logprobs import Stored
+from storage.dialect import storable
+from storage.records import Checkpoint, Claim, FinishedChoice, Progress, Refusal, StepRow
+from storage.session import why_away
+from worker.engine.sequence import Sequence
+from worker.engine.stats import StepNumbers, StepResult
+from worker.serving.tree_rows import tree_row
+from worker.text.output_stream import Transcript
+
+_MOST_SAID = 500  # characters of an error
+
+Now = Callable[[], float]  # Unix seconds
+
+
+@dataclass(slots=True)
+class LiveChoice:
+    """One choice being decoded: its sequence and text, and what has not been committed yet."""
+
+    index: int
+    transcript: Transcript
+    started_at: float
+    first_of_prompt: bool = True
+    next_seq: int = 0  # of its next event
+    announced: bool = False  # its `started` event has been published by us or an earlier owner
+    _ids: list[int] = field(default_factory=list)
+    _accepted: list[bool] = field(default_factory=list)
+    _pieces: list[tuple[str, str]] = field(default_factory=list)
+    _steps: list[StepRow] = field(default_factory=list)
+    _logprobs: list[Stored] = field(default_factory=list)
+
+    @property
+    def sequence(self) -> Sequence:
+        """The choice as the engine decodes it."""
+        return self.transcript.sequence
+
+    def resume(self, checkpoints: list[Checkpoint]) -> None:
+        """Take over what an earlier owner had committed; the sequence goes on behind it."""
+        for checkpoint in checkpoints:
+            self.transcript.resume(checkpoint.token_ids, checkpoint.accepted)
+            self.sequence.steps = max([self.sequence.steps, *(row.step + 1 for row in checkpoint.steps)])
+            self.next_seq = checkpoint.seq + 1
+            self.announced = True
+
+    def take(self, result: StepResult, now: float, text_of: Callable[[int], str]) -> None:
+        """Add what a step brought; `text_of` tells the tokens of a tree that is recorded."""
+        written = self.transcript.take(result)
+        self._ids += written.tokens
+        self._accepted += written.accepted
+        self._pieces += written.pieces
+        self._logprobs += [likelihoods.stored() for likelihoods in written.logprobs or ()]
+        row = _row(written.numbers, now)
+        if result.tree is not None:
+            row = replace(row, tree=tree_row(result.tree, text_of))
+        self._steps.append(row)
+
+    def checkpoint(self) -> Checkpoint | None:
+        """Return the tokens since the last checkpoint, and start the next one."""
+        if not self._ids:
+            return None
+        taken = Checkpoint(
+            choice_index=self.index,
+            seq=self.next_seq,
+            token_ids=tuple(self._ids),
+            accepted=tuple(self._accepted),
+            text="".join(text for text, _ in self._pieces),
+            pieces=tuple(self._pieces),
+            steps=tuple(self._steps),
+            logprobs=None if self.sequence.sampling.logprobs is None else tuple(self._logprobs),
+        )
+        self.next_seq += 1
+        self._ids, self._accepted, self._pieces, self._steps, self._logprobs = [], [], [], [], []
+        return taken
+
+    def output(self, now: float) -> FinishedChoice:
+        """Return the finished choice as its row of `outputs`."""
+        reason = self.sequence.finish_reason
+        assert reason is not None
+        ids = self.sequence.output_ids
+        finished = FinishedChoice(
+            choice_index=self.index,
+            text=self.transcript.text,
+            token_ids=tuple(ids),
+            finish_reason=reason,
+            prompt_tokens=self.sequence.num_prompt,
+            completion_tokens=len(ids),
+            started_at=self.started_at,
+            finished_at=now,
+            last_seq=self.next_seq,
+            first_of_prompt=self.first_of_prompt,
+        )
+        self.next_seq += 1
+        return finished
+
+
+@dataclass(slots=True)
+class LiveRequest:
+    """A claimed request and its choices that are still to be written."""
+
+    claim: Claim
+    choices: dict[int, LiveChoice] = field(default_factory=dict)
+    refusal: Refusal | None = None
+    reading: bool = False  # it has no choices yet: its prompt is being read
+    keys: frozenset[Hashable] = frozenset()  # of the sequences of all choices that it has had
+    taken_at: float = field(default_factory=time.time)
+    _next_seq: int | None = None  # of choice 0, once that is no longer among the choices
+
+    @property
+    def done(self) -> bool:
+        """True when the next flush ends the request."""
+        if self.refusal is not None:
+            return True
+        return not self.reading and all(c.sequence.finished for c in self.choices.values())
+
+    @property
+    def ended(self) -> bool:
+        """True when nothing is left to be written of it."""
+        return not self.reading and not self.choices
+
+    @property
+    def places(self) -> int:
+        """Sequences of the engine that it takes, as far as that is known."""
+        return len(self.choices) or int(self.reading)
+
+    @property
+    def failure_seq(self) -> int:
+        """Number of its `failed` event: behind whatever earlier attempts have published."""
+        if self._next_seq is not None:
+            return self._next_seq
+        if self.claim.attempts == 1:
+            return 0
+        return 1 + max((c.seq for c in self.claim.checkpoints if c.choice_index == 0), default=0)
+
+    def fail(self, refusal: Refusal) -> None:
+        """End the request with an error in the midst of decoding; what is not committed of it is dropped."""
+        if 0 in self.choices:
+            self._next_seq = self.choices[0].next_seq
+        self.choices.clear()
+        self.reading = False
+        self.refusal = refusal
+
+    def progress(self, now: float) -> Progress:
+        """Return what the next flush writes, and forget the choices it finishes."""
+        if self.refusal is not None:
+            return Progress(self.claim.lease, refusal=self.refusal)
+        ends = self.done
+        checkpoints = [c.checkpoint() for c in self.choices.values()]
+        finished = [c for c in self.choices.values() if c.sequence.finished]
+        for choice in finished:
+            del self.choices[choice.index]
+        progress = Progress(
+            lease=self.claim.lease,
+            checkpoints=tuple(c for c in checkpoints if c is not None),
+            finished=tuple(choice.output(now) for choice in finished),
+            ends=ends,
+        )
+        for choice in finished:
+            if choice.index == 0:
+                self._next_seq = choice.next_seq
+        return progress
+
+
+def unforeseen(what: str, error: BaseException) -> Refusal:
+    """Return the answer to a request on which something failed that nobody foresaw."""
+    said = f"{type(error).__name__}: {why_away(error)}"[:_MOST_SAID]  # no statement, no values
+    return Refusal("server_error", f"{what}: {storable(said)}", status_code=500)
+
+
+def _row(numbers: StepNumbers, now: float) -> StepRow:
+    return StepRow(**asdict(numbers), ended_at=now)

@@ -1,0 +1,297 @@
+"""The runner: claims requests, feeds the engine, and hands what it decodes to the sink. One turn is one step.
+
+Knows no Celery and no signals.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from jobs.errors import DatabaseUnavailable, RequestRefused
+from jobs.logs import noted
+from jobs.messages import MESSAGE_VERSION
+from storage import leases
+from storage.records import Checkpoint, Refusal, RequestKey
+from storage.session import DATABASE_AWAY, Database, why_away
+from worker.engine.engine import Engine
+from worker.engine.sequence import Sequence
+from worker.engine.stats import StepResult
+from worker.serving import spans
+from worker.serving.active_request import LiveChoice, LiveRequest, unforeseen
+from worker.serving.request_reader import Readers, Reading
+from worker.serving.resilient_engine import LastingEngine
+from worker.serving.sink import Sink
+from worker.serving.speedup_check import Comparison
+from worker.serving.worker_stats import Load
+from worker.text.codec import Codec
+from worker.text.output_stream import Transcript
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 1.0  # between looks for work when the last one found none; a doorbell cuts it short
+_CLAIM_SHARE = 0.05  # of the time, at most, goes into looks for more work while there is text to decode
+_WAITED_FOR_INTERVAL_S = 0.1  # between commits of text that a person waits for
+_READ_BESIDE = 4  # requests being read that take no place: prompts that take long to read must not keep others out
+_SETTLE_S = 0.02  # that texts being written wait for short requests that were just claimed
+_IDLE_S = 0.5  # that an idle engine waits for short requests to be read, so that they begin together
+_NAP_S = 0.05  # that it waits for a long one before it looks around
+_FENCE = 2 / 3  # of a lease: without a renewal for longer, nothing is decoded until there is one
+
+
+class Runner:
+    """Serves one model's requests with one engine."""
+
+    def __init__(
+        self,
+        make_engine: Callable[[], Engine],
+        codec: Codec,
+        sink: Sink,
+        database: Database,
+        *,
+        worker_id: str,
+        model: str,
+        lease_s: float,
+        interval_s: float,
+        reserved: int = 0,
+    ) -> None:
+        """Flush every `interval_s`; `make_engine` also replaces an engine whose step failed.
+
+        So many as `reserved` of the engine's sequences are kept for requests that somebody waits for.
+        """
+        self._engine = LastingEngine(make_engine)
+        self._codec = codec
+        self._sink = sink
+        self._database = database
+        self._worker_id = worker_id
+        self._model = model
+        self._lease_s = lease_s
+        self._interval_s = interval_s
+        self._reserved = reserved
+        self._readers = Readers(codec)
+        self._comparison = Comparison(self._engine, codec, database, worker_id=worker_id, model=model, lease_s=lease_s)
+        self._live: dict[RequestKey, LiveRequest] = {}
+        self._load = Load()
+        self._claimed_at = float("-inf")
+        self._claim_s = 0.0  # that the last look took
+        self._more_waits = False  # the last look that had room for requests of batches found some
+        self._flushed_at = float("-inf")
+        self._renewed_at = float("-inf")  # when the oldest lease that is held was renewed
+        self._warned = False
+
+    @property
+    def busy(self) -> bool:
+        """True while requests are held or compared, and while more may wait: the last look found some."""
+        return bool(self._live) or self._more_waits or self._comparison.busy
+
+    @property
+    def learned(self) -> dict[str, Any]:
+        """What the engine has learned about drafts, as JSON."""
+        return self._engine.learned
+
+    @property
+    def load(self) -> dict[str, Any]:
+        """What the worker has done since its start and holds now, as JSON."""
+        return self._load.as_json(self._live.values())
+
+    def turn(self, *, rung: bool = False) -> None:
+        """Claim if there is room, run one step, flush if it is time. Raises DatabaseUnavailable: call again later."""
+        if self._live and time.monotonic() - self._renewed_at > _FENCE * self._lease_s:
+            self._flush()  # we slept, or the database did: first see what is still ours
+        self._take_up_read(_SETTLE_S if self._claim(rung) else 0.0)
+        if self._live and self._engine.busy:
+            self._step()
+        if self._live and self._flush_is_due():
+            self._flush()
+        if not self._live:
+            self._compare()
+
+    def hand_back(self) -> None:
+        """Commit what there is and give every request back, so that another worker goes on from there."""
+        self._comparison.give_way()
+        if self._live:
+            self._flush()
+        try:
+            with self._database.write() as session:
+                leases.release(session, self._worker_id, [r.claim.lease for r in self._live.values()])
+        except DATABASE_AWAY as error:
+            raise _unavailable(error) from error
+        self._drop(set(self._live))
+        self._readers.close()
+
+    def _claim(self, rung: bool) -> bool:
+        """Look for work if it is time, and let it be read; return whether there was some."""
+        now, room = time.monotonic(), self._comparison.room
+        room -= max(0, sum(request.reading for request in self._live.values()) - _READ_BESIDE)
+        reserved = max(0, self._reserved - sum(request.places for request in self._waited_for()))
+        since_s = now - self._claimed_at
+        more = self._more_waits and room > reserved and self._may_look(since_s)
+        if room <= 0 or not (rung or more or since_s >= _POLL_S):
+            return False
+        try:
+            with self._database.write() as session:
+                claims = leases.claim(
+                    session,
+                    self._worker_id,
+                    self._model,
+                    room,
+                    self._lease_s,
+                    holding=self._live,
+                    reserved=reserved,
+                    body_version=MESSAGE_VERSION,
+                )
+        except DATABASE_AWAY as error:
+            raise _unavailable(error) from error
+        spans.claimed(claims, time.time() - (time.monotonic() - now), time.time())
+        if not self._live:
+            self._renewed_at = now
+        # Where there was work there may be more: look again when there is room. A look without room for batches tells
+        # nothing of them, else the next place to come free would stay empty until the next poll.
+        self._more_waits = bool(claims) or (self._more_waits and room <= reserved)
+        self._claimed_at = time.monotonic()
+        self._claim_s = self._claimed_at - now
+        if claims:
+            self._comparison.give_way()
+        for claim in claims:
+            self._live[claim.lease.key] = LiveRequest(claim, reading=True)
+            self._readers.put(claim)
+        return bool(claims)
+
+    def _take_up_read(self, settle_s: float) -> None:
+        """Hand to the engine what has been read; an engine that has nothing to do waits for that."""
+        idle = bool(self._live) and not self._engine.busy
+        for claim, result in self._readers.take(_IDLE_S if idle else settle_s, _NAP_S if idle else 0.0):
+            request = self._live.get(claim.lease.key)
+            if request is not None and request.claim is claim:  # else it was lost meanwhile
+                with noted(job_id=claim.lease.job_id, request_index=claim.lease.request_index):
+                    self._take_up(request, result)
+
+    def _compare(self) -> None:
+        try:
+            self._comparison.turn()
+        except DATABASE_AWAY as error:
+            raise _unavailable(error) from error
+
+    def _may_look(self, since_s: float) -> bool:
+        """Return whether a look for more work pays: those who are decoding wait for it."""
+        return not self._engine.busy or since_s >= self._claim_s / _CLAIM_SHARE
+
+    def _take_up(self, request: LiveRequest, result: Reading | BaseException) -> None:
+        request.reading = False
+        try:
+            if isinstance(result, BaseException):
+                raise result
+            self._add_choices(request, result)
+            self._sink.started(request)
+        except RequestRefused as refused:
+            code, status = refused.code or "invalid_value", refused.status_code
+            self._end(request, Refusal(code, refused.message, refused.param, status))
+        except BaseException as error:  # whatever it is: it came of this request
+            self._fail(request, "it could not be taken up", error)
+
+    def _add_choices(self, request: LiveRequest, reading: Reading) -> None:
+        claim, body, prompts = request.claim, reading.request, reading.prompts
+        earlier: defaultdict[int, list[Checkpoint]] = defaultdict(list)
+        for checkpoint in claim.checkpoints:
+            earlier[checkpoint.choice_index].append(checkpoint)
+        n = body.sampling.n
+        for index in sorted(set(range(len(prompts) * n)) - set(claim.finished_choices)):
+            prompt = prompts[index // n]
+            sequence = self._codec.sequence((*claim.lease.key, index), prompt, body.sampling, index)
+            started_at = claim.started_at or time.time()
+            transcript = Transcript(sequence, self._codec.stream(body.sampling.stop, prompt, claim.endpoint))
+            choice = LiveChoice(index, transcript, started_at, first_of_prompt=index % n == 0)
+            choice.resume(earlier[index])
+            request.choices[index] = choice
+        request.keys = frozenset(choice.sequence.key for choice in request.choices.values())
+        for choice in request.choices.values():
+            self._engine.add(choice.sequence)
+
+    def _step(self) -> None:
+        began_at = time.monotonic()
+        results, given_up = self._engine.step()
+        self._warn_of_slow_steps(time.monotonic() - began_at)
+        now = time.time()
+        self._load.take(results)
+        for result in results:
+            self._take(result, now)
+        # The engine knows nothing of stop strings: to it, what they ended runs on.
+        self._engine.cancel({result.sequence.key for result in results if result.sequence.finished})
+        for sequence in given_up:
+            self._refuse(sequence)
+
+    def _warn_of_slow_steps(self, step_s: float) -> None:
+        if step_s > self._lease_s / 2 and not self._warned:
+            self._warned = True
+            log.warning(
+                "A step took %.1f s, and leases last %.0f s: a longer one would cost this worker its requests; "
+                "set BASIC_LEASE_S to more",
+                step_s,
+                self._lease_s,
+                extra={"action": "slow_step"},
+            )
+
+    def _take(self, result: StepResult, now: float) -> None:
+        job_id, request_index, index = _parts(result.sequence.key)
+        request = self._live[job_id, request_index]
+        choice = request.choices.get(index)
+        if choice is None:  # the request has failed in this very step, on another of its choices
+            return
+        try:
+            choice.take(result, now, self._codec.token_text)
+        except BaseException as error:  # a text is the request's own: it stops none of the others
+            self._fail(request, "its text could not be written", error)
+
+    def _refuse(self, sequence: Sequence) -> None:
+        """Answer a request with an error because the engine can't decode this choice of it even alone."""
+        job_id, request_index, _ = _parts(sequence.key)
+        said = sequence.failure or "decoding failed on this request, and on it alone"
+        self._end(self._live[job_id, request_index], Refusal("engine_error", said, status_code=500))
+
+    def _fail(self, request: LiveRequest, what: str, error: BaseException) -> None:
+        """Answer a request with an error that nobody foresaw, and log where it came from."""
+        about = {"action": "request_failed", "job_id": request.claim.lease.job_id}
+        log.error("Request %s failed: %s", request.claim.custom_id, what, exc_info=error, extra=about)
+        self._end(request, unforeseen(what, error))
+
+    def _end(self, request: LiveRequest, refusal: Refusal) -> None:
+        request.fail(refusal)
+        self._engine.cancel(set(request.keys))
+
+    def _flush_is_due(self) -> bool:
+        if all(request.done for request in self._live.values()):
+            return True
+        waited_for = self._waited_for()
+        interval_s = min(self._interval_s, _WAITED_FOR_INTERVAL_S) if waited_for else self._interval_s
+        done = any(request.done for request in waited_for)
+        return done or time.monotonic() - self._flushed_at >= interval_s
+
+    def _waited_for(self) -> list[LiveRequest]:
+        return [request for request in self._live.values() if request.claim.priority]
+
+    def _flush(self) -> None:
+        now = time.monotonic()
+        result = self._sink.flush(list(self._live.values()), time.time())
+        self._renewed_at = now
+        self._flushed_at = time.monotonic()
+        ended = {key for key, request in self._live.items() if request.ended}
+        self._drop(ended | set(result.lost))
+
+    def _drop(self, keys: set[RequestKey]) -> None:
+        gone = [self._live.pop(key) for key in keys if key in self._live]
+        sequences: set[Hashable] = {key for request in gone for key in request.keys}
+        if sequences:
+            self._engine.cancel(sequences)
+
+
+def _unavailable(error: Exception) -> DatabaseUnavailable:
+    return DatabaseUnavailable(f"The database does not answer: {why_away(error)}")
+
+
+def _parts(key: Hashable) -> tuple[str, int, int]:
+    assert isinstance(key, tuple)
+    job_id, request_index, choice = key
+    return str(job_id), int(request_index), int(choice)

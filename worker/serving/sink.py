@@ -1,0 +1,159 @@
+"""The sink: commits the progress of all running requests in one transaction, then publishes it.
+
+Nothing is published that is not committed.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from jobs.errors import DatabaseUnavailable
+from jobs.messages import PartialEvent, Piece
+from jobs.streaming.events import error_of, job_events
+from storage import writes
+from storage.dialect import storable
+from storage.records import Checkpoint, FinishedChoice, FlushResult, Lease, Progress, Refusal, RequestKey
+from storage.session import DATABASE_AWAY, Database, is_too_large, why_away
+from worker.serving import spans
+from worker.serving.active_request import LiveChoice, LiveRequest, unforeseen
+
+log = logging.getLogger(__name__)
+
+Publish = Callable[[Sequence[PartialEvent]], None]
+
+
+class Sink:
+    """Writes for one worker."""
+
+    def __init__(self, database: Database, publish: Publish, worker_id: str, lease_s: float) -> None:
+        """Write to `database` under leases of `lease_s` seconds, and hand events to `publish`."""
+        self._database = database
+        self._publish = publish
+        self._worker_id = worker_id
+        self._lease_s = lease_s
+        self._pending: list[tuple[LiveRequest, Progress]] = []  # not committed: the database did not answer
+
+    def started(self, request: LiveRequest) -> None:
+        """Announce the choices of a request that has just been taken up."""
+        self._publish([e for choice in request.choices.values() for e in self._announce(request, choice)])
+
+    def flush(self, requests: Sequence[LiveRequest], now: float) -> FlushResult:
+        """Commit what is new, renew every lease, publish. Raises DatabaseUnavailable; nothing is lost, call again."""
+        ended = {p.lease.key for _, p in self._pending if p.ends or p.refusal is not None}
+        self._pending += [(r, _progress(r, now)) for r in requests if r.claim.lease.key not in ended]
+        held = [request.claim.lease for request in requests]
+        began_at = time.time()
+        result = self._write(0, len(self._pending), held)
+        committed, self._pending = self._pending, []
+        spans.committed([entry for entry in committed if entry[1].lease.key not in result.lost], began_at, time.time())
+        self._publish([*self._events(committed, result.lost), *job_events(result.ended_jobs)])
+        for job_id, status in result.ended_jobs:
+            log.info("Job %s is %s", job_id, status, extra={"action": "job_ended", "job_id": job_id})
+        return result
+
+    def _write(self, start: int, end: int, held: Sequence[Lease]) -> FlushResult:
+        """Write some of what is pending in one transaction, or in parts if the database refuses something of it.
+
+        So the one request is found whose values it refuses; that fails, and all others are written.
+        """
+        progress = [entry for _, entry in self._pending[start:end]]
+        try:
+            with self._database.write() as session:
+                return writes.flush(session, self._worker_id, self._lease_s, progress, held)
+        except Exception as error:
+            if isinstance(error, DATABASE_AWAY) and not is_too_large(error):
+                raise DatabaseUnavailable(f"The database does not answer: {why_away(error)}") from error
+            if not progress or (len(progress) == 1 and progress[0].refusal is not None):
+                raise  # it is no value of a request that is refused
+            if len(progress) == 1:
+                request = self._pending[start][0]
+                _fail(request, "the database refuses a value of its answer", error)
+                self._pending[start] = (request, request.progress(0.0))
+                return self._write(start, end, held)
+        middle = (start + end) // 2
+        first, second = self._write(start, middle, held), self._write(middle, end, held)
+        return FlushResult(first.lost | second.lost, first.ended_jobs + second.ended_jobs)
+
+    def _announce(self, request: LiveRequest, choice: LiveChoice) -> Iterator[PartialEvent]:
+        if not choice.announced:
+            choice.announced = True
+            yield self._event(request, choice.index, choice.next_seq, type="started")
+            choice.next_seq += 1
+
+    def _events(
+        self, committed: Sequence[tuple[LiveRequest, Progress]], lost: frozenset[RequestKey]
+    ) -> Iterator[PartialEvent]:
+        for request, progress in committed:
+            if progress.lease.key in lost:
+                log.warning(
+                    "Request %s is no longer ours; its progress was dropped",
+                    request.claim.custom_id,
+                    extra={"action": "lease_lost", **_ids(progress.lease)},
+                )
+                continue
+            try:
+                yield from list(self._events_of(request, progress))
+            except Exception:  # it is committed: readers find it in the record
+                log.exception("Events can't be told", extra={"action": "events_failed", **_ids(progress.lease)})
+
+    def _events_of(self, request: LiveRequest, progress: Progress) -> Iterator[PartialEvent]:
+        yield from (self._tokens(request, checkpoint) for checkpoint in progress.checkpoints)
+        yield from (self._finished(request, finished) for finished in progress.finished)
+        if progress.refusal is not None:
+            _log_refusal(progress.lease, progress.refusal)
+            error = error_of(progress.refusal)
+            yield self._event(request, 0, request.failure_seq, type="failed", error=error)
+
+    def _tokens(self, request: LiveRequest, checkpoint: Checkpoint) -> PartialEvent:
+        return self._event(
+            request,
+            checkpoint.choice_index,
+            checkpoint.seq,
+            type="tokens",
+            text=checkpoint.text,
+            pieces=tuple(Piece.model_validate({"text": text, "source": source}) for text, source in checkpoint.pieces),
+            tokens=len(checkpoint.token_ids),
+            accepted=sum(checkpoint.accepted),
+        )
+
+    def _finished(self, request: LiveRequest, finished: FinishedChoice) -> PartialEvent:
+        return self._event(
+            request,
+            finished.choice_index,
+            finished.last_seq,
+            type="finished",
+            finish_reason=finished.finish_reason,
+        )
+
+    @staticmethod
+    def _event(request: LiveRequest, choice: int, seq: int, **fields: object) -> PartialEvent:
+        lease = request.claim.lease
+        identity = {"job_id": lease.job_id, "request": request.claim.custom_id, "index": lease.request_index}
+        return PartialEvent.model_validate({**identity, "choice": choice, "seq": seq, **fields})
+
+
+def _progress(request: LiveRequest, now: float) -> Progress:
+    """Return what a flush writes of a request; its failure, if that can't be told."""
+    try:
+        return request.progress(now)
+    except Exception as error:
+        _fail(request, "its progress can't be told", error)
+        return request.progress(now)
+
+
+def _fail(request: LiveRequest, what: str, error: Exception) -> None:
+    log.error("Request %s failed: %s", request.claim.custom_id, what, exc_info=error, extra=_ids(request.claim.lease))
+    request.fail(unforeseen(what, error))
+
+
+def _log_refusal(lease: Lease, refusal: Refusal) -> None:
+    ids = _ids(lease)
+    log.info(
+        "A request failed: %s: %s", refusal.code, storable(refusal.message), extra={"action": "request_failed", **ids}
+    )
+
+
+def _ids(lease: Lease) -> dict[str, object]:
+    return {"job_id": lease.job_id, "request_index": lease.request_index}

@@ -1,0 +1,286 @@
+"""The comparison: requests of a finished job, decoded once more with drafts and without, while nobody needs the engine.
+
+Every request is there twice, and steps of the two ways take turns: whichever has written less is next. A plain step has
+as many sequences as the step with drafts before it. So both meet the same machine, the same lengths of text and the
+same batches; left alone, the plain texts would end together, the others one by one. Whoever comes with work has the
+engine at once; the comparison begins anew when it is idle again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict, deque
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from itertools import count
+from statistics import fmean
+from typing import Any
+
+from jobs.errors import RequestRefused
+from jobs.messages import MESSAGE_VERSION
+from storage import speedup_checks
+from storage.records import ComparisonClaim, ComparisonRow, FinishedText
+from storage.session import DATABASE_AWAY, Database
+from worker.engine.stats import StepResult
+from worker.serving.resilient_engine import LastingEngine
+from worker.text.codec import Codec, read_request
+from worker.text.output_stream import Transcript
+
+log = logging.getLogger(__name__)
+
+_LOOK_S = 1.0  # between looks for a job that waits
+_KEEPS = 3  # times that a comparison in hand is renewed while it would last
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One sequence's share of a step that read no prompt."""
+
+    ms: float
+    tokens: int
+    batch_sequences: int
+
+
+@dataclass(slots=True)
+class _Way:
+    """One of the two ways in which a request is decoded."""
+
+    transcript: Transcript
+    steps: list[_Step] = field(default_factory=list)  # those that can be compared
+
+    @property
+    def key(self) -> Hashable:
+        return self.transcript.sequence.key
+
+    @property
+    def over(self) -> bool:
+        return self.transcript.sequence.finished
+
+    @property
+    def ids(self) -> list[int]:
+        return self.transcript.sequence.output_ids
+
+    def take(self, result: StepResult) -> None:
+        numbers = self.transcript.take(result).numbers
+        if numbers.plain_step_ms is not None:
+            batch = numbers.batch_sequences
+            self.steps.append(_Step(numbers.step_ms / batch, numbers.emitted_tokens, batch))
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """A request, both ways."""
+
+    text: FinishedText
+    drafted: _Way
+    plain: _Way
+
+    @property
+    def left(self) -> int:
+        """Tokens that its plain way is going to write."""
+        return len(self.text.token_ids) - len(self.plain.ids)
+
+    def row(self, token_ms: Mapping[int, float]) -> ComparisonRow:
+        """Return what it took, and what plain decoding took for a token in batches of each size."""
+        steps = self.drafted.steps
+        known = bool(steps and token_ms)
+        return ComparisonRow(
+            request_index=self.text.request_index,
+            tokens=sum(step.tokens for step in steps),
+            drafted_ms=sum(step.ms for step in steps) if known else None,
+            plain_ms=sum(step.tokens * _nearest(token_ms, step.batch_sequences) for step in steps) if known else None,
+            batch_sequences=fmean(step.batch_sequences for step in steps) if known else None,
+            same_text=all(way.ids == list(self.text.token_ids) for way in (self.drafted, self.plain)),
+        )
+
+
+def _nearest(token_ms: Mapping[int, float], batch_sequences: int) -> float:
+    """Return what a token took in plain batches of this size, or of the nearest there were."""
+    return token_ms[min(token_ms, key=lambda size: abs(size - batch_sequences))]
+
+
+class Comparison:
+    """What an idle engine does."""
+
+    def __init__(
+        self, engine: LastingEngine, codec: Codec, database: Database, *, worker_id: str, model: str, lease_s: float
+    ) -> None:
+        """Begin with nothing in hand."""
+        self._engine = engine
+        self._codec = codec
+        self._database = database
+        self._worker_id = worker_id
+        self._model = model
+        self._lease_s = lease_s
+        self._claim: ComparisonClaim | None = None
+        self._pairs: list[_Pair] = []
+        self._ways: dict[Hashable, _Way] = {}
+        self._numbers = count()  # of comparisons that were begun
+        self._number = 0
+        self._unread: deque[FinishedText] = deque()
+        self._room = 0
+        self._plain_next = False
+        self._batch = 1  # sequences of the last step with drafts
+        self._looked_at = self._kept_at = float("-inf")
+
+    @property
+    def busy(self) -> bool:
+        """True while a comparison is in hand."""
+        return self._claim is not None
+
+    @property
+    def room(self) -> int:
+        """Sequences that the engine could take if it were given way."""
+        return max(1, self._room) if self.busy else self._engine.room  # one is enough to be given way
+
+    def turn(self) -> None:
+        """Run one step of a comparison, or look whether one is due; to be called only while nobody else has work."""
+        if self._claim is None:
+            self._look()
+            return
+        if self._unread:
+            self._read(self._claim, self._unread.popleft())
+            self._keep(self._claim)
+        elif any(not way.over for way in self._ways.values()):
+            self._step()
+            self._keep(self._claim)
+        else:
+            self._record(self._claim)
+
+    def give_way(self) -> None:
+        """Leave the engine to others; the comparison begins anew another time."""
+        if self._claim is None:
+            return
+        job_id = self._claim.job_id
+        self._engine.cancel(set(self._ways))
+        self._forget()
+        try:
+            with self._database.write() as session:
+                speedup_checks.drop_comparison(session, job_id)
+        except DATABASE_AWAY as error:  # no reason to keep others waiting: it lapses, as if we were lost
+            log.warning("Could not hand the comparison of job %s back: %s", job_id, error, extra=_ids(job_id))
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        if now - self._looked_at < _LOOK_S:
+            return
+        self._looked_at = now
+        with self._database.read() as session:
+            if not speedup_checks.due(session, self._model, MESSAGE_VERSION):
+                return
+        with self._database.write() as session:
+            claim = speedup_checks.claim_comparison(
+                session, self._model, MESSAGE_VERSION, self._lease_s, self._worker_id
+            )
+        if claim is not None:
+            self._begin(claim)
+
+    def _begin(self, claim: ComparisonClaim) -> None:
+        self._room = self._engine.room
+        self._claim, self._kept_at, self._plain_next = claim, time.monotonic(), False
+        self._number = next(self._numbers)
+        self._unread = deque(claim.texts)
+
+    def _read(self, claim: ComparisonClaim, text: FinishedText) -> None:
+        """Read one request a turn, as whoever comes must not wait for all of them."""
+        try:
+            drafted, plain = (self._way(claim, text, self._number, plain) for plain in (False, True))
+        except RequestRefused:  # it was decoded by a worker that takes more than this one
+            return
+        except Exception:
+            log.exception("Request %d can't be compared", text.request_index, extra=_ids(claim.job_id))
+            return
+        # One by one, so that as many are decoded this way as that, however many there is room for.
+        self._pairs.append(_Pair(text, drafted, plain))
+        for way in (drafted, plain):
+            self._ways[way.key] = way
+            self._engine.add(way.transcript.sequence)
+
+    def _way(self, claim: ComparisonClaim, text: FinishedText, number: int, plain: bool) -> _Way:
+        """Return a request's first choice once more.
+
+        Its group is not the job's, nor that of an earlier try: what has been written already must not serve as draft.
+        """
+        request = read_request(text.body)
+        prompt = self._codec.encode_all(request, claim.endpoint)[0]
+        key = (f"comparison {number} of {claim.job_id}", text.request_index, plain)
+        sequence = self._codec.sequence(key, prompt, request.sampling, 0)
+        sequence.traced_steps = 0
+        return _Way(Transcript(sequence, self._codec.stream(request.sampling.stop, prompt, claim.endpoint)))
+
+    def _step(self) -> None:
+        only = self._plain_batch() if self._plain_next else {pair.drafted.key for pair in self._pairs}
+        results, given_up = self._engine.step(only, plain=self._plain_next)
+        for result in results:
+            try:
+                self._ways[result.sequence.key].take(result)
+            except Exception:
+                log.exception("A request can't be compared", extra={"action": "compare"})
+                given_up.append(result.sequence)
+        for sequence in given_up:
+            self._give_up(sequence.key)
+        self._engine.cancel({result.sequence.key for result in results if result.sequence.finished})
+        if results and not self._plain_next:
+            self._batch = len(results)
+        self._plain_next = self._plain_is_behind() if results else not self._plain_next
+
+    def _plain_batch(self) -> set[Hashable]:
+        """Return the next plain step's sequences: those with most left to write, lest there be too few in the end."""
+        unfinished = [pair for pair in self._pairs if not pair.plain.over]
+        waiting = [pair.plain.transcript.sequence.slot < 0 for pair in unfinished]
+        order = sorted(zip(waiting, unfinished, strict=True), key=lambda entry: (entry[0], -entry[1].left))
+        return {pair.plain.key for _, pair in order[: self._batch]}
+
+    def _plain_is_behind(self) -> bool:
+        """Return whether the next step is a plain one: that way has written less, or the other is through."""
+        drafted, plain = [pair.drafted for pair in self._pairs], [pair.plain for pair in self._pairs]
+        if all(way.over for way in drafted) or all(way.over for way in plain):
+            return not all(way.over for way in plain)
+        return sum(len(way.ids) for way in plain) < sum(len(way.ids) for way in drafted)
+
+    def _token_ms(self) -> dict[int, float]:
+        """Return what plain decoding took for a token of a sequence, by the sequences of the step."""
+        times: defaultdict[int, list[float]] = defaultdict(list)
+        for pair in self._pairs:
+            for step in pair.plain.steps:
+                times[step.batch_sequences].append(step.ms)
+        return {size: fmean(ms) for size, ms in times.items()}
+
+    def _give_up(self, key: Hashable) -> None:
+        """Leave out a request that the engine can't decode any more."""
+        for pair in [p for p in self._pairs if key in (p.drafted.key, p.plain.key)]:
+            self._engine.cancel({pair.drafted.key, pair.plain.key})
+            self._pairs.remove(pair)
+
+    def _keep(self, claim: ComparisonClaim) -> None:
+        if time.monotonic() - self._kept_at < self._lease_s / _KEEPS:
+            return
+        with self._database.write() as session:
+            speedup_checks.keep_comparison(session, claim.job_id, self._lease_s)
+        self._kept_at = time.monotonic()
+
+    def _record(self, claim: ComparisonClaim) -> None:
+        token_ms = self._token_ms()
+        rows = [pair.row(token_ms) for pair in self._pairs]
+        with self._database.write() as session:
+            speedup_checks.record_comparison(session, self._worker_id, claim.job_id, rows)
+        for row in rows:
+            if not row.same_text:
+                log.error(
+                    "Request %d of job %s has another text when it is decoded again",
+                    row.request_index,
+                    claim.job_id,
+                    extra=_ids(claim.job_id) | {"request_index": row.request_index},
+                )
+        log.info("Decoded %d requests of job %s both ways", len(rows), claim.job_id, extra=_ids(claim.job_id))
+        self._forget()
+
+    def _forget(self) -> None:
+        self._claim = None
+        self._pairs, self._ways = [], {}
+        self._unread.clear()
+
+
+def _ids(job_id: str) -> dict[str, Any]:
+    return {"action": "compare", "job_id": job_id}

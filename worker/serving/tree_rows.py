@@ -1,0 +1,23 @@
+"""Draft trees as they are recorded: from the engine's token ids to rows that people can look at.
+
+Only for requests that asked to see their trees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from storage.dialect import storable
+from storage.records import TreeRow
+from worker.engine.stats import ShownTree
+
+
+def tree_row(shown: ShownTree, text_of: Callable[[int], str]) -> TreeRow:
+    """Return a tree with the texts of its tokens."""
+    nodes = tuple(
+        (parent, token, storable(text_of(token)), round(value, 4), accepted)
+        for parent, token, value, accepted in zip(
+            shown.parents, shown.tokens, shown.values, shown.accepted, strict=True
+        )
+    )
+    return TreeRow(nodes, storable(text_of(shown.bonus)))

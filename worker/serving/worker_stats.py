@@ -1,0 +1,66 @@
+"""What a worker is doing: counts since its start, and what it holds right now. For the page and for metrics.
+
+Adds a few numbers a step, nothing a token.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from worker.engine.stats import StepResult
+from worker.serving.active_request import LiveRequest
+
+
+@dataclass(slots=True)
+class Load:
+    """Sums over the steps of this start of the process. They only grow."""
+
+    steps: Counter[str] = field(default_factory=Counter)  # by decision
+    batch_sequences: int = 0  # summed over the steps, as are all below
+    tokens: int = 0
+    tree_nodes: int = 0
+    accepted_tokens: int = 0
+    expected_accepted: float = 0.0
+    draft_ms: float = 0.0
+    verify_ms: float = 0.0
+    step_ms: float = 0.0
+    joules: float = 0.0  # 0 where no device tells
+
+    def take(self, results: Sequence[StepResult]) -> None:
+        """Add a step."""
+        if not results:
+            return
+        first = results[0].numbers
+        self.steps[first.decision] += 1
+        self.batch_sequences += len(results)
+        self.draft_ms += first.draft_ms
+        self.verify_ms += first.verify_ms
+        self.step_ms += min(result.numbers.step_ms for result in results)  # those behind a prefill carry its time too
+        for result in results:
+            self.tokens += len(result.tokens)
+            self.tree_nodes += result.numbers.tree_nodes
+            self.accepted_tokens += result.numbers.accepted_tokens
+            self.expected_accepted += result.numbers.expected_accepted
+
+    def as_json(self, live: Collection[LiveRequest]) -> dict[str, Any]:
+        """Return the sums, and what is held now."""
+        held = [choice.sequence for request in live for choice in request.choices.values()]
+        decoding = [sequence for sequence in held if sequence.slot >= 0]
+        return {
+            "requests": len(live),
+            "sequences": len(decoding),
+            "waiting_sequences": len(held) - len(decoding),
+            "kv_tokens": sum(sequence.cached for sequence in decoding),
+            "steps": dict(self.steps),
+            "batch_sequences": self.batch_sequences,
+            "tokens": self.tokens,
+            "tree_nodes": self.tree_nodes,
+            "accepted_tokens": self.accepted_tokens,
+            "expected_accepted": round(self.expected_accepted, 3),
+            "draft_ms": round(self.draft_ms, 1),
+            "verify_ms": round(self.verify_ms, 1),
+            "step_ms": round(self.step_ms, 1),
+        }

@@ -1,0 +1,3 @@
+"""Token ids to text and back."""
+
+from __future__ import annotations

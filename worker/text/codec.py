@@ -1,0 +1,273 @@
+"""Text on the way in and out: prompts to token ids, token ids back to text as they come.
+
+Knows the tokenizer and the limits of the context; knows no SQL and no engine state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from pydantic import ValidationError
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+
+from jobs.errors import InvalidValue, PromptTooLong, UnreadableRequest
+from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, GenerationRequest, SamplingParameters
+from jobs.openai.logprobs import TokenLikelihoods
+from worker.engine.errors import ModelRefused
+from worker.engine.logprobs import TokenLogprobs
+from worker.engine.model.checkpoint import sentence
+from worker.engine.sampling.sampling import Sampling, noise_key
+from worker.engine.sequence import Sequence as EngineSequence
+from worker.text.chat import Chat, Special
+from worker.text.detokenizer import Detokenizer
+from worker.text.prompt_length import PromptLength
+from worker.text.stop_strings import Pieces, StopStrings, add_piece
+from worker.text.token_bytes import spelling
+
+_TINY = 1e-20  # what logits are divided by: single precision makes zero of much less, and numbers would be none
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """Turns requests into sequences, and sequences into text, for one target."""
+
+    tokenizer: PreTrainedTokenizerFast
+    eos_ids: frozenset[int]
+    context_tokens: int  # prompt and completion together
+    vocabulary: int  # the ids below it are the target's
+    special_in_content: Special = "text"  # what special tokens are that a chat's content spells
+    _chat: Chat = field(init=False, repr=False, compare=False)
+    _length: PromptLength = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Look at the tokenizer and try its chat template."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()  # as `tokenizer(text)` does: a file may ask for it
+        backend.no_padding()
+        object.__setattr__(self, "_chat", Chat(self.tokenizer, self.special_in_content))
+        object.__setattr__(self, "_length", PromptLength(self.tokenizer))
+
+    @property
+    def findings(self) -> list[str]:
+        """What the chat template can't do, for people."""
+        return self._chat.findings
+
+    def encode(self, request: GenerationRequest, endpoint: str) -> list[int]:
+        """Return the prompt's token ids; raises PromptTooLong, or InvalidValue if the chat template refuses it."""
+        param = "prompt" if request.messages is None else "messages"
+        return self._checked(self._encode(request, endpoint), param)
+
+    def encode_all(self, request: GenerationRequest, endpoint: str) -> list[list[int]]:
+        """Return the token ids of all prompts of a request; raises what `encode` does."""
+        if request.prompts is None:
+            return [self.encode(request, endpoint)]
+        return [self._encode_one(prompt, request, endpoint) for prompt in request.prompts]
+
+    def sequence(
+        self, key: tuple[Any, ...], prompt: list[int], sampling: SamplingParameters, choice: int
+    ) -> EngineSequence:
+        """Return one choice of a request for the engine; `key` begins with its job.
+
+        Raises InvalidValue if max_tokens is beyond the context.
+        """
+        if sampling.max_tokens is not None and sampling.max_tokens > self.context_tokens:
+            raise InvalidValue(
+                f"max_tokens is {sampling.max_tokens}, and the model's whole context has {self.context_tokens} tokens",
+                param="max_tokens",
+            )
+        self._refuse_beyond(sampling.stop_token_ids, "stop_token_ids")
+        self._refuse_beyond(sampling.logit_bias, "logit_bias")
+        room = self.context_tokens - len(prompt)
+        return EngineSequence(
+            key=key,
+            ids=list(prompt),
+            num_prompt=len(prompt),
+            max_tokens=min(sampling.max_tokens or room, room),
+            sampling=Sampling(
+                temperature=sampling.temperature if sampling.temperature >= _TINY else 0.0,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                min_p=sampling.min_p,
+                key=noise_key(sampling.seed, choice),
+                presence_penalty=sampling.presence_penalty,
+                frequency_penalty=sampling.frequency_penalty,
+                repetition_penalty=max(sampling.repetition_penalty, _TINY),
+                logit_bias=tuple(sampling.logit_bias.items()),
+                logprobs=sampling.logprobs,
+            ),
+            eos_ids=frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.eos_ids),
+            group=key[0],
+            traced_steps=sampling.record_trees,
+        )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of a whole completion, without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def token_text(self, token: int) -> str:
+        """Return one token as people can read it, special ones by their names."""
+        return str(self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def stream(
+        self, stops: Sequence[str] = (), prompt: Sequence[int] = (), endpoint: str = COMPLETIONS_ENDPOINT
+    ) -> TextStream:
+        """Return a fresh detokenizer for one choice, whose text ends before the first of the stop strings.
+
+        A completion continues its prompt, so its first token keeps its space. A chat's answer is a text of its own.
+        """
+        alone = endpoint == CHAT_ENDPOINT and self._chat.has_template
+        return TextStream(self, stops, None if alone else prompt)
+
+    def _refuse_beyond(self, ids: Iterable[int], param: str) -> None:
+        beyond = [i for i in ids if i >= self.vocabulary]
+        if beyond:
+            raise InvalidValue(
+                f"token id {beyond[0]} is beyond the model's vocabulary of {self.vocabulary} tokens", param=param
+            )
+
+    def _encode_one(self, prompt: str | tuple[int, ...], request: GenerationRequest, endpoint: str) -> list[int]:
+        if isinstance(prompt, str):
+            return self.encode(request.model_copy(update={"prompt": prompt, "prompts": None}), endpoint)
+        return self._checked(list(prompt), "prompt")
+
+    def _checked(self, ids: list[int], param: str) -> list[int]:
+        if len(ids) >= self.context_tokens:
+            raise self._too_long(str(len(ids)), param)
+        if not ids:
+            raise InvalidValue("the prompt has no tokens", param=param)
+        self._refuse_beyond(ids, param)  # a tokenizer can know more tokens than its model has embeddings
+        return ids
+
+    def _encode(self, request: GenerationRequest, endpoint: str) -> list[int]:
+        if request.messages is None and (endpoint != CHAT_ENDPOINT or not self._chat.has_template):
+            text = request.prompt or ""
+            self._refuse_too_long(text, "prompt")
+            return list(self.tokenizer.backend_tokenizer.encode(text).ids)
+        if request.messages is None:
+            param, turns = "prompt", [{"role": "user", "content": request.prompt or ""}]
+        else:
+            param, turns = "messages", [m.model_dump() for m in request.messages]
+        return self._chat.encode(turns, partial(self._refuse_too_long, param=param))
+
+    def _refuse_too_long(self, text: str, param: str) -> None:
+        """Refuse a text that can't fit, whatever its tokens are: reading it would take long, and for nothing."""
+        least = self._length.least(text)
+        if least >= self.context_tokens:
+            raise self._too_long(f"at least {least}", param)
+
+    def _too_long(self, count: str, param: str) -> PromptTooLong:
+        return PromptTooLong(
+            f"the prompt has {count} tokens and leaves no room for one new token in the model's context of "
+            f"{self.context_tokens} tokens; shorten it",
+            param=param,
+        )
+
+
+class TextStream:
+    """Incremental detokenizing of one choice: whole characters only, and from which source each piece came."""
+
+    def __init__(self, codec: Codec, stops: Sequence[str] = (), before: Sequence[int] | None = ()) -> None:
+        """Start with no text; `before` it come these tokens, or None where it is a text of its own."""
+        self._spelling = spelling(codec.tokenizer)
+        self._detokenizer = Detokenizer(codec.tokenizer, before)
+        self._stops = StopStrings(stops)
+        self._text: list[str] = []
+        self._first = before is None  # the next token is the first of a text
+        self.num_tokens = 0  # taken; those behind a stop string are not
+
+    @property
+    def text(self) -> str:
+        """Text passed on so far."""
+        return "".join(self._text)
+
+    @property
+    def stopped(self) -> bool:
+        """True once the text has met a stop string."""
+        return self._stops.hit
+
+    def resume(self, ids: Sequence[int], accepted: Iterable[bool]) -> None:
+        """Take tokens that were passed on and told by an earlier owner."""
+        self.push(ids, accepted)
+        self._first = self._first and all(map(self._spelling.is_special, ids))
+
+    def push(self, ids: Iterable[int], accepted: Iterable[bool]) -> Pieces:
+        """Add tokens; return the new (text, source) pieces, source `draft` for accepted draft tokens, else `target`.
+
+        The token that completes a stop string is the last one taken.
+        """
+        pieces: Pieces = []
+        for token, drafted in zip(ids, accepted, strict=True):
+            if self.stopped:
+                break
+            self.num_tokens += 1
+            chunk = self._detokenizer.push(token)
+            if chunk:
+                self._pass(pieces, self._stops.push(chunk, "draft" if drafted else "target"))
+        return pieces
+
+    def finish(self, _ids: Sequence[int] = ()) -> Pieces:
+        """Return what is still missing of the whole text, such as an incomplete last character."""
+        pieces: Pieces = []
+        rest = self._detokenizer.finish()
+        if rest:
+            self._pass(pieces, self._stops.push(rest, "target"))
+        self._pass(pieces, self._stops.end())
+        return pieces
+
+    def spelled(self, ids: Sequence[int], told: Sequence[TokenLogprobs]) -> tuple[TokenLikelihoods, ...]:
+        """Return what the engine tells of these tokens (the first of `told`) in the words of the tokenizer.
+
+        They are the tokens behind those that were told before.
+        """
+        return tuple(self._likelihoods(token, entry) for token, entry in zip(ids, told, strict=False))
+
+    def _likelihoods(self, token: int, entry: TokenLogprobs) -> TokenLikelihoods:
+        first, self._first = self._first, self._first and self._spelling.is_special(token)
+        return self._spelling.of(entry, token, first=first)
+
+    def _pass(self, pieces: Pieces, passed: Pieces) -> None:
+        for chunk, source in passed:
+            self._text.append(chunk)
+            add_piece(pieces, chunk, source)
+
+
+def read_request(body: Mapping[str, Any]) -> GenerationRequest:
+    """Return a stored request; raises UnreadableRequest: what is wrong with it is its failure, not the worker's."""
+    try:
+        return GenerationRequest.model_validate(body)
+    except ValidationError as exc:
+        first = exc.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise UnreadableRequest(f"the stored request can't be read: {place}: {first['msg']}") from exc
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
+    """Load a tokenizer; raises ModelRefused when there is none that streams."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises that very class
+        raise ModelRefused(f"the tokenizer of {path} could not be loaded: {sentence(error)}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ModelRefused(f"{path} has no fast tokenizer (tokenizer.json), which streaming text needs")
+    return tokenizer
+
+
+def eos_ids(tokenizer: PreTrainedTokenizerFast, generation: GenerationConfig | None) -> frozenset[int]:
+    """Return every id that ends a text, from the generation config and the tokenizer."""
+    configured = getattr(generation, "eos_token_id", None)
+    ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+    return frozenset(int(i) for i in ids if i is not None)
+
+
+def spelled_alike(ours: Mapping[str, int], theirs: Mapping[str, int]) -> list[int]:
+    """Return the token ids that two vocabularies spell alike, ascending."""
+    return sorted(i for token, i in ours.items() if theirs.get(token) == i)
+
+
+def first_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> int | None:
+    """Return the first token id that two vocabularies spell differently, or None."""
+    a, b = ({i: token for token, i in vocab.items()} for vocab in (ours, theirs))
+    return min((i for i in a.keys() | b.keys() if a.get(i) != b.get(i)), default=None)

@@ -1,0 +1,61 @@
+"""A transcript: what one sequence has written, step by step, ended where its text meets a stop string.
+
+The engine knows no text: within a step it may have gone on behind the stop string. Here the surplus is taken back from
+the sequence and from the numbers of that step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+
+from jobs.openai.logprobs import TokenLikelihoods
+from worker.engine.sequence import Sequence
+from worker.engine.stats import StepNumbers, StepResult
+from worker.text.codec import TextStream
+from worker.text.stop_strings import Pieces
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What one step brought that counts."""
+
+    tokens: tuple[int, ...]
+    accepted: tuple[bool, ...]  # per token: it was an accepted draft token
+    pieces: Pieces  # text that can't be taken back any more
+    numbers: StepNumbers
+    logprobs: tuple[TokenLikelihoods, ...] | None  # per token, if the sequence wants them
+
+
+class Transcript:
+    """One sequence and its text."""
+
+    def __init__(self, sequence: Sequence, stream: TextStream) -> None:
+        """Start with the sequence's prompt and an empty stream."""
+        self.sequence = sequence
+        self._stream = stream
+
+    @property
+    def text(self) -> str:
+        """Text that has been passed on."""
+        return self._stream.text
+
+    def resume(self, tokens: Seq[int], accepted: Seq[bool]) -> None:
+        """Take over tokens that an earlier owner has committed."""
+        self._stream.resume(tokens, accepted)
+        self.sequence.ids += tokens
+
+    def take(self, result: StepResult) -> Written:
+        """Add a step; afterwards the sequence is finished if its text met a stop string."""
+        accepted = [i < result.numbers.accepted_tokens for i in range(len(result.tokens))]
+        before = self._stream.num_tokens
+        pieces = self._stream.push(result.tokens, accepted)
+        count = self._stream.num_tokens - before
+        if self.sequence.finished:
+            pieces += self._stream.finish()
+        if self._stream.stopped:
+            self.sequence.cut(len(result.tokens) - count)
+        numbers = replace(result.numbers, emitted_tokens=count, accepted_tokens=sum(accepted[:count]))
+        tokens = result.tokens[:count]
+        logprobs = None if result.logprobs is None else self._stream.spelled(tokens, result.logprobs)
+        return Written(tokens, tuple(accepted[:count]), pieces, numbers, logprobs)
