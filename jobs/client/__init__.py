@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from jobs.client.client import AsyncClient, Client
+from jobs.client.client import AsyncClient, AsyncJob, Client, Job
 
-__all__ = ["AsyncClient", "Client"]
+__all__ = ["AsyncClient", "AsyncJob", "Client", "Job"]

@@ -6,13 +6,11 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.acceptance.test_one_batch import Service, service  # noqa: F401
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from tests.paths import EXAMPLES
 
 
 def run(service: Service, *command: str, **environment: str) -> str:  # noqa: F811

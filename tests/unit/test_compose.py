@@ -17,8 +17,8 @@ from sqlalchemy import make_url
 
 from jobs.local.redis_server import RULES
 from storage.settings import StorageSettings
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 FILES = [ROOT / "docker-compose.yml", ROOT / "docs/compose-cpu.yml"]
 ONCE = {"migrate"}  # runs to its end
 NOTHING = "''"  # in a shell

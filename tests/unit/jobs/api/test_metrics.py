@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
@@ -11,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from storage import leases, writes
 from storage.session import Database
 from tests.factories import a_worker_card
+from tests.paths import ROOT
 from tests.unit.jobs.api.test_routes import answer_all, api, bells, submitted
 
 __all__ = ["api", "bells"]  # fixtures
@@ -112,7 +112,7 @@ def test_dashboard_and_alerts_ask_for_metrics_that_there_are(api: TestClient, da
     api.get("/healthz")
     told = {name for name, _ in scrape(api)}
 
-    folder = Path(__file__).parents[3] / "docs" / "monitoring"
+    folder = ROOT / "docs" / "monitoring"
     asked = {
         name for path in folder.rglob("*.*") for name in re.findall(r"\bbasic_[a-z_]+\b(?=[{\[ )/])", path.read_text())
     }

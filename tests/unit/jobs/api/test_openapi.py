@@ -19,9 +19,9 @@ from jobs.api.app import make_api
 from jobs.settings import JobsSettings
 from jobs.submission.request_parser import PARAMETERS
 from storage.session import Database
+from tests.paths import ROOT
 from tests.unit.jobs.api.test_routes import answer_all
 
-ROOT = Path(__file__).parent.parent.parent.parent
 _CURL_BODY = re.compile(r"/v1/jobs[^\n]*\\\n\s+-d '([^']+)'")
 
 

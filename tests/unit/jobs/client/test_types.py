@@ -9,8 +9,7 @@ from pathlib import Path
 
 from jobs.client import parameters
 from jobs.submission.request_parser import PARAMETERS, UNSUPPORTED, WITHOUT_EFFECT
-
-ROOT = Path(__file__).parents[3]
+from tests.paths import ROOT
 
 SCRIPT = """
 from __future__ import annotations
@@ -47,11 +46,11 @@ def wrong(client: Client, other: AsyncClient) -> None:
 """
 
 REVEALED = [
-    "jobs.client.Job",
+    "jobs.client.client.Job",
     "str",
     "str",
     "float | None",
-    "jobs.client.AsyncJob",
+    "jobs.client.client.AsyncJob",
 ]
 
 
