@@ -5,16 +5,16 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from jobs.api import errors
-from jobs.api.auth.guard import AccessGuard, Door
-from jobs.api.auth.revocation import Watch
-from jobs.api.auth.stream_limits import Streams
-from jobs.api.dependencies import Services, read_ahead
+from jobs.api.auth.guard import Authenticator, AuthMiddleware
+from jobs.api.auth.revocation import RevocationMonitor
+from jobs.api.auth.stream_limits import StreamLimits
+from jobs.api.dependencies import Services, prefetch_job
 from jobs.api.http.body import BodyReader
-from jobs.api.http.host_check import Gate, Names
-from jobs.api.http.limits import BodyLimit
+from jobs.api.http.host_check import HostCheckMiddleware, ServedNames
+from jobs.api.http.limits import BodyLimitMiddleware
 from jobs.api.http.multipart import FORM_BYTES
-from jobs.api.http.paths import PlainPaths
-from jobs.api.request_ids import RequestIds
+from jobs.api.http.paths import PathMiddleware
+from jobs.api.request_ids import RequestIdMiddleware
 from jobs.api.routes import batches, completions, docs, files, jobs, metrics, service
 from jobs.api.schemas import openapi
 from jobs.producer import Ring
@@ -28,13 +28,13 @@ def make_api(
     settings: JobsSettings,
     database: Database,
     ring: Ring | None = None,
-    door: Door | None = None,
-    names: Names | None = None,
+    authenticator: Authenticator | None = None,
+    served_names: ServedNames | None = None,
 ) -> FastAPI:
     """Return the application.
 
     Without a `ring` of its own it rings on the Redis server of the settings; without a `door` of its own it lets
-    everybody in until there is a key; without `names` it answers to any.
+    everybody in until there is a key; without `served_names` it answers to any.
     """
     app = FastAPI(title="bASIC", responses=openapi.ERRORS, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.services = Services(
@@ -45,15 +45,20 @@ def make_api(
         Broadcast(database, settings.redis_url),
     )
     app.state.metrics = metrics.Metrics(database)
-    app.state.streams = Streams(settings.max_streams, settings.max_streams_per_key)
-    most_by_path = {"/v1/files": settings.max_file_bytes + FORM_BYTES}
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, most_by_path=most_by_path)
-    app.state.watch = Watch(database)
-    app.add_middleware(AccessGuard, door=door or Door(database), watch=app.state.watch, ahead=read_ahead)
-    app.add_middleware(PlainPaths)
-    app.add_middleware(Gate, names=names)
-    app.add_middleware(RequestIds)
-    app.add_middleware(metrics.Stopwatch, metrics=app.state.metrics)
+    app.state.stream_limits = StreamLimits(settings.max_streams, settings.max_streams_per_key)
+    max_bytes_by_path = {"/v1/files": settings.max_file_bytes + FORM_BYTES}
+    app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes, max_bytes_by_path=max_bytes_by_path)
+    app.state.revocations = RevocationMonitor(database)
+    app.add_middleware(
+        AuthMiddleware,
+        authenticator=authenticator or Authenticator(database),
+        revocations=app.state.revocations,
+        prefetch=prefetch_job,
+    )
+    app.add_middleware(PathMiddleware)
+    app.add_middleware(HostCheckMiddleware, served_names=served_names)
+    app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(metrics.LatencyMiddleware, metrics=app.state.metrics)
     app.include_router(jobs.router, tags=["jobs"])  # looked through in this order: what comes most is first
     app.include_router(files.router, tags=["files"])
     app.include_router(batches.router, tags=["batches"])

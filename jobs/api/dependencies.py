@@ -11,7 +11,7 @@ from fastapi.concurrency import run_in_threadpool
 from sqlalchemy import Connection
 from starlette.types import Scope
 
-from jobs.api.auth.caller import Caller, CallerNow
+from jobs.api.auth.caller import Caller, CurrentCaller
 from jobs.api.http.body import BodyReader
 from jobs.errors import NotCancellable, NotFound
 from jobs.messages import JobStatus
@@ -22,7 +22,7 @@ from storage import queries, writes
 from storage.queries import JobView
 from storage.session import Database
 
-_PLACE = "basic.job"  # of what was read ahead
+_SCOPE_KEY = "basic.job"  # of what was read ahead
 _ABOUT_JOB = re.compile(r"/v1/jobs/(?P<job_id>[^/]+)(?:/|$)")
 _CANCEL_ANSWERS = frozenset({JobStatus.CANCELLING, JobStatus.CANCELLED})
 
@@ -42,7 +42,7 @@ async def _services(request: Request) -> Services:  # async: what does not wait 
     return cast(Services, request.app.state.services)
 
 
-ServicesNow = Annotated[Services, Depends(_services)]
+CurrentServices = Annotated[Services, Depends(_services)]
 
 
 def find_job(services: Services, job_id: str, caller: Caller) -> JobView:
@@ -63,15 +63,15 @@ def cancel_job(services: Services, job: JobView, caller: Caller, noun: str = "jo
     return find_job(services, job.id, caller)
 
 
-def read_ahead(call: Scope, caller: Caller, connection: Connection) -> None:
+def prefetch_job(call: Scope, caller: Caller, connection: Connection) -> None:
     """Read the job that a call is about while its caller is let in, and hand it to the route; or that there is none."""
     found = _ABOUT_JOB.match(call["path"]) if call["method"] == "GET" else None
     if found is not None:
-        call[_PLACE] = (found["job_id"], caller, queries.job(connection, found["job_id"], caller.sees))
+        call[_SCOPE_KEY] = (found["job_id"], caller, queries.job(connection, found["job_id"], caller.sees))
 
 
-async def _existing_job(request: Request, job_id: str, services: ServicesNow, caller: CallerNow) -> JobView:
-    read_id, reader, job = request.scope.get(_PLACE, ("", None, None))
+async def _existing_job(request: Request, job_id: str, services: CurrentServices, caller: CurrentCaller) -> JobView:
+    read_id, reader, job = request.scope.get(_SCOPE_KEY, ("", None, None))
     if (read_id, reader) != (job_id, caller):
         return await run_in_threadpool(find_job, services, job_id, caller)
     if job is None:

@@ -21,7 +21,7 @@ def request_id(scope: Scope) -> str:
     return cast(str, scope.setdefault("basic.request_id", f"req_{secrets.token_hex(12)}"))
 
 
-class RequestIds:
+class RequestIdMiddleware:
     """Gives every reply a header `x-request-id`, and lets log lines say which call and job they are about."""
 
     def __init__(self, app: ASGIApp) -> None:

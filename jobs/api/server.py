@@ -16,9 +16,9 @@ from fastapi import FastAPI
 from sqlalchemy.exc import SQLAlchemyError
 
 from jobs.api.app import make_api
-from jobs.api.auth.guard import Door
-from jobs.api.http.h11_protocol import PatientProtocol
-from jobs.api.http.host_check import Names
+from jobs.api.auth.guard import Authenticator
+from jobs.api.http.h11_protocol import TimeoutH11Protocol
+from jobs.api.http.host_check import ServedNames
 from jobs.dashboard import app as dashboard
 from jobs.dashboard.body_limit import SOCKET_BYTES
 from jobs.errors import SetupError
@@ -37,8 +37,8 @@ from storage.session import LONG_ANSWER_S, Database, is_read_only
 log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
-_IDLE_S = 120  # that a connection may rest; longer than clients keep one, which would else send into one that closes
-_SHUTDOWN_S = 5  # streams that are still open after this are cut
+_KEEP_ALIVE_S = 120  # longer than HTTP clients keep idle connections: they must not send into one that closes
+_SHUTDOWN_TIMEOUT_S = 5  # streams that are still open after this are cut
 
 
 class _Server(uvicorn.Server):
@@ -56,11 +56,11 @@ def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
     start_tracing("basic-shim")
     require_schema(settings.resolved_database_url)
     database = Database.open(settings.resolved_database_url)
-    door = _door(settings, database)
-    _say_if_read_only(database)
+    authenticator = _authenticator(settings, database)
+    _warn_if_read_only(database)
     listener = _listen(settings.api_host, settings.api_port)
-    api = make_api(settings, database, door=door, names=Names.of(settings))
-    dashboard.install(api, api.state.services, door)
+    api = make_api(settings, database, authenticator=authenticator, served_names=ServedNames.of(settings))
+    dashboard.install(api, api.state.services, authenticator)
     if ready_file is not None:
         _write_url(ready_file, listener)
     try:
@@ -75,12 +75,12 @@ def server_config(api: FastAPI) -> uvicorn.Config:
     """Return how uvicorn serves the application."""
     return uvicorn.Config(
         api,
-        http=PatientProtocol,
+        http=TimeoutH11Protocol,
         ws_max_size=SOCKET_BYTES,
         log_config=None,
         access_log=False,
-        timeout_keep_alive=_IDLE_S,
-        timeout_graceful_shutdown=_SHUTDOWN_S,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=_SHUTDOWN_TIMEOUT_S,
     )
 
 
@@ -104,7 +104,7 @@ def _reconciling(settings: JobsSettings) -> Iterator[None]:
         database.dispose()
 
 
-def _door(settings: JobsSettings, database: Database) -> Door:
+def _authenticator(settings: JobsSettings, database: Database) -> Authenticator:
     """Return who may come in. Without keys that is everybody, so the shim must not be reached from elsewhere then."""
     host, at_home = settings.api_host, _is_loopback(settings.api_host)
     if not _has_keys(database):
@@ -119,7 +119,7 @@ def _door(settings: JobsSettings, database: Database) -> Door:
             host,
             extra={"action": "keyless"},
         )
-    return Door(database, local_key=read_local_key(settings.data_dir), keyless=at_home)
+    return Authenticator(database, local_key=read_local_key(settings.data_dir), keyless=at_home)
 
 
 def _has_keys(database: Database) -> bool:
@@ -132,7 +132,7 @@ def _has_keys(database: Database) -> bool:
         return True
 
 
-def _say_if_read_only(database: Database) -> None:
+def _warn_if_read_only(database: Database) -> None:
     try:
         with database.write() as session:
             resign(session, OFFICE, "")  # changes nothing, and needs the right to

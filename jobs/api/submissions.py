@@ -25,7 +25,7 @@ IDEMPOTENCY_KEY = "idempotency-key"
 _UNIT_S = {"m": 60, "h": 3600, "d": 86_400}
 
 
-def most_bytes(headers: Headers, settings: JobsSettings) -> int:
+def max_body_bytes(headers: Headers, settings: JobsSettings) -> int:
     """Return how large a body may be by its type; raise UnsupportedBody for other types.
 
     Lines are read one by one. One JSON value is in memory as a whole, and takes many times its size there.

@@ -15,8 +15,8 @@ from anyio.lowlevel import RunVar
 
 from jobs.errors import DatabaseUnavailable
 
-_WRITERS: Final = 12  # at once; connections and processors have room for no more that is of use
-_TURN_S: Final = 10.0  # within which a writer must get its thread
+_MAX_WRITERS: Final = 12  # at once; connections and processors have room for no more that is of use
+_WAIT_S: Final = 10.0  # within which a writer must get its thread
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -24,10 +24,10 @@ T = TypeVar("T")
 _turns: RunVar[tuple[Semaphore, CapacityLimiter]] = RunVar("writers")
 
 
-async def writing(write: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+async def run_write(write: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call a function that writes in a thread; raise DatabaseUnavailable if too many write before it."""
     turns, threads = _of_this_loop()
-    with move_on_after(_TURN_S) as wait:
+    with move_on_after(_WAIT_S) as wait:
         await turns.acquire()
     if wait.cancelled_caught:
         raise DatabaseUnavailable
@@ -41,6 +41,6 @@ def _of_this_loop() -> tuple[Semaphore, CapacityLimiter]:
     try:
         return _turns.get()
     except LookupError:
-        made = Semaphore(_WRITERS), CapacityLimiter(_WRITERS)
+        made = Semaphore(_MAX_WRITERS), CapacityLimiter(_MAX_WRITERS)
         _turns.set(made)
         return made

@@ -22,7 +22,7 @@ from starlette.datastructures import MutableHeaders, State
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jobs.api.auth.caller import Caller
-from jobs.api.auth.guard import Door
+from jobs.api.auth.guard import Authenticator
 from jobs.api.dependencies import Services, find_job
 from jobs.api.routes.job_outputs import output_lines
 from jobs.dashboard import job_page, jobs_page, stats_page, workers_page
@@ -37,9 +37,9 @@ _BUILD_S = 30.0  # a page that is not ready by then is given up; a busy database
 Build = Callable[[Desk, Caller], Awaitable[None]]
 
 
-def install(api: FastAPI, services: Services, door: Door) -> None:
+def install(api: FastAPI, services: Services, authenticator: Authenticator) -> None:
     """Add the pages to the shim. Once per process: NiceGUI has one application."""
-    sessions = Sessions(door)
+    sessions = Sessions(authenticator)
     _add_login(api, sessions)
     _add_download(api, services, sessions)
     logging.getLogger("nicegui").addFilter(_is_no_refusal)
@@ -48,7 +48,7 @@ def install(api: FastAPI, services: Services, door: Door) -> None:
         """Build a page for whoever may see it; send others to the log-in."""
         desk = Desk.of(request, services, sessions)
         try:
-            caller = await desk.admit()
+            caller = await desk.authenticate()
         except CallerRefused:
             return RedirectResponse(f"{BASE}/login", 303)
         ui.on_exception(_leave_if_refused)
@@ -119,7 +119,7 @@ def _add_download(api: FastAPI, services: Services, sessions: Sessions) -> None:
     @api.get(f"{BASE}/jobs/{{job_id}}/outputs", include_in_schema=False)
     async def outputs(request: Request, job_id: str) -> Response:
         try:
-            caller = await Desk.of(request, services, sessions).admit()
+            caller = await Desk.of(request, services, sessions).authenticate()
         except CallerRefused:
             return RedirectResponse(f"{BASE}/login", 303)
         job = await run_in_threadpool(find_job, services, job_id, caller)
@@ -139,11 +139,11 @@ class _Download(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the file."""
         key_id = self._caller.key_id
-        with self._state.streams.place(key_id):
+        with self._state.stream_limits.slot(key_id):
             if not key_id:
                 await super().__call__(scope, receive, send)
                 return
-            with self._state.watch.over(key_id, send) as watched:
+            with self._state.revocations.watch(key_id, send) as watched:
                 await super().__call__(scope, receive, watched)
 
 

@@ -13,7 +13,7 @@ from nicegui import ui
 
 from jobs.api.auth.caller import Caller
 from jobs.api.dependencies import cancel_job
-from jobs.api.write_threads import writing
+from jobs.api.write_threads import run_write
 from jobs.dashboard import charts, format, html
 from jobs.dashboard.jobs_page import show_job_status, show_status
 from jobs.dashboard.layout import BASE, box, frame, heading, link
@@ -128,8 +128,8 @@ class JobPage:
 
     async def _cancel(self) -> None:
         try:
-            caller = await self._desk.admit(Scope.SUBMIT)
-            await writing(cancel_job, self._desk.services, self._job, caller)
+            caller = await self._desk.authenticate(Scope.SUBMIT)
+            await run_write(cancel_job, self._desk.services, self._job, caller)
         except BasicError as refused:
             ui.notify(str(refused), type="warning")
         await self.refresh()

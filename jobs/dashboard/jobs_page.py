@@ -11,7 +11,7 @@ from typing import Final
 from nicegui import ui
 
 from jobs.api.auth.caller import Caller
-from jobs.api.write_threads import writing
+from jobs.api.write_threads import run_write
 from jobs.client.outcome import status_words, warns
 from jobs.dashboard import format, html
 from jobs.dashboard.layout import BASE, frame, heading, link
@@ -168,7 +168,7 @@ def _javascript_length(text: str) -> int:
 
 
 async def _accept(desk: Desk, lines: list[str], model: str, parameters: dict[str, float]) -> str:
-    caller = await desk.admit(Scope.SUBMIT)
+    caller = await desk.authenticate(Scope.SUBMIT)
     submission = Submission(
         items=[Item(index, line) for index, line in enumerate(lines)],
         model=model,
@@ -176,6 +176,6 @@ async def _accept(desk: Desk, lines: list[str], model: str, parameters: dict[str
         api_key_id=caller.key_id,
     )
     services = desk.services
-    return await writing(
+    return await run_write(
         accept_job, submission, database=services.database, ring=services.ring, settings=services.settings
     )

@@ -16,7 +16,7 @@ from fastapi import Request
 from sqlalchemy.orm import Session
 
 from jobs.api.auth.caller import Caller
-from jobs.api.auth.guard import Door
+from jobs.api.auth.guard import Authenticator
 from jobs.api.dependencies import Services
 from jobs.errors import InvalidKey
 from jobs.keys import Scope
@@ -30,14 +30,14 @@ _MOST_SESSIONS: Final = 10_000
 class Sessions:
     """Who is logged in, in the memory of this process: a restart logs everybody out."""
 
-    def __init__(self, door: Door) -> None:
-        """Ask `door` what keys are worth."""
-        self._door = door
+    def __init__(self, authenticator: Authenticator) -> None:
+        """Check keys with `authenticator`."""
+        self._authenticator = authenticator
         self._keys: dict[str, str] = {}  # session -> key
 
     def begin(self, key: str, address: str) -> str:
         """Return a new session for a key; raise CallerRefused."""
-        self._door.admit(f"Bearer {key}", address, Scope.READ)
+        self._authenticator.authenticate(f"Bearer {key}", address, Scope.READ)
         session = secrets.token_urlsafe(32)
         self._keys[session] = key
         while len(self._keys) > _MOST_SESSIONS:
@@ -48,15 +48,15 @@ class Sessions:
         """Forget a session."""
         self._keys.pop(session, None)
 
-    def admit(self, session: str, address: str, needed: Scope) -> Caller:
+    def authenticate(self, session: str, address: str, needed: Scope) -> Caller:
         """Return who looks; raise CallerRefused."""
         key = self._keys.get(session, "")
-        return self._door.admit(f"Bearer {key}" if key else "", address, needed)
+        return self._authenticator.authenticate(f"Bearer {key}" if key else "", address, needed)
 
-    def still_admits(self, session: str, caller: Caller, record: Session) -> bool:
+    def is_still_valid(self, session: str, caller: Caller, record: Session) -> bool:
         """Return whether who was let in would be let in again: the key opens, and has not been logged out."""
         key = self._keys.get(session, "")
-        return (not caller.key_id or bool(key)) and self._door.still_admits(key, caller, record)
+        return (not caller.key_id or bool(key)) and self._authenticator.is_still_valid(key, caller, record)
 
     def knows(self, session: str) -> bool:
         """Return whether somebody has logged in with this session."""
@@ -86,9 +86,9 @@ class Desk:
         """True if there is something to log out of."""
         return self.sessions.knows(self.session)
 
-    async def admit(self, needed: Scope = Scope.READ) -> Caller:
+    async def authenticate(self, needed: Scope = Scope.READ) -> Caller:
         """Return who looks; raise CallerRefused."""
-        return await asyncio.to_thread(self.sessions.admit, self.session, self.address, needed)
+        return await asyncio.to_thread(self.sessions.authenticate, self.session, self.address, needed)
 
     async def read(self, question: Callable[[Session], T]) -> T:
         """Ask the record, in a thread, for who was let in; raise CallerRefused if they would not be let in again."""
@@ -96,6 +96,6 @@ class Desk:
 
     def _read(self, question: Callable[[Session], T]) -> T:
         with self.services.database.read() as session:
-            if self.caller is None or not self.sessions.still_admits(self.session, self.caller, session):
+            if self.caller is None or not self.sessions.is_still_valid(self.session, self.caller, session):
                 raise InvalidKey
             return question(session)

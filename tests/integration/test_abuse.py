@@ -224,10 +224,10 @@ def test_what_is_no_request_is_answered_in_the_envelope(shim: Shim, request_: by
 
 @contextmanager
 def served_with_patience(app: Any) -> Iterator[tuple[str, int]]:
-    """Yield the address at which an application is served behind `PatientProtocol`."""
+    """Yield the address at which an application is served behind `TimeoutH11Protocol`."""
     import uvicorn
 
-    config = uvicorn.Config(app, http=h11_protocol.PatientProtocol, log_config=None, lifespan="off")
+    config = uvicorn.Config(app, http=h11_protocol.TimeoutH11Protocol, log_config=None, lifespan="off")
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -244,7 +244,7 @@ def test_who_does_not_finish_the_head_of_a_request_is_let_go(monkeypatch: pytest
         await send({"type": "http.response.start", "status": 204, "headers": []})
         await send({"type": "http.response.body"})
 
-    monkeypatch.setattr(h11_protocol, "HEADERS_S", 0.2)
+    monkeypatch.setattr(h11_protocol, "HEADERS_TIMEOUT_S", 0.2)
     with served_with_patience(app) as address:
         request = b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n"
         for data in (b"", b"GET / HTT", request + request[:9]):
@@ -263,11 +263,11 @@ def test_a_socket_outlives_the_patience_with_heads_of_requests(monkeypatch: pyte
     async def app(scope: Any, receive: Any, send: Any) -> None:
         assert scope["type"] == "websocket"
         await send({"type": "websocket.accept"})
-        await asyncio.sleep(4 * h11_protocol.HEADERS_S)
+        await asyncio.sleep(4 * h11_protocol.HEADERS_TIMEOUT_S)
         await send({"type": "websocket.send", "text": "still here"})
         await send({"type": "websocket.close"})
 
-    monkeypatch.setattr(h11_protocol, "HEADERS_S", 0.2)
+    monkeypatch.setattr(h11_protocol, "HEADERS_TIMEOUT_S", 0.2)
     hello = (
         b"GET / HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
         b"sec-websocket-version: 13\r\nsec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"

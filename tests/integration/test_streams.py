@@ -16,7 +16,7 @@ import uvicorn
 from sqlalchemy.exc import OperationalError
 
 from jobs.api.app import make_api
-from jobs.api.http.h11_protocol import PatientProtocol
+from jobs.api.http.h11_protocol import TimeoutH11Protocol
 from jobs.api.routes import job_outputs
 from jobs.settings import JobsSettings
 from jobs.streaming import sse
@@ -38,7 +38,7 @@ def url(database: Database, redis_url: str, tmp_path: Path) -> Iterator[str]:
     """A shim that is served on a thread, so that a test can break what it is made of."""
     api = make_api(JobsSettings(data_dir=tmp_path, redis_url=redis_url), database)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(api, http=PatientProtocol, log_config=None, timeout_graceful_shutdown=1)
+        config = uvicorn.Config(api, http=TimeoutH11Protocol, log_config=None, timeout_graceful_shutdown=1)
         server = uvicorn.Server(config)
         serving = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         serving.start()

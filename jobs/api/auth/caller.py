@@ -1,6 +1,6 @@
-"""Who is calling: the owner of what a request makes, and the limit of what it sees.
+"""The authenticated caller of a request: the owner of what it creates, and the limit of what it reads.
 
-One dependency for all routes, so that no route can forget whose rows it reads.
+Routes get it from one dependency, so that none forgets to filter by owner.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ from starlette.types import Scope
 
 from jobs.errors import InvalidKey
 
-_PLACE = "basic.caller"
+_SCOPE_KEY = "basic.caller"
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
     """The sender of a request."""
 
-    key_id: str = ""  # what its jobs and files are recorded under; '' where no keys are in use
+    key_id: str = ""  # the owner stored with its jobs and files; '' without a key
     sees_all: bool = True
 
     @property
     def sees(self) -> str | None:
-        """The only owner whose rows it may read; None: every owner's."""
+        """The only owner whose rows the caller may read; None: all owners."""
         return None if self.sees_all else self.key_id
 
 
-def note_caller(scope: Scope, caller: Caller) -> None:
-    """Write down who was let in with this request."""
-    scope[_PLACE] = caller
+def set_caller(scope: Scope, caller: Caller) -> None:
+    """Store the authenticated caller in the request's scope."""
+    scope[_SCOPE_KEY] = caller
 
 
 async def _caller(request: Request) -> Caller:
-    """Return who was let in; a route that nobody guards has no caller, and must not ask for one."""
-    if _PLACE not in request.scope:
+    """Return the caller; raise InvalidKey on a route that is not authenticated, where there is none."""
+    if _SCOPE_KEY not in request.scope:
         raise InvalidKey
-    return cast(Caller, request.scope[_PLACE])
+    return cast(Caller, request.scope[_SCOPE_KEY])
 
 
-CallerNow = Annotated[Caller, Depends(_caller)]
+CurrentCaller = Annotated[Caller, Depends(_caller)]

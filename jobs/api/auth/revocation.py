@@ -1,6 +1,6 @@
-"""Answers that last, watched: one whose key opens nothing any more is cut off within a second.
+"""Close open responses within a second of their API key being revoked or expiring.
 
-The keys of all open answers are asked about at once, twice a second.
+One query, twice a second, checks the keys of all open responses together.
 """
 
 from __future__ import annotations
@@ -17,64 +17,63 @@ from storage.session import DATABASE_AWAY, Database, why_away
 
 log = logging.getLogger(__name__)
 
-_LOOK_S = 0.5
+_POLL_S = 0.5
 
 
-class Watch:
-    """The open answers of one process, used from its event loop alone."""
+class RevocationMonitor:
+    """The open responses of one process. Use from its event loop only."""
 
     def __init__(self, database: Database) -> None:
-        """Start with none."""
         self._database = database
-        self._answers: set[_Answer] = set()
-        self._looking: asyncio.Task[None] | None = None
+        self._responses: set[_OpenResponse] = set()
+        self._polling: asyncio.Task[None] | None = None
 
     @contextmanager
-    def over(self, key_id: str, send: Send) -> Iterator[Send]:
-        """Yield what sends an answer; the block ends early, without an error, when the key is revoked or expires."""
-        answer = _Answer(key_id)
+    def watch(self, key_id: str, send: Send) -> Iterator[Send]:
+        """Yield a `send` for the response; leave the block early, without an error, when the key becomes invalid."""
+        response = _OpenResponse(key_id)
 
         async def watched(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._add(answer)
+                self._add(response)
             await send(message)
             if message["type"] == "http.response.body" and not message.get("more_body", False):
-                self._answers.discard(answer)  # complete: what is left to do is none of the reader's business
+                self._responses.discard(response)  # complete: background work after it may finish
 
         try:
             yield watched
         except asyncio.CancelledError:
-            if not answer.was_cut():
+            if not response.was_cancelled():
                 raise
-            log.info("A stream of key %s is cut: the key opens nothing any more", key_id, extra={"action": "cut"})
+            log.info("Closed a stream: key %s was revoked or has expired", key_id, extra={"action": "cut"})
         finally:
-            self._answers.discard(answer)
+            self._responses.discard(response)
 
-    def _add(self, answer: _Answer) -> None:
-        self._answers.add(answer)
-        if self._looking is None or self._looking.done():
-            self._looking = asyncio.create_task(self._look())
+    def _add(self, response: _OpenResponse) -> None:
+        self._responses.add(response)
+        if self._polling is None or self._polling.done():
+            self._polling = asyncio.create_task(self._poll())
 
-    async def _look(self) -> None:
-        """Cut the answers whose keys are gone, for as long as there are answers."""
-        while self._answers:
-            await asyncio.sleep(_LOOK_S)
-            asked = {answer.key_id for answer in self._answers}
+    async def _poll(self) -> None:
+        """Cancel the responses of invalid keys, as long as responses are open."""
+        while self._responses:
+            await asyncio.sleep(_POLL_S)
+            checked = {response.key_id for response in self._responses}
             try:
-                good = await asyncio.to_thread(self._opening, asked)
-            except DATABASE_AWAY as away:  # it could not say yes to a new call either, but it has said so to these
-                log.warning("Open streams are not checked: %s", why_away(away), extra={"action": "database_away"})
+                valid = await asyncio.to_thread(self._valid_keys, checked)
+            except DATABASE_AWAY as away:  # these keys were valid before: an outage is no reason to close their streams
+                log.warning("Can't check keys of open streams: %s", why_away(away), extra={"action": "database_away"})
                 continue
-            for answer in [answer for answer in self._answers if answer.key_id in asked - good]:
-                answer.cut()
+            for response in [response for response in self._responses if response.key_id in checked - valid]:
+                response.cancel()
 
-    def _opening(self, key_ids: set[str]) -> set[str]:
+    def _valid_keys(self, key_ids: set[str]) -> set[str]:
         with self._database.read() as session:
             return keys.opening(session, key_ids)
 
 
-class _Answer:
-    """An answer that is being sent by the present task."""
+class _OpenResponse:
+    """A response that the current task is sending."""
 
     def __init__(self, key_id: str) -> None:
         self.key_id = key_id
@@ -82,14 +81,14 @@ class _Answer:
         assert task is not None
         self._task = task
         self._cancelled_before = task.cancelling()
-        self._cut = False
+        self._cancelled = False
 
-    def cut(self) -> None:
-        """Stop sending."""
-        if not self._cut:
-            self._cut = True
+    def cancel(self) -> None:
+        """Cancel the sending task, once."""
+        if not self._cancelled:
+            self._cancelled = True
             self._task.cancel()
 
-    def was_cut(self) -> bool:
-        """Take our cancelling back, and return whether it was the only one."""
-        return self._cut and self._task.uncancel() <= self._cancelled_before
+    def was_cancelled(self) -> bool:
+        """Undo our cancellation; return whether the task was cancelled by us alone."""
+        return self._cancelled and self._task.uncancel() <= self._cancelled_before

@@ -1,6 +1,6 @@
-"""Open streams, counted: an answer that lasts takes a place while it does, so that nobody takes them all.
+"""Limit concurrent streams, in total and per API key.
 
-A stream holds a connection and a subscription, so one key has fewer places than there are.
+A stream holds a connection and a Redis subscription. One key may hold only some of them, so it can't lock others out.
 """
 
 from __future__ import annotations
@@ -12,28 +12,29 @@ from typing import cast
 
 from fastapi import Depends, Request
 
-from jobs.api.auth.caller import CallerNow
+from jobs.api.auth.caller import CurrentCaller
 from jobs.errors import LimitReached
 
-_RETRY_S = 5.0
+_RETRY_AFTER_S = 5.0
 
 
-class Streams:
-    """The places of one process, used from its event loop alone."""
+class StreamLimits:
+    """The stream slots of one process. Use from its event loop only."""
 
-    def __init__(self, most: int, most_per_key: int) -> None:
-        """Start with all places free."""
-        self._most = most
-        self._most_per_key = most_per_key
-        self._open: Counter[str] = Counter()
+    def __init__(self, max_open: int, max_per_key: int) -> None:
+        self._max_open = max_open
+        self._max_per_key = max_per_key
+        self._open: Counter[str] = Counter()  # key id -> open streams
 
     @contextmanager
-    def place(self, key_id: str) -> Iterator[None]:
-        """Hold a place; raise LimitReached if there is none for this key ('': those without, who share)."""
-        if self._open.total() >= self._most:
-            raise LimitReached(f"{self._most} streams are open, as many as there may be.", retry_after_s=_RETRY_S)
-        if key_id and self._open[key_id] >= self._most_per_key:
-            raise LimitReached(f"This key may keep {self._most_per_key} streams open.", retry_after_s=_RETRY_S)
+    def slot(self, key_id: str) -> Iterator[None]:
+        """Hold a slot; raise LimitReached if none is free. Callers without a key ('') have only the total limit."""
+        if self._open.total() >= self._max_open:
+            raise LimitReached(f"The limit of {self._max_open} open streams is reached.", retry_after_s=_RETRY_AFTER_S)
+        if key_id and self._open[key_id] >= self._max_per_key:
+            raise LimitReached(
+                f"The limit of this key is {self._max_per_key} open streams.", retry_after_s=_RETRY_AFTER_S
+            )
         self._open[key_id] += 1
         try:
             yield
@@ -43,13 +44,13 @@ class Streams:
                 del self._open[key_id]
 
 
-async def _place(request: Request, caller: CallerNow) -> AsyncIterator[None]:
-    streams = cast(Streams, request.app.state.streams)
-    with streams.place(caller.key_id):
+async def _slot(request: Request, caller: CurrentCaller) -> AsyncIterator[None]:
+    limits = cast(StreamLimits, request.app.state.stream_limits)
+    with limits.slot(caller.key_id):
         yield
 
 
-# For routes whose answer may last: the place is given back when the last byte is sent or the client is gone.
-StreamPlace = Depends(_place)
+# For routes with long responses: the slot is freed after the last byte, or when the client disconnects.
+StreamSlot = Depends(_slot)
 
-__all__ = ["StreamPlace", "Streams"]
+__all__ = ["StreamLimits", "StreamSlot"]

@@ -50,7 +50,7 @@ class Body:
         self._file.close()
 
 
-async def pieces(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def chunked(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """Yield what comes in pieces of a quarter of a megabyte: each is worth the way to a thread."""
     piece = bytearray()
     async for data in stream:
@@ -70,19 +70,19 @@ class BodyReader:
         self._large = asyncio.Lock()
 
     @asynccontextmanager
-    async def received(self, request: Request, most: int) -> AsyncIterator[Body]:
+    async def received(self, request: Request, max_bytes: int) -> AsyncIterator[Body]:
         """Yield the body of a request, a large one when no other is worked on.
 
-        Raise BodyTooLarge beyond `most` bytes.
+        Raise BodyTooLarge beyond `max_bytes` bytes.
         """
         body = Body()
         try:
-            async for data in pieces(request.stream()):
-                if body.size + len(data) > most:
-                    raise BodyTooLarge(f"A body of this type may have {most} bytes; send more as lines, or as a file.")
+            async for data in chunked(request.stream()):
+                if body.size + len(data) > max_bytes:
+                    raise BodyTooLarge(f"The limit for this body type is {max_bytes} bytes; send JSON lines or a file.")
                 if len(data) < SMALL_BYTES and not body.size:
                     body.add(data)
-                else:  # hashing and writing to a disk take time, for which the others need not wait
+                else:  # hashing and run_write to a disk take time, for which the others need not wait
                     await run_in_threadpool(body.add, data)
             if body.size <= SMALL_BYTES:
                 yield body

@@ -17,12 +17,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from jobs.openai.errors import error_body
 
-HEADERS_S = 15.0  # within which a connection must have brought a whole head of a request
-LINGER_S = 2.0  # within which a sender that is refused must have read the answer and closed
+HEADERS_TIMEOUT_S = 15.0  # within which a connection must have brought a whole head of a request
+LINGER_TIMEOUT_S = 2.0  # within which a sender that is refused must have read the answer and closed
 _REASONS = {400: b"Bad Request", 431: b"Request Header Fields Too Large"}
 
 
-class TwoLengths(h11.RemoteProtocolError):
+class ConflictingLengths(h11.RemoteProtocolError):
     """The head of a request says twice how long its body is."""
 
 
@@ -35,11 +35,11 @@ class StrictConnection(h11.Connection):
         if isinstance(event, h11.Request):
             names = {name.lower() for name, _ in event.headers}
             if {b"content-length", b"transfer-encoding"} <= names:
-                raise TwoLengths("Send Content-Length or Transfer-Encoding, not both.")
+                raise ConflictingLengths("Send Content-Length or Transfer-Encoding, not both.")
         return event
 
 
-class PatientProtocol(H11Protocol):
+class TimeoutH11Protocol(H11Protocol):
     """One connection."""
 
     _closing: asyncio.TimerHandle | None = None
@@ -54,7 +54,7 @@ class PatientProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request."""
         super().connection_made(transport)
-        self._wait(HEADERS_S)
+        self._wait(HEADERS_TIMEOUT_S)
 
     def data_received(self, data: bytes) -> None:
         """Go on waiting where the bytes do not complete the head of a request."""
@@ -77,7 +77,7 @@ class PatientProtocol(H11Protocol):
         """Answer what is no HTTP, or has a head that is too long, and close."""
         error = sys.exc_info()[1]
         status = 431 if isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431 else 400
-        msg = str(error) if isinstance(error, TwoLengths) else msg
+        msg = str(error) if isinstance(error, ConflictingLengths) else msg
         reason = _REASONS[status]
         body = json.dumps(error_body(status, msg if status == 400 else "The head of the request is too long.")).encode()
         headers = [
@@ -98,7 +98,7 @@ class PatientProtocol(H11Protocol):
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self._stop_waiting()
-        self._wait(LINGER_S)
+        self._wait(LINGER_TIMEOUT_S)
 
     def _wait_or_not(self) -> None:
         if self._refused or self._handed_over:
@@ -106,7 +106,7 @@ class PatientProtocol(H11Protocol):
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_waiting()
         elif self._closing is None:
-            self._wait(HEADERS_S)
+            self._wait(HEADERS_TIMEOUT_S)
 
     def _wait(self, seconds: float) -> None:
         self._closing = asyncio.get_running_loop().call_later(seconds, self.transport.close)

@@ -22,7 +22,7 @@ from jobs.errors import CallerRefused, CrossSite, HostNotServed
 from jobs.settings import JobsSettings
 
 _NETLOC: Final = re.compile(r"(?:\[(?P<six>[0-9a-f:.]+)\]|(?P<name>[^\[\]:@/\\\s]+))(?::[0-9]{1,5})?", re.IGNORECASE)
-_USUAL_PORT: Final = re.compile(r":(?:80|443)$")
+_DEFAULT_PORT: Final = re.compile(r":(?:80|443)$")
 _OWN_SITE: Final = frozenset({"same-origin", "none"})  # none: the address bar, a bookmark
 _ANY: Final = "*"
 _CROSS_SITE: Final = (
@@ -32,7 +32,7 @@ _CROSS_SITE: Final = (
 
 
 @dataclass(frozen=True, slots=True)
-class Names:
+class ServedNames:
     """The names and addresses under which the service may be called."""
 
     named: frozenset[str]  # of the setting: a name, with or without a port; `*.name` for all below it; `*` for all
@@ -49,7 +49,7 @@ class Names:
             own.add(socket.gethostname().lower())
         return cls(frozenset(settings.served_names), frozenset(own), every)
 
-    def serve(self, netloc: str) -> bool:
+    def allow(self, netloc: str) -> bool:
         """Return whether a `Host` is one of the names."""
         host = _host(netloc)
         if host is None:
@@ -59,9 +59,9 @@ class Names:
             return True
         return host == "localhost" or host in self.own or host in self.named or self._named(host)
 
-    def are_origin(self, netloc: str) -> bool:
+    def allow_origin(self, netloc: str) -> bool:
         """Return whether pages of this place are ours although they call us by another name, as behind a proxy."""
-        return _plain(netloc) in self.named
+        return _without_port(netloc) in self.named
 
     def _named(self, host: str) -> bool:
         return _ANY in self.named or any(
@@ -69,13 +69,13 @@ class Names:
         )
 
 
-class Gate:
+class HostCheckMiddleware:
     """Refuses calls by names that are not ours, and calls that a page of another site makes without a key."""
 
-    def __init__(self, app: ASGIApp, names: Names | None) -> None:
+    def __init__(self, app: ASGIApp, served_names: ServedNames | None) -> None:
         """Answer to these names; None: to any, for applications that no browser reaches."""
         self._app = app
-        self._names = names
+        self._served_names = served_names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on what may come near, HTTP and WebSocket alike."""
@@ -90,13 +90,13 @@ class Gate:
     def _refusal(self, scope: Scope) -> CallerRefused | None:
         headers = Headers(scope=scope)
         host = headers.get("host", "")  # browsers always send it
-        if self._names is not None and host and not self._names.serve(host):
+        if self._served_names is not None and host and not self._served_names.allow(host):
             return HostNotServed.by(host)
-        if _shows_key(headers) or not self._from_elsewhere(headers, host) or _is_visit(scope, headers):
+        if _has_bearer_key(headers) or not self._is_cross_site(headers, host) or _is_navigation(scope, headers):
             return None
         return CrossSite(_CROSS_SITE)
 
-    def _from_elsewhere(self, headers: Headers, host: str) -> bool:
+    def _is_cross_site(self, headers: Headers, host: str) -> bool:
         """Return whether a browser says that a page of another site is calling."""
         site = headers.get("sec-fetch-site")
         if site is not None and site not in _OWN_SITE:
@@ -105,18 +105,18 @@ class Gate:
         if origin is None or site == "same-origin":
             return False
         netloc = urlsplit(origin).netloc if origin.startswith(("http://", "https://")) else ""
-        if netloc and _plain(netloc) == _plain(host):
+        if netloc and _without_port(netloc) == _without_port(host):
             return False
-        return not (netloc and self._names is not None and self._names.are_origin(netloc))
+        return not (netloc and self._served_names is not None and self._served_names.allow_origin(netloc))
 
 
-def _shows_key(headers: Headers) -> bool:
+def _has_bearer_key(headers: Headers) -> bool:
     """Return whether a key is shown. No page can make a browser send one to another site without being allowed to."""
     kind, _, key = headers.get("authorization", "").partition(" ")
     return kind.lower() == "bearer" and bool(key.strip())
 
 
-def _is_visit(scope: Scope, headers: Headers) -> bool:
+def _is_navigation(scope: Scope, headers: Headers) -> bool:
     """Return whether a person follows a link: they see the page, and the page with the link reads nothing of it."""
     return (
         scope.get("method") == "GET"
@@ -125,8 +125,8 @@ def _is_visit(scope: Scope, headers: Headers) -> bool:
     )
 
 
-def _plain(netloc: str) -> str:
-    return _USUAL_PORT.sub("", netloc.lower())
+def _without_port(netloc: str) -> str:
+    return _DEFAULT_PORT.sub("", netloc.lower())
 
 
 def _host(netloc: str) -> str | None:

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jobs.errors import BodyTooLarge, BodyTooSlow, UnsupportedBody
 
 
-class BodyLimit:
+class BodyLimitMiddleware:
     """Refuses bodies that are too large, too slow or compressed. The refusal rises where a route reads the body.
 
     Slow is: nothing for `idle_s`, or after that fewer than `min_bytes_per_s` in the mean, so that a byte now and then
@@ -28,11 +28,11 @@ class BodyLimit:
         max_bytes: int,
         idle_s: float = 30.0,
         min_bytes_per_s: float = 1_000,
-        most_by_path: Mapping[str, int] | None = None,
+        max_bytes_by_path: Mapping[str, int] | None = None,
     ) -> None:
         self._app = app
         self._max_bytes = max_bytes
-        self._most_by_path = most_by_path or {}
+        self._most_by_path = max_bytes_by_path or {}
         self._idle_s = idle_s
         self._min_bytes_per_s = min_bytes_per_s
 
@@ -57,11 +57,11 @@ class BodyLimit:
             if encoding != "identity":
                 raise UnsupportedBody("Compressed bodies are not supported; send the body as it is.")
             if declared.isdecimal():
-                _refuse_beyond(max_bytes, int(declared))
+                _check_size(max_bytes, int(declared))
             patience_s = began_at + self._idle_s + read / self._min_bytes_per_s - time.monotonic()
             message = await self._in_time(receive, min(self._idle_s, patience_s))
             read += len(message.get("body", b""))
-            _refuse_beyond(max_bytes, read)
+            _check_size(max_bytes, read)
             complete = not message.get("more_body", False)
             return message
 
@@ -74,6 +74,6 @@ class BodyLimit:
             raise BodyTooSlow from exc
 
 
-def _refuse_beyond(max_bytes: int, size: int) -> None:
+def _check_size(max_bytes: int, size: int) -> None:
     if size > max_bytes:
         raise BodyTooLarge(f"The body has more than the {max_bytes} bytes one submission may have.")

@@ -20,8 +20,8 @@ _MAX_NAME_CHARS: Final = 255
 _FIELDS: Final = frozenset({"purpose", "expires_after", "expires_after[anchor]", "expires_after[seconds]"})
 # What gateways and clients send beside it; accepted, and changes nothing.
 _WITHOUT_EFFECT: Final = frozenset({"custom_llm_provider", "target_model_names", "user"})
-_MIN_KEPT_S: Final = 3_600
-_MAX_KEPT_S: Final = 2_592_000
+_MIN_EXPIRY_S: Final = 3_600
+_MAX_EXPIRY_S: Final = 2_592_000
 
 
 @dataclass(slots=True)
@@ -72,14 +72,14 @@ class UploadForm:
             raise InvalidValue(f"must be batch, not {purpose[:40]!r}", param="purpose")
         return purpose
 
-    def kept_s(self) -> float | None:
+    def expires_after_s(self) -> float | None:
         """Return for how many seconds the file is to be kept; None if the form does not say."""
         if "expires_after" in self._fields:
-            return _kept_s_of_json(self._fields["expires_after"])
+            return _expires_after_s_of_json(self._fields["expires_after"])
         anchor, seconds = (self._fields.get(f"expires_after[{name}]") for name in ("anchor", "seconds"))
         if anchor is None and seconds is None:
             return None
-        return read_kept_s(anchor, int(seconds) if seconds and seconds.isdecimal() else None, "expires_after")
+        return read_expires_after_s(anchor, int(seconds) if seconds and seconds.isdecimal() else None, "expires_after")
 
     def _make_parser(self, boundary: bytes) -> MultipartParser:
         try:
@@ -140,7 +140,7 @@ class UploadForm:
         self._ended = True
 
 
-def _kept_s_of_json(text: str) -> float:
+def _expires_after_s_of_json(text: str) -> float:
     """Return the seconds of an `expires_after` that is one JSON object."""
     try:
         value = json.loads(text)
@@ -148,15 +148,18 @@ def _kept_s_of_json(text: str) -> float:
         raise InvalidValue("must be a JSON object with anchor and seconds", param="expires_after") from exc
     if not isinstance(value, dict):
         raise InvalidValue("must be a JSON object with anchor and seconds", param="expires_after")
-    return read_kept_s(value.get("anchor"), value.get("seconds"), "expires_after")
+    return read_expires_after_s(value.get("anchor"), value.get("seconds"), "expires_after")
 
 
-def read_kept_s(anchor: object, seconds: object, param: str) -> float:
+def read_expires_after_s(anchor: object, seconds: object, param: str) -> float:
     """Return the seconds of an `expires_after`; raise InvalidValue if it is out of range."""
     if anchor != "created_at":
         raise InvalidValue("must be created_at", param=f"{param}.anchor")
-    if isinstance(seconds, bool) or not isinstance(seconds, int) or not _MIN_KEPT_S <= seconds <= _MAX_KEPT_S:
-        raise InvalidValue(f"must be a number of seconds from {_MIN_KEPT_S} to {_MAX_KEPT_S}", param=f"{param}.seconds")
+    if isinstance(seconds, bool) or not isinstance(seconds, int) or not _MIN_EXPIRY_S <= seconds <= _MAX_EXPIRY_S:
+        raise InvalidValue(
+            f"must be a number of seconds from {_MIN_EXPIRY_S} to {_MAX_EXPIRY_S}",
+            param=f"{param}.seconds",
+        )
     return float(seconds)
 
 

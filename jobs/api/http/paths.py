@@ -13,7 +13,7 @@ from jobs.errors import BasicError, InvalidValue, NotFound
 _SERVED = "/v1/"
 
 
-class PlainPaths:
+class PathMiddleware:
     """Passes a call on without the slash at the end of its path."""
 
     def __init__(self, app: ASGIApp) -> None:

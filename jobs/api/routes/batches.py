@@ -9,15 +9,15 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
 
-from jobs.api.auth.caller import Caller, CallerNow
-from jobs.api.dependencies import ServicesNow, cancel_job, find_job
+from jobs.api.auth.caller import Caller, CurrentCaller
+from jobs.api.dependencies import CurrentServices, cancel_job, find_job
 from jobs.api.http.body import Body
-from jobs.api.http.multipart import read_kept_s
+from jobs.api.http.multipart import read_expires_after_s
 from jobs.api.schemas import serializers
 from jobs.api.schemas.examples import BATCH, ORDER_BODY, page_of, replies
 from jobs.api.schemas.replies import BatchPage, BatchReply
 from jobs.api.submissions import IDEMPOTENCY_KEY, json_object, read_endpoint, read_window_s, require_json
-from jobs.api.write_threads import writing
+from jobs.api.write_threads import run_write
 from jobs.errors import InvalidValue, MissingParameter, NotFound
 from jobs.messages import JobStatus
 from jobs.submission.batches import BatchOrder, accept_batch
@@ -28,13 +28,13 @@ from storage.queries import JobView
 
 router = APIRouter(prefix="/v1/batches")
 
-_ORDER_BYTES = 65_536  # metadata can't have more
+_MAX_ORDER_BYTES = 65_536  # metadata can't have more
 _OPENAI_FIELDS = frozenset({"input_file_id", "endpoint", "completion_window", "metadata", "output_expires_after"})
 _FIELDS = _OPENAI_FIELDS | {"compare_plain"}
 
 
 @router.post("", response_model=None, openapi_extra=ORDER_BODY, responses=replies(BatchReply, BATCH, 400, 404, 409))
-async def create(request: Request, services: ServicesNow, caller: CallerNow) -> Response:
+async def create(request: Request, services: CurrentServices, caller: CurrentCaller) -> Response:
     """Make a batch of an uploaded file. The answer says `validating`; the lines are read afterwards."""
     require_json(request.headers)
 
@@ -44,14 +44,14 @@ async def create(request: Request, services: ServicesNow, caller: CallerNow) -> 
             batch_id = accept_batch(order, caller.sees, services.database, services.settings)
         return JSONResponse(serializers.batch(find_job(services, batch_id, caller)))
 
-    async with services.bodies.received(request, _ORDER_BYTES) as body:
-        return await writing(accept, body)
+    async with services.bodies.received(request, _MAX_ORDER_BYTES) as body:
+        return await run_write(accept, body)
 
 
 @router.get("", response_model=None, responses=replies(BatchPage, page_of(BATCH), 400))
 def list_batches(
-    services: ServicesNow,
-    caller: CallerNow,
+    services: CurrentServices,
+    caller: CurrentCaller,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[str | None, Query(max_length=128)] = None,
     order: Literal["asc", "desc"] = "desc",
@@ -68,7 +68,7 @@ def list_batches(
     return JSONResponse(serializers.page([serializers.batch(job) for job in page.jobs], page.has_more))
 
 
-def _existing_batch(batch_id: str, services: ServicesNow, caller: CallerNow) -> JobView:
+def _existing_batch(batch_id: str, services: CurrentServices, caller: CurrentCaller) -> JobView:
     with services.database.read() as session:
         job = queries.job(session, batch_id, caller.sees)
     if job is None or not _is_batch(job):
@@ -86,9 +86,9 @@ async def retrieve(batch: ExistingBatch) -> Response:
 
 
 @router.post("/{batch_id}/cancel", response_model=None, responses=replies(BatchReply, BATCH, 404, 409))
-async def cancel(batch: ExistingBatch, services: ServicesNow, caller: CallerNow) -> Response:
+async def cancel(batch: ExistingBatch, services: CurrentServices, caller: CurrentCaller) -> Response:
     """Cancel a batch; what is done of it is delivered. May be repeated; a batch that ended otherwise is a conflict."""
-    return JSONResponse(serializers.batch(await writing(cancel_job, services, batch, caller, "batch")))
+    return JSONResponse(serializers.batch(await run_write(cancel_job, services, batch, caller, "batch")))
 
 
 def _is_batch(job: JobView | None) -> bool:
@@ -104,7 +104,7 @@ def _order(body: Body, idempotency_key: str | None, caller: Caller) -> BatchOrde
         completion_window=_text(fields, "completion_window"),
         window_s=read_window_s(fields["completion_window"]),
         metadata=fields.get("metadata"),
-        output_expires_after_s=_output_kept_s(fields.get("output_expires_after")),
+        output_expires_after_s=_output_expires_after_s(fields.get("output_expires_after")),
         api_key_id=caller.key_id,
         idempotency_key=idempotency_key,
         body_sha256=body.sha256,
@@ -120,9 +120,9 @@ def _text(fields: Mapping[str, Any], name: str) -> str:
     return str(fields[name])
 
 
-def _output_kept_s(expires_after: Any) -> float | None:
+def _output_expires_after_s(expires_after: Any) -> float | None:
     if expires_after is None:
         return None
     if not isinstance(expires_after, dict):
         raise InvalidValue("must be an object with anchor and seconds", param="output_expires_after")
-    return read_kept_s(expires_after.get("anchor"), expires_after.get("seconds"), "output_expires_after")
+    return read_expires_after_s(expires_after.get("anchor"), expires_after.get("seconds"), "output_expires_after")

@@ -21,14 +21,14 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.requests import ClientDisconnect
 
-from jobs.api.auth.caller import Caller, CallerNow
-from jobs.api.auth.stream_limits import StreamPlace
-from jobs.api.dependencies import Services, ServicesNow, find_job
+from jobs.api.auth.caller import Caller, CurrentCaller
+from jobs.api.auth.stream_limits import StreamSlot
+from jobs.api.dependencies import CurrentServices, Services, find_job
 from jobs.api.http.body import Body
 from jobs.api.schemas.openapi import CHAT_BODY, COMPLETION_BODY
 from jobs.api.schemas.replies import CHAT, TEXT
 from jobs.api.submissions import json_object, require_json
-from jobs.api.write_threads import writing
+from jobs.api.write_threads import run_write
 from jobs.errors import AnswerTooLate, BasicError, InvalidValue, RequestFailed
 from jobs.json_lines import json_line
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, Endpoint, PartialEvent
@@ -52,14 +52,14 @@ router = APIRouter()
 T = TypeVar("T")
 
 
-@router.post(CHAT_ENDPOINT, openapi_extra=CHAT_BODY, responses=CHAT, dependencies=[StreamPlace])
-async def create_chat_completion(request: Request, services: ServicesNow, caller: CallerNow) -> Response:
+@router.post(CHAT_ENDPOINT, openapi_extra=CHAT_BODY, responses=CHAT, dependencies=[StreamSlot])
+async def create_chat_completion(request: Request, services: CurrentServices, caller: CurrentCaller) -> Response:
     """Answer one conversation now, before all batches."""
     return await _answer(request, services, caller, CHAT_ENDPOINT)
 
 
-@router.post(COMPLETIONS_ENDPOINT, openapi_extra=COMPLETION_BODY, responses=TEXT, dependencies=[StreamPlace])
-async def create_completion(request: Request, services: ServicesNow, caller: CallerNow) -> Response:
+@router.post(COMPLETIONS_ENDPOINT, openapi_extra=COMPLETION_BODY, responses=TEXT, dependencies=[StreamSlot])
+async def create_completion(request: Request, services: CurrentServices, caller: CurrentCaller) -> Response:
     """Go on with one text now, before all batches."""
     return await _answer(request, services, caller, COMPLETIONS_ENDPOINT)
 
@@ -76,13 +76,13 @@ class _Call:
 async def _answer(request: Request, services: Services, caller: Caller, endpoint: Endpoint) -> Response:
     require_json(request.headers)
     async with services.bodies.received(request, services.settings.max_json_bytes) as body:
-        call = await writing(_accept, services, body, request.headers, caller, endpoint)
+        call = await run_write(_accept, services, body, request.headers, caller, endpoint)
     events = _events(services, call.heading.id)
     if not call.stream:
-        await _unless_gone(request, _end_of(events))
+        await _or_disconnect(request, _end_of(events))
         return await run_in_threadpool(_whole, services, call)
     # Nothing is sent before there is text, so that a request that is refused by the worker still gets its status.
-    first = await _unless_gone(request, _next_text(events))
+    first = await _or_disconnect(request, _next_text(events))
     if first is None:
         await run_in_threadpool(_output, services, call)
     lines = _lines(services, call, first, events)
@@ -159,10 +159,10 @@ async def _next_text(events: AsyncGenerator[PartialEvent]) -> PartialEvent | Non
     return None
 
 
-async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
+async def _or_disconnect(request: Request, work: Awaitable[T]) -> T:
     """Return what the work returns; raise ClientDisconnect as soon as there is nobody to answer."""
     working = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(request))
+    gone = asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
@@ -174,7 +174,7 @@ async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
         await asyncio.gather(working, gone, return_exceptions=True)
 
 
-async def _gone(request: Request) -> None:
+async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 

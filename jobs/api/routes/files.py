@@ -12,14 +12,14 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from jobs.api.auth.caller import Caller, CallerNow
-from jobs.api.dependencies import Services, ServicesNow
-from jobs.api.http.body import pieces
+from jobs.api.auth.caller import Caller, CurrentCaller
+from jobs.api.dependencies import CurrentServices, Services
+from jobs.api.http.body import chunked
 from jobs.api.http.multipart import UploadForm
 from jobs.api.schemas import serializers
 from jobs.api.schemas.examples import BYTES, DELETED, FILE, UPLOAD_BODY, page_of, replies
 from jobs.api.schemas.replies import FileDeleted, FilePage, FileReply
-from jobs.api.write_threads import writing
+from jobs.api.write_threads import run_write
 from jobs.errors import InvalidValue, NotFound
 from storage import files
 from storage.files import CHUNK_BYTES, FileView
@@ -30,24 +30,24 @@ _DAY_S = 86_400.0
 
 
 @router.post("", response_model=None, openapi_extra=UPLOAD_BODY, responses=replies(FileReply, FILE, 400, 413))
-async def upload(request: Request, services: ServicesNow, caller: CallerNow) -> Response:
+async def upload(request: Request, services: CurrentServices, caller: CurrentCaller) -> Response:
     """Take a file. It is seen when all its bytes are there; the lines are looked at when a batch is made of it."""
     form = UploadForm(request.headers.get("content-type", ""), services.settings.max_file_bytes)
     writer = _Writer(services, caller, f"file-{secrets.token_hex(16)}")
     try:
-        async for data in pieces(request.stream()):
-            await writing(writer.take, form, data)
+        async for data in chunked(request.stream()):
+            await run_write(writer.take, form, data)
         form.end()
-        return await writing(writer.finish, form)
+        return await run_write(writer.finish, form)
     except BaseException:
-        await writing(writer.drop)
+        await run_write(writer.drop)
         raise
 
 
 @router.get("", response_model=None, responses=replies(FilePage, page_of(FILE), 400))
 def list_files(
-    services: ServicesNow,
-    caller: CallerNow,
+    services: CurrentServices,
+    caller: CurrentCaller,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     after: Annotated[str | None, Query(max_length=128)] = None,
     order: Literal["asc", "desc"] = "desc",
@@ -61,7 +61,7 @@ def list_files(
     return JSONResponse(serializers.page([serializers.file(file) for file in page.files], page.has_more))
 
 
-def _existing_file(file_id: str, services: ServicesNow, caller: CallerNow) -> FileView:
+def _existing_file(file_id: str, services: CurrentServices, caller: CurrentCaller) -> FileView:
     with services.database.read() as session:
         file = files.file(session, file_id, caller.sees)
     if file is None:
@@ -79,15 +79,15 @@ def retrieve(file: ExistingFile) -> Response:
 
 
 @router.delete("/{file_id}", response_model=None, responses=replies(FileDeleted, DELETED, 404))
-async def delete(file_id: str, services: ServicesNow, caller: CallerNow) -> Response:
+async def delete(file_id: str, services: CurrentServices, caller: CurrentCaller) -> Response:
     """Delete a file. A batch that is made of it goes on."""
-    if not await writing(_delete, services, file_id, caller):
+    if not await run_write(_delete, services, file_id, caller):
         raise _no_file(file_id)
     return JSONResponse({"id": file_id, "object": "file", "deleted": True})
 
 
 @router.get("/{file_id}/content", response_class=StreamingResponse, responses=BYTES)
-def content(file: ExistingFile, services: ServicesNow) -> StreamingResponse:
+def content(file: ExistingFile, services: CurrentServices) -> StreamingResponse:
     """Fetch the bytes of a file, as they were uploaded."""
     headers = {"content-length": str(file.bytes), "x-content-type-options": "nosniff"}
     return StreamingResponse(_chunks(services, file.id), media_type="application/octet-stream", headers=headers)
@@ -126,11 +126,11 @@ class _Writer:
     def finish(self, form: UploadForm) -> Response:
         """Write the rest and show the file."""
         purpose = form.purpose()
-        kept_s = form.kept_s() or self._services.settings.file_days * _DAY_S
+        expires_after_s = form.expires_after_s() or self._services.settings.file_days * _DAY_S
         if form.waiting or not self._chunks:
             self.write(form, len(form.waiting))
         with self._services.database.write() as session:
-            files.finish_file(session, self._file_id, form.size, kept_s, purpose)
+            files.finish_file(session, self._file_id, form.size, expires_after_s, purpose)
             file = files.file(session, self._file_id)
         assert file is not None
         return JSONResponse(serializers.file(file))

@@ -10,16 +10,16 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from jobs.api.auth.caller import CallerNow
-from jobs.api.auth.stream_limits import StreamPlace
-from jobs.api.dependencies import ExistingJob, ServicesNow, cancel_job, find_job
+from jobs.api.auth.caller import CurrentCaller
+from jobs.api.auth.stream_limits import StreamSlot
+from jobs.api.dependencies import CurrentServices, ExistingJob, cancel_job, find_job
 from jobs.api.http.body import Body
 from jobs.api.routes.job_outputs import CURSOR, followed_lines, output_lines
 from jobs.api.schemas import serializers
 from jobs.api.schemas.openapi import JOB_BODY
 from jobs.api.schemas.replies import EVENTS, JOB, JOBS, LINES, STATISTICS
-from jobs.api.submissions import most_bytes, read_submission
-from jobs.api.write_threads import writing
+from jobs.api.submissions import max_body_bytes, read_submission
+from jobs.api.write_threads import run_write
 from jobs.errors import InvalidValue
 from jobs.messages import JobStatus
 from jobs.streaming.sse import read_id
@@ -35,9 +35,9 @@ _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # th
 
 
 @router.post("", response_model=None, openapi_extra=JOB_BODY, responses=JOB)
-async def submit(request: Request, services: ServicesNow, caller: CallerNow) -> Response:
+async def submit(request: Request, services: CurrentServices, caller: CurrentCaller) -> Response:
     """Record a job and answer with it."""
-    most = most_bytes(request.headers, services.settings)
+    max_bytes = max_body_bytes(request.headers, services.settings)
 
     def accept(body: Body) -> Response:
         lines = services.settings.max_line_bytes
@@ -47,14 +47,14 @@ async def submit(request: Request, services: ServicesNow, caller: CallerNow) -> 
             job_id = accept_job(submission, database=services.database, ring=services.ring, settings=services.settings)
         return JSONResponse(serializers.job(find_job(services, job_id, caller)))
 
-    async with services.bodies.received(request, most) as body:
-        return await writing(accept, body)
+    async with services.bodies.received(request, max_bytes) as body:
+        return await run_write(accept, body)
 
 
 @router.get("", response_model=None, responses=JOBS)
 def list_jobs(
-    services: ServicesNow,
-    caller: CallerNow,
+    services: CurrentServices,
+    caller: CurrentCaller,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[str | None, Query(max_length=128)] = None,
     interactive: Annotated[bool, Query(description="Also single requests, such as chats.")] = False,
@@ -88,16 +88,16 @@ async def retrieve(job: ExistingJob) -> Response:
 
 
 @router.post("/{job_id}/cancel", response_model=None, responses=JOB)
-async def cancel(job: ExistingJob, services: ServicesNow, caller: CallerNow) -> Response:
+async def cancel(job: ExistingJob, services: CurrentServices, caller: CurrentCaller) -> Response:
     """Cancel a job. May be repeated; a job that ended another way is a conflict."""
-    return JSONResponse(serializers.job(await writing(cancel_job, services, job, caller)))
+    return JSONResponse(serializers.job(await run_write(cancel_job, services, job, caller)))
 
 
 @router.post("/{job_id}/retry", response_model=None, responses=JOB)
 async def retry(
     job: ExistingJob,
-    services: ServicesNow,
-    caller: CallerNow,
+    services: CurrentServices,
+    caller: CurrentCaller,
     idempotency_key: Annotated[str | None, Header()] = None,
 ) -> Response:
     """Run the requests of an ended job again that have no result: as a new job, whose `retry_of` is this one."""
@@ -113,13 +113,13 @@ async def retry(
         )
         return JSONResponse(serializers.job(find_job(services, job_id, caller)))
 
-    return await writing(accept)
+    return await run_write(accept)
 
 
-@router.get("/{job_id}/outputs", response_class=StreamingResponse, dependencies=[StreamPlace], responses=LINES)
+@router.get("/{job_id}/outputs", response_class=StreamingResponse, dependencies=[StreamSlot], responses=LINES)
 def outputs(
     job: ExistingJob,
-    services: ServicesNow,
+    services: CurrentServices,
     after: Annotated[int, Query(ge=-1, le=2**31 - 1, description="Index of the request to start behind.")] = -1,
     failed: Annotated[bool, Query(description="Only requests that ended without a result.")] = False,
     follow: Annotated[bool, Query(description="Go on until the job ends, in the order in which requests end.")] = False,
@@ -134,7 +134,7 @@ def outputs(
 
 
 @router.get("/{job_id}/stats", response_model=None, responses=STATISTICS)
-def statistics(job: ExistingJob, services: ServicesNow) -> Response:
+def statistics(job: ExistingJob, services: CurrentServices) -> Response:
     """Say how fast the job ran and how much speculation paid."""
     with services.database.read() as session:
         return JSONResponse(serializers.statistics(queries.job_stats(session, job.id)))
@@ -143,11 +143,11 @@ def statistics(job: ExistingJob, services: ServicesNow) -> Response:
 @router.get(
     "/{job_id}/events",
     response_class=StreamingResponse,
-    dependencies=[StreamPlace],
+    dependencies=[StreamSlot],
     responses=EVENTS | {204: {"description": "The reader has been told everything, and the job has ended."}},
 )
 async def events(
-    job: ExistingJob, services: ServicesNow, last_event_id: Annotated[str | None, Header(max_length=200)] = None
+    job: ExistingJob, services: CurrentServices, last_event_id: Annotated[str | None, Header(max_length=200)] = None
 ) -> Response:
     """Stream what is written as server-sent events: first what there is, then what comes, until the job ends.
 

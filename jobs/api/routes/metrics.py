@@ -35,7 +35,7 @@ class Metrics:
     def __init__(self, database: Database) -> None:
         """Read `database` when asked."""
         self.registry = CollectorRegistry()
-        self.registry.register(_Record(database))
+        self.registry.register(_DatabaseCollector(database))
         self._latency = Histogram(
             "basic_http_request_seconds",
             "Time to the first byte of a reply.",
@@ -49,7 +49,7 @@ class Metrics:
         self._latency.labels(method, route, str(status)).observe(seconds)
 
 
-class Stopwatch:
+class LatencyMiddleware:
     """Measures how long replies take to begin."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -92,7 +92,7 @@ def metrics(request: Request) -> Response:
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
-class _Record(Collector):
+class _DatabaseCollector(Collector):
     """What the database says, read anew when it is no longer fresh."""
 
     def __init__(self, database: Database) -> None:

@@ -11,8 +11,8 @@ from fastapi.responses import JSONResponse
 from redis.exceptions import RedisError
 from sqlalchemy import text
 
-from jobs.api.auth.caller import CallerNow
-from jobs.api.dependencies import ServicesNow
+from jobs.api.auth.caller import CurrentCaller
+from jobs.api.dependencies import CurrentServices
 from jobs.api.schemas import serializers
 from jobs.api.schemas.replies import HEALTH, JOB_ROWS, MODEL, MODELS, READY, STATISTICS, WORKERS
 from jobs.errors import NotFound, UnknownModel
@@ -26,7 +26,7 @@ _REDIS_TIMEOUT_S = 1.0
 
 
 @router.get("/v1/stats", response_model=None, responses=STATISTICS)
-def statistics(services: ServicesNow) -> Response:
+def statistics(services: CurrentServices) -> Response:
     """Say how fast everything ran so far, and how much speculation paid."""
     with services.database.read() as session:
         return JSONResponse(serializers.statistics(queries.total_stats(session)))
@@ -34,8 +34,8 @@ def statistics(services: ServicesNow) -> Response:
 
 @router.get("/v1/stats/jobs", response_model=None, responses=JOB_ROWS)
 def statistics_by_job(
-    services: ServicesNow,
-    caller: CallerNow,
+    services: CurrentServices,
+    caller: CurrentCaller,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     job: Annotated[str | None, Query(max_length=128)] = None,
 ) -> Response:
@@ -48,7 +48,7 @@ def statistics_by_job(
 
 
 @router.get("/v1/workers", response_model=None, responses=WORKERS)
-def workers(services: ServicesNow) -> Response:
+def workers(services: CurrentServices) -> Response:
     """List the workers that have introduced themselves, with their measured cost curves."""
     with services.database.read() as session:
         found = queries.workers(session)
@@ -56,14 +56,14 @@ def workers(services: ServicesNow) -> Response:
 
 
 @router.get("/v1/models", response_model=None, responses=MODELS)
-def models(services: ServicesNow) -> Response:
+def models(services: CurrentServices) -> Response:
     """List the models a job may name."""
     known = known_models(services.database, services.settings)
     return JSONResponse({"object": "list", "data": [serializers.model(name, known[name]) for name in sorted(known)]})
 
 
 @router.get("/v1/models/{model:path}", response_model=None, responses=MODEL)
-def model(model: str, services: ServicesNow) -> Response:
+def model(model: str, services: CurrentServices) -> Response:
     """Read one model. Hub ids carry a slash, so the name is the rest of the path."""
     known = known_models(services.database, services.settings)
     if model not in known:
@@ -78,7 +78,7 @@ def health() -> Response:
 
 
 @router.get("/readyz", response_model=None, responses=READY)
-def ready(services: ServicesNow) -> Response:
+def ready(services: CurrentServices) -> Response:
     """Say whether jobs can be taken (503 if the database is away), and how the queue is."""
     with services.database.read() as session:
         session.execute(text("SELECT 1"))

@@ -1,6 +1,6 @@
 """The OpenAPI document: what FastAPI can't see in the routes, for they read their bodies themselves.
 
-Describes; decides nothing. Names of fields come from the code that reads them.
+Describes; decides nothing. ServedNames of fields come from the code that reads them.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ _TRACEPARENT: Final[Json] = {
 }
 
 
-def _of_query() -> list[Json]:
+def _query_parameters() -> list[Json]:
     """Return the job's fields and the parameters as a query, for bodies of lines. Objects and lists are JSON texts."""
     fields = {name: schema for name, schema in {**_PARAMETERS, **_JOB}.items() if schema.keys() - {"description"}}
     return [
@@ -193,14 +193,14 @@ def _of_query() -> list[Json]:
             "name": name,
             "in": "query",
             "required": False,
-            "schema": _of_text(schema),
+            "schema": _query_schema(schema),
             "description": f"{schema.get('description', '')} Of bodies of lines; lists and objects as JSON.".strip(),
         }
         for name, schema in {**fields, "parameters": {"type": "object"}}.items()
     ]
 
 
-def _of_text(schema: Json) -> Json:
+def _query_schema(schema: Json) -> Json:
     """Return the schema of a field in a query: its own if it is a plain value, else a string."""
     ways = [way for way in schema.get("anyOf", [schema]) if way != {"type": "null"}]
     plain = len(ways) == 1 and ways[0].get("type") in ("string", "integer", "number", "boolean")
@@ -220,7 +220,7 @@ JOB_BODY: Final = _body(
         "prompts": {"prompts": ["Name two rivers."], "max_tokens": 40, "temperature": 0},
         "requests": {"requests": ["Name two rivers.", {"custom_id": "b", "prompt": "Hello."}], "max_tokens": 40},
     },
-    *_of_query(),
+    *_query_parameters(),
     IDEMPOTENCY,
     **{"application/x-ndjson": _LINES, "application/jsonl": _LINES, "application/x-jsonlines": _LINES},
 )

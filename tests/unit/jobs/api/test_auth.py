@@ -1,4 +1,4 @@
-"""Who may call the shim, and how much of it: keys, scopes, limits, revocation."""
+"""API keys: authentication, scopes, rate and stream limits, revocation."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from sqlalchemy import select
 
 from jobs.api.app import make_api
 from jobs.api.auth.caller import Caller
-from jobs.api.auth.guard import Counts, Door
-from jobs.api.auth.stream_limits import Streams
+from jobs.api.auth.guard import Authenticator, RateLimiter
+from jobs.api.auth.stream_limits import StreamLimits
 from jobs.api.server import serve
 from jobs.errors import LimitReached, SetupError
 from jobs.keys import Scope, check_key
@@ -27,8 +27,8 @@ A_JOB = {"requests": ["Hello"], "max_tokens": 10}
 
 @pytest.fixture
 def api(settings: JobsSettings, database: Database) -> Iterator[TestClient]:
-    door = Door(database, local_key="sk-basic-local-1")
-    app = make_api(settings, database, lambda job_id, model: None, door)
+    authenticator = Authenticator(database, local_key="sk-basic-local-1")
+    app = make_api(settings, database, lambda job_id, model: None, authenticator)
     with TestClient(app, raise_server_exceptions=False) as client:
         yield client
 
@@ -85,7 +85,7 @@ def test_a_revoked_key_opens_nothing_from_the_next_call_on(api: TestClient, data
     assert api.get("/v1/jobs", headers=key).status_code == 200
     revoke(database, key)
     assert api.get("/v1/jobs", headers=key).status_code == 401
-    assert api.get("/v1/jobs").status_code == 401, "the last key is gone, and the door stays shut"
+    assert api.get("/v1/jobs").status_code == 401, "the last key is gone, and a key is still required"
 
 
 def test_the_record_has_the_hash_of_a_key_and_not_the_key(database: Database) -> None:
@@ -114,7 +114,7 @@ def test_a_key_does_what_its_scopes_say(
     assert reply.status_code == submits
     if submits == 403:
         assert reply.json()["error"]["code"] == "insufficient_permissions"
-        assert reply.json()["error"]["message"] == "This needs the scope submit; the key has read."
+        assert reply.json()["error"]["message"] == "This request needs the scope submit; the key has read."
 
 
 def test_what_a_key_submits_is_recorded_under_it(api: TestClient, database: Database) -> None:
@@ -163,7 +163,7 @@ def refused_for_now(reply: Any, code: str = "rate_limit_exceeded") -> str:
 def test_calls_beyond_the_minute_s_share_are_told_when_to_come_back(api: TestClient, database: Database) -> None:
     key, other = a_key(database, requests_per_minute=3), a_key(database, requests_per_minute=3)
     assert [api.get("/v1/models", headers=key).status_code for _ in range(3)] == [200] * 3
-    assert refused_for_now(api.get("/v1/models", headers=key)) == "This key may call 3 times a minute."
+    assert refused_for_now(api.get("/v1/models", headers=key)) == "The limit of this key is 3 requests per minute."
     assert api.get("/v1/models", headers=other).status_code == 200
 
 
@@ -209,25 +209,25 @@ def test_wrong_keys_are_slowed_down_and_right_ones_from_the_same_place_are_not(
 
 def test_a_minute_is_one_that_slides_and_strangers_are_forgotten() -> None:
     now = [0.0]
-    counts = Counts(lambda: now[0])
-    assert counts.add("a", 2) == 0
+    rates = RateLimiter(lambda: now[0])
+    assert rates.hit("a", 2) == 0
     now[0] = 30.0
-    assert [counts.add("a", 2), counts.add("a", 2)] == [0, 30.0]
+    assert [rates.hit("a", 2), rates.hit("a", 2)] == [0, 30.0]
     now[0] = 60.0
-    assert [counts.add("a", 2), counts.add("a", 2)] == [0, 30.0]
+    assert [rates.hit("a", 2), rates.hit("a", 2)] == [0, 30.0]
     for stranger in range(20_000):
-        counts.add(str(stranger), 2)
-    assert len(counts._times) == 10_000
+        rates.hit(str(stranger), 2)
+    assert len(rates._times) == 10_000
 
 
 def test_streams_are_limited_in_all_and_for_each_key() -> None:
-    streams = Streams(most=3, most_per_key=2)
-    with streams.place("a"), streams.place("a"):
-        with pytest.raises(LimitReached, match="This key may keep 2"), streams.place("a"):
+    streams = StreamLimits(max_open=3, max_per_key=2)
+    with streams.slot("a"), streams.slot("a"):
+        with pytest.raises(LimitReached, match="limit of this key is 2 open"), streams.slot("a"):
             pass
-        with streams.place("b"), pytest.raises(LimitReached, match="3 streams are open"), streams.place("c"):
+        with streams.slot("b"), pytest.raises(LimitReached, match="limit of 3 open streams"), streams.slot("c"):
             pass
-    with streams.place("a"):
+    with streams.slot("a"):
         pass
 
 
@@ -241,7 +241,7 @@ def test_without_a_key_the_shim_refuses_to_listen_to_others(settings: JobsSettin
 def test_where_others_can_come_a_key_is_needed_even_if_none_was_found(
     settings: JobsSettings, database: Database
 ) -> None:
-    with TestClient(make_api(settings, database, door=Door(database, keyless=False))) as api:
+    with TestClient(make_api(settings, database, authenticator=Authenticator(database, keyless=False))) as api:
         assert api.get("/v1/jobs").status_code == 401
 
 
@@ -258,12 +258,12 @@ def test_a_key_that_sees_all_jobs_can_ask_for_its_own(api: TestClient, database:
 def test_an_open_page_asks_for_its_key_without_using_up_its_calls(database: Database) -> None:
     authorization = a_key(database, requests_per_minute=1)["authorization"]
     key = authorization.removeprefix("Bearer ")
-    door = Door(database, local_key="sk-basic-local-1")
-    caller = door.admit(authorization, "", Scope.READ)
+    authenticator = Authenticator(database, local_key="sk-basic-local-1")
+    caller = authenticator.authenticate(authorization, "", Scope.READ)
 
     def stays(key: str, caller: Caller) -> bool:
         with database.read() as session:
-            return door.still_admits(key, caller, session)
+            return authenticator.is_still_valid(key, caller, session)
 
     assert all(stays(key, caller) for _ in range(5))
     assert stays("sk-basic-local-1", Caller()), "who can read the data directory"

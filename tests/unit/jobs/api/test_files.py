@@ -131,16 +131,18 @@ def test_files_are_seen_by_those_who_sent_them(settings: JobsSettings, database:
 
 
 @pytest.mark.parametrize(
-    ("form", "kept_s"),
+    ("form", "expires_after_s"),
     [
         ({"custom_llm_provider": "openai", "target_model_names": "gpt-4o", "user": "me"}, 30 * 86_400),
         ({"expires_after": '{"anchor": "created_at", "seconds": 7200}'}, 7_200),
     ],
 )
-def test_an_upload_may_bring_what_gateways_and_curl_send(api: TestClient, form: dict[str, str], kept_s: int) -> None:
+def test_an_upload_may_bring_what_gateways_and_curl_send(
+    api: TestClient, form: dict[str, str], expires_after_s: int
+) -> None:
     reply = api.post("/v1/files", data={"purpose": "batch"} | form, files={"file": ("a.jsonl", b"{}")})
     assert reply.status_code == 200, reply.text
-    assert reply.json()["expires_at"] - reply.json()["created_at"] == kept_s
+    assert reply.json()["expires_at"] - reply.json()["created_at"] == expires_after_s
 
 
 @pytest.mark.parametrize("said", ["7200", "{", "[" * 500, '{"anchor": "created_at", "seconds": 60}'])

@@ -13,8 +13,8 @@ from pydantic import ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from jobs.api.app import make_api
-from jobs.api.http.h11_protocol import StrictConnection, TwoLengths
-from jobs.api.http.host_check import Names
+from jobs.api.http.h11_protocol import ConflictingLengths, StrictConnection
+from jobs.api.http.host_check import ServedNames
 from jobs.settings import JobsSettings
 from storage.session import Database
 from tests.factories import a_key
@@ -25,8 +25,8 @@ EVIL = "http://evil.example"
 
 
 def a_client(settings: JobsSettings, database: Database, **fields: Any) -> TestClient:
-    names = Names.of(settings.model_copy(update=fields))
-    api = make_api(settings, database, lambda job_id, model: None, names=names)
+    names = ServedNames.of(settings.model_copy(update=fields))
+    api = make_api(settings, database, lambda job_id, model: None, served_names=names)
 
     @api.websocket("/socket")
     async def socket(websocket: WebSocket) -> None:
@@ -180,7 +180,7 @@ def test_a_head_that_says_twice_how_long_its_body_is_is_refused() -> None:
     ):
         connection = StrictConnection(h11.SERVER)
         connection.receive_data(b"POST /v1/jobs HTTP/1.1\r\nhost: localhost\r\n" + lengths + b"\r\n\r\n")
-        with pytest.raises(TwoLengths, match="not both"):
+        with pytest.raises(ConflictingLengths, match="not both"):
             connection.next_event()
 
 

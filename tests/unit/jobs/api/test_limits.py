@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from jobs.api.http.limits import BodyLimit
+from jobs.api.http.limits import BodyLimitMiddleware
 from jobs.errors import BodyTooLarge, BodyTooSlow, UnsupportedBody
 from jobs.logs import JsonFormatter
 
@@ -32,7 +32,7 @@ def read(*parts: bytes, headers: dict[str, str] | None = None, idle_s: float = 5
 
     encoded = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
     scope: dict[str, Any] = {"type": "http", "headers": encoded}
-    asyncio.run(BodyLimit(read_all, max_bytes=10, idle_s=idle_s)(scope, receive, send))
+    asyncio.run(BodyLimitMiddleware(read_all, max_bytes=10, idle_s=idle_s)(scope, receive, send))
 
 
 def test_a_body_within_the_limit_passes() -> None:

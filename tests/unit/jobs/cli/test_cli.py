@@ -11,7 +11,7 @@ from sqlalchemy import select
 from typer.testing import CliRunner
 
 from jobs.api.app import make_api
-from jobs.api.auth.guard import Door
+from jobs.api.auth.guard import Authenticator
 from jobs.cli import app as cli
 from jobs.client import Client
 from jobs.errors import InvalidValue, NotFound, NotRetryable, SetupError
@@ -216,7 +216,9 @@ def test_without_jobs_there_is_a_sentence(run: Run) -> None:
 def test_the_newest_job_is_the_caller_s(settings: JobsSettings, database: Database, run: Run) -> None:
     run("submit", "-", "--json", stdin='"Ours"\n')
     key = a_key(database)["authorization"].removeprefix("Bearer ")
-    api = make_api(settings, database, lambda job_id, model: None, Door(database, local_key="sk-basic-local-1"))
+    api = make_api(
+        settings, database, lambda job_id, model: None, Authenticator(database, local_key="sk-basic-local-1")
+    )
     with Client("http://service", key, transport=InProcess(api)) as other:
         theirs = other.submit("Theirs")
     with Client("http://service", "sk-basic-local-1", transport=InProcess(api)) as client:

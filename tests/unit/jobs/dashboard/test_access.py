@@ -8,7 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from jobs.api.app import make_api
-from jobs.api.auth.guard import Door
+from jobs.api.auth.guard import Authenticator
 from jobs.dashboard.app import _add_download, _add_login
 from jobs.dashboard.body_limit import SmallBodies
 from jobs.dashboard.session import Sessions
@@ -24,9 +24,9 @@ A_JOB = {"requests": ["Hello", "World"], "max_tokens": 10}
 @pytest.fixture
 def api(settings: JobsSettings, database: Database) -> Iterator[TestClient]:
     """The API server with the routes of the pages that need no socket."""
-    door = Door(database)
-    app = make_api(settings, database, lambda job_id, model: None, door)
-    sessions = Sessions(door)
+    authenticator = Authenticator(database)
+    app = make_api(settings, database, lambda job_id, model: None, authenticator)
+    sessions = Sessions(authenticator)
     _add_login(app, sessions)
     _add_download(app, app.state.services, sessions)
     app.add_middleware(SmallBodies)
@@ -78,9 +78,9 @@ def test_a_file_that_is_being_saved_takes_a_place_among_the_streams(
 ) -> None:
     place = f"/dashboard/jobs/{submit(api, database)}/outputs"
     app = api.app
-    streams = app.state.streams  # type: ignore[attr-defined]
-    with streams.place(""):
-        streams._most = 1
+    streams = app.state.stream_limits  # type: ignore[attr-defined]
+    with streams.slot(""):
+        streams._max_open = 1
         assert api.get(place).status_code == 429
     assert api.get(place).status_code == 200
     assert api.get(place).status_code == 200, "the place is given back"
