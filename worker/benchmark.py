@@ -32,7 +32,7 @@ from worker.engine.speculation.draft_tree import Candidates, Forest
 from worker.engine.speculation.drafting import Drafter
 from worker.engine.speculation.state import Experience
 from worker.generate import request_for
-from worker.loading.loader import Assembly, Say, assemble
+from worker.loading.loader import LoadedModel, OnMessage, load_engine
 from worker.loading.model_store import resolve
 from worker.settings import SUFFIX, WorkerSettings
 
@@ -115,29 +115,29 @@ class Timed:
 Runner = Callable[[int], Timed]  # takes the batch size
 
 
-def run(settings: WorkerSettings, plan: Plan, say: Say = lambda _: None) -> Report:
+def run(settings: WorkerSettings, plan: Plan, say: OnMessage = lambda _: None) -> Report:
     """Measure every mode of the plan at every batch size."""
-    assembly = assemble(settings, say)
-    prompts = encode(assembly, plan.prompts, plan.max_tokens)
+    loaded = load_engine(settings, say)
+    prompts = encode(loaded, plan.prompts, plan.max_tokens)
     runners: dict[str, Runner] = {
-        mode: decode(assembly, prompts, plan.max_tokens, Mode(mode), plan.temperature)
+        mode: decode(loaded, prompts, plan.max_tokens, Mode(mode), plan.temperature)
         for mode in plan.modes
         if mode in OURS
     }
-    runners |= _peers(settings, assembly, prompts, plan)
+    runners |= _peers(settings, loaded, prompts, plan)
     results: list[Result] = []
     for batch in plan.batches:
-        results += _measure(runners, batch, plan, assembly, say)
-    return Report(assembly.device, assembly.dtype, assembly.name, _drafter(assembly), tuple(results))
+        results += _measure(runners, batch, plan, loaded, say)
+    return Report(loaded.device, loaded.dtype, loaded.name, _drafter(loaded), tuple(results))
 
 
-def encode(assembly: Assembly, prompts: Sequence[str], max_tokens: int) -> list[list[int]]:
+def encode(loaded: LoadedModel, prompts: Sequence[str], max_tokens: int) -> list[list[int]]:
     """Return the token ids of prompts as chat requests have them."""
-    return [assembly.codec.encode(request_for(assembly.name, p, max_tokens=max_tokens), CHAT_ENDPOINT) for p in prompts]
+    return [loaded.codec.encode(request_for(loaded.name, p, max_tokens=max_tokens), CHAT_ENDPOINT) for p in prompts]
 
 
 def take_turns(
-    runners: Mapping[str, Runner], batch: int, runs: int, say: Say = lambda _: None
+    runners: Mapping[str, Runner], batch: int, runs: int, say: OnMessage = lambda _: None
 ) -> dict[str, list[Timed]]:
     """Run each so often at a batch size, one after the other within a run: a slow minute hits all of them."""
     taken: dict[str, list[Timed]] = {name: [] for name in runners}
@@ -148,14 +148,14 @@ def take_turns(
     return taken
 
 
-def _measure(runners: dict[str, Runner], batch: int, plan: Plan, assembly: Assembly, say: Say) -> list[Result]:
+def _measure(runners: dict[str, Runner], batch: int, plan: Plan, loaded: LoadedModel, say: OnMessage) -> list[Result]:
     able = {mode: runner for mode, runner in runners.items() if batch == 1 or _batches(mode)}
     taken = take_turns(able, batch, plan.runs, say)
     plain = taken.get(Mode.PLAIN.value)
-    return [_result(mode, batch, plan, runs, plain[0] if plain else None, assembly) for mode, runs in taken.items()]
+    return [_result(mode, batch, plan, runs, plain[0] if plain else None, loaded) for mode, runs in taken.items()]
 
 
-def _result(mode: str, batch: int, plan: Plan, runs: list[Timed], plain: Timed | None, assembly: Assembly) -> Result:
+def _result(mode: str, batch: int, plan: Plan, runs: list[Timed], plain: Timed | None, loaded: LoadedModel) -> Result:
     rates = [r.rate for r in runs]
     steps = runs[0].steps
     shares = [r.host_share for r in runs if r.host_share is not None]
@@ -164,7 +164,7 @@ def _result(mode: str, batch: int, plan: Plan, runs: list[Timed], plain: Timed |
         mode=mode,
         batch=batch,
         temperature=plan.temperature,
-        drafter=_drafter(assembly) if speculates else None,
+        drafter=_drafter(loaded) if speculates else None,
         tokens_per_s=round(median(rates), 2),
         tokens_per_step=round((runs[0].tokens - len(plan.prompts)) / steps, 3) if steps else None,
         runs=len(runs),
@@ -180,12 +180,12 @@ def _batches(mode: str) -> bool:
     return mode not in ("transformers-prompt-lookup", "transformers-assisted")
 
 
-def _drafter(assembly: Assembly) -> str:
-    return assembly.draft or "suffix"
+def _drafter(loaded: LoadedModel) -> str:
+    return loaded.draft or "suffix"
 
 
 def decode(
-    assembly: Assembly,
+    loaded: LoadedModel,
     prompts: Sequence[list[int]],
     max_tokens: int,
     mode: Mode,
@@ -199,15 +199,15 @@ def decode(
     whoever gives one.
     """
     if experience is None:
-        experience = assembly.beginning(make_drafter) if mode is Mode.OPT_TREE else Experience()
+        experience = loaded.initial_state(make_drafter) if mode is Mode.OPT_TREE else Experience()
 
     def timed(batch: int) -> Timed:
-        at_once = min(batch, assembly.options.max_sequences)
-        options = replace(assembly.options, mode=mode, max_sequences=at_once)
+        at_once = min(batch, loaded.options.max_sequences)
+        options = replace(loaded.options, mode=mode, max_sequences=at_once)
         clock = _DraftClock()
-        made = make_drafter or assembly.make_drafter
-        engine = assembly.engine(options, lambda: _Clocked(made(), clock), experience)
-        sequences = fresh(assembly, prompts, max_tokens, temperature)
+        made = make_drafter or loaded.make_drafter
+        engine = loaded.engine(options, lambda: _Clocked(made(), clock), experience)
+        sequences = fresh(loaded, prompts, max_tokens, temperature)
         steps, accepted = 0, 0
         expected = stepped_ms = verify_ms = 0.0
         started = perf_counter()
@@ -230,7 +230,7 @@ def decode(
 
 
 def fresh(
-    assembly: Assembly, prompts: Sequence[list[int]], max_tokens: int, temperature: float
+    loaded: LoadedModel, prompts: Sequence[list[int]], max_tokens: int, temperature: float
 ) -> list[EngineSequence]:
     """Return sequences that begin with the prompts, each with noise of its own."""
     return [
@@ -240,7 +240,7 @@ def fresh(
             num_prompt=len(prompt),
             max_tokens=max_tokens,
             sampling=Sampling(temperature=temperature, key=noise_key(i, 0)),
-            eos_ids=assembly.codec.eos_ids,
+            eos_ids=loaded.codec.eos_ids,
         )
         for i, prompt in enumerate(prompts)
     ]
@@ -271,31 +271,33 @@ class _Clocked:
         return offered
 
 
-def _peers(settings: WorkerSettings, assembly: Assembly, prompts: Sequence[list[int]], plan: Plan) -> dict[str, Runner]:
+def _peers(
+    settings: WorkerSettings, loaded: LoadedModel, prompts: Sequence[list[int]], plan: Plan
+) -> dict[str, Runner]:
     wanted = [mode for mode in plan.modes if mode in PEERS]
     if settings.draft in ("", SUFFIX) or is_head(resolve(settings.draft, settings.cache_dir)):
         wanted = [mode for mode in wanted if mode != "transformers-assisted"]
     if not wanted:
         return {}
-    model = load_peer(resolve(settings.target, settings.cache_dir), assembly)
+    model = load_peer(resolve(settings.target, settings.cache_dir), loaded)
     extra: dict[str, dict[str, Any]] = {
         "transformers-greedy": {},
         "transformers-prompt-lookup": {"prompt_lookup_num_tokens": _LOOKUP_TOKENS},
     }
     if "transformers-assisted" in wanted:
         extra["transformers-assisted"] = {
-            "assistant_model": load_peer(resolve(settings.draft, settings.cache_dir), assembly)
+            "assistant_model": load_peer(resolve(settings.draft, settings.cache_dir), loaded)
         }
-    return {mode: peer(model, assembly, prompts, plan.max_tokens, plan.temperature, **extra[mode]) for mode in wanted}
+    return {mode: peer(model, loaded, prompts, plan.max_tokens, plan.temperature, **extra[mode]) for mode in wanted}
 
 
-def load_peer(path: str, assembly: Assembly) -> Any:
+def load_peer(path: str, loaded: LoadedModel) -> Any:
     """Load a model as transformers itself runs it; its `generate` is typed for mixins that no model class declares."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, assembly.dtype), device_map=assembly.where)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, loaded.dtype), device_map=loaded.device_type)
 
 
 def peer(
-    model: Any, assembly: Assembly, prompts: Sequence[list[int]], max_tokens: int, temperature: float, **extra: Any
+    model: Any, loaded: LoadedModel, prompts: Sequence[list[int]], max_tokens: int, temperature: float, **extra: Any
 ) -> Runner:
     """Return what decodes the prompts with transformers' own generate, in padded batches; `extra` are its arguments."""
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
@@ -305,7 +307,7 @@ def peer(
         started = perf_counter()
         for first in range(0, len(prompts), batch):
             some = prompts[first : first + batch]
-            outputs += _peer_batch(model, assembly, some, {"max_new_tokens": max_tokens, **sampling, **extra})
+            outputs += _peer_batch(model, loaded, some, {"max_new_tokens": max_tokens, **sampling, **extra})
         return Timed(tuple(outputs), perf_counter() - started, None)
 
     return timed
@@ -313,21 +315,21 @@ def peer(
 
 @torch.inference_mode()
 def _peer_batch(
-    model: Any, assembly: Assembly, prompts: Sequence[list[int]], arguments: dict[str, Any]
+    model: Any, loaded: LoadedModel, prompts: Sequence[list[int]], arguments: dict[str, Any]
 ) -> list[tuple[int, ...]]:
     """Let transformers decode left-padded prompts; return each completion up to its end-of-sequence token."""
     width = max(map(len, prompts))
-    pad = min(assembly.codec.eos_ids, default=0)
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=assembly.where)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=assembly.where)
+    pad = min(loaded.codec.eos_ids, default=0)
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=loaded.device_type)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=loaded.device_type)
     out = model.generate(
         ids,
         attention_mask=mask,
-        eos_token_id=sorted(assembly.codec.eos_ids) or None,
+        eos_token_id=sorted(loaded.codec.eos_ids) or None,
         pad_token_id=pad,
         **arguments,
     )
-    return [_until_eos(row.tolist(), assembly.codec.eos_ids) for row in out[:, width:]]
+    return [_until_eos(row.tolist(), loaded.codec.eos_ids) for row in out[:, width:]]
 
 
 def _until_eos(ids: list[int], eos: frozenset[int]) -> tuple[int, ...]:

@@ -106,7 +106,7 @@ def generate(
     from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT
     from worker.generate import generate as decode
     from worker.generate import request_for
-    from worker.loading.loader import assemble
+    from worker.loading.loader import load_engine
 
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
@@ -117,9 +117,9 @@ def generate(
     settings = settings_of(target=target, draft=draft, dtype=dtype, mode=mode, nodes=nodes, max_sequences=1)
     console = Console(highlight=False)
     with sentences():
-        assembly = assemble(settings, say=say)
+        loaded = load_engine(settings, say=say)
         request = request_for(
-            assembly.name,
+            loaded.name,
             text,
             max_tokens=max_tokens,
             temperature=temperature,
@@ -128,7 +128,7 @@ def generate(
             logprobs=logprobs,
         )
         endpoint = COMPLETIONS_ENDPOINT if raw else CHAT_ENDPOINT
-        done = decode(assembly, request, endpoint=endpoint, on_pieces=_mute if as_json else _printer(console))
+        done = decode(loaded, request, endpoint=endpoint, on_pieces=_mute if as_json else _printer(console))
     print(json.dumps(done.as_json())) if as_json else console.print(f"\n{_summary(done)}", style="dim")
 
 

@@ -14,7 +14,7 @@ from jobs.messages import CHAT_ENDPOINT, GenerationRequest, SamplingParameters
 from jobs.openai.logprobs import TokenLikelihoods, shaped
 from worker.engine.options import Mode
 from worker.engine.stats import StepNumbers
-from worker.loading.loader import Assembly, assemble
+from worker.loading.loader import LoadedModel, load_engine
 from worker.settings import WorkerSettings
 from worker.text.output_stream import Transcript
 from worker.text.stop_strings import Pieces
@@ -52,7 +52,7 @@ class Generation:
 
 
 def generate(
-    assembly: Assembly,
+    loaded: LoadedModel,
     request: GenerationRequest,
     *,
     endpoint: str = CHAT_ENDPOINT,
@@ -60,10 +60,10 @@ def generate(
     on_pieces: Callable[[Pieces], None] = lambda _: None,
 ) -> Generation:
     """Decode one choice of a request; `on_pieces` sees the text as it comes. Raises RequestRefused kinds."""
-    engine = assembly.engine(replace(assembly.options, mode=mode) if mode else None)
-    prompt = assembly.codec.encode(request, endpoint)
-    sequence = assembly.codec.sequence((0,), prompt, request.sampling, choice=0)
-    transcript = Transcript(sequence, assembly.codec.stream(request.sampling.stop, prompt, endpoint))
+    engine = loaded.engine(replace(loaded.options, mode=mode) if mode else None)
+    prompt = loaded.codec.encode(request, endpoint)
+    sequence = loaded.codec.sequence((0,), prompt, request.sampling, choice=0)
+    transcript = Transcript(sequence, loaded.codec.stream(request.sampling.stop, prompt, endpoint))
     steps: list[StepNumbers] = []
     logprobs: list[TokenLikelihoods] = []
     engine.add(sequence)
@@ -105,6 +105,6 @@ def request_for(
 
 
 @lru_cache(maxsize=1)
-def resident_assembly(settings: WorkerSettings) -> Assembly:
+def resident_model(settings: WorkerSettings) -> LoadedModel:
     """Return the models of these settings, loaded once per process."""
-    return assemble(settings)
+    return load_engine(settings)

@@ -14,7 +14,7 @@ from threading import Thread
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from worker.loading.loader import Assembly
+    from worker.loading.loader import LoadedModel
     from worker.settings import WorkerSettings
 
 _Pieces = SimpleQueue["str | BaseException | None"]  # None: the text has ended
@@ -22,12 +22,12 @@ _Pieces = SimpleQueue["str | BaseException | None"]  # None: the text has ended
 
 def generate_with_standard_model(prompt: str, max_tokens: int = 50, use_parallel: bool = False) -> str:
     """Return the greedy text of plain decoding: one target forward a token."""
-    return _generate(_assembled(use_parallel), "plain", prompt, max_tokens)
+    return _generate(_loaded_model(use_parallel), "plain", prompt, max_tokens)
 
 
 def generate_with_speculative_decoding(prompt: str, max_tokens: int = 50, use_parallel: bool = False) -> str:
     """Return the same greedy text, decoded with draft trees."""
-    return _generate(_assembled(use_parallel), "opt-tree", prompt, max_tokens)
+    return _generate(_loaded_model(use_parallel), "opt-tree", prompt, max_tokens)
 
 
 def generate_with_streaming_speculative_decoding(
@@ -35,11 +35,11 @@ def generate_with_streaming_speculative_decoding(
 ) -> Iterator[str]:
     """Yield the same greedy text piece by piece, as the steps bring it."""
     pieces: _Pieces = SimpleQueue()
-    assembly = _assembled(use_parallel)  # not in the thread: other ranks end with the thread that started them
+    loaded = _loaded_model(use_parallel)  # not in the thread: other ranks end with the thread that started them
 
     def decode() -> None:
         try:
-            _generate(assembly, "opt-tree", prompt, max_tokens, pieces)
+            _generate(loaded, "opt-tree", prompt, max_tokens, pieces)
         except BaseException as error:  # handed to the reader below, who raises it
             pieces.put(error)
         else:
@@ -52,15 +52,15 @@ def generate_with_streaming_speculative_decoding(
         yield piece
 
 
-def _assembled(parallel: bool) -> Assembly:
+def _loaded_model(parallel: bool) -> LoadedModel:
     """Return the models of the environment's settings, loaded once; on as many ranks as there can be if `parallel`."""
-    from worker.generate import resident_assembly
+    from worker.generate import resident_model
     from worker.settings import WorkerSettings
 
     settings = WorkerSettings(max_sequences=1)
     if parallel and settings.tp == 1:
         settings = settings.model_copy(update={"tp": _widest(settings)})
-    return resident_assembly(settings)
+    return resident_model(settings)
 
 
 def _widest(settings: WorkerSettings) -> int:
@@ -78,16 +78,16 @@ def _widest(settings: WorkerSettings) -> int:
     return max(ranks for ranks in widths(config) if ranks <= most)
 
 
-def _generate(assembly: Assembly, mode: str, prompt: str, max_tokens: int, pieces: _Pieces | None = None) -> str:
+def _generate(loaded: LoadedModel, mode: str, prompt: str, max_tokens: int, pieces: _Pieces | None = None) -> str:
     """Decode one prompt greedily, and hand over its pieces as they come."""
     from worker.engine.options import Mode
     from worker.generate import generate, request_for
 
-    request = request_for(assembly.name, prompt, max_tokens=max_tokens)
+    request = request_for(loaded.name, prompt, max_tokens=max_tokens)
 
     def pass_on(new: Sequence[tuple[str, str]]) -> None:
         if pieces is not None:
             for text, _ in new:
                 pieces.put(text)
 
-    return generate(assembly, request, mode=Mode(mode), on_pieces=pass_on).text
+    return generate(loaded, request, mode=Mode(mode), on_pieces=pass_on).text

@@ -24,7 +24,7 @@ from jobs.producer import make_producer_app, send_pulse
 from jobs.queue.worker_notifier import Doorbells
 from jobs.schema_check import require_schema
 from jobs.tracing import start_tracing, stop_tracing
-from worker.loading.loader import assemble
+from worker.loading.loader import load_engine
 from worker.serving.service import Pulse, Resident, new_worker_id
 from worker.settings import WorkerSettings
 
@@ -72,9 +72,9 @@ def serve(settings: WorkerSettings) -> int:
     require_schema(settings.resolved_database_url)
     start_tracing("basic-worker")
     sequences = settings.max_sequences + settings.interactive_sequences
-    assembly = assemble(settings.model_copy(update={"max_sequences": sequences}), say=log.info)
-    resident = Resident(settings, assembly, ring=Doorbells(settings.redis_url).ring, worker_id=new_worker_id())
-    app = make_worker_app(settings.redis_url, assembly.name, resident)
+    loaded = load_engine(settings.model_copy(update={"max_sequences": sequences}), say=log.info)
+    resident = Resident(settings, loaded, ring=Doorbells(settings.redis_url).ring, worker_id=new_worker_id())
+    app = make_worker_app(settings.redis_url, loaded.name, resident)
 
     @worker_ready.connect(weak=False)  # type: ignore[untyped-decorator]
     def ready(**_: object) -> None:
@@ -89,7 +89,7 @@ def serve(settings: WorkerSettings) -> int:
     signal.signal(signal.SIGTERM, _leave)  # Celery's own handler comes later, and requests may be claimed before
     try:
         resident.start(make_pulse(settings.redis_url, resident.worker_id))
-        log.info("Serving %s as %s", assembly.name, resident.worker_id, extra={"action": "ready"})
+        log.info("Serving %s as %s", loaded.name, resident.worker_id, extra={"action": "ready"})
         app.worker_main(["worker", "--concurrency=4", "--loglevel=INFO", f"--hostname={resident.worker_id}@%h"])
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0

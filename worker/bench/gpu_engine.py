@@ -38,7 +38,7 @@ from worker.engine.speculation.cost_model import CostModel
 from worker.engine.speculation.drafting import Drafter
 from worker.engine.speculation.state import Experience
 from worker.loading.calibration import calibrate
-from worker.planning.shapes import configuration
+from worker.planning.shapes import load_config
 
 _PROMPT_TOKENS = 64
 _MODES = (Mode.PLAIN, Mode.OPT_TREE, Mode.PAPER)
@@ -129,8 +129,8 @@ def _random_pair(model: str, draft: str, layers: int | None, options: EngineOpti
     """Return random models of these shapes, on a GPU if there is one; raise ModelRefused if a shape is unknown."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    network = random_model(configuration(model), layers, device)
-    drafting = network if draft == _SAME else random_model(configuration(draft), layers, device)
+    network = random_model(load_config(model), layers, device)
+    drafting = network if draft == _SAME else random_model(load_config(draft), layers, device)
     for one in {network, drafting}:
         quicken(one)
     vocabulary = min(network.config.vocab_size, drafting.config.vocab_size)

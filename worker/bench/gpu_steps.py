@@ -29,8 +29,8 @@ from worker.engine.paged.kv import PagedKv
 from worker.engine.segments import Segment, chain
 from worker.planning.devices import DEVICES
 from worker.planning.forecast import Machine, step
-from worker.planning.shapes import ModelShape, configuration
-from worker.planning.shapes import measure as shape_from
+from worker.planning.shapes import ModelShape, load_config
+from worker.planning.shapes import shape_from_config as shape_from
 
 ROWS = (1, 8, 32, 64, 128, 256)
 TREE_ROWS = 16  # rows of one draft tree, root included: a chain of four levels with siblings
@@ -161,7 +161,7 @@ def main(
     if min(counts) < 1:
         raise typer.BadParameter("a step has one row at least")
     try:
-        config = configuration(model)
+        config = load_config(model)
     except ModelRefused as refusal:
         raise typer.BadParameter(str(refusal)) from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

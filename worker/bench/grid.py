@@ -33,7 +33,7 @@ from worker.engine.sequence import Sequence as EngineSequence
 from worker.engine.speculation.draft_tree import Candidates, Forest
 from worker.engine.speculation.drafting import Drafter
 from worker.engine.speculation.state import Experience
-from worker.loading.loader import Assembly, Say, assemble
+from worker.loading.loader import LoadedModel, OnMessage, load_engine
 from worker.loading.model_store import resolve
 from worker.settings import WorkerSettings
 
@@ -73,35 +73,35 @@ class Cell:
 
 
 def run(
-    settings: WorkerSettings, prompts: Sequence[str], batches: Sequence[int], max_tokens: int, runs: int, say: Say
+    settings: WorkerSettings, prompts: Sequence[str], batches: Sequence[int], max_tokens: int, runs: int, say: OnMessage
 ) -> list[Cell]:
     """Measure every cell, in `runs` races or more."""
-    assembly = assemble(settings.model_copy(update={"max_sequences": 2 * max(batches)}), say)  # two engines at a time
-    texts = encode(assembly, prompts, max_tokens)
-    drafts = _drafts(assembly)
-    experiences = {name: assembly.beginning(partial(make, ())) for name, make in drafts.items()}
-    transformers = load_peer(resolve(settings.target, settings.cache_dir), assembly)
+    loaded = load_engine(settings.model_copy(update={"max_sequences": 2 * max(batches)}), say)  # two engines at a time
+    texts = encode(loaded, prompts, max_tokens)
+    drafts = _drafts(loaded)
+    experiences = {name: loaded.initial_state(partial(make, ())) for name, make in drafts.items()}
+    transformers = load_peer(resolve(settings.target, settings.cache_dir), loaded)
     cells: list[Cell] = []
     for batch in batches:
         some = [texts[i % len(texts)] for i in range(max(batch, _LEAST_PROMPTS))]
         for temperature in TEMPERATURES:
             say(f"Batch {batch}, temperature {temperature:g}")
-            peers = peer(transformers, assembly, some, max_tokens, temperature) if temperature == 0.0 else None
+            peers = peer(transformers, loaded, some, max_tokens, temperature) if temperature == 0.0 else None
             theirs = median(peers(batch).rate for _ in range(min(runs, _PEER_RUNS))) if peers else None
-            case = _Case(assembly, some, max_tokens, temperature, batch, drafts, experiences)
+            case = _Case(loaded, some, max_tokens, temperature, batch, drafts, experiences)
             cells += case.measure(runs, theirs, say)
     return cells
 
 
-def _drafts(assembly: Assembly) -> dict[str, MakeDraft]:
+def _drafts(loaded: LoadedModel) -> dict[str, MakeDraft]:
     """Return the drafts of the grid by name."""
-    random, vocab = _random_draft(assembly), len(assembly.codec.tokenizer)
+    random, vocab = _random_draft(loaded), len(loaded.codec.tokenizer)
     drafts: dict[str, MakeDraft] = {
         "replay": ReplayDrafter,
         "random": lambda _: ModelDrafter(random, "random", vocab),
         "suffix": lambda _: SuffixDrafter(),
     }
-    return {SHIPPED: lambda _: assembly.make_drafter(), **drafts} if assembly.draft else drafts
+    return {SHIPPED: lambda _: loaded.make_drafter(), **drafts} if loaded.draft else drafts
 
 
 class _Case:
@@ -109,7 +109,7 @@ class _Case:
 
     def __init__(
         self,
-        assembly: Assembly,
+        loaded: LoadedModel,
         prompts: list[list[int]],
         max_tokens: int,
         temperature: float,
@@ -117,20 +117,20 @@ class _Case:
         drafts: Mapping[str, MakeDraft],
         experiences: Mapping[str, Experience],
     ) -> None:
-        self._assembly, self._batch, self._temperature = assembly, batch, temperature
-        self._fresh = partial(fresh, assembly, prompts, max_tokens, temperature)
-        alone = decode(assembly, prompts, max_tokens, Mode.PLAIN, temperature)(batch)
+        self._loaded, self._batch, self._temperature = loaded, batch, temperature
+        self._fresh = partial(fresh, loaded, prompts, max_tokens, temperature)
+        alone = decode(loaded, prompts, max_tokens, Mode.PLAIN, temperature)(batch)
         self._tokens, self._seconds = alone.tokens, alone.seconds
         self._makes = {name: partial(make, alone.token_ids) for name, make in drafts.items()}
         self._experiences = experiences
         self._plain: list[float] = []  # tokens per second
 
-    def measure(self, least: int, transformers: float | None, say: Say) -> list[Cell]:
+    def measure(self, least: int, transformers: float | None, say: OnMessage) -> list[Cell]:
         """Return a cell for every draft."""
         runs = max(least, round(_CELL_S / self._seconds))
         return [self._cell(name, runs, transformers, say) for name in self._makes]
 
-    def _cell(self, name: str, runs: int, transformers: float | None, say: Say) -> Cell:
+    def _cell(self, name: str, runs: int, transformers: float | None, say: OnMessage) -> Cell:
         say(f"Batch {self._batch}, temperature {self._temperature:g}, {name}: {runs} races")
         ours: list[float] = []
         paper: list[float] = []
@@ -149,26 +149,26 @@ class _Case:
         return plain_seconds / seconds
 
     def _engine(self, mode: Mode, name: str, lane: int) -> Engine:
-        options = replace(self._assembly.options, mode=mode, max_sequences=self._batch)
+        options = replace(self._loaded.options, mode=mode, max_sequences=self._batch)
         experience = self._experiences[name] if mode is Mode.OPT_TREE else Experience()
-        target = Lane(self._assembly.target, lane * self._batch, self._batch)
-        engine = self._assembly.engine(options, self._makes[name], experience, target)
+        target = Lane(self._loaded.target, lane * self._batch, self._batch)
+        engine = self._loaded.engine(options, self._makes[name], experience, target)
         for sequence in self._fresh():
             engine.add(sequence)
         return engine
 
 
-def _random_draft(assembly: Assembly) -> PackedModel:
+def _random_draft(loaded: LoadedModel) -> PackedModel:
     """Return a model of the target's kind with a fifteenth of its layers and random weights."""
-    config = assembly.target.config
+    config = loaded.target.config
     shape = {**config.to_dict(), "num_hidden_layers": max(config.num_hidden_layers // 15, 1), "layer_types": None}
     small = type(config)(**shape)
-    dtype = assembly.target.dtype
+    dtype = loaded.target.dtype
     model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
         small, dtype=dtype, attn_implementation=ATTENTION_NAME
     ).eval()
     quicken(model)
-    return PackedModel(model, slots=assembly.options.max_sequences, capacity=assembly.options.draft_slot_tokens)
+    return PackedModel(model, slots=loaded.options.max_sequences, capacity=loaded.options.draft_slot_tokens)
 
 
 class ReplayDrafter:

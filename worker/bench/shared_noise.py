@@ -22,7 +22,7 @@ from torch import Tensor
 from worker.benchmark import Timed, decode, encode, read_prompts
 from worker.engine.options import Mode
 from worker.engine.sampling.sampling import Sampling, noise_key, noisy
-from worker.loading.loader import assemble
+from worker.loading.loader import load_engine
 from worker.settings import WorkerSettings
 from worker.terminal import say
 
@@ -51,15 +51,15 @@ def main(
     temperature: Annotated[float, typer.Option(min=0.01, help="Of the target and the draft.")] = 1.0,
 ) -> None:
     """Print tokens a step by the noise that candidates are ranked with."""
-    assembly = assemble(WorkerSettings(nodes=nodes), say)
-    texts = encode(assembly, read_prompts(prompts, limit), max_tokens)
+    loaded = load_engine(WorkerSettings(nodes=nodes), say)
+    texts = encode(loaded, read_prompts(prompts, limit), max_tokens)
     table = Table("candidates ranked with", "tokens/step", "same text")
-    table.title = f"{assembly.draft or 'suffix'}, {nodes} nodes, temperature {temperature:g}, {limit} prompts"
+    table.title = f"{loaded.draft or 'suffix'}, {nodes} nodes, temperature {temperature:g}, {limit} prompts"
     first: Timed | None = None
     for name, noise in WAYS.items():
         say(f"Decoding with {name}")
         with patch("worker.drafters.candidates.noisy", noise):
-            timed = decode(assembly, texts, max_tokens, Mode.PAPER, temperature)(len(texts))
+            timed = decode(loaded, texts, max_tokens, Mode.PAPER, temperature)(len(texts))
         first = first or timed
         assert timed.steps
         same = "yes" if timed.token_ids == first.token_ids else "NO"

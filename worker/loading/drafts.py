@@ -35,7 +35,7 @@ from worker.engine.model.language_model import (
 from worker.engine.model.offload import home_of
 from worker.engine.speculation.drafting import Drafter
 from worker.loading.model_store import resolve
-from worker.loading.tensor_parallel import DRAFT, Ranks, draft_split
+from worker.loading.tensor_parallel import DRAFT, RankGroup, draft_tp_size
 from worker.settings import SUFFIX, WorkerSettings
 from worker.text.codec import first_difference, load_tokenizer, spelled_alike
 
@@ -56,24 +56,24 @@ class Draft:
     make: Callable[[HiddenStates | None, int, int, int | None], MakeDrafter]
 
 
-def draft_for(
-    settings: WorkerSettings, model: PreTrainedModel, tokenizer: Tokenizer, ranks: Ranks | None = None
+def load_draft(
+    settings: WorkerSettings, model: PreTrainedModel, tokenizer: Tokenizer, ranks: RankGroup | None = None
 ) -> Draft:
     """Return the draft that the settings choose for a loaded target, whose layers are not fused yet.
 
     With `ranks` the target is split over them. Raises ModelRefused or TokenizersDiffer, with what differs and what to
     do, if it can't draft for the target.
     """
-    path = chosen_draft(settings)
+    path = draft_path(settings)
     if path is None:
         return Draft(None, (), 0, lambda *_: SuffixDrafter)
     if is_head(path):
         return _with_head(path, settings, model, tokenizer)
-    refuse_foreign(path)
+    refuse_unsupported_draft(path)
     return _with_model(path, settings, model, tokenizer, ranks)
 
 
-def chosen_draft(settings: WorkerSettings) -> str | None:
+def draft_path(settings: WorkerSettings) -> str | None:
     """Return where the draft of the settings lies; None: only what texts repeat."""
     if settings.draft == SUFFIX or settings.mode == "plain":
         return None
@@ -83,9 +83,9 @@ def chosen_draft(settings: WorkerSettings) -> str | None:
     return str(own) if own else None
 
 
-def heads_its_draft(settings: WorkerSettings) -> bool:
+def uses_head(settings: WorkerSettings) -> bool:
     """Return whether the settings choose a head, which reads weights and states of its target."""
-    path = chosen_draft(settings)
+    path = draft_path(settings)
     return path is not None and is_head(path)
 
 
@@ -95,7 +95,7 @@ def shipped(target: str) -> Path | None:
     return folder if "/" not in target and folder.is_dir() else None
 
 
-def words_of(target: Tokenizer, draft: Tokenizer, target_name: str, draft_name: str, known: int) -> Words:
+def shared_words(target: Tokenizer, draft: Tokenizer, target_name: str, draft_name: str, known: int) -> Words:
     """Return the tokens of a target and of a draft that knows the ids below `known`.
 
     Raises TokenizersDiffer, naming the first id, unless both spell most of the target's ids alike: what is drafted
@@ -113,7 +113,7 @@ def words_of(target: Tokenizer, draft: Tokenizer, target_name: str, draft_name: 
     return Words(np.array(shared, np.int64), known)
 
 
-def refuse_foreign(path: str) -> None:
+def refuse_unsupported_draft(path: str) -> None:
     """Raise ModelRefused for a draft that is made for other programs."""
     folder = folder_of(path)
     kind = None if folder is None else draft_kind(folder)
@@ -144,16 +144,16 @@ def _with_head(path: str, settings: WorkerSettings, model: PreTrainedModel, toke
 
 
 def _with_model(
-    path: str, settings: WorkerSettings, model: PreTrainedModel, tokenizer: Tokenizer, ranks: Ranks | None
+    path: str, settings: WorkerSettings, model: PreTrainedModel, tokenizer: Tokenizer, ranks: RankGroup | None
 ) -> Draft:
     refuse_unreadable(path)
     draft_tokenizer = load_tokenizer(path)
     everywhere = ranks is not None and settings.draft_ranks == "all"
     network = load(
-        path, dtype=model.dtype, device=home_of(model), ranks=draft_split(path, settings) if everywhere else 1
+        path, dtype=model.dtype, device=home_of(model), ranks=draft_tp_size(path, settings) if everywhere else 1
     )
     config = network.config.get_text_config()
-    words = words_of(tokenizer, draft_tokenizer, settings.target, settings.draft, config.vocab_size)
+    words = shared_words(tokenizer, draft_tokenizer, settings.target, settings.draft, config.vocab_size)
     quicken(network)
     name = model_name(settings.draft)
 

@@ -1,4 +1,4 @@
-"""Assembly: from settings to a ready engine. The one place where models, drafter, codec and cost model meet.
+"""LoadedModel: from settings to a ready engine. The one place where models, drafter, codec and cost model meet.
 
 Used by the worker process, by `basic generate`, by the benchmark and the seed functions, so that all of them run the
 same engine.
@@ -40,24 +40,24 @@ from worker.engine.speculation.draft_costs import DraftTimes
 from worker.engine.speculation.drafting import Drafter
 from worker.engine.speculation.state import Experience
 from worker.loading.calibration import calibrate, calibrate_drafts, measure_drafts
-from worker.loading.drafts import draft_for, heads_its_draft
-from worker.loading.memory import own_bytes, with_kv_tokens
+from worker.loading.drafts import load_draft, uses_head
+from worker.loading.memory import available_bytes, with_kv_tokens
 from worker.loading.model_store import resolve
-from worker.loading.tensor_parallel import TARGET, Ranks
+from worker.loading.tensor_parallel import TARGET, RankGroup
 from worker.settings import WorkerSettings
 from worker.text.codec import Codec, eos_ids, load_tokenizer
 
-Say = Callable[[str], None]
+OnMessage = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Assembly:
+class LoadedModel:
     """Loaded models and what belongs to them; makes engines that share them, one at a time."""
 
     name: str  # public name of the target
     draft: str | None  # public name of the draft model, if there is one
     device: str  # its name, for people
-    where: str  # torch's name of it: cpu or cuda
+    device_type: str  # torch's name of it: cpu or cuda
     ranks: int  # how many such devices share the target
     dtype: str
     codec: Codec
@@ -68,7 +68,7 @@ class Assembly:
     draft_times: tuple[DraftTimes, DraftTimes | None]  # of its drafts, and of their part that runs no network
     experience: Experience  # with its drafts in its mode
 
-    def beginning(self, make_drafter: Callable[[], Drafter] | None = None) -> Experience:
+    def initial_state(self, make_drafter: Callable[[], Drafter] | None = None) -> Experience:
         """Return what is known before the first step of its own drafts, or of others, which are measured now."""
         if make_drafter is None:
             return Experience.of(*self.draft_times)
@@ -94,7 +94,7 @@ class Assembly:
         return Engine(target or self.target, drafter, chosen, self.costs, learned)
 
 
-def assemble(settings: WorkerSettings, say: Say = lambda _: None) -> Assembly:
+def load_engine(settings: WorkerSettings, say: OnMessage = lambda _: None) -> LoadedModel:
     """Load what the settings name and calibrate it.
 
     Raises ModelRefused or SetupError, with what to do, for models that are missing, unsupported or don't fit together.
@@ -107,14 +107,14 @@ def assemble(settings: WorkerSettings, say: Say = lambda _: None) -> Assembly:
     dtype = native_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     path = resolve(settings.target, settings.cache_dir, say)
     say(f"Loading {settings.target} in {str(dtype).removeprefix('torch.')} on {device.type}")
-    ranks = Ranks.start(settings, path, device) if settings.tp > 1 else None
+    ranks = RankGroup.start(settings, path, device) if settings.tp > 1 else None
     model = load(path, dtype=dtype, device=device, ranks=settings.tp, spread=_spread(settings))
-    if heads_its_draft(settings):
+    if uses_head(settings):
         gather(model)
     tokenizer = load_tokenizer(path)
     config = model.config.get_text_config()
     options = engine_options(settings, _context(settings, config, say))
-    draft = draft_for(settings, model, tokenizer, ranks)
+    draft = load_draft(settings, model, tokenizer, ranks)
     if draft.name:
         say(f"Drafting with {draft.name}")
     quicken(model)
@@ -146,11 +146,11 @@ def assemble(settings: WorkerSettings, say: Say = lambda _: None) -> Assembly:
     draft_times = _of_parts(
         make_drafter(), lambda drafter: calibrate_drafts(drafter, *room, (*key, drafter.name), folder)
     )
-    return Assembly(
+    return LoadedModel(
         name=model_name(settings.target),
         draft=draft.name,
         device=torch.cuda.get_device_name() if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)",
-        where=device.type,
+        device_type=device.type,
         ranks=settings.tp,
         dtype=str(dtype).removeprefix("torch."),
         codec=codec,
@@ -163,7 +163,7 @@ def assemble(settings: WorkerSettings, say: Say = lambda _: None) -> Assembly:
     )
 
 
-def _context(settings: WorkerSettings, config: PretrainedConfig, say: Say) -> int:
+def _context(settings: WorkerSettings, config: PretrainedConfig, say: OnMessage) -> int:
     """Return the longest text that is taken, and say so if it is shorter than the settings and the model allow."""
     most = positions_of(config) or settings.max_context
     kind = changes_later(config)
@@ -180,12 +180,12 @@ def _of_parts(drafter: Drafter, times_of: Callable[[Drafter], DraftTimes]) -> tu
     return times_of(drafter), None if drafter.free is None else times_of(drafter.free)
 
 
-def _free(settings: WorkerSettings, ranks: Ranks | None) -> Callable[[torch.device], int]:
+def _free(settings: WorkerSettings, ranks: RankGroup | None) -> Callable[[torch.device], int]:
     """Return how to find out what memory there is: here, or on the rank that has least."""
 
     def free(device: torch.device) -> int:
-        mine = own_bytes(device, settings.memory_share / settings.tp)
-        return mine if ranks is None else ranks.least_room(mine)
+        mine = available_bytes(device, settings.memory_share / settings.tp)
+        return mine if ranks is None else ranks.min_free_bytes(mine)
 
     return free
 

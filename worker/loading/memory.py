@@ -78,7 +78,7 @@ def free_bytes(device: torch.device) -> int:
     return min(_free_of_machine(), _free_of_container())
 
 
-def own_bytes(device: torch.device, share: float) -> int:
+def available_bytes(device: torch.device, share: float) -> int:
     """Return the memory that this process may count on: all that is free of a GPU, a share of main memory."""
     return int(free_bytes(device) * (1.0 if device.type == "cuda" else share))
 

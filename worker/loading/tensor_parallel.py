@@ -36,7 +36,7 @@ _GRACE_S = 5.0  # within which a step notices by itself that a rank is gone; one
 _STOP_S = 5.0
 
 
-class Ranks:
+class RankGroup:
     """The other ranks of a replica, as the first one sees them."""
 
     def __init__(self, processes: list[subprocess.Popen[bytes]], folder: TemporaryDirectory[str], device: torch.device):
@@ -50,7 +50,7 @@ class Ranks:
         atexit.register(self.close)
 
     @classmethod
-    def start(cls, settings: WorkerSettings, path: str, device: torch.device) -> Ranks:
+    def start(cls, settings: WorkerSettings, path: str, device: torch.device) -> RankGroup:
         """Start the other ranks of the target at `path` and meet them. Call it from the main thread (see `launch`).
 
         Raises ModelRefused, with what can be done instead, when the target can't be split so.
@@ -65,7 +65,7 @@ class Ranks:
         """Return a model whose calls the other ranks follow."""
         return LeadingModel(model, self._wire, number, **options)
 
-    def least_room(self, mine: int) -> int:
+    def min_free_bytes(self, mine: int) -> int:
         """Return the free memory of the rank that has least."""
         self._wire.tell(Order(Op.ROOM))
         return self._wire.least(mine)
@@ -100,7 +100,7 @@ class Ranks:
             os._exit(BAD_SETTINGS_STATUS if status == BAD_SETTINGS_STATUS else RESTART_STATUS)
 
 
-def draft_split(path: str, settings: WorkerSettings) -> int:
+def draft_tp_size(path: str, settings: WorkerSettings) -> int:
     """Return over how many ranks a draft model on all ranks is split: over all of them, or not at all."""
     try:
         refuse_uneven(AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config(), settings.tp)

@@ -23,10 +23,10 @@ from worker.engine.model.language_model import gather, load, native_dtype, quick
 from worker.engine.parallel.channel import Wire
 from worker.engine.parallel.commands import Op
 from worker.engine.parallel.leader_model import FollowingModels
-from worker.loading.drafts import chosen_draft
-from worker.loading.memory import own_bytes
+from worker.loading.drafts import draft_path
+from worker.loading.memory import available_bytes
 from worker.loading.model_store import resolve
-from worker.loading.tensor_parallel import draft_split
+from worker.loading.tensor_parallel import draft_tp_size
 from worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -59,16 +59,16 @@ def follow(settings: WorkerSettings, store: Path, rank: int) -> None:
     models = FollowingModels(_load(settings, device))
     while (order := wire.hear()).op is not Op.END:
         if order.op is Op.ROOM:
-            wire.least(own_bytes(device, settings.memory_share / settings.tp))
+            wire.least(available_bytes(device, settings.memory_share / settings.tp))
         else:
             models.obey(order)
 
 
 def _load(settings: WorkerSettings, device: torch.device) -> list[PreTrainedModel]:
-    """Load the target's share, and the draft if it lies on all ranks; exactly as the first rank does (assembly)."""
+    """Load the target's share, and the draft if all ranks hold it, exactly as the first rank does (`load_engine`)."""
     dtype = native_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     target = load(resolve(settings.target, settings.cache_dir), dtype=dtype, device=device, ranks=settings.tp)
-    draft = chosen_draft(settings)
+    draft = draft_path(settings)
     if draft is None:
         return [target]
     if is_head(draft):
@@ -76,7 +76,7 @@ def _load(settings: WorkerSettings, device: torch.device) -> list[PreTrainedMode
         return [target]
     if settings.draft_ranks != "all":
         return [target]
-    network = load(draft, dtype=dtype, device=device, ranks=draft_split(draft, settings))
+    network = load(draft, dtype=dtype, device=device, ranks=draft_tp_size(draft, settings))
     quicken(network)
     return [target, network]
 

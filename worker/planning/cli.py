@@ -15,7 +15,7 @@ from jobs.errors import InvalidValue
 from worker.terminal import FAILED, say, sentences
 
 if TYPE_CHECKING:
-    from worker.planning.plan import Placement, Wish
+    from worker.planning.plan import Placement, PlanRequest
 
 _LOG_WIDTH = 120  # columns of a table that goes to a file
 
@@ -44,14 +44,14 @@ def plan(
     Example: basic plan --gpus 8 --context 8192 --acceptance 0.7
     """
     from worker.planning.devices import DEVICES
-    from worker.planning.forecast import NUMBER_BYTES, Machine
-    from worker.planning.plan import Wish, pick, placements
+    from worker.planning.forecast import DTYPE_BYTES, Machine
+    from worker.planning.plan import PlanRequest, pick, placements
     from worker.planning.shapes import shape_of
 
     _one_of(device, list(DEVICES), "--device")
-    _one_of(dtype, list(NUMBER_BYTES), "--dtype")
+    _one_of(dtype, list(DTYPE_BYTES), "--dtype")
     with sentences():
-        wish = Wish(
+        request = PlanRequest(
             target=shape_of(target),
             draft=None if draft == "none" else shape_of(draft),
             machine=Machine(DEVICES[device].with_memory(memory_gib), dtype),
@@ -61,12 +61,12 @@ def plan(
             kv_tokens=kv_tokens,
             acceptance=acceptance,
         )
-    choices = placements(wish)
+    choices = placements(request)
     chosen = pick(choices)
     if as_json:
-        print(json.dumps(_as_json(wish, choices, chosen)))
+        print(json.dumps(_as_json(request, choices, chosen)))
     else:
-        _show(wish, choices, chosen)
+        _show(request, choices, chosen)
     if chosen is None:
         raise typer.Exit(FAILED)
 
@@ -76,46 +76,46 @@ def _one_of(value: str, known: list[str], option: str) -> None:
         raise InvalidValue(f"must be one of {', '.join(known)}", param=option)
 
 
-def _as_json(wish: Wish, choices: list[Placement], chosen: Placement | None) -> dict[str, object]:
+def _as_json(request: PlanRequest, choices: list[Placement], chosen: Placement | None) -> dict[str, object]:
     from worker.planning.plan import command
 
     return {
-        "target": asdict(wish.target) | {"parameters": wish.target.parameters},
-        "draft": None if wish.draft is None else asdict(wish.draft) | {"parameters": wish.draft.parameters},
-        "device": asdict(wish.machine.device),
-        "dtype": wish.machine.dtype,
-        "gpus": wish.gpus,
-        "acceptance": wish.acceptance,
+        "target": asdict(request.target) | {"parameters": request.target.parameters},
+        "draft": None if request.draft is None else asdict(request.draft) | {"parameters": request.draft.parameters},
+        "device": asdict(request.machine.device),
+        "dtype": request.machine.dtype,
+        "gpus": request.gpus,
+        "acceptance": request.acceptance,
         "placements": [choice.as_json() for choice in choices],
         "pick": None if chosen is None else chosen.as_json(),
-        "command": None if chosen is None else command(wish, chosen),
+        "command": None if chosen is None else command(request, chosen),
     }
 
 
-def _show(wish: Wish, choices: list[Placement], chosen: Placement | None) -> None:
+def _show(request: PlanRequest, choices: list[Placement], chosen: Placement | None) -> None:
     from worker.planning.plan import command
 
     console = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH, highlight=False)
-    console.print(_table(wish, choices, chosen))
+    console.print(_table(request, choices, chosen))
     for choice in choices:
         if choice.refusal is not None:
             console.print(f"{choice.name} does not fit: {choice.refusal}")
     if chosen is None:
-        say(_fallback(wish))
+        say(_fallback(request))
         return
-    taken = f" if a draft token is taken with probability {wish.acceptance:g}" if wish.draft else ""
+    taken = f" if a draft token is taken with probability {request.acceptance:g}" if request.draft else ""
     console.print(
         f"Predicted from data sheets and what our kernels get of them on one H100{taken}; steps of several GPUs were "
         "never measured. Formulas and sources: docs/scale.md"
     )
     console.print(f"Pick: {chosen.name}. Start it with:")
-    print(f"  {command(wish, chosen)}")
+    print(f"  {command(request, chosen)}")
 
 
-def _table(wish: Wish, choices: list[Placement], chosen: Placement | None) -> Table:
-    device = wish.machine.device
-    names = wish.target.name + (f" with {wish.draft.name}" if wish.draft else "")
-    table = Table(title=f"{names}, {wish.machine.dtype}, on {wish.gpus} x {device.name}")
+def _table(request: PlanRequest, choices: list[Placement], chosen: Placement | None) -> Table:
+    device = request.machine.device
+    names = request.target.name + (f" with {request.draft.name}" if request.draft else "")
+    table = Table(title=f"{names}, {request.machine.dtype}, on {request.gpus} x {device.name}")
     table.add_column("placement")
     for title in ("weights/GPU", "KV tokens/replica", "sequences", "context", "step ms", "tokens/s", "with draft"):
         table.add_column(title, justify="right")
@@ -140,9 +140,9 @@ def _table(wish: Wish, choices: list[Placement], chosen: Placement | None) -> Ta
     return table
 
 
-def _fallback(wish: Wish) -> str:
+def _fallback(request: PlanRequest) -> str:
     return (
-        f"{wish.target.name} does not fit on {wish.gpus} x {wish.machine.device.name} in {wish.machine.dtype}. "
-        "Take more GPUs or a smaller context, or lay its layers over GPUs, memory and disk: "
-        f"BASIC_DEVICE_MAP=auto basic worker --target {wish.target.name} works, slowly"
+        f"{request.target.name} does not fit on {request.gpus} x {request.machine.device.name} in "
+        f"{request.machine.dtype}. Use more GPUs or a smaller context, or offload layers to memory and disk: "
+        f"BASIC_DEVICE_MAP=auto basic worker --target {request.target.name} works, but is slow"
     )

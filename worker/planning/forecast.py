@@ -45,7 +45,7 @@ from worker.planning.devices import (
 )
 from worker.planning.shapes import ModelShape
 
-NUMBER_BYTES = {"bfloat16": 2, "float32": 4}
+DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +56,9 @@ class Machine:
     dtype: str
 
     @property
-    def number_bytes(self) -> int:
+    def dtype_bytes(self) -> int:
         """Bytes of one number."""
-        return NUMBER_BYTES[self.dtype]
+        return DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class Speculation:
 
 def step(shape: ModelShape, machine: Machine, ranks: int, sequences: int, rows: int, context: int) -> Step:
     """Return the parts of a step of `rows` rows of `sequences` sequences, each with `context` tokens."""
-    size, device = machine.number_bytes, machine.device
+    size, device = machine.dtype_bytes, machine.device
     read = shape.read_parameters(ranks)
     bytes_per_s, flops = device.bytes_per_s * MEMORY_SHARE, device.flops[machine.dtype] * FLOPS_SHARE
     attended = 4 * shape.layers * shape.heads // ranks * shape.head_dim * context * rows

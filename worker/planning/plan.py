@@ -22,7 +22,7 @@ _RESERVED_BYTES = 2 * GIB  # CUDA's context, the libraries' workspaces, and what
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class PlanRequest:
     """What is to be placed, and how it will be used."""
 
     target: ModelShape
@@ -74,9 +74,9 @@ class Placement:
         return said
 
 
-def placements(wish: Wish) -> list[Placement]:
+def placements(request: PlanRequest) -> list[Placement]:
     """Return every way to lay the node out, with what it yields or why it doesn't fit."""
-    return [_place(wish, ranks, draft_ranks) for ranks, draft_ranks in _layouts(wish)]
+    return [_place(request, ranks, draft_ranks) for ranks, draft_ranks in _layouts(request)]
 
 
 def pick(choices: list[Placement]) -> Placement | None:
@@ -85,54 +85,54 @@ def pick(choices: list[Placement]) -> Placement | None:
     return max(fitting, key=lambda choice: (choice.best_tokens_per_s, -choice.ranks), default=None)
 
 
-def command(wish: Wish, chosen: Placement) -> str:
+def command(request: PlanRequest, chosen: Placement) -> str:
     """Return the command that starts a placement."""
     variables = [f"BASIC_MAX_SEQUENCES={chosen.sequences}", f"BASIC_MAX_CONTEXT={chosen.context}"]
-    if wish.kv_tokens:
-        variables.append(f"BASIC_KV_TOKENS={wish.kv_tokens}")
+    if request.kv_tokens:
+        variables.append(f"BASIC_KV_TOKENS={request.kv_tokens}")
     if chosen.draft_ranks > 1:
         variables.append("BASIC_DRAFT_RANKS=all")
-    words = ["basic worker", f"--replicas {chosen.replicas}", f"--tp {chosen.ranks}", f"--target {wish.target.name}"]
-    words.append(f"--draft {wish.draft.name}" if wish.draft else "--draft suffix")
-    return " ".join([*variables, *words, f"--dtype {wish.machine.dtype}"])
+    words = ["basic worker", f"--replicas {chosen.replicas}", f"--tp {chosen.ranks}", f"--target {request.target.name}"]
+    words.append(f"--draft {request.draft.name}" if request.draft else "--draft suffix")
+    return " ".join([*variables, *words, f"--dtype {request.machine.dtype}"])
 
 
-def _layouts(wish: Wish) -> Iterator[tuple[int, int]]:
+def _layouts(request: PlanRequest) -> Iterator[tuple[int, int]]:
     """Yield (ranks, draft ranks): every tensor parallel size that uses all GPUs, and both places of a draft."""
-    for ranks in range(1, wish.gpus + 1):
-        if wish.gpus % ranks:
+    for ranks in range(1, request.gpus + 1):
+        if request.gpus % ranks:
             continue
-        yield ranks, 0 if wish.draft is None else 1
-        if wish.draft is not None and ranks > 1 and wish.target.splits(ranks) and wish.draft.splits(ranks):
+        yield ranks, 0 if request.draft is None else 1
+        if request.draft is not None and ranks > 1 and request.target.splits(ranks) and request.draft.splits(ranks):
             yield ranks, ranks
 
 
-def _place(wish: Wish, ranks: int, draft_ranks: int) -> Placement:
-    size = wish.machine.number_bytes
-    draft_bytes = wish.draft.rank_parameters(draft_ranks) * size if wish.draft else 0
+def _place(request: PlanRequest, ranks: int, draft_ranks: int) -> Placement:
+    size = request.machine.dtype_bytes
+    draft_bytes = request.draft.rank_parameters(draft_ranks) * size if request.draft else 0
     place = Placement(
-        replicas=wish.gpus // ranks,
+        replicas=request.gpus // ranks,
         ranks=ranks,
         draft_ranks=draft_ranks,
-        weights_bytes=wish.target.rank_parameters(ranks) * size + draft_bytes,
+        weights_bytes=request.target.rank_parameters(ranks) * size + draft_bytes,
     )
-    if not wish.target.splits(ranks):
-        return replace(place, refusal=cannot_split(wish.target, ranks))
-    free = wish.machine.device.memory_bytes - _RESERVED_BYTES - place.weights_bytes
+    if not request.target.splits(ranks):
+        return replace(place, refusal=split_refusal(request.target, ranks))
+    free = request.machine.device.memory_bytes - _RESERVED_BYTES - place.weights_bytes
     if free <= 0:
         return replace(
             place,
             refusal=f"weights of {place.weights_bytes / GIB:.1f} GiB leave no room on a GPU of "
-            f"{wish.machine.device.memory_bytes / GIB:.0f} GiB",
+            f"{request.machine.device.memory_bytes / GIB:.0f} GiB",
         )
     try:
-        fitted = _fitted(wish, free, ranks, draft_ranks)
+        fitted = _fitted(request, free, ranks, draft_ranks)
     except SetupError as error:
         return replace(place, refusal=str(error))
-    return _rated(wish, replace(place, kv_tokens=fitted.total_kv_tokens, context=fitted.max_context), fitted)
+    return _rated(request, replace(place, kv_tokens=fitted.total_kv_tokens, context=fitted.max_context), fitted)
 
 
-def cannot_split(shape: ModelShape, ranks: int) -> str:
+def split_refusal(shape: ModelShape, ranks: int) -> str:
     """Say why a model's heads can't be dealt out to so many ranks, and what can be done instead."""
     widths = ", ".join(str(width) for width in shape.widths)
     return (
@@ -141,16 +141,16 @@ def cannot_split(shape: ModelShape, ranks: int) -> str:
     )
 
 
-def _fitted(wish: Wish, free: int, ranks: int, draft_ranks: int) -> EngineOptions:
-    size = wish.machine.number_bytes
+def _fitted(request: PlanRequest, free: int, ranks: int, draft_ranks: int) -> EngineOptions:
+    size = request.machine.dtype_bytes
     options = EngineOptions(
-        max_sequences=wish.sequences, max_context=wish.context, nodes=wish.nodes, max_depth=wish.max_depth
+        max_sequences=request.sequences, max_context=request.context, nodes=request.nodes, max_depth=request.max_depth
     )
-    draft_kv = wish.draft.kv_entries(draft_ranks) * size if wish.draft else 0
+    draft_kv = request.draft.kv_entries(draft_ranks) * size if request.draft else 0
     return fit(
         options,
-        wish.kv_tokens,
-        wish.target.kv_entries(ranks) * size,
+        request.kv_tokens,
+        request.target.kv_entries(ranks) * size,
         draft_kv,
         free,
         whole_slots=False,
@@ -158,28 +158,28 @@ def _fitted(wish: Wish, free: int, ranks: int, draft_ranks: int) -> EngineOption
     )
 
 
-def _rated(wish: Wish, place: Placement, fitted: EngineOptions) -> Placement:
+def _rated(request: PlanRequest, place: Placement, fitted: EngineOptions) -> Placement:
     context = fitted.max_context
     sequences = max(1, min(fitted.max_sequences, fitted.total_kv_tokens // context))  # if every text is that long
-    plain = step(wish.target, wish.machine, place.ranks, sequences, sequences, context)
+    plain = step(request.target, request.machine, place.ranks, sequences, sequences, context)
     rated = replace(
         place,
         sequences=sequences,
         step=plain,
         tokens_per_s=1e3 * place.replicas * sequences / plain.step_ms,
     )
-    if wish.draft is None:
+    if request.draft is None:
         return rated
     drafted = speculate(
-        wish.target,
-        wish.draft,
-        wish.machine,
+        request.target,
+        request.draft,
+        request.machine,
         ranks=place.ranks,
         draft_ranks=place.draft_ranks,
         sequences=sequences,
         context=context,
-        acceptance=wish.acceptance,
-        max_depth=wish.max_depth,
+        acceptance=request.acceptance,
+        max_depth=request.max_depth,
     )
     rate = 1e3 * place.replicas * sequences * drafted.tokens_per_step / drafted.step_ms
     return replace(rated, drafted=drafted, drafted_tokens_per_s=rate)

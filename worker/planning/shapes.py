@@ -69,7 +69,7 @@ def shape_of(name: str) -> ModelShape:
 
     Raises ModelRefused, with what to do, when there is none.
     """
-    return measure(name, configuration(name))
+    return shape_from_config(name, load_config(name))
 
 
 def packaged_names() -> list[str]:
@@ -77,7 +77,7 @@ def packaged_names() -> list[str]:
     return sorted(file.stem for file in _PACKAGED.glob("*.json"))
 
 
-def measure(name: str, config: PretrainedConfig) -> ModelShape:
+def shape_from_config(name: str, config: PretrainedConfig) -> ModelShape:
     """Count the parameters of a configuration; raises ModelRefused for what is no causal language model."""
     try:
         with torch.device("meta"):
@@ -110,7 +110,7 @@ def measure(name: str, config: PretrainedConfig) -> ModelShape:
     )
 
 
-def configuration(name: str) -> PretrainedConfig:
+def load_config(name: str) -> PretrainedConfig:
     """Return the configuration of a packaged name, a directory with a config.json, or a hub id; raises ModelRefused."""
     packaged = _PACKAGED / f"{name.rpartition('/')[2]}.json"
     directory = Path(name).expanduser()

@@ -26,7 +26,7 @@ from jobs.upkeep.reconciler import Reconciler
 from storage import writes
 from storage.records import WorkerCard
 from storage.session import DATABASE_AWAY, LONG_ANSWER_S, Database, why_away
-from worker.loading.loader import Assembly
+from worker.loading.loader import LoadedModel
 from worker.serving.energy import gpu_meter
 from worker.serving.runner import Runner
 from worker.serving.sink import Sink
@@ -49,11 +49,11 @@ Pulse = Callable[[], bool]  # send a message to oneself; whether Redis took it
 class Resident:
     """Owns the engine thread and the housekeeping threads of a worker process."""
 
-    def __init__(self, settings: WorkerSettings, assembly: Assembly, ring: Ring, *, worker_id: str = "") -> None:
+    def __init__(self, settings: WorkerSettings, loaded: LoadedModel, ring: Ring, *, worker_id: str = "") -> None:
         """Take loaded models; nothing runs before `start`."""
         self.worker_id = worker_id or new_worker_id()
         self._settings = settings
-        self._assembly = assembly
+        self._loaded = loaded
         self._database = Database.open(settings.resolved_database_url, answer_s=LONG_ANSWER_S)
         self._publisher = Publisher(settings.redis_url)
         self._reconciler = Reconciler(self._database, self._publisher.publish, ring, lease_s=settings.lease_s)
@@ -196,7 +196,7 @@ class Resident:
         joules = self._meter.joules() if self._meter else 0.0
         with self._database.write() as session:
             writes.beat_worker(session, self.worker_id)
-            writes.update_calibration(session, self.worker_id, {**self._assembly.costs.as_json(), **self._learned})
+            writes.update_calibration(session, self.worker_id, {**self._loaded.costs.as_json(), **self._learned})
             writes.note_load(
                 session, self.worker_id, {**self._load, **self._capacity(), "joules": self._joules + joules}
             )
@@ -205,22 +205,22 @@ class Resident:
         self._joules += joules
 
     def _capacity(self) -> dict[str, int]:
-        options = self._assembly.options
+        options = self._loaded.options
         return {"max_sequences": options.max_sequences, "kv_capacity_tokens": options.total_kv_tokens}
 
     def _runner(self) -> Runner:
         sink = Sink(self._database, self._publisher.publish, self.worker_id, self._settings.lease_s)
         return Runner(
-            self._assembly.engine,
-            self._assembly.codec,
+            self._loaded.engine,
+            self._loaded.codec,
             sink,
             self._database,
             worker_id=self.worker_id,
-            model=self._assembly.name,
+            model=self._loaded.name,
             lease_s=self._settings.lease_s,
             interval_s=self._settings.partials_interval_s,
             # An engine with room for a single sequence keeps it for everybody.
-            reserved=min(self._settings.interactive_sequences, self._assembly.options.max_sequences - 1),
+            reserved=min(self._settings.interactive_sequences, self._loaded.options.max_sequences - 1),
         )
 
     def _card(self) -> WorkerCard:
@@ -228,11 +228,11 @@ class Resident:
             id=self.worker_id,
             hostname=socket.gethostname(),
             pid=os.getpid(),
-            target=self._assembly.name,
-            draft=self._assembly.draft,
-            devices=(self._assembly.device,) * self._assembly.ranks,
-            context_tokens=self._assembly.options.max_context,
-            calibration=self._assembly.costs.as_json(),
+            target=self._loaded.name,
+            draft=self._loaded.draft,
+            devices=(self._loaded.device,) * self._loaded.ranks,
+            context_tokens=self._loaded.options.max_context,
+            calibration=self._loaded.costs.as_json(),
             process=identity(),
         )
 

@@ -16,8 +16,8 @@ from rich.table import Table
 
 from worker.engine.kv.hidden_states import HiddenStates
 from worker.engine.speculation.drafting import Drafter
-from worker.training.features import Lesson
-from worker.training.replay import Foresight, Reciter, replay
+from worker.training.features import Example
+from worker.training.replay import AcceptanceResult, ReplayTarget, replay
 
 BUDGETS = (4, 8, 16, 32, 60)
 _PLOTTED = 16  # nodes of the reliability plot
@@ -33,8 +33,8 @@ class Evaluation:
     drafter: str
     texts: int
     tokens: int  # of the answers
-    raw: tuple[Foresight, ...]  # by budget, nodes valued by the draft's own probabilities
-    calibrated: Foresight  # at one budget, nodes valued by learned acceptance
+    raw: tuple[AcceptanceResult, ...]  # by budget, nodes valued by the draft's own probabilities
+    calibrated: AcceptanceResult  # at one budget, nodes valued by learned acceptance
 
     def as_json(self) -> dict[str, Any]:
         """Return the public form."""
@@ -62,22 +62,22 @@ class Evaluation:
 
 
 def evaluate(
-    lessons: Sequence[Lesson],
+    lessons: Sequence[Example],
     vocabulary: int,
     device: torch.device,
     make_drafter: MakeDrafter,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Evaluation:
     """Replay the lessons at every budget; `progress` takes how many replays are done."""
-    reciter = Reciter(lessons, vocabulary, device)
+    replay_target = ReplayTarget(lessons, vocabulary, device)
     raw = []
     for nodes in BUDGETS:
-        raw.append(replay(lessons, reciter, make_drafter, nodes))
+        raw.append(replay(lessons, replay_target, make_drafter, nodes))
         progress(1)
-    calibrated = replay(lessons, reciter, make_drafter, _PLOTTED, calibrated=True)
+    calibrated = replay(lessons, replay_target, make_drafter, _PLOTTED, calibrated=True)
     progress(1)
-    written = sum(len(lesson.ids) - lesson.num_prompt for lesson in lessons)
-    name = make_drafter(reciter.hidden).name
+    written = sum(len(example.ids) - example.num_prompt for example in lessons)
+    name = make_drafter(replay_target.hidden).name
     return Evaluation(name, len(lessons), written, tuple(raw), calibrated)
 
 
@@ -113,7 +113,7 @@ def plot(evaluation: Evaluation, file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def _binned(of: Foresight) -> tuple[Any, Any, Any]:
+def _binned(of: AcceptanceResult) -> tuple[Any, Any, Any]:
     """Return mean promise, mean acceptance and the steps of each tenth of the steps, by promise."""
     order = np.argsort(of.expected, kind="stable")
     parts = [part for part in np.array_split(order, _BINS) if len(part)]

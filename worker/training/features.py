@@ -1,4 +1,4 @@
-"""Lessons: what the target thought of its own texts. Read once, kept on disk, read again in every epoch.
+"""FeatureDataset: what the target thought of its own texts. Read once, kept on disk, read again in every epoch.
 
 One file of safetensors per group of texts: the hidden states of the tapped layers, and the likeliest next tokens with
 their probabilities, for every token of every text.
@@ -30,7 +30,7 @@ _LIKELIEST = 32  # next tokens of each row; what lies behind them is a thousandt
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
+class Example:
     """One text as the draft learns from it; row p is the target's after it has read token p."""
 
     ids: Tensor  # [n] int64
@@ -40,11 +40,11 @@ class Lesson:
     next_probabilities: Tensor  # [n, k] float32, at temperature 1
 
 
-class Lessons(Dataset[Lesson]):
+class FeatureDataset(Dataset[Example]):
     """The lessons of a folder, by the number of their text."""
 
     def __init__(self, folder: Path) -> None:
-        """Open what `teach` has written."""
+        """Open what `extract_features` has written."""
         self._folder = folder
         self._texts: list[tuple[str, int, int, int]] = []  # file, first row, behind the last, num_prompt
         for file in sorted(folder.glob("*.safetensors")):
@@ -56,23 +56,23 @@ class Lessons(Dataset[Lesson]):
         """Return the number of texts."""
         return len(self._texts)
 
-    def __getitem__(self, number: int) -> Lesson:
-        """Read one lesson."""
+    def __getitem__(self, number: int) -> Example:
+        """Read one example."""
         name, start, end, num_prompt = self._texts[number]
         with safe_open(self._folder / name, "pt") as stored:
             ids, hidden, next_ids, probabilities = (
                 stored.get_slice(part)[start:end] for part in ("ids", "hidden", "next_ids", "next_probabilities")
             )
-        return Lesson(ids.long(), num_prompt, hidden, next_ids.long(), probabilities.float())
+        return Example(ids.long(), num_prompt, hidden, next_ids.long(), probabilities.float())
 
 
-def teach(
+def extract_features(
     target: PackedModel,
     texts: Sequence[Text],
     folder: Path,
     progress: Callable[[int], None] = lambda _: None,
     share: tuple[int, int] = (0, 1),
-) -> Lessons:
+) -> FeatureDataset:
     """Let the target, with tapped layers, read the texts; return the lessons. Files that are there are kept.
 
     Of several processes each reads its `share`, (number of the process, processes).
@@ -84,7 +84,7 @@ def teach(
         if not file.exists():
             _save(file, group, [_read(target, text) for text in group])
         progress(sum(len(text.ids) for text in group))
-    return Lessons(folder)
+    return FeatureDataset(folder)
 
 
 def _read(target: PackedModel, text: Text) -> dict[str, Tensor]:

@@ -16,12 +16,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from worker.drafters.head_network import HeadNetwork
-from worker.training.features import Lesson
+from worker.training.features import Example
 from worker.training.head_unroll import unroll
 
 
 @dataclass(frozen=True, slots=True)
-class Lot:
+class Batch:
     """Some lessons side by side, padded at their ends."""
 
     ids: Tensor  # [texts, n]
@@ -32,34 +32,34 @@ class Lot:
     length: Tensor  # [texts]
 
     @classmethod
-    def of(cls, lessons: Sequence[Lesson]) -> Lot:
+    def of(cls, lessons: Sequence[Example]) -> Batch:
         """Put lessons side by side."""
         padded = {
-            name: pad_sequence([getattr(lesson, name) for lesson in lessons], batch_first=True)
+            name: pad_sequence([getattr(example, name) for example in lessons], batch_first=True)
             for name in ("ids", "hidden", "next_ids", "next_probabilities")
         }
-        first = torch.tensor([lesson.num_prompt - 1 for lesson in lessons])
-        return cls(**padded, first=first, length=torch.tensor([len(lesson.ids) for lesson in lessons]))
+        first = torch.tensor([example.num_prompt - 1 for example in lessons])
+        return cls(**padded, first=first, length=torch.tensor([len(example.ids) for example in lessons]))
 
-    def to(self, device: torch.device) -> Lot:
-        """Return the lot on a device."""
-        return Lot(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
+        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
     def rows(self, ahead: int) -> Tensor:
-        """Return [texts, n]: rows of the answer whose text goes on so many tokens behind the next one."""
+        """Return [texts, n]: rows of the answer identity text goes on so many tokens behind the next one."""
         places = torch.arange(self.ids.shape[1], device=self.ids.device)
         return (places >= self.first[:, None]) & (places + ahead + 1 < self.length[:, None])
 
 
 @dataclass(frozen=True, slots=True)
-class Marks:
-    """How a student did on a lot."""
+class LossOutput:
+    """How a student did on a batch."""
 
     loss: Tensor  # to be made smaller
     right: tuple[float, ...]  # share of tokens foreseen at first rank, by depth
 
 
-class HeadStudent(nn.Module):
+class HeadLoss(nn.Module):
     """A head, learning."""
 
     def __init__(
@@ -75,18 +75,18 @@ class HeadStudent(nn.Module):
             nn.Buffer(fixed, persistent=False) for fixed in (embedding, output, places)
         )
 
-    def forward(self, lot: Lot) -> Marks:
-        """Return the marks of a lot."""
-        embedded = nn.functional.embedding(lot.ids, self.embedding)
+    def forward(self, batch: Batch) -> LossOutput:
+        """Return the output of a batch."""
+        embedded = nn.functional.embedding(batch.ids, self.embedding)
         losses, right = [], []
-        for step, states in enumerate(unroll(self.network, embedded, lot.hidden, self._steps)):
-            here = lot.rows(step)
+        for step, states in enumerate(unroll(self.network, embedded, batch.hidden, self._steps)):
+            here = batch.rows(step)
             loss, hit = self._marked(
-                states[here], *(t.roll(-step, 1)[here] for t in (lot.next_ids, lot.next_probabilities))
+                states[here], *(t.roll(-step, 1)[here] for t in (batch.next_ids, batch.next_probabilities))
             )
             losses.append(self._weights[step] * loss)
             right.append(hit)
-        return Marks(torch.stack(losses).sum() / sum(self._weights), tuple(right))
+        return LossOutput(torch.stack(losses).sum() / sum(self._weights), tuple(right))
 
     def _marked(self, states: Tensor, next_ids: Tensor, probabilities: Tensor) -> tuple[Tensor, float]:
         places = self.places[next_ids]
@@ -94,7 +94,7 @@ class HeadStudent(nn.Module):
         return _marked(logits, places.clamp(min=0), probabilities * (places >= 0))
 
 
-class ModelStudent(nn.Module):
+class ModelLoss(nn.Module):
     """A language model, learning. It reads nothing but the text, so there is nothing of its own to get used to."""
 
     def __init__(self, network: PreTrainedModel) -> None:
@@ -102,12 +102,12 @@ class ModelStudent(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, lot: Lot) -> Marks:
-        """Return the marks of a lot."""
-        here = lot.rows(0)
-        logits = self.network(input_ids=lot.ids, use_cache=False).logits[here]
-        loss, hit = _marked(logits, lot.next_ids[here], lot.next_probabilities[here])
-        return Marks(loss, (hit,))
+    def forward(self, batch: Batch) -> LossOutput:
+        """Return the output of a batch."""
+        here = batch.rows(0)
+        logits = self.network(input_ids=batch.ids, use_cache=False).logits[here]
+        loss, hit = _marked(logits, batch.next_ids[here], batch.next_probabilities[here])
+        return LossOutput(loss, (hit,))
 
 
 def _marked(logits: Tensor, next_ids: Tensor, probabilities: Tensor) -> tuple[Tensor, float]:
@@ -117,7 +117,7 @@ def _marked(logits: Tensor, next_ids: Tensor, probabilities: Tensor) -> tuple[Te
     return -(probabilities * wrong).sum(-1).mean(), float(hit.float().mean())
 
 
-def commonest(texts: Iterable[Sequence[int]], count: int, vocabulary: int) -> Tensor:
+def most_frequent(texts: Iterable[Sequence[int]], count: int, vocabulary: int) -> Tensor:
     """Return the `count` ids that are written most often, ascending; the lowest ids where too few were written."""
     counted = Counter(token for text in texts for token in text)
     chosen = [token for token, _ in counted.most_common(count)]

@@ -23,17 +23,17 @@ from safetensors.torch import load_file
 from jobs.errors import InvalidValue
 from worker.drafters.head_file import file_sha256
 from worker.drafters.head_network import tapped_layers
-from worker.loading.drafts import draft_for
-from worker.loading.loader import Say, assemble
+from worker.loading.drafts import load_draft
+from worker.loading.loader import OnMessage, load_engine
 from worker.settings import SUFFIX, WorkerSettings
-from worker.training import self_generated as texts_of
+from worker.training import self_generated as self_generated
 from worker.training.config import Recipe
 from worker.training.evaluation import BUDGETS, Evaluation, MakeDrafter, evaluate
-from worker.training.features import Lesson, Lessons, teach
-from worker.training.replay import Reciter, replay
+from worker.training.features import Example, FeatureDataset, extract_features
+from worker.training.replay import ReplayTarget, replay
 from worker.training.self_generated import Text
 from worker.training.target import Target, load_target
-from worker.training.trainable_drafts import pupil_of
+from worker.training.trainable_drafts import trainable_draft
 from worker.training.trainer import Report, train
 
 _PATIENCE = timedelta(days=7)  # of processes that wait for the first to write or to judge
@@ -62,7 +62,7 @@ def train_draft(
     prompts: Sequence[str],
     command: str,
     progress: Progress,
-    say: Say,
+    say: OnMessage,
 ) -> Evaluation | None:
     """Train a draft for the settings' target and write it into `out`; what it was made from lies in `out`/work.
 
@@ -78,41 +78,41 @@ def train_draft(
         texts = _texts(settings, recipe, work, prompts, progress, say)
     target = load_target(settings)
     _lessons(
-        target, tapped_layers(target.whose.layers), texts, work, progress, (team.process_index, team.num_processes)
+        target, tapped_layers(target.identity.layers), texts, work, progress, (team.process_index, team.num_processes)
     )
     team.wait_for_everyone()
-    lessons = Lessons(work / _LESSONS)
-    pupil = pupil_of(target, recipe, texts[recipe.held_out :])
+    lessons = FeatureDataset(work / _LESSONS)
+    draft = trainable_draft(target, recipe, texts[recipe.held_out :])
     held_out = [lessons[number] for number in range(recipe.held_out)]
-    reciter = Reciter(held_out, target.vocabulary, target.device)
+    replay_target = ReplayTarget(held_out, target.vocabulary, target.device)
     history = train(
-        pupil.student,
-        pupil.network,
+        draft.student,
+        draft.network,
         lessons,
         recipe,
         work,
-        lambda: replay(held_out[:_JUDGED], reciter, pupil.drafter, _JUDGED_AT).expected_acceptance,
+        lambda: replay(held_out[:_JUDGED], replay_target, draft.drafter, _JUDGED_AT).expected_acceptance,
         _told(progress.part("Training", 100)),
     )
     if not team.is_main_process:
         return None
-    pupil.network.load_state_dict(load_file(work / "best.safetensors"))
-    files = pupil.write(out)
-    evaluation = _judged(held_out, target, pupil.drafter, progress)
+    draft.network.load_state_dict(load_file(work / "best.safetensors"))
+    files = draft.write(out)
+    evaluation = _judged(held_out, target, draft.drafter, progress)
     card = _card(settings, recipe, texts, history, files, command, evaluation, team.num_processes)
     (out / CARD).write_text(json.dumps(card, indent=2) + "\n")
     return evaluation
 
 
 def evaluate_draft(
-    settings: WorkerSettings, recipe: Recipe, work: Path, prompts: Sequence[str], progress: Progress, say: Say
+    settings: WorkerSettings, recipe: Recipe, work: Path, prompts: Sequence[str], progress: Progress, say: OnMessage
 ) -> Evaluation:
     """Measure the settings' draft as jobs have it, with the suffix index, on texts that the target writes."""
     _remember(work, settings, recipe)
     texts = _texts(settings, recipe, work, prompts, progress, say)
     target = load_target(settings)
-    draft = draft_for(settings, target.model, target.tokenizer)
-    taps = draft.taps or tapped_layers(target.whose.layers)
+    draft = load_draft(settings, target.model, target.tokenizer)
+    taps = draft.taps or tapped_layers(target.identity.layers)
     lessons = _lessons(target, taps, texts, work, progress)
     held_out = [lessons[number] for number in range(len(lessons))]
     return _judged(held_out, target, lambda hidden: draft.make(hidden, 1, hidden.capacity, None)(), progress)
@@ -132,15 +132,15 @@ def _remember(work: Path, settings: WorkerSettings, recipe: Recipe) -> None:
 
 
 def _texts(
-    settings: WorkerSettings, recipe: Recipe, work: Path, prompts: Sequence[str], progress: Progress, say: Say
+    settings: WorkerSettings, recipe: Recipe, work: Path, prompts: Sequence[str], progress: Progress, say: OnMessage
 ) -> list[Text]:
     file = work / _TEXTS
-    if texts_of.complete(file, recipe):
-        texts = texts_of.read(file)
+    if self_generated.complete(file, recipe):
+        texts = self_generated.read(file)
     else:
         # The target writes in plain mode: no draft is needed to train one.
-        assembly = assemble(settings.model_copy(update={"mode": "plain", "draft": SUFFIX}), say)
-        texts = texts_of.write(assembly, recipe, file, prompts, progress.part("Writing", recipe.tokens))
+        loaded = load_engine(settings.model_copy(update={"mode": "plain", "draft": SUFFIX}), say)
+        texts = self_generated.write(loaded, recipe, file, prompts, progress.part("Writing", recipe.tokens))
     if len(texts) <= recipe.held_out + recipe.rows:
         raise InvalidValue(
             f"{len(texts)} texts are too few: {recipe.held_out} are held out, and an update takes {recipe.rows}; "
@@ -157,10 +157,10 @@ def _lessons(
     work: Path,
     progress: Progress,
     share: tuple[int, int] = (0, 1),
-) -> Lessons:
+) -> FeatureDataset:
     packed = target.packed(taps, max(len(text.ids) for text in texts))
     tokens = sum(len(text.ids) for text in texts) // share[1]
-    return teach(packed, texts, work / _LESSONS, progress.part("Reading", tokens), share)
+    return extract_features(packed, texts, work / _LESSONS, progress.part("Reading", tokens), share)
 
 
 def _told(part: Callable[..., None]) -> Callable[[Report], None]:
@@ -178,7 +178,7 @@ def _told(part: Callable[..., None]) -> Callable[[Report], None]:
     return tell
 
 
-def _judged(held_out: Sequence[Lesson], target: Target, make_drafter: MakeDrafter, progress: Progress) -> Evaluation:
+def _judged(held_out: Sequence[Example], target: Target, make_drafter: MakeDrafter, progress: Progress) -> Evaluation:
     done = progress.part("Judging", len(BUDGETS) + 1)
     return evaluate(held_out, target.vocabulary, target.device, make_drafter, done)
 

@@ -22,13 +22,13 @@ from worker.engine.sequence import Sequence as EngineSequence
 from worker.engine.speculation.draft_tree import FloatArray
 from worker.engine.speculation.drafting import Drafter
 from worker.engine.stats import StepNumbers
-from worker.training.features import Lesson
+from worker.training.features import Example
 
 _DEPTH = 8  # layers of a tree at most
 
 
 @dataclass(frozen=True, slots=True)
-class Foresight:
+class AcceptanceResult:
     """How well a draft foresaw the texts with so many nodes a step."""
 
     nodes: int
@@ -56,29 +56,29 @@ class Foresight:
         return abs(float(self.expected.mean()) - self.expected_acceptance) / max(self.expected_acceptance, 1e-9)
 
 
-class Reciter:
-    """A target that says what a lesson says, in slot 0."""
+class ReplayTarget:
+    """A target that says what a example says, in slot 0."""
 
-    def __init__(self, lessons: Sequence[Lesson], vocabulary: int, device: torch.device) -> None:
+    def __init__(self, lessons: Sequence[Example], vocabulary: int, device: torch.device) -> None:
         """Make room for the longest of the lessons and a tree."""
-        capacity = max(len(lesson.ids) for lesson in lessons) + 128
+        capacity = max(len(example.ids) for example in lessons) + 128
         first = lessons[0].hidden
         self.hidden = HiddenStates(1, capacity, first.shape[1], first.dtype, device)
         self._vocabulary = vocabulary
         self._device = device
-        self._lesson = lessons[0]
+        self._example = lessons[0]
 
-    def recite(self, lesson: Lesson) -> None:
+    def set_example(self, example: Example) -> None:
         """From now on say this."""
-        self._lesson = lesson
+        self._example = example
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Return one-hot logits of the next token of the text at each kept row's position."""
         (segment,) = segments
-        last = len(self._lesson.ids) - 1
+        last = len(self._example.ids) - 1
         places = torch.from_numpy(np.minimum(segment.positions, last))
-        self.hidden.write(segments, self._lesson.hidden[places].to(self._device))
-        following = self._lesson.ids[(places + 1).clamp(max=last)][torch.from_numpy(segment.keep)]
+        self.hidden.write(segments, self._example.hidden[places].to(self._device))
+        following = self._example.ids[(places + 1).clamp(max=last)][torch.from_numpy(segment.keep)]
         logits = torch.zeros(len(following), self._vocabulary)
         logits[torch.arange(len(following)), following] = 1.0
         return logits.to(self._device)
@@ -98,25 +98,25 @@ class Reciter:
 
 
 def replay(
-    lessons: Sequence[Lesson],
-    reciter: Reciter,
+    lessons: Sequence[Example],
+    replay_target: ReplayTarget,
     make_drafter: Callable[[HiddenStates], Drafter],
     nodes: int,
     *,
     calibrated: bool = False,
-) -> Foresight:
+) -> AcceptanceResult:
     """Decode the lessons with the `nodes` best nodes a step; `calibrated` values them by learned acceptance."""
-    longest = max(len(lesson.ids) for lesson in lessons)
+    longest = max(len(example.ids) for example in lessons)
     options = EngineOptions(Mode.PAPER, 1, longest, nodes=nodes, threshold=0.0, max_depth=_DEPTH, calibrated=calibrated)
-    engine = Engine(reciter, make_drafter(reciter.hidden), options)
+    engine = Engine(replay_target, make_drafter(replay_target.hidden), options)
     numbers: list[StepNumbers] = []
-    for number, lesson in enumerate(lessons):
-        prompt = lesson.ids[: lesson.num_prompt].tolist()
-        reciter.recite(lesson)
-        engine.add(EngineSequence(number, prompt, len(prompt), len(lesson.ids) - len(prompt), Sampling()))
+    for number, example in enumerate(lessons):
+        prompt = example.ids[: example.num_prompt].tolist()
+        replay_target.set_example(example)
+        engine.add(EngineSequence(number, prompt, len(prompt), len(example.ids) - len(prompt), Sampling()))
         while engine.busy:
             numbers += [result.numbers for result in engine.step() if result.numbers.step]
-    return Foresight(
+    return AcceptanceResult(
         nodes=nodes,
         expected=np.array([n.expected_accepted for n in numbers]),
         accepted=np.array([n.accepted_tokens for n in numbers], np.float64),

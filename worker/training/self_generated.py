@@ -16,7 +16,7 @@ from worker.engine.options import Mode
 from worker.engine.sampling.sampling import Sampling, noise_key
 from worker.engine.sequence import Sequence as EngineSequence
 from worker.generate import request_for
-from worker.loading.loader import Assembly
+from worker.loading.loader import LoadedModel
 from worker.training.config import Recipe
 
 Progress = Callable[[int], None]  # takes the tokens written since the last call
@@ -43,7 +43,7 @@ class Text:
 
 
 def write(
-    assembly: Assembly,
+    loaded: LoadedModel,
     recipe: Recipe,
     file: Path,
     prompts: Sequence[str] = (),
@@ -58,17 +58,17 @@ def write(
     _write(file, texts, "w")  # without a line that was cut off
     written = sum(text.written for text in texts)
     progress(written)
-    given = _fitting(assembly, recipe, [_encode(assembly, prompt) for prompt in prompts])
+    given = _fitting(loaded, recipe, [_encode(loaded, prompt) for prompt in prompts])
     barren = 0
     while written < recipe.tokens:
         first = len(texts)
-        asked = _given(given, first) if given else _questions(assembly, recipe, first)
-        answers = _answers(assembly, recipe, asked, first, progress)
+        asked = _given(given, first) if given else _questions(loaded, recipe, first)
+        answers = _answers(loaded, recipe, asked, first, progress)
         barren = 0 if answers else barren + 1
         if barren == _BARREN:
             raise InvalidValue(
                 f"the target asked itself nothing that {recipe.answer_tokens} tokens can answer in a context of "
-                f"{assembly.options.max_context}; give prompts, or raise BASIC_MAX_CONTEXT",
+                f"{loaded.options.max_context}; give prompts, or raise BASIC_MAX_CONTEXT",
                 param="--prompts",
             )
         _write(file, answers, "a")
@@ -93,14 +93,14 @@ def _write(file: Path, texts: Sequence[Text], how: str) -> None:
         out.write("".join(json.dumps(asdict(text)) + "\n" for text in texts))
 
 
-def _fitting(assembly: Assembly, recipe: Recipe, prompts: Sequence[list[int]]) -> list[list[int]]:
+def _fitting(loaded: LoadedModel, recipe: Recipe, prompts: Sequence[list[int]]) -> list[list[int]]:
     """Return the prompts that leave room for an answer; raises InvalidValue if there are some, and none does."""
-    room = assembly.options.max_context - recipe.answer_tokens
+    room = loaded.options.max_context - recipe.answer_tokens
     fitting = [ids for ids in prompts if len(ids) <= room]
     if prompts and not fitting:
         raise InvalidValue(
             f"no prompt leaves room for an answer of {recipe.answer_tokens} tokens in a context of "
-            f"{assembly.options.max_context}: the shortest has {min(map(len, prompts))} tokens; give shorter ones, or "
+            f"{loaded.options.max_context}: the shortest has {min(map(len, prompts))} tokens; give shorter ones, or "
             "raise BASIC_MAX_CONTEXT",
             param="--prompts",
         )
@@ -112,33 +112,33 @@ def _given(prompts: Sequence[list[int]], first: int) -> list[list[int]]:
     return [prompts[number % len(prompts)] for number in range(first, first + _ROUND)]
 
 
-def _questions(assembly: Assembly, recipe: Recipe, first: int) -> list[list[int]]:
+def _questions(loaded: LoadedModel, recipe: Recipe, first: int) -> list[list[int]]:
     """Return prompts with questions of the target's own: what it writes where a user would."""
-    before, after = _template(assembly)
+    before, after = _template(loaded)
     law = Sampling(temperature=1.0, top_p=_QUESTION_TOP_P)
     laws = [replace(law, key=noise_key(~recipe.seed, first + n)) for n in range(_ROUND)]
-    asked = _decode(assembly, [before] * _ROUND, laws, _QUESTION_TOKENS)
-    ended = [question for question in asked if len(question) > 1 and question[-1] in assembly.codec.eos_ids]
+    asked = _decode(loaded, [before] * _ROUND, laws, _QUESTION_TOKENS)
+    ended = [question for question in asked if len(question) > 1 and question[-1] in loaded.codec.eos_ids]
     return [[*before, *question[:-1], *after] for question in ended]
 
 
-def _template(assembly: Assembly) -> tuple[list[int], list[int]]:
+def _template(loaded: LoadedModel) -> tuple[list[int], list[int]]:
     """Return the chat template's ids before and behind a question."""
-    ids, place = _encode(assembly, _PLACE), assembly.codec.tokenizer.encode(_PLACE, add_special_tokens=False)
+    ids, place = _encode(loaded, _PLACE), loaded.codec.tokenizer.encode(_PLACE, add_special_tokens=False)
     for start in range(len(ids) - len(place) + 1):
         if ids[start : start + len(place)] == place:
             return ids[:start], ids[start + len(place) :]
     raise InvalidValue("the target has no chat template to ask itself questions in; give prompts", param="--prompts")
 
 
-def _encode(assembly: Assembly, prompt: str) -> list[int]:
-    return assembly.codec.encode(request_for(assembly.name, prompt, max_tokens=None), CHAT_ENDPOINT)
+def _encode(loaded: LoadedModel, prompt: str) -> list[int]:
+    return loaded.codec.encode(request_for(loaded.name, prompt, max_tokens=None), CHAT_ENDPOINT)
 
 
 def _answers(
-    assembly: Assembly, recipe: Recipe, asked: Sequence[list[int]], first: int, progress: Progress
+    loaded: LoadedModel, recipe: Recipe, asked: Sequence[list[int]], first: int, progress: Progress
 ) -> list[Text]:
-    asked = [ids for ids in asked if len(ids) + recipe.answer_tokens <= assembly.options.max_context]
+    asked = [ids for ids in asked if len(ids) + recipe.answer_tokens <= loaded.options.max_context]
     # Greedy and sampled answers in turns: both kinds stand in every part of the file.
     laws = [
         Sampling()
@@ -146,7 +146,7 @@ def _answers(
         else Sampling(1.0, key=noise_key(recipe.seed, first + n))
         for n in range(len(asked))
     ]
-    answers = _decode(assembly, asked, laws, recipe.answer_tokens, progress)
+    answers = _decode(loaded, asked, laws, recipe.answer_tokens, progress)
     return [
         Text((*prompt, *answer), len(prompt), law.greedy)
         for prompt, answer, law in zip(asked, answers, laws, strict=True)
@@ -154,16 +154,16 @@ def _answers(
 
 
 def _decode(
-    assembly: Assembly,
+    loaded: LoadedModel,
     prompts: Sequence[list[int]],
     laws: Sequence[Sampling],
     max_tokens: int,
     progress: Progress = lambda _: None,
 ) -> list[list[int]]:
     """Return what the target writes behind each prompt, the token that ended it included."""
-    engine = assembly.engine(replace(assembly.options, mode=Mode.PLAIN))
+    engine = loaded.engine(replace(loaded.options, mode=Mode.PLAIN))
     sequences = [
-        EngineSequence(number, list(ids), len(ids), max_tokens, law, assembly.codec.eos_ids)
+        EngineSequence(number, list(ids), len(ids), max_tokens, law, loaded.codec.eos_ids)
         for number, (ids, law) in enumerate(zip(prompts, laws, strict=True))
     ]
     for sequence in sequences:

@@ -24,14 +24,14 @@ class Target:
     path: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
-    whose: Identity
+    identity: Identity
     embedding: Tensor  # [vocab, width]
     output: Tensor  # [vocab, width]
 
     @property
     def vocabulary(self) -> int:
         """Ids that are defined."""
-        return min(len(self.tokenizer), self.whose.vocabulary)
+        return min(len(self.tokenizer), self.identity.vocabulary)
 
     @property
     def device(self) -> torch.device:
@@ -50,5 +50,5 @@ def load_target(settings: WorkerSettings) -> Target:
     dtype = native_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     path = resolve(settings.target, settings.cache_dir)
     model, tokenizer = load(path, dtype=dtype, device=device), load_tokenizer(path)
-    whose = identity(model, model_name(settings.target), tokenizer.get_vocab())
-    return Target(path, model, tokenizer, whose, embeddings(model), output_weights(model).clone())
+    target_identity = identity(model, model_name(settings.target), tokenizer.get_vocab())
+    return Target(path, model, tokenizer, target_identity, embeddings(model), output_weights(model).clone())

@@ -19,12 +19,12 @@ from worker.engine.model.attention import ATTENTION_NAME
 from worker.engine.model.language_model import PackedModel, quicken
 from worker.engine.speculation.drafting import Drafter
 from worker.training.config import Kind, Recipe
-from worker.training.losses import HeadStudent, ModelStudent, commonest
+from worker.training.losses import HeadLoss, ModelLoss, most_frequent
 from worker.training.self_generated import Text
 from worker.training.target import Target
 
 
-class Pupil(Protocol):
+class TrainableDraft(Protocol):
     """A draft, learning."""
 
     @property
@@ -33,7 +33,7 @@ class Pupil(Protocol):
 
     @property
     def network(self) -> nn.Module:
-        """The part of the student whose weights are kept."""
+        """The part of the student identity weights are kept."""
 
     def drafter(self, hidden: HiddenStates) -> Drafter:
         """Return a drafter with the weights as they are now."""
@@ -42,19 +42,19 @@ class Pupil(Protocol):
         """Write the draft; return its files."""
 
 
-def pupil_of(target: Target, recipe: Recipe, texts: Sequence[Text]) -> Pupil:
-    """Return the pupil of a recipe; a head can propose the tokens that stand most often in the answers of `texts`."""
+def trainable_draft(target: Target, recipe: Recipe, texts: Sequence[Text]) -> TrainableDraft:
+    """Return the draft of a recipe; a head can propose the tokens that stand most often in the answers of `texts`."""
     if recipe.kind is Kind.MODEL:
-        return ModelPupil(target, recipe)
+        return TrainableModel(target, recipe)
     answers = [text.ids[text.num_prompt :] for text in texts]
     learned, proposed = (
-        commonest(answers, min(count, target.vocabulary), target.vocabulary)
+        most_frequent(answers, min(count, target.vocabulary), target.vocabulary)
         for count in (recipe.vocabulary, min(recipe.proposed, recipe.vocabulary))
     )
-    return HeadPupil(target, recipe, learned, proposed)
+    return TrainableHead(target, recipe, learned, proposed)
 
 
-class HeadPupil:
+class TrainableHead:
     """A head, learning."""
 
     def __init__(self, target: Target, recipe: Recipe, tokens: Tensor, proposed: Tensor) -> None:
@@ -65,7 +65,7 @@ class HeadPupil:
         self.network = HeadNetwork(HeadShape.of(config, recipe.layers, len(proposed)))
         output = target.output[tokens.to(target.device)]
         weights = (target.embedding.float(), output.float(), tokens)
-        self.student = HeadStudent(self.network, *weights, recipe.unroll, recipe.unroll_decay)
+        self.student = HeadLoss(self.network, *weights, recipe.unroll, recipe.unroll_decay)
 
     def drafter(self, hidden: HiddenStates) -> Drafter:
         """Return a drafter with a copy of the weights, in the target's numbers."""
@@ -79,10 +79,10 @@ class HeadPupil:
 
     def write(self, folder: Path) -> list[Path]:
         """Write the head."""
-        return write_head(folder, self.network, self._tokens, self._target.whose)
+        return write_head(folder, self.network, self._tokens, self._target.identity)
 
 
-class ModelPupil:
+class TrainableModel:
     """A small language model of the target's shape, learning; it starts from the target's first layers."""
 
     def __init__(self, target: Target, recipe: Recipe) -> None:
@@ -92,7 +92,7 @@ class ModelPupil:
         words = (self.network.get_input_embeddings(), self.network.get_output_embeddings())  # type: ignore[no-untyped-call]
         for module in words:
             module.requires_grad_(False)  # the target's own, and many
-        self.student = ModelStudent(self.network)
+        self.student = ModelLoss(self.network)
 
     def drafter(self, hidden: HiddenStates) -> Drafter:
         """Return a drafter with a copy of the weights, in the target's numbers."""

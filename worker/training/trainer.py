@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader, Subset
 
 from worker.engine.model.language_model import native_dtype
 from worker.training.config import Recipe
-from worker.training.features import Lessons
-from worker.training.losses import Lot
+from worker.training.features import FeatureDataset
+from worker.training.losses import Batch
 
 _WARM_UP = 0.03  # of all updates
 _CLIP = 1.0  # length of a gradient at most
@@ -64,7 +64,7 @@ class _Progress:
 def train(
     student: nn.Module,
     network: nn.Module,
-    lessons: Lessons,
+    lessons: FeatureDataset,
     recipe: Recipe,
     folder: Path,
     measure: Callable[[], float],
@@ -90,9 +90,9 @@ def train(
     saved = monotonic()
     while progress.update < updates and not _enough(progress):
         epoch, done = divmod(progress.update, per_epoch)
-        for lot in accelerator.prepare_data_loader(_loader(lessons, recipe, epoch, (done, per_epoch), accelerator)):
+        for batch in accelerator.prepare_data_loader(_loader(lessons, recipe, epoch, (done, per_epoch), accelerator)):
             rate = float(schedule.get_last_lr()[0])
-            running.add(_update(accelerator, student, optimizer, weights, lot))
+            running.add(_update(accelerator, student, optimizer, weights, batch))
             schedule.step()
             progress.update += 1
             expected = progress.history[-1] if progress.history else None
@@ -133,25 +133,25 @@ def _enough(progress: _Progress) -> bool:
 
 
 def _loader(
-    lessons: Lessons, recipe: Recipe, epoch: int, updates: tuple[int, int], accelerator: Accelerator
-) -> DataLoader[Lot]:
+    lessons: FeatureDataset, recipe: Recipe, epoch: int, updates: tuple[int, int], accelerator: Accelerator
+) -> DataLoader[Batch]:
     """Return the lots of an epoch's updates first..last-1, in its own order; every process gets as many of them."""
     order = torch.randperm(len(lessons) - recipe.held_out, generator=torch.Generator().manual_seed(recipe.seed + epoch))
     first, last = (update * accelerator.num_processes * recipe.rows for update in updates)
     rest = (order + recipe.held_out).tolist()[first:last]
-    return DataLoader(Subset(lessons, rest), recipe.rows, collate_fn=Lot.of, drop_last=True)  # type: ignore[arg-type]
+    return DataLoader(Subset(lessons, rest), recipe.rows, collate_fn=Batch.of, drop_last=True)  # type: ignore[arg-type]
 
 
 def _update(
-    accelerator: Accelerator, student: nn.Module, optimizer: Any, weights: Sequence[Tensor], lot: Lot
+    accelerator: Accelerator, student: nn.Module, optimizer: Any, weights: Sequence[Tensor], batch: Batch
 ) -> tuple[float, tuple[float, ...]]:
-    """Learn from one lot; return its loss and the shares foreseen at first rank."""
-    marks = student(lot.to(accelerator.device))
-    accelerator.backward(marks.loss)
+    """Learn from one batch; return its loss and the shares foreseen at first rank."""
+    output = student(batch.to(accelerator.device))
+    accelerator.backward(output.loss)
     accelerator.clip_grad_norm_(weights, _CLIP)
     optimizer.step()
     optimizer.zero_grad()
-    return float(marks.loss.detach()), marks.right
+    return float(output.loss.detach()), output.right
 
 
 class _Running:
@@ -162,8 +162,8 @@ class _Running:
         self.right: tuple[float, ...] = ()
         self._count = 0
 
-    def add(self, marks: tuple[float, tuple[float, ...]]) -> None:
-        loss, right = marks
+    def add(self, output: tuple[float, tuple[float, ...]]) -> None:
+        loss, right = output
         self._count += 1
         weight = max(1 / self._count, 0.02)
         before = self.right or (0.0,) * len(right)

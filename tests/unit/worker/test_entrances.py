@@ -22,8 +22,8 @@ from worker.benchmark import OURS
 from worker.cli import commands
 from worker.engine.options import Mode
 from worker.generate import generate as decoded
-from worker.generate import request_for, resident_assembly
-from worker.loading.loader import assemble
+from worker.generate import request_for, resident_model
+from worker.loading.loader import load_engine
 from worker.settings import WorkerSettings
 
 PROMPT = "abcabcabcabc"
@@ -43,7 +43,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def environment(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BASIC_TARGET", str(model_dir))
     monkeypatch.setenv("BASIC_MAX_CONTEXT", "300")
-    resident_assembly.cache_clear()
+    resident_model.cache_clear()
 
 
 def test_the_seeds_functions_write_the_same_text() -> None:
@@ -220,12 +220,12 @@ def test_longrope_ends_texts_at_its_original_positions_and_says_so(tmp_path: Pat
     own: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "long")
     said: list[str] = []
     settings = WorkerSettings(target=str(tmp_path / "long"), dtype="float32", draft="suffix", max_sequences=2)
-    assembly = assemble(settings, said.append)
-    assert assembly.options.max_context == 64
+    loaded = load_engine(settings, said.append)
+    assert loaded.options.max_context == 64
     assert any("may have 64 tokens" in sentence and "longrope" in sentence for sentence in said)
     request = request_for("long", PROMPT, max_tokens=60)
     for mode in Mode:
-        done = decoded(assembly, request, endpoint=COMPLETIONS_ENDPOINT, mode=mode)
+        done = decoded(loaded, request, endpoint=COMPLETIONS_ENDPOINT, mode=mode)
         prompt = torch.tensor([done.prompt_token_ids])
         with torch.no_grad():
             exact = own.generate(prompt, max_length=64, do_sample=False, eos_token_id=256, pad_token_id=0)

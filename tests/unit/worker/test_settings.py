@@ -15,7 +15,7 @@ from jobs.errors import SetupError
 from jobs.settings import read_settings
 from tests.models import save_tiny
 from worker.loading import model_store
-from worker.loading.loader import assemble
+from worker.loading.loader import load_engine
 from worker.node.supervisor import is_needed
 from worker.settings import WorkerSettings
 
@@ -70,7 +70,7 @@ def test_every_documented_value_of_every_setting_starts(
     if (name, value) in NOT_HERE:
         assert is_needed(settings)
     else:
-        assert assemble(settings, say=lambda _: None).name
+        assert load_engine(settings, say=lambda _: None).name
 
 
 @pytest.mark.parametrize("draft", ["suffix", "none"])

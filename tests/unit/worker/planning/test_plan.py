@@ -20,8 +20,8 @@ from worker.engine.model.language_model import PackedModel, kv_bytes
 from worker.engine.segments import chain
 from worker.planning.devices import DEVICES, GIB, KERNELS_PER_LAYER
 from worker.planning.forecast import Machine, speculate, step
-from worker.planning.plan import Placement, Wish, command, pick, placements
-from worker.planning.shapes import ModelShape, measure, shape_of
+from worker.planning.plan import Placement, PlanRequest, command, pick, placements
+from worker.planning.shapes import ModelShape, shape_from_config, shape_of
 
 TARGET, DRAFT = "DeepSeek-R1-Distill-Qwen-32B", "DeepSeek-R1-Distill-Qwen-1.5B"
 H100 = Machine(DEVICES["h100"], "bfloat16")
@@ -38,14 +38,14 @@ def draft() -> ModelShape:
 
 
 @pytest.fixture(scope="module")
-def wish(target: ModelShape, draft: ModelShape) -> Wish:
-    return Wish(target, draft, H100, gpus=8, sequences=64, context=4096)
+def plan_request(target: ModelShape, draft: ModelShape) -> PlanRequest:
+    return PlanRequest(target, draft, H100, gpus=8, sequences=64, context=4096)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])  # own and tied output weights
 def test_a_shape_counts_what_the_loaded_model_holds(architecture: str) -> None:
     model = tiny(architecture)
-    shape = measure("tiny", model.config)
+    shape = shape_from_config("tiny", model.config)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     assert shape.kv_entries(1) * model.dtype.itemsize == kv_bytes(model)
     assert shape.kv_entries(2) * 2 == shape.kv_entries(1)
@@ -57,34 +57,36 @@ def test_the_production_pair_has_its_published_size(target: ModelShape, draft: M
     assert (target.widths, draft.widths) == ([1, 2, 4, 8], [1, 2])
 
 
-def test_every_fitting_placement_fits(wish: Wish) -> None:
-    for place in placements(wish):
+def test_every_fitting_placement_fits(plan_request: PlanRequest) -> None:
+    for place in placements(plan_request):
         if place.refusal is not None:
             continue
-        assert wish.draft is not None
-        kv = 2 * place.kv_tokens * wish.target.kv_entries(place.ranks)
-        draft_kv = 2 * place.kv_tokens * wish.draft.kv_entries(place.draft_ranks)
+        assert plan_request.draft is not None
+        kv = 2 * place.kv_tokens * plan_request.target.kv_entries(place.ranks)
+        draft_kv = 2 * place.kv_tokens * plan_request.draft.kv_entries(place.draft_ranks)
         assert place.weights_bytes + kv + draft_kv < H100.device.memory_bytes
         assert place.sequences * place.context <= place.kv_tokens
 
 
-def test_more_ranks_hold_less_each_and_leave_more_room(wish: Wish) -> None:
-    on_first = [place for place in placements(wish) if place.draft_ranks == 1]
+def test_more_ranks_hold_less_each_and_leave_more_room(plan_request: PlanRequest) -> None:
+    on_first = [place for place in placements(plan_request) if place.draft_ranks == 1]
     assert [place.name.split(",")[0] for place in on_first] == ["8 x 1 GPU", "4 x TP 2", "2 x TP 4", "1 x TP 8"]
     assert [p.weights_bytes for p in on_first] == sorted((p.weights_bytes for p in on_first), reverse=True)
     assert [p.kv_tokens for p in on_first] == sorted(p.kv_tokens for p in on_first)
 
 
-def test_heads_that_can_not_be_split_are_refused_with_the_alternatives(wish: Wish, draft: ModelShape) -> None:
-    refused = {p.ranks: p.refusal for p in placements(replace(wish, target=draft, draft=None))}
+def test_heads_that_can_not_be_split_are_refused_with_alternatives(
+    plan_request: PlanRequest, draft: ModelShape
+) -> None:
+    refused = {p.ranks: p.refusal for p in placements(replace(plan_request, target=draft, draft=None))}
     assert refused[1] is None
     assert refused[2] is None
     assert "--tp 1, 2" in str(refused[4])
     assert "--tp 1, 2" in str(refused[8])
 
 
-def test_what_is_too_large_for_the_gpus_is_refused_with_its_size(wish: Wish) -> None:
-    small = replace(wish, machine=replace(H100, device=H100.device.with_memory(24)))
+def test_what_is_too_large_for_the_gpus_is_refused_with_its_size(plan_request: PlanRequest) -> None:
+    small = replace(plan_request, machine=replace(H100, device=H100.device.with_memory(24)))
     by_name = {p.name: p for p in placements(small)}
     assert "leave no room" in str(by_name["8 x 1 GPU"].refusal)
     chosen = pick(list(by_name.values()))
@@ -132,12 +134,12 @@ def test_drafts_are_as_deep_as_they_are_good_and_none_where_they_do_not_pay(
     assert depths == sorted(set(depths))
 
 
-def test_the_pick_yields_most_and_its_command_is_whole(wish: Wish) -> None:
-    choices = placements(wish)
+def test_the_pick_yields_most_and_its_command_is_whole(plan_request: PlanRequest) -> None:
+    choices = placements(plan_request)
     chosen = pick(choices)
     assert chosen is not None
     assert all(c.refusal or c.best_tokens_per_s <= chosen.best_tokens_per_s for c in choices)
-    line = command(wish, chosen)
+    line = command(plan_request, chosen)
     assert f"--replicas {chosen.replicas} --tp {chosen.ranks} --target {TARGET} --draft {DRAFT}" in line
 
 

@@ -13,7 +13,7 @@ from tests.models import byte_tokenizer
 from worker.engine.errors import TokenizersDiffer
 from worker.engine.sampling.penalties import adjust
 from worker.engine.sampling.sampling import draw
-from worker.loading.drafts import words_of
+from worker.loading.drafts import shared_words
 from worker.text.codec import Codec, eos_ids
 
 EOS = 256
@@ -121,7 +121,7 @@ def test_tokenizers_that_spell_most_ids_differently_are_refused_by_the_first_of_
     words = {token: (i + 1) % 256 if i < 200 else i for token, i in byte_tokenizer().get_vocab().items()}
     theirs.get_vocab = lambda: words  # type: ignore[method-assign]
     with pytest.raises(TokenizersDiffer, match=r"58 of 258 token ids alike, and token id 0 is"):
-        words_of(byte_tokenizer(), theirs, "big", "small", 258)
+        shared_words(byte_tokenizer(), theirs, "big", "small", 258)
 
 
 def test_of_tokenizers_that_differ_in_one_token_the_others_are_drafted() -> None:
@@ -135,7 +135,7 @@ def test_of_tokenizers_that_differ_in_one_token_the_others_are_drafted() -> None
         (byte_tokenizer(), renamed, 258, range(257)),
         (byte_tokenizer(), byte_tokenizer(), 200, range(200)),
     ]:
-        found = words_of(target, draft, "big", "small", known)
+        found = shared_words(target, draft, "big", "small", known)
         assert found.shared.tolist() == list(shared)
         assert found.known == known
 

@@ -14,9 +14,9 @@ from tests.models import byte_tokenizer, packed, tiny
 from worker.engine.engine import Engine
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.speculation.cost_model import CostModel
-from worker.loading.loader import Assembly
+from worker.loading.loader import LoadedModel
 from worker.text.codec import Codec
-from worker.training import self_generated as texts_of
+from worker.training import self_generated as self_generated
 from worker.training.config import Recipe
 from worker.training.self_generated import Text, read, write
 
@@ -24,9 +24,9 @@ RECIPE = Recipe(tokens=150, answer_tokens=12)
 
 
 @pytest.fixture
-def assembly(monkeypatch: pytest.MonkeyPatch) -> Assembly:
+def loaded(monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
     """A tiny target that chats in bytes."""
-    monkeypatch.setattr(texts_of, "_ROUND", 16)
+    monkeypatch.setattr(self_generated, "_ROUND", 16)
     model = tiny("llama", vocab=258)
     target = packed(model, slots=8)
     options = EngineOptions(Mode.PLAIN, max_sequences=8, max_context=256)
@@ -37,11 +37,11 @@ def assembly(monkeypatch: pytest.MonkeyPatch) -> Assembly:
         options=options,
         engine=lambda chosen: Engine(target, None, chosen, CostModel({1: 1.0})),
     )
-    return cast(Assembly, made)
+    return cast(LoadedModel, made)
 
 
-def test_questions_are_the_targets_own_and_stand_in_its_chat_template(assembly: Assembly, tmp_path: Path) -> None:
-    texts = write(assembly, RECIPE, tmp_path / "texts.jsonl")
+def test_questions_are_the_targets_own_and_stand_in_its_chat_template(loaded: LoadedModel, tmp_path: Path) -> None:
+    texts = write(loaded, RECIPE, tmp_path / "texts.jsonl")
     assert sum(text.written for text in texts) >= RECIPE.tokens
     for text in texts:
         prompt = bytes(i for i in text.ids[: text.num_prompt] if i < 256).decode(errors="replace")
@@ -50,49 +50,49 @@ def test_questions_are_the_targets_own_and_stand_in_its_chat_template(assembly: 
         assert 0 < text.written <= RECIPE.answer_tokens
 
 
-def test_the_same_seed_writes_the_same_and_an_interruption_changes_nothing(assembly: Assembly, tmp_path: Path) -> None:
-    whole = write(assembly, RECIPE, tmp_path / "whole.jsonl")
+def test_the_same_seed_writes_the_same_and_an_interruption_changes_nothing(loaded: LoadedModel, tmp_path: Path) -> None:
+    whole = write(loaded, RECIPE, tmp_path / "whole.jsonl")
     part = tmp_path / "part.jsonl"
-    write(assembly, replace(RECIPE, tokens=1), part)
+    write(loaded, replace(RECIPE, tokens=1), part)
     with part.open("a") as out:
         out.write('{"ids": [1, 2')  # as if the power had gone
-    assert write(assembly, RECIPE, part) == whole == read(part)
-    assert write(assembly, replace(RECIPE, seed=1), tmp_path / "other.jsonl") != whole
+    assert write(loaded, RECIPE, part) == whole == read(part)
+    assert write(loaded, replace(RECIPE, seed=1), tmp_path / "other.jsonl") != whole
 
 
-def test_given_prompts_take_the_place_of_questions(assembly: Assembly, tmp_path: Path) -> None:
-    texts = write(assembly, RECIPE, tmp_path / "texts.jsonl", prompts=["abc", "xyz"])
+def test_given_prompts_take_the_place_of_questions(loaded: LoadedModel, tmp_path: Path) -> None:
+    texts = write(loaded, RECIPE, tmp_path / "texts.jsonl", prompts=["abc", "xyz"])
     asked = [bytes(i for i in text.ids[: text.num_prompt] if i < 256) for text in texts]
     assert asked[:3] == [b"user: abc\nassistant: ", b"user: xyz\nassistant: ", b"user: abc\nassistant: "]
 
 
-def test_greedy_and_sampled_answers_stand_in_every_part(assembly: Assembly, tmp_path: Path) -> None:
-    texts = write(assembly, replace(RECIPE, greedy_share=0.5), tmp_path / "texts.jsonl", prompts=["abc"])
+def test_greedy_and_sampled_answers_stand_in_every_part(loaded: LoadedModel, tmp_path: Path) -> None:
+    texts = write(loaded, replace(RECIPE, greedy_share=0.5), tmp_path / "texts.jsonl", prompts=["abc"])
     shares = [sum(text.greedy for text in texts[start : start + 10]) for start in range(0, len(texts) - 9, 10)]
     assert shares
     assert set(shares) == {5}
 
 
-def test_progress_adds_up_to_what_was_written(assembly: Assembly, tmp_path: Path) -> None:
+def test_progress_adds_up_to_what_was_written(loaded: LoadedModel, tmp_path: Path) -> None:
     told: list[int] = []
     file = tmp_path / "texts.jsonl"
-    texts: list[Text] = write(assembly, RECIPE, file, prompts=["abc"], progress=cast(Any, told.append))
+    texts: list[Text] = write(loaded, RECIPE, file, prompts=["abc"], progress=cast(Any, told.append))
     assert sum(told) == sum(text.written for text in texts)
 
 
 def test_prompts_without_room_for_an_answer_are_passed_over_and_none_with_room_is_an_error(
-    assembly: Assembly, tmp_path: Path
+    loaded: LoadedModel, tmp_path: Path
 ) -> None:
     long = "x" * 228
-    texts = write(assembly, RECIPE, tmp_path / "texts.jsonl", prompts=[long, "abc"])
+    texts = write(loaded, RECIPE, tmp_path / "texts.jsonl", prompts=[long, "abc"])
     assert {bytes(text.ids[text.num_prompt - 16 : text.num_prompt - 13]) for text in texts} == {b"abc"}
     with pytest.raises(InvalidValue, match=r"no prompt leaves room .* context of 256: the shortest has 2\d\d tokens"):
-        write(assembly, RECIPE, tmp_path / "none.jsonl", prompts=[long])
+        write(loaded, RECIPE, tmp_path / "none.jsonl", prompts=[long])
 
 
 def test_a_target_that_never_ends_a_question_is_not_waited_for(
-    assembly: Assembly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(texts_of, "_QUESTION_TOKENS", 1)
+    monkeypatch.setattr(self_generated, "_QUESTION_TOKENS", 1)
     with pytest.raises(InvalidValue, match="asked itself nothing"):
-        write(assembly, RECIPE, tmp_path / "texts.jsonl")
+        write(loaded, RECIPE, tmp_path / "texts.jsonl")

@@ -17,12 +17,12 @@ from worker.drafters.suffix import SuffixDrafter
 from worker.engine.kv.hidden_states import HiddenStates
 from worker.engine.model.language_model import embeddings, output_weights
 from worker.engine.options import Mode
-from worker.training import self_generated as texts_of
+from worker.training import self_generated as self_generated
 from worker.training import trainer
 from worker.training.config import Recipe
-from worker.training.features import Lessons, teach
-from worker.training.losses import HeadStudent, Lot, commonest
-from worker.training.replay import Reciter, replay
+from worker.training.features import FeatureDataset, extract_features
+from worker.training.losses import Batch, HeadLoss, most_frequent
+from worker.training.replay import ReplayTarget, replay
 from worker.training.self_generated import Text
 from worker.training.trainer import Report, train
 
@@ -40,43 +40,43 @@ def texts() -> list[Text]:
 
 
 @pytest.fixture(scope="module")
-def lessons(texts: list[Text], tmp_path_factory: pytest.TempPathFactory) -> Lessons:
-    return teach(tapped(tiny("llama")), texts, tmp_path_factory.mktemp("lessons"))
+def lessons(texts: list[Text], tmp_path_factory: pytest.TempPathFactory) -> FeatureDataset:
+    return extract_features(tapped(tiny("llama")), texts, tmp_path_factory.mktemp("lessons"))
 
 
-def a_student() -> HeadStudent:
+def a_student() -> HeadLoss:
     model = tiny("llama")
     net = network(model)
-    return HeadStudent(net, embeddings(model), output_weights(model)[TOKENS], TOKENS, RECIPE.unroll, 0.8)
+    return HeadLoss(net, embeddings(model), output_weights(model)[TOKENS], TOKENS, RECIPE.unroll, 0.8)
 
 
 def trained(
-    lessons: Lessons, folder: Path, reports: list[Report], measured: Sequence[float] = (1, 2, 3, 4)
-) -> HeadStudent:
+    lessons: FeatureDataset, folder: Path, reports: list[Report], measured: Sequence[float] = (1, 2, 3, 4)
+) -> HeadLoss:
     student, said = a_student(), iter(measured)
     folder.mkdir(exist_ok=True)
     train(student, student.network, lessons, RECIPE, folder, lambda: float(next(said)), reports.append)
     return student
 
 
-def test_a_lesson_is_the_text_and_what_the_target_thought_of_it(texts: list[Text], lessons: Lessons) -> None:
+def test_a_lesson_is_the_text_and_what_the_target_thought_of_it(texts: list[Text], lessons: FeatureDataset) -> None:
     assert len(lessons) == len(texts)
     for number, text in enumerate(texts):
-        lesson = lessons[number]
-        assert tuple(lesson.ids.tolist()) == text.ids
+        example = lessons[number]
+        assert tuple(example.ids.tolist()) == text.ids
         # a greedy text is what the target found likeliest
-        assert lesson.next_ids[text.num_prompt - 1 : -1, 0].tolist() == list(text.ids[text.num_prompt :])
-        assert (lesson.next_probabilities.sum(-1) <= 1.001).all()
+        assert example.next_ids[text.num_prompt - 1 : -1, 0].tolist() == list(text.ids[text.num_prompt :])
+        assert (example.next_probabilities.sum(-1) <= 1.001).all()
 
 
 def test_lessons_are_not_made_twice(texts: list[Text], tmp_path: Path) -> None:
-    teach(tapped(tiny("llama")), texts, tmp_path)
+    extract_features(tapped(tiny("llama")), texts, tmp_path)
     before = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
-    teach(tapped(tiny("llama")), texts, tmp_path)
+    extract_features(tapped(tiny("llama")), texts, tmp_path)
     assert before == {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
 
 
-def test_the_loss_falls(lessons: Lessons, tmp_path: Path) -> None:
+def test_the_loss_falls(lessons: FeatureDataset, tmp_path: Path) -> None:
     reports: list[Report] = []
     trained(lessons, tmp_path, reports)
     assert reports[-1].update == reports[-1].updates
@@ -85,7 +85,7 @@ def test_the_loss_falls(lessons: Lessons, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_training_ends_with_the_same_weights(
-    lessons: Lessons, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lessons: FeatureDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = trained(lessons, tmp_path / "whole", [])
     monkeypatch.setattr(trainer, "_CHECKPOINT_S", 0.0)  # after every update
@@ -108,13 +108,13 @@ def test_an_interrupted_training_ends_with_the_same_weights(
         assert torch.equal(weight, rest.network.state_dict()[name]), name
 
 
-def test_training_stops_when_held_out_acceptance_no_longer_grows(lessons: Lessons, tmp_path: Path) -> None:
+def test_training_stops_when_held_out_acceptance_no_longer_grows(lessons: FeatureDataset, tmp_path: Path) -> None:
     reports: list[Report] = []
     trained(lessons, tmp_path, reports, measured=(1.0, 1.001))
     assert reports[-1].epoch == 2
 
 
-def test_the_weights_that_are_kept_are_the_best(lessons: Lessons, tmp_path: Path) -> None:
+def test_the_weights_that_are_kept_are_the_best(lessons: FeatureDataset, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     student = trained(lessons, tmp_path, [], measured=(1.0, 2.0, 0.5))
@@ -123,22 +123,22 @@ def test_the_weights_that_are_kept_are_the_best(lessons: Lessons, tmp_path: Path
     assert any(not torch.equal(best[name].float(), last[name].bfloat16().float()) for name in best)
 
 
-def test_only_what_follows_the_prompt_is_learned(lessons: Lessons) -> None:
-    lot = Lot.of([lessons[0], lessons[2]])
+def test_only_what_follows_the_prompt_is_learned(lessons: FeatureDataset) -> None:
+    batch = Batch.of([lessons[0], lessons[2]])
     for ahead in (0, 1):
-        rows = lot.rows(ahead)
+        rows = batch.rows(ahead)
         for row, number in enumerate((0, 2)):
-            lesson = lessons[number]
-            expected = list(range(lesson.num_prompt - 1, len(lesson.ids) - 1 - ahead))
+            example = lessons[number]
+            expected = list(range(example.num_prompt - 1, len(example.ids) - 1 - ahead))
             assert rows[row].nonzero().ravel().tolist() == expected
 
 
 def test_the_commonest_tokens_are_chosen_and_rarely_filled_up() -> None:
-    assert commonest([[5, 5, 9], [9, 5, 30]], 2, 61).tolist() == [5, 9]
-    assert commonest([[5]], 3, 61).tolist() == [0, 1, 5]
+    assert most_frequent([[5, 5, 9], [9, 5, 30]], 2, 61).tolist() == [5, 9]
+    assert most_frequent([[5]], 3, 61).tolist() == [0, 1, 5]
 
 
-def test_replay_accepts_what_decoding_accepts(texts: list[Text], lessons: Lessons) -> None:
+def test_replay_accepts_what_decoding_accepts(texts: list[Text], lessons: FeatureDataset) -> None:
     model = tiny("llama")
     head = packed_head(model, network(model), slots=1)
     target = tapped(model, slots=1)
@@ -150,19 +150,19 @@ def test_replay_accepts_what_decoding_accepts(texts: list[Text], lessons: Lesson
     decoded = [r.numbers.accepted_tokens for r in results if r.numbers.step]
     told = [lessons[number] for number in range(len(texts))]
     replayed = replay(
-        told, Reciter(told, 61, torch.device("cpu")), lambda hidden: HeadDrafter(head, hidden, "head"), nodes=6
+        told, ReplayTarget(told, 61, torch.device("cpu")), lambda hidden: HeadDrafter(head, hidden, "head"), nodes=6
     )
     assert replayed.accepted.tolist() == decoded
 
 
-def test_more_nodes_never_foresee_less(lessons: Lessons) -> None:
+def test_more_nodes_never_foresee_less(lessons: FeatureDataset) -> None:
     told = [lessons[number] for number in range(4)]
 
     def make(_: HiddenStates) -> SuffixDrafter:
         return SuffixDrafter()
 
-    reciter = Reciter(told, 61, torch.device("cpu"))
-    reached = [replay(told, reciter, make, nodes).tokens_per_step for nodes in (1, 4, 16)]
+    replay_target = ReplayTarget(told, 61, torch.device("cpu"))
+    reached = [replay(told, replay_target, make, nodes).tokens_per_step for nodes in (1, 4, 16)]
     assert reached == sorted(reached)
 
 
@@ -172,5 +172,5 @@ def test_a_last_line_that_was_cut_off_is_no_text(texts: list[Text], tmp_path: Pa
 
     file = tmp_path / "texts.jsonl"
     file.write_text("".join(json.dumps(asdict(text)) + "\n" for text in texts[:3]) + '{"ids": [1, 2')
-    assert texts_of.read(file) == texts[:3]
+    assert self_generated.read(file) == texts[:3]
     shutil.rmtree(tmp_path)

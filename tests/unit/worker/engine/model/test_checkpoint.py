@@ -16,7 +16,7 @@ from tests.models import save_tiny
 from worker.engine.errors import ModelRefused
 from worker.engine.model import checkpoint
 from worker.engine.model.language_model import load
-from worker.loading.drafts import refuse_foreign
+from worker.loading.drafts import refuse_unsupported_draft
 
 CPU = torch.device("cpu")
 WEIGHTS = "model.safetensors"
@@ -178,23 +178,23 @@ def test_drafts_for_other_programs_are_named_as_what_they_are(
     weights = {key: torch.zeros(2) for key in [*keys, "layers.0.weight"]}
     torch.save(weights, tmp_path / "pytorch_model.bin") if pickled else save_file(weights, tmp_path / WEIGHTS)
     with pytest.raises(ModelRefused) as refused:
-        refuse_foreign(str(tmp_path))
+        refuse_unsupported_draft(str(tmp_path))
     assert f"is {kind}, which this version can't run; set BASIC_DRAFT" in str(refused.value)
     assert f"is {kind}, a draft for another model" in refusal(tmp_path)
 
 
 def test_a_language_model_is_no_draft_for_another_program(saved: Path) -> None:
-    refuse_foreign(str(saved))
+    refuse_unsupported_draft(str(saved))
 
 
 def test_a_draft_of_another_program_is_named_by_its_hub_id_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"medusa_num_heads": 2}))
     monkeypatch.setattr(checkpoint, "snapshot_download", lambda *_, **__: str(tmp_path))
     with pytest.raises(ModelRefused, match="someone/medusa is a set of Medusa heads"):
-        refuse_foreign("someone/medusa")
+        refuse_unsupported_draft("someone/medusa")
 
 
 def test_a_hub_id_that_was_not_fetched_is_left_to_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    refuse_foreign("someone/that-is-not-there")
-    refuse_foreign("no hub id: at all")
+    refuse_unsupported_draft("someone/that-is-not-there")
+    refuse_unsupported_draft("no hub id: at all")
