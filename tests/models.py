@@ -31,7 +31,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from worker.engine.model.attention import ATTENTION_NAME
 from worker.engine.model.language_model import PackedModel
-from worker.engine.segments import Move, Segment
+from worker.engine.segments import KvMove, Segment
 
 VOCAB = 61
 TOKENIZER_VOCAB = 258  # of `byte_tokenizer`: a model that is to read its tokens has at least as many
@@ -121,7 +121,7 @@ class TableModel:
         rows = [self._row(segment, int(row)) for segment in segments for row in self._store(segment).keep]
         return torch.stack(rows) if rows else torch.empty(0, VOCAB)
 
-    def keep(self, moves: Sequence[Move]) -> None:
+    def keep(self, moves: Sequence[KvMove]) -> None:
         """Bring accepted tokens down."""
         for move in moves:
             slot = self._slots[move.slot]

@@ -59,7 +59,7 @@ def texts(target: PackedModel, draft: PackedModel | None) -> Iterator[list[list[
             some = sequences(sampling=sampling)
             drafter = None if draft is None else ModelDrafter(draft, "draft", draft.config.vocab_size)
             results = decode(engine(target, drafter, options(mode)), some)
-            assert draft is None or any(r.numbers.accepted_tokens for r in results), "no tree was of any use"
+            assert draft is None or any(r.stats.accepted_tokens for r in results), "no tree was of any use"
             yield outputs(some)
 
 

@@ -30,7 +30,7 @@ from worker.engine.segments import IntArray
 from worker.engine.sequence import Sequence as EngineSequence
 from worker.engine.speculation.draft_tree import Candidates, Forest
 from worker.engine.speculation.drafting import Drafter
-from worker.engine.speculation.state import Experience
+from worker.engine.speculation.state import SpeculationState
 from worker.generate import request_for
 from worker.loading.loader import LoadedModel, OnMessage, load_engine
 from worker.loading.model_store import resolve
@@ -191,22 +191,22 @@ def decode(
     mode: Mode,
     temperature: float,
     make_drafter: Callable[[], Drafter] | None = None,
-    experience: Experience | None = None,
+    state: SpeculationState | None = None,
 ) -> Runner:
     """Return what decodes the prompts with our engine at a batch size; without `make_drafter`, with its own drafts.
 
-    A worker keeps its experience with them for its whole life, so a run begins with that of the runs before, or of
+    A worker keeps its state with them for its whole life, so a run begins with that of the runs before, or of
     whoever gives one.
     """
-    if experience is None:
-        experience = loaded.initial_state(make_drafter) if mode is Mode.OPT_TREE else Experience()
+    if state is None:
+        state = loaded.initial_state(make_drafter) if mode is Mode.OPT_TREE else SpeculationState()
 
     def timed(batch: int) -> Timed:
         at_once = min(batch, loaded.options.max_sequences)
         options = replace(loaded.options, mode=mode, max_sequences=at_once)
         clock = _DraftClock()
         made = make_drafter or loaded.make_drafter
-        engine = loaded.engine(options, lambda: _Clocked(made(), clock), experience)
+        engine = loaded.engine(options, lambda: _Clocked(made(), clock), state)
         sequences = fresh(loaded, prompts, max_tokens, temperature)
         steps, accepted = 0, 0
         expected = stepped_ms = verify_ms = 0.0
@@ -215,7 +215,7 @@ def decode(
             engine.add(sequence)
         while engine.busy:
             before = perf_counter()
-            numbers = [result.numbers for result in engine.step()]
+            numbers = [result.stats for result in engine.step()]
             if numbers:
                 stepped_ms += (perf_counter() - before) * 1e3
                 verify_ms += numbers[0].verify_ms
@@ -258,11 +258,11 @@ class _Clocked:
     def __init__(self, drafter: Drafter, clock: _DraftClock) -> None:
         self._drafter, self._clock = drafter, clock
         self.name = drafter.name
-        self.behind, self.keep, self.drop = drafter.behind, drafter.keep, drafter.drop
+        self.num_uncached_tokens, self.commit, self.drop = drafter.num_uncached_tokens, drafter.commit, drafter.drop
 
     @property
-    def free(self) -> Drafter | None:
-        return _Clocked(self._drafter.free, self._clock) if self._drafter.free is not None else None
+    def forward_free(self) -> Drafter | None:
+        return _Clocked(self._drafter.forward_free, self._clock) if self._drafter.forward_free is not None else None
 
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
         started = perf_counter()

@@ -13,7 +13,7 @@ from typing import Any
 from jobs.messages import CHAT_ENDPOINT, GenerationRequest, SamplingParameters
 from jobs.openai.logprobs import TokenLikelihoods, shaped
 from worker.engine.options import Mode
-from worker.engine.stats import StepNumbers
+from worker.engine.stats import StepStats
 from worker.loading.loader import LoadedModel, load_engine
 from worker.settings import WorkerSettings
 from worker.text.output_stream import Transcript
@@ -28,7 +28,7 @@ class Generation:
     token_ids: tuple[int, ...]  # the end-of-sequence token included, if one was drawn
     prompt_token_ids: tuple[int, ...]
     finish_reason: str
-    steps: tuple[StepNumbers, ...]
+    steps: tuple[StepStats, ...]
     logprobs: tuple[TokenLikelihoods, ...] | None  # per token, if they were wanted
     endpoint: str
 
@@ -64,13 +64,13 @@ def generate(
     prompt = loaded.codec.encode(request, endpoint)
     sequence = loaded.codec.sequence((0,), prompt, request.sampling, choice=0)
     transcript = Transcript(sequence, loaded.codec.stream(request.sampling.stop, prompt, endpoint))
-    steps: list[StepNumbers] = []
+    steps: list[StepStats] = []
     logprobs: list[TokenLikelihoods] = []
     engine.add(sequence)
     while engine.busy:
         for result in engine.step():
             written = transcript.take(result)
-            steps.append(written.numbers)
+            steps.append(written.stats)
             logprobs += written.logprobs or ()
             on_pieces(written.pieces)
         if sequence.finished:

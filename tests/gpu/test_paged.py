@@ -20,7 +20,7 @@ from worker.engine.model.attention import ATTENTION_NAME
 from worker.engine.model.language_model import PackedModel, quicken
 from worker.engine.options import Mode
 from worker.engine.sampling.sampling import Sampling
-from worker.engine.segments import Move, chain
+from worker.engine.segments import KvMove, chain
 
 pytestmark = [
     pytest.mark.gpu,
@@ -134,7 +134,7 @@ def test_accepted_rows_are_what_plain_rows_would_have_stored() -> None:
     expected = gpu.forward([chain(0, 704, [9], keep_last=True)]).clone()
     gpu.forward([chain(0, 0, LONG[:700], keep_last=True)])
     gpu.forward([nodes])
-    gpu.keep([Move(0, 700, 700 + np.array(path))])
+    gpu.keep([KvMove(0, 700, 700 + np.array(path))])
     assert torch.equal(gpu.forward([chain(0, 704, [9], keep_last=True)]), expected)
 
 

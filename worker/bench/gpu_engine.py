@@ -36,7 +36,7 @@ from worker.engine.sampling.sampling import Sampling, noise_key
 from worker.engine.sequence import Sequence
 from worker.engine.speculation.cost_model import CostModel
 from worker.engine.speculation.drafting import Drafter
-from worker.engine.speculation.state import Experience
+from worker.engine.speculation.state import SpeculationState
 from worker.loading.calibration import calibrate
 from worker.planning.shapes import load_config
 
@@ -106,23 +106,23 @@ class _Pair:
 
     def measure(self, batches: Iterable[int], tokens: int, runs: int) -> Iterator[Rates]:
         """Decode at each batch size in every mode, in turns."""
-        experiences = {mode: Experience() for mode in _MODES}
+        states = {mode: SpeculationState() for mode in _MODES}
         for batch in batches:
             rates: dict[Mode, list[float]] = {mode: [] for mode in _MODES}
             texts: dict[Mode, list[list[int]]] = {}
             for _ in range(runs):
                 for mode in _MODES:
                     some = prompts(batch, self.vocabulary, tokens)
-                    rates[mode].append(decode(self._engine(mode, batch, experiences[mode]), some))
+                    rates[mode].append(decode(self._engine(mode, batch, states[mode]), some))
                     texts[mode] = [sequence.output_ids for sequence in some]
             yield Rates(batch, rates, all(texts[mode] == texts[Mode.PLAIN] for mode in _MODES))
 
-    def _engine(self, mode: Mode, batch: int, experience: Experience) -> Engine:
+    def _engine(self, mode: Mode, batch: int, state: SpeculationState) -> Engine:
         drafter: Drafter | None = None
         if mode is not Mode.PLAIN:
             drafter = ModelDrafter(self.drafts, self.draft, self.vocabulary)
         options = replace(self.options, mode=mode, max_sequences=batch)
-        return Engine(self.target, drafter, options, self.costs, experience)
+        return Engine(self.target, drafter, options, self.costs, state)
 
 
 def _random_pair(model: str, draft: str, layers: int | None, options: EngineOptions) -> _Pair:

@@ -4,7 +4,7 @@
 `suffix` what runs without a draft model, `random` a model of random weights that is wrong all the time and costs its
 forwards, `replay` one that knows the text, is right four times in five and costs nothing. Each mode races against plain
 decoding, for machines change their speed; the median of the races counts, and short ones are run more often. The
-paper's trees, slow where they don't pay, are measured as often only where they come near. A draft's experience goes
+paper's trees, slow where they don't pay, are measured as often only where they come near. A draft's state goes
 through the whole grid, as it goes through the life of a worker.
 """
 
@@ -32,7 +32,7 @@ from worker.engine.segments import IntArray
 from worker.engine.sequence import Sequence as EngineSequence
 from worker.engine.speculation.draft_tree import Candidates, Forest
 from worker.engine.speculation.drafting import Drafter
-from worker.engine.speculation.state import Experience
+from worker.engine.speculation.state import SpeculationState
 from worker.loading.loader import LoadedModel, OnMessage, load_engine
 from worker.loading.model_store import resolve
 from worker.settings import WorkerSettings
@@ -79,7 +79,7 @@ def run(
     loaded = load_engine(settings.model_copy(update={"max_sequences": 2 * max(batches)}), say)  # two engines at a time
     texts = encode(loaded, prompts, max_tokens)
     drafts = _drafts(loaded)
-    experiences = {name: loaded.initial_state(partial(make, ())) for name, make in drafts.items()}
+    states = {name: loaded.initial_state(partial(make, ())) for name, make in drafts.items()}
     transformers = load_peer(resolve(settings.target, settings.cache_dir), loaded)
     cells: list[Cell] = []
     for batch in batches:
@@ -88,7 +88,7 @@ def run(
             say(f"Batch {batch}, temperature {temperature:g}")
             peers = peer(transformers, loaded, some, max_tokens, temperature) if temperature == 0.0 else None
             theirs = median(peers(batch).rate for _ in range(min(runs, _PEER_RUNS))) if peers else None
-            case = _Case(loaded, some, max_tokens, temperature, batch, drafts, experiences)
+            case = _Case(loaded, some, max_tokens, temperature, batch, drafts, states)
             cells += case.measure(runs, theirs, say)
     return cells
 
@@ -115,14 +115,14 @@ class _Case:
         temperature: float,
         batch: int,
         drafts: Mapping[str, MakeDraft],
-        experiences: Mapping[str, Experience],
+        states: Mapping[str, SpeculationState],
     ) -> None:
         self._loaded, self._batch, self._temperature = loaded, batch, temperature
         self._fresh = partial(fresh, loaded, prompts, max_tokens, temperature)
         alone = decode(loaded, prompts, max_tokens, Mode.PLAIN, temperature)(batch)
         self._tokens, self._seconds = alone.tokens, alone.seconds
         self._makes = {name: partial(make, alone.token_ids) for name, make in drafts.items()}
-        self._experiences = experiences
+        self._states = states
         self._plain: list[float] = []  # tokens per second
 
     def measure(self, least: int, transformers: float | None, say: OnMessage) -> list[Cell]:
@@ -150,9 +150,9 @@ class _Case:
 
     def _engine(self, mode: Mode, name: str, lane: int) -> Engine:
         options = replace(self._loaded.options, mode=mode, max_sequences=self._batch)
-        experience = self._experiences[name] if mode is Mode.OPT_TREE else Experience()
+        state = self._states[name] if mode is Mode.OPT_TREE else SpeculationState()
         target = Lane(self._loaded.target, lane * self._batch, self._batch)
-        engine = self._loaded.engine(options, self._makes[name], experience, target)
+        engine = self._loaded.engine(options, self._makes[name], state, target)
         for sequence in self._fresh():
             engine.add(sequence)
         return engine
@@ -175,7 +175,7 @@ class ReplayDrafter:
     """Offers what a plain run has written, wrong now and then: as good a draft as one could train, and free."""
 
     name = "replay"
-    free = None  # it has no other part
+    forward_free = None  # it has no other part
 
     def __init__(self, known: Texts) -> None:
         """Take the known output of each sequence, by its key."""
@@ -195,11 +195,11 @@ class ReplayDrafter:
             tokens[row] = known[place] if place < len(known) and right else 0
         return Candidates(tokens, np.full(tokens.shape, _RIGHT))
 
-    def behind(self, sequence: EngineSequence) -> int:
+    def num_uncached_tokens(self, sequence: EngineSequence) -> int:
         """It reads nothing."""
         return 0
 
-    def keep(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
+    def commit(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
         """It has no state."""
 
     def drop(self, sequence: EngineSequence) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from worker.engine.engine import Engine
 from worker.engine.model.language_model import LanguageModel
-from worker.engine.segments import Move, Segment
+from worker.engine.segments import KvMove, Segment
 
 
 class Lane:
@@ -24,7 +24,7 @@ class Lane:
         """Run the rows of segments in these slots."""
         return self._target.forward([replace(s, slot=self._first + s.slot) for s in segments])
 
-    def keep(self, moves: Sequence[Move]) -> None:
+    def keep(self, moves: Sequence[KvMove]) -> None:
         """Bring the rows of accepted paths down."""
         self._target.keep([replace(move, slot=self._first + move.slot) for move in moves])
 

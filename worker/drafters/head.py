@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from worker.drafters.candidates import best_children
 from worker.drafters.head_network import HeadNetwork
-from worker.drafters.kv_tracker import Lanes, by_slot
+from worker.drafters.kv_tracker import DraftSlots, by_slot
 from worker.engine.cpu.fused_layers import FusedNorm, fuse
 from worker.engine.cpu.fused_model import NativeNetwork, rotary_table
 from worker.engine.cpu.kernels import Kernels
@@ -24,7 +24,7 @@ from worker.engine.gpu.fused_layers import fuse_on_gpu
 from worker.engine.kv.hidden_states import HiddenStates
 from worker.engine.model.attention import ATTENTION_NAME
 from worker.engine.model.language_model import KvStore, Plan, kv_store
-from worker.engine.options import MOST_NODES
+from worker.engine.options import MAX_STEP_NODES
 from worker.engine.paged.attention import PagedPlan, gpu_kernels_for
 from worker.engine.paged.kv import PagedKv
 from worker.engine.paged.rows import PagedRows
@@ -109,7 +109,7 @@ class PackedHead:
         if self._buckets is not None:
             self._buckets.prepare()
         if self._native is not None:
-            self._native.prepare(MOST_NODES)
+            self._native.prepare(MAX_STEP_NODES)
 
     @torch.inference_mode()
     def states(self, hidden: Tensor) -> Tensor:
@@ -158,10 +158,10 @@ class HeadDrafter:
     def __init__(self, head: HeadModel, hidden: HiddenStates, name: str) -> None:
         """Use a head for slots numbered as the target's, whose hidden states lie in `hidden`."""
         self.name = name
-        self.free = None  # it is a network and nothing else
+        self.forward_free = None  # it is a network and nothing else
         self._head = head
         self._hidden = hidden
-        self._lanes = Lanes()
+        self._slots = DraftSlots()
         self._above = np.empty(0, np.int64)  # nodes of the newest layer that was run
         self._states = torch.empty(0)  # [above, width] what came out there
 
@@ -171,11 +171,11 @@ class HeadDrafter:
         order = np.concatenate(places)
         nodes = frontier[order]
         if forest.depth[frontier[0]]:
-            segments = [self._lanes.below(forest, _sequence(forest, frontier[some]), frontier[some]) for some in places]
+            segments = [self._slots.below(forest, _sequence(forest, frontier[some]), frontier[some]) for some in places]
             states = self._states[torch.from_numpy(_places_of(forest.parent[nodes], self._above))]
         else:
             roots = [_sequence(forest, frontier[some]) for some in places]
-            segments = self._lanes.rest(roots, self._feed, self._head.share)
+            segments = self._slots.rest(roots, self._feed, self._head.share)
             states = self._before(segments)
         logits, self._states = self._head.forward(segments, states)
         self._above = nodes
@@ -184,17 +184,17 @@ class HeadDrafter:
         tokens[order], probabilities[order] = ids, scores
         return Candidates(tokens, probabilities)
 
-    def behind(self, sequence: Sequence) -> int:
+    def num_uncached_tokens(self, sequence: Sequence) -> int:
         """Return the tokens that are to be read before the first layer can be drafted."""
-        return self._lanes.behind(sequence)
+        return self._slots.num_uncached_tokens(sequence)
 
-    def keep(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
+    def commit(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
         """Forget the tree: what was accepted of it is read again, with the target's states."""
-        self._lanes.of(forest.sequences[tree]).nodes.clear()
+        self._slots.of(forest.sequences[tree]).nodes.clear()
 
     def drop(self, sequence: Sequence) -> None:
         """Forget a sequence."""
-        self._lanes.drop(sequence)
+        self._slots.drop(sequence)
 
     def _feed(self, segment: Segment) -> None:
         self._head.forward([segment], self._before([segment]))

@@ -29,7 +29,7 @@ _ROWS = 64  # of the embedding, that stand for the whole in a fingerprint
 
 
 @dataclass(frozen=True, slots=True)
-class Identity:
+class TargetIdentity:
     """Which target, and which tokenizer, a head was trained for."""
 
     target: str
@@ -50,7 +50,7 @@ class Head:
     tokens: Tensor  # [n] int64, ascending
 
 
-def identity(model: PreTrainedModel, name: str, vocabulary: dict[str, int]) -> Identity:
+def target_identity(model: PreTrainedModel, name: str, vocabulary: dict[str, int]) -> TargetIdentity:
     """Return who a target is, from some of its weights and all of its `vocabulary`; before its layers are fused."""
     config = model.config.get_text_config()
     state = {"embedding": embeddings(model)[:_ROWS]} | {
@@ -60,7 +60,7 @@ def identity(model: PreTrainedModel, name: str, vocabulary: dict[str, int]) -> I
     for key in sorted(state):
         digest.update(key.encode() + state[key].detach().to("cpu", torch.bfloat16).view(torch.uint8).numpy().tobytes())
     spelled = json.dumps(sorted(vocabulary.items(), key=lambda item: item[1]))
-    return Identity(
+    return TargetIdentity(
         target=name,
         architecture=config.model_type,
         layers=config.num_hidden_layers,
@@ -76,7 +76,7 @@ def is_head(folder: str) -> bool:
     return str(_config(Path(folder)).get("format")).startswith("basic-head")
 
 
-def write_head(folder: Path, network: HeadNetwork, tokens: Tensor, whose: Identity) -> list[Path]:
+def write_head(folder: Path, network: HeadNetwork, tokens: Tensor, whose: TargetIdentity) -> list[Path]:
     """Write a head in bfloat16; return its files."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {key: value.detach().cpu().bfloat16().contiguous() for key, value in network.state_dict().items()}
@@ -84,14 +84,14 @@ def write_head(folder: Path, network: HeadNetwork, tokens: Tensor, whose: Identi
     said = {
         "format": FORMAT,
         "shape": network.shape.as_json(),
-        "target": {name: getattr(whose, name) for name in Identity.__slots__},
+        "target": {name: getattr(whose, name) for name in TargetIdentity.__slots__},
         "sha256": file_sha256(folder / _WEIGHTS),
     }
     (folder / _CONFIG).write_text(json.dumps(said, indent=2) + "\n")
     return [folder / _CONFIG, folder / _WEIGHTS]
 
 
-def read_head(folder: str, whose: Identity) -> Head:
+def read_head(folder: str, whose: TargetIdentity) -> Head:
     """Read a head for a target; raises ModelRefused, with what differs and what to do, if it isn't whole or its."""
     said = _config(Path(folder))
     if said.get("format") != FORMAT:
@@ -127,7 +127,7 @@ def _config(folder: Path) -> dict[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-def _refuse_other(folder: str, trained_for: dict[str, Any], whose: Identity) -> None:
+def _refuse_other(folder: str, trained_for: dict[str, Any], whose: TargetIdentity) -> None:
     """Raise ModelRefused with the first thing that differs, the plainest first."""
     for name, what in (
         ("architecture", "architecture"),

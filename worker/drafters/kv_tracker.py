@@ -1,4 +1,4 @@
-"""Lanes: where each sequence stands in the KV slots of a draft network, and the rows that a frontier becomes there.
+"""Track where each sequence stands in the KV slots of a draft network, and the rows that a frontier becomes there.
 
 A slot lags behind its text: the first layer of a step feeds whatever committed tokens it has not seen, but for what
 texts have in common, which is fed once. The rows of a tree lie behind them until the walk.
@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from worker.engine.scheduler import common
+from worker.engine.scheduler import common_prefix_length
 from worker.engine.segments import BoolArray, IntArray, Segment, chain
 from worker.engine.sequence import Sequence
 from worker.engine.speculation.draft_tree import Forest
 
-CATCH_UP_ROWS = 512  # committed tokens fed in one forward
+MAX_CATCH_UP_ROWS = 512  # committed tokens fed in one forward
 _ALIKE = 16  # tokens that two texts must have in common, at least, for it to be worth a copy
 
 Feed = Callable[[Segment], object]  # runs rows whose outputs nobody asks for
@@ -26,7 +26,7 @@ Share = Callable[[int, int, int], None]  # source slot, target slot, entries
 
 
 @dataclass(slots=True, eq=False)
-class Lane:
+class DraftSlot:
     """One sequence's place in its slot."""
 
     sequence: Sequence
@@ -34,38 +34,38 @@ class Lane:
     nodes: list[int] = field(default_factory=list)  # forest nodes whose keys lie behind them, in KV order
 
 
-class Lanes:
+class DraftSlots:
     """The lanes of all sequences that a network has drafted for."""
 
     def __init__(self) -> None:
         """Start with none."""
-        self._lanes: dict[int, Lane] = {}
-        self._beginnings: defaultdict[tuple[int, ...], list[Lane]] = defaultdict(list)  # by their first tokens
+        self._slots: dict[int, DraftSlot] = {}
+        self._by_prefix: defaultdict[tuple[int, ...], list[DraftSlot]] = defaultdict(list)  # by their first tokens
 
-    def of(self, sequence: Sequence) -> Lane:
-        """Return a sequence's lane."""
-        lane = self._lanes.get(id(sequence))
-        if lane is None:
-            lane = self._lanes[id(sequence)] = Lane(sequence)
-            self._beginnings[_beginning(sequence)].append(lane)
-        return lane
+    def of(self, sequence: Sequence) -> DraftSlot:
+        """Return a sequence's slot."""
+        slot = self._slots.get(id(sequence))
+        if slot is None:
+            slot = self._slots[id(sequence)] = DraftSlot(sequence)
+            self._by_prefix[_prefix_key(sequence)].append(slot)
+        return slot
 
-    def behind(self, sequence: Sequence) -> int:
+    def num_uncached_tokens(self, sequence: Sequence) -> int:
         """Return the committed tokens that its slot lacks and that no other slot has."""
-        lane = self._lanes.get(id(sequence))
-        if lane is not None and lane.cached:
-            return len(sequence.ids) - lane.cached
+        slot = self._slots.get(id(sequence))
+        if slot is not None and slot.cached:
+            return len(sequence.ids) - slot.cached
         source, alike = self._alike(sequence)
         return len(sequence.ids) - (min(alike, source.cached) if source else 0)
 
     def drop(self, sequence: Sequence) -> None:
         """Forget a sequence."""
-        lane = self._lanes.pop(id(sequence), None)
-        if lane is not None:
-            beginning = _beginning(sequence)
-            self._beginnings[beginning].remove(lane)
-            if not self._beginnings[beginning]:
-                del self._beginnings[beginning]
+        slot = self._slots.pop(id(sequence), None)
+        if slot is not None:
+            beginning = _prefix_key(sequence)
+            self._by_prefix[beginning].remove(slot)
+            if not self._by_prefix[beginning]:
+                del self._by_prefix[beginning]
 
     def rest(self, sequences: Seq[Sequence], feed: Feed, share: Share) -> list[Segment]:
         """Return the rows of the committed tokens that are left of each; the newest is the root of this step's tree.
@@ -74,69 +74,69 @@ class Lanes:
         """
         for sequence in sequences:
             self._share(sequence, feed, share)
-            self._feed(self.of(sequence), len(sequence.ids) - CATCH_UP_ROWS, feed)
+            self._feed(self.of(sequence), len(sequence.ids) - MAX_CATCH_UP_ROWS, feed)
         return [self._rest(self.of(sequence)) for sequence in sequences]
 
     def below(self, forest: Forest, sequence: Sequence, nodes: IntArray) -> Segment:
         """Return the rows of draft nodes, which see the committed text and their ancestors."""
-        lane = self.of(sequence)
-        earlier = len(lane.nodes)
-        lane.nodes += nodes.tolist()
+        slot = self.of(sequence)
+        earlier = len(slot.nodes)
+        slot.nodes += nodes.tolist()
         return Segment(
             slot=sequence.slot,
-            prefix=lane.cached,
-            start=lane.cached + earlier,
+            prefix=slot.cached,
+            start=slot.cached + earlier,
             ids=forest.token[nodes],
             positions=len(sequence.ids) - 1 + forest.depth[nodes],
-            visible=_ancestors(forest, lane.nodes)[earlier:],
+            visible=_ancestors(forest, slot.nodes)[earlier:],
             keep=np.arange(len(nodes)),
         )
 
     def _share(self, sequence: Sequence, feed: Feed, share: Share) -> None:
         """Let a slot that is still empty begin with what another one has, or is about to read."""
-        lane = self.of(sequence)
-        if lane.cached:
+        slot = self.of(sequence)
+        if slot.cached:
             return
         source, alike = self._alike(sequence)
         if source is not None:
             self._feed(source, alike, feed)
             share(source.sequence.slot, sequence.slot, alike)
-            lane.cached = alike
+            slot.cached = alike
 
-    def _alike(self, sequence: Sequence) -> tuple[Lane | None, int]:
-        """Return the other lane that has most in common with a sequence, and how many tokens; each keeps one to read.
+    def _alike(self, sequence: Sequence) -> tuple[DraftSlot | None, int]:
+        """Return the other slot with the longest common prefix, and its length; each text keeps one token to read.
 
         What another has fed already counts before what it would have to feed.
         """
-        best: tuple[Lane | None, int] = (None, 0)
-        for lane in self._beginnings.get(_beginning(sequence), ()):
-            if lane.sequence is not sequence and not lane.nodes:
-                most = min(len(lane.sequence.ids), len(sequence.ids)) - 1
-                alike = min(common(lane.sequence.ids, sequence.ids), most)
+        best: tuple[DraftSlot | None, int] = (None, 0)
+        for slot in self._by_prefix.get(_prefix_key(sequence), ()):
+            if slot.sequence is not sequence and not slot.nodes:
+                most = min(len(slot.sequence.ids), len(sequence.ids)) - 1
+                alike = min(common_prefix_length(slot.sequence.ids, sequence.ids), most)
                 if alike >= _ALIKE and (
-                    best[0] is None or (min(alike, lane.cached), alike) > (best[0].cached, best[1])
+                    best[0] is None or (min(alike, slot.cached), alike) > (best[0].cached, best[1])
                 ):
-                    best = (lane, alike)
+                    best = (slot, alike)
         return best
 
     @staticmethod
-    def _feed(lane: Lane, upto: int, feed: Feed) -> None:
+    def _feed(slot: DraftSlot, upto: int, feed: Feed) -> None:
         """Feed the tokens before `upto`, forward by forward."""
-        while lane.cached < upto:
-            ids = lane.sequence.ids[lane.cached : min(lane.cached + CATCH_UP_ROWS, upto)]
-            feed(chain(lane.sequence.slot, lane.cached, ids, keep_last=True))
-            lane.cached += len(ids)
+        while slot.cached < upto:
+            ids = slot.sequence.ids[slot.cached : min(slot.cached + MAX_CATCH_UP_ROWS, upto)]
+            feed(chain(slot.sequence.slot, slot.cached, ids, keep_last=True))
+            slot.cached += len(ids)
 
     @staticmethod
-    def _rest(lane: Lane) -> Segment:
-        sequence = lane.sequence
-        segment = chain(sequence.slot, lane.cached, sequence.ids[lane.cached :], keep_last=True)
-        lane.cached = len(sequence.ids)
-        lane.nodes.clear()
+    def _rest(slot: DraftSlot) -> Segment:
+        sequence = slot.sequence
+        segment = chain(sequence.slot, slot.cached, sequence.ids[slot.cached :], keep_last=True)
+        slot.cached = len(sequence.ids)
+        slot.nodes.clear()
         return segment
 
 
-def _beginning(sequence: Sequence) -> tuple[int, ...]:
+def _prefix_key(sequence: Sequence) -> tuple[int, ...]:
     return tuple(sequence.ids[: min(_ALIKE, sequence.num_prompt)])
 
 

@@ -27,7 +27,7 @@ class MixedDrafter:
         self._suffix = suffix
 
     @property
-    def free(self) -> Drafter:
+    def forward_free(self) -> Drafter:
         """The part that looks things up."""
         return _Labelled(self._suffix)
 
@@ -35,14 +35,14 @@ class MixedDrafter:
         """Offer what either offers."""
         return _merged(self._network.expand(forest, frontier), self._suffix.expand(forest, frontier))
 
-    def behind(self, sequence: Sequence) -> int:
+    def num_uncached_tokens(self, sequence: Sequence) -> int:
         """Return how far the network is behind."""
-        return self._network.behind(sequence)
+        return self._network.num_uncached_tokens(sequence)
 
-    def keep(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
+    def commit(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
         """Let both learn what was kept."""
-        self._network.keep(forest, tree, path, emitted)
-        self._suffix.keep(forest, tree, path, emitted)
+        self._network.commit(forest, tree, path, emitted)
+        self._suffix.commit(forest, tree, path, emitted)
 
     def drop(self, sequence: Sequence) -> None:
         """Forget a sequence."""
@@ -53,11 +53,11 @@ class MixedDrafter:
 class _Labelled:
     """A part of a mixed drafter by itself: its candidates keep their source. What was kept, the whole is told."""
 
-    free = None
+    forward_free = None
 
     def __init__(self, part: Drafter) -> None:
         self.name = part.name
-        self.behind, self.keep, self.drop = part.behind, part.keep, part.drop
+        self.num_uncached_tokens, self.commit, self.drop = part.num_uncached_tokens, part.commit, part.drop
         self._part = part
 
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:

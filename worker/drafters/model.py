@@ -9,24 +9,24 @@ import torch
 from torch import Tensor
 
 from worker.drafters.candidates import best_children
-from worker.drafters.kv_tracker import Lanes, by_slot
+from worker.drafters.kv_tracker import DraftSlots, by_slot
 from worker.engine.model.language_model import LanguageModel
-from worker.engine.segments import BoolArray, IntArray, Move, Segment
+from worker.engine.segments import BoolArray, IntArray, KvMove, Segment
 from worker.engine.sequence import Sequence
 from worker.engine.speculation.draft_tree import Candidates, Forest
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Words:
+class SharedVocabulary:
     """The token ids that a draft has in common with its target."""
 
-    shared: IntArray  # ascending: those that both spell alike, which are drafted
-    known: int  # the draft can read those below
+    ids: IntArray  # ascending: those that both spell alike, which are drafted
+    readable: int  # the draft can read those below
 
     @property
-    def first(self) -> bool:
+    def is_prefix(self) -> bool:
         """True if they are the first ones of all."""
-        return bool(len(self.shared)) and int(self.shared[-1]) == len(self.shared) - 1
+        return bool(len(self.ids)) and int(self.ids[-1]) == len(self.ids) - 1
 
 
 class ModelDrafter:
@@ -38,21 +38,21 @@ class ModelDrafter:
         name: str,
         vocab: int,
         *,
-        words: Words | None = None,
+        shared: SharedVocabulary | None = None,
         positions: int | None = None,
     ) -> None:
         """Use `model` for slots numbered as those of the target, which has the ids below `vocab`.
 
-        `words` are the tokens of both, where they differ. Nothing is drafted at `positions` and beyond.
+        `shared` are the tokens of both, where they differ. Nothing is drafted at `positions` and beyond.
         """
         self.name = name
-        self.free = None  # it is a network and nothing else
+        self.forward_free = None  # it is a network and nothing else
         self._model = model
-        self._words = words or Words(np.arange(vocab), vocab)
+        self._shared = shared or SharedVocabulary(np.arange(vocab), vocab)
         self._vocab = vocab
-        self._every = torch.from_numpy(self._words.shared)
+        self._every = torch.from_numpy(self._shared.ids)
         self._positions = positions
-        self._lanes = Lanes()
+        self._slots = DraftSlots()
         model.clear()  # of an earlier drafter's texts
 
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
@@ -64,34 +64,34 @@ class ModelDrafter:
         order = np.concatenate(places)
         logits = self._forward(self._segments(forest, [frontier[some] for some in places]))
         self._every = self._every.to(logits.device)
-        logits = logits[:, : len(self._every)] if self._words.first else logits[:, self._every]
+        logits = logits[:, : len(self._every)] if self._shared.is_prefix else logits[:, self._every]
         ids, scores = best_children(forest, frontier[order], logits, self._every, self._vocab)
         tokens = np.zeros((len(frontier), ids.shape[1]), ids.dtype)
         probabilities = np.zeros((len(frontier), ids.shape[1]), scores.dtype)
         tokens[order], probabilities[order] = ids, scores
         return Candidates(tokens, probabilities)
 
-    def behind(self, sequence: Sequence) -> int:
+    def num_uncached_tokens(self, sequence: Sequence) -> int:
         """Return the tokens that are to be fed before the first layer can be drafted."""
         if self._positions is not None and len(sequence.ids) > self._positions:
             return 0
-        return self._lanes.behind(sequence)
+        return self._slots.num_uncached_tokens(sequence)
 
-    def keep(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
+    def commit(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
         """Bring the accepted nodes that were run down behind the committed tokens."""
         sequence = forest.sequences[tree]
-        lane = self._lanes.of(sequence)
-        if not lane.nodes:
+        slot = self._slots.of(sequence)
+        if not slot.nodes:
             return
-        places = {node: i for i, node in enumerate(lane.nodes)}
+        places = {node: i for i, node in enumerate(slot.nodes)}
         run = [places[int(node)] for node in path if int(node) in places][: len(emitted)]
-        self._model.keep([Move(sequence.slot, lane.cached, lane.cached + np.array(run, np.int64))])
-        lane.cached += len(run)
-        lane.nodes.clear()
+        self._model.keep([KvMove(sequence.slot, slot.cached, slot.cached + np.array(run, np.int64))])
+        slot.cached += len(run)
+        slot.nodes.clear()
 
     def drop(self, sequence: Sequence) -> None:
         """Forget a sequence."""
-        self._lanes.drop(sequence)
+        self._slots.drop(sequence)
         self._model.release(sequence.slot, 0)
 
     def _knows(self, forest: Forest, nodes: IntArray) -> BoolArray:
@@ -103,7 +103,7 @@ class ModelDrafter:
 
     def _forward(self, segments: list[Segment]) -> Tensor:
         """Run rows, with tokens that the model does not know replaced by one that it does."""
-        known = self._words.known
+        known = self._shared.readable
         return self._model.forward(
             [replace(s, ids=np.where(s.ids < known, s.ids, 0)) if (s.ids >= known).any() else s for s in segments]
         )
@@ -112,5 +112,5 @@ class ModelDrafter:
         """Return the rows of one layer of every tree."""
         sequences = [forest.sequences[int(forest.tree[nodes[0]])] for nodes in layer]
         if not forest.depth[layer[0][0]]:
-            return self._lanes.rest(sequences, lambda segment: self._forward([segment]), self._model.share)
-        return [self._lanes.below(forest, *one) for one in zip(sequences, layer, strict=True)]
+            return self._slots.rest(sequences, lambda segment: self._forward([segment]), self._model.share)
+        return [self._slots.below(forest, *one) for one in zip(sequences, layer, strict=True)]

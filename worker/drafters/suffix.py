@@ -33,7 +33,7 @@ class SuffixDrafter:
     """Drafts from each sequence's own prompt and output, and from the finished outputs of its group."""
 
     name = "suffix"
-    free = None  # it has no other part
+    forward_free = None  # it has no other part
 
     def __init__(self) -> None:
         """Start with a prior: the longer the match, the likelier its continuation."""
@@ -56,11 +56,11 @@ class SuffixDrafter:
                 probabilities[row, rank] = share * count
         return Candidates(tokens, probabilities)
 
-    def behind(self, sequence: Sequence) -> int:
+    def num_uncached_tokens(self, sequence: Sequence) -> int:
         """Reading the text costs no forward."""
         return 0
 
-    def keep(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
+    def commit(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
         """Score the matches along the emitted tokens, then add those to the sequence's text."""
         sequence = forest.sequences[tree]
         text = self._text(sequence, behind=len(emitted))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from worker.engine.segments import IntArray, Segment, Share, chain
+from worker.engine.segments import IntArray, PrefixCopy, Segment, chain
 from worker.engine.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Batch:
 
     chunks: tuple[Chunk, ...]
     decoding: tuple[Sequence, ...]
-    shares: tuple[Share, ...] = ()  # beginnings to copy before anything is run, in this order
+    shares: tuple[PrefixCopy, ...] = ()  # beginnings to copy before anything is run, in this order
     emptied: tuple[int, ...] = ()  # slots whose texts make way for others: their memory is free before that
     plain: bool = False  # no drafts, whatever they would be worth
 

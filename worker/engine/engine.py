@@ -13,20 +13,20 @@ from typing import Any
 import numpy as np
 
 from worker.engine.batch import Batch
-from worker.engine.errors import NotNumbers
-from worker.engine.logprobs import Told, tell
+from worker.engine.errors import NanLogits
+from worker.engine.logprobs import Logprobs, compute_logprobs
 from worker.engine.model.language_model import LanguageModel
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.scheduler import Scheduler
-from worker.engine.segments import IntArray, Move
+from worker.engine.segments import IntArray, KvMove
 from worker.engine.sequence import Sequence
 from worker.engine.speculation.cost_model import CostModel
 from worker.engine.speculation.draft_tree import Forest
 from worker.engine.speculation.drafting import Drafter
 from worker.engine.speculation.planner import Planner, StepPlan, StepTimes
-from worker.engine.speculation.state import Experience
-from worker.engine.speculation.verifier import Accepted, walk
-from worker.engine.stats import Reached, ShownTree, StepNumbers, StepResult
+from worker.engine.speculation.state import SpeculationState
+from worker.engine.speculation.verifier import AcceptedPath, walk
+from worker.engine.stats import Reached, StepResult, StepStats, TracedTree
 
 
 class Engine:
@@ -38,30 +38,30 @@ class Engine:
         drafter: Drafter | None,
         options: EngineOptions,
         costs: CostModel | None = None,
-        experience: Experience | None = None,
+        state: SpeculationState | None = None,
         *,
         clock: Callable[[], float] = perf_counter,
     ) -> None:
         """Build an engine. Opt-tree mode needs `costs`, and a drafter is of no use in plain mode.
 
-        Learning continues from `experience`, that of an earlier engine with such a drafter. `clock` returns seconds;
+        Learning continues from `state`, that of an earlier engine with such a drafter. `clock` returns seconds;
         every time that the engine measures is read from it.
         """
         assert options.mode is not Mode.OPT_TREE or costs is not None, "opt-tree mode prices trees with a cost model"
         self._target = target
         self._drafter = None if options.mode is Mode.PLAIN else drafter
         self._options = options
-        self._experience = experience or Experience()
+        self._state = state or SpeculationState()
         self._clock = clock
-        self._planner = Planner(options, self._drafter, costs, self._experience, clock)
+        self._planner = Planner(options, self._drafter, costs, self._state, clock)
         self._scheduler = Scheduler(options)
         target.clear()  # of an earlier engine's texts
         self._late_ms = 0.0  # of the step before, behind its last look at the clock
 
     @property
-    def room(self) -> int:
+    def free_capacity(self) -> int:
         """Sequences that can be added and admitted at once."""
-        return self._scheduler.room
+        return self._scheduler.free_capacity
 
     @property
     def free_slots(self) -> int:
@@ -75,7 +75,7 @@ class Engine:
     @property
     def learned(self) -> dict[str, Any]:
         """What the engine has learned about drafts, as JSON."""
-        return self._experience.as_json()
+        return self._state.as_json()
 
     @property
     def busy(self) -> bool:
@@ -97,7 +97,7 @@ class Engine:
     def step(self, only: Collection[Hashable] | None = None, *, plain: bool = False) -> list[StepResult]:
         """Run one step and return what each emitting sequence got; nothing while a prompt is still being read.
 
-        Raises NotNumbers, before any text has changed, if nothing can be drawn for some of them.
+        Raises NanLogits, before any text has changed, if nothing can be drawn for some of them.
         It is a step of all sequences or of `only` those with these keys; a `plain` one does without drafts.
         """
         timer = _StepTimer(self._clock, self._late_ms)
@@ -115,10 +115,10 @@ class Engine:
         accepted = walk(plan.shown, logits, rows)
         undrawn = [s for s, kept in zip(plan.shown.sequences, accepted, strict=True) if kept.bonus < 0]
         if undrawn:
-            raise NotNumbers(undrawn)
+            raise NanLogits(undrawn)
         timer.verified()
         kept = [self._emit(plan.shown, tree, accepted[tree]) for tree in range(len(plan.shown.sequences))]
-        told = tell(plan.shown, logits, rows, accepted, kept)
+        told = compute_logprobs(plan.shown, logits, rows, accepted, kept)
         self._keep(plan, accepted, kept)
         results = self._number(batch, plan, accepted, kept, told, timer)
         self._drop_finished()
@@ -126,30 +126,30 @@ class Engine:
         return results
 
     @staticmethod
-    def _emit(shown: Forest, tree: int, accepted: Accepted) -> list[int]:
+    def _emit(shown: Forest, tree: int, accepted: AcceptedPath) -> list[int]:
         return shown.sequences[tree].emit([*shown.token[accepted.path].tolist(), accepted.bonus])
 
-    def _keep(self, plan: StepPlan, accepted: list[Accepted], kept: list[list[int]]) -> None:
+    def _keep(self, plan: StepPlan, accepted: list[AcceptedPath], kept: list[list[int]]) -> None:
         """Compact the accepted paths in the target's KV, and let the drafter do the same."""
-        moves: list[Move] = []
+        moves: list[KvMove] = []
         for tree, sequence in enumerate(plan.shown.sequences):
             path = accepted[tree].path
             if len(path):
                 root = len(sequence.ids) - len(kept[tree]) - 1  # its KV index
                 places = np.searchsorted(plan.shown.nodes_of(tree), path)
-                moves.append(Move(sequence.slot, root + 1, root + places))
+                moves.append(KvMove(sequence.slot, root + 1, root + places))
             sequence.cached = len(sequence.ids) - 1
             if self._drafter is not None and plan.layers:  # else it has nothing to forget, and reads lazily
-                self._drafter.keep(plan.forest, tree, plan.nodes[path], kept[tree])
+                self._drafter.commit(plan.forest, tree, plan.nodes[path], kept[tree])
         self._target.keep(moves)
 
     def _number(
         self,
         batch: Batch,
         plan: StepPlan,
-        accepted: list[Accepted],
+        accepted: list[AcceptedPath],
         kept: list[list[int]],
-        told: list[Told],
+        told: list[Logprobs],
         timer: _StepTimer,
     ) -> list[StepResult]:
         step_ms = timer.step_ms()
@@ -164,7 +164,7 @@ class Engine:
         siblings = shown.siblings()
         results = []
         for tree, sequence in enumerate(shown.sequences):
-            numbers = StepNumbers(
+            stats = StepStats(
                 step=sequence.steps,
                 tree_nodes=int(nodes[tree]),
                 tree_depth=int(depths[tree]),
@@ -183,7 +183,7 @@ class Engine:
             traced = _shown_tree(shown, tree, accepted[tree]) if sequence.steps < sequence.traced_steps else None
             sequence.steps += 1
             sequence.prefill_ms = 0.0
-            results.append(StepResult(sequence, tuple(kept[tree]), numbers, traced, told[tree]))
+            results.append(StepResult(sequence, tuple(kept[tree]), stats, traced, told[tree]))
         for chunk in batch.chunks:
             if not chunk.completes:
                 chunk.sequence.cached = chunk.end
@@ -206,10 +206,10 @@ def _reached(root: int, path: IntArray, kept: int, rank: IntArray, children: Int
     return tuple((count, one) for count, one in zip(below[:places], drawn[:places], strict=True) if count)
 
 
-def _shown_tree(shown: Forest, tree: int, accepted: Accepted) -> ShownTree:
+def _shown_tree(shown: Forest, tree: int, accepted: AcceptedPath) -> TracedTree:
     nodes = shown.nodes_of(tree)
     parents = shown.parent[nodes]
-    return ShownTree(
+    return TracedTree(
         parents=tuple(np.where(parents < 0, -1, np.searchsorted(nodes, parents)).tolist()),
         tokens=tuple(shown.token[nodes].tolist()),
         values=tuple(shown.value[nodes].tolist()),

@@ -3,7 +3,7 @@
 EngineError
 ├── ModelRefused            a model that the packed forward can't decode exactly, or can't load
 │   └── TokenizersDiffer    target and draft give different ids to the same text
-├── NotNumbers              the scores of some sequences hold NaN, so that nothing can be drawn for them
+├── NanLogits              the scores of some sequences hold NaN, so that nothing can be drawn for them
 ├── RankLost                a rank of the replica is gone, and the others can't go on without it
 ├── OutOfSlots              more sequences than KV slots: a bug of the caller
 └── OutOfBlocks             more KV entries than there is memory for: a bug of whoever admits sequences
@@ -34,7 +34,7 @@ class TokenizersDiffer(ModelRefused):
     """Target and draft give different ids to the same text."""
 
 
-class NotNumbers(EngineError):
+class NanLogits(EngineError):
     """The model's scores for a text are not numbers (NaN), so that no token can be drawn."""
 
     def __init__(self, sequences: Sequence[EngineSequence]) -> None:

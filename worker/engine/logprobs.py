@@ -17,7 +17,7 @@ from torch import Tensor
 
 from worker.engine.segments import IntArray
 from worker.engine.speculation.draft_tree import Forest
-from worker.engine.speculation.verifier import Accepted
+from worker.engine.speculation.verifier import AcceptedPath
 
 _ROWS_AT_ONCE = 32  # rows in double precision take memory
 LEAST = -9999.0  # what is impossible has this one: JSON knows no infinity
@@ -31,18 +31,18 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]  # (token, logprob), likeliest first; equals by token
 
 
-Told = tuple[TokenLogprobs, ...] | None  # of the tokens of one sequence in one step; None: it wants to know none
+Logprobs = tuple[TokenLogprobs, ...] | None  # of the tokens of one sequence in one step; None: it wants to know none
 
 
-def tell(
-    forest: Forest, logits: Tensor, rows: IntArray, accepted: Sequence[Accepted], kept: Sequence[list[int]]
-) -> list[Told]:
+def compute_logprobs(
+    forest: Forest, logits: Tensor, rows: IntArray, accepted: Sequence[AcceptedPath], kept: Sequence[list[int]]
+) -> list[Logprobs]:
     """Return for each tree what is told of its kept tokens.
 
     `rows[node]` is the row of `logits` [rows, vocab] that shows the node. A token is drawn at the node before it.
     """
     wanting = [tree for tree, sequence in enumerate(forest.sequences) if sequence.sampling.logprobs is not None]
-    told: list[Told] = [None] * len(forest.sequences)
+    told: list[Logprobs] = [None] * len(forest.sequences)
     if not wanting:
         return told
     places = [rows[[tree, *accepted[tree].path]][: len(kept[tree])] for tree in wanting]

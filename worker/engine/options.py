@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-MOST_NODES = 256  # draft nodes of a step at most, of all trees together
+MAX_STEP_NODES = 256  # draft nodes of a step at most, of all trees together
 
 
 class Mode(StrEnum):

@@ -8,10 +8,10 @@ from collections.abc import Collection, Hashable, Iterator
 from worker.engine.batch import Batch, Chunk
 from worker.engine.kv.slot_allocator import Slots
 from worker.engine.options import EngineOptions
-from worker.engine.segments import Share
+from worker.engine.segments import PrefixCopy
 from worker.engine.sequence import Sequence
 
-WORTH_SHARING = 16  # tokens: reading fewer costs no more than keeping apart who waits for whom
+MIN_SHARED_PREFIX = 16  # tokens: reading fewer costs no more than keeping apart who waits for whom
 _OLDEST_SHARE = 4  # the oldest prompt gets at least one in so many of a step's prompt rows
 
 
@@ -26,7 +26,7 @@ class Scheduler:
         self.slots = Slots(options.max_sequences, options.total_kv_tokens)
 
     @property
-    def room(self) -> int:
+    def free_capacity(self) -> int:
         """Sequences that would be admitted at once, if they are no longer than those that wait."""
         if self._waiting and not self._fits(self._waiting[0]):
             return 0
@@ -69,21 +69,21 @@ class Scheduler:
 
     def _needs(self, sequence: Sequence) -> int:
         """Return the KV entries that a sequence may come to need: all its text and one tree."""
-        return sequence.longest + self._options.nodes + 1
+        return sequence.max_length + self._options.nodes + 1
 
-    def _start(self, order: list[Sequence]) -> tuple[set[Sequence], list[Share]]:
+    def _start(self, order: list[Sequence]) -> tuple[set[Sequence], list[PrefixCopy]]:
         """Return who may read its prompt in this step, and the beginnings that are copied before."""
         ready: set[Sequence] = set()
-        shares: list[Share] = []
+        shares: list[PrefixCopy] = []
         for place, sequence in enumerate(order):
             if not sequence.cached:
                 source, length = self._longest_beginning(sequence)
                 # Somebody before it is about to read more of the same: it reads that, and this one copies it then.
-                coming = max((common(s.ids, sequence.ids[:-1]) for s in order[:place]), default=0)
-                if coming >= WORTH_SHARING and coming > length:
+                coming = max((common_prefix_length(s.ids, sequence.ids[:-1]) for s in order[:place]), default=0)
+                if coming >= MIN_SHARED_PREFIX and coming > length:
                     continue
-                if length >= WORTH_SHARING:
-                    shares.append(Share(source, sequence.slot, length))
+                if length >= MIN_SHARED_PREFIX:
+                    shares.append(PrefixCopy(source, sequence.slot, length))
                     self.slots.forget(sequence.slot)
                     sequence.cached = length
             ready.add(sequence)
@@ -96,7 +96,7 @@ class Scheduler:
         """
         wanted = sequence.ids[:-1]
         held = self.slots.texts | {s.slot: s.ids[: s.cached] for s in self._running if s.cached}
-        lengths = {slot: common(text, wanted) for slot, text in held.items()}
+        lengths = {slot: common_prefix_length(text, wanted) for slot, text in held.items()}
         source = max(lengths, key=lambda slot: (lengths[slot], slot == sequence.slot), default=sequence.slot)
         return source, lengths.get(source, 0)
 
@@ -117,7 +117,7 @@ class Scheduler:
                 yield Chunk(sequence, end, completes=end == len(sequence.ids))
 
 
-def common(a: list[int], b: list[int]) -> int:
+def common_prefix_length(a: list[int], b: list[int]) -> int:
     """Return how many tokens two texts have in common from their beginning."""
     low, high = 0, min(len(a), len(b))
     while low < high:

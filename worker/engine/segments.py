@@ -54,10 +54,10 @@ def chain(slot: int, cached: int, ids: list[int], *, keep_last: bool) -> Segment
 
 def kept_rows(segments: Sequence[Segment]) -> Tensor:
     """Return which rows of a forward over `segments` are kept, int64."""
-    return torch.from_numpy(kept_places(segments))
+    return torch.from_numpy(kept_row_indices(segments))
 
 
-def kept_places(segments: Sequence[Segment]) -> IntArray:
+def kept_row_indices(segments: Sequence[Segment]) -> IntArray:
     """Return the same as an array."""
     if len(segments) == 1:
         return segments[0].keep
@@ -72,7 +72,7 @@ def concatenated(parts: Sequence[IntArray]) -> IntArray:
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
+class KvMove:
     """KV entries of one slot to bring down to consecutive places: `sources[i]` goes to `destination + i`."""
 
     slot: int
@@ -86,7 +86,7 @@ class Move:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class PrefixCopy:
     """The first `length` KV entries of one slot, to be had in another: two texts begin alike.
 
     Where both are the same slot, its next text begins as the one that has ended there, whose rest is of no more use.

@@ -58,7 +58,7 @@ class Sequence:
         return self.max_tokens - (len(self.ids) - self.num_prompt)
 
     @property
-    def longest(self) -> int:
+    def max_length(self) -> int:
         """Tokens of prompt and output together, at most."""
         return self.num_prompt + self.max_tokens
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from worker.engine.logprobs import Told
+from worker.engine.logprobs import Logprobs
 from worker.engine.sequence import Sequence
 from worker.engine.speculation.regret_guard import Decision
 
@@ -14,7 +14,7 @@ Reached = tuple[tuple[int, int | None], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class StepNumbers:
+class StepStats:
     """What one sequence's share of one decoding step was."""
 
     step: int  # 0 is the token from prefill
@@ -34,7 +34,7 @@ class StepNumbers:
 
 
 @dataclass(frozen=True, slots=True)
-class ShownTree:
+class TracedTree:
     """The draft tree that one sequence showed in a step, and what the target kept of it. Root first, parents first."""
 
     parents: tuple[int, ...]  # -1: the root, the newest committed token
@@ -49,7 +49,7 @@ class StepResult:
     """What one sequence got from a step."""
 
     sequence: Sequence
-    tokens: tuple[int, ...]  # emitted; the first `numbers.accepted_tokens` are accepted draft tokens
-    numbers: StepNumbers
-    tree: ShownTree | None = None  # if the sequence is traced that far
-    logprobs: Told = None  # of each token, if the sequence wants them
+    tokens: tuple[int, ...]  # emitted; the first `stats.accepted_tokens` are accepted draft tokens
+    stats: StepStats
+    tree: TracedTree | None = None  # if the sequence is traced that far
+    logprobs: Logprobs = None  # of each token, if the sequence wants them

@@ -143,5 +143,5 @@ def _layer_ms(drafter: Drafter, texts: list[Text], clock: Callable[[], float]) -
     ms = (clock() - started) * 1e3
     for tree, text in enumerate(texts):
         text.ids.append((text.ids[-1] + 1) % _WORDS)
-        drafter.keep(forest, tree, forest.roots[:0], text.ids[-1:])
+        drafter.commit(forest, tree, forest.roots[:0], text.ids[-1:])
     return ms

@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from jobs.messages import model_name
 from worker.drafters.head import HeadDrafter, PackedHead
-from worker.drafters.head_file import identity, is_head, read_head
+from worker.drafters.head_file import is_head, read_head, target_identity
 from worker.drafters.mixed import MixedDrafter
-from worker.drafters.model import ModelDrafter, Words
+from worker.drafters.model import ModelDrafter, SharedVocabulary
 from worker.drafters.suffix import SuffixDrafter
 from worker.engine.errors import ModelRefused, TokenizersDiffer
 from worker.engine.kv.hidden_states import HiddenStates
@@ -95,7 +95,9 @@ def shipped(target: str) -> Path | None:
     return folder if "/" not in target and folder.is_dir() else None
 
 
-def shared_words(target: Tokenizer, draft: Tokenizer, target_name: str, draft_name: str, known: int) -> Words:
+def shared_words(
+    target: Tokenizer, draft: Tokenizer, target_name: str, draft_name: str, known: int
+) -> SharedVocabulary:
     """Return the tokens of a target and of a draft that knows the ids below `known`.
 
     Raises TokenizersDiffer, naming the first id, unless both spell most of the target's ids alike: what is drafted
@@ -110,7 +112,7 @@ def shared_words(target: Tokenizer, draft: Tokenizer, target_name: str, draft_na
             f"token id {first} is {target.convert_ids_to_tokens(first)!r} in the target's tokenizer and "
             f"{draft.convert_ids_to_tokens(first)!r} in the draft's; choose a draft with the target's tokenizer"
         )
-    return Words(np.array(shared, np.int64), known)
+    return SharedVocabulary(np.array(shared, np.int64), known)
 
 
 def refuse_unsupported_draft(path: str) -> None:
@@ -125,7 +127,7 @@ def refuse_unsupported_draft(path: str) -> None:
 
 
 def _with_head(path: str, settings: WorkerSettings, model: PreTrainedModel, tokenizer: Tokenizer) -> Draft:
-    whose = identity(model, model_name(settings.target), tokenizer.get_vocab())
+    whose = target_identity(model, model_name(settings.target), tokenizer.get_vocab())
     head = read_head(path, whose)
     # Read now: the target's output weights are packed once its layers are fused.
     embedding, tokens = embeddings(model), head.tokens.to(home_of(model))
@@ -165,7 +167,7 @@ def _with_model(
             packed = PackedModel(network, slots=slots, capacity=capacity, kv_tokens=kv_tokens)
         packed.prepare()
         return lambda: MixedDrafter(
-            ModelDrafter(packed, name, len(tokenizer), words=words, positions=positions_of(config)), SuffixDrafter()
+            ModelDrafter(packed, name, len(tokenizer), shared=words, positions=positions_of(config)), SuffixDrafter()
         )
 
     return Draft(name, (), kv_bytes(network), make)

@@ -38,7 +38,7 @@ from worker.engine.paged.attention import GPU_BLOCK
 from worker.engine.speculation.cost_model import CostModel
 from worker.engine.speculation.draft_costs import DraftTimes
 from worker.engine.speculation.drafting import Drafter
-from worker.engine.speculation.state import Experience
+from worker.engine.speculation.state import SpeculationState
 from worker.loading.calibration import calibrate, calibrate_drafts, measure_drafts
 from worker.loading.drafts import load_draft, uses_head
 from worker.loading.memory import available_bytes, with_kv_tokens
@@ -66,31 +66,31 @@ class LoadedModel:
     options: EngineOptions
     costs: CostModel
     draft_times: tuple[DraftTimes, DraftTimes | None]  # of its drafts, and of their part that runs no network
-    experience: Experience  # with its drafts in its mode
+    speculation_state: SpeculationState  # with its drafts in its mode
 
-    def initial_state(self, make_drafter: Callable[[], Drafter] | None = None) -> Experience:
+    def initial_state(self, make_drafter: Callable[[], Drafter] | None = None) -> SpeculationState:
         """Return what is known before the first step of its own drafts, or of others, which are measured now."""
         if make_drafter is None:
-            return Experience.of(*self.draft_times)
+            return SpeculationState.of(*self.draft_times)
         room = (self.options.max_sequences, self.options.draft_slot_tokens)
-        return Experience.of(*_of_parts(make_drafter(), lambda drafter: measure_drafts(drafter, *room)))
+        return SpeculationState.of(*_of_parts(make_drafter(), lambda drafter: measure_drafts(drafter, *room)))
 
     def engine(
         self,
         options: EngineOptions | None = None,
         make_drafter: Callable[[], Drafter] | None = None,
-        experience: Experience | None = None,
+        speculation_state: SpeculationState | None = None,
         target: LanguageModel | None = None,
     ) -> Engine:
         """Return a fresh engine over the loaded models, with other options or drafts if they are given.
 
-        What its own draft is worth is remembered from engine to engine; for another draft or mode give `experience`.
+        An engine with its own draft shares what was learned before; give `speculation_state` for another draft or mode.
         Two engines at a time each need a `target` of their own, say a part of the slots.
         """
         chosen = options or self.options
         drafter = None if chosen.mode is Mode.PLAIN else (make_drafter or self.make_drafter)()
         own = make_drafter is None and chosen.mode is self.options.mode
-        learned = experience or (self.experience if own else None)
+        learned = speculation_state or (self.speculation_state if own else None)
         return Engine(target or self.target, drafter, chosen, self.costs, learned)
 
 
@@ -159,7 +159,7 @@ def load_engine(settings: WorkerSettings, say: OnMessage = lambda _: None) -> Lo
         options=options,
         costs=costs,
         draft_times=draft_times,
-        experience=Experience.of(*draft_times),
+        speculation_state=SpeculationState.of(*draft_times),
     )
 
 
@@ -177,7 +177,7 @@ def _context(settings: WorkerSettings, config: PretrainedConfig, say: OnMessage)
 
 def _of_parts(drafter: Drafter, times_of: Callable[[Drafter], DraftTimes]) -> tuple[DraftTimes, DraftTimes | None]:
     """Return the times of a drafter, and of its part that runs no network."""
-    return times_of(drafter), None if drafter.free is None else times_of(drafter.free)
+    return times_of(drafter), None if drafter.forward_free is None else times_of(drafter.forward_free)
 
 
 def _free(settings: WorkerSettings, ranks: RankGroup | None) -> Callable[[torch.device], int]:

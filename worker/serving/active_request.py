@@ -14,7 +14,7 @@ from storage.dialect import storable
 from storage.records import Checkpoint, Claim, FinishedChoice, Progress, Refusal, StepRow
 from storage.session import why_away
 from worker.engine.sequence import Sequence
-from worker.engine.stats import StepNumbers, StepResult
+from worker.engine.stats import StepResult, StepStats
 from worker.serving.tree_rows import tree_row
 from worker.text.output_stream import Transcript
 
@@ -59,7 +59,7 @@ class LiveChoice:
         self._accepted += written.accepted
         self._pieces += written.pieces
         self._logprobs += [likelihoods.stored() for likelihoods in written.logprobs or ()]
-        row = _row(written.numbers, now)
+        row = _row(written.stats, now)
         if result.tree is not None:
             row = replace(row, tree=tree_row(result.tree, text_of))
         self._steps.append(row)
@@ -176,5 +176,5 @@ def unforeseen(what: str, error: BaseException) -> Refusal:
     return Refusal("server_error", f"{what}: {storable(said)}", status_code=500)
 
 
-def _row(numbers: StepNumbers, now: float) -> StepRow:
-    return StepRow(**asdict(numbers), ended_at=now)
+def _row(stats: StepStats, now: float) -> StepRow:
+    return StepRow(**asdict(stats), ended_at=now)

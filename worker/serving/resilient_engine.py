@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from worker.engine.engine import Engine
-from worker.engine.errors import NotNumbers, RankLost
+from worker.engine.errors import NanLogits, RankLost
 from worker.engine.sampling.penalties import History
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepResult
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 def _guilty(error: Exception, marks: Collection[Sequence]) -> Collection[Sequence]:
     """Return whose failure it was, if the error names some of several, or the only one."""
-    named = error.sequences if isinstance(error, NotNumbers) else ()
+    named = error.sequences if isinstance(error, NanLogits) else ()
     if len(named) == len(marks) > 1:  # that may lie in what they share
         return ()
     for sequence in named:
@@ -56,9 +56,9 @@ class LastingEngine:
         self._failures = 0  # failed steps since a sequence was last given up
 
     @property
-    def room(self) -> int:
+    def free_capacity(self) -> int:
         """Sequences that can be added and admitted at once; none before everybody is back after a failure."""
-        return max(0, self._engine.room - len(self._waiting)) if self._limit is None else 0
+        return max(0, self._engine.free_capacity - len(self._waiting)) if self._limit is None else 0
 
     @property
     def busy(self) -> bool:

@@ -124,7 +124,7 @@ class Runner:
 
     def _claim(self, rung: bool) -> bool:
         """Look for work if it is time, and let it be read; return whether there was some."""
-        now, room = time.monotonic(), self._comparison.room
+        now, room = time.monotonic(), self._comparison.free_capacity
         room -= max(0, sum(request.reading for request in self._live.values()) - _READ_BESIDE)
         reserved = max(0, self._reserved - sum(request.places for request in self._waited_for()))
         since_s = now - self._claimed_at

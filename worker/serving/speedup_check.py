@@ -62,10 +62,10 @@ class _Way:
         return self.transcript.sequence.output_ids
 
     def take(self, result: StepResult) -> None:
-        numbers = self.transcript.take(result).numbers
-        if numbers.plain_step_ms is not None:
-            batch = numbers.batch_sequences
-            self.steps.append(_Step(numbers.step_ms / batch, numbers.emitted_tokens, batch))
+        stats = self.transcript.take(result).stats
+        if stats.plain_step_ms is not None:
+            batch = stats.batch_sequences
+            self.steps.append(_Step(stats.step_ms / batch, stats.emitted_tokens, batch))
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +130,9 @@ class Comparison:
         return self._claim is not None
 
     @property
-    def room(self) -> int:
+    def free_capacity(self) -> int:
         """Sequences that the engine could take if it were given way."""
-        return max(1, self._room) if self.busy else self._engine.room  # one is enough to be given way
+        return max(1, self._room) if self.busy else self._engine.free_capacity  # one is enough to be given way
 
     def turn(self) -> None:
         """Run one step of a comparison, or look whether one is due; to be called only while nobody else has work."""
@@ -177,7 +177,7 @@ class Comparison:
             self._begin(claim)
 
     def _begin(self, claim: ComparisonClaim) -> None:
-        self._room = self._engine.room
+        self._room = self._engine.free_capacity
         self._claim, self._kept_at, self._plain_next = claim, time.monotonic(), False
         self._number = next(self._numbers)
         self._unread = deque(claim.texts)

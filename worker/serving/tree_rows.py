@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 from storage.dialect import storable
 from storage.records import TreeRow
-from worker.engine.stats import ShownTree
+from worker.engine.stats import TracedTree
 
 
-def tree_row(shown: ShownTree, text_of: Callable[[int], str]) -> TreeRow:
+def tree_row(shown: TracedTree, text_of: Callable[[int], str]) -> TreeRow:
     """Return a tree with the texts of its tokens."""
     nodes = tuple(
         (parent, token, storable(text_of(token)), round(value, 4), accepted)

@@ -33,17 +33,17 @@ class Load:
         """Add a step."""
         if not results:
             return
-        first = results[0].numbers
+        first = results[0].stats
         self.steps[first.decision] += 1
         self.batch_sequences += len(results)
         self.draft_ms += first.draft_ms
         self.verify_ms += first.verify_ms
-        self.step_ms += min(result.numbers.step_ms for result in results)  # those behind a prefill carry its time too
+        self.step_ms += min(result.stats.step_ms for result in results)  # those behind a prefill carry its time too
         for result in results:
             self.tokens += len(result.tokens)
-            self.tree_nodes += result.numbers.tree_nodes
-            self.accepted_tokens += result.numbers.accepted_tokens
-            self.expected_accepted += result.numbers.expected_accepted
+            self.tree_nodes += result.stats.tree_nodes
+            self.accepted_tokens += result.stats.accepted_tokens
+            self.expected_accepted += result.stats.expected_accepted
 
     def as_json(self, live: Collection[LiveRequest]) -> dict[str, Any]:
         """Return the sums, and what is held now."""

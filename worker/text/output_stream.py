@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from jobs.openai.logprobs import TokenLikelihoods
 from worker.engine.sequence import Sequence
-from worker.engine.stats import StepNumbers, StepResult
+from worker.engine.stats import StepResult, StepStats
 from worker.text.codec import TextStream
 from worker.text.stop_strings import Pieces
 
@@ -23,7 +23,7 @@ class Written:
     tokens: tuple[int, ...]
     accepted: tuple[bool, ...]  # per token: it was an accepted draft token
     pieces: Pieces  # text that can't be taken back any more
-    numbers: StepNumbers
+    stats: StepStats
     logprobs: tuple[TokenLikelihoods, ...] | None  # per token, if the sequence wants them
 
 
@@ -47,7 +47,7 @@ class Transcript:
 
     def take(self, result: StepResult) -> Written:
         """Add a step; afterwards the sequence is finished if its text met a stop string."""
-        accepted = [i < result.numbers.accepted_tokens for i in range(len(result.tokens))]
+        accepted = [i < result.stats.accepted_tokens for i in range(len(result.tokens))]
         before = self._stream.num_tokens
         pieces = self._stream.push(result.tokens, accepted)
         count = self._stream.num_tokens - before
@@ -55,7 +55,7 @@ class Transcript:
             pieces += self._stream.finish()
         if self._stream.stopped:
             self.sequence.cut(len(result.tokens) - count)
-        numbers = replace(result.numbers, emitted_tokens=count, accepted_tokens=sum(accepted[:count]))
+        stats = replace(result.stats, emitted_tokens=count, accepted_tokens=sum(accepted[:count]))
         tokens = result.tokens[:count]
         logprobs = None if result.logprobs is None else self._stream.spelled(tokens, result.logprobs)
-        return Written(tokens, tuple(accepted[:count]), pieces, numbers, logprobs)
+        return Written(tokens, tuple(accepted[:count]), pieces, stats, logprobs)

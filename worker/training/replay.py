@@ -17,11 +17,11 @@ from worker.engine.engine import Engine
 from worker.engine.kv.hidden_states import HiddenStates
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.sampling.sampling import Sampling
-from worker.engine.segments import Move, Segment
+from worker.engine.segments import KvMove, Segment
 from worker.engine.sequence import Sequence as EngineSequence
 from worker.engine.speculation.draft_tree import FloatArray
 from worker.engine.speculation.drafting import Drafter
-from worker.engine.stats import StepNumbers
+from worker.engine.stats import StepStats
 from worker.training.features import Example
 
 _DEPTH = 8  # layers of a tree at most
@@ -83,7 +83,7 @@ class ReplayTarget:
         logits[torch.arange(len(following)), following] = 1.0
         return logits.to(self._device)
 
-    def keep(self, moves: Sequence[Move]) -> None:
+    def keep(self, moves: Sequence[KvMove]) -> None:
         """Bring the states of accepted rows down."""
         self.hidden.keep(moves)
 
@@ -109,15 +109,15 @@ def replay(
     longest = max(len(example.ids) for example in lessons)
     options = EngineOptions(Mode.PAPER, 1, longest, nodes=nodes, threshold=0.0, max_depth=_DEPTH, calibrated=calibrated)
     engine = Engine(replay_target, make_drafter(replay_target.hidden), options)
-    numbers: list[StepNumbers] = []
+    stats: list[StepStats] = []
     for number, example in enumerate(lessons):
         prompt = example.ids[: example.num_prompt].tolist()
         replay_target.set_example(example)
         engine.add(EngineSequence(number, prompt, len(prompt), len(example.ids) - len(prompt), Sampling()))
         while engine.busy:
-            numbers += [result.numbers for result in engine.step() if result.numbers.step]
+            stats += [result.stats for result in engine.step() if result.stats.step]
     return AcceptanceResult(
         nodes=nodes,
-        expected=np.array([n.expected_accepted for n in numbers]),
-        accepted=np.array([n.accepted_tokens for n in numbers], np.float64),
+        expected=np.array([n.expected_accepted for n in stats]),
+        accepted=np.array([n.accepted_tokens for n in stats], np.float64),
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from jobs.messages import model_name
-from worker.drafters.head_file import Identity, identity
+from worker.drafters.head_file import TargetIdentity, target_identity
 from worker.engine.model.language_model import PackedModel, embeddings, load, native_dtype, output_weights, quicken
 from worker.loading.model_store import resolve
 from worker.settings import WorkerSettings
@@ -24,7 +24,7 @@ class Target:
     path: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast
-    identity: Identity
+    identity: TargetIdentity
     embedding: Tensor  # [vocab, width]
     output: Tensor  # [vocab, width]
 
@@ -50,5 +50,5 @@ def load_target(settings: WorkerSettings) -> Target:
     dtype = native_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     path = resolve(settings.target, settings.cache_dir)
     model, tokenizer = load(path, dtype=dtype, device=device), load_tokenizer(path)
-    target_identity = identity(model, model_name(settings.target), tokenizer.get_vocab())
-    return Target(path, model, tokenizer, target_identity, embeddings(model), output_weights(model).clone())
+    identity = target_identity(model, model_name(settings.target), tokenizer.get_vocab())
+    return Target(path, model, tokenizer, identity, embeddings(model), output_weights(model).clone())

@@ -17,7 +17,7 @@ from worker.engine.cpu.fused_layers import FusedLayers, FusedNorm
 from worker.engine.cpu.kernels import Forward, Kernels, Network, Product, Scratch, address
 from worker.engine.cpu.packed_linear import PackedLinear
 from worker.engine.kv.hidden_states import HiddenStates
-from worker.engine.segments import Segment, concatenated, kept_places
+from worker.engine.segments import Segment, concatenated, kept_row_indices
 
 # Models that are nothing but "embeddings, layers, norm, logits": no scale, no cap, no bias of the logits.
 _KNOWN = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
@@ -78,7 +78,7 @@ class NativeNetwork:
         Return float32 logits [kept, vocabulary] and normed last states [kept, width].
         """
         ids, positions = concatenated([s.ids for s in segments]), concatenated([s.positions for s in segments])
-        kept = kept_places(segments)
+        kept = kept_row_indices(segments)
         n, width = len(ids), self._width
         logits = self._room_for_logits(len(kept))
         last = self._like.new_empty(len(kept), width)

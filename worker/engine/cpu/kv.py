@@ -9,7 +9,7 @@ import torch
 
 from worker.engine.cpu.kernels import Kernels, Plan
 from worker.engine.kv.dense import POISON, lazy_zeros
-from worker.engine.segments import Move
+from worker.engine.segments import KvMove
 
 
 class NativeKv:
@@ -27,7 +27,7 @@ class NativeKv:
         self._kernels = kernels
         self._plan = Plan(kv_heads=kv_heads, dim=head_dim, capacity=self.capacity)
 
-    def keep(self, moves: Sequence[Move]) -> None:
+    def keep(self, moves: Sequence[KvMove]) -> None:
         """Bring accepted rows down behind the committed prefix, all layers at once."""
         for move in moves:
             if move.in_place:

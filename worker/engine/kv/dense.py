@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worker.engine.segments import Move
+from worker.engine.segments import KvMove
 
 POISON = (
     1e4  # what freed slots are filled with under test: finite, so that a masked read stays harmless and a leak shows
@@ -52,7 +52,7 @@ class KvCache:
         """Return views of the first `length` keys and values of some slots, [slots, kv_heads, length, head_dim]."""
         return self.keys[layer, slots, :length].transpose(1, 2), self.values[layer, slots, :length].transpose(1, 2)
 
-    def keep(self, moves: Sequence[Move]) -> None:
+    def keep(self, moves: Sequence[KvMove]) -> None:
         """Bring accepted rows down behind the committed prefix, all layers at once."""
         moves = [m for m in moves if not m.in_place]
         if not moves:

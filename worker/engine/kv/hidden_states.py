@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from worker.engine.kv.dense import lazy_zeros
-from worker.engine.segments import Move, Segment
+from worker.engine.segments import KvMove, Segment
 
 _FEW = 8  # segments that are copied one by one, which is cheaper than telling torch where every row goes
 
@@ -46,7 +46,7 @@ class HiddenStates:
         entries = np.concatenate([np.arange(s.start, s.end) for s in segments])
         self._rows[torch.from_numpy(slots), torch.from_numpy(entries)] = rows
 
-    def keep(self, moves: Sequence[Move]) -> None:
+    def keep(self, moves: Sequence[KvMove]) -> None:
         """Bring accepted rows down behind the committed prefix."""
         for move in moves:
             if not move.in_place:

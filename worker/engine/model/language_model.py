@@ -28,12 +28,12 @@ from worker.engine.model.attention import ATTENTION_NAME, AttentionPlan
 from worker.engine.model.checkpoint import refusals, refuse_incomplete, refuse_unfit, refuse_unreadable
 from worker.engine.model.equivalence_check import NEEDED, Attends, Proof, proven
 from worker.engine.model.offload import Spread, SpreadKv, SpreadPlan, home_of, is_spread, layer_devices
-from worker.engine.options import MOST_NODES
+from worker.engine.options import MAX_STEP_NODES
 from worker.engine.paged.attention import GPU_BLOCK, PagedPlan, gpu_kernels_for, paged_plan
 from worker.engine.paged.kv import PagedKv
 from worker.engine.paged.rows import PagedRows
 from worker.engine.paged.shape_buckets import BucketedForward, Outputs
-from worker.engine.segments import Move, Segment, chain, kept_rows
+from worker.engine.segments import KvMove, Segment, chain, kept_rows
 
 # Beyond the original positions, frequencies of these depend on the longest text of the forward, so that one sequence
 # would change another's numbers.
@@ -54,7 +54,7 @@ class LanguageModel(Protocol):
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Run the rows, remember their keys and values, return logits [kept rows, vocab] in the segments' order."""
 
-    def keep(self, moves: Sequence[Move]) -> None:
+    def keep(self, moves: Sequence[KvMove]) -> None:
         """Bring the rows of accepted paths down behind the committed prefix."""
 
     def share(self, source: int, target: int, length: int) -> None:
@@ -156,7 +156,7 @@ class PackedModel:
         if self._buckets is not None:
             self._buckets.prepare()
         if self._network is not None:
-            self._network.prepare(self._slots + MOST_NODES)
+            self._network.prepare(self._slots + MAX_STEP_NODES)
 
     @torch.inference_mode()
     def forward(self, segments: Sequence[Segment]) -> Tensor:
@@ -185,7 +185,7 @@ class PackedModel:
     def _call_paged(self, rows: PagedRows, plan: PagedPlan) -> Outputs:
         return _call(self._model, rows.ids, rows.positions, rows.kept, plan), plan.tapped
 
-    def keep(self, moves: Sequence[Move]) -> None:
+    def keep(self, moves: Sequence[KvMove]) -> None:
         """Bring accepted rows down behind the committed prefix."""
         with torch.inference_mode():
             self.kv.keep(moves)

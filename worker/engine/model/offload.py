@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from worker.engine.kv.dense import KvCache
 from worker.engine.model.attention import AttentionPlan
-from worker.engine.segments import Move, Segment
+from worker.engine.segments import KvMove, Segment
 
 _OFFLOADED = ("cpu", "disk")
 
@@ -80,7 +80,7 @@ class SpreadKv:
             self.places.append((device, seen[device]))
             seen[device] += 1
 
-    def keep(self, moves: Sequence[Move]) -> None:
+    def keep(self, moves: Sequence[KvMove]) -> None:
         """Bring accepted rows down behind the committed prefix."""
         for part in self.parts.values():
             part.keep(moves)

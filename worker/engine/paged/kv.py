@@ -10,7 +10,7 @@ from torch import Tensor
 
 from worker.engine.errors import OutOfBlocks
 from worker.engine.kv.dense import POISON, lazy_zeros
-from worker.engine.segments import IntArray, Move
+from worker.engine.segments import IntArray, KvMove
 
 SCRATCH = 0  # the block that rows of padding write to; no slot ever holds it
 
@@ -140,7 +140,7 @@ class PagedKv:
         for store, rows in ((self.keys, keys), (self.values, values)):
             store[layer].flatten(0, 1)[places] = rows
 
-    def keep(self, moves: Sequence[Move]) -> None:
+    def keep(self, moves: Sequence[KvMove]) -> None:
         """Bring accepted rows down behind the committed prefix, all layers at once."""
         moves = [m for m in moves if not m.in_place]
         if not moves:

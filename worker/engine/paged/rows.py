@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from worker.engine.paged.kv import SCRATCH, PagedKv
-from worker.engine.segments import BoolArray, IntArray, Segment, kept_places
+from worker.engine.segments import BoolArray, IntArray, Segment, kept_row_indices
 
 LISTED = 16  # entries beside the shared beginning that a row can list: its ancestors and itself
 
@@ -107,7 +107,7 @@ def laid_out(segments: Sequence[Segment], kv: PagedKv, shape: Shape) -> IntArray
     if shape.listed:
         own[n:, 0] = scratch
         own_count[n:] = 1
-    kept = kept_places(segments) if segments else np.empty(0, np.int64)
+    kept = kept_row_indices(segments) if segments else np.empty(0, np.int64)
     return np.concatenate(
         [
             _padded([s.ids for s in segments], shape.rows),

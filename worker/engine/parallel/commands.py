@@ -12,7 +12,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from worker.engine.segments import BoolArray, IntArray, Move, Segment
+from worker.engine.segments import BoolArray, IntArray, KvMove, Segment
 
 
 class Op(IntEnum):
@@ -36,7 +36,7 @@ class Order:
     op: Op
     model: int = 0
     segments: tuple[Segment, ...] = ()
-    moves: tuple[Move, ...] = ()
+    moves: tuple[KvMove, ...] = ()
     numbers: tuple[int, ...] = ()
 
     def encode(self) -> IntArray:
@@ -105,13 +105,13 @@ def _read_segment(reader: _Reader) -> Segment:
     return Segment(slot, prefix, start, ids, positions, visible, keep)
 
 
-def _move(move: Move) -> Sequence[IntArray]:
+def _move(move: KvMove) -> Sequence[IntArray]:
     return _ints(move.slot, move.destination, len(move.sources)), move.sources
 
 
-def _read_move(reader: _Reader) -> Move:
+def _read_move(reader: _Reader) -> KvMove:
     slot, destination, count = reader.ints(3)
-    return Move(slot, destination, reader.array(count))
+    return KvMove(slot, destination, reader.array(count))
 
 
 def _packed(seen: BoolArray) -> IntArray:

@@ -16,7 +16,7 @@ from worker.engine.errors import RankLost
 from worker.engine.model.language_model import PackedModel
 from worker.engine.parallel.channel import Wire
 from worker.engine.parallel.commands import Op, Order
-from worker.engine.segments import Move, Segment
+from worker.engine.segments import KvMove, Segment
 
 _UNSET = -1  # among the numbers of an order: the model decides by itself
 
@@ -54,7 +54,7 @@ class LeadingModel(PackedModel):
             # The others stand in the middle of the step and wait for us: there is no way back to a common state.
             raise RankLost(f"A step of the replica failed: {error}") from error
 
-    def keep(self, moves: Sequence[Move]) -> None:
+    def keep(self, moves: Sequence[KvMove]) -> None:
         """Bring accepted rows down on every rank."""
         assert self._wire is not None
         if any(not move.in_place for move in moves):

@@ -1,4 +1,4 @@
-"""Acceptance: how often the target really draws what a drafter gives a probability, learned while decoding."""
+"""How often the target really draws what a drafter gives a probability, learned while decoding."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SIZE = 2 * SOURCES * _DEPTHS * _BINS
 _WEIGHT = 30.0  # accepted tokens that a tree's promises are believed to have kept before anything is known
 
 
-class Acceptance:
+class AcceptanceModel:
     """Hits and promises of one drafter, by sampling, source, depth and probability."""
 
     def __init__(self) -> None:

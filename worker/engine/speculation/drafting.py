@@ -20,16 +20,16 @@ class Drafter(Protocol):
     name: str
 
     @property
-    def free(self) -> Drafter | None:
+    def forward_free(self) -> Drafter | None:
         """The part of a mixed drafter that runs no network; None if there is no such part, or nothing else."""
 
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
         """Offer children for the frontier nodes; every call of a step brings the next layer of the same forest."""
 
-    def behind(self, sequence: Sequence) -> int:
+    def num_uncached_tokens(self, sequence: Sequence) -> int:
         """Return how many committed tokens a forward of the drafter must read before it can draft for the sequence."""
 
-    def keep(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
+    def commit(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
         """Learn what the target kept: `path` are nodes of the forest that was grown, `emitted` the step's tokens."""
 
     def drop(self, sequence: Sequence) -> None:

@@ -1,4 +1,4 @@
-"""Pace: what plain decoding would take right now, known from the plain steps that were really taken.
+"""What plain decoding would take right now, known from the plain steps that were really taken.
 
 The cost model is right enough to choose trees by, but it learns from steps with trees too, and an error there must not
 pass for a slow plain step: speculation would look better than it is.
@@ -30,7 +30,7 @@ class _Ratio:
         self.value += max(_WEIGHT, 1 / self.samples) * (ratio - self.value)
 
 
-class Pace:
+class PlainStepTimes:
     """By load class, how much longer plain steps and forwards take than the calibration says."""
 
     def __init__(self) -> None:

@@ -16,10 +16,10 @@ from worker.engine.speculation.acceptance_model import drawn_tokens
 from worker.engine.speculation.cost_model import CostModel
 from worker.engine.speculation.draft_tree import Candidates, Forest
 from worker.engine.speculation.drafting import Drafter, Layer, as_offered, grow
-from worker.engine.speculation.regret_guard import Decision, Governor
-from worker.engine.speculation.state import Experience, Ledger
-from worker.engine.speculation.tree_budget import Budget, PaperBudget, PricedBudget
-from worker.engine.speculation.verifier import Accepted
+from worker.engine.speculation.regret_guard import Decision, RegretGuard
+from worker.engine.speculation.state import DrafterStats, SpeculationState
+from worker.engine.speculation.tree_budget import Budget, CostAwareBudget, FixedBudget
+from worker.engine.speculation.verifier import AcceptedPath
 
 _CLOSE, _CLEAR = 0.1, 0.25  # gain of drafts up to which the race is close, and from which it is clear
 _CLOSER = 8  # times as many plain steps where the race is close
@@ -33,7 +33,7 @@ class _Way:
     """A way of drafting, and what it costs and earns."""
 
     drafter: Drafter
-    ledger: Ledger
+    ledger: DrafterStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,19 +75,19 @@ class Planner:
         options: EngineOptions,
         drafter: Drafter | None,
         costs: CostModel | None,
-        experience: Experience,
+        state: SpeculationState,
         clock: Callable[[], float] = perf_counter,
     ) -> None:
         """Plan with `drafter` as `options.mode` says; opt-tree mode needs `costs`. `clock` returns seconds."""
         self._options = options
         self._clock = clock
         self._costs = costs
-        self._experience = experience
-        self._acceptance = experience.acceptance
+        self._state = state
+        self._acceptance = state.acceptance
         self._learned = options.mode is Mode.OPT_TREE or options.calibrated
-        self._ways = [] if drafter is None else [_Way(drafter, experience.whole)]
-        if drafter is not None and drafter.free is not None and options.mode is Mode.OPT_TREE:
-            self._ways.append(_Way(drafter.free, experience.free))
+        self._ways = [] if drafter is None else [_Way(drafter, state.whole)]
+        if drafter is not None and drafter.forward_free is not None and options.mode is Mode.OPT_TREE:
+            self._ways.append(_Way(drafter.forward_free, state.free))
 
     def plan(self, batch: Batch) -> StepPlan:
         """Decide what the decoding sequences of a batch show to the target."""
@@ -102,8 +102,8 @@ class Planner:
         if forest.size == len(forest.sequences):
             if self._is_glance(len(batch.decoding), way):
                 look_ms = (self._clock() - began) * 1e3
-                return StepPlan(forest, forest, forest.roots, [], Decision.NOTHING, way, look_ms=look_ms)
-            return StepPlan(forest, forest, forest.roots, layers, Decision.NOTHING, way, reading_ms)
+                return StepPlan(forest, forest, forest.roots, [], Decision.NO_CANDIDATES, way, look_ms=look_ms)
+            return StepPlan(forest, forest, forest.roots, layers, Decision.NO_CANDIDATES, way, reading_ms)
         cut = budget.cut(forest)
         shown = forest.pruned(cut)
         some = shown.size > len(shown.sequences)
@@ -111,7 +111,7 @@ class Planner:
         return StepPlan(forest, shown, np.flatnonzero(cut), layers, decision, way, reading_ms)
 
     def learn(
-        self, batch: Batch, plan: StepPlan, accepted: list[Accepted], tokens: int, times: StepTimes
+        self, batch: Batch, plan: StepPlan, accepted: list[AcceptedPath], tokens: int, times: StepTimes
     ) -> float | None:
         """Learn from a step that was taken and emitted so many tokens.
 
@@ -134,7 +134,7 @@ class Planner:
 
         A plain step has just told, or one with nothing but a glance for drafts.
         """
-        trees, rows, pace = len(batch.decoding), plan.shown.size, self._experience.pace
+        trees, rows, pace = len(batch.decoding), plan.shown.size, self._state.pace
         plain_ms = costs.measured_ms(trees, batch.entries)
         forward_ms = costs.measured_ms(rows, entries)
         moment = pace.observe_forward(rows, forward_ms, times.verify_ms)
@@ -167,8 +167,8 @@ class Planner:
             return Decision.PREFILL
         if self._options.mode is Mode.PAPER:
             way = self._ways[0]
-            return _Start(way, np.arange(trees), sum(map(way.drafter.behind, batch.decoding)))
-        self._experience.steps += 1
+            return _Start(way, np.arange(trees), sum(map(way.drafter.num_uncached_tokens, batch.decoding)))
+        self._state.steps += 1
         if self._probes(trees):
             return Decision.PROBE
         decision = Decision.GUARD
@@ -177,21 +177,21 @@ class Planner:
                 start = self._affordable(batch, way)
                 if start is not None:
                     return start
-                decision = Decision.BEHIND
+                decision = Decision.DRAFT_LAGGING
         return decision
 
     @staticmethod
-    def _may(batch: Batch, governor: Governor) -> bool:
+    def _may(batch: Batch, governor: RegretGuard) -> bool:
         """Return whether a way of drafting may be used. Beside a prefill nothing is learned, so nothing is tried."""
         trees = len(batch.decoding)
         return not governor.overdrawn(trees) and (not batch.chunks or governor.gain(trees) > 0.0)
 
     def _probes(self, trees: int) -> bool:
         """Return whether the step is plain on purpose: the first of its kind, then one in so many."""
-        experience = self._experience
-        probes = experience.pace.unknown(trees) or experience.steps - experience.probed >= self._probe_every(trees)
+        state = self._state
+        probes = state.pace.unknown(trees) or state.steps - state.probed >= self._probe_every(trees)
         if probes:
-            experience.probed = experience.steps
+            state.probed = state.steps
         return probes
 
     def _probe_every(self, trees: int) -> int:
@@ -205,15 +205,15 @@ class Planner:
 
     def _budget(self, batch: Batch, way: _Way) -> Budget:
         if self._options.mode is Mode.PAPER or self._costs is None:
-            return PaperBudget(self._options.nodes, self._options.threshold)
+            return FixedBudget(self._options.nodes, self._options.threshold)
         trees = len(batch.decoding)
         rate, rows = partial(self._rate, batch, self._costs, way), trees + batch.prefill_rows
-        return PricedBudget(self._options.nodes, self._costs, way.ledger.drafts, rate, rows, batch.entries, trees)
+        return CostAwareBudget(self._options.nodes, self._costs, way.ledger.drafts, rate, rows, batch.entries, trees)
 
     def _rate(self, batch: Batch, costs: CostModel, way: _Way) -> float:
         """Return the tokens per millisecond that are the price of time in a batch like this."""
         trees = len(batch.decoding)
-        plain_ms = self._experience.pace.plain_ms(trees, costs.measured_ms(trees, batch.entries))
+        plain_ms = self._state.pace.plain_ms(trees, costs.measured_ms(trees, batch.entries))
         return way.ledger.governor.rate(trees, plain_ms)
 
     def _affordable(self, batch: Batch, way: _Way) -> _Start | None:
@@ -224,7 +224,7 @@ class Planner:
         texts, and enough is left to see how it does there.
         """
         trees, drafts = len(batch.decoding), way.ledger.drafts
-        behind = [way.drafter.behind(sequence) for sequence in batch.decoding]
+        behind = [way.drafter.num_uncached_tokens(sequence) for sequence in batch.decoding]
         if self._costs is None or max(behind) <= self._options.max_depth:
             return _Start(way, np.arange(trees), sum(behind))
         order = np.argsort(behind, kind="stable")
@@ -256,7 +256,7 @@ class Planner:
     def _valued(self, forest: Forest, layer: Layer) -> Candidates:
         return self._acceptance.of(forest, layer.frontier, layer.offered)
 
-    def _label(self, plan: StepPlan, accepted: list[Accepted]) -> None:
+    def _label(self, plan: StepPlan, accepted: list[AcceptedPath]) -> None:
         """Tell the drafted nodes that the target came by which token it drew there."""
         drawn: dict[int, int] = {}
         for root, kept in enumerate(accepted):

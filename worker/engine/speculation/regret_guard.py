@@ -24,8 +24,8 @@ class Decision(StrEnum):
     PROBE = "probe"  # plain on purpose, to keep the comparison honest
     GUARD = "guard"  # speculation has not paid lately
     UNPROFITABLE = "unprofitable"  # drafts were grown, and none was worth a row
-    NOTHING = "nothing"  # the drafter offered nothing
-    BEHIND = "behind"  # the drafter would have to read more than its drafts are likely to earn
+    NO_CANDIDATES = "nothing"  # the drafter offered nothing
+    DRAFT_LAGGING = "behind"  # the drafter would have to read more than its drafts are likely to earn
     PREFILL = "prefill"  # no sequence was decoding
 
 
@@ -52,7 +52,7 @@ class _Account:
         return steps
 
 
-class Governor:
+class RegretGuard:
     """Accounts of speculation by load class."""
 
     def __init__(self) -> None:

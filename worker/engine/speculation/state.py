@@ -1,39 +1,39 @@
-"""Experience: everything that is learned about a drafter while it drafts. It outlives the engine that learned it."""
+"""Everything that is learned about a drafter while it drafts. It outlives the engine that learned it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from worker.engine.speculation.acceptance_model import Acceptance
+from worker.engine.speculation.acceptance_model import AcceptanceModel
 from worker.engine.speculation.draft_costs import DraftCosts, DraftTimes
-from worker.engine.speculation.plain_step_time import Pace
-from worker.engine.speculation.regret_guard import Governor
+from worker.engine.speculation.plain_step_time import PlainStepTimes
+from worker.engine.speculation.regret_guard import RegretGuard
 
 
 @dataclass(frozen=True, slots=True)
-class Ledger:
+class DrafterStats:
     """What one way of drafting costs and earns."""
 
     drafts: DraftCosts = field(default_factory=DraftCosts)
-    governor: Governor = field(default_factory=Governor)
+    governor: RegretGuard = field(default_factory=RegretGuard)
 
 
 @dataclass(slots=True)
-class Experience:
+class SpeculationState:
     """What one drafter with one target has been worth so far: all of it, and the part that runs no network."""
 
-    acceptance: Acceptance = field(default_factory=Acceptance)
-    whole: Ledger = field(default_factory=Ledger)
-    free: Ledger = field(default_factory=Ledger)
+    acceptance: AcceptanceModel = field(default_factory=AcceptanceModel)
+    whole: DrafterStats = field(default_factory=DrafterStats)
+    free: DrafterStats = field(default_factory=DrafterStats)
     steps: int = 0  # that might have had drafts
     probed: int = 0  # which of them was the last that was plain on purpose
-    pace: Pace = field(default_factory=Pace)
+    pace: PlainStepTimes = field(default_factory=PlainStepTimes)
 
     @classmethod
     def of(cls, whole: DraftTimes, free: DraftTimes | None) -> Self:
         """Return what is known at the start of a drafter, and of its part that runs no network: what they cost."""
-        return cls(whole=Ledger(DraftCosts(whole)), free=Ledger(DraftCosts(free)))
+        return cls(whole=DrafterStats(DraftCosts(whole)), free=DrafterStats(DraftCosts(free)))
 
     def as_json(self) -> dict[str, Any]:
         """Return it for `workers.calibration`."""

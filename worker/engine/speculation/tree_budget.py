@@ -11,13 +11,13 @@ from typing import Protocol
 
 import numpy as np
 
-from worker.engine.options import MOST_NODES
+from worker.engine.options import MAX_STEP_NODES
 from worker.engine.segments import BoolArray, IntArray
 from worker.engine.speculation.cost_model import CostModel
 from worker.engine.speculation.draft_costs import DraftCosts
 from worker.engine.speculation.draft_tree import FloatArray, Forest
 
-_MORE = np.arange(MOST_NODES + 1)
+_MORE = np.arange(MAX_STEP_NODES + 1)
 _LEAST_GAIN = 0.03  # of a plain step's tokens: prices are not known so well that a smaller gain is one
 
 
@@ -35,7 +35,7 @@ class Budget(Protocol):
         """Return the nodes to verify, a parent-closed set with every root."""
 
 
-class PaperBudget:
+class FixedBudget:
     """OPT-Tree as published: the n best nodes of each tree; stop when a layer adds no more than the threshold."""
 
     floor = 0.0
@@ -63,7 +63,7 @@ class PaperBudget:
         return forest.best(self._nodes)
 
 
-class PricedBudget:
+class CostAwareBudget:
     """A node is worth a row if it brings more tokens than the engine makes in the time of the row.
 
     With `rate` tokens per millisecond (the price), the cut is the prefix of the batch's ranking with the most of
@@ -104,7 +104,7 @@ class PricedBudget:
     @cached_property
     def _price(self) -> FloatArray:
         """What so many nodes cost, in tokens."""
-        more = _MORE[: min(MOST_NODES, self._nodes * self._trees) + 1]
+        more = _MORE[: min(MAX_STEP_NODES, self._nodes * self._trees) + 1]
         ms = self._costs.step_ms(self._rows + more, self._entries * (1.0 + more / self._rows))
         price: FloatArray = self._rate * (ms - ms[0])
         return price
@@ -119,7 +119,7 @@ class PricedBudget:
         best = np.zeros(forest.size)
         np.maximum.at(best, forest.parent[layer], forest.value[layer])
         self._drafts.observe_share(depth, float(best[expanded].sum()), float(forest.value[expanded].sum()))
-        if forest.size - len(forest.sequences) > min(self._nodes, MOST_NODES):
+        if forest.size - len(forest.sequences) > min(self._nodes, MAX_STEP_NODES):
             layer = layer[self._within(forest)[layer]]
         values = self._values(forest)
         now = self._best(values)

@@ -14,14 +14,14 @@ from worker.engine.speculation.draft_tree import Forest
 
 
 @dataclass(frozen=True, slots=True)
-class Accepted:
+class AcceptedPath:
     """What the target kept of one tree."""
 
     path: IntArray  # accepted draft nodes, root not counted, in order of depth
     bonus: int  # the target's own token behind them; -1: its scores there were not numbers
 
 
-def walk(forest: Forest, logits: Tensor, rows: IntArray) -> list[Accepted]:
+def walk(forest: Forest, logits: Tensor, rows: IntArray) -> list[AcceptedPath]:
     """Walk every tree of the batch along the target's draws.
 
     `rows[node]` is the row of `logits` [rows, vocab] that shows the node. Greedy trees take one argmax and one transfer
@@ -43,7 +43,7 @@ def walk(forest: Forest, logits: Tensor, rows: IntArray) -> list[Accepted]:
     while moving:
         draws = _draw_at([w.node for w in moving], forest, logits, rows)
         moving = [w for w, token in zip(moving, draws, strict=True) if w.advance(token, children)]
-    return [Accepted(np.array(w.path, np.int64), w.bonus) for w in walks]
+    return [AcceptedPath(np.array(w.path, np.int64), w.bonus) for w in walks]
 
 
 def _is_plain(sampling: Sampling) -> bool:

@@ -11,24 +11,24 @@ import torch
 
 from tests.heads import TOKENS, network
 from tests.models import tiny
-from worker.drafters.head_file import Identity, identity, is_head, read_head, write_head
+from worker.drafters.head_file import TargetIdentity, is_head, read_head, target_identity, write_head
 from worker.engine.errors import ModelRefused
 
 VOCABULARY = {f"token {i}": i for i in range(61)}
 
 
 @pytest.fixture
-def whose() -> Identity:
-    return identity(tiny("llama"), "tiny", VOCABULARY)
+def whose() -> TargetIdentity:
+    return target_identity(tiny("llama"), "tiny", VOCABULARY)
 
 
 @pytest.fixture
-def folder(tmp_path: Path, whose: Identity) -> Path:
+def folder(tmp_path: Path, whose: TargetIdentity) -> Path:
     write_head(tmp_path / "head", network(tiny("llama")), TOKENS, whose)
     return tmp_path / "head"
 
 
-def test_a_head_comes_back_as_it_was_written(folder: Path, whose: Identity) -> None:
+def test_a_head_comes_back_as_it_was_written(folder: Path, whose: TargetIdentity) -> None:
     head = read_head(str(folder), whose)
     assert is_head(str(folder))
     assert head.tokens.tolist() == TOKENS.tolist()
@@ -54,7 +54,7 @@ def test_a_directory_that_holds_something_else_is_no_head(tmp_path: Path) -> Non
     ],
 )
 def test_a_head_of_another_target_is_refused_with_what_differs(
-    folder: Path, whose: Identity, change: dict[str, object], said: str
+    folder: Path, whose: TargetIdentity, change: dict[str, object], said: str
 ) -> None:
     with pytest.raises(ModelRefused, match=said) as refused:
         read_head(str(folder), replace(whose, **change))  # type: ignore[arg-type]
@@ -62,10 +62,12 @@ def test_a_head_of_another_target_is_refused_with_what_differs(
 
 
 def test_the_same_shape_with_other_weights_is_another_target() -> None:
-    assert identity(tiny("llama", seed=1), "tiny", VOCABULARY) != identity(tiny("llama"), "tiny", VOCABULARY)
+    assert target_identity(tiny("llama", seed=1), "tiny", VOCABULARY) != target_identity(
+        tiny("llama"), "tiny", VOCABULARY
+    )
 
 
-def test_a_file_that_was_cut_off_or_changed_is_refused(folder: Path, whose: Identity) -> None:
+def test_a_file_that_was_cut_off_or_changed_is_refused(folder: Path, whose: TargetIdentity) -> None:
     file = folder / "draft.safetensors"
     whole = file.read_bytes()
     for broken in (whole[:-100], whole[:-1] + b"\x01", b""):
@@ -74,7 +76,7 @@ def test_a_file_that_was_cut_off_or_changed_is_refused(folder: Path, whose: Iden
             read_head(str(folder), whose)
 
 
-def test_a_broken_file_with_the_right_hash_is_refused_too(folder: Path, whose: Identity) -> None:
+def test_a_broken_file_with_the_right_hash_is_refused_too(folder: Path, whose: TargetIdentity) -> None:
     import hashlib
 
     (folder / "draft.safetensors").write_bytes(b"not safetensors")
@@ -85,14 +87,14 @@ def test_a_broken_file_with_the_right_hash_is_refused_too(folder: Path, whose: I
         read_head(str(folder), whose)
 
 
-def test_a_pickle_is_not_read(folder: Path, whose: Identity) -> None:
+def test_a_pickle_is_not_read(folder: Path, whose: TargetIdentity) -> None:
     (folder / "draft.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ModelRefused, match="never a pickle"):
         read_head(str(folder), whose)
 
 
 @pytest.mark.parametrize("missing", ["shape", "target"])
-def test_a_config_without_a_part_is_refused(folder: Path, whose: Identity, missing: str) -> None:
+def test_a_config_without_a_part_is_refused(folder: Path, whose: TargetIdentity, missing: str) -> None:
     said = json.loads((folder / "config.json").read_text())
     del said[missing]
     (folder / "config.json").write_text(json.dumps(said))

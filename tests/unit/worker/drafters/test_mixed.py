@@ -14,7 +14,7 @@ from worker.engine.speculation.draft_tree import Candidates, Forest
 class Fixed:
     """Offers the same below every node."""
 
-    free = None
+    forward_free = None
 
     def __init__(self, name: str, tokens: list[int], probabilities: list[float]) -> None:
         self.name = name
@@ -24,10 +24,10 @@ class Fixed:
         tokens, probabilities = (np.repeat(part, len(frontier), axis=0) for part in self._offer)
         return Candidates(tokens, probabilities)
 
-    def behind(self, sequence: Sequence) -> int:
+    def num_uncached_tokens(self, sequence: Sequence) -> int:
         return 0
 
-    def keep(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None: ...
+    def commit(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None: ...
 
     def drop(self, sequence: Sequence) -> None: ...
 

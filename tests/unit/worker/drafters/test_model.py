@@ -14,7 +14,7 @@ from tests.models import VOCAB, packed, tiny
 from tests.unit.worker.engine.harness import decode, engine, options, outputs, sequences
 from worker.drafters import kv_tracker
 from worker.drafters.mixed import MixedDrafter
-from worker.drafters.model import ModelDrafter, Words
+from worker.drafters.model import ModelDrafter, SharedVocabulary
 from worker.drafters.suffix import SuffixDrafter
 from worker.engine.model.attention import ATTENTION_NAME
 from worker.engine.model.language_model import PackedModel
@@ -43,7 +43,7 @@ def test_padding_of_either_vocabulary_is_never_drafted_fed_or_emitted(
     results = decode(engine(padded(of_target, 0, DEFINED), drafter, options(Mode.PAPER, threshold=0.0)), drafted)
     assert outputs(drafted) == outputs(plain)
     assert max(max(ids) for ids in outputs(drafted)) < DEFINED
-    assert sum(r.numbers.tree_nodes for r in results) > 0
+    assert sum(r.stats.tree_nodes for r in results) > 0
 
 
 @pytest.mark.parametrize("known", [VOCAB, 40])
@@ -53,7 +53,7 @@ def test_only_ids_that_both_spell_alike_are_drafted_and_others_change_no_text(kn
     plain, drafted = sequences(sampling=sampling), sequences(sampling=sampling)
     decode(engine(packed(tiny()), None, options(Mode.PLAIN)), plain)
     same = packed(tiny(vocab=known) if known < VOCAB else tiny(), capacity=1024)
-    drafter = Watched(ModelDrafter(same, "draft", VOCAB, words=Words(shared, known)))
+    drafter = Watched(ModelDrafter(same, "draft", VOCAB, shared=SharedVocabulary(shared, known)))
     decode(engine(packed(tiny()), drafter, options(Mode.PAPER, threshold=0.0)), drafted)
     assert outputs(drafted) == outputs(plain)
     assert drafter.offered
@@ -79,11 +79,11 @@ def test_a_draft_with_a_shorter_context_stops_there_and_the_texts_go_on(mixed: b
 class Watched:
     """A drafter whose offers are remembered."""
 
-    free = None
+    forward_free = None
 
     def __init__(self, drafter: ModelDrafter) -> None:
         self.name = drafter.name
-        self.behind, self.keep, self.drop = drafter.behind, drafter.keep, drafter.drop
+        self.num_uncached_tokens, self.commit, self.drop = drafter.num_uncached_tokens, drafter.commit, drafter.drop
         self.drafter = drafter
         self.offered: set[int] = set()
 
@@ -124,7 +124,7 @@ def test_what_texts_begin_with_is_read_once_and_changes_no_draft(paged: bool, to
             results = decode(
                 engine(target, ModelDrafter(counted, "same", VOCAB), options(Mode.PAPER, max_sequences=size)), some
             )
-        runs.append((outputs(some), [r.numbers.tree_nodes for r in results], counted.fed))
+        runs.append((outputs(some), [r.stats.tree_nodes for r in results], counted.fed))
     (texts, trees, apart), (shared_texts, shared_trees, once) = runs
     assert shared_texts == texts
     assert shared_trees == trees

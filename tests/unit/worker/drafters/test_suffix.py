@@ -53,7 +53,7 @@ def test_trust_in_matches_that_mislead_falls_and_in_those_that_hold_rises() -> N
         text = sequence([1, 2, 3] * 3)
         for _ in range(20):
             text.ids += [1, 2, follower]
-            drafter.keep(Forest([text]), 0, EMPTY, [1, 2, follower])
+            drafter.commit(Forest([text]), 0, EMPTY, [1, 2, follower])
         text.ids += [1, 2]
         return sum(offered(drafter, text).values())
 
@@ -64,7 +64,7 @@ def test_trust_in_matches_that_mislead_falls_and_in_those_that_hold_rises() -> N
     before = sum(offered(misled, text).values())
     for new in range(10, 40):
         text.ids += [new, 1, 2]
-        misled.keep(Forest([text]), 0, EMPTY, [new, 1, 2])
+        misled.commit(Forest([text]), 0, EMPTY, [new, 1, 2])
     text.ids += [99, 1, 2]
     assert sum(offered(misled, text).values()) < before
 

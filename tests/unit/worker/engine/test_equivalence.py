@@ -50,7 +50,7 @@ def test_greedy_tree_decoding_equals_transformers_generate(architecture: str, no
     some = sequences()
     results = decode(engine(packed(model), drafter(kind), options(Mode.PAPER, nodes=nodes)), some)
     assert outputs(some) == reference(architecture, PROMPTS, 14)
-    assert any(r.numbers.tree_nodes for r in results), "no tree was verified, so nothing was tested"
+    assert any(r.stats.tree_nodes for r in results), "no tree was verified, so nothing was tested"
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
@@ -67,7 +67,7 @@ def test_text_does_not_depend_on_draft_mode_or_batch(sampling: Sampling, kind: s
 def test_a_draft_with_the_targets_weights_is_accepted_to_full_depth() -> None:
     some = sequences(max_tokens=25)
     results = decode(engine(packed(tiny()), drafter("same"), options(Mode.PAPER, threshold=0, nodes=60)), some)
-    accepted = [r.numbers.accepted_tokens for r in results if r.numbers.step]
+    accepted = [r.stats.accepted_tokens for r in results if r.stats.step]
     assert sum(accepted) / len(accepted) > 2.0
 
 
@@ -75,7 +75,7 @@ def test_shared_noise_lifts_acceptance_when_sampling(monkeypatch: pytest.MonkeyP
     def accepted() -> float:
         some = sequences(max_tokens=25, sampling=Sampling(temperature=1.0))
         results = decode(engine(packed(tiny()), drafter("random"), options(Mode.PAPER, threshold=0)), some)
-        return sum(r.numbers.accepted_tokens for r in results) / len(results)
+        return sum(r.stats.accepted_tokens for r in results) / len(results)
 
     shared = accepted()
     monkeypatch.setattr("worker.drafters.candidates.noisy", lambda scores, *_: scores)
@@ -108,14 +108,14 @@ def test_max_tokens_cuts_inside_an_accepted_path(max_tokens: int) -> None:
     results = decode(engine(packed(tiny()), drafter("same"), options(Mode.PAPER, nodes=60)), some)
     assert outputs(some) == reference("llama", PROMPTS, max_tokens)
     assert {s.finish_reason for s in some} == {FinishReason.LENGTH}
-    assert sum(r.numbers.emitted_tokens for r in results) == max_tokens * len(some)
+    assert sum(r.stats.emitted_tokens for r in results) == max_tokens * len(some)
 
 
 def test_step_numbers_add_up_to_the_tokens_of_each_sequence() -> None:
     some = sequences()
     results = decode(engine(packed(tiny()), drafter("random"), options(Mode.PAPER)), some)
     for sequence in some:
-        own = [r.numbers for r in results if r.sequence is sequence]
+        own = [r.stats for r in results if r.sequence is sequence]
         assert [n.step for n in own] == list(range(len(own)))
         assert own[0].tree_nodes == 0
         assert sum(n.emitted_tokens for n in own) == len(sequence.output_ids)

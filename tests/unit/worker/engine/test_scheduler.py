@@ -48,7 +48,7 @@ def test_nobody_is_admitted_beyond_the_memory() -> None:
     scheduler.next_batch()
     assert [s.slot for s in scheduler.sequences] == [0, 1, -1], "each may come to need 28 of the 60 tokens"
     assert (scheduler.slots.used_tokens, scheduler.slots.free_tokens) == (56, 4)
-    assert scheduler.room == 0
+    assert scheduler.free_capacity == 0
 
 
 def test_short_prompts_are_answered_before_a_long_one_ahead_of_them_has_been_read() -> None:

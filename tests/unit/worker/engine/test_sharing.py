@@ -11,7 +11,7 @@ from tests.unit.worker.engine.harness import decode, drafter, engine, options, o
 from worker.engine import scheduler
 from worker.engine.options import Mode
 from worker.engine.sampling.sampling import Sampling
-from worker.engine.scheduler import common
+from worker.engine.scheduler import common_prefix_length
 
 SYSTEM = [2 + i % 37 for i in range(40)]
 PROMPTS = [[*SYSTEM, 7, 8], [*SYSTEM, 9], [*SYSTEM[:25], 11, 12, 13], [*SYSTEM, 7, 8], [20, 21], SYSTEM]
@@ -26,7 +26,7 @@ def last_token(text: tuple[int, ...]) -> Tensor:
 
 @pytest.fixture
 def nobody_shares(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    monkeypatch.setattr(scheduler, "WORTH_SHARING", 10_000)
+    monkeypatch.setattr(scheduler, "MIN_SHARED_PREFIX", 10_000)
     return monkeypatch
 
 
@@ -41,7 +41,7 @@ def test_text_is_the_same_with_and_without_sharing(
         nobody_shares.setattr("worker.engine.model.language_model.kernels", lambda dtype: None)
     alone = sequences(PROMPTS, max_tokens=6, sampling=sampling)
     decode(engine(packed(tiny(architecture)), None, options(Mode.PLAIN, prefill_rows=prefill_rows)), alone)
-    nobody_shares.setattr(scheduler, "WORTH_SHARING", 16)
+    nobody_shares.setattr(scheduler, "MIN_SHARED_PREFIX", 16)
     together = sequences(PROMPTS, max_tokens=6, sampling=sampling)
     running = engine(packed(tiny(architecture)), drafter("same"), options(Mode.PAPER, prefill_rows=prefill_rows))
     decode(running, together)
@@ -119,4 +119,4 @@ def test_a_sequence_cancelled_before_it_read_anything_leaves_the_others_alone() 
     ("a", "b", "length"), [([], [1], 0), ([1, 2, 3], [1, 2, 4], 2), ([1, 2], [1, 2, 3], 2), ([1], [2], 0)]
 )
 def test_common_beginnings_are_measured(a: list[int], b: list[int], length: int) -> None:
-    assert common(a, b) == common(b, a) == length
+    assert common_prefix_length(a, b) == common_prefix_length(b, a) == length

@@ -22,24 +22,24 @@ class Timed:
     """A draft whose layers take a fixed time, and each token that it has not read some more."""
 
     name = "timed"
-    free = None
+    forward_free = None
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.read: dict[int, int] = {}
         self.held: set[int] = set()
 
-    def behind(self, sequence: Sequence) -> int:
+    def num_uncached_tokens(self, sequence: Sequence) -> int:
         return len(sequence.ids) - self.read.get(id(sequence), 0)
 
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
-        rows = sum(self.behind(forest.sequences[root]) for root in frontier)
+        rows = sum(self.num_uncached_tokens(forest.sequences[root]) for root in frontier)
         self.held |= {id(forest.sequences[root]) for root in frontier}
         self.read |= {id(forest.sequences[root]): len(forest.sequences[root].ids) for root in frontier}
         self.clock.advance(_LAYER_S + (rows * _ROW_S if rows > len(frontier) else 0.0))
         return Candidates(np.zeros((len(frontier), 1), np.int64), np.zeros((len(frontier), 1)))
 
-    def keep(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
+    def commit(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
         """It has no tree."""
 
     def drop(self, sequence: Sequence) -> None:

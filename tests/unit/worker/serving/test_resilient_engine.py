@@ -87,11 +87,11 @@ def test_there_is_no_room_for_more_before_everybody_is_back() -> None:
     for sequence in sequences([[2], [3], [4], [5], [6], [7]], max_tokens=3):
         running.add(sequence)
     running.step()
-    assert running.room == 0
+    assert running.free_capacity == 0
     while running.busy:
         running.step()
     decode(running, sequences([[2]]))
-    assert running.room == 16
+    assert running.free_capacity == 16
 
 
 def test_who_waits_after_a_failure_can_be_cancelled() -> None:

@@ -65,7 +65,7 @@ def test_steps_of_the_two_ways_take_turns_and_the_plain_ones_show_no_drafts(
     take = speedup_check._Way.take
 
     def noted(way: speedup_check._Way, result: StepResult) -> None:
-        taken.append((plain(result), result.numbers.tree_nodes))
+        taken.append((plain(result), result.stats.tree_nodes))
         take(way, result)
 
     monkeypatch.setattr(speedup_check._Way, "take", noted)
@@ -91,8 +91,8 @@ def test_plain_steps_have_as_many_sequences_as_those_with_drafts(
     take = speedup_check._Way.take
 
     def noted(way: speedup_check._Way, result: StepResult) -> None:
-        if result.numbers.plain_step_ms is not None:
-            taken.append((plain(result), result.numbers.batch_sequences))
+        if result.stats.plain_step_ms is not None:
+            taken.append((plain(result), result.stats.batch_sequences))
         take(way, result)
 
     monkeypatch.setattr(speedup_check._Way, "take", noted)

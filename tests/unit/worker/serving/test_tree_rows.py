@@ -7,13 +7,13 @@ from sqlalchemy import select
 from storage.models import DecodeStep, DraftTree, StepRank
 from storage.session import Database
 from tests.unit.worker.serving.test_runner import Worker, submit
-from worker.engine.stats import ShownTree
+from worker.engine.stats import TracedTree
 from worker.serving.tree_rows import tree_row
 
 #        0
 #      1   2
 #     3 4
-SHOWN = ShownTree(
+SHOWN = TracedTree(
     (-1, 0, 0, 1, 1), (9, 10, 11, 12, 13), (1.0, 0.3, 0.6, 0.1, 0.2), (True, True, False, True, False), 14
 )
 

@@ -136,8 +136,8 @@ def test_of_tokenizers_that_differ_in_one_token_the_others_are_drafted() -> None
         (byte_tokenizer(), byte_tokenizer(), 200, range(200)),
     ]:
         found = shared_words(target, draft, "big", "small", known)
-        assert found.shared.tolist() == list(shared)
-        assert found.known == known
+        assert found.ids.tolist() == list(shared)
+        assert found.readable == known
 
 
 @pytest.mark.parametrize(

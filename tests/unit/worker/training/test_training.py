@@ -147,7 +147,7 @@ def test_replay_accepts_what_decoding_accepts(texts: list[Text], lessons: Featur
     some = sequences([list(text.ids[: text.num_prompt]) for text in texts], max_tokens=24)
     chosen = options(Mode.PAPER, max_sequences=1, nodes=6, threshold=0.0, max_depth=8)
     results = decode(engine(target, HeadDrafter(head, target.hidden, "head"), chosen), some)
-    decoded = [r.numbers.accepted_tokens for r in results if r.numbers.step]
+    decoded = [r.stats.accepted_tokens for r in results if r.stats.step]
     told = [lessons[number] for number in range(len(texts))]
     replayed = replay(
         told, ReplayTarget(told, 61, torch.device("cpu")), lambda hidden: HeadDrafter(head, hidden, "head"), nodes=6

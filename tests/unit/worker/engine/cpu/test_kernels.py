@@ -15,7 +15,7 @@ from worker.engine.cpu.kv import NativeKv
 from worker.engine.cpu.packed_linear import PackedLinear
 from worker.engine.model.language_model import PackedModel, quicken
 from worker.engine.options import Mode
-from worker.engine.segments import Move, Segment, chain
+from worker.engine.segments import KvMove, Segment, chain
 
 TEXT = [int(i) for i in np.random.default_rng(0).integers(2, 60, 90)]
 
@@ -133,7 +133,7 @@ def test_an_accepted_path_moves_down_in_all_layers() -> None:
         model.forward([chain(slot, 0, TEXT[:33], keep_last=True)])
     shown = tree(0, 33)
     model.forward([shown])
-    model.keep([Move(0, 34, 33 + np.array([1, 3, 4]))])
+    model.keep([KvMove(0, 34, 33 + np.array([1, 3, 4]))])
     model.forward([chain(1, 33, [int(shown.ids[node]) for node in (0, 1, 3, 4)], keep_last=True)])
     after = [model.forward([chain(slot, 37, [5], keep_last=True)]) for slot in range(2)]
     assert torch.equal(*after)

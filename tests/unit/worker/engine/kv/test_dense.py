@@ -19,7 +19,7 @@ from worker.engine.kv.dense import KvCache, lazy_zeros
 from worker.engine.kv.slot_allocator import Slots
 from worker.engine.model.language_model import PackedModel, changes_later, positions_of, refuse_inexact
 from worker.engine.options import Mode
-from worker.engine.segments import Move, Segment, chain
+from worker.engine.segments import KvMove, Segment, chain
 
 # A tree of two branches behind the root: rows 0 -> 1 -> 3 and 0 -> 2 -> 4.
 PARENTS = [-1, 0, 0, 1, 2]
@@ -70,7 +70,7 @@ def test_an_accepted_path_moved_down_equals_a_fresh_prefill(architecture: str) -
     n = len(PREFIX)
     model.forward([chain(1, 0, PREFIX, keep_last=True)])
     model.forward([tree_segment(1)])
-    model.keep([Move(1, n + 1, np.array([n + 2, n + 4]))])
+    model.keep([KvMove(1, n + 1, np.array([n + 2, n + 4]))])
     after = model.forward([chain(1, n + 3, [17], keep_last=True)])[0]
     fresh = model.forward([chain(0, 0, [*PREFIX, 7, 9, 11, 17], keep_last=True)])[0]
     assert torch.allclose(after, fresh, atol=1e-4)
@@ -79,7 +79,7 @@ def test_an_accepted_path_moved_down_equals_a_fresh_prefill(architecture: str) -
 def test_overlapping_moves_copy_what_was_there_before() -> None:
     cache = KvCache(1, 2, 1, 8, 1, torch.float32, torch.device("cpu"))
     cache.keys[0, 1, :, 0, 0] = torch.arange(8.0)
-    cache.keep([Move(1, 2, np.array([3, 4, 6]))])
+    cache.keep([KvMove(1, 2, np.array([3, 4, 6]))])
     assert cache.keys[0, 1, :, 0, 0].tolist() == [0, 1, 3, 4, 6, 5, 6, 7]
 
 

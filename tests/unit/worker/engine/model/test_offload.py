@@ -35,7 +35,7 @@ def test_layers_on_disk_write_the_text_of_layers_in_memory(saved: Path, tmp_path
     results = decode(engine(PackedModel(model, slots=4, capacity=512), drafter("same"), options(Mode.PAPER)), spread)
     decode(engine(packed(tiny("llama")), None, options(Mode.PLAIN)), whole)
     assert outputs(spread) == outputs(whole)
-    assert any(result.numbers.accepted_tokens for result in results)
+    assert any(result.stats.accepted_tokens for result in results)
 
 
 def test_a_head_can_not_read_weights_that_are_on_disk(saved: Path, tmp_path: Path) -> None:

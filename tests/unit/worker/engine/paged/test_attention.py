@@ -34,7 +34,7 @@ from worker.engine.paged.kv import PagedKv
 from worker.engine.paged.rows import LISTED
 from worker.engine.paged.shape_buckets import BucketedForward
 from worker.engine.sampling.sampling import Sampling
-from worker.engine.segments import Move, Segment, chain
+from worker.engine.segments import KvMove, Segment, chain
 from worker.engine.speculation.drafting import Drafter
 
 TEXT = [int(i) for i in np.random.default_rng(0).integers(2, 60, 150)]
@@ -323,7 +323,7 @@ def test_an_accepted_path_moved_down_equals_a_fresh_prefill(architecture: str) -
     ours = model(architecture)
     ours.forward([chain(1, 0, TEXT[:10], keep_last=True)])
     ours.forward([tree(1, 10)])
-    ours.keep([Move(1, 11, np.array([11, 13, 14]))])
+    ours.keep([KvMove(1, 11, np.array([11, 13, 14]))])
     after = ours.forward([chain(1, 14, [17], keep_last=True)])[0]
     fresh = ours.forward([chain(0, 0, [*TEXT[:10], 7, 8, 10, 11, 17], keep_last=True)])[0]
     assert torch.allclose(after, fresh, atol=1e-4)

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from worker.engine.errors import OutOfBlocks
 from worker.engine.paged.kv import PagedKv
-from worker.engine.segments import Move
+from worker.engine.segments import KvMove
 
 SLOTS, CAPACITY, BLOCK = 3, 24, 4
 
@@ -69,7 +69,7 @@ class PagedKvMachine(RuleBasedStateMachine):
         self.written += nodes
         write(self.kv, slot, start, values)
         path = sorted(data.draw(st.sets(st.integers(0, nodes - 1), max_size=nodes)))
-        self.kv.keep([Move(slot, start, start + np.array(path, np.int64))])
+        self.kv.keep([KvMove(slot, start, start + np.array(path, np.int64))])
         self.texts[slot] += [values[node] for node in path]
 
     @rule(source=st.integers(0, SLOTS - 1), step=st.integers(1, SLOTS - 1), data=st.data())
@@ -125,7 +125,7 @@ def test_texts_that_begin_alike_hold_the_same_full_blocks() -> None:
 def test_overlapping_moves_copy_what_was_there_before() -> None:
     kv = paged()
     write(kv, 1, 0, [float(i) for i in range(8)])
-    kv.keep([Move(1, 2, np.array([3, 4, 6]))])
+    kv.keep([KvMove(1, 2, np.array([3, 4, 6]))])
     assert read(kv, 1, 8) == [0, 1, 3, 4, 6, 5, 6, 7]
 
 

@@ -109,7 +109,7 @@ def test_adjusted_text_does_not_depend_on_draft_or_batch(sampling: Sampling, tem
     results = decode(engine(packed(tiny()), drafter(kind), options(Mode.PAPER, max_sequences=2)), some[::-1])
     assert outputs(some) == outputs(plain)
     if kind == "same":
-        assert sum(r.numbers.accepted_tokens for r in results) > len(results), "drafts were not ranked as the target is"
+        assert sum(r.stats.accepted_tokens for r in results) > len(results), "drafts were not ranked as the target is"
 
 
 def test_neighbours_in_a_batch_keep_their_own_adjustments() -> None:

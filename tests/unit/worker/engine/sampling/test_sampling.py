@@ -101,16 +101,16 @@ def test_choices_and_seeds_have_noise_of_their_own(other: int) -> None:
 class EveryToken:
     """Drafts every token below every node, to a depth: each draw of the target finds a child."""
 
-    free = None
+    forward_free = None
     name = "every-token"
 
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
         return Candidates(np.tile(np.arange(4), (len(frontier), 1)), np.full((len(frontier), 4), 0.25))
 
-    def behind(self, sequence: Sequence) -> int:
+    def num_uncached_tokens(self, sequence: Sequence) -> int:
         return 0
 
-    def keep(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
+    def commit(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
         """It has no state."""
 
     def drop(self, sequence: Sequence) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from tests.unit.worker.engine.harness import sequences
 from worker.engine.sampling.sampling import Sampling
-from worker.engine.speculation.acceptance_model import Acceptance
+from worker.engine.speculation.acceptance_model import AcceptanceModel
 from worker.engine.speculation.draft_tree import Candidates, Forest
 
 
@@ -19,9 +19,9 @@ def offered(*probabilities: float) -> Candidates:
     return Candidates(np.arange(len(probabilities))[None], np.array([probabilities]))
 
 
-def taught(truth: float, promised: float, steps: int = 600) -> Acceptance:
+def taught(truth: float, promised: float, steps: int = 600) -> AcceptanceModel:
     """Return what was learned from drafts that promise one thing and keep another."""
-    rng, acceptance = np.random.default_rng(0), Acceptance()
+    rng, acceptance = np.random.default_rng(0), AcceptanceModel()
     for _ in range(steps):
         drawn = np.array([0 if rng.random() < truth else 9])
         acceptance.learn(forest(), np.array([0]), offered(promised), drawn)
@@ -36,7 +36,7 @@ def test_a_promise_is_worth_what_it_was_worth_before(truth: float, promised: flo
 
 
 def test_before_anything_is_known_the_drafter_is_believed() -> None:
-    assert Acceptance().of(forest(), np.array([0]), offered(0.6, 0.0)).probabilities.tolist() == [[0.6, 0.0]]
+    assert AcceptanceModel().of(forest(), np.array([0]), offered(0.6, 0.0)).probabilities.tolist() == [[0.6, 0.0]]
 
 
 def test_what_was_learned_greedily_does_not_speak_for_sampling() -> None:
@@ -53,9 +53,9 @@ def test_a_change_of_the_text_is_followed_within_two_hundred_steps() -> None:
 
 
 def test_nodes_the_target_did_not_come_by_teach_nothing() -> None:
-    acceptance = Acceptance()
+    acceptance = AcceptanceModel()
     acceptance.learn(forest(), np.array([0]), offered(0.7), np.array([-1]))
-    assert acceptance.as_json() == Acceptance().as_json()
+    assert acceptance.as_json() == AcceptanceModel().as_json()
 
 
 def test_nothing_is_certain() -> None:

@@ -14,7 +14,7 @@ from worker.engine.speculation.cost_model import CostModel
 from worker.engine.speculation.draft_costs import DraftCosts
 from worker.engine.speculation.draft_tree import Candidates, FloatArray, Forest
 from worker.engine.speculation.drafting import grow
-from worker.engine.speculation.tree_budget import PaperBudget, PricedBudget
+from worker.engine.speculation.tree_budget import CostAwareBudget, FixedBudget
 
 WIDTH = 3
 
@@ -22,7 +22,7 @@ WIDTH = 3
 class TableDrafter:
     """Offers the same conditional probabilities below every node of a depth, or random ones."""
 
-    free = None
+    forward_free = None
     name = "table"
 
     def __init__(self, rng: np.random.Generator | None = None, row: tuple[float, ...] = (0.5, 0.3, 0.2)) -> None:
@@ -42,10 +42,10 @@ class TableDrafter:
         )
         return Candidates(np.tile(np.arange(WIDTH), (shape[0], 1)), rows)
 
-    def behind(self, sequence: Sequence) -> int:
+    def num_uncached_tokens(self, sequence: Sequence) -> int:
         return 0
 
-    def keep(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
+    def commit(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
         raise AssertionError("nothing is verified here")
 
     def drop(self, sequence: Sequence) -> None:
@@ -54,7 +54,7 @@ class TableDrafter:
 
 def full_forest(rng: np.random.Generator, trees: int = 1, depth: int = 3) -> Forest:
     forest = Forest(sequences(max_tokens=50)[:trees])
-    grow(forest, TableDrafter(rng), PaperBudget(10**6, -1.0), depth, np.arange(trees))
+    grow(forest, TableDrafter(rng), FixedBudget(10**6, -1.0), depth, np.arange(trees))
     return forest
 
 
@@ -80,15 +80,15 @@ def test_expanding_only_nodes_in_the_cut_loses_nothing(seed: int) -> None:
     conditionals = rng.dirichlet([0.5] * WIDTH, 400)
 
     class Fixed(TableDrafter):
-        free = None
+        forward_free = None
 
         def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
             keys = [_path_key(forest, int(node)) for node in frontier]
             return Candidates(np.tile(np.arange(WIDTH), (len(frontier), 1)), conditionals[keys])
 
     pruned, whole = (Forest(sequences()[:1]) for _ in range(2))
-    grow(pruned, Fixed(), PaperBudget(8, 0.0), 4, np.arange(1))
-    grow(whole, Fixed(), PaperBudget(10**6, -1.0), 4, np.arange(1))
+    grow(pruned, Fixed(), FixedBudget(8, 0.0), 4, np.arange(1))
+    grow(whole, Fixed(), FixedBudget(10**6, -1.0), 4, np.arange(1))
     assert pruned.expected(pruned.best(8))[0] == pytest.approx(whole.expected(whole.best(8))[0])
 
 
@@ -106,7 +106,7 @@ def _path_key(forest: Forest, node: int) -> int:
 @pytest.mark.parametrize("nodes", [1, 2, 6, 30])
 def test_ties_certainty_and_underflow_keep_every_parent(row: tuple[float, ...], nodes: int) -> None:
     forest = Forest(sequences(max_tokens=50)[:2])
-    grow(forest, TableDrafter(row=row), PaperBudget(nodes, 0.0), 5, np.arange(2))
+    grow(forest, TableDrafter(row=row), FixedBudget(nodes, 0.0), 5, np.arange(2))
     kept = forest.best(nodes)
     forest.pruned(kept)  # asserts that every kept node has its parent
     assert (np.bincount(forest.tree[kept]) <= nodes + 1).all()
@@ -115,7 +115,7 @@ def test_ties_certainty_and_underflow_keep_every_parent(row: tuple[float, ...], 
 def test_gains_never_rise_with_depth() -> None:
     gains: list[float] = []
 
-    class Watching(PaperBudget):
+    class Watching(FixedBudget):
         def goes_on(self, gain: FloatArray) -> BoolArray:
             gains.append(float(gain[0]))
             return gain > -1.0
@@ -134,33 +134,33 @@ def test_gains_never_rise_with_depth() -> None:
 
 def test_the_threshold_stops_growth_and_the_last_layer_stays_eligible() -> None:
     forest, drafter = Forest(sequences(max_tokens=50)[:1]), TableDrafter(row=(0.6, 0.0, 0.0))
-    grow(forest, drafter, PaperBudget(60, 0.3), 10, np.arange(1))
+    grow(forest, drafter, FixedBudget(60, 0.3), 10, np.arange(1))
     # Layers add 0.6, 0.36, 0.216, …: the third adds too little, so it is the last one drafted, and it is kept.
     assert drafter.calls == 3
-    assert forest.depth[PaperBudget(60, 0.3).cut(forest)].max() == 3
+    assert forest.depth[FixedBudget(60, 0.3).cut(forest)].max() == 3
 
 
 def test_depth_is_bounded_by_the_layers_drafted() -> None:
     forest, drafter = Forest(sequences(max_tokens=50)[:1]), TableDrafter(row=(1.0, 0.0, 0.0))
-    grow(forest, drafter, PaperBudget(60, 0.0), 4, np.arange(1))
+    grow(forest, drafter, FixedBudget(60, 0.0), 4, np.arange(1))
     assert (drafter.calls, forest.depth.max()) == (4, 4)
 
 
 def test_nodes_that_could_never_be_emitted_are_not_drafted() -> None:
     almost_done = sequences(max_tokens=3)[:1]
     forest = Forest(almost_done)
-    grow(forest, TableDrafter(), PaperBudget(60, 0.0), 10, np.arange(1))
+    grow(forest, TableDrafter(), FixedBudget(60, 0.0), 10, np.arange(1))
     assert forest.depth.max() == 2  # two draft tokens and the target's own make three
     ends = sequences(max_tokens=50, eos_ids=[0])[:1]
     forest = Forest(ends)
-    grow(forest, TableDrafter(), PaperBudget(60, 0.0), 3, np.arange(1))
+    grow(forest, TableDrafter(), FixedBudget(60, 0.0), 3, np.arange(1))
     assert not (forest.token[forest.parent[1:]] == 0)[forest.parent[1:] > 0].any()
 
 
 def priced(
     costs: CostModel, rate: float, trees: int, nodes: int = 60, drafts: DraftCosts | None = None
-) -> PricedBudget:
-    return PricedBudget(nodes, costs, drafts or DraftCosts(), lambda: rate, rows=trees, entries=0.0, trees=trees)
+) -> CostAwareBudget:
+    return CostAwareBudget(nodes, costs, drafts or DraftCosts(), lambda: rate, rows=trees, entries=0.0, trees=trees)
 
 
 STAIRS = CostModel({1: 10.0, 4: 11.0, 8: 15.0, 16: 26.0, 64: 90.0})
@@ -212,7 +212,7 @@ def test_only_nodes_that_can_enter_the_cut_are_drafted(
     budget = priced(costs, rate, 2)
     layers = grow(forest, drafter, budget, 6, np.arange(2))
     whole = Forest(sequences(max_tokens=50)[:2])
-    everywhere = grow(whole, TableDrafter(row=row), PaperBudget(10_000, 0.0), 6, np.arange(2))
+    everywhere = grow(whole, TableDrafter(row=row), FixedBudget(10_000, 0.0), 6, np.arange(2))
 
     def net(grown: Forest) -> float:
         kept = priced(costs, rate, 2).cut(grown)
@@ -301,7 +301,7 @@ def test_of_equal_nodes_those_of_the_text_with_most_left_come_first() -> None:
     for sequence, written in zip(some, (9, 2, 5), strict=True):
         sequence.ids += [3] * written
     forest = Forest(some)
-    grow(forest, TableDrafter(row=(0.5, 0.0, 0.0)), PaperBudget(2, -1.0), 2, np.arange(3))
+    grow(forest, TableDrafter(row=(0.5, 0.0, 0.0)), FixedBudget(2, -1.0), 2, np.arange(3))
     ranked = forest.ranking()
     assert forest.tree[ranked].tolist() == [1, 2, 0] * 2
     assert forest.depth[ranked].tolist() == [1] * 3 + [2] * 3, "however much is left, a parent precedes its children"

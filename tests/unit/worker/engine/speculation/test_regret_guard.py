@@ -21,13 +21,13 @@ from worker.engine.segments import IntArray, Segment
 from worker.engine.sequence import Sequence
 from worker.engine.speculation.cost_model import CostModel
 from worker.engine.speculation.draft_tree import Candidates, Forest
-from worker.engine.speculation.regret_guard import Decision, Governor
-from worker.engine.speculation.state import Experience
+from worker.engine.speculation.regret_guard import Decision, RegretGuard
+from worker.engine.speculation.state import SpeculationState
 
 PLAIN_MS = 10.0
 
 
-def run(governor: Governor, steps: int, sequences: int, tokens: float, step_ms: float) -> tuple[float, int]:
+def run(governor: RegretGuard, steps: int, sequences: int, tokens: float, step_ms: float) -> tuple[float, int]:
     """Serve steps that bring so much when they speculate; return tokens lost to it, and how many speculated."""
     lost, tried = 0.0, 0
     for _ in range(steps):
@@ -44,7 +44,7 @@ def run(governor: Governor, steps: int, sequences: int, tokens: float, step_ms: 
 @pytest.mark.parametrize("sequences", [1, 4, 32])
 @pytest.mark.parametrize("step_ms", [10.5, 13.0, 19.0, 90.0])
 def test_drafts_that_never_hold_lose_a_hundredth_at_most(sequences: int, step_ms: float) -> None:
-    lost, tried = run(Governor(), 20_000, sequences, sequences, step_ms)
+    lost, tried = run(RegretGuard(), 20_000, sequences, sequences, step_ms)
     once = sequences * (step_ms / PLAIN_MS - 1)
     assert 0 < lost <= 0.01 * 20_000 * sequences + 2 * once + 8
     assert 0 < tried < 10_000
@@ -52,7 +52,7 @@ def test_drafts_that_never_hold_lose_a_hundredth_at_most(sequences: int, step_ms
 
 @pytest.mark.parametrize("sequences", [1, 32])
 def test_glances_that_never_find_anything_take_three_thousandths_at_most(sequences: int) -> None:
-    governor, looked = Governor(), [False]
+    governor, looked = RegretGuard(), [False]
     for _ in range(20_000):
         looked.append(not governor.overdrawn(sequences))
         governor.settle(sequences, sequences, PLAIN_MS + 0.3 * looked[-1], PLAIN_MS, speculated=False)
@@ -61,7 +61,7 @@ def test_glances_that_never_find_anything_take_three_thousandths_at_most(sequenc
 
 
 def test_rare_drafts_pay_for_the_glances_between_them() -> None:
-    governor = Governor()
+    governor = RegretGuard()
     for step in range(2_000):
         assert not governor.overdrawn(1)
         if step % 50:
@@ -71,12 +71,12 @@ def test_rare_drafts_pay_for_the_glances_between_them() -> None:
 
 
 def test_speculation_that_pays_is_never_held_back() -> None:
-    _, tried = run(Governor(), 1000, 4, 8, 12.0)
+    _, tried = run(RegretGuard(), 1000, 4, 8, 12.0)
     assert tried == 1000
 
 
 def test_old_luck_does_not_pay_for_long_losses_and_better_times_are_noticed() -> None:
-    governor = Governor()
+    governor = RegretGuard()
     run(governor, 5000, 2, 6, 12.0)
     lost, _ = run(governor, 2000, 2, 2, 15.0)
     assert lost < 0.01 * 4000 + 8 + 2
@@ -85,7 +85,7 @@ def test_old_luck_does_not_pay_for_long_losses_and_better_times_are_noticed() ->
 
 
 def test_the_price_of_time_follows_the_number_of_sequences_and_the_speedup() -> None:
-    governor = Governor()
+    governor = RegretGuard()
     assert governor.rate(8, PLAIN_MS) == 8 / PLAIN_MS
     run(governor, 200, 8, 16, 12.0)
     assert governor.rate(8, PLAIN_MS) == pytest.approx(16 / 12.0, rel=0.01)
@@ -93,14 +93,14 @@ def test_the_price_of_time_follows_the_number_of_sequences_and_the_speedup() -> 
 
 
 def test_load_classes_have_accounts_of_their_own() -> None:
-    governor = Governor()
+    governor = RegretGuard()
     run(governor, 200, 32, 32, 20.0)
     assert governor.overdrawn(32)
     assert not governor.overdrawn(1)
 
 
 def test_what_lost_with_few_sequences_is_hardly_tried_with_more() -> None:
-    lost, won = Governor(), Governor()
+    lost, won = RegretGuard(), RegretGuard()
     run(lost, 200, 4, 4, 13.0)
     run(won, 200, 4, 8, 13.0)
     assert won.credit(8) > 4 * lost.credit(8) > 0
@@ -108,14 +108,14 @@ def test_what_lost_with_few_sequences_is_hardly_tried_with_more() -> None:
 
 
 def test_slow_moments_do_not_hold_back_what_gains_on_average() -> None:
-    governor = Governor()
+    governor = RegretGuard()
     for step in range(400):
         assert not governor.overdrawn(1)
         governor.settle(1, 2, 80.0 if step % 5 == 4 else 12.0, PLAIN_MS, speculated=True)
 
 
 def test_one_slow_moment_of_the_machine_counts_as_no_more_than_two_and_a_half_steps() -> None:
-    governor = Governor()
+    governor = RegretGuard()
     governor.settle(1, 1, 5000.0, PLAIN_MS, speculated=True)
     assert governor.as_json()["1"]["credit_tokens"] == pytest.approx(4.0 - 1.5, abs=0.01)
 
@@ -125,8 +125,8 @@ def test_the_more_drafts_gain_the_rarer_are_plain_steps_on_purpose() -> None:
     chosen, costs = options(Mode.OPT_TREE, probe_every=4, max_context=3000), CostModel({1: 2.0, 64: 2.1})
     some = sequences([[2, 3, 4, 2, 3, 4]], max_tokens=2000)
     results = decode(Engine(counting, SuffixDrafter(), chosen, costs, clock=counting.clock), some)
-    assert np.mean([r.numbers.emitted_tokens for r in results]) > 2
-    probes = [r.numbers.step for r in results if r.numbers.decision is Decision.PROBE]
+    assert np.mean([r.stats.emitted_tokens for r in results]) > 2
+    probes = [r.stats.step for r in results if r.stats.decision is Decision.PROBE]
     assert probes[:2] == [1, 2], "drafts are judged by plain steps, so those come first"
     apart = [later - earlier for earlier, later in itertools.pairwise(probes)]
     assert len(apart) >= 3, "they never end"
@@ -139,20 +139,20 @@ def test_free_drafts_go_on_when_those_of_a_network_do_not_pay() -> None:
     some = sequences([[2, 3, 4, 2, 3, 4]] * 2, max_tokens=200)
     costs = CostModel({1: 2.0, 4: 2.1, 64: 8.0})
     results = decode(Engine(counting, mixed, options(Mode.OPT_TREE), costs, clock=counting.clock), some)
-    late = [r.numbers for r in results[len(results) // 2 :]]
+    late = [r.stats for r in results[len(results) // 2 :]]
     assert sum(n.drafter == "suffix" for n in late) > len(late) / 2
     assert np.mean([n.emitted_tokens for n in late]) > 1.5
 
 
 def test_what_was_learned_outlives_the_engine() -> None:
-    experience = Experience()
+    state = SpeculationState()
     never = TimedTable(lambda text: torch.eye(61)[3 + len(text) % 5])
     clock = never.clock
     for _ in range(2):
         chosen = options(Mode.OPT_TREE, max_sequences=4)
-        running = Engine(never, LateReader(clock), chosen, CostModel({1: 2.0}), experience, clock=clock)
+        running = Engine(never, LateReader(clock), chosen, CostModel({1: 2.0}), state, clock=clock)
         decode(running, sequences(max_tokens=40))
-    account = experience.as_json()["accounts"]["whole"]["4"]
+    account = state.as_json()["accounts"]["whole"]["4"]
     assert account["steps"] > 40
 
 
@@ -172,7 +172,7 @@ class LateReader:
     """A draft that must read each text before it can draft, and is never right."""
 
     name = "late"
-    free = None
+    forward_free = None
 
     def __init__(self, clock: Clock, row_s: float = 2e-4) -> None:
         self.clock = clock
@@ -180,18 +180,18 @@ class LateReader:
         self.row_s = row_s
         self.rows = 0
 
-    def behind(self, sequence: Sequence) -> int:
+    def num_uncached_tokens(self, sequence: Sequence) -> int:
         return len(sequence.ids) - self.read.get(sequence.key, 0)
 
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
         for root in frontier[forest.depth[frontier] == 0].tolist():
             sequence = forest.sequences[root]
-            self.rows += self.behind(sequence)
-            self.clock.advance(self.behind(sequence) * self.row_s)
+            self.rows += self.num_uncached_tokens(sequence)
+            self.clock.advance(self.num_uncached_tokens(sequence) * self.row_s)
             self.read[sequence.key] = len(sequence.ids)
         return Candidates(np.full((len(frontier), 1), 60), np.full((len(frontier), 1), 0.6))
 
-    def keep(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
+    def commit(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
         """It has no state."""
 
     def drop(self, sequence: Sequence) -> None:
@@ -215,8 +215,8 @@ def test_a_glance_that_finds_nothing_is_no_attempt() -> None:
     some = sequences([[2, 3, 4, 5]], max_tokens=30)
     costs = CostModel({1: 40.0, 64: 44.0})
     found = decode(Engine(target, Blank(target.clock), options(Mode.OPT_TREE), costs, clock=target.clock), some)
-    glances = [r.numbers for r in found if r.numbers.decision is Decision.NOTHING]
-    assert Decision.GUARD not in {result.numbers.decision for result in found}
+    glances = [r.stats for r in found if r.stats.decision is Decision.NO_CANDIDATES]
+    assert Decision.GUARD not in {result.stats.decision for result in found}
     assert len(glances) > len(found) / 2
     looks_ms = [n.step_ms - (n.plain_step_ms or 0.0) for n in glances[:-1]]  # the last token of a text needs no look
     assert looks_ms == pytest.approx([Blank.look_s * 1e3] * len(looks_ms))
@@ -228,7 +228,7 @@ class Blank(LateReader):
     look_s = 1e-4
     looks = 0
 
-    def behind(self, sequence: Sequence) -> int:
+    def num_uncached_tokens(self, sequence: Sequence) -> int:
         return 0
 
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
@@ -247,8 +247,8 @@ def test_nothing_is_tried_beside_a_prefill() -> None:
     for sequence in some:
         engine.add(sequence)
     while any(sequence.cached < sequence.num_prompt - 1 for sequence in some):
-        beside = [r.numbers for r in engine.step()]
-        assert all(n.decision is not Decision.TREE and n.decision is not Decision.NOTHING for n in beside)
+        beside = [r.stats for r in engine.step()]
+        assert all(n.decision is not Decision.TREE and n.decision is not Decision.NO_CANDIDATES for n in beside)
     assert blank.looks == 0
     while engine.busy:
         engine.step()
@@ -264,6 +264,6 @@ def test_drafts_that_pay_go_on_beside_a_prefill() -> None:
     for _ in range(30):
         engine.step()
     engine.add(late)
-    beside = [r.numbers.decision for _ in range(10) for r in engine.step()]
+    beside = [r.stats.decision for _ in range(10) for r in engine.step()]
     assert not late.output_ids
     assert Decision.TREE in beside
