@@ -36,14 +36,14 @@ from worker.loading.loader import LoadedModel, OnMessage, load_engine
 from worker.loading.model_store import resolve
 from worker.settings import SUFFIX, WorkerSettings
 
-OURS = tuple(mode.value for mode in (Mode.PLAIN, Mode.OPT_TREE, Mode.PAPER))
-PEERS = ("transformers-greedy", "transformers-prompt-lookup", "transformers-assisted")
+OWN_MODES = tuple(mode.value for mode in (Mode.PLAIN, Mode.OPT_TREE, Mode.PAPER))
+PEER_MODES = ("transformers-greedy", "transformers-prompt-lookup", "transformers-assisted")
 _LOOKUP_TOKENS = 4  # tokens that transformers' prompt lookup proposes per step
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "prompts.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class BenchmarkPlan:
     """What to measure."""
 
     prompts: tuple[str, ...]
@@ -72,7 +72,7 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class BenchmarkReport:
     """What was measured, and on what."""
 
     device: str
@@ -91,7 +91,7 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True)
-class Timed:
+class TimedRun:
     """One pass over the prompts."""
 
     token_ids: tuple[tuple[int, ...], ...]
@@ -112,23 +112,23 @@ class Timed:
         return self.tokens / self.seconds
 
 
-Runner = Callable[[int], Timed]  # takes the batch size
+Decode = Callable[[int], TimedRun]  # takes the batch size
 
 
-def run(settings: WorkerSettings, plan: Plan, say: OnMessage = lambda _: None) -> Report:
+def run(settings: WorkerSettings, plan: BenchmarkPlan, say: OnMessage = lambda _: None) -> BenchmarkReport:
     """Measure every mode of the plan at every batch size."""
     loaded = load_engine(settings, say)
     prompts = encode(loaded, plan.prompts, plan.max_tokens)
-    runners: dict[str, Runner] = {
+    runners: dict[str, Decode] = {
         mode: decode(loaded, prompts, plan.max_tokens, Mode(mode), plan.temperature)
         for mode in plan.modes
-        if mode in OURS
+        if mode in OWN_MODES
     }
     runners |= _peers(settings, loaded, prompts, plan)
     results: list[Result] = []
     for batch in plan.batches:
         results += _measure(runners, batch, plan, loaded, say)
-    return Report(loaded.device, loaded.dtype, loaded.name, _drafter(loaded), tuple(results))
+    return BenchmarkReport(loaded.device, loaded.dtype, loaded.name, _drafter(loaded), tuple(results))
 
 
 def encode(loaded: LoadedModel, prompts: Sequence[str], max_tokens: int) -> list[list[int]]:
@@ -136,11 +136,11 @@ def encode(loaded: LoadedModel, prompts: Sequence[str], max_tokens: int) -> list
     return [loaded.codec.encode(request_for(loaded.name, p, max_tokens=max_tokens), CHAT_ENDPOINT) for p in prompts]
 
 
-def take_turns(
-    runners: Mapping[str, Runner], batch: int, runs: int, say: OnMessage = lambda _: None
-) -> dict[str, list[Timed]]:
+def run_rounds(
+    runners: Mapping[str, Decode], batch: int, runs: int, say: OnMessage = lambda _: None
+) -> dict[str, list[TimedRun]]:
     """Run each so often at a batch size, one after the other within a run: a slow minute hits all of them."""
-    taken: dict[str, list[Timed]] = {name: [] for name in runners}
+    taken: dict[str, list[TimedRun]] = {name: [] for name in runners}
     for turn in range(runs):
         for name, timed in taken.items():
             say(f"Batch {batch}, run {turn + 1} of {runs}: {name}")
@@ -148,14 +148,18 @@ def take_turns(
     return taken
 
 
-def _measure(runners: dict[str, Runner], batch: int, plan: Plan, loaded: LoadedModel, say: OnMessage) -> list[Result]:
+def _measure(
+    runners: dict[str, Decode], batch: int, plan: BenchmarkPlan, loaded: LoadedModel, say: OnMessage
+) -> list[Result]:
     able = {mode: runner for mode, runner in runners.items() if batch == 1 or _batches(mode)}
-    taken = take_turns(able, batch, plan.runs, say)
+    taken = run_rounds(able, batch, plan.runs, say)
     plain = taken.get(Mode.PLAIN.value)
     return [_result(mode, batch, plan, runs, plain[0] if plain else None, loaded) for mode, runs in taken.items()]
 
 
-def _result(mode: str, batch: int, plan: Plan, runs: list[Timed], plain: Timed | None, loaded: LoadedModel) -> Result:
+def _result(
+    mode: str, batch: int, plan: BenchmarkPlan, runs: list[TimedRun], plain: TimedRun | None, loaded: LoadedModel
+) -> Result:
     rates = [r.rate for r in runs]
     steps = runs[0].steps
     shares = [r.host_share for r in runs if r.host_share is not None]
@@ -192,7 +196,7 @@ def decode(
     temperature: float,
     make_drafter: Callable[[], Drafter] | None = None,
     state: SpeculationState | None = None,
-) -> Runner:
+) -> Decode:
     """Return what decodes the prompts with our engine at a batch size; without `make_drafter`, with its own drafts.
 
     A worker keeps its state with them for its whole life, so a run begins with that of the runs before, or of
@@ -201,7 +205,7 @@ def decode(
     if state is None:
         state = loaded.initial_state(make_drafter) if mode is Mode.OPT_TREE else SpeculationState()
 
-    def timed(batch: int) -> Timed:
+    def timed(batch: int) -> TimedRun:
         at_once = min(batch, loaded.options.max_sequences)
         options = replace(loaded.options, mode=mode, max_sequences=at_once)
         clock = _DraftClock()
@@ -224,7 +228,7 @@ def decode(
             accepted += sum(one.accepted_tokens for one in numbers)
         seconds = perf_counter() - started
         host_share = (stepped_ms - verify_ms - clock.ms) / stepped_ms if stepped_ms else None
-        return Timed(tuple(tuple(s.output_ids) for s in sequences), seconds, steps, host_share, expected, accepted)
+        return TimedRun(tuple(tuple(s.output_ids) for s in sequences), seconds, steps, host_share, expected, accepted)
 
     return timed
 
@@ -272,9 +276,9 @@ class _Clocked:
 
 
 def _peers(
-    settings: WorkerSettings, loaded: LoadedModel, prompts: Sequence[list[int]], plan: Plan
-) -> dict[str, Runner]:
-    wanted = [mode for mode in plan.modes if mode in PEERS]
+    settings: WorkerSettings, loaded: LoadedModel, prompts: Sequence[list[int]], plan: BenchmarkPlan
+) -> dict[str, Decode]:
+    wanted = [mode for mode in plan.modes if mode in PEER_MODES]
     if settings.draft in ("", SUFFIX) or is_head(resolve(settings.draft, settings.cache_dir)):
         wanted = [mode for mode in wanted if mode != "transformers-assisted"]
     if not wanted:
@@ -298,17 +302,17 @@ def load_peer(path: str, loaded: LoadedModel) -> Any:
 
 def peer(
     model: Any, loaded: LoadedModel, prompts: Sequence[list[int]], max_tokens: int, temperature: float, **extra: Any
-) -> Runner:
+) -> Decode:
     """Return what decodes the prompts with transformers' own generate, in padded batches; `extra` are its arguments."""
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
 
-    def timed(batch: int) -> Timed:
+    def timed(batch: int) -> TimedRun:
         outputs: list[tuple[int, ...]] = []
         started = perf_counter()
         for first in range(0, len(prompts), batch):
             some = prompts[first : first + batch]
             outputs += _peer_batch(model, loaded, some, {"max_new_tokens": max_tokens, **sampling, **extra})
-        return Timed(tuple(outputs), perf_counter() - started, None)
+        return TimedRun(tuple(outputs), perf_counter() - started, None)
 
     return timed
 
@@ -337,7 +341,7 @@ def _until_eos(ids: list[int], eos: frozenset[int]) -> tuple[int, ...]:
     return tuple(ids[:end])
 
 
-def table(report: Report) -> Table:
+def table(report: BenchmarkReport) -> Table:
     """Return the report as a table with the ratios people ask for."""
     shown = Table(title=f"{report.target}, {report.dtype}, {report.device}; drafts: {report.draft}")
     for column in (
@@ -405,7 +409,7 @@ def parse_batches(text: str) -> tuple[int, ...]:
 
 def parse_modes(text: str | None) -> tuple[str, ...]:
     """Return modes from `plain,opt-tree`; all when there is none; raises InvalidValue naming an unknown one."""
-    known = (*OURS, *PEERS)
+    known = (*OWN_MODES, *PEER_MODES)
     modes = tuple(part.strip() for part in text.split(",")) if text else known
     unknown = [mode for mode in modes if mode not in known]
     if unknown:
@@ -422,7 +426,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.max_tokens < 1 or given.runs < 1:
         parser.error("--max-tokens and --runs must be at least 1")
-    plan = Plan((given.prompt,), (1,), (Mode.PLAIN.value, Mode.OPT_TREE.value), given.max_tokens, given.runs)
+    plan = BenchmarkPlan((given.prompt,), (1,), (Mode.PLAIN.value, Mode.OPT_TREE.value), given.max_tokens, given.runs)
     report = run(WorkerSettings(max_sequences=1), plan)
     plain, speculative = (report.rate(mode.value, 1) or 0.0 for mode in (Mode.PLAIN, Mode.OPT_TREE))
     print(f"standard     {plain:8.2f} tokens/s")

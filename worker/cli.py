@@ -21,7 +21,7 @@ from jobs.messages import TOOLS_TEMPERATURE
 from worker.loading import model_store as models_on_disk
 from worker.planning.cli import plan
 from worker.settings import WorkerSettings
-from worker.terminal import say, sentences, settings_of
+from worker.terminal import readable_errors, say, settings_of
 from worker.training.cli import draft
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def generate(
     # One prompt needs one KV slot, and no more of the calibration than that.
     settings = settings_of(target=target, draft=draft, dtype=dtype, mode=mode, nodes=nodes, max_sequences=1)
     console = Console(highlight=False)
-    with sentences():
+    with readable_errors():
         loaded = load_engine(settings, say=say)
         request = request_for(
             loaded.name,
@@ -162,13 +162,13 @@ def bench(
             raise typer.BadParameter(
                 "a grid has all modes, drafts and temperatures; leave those options out", param_hint="--grid"
             )
-        with sentences():
+        with readable_errors():
             batches = benchmark.parse_batches(batch) if batch else None
             some = benchmark.read_prompts(prompts, _GRID_PROMPTS)
         _grid(settings_of(target=target, dtype=dtype), some, batches, max_tokens, runs, as_json)
         return
-    with sentences():
-        plan = benchmark.Plan(
+    with readable_errors():
+        plan = benchmark.BenchmarkPlan(
             prompts=benchmark.read_prompts(prompts, limit),
             batches=benchmark.parse_batches(batch or "1"),
             modes=benchmark.parse_modes(modes),
@@ -196,7 +196,7 @@ def _grid(
     from worker.bench import grid
 
     batches = batches or grid.BATCHES
-    with sentences():
+    with readable_errors():
         cells = grid.run(settings, prompts, batches, max_tokens, runs, say)
     if as_json:
         print(json.dumps({"target": settings.target, "results": [asdict(r) for c in cells for r in c.results()]}))

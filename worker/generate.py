@@ -16,7 +16,7 @@ from worker.engine.options import Mode
 from worker.engine.stats import StepStats
 from worker.loading.loader import LoadedModel, load_engine
 from worker.settings import WorkerSettings
-from worker.text.output_stream import Transcript
+from worker.text.output_stream import OutputStream
 from worker.text.stop_strings import Pieces
 
 
@@ -63,13 +63,13 @@ def generate(
     engine = loaded.engine(replace(loaded.options, mode=mode) if mode else None)
     prompt = loaded.codec.encode(request, endpoint)
     sequence = loaded.codec.sequence((0,), prompt, request.sampling, choice=0)
-    transcript = Transcript(sequence, loaded.codec.stream(request.sampling.stop, prompt, endpoint))
+    output_stream = OutputStream(sequence, loaded.codec.stream(request.sampling.stop, prompt, endpoint))
     steps: list[StepStats] = []
     logprobs: list[TokenLikelihoods] = []
     engine.add(sequence)
     while engine.busy:
         for result in engine.step():
-            written = transcript.take(result)
+            written = output_stream.take(result)
             steps.append(written.stats)
             logprobs += written.logprobs or ()
             on_pieces(written.pieces)
@@ -77,7 +77,7 @@ def generate(
             engine.cancel({sequence.key})  # the engine knows nothing of stop strings
     assert sequence.finish_reason is not None
     return Generation(
-        text=transcript.text,
+        text=output_stream.text,
         token_ids=tuple(sequence.output_ids),
         prompt_token_ids=tuple(prompt),
         finish_reason=sequence.finish_reason,

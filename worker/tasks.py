@@ -1,4 +1,4 @@
-"""The Celery worker of a node: its one task of use is the doorbell, which wakes the resident engine.
+"""The Celery worker of a node: its one task of use is the doorbell, which wakes the engine service.
 
 The message carries no work and is acknowledged at once; SQL says what there is to do. The first SIGTERM or SIGINT hands
 everything back within the drain time, a second one ends the process at once.
@@ -25,7 +25,7 @@ from jobs.queue.worker_notifier import Doorbells
 from jobs.schema_check import require_schema
 from jobs.tracing import start_tracing, stop_tracing
 from worker.loading.loader import load_engine
-from worker.serving.service import Pulse, Resident, new_worker_id
+from worker.serving.service import EngineService, Pulse, new_worker_id
 from worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -34,19 +34,19 @@ _PULSE_EXPIRES_S = 600
 _TIMEOUT_S = 2.0
 
 
-def make_worker_app(redis_url: str, model: str, resident: Resident) -> Celery:
+def make_worker_app(redis_url: str, model: str, service: EngineService) -> Celery:
     """Return the app of a worker that serves `model`: a node consumes only the queue of what it holds."""
-    app = make_app(redis_url, queues=(model_queue(model), pulse_queue(resident.worker_id)))
+    app = make_app(redis_url, queues=(model_queue(model), pulse_queue(service.worker_id)))
 
     @app.task(name=DOORBELL_TASK, shared=False)  # type: ignore[untyped-decorator]
     def doorbell(job_id: str) -> None:
         with noted(job_id=job_id):
             log.debug("The doorbell rang", extra={"action": "doorbell"})
-            resident.wake()
+            service.wake()
 
     @app.task(name=PULSE_TASK, shared=False)  # type: ignore[untyped-decorator]
     def pulse() -> None:
-        resident.heard()
+        service.pulse_received()
 
     return app
 
@@ -68,13 +68,13 @@ def make_pulse(redis_url: str, worker_id: str) -> Pulse:
 
 
 def serve(settings: WorkerSettings) -> int:
-    """Load the models, start the resident engine, and listen for doorbells until a signal ends the process."""
+    """Load the models, start the engine service, and listen for doorbells until a signal ends the process."""
     require_schema(settings.resolved_database_url)
     start_tracing("basic-worker")
     sequences = settings.max_sequences + settings.interactive_sequences
     loaded = load_engine(settings.model_copy(update={"max_sequences": sequences}), say=log.info)
-    resident = Resident(settings, loaded, ring=Doorbells(settings.redis_url).ring, worker_id=new_worker_id())
-    app = make_worker_app(settings.redis_url, loaded.name, resident)
+    service = EngineService(settings, loaded, ring=Doorbells(settings.redis_url).ring, worker_id=new_worker_id())
+    app = make_worker_app(settings.redis_url, loaded.name, service)
 
     @worker_ready.connect(weak=False)  # type: ignore[untyped-decorator]
     def ready(**_: object) -> None:
@@ -84,17 +84,17 @@ def serve(settings: WorkerSettings) -> int:
     def stop(**_: object) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _end_at_once)
-        resident.stop()
+        service.stop()
 
     signal.signal(signal.SIGTERM, _leave)  # Celery's own handler comes later, and requests may be claimed before
     try:
-        resident.start(make_pulse(settings.redis_url, resident.worker_id))
-        log.info("Serving %s as %s", loaded.name, resident.worker_id, extra={"action": "ready"})
-        app.worker_main(["worker", "--concurrency=4", "--loglevel=INFO", f"--hostname={resident.worker_id}@%h"])
+        service.start(make_pulse(settings.redis_url, service.worker_id))
+        log.info("Serving %s as %s", loaded.name, service.worker_id, extra={"action": "ready"})
+        app.worker_main(["worker", "--concurrency=4", "--loglevel=INFO", f"--hostname={service.worker_id}@%h"])
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     finally:
-        resident.stop()
+        service.stop()
         stop_tracing()
     return 0
 

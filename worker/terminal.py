@@ -1,4 +1,4 @@
-"""What the commands of the node share: settings with options on top, sentences for people, progress with time left."""
+"""Helpers shared by the node's commands: settings from options, readable errors, progress bars."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def say(sentence: str) -> None:
 
 
 @contextmanager
-def sentences() -> Iterator[None]:
+def readable_errors() -> Iterator[None]:
     """Turn the engine's and pydantic's refusals into one sentence and an exit status."""
     from worker.engine.errors import EngineError, ModelRefused
 
@@ -46,7 +46,7 @@ def sentences() -> Iterator[None]:
         raise InvalidValue(first["msg"], param=".".join(str(part) for part in first["loc"])) from error
 
 
-class Bars:
+class ProgressBars:
     """Progress of parts of a long work: bars on a terminal, a line now and then elsewhere."""
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class Bars:
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
         self._bars = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console)
 
-    def __enter__(self) -> Bars:
+    def __enter__(self) -> ProgressBars:
         if self._drawn:
             self._bars.start()
         return self

@@ -19,7 +19,7 @@ import numpy as np
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from worker.bench.interleaved import Lane, race
+from worker.bench.interleaved import SlotRange, run_interleaved
 from worker.benchmark import Result, decode, encode, fresh, load_peer, peer
 from worker.drafters.model import ModelDrafter
 from worker.drafters.suffix import SuffixDrafter
@@ -143,15 +143,15 @@ class _Case:
         )
 
     def _against_plain(self, mode: Mode, name: str) -> float:
-        """Return how many times as fast as plain decoding a mode is, in a race of both."""
-        seconds, plain_seconds = race([self._engine(mode, name, 0), self._engine(Mode.PLAIN, name, 1)])
+        """Return how many times as fast as plain decoding a mode is, in an interleaved run of both."""
+        seconds, plain_seconds = run_interleaved([self._engine(mode, name, 0), self._engine(Mode.PLAIN, name, 1)])
         self._plain.append(self._tokens / plain_seconds)
         return plain_seconds / seconds
 
     def _engine(self, mode: Mode, name: str, lane: int) -> Engine:
         options = replace(self._loaded.options, mode=mode, max_sequences=self._batch)
         state = self._states[name] if mode is Mode.OPT_TREE else SpeculationState()
-        target = Lane(self._loaded.target, lane * self._batch, self._batch)
+        target = SlotRange(self._loaded.target, lane * self._batch, self._batch)
         engine = self._loaded.engine(options, self._makes[name], state, target)
         for sequence in self._fresh():
             engine.add(sequence)

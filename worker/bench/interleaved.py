@@ -1,4 +1,4 @@
-"""A race: engines decode in turns on one target, so that all of them meet the same moments of the machine."""
+"""Interleave the steps of several engines on one target, so that all see the same machine load."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from worker.engine.model.language_model import LanguageModel
 from worker.engine.segments import KvMove, Segment
 
 
-class Lane:
+class SlotRange:
     """A stretch of a target's slots, as a target by itself."""
 
     def __init__(self, target: LanguageModel, first: int, slots: int) -> None:
@@ -42,7 +42,7 @@ class Lane:
             self.release(slot, 0)
 
 
-def race(engines: Sequence[Engine]) -> list[float]:
+def run_interleaved(engines: Sequence[Engine]) -> list[float]:
     """Run engines until none is busy; return the seconds that the steps of each took.
 
     The next step is of the one that has had the least time.

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from worker.benchmark import Timed, decode, encode, read_prompts
+from worker.benchmark import TimedRun, decode, encode, read_prompts
 from worker.engine.options import Mode
 from worker.engine.sampling.sampling import Sampling, noise_key, noisy
 from worker.loading.loader import load_engine
@@ -55,7 +55,7 @@ def main(
     texts = encode(loaded, read_prompts(prompts, limit), max_tokens)
     table = Table("candidates ranked with", "tokens/step", "same text")
     table.title = f"{loaded.draft or 'suffix'}, {nodes} nodes, temperature {temperature:g}, {limit} prompts"
-    first: Timed | None = None
+    first: TimedRun | None = None
     for name, noise in WAYS.items():
         say(f"Decoding with {name}")
         with patch("worker.drafters.candidates.noisy", noise):

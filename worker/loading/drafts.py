@@ -37,7 +37,7 @@ from worker.engine.speculation.drafting import Drafter
 from worker.loading.model_store import resolve
 from worker.loading.tensor_parallel import DRAFT, RankGroup, draft_tp_size
 from worker.settings import SUFFIX, WorkerSettings
-from worker.text.codec import first_difference, load_tokenizer, spelled_alike
+from worker.text.codec import first_mismatched_id, load_tokenizer, shared_token_ids
 
 _ALIKE = 0.5  # of the target's token ids, at least, that a draft must spell alike
 _SHIPPED = Path(__file__).resolve().parent.parent / "shipped_drafts"  # a folder for each packaged target that has one
@@ -104,9 +104,9 @@ def shared_words(
     changes no text, but hardly anything would be accepted.
     """
     ours, theirs = target.get_vocab(), draft.get_vocab()
-    shared = [i for i in spelled_alike(ours, theirs) if i < known]
+    shared = [i for i in shared_token_ids(ours, theirs) if i < known]
     if len(shared) < _ALIKE * len(ours):
-        first = first_difference(ours, theirs) or 0
+        first = first_mismatched_id(ours, theirs) or 0
         raise TokenizersDiffer(
             f"{draft_name} can't draft for {target_name}: they spell {len(shared)} of {len(ours)} token ids alike, and "
             f"token id {first} is {target.convert_ids_to_tokens(first)!r} in the target's tokenizer and "

@@ -17,7 +17,7 @@ _ROOT = Path("/")
 
 
 @dataclass(frozen=True, slots=True)
-class Pin:
+class Placement:
     """What one replica may use."""
 
     number: int
@@ -35,7 +35,9 @@ class Pin:
         return told
 
 
-def pins(replicas: int, ranks: int, environ: Mapping[str, str] = os.environ, root: Path = _ROOT) -> list[Pin]:
+def place_replicas(
+    replicas: int, ranks: int, environ: Mapping[str, str] = os.environ, root: Path = _ROOT
+) -> list[Placement]:
     """Deal the machine out to `replicas` replicas of `ranks` ranks each; 0: as many replicas as its GPUs hold.
 
     With GPUs every rank has one of its own, and CPUs near them; without, replicas share the CPUs evenly. Raises
@@ -54,7 +56,7 @@ def pins(replicas: int, ranks: int, environ: Mapping[str, str] = os.environ, roo
         )
     groups = [tuple(gpus[n * ranks : (n + 1) * ranks]) for n in range(replicas)]
     return [
-        Pin(n, group, cpus, 1 / replicas)
+        Placement(n, group, cpus, 1 / replicas)
         for n, (group, cpus) in enumerate(zip(groups, _near(groups, root), strict=True))
     ]
 
@@ -83,8 +85,8 @@ def parse_cpu_list(text: str) -> set[int]:
     return cpus
 
 
-def _on_cpus(replicas: int, cpus: Sequence[int]) -> list[Pin]:
-    return [Pin(n, (), group, 1 / replicas) for n, group in enumerate(_shares(replicas, cpus))]
+def _on_cpus(replicas: int, cpus: Sequence[int]) -> list[Placement]:
+    return [Placement(n, (), group, 1 / replicas) for n, group in enumerate(_shares(replicas, cpus))]
 
 
 def _shares(count: int, cpus: Sequence[int]) -> list[frozenset[int]]:

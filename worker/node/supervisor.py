@@ -11,7 +11,7 @@ import os
 
 from jobs.local.startup import environment
 from jobs.processes import BAD_SETTINGS_STATUS, Children, Command, python_module, stop_signals
-from worker.node.placement import Pin, pins
+from worker.node.placement import Placement, place_replicas
 from worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -33,13 +33,13 @@ def supervise(settings: WorkerSettings) -> int:
     with stop_signals() as (stop, at_once):
         children = Children()
         try:
-            for pin in pins(settings.replicas, settings.tp):
-                child = children.start(replica(settings, pin))
+            for placement in place_replicas(settings.replicas, settings.tp):
+                child = children.start(replica(settings, placement))
                 log.info(
                     "Replica %d is process %d on %s",
-                    pin.number,
+                    placement.number,
                     child.pid,
-                    _where(pin),
+                    _where(placement),
                     extra={"action": "replica_started"},
                 )
             hopeless = children.keep_running(stop)
@@ -48,15 +48,15 @@ def supervise(settings: WorkerSettings) -> int:
     return 0 if hopeless is None else BAD_SETTINGS_STATUS
 
 
-def replica(settings: WorkerSettings, pin: Pin) -> Command:
+def replica(settings: WorkerSettings, placement: Placement) -> Command:
     """Return how to start one replica."""
-    told = environment(settings) | pin.environment
+    told = environment(settings) | placement.environment
     if not settings.threads:
-        told["BASIC_THREADS"] = str(max(1, len(pin.cpus) // settings.tp))
+        told["BASIC_THREADS"] = str(max(1, len(placement.cpus) // settings.tp))
     stop_s = settings.drain_s + _LEAVE_S
-    return Command(f"replica {pin.number}", python_module("worker"), told, stop_s=stop_s, cpus=pin.cpus)
+    return Command(f"replica {placement.number}", python_module("worker"), told, stop_s=stop_s, cpus=placement.cpus)
 
 
-def _where(pin: Pin) -> str:
-    cpus = f"{len(pin.cpus)} of {os.cpu_count()} CPUs"
-    return f"GPU {', '.join(pin.gpus)} and {cpus}" if pin.gpus else cpus
+def _where(placement: Placement) -> str:
+    cpus = f"{len(placement.cpus)} of {os.cpu_count()} CPUs"
+    return f"GPU {', '.join(placement.gpus)} and {cpus}" if placement.gpus else cpus

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.errors import InvalidValue
-from worker.terminal import FAILED, say, sentences
+from worker.terminal import FAILED, readable_errors, say
 
 if TYPE_CHECKING:
     from worker.planning.plan import Placement, PlanRequest
@@ -50,7 +50,7 @@ def plan(
 
     _one_of(device, list(DEVICES), "--device")
     _one_of(dtype, list(DTYPE_BYTES), "--dtype")
-    with sentences():
+    with readable_errors():
         request = PlanRequest(
             target=shape_of(target),
             draft=None if draft == "none" else shape_of(draft),

@@ -16,7 +16,7 @@ from storage.session import why_away
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepResult, StepStats
 from worker.serving.tree_rows import tree_row
-from worker.text.output_stream import Transcript
+from worker.text.output_stream import OutputStream
 
 _MOST_SAID = 500  # characters of an error
 
@@ -24,11 +24,11 @@ Now = Callable[[], float]  # Unix seconds
 
 
 @dataclass(slots=True)
-class LiveChoice:
+class ActiveChoice:
     """One choice being decoded: its sequence and text, and what has not been committed yet."""
 
     index: int
-    transcript: Transcript
+    output_stream: OutputStream
     started_at: float
     first_of_prompt: bool = True
     next_seq: int = 0  # of its next event
@@ -42,19 +42,19 @@ class LiveChoice:
     @property
     def sequence(self) -> Sequence:
         """The choice as the engine decodes it."""
-        return self.transcript.sequence
+        return self.output_stream.sequence
 
     def resume(self, checkpoints: list[Checkpoint]) -> None:
         """Take over what an earlier owner had committed; the sequence goes on behind it."""
         for checkpoint in checkpoints:
-            self.transcript.resume(checkpoint.token_ids, checkpoint.accepted)
+            self.output_stream.resume(checkpoint.token_ids, checkpoint.accepted)
             self.sequence.steps = max([self.sequence.steps, *(row.step + 1 for row in checkpoint.steps)])
             self.next_seq = checkpoint.seq + 1
             self.announced = True
 
     def take(self, result: StepResult, now: float, text_of: Callable[[int], str]) -> None:
         """Add what a step brought; `text_of` tells the tokens of a tree that is recorded."""
-        written = self.transcript.take(result)
+        written = self.output_stream.take(result)
         self._ids += written.tokens
         self._accepted += written.accepted
         self._pieces += written.pieces
@@ -89,7 +89,7 @@ class LiveChoice:
         ids = self.sequence.output_ids
         finished = FinishedChoice(
             choice_index=self.index,
-            text=self.transcript.text,
+            text=self.output_stream.text,
             token_ids=tuple(ids),
             finish_reason=reason,
             prompt_tokens=self.sequence.num_prompt,
@@ -104,11 +104,11 @@ class LiveChoice:
 
 
 @dataclass(slots=True)
-class LiveRequest:
+class ActiveRequest:
     """A claimed request and its choices that are still to be written."""
 
     claim: Claim
-    choices: dict[int, LiveChoice] = field(default_factory=dict)
+    choices: dict[int, ActiveChoice] = field(default_factory=dict)
     refusal: Refusal | None = None
     reading: bool = False  # it has no choices yet: its prompt is being read
     keys: frozenset[Hashable] = frozenset()  # of the sequences of all choices that it has had
@@ -170,7 +170,7 @@ class LiveRequest:
         return progress
 
 
-def unforeseen(what: str, error: BaseException) -> Refusal:
+def internal_error(what: str, error: BaseException) -> Refusal:
     """Return the answer to a request on which something failed that nobody foresaw."""
     said = f"{type(error).__name__}: {why_away(error)}"[:_MOST_SAID]  # no statement, no values
     return Refusal("server_error", f"{what}: {storable(said)}", status_code=500)

@@ -1,4 +1,4 @@
-"""Readers: requests to token ids, on threads beside the engine's; short ones first, the longest last.
+"""Requests to token ids, on threads beside the engine's; short ones first, the longest last.
 
 Templates and tokenizers take as long as a prompt makes them, and the engine has leases to renew and texts to write
 meanwhile. Short requests have a thread of their own, so that no long one holds them up.
@@ -25,49 +25,49 @@ from worker.text.codec import Codec, read_request
 _SHORT_CHARS = 20_000
 _CHARS_A_PLACE = 20_000  # a long request waits for one that comes later only if that is so much shorter
 _CLOSE_S = 3.0
-_MOST_S = 120.0  # that a request may take; what takes longer never ends
+_MAX_READ_S = 120.0  # that a request may take; what takes longer never ends
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class ParsedRequest:
     """A request as the engine takes it."""
 
     request: GenerationRequest
     prompts: list[list[int]]
 
 
-Read = tuple[Claim, Reading | BaseException]  # what became of a claim
+ReadResult = tuple[Claim, ParsedRequest | BaseException]  # what became of a claim
 
 
 class ReadingTooLong(InvalidValue):
-    """Reading this request did not end: the chat template or the tokenizer takes too long over it; shorten it."""
+    """Reading this request took too long in the chat template or the tokenizer; shorten it."""
 
 
-class Readers:
+class RequestReader:
     """Reads for one runner, which alone calls this."""
 
     def __init__(self, codec: Codec) -> None:
         """Start with nothing to read; threads run only while there is something."""
         self._codec = codec
-        self._results: queue.SimpleQueue[Read] = queue.SimpleQueue()
-        self._short, self._long = _Lane(self._read), _Lane(self._read)
+        self._results: queue.SimpleQueue[ReadResult] = queue.SimpleQueue()
+        self._short, self._long = _ReaderThread(self._read), _ReaderThread(self._read)
         self._short_open = self._open = 0  # requests whose results have not been taken
         self._numbers = count()
 
     def put(self, claim: Claim) -> None:
-        """Read a request."""
+        """Queue a request to be read."""
         chars = _chars(claim.body)
         self._open += 1
         self._short_open += chars <= _SHORT_CHARS
         lane = self._short if chars <= _SHORT_CHARS else self._long
         lane.put(next(self._numbers) + chars / _CHARS_A_PLACE, claim)
 
-    def take(self, short_s: float = 0.0, any_s: float = 0.0) -> list[Read]:
+    def take(self, short_s: float = 0.0, any_s: float = 0.0) -> list[ReadResult]:
         """Return what has been read: after `short_s`, or as soon as all short requests are, or `any_s` for any."""
         now = time.monotonic()
         for lane in (self._short, self._long):
             lane.end_overdue(now)
-        taken: list[Read] = []
+        taken: list[ReadResult] = []
         while self._open:
             left = now + (short_s if self._short_open else 0.0 if taken else any_s) - time.monotonic()
             try:
@@ -80,21 +80,23 @@ class Readers:
         return taken
 
     def close(self) -> None:
-        """Read no more, and wait a while for what is being read: a process must not end in the midst of it."""
+        """Stop reading, and wait a while for what is being read: a process must not end in the midst of it."""
         for lane in (self._short, self._long):
             lane.close(_CLOSE_S)
 
     def _read(self, claim: Claim) -> None:
         try:
             request = read_request(claim.body)
-            result: Reading | BaseException = Reading(request, self._codec.encode_all(request, claim.endpoint))
+            result: ParsedRequest | BaseException = ParsedRequest(
+                request, self._codec.encode_all(request, claim.endpoint)
+            )
         except BaseException as error:  # also what Rust raises; all of it belongs to this request
             result = error
         self._results.put((claim, result))
 
 
 @dataclass(slots=True)
-class _Lane:
+class _ReaderThread:
     """One thread that reads claims in order; it ends when there are none."""
 
     read: Callable[[Claim], None]
@@ -115,7 +117,7 @@ class _Lane:
         """Raise ReadingTooLong in a thread whose claim takes too long, as soon as it runs Python code."""
         with self._lock:
             thread, began_at = self._thread, self._began_at
-            if thread is None or began_at is None or now - began_at < _MOST_S:
+            if thread is None or began_at is None or now - began_at < _MAX_READ_S:
                 return
             self._began_at = now
             ctypes.pythonapi.PyThreadState_SetAsyncExc(

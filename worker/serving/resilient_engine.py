@@ -42,7 +42,7 @@ class _Mark:
     steps: int
 
 
-class LastingEngine:
+class ResilientEngine:
     """An engine whose KV is rebuilt from the sequences' ids when a step has failed."""
 
     def __init__(self, make_engine: Callable[[], Engine]) -> None:

@@ -21,14 +21,14 @@ from worker.engine.engine import Engine
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepResult
 from worker.serving import spans
-from worker.serving.active_request import LiveChoice, LiveRequest, unforeseen
-from worker.serving.request_reader import Readers, Reading
-from worker.serving.resilient_engine import LastingEngine
+from worker.serving.active_request import ActiveChoice, ActiveRequest, internal_error
+from worker.serving.request_reader import ParsedRequest, RequestReader
+from worker.serving.resilient_engine import ResilientEngine
 from worker.serving.sink import Sink
-from worker.serving.speedup_check import Comparison
-from worker.serving.worker_stats import Load
+from worker.serving.speedup_check import SpeedupCheck
+from worker.serving.worker_stats import WorkerStats
 from worker.text.codec import Codec
-from worker.text.output_stream import Transcript
+from worker.text.output_stream import OutputStream
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class Runner:
 
         So many as `reserved` of the engine's sequences are kept for requests that somebody waits for.
         """
-        self._engine = LastingEngine(make_engine)
+        self._engine = ResilientEngine(make_engine)
         self._codec = codec
         self._sink = sink
         self._database = database
@@ -71,10 +71,12 @@ class Runner:
         self._lease_s = lease_s
         self._interval_s = interval_s
         self._reserved = reserved
-        self._readers = Readers(codec)
-        self._comparison = Comparison(self._engine, codec, database, worker_id=worker_id, model=model, lease_s=lease_s)
-        self._live: dict[RequestKey, LiveRequest] = {}
-        self._load = Load()
+        self._readers = RequestReader(codec)
+        self._speedup_check = SpeedupCheck(
+            self._engine, codec, database, worker_id=worker_id, model=model, lease_s=lease_s
+        )
+        self._active: dict[RequestKey, ActiveRequest] = {}
+        self._load = WorkerStats()
         self._claimed_at = float("-inf")
         self._claim_s = 0.0  # that the last look took
         self._more_waits = False  # the last look that had room for requests of batches found some
@@ -85,7 +87,7 @@ class Runner:
     @property
     def busy(self) -> bool:
         """True while requests are held or compared, and while more may wait: the last look found some."""
-        return bool(self._live) or self._more_waits or self._comparison.busy
+        return bool(self._active) or self._more_waits or self._speedup_check.busy
 
     @property
     def learned(self) -> dict[str, Any]:
@@ -95,41 +97,41 @@ class Runner:
     @property
     def load(self) -> dict[str, Any]:
         """What the worker has done since its start and holds now, as JSON."""
-        return self._load.as_json(self._live.values())
+        return self._load.as_json(self._active.values())
 
-    def turn(self, *, rung: bool = False) -> None:
+    def run_once(self, *, notified: bool = False) -> None:
         """Claim if there is room, run one step, flush if it is time. Raises DatabaseUnavailable: call again later."""
-        if self._live and time.monotonic() - self._renewed_at > _FENCE * self._lease_s:
+        if self._active and time.monotonic() - self._renewed_at > _FENCE * self._lease_s:
             self._flush()  # we slept, or the database did: first see what is still ours
-        self._take_up_read(_SETTLE_S if self._claim(rung) else 0.0)
-        if self._live and self._engine.busy:
+        self._take_up_read(_SETTLE_S if self._claim(notified) else 0.0)
+        if self._active and self._engine.busy:
             self._step()
-        if self._live and self._flush_is_due():
+        if self._active and self._flush_is_due():
             self._flush()
-        if not self._live:
+        if not self._active:
             self._compare()
 
     def hand_back(self) -> None:
         """Commit what there is and give every request back, so that another worker goes on from there."""
-        self._comparison.give_way()
-        if self._live:
+        self._speedup_check.preempt()
+        if self._active:
             self._flush()
         try:
             with self._database.write() as session:
-                leases.release(session, self._worker_id, [r.claim.lease for r in self._live.values()])
+                leases.release(session, self._worker_id, [r.claim.lease for r in self._active.values()])
         except DATABASE_AWAY as error:
             raise _unavailable(error) from error
-        self._drop(set(self._live))
+        self._drop(set(self._active))
         self._readers.close()
 
-    def _claim(self, rung: bool) -> bool:
+    def _claim(self, notified: bool) -> bool:
         """Look for work if it is time, and let it be read; return whether there was some."""
-        now, room = time.monotonic(), self._comparison.free_capacity
-        room -= max(0, sum(request.reading for request in self._live.values()) - _READ_BESIDE)
+        now, room = time.monotonic(), self._speedup_check.free_capacity
+        room -= max(0, sum(request.reading for request in self._active.values()) - _READ_BESIDE)
         reserved = max(0, self._reserved - sum(request.places for request in self._waited_for()))
         since_s = now - self._claimed_at
         more = self._more_waits and room > reserved and self._may_look(since_s)
-        if room <= 0 or not (rung or more or since_s >= _POLL_S):
+        if room <= 0 or not (notified or more or since_s >= _POLL_S):
             return False
         try:
             with self._database.write() as session:
@@ -139,14 +141,14 @@ class Runner:
                     self._model,
                     room,
                     self._lease_s,
-                    holding=self._live,
+                    holding=self._active,
                     reserved=reserved,
                     body_version=MESSAGE_VERSION,
                 )
         except DATABASE_AWAY as error:
             raise _unavailable(error) from error
         spans.claimed(claims, time.time() - (time.monotonic() - now), time.time())
-        if not self._live:
+        if not self._active:
             self._renewed_at = now
         # Where there was work there may be more: look again when there is room. A look without room for batches tells
         # nothing of them, else the next place to come free would stay empty until the next poll.
@@ -154,24 +156,24 @@ class Runner:
         self._claimed_at = time.monotonic()
         self._claim_s = self._claimed_at - now
         if claims:
-            self._comparison.give_way()
+            self._speedup_check.preempt()
         for claim in claims:
-            self._live[claim.lease.key] = LiveRequest(claim, reading=True)
+            self._active[claim.lease.key] = ActiveRequest(claim, reading=True)
             self._readers.put(claim)
         return bool(claims)
 
     def _take_up_read(self, settle_s: float) -> None:
         """Hand to the engine what has been read; an engine that has nothing to do waits for that."""
-        idle = bool(self._live) and not self._engine.busy
+        idle = bool(self._active) and not self._engine.busy
         for claim, result in self._readers.take(_IDLE_S if idle else settle_s, _NAP_S if idle else 0.0):
-            request = self._live.get(claim.lease.key)
+            request = self._active.get(claim.lease.key)
             if request is not None and request.claim is claim:  # else it was lost meanwhile
                 with noted(job_id=claim.lease.job_id, request_index=claim.lease.request_index):
                     self._take_up(request, result)
 
     def _compare(self) -> None:
         try:
-            self._comparison.turn()
+            self._speedup_check.run_once()
         except DATABASE_AWAY as error:
             raise _unavailable(error) from error
 
@@ -179,7 +181,7 @@ class Runner:
         """Return whether a look for more work pays: those who are decoding wait for it."""
         return not self._engine.busy or since_s >= self._claim_s / _CLAIM_SHARE
 
-    def _take_up(self, request: LiveRequest, result: Reading | BaseException) -> None:
+    def _take_up(self, request: ActiveRequest, result: ParsedRequest | BaseException) -> None:
         request.reading = False
         try:
             if isinstance(result, BaseException):
@@ -192,7 +194,7 @@ class Runner:
         except BaseException as error:  # whatever it is: it came of this request
             self._fail(request, "it could not be taken up", error)
 
-    def _add_choices(self, request: LiveRequest, reading: Reading) -> None:
+    def _add_choices(self, request: ActiveRequest, reading: ParsedRequest) -> None:
         claim, body, prompts = request.claim, reading.request, reading.prompts
         earlier: defaultdict[int, list[Checkpoint]] = defaultdict(list)
         for checkpoint in claim.checkpoints:
@@ -202,8 +204,8 @@ class Runner:
             prompt = prompts[index // n]
             sequence = self._codec.sequence((*claim.lease.key, index), prompt, body.sampling, index)
             started_at = claim.started_at or time.time()
-            transcript = Transcript(sequence, self._codec.stream(body.sampling.stop, prompt, claim.endpoint))
-            choice = LiveChoice(index, transcript, started_at, first_of_prompt=index % n == 0)
+            output_stream = OutputStream(sequence, self._codec.stream(body.sampling.stop, prompt, claim.endpoint))
+            choice = ActiveChoice(index, output_stream, started_at, first_of_prompt=index % n == 0)
             choice.resume(earlier[index])
             request.choices[index] = choice
         request.keys = frozenset(choice.sequence.key for choice in request.choices.values())
@@ -236,7 +238,7 @@ class Runner:
 
     def _take(self, result: StepResult, now: float) -> None:
         job_id, request_index, index = _parts(result.sequence.key)
-        request = self._live[job_id, request_index]
+        request = self._active[job_id, request_index]
         choice = request.choices.get(index)
         if choice is None:  # the request has failed in this very step, on another of its choices
             return
@@ -249,39 +251,39 @@ class Runner:
         """Answer a request with an error because the engine can't decode this choice of it even alone."""
         job_id, request_index, _ = _parts(sequence.key)
         said = sequence.failure or "decoding failed on this request, and on it alone"
-        self._end(self._live[job_id, request_index], Refusal("engine_error", said, status_code=500))
+        self._end(self._active[job_id, request_index], Refusal("engine_error", said, status_code=500))
 
-    def _fail(self, request: LiveRequest, what: str, error: BaseException) -> None:
+    def _fail(self, request: ActiveRequest, what: str, error: BaseException) -> None:
         """Answer a request with an error that nobody foresaw, and log where it came from."""
         about = {"action": "request_failed", "job_id": request.claim.lease.job_id}
         log.error("Request %s failed: %s", request.claim.custom_id, what, exc_info=error, extra=about)
-        self._end(request, unforeseen(what, error))
+        self._end(request, internal_error(what, error))
 
-    def _end(self, request: LiveRequest, refusal: Refusal) -> None:
+    def _end(self, request: ActiveRequest, refusal: Refusal) -> None:
         request.fail(refusal)
         self._engine.cancel(set(request.keys))
 
     def _flush_is_due(self) -> bool:
-        if all(request.done for request in self._live.values()):
+        if all(request.done for request in self._active.values()):
             return True
         waited_for = self._waited_for()
         interval_s = min(self._interval_s, _WAITED_FOR_INTERVAL_S) if waited_for else self._interval_s
         done = any(request.done for request in waited_for)
         return done or time.monotonic() - self._flushed_at >= interval_s
 
-    def _waited_for(self) -> list[LiveRequest]:
-        return [request for request in self._live.values() if request.claim.priority]
+    def _waited_for(self) -> list[ActiveRequest]:
+        return [request for request in self._active.values() if request.claim.priority]
 
     def _flush(self) -> None:
         now = time.monotonic()
-        result = self._sink.flush(list(self._live.values()), time.time())
+        result = self._sink.flush(list(self._active.values()), time.time())
         self._renewed_at = now
         self._flushed_at = time.monotonic()
-        ended = {key for key, request in self._live.items() if request.ended}
+        ended = {key for key, request in self._active.items() if request.ended}
         self._drop(ended | set(result.lost))
 
     def _drop(self, keys: set[RequestKey]) -> None:
-        gone = [self._live.pop(key) for key in keys if key in self._live]
+        gone = [self._active.pop(key) for key in keys if key in self._active]
         sequences: set[Hashable] = {key for request in gone for key in request.keys}
         if sequences:
             self._engine.cancel(sequences)

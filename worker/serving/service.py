@@ -1,8 +1,8 @@
 """The resident engine: one per process, on a thread of its own, from load to drain.
 
 Doorbells wake it; without any it looks into SQL by itself. The engine thread alone renews leases, so a step that hangs
-lets them lapse; the housekeeping thread says that the worker lives only while the engine turns, and ends the process
-when it is of no use any more.
+lets them lapse; the housekeeping thread sends heartbeats only while the engine makes progress, and ends a stuck
+process.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _STOP_STATUS = 1  # of a process that did not stop in order
 Pulse = Callable[[], bool]  # send a message to oneself; whether Redis took it
 
 
-class Resident:
+class EngineService:
     """Owns the engine thread and the housekeeping threads of a worker process."""
 
     def __init__(self, settings: WorkerSettings, loaded: LoadedModel, ring: Ring, *, worker_id: str = "") -> None:
@@ -59,7 +59,7 @@ class Resident:
         self._reconciler = Reconciler(self._database, self._publisher.publish, ring, lease_s=settings.lease_s)
         self._watchdog = Watchdog(settings.stall_s, settings.deaf_s)
         self._pulse: Pulse = lambda: False
-        self._turns = 0
+        self._iterations = 0
         self._moved = False
         self._learned: dict[str, Any] = {}
         self._load: dict[str, Any] = {}
@@ -69,7 +69,7 @@ class Resident:
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._engine_thread = threading.Thread(target=self._serve_or_end, name="basic-engine", daemon=True)
-        self._housekeeping = threading.Thread(target=self._keep_house, name="basic-housekeeping", daemon=True)
+        self._housekeeping = threading.Thread(target=self._housekeeping_loop, name="basic-housekeeping", daemon=True)
 
     def start(self, pulse: Pulse | None = None) -> None:
         """Register the worker and begin to serve. `pulse` sends a message that ends in `heard`."""
@@ -84,9 +84,9 @@ class Resident:
         """Look for work now: somebody rang."""
         self._wake.set()
 
-    def heard(self) -> None:
+    def pulse_received(self) -> None:
         """Take note that our own message has come: the consumer is not deaf."""
-        self._watchdog.heard()
+        self._watchdog.pulse_received()
 
     def stop(self) -> None:
         """Finish the step, commit, hand every request back, and close; safe to call twice.
@@ -121,11 +121,11 @@ class Resident:
     def _serve(self) -> None:
         runner = self._runner()
         while not self._stop.is_set():
-            self._turns += 1
-            rung = self._wake.is_set()
+            self._iterations += 1
+            notified = self._wake.is_set()
             self._wake.clear()
             try:
-                runner.turn(rung=rung)
+                runner.run_once(notified=notified)
                 self._learned = runner.learned
                 self._note_load(runner)
             except DatabaseUnavailable as error:
@@ -157,7 +157,7 @@ class Resident:
                     return
                 time.sleep(_HAND_BACK_RETRY_S)
 
-    def _keep_house(self) -> None:
+    def _housekeeping_loop(self) -> None:
         while not self._stop.wait(min(_HOUSEKEEPING_S, self._settings.deaf_s / 4) * random.uniform(0.8, 1.2)):
             self._watch()
             try:
@@ -168,9 +168,9 @@ class Resident:
                 log.exception("Housekeeping failed", extra={"action": "housekeeping_failed"})
 
     def _watch(self) -> None:
-        self._watchdog.sent(delivered=self._pulse(), now=time.monotonic())
-        self._moved = self._watchdog.saw_turns(self._turns, time.monotonic())
-        verdict = self._watchdog.verdict(time.monotonic())
+        self._watchdog.pulse_sent(delivered=self._pulse(), now=time.monotonic())
+        self._moved = self._watchdog.record_iterations(self._iterations, time.monotonic())
+        verdict = self._watchdog.restart_reason(time.monotonic())
         if verdict is not None:
             if self._moved:  # not for a step that hangs
                 self._note_leaving()
@@ -190,7 +190,7 @@ class Resident:
             log.warning("Could not note that this worker leaves: %s", why_away(error), extra=_STOPPING)
 
     def _beat(self) -> None:
-        """Say that the worker lives, as long as its engine turns, what it holds, and what it has learned."""
+        """Write the heartbeat, the load and the learned state, as long as the engine makes progress."""
         if not self._moved:
             return
         joules = self._meter.joules() if self._meter else 0.0

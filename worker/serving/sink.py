@@ -17,7 +17,7 @@ from storage.dialect import storable
 from storage.records import Checkpoint, FinishedChoice, FlushResult, Lease, Progress, Refusal, RequestKey
 from storage.session import DATABASE_AWAY, Database, is_too_large, why_away
 from worker.serving import spans
-from worker.serving.active_request import LiveChoice, LiveRequest, unforeseen
+from worker.serving.active_request import ActiveChoice, ActiveRequest, internal_error
 
 log = logging.getLogger(__name__)
 
@@ -33,13 +33,13 @@ class Sink:
         self._publish = publish
         self._worker_id = worker_id
         self._lease_s = lease_s
-        self._pending: list[tuple[LiveRequest, Progress]] = []  # not committed: the database did not answer
+        self._pending: list[tuple[ActiveRequest, Progress]] = []  # not committed: the database did not answer
 
-    def started(self, request: LiveRequest) -> None:
+    def started(self, request: ActiveRequest) -> None:
         """Announce the choices of a request that has just been taken up."""
         self._publish([e for choice in request.choices.values() for e in self._announce(request, choice)])
 
-    def flush(self, requests: Sequence[LiveRequest], now: float) -> FlushResult:
+    def flush(self, requests: Sequence[ActiveRequest], now: float) -> FlushResult:
         """Commit what is new, renew every lease, publish. Raises DatabaseUnavailable; nothing is lost, call again."""
         ended = {p.lease.key for _, p in self._pending if p.ends or p.refusal is not None}
         self._pending += [(r, _progress(r, now)) for r in requests if r.claim.lease.key not in ended]
@@ -76,14 +76,14 @@ class Sink:
         first, second = self._write(start, middle, held), self._write(middle, end, held)
         return FlushResult(first.lost | second.lost, first.ended_jobs + second.ended_jobs)
 
-    def _announce(self, request: LiveRequest, choice: LiveChoice) -> Iterator[PartialEvent]:
+    def _announce(self, request: ActiveRequest, choice: ActiveChoice) -> Iterator[PartialEvent]:
         if not choice.announced:
             choice.announced = True
             yield self._event(request, choice.index, choice.next_seq, type="started")
             choice.next_seq += 1
 
     def _events(
-        self, committed: Sequence[tuple[LiveRequest, Progress]], lost: frozenset[RequestKey]
+        self, committed: Sequence[tuple[ActiveRequest, Progress]], lost: frozenset[RequestKey]
     ) -> Iterator[PartialEvent]:
         for request, progress in committed:
             if progress.lease.key in lost:
@@ -98,7 +98,7 @@ class Sink:
             except Exception:  # it is committed: readers find it in the record
                 log.exception("Events can't be told", extra={"action": "events_failed", **_ids(progress.lease)})
 
-    def _events_of(self, request: LiveRequest, progress: Progress) -> Iterator[PartialEvent]:
+    def _events_of(self, request: ActiveRequest, progress: Progress) -> Iterator[PartialEvent]:
         yield from (self._tokens(request, checkpoint) for checkpoint in progress.checkpoints)
         yield from (self._finished(request, finished) for finished in progress.finished)
         if progress.refusal is not None:
@@ -106,7 +106,7 @@ class Sink:
             error = error_of(progress.refusal)
             yield self._event(request, 0, request.failure_seq, type="failed", error=error)
 
-    def _tokens(self, request: LiveRequest, checkpoint: Checkpoint) -> PartialEvent:
+    def _tokens(self, request: ActiveRequest, checkpoint: Checkpoint) -> PartialEvent:
         return self._event(
             request,
             checkpoint.choice_index,
@@ -118,7 +118,7 @@ class Sink:
             accepted=sum(checkpoint.accepted),
         )
 
-    def _finished(self, request: LiveRequest, finished: FinishedChoice) -> PartialEvent:
+    def _finished(self, request: ActiveRequest, finished: FinishedChoice) -> PartialEvent:
         return self._event(
             request,
             finished.choice_index,
@@ -128,13 +128,13 @@ class Sink:
         )
 
     @staticmethod
-    def _event(request: LiveRequest, choice: int, seq: int, **fields: object) -> PartialEvent:
+    def _event(request: ActiveRequest, choice: int, seq: int, **fields: object) -> PartialEvent:
         lease = request.claim.lease
         identity = {"job_id": lease.job_id, "request": request.claim.custom_id, "index": lease.request_index}
         return PartialEvent.model_validate({**identity, "choice": choice, "seq": seq, **fields})
 
 
-def _progress(request: LiveRequest, now: float) -> Progress:
+def _progress(request: ActiveRequest, now: float) -> Progress:
     """Return what a flush writes of a request; its failure, if that can't be told."""
     try:
         return request.progress(now)
@@ -143,9 +143,9 @@ def _progress(request: LiveRequest, now: float) -> Progress:
         return request.progress(now)
 
 
-def _fail(request: LiveRequest, what: str, error: Exception) -> None:
+def _fail(request: ActiveRequest, what: str, error: Exception) -> None:
     log.error("Request %s failed: %s", request.claim.custom_id, what, exc_info=error, extra=_ids(request.claim.lease))
-    request.fail(unforeseen(what, error))
+    request.fail(internal_error(what, error))
 
 
 def _log_refusal(lease: Lease, refusal: Refusal) -> None:

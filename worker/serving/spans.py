@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from jobs.tracing import record_span, tracing
 from storage.records import Claim, Progress
-from worker.serving.active_request import LiveRequest
+from worker.serving.active_request import ActiveRequest
 
 
 def claimed(claims: Iterable[Claim], began_at: float, ended_at: float) -> None:
@@ -22,7 +22,7 @@ def claimed(claims: Iterable[Claim], began_at: float, ended_at: float) -> None:
             record_span("claim", claim.traceparent, began_at, ended_at, **ids, attempt=claim.attempts)
 
 
-def committed(entries: Sequence[tuple[LiveRequest, Progress]], began_at: float, ended_at: float) -> None:
+def committed(entries: Sequence[tuple[ActiveRequest, Progress]], began_at: float, ended_at: float) -> None:
     """Trace the decoding of requests that have ended, and the commit of their outputs, which took this long."""
     if not tracing():
         return

@@ -23,14 +23,14 @@ from storage import speedup_checks
 from storage.records import ComparisonClaim, ComparisonRow, FinishedText
 from storage.session import DATABASE_AWAY, Database
 from worker.engine.stats import StepResult
-from worker.serving.resilient_engine import LastingEngine
+from worker.serving.resilient_engine import ResilientEngine
 from worker.text.codec import Codec, read_request
-from worker.text.output_stream import Transcript
+from worker.text.output_stream import OutputStream
 
 log = logging.getLogger(__name__)
 
-_LOOK_S = 1.0  # between looks for a job that waits
-_KEEPS = 3  # times that a comparison in hand is renewed while it would last
+_POLL_S = 1.0  # between looks for a job that waits
+_RENEWALS_PER_LEASE = 3  # times that a comparison in hand is renewed while it would last
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,26 +43,26 @@ class _Step:
 
 
 @dataclass(slots=True)
-class _Way:
+class _Variant:
     """One of the two ways in which a request is decoded."""
 
-    transcript: Transcript
+    output_stream: OutputStream
     steps: list[_Step] = field(default_factory=list)  # those that can be compared
 
     @property
     def key(self) -> Hashable:
-        return self.transcript.sequence.key
+        return self.output_stream.sequence.key
 
     @property
     def over(self) -> bool:
-        return self.transcript.sequence.finished
+        return self.output_stream.sequence.finished
 
     @property
     def ids(self) -> list[int]:
-        return self.transcript.sequence.output_ids
+        return self.output_stream.sequence.output_ids
 
     def take(self, result: StepResult) -> None:
-        stats = self.transcript.take(result).stats
+        stats = self.output_stream.take(result).stats
         if stats.plain_step_ms is not None:
             batch = stats.batch_sequences
             self.steps.append(_Step(stats.step_ms / batch, stats.emitted_tokens, batch))
@@ -73,12 +73,12 @@ class _Pair:
     """A request, both ways."""
 
     text: FinishedText
-    drafted: _Way
-    plain: _Way
+    drafted: _Variant
+    plain: _Variant
 
     @property
     def left(self) -> int:
-        """Tokens that its plain way is going to write."""
+        """Tokens that its plain variant is going to write."""
         return len(self.text.token_ids) - len(self.plain.ids)
 
     def row(self, token_ms: Mapping[int, float]) -> ComparisonRow:
@@ -91,7 +91,7 @@ class _Pair:
             drafted_ms=sum(step.ms for step in steps) if known else None,
             plain_ms=sum(step.tokens * _nearest(token_ms, step.batch_sequences) for step in steps) if known else None,
             batch_sequences=fmean(step.batch_sequences for step in steps) if known else None,
-            same_text=all(way.ids == list(self.text.token_ids) for way in (self.drafted, self.plain)),
+            same_text=all(variant.ids == list(self.text.token_ids) for variant in (self.drafted, self.plain)),
         )
 
 
@@ -100,11 +100,11 @@ def _nearest(token_ms: Mapping[int, float], batch_sequences: int) -> float:
     return token_ms[min(token_ms, key=lambda size: abs(size - batch_sequences))]
 
 
-class Comparison:
+class SpeedupCheck:
     """What an idle engine does."""
 
     def __init__(
-        self, engine: LastingEngine, codec: Codec, database: Database, *, worker_id: str, model: str, lease_s: float
+        self, engine: ResilientEngine, codec: Codec, database: Database, *, worker_id: str, model: str, lease_s: float
     ) -> None:
         """Begin with nothing in hand."""
         self._engine = engine
@@ -115,14 +115,14 @@ class Comparison:
         self._lease_s = lease_s
         self._claim: ComparisonClaim | None = None
         self._pairs: list[_Pair] = []
-        self._ways: dict[Hashable, _Way] = {}
+        self._variants: dict[Hashable, _Variant] = {}
         self._numbers = count()  # of comparisons that were begun
         self._number = 0
         self._unread: deque[FinishedText] = deque()
         self._room = 0
         self._plain_next = False
         self._batch = 1  # sequences of the last step with drafts
-        self._looked_at = self._kept_at = float("-inf")
+        self._polled_at = self._renewed_at = float("-inf")
 
     @property
     def busy(self) -> bool:
@@ -134,38 +134,38 @@ class Comparison:
         """Sequences that the engine could take if it were given way."""
         return max(1, self._room) if self.busy else self._engine.free_capacity  # one is enough to be given way
 
-    def turn(self) -> None:
+    def run_once(self) -> None:
         """Run one step of a comparison, or look whether one is due; to be called only while nobody else has work."""
         if self._claim is None:
-            self._look()
+            self._poll()
             return
         if self._unread:
             self._read(self._claim, self._unread.popleft())
-            self._keep(self._claim)
-        elif any(not way.over for way in self._ways.values()):
+            self._renew(self._claim)
+        elif any(not variant.over for variant in self._variants.values()):
             self._step()
-            self._keep(self._claim)
+            self._renew(self._claim)
         else:
-            self._record(self._claim)
+            self._store(self._claim)
 
-    def give_way(self) -> None:
+    def preempt(self) -> None:
         """Leave the engine to others; the comparison begins anew another time."""
         if self._claim is None:
             return
         job_id = self._claim.job_id
-        self._engine.cancel(set(self._ways))
-        self._forget()
+        self._engine.cancel(set(self._variants))
+        self._reset()
         try:
             with self._database.write() as session:
                 speedup_checks.drop_comparison(session, job_id)
         except DATABASE_AWAY as error:  # no reason to keep others waiting: it lapses, as if we were lost
             log.warning("Could not hand the comparison of job %s back: %s", job_id, error, extra=_ids(job_id))
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         now = time.monotonic()
-        if now - self._looked_at < _LOOK_S:
+        if now - self._polled_at < _POLL_S:
             return
-        self._looked_at = now
+        self._polled_at = now
         with self._database.read() as session:
             if not speedup_checks.due(session, self._model, MESSAGE_VERSION):
                 return
@@ -174,30 +174,30 @@ class Comparison:
                 session, self._model, MESSAGE_VERSION, self._lease_s, self._worker_id
             )
         if claim is not None:
-            self._begin(claim)
+            self._start(claim)
 
-    def _begin(self, claim: ComparisonClaim) -> None:
+    def _start(self, claim: ComparisonClaim) -> None:
         self._room = self._engine.free_capacity
-        self._claim, self._kept_at, self._plain_next = claim, time.monotonic(), False
+        self._claim, self._renewed_at, self._plain_next = claim, time.monotonic(), False
         self._number = next(self._numbers)
         self._unread = deque(claim.texts)
 
     def _read(self, claim: ComparisonClaim, text: FinishedText) -> None:
         """Read one request a turn, as whoever comes must not wait for all of them."""
         try:
-            drafted, plain = (self._way(claim, text, self._number, plain) for plain in (False, True))
+            drafted, plain = (self._variant(claim, text, self._number, plain) for plain in (False, True))
         except RequestRefused:  # it was decoded by a worker that takes more than this one
             return
         except Exception:
             log.exception("Request %d can't be compared", text.request_index, extra=_ids(claim.job_id))
             return
-        # One by one, so that as many are decoded this way as that, however many there is room for.
+        # One by one, so that as many are decoded this variant as that, however many there is room for.
         self._pairs.append(_Pair(text, drafted, plain))
-        for way in (drafted, plain):
-            self._ways[way.key] = way
-            self._engine.add(way.transcript.sequence)
+        for variant in (drafted, plain):
+            self._variants[variant.key] = variant
+            self._engine.add(variant.output_stream.sequence)
 
-    def _way(self, claim: ComparisonClaim, text: FinishedText, number: int, plain: bool) -> _Way:
+    def _variant(self, claim: ComparisonClaim, text: FinishedText, number: int, plain: bool) -> _Variant:
         """Return a request's first choice once more.
 
         Its group is not the job's, nor that of an earlier try: what has been written already must not serve as draft.
@@ -207,14 +207,14 @@ class Comparison:
         key = (f"comparison {number} of {claim.job_id}", text.request_index, plain)
         sequence = self._codec.sequence(key, prompt, request.sampling, 0)
         sequence.traced_steps = 0
-        return _Way(Transcript(sequence, self._codec.stream(request.sampling.stop, prompt, claim.endpoint)))
+        return _Variant(OutputStream(sequence, self._codec.stream(request.sampling.stop, prompt, claim.endpoint)))
 
     def _step(self) -> None:
         only = self._plain_batch() if self._plain_next else {pair.drafted.key for pair in self._pairs}
         results, given_up = self._engine.step(only, plain=self._plain_next)
         for result in results:
             try:
-                self._ways[result.sequence.key].take(result)
+                self._variants[result.sequence.key].take(result)
             except Exception:
                 log.exception("A request can't be compared", extra={"action": "compare"})
                 given_up.append(result.sequence)
@@ -228,16 +228,16 @@ class Comparison:
     def _plain_batch(self) -> set[Hashable]:
         """Return the next plain step's sequences: those with most left to write, lest there be too few in the end."""
         unfinished = [pair for pair in self._pairs if not pair.plain.over]
-        waiting = [pair.plain.transcript.sequence.slot < 0 for pair in unfinished]
+        waiting = [pair.plain.output_stream.sequence.slot < 0 for pair in unfinished]
         order = sorted(zip(waiting, unfinished, strict=True), key=lambda entry: (entry[0], -entry[1].left))
         return {pair.plain.key for _, pair in order[: self._batch]}
 
     def _plain_is_behind(self) -> bool:
-        """Return whether the next step is a plain one: that way has written less, or the other is through."""
+        """Return whether the next step is a plain one: that variant has written less, or the other is through."""
         drafted, plain = [pair.drafted for pair in self._pairs], [pair.plain for pair in self._pairs]
-        if all(way.over for way in drafted) or all(way.over for way in plain):
-            return not all(way.over for way in plain)
-        return sum(len(way.ids) for way in plain) < sum(len(way.ids) for way in drafted)
+        if all(variant.over for variant in drafted) or all(variant.over for variant in plain):
+            return not all(variant.over for variant in plain)
+        return sum(len(variant.ids) for variant in plain) < sum(len(variant.ids) for variant in drafted)
 
     def _token_ms(self) -> dict[int, float]:
         """Return what plain decoding took for a token of a sequence, by the sequences of the step."""
@@ -253,14 +253,14 @@ class Comparison:
             self._engine.cancel({pair.drafted.key, pair.plain.key})
             self._pairs.remove(pair)
 
-    def _keep(self, claim: ComparisonClaim) -> None:
-        if time.monotonic() - self._kept_at < self._lease_s / _KEEPS:
+    def _renew(self, claim: ComparisonClaim) -> None:
+        if time.monotonic() - self._renewed_at < self._lease_s / _RENEWALS_PER_LEASE:
             return
         with self._database.write() as session:
             speedup_checks.keep_comparison(session, claim.job_id, self._lease_s)
-        self._kept_at = time.monotonic()
+        self._renewed_at = time.monotonic()
 
-    def _record(self, claim: ComparisonClaim) -> None:
+    def _store(self, claim: ComparisonClaim) -> None:
         token_ms = self._token_ms()
         rows = [pair.row(token_ms) for pair in self._pairs]
         with self._database.write() as session:
@@ -274,11 +274,11 @@ class Comparison:
                     extra=_ids(claim.job_id) | {"request_index": row.request_index},
                 )
         log.info("Decoded %d requests of job %s both ways", len(rows), claim.job_id, extra=_ids(claim.job_id))
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._claim = None
-        self._pairs, self._ways = [], {}
+        self._pairs, self._variants = [], {}
         self._unread.clear()
 
 

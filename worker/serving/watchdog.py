@@ -14,34 +14,34 @@ from dataclasses import dataclass, field
 class Watchdog:
     """What has been seen of one worker process. Times are monotonic seconds."""
 
-    stall_s: float  # longest time between two turns of the engine
+    stall_s: float  # longest time between two iterations of the engine
     deaf_s: float  # longest time between a message to oneself and hearing it
-    _turns: int = -1
-    _turned_at: float = field(default=float("inf"))
-    _unheard_since: float | None = None
+    _iterations: int = -1
+    _progress_at: float = field(default=float("inf"))
+    _pulse_pending_since: float | None = None
 
-    def saw_turns(self, turns: int, now: float) -> bool:
+    def record_iterations(self, iterations: int, now: float) -> bool:
         """Take note of the engine's counter and return whether it has moved since the last look."""
-        moved = turns != self._turns
+        moved = iterations != self._iterations
         if moved:
-            self._turns, self._turned_at = turns, now
+            self._iterations, self._progress_at = iterations, now
         return moved
 
-    def sent(self, *, delivered: bool, now: float) -> None:
+    def pulse_sent(self, *, delivered: bool, now: float) -> None:
         """Take note of a message to oneself. Where Redis did not take it, nothing can be said about the consumer."""
         if not delivered:
-            self._unheard_since = None
-        elif self._unheard_since is None:
-            self._unheard_since = now
+            self._pulse_pending_since = None
+        elif self._pulse_pending_since is None:
+            self._pulse_pending_since = now
 
-    def heard(self) -> None:
+    def pulse_received(self) -> None:
         """Take note that a message to oneself has come."""
-        self._unheard_since = None
+        self._pulse_pending_since = None
 
-    def verdict(self, now: float) -> str | None:
+    def restart_reason(self, now: float) -> str | None:
         """Return why the process should end; None while it is of use."""
-        if now - self._turned_at > self.stall_s:
-            return f"the engine has not finished a step for {now - self._turned_at:.0f} s"
-        if self._unheard_since is not None and now - self._unheard_since > self.deaf_s:
-            return f"no message has come from Redis for {now - self._unheard_since:.0f} s, though it takes them"
+        if now - self._progress_at > self.stall_s:
+            return f"the engine has not finished a step for {now - self._progress_at:.0f} s"
+        if self._pulse_pending_since is not None and now - self._pulse_pending_since > self.deaf_s:
+            return f"no message has come from Redis for {now - self._pulse_pending_since:.0f} s, though it takes them"
         return None

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from worker.engine.stats import StepResult
-from worker.serving.active_request import LiveRequest
+from worker.serving.active_request import ActiveRequest
 
 
 @dataclass(slots=True)
-class Load:
+class WorkerStats:
     """Sums over the steps of this start of the process. They only grow."""
 
     steps: Counter[str] = field(default_factory=Counter)  # by decision
@@ -45,7 +45,7 @@ class Load:
             self.accepted_tokens += result.stats.accepted_tokens
             self.expected_accepted += result.stats.expected_accepted
 
-    def as_json(self, live: Collection[LiveRequest]) -> dict[str, Any]:
+    def as_json(self, live: Collection[ActiveRequest]) -> dict[str, Any]:
         """Return the sums, and what is held now."""
         held = [choice.sequence for request in live for choice in request.choices.values()]
         decoding = [sequence for sequence in held if sequence.slot >= 0]

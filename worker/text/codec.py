@@ -25,7 +25,7 @@ from worker.text.chat import Chat, Special
 from worker.text.detokenizer import Detokenizer
 from worker.text.prompt_length import PromptLength
 from worker.text.stop_strings import Pieces, StopStrings, add_piece
-from worker.text.token_bytes import spelling
+from worker.text.token_bytes import token_bytes
 
 _TINY = 1e-20  # what logits are divided by: single precision makes zero of much less, and numbers would be none
 
@@ -154,7 +154,7 @@ class Codec:
 
     def _refuse_too_long(self, text: str, param: str) -> None:
         """Refuse a text that can't fit, whatever its tokens are: reading it would take long, and for nothing."""
-        least = self._length.least(text)
+        least = self._length.min_tokens(text)
         if least >= self.context_tokens:
             raise self._too_long(f"at least {least}", param)
 
@@ -171,7 +171,7 @@ class TextStream:
 
     def __init__(self, codec: Codec, stops: Sequence[str] = (), before: Sequence[int] | None = ()) -> None:
         """Start with no text; `before` it come these tokens, or None where it is a text of its own."""
-        self._spelling = spelling(codec.tokenizer)
+        self._token_bytes = token_bytes(codec.tokenizer)
         self._detokenizer = Detokenizer(codec.tokenizer, before)
         self._stops = StopStrings(stops)
         self._text: list[str] = []
@@ -191,7 +191,7 @@ class TextStream:
     def resume(self, ids: Sequence[int], accepted: Iterable[bool]) -> None:
         """Take tokens that were passed on and told by an earlier owner."""
         self.push(ids, accepted)
-        self._first = self._first and all(map(self._spelling.is_special, ids))
+        self._first = self._first and all(map(self._token_bytes.is_special, ids))
 
     def push(self, ids: Iterable[int], accepted: Iterable[bool]) -> Pieces:
         """Add tokens; return the new (text, source) pieces, source `draft` for accepted draft tokens, else `target`.
@@ -217,7 +217,7 @@ class TextStream:
         self._pass(pieces, self._stops.end())
         return pieces
 
-    def spelled(self, ids: Sequence[int], told: Sequence[TokenLogprobs]) -> tuple[TokenLikelihoods, ...]:
+    def readable_logprobs(self, ids: Sequence[int], told: Sequence[TokenLogprobs]) -> tuple[TokenLikelihoods, ...]:
         """Return what the engine tells of these tokens (the first of `told`) in the words of the tokenizer.
 
         They are the tokens behind those that were told before.
@@ -225,8 +225,8 @@ class TextStream:
         return tuple(self._likelihoods(token, entry) for token, entry in zip(ids, told, strict=False))
 
     def _likelihoods(self, token: int, entry: TokenLogprobs) -> TokenLikelihoods:
-        first, self._first = self._first, self._first and self._spelling.is_special(token)
-        return self._spelling.of(entry, token, first=first)
+        first, self._first = self._first, self._first and self._token_bytes.is_special(token)
+        return self._token_bytes.of(entry, token, first=first)
 
     def _pass(self, pieces: Pieces, passed: Pieces) -> None:
         for chunk, source in passed:
@@ -262,12 +262,12 @@ def eos_ids(tokenizer: PreTrainedTokenizerFast, generation: GenerationConfig | N
     return frozenset(int(i) for i in ids if i is not None)
 
 
-def spelled_alike(ours: Mapping[str, int], theirs: Mapping[str, int]) -> list[int]:
+def shared_token_ids(ours: Mapping[str, int], theirs: Mapping[str, int]) -> list[int]:
     """Return the token ids that two vocabularies spell alike, ascending."""
     return sorted(i for token, i in ours.items() if theirs.get(token) == i)
 
 
-def first_difference(ours: Mapping[str, int], theirs: Mapping[str, int]) -> int | None:
+def first_mismatched_id(ours: Mapping[str, int], theirs: Mapping[str, int]) -> int | None:
     """Return the first token id that two vocabularies spell differently, or None."""
     a, b = ({i: token for token, i in vocab.items()} for vocab in (ours, theirs))
     return min((i for i in a.keys() | b.keys() if a.get(i) != b.get(i)), default=None)

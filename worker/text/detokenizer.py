@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerFast
 
-from worker.text.token_bytes import spelling
+from worker.text.token_bytes import token_bytes
 
 _BROKEN = "\ufffd"
 _MOST_HELD = 16  # tokens; a character has four bytes, so it is complete within four tokens that have any
@@ -26,14 +26,14 @@ class Detokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, before: Sequence[int] | None = None) -> None:
         """Start a text of its own, or one that continues the tokens `before`, which may be any or none."""
         self._backend = tokenizer.backend_tokenizer
-        self._spelling = spelling(tokenizer)
+        self._token_bytes = token_bytes(tokenizer)
         self._known: list[int] = [] if before is None else self._tail(before)
         self._told = self._decode(self._known)  # the text of the known tokens
         self._held: list[int] = []  # tokens behind them whose text is not complete
 
     def push(self, token: int) -> str:
         """Add a token; return the text that is complete now."""
-        if self._spelling.is_special(token):
+        if self._token_bytes.is_special(token):
             return ""
         self._held.append(token)
         whole, full = self._decode([*self._known, *self._held]), len(self._held) > _MOST_HELD
@@ -66,7 +66,7 @@ class Detokenizer:
             if not reader.getstate()[0]:
                 complete, told = count, text
         self._held = self._held[complete:]
-        self._known = list(self._spelling.ordinary)
+        self._known = list(self._token_bytes.neutral_prefix)
         self._told = self._decode(self._known)
         return told
 
@@ -74,13 +74,13 @@ class Detokenizer:
         return b"".join(self._own(token, first=not self._known and i == 0) for i, token in enumerate(tokens))
 
     def _own(self, token: int, *, first: bool) -> bytes:
-        return bytes(self._spelling.spell(token, first=first)[1] or ())
+        return bytes(self._token_bytes.text_and_bytes(token, first=first)[1] or ())
 
     def _tail(self, before: Sequence[int]) -> list[int]:
         """Return the last tokens of a text if they are readable by themselves, else an ordinary one."""
-        tail = [token for token in before[-_TAIL:] if not self._spelling.is_special(token)]
+        tail = [token for token in before[-_TAIL:] if not self._token_bytes.is_special(token)]
         text = self._decode(tail)
-        return tail if text and _BROKEN not in text else list(self._spelling.ordinary)
+        return tail if text and _BROKEN not in text else list(self._token_bytes.neutral_prefix)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self._backend.decode(list(ids), skip_special_tokens=True)) if ids else ""

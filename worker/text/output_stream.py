@@ -17,7 +17,7 @@ from worker.text.stop_strings import Pieces
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class StepOutput:
     """What one step brought that counts."""
 
     tokens: tuple[int, ...]
@@ -27,7 +27,7 @@ class Written:
     logprobs: tuple[TokenLikelihoods, ...] | None  # per token, if the sequence wants them
 
 
-class Transcript:
+class OutputStream:
     """One sequence and its text."""
 
     def __init__(self, sequence: Sequence, stream: TextStream) -> None:
@@ -45,7 +45,7 @@ class Transcript:
         self._stream.resume(tokens, accepted)
         self.sequence.ids += tokens
 
-    def take(self, result: StepResult) -> Written:
+    def take(self, result: StepResult) -> StepOutput:
         """Add a step; afterwards the sequence is finished if its text met a stop string."""
         accepted = [i < result.stats.accepted_tokens for i in range(len(result.tokens))]
         before = self._stream.num_tokens
@@ -57,5 +57,5 @@ class Transcript:
             self.sequence.cut(len(result.tokens) - count)
         stats = replace(result.stats, emitted_tokens=count, accepted_tokens=sum(accepted[:count]))
         tokens = result.tokens[:count]
-        logprobs = None if result.logprobs is None else self._stream.spelled(tokens, result.logprobs)
-        return Written(tokens, tuple(accepted[:count]), pieces, stats, logprobs)
+        logprobs = None if result.logprobs is None else self._stream.readable_logprobs(tokens, result.logprobs)
+        return StepOutput(tokens, tuple(accepted[:count]), pieces, stats, logprobs)

@@ -29,7 +29,7 @@ class PromptLength:
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self._composes = any(part["type"] == "NFC" for part in normalizers)
         self._in_bytes = any(part["type"] == "ByteLevel" for part in pre_tokenizers)
-        self._longest = max(map(len, vocabulary), default=0)
+        self._max_token_length = max(map(len, vocabulary), default=0)
         alphabet = bytes_to_unicode().values() if self._in_bytes else [f"<0x{byte:02X}>" for byte in range(256)]  # type: ignore[no-untyped-call]
         model = backend.model
         self._known = (
@@ -41,12 +41,12 @@ class PromptLength:
             and not any(added.lstrip or added.rstrip for added in tokenizer.added_tokens_decoder.values())
         )
 
-    def least(self, text: str) -> int:
+    def min_tokens(self, text: str) -> int:
         """Return a number of tokens that a text has at least; 0 where nothing is known."""
         if not self._known or (self._composes and not unicodedata.is_normalized("NFC", text)):
             return 0
         size = len(text.encode(errors="replace")) if self._in_bytes else len(text)
-        return -(-size // self._longest)
+        return -(-size // self._max_token_length)
 
 
 def _parts(component: Any) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Spelling: what a single token says, as a text and as the bytes it adds.
+"""Text and bytes of single tokens.
 
 A text is decoded as a whole (`worker.text.codec`); here a token stands alone, and may be part of a character.
 """
@@ -20,7 +20,7 @@ from worker.engine.logprobs import TokenLogprobs
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
-class Spelling:
+class TokenBytes:
     """Spells the tokens of one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -34,7 +34,7 @@ class Spelling:
         self._known: dict[tuple[int, bool], tuple[str, tuple[int, ...] | None]] = {}
 
     @cached_property
-    def ordinary(self) -> tuple[int, ...]:
+    def neutral_prefix(self) -> tuple[int, ...]:
         """Tokens of an ordinary letter: behind them a token reads as in the midst of a text."""
         return tuple(self._tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).ids)
 
@@ -49,17 +49,17 @@ class Spelling:
             tuple(self._likelihood(other, p, first) for other, p in told.top),
         )
 
-    def spell(self, token: int, *, first: bool = False) -> tuple[str, tuple[int, ...] | None]:
+    def text_and_bytes(self, token: int, *, first: bool = False) -> tuple[str, tuple[int, ...] | None]:
         """Return a token's text and its bytes. Special tokens add none to a text."""
         if (token, first) not in self._known:
-            self._known[token, first] = self._spell(token, first)
+            self._known[token, first] = self._text_and_bytes(token, first)
         return self._known[token, first]
 
     def _likelihood(self, token: int, logprob: float, first: bool) -> Likelihood:
-        text, own = self.spell(token, first=first)
+        text, own = self.text_and_bytes(token, first=first)
         return Likelihood(text, logprob, own)
 
-    def _spell(self, token: int, first: bool) -> tuple[str, tuple[int, ...] | None]:
+    def _text_and_bytes(self, token: int, first: bool) -> tuple[str, tuple[int, ...] | None]:
         symbols: Any = self._tokenizer.convert_ids_to_tokens(token)  # of one id; typed for lists, too
         if symbols is None:  # the model has more rows of logits than the tokenizer has tokens
             return f"<{token}>", None
@@ -87,9 +87,9 @@ class Spelling:
 
 
 @lru_cache(maxsize=4)
-def spelling(tokenizer: PreTrainedTokenizerFast) -> Spelling:
+def token_bytes(tokenizer: PreTrainedTokenizerFast) -> TokenBytes:
     """Return the spelling of a tokenizer, which remembers what it has spelt."""
-    return Spelling(tokenizer)
+    return TokenBytes(tokenizer)
 
 
 def _decoders(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from worker.terminal import Bars, say, sentences, settings_of
+from worker.terminal import ProgressBars, readable_errors, say, settings_of
 from worker.training.config import Kind, Recipe
 
 _LOG_WIDTH = 120  # columns of a table that goes to a file
@@ -55,7 +55,7 @@ def train(
     )
     texts = read_prompts(prompts, limit=sys.maxsize) if prompts else ()
     command = shlex.join(["basic", *sys.argv[1:]])
-    with sentences(), Bars() as bars:
+    with readable_errors(), ProgressBars() as bars:
         evaluation = pipeline.train_draft(settings_of(target=target), recipe, out, texts, command, bars, say)
     if evaluation is None:  # one of several processes; the first of them speaks
         return
@@ -83,7 +83,7 @@ def evaluate(
 
     recipe = Recipe(seed=seed, tokens=tokens, greedy_share=1.0, held_out=0, rows=1)
     texts = read_prompts(prompts, limit=sys.maxsize) if prompts else ()
-    with sentences(), Bars() as bars:
+    with readable_errors(), ProgressBars() as bars:
         settings = settings_of(target=target, draft=draft)
         evaluation = pipeline.evaluate_draft(settings, recipe, out, texts, bars, say)
     (out / "evaluation.json").write_text(json.dumps(evaluation.as_json(), indent=2) + "\n")

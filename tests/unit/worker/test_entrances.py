@@ -18,7 +18,7 @@ from jobs.schema_check import upgrade_schema
 from tests.models import byte_tokenizer, save_tiny, tiny
 from worker import benchmark, start
 from worker.bench import grid
-from worker.benchmark import OURS
+from worker.benchmark import OWN_MODES
 from worker.cli import commands
 from worker.engine.options import Mode
 from worker.generate import generate as decoded
@@ -171,7 +171,7 @@ def test_the_grid_has_a_cell_for_every_batch_draft_and_temperature(
     assert done.exit_code == 0, done.output
     results = json.loads(done.stdout)["results"]
     told = {(r["mode"], r["batch"], r["temperature"], r["drafter"]) for r in results}
-    assert told == set(product(OURS, (1, 3), (0.0, 1.0), ("replay", "random", "suffix")))
+    assert told == set(product(OWN_MODES, (1, 3), (0.0, 1.0), ("replay", "random", "suffix")))
     assert all(r["tokens_per_s"] > 0 for r in results)
 
 

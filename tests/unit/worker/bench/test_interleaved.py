@@ -1,4 +1,4 @@
-"""A race: engines that take turns on one target write what each writes alone, and meet the same moments."""
+"""Engines that take turns on one target write what each writes alone, and meet the same moments."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def test_engines_in_a_race_write_what_each_writes_alone(temperature: float) -> N
     target = packed(model, slots=8)
     racing = [sequences(sampling=sampling) for _ in range(2)]
     engines = [
-        engine(interleaved.Lane(target, 0, 4), drafter("same"), options(Mode.PAPER)),
-        engine(interleaved.Lane(target, 4, 4), None, options(Mode.PLAIN)),
+        engine(interleaved.SlotRange(target, 0, 4), drafter("same"), options(Mode.PAPER)),
+        engine(interleaved.SlotRange(target, 4, 4), None, options(Mode.PLAIN)),
     ]
     for running, some in zip(engines, racing, strict=True):
         for sequence in some:
             running.add(sequence)
-    interleaved.race(engines)
+    interleaved.run_interleaved(engines)
     assert [outputs(some) for some in racing] == [outputs(alone)] * 2
 
 
 def test_lanes_have_slots_of_their_own() -> None:
     target = packed(tiny("llama"), slots=2)
-    one, other = interleaved.Lane(target, 0, 1), interleaved.Lane(target, 1, 1)
+    one, other = interleaved.SlotRange(target, 0, 1), interleaved.SlotRange(target, 1, 1)
     before = one.forward([chain(0, 0, [5, 6, 7], keep_last=True)]).clone()
     other.forward([chain(0, 0, [8, 9, 10], keep_last=True)])
     other.clear()
@@ -62,5 +62,5 @@ def test_the_next_step_is_of_the_engine_that_has_had_least_time(monkeypatch: pyt
             return []
 
     monkeypatch.setattr(interleaved, "perf_counter", lambda: clock[0])
-    assert interleaved.race([Stepper("slow", 3.0, 2), Stepper("quick", 1.0, 8)]) == [6.0, 8.0]
+    assert interleaved.run_interleaved([Stepper("slow", 3.0, 2), Stepper("quick", 1.0, 8)]) == [6.0, 8.0]
     assert turns == ["slow", "quick", "quick", "quick", "slow", *["quick"] * 5]

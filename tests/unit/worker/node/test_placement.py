@@ -8,7 +8,7 @@ import pytest
 
 from jobs.errors import SetupError
 from worker.node import placement
-from worker.node.placement import parse_cpu_list, pins, visible_gpus
+from worker.node.placement import parse_cpu_list, place_replicas, visible_gpus
 from worker.node.supervisor import replica
 from worker.settings import WorkerSettings
 
@@ -27,31 +27,36 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_replica_has_gpus_of_its_own_and_the_cpus_beside_them(node: Path) -> None:
-    one_each = pins(4, 1, {}, node)
-    assert [pin.gpus for pin in one_each] == [("0",), ("1",), ("2",), ("3",)]
-    assert [sorted(pin.cpus) for pin in one_each] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]
-    two_each = pins(2, 2, {}, node)
-    assert [pin.gpus for pin in two_each] == [("0", "1"), ("2", "3")]
-    assert [sorted(pin.cpus) for pin in two_each] == [list(range(8)), list(range(8, 16))]
+    one_each = place_replicas(4, 1, {}, node)
+    assert [placement.gpus for placement in one_each] == [("0",), ("1",), ("2",), ("3",)]
+    assert [sorted(placement.cpus) for placement in one_each] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9, 10, 11],
+        [12, 13, 14, 15],
+    ]
+    two_each = place_replicas(2, 2, {}, node)
+    assert [placement.gpus for placement in two_each] == [("0", "1"), ("2", "3")]
+    assert [sorted(placement.cpus) for placement in two_each] == [list(range(8)), list(range(8, 16))]
 
 
 def test_zero_replicas_means_as_many_as_the_gpus_hold(node: Path) -> None:
-    assert len(pins(0, 1, {}, node)) == 4
-    assert len(pins(0, 2, {}, node)) == 2
-    assert len(pins(0, 1, {"CUDA_VISIBLE_DEVICES": "2,3"}, node)) == 2
+    assert len(place_replicas(0, 1, {}, node)) == 4
+    assert len(place_replicas(0, 2, {}, node)) == 2
+    assert len(place_replicas(0, 1, {"CUDA_VISIBLE_DEVICES": "2,3"}, node)) == 2
 
 
 def test_too_few_gpus_are_said_with_what_would_fit(node: Path) -> None:
     with pytest.raises(SetupError, match="start 2 replicas"):
-        pins(4, 2, {}, node)
+        place_replicas(4, 2, {}, node)
     with pytest.raises(SetupError, match="at most 4"):
-        pins(1, 8, {}, node)
+        place_replicas(1, 8, {}, node)
 
 
 def test_only_gpus_that_were_made_visible_are_dealt_out(node: Path) -> None:
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": "GPU-5a, 3"}, node) == ["GPU-5a", "3"]
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}, node) == []
-    assert [p.gpus for p in pins(2, 1, {"CUDA_VISIBLE_DEVICES": "3,1"}, node)] == [("3",), ("1",)]
+    assert [p.gpus for p in place_replicas(2, 1, {"CUDA_VISIBLE_DEVICES": "3,1"}, node)] == [("3",), ("1",)]
 
 
 @pytest.mark.parametrize(("replicas", "cpus"), [(2, 7), (4, 4), (5, 2), (3, 16)])
@@ -59,7 +64,7 @@ def test_replicas_without_gpus_share_all_cpus_and_none_goes_without(
     replicas: int, cpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(placement, "allowed_cpus", lambda: list(range(cpus)))
-    shares = [pin.cpus for pin in pins(replicas, 1, {}, tmp_path)]
+    shares = [placement.cpus for placement in place_replicas(replicas, 1, {}, tmp_path)]
     assert set().union(*shares) == set(range(cpus))
     assert all(shares)
     if replicas <= cpus:
@@ -68,7 +73,7 @@ def test_replicas_without_gpus_share_all_cpus_and_none_goes_without(
 
 def test_a_replica_is_told_what_it_may_use_and_what_the_command_chose(node: Path) -> None:
     settings = WorkerSettings(target="some/model", replicas=2, tp=2)
-    told = replica(settings, pins(2, 2, {}, node)[1]).environment
+    told = replica(settings, place_replicas(2, 2, {}, node)[1]).environment
     assert told["CUDA_VISIBLE_DEVICES"] == "2,3"
     assert (told["BASIC_REPLICAS"], told["BASIC_TP"], told["BASIC_TARGET"]) == ("1", "2", "some/model")
     assert (told["BASIC_THREADS"], told["BASIC_MEMORY_SHARE"]) == ("4", "0.5")

@@ -20,11 +20,11 @@ from storage.session import Database
 from tests.models import byte_tokenizer
 from tests.unit.worker.serving.test_runner import Worker, submit, texts, words
 from worker.serving import request_reader
-from worker.serving.active_request import LiveChoice
-from worker.serving.request_reader import Readers
+from worker.serving.active_request import ActiveChoice
+from worker.serving.request_reader import RequestReader
 from worker.serving.sink import Sink
 from worker.text.codec import Codec
-from worker.text.output_stream import Transcript
+from worker.text.output_stream import OutputStream
 
 BAD = 1  # the index of the request that fails
 
@@ -41,12 +41,12 @@ def of_key(_codec: Codec, key: tuple[Any, ...], *_: Any) -> bool:
     return bool(key[1] == BAD)
 
 
-def of_transcript(transcript: Transcript, *_: Any) -> bool:
-    return of_key(None, transcript.sequence.key)  # type: ignore[arg-type]
+def of_output_stream(stream: OutputStream, *_: Any) -> bool:
+    return of_key(None, stream.sequence.key)  # type: ignore[arg-type]
 
 
-def of_choice(choice: LiveChoice, *_: Any) -> bool:
-    return of_transcript(choice.transcript)
+def of_choice(choice: ActiveChoice, *_: Any) -> bool:
+    return of_output_stream(choice.output_stream)
 
 
 def of_live(_sink: Sink, request: Any, *_: Any) -> bool:
@@ -56,10 +56,10 @@ def of_live(_sink: Sink, request: Any, *_: Any) -> bool:
 PLACES: list[tuple[type, str, Callable[..., bool]]] = [
     (Codec, "encode_all", of_prompt),
     (Codec, "sequence", of_key),
-    (Transcript, "take", of_transcript),
-    (LiveChoice, "take", of_choice),
-    (LiveChoice, "output", of_choice),
-    (LiveChoice, "checkpoint", of_choice),
+    (OutputStream, "take", of_output_stream),
+    (ActiveChoice, "take", of_choice),
+    (ActiveChoice, "output", of_choice),
+    (ActiveChoice, "checkpoint", of_choice),
     (Sink, "started", of_live),
 ]
 
@@ -188,13 +188,13 @@ def test_others_are_answered_and_leases_renewed_while_a_prompt_is_read(
     submit(database, "short", job_id="chat", priority=1)
     worker = Worker(database, "a")
     for _ in range(200):
-        worker.runner.turn(rung=True)
+        worker.runner.run_once(notified=True)
         if (0, 0) in texts(database):
             break
     assert (0, 0) in texts(database), "the short request waited for the long ones"
     with database.write() as session:
         session.execute(text("UPDATE requests SET lease_expires_at = 1 WHERE status = 'running'"))
-    worker.runner.turn()
+    worker.runner.run_once()
     with database.read() as session:
         running = list(session.scalars(select(Request).where(Request.status == "running")))
     assert len(running) == 2
@@ -220,10 +220,10 @@ def test_prompts_that_take_long_to_read_keep_no_place_from_others(
     monkeypatch.setattr(Codec, "encode_all", slow)
     submit(database, *["x" * 50_000] * 3, job_id="batch")
     worker = Worker(database, "a")
-    worker.runner.turn(rung=True)
+    worker.runner.run_once(notified=True)
     submit(database, "short", job_id="later")
     for _ in range(200):
-        worker.runner.turn(rung=True)
+        worker.runner.run_once(notified=True)
         if texts(database):
             break
     assert texts(database), "three long prompts filled an engine of three places"
@@ -243,7 +243,7 @@ def test_a_worker_that_leaves_hands_back_what_it_reads(database: Database, monke
     monkeypatch.setattr(Codec, "encode_all", slow)
     submit(database, "one")
     leaving = Worker(database, "a")
-    leaving.runner.turn(rung=True)
+    leaving.runner.run_once(notified=True)
     leaving.runner.hand_back()
     assert statuses(database) == {0: ("queued", None)}
     go_on.set()
@@ -256,7 +256,7 @@ def a_claim(index: int, prompt: str) -> Claim:
     return Claim(Lease("job", index, 1), f"r{index}", "/v1/completions", 0, body, 1, None, (), ())
 
 
-def read_all(reading: Readers, count: int) -> list[tuple[int, Any]]:
+def read_all(reading: RequestReader, count: int) -> list[tuple[int, Any]]:
     found: list[tuple[int, Any]] = []
     while len(found) < count:
         found += [(claim.lease.request_index, result) for claim, result in reading.take(1.0, 1.0)]
@@ -274,7 +274,7 @@ def test_the_longest_is_read_last_but_not_behind_all_who_come_later(monkeypatch:
         return [[1]]
 
     monkeypatch.setattr(Codec, "encode_all", noted)
-    reading = Readers(Codec(byte_tokenizer(), frozenset(), 100, 258))
+    reading = RequestReader(Codec(byte_tokenizer(), frozenset(), 100, 258))
     sizes = [30, 900, 200, 50, 60, *[40] * 60]
     for index, size in enumerate(sizes):
         reading.put(a_claim(index, "x" * (1000 * size)))
@@ -293,8 +293,8 @@ def test_reading_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> 
         return [[1]]
 
     monkeypatch.setattr(Codec, "encode_all", endless)
-    monkeypatch.setattr(request_reader, "_MOST_S", 0.05)
-    reading = Readers(Codec(byte_tokenizer(), frozenset(), 100, 258))
+    monkeypatch.setattr(request_reader, "_MAX_READ_S", 0.05)
+    reading = RequestReader(Codec(byte_tokenizer(), frozenset(), 100, 258))
     reading.put(a_claim(0, "endless"))
     reading.put(a_claim(1, "fine"))
     results = dict(read_all(reading, 2))

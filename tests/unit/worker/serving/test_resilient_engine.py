@@ -15,7 +15,7 @@ from worker.drafters.suffix import SuffixDrafter
 from worker.engine.options import Mode
 from worker.engine.segments import Segment
 from worker.engine.sequence import Sequence as EngineSequence
-from worker.serving.resilient_engine import LastingEngine
+from worker.serving.resilient_engine import ResilientEngine
 
 POISON = 60
 
@@ -33,12 +33,12 @@ class FragileModel(TableModel):
         return super().forward(segments)
 
 
-def lasting(model: FragileModel, mode: Mode = Mode.PLAIN) -> LastingEngine:
+def resilient(model: FragileModel, mode: Mode = Mode.PLAIN) -> ResilientEngine:
     chosen = options(mode, max_sequences=16, prefill_rows=100)
-    return LastingEngine(lambda: engine(model, SuffixDrafter(), chosen))
+    return ResilientEngine(lambda: engine(model, SuffixDrafter(), chosen))
 
 
-def decode(running: LastingEngine, some: Sequence[EngineSequence]) -> list[EngineSequence]:
+def decode(running: ResilientEngine, some: Sequence[EngineSequence]) -> list[EngineSequence]:
     """Run sequences to their end; return those that were given up."""
     for sequence in some:
         running.add(sequence)
@@ -54,8 +54,8 @@ def decode(running: LastingEngine, some: Sequence[EngineSequence]) -> list[Engin
 def test_poisonous_prompts_are_given_up_and_all_others_get_their_text(poisoned: list[int]) -> None:
     prompts = [[POISON if i in poisoned else 5, 2 + i] for i in range(16)]
     some, calm = sequences(prompts), sequences([[5, 2 + i] for i in range(16)])
-    decode(lasting(FragileModel(last_token)), calm)
-    lost = decode(lasting(FragileModel(last_token)), some)
+    decode(resilient(FragileModel(last_token)), calm)
+    lost = decode(resilient(FragileModel(last_token)), some)
     assert sorted(s.key for s in lost if isinstance(s.key, int)) == poisoned
     good = [i for i in range(16) if i not in poisoned]
     assert [some[i].output_ids for i in good] == [calm[i].output_ids for i in good]
@@ -63,7 +63,7 @@ def test_poisonous_prompts_are_given_up_and_all_others_get_their_text(poisoned: 
 
 def test_a_text_that_becomes_poisonous_is_given_up_with_what_it_had() -> None:
     some = sequences([[2 + i] for i in range(6)] + [[POISON - 5]], max_tokens=20)
-    lost = decode(lasting(FragileModel(last_token)), some)
+    lost = decode(resilient(FragileModel(last_token)), some)
     assert lost == [some[6]]
     assert some[6].output_ids == list(range(POISON - 4, POISON + 1)), "it was drawn, and could not be read back"
     assert all(len(s.output_ids) == 20 for s in some[:6])
@@ -72,10 +72,10 @@ def test_a_text_that_becomes_poisonous_is_given_up_with_what_it_had() -> None:
 @pytest.mark.parametrize("mode", [Mode.PLAIN, Mode.PAPER])
 def test_a_batch_that_is_too_large_shrinks_and_nobody_is_lost(mode: Mode) -> None:
     some, calm = sequences([[2, 3 + i, 4] for i in range(16)]), sequences([[2, 3 + i, 4] for i in range(16)])
-    decode(lasting(FragileModel(last_token), mode), calm)
+    decode(resilient(FragileModel(last_token), mode), calm)
     model = FragileModel(last_token)
     model.limit = 30
-    assert decode(lasting(model, mode), some) == []
+    assert decode(resilient(model, mode), some) == []
     assert outputs(some) == outputs(calm)
     assert model.failures
 
@@ -83,7 +83,7 @@ def test_a_batch_that_is_too_large_shrinks_and_nobody_is_lost(mode: Mode) -> Non
 def test_there_is_no_room_for_more_before_everybody_is_back() -> None:
     model = FragileModel(last_token)
     model.limit = 5
-    running = lasting(model)
+    running = resilient(model)
     for sequence in sequences([[2], [3], [4], [5], [6], [7]], max_tokens=3):
         running.add(sequence)
     running.step()
@@ -97,7 +97,7 @@ def test_there_is_no_room_for_more_before_everybody_is_back() -> None:
 def test_who_waits_after_a_failure_can_be_cancelled() -> None:
     model = FragileModel(last_token)
     model.limit = 2
-    running = lasting(model)
+    running = resilient(model)
     some = sequences([[2], [3], [4]])
     for sequence in some:
         running.add(sequence)
@@ -112,9 +112,9 @@ def test_scores_that_are_no_numbers_end_the_one_text_they_are_for() -> None:
         return last_token(prefix) * (float("nan") if 40 in prefix and len(prefix) > 6 else 1.0)
 
     some, calm = sequences([[2 + i, 3] for i in range(5)] + [[2, 40]]), sequences([[2 + i, 3] for i in range(5)])
-    decode(lasting(FragileModel(last_token)), calm)
+    decode(resilient(FragileModel(last_token)), calm)
     model = FragileModel(law)
-    assert decode(lasting(model), some) == [some[5]]
+    assert decode(resilient(model), some) == [some[5]]
     assert "not numbers" in some[5].failure
     assert outputs(some[:5]) == outputs(calm)
 
@@ -126,14 +126,14 @@ def test_scores_that_are_no_numbers_for_all_are_tried_again_one_by_one() -> None
         return last_token(prefix) * (float("nan") if len(prefix) > 6 and next(failures, False) else 1.0)
 
     some, calm = sequences([[2, 3], [4, 5]]), sequences([[2, 3], [4, 5]])
-    decode(lasting(FragileModel(last_token)), calm)
-    assert decode(lasting(FragileModel(law)), some) == []
+    decode(resilient(FragileModel(last_token)), calm)
+    assert decode(resilient(FragileModel(law)), some) == []
     assert outputs(some) == outputs(calm)
 
 
 def test_a_text_that_the_engine_does_not_take_is_given_up_and_the_others_are_decoded() -> None:
     some = sequences([[2, 3], [5] * 300, [4, 5]])
-    assert decode(lasting(FragileModel(last_token)), some) == [some[1]]
+    assert decode(resilient(FragileModel(last_token)), some) == [some[1]]
     assert all(len(some[i].output_ids) == some[i].max_tokens for i in (0, 2))
 
 
@@ -143,4 +143,4 @@ def test_a_fault_of_the_device_is_no_fault_of_a_text() -> None:
             raise torch.AcceleratorError("an illegal memory access was encountered")
 
     with pytest.raises(torch.AcceleratorError):
-        decode(lasting(Broken(last_token)), sequences([[2, 3]]))
+        decode(resilient(Broken(last_token)), sequences([[2, 3]]))

@@ -76,9 +76,9 @@ class Worker:
 
     def run(self, turns: int = 500) -> None:
         for _ in range(turns):
-            self.runner.turn(rung=True)
+            self.runner.run_once(notified=True)
             if not self.runner.busy:
-                self.runner.turn(rung=True)
+                self.runner.run_once(notified=True)
                 if not self.runner.busy:
                     return
         raise AssertionError(f"still busy after {turns} turns")
@@ -166,7 +166,7 @@ def test_a_request_goes_on_from_its_checkpoint_when_its_worker_dies(
     submit(database, "one", "two", temperature=temperature)
     dying, heir = Worker(database, "b"), Worker(database, "c")
     for _ in range(turns):
-        dying.runner.turn(rung=True)
+        dying.runner.run_once(notified=True)
     lapse_leases(database)
     heir.run()
     assert texts(database) == expected
@@ -197,7 +197,7 @@ def test_penalties_survive_the_death_of_a_worker(database: Database, turns: int,
     submit(database, "one", "two", temperature=temperature, **PENALTIES)
     dying = Worker(database, "b")
     for _ in range(turns):
-        dying.runner.turn(rung=True)
+        dying.runner.run_once(notified=True)
     lapse_leases(database)
     Worker(database, "c").run()
     assert texts(database) == expected
@@ -231,7 +231,7 @@ def test_a_text_ends_before_its_stop_string_also_in_an_accepted_path_and_resumed
     submit(database, *prompts, max_tokens=60, stop=stop)
     dying, heir = Worker(database, "b", law), Worker(database, "c", law)
     for _ in range(turns):
-        dying.runner.turn(rung=True)
+        dying.runner.run_once(notified=True)
     lapse_leases(database)
     heir.run()
     assert texts(database) == {key: said.partition(stop[-1])[0] for key, said in whole.items()}
@@ -260,7 +260,7 @@ def test_logprobs_of_all_tokens_are_stored_whoever_decoded_them(database: Databa
     submit(database, *prompts, job_id="resumed", logprobs=3, stop=stop)
     dying = Worker(database, "b")
     for _ in range(2):
-        dying.runner.turn(rung=True)
+        dying.runner.run_once(notified=True)
     with database.read() as session:
         assert list(session.scalars(select(Partial))), "nothing was committed before the worker died"
     lapse_leases(database)
@@ -318,7 +318,7 @@ def test_a_worker_that_lost_its_leases_writes_nothing(database: Database) -> Non
     submit(database, "one")
     stale, owner = Worker(database, "a"), Worker(database, "b")
     for _ in range(3):
-        stale.runner.turn(rung=True)
+        stale.runner.run_once(notified=True)
     lapse_leases(database)
     owner.run()
     published = len(stale.events)
@@ -331,7 +331,7 @@ def test_handing_back_lets_the_next_worker_go_on_without_counting_an_attempt(dat
     submit(database, "one")
     leaving = Worker(database, "a")
     for _ in range(3):
-        leaving.runner.turn(rung=True)
+        leaving.runner.run_once(notified=True)
     leaving.runner.hand_back()
     with database.read() as session:
         request = session.scalars(select(Request)).one()
@@ -360,7 +360,7 @@ def test_a_cancelled_job_stops_at_the_next_flush(database: Database) -> None:
     submit(database, "one", "two", "three", "four", "five")
     worker = Worker(database, "a")
     for _ in range(3):
-        worker.runner.turn(rung=True)
+        worker.runner.run_once(notified=True)
     with database.write() as session:
         assert writes.request_cancel(session, "batch_1") == "cancelling"
     worker.run()
@@ -422,16 +422,16 @@ def test_requests_of_a_job_that_is_over_leave_before_the_step_behind_the_next_fl
     submit(database, "one", "two", "three")
     worker = Worker(database, "a")
     for _ in range(3):
-        worker.runner.turn(rung=True)
+        worker.runner.run_once(notified=True)
     with database.write() as session:
         if ending == "cancelled":
             writes.request_cancel(session, "batch_1")
         else:
             session.execute(text("UPDATE jobs SET expires_at = 0"))
             writes.end_jobs(session)
-    worker.runner.turn()  # the interval is 0: this turn ends with a flush
+    worker.runner.run_once()  # the interval is 0: this turn ends with a flush
     forwards = worker.model.forwards
-    worker.runner.turn()
+    worker.runner.run_once()
     assert not worker.runner.busy
     assert worker.model.forwards == forwards
     with database.read() as session:
@@ -443,10 +443,10 @@ def test_what_a_person_waits_for_gets_a_place_beside_a_batch_that_fills_the_engi
     submit(database, "one", "two", "three", "four", max_tokens=100)
     worker = Worker(database, "a", reserved=1, interval_s=3600.0)
     for _ in range(3):
-        worker.runner.turn(rung=True)
+        worker.runner.run_once(notified=True)
     submit(database, "now", job_id="chat", priority=1, max_tokens=5)
     for _ in range(12):
-        worker.runner.turn(rung=True)
+        worker.runner.run_once(notified=True)
     with database.read() as session:
         statuses = dict(session.execute(select(Job.id, Job.status)).all())
     assert statuses == {"chat": "completed", "batch_1": "in_progress"}, "and its end was not kept for the next flush"
@@ -458,11 +458,11 @@ def test_a_place_that_a_request_leaves_is_filled_without_a_poll_though_places_ar
     monkeypatch.setattr("worker.serving.runner._POLL_S", float("inf"))
     submit(database, "one", "two", "three", "four", "five")
     worker = Worker(database, "a", reserved=1)
-    worker.runner.turn(rung=True)
+    worker.runner.run_once(notified=True)
     ends_at = time.monotonic() + 10
     while len(texts(database)) < 5:
         assert time.monotonic() < ends_at
-        worker.runner.turn()
+        worker.runner.run_once()
 
 
 def _is_over(database: Database, job_id: str) -> bool:
@@ -477,9 +477,9 @@ def test_a_worker_whose_requests_all_end_at_once_does_not_rest_before_those_that
     count = 2 * OPTIONS.max_sequences + 1
     submit(database, *map(str, range(count)), max_tokens=5, ignore_eos=True)
     worker = Worker(database, "a")
-    worker.runner.turn(rung=True)
+    worker.runner.run_once(notified=True)
     while worker.runner.busy:  # a resident that finds its runner idle sleeps
-        worker.runner.turn()
+        worker.runner.run_once()
     assert len(texts(database)) == count
 
 
@@ -500,8 +500,8 @@ def test_looks_for_more_work_take_a_small_part_of_the_time_of_those_who_decode(
     submit(database, "long", max_tokens=150)
     submit(database, *map(str, range(30)), job_id="batch_2", max_tokens=3)
     worker = Worker(database, "a")
-    worker.runner.turn(rung=True)
+    worker.runner.run_once(notified=True)
     while not _is_over(database, "batch_1"):
         clock.advance(turn_s)
-        worker.runner.turn()
+        worker.runner.run_once()
     assert claim_s * len(claimed_at) < 0.1 * clock() + 2 * claim_s

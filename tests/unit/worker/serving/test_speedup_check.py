@@ -18,8 +18,8 @@ from worker.serving import speedup_check
 
 
 @pytest.fixture(autouse=True)
-def _look_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speedup_check, "_LOOK_S", 0.0)
+def _poll_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speedup_check, "_POLL_S", 0.0)
 
 
 def compared(database: Database, job_id: str = "batch_1") -> list[Comparison]:
@@ -30,7 +30,7 @@ def compared(database: Database, job_id: str = "batch_1") -> list[Comparison]:
 
 def run_until_it_compares(worker: Worker) -> None:
     for _ in range(500):
-        worker.runner.turn(rung=True)
+        worker.runner.run_once(notified=True)
         if worker.runner.busy and not worker.runner.load["requests"]:
             return
     raise AssertionError("it never compared anything")
@@ -62,13 +62,13 @@ def test_steps_of_the_two_ways_take_turns_and_the_plain_ones_show_no_drafts(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[tuple[bool, int]] = []
-    take = speedup_check._Way.take
+    take = speedup_check._Variant.take
 
-    def noted(way: speedup_check._Way, result: StepResult) -> None:
+    def noted(variant: speedup_check._Variant, result: StepResult) -> None:
         taken.append((plain(result), result.stats.tree_nodes))
-        take(way, result)
+        take(variant, result)
 
-    monkeypatch.setattr(speedup_check._Way, "take", noted)
+    monkeypatch.setattr(speedup_check._Variant, "take", noted)
     submit(database, "one", compare_plain=1)
     Worker(database, "a").run(2_000)
     assert {nodes for is_plain, nodes in taken if is_plain} == {0}
@@ -78,7 +78,7 @@ def test_steps_of_the_two_ways_take_turns_and_the_plain_ones_show_no_drafts(
 
 
 def plain(result: StepResult) -> bool:
-    """Whether it is the plain way's, by the last part of its key."""
+    """Whether it is the plain variant's, by the last part of its key."""
     assert isinstance(result.sequence.key, tuple)
     return bool(result.sequence.key[-1])
 
@@ -86,16 +86,16 @@ def plain(result: StepResult) -> bool:
 def test_plain_steps_have_as_many_sequences_as_those_with_drafts(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One text ends long before the others: without it, neither way may have more company."""
+    """One text ends long before the others: without it, neither variant may have more company."""
     taken: list[tuple[bool, int]] = []
-    take = speedup_check._Way.take
+    take = speedup_check._Variant.take
 
-    def noted(way: speedup_check._Way, result: StepResult) -> None:
+    def noted(variant: speedup_check._Variant, result: StepResult) -> None:
         if result.stats.plain_step_ms is not None:
             taken.append((plain(result), result.stats.batch_sequences))
-        take(way, result)
+        take(variant, result)
 
-    monkeypatch.setattr(speedup_check._Way, "take", noted)
+    monkeypatch.setattr(speedup_check._Variant, "take", noted)
     submit(database, "one", "two", "three", compare_plain=3, max_tokens=40, stop=["dog"])
     with database.write() as session:
         session.execute(
@@ -115,18 +115,18 @@ def test_what_the_job_has_written_is_no_draft_of_the_comparison(
 ) -> None:
     """It would be copied, and a copy is faster than any answer was."""
     groups: list[object] = []
-    take = speedup_check._Way.take
+    take = speedup_check._Variant.take
 
-    def noted(way: speedup_check._Way, result: StepResult) -> None:
+    def noted(variant: speedup_check._Variant, result: StepResult) -> None:
         groups.append(result.sequence.group)
-        take(way, result)
+        take(variant, result)
 
-    monkeypatch.setattr(speedup_check._Way, "take", noted)
+    monkeypatch.setattr(speedup_check._Variant, "take", noted)
     submit(database, "one", "two", compare_plain=2)
     worker = Worker(database, "a")
     run_until_it_compares(worker)
     for _ in range(8):
-        worker.runner.turn(rung=True)
+        worker.runner.run_once(notified=True)
     first = set(groups)
     worker.runner.hand_back()
     groups.clear()
@@ -155,7 +155,7 @@ def test_whoever_comes_meanwhile_is_served_first(database: Database) -> None:
     worker = Worker(database, "a")
     run_until_it_compares(worker)
     submit(database, "four", "five", "six", job_id="batch_2")
-    worker.runner.turn(rung=True)
+    worker.runner.run_once(notified=True)
     assert worker.runner.load["requests"] == 3
     worker.run(2_000)
     with database.read() as session:
@@ -210,7 +210,7 @@ def test_a_worker_that_stops_leaves_its_comparison_to_the_next_at_once(database:
     first = Worker(database, "a")
     run_until_it_compares(first)
     second = Worker(database, "b")
-    second.runner.turn(rung=True)
+    second.runner.run_once(notified=True)
     assert not second.runner.busy
     first.runner.hand_back()
     second.run(2_000)
@@ -224,7 +224,7 @@ def test_a_worker_that_meets_a_comparison_which_killed_two_others_has_nothing_to
         with database.write() as session:
             speedup_checks.give_up_comparisons(session, [name])
     third = Worker(database, "c")
-    third.runner.turn(rung=True)
+    third.runner.run_once(notified=True)
     assert not third.runner.busy
 
 

@@ -14,7 +14,7 @@ from tests.models import byte_tokenizer
 from worker.engine.logprobs import TokenLogprobs
 from worker.text.codec import Codec, TextStream
 from worker.text.detokenizer import Detokenizer
-from worker.text.token_bytes import spelling
+from worker.text.token_bytes import token_bytes
 
 WORDS = ["▁", "▁Hello", "▁world", "a", "!", "»", "▁日", "<eos>"]
 BYTE = len(WORDS)  # the id of byte 0
@@ -41,7 +41,7 @@ def streamed(tokenizer: PreTrainedTokenizerFast, ids: list[int], before: list[in
 
 
 def joined(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> bytes:
-    return b"".join(bytes(spelling(tokenizer).spell(token)[1] or ()) for token in ids)
+    return b"".join(bytes(token_bytes(tokenizer).text_and_bytes(token)[1] or ()) for token in ids)
 
 
 @pytest.mark.parametrize("strip", [False, True])
@@ -101,6 +101,6 @@ def test_an_answer_begins_without_a_space_and_its_bytes_are_its_text(ids: list[s
 def spell_out(stream: TextStream, ids: list[int]) -> tuple[str, bytes]:
     """Push tokens; return the text and the joined bytes of what is told of them."""
     stream.push(ids, [False] * len(ids))
-    told = stream.spelled(ids, [TokenLogprobs(-1.0, ())] * len(ids))
+    told = stream.readable_logprobs(ids, [TokenLogprobs(-1.0, ())] * len(ids))
     stream.finish()
     return stream.text, b"".join(bytes(t.chosen.bytes or ()) for t in told)

@@ -23,7 +23,7 @@ def test_a_text_has_at_least_so_many_tokens(tokenizer: PreTrainedTokenizerFast) 
     told = 0
     for _ in range(300):
         text = "".join(lots.choice(["Hello", " world", "日本", "e\u0301", "<eos>", "  ", "\n"]) for _ in range(20))
-        least = length.least(text)
+        least = length.min_tokens(text)
         assert least <= len(tokenizer(text, add_special_tokens=False)["input_ids"])
         told += least > 0
     assert told
@@ -43,7 +43,7 @@ def test_nothing_is_said_of_tokenizers_in_which_text_may_vanish() -> None:
     backend.decoder = decoders.Fuse()
     unknown = PreTrainedTokenizerFast(tokenizer_object=backend)  # type: ignore[no-untyped-call]
     for tokenizer in (words, stripping, dropping, greedy, unknown):
-        assert PromptLength(tokenizer).least("x" * 1_000_000) == 0
+        assert PromptLength(tokenizer).min_tokens("x" * 1_000_000) == 0
 
 
 def test_a_prompt_that_can_not_fit_is_refused_before_it_is_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:

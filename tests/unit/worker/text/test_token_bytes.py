@@ -8,7 +8,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from tests.models import byte_tokenizer
-from worker.text.token_bytes import Spelling
+from worker.text.token_bytes import TokenBytes
 
 
 def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
@@ -21,35 +21,35 @@ def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")  # type: ignore[no-untyped-call]
 
 
-def joined(spelling: Spelling, ids: list[int]) -> bytes:
-    return b"".join(bytes(spelling.spell(token)[1] or ()) for token in ids)
+def joined(token_bytes: TokenBytes, ids: list[int]) -> bytes:
+    return b"".join(bytes(token_bytes.text_and_bytes(token)[1] or ()) for token in ids)
 
 
 @pytest.mark.parametrize("text", ["plain", "zwölf Bücher\n", "日本語 🙂 end", "nul \0"])
 def test_the_bytes_of_the_tokens_are_the_bytes_of_the_text(text: str) -> None:
     tokenizer = byte_tokenizer()
     ids = tokenizer(text)["input_ids"]
-    assert joined(Spelling(tokenizer), [*ids, 256]).decode() == text
+    assert joined(TokenBytes(tokenizer), [*ids, 256]).decode() == text
 
 
 def test_a_token_that_is_part_of_a_character_has_bytes_and_a_replacement() -> None:
-    assert Spelling(byte_tokenizer()).spell(0xE2) == ("\ufffd", (0xE2,))
-    assert Spelling(sentencepiece_tokenizer()).spell(3 + 0xE2) == ("\ufffd", (0xE2,))
+    assert TokenBytes(byte_tokenizer()).text_and_bytes(0xE2) == ("\ufffd", (0xE2,))
+    assert TokenBytes(sentencepiece_tokenizer()).text_and_bytes(3 + 0xE2) == ("\ufffd", (0xE2,))
 
 
 def test_special_tokens_and_rows_without_a_token_have_names_and_no_bytes() -> None:
-    assert Spelling(byte_tokenizer()).spell(256) == ("<eos>", None)
-    assert Spelling(byte_tokenizer()).spell(1000) == ("<1000>", None)
+    assert TokenBytes(byte_tokenizer()).text_and_bytes(256) == ("<eos>", None)
+    assert TokenBytes(byte_tokenizer()).text_and_bytes(1000) == ("<1000>", None)
 
 
 def test_no_token_is_told_with_a_nul_which_not_every_database_takes() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["a\0b"])
-    assert Spelling(tokenizer).spell(258) == ("a\ufffdb", (97, 0, 98))
-    assert Spelling(tokenizer).spell(0) == ("\ufffd", (0,))
+    assert TokenBytes(tokenizer).text_and_bytes(258) == ("a\ufffdb", (97, 0, 98))
+    assert TokenBytes(tokenizer).text_and_bytes(0) == ("\ufffd", (0,))
 
 
 def test_a_space_that_belongs_to_a_token_is_told_also_at_the_beginning_of_a_text() -> None:
-    spelling = Spelling(sentencepiece_tokenizer())
-    assert [spelling.spell(token)[0] for token in (0, 1, 2)] == [" Hello", " you", "!"]
-    assert joined(spelling, [0, 1, 2]) == b" Hello you!"
+    token_bytes = TokenBytes(sentencepiece_tokenizer())
+    assert [token_bytes.text_and_bytes(token)[0] for token in (0, 1, 2)] == [" Hello", " you", "!"]
+    assert joined(token_bytes, [0, 1, 2]) == b" Hello you!"
