@@ -225,8 +225,11 @@ def stop_signals() -> Iterator[tuple[threading.Event, threading.Event]]:
 
 
 def python_module(module: str, *arguments: str) -> tuple[str, ...]:
-    """Return the command that runs a module under this interpreter."""
-    return (sys.executable, "-m", module, *arguments)
+    """Return the command that runs a module under this interpreter.
+
+    -P keeps the current folder off `sys.path`: a user's own `worker.py` or `storage.py` there would hide our packages.
+    """
+    return (sys.executable, "-P", "-m", module, *arguments)
 
 
 def tail(path: Path, lines: int) -> str:

