@@ -9,7 +9,8 @@ WORKDIR /opt/basic
 COPY constraints.txt ./
 
 FROM base AS shim
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
+COPY basic_batch basic_batch
 COPY jobs jobs
 COPY storage storage
 COPY migrations migrations
@@ -24,7 +25,8 @@ FROM base AS worker
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml setup.py README.md LICENSE ./
+COPY basic_batch basic_batch
 COPY jobs jobs
 COPY storage storage
 COPY migrations migrations

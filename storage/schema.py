@@ -1,7 +1,7 @@
 """The schema's version: bring a database up to date, and say where it stands.
 
-The migration scripts lie beside this package, in a checkout as in an installation; Alembic reads them as files, nothing
-here imports them.
+Alembic reads the migration scripts as files: a checkout has them in migrations/, an installation in
+basic_batch/migrations, because another distribution may have a top-level package `migrations`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from sqlalchemy import Connection, text
 from storage.session import LONG_ANSWER_S, make_engine, write_connection
 
 _UPGRADE_LOCK: Final = 0x62415349  # any number that nobody else locks
-_SCRIPTS: Final = Path(__file__).resolve().parent.parent / "migrations"
+_PARENT: Final = Path(__file__).resolve().parent.parent
+_INSTALLED: Final = _PARENT / "basic_batch" / "migrations"
+_SCRIPTS: Final = _INSTALLED if _INSTALLED.is_dir() else _PARENT / "migrations"
 
 
 def upgrade(url: str, revision: str = "head") -> None:

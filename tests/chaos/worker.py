@@ -18,6 +18,7 @@ from typing import Any
 from jobs.messages import GenerationRequest
 from worker import start
 from worker.engine.engine import Engine
+from worker.engine.sequence import Sequence
 from worker.engine.stats import StepResult
 from worker.text.codec import Codec
 
@@ -28,21 +29,29 @@ STEP_VARIABLE = "CHAOS_STEP_S"
 
 def main() -> int:
     """Serve as the environment says, with the faults above."""
-    encode, step = Codec.encode, Engine.step
+    encode, add, step = Codec.encode, Engine.add, Engine.step
+    hanging: set[tuple[int, ...]] = set()  # token ids of prompts with HANG: the engine knows no texts
     step_s = float(os.environ.get(STEP_VARIABLE, "0"))
 
     def deadly_encode(codec: Codec, request: GenerationRequest, endpoint: str) -> list[int]:
         if request.prompt is not None and POISON in request.prompt:
             os.kill(os.getpid(), signal.SIGKILL)
+        ids = encode(codec, request, endpoint)
         if request.prompt is not None and HANG in request.prompt:
+            hanging.add(tuple(ids))
+        return ids
+
+    def hanging_add(engine: Engine, sequence: Sequence) -> None:
+        if tuple(sequence.ids[: sequence.num_prompt]) in hanging:
             time.sleep(3600)
-        return encode(codec, request, endpoint)
+        add(engine, sequence)
 
     def slow_step(engine: Engine, *given: Any, **named: Any) -> list[StepResult]:
         time.sleep(step_s)
         return step(engine, *given, **named)
 
     Codec.encode = deadly_encode  # type: ignore[assignment, method-assign]
+    Engine.add = hanging_add  # type: ignore[assignment, method-assign]
     Engine.step = slow_step  # type: ignore[assignment, method-assign]
     return start.main()
 
