@@ -7,12 +7,14 @@ worker can tell a message it does not understand from one it does.
 from __future__ import annotations
 
 import re
-from enum import StrEnum
 from pathlib import PurePath
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
+
+from storage.statuses import JobStatus as JobStatus  # part of this module's interface
+from storage.statuses import RequestStatus as RequestStatus
 
 MESSAGE_VERSION: Final = 1
 CHAT_ENDPOINT: Final = "/v1/chat/completions"
@@ -24,38 +26,6 @@ class Frozen(BaseModel):
     """A value that does not change and refuses fields it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class JobStatus(StrEnum):
-    """Status of a job, in OpenAI's words. Only moves forward; the last four are final."""
-
-    VALIDATING = "validating"
-    IN_PROGRESS = "in_progress"
-    FINALIZING = "finalizing"
-    CANCELLING = "cancelling"
-    COMPLETED = "completed"
-    FAILED = "failed"
-    EXPIRED = "expired"
-    CANCELLED = "cancelled"
-
-    @property
-    def final(self) -> bool:
-        """True when nothing about the job will change any more."""
-        return self in FINAL_JOB_STATUSES
-
-
-FINAL_JOB_STATUSES = frozenset({JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.EXPIRED, JobStatus.CANCELLED})
-
-
-class RequestStatus(StrEnum):
-    """Status of one request of a job; the last four are final."""
-
-    QUEUED = "queued"
-    RUNNING = "running"
-    COMPLETED = "completed"
-    FAILED = "failed"
-    EXPIRED = "expired"
-    CANCELLED = "cancelled"
 
 
 class ChatMessage(Frozen):

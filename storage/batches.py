@@ -18,10 +18,10 @@ from storage.dialect import database_now, has_expired_requests, has_open_request
 from storage.keys import refuse_beyond_limits
 from storage.models import Job, Request
 from storage.records import NewRequest
+from storage.statuses import BATCH_FILE_JOB_STATUSES, UNREAD_JOB_STATUSES
 from storage.transitions import cancel_unstarted, finalise_jobs
 from storage.writes import request_row
 
-_OPEN: Final = ("validating", "finalizing", "cancelling")
 _SAME_NAMES: Final = (
     "endpoint",
     "api_key_id",
@@ -74,7 +74,7 @@ def claim_batch(session: Session, lease_s: float) -> BatchClaim | None:
     """
     now = database_now(session)
     free = or_(Job.clerk_until.is_(None), Job.clerk_until < now)
-    served = select(Job.api_key_id).where(Job.status.in_(_OPEN), Job.clerk_until >= now)
+    served = select(Job.api_key_id).where(Job.status.in_(BATCH_FILE_JOB_STATUSES), Job.clerk_until >= now)
     waiting = select(Job.id).where(Job.input_file_id.is_not(None), free, _needs_clerk())
     in_turn = waiting.order_by(Job.api_key_id.in_(served), Job.created_at, Job.id)
     job_id = session.scalar(in_turn.limit(1).with_for_update(skip_locked=True))
@@ -94,7 +94,7 @@ def hold(session: Session, claim: BatchClaim, lease_s: float) -> str:
     until = database_now(session) + lease_s
     status = session.scalar(
         update(Job)
-        .where(Job.id == claim.job_id, Job.clerk_number == claim.number, Job.status.in_(_OPEN))
+        .where(Job.id == claim.job_id, Job.clerk_number == claim.number, Job.status.in_(BATCH_FILE_JOB_STATUSES))
         .values(clerk_until=until)
         .returning(Job.status)
     )
@@ -185,6 +185,6 @@ def end_batch(session: Session, claim: BatchClaim, end: BatchEnd, lease_s: float
 
 
 def _needs_clerk() -> ColumnElement[bool]:
-    unread = and_(Job.status.in_(("validating", "cancelling")), Job.validated_at.is_(None))
+    unread = and_(Job.status.in_(UNREAD_JOB_STATUSES), Job.validated_at.is_(None))
     decided = and_(Job.status == "cancelling", ~has_open_requests())
-    return and_(Job.status.in_(_OPEN), or_(unread, Job.status == "finalizing", decided))
+    return and_(Job.status.in_(BATCH_FILE_JOB_STATUSES), or_(unread, Job.status == "finalizing", decided))

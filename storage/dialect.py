@@ -31,6 +31,7 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from storage.models import Base, Job, Request, Served
 from storage.records import RequestKey
+from storage.statuses import OPEN_REQUEST_STATUSES
 
 AnyRow = Row[*tuple[Any, ...]]
 
@@ -141,7 +142,7 @@ def has_work() -> ColumnElement[bool]:
 
 def has_open_requests() -> ColumnElement[bool]:
     """Return the condition that a job has a request that has not ended."""
-    return _has_request(Request.status.in_(("queued", "running")))
+    return _has_request(Request.status.in_(OPEN_REQUEST_STATUSES))
 
 
 def has_expired_requests() -> ColumnElement[bool]:

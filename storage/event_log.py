@@ -21,9 +21,7 @@ from sqlalchemy.orm import Session
 from storage.dialect import AnyRow, one_state
 from storage.models import Job, Output, Partial, Request
 from storage.progress_writes import merge_pieces
-
-FINAL: Final = ("completed", "failed", "expired", "cancelled")
-_WITHOUT_RESULT: Final = ("failed", "expired", "cancelled")
+from storage.statuses import ERROR_REQUEST_STATUSES, FINAL_JOB_STATUSES
 
 _TEXT, _END, _FAILURE = range(3)  # parts of a place
 
@@ -57,7 +55,7 @@ class Cursor:
 
     def within(self, end: Cursor) -> Cursor:
         """Return this cursor if it can be of the story that ends there, else a new reader's."""
-        final = self.status in FINAL
+        final = self.status in FINAL_JOB_STATUSES
         return self if self.newest <= end.newest and (not final or self == end) else Cursor()
 
 
@@ -262,7 +260,7 @@ def _failures(session: Session, job_id: str, since: Cursor, limit: int) -> Itera
             Request.event_number >= place.number,
             Request.event_number > since.base,
             Request.event_number <= since.floor,
-            Request.status.in_(_WITHOUT_RESULT),
+            Request.status.in_(ERROR_REQUEST_STATUSES),
             tuple_(Request.event_number, Request.request_index) >= _bound(place.number, place.request_index),
         )
         .order_by(Request.event_number, Request.request_index)

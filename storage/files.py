@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from storage.dialect import AnyRow, database_now, insert_new, owned_by
 from storage.models import File, FileChunk, Job
+from storage.statuses import UNREAD_JOB_STATUSES
 
 CHUNK_BYTES: Final = 1 << 20
 _ABANDONED_S: Final = 86_400.0  # an upload that took longer has no sender any more
@@ -125,7 +126,7 @@ def clear_files(session: Session) -> int:
         and_(File.status == "writing", File.created_at < now - _ABANDONED_S),
     )
     in_use = select(Job.input_file_id).where(
-        Job.status.in_(("validating", "cancelling")), Job.validated_at.is_(None), Job.input_file_id.is_not(None)
+        Job.status.in_(UNREAD_JOB_STATUSES), Job.validated_at.is_(None), Job.input_file_id.is_not(None)
     )
     free = select(File.id).where(ended, File.id.not_in(in_use)).order_by(File.id).with_for_update(skip_locked=True)
     ids = list(session.scalars(free))

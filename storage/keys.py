@@ -16,18 +16,17 @@ from sqlalchemy.orm import Session
 from storage.dialect import clock, database_now, dialect_of
 from storage.models import ApiKey, Job
 from storage.records import NewKey
+from storage.statuses import QUOTA_JOB_STATUSES
 
 _KEYS: Final = ApiKey.__table__
 _IN_USE: Final = select(exists().where(_KEYS.c.id.is_not(None)))  # asked with every call
-_OPEN: Final = ("validating", "in_progress", "cancelling")
-
 
 _JOBS: Final = Job.__table__.c
 _LEFT: Final = _JOBS.requests_total - _JOBS.requests_completed - _JOBS.requests_failed
 _TOKENS: Final = _JOBS.tokens_asked * _LEFT / func.nullif(_JOBS.requests_total, 0)
 # Made once: they come with every submission.
 _ALL_WORK: Final = select(func.coalesce(func.sum(_LEFT), 0), func.coalesce(func.sum(_TOKENS), 0)).where(
-    _JOBS.status.in_(_OPEN)
+    _JOBS.status.in_(QUOTA_JOB_STATUSES)
 )
 _WORK: Final = _ALL_WORK.where(_JOBS.api_key_id == bindparam("key_id"))
 

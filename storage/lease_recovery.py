@@ -30,7 +30,8 @@ from sqlalchemy.orm import Session
 from storage.dialect import AnyRow, database_now, has_served, is_request
 from storage.models import Job, Request, Served, Worker
 from storage.records import FailedRequest, Refusal, RequestKey
-from storage.transitions import OPEN_JOB_STATUSES, fail_requests, finalise_jobs, lock_jobs
+from storage.statuses import ACTIVE_JOB_STATUSES, OPEN_REQUEST_STATUSES
+from storage.transitions import fail_requests, finalise_jobs, lock_jobs
 
 POISON: Final = Refusal(
     "poison", "The worker process died twice while this request was the only one on trial.", status_code=500
@@ -94,7 +95,7 @@ def running_processes(session: Session) -> list[Process]:
     owners = (
         select(Request.lease_owner)
         .join(Job, Job.id == Request.job_id)
-        .where(Job.status.in_(OPEN_JOB_STATUSES), Request.status == "running")
+        .where(Job.status.in_(ACTIVE_JOB_STATUSES), Request.status == "running")
     )
     comparing = select(Job.comparing_by).where(Job.compare_plain > 0, Job.compared_at.is_(None))
     at_work = or_(Worker.id.in_(owners), Worker.id.in_(comparing.where(Job.comparing_by.is_not(None))))
@@ -148,7 +149,7 @@ def _lone_death(session: Session, row: AnyRow) -> _LoneDeath:
         select(func.count())
         .select_from(Request)
         .join(Job, Job.id == Request.job_id)
-        .where(Job.status == "in_progress", Job.model == model, Request.status.in_(("queued", "running")))
+        .where(Job.status == "in_progress", Job.model == model, Request.status.in_(OPEN_REQUEST_STATUSES))
     )
     serves = has_served(session, row.lease_owner)
     return _LoneDeath(
@@ -234,7 +235,7 @@ def _owners_that_renew(session: Session, now: float) -> set[str]:
     rows = session.scalars(
         select(Request.lease_owner)
         .join(Job, Job.id == Request.job_id)
-        .where(Job.status.in_(OPEN_JOB_STATUSES), Request.status == "running", Request.lease_expires_at >= now)
+        .where(Job.status.in_(ACTIVE_JOB_STATUSES), Request.status == "running", Request.lease_expires_at >= now)
         .distinct()
     )
     return {owner for owner in rows if owner is not None}

@@ -8,6 +8,7 @@ Times (`*_at`) are Unix seconds (UTC) on the database's clock, `*_ms` are millis
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from sqlalchemy import (
@@ -29,24 +30,12 @@ from sqlalchemy import (
 from sqlalchemy.engine import Connection
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from storage.statuses import FILE_STATUSES, JobStatus, RequestStatus
 from storage.views import create_views, drop_views
 
-JOB_STATUSES = (
-    "validating",
-    "in_progress",
-    "finalizing",
-    "cancelling",
-    "completed",
-    "failed",
-    "expired",
-    "cancelled",
-)
-REQUEST_STATUSES = ("queued", "running", "completed", "failed", "expired", "cancelled")
-FILE_STATUSES = ("writing", "ready", "deleted", "cleared")
 
-
-def _one_of(column: str, values: tuple[str, ...]) -> str:
-    return f"{column} IN ({', '.join(repr(value) for value in values)})"
+def _one_of(column: str, values: Iterable[str]) -> str:
+    return f"{column} IN ({', '.join(repr(str(value)) for value in values)})"
 
 
 def _where_set(column: str, condition: str) -> Index:
@@ -131,7 +120,7 @@ class Job(Base):
 
     __table_args__ = (
         UniqueConstraint("api_key_id", "idempotency_key"),
-        CheckConstraint(_one_of("status", JOB_STATUSES), name="status"),
+        CheckConstraint(_one_of("status", JobStatus), name="status"),
         Index(None, "created_at", "id"),  # the list of jobs
         Index(None, "api_key_id", "created_at", "id"),  # the list of one owner's jobs
         Index(None, "status", "model"),  # the claim, the sweep of overdue jobs
@@ -175,7 +164,7 @@ class Request(Base):
     lone_host: Mapped[str | None]
 
     __table_args__ = (
-        CheckConstraint(_one_of("status", REQUEST_STATUSES), name="status"),
+        CheckConstraint(_one_of("status", RequestStatus), name="status"),
         # The claim, and whether a job has anything left: both must not read the finished requests of a large job.
         Index(None, "job_id", "status", "request_index"),
         # In the order in which they ended.

@@ -22,12 +22,10 @@ from storage.statistics import DepthAcceptance as DepthAcceptance  # statistics 
 from storage.statistics import JobStats as JobStats
 from storage.statistics import job_stats as job_stats
 from storage.statistics import total_stats as total_stats
-from storage.transitions import OPEN_JOB_STATUSES
+from storage.statuses import ACTIVE_JOB_STATUSES, ERROR_REQUEST_STATUSES, FINAL_REQUEST_STATUSES
 
 _SEEN_S: Final = 60.0  # a worker that has not been heard of for longer serves nothing
 _OUTPUTS_AT_ONCE: Final = 500
-_WITHOUT_RESULT: Final = ("failed", "expired", "cancelled")
-_ENDED: Final = ("completed", *_WITHOUT_RESULT)
 _REQUESTS_AT_ONCE: Final = 50  # each may be as large as a line can be
 
 
@@ -245,7 +243,7 @@ def outputs(
 
     `without_result` leaves out those that were answered; `among` names the only ones to look at.
     """
-    statuses = _WITHOUT_RESULT if without_result else _ENDED
+    statuses = ERROR_REQUEST_STATUSES if without_result else FINAL_REQUEST_STATUSES
     wanted = true() if among is None else Request.request_index.in_(among)
     rows = session.execute(
         select(
@@ -292,7 +290,7 @@ def requests_to_retry(session: Session, job_id: str) -> Iterator[NewRequest]:
             .where(
                 Request.job_id == job_id,
                 Request.request_index > after,
-                Request.status.in_(_WITHOUT_RESULT),
+                Request.status.in_(ERROR_REQUEST_STATUSES),
                 Request.body.is_not(None),  # without one it was refused at the door, and would be again
             )
             .order_by(Request.request_index)
@@ -318,7 +316,7 @@ def snapshot(session: Session, job_id: str) -> list[ChoiceSnapshot]:
 def open_requests(session: Session) -> int:
     """Return how many requests have not ended."""
     left = Job.requests_total - Job.requests_completed - Job.requests_failed
-    return int(session.scalar(select(func.coalesce(func.sum(left), 0)).where(Job.status.in_(OPEN_JOB_STATUSES))) or 0)
+    return int(session.scalar(select(func.coalesce(func.sum(left), 0)).where(Job.status.in_(ACTIVE_JOB_STATUSES))) or 0)
 
 
 def workers(session: Session) -> list[WorkerView]:
@@ -398,7 +396,7 @@ def _errors(session: Session, job_id: str) -> dict[int, AnyRow]:
             Request.error_message,
             Request.error_param,
         )
-        .where(Request.job_id == job_id, Request.status.in_(_WITHOUT_RESULT))
+        .where(Request.job_id == job_id, Request.status.in_(ERROR_REQUEST_STATUSES))
         .where(_is_read(job_id))
     )
     return {row.request_index: row for row in rows}

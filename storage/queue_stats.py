@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from storage.dialect import database_now
 from storage.models import Job, Request, Worker
-from storage.transitions import OPEN_JOB_STATUSES
+from storage.statuses import ACTIVE_JOB_STATUSES, OPEN_REQUEST_STATUSES
 
 SEEN_S: Final = 60.0  # a worker that has not been heard of for longer is not alive
 
@@ -71,11 +71,11 @@ def take(session: Session) -> Census:
 
 
 def _open_jobs(session: Session, now: float) -> tuple[OpenJobs, ...]:
-    status = (func.count(case((Request.status == name, 1))) for name in ("queued", "running"))
+    status = (func.count(case((Request.status == name, 1))) for name in OPEN_REQUEST_STATUSES)
     rows = session.execute(
         select(Job.model, func.count(Job.id.distinct()), *status, func.min(Job.created_at))
-        .outerjoin(Request, and_(Request.job_id == Job.id, Request.status.in_(("queued", "running"))))
-        .where(Job.status.in_(OPEN_JOB_STATUSES))
+        .outerjoin(Request, and_(Request.job_id == Job.id, Request.status.in_(OPEN_REQUEST_STATUSES)))
+        .where(Job.status.in_(ACTIVE_JOB_STATUSES))
         .group_by(Job.model)
         .order_by(Job.model)
     )
@@ -105,7 +105,7 @@ def _leases(session: Session, now: float) -> tuple[int, int]:
         select(func.count(), lapsed)
         .select_from(Job)
         .join(Request, and_(Request.job_id == Job.id, Request.status == "running"))
-        .where(Job.status.in_(OPEN_JOB_STATUSES))
+        .where(Job.status.in_(ACTIVE_JOB_STATUSES))
     ).one()
     return row[0] - row[1], row[1]
 

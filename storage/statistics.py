@@ -27,9 +27,9 @@ from storage.models import (
     StepRank,
     WorkerEnergy,
 )
+from storage.statuses import UNSUCCESSFUL_JOB_STATUSES
 
 PLAIN_DECISIONS: Final = ("probe", "guard", "off")  # of steps that did without drafts and without looking for them
-_NEVER_COMPARED: Final = ("failed", "expired", "cancelled")
 _MINUTE_S: Final = 60
 _FEW_BLOCKS: Final = 8  # minutes from which on the spread between minutes is taken
 _FEW_STEPS: Final = 100_000  # steps up to which the spread between requests is asked for
@@ -340,7 +340,7 @@ def _comparison(session: Session, job_id: str) -> PlainComparison | None:
     return PlainComparison(
         requests_asked=job.compare_plain,
         requests=len(rows),
-        done=job.compared_at is not None or job.status in _NEVER_COMPARED,
+        done=job.compared_at is not None or job.status in UNSUCCESSFUL_JOB_STATUSES,
         speedup=_ratio(sum(plain for plain, _ in pairs), sum(drafted for _, drafted in pairs)),
         speedup_error=ratio_error(pairs),
         mean_batch_sequences=_mean([row.batch_sequences for row in rows]),

@@ -25,9 +25,8 @@ from storage.dialect import (
 )
 from storage.models import Job, Partial, Request
 from storage.records import FailedRequest, Refusal, RequestKey
+from storage.statuses import ACTIVE_JOB_STATUSES, CANCELLABLE_JOB_STATUSES, OPEN_REQUEST_STATUSES
 
-OPEN_JOB_STATUSES: Final = ("in_progress", "cancelling")
-_CANCELLABLE: Final = ("validating", "in_progress", "finalizing")
 _IS_BATCH: Final = Job.input_file_id.is_not(None)
 
 _ROWS_AT_ONCE: Final = 500  # ended in one transaction
@@ -68,7 +67,7 @@ def finalise_jobs(session: Session, job_ids: Collection[str]) -> list[tuple[str,
     final = case((Job.status == "cancelling", "cancelled"), (has_expired_requests(), "expired"), else_="completed")
     ended = session.execute(
         update(Job)
-        .where(decided, ~_IS_BATCH, Job.status.in_(OPEN_JOB_STATUSES))
+        .where(decided, ~_IS_BATCH, Job.status.in_(ACTIVE_JOB_STATUSES))
         .values(status=final, finished_at=now)
         .returning(Job.id, Job.status)
     )
@@ -86,7 +85,9 @@ def request_cancel(session: Session, job_id: str) -> str | None:
     """
     now = database_now(session)
     session.execute(
-        update(Job).where(Job.id == job_id, Job.status.in_(_CANCELLABLE)).values(status="cancelling", cancelling_at=now)
+        update(Job)
+        .where(Job.id == job_id, Job.status.in_(CANCELLABLE_JOB_STATUSES))
+        .values(status="cancelling", cancelling_at=now)
     )
     cancel_unstarted(session, job_id)
     finalise_jobs(session, [job_id])
@@ -101,7 +102,7 @@ def end_jobs(session: Session) -> Ended:
     """
     now = database_now(session)
     overdue, cancelling = _lock_ending(session, now)
-    unfinished = and_(Request.job_id.in_(overdue), Request.status.in_(("queued", "running")))
+    unfinished = and_(Request.job_id.in_(overdue), Request.status.in_(OPEN_REQUEST_STATUSES))
     count = _end_piece(session, "expired", EXPIRED, now, unfinished) if overdue else 0
     count += cancel_unstarted(session, *cancelling) if cancelling else 0
     return Ended(tuple(finalise_jobs(session, [*overdue, *cancelling])), more=count >= _ROWS_AT_ONCE)

@@ -25,6 +25,7 @@ from jobs.messages import JobStatus
 from storage import job_details, queries, statistics
 from storage.job_details import ErrorCount, RecordedTree, RequestText, TreePlace
 from storage.queries import JobView
+from storage.statuses import ERROR_REQUEST_STATUSES
 
 _REFRESH_S: Final = 1.0
 _TICKS: Final = {"Requests": 2, "Trees": 5, "Statistics": 4}  # seconds between two looks of a tab, while the job runs
@@ -35,7 +36,7 @@ _MESSAGE_CHARS: Final = 200
 _FILTERS: Final = {
     "All": (),
     "Completed": ("completed",),
-    "Failed": ("failed", "expired", "cancelled"),
+    "Failed": ERROR_REQUEST_STATUSES,
     "Running": ("running",),
     "Waiting": ("queued",),
 }

@@ -20,6 +20,7 @@ from jobs.streaming.sse import server_sent, tell
 from storage import event_log
 from storage.event_log import Cursor, Page
 from storage.session import DATABASE_AWAY, Database, why_away
+from storage.statuses import FINAL_JOB_STATUSES
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class Broadcast:
         The cursor must have been settled.
         """
         async with self._joined(job_id) as channel:
-            while since.status not in event_log.FINAL:
+            while since.status not in FINAL_JOB_STATUSES:
                 heard = channel.heard  # before the look, so that no news is missed between look and wait
                 batch = await channel.next(since)
                 if batch.events:
@@ -193,7 +194,7 @@ class _Channel:
         """Put into the ring what comes, until the job has ended."""
         cursor = self._cursor = (await self._read(self._job_id, None)).cursor
         self._tell_readers()
-        while cursor.status not in event_log.FINAL:
+        while cursor.status not in FINAL_JOB_STATUSES:
             await self._wake.wait()
             await asyncio.sleep(_GATHER_S)
             self._wake.clear()

@@ -15,6 +15,7 @@ from jobs.json_lines import json_line
 from storage import event_log, queries
 from storage.event_log import Place
 from storage.queries import JobView, OutputView
+from storage.statuses import FINAL_JOB_STATUSES
 
 CURSOR = r"^(\d{1,18}\.\d{1,10})?$"  # number of the commit that ended the request, and the request's index
 
@@ -69,7 +70,7 @@ def _followed(output: OutputView, job: JobView, place: Place) -> str:
 
 def _is_final(services: Services, job_id: str) -> bool:
     with services.database.read() as session:
-        return event_log.where_it_stands(session, job_id).status in event_log.FINAL
+        return event_log.where_it_stands(session, job_id).status in FINAL_JOB_STATUSES
 
 
 def _place(cursor: str) -> Place:

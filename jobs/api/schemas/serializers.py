@@ -13,6 +13,7 @@ from jobs.openai.logprobs import shaped
 from jobs.openai.responses import usage
 from storage.files import FileView
 from storage.queries import ChoiceView, JobStats, JobView, OutputView, WorkerView
+from storage.statuses import FINAL_JOB_STATUSES
 
 Json = dict[str, Any]
 
@@ -79,7 +80,7 @@ def _life(view: JobView, in_progress_at: float | None) -> Json:
         "expires_at": int(view.expires_at),
         "finalizing_at": _second(view.finalizing_at),
         "cancelling_at": _second(view.cancelling_at),
-        **{f"{end}_at": _second(view.finished_at if status == end else None) for end in _ENDS},
+        **{f"{end}_at": _second(view.finished_at if status == end else None) for end in FINAL_JOB_STATUSES},
         "request_counts": {
             "total": view.requests_total,
             "completed": view.requests_completed,
@@ -103,9 +104,6 @@ def _batch_usage(tokens: Mapping[str, int] | None) -> Json | None:
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": tokens["input_tokens"] + tokens["output_tokens"],
     }
-
-
-_ENDS = (JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.EXPIRED, JobStatus.CANCELLED)
 
 
 def page(items: Sequence[Json], has_more: bool) -> Json:

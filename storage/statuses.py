@@ -1,0 +1,59 @@
+"""The statuses of jobs, requests and files, and the sets of them that queries and clients ask for.
+
+Imports nothing: the client uses these without a database.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Final
+
+
+class JobStatus(StrEnum):
+    """Status of a job, in OpenAI's words. It only moves forward; the last four are final."""
+
+    VALIDATING = "validating"
+    IN_PROGRESS = "in_progress"
+    FINALIZING = "finalizing"
+    CANCELLING = "cancelling"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    EXPIRED = "expired"
+    CANCELLED = "cancelled"
+
+    @property
+    def final(self) -> bool:
+        """True when the job has ended and nothing about it changes any more."""
+        return self in FINAL_JOB_STATUSES
+
+
+class RequestStatus(StrEnum):
+    """Status of one request of a job. The last four are final."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    EXPIRED = "expired"
+    CANCELLED = "cancelled"
+
+
+# Jobs that ended without completing.
+UNSUCCESSFUL_JOB_STATUSES: Final = (JobStatus.FAILED, JobStatus.EXPIRED, JobStatus.CANCELLED)
+FINAL_JOB_STATUSES: Final = (JobStatus.COMPLETED, *UNSUCCESSFUL_JOB_STATUSES)
+# Jobs whose requests may be queued or running.
+ACTIVE_JOB_STATUSES: Final = (JobStatus.IN_PROGRESS, JobStatus.CANCELLING)
+# Jobs whose unfinished requests count towards the limits of their API key.
+QUOTA_JOB_STATUSES: Final = (JobStatus.VALIDATING, JobStatus.IN_PROGRESS, JobStatus.CANCELLING)
+CANCELLABLE_JOB_STATUSES: Final = (JobStatus.VALIDATING, JobStatus.IN_PROGRESS, JobStatus.FINALIZING)
+# Batches that may have files to read or write, and those whose input may still be unread (`validated_at` is NULL).
+BATCH_FILE_JOB_STATUSES: Final = (JobStatus.VALIDATING, JobStatus.FINALIZING, JobStatus.CANCELLING)
+UNREAD_JOB_STATUSES: Final = (JobStatus.VALIDATING, JobStatus.CANCELLING)
+
+OPEN_REQUEST_STATUSES: Final = (RequestStatus.QUEUED, RequestStatus.RUNNING)
+# Requests that ended with an error instead of a result.
+ERROR_REQUEST_STATUSES: Final = (RequestStatus.FAILED, RequestStatus.EXPIRED, RequestStatus.CANCELLED)
+FINAL_REQUEST_STATUSES: Final = (RequestStatus.COMPLETED, *ERROR_REQUEST_STATUSES)
+
+# writing: not visible yet; deleted: hidden; cleared: hidden, and its bytes are deleted.
+FILE_STATUSES: Final = ("writing", "ready", "deleted", "cleared")
