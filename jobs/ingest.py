@@ -36,8 +36,8 @@ from jobs.submission.custom_ids import storable
 from jobs.submission.intake import Submission, accept_job, record_refused_job
 from jobs.submission.request_parser import Item, read_value
 from jobs.tracing import TRACEPARENT, as_traceparent, start_tracing, stop_tracing
-from storage.records import Refusal
-from storage.session import DATABASE_AWAY, LONG_ANSWER_S, Database, why_away
+from storage.records import RequestFailure
+from storage.session import DATABASE_UNAVAILABLE, LONG_STATEMENT_TIMEOUT_S, Database, unavailable_reason
 
 log = logging.getLogger("jobs.ingest")  # also when it runs as a program
 
@@ -81,8 +81,8 @@ def make_ingest_app(
         try:
             place = as_traceparent(task.request.get(TRACEPARENT))
             ingest(batch, database=database, ring=ring, settings=settings, traceparent=place)
-        except (*DATABASE_AWAY, LimitReached) as exc:
-            log.warning("The batch goes back to the queue: %s", why_away(exc), extra={"action": "requeue"})
+        except (*DATABASE_UNAVAILABLE, LimitReached) as exc:
+            log.warning("The batch goes back to the queue: %s", unavailable_reason(exc), extra={"action": "requeue"})
             sleep(_RETRY_S)
             raise Reject(exc, requeue=True) from exc
 
@@ -99,7 +99,7 @@ def main() -> int:
     except BasicError as exc:
         print(exc, file=sys.stderr)
         return exit_status(exc)
-    database = Database.open(settings.resolved_database_url, answer_s=LONG_ANSWER_S)
+    database = Database.open(settings.resolved_database_url, statement_timeout_s=LONG_STATEMENT_TIMEOUT_S)
     app = make_ingest_app(database, settings)
     try:
         with clerks(database, settings):
@@ -167,8 +167,8 @@ def _refuse(
 ) -> str:
     log.warning("Refused batch %s: %s", batch_id, refused, extra=_ids(batch_id))
     param = refused.param and storable(refused.param)
-    refusal = Refusal(refused.code or "invalid_value", storable(str(refused)), param, refused.status_code)
-    return record_refused_job(submission, refusal, database=database, settings=settings)
+    failure = RequestFailure(refused.code or "invalid_value", storable(str(refused)), param, refused.status_code)
+    return record_refused_job(submission, failure, database=database, settings=settings)
 
 
 def _refuse_unreadable(

@@ -77,7 +77,7 @@ def new_key(
 
 def check_key(database: Database, presented: str) -> KeyView | None:
     """Return the key that was presented, or None if it opens nothing: unknown, malformed, revoked and expired alike."""
-    with database.look() as connection:
+    with database.connect() as connection:
         return key_among(connection, presented)
 
 

@@ -17,7 +17,7 @@ from jobs.errors import BasicError, DatabaseUnavailable, SetupError
 from jobs.logs import without_secrets
 from jobs.processes import BAD_SETTINGS_STATUS, RESTART_STATUS
 from storage import schema
-from storage.session import DATABASE_AWAY, why_away
+from storage.session import DATABASE_UNAVAILABLE, unavailable_reason
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def database_in_words(url: str) -> Iterator[None]:
         ) from exc
     except ArgumentError as exc:
         raise SetupError(f"BASIC_DATABASE_URL can't be used: {exc}; write {_FORMS}") from exc
-    except DATABASE_AWAY as exc:
+    except DATABASE_UNAVAILABLE as exc:
         raise DatabaseUnavailable(
             f"{where} can't be used: {_why(exc)}; "
             "check that it can be reached and written, or set BASIC_DATABASE_URL to another"
@@ -58,7 +58,7 @@ def exit_status(error: BasicError) -> int:
 
 
 def _why(error: Exception) -> str:
-    return without_secrets(why_away(error))
+    return without_secrets(unavailable_reason(error))
 
 
 def _driver_missing(exc: ModuleNotFoundError) -> str:

@@ -2,7 +2,7 @@
 
 A clerk works under a lease with a number that grows with every claim, like a worker: whoever has an older one writes
 nothing. Requests are written in pieces, for a large batch must not lock everybody out, and count all at once, when
-`open_batch` says that the input is read.
+`start_batch` says that the input is read.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, and_, case, delete, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from storage.dialect import database_now, has_expired_requests, has_open_requests, insert_new
-from storage.keys import refuse_beyond_limits
+from storage.dialect import database_now, has_expired_requests, has_open_requests, insert_or_ignore
+from storage.keys import enforce_limits
 from storage.models import Job, Request
 from storage.records import NewRequest
 from storage.statuses import BATCH_FILE_JOB_STATUSES, UNREAD_JOB_STATUSES
-from storage.transitions import cancel_unstarted, finalise_jobs
+from storage.transitions import cancel_unclaimed, end_finished_jobs
 from storage.writes import request_row
 
 _SAME_NAMES: Final = (
@@ -49,7 +49,7 @@ class BatchClaim:
     traceparent: str | None
 
     @property
-    def is_read(self) -> bool:
+    def is_validated(self) -> bool:
         """True when its requests stand in the record: the files are to be written."""
         return self.validated_at is not None
 
@@ -89,7 +89,7 @@ def claim_batch(session: Session, lease_s: float) -> BatchClaim | None:
     return BatchClaim(job_id=row.id, number=row.clerk_number, **{name: getattr(row, name) for name in _SAME_NAMES})
 
 
-def hold(session: Session, claim: BatchClaim, lease_s: float) -> str:
+def renew_claim(session: Session, claim: BatchClaim, lease_s: float) -> str:
     """Renew the claim, lock the batch until the transaction ends and return its status; raise ClaimLost."""
     until = database_now(session) + lease_s
     status = session.scalar(
@@ -115,15 +115,15 @@ def add_requests(session: Session, claim: BatchClaim, first_index: int, requests
     rows = [request_row(claim.job_id, first_index + n, request, now) for n, request in enumerate(requests)]
     for row in rows:
         row["event_number"] = None  # nobody is told before all are there
-    session.execute(insert_new(session, Request), rows)
+    session.execute(insert_or_ignore(session, Request), rows)
 
 
-def open_batch(session: Session, claim: BatchClaim, model: str, total: int, tokens: int, lease_s: float) -> str:
+def start_batch(session: Session, claim: BatchClaim, model: str, total: int, tokens: int, lease_s: float) -> str:
     """Let all requests of a batch count from now on, and return its status; one that was cancelled starts nothing.
 
     Raise QuotaExceeded if they are more than the limits of its key leave room for.
     """
-    hold(session, claim, lease_s)
+    renew_claim(session, claim, lease_s)
     now = database_now(session)
     refused = and_(Request.job_id == claim.job_id, Request.status == "failed")
     failed = session.scalar(select(func.count()).where(refused))
@@ -144,17 +144,17 @@ def open_batch(session: Session, claim: BatchClaim, model: str, total: int, toke
     )
     number = select(Job.event_number).where(Job.id == claim.job_id).scalar_subquery()
     session.execute(update(Request).where(refused).values(event_number=number))
-    cancel_unstarted(session, claim.job_id)
-    finalise_jobs(session, [claim.job_id])
-    refuse_beyond_limits(session, claim.api_key_id)
+    cancel_unclaimed(session, claim.job_id)
+    end_finished_jobs(session, [claim.job_id])
+    enforce_limits(session, claim.api_key_id)
     return session.scalars(select(Job.status).where(Job.id == claim.job_id)).one()
 
 
-def refuse_batch(
+def fail_batch(
     session: Session, claim: BatchClaim, errors: Sequence[Mapping[str, Any]], model: str, lease_s: float
 ) -> str:
     """End a batch whose input as a whole is bad, and return its final status: nothing of it runs."""
-    status = "cancelled" if hold(session, claim, lease_s) == "cancelling" else "failed"
+    status = "cancelled" if renew_claim(session, claim, lease_s) == "cancelling" else "failed"
     session.execute(delete(Request).where(Request.job_id == claim.job_id))  # of a clerk that had found it good
     ended = {"status": status, "finished_at": database_now(session), "clerk_until": None}
     session.execute(update(Job).where(Job.id == claim.job_id).values(errors=list(errors), model=model, **ended))
@@ -163,7 +163,7 @@ def refuse_batch(
 
 def end_batch(session: Session, claim: BatchClaim, end: BatchEnd, lease_s: float) -> str:
     """End a batch whose files are written, and return its final status."""
-    status = hold(session, claim, lease_s)
+    status = renew_claim(session, claim, lease_s)
     if status != "cancelling":
         unrun = select(Job.id).where(Job.id == claim.job_id, has_expired_requests())
         status = "completed" if session.scalar(unrun) is None else "expired"

@@ -52,13 +52,13 @@ def clock(dialect: str) -> ColumnElement[float]:
     return literal_column(f"(SELECT {_CLOCK[dialect]})", Double())
 
 
-def one_state(session: Session) -> None:
+def repeatable_read(session: Session) -> None:
     """Let all queries of a transaction that has not begun see one state of the database, as SQLite's always do."""
     if dialect_of(session) == "postgresql":
         session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
 
 
-def insert_new(session: Session, model: type[Base]) -> postgresql.Insert | sqlite.Insert:
+def insert_or_ignore(session: Session, model: type[Base]) -> postgresql.Insert | sqlite.Insert:
     """Return an INSERT that leaves rows alone that are there already."""
     return insert_into(session, model).on_conflict_do_nothing()
 
@@ -73,7 +73,7 @@ def whole(session: Session, value: ColumnElement[Any]) -> ColumnElement[int]:
     return cast(func.floor(value) if dialect_of(session) == "postgresql" else value, BigInteger)
 
 
-def place_of(session: Session, value: InstrumentedAttribute[Any], part: str) -> ColumnElement[int]:
+def position_of(session: Session, value: InstrumentedAttribute[Any], part: str) -> ColumnElement[int]:
     """Return the place, from 1 on, at which a part begins in a text; 0: it is not there."""
     return func.strpos(value, part) if dialect_of(session) == "postgresql" else func.instr(value, part)
 
@@ -135,7 +135,7 @@ def has_served(session: Session, worker_id: str) -> bool:
     return session.scalar(select(Served.worker_id).where(Served.worker_id == worker_id)) is not None
 
 
-def has_work() -> ColumnElement[bool]:
+def has_queued_requests() -> ColumnElement[bool]:
     """Return the condition that a job has a request that can be claimed."""
     return _has_request(Request.status == "queued")
 

@@ -1,11 +1,10 @@
-"""The story of a job in the order in which it was committed, told from any place in it.
+"""The event log of a job: its tokens, ends and errors in commit order, readable from any cursor.
 
-Every transaction that writes something readers are told of (a checkpoint, an output, the end of a request) takes the
-job's next event number under the job's lock, so the numbers are in the order of the commits. A reader is known by its
-cursor alone. It is told the news in passes: everything up to a commit is behind it (the base), and it is told what
-stands between that and the newest commit (the floor): first the checkpoints of what is still being written, in one
-page, then what has ended, in pages. Checkpoints move into the output of their choice, and an output knows them; so
-whatever happens between two reads, an output brings what came after the base.
+Each transaction that writes a checkpoint, an output or the end of a request takes the job's next event number under the
+job's lock, so event numbers follow commit order. A reader is identified by its cursor alone and reads in passes. A pass
+delivers what was committed after `base` up to `floor`, the newest commit when the pass began: first the checkpoints of
+open choices in one page, then ended choices in pages. When a choice ends, its checkpoints are merged into its output,
+which keeps their event numbers and sizes: the output delivers only the text committed after `base`.
 """
 
 from __future__ import annotations
@@ -18,52 +17,52 @@ from typing import Any, Final, Literal
 from sqlalchemy import ColumnElement, Integer, and_, func, literal, select, tuple_
 from sqlalchemy.orm import Session
 
-from storage.dialect import AnyRow, one_state
+from storage.dialect import AnyRow, repeatable_read
 from storage.models import Job, Output, Partial, Request
 from storage.progress_writes import merge_pieces
 from storage.statuses import ERROR_REQUEST_STATUSES, FINAL_JOB_STATUSES
 
-_TEXT, _END, _FAILURE = range(3)  # parts of a place
+_TEXT, _END, _FAILURE = range(3)  # values of Position.part
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class Place:
-    """A place in the story: within one commit, requests and choices follow their indexes."""
+class Position:
+    """A position in the event log. Within one commit, events are ordered by request and choice index."""
 
     number: int
     request_index: int = 0
     choice_index: int = 0
-    part: int = 0  # text before the end of its choice
+    part: int = 0  # the text of a choice comes before its end
 
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """What a reader has been told: all commits up to `base`, and in a pass up to `floor` a part of what came since.
+    """What a reader has received: every commit up to `base` and, in a pass, a part of those up to `floor`.
 
-    In a pass it knows the checkpoints of what was still being written at the floor, and what ended up to a place.
+    In a pass it has the checkpoints of the choices that were open at `floor`, and the ends up to `position`.
     """
 
     base: int = -1
-    floor: int = -1  # none: between two passes
-    place: Place = Place(-1)
-    status: str | None = None  # of the job
+    floor: int = -1  # -1: between two passes
+    position: Position = Position(-1)
+    status: str | None = None  # job status that the reader has received
 
     @property
     def newest(self) -> int:
-        """The newest commit it knows of."""
-        return max(self.base, self.floor, self.place.number)
+        """Event number of the newest commit in this cursor."""
+        return max(self.base, self.floor, self.position.number)
 
     def within(self, end: Cursor) -> Cursor:
-        """Return this cursor if it can be of the story that ends there, else a new reader's."""
+        """Return this cursor if the log that ends at `end` can contain it, else that of a new reader."""
         final = self.status in FINAL_JOB_STATUSES
         return self if self.newest <= end.newest and (not final or self == end) else Cursor()
 
 
 @dataclass(frozen=True, slots=True)
-class Passage:
-    """One thing to tell: text of a choice, its end, or why a request has no result."""
+class LogEvent:
+    """One event of a job: text of a choice, the end of a choice, or the error of a request."""
 
-    cursor: Cursor | None  # of a reader that was told it; none: what follows belongs to it
+    cursor: Cursor | None  # after this event; None: not resumable here, the next event belongs to the same page
     kind: Literal["tokens", "finished", "failed"]
     custom_id: str
     request_index: int
@@ -75,48 +74,48 @@ class Passage:
     accepted: int = 0
     finish_reason: str | None = None
     error: dict[str, Any] | None = None
-    from_start: bool = False  # all text of the choice up to `seq`, whatever the reader has
+    from_start: bool = False  # holds all text of the choice up to `seq`, not only what is new
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Some passages behind a cursor."""
+    """Events after a cursor."""
 
-    passages: tuple[Passage, ...]
-    cursor: Cursor  # of a reader that was told all of them; with the status of the job if the page is complete
+    events: tuple[LogEvent, ...]
+    cursor: Cursor  # after all of them; with the job's status if the page is complete
     status: str
-    complete: bool  # there was nothing more
+    complete: bool  # no more events exist yet
 
 
-def where_it_stands(session: Session, job_id: str) -> Page:
-    """Return the empty page behind everything. The job must exist."""
+def head(session: Session, job_id: str) -> Page:
+    """Return the empty page at the end of the log. The job must exist."""
     job = _job(session, job_id)
     return Page((), _end(job, Cursor(floor=job.event_number)), job.status, complete=True)
 
 
 def read(session: Session, job_id: str, since: Cursor, limit: int) -> Page:
-    """Return up to about `limit` passages behind a cursor of this job's story. The job must exist."""
-    one_state(session)
+    """Return about `limit` events after a cursor. The job must exist."""
+    repeatable_read(session)
     job = _job(session, job_id)
-    passages: list[Passage] = []
+    events: list[LogEvent] = []
     if since.floor < 0 and since.base < job.event_number:
-        written = _what_is_being_written(session, job_id, since.base)
+        written = _open_checkpoints(session, job_id, since.base)
         since = replace(since, floor=job.event_number)
-        # Only with the last of them are they all told: a reader that is cut off before is told them again.
-        passages = [*written[:-1], *(replace(last, cursor=since) for last in written[-1:])]
-    found = [] if since.floor < 0 else _what_ended(session, job_id, since, limit)
-    told = since.place
-    for told, row in found[:limit]:
-        passages += _passages(row, told, since)
+        # Only the last one moves the cursor: a reader that disconnects earlier gets all of them again.
+        events = [*written[:-1], *(replace(last, cursor=since) for last in written[-1:])]
+    found = [] if since.floor < 0 else _ended_choices(session, job_id, since, limit)
+    position = since.position
+    for position, row in found[:limit]:
+        events += _events(row, position, since)
     if len(found) > limit:
-        return Page(tuple(passages), replace(since, place=told), job.status, complete=False)
+        return Page(tuple(events), replace(since, position=position), job.status, complete=False)
     if 0 <= since.floor < job.event_number:
-        return Page(tuple(passages), Cursor(since.floor, status=since.status), job.status, complete=False)
-    return Page(tuple(passages), _end(job, replace(since, place=told)), job.status, complete=True)
+        return Page(tuple(events), Cursor(since.floor, status=since.status), job.status, complete=False)
+    return Page(tuple(events), _end(job, replace(since, position=position)), job.status, complete=True)
 
 
-def ended(session: Session, job_id: str, after: Place, limit: int) -> list[tuple[Place, int]]:
-    """Return requests of a job in the order in which they ended, from behind a place: (its place, request index)."""
+def ended_requests(session: Session, job_id: str, after: Position, limit: int) -> list[tuple[Position, int]]:
+    """Return (position, request index) of up to `limit` requests that ended after a position, in order."""
     rows = session.execute(
         select(Request.event_number, Request.request_index)
         .where(
@@ -127,43 +126,43 @@ def ended(session: Session, job_id: str, after: Place, limit: int) -> list[tuple
         .order_by(Request.event_number, Request.request_index)
         .limit(limit)
     )
-    return [(Place(int(number or 0), index), index) for number, index in rows]
+    return [(Position(int(number or 0), index), index) for number, index in rows]
 
 
 def _job(session: Session, job_id: str) -> AnyRow:
     return session.execute(select(Job.status, Job.event_number).where(Job.id == job_id)).one()
 
 
-def _end(job: AnyRow, told: Cursor) -> Cursor:
-    """Return the cursor of a reader that was told all there is.
+def _end(job: AnyRow, cursor: Cursor) -> Cursor:
+    """Return the cursor of a reader that has received everything.
 
-    While a job's input is read, requests are still being added, under the number that was there from the start.
+    While a batch is validating, requests are still added under the job's first event number: the cursor stays.
     """
     if job.status == "validating":
-        return replace(told, status=job.status)
+        return replace(cursor, status=job.status)
     return Cursor(job.event_number, status=job.status)
 
 
-def _what_is_being_written(session: Session, job_id: str, base: int) -> list[Passage]:
-    """Return the checkpoints behind a commit of every choice that has not ended: to a new reader as one text each."""
+def _open_checkpoints(session: Session, job_id: str, base: int) -> list[LogEvent]:
+    """Return the checkpoints of open choices after commit `base`; for a new reader (-1), one event per choice."""
     query = _checkpoint_query(job_id).where(Partial.event_number > base)
     if base >= 0:
-        return [_written([row]) for row in session.execute(query.order_by(*_PARTIAL_PLACE, Partial.seq))]
+        return [_tokens_event([row]) for row in session.execute(query.order_by(*_PARTIAL_POSITION, Partial.seq))]
     rows = session.execute(query.order_by(*_PARTIAL_KEY, Partial.seq)).all()
     groups = groupby(rows, key=lambda row: (row.request_index, row.choice_index))
-    return [replace(_written(list(group)), from_start=True) for _, group in groups]
+    return [replace(_tokens_event(list(group)), from_start=True) for _, group in groups]
 
 
-def _what_ended(session: Session, job_id: str, since: Cursor, limit: int) -> list[tuple[Place, AnyRow]]:
-    """Return what ended in this pass behind the place, in order; one more than the limit shows that there is more."""
+def _ended_choices(session: Session, job_id: str, since: Cursor, limit: int) -> list[tuple[Position, AnyRow]]:
+    """Return what ended in this pass after the position, in order; more than `limit` rows: there is another page."""
     rows = [*_outputs(session, job_id, since, limit), *_failures(session, job_id, since, limit)]
     return sorted(rows, key=lambda row: row[0])
 
 
-def _written(checkpoints: Sequence[AnyRow]) -> Passage:
+def _tokens_event(checkpoints: Sequence[AnyRow]) -> LogEvent:
     last = checkpoints[-1]
     flags = [flag for row in checkpoints for flag in row.accepted]
-    return Passage(
+    return LogEvent(
         cursor=None,
         kind="tokens",
         custom_id=last.custom_id,
@@ -178,8 +177,8 @@ def _written(checkpoints: Sequence[AnyRow]) -> Passage:
 
 
 _PARTIAL_KEY: Final = (Partial.request_index, Partial.choice_index)
-_PARTIAL_PLACE: Final = (Partial.event_number, Partial.request_index, Partial.choice_index)
-_OUTPUT_PLACE: Final = (Output.event_number, Output.request_index, Output.choice_index)
+_PARTIAL_POSITION: Final = (Partial.event_number, Partial.request_index, Partial.choice_index)
+_OUTPUT_POSITION: Final = (Output.event_number, Output.request_index, Output.choice_index)
 
 
 def _checkpoint_query(job_id: str) -> Any:
@@ -199,8 +198,8 @@ def _checkpoint_query(job_id: str) -> Any:
     )
 
 
-def _outputs(session: Session, job_id: str, since: Cursor, limit: int) -> Iterator[tuple[Place, AnyRow]]:
-    place = since.place
+def _outputs(session: Session, job_id: str, since: Cursor, limit: int) -> Iterator[tuple[Position, AnyRow]]:
+    position = since.position
     query = (
         select(
             Request.custom_id,
@@ -219,22 +218,22 @@ def _outputs(session: Session, job_id: str, since: Cursor, limit: int) -> Iterat
         .join(Request, and_(Request.job_id == Output.job_id, Request.request_index == Output.request_index))
         .where(
             Output.job_id == job_id,
-            Output.event_number >= place.number,
+            Output.event_number >= position.number,
             Output.event_number > since.base,
             Output.event_number <= since.floor,
-            tuple_(*_OUTPUT_PLACE) >= _bound(place.number, place.request_index, place.choice_index),
+            tuple_(*_OUTPUT_POSITION) >= _bound(position.number, position.request_index, position.choice_index),
         )
-        .order_by(*_OUTPUT_PLACE)
-        .limit(limit + 2)  # the first may have been told to its end
+        .order_by(*_OUTPUT_POSITION)
+        .limit(limit + 2)  # the first may be at the position itself, and is skipped
     )
     for row in session.execute(query):
-        end = Place(row.event_number, row.request_index, row.choice_index, _END)
-        if end > place:
+        end = Position(row.event_number, row.request_index, row.choice_index, _END)
+        if end > position:
             yield end, row
 
 
-def _failures(session: Session, job_id: str, since: Cursor, limit: int) -> Iterator[tuple[Place, AnyRow]]:
-    place = since.place
+def _failures(session: Session, job_id: str, since: Cursor, limit: int) -> Iterator[tuple[Position, AnyRow]]:
+    position = since.position
     last_seq = (
         select(func.max(Partial.seq))
         .where(
@@ -257,39 +256,39 @@ def _failures(session: Session, job_id: str, since: Cursor, limit: int) -> Itera
         )
         .where(
             Request.job_id == job_id,
-            Request.event_number >= place.number,
+            Request.event_number >= position.number,
             Request.event_number > since.base,
             Request.event_number <= since.floor,
             Request.status.in_(ERROR_REQUEST_STATUSES),
-            tuple_(Request.event_number, Request.request_index) >= _bound(place.number, place.request_index),
+            tuple_(Request.event_number, Request.request_index) >= _bound(position.number, position.request_index),
         )
         .order_by(Request.event_number, Request.request_index)
         .limit(limit + 2)
     )
     for row in session.execute(query):
-        end = Place(row.event_number, row.request_index, 0, _FAILURE)
-        if end > place:
+        end = Position(row.event_number, row.request_index, 0, _FAILURE)
+        if end > position:
             yield end, row
 
 
-def _passages(row: AnyRow, place: Place, since: Cursor) -> Iterator[Passage]:
+def _events(row: AnyRow, position: Position, since: Cursor) -> Iterator[LogEvent]:
     if row.source == "failure":
         error = {"code": row.error_code, "message": row.error_message, "param": row.error_param}
-        cursor = replace(since, place=place)
-        yield Passage(cursor, "failed", row.custom_id, row.request_index, 0, row.seq, error=error)
+        cursor = replace(since, position=position)
+        yield LogEvent(cursor, "failed", row.custom_id, row.request_index, 0, row.seq, error=error)
     else:
-        yield from _output_passages(row, place, since)
+        yield from _output_events(row, position, since)
 
 
-def _output_passages(row: AnyRow, end: Place, since: Cursor) -> Iterator[Passage]:
-    """Yield the text of an output that the reader does not know, and its end."""
+def _output_events(row: AnyRow, end: Position, since: Cursor) -> Iterator[LogEvent]:
+    """Yield the text of an output that the reader has not received, and the end of the choice."""
     identity = (row.custom_id, row.request_index, row.choice_index)
     text = replace(end, part=_TEXT)
-    untold = _untold(row, since)
-    if untold is not None and text > since.place:
-        chars, tokens, accepted = untold
-        yield Passage(
-            replace(since, place=text),
+    unread = _unread(row, since)
+    if unread is not None and text > since.position:
+        chars, tokens, accepted = unread
+        yield LogEvent(
+            replace(since, position=text),
             "tokens",
             *identity,
             seq=row.last_seq - 1,
@@ -299,23 +298,23 @@ def _output_passages(row: AnyRow, end: Place, since: Cursor) -> Iterator[Passage
             accepted=row.accepted_tokens - accepted,
             from_start=tokens == 0,
         )
-    cursor = replace(since, place=end)
-    yield Passage(cursor, "finished", *identity, seq=row.last_seq, finish_reason=row.finish_reason)
+    cursor = replace(since, position=end)
+    yield LogEvent(cursor, "finished", *identity, seq=row.last_seq, finish_reason=row.finish_reason)
 
 
-def _untold(row: AnyRow, since: Cursor) -> tuple[int, int, int] | None:
-    """Return how much of an output the reader knows: characters, tokens, accepted ones; None if it knows everything."""
+def _unread(row: AnyRow, since: Cursor) -> tuple[int, int, int] | None:
+    """Return how much of an output the reader has: characters, tokens, accepted tokens; None: all of it."""
     known = [0, 0, 0]
     for number, _, *sizes in row.checkpoints or ():
         if number > since.base:
             return known[0], known[1], known[2]
         known = [sum(pair) for pair in zip(known, sizes, strict=True)]
-    # Outputs from before checkpoints were noted were told as one.
+    # Outputs written before `checkpoints` existed are delivered whole.
     return (0, 0, 0) if row.checkpoints is None and row.completion_tokens else None
 
 
 def _cut(pieces: Sequence[Sequence[str]], chars: int) -> Iterator[tuple[str, str]]:
-    """Yield the pieces behind so many characters."""
+    """Yield the pieces after the first `chars` characters."""
     for text, source in pieces:
         if len(text) > chars:
             yield text[chars:], source

@@ -1,4 +1,4 @@
-"""Turns: which job gets the next free place of a worker.
+"""FairShare: which job gets the next free place of a worker.
 
 Places go first to whoever has the fewest requests running, whatever the number of their jobs, and then to that owner's
 job with the fewest. So nobody waits behind a large job of somebody else, nor behind many.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class JobShare:
     """A job that has something to claim."""
 
     job_id: str
@@ -22,10 +22,10 @@ class Standing:
     owner_running: int  # of all jobs of the owner
 
 
-class Turns:
+class FairShare:
     """Jobs that wait for places; those in equal position take turns in the order in which they were given."""
 
-    def __init__(self, jobs: Iterable[Standing]) -> None:
+    def __init__(self, jobs: Iterable[JobShare]) -> None:
         """Let these jobs wait."""
         self._owners: dict[str, str] = {}
         self._running: Counter[str] = Counter()
@@ -40,7 +40,7 @@ class Turns:
         """The jobs that still wait."""
         return list(self._owners)
 
-    def share_out(self, places: int) -> dict[str, int]:
+    def allocate(self, places: int) -> dict[str, int]:
         """Return how many of so many places each job should have."""
         waiting: dict[str, list[tuple[int, int, str]]] = {}
         for order, (job_id, owner) in enumerate(self._owners.items()):

@@ -12,7 +12,7 @@ from typing import Final
 from sqlalchemy import ColumnElement, and_, delete, insert, or_, select, tuple_, update
 from sqlalchemy.orm import Session
 
-from storage.dialect import AnyRow, database_now, insert_new, owned_by
+from storage.dialect import AnyRow, database_now, insert_or_ignore, owned_by
 from storage.models import File, FileChunk, Job
 from storage.statuses import UNREAD_JOB_STATUSES
 
@@ -33,7 +33,7 @@ class FileView:
 
 
 @dataclass(frozen=True, slots=True)
-class FilePage:
+class FileViewPage:
     """A page of the list of files."""
 
     files: tuple[FileView, ...]
@@ -46,7 +46,9 @@ _FILE_COLUMNS: Final = (File.id, File.purpose, File.filename, File.bytes, File.c
 def begin_file(session: Session, file_id: str, purpose: str, filename: str, owner: str) -> None:
     """Begin a file that nobody sees yet; one of this id that was begun before loses its chunks."""
     row = {"id": file_id, "purpose": purpose, "filename": filename, "api_key_id": owner, "status": "writing"}
-    session.execute(insert_new(session, File).values(**row, bytes=0, created_at=database_now(session), expires_at=None))
+    session.execute(
+        insert_or_ignore(session, File).values(**row, bytes=0, created_at=database_now(session), expires_at=None)
+    )
     session.execute(delete(FileChunk).where(FileChunk.file_id == file_id))
 
 
@@ -92,7 +94,7 @@ def files(
     *,
     purpose: str | None = None,
     newest_first: bool = True,
-) -> FilePage | None:
+) -> FileViewPage | None:
     """Return up to `limit` files from behind the file `after`, deleted or not; None if there never was such a file."""
     query = select(*_FILE_COLUMNS).where(_is_visible(database_now(session)), owned_by(File.api_key_id, owner))
     if purpose is not None:
@@ -109,7 +111,7 @@ def files(
     rows = session.execute(
         query.order_by(*(c.desc() if newest_first else c.asc() for c in columns)).limit(limit + 1)
     ).all()
-    return FilePage(tuple(_file_view(row) for row in rows[:limit]), has_more=len(rows) > limit)
+    return FileViewPage(tuple(_file_view(row) for row in rows[:limit]), has_more=len(rows) > limit)
 
 
 def chunk(session: Session, file_id: str, index: int) -> bytes | None:

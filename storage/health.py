@@ -13,7 +13,7 @@ from sqlalchemy import ColumnElement, and_, func, select
 from sqlalchemy.orm import Session
 
 from storage import queries
-from storage.dialect import database_now, has_work
+from storage.dialect import database_now, has_queued_requests
 from storage.models import Job, Partial, Request, Worker
 
 _HOUR_S = 3600.0
@@ -70,7 +70,7 @@ def _stuck(session: Session, served: set[str], since: float) -> tuple[str, ...]:
         session.scalars(
             select(Job.id)
             .where(Job.status == "in_progress", Job.model.in_(served), Job.created_at < since)
-            .where(has_work() | running.exists(), ~moved.exists(), ~ended.exists())
+            .where(has_queued_requests() | running.exists(), ~moved.exists(), ~ended.exists())
             .where(~_others_move(since))
             .order_by(Job.created_at)
             .limit(20)

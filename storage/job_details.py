@@ -14,7 +14,7 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, and_, case, func, or_, select
 from sqlalchemy.orm import Session
 
-from storage.dialect import AnyRow, place_of
+from storage.dialect import AnyRow, position_of
 from storage.models import DecodeStep, DraftTree, Output, Partial, Request
 from storage.progress_writes import merge_pieces
 
@@ -24,7 +24,7 @@ _TEXT_CHARS: Final = 20_000  # of one text that a page shows
 
 
 @dataclass(frozen=True, slots=True)
-class ChoiceText:
+class ChoiceDetails:
     """One choice, finished or not."""
 
     choice_index: int
@@ -35,7 +35,7 @@ class ChoiceText:
 
 
 @dataclass(frozen=True, slots=True)
-class RequestText:
+class RequestDetails:
     """One request with what is written of it."""
 
     request_index: int
@@ -44,7 +44,7 @@ class RequestText:
     error_code: str | None
     error_message: str | None
     prompt: str  # its beginning
-    choices: tuple[ChoiceText, ...]
+    choices: tuple[ChoiceDetails, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class ErrorCount:
 
 
 @dataclass(frozen=True, slots=True)
-class TreePlace:
+class TreeKey:
     """Where a tree was recorded."""
 
     request_index: int
@@ -68,7 +68,7 @@ class TreePlace:
 
 
 @dataclass(frozen=True, slots=True)
-class RecordedTree:
+class TreeDetails:
     """A recorded draft tree, and the numbers of its step."""
 
     nodes: tuple[tuple[int, int, str, float, bool], ...]  # parent, token id, text, value, accepted; the root first
@@ -78,7 +78,7 @@ class RecordedTree:
 
 def requests(
     session: Session, job_id: str, statuses: Sequence[str] = (), after: int = -1, limit: int = 20
-) -> list[RequestText]:
+) -> list[RequestDetails]:
     """Return some requests of a job in its order, from behind the index `after`; `statuses` empty: of any status."""
     query = select(*_REQUEST).where(Request.job_id == job_id, Request.request_index > after)
     if statuses:
@@ -87,7 +87,7 @@ def requests(
     return _with_texts(session, job_id, rows)
 
 
-def running(session: Session, job_id: str, limit: int) -> list[RequestText]:
+def running(session: Session, job_id: str, limit: int) -> list[RequestDetails]:
     """Return the first requests of a job that are being written."""
     query = select(*_REQUEST).where(Request.job_id == job_id, Request.status == "running")
     return _with_texts(session, job_id, session.execute(query.order_by(Request.request_index).limit(limit)).all())
@@ -112,7 +112,7 @@ def errors(session: Session, job_id: str, limit: int = 20) -> list[ErrorCount]:
     return found + [ErrorCount(code, None, number) for code, number in left.most_common() if number]
 
 
-def tree_places(session: Session, job_id: str) -> list[TreePlace]:
+def tree_keys(session: Session, job_id: str) -> list[TreeKey]:
     """Return where a job has recorded trees, of requests that have ended, and how large they are."""
     columns = (DraftTree.request_index, DraftTree.choice_index, DraftTree.step)
     same = [getattr(DecodeStep, column.key) == column for column in (DraftTree.job_id, *columns)]
@@ -122,10 +122,10 @@ def tree_places(session: Session, job_id: str) -> list[TreePlace]:
         .where(DraftTree.job_id == job_id)
         .order_by(*columns)
     )
-    return [TreePlace(*row) for row in rows]
+    return [TreeKey(*row) for row in rows]
 
 
-def tree(session: Session, job_id: str, place: TreePlace) -> RecordedTree | None:
+def tree(session: Session, job_id: str, place: TreeKey) -> TreeDetails | None:
     """Return a recorded tree."""
     where = [getattr(DraftTree, name) == getattr(place, name) for name in ("request_index", "choice_index", "step")]
     row = session.execute(select(DraftTree.nodes, DraftTree.bonus).where(DraftTree.job_id == job_id, *where)).first()
@@ -133,7 +133,7 @@ def tree(session: Session, job_id: str, place: TreePlace) -> RecordedTree | None
         return None
     same = [getattr(DecodeStep, name) == getattr(place, name) for name in ("request_index", "choice_index", "step")]
     step = session.execute(select(*_STEP).where(DecodeStep.job_id == job_id, *same)).one()
-    return RecordedTree(tuple(tuple(node) for node in row.nodes), row.bonus, dict(step._mapping))
+    return TreeDetails(tuple(tuple(node) for node in row.nodes), row.bonus, dict(step._mapping))
 
 
 _REQUEST: Final = (
@@ -159,11 +159,11 @@ _STEP: Final = (
 )
 
 
-def _with_texts(session: Session, job_id: str, rows: Sequence[AnyRow]) -> list[RequestText]:
+def _with_texts(session: Session, job_id: str, rows: Sequence[AnyRow]) -> list[RequestDetails]:
     indexes = [row.request_index for row in rows]
     texts = _partial_texts(session, job_id, indexes) | _output_texts(session, job_id, indexes)
     return [
-        RequestText(
+        RequestDetails(
             request_index=row.request_index,
             custom_id=row.custom_id,
             status=row.status,
@@ -176,7 +176,7 @@ def _with_texts(session: Session, job_id: str, rows: Sequence[AnyRow]) -> list[R
     ]
 
 
-def _output_texts(session: Session, job_id: str, indexes: Sequence[int]) -> dict[tuple[int, int], ChoiceText]:
+def _output_texts(session: Session, job_id: str, indexes: Sequence[int]) -> dict[tuple[int, int], ChoiceDetails]:
     rows = session.execute(
         select(
             Output.request_index,
@@ -187,10 +187,10 @@ def _output_texts(session: Session, job_id: str, indexes: Sequence[int]) -> dict
             Output.finish_reason,
         ).where(and_(Output.job_id == job_id, Output.request_index.in_(indexes)))
     )
-    return {(row[0], row[1]): ChoiceText(row[1], cut(row.pieces), *row[3:]) for row in rows}
+    return {(row[0], row[1]): ChoiceDetails(row[1], cut(row.pieces), *row[3:]) for row in rows}
 
 
-def _partial_texts(session: Session, job_id: str, indexes: Sequence[int]) -> dict[tuple[int, int], ChoiceText]:
+def _partial_texts(session: Session, job_id: str, indexes: Sequence[int]) -> dict[tuple[int, int], ChoiceDetails]:
     rows = session.execute(
         select(Partial.request_index, Partial.choice_index, Partial.pieces, Partial.accepted)
         .where(Partial.job_id == job_id, Partial.request_index.in_(indexes))
@@ -199,10 +199,10 @@ def _partial_texts(session: Session, job_id: str, indexes: Sequence[int]) -> dic
     return {key: _partial_text(key[1], list(group)) for key, group in groupby(rows, lambda row: (row[0], row[1]))}
 
 
-def _partial_text(choice: int, rows: Sequence[AnyRow]) -> ChoiceText:
+def _partial_text(choice: int, rows: Sequence[AnyRow]) -> ChoiceDetails:
     flags = [flag for row in rows for flag in row.accepted]
     pieces = merge_pieces(piece for row in rows for piece in row.pieces)
-    return ChoiceText(choice, cut(pieces), len(flags), sum(flags), None)
+    return ChoiceDetails(choice, cut(pieces), len(flags), sum(flags), None)
 
 
 def cut(pieces: Sequence[Sequence[str]], chars: int = _TEXT_CHARS) -> Pieces:
@@ -220,7 +220,7 @@ def _rule(session: Session) -> ColumnElement[str]:
     """Return what a request did wrong, without where it stands in its job: else each would be of a kind of its own."""
     message = Request.error_message
     placed = or_(message.like("line %: %"), message.like("requests[%: %"))
-    return case((placed, func.substr(message, place_of(session, message, ": ") + 2)), else_=message)
+    return case((placed, func.substr(message, position_of(session, message, ": ") + 2)), else_=message)
 
 
 def _said(param: str | None, rule: str) -> str:

@@ -112,7 +112,7 @@ def open_work(session: Session, key_id: str | None = None) -> OpenWork:
     return OpenWork(int(requests), int(asked))
 
 
-def refuse_beyond_limits(session: Session, key_id: str) -> None:
+def enforce_limits(session: Session, key_id: str) -> None:
     """Raise QuotaExceeded if a key has more in the queue than its limits allow, what was just written included."""
     if not key_id:
         return

@@ -9,14 +9,14 @@ from __future__ import annotations
 from sqlalchemy import delete, or_, select, update
 from sqlalchemy.orm import Session
 
-from storage.dialect import database_now, insert_new
+from storage.dialect import database_now, insert_or_ignore
 from storage.models import Election
 
 
 def elect(session: Session, office: str, candidate: str, term_s: float) -> bool:
     """Return whether the candidate holds the office now: it had it, or nobody does; a new term begins then."""
     now = database_now(session)
-    session.execute(insert_new(session, Election).values(office=office, holder="", term_ends_at=0.0))
+    session.execute(insert_or_ignore(session, Election).values(office=office, holder="", term_ends_at=0.0))
     vacant = or_(Election.holder == candidate, Election.term_ends_at < now)
     elected = session.execute(
         update(Election)
@@ -27,7 +27,7 @@ def elect(session: Session, office: str, candidate: str, term_s: float) -> bool:
     return elected.first() is not None
 
 
-def holder(session: Session, office: str) -> str | None:
+def leader(session: Session, office: str) -> str | None:
     """Return who holds the office, in term or not."""
     return session.scalar(select(Election.holder).where(Election.office == office))
 

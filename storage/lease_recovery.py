@@ -29,16 +29,16 @@ from sqlalchemy.orm import Session
 
 from storage.dialect import AnyRow, database_now, has_served, is_request
 from storage.models import Job, Request, Served, Worker
-from storage.records import FailedRequest, Refusal, RequestKey
+from storage.records import FailedRequest, RequestFailure, RequestKey
 from storage.statuses import ACTIVE_JOB_STATUSES, OPEN_REQUEST_STATUSES
-from storage.transitions import fail_requests, finalise_jobs, lock_jobs
+from storage.transitions import end_finished_jobs, fail_requests, lock_jobs
 
-POISON: Final = Refusal(
+POISON: Final = RequestFailure(
     "poison", "The worker process died twice while this request was the only one on trial.", status_code=500
 )
 
-LONE_CRASHES: Final = 2  # so often may work that was alone in trial cost its worker
-_UNTESTED_CRASHES: Final = 4  # the same on a host that has served nothing, for each request that waits
+MAX_LONE_CRASHES: Final = 2  # so often may work that was alone in trial cost its worker
+_MAX_UNTESTED_CRASHES: Final = 4  # the same on a host that has served nothing, for each request that waits
 _LONGEST_WAIT: Final = 5  # claims after which the wait for a late owner grows no more
 _ORPHANED_S: Final = 5.0  # a lease that lapsed so long ago, of an owner that renews its others, is one it never knew of
 
@@ -75,12 +75,12 @@ def reclaim(session: Session, dead: Collection[str] = (), *, lapsed: bool = True
             continue
         suspects = plan.suspect(owned, now)
         if owner in dead and len(suspects) == 1 and not suspects[0].proven:
-            plan.deaths.append(_lone_death(session, suspects[0]))
+            plan.deaths.append(_lone_crash(session, suspects[0]))
     return _carry_out(session, plan, now)
 
 
 @dataclass(frozen=True, slots=True)
-class Process:
+class WorkerProcess:
     """A worker as those see it who look whether its process is still there."""
 
     worker_id: str
@@ -90,7 +90,7 @@ class Process:
     last_seen_at: float
 
 
-def running_processes(session: Session) -> list[Process]:
+def running_processes(session: Session) -> list[WorkerProcess]:
     """Return the workers that have not left and that are not known to be lost, or still own requests."""
     owners = (
         select(Request.lease_owner)
@@ -101,7 +101,7 @@ def running_processes(session: Session) -> list[Process]:
     at_work = or_(Worker.id.in_(owners), Worker.id.in_(comparing.where(Job.comparing_by.is_not(None))))
     columns = (Worker.id, Worker.process, Worker.hostname, Worker.started_at, Worker.last_seen_at)
     rows = session.execute(select(*columns).where(Worker.stopped_at.is_(None), or_(Worker.lost_at.is_(None), at_work)))
-    return [Process(*row) for row in rows]
+    return [WorkerProcess(*row) for row in rows]
 
 
 def mark_lost(session: Session, dead: Collection[str], silent_s: float | None = None) -> None:
@@ -115,7 +115,7 @@ def mark_lost(session: Session, dead: Collection[str], silent_s: float | None = 
 
 
 @dataclass(frozen=True, slots=True)
-class _LoneDeath:
+class _LoneCrash:
     """A request that was alone in trial when its worker was seen dead, and what is known of such deaths so far."""
 
     row: AnyRow
@@ -126,23 +126,23 @@ class _LoneDeath:
     waiting: int  # requests of the model that have not ended
 
     @property
-    def verdict(self) -> Refusal | None:
+    def verdict(self) -> RequestFailure | None:
         """Return why the request fails; None: it is tried again."""
         if self.hosts > 1:
-            return _poison(LONE_CRASHES, "These were processes on two hosts.")
-        if self.crashes >= LONE_CRASHES and self.served:
+            return _poison(MAX_LONE_CRASHES, "These were processes on two hosts.")
+        if self.crashes >= MAX_LONE_CRASHES and self.served:
             return _poison(self.crashes, "The host serves other requests.")
-        if self.crashes >= _UNTESTED_CRASHES * self.waiting:
+        if self.crashes >= _MAX_UNTESTED_CRASHES * self.waiting:
             return _poison(self.crashes, "No other request was served meanwhile, so the fault may be the host's.")
         return None
 
 
-def _poison(deaths: int, why: str) -> Refusal:
-    message = POISON.message if deaths <= LONE_CRASHES else POISON.message.replace("twice", f"{deaths} times")
+def _poison(deaths: int, why: str) -> RequestFailure:
+    message = POISON.message if deaths <= MAX_LONE_CRASHES else POISON.message.replace("twice", f"{deaths} times")
     return replace(POISON, message=f"{message} {why}")
 
 
-def _lone_death(session: Session, row: AnyRow) -> _LoneDeath:
+def _lone_crash(session: Session, row: AnyRow) -> _LoneCrash:
     host = session.scalar(select(Worker.hostname).where(Worker.id == row.lease_owner))
     model = session.scalars(select(Job.model).where(Job.id == row.job_id)).one()
     waiting = session.scalar(
@@ -152,7 +152,7 @@ def _lone_death(session: Session, row: AnyRow) -> _LoneDeath:
         .where(Job.status == "in_progress", Job.model == model, Request.status.in_(OPEN_REQUEST_STATUSES))
     )
     serves = has_served(session, row.lease_owner)
-    return _LoneDeath(
+    return _LoneCrash(
         row,
         crashes=1 if not serves and _others_served_since(session, row, model) else row.lone_crashes + 1,
         served=row.lone_served or serves,
@@ -177,7 +177,7 @@ class _Plan:
         self.groups: dict[str, list[AnyRow]] = {}
         self.innocent: list[AnyRow] = []
         self.orphans: list[AnyRow] = []
-        self.deaths: list[_LoneDeath] = []
+        self.deaths: list[_LoneCrash] = []
 
     def suspect(self, owned: Sequence[AnyRow], now: float) -> Sequence[AnyRow]:
         """Sort the requests of one lost worker, and return those that may be why it is lost."""
@@ -265,7 +265,7 @@ def _carry_out(session: Session, plan: _Plan, now: float) -> Reclaimed:
     return Reclaimed(
         requeued=tuple((job_id, model) for job_id, model in models),
         poisoned=tuple(failed),
-        ended_jobs=tuple(finalise_jobs(session, {job_id for job_id, _ in ended})),
+        ended_jobs=tuple(end_finished_jobs(session, {job_id for job_id, _ in ended})),
     )
 
 

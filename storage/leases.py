@@ -13,11 +13,19 @@ from typing import Final
 from sqlalchemy import ColumnElement, and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from storage.dialect import AnyRow, database_now, has_served, has_work, is_one_of, is_request, running_requests
-from storage.fair_share import Standing, Turns
+from storage.dialect import (
+    AnyRow,
+    database_now,
+    has_queued_requests,
+    has_served,
+    is_one_of,
+    is_request,
+    running_requests,
+)
+from storage.fair_share import FairShare, JobShare
 from storage.models import Job, Output, Partial, Request
 from storage.records import Checkpoint, Claim, Lease, RequestKey, StepRow
-from storage.transitions import cancel_requests, finalise_jobs, lock_jobs
+from storage.transitions import cancel_requests, end_finished_jobs, lock_jobs
 
 _CLAIMED: Final = (
     Request.job_id,
@@ -64,9 +72,9 @@ def claim(
     group, accused = _next_group(session, may_serve)
     taken: list[RequestKey] = []
     if group is None or (accused and not has_served(session, worker_id)):
-        taken = _take_turns(session, and_(may_serve, Job.priority > 0), limit, now, holding)
+        taken = _claim_fairly(session, and_(may_serve, Job.priority > 0), limit, now, holding)
         rest = limit - reserved - len(taken)
-        taken += _take_turns(session, and_(may_serve, Job.priority == 0), rest, now, holding)
+        taken += _claim_fairly(session, and_(may_serve, Job.priority == 0), rest, now, holding)
     if group is not None and not taken and all(row.proven for row in held):
         taken = _lock_queued(session, Request.suspect_group == group, limit, holding)
     return _as_claims(session, _own(session, worker_id, taken, now, lease_s))
@@ -89,17 +97,17 @@ def release(session: Session, worker_id: str, leases: Iterable[Lease]) -> None:
     ).all()
     keys = {(row.job_id, row.request_index) for row in released if row.job_id in cancelling}
     cancel_requests(session, keys, database_now(session))
-    finalise_jobs(session, cancelling)
+    end_finished_jobs(session, cancelling)
 
 
-def jobs_to_ring(session: Session, older_than_s: float) -> list[tuple[str, str]]:
+def jobs_to_notify(session: Session, older_than_s: float) -> list[tuple[str, str]]:
     """Return (job_id, model) of a job a model with work that nobody was told of for so long; note that all are rung.
 
     One doorbell is enough for all jobs of a model: workers look for any.
     """
     now = database_now(session)
     silent = or_(Job.doorbell_at.is_(None), Job.doorbell_at < now - older_than_s)
-    unheard = lock_jobs(session, and_(Job.status == "in_progress", silent, has_work()))
+    unheard = lock_jobs(session, and_(Job.status == "in_progress", silent, has_queued_requests()))
     if not unheard:
         return []
     rung = session.execute(update(Job).where(Job.id.in_(unheard)).values(doorbell_at=now).returning(Job.model, Job.id))
@@ -128,17 +136,17 @@ def _held(session: Session, worker_id: str, holding: Collection[RequestKey]) -> 
     return session.execute(select(Request.suspect_group, Request.proven).where(*mine)).all()
 
 
-def _take_turns(
+def _claim_fairly(
     session: Session, may_serve: ColumnElement[bool], limit: int, now: float, holding: Collection[RequestKey]
 ) -> list[RequestKey]:
     """Lock up to `limit` queued requests, fair between owners and their jobs, and say of those jobs that they began."""
     if limit <= 0:
         return []
-    turns = Turns(_standings(session, may_serve, limit, now))
+    turns = FairShare(_job_shares(session, may_serve, limit, now))
     # Jobs before requests, in order: whoever locks several does so. Mostly there is nothing to write.
     waiting = lock_jobs(session, Job.id.in_(turns.job_ids) & Job.started_at.is_(None)) if turns.job_ids else []
     taken: list[RequestKey] = []
-    while len(taken) < limit and (shares := turns.share_out(limit - len(taken))):
+    while len(taken) < limit and (shares := turns.allocate(limit - len(taken))):
         for job_id, places in shares.items():
             unsuspected = and_(Request.job_id == job_id, Request.suspect_group.is_(None))
             got = _lock_queued(session, unsuspected, places, [*holding, *taken])
@@ -152,13 +160,18 @@ def _take_turns(
     return taken
 
 
-def _standings(session: Session, may_serve: ColumnElement[bool], limit: int, now: float) -> list[Standing]:
+def _job_shares(session: Session, may_serve: ColumnElement[bool], limit: int, now: float) -> list[JobShare]:
     """Return the jobs that come first for `limit` places, of those that have something to claim.
 
     Among equals lots decide: were it age, an old job would win every place as long as there are fewer than jobs.
     """
     job = (
-        select(Job.id, Job.api_key_id.label("owner"), running_requests(now).label("running"), has_work().label("waits"))
+        select(
+            Job.id,
+            Job.api_key_id.label("owner"),
+            running_requests(now).label("running"),
+            has_queued_requests().label("waits"),
+        )
         .where(may_serve)
         .subquery()
     )
@@ -171,7 +184,7 @@ def _standings(session: Session, may_serve: ColumnElement[bool], limit: int, now
         .order_by(turn.c.turn, func.random())
         .limit(limit)
     )
-    return [Standing(job_id, owner, running, int(owner_running)) for job_id, owner, running, owner_running in rows]
+    return [JobShare(job_id, owner, running, int(owner_running)) for job_id, owner, running, owner_running in rows]
 
 
 def _lock_queued(

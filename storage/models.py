@@ -330,7 +330,7 @@ class DraftTree(Base):
     __table_args__ = (_of_a_request(),)
 
 
-class Comparison(Base):
+class SpeedupCheck(Base):
     """One request of a finished job that was decoded both ways once more, in steps that took turns.
 
     Times are shares of steps, as in `step_minutes`, for the same tokens in batches of the same sizes; prefill is in

@@ -19,14 +19,14 @@ _SHARE: Final = 0.9  # of the time, after which a server that is alive breaks a 
 T = TypeVar("T")
 
 
-class PatientConnection(psycopg.Connection[Any]):
-    """A connection that waits `answer_s` at most for the answer to one statement, and less for a ping."""
+class TimeoutConnection(psycopg.Connection[Any]):
+    """A connection that waits `statement_timeout_s` at most for the answer to one statement, and less for a ping."""
 
-    answer_s: float = 0.0
+    statement_timeout_s: float = 0.0
 
     def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
         """Wait for the server; raise OperationalError and close the connection when the time is over."""
-        limit_s = _PING_S if self.autocommit else self.answer_s
+        limit_s = _PING_S if self.autocommit else self.statement_timeout_s
         limit_s = limit_s if timeout is None else min(limit_s, timeout)
         try:
             return super().wait(gen, interval, limit_s)
@@ -35,15 +35,15 @@ class PatientConnection(psycopg.Connection[Any]):
             raise psycopg.OperationalError(f"the server did not answer within {limit_s:g} s") from exc
 
 
-def limit_answers(engine: Engine, answer_s: float) -> None:
-    """Let no statement of this engine take longer than `answer_s`, whether the server is alive or not."""
+def limit_statements(engine: Engine, statement_timeout_s: float) -> None:
+    """Let no statement of this engine take longer than `statement_timeout_s`, whether the server is alive or not."""
 
     @event.listens_for(engine, "do_connect")
-    def connect(_dialect: Any, _record: Any, arguments: Any, named: Any) -> PatientConnection:
-        connection = PatientConnection.connect(*arguments, **named)
-        connection.answer_s = answer_s
+    def connect(_dialect: Any, _record: Any, arguments: Any, named: Any) -> TimeoutConnection:
+        connection = TimeoutConnection.connect(*arguments, **named)
+        connection.statement_timeout_s = statement_timeout_s
         try:
-            connection.execute(f"SET statement_timeout = {int(answer_s * _SHARE * 1000)}")
+            connection.execute(f"SET statement_timeout = {int(statement_timeout_s * _SHARE * 1000)}")
             connection.commit()
         except psycopg.Error:
             connection.close()

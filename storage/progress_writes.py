@@ -18,16 +18,25 @@ from sqlalchemy import bindparam, delete, select, update
 from sqlalchemy.orm import Session
 
 from storage import rollups
-from storage.dialect import AnyRow, database_now, insert_into, insert_many, insert_new, is_one_of, is_request, storable
+from storage.dialect import (
+    AnyRow,
+    database_now,
+    insert_into,
+    insert_many,
+    insert_or_ignore,
+    is_one_of,
+    is_request,
+    storable,
+)
 from storage.models import DecodeStep, DraftTree, Job, Output, Partial, Request, Served
-from storage.records import Checkpoint, FinishedChoice, FlushResult, Lease, Progress, Refusal, RequestKey
-from storage.transitions import cancel_requests, error_columns, finalise_jobs
+from storage.records import Checkpoint, FinishedChoice, FlushResult, Lease, RequestFailure, RequestKey, RequestProgress
+from storage.transitions import cancel_requests, end_finished_jobs, error_columns
 
 ChoiceKey = tuple[str, int, int]  # (job_id, request_index, choice_index)
 
 
 def flush(
-    session: Session, worker_id: str, lease_s: float, progress: Sequence[Progress], held: Sequence[Lease]
+    session: Session, worker_id: str, lease_s: float, progress: Sequence[RequestProgress], held: Sequence[Lease]
 ) -> FlushResult:
     """Renew the leases and write the progress of all requests of a worker; say which it has lost, which jobs ended.
 
@@ -38,25 +47,25 @@ def flush(
     leases = set(held).union(entry.lease for entry in progress)
     if not leases:
         return FlushResult(frozenset(), ())
-    standings, numbers = _look_at(session, worker_id, leases)
-    ours = [entry for entry in progress if standings[entry.lease] is _Standing.HOLDS]
+    standings, numbers = _check_leases(session, worker_id, leases)
+    ours = [entry for entry in progress if standings[entry.lease] is _LeaseState.HOLDS]
     now = database_now(session)
-    _renew(session, _keys(standings, _Standing.HOLDS), now + lease_s)
-    _prove(session, worker_id, {entry.lease.key for entry in ours if entry.checkpoints}, now)
-    tally = _Tally()
-    _write_checkpoints(session, worker_id, ours, now, numbers, tally)
-    _write_outputs(session, worker_id, ours, numbers, tally)
-    _end_requests(session, ours, now, numbers, tally)
-    cancelled = _keys(standings, _Standing.CANCELLED)
+    _renew(session, _keys(standings, _LeaseState.HOLDS), now + lease_s)
+    _clear_suspects(session, worker_id, {entry.lease.key for entry in ours if entry.checkpoints}, now)
+    counts = _JobCounts()
+    _write_checkpoints(session, worker_id, ours, now, numbers, counts)
+    _write_outputs(session, worker_id, ours, numbers, counts)
+    _end_requests(session, ours, now, numbers, counts)
+    cancelled = _keys(standings, _LeaseState.CANCELLED)
     cancel_requests(session, cancelled, now)
-    _count(session, tally)
+    _count(session, counts)
     return FlushResult(
-        lost=frozenset(_keys(standings, _Standing.LOST) | cancelled),
-        ended_jobs=tuple(finalise_jobs(session, {job_id for job_id, _ in tally.ended | cancelled})),
+        lost=frozenset(_keys(standings, _LeaseState.LOST) | cancelled),
+        ended_jobs=tuple(end_finished_jobs(session, {job_id for job_id, _ in counts.ended | cancelled})),
     )
 
 
-class _Standing(Enum):
+class _LeaseState(Enum):
     """What a lease is worth."""
 
     HOLDS = auto()
@@ -66,7 +75,7 @@ class _Standing(Enum):
 
 
 @dataclass(slots=True)
-class _Tally:
+class _JobCounts:
     """What a flush adds to the counts of its jobs."""
 
     completed: Counter[str] = field(default_factory=Counter)
@@ -81,9 +90,9 @@ class _Tally:
         return sorted({*self.completed, *self.failed, *self.prompt_tokens, *self.completion_tokens, *self.told})
 
 
-def _look_at(
+def _check_leases(
     session: Session, worker_id: str, leases: Collection[Lease]
-) -> tuple[dict[Lease, _Standing], dict[str, int]]:
+) -> tuple[dict[Lease, _LeaseState], dict[str, int]]:
     """Lock jobs and requests of the leases; say what each lease is worth, and the next event number of each job."""
     jobs = {
         job.id: job
@@ -111,23 +120,25 @@ def _look_at(
         )
     }
     now = database_now(session)
-    worth = {lease: _worth(lease, worker_id, jobs.get(lease.job_id), requests.get(lease.key), now) for lease in leases}
+    worth = {
+        lease: _lease_state(lease, worker_id, jobs.get(lease.job_id), requests.get(lease.key), now) for lease in leases
+    }
     return worth, {job_id: job.event_number + 1 for job_id, job in jobs.items()}
 
 
-def _worth(lease: Lease, worker_id: str, job: AnyRow | None, request: AnyRow | None, now: float) -> _Standing:
+def _lease_state(lease: Lease, worker_id: str, job: AnyRow | None, request: AnyRow | None, now: float) -> _LeaseState:
     if job is None or request is None or (request.lease_owner, request.lease_number) != (worker_id, lease.number):
-        return _Standing.LOST
+        return _LeaseState.LOST
     if request.status in ("completed", "failed"):
-        return _Standing.ENDED
+        return _LeaseState.ENDED
     if request.status != "running" or (request.expires_at is not None and request.expires_at <= now):
-        return _Standing.LOST
+        return _LeaseState.LOST
     if job.status == "cancelling":
-        return _Standing.CANCELLED
-    return _Standing.HOLDS if job.status == "in_progress" and job.expires_at > now else _Standing.LOST
+        return _LeaseState.CANCELLED
+    return _LeaseState.HOLDS if job.status == "in_progress" and job.expires_at > now else _LeaseState.LOST
 
 
-def _keys(standings: dict[Lease, _Standing], wanted: _Standing) -> set[RequestKey]:
+def _keys(standings: dict[Lease, _LeaseState], wanted: _LeaseState) -> set[RequestKey]:
     return {lease.key for lease, standing in standings.items() if standing is wanted}
 
 
@@ -136,7 +147,7 @@ def _renew(session: Session, keys: Collection[RequestKey], until: float) -> None
         session.execute(update(Request).where(is_request(keys)).values(lease_expires_at=until))
 
 
-def _prove(session: Session, worker_id: str, keys: Collection[RequestKey], now: float) -> None:
+def _clear_suspects(session: Session, worker_id: str, keys: Collection[RequestKey], now: float) -> None:
     """Note which requests have committed tokens under this lease, so are no suspects any more, and that we serve."""
     if not keys:
         return
@@ -159,10 +170,10 @@ def _prove(session: Session, worker_id: str, keys: Collection[RequestKey], now: 
 def _write_checkpoints(
     session: Session,
     worker_id: str,
-    progress: Iterable[Progress],
+    progress: Iterable[RequestProgress],
     now: float,
     numbers: Mapping[str, int],
-    tally: _Tally,
+    counts: _JobCounts,
 ) -> None:
     rows = [
         {
@@ -179,11 +190,11 @@ def _write_checkpoints(
     if not rows:
         return
     keys = (Partial.job_id, Partial.request_index, Partial.choice_index, Partial.seq)
-    written = {tuple(key) for key in session.execute(insert_new(session, Partial).returning(*keys), rows)}
+    written = {tuple(key) for key in session.execute(insert_or_ignore(session, Partial).returning(*keys), rows)}
     for row in rows:
         if tuple(row[key.key] for key in keys) in written:
-            tally.told.add(row["job_id"])
-            tally.completion_tokens[row["job_id"]] += len(row["token_ids"])
+            counts.told.add(row["job_id"])
+            counts.completion_tokens[row["job_id"]] += len(row["token_ids"])
 
 
 def _checkpoint_columns(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -200,7 +211,11 @@ def _checkpoint_columns(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _write_outputs(
-    session: Session, worker_id: str, progress: Iterable[Progress], numbers: Mapping[str, int], tally: _Tally
+    session: Session,
+    worker_id: str,
+    progress: Iterable[RequestProgress],
+    numbers: Mapping[str, int],
+    counts: _JobCounts,
 ) -> None:
     """Turn the checkpoints of finished choices into their outputs and step rows."""
     finished = {(*entry.lease.key, choice.choice_index): choice for entry in progress for choice in entry.finished}
@@ -212,12 +227,12 @@ def _write_outputs(
         for key, choice in finished.items()
     ]
     keys = (Output.job_id, Output.request_index, Output.choice_index)
-    written = {tuple(key) for key in session.execute(insert_new(session, Output).returning(*keys), rows)}
+    written = {tuple(key) for key in session.execute(insert_or_ignore(session, Output).returning(*keys), rows)}
     steps = [row for key in finished if key in written for row in _step_rows(key, partials.get(key, []))]
     if steps:
         _insert_steps(session, steps)
         rollups.add_steps(session, [key for key in finished if key in written], steps)
-    _count_outputs(finished, written, partials, tally)
+    _count_outputs(finished, written, partials, counts)
 
 
 def _take_partials(session: Session, keys: Collection[ChoiceKey]) -> dict[ChoiceKey, list[AnyRow]]:
@@ -303,37 +318,37 @@ def _count_outputs(
     finished: dict[ChoiceKey, FinishedChoice],
     written: Collection[tuple[Any, ...]],
     partials: dict[ChoiceKey, list[AnyRow]],
-    tally: _Tally,
+    counts: _JobCounts,
 ) -> None:
     """Count the tokens of outputs in place of those of their checkpoints, which have been counted before."""
     for key, choice in finished.items():
         job_id, _, _ = key
-        tally.completion_tokens[job_id] -= sum(len(partial.token_ids) for partial in partials.get(key, []))
+        counts.completion_tokens[job_id] -= sum(len(partial.token_ids) for partial in partials.get(key, []))
         if key in written:
-            tally.told.add(job_id)
-            tally.completion_tokens[job_id] += choice.completion_tokens
-            tally.prompt_tokens[job_id] += choice.prompt_tokens if choice.first_of_prompt else 0
+            counts.told.add(job_id)
+            counts.completion_tokens[job_id] += choice.completion_tokens
+            counts.prompt_tokens[job_id] += choice.prompt_tokens if choice.first_of_prompt else 0
 
 
 def _end_requests(
-    session: Session, progress: Iterable[Progress], now: float, numbers: Mapping[str, int], tally: _Tally
+    session: Session, progress: Iterable[RequestProgress], now: float, numbers: Mapping[str, int], counts: _JobCounts
 ) -> None:
-    failed = {entry.lease.key: entry.refusal for entry in progress if entry.refusal is not None}
+    failed = {entry.lease.key: entry.failure for entry in progress if entry.failure is not None}
     completed = {entry.lease.key for entry in progress if entry.ends} - failed.keys()
-    tally.completed.update(job_id for job_id, _ in completed)
-    tally.failed.update(job_id for job_id, _ in failed)
-    tally.ended |= completed | failed.keys()
-    tally.told |= {job_id for job_id, _ in tally.ended}
+    counts.completed.update(job_id for job_id, _ in completed)
+    counts.failed.update(job_id for job_id, _ in failed)
+    counts.ended |= completed | failed.keys()
+    counts.told |= {job_id for job_id, _ in counts.ended}
     for job_id in {job_id for job_id, _ in completed}:
         ended = {"status": "completed", "finished_at": now, "lease_expires_at": None, "event_number": numbers[job_id]}
         of_job = {key for key in completed if key[0] == job_id}
         session.execute(update(Request).where(is_request(of_job)).values(**ended))
     if failed:
-        rows = [_failed_row(key, refusal, now, numbers[key[0]]) for key, refusal in failed.items()]
+        rows = [_failed_row(key, failure, now, numbers[key[0]]) for key, failure in failed.items()]
         session.execute(update(Request), rows)
 
 
-def _failed_row(key: RequestKey, refusal: Refusal, now: float, event_number: int) -> dict[str, Any]:
+def _failed_row(key: RequestKey, failure: RequestFailure, now: float, event_number: int) -> dict[str, Any]:
     job_id, request_index = key
     return {
         "job_id": job_id,
@@ -342,24 +357,24 @@ def _failed_row(key: RequestKey, refusal: Refusal, now: float, event_number: int
         "finished_at": now,
         "lease_expires_at": None,
         "event_number": event_number,
-        **error_columns(refusal),
+        **error_columns(failure),
     }
 
 
-def _count(session: Session, tally: _Tally) -> None:
-    """Add the tally to the jobs, which are locked: nobody else is counting."""
-    counts = [
+def _count(session: Session, counts: _JobCounts) -> None:
+    """Add the counts to the jobs, which are locked: nobody else is counting."""
+    rows = [
         {
             "job": job_id,
-            "completed": tally.completed[job_id],
-            "failed": tally.failed[job_id],
-            "prompt": tally.prompt_tokens[job_id],
-            "completion": tally.completion_tokens[job_id],
-            "told": int(job_id in tally.told),
+            "completed": counts.completed[job_id],
+            "failed": counts.failed[job_id],
+            "prompt": counts.prompt_tokens[job_id],
+            "completion": counts.completion_tokens[job_id],
+            "told": int(job_id in counts.told),
         }
-        for job_id in tally.job_ids
+        for job_id in counts.job_ids
     ]
-    if not counts:
+    if not rows:
         return
     # Through the connection: a session takes an UPDATE with a list of values for one by primary key.
     session.connection().execute(
@@ -372,5 +387,5 @@ def _count(session: Session, tally: _Tally) -> None:
             completion_tokens=Job.completion_tokens + bindparam("completion"),
             event_number=Job.event_number + bindparam("told"),
         ),
-        counts,
+        rows,
     )

@@ -17,14 +17,13 @@ from sqlalchemy.orm import Session
 from storage.dialect import AnyRow, clock, dialect_of, owned_by
 from storage.models import Job, Output, Partial, Request, Worker
 from storage.progress_writes import merge_pieces
-from storage.records import NewRequest
+from storage.records import HEARTBEAT_TIMEOUT_S, NewRequest
 from storage.statistics import DepthAcceptance as DepthAcceptance  # statistics have a module; callers find them here
 from storage.statistics import JobStats as JobStats
 from storage.statistics import job_stats as job_stats
 from storage.statistics import total_stats as total_stats
 from storage.statuses import ACTIVE_JOB_STATUSES, ERROR_REQUEST_STATUSES, FINAL_REQUEST_STATUSES
 
-_SEEN_S: Final = 60.0  # a worker that has not been heard of for longer serves nothing
 _OUTPUTS_AT_ONCE: Final = 500
 _REQUESTS_AT_ONCE: Final = 50  # each may be as large as a line can be
 
@@ -62,7 +61,7 @@ class JobView:
 
 
 @dataclass(frozen=True, slots=True)
-class JobPage:
+class JobViewPage:
     """A page of the list of jobs."""
 
     jobs: tuple[JobView, ...]
@@ -208,7 +207,7 @@ def jobs(
     *,
     status: str | None = None,
     newest_first: bool = True,
-) -> JobPage:
+) -> JobViewPage:
     """Return up to `limit` jobs by their age from behind the job `after`; nothing stands behind an unknown id.
 
     Single requests that a person waits for are jobs too; they are listed if `interactive` asks for them.
@@ -228,7 +227,7 @@ def jobs(
     if not interactive:
         query = query.where(Job.priority == 0)
     rows = session.execute(query).all()
-    return JobPage(tuple(_job_view(row) for row in rows[:limit]), has_more=len(rows) > limit)
+    return JobViewPage(tuple(_job_view(row) for row in rows[:limit]), has_more=len(rows) > limit)
 
 
 def outputs(
@@ -338,7 +337,7 @@ def _models_query(dialect: str) -> Select[Any]:
     workers = Worker.__table__.c
     return (
         select(workers.target, func.min(workers.context_tokens))
-        .where(_is_alive(dialect, _SEEN_S))
+        .where(_is_alive(dialect, HEARTBEAT_TIMEOUT_S))
         .group_by(workers.target)
         .order_by(workers.target)
     )

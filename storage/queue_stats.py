@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from sqlalchemy import and_, case, func, select
 from sqlalchemy.orm import Session
 
 from storage.dialect import database_now
 from storage.models import Job, Request, Worker
+from storage.records import HEARTBEAT_TIMEOUT_S
 from storage.statuses import ACTIVE_JOB_STATUSES, OPEN_REQUEST_STATUSES
-
-SEEN_S: Final = 60.0  # a worker that has not been heard of for longer is not alive
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +51,7 @@ class WorkerLoad:
 
 
 @dataclass(frozen=True, slots=True)
-class Census:
+class QueueStats:
     """Everything that is counted."""
 
     open_jobs: tuple[OpenJobs, ...]
@@ -63,11 +62,13 @@ class Census:
     workers: tuple[WorkerLoad, ...]
 
 
-def take(session: Session) -> Census:
+def collect(session: Session) -> QueueStats:
     """Count."""
     now = database_now(session)
     held, lapsed = _leases(session, now)
-    return Census(_open_jobs(session, now), _totals(session), _errors(session), held, lapsed, _workers(session, now))
+    return QueueStats(
+        _open_jobs(session, now), _totals(session), _errors(session), held, lapsed, _workers(session, now)
+    )
 
 
 def _open_jobs(session: Session, now: float) -> tuple[OpenJobs, ...]:
@@ -113,7 +114,7 @@ def _leases(session: Session, now: float) -> tuple[int, int]:
 def _workers(session: Session, now: float) -> tuple[WorkerLoad, ...]:
     rows = session.execute(
         select(Worker.id, Worker.hostname, Worker.target, Worker.load)
-        .where(Worker.stopped_at.is_(None), Worker.last_seen_at > now - SEEN_S)
+        .where(Worker.stopped_at.is_(None), Worker.last_seen_at > now - HEARTBEAT_TIMEOUT_S)
         .order_by(Worker.started_at, Worker.id)
     )
     return tuple(WorkerLoad(row[0], row[1], row[2], row[3] or {}) for row in rows)

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 RequestKey = tuple[str, int]  # (job_id, request_index)
 
+HEARTBEAT_TIMEOUT_S: Final = 60.0  # a worker that has sent no heartbeat for longer counts as lost
+
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class RequestFailure:
     """Why a request failed, in the words of the error envelope."""
 
     code: str
@@ -46,11 +48,11 @@ class NewJob:
 
 @dataclass(frozen=True, slots=True)
 class NewRequest:
-    """A request about to be recorded: valid (`body`), or refused at the door (`refusal`: the row is born failed)."""
+    """A request about to be recorded: valid (`body`), or refused at the door (`failure`: the row is born failed)."""
 
     custom_id: str
     body: Mapping[str, Any] | None = None
-    refusal: Refusal | None = None
+    failure: RequestFailure | None = None
     tokens: int = 0  # that it may come to read and write at most, as far as the door can say
     timeout_s: float | None = None  # seconds from creation after which it fails, whatever its job may still have
     size_bytes: int = 0  # of its body, about: what is written together must not be large; 0: small
@@ -78,7 +80,7 @@ class FailedRequest:
     request_index: int
     custom_id: str
     seq: int  # behind all events of its choice 0
-    refusal: Refusal
+    failure: RequestFailure
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +177,7 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True)
-class FinishedText:
+class SampledRequest:
     """A request of a finished job, and what its first choice says."""
 
     request_index: int
@@ -184,16 +186,16 @@ class FinishedText:
 
 
 @dataclass(frozen=True, slots=True)
-class ComparisonClaim:
+class SpeedupCheckClaim:
     """The sample of a finished job that a worker is to decode both ways."""
 
     job_id: str
     endpoint: str
-    texts: tuple[FinishedText, ...]
+    texts: tuple[SampledRequest, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class ComparisonRow:
+class SpeedupCheckResult:
     """A request that was decoded both ways, or the error that came instead; row of `comparisons`."""
 
     request_index: int
@@ -207,18 +209,18 @@ class ComparisonRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class RequestProgress:
     """What one held request has to write in a flush.
 
     `finished` choices become outputs at once. With `ends` the request is completed (all its choices have outputs);
-    with `refusal` it is failed. Step rows of a choice are taken from its checkpoints when it finishes.
+    with `failure` it is failed. Step rows of a choice are taken from its checkpoints when it finishes.
     """
 
     lease: Lease
     checkpoints: tuple[Checkpoint, ...] = ()
     finished: tuple[FinishedChoice, ...] = ()
     ends: bool = False
-    refusal: Refusal | None = None
+    failure: RequestFailure | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +232,7 @@ class FlushResult:
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerCard:
+class NewWorker:
     """How a worker introduces itself."""
 
     id: str

@@ -15,7 +15,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
 
-from storage.session import LONG_ANSWER_S, make_engine, write_connection
+from storage.session import LONG_STATEMENT_TIMEOUT_S, make_engine, write_connection
 
 _UPGRADE_LOCK: Final = 0x62415349  # any number that nobody else locks
 _PARENT: Final = Path(__file__).resolve().parent.parent
@@ -50,7 +50,7 @@ def downgrade(url: str, revision: str) -> None:
 
 def current(url: str) -> str | None:
     """Return the revision of a database; None if it has no schema of ours."""
-    engine = make_engine(url, LONG_ANSWER_S)
+    engine = make_engine(url, LONG_STATEMENT_TIMEOUT_S)
     try:
         with engine.connect() as connection:
             return MigrationContext.configure(connection).get_current_revision()

@@ -1,7 +1,7 @@
 """Connections to the record: SQLite in WAL mode on one machine, PostgreSQL for many.
 
 Callers get a Session that is one transaction, for reading or for writing. Exceptions are SQLAlchemy's own: those of
-DATABASE_AWAY mean that the database is away, busy or full, and that the whole transaction may be tried again.
+DATABASE_UNAVAILABLE mean that the database is away, busy or full, and that the whole transaction may be tried again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, Operationa
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
-DATABASE_AWAY: Final = (OperationalError, InterfaceError, PoolTimeout)
+DATABASE_UNAVAILABLE: Final = (OperationalError, InterfaceError, PoolTimeout)
 
 _READ_ONLY_STATE: Final = "25006"
 _BUSY_S = 10.0  # how long SQLite waits for another writer
@@ -36,8 +36,8 @@ _POSTGRESQL_LIMITS: Final = {
 _POOL: Final = {"pool_size": 5, "max_overflow": 40, "pool_timeout": 10}  # the shim has 40 threads
 _SQLITE_POOL: Final = {"pool_size": 5, "max_overflow": 75, "pool_timeout": 10}  # writers wait, and leave some
 
-ANSWER_S: Final = 4.5  # how long callers of the shim wait for an answer to one statement
-LONG_ANSWER_S: Final = 30.0  # the same for those whom no person waits for
+STATEMENT_TIMEOUT_S: Final = 4.5  # how long callers of the shim wait for an answer to one statement
+LONG_STATEMENT_TIMEOUT_S: Final = 30.0  # the same for those whom no person waits for
 
 # A reader sees one state of the database, whatever it asks. Without `postgresql_readonly`: the transaction of the next
 # writer would then say READ WRITE, against what the database says of itself.
@@ -62,12 +62,12 @@ class Database:
     engine: Engine
 
     @classmethod
-    def open(cls, url: str, *, answer_s: float | None = ANSWER_S) -> Self:
+    def open(cls, url: str, *, statement_timeout_s: float | None = STATEMENT_TIMEOUT_S) -> Self:
         """Open the database at an SQLAlchemy URL. Connects when first used.
 
-        A server that does not answer a statement within `answer_s` is away; None: it may take as long as it likes.
+        `statement_timeout_s` limits each statement of PostgreSQL; None: no limit.
         """
-        return cls(make_engine(url, answer_s))
+        return cls(make_engine(url, statement_timeout_s))
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -79,7 +79,7 @@ class Database:
             yield session
 
     @contextmanager
-    def look(self) -> Iterator[Connection]:
+    def connect(self) -> Iterator[Connection]:
         """Yield a connection for the few single queries that come with every call: a session costs as much again."""
         with self.engine.connect() as connection:
             yield connection
@@ -96,11 +96,10 @@ class Database:
         self.engine.dispose()
 
 
-def make_engine(url: str, answer_s: float | None = None) -> Engine:
+def make_engine(url: str, statement_timeout_s: float | None = None) -> Engine:
     """Return an engine for SQLite (the file's directory is made if need be) or PostgreSQL.
 
-    A PostgreSQL server that does not answer a statement within `answer_s` is away; None: it may take any time. Raise
-    ArgumentError for a URL of neither, or of no form that SQLAlchemy knows.
+    `statement_timeout_s` limits each statement of PostgreSQL; None: no limit. Raise ArgumentError for any other URL.
     """
     try:
         parsed = make_url(url)
@@ -109,12 +108,12 @@ def make_engine(url: str, answer_s: float | None = None) -> Engine:
     backend = parsed.get_backend_name()
     if backend not in ("sqlite", "postgresql", "postgres"):
         raise ArgumentError(f"the record lies in PostgreSQL or SQLite, not in {backend}")
-    engine = _sqlite_engine(parsed) if backend == "sqlite" else _postgresql_engine(parsed, answer_s)
+    engine = _sqlite_engine(parsed) if backend == "sqlite" else _postgresql_engine(parsed, statement_timeout_s)
     event.listen(engine, "handle_error", _refused_to_write)
     return engine
 
 
-def why_away(error: BaseException) -> str:
+def unavailable_reason(error: BaseException) -> str:
     """Return what the driver says about a database that is away, without the statement and its values."""
     return " ".join(str(error.orig if isinstance(error, DBAPIError) else error).split())
 
@@ -139,7 +138,7 @@ def is_read_only(error: BaseException) -> bool:
 
 
 def _refused_to_write(context: ExceptionContext) -> OperationalError | None:
-    """Return the error of a PostgreSQL database that may only be read as one of DATABASE_AWAY, as SQLite's is."""
+    """Turn PostgreSQL's read-only error into an OperationalError, so that it is in DATABASE_UNAVAILABLE."""
     cause = context.original_exception
     if getattr(cause, "sqlstate", "") != _READ_ONLY_STATE:
         return None
@@ -153,15 +152,15 @@ def write_connection(engine: Engine) -> Iterator[Connection]:
         yield connection
 
 
-def _postgresql_engine(url: URL, answer_s: float | None) -> Engine:
+def _postgresql_engine(url: URL, statement_timeout_s: float | None) -> Engine:
     if url.drivername in ("postgresql", "postgres"):
         url = url.set(drivername="postgresql+psycopg")
     limits = {name: value for name, value in _POSTGRESQL_LIMITS.items() if name not in url.query}
     engine = create_engine(url, pool_pre_ping=True, connect_args=limits, **_POOL)
-    if answer_s is not None:
-        from storage.postgres import limit_answers  # an installation without PostgreSQL has no driver
+    if statement_timeout_s is not None:
+        from storage.postgres import limit_statements  # an installation without PostgreSQL has no driver
 
-        limit_answers(engine, answer_s)
+        limit_statements(engine, statement_timeout_s)
     return engine
 
 

@@ -17,9 +17,9 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from storage.dialect import AnyRow, database_now
 from storage.models import (
-    Comparison,
     DecodeStep,
     Job,
+    SpeedupCheck,
     StepBatch,
     StepDepth,
     StepExpectation,
@@ -56,7 +56,7 @@ class RankAcceptance:
 
 
 @dataclass(frozen=True, slots=True)
-class Accepted:
+class AcceptanceCount:
     """Steps that kept so many draft tokens."""
 
     accepted_tokens: int
@@ -117,7 +117,7 @@ class Minute:
 
 
 @dataclass(frozen=True, slots=True)
-class PlainComparison:
+class SpeedupCheckStats:
     """What came of decoding some requests of a job both ways."""
 
     requests_asked: int
@@ -159,13 +159,13 @@ class JobStats:
     tokens_per_joule: float | None  # where the devices tell what they draw, and only over all jobs
     acceptance_by_depth: tuple[DepthAcceptance, ...]
     acceptance_by_rank: tuple[RankAcceptance, ...] = ()
-    acceptance: tuple[Accepted, ...] = ()
+    acceptance: tuple[AcceptanceCount, ...] = ()
     batch_sizes: tuple[BatchSize, ...] = ()
     drafters: tuple[DrafterShare, ...] = ()
     decisions: tuple[DecisionShare, ...] = ()
     reliability: tuple[Expectation, ...] = ()
     minutes: tuple[Minute, ...] = ()
-    comparison: PlainComparison | None = None  # of one job that asked for it
+    comparison: SpeedupCheckStats | None = None  # of one job that asked for it
 
 
 def job_stats(session: Session, job_id: str) -> JobStats:
@@ -329,15 +329,15 @@ def ratio_error(blocks: Sequence[tuple[float, float]]) -> float | None:
     return math.sqrt(count / (count - 1) * off) / below
 
 
-def _comparison(session: Session, job_id: str) -> PlainComparison | None:
+def _comparison(session: Session, job_id: str) -> SpeedupCheckStats | None:
     job = session.execute(select(Job.compare_plain, Job.compared_at, Job.status).where(Job.id == job_id)).first()
     if job is None or not job.compare_plain:
         return None
-    everything = session.scalars(select(Comparison).where(Comparison.job_id == job_id)).all()
+    everything = session.scalars(select(SpeedupCheck).where(SpeedupCheck.job_id == job_id)).all()
     rows = [row for row in everything if row.error_code is None]
     given_up = next((row for row in everything if row.error_code is not None), None)
     pairs = [(row.plain_ms, row.drafted_ms) for row in rows if row.plain_ms is not None and row.drafted_ms]
-    return PlainComparison(
+    return SpeedupCheckStats(
         requests_asked=job.compare_plain,
         requests=len(rows),
         done=job.compared_at is not None or job.status in UNSUCCESSFUL_JOB_STATUSES,
@@ -381,14 +381,14 @@ def _by_rank(session: Session, scope: _Scope) -> tuple[RankAcceptance, ...]:
     return tuple(RankAcceptance(rank, int(tried), int(kept), float(kept) / float(tried)) for rank, tried, kept in rows)
 
 
-def _histogram(session: Session, scope: _Scope) -> tuple[Accepted, ...]:
+def _histogram(session: Session, scope: _Scope) -> tuple[AcceptanceCount, ...]:
     rows = session.execute(
         select(StepDepth.accepted_tokens, func.sum(StepDepth.steps))
         .where(scope.of(StepDepth.job_id))
         .group_by(StepDepth.accepted_tokens)
         .order_by(StepDepth.accepted_tokens)
     )
-    return tuple(Accepted(kept, int(steps)) for kept, steps in rows)
+    return tuple(AcceptanceCount(kept, int(steps)) for kept, steps in rows)
 
 
 def _batch_sizes(session: Session, scope: _Scope) -> tuple[BatchSize, ...]:
@@ -496,7 +496,7 @@ def _tokens_per_joule(session: Session) -> float | None:
 
 
 @dataclass(frozen=True, slots=True)
-class JobRow:
+class JobSummary:
     """One job in a table of jobs. None where nothing was measured."""
 
     id: str
@@ -523,7 +523,9 @@ class JobRow:
     verify_share: float | None
 
 
-def job_rows(session: Session, limit: int, owner: str | None = None, job_id: str | None = None) -> list[JobRow]:
+def job_summaries(
+    session: Session, limit: int, owner: str | None = None, job_id: str | None = None
+) -> list[JobSummary]:
     """Return the newest jobs, or one, with their numbers."""
     mine = true() if owner is None else Job.api_key_id == owner
     asked = true() if job_id is None else Job.id == job_id
@@ -560,13 +562,13 @@ def _sums_by_job(session: Session, job_ids: Sequence[str]) -> dict[str, AnyRow]:
     return {row.job_id: row for row in rows}
 
 
-def _job_row(job: AnyRow, sums: AnyRow | None, now: float) -> JobRow:
+def _job_row(job: AnyRow, sums: AnyRow | None, now: float) -> JobSummary:
     wall_s = None if job.started_at is None else max(0.0, (job.finished_at or now) - job.started_at)
 
     def ratio(part: str, whole: str) -> float | None:
         return None if sums is None else _ratio(getattr(sums, part), getattr(sums, whole))
 
-    return JobRow(
+    return JobSummary(
         **job._mapping,
         wall_s=wall_s,
         tokens_per_s=_ratio(job.completion_tokens, wall_s),

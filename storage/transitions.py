@@ -24,21 +24,21 @@ from storage.dialect import (
     storable,
 )
 from storage.models import Job, Partial, Request
-from storage.records import FailedRequest, Refusal, RequestKey
+from storage.records import FailedRequest, RequestFailure, RequestKey
 from storage.statuses import ACTIVE_JOB_STATUSES, CANCELLABLE_JOB_STATUSES, OPEN_REQUEST_STATUSES
 
 _IS_BATCH: Final = Job.input_file_id.is_not(None)
 
 _ROWS_AT_ONCE: Final = 500  # ended in one transaction
 
-CANCELLED: Final = Refusal(
+CANCELLED: Final = RequestFailure(
     "batch_cancelled", "The job was cancelled before this request was completed.", status_code=409
 )
-EXPIRED: Final = Refusal(
+EXPIRED: Final = RequestFailure(
     "batch_expired", "The completion window was over before this request was completed.", status_code=408
 )
 
-LATE: Final = Refusal("deadline_exceeded", "The request was not completed within its timeout.", status_code=408)
+LATE: Final = RequestFailure("deadline_exceeded", "The request was not completed within its timeout.", status_code=408)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Ended:
     more: bool = False  # there is more to end right now
 
 
-def finalise_jobs(session: Session, job_ids: Collection[str]) -> list[tuple[str, str]]:
+def end_finished_jobs(session: Session, job_ids: Collection[str]) -> list[tuple[str, str]]:
     """End those of the jobs that have no request left to wait for; return (job_id, final status) of each.
 
     Of a batch all is decided then, but its files are still to be written: its clerk ends it.
@@ -89,8 +89,8 @@ def request_cancel(session: Session, job_id: str) -> str | None:
         .where(Job.id == job_id, Job.status.in_(CANCELLABLE_JOB_STATUSES))
         .values(status="cancelling", cancelling_at=now)
     )
-    cancel_unstarted(session, job_id)
-    finalise_jobs(session, [job_id])
+    cancel_unclaimed(session, job_id)
+    end_finished_jobs(session, [job_id])
     return session.scalar(select(Job.status).where(Job.id == job_id))
 
 
@@ -104,8 +104,8 @@ def end_jobs(session: Session) -> Ended:
     overdue, cancelling = _lock_ending(session, now)
     unfinished = and_(Request.job_id.in_(overdue), Request.status.in_(OPEN_REQUEST_STATUSES))
     count = _end_piece(session, "expired", EXPIRED, now, unfinished) if overdue else 0
-    count += cancel_unstarted(session, *cancelling) if cancelling else 0
-    return Ended(tuple(finalise_jobs(session, [*overdue, *cancelling])), more=count >= _ROWS_AT_ONCE)
+    count += cancel_unclaimed(session, *cancelling) if cancelling else 0
+    return Ended(tuple(end_finished_jobs(session, [*overdue, *cancelling])), more=count >= _ROWS_AT_ONCE)
 
 
 def _lock_ending(session: Session, now: float) -> tuple[list[str], list[str]]:
@@ -116,7 +116,7 @@ def _lock_ending(session: Session, now: float) -> tuple[list[str], list[str]]:
     return [job_id for job_id in locked if job_id in overdue], [job_id for job_id in locked if job_id not in overdue]
 
 
-def cancel_unstarted(session: Session, *job_ids: str) -> int:
+def cancel_unclaimed(session: Session, *job_ids: str) -> int:
     """Cancel a piece of what nobody is working on of jobs that are being cancelled; return how many requests."""
     now = database_now(session)
     return _end_piece(session, "cancelled", CANCELLED, now, _left_in_cancelled_jobs(now, job_ids))
@@ -141,15 +141,17 @@ def expire_requests(session: Session) -> Ended:
     )
     keys = [(job_id, index) for job_id, index in found]
     failed = fail_requests(session, keys, LATE, now)
-    ended = finalise_jobs(session, {request.job_id for request in failed})
+    ended = end_finished_jobs(session, {request.job_id for request in failed})
     return Ended(tuple(ended), tuple(failed), more=len(keys) >= _ROWS_AT_ONCE)
 
 
-def fail_requests(session: Session, keys: Collection[RequestKey], reason: Refusal, now: float) -> list[FailedRequest]:
+def fail_requests(
+    session: Session, keys: Collection[RequestKey], reason: RequestFailure, now: float
+) -> list[FailedRequest]:
     """Fail requests that the caller has locked with their jobs, count them, and return what their events must say."""
     if not keys:
         return []
-    number = told_as(session, {job_id for job_id, _ in keys}, is_request(keys))
+    number = next_event_number(session, {job_id for job_id, _ in keys}, is_request(keys))
     ended = {"status": "failed", "finished_at": now, "lease_expires_at": None, "suspect_group": None}
     rows = session.execute(
         update(Request)
@@ -179,13 +181,13 @@ def lock_jobs(session: Session, condition: ColumnElement[bool]) -> list[str]:
     return list(session.scalars(select(Job.id).where(condition).order_by(Job.id).with_for_update(key_share=True)))
 
 
-def error_columns(refusal: Refusal) -> dict[str, str | int | None]:
-    """Return a refusal as the columns of its request."""
+def error_columns(failure: RequestFailure) -> dict[str, str | int | None]:
+    """Return a failure as the columns of its request."""
     return {
-        "error_code": refusal.code,
-        "error_message": storable(refusal.message),
-        "error_param": None if refusal.param is None else storable(refusal.param),
-        "error_status_code": refusal.status_code,
+        "error_code": failure.code,
+        "error_message": storable(failure.message),
+        "error_param": None if failure.param is None else storable(failure.param),
+        "error_status_code": failure.status_code,
     }
 
 
@@ -205,7 +207,7 @@ def _left_in_cancelled_jobs(now: float, job_ids: Iterable[str]) -> ColumnElement
     return and_(Request.job_id.in_(cancelling), (Request.status == "queued") | is_lapsed(now))
 
 
-def told_as(session: Session, job_ids: Collection[str], which: ColumnElement[bool]) -> ScalarSelect[int]:
+def next_event_number(session: Session, job_ids: Collection[str], which: ColumnElement[bool]) -> ScalarSelect[int]:
     """Return the `event_number` of requests that end now, all those of a job together: readers are told in its order.
 
     Whoever ends requests of these jobs writes it with their status (storage.event_log).
@@ -215,7 +217,7 @@ def told_as(session: Session, job_ids: Collection[str], which: ColumnElement[boo
     return select(Job.event_number).where(Job.id == Request.job_id).scalar_subquery()
 
 
-def _end_piece(session: Session, status: str, reason: Refusal, now: float, which: ColumnElement[bool]) -> int:
+def _end_piece(session: Session, status: str, reason: RequestFailure, now: float, which: ColumnElement[bool]) -> int:
     """End some of the requests, whose jobs the caller has locked, and return how many: less than a piece is all."""
     found = session.execute(select(Request.job_id, Request.request_index).where(which).limit(_ROWS_AT_ONCE))
     keys = [(job_id, index) for job_id, index in found]
@@ -227,12 +229,12 @@ def _end_piece(session: Session, status: str, reason: Refusal, now: float, which
 def _end_requests(
     session: Session,
     status: str,
-    reason: Refusal,
+    reason: RequestFailure,
     now: float,
     job_ids: Collection[str],
     which: ColumnElement[bool],
 ) -> None:
     """End requests of these jobs without a result. The lease's number and owner stay: they say who had it last."""
-    number = told_as(session, job_ids, which)
+    number = next_event_number(session, job_ids, which)
     ended = {"status": status, "finished_at": now, "lease_expires_at": None, "event_number": number}
     session.execute(update(Request).where(which).values(**ended, **error_columns(reason)))

@@ -16,29 +16,29 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.dml import ReturningInsert
 
-from storage.dialect import database_now, dialect_of, insert_into, insert_many, insert_new
-from storage.keys import refuse_beyond_limits
+from storage.dialect import database_now, dialect_of, insert_into, insert_many, insert_or_ignore
+from storage.keys import enforce_limits
 from storage.models import Job, Request, Worker, WorkerEnergy
 from storage.progress_writes import flush
-from storage.records import NewJob, NewRequest, WorkerCard
-from storage.transitions import Ended, end_jobs, error_columns, expire_requests, finalise_jobs, request_cancel
+from storage.records import NewJob, NewRequest, NewWorker
+from storage.transitions import Ended, end_finished_jobs, end_jobs, error_columns, expire_requests, request_cancel
 
 __all__ = [
     "Ended",
-    "RecordedJob",
+    "InsertedJob",
     "add_energy",
-    "beat_worker",
+    "end_finished_jobs",
     "end_jobs",
     "expire_requests",
-    "finalise_jobs",
     "flush",
-    "note_load",
-    "record_job",
+    "insert_job",
+    "mark_stopped",
+    "record_heartbeat",
     "register_worker",
     "request_cancel",
     "request_row",
-    "stop_worker",
     "update_calibration",
+    "update_load",
 ]
 
 _ROWS_AT_ONCE: Final = 1_000
@@ -46,7 +46,7 @@ _BYTES_AT_ONCE: Final = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class RecordedJob:
+class InsertedJob:
     """Under which id a job stands in the record, and whether it is this submission that put it there."""
 
     job_id: str
@@ -54,7 +54,7 @@ class RecordedJob:
     conflict: bool = False  # it had been used for another body
 
 
-def record_job(session: Session, job: NewJob, requests: Iterable[NewRequest]) -> RecordedJob:
+def insert_job(session: Session, job: NewJob, requests: Iterable[NewRequest]) -> InsertedJob:
     """Record a job and its requests, which are read once and in pieces. Refused requests are born failed.
 
     A submission that comes again, by its idempotency key, finds the first one's job. A job without a request that can
@@ -74,18 +74,18 @@ def record_job(session: Session, job: NewJob, requests: Iterable[NewRequest]) ->
             counts = _counted(piece, counts)
         session.execute(update(Job).where(Job.id == job.id).values(counts))
     if counts["requests_failed"] == counts["requests_total"]:
-        finalise_jobs(session, [job.id])
-    refuse_beyond_limits(session, job.api_key_id or "")
-    return RecordedJob(job.id, created=True)
+        end_finished_jobs(session, [job.id])
+    enforce_limits(session, job.api_key_id or "")
+    return InsertedJob(job.id, created=True)
 
 
-def register_worker(session: Session, card: WorkerCard) -> None:
+def register_worker(session: Session, card: NewWorker) -> None:
     """Write a worker down when it is ready to serve."""
     now = database_now(session)
-    session.execute(insert_new(session, Worker).values(**asdict(card), started_at=now, last_seen_at=now))
+    session.execute(insert_or_ignore(session, Worker).values(**asdict(card), started_at=now, last_seen_at=now))
 
 
-def beat_worker(session: Session, worker_id: str) -> None:
+def record_heartbeat(session: Session, worker_id: str) -> None:
     """Note that a worker is alive, also if it was thought lost."""
     _update_worker(session, worker_id, last_seen_at=database_now(session), lost_at=None)
 
@@ -95,7 +95,7 @@ def update_calibration(session: Session, worker_id: str, calibration: Mapping[st
     _update_worker(session, worker_id, calibration=dict(calibration))
 
 
-def note_load(session: Session, worker_id: str, load: Mapping[str, Any]) -> None:
+def update_load(session: Session, worker_id: str, load: Mapping[str, Any]) -> None:
     """Note what a worker is doing right now."""
     _update_worker(session, worker_id, load=dict(load))
 
@@ -107,7 +107,7 @@ def add_energy(session: Session, worker_id: str, at: float, joules: float) -> No
     session.execute(added.on_conflict_do_update(index_elements=["worker_id", "minute"], set_=more))
 
 
-def stop_worker(session: Session, worker_id: str) -> None:
+def mark_stopped(session: Session, worker_id: str) -> None:
     """Note that a worker has left in order."""
     now = database_now(session)
     _update_worker(session, worker_id, last_seen_at=now, stopped_at=now)
@@ -158,7 +158,7 @@ def _job_row(job: NewJob, now: float) -> dict[str, Any]:
 
 def request_row(job_id: str, index: int, request: NewRequest, now: float) -> dict[str, Any]:
     """Return a new request as its row: queued, or born failed."""
-    refused = request.refusal is not None
+    refused = request.failure is not None
     return {
         "job_id": job_id,
         "request_index": index,
@@ -170,7 +170,7 @@ def request_row(job_id: str, index: int, request: NewRequest, now: float) -> dic
         "finished_at": now if refused else None,
         "event_number": 0 if refused else None,
         "expires_at": None if request.timeout_s is None else now + request.timeout_s,
-        **(error_columns(request.refusal) if request.refusal is not None else _NO_ERROR),
+        **(error_columns(request.failure) if request.failure is not None else _NO_ERROR),
     }
 
 
@@ -187,7 +187,7 @@ def _counted(piece: Sequence[tuple[int, NewRequest]], before: Mapping[str, int])
     requests = [request for _, request in piece]
     return {
         "requests_total": before["requests_total"] + len(requests),
-        "requests_failed": before["requests_failed"] + sum(request.refusal is not None for request in requests),
+        "requests_failed": before["requests_failed"] + sum(request.failure is not None for request in requests),
         "tokens_asked": before["tokens_asked"] + sum(request.tokens for request in requests),
     }
 
@@ -195,14 +195,14 @@ def _counted(piece: Sequence[tuple[int, NewRequest]], before: Mapping[str, int])
 _NO_REQUESTS: Final[Mapping[str, int]] = {"requests_total": 0, "requests_failed": 0, "tokens_asked": 0}
 
 
-def _earlier_job(session: Session, job: NewJob) -> RecordedJob:
+def _earlier_job(session: Session, job: NewJob) -> InsertedJob:
     """Return the job that stood in the way: the one with the same idempotency key, else the one with the same id."""
     same_id = Job.id == job.id
     same: ColumnElement[bool] = same_id
     if job.idempotency_key is not None:
         same |= and_(Job.api_key_id == (job.api_key_id or ""), Job.idempotency_key == job.idempotency_key)
     earlier = session.execute(select(Job.id, Job.body_sha256).where(same).order_by(same_id).limit(1)).one()
-    return RecordedJob(earlier.id, created=False, conflict=earlier.body_sha256 != job.body_sha256)
+    return InsertedJob(earlier.id, created=False, conflict=earlier.body_sha256 != job.body_sha256)
 
 
 def _in_pieces(requests: Iterable[NewRequest]) -> Iterator[list[tuple[int, NewRequest]]]:

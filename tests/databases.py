@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from sqlalchemy import Engine, text
 
 from storage.models import Base
-from storage.session import ANSWER_S, Database, make_engine, write_connection
+from storage.session import STATEMENT_TIMEOUT_S, Database, make_engine, write_connection
 
 # All at once, children before their parents. TRUNCATE makes every table and index anew, which takes 50 times as long.
 _EMPTY = ";".join(f"DELETE FROM {table.name}" for table in reversed(Base.metadata.sorted_tables))
@@ -44,9 +44,9 @@ def on_sqlite(directory: Path) -> Iterator[Database]:
 
 
 @contextmanager
-def on_postgresql(url: str, *, answer_s: float | None = ANSWER_S) -> Iterator[Database]:
+def on_postgresql(url: str, *, statement_timeout_s: float | None = STATEMENT_TIMEOUT_S) -> Iterator[Database]:
     """Yield an empty record in a database that only tests use: whatever was there is gone."""
-    database = Database.open(url, answer_s=answer_s)
+    database = Database.open(url, statement_timeout_s=statement_timeout_s)
     make_empty(database.engine)
     yield database
     database.dispose()

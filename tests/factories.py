@@ -6,11 +6,11 @@ from typing import Any
 
 from jobs.keys import Limits, Scope, new_key
 from storage import keys
-from storage.records import Checkpoint, FinishedChoice, NewJob, NewRequest, StepRow, WorkerCard
+from storage.records import Checkpoint, FinishedChoice, NewJob, NewRequest, NewWorker, StepRow
 from storage.session import Database
 
 
-def a_worker_card(**fields: Any) -> WorkerCard:
+def a_worker_card(**fields: Any) -> NewWorker:
     """A worker that serves `tiny` on a CPU."""
     card: dict[str, Any] = {
         "id": "worker-1",
@@ -22,7 +22,7 @@ def a_worker_card(**fields: Any) -> WorkerCard:
         "context_tokens": 4096,
         "calibration": {},
     }
-    return WorkerCard(**card | fields)
+    return NewWorker(**card | fields)
 
 
 def a_key(database: Database, *scopes: Scope, lasts_s: float | None = None, **limits: int) -> dict[str, str]:

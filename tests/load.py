@@ -25,7 +25,7 @@ from jobs.messages import PartialEvent, model_queue
 from jobs.producer import make_producer_app, ring
 from jobs.streaming.pubsub import channel
 from storage.models import DecodeStep
-from storage.records import Progress
+from storage.records import RequestProgress
 from storage.session import Database
 from tests.conftest import free_port, start_redis, stop
 from tests.databases import on_postgresql, on_sqlite
@@ -79,7 +79,7 @@ def rows(database: Database) -> dict[str, float]:
         claimed_s += time.perf_counter() - started
         steps = some_steps(1, *[2] * (STEPS - 1))
         progress = [
-            Progress(
+            RequestProgress(
                 lease=claimed.lease,
                 checkpoints=(a_checkpoint("Hi " * STEPS, token_ids=(7,) * TOKENS, steps=steps),),
                 finished=(a_finished_choice("Hi " * STEPS, token_ids=(7,) * TOKENS, completion_tokens=TOKENS),),

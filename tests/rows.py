@@ -173,7 +173,7 @@ def questions() -> dict[str, Callable[[Session], Any]]:
         "the numbers of job_speedup, of all steps": lambda session: session.execute(text(OF_ALL_STEPS)).all(),
         "statistics of one job": lambda session: figures.job_stats(session, job_id),
         "statistics of everything": lambda session: figures.total_stats(session),
-        "100 jobs with their numbers": lambda session: figures.job_rows(session, 100),
+        "100 jobs with their numbers": lambda session: figures.job_summaries(session, 100),
         "the newest 25 jobs": lambda session: queries.jobs(session, 25),
         "21 requests with texts": lambda session: job_details.requests(session, job_id, limit=21),
         "21 failed requests": lambda session: job_details.requests(session, job_id, ("failed",), limit=21),
@@ -239,7 +239,7 @@ def main() -> None:
             server = Postgres(shared_buffers="1GB", max_wal_size="4GB")
             cleanup.callback(server.remove)
             server.start()
-            database = cleanup.enter_context(on_postgresql(server.create("rows"), answer_s=None))
+            database = cleanup.enter_context(on_postgresql(server.create("rows"), statement_timeout_s=None))
         said |= measure(database, asked.rows)
     said["load_after"] = os.getloadavg()[0]
     print(json.dumps(said, indent=1))

@@ -12,10 +12,9 @@ from jobs.errors import BasicError
 from jobs.schema_check import database_in_words
 from jobs.settings import read_settings
 from storage import queries
+from storage.records import HEARTBEAT_TIMEOUT_S
 from storage.session import Database
 from worker.settings import WorkerSettings
-
-_SILENT_S = 60.0  # a worker beats every few seconds
 
 
 def main() -> int:
@@ -30,14 +29,14 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     if not serving:
-        print(f"no worker of {socket.gethostname()} has been seen for {_SILENT_S:.0f} s", file=sys.stderr)
+        print(f"no worker of {socket.gethostname()} has been seen for {HEARTBEAT_TIMEOUT_S:.0f} s", file=sys.stderr)
     return 0 if serving else 1
 
 
 def workers_here(database: Database) -> int:
     """Return how many workers of this host were seen lately and have not left."""
     with database.read() as session:
-        return queries.live_workers(session, socket.gethostname(), _SILENT_S)
+        return queries.live_workers(session, socket.gethostname(), HEARTBEAT_TIMEOUT_S)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from jobs.logs import log_to_stderr
 from jobs.processes import BAD_SETTINGS_STATUS, RESTART_STATUS
 from jobs.schema_check import exit_status
 from jobs.settings import read_settings
-from storage.session import DATABASE_AWAY, why_away
+from storage.session import DATABASE_UNAVAILABLE, unavailable_reason
 from worker.engine.errors import EngineError
 from worker.node import supervisor
 from worker.settings import WorkerSettings
@@ -29,8 +29,8 @@ def run(settings: WorkerSettings) -> int:
     except EngineError as error:
         print(error, file=sys.stderr)
         return BAD_SETTINGS_STATUS
-    except DATABASE_AWAY as error:
-        print(f"the database does not answer: {why_away(error)}", file=sys.stderr)
+    except DATABASE_UNAVAILABLE as error:
+        print(f"the database does not answer: {unavailable_reason(error)}", file=sys.stderr)
         return RESTART_STATUS
 
 

@@ -47,7 +47,7 @@ CurrentServices = Annotated[Services, Depends(_services)]
 
 def find_job(services: Services, job_id: str, caller: Caller) -> JobView:
     """Return a job, or raise NotFound: the same answer for an id of any look, and for other people's jobs."""
-    with services.database.look() as session:
+    with services.database.connect() as session:
         job = queries.job(session, job_id, caller.sees)
     if job is None:
         raise _no_job(job_id)

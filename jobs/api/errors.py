@@ -22,7 +22,7 @@ from jobs.errors import (
     StorageFull,
 )
 from jobs.openai.errors import error_body
-from storage.session import DATABASE_AWAY, is_full, is_read_only, why_away
+from storage.session import DATABASE_UNAVAILABLE, is_full, is_read_only, unavailable_reason
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(BasicError, _on_basic_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
-    for away in DATABASE_AWAY:
+    for away in DATABASE_UNAVAILABLE:
         app.add_exception_handler(away, _on_database_away)
     app.add_exception_handler(MemoryError, _on_memory_short)
     app.add_exception_handler(Exception, _on_bug)
@@ -49,7 +49,7 @@ def reply(error: BasicError) -> JSONResponse:
 
 def database_away(error: Exception) -> JSONResponse:
     """Return the response of a request that needs the database while that does not answer, or has no room."""
-    log.warning("The database does not answer: %s", why_away(error), extra={"action": "database_unavailable"})
+    log.warning("The database does not answer: %s", unavailable_reason(error), extra={"action": "database_unavailable"})
     if is_full(error):
         return reply(StorageFull())
     return reply(DatabaseReadOnly() if is_read_only(error) else DatabaseUnavailable())

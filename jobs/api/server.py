@@ -32,7 +32,7 @@ from jobs.tracing import start_tracing, stop_tracing
 from jobs.upkeep.reconciler import OFFICE, Reconciler
 from storage import keys
 from storage.leader_election import resign
-from storage.session import LONG_ANSWER_S, Database, is_read_only
+from storage.session import LONG_STATEMENT_TIMEOUT_S, Database, is_read_only
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def server_config(api: FastAPI) -> uvicorn.Config:
 @contextmanager
 def _reconciling(settings: JobsSettings) -> Iterator[None]:
     """Stand for reconciler beside the workers: jobs expire also while there is none."""
-    database = Database.open(settings.resolved_database_url, answer_s=LONG_ANSWER_S)
+    database = Database.open(settings.resolved_database_url, statement_timeout_s=LONG_STATEMENT_TIMEOUT_S)
     publisher = Publisher(settings.redis_url)
     reconciler = Reconciler(
         database,

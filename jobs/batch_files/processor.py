@@ -30,7 +30,7 @@ from storage.batches import BatchClaim, BatchEnd, ClaimLost
 from storage.keys import QuotaExceeded
 from storage.queries import OutputView
 from storage.records import NewRequest
-from storage.session import DATABASE_AWAY, Database, why_away
+from storage.session import DATABASE_UNAVAILABLE, Database, unavailable_reason
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Clerk:
         if claim is None:
             return False
         try:
-            if claim.is_read:
+            if claim.is_validated:
                 _Filing(self, claim).run()
             else:
                 with span("ingest", claim.traceparent, job_id=claim.job_id):
@@ -101,8 +101,10 @@ class Clerk:
                     tidied_at = time.monotonic()
                 if not self.turn():
                     self.stop.wait(_POLL_S)
-            except DATABASE_AWAY as error:
-                log.warning("The clerk waits for the database: %s", why_away(error), extra={"action": "database_away"})
+            except DATABASE_UNAVAILABLE as error:
+                log.warning(
+                    "The clerk waits for the database: %s", unavailable_reason(error), extra={"action": "database_away"}
+                )
                 self.stop.wait(_RETRY_S)
             except Exception:  # the batch is taken up again when its lease lapses; the others must not wait for it
                 log.exception("The clerk failed", extra={"action": "clerk_failed"})
@@ -125,7 +127,7 @@ class _Task:
             raise Stopped
         if time.monotonic() - self._renewed_at > _RENEW_S:
             with self.database.write() as session:
-                batches.hold(session, self.claim, self.clerk.lease_s)
+                batches.renew_claim(session, self.claim, self.clerk.lease_s)
             self._renewed_at = time.monotonic()
 
 
@@ -162,7 +164,7 @@ class _Reading(_Task):
 
     def _refuse(self, findings: Findings) -> None:
         with self.database.write() as session:
-            status = batches.refuse_batch(session, self.claim, findings.errors, findings.model, self.clerk.lease_s)
+            status = batches.fail_batch(session, self.claim, findings.errors, findings.model, self.clerk.lease_s)
         log.info("Batch %s is refused: %s", self.claim.job_id, findings.errors[0], extra=_about(self.claim, "refused"))
         self.clerk.publish(job_events([(self.claim.job_id, status)]))
 
@@ -173,7 +175,7 @@ class _Reading(_Task):
             requests = [_request(line, first + n, rules, reader, ids) for n, line in enumerate(piece)]
             self.keep()
             with self.database.write() as session:
-                batches.hold(session, self.claim, self.clerk.lease_s)
+                batches.renew_claim(session, self.claim, self.clerk.lease_s)
                 batches.add_requests(session, self.claim, first, requests)
             first += len(piece)
             tokens += sum(request.tokens for request in requests)
@@ -181,7 +183,7 @@ class _Reading(_Task):
 
     def _open(self, findings: Findings, tokens: int) -> None:
         with self.database.write() as session:
-            status = batches.open_batch(
+            status = batches.start_batch(
                 session, self.claim, findings.model, findings.requests, tokens, self.clerk.lease_s
             )
         log.info("Batch %s has %d requests", self.claim.job_id, findings.requests, extra=_about(self.claim, "opened"))
@@ -276,7 +278,7 @@ class _FileWriter:
             return
         claim = self._task.claim
         with self._task.database.write() as session:
-            batches.hold(session, claim, self._task.clerk.lease_s)
+            batches.renew_claim(session, claim, self._task.clerk.lease_s)
             if not self._chunks:
                 name = f"{claim.job_id}_{self._kind}.jsonl"
                 files.begin_file(session, self.file_id, OUTPUT_PURPOSE, name, claim.api_key_id)
@@ -286,7 +288,7 @@ class _FileWriter:
 
 
 def _request(line: Line, index: int, rules: Rules, reader: LineReader, ids: Mapping[int, str]) -> NewRequest:
-    """Return the request of a line: valid, or with the refusal for its error row."""
+    """Return the request of a line: valid, or with the failure for its error row."""
     item, problem = reader.read(index, line)
     request = parse_item(item, rules) if problem is None else refused_request(problem, item)
     return replace(request, custom_id=ids[index]) if index in ids else request

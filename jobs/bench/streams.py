@@ -29,7 +29,7 @@ from jobs.messages import JobStatus, PartialEvent, Piece
 from jobs.processes import python_module
 from jobs.streaming.pubsub import Publisher
 from storage import leases, queries, schema, writes
-from storage.records import Checkpoint, Claim, FinishedChoice, NewJob, NewRequest, Progress
+from storage.records import Checkpoint, Claim, FinishedChoice, NewJob, NewRequest, RequestProgress
 from storage.session import Database
 from storage.settings import sqlite_url
 
@@ -108,7 +108,7 @@ class _Writer:
         self.ended_at = 0.0
         with database.write() as session:
             job = NewJob(_JOB, "benchmark", "/v1/completions", 86_400.0)
-            writes.record_job(session, job, [NewRequest(f"r{n}", body={"n": n}) for n in range(load.requests)])
+            writes.insert_job(session, job, [NewRequest(f"r{n}", body={"n": n}) for n in range(load.requests)])
         with database.write() as session:
             self._claims = leases.claim(session, _WORKER, "benchmark", load.requests, 600.0)
 
@@ -130,7 +130,7 @@ class _Writer:
                 halfway()
         publisher.close()
 
-    def _progress(self, claim: Claim, number: int, last: bool) -> Progress:
+    def _progress(self, claim: Claim, number: int, last: bool) -> RequestProgress:
         finished = FinishedChoice(
             choice_index=0,
             text="".join(_text(claim, n) for n in range(1, number + 1)),
@@ -151,7 +151,7 @@ class _Writer:
             pieces=((_text(claim, number), "target"),),
             steps=(),
         )
-        return Progress(claim.lease, (checkpoint,), (finished,) if last else (), ends=last)
+        return RequestProgress(claim.lease, (checkpoint,), (finished,) if last else (), ends=last)
 
     def _event(self, claim: Claim, number: int) -> PartialEvent:
         text = _text(claim, number)

@@ -434,7 +434,7 @@ def database_prune(
     url = JobsSettings().resolved_database_url
     require_schema(url)
     with database_in_words(url):
-        database = Database.open(url, answer_s=None)
+        database = Database.open(url, statement_timeout_s=None)
         deleted = sum(prune_steps(database, age_s))
     database.dispose()
     typer.echo(json.dumps({"deleted_steps": deleted}) if as_json else f"Deleted {deleted:,} steps")

@@ -11,7 +11,7 @@ from typing import Any
 from jobs.dashboard import html
 from jobs.dashboard.layout import DRAFT, GREY, TARGET
 from jobs.reports.rates import rates
-from storage.job_details import RecordedTree
+from storage.job_details import TreeDetails
 from storage.statistics import JobStats, Minute
 
 Option = dict[str, Any]
@@ -139,7 +139,7 @@ def decisions(stats: JobStats) -> Option:
     )
 
 
-def tree(recorded: RecordedTree) -> Option:
+def tree(recorded: TreeDetails) -> Option:
     """Draw a draft tree: tokens, the probability of each given its parent, and the accepted path."""
     children: dict[int, list[int]] = {}
     for node, (parent, *_) in enumerate(recorded.nodes):
@@ -168,7 +168,7 @@ def tree(recorded: RecordedTree) -> Option:
     }
 
 
-def tree_height(recorded: RecordedTree) -> int:
+def tree_height(recorded: TreeDetails) -> int:
     """Return how many pixels a tree needs: a row for each leaf."""
     parents = {parent for parent, *_ in recorded.nodes}
     leaves = sum(1 for node in range(len(recorded.nodes)) if node not in parents)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from storage.queries import JobView
-from storage.statistics import PlainComparison
+from storage.statistics import SpeedupCheckStats
 
 _NORMAL_95 = 1.96
 
@@ -37,7 +37,7 @@ def speedup(value: float | None, error: float | None = None) -> str:
     return f"{value:.2f}×" + ("" if error is None else f" ± {_NORMAL_95 * error:.2f}")
 
 
-def compared(comparison: PlainComparison) -> str:
+def compared(comparison: SpeedupCheckStats) -> str:
     """Return what stands beside a comparison with plain decoding: of how many requests, and what was wrong."""
     if not comparison.done:
         return f"{comparison.requests_asked:,d} requests wait for an idle worker"

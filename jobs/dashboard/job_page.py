@@ -23,7 +23,7 @@ from jobs.errors import BasicError
 from jobs.keys import Scope
 from jobs.messages import JobStatus
 from storage import job_details, queries, statistics
-from storage.job_details import ErrorCount, RecordedTree, RequestText, TreePlace
+from storage.job_details import ErrorCount, RequestDetails, TreeDetails, TreeKey
 from storage.queries import JobView
 from storage.statuses import ERROR_REQUEST_STATUSES
 
@@ -183,7 +183,7 @@ class LiveTexts:
             self._note = ui.label().classes("dim").props('role="status"')
             self._cards = ui.element("div").classes("stack")
 
-    def show(self, running: list[RequestText], job: JobView) -> None:
+    def show(self, running: list[RequestDetails], job: JobView) -> None:
         """Show the texts as far as they are committed."""
         self._note.set_text(self._words(running, job))
         keys = [request.request_index for request in running]
@@ -201,12 +201,12 @@ class LiveTexts:
                 self._texts[request.request_index, choice.choice_index].set_content(html.colored(choice.pieces))
 
     @staticmethod
-    def _words(running: list[RequestText], job: JobView) -> str:
+    def _words(running: list[RequestDetails], job: JobView) -> str:
         if JobStatus(job.status).final:
             return "The job has ended; its texts are under Requests."
         return "" if running else "Nothing is being written right now."
 
-    def _card(self, request: RequestText) -> None:
+    def _card(self, request: RequestDetails) -> None:
         with box():
             request_head(request)
             for choice in request.choices:
@@ -221,7 +221,7 @@ def legend() -> None:
     ui.html(marks, sanitize=False).classes("small")
 
 
-def request_head(request: RequestText) -> None:
+def request_head(request: RequestDetails) -> None:
     """Write the name of a request, its state and what was asked."""
     with ui.element("div").classes("line"):
         with ui.element("h2").classes("grow"):
@@ -241,7 +241,7 @@ class Requests:
         self._desk = desk
         self._job_id = job_id
         self._after = [-1]  # where each page looked at so far begins
-        self._shown: dict[int, tuple[ui.element, RequestText]] = {}
+        self._shown: dict[int, tuple[ui.element, RequestDetails]] = {}
         self._errors_shown: list[ErrorCount] = []
 
     def lay_out(self) -> None:
@@ -276,7 +276,7 @@ class Requests:
     def _asked(self) -> tuple[Sequence[str], int]:
         return _FILTERS[str(self._which.value)], self._after[-1]
 
-    def _show_requests(self, requests: Sequence[RequestText]) -> None:
+    def _show_requests(self, requests: Sequence[RequestDetails]) -> None:
         if [request.request_index for request in requests] != list(self._shown):
             self._cards.clear()
             self._shown = {}
@@ -305,7 +305,7 @@ class Requests:
                     table(("What went wrong", "Requests"), rows)
 
     @staticmethod
-    def _fill_card(request: RequestText) -> None:
+    def _fill_card(request: RequestDetails) -> None:
         request_head(request)
         if request.error_message:
             ui.label(html.safe(request.error_message)).style("color:var(--bad);overflow-wrap:anywhere")
@@ -339,7 +339,7 @@ class Trees:
         """Begin with none."""
         self._desk = desk
         self._job_id = job_id
-        self._places: list[TreePlace] = []
+        self._places: list[TreeKey] = []
 
     def lay_out(self) -> None:
         """Make the places for what `show` tells."""
@@ -360,7 +360,7 @@ class Trees:
 
     async def show(self) -> None:
         """Ask where trees are, and draw the first that is worth a look."""
-        places = await self._desk.read(lambda session: job_details.tree_places(session, self._job_id))
+        places = await self._desk.read(lambda session: job_details.tree_keys(session, self._job_id))
         if places and places == self._places:
             return
         self._places = places
@@ -385,7 +385,7 @@ class Trees:
         if self._request.value is None or self._step.value is None:
             return
         request, choice = self._request.value
-        place = TreePlace(request, choice, self._step.value)
+        place = TreeKey(request, choice, self._step.value)
         recorded = await self._desk.read(lambda session: job_details.tree(session, self._job_id, place))
         self._drawing.clear()
         if recorded is not None:
@@ -393,11 +393,11 @@ class Trees:
                 _draw_tree(recorded)
 
 
-def _text_name(place: TreePlace) -> str:
+def _text_name(place: TreeKey) -> str:
     return f"Request {place.request_index}" + (f", choice {place.choice_index}" if place.choice_index else "")
 
 
-def _draw_tree(recorded: RecordedTree) -> None:
+def _draw_tree(recorded: TreeDetails) -> None:
     ui.label(_step_words(recorded)).classes("small")
     path = "".join(text for *_, text, _, accepted in recorded.nodes[1:] if accepted)
     kept = f"<bdi class='mono by-draft'>{html.plain(path)}</bdi>" if path else "nothing"
@@ -421,7 +421,7 @@ def _draw_tree(recorded: RecordedTree) -> None:
         )
 
 
-def _step_words(recorded: RecordedTree) -> str:
+def _step_words(recorded: TreeDetails) -> str:
     step = recorded.step
     expected = "" if step["expected_accepted"] is None else f", {step['expected_accepted']:.2f} expected"
     drafts = f"{step['tree_nodes']} draft nodes by {step['drafter'] or 'nobody'}"
@@ -430,6 +430,6 @@ def _step_words(recorded: RecordedTree) -> str:
     return f"{drafts}, {step['accepted_tokens']} accepted{expected}; {batch}; {decision}"
 
 
-def _tree_line(recorded: RecordedTree, node: int) -> tuple[str, str, str, str]:
+def _tree_line(recorded: TreeDetails, node: int) -> tuple[str, str, str, str]:
     parent, _, text, value, accepted = recorded.nodes[node]
     return html.token(text), html.token(recorded.nodes[parent][2]), f"{value:.3f}", "yes" if accepted else ""

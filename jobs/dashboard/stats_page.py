@@ -12,7 +12,7 @@ from jobs.dashboard.layout import BASE, box, frame, heading, link
 from jobs.dashboard.session import Desk
 from jobs.dashboard.stats_view import StatsView
 from storage import statistics
-from storage.statistics import JobRow
+from storage.statistics import JobSummary
 
 _JOBS: Final = 20
 _REFRESH_S: Final = 5.0
@@ -35,12 +35,12 @@ class StatsPage:
         self._sees = caller.sees
         self._place = ui.element("div").classes("stack")
         self._numbers: StatsView | None = None  # laid out when they have come
-        self._shown: list[JobRow] = []
+        self._shown: list[JobSummary] = []
 
     async def refresh(self) -> None:
         """Show the numbers as they stand."""
         stats = await self._desk.read(lambda session: statistics.total_stats(session, self._sees))
-        rows = await self._desk.read(lambda session: statistics.job_rows(session, _JOBS, self._sees))
+        rows = await self._desk.read(lambda session: statistics.job_summaries(session, _JOBS, self._sees))
         if self._numbers is None:
             with self._place:
                 self._numbers = StatsView()
@@ -55,7 +55,7 @@ class StatsPage:
                 _job_table(rows)
 
 
-def _job_table(rows: list[JobRow]) -> None:
+def _job_table(rows: list[JobSummary]) -> None:
     headings = ("Job", "Model", "Tokens", "Tokens/s", "Tokens/step", "Speed-up")
     with ui.element("table").classes("plain"):
         with ui.element("thead"), ui.element("tr"):
@@ -67,7 +67,7 @@ def _job_table(rows: list[JobRow]) -> None:
                 _job_line(row)
 
 
-def _job_line(row: JobRow) -> None:
+def _job_line(row: JobSummary) -> None:
     numbers = (
         f"{row.completion_tokens:,d}",
         format.number(row.tokens_per_s),

@@ -12,7 +12,7 @@ from nicegui import ui
 
 from jobs.dashboard import charts, format
 from jobs.dashboard.layout import box, heading
-from storage.statistics import JobStats, PlainComparison
+from storage.statistics import JobStats, SpeedupCheckStats
 
 _CHARTS: Final[Sequence[tuple[str, Callable[[JobStats], dict[str, Any]]]]] = (
     ("Tokens per second", charts.throughput),
@@ -86,7 +86,7 @@ def _check(stats: JobStats) -> str:
     return f"by {stats.plain_steps:,d} plain steps: {format.speedup(stats.speedup * stats.plain_check)}"
 
 
-def _compared(comparison: PlainComparison) -> tuple[str, str, str]:
+def _compared(comparison: SpeedupCheckStats) -> tuple[str, str, str]:
     value = format.speedup(comparison.speedup, comparison.speedup_error)
     return "Compared with plain", value, format.compared(comparison)
 

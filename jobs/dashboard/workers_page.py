@@ -15,7 +15,7 @@ from jobs.dashboard.session import Desk
 from jobs.dashboard.stats_view import table
 from storage import queries
 from storage.queries import WorkerView
-from storage.queue_stats import SEEN_S
+from storage.records import HEARTBEAT_TIMEOUT_S
 
 _REFRESH_S: Final = 3.0
 _AGO_S: Final = 30.0  # after which the page says again how long ago things were
@@ -62,7 +62,7 @@ def _show(workers: Sequence[WorkerView]) -> None:
 
 
 def _alive(worker: WorkerView) -> bool:
-    return worker.stopped_at is None and worker.last_seen_at > time.time() - SEEN_S
+    return worker.stopped_at is None and worker.last_seen_at > time.time() - HEARTBEAT_TIMEOUT_S
 
 
 def _card(worker: WorkerView) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from jobs.messages import JobStatus, PartialEvent
-from storage.records import FailedRequest, Refusal
+from storage.records import FailedRequest, RequestFailure
 
 
 def job_events(ended: Iterable[tuple[str, str]]) -> list[PartialEvent]:
@@ -25,12 +25,12 @@ def failure_events(failed: Iterable[FailedRequest]) -> list[PartialEvent]:
             index=request.request_index,
             seq=request.seq,
             type="failed",
-            error=error_of(request.refusal),
+            error=error_of(request.failure),
         )
         for request in failed
     ]
 
 
-def error_of(refusal: Refusal) -> dict[str, str | None]:
+def error_of(failure: RequestFailure) -> dict[str, str | None]:
     """Return the error of a `failed` event."""
-    return {"code": refusal.code, "message": refusal.message, "param": refusal.param}
+    return {"code": failure.code, "message": failure.message, "param": failure.param}

@@ -19,7 +19,7 @@ from jobs.streaming.pubsub import signals
 from jobs.streaming.sse import server_sent, tell
 from storage import event_log
 from storage.event_log import Cursor, Page
-from storage.session import DATABASE_AWAY, Database, why_away
+from storage.session import DATABASE_UNAVAILABLE, Database, unavailable_reason
 from storage.statuses import FINAL_JOB_STATUSES
 
 log = logging.getLogger(__name__)
@@ -116,14 +116,14 @@ class Broadcast:
             try:
                 async with self._reads:
                     return await asyncio.to_thread(self._read_now, job_id, since)
-            except DATABASE_AWAY as exc:
-                log.warning("No events for job %s: %s", job_id, why_away(exc), extra=_away(job_id))
+            except DATABASE_UNAVAILABLE as exc:
+                log.warning("No events for job %s: %s", job_id, unavailable_reason(exc), extra=_away(job_id))
                 await asyncio.sleep(_RETRY_S)
 
     def _read_now(self, job_id: str, since: Cursor | None) -> Page:
         with self._database.read() as session:
             if since is None:
-                return event_log.where_it_stands(session, job_id)
+                return event_log.head(session, job_id)
             return event_log.read(session, job_id, since, _PASSAGES_AT_ONCE)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from jobs.json_lines import json_line
 from jobs.messages import JobStatus, PartialEvent, Piece
-from storage.event_log import Cursor, Page, Passage, Place
+from storage.event_log import Cursor, LogEvent, Page, Position
 
 # 12: everything up to commit 12. 12-15: and the checkpoints of what was being written at commit 15; 12-15.14.3.0.1: and
 # what ended up to this place. ~cancelling: the reader knows this status; ~ alone: none yet; else: in progress.
@@ -29,7 +29,7 @@ def write_id(cursor: Cursor) -> str:
     text = str(cursor.base)
     if cursor.floor >= 0:
         text += f"-{cursor.floor}"
-    place = cursor.place
+    place = cursor.position
     if place.number >= 0:
         text += f".{place.number}.{place.request_index}.{place.choice_index}.{place.part}"
     if cursor.status != JobStatus.IN_PROGRESS:
@@ -42,9 +42,9 @@ def read_id(text: str | None) -> Cursor:
     match = _ID.fullmatch(text or "")
     if match is None:
         return Cursor()
-    place = Place(-1)
+    place = Position(-1)
     if match["number"] is not None:
-        place = Place(*(int(match[part]) for part in ("number", "request", "choice", "part")))
+        place = Position(*(int(match[part]) for part in ("number", "request", "choice", "part")))
     status = JobStatus.IN_PROGRESS if match["status"] is None else match["status"][1:]
     return Cursor(int(match["base"]), int(match["floor"] or -1), place, status or None)
 
@@ -61,28 +61,28 @@ def tell(job_id: str, page: Page, since: Cursor) -> tuple[bytes, Cursor]:
 
 
 def _events(job_id: str, page: Page, since: Cursor) -> Iterator[bytes]:
-    for passage in page.passages:
-        event_id = None if passage.cursor is None else write_id(passage.cursor)
-        yield server_sent(_event(job_id, passage), event_id)
+    for event in page.events:
+        event_id = None if event.cursor is None else write_id(event.cursor)
+        yield server_sent(_event(job_id, event), event_id)
     if page.cursor.status != since.status:
         status = JobStatus(page.status)
         yield server_sent(PartialEvent(job_id=job_id, type="job", status=status), write_id(page.cursor))
 
 
-def _event(job_id: str, passage: Passage) -> PartialEvent:
+def _event(job_id: str, event: LogEvent) -> PartialEvent:
     fields: dict[str, Any] = {}
-    if passage.kind == "tokens":
-        pieces = tuple(Piece.model_validate({"text": text, "source": source}) for text, source in passage.pieces)
-        fields = {"text": passage.text, "pieces": pieces, "tokens": passage.tokens, "accepted": passage.accepted}
+    if event.kind == "tokens":
+        pieces = tuple(Piece.model_validate({"text": text, "source": source}) for text, source in event.pieces)
+        fields = {"text": event.text, "pieces": pieces, "tokens": event.tokens, "accepted": event.accepted}
     return PartialEvent(
         job_id=job_id,
-        request=passage.custom_id,
-        index=passage.request_index,
-        choice=passage.choice_index,
-        seq=max(passage.seq, 0),
-        type=passage.kind,
-        finish_reason=passage.finish_reason,
-        error=passage.error,
-        snapshot=passage.from_start,
+        request=event.custom_id,
+        index=event.request_index,
+        choice=event.choice_index,
+        seq=max(event.seq, 0),
+        type=event.kind,
+        finish_reason=event.finish_reason,
+        error=event.error,
+        snapshot=event.from_start,
         **fields,
     )

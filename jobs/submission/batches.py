@@ -71,7 +71,7 @@ def accept_batch(order: BatchOrder, owner: str | None, database: Database, setti
             raise InvalidValue(
                 f"The purpose of the file must be {INPUT_PURPOSE}, not {file.purpose}.", param="input_file_id"
             )
-        recorded = writes.record_job(session, job, ())
+        recorded = writes.insert_job(session, job, ())
     if recorded.conflict:
         raise IdempotencyConflict
     return recorded.job_id

@@ -51,7 +51,7 @@ from jobs.tracing import span
 from storage import keys, queries, writes
 from storage.keys import QuotaExceeded
 from storage.queries import JobView
-from storage.records import NewJob, NewRequest, Refusal
+from storage.records import NewJob, NewRequest, RequestFailure
 from storage.session import Database
 
 MAX_METADATA_PAIRS = 16
@@ -141,7 +141,7 @@ def retry_job(
             first = next(requests, None)
             if first is None:
                 raise NotRetryable
-            recorded = writes.record_job(session, replace(again, traceparent=place), chain([first], requests))
+            recorded = writes.insert_job(session, replace(again, traceparent=place), chain([first], requests))
             if recorded.created:
                 refuse_full_queue(session, settings.max_requests_queued)
     except QuotaExceeded as exceeded:
@@ -178,7 +178,9 @@ def accept_call(submission: Submission, *, database: Database, ring: Ring, setti
     return job.id
 
 
-def record_refused_job(submission: Submission, refusal: Refusal, *, database: Database, settings: JobsSettings) -> str:
+def record_refused_job(
+    submission: Submission, failure: RequestFailure, *, database: Database, settings: JobsSettings
+) -> str:
     """Record a job whose submission was refused as a whole: one failed request says why to whoever asks for the job."""
     job_id = submission.job_id or new_job_id()
     job = NewJob(
@@ -190,12 +192,12 @@ def record_refused_job(submission: Submission, refusal: Refusal, *, database: Da
         idempotency_key=submission.idempotency_key,
         body_sha256=submission.body_sha256,
     )
-    return _record(job, [NewRequest("batch", refusal=refusal)], database).job_id
+    return _record(job, [NewRequest("batch", failure=failure)], database).job_id
 
 
 def known_models(database: Database, settings: JobsSettings) -> dict[str, int | None]:
     """Return the models a job may name, with their context in tokens where a worker has told it."""
-    with database.look() as session:
+    with database.connect() as session:
         served = {model.target: model.context_tokens for model in queries.models(session)}
     return {model_name(settings.target): None} | served
 
@@ -312,11 +314,11 @@ def _record(
     database: Database,
     most: int | None = None,
     waiting: Waiting | None = None,
-) -> writes.RecordedJob:
+) -> writes.InsertedJob:
     """Record a job; raise LimitReached for one too many, of its key or with more than `most` requests of all."""
     try:
         with database.write() as session:
-            recorded = writes.record_job(session, job, requests)
+            recorded = writes.insert_job(session, job, requests)
             if recorded.created and most is not None:
                 counted = refuse_full_queue(session, most)
                 if waiting is not None:

@@ -13,7 +13,7 @@ from typing import Self
 
 from pydantic_core import from_json, to_json
 
-from storage.records import NewRequest, Refusal
+from storage.records import NewRequest, RequestFailure
 
 _IN_MEMORY_BYTES = 1_000_000
 
@@ -37,8 +37,8 @@ class Spool:
 
     def add(self, request: NewRequest) -> None:
         """Put a request behind the others."""
-        refusal = None if request.refusal is None else asdict(request.refusal)
-        packed = to_json((request.custom_id, request.body, refusal, request.tokens, request.timeout_s))
+        failure = None if request.failure is None else asdict(request.failure)
+        packed = to_json((request.custom_id, request.body, failure, request.tokens, request.timeout_s))
         self._file.write(packed + b"\n")  # JSON has no newline of its own in strings
         self._count += 1
 
@@ -46,11 +46,11 @@ class Spool:
         """Yield them again, each with the bytes that it takes."""
         self._file.seek(0)
         for line in self._file:
-            custom_id, body, refusal, tokens, timeout_s = from_json(line)
+            custom_id, body, failure, tokens, timeout_s = from_json(line)
             yield NewRequest(
                 custom_id,
                 body,
-                None if refusal is None else Refusal(**refusal),
+                None if failure is None else RequestFailure(**failure),
                 tokens,
                 timeout_s,
                 size_bytes=len(line),

@@ -34,7 +34,7 @@ from jobs.errors import (
 from jobs.messages import COMPLETIONS_ENDPOINT, ChatMessage, Endpoint, GenerationRequest, SamplingParameters
 from jobs.submission.custom_ids import GivenId, default_id, storable, told
 from jobs.submission.input_lines import Line, Sample, custom_id_in, other_kind, split_lines
-from storage.records import NewRequest, Refusal
+from storage.records import NewRequest, RequestFailure
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ def read_json(text: bytes) -> Any:
 
 
 def parse_item(item: Item, rules: Rules) -> NewRequest:
-    """Return the request of an item: valid, or with the refusal for its error row. Never raises for content."""
+    """Return the request of an item: valid, or with the failure for its error row. Never raises for content."""
     try:
         fields = _fields(item.value, rules.endpoint)
         for name in ("custom_id", "id"):
@@ -196,7 +196,7 @@ def refused_request(refused: BasicError, item: Item) -> NewRequest:
     where = f"{item.place}, {refused.param}" if refused.param else item.place
     message, param = storable(f"{where}: {refused.message}"), refused.param and storable(refused.param)
     return NewRequest(
-        _id_of(item), refusal=Refusal(refused.code or "invalid_value", message, param, refused.status_code)
+        _id_of(item), failure=RequestFailure(refused.code or "invalid_value", message, param, refused.status_code)
     )
 
 

@@ -27,7 +27,7 @@ from jobs.settings import JobsSettings
 from storage import schema
 from storage.dialect import database_now
 from storage.health import Health, health
-from storage.session import DATABASE_AWAY, Database, why_away
+from storage.session import DATABASE_UNAVAILABLE, Database, unavailable_reason
 from storage.settings import sqlite_file
 
 Status = Literal["ok", "warning", "problem"]
@@ -187,9 +187,9 @@ def _database(settings: JobsSettings) -> Iterator[Finding]:
         if finding.status != "problem":
             with database.read() as session:
                 yield from _work(health(session, _STUCK_S), settings)
-    except (*DATABASE_AWAY, SQLAlchemyError) as exc:
+    except (*DATABASE_UNAVAILABLE, SQLAlchemyError) as exc:
         advice = "start the database, or set BASIC_DATABASE_URL; the service answers 503 and goes on when it is back"
-        yield Finding("database", "problem", f"no answer: {why_away(exc)}", advice)
+        yield Finding("database", "problem", f"no answer: {unavailable_reason(exc)}", advice)
     finally:
         database.dispose()
 

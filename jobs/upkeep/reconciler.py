@@ -23,11 +23,11 @@ from jobs.process_identity import follows, identity, is_dead
 from jobs.producer import Ring
 from jobs.streaming.events import failure_events, job_events
 from storage import leases, writes
-from storage.leader_election import elect, holder, resign
-from storage.lease_recovery import Process, mark_lost, reclaim, running_processes
-from storage.records import FailedRequest
-from storage.session import DATABASE_AWAY, Database, why_away
-from storage.speedup_checks import give_up_comparisons
+from storage.leader_election import elect, leader, resign
+from storage.lease_recovery import WorkerProcess, mark_lost, reclaim, running_processes
+from storage.records import HEARTBEAT_TIMEOUT_S, FailedRequest
+from storage.session import DATABASE_UNAVAILABLE, Database, unavailable_reason
+from storage.speedup_checks import fail_checks
 from storage.writes import Ended
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,6 @@ OFFICE = "reconciler"
 _ROUND_S = 3.0
 _TERM_S = 10.0  # a reconciler that is dead is succeeded after so long
 _RING_AFTER_S = 10.0  # a job whose queued requests nobody took up for so long is rung again
-_SILENT_S = 60.0  # a worker that has not said anything for so long is lost
 
 Publish = Callable[[Sequence[PartialEvent]], None]
 
@@ -81,16 +80,16 @@ class Reconciler:
         try:
             with self._database.write() as session:
                 resign(session, OFFICE, self._name)
-        except DATABASE_AWAY:
+        except DATABASE_UNAVAILABLE:
             pass  # the term ends by itself
 
     def round(self) -> bool:
-        """Put right what can be put right now; return whether we hold the office. Raises what DATABASE_AWAY names."""
+        """Repair what can be repaired now; return whether we lead. Raise what DATABASE_UNAVAILABLE names."""
         try:
             with self._database.write() as session:
                 elected = self._elected(session)
             done = self._reconcile() if elected else self._bury()
-        except DATABASE_AWAY:
+        except DATABASE_UNAVAILABLE:
             self._connected_at = None
             raise
         self._connected_at = self._connected_at or time.monotonic()
@@ -99,7 +98,7 @@ class Reconciler:
         return elected
 
     def _elected(self, session: Session) -> bool:
-        predecessor = holder(session, OFFICE)
+        predecessor = leader(session, OFFICE)
         if predecessor is not None and is_dead(predecessor):
             resign(session, OFFICE, predecessor)
         return elect(session, OFFICE, self._name, _TERM_S)
@@ -111,13 +110,13 @@ class Reconciler:
         with write() as session:
             again = reclaim(session, dead, lapsed=self._owners_could_renew(), patience_s=self._lease_s)
         with write() as session:
-            given_up = give_up_comparisons(session, dead)
+            given_up = fail_checks(session, dead)
         with write() as session:  # after their requests are given back: whoever is marked is not looked at again
-            mark_lost(session, dead, _SILENT_S)
+            mark_lost(session, dead, HEARTBEAT_TIMEOUT_S)
         late = self._in_pieces(writes.expire_requests)
         over = self._in_pieces(writes.end_jobs)
         with write() as session:
-            unheard = leases.jobs_to_ring(session, _RING_AFTER_S)
+            unheard = leases.jobs_to_notify(session, _RING_AFTER_S)
         return _Round(
             failed=(*late.failed, *again.poisoned),
             ended_jobs=(*late.jobs, *over.jobs, *again.ended_jobs),
@@ -134,7 +133,7 @@ class Reconciler:
         with self._database.write() as session:
             again = reclaim(session, dead, lapsed=False)
         with self._database.write() as session:
-            given_up = give_up_comparisons(session, dead)
+            given_up = fail_checks(session, dead)
         with self._database.write() as session:
             mark_lost(session, dead)
         return _Round(again.poisoned, again.ended_jobs, tuple(given_up), again.requeued)
@@ -170,9 +169,9 @@ class Reconciler:
                 "Request %s of job %s failed: %s",
                 request.custom_id,
                 request.job_id,
-                request.refusal.message,
+                request.failure.message,
                 extra={
-                    "action": request.refusal.code,
+                    "action": request.failure.code,
                     "job_id": request.job_id,
                     "request_index": request.request_index,
                 },
@@ -195,14 +194,14 @@ class Reconciler:
             try:
                 self.round()
                 self._waits_for = ""
-            except DATABASE_AWAY as error:
-                self._note_away(why_away(error))
+            except DATABASE_UNAVAILABLE as error:
+                self._note_away(unavailable_reason(error))
             except Exception:  # the thread must live: nobody else would notice that it is gone
                 log.exception("A round of the reconciler failed", extra={"action": "reconciler_failed"})
             self._stop.wait(0.0 if self._more else _ROUND_S * random.uniform(0.8, 1.2))
 
 
-def _is_followed(worker: Process, running: Sequence[Process]) -> bool:
+def _is_followed(worker: WorkerProcess, running: Sequence[WorkerProcess]) -> bool:
     """Return whether another process has taken a worker's place in its container since it was last heard of."""
     return any(
         later.hostname == worker.hostname

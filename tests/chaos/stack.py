@@ -21,7 +21,7 @@ from sqlalchemy import text
 from jobs.local.redis_server import answers, server_arguments, server_binary
 from jobs.processes import Child, Command, python_module
 from storage import schema
-from storage.session import DATABASE_AWAY, Database
+from storage.session import DATABASE_UNAVAILABLE, Database
 from tests.chaos.worker import STEP_VARIABLE
 from tests.paths import ROOT
 from tests.ports import free_port
@@ -176,7 +176,7 @@ class Stack:
             try:
                 with self.database.read() as session:
                     return [tuple(row) for row in session.execute(text(query), values)]
-            except DATABASE_AWAY:
+            except DATABASE_UNAVAILABLE:
                 assert time.monotonic() < ends_at, "the database did not come back"
                 self.rest(0.2)
 

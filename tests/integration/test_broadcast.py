@@ -14,7 +14,7 @@ from jobs.streaming.hub import PING, Broadcast
 from jobs.streaming.pubsub import Publisher
 from storage.event_log import Cursor
 from storage.models import Base
-from storage.records import Progress
+from storage.records import RequestProgress
 from storage.session import Database
 from tests.conftest import free_port
 from tests.unit.storage.acts import claim, end_of, flush, record, tokens_of
@@ -45,7 +45,7 @@ class Worker:
     def write(self, *, ends: bool = False) -> None:
         checkpoint = self._made[-1]
         finished = (end_of(*self._made),) if ends else ()
-        flush(self._database, "w1", Progress(self._claim.lease, (checkpoint,), finished, ends=ends))
+        flush(self._database, "w1", RequestProgress(self._claim.lease, (checkpoint,), finished, ends=ends))
         self._publisher.publish([PartialEvent(job_id="job-1", request="a", index=0, seq=checkpoint.seq, type="tokens")])
         self._made.append(tokens_of(checkpoint.seq + 1, 2, first=checkpoint.seq))
 

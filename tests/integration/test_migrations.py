@@ -13,7 +13,7 @@ from sqlalchemy import inspect
 
 from storage import schema, speedup_checks, writes
 from storage.models import Base
-from storage.records import ComparisonRow, Progress
+from storage.records import RequestProgress, SpeedupCheckResult
 from storage.session import Database, make_engine
 from storage.views import VIEWS
 from tests.databases import drop_schema
@@ -117,7 +117,7 @@ def test_down_one_by_one_and_up_again_with_the_jobs_that_were_there(either: str)
     record(database)
     flush(database, "w1", whole(claim_one(database).lease, 1, 2))
     with database.write() as session:
-        speedup_checks.record_comparison(session, "", "job-1", [ComparisonRow(0, error_code="poison")])
+        speedup_checks.save_check(session, "", "job-1", [SpeedupCheckResult(0, error_code="poison")])
     database.dispose()
 
     down = 0
@@ -215,10 +215,12 @@ def test_the_views_answer_the_shell(url: str, path: Path) -> None:
     record(database)
     lease = claim_one(database).lease
     steps = (*some_steps(1, 3), a_step(step=2, reached=((2, 1), (1, None)), ended_at=120.0))
-    flush(database, "w1", Progress(lease, (a_checkpoint(seq=1, steps=steps),), (a_finished_choice(),), ends=True))
+    flush(
+        database, "w1", RequestProgress(lease, (a_checkpoint(seq=1, steps=steps),), (a_finished_choice(),), ends=True)
+    )
     with database.write() as session:
         writes.add_energy(session, "w1", 120.0, 50.0)
-        speedup_checks.record_comparison(session, "w1", lease.job_id, [ComparisonRow(0, 4, 1.0, 2.0, 1.0, True)])
+        speedup_checks.save_check(session, "w1", lease.job_id, [SpeedupCheckResult(0, 4, 1.0, 2.0, 1.0, True)])
     database.dispose()
 
     with sqlite3.connect(path) as shell:
@@ -258,7 +260,7 @@ def test_sums_of_steps_that_were_there_before_are_those_that_workers_keep(url: s
     claims = claim(database, limit=3)
     for claimed, count in zip(claims, (4, 3, 2), strict=True):
         checkpoint = a_checkpoint(seq=1, steps=tuple(steps[:count]))
-        flush(database, "w1", Progress(claimed.lease, (checkpoint,), (a_finished_choice(),), ends=True))
+        flush(database, "w1", RequestProgress(claimed.lease, (checkpoint,), (a_finished_choice(),), ends=True))
     kept = sums(path)
     assert all(kept.values())
 

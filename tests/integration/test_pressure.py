@@ -24,8 +24,8 @@ from jobs.messages import CHAT_ENDPOINT
 from jobs.settings import JobsSettings
 from storage import queries
 from storage.models import Base
-from storage.session import DATABASE_AWAY, Database, why_away, write_connection
-from storage.writes import record_job
+from storage.session import DATABASE_UNAVAILABLE, Database, unavailable_reason, write_connection
+from storage.writes import insert_job
 from tests.conftest import free_port, start_redis, stop
 from tests.databases import on_postgresql, on_sqlite
 from tests.factories import a_job, a_key, a_request
@@ -136,7 +136,7 @@ def test_a_database_that_hangs_is_a_503_and_serves_again_when_it_wakes(tmp_path:
 
 def write_while_it_hangs(database: Database, server: Postgres) -> None:
     with ExitStack() as hang, database.write() as session:
-        record_job(session, a_job(), [a_request()])
+        insert_job(session, a_job(), [a_request()])
         hang.enter_context(server.hanging())
         session.execute(text("SELECT 1"))
 
@@ -146,9 +146,9 @@ def test_a_transaction_in_hand_when_the_database_hangs_is_given_up() -> None:
     server.start()
     try:
         with on_postgresql(server.create("pressure")) as database:
-            with pytest.raises(DATABASE_AWAY) as given_up:
+            with pytest.raises(DATABASE_UNAVAILABLE) as given_up:
                 write_while_it_hangs(database, server)
-            assert "did not answer within" in why_away(given_up.value)
+            assert "did not answer within" in unavailable_reason(given_up.value)
             with database.read() as session:
                 assert queries.jobs(session, 5).jobs == ()
     finally:

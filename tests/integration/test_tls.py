@@ -25,7 +25,7 @@ from jobs.producer import push
 from jobs.settings import JobsSettings
 from jobs.streaming.pubsub import Publisher, channel
 from storage import schema
-from storage.session import DATABASE_AWAY, Database
+from storage.session import DATABASE_UNAVAILABLE, Database
 from tests.databases import drop_schema
 
 PASSWORD = "hunter2"
@@ -159,7 +159,7 @@ def verified(url: URL, certificate: Path) -> str:
 
 def test_without_tls_the_database_is_not_reached(tls_database: URL) -> None:
     database = Database.open(tls_database.update_query_dict({"sslmode": "disable"}).render_as_string())
-    with pytest.raises(DATABASE_AWAY), database.read() as session:
+    with pytest.raises(DATABASE_UNAVAILABLE), database.read() as session:
         session.execute(text("SELECT 1"))
     database.dispose()
 
@@ -184,6 +184,6 @@ def test_a_database_with_a_certificate_that_proves_nothing_is_not_spoken_to(
     else:
         tls_database = tls_database.set(host="db.example").update_query_dict({"hostaddr": "127.0.0.1"})
     database = Database.open(verified(tls_database, certificate))
-    with pytest.raises(DATABASE_AWAY, match="certificate"), database.read() as session:
+    with pytest.raises(DATABASE_UNAVAILABLE, match="certificate"), database.read() as session:
         session.execute(text("SELECT 1"))
     database.dispose()

@@ -42,7 +42,7 @@ def submit(stack: Stack, job_id: str, *prompts: str, max_tokens: int = 30) -> No
         for n, prompt in enumerate(prompts)
     ]
     with stack.database.write() as session:
-        writes.record_job(session, NewJob(job_id, MODEL, CHAT_ENDPOINT, 3600.0), requests)
+        writes.insert_job(session, NewJob(job_id, MODEL, CHAT_ENDPOINT, 3600.0), requests)
 
 
 def ended(stack: Stack, job_id: str) -> bool:

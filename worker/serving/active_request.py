@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field, replace
 
 from jobs.openai.logprobs import Stored
 from storage.dialect import storable
-from storage.records import Checkpoint, Claim, FinishedChoice, Progress, Refusal, StepRow
-from storage.session import why_away
+from storage.records import Checkpoint, Claim, FinishedChoice, RequestFailure, RequestProgress, StepRow
+from storage.session import unavailable_reason
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepResult, StepStats
 from worker.serving.tree_rows import tree_row
@@ -109,7 +109,7 @@ class ActiveRequest:
 
     claim: Claim
     choices: dict[int, ActiveChoice] = field(default_factory=dict)
-    refusal: Refusal | None = None
+    failure: RequestFailure | None = None
     reading: bool = False  # it has no choices yet: its prompt is being read
     keys: frozenset[Hashable] = frozenset()  # of the sequences of all choices that it has had
     taken_at: float = field(default_factory=time.time)
@@ -118,7 +118,7 @@ class ActiveRequest:
     @property
     def done(self) -> bool:
         """True when the next flush ends the request."""
-        if self.refusal is not None:
+        if self.failure is not None:
             return True
         return not self.reading and all(c.sequence.finished for c in self.choices.values())
 
@@ -141,24 +141,24 @@ class ActiveRequest:
             return 0
         return 1 + max((c.seq for c in self.claim.checkpoints if c.choice_index == 0), default=0)
 
-    def fail(self, refusal: Refusal) -> None:
+    def fail(self, failure: RequestFailure) -> None:
         """End the request with an error in the midst of decoding; what is not committed of it is dropped."""
         if 0 in self.choices:
             self._next_seq = self.choices[0].next_seq
         self.choices.clear()
         self.reading = False
-        self.refusal = refusal
+        self.failure = failure
 
-    def progress(self, now: float) -> Progress:
+    def progress(self, now: float) -> RequestProgress:
         """Return what the next flush writes, and forget the choices it finishes."""
-        if self.refusal is not None:
-            return Progress(self.claim.lease, refusal=self.refusal)
+        if self.failure is not None:
+            return RequestProgress(self.claim.lease, failure=self.failure)
         ends = self.done
         checkpoints = [c.checkpoint() for c in self.choices.values()]
         finished = [c for c in self.choices.values() if c.sequence.finished]
         for choice in finished:
             del self.choices[choice.index]
-        progress = Progress(
+        progress = RequestProgress(
             lease=self.claim.lease,
             checkpoints=tuple(c for c in checkpoints if c is not None),
             finished=tuple(choice.output(now) for choice in finished),
@@ -170,10 +170,10 @@ class ActiveRequest:
         return progress
 
 
-def internal_error(what: str, error: BaseException) -> Refusal:
+def internal_error(what: str, error: BaseException) -> RequestFailure:
     """Return the answer to a request on which something failed that nobody foresaw."""
-    said = f"{type(error).__name__}: {why_away(error)}"[:_MOST_SAID]  # no statement, no values
-    return Refusal("server_error", f"{what}: {storable(said)}", status_code=500)
+    said = f"{type(error).__name__}: {unavailable_reason(error)}"[:_MOST_SAID]  # no statement, no values
+    return RequestFailure("server_error", f"{what}: {storable(said)}", status_code=500)
 
 
 def _row(stats: StepStats, now: float) -> StepRow:

@@ -15,8 +15,8 @@ from jobs.errors import DatabaseUnavailable, RequestRefused
 from jobs.logs import noted
 from jobs.messages import MESSAGE_VERSION
 from storage import leases
-from storage.records import Checkpoint, Refusal, RequestKey
-from storage.session import DATABASE_AWAY, Database, why_away
+from storage.records import Checkpoint, RequestFailure, RequestKey
+from storage.session import DATABASE_UNAVAILABLE, Database, unavailable_reason
 from worker.engine.engine import Engine
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepResult
@@ -119,7 +119,7 @@ class Runner:
         try:
             with self._database.write() as session:
                 leases.release(session, self._worker_id, [r.claim.lease for r in self._active.values()])
-        except DATABASE_AWAY as error:
+        except DATABASE_UNAVAILABLE as error:
             raise _unavailable(error) from error
         self._drop(set(self._active))
         self._readers.close()
@@ -145,7 +145,7 @@ class Runner:
                     reserved=reserved,
                     body_version=MESSAGE_VERSION,
                 )
-        except DATABASE_AWAY as error:
+        except DATABASE_UNAVAILABLE as error:
             raise _unavailable(error) from error
         spans.claimed(claims, time.time() - (time.monotonic() - now), time.time())
         if not self._active:
@@ -174,7 +174,7 @@ class Runner:
     def _compare(self) -> None:
         try:
             self._speedup_check.run_once()
-        except DATABASE_AWAY as error:
+        except DATABASE_UNAVAILABLE as error:
             raise _unavailable(error) from error
 
     def _may_look(self, since_s: float) -> bool:
@@ -190,7 +190,7 @@ class Runner:
             self._sink.started(request)
         except RequestRefused as refused:
             code, status = refused.code or "invalid_value", refused.status_code
-            self._end(request, Refusal(code, refused.message, refused.param, status))
+            self._end(request, RequestFailure(code, refused.message, refused.param, status))
         except BaseException as error:  # whatever it is: it came of this request
             self._fail(request, "it could not be taken up", error)
 
@@ -251,7 +251,7 @@ class Runner:
         """Answer a request with an error because the engine can't decode this choice of it even alone."""
         job_id, request_index, _ = _parts(sequence.key)
         said = sequence.failure or "decoding failed on this request, and on it alone"
-        self._end(self._active[job_id, request_index], Refusal("engine_error", said, status_code=500))
+        self._end(self._active[job_id, request_index], RequestFailure("engine_error", said, status_code=500))
 
     def _fail(self, request: ActiveRequest, what: str, error: BaseException) -> None:
         """Answer a request with an error that nobody foresaw, and log where it came from."""
@@ -259,8 +259,8 @@ class Runner:
         log.error("Request %s failed: %s", request.claim.custom_id, what, exc_info=error, extra=about)
         self._end(request, internal_error(what, error))
 
-    def _end(self, request: ActiveRequest, refusal: Refusal) -> None:
-        request.fail(refusal)
+    def _end(self, request: ActiveRequest, failure: RequestFailure) -> None:
+        request.fail(failure)
         self._engine.cancel(set(request.keys))
 
     def _flush_is_due(self) -> bool:
@@ -290,7 +290,7 @@ class Runner:
 
 
 def _unavailable(error: Exception) -> DatabaseUnavailable:
-    return DatabaseUnavailable(f"The database does not answer: {why_away(error)}")
+    return DatabaseUnavailable(f"The database does not answer: {unavailable_reason(error)}")
 
 
 def _parts(key: Hashable) -> tuple[str, int, int]:

@@ -24,8 +24,8 @@ from jobs.producer import Ring
 from jobs.streaming.pubsub import Publisher
 from jobs.upkeep.reconciler import Reconciler
 from storage import writes
-from storage.records import WorkerCard
-from storage.session import DATABASE_AWAY, LONG_ANSWER_S, Database, why_away
+from storage.records import NewWorker
+from storage.session import DATABASE_UNAVAILABLE, LONG_STATEMENT_TIMEOUT_S, Database, unavailable_reason
 from worker.loading.loader import LoadedModel
 from worker.serving.energy import gpu_meter
 from worker.serving.runner import Runner
@@ -54,7 +54,7 @@ class EngineService:
         self.worker_id = worker_id or new_worker_id()
         self._settings = settings
         self._loaded = loaded
-        self._database = Database.open(settings.resolved_database_url, answer_s=LONG_ANSWER_S)
+        self._database = Database.open(settings.resolved_database_url, statement_timeout_s=LONG_STATEMENT_TIMEOUT_S)
         self._publisher = Publisher(settings.redis_url)
         self._reconciler = Reconciler(self._database, self._publisher.publish, ring, lease_s=settings.lease_s)
         self._watchdog = Watchdog(settings.stall_s, settings.deaf_s)
@@ -149,9 +149,9 @@ class EngineService:
             try:
                 runner.hand_back()
                 with self._database.write() as session:
-                    writes.stop_worker(session, self.worker_id)
+                    writes.mark_stopped(session, self.worker_id)
                 return
-            except (DatabaseUnavailable, *DATABASE_AWAY) as error:
+            except (DatabaseUnavailable, *DATABASE_UNAVAILABLE) as error:
                 if time.monotonic() > ends_at:
                     log.warning("Could not hand requests back, their leases will lapse: %s", error, extra=_STOPPING)
                     return
@@ -162,8 +162,8 @@ class EngineService:
             self._watch()
             try:
                 self._beat()
-            except DATABASE_AWAY as error:
-                log.warning("Housekeeping waits for the database: %s", why_away(error), extra=_AWAY)
+            except DATABASE_UNAVAILABLE as error:
+                log.warning("Housekeeping waits for the database: %s", unavailable_reason(error), extra=_AWAY)
             except Exception:  # this thread is the watchdog: it must outlive whatever goes wrong here
                 log.exception("Housekeeping failed", extra={"action": "housekeeping_failed"})
 
@@ -185,9 +185,9 @@ class EngineService:
     def _stop_worker(self) -> None:
         try:
             with self._database.write() as session:
-                writes.stop_worker(session, self.worker_id)
-        except DATABASE_AWAY as error:
-            log.warning("Could not note that this worker leaves: %s", why_away(error), extra=_STOPPING)
+                writes.mark_stopped(session, self.worker_id)
+        except DATABASE_UNAVAILABLE as error:
+            log.warning("Could not note that this worker leaves: %s", unavailable_reason(error), extra=_STOPPING)
 
     def _beat(self) -> None:
         """Write the heartbeat, the load and the learned state, as long as the engine makes progress."""
@@ -195,9 +195,9 @@ class EngineService:
             return
         joules = self._meter.joules() if self._meter else 0.0
         with self._database.write() as session:
-            writes.beat_worker(session, self.worker_id)
+            writes.record_heartbeat(session, self.worker_id)
             writes.update_calibration(session, self.worker_id, {**self._loaded.costs.as_json(), **self._learned})
-            writes.note_load(
+            writes.update_load(
                 session, self.worker_id, {**self._load, **self._capacity(), "joules": self._joules + joules}
             )
             if joules:
@@ -223,8 +223,8 @@ class EngineService:
             reserved=min(self._settings.interactive_sequences, self._loaded.options.max_sequences - 1),
         )
 
-    def _card(self) -> WorkerCard:
-        return WorkerCard(
+    def _card(self) -> NewWorker:
+        return NewWorker(
             id=self.worker_id,
             hostname=socket.gethostname(),
             pid=os.getpid(),

@@ -14,8 +14,8 @@ from jobs.messages import PartialEvent, Piece
 from jobs.streaming.events import error_of, job_events
 from storage import writes
 from storage.dialect import storable
-from storage.records import Checkpoint, FinishedChoice, FlushResult, Lease, Progress, Refusal, RequestKey
-from storage.session import DATABASE_AWAY, Database, is_too_large, why_away
+from storage.records import Checkpoint, FinishedChoice, FlushResult, Lease, RequestFailure, RequestKey, RequestProgress
+from storage.session import DATABASE_UNAVAILABLE, Database, is_too_large, unavailable_reason
 from worker.serving import spans
 from worker.serving.active_request import ActiveChoice, ActiveRequest, internal_error
 
@@ -33,7 +33,7 @@ class Sink:
         self._publish = publish
         self._worker_id = worker_id
         self._lease_s = lease_s
-        self._pending: list[tuple[ActiveRequest, Progress]] = []  # not committed: the database did not answer
+        self._pending: list[tuple[ActiveRequest, RequestProgress]] = []  # not committed: the database did not answer
 
     def started(self, request: ActiveRequest) -> None:
         """Announce the choices of a request that has just been taken up."""
@@ -41,7 +41,7 @@ class Sink:
 
     def flush(self, requests: Sequence[ActiveRequest], now: float) -> FlushResult:
         """Commit what is new, renew every lease, publish. Raises DatabaseUnavailable; nothing is lost, call again."""
-        ended = {p.lease.key for _, p in self._pending if p.ends or p.refusal is not None}
+        ended = {p.lease.key for _, p in self._pending if p.ends or p.failure is not None}
         self._pending += [(r, _progress(r, now)) for r in requests if r.claim.lease.key not in ended]
         held = [request.claim.lease for request in requests]
         began_at = time.time()
@@ -63,9 +63,9 @@ class Sink:
             with self._database.write() as session:
                 return writes.flush(session, self._worker_id, self._lease_s, progress, held)
         except Exception as error:
-            if isinstance(error, DATABASE_AWAY) and not is_too_large(error):
-                raise DatabaseUnavailable(f"The database does not answer: {why_away(error)}") from error
-            if not progress or (len(progress) == 1 and progress[0].refusal is not None):
+            if isinstance(error, DATABASE_UNAVAILABLE) and not is_too_large(error):
+                raise DatabaseUnavailable(f"The database does not answer: {unavailable_reason(error)}") from error
+            if not progress or (len(progress) == 1 and progress[0].failure is not None):
                 raise  # it is no value of a request that is refused
             if len(progress) == 1:
                 request = self._pending[start][0]
@@ -83,7 +83,7 @@ class Sink:
             choice.next_seq += 1
 
     def _events(
-        self, committed: Sequence[tuple[ActiveRequest, Progress]], lost: frozenset[RequestKey]
+        self, committed: Sequence[tuple[ActiveRequest, RequestProgress]], lost: frozenset[RequestKey]
     ) -> Iterator[PartialEvent]:
         for request, progress in committed:
             if progress.lease.key in lost:
@@ -98,12 +98,12 @@ class Sink:
             except Exception:  # it is committed: readers find it in the record
                 log.exception("Events can't be told", extra={"action": "events_failed", **_ids(progress.lease)})
 
-    def _events_of(self, request: ActiveRequest, progress: Progress) -> Iterator[PartialEvent]:
+    def _events_of(self, request: ActiveRequest, progress: RequestProgress) -> Iterator[PartialEvent]:
         yield from (self._tokens(request, checkpoint) for checkpoint in progress.checkpoints)
         yield from (self._finished(request, finished) for finished in progress.finished)
-        if progress.refusal is not None:
-            _log_refusal(progress.lease, progress.refusal)
-            error = error_of(progress.refusal)
+        if progress.failure is not None:
+            _log_failure(progress.lease, progress.failure)
+            error = error_of(progress.failure)
             yield self._event(request, 0, request.failure_seq, type="failed", error=error)
 
     def _tokens(self, request: ActiveRequest, checkpoint: Checkpoint) -> PartialEvent:
@@ -134,7 +134,7 @@ class Sink:
         return PartialEvent.model_validate({**identity, "choice": choice, "seq": seq, **fields})
 
 
-def _progress(request: ActiveRequest, now: float) -> Progress:
+def _progress(request: ActiveRequest, now: float) -> RequestProgress:
     """Return what a flush writes of a request; its failure, if that can't be told."""
     try:
         return request.progress(now)
@@ -148,10 +148,10 @@ def _fail(request: ActiveRequest, what: str, error: Exception) -> None:
     request.fail(internal_error(what, error))
 
 
-def _log_refusal(lease: Lease, refusal: Refusal) -> None:
+def _log_failure(lease: Lease, failure: RequestFailure) -> None:
     ids = _ids(lease)
     log.info(
-        "A request failed: %s: %s", refusal.code, storable(refusal.message), extra={"action": "request_failed", **ids}
+        "A request failed: %s: %s", failure.code, storable(failure.message), extra={"action": "request_failed", **ids}
     )
 
 

@@ -20,8 +20,8 @@ from typing import Any
 from jobs.errors import RequestRefused
 from jobs.messages import MESSAGE_VERSION
 from storage import speedup_checks
-from storage.records import ComparisonClaim, ComparisonRow, FinishedText
-from storage.session import DATABASE_AWAY, Database
+from storage.records import SampledRequest, SpeedupCheckClaim, SpeedupCheckResult
+from storage.session import DATABASE_UNAVAILABLE, Database
 from worker.engine.stats import StepResult
 from worker.serving.resilient_engine import ResilientEngine
 from worker.text.codec import Codec, read_request
@@ -72,7 +72,7 @@ class _Variant:
 class _Pair:
     """A request, both ways."""
 
-    text: FinishedText
+    text: SampledRequest
     drafted: _Variant
     plain: _Variant
 
@@ -81,11 +81,11 @@ class _Pair:
         """Tokens that its plain variant is going to write."""
         return len(self.text.token_ids) - len(self.plain.ids)
 
-    def row(self, token_ms: Mapping[int, float]) -> ComparisonRow:
+    def row(self, token_ms: Mapping[int, float]) -> SpeedupCheckResult:
         """Return what it took, and what plain decoding took for a token in batches of each size."""
         steps = self.drafted.steps
         known = bool(steps and token_ms)
-        return ComparisonRow(
+        return SpeedupCheckResult(
             request_index=self.text.request_index,
             tokens=sum(step.tokens for step in steps),
             drafted_ms=sum(step.ms for step in steps) if known else None,
@@ -113,12 +113,12 @@ class SpeedupCheck:
         self._worker_id = worker_id
         self._model = model
         self._lease_s = lease_s
-        self._claim: ComparisonClaim | None = None
+        self._claim: SpeedupCheckClaim | None = None
         self._pairs: list[_Pair] = []
         self._variants: dict[Hashable, _Variant] = {}
         self._numbers = count()  # of comparisons that were begun
         self._number = 0
-        self._unread: deque[FinishedText] = deque()
+        self._unread: deque[SampledRequest] = deque()
         self._room = 0
         self._plain_next = False
         self._batch = 1  # sequences of the last step with drafts
@@ -157,8 +157,8 @@ class SpeedupCheck:
         self._reset()
         try:
             with self._database.write() as session:
-                speedup_checks.drop_comparison(session, job_id)
-        except DATABASE_AWAY as error:  # no reason to keep others waiting: it lapses, as if we were lost
+                speedup_checks.release_check(session, job_id)
+        except DATABASE_UNAVAILABLE as error:  # no reason to keep others waiting: it lapses, as if we were lost
             log.warning("Could not hand the comparison of job %s back: %s", job_id, error, extra=_ids(job_id))
 
     def _poll(self) -> None:
@@ -167,22 +167,20 @@ class SpeedupCheck:
             return
         self._polled_at = now
         with self._database.read() as session:
-            if not speedup_checks.due(session, self._model, MESSAGE_VERSION):
+            if not speedup_checks.is_due(session, self._model, MESSAGE_VERSION):
                 return
         with self._database.write() as session:
-            claim = speedup_checks.claim_comparison(
-                session, self._model, MESSAGE_VERSION, self._lease_s, self._worker_id
-            )
+            claim = speedup_checks.claim_check(session, self._model, MESSAGE_VERSION, self._lease_s, self._worker_id)
         if claim is not None:
             self._start(claim)
 
-    def _start(self, claim: ComparisonClaim) -> None:
+    def _start(self, claim: SpeedupCheckClaim) -> None:
         self._room = self._engine.free_capacity
         self._claim, self._renewed_at, self._plain_next = claim, time.monotonic(), False
         self._number = next(self._numbers)
         self._unread = deque(claim.texts)
 
-    def _read(self, claim: ComparisonClaim, text: FinishedText) -> None:
+    def _read(self, claim: SpeedupCheckClaim, text: SampledRequest) -> None:
         """Read one request a turn, as whoever comes must not wait for all of them."""
         try:
             drafted, plain = (self._variant(claim, text, self._number, plain) for plain in (False, True))
@@ -197,7 +195,7 @@ class SpeedupCheck:
             self._variants[variant.key] = variant
             self._engine.add(variant.output_stream.sequence)
 
-    def _variant(self, claim: ComparisonClaim, text: FinishedText, number: int, plain: bool) -> _Variant:
+    def _variant(self, claim: SpeedupCheckClaim, text: SampledRequest, number: int, plain: bool) -> _Variant:
         """Return a request's first choice once more.
 
         Its group is not the job's, nor that of an earlier try: what has been written already must not serve as draft.
@@ -253,18 +251,18 @@ class SpeedupCheck:
             self._engine.cancel({pair.drafted.key, pair.plain.key})
             self._pairs.remove(pair)
 
-    def _renew(self, claim: ComparisonClaim) -> None:
+    def _renew(self, claim: SpeedupCheckClaim) -> None:
         if time.monotonic() - self._renewed_at < self._lease_s / _RENEWALS_PER_LEASE:
             return
         with self._database.write() as session:
-            speedup_checks.keep_comparison(session, claim.job_id, self._lease_s)
+            speedup_checks.renew_check(session, claim.job_id, self._lease_s)
         self._renewed_at = time.monotonic()
 
-    def _store(self, claim: ComparisonClaim) -> None:
+    def _store(self, claim: SpeedupCheckClaim) -> None:
         token_ms = self._token_ms()
         rows = [pair.row(token_ms) for pair in self._pairs]
         with self._database.write() as session:
-            speedup_checks.record_comparison(session, self._worker_id, claim.job_id, rows)
+            speedup_checks.save_check(session, self._worker_id, claim.job_id, rows)
         for row in rows:
             if not row.same_text:
                 log.error(

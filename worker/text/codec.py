@@ -32,7 +32,7 @@ _TINY = 1e-20  # what logits are divided by: single precision makes zero of much
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """Turns requests into sequences, and sequences into text, for one target."""
+    """FairShare requests into sequences, and sequences into text, for one target."""
 
     tokenizer: PreTrainedTokenizerFast
     eos_ids: frozenset[int]

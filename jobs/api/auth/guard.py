@@ -25,7 +25,7 @@ from jobs.errors import BasicError, InvalidKey, LimitReached, NotPermitted
 from jobs.keys import Scope, key_among, same_key
 from storage import keys
 from storage.keys import KeyView
-from storage.session import DATABASE_AWAY, Database
+from storage.session import DATABASE_UNAVAILABLE, Database
 
 _PREFIX = "/v1"
 _READ_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -55,7 +55,7 @@ class Authenticator:
         A valid key is accepted however many invalid ones came from its address. `then` is called with the caller and
         the connection that looked up the key, to save a second connection.
         """
-        with self._database.look() as connection:
+        with self._database.connect() as connection:
             caller = self._caller(connection, _bearer(authorization), address, needed)
             if then is not None:
                 then(caller, connection)
@@ -149,7 +149,7 @@ class AuthMiddleware:
             caller = await run_in_threadpool(self._authenticate, scope, authorization, address, needed)
         except BasicError as refused:
             await errors.reply(refused)(scope, receive, send)
-        except DATABASE_AWAY as away:
+        except DATABASE_UNAVAILABLE as away:
             await errors.database_away(away)(scope, receive, send)
         else:
             await self._answer(scope, receive, send, caller)

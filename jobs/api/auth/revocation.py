@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from starlette.types import Message, Send
 
 from storage import keys
-from storage.session import DATABASE_AWAY, Database, why_away
+from storage.session import DATABASE_UNAVAILABLE, Database, unavailable_reason
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +61,11 @@ class RevocationMonitor:
             checked = {response.key_id for response in self._responses}
             try:
                 valid = await asyncio.to_thread(self._valid_keys, checked)
-            except DATABASE_AWAY as away:  # these keys were valid before: an outage is no reason to close their streams
-                log.warning("Can't check keys of open streams: %s", why_away(away), extra={"action": "database_away"})
+            except DATABASE_UNAVAILABLE as away:
+                # these keys were valid before: an outage is no reason to close their streams
+                log.warning(
+                    "Can't check keys of open streams: %s", unavailable_reason(away), extra={"action": "database_away"}
+                )
                 continue
             for response in [response for response in self._responses if response.key_id in checked - valid]:
                 response.cancel()

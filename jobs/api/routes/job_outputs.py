@@ -13,7 +13,7 @@ from jobs.api.dependencies import Services
 from jobs.api.schemas import serializers
 from jobs.json_lines import json_line
 from storage import event_log, queries
-from storage.event_log import Place
+from storage.event_log import Position
 from storage.queries import JobView, OutputView
 from storage.statuses import FINAL_JOB_STATUSES
 
@@ -52,10 +52,10 @@ def _page(services: Services, job_id: str, after: int, failed: bool) -> list[Out
         return list(islice(queries.outputs(session, job_id, after, without_result=failed), _AT_ONCE))
 
 
-def _ended(services: Services, job: JobView, place: Place, failed: bool) -> list[tuple[Place, str | None]]:
+def _ended(services: Services, job: JobView, place: Position, failed: bool) -> list[tuple[Position, str | None]]:
     """Return the lines of the next requests that ended, with nothing for those that the reader does not want."""
     with services.database.read() as session:
-        places = event_log.ended(session, job.id, place, _AT_ONCE)
+        places = event_log.ended_requests(session, job.id, place, _AT_ONCE)
         among = [index for _, index in places]
         found = {
             output.request_index: output
@@ -64,17 +64,17 @@ def _ended(services: Services, job: JobView, place: Place, failed: bool) -> list
     return [(place, _followed(found[index], job, place) if index in found else None) for place, index in places]
 
 
-def _followed(output: OutputView, job: JobView, place: Place) -> str:
+def _followed(output: OutputView, job: JobView, place: Position) -> str:
     return _line(output, job.endpoint, cursor=f"{place.number}.{place.request_index}")
 
 
 def _is_final(services: Services, job_id: str) -> bool:
     with services.database.read() as session:
-        return event_log.where_it_stands(session, job_id).status in FINAL_JOB_STATUSES
+        return event_log.head(session, job_id).status in FINAL_JOB_STATUSES
 
 
-def _place(cursor: str) -> Place:
-    return Place(*map(int, cursor.split("."))) if cursor else Place(-1)
+def _place(cursor: str) -> Position:
+    return Position(*map(int, cursor.split("."))) if cursor else Position(-1)
 
 
 def _line(output: OutputView, endpoint: str, **more: str) -> str:

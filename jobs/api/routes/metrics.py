@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from storage import queue_stats
-from storage.queue_stats import Census, WorkerLoad
+from storage.queue_stats import QueueStats, WorkerLoad
 from storage.session import Database
 
 router = APIRouter()
@@ -98,7 +98,7 @@ class _DatabaseCollector(Collector):
     def __init__(self, database: Database) -> None:
         self._database = database
         self._lock = threading.Lock()
-        self._census: Census | None = None
+        self._census: QueueStats | None = None
         self._read_at = float("-inf")
 
     def describe(self) -> Iterable[Metric]:
@@ -113,16 +113,16 @@ class _DatabaseCollector(Collector):
         yield from _worker_gauges(counted.workers)
         yield from _worker_counters(counted.workers)
 
-    def _fresh(self) -> Census:
+    def _fresh(self) -> QueueStats:
         with self._lock:
             if self._census is None or time.monotonic() - self._read_at > _FRESH_S:
                 with self._database.read() as session:
-                    self._census = queue_stats.take(session)
+                    self._census = queue_stats.collect(session)
                 self._read_at = time.monotonic()
             return self._census
 
 
-def _queue(counted: Census) -> Iterator[Metric]:
+def _queue(counted: QueueStats) -> Iterator[Metric]:
     jobs = GaugeMetricFamily("basic_jobs_open", "Jobs that have not ended.", labels=["model"])
     requests = GaugeMetricFamily(
         "basic_requests_open", "Requests that wait (queued) or are being decoded (running).", labels=["model", "status"]
@@ -141,7 +141,7 @@ def _queue(counted: Census) -> Iterator[Metric]:
     yield from (jobs, requests, leases, age)
 
 
-def _totals(counted: Census) -> Iterator[Metric]:
+def _totals(counted: QueueStats) -> Iterator[Metric]:
     ended = CounterMetricFamily("basic_requests_ended", "Requests that have ended.", labels=["model", "outcome"])
     tokens = CounterMetricFamily("basic_tokens", "Tokens read and written.", labels=["model", "kind"])
     for model in counted.totals:

@@ -18,7 +18,7 @@ from jobs.api.schemas.replies import HEALTH, JOB_ROWS, MODEL, MODELS, READY, STA
 from jobs.errors import NotFound, UnknownModel
 from jobs.submission.intake import known_models
 from storage import queries
-from storage.statistics import job_rows
+from storage.statistics import job_summaries
 
 router = APIRouter()
 
@@ -41,7 +41,7 @@ def statistics_by_job(
 ) -> Response:
     """List the newest jobs, or one, each with its numbers in one flat row."""
     with services.database.read() as session:
-        rows = job_rows(session, limit, owner=caller.sees, job_id=job)
+        rows = job_summaries(session, limit, owner=caller.sees, job_id=job)
     if job is not None and not rows:
         raise NotFound(f"There is no job {job[:80]!r}.", param="job")
     return JSONResponse({"object": "list", "data": [asdict(row) for row in rows]})

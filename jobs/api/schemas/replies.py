@@ -13,7 +13,7 @@ from pydantic.json_schema import models_json_schema
 
 from jobs.messages import Endpoint, JobStatus, PartialEvent
 from storage.queries import JobStats, WorkerView
-from storage.statistics import JobRow
+from storage.statistics import JobSummary
 
 Json = dict[str, Any]
 
@@ -359,7 +359,7 @@ class JobRowList(_Reply):
     """The newest jobs, each with its numbers."""
 
     object: Literal["list"]
-    data: list[JobRow]
+    data: list[JobSummary]
 
 
 class HealthReply(_Reply):

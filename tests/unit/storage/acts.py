@@ -22,17 +22,26 @@ from storage.models import (
     StepMinute,
 )
 from storage.queries import JobView
-from storage.records import Checkpoint, Claim, FinishedChoice, FlushResult, Lease, NewRequest, Progress, RequestKey
+from storage.records import (
+    Checkpoint,
+    Claim,
+    FinishedChoice,
+    FlushResult,
+    Lease,
+    NewRequest,
+    RequestKey,
+    RequestProgress,
+)
 from storage.session import Database
 from tests.factories import a_job, some_requests, some_steps
 
 
 def record(
     database: Database, job_id: str = "job-1", requests: int | Sequence[NewRequest] = 1, **fields: Any
-) -> writes.RecordedJob:
+) -> writes.InsertedJob:
     rows = some_requests(requests) if isinstance(requests, int) else requests
     with database.write() as session:
-        return writes.record_job(session, a_job(job_id, **fields), rows)
+        return writes.insert_job(session, a_job(job_id, **fields), rows)
 
 
 def claim(
@@ -61,7 +70,7 @@ def claim_one(database: Database, worker: str = "w1", lease_s: float = 30.0) -> 
 
 
 def flush(
-    database: Database, worker: str, *progress: Progress, held: Sequence[Lease] = (), lease_s: float = 30.0
+    database: Database, worker: str, *progress: RequestProgress, held: Sequence[Lease] = (), lease_s: float = 30.0
 ) -> FlushResult:
     with database.write() as session:
         return writes.flush(session, worker, lease_s, progress, held)
@@ -121,18 +130,18 @@ def end_of(*checkpoints: Checkpoint, choice: int = 0) -> FinishedChoice:
     )
 
 
-def whole(lease: Lease, *emitted: int) -> Progress:
+def whole(lease: Lease, *emitted: int) -> RequestProgress:
     """A request of one choice that was decoded between two flushes."""
     checkpoint = tokens_of(1, *emitted)
-    return Progress(lease, (checkpoint,), (end_of(checkpoint),), ends=True)
+    return RequestProgress(lease, (checkpoint,), (end_of(checkpoint),), ends=True)
 
 
-def going_on(claimed: Claim, *emitted: int, ends: bool = False) -> Progress:
+def going_on(claimed: Claim, *emitted: int, ends: bool = False) -> RequestProgress:
     """New tokens of a request of one choice, behind those that earlier owners committed."""
     seq = claimed.checkpoints[-1].seq + 1 if claimed.checkpoints else 1
     checkpoint = tokens_of(seq, *emitted, first=1)
     finished = (end_of(*claimed.checkpoints, checkpoint),) if ends else ()
-    return Progress(claimed.lease, (checkpoint,), finished, ends=ends)
+    return RequestProgress(claimed.lease, (checkpoint,), finished, ends=ends)
 
 
 def requests_of(database: Database, job_id: str = "job-1") -> dict[int, Any]:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from storage.session import LONG_ANSWER_S, Database
+from storage.session import LONG_STATEMENT_TIMEOUT_S, Database
 from tests.databases import make_empty, on_sqlite
 
 
 @pytest.fixture(scope="session")
 def postgresql(postgresql_url: str) -> Iterator[Database]:
     """The database of all tests on PostgreSQL, with its connections; whoever takes it empties it."""
-    database = Database.open(postgresql_url, answer_s=LONG_ANSWER_S)
+    database = Database.open(postgresql_url, statement_timeout_s=LONG_STATEMENT_TIMEOUT_S)
     yield database
     database.dispose()
 

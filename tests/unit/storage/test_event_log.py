@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from sqlalchemy import update
 
 from storage import event_log
-from storage.event_log import Cursor, Page, Place
+from storage.event_log import Cursor, Page, Position
 from storage.models import Job, Request
-from storage.records import Claim, NewRequest, Progress, Refusal
+from storage.records import Claim, NewRequest, RequestFailure, RequestProgress
 from storage.session import Database
 from tests.databases import on_sqlite
 from tests.factories import a_request
 from tests.unit.storage.acts import cancel, claim, end_of, flush, going_on, record, tokens_of, whole
 
-REFUSAL = Refusal("invalid_value", "No.")
+FAILURE = RequestFailure("invalid_value", "No.")
 
 
 def page(database: Database, since: Cursor, limit: int = 100) -> Page:
@@ -37,28 +37,28 @@ class Reader:
         self.ends: list[tuple[int, int]] = []
 
     def read(self, database: Database, limit: int = 100, *, leave_after: int | None = None) -> bool:
-        """Take one page, or only some passages of it; return whether the story is complete for now."""
+        """Take one page, or only some events of it; return whether the story is complete for now."""
         told = page(database, self.cursor, limit)
-        passages = told.passages if leave_after is None else told.passages[:leave_after]
-        for passage in passages:
-            key = (passage.request_index, passage.choice_index)
-            if passage.kind == "tokens":
-                again = passage.seq <= self.seqs.get(key, -1)
-                self.seqs[key] = max(passage.seq, self.seqs.get(key, -1))
+        events = told.events if leave_after is None else told.events[:leave_after]
+        for event in events:
+            key = (event.request_index, event.choice_index)
+            if event.kind == "tokens":
+                again = event.seq <= self.seqs.get(key, -1)
+                self.seqs[key] = max(event.seq, self.seqs.get(key, -1))
                 if again:
-                    self.cursor = passage.cursor or self.cursor
+                    self.cursor = event.cursor or self.cursor
                     continue
-                before = "" if passage.from_start else self.texts[key]
-                self.texts[key] = before + passage.text
-                self.tokens[key] = passage.tokens + (0 if passage.from_start else self.tokens[key])
-                assert "".join(text for text, _ in passage.pieces) == passage.text
+                before = "" if event.from_start else self.texts[key]
+                self.texts[key] = before + event.text
+                self.tokens[key] = event.tokens + (0 if event.from_start else self.tokens[key])
+                assert "".join(text for text, _ in event.pieces) == event.text
             else:
                 self.ends.append(key)
-            if passage.cursor is not None:
-                self.cursor = passage.cursor
-        if len(passages) == len(told.passages):
+            if event.cursor is not None:
+                self.cursor = event.cursor
+        if len(events) == len(told.events):
             self.cursor = told.cursor
-        return told.complete and len(passages) == len(told.passages)
+        return told.complete and len(events) == len(told.events)
 
     def read_all(self, database: Database, limit: int = 100) -> None:
         while not self.read(database, limit):
@@ -66,10 +66,10 @@ class Reader:
 
 
 def test_a_new_reader_is_told_what_is_being_written_and_what_has_ended(database: Database) -> None:
-    record(database, requests=[a_request("a"), a_request("b"), NewRequest("c", refusal=REFUSAL)])
+    record(database, requests=[a_request("a"), a_request("b"), NewRequest("c", failure=FAILURE)])
     first, second = claim(database, limit=2)
-    flush(database, "w1", whole(first.lease, 1, 2), Progress(second.lease, (tokens_of(1, 1),)))
-    flush(database, "w1", Progress(second.lease, (tokens_of(2, 2),)))
+    flush(database, "w1", whole(first.lease, 1, 2), RequestProgress(second.lease, (tokens_of(1, 1),)))
+    flush(database, "w1", RequestProgress(second.lease, (tokens_of(2, 2),)))
     reader = Reader()
     reader.read_all(database)
     assert reader.texts == {(0, 0): "yxy", (1, 0): "yxy"}
@@ -80,12 +80,12 @@ def test_a_reader_that_comes_back_is_told_what_it_has_not_seen_of_a_text_that_ha
     record(database)
     (claimed,) = claim(database)
     seen, unseen = tokens_of(1, 1, 2), tokens_of(2, 3, first=2)
-    flush(database, "w1", Progress(claimed.lease, (seen,)))
+    flush(database, "w1", RequestProgress(claimed.lease, (seen,)))
     cursor = Cursor()
     while not (told := page(database, cursor)).complete:
         cursor = told.cursor
-    flush(database, "w1", Progress(claimed.lease, (unseen,), (end_of(seen, unseen),), ends=True))
-    text, end = page(database, told.cursor).passages
+    flush(database, "w1", RequestProgress(claimed.lease, (unseen,), (end_of(seen, unseen),), ends=True))
+    text, end = page(database, told.cursor).events
     assert (text.text, text.tokens, text.accepted, text.from_start, text.seq) == ("xxy", 3, 2, False, 2)
     assert (end.kind, end.seq) == ("finished", 3)
     assert page(database, told.cursor).status == "completed"
@@ -95,7 +95,7 @@ def test_a_cursor_from_another_story_is_a_new_reader(database: Database) -> None
     record(database)
     flush(database, "w1", whole(claim(database)[0].lease, 1, 2))
     with database.read() as session:
-        end = event_log.where_it_stands(session, "job-1").cursor
+        end = event_log.head(session, "job-1").cursor
     assert end.within(end) == end
     for other in (Cursor(1000), Cursor(0, floor=9), Cursor(0, status="completed")):
         assert other.within(end) == Cursor()
@@ -105,13 +105,13 @@ def test_a_reader_that_is_cut_off_among_outputs_is_told_all_of_the_others(databa
     record(database, requests=3)
     claims = claim(database, limit=3)
     made = [tokens_of(1, 1), tokens_of(2, 2, first=1)]
-    flush(database, "w1", *(Progress(each.lease, (made[0],)) for each in claims))
+    flush(database, "w1", *(RequestProgress(each.lease, (made[0],)) for each in claims))
     for each in claims:
-        flush(database, "w1", Progress(each.lease, (made[1],), (end_of(*made),), ends=True))
-    told = page(database, Cursor()).passages
+        flush(database, "w1", RequestProgress(each.lease, (made[1],), (end_of(*made),), ends=True))
+    told = page(database, Cursor()).events
     for seen in range(1, len(told) + 1):
         assert told[seen - 1].cursor is not None
-        rest = page(database, told[seen - 1].cursor or Cursor()).passages
+        rest = page(database, told[seen - 1].cursor or Cursor()).events
         assert [(each.request_index, each.text) for each in rest] == [
             (each.request_index, each.text) for each in told[seen:]
         ]
@@ -126,16 +126,16 @@ def test_requests_that_end_in_one_commit_can_be_told_in_many_pages(database: Dat
 
 
 def test_requests_that_are_refused_while_the_input_is_read_are_told(database: Database) -> None:
-    record(database, requests=[NewRequest("a", refusal=REFUSAL), a_request("b"), NewRequest("c", refusal=REFUSAL)])
+    record(database, requests=[NewRequest("a", failure=FAILURE), a_request("b"), NewRequest("c", failure=FAILURE)])
     set_status(database, "validating", without=2)
     reader = Reader()
     reader.read_all(database)
     with database.read() as session:
-        watching = event_log.where_it_stands(session, "job-1").cursor
+        watching = event_log.head(session, "job-1").cursor
     set_status(database, "in_progress", without=None)
     reader.read_all(database)
     assert reader.ends == [(0, 0), (2, 0)]
-    assert len(page(database, watching).passages) == 2
+    assert len(page(database, watching).events) == 2
 
 
 def set_status(database: Database, status: str, without: int | None) -> None:
@@ -154,8 +154,8 @@ def test_requests_are_listed_in_the_order_in_which_they_ended(database: Database
     for claimed in (claims[2], claims[0], claims[1]):
         flush(database, "w1", whole(claimed.lease, 1))
     with database.read() as session:
-        first = event_log.ended(session, "job-1", Place(-1), 2)
-        rest = event_log.ended(session, "job-1", first[-1][0], 2)
+        first = event_log.ended_requests(session, "job-1", Position(-1), 2)
+        rest = event_log.ended_requests(session, "job-1", first[-1][0], 2)
     assert [index for _, index in first + rest] == [2, 0, 1]
 
 
@@ -185,13 +185,13 @@ def _read_while_written(database: Database, acts: list[tuple[str, int, int]]) ->
         elif index in live:
             lease = live[index].lease
             if act == "fail":
-                flush(database, "w1", Progress(lease, refusal=REFUSAL))
+                flush(database, "w1", RequestProgress(lease, failure=FAILURE))
                 failed.add(index)
             else:
                 checkpoints[index].append(tokens_of(len(checkpoints[index]) + 1, count, first=1))
                 written[index].append(count)
                 finished = (end_of(*checkpoints[index]),) if act == "end" else ()
-                flush(database, "w1", Progress(lease, (checkpoints[index][-1],), finished, ends=act == "end"))
+                flush(database, "w1", RequestProgress(lease, (checkpoints[index][-1],), finished, ends=act == "end"))
             if act in ("fail", "end"):
                 del live[index]
     reader.read_all(database, limit=2)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from sqlalchemy import text
 
-from storage.records import Checkpoint, Claim, Progress, Refusal
+from storage.records import Checkpoint, Claim, RequestFailure, RequestProgress
 from storage.session import Database
 from tests.databases import make_empty, open_sqlite
 from tests.unit.storage import acts
@@ -58,7 +58,7 @@ class Record(RuleBasedStateMachine):
         seq = before[-1].seq + 1 if before else 1
         before.append(acts.tokens_of(seq, *emitted, first=1))
         finished = (acts.end_of(*before),) if ends else ()
-        sent = Progress(claim.lease, (before[-1],), finished, ends=ends)
+        sent = RequestProgress(claim.lease, (before[-1],), finished, ends=ends)
         for _ in range(1 + twice):
             result = acts.flush(self.database, worker, sent, held=[c.lease for c in self.held[worker]])
         lost = result.lost | ({claim.lease.key} if ends else set())
@@ -68,7 +68,7 @@ class Record(RuleBasedStateMachine):
     def fail(self, worker: str) -> None:
         if self.held[worker]:
             lease = self.held[worker].pop(0).lease
-            acts.flush(self.database, worker, Progress(lease, refusal=Refusal("invalid_value", "no")))
+            acts.flush(self.database, worker, RequestProgress(lease, failure=RequestFailure("invalid_value", "no")))
 
     @rule(worker=WORKERS)
     def release(self, worker: str) -> None:

@@ -6,8 +6,8 @@ import pytest
 from sqlalchemy import text
 
 from storage import leases, queries, writes
-from storage.lease_recovery import LONE_CRASHES, mark_lost, reclaim, running_processes
-from storage.records import Claim, Progress
+from storage.lease_recovery import MAX_LONE_CRASHES, mark_lost, reclaim, running_processes
+from storage.records import Claim, RequestProgress
 from storage.session import Database
 from tests.factories import a_request, a_worker_card
 from tests.unit.storage.acts import (
@@ -166,8 +166,8 @@ def test_a_poisonous_request_tells_its_stream_and_ends_its_job(database: Databas
     found = reclaimed(database, "w2")
 
     (failed,) = found.poisoned
-    assert "two hosts" in failed.refusal.message
-    assert (failed.custom_id, failed.seq, failed.refusal.code) == ("request-0", 1, "poison")
+    assert "two hosts" in failed.failure.message
+    assert (failed.custom_id, failed.seq, failed.failure.code) == ("request-0", 1, "poison")
     assert found.ended_jobs == (("job-1", "completed"),)
     assert view(database).requests_failed == 1
     assert requests_of(database)[0].suspect_group is None
@@ -185,8 +185,8 @@ def test_a_request_that_kills_the_only_host_while_that_serves_others_is_failed(d
 
     (failed,) = reclaimed(database, "w2").poisoned
 
-    assert "twice" in failed.refusal.message
-    assert "serves other requests" in failed.refusal.message
+    assert "twice" in failed.failure.message
+    assert "serves other requests" in failed.failure.message
     check_laws(database)
 
 
@@ -203,9 +203,9 @@ def test_a_request_that_kills_its_only_worker_with_no_other_to_try_it_with_fails
         assert deaths < 10
 
     (failed,) = found.poisoned
-    assert deaths > LONE_CRASHES
-    assert f"{deaths} times" in failed.refusal.message
-    assert "the fault may be the host's" in failed.refusal.message
+    assert deaths > MAX_LONE_CRASHES
+    assert f"{deaths} times" in failed.failure.message
+    assert "the fault may be the host's" in failed.failure.message
     check_laws(database)
 
 
@@ -344,7 +344,7 @@ def test_dead_and_silent_workers_are_marked_and_one_that_comes_back_is_not(datab
     with database.write() as session:
         for worker in ("dead", "silent", "alive", "left"):
             writes.register_worker(session, a_worker_card(id=worker, process=f"boot/pid/{worker}"))
-        writes.stop_worker(session, "left")
+        writes.mark_stopped(session, "left")
         session.execute(text("UPDATE workers SET last_seen_at = last_seen_at - 61 WHERE id = 'silent'"))
     with database.write() as session:
         assert {p.worker_id for p in running_processes(session)} == {"dead", "silent", "alive"}
@@ -354,7 +354,7 @@ def test_dead_and_silent_workers_are_marked_and_one_that_comes_back_is_not(datab
         assert {p.worker_id for p in running_processes(session)} == {"alive"}
 
     with database.write() as session:
-        writes.beat_worker(session, "silent")
+        writes.record_heartbeat(session, "silent")
     with database.read() as session:
         assert {w.id for w in queries.workers(session) if w.lost_at is not None} == {"dead"}
 
@@ -372,7 +372,7 @@ def test_a_request_fails_when_its_own_deadline_is_over(database: Database, runni
     record(database, requests=[a_request("late", timeout_s=60.0), a_request("patient")])
     held = claim(database, limit=2) if running else []
     if running:
-        flush(database, "w1", *(Progress(c.lease, (tokens_of(1, 2),)) for c in held))
+        flush(database, "w1", *(RequestProgress(c.lease, (tokens_of(1, 2),)) for c in held))
     with database.write() as session:
         assert writes.expire_requests(session) == writes.Ended()
         session.execute(text("UPDATE requests SET expires_at = 1.0 WHERE custom_id = 'late'"))
@@ -383,7 +383,7 @@ def test_a_request_fails_when_its_own_deadline_is_over(database: Database, runni
         ended = writes.expire_requests(session)
 
     (failed,) = ended.failed
-    assert (failed.custom_id, failed.seq, failed.refusal.code) == ("late", 2 if running else 0, "deadline_exceeded")
+    assert (failed.custom_id, failed.seq, failed.failure.code) == ("late", 2 if running else 0, "deadline_exceeded")
     assert ended.jobs == ()
     assert requests_of(database)[0].status == "failed"
     check_laws(database)

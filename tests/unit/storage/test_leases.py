@@ -4,7 +4,7 @@ import threading
 from collections import Counter
 
 from storage import leases
-from storage.records import Claim, Lease, Progress, Refusal
+from storage.records import Claim, Lease, RequestFailure, RequestProgress
 from storage.session import Database
 from tests.unit.storage.acts import (
     cancel,
@@ -25,7 +25,7 @@ from tests.unit.storage.acts import (
 
 def to_ring(database: Database, older_than_s: float) -> list[tuple[str, str]]:
     with database.write() as session:
-        return leases.jobs_to_ring(session, older_than_s)
+        return leases.jobs_to_notify(session, older_than_s)
 
 
 def test_a_claim_brings_what_the_worker_needs(database: Database) -> None:
@@ -73,8 +73,8 @@ def test_a_new_owner_gets_checkpoints_and_finished_choices(database: Database) -
     flush(
         database,
         "w1",
-        Progress(old.lease, (first, other), (end_of(other, choice=1),)),
-        Progress(old.lease, (second,)),
+        RequestProgress(old.lease, (first, other), (end_of(other, choice=1),)),
+        RequestProgress(old.lease, (second,)),
         lease_s=-1,
     )
 
@@ -138,7 +138,7 @@ def test_no_job_starves_where_there_are_more_jobs_than_places(database: Database
 
 def _serve_one(database: Database) -> list[Claim]:
     (claimed,) = claim(database)
-    flush(database, "w1", Progress(claimed.lease, refusal=Refusal("invalid_value", "done with")))
+    flush(database, "w1", RequestProgress(claimed.lease, failure=RequestFailure("invalid_value", "done with")))
     return [claimed]
 
 
@@ -193,7 +193,7 @@ def test_two_claimers_never_get_the_same_request(database: Database) -> None:
 def test_release_gives_the_request_and_the_attempt_back(database: Database) -> None:
     record(database)
     old = claim_one(database, "w1")
-    flush(database, "w1", Progress(old.lease, (tokens_of(1, 1, 2),)))
+    flush(database, "w1", RequestProgress(old.lease, (tokens_of(1, 1, 2),)))
 
     release(database, "w1", old.lease)
 

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import event
 
 from storage import leases, queries, writes
-from storage.records import Progress
+from storage.records import RequestProgress
 from storage.session import Database
 from tests.unit.storage.acts import cancel, claim, flush, record, release, tokens_of, view, whole
 
@@ -34,13 +34,13 @@ def plans_of(database: Database, act: Callable[[], object]) -> dict[str, list[st
 def work(database: Database) -> None:
     """What workers do all the time, on two jobs at once."""
     claims = claim(database, limit=6)
-    flush(database, "w1", *(Progress(c.lease, (tokens_of(1, 1, 2),)) for c in claims))
+    flush(database, "w1", *(RequestProgress(c.lease, (tokens_of(1, 1, 2),)) for c in claims))
     flush(database, "w1", *(whole(c.lease, 1, 3) for c in claims[:3]), held=[c.lease for c in claims[3:]])
     release(database, "w1", *(c.lease for c in claims[3:]))
     claim(database, "w2", lease_s=-1)
     claim(database, "w1")
     with database.write() as session:
-        leases.jobs_to_ring(session, -1.0)
+        leases.jobs_to_notify(session, -1.0)
         writes.end_jobs(session)
         writes.expire_requests(session)
 

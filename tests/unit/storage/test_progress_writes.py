@@ -6,7 +6,7 @@ from sqlalchemy import select
 from storage import queries
 from storage.models import DecodeStep, Output, Partial
 from storage.progress_writes import merge_pieces
-from storage.records import Lease, Progress, Refusal
+from storage.records import Lease, RequestFailure, RequestProgress
 from storage.session import Database
 from tests.factories import a_step
 from tests.unit.storage.acts import (
@@ -59,11 +59,11 @@ def test_checkpoints_count_as_tokens_before_the_output_is_there(database: Databa
     record(database)
     held = claim_one(database)
 
-    flush(database, "w1", Progress(held.lease, (tokens_of(1, 1, 3),)))
+    flush(database, "w1", RequestProgress(held.lease, (tokens_of(1, 1, 3),)))
     assert view(database).completion_tokens == 4
     check_laws(database)
 
-    flush(database, "w1", Progress(held.lease, (tokens_of(2, 2, first=2),)))
+    flush(database, "w1", RequestProgress(held.lease, (tokens_of(2, 2, first=2),)))
     assert view(database).completion_tokens == 6
     check_laws(database)
 
@@ -76,8 +76,8 @@ def test_a_stale_owner_changes_nothing(database: Database) -> None:
 
     for progress in (
         whole(stale, 1, 2),
-        Progress(stale, (tokens_of(1, 5),)),
-        Progress(stale, refusal=Refusal("context_length_exceeded", "too long")),
+        RequestProgress(stale, (tokens_of(1, 5),)),
+        RequestProgress(stale, failure=RequestFailure("context_length_exceeded", "too long")),
     ):
         assert flush(database, "w1", progress, held=[stale]).lost == {stale.key}
     release(database, "w1", stale)
@@ -118,7 +118,7 @@ def test_a_lapsed_lease_that_nobody_claimed_is_renewed(database: Database) -> No
 def test_a_flush_sent_twice_is_written_once(database: Database) -> None:
     record(database, requests=2)
     first, second = (c.lease for c in claim(database, limit=2))
-    sent = (whole(first, 1, 3), Progress(second, (tokens_of(1, 1, 2),)))
+    sent = (whole(first, 1, 3), RequestProgress(second, (tokens_of(1, 1, 2),)))
     flush(database, "w1", *sent)
     before = everything(database)
 
@@ -138,8 +138,8 @@ def test_a_choice_finished_twice_stays_one(database: Database) -> None:
     record(database)
     lease = claim_one(database).lease
     early, late = tokens_of(1, 1, 2), tokens_of(2, 4, first=2)
-    flush(database, "w1", Progress(lease, (early,)))
-    sent = Progress(lease, (late,), (end_of(early, late),))
+    flush(database, "w1", RequestProgress(lease, (early,)))
+    sent = RequestProgress(lease, (late,), (end_of(early, late),))
     flush(database, "w1", sent)
     flush(database, "w1", sent)
 
@@ -155,7 +155,7 @@ def test_a_finished_request_never_changes(database: Database) -> None:
     flush(database, "w1", whole(lease, 1, 3))
     before = requests_of(database)[0]
 
-    flush(database, "w1", Progress(lease, refusal=Refusal("invalid_value", "too late")))
+    flush(database, "w1", RequestProgress(lease, failure=RequestFailure("invalid_value", "too late")))
     release(database, "w1", lease)
     cancel(database)
 
@@ -167,11 +167,11 @@ def test_steps_and_tokens_of_two_owners_add_up(database: Database) -> None:
     record(database)
     old = claim_one(database, "w1").lease
     first = tokens_of(1, 1, 3)
-    flush(database, "w1", Progress(old, (first,)), lease_s=-1)
+    flush(database, "w1", RequestProgress(old, (first,)), lease_s=-1)
     new = claim_one(database, "w2").lease
     second = tokens_of(2, 1, 2, first=0)  # the new owner prefills, and counts its steps from 0 again
 
-    flush(database, "w2", Progress(new, (second,), (end_of(first, second),), ends=True))
+    flush(database, "w2", RequestProgress(new, (second,), (end_of(first, second),), ends=True))
 
     assert steps_of(database) == [(0, 1, "w1"), (1, 3, "w1"), (2, 1, "w2"), (3, 2, "w2")]
     assert view(database).completion_tokens == 7
@@ -186,9 +186,9 @@ def test_progress_that_piled_up_is_written_in_one_flush(database: Database) -> N
     flush(
         database,
         "w1",
-        Progress(lease, (parts[0],)),
-        Progress(lease, (parts[1],)),
-        Progress(lease, (parts[2],), (end_of(*parts),), ends=True),
+        RequestProgress(lease, (parts[0],)),
+        RequestProgress(lease, (parts[1],)),
+        RequestProgress(lease, (parts[2],), (end_of(*parts),), ends=True),
     )
 
     assert [emitted for _, emitted, _ in steps_of(database)] == [1, 3, 2]
@@ -200,8 +200,8 @@ def test_a_refused_request_fails_and_the_job_goes_on(database: Database) -> None
     record(database, requests=2)
     first, second = (c.lease for c in claim(database, limit=2))
 
-    refusal = Refusal("context_length_exceeded", "9 tokens are too many", "prompt")
-    assert flush(database, "w1", Progress(first, refusal=refusal)).ended_jobs == ()
+    failure = RequestFailure("context_length_exceeded", "9 tokens are too many", "prompt")
+    assert flush(database, "w1", RequestProgress(first, failure=failure)).ended_jobs == ()
     row = requests_of(database)[0]
     assert (row.status, row.error_code, row.error_message, row.error_param, row.error_status_code) == (
         "failed",
@@ -246,7 +246,7 @@ def test_a_running_request_of_a_cancelled_job_is_cancelled_at_the_next_flush(dat
     assert cancel(database) == "cancelling"
     assert [row.status for row in requests_of(database).values()] == ["running", "running", "cancelled"]
 
-    result = flush(database, "w1", Progress(first, (tokens_of(1, 4),)))
+    result = flush(database, "w1", RequestProgress(first, (tokens_of(1, 4),)))
     assert (result.lost, result.ended_jobs) == (frozenset([first.key]), ())
     assert count(database, Partial) == 0
 
@@ -279,7 +279,7 @@ def test_text_with_a_nul_character_can_be_stored(database: Database) -> None:
     part = tokens_of(1, 1)
     odd = type(part)(0, 1, (0,), (False,), "a\0b", (("a\0b", "target"),), (a_step(step=0, emitted_tokens=1),))
 
-    flush(database, "w1", Progress(lease, (odd,), (end_of(odd),), ends=True))
+    flush(database, "w1", RequestProgress(lease, (odd,), (end_of(odd),), ends=True))
 
     with database.read() as session:
         (choice,) = queries.snapshot(session, "job-1")

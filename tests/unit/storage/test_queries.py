@@ -6,7 +6,7 @@ from sqlalchemy import text
 from storage import job_details, queries, writes
 from storage.job_details import ErrorCount
 from storage.queries import ChoiceSnapshot, DepthAcceptance, JobStats
-from storage.records import NewRequest, Progress, Refusal, StepRow
+from storage.records import NewRequest, RequestFailure, RequestProgress, StepRow
 from storage.session import Database
 from tests.factories import a_request, a_step, a_worker_card
 from tests.unit.storage.acts import (
@@ -37,7 +37,7 @@ def decode(database: Database, *steps: StepRow, job_id: str = "job-1") -> None:
     record(database, job_id)
     part = tokens_of(1, *(step.emitted_tokens for step in steps))
     part = type(part)(0, 1, part.token_ids, part.accepted, part.text, part.pieces, steps)
-    flush(database, "w1", Progress(claim_one(database).lease, (part,), (end_of(part),), ends=True))
+    flush(database, "w1", RequestProgress(claim_one(database).lease, (part,), (end_of(part),), ends=True))
 
 
 def test_an_unknown_job_is_none(database: Database) -> None:
@@ -64,7 +64,7 @@ def test_jobs_are_paged_newest_first_without_gaps_or_repeats(database: Database)
 def test_nothing_stands_behind_an_unknown_job(database: Database) -> None:
     record(database)
     with database.read() as session:
-        assert queries.jobs(session, 5, after="nowhere") == queries.JobPage((), has_more=False)
+        assert queries.jobs(session, 5, after="nowhere") == queries.JobViewPage((), has_more=False)
 
 
 def test_jobs_are_found_by_the_beginning_of_their_ids_as_it_is_spelt(database: Database) -> None:
@@ -78,12 +78,12 @@ def test_jobs_are_found_by_the_beginning_of_their_ids_as_it_is_spelt(database: D
 
 
 def test_outputs_come_in_the_order_of_the_job_with_failed_requests_among_them(database: Database) -> None:
-    bad = NewRequest("bad", refusal=Refusal("invalid_value", "no", "top_p"))
+    bad = NewRequest("bad", failure=RequestFailure("invalid_value", "no", "top_p"))
     record(database, requests=[a_request("a"), bad, a_request("c"), a_request("d")])
     first, third, _ = claim(database, limit=3)
     one, two = tokens_of(1, 1, 2), tokens_of(1, 1, 1, choice=1)
     flush(database, "w1", whole(third.lease, 1))
-    flush(database, "w1", Progress(first.lease, (two, one), (end_of(two, choice=1), end_of(one)), ends=True))
+    flush(database, "w1", RequestProgress(first.lease, (two, one), (end_of(two, choice=1), end_of(one)), ends=True))
 
     with database.read() as session:
         found = list(queries.outputs(session, "job-1"))
@@ -102,7 +102,7 @@ def test_outputs_come_in_the_order_of_the_job_with_failed_requests_among_them(da
 def test_a_snapshot_tells_text_as_far_as_it_is_committed(database: Database) -> None:
     record(database, requests=3)
     first, second, _ = claim(database, limit=3)
-    flush(database, "w1", Progress(first.lease, (tokens_of(1, 1, 3), tokens_of(2, 2, first=2))))
+    flush(database, "w1", RequestProgress(first.lease, (tokens_of(1, 1, 3), tokens_of(2, 2, first=2))))
     flush(database, "w1", whole(second.lease, 1, 2))
 
     running, finished = snapshot(database)
@@ -125,10 +125,10 @@ def test_a_snapshot_tells_text_as_far_as_it_is_committed(database: Database) -> 
 
 
 def test_a_snapshot_tells_why_there_is_no_text(database: Database) -> None:
-    bad = NewRequest("bad", refusal=Refusal("invalid_value", "no", "top_p"))
+    bad = NewRequest("bad", failure=RequestFailure("invalid_value", "no", "top_p"))
     record(database, requests=[bad, a_request("running"), a_request("queued")])
     lease = claim_one(database).lease
-    flush(database, "w1", Progress(lease, (tokens_of(1, 1, choice=1),)))
+    flush(database, "w1", RequestProgress(lease, (tokens_of(1, 1, choice=1),)))
     cancel(database)
     flush(database, "w1", held=[lease])
 
@@ -254,7 +254,7 @@ def test_models_are_those_of_workers_that_are_alive(database: Database) -> None:
     with database.write() as session:
         for worker, target, context in (("a", "small", 512), ("b", "small", 256), ("c", "large", 64), ("d", "gone", 1)):
             writes.register_worker(session, a_worker_card(id=worker, target=target, context_tokens=context))
-        writes.stop_worker(session, "d")
+        writes.mark_stopped(session, "d")
         session.execute(text("UPDATE workers SET last_seen_at = last_seen_at - 61 WHERE id = 'c'"))
 
     with database.read() as session:
@@ -265,13 +265,13 @@ def test_models_are_those_of_workers_that_are_alive(database: Database) -> None:
 def test_every_error_of_a_job_is_told_or_counted(database: Database) -> None:
     """Errors of one code that differ are told apart; of very many, each code says how many it leaves out."""
     told = [
-        Refusal("bad", "line 1: Too hot: 9."),
-        Refusal("bad", "requests[1], n: Too long.", "n"),
-        Refusal("bad", "line 12: Too hot: 9."),
-        Refusal("worse", "Gone: away."),
-        Refusal("bad", "Too long.", "max_tokens"),
+        RequestFailure("bad", "line 1: Too hot: 9."),
+        RequestFailure("bad", "requests[1], n: Too long.", "n"),
+        RequestFailure("bad", "line 12: Too hot: 9."),
+        RequestFailure("worse", "Gone: away."),
+        RequestFailure("bad", "Too long.", "max_tokens"),
     ]
-    record(database, "job-1", [NewRequest(str(n), refusal=refusal) for n, refusal in enumerate(told)])
+    record(database, "job-1", [NewRequest(str(n), failure=failure) for n, failure in enumerate(told)])
 
     def errors(limit: int) -> list[ErrorCount]:
         with database.read() as session:

@@ -9,9 +9,9 @@ import pytest
 from sqlalchemy import text, update
 
 from storage import queries, speedup_checks
-from storage.lease_recovery import LONE_CRASHES
+from storage.lease_recovery import MAX_LONE_CRASHES
 from storage.models import Job
-from storage.records import ComparisonClaim, ComparisonRow
+from storage.records import SpeedupCheckClaim, SpeedupCheckResult
 from storage.session import Database
 from tests.unit.storage.acts import cancel, claim, flush, record, whole
 
@@ -29,21 +29,21 @@ def finish(database: Database, job_id: str = "job-1", requests: int = 3, compare
 
 def take(
     database: Database, *, model: str = MODEL, body_version: int = 9, lease_s: float = 30.0, worker: str = "w1"
-) -> ComparisonClaim | None:
+) -> SpeedupCheckClaim | None:
     with database.write() as session:
-        found = speedup_checks.due(session, model, body_version)
-        claimed = speedup_checks.claim_comparison(session, model, body_version, lease_s, worker)
+        found = speedup_checks.is_due(session, model, body_version)
+        claimed = speedup_checks.claim_check(session, model, body_version, lease_s, worker)
     assert found is (claimed is not None)
     return claimed
 
 
-def write(database: Database, *rows: ComparisonRow, worker: str = "w1", job_id: str = "job-1") -> None:
+def write(database: Database, *rows: SpeedupCheckResult, worker: str = "w1", job_id: str = "job-1") -> None:
     with database.write() as session:
-        speedup_checks.record_comparison(session, worker, job_id, rows)
+        speedup_checks.save_check(session, worker, job_id, rows)
 
 
-def row(index: int, drafted_ms: float | None, plain_ms: float | None, *, same_text: bool = True) -> ComparisonRow:
-    return ComparisonRow(index, 3, drafted_ms, plain_ms, 2.0, same_text)
+def row(index: int, drafted_ms: float | None, plain_ms: float | None, *, same_text: bool = True) -> SpeedupCheckResult:
+    return SpeedupCheckResult(index, 3, drafted_ms, plain_ms, 2.0, same_text)
 
 
 def view(database: Database) -> Any:
@@ -71,7 +71,7 @@ def test_one_worker_at_a_time_has_it_in_hand(database: Database) -> None:
     assert take(database) is not None
     assert take(database) is None
     with database.write() as session:
-        speedup_checks.drop_comparison(session, "job-1")
+        speedup_checks.release_check(session, "job-1")
     assert take(database) is not None
 
 
@@ -79,10 +79,10 @@ def test_what_a_lost_worker_had_in_hand_lapses_unless_it_is_kept(database: Datab
     finish(database)
     assert take(database, lease_s=-1.0) is not None
     with database.write() as session:
-        speedup_checks.keep_comparison(session, "job-1", 30.0)
+        speedup_checks.renew_check(session, "job-1", 30.0)
     assert take(database) is None
     with database.write() as session:
-        speedup_checks.keep_comparison(session, "job-1", -1.0)
+        speedup_checks.renew_check(session, "job-1", -1.0)
     assert take(database) is not None
 
 
@@ -97,12 +97,12 @@ def lose(database: Database, workers: int) -> list[str]:
 
 def give_up(database: Database, *dead: str) -> list[str]:
     with database.write() as session:
-        return speedup_checks.give_up_comparisons(session, dead)
+        return speedup_checks.fail_checks(session, dead)
 
 
 def test_a_comparison_that_has_cost_two_workers_ends_with_an_error_for_each_request(database: Database) -> None:
     finish(database, requests=3, compare_plain=2)
-    assert lose(database, LONE_CRASHES) == ["job-1"]
+    assert lose(database, MAX_LONE_CRASHES) == ["job-1"]
     assert take(database) is None
     assert give_up(database, "w1") == []
     with database.read() as session:
@@ -121,7 +121,7 @@ def test_a_comparison_that_has_cost_two_workers_ends_with_an_error_for_each_requ
 
 def test_a_comparison_that_is_being_tried_the_last_time_is_left_to_its_worker(database: Database) -> None:
     finish(database)
-    lose(database, LONE_CRASHES - 1)
+    lose(database, MAX_LONE_CRASHES - 1)
     assert give_up(database) == []
     assert take(database) is not None
     assert give_up(database) == []
@@ -132,20 +132,20 @@ def test_a_comparison_that_is_being_tried_the_last_time_is_left_to_its_worker(da
 
 def test_a_comparison_that_gives_way_is_taken_up_however_often_it_does(database: Database) -> None:
     finish(database)
-    for _ in range(3 * LONE_CRASHES):
+    for _ in range(3 * MAX_LONE_CRASHES):
         assert take(database) is not None
         with database.write() as session:
-            speedup_checks.drop_comparison(session, "job-1")
-    lose(database, LONE_CRASHES)
+            speedup_checks.release_check(session, "job-1")
+    lose(database, MAX_LONE_CRASHES)
     assert take(database) is None
 
 
 def test_a_comparison_that_lapses_is_taken_up_again_and_accuses_no_job(database: Database) -> None:
     finish(database)
-    for number in range(3 * LONE_CRASHES):
+    for number in range(3 * MAX_LONE_CRASHES):
         assert take(database, lease_s=-1.0, worker=f"w{number}") is not None
         assert give_up(database, "another") == []
-    assert give_up(database, f"w{3 * LONE_CRASHES - 1}") == []  # one death that was seen
+    assert give_up(database, f"w{3 * MAX_LONE_CRASHES - 1}") == []  # one death that was seen
     assert take(database) is not None
 
 

@@ -9,17 +9,17 @@ import pytest
 from sqlalchemy import text
 
 from storage import queries, writes
-from storage.records import Lease, Progress, StepRow
+from storage.records import Lease, RequestProgress, StepRow
 from storage.session import Database
 from storage.statistics import JobStats, ratio_error
 from tests.factories import a_checkpoint, a_finished_choice, a_step
 from tests.unit.storage.acts import check_sums, claim_one, flush, record
 
 
-def whole(lease: Lease, *steps: StepRow) -> Progress:
+def whole(lease: Lease, *steps: StepRow) -> RequestProgress:
     """A request that was decoded in a prefill and these steps."""
     first = plain(0, emitted_tokens=1, plain_step_ms=None, draft_ms=500.0, step_ms=999.0, ended_at=steps[0].ended_at)
-    return Progress(lease, (a_checkpoint(seq=1, steps=(first, *steps)),), (a_finished_choice(),), ends=True)
+    return RequestProgress(lease, (a_checkpoint(seq=1, steps=(first, *steps)),), (a_finished_choice(),), ends=True)
 
 
 def decode(database: Database, *steps: StepRow, job_id: str = "job-1") -> None:

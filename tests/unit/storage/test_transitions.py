@@ -6,7 +6,7 @@ import pytest
 
 from storage import event_log, writes
 from storage.event_log import Cursor
-from storage.records import Progress
+from storage.records import RequestProgress
 from storage.session import Database
 from tests.factories import a_request
 from tests.unit.storage.acts import (
@@ -121,12 +121,12 @@ def test_an_overdue_job_expires_with_all_that_is_unfinished(database: Database) 
 def test_text_of_an_expired_request_is_kept_and_grows_no_more(database: Database) -> None:
     record(database)
     lease = claim_one(database).lease
-    flush(database, "w1", Progress(lease, (tokens_of(1, 1, 2),)))
+    flush(database, "w1", RequestProgress(lease, (tokens_of(1, 1, 2),)))
     let_the_window_pass(database)
     expire(database)
     before = everything(database)
 
-    assert flush(database, "w1", Progress(lease, (tokens_of(2, 3),))).lost == {lease.key}
+    assert flush(database, "w1", RequestProgress(lease, (tokens_of(2, 3),))).lost == {lease.key}
 
     assert everything(database) == before
     assert view(database).completion_tokens == 3
@@ -135,8 +135,8 @@ def test_text_of_an_expired_request_is_kept_and_grows_no_more(database: Database
 def test_finalising_ends_only_jobs_with_nothing_left(database: Database) -> None:
     record(database)
     with database.write() as session:
-        assert writes.finalise_jobs(session, ["job-1", "nowhere"]) == []
-        assert writes.finalise_jobs(session, []) == []
+        assert writes.end_finished_jobs(session, ["job-1", "nowhere"]) == []
+        assert writes.end_finished_jobs(session, []) == []
     assert view(database).status == "in_progress"
 
 
@@ -158,7 +158,7 @@ def events_of(database: Database, job_id: str = "job-1") -> list[int]:
     while not complete:
         with database.read() as session:
             page = event_log.read(session, job_id, cursor, 100)
-        failed += [passage.request_index for passage in page.passages if passage.kind == "failed"]
+        failed += [event.request_index for event in page.events if event.kind == "failed"]
         cursor, complete = page.cursor, page.complete
     return failed
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from storage import queries, writes
-from storage.records import NewRequest, Refusal
+from storage.records import NewRequest, RequestFailure
 from storage.session import Database
 from tests.factories import a_job, a_request, a_worker_card, some_requests
 from tests.unit.storage.acts import check_laws, claim, record, requests_of, view
@@ -13,7 +13,7 @@ from tests.unit.storage.acts import check_laws, claim, record, requests_of, view
 
 def refused(custom_id: str = "bad") -> NewRequest:
     return NewRequest(
-        custom_id, refusal=Refusal("invalid_value", "line 2, max_tokens: must be at least 1", "max_tokens")
+        custom_id, failure=RequestFailure("invalid_value", "line 2, max_tokens: must be at least 1", "max_tokens")
     )
 
 
@@ -33,7 +33,7 @@ def test_a_recorded_job_is_in_progress_with_its_requests_queued(database: Databa
 def test_a_job_of_more_requests_than_one_insert_holds_is_recorded_whole(database: Database, size_bytes: int) -> None:
     requests = (replace(a_request(f"r{index}"), size_bytes=size_bytes) for index in range(2_500))
     with database.write() as session:
-        writes.record_job(session, a_job(), requests)
+        writes.insert_job(session, a_job(), requests)
 
     rows = requests_of(database)
     assert view(database).requests_total == 2_500
@@ -99,7 +99,7 @@ def test_the_same_id_without_a_key_adds_nothing(database: Database) -> None:
     record(database, "other")
     record(database, "job-1", 2)
 
-    assert record(database, "job-1", 5) == writes.RecordedJob("job-1", created=False)
+    assert record(database, "job-1", 5) == writes.InsertedJob("job-1", created=False)
     assert view(database).requests_total == 2
 
 
@@ -109,7 +109,7 @@ def test_a_submission_that_breaks_off_leaves_nothing(database: Database) -> None
         raise ConnectionError("the client is gone")
 
     with pytest.raises(ConnectionError), database.write() as session:
-        writes.record_job(session, a_job(), breaking())  # type: ignore[arg-type]
+        writes.insert_job(session, a_job(), breaking())  # type: ignore[arg-type]
 
     with database.read() as session:
         assert queries.job(session, "job-1") is None
@@ -119,14 +119,14 @@ def test_a_worker_introduces_itself_beats_and_leaves(database: Database) -> None
     with database.write() as session:
         writes.register_worker(session, a_worker_card(id="w", devices=("cuda:0",)))
         writes.update_calibration(session, "w", {"verify_ms": [1.0, 2.0]})
-        writes.beat_worker(session, "w")
+        writes.record_heartbeat(session, "w")
     with database.read() as session:
         (worker,) = queries.workers(session)
     assert (worker.devices, worker.calibration, worker.stopped_at) == (["cuda:0"], {"verify_ms": [1.0, 2.0]}, None)
     assert worker.last_seen_at >= worker.started_at
 
     with database.write() as session:
-        writes.stop_worker(session, "w")
+        writes.mark_stopped(session, "w")
     with database.read() as session:
         (worker,) = queries.workers(session)
         assert worker.stopped_at is not None

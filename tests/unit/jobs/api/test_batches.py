@@ -22,7 +22,7 @@ from jobs.messages import PartialEvent
 from jobs.settings import JobsSettings
 from storage import batches, files, leases, queries, writes
 from storage.models import Job, Request
-from storage.records import Claim, Progress, Refusal
+from storage.records import Claim, RequestFailure, RequestProgress
 from storage.session import Database
 from tests.factories import a_checkpoint, a_finished_choice
 from tests.unit.jobs.openai_client import (
@@ -64,9 +64,9 @@ class World:
             a_finished_choice(text, choice_index=n, last_seq=2, first_of_prompt=n == 0) for n, text in enumerate(texts)
         ]
         written = [a_checkpoint(text, choice_index=n) for n, text in enumerate(texts)]
-        self.flush(Progress(c.lease, tuple(written), tuple(choices), ends=True) for c in claims)
+        self.flush(RequestProgress(c.lease, tuple(written), tuple(choices), ends=True) for c in claims)
 
-    def flush(self, progress: Iterator[Progress]) -> None:
+    def flush(self, progress: Iterator[RequestProgress]) -> None:
         entries = list(progress)
         with self.database.write() as session:
             writes.flush(session, "w", 30.0, entries, [entry.lease for entry in entries])
@@ -118,7 +118,9 @@ def test_a_batch_goes_from_file_to_files_and_tells_each_stage(world: World) -> N
 
     first, second, last = world.claim()
     world.answer(first, second)
-    world.flush(iter([Progress(last.lease, refusal=Refusal("context_length_exceeded", "too long", "messages"))]))
+    world.flush(
+        iter([RequestProgress(last.lease, failure=RequestFailure("context_length_exceeded", "too long", "messages"))])
+    )
     batch = world.read(batch.id)
     assert (batch.status, batch.output_file_id, batch.error_file_id) == ("finalizing", None, None)
     world.work()
@@ -455,7 +457,7 @@ def test_a_clerk_that_dies_leaves_the_batch_to_the_next_and_writes_nothing_any_m
         dead = batches.claim_batch(session, -1.0)
     assert dead is not None
     with monkeypatch.context() as patch:
-        patch.setattr(batches, "open_batch", _die)
+        patch.setattr(batches, "start_batch", _die)
         with pytest.raises(_Killed):
             dying.turn()
     assert world.read(batch.id).request_counts.total == 0
@@ -467,7 +469,7 @@ def test_a_clerk_that_dies_leaves_the_batch_to_the_next_and_writes_nothing_any_m
     with world.database.read() as session:
         assert len(session.scalars(select(Request.custom_id).where(Request.job_id == batch.id)).all()) == 1_500
     with pytest.raises(batches.ClaimLost), world.database.write() as session:
-        batches.hold(session, dead, 30.0)
+        batches.renew_claim(session, dead, 30.0)
 
     world.client.batches.cancel(batch.id)
     world.end_what_is_cancelled()

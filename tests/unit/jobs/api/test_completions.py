@@ -17,7 +17,7 @@ from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT
 from jobs.openai.logprobs import Likelihood, TokenLikelihoods
 from jobs.settings import JobsSettings
 from storage import leases, queries, writes
-from storage.records import Progress, Refusal
+from storage.records import RequestFailure, RequestProgress
 from storage.session import Database
 from tests.factories import a_key, a_worker_card
 from tests.unit.jobs.api.test_routes import answer_all
@@ -169,8 +169,8 @@ def refuse(database: Database) -> None:
     with database.write() as session:
         (claim,) = leases.claim(session, "w", "tiny", 1, 30.0)
     with database.write() as session:
-        refusal = Refusal("context_length_exceeded", "too long", "messages")
-        writes.flush(session, "w", 30.0, [Progress(claim.lease, refusal=refusal)], [claim.lease])
+        failure = RequestFailure("context_length_exceeded", "too long", "messages")
+        writes.flush(session, "w", 30.0, [RequestProgress(claim.lease, failure=failure)], [claim.lease])
 
 
 @pytest.mark.parametrize("stream", [False, True])

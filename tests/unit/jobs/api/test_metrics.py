@@ -72,9 +72,9 @@ def test_living_workers_tell_what_they_hold_and_did(api: TestClient, database: D
     with database.write() as session:
         for worker in ("alive", "stopped"):
             writes.register_worker(session, a_worker_card(id=worker))
-            writes.note_load(session, worker, LOAD)
+            writes.update_load(session, worker, LOAD)
         writes.register_worker(session, a_worker_card(id="new"))  # has said nothing yet
-        writes.stop_worker(session, "stopped")
+        writes.mark_stopped(session, "stopped")
 
     seen = scrape(api)
 
@@ -108,7 +108,7 @@ def test_dashboard_and_alerts_ask_for_metrics_that_there_are(api: TestClient, da
         writes.register_worker(session, a_worker_card(id="w"))
         full = dict.fromkeys(("waiting_sequences", "max_sequences", "batch_sequences", "tree_nodes"), 1)
         accepted = dict.fromkeys(("accepted_tokens", "expected_accepted", "joules"), 1)
-        writes.note_load(session, "w", LOAD | full | accepted)
+        writes.update_load(session, "w", LOAD | full | accepted)
     api.get("/healthz")
     told = {name for name, _ in scrape(api)}
 

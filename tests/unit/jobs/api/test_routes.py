@@ -14,7 +14,7 @@ from jobs.api.auth import caller
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT
 from jobs.settings import JobsSettings
 from storage import leases, queries, speedup_checks, writes
-from storage.records import ComparisonRow, Progress
+from storage.records import RequestProgress, SpeedupCheckResult
 from storage.session import Database
 from tests.factories import a_checkpoint, a_finished_choice, a_worker_card
 
@@ -59,7 +59,7 @@ def answer_all(
         claims = leases.claim(session, "w", "tiny", limit, 30.0)
     with database.write() as session:
         progress = [
-            Progress(
+            RequestProgress(
                 claim.lease,
                 checkpoints=(a_checkpoint(text=text, seq=1, logprobs=logprobs),),
                 finished=(a_finished_choice(text=text, last_seq=2),),
@@ -379,9 +379,9 @@ def test_a_comparison_with_plain_decoding_is_told_with_the_numbers(api: TestClie
     waiting = api.get(f"/v1/jobs/{job['id']}/stats").json()["comparison"]
     assert (waiting["requests_asked"], waiting["done"], waiting["speedup"]) == (2, False, None)
     answer_all(database)
-    rows = [ComparisonRow(index, 3, 10.0, 20.0 + index, 2.0, same_text=index == 0) for index in range(2)]
+    rows = [SpeedupCheckResult(index, 3, 10.0, 20.0 + index, 2.0, same_text=index == 0) for index in range(2)]
     with database.write() as session:
-        speedup_checks.record_comparison(session, "w", job["id"], rows)
+        speedup_checks.save_check(session, "w", job["id"], rows)
 
     told = api.get(f"/v1/jobs/{job['id']}/stats").json()["comparison"]
 

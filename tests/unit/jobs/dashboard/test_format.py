@@ -16,7 +16,7 @@ from jobs.reports.plots import PLOTS
 from jobs.settings import JobsSettings
 from storage import schema
 from storage.queries import JobView
-from storage.statistics import Minute, PlainComparison
+from storage.statistics import Minute, SpeedupCheckStats
 
 
 def test_model_text_does_nothing_on_the_page() -> None:
@@ -110,10 +110,10 @@ def test_a_month_of_minutes_keeps_all_its_tokens_in_few_points() -> None:
     ],
 )
 def test_a_comparison_says_what_it_is_worth(done: bool, requests: int, faults: int, text: str) -> None:
-    comparison = PlainComparison(20, requests, done, 1.2, 0.1, 4.0, faults)
+    comparison = SpeedupCheckStats(20, requests, done, 1.2, 0.1, 4.0, faults)
     assert format.compared(comparison) == text
 
 
 def test_a_comparison_that_was_given_up_says_why() -> None:
-    comparison = PlainComparison(20, 0, True, None, None, None, 0, "poison", "The worker process died twice.")
+    comparison = SpeedupCheckStats(20, 0, True, None, None, None, 0, "poison", "The worker process died twice.")
     assert format.compared(comparison) == "given up, poison: The worker process died twice."

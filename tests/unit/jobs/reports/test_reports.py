@@ -18,7 +18,7 @@ from jobs.client import Client
 from jobs.reports.plots import PLOTS, svg
 from jobs.settings import JobsSettings
 from storage import speedup_checks
-from storage.records import ComparisonRow
+from storage.records import SpeedupCheckResult
 from storage.session import Database
 from tests.in_process import InProcess
 from tests.unit.jobs.api.test_routes import answer_all
@@ -46,9 +46,9 @@ def test_the_table_tells_what_came_of_a_comparison_with_plain_decoding(
     job_id = json.loads(run("submit", prompts, "--compare-plain", "20", "--json"))["id"]
     answer_all(database)
     assert "20 requests wait for a worker that is idle" in run("stats", job_id)
-    rows = [ComparisonRow(0, 3, 10.0, 20.0, 1.5, True), ComparisonRow(1, 3, 10.0, 22.0, 1.5, False)]
+    rows = [SpeedupCheckResult(0, 3, 10.0, 20.0, 1.5, True), SpeedupCheckResult(1, 3, 10.0, 22.0, 1.5, False)]
     with database.write() as session:
-        speedup_checks.record_comparison(session, "w", job_id, rows)
+        speedup_checks.save_check(session, "w", job_id, rows)
 
     table = run("stats", job_id)
 
@@ -61,8 +61,8 @@ def test_the_table_tells_that_a_comparison_was_given_up_and_why(run: Run, prompt
     job_id = json.loads(run("submit", prompts, "--compare-plain", "20", "--json"))["id"]
     answer_all(database)
     with database.write() as session:
-        row = ComparisonRow(0, error_code="poison", error_message="The worker process died twice.")
-        speedup_checks.record_comparison(session, "", job_id, [row])
+        row = SpeedupCheckResult(0, error_code="poison", error_message="The worker process died twice.")
+        speedup_checks.save_check(session, "", job_id, [row])
 
     assert "compared with plain given up, poison: The worker process died twice." in flat(run("stats", job_id))
 

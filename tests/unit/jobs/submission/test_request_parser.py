@@ -19,7 +19,7 @@ from jobs.submission.request_parser import (
     parse_parameters,
     read_lines,
 )
-from storage.records import NewRequest, Refusal
+from storage.records import NewRequest, RequestFailure
 
 
 def lines(body: bytes, max_line_bytes: int = 1_000_000) -> Iterator[Item]:
@@ -38,15 +38,15 @@ def parsed(value: Any, rules: Rules | None = None, index: int = 0, line: int | N
 
 def accepted(value: Any, rules: Rules | None = None, index: int = 0) -> GenerationRequest:
     request = parsed(value, rules, index)
-    assert request.refusal is None, request.refusal
+    assert request.failure is None, request.failure
     return GenerationRequest.model_validate(request.body)
 
 
-def refused(value: Any, rules: Rules | None = None, line: int | None = None) -> Refusal:
+def refused(value: Any, rules: Rules | None = None, line: int | None = None) -> RequestFailure:
     request = parsed(value, rules, line=line)
     assert request.body is None
-    assert request.refusal is not None
-    return request.refusal
+    assert request.failure is not None
+    return request.failure
 
 
 @pytest.mark.parametrize(
@@ -128,8 +128,8 @@ def test_stops_and_biases_are_stored_as_a_worker_reads_them() -> None:
     ],
 )
 def test_unsupported_fields_are_refused_when_they_ask_for_something(field: str, value: Any) -> None:
-    refusal = refused({"prompt": "Hello", field: value})
-    assert (refusal.code, refusal.param) == ("unsupported_parameter", field)
+    failure = refused({"prompt": "Hello", field: value})
+    assert (failure.code, failure.param) == ("unsupported_parameter", field)
 
 
 @pytest.mark.parametrize(
@@ -184,14 +184,14 @@ def test_a_request_may_ask_for_other_logprobs_than_its_job(given: dict[str, Any]
 def test_logprobs_out_of_range_or_in_the_words_of_the_other_endpoint_are_refused(
     endpoint: Endpoint, given: dict[str, Any], param: str
 ) -> None:
-    refusal = refused({"prompt": "Hello", **given}, some_rules(endpoint))
-    assert (refusal.code, refusal.param, refusal.status_code) == ("invalid_value", param, 400)
+    failure = refused({"prompt": "Hello", **given}, some_rules(endpoint))
+    assert (failure.code, failure.param, failure.status_code) == ("invalid_value", param, 400)
 
 
 def test_a_misspelt_field_is_refused_with_the_right_spelling() -> None:
-    refusal = refused({"prompt": "Hello", "max_token": 5})
-    assert refusal.code == "unknown_parameter"
-    assert "did you mean max_tokens?" in refusal.message
+    failure = refused({"prompt": "Hello", "max_token": 5})
+    assert failure.code == "unknown_parameter"
+    assert "did you mean max_tokens?" in failure.message
 
 
 @pytest.mark.parametrize(
@@ -240,9 +240,9 @@ def test_a_misspelt_field_is_refused_with_the_right_spelling() -> None:
     ],
 )
 def test_a_value_out_of_range_is_refused_naming_line_and_field(field: str, value: Any) -> None:
-    refusal = refused({"prompt": "Hello", field: value}, line=3)
-    assert (refusal.code, refusal.param) == ("invalid_value", field)
-    assert refusal.message.startswith(f"line 3, {field}: must be")
+    failure = refused({"prompt": "Hello", field: value}, line=3)
+    assert (failure.code, failure.param) == ("invalid_value", field)
+    assert failure.message.startswith(f"line 3, {field}: must be")
 
 
 @pytest.mark.parametrize(
@@ -274,9 +274,9 @@ def test_a_value_out_of_range_is_refused_naming_line_and_field(field: str, value
     ],
 )
 def test_a_bad_prompt_is_refused_naming_its_place(value: Any, param: str | None) -> None:
-    refusal = refused(value)
-    assert refusal.param == param
-    assert refusal.message.startswith("requests[0]")
+    failure = refused(value)
+    assert failure.param == param
+    assert failure.message.startswith("requests[0]")
 
 
 def test_a_prompt_with_too_many_characters_is_refused_before_it_is_tokenized() -> None:
@@ -300,8 +300,8 @@ def test_a_line_that_is_too_long_is_passed_over(length: int, refused: bool) -> N
     first, middle, last = lines(b'"one"\n' + long + b'\n"three"', max_line_bytes=100)
     assert (first.value, last.value, [item.line for item in (first, middle, last)]) == ("one", "three", [1, 2, 3])
     request = parse_item(middle, some_rules())
-    assert (request.refusal is not None) is refused
-    assert request.refusal is None or "line 2: The line has more than 100 bytes" in request.refusal.message
+    assert (request.failure is not None) is refused
+    assert request.failure is None or "line 2: The line has more than 100 bytes" in request.failure.message
 
 
 @pytest.mark.parametrize(
@@ -310,11 +310,11 @@ def test_a_line_that_is_too_long_is_passed_over(length: int, refused: bool) -> N
 )
 def test_a_line_that_is_not_json_is_refused_and_named_and_the_others_go_on(line: bytes) -> None:
     first, bad, last = (parse_item(item, some_rules()) for item in lines(b'"one"\n' + line + b'\n"three"'))
-    assert first.refusal is last.refusal is None
-    assert bad.refusal is not None
-    assert bad.refusal.code == "invalid_json_line"
-    assert bad.refusal.message.startswith("line 2: ")
-    assert len(bad.refusal.message) < 200
+    assert first.failure is last.failure is None
+    assert bad.failure is not None
+    assert bad.failure.code == "invalid_json_line"
+    assert bad.failure.message.startswith("line 2: ")
+    assert len(bad.failure.message) < 200
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_a_line_that_is_not_json_is_refused_and_named_and_the_others_go_on(line:
 )
 def test_a_given_id_survives_whatever_else_is_wrong(value: Any) -> None:
     request = parsed(value)
-    assert request.refusal is not None
+    assert request.failure is not None
     assert request.custom_id == "a"
 
 
@@ -366,8 +366,8 @@ def test_a_fault_of_ours_fails_the_request_that_meets_it_and_no_other(monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr("jobs.submission.request_parser.most_tokens", fail)
         request = parsed({"custom_id": "a", "prompt": "Hello"})
-    assert request.refusal is not None
-    assert (request.custom_id, request.refusal.code, request.refusal.status_code) == ("a", "server_error", 500)
+    assert request.failure is not None
+    assert (request.custom_id, request.failure.code, request.failure.status_code) == ("a", "server_error", 500)
     accepted("Hello")
 
 

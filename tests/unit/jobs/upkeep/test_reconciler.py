@@ -14,8 +14,8 @@ from jobs.messages import PartialEvent
 from jobs.process_identity import identity
 from jobs.upkeep.reconciler import Reconciler
 from storage import leases, queries, writes
-from storage.lease_recovery import LONE_CRASHES, mark_lost
-from storage.session import DATABASE_AWAY, Database
+from storage.lease_recovery import MAX_LONE_CRASHES, mark_lost
+from storage.session import DATABASE_UNAVAILABLE, Database
 from tests.factories import a_request, a_worker_card
 from tests.unit.storage.acts import cancel, claim_one, record, requests_of, view
 from tests.unit.storage.test_speedup_checks import finish, take
@@ -147,7 +147,7 @@ def test_a_comparison_that_killed_its_workers_is_given_up(database: Database, ca
     finish(database)
     town = Town(database, lease_s=20.0)
 
-    for number in range(LONE_CRASHES):
+    for number in range(MAX_LONE_CRASHES):
         assert "comparison of job job-1" not in caplog.text
         a_dead_worker(database, f"w{number}")
         assert take(database, worker=f"w{number}") is not None
@@ -167,7 +167,7 @@ def test_after_an_outage_the_owners_have_a_lease_s_time_again(
     now += 100
     with database.write() as session:
         session.execute(text("ALTER TABLE elections RENAME TO away"))
-    with pytest.raises(DATABASE_AWAY):
+    with pytest.raises(DATABASE_UNAVAILABLE):
         town.reconciler.round()
     with database.write() as session:
         session.execute(text("ALTER TABLE away RENAME TO elections"))

@@ -15,7 +15,7 @@ from torch import Tensor
 from jobs.errors import InvalidValue
 from storage import writes
 from storage.models import Job, Request
-from storage.records import Claim, FlushResult, Lease, Progress
+from storage.records import Claim, FlushResult, Lease, RequestProgress
 from storage.session import Database
 from tests.models import byte_tokenizer
 from tests.unit.worker.serving.test_runner import Worker, submit, texts, words
@@ -123,7 +123,7 @@ def test_a_value_that_the_database_refuses_fails_its_request_and_the_others_are_
     real = writes.flush
 
     def choosy(
-        session: Session, owner: str, lease_s: float, progress: list[Progress], held: list[Lease]
+        session: Session, owner: str, lease_s: float, progress: list[RequestProgress], held: list[Lease]
     ) -> FlushResult:
         result = real(session, owner, lease_s, progress, held)
         if any(entry.lease.request_index == BAD and entry.checkpoints for entry in progress):

@@ -101,7 +101,7 @@ def submit(
     ]
     with database.write() as session:
         job = NewJob(job_id, MODEL, CHAT_ENDPOINT, 3600.0, priority=priority, compare_plain=compare_plain)
-        writes.record_job(session, job, requests)
+        writes.insert_job(session, job, requests)
 
 
 def texts(database: Database) -> dict[tuple[int, int], str]:

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import select, text, update
 
 from storage import speedup_checks
-from storage.models import Comparison, DecodeStep, Job, Output
+from storage.models import DecodeStep, Job, Output, SpeedupCheck
 from storage.session import Database
 from storage.statistics import job_stats
 from tests.databases import on_sqlite
@@ -22,9 +22,9 @@ def _poll_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speedup_check, "_POLL_S", 0.0)
 
 
-def compared(database: Database, job_id: str = "batch_1") -> list[Comparison]:
+def compared(database: Database, job_id: str = "batch_1") -> list[SpeedupCheck]:
     with database.read() as session:
-        rows = select(Comparison).where(Comparison.job_id == job_id).order_by(Comparison.request_index)
+        rows = select(SpeedupCheck).where(SpeedupCheck.job_id == job_id).order_by(SpeedupCheck.request_index)
         return list(session.scalars(rows))
 
 
@@ -222,7 +222,7 @@ def test_a_worker_that_meets_a_comparison_which_killed_two_others_has_nothing_to
     for name in ("a", "b"):
         run_until_it_compares(Worker(database, name))  # and never comes back
         with database.write() as session:
-            speedup_checks.give_up_comparisons(session, [name])
+            speedup_checks.fail_checks(session, [name])
     third = Worker(database, "c")
     third.runner.run_once(notified=True)
     assert not third.runner.busy
