@@ -48,7 +48,7 @@ def validate(document: dict[str, Any], name: str, body: Any) -> None:
     jsonschema.Draft202012Validator(schema).validate(body)
 
 
-@pytest.mark.parametrize("file", ["README.md", "examples/curl.sh"])
+@pytest.mark.parametrize("file", ["docs/clients.md", "examples/curl.sh"])
 def test_the_bodies_that_people_are_shown_are_valid_by_the_document(
     api: TestClient, document: dict[str, Any], file: str
 ) -> None:
