@@ -1,3 +1,3 @@
-"""The REST shim: HTTP in front of intake, partials and the record. Every reply and every error in OpenAI's shapes."""
+"""The API server: jobs, files, batches and completions over HTTP, with OpenAI's response and error formats."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m jobs.api [--ready-file FILE]`: serve the shim as the environment says."""
+"""`python -m jobs.api [--ready-file FILE]`: run the API server; settings come from BASIC_* variables."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from jobs.settings import JobsSettings, read_settings
 
 
 def main() -> int:
-    """Serve until a signal comes; 78 (bad configuration) if that is impossible, 75 if it may be possible later."""
+    """Serve until a signal. Exit status: 78 for a bad configuration, 75 for an error that may pass."""
     parser = argparse.ArgumentParser(prog="python -m jobs.api", description=__doc__)
-    parser.add_argument("--ready-file", type=Path, help="write the URL here once connections are taken")
+    parser.add_argument("--ready-file", type=Path, help="write the URL to this file once connections are accepted")
     arguments = parser.parse_args()
     try:
         serve(read_settings(JobsSettings), arguments.ready_file)

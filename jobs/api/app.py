@@ -1,4 +1,4 @@
-"""The shim as one ASGI application: limits and keys outside, routes inside, errors in one shape."""
+"""Build the API server's ASGI application: middleware, routes and error handlers."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def make_api(
 ) -> FastAPI:
     """Return the application.
 
-    Without a `ring` of its own it rings on the Redis server of the settings; without a `door` of its own it lets
-    everybody in until there is a key; without `served_names` it answers to any.
+    Defaults: `ring` notifies workers through the Redis server of the settings, `authenticator` accepts all callers
+    until a key is created, and without `served_names` every `Host` is accepted.
     """
     app = FastAPI(title="bASIC", responses=openapi.ERRORS, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.services = Services(
@@ -59,7 +59,7 @@ def make_api(
     app.add_middleware(HostCheckMiddleware, served_names=served_names)
     app.add_middleware(RequestIdMiddleware)
     app.add_middleware(metrics.LatencyMiddleware, metrics=app.state.metrics)
-    app.include_router(jobs.router, tags=["jobs"])  # looked through in this order: what comes most is first
+    app.include_router(jobs.router, tags=["jobs"])  # routes are matched in this order: the most frequent first
     app.include_router(files.router, tags=["files"])
     app.include_router(batches.router, tags=["batches"])
     app.include_router(completions.router, tags=["completions"])

@@ -1,4 +1,4 @@
-"""What the routes need, made once at the edge and handed in: settings, the record, the doorbell."""
+"""Dependencies of the routes: the services of the application, and the job that a path names."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from storage import queries, writes
 from storage.queries import JobView
 from storage.session import Database
 
-_SCOPE_KEY = "basic.job"  # of what was read ahead
-_ABOUT_JOB = re.compile(r"/v1/jobs/(?P<job_id>[^/]+)(?:/|$)")
-_CANCEL_ANSWERS = frozenset({JobStatus.CANCELLING, JobStatus.CANCELLED})
+_SCOPE_KEY = "basic.job"  # of the prefetched job
+_JOB_PATH = re.compile(r"/v1/jobs/(?P<job_id>[^/]+)(?:/|$)")
+_CANCELLED = frozenset({JobStatus.CANCELLING, JobStatus.CANCELLED})
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """The parts of the system behind the routes."""
+    """What the routes share in one application."""
 
     settings: JobsSettings
     database: Database
@@ -38,7 +38,7 @@ class Services:
     broadcast: Broadcast
 
 
-async def _services(request: Request) -> Services:  # async: what does not wait needs no thread
+async def _services(request: Request) -> Services:  # async: a plain function would take a thread
     return cast(Services, request.app.state.services)
 
 
@@ -46,7 +46,7 @@ CurrentServices = Annotated[Services, Depends(_services)]
 
 
 def find_job(services: Services, job_id: str, caller: Caller) -> JobView:
-    """Return a job, or raise NotFound: the same answer for an id of any look, and for other people's jobs."""
+    """Return a job; raise NotFound for unknown ids and, alike, for jobs that the caller may not see."""
     with services.database.connect() as session:
         job = queries.job(session, job_id, caller.sees)
     if job is None:
@@ -55,19 +55,19 @@ def find_job(services: Services, job_id: str, caller: Caller) -> JobView:
 
 
 def cancel_job(services: Services, job: JobView, caller: Caller, noun: str = "job") -> JobView:
-    """Cancel a job and return it as it stands then; raise NotCancellable if it has ended another way."""
+    """Request the cancellation of a job and return the job; raise NotCancellable if it has ended otherwise."""
     with services.database.write() as session:
         status = writes.request_cancel(session, job.id)
-    if status is not None and JobStatus(status) not in _CANCEL_ANSWERS:
+    if status is not None and JobStatus(status) not in _CANCELLED:
         raise NotCancellable(f"Cannot cancel a {noun} with status '{status}'.")
     return find_job(services, job.id, caller)
 
 
-def prefetch_job(call: Scope, caller: Caller, connection: Connection) -> None:
-    """Read the job that a call is about while its caller is let in, and hand it to the route; or that there is none."""
-    found = _ABOUT_JOB.match(call["path"]) if call["method"] == "GET" else None
+def prefetch_job(scope: Scope, caller: Caller, connection: Connection) -> None:
+    """Read the job of a `GET /v1/jobs/{job_id}…` in the connection that checks the key, and store it for the route."""
+    found = _JOB_PATH.match(scope["path"]) if scope["method"] == "GET" else None
     if found is not None:
-        call[_SCOPE_KEY] = (found["job_id"], caller, queries.job(connection, found["job_id"], caller.sees))
+        scope[_SCOPE_KEY] = (found["job_id"], caller, queries.job(connection, found["job_id"], caller.sees))
 
 
 async def _existing_job(request: Request, job_id: str, services: CurrentServices, caller: CurrentCaller) -> JobView:

@@ -1,4 +1,4 @@
-"""Errors over HTTP: one envelope for every 4xx and 5xx, whoever raised it."""
+"""Turn every exception into a response with OpenAI's error object."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from storage.session import DATABASE_UNAVAILABLE, is_full, is_read_only, unavail
 
 log = logging.getLogger(__name__)
 
-_RETRY_AFTER_S = {503: "3", 507: "30"}
+_RETRY_AFTER_S = {503: "3", 507: "30"}  # status -> seconds
 
 
 def install(app: FastAPI) -> None:
-    """Answer every exception with the envelope."""
+    """Register the exception handlers."""
     app.add_exception_handler(BasicError, _on_basic_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
@@ -41,14 +41,14 @@ def install(app: FastAPI) -> None:
 
 
 def reply(error: BasicError) -> JSONResponse:
-    """Return an error of ours as a response."""
+    """Return the response for a BasicError."""
     status = error.status_code
     body = error_body(status, error.message, error.param, error.code)
     return JSONResponse(body, status, _headers(error))
 
 
 def database_away(error: Exception) -> JSONResponse:
-    """Return the response of a request that needs the database while that does not answer, or has no room."""
+    """Return the response for a database that is unavailable, read-only or out of disk space."""
     log.warning("The database does not answer: %s", unavailable_reason(error), extra={"action": "database_unavailable"})
     if is_full(error):
         return reply(StorageFull())
@@ -57,12 +57,12 @@ def database_away(error: Exception) -> JSONResponse:
 
 def _headers(error: BasicError) -> dict[str, str]:
     if isinstance(error, RequestFailed):
-        return {"x-should-retry": "false"}  # the workers have tried already, or somebody has cancelled it
+        return {"x-should-retry": "false"}  # already retried by the workers, or cancelled
     match error.status_code:
         case 401:
             return {"www-authenticate": "Bearer"}
         case 409:
-            return {"x-should-retry": "false"}  # the openai client would otherwise try a conflict again
+            return {"x-should-retry": "false"}  # the openai client retries conflicts by default
         case 429 if isinstance(error, LimitReached):
             return {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
         case status if status in _RETRY_AFTER_S:
@@ -93,11 +93,11 @@ async def _on_database_away(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_memory_short(request: Request, error: Exception) -> JSONResponse:
-    log.warning("A request found no memory", extra={"action": "memory_short"})
-    return reply(ServiceUnavailable("There is not enough memory for this right now; try again in a few seconds."))
+    log.warning("Not enough memory for a request", extra={"action": "memory_short"})
+    return reply(ServiceUnavailable("The service is short of memory; try again in a few seconds."))
 
 
 async def _on_bug(request: Request, error: Exception) -> JSONResponse:
-    """Answer what we did not foresee; the server logs the traceback. Runs outside the middleware, hence the header."""
-    body = error_body(500, "Something went wrong on our side.")
+    """Answer an unexpected exception; uvicorn logs the traceback. Runs outside the middleware: adds the id."""
+    body = error_body(500, "Internal server error.")
     return JSONResponse(body, 500, {REQUEST_ID_HEADER: request_id(request.scope)})

@@ -1,4 +1,4 @@
-"""Request ids: one for every call, in its reply and in its log lines."""
+"""Give every request an id, in the `x-request-id` header of its response and in its log lines."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jobs.logs import note
 
 REQUEST_ID_HEADER = "x-request-id"
-# Ids that could be ours alone: what else stands in a path may be anything, and as long as it likes.
+# Log only what looks like a job id: clients choose the rest of the path, and its length.
 _JOB_PATH = re.compile(r"/v1/(?:jobs|batches)/(?P<job>[A-Za-z0-9_-]{1,64})(?:/|$)")
 
 
 def request_id(scope: Scope) -> str:
-    """Return the id of the request, as its reply will carry it."""
+    """Return the id of the request; create it at the first call."""
     return cast(str, scope.setdefault("basic.request_id", f"req_{secrets.token_hex(12)}"))
 
 
 class RequestIdMiddleware:
-    """Gives every reply a header `x-request-id`, and lets log lines say which call and job they are about."""
+    """Adds `x-request-id` to every response, and request and job ids to log lines."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, and mark its reply."""
+        """Pass the request on with an id."""
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -38,7 +38,7 @@ class RequestIdMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        # For good: the server logs what a route raised when this has been left. Every call has a context of its own.
+        # Not reset at the end: uvicorn logs exceptions of routes later. Each request has its own context.
         note(request_id=request_id(scope), **_job_of(scope["path"]))
         await self._app(scope, receive, send_with_id)
 

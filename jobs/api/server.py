@@ -1,4 +1,4 @@
-"""Serve the shim with uvicorn on a socket of our own, so that port 0 can be told to whoever started us."""
+"""Run the API server: uvicorn on our own socket, so that port 0 works and its URL goes to the ready file."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ log = logging.getLogger(__name__)
 
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 120  # longer than HTTP clients keep idle connections: they must not send into one that closes
-_SHUTDOWN_TIMEOUT_S = 5  # streams that are still open after this are cut
+_SHUTDOWN_TIMEOUT_S = 5  # for open streams; then they are closed
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, which after its own end dies of the signal that ended it; what is done behind it would not be done."""
+    """uvicorn without re-raising the signal after shutdown: our clean-up must still run."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop; on a second Ctrl-C at once."""
+        """Shut down gracefully; at once on a second Ctrl-C."""
         self.force_exit = self.should_exit and sig == signal.SIGINT
         self.should_exit = True
 
 
 def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
-    """Serve until a signal comes. The URL is written to `ready_file` as soon as connections are taken."""
+    """Serve until a signal. Write the URL to `ready_file` once connections are accepted."""
     log_to_stderr(settings.log_format)
     start_tracing("basic-shim")
     require_schema(settings.resolved_database_url)
@@ -72,7 +72,7 @@ def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
 
 
 def server_config(api: FastAPI) -> uvicorn.Config:
-    """Return how uvicorn serves the application."""
+    """Return uvicorn's configuration."""
     return uvicorn.Config(
         api,
         http=TimeoutH11Protocol,
@@ -86,7 +86,7 @@ def server_config(api: FastAPI) -> uvicorn.Config:
 
 @contextmanager
 def _reconciling(settings: JobsSettings) -> Iterator[None]:
-    """Stand for reconciler beside the workers: jobs expire also while there is none."""
+    """Run the reconciler beside the server, so that jobs expire also while no worker runs."""
     database = Database.open(settings.resolved_database_url, statement_timeout_s=LONG_STATEMENT_TIMEOUT_S)
     publisher = Publisher(settings.redis_url)
     reconciler = Reconciler(
@@ -105,41 +105,41 @@ def _reconciling(settings: JobsSettings) -> Iterator[None]:
 
 
 def _authenticator(settings: JobsSettings, database: Database) -> Authenticator:
-    """Return who may come in. Without keys that is everybody, so the shim must not be reached from elsewhere then."""
-    host, at_home = settings.api_host, _is_loopback(settings.api_host)
+    """Return the authenticator; raise SetupError for a public address without any API key."""
+    host, on_loopback = settings.api_host, _is_loopback(settings.api_host)
     if not _has_keys(database):
-        if not at_home:
+        if not on_loopback:
             raise SetupError(
-                f"There is no API key, so the shim listens on loopback only and not on {host}. "
-                "Make one with `basic keys create NAME --scope admin`, or leave BASIC_API_HOST at 127.0.0.1."
+                f"There is no API key, so the API server listens on loopback only, not on {host}. "
+                "Create one with `basic keys create NAME --scope admin`, or leave BASIC_API_HOST at 127.0.0.1."
             )
         log.warning(
-            "There is no API key: the shim listens on %s only, and everybody on this machine may use it. "
-            "`basic keys create NAME` makes one",
+            "There is no API key: every user of this machine may call the service on %s. "
+            "Create a key with `basic keys create NAME`",
             host,
             extra={"action": "keyless"},
         )
-    return Authenticator(database, local_key=read_local_key(settings.data_dir), keyless=at_home)
+    return Authenticator(database, local_key=read_local_key(settings.data_dir), keyless=on_loopback)
 
 
 def _has_keys(database: Database) -> bool:
-    """Return whether there are keys; True if the database can't say, for then none will be taken for granted."""
+    """Return whether a key exists; True while the database is unavailable, the safe assumption."""
     try:
         with database.read() as session:
             return keys.keys_in_use(session)
     except SQLAlchemyError as exc:
-        log.warning("The database does not say whether there are keys: %s", exc, extra={"action": "database_away"})
+        log.warning("Can't read the API keys: %s", exc, extra={"action": "database_away"})
         return True
 
 
 def _warn_if_read_only(database: Database) -> None:
     try:
         with database.write() as session:
-            resign(session, OFFICE, "")  # changes nothing, and needs the right to
+            resign(session, OFFICE, "")  # changes no row, but needs write access
     except SQLAlchemyError as exc:
         if is_read_only(exc):
             log.warning(
-                "The database can't be written: jobs and outputs are served, submissions are answered with 503",
+                "The database is read-only: jobs and outputs are served, submissions get 503",
                 extra={"action": "database_read_only"},
             )
 
@@ -157,16 +157,16 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as exc:
         raise SetupError(
-            f"The shim can't listen on {host}:{port}: {exc.strerror}. Set BASIC_API_PORT to a free port, or to 0."
+            f"The API server can't listen on {host}:{port}: {exc.strerror}. Set BASIC_API_PORT to a free port, or to 0."
         ) from exc
 
 
 def _write_url(path: Path, listener: socket.socket) -> None:
-    """Write the URL in one piece: whoever waits for the file must not read half of it."""
+    """Write the URL atomically: a process that waits for the file must not read half of it."""
     host, port = listener.getsockname()[:2]
     part = path.with_suffix(".part")
     try:
         part.write_text(f"http://{f'[{host}]' if ':' in host else host}:{port}\n")
         part.replace(path)
     except OSError as exc:
-        raise SetupError(f"the ready file {path} can't be written: {exc.strerror}") from exc
+        raise SetupError(f"Can't write the ready file {path}: {exc.strerror}") from exc

@@ -1,4 +1,4 @@
-"""From the body of `POST /v1/jobs` to a submission: one JSON object, or JSON lines with the job in the query."""
+"""Parse the body of `POST /v1/jobs`: one JSON object, or JSON lines with the fields of the job in the query."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _UNIT_S = {"m": 60, "h": 3600, "d": 86_400}
 
 
 def max_body_bytes(headers: Headers, settings: JobsSettings) -> int:
-    """Return how large a body may be by its type; raise UnsupportedBody for other types.
+    """Return the size limit of a body by its content type; raise UnsupportedBody for other types.
 
-    Lines are read one by one. One JSON value is in memory as a whole, and takes many times its size there.
+    JSON lines are parsed one by one. A single JSON value is parsed as a whole and takes many times its size in memory.
     """
     content_type = _content_type(headers)
     if content_type in _LINES_TYPES:
@@ -39,13 +39,13 @@ def max_body_bytes(headers: Headers, settings: JobsSettings) -> int:
 
 
 def require_json(headers: Headers) -> None:
-    """Raise UnsupportedBody for a body that is not declared as JSON: a page of another site can send any other type."""
+    """Raise UnsupportedBody unless the body is declared as JSON, the type that cross-site forms can't send."""
     if _content_type(headers) not in _JSON_TYPES:
         raise UnsupportedBody("Send the body as JSON, with the header content-type: application/json.")
 
 
 def read_submission(body: Body, query: QueryParams, headers: Headers, key_id: str, max_line_bytes: int) -> Submission:
-    """Return the submission in a request of this key; raise what is wrong with it as a whole."""
+    """Return the submission; raise what is wrong with the job as a whole. Errors of single requests come later."""
     if _content_type(headers) in _LINES_TYPES:
         fields, items = _query_fields(query), read_lines(body.open(), max_line_bytes)
     else:
@@ -75,21 +75,21 @@ def _submission(fields: Mapping[str, Any], items: Iterator[Item]) -> Submission:
 
 
 def _parameters(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the job's sampling parameters: an object `parameters`, as prompt batches have it, or fields of the job."""
+    """Return the job's sampling parameters, from the object `parameters` (as in PromptBatch) and the top level."""
     grouped = fields.get("parameters", {})
     if not isinstance(grouped, dict):
         raise InvalidValue("must be an object of sampling parameters", param="parameters")
     refuse_unknown(grouped, PARAMETERS, "parameters.")
-    # `metadata` is the job's here, not the parameter of the same name.
+    # `metadata` belongs to the job here; it is also the name of a parameter.
     return grouped | {name: value for name, value in fields.items() if name in PARAMETERS - _JOB_FIELDS}
 
 
 def json_object(body: bytes) -> dict[str, Any]:
-    """Return the fields of a JSON object that were given; null is not given."""
+    """Return the fields of a JSON object, without those that are null."""
     try:
         fields = read_json(body.removeprefix(b"\xef\xbb\xbf"))
     except ValueError as exc:
-        raise InvalidValue(f"The body is not JSON: {exc}.") from exc
+        raise InvalidValue(f"The body is not valid JSON: {exc}.") from exc
     if not isinstance(fields, dict):
         raise InvalidValue("The body must be a JSON object.")
     return {name: value for name, value in fields.items() if value is not None}
@@ -98,7 +98,7 @@ def json_object(body: bytes) -> dict[str, Any]:
 def _listed(fields: Mapping[str, Any]) -> Iterator[Item]:
     given = [name for name in ("requests", "prompts") if name in fields]
     if len(given) != 1:
-        raise MissingParameter("Give the prompts of the job in one list, requests.", param="requests")
+        raise MissingParameter("The prompts of the job are missing: send one list, `requests`.", param="requests")
     values = fields[given[0]]
     if not isinstance(values, list):
         raise InvalidValue("must be a list of strings or objects", param=given[0])
@@ -106,9 +106,9 @@ def _listed(fields: Mapping[str, Any]) -> Iterator[Item]:
 
 
 def _query_fields(query: QueryParams) -> dict[str, Any]:
-    """Return the fields of the query string, numbers as numbers. Lines hold the requests, so a list is out of place."""
+    """Return the fields of the query string, parsed as JSON where possible. The requests are in the body."""
     for name in _LISTS & query.keys():
-        raise UnknownParameter("The lines of the body are the requests.", param=name)
+        raise UnknownParameter("Not allowed here: the requests are the lines of the body.", param=name)
     return {name: value if name == "model" else _query_value(value) for name, value in query.items()}
 
 
@@ -126,7 +126,7 @@ def _model(model: Any) -> str | None:
 
 
 def read_endpoint(endpoint: Any) -> Endpoint:
-    """Return the endpoint that answers the requests; raise InvalidValue if it is not one of ours."""
+    """Return the endpoint of the requests; raise InvalidValue if it is unknown."""
     offered = get_args(Endpoint)
     if endpoint not in offered:
         raise InvalidValue(f"must be one of {', '.join(offered)}", param="endpoint")
@@ -134,10 +134,10 @@ def read_endpoint(endpoint: Any) -> Endpoint:
 
 
 def read_window_s(window: Any) -> float:
-    """Return the seconds of a completion window; OpenAI knows only 24h."""
+    """Return the seconds of a completion window such as 24h, 30m or 7d. (OpenAI allows only 24h.)"""
     match = re.fullmatch(r"([1-9][0-9]{0,3})([mhd])", window) if isinstance(window, str) else None
     if match is None:
-        raise InvalidValue("must be digits and m, h or d, such as 24h", param="completion_window")
+        raise InvalidValue("must be a number and m, h or d, such as 24h", param="completion_window")
     return float(int(match[1]) * _UNIT_S[match[2]])
 
 
@@ -146,7 +146,7 @@ def _content_type(headers: Headers) -> str:
 
 
 def _digest(body: Body, query: QueryParams) -> str:
-    """Return what tells a repeated submission from another one under the same key."""
+    """Return a hash of body and query: a repeat under the same idempotency key has the same one."""
     digest = hashlib.sha256(body.sha256.encode())
     digest.update(repr(sorted(query.multi_items())).encode())
     return digest.hexdigest()

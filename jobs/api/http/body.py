@@ -1,6 +1,6 @@
-"""The body of a call, received: in memory while it is small, in a file beyond that, and never larger than it may be.
+"""Receive request bodies: small ones in memory, larger ones in a temporary file.
 
-What is made of a large body takes many times its size for a moment, so large ones are worked on one at a time.
+Parsing a body takes several times its size in memory, so large bodies are processed one at a time.
 """
 
 from __future__ import annotations
@@ -17,63 +17,61 @@ from starlette.requests import Request
 
 from jobs.errors import BodyTooLarge
 
-SMALL_BYTES = 256_000
+SMALL_BYTES = 256_000  # bodies up to this size stay in memory
 
 
 class Body:
-    """The bytes of a body, to be read once."""
+    """The received bytes of a body and their hash."""
 
     def __init__(self) -> None:
-        """Start with nothing."""
-        self._file = SpooledTemporaryFile(max_size=SMALL_BYTES)  # noqa: SIM115  # closed by whoever received it
+        self._file = SpooledTemporaryFile(max_size=SMALL_BYTES)  # noqa: SIM115  # closed by BodyReader.received
         self._digest = hashlib.sha256()
         self.size = 0
 
     def add(self, data: bytes) -> None:
-        """Take the next bytes."""
+        """Append bytes."""
         self._file.write(data)
         self._digest.update(data)
         self.size += len(data)
 
     @property
     def sha256(self) -> str:
-        """Hash of all bytes."""
+        """SHA-256 of all bytes, in hex."""
         return self._digest.hexdigest()
 
     def open(self) -> IO[bytes]:
-        """Return the bytes as a file, from their beginning."""
+        """Return the bytes as a file, positioned at the start."""
         self._file.seek(0)
         return self._file
 
     def close(self) -> None:
-        """Forget the bytes."""
+        """Delete the bytes."""
         self._file.close()
 
 
 async def chunked(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Yield what comes in pieces of a quarter of a megabyte: each is worth the way to a thread."""
-    piece = bytearray()
+    """Regroup a stream into chunks of at least `SMALL_BYTES`: large enough to pay for a thread hop each."""
+    chunk = bytearray()
     async for data in stream:
-        piece += data
-        if len(piece) >= SMALL_BYTES:
-            yield bytes(piece)
-            piece.clear()
-    if piece:
-        yield bytes(piece)
+        chunk += data
+        if len(chunk) >= SMALL_BYTES:
+            yield bytes(chunk)
+            chunk.clear()
+    if chunk:
+        yield bytes(chunk)
 
 
 class BodyReader:
-    """Receives bodies for one application."""
+    """Receives the bodies of one application."""
 
     def __init__(self) -> None:
-        """Start with none."""
         self._large = asyncio.Lock()
 
     @asynccontextmanager
     async def received(self, request: Request, max_bytes: int) -> AsyncIterator[Body]:
-        """Yield the body of a request, a large one when no other is worked on.
+        """Receive a body and yield it; raise BodyTooLarge beyond `max_bytes`.
 
-        Raise BodyTooLarge beyond `max_bytes` bytes.
+        A large body is yielded when no other large one is being processed.
         """
         body = Body()
         try:
@@ -82,7 +80,7 @@ class BodyReader:
                     raise BodyTooLarge(f"The limit for this body type is {max_bytes} bytes; send JSON lines or a file.")
                 if len(data) < SMALL_BYTES and not body.size:
                     body.add(data)
-                else:  # hashing and run_write to a disk take time, for which the others need not wait
+                else:  # hashing and disk writes would block the event loop
                     await run_in_threadpool(body.add, data)
             if body.size <= SMALL_BYTES:
                 yield body

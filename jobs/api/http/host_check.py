@@ -1,8 +1,8 @@
-"""Which names the service answers to, and whether a page of another site is calling: asked before any key.
+"""Reject requests with an unknown `Host` (DNS rebinding) and cross-site requests of browsers, before keys are checked.
 
-A browser lends a page its network: without a key, any page could use a service on this machine. A page whose name was
-bound to our address brings that name in `Host`, and a page that calls our address brings its own in `Origin` or says
-`cross-site`; so both are refused, and programs, which send neither, are not concerned.
+Without API keys, any web page open in a browser on this machine could otherwise call the service. A page whose domain
+was rebound to our address sends that domain as `Host`; a page that calls our address directly sends its own `Origin`
+or `Sec-Fetch-Site: cross-site`. Programs send none of these and are not affected.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from jobs.settings import JobsSettings
 
 _NETLOC: Final = re.compile(r"(?:\[(?P<six>[0-9a-f:.]+)\]|(?P<name>[^\[\]:@/\\\s]+))(?::[0-9]{1,5})?", re.IGNORECASE)
 _DEFAULT_PORT: Final = re.compile(r":(?:80|443)$")
-_OWN_SITE: Final = frozenset({"same-origin", "none"})  # none: the address bar, a bookmark
+_OWN_SITE: Final = frozenset({"same-origin", "none"})  # none: typed into the address bar, or a bookmark
 _ANY: Final = "*"
 _CROSS_SITE: Final = (
-    "A page of another site may not call the service without a key. Send Authorization: Bearer KEY; if the page is the "
-    "service's own behind a proxy, add its host to BASIC_API_NAMES (comma-separated) and restart the API server."
+    "Cross-site requests need an API key: send Authorization: Bearer KEY. If this is the service's own page behind a "
+    "proxy, add its host to BASIC_API_NAMES (comma-separated) and restart the API server."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class ServedNames:
-    """The names and addresses under which the service may be called."""
+    """The host names and addresses that the service answers to."""
 
-    named: frozenset[str]  # of the setting: a name, with or without a port; `*.name` for all below it; `*` for all
-    own: frozenset[str]  # the address it listens on
-    every_address: bool = False  # it listens on all; no name can be bound to what is no name
+    named: frozenset[str]  # BASIC_API_NAMES: a name, with or without a port; `*.name`: its subdomains; `*`: all
+    own: frozenset[str]  # the listen address; the hostname if not on loopback
+    every_address: bool = False  # it listens on all: accept any IP address, which can't be rebound
 
     @classmethod
     def of(cls, settings: JobsSettings) -> Self:
-        """Return the names of these settings. A service that can be reached from elsewhere has its machine's name."""
+        """Return the names of these settings; includes the machine's hostname unless it listens on loopback."""
         own = {settings.api_host.lower()}
         address = _address(settings.api_host)
         every = address is not None and address.is_unspecified
@@ -50,7 +50,7 @@ class ServedNames:
         return cls(frozenset(settings.served_names), frozenset(own), every)
 
     def allow(self, netloc: str) -> bool:
-        """Return whether a `Host` is one of the names."""
+        """Return whether a `Host` header is one of the names."""
         host = _host(netloc)
         if host is None:
             return False
@@ -60,7 +60,7 @@ class ServedNames:
         return host == "localhost" or host in self.own or host in self.named or self._named(host)
 
     def allow_origin(self, netloc: str) -> bool:
-        """Return whether pages of this place are ours although they call us by another name, as behind a proxy."""
+        """Return whether an `Origin` is a configured name: our own page behind a proxy that changes `Host`."""
         return _without_port(netloc) in self.named
 
     def _named(self, host: str) -> bool:
@@ -70,15 +70,15 @@ class ServedNames:
 
 
 class HostCheckMiddleware:
-    """Refuses calls by names that are not ours, and calls that a page of another site makes without a key."""
+    """Rejects requests with an unknown host, and cross-site requests without a key."""
 
     def __init__(self, app: ASGIApp, served_names: ServedNames | None) -> None:
-        """Answer to these names; None: to any, for applications that no browser reaches."""
+        """Accept these host names; None: all, for applications that no browser can reach."""
         self._app = app
         self._served_names = served_names
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on what may come near, HTTP and WebSocket alike."""
+        """Pass an accepted HTTP or WebSocket request on; answer a rejected one."""
         refused = self._refusal(scope) if scope["type"] in ("http", "websocket") else None
         if refused is None:
             await self._app(scope, receive, send)
@@ -97,7 +97,7 @@ class HostCheckMiddleware:
         return CrossSite(_CROSS_SITE)
 
     def _is_cross_site(self, headers: Headers, host: str) -> bool:
-        """Return whether a browser says that a page of another site is calling."""
+        """Return whether the headers of a browser say that a page of another site sends the request."""
         site = headers.get("sec-fetch-site")
         if site is not None and site not in _OWN_SITE:
             return True
@@ -111,13 +111,13 @@ class HostCheckMiddleware:
 
 
 def _has_bearer_key(headers: Headers) -> bool:
-    """Return whether a key is shown. No page can make a browser send one to another site without being allowed to."""
+    """Return whether a key is sent. A page can't make a browser send this header to another site without permission."""
     kind, _, key = headers.get("authorization", "").partition(" ")
     return kind.lower() == "bearer" and bool(key.strip())
 
 
 def _is_navigation(scope: Scope, headers: Headers) -> bool:
-    """Return whether a person follows a link: they see the page, and the page with the link reads nothing of it."""
+    """Return whether a user follows a link: harmless, for the linking page can't read the response."""
     return (
         scope.get("method") == "GET"
         and headers.get("sec-fetch-mode") == "navigate"
@@ -130,7 +130,7 @@ def _without_port(netloc: str) -> str:
 
 
 def _host(netloc: str) -> str | None:
-    """Return the name or address in a `Host`; None for what is none."""
+    """Return the name or address in a `Host` header; None if it is malformed."""
     found = _NETLOC.fullmatch(netloc)
     return None if found is None else (found["six"] or found["name"]).lower().rstrip(".")
 

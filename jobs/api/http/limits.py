@@ -1,6 +1,6 @@
-"""What is held before and around every route: a request id, the size of a body, and the time it may take to arrive.
+"""Limit the size of request bodies and the time they may take to arrive.
 
-Plain ASGI: counts bytes as they come, so that a body without Content-Length has the same limit as one with it.
+Bytes are counted as they come, so a chunked body has the same limit as one with Content-Length.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from jobs.errors import BodyTooLarge, BodyTooSlow, UnsupportedBody
 
 
 class BodyLimitMiddleware:
-    """Refuses bodies that are too large, too slow or compressed. The refusal rises where a route reads the body.
+    """Rejects bodies that are too large, too slow or compressed. The error is raised where the route reads the body.
 
-    Slow is: nothing for `idle_s`, or after that fewer than `min_bytes_per_s` in the mean, so that a byte now and then
-    keeps no connection.
+    A body is too slow if no byte arrives for `idle_s`, or if its mean rate stays below `min_bytes_per_s` after that:
+    a client that sends a byte now and then must not hold a connection.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class BodyLimitMiddleware:
         self._min_bytes_per_s = min_bytes_per_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on with a body that is watched."""
+        """Pass the request on with a limited body."""
         if scope["type"] == "http":
             max_bytes = self._most_by_path.get(scope.get("path", ""), self._max_bytes)
             receive = self._limited(Headers(scope=scope), receive, max_bytes)
@@ -52,14 +52,14 @@ class BodyLimitMiddleware:
 
         async def limited() -> Message:
             nonlocal read, complete
-            if complete:  # what comes now is the wait for a disconnect: it may last
+            if complete:  # from here on the route waits for a disconnect, which may take long
                 return await receive()
             if encoding != "identity":
-                raise UnsupportedBody("Compressed bodies are not supported; send the body as it is.")
+                raise UnsupportedBody("Compressed bodies are not supported; send the body uncompressed.")
             if declared.isdecimal():
                 _check_size(max_bytes, int(declared))
-            patience_s = began_at + self._idle_s + read / self._min_bytes_per_s - time.monotonic()
-            message = await self._in_time(receive, min(self._idle_s, patience_s))
+            timeout_s = began_at + self._idle_s + read / self._min_bytes_per_s - time.monotonic()
+            message = await self._receive(receive, min(self._idle_s, timeout_s))
             read += len(message.get("body", b""))
             _check_size(max_bytes, read)
             complete = not message.get("more_body", False)
@@ -67,13 +67,13 @@ class BodyLimitMiddleware:
 
         return limited
 
-    async def _in_time(self, receive: Receive, patience_s: float) -> Message:
+    async def _receive(self, receive: Receive, timeout_s: float) -> Message:
         try:
-            return await asyncio.wait_for(receive(), patience_s)
+            return await asyncio.wait_for(receive(), timeout_s)
         except TimeoutError as exc:
             raise BodyTooSlow from exc
 
 
 def _check_size(max_bytes: int, size: int) -> None:
     if size > max_bytes:
-        raise BodyTooLarge(f"The body has more than the {max_bytes} bytes one submission may have.")
+        raise BodyTooLarge(f"The body is larger than the limit of {max_bytes} bytes.")

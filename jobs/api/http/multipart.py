@@ -1,6 +1,6 @@
-"""Reading an upload: a multipart form with one file, whose bytes are handed on in chunks while they come.
+"""Parse an upload: a multipart form with one file, whose bytes are passed on while they arrive.
 
-Knows no SQL. The fields may stand before or behind the file, so nothing can be said about them before the end.
+Fields may come before or after the file, so they are validated at the end.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from jobs.errors import BodyTooLarge, InvalidValue, MissingParameter, UnknownParameter, UnsupportedBody
 
-FORM_BYTES: Final = 65_536  # of an upload besides the file
+FORM_BYTES: Final = 65_536  # allowance for the form around the file
 _MAX_FIELD_BYTES: Final = 1_024
 _MAX_NAME_CHARS: Final = 255
 _FIELDS: Final = frozenset({"purpose", "expires_after", "expires_after[anchor]", "expires_after[seconds]"})
-# What gateways and clients send beside it; accepted, and changes nothing.
+# Sent by gateways and clients; accepted and ignored.
 _WITHOUT_EFFECT: Final = frozenset({"custom_llm_provider", "target_model_names", "user"})
 _MIN_EXPIRY_S: Final = 3_600
 _MAX_EXPIRY_S: Final = 2_592_000
@@ -32,16 +32,16 @@ class _Part:
 
 
 class UploadForm:
-    """Takes the bytes of a form; keeps its fields, and the bytes of its file until they are taken."""
+    """Parses a form incrementally: collects its fields, and buffers file bytes in `pending` until they are taken."""
 
     def __init__(self, content_type: str, max_file_bytes: int) -> None:
-        """Read the boundary; raise UnsupportedBody if this is no form with a file."""
+        """Read the boundary from the content type; raise UnsupportedBody if it is not multipart."""
         kind, options = parse_options_header(content_type)
         if kind != b"multipart/form-data" or not options.get(b"boundary"):
             raise UnsupportedBody("Send the file as multipart/form-data, in a part named file.")
-        self.size = 0  # of the file
+        self.size = 0  # file bytes received
         self.filename: str | None = None
-        self.waiting = bytearray()  # of the file, not taken yet
+        self.pending = bytearray()  # file bytes not taken yet
         self._max_file_bytes = max_file_bytes
         self._fields: dict[str, str] = {}
         self._part = _Part()
@@ -50,30 +50,30 @@ class UploadForm:
         self._parser = self._make_parser(options[b"boundary"])
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes of the body; raise what is wrong with the form."""
+        """Parse the next bytes of the body; raise InvalidValue and the like for a bad form."""
         try:
             self._parser.write(data)
         except FormParserError as exc:
-            raise InvalidValue(f"The form can't be read: {exc}.") from exc
+            raise InvalidValue(f"Can't parse the form: {exc}.") from exc
 
     def end(self) -> None:
-        """Say that the body is over; raise what is missing."""
+        """Check that the form is complete; call it at the end of the body."""
         if not self._ended:
-            raise InvalidValue("The form ends in the midst of a part.")
+            raise InvalidValue("The form ends inside a part.")
         if self.filename is None:
             raise MissingParameter("The form has no part named file.", param="file")
 
     def purpose(self) -> str:
-        """Return the purpose of the file; raise if it is not one of ours."""
+        """Return the purpose of the file; raise if it is missing or unknown."""
         purpose = self._fields.get("purpose")
         if purpose is None:
-            raise MissingParameter("Say what the file is for: purpose must be batch.", param="purpose")
+            raise MissingParameter("The form has no field purpose; it must be batch.", param="purpose")
         if purpose != "batch":
             raise InvalidValue(f"must be batch, not {purpose[:40]!r}", param="purpose")
         return purpose
 
     def expires_after_s(self) -> float | None:
-        """Return for how many seconds the file is to be kept; None if the form does not say."""
+        """Return the lifetime of the file in seconds; None if the form has none."""
         if "expires_after" in self._fields:
             return _expires_after_s_of_json(self._fields["expires_after"])
         anchor, seconds = (self._fields.get(f"expires_after[{name}]") for name in ("anchor", "seconds"))
@@ -97,7 +97,7 @@ class UploadForm:
                 },
             )
         except FormParserError as exc:
-            raise InvalidValue(f"The form can't be read: {exc}.") from exc
+            raise InvalidValue(f"Can't parse the form: {exc}.") from exc
 
     def _begin(self) -> None:
         self._part = _Part()
@@ -114,23 +114,23 @@ class UploadForm:
     def _headers_end(self) -> None:
         part = self._part
         if part.name == "file":
-            part.filename = part.filename or _base_name("")  # some clients send the bytes alone
+            part.filename = part.filename or _base_name("")  # some clients send no filename
             if self.filename is not None:
                 raise InvalidValue("The form has more than one file.", param="file")
             self.filename = part.filename
         elif part.name not in _FIELDS | _WITHOUT_EFFECT:
-            raise UnknownParameter("This field is not known.", param=part.name[:64] or None)
+            raise UnknownParameter("Unknown field.", param=part.name[:64] or None)
 
     def _data(self, data: bytes, start: int, end: int) -> None:
         if self._part.filename is None:
             self._part.data += data[start:end]
             if len(self._part.data) > _MAX_FIELD_BYTES:
-                raise InvalidValue("The value is too long.", param=self._part.name)
+                raise InvalidValue(f"The value is longer than {_MAX_FIELD_BYTES} bytes.", param=self._part.name)
             return
         self.size += end - start
         if self.size > self._max_file_bytes:
-            raise BodyTooLarge(f"A file may have {self._max_file_bytes} bytes.", param="file")
-        self.waiting += data[start:end]
+            raise BodyTooLarge(f"The file is larger than the limit of {self._max_file_bytes} bytes.", param="file")
+        self.pending += data[start:end]
 
     def _part_end(self) -> None:
         if self._part.filename is None:
@@ -141,7 +141,7 @@ class UploadForm:
 
 
 def _expires_after_s_of_json(text: str) -> float:
-    """Return the seconds of an `expires_after` that is one JSON object."""
+    """Return the seconds of an `expires_after` given as one JSON object."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as exc:
@@ -157,15 +157,15 @@ def read_expires_after_s(anchor: object, seconds: object, param: str) -> float:
         raise InvalidValue("must be created_at", param=f"{param}.anchor")
     if isinstance(seconds, bool) or not isinstance(seconds, int) or not _MIN_EXPIRY_S <= seconds <= _MAX_EXPIRY_S:
         raise InvalidValue(
-            f"must be a number of seconds from {_MIN_EXPIRY_S} to {_MAX_EXPIRY_S}",
+            f"must be an integer from {_MIN_EXPIRY_S} to {_MAX_EXPIRY_S} (seconds)",
             param=f"{param}.seconds",
         )
     return float(seconds)
 
 
 def _base_name(name: str) -> str:
-    """Return a file's name without the path to it: it is shown to people, and programs may save under it."""
+    """Return the last part of a file name: clients may save under it, so it must hold no path."""
     last = name.replace("\\", "/").rpartition("/")[2].replace("\0", "")
     if len(last) > _MAX_NAME_CHARS:
-        raise InvalidValue(f"A filename may have {_MAX_NAME_CHARS} characters.", param="file")
+        raise InvalidValue(f"The filename is longer than {_MAX_NAME_CHARS} characters.", param="file")
     return last or "file"

@@ -1,6 +1,6 @@
-"""Addresses as clients and gateways spell them: `/v1/batches/` is `/v1/batches`; one with U+0000 is refused.
+"""Normalize paths: `/v1/batches/` is served as `/v1/batches`; U+0000 in a path or query is rejected.
 
-Nothing is redirected: a client that follows a redirect may send a POST again without its body.
+Paths are rewritten, not redirected: a client that follows a redirect may repeat a POST without its body.
 """
 
 from __future__ import annotations
@@ -10,19 +10,18 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from jobs.api import errors
 from jobs.errors import BasicError, InvalidValue, NotFound
 
-_SERVED = "/v1/"
+_PREFIX = "/v1/"
 
 
 class PathMiddleware:
-    """Passes a call on without the slash at the end of its path."""
+    """Removes trailing slashes from `/v1/` paths."""
 
     def __init__(self, app: ASGIApp) -> None:
-        """Wrap the routes."""
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one call."""
-        if scope["type"] == "http" and scope["path"].startswith(_SERVED):
+        """Rewrite the path and pass the request on, or reject it."""
+        if scope["type"] == "http" and scope["path"].startswith(_PREFIX):
             refused = _refusal(scope)
             if refused is not None:
                 await errors.reply(refused)(scope, receive, send)
@@ -33,7 +32,7 @@ class PathMiddleware:
 
 
 def _refusal(scope: Scope) -> BasicError | None:
-    """Return what is wrong with an address that PostgreSQL can't look for."""
+    """Return an error for U+0000, which PostgreSQL rejects in a text."""
     if "\0" in scope["path"]:
         return NotFound()
     if b"%00" in scope["query_string"]:

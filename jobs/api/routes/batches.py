@@ -1,4 +1,4 @@
-"""Routes of batches, in OpenAI's shapes: create, list, read, cancel. A batch is a job, under the same id."""
+"""Routes of batches, in OpenAI's format: create, list, read, cancel. A batch is a job with the same id."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from storage.queries import JobView
 
 router = APIRouter(prefix="/v1/batches")
 
-_MAX_ORDER_BYTES = 65_536  # metadata can't have more
+_MAX_ORDER_BYTES = 65_536  # enough for the largest metadata
 _OPENAI_FIELDS = frozenset({"input_file_id", "endpoint", "completion_window", "metadata", "output_expires_after"})
 _FIELDS = _OPENAI_FIELDS | {"compare_plain"}
 
 
 @router.post("", response_model=None, openapi_extra=ORDER_BODY, responses=replies(BatchReply, BATCH, 400, 404, 409))
 async def create(request: Request, services: CurrentServices, caller: CurrentCaller) -> Response:
-    """Make a batch of an uploaded file. The answer says `validating`; the lines are read afterwards."""
+    """Create a batch from an uploaded file. Its status is `validating` until the lines are read."""
     require_json(request.headers)
 
     def accept(body: Body) -> Response:
-        with submit_span(request.headers) as place:
-            order = replace(_order(body, request.headers.get(IDEMPOTENCY_KEY), caller), traceparent=place)
+        with submit_span(request.headers) as traceparent:
+            order = replace(_order(body, request.headers.get(IDEMPOTENCY_KEY), caller), traceparent=traceparent)
             batch_id = accept_batch(order, caller.sees, services.database, services.settings)
         return JSONResponse(serializers.batch(find_job(services, batch_id, caller)))
 
@@ -57,10 +57,10 @@ def list_batches(
     order: Literal["asc", "desc"] = "desc",
     status: JobStatus | None = None,
 ) -> Response:
-    """List batches by the time of their creation, newest first; `after` is the id that ended the page before."""
+    """List batches by creation time, newest first. `after` is the last id of the previous page."""
     with services.database.read() as session:
         if after and not _is_batch(queries.job(session, after, caller.sees)):
-            raise InvalidValue("There is no batch of this id to start behind.", param="after")
+            raise InvalidValue("Unknown batch id in `after`.", param="after")
         newest_first = order == "desc"
         page = queries.jobs(
             session, limit, after or None, caller.sees, batches_only=True, status=status, newest_first=newest_first
@@ -87,7 +87,7 @@ async def retrieve(batch: ExistingBatch) -> Response:
 
 @router.post("/{batch_id}/cancel", response_model=None, responses=replies(BatchReply, BATCH, 404, 409))
 async def cancel(batch: ExistingBatch, services: CurrentServices, caller: CurrentCaller) -> Response:
-    """Cancel a batch; what is done of it is delivered. May be repeated; a batch that ended otherwise is a conflict."""
+    """Cancel a batch; finished requests are delivered. May be repeated; 409 if the batch has ended otherwise."""
     return JSONResponse(serializers.batch(await run_write(cancel_job, services, batch, caller, "batch")))
 
 
@@ -114,7 +114,7 @@ def _order(body: Body, idempotency_key: str | None, caller: Caller) -> BatchOrde
 
 def _text(fields: Mapping[str, Any], name: str) -> str:
     if name not in fields:
-        raise MissingParameter(f"A batch needs {name}.", param=name)
+        raise MissingParameter(f"Missing field {name}.", param=name)
     if not isinstance(fields[name], str):
         raise InvalidValue("must be a string", param=name)
     return str(fields[name])

@@ -1,7 +1,7 @@
-"""Single requests that somebody waits for: `/v1/chat/completions` and `/v1/completions`, whole or streamed.
+"""`/v1/chat/completions` and `/v1/completions`: answer single requests, whole or streamed.
 
-Each is a job of one request that workers take up before all others. The text is what the sink publishes and SQL has, so
-a lost event costs nothing; whoever goes away takes the request along.
+Each request is a job of one request with priority over batches. If the client disconnects or the timeout expires, the
+request is cancelled.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from storage.queries import OutputView
 
 log = logging.getLogger(__name__)
 
-_cancels = ThreadPoolExecutor(4, "cancels")  # they wait for other writers, and no reader for them
+_cancels = ThreadPoolExecutor(4, "cancels")  # cancellations may wait for other writers
 
 router = APIRouter()
 
@@ -54,19 +54,19 @@ T = TypeVar("T")
 
 @router.post(CHAT_ENDPOINT, openapi_extra=CHAT_BODY, responses=CHAT, dependencies=[StreamSlot])
 async def create_chat_completion(request: Request, services: CurrentServices, caller: CurrentCaller) -> Response:
-    """Answer one conversation now, before all batches."""
+    """Answer one chat, with priority over batches."""
     return await _answer(request, services, caller, CHAT_ENDPOINT)
 
 
 @router.post(COMPLETIONS_ENDPOINT, openapi_extra=COMPLETION_BODY, responses=TEXT, dependencies=[StreamSlot])
 async def create_completion(request: Request, services: CurrentServices, caller: CurrentCaller) -> Response:
-    """Go on with one text now, before all batches."""
+    """Complete one prompt, with priority over batches."""
     return await _answer(request, services, caller, COMPLETIONS_ENDPOINT)
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """A call that was recorded, and how it wants its answer."""
+    """A stored call and its response options."""
 
     heading: Heading
     stream: bool
@@ -79,9 +79,9 @@ async def _answer(request: Request, services: Services, caller: Caller, endpoint
         call = await run_write(_accept, services, body, request.headers, caller, endpoint)
     events = _events(services, call.heading.id)
     if not call.stream:
-        await _or_disconnect(request, _end_of(events))
+        await _or_disconnect(request, _drain(events))
         return await run_in_threadpool(_whole, services, call)
-    # Nothing is sent before there is text, so that a request that is refused by the worker still gets its status.
+    # Wait for the first text before sending a status: the worker may still reject the request.
     first = await _or_disconnect(request, _next_text(events))
     if first is None:
         await run_in_threadpool(_output, services, call)
@@ -90,17 +90,17 @@ async def _answer(request: Request, services: Services, caller: Caller, endpoint
 
 
 def _accept(services: Services, body: Body, headers: Mapping[str, str], caller: Caller, endpoint: Endpoint) -> _Call:
-    """Record the call; raise what is wrong with it."""
+    """Store the call as a job; raise what is wrong with it."""
     fields = json_object(body.open().read())
     stream, with_usage = _stream_options(fields)
-    with submit_span(headers) as place:
+    with submit_span(headers) as traceparent:
         submission = Submission(
             [Item(0, fields)],
             endpoint=endpoint,
             window_s=services.settings.interactive_timeout_s,
             job_id=new_call_id(endpoint),
             api_key_id=caller.key_id,
-            traceparent=place,
+            traceparent=traceparent,
         )
         job_id = accept_call(submission, database=services.database, ring=services.ring, settings=services.settings)
     job = find_job(services, job_id, caller)
@@ -108,19 +108,19 @@ def _accept(services: Services, body: Body, headers: Mapping[str, str], caller: 
 
 
 def _stream_options(fields: dict[str, Any]) -> tuple[bool, bool]:
-    """Return whether to stream, and whether the stream ends with the tokens used."""
+    """Return whether to stream, and whether to end the stream with the token usage."""
     stream, options = fields.get("stream", False), fields.get("stream_options", {})
     if not isinstance(stream, bool):
         raise InvalidValue("must be a boolean", param="stream")
     if not isinstance(options, dict) or not isinstance(options.get("include_usage") or False, bool):
         raise InvalidValue("must be an object; include_usage is a boolean", param="stream_options")
     if options and not stream:
-        raise InvalidValue("is only for calls with stream", param="stream_options")
+        raise InvalidValue("requires stream: true", param="stream_options")
     return stream, bool(options.get("include_usage"))
 
 
 async def _events(services: Services, job_id: str) -> AsyncGenerator[PartialEvent]:
-    """Yield the events of a call until it ends. If nobody listens to the end, or it takes too long, it is cancelled."""
+    """Yield the events of a call until it ends. Cancel the call if the caller stops iterating or the time is up."""
     loop = asyncio.get_running_loop()
     limit_s = services.settings.interactive_timeout_s
     ends_at = loop.time() + limit_s
@@ -134,25 +134,25 @@ async def _events(services: Services, job_id: str) -> AsyncGenerator[PartialEven
                     async with asyncio.timeout_at(ends_at):
                         event = await anext(events)
                 except TimeoutError as exc:
-                    raise AnswerTooLate(f"The answer was not written within {limit_s:g} s.") from exc
+                    raise AnswerTooLate(f"The answer was not complete within {limit_s:g} s.") from exc
                 ended = event.status is not None and event.status.final
                 yield event
                 if ended:
                     return
     finally:
         if not ended:
-            # In a thread that nobody waits for: the task that runs us may be cancelled itself.
+            # Not awaited: this task may be being cancelled itself.
             loop.run_in_executor(_cancels, _cancel, services, job_id)
 
 
-async def _end_of(events: AsyncGenerator[PartialEvent]) -> None:
+async def _drain(events: AsyncGenerator[PartialEvent]) -> None:
     async with aclosing(events):
         async for _ in events:
             pass
 
 
 async def _next_text(events: AsyncGenerator[PartialEvent]) -> PartialEvent | None:
-    """Return the next event that brings text or ends one; None if there is none any more."""
+    """Return the next event with text or a finish reason; None at the end."""
     async for event in events:
         if event.type in ("tokens", "finished"):
             return event
@@ -160,7 +160,7 @@ async def _next_text(events: AsyncGenerator[PartialEvent]) -> PartialEvent | Non
 
 
 async def _or_disconnect(request: Request, work: Awaitable[T]) -> T:
-    """Return what the work returns; raise ClientDisconnect as soon as there is nobody to answer."""
+    """Return the result of `work`; raise ClientDisconnect as soon as the client disconnects."""
     working = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(request))
     try:
@@ -182,7 +182,7 @@ async def _disconnected(request: Request) -> None:
 async def _lines(
     services: Services, call: _Call, first: PartialEvent | None, events: AsyncGenerator[PartialEvent]
 ) -> AsyncIterator[str]:
-    """Yield the server-sent events of an answer. What goes wrong from here on is told in the stream."""
+    """Yield the server-sent events of an answer. Errors from here on are sent in the stream."""
     more = {"usage": None} if call.with_usage else {}
     try:
         async with aclosing(events):
@@ -198,17 +198,17 @@ async def _lines(
 async def _chunks(
     heading: Heading, first: PartialEvent | None, events: AsyncGenerator[PartialEvent]
 ) -> AsyncIterator[dict[str, Any]]:
-    told: dict[int, int] = {}  # choice -> characters of its text that were sent
+    sent: dict[int, int] = {}  # choice -> characters sent
     event = first
     while event is not None:
         choice = event.choice
-        if choice not in told:
-            told[choice] = 0
+        if choice not in sent:
+            sent[choice] = 0
             if heading.chat:
                 yield responses.chunk(heading, choice, role="assistant", content="")
-        text = event.text[told[choice] :] if event.snapshot else event.text
+        text = event.text[sent[choice] :] if event.snapshot else event.text
         if text:
-            told[choice] += len(text)
+            sent[choice] += len(text)
             yield responses.chunk(heading, choice, **{"content" if heading.chat else "text": text})
         if event.type == "finished":
             yield responses.chunk(heading, choice, event.finish_reason)
@@ -224,7 +224,7 @@ def _whole(services: Services, call: _Call) -> Response:
 
 
 def _last_lines(services: Services, call: _Call, more: dict[str, Any]) -> list[str]:
-    """Return what a stream tells behind its text: log-probabilities, and the tokens if they were asked for."""
+    """Return the last chunks of a stream: log-probabilities, and the token usage if requested."""
     output = _output(services, call)
     lines = [_line(piece | more) for piece in responses.logprobs_chunks(call.heading, output)]
     return [*lines, _line(responses.usage_chunk(call.heading, output))] if call.with_usage else lines
@@ -252,7 +252,7 @@ def _cancel(services: Services, job_id: str) -> None:
             writes.request_cancel(session, job_id)
     except SQLAlchemyError as exc:
         about = {"action": "cancel_failed", "job_id": job_id}
-        log.warning("Call %s goes on without a listener: %s", job_id, exc, extra=about)
+        log.warning("Can't cancel call %s: %s", job_id, exc, extra=about)
 
 
 __all__ = ["router"]

@@ -1,6 +1,6 @@
-"""`/docs`: the OpenAPI document as a page to read and to try, with everything the browser needs from here.
+"""`/docs`: Swagger UI for the OpenAPI document, served without any other host.
 
-Swagger UI's files come from the wheel of `fastapi-swagger`; the page may ask no other host.
+Swagger UI's files come from the package `fastapi-swagger`.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ _HEADERS: Final = {
 
 @router.get("/docs")
 def page() -> HTMLResponse:
-    """Show the document."""
+    """Return the page."""
     shown = get_swagger_ui_html(
         openapi_url="openapi.json",
         title="bASIC API",
         swagger_js_url="docs/swagger-ui-bundle.js",
         swagger_css_url="docs/swagger-ui.css",
         swagger_favicon_url="docs/favicon-32x32.png",
-        swagger_ui_parameters={"validatorUrl": None},  # a foreign host
+        swagger_ui_parameters={"validatorUrl": None},  # off: it would call another host
     )
     return HTMLResponse(shown.body, headers=_HEADERS)
 
 
 @router.get("/docs/{name}")
 def part(name: str) -> Response:
-    """Serve a file of the page."""
+    """Return a file of the page."""
     if name not in _FILES:
-        raise NotFound(f"There is no file {name[:80]!r} of this page.")
+        raise NotFound(f"Unknown file {name[:80]!r}.")
     try:
         data = (resources.files(_PACKAGE) / "resources" / name).read_bytes()
     except ModuleNotFoundError as exc:
-        raise NotFound("The page needs fastapi-swagger; `pip install 'basic-batch[api]'` brings it.") from exc
+        raise NotFound("This page needs the package fastapi-swagger: `pip install 'basic-batch[api]'`.") from exc
     return Response(data, media_type=_FILES[name], headers={"cache-control": "max-age=3600"})

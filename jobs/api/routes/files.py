@@ -1,6 +1,6 @@
-"""Routes of files, in OpenAI's shapes: upload, list, read, fetch the bytes, delete.
+"""Routes of files, in OpenAI's format: upload, list, read, download, delete.
 
-Neither an upload nor a download is ever whole in memory: bytes go to SQL and come from there in chunks.
+Uploads and downloads move between client and database in chunks; no file is in memory as a whole.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _DAY_S = 86_400.0
 
 @router.post("", response_model=None, openapi_extra=UPLOAD_BODY, responses=replies(FileReply, FILE, 400, 413))
 async def upload(request: Request, services: CurrentServices, caller: CurrentCaller) -> Response:
-    """Take a file. It is seen when all its bytes are there; the lines are looked at when a batch is made of it."""
+    """Upload a file. It is visible once complete; its lines are validated when a batch is created from it."""
     form = UploadForm(request.headers.get("content-type", ""), services.settings.max_file_bytes)
     writer = _Writer(services, caller, f"file-{secrets.token_hex(16)}")
     try:
@@ -53,11 +53,11 @@ def list_files(
     order: Literal["asc", "desc"] = "desc",
     purpose: Annotated[str | None, Query(max_length=64)] = None,
 ) -> Response:
-    """List files by the time of their creation; `after` is the id that ended the page before."""
+    """List files by creation time, newest first. `after` is the last id of the previous page."""
     with services.database.read() as session:
         page = files.files(session, limit, after or None, caller.sees, purpose=purpose, newest_first=order == "desc")
     if page is None:
-        raise InvalidValue("There is no file of this id to start behind.", param="after")
+        raise InvalidValue("Unknown file id in `after`.", param="after")
     return JSONResponse(serializers.page([serializers.file(file) for file in page.files], page.has_more))
 
 
@@ -74,13 +74,13 @@ ExistingFile = Annotated[FileView, Depends(_existing_file)]
 
 @router.get("/{file_id}", response_model=None, responses=replies(FileReply, FILE, 404))
 def retrieve(file: ExistingFile) -> Response:
-    """Read one file's description."""
+    """Read the metadata of one file."""
     return JSONResponse(serializers.file(file))
 
 
 @router.delete("/{file_id}", response_model=None, responses=replies(FileDeleted, DELETED, 404))
 async def delete(file_id: str, services: CurrentServices, caller: CurrentCaller) -> Response:
-    """Delete a file. A batch that is made of it goes on."""
+    """Delete a file. A batch that was created from it continues."""
     if not await run_write(_delete, services, file_id, caller):
         raise _no_file(file_id)
     return JSONResponse({"id": file_id, "object": "file", "deleted": True})
@@ -88,7 +88,7 @@ async def delete(file_id: str, services: CurrentServices, caller: CurrentCaller)
 
 @router.get("/{file_id}/content", response_class=StreamingResponse, responses=BYTES)
 def content(file: ExistingFile, services: CurrentServices) -> StreamingResponse:
-    """Fetch the bytes of a file, as they were uploaded."""
+    """Download a file."""
     headers = {"content-length": str(file.bytes), "x-content-type-options": "nosniff"}
     return StreamingResponse(_chunks(services, file.id), media_type="application/octet-stream", headers=headers)
 
@@ -99,7 +99,7 @@ def _delete(services: Services, file_id: str, caller: Caller) -> bool:
 
 
 class _Writer:
-    """Writes one upload, each chunk as a transaction of its own: a slow sender must not lock the others out."""
+    """Writes one upload, one transaction per chunk: a slow client must not hold the write lock."""
 
     def __init__(self, services: Services, caller: Caller, file_id: str) -> None:
         self._services = services
@@ -108,15 +108,15 @@ class _Writer:
         self._chunks = 0
 
     def take(self, form: UploadForm, data: bytes) -> None:
-        """Read the next bytes of the body, and write what they complete."""
+        """Parse the next bytes of the body, and write the chunks that are complete."""
         form.feed(data)
-        while len(form.waiting) >= CHUNK_BYTES:
+        while len(form.pending) >= CHUNK_BYTES:
             self.write(form, CHUNK_BYTES)
 
     def write(self, form: UploadForm, size: int) -> None:
-        """Write that many bytes of what waits in the form."""
-        data = bytes(form.waiting[:size])
-        del form.waiting[:size]
+        """Write the next `size` pending bytes of the form."""
+        data = bytes(form.pending[:size])
+        del form.pending[:size]
         with self._services.database.write() as session:
             if not self._chunks:
                 files.begin_file(session, self._file_id, "batch", form.filename or "", self._caller.key_id)
@@ -124,11 +124,11 @@ class _Writer:
         self._chunks += 1
 
     def finish(self, form: UploadForm) -> Response:
-        """Write the rest and show the file."""
+        """Write the rest, make the file visible and return it."""
         purpose = form.purpose()
         expires_after_s = form.expires_after_s() or self._services.settings.file_days * _DAY_S
-        if form.waiting or not self._chunks:
-            self.write(form, len(form.waiting))
+        if form.pending or not self._chunks:
+            self.write(form, len(form.pending))
         with self._services.database.write() as session:
             files.finish_file(session, self._file_id, form.size, expires_after_s, purpose)
             file = files.file(session, self._file_id)
@@ -136,14 +136,14 @@ class _Writer:
         return JSONResponse(serializers.file(file))
 
     def drop(self) -> None:
-        """Take back what was written of an upload that failed."""
+        """Delete the chunks of an upload that failed."""
         if self._chunks:
             with self._services.database.write() as session:
                 files.drop_file(session, self._file_id)
 
 
 def _chunks(services: Services, file_id: str) -> Iterator[bytes]:
-    """Yield the bytes of a file; a slow reader holds no connection meanwhile."""
+    """Yield the chunks of a file. No database connection is held while the client reads."""
     index = 0
     while True:
         with services.database.read() as session:

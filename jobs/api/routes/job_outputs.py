@@ -1,6 +1,6 @@
-"""The results of a job as JSON lines: those there are, in the job's order, or all of them, as they come.
+"""Stream the outputs of a job as JSON lines: those that exist, in the job's order, or all, as requests end.
 
-A reader may be slow, so no connection to the database is held while it reads: results are fetched a page at a time.
+Clients may read slowly, so outputs are fetched page by page and no database connection is held in between.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from storage.event_log import Position
 from storage.queries import JobView, OutputView
 from storage.statuses import FINAL_JOB_STATUSES
 
-CURSOR = r"^(\d{1,18}\.\d{1,10})?$"  # number of the commit that ended the request, and the request's index
+CURSOR = r"^(\d{1,18}\.\d{1,10})?$"  # event number of the commit that ended the request, request index
 
-_AT_ONCE = 200
+_PAGE_SIZE = 200
 
 
 def output_lines(services: Services, job: JobView, after: int, failed: bool) -> Iterator[str]:
-    """Yield the requests that have ended, in the order of the job, from behind an index."""
+    """Yield the requests that have ended, in the order of the job, after an index."""
     while page := _page(services, job.id, after, failed):
         for output in page:
             yield _line(output, job.endpoint)
@@ -31,15 +31,14 @@ def output_lines(services: Services, job: JobView, after: int, failed: bool) -> 
 
 
 async def followed_lines(services: Services, job: JobView, cursor: str, failed: bool) -> AsyncGenerator[str]:
-    """Yield requests as they end, from behind a cursor, until the job has ended."""
-    place = _place(cursor)
+    """Yield requests as they end, after a cursor, until the job has ended."""
+    position = _position(cursor)
     async with services.broadcast.news(job.id) as moments:
         async for _ in moments():
-            final = await asyncio.to_thread(
-                _is_final, services, job.id
-            )  # first: what is read then is all there will be
-            while ended := await asyncio.to_thread(_ended, services, job, place, failed):
-                place = ended[-1][0]
+            # Read the status first: if it is final, the outputs read after it are complete.
+            final = await asyncio.to_thread(_is_final, services, job.id)
+            while ended := await asyncio.to_thread(_ended, services, job, position, failed):
+                position = ended[-1][0]
                 for _, line in ended:
                     if line is not None:
                         yield line
@@ -49,23 +48,23 @@ async def followed_lines(services: Services, job: JobView, cursor: str, failed: 
 
 def _page(services: Services, job_id: str, after: int, failed: bool) -> list[OutputView]:
     with services.database.read() as session:
-        return list(islice(queries.outputs(session, job_id, after, without_result=failed), _AT_ONCE))
+        return list(islice(queries.outputs(session, job_id, after, without_result=failed), _PAGE_SIZE))
 
 
-def _ended(services: Services, job: JobView, place: Position, failed: bool) -> list[tuple[Position, str | None]]:
-    """Return the lines of the next requests that ended, with nothing for those that the reader does not want."""
+def _ended(services: Services, job: JobView, position: Position, failed: bool) -> list[tuple[Position, str | None]]:
+    """Return the lines of the next requests that ended; None in place of a line that is filtered out."""
     with services.database.read() as session:
-        places = event_log.ended_requests(session, job.id, place, _AT_ONCE)
-        among = [index for _, index in places]
+        ended = event_log.ended_requests(session, job.id, position, _PAGE_SIZE)
+        among = [index for _, index in ended]
         found = {
             output.request_index: output
             for output in queries.outputs(session, job.id, without_result=failed, among=among)
         }
-    return [(place, _followed(found[index], job, place) if index in found else None) for place, index in places]
+    return [(position, _followed(found[index], job, position) if index in found else None) for position, index in ended]
 
 
-def _followed(output: OutputView, job: JobView, place: Position) -> str:
-    return _line(output, job.endpoint, cursor=f"{place.number}.{place.request_index}")
+def _followed(output: OutputView, job: JobView, position: Position) -> str:
+    return _line(output, job.endpoint, cursor=f"{position.number}.{position.request_index}")
 
 
 def _is_final(services: Services, job_id: str) -> bool:
@@ -73,7 +72,7 @@ def _is_final(services: Services, job_id: str) -> bool:
         return event_log.head(session, job_id).status in FINAL_JOB_STATUSES
 
 
-def _place(cursor: str) -> Position:
+def _position(cursor: str) -> Position:
     return Position(*map(int, cursor.split("."))) if cursor else Position(-1)
 
 

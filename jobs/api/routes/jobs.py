@@ -1,4 +1,4 @@
-"""Routes of jobs: submit, list, read, cancel, and the results of one job as they come."""
+"""Routes of jobs: submit, list, read, cancel, retry, and stream outputs and events."""
 
 from __future__ import annotations
 
@@ -30,20 +30,21 @@ from storage import queries
 router = APIRouter(prefix="/v1/jobs")
 
 ID_PREFIX = "^[A-Za-z0-9_-]{0,64}$"
-_RECONNECT = b"retry: 1000\n\n"  # milliseconds until EventSource comes back
-_STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # the second for nginx
+_RECONNECT = b"retry: 1000\n\n"  # ms until EventSource reconnects
+_STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # the second disables buffering in nginx
 
 
 @router.post("", response_model=None, openapi_extra=JOB_BODY, responses=JOB)
 async def submit(request: Request, services: CurrentServices, caller: CurrentCaller) -> Response:
-    """Record a job and answer with it."""
+    """Create a job."""
     max_bytes = max_body_bytes(request.headers, services.settings)
 
     def accept(body: Body) -> Response:
-        lines = services.settings.max_line_bytes
-        with submit_span(request.headers) as place:
-            submission = read_submission(body, request.query_params, request.headers, caller.key_id, lines)
-            submission = replace(submission, traceparent=place)
+        with submit_span(request.headers) as traceparent:
+            submission = read_submission(
+                body, request.query_params, request.headers, caller.key_id, services.settings.max_line_bytes
+            )
+            submission = replace(submission, traceparent=traceparent)
             job_id = accept_job(submission, database=services.database, ring=services.ring, settings=services.settings)
         return JSONResponse(serializers.job(find_job(services, job_id, caller)))
 
@@ -57,16 +58,16 @@ def list_jobs(
     caller: CurrentCaller,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: Annotated[str | None, Query(max_length=128)] = None,
-    interactive: Annotated[bool, Query(description="Also single requests, such as chats.")] = False,
-    mine: Annotated[bool, Query(description="Only those of the caller's own key.")] = False,
-    id_prefix: Annotated[str, Query(pattern=ID_PREFIX, description="Only those whose id begins so.")] = "",
+    interactive: Annotated[bool, Query(description="Include single requests, such as chat completions.")] = False,
+    mine: Annotated[bool, Query(description="Only jobs of the caller's own key.")] = False,
+    id_prefix: Annotated[str, Query(pattern=ID_PREFIX, description="Only jobs whose id starts with this.")] = "",
     order: Literal["asc", "desc"] = "desc",
     status: JobStatus | None = None,
 ) -> Response:
-    """List jobs by the time of their creation, newest first; `after` is the id that ended the page before."""
+    """List jobs by creation time, newest first. `after` is the last id of the previous page."""
     with services.database.read() as session:
         if after and queries.job(session, after, caller.sees) is None:
-            raise InvalidValue("There is no job of this id to start behind.", param="after")
+            raise InvalidValue("Unknown job id in `after`.", param="after")
         owner, newest_first = caller.key_id if mine else caller.sees, order == "desc"
         page = queries.jobs(
             session,
@@ -89,7 +90,7 @@ async def retrieve(job: ExistingJob) -> Response:
 
 @router.post("/{job_id}/cancel", response_model=None, responses=JOB)
 async def cancel(job: ExistingJob, services: CurrentServices, caller: CurrentCaller) -> Response:
-    """Cancel a job. May be repeated; a job that ended another way is a conflict."""
+    """Cancel a job. May be repeated; 409 if the job has ended otherwise."""
     return JSONResponse(serializers.job(await run_write(cancel_job, services, job, caller)))
 
 
@@ -100,7 +101,7 @@ async def retry(
     caller: CurrentCaller,
     idempotency_key: Annotated[str | None, Header()] = None,
 ) -> Response:
-    """Run the requests of an ended job again that have no result: as a new job, whose `retry_of` is this one."""
+    """Run the requests without a result again, as a new job whose `retry_of` is this one. The job must have ended."""
 
     def accept() -> Response:
         job_id = retry_job(
@@ -120,14 +121,18 @@ async def retry(
 def outputs(
     job: ExistingJob,
     services: CurrentServices,
-    after: Annotated[int, Query(ge=-1, le=2**31 - 1, description="Index of the request to start behind.")] = -1,
+    after: Annotated[int, Query(ge=-1, le=2**31 - 1, description="Start after the request with this index.")] = -1,
     failed: Annotated[bool, Query(description="Only requests that ended without a result.")] = False,
-    follow: Annotated[bool, Query(description="Go on until the job ends, in the order in which requests end.")] = False,
-    cursor: Annotated[str, Query(pattern=CURSOR, description="With follow: the line to start behind.")] = "",
+    follow: Annotated[
+        bool, Query(description="Stream until the job ends, in the order in which requests end.")
+    ] = False,
+    cursor: Annotated[
+        str, Query(pattern=CURSOR, description="With follow: start after the line with this cursor.")
+    ] = "",
 ) -> StreamingResponse:
-    """Stream the requests that have ended as JSON lines, in the order of the job, while it may still run.
+    """Stream the requests that have ended as JSON lines, in the order of the job. The job may still run.
 
-    With `follow` the lines come as requests end, each with a `cursor` from which a new call goes on.
+    With `follow`, stream lines as requests end, each with a `cursor` to resume from.
     """
     lines = followed_lines(services, job, cursor, failed) if follow else output_lines(services, job, after, failed)
     return StreamingResponse(lines, media_type="application/x-ndjson; charset=utf-8")
@@ -135,7 +140,7 @@ def outputs(
 
 @router.get("/{job_id}/stats", response_model=None, responses=STATISTICS)
 def statistics(job: ExistingJob, services: CurrentServices) -> Response:
-    """Say how fast the job ran and how much speculation paid."""
+    """Return speed and speculation statistics of the job."""
     with services.database.read() as session:
         return JSONResponse(serializers.statistics(queries.job_stats(session, job.id)))
 
@@ -144,25 +149,25 @@ def statistics(job: ExistingJob, services: CurrentServices) -> Response:
     "/{job_id}/events",
     response_class=StreamingResponse,
     dependencies=[StreamSlot],
-    responses=EVENTS | {204: {"description": "The reader has been told everything, and the job has ended."}},
+    responses=EVENTS | {204: {"description": "The job has ended, and the client has all events."}},
 )
 async def events(
     job: ExistingJob, services: CurrentServices, last_event_id: Annotated[str | None, Header(max_length=200)] = None
 ) -> Response:
-    """Stream what is written as server-sent events: first what there is, then what comes, until the job ends.
+    """Stream the job's text as server-sent events: all text so far, then new text, until the job ends.
 
-    Every event that tells text has an id. A reader that comes back with it as `Last-Event-ID` is told exactly what it
-    has not been told, by whichever shim; an id that is not ours starts over.
+    A client that reconnects with `Last-Event-ID`, to any API server, receives every event after that id, once. An
+    unknown id starts from the beginning.
     """
-    since = await services.broadcast.settle(job.id, read_id(last_event_id))
-    if since.status is not None and JobStatus(since.status).final:
+    cursor = await services.broadcast.settle(job.id, read_id(last_event_id))
+    if cursor.status is not None and JobStatus(cursor.status).final:
         return Response(status_code=204)
-    stream = _after(_RECONNECT, services.broadcast.follow(job.id, since))
+    stream = _prepend(_RECONNECT, services.broadcast.follow(job.id, cursor))
     return StreamingResponse(stream, media_type="text/event-stream", headers=_STREAM_HEADERS)
 
 
-async def _after(first: bytes, events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
-    """Yield what is to be said at once, and then the events."""
+async def _prepend(first: bytes, events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    """Yield `first`, then the events."""
     yield first
     async with aclosing(events):
         async for batch in events:

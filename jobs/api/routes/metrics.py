@@ -1,7 +1,7 @@
-"""`/metrics` for Prometheus: what the record says about queue and workers, and how long this shim takes to answer.
+"""`/metrics` for Prometheus: queue and workers from the database, and the latency of this API server.
 
-The record is read once in a few seconds, however many ask. Where several shims serve one database each tells the same
-about it: take the maximum over them, not the sum.
+The database is read at most once every few seconds. API servers that share a database report the same values for it:
+aggregate them with max, not sum.
 """
 
 from __future__ import annotations
@@ -25,39 +25,38 @@ from storage.session import Database
 
 router = APIRouter()
 
-_FRESH_S: Final = 3.0
-_BUCKETS: Final = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_MAX_AGE_S: Final = 3.0
+_BUCKETS_S: Final = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
 class Metrics:
-    """The metrics of one shim."""
+    """The metrics of one API server."""
 
     def __init__(self, database: Database) -> None:
-        """Read `database` when asked."""
         self.registry = CollectorRegistry()
         self.registry.register(_DatabaseCollector(database))
         self._latency = Histogram(
             "basic_http_request_seconds",
-            "Time to the first byte of a reply.",
+            "Time to the first byte of the response.",
             ("method", "route", "status"),
             registry=self.registry,
-            buckets=_BUCKETS,
+            buckets=_BUCKETS_S,
         )
 
-    def answered(self, method: str, route: str, status: int, seconds: float) -> None:
-        """Note a reply whose first byte has gone out."""
+    def observe(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Record the time to the first byte of a response."""
         self._latency.labels(method, route, str(status)).observe(seconds)
 
 
 class LatencyMiddleware:
-    """Measures how long replies take to begin."""
+    """Measures the time to the first byte of responses."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
         self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, and note when its reply begins."""
+        """Pass the request on, and record when its response starts."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -66,13 +65,13 @@ class LatencyMiddleware:
         async def timed(message: Message) -> None:
             if message["type"] == "http.response.start":
                 seconds = time.perf_counter() - started
-                self._metrics.answered(_method(scope), _route(scope), message["status"], seconds)
+                self._metrics.observe(_method(scope), _route(scope), message["status"], seconds)
             await send(message)
 
         await self._app(scope, receive, timed)
 
 
-# Whoever sends a request chooses its method and path: as labels, both must come from a set that can't grow.
+# Clients choose method and path: as labels, both must come from a fixed set.
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -81,94 +80,98 @@ def _method(scope: Scope) -> str:
 
 
 def _route(scope: Scope) -> str:
-    """Return the pattern of the route, never the path."""
+    """Return the pattern of the route, not the path."""
     return str(getattr(scope.get("route"), "path", "other"))
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
 def metrics(request: Request) -> Response:
-    """Say everything in Prometheus' text format."""
+    """Return all metrics in Prometheus' text format."""
     registry = cast(Metrics, request.app.state.metrics).registry
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
 class _DatabaseCollector(Collector):
-    """What the database says, read anew when it is no longer fresh."""
+    """Metrics from the database, cached for `_MAX_AGE_S`."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._lock = threading.Lock()
-        self._census: QueueStats | None = None
+        self._stats: QueueStats | None = None
         self._read_at = float("-inf")
 
     def describe(self) -> Iterable[Metric]:
-        """Name nothing beforehand: registering must not read the database."""
+        """Return nothing: registration must not read the database."""
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the metrics of the record."""
-        counted = self._fresh()
-        yield from _queue(counted)
-        yield from _totals(counted)
-        yield from _worker_gauges(counted.workers)
-        yield from _worker_counters(counted.workers)
+        """Yield the metrics."""
+        stats = self._read()
+        yield from _queue(stats)
+        yield from _totals(stats)
+        yield from _worker_gauges(stats.workers)
+        yield from _worker_counters(stats.workers)
 
-    def _fresh(self) -> QueueStats:
+    def _read(self) -> QueueStats:
         with self._lock:
-            if self._census is None or time.monotonic() - self._read_at > _FRESH_S:
+            if self._stats is None or time.monotonic() - self._read_at > _MAX_AGE_S:
                 with self._database.read() as session:
-                    self._census = queue_stats.collect(session)
+                    self._stats = queue_stats.collect(session)
                 self._read_at = time.monotonic()
-            return self._census
+            return self._stats
 
 
-def _queue(counted: QueueStats) -> Iterator[Metric]:
+def _queue(stats: QueueStats) -> Iterator[Metric]:
     jobs = GaugeMetricFamily("basic_jobs_open", "Jobs that have not ended.", labels=["model"])
     requests = GaugeMetricFamily(
-        "basic_requests_open", "Requests that wait (queued) or are being decoded (running).", labels=["model", "status"]
+        "basic_requests_open", "Requests that are queued or running.", labels=["model", "status"]
     )
-    leases = GaugeMetricFamily("basic_leases", "Claims of workers on requests, by whether they hold.", labels=["state"])
+    leases = GaugeMetricFamily("basic_leases", "Leases of workers on requests: held or lapsed.", labels=["state"])
     age = GaugeMetricFamily(
         "basic_oldest_open_job_seconds", "Age of the oldest job that has not ended.", labels=["model"]
     )
-    for model in counted.open_jobs:
+    for model in stats.open_jobs:
         jobs.add_metric([model.model], model.jobs)
         requests.add_metric([model.model, "queued"], model.queued)
         requests.add_metric([model.model, "running"], model.running)
         age.add_metric([model.model], model.oldest_s)
-    leases.add_metric(["held"], counted.leases_held)
-    leases.add_metric(["lapsed"], counted.leases_lapsed)
+    leases.add_metric(["held"], stats.leases_held)
+    leases.add_metric(["lapsed"], stats.leases_lapsed)
     yield from (jobs, requests, leases, age)
 
 
-def _totals(counted: QueueStats) -> Iterator[Metric]:
+def _totals(stats: QueueStats) -> Iterator[Metric]:
     ended = CounterMetricFamily("basic_requests_ended", "Requests that have ended.", labels=["model", "outcome"])
-    tokens = CounterMetricFamily("basic_tokens", "Tokens read and written.", labels=["model", "kind"])
-    for model in counted.totals:
+    tokens = CounterMetricFamily("basic_tokens", "Prompt and completion tokens.", labels=["model", "kind"])
+    for model in stats.totals:
         ended.add_metric([model.model, "completed"], model.requests_completed)
         ended.add_metric([model.model, "failed"], model.requests_failed)
         tokens.add_metric([model.model, "prompt"], model.prompt_tokens)
         tokens.add_metric([model.model, "completion"], model.completion_tokens)
     errors = CounterMetricFamily("basic_request_errors", "Requests without a result, by error code.", labels=["code"])
-    for code, count in counted.errors:
+    for code, count in stats.errors:
         errors.add_metric([code], count)
     yield from (ended, tokens, errors)
 
 
 _GAUGES: Final[tuple[tuple[str, str, str], ...]] = (
     ("sequences", "basic_worker_sequences", "Sequences being decoded together."),
-    ("waiting_sequences", "basic_worker_waiting_sequences", "Sequences that wait for a place in the batch."),
-    ("max_sequences", "basic_worker_max_sequences", "Sequences that can be decoded together at most."),
-    ("kv_tokens", "basic_worker_kv_tokens", "Tokens whose keys and values are held."),
-    ("kv_capacity_tokens", "basic_worker_kv_capacity_tokens", "Tokens whose keys and values can be held."),
+    ("waiting_sequences", "basic_worker_waiting_sequences", "Sequences that wait for a slot in the batch."),
+    ("max_sequences", "basic_worker_max_sequences", "Maximum number of sequences decoded together."),
+    ("kv_tokens", "basic_worker_kv_tokens", "KV entries in use, in tokens."),
+    ("kv_capacity_tokens", "basic_worker_kv_capacity_tokens", "KV capacity, in tokens."),
 )
 _COUNTERS: Final[tuple[tuple[str, str, str], ...]] = (
     ("tokens", "basic_worker_tokens", "Tokens emitted."),
-    ("batch_sequences", "basic_worker_batch_sequences", "Sequences summed over steps: over steps, the mean batch."),
-    ("tree_nodes", "basic_worker_draft_tokens_shown", "Draft tokens shown to the target."),
+    (
+        "batch_sequences",
+        "basic_worker_batch_sequences",
+        "Sequences summed over steps; divided by steps: the mean batch size.",
+    ),
+    ("tree_nodes", "basic_worker_draft_tokens_shown", "Draft tokens verified by the target."),
     ("accepted_tokens", "basic_worker_draft_tokens_accepted", "Draft tokens accepted."),
-    ("expected_accepted", "basic_worker_draft_tokens_expected", "Draft tokens that were expected to be accepted."),
-    ("joules", "basic_worker_joules", "Energy drawn by its devices, where they tell."),
+    ("expected_accepted", "basic_worker_draft_tokens_expected", "Draft tokens expected to be accepted."),
+    ("joules", "basic_worker_joules", "Energy used by the worker's GPUs, where it can be measured."),
 )
 
 
@@ -177,17 +180,19 @@ def _worker_gauges(workers: Iterable[WorkerLoad]) -> Iterator[Metric]:
     for worker in workers:
         alive.add_metric([worker.id, worker.model, worker.hostname], 1)
     yield alive
-    for field, name, words in _GAUGES:
-        yield _of_workers(GaugeMetricFamily(name, words, labels=["worker"]), workers, _field(field))
+    for field, name, help_text in _GAUGES:
+        yield _fill(GaugeMetricFamily(name, help_text, labels=["worker"]), workers, _field(field))
 
 
 def _worker_counters(workers: Iterable[WorkerLoad]) -> Iterator[Metric]:
-    for field, name, words in _COUNTERS:
-        yield _of_workers(CounterMetricFamily(name, words, labels=["worker"]), workers, _field(field))
+    for field, name, help_text in _COUNTERS:
+        yield _fill(CounterMetricFamily(name, help_text, labels=["worker"]), workers, _field(field))
     steps = CounterMetricFamily(
-        "basic_worker_steps", "Decoding steps, by what they did.", labels=["worker", "decision"]
+        "basic_worker_steps", "Decoding steps, by speculation decision.", labels=["worker", "decision"]
     )
-    seconds = CounterMetricFamily("basic_worker_seconds", "Time of steps, by phase.", labels=["worker", "phase"])
+    seconds = CounterMetricFamily(
+        "basic_worker_seconds", "Time of decoding steps, by phase.", labels=["worker", "phase"]
+    )
     for worker in workers:
         for decision, count in worker.load.get("steps", {}).items():
             steps.add_metric([worker.id, decision], count)
@@ -200,7 +205,7 @@ def _field(name: str) -> Callable[[WorkerLoad], float | None]:
     return lambda worker: worker.load.get(name)
 
 
-def _of_workers(family: Any, workers: Iterable[WorkerLoad], value: Callable[[WorkerLoad], float | None]) -> Metric:
+def _fill(family: Any, workers: Iterable[WorkerLoad], value: Callable[[WorkerLoad], float | None]) -> Metric:
     for worker in workers:
         if (found := value(worker)) is not None:
             family.add_metric([worker.id], found)

@@ -27,7 +27,7 @@ _REDIS_TIMEOUT_S = 1.0
 
 @router.get("/v1/stats", response_model=None, responses=STATISTICS)
 def statistics(services: CurrentServices) -> Response:
-    """Say how fast everything ran so far, and how much speculation paid."""
+    """Return speed and speculation statistics of all jobs."""
     with services.database.read() as session:
         return JSONResponse(serializers.statistics(queries.total_stats(session)))
 
@@ -39,7 +39,7 @@ def statistics_by_job(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     job: Annotated[str | None, Query(max_length=128)] = None,
 ) -> Response:
-    """List the newest jobs, or one, each with its numbers in one flat row."""
+    """List the statistics of the newest jobs, or of one, as flat rows."""
     with services.database.read() as session:
         rows = job_summaries(session, limit, owner=caller.sees, job_id=job)
     if job is not None and not rows:
@@ -49,7 +49,7 @@ def statistics_by_job(
 
 @router.get("/v1/workers", response_model=None, responses=WORKERS)
 def workers(services: CurrentServices) -> Response:
-    """List the workers that have introduced themselves, with their measured cost curves."""
+    """List the registered workers, with their measured cost curves."""
     with services.database.read() as session:
         found = queries.workers(session)
     return JSONResponse({"object": "list", "data": [serializers.worker(worker) for worker in found]})
@@ -57,29 +57,29 @@ def workers(services: CurrentServices) -> Response:
 
 @router.get("/v1/models", response_model=None, responses=MODELS)
 def models(services: CurrentServices) -> Response:
-    """List the models a job may name."""
+    """List the models that jobs may use."""
     known = known_models(services.database, services.settings)
     return JSONResponse({"object": "list", "data": [serializers.model(name, known[name]) for name in sorted(known)]})
 
 
 @router.get("/v1/models/{model:path}", response_model=None, responses=MODEL)
 def model(model: str, services: CurrentServices) -> Response:
-    """Read one model. Hub ids carry a slash, so the name is the rest of the path."""
+    """Read one model. Hub ids contain a slash, so the name is the rest of the path."""
     known = known_models(services.database, services.settings)
     if model not in known:
-        raise UnknownModel(f"There is no model {model[:80]!r}; there is {', '.join(sorted(known))}.", param="model")
+        raise UnknownModel(f"There is no model {model[:80]!r}. Available: {', '.join(sorted(known))}.", param="model")
     return JSONResponse(serializers.model(model, known[model]))
 
 
 @router.get("/healthz", response_model=None, responses=HEALTH)
 def health() -> Response:
-    """Say that the process is alive."""
+    """Liveness: answer while the process runs."""
     return JSONResponse({"status": "ok"})
 
 
 @router.get("/readyz", response_model=None, responses=READY)
 def ready(services: CurrentServices) -> Response:
-    """Say whether jobs can be taken (503 if the database is away), and how the queue is."""
+    """Readiness: 503 if the database is unavailable. A missing Redis is reported as degraded."""
     with services.database.read() as session:
         session.execute(text("SELECT 1"))
         served = queries.models(session)
@@ -94,7 +94,7 @@ def ready(services: CurrentServices) -> Response:
 
 
 def _redis_state(redis_url: str) -> str:
-    """Return ok or degraded. Degraded is no reason to refuse jobs: SQL has them, and workers look there."""
+    """Return ok or degraded. Without Redis jobs are still accepted: workers poll the database."""
     client = redis.Redis.from_url(redis_url, socket_timeout=_REDIS_TIMEOUT_S, socket_connect_timeout=_REDIS_TIMEOUT_S)
     try:
         with client:

@@ -1,7 +1,4 @@
-"""What the OpenAPI document shows of files and batches: bodies that can be sent, and replies as they come.
-
-Only for people and generators of clients: nothing is checked against it.
-"""
+"""Request schemas and example responses of files and batches, for the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -69,7 +66,7 @@ _FORM: Final[Json] = {
     "type": "object",
     "required": ["file", "purpose"],
     "properties": {
-        "file": {"type": "string", "format": "binary", "description": "JSON lines, one request each."},
+        "file": {"type": "string", "format": "binary", "description": "JSON lines, one request per line."},
         "purpose": {"type": "string", "enum": ["batch"]},
         "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
         "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2592000},
@@ -112,13 +109,20 @@ BYTES: Final[dict[int | str, Json]] = {
         "description": "The bytes.",
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     },
-    404: {"model": ErrorReply, "description": "There is no such file."},
+    404: {"model": ErrorReply, "description": "Unknown file id."},
 }
 
 
 def replies(model: type, example: Json, *errors: int) -> dict[int | str, Json]:
-    """Return what a route answers with: type and example of success, and the statuses of its errors."""
-    envelope = {"error": {"message": "What is wrong.", "type": "invalid_request_error", "param": "id", "code": None}}
+    """Return the `responses` of a route: its model with an example, and its error statuses."""
+    envelope = {
+        "error": {
+            "message": "Why the request is invalid.",
+            "type": "invalid_request_error",
+            "param": "id",
+            "code": None,
+        }
+    }
     done = {"model": model, "description": "Done.", "content": {"application/json": {"example": example}}}
     found: dict[int | str, Json] = {200: done}
     for status in errors:
@@ -131,13 +135,13 @@ def replies(model: type, example: Json, *errors: int) -> dict[int | str, Json]:
 
 
 def page_of(item: Json) -> Json:
-    """Return a list as it is answered."""
+    """Return a list response with one item."""
     return {"object": "list", "data": [item], "first_id": item["id"], "last_id": item["id"], "has_more": False}
 
 
 _ERRORS: Final[dict[int, str]] = {
-    400: "Something about the request is wrong; `param` says what.",
-    404: "There is nothing of this id.",
-    409: "The state of it does not allow this.",
+    400: "Invalid request; `param` names the field.",
+    404: "Unknown id.",
+    409: "Its state does not allow this.",
     413: "The file is too large.",
 }

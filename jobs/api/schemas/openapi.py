@@ -1,6 +1,6 @@
-"""The OpenAPI document: what FastAPI can't see in the routes, for they read their bodies themselves.
+"""Complete the OpenAPI document: request bodies, query parameters and security, which FastAPI can't derive.
 
-Describes; decides nothing. ServedNames of fields come from the code that reads them.
+The routes parse their bodies themselves; nothing is validated against these schemas. Field names come from the parser.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ Json = dict[str, Any]
 
 
 ERRORS: dict[int | str, Json] = {
-    "4XX": {"model": ErrorReply, "description": "Why not: what to change about the call."},
-    "5XX": {"model": ErrorReply, "description": "Why not now, or what went wrong here."},
+    "4XX": {"model": ErrorReply, "description": "The request is wrong; the error says what to change."},
+    "5XX": {"model": ErrorReply, "description": "The service is unavailable or has failed."},
 }
 TAGS: Final[list[Json]] = [
-    {"name": "jobs", "description": "Submit prompts, watch them, fetch their texts."},
-    {"name": "files", "description": "Files for batches and of batches, as OpenAI has them."},
-    {"name": "batches", "description": "Jobs that are made of a file, as OpenAI has them."},
-    {"name": "completions", "description": "Single requests, answered at once, as OpenAI has them."},
-    {"name": "service", "description": "Models, workers, numbers, health."},
+    {"name": "jobs", "description": "Submit prompts, follow their progress, fetch outputs."},
+    {"name": "files", "description": "Input and output files of batches, compatible with OpenAI."},
+    {"name": "batches", "description": "Jobs created from a file, compatible with OpenAI."},
+    {"name": "completions", "description": "Single requests, answered at once, compatible with OpenAI."},
+    {"name": "service", "description": "Models, workers, statistics, health."},
 ]
 _KEY: Final = "key"  # the name of the security scheme
-_SCHEMAS: Final[Json] = {}  # of bodies, by their names
+_SCHEMAS: Final[Json] = {}  # of request bodies, by name
 
 _TEXT: Final[Json] = {"type": "string", "minLength": 1}
-_WINDOW: Final[Json] = {"type": "string", "pattern": "^[1-9][0-9]{0,3}[mhd]$", "description": "Such as 24h or 30m."}
+_WINDOW: Final[Json] = {"type": "string", "pattern": "^[1-9][0-9]{0,3}[mhd]$", "description": "For example 24h or 30m."}
 _ENDPOINT: Final[Json] = {"type": "string", "enum": list(get_args(Endpoint))}
 
 
 def _parameters() -> Json:
-    """Return the schemas of all fields of PARAMETERS: those of the sampling parameters are read from their type."""
-    schemas: Json = {name: {"description": "Accepted; changes nothing here."} for name in WITHOUT_EFFECT}
+    """Return the schemas of all PARAMETERS; those of sampling parameters come from their model."""
+    schemas: Json = {name: {"description": "Accepted and ignored."} for name in WITHOUT_EFFECT}
     schemas |= {name: {"description": "Not supported yet; leave it out."} for name in UNSUPPORTED}
     for name, schema in SamplingParameters.model_json_schema()["properties"].items():
         schemas[name] = {key: value for key, value in schema.items() if key not in ("title", "default")}
@@ -48,34 +48,39 @@ def _parameters() -> Json:
         "anyOf": [_TEXT, {"type": "array", "items": _TEXT, "maxItems": 4}],
         "description": schemas["stop"]["description"],
     }
-    schemas["max_completion_tokens"] = {**schemas["max_tokens"], "description": "As max_tokens; wins over it."}
+    schemas["max_completion_tokens"] = {**schemas["max_tokens"], "description": "Same as max_tokens; takes precedence."}
     schemas["logprobs"] = {
         "anyOf": [{"type": "boolean"}, {"type": "integer", "minimum": 0, "maximum": 20}],
-        "description": "Chats: whether to tell log-probabilities. Plain texts: for how many of the likeliest tokens.",
+        "description": "Chats: return log-probabilities. Completions: for how many of the most likely tokens.",
     }
-    schemas["top_logprobs"] = {"type": "integer", "minimum": 0, "maximum": 20, "description": "Of chats with logprobs."}
+    schemas["top_logprobs"] = {
+        "type": "integer",
+        "minimum": 0,
+        "maximum": 20,
+        "description": "Chats with logprobs: number of most likely tokens.",
+    }
     return {name: schemas[name] for name in sorted(PARAMETERS)}
 
 
 def _optional(schema: Json) -> Json:
-    """Return the schema of a field that may be left out, or be null, which is the same."""
-    said = schema.get("anyOf")
-    if schema.keys() <= {"description"} or (said and {"type": "null"} in said):
+    """Return the schema of an optional field: missing and null mean the same."""
+    variants = schema.get("anyOf")
+    if schema.keys() <= {"description"} or (variants and {"type": "null"} in variants):
         return schema
     described = {key: value for key, value in schema.items() if key == "description"}
-    own = said or [{key: value for key, value in schema.items() if key != "description"}]
+    own = variants or [{key: value for key, value in schema.items() if key != "description"}]
     return {"anyOf": [*own, {"type": "null"}], **described}
 
 
 def _object(title: str, required: list[str], properties: Json, *, open_ended: bool = False) -> Json:
-    """Name the schema of an object, and return a reference to it."""
-    shown = {name: schema if name in required else _optional(schema) for name, schema in properties.items()}
+    """Register the schema of an object and return a reference to it."""
+    fields = {name: schema if name in required else _optional(schema) for name, schema in properties.items()}
     needed = {"required": required} if required else {}
-    return named(title, {"type": "object", "properties": shown, "additionalProperties": open_ended, **needed})
+    return named(title, {"type": "object", "properties": fields, "additionalProperties": open_ended, **needed})
 
 
 def named(title: str, schema: Json) -> Json:
-    """Put a schema under its name into the document, and return a reference to it."""
+    """Register a schema under its name and return a reference to it."""
     _SCHEMAS[title] = {"title": title, **schema}
     return {"$ref": f"#/components/schemas/{title}"}
 
@@ -85,7 +90,7 @@ _METADATA: Final[Json] = {
     "type": "object",
     "maxProperties": 16,
     "additionalProperties": {"type": "string", "maxLength": 512},
-    "description": "Yours: comes back with the job.",
+    "description": "Your own data; returned with the job.",
 }
 _PART: Final = _object("ContentPart", ["type", "text"], {"type": {"type": "string", "enum": ["text"]}, "text": _TEXT})
 _MESSAGE: Final = _object(
@@ -94,17 +99,17 @@ _MESSAGE: Final = _object(
     {
         "role": {"type": "string", "enum": ["system", "developer", "user", "assistant", "tool"]},
         "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]},
-        "name": {"type": "string", "description": "Accepted; changes nothing here."},
-        "refusal": {"description": "Accepted; changes nothing here."},
-        "tool_call_id": {"type": "string", "description": "Accepted; changes nothing here."},
+        "name": {"type": "string", "description": "Accepted and ignored."},
+        "refusal": {"description": "Accepted and ignored."},
+        "tool_call_id": {"type": "string", "description": "Accepted and ignored."},
     },
-    open_ended=True,  # an answer that is sent back as history has more fields, which are empty
+    open_ended=True,  # an answer sent back as history has more, empty fields
 )
 _MESSAGES: Final[Json] = {"type": "array", "minItems": 1, "items": _MESSAGE}
 _TOKEN_IDS: Final[Json] = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
 _PROMPT: Final[Json] = {
     "anyOf": [_TEXT, {"type": "array", "minItems": 1, "items": {"anyOf": [_TEXT, {"type": "integer"}, _TOKEN_IDS]}}],
-    "description": "A text; on /v1/completions also a list of texts, or token ids.",
+    "description": "A text; for /v1/completions also a list of texts, or token ids.",
 }
 _ID: Final[Json] = {"type": "string", "minLength": 1, "maxLength": MAX_CUSTOM_ID_CHARS}
 _REQUEST: Final = _object(
@@ -112,8 +117,8 @@ _REQUEST: Final = _object(
     [],
     {
         **_PARAMETERS,
-        "custom_id": {**_ID, "description": "Your name for the request; unique in the job."},
-        "id": {**_ID, "description": "Another spelling of custom_id."},
+        "custom_id": {**_ID, "description": "Your name of the request; unique in the job."},
+        "id": {**_ID, "description": "Alias of custom_id."},
         "prompt": _PROMPT,
         "messages": _MESSAGES,
         "model": _TEXT,
@@ -138,7 +143,7 @@ _REQUESTS: Final[Json] = {
     "description": "Prompts: texts, objects with prompt or messages, or lines of an OpenAI batch file.",
 }
 _JOB: Final[Json] = {
-    "model": {**_TEXT, "description": "None: the first request's, else the one that is served."},
+    "model": {**_TEXT, "description": "Default: the model of the first request, else the served model."},
     "endpoint": _ENDPOINT,
     "metadata": _METADATA,
     "completion_window": _WINDOW,
@@ -147,7 +152,7 @@ _JOB: Final[Json] = {
         "type": "integer",
         "minimum": 1,
         "maximum": MAX_COMPARED_REQUESTS,
-        "description": "Requests that are decoded a second time without drafts when the job is done.",
+        "description": "Number of requests to decode again, with and without drafts, after the job completes.",
     },
 }
 _SUBMISSION: Final = _object(
@@ -157,13 +162,13 @@ _SUBMISSION: Final = _object(
         **_PARAMETERS,
         **_JOB,
         "requests": _REQUESTS,
-        "prompts": {**_REQUESTS, "description": "The same as requests; give one of them."},
+        "prompts": {**_REQUESTS, "description": "Alias of requests; send one of the two."},
     },
 )
 _CALL: Final[Json] = {
     **_PARAMETERS,
     "model": _TEXT,
-    "stream": {"type": "boolean", "description": "Answer in server-sent events, as the text is written."},
+    "stream": {"type": "boolean", "description": "Stream the answer as server-sent events."},
     "stream_options": _object("StreamOptions", [], {"include_usage": {"type": "boolean"}}, open_ended=True),
 }
 _CHAT: Final = _object("ChatCall", ["model", "messages"], {**_CALL, "messages": _MESSAGES})
@@ -174,19 +179,19 @@ IDEMPOTENCY: Final[Json] = {
     "in": "header",
     "required": False,
     "schema": {"type": "string", "minLength": 1, "maxLength": 255},
-    "description": "A submission that comes again under the same key is the same job.",
+    "description": "A repeated submission with the same key returns the first job.",
 }
 _TRACEPARENT: Final[Json] = {
     "name": "traceparent",
     "in": "header",
     "required": False,
     "schema": {"type": "string"},
-    "description": "W3C trace context: the spans of the job continue it.",
+    "description": "W3C trace context; the spans of the job join this trace.",
 }
 
 
 def _query_parameters() -> list[Json]:
-    """Return the job's fields and the parameters as a query, for bodies of lines. Objects and lists are JSON texts."""
+    """Return the job's fields and parameters as query parameters, for JSON lines bodies. Objects are JSON text."""
     fields = {name: schema for name, schema in {**_PARAMETERS, **_JOB}.items() if schema.keys() - {"description"}}
     return [
         {
@@ -194,17 +199,17 @@ def _query_parameters() -> list[Json]:
             "in": "query",
             "required": False,
             "schema": _query_schema(schema),
-            "description": f"{schema.get('description', '')} Of bodies of lines; lists and objects as JSON.".strip(),
+            "description": f"{schema.get('description', '')} For JSON lines bodies; lists and objects as JSON.".strip(),
         }
         for name, schema in {**fields, "parameters": {"type": "object"}}.items()
     ]
 
 
 def _query_schema(schema: Json) -> Json:
-    """Return the schema of a field in a query: its own if it is a plain value, else a string."""
-    ways = [way for way in schema.get("anyOf", [schema]) if way != {"type": "null"}]
-    plain = len(ways) == 1 and ways[0].get("type") in ("string", "integer", "number", "boolean")
-    return {key: value for key, value in ways[0].items() if key != "description"} if plain else {"type": "string"}
+    """Return the schema of a query parameter: the field's own for a scalar, else a string."""
+    variants = [variant for variant in schema.get("anyOf", [schema]) if variant != {"type": "null"}]
+    scalar = len(variants) == 1 and variants[0].get("type") in ("string", "integer", "number", "boolean")
+    return {key: value for key, value in variants[0].items() if key != "description"} if scalar else {"type": "string"}
 
 
 def _body(schema: Json, examples: Json, *parameters: Json, **others: Json) -> Json:
@@ -236,12 +241,12 @@ COMPLETION_BODY: Final = _body(
 _SCHEME: Final[Json] = {
     "type": "http",
     "scheme": "bearer",
-    "description": "A key of `basic keys create`. Needed once there is a key; before that, calls need none.",
+    "description": "An API key, created with `basic keys create`. Not needed until the first key is created.",
 }
 
 
 def install(app: FastAPI, *shown: APIRouter) -> None:
-    """Let the application's document say what it does: a request that is not valid is a 400 here, never a 422."""
+    """Install the completed document. FastAPI's 422 is removed: an invalid request gets 400."""
     make = app.openapi
 
     @cache
@@ -264,7 +269,7 @@ def install(app: FastAPI, *shown: APIRouter) -> None:
 
 
 def _show_nulls(routers: Iterable[APIRouter], document: Json) -> None:
-    """Put examples of replies back as they are: FastAPI drops what is null, and clients index it."""
+    """Restore the examples of responses: FastAPI drops their null fields, which clients rely on."""
     for route in (route for router in routers for route in router.routes):
         if not isinstance(route, APIRoute):
             continue

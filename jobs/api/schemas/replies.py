@@ -1,7 +1,7 @@
-"""What the routes answer with, as types: for the OpenAPI document, and for whoever generates a client from it.
+"""Response models of the routes, for the OpenAPI document and generated clients.
 
-The bodies are made in `views`; a test holds the two together, so nothing is checked here while calls wait. What has not
-come yet is null, and is there.
+`serializers` builds the bodies without these models, for speed; a test checks that both agree. Fields that have no
+value yet are null, not missing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class _Reply(BaseModel):
 
 
 class ErrorInfo(_Reply):
-    """What went wrong: the field it is about and a code for programs, where there are such."""
+    """An error: a message, and the field and the code it is about, if any."""
 
     message: str
     type: str
@@ -40,7 +40,7 @@ class ErrorReply(_Reply):
 
 
 class BatchError(_Reply):
-    """What is wrong with the input of a batch, and in which line."""
+    """An error in the input of a batch, with its line."""
 
     code: str
     line: int | None
@@ -49,14 +49,14 @@ class BatchError(_Reply):
 
 
 class BatchErrors(_Reply):
-    """Why the input of a batch as a whole is bad."""
+    """The errors in the input of a batch."""
 
     object: Literal["list"]
     data: list[BatchError]
 
 
 class RequestCounts(_Reply):
-    """Requests of a job. What is in none of the last two waits, runs, or has expired or been cancelled."""
+    """Requests of a job. The rest of `total` is queued, running, expired or cancelled."""
 
     total: int
     completed: int
@@ -64,7 +64,7 @@ class RequestCounts(_Reply):
 
 
 class Progress(_Reply):
-    """How far a job is, and how fast."""
+    """Tokens, speed and remaining time of a job."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -118,11 +118,11 @@ class OutputChoice(_Reply):
     text: str
     finish_reason: str
     completion_tokens: int
-    logprobs: Json | None = None  # if they were asked for
+    logprobs: Json | None = None  # if requested
 
 
 class OutputUsage(_Reply):
-    """Tokens of a request. A prompt counts once, whatever the number of choices."""
+    """Tokens of a request. The prompt counts once for all choices."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -130,7 +130,7 @@ class OutputUsage(_Reply):
 
 
 class OutputLine(_Reply):
-    """A line of a job's outputs: a request that has ended, with its choices, or with the reason why there are none."""
+    """A line of a job's outputs: a request that has ended, with its choices or its error."""
 
     custom_id: str
     index: int
@@ -138,7 +138,7 @@ class OutputLine(_Reply):
     choices: list[OutputChoice] | None = None
     usage: OutputUsage | None = None
     error: ErrorInfo | None = None
-    cursor: str | None = None  # with `follow`: where a new call goes on
+    cursor: str | None = None  # with `follow`: resume after this line
 
 
 class FileReply(_Reply):
@@ -166,7 +166,7 @@ class FilePage(_Reply):
 
 
 class FileDeleted(_Reply):
-    """A file that is gone."""
+    """A deleted file."""
 
     id: str
     object: Literal["file"]
@@ -174,13 +174,13 @@ class FileDeleted(_Reply):
 
 
 class InputDetails(_Reply):
-    """Of the tokens that were read. Nothing is cached between requests."""
+    """Details of the input tokens. Cached tokens are not counted: always 0."""
 
     cached_tokens: int
 
 
 class OutputDetails(_Reply):
-    """Of the tokens that were written. Nothing is thought unseen."""
+    """Details of the output tokens. Reasoning tokens are not counted: always 0."""
 
     reasoning_tokens: int
 
@@ -196,7 +196,7 @@ class BatchUsage(_Reply):
 
 
 class BatchReply(_Reply):
-    """A job that is made of a file. Times are Unix seconds."""
+    """A job created from a file. Times are Unix seconds."""
 
     id: str
     object: Literal["batch"]
@@ -233,7 +233,7 @@ class BatchPage(_Reply):
 
 
 class AnswerMessage(_Reply):
-    """What the model says in a chat."""
+    """The message that the model wrote."""
 
     role: Literal["assistant"]
     content: str
@@ -241,7 +241,7 @@ class AnswerMessage(_Reply):
 
 
 class ChatChoice(_Reply):
-    """One answer of a chat."""
+    """One answer to a chat."""
 
     index: int
     message: AnswerMessage
@@ -271,7 +271,7 @@ class TextChoice(_Reply):
 
 
 class TextReply(_Reply):
-    """The answer to a plain text."""
+    """The answer to a prompt."""
 
     id: str
     object: Literal["text_completion"]
@@ -283,14 +283,14 @@ class TextReply(_Reply):
 
 
 class ChatDelta(_Reply):
-    """What is new of a message."""
+    """The new part of a message."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
 
 
 class ChatChunkChoice(_Reply):
-    """What is new of one answer of a chat."""
+    """The new part of one answer to a chat."""
 
     index: int
     delta: ChatDelta
@@ -299,7 +299,7 @@ class ChatChunkChoice(_Reply):
 
 
 class ChatChunk(_Reply):
-    """A piece of the answer to a chat, as it is written."""
+    """A streamed part of the answer to a chat."""
 
     id: str
     object: Literal["chat.completion.chunk"]
@@ -307,11 +307,11 @@ class ChatChunk(_Reply):
     model: str
     choices: list[ChatChunkChoice]
     system_fingerprint: str | None
-    usage: OutputUsage | None = None  # if it was asked for
+    usage: OutputUsage | None = None  # if requested
 
 
 class TextChunkChoice(_Reply):
-    """What is new of one text."""
+    """The new part of one text."""
 
     index: int
     text: str
@@ -320,7 +320,7 @@ class TextChunkChoice(_Reply):
 
 
 class TextChunk(_Reply):
-    """A piece of the answer to a plain text, as it is written."""
+    """A streamed part of the answer to a prompt."""
 
     id: str
     object: Literal["text_completion"]
@@ -328,11 +328,11 @@ class TextChunk(_Reply):
     model: str
     choices: list[TextChunkChoice]
     system_fingerprint: str | None
-    usage: OutputUsage | None = None  # if it was asked for
+    usage: OutputUsage | None = None  # if requested
 
 
 class ModelReply(_Reply):
-    """A model that a job may name."""
+    """A model that jobs may use."""
 
     id: str
     object: Literal["model"]
@@ -342,21 +342,21 @@ class ModelReply(_Reply):
 
 
 class ModelList(_Reply):
-    """The models that a job may name."""
+    """The models that jobs may use."""
 
     object: Literal["list"]
     data: list[ModelReply]
 
 
 class WorkerList(_Reply):
-    """The workers that have introduced themselves."""
+    """The registered workers."""
 
     object: Literal["list"]
     data: list[WorkerView]
 
 
 class JobRowList(_Reply):
-    """The newest jobs, each with its numbers."""
+    """The newest jobs, with their statistics."""
 
     object: Literal["list"]
     data: list[JobSummary]
@@ -369,7 +369,7 @@ class HealthReply(_Reply):
 
 
 class ReadyReply(_Reply):
-    """Jobs can be taken."""
+    """The service accepts jobs."""
 
     status: Literal["ready"]
     database: Literal["ok"]
@@ -378,12 +378,12 @@ class ReadyReply(_Reply):
 
 
 def _replied(model: type, description: str) -> dict[int | str, Json]:
-    """Return the entry of a route that answers with a model."""
+    """Return the `responses` of a route that returns one model."""
     return {200: {"model": model, "description": description}}
 
 
 def _streamed(content_type: str, part: str, model: type[BaseModel], description: str) -> dict[int | str, Json]:
-    """Return the entry of a route whose body is many values; `part` names their type, for OpenAPI 3.1 can't."""
+    """Return the `responses` of a route that streams values; extension `part` names their type: OpenAPI 3.1 can't."""
     reference = {"$ref": _REFERENCE.format(model=model.__name__)}
     return {
         200: {"content": {content_type: {"schema": {"type": "string"}, part: reference}}, "description": description}
@@ -392,20 +392,20 @@ def _streamed(content_type: str, part: str, model: type[BaseModel], description:
 
 JOB: Final = _replied(JobReply, "The job.")
 JOBS: Final = _replied(JobPage, "A page of the list.")
-STATISTICS: Final = _replied(JobStats, "The numbers.")
-LINES: Final = _streamed("application/x-ndjson", "x-line", OutputLine, "JSON lines, one request each.")
-EVENTS: Final = _streamed("text/event-stream", "x-event", PartialEvent, "Server-sent events; the data of each is JSON.")
+STATISTICS: Final = _replied(JobStats, "The statistics.")
+LINES: Final = _streamed("application/x-ndjson", "x-line", OutputLine, "JSON lines, one request per line.")
+EVENTS: Final = _streamed("text/event-stream", "x-event", PartialEvent, "Server-sent events with JSON data.")
 
 
 def _answered(whole: type[BaseModel], piece: type[BaseModel]) -> dict[int | str, Json]:
-    """Return the entry of a route whose answer comes whole, or in pieces as server-sent events."""
+    """Return the `responses` of a route that answers whole, or streamed as server-sent events."""
     content = {
         "text/event-stream": {
             "schema": {"type": "string"},
             "x-event": {"$ref": _REFERENCE.format(model=piece.__name__)},
         }
     }
-    return {200: {"model": whole, "description": "The answer; with `stream` in pieces.", "content": content}}
+    return {200: {"model": whole, "description": "The answer; server-sent events with `stream`.", "content": content}}
 
 
 CHAT: Final = _answered(ChatReply, ChatChunk)
@@ -415,11 +415,11 @@ MODELS: Final = _replied(ModelList, "The models.")
 WORKERS: Final = _replied(WorkerList, "The workers.")
 JOB_ROWS: Final = _replied(JobRowList, "The jobs.")
 HEALTH: Final = _replied(HealthReply, "The process is alive.")
-READY: Final = _replied(ReadyReply, "Jobs can be taken.")
+READY: Final = _replied(ReadyReply, "The service accepts jobs.")
 
 
 def streamed_schemas() -> Json:
-    """Return the schemas that only bodies of many values refer to."""
+    """Return the schemas of the models that only streamed responses use."""
     _, found = models_json_schema(
         [(model, "serialization") for model in (OutputLine, PartialEvent, ChatChunk, TextChunk)],
         ref_template=_REFERENCE,

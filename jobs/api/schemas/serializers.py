@@ -1,4 +1,4 @@
-"""How things look on the wire: rows of the record in, JSON objects in OpenAI's style out."""
+"""Convert database rows to the JSON objects of responses, in OpenAI's style."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Json = dict[str, Any]
 
 
 def job(view: JobView) -> Json:
-    """Return a job. Times are whole Unix seconds; a time that has not come is null."""
+    """Return a job. Times are whole Unix seconds, null until they are reached."""
     return {
         "id": view.id,
         "object": "job",
@@ -30,7 +30,7 @@ def job(view: JobView) -> Json:
         "output_file_id": view.output_file_id,
         "error_file_id": view.error_file_id,
         "errors": _errors(view),
-        **_life(view, view.started_at),
+        **_lifecycle(view, view.started_at),
         "progress": _progress(view),
         "metadata": view.metadata,
         "retry_of": view.retry_of,
@@ -38,7 +38,7 @@ def job(view: JobView) -> Json:
 
 
 def batch(view: JobView) -> Json:
-    """Return a job that was made of a file, with all fields of OpenAI's Batch: null until they mean something."""
+    """Return a batch with all fields of OpenAI's Batch, null until they are set."""
     return {
         "id": view.id,
         "object": "batch",
@@ -49,14 +49,14 @@ def batch(view: JobView) -> Json:
         "output_file_id": view.output_file_id,
         "error_file_id": view.error_file_id,
         "errors": _errors(view),
-        **_life(view, view.validated_at),
+        **_lifecycle(view, view.validated_at),
         "usage": _batch_usage(view.usage),
         "metadata": view.metadata,
     }
 
 
 def file(view: FileView) -> Json:
-    """Return a file in OpenAI's fields. It is `processed` at once: the lines are looked at by the batch."""
+    """Return a file with OpenAI's fields. It is `processed` at once: lines are validated by the batch."""
     return {
         "id": view.id,
         "object": "file",
@@ -70,8 +70,8 @@ def file(view: FileView) -> Json:
     }
 
 
-def _life(view: JobView, in_progress_at: float | None) -> Json:
-    """Return how far a job is: its window, its times and its counts."""
+def _lifecycle(view: JobView, in_progress_at: float | None) -> Json:
+    """Return the fields that jobs and batches share: window, times and request counts."""
     status = JobStatus(view.status)
     return {
         "completion_window": view.completion_window or _window(view.expires_at - view.created_at),
@@ -94,7 +94,7 @@ def _errors(view: JobView) -> Json | None:
 
 
 def _batch_usage(tokens: Mapping[str, int] | None) -> Json | None:
-    """Return the tokens of the output file. Nothing is cached between requests, and nothing is thought unseen."""
+    """Return the token usage of the batch. OpenAI's details are 0: cached and reasoning tokens are not counted."""
     if tokens is None:
         return None
     return {
@@ -118,7 +118,7 @@ def page(items: Sequence[Json], has_more: bool) -> Json:
 
 
 def output(view: OutputView, endpoint: str) -> Json:
-    """Return one line of a job's outputs: the choices of a request, or why there are none."""
+    """Return one line of a job's outputs: the choices of a request, or its error."""
     line: Json = {"custom_id": view.custom_id, "index": view.request_index, "status": view.status}
     if view.error_message is not None:
         status_code = view.error_status_code or 500
@@ -144,7 +144,7 @@ def _logprobs(choice: ChoiceView, endpoint: str) -> Json:
 
 
 def statistics(view: JobStats) -> Json:
-    """Return the numbers of a job, or of everything."""
+    """Return the statistics of a job, or of all jobs."""
     return asdict(view)
 
 
@@ -154,7 +154,7 @@ def worker(view: WorkerView) -> Json:
 
 
 def model(name: str, context_tokens: int | None) -> Json:
-    """Return a model: OpenAI's fields, and the context where a worker has told it."""
+    """Return a model: OpenAI's fields, and the context length if a worker has reported it."""
     return {"id": name, "object": "model", "created": 0, "owned_by": "basic", "context_tokens": context_tokens}
 
 
@@ -170,7 +170,7 @@ def _progress(view: JobView) -> Json:
 
 
 def _time_left_s(view: JobView, elapsed_s: float) -> float | None:
-    """Return how long the rest takes at the pace of the requests so far; None where there is no pace yet."""
+    """Estimate the remaining time from the mean time per completed request; None before the first."""
     left = view.requests_total - view.requests_completed - view.requests_failed
     if JobStatus(view.status).final:
         return 0.0
@@ -185,7 +185,7 @@ def _elapsed_s(view: JobView) -> float:
 
 
 def _window(window_s: float) -> str:
-    """Return a time span as it is written in a submission."""
+    """Format a duration like the completion window of a submission."""
     minutes = max(1, round(window_s / 60))
     return f"{minutes // 60}h" if minutes % 60 == 0 else f"{minutes}m"
 
