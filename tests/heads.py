@@ -9,7 +9,7 @@ from tests.models import VOCAB
 from worker.drafters.head import HeadDrafter, PackedHead
 from worker.drafters.head_network import HeadNetwork, HeadShape, tapped_layers
 from worker.engine.model.attention import ATTENTION_NAME
-from worker.engine.model.language_model import PackedModel, embeddings, output_weights, quicken
+from worker.engine.model.language_model import PackedModel, embeddings, fuse_layers, output_weights
 
 TOKENS = torch.arange(0, VOCAB, 2)  # a head proposes every second token
 
@@ -21,25 +21,27 @@ def network(target: PreTrainedModel, layers: int = 1, seed: int = 0) -> HeadNetw
 
 
 def packed_head(
-    target: PreTrainedModel, net: HeadNetwork, *, slots: int = 4, native: bool = True, paged: bool | None = None
+    target: PreTrainedModel, net: HeadNetwork, *, slots: int = 4, cpu_kernels: bool = True, paged: bool | None = None
 ) -> PackedHead:
     """Put a head on its target's words; before the target's layers are fused."""
     rows = output_weights(target)[TOKENS].clone()
-    return PackedHead(net, embeddings(target), rows, TOKENS, slots=slots, capacity=1024, native=native, paged=paged)
+    return PackedHead(
+        net, embeddings(target), rows, TOKENS, slots=slots, capacity=1024, cpu_kernels=cpu_kernels, paged=paged
+    )
 
 
-def tapped(target: PreTrainedModel, *, slots: int = 4, native: bool = True) -> PackedModel:
+def tapped(target: PreTrainedModel, *, slots: int = 4, cpu_kernels: bool = True) -> PackedModel:
     """Return a target whose hidden states can be read."""
     target.set_attn_implementation(ATTENTION_NAME)
-    if native:
-        quicken(target)
+    if cpu_kernels:
+        fuse_layers(target)
     taps = tapped_layers(target.config.num_hidden_layers)
-    return PackedModel(target, slots=slots, capacity=512, native=native, tapped=taps)
+    return PackedModel(target, slots=slots, capacity=512, cpu_kernels=cpu_kernels, tapped=taps)
 
 
-def with_head(target: PreTrainedModel, *, native: bool = True) -> tuple[PackedModel, HeadDrafter]:
+def with_head(target: PreTrainedModel, *, cpu_kernels: bool = True) -> tuple[PackedModel, HeadDrafter]:
     """Return a target and a drafter with a random head for it."""
-    head = packed_head(target, network(target), native=native)
-    model = tapped(target, native=native)
+    head = packed_head(target, network(target), cpu_kernels=cpu_kernels)
+    model = tapped(target, cpu_kernels=cpu_kernels)
     assert model.hidden is not None
     return model, HeadDrafter(head, model.hidden, "head")

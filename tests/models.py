@@ -121,19 +121,19 @@ class TableModel:
         rows = [self._row(segment, int(row)) for segment in segments for row in self._store(segment).keep]
         return torch.stack(rows) if rows else torch.empty(0, VOCAB)
 
-    def keep(self, moves: Sequence[KvMove]) -> None:
+    def compact(self, moves: Sequence[KvMove]) -> None:
         """Bring accepted tokens down."""
         for move in moves:
             slot = self._slots[move.slot]
             kept = [slot[int(source)] for source in move.sources]
             slot.update({move.destination + i: token for i, token in enumerate(kept)})
 
-    def share(self, source: int, target: int, length: int) -> None:
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the beginning of a text."""
         beginning = {i: self._slots[source][i] for i in range(length)}
         self._slots.setdefault(target, {}).update(beginning)
 
-    def release(self, slot: int, length: int) -> None:
+    def truncate(self, slot: int, length: int) -> None:
         """Forget all but the beginning of a text."""
         self._slots[slot] = {i: token for i, token in self._slots.get(slot, {}).items() if i < length}
 

@@ -21,9 +21,9 @@ from tests.unit.worker.engine.harness import decode, engine, options, outputs, s
 from worker.drafters.model import ModelDrafter
 from worker.engine.model.language_model import PackedModel, load
 from worker.engine.options import Mode
-from worker.engine.parallel.channel import Wire
-from worker.engine.parallel.commands import Op, Order
-from worker.engine.parallel.leader_model import FollowingModels, LeadingModel
+from worker.engine.parallel.channel import Channel
+from worker.engine.parallel.commands import CommandKind, RankCommand
+from worker.engine.parallel.leader_model import FollowerModels, LeaderModel
 from worker.engine.sampling.sampling import Sampling
 from worker.engine.segments import Segment
 
@@ -32,24 +32,26 @@ TARGET, DRAFT = 0, 1
 SAMPLINGS = (Sampling(), Sampling(temperature=0.9, top_k=20, top_p=0.95))
 
 
-class LoggingWire(Wire):
-    """A wire that remembers what passed, by hash."""
+class LoggingChannel(Channel):
+    """A channel that remembers what passed, by hash."""
 
     def __init__(self, *arguments: Any) -> None:
         self.passed: list[str] = []
         super().__init__(*arguments)
 
-    def tell(self, order: Order) -> None:
-        self._note(order)
-        super().tell(order)
+    def send(self, command: RankCommand) -> None:
+        self._note(command)
+        super().send(command)
 
-    def hear(self) -> Order:
-        order = super().hear()
-        self._note(order)
-        return order
+    def recv(self) -> RankCommand:
+        command = super().recv()
+        self._note(command)
+        return command
 
-    def _note(self, order: Order) -> None:
-        self.passed.append(f"{order.op.name}{order.model} " + hashlib.sha256(order.encode().tobytes()).hexdigest())
+    def _note(self, command: RankCommand) -> None:
+        self.passed.append(
+            f"{command.kind.name}{command.model} " + hashlib.sha256(command.encode().tobytes()).hexdigest()
+        )
 
 
 def texts(target: PackedModel, draft: PackedModel | None) -> Iterator[list[list[int]]]:
@@ -63,21 +65,21 @@ def texts(target: PackedModel, draft: PackedModel | None) -> Iterator[list[list[
             yield outputs(some)
 
 
-def lead(wire: LoggingWire, target: PreTrainedModel, draft: PreTrainedModel) -> list[list[list[int]]]:
-    split = LeadingModel(target, wire, TARGET, slots=4, capacity=512)
-    everywhere = LeadingModel(draft, wire, DRAFT, slots=4, capacity=1024)
+def lead(channel: LoggingChannel, target: PreTrainedModel, draft: PreTrainedModel) -> list[list[list[int]]]:
+    split = LeaderModel(target, channel, TARGET, slots=4, capacity=512)
+    everywhere = LeaderModel(draft, channel, DRAFT, slots=4, capacity=1024)
     written = list(texts(split, everywhere))
-    wire.tell(Order(Op.END))
+    channel.send(RankCommand(CommandKind.END))
     return written
 
 
-def follow(wire: LoggingWire, target: PreTrainedModel, draft: PreTrainedModel) -> None:
+def follow(channel: LoggingChannel, target: PreTrainedModel, draft: PreTrainedModel) -> None:
     with torch.no_grad():
         for parameter in draft.parameters():
             parameter.add_(torch.randn_like(parameter))
-    models = FollowingModels([target, draft])
-    while (order := wire.hear()).op is not Op.END:
-        models.obey(order)
+    models = FollowerModels([target, draft])
+    while (command := channel.recv()).kind is not CommandKind.END:
+        models.execute(command)
 
 
 def disturb(forward: Any) -> Any:
@@ -93,17 +95,17 @@ def disturb(forward: Any) -> Any:
 def main() -> None:
     rank, store, target_path, draft_path = int(sys.argv[1]), *sys.argv[2:]
     torch.set_num_threads(1)
-    wire = LoggingWire(Path(store), rank, 2, CPU)
+    channel = LoggingChannel(Path(store), rank, 2, CPU)
     target = load(target_path, dtype=torch.float32, device=CPU, ranks=2)
     draft = load(draft_path, dtype=torch.float32, device=CPU)
     written = None
     if rank == 0:
-        written = lead(wire, target, draft)
+        written = lead(channel, target, draft)
     else:
         PackedModel.forward = disturb(PackedModel.forward)  # type: ignore[method-assign]
-        follow(wire, target, draft)
-    print(json.dumps({"texts": written, "orders": wire.passed}))
-    wire.close()
+        follow(channel, target, draft)
+    print(json.dumps({"texts": written, "orders": channel.passed}))
+    channel.close()
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def _widest(settings: WorkerSettings) -> int:
     """Return the largest number of ranks for which the machine has GPUs (cores in float32) and the target has heads."""
     from transformers import AutoConfig
 
-    from worker.engine.model.language_model import widths
+    from worker.engine.model.language_model import tp_sizes
     from worker.loading.model_store import resolve
     from worker.node.placement import allowed_cpus, visible_gpus
 
@@ -75,7 +75,7 @@ def _widest(settings: WorkerSettings) -> int:
     config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
     cores = len(allowed_cpus()) if settings.dtype == "float32" else 1
     most = len(visible_gpus()) or cores
-    return max(ranks for ranks in widths(config) if ranks <= most)
+    return max(ranks for ranks in tp_sizes(config) if ranks <= most)
 
 
 def _generate(loaded: LoadedModel, mode: str, prompt: str, max_tokens: int, pieces: _Pieces | None = None) -> str:

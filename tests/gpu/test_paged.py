@@ -17,7 +17,7 @@ from tests.unit.worker.engine.paged.test_attention import SAMPLED, STEPS, bucket
 from worker.drafters.model import ModelDrafter
 from worker.drafters.suffix import SuffixDrafter
 from worker.engine.model.attention import ATTENTION_NAME
-from worker.engine.model.language_model import PackedModel, quicken
+from worker.engine.model.language_model import PackedModel, fuse_layers
 from worker.engine.options import Mode
 from worker.engine.sampling.sampling import Sampling
 from worker.engine.segments import KvMove, chain
@@ -33,7 +33,7 @@ KNOWN = [name for name in ARCHITECTURES if name != "gemma3"]
 def packed(network: PreTrainedModel, dtype: torch.dtype, slots: int = 8, capacity: int = 1024) -> PackedModel:
     network.to("cuda", dtype)  # type: ignore[arg-type]
     network.set_attn_implementation(ATTENTION_NAME)
-    quicken(network)
+    fuse_layers(network)
     return PackedModel(network, slots=slots, capacity=capacity)
 
 
@@ -134,7 +134,7 @@ def test_accepted_rows_are_what_plain_rows_would_have_stored() -> None:
     expected = gpu.forward([chain(0, 704, [9], keep_last=True)]).clone()
     gpu.forward([chain(0, 0, LONG[:700], keep_last=True)])
     gpu.forward([nodes])
-    gpu.keep([KvMove(0, 700, 700 + np.array(path))])
+    gpu.compact([KvMove(0, 700, 700 + np.array(path))])
     assert torch.equal(gpu.forward([chain(0, 704, [9], keep_last=True)]), expected)
 
 

@@ -30,7 +30,7 @@ from worker.benchmark import parse_batches
 from worker.drafters.model import ModelDrafter
 from worker.engine.engine import Engine
 from worker.engine.errors import ModelRefused
-from worker.engine.model.language_model import PackedModel, quicken
+from worker.engine.model.language_model import PackedModel, fuse_layers
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.sampling.sampling import Sampling, noise_key
 from worker.engine.sequence import Sequence
@@ -132,7 +132,7 @@ def _random_pair(model: str, draft: str, layers: int | None, options: EngineOpti
     network = random_model(load_config(model), layers, device)
     drafting = network if draft == _SAME else random_model(load_config(draft), layers, device)
     for one in {network, drafting}:
-        quicken(one)
+        fuse_layers(one)
     vocabulary = min(network.config.vocab_size, drafting.config.vocab_size)
     slots = options.max_sequences
     target = PackedModel(network, slots=slots, capacity=options.slot_tokens, defined_ids=vocabulary)

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from worker.engine.errors import ModelRefused
 from worker.engine.model.attention import ATTENTION_NAME
-from worker.engine.model.language_model import PackedModel, kv_bytes, native_dtype, quicken, takes_blocks
+from worker.engine.model.language_model import PackedModel, fuse_layers, kv_bytes_per_token, native_dtype, uses_paged_kv
 from worker.engine.paged.kv import PagedKv
 from worker.engine.segments import Segment, chain
 from worker.planning.devices import DEVICES
@@ -80,8 +80,8 @@ def measure(
     """Yield the step times of every number of rows, without trees and with them."""
     slots = max(rows)
     weights = _weight_bytes(model)
-    if takes_blocks(model):
-        quicken(model)
+    if uses_paged_kv(model):
+        fuse_layers(model)
     packed = PackedModel(
         model, slots=slots, capacity=context + TREE_ROWS, paged=True, kv_tokens=slots * (context + TREE_ROWS)
     )
@@ -96,7 +96,7 @@ def measure(
             segments = _trees(count, context) if trees else _plain(count, context)
             entries = len(segments) * context + count
             times = _times(lambda step=segments: packed.forward(step), rounds, model.device)
-            floor = (weights + entries * kv_bytes(model)) / speed
+            floor = (weights + entries * kv_bytes_per_token(model)) / speed
             yield StepTime(count, len(segments), trees, median(times), floor)
 
 

@@ -25,7 +25,7 @@ from worker.drafters.model import ModelDrafter
 from worker.drafters.suffix import SuffixDrafter
 from worker.engine.engine import Engine
 from worker.engine.model.attention import ATTENTION_NAME
-from worker.engine.model.language_model import PackedModel, quicken
+from worker.engine.model.language_model import PackedModel, fuse_layers
 from worker.engine.options import Mode
 from worker.engine.sampling.sampling import noise_key
 from worker.engine.segments import IntArray
@@ -167,7 +167,7 @@ def _random_draft(loaded: LoadedModel) -> PackedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
         small, dtype=dtype, attn_implementation=ATTENTION_NAME
     ).eval()
-    quicken(model)
+    fuse_layers(model)
     return PackedModel(model, slots=loaded.options.max_sequences, capacity=loaded.options.draft_slot_tokens)
 
 

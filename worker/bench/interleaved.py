@@ -24,22 +24,22 @@ class SlotRange:
         """Run the rows of segments in these slots."""
         return self._target.forward([replace(s, slot=self._first + s.slot) for s in segments])
 
-    def keep(self, moves: Sequence[KvMove]) -> None:
+    def compact(self, moves: Sequence[KvMove]) -> None:
         """Bring the rows of accepted paths down."""
-        self._target.keep([replace(move, slot=self._first + move.slot) for move in moves])
+        self._target.compact([replace(move, slot=self._first + move.slot) for move in moves])
 
-    def share(self, source: int, target: int, length: int) -> None:
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the beginning of one of these slots to another."""
-        self._target.share(self._first + source, self._first + target, length)
+        self._target.copy_prefix(self._first + source, self._first + target, length)
 
-    def release(self, slot: int, length: int) -> None:
+    def truncate(self, slot: int, length: int) -> None:
         """Nobody will ask for more than the beginning of a slot."""
-        self._target.release(self._first + slot, length)
+        self._target.truncate(self._first + slot, length)
 
     def clear(self) -> None:
         """Nobody will ask for anything that these slots hold."""
         for slot in range(self._slots):
-            self.release(slot, 0)
+            self.truncate(slot, 0)
 
 
 def run_interleaved(engines: Sequence[Engine]) -> list[float]:

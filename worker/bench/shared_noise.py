@@ -21,7 +21,7 @@ from torch import Tensor
 
 from worker.benchmark import TimedRun, decode, encode, read_prompts
 from worker.engine.options import Mode
-from worker.engine.sampling.sampling import Sampling, noise_key, noisy
+from worker.engine.sampling.sampling import Sampling, gumbel_scores, noise_key
 from worker.loading.loader import load_engine
 from worker.settings import WorkerSettings
 from worker.terminal import say
@@ -32,7 +32,7 @@ _OTHER = 1  # of the choice that a draft's own noise stands for: nobody asks for
 
 def own(scores: Tensor, samplings: Sequence[Sampling], positions: Sequence[int], tokens: Tensor) -> Tensor:
     """Return the scores under noise that the target knows nothing of."""
-    return noisy(scores, [replace(s, key=noise_key(s.key, _OTHER)) for s in samplings], positions, tokens)
+    return gumbel_scores(scores, [replace(s, key=noise_key(s.key, _OTHER)) for s in samplings], positions, tokens)
 
 
 def none(scores: Tensor, samplings: Sequence[Sampling], positions: Sequence[int], tokens: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def none(scores: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]
     return scores
 
 
-WAYS: dict[str, Noise] = {"the target's noise": noisy, "noise of its own": own, "no noise": none}
+WAYS: dict[str, Noise] = {"the target's noise": gumbel_scores, "noise of its own": own, "no noise": none}
 
 
 def main(
@@ -58,7 +58,7 @@ def main(
     first: TimedRun | None = None
     for name, noise in WAYS.items():
         say(f"Decoding with {name}")
-        with patch("worker.drafters.candidates.noisy", noise):
+        with patch("worker.drafters.candidates.gumbel_scores", noise):
             timed = decode(loaded, texts, max_tokens, Mode.PAPER, temperature)(len(texts))
         first = first or timed
         assert timed.steps

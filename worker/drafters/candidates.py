@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from worker.engine.sampling.sampling import best, noisy, process
+from worker.engine.sampling.sampling import gumbel_scores, process, topk
 from worker.engine.segments import IntArray
 from worker.engine.speculation.draft_tree import FloatArray, Forest
 
@@ -30,8 +30,8 @@ def best_children(
     if sampled:
         samplings = [sequences[i].sampling for i in sampled]
         positions = [len(sequences[i].ids) + int(forest.depth[nodes[i]]) for i in sampled]
-        scores[sampled] = noisy(process(scores[sampled], samplings), samplings, positions, tokens)
-    places, probabilities = best(scores, min(_WIDTH, scores.shape[1]))
+        scores[sampled] = gumbel_scores(process(scores[sampled], samplings), samplings, positions, tokens)
+    places, probabilities = topk(scores, min(_WIDTH, scores.shape[1]))
     return tokens[places].cpu().numpy(), probabilities.cpu().numpy()
 
 

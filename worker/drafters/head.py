@@ -17,7 +17,7 @@ from worker.drafters.candidates import best_children
 from worker.drafters.head_network import HeadNetwork
 from worker.drafters.kv_tracker import DraftSlots, by_slot
 from worker.engine.cpu.fused_layers import FusedNorm, fuse
-from worker.engine.cpu.fused_model import NativeNetwork, rotary_table
+from worker.engine.cpu.fused_model import CpuNetwork, rotary_table
 from worker.engine.cpu.kernels import Kernels
 from worker.engine.cpu.packed_linear import pack
 from worker.engine.gpu.fused_layers import fuse_on_gpu
@@ -25,7 +25,7 @@ from worker.engine.kv.hidden_states import HiddenStates
 from worker.engine.model.attention import ATTENTION_NAME
 from worker.engine.model.language_model import KvStore, Plan, kv_store
 from worker.engine.options import MAX_STEP_NODES
-from worker.engine.paged.attention import PagedPlan, gpu_kernels_for
+from worker.engine.paged.attention import PagedAttentionPlan, gpu_kernels_for
 from worker.engine.paged.kv import PagedKv
 from worker.engine.paged.rows import PagedRows
 from worker.engine.paged.shape_buckets import BUCKETS, BucketedForward
@@ -46,7 +46,7 @@ class HeadModel(Protocol):
     def forward(self, segments: Seq[Segment], states: Tensor) -> tuple[Tensor, Tensor]:
         """Run rows with the states [n, width] before them; return logits [kept, n] and states [kept, width]."""
 
-    def share(self, source: int, target: int, length: int) -> None:
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the keys and values of the first `length` tokens of one slot to another."""
 
 
@@ -62,37 +62,37 @@ class PackedHead:
         *,
         slots: int,
         capacity: int,
-        native: bool = True,
+        cpu_kernels: bool = True,
         paged: bool | None = None,
     ) -> None:
         """Take a network for good, the target's `embedding` [vocabulary, width], and its `output` rows for `tokens`.
 
-        `native` and `paged` are those of `PackedModel`.
+        `cpu_kernels` and `paged` are those of `PackedModel`.
         """
         self.tokens, self.vocabulary = tokens, len(embedding)
         self._embedding = embedding
         self._network = network.to(embedding.device, embedding.dtype).eval()
         network.model.set_attn_implementation(ATTENTION_NAME)
         network.lm_head = _linear(output)
-        self._store: KvStore = kv_store(network.model, slots, capacity, native, paged)
+        self._store: KvStore = kv_store(network.model, slots, capacity, cpu_kernels, paged)
         self._rotary = rotary_table(network.model, embedding, self._store.kv.capacity)
         on_gpu = gpu_kernels_for(embedding.device)
         if on_gpu is not None:
             fuse_on_gpu(network, on_gpu)
         compiled = self._store.compiled
-        self._native = self._quickened(compiled) if compiled else None
+        self._compiled_network = self._fused_network(compiled) if compiled else None
         self._buckets: BucketedForward | None = None
         if isinstance(self._store.kv, PagedKv):
             self._buckets = BucketedForward(self._run_paged, self._store.kv)
             self._read = embedding.new_empty(BUCKETS[-1], network.shape.width)  # states, where recordings find them
 
-    def _quickened(self, compiled: Kernels) -> NativeNetwork:
+    def _fused_network(self, compiled: Kernels) -> CpuNetwork:
         """Swap in what computes the same faster on this processor, and return it as one network."""
         net: Any = self._network
         fuse(net, compiled)
         pack(net, compiled)
         net.unit = FusedNorm(net.unit, compiled)
-        return NativeNetwork(
+        return CpuNetwork(
             net.model.layers[0],
             net.model.norm,
             net.lm_head,
@@ -108,8 +108,8 @@ class PackedHead:
         """Record the forwards that steps will replay, or make the room that they need, whichever way it runs."""
         if self._buckets is not None:
             self._buckets.prepare()
-        if self._native is not None:
-            self._native.prepare(MAX_STEP_NODES)
+        if self._compiled_network is not None:
+            self._compiled_network.prepare(MAX_STEP_NODES)
 
     @torch.inference_mode()
     def states(self, hidden: Tensor) -> Tensor:
@@ -119,8 +119,8 @@ class PackedHead:
     @torch.inference_mode()
     def forward(self, segments: Seq[Segment], states: Tensor) -> tuple[Tensor, Tensor]:
         """Run the rows of `segments`, which are in slot order, with the states [n, width] before them."""
-        if self._native is not None:
-            return self._native.forward(segments, self._store.plan(segments), states)  # type: ignore[arg-type]
+        if self._compiled_network is not None:
+            return self._compiled_network.forward(segments, self._store.plan(segments), states)  # type: ignore[arg-type]
         shape = self._buckets.shape_for(segments) if self._buckets else None
         if shape is not None:
             assert self._buckets is not None
@@ -136,11 +136,11 @@ class PackedHead:
         return self._run(ids, positions, kept_rows(segments).to(device), states, self._store.plan(segments))
 
     @torch.inference_mode()
-    def share(self, source: int, target: int, length: int) -> None:
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the keys and values of the first `length` tokens of one slot to another."""
-        self._store.kv.share(source, target, length)
+        self._store.kv.copy_prefix(source, target, length)
 
-    def _run_paged(self, rows: PagedRows, plan: PagedPlan) -> tuple[Tensor, Tensor]:
+    def _run_paged(self, rows: PagedRows, plan: PagedAttentionPlan) -> tuple[Tensor, Tensor]:
         return self._run(rows.ids, rows.positions, rows.kept, self._read[: len(rows.ids)], plan)
 
     def _run(self, ids: Tensor, positions: Tensor, kept: Tensor, states: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -175,7 +175,7 @@ class HeadDrafter:
             states = self._states[torch.from_numpy(_places_of(forest.parent[nodes], self._above))]
         else:
             roots = [_sequence(forest, frontier[some]) for some in places]
-            segments = self._slots.rest(roots, self._feed, self._head.share)
+            segments = self._slots.rest(roots, self._feed, self._head.copy_prefix)
             states = self._before(segments)
         logits, self._states = self._head.forward(segments, states)
         self._above = nodes

@@ -85,14 +85,14 @@ class ModelDrafter:
             return
         places = {node: i for i, node in enumerate(slot.nodes)}
         run = [places[int(node)] for node in path if int(node) in places][: len(emitted)]
-        self._model.keep([KvMove(sequence.slot, slot.cached, slot.cached + np.array(run, np.int64))])
+        self._model.compact([KvMove(sequence.slot, slot.cached, slot.cached + np.array(run, np.int64))])
         slot.cached += len(run)
         slot.nodes.clear()
 
     def drop(self, sequence: Sequence) -> None:
         """Forget a sequence."""
         self._slots.drop(sequence)
-        self._model.release(sequence.slot, 0)
+        self._model.truncate(sequence.slot, 0)
 
     def _knows(self, forest: Forest, nodes: IntArray) -> BoolArray:
         """Return which nodes stand at positions that the model knows."""
@@ -112,5 +112,5 @@ class ModelDrafter:
         """Return the rows of one layer of every tree."""
         sequences = [forest.sequences[int(forest.tree[nodes[0]])] for nodes in layer]
         if not forest.depth[layer[0][0]]:
-            return self._slots.rest(sequences, lambda segment: self._forward([segment]), self._model.share)
+            return self._slots.rest(sequences, lambda segment: self._forward([segment]), self._model.copy_prefix)
         return [self._slots.below(forest, *one) for one in zip(sequences, layer, strict=True)]

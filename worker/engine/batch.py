@@ -35,7 +35,7 @@ class Batch:
     chunks: tuple[Chunk, ...]
     decoding: tuple[Sequence, ...]
     shares: tuple[PrefixCopy, ...] = ()  # beginnings to copy before anything is run, in this order
-    emptied: tuple[int, ...] = ()  # slots whose texts make way for others: their memory is free before that
+    evicted: tuple[int, ...] = ()  # slots whose texts make way for others: their memory is free before that
     plain: bool = False  # no drafts, whatever they would be worth
 
     @property

@@ -66,11 +66,11 @@ class Engine:
     @property
     def free_slots(self) -> int:
         """KV slots that nobody holds."""
-        return self._scheduler.slots.free
+        return self._scheduler.slots.free_slots
 
     def forget(self, slot: int) -> None:
         """Share nothing more of what a free slot holds: somebody has written over it."""
-        self._scheduler.slots.forget(slot)
+        self._scheduler.slots.drop_prefix(slot)
 
     @property
     def learned(self) -> dict[str, Any]:
@@ -104,10 +104,10 @@ class Engine:
         batch = self._scheduler.next_batch(only, plain=plain)
         if batch.empty:
             return []
-        for slot in batch.emptied:
-            self._target.release(slot, 0)
+        for slot in batch.evicted:
+            self._target.truncate(slot, 0)
         for share in batch.shares:
-            self._target.share(share.source, share.target, share.length)
+            self._target.copy_prefix(share.source, share.target, share.length)
         plan = self._planner.plan(batch)
         timer.drafted()
         segments, rows = batch.pack(plan.shown)
@@ -141,7 +141,7 @@ class Engine:
             sequence.cached = len(sequence.ids) - 1
             if self._drafter is not None and plan.layers:  # else it has nothing to forget, and reads lazily
                 self._drafter.commit(plan.forest, tree, plan.nodes[path], kept[tree])
-        self._target.keep(moves)
+        self._target.compact(moves)
 
     def _number(
         self,
@@ -193,7 +193,7 @@ class Engine:
     def _drop_finished(self) -> None:
         for sequence in self._scheduler.drop_finished():
             # Its tree goes; its text stays as long as it may be shared.
-            self._target.release(sequence.slot, len(self._scheduler.slots.texts.get(sequence.slot, ())))
+            self._target.truncate(sequence.slot, len(self._scheduler.slots.cached_prefixes.get(sequence.slot, ())))
             if self._drafter is not None:
                 self._drafter.drop(sequence)
 

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Collection, Hashable, Iterator
 
 from worker.engine.batch import Batch, Chunk
-from worker.engine.kv.slot_allocator import Slots
+from worker.engine.kv.slot_allocator import SlotAllocator
 from worker.engine.options import EngineOptions
 from worker.engine.segments import PrefixCopy
 from worker.engine.sequence import Sequence
@@ -23,14 +23,14 @@ class Scheduler:
         self._options = options
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
-        self.slots = Slots(options.max_sequences, options.total_kv_tokens)
+        self.slots = SlotAllocator(options.max_sequences, options.total_kv_tokens)
 
     @property
     def free_capacity(self) -> int:
         """Sequences that would be admitted at once, if they are no longer than those that wait."""
         if self._waiting and not self._fits(self._waiting[0]):
             return 0
-        return max(0, self.slots.free - len(self._waiting)) if self.slots.free_tokens > 0 else 0
+        return max(0, self.slots.free_slots - len(self._waiting)) if self.slots.free_tokens > 0 else 0
 
     @property
     def sequences(self) -> tuple[Sequence, ...]:
@@ -48,24 +48,24 @@ class Scheduler:
         gone = [s for s in self._running if s.finished]
         self._running = [s for s in self._running if not s.finished]
         for sequence in gone:
-            self.slots.give_back(sequence.slot, sequence.ids[: sequence.cached])
+            self.slots.free(sequence.slot, sequence.ids[: sequence.cached])
         return gone
 
     def next_batch(self, only: Collection[Hashable] | None = None, *, plain: bool = False) -> Batch:
         """Admit who fits, share beginnings, give prompts their rows, and return the step's work: of all, or of some."""
         while self._waiting and self._fits(self._waiting[0]):
             sequence = self._waiting.popleft()
-            sequence.slot = self.slots.take(self._needs(sequence))
+            sequence.slot = self.slots.allocate(self._needs(sequence))
             self._running.append(sequence)
         taking_part = [s for s in self._running if only is None or s.key in only]
         order = _fair_order([s for s in taking_part if s.prefilling])
         starting, shares = self._start(order)
         chunks = tuple(self._chunks([s for s in order if s.prefilling and s in starting]))
         decoding = tuple(s for s in taking_part if not s.prefilling)
-        return Batch(chunks, decoding, tuple(shares), self.slots.emptied(), plain)
+        return Batch(chunks, decoding, tuple(shares), self.slots.pop_evicted(), plain)
 
     def _fits(self, sequence: Sequence) -> bool:
-        return self.slots.fits(self._needs(sequence))
+        return self.slots.can_allocate(self._needs(sequence))
 
     def _needs(self, sequence: Sequence) -> int:
         """Return the KV entries that a sequence may come to need: all its text and one tree."""
@@ -84,7 +84,7 @@ class Scheduler:
                     continue
                 if length >= MIN_SHARED_PREFIX:
                     shares.append(PrefixCopy(source, sequence.slot, length))
-                    self.slots.forget(sequence.slot)
+                    self.slots.drop_prefix(sequence.slot)
                     sequence.cached = length
             ready.add(sequence)
         return ready, shares
@@ -95,7 +95,7 @@ class Scheduler:
         The last token is never part of it: somebody has to ask the model what follows.
         """
         wanted = sequence.ids[:-1]
-        held = self.slots.texts | {s.slot: s.ids[: s.cached] for s in self._running if s.cached}
+        held = self.slots.cached_prefixes | {s.slot: s.ids[: s.cached] for s in self._running if s.cached}
         lengths = {slot: common_prefix_length(text, wanted) for slot, text in held.items()}
         source = max(lengths, key=lambda slot: (lengths[slot], slot == sequence.slot), default=sequence.slot)
         return source, lengths.get(source, 0)
@@ -112,7 +112,7 @@ class Scheduler:
             given[sequence] += min(len(sequence.ids) - sequence.cached - given[sequence], rows)
         for sequence, count in given.items():
             if count:
-                self.slots.forget(sequence.slot)
+                self.slots.drop_prefix(sequence.slot)
                 end = sequence.cached + count
                 yield Chunk(sequence, end, completes=end == len(sequence.ids))
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from worker.engine.sampling.penalties import History
+from worker.engine.sampling.penalties import TokenCounts
 from worker.engine.sampling.sampling import Sampling
 from worker.engine.segments import IntArray
 
@@ -45,7 +45,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     cancelled: bool = False
     failure: str = ""  # why it was given up
-    history: History = field(default_factory=History)  # read only for penalties
+    history: TokenCounts = field(default_factory=TokenCounts)  # read only for penalties
 
     @property
     def output_ids(self) -> list[int]:
@@ -74,8 +74,8 @@ class Sequence:
 
     def seen(self, path: Seq[int]) -> tuple[IntArray, IntArray]:
         """Return the distinct tokens of the text with a draft path behind it, and their counts in the output."""
-        self.history.read(self.ids, self.num_prompt)
-        return self.history.along(path)
+        self.history.update(self.ids, self.num_prompt)
+        return self.history.with_path(path)
 
     def cut(self, surplus: int) -> None:
         """End behind a stop string: the last `surplus` tokens were emitted behind it and don't count."""

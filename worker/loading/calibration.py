@@ -93,7 +93,7 @@ def measure(target: LanguageModel, capacity: int) -> CostModel:
             started = perf_counter()
             target.forward([_tree_rows(rows, context)])[0, 0].item()  # a GPU is done when its numbers are here
             fastest[rows, context] = min(fastest[rows, context], (perf_counter() - started) * 1e3)
-    target.release(0, 0)
+    target.truncate(0, 0)
     more = fastest[_LONG_ROWS, long] - fastest[_LONG_ROWS, short]
     entry_ms = max(more, 0.0) / (_LONG_ROWS * max(long - short, 1))
     return CostModel(

@@ -26,13 +26,13 @@ from worker.engine.model.checkpoint import draft_kind, folder_of, refuse_unreada
 from worker.engine.model.language_model import (
     PackedModel,
     embeddings,
-    kv_bytes,
+    fuse_layers,
+    kv_bytes_per_token,
     load,
+    max_positions,
     output_weights,
-    positions_of,
-    quicken,
 )
-from worker.engine.model.offload import home_of
+from worker.engine.model.offload import input_device
 from worker.engine.speculation.drafting import Drafter
 from worker.loading.model_store import resolve
 from worker.loading.tensor_parallel import DRAFT, RankGroup, draft_tp_size
@@ -130,7 +130,7 @@ def _with_head(path: str, settings: WorkerSettings, model: PreTrainedModel, toke
     whose = target_identity(model, model_name(settings.target), tokenizer.get_vocab())
     head = read_head(path, whose)
     # Read now: the target's output weights are packed once its layers are fused.
-    embedding, tokens = embeddings(model), head.tokens.to(home_of(model))
+    embedding, tokens = embeddings(model), head.tokens.to(input_device(model))
     rows = output_weights(model)[tokens].clone()
     shape = head.network.shape
     name = model_name(settings.draft) if settings.draft else f"{settings.target}-head"
@@ -152,11 +152,11 @@ def _with_model(
     draft_tokenizer = load_tokenizer(path)
     everywhere = ranks is not None and settings.draft_ranks == "all"
     network = load(
-        path, dtype=model.dtype, device=home_of(model), ranks=draft_tp_size(path, settings) if everywhere else 1
+        path, dtype=model.dtype, device=input_device(model), ranks=draft_tp_size(path, settings) if everywhere else 1
     )
     config = network.config.get_text_config()
     words = shared_words(tokenizer, draft_tokenizer, settings.target, settings.draft, config.vocab_size)
-    quicken(network)
+    fuse_layers(network)
     name = model_name(settings.draft)
 
     def make(_: HiddenStates | None, slots: int, capacity: int, kv_tokens: int | None) -> MakeDrafter:
@@ -167,7 +167,7 @@ def _with_model(
             packed = PackedModel(network, slots=slots, capacity=capacity, kv_tokens=kv_tokens)
         packed.prepare()
         return lambda: MixedDrafter(
-            ModelDrafter(packed, name, len(tokenizer), shared=words, positions=positions_of(config)), SuffixDrafter()
+            ModelDrafter(packed, name, len(tokenizer), shared=words, positions=max_positions(config)), SuffixDrafter()
         )
 
-    return Draft(name, (), kv_bytes(network), make)
+    return Draft(name, (), kv_bytes_per_token(network), make)

@@ -23,16 +23,16 @@ from worker.engine.engine import Engine
 from worker.engine.model.language_model import (
     LanguageModel,
     PackedModel,
-    changes_later,
-    gather,
-    kv_bytes,
+    batch_dependent_rope,
+    fuse_layers,
+    gather_embeddings,
+    kv_bytes_per_token,
     load,
+    max_positions,
     native_dtype,
-    positions_of,
-    quicken,
-    takes_blocks,
+    uses_paged_kv,
 )
-from worker.engine.model.offload import Spread
+from worker.engine.model.offload import OffloadOptions
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.paged.attention import GPU_BLOCK
 from worker.engine.speculation.cost_model import CostModel
@@ -108,20 +108,22 @@ def load_engine(settings: WorkerSettings, say: OnMessage = lambda _: None) -> Lo
     path = resolve(settings.target, settings.cache_dir, say)
     say(f"Loading {settings.target} in {str(dtype).removeprefix('torch.')} on {device.type}")
     ranks = RankGroup.start(settings, path, device) if settings.tp > 1 else None
-    model = load(path, dtype=dtype, device=device, ranks=settings.tp, spread=_spread(settings))
+    model = load(path, dtype=dtype, device=device, ranks=settings.tp, offload=_spread(settings))
     if uses_head(settings):
-        gather(model)
+        gather_embeddings(model)
     tokenizer = load_tokenizer(path)
     config = model.config.get_text_config()
     options = engine_options(settings, _context(settings, config, say))
     draft = load_draft(settings, model, tokenizer, ranks)
     if draft.name:
         say(f"Drafting with {draft.name}")
-    quicken(model)
+    fuse_layers(model)
     # Hidden states for a head lie in slots taken in full, so there the sequences can't take their memory bit by bit.
-    blocks = GPU_BLOCK if takes_blocks(model) and not draft.taps else None
+    blocks = GPU_BLOCK if uses_paged_kv(model) and not draft.taps else None
     free = _free(settings, ranks)
-    options = with_kv_tokens(options, settings.kv_tokens, kv_bytes(model), draft.token_bytes, device, blocks, free)
+    options = with_kv_tokens(
+        options, settings.kv_tokens, kv_bytes_per_token(model), draft.token_bytes, device, blocks, free
+    )
     vocabulary = min(len(tokenizer), config.vocab_size)
     pack = PackedModel if ranks is None else partial(ranks.lead, number=TARGET)
     target = pack(
@@ -141,7 +143,7 @@ def load_engine(settings: WorkerSettings, say: OnMessage = lambda _: None) -> Lo
     key = _cost_key(settings, options, target, device, draft.taps)
     make_drafter = draft.make(target.hidden, options.max_sequences, options.draft_slot_tokens, options.draft_kv_tokens)
     folder = settings.cache_dir / "costs"
-    costs = calibrate(target, min(options.slot_tokens, positions_of(config) or options.slot_tokens), key, folder)
+    costs = calibrate(target, min(options.slot_tokens, max_positions(config) or options.slot_tokens), key, folder)
     room = (options.max_sequences, options.draft_slot_tokens)
     draft_times = _of_parts(
         make_drafter(), lambda drafter: calibrate_drafts(drafter, *room, (*key, drafter.name), folder)
@@ -165,8 +167,8 @@ def load_engine(settings: WorkerSettings, say: OnMessage = lambda _: None) -> Lo
 
 def _context(settings: WorkerSettings, config: PretrainedConfig, say: OnMessage) -> int:
     """Return the longest text that is taken, and say so if it is shorter than the settings and the model allow."""
-    most = positions_of(config) or settings.max_context
-    kind = changes_later(config)
+    most = max_positions(config) or settings.max_context
+    kind = batch_dependent_rope(config)
     if kind and most < settings.max_context:
         say(
             f"Texts may have {most} tokens: beyond, the {kind} rotary embeddings of {settings.target} change with the "
@@ -190,13 +192,13 @@ def _free(settings: WorkerSettings, ranks: RankGroup | None) -> Callable[[torch.
     return free
 
 
-def _spread(settings: WorkerSettings) -> Spread | None:
+def _spread(settings: WorkerSettings) -> OffloadOptions | None:
     """Return how to lay out a target that fits no other way, if the settings say that it does not."""
     if not settings.device_map:
         return None
     if settings.tp > 1:
         raise SetupError("BASIC_DEVICE_MAP lays one process's layers out; it can't be combined with --tp, unset one")
-    return Spread(settings.cache_dir / "offload" / model_name(settings.target).replace("/", "--"))
+    return OffloadOptions(settings.cache_dir / "offload" / model_name(settings.target).replace("/", "--"))
 
 
 def _cost_key(

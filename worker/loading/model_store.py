@@ -135,10 +135,10 @@ def convert_gguf(file: Path, cache_dir: Path, progress: Progress | None = None) 
 def _in_a_sentence(file: Path) -> Iterator[None]:
     """Turn what libraries raise about a GGUF file into a sentence."""
     from worker.engine.errors import ModelRefused
-    from worker.engine.model.checkpoint import refusals
+    from worker.engine.model.checkpoint import as_model_refused
 
     try:
-        with refusals(f"{file} could not be converted"):
+        with as_model_refused(f"{file} could not be converted"):
             yield
     except ModelRefused as refused:
         raise SetupError(str(refused)) from refused

@@ -21,11 +21,11 @@ from transformers import AutoConfig, PreTrainedModel
 from jobs.local.startup import environment
 from jobs.processes import BAD_SETTINGS_STATUS, RESTART_STATUS, Command, launch, python_module
 from worker.engine.errors import ModelRefused
-from worker.engine.model.checkpoint import refusals
-from worker.engine.model.language_model import refuse_uneven
-from worker.engine.parallel.channel import Wire
-from worker.engine.parallel.commands import Op, Order
-from worker.engine.parallel.leader_model import LeadingModel
+from worker.engine.model.checkpoint import as_model_refused
+from worker.engine.model.language_model import refuse_tp_size
+from worker.engine.parallel.channel import Channel
+from worker.engine.parallel.commands import CommandKind, RankCommand
+from worker.engine.parallel.leader_model import LeaderModel
 from worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class RankGroup:
         self._closing = threading.Event()
         for process in processes:  # from now on: one that dies before we met would never come
             threading.Thread(target=self._end_with, args=(process,), name="basic-rank", daemon=True).start()
-        self._wire = Wire(_store(folder), 0, 1 + len(processes), device)
+        self._channel = Channel(_store(folder), 0, 1 + len(processes), device)
         atexit.register(self.close)
 
     @classmethod
@@ -55,20 +55,20 @@ class RankGroup:
 
         Raises ModelRefused, with what can be done instead, when the target can't be split so.
         """
-        with refusals(f"{path} could not be loaded"):
+        with as_model_refused(f"{path} could not be loaded"):
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        refuse_uneven(config.get_text_config(), settings.tp)
+        refuse_tp_size(config.get_text_config(), settings.tp)
         folder = TemporaryDirectory(prefix="basic-ranks-")
         return cls([_start(settings, rank, _store(folder)) for rank in range(1, settings.tp)], folder, device)
 
-    def lead(self, model: PreTrainedModel, number: int, **options: Any) -> LeadingModel:
+    def lead(self, model: PreTrainedModel, number: int, **options: Any) -> LeaderModel:
         """Return a model whose calls the other ranks follow."""
-        return LeadingModel(model, self._wire, number, **options)
+        return LeaderModel(model, self._channel, number, **options)
 
     def min_free_bytes(self, mine: int) -> int:
         """Return the free memory of the rank that has least."""
-        self._wire.tell(Order(Op.ROOM))
-        return self._wire.least(mine)
+        self._channel.send(RankCommand(CommandKind.FREE_MEMORY))
+        return self._channel.all_reduce_min(mine)
 
     def close(self) -> None:
         """Let the other ranks go."""
@@ -76,7 +76,7 @@ class RankGroup:
             return
         self._closing.set()
         if all(process.poll() is None for process in self._processes):
-            self._wire.tell(Order(Op.END))
+            self._channel.send(RankCommand(CommandKind.END))
         for process in self._processes:
             try:
                 process.wait(_STOP_S)
@@ -103,7 +103,7 @@ class RankGroup:
 def draft_tp_size(path: str, settings: WorkerSettings) -> int:
     """Return over how many ranks a draft model on all ranks is split: over all of them, or not at all."""
     try:
-        refuse_uneven(AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config(), settings.tp)
+        refuse_tp_size(AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config(), settings.tp)
     except ModelRefused:
         return 1
     return settings.tp

@@ -19,10 +19,10 @@ from jobs.logs import log_to_stderr
 from jobs.processes import BAD_SETTINGS_STATUS
 from worker.drafters.head_file import is_head
 from worker.engine.errors import EngineError, RankLost
-from worker.engine.model.language_model import gather, load, native_dtype, quicken
-from worker.engine.parallel.channel import Wire
-from worker.engine.parallel.commands import Op
-from worker.engine.parallel.leader_model import FollowingModels
+from worker.engine.model.language_model import fuse_layers, gather_embeddings, load, native_dtype
+from worker.engine.parallel.channel import Channel
+from worker.engine.parallel.commands import CommandKind
+from worker.engine.parallel.leader_model import FollowerModels
 from worker.loading.drafts import draft_path
 from worker.loading.memory import available_bytes
 from worker.loading.model_store import resolve
@@ -51,17 +51,17 @@ def main() -> int:
 
 
 def follow(settings: WorkerSettings, store: Path, rank: int) -> None:
-    """Load this rank's shares and obey orders until the end."""
+    """Load this rank's shares and execute commands until the end."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
-    wire = Wire(store, rank, settings.tp, device)
-    models = FollowingModels(_load(settings, device))
-    while (order := wire.hear()).op is not Op.END:
-        if order.op is Op.ROOM:
-            wire.least(available_bytes(device, settings.memory_share / settings.tp))
+    channel = Channel(store, rank, settings.tp, device)
+    models = FollowerModels(_load(settings, device))
+    while (command := channel.recv()).kind is not CommandKind.END:
+        if command.kind is CommandKind.FREE_MEMORY:
+            channel.all_reduce_min(available_bytes(device, settings.memory_share / settings.tp))
         else:
-            models.obey(order)
+            models.execute(command)
 
 
 def _load(settings: WorkerSettings, device: torch.device) -> list[PreTrainedModel]:
@@ -72,12 +72,12 @@ def _load(settings: WorkerSettings, device: torch.device) -> list[PreTrainedMode
     if draft is None:
         return [target]
     if is_head(draft):
-        gather(target)
+        gather_embeddings(target)
         return [target]
     if settings.draft_ranks != "all":
         return [target]
     network = load(draft, dtype=dtype, device=device, ranks=draft_tp_size(draft, settings))
-    quicken(network)
+    fuse_layers(network)
     return [target, network]
 
 

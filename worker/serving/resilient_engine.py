@@ -17,7 +17,7 @@ import torch
 
 from worker.engine.engine import Engine
 from worker.engine.errors import NanLogits, RankLost
-from worker.engine.sampling.penalties import History
+from worker.engine.sampling.penalties import TokenCounts
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepResult
 
@@ -127,7 +127,7 @@ class ResilientEngine:
             del sequence.ids[mark.length :]
             sequence.steps, sequence.finish_reason = mark.steps, None
             sequence.slot, sequence.cached = -1, 0
-            sequence.history = History()  # it may have counted what is taken back
+            sequence.history = TokenCounts()  # it may have counted what is taken back
         # The sort is stable: those who have not shown that they can emit come first, so that halving finds the one.
         suspects = [s for s in sorted(marks, key=lambda s: self._held[s]) if s not in given_up]
         self._waiting.extendleft(reversed(suspects))

@@ -18,7 +18,7 @@ from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, GenerationRequest
 from jobs.openai.logprobs import TokenLikelihoods
 from worker.engine.errors import ModelRefused
 from worker.engine.logprobs import TokenLogprobs
-from worker.engine.model.checkpoint import sentence
+from worker.engine.model.checkpoint import error_summary
 from worker.engine.sampling.sampling import Sampling, noise_key
 from worker.engine.sequence import Sequence as EngineSequence
 from worker.text.chat import Chat, Special
@@ -249,7 +249,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises that very class
-        raise ModelRefused(f"the tokenizer of {path} could not be loaded: {sentence(error)}") from error
+        raise ModelRefused(f"the tokenizer of {path} could not be loaded: {error_summary(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ModelRefused(f"{path} has no fast tokenizer (tokenizer.json), which streaming text needs")
     return tokenizer

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from worker.engine.model.language_model import PackedModel
-from worker.engine.sampling.sampling import best
+from worker.engine.sampling.sampling import topk
 from worker.engine.segments import Segment
 from worker.training.self_generated import Text
 
@@ -93,7 +93,7 @@ def _read(target: PackedModel, text: Text) -> dict[str, Tensor]:
         rows = np.array(text.ids[start : start + _ROWS], np.int64)
         everything = np.arange(len(rows))
         segment = Segment(0, start, start, rows, start + everything, None, everything)
-        likeliest, shares = best(target.forward([segment]).float(), _LIKELIEST)
+        likeliest, shares = topk(target.forward([segment]).float(), _LIKELIEST)
         assert target.hidden is not None
         hidden.append(target.hidden.read(0, start, segment.end).clone())
         ids.append(likeliest.int().cpu())

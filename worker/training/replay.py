@@ -83,14 +83,14 @@ class ReplayTarget:
         logits[torch.arange(len(following)), following] = 1.0
         return logits.to(self._device)
 
-    def keep(self, moves: Sequence[KvMove]) -> None:
+    def compact(self, moves: Sequence[KvMove]) -> None:
         """Bring the states of accepted rows down."""
-        self.hidden.keep(moves)
+        self.hidden.compact(moves)
 
-    def share(self, source: int, target: int, length: int) -> None:
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
         """There is one slot."""
 
-    def release(self, slot: int, length: int) -> None:
+    def truncate(self, slot: int, length: int) -> None:
         """Its memory stays."""
 
     def clear(self) -> None:

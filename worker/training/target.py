@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from jobs.messages import model_name
 from worker.drafters.head_file import TargetIdentity, target_identity
-from worker.engine.model.language_model import PackedModel, embeddings, load, native_dtype, output_weights, quicken
+from worker.engine.model.language_model import PackedModel, embeddings, fuse_layers, load, native_dtype, output_weights
 from worker.loading.model_store import resolve
 from worker.settings import WorkerSettings
 from worker.text.codec import load_tokenizer
@@ -40,7 +40,7 @@ class Target:
 
     def packed(self, taps: Sequence[int], capacity: int) -> PackedModel:
         """Return the target with one KV slot and tapped layers, fused where that is faster; call once."""
-        quicken(self.model)
+        fuse_layers(self.model)
         return PackedModel(self.model, slots=1, capacity=capacity, defined_ids=self.vocabulary, tapped=taps)
 
 

@@ -16,7 +16,7 @@ from worker.drafters.head_network import HeadNetwork, HeadShape
 from worker.drafters.model import ModelDrafter
 from worker.engine.kv.hidden_states import HiddenStates
 from worker.engine.model.attention import ATTENTION_NAME
-from worker.engine.model.language_model import PackedModel, quicken
+from worker.engine.model.language_model import PackedModel, fuse_layers
 from worker.engine.speculation.drafting import Drafter
 from worker.training.config import Kind, Recipe
 from worker.training.losses import HeadLoss, ModelLoss, most_frequent
@@ -98,7 +98,7 @@ class TrainableModel:
         """Return a drafter with a copy of the weights, in the target's numbers."""
         model = self._load(self._target.model.dtype, ATTENTION_NAME)
         model.load_state_dict(self.network.state_dict())
-        quicken(model)
+        fuse_layers(model)
         packed = PackedModel(model, slots=1, capacity=hidden.capacity)
         return ModelDrafter(packed, "model", self._target.vocabulary)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from worker.engine.cpu.kernels import Heads, Kernels, Plan, View, address
-from worker.engine.cpu.kv import NativeKv
+from worker.engine.cpu.kv import CpuKv
 from worker.engine.segments import IntArray, Segment, concatenated
 
 
@@ -30,10 +30,10 @@ class _View:
         return View(*[address(x) for x in (self.first, self.prefix, self.extra_start, self.extra)], self.end)
 
 
-class NativePlan:
+class CpuAttentionPlan:
     """Where the rows of one forward go and what they see. Built once a step, used by every layer."""
 
-    def __init__(self, segments: Sequence[Segment], kv: NativeKv, heads: int, kernels: Kernels) -> None:
+    def __init__(self, segments: Sequence[Segment], kv: CpuKv, heads: int, kernels: Kernels) -> None:
         """Plan `segments` for a model with `heads` query heads."""
         assert all(s.end <= kv.capacity for s in segments), "rows beyond the end of their slot"
         self.kv = kv

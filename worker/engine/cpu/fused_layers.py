@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
-from worker.engine.cpu.attention import NativePlan
+from worker.engine.cpu.attention import CpuAttentionPlan
 from worker.engine.cpu.kernels import Kernels, Layer, Scratch
 from worker.engine.cpu.packed_linear import PackedLinear
 from worker.engine.errors import ModelRefused
@@ -72,7 +72,7 @@ class FusedLayers(LayerStack):
         return layer.qkv.in_features, layer.qkv.out_features, layer.o.in_features, self._inner
 
     def forward(
-        self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], plan: NativePlan, **_: object
+        self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], plan: CpuAttentionPlan, **_: object
     ) -> Tensor:
         """Return what the last layer makes of `hidden_states` [1, n, width]."""
         x = hidden_states.clone()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from worker.engine.cpu.attention import NativePlan
+from worker.engine.cpu.attention import CpuAttentionPlan
 from worker.engine.cpu.fused_layers import FusedLayers, FusedNorm
 from worker.engine.cpu.kernels import Forward, Kernels, Network, Product, Scratch, address
 from worker.engine.cpu.packed_linear import PackedLinear
@@ -24,7 +24,7 @@ _KNOWN = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3Fo
 _UNHELD = 2  # references to an array that nobody else holds: its owner's, and that of who counts
 
 
-class NativeNetwork:
+class CpuNetwork:
     """A network, and the room that its forwards work in."""
 
     def __init__(
@@ -71,7 +71,7 @@ class NativeNetwork:
         self._dim = int(cos.shape[1])
 
     def forward(
-        self, segments: Sequence[Segment], plan: NativePlan, states: Tensor | None = None
+        self, segments: Sequence[Segment], plan: CpuAttentionPlan, states: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Run the rows of `segments`, a head's with the `states` [n, width] before them.
 
@@ -136,9 +136,9 @@ class NativeNetwork:
         return [first + start * step for start in starts[:-1]]
 
 
-def whole_network(
+def fused_model(
     model: nn.Module, capacity: int, kernels: Kernels, hidden: HiddenStates | None, exact: int | None = None
-) -> NativeNetwork | None:
+) -> CpuNetwork | None:
     """Return a quickened model as one network with `capacity` positions; None if it is more than that.
 
     What is tapped goes to `hidden`. No text has more than `exact` positions; None: as many as there is room for.
@@ -151,7 +151,7 @@ def whole_network(
         return None
     embedding = body.embed_tokens.weight.detach()
     rotary = rotary_table(body, embedding, capacity, exact)
-    return NativeNetwork(body.layers[0], body.norm, output, embedding, rotary, kernels, hidden=hidden)
+    return CpuNetwork(body.layers[0], body.norm, output, embedding, rotary, kernels, hidden=hidden)
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ from worker.engine.kv.dense import POISON, lazy_zeros
 from worker.engine.segments import KvMove
 
 
-class NativeKv:
+class CpuKv:
     """Keys and values [layers, slots, kv_heads, capacity * head_dim] of one model on the CPU."""
 
     def __init__(
@@ -27,7 +27,7 @@ class NativeKv:
         self._kernels = kernels
         self._plan = Plan(kv_heads=kv_heads, dim=head_dim, capacity=self.capacity)
 
-    def keep(self, moves: Sequence[KvMove]) -> None:
+    def compact(self, moves: Sequence[KvMove]) -> None:
         """Bring accepted rows down behind the committed prefix, all layers at once."""
         for move in moves:
             if move.in_place:
@@ -44,7 +44,7 @@ class NativeKv:
                 len(move.sources),
             )
 
-    def share(self, source: int, target: int, length: int) -> None:
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` entries of one slot to another.
 
         Whole panels are copied, for they lie in one piece; what comes along beyond `length` is overwritten before any

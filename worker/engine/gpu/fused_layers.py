@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from worker.engine.cpu.fused_layers import LayerStack, are_known, window_of
-from worker.engine.paged.attention import PagedPlan
+from worker.engine.paged.attention import PagedAttentionPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,12 @@ class GpuLayers(LayerStack):
         self._taps = list(layers)
 
     def forward(
-        self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], plan: PagedPlan, **_: object
+        self,
+        hidden_states: Tensor,
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        plan: PagedAttentionPlan,
+        **_: object,
     ) -> Tensor:
         """Return the normed output of the last layer for `hidden_states` [1, n, width]."""
         x, delta = hidden_states[0], None
@@ -63,7 +68,9 @@ class GpuLayers(LayerStack):
             x, normed = self._kernels.norm(x, delta, layer.before, self._eps)
             self._tap(plan, number - 1, x)
             qkv = self._kernels.multiply_apart(normed, layer.qkv, layer.qkv_bias)
-            query = self._kernels.place(qkv, rotary, layer.head_norms, self._eps, plan.kv, number, plan.rows.places)
+            query = self._kernels.rotate_and_store(
+                qkv, rotary, layer.head_norms, self._eps, plan.kv, number, plan.rows.entries
+            )
             seen = plan.attend_stored(number, query, self._scaling, layer.window).flatten(1)
             delta = self._kernels.multiply_apart(seen, layer.o, layer.o_bias)
             x, normed = self._kernels.norm(x, delta, layer.after, self._eps)
@@ -74,7 +81,7 @@ class GpuLayers(LayerStack):
         out: Tensor = normed.unsqueeze(0)
         return out
 
-    def _tap(self, plan: PagedPlan, number: int, x: Tensor) -> None:
+    def _tap(self, plan: PagedAttentionPlan, number: int, x: Tensor) -> None:
         for place, tapped in enumerate(self._taps):
             if tapped == number:
                 assert plan.tapped is not None

@@ -337,7 +337,7 @@ def _multiply(
     )  # fmt: skip
 
 
-def place(
+def rotate_and_store(
     qkv: Tensor,
     rotary: tuple[Tensor, Tensor],
     norms: tuple[Tensor, Tensor] | None,

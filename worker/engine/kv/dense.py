@@ -1,7 +1,8 @@
 """KV cache: one slot per sequence, keys and values of all layers.
 
-Rows of a draft tree are written behind the committed prefix; after the walk the accepted path moves down (`keep`) and
-the rest is simply overwritten later. Memory of a slot is committed by the operating system when it is first written.
+Rows of a draft tree are written behind the committed prefix; after verification `compact` moves the accepted path
+down and the rest is simply overwritten later. The
+operating system commits the memory of a slot when it is first written.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ POISON = (
 )
 
 
-class KvCache:
+class DenseKv:
     """Keys and values [layers, slots, capacity, kv_heads, head_dim] of one model.
 
     The tokens of a slot lie one behind the other with all their heads, so a short text touches little memory.
@@ -52,7 +53,7 @@ class KvCache:
         """Return views of the first `length` keys and values of some slots, [slots, kv_heads, length, head_dim]."""
         return self.keys[layer, slots, :length].transpose(1, 2), self.values[layer, slots, :length].transpose(1, 2)
 
-    def keep(self, moves: Sequence[KvMove]) -> None:
+    def compact(self, moves: Sequence[KvMove]) -> None:
         """Bring accepted rows down behind the committed prefix, all layers at once."""
         moves = [m for m in moves if not m.in_place]
         if not moves:
@@ -66,7 +67,7 @@ class KvCache:
             # the right-hand side is gathered before anything is written: overlapping moves are safe
             store[:, slot, place] = store[:, slot, source]
 
-    def share(self, source: int, target: int, length: int) -> None:
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` entries of one slot to another."""
         for store in (self.keys, self.values):
             store[:, target, :length] = store[:, source, :length]

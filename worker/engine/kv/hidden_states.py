@@ -46,13 +46,13 @@ class HiddenStates:
         entries = np.concatenate([np.arange(s.start, s.end) for s in segments])
         self._rows[torch.from_numpy(slots), torch.from_numpy(entries)] = rows
 
-    def keep(self, moves: Sequence[KvMove]) -> None:
+    def compact(self, moves: Sequence[KvMove]) -> None:
         """Bring accepted rows down behind the committed prefix."""
         for move in moves:
             if not move.in_place:
                 rows = self._rows[move.slot]
                 rows[move.destination : move.destination + len(move.sources)] = rows[torch.from_numpy(move.sources)]
 
-    def share(self, source: int, target: int, length: int) -> None:
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` rows of one slot to another."""
         self._rows[target, :length] = self._rows[source, :length]

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from worker.engine.cpu.attention import NativePlan
+from worker.engine.cpu.attention import CpuAttentionPlan
 from worker.engine.errors import ModelRefused
-from worker.engine.kv.dense import KvCache
-from worker.engine.paged.attention import PagedPlan
+from worker.engine.kv.dense import DenseKv
+from worker.engine.paged.attention import PagedAttentionPlan
 from worker.engine.segments import BoolArray, IntArray, Segment
 
 ATTENTION_NAME = "basic_packed"
@@ -67,10 +67,10 @@ class Group:
         return any(len(s.ids) != self.queries for s in self.segments)
 
 
-class AttentionPlan:
+class DenseAttentionPlan:
     """Where the rows of one forward go and what they see. Built once a step, used by every layer."""
 
-    def __init__(self, segments: Sequence[Segment], kv: KvCache, query_groups: int) -> None:
+    def __init__(self, segments: Sequence[Segment], kv: DenseKv, query_groups: int) -> None:
         """Group `segments`, which must be in slot order, for a model with `query_groups` query heads per KV head."""
         self._kv = kv
         self._query_groups = query_groups
@@ -197,7 +197,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    plan: AttentionPlan | NativePlan | PagedPlan | None = None,
+    plan: DenseAttentionPlan | CpuAttentionPlan | PagedAttentionPlan | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,

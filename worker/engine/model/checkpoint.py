@@ -57,7 +57,7 @@ _EXTRA_LAYERS = ("num_nextn_predict_layers", "num_mtp_modules", "num_mtp_layers"
 
 
 @contextmanager
-def refusals(what: str, *, ranks: int = 1) -> Iterator[None]:
+def as_model_refused(what: str, *, ranks: int = 1) -> Iterator[None]:
     """Turn what libraries raise about a model into ModelRefused, in one sentence that begins with `what` is wrong.
 
     Faults of the device or its memory pass, and so do those of other `ranks`: another start may work.
@@ -69,10 +69,10 @@ def refusals(what: str, *, ranks: int = 1) -> Iterator[None]:
     except Exception as error:
         if ranks > 1 and isinstance(error, RuntimeError):
             raise
-        raise ModelRefused(f"{what}: {sentence(error)}") from error
+        raise ModelRefused(f"{what}: {error_summary(error)}") from error
 
 
-def sentence(error: Exception) -> str:
+def error_summary(error: Exception) -> str:
     """Return the first line of what an error says, with its kind where that is needed to understand it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = lines[0].rstrip(":. ") if lines else ""
@@ -219,7 +219,7 @@ def _weight_files(folder: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
-        raise ModelRefused(f"{folder / _INDEX} can't be read ({sentence(error)}); {_AGAIN}") from error
+        raise ModelRefused(f"{folder / _INDEX} can't be read ({error_summary(error)}); {_AGAIN}") from error
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise ModelRefused(f"{folder} lacks files that its {_INDEX} names: {_names(missing)}; {_AGAIN}")

@@ -22,11 +22,11 @@ from torch.utils._pytree import tree_map
 from transformers import PretrainedConfig, PreTrainedModel
 
 from worker.engine.errors import ModelRefused
-from worker.engine.model.checkpoint import refusals
-from worker.engine.model.offload import home_of, is_spread
+from worker.engine.model.checkpoint import as_model_refused
+from worker.engine.model.offload import input_device, is_offloaded
 from worker.engine.segments import IntArray, Segment, chain
 
-NEEDED = 20  # KV entries of a slot: a text, and the nodes of a tree that are not on its path
+CHECK_ENTRIES = 20  # KV entries of a slot: a text, and the nodes of a tree that are not on its path
 _LENGTH, _SHORTEST = 16, 4  # tokens of a text
 _BEHIND = 2  # tokens of a text that are draft nodes below the root
 _WINDOW = 5  # positions of a sliding window under test: fewer than a text has
@@ -40,7 +40,7 @@ _NARROW = (torch.bfloat16, torch.float16)
 Forward = Callable[[Sequence[Segment]], Tensor]  # packed rows -> logits [kept, vocab]
 
 
-class Attends(Protocol):
+class AttentionPlan(Protocol):
     """What the rows of a forward see."""
 
     def attend(
@@ -50,7 +50,7 @@ class Attends(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Proof:
+class EquivalenceCheck:
     """What a model must give."""
 
     who: str  # class of the model
@@ -59,13 +59,13 @@ class Proof:
     allowed: float  # distance from them, of their spread
     wide: bool  # the model computes in float32: every row is held to it, and else the median of each kind
 
-    def check(self, forward: Forward, *, slots: int, defined: int | None = None, judges: bool = True) -> None:
+    def check(self, forward: Forward, *, slots: int, defined: int | None = None, verifies: bool = True) -> None:
         """Run packed rows in `slots` KV slots; raise ModelRefused, with the distance, if they give something else.
 
-        A rank that follows runs them too and judges nothing.
+        A rank that follows runs them too and verifies nothing.
         """
         distances = _distances(self, forward, min(slots, 2), defined)
-        for kind, found in distances.items() if judges else ():
+        for kind, found in distances.items() if verifies else ():
             worst = float(found.max() if self.wide else found.median())
             if not worst <= self.allowed:  # also where it is no number
                 raise ModelRefused(
@@ -76,14 +76,14 @@ class Proof:
 
 
 @torch.inference_mode()
-def proven(
+def build_check(
     model: PreTrainedModel,
     config: PretrainedConfig,
     positions: int,
     heads: tuple[int, int],
-    packed: Callable[[Sequence[Segment], Callable[[Attends], Attends]], Tensor],
+    packed: Callable[[Sequence[Segment], Callable[[AttentionPlan], AttentionPlan]], Tensor],
     ours: str,
-) -> Proof:
+) -> EquivalenceCheck:
     """Return what a loaded model, as transformers wrote it, gives; raises ModelRefused if it is packed wrongly.
 
     `config` is of its text model, which knows `positions` and has `heads` (KV heads, and numbers of each). `packed`
@@ -95,25 +95,25 @@ def proven(
     watched = _Watch(who, int(config.num_hidden_layers), heads, _sliding(config, positions))
 
     def forward(segments: Sequence[Segment]) -> Tensor:
-        with refusals(f"{who} can't be packed", ranks=ranks):
+        with as_model_refused(f"{who} can't be packed", ranks=ranks):
             logits = packed(segments, watched.on)
         watched.refuse_other_than_once_a_layer()
         return logits
 
     narrow = model.dtype in _NARROW
-    widened = narrow and not is_spread(model)
+    widened = narrow and not is_offloaded(model)
     in_float32 = _InFloat32 if widened else nullcontext
     bound = _EXACT if widened or not narrow else _COARSE
     with in_float32(), _short_windows(model, config) as shortened:
         exact = _own(model, texts, ours)
-        Proof(who, texts, exact, bound, wide=bound == _EXACT).check(forward, slots=2)
+        EquivalenceCheck(who, texts, exact, bound, wide=bound == _EXACT).check(forward, slots=2)
     if shortened:
         with in_float32():
             exact = _own(model, texts, ours)
     if not widened:
-        return Proof(who, texts, exact, bound, wide=bound == _EXACT)
+        return EquivalenceCheck(who, texts, exact, bound, wide=bound == _EXACT)
     rounding = float(_distance(_own(model, texts, ours), exact).median())
-    return Proof(who, texts, exact, max(_COARSE, _SLACK * rounding), wide=False)
+    return EquivalenceCheck(who, texts, exact, max(_COARSE, _SLACK * rounding), wide=False)
 
 
 def _texts(vocabulary: int, length: int) -> IntArray:
@@ -129,8 +129,8 @@ def _own(model: PreTrainedModel, texts: IntArray, ours: str) -> Tensor:
     """Return the logits [3 * n, vocab] of the texts in transformers' own forward, in float32 or what comes."""
     model.set_attn_implementation("eager")
     try:
-        with refusals(f"transformers' own forward of {type(model).__name__} fails", ranks=model.tp_size or 1):
-            logits = model(input_ids=torch.from_numpy(texts).to(home_of(model)), use_cache=False).logits
+        with as_model_refused(f"transformers' own forward of {type(model).__name__} fails", ranks=model.tp_size or 1):
+            logits = model(input_ids=torch.from_numpy(texts).to(input_device(model)), use_cache=False).logits
     finally:
         model.set_attn_implementation(ours)
     found: Tensor = logits.flatten(0, 1).float().cpu()  # it stays as long as the model: not on a GPU
@@ -139,7 +139,7 @@ def _own(model: PreTrainedModel, texts: IntArray, ours: str) -> Tensor:
     return found
 
 
-def _distances(proof: Proof, forward: Forward, slots: int, defined: int | None) -> dict[str, Tensor]:
+def _distances(proof: EquivalenceCheck, forward: Forward, slots: int, defined: int | None) -> dict[str, Tensor]:
     """Return how far each row of the packed texts is from what it should be, by the kind of rows."""
     found: dict[str, list[Tensor]] = {}
     for segments, expected in _steps(proof.texts, slots):
@@ -214,7 +214,7 @@ class _Watch:
     sliding: frozenset[int]  # layers that must say their window
     calls: Counter[int] = field(default_factory=Counter)
 
-    def on(self, plan: Attends) -> Attends:
+    def on(self, plan: AttentionPlan) -> AttentionPlan:
         """Return the plan of a forward that is watched from now on."""
         self.calls.clear()
         return _Watched(plan, self)
@@ -248,7 +248,7 @@ class _Watch:
 class _Watched:
     """A plan whose calls are watched."""
 
-    plan: Attends
+    plan: AttentionPlan
     watch: _Watch
 
     def attend(

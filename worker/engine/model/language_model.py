@@ -14,22 +14,29 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
-from worker.engine.cpu.attention import NativePlan
+from worker.engine.cpu.attention import CpuAttentionPlan
 from worker.engine.cpu.fused_layers import fuse, tap
-from worker.engine.cpu.fused_model import whole_network
+from worker.engine.cpu.fused_model import fused_model
 from worker.engine.cpu.kernels import Kernels, kernels
-from worker.engine.cpu.kv import NativeKv
+from worker.engine.cpu.kv import CpuKv
 from worker.engine.cpu.packed_linear import pack
 from worker.engine.errors import ModelRefused
 from worker.engine.gpu.fused_layers import fuse_on_gpu
-from worker.engine.kv.dense import KvCache
+from worker.engine.kv.dense import DenseKv
 from worker.engine.kv.hidden_states import HiddenStates
-from worker.engine.model.attention import ATTENTION_NAME, AttentionPlan
-from worker.engine.model.checkpoint import refusals, refuse_incomplete, refuse_unfit, refuse_unreadable
-from worker.engine.model.equivalence_check import NEEDED, Attends, Proof, proven
-from worker.engine.model.offload import Spread, SpreadKv, SpreadPlan, home_of, is_spread, layer_devices
+from worker.engine.model.attention import ATTENTION_NAME, DenseAttentionPlan
+from worker.engine.model.checkpoint import as_model_refused, refuse_incomplete, refuse_unfit, refuse_unreadable
+from worker.engine.model.equivalence_check import CHECK_ENTRIES, AttentionPlan, EquivalenceCheck, build_check
+from worker.engine.model.offload import (
+    MultiDeviceAttentionPlan,
+    MultiDeviceKv,
+    OffloadOptions,
+    input_device,
+    is_offloaded,
+    layer_devices,
+)
 from worker.engine.options import MAX_STEP_NODES
-from worker.engine.paged.attention import GPU_BLOCK, PagedPlan, gpu_kernels_for, paged_plan
+from worker.engine.paged.attention import GPU_BLOCK, PagedAttentionPlan, gpu_kernels_for, paged_plan
 from worker.engine.paged.kv import PagedKv
 from worker.engine.paged.rows import PagedRows
 from worker.engine.paged.shape_buckets import BucketedForward, Outputs
@@ -45,7 +52,7 @@ _PROOF = "basic_proof"  # attribute of a loaded model: what it is held to when i
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 _CPU_BLOCK = 16  # entries of a block of paged KV on a CPU: small texts fill several
 
-Plan = AttentionPlan | NativePlan | PagedPlan | SpreadPlan
+Plan = DenseAttentionPlan | CpuAttentionPlan | PagedAttentionPlan | MultiDeviceAttentionPlan
 
 
 class LanguageModel(Protocol):
@@ -54,13 +61,13 @@ class LanguageModel(Protocol):
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Run the rows, remember their keys and values, return logits [kept rows, vocab] in the segments' order."""
 
-    def keep(self, moves: Sequence[KvMove]) -> None:
+    def compact(self, moves: Sequence[KvMove]) -> None:
         """Bring the rows of accepted paths down behind the committed prefix."""
 
-    def share(self, source: int, target: int, length: int) -> None:
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the keys and values of the first `length` tokens of one slot to another."""
 
-    def release(self, slot: int, length: int) -> None:
+    def truncate(self, slot: int, length: int) -> None:
         """Nobody will ask for more than the first `length` tokens of a slot."""
 
     def clear(self) -> None:
@@ -77,43 +84,43 @@ class PackedModel:
         slots: int,
         capacity: int,
         defined_ids: int | None = None,
-        native: bool = True,
+        cpu_kernels: bool = True,
         tapped: Sequence[int] = (),
         paged: bool | None = None,
         kv_tokens: int | None = None,
-        judges: bool = True,
+        verifies: bool = True,
     ) -> None:
         """Wrap a model loaded with `ATTENTION_NAME`.
 
         `capacity` is the KV entries per slot, tree rows included. Logits are cut to the first `defined_ids` tokens, so
-        that padding of the vocabulary is never emitted. `native` allows compiled kernels, where there are any. The
+        that padding of the vocabulary is never emitted. `cpu_kernels` allows compiled kernels, where there are any. The
         outputs of the layers `tapped` are kept for every entry, for a draft that reads them. `paged` KV with recorded
         forwards is the way of GPUs, and of the CPU where it is asked for; all its slots together then hold `kv_tokens`
-        entries, by default every slot in full. Raises ModelRefused for what can't be decoded exactly, if it `judges`: a
-        rank that follows another one does not.
+        entries, by default every slot in full. With `verifies`, raises ModelRefused if
+        the model does not decode exactly; a follower rank does not verify.
         """
         config = model.config.get_text_config()
-        refuse_inexact(config)
+        refuse_unsupported(config)
         self._model = model
         self._defined_ids = defined_ids
         self._slots = slots
-        self._store = kv_store(model, slots, capacity, native, paged, kv_tokens)
+        self._store = kv_store(model, slots, capacity, cpu_kernels, paged, kv_tokens)
         self.hidden: HiddenStates | None = None
         if tapped:
             tap(model, tapped)
             self.hidden = HiddenStates(
-                slots, self.kv.capacity, len(tapped) * config.hidden_size, model.dtype, home_of(model)
+                slots, self.kv.capacity, len(tapped) * config.hidden_size, model.dtype, input_device(model)
             )
         # In one call where nothing of the model is left to transformers.
         compiled = self._store.compiled
         self._network = (
-            whole_network(model, self.kv.capacity, compiled, self.hidden, positions_of(config)) if compiled else None
+            fused_model(model, self.kv.capacity, compiled, self.hidden, max_positions(config)) if compiled else None
         )
         self._buckets: BucketedForward | None = None
         if isinstance(self.kv, PagedKv):
             self._buckets = BucketedForward(self._call_paged, self.kv)
-        with refusals(f"{type(model).__name__} can't be packed", ranks=ranks_of(model)):
-            self._prove(getattr(model, _PROOF, None), kv_tokens, judges)
+        with as_model_refused(f"{type(model).__name__} can't be packed", ranks=ranks_of(model)):
+            self._prove(getattr(model, _PROOF, None), kv_tokens, verifies)
 
     @property
     def config(self) -> PretrainedConfig:
@@ -132,23 +139,23 @@ class PackedModel:
         return "torch" if compiled is None else compiled.version
 
     @property
-    def kv(self) -> KvCache | NativeKv | PagedKv | SpreadKv:
+    def kv(self) -> DenseKv | CpuKv | PagedKv | MultiDeviceKv:
         """The model's KV slots."""
         return self._store.kv
 
-    def _prove(self, proof: Proof | None, kv_tokens: int | None, judges: bool) -> None:
+    def _prove(self, proof: EquivalenceCheck | None, kv_tokens: int | None, verifies: bool) -> None:
         """Hold the model, as it will serve, to what it gave when it was loaded; raises ModelRefused.
 
         Where a slot holds less than the texts of the proof, and for models that `load` did not load, one token has to
         do: unknown attention arguments are refused here, not in a job.
         """
-        if proof is None or self.kv.capacity < NEEDED:
+        if proof is None or self.kv.capacity < CHECK_ENTRIES:
             self.forward([chain(0, 0, [0], keep_last=True)])
         else:
-            both = kv_tokens is None or kv_tokens >= 2 * max(GPU_BLOCK, NEEDED)
-            proof.check(self.forward, slots=self._slots if both else 1, defined=self._defined_ids, judges=judges)
+            both = kv_tokens is None or kv_tokens >= 2 * max(GPU_BLOCK, CHECK_ENTRIES)
+            proof.check(self.forward, slots=self._slots if both else 1, defined=self._defined_ids, verifies=verifies)
         for slot in range(min(self._slots, 2)):
-            self.release(slot, 0)
+            self.truncate(slot, 0)
 
     @torch.inference_mode()
     def prepare(self) -> None:
@@ -182,47 +189,47 @@ class PackedModel:
     def _run(self, segments: Sequence[Segment], plan: Plan) -> Tensor:
         return _run(self._model, segments, plan)
 
-    def _call_paged(self, rows: PagedRows, plan: PagedPlan) -> Outputs:
+    def _call_paged(self, rows: PagedRows, plan: PagedAttentionPlan) -> Outputs:
         return _call(self._model, rows.ids, rows.positions, rows.kept, plan), plan.tapped
 
-    def keep(self, moves: Sequence[KvMove]) -> None:
+    def compact(self, moves: Sequence[KvMove]) -> None:
         """Bring accepted rows down behind the committed prefix."""
         with torch.inference_mode():
-            self.kv.keep(moves)
+            self.kv.compact(moves)
             if self.hidden is not None:
-                self.hidden.keep(moves)
+                self.hidden.compact(moves)
 
-    def share(self, source: int, target: int, length: int) -> None:
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the keys and values of the first `length` tokens of one slot to another."""
         if source == target:
-            self.release(target, length)
+            self.truncate(target, length)
             return
         with torch.inference_mode():
-            self.kv.share(source, target, length)
+            self.kv.copy_prefix(source, target, length)
             if self.hidden is not None:
-                self.hidden.share(source, target, length)
+                self.hidden.copy_prefix(source, target, length)
 
-    def release(self, slot: int, length: int) -> None:
+    def truncate(self, slot: int, length: int) -> None:
         """Give the memory of a slot back but for its first `length` entries, where it is taken bit by bit."""
         if isinstance(self.kv, PagedKv):
-            self.kv.release(slot, length)
+            self.kv.truncate(slot, length)
 
     def clear(self) -> None:
         """Give the memory of every slot back."""
         if isinstance(self.kv, PagedKv):
             for slot in range(self.kv.slots):
-                self.kv.release(slot)
+                self.kv.truncate(slot)
 
 
-def _run(model: PreTrainedModel, segments: Sequence[Segment], plan: Plan | Attends) -> Tensor:
+def _run(model: PreTrainedModel, segments: Sequence[Segment], plan: Plan | AttentionPlan) -> Tensor:
     """Let transformers' own model do it, layer by layer."""
-    device = home_of(model)
+    device = input_device(model)
     ids = torch.from_numpy(np.concatenate([s.ids for s in segments])).to(device)
     positions = torch.from_numpy(np.concatenate([s.positions for s in segments])).to(device)
     return _call(model, ids, positions, kept_rows(segments).to(device), plan)
 
 
-def _call(model: PreTrainedModel, ids: Tensor, positions: Tensor, kept: Tensor, plan: Plan | Attends) -> Tensor:
+def _call(model: PreTrainedModel, ids: Tensor, positions: Tensor, kept: Tensor, plan: Plan | AttentionPlan) -> Tensor:
     logits = model(
         input_ids=ids.unsqueeze(0),
         position_ids=positions.unsqueeze(0),
@@ -240,7 +247,7 @@ def _call(model: PreTrainedModel, ids: Tensor, positions: Tensor, kept: Tensor, 
 class KvStore:
     """KV slots, and how a step's rows meet them."""
 
-    kv: KvCache | NativeKv | PagedKv | SpreadKv
+    kv: DenseKv | CpuKv | PagedKv | MultiDeviceKv
     compiled: Kernels | None
     plan: Callable[[Sequence[Segment]], Plan]
 
@@ -249,7 +256,7 @@ def kv_store(
     model: PreTrainedModel,
     slots: int,
     capacity: int,
-    native: bool = True,
+    cpu_kernels: bool = True,
     paged: bool | None = None,
     kv_tokens: int | None = None,
     dtype: torch.dtype | None = None,
@@ -261,38 +268,38 @@ def kv_store(
     config, dtype = model.config.get_text_config(), dtype or model.dtype
     heads, kv_heads = config.num_attention_heads // ranks_of(model), _kv_heads(model)
     layers, head_dim = config.num_hidden_layers, _head_dim(model)
-    if is_spread(model):
-        spread = SpreadKv(layer_devices(model), slots, kv_heads, capacity, head_dim, dtype)
-        return KvStore(spread, None, lambda segments: SpreadPlan(segments, spread, heads // kv_heads))
-    if takes_blocks(model) if paged is None else paged:
+    if is_offloaded(model):
+        offload = MultiDeviceKv(layer_devices(model), slots, kv_heads, capacity, head_dim, dtype)
+        return KvStore(offload, None, lambda segments: MultiDeviceAttentionPlan(segments, offload, heads // kv_heads))
+    if uses_paged_kv(model) if paged is None else paged:
         size = GPU_BLOCK if model.device.type == "cuda" else _CPU_BLOCK
         pages = PagedKv(
             layers, slots, kv_heads, capacity, head_dim, dtype, model.device, block_size=size, tokens=kv_tokens
         )
         return KvStore(pages, None, lambda segments: paged_plan(segments, pages))
-    compiled = _kernels_for(model) if native else None
+    compiled = _kernels_for(model) if cpu_kernels else None
     if compiled is None:
-        slow = KvCache(layers, slots, kv_heads, capacity, head_dim, dtype, model.device)
-        return KvStore(slow, None, lambda segments: AttentionPlan(segments, slow, heads // kv_heads))
-    fast = NativeKv(layers, slots, kv_heads, capacity, head_dim, dtype, compiled)
-    return KvStore(fast, compiled, lambda segments: NativePlan(segments, fast, heads, compiled))
+        slow = DenseKv(layers, slots, kv_heads, capacity, head_dim, dtype, model.device)
+        return KvStore(slow, None, lambda segments: DenseAttentionPlan(segments, slow, heads // kv_heads))
+    fast = CpuKv(layers, slots, kv_heads, capacity, head_dim, dtype, compiled)
+    return KvStore(fast, compiled, lambda segments: CpuAttentionPlan(segments, fast, heads, compiled))
 
 
-def takes_blocks(model: PreTrainedModel) -> bool:
+def uses_paged_kv(model: PreTrainedModel) -> bool:
     """True if a model's KV is paged unless something else is asked for: on a GPU that it has to itself.
 
     Ranks that follow another one record nothing and hear of no slot that is given back; they hold every slot in full.
     """
-    return model.device.type == "cuda" and ranks_of(model) == 1 and not is_spread(model)
+    return model.device.type == "cuda" and ranks_of(model) == 1 and not is_offloaded(model)
 
 
-def kv_bytes(model: PreTrainedModel) -> int:
+def kv_bytes_per_token(model: PreTrainedModel) -> int:
     """Return what the keys and values of one token take."""
     config = model.config.get_text_config()
     return int(2 * config.num_hidden_layers * _kv_heads(model) * _head_dim(model) * model.dtype.itemsize)
 
 
-def refuse_inexact(config: PretrainedConfig) -> None:
+def refuse_unsupported(config: PretrainedConfig) -> None:
     """Raise ModelRefused, with the reason, for a configuration that the packed forward can't decode exactly."""
     try:
         for name in ("head_dim", "num_key_value_heads"):
@@ -316,17 +323,17 @@ def refuse_inexact(config: PretrainedConfig) -> None:
         )
 
 
-def refuse_uneven(config: PretrainedConfig, ranks: int) -> None:
+def refuse_tp_size(config: PretrainedConfig, ranks: int) -> None:
     """Raise ModelRefused, with what can be done instead, for heads that can't be dealt out to so many ranks."""
-    if ranks not in widths(config):
+    if ranks not in tp_sizes(config):
         heads, kv_heads = _heads(config)
         raise ModelRefused(
             f"{heads} heads over {kv_heads} KV heads can't be split over {ranks} ranks; use --tp "
-            f"{' or '.join(map(str, widths(config)))}, with more replicas beside it, or see `basic plan`"
+            f"{' or '.join(map(str, tp_sizes(config)))}, with more replicas beside it, or see `basic plan`"
         )
 
 
-def widths(config: PretrainedConfig) -> list[int]:
+def tp_sizes(config: PretrainedConfig) -> list[int]:
     """Return the numbers of ranks that a model's heads can be dealt out to."""
     heads, kv_heads = _heads(config)
     return [ranks for ranks in range(1, kv_heads + 1) if kv_heads % ranks == 0 and heads % ranks == 0]
@@ -354,29 +361,29 @@ def native_dtype(device: torch.device) -> torch.dtype:
 
 
 def load(
-    path: str, *, dtype: torch.dtype, device: torch.device, ranks: int = 1, spread: Spread | None = None
+    path: str, *, dtype: torch.dtype, device: torch.device, ranks: int = 1, offload: OffloadOptions | None = None
 ) -> PreTrainedModel:
     """Load a causal model for packed decoding from a local directory or a hub id; safetensors only, no remote code.
 
     With `ranks` it is this process's share, by the tensor parallel plan that transformers has for the model; with
-    `spread` accelerate lays it out over all devices. Raises ModelRefused with what to do when it is missing or not
+    `offload` accelerate lays it out over all devices. Raises ModelRefused with what to do when it is missing or not
     supported.
     """
-    with refusals(f"{path} could not be loaded", ranks=ranks):
+    with as_model_refused(f"{path} could not be loaded", ranks=ranks):
         refuse_unreadable(path)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         refuse_unfit(path, config)
-        refuse_inexact(config.get_text_config())
-        refuse_uneven(config.get_text_config(), ranks)
-        model = _loaded(path, dtype, ranks, spread)
-        if not is_spread(model):
+        refuse_unsupported(config.get_text_config())
+        refuse_tp_size(config.get_text_config(), ranks)
+        model = _loaded(path, dtype, ranks, offload)
+        if not is_offloaded(model):
             model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to as its types don't say
         model.eval()  # type: ignore[no-untyped-call]
         setattr(model, _PROOF, _proven(model))
         return model
 
 
-def _loaded(path: str, dtype: torch.dtype, ranks: int, spread: Spread | None) -> PreTrainedModel:
+def _loaded(path: str, dtype: torch.dtype, ranks: int, offload: OffloadOptions | None) -> PreTrainedModel:
     """Let transformers load a model; raises ModelRefused unless all of its weights were there, and no others."""
     try:
         with _few_words():
@@ -389,7 +396,7 @@ def _loaded(path: str, dtype: torch.dtype, ranks: int, spread: Spread | None) ->
                 distributed_config=DistributedConfig(tp_size=ranks) if ranks > 1 else None,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
-                **(spread.options() if spread else {}),
+                **(offload.options() if offload else {}),
             )
     except KeyError as error:
         if error.args != (ATTENTION_NAME,):
@@ -415,22 +422,22 @@ def _few_words() -> Iterator[None]:
         transformers_logging.set_verbosity(before)
 
 
-def _proven(model: PreTrainedModel) -> Proof:
+def _proven(model: PreTrainedModel) -> EquivalenceCheck:
     """Return what a model that was just loaded is held to; raises ModelRefused if its packed rows are not exact."""
     config = model.config.get_text_config()
     stores: list[KvStore] = []
 
-    def packed(segments: Sequence[Segment], watched: Callable[[Attends], Attends]) -> Tensor:
+    def packed(segments: Sequence[Segment], watched: Callable[[AttentionPlan], AttentionPlan]) -> Tensor:
         if not stores:
-            dtype = None if is_spread(model) else torch.float32
-            stores.append(kv_store(model, 2, NEEDED, native=False, paged=False, dtype=dtype))
+            dtype = None if is_offloaded(model) else torch.float32
+            stores.append(kv_store(model, 2, CHECK_ENTRIES, cpu_kernels=False, paged=False, dtype=dtype))
         return _run(model, segments, watched(stores[0].plan(segments)))
 
     heads = (_kv_heads(model), _head_dim(model))
-    return proven(model, config, positions_of(config) or NEEDED, heads, packed, ATTENTION_NAME)
+    return build_check(model, config, max_positions(config) or CHECK_ENTRIES, heads, packed, ATTENTION_NAME)
 
 
-def positions_of(config: PretrainedConfig) -> int | None:
+def max_positions(config: PretrainedConfig) -> int | None:
     """Return how many positions a text model computes exactly in any batch; None if its configuration sets no end.
 
     Rotary frequencies that depend on the longest text of a forward don't below the original number of positions.
@@ -442,8 +449,8 @@ def positions_of(config: PretrainedConfig) -> int | None:
     return min((int(n) for n in known if isinstance(n, int) and n > 0), default=None)
 
 
-def changes_later(config: PretrainedConfig) -> str | None:
-    """Return the kind of rotary embeddings whose frequencies change beyond `positions_of`, if there are such."""
+def batch_dependent_rope(config: PretrainedConfig) -> str | None:
+    """Return the kind of rotary embeddings whose frequencies change beyond `max_positions`, if there are such."""
     kinds = (str(rope.get("rope_type")) for rope in _ropes(getattr(config, "rope_parameters", None) or {}))
     return next((kind for kind in kinds if kind in _BATCH_DEPENDENT_ROPE), None)
 
@@ -458,7 +465,7 @@ def output_weights(model: PreTrainedModel) -> Tensor:
     return _whole(model, "output", model.get_output_embeddings().weight)  # type: ignore[no-untyped-call]
 
 
-def gather(model: PreTrainedModel) -> None:
+def gather_embeddings(model: PreTrainedModel) -> None:
     """Collect the embeddings and output weights of a model that is split, for a draft that needs them whole.
 
     Every rank must call it; it does nothing for a model that is not split.
@@ -479,9 +486,9 @@ def _whole(model: PreTrainedModel, name: str, weight: Any) -> Tensor:
     return found.detach()
 
 
-def quicken(model: PreTrainedModel) -> None:
+def fuse_layers(model: PreTrainedModel) -> None:
     """Swap in what computes the same faster on this processor: fused layers, packed products."""
-    on_gpu = gpu_kernels_for(model.device) if takes_blocks(model) else None
+    on_gpu = gpu_kernels_for(model.device) if uses_paged_kv(model) else None
     if on_gpu is not None:
         fuse_on_gpu(model, on_gpu)
     compiled = _kernels_for(model)
@@ -492,7 +499,7 @@ def quicken(model: PreTrainedModel) -> None:
 
 def _kernels_for(model: PreTrainedModel) -> Kernels | None:
     """Return the compiled kernels if they take this model."""
-    ours = model.device.type == "cpu" and ranks_of(model) == 1 and not is_spread(model)
+    ours = model.device.type == "cpu" and ranks_of(model) == 1 and not is_offloaded(model)
     compiled = kernels(model.dtype) if ours else None
     return compiled if compiled is not None and _head_dim(model) % compiled.panel == 0 else None
 

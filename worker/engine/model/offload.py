@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from worker.engine.kv.dense import KvCache
-from worker.engine.model.attention import AttentionPlan
+from worker.engine.kv.dense import DenseKv
+from worker.engine.model.attention import DenseAttentionPlan
 from worker.engine.segments import KvMove, Segment
 
 _OFFLOADED = ("cpu", "disk")
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
+class OffloadOptions:
     """How a model is to be laid out."""
 
     folder: Path  # of weights that fit nowhere else
@@ -35,14 +35,14 @@ class Spread:
         return {"device_map": "auto", "offload_folder": str(self.folder), "max_memory": self.memory}
 
 
-def is_spread(model: PreTrainedModel) -> bool:
+def is_offloaded(model: PreTrainedModel) -> bool:
     """Return whether accelerate has laid a model out."""
     return getattr(model, "hf_device_map", None) is not None
 
 
-def home_of(model: PreTrainedModel) -> torch.device:
+def input_device(model: PreTrainedModel) -> torch.device:
     """Return the device that takes a model's token ids and gives its logits."""
-    if not is_spread(model):
+    if not is_offloaded(model):
         return model.device
     places = [place for place in _map(model).values() if place not in _OFFLOADED]
     return torch.device(places[0] if places else "cpu")
@@ -50,14 +50,14 @@ def home_of(model: PreTrainedModel) -> torch.device:
 
 def layer_devices(model: PreTrainedModel) -> list[torch.device]:
     """Return where each layer is computed; one that is kept off the GPUs is computed at home."""
-    home = home_of(model)
+    home = input_device(model)
     names = [f"{model.base_model_prefix}.layers.{n}" for n in range(model.config.get_text_config().num_hidden_layers)]
     places = [_place(model, name) for name in names]
     return [home if place in _OFFLOADED else torch.device(place) for place in places]
 
 
-class SpreadKv:
-    """KV slots whose layers lie on several devices; the interface of `KvCache`."""
+class MultiDeviceKv:
+    """KV slots whose layers lie on several devices; the interface of `DenseKv`."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class SpreadKv:
         """Reserve room on every device for the layers that are computed there."""
         self.capacity = capacity
         self.parts = {
-            device: KvCache(layers, slots, kv_heads, capacity, head_dim, dtype, device)
+            device: DenseKv(layers, slots, kv_heads, capacity, head_dim, dtype, device)
             for device, layers in Counter(devices).items()
         }
         seen: Counter[torch.device] = Counter()
@@ -80,15 +80,15 @@ class SpreadKv:
             self.places.append((device, seen[device]))
             seen[device] += 1
 
-    def keep(self, moves: Sequence[KvMove]) -> None:
+    def compact(self, moves: Sequence[KvMove]) -> None:
         """Bring accepted rows down behind the committed prefix."""
         for part in self.parts.values():
-            part.keep(moves)
+            part.compact(moves)
 
-    def share(self, source: int, target: int, length: int) -> None:
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` entries of one slot to another."""
         for part in self.parts.values():
-            part.share(source, target, length)
+            part.copy_prefix(source, target, length)
 
     def poison(self, slot: int, start: int = 0) -> None:
         """Overwrite a slot from `start` on with a value that shows in any output that reads it (tests only)."""
@@ -97,14 +97,14 @@ class SpreadKv:
 
 
 @dataclass(slots=True)
-class SpreadPlan:
-    """Where the rows of one forward go and what they see, on every device; the interface of `AttentionPlan`."""
+class MultiDeviceAttentionPlan:
+    """Where the rows of one forward go and what they see, on every device; the interface of `DenseAttentionPlan`."""
 
     segments: Sequence[Segment]
-    kv: SpreadKv
+    kv: MultiDeviceKv
     query_groups: int
     tapped: Tensor | None = None
-    _plans: dict[torch.device, AttentionPlan] = field(default_factory=dict)
+    _plans: dict[torch.device, DenseAttentionPlan] = field(default_factory=dict)
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
@@ -112,7 +112,7 @@ class SpreadPlan:
         """Attend on the device of the layer."""
         device, number = self.kv.places[layer]
         if device not in self._plans:
-            self._plans[device] = AttentionPlan(self.segments, self.kv.parts[device], self.query_groups)
+            self._plans[device] = DenseAttentionPlan(self.segments, self.kv.parts[device], self.query_groups)
         return self._plans[device].attend(number, query, key, value, scaling, window)
 
 

@@ -36,7 +36,7 @@ def gpu_kernels_for(device: torch.device) -> ModuleType | None:
         ) from missing
 
 
-class PagedPlan:
+class PagedAttentionPlan:
     """Where the rows of one forward go and what they see. Used by every layer."""
 
     def __init__(self, rows: PagedRows, kv: PagedKv) -> None:
@@ -49,7 +49,7 @@ class PagedPlan:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
     ) -> Tensor:
         """Store the rows' keys and values, attend, and return [n, heads, head_dim]; inputs are [heads, n, head_dim]."""
-        self.kv.write(layer, self.rows.places, key.transpose(0, 1), value.transpose(0, 1))
+        self.kv.write(layer, self.rows.entries, key.transpose(0, 1), value.transpose(0, 1))
         return self.attend_stored(layer, query.transpose(0, 1).contiguous(), scaling, window)
 
     def attend_stored(self, layer: int, query: Tensor, scaling: float, window: int | None) -> Tensor:
@@ -96,18 +96,18 @@ class PagedPlan:
         return attended(query, keys, values, visible, scaling)
 
 
-def paged_plan(segments: Sequence[Segment], kv: PagedKv) -> PagedPlan:
+def paged_plan(segments: Sequence[Segment], kv: PagedKv) -> PagedAttentionPlan:
     """Return the plan of a forward over `segments` in its exact shape."""
     reserve(segments, kv)
     shape = exact_shape(segments, kv)
-    return PagedPlan(PagedRows(shape, on_device(laid_out(segments, kv, shape), kv.keys.device)), kv)
+    return PagedAttentionPlan(PagedRows(shape, on_device(laid_out(segments, kv, shape), kv.keys.device)), kv)
 
 
 def reserve(segments: Sequence[Segment], kv: PagedKv) -> None:
     """Give every segment the blocks that its rows are written to."""
     for s in segments:
         if s.visible is None:
-            kv.release(s.slot, s.end)  # behind a stretch of text there is nothing: what lies there is an older one
+            kv.truncate(s.slot, s.end)  # behind a stretch of text there is nothing: what lies there is an older one
         kv.reserve(s.slot, s.start, s.end)
 
 

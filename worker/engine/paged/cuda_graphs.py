@@ -14,21 +14,21 @@ T = TypeVar("T")
 _WARM_UPS = 2  # runs before the recording: libraries set themselves up in the first ones
 
 
-class Record(Protocol):
+class GraphCapture(Protocol):
     """Makes a repeatable call of some work on fixed buffers."""
 
     def __call__(self, work: Callable[[], T]) -> Callable[[], T]:
         """Return what does the work again on whatever the buffers hold then."""
 
 
-def eagerly(work: Callable[[], T]) -> Callable[[], T]:
-    """Record nothing: the work itself, every time."""
+def no_capture(work: Callable[[], T]) -> Callable[[], T]:
+    """GraphCapture nothing: the work itself, every time."""
     return work
 
 
-def recorder(device: torch.device) -> Record:
+def graph_capture(device: torch.device) -> GraphCapture:
     """Return what a device can do."""
-    return CudaGraphs() if device.type == "cuda" else eagerly
+    return CudaGraphs() if device.type == "cuda" else no_capture
 
 
 class CudaGraphs:
@@ -42,7 +42,7 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Callable[[], T]) -> Callable[[], T]:
-        """Record the work; if it can't be recorded, leave it as it is."""
+        """GraphCapture the work; if it can't be recorded, leave it as it is."""
         aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):

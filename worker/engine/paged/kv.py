@@ -21,7 +21,7 @@ class BlockPool:
     def __init__(self, count: int) -> None:
         """Start with every block free."""
         self.count = count
-        self._holders = [0] * (count + 1)
+        self._references = [0] * (count + 1)
         self._free = list(range(count, SCRATCH, -1))
 
     @property
@@ -32,35 +32,35 @@ class BlockPool:
     @property
     def used(self) -> int:
         """Blocks that some slot holds."""
-        return sum(holders > 0 for holders in self._holders)
+        return sum(holders > 0 for holders in self._references)
 
     @property
     def free_blocks(self) -> list[int]:
         """Their numbers."""
         return list(self._free)
 
-    def holders(self, block: int) -> int:
+    def references(self, block: int) -> int:
         """Return how many slots hold a block."""
-        return self._holders[block]
+        return self._references[block]
 
-    def take(self) -> int:
+    def allocate(self) -> int:
         """Hand out a free block; raises OutOfBlocks."""
         if not self._free:
             raise OutOfBlocks
         block = self._free.pop()
-        self._holders[block] = 1
+        self._references[block] = 1
         return block
 
-    def join(self, block: int) -> None:
+    def add_reference(self, block: int) -> None:
         """Let one more slot hold a block."""
-        assert self._holders[block] > 0, f"block {block} is free"
-        self._holders[block] += 1
+        assert self._references[block] > 0, f"block {block} is free"
+        self._references[block] += 1
 
-    def leave(self, block: int) -> None:
+    def drop_reference(self, block: int) -> None:
         """Let one slot go of a block; it is free when nobody is left."""
-        assert self._holders[block] > 0, f"block {block} was given back twice"
-        self._holders[block] -= 1
-        if not self._holders[block]:
+        assert self._references[block] > 0, f"block {block} was given back twice"
+        self._references[block] -= 1
+        if not self._references[block]:
             self._free.append(block)
 
 
@@ -98,15 +98,15 @@ class PagedKv:
 
     @property
     def slots(self) -> int:
-        """Slots that the tables are for."""
+        """SlotAllocator that the tables are for."""
         return len(self.tables)
 
-    def held(self, slot: int) -> list[int]:
+    def blocks_of(self, slot: int) -> list[int]:
         """Return the blocks of a slot."""
         blocks: list[int] = self.tables[slot, : self._held[slot]].tolist()
         return blocks
 
-    def places(self, slot: IntArray | int, index: IntArray) -> IntArray:
+    def entries(self, slot: IntArray | int, index: IntArray) -> IntArray:
         """Return where entries lie when all blocks are put one behind the other."""
         places: IntArray = self.tables[slot, index // self.block_size] * self.block_size + index % self.block_size
         return places
@@ -116,22 +116,22 @@ class PagedKv:
         assert end <= self.capacity, "rows beyond the end of their slot"
         first, held = start // self.block_size, self._held[slot]
         needed = _blocks(end, self.block_size)
-        shared = [at for at in range(first, min(held, needed)) if self.pool.holders(int(self.tables[slot, at])) > 1]
+        shared = [at for at in range(first, min(held, needed)) if self.pool.references(int(self.tables[slot, at])) > 1]
         if len(shared) + max(0, needed - held) > self.pool.free:
             raise OutOfBlocks
         for at in shared:
             self._own(slot, at, copied=at * self.block_size < start or (at + 1) * self.block_size > end)
         for at in range(held, needed):
-            self.tables[slot, at] = self.pool.take()
+            self.tables[slot, at] = self.pool.allocate()
         self._held[slot] = max(held, needed)
 
-    def release(self, slot: int, length: int = 0) -> None:
+    def truncate(self, slot: int, length: int = 0) -> None:
         """Give back the blocks of a slot but for those of its first `length` entries."""
         kept = _blocks(length, self.block_size)
         if kept >= self._held[slot]:
             return
-        for block in self.held(slot)[kept:]:
-            self.pool.leave(block)
+        for block in self.blocks_of(slot)[kept:]:
+            self.pool.drop_reference(block)
         self.tables[slot, kept:] = SCRATCH
         self._held[slot] = kept
 
@@ -140,27 +140,27 @@ class PagedKv:
         for store, rows in ((self.keys, keys), (self.values, values)):
             store[layer].flatten(0, 1)[places] = rows
 
-    def keep(self, moves: Sequence[KvMove]) -> None:
+    def compact(self, moves: Sequence[KvMove]) -> None:
         """Bring accepted rows down behind the committed prefix, all layers at once."""
         moves = [m for m in moves if not m.in_place]
         if not moves:
             return
-        sources = np.concatenate([self.places(m.slot, m.sources) for m in moves])
-        targets = np.concatenate([self.places(m.slot, m.destination + np.arange(len(m.sources))) for m in moves])
+        sources = np.concatenate([self.entries(m.slot, m.sources) for m in moves])
+        targets = np.concatenate([self.entries(m.slot, m.destination + np.arange(len(m.sources))) for m in moves])
         # Entries that move were written by their owner, into blocks that it made its own then.
-        assert all(self.pool.holders(int(block)) == 1 for block in np.unique(targets // self.block_size))
+        assert all(self.pool.references(int(block)) == 1 for block in np.unique(targets // self.block_size))
         source, target = (torch.from_numpy(part).to(self.keys.device) for part in (sources, targets))
         for store in (self.keys, self.values):
             entries = store.flatten(1, 2)
             # the right-hand side is gathered before anything is written: overlapping moves are safe
             entries[:, target] = entries[:, source]
 
-    def share(self, source: int, target: int, length: int) -> None:
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Let one slot begin with the first entries of another: full blocks are held by both, the rest copied."""
-        self.release(target)
+        self.truncate(target)
         full = length // self.block_size
-        for at, block in enumerate(self.held(source)[:full]):
-            self.pool.join(block)
+        for at, block in enumerate(self.blocks_of(source)[:full]):
+            self.pool.add_reference(block)
             self.tables[target, at] = block
         self._held[target] = full
         if length % self.block_size:
@@ -172,7 +172,7 @@ class PagedKv:
         end = self._held[slot] * self.block_size
         if start < end:
             self.reserve(slot, start, end)
-            places = torch.from_numpy(self.places(slot, np.arange(start, end)))
+            places = torch.from_numpy(self.entries(slot, np.arange(start, end)))
             for store in (self.keys, self.values):
                 store.flatten(1, 2)[:, places] = POISON
 
@@ -183,18 +183,18 @@ class PagedKv:
 
     def check(self) -> None:
         """Assert that every block is free or held by exactly the slots whose tables say so (tests only)."""
-        held = [block for slot in range(self.slots) for block in self.held(slot)]
+        held = [block for slot in range(self.slots) for block in self.blocks_of(slot)]
         assert SCRATCH not in held
-        assert all(self.pool.holders(block) == held.count(block) for block in range(1, self.pool.count + 1))
+        assert all(self.pool.references(block) == held.count(block) for block in range(1, self.pool.count + 1))
         assert self.pool.free + self.pool.used == self.pool.count
         assert len(set(self.pool.free_blocks)) == self.pool.free
 
     def _own(self, slot: int, at: int, copied: bool) -> None:
         """Replace a block that others hold too, with its contents if they are not all overwritten."""
-        old, new = int(self.tables[slot, at]), self.pool.take()
+        old, new = int(self.tables[slot, at]), self.pool.allocate()
         if copied:
             self._copy(old, new)
-        self.pool.leave(old)
+        self.pool.drop_reference(old)
         self.tables[slot, at] = new
 
     def _copy(self, source: int, target: int) -> None:

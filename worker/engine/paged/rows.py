@@ -51,7 +51,7 @@ class PagedRows:
         """Cut up `flat`, which has at least `shape.size` numbers."""
         self.shape = shape
         parts = [flat[end - size : end] for end, size in zip(accumulate(shape.sizes), shape.sizes, strict=True)]
-        self.ids, self.positions, self.places, self.sequence, self.seen = parts[:5]  # [rows]
+        self.ids, self.positions, self.entries, self.sequence, self.seen = parts[:5]  # [rows]
         self.kept, self.starts = parts[5], parts[6]  # [kept], [sequences + 1] first row
         self.table = parts[7].view(shape.sequences, shape.blocks)
         self.own = parts[8].view(shape.rows, shape.listed)  # where the listed entries lie, in order of depth
@@ -112,7 +112,7 @@ def laid_out(segments: Sequence[Segment], kv: PagedKv, shape: Shape) -> IntArray
         [
             _padded([s.ids for s in segments], shape.rows),
             _padded([s.positions for s in segments], shape.rows),
-            kv.places(slots, index),
+            kv.entries(slots, index),
             scratch,
             np.repeat(np.arange(shape.sequences), np.diff(starts)),
             seen,
@@ -176,7 +176,7 @@ def _own(segments: Sequence[Segment], kv: PagedKv, shape: Shape, long: bool) -> 
             visible = _visible(s)
             rows, columns = np.nonzero(visible)
             rank = visible.cumsum(axis=1)[rows, columns] - 1
-            own[row + rows, rank] = kv.places(s.slot, s.prefix + columns)
+            own[row + rows, rank] = kv.entries(s.slot, s.prefix + columns)
             count[row : row + len(s.ids)] = visible.sum(axis=1)
         row += len(s.ids)
     return own, count

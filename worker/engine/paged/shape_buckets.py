@@ -7,23 +7,23 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from worker.engine.paged.attention import PagedPlan, reserve
-from worker.engine.paged.cuda_graphs import Record, recorder
+from worker.engine.paged.attention import PagedAttentionPlan, reserve
+from worker.engine.paged.cuda_graphs import GraphCapture, graph_capture
 from worker.engine.paged.kv import PagedKv
 from worker.engine.paged.rows import LISTED, PagedRows, Shape, fits_bucket, laid_out
 from worker.engine.segments import Segment
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # rows
 Outputs = tuple[Tensor, Tensor | None]  # logits [kept, vocab], and what else there is of rows: [rows, …] or [kept, …]
-Run = Callable[[PagedRows, PagedPlan], Outputs]  # takes rows and what they see
+Run = Callable[[PagedRows, PagedAttentionPlan], Outputs]  # takes rows and what they see
 
 
 class BucketedForward:
     """A model's forward in a few shapes: for each number of rows one without draft trees and one with."""
 
-    def __init__(self, run: Run, kv: PagedKv, record: Record | None = None) -> None:
+    def __init__(self, run: Run, kv: PagedKv, record: GraphCapture | None = None) -> None:
         """Run the rows with `run`; `record` makes a recording of a forward, by default the device's own kind."""
-        self._run, self._kv, self._record = run, kv, record or recorder(kv.keys.device)
+        self._run, self._kv, self._record = run, kv, record or graph_capture(kv.keys.device)
         self._replays: dict[Shape, Callable[[], Outputs]] = {}
         largest = max(shape.size for shape in self.shapes)
         self._flat = torch.zeros(largest, dtype=torch.int64, device=kv.keys.device)  # every recording reads from here
@@ -43,7 +43,7 @@ class BucketedForward:
         return None if listed is None else self._shape(bucket, listed)
 
     def prepare(self) -> None:
-        """Record every shape now, so that no request waits for it."""
+        """Capture every shape now, so that no request waits for it."""
         for shape in self.shapes:
             self._replay([], shape)
 
@@ -65,7 +65,7 @@ class BucketedForward:
     def _once(self, shape: Shape) -> Outputs:
         """Run the rows that the buffer holds; what is recorded."""
         rows = PagedRows(shape, self._flat)
-        return self._run(rows, PagedPlan(rows, self._kv))
+        return self._run(rows, PagedAttentionPlan(rows, self._kv))
 
     def _shape(self, rows: int, listed: int) -> Shape:
         return Shape(

@@ -1,6 +1,6 @@
-"""The wire between the ranks of a replica: orders from the first rank to the others, over torch.distributed.
+"""The channel between the ranks of a replica: orders from the first rank to the others, over torch.distributed.
 
-Orders travel over gloo in main memory, the model's own sums over NCCL where there are GPUs. A wire that breaks means
+Orders travel over gloo in main memory, the model's own sums over NCCL where there are GPUs. A channel that breaks means
 that a rank is gone, and with it the replica.
 """
 
@@ -15,16 +15,16 @@ import torch
 from torch import distributed
 
 from worker.engine.errors import RankLost
-from worker.engine.parallel.commands import Order, decode
+from worker.engine.parallel.commands import RankCommand, decode
 from worker.engine.segments import IntArray
 
 # Ranks without work wait for an order as long as there is none. That a rank is gone shows at once, as a closed
 # connection or to whoever started it, so that no time limit is needed to find out.
 _FOR_EVER = timedelta(days=365)
-_HEAD = 2048  # numbers that travel in the first message of an order, its length among them; few need a second
+_HEAD = 2048  # numbers that travel in the first message of a command, its length among them; few need a second
 
 
-class Wire:
+class Channel:
     """This process's end."""
 
     def __init__(self, store: Path, rank: int, ranks: int, device: torch.device) -> None:
@@ -40,9 +40,9 @@ class Wire:
             timeout=_FOR_EVER,
         )
 
-    def tell(self, order: Order) -> None:
+    def send(self, command: RankCommand) -> None:
         """Send an order to every other rank."""
-        words = order.encode()
+        words = command.encode()
         head = np.zeros(_HEAD, np.int64)
         head[0] = len(words)
         first = words[: _HEAD - 1]
@@ -51,8 +51,8 @@ class Wire:
         if len(words) > len(first):
             self._send(words[len(first) :])
 
-    def hear(self) -> Order:
-        """Wait for the next order."""
+    def recv(self) -> RankCommand:
+        """Wait for the next command."""
         head = self._receive(_HEAD)
         length = int(head[0])
         words = head[1 : 1 + length]
@@ -60,7 +60,7 @@ class Wire:
             words = np.concatenate([words, self._receive(length - len(words))])
         return decode(words)
 
-    def least(self, number: int) -> int:
+    def all_reduce_min(self, number: int) -> int:
         """Return the smallest of the numbers that the ranks bring; every rank must call it."""
         mine = torch.tensor([number])
         distributed.all_reduce(mine, distributed.ReduceOp.MIN)

@@ -15,25 +15,25 @@ import numpy as np
 from worker.engine.segments import BoolArray, IntArray, KvMove, Segment
 
 
-class Op(IntEnum):
+class CommandKind(IntEnum):
     """What a rank is to do."""
 
     FORWARD = 0
-    KEEP = 1
-    SHARE = 2
+    COMPACT = 1
+    COPY_PREFIX = 2
     BUILD = 3  # KV slots for a loaded model
-    ROOM = 4  # say how much memory is free
+    FREE_MEMORY = 4  # say how much memory is free
     END = 5
-    RELEASE = 6
+    TRUNCATE = 6
     CLEAR = 7
     PREPARE = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class RankCommand:
     """One order; which of the fields are filled in depends on the operation."""
 
-    op: Op
+    kind: CommandKind
     model: int = 0
     segments: tuple[Segment, ...] = ()
     moves: tuple[KvMove, ...] = ()
@@ -41,19 +41,19 @@ class Order:
 
     def encode(self) -> IntArray:
         """Return the order as it travels."""
-        parts: list[IntArray] = [_ints(self.op, self.model, len(self.segments), len(self.moves), len(self.numbers))]
+        parts: list[IntArray] = [_ints(self.kind, self.model, len(self.segments), len(self.moves), len(self.numbers))]
         parts += [part for segment in self.segments for part in _segment(segment)]
         parts += [part for move in self.moves for part in _move(move)]
         parts.append(_ints(*self.numbers))
         return np.concatenate(parts)
 
 
-def decode(words: IntArray) -> Order:
+def decode(words: IntArray) -> RankCommand:
     """Return the order that travelled."""
     reader = _Reader(words)
-    op, model, segments, moves, numbers = reader.ints(5)
-    return Order(
-        op=Op(op),
+    kind, model, segments, moves, numbers = reader.ints(5)
+    return RankCommand(
+        kind=CommandKind(kind),
         model=model,
         segments=tuple(_read_segment(reader) for _ in range(segments)),
         moves=tuple(_read_move(reader) for _ in range(moves)),

@@ -14,20 +14,20 @@ from transformers import PreTrainedModel
 
 from worker.engine.errors import RankLost
 from worker.engine.model.language_model import PackedModel
-from worker.engine.parallel.channel import Wire
-from worker.engine.parallel.commands import Op, Order
+from worker.engine.parallel.channel import Channel
+from worker.engine.parallel.commands import CommandKind, RankCommand
 from worker.engine.segments import KvMove, Segment
 
-_UNSET = -1  # among the numbers of an order: the model decides by itself
+_UNSET = -1  # among the numbers of a command: the model decides by itself
 
 
-class LeadingModel(PackedModel):
+class LeaderModel(PackedModel):
     """A packed model whose calls the other ranks follow."""
 
     def __init__(
         self,
         model: PreTrainedModel,
-        wire: Wire,
+        channel: Channel,
         number: int,
         *,
         slots: int,
@@ -37,56 +37,56 @@ class LeadingModel(PackedModel):
         **options: Any,
     ) -> None:
         """Build the KV slots of all ranks; `number` is the one that the model has on each of them."""
-        self._wire: Wire | None = None  # the first forward is everybody's own
+        self._channel: Channel | None = None  # the first forward is everybody's own
         numbers = (slots, capacity, _UNSET if paged is None else int(paged), _UNSET if kv_tokens is None else kv_tokens)
-        wire.tell(Order(Op.BUILD, number, numbers=numbers))
+        channel.send(RankCommand(CommandKind.BUILD, number, numbers=numbers))
         super().__init__(model, slots=slots, capacity=capacity, paged=paged, kv_tokens=kv_tokens, **options)
-        self._wire, self._number = wire, number
+        self._channel, self._number = channel, number
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Run the rows on every rank; return the logits, which are whole here. Raises RankLost if any rank fails."""
-        if self._wire is None:
+        if self._channel is None:
             return super().forward(segments)
-        self._wire.tell(Order(Op.FORWARD, self._number, segments=tuple(segments)))
+        self._channel.send(RankCommand(CommandKind.FORWARD, self._number, segments=tuple(segments)))
         try:
             return super().forward(segments)
         except Exception as error:
             # The others stand in the middle of the step and wait for us: there is no way back to a common state.
             raise RankLost(f"A step of the replica failed: {error}") from error
 
-    def keep(self, moves: Sequence[KvMove]) -> None:
+    def compact(self, moves: Sequence[KvMove]) -> None:
         """Bring accepted rows down on every rank."""
-        assert self._wire is not None
+        assert self._channel is not None
         if any(not move.in_place for move in moves):
-            self._wire.tell(Order(Op.KEEP, self._number, moves=tuple(moves)))
-        super().keep(moves)
+            self._channel.send(RankCommand(CommandKind.COMPACT, self._number, moves=tuple(moves)))
+        super().compact(moves)
 
-    def share(self, source: int, target: int, length: int) -> None:
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the beginning of a slot on every rank."""
-        assert self._wire is not None
-        self._wire.tell(Order(Op.SHARE, self._number, numbers=(source, target, length)))
-        super().share(source, target, length)
+        assert self._channel is not None
+        self._channel.send(RankCommand(CommandKind.COPY_PREFIX, self._number, numbers=(source, target, length)))
+        super().copy_prefix(source, target, length)
 
-    def release(self, slot: int, length: int) -> None:
+    def truncate(self, slot: int, length: int) -> None:
         """Give the memory of a slot back on every rank."""
-        if self._wire is not None:
-            self._wire.tell(Order(Op.RELEASE, self._number, numbers=(slot, length)))
-        super().release(slot, length)
+        if self._channel is not None:
+            self._channel.send(RankCommand(CommandKind.TRUNCATE, self._number, numbers=(slot, length)))
+        super().truncate(slot, length)
 
     def clear(self) -> None:
         """Give the memory of every slot back on every rank."""
-        assert self._wire is not None
-        self._wire.tell(Order(Op.CLEAR, self._number))
+        assert self._channel is not None
+        self._channel.send(RankCommand(CommandKind.CLEAR, self._number))
         super().clear()
 
     def prepare(self) -> None:
         """Record the forwards that steps will replay on every rank."""
-        assert self._wire is not None
-        self._wire.tell(Order(Op.PREPARE, self._number))
+        assert self._channel is not None
+        self._channel.send(RankCommand(CommandKind.PREPARE, self._number))
         super().prepare()
 
 
-class FollowingModels:
+class FollowerModels:
     """The models of a rank that follows, by number."""
 
     def __init__(self, models: Sequence[PreTrainedModel]) -> None:
@@ -94,33 +94,33 @@ class FollowingModels:
         self._loaded = models
         self._packed: dict[int, PackedModel] = {}
 
-    def obey(self, order: Order) -> None:
+    def execute(self, command: RankCommand) -> None:
         """Do what the first rank does, and forget the outcome."""
-        if order.op is Op.BUILD:
-            slots, capacity, paged, kv_tokens = order.numbers
-            self._packed[order.model] = PackedModel(
-                self._loaded[order.model],
+        if command.kind is CommandKind.BUILD:
+            slots, capacity, paged, kv_tokens = command.numbers
+            self._packed[command.model] = PackedModel(
+                self._loaded[command.model],
                 slots=slots,
                 capacity=capacity,
                 paged=None if paged == _UNSET else bool(paged),
                 kv_tokens=None if kv_tokens == _UNSET else kv_tokens,
-                judges=False,
+                verifies=False,
             )
             return
-        model = self._packed[order.model]
-        if order.op is Op.FORWARD:
-            model.forward(order.segments)
-        elif order.op is Op.KEEP:
-            model.keep(order.moves)
-        elif order.op is Op.SHARE:
-            source, target, length = order.numbers
-            model.share(source, target, length)
-        elif order.op is Op.RELEASE:
-            slot, length = order.numbers
-            model.release(slot, length)
-        elif order.op is Op.CLEAR:
+        model = self._packed[command.model]
+        if command.kind is CommandKind.FORWARD:
+            model.forward(command.segments)
+        elif command.kind is CommandKind.COMPACT:
+            model.compact(command.moves)
+        elif command.kind is CommandKind.COPY_PREFIX:
+            source, target, length = command.numbers
+            model.copy_prefix(source, target, length)
+        elif command.kind is CommandKind.TRUNCATE:
+            slot, length = command.numbers
+            model.truncate(slot, length)
+        elif command.kind is CommandKind.CLEAR:
             model.clear()
-        elif order.op is Op.PREPARE:
+        elif command.kind is CommandKind.PREPARE:
             model.prepare()
         else:
-            raise AssertionError(f"{order.op.name} is no model's order")
+            raise AssertionError(f"{command.kind.name} is no model's order")

@@ -67,7 +67,7 @@ void argmax_rows(const float *scores, int64_t *out, int64_t rows, int64_t column
 }
 
 /* For each row of `scores` [rows, columns] its `count` best columns, best first, and their softmax probabilities. */
-void best_rows(const float *scores, int64_t *out, double *probabilities, int64_t rows, int64_t columns, int64_t count) {
+void topk_rows(const float *scores, int64_t *out, double *probabilities, int64_t rows, int64_t columns, int64_t count) {
 #pragma omp parallel for schedule(static) if (rows > 1)
     for (int64_t row = 0; row < rows; row++) {
         const float *score = scores + row * columns;
@@ -91,14 +91,14 @@ void best_rows(const float *scores, int64_t *out, double *probabilities, int64_t
 }
 
 /* For each of some rows of `logits`, at `places` and `stride` apart, the column with the most of logit / temperature +
- * noise, among those not below `floors`; -1 where a logit is not a number. */
+ * noise, among those not below `min_scores`; -1 where a logit is not a number. */
 void draw_rows(const float *logits, int64_t stride, const int64_t *places, const float *temperatures,
-               const int64_t *keys, const float *floors, int64_t *out, int64_t rows, int64_t columns) {
+               const int64_t *keys, const float *min_scores, int64_t *out, int64_t rows, int64_t columns) {
 #pragma omp parallel for schedule(static) if (rows > 1)
     for (int64_t row = 0; row < rows; row++) {
         const float *logit = logits + places[row] * stride;
         uint64_t key = (uint64_t)keys[row];
-        float floor = floors[row], temperature = temperatures[row];
+        float floor = min_scores[row], temperature = temperatures[row];
         int64_t best = has_nan(logit, columns) ? -1 : first_of(logit, columns, highest_of(logit, columns));
         if (best < 0) {
             out[row] = -1;

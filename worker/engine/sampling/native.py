@@ -18,25 +18,25 @@ from worker.engine.cpu.kernels import bound
 from worker.engine.segments import IntArray
 
 
-class Draws:
+class NativeSampler:
     """The compiled functions."""
 
     def __init__(self, compiled: ctypes.CDLL) -> None:
         """Bind the functions of a library compiled from draws.c."""
         size, address = ctypes.c_int64, ctypes.c_void_p
         self._argmax_rows = bound(compiled.argmax_rows, address, address, size, size)
-        self._best_rows = bound(compiled.best_rows, *[address] * 3, size, size, size)
+        self._best_rows = bound(compiled.topk_rows, *[address] * 3, size, size, size)
         self._draw_rows = bound(compiled.draw_rows, address, size, *[address] * 5, size, size)
         self._add_noise = bound(compiled.add_noise, *[address] * 3, size, size)
 
-    def likeliest(self, scores: Tensor) -> Tensor:
+    def argmax(self, scores: Tensor) -> Tensor:
         """Return the place [rows] of the highest score of each row of `scores` [rows, vocab]; -1 where one is NaN."""
         scores = scores.contiguous()
         out = torch.empty(len(scores), dtype=torch.int64)
         self._argmax_rows(scores.data_ptr(), out.data_ptr(), *scores.shape)
         return out
 
-    def best(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def topk(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Return the places of the `count` best of each row of `scores` [rows, n], and their probabilities, float64."""
         scores = scores.contiguous()
         places, probabilities = (torch.empty(len(scores), count, dtype=kind) for kind in (torch.int64, torch.float64))
@@ -48,31 +48,31 @@ class Draws:
         logits: Tensor,
         temperatures: Tensor,
         keys: Tensor,
-        floors: Tensor | None = None,
+        min_scores: Tensor | None = None,
         places: IntArray | None = None,
     ) -> Tensor:
         """Return what is drawn from the rows of `logits` [n, vocab] at `places` [rows], or from all, int64 [rows].
 
-        Temperatures, keys and floors have `rows` entries; no token is drawn that is over its temperature below a floor.
+        `temperatures`, `keys` and `min_scores` are [rows]; no token whose scaled logit is below `min_scores` is drawn.
         A row with a NaN draws -1.
         """
         rows = torch.arange(len(logits)) if places is None else torch.from_numpy(np.ascontiguousarray(places))
-        floors = torch.full((len(rows),), -torch.inf) if floors is None else floors
+        min_scores = torch.full((len(rows),), -torch.inf) if min_scores is None else min_scores
         out = torch.empty(len(rows), dtype=torch.int64)
         assert (logits.dtype, logits.stride(1)) == (torch.float32, 1)
-        parts = (part.data_ptr() for part in (rows, temperatures, keys, floors, out))
+        parts = (part.data_ptr() for part in (rows, temperatures, keys, min_scores, out))
         self._draw_rows(logits.data_ptr(), logits.stride(0), *parts, len(rows), logits.shape[1])
         return out
 
     def add(self, scores: Tensor, keys: Tensor, tokens: Tensor) -> Tensor:
         """Return `scores` [rows, n] of `tokens` [n] with noise, which is right to about a thousandth."""
-        noisy = scores.clone(memory_format=torch.contiguous_format)
-        self._add_noise(noisy.data_ptr(), keys.data_ptr(), tokens.data_ptr(), *noisy.shape)
-        return noisy
+        gumbel_scores = scores.clone(memory_format=torch.contiguous_format)
+        self._add_noise(gumbel_scores.data_ptr(), keys.data_ptr(), tokens.data_ptr(), *gumbel_scores.shape)
+        return gumbel_scores
 
 
 @cache
-def draws(device: torch.device) -> Draws | None:
+def native_sampler(device: torch.device) -> NativeSampler | None:
     """Return the compiled functions if they run on this device."""
     compiled = library(Path(__file__).with_name("native.c")) if device.type == "cpu" else None
-    return None if compiled is None else Draws(compiled)
+    return None if compiled is None else NativeSampler(compiled)

@@ -1,4 +1,4 @@
-"""History: what a text already holds, and what that does to the logits of its next token."""
+"""TokenCounts: what a text already holds, and what that does to the logits of its next token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from worker.engine.sampling.sampling import Sampling
 from worker.engine.segments import IntArray
 
 
-class History:
+class TokenCounts:
     """The distinct tokens of one text, and how often each stands in its output. Grows with the text, counts once."""
 
     def __init__(self) -> None:
@@ -23,13 +23,13 @@ class History:
         self._tokens = array("q")
         self._counts = array("q")
 
-    def read(self, ids: list[int], num_prompt: int) -> None:
+    def update(self, ids: list[int], num_prompt: int) -> None:
         """Take in what `ids` hold beyond the part that was read before."""
         for i in range(self._read, len(ids)):
             self._add(ids[i], int(i >= num_prompt))
         self._read = len(ids)
 
-    def along(self, path: Seq[int]) -> tuple[IntArray, IntArray]:
+    def with_path(self, path: Seq[int]) -> tuple[IntArray, IntArray]:
         """Return the distinct tokens of the text with `path` behind it, and how often each stands in the output."""
         fresh = list(dict.fromkeys(token for token in path if token not in self._place))
         tokens = np.array([*fresh, *self._tokens] if fresh else self._tokens, np.int64)
@@ -47,11 +47,11 @@ class History:
         self._counts[place] += count
 
 
-def adjust(logits: Tensor, samplings: Seq[Sampling], seen: Seq[tuple[IntArray, IntArray]]) -> Tensor:
+def apply_penalties(logits: Tensor, samplings: Seq[Sampling], seen: Seq[tuple[IntArray, IntArray]]) -> Tensor:
     """Apply logit_bias, then the repetition, frequency and presence penalties, to a copy of `logits` [rows, vocab].
 
-    `seen` holds each row's `History.along`. Repetition is transformers' (prompt and output, divides or multiplies);
-    frequency and presence are OpenAI's (output, subtract).
+    `seen` holds each row's `TokenCounts.with_path`. Repetition is transformers' (prompt and output; divides or
+    multiplies); frequency and presence are OpenAI's (output, subtract).
     """
     scores = logits.float().clone()
     _add_bias(scores, samplings)

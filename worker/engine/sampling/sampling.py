@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from worker.engine.sampling.native import draws
+from worker.engine.sampling.native import native_sampler
 from worker.engine.segments import IntArray
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -36,11 +36,11 @@ class Sampling:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, bias); no token twice
-    logprobs: int | None = None  # likeliest tokens to tell beside each emitted one; None: tell nothing of either
+    logprobs: int | None = None  # most likely tokens to report beside each emitted one; None: report neither
 
     @property
     def greedy(self) -> bool:
-        """True when the likeliest token is taken and no noise is drawn."""
+        """True for argmax decoding: no noise is drawn."""
         return self.temperature == 0.0
 
     @property
@@ -80,7 +80,7 @@ def _xor_shift(z: Tensor, bits: int) -> Tensor:
 def gumbel(keys: Tensor, tokens: Tensor) -> Tensor:
     """Return standard Gumbel noise, float64, broadcast over `keys` [rows, 1] and `tokens` [vocab] or [rows, k].
 
-    `keys` come from `row_keys`. The same (key, token) gives the same noise on every device and in every batch.
+    `keys` come from `noise_keys`. The same (key, token) gives the same noise on every device and in every batch.
     """
     z = keys + tokens * _signed(_GOLDEN)
     z = _xor_shift(z, 30).mul_(_signed(_MIX_1))
@@ -90,7 +90,7 @@ def gumbel(keys: Tensor, tokens: Tensor) -> Tensor:
     return uniform.log_().neg_().log_().neg_()
 
 
-def row_keys(samplings: Sequence[Sampling], positions: Sequence[int], device: torch.device) -> Tensor:
+def noise_keys(samplings: Sequence[Sampling], positions: Sequence[int], device: torch.device) -> Tensor:
     """Return int64 keys [rows, 1]: one per row, from its sequence's key and the position of the token drawn there."""
     keys = [_signed(_mix(s.key ^ _mix(p))) for s, p in zip(samplings, positions, strict=True)]
     return torch.tensor(keys, dtype=torch.int64, device=device).unsqueeze(1)
@@ -101,16 +101,16 @@ def process(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
 
     `logits` [rows, vocab]; returns float32 [rows, vocab] with -inf where a token may not be drawn. No row is greedy.
     """
-    scores = warmed(logits, samplings)
-    return scores.masked_fill_(scores < floors(scores, samplings), -torch.inf)
+    scores = apply_temperature(logits, samplings)
+    return scores.masked_fill_(scores < min_scores(scores, samplings), -torch.inf)
 
 
-def warmed(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+def apply_temperature(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     """Return logits [rows, vocab] over their temperatures, float32."""
     return logits.float() / _column([s.temperature for s in samplings], logits)
 
 
-def floors(scores: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+def min_scores(scores: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     """Return the lowest score [rows, 1] that may be drawn from `scores` [rows, vocab]; equal scores stay together."""
     lowest = scores.new_full((len(scores), 1), -torch.inf)
     if any(s.top_k for s in samplings):
@@ -138,7 +138,7 @@ def _top_k_floor(scores: Tensor, top_k: list[int]) -> Tensor:
 
 
 def _top_p_floor(scores: Tensor, top_p: Tensor, first: int = _NUCLEUS) -> Tensor:
-    """Return the score of the last token that is needed to reach `top_p`; the likeliest token is always one."""
+    """Return the score of the last token that is needed to reach `top_p`; the most likely token is always one."""
     vocab = scores.shape[-1]
     ordered = scores.topk(min(first, vocab), dim=-1).values
     highest = ordered[:, :1]
@@ -156,11 +156,11 @@ def draw(
 
     The rows are those at `places` [rows], or all. A row with a NaN draws -1.
     """
-    compiled = draws(logits.device)
+    compiled = native_sampler(logits.device)
     if compiled is not None and logits.dtype == torch.float32 and not any(s.greedy or s.filtered for s in samplings):
         temperatures, keys = (
             _column([s.temperature for s in samplings], logits),
-            row_keys(samplings, positions, logits.device),
+            noise_keys(samplings, positions, logits.device),
         )
         return compiled.draw(logits, temperatures, keys, places=places).tolist()
     picked = logits if places is None else logits[torch.from_numpy(places).to(logits.device)]
@@ -171,42 +171,42 @@ def _drawn(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[in
     """Return what is drawn from each row of `logits` [rows, vocab], whatever the samplings, int64 [rows]."""
     sampled = [i for i, s in enumerate(samplings) if not s.greedy]
     if len(sampled) < len(samplings):
-        drawn = likeliest(logits)
+        drawn = argmax(logits)
         if sampled:
             drawn[sampled] = _drawn(logits[sampled], [samplings[i] for i in sampled], [positions[i] for i in sampled])
         return drawn
-    keys = row_keys(samplings, positions, logits.device)
-    compiled = draws(logits.device)
+    keys = noise_keys(samplings, positions, logits.device)
+    compiled = native_sampler(logits.device)
     if compiled is not None:
-        scores = warmed(logits, samplings)
-        return compiled.draw(scores, torch.ones(len(scores)), keys, floors(scores, samplings))
+        scores = apply_temperature(logits, samplings)
+        return compiled.draw(scores, torch.ones(len(scores)), keys, min_scores(scores, samplings))
     tokens = torch.arange(logits.shape[-1], device=logits.device)
-    return _argmax(gumbel(keys, tokens).add_(process(logits, samplings)))
+    return _torch_argmax(gumbel(keys, tokens).add_(process(logits, samplings)))
 
 
-def likeliest(logits: Tensor) -> Tensor:
+def argmax(logits: Tensor) -> Tensor:
     """Return the token with the largest logit of each row of `logits` [rows, vocab], int64 [rows]; -1 beside a NaN."""
-    compiled = draws(logits.device)
-    return _argmax(logits) if compiled is None else compiled.likeliest(logits.float())
+    compiled = native_sampler(logits.device)
+    return _torch_argmax(logits) if compiled is None else compiled.argmax(logits.float())
 
 
-def _argmax(scores: Tensor) -> Tensor:
+def _torch_argmax(scores: Tensor) -> Tensor:
     """Return the place of the highest score of each row, -1 if one of them is NaN: `argmax` finds that first."""
     places = scores.argmax(-1)
     return places.masked_fill_(scores.gather(-1, places.unsqueeze(-1)).squeeze(-1).isnan(), -1)
 
 
-def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def topk(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the places of the `count` best of each row of `scores` [rows, n], best first, and their probabilities."""
-    compiled = draws(scores.device)
+    compiled = native_sampler(scores.device)
     if compiled is not None:
-        return compiled.best(scores, count)
+        return compiled.topk(scores, count)
     found = scores.softmax(-1).topk(count, dim=-1)
     return found.indices, found.values.double().nan_to_num_(0.0)
 
 
-def noisy(scores: Tensor, samplings: Sequence[Sampling], positions: Sequence[int], tokens: Tensor) -> Tensor:
+def gumbel_scores(scores: Tensor, samplings: Sequence[Sampling], positions: Sequence[int], tokens: Tensor) -> Tensor:
     """Return processed scores [rows, n] of `tokens` [n] with the noise of their draws, right to about a thousandth."""
-    keys = row_keys(samplings, positions, scores.device)
-    compiled = draws(scores.device)
+    keys = noise_keys(samplings, positions, scores.device)
+    compiled = native_sampler(scores.device)
     return (scores + gumbel(keys, tokens)).float() if compiled is None else compiled.add(scores, keys, tokens)

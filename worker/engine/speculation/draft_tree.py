@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from worker.engine.sampling.penalties import adjust
+from worker.engine.sampling.penalties import apply_penalties
 from worker.engine.segments import BoolArray, IntArray, Segment
 from worker.engine.sequence import Sequence
 
@@ -146,7 +146,7 @@ class Forest:
             return logits
         seen = [sequences[i].seen(self.path(int(nodes[i]))) for i in rows]
         scores = logits.float().clone()
-        scores[rows] = adjust(scores[rows], [sequences[i].sampling for i in rows], seen)
+        scores[rows] = apply_penalties(scores[rows], [sequences[i].sampling for i in rows], seen)
         return scores
 
     def segment(self, tree: int, nodes: IntArray) -> Segment:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worker.engine.sampling.sampling import Sampling, draw, likeliest
+from worker.engine.sampling.sampling import Sampling, argmax, draw
 from worker.engine.segments import IntArray
 from worker.engine.speculation.draft_tree import Forest
 
@@ -35,7 +35,7 @@ def walk(forest: Forest, logits: Tensor, rows: IntArray) -> list[AcceptedPath]:
     walks = [_Walk(root) for root in range(len(forest.sequences))]
     greedy = [w for w in walks if _is_plain(forest.sequences[w.root].sampling)]
     if greedy:
-        draws = likeliest(logits).tolist()
+        draws = argmax(logits).tolist()
         for w in greedy:
             while w.advance(draws[rows[w.node]], children):
                 pass

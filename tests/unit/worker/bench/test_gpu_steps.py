@@ -10,7 +10,7 @@ import torch
 
 from tests.models import tiny
 from worker.bench.gpu_steps import main, measure, random_model
-from worker.engine.model.language_model import kv_bytes
+from worker.engine.model.language_model import kv_bytes_per_token
 
 
 def test_every_number_of_rows_is_timed_without_trees_and_with_them(
@@ -30,5 +30,5 @@ def test_the_floor_counts_weights_once_and_keys_and_values_once_a_sequence(monke
     model = random_model(config, 1, torch.device("cpu"))
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     floors = {(t.rows, t.trees): t.floor_ms for t in measure(model, (20,), 40, 1)}
-    assert floors[20, False] == weights + kv_bytes(model) * (20 * 40 + 20)
-    assert floors[20, True] == weights + kv_bytes(model) * (2 * 40 + 20)
+    assert floors[20, False] == weights + kv_bytes_per_token(model) * (20 * 40 + 20)
+    assert floors[20, True] == weights + kv_bytes_per_token(model) * (2 * 40 + 20)

@@ -20,14 +20,14 @@ from worker.training.head_unroll import unroll
 IDS = [5, 9, 2, 7, 7, 30, 41, 8, 12, 3]
 
 
-@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("cpu_kernels", [True, False])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_tapped_states_are_those_that_transformers_shows(architecture: str, native: bool) -> None:
+def test_tapped_states_are_those_that_transformers_shows(architecture: str, cpu_kernels: bool) -> None:
     model = tiny(architecture)
     model.set_attn_implementation("eager")
     with torch.inference_mode():
         shown = model.model(torch.tensor([IDS]), output_hidden_states=True).hidden_states
-    target = tapped(model, native=native)
+    target = tapped(model, cpu_kernels=cpu_kernels)
     target.forward([chain(1, 0, IDS, keep_last=True)])
     assert target.hidden is not None
     ours = target.hidden.read(1, 0, len(IDS)).view(len(IDS), -1, model.config.hidden_size)
@@ -35,13 +35,13 @@ def test_tapped_states_are_those_that_transformers_shows(architecture: str, nati
     torch.testing.assert_close(ours[:, 0], shown[1][0], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("native", "paged"), [(True, None), (False, None), (False, True)])
+@pytest.mark.parametrize(("cpu_kernels", "paged"), [(True, None), (False, None), (False, True)])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_a_head_sees_in_a_tree_what_it_was_trained_to_see(layers: int, native: bool, paged: bool | None) -> None:
+def test_a_head_sees_in_a_tree_what_it_was_trained_to_see(layers: int, cpu_kernels: bool, paged: bool | None) -> None:
     model = tiny("llama")
     net = network(model, layers)
     learned = network(model, layers)
-    head = packed_head(model, net, native=native, paged=paged)
+    head = packed_head(model, net, cpu_kernels=cpu_kernels, paged=paged)
     embedded = model.get_input_embeddings()(torch.tensor([IDS])).detach()
     hidden = torch.randn(1, len(IDS), net.fuse.in_features)
     with torch.no_grad():

@@ -98,7 +98,12 @@ class Counted:
 
     def __init__(self, model: PackedModel) -> None:
         self.model = model
-        self.keep, self.share, self.release, self.clear = model.keep, model.share, model.release, model.clear
+        self.compact, self.copy_prefix, self.truncate, self.clear = (
+            model.compact,
+            model.copy_prefix,
+            model.truncate,
+            model.clear,
+        )
         self.fed = 0
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:
@@ -115,7 +120,7 @@ def test_what_texts_begin_with_is_read_once_and_changes_no_draft(paged: bool, to
     for limit in (10_000, 16):  # from so many tokens in common on they are shared
         draft = tiny("llama", seed=0)
         draft.set_attn_implementation(ATTENTION_NAME)
-        counted = Counted(PackedModel(draft, slots=4, capacity=1024, native=False, paged=paged))
+        counted = Counted(PackedModel(draft, slots=4, capacity=1024, cpu_kernels=False, paged=paged))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kv_tracker, "_ALIKE", limit)
             some = sequences(prompts, sampling=Sampling(temperature=0.7))

@@ -78,7 +78,7 @@ def test_shared_noise_lifts_acceptance_when_sampling(monkeypatch: pytest.MonkeyP
         return sum(r.stats.accepted_tokens for r in results) / len(results)
 
     shared = accepted()
-    monkeypatch.setattr("worker.drafters.candidates.noisy", lambda scores, *_: scores)
+    monkeypatch.setattr("worker.drafters.candidates.gumbel_scores", lambda scores, *_: scores)
     assert shared > 1.5 * accepted()
 
 

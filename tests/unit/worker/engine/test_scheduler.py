@@ -36,7 +36,7 @@ def test_free_and_used_tokens_add_up_and_everyone_is_served(actions: list[tuple[
         assert slots.used_tokens + slots.free_tokens == 150
         assert slots.free_tokens >= 0
         assert slots.held_tokens <= 150, "remembered texts make way before there is no memory left"
-        assert slots.free + len(held) == 6
+        assert slots.free_slots + len(held) == 6
     assert not running.busy
     assert all(len(some[i].output_ids) == 9 for i in added if not some[i].cancelled)
 

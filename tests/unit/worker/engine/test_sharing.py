@@ -30,14 +30,14 @@ def nobody_shares(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-@pytest.mark.parametrize("native", [True, False], ids=["kernels", "torch"])
+@pytest.mark.parametrize("cpu_kernels", [True, False], ids=["kernels", "torch"])
 @pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("prefill_rows", [7, 500])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_text_is_the_same_with_and_without_sharing(
-    nobody_shares: pytest.MonkeyPatch, architecture: str, prefill_rows: int, sampling: Sampling, native: bool
+    nobody_shares: pytest.MonkeyPatch, architecture: str, prefill_rows: int, sampling: Sampling, cpu_kernels: bool
 ) -> None:
-    if not native:
+    if not cpu_kernels:
         nobody_shares.setattr("worker.engine.model.language_model.kernels", lambda dtype: None)
     alone = sequences(PROMPTS, max_tokens=6, sampling=sampling)
     decode(engine(packed(tiny(architecture)), None, options(Mode.PLAIN, prefill_rows=prefill_rows)), alone)

@@ -7,7 +7,7 @@ import torch
 
 from jobs.errors import SetupError
 from tests.models import tiny
-from worker.engine.model.language_model import kv_bytes
+from worker.engine.model.language_model import kv_bytes_per_token
 from worker.engine.options import EngineOptions
 from worker.loading import memory
 from worker.loading.memory import with_kv_tokens
@@ -23,7 +23,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def test_a_token_of_a_model_takes_its_keys_and_values_in_every_layer() -> None:
-    assert kv_bytes(tiny()) == 2 * 2 * 2 * 32 * 4  # keys and values, layers, heads, dimensions, float32
+    assert kv_bytes_per_token(tiny()) == 2 * 2 * 2 * 32 * 4  # keys and values, layers, heads, dimensions, float32
 
 
 @pytest.mark.parametrize("draft_bytes", [0, 40])

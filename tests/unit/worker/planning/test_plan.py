@@ -16,7 +16,7 @@ from tests.models import SHAPE, tiny
 from worker.cli import commands
 from worker.engine.errors import ModelRefused
 from worker.engine.model.attention import ATTENTION_NAME
-from worker.engine.model.language_model import PackedModel, kv_bytes
+from worker.engine.model.language_model import PackedModel, kv_bytes_per_token
 from worker.engine.segments import chain
 from worker.planning.devices import DEVICES, GIB, KERNELS_PER_LAYER
 from worker.planning.forecast import Machine, speculate, step
@@ -47,7 +47,7 @@ def test_a_shape_counts_what_the_loaded_model_holds(architecture: str) -> None:
     model = tiny(architecture)
     shape = shape_from_config("tiny", model.config)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
-    assert shape.kv_entries(1) * model.dtype.itemsize == kv_bytes(model)
+    assert shape.kv_entries(1) * model.dtype.itemsize == kv_bytes_per_token(model)
     assert shape.kv_entries(2) * 2 == shape.kv_entries(1)
 
 
@@ -188,7 +188,7 @@ def test_a_layer_starts_as_many_kernels_as_the_forecast_says() -> None:
             make_model(config, attn_implementation=ATTENTION_NAME),
             slots=1,
             capacity=64,
-            native=False,
+            cpu_kernels=False,
         )
         with Operations() as operations:
             model.forward([chain(0, 1, [3, 4, 5], keep_last=True)])

@@ -11,7 +11,7 @@ from jobs.errors import InvalidValue, PromptTooLong
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, ChatMessage, GenerationRequest, SamplingParameters
 from tests.models import byte_tokenizer
 from worker.engine.errors import TokenizersDiffer
-from worker.engine.sampling.penalties import adjust
+from worker.engine.sampling.penalties import apply_penalties
 from worker.engine.sampling.sampling import draw
 from worker.loading.drafts import shared_words
 from worker.text.codec import Codec, eos_ids
@@ -146,6 +146,6 @@ def test_of_tokenizers_that_differ_in_one_token_the_others_are_drafted() -> None
 def test_values_that_are_zero_in_single_precision_leave_numbers_to_draw_from(field: str, value: float) -> None:
     parameters = SamplingParameters.model_validate({"seed": 1, "temperature": 1.0, field: value})
     sampling = codec().sequence((0,), [1, 2], parameters, 0).sampling
-    scores = adjust(torch.tensor([[0.0, -1.0, 3.0]]), [sampling], [(np.arange(3), np.ones(3, np.int64))])
+    scores = apply_penalties(torch.tensor([[0.0, -1.0, 3.0]]), [sampling], [(np.arange(3), np.ones(3, np.int64))])
     assert draw(scores, [sampling], [2])[0] >= 0
     assert scores.isfinite().all()

@@ -11,9 +11,9 @@ from tests.models import ARCHITECTURES, packed, tiny
 from tests.unit.worker.engine.harness import decode, drafter, engine, options, outputs, sequences
 from worker.engine.cpu.fused_layers import FusedLayers, fuse
 from worker.engine.cpu.kernels import Kernels, kernels
-from worker.engine.cpu.kv import NativeKv
+from worker.engine.cpu.kv import CpuKv
 from worker.engine.cpu.packed_linear import PackedLinear
-from worker.engine.model.language_model import PackedModel, quicken
+from worker.engine.model.language_model import PackedModel, fuse_layers
 from worker.engine.options import Mode
 from worker.engine.segments import KvMove, Segment, chain
 
@@ -30,7 +30,7 @@ def compiled(dtype: torch.dtype = torch.float32) -> Kernels:
 def quick(architecture: str, dtype: torch.dtype = torch.float32) -> PackedModel:
     compiled(dtype)
     model = tiny(architecture).to(dtype)  # type: ignore[arg-type]
-    quicken(model)
+    fuse_layers(model)
     return packed(model, capacity=160)
 
 
@@ -70,7 +70,7 @@ def test_a_layer_that_is_not_known_stays_as_it_is() -> None:
 def test_the_kernels_give_the_logits_of_torch_attention(architecture: str) -> None:
     slow = packed_without_kernels(architecture)
     fast = quick(architecture)
-    assert isinstance(fast.kv, NativeKv)
+    assert isinstance(fast.kv, CpuKv)
     rows = [chain(0, 0, TEXT[:50], keep_last=True), chain(1, 0, TEXT[:3], keep_last=True)]
     assert torch.allclose(fast.forward(rows), slow.forward(rows), atol=1e-4)
     assert torch.allclose(fast.forward([tree(0, 50)]), slow.forward([tree(0, 50)]), atol=1e-4)
@@ -133,7 +133,7 @@ def test_an_accepted_path_moves_down_in_all_layers() -> None:
         model.forward([chain(slot, 0, TEXT[:33], keep_last=True)])
     shown = tree(0, 33)
     model.forward([shown])
-    model.keep([KvMove(0, 34, 33 + np.array([1, 3, 4]))])
+    model.compact([KvMove(0, 34, 33 + np.array([1, 3, 4]))])
     model.forward([chain(1, 33, [int(shown.ids[node]) for node in (0, 1, 3, 4)], keep_last=True)])
     after = [model.forward([chain(slot, 37, [5], keep_last=True)]) for slot in range(2)]
     assert torch.equal(*after)
@@ -142,7 +142,7 @@ def test_an_accepted_path_moves_down_in_all_layers() -> None:
 def packed_without_kernels(architecture: str) -> PackedModel:
     model = tiny(architecture)
     model.set_attn_implementation("basic_packed")
-    return PackedModel(model, slots=4, capacity=160, native=False)
+    return PackedModel(model, slots=4, capacity=160, cpu_kernels=False)
 
 
 def tree(slot: int, prefix: int) -> Segment:

@@ -71,7 +71,7 @@ def network(architecture: str) -> PreTrainedModel:
 
 
 def packed(made: PreTrainedModel, paged: bool, **given: Any) -> PackedModel:
-    return PackedModel(made, slots=3, capacity=64, native=False, paged=paged, **given)
+    return PackedModel(made, slots=3, capacity=64, cpu_kernels=False, paged=paged, **given)
 
 
 def fused(architecture: str, **given: Any) -> PackedModel:

@@ -15,9 +15,9 @@ import torch
 from tests.models import ARCHITECTURES, packed, tiny
 from tests.unit.worker.engine.harness import PROMPTS, decode, drafter, engine, options, outputs, sequences
 from worker.engine.errors import ModelRefused, OutOfSlots
-from worker.engine.kv.dense import KvCache, lazy_zeros
-from worker.engine.kv.slot_allocator import Slots
-from worker.engine.model.language_model import PackedModel, changes_later, positions_of, refuse_inexact
+from worker.engine.kv.dense import DenseKv, lazy_zeros
+from worker.engine.kv.slot_allocator import SlotAllocator
+from worker.engine.model.language_model import PackedModel, batch_dependent_rope, max_positions, refuse_unsupported
 from worker.engine.options import Mode
 from worker.engine.segments import KvMove, Segment, chain
 
@@ -70,16 +70,16 @@ def test_an_accepted_path_moved_down_equals_a_fresh_prefill(architecture: str) -
     n = len(PREFIX)
     model.forward([chain(1, 0, PREFIX, keep_last=True)])
     model.forward([tree_segment(1)])
-    model.keep([KvMove(1, n + 1, np.array([n + 2, n + 4]))])
+    model.compact([KvMove(1, n + 1, np.array([n + 2, n + 4]))])
     after = model.forward([chain(1, n + 3, [17], keep_last=True)])[0]
     fresh = model.forward([chain(0, 0, [*PREFIX, 7, 9, 11, 17], keep_last=True)])[0]
     assert torch.allclose(after, fresh, atol=1e-4)
 
 
 def test_overlapping_moves_copy_what_was_there_before() -> None:
-    cache = KvCache(1, 2, 1, 8, 1, torch.float32, torch.device("cpu"))
+    cache = DenseKv(1, 2, 1, 8, 1, torch.float32, torch.device("cpu"))
     cache.keys[0, 1, :, 0, 0] = torch.arange(8.0)
-    cache.keep([KvMove(1, 2, np.array([3, 4, 6]))])
+    cache.compact([KvMove(1, 2, np.array([3, 4, 6]))])
     assert cache.keys[0, 1, :, 0, 0].tolist() == [0, 1, 3, 4, 6, 5, 6, 7]
 
 
@@ -122,12 +122,12 @@ def test_slots_add_up_under_random_arrivals_and_cancellations(seed: int) -> None
 
 
 def test_slots_hand_out_the_lowest_and_refuse_more_than_there_are() -> None:
-    slots = Slots(2, 10)
-    assert [slots.take(5), slots.take(5)] == [0, 1]
+    slots = SlotAllocator(2, 10)
+    assert [slots.allocate(5), slots.allocate(5)] == [0, 1]
     with pytest.raises(OutOfSlots):
-        slots.take(0)
-    slots.give_back(0, [])
-    assert slots.take(5) == 0
+        slots.allocate(0)
+    slots.free(0, [])
+    assert slots.allocate(5) == 0
 
 
 def test_prompts_longer_than_a_chunk_are_read_in_stretches() -> None:
@@ -149,23 +149,23 @@ def test_prompts_longer_than_a_chunk_are_read_in_stretches() -> None:
 def test_rotary_embeddings_that_depend_on_the_batch_end_a_text_where_they_begin_to(rope: dict[str, Any]) -> None:
     config = tiny().config
     config.rope_parameters = rope
-    refuse_inexact(config)
-    assert positions_of(config) == 64
-    assert changes_later(config) in ("dynamic", "longrope")
+    refuse_unsupported(config)
+    assert max_positions(config) == 64
+    assert batch_dependent_rope(config) in ("dynamic", "longrope")
 
 
 def test_rotary_embeddings_that_are_the_same_in_any_batch_have_all_positions() -> None:
     config = tiny().config
     config.rope_parameters = {"rope_type": "yarn", "rope_theta": 10_000.0, "original_max_position_embeddings": 64}
-    assert positions_of(config) == config.max_position_embeddings
-    assert changes_later(config) is None
+    assert max_positions(config) == config.max_position_embeddings
+    assert batch_dependent_rope(config) is None
 
 
 def test_layers_that_are_not_attention_are_refused() -> None:
     config = tiny().config
     config.layer_types = ["linear_attention", "full_attention"]
     with pytest.raises(ModelRefused, match="linear_attention"):
-        refuse_inexact(config)
+        refuse_unsupported(config)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of the process from /proc")

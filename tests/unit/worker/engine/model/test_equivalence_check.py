@@ -15,8 +15,8 @@ from tests.models import packed, save_tiny, tiny
 from worker.engine.cpu.fused_model import rotary_table
 from worker.engine.cpu.kernels import kernels
 from worker.engine.errors import ModelRefused
-from worker.engine.model.equivalence_check import NEEDED
-from worker.engine.model.language_model import PackedModel, load, quicken
+from worker.engine.model.equivalence_check import CHECK_ENTRIES
+from worker.engine.model.language_model import PackedModel, fuse_layers, load
 from worker.engine.segments import chain
 
 CPU = torch.device("cpu")
@@ -99,7 +99,7 @@ def saved(folder: Path, kind: str, shape: dict[str, Any]) -> PreTrainedModel:
 def test_what_loads_gives_the_logits_of_transformers(kind: str, tmp_path: Path) -> None:
     own: Any = saved(tmp_path, kind, EXACT[kind])
     model = load(str(tmp_path), dtype=torch.float32, device=CPU)
-    quicken(model)
+    fuse_layers(model)
     ids = [(7 * i) % 250 for i in range(50)]
     ours = PackedModel(model, slots=2, capacity=100)
     logits = torch.cat([ours.forward([chain(1, at, [token], keep_last=True)]) for at, token in enumerate(ids)])
@@ -124,7 +124,7 @@ def test_the_model_that_serves_is_held_to_its_proof_in_its_own_numbers(
 ) -> None:
     model = load(str(save_tiny(tmp_path, "qwen3")), dtype=dtype, device=CPU)
     if not paged:
-        quicken(model)
+        fuse_layers(model)
     PackedModel(model, slots=slots, capacity=64, paged=paged)
     proof: Any = model.basic_proof
     model.basic_proof = replace(proof, exact=proof.exact.roll(1, dims=1))
@@ -134,7 +134,7 @@ def test_the_model_that_serves_is_held_to_its_proof_in_its_own_numbers(
 
 def test_a_slot_too_short_for_the_proof_serves(tmp_path: Path) -> None:
     model = load(str(save_tiny(tmp_path)), dtype=torch.float32, device=CPU)
-    PackedModel(model, slots=1, capacity=NEEDED - 1)
+    PackedModel(model, slots=1, capacity=CHECK_ENTRIES - 1)
 
 
 def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:

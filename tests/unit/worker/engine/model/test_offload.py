@@ -13,7 +13,7 @@ from tests.models import packed, tiny
 from tests.unit.worker.engine.harness import decode, drafter, engine, options, outputs, sequences
 from worker.engine.errors import ModelRefused
 from worker.engine.model.language_model import PackedModel, load, output_weights
-from worker.engine.model.offload import Spread, is_spread
+from worker.engine.model.offload import OffloadOptions, is_offloaded
 from worker.engine.options import Mode
 
 CPU = torch.device("cpu")
@@ -28,8 +28,8 @@ def saved(tmp_path: Path) -> Path:
 
 
 def test_layers_on_disk_write_the_text_of_layers_in_memory(saved: Path, tmp_path: Path) -> None:
-    model = load(str(saved), dtype=torch.float32, device=CPU, spread=Spread(tmp_path / "offload", MEMORY))
-    assert is_spread(model)
+    model = load(str(saved), dtype=torch.float32, device=CPU, offload=OffloadOptions(tmp_path / "offload", MEMORY))
+    assert is_offloaded(model)
     assert "disk" in model.hf_device_map.values()  # type: ignore[operator]
     spread, whole = sequences(), sequences()
     results = decode(engine(PackedModel(model, slots=4, capacity=512), drafter("same"), options(Mode.PAPER)), spread)
@@ -39,7 +39,7 @@ def test_layers_on_disk_write_the_text_of_layers_in_memory(saved: Path, tmp_path
 
 
 def test_a_head_can_not_read_weights_that_are_on_disk(saved: Path, tmp_path: Path) -> None:
-    model = load(str(saved), dtype=torch.float32, device=CPU, spread=Spread(tmp_path / "offload", MEMORY))
+    model = load(str(saved), dtype=torch.float32, device=CPU, offload=OffloadOptions(tmp_path / "offload", MEMORY))
     with pytest.raises(ModelRefused, match="suffix"):
         output_weights(model)
 
@@ -49,8 +49,8 @@ def test_a_model_with_layers_on_disk_proves_itself_as_any_other(
     saved: Path, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     memory: dict[str | int, int | str] = {"cpu": int(1.5 * _LAYER * dtype.itemsize / 4)}
-    model = load(str(saved), dtype=dtype, device=CPU, spread=Spread(tmp_path / "offload", memory))
-    assert is_spread(model)
+    model = load(str(saved), dtype=dtype, device=CPU, offload=OffloadOptions(tmp_path / "offload", memory))
+    assert is_offloaded(model)
     PackedModel(model, slots=4, capacity=64)
     proof: Any = model.basic_proof
     model.basic_proof = replace(proof, exact=-proof.exact)

@@ -25,11 +25,11 @@ from worker.drafters.model import ModelDrafter
 from worker.drafters.suffix import SuffixDrafter
 from worker.engine.errors import ModelRefused
 from worker.engine.model.attention import ATTENTION_NAME
-from worker.engine.model.language_model import PackedModel, takes_blocks
+from worker.engine.model.language_model import PackedModel, uses_paged_kv
 from worker.engine.options import Mode
 from worker.engine.paged import rows as paged_rows
 from worker.engine.paged.attention import attended, gpu_kernels_for, merged
-from worker.engine.paged.cuda_graphs import eagerly
+from worker.engine.paged.cuda_graphs import no_capture
 from worker.engine.paged.kv import PagedKv
 from worker.engine.paged.rows import LISTED
 from worker.engine.paged.shape_buckets import BucketedForward
@@ -47,7 +47,7 @@ def model(
 ) -> PackedModel:
     network = tiny(architecture, seed)
     network.set_attn_implementation(ATTENTION_NAME)
-    return PackedModel(network, slots=slots, capacity=512, native=False, paged=paged, **options)
+    return PackedModel(network, slots=slots, capacity=512, cpu_kernels=False, paged=paged, **options)
 
 
 def pages(of: PackedModel) -> PagedKv:
@@ -133,7 +133,7 @@ def test_blocks_are_the_way_of_a_gpu_that_is_not_shared_over_ranks(
     device: str, ranks: int | None, blocks: bool
 ) -> None:
     loaded: Any = SimpleNamespace(device=torch.device(device), tp_size=ranks)
-    assert takes_blocks(loaded) is blocks
+    assert uses_paged_kv(loaded) is blocks
 
 
 def test_a_gpu_without_triton_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +193,7 @@ def test_a_recorded_forward_reads_what_the_buffer_holds_when_it_is_replayed() ->
 
     def record(work: object) -> object:
         made.append(work)
-        return eagerly(work)  # type: ignore[arg-type]
+        return no_capture(work)  # type: ignore[arg-type]
 
     recorded = BucketedForward(ours._call_paged, pages(ours), record)  # type: ignore[arg-type]
     ours._buckets = recorded
@@ -323,7 +323,7 @@ def test_an_accepted_path_moved_down_equals_a_fresh_prefill(architecture: str) -
     ours = model(architecture)
     ours.forward([chain(1, 0, TEXT[:10], keep_last=True)])
     ours.forward([tree(1, 10)])
-    ours.keep([KvMove(1, 11, np.array([11, 13, 14]))])
+    ours.compact([KvMove(1, 11, np.array([11, 13, 14]))])
     after = ours.forward([chain(1, 14, [17], keep_last=True)])[0]
     fresh = ours.forward([chain(0, 0, [*TEXT[:10], 7, 8, 10, 11, 17], keep_last=True)])[0]
     assert torch.allclose(after, fresh, atol=1e-4)

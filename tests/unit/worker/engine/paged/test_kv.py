@@ -22,13 +22,13 @@ def paged(tokens: int | None = None) -> PagedKv:
 
 def write(kv: PagedKv, slot: int, start: int, values: list[float]) -> None:
     kv.reserve(slot, start, start + len(values))
-    places = torch.from_numpy(kv.places(slot, np.arange(start, start + len(values))))
+    places = torch.from_numpy(kv.entries(slot, np.arange(start, start + len(values))))
     rows = torch.tensor(values).view(-1, 1, 1)
     kv.write(0, places, rows, -rows)
 
 
 def read(kv: PagedKv, slot: int, length: int) -> list[float]:
-    places = torch.from_numpy(kv.places(slot, np.arange(length)))
+    places = torch.from_numpy(kv.entries(slot, np.arange(length)))
     keys, values = (store[0].flatten()[places] for store in (kv.keys, kv.values))
     assert torch.equal(keys, -values)
     return keys.tolist()
@@ -50,11 +50,11 @@ class PagedKvMachine(RuleBasedStateMachine):
         values = [float(self.written + i) for i in range(min(count, CAPACITY - start))]
         if not values:
             return
-        before = self.kv.held(slot)
+        before = self.kv.blocks_of(slot)
         try:
             write(self.kv, slot, start, values)
         except OutOfBlocks:
-            assert self.kv.held(slot) == before
+            assert self.kv.blocks_of(slot) == before
             return
         self.written += count
         self.texts[slot] = text[:start] + values + text[start + len(values) :]
@@ -69,7 +69,7 @@ class PagedKvMachine(RuleBasedStateMachine):
         self.written += nodes
         write(self.kv, slot, start, values)
         path = sorted(data.draw(st.sets(st.integers(0, nodes - 1), max_size=nodes)))
-        self.kv.keep([KvMove(slot, start, start + np.array(path, np.int64))])
+        self.kv.compact([KvMove(slot, start, start + np.array(path, np.int64))])
         self.texts[slot] += [values[node] for node in path]
 
     @rule(source=st.integers(0, SLOTS - 1), step=st.integers(1, SLOTS - 1), data=st.data())
@@ -77,21 +77,21 @@ class PagedKvMachine(RuleBasedStateMachine):
     def share(self, source: int, step: int, data: st.DataObject) -> None:
         target = (source + step) % SLOTS
         length = data.draw(st.integers(0, len(self.texts[source])))
-        self.kv.share(source, target, length)
+        self.kv.copy_prefix(source, target, length)
         self.texts[target] = self.texts[source][:length]
 
     @rule(slot=st.integers(0, SLOTS - 1), length=st.integers(0, CAPACITY))
     def release(self, slot: int, length: int) -> None:
-        self.kv.release(slot, length)
+        self.kv.truncate(slot, length)
         self.texts[slot] = self.texts[slot][: -(-length // BLOCK) * BLOCK]
 
     @rule(slot=st.integers(0, SLOTS - 1))
     def poison(self, slot: int) -> None:
-        if self.kv.pool.free < len(self.kv.held(slot)):
+        if self.kv.pool.free < len(self.kv.blocks_of(slot)):
             return
         self.kv.poison(slot)
         self.kv.poison_free()
-        self.kv.release(slot)
+        self.kv.truncate(slot)
         self.texts[slot] = []
 
     @invariant()
@@ -105,7 +105,7 @@ class PagedKvMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         for slot in range(SLOTS):
-            self.kv.release(slot)
+            self.kv.truncate(slot)
         assert self.kv.pool.free == self.kv.pool.count
 
 
@@ -116,16 +116,16 @@ TestPagedKv = PagedKvMachine.TestCase
 def test_texts_that_begin_alike_hold_the_same_full_blocks() -> None:
     kv = paged()
     write(kv, 0, 0, [1.0] * 10)
-    kv.share(0, 1, 10)
-    assert kv.held(0)[:2] == kv.held(1)[:2]
-    assert kv.held(0)[2] != kv.held(1)[2]
+    kv.copy_prefix(0, 1, 10)
+    assert kv.blocks_of(0)[:2] == kv.blocks_of(1)[:2]
+    assert kv.blocks_of(0)[2] != kv.blocks_of(1)[2]
     assert kv.pool.used == 4
 
 
 def test_overlapping_moves_copy_what_was_there_before() -> None:
     kv = paged()
     write(kv, 1, 0, [float(i) for i in range(8)])
-    kv.keep([KvMove(1, 2, np.array([3, 4, 6]))])
+    kv.compact([KvMove(1, 2, np.array([3, 4, 6]))])
     assert read(kv, 1, 8) == [0, 1, 3, 4, 6, 5, 6, 7]
 
 
@@ -134,13 +134,13 @@ def test_more_than_the_pool_holds_is_refused_and_nothing_changes() -> None:
     write(kv, 0, 0, [1.0] * 16)
     with pytest.raises(OutOfBlocks):
         kv.reserve(1, 0, 8)
-    assert kv.held(1) == []
+    assert kv.blocks_of(1) == []
     kv.check()
 
 
 def test_a_block_is_given_back_once() -> None:
     kv = paged()
-    block = kv.pool.take()
-    kv.pool.leave(block)
+    block = kv.pool.allocate()
+    kv.pool.drop_reference(block)
     with pytest.raises(AssertionError):
-        kv.pool.leave(block)
+        kv.pool.drop_reference(block)

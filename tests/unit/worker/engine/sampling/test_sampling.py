@@ -23,8 +23,18 @@ from tests.unit.worker.engine.harness import decode, options
 from worker.drafters.suffix import SuffixDrafter
 from worker.engine.engine import Engine
 from worker.engine.options import Mode
-from worker.engine.sampling.native import draws
-from worker.engine.sampling.sampling import Sampling, best, draw, gumbel, likeliest, noise_key, noisy, process, row_keys
+from worker.engine.sampling.native import native_sampler
+from worker.engine.sampling.sampling import (
+    Sampling,
+    argmax,
+    draw,
+    gumbel,
+    gumbel_scores,
+    noise_key,
+    noise_keys,
+    process,
+    topk,
+)
 from worker.engine.segments import IntArray
 from worker.engine.sequence import Sequence
 from worker.engine.speculation.cost_model import CostModel
@@ -81,7 +91,7 @@ def test_draws_follow_the_processed_law(sampling: Sampling) -> None:
 
 
 def test_noise_is_standard_gumbel_and_does_not_repeat() -> None:
-    keys = row_keys([Sampling(1.0, key=noise_key(seed, 0)) for seed in range(50)], [3] * 50, torch.device("cpu"))
+    keys = noise_keys([Sampling(1.0, key=noise_key(seed, 0)) for seed in range(50)], [3] * 50, torch.device("cpu"))
     noise = gumbel(keys, torch.arange(400)).flatten().numpy()
     assert kstest(noise, "gumbel_r").pvalue > 1e-3
     assert len(np.unique(noise)) == noise.size
@@ -90,7 +100,7 @@ def test_noise_is_standard_gumbel_and_does_not_repeat() -> None:
 @pytest.mark.parametrize("other", [noise_key(1, 1), noise_key(2, 0)], ids=["choice", "seed"])
 def test_choices_and_seeds_have_noise_of_their_own(other: int) -> None:
     def noise(key: int, position: int) -> Tensor:
-        return gumbel(row_keys([Sampling(1.0, key=key)], [position], torch.device("cpu")), torch.arange(2000))
+        return gumbel(noise_keys([Sampling(1.0, key=key)], [position], torch.device("cpu")), torch.arange(2000))
 
     base = noise(noise_key(1, 0), 5)
     assert torch.equal(base, noise(noise_key(1, 0), 5))
@@ -141,14 +151,14 @@ def test_two_tokens_follow_the_joint_law_whatever_is_drafted(drafter: EveryToken
     assert chisquare(counts.flatten(), (joint / joint.sum() * count).flatten()).pvalue > 1e-3
 
 
-@pytest.mark.skipif(draws(torch.device("cpu")) is None, reason="there is no C compiler")
+@pytest.mark.skipif(native_sampler(torch.device("cpu")) is None, reason="there is no C compiler")
 @pytest.mark.parametrize("spread", [0.0, 0.5, 3.0, 30.0])
 def test_compiled_draws_are_the_draws_of_torch(spread: float) -> None:
     logits = torch.randn(len(PROCESSED), 3000, generator=torch.Generator().manual_seed(2)) * spread
     for position in range(60):
         samplings = [replace(s, key=noise_key(position, row)) for row, s in enumerate(PROCESSED)]
         positions = [position] * len(samplings)
-        keys = row_keys(samplings, positions, logits.device)
+        keys = noise_keys(samplings, positions, logits.device)
         by_torch = gumbel(keys, torch.arange(3000)).add_(process(logits, samplings)).argmax(-1)
         assert draw(logits, samplings, positions) == by_torch.tolist()
 
@@ -173,8 +183,8 @@ def test_rough_noise_is_the_noise_to_a_thousandth() -> None:
         list(range(8)),
         torch.arange(500),
     )
-    exact = gumbel(row_keys(samplings, positions, tokens.device), tokens)
-    rough = noisy(torch.zeros(8, 500), samplings, positions, tokens)
+    exact = gumbel(noise_keys(samplings, positions, tokens.device), tokens)
+    rough = gumbel_scores(torch.zeros(8, 500), samplings, positions, tokens)
     assert (rough - exact).abs().max() < 2e-3
 
 
@@ -187,16 +197,16 @@ def test_a_nucleus_wider_than_the_first_look_is_found_whole() -> None:
 def test_the_likeliest_and_the_best_are_those_of_torch() -> None:
     for columns in (8, 61, 4099):
         scores = torch.randn(5, columns, generator=torch.Generator().manual_seed(columns)) * 4
-        assert likeliest(scores).tolist() == scores.argmax(-1).tolist()
-        places, probabilities = best(scores, 8)
+        assert argmax(scores).tolist() == scores.argmax(-1).tolist()
+        places, probabilities = topk(scores, 8)
         expected = scores.softmax(-1).topk(8)
         assert places.tolist() == expected.indices.tolist()
         torch.testing.assert_close(probabilities, expected.values.double(), rtol=1e-5, atol=1e-7)
 
 
 def test_of_equal_scores_the_first_is_taken() -> None:
-    assert likeliest(torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0]])).tolist() == [1]
-    assert best(torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0]]), 2)[0].tolist() == [[1, 2]]
+    assert argmax(torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0]])).tolist() == [1]
+    assert topk(torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0]]), 2)[0].tolist() == [[1, 2]]
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), *PROCESSED])
@@ -206,15 +216,15 @@ def test_a_row_with_a_nan_draws_nothing_and_its_neighbours_draw_as_ever(
     sampling: Sampling, vocab: int, by_torch: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if by_torch:
-        monkeypatch.setattr("worker.engine.sampling.sampling.draws", lambda device: None)
+        monkeypatch.setattr("worker.engine.sampling.sampling.native_sampler", lambda device: None)
     logits = torch.randn(6, vocab, generator=torch.Generator().manual_seed(1))
     expected = draw(logits, [sampling] * 6, range(6))
     broken = logits.clone()
     broken[1], broken[3, 0], broken[5, -1] = torch.nan, torch.nan, torch.nan
     drawn = draw(broken, [sampling] * 6, range(6))
     assert drawn == [expected[0], -1, expected[2], -1, expected[4], -1]
-    assert likeliest(broken).tolist()[1::2] == [-1, -1, -1]
-    assert not best(broken, 3)[1].isnan().any()
+    assert argmax(broken).tolist()[1::2] == [-1, -1, -1]
+    assert not topk(broken, 3)[1].isnan().any()
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf])
