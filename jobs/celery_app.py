@@ -15,7 +15,7 @@ from kombu.entity import Exchange, Queue
 
 from jobs.messages import model_queue
 
-DOORBELL_TASK = "basic.doorbell"  # kwargs: job_id
+NOTIFY_TASK = "basic.doorbell"  # kwargs: job_id
 INGEST_TASK = "basic.ingest"  # kwargs: batch, a PromptBatch as JSON
 INGEST_QUEUE = "basic.ingest"
 PULSE_TASK = "basic.pulse"  # no arguments; on a worker's own queue, to learn whether it still hears
@@ -42,7 +42,7 @@ def queue(name: str) -> Queue:
     return Queue(name, Exchange(""), routing_key=name)  # type: ignore[no-untyped-call]
 
 
-def doorbell_queue(model: str) -> Queue:
+def notification_queue(model: str) -> Queue:
     """Return the queue on which doorbells for a model ring."""
     return queue(model_queue(model))
 

@@ -1,42 +1,42 @@
-"""Everything that can go wrong, as one tree. A class docstring is the default message.
+"""All errors of bASIC, as one tree of exceptions. The docstring of a class is its default message.
 
 BasicError
-├── RequestRefused              one request can't be served; the others of its job go on
-│   ├── InvalidValue            a field has a value outside its range
-│   ├── MissingParameter        a required field is absent
-│   ├── UnknownParameter        a field we don't know (often a misspelt one)
-│   ├── UnsupportedParameter    a field we know and don't honour yet
+├── RequestRefused              one request is invalid; the other requests of its job run
+│   ├── InvalidValue            a field's value is out of range
+│   ├── MissingParameter        a required field is missing
+│   ├── UnknownParameter        a field is unknown (often misspelt)
+│   ├── UnsupportedParameter    a field of the OpenAI API that bASIC does not support
 │   ├── InvalidJsonLine         a line is not a JSON object
-│   ├── PromptTooLong           the prompt leaves no room for one new token
-│   └── UnreadableRequest       the stored request can't be read
-├── JobRefused                  the job as a whole can't be accepted
+│   ├── PromptTooLong           the prompt fills the context: no token can be generated
+│   └── UnreadableRequest       the stored request can't be decoded
+├── JobRefused                  the whole job is rejected
 │   ├── UnknownModel            no worker serves this model
-│   ├── DuplicateCustomId       two requests of one job carry the same custom_id
+│   ├── DuplicateCustomId       two requests of one job have the same custom_id
 │   ├── EmptyJob                a job without requests
-│   ├── TooManyRequests         more requests than one job may hold
+│   ├── TooManyRequests         more requests than a job may have
 │   ├── IdempotencyConflict     the key was used for another body
-│   ├── BodyTooLarge            the body has more bytes than one submission may
-│   ├── BodyTooSlow             the body stopped coming
-│   └── UnsupportedBody         the body is of a type, or packed in a way, that we don't take
+│   ├── BodyTooLarge            the body exceeds the size limit
+│   ├── BodyTooSlow             the body did not arrive within the timeout
+│   └── UnsupportedBody         wrong content type or encoding
 ├── NotFound                    no such job, batch or file
 ├── NotCancellable              the job has already ended
-├── NotRetryable                the job has not ended, or has nothing to run again
-├── CallerRefused               who asks, or how much, is the trouble
-│   ├── InvalidKey              no key, or one that opens nothing
-│   ├── NotPermitted            the key does not have the scope for it
-│   ├── HostNotServed           the call names a host that the service does not answer to
+├── NotRetryable                the job has not ended, or has no failed requests
+├── CallerRefused               authentication, permission or rate limit
+│   ├── InvalidKey              missing or invalid API key
+│   ├── NotPermitted            the key lacks the scope
+│   ├── HostNotServed           the Host header names an unknown host
 │   ├── CrossSite               a page of another site calls without a key
-│   └── LimitReached            too much at once; later there is room again
-│       └── QueueFull           more requests than the service lets wait, of all callers together
-├── RequestFailed               a request that somebody waits for ended without an answer
-│   └── AnswerTooLate           it was not written in time
-├── ServiceUnavailable          a part of the service can't be reached right now
-│   ├── QueueUnavailable        the Redis server does not answer
-│   └── DatabaseUnavailable     the database does not answer
-│       ├── DatabaseReadOnly    it may only be read
+│   └── LimitReached            a limit is exceeded; try again later
+│       └── QueueFull           too many requests of all callers wait
+├── RequestFailed               a single (interactive) request failed
+│   └── AnswerTooLate           it timed out
+├── ServiceUnavailable          a part of the service is down
+│   ├── QueueUnavailable        the Redis server is down
+│   └── DatabaseUnavailable     the database is down
+│       ├── DatabaseReadOnly    it is read-only
 │       └── StorageFull         its disk is full
-└── SetupError                  the installation or its settings are not usable
-    ├── ChildRefused            a process of the service can't work with its settings or its model
+└── SetupError                  the installation or its settings are wrong
+    ├── ChildRefused            a child process can't start with its settings or model
     └── UnknownSetting          a BASIC_… variable that nothing reads
 """
 
@@ -52,44 +52,44 @@ class BasicError(Exception):
     status_code: int = 500
 
     def __init__(self, message: str | None = None, *, param: str | None = None, line: int | None = None) -> None:
-        """Keep the message (default: the class docstring), the field it is about, and the 1-based line, if any."""
+        """Take the message (default: the class docstring), the field `param`, and the 1-based line number."""
         self.message = message or (type(self).__doc__ or "").strip()
         self.param = param
         self.line = line
         super().__init__(self.message)
 
     def __str__(self) -> str:
-        """Name line and field in front of the message, for people."""
+        """Return the message, prefixed by line and field."""
         where = [f"line {self.line}"] if self.line is not None else []
         where += [self.param] if self.param else []
         return f"{', '.join(where)}: {self.message}" if where else self.message
 
 
 class RequestRefused(BasicError):
-    """This request can't be served."""
+    """The request is invalid."""
 
     code = "invalid_value"
     status_code = 400
 
 
 class InvalidValue(RequestRefused):
-    """A field has a value outside its range."""
+    """The value of a field is out of range."""
 
 
 class MissingParameter(RequestRefused):
-    """A required field is absent."""
+    """A required field is missing."""
 
     code = "missing_required_parameter"
 
 
 class UnknownParameter(RequestRefused):
-    """This field is not known."""
+    """The field is unknown."""
 
     code = "unknown_parameter"
 
 
 class UnsupportedParameter(RequestRefused):
-    """This field is not supported."""
+    """The field is not supported."""
 
     code = "unsupported_parameter"
 
@@ -101,20 +101,20 @@ class InvalidJsonLine(RequestRefused):
 
 
 class PromptTooLong(RequestRefused):
-    """The prompt leaves no room for one new token."""
+    """The prompt fills the model's context: there is no space for a new token."""
 
     code = "context_length_exceeded"
 
 
 class UnreadableRequest(RequestRefused):
-    """The request as it is stored can't be read by this version."""
+    """This version can't decode the stored request."""
 
     code = "server_error"
     status_code = 500
 
 
 class JobRefused(BasicError):
-    """The job can't be accepted."""
+    """The job is rejected."""
 
     code: str | None = "invalid_value"
     status_code = 400
@@ -128,7 +128,7 @@ class UnknownModel(JobRefused):
 
 
 class DuplicateCustomId(JobRefused):
-    """Two requests of one job carry the same custom_id."""
+    """Two requests of one job have the same custom_id."""
 
     code = "duplicate_custom_id"
 
@@ -140,7 +140,7 @@ class EmptyJob(JobRefused):
 
 
 class TooManyRequests(JobRefused):
-    """The job holds more requests than one job may."""
+    """The job has too many requests."""
 
     code = "too_many_requests"
 
@@ -153,7 +153,7 @@ class IdempotencyConflict(JobRefused):
 
 
 class BodyTooLarge(JobRefused):
-    """The body has more bytes than one submission may have."""
+    """The body is too large."""
 
     code = "file_too_large"
     status_code = 413
@@ -167,14 +167,14 @@ class BodyTooSlow(JobRefused):
 
 
 class UnsupportedBody(JobRefused):
-    """Send application/json with a list of requests, or application/x-ndjson with one request a line."""
+    """Send application/json with a list of requests, or application/x-ndjson with one request per line."""
 
     code = None
     status_code = 415
 
 
 class NotFound(BasicError):
-    """There is nothing of this id."""
+    """Nothing has this id."""
 
     status_code = 404
 
@@ -186,27 +186,27 @@ class NotCancellable(BasicError):
 
 
 class NotRetryable(BasicError):
-    """The job has no request to run again."""
+    """The job has no failed requests to run again."""
 
     code = "not_retryable"
     status_code = 409
 
 
 class CallerRefused(BasicError):
-    """This caller may not do this now."""
+    """The caller is not allowed to do this."""
 
     status_code = 403
 
 
 class InvalidKey(CallerRefused):
-    """The request has no key, or one that opens nothing. Set BASIC_API_KEY, or send Authorization: Bearer KEY."""
+    """Missing or invalid API key. Set BASIC_API_KEY, or send Authorization: Bearer KEY."""
 
     code = "invalid_api_key"
     status_code = 401
 
 
 class NotPermitted(CallerRefused):
-    """The key does not have the scope for this."""
+    """The API key lacks the scope for this."""
 
     code = "insufficient_permissions"
 
@@ -219,7 +219,7 @@ class HostNotServed(CallerRefused):
 
     @classmethod
     def by(cls, host: str) -> HostNotServed:
-        """Say which host it is, and which setting adds one."""
+        """Return the error for a host, naming the setting that allows it."""
         return cls(
             f"The service does not answer to the host {host[:80]!r}. Call it by the address it listens on or by "
             "localhost, or add the name to BASIC_API_NAMES (comma-separated) and restart the API server."
@@ -233,25 +233,25 @@ class CrossSite(CallerRefused):
 
 
 class LimitReached(CallerRefused):
-    """Too much at once; try again later."""
+    """A limit is exceeded; try again later."""
 
     code = "rate_limit_exceeded"
     status_code = 429
 
     def __init__(self, message: str | None = None, *, retry_after_s: float = 10.0, **fields: Any) -> None:
-        """Say when it is worth another try."""
+        """Take the seconds for the Retry-After header."""
         super().__init__(message, **fields)
         self.retry_after_s = retry_after_s
 
 
 class QueueFull(LimitReached):
-    """As many requests wait as the service takes; try again later."""
+    """The queue is full; try again later."""
 
     code = "queue_full"
 
 
 class RequestFailed(BasicError):
-    """The request ended without an answer."""
+    """The request failed."""
 
     code: str | None = "server_error"
 
@@ -263,21 +263,21 @@ class RequestFailed(BasicError):
         status_code: int | None = None,
         param: str | None = None,
     ) -> None:
-        """Keep what the record says about it."""
+        """Take the error that is stored with the request."""
         super().__init__(message, param=param)
         self.code = code or type(self).code
         self.status_code = status_code or type(self).status_code
 
 
 class AnswerTooLate(RequestFailed):
-    """The answer was not written in time."""
+    """The request timed out."""
 
     code = "request_timeout"
     status_code = 504
 
 
 class ServiceUnavailable(BasicError):
-    """A part of the service can't be reached right now; try again in a few seconds."""
+    """A part of the service is down; try again in a few seconds."""
 
     status_code = 503
 
@@ -295,23 +295,23 @@ class DatabaseUnavailable(ServiceUnavailable):
 
 
 class DatabaseReadOnly(DatabaseUnavailable):
-    """The database can be read but not written: jobs and outputs are served, and nothing new is taken until it can."""
+    """The database is read-only: jobs and outputs can be read, but nothing can be submitted or changed."""
 
 
 class StorageFull(DatabaseUnavailable):
-    """The disk of the database is full; nothing was recorded. Try again when there is room."""
+    """The disk of the database is full; nothing was saved. Free space and try again."""
 
     code = "storage_full"
     status_code = 507
 
 
 class SetupError(BasicError):
-    """The installation or its settings are not usable."""
+    """The installation or its settings are wrong."""
 
 
 class ChildRefused(SetupError):
-    """A process of the service can't work with its settings or its model; another start would end the same way."""
+    """A process of the service can't start with its settings or model; starting it again would not help."""
 
 
 class UnknownSetting(SetupError):
-    """An environment variable starts with BASIC_ and is read by nothing."""
+    """Nothing reads this BASIC_… environment variable."""

@@ -22,18 +22,18 @@ from celery import Celery, Task
 from celery.exceptions import Reject
 from pydantic import ValidationError
 
-from jobs.batch_files.processor import Clerk
+from jobs.batch_files.processor import BatchFileProcessor
 from jobs.celery_app import INGEST_QUEUE, INGEST_TASK, make_app
 from jobs.errors import BasicError, IdempotencyConflict, InvalidJsonLine, InvalidValue, LimitReached
 from jobs.logs import log_to_stderr
 from jobs.messages import PromptBatch
-from jobs.producer import Ring, batch_job_id
-from jobs.queue.worker_notifier import Doorbells
+from jobs.producer import Notify, batch_job_id
+from jobs.queue.worker_notifier import WorkerNotifier
 from jobs.schema_check import exit_status, require_schema
 from jobs.settings import JobsSettings, read_settings
 from jobs.streaming.pubsub import Publisher
 from jobs.submission.custom_ids import storable
-from jobs.submission.intake import Submission, accept_job, record_refused_job
+from jobs.submission.intake import Submission, create_failed_job, create_job
 from jobs.submission.request_parser import Item, read_value
 from jobs.tracing import TRACEPARENT, as_traceparent, start_tracing, stop_tracing
 from storage.records import RequestFailure
@@ -41,13 +41,13 @@ from storage.session import DATABASE_UNAVAILABLE, LONG_STATEMENT_TIMEOUT_S, Data
 
 log = logging.getLogger("jobs.ingest")  # also when it runs as a program
 
-_CLERK_STOP_S = 5.0
+_PROCESSOR_STOP_S = 5.0
 _RETRY_S = 2.0  # before a message goes back: without the pause a dead database would make it spin
 _KEY_PREFIX = "producer:"  # keeps the ids of producers apart from the Idempotency-Keys of HTTP clients
 
 
 def ingest(
-    batch: Any, *, database: Database, ring: Ring, settings: JobsSettings, traceparent: str | None = None
+    batch: Any, *, database: Database, notify: Notify, settings: JobsSettings, traceparent: str | None = None
 ) -> str | None:
     """Record one prompt batch as a job and return the job's id; None if it does not even say its own id."""
     try:
@@ -57,7 +57,7 @@ def ingest(
     submission = replace(submission, traceparent=traceparent)
     batch_id = str(batch["id"])
     try:
-        job_id = accept_job(submission, database=database, ring=ring, settings=settings)
+        job_id = create_job(submission, database=database, notify=notify, settings=settings)
     except IdempotencyConflict:
         log.error("Batch %s was pushed again with other content; the first stands", batch_id, extra=_ids(batch_id))
         return submission.job_id
@@ -74,13 +74,13 @@ def make_ingest_app(
 ) -> Celery:
     """Return the Celery app with the ingest task registered."""
     app = make_app(settings.redis_url, queues=(INGEST_QUEUE,))
-    ring = Doorbells(settings.redis_url).ring
+    notify = WorkerNotifier(settings.redis_url).notify
 
     @app.task(name=INGEST_TASK, bind=True, acks_late=True, shared=False)  # type: ignore[untyped-decorator]
     def ingest_task(task: Task, batch: Any) -> None:
         try:
             place = as_traceparent(task.request.get(TRACEPARENT))
-            ingest(batch, database=database, ring=ring, settings=settings, traceparent=place)
+            ingest(batch, database=database, notify=notify, settings=settings, traceparent=place)
         except (*DATABASE_UNAVAILABLE, LimitReached) as exc:
             log.warning("The batch goes back to the queue: %s", unavailable_reason(exc), extra={"action": "requeue"})
             sleep(_RETRY_S)
@@ -102,7 +102,7 @@ def main() -> int:
     database = Database.open(settings.resolved_database_url, statement_timeout_s=LONG_STATEMENT_TIMEOUT_S)
     app = make_ingest_app(database, settings)
     try:
-        with clerks(database, settings):
+        with run_processors(database, settings):
             app.worker_main(["worker", "--pool=threads", "--concurrency=1", "--loglevel=INFO", "--hostname=ingest@%h"])
     finally:
         database.dispose()
@@ -111,12 +111,14 @@ def main() -> int:
 
 
 @contextmanager
-def clerks(database: Database, settings: JobsSettings, count: int = 2) -> Iterator[None]:
-    """Let clerks work beside; two, so that a small batch need not wait for a large one."""
+def run_processors(database: Database, settings: JobsSettings, count: int = 2) -> Iterator[None]:
+    """Let run_processors work beside; two, so that a small batch need not wait for a large one."""
     stop = threading.Event()
     publisher = Publisher(settings.redis_url)
-    clerk = Clerk(database, settings, Doorbells(settings.redis_url).ring, publisher.publish, stop)
-    threads = [threading.Thread(target=clerk.work, name=f"clerk-{n}", daemon=True) for n in range(count)]
+    processor = BatchFileProcessor(
+        database, settings, WorkerNotifier(settings.redis_url).notify, publisher.publish, stop
+    )
+    threads = [threading.Thread(target=processor.run, name=f"processor-{n}", daemon=True) for n in range(count)]
     for thread in threads:
         thread.start()
     try:
@@ -124,7 +126,7 @@ def clerks(database: Database, settings: JobsSettings, count: int = 2) -> Iterat
     finally:
         stop.set()
         for thread in threads:
-            thread.join(_CLERK_STOP_S)
+            thread.join(_PROCESSOR_STOP_S)
         publisher.close()
 
 
@@ -168,7 +170,7 @@ def _refuse(
     log.warning("Refused batch %s: %s", batch_id, refused, extra=_ids(batch_id))
     param = refused.param and storable(refused.param)
     failure = RequestFailure(refused.code or "invalid_value", storable(str(refused)), param, refused.status_code)
-    return record_refused_job(submission, failure, database=database, settings=settings)
+    return create_failed_job(submission, failure, database=database, settings=settings)
 
 
 def _refuse_unreadable(

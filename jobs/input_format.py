@@ -70,13 +70,13 @@ _MOST: Final = 0.7
 _ARRAY_BEGINS: Final = re.compile(rb"\[\s*(?:$|[\[{\"])")
 
 
-def refuse_as_lines(content: bytes, name: str, suffix: str) -> None:
+def reject_other_formats(content: bytes, name: str, suffix: str) -> None:
     """Raise InvalidValue if a file holds no lines of prompts as a whole, with what it is and what to do."""
     for what, advice in _other_formats(content, suffix):
         raise InvalidValue(f"{name} is {what}. {advice}")
 
 
-def refuse_to_write(path: PurePath, written: str, suffixes: str, advice: str = "") -> None:
+def reject_output_suffix(path: PurePath, written: str, suffixes: str, advice: str = "") -> None:
     """Raise InvalidValue if the name of a file asks for another format than what will be written into it."""
     what = _SUFFIXES.get(path.suffix.lower())
     if what is not None and path.suffix.lower() not in suffixes.split():

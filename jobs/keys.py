@@ -1,7 +1,7 @@
-"""Keys: how they are made and looked at. The secret is shown once; the record has its hash.
+"""Create and check API keys. A secret is shown once; the database stores its SHA-256.
 
-Knows no HTTP. A key is `sk-basic-ID-SECRET`: its row is found by the id, which is no secret, and the secret's hash is
-compared in constant time.
+A key is `sk-basic-ID-SECRET`. The id, which is not secret, finds the row; the hash of the secret is compared in
+constant time.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from storage.session import Database
 
 _PREFIX: Final = "sk-basic-"
 _PARTS: Final = re.compile(rf"{_PREFIX}([0-9a-f]{{16}})-([0-9a-f]{{64}})")
-_NOBODY: Final = "0" * 64  # compared with where there is no such key, so that this takes no less time
+_NO_HASH: Final = "0" * 64  # compared with for an unknown id, so that the time does not reveal which ids exist
 
 
 class Scope(StrEnum):
     """What a key may do."""
 
-    SUBMIT = "submit"  # make, change and cancel its own jobs and files; ask for single answers
-    READ = "read"  # see its own jobs and files, and the numbers of the service
-    ADMIN = "admin"  # both, for the jobs and files of everybody
+    SUBMIT = "submit"  # create, change and cancel its own jobs and files; send completions
+    READ = "read"  # read its own jobs and files, and the statistics of the service
+    ADMIN = "admin"  # both, for the jobs and files of all keys
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """How much a key may have and ask for; None: as much as it likes."""
+class KeyLimits:
+    """Limits of a key; None: unlimited."""
 
     requests_queued: int | None = None
     tokens_queued: int | None = None
@@ -47,20 +47,20 @@ class Limits:
 def new_key(
     name: str,
     scopes: tuple[Scope, ...],
-    limits: Limits,
+    limits: KeyLimits,
     lasts_s: float | None = None,
     *,
     given: str | None = None,
 ) -> tuple[str, NewKey]:
-    """Return a key as its holder sends it, and as it is recorded: a new one, or the one `given`.
+    """Return a key in clear text and as the row to store: a new key, or the one `given`.
 
-    Raise InvalidValue if what is given is no key of ours.
+    `lasts_s` is its validity in seconds. Raise InvalidValue if `given` is not in the format of a key.
     """
     key = f"{_PREFIX}{secrets.token_hex(8)}-{secrets.token_hex(32)}" if given is None else given
     parts = _PARTS.fullmatch(key)
     if parts is None:
         raise InvalidValue(
-            f"a key is {_PREFIX}, 16 hexadecimal digits, a hyphen and 64 of them, in lower case", param="--key-file"
+            f"a key is {_PREFIX}, 16 hexadecimal digits, a hyphen and 64 more, in lower case", param="--key-file"
         )
     recorded = NewKey(
         id=f"key_{parts[1]}",
@@ -78,22 +78,22 @@ def new_key(
 def check_key(database: Database, presented: str) -> KeyView | None:
     """Return the key that was presented, or None if it opens nothing: unknown, malformed, revoked and expired alike."""
     with database.connect() as connection:
-        return key_among(connection, presented)
+        return check_key_on(connection, presented)
 
 
-def key_among(connection: Connection, presented: str) -> KeyView | None:
-    """Do the same for those who have a connection."""
+def check_key_on(connection: Connection, presented: str) -> KeyView | None:
+    """Do the same as `check_key` on an open connection."""
     parts = _PARTS.fullmatch(presented)
     if parts is None:
         return None
     key_id, secret = parts[1], parts[2]
     found = keys.find_key(connection, f"key_{key_id}")
-    right = hmac.compare_digest(_hash(secret), _NOBODY if found is None else found.secret_sha256)
-    return found if right and found is not None and found.opens else None
+    matches = hmac.compare_digest(_hash(secret), _NO_HASH if found is None else found.secret_sha256)
+    return found if matches and found is not None and found.opens else None
 
 
 def same_key(presented: str, key: str) -> bool:
-    """Compare two keys in constant time; the empty one is none."""
+    """Compare two keys in constant time; an empty `key` equals nothing."""
     return bool(key) and hmac.compare_digest(_hash(presented), _hash(key))
 
 

@@ -1,7 +1,6 @@
-"""The frozen values that cross a border: prompt batches, requests, sampling parameters, partial events, statuses.
+"""Immutable messages between processes: prompt batches, requests, sampling parameters, partial events, statuses.
 
-Knows no Redis, no SQL and no HTTP. Every value that lies on a wire or in a row carries a version `v`, so that an old
-worker can tell a message it does not understand from one it does.
+Each message carries a version `v`, so that an old worker recognises a message that it can't read.
 """
 
 from __future__ import annotations
@@ -23,29 +22,29 @@ Endpoint = Literal["/v1/chat/completions", "/v1/completions"]
 
 
 class Frozen(BaseModel):
-    """A value that does not change and refuses fields it does not know."""
+    """Immutable model that rejects unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ChatMessage(Frozen):
-    """One turn of a conversation, as the chat template takes it."""
+    """One message of a conversation, in the form that chat templates take."""
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str
 
 
-TOOLS_TEMPERATURE: Final = 0.0  # of `basic submit`, `basic generate` and the page; what the API has is OpenAI's 1
+TOOLS_TEMPERATURE: Final = 0.0  # default of `basic submit`, `basic generate` and the dashboard; the API's is OpenAI's 1
 
 MAX_STOP_STRINGS: Final = 4
 MAX_STOP_CHARS: Final = 1000
 MAX_STOP_TOKEN_IDS: Final = 64
 MAX_BIASES: Final = 1024
-MAX_COMPARED_REQUESTS: Final = 100  # of a job: decoded both ways when it is done
+MAX_COMPARED_REQUESTS: Final = 100  # limit of `compare_plain`
 
 
 def _stop_strings(value: Any) -> Any:
-    """Take one stop string for a list of one; refuse what can't end a text."""
+    """Accept a single string as a list of one; reject invalid stop strings."""
     stops = [value] if isinstance(value, str) else value
     wanted = f"must be a string or a list of at most {MAX_STOP_STRINGS} strings"
     if not isinstance(stops, list | tuple) or len(stops) > MAX_STOP_STRINGS:
@@ -56,7 +55,7 @@ def _stop_strings(value: Any) -> Any:
 
 
 def _biases(value: Any) -> Any:
-    """Take token ids as JSON spells the keys of an object: as strings of digits."""
+    """Convert the token ids of a JSON object from strings of digits to integers."""
     if not isinstance(value, dict) or len(value) > MAX_BIASES:
         raise PydanticCustomError(
             "value_error", f"must be an object of at most {MAX_BIASES} token ids and their biases"
@@ -77,7 +76,7 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class SamplingParameters(Frozen):
-    """How the tokens of one request are chosen. Defaults are OpenAI's."""
+    """Sampling parameters of one request. Defaults are OpenAI's."""
 
     max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="Cap per choice; none: to the context's end.")
     temperature: float = Field(1.0, ge=0, le=2, description="0 decodes greedily.")
@@ -97,18 +96,18 @@ class SamplingParameters(Frozen):
         (), description="The text ends before the first of these."
     )
     logprobs: int | None = Field(
-        None, ge=0, le=20, description="Likeliest tokens to tell beside each token; none: tell no log-probabilities."
+        None, ge=0, le=20, description="Number of top tokens to return per token; none: no log-probabilities."
     )
     record_trees: int = Field(
-        0, ge=0, le=64, description="Steps whose draft trees are recorded, to be looked at; of a job's first requests."
+        0, ge=0, le=64, description="Steps whose draft trees are stored for inspection; only of a job's first requests."
     )
     stop_token_ids: Annotated[tuple[TokenId, ...], BeforeValidator(_few_ids)] = Field(
-        (), description="More end-of-sequence tokens; they hold with ignore_eos too."
+        (), description="Additional end-of-sequence tokens; they apply with ignore_eos too."
     )
 
 
 def _without_nul(text: str) -> str:
-    """Refuse what not every database can hold."""
+    """Reject U+0000, which PostgreSQL can't store."""
     if "\0" in text:
         raise PydanticCustomError("value_error", "The character U+0000 is not allowed.")
     return text
@@ -119,10 +118,10 @@ TokenIds = Annotated[tuple[TokenId, ...], Field(min_length=1)]
 
 
 class GenerationRequest(Frozen):
-    """A request as it is stored in `requests.body`: everything a worker needs to write its text.
+    """A request as stored in `requests.body`: everything a worker needs to generate its text.
 
-    It has either `messages`, a `prompt` or `prompts`. On the chat endpoint a prompt is one user message. Of several
-    prompts each has `sampling.n` choices; those of the first come first.
+    It has `messages`, `prompt` or `prompts`. On the chat endpoint a prompt is one user message. Each of several prompts
+    has `sampling.n` choices, in the order of the prompts.
     """
 
     v: Literal[1] = MESSAGE_VERSION
@@ -134,14 +133,14 @@ class GenerationRequest(Frozen):
 
 
 class PromptBatch(Frozen):
-    """What a producer inside the cluster pushes onto Redis: one job, its prompts and their common parameters.
+    """A job that a producer inside the cluster pushes onto Redis: prompts and their common parameters.
 
-    `id` is the producer's own name for the batch: pushing the same id again adds nothing. `requests` holds the same
-    objects as the lines of `POST /v1/jobs`: a string, or an object with `prompt` or `messages`, an optional
-    `custom_id`, and parameters that win over `parameters`.
+    The producer chooses `id`; pushing the same id again has no effect. `requests` has the same items as the lines of
+    `POST /v1/jobs`: a string, or an object with `prompt` or `messages`, an optional `custom_id`, and parameters that
+    override `parameters`.
     """
 
-    # NaN in a request stays NaN on its way and fails there, alone; as null it would ask for the default in silence.
+    # Serialize NaN as NaN, so that its request fails. As null it would silently mean the default.
     model_config = ConfigDict(ser_json_inf_nan="constants")
 
     v: Literal[1] = MESSAGE_VERSION
@@ -151,14 +150,14 @@ class PromptBatch(Frozen):
     requests: Annotated[tuple[Any, ...], Field(min_length=1)]
     parameters: dict[str, Any] = Field(default_factory=dict)
     metadata: dict[str, str] | None = None
-    # Left out where it asks for nothing: processes of an older version refuse fields that they don't know.
+    # Omitted if unset, because processes of an older version reject unknown fields.
     compare_plain: int | None = Field(
         None, ge=1, le=MAX_COMPARED_REQUESTS, strict=True, exclude_if=lambda count: count is None
     )
 
 
 class Piece(Frozen):
-    """A stretch of new text from one source: accepted draft tokens, or tokens the target chose itself."""
+    """A span of text from one source: accepted draft tokens, or tokens that the target sampled itself."""
 
     text: str
     source: Literal["draft", "target"]
@@ -167,12 +166,12 @@ class Piece(Frozen):
 class PartialEvent(Frozen):
     """One event of one choice, published on `basic:partials:{job_id}` after its rows are committed.
 
-    `seq` counts from 0 per (request, choice), so that a reader sees a gap. `tokens` and `accepted` count this event's
-    tokens and how many of them were accepted draft tokens. A `finished` event carries `finish_reason`; a `failed`
-    event carries `error`. An event of type `job` speaks of the whole job and carries `status`; it has no request.
+    `seq` counts from 0 per (request, choice), so that a reader detects gaps. `tokens` is the number of tokens in this
+    event, `accepted` how many of them were accepted draft tokens. A `finished` event has `finish_reason`, a `failed`
+    event has `error`. An event of type `job` has the job's `status` and no request.
 
-    A `tokens` event with `snapshot` is told from SQL, not published: it carries all text of the choice up to `seq` and
-    replaces what a reader has.
+    A `tokens` event with `snapshot` is read from SQL, not published: it has all text of the choice up to `seq` and
+    replaces the reader's text.
     """
 
     v: Literal[1] = MESSAGE_VERSION
@@ -193,10 +192,10 @@ class PartialEvent(Frozen):
 
 
 def model_name(target: str) -> str:
-    """Return the public name of a target: a hub id as it is, a local directory by its last part."""
+    """Return the public name of a target model: a hub id as it is, or the last part of a path."""
     return PurePath(target).name if target.startswith(("/", ".", "~")) else target
 
 
 def model_queue(model: str) -> str:
-    """Return the Celery queue on which doorbells for a model ring: a node consumes only what it holds."""
+    """Return the Celery queue for notifications of a model; a node consumes the queues of its own models."""
     return "basic.model." + re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")

@@ -66,7 +66,7 @@ class Child:
         """Return the exit status, negative for a signal, or None while it runs."""
         return self._process.poll()
 
-    def revive(self) -> None:
+    def restart_if_due(self) -> None:
         """Start the child again if it is dead and its delay is over."""
         if self.status() is None:
             return
@@ -77,14 +77,14 @@ class Child:
             self.restarts += 1
             self._launch()
 
-    def ask_to_stop(self) -> None:
+    def terminate(self) -> None:
         """Send the signal and don't wait."""
         if self.status() is None:
             self._process.terminate()
 
     def stop(self, at_once: threading.Event) -> None:
         """Ask the child to stop; kill it when its time is over or `at_once` is set."""
-        self.ask_to_stop()
+        self.terminate()
         ends_at = time.monotonic() + self.command.stop_s
         while self.status() is None and time.monotonic() < ends_at and not at_once.is_set():
             time.sleep(_TICK_S)
@@ -93,7 +93,7 @@ class Child:
             self._process.kill()
         self._process.wait()
 
-    def last_words(self, lines: int = 12) -> str:
+    def log_tail(self, lines: int = 12) -> str:
         """Return the last lines of its log."""
         return tail(self.command.log_path, lines) if self.command.log_path else ""
 
@@ -142,7 +142,7 @@ class Children:
             for child in self.dead():
                 if child.status() == BAD_SETTINGS_STATUS:
                     return child
-                child.revive()
+                child.restart_if_due()
         return None
 
     def stop(self, at_once: threading.Event, *, together: bool = False) -> None:
@@ -151,7 +151,7 @@ class Children:
         `together` asks all of them first: for children that don't need each other.
         """
         for child in self._children if together else ():
-            child.ask_to_stop()
+            child.terminate()
         while self._children:
             self._children.pop().stop(at_once)
 
@@ -171,7 +171,7 @@ def launch(command: Command) -> subprocess.Popen[bytes]:
             stderr=subprocess.STDOUT if log_file else None,
             process_group=0,
             umask=-1 if command.umask is None else command.umask,
-            preexec_fn=dying_with(os.getpid()),
+            preexec_fn=parent_death_hook(os.getpid()),
         )
 
 
@@ -189,7 +189,7 @@ def _on(cpus: frozenset[int] | None) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def dying_with(parent_pid: int) -> Callable[[], None] | None:
+def parent_death_hook(parent_pid: int) -> Callable[[], None] | None:
     """Return what a child does between fork and exec so that the kernel kills it with its parent.
 
     SIGKILL, because everything we start is made to be killed at any time, and a promise that a hung child can't break
@@ -241,7 +241,7 @@ def tail(path: Path, lines: int) -> str:
     return "\n".join(text.splitlines()[-lines:])
 
 
-def keep_one_old(paths: Sequence[Path]) -> None:
+def rotate_logs(paths: Sequence[Path]) -> None:
     """Move logs of the run before aside, so that a log speaks of one run and old ones don't pile up."""
     for path in paths:
         if path.exists():

@@ -17,12 +17,12 @@ from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
 from jobs.celery_app import (
-    DOORBELL_TASK,
     INGEST_QUEUE,
     INGEST_TASK,
+    NOTIFY_TASK,
     PULSE_TASK,
-    doorbell_queue,
     make_app,
+    notification_queue,
     pulse_queue,
     queue,
 )
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 2.0  # a producer waits so long for a server that does not answer, not Celery's minutes
 
-Ring = Callable[[str, str], object]  # (job_id, model)
+Notify = Callable[[str, str], object]  # (job_id, model)
 
 
 def push(batch: PromptBatch, redis_url: str) -> str:
@@ -55,12 +55,14 @@ def batch_job_id(batch_id: str) -> str:
     return "batch_" + hashlib.sha256(f"prompt batch {batch_id}".encode()).hexdigest()[:32]
 
 
-def ring(app: Celery, job_id: str, model: str) -> bool:
-    """Ring the doorbell of a model; return False if it could not be heard (the workers find the job in SQL later)."""
+def notify_workers(app: Celery, job_id: str, model: str) -> bool:
+    """Notify the workers of a model; return False if Redis refuses (they find the job in SQL later)."""
     try:
-        _send(app, DOORBELL_TASK, doorbell_queue(model), {"job_id": job_id})
+        _send(app, NOTIFY_TASK, notification_queue(model), {"job_id": job_id})
     except QueueUnavailable as exc:
-        log.warning("Could not ring for job %s: %s", job_id, exc, extra={"action": "ring_failed", "job_id": job_id})
+        log.warning(
+            "Could not notify the workers of job %s: %s", job_id, exc, extra={"action": "ring_failed", "job_id": job_id}
+        )
         return False
     return True
 

@@ -1,7 +1,7 @@
-"""The guard before every start and upgrade: a database that can't be reached, or has a schema not to work with.
+"""Check the database's schema before a process starts, and upgrade it.
 
-Migrations only add, so a database that a newer version has upgraded serves this one too, and old and new processes run
-side by side during an upgrade.
+Migrations only add, so a process also runs on a schema of a newer version. Old and new processes can therefore run side
+by side during an upgrade.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _FORMS = "postgresql://USER:PASSWORD@HOST/DATABASE, or sqlite:////PATH/TO/FILE"
 
 
 @contextmanager
-def database_in_words(url: str) -> Iterator[None]:
-    """Turn what a database, its driver or its URL refuses into one sentence that says which, why and what to do.
+def explain_database_errors(url: str) -> Iterator[None]:
+    """Translate errors of the database, its driver or its URL into one sentence: which database, why, and what to do.
 
-    Raise DatabaseUnavailable where a later try may work, and SetupError where it can't. No sentence has a password.
+    Raise DatabaseUnavailable if a later attempt may work, otherwise SetupError. Messages contain no password.
     """
     where = f"the database {without_secrets(url)}"
     try:
@@ -53,7 +53,7 @@ def database_in_words(url: str) -> Iterator[None]:
 
 
 def exit_status(error: BasicError) -> int:
-    """Return how a process ends that can't start: whether another start may work."""
+    """Return the exit status of a process that can't start: whether its supervisor should start it again."""
     return RESTART_STATUS if isinstance(error, DatabaseUnavailable) else BAD_SETTINGS_STATUS
 
 
@@ -68,15 +68,15 @@ def _driver_missing(exc: ModuleNotFoundError) -> str:
 
 
 def upgrade_schema(database_url: str) -> None:
-    """Bring the database to the schema of this version; raise SetupError if a newer one has upgraded it.
+    """Upgrade the database to the schema of this version.
 
-    What else is wrong with the database is raised as `database_in_words` does.
+    Raise SetupError if a newer version has upgraded it, and the errors of `explain_database_errors`.
     """
-    with database_in_words(database_url):
+    with explain_database_errors(database_url):
         current = schema.current(database_url)
         if current is not None and not schema.is_known(current):
             raise SetupError(
-                f"the database is at revision {current}, of a newer version of bASIC; this one knows up to "
+                f"the database has revision {current} of a newer version of bASIC; this version knows revisions up to "
                 f"{schema.head()} and changes nothing. Upgrade with the newer version, or set BASIC_DATABASE_URL to "
                 "another database"
             )
@@ -84,19 +84,22 @@ def upgrade_schema(database_url: str) -> None:
 
 
 def require_schema(database_url: str) -> None:
-    """Raise SetupError, with what to do, if the database is older than this version, or as `database_in_words` does."""
-    with database_in_words(database_url):
+    """Raise SetupError, with the command to run, if the schema is older than this version needs.
+
+    Also raise the errors of `explain_database_errors`.
+    """
+    with explain_database_errors(database_url):
         current = schema.current(database_url)
     if current == schema.head():
         return
     if current is None:
-        raise SetupError("the database has no schema yet; make it with: basic db upgrade")
+        raise SetupError("the database has no schema yet; create it with: basic db upgrade")
     if schema.is_known(current):
         raise SetupError(
-            f"the database is at revision {current}, and this version needs {schema.head()}; run: basic db upgrade"
+            f"the database has revision {current}, and this version needs {schema.head()}; run: basic db upgrade"
         )
     log.warning(
-        "The database is at revision %s, of a newer version of bASIC; this one goes on beside it",
+        "The database has revision %s of a newer version of bASIC; this version can use it",
         current,
         extra={"action": "newer_schema"},
     )

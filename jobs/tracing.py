@@ -1,8 +1,8 @@
-"""Tracing: spans of a job from its submission to its outputs, sent to an OpenTelemetry collector if one is named.
+"""Trace a job from its submission to its outputs with OpenTelemetry, across processes.
 
-A span's place is a W3C `traceparent`, which travels with the message and lies in `jobs.traceparent`, so that processes
-that never meet write one trace. Where OTEL_EXPORTER_OTLP_ENDPOINT is not set, nothing of OpenTelemetry is imported and
-nothing is done. Everything else that can be said (headers, sampling, resource) says OpenTelemetry's own environment.
+Messages and the column `jobs.traceparent` carry a W3C `traceparent`, so that all processes write to one trace. Without
+OTEL_EXPORTER_OTLP_ENDPOINT, OpenTelemetry is not imported and nothing is traced. Configure headers, sampling and
+resources with OpenTelemetry's own environment variables.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TRACEPARENT: Final = "traceparent"  # its name as a header of HTTP calls and of messages
+TRACEPARENT: Final = "traceparent"  # header of HTTP calls and of Celery messages
 _SHAPE: Final = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 _ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-_PREFIX: Final = "basic."  # of the names of attributes
-_STOP_S: Final = 3.0  # for what is left to send at the end
+_PREFIX: Final = "basic."  # of attribute names
+_STOP_S: Final = 3.0  # time to send the remaining spans at exit
 
-_provider: TracerProvider | None = None  # of this process, like its log handlers
+_provider: TracerProvider | None = None  # one per process, like log handlers
 
 
 def start_tracing(service: str) -> None:
-    """Send the spans of this process to the collector that the environment names; do nothing if it names none."""
+    """Send the spans of this process to the collector in the environment, if there is one."""
     global _provider
     if _provider is not None or not any(os.environ.get(name) for name in _ENDPOINTS):
         return
@@ -44,7 +44,7 @@ def start_tracing(service: str) -> None:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as exc:
         log.warning(
-            "A trace collector is named, but there is no %s; `pip install 'basic-batch[otel]'` brings it",
+            "Can't trace: %s is not installed; run: pip install 'basic-batch[otel]'",
             exc.name,
             extra={"action": "tracing_missing"},
         )
@@ -56,11 +56,11 @@ def start_tracing(service: str) -> None:
 
 
 def stop_tracing() -> None:
-    """Send what is left, as far as the time allows, and trace no more."""
+    """Send the remaining spans, for at most _STOP_S, and stop tracing."""
     global _provider
     if _provider is None:
         return
-    # In a thread that nobody need wait for: while the collector is away, the library would try for half a minute.
+    # In a daemon thread: if the collector is down, the library would retry for half a minute.
     sending = threading.Thread(target=_provider.shutdown, name="basic-tracing", daemon=True)
     sending.start()
     sending.join(_STOP_S)
@@ -68,52 +68,52 @@ def stop_tracing() -> None:
 
 
 def tracing() -> bool:
-    """Return whether spans of this process go anywhere."""
+    """Return whether this process sends spans."""
     return _provider is not None
 
 
 @contextmanager
 def span(name: str, parent: str | None = None, **attributes: Any) -> Iterator[str | None]:
-    """Trace what happens within; the value is the place for spans below it, or `parent` where nothing is traced."""
+    """Trace the block as a span; yield its traceparent, or `parent` if tracing is off."""
     if _provider is None:
         yield parent
         return
     with _provider.get_tracer("basic").start_as_current_span(
         name, _context(parent), attributes=_named(attributes)
-    ) as begun:
-        yield _place(begun)
+    ) as started:
+        yield _traceparent(started)
 
 
 def submit_span(headers: Mapping[str, str]) -> AbstractContextManager[str | None]:
-    """Trace a submission over HTTP, below the span of whoever sent it, if there is one."""
+    """Trace a submission over HTTP, as a child of the caller's span, if the headers name one."""
     return span("submit", as_traceparent(headers.get(TRACEPARENT)))
 
 
 def record_span(name: str, parent: str | None, began_at: float, ended_at: float, **attributes: Any) -> str | None:
-    """Trace what is over already, by its Unix times; return the place for spans below it."""
+    """Add a span for an interval that has ended (Unix times, seconds); return its traceparent."""
     if _provider is None:
         return parent
     tracer = _provider.get_tracer("basic")
-    begun = tracer.start_span(name, _context(parent), attributes=_named(attributes), start_time=_ns(began_at))
-    begun.end(_ns(ended_at))
-    return _place(begun)
+    started = tracer.start_span(name, _context(parent), attributes=_named(attributes), start_time=_ns(began_at))
+    started.end(_ns(ended_at))
+    return _traceparent(started)
 
 
 def as_traceparent(text: str | None) -> str | None:
-    """Return what a stranger sent if it is a `traceparent`; otherwise it counts as not sent."""
+    """Return the text if it is a valid `traceparent`, else None."""
     return text if text is not None and _SHAPE.fullmatch(text) else None
 
 
 def _context(parent: str | None) -> Context | None:
-    """Return where a span belongs; None: below the one that is open, if there is one."""
+    """Return the context of a parent; None: the current context."""
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
     return None if parent is None else TraceContextTextMapPropagator().extract({TRACEPARENT: parent})
 
 
-def _place(begun: Span) -> str:
-    place = begun.get_span_context()
-    return f"00-{place.trace_id:032x}-{place.span_id:016x}-{int(place.trace_flags):02x}"
+def _traceparent(started: Span) -> str:
+    context = started.get_span_context()
+    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{int(context.trace_flags):02x}"
 
 
 def _named(attributes: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobs.keys import Limits, Scope, new_key
+from jobs.keys import KeyLimits, Scope, new_key
 from storage import keys
 from storage.records import Checkpoint, FinishedChoice, NewJob, NewRequest, NewWorker, StepRow
 from storage.session import Database
@@ -27,7 +27,7 @@ def a_worker_card(**fields: Any) -> NewWorker:
 
 def a_key(database: Database, *scopes: Scope, lasts_s: float | None = None, **limits: int) -> dict[str, str]:
     """Make a key, for submitting and reading if nothing else is said, and return the header that shows it."""
-    key, recorded = new_key("somebody", scopes or (Scope.SUBMIT, Scope.READ), Limits(**limits), lasts_s)
+    key, recorded = new_key("somebody", scopes or (Scope.SUBMIT, Scope.READ), KeyLimits(**limits), lasts_s)
     with database.write() as session:
         keys.add_key(session, recorded)
     return {"authorization": f"Bearer {key}"}

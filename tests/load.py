@@ -1,6 +1,6 @@
 """`python -m tests.load`: the constants of docs/scale.md, measured on this machine with real servers on loopback.
 
-Doorbells through Celery, claims and step rows through the storage functions that workers call, partial events through
+Notifications (Celery), claims and step rows through the storage functions that workers call, partial events through
 pub/sub; each alone, with one process. Prints JSON.
 """
 
@@ -20,9 +20,9 @@ import redis
 from celery.contrib.testing.worker import start_worker
 from sqlalchemy import func, select, text
 
-from jobs.celery_app import DOORBELL_TASK, make_app
+from jobs.celery_app import NOTIFY_TASK, make_app
 from jobs.messages import PartialEvent, model_queue
-from jobs.producer import make_producer_app, ring
+from jobs.producer import make_producer_app, notify_workers
 from jobs.streaming.pubsub import channel
 from storage.models import DecodeStep
 from storage.records import RequestProgress
@@ -51,11 +51,11 @@ def timed(act: Callable[[], Any]) -> float:
 def doorbells(redis_url: str) -> dict[str, float]:
     """Send doorbells, then hear them with a worker as ours are, that does nothing else."""
     app = make_producer_app(redis_url)
-    sent_s = timed(lambda: [ring(app, f"job-{number}", "load") for number in range(BELLS)])
+    sent_s = timed(lambda: [notify_workers(app, f"job-{number}", "load") for number in range(BELLS)])
     heard, all_heard = [0], threading.Event()
     consumer = make_app(redis_url, queues=(model_queue("load"),))
 
-    @consumer.task(name=DOORBELL_TASK)  # type: ignore[untyped-decorator]
+    @consumer.task(name=NOTIFY_TASK)  # type: ignore[untyped-decorator]
     def doorbell(job_id: str) -> None:
         heard[0] += 1
         if heard[0] == BELLS:

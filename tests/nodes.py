@@ -17,9 +17,9 @@ from typing import Any
 
 from sqlalchemy import func, select
 
-from jobs.queue.worker_notifier import Doorbells
+from jobs.queue.worker_notifier import WorkerNotifier
 from jobs.settings import JobsSettings
-from jobs.submission.intake import Submission, accept_job
+from jobs.submission.intake import Submission, create_job
 from jobs.submission.request_parser import Item
 from storage.models import DecodeStep, Job, Output, Request, Worker
 from storage.session import Database
@@ -58,14 +58,14 @@ class Cluster:
             process.wait()
 
     def submit(self, count: int, **parameters: Any) -> str:
-        """Record a job of `count` requests, as the doors do, and ring its doorbell."""
+        """Record a job of `count` requests, as the API does, and notify the workers."""
         settings = JobsSettings(target=str(self.target), redis_url=self.redis_url)
         items = [Item(number, {"prompt": f"Request {number}"}) for number in range(count)]
-        ring = Doorbells(self.redis_url).ring
+        notify = WorkerNotifier(self.redis_url).notify
         database = Database.open(self.database_url)
         try:
             submission = Submission(items, parameters={"temperature": 0, "ignore_eos": True} | parameters)
-            return accept_job(submission, database=database, ring=ring, settings=settings)
+            return create_job(submission, database=database, notify=notify, settings=settings)
         finally:
             database.dispose()
 

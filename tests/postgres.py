@@ -21,7 +21,7 @@ from pathlib import Path
 import psycopg
 from psycopg import sql
 
-from jobs.processes import dying_with
+from jobs.processes import parent_death_hook
 from tests.ports import free_port
 from tests.processes import children_of
 
@@ -57,7 +57,12 @@ class Postgres:
         command = [str(self._binaries / "postgres"), "-D", str(self._data), *settings]
         with (self._home / "log").open("ab") as log:
             self._server = subprocess.Popen(
-                command, user=self._user, cwd=self._home, stdout=log, stderr=log, preexec_fn=dying_with(os.getpid())
+                command,
+                user=self._user,
+                cwd=self._home,
+                stdout=log,
+                stderr=log,
+                preexec_fn=parent_death_hook(os.getpid()),
             )
         deadline = time.monotonic() + _READY_S
         while not self._answers():

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from jobs.messages import CHAT_ENDPOINT, GenerationRequest, SamplingParameters
-from jobs.openai.logprobs import TokenLikelihoods, shaped
+from jobs.openai.logprobs import TokenAlternatives, logprobs_object
 from worker.engine.options import Mode
 from worker.engine.stats import StepStats
 from worker.loading.loader import LoadedModel, load_engine
@@ -29,7 +29,7 @@ class Generation:
     prompt_token_ids: tuple[int, ...]
     finish_reason: str
     steps: tuple[StepStats, ...]
-    logprobs: tuple[TokenLikelihoods, ...] | None  # per token, if they were wanted
+    logprobs: tuple[TokenAlternatives, ...] | None  # per token, if they were wanted
     endpoint: str
 
     def as_json(self) -> dict[str, Any]:
@@ -48,7 +48,7 @@ class Generation:
     def _logprobs(self) -> dict[str, Any] | None:
         """Return them as the endpoint would have answered."""
         stored = None if self.logprobs is None else [likelihoods.stored() for likelihoods in self.logprobs]
-        return shaped(self.endpoint, stored, self.text)
+        return logprobs_object(self.endpoint, stored, self.text)
 
 
 def generate(
@@ -65,7 +65,7 @@ def generate(
     sequence = loaded.codec.sequence((0,), prompt, request.sampling, choice=0)
     output_stream = OutputStream(sequence, loaded.codec.stream(request.sampling.stop, prompt, endpoint))
     steps: list[StepStats] = []
-    logprobs: list[TokenLikelihoods] = []
+    logprobs: list[TokenAlternatives] = []
     engine.add(sequence)
     while engine.busy:
         for result in engine.step():

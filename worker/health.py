@@ -9,7 +9,7 @@ import socket
 import sys
 
 from jobs.errors import BasicError
-from jobs.schema_check import database_in_words
+from jobs.schema_check import explain_database_errors
 from jobs.settings import read_settings
 from storage import queries
 from storage.records import HEARTBEAT_TIMEOUT_S
@@ -21,7 +21,7 @@ def main() -> int:
     """Say what is wrong, if anything is, and return the exit status."""
     try:
         url = read_settings(WorkerSettings).resolved_database_url
-        with database_in_words(url):
+        with explain_database_errors(url):
             database = Database.open(url)
             serving = workers_here(database)
             database.dispose()

@@ -17,11 +17,11 @@ from celery.signals import worker_ready, worker_shutting_down
 from redis import Redis
 from redis.exceptions import RedisError
 
-from jobs.celery_app import DOORBELL_TASK, KEY_PREFIX, PULSE_TASK, make_app, pulse_queue
-from jobs.logs import noted
+from jobs.celery_app import KEY_PREFIX, NOTIFY_TASK, PULSE_TASK, make_app, pulse_queue
+from jobs.logs import log_context
 from jobs.messages import model_queue
 from jobs.producer import make_producer_app, send_pulse
-from jobs.queue.worker_notifier import Doorbells
+from jobs.queue.worker_notifier import WorkerNotifier
 from jobs.schema_check import require_schema
 from jobs.tracing import start_tracing, stop_tracing
 from worker.loading.loader import load_engine
@@ -38,9 +38,9 @@ def make_worker_app(redis_url: str, model: str, service: EngineService) -> Celer
     """Return the app of a worker that serves `model`: a node consumes only the queue of what it holds."""
     app = make_app(redis_url, queues=(model_queue(model), pulse_queue(service.worker_id)))
 
-    @app.task(name=DOORBELL_TASK, shared=False)  # type: ignore[untyped-decorator]
+    @app.task(name=NOTIFY_TASK, shared=False)  # type: ignore[untyped-decorator]
     def doorbell(job_id: str) -> None:
-        with noted(job_id=job_id):
+        with log_context(job_id=job_id):
             log.debug("The doorbell rang", extra={"action": "doorbell"})
             service.wake()
 
@@ -73,7 +73,9 @@ def serve(settings: WorkerSettings) -> int:
     start_tracing("basic-worker")
     sequences = settings.max_sequences + settings.interactive_sequences
     loaded = load_engine(settings.model_copy(update={"max_sequences": sequences}), say=log.info)
-    service = EngineService(settings, loaded, ring=Doorbells(settings.redis_url).ring, worker_id=new_worker_id())
+    service = EngineService(
+        settings, loaded, notify=WorkerNotifier(settings.redis_url).notify, worker_id=new_worker_id()
+    )
     app = make_worker_app(settings.redis_url, loaded.name, service)
 
     @worker_ready.connect(weak=False)  # type: ignore[untyped-decorator]

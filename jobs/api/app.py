@@ -17,32 +17,32 @@ from jobs.api.http.paths import PathMiddleware
 from jobs.api.request_ids import RequestIdMiddleware
 from jobs.api.routes import batches, completions, docs, files, jobs, metrics, service
 from jobs.api.schemas import openapi
-from jobs.producer import Ring
-from jobs.queue.worker_notifier import Doorbells
+from jobs.producer import Notify
+from jobs.queue.worker_notifier import WorkerNotifier
 from jobs.settings import JobsSettings
-from jobs.streaming.hub import Broadcast
+from jobs.streaming.hub import EventHub
 from storage.session import Database
 
 
 def make_api(
     settings: JobsSettings,
     database: Database,
-    ring: Ring | None = None,
+    notify: Notify | None = None,
     authenticator: Authenticator | None = None,
     served_names: ServedNames | None = None,
 ) -> FastAPI:
     """Return the application.
 
-    Defaults: `ring` notifies workers through the Redis server of the settings, `authenticator` accepts all callers
+    Defaults: `notify` notifies workers through the Redis server of the settings, `authenticator` accepts all callers
     until a key is created, and without `served_names` every `Host` is accepted.
     """
     app = FastAPI(title="bASIC", responses=openapi.ERRORS, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.services = Services(
         settings,
         database,
-        ring or Doorbells(settings.redis_url).ring,
+        notify or WorkerNotifier(settings.redis_url).notify,
         BodyReader(),
-        Broadcast(database, settings.redis_url),
+        EventHub(database, settings.redis_url),
     )
     app.state.metrics = metrics.Metrics(database)
     app.state.stream_limits = StreamLimits(settings.max_streams, settings.max_streams_per_key)

@@ -15,9 +15,9 @@ from jobs.api.auth.caller import Caller, CurrentCaller
 from jobs.api.http.body import BodyReader
 from jobs.errors import NotCancellable, NotFound
 from jobs.messages import JobStatus
-from jobs.producer import Ring
+from jobs.producer import Notify
 from jobs.settings import JobsSettings
-from jobs.streaming.hub import Broadcast
+from jobs.streaming.hub import EventHub
 from storage import queries, writes
 from storage.queries import JobView
 from storage.session import Database
@@ -33,9 +33,9 @@ class Services:
 
     settings: JobsSettings
     database: Database
-    ring: Ring
+    notify: Notify
     bodies: BodyReader
-    broadcast: Broadcast
+    hub: EventHub
 
 
 async def _services(request: Request) -> Services:  # async: a plain function would take a thread

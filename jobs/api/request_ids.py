@@ -9,7 +9,7 @@ from typing import cast
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jobs.logs import note
+from jobs.logs import bind_log_context
 
 REQUEST_ID_HEADER = "x-request-id"
 # Log only what looks like a job id: clients choose the rest of the path, and its length.
@@ -39,7 +39,7 @@ class RequestIdMiddleware:
             await self._app(scope, receive, send)
             return
         # Not reset at the end: uvicorn logs exceptions of routes later. Each request has its own context.
-        note(request_id=request_id(scope), **_job_of(scope["path"]))
+        bind_log_context(request_id=request_id(scope), **_job_of(scope["path"]))
         await self._app(scope, receive, send_with_id)
 
 

@@ -24,7 +24,7 @@ from jobs.dashboard.body_limit import SOCKET_BYTES
 from jobs.errors import SetupError
 from jobs.local.key import read_local_key
 from jobs.logs import log_to_stderr
-from jobs.queue.worker_notifier import Doorbells
+from jobs.queue.worker_notifier import WorkerNotifier
 from jobs.schema_check import require_schema
 from jobs.settings import JobsSettings
 from jobs.streaming.pubsub import Publisher
@@ -92,7 +92,7 @@ def _reconciling(settings: JobsSettings) -> Iterator[None]:
     reconciler = Reconciler(
         database,
         publisher.publish,
-        Doorbells(settings.redis_url).ring,
+        WorkerNotifier(settings.redis_url).notify,
         lease_s=settings.lease_s,
     )
     reconciler.start()

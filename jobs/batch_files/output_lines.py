@@ -13,14 +13,14 @@ from jobs.json_lines import one_line
 from jobs.messages import CHAT_ENDPOINT
 from jobs.openai import responses
 from jobs.openai.errors import error_body
-from jobs.openai.responses import Heading
+from jobs.openai.responses import ResponseHeader
 from storage.batches import BatchClaim
 from storage.queries import OutputView
 
 Json = dict[str, Any]
 
 
-def answer_line(batch: BatchClaim, view: OutputView) -> bytes:
+def result_line(batch: BatchClaim, view: OutputView) -> bytes:
     """Return the line of a request that has ended, for the output file if it is completed, else for the error file."""
     name = hashlib.sha256(f"{batch.job_id}:{view.request_index}".encode()).hexdigest()[:24]
     line = {"id": f"batch_req_{name}", "custom_id": view.custom_id, **_result(batch, view, name)}
@@ -30,7 +30,7 @@ def answer_line(batch: BatchClaim, view: OutputView) -> bytes:
 def _result(batch: BatchClaim, view: OutputView, name: str) -> Json:
     """Return what became of a request: an answer of some HTTP status, or none because it was never run."""
     if view.status == "completed":
-        return {"response": _response(name, 200, responses.answer(_heading(batch, view, name), view)), "error": None}
+        return {"response": _response(name, 200, responses.answer(_header(batch, view, name), view)), "error": None}
     message = view.error_message or "The request has no result."
     if view.status != "failed":
         return {"response": None, "error": {"code": view.error_code, "message": message}}
@@ -39,10 +39,10 @@ def _result(batch: BatchClaim, view: OutputView, name: str) -> Json:
     return {"response": _response(name, status_code, body), "error": None}
 
 
-def _heading(batch: BatchClaim, view: OutputView, name: str) -> Heading:
+def _header(batch: BatchClaim, view: OutputView, name: str) -> ResponseHeader:
     kind = "chatcmpl" if batch.endpoint == CHAT_ENDPOINT else "cmpl"
     created = int(max(choice.finished_at for choice in view.choices))
-    return Heading(f"{kind}-{name}", batch.endpoint, batch.model, created)
+    return ResponseHeader(f"{kind}-{name}", batch.endpoint, batch.model, created)
 
 
 def _response(name: str, status_code: int, body: Json) -> Json:

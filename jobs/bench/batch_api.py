@@ -40,7 +40,7 @@ class Scale:
 
 
 @dataclass(slots=True)
-class Door:
+class RunningService:
     """The running processes, and what one measurement leaves for the next."""
 
     http: httpx.Client
@@ -53,39 +53,39 @@ class Door:
     seen: dict[str, Any] = field(default_factory=dict)
 
 
-Measurement = Callable[[Door], dict[str, Any]]
+Measurement = Callable[[RunningService], dict[str, Any]]
 
 
-def measure_upload(door: Door) -> dict[str, Any]:
+def measure_upload(service: RunningService) -> dict[str, Any]:
     """Upload a file of the largest size, as fast as the machine takes it."""
-    path = _write_input(door)
-    with Rss(door.pids["api"]) as rss, path.open("rb") as content:
+    path = _write_input(service)
+    with Rss(service.pids["api"]) as rss, path.open("rb") as content:
         began_at = time.monotonic()
-        reply = door.http.post("/v1/files", data={"purpose": "batch"}, files={"file": (path.name, content)})
+        reply = service.http.post("/v1/files", data={"purpose": "batch"}, files={"file": (path.name, content)})
         file = _ok(reply)
         seconds = time.monotonic() - began_at
     assert file["bytes"] == path.stat().st_size
-    door.file_id = file["id"]
+    service.file_id = file["id"]
     return {"upload_bytes": file["bytes"], "upload_s": seconds, "upload_server_rss_mb": rss.peak_mb}
 
 
-def measure_validation(door: Door) -> dict[str, Any]:
+def measure_validation(service: RunningService) -> dict[str, Any]:
     """Make a batch of the file and wait until its lines are read; meanwhile ask the shim whether it is well."""
-    order = {"input_file_id": door.file_id, "endpoint": CHAT_ENDPOINT, "completion_window": "24h"}
+    order = {"input_file_id": service.file_id, "endpoint": CHAT_ENDPOINT, "completion_window": "24h"}
     waits_ms: list[float] = []
-    with Rss(door.pids["ingest"]) as rss:
+    with Rss(service.pids["ingest"]) as rss:
         began_at = time.monotonic()
-        batch = _ok(door.http.post("/v1/batches", json=order))
+        batch = _ok(service.http.post("/v1/batches", json=order))
         while batch["status"] == "validating":
             if time.monotonic() - began_at > _PATIENCE_S:
                 raise SystemExit("the batch was not read in time")
             time.sleep(_TICK_S)
             asked_at = time.monotonic()
-            batch = _ok(door.http.get(f"/v1/batches/{batch['id']}"))
+            batch = _ok(service.http.get(f"/v1/batches/{batch['id']}"))
             waits_ms.append(1000 * (time.monotonic() - asked_at))
         seconds = time.monotonic() - began_at
-    assert batch["request_counts"]["total"] == door.scale.lines, batch["errors"]
-    door.batch_id = batch["id"]
+    assert batch["request_counts"]["total"] == service.scale.lines, batch["errors"]
+    service.batch_id = batch["id"]
     return {
         "validation_s": seconds,
         "validation_ingest_rss_mb": rss.peak_mb,
@@ -94,42 +94,42 @@ def measure_validation(door: Door) -> dict[str, Any]:
     }
 
 
-def measure_polls(door: Door) -> dict[str, Any]:
+def measure_polls(service: RunningService) -> dict[str, Any]:
     """Read the large job again and again."""
     waits_ms = []
-    for _ in range(door.scale.polls):
+    for _ in range(service.scale.polls):
         asked_at = time.monotonic()
-        _ok(door.http.get(f"/v1/jobs/{door.batch_id}"))
+        _ok(service.http.get(f"/v1/jobs/{service.batch_id}"))
         waits_ms.append(1000 * (time.monotonic() - asked_at))
     waits_ms.sort()
     return {"poll_median_ms": statistics.median(waits_ms), "poll_p99_ms": waits_ms[int(0.99 * len(waits_ms))]}
 
 
-def measure_download(door: Door) -> dict[str, Any]:
+def measure_download(service: RunningService) -> dict[str, Any]:
     """Fetch the file again, all of it."""
     size = 0
-    with Rss(door.pids["api"]) as rss:
+    with Rss(service.pids["api"]) as rss:
         began_at = time.monotonic()
-        with door.http.stream("GET", f"/v1/files/{door.file_id}/content") as reply:
+        with service.http.stream("GET", f"/v1/files/{service.file_id}/content") as reply:
             for data in reply.iter_bytes():
                 size += len(data)
         seconds = time.monotonic() - began_at
     return {"download_bytes": size, "download_s": seconds, "download_server_rss_mb": rss.peak_mb}
 
 
-def measure_cancel(door: Door) -> dict[str, Any]:
+def measure_cancel(service: RunningService) -> dict[str, Any]:
     """Cancel the batch and wait for its error file: a line for each request."""
     began_at = time.monotonic()
-    batch = _ok(door.http.post(f"/v1/batches/{door.batch_id}/cancel"))
+    batch = _ok(service.http.post(f"/v1/batches/{service.batch_id}/cancel"))
     answered_s = time.monotonic() - began_at
-    with Rss(door.pids["ingest"]) as rss:
+    with Rss(service.pids["ingest"]) as rss:
         while batch["status"] != "cancelled":
             if time.monotonic() - began_at > _PATIENCE_S:
                 raise SystemExit("the batch was not filed in time")
             time.sleep(_TICK_S)
-            batch = _ok(door.http.get(f"/v1/batches/{door.batch_id}"))
-    lines = door.http.get(f"/v1/files/{batch['error_file_id']}/content").content.count(b"\n")
-    assert lines == door.scale.lines
+            batch = _ok(service.http.get(f"/v1/batches/{service.batch_id}"))
+    lines = service.http.get(f"/v1/files/{batch['error_file_id']}/content").content.count(b"\n")
+    assert lines == service.scale.lines
     seconds = time.monotonic() - began_at
     return {"cancel_answer_s": answered_s, "cancelled_and_filed_s": seconds, "filing_ingest_rss_mb": rss.peak_mb}
 
@@ -171,15 +171,15 @@ class Rss:
 
 
 @contextmanager
-def open_door(directory: Path, scale: Scale) -> Iterator[Door]:
-    """Start what a door consists of, in a directory of its own, and stop it at the end."""
+def run_service(directory: Path, scale: Scale) -> Iterator[RunningService]:
+    """Start what a service consists of, in a directory of its own, and stop it at the end."""
     (directory / "logs").mkdir()
     settings = JobsSettings(data_dir=directory, api_port=0)
     children = Children()
     try:
         settings, pids = Start(settings, children, threading.Event()).run_door()
         with httpx.Client(base_url=settings.api_url, timeout=_PATIENCE_S, trust_env=False) as http:
-            yield Door(http, model_name(settings.target), pids, scale, directory)
+            yield RunningService(http, model_name(settings.target), pids, scale, directory)
     finally:
         children.stop(threading.Event())
 
@@ -187,15 +187,18 @@ def open_door(directory: Path, scale: Scale) -> Iterator[Door]:
 def measure(scale: Scale) -> dict[str, Any]:
     """Return the numbers of all measurements."""
     numbers: dict[str, Any] = {"lines": scale.lines}
-    with tempfile.TemporaryDirectory(prefix="basic-bench-") as directory, open_door(Path(directory), scale) as door:
+    with (
+        tempfile.TemporaryDirectory(prefix="basic-bench-") as directory,
+        run_service(Path(directory), scale) as service,
+    ):
         for measurement in MEASUREMENTS:
-            numbers |= measurement(door)
+            numbers |= measurement(service)
     return numbers
 
 
 def main() -> int:
     """Measure and print a table, or one JSON object."""
-    parser = argparse.ArgumentParser(prog="python -m jobs.bench.batch_api", description="Measure the front door.")
+    parser = argparse.ArgumentParser(prog="python -m jobs.bench.batch_api", description="Measure the front service.")
     parser.add_argument("--lines", type=int, default=Scale().lines, help="requests of the batch")
     parser.add_argument("--megabytes", type=float, default=Scale().file_bytes / 1e6, help="size of its file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -209,14 +212,14 @@ def main() -> int:
     return 0
 
 
-def _write_input(door: Door) -> Path:
+def _write_input(service: RunningService) -> Path:
     """Write a batch file of the wanted number of lines and about the wanted size."""
-    path = door.directory / "input.jsonl"
+    path = service.directory / "input.jsonl"
     with path.open("w") as file:
-        empty = _line(door.model, 0, "")
-        filler = "word " * ((door.scale.file_bytes // door.scale.lines - len(empty)) // 5 - 2)
-        for index in range(door.scale.lines):
-            file.write(_line(door.model, index, filler))
+        empty = _line(service.model, 0, "")
+        filler = "word " * ((service.scale.file_bytes // service.scale.lines - len(empty)) // 5 - 2)
+        for index in range(service.scale.lines):
+            file.write(_line(service.model, index, filler))
     return path
 
 

@@ -1,4 +1,4 @@
-"""`python -m jobs.bench.streams`: many readers on one running job, and whether each was told everything once.
+"""`python -m jobs.bench.streams`: many readers on one running job, and whether each was received everything once.
 
 The shim is a process of its own in front of a real Redis-protocol server and SQLite; a thread of this process writes as
 a worker does, through the same flush and publisher. Of the readers a third comes late, and a third is cut off in the
@@ -40,7 +40,7 @@ _WORDS = ("to ", "be ", "or ", "not ")  # of one commit of one choice
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class StreamLoad:
     """What is written, and for how many."""
 
     readers: int = 500
@@ -50,13 +50,13 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
+class StreamResult:
     """What came of it."""
 
     readers: int
-    events_per_reader: int  # told live, to a reader that was there from the start
-    told_wrong: int  # readers whose text, ends or status differ from what SQL has
-    told_twice: int  # readers that got an event id twice
+    events_per_reader: int  # received live, to a reader that was there from the start
+    readers_with_wrong_text: int  # readers whose text, ends or status differ from what SQL has
+    readers_with_duplicates: int  # readers that got an event id twice
     reconnected: int
     late: int
     written_in_s: float  # from the first commit to the last
@@ -68,10 +68,10 @@ class Figures:
 
 @dataclass(slots=True)
 class _Reader:
-    """One reader: what it was told, over one connection or two."""
+    """One reader: what it was received, over one connection or two."""
 
     number: int
-    told: list[bytes] = field(default_factory=list)
+    received: list[bytes] = field(default_factory=list)
     last_id: str | None = None
     ended_at: float = 0.0
     reconnected: bool = False
@@ -81,7 +81,7 @@ class _Reader:
         return self.number % 3  # 0: stays, 1: comes late, 2: is cut off
 
 
-def measure(load: Load) -> Figures:
+def measure(load: StreamLoad) -> StreamResult:
     """Run the benchmark in a directory of its own."""
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
         data_dir = Path(directory)
@@ -90,17 +90,17 @@ def measure(load: Load) -> Figures:
         database = Database.open(database_url)
         stack.callback(database.dispose)
         redis_url = stack.enter_context(_redis(data_dir))
-        api_url, shim = stack.enter_context(_shim(data_dir, database_url, redis_url))
+        api_url, shim = stack.enter_context(_api_server(data_dir, database_url, redis_url))
         writer = _Writer(database, redis_url, load)
         readers = asyncio.run(_read_all(api_url, load, writer))
         rss_mb, cpu_s = _usage(shim.pid)
-        return _figures(readers, writer, database, load, rss_mb, cpu_s)
+        return _result(readers, writer, database, load, rss_mb, cpu_s)
 
 
 class _Writer:
     """Writes as a worker does."""
 
-    def __init__(self, database: Database, redis_url: str, load: Load) -> None:
+    def __init__(self, database: Database, redis_url: str, load: StreamLoad) -> None:
         self._database = database
         self._redis_url = redis_url
         self._load = load
@@ -171,7 +171,7 @@ def _text(claim: Claim, number: int) -> str:
     return f"[{claim.lease.request_index}.{number}] " + "".join(_WORDS)
 
 
-async def _read_all(api_url: str, load: Load, writer: _Writer) -> list[_Reader]:
+async def _read_all(api_url: str, load: StreamLoad, writer: _Writer) -> list[_Reader]:
     readers = [_Reader(number) for number in range(load.readers)]
     everybody_there, halfway = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -206,9 +206,9 @@ async def _read(http: httpx.AsyncClient, reader: _Reader, arrived: Callable[[], 
                 continue
             if b"data: " not in block:
                 continue
-            reader.told.append(block)
+            reader.received.append(block)
             reader.last_id = _id(block) or reader.last_id
-            if cut_after is not None and len(reader.told) >= cut_after:
+            if cut_after is not None and len(reader.received) >= cut_after:
                 cut_after, reader.reconnected = None, True
                 await blocks.aclose()
                 break
@@ -233,17 +233,17 @@ def _id(block: bytes) -> str | None:
     return head[4:].decode() if head.startswith(b"id: ") else None
 
 
-def _figures(
-    readers: list[_Reader], writer: _Writer, database: Database, load: Load, rss_mb: float, cpu_s: float
-) -> Figures:
+def _result(
+    readers: list[_Reader], writer: _Writer, database: Database, load: StreamLoad, rss_mb: float, cpu_s: float
+) -> StreamResult:
     with database.read() as session:
         written = {view.request_index: view.choices[0].text for view in queries.outputs(session, _JOB)}
     behind_ms = [1000 * (reader.ended_at - writer.ended_at) for reader in readers]
-    return Figures(
+    return StreamResult(
         readers=load.readers,
-        events_per_reader=len(readers[0].told),
-        told_wrong=sum(not _is_right(reader, written) for reader in readers),
-        told_twice=sum(_is_doubled(reader) for reader in readers),
+        events_per_reader=len(readers[0].received),
+        readers_with_wrong_text=sum(not _is_right(reader, written) for reader in readers),
+        readers_with_duplicates=sum(_is_doubled(reader) for reader in readers),
         reconnected=sum(reader.reconnected for reader in readers),
         late=sum(reader.kind == 1 for reader in readers),
         written_in_s=round(writer.ended_at - writer.began_at, 2),
@@ -260,9 +260,9 @@ def _is_right(reader: _Reader, written: dict[int, str]) -> bool:
     seqs: defaultdict[int, int] = defaultdict(lambda: -1)
     ends: Counter[int] = Counter()
     status = None
-    for block in reader.told:
+    for block in reader.received:
         event = json.loads(block[block.index(b"data: ") + 6 :])
-        if event["type"] == "tokens" and event["seq"] > seqs[event["index"]]:  # cut off within a commit: told again
+        if event["type"] == "tokens" and event["seq"] > seqs[event["index"]]:  # cut off within a commit: received again
             seqs[event["index"]] = event["seq"]
             before = "" if event["snapshot"] else texts[event["index"]]
             texts[event["index"]] = before + event["text"]
@@ -273,7 +273,7 @@ def _is_right(reader: _Reader, written: dict[int, str]) -> bool:
 
 
 def _is_doubled(reader: _Reader) -> bool:
-    ids = [event_id for block in reader.told if (event_id := _id(block))]
+    ids = [event_id for block in reader.received if (event_id := _id(block))]
     return len(ids) != len(set(ids))
 
 
@@ -293,7 +293,7 @@ def _redis(data_dir: Path) -> Iterator[str]:
 
 
 @contextmanager
-def _shim(data_dir: Path, database_url: str, redis_url: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def _api_server(data_dir: Path, database_url: str, redis_url: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     ready_file = data_dir / "ready"
     own = {name: value for name, value in os.environ.items() if not name.startswith("BASIC_")}
     settings = {
@@ -332,16 +332,16 @@ def _usage(pid: int) -> tuple[float, float]:
 
 
 def main() -> int:
-    """Run it as the arguments say; status 1 if any reader was told something wrong or twice."""
+    """Run it as the arguments say; status 1 if any reader was received something wrong or twice."""
     parser = argparse.ArgumentParser(prog="python -m jobs.bench.streams", description=__doc__)
     parser.add_argument("--readers", type=int, default=500)
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--commits", type=int, default=20)
     parser.add_argument("--interval-s", type=float, default=0.5)
     arguments = parser.parse_args()
-    figures = measure(Load(arguments.readers, arguments.requests, arguments.commits, arguments.interval_s))
+    figures = measure(StreamLoad(arguments.readers, arguments.requests, arguments.commits, arguments.interval_s))
     print(json.dumps(asdict(figures), indent=2))
-    return int(figures.told_wrong or figures.told_twice)
+    return int(figures.readers_with_wrong_text or figures.readers_with_duplicates)
 
 
 if __name__ == "__main__":

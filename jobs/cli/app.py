@@ -40,7 +40,7 @@ from jobs.errors import (
     SetupError,
     UnknownSetting,
 )
-from jobs.input_format import refuse_to_write
+from jobs.input_format import reject_output_suffix
 from jobs.json_lines import json_line, one_line
 from jobs.logs import without_secrets
 from jobs.messages import MAX_COMPARED_REQUESTS, TOOLS_TEMPERATURE, Endpoint, JobStatus
@@ -131,7 +131,7 @@ def submit(
     Example: basic submit examples/prompts.jsonl --follow --max-tokens 128
     """
     if output is not None:
-        refuse_to_write(output, *_WRITTEN)
+        reject_output_suffix(output, *_WRITTEN)
         _refuse_unwritable(output, "--output")
     lines = _read_file(file)
     with _connect() as client:
@@ -201,7 +201,7 @@ def results(
     Example: basic results --output answers.jsonl
     """
     if output is not None:
-        refuse_to_write(output, *_WRITTEN)
+        reject_output_suffix(output, *_WRITTEN)
         _refuse_unwritable(output, "--output")
     with _connect() as client:
         found = _find(client, job)
@@ -301,7 +301,7 @@ def stats(
     Example: basic stats --plot stats.png
     """
     if plot is not None:
-        refuse_to_write(plot, "plots are drawn as PNG", ".png")
+        reject_output_suffix(plot, "plots are drawn as PNG", ".png")
         _refuse_unwritable(plot, "--plot")
     with _connect() as client:
         job_id = None if job is None else _find(client, job).id
@@ -328,7 +328,7 @@ def write_report(
 
     Example: basic report -o report.html
     """
-    refuse_to_write(output, "a report is HTML", ".html .htm", "A browser prints it as PDF.")
+    reject_output_suffix(output, "a report is HTML", ".html .htm", "A browser prints it as PDF.")
     _refuse_unwritable(output, "--output")
     with _connect() as client:
         found = _find(client, job)
@@ -427,13 +427,13 @@ def database_prune(
     Example: basic db prune --steps-older-than 30d
     """
     with _needs("api"):
-        from jobs.schema_check import database_in_words, require_schema
+        from jobs.schema_check import explain_database_errors, require_schema
         from storage.prune import prune_steps
         from storage.session import Database
     age_s = _age_s(steps_older_than)
     url = JobsSettings().resolved_database_url
     require_schema(url)
-    with database_in_words(url):
+    with explain_database_errors(url):
         database = Database.open(url, statement_timeout_s=None)
         deleted = sum(prune_steps(database, age_s))
     database.dispose()

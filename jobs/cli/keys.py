@@ -60,13 +60,13 @@ def create(
 
     Example: basic keys create alice --max-requests-queued 1000 --expires-in 30d
     """
-    from jobs.keys import Limits, new_key
+    from jobs.keys import KeyLimits, new_key
     from storage import keys
 
     key, recorded = new_key(
         _name(name),
         _scopes(scope),
-        Limits(max_requests_queued, max_tokens_queued, requests_per_minute),
+        KeyLimits(max_requests_queued, max_tokens_queued, requests_per_minute),
         None if expires_in is None else _seconds(expires_in),
         given=None if key_file is None else _read_key(key_file),
     )
@@ -190,12 +190,12 @@ def _seconds(text: str) -> float:
 @contextmanager
 def _database() -> Iterator[Database]:
     """Open the database of this installation, of the schema of this version; make it if there is none yet."""
-    from jobs.schema_check import database_in_words, require_schema
+    from jobs.schema_check import explain_database_errors, require_schema
     from storage import schema
     from storage.session import Database
 
     url = _database_url()
-    with database_in_words(url):
+    with explain_database_errors(url):
         if schema.current(url) is None:
             schema.upgrade(url)
         require_schema(url)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol, get_args
 
 from jobs.errors import InvalidValue
-from jobs.input_format import filled_lines, refuse_as_lines
+from jobs.input_format import filled_lines, reject_other_formats
 from jobs.messages import Endpoint
 
 
@@ -108,7 +108,7 @@ def _lines_body(lines: Lines) -> Body:
     """Return the body of a file: JSON lines as they are, lines of text as one prompt each."""
     lines = replace(lines, content=_with_newlines(lines.content))
     content = lines.content.removeprefix(_BOM)
-    refuse_as_lines(content, lines.name, lines.suffix)
+    reject_other_formats(content, lines.name, lines.suffix)
     if _is_text(content, lines.suffix):
         return Body(lines=b"".join(_as_json_lines(lines)))
     values = map(_json, filled_lines(content))

@@ -26,15 +26,15 @@ from jobs.api.auth.guard import Authenticator
 from jobs.api.dependencies import Services, find_job
 from jobs.api.routes.job_outputs import output_lines
 from jobs.dashboard import job_page, jobs_page, stats_page, workers_page
-from jobs.dashboard.body_limit import SmallBodies
+from jobs.dashboard.body_limit import DashboardBodyLimit
 from jobs.dashboard.layout import BASE, POLICY, frame, heading
-from jobs.dashboard.session import COOKIE, Desk, Sessions
+from jobs.dashboard.session import COOKIE, PageContext, Sessions
 from jobs.errors import BasicError, CallerRefused
 
 _ASK_S = 1.0  # between two looks at whether an open page may stay
 _BUILD_S = 30.0  # a page that is not ready by then is given up; a busy database may take seconds
 
-Build = Callable[[Desk, Caller], Awaitable[None]]
+Build = Callable[[PageContext, Caller], Awaitable[None]]
 
 
 def install(api: FastAPI, services: Services, authenticator: Authenticator) -> None:
@@ -46,15 +46,15 @@ def install(api: FastAPI, services: Services, authenticator: Authenticator) -> N
 
     async def show(request: Request, build: Build) -> Any:
         """Build a page for whoever may see it; send others to the log-in."""
-        desk = Desk.of(request, services, sessions)
+        context = PageContext.of(request, services, sessions)
         try:
-            caller = await desk.authenticate()
+            caller = await context.authenticate()
         except CallerRefused:
             return RedirectResponse(f"{BASE}/login", 303)
         ui.on_exception(_leave_if_refused)
-        desk = replace(desk, caller=caller)
-        await build(desk, caller)
-        ui.timer(_ASK_S, partial(desk.read, _nothing), immediate=False)
+        context = replace(context, caller=caller)
+        await build(context, caller)
+        ui.timer(_ASK_S, partial(context.read, _nothing), immediate=False)
         return None
 
     @ui.page("/", response_timeout=_BUILD_S)
@@ -63,7 +63,7 @@ def install(api: FastAPI, services: Services, authenticator: Authenticator) -> N
 
     @ui.page("/jobs/{job_id}", response_timeout=_BUILD_S)
     async def job(request: Request, job_id: str) -> Any:
-        return await show(request, lambda desk, caller: job_page.build(desk, caller, job_id))
+        return await show(request, lambda context, caller: job_page.build(context, caller, job_id))
 
     @ui.page("/stats", response_timeout=_BUILD_S)
     async def stats(request: Request) -> Any:
@@ -80,7 +80,7 @@ def install(api: FastAPI, services: Services, authenticator: Authenticator) -> N
     ui.run_with(
         api, mount_path=BASE, title="bASIC", dark=None, language="en-US", tailwind=False, show_welcome_message=False
     )
-    api.add_middleware(SmallBodies)
+    api.add_middleware(DashboardBodyLimit)
     api.add_middleware(ContentPolicy)
 
 
@@ -119,7 +119,7 @@ def _add_download(api: FastAPI, services: Services, sessions: Sessions) -> None:
     @api.get(f"{BASE}/jobs/{{job_id}}/outputs", include_in_schema=False)
     async def outputs(request: Request, job_id: str) -> Response:
         try:
-            caller = await Desk.of(request, services, sessions).authenticate()
+            caller = await PageContext.of(request, services, sessions).authenticate()
         except CallerRefused:
             return RedirectResponse(f"{BASE}/login", 303)
         job = await run_in_threadpool(find_job, services, job_id, caller)

@@ -22,7 +22,7 @@ _SOCKET: Final = f"{BASE}/_nicegui_ws/"
 _WHOLE_S: Final = 15.0  # within which a body must have come
 
 
-class SmallBodies:
+class DashboardBodyLimit:
     """Reads the body of each call to the pages before the call is passed on, and refuses one that is long or slow."""
 
     def __init__(self, app: ASGIApp, whole_s: float = _WHOLE_S) -> None:

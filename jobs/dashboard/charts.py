@@ -16,7 +16,7 @@ from storage.statistics import JobStats, Minute
 
 Option = dict[str, Any]
 
-_MOST_POINTS = 300
+_MAX_POINTS = 300
 
 
 def throughput(stats: JobStats) -> Option:
@@ -24,7 +24,7 @@ def throughput(stats: JobStats) -> Option:
     points = _points(stats.minutes)
     return _chart(
         xAxis=_axis("time", "") | {"axisLabel": {"color": GREY, "hideOverlap": True}},
-        yAxis=_upright("tokens/s while at work"),
+        yAxis=_vertical_axis("tokens/s while at work"),
         series=[
             {
                 "type": "line",
@@ -44,7 +44,7 @@ def acceptance(stats: JobStats) -> Option:
     return _chart(
         xAxis=_axis("category", "accepted draft tokens")
         | {"data": [str(row.accepted_tokens) for row in stats.acceptance]},
-        yAxis=_upright("% of steps"),
+        yAxis=_vertical_axis("% of steps"),
         series=[_bars([round(100 * row.steps / steps, 2) for row in stats.acceptance], DRAFT)],
     )
 
@@ -62,7 +62,7 @@ def ranks(stats: JobStats) -> Option:
 def _rate_bars(name: str, rates: list[tuple[int, float]]) -> Option:
     return _chart(
         xAxis=_axis("category", name) | {"data": [str(place) for place, _ in rates]},
-        yAxis=_upright("% accepted") | {"max": 100},
+        yAxis=_vertical_axis("% accepted") | {"max": 100},
         series=[_bars([round(100 * rate, 1) for _, rate in rates], DRAFT)],
     )
 
@@ -79,7 +79,7 @@ def trees(stats: JobStats) -> Option:
     ]
     return _chart(
         xAxis=_axis("value", "sequences in the step") | {"minInterval": 1, "min": 0},
-        yAxis=_upright("draft nodes"),
+        yAxis=_vertical_axis("draft nodes"),
         series=[
             {
                 "type": "line",
@@ -106,7 +106,7 @@ def reliability(stats: JobStats) -> Option:
     diagonal = {"type": "line", "data": [[0, 0], [end, end]], "symbol": "none", "color": GREY, "silent": True}
     return _chart(
         xAxis=_axis("value", "expected accepted tokens"),
-        yAxis=_upright("accepted"),
+        yAxis=_vertical_axis("accepted"),
         series=[
             diagonal | {"lineStyle": {"type": "dashed", "width": 1}},
             {"type": "scatter", "data": points, "color": TARGET},
@@ -177,7 +177,7 @@ def tree_height(recorded: TreeDetails) -> int:
 
 def _points(minutes: Sequence[Minute]) -> list[list[float]]:
     """Return milliseconds and tokens a second; where nothing was written, there were none."""
-    together, found = rates([(minute.minute, minute.tokens, minute.busy_s) for minute in minutes], _MOST_POINTS)
+    together, found = rates([(minute.minute, minute.tokens, minute.busy_s) for minute in minutes], _MAX_POINTS)
     points = [[begin * 1_000.0, round(rate, 3)] for begin, rate in found]
     return [*points, [points[-1][0] + together * 60_000, points[-1][1]]] if points else []  # the last is as long
 
@@ -228,7 +228,7 @@ def _axis(kind: str, name: str) -> Option:
     }
 
 
-def _upright(name: str) -> Option:
+def _vertical_axis(name: str) -> Option:
     """Return a value axis that stands, with its name above it."""
     return _axis("value", name) | {
         "nameLocation": "end",

@@ -17,7 +17,7 @@ from jobs.api.write_threads import run_write
 from jobs.dashboard import charts, format, html
 from jobs.dashboard.jobs_page import show_job_status, show_status
 from jobs.dashboard.layout import BASE, box, frame, heading, link
-from jobs.dashboard.session import Desk
+from jobs.dashboard.session import PageContext
 from jobs.dashboard.stats_view import StatsView, table
 from jobs.errors import BasicError
 from jobs.keys import Scope
@@ -42,31 +42,31 @@ _FILTERS: Final = {
 }
 
 
-async def build(desk: Desk, caller: Caller, job_id: str) -> None:
+async def build(context: PageContext, caller: Caller, job_id: str) -> None:
     """Build the page."""
-    job = await desk.read(lambda session: queries.job(session, job_id, caller.sees))
-    with frame("Job", dark=desk.dark, signed_in=desk.signed_in):
+    job = await context.read(lambda session: queries.job(session, job_id, caller.sees))
+    with frame("Job", dark=context.dark, signed_in=context.signed_in):
         if job is None:
             heading("There is no such job", 1)
             with link(f"{BASE}/"):
                 ui.label("All jobs")
             return
-        page = JobPage(desk, caller, job)
+        page = JobDetailPage(context, caller, job)
         ui.timer(_REFRESH_S, page.refresh)  # what fills the tabs comes behind the page itself
 
 
-class JobPage:
+class JobDetailPage:
     """Everything about one job."""
 
-    def __init__(self, desk: Desk, caller: Caller, job: JobView) -> None:
+    def __init__(self, context: PageContext, caller: Caller, job: JobView) -> None:
         """Lay the page out."""
-        self._desk = desk
+        self._context = context
         self._caller = caller
         self._job = job
-        self._head = JobHead(job, self._cancel)
-        self._live = LiveTexts()
-        self._requests = Requests(desk, job.id)
-        self._trees = Trees(desk, job.id)
+        self._head = JobHeader(job, self._cancel)
+        self._live = LiveTab()
+        self._requests = RequestsTab(context, job.id)
+        self._trees = TreesTab(context, job.id)
         with ui.tabs().props('align="left" no-caps inline-label outside-arrows mobile-arrows') as tabs:
             live, asked = ui.tab("Live"), ui.tab("Requests")
             drawn, counted = ui.tab("Trees"), ui.tab("Statistics")
@@ -83,7 +83,7 @@ class JobPage:
             with ui.tab_panel(drawn):
                 self._trees.lay_out()
             with ui.tab_panel(counted):
-                self._place_of_numbers = ui.element("div").classes("stack")
+                self._stats_panel = ui.element("div").classes("stack")
         self._numbers: StatsView | None = None  # laid out when somebody looks
         self._head.show(job)
         self._tabs = tabs
@@ -92,7 +92,7 @@ class JobPage:
 
     async def refresh(self) -> None:
         """Show the job as it stands, and what is being written if that is looked at."""
-        job = await self._desk.read(lambda session: queries.job(session, self._job.id, self._caller.sees))
+        job = await self._context.read(lambda session: queries.job(session, self._job.id, self._caller.sees))
         if job is None:
             return
         ended_now = JobStatus(job.status).final and not JobStatus(self._job.status).final
@@ -101,7 +101,7 @@ class JobPage:
         self._head.show(job)
         name = self._tab()
         if name == "Live":
-            running = await self._desk.read(lambda session: job_details.running(session, job.id, _STREAMS))
+            running = await self._context.read(lambda session: job_details.running(session, job.id, _STREAMS))
             self._live.show(running, job)
         elif ended_now or self._ticks <= 0:
             await self._fill(name)
@@ -121,22 +121,22 @@ class JobPage:
             await self._trees.show()
         elif name == "Statistics":
             job_id = self._job.id
-            numbers = await self._desk.read(lambda session: statistics.job_stats(session, job_id))
+            numbers = await self._context.read(lambda session: statistics.job_stats(session, job_id))
             if self._numbers is None:
-                with self._place_of_numbers:
+                with self._stats_panel:
                     self._numbers = StatsView()
             self._numbers.show(numbers)
 
     async def _cancel(self) -> None:
         try:
-            caller = await self._desk.authenticate(Scope.SUBMIT)
-            await run_write(cancel_job, self._desk.services, self._job, caller)
+            caller = await self._context.authenticate(Scope.SUBMIT)
+            await run_write(cancel_job, self._context.services, self._job, caller)
         except BasicError as refused:
             ui.notify(str(refused), type="warning")
         await self.refresh()
 
 
-class JobHead:
+class JobHeader:
     """Name, state, progress, and what can be done with the job."""
 
     def __init__(self, job: JobView, cancel: object) -> None:
@@ -168,7 +168,7 @@ class JobHead:
         self._button.set_visibility(job.status == JobStatus.IN_PROGRESS)
 
 
-class LiveTexts:
+class LiveTab:
     """The texts that are being written, by who chose each token."""
 
     def __init__(self) -> None:
@@ -233,12 +233,12 @@ def request_head(request: RequestDetails) -> None:
         )
 
 
-class Requests:
+class RequestsTab:
     """The requests of a job, a page at a time, and what went wrong with how many."""
 
-    def __init__(self, desk: Desk, job_id: str) -> None:
+    def __init__(self, context: PageContext, job_id: str) -> None:
         """Begin at the first request."""
-        self._desk = desk
+        self._context = context
         self._job_id = job_id
         self._after = [-1]  # where each page looked at so far begins
         self._shown: dict[int, tuple[ui.element, RequestDetails]] = {}
@@ -262,8 +262,8 @@ class Requests:
         """Ask for a page of requests and show it."""
         asked = self._asked()
         statuses, after = asked
-        found = await self._desk.read(lambda s: job_details.requests(s, self._job_id, statuses, after, _PAGE + 1))
-        errors = await self._desk.read(lambda session: job_details.errors(session, self._job_id))
+        found = await self._context.read(lambda s: job_details.requests(s, self._job_id, statuses, after, _PAGE + 1))
+        errors = await self._context.read(lambda session: job_details.errors(session, self._job_id))
         if asked != self._asked():  # another page was asked for meanwhile
             return
         self._show_errors(errors)
@@ -301,7 +301,7 @@ class Requests:
             with self._errors, box():
                 heading("Errors")
                 with ui.element("div").classes("wide"):
-                    rows = [(_error_words(error), f"{error.requests:,d}") for error in errors]
+                    rows = [(_error_text(error), f"{error.requests:,d}") for error in errors]
                     table(("What went wrong", "Requests"), rows)
 
     @staticmethod
@@ -327,17 +327,17 @@ class Requests:
         await self.show()
 
 
-def _error_words(error: ErrorCount) -> str:
+def _error_text(error: ErrorCount) -> str:
     message = "other messages" if error.message is None else html.safe(error.message)[:_MESSAGE_CHARS]
     return f"{error.code}: {message}"
 
 
-class Trees:
+class TreesTab:
     """The draft trees a job has recorded, one at a time."""
 
-    def __init__(self, desk: Desk, job_id: str) -> None:
+    def __init__(self, context: PageContext, job_id: str) -> None:
         """Begin with none."""
-        self._desk = desk
+        self._context = context
         self._job_id = job_id
         self._places: list[TreeKey] = []
 
@@ -360,7 +360,7 @@ class Trees:
 
     async def show(self) -> None:
         """Ask where trees are, and draw the first that is worth a look."""
-        places = await self._desk.read(lambda session: job_details.tree_keys(session, self._job_id))
+        places = await self._context.read(lambda session: job_details.tree_keys(session, self._job_id))
         if places and places == self._places:
             return
         self._places = places
@@ -386,7 +386,7 @@ class Trees:
             return
         request, choice = self._request.value
         place = TreeKey(request, choice, self._step.value)
-        recorded = await self._desk.read(lambda session: job_details.tree(session, self._job_id, place))
+        recorded = await self._context.read(lambda session: job_details.tree(session, self._job_id, place))
         self._drawing.clear()
         if recorded is not None:
             with self._drawing, box():

@@ -15,11 +15,11 @@ from jobs.api.write_threads import run_write
 from jobs.client.outcome import status_words, warns
 from jobs.dashboard import format, html
 from jobs.dashboard.layout import BASE, frame, heading, link
-from jobs.dashboard.session import Desk
+from jobs.dashboard.session import PageContext
 from jobs.errors import BasicError
 from jobs.keys import Scope
 from jobs.messages import TOOLS_TEMPERATURE, model_name
-from jobs.submission.intake import Submission, accept_job, known_models
+from jobs.submission.intake import Submission, create_job, known_models
 from jobs.submission.request_parser import Item
 from storage import queries
 from storage.queries import JobView
@@ -34,15 +34,15 @@ _TOO_LONG: Final = (
 )
 
 
-async def build(desk: Desk, caller: Caller) -> None:
+async def build(context: PageContext, caller: Caller) -> None:
     """Build the page."""
-    with frame("Jobs", dark=desk.dark, signed_in=desk.signed_in):
+    with frame("Jobs", dark=context.dark, signed_in=context.signed_in):
         with ui.element("div").classes("line"):
             with ui.element("div").classes("grow"):
                 heading("Jobs", 1)
-            dialog = await _submit_dialog(desk)
+            dialog = await _submit_dialog(context)
             ui.button("New job", icon="add", on_click=dialog.open).props("no-caps")
-        jobs = JobList(desk, caller)
+        jobs = JobList(context, caller)
         await jobs.refresh()
         ui.timer(_REFRESH_S, jobs.refresh, immediate=False)
 
@@ -50,25 +50,25 @@ async def build(desk: Desk, caller: Caller) -> None:
 class JobList:
     """The newest jobs, kept up to date in place, so that whoever stands on a row stays there."""
 
-    def __init__(self, desk: Desk, caller: Caller) -> None:
+    def __init__(self, context: PageContext, caller: Caller) -> None:
         """Begin empty; what is made now is filled by `refresh`."""
-        self._desk = desk
+        self._context = context
         self._caller = caller
         self._limit = _SHOWN
-        self._rows: dict[str, JobRow] = {}
+        self._rows: dict[str, JobListRow] = {}
         self._list = ui.element("div").props('role="list" aria-label="Jobs"').classes("stack")
         self._empty = ui.label("There is no job yet.").classes("dim")
         self._more = ui.button("Older jobs", on_click=self._show_more).props("flat no-caps")
 
     async def refresh(self) -> None:
         """Show the jobs as they stand."""
-        page = await self._desk.read(lambda session: queries.jobs(session, self._limit, owner=self._caller.sees))
+        page = await self._context.read(lambda session: queries.jobs(session, self._limit, owner=self._caller.sees))
         self._empty.set_visibility(not page.jobs)
         self._more.set_visibility(page.has_more)
         if [job.id for job in page.jobs] != list(self._rows):
             self._list.clear()
             with self._list:
-                self._rows = {job.id: JobRow(job) for job in page.jobs}
+                self._rows = {job.id: JobListRow(job) for job in page.jobs}
         for job in page.jobs:
             self._rows[job.id].show(job)
 
@@ -77,7 +77,7 @@ class JobList:
         await self.refresh()
 
 
-class JobRow:
+class JobListRow:
     """One job in the list."""
 
     def __init__(self, job: JobView) -> None:
@@ -124,10 +124,10 @@ def show_status(label: ui.label, status: str) -> None:
     label.classes(replace=f"status status-{status}")
 
 
-async def _submit_dialog(desk: Desk) -> ui.dialog:
+async def _submit_dialog(context: PageContext) -> ui.dialog:
     """Return the form for a small job."""
-    settings = desk.services.settings
-    known = sorted(await asyncio.to_thread(known_models, desk.services.database, settings))
+    settings = context.services.settings
+    known = sorted(await asyncio.to_thread(known_models, context.services.database, settings))
     with ui.dialog() as dialog, ui.card().style("width:34rem;max-width:95vw;background:var(--card)"):
         heading("New job")
         prompts = ui.textarea("Prompts, one a line").props("outlined autogrow autofocus").style("width:100%")
@@ -149,7 +149,7 @@ async def _submit_dialog(desk: Desk) -> ui.dialog:
             if trees.value:
                 parameters["record_trees"] = _TREE_STEPS
             try:
-                job_id = await _accept(desk, lines, str(model.value), parameters)
+                job_id = await _accept(context, lines, str(model.value), parameters)
             except BasicError as refused:
                 problem.set_text(html.safe(str(refused)))
                 return
@@ -167,15 +167,15 @@ def _javascript_length(text: str) -> int:
     return len(text.encode("utf-16-le", errors="surrogatepass")) // 2
 
 
-async def _accept(desk: Desk, lines: list[str], model: str, parameters: dict[str, float]) -> str:
-    caller = await desk.authenticate(Scope.SUBMIT)
+async def _accept(context: PageContext, lines: list[str], model: str, parameters: dict[str, float]) -> str:
+    caller = await context.authenticate(Scope.SUBMIT)
     submission = Submission(
         items=[Item(index, line) for index, line in enumerate(lines)],
         model=model,
         parameters=parameters,
         api_key_id=caller.key_id,
     )
-    services = desk.services
+    services = context.services
     return await run_write(
-        accept_job, submission, database=services.database, ring=services.ring, settings=services.settings
+        create_job, submission, database=services.database, notify=services.notify, settings=services.settings
     )

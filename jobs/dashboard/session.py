@@ -24,7 +24,7 @@ from jobs.keys import Scope
 T = TypeVar("T")
 
 COOKIE: Final = "basic_session"
-_MOST_SESSIONS: Final = 10_000
+_MAX_SESSIONS: Final = 10_000
 
 
 class Sessions:
@@ -40,7 +40,7 @@ class Sessions:
         self._authenticator.authenticate(f"Bearer {key}", address, Scope.READ)
         session = secrets.token_urlsafe(32)
         self._keys[session] = key
-        while len(self._keys) > _MOST_SESSIONS:
+        while len(self._keys) > _MAX_SESSIONS:
             del self._keys[next(iter(self._keys))]
         return session
 
@@ -64,7 +64,7 @@ class Sessions:
 
 
 @dataclass(frozen=True, slots=True)
-class Desk:
+class PageContext:
     """One look at the pages."""
 
     services: Services
@@ -75,8 +75,8 @@ class Desk:
     caller: Caller | None = None  # who was let in; None: nobody yet
 
     @classmethod
-    def of(cls, request: Request, services: Services, sessions: Sessions) -> Desk:
-        """Return the desk of a request."""
+    def of(cls, request: Request, services: Services, sessions: Sessions) -> PageContext:
+        """Return the context of a request."""
         address = request.client.host if request.client else ""
         dark = {"1": True, "0": False}.get(request.cookies.get("basic_dark", ""))
         return cls(services, sessions, request.cookies.get(COOKIE, ""), address, dark)

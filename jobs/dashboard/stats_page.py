@@ -9,7 +9,7 @@ from nicegui import ui
 from jobs.api.auth.caller import Caller
 from jobs.dashboard import format
 from jobs.dashboard.layout import BASE, box, frame, heading, link
-from jobs.dashboard.session import Desk
+from jobs.dashboard.session import PageContext
 from jobs.dashboard.stats_view import StatsView
 from storage import statistics
 from storage.statistics import JobSummary
@@ -18,20 +18,20 @@ _JOBS: Final = 20
 _REFRESH_S: Final = 5.0
 
 
-async def build(desk: Desk, caller: Caller) -> None:
+async def build(context: PageContext, caller: Caller) -> None:
     """Build the page."""
-    with frame("Statistics", dark=desk.dark, signed_in=desk.signed_in):
+    with frame("Statistics", dark=context.dark, signed_in=context.signed_in):
         heading("Statistics of all jobs", 1)
-        page = StatsPage(desk, caller)
+        page = StatsPage(context, caller)
         ui.timer(_REFRESH_S, page.refresh)  # the numbers come behind the page itself
 
 
 class StatsPage:
     """The numbers of all jobs, and of the newest ones."""
 
-    def __init__(self, desk: Desk, caller: Caller) -> None:
+    def __init__(self, context: PageContext, caller: Caller) -> None:
         """Make the place for what `refresh` tells."""
-        self._desk = desk
+        self._context = context
         self._sees = caller.sees
         self._place = ui.element("div").classes("stack")
         self._numbers: StatsView | None = None  # laid out when they have come
@@ -39,8 +39,8 @@ class StatsPage:
 
     async def refresh(self) -> None:
         """Show the numbers as they stand."""
-        stats = await self._desk.read(lambda session: statistics.total_stats(session, self._sees))
-        rows = await self._desk.read(lambda session: statistics.job_summaries(session, _JOBS, self._sees))
+        stats = await self._context.read(lambda session: statistics.total_stats(session, self._sees))
+        rows = await self._context.read(lambda session: statistics.job_summaries(session, _JOBS, self._sees))
         if self._numbers is None:
             with self._place:
                 self._numbers = StatsView()

@@ -11,7 +11,7 @@ from nicegui import ui
 from jobs.api.auth.caller import Caller
 from jobs.dashboard import format
 from jobs.dashboard.layout import box, frame, heading
-from jobs.dashboard.session import Desk
+from jobs.dashboard.session import PageContext
 from jobs.dashboard.stats_view import table
 from storage import queries
 from storage.queries import WorkerView
@@ -22,15 +22,15 @@ _AGO_S: Final = 30.0  # after which the page says again how long ago things were
 _SHOWN: Final = 40
 
 
-async def build(desk: Desk, caller: Caller) -> None:
+async def build(context: PageContext, caller: Caller) -> None:
     """Build the page."""
-    with frame("Workers", dark=desk.dark, signed_in=desk.signed_in):
+    with frame("Workers", dark=context.dark, signed_in=context.signed_in):
         heading("Workers", 1)
         shown = ui.element("div").classes("stack")
         last: list[object] = []
 
         async def refresh() -> None:
-            workers = (await desk.read(queries.workers))[:_SHOWN]
+            workers = (await context.read(queries.workers))[:_SHOWN]
             facts = [(w.id, w.load, w.stopped_at, _alive(w)) for w in workers]
             told = [int(time.time() // _AGO_S), *facts]
             if told == last:

@@ -20,7 +20,7 @@ from jobs.local.private_files import private, private_files, tighten
 from jobs.local.startup import Start, Stopped, environment, say
 from jobs.local.state import LocalService, announce_service, owned, owner, running
 from jobs.logs import log_to_stderr
-from jobs.processes import BAD_SETTINGS_STATUS, Child, Children, keep_one_old, python_module, stop_signals, tail
+from jobs.processes import BAD_SETTINGS_STATUS, Child, Children, python_module, rotate_logs, stop_signals, tail
 from jobs.settings import JobsSettings, read_settings
 
 _TICK_S = 0.1
@@ -54,7 +54,7 @@ def start_detached(settings: JobsSettings) -> LocalService:
     if service is not None:
         return service
     log_path = settings.data_dir / "logs" / "up.log"
-    keep_one_old([log_path])
+    rotate_logs([log_path])
     with open(log_path, "ab", opener=private) as log_file:
         process = subprocess.Popen(
             python_module("jobs.local.service"),
@@ -117,7 +117,7 @@ def _refuse_unwritable_name(data_dir: Path) -> None:
 def _report(hopeless: Child | None) -> int:
     if hopeless is None:
         return 0
-    say(f"{hopeless.command.name} says its settings can't work:\n{hopeless.last_words()}")
+    say(f"{hopeless.command.name} says its settings can't work:\n{hopeless.log_tail()}")
     return BAD_SETTINGS_STATUS
 
 

@@ -21,7 +21,7 @@ from jobs.errors import ChildRefused, SetupError
 from jobs.local.key import make_local_key
 from jobs.local.redis_server import answers, server_arguments, server_binary
 from jobs.local.state import LocalService
-from jobs.processes import BAD_SETTINGS_STATUS, Child, Children, Command, keep_one_old, launch, python_module
+from jobs.processes import BAD_SETTINGS_STATUS, Child, Children, Command, launch, python_module, rotate_logs
 from jobs.schema_check import upgrade_schema
 from jobs.settings import JobsSettings
 from storage import queries
@@ -121,7 +121,7 @@ class Start:
 
     def _command(self, name: str, arguments: tuple[str, ...], settings: JobsSettings, stop_s: float = 10.0) -> Command:
         log_path = settings.data_dir / "logs" / f"{name}.log"
-        keep_one_old([log_path])
+        rotate_logs([log_path])
         return Command(name, arguments, environment(settings), log_path, stop_s)
 
     def _await(self, child: Child, answers: Callable[[], bool], what: str, timeout_s: float | None = _ANSWER_S) -> None:
@@ -192,7 +192,7 @@ def _ready(api_url: str) -> bool:
 
 def _death_of(child: Child) -> SetupError:
     """Return the error that says which child died, with the end of its log: there stands what to do."""
-    words = child.last_words() or "(its log is empty)"
+    words = child.log_tail() or "(its log is empty)"
     log = f"The whole log: {child.command.log_path}"
     if child.status() == BAD_SETTINGS_STATUS:
         return ChildRefused(f"{child.command.name} can't work: {words.splitlines()[-1]}\n{log}")

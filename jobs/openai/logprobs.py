@@ -19,7 +19,7 @@ Stored = list[Any]  # of one token: [text, logprob] or [text, logprob, bytes], a
 
 
 @dataclass(frozen=True, slots=True)
-class Likelihood:
+class ScoredToken:
     """A token and how likely the model found it in its place."""
 
     token: str
@@ -33,7 +33,7 @@ class Likelihood:
         return [self.token, self.logprob, None if self.bytes is None else list(self.bytes)]
 
     @classmethod
-    def read(cls, stored: Sequence[Any]) -> Likelihood:
+    def read(cls, stored: Sequence[Any]) -> ScoredToken:
         """Return what was stored."""
         token, logprob = stored[:2]
         own = stored[2] if len(stored) > 2 else token.encode()
@@ -56,37 +56,37 @@ class Likelihood:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenLikelihoods:
+class TokenAlternatives:
     """A token of a text, and the likeliest tokens in its place, likeliest first; it may be one of them."""
 
-    chosen: Likelihood
-    top: tuple[Likelihood, ...]
+    chosen: ScoredToken
+    top: tuple[ScoredToken, ...]
 
     def stored(self) -> Stored:
         """Return them as JSON."""
         return [self.chosen.stored(), *(other.stored() for other in self.top)]
 
     @classmethod
-    def read(cls, stored: Stored) -> TokenLikelihoods:
+    def read(cls, stored: Stored) -> TokenAlternatives:
         """Return what was stored."""
-        chosen, *top = map(Likelihood.read, stored)
+        chosen, *top = map(ScoredToken.read, stored)
         return cls(chosen, tuple(top))
 
 
-def shaped(endpoint: str, stored: Sequence[Stored] | None, text: str) -> Json | None:
+def logprobs_object(endpoint: str, stored: Sequence[Stored] | None, text: str) -> Json | None:
     """Return `choices[].logprobs` as the endpoint has it; None if none were wanted."""
     if stored is None:
         return None
-    tokens = [TokenLikelihoods.read(row) for row in stored]
+    tokens = [TokenAlternatives.read(row) for row in stored]
     return _of_a_chat(tokens) if endpoint == CHAT_ENDPOINT else _of_a_completion(tokens, text)
 
 
-def _of_a_chat(tokens: Sequence[TokenLikelihoods]) -> Json:
+def _of_a_chat(tokens: Sequence[TokenAlternatives]) -> Json:
     content = [t.chosen.as_chat() | {"top_logprobs": [other.as_chat() for other in t.top]} for t in tokens]
     return {"content": content, "refusal": None}
 
 
-def _of_a_completion(tokens: Sequence[TokenLikelihoods], text: str) -> Json:
+def _of_a_completion(tokens: Sequence[TokenAlternatives], text: str) -> Json:
     return {
         "tokens": [t.chosen.spelling for t in tokens],
         "token_logprobs": [t.chosen.logprob for t in tokens],
@@ -95,7 +95,7 @@ def _of_a_completion(tokens: Sequence[TokenLikelihoods], text: str) -> Json:
     }
 
 
-def _by_spelling(token: TokenLikelihoods) -> dict[str, float]:
+def _by_spelling(token: TokenAlternatives) -> dict[str, float]:
     """Return the alternatives and the token itself; of two that are spelt alike, the likelier."""
     likeliest: dict[str, float] = {}
     for one in (*token.top, token.chosen):
@@ -103,7 +103,7 @@ def _by_spelling(token: TokenLikelihoods) -> dict[str, float]:
     return likeliest
 
 
-def _offsets(tokens: Sequence[TokenLikelihoods], text: str) -> Iterator[int]:
+def _offsets(tokens: Sequence[TokenAlternatives], text: str) -> Iterator[int]:
     """Yield for each token the character of the text at which it begins, or whose part it is."""
     reader = codecs.getincrementaldecoder("utf-8")("replace")
     begun = [reader.decode(bytes(t.chosen.bytes or ())) for t in tokens]

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.messages import CHAT_ENDPOINT
-from jobs.openai.logprobs import shaped
+from jobs.openai.logprobs import logprobs_object
 from storage.queries import ChoiceView, OutputView
 
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Heading:
+class ResponseHeader:
     """What stands above every answer, and above every chunk of it."""
 
     id: str
@@ -28,7 +28,7 @@ class Heading:
         return self.endpoint == CHAT_ENDPOINT
 
     def over(self, kind: str, choices: list[Json], **more: Any) -> Json:
-        """Return an object with this heading."""
+        """Return an object with this header."""
         return {
             "id": self.id,
             "object": kind,
@@ -40,43 +40,43 @@ class Heading:
         }
 
 
-def answer(heading: Heading, output: OutputView) -> Json:
+def answer(header: ResponseHeader, output: OutputView) -> Json:
     """Return a request's whole answer: `chat.completion` or `text_completion`."""
-    kind = "chat.completion" if heading.chat else "text_completion"
-    choices = [_choice(heading, choice) for choice in output.choices]
-    return heading.over(kind, choices, usage=usage(output))
+    kind = "chat.completion" if header.chat else "text_completion"
+    choices = [_choice(header, choice) for choice in output.choices]
+    return header.over(kind, choices, usage=usage(output))
 
 
-def chunk(heading: Heading, index: int, finish_reason: str | None = None, **news: str) -> Json:
+def chunk(header: ResponseHeader, index: int, finish_reason: str | None = None, **news: str) -> Json:
     """Return a piece of a stream: for a chat what is new of the message (role, content), else what is new (text)."""
     place: Json = {"index": index, "logprobs": None, "finish_reason": finish_reason}
-    content: Json = {"delta": news} if heading.chat else {"text": "", **news}
-    return heading.over(_chunk_kind(heading), [place | content])
+    content: Json = {"delta": news} if header.chat else {"text": "", **news}
+    return header.over(_chunk_kind(header), [place | content])
 
 
-def logprobs_chunks(heading: Heading, output: OutputView) -> Iterator[Json]:
+def logprobs_chunks(header: ResponseHeader, output: OutputView) -> Iterator[Json]:
     """Yield the log-probabilities of each choice that wants them: a stream tells them behind its text."""
     for choice in output.choices:
-        logprobs = shaped(heading.endpoint, choice.logprobs, choice.text)
+        logprobs = logprobs_object(header.endpoint, choice.logprobs, choice.text)
         if logprobs is not None:
-            content: Json = {"delta": {}} if heading.chat else {"text": ""}
+            content: Json = {"delta": {}} if header.chat else {"text": ""}
             place = {"index": choice.choice_index, "logprobs": logprobs, "finish_reason": None}
-            yield heading.over(_chunk_kind(heading), [place | content])
+            yield header.over(_chunk_kind(header), [place | content])
 
 
-def usage_chunk(heading: Heading, output: OutputView) -> Json:
+def usage_chunk(header: ResponseHeader, output: OutputView) -> Json:
     """Return the piece that ends a stream if it was asked for: no choices, and the tokens of all."""
-    return heading.over(_chunk_kind(heading), [], usage=usage(output))
+    return header.over(_chunk_kind(header), [], usage=usage(output))
 
 
-def _chunk_kind(heading: Heading) -> str:
-    return "chat.completion.chunk" if heading.chat else "text_completion"
+def _chunk_kind(header: ResponseHeader) -> str:
+    return "chat.completion.chunk" if header.chat else "text_completion"
 
 
-def _choice(heading: Heading, choice: ChoiceView) -> Json:
+def _choice(header: ResponseHeader, choice: ChoiceView) -> Json:
     message = {"role": "assistant", "content": choice.text, "refusal": None}
-    content: Mapping[str, Any] = {"message": message} if heading.chat else {"text": choice.text}
-    logprobs = shaped(heading.endpoint, choice.logprobs, choice.text)
+    content: Mapping[str, Any] = {"message": message} if header.chat else {"text": choice.text}
+    logprobs = logprobs_object(header.endpoint, choice.logprobs, choice.text)
     return {"index": choice.choice_index, **content, "logprobs": logprobs, "finish_reason": choice.finish_reason}
 
 

@@ -1,7 +1,7 @@
-"""Doorbells, rung from a thread of their own: whoever records a job never waits for Redis.
+"""Notify workers of new work from a background thread, so that recording a job never waits for Redis.
 
-A server that hangs takes seconds to be given up. What is to be rung meanwhile rings afterwards, once a model: one
-doorbell is enough for all jobs of a model.
+A Redis server that hangs blocks a call for seconds. Notifications that pile up meanwhile are merged: one per model is
+enough, since workers look for any job of their model.
 """
 
 from __future__ import annotations
@@ -11,36 +11,36 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from jobs.producer import make_producer_app, ring
+from jobs.producer import make_producer_app, notify_workers
 
 log = logging.getLogger(__name__)
 
-_PAUSE_S = 0.02
+_MERGE_S = 0.02  # one notification costs as much as the rest of a small job, so merge those of this interval
 
 
-class Doorbells:
-    """The doorbells of all models on one Redis server."""
+class WorkerNotifier:
+    """Notifies the workers of all models on one Redis server."""
 
     def __init__(self, redis_url: str) -> None:
-        """Nothing is connected, and no thread started, before the first doorbell is to be rung."""
+        """Connect and start the thread only at the first notification."""
         self._app = make_producer_app(redis_url)
-        self._thread = ThreadPoolExecutor(1, "doorbells")
+        self._thread = ThreadPoolExecutor(1, "worker-notifier")
         self._lock = threading.Lock()
-        self._to_ring: dict[str, str] = {}  # model: the newest of its jobs
+        self._pending: dict[str, str] = {}  # model: id of its newest job
 
-    def ring(self, job_id: str, model: str) -> None:
-        """See to it that a model's doorbell rings. Returns at once and never raises for the server's sake."""
+    def notify(self, job_id: str, model: str) -> None:
+        """Notify the workers of a model in the background. Never block, and never raise for Redis errors."""
         with self._lock:
-            rings_anyway = model in self._to_ring
-            self._to_ring[model] = job_id
-        if not rings_anyway:
-            self._thread.submit(self._ring, model)
+            is_pending = model in self._pending
+            self._pending[model] = job_id
+        if not is_pending:
+            self._thread.submit(self._send, model)
 
-    def _ring(self, model: str) -> None:
+    def _send(self, model: str) -> None:
         with self._lock:
-            job_id = self._to_ring.pop(model)
+            job_id = self._pending.pop(model)
         try:
-            ring(self._app, job_id, model)
-        except Exception:  # nobody is there to be told: the workers find the job in SQL
-            log.exception("A doorbell failed", extra={"action": "ring_failed", "job_id": job_id})
-        time.sleep(_PAUSE_S)  # what is to be rung meanwhile rings once: a ring costs as much as the rest of a small job
+            notify_workers(self._app, job_id, model)
+        except Exception:  # no caller is left to raise to; the workers find the job in SQL
+            log.exception("A worker notification failed", extra={"action": "ring_failed", "job_id": job_id})
+        time.sleep(_MERGE_S)

@@ -1,6 +1,6 @@
-"""Events about what ended in SQL: jobs, and requests that failed in nobody's hands.
+"""Build events for jobs that have ended, and for requests that the service failed (timeout, poison), not a worker.
 
-Made after the commit, from what the record returned.
+Build them after the commit, from what the storage function returned.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from storage.records import FailedRequest, RequestFailure
 
 
 def job_events(ended: Iterable[tuple[str, str]]) -> list[PartialEvent]:
-    """Return the events that close the streams of jobs that have ended; takes (job_id, final status)."""
+    """Return the events that end the streams of jobs. `ended` has pairs (job id, final status)."""
     return [PartialEvent(job_id=job_id, type="job", status=JobStatus(status)) for job_id, status in ended]
 
 
 def failure_events(failed: Iterable[FailedRequest]) -> list[PartialEvent]:
-    """Return the events of requests that failed."""
+    """Return one `failed` event per request."""
     return [
         PartialEvent(
             job_id=request.job_id,

@@ -1,8 +1,8 @@
-"""The events of running jobs, told to all their readers: one subscription and one reading of SQL a job, however many.
+"""Stream the events of running jobs to any number of readers, with one subscription and one read of SQL per job.
 
-What is published says only that there is news; what the news is stands in SQL, in order. A job's newest events are kept
-ready for its readers in a ring of limited size; whoever has fallen behind it reads SQL at its own pace. So a reader
-costs no memory but what it is being sent.
+A published message only says that something changed; the events themselves come from SQL, in order. A job's newest
+events are kept in a ring buffer of limited size. A reader that falls behind it reads SQL at its own pace, so a slow
+reader costs no memory.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 
 from jobs.messages import PartialEvent
-from jobs.streaming.pubsub import signals
-from jobs.streaming.sse import server_sent, tell
+from jobs.streaming.pubsub import subscribe
+from jobs.streaming.sse import encode_event, encode_page
 from storage import event_log
 from storage.event_log import Cursor, Page
 from storage.session import DATABASE_UNAVAILABLE, Database, unavailable_reason
@@ -26,81 +26,81 @@ log = logging.getLogger(__name__)
 
 PING = b": ping\n\n"
 
-_PASSAGES_AT_ONCE = 100
-_RING_BYTES = 2_000_000
-_READS_AT_ONCE = 4  # of SQL, by all readers together: the routes need connections too
-_GATHER_S = 0.02  # a commit is published as many messages; one look at SQL is enough for them
+_PAGE_EVENTS = 100
+_BUFFER_BYTES = 2_000_000
+_MAX_READS = 4  # concurrent reads of SQL by all readers, so that routes find a free connection
+_GATHER_S = 0.02  # a commit is published as many messages, for which one read of SQL is enough
 _RETRY_S = 1.0
-_MOST_STARTED = 1_000
-_POLL_S = 5.0  # silence after which SQL is asked anyway
-_PING_S = 15.0  # silence after which a reader is told that its connection lives
+_MAX_STARTED = 1_000
+_POLL_S = 5.0  # read SQL after this much silence, in case Redis lost a message
+_PING_S = 15.0  # send a keep-alive comment after this much silence
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """Events for all readers that have been told everything before them."""
+class EventBatch:
+    """Encoded events for all readers whose cursor is `before`; `after` is their cursor afterwards."""
 
     before: Cursor
     after: Cursor
     events: bytes
 
 
-class Broadcast:
-    """The channels of one process; used on one event loop."""
+class EventHub:
+    """All followed jobs of one process. Used on one event loop."""
 
     def __init__(self, database: Database, redis_url: str, *, poll_s: float = _POLL_S, ping_s: float = _PING_S) -> None:
-        """Read from this database and listen at this server, as soon as there is a reader."""
+        """Connect only when a first reader follows a job."""
         self._database = database
         self._redis_url = redis_url
         self._poll_s = poll_s
         self._ping_s = ping_s
         self._channels: dict[str, _Channel] = {}
-        self._reads = asyncio.Semaphore(_READS_AT_ONCE)
+        self._reads = asyncio.Semaphore(_MAX_READS)
 
-    async def settle(self, job_id: str, since: Cursor) -> Cursor:
-        """Return a cursor if it can be of this job's story, else a new reader's."""
+    async def validate_cursor(self, job_id: str, since: Cursor) -> Cursor:
+        """Return the cursor if it is valid for this job's event log, else a new reader's."""
         return since.within((await self._read(job_id, None)).cursor)
 
     async def follow(self, job_id: str, since: Cursor) -> AsyncGenerator[bytes]:
-        """Yield what a reader has not been told, as server-sent events, until the status of the job is final.
+        """Yield all events after the cursor as server-sent events, until the status of the job is final.
 
-        The cursor must have been settled.
+        The cursor must come from `validate_cursor`.
         """
         async with self._joined(job_id) as channel:
             while since.status not in FINAL_JOB_STATUSES:
-                heard = channel.heard  # before the look, so that no news is missed between look and wait
+                version = channel.version  # before the look, so that no changes is missed between look and wait
                 batch = await channel.next(since)
                 if batch.events:
                     yield batch.events
-                if batch.after == since and not await channel.wait(heard, self._ping_s):
+                if batch.after == since and not await channel.wait(version, self._ping_s):
                     yield PING
                 since = batch.after
 
     @asynccontextmanager
-    async def news(self, job_id: str) -> AsyncIterator[Callable[[], AsyncIterator[None]]]:
-        """Yield what iterates over the moments at which there may be news of a job; the first is now."""
+    async def changes(self, job_id: str) -> AsyncIterator[Callable[[], AsyncIterator[None]]]:
+        """Yield an iterator that yields now, and then each time when the job may have changed."""
         async with self._joined(job_id) as channel:
 
             async def moments() -> AsyncIterator[None]:
                 while True:
-                    heard = channel.heard
+                    version = channel.version
                     yield
-                    await channel.wait(heard, self._ping_s)
+                    await channel.wait(version, self._ping_s)
 
             yield moments
 
     @property
     def open_channels(self) -> int:
-        """Jobs that are being listened to."""
+        """The number of jobs that are being followed."""
         return len(self._channels)
 
     @asynccontextmanager
     async def _joined(self, job_id: str) -> AsyncIterator[_Channel]:
-        """Join the channel of a job; the first reader opens it, the last one closes it."""
+        """Join the channel of a job. The first reader opens it, the last one closes it."""
         channel = self._channels.get(job_id)
         if channel is None:
             channel = self._channels[job_id] = _Channel(job_id, self._read)
-            channel.open(signals(self._redis_url, job_id, self._poll_s))
+            channel.open(subscribe(self._redis_url, job_id, self._poll_s))
         channel.readers += 1
         try:
             yield channel
@@ -111,7 +111,7 @@ class Broadcast:
                 await channel.close()
 
     async def _read(self, job_id: str, since: Cursor | None) -> Page:
-        """Read what is behind a cursor; with None only where the story stands. Waits for a database that is away."""
+        """Read the page after a cursor; with None, only the head of the event log. Retry while the database is down."""
         while True:
             try:
                 async with self._reads:
@@ -124,76 +124,76 @@ class Broadcast:
         with self._database.read() as session:
             if since is None:
                 return event_log.head(session, job_id)
-            return event_log.read(session, job_id, since, _PASSAGES_AT_ONCE)
+            return event_log.read(session, job_id, since, _PAGE_EVENTS)
 
 
 class _Channel:
-    """What the readers of one job share."""
+    """What the readers of one job share: the subscription, and a buffer of the newest events."""
 
     def __init__(self, job_id: str, read: Callable[[str, Cursor | None], Awaitable[Page]]) -> None:
         self.readers = 0
-        self.heard = 0  # how often there was news
+        self.version = 0  # grows with every change
         self._job_id = job_id
         self._read = read
-        self._cursor: Cursor | None = None  # of a reader that was told all that is in the ring
-        self._ring: deque[Batch] = deque()
-        self._ring_bytes = 0
-        self._started: list[bytes] = []  # not in SQL: told with the next batch
+        self._cursor: Cursor | None = None  # after the last event of the buffer
+        self._buffer: deque[EventBatch] = deque()
+        self._buffer_bytes = 0
+        self._started: list[bytes] = []  # `started` events are not in SQL: send them with the next batch
         self._wake = asyncio.Event()
         self._changed = asyncio.Event()
-        self._reading: dict[Cursor, asyncio.Task[Batch]] = {}
+        self._reading: dict[Cursor, asyncio.Task[EventBatch]] = {}
         self._tasks: list[asyncio.Task[None]] = []
 
-    def open(self, heard: AsyncGenerator[PartialEvent | None]) -> None:
-        """Begin to listen."""
-        self._tasks = [asyncio.create_task(self._listen(heard)), asyncio.create_task(self._keep_up())]
+    def open(self, events: AsyncGenerator[PartialEvent | None]) -> None:
+        """Start to fill the buffer."""
+        self._tasks = [asyncio.create_task(self._listen(events)), asyncio.create_task(self._fill_buffer())]
 
     async def close(self) -> None:
-        """Stop listening."""
+        """Stop all tasks."""
         tasks = [*self._tasks, *self._reading.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def next(self, since: Cursor) -> Batch:
-        """Return what follows for a reader: from the ring if it has kept up, else from SQL; empty if nothing does."""
+    async def next(self, since: Cursor) -> EventBatch:
+        """Return the events after a cursor, from the buffer if it has them, else from SQL; empty if there are none."""
         if since == self._cursor:
-            return Batch(since, since, b"")
-        for batch in reversed(self._ring):
+            return EventBatch(since, since, b"")
+        for batch in reversed(self._buffer):
             if batch.before == since:
                 return batch
         reading = self._reading.get(since)
-        if reading is None:  # readers who stand at the same place read once
+        if reading is None:  # readers with the same cursor share one read
             reading = self._reading[since] = asyncio.create_task(self._batch(since))
             reading.add_done_callback(lambda _: self._reading.pop(since))
         return await asyncio.shield(reading)
 
-    async def wait(self, heard: int, timeout_s: float) -> bool:
-        """Wait until there was more news than `heard`; return False if the time is over before."""
+    async def wait(self, version: int, timeout_s: float) -> bool:
+        """Wait until the version is no longer `version`; return False at the timeout."""
         try:
             async with asyncio.timeout(timeout_s):
-                while self.heard == heard:
+                while self.version == version:
                     await self._changed.wait()
         except TimeoutError:
             return False
         return True
 
-    async def _batch(self, since: Cursor) -> Batch:
+    async def _batch(self, since: Cursor) -> EventBatch:
         page = await self._read(self._job_id, since)
-        events, after = await asyncio.to_thread(tell, self._job_id, page, since)  # a page may be large
-        return Batch(since, after, events)
+        events, after = await asyncio.to_thread(encode_page, self._job_id, page, since)  # a page may be large
+        return EventBatch(since, after, events)
 
-    async def _listen(self, heard: AsyncGenerator[PartialEvent | None]) -> None:
-        async with aclosing(heard) as events:
+    async def _listen(self, events: AsyncGenerator[PartialEvent | None]) -> None:
+        async with aclosing(events):
             async for event in events:
-                if event is not None and event.type == "started" and len(self._started) < _MOST_STARTED:
-                    self._started.append(server_sent(event))
+                if event is not None and event.type == "started" and len(self._started) < _MAX_STARTED:
+                    self._started.append(encode_event(event))
                 self._wake.set()
 
-    async def _keep_up(self) -> None:
-        """Put into the ring what comes, until the job has ended."""
+    async def _fill_buffer(self) -> None:
+        """Append new events to the buffer until the job has ended."""
         cursor = self._cursor = (await self._read(self._job_id, None)).cursor
-        self._tell_readers()
+        self._notify_readers()
         while cursor.status not in FINAL_JOB_STATUSES:
             await self._wake.wait()
             await asyncio.sleep(_GATHER_S)
@@ -202,17 +202,17 @@ class _Channel:
                 self._add(batch)
                 cursor = batch.after
 
-    def _add(self, batch: Batch) -> None:
+    def _add(self, batch: EventBatch) -> None:
         started, self._started = b"".join(self._started), []
-        self._ring.append(Batch(batch.before, batch.after, started + batch.events))
-        self._ring_bytes += len(started) + len(batch.events)
-        while self._ring_bytes > _RING_BYTES and len(self._ring) > 1:
-            self._ring_bytes -= len(self._ring.popleft().events)
+        self._buffer.append(EventBatch(batch.before, batch.after, started + batch.events))
+        self._buffer_bytes += len(started) + len(batch.events)
+        while self._buffer_bytes > _BUFFER_BYTES and len(self._buffer) > 1:
+            self._buffer_bytes -= len(self._buffer.popleft().events)
         self._cursor = batch.after
-        self._tell_readers()
+        self._notify_readers()
 
-    def _tell_readers(self) -> None:
-        self.heard += 1
+    def _notify_readers(self) -> None:
+        self.version += 1
         self._changed.set()
         self._changed = asyncio.Event()
 

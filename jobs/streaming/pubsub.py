@@ -1,8 +1,8 @@
-"""Partial text on pub/sub: a publisher that never holds anybody up, and a reader that never misses or doubles text.
+"""Publish partial text on Redis pub/sub without blocking, and follow a job without missing or repeating text.
 
-Pub/sub may lose anything at any time; the truth is in SQL. So a reader subscribes, waits for the confirmation, is told
-what SQL has, and then takes numbered events; a gap, a second confirmation (the only sign of a reconnect) or silence
-sends it back to SQL.
+Pub/sub may lose messages at any time; the truth is in SQL. So a reader subscribes, waits for the confirmation, reads
+SQL, and then takes numbered events. After a gap, a second confirmation (the only sign of a reconnect) or silence it
+reads SQL again.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ from jobs.messages import PartialEvent
 log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 2.0
-_QUEUED_BATCHES = 256  # batches of events waiting for a slow server; beyond that they are dropped, SQL has the text
-_POLL_S = 5.0  # silence after which a reader looks into SQL anyway
+_QUEUED_BATCHES = 256  # batches of events that wait for a slow server; more are dropped, since SQL has the text
+_POLL_S = 5.0  # read SQL after this much silence
 _RETRY_S = 1.0
-_SUBSCRIBE_S = 5.0  # that a server may take for it; whoever waits looks into SQL meanwhile
+_SUBSCRIBE_S = 5.0  # timeout of a subscription; readers poll SQL meanwhile
 
 Confirmed = Callable[[], Awaitable[bool]]
 
 
 def channel(job_id: str) -> str:
     """Return the pub/sub channel of a job."""
-    return f"basic:partials:{job_id}"  # one PartialEvent as JSON a message, published after its rows are committed
+    return f"basic:partials:{job_id}"  # each message is a PartialEvent as JSON, published after its commit
 
 
 class Publisher:
-    """Publishes events from a thread of its own: neither a slow nor a dead server holds the caller up."""
+    """Publishes events from a background thread, so that a slow or dead server never blocks the caller."""
 
     def __init__(self, redis_url: str) -> None:
-        """Start the thread; the server is first contacted when there is something to say."""
+        """Start the thread; connect with the first event."""
         self._client = redis.Redis.from_url(
             redis_url,
             socket_timeout=_TIMEOUT_S,
             socket_connect_timeout=_TIMEOUT_S,
             socket_keepalive=True,
-            retry=Retry(NoBackoff(), 1),  # one new connection after a restart of the server, no waiting
+            retry=Retry(NoBackoff(), 1),  # reconnect once, without delay: the server may have restarted
         )
         self._batches: queue.Queue[Sequence[PartialEvent] | None] = queue.Queue(_QUEUED_BATCHES)
         self._reachable = True
@@ -61,7 +61,7 @@ class Publisher:
         self._thread.start()
 
     def publish(self, events: Sequence[PartialEvent]) -> None:
-        """Hand over events that are committed. Returns at once and never raises."""
+        """Publish committed events in the background. Never block and never raise."""
         if not events:
             return
         try:
@@ -72,7 +72,7 @@ class Publisher:
             )
 
     def close(self, timeout_s: float = 2 * _TIMEOUT_S) -> None:
-        """Send what is waiting, as far as the time allows, and end the thread."""
+        """Publish what is queued, within the timeout, and stop the thread."""
         try:
             self._batches.put(None, timeout=timeout_s)
         except queue.Full:
@@ -83,8 +83,8 @@ class Publisher:
         while (events := self._batches.get()) is not None:
             try:
                 self._send(events)
-            except Exception:  # the texts of others are published by this thread, too
-                log.exception("Partial events can't be told", extra={"action": "partials_failed"})
+            except Exception:  # other jobs need this thread too
+                log.exception("Publishing partial events failed", extra={"action": "partials_failed"})
         self._client.close()
 
     def _send(self, events: Sequence[PartialEvent]) -> None:
@@ -101,24 +101,24 @@ class Publisher:
             self._note(reachable=True)
 
     def _note(self, *, reachable: bool, why: Exception | None = None) -> None:
-        """Log a change of state once, not every half second of an outage."""
+        """Log an outage once when it begins and once when it ends."""
         if self._reachable and not reachable:
-            log.warning("Partial events can't be published: %s", why, extra={"action": "partials_down"})
+            log.warning("Can't publish partial events: %s", why, extra={"action": "partials_down"})
         if reachable and not self._reachable:
-            log.info("Partial events are published again", extra={"action": "partials_up"})
+            log.info("Publishing partial events again", extra={"action": "partials_up"})
         self._reachable = reachable
 
 
 async def follow(
     job_id: str, redis_url: str, read: Callable[[], Sequence[PartialEvent]], *, poll_s: float = _POLL_S
 ) -> AsyncGenerator[PartialEvent]:
-    """Yield the events of a job until its status is final: first what has been written, then what is being written.
+    """Yield the events of a job until its status is final: first the text so far, then new events.
 
-    `read` tells the story so far from SQL (see `snapshots.read_events`) and is called in a thread. Without Redis it is
-    called again and again, and all text comes in snapshots.
+    `read` returns the state in SQL as events and is called in a thread. Without Redis it is polled, and all text comes
+    as snapshots.
     """
     reader = Reader()
-    async with aclosing(signals(redis_url, job_id, poll_s)) as heard_here:
+    async with aclosing(subscribe(redis_url, job_id, poll_s)) as heard_here:
         async for signal in heard_here:
             heard = signal is not None and reader.follows(signal)
             events = [signal] if heard and signal is not None else await asyncio.to_thread(read)
@@ -133,8 +133,8 @@ def _is_end(event: PartialEvent) -> bool:
     return event.status is not None and event.status.final
 
 
-async def signals(redis_url: str, job_id: str, poll_s: float) -> AsyncGenerator[PartialEvent | None]:
-    """Yield published events, and None whenever it is time to look into SQL. Survives the loss of the server."""
+async def subscribe(redis_url: str, job_id: str, poll_s: float) -> AsyncGenerator[PartialEvent | None]:
+    """Yield published events, and None when the reader must read SQL. Reconnect after connection loss."""
     while True:
         try:
             async with _subscription(redis_url, job_id) as (subscription, confirmed):
@@ -143,14 +143,16 @@ async def signals(redis_url: str, job_id: str, poll_s: float) -> AsyncGenerator[
                 while True:
                     yield _event(await subscription.get_message(timeout=poll_s))
         except (RedisError, OSError) as exc:
-            log.debug("No events for job %s: %s", job_id, exc, extra={"action": "follow_down", "job_id": job_id})
+            log.debug(
+                "Lost the subscription of job %s: %s", job_id, exc, extra={"action": "follow_down", "job_id": job_id}
+            )
             yield None
             await asyncio.sleep(_RETRY_S)
 
 
 @asynccontextmanager
 async def _subscription(redis_url: str, job_id: str) -> AsyncIterator[tuple[PubSub, Confirmed]]:
-    """Yield a subscription, and what waits a little for the server to take it and tells whether it has."""
+    """Yield a subscription, and a function that waits up to _RETRY_S for its confirmation and returns success."""
     client = redis.asyncio.Redis.from_url(
         redis_url, socket_connect_timeout=_TIMEOUT_S, socket_keepalive=True, health_check_interval=10
     )
@@ -160,7 +162,7 @@ async def _subscription(redis_url: str, job_id: str) -> AsyncIterator[tuple[PubS
         async def confirmed() -> bool:
             await asyncio.wait({subscribing}, timeout=_RETRY_S)
             if subscribing.done():
-                subscribing.result()  # raises what went wrong
+                subscribing.result()  # raise its error, if any
             return subscribing.done()
 
         try:
@@ -171,11 +173,11 @@ async def _subscription(redis_url: str, job_id: str) -> AsyncIterator[tuple[PubS
 
 
 def _event(message: dict[str, Any] | None) -> PartialEvent | None:
-    """Return the event in a message; None for silence, for a confirmation, and for what we can't read."""
+    """Return the event in a message; None for a timeout, a confirmation, or an invalid message."""
     if message is None or message["type"] != "message":
         return None
     try:
         return PartialEvent.model_validate_json(message["data"])
     except ValidationError:
-        log.warning("Skipped a message that is no partial event", extra={"action": "unreadable_event"})
+        log.warning("Skipped a pub/sub message that is not a partial event", extra={"action": "unreadable_event"})
         return None

@@ -1,7 +1,7 @@
-"""From the story of a job to server-sent events, and from the id of an event back to the place in the story.
+"""Encode a job's event log as server-sent events, and cursors as `Last-Event-ID`.
 
-An id is what EventSource and our clients send back as `Last-Event-ID`. It holds all that is to be known of its reader,
-so any shim goes on from it. To readers it is opaque.
+The id holds everything the server must know about a reader, so any API server can continue its stream. It is opaque to
+clients.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from jobs.json_lines import json_line
 from jobs.messages import JobStatus, PartialEvent, Piece
 from storage.event_log import Cursor, LogEvent, Page, Position
 
-# 12: everything up to commit 12. 12-15: and the checkpoints of what was being written at commit 15; 12-15.14.3.0.1: and
-# what ended up to this place. ~cancelling: the reader knows this status; ~ alone: none yet; else: in progress.
+# Format: base[-floor[.number.request.choice.part]][~status], for example
+#   12             everything up to commit 12
+#   12-15          and the open checkpoints as of commit 15
+#   12-15.14.3.0.1 and the finished requests up to this position
+# Status: ~cancelling = the reader knows this status, ~ = it knows none, no ~ = in progress.
 _ID = re.compile(
     r"(?P<base>-1|\d{1,18})"
     r"(?:-(?P<floor>\d{1,18})(?:\.(?P<number>\d{1,18})\.(?P<request>\d{1,9})\.(?P<choice>\d{1,9})\.(?P<part>\d))?)?"
@@ -24,8 +27,8 @@ _ID = re.compile(
 )
 
 
-def write_id(cursor: Cursor) -> str:
-    """Return the id of the event that brings a reader to this cursor."""
+def encode_cursor(cursor: Cursor) -> str:
+    """Return the cursor as an event id."""
     text = str(cursor.base)
     if cursor.floor >= 0:
         text += f"-{cursor.floor}"
@@ -37,8 +40,8 @@ def write_id(cursor: Cursor) -> str:
     return text
 
 
-def read_id(text: str | None) -> Cursor:
-    """Return the cursor of an id; a new reader's for one that we did not write."""
+def decode_cursor(text: str | None) -> Cursor:
+    """Return the cursor of an event id; a new reader's cursor if the id is missing or not ours."""
     match = _ID.fullmatch(text or "")
     if match is None:
         return Cursor()
@@ -49,24 +52,24 @@ def read_id(text: str | None) -> Cursor:
     return Cursor(int(match["base"]), int(match["floor"] or -1), place, status or None)
 
 
-def server_sent(event: PartialEvent, event_id: str | None = None) -> bytes:
-    """Return an event on the wire. Its data is one line, whatever the text holds."""
+def encode_event(event: PartialEvent, event_id: str | None = None) -> bytes:
+    """Return an event in the format of server-sent events, with its data on one line."""
     name = "" if event_id is None else f"id: {event_id}\n"
     return f"{name}event: {event.type}\ndata: {json_line(event)}\n\n".encode()
 
 
-def tell(job_id: str, page: Page, since: Cursor) -> tuple[bytes, Cursor]:
-    """Return the events of a page for a reader with this cursor, and the cursor of a reader that was told them."""
+def encode_page(job_id: str, page: Page, since: Cursor) -> tuple[bytes, Cursor]:
+    """Return the encoded events of a page for a reader with this cursor, and the reader's cursor after them."""
     return b"".join(_events(job_id, page, since)), page.cursor
 
 
 def _events(job_id: str, page: Page, since: Cursor) -> Iterator[bytes]:
     for event in page.events:
-        event_id = None if event.cursor is None else write_id(event.cursor)
-        yield server_sent(_event(job_id, event), event_id)
+        event_id = None if event.cursor is None else encode_cursor(event.cursor)
+        yield encode_event(_event(job_id, event), event_id)
     if page.cursor.status != since.status:
         status = JobStatus(page.status)
-        yield server_sent(PartialEvent(job_id=job_id, type="job", status=status), write_id(page.cursor))
+        yield encode_event(PartialEvent(job_id=job_id, type="job", status=status), encode_cursor(page.cursor))
 
 
 def _event(job_id: str, event: LogEvent) -> PartialEvent:

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from jobs.errors import BasicError, InvalidJsonLine, InvalidValue
 from jobs.submission.custom_ids import CustomIds, GivenId
-from jobs.submission.input_lines import Line, Sample, custom_id_in, other_kind
+from jobs.submission.input_lines import Line, Sample, describe_format, find_custom_id
 from jobs.submission.request_parser import (
     MAX_CUSTOM_ID_CHARS,
     Item,
@@ -27,7 +27,7 @@ MAX_ERRORS: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class BatchLimits:
     """How large a batch may be."""
 
     requests: int
@@ -46,7 +46,7 @@ class BadLine(BasicError):
 
 
 @dataclass(slots=True)
-class Findings:
+class ValidationResult:
     """What the pass over a batch file found."""
 
     errors: list[dict[str, Any]] = field(default_factory=list)  # of a batch that is refused, at most MAX_ERRORS
@@ -59,46 +59,52 @@ class Findings:
         self.errors.append({"code": code, "line": line, "message": message, "param": param})
 
 
-def check_lines(lines: Iterable[Line], endpoint: str, models: Collection[str], limits: Limits) -> Findings:
+def validate_lines(
+    lines: Iterable[Line], endpoint: str, models: Collection[str], limits: BatchLimits
+) -> ValidationResult:
     """Return what the lines of a batch file are: its model, requests and ids, or the errors for which it is refused."""
-    findings, reader = Findings(), LineReader(endpoint, models, limits.line_bytes)
-    bad, shared, sample = Findings(), Findings(), Sample()
+    result, reader = ValidationResult(), LineReader(endpoint, models, limits.line_bytes)
+    bad, shared, sample = ValidationResult(), ValidationResult(), Sample()
     for index, line in enumerate(lines):
-        findings.requests += 1
-        if findings.requests > limits.requests:
-            findings.add("too_many_tasks", f"A batch may hold {limits.requests} requests; split the file.")
-            return findings
+        result.requests += 1
+        if result.requests > limits.requests:
+            result.add("too_many_tasks", f"A batch may hold {limits.requests} requests; split the file.")
+            return result
         item, problem = reader.read(index, line)
         if problem is not None:
             sample.add(line.text)
             _add(bad, problem, line.number)
-        earlier = findings.ids.add(index, item.place, sure_id(item))
+        earlier = result.ids.add(index, item.place, sure_id(item))
         if earlier is not None:
             message = f"The custom_id {item.value['custom_id']!r} is that of {earlier} too."
             _add(shared, BadLine("duplicate_custom_id", message, "custom_id"), line.number)
         elif problem is None:
-            findings.model = reader.model
-    if not findings.requests:
-        findings.add("empty_file", "The file holds no requests.")
-    elif not findings.model and (kind := other_kind(sample.lines)) is not None:
-        findings.add("invalid_json_line", kind, 1)
-    elif not findings.model or shared.errors:
+            result.model = reader.model
+    if not result.requests:
+        result.add("empty_file", "The file holds no requests.")
+    elif not result.model and (kind := describe_format(sample.lines)) is not None:
+        result.add("invalid_json_line", kind, 1)
+    elif not result.model or shared.errors:
         found = (shared.errors + bad.errors)[:MAX_ERRORS]
-        findings.errors = sorted(found, key=lambda error: int(error["line"]))
-    return findings
+        result.errors = sorted(found, key=lambda error: int(error["line"]))
+    return result
 
 
 def sure_id(item: Item) -> GivenId | None:
-    """Return the id of a line. Only its custom_id is sure: an `id` names no request of a batch."""
+    """Return the id of a line. Only its custom_id is is_own: an `id` names no request of a batch."""
     given = given_id(item)
-    if given is None or not given.sure or (isinstance(item.value, dict) and item.value.get("custom_id") == given.text):
+    if (
+        given is None
+        or not given.is_own
+        or (isinstance(item.value, dict) and item.value.get("custom_id") == given.text)
+    ):
         return given
-    return GivenId(given.text, sure=False)
+    return GivenId(given.text, is_own=False)
 
 
-def _add(findings: Findings, problem: BasicError, line: int) -> None:
-    if len(findings.errors) < MAX_ERRORS:
-        findings.add(problem.code or "invalid_request", problem.message, line, problem.param)
+def _add(result: ValidationResult, problem: BasicError, line: int) -> None:
+    if len(result.errors) < MAX_ERRORS:
+        result.add(problem.code or "invalid_request", problem.message, line, problem.param)
 
 
 class LineReader:
@@ -120,7 +126,7 @@ class LineReader:
             for look in (_check_custom_id, _check_method, self._check_url, self._check_body):
                 look(item.value)
         except InvalidJsonLine as exc:
-            return Item(index, exc, line.number, custom_id_in(line.text)), exc
+            return Item(index, exc, line.number, find_custom_id(line.text)), exc
         except BadLine as exc:
             return item, exc
         return item, None

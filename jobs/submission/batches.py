@@ -15,8 +15,8 @@ from jobs.submission.intake import (
     check_compare_plain,
     check_idempotency_key,
     check_metadata,
+    check_queue_limit,
     new_job_id,
-    refuse_full_queue,
 )
 from storage import files, writes
 from storage.records import NewJob
@@ -26,7 +26,7 @@ INPUT_PURPOSE = "batch"
 
 
 @dataclass(frozen=True, slots=True)
-class BatchOrder:
+class BatchSubmission:
     """A batch as someone asks for it."""
 
     input_file_id: str
@@ -42,7 +42,7 @@ class BatchOrder:
     compare_plain: Any = None
 
 
-def accept_batch(order: BatchOrder, owner: str | None, database: Database, settings: JobsSettings) -> str:
+def create_batch(order: BatchSubmission, owner: str | None, database: Database, settings: JobsSettings) -> str:
     """Record a batch and return its id: the earlier one's, if its idempotency key has been used before.
 
     `owner` says whose files may be named; None: everybody's.
@@ -63,7 +63,7 @@ def accept_batch(order: BatchOrder, owner: str | None, database: Database, setti
         compare_plain=check_compare_plain(order.compare_plain),
     )
     with database.write() as session:
-        refuse_full_queue(session, settings.max_requests_queued)
+        check_queue_limit(session, settings.max_requests_queued)
         file = files.file(session, order.input_file_id, owner, lock=True)
         if file is None:
             raise NotFound(f"There is no file {order.input_file_id[:80]!r}.", param="input_file_id")

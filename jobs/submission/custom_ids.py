@@ -18,13 +18,13 @@ class GivenId:
     """The custom_id with which a request came."""
 
     text: str
-    sure: bool  # it is the request's own. Else it is bad, or of a line that can't be read: only its error goes by it
+    is_own: bool  # it is the request's own. Else it is bad, or of a line that can't be read: only its error goes by it
 
 
-def told(custom_id: object) -> GivenId | None:
+def recovered(custom_id: object) -> GivenId | None:
     """Return a bad id in a form in which its sender knows it again; None if it has none."""
     text = f"{custom_id}" if isinstance(custom_id, str | float) or _is_short_int(custom_id) else ""
-    return GivenId(storable(text), sure=False) if 1 <= len(text) <= _MAX_TOLD_CHARS else None
+    return GivenId(storable(text), is_own=False) if 1 <= len(text) <= _MAX_TOLD_CHARS else None
 
 
 def storable(text: str) -> str:
@@ -47,14 +47,14 @@ class CustomIds:
 
     def add(self, index: int, place: str, given: GivenId | None) -> str | None:
         """Note the id of a request; return the place of the one that had it before, if there is one."""
-        if given is None or not given.sure:
+        if given is None or not given.is_own:
             self._unsure[index] = None if given is None else given.text
             return None
         earlier = self._places.setdefault(given.text, place)
         return None if earlier == place else earlier
 
     def others(self) -> dict[int, str]:
-        """Return the ids of all requests, by their index, that were given none which is sure."""
+        """Return the ids of all requests, by their index, that were given none which is is_own."""
         taken = set(self._places)
         ids: dict[int, str] = {}
         for index, text in self._unsure.items():

@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Final
 
 from jobs.errors import InvalidValue
-from jobs.input_format import refuse_as_lines
+from jobs.input_format import reject_other_formats
 
 _BOM: Final = "\ufeff"
 # What a line may hold and still be empty, or have around its JSON: spaces of Unicode, marks, and the end of a DOS file.
@@ -53,7 +53,7 @@ def split_lines(chunks: Iterable[bytes], max_bytes: int) -> Iterator[Line]:
             yield Line(number, text)
 
 
-def custom_id_in(text: bytes) -> str | None:
+def find_custom_id(text: bytes) -> str | None:
     """Return the custom_id that a line says which is not JSON, so that its error reaches the one who sent it.
 
     Only a name of the outermost object counts: what stands in a prompt or deeper is not the line's own.
@@ -67,11 +67,11 @@ def custom_id_in(text: bytes) -> str | None:
     return found.get("custom_id", found.get("id"))
 
 
-def other_kind(sample: Sequence[bytes]) -> str | None:
+def describe_format(sample: Sequence[bytes]) -> str | None:
     """Return what a file is none of whose lines can be read, by its first lines, and what to do; None if unclear."""
     text = b"\n".join(sample)
     try:
-        refuse_as_lines(text, "The file", "")
+        reject_other_formats(text, "The file", "")
     except InvalidValue as refused:
         return refused.message
     if len(sample) == 1 and _ARRAY.match(text):  # too long to be kept as a whole

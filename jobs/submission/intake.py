@@ -1,6 +1,6 @@
-"""The one door behind both entrances: a submission is checked, recorded in one transaction, and its doorbell rung.
+"""The one door behind both entrances: a submission is checked, recorded in one transaction, and its doorbell notified.
 
-Knows no HTTP and no Celery: it is handed a `ring` to call. What is wrong with one request fails that request; what is
+Knows no HTTP and no Celery: it is handed a `notify` to call. What is wrong with one request fails that request; what is
 wrong with the job as a whole raises JobRefused.
 """
 
@@ -42,11 +42,19 @@ from jobs.messages import (
     JobStatus,
     model_name,
 )
-from jobs.producer import Ring
+from jobs.producer import Notify
 from jobs.settings import JobsSettings
 from jobs.submission.custom_ids import CustomIds
-from jobs.submission.request_buffer import Spool
-from jobs.submission.request_parser import Item, Rules, given_id, most_tokens, parse_body, parse_item, parse_parameters
+from jobs.submission.request_buffer import RequestBuffer
+from jobs.submission.request_parser import (
+    Item,
+    Rules,
+    given_id,
+    max_total_tokens,
+    parse_body,
+    parse_item,
+    parse_parameters,
+)
 from jobs.tracing import span
 from storage import keys, queries, writes
 from storage.keys import QuotaExceeded
@@ -80,7 +88,7 @@ class Submission:
     body_sha256: str | None = None
 
 
-def accept_job(submission: Submission, *, database: Database, ring: Ring, settings: JobsSettings) -> str:
+def create_job(submission: Submission, *, database: Database, notify: Notify, settings: JobsSettings) -> str:
     """Record a submission and return its job id: the earlier job's, if its idempotency key has been used before.
 
     Raise JobRefused for a job that can't be accepted, LimitReached for one that can't be accepted now.
@@ -91,17 +99,17 @@ def accept_job(submission: Submission, *, database: Database, ring: Ring, settin
     if not head:
         raise EmptyJob
     rules = _rules(submission, model, known, settings)
-    with span("ingest", submission.traceparent, job_id=rules.job_id) as place, Spool() as spool:
+    with span("ingest", submission.traceparent, job_id=rules.job_id) as place, RequestBuffer() as buffer:
         job = replace(_new_job(submission, rules, settings), traceparent=place)
-        ids = _parse_all(chain(_drained(head), items), rules, settings.max_requests, spool)
-        waiting = _waiting(database)
-        room = waiting.leaves_room(len(spool), settings.max_requests_queued)
+        ids = _parse_all(chain(_drained(head), items), rules, settings.max_requests, buffer)
+        depth = _queue_depth(database)
+        room = depth.reserve(len(buffer), settings.max_requests_queued)
         most = None if room else settings.max_requests_queued
-        recorded = _record(job, _named(spool.requests(), ids), database, most, waiting)
+        recorded = _record(job, _named(buffer.requests(), ids), database, most, depth)
     if recorded.conflict:
         raise IdempotencyConflict
     if recorded.created:
-        ring(recorded.job_id, rules.model)
+        notify(recorded.job_id, rules.model)
     return recorded.job_id
 
 
@@ -111,7 +119,7 @@ def retry_job(
     api_key_id: str | None,
     idempotency_key: str | None,
     database: Database,
-    ring: Ring,
+    notify: Notify,
     settings: JobsSettings,
 ) -> str:
     """Record a new job of the requests of an ended one that have no result, and return its id.
@@ -143,22 +151,24 @@ def retry_job(
                 raise NotRetryable
             recorded = writes.insert_job(session, replace(again, traceparent=place), chain([first], requests))
             if recorded.created:
-                refuse_full_queue(session, settings.max_requests_queued)
+                check_queue_limit(session, settings.max_requests_queued)
     except QuotaExceeded as exceeded:
-        raise over_limit(exceeded) from exceeded
+        raise quota_error(exceeded) from exceeded
     if recorded.conflict:
         raise IdempotencyConflict
     if recorded.created:
-        ring(recorded.job_id, job.model)
+        notify(recorded.job_id, job.model)
     return recorded.job_id
 
 
 def _with_tokens(request: NewRequest, context_tokens: int | None) -> NewRequest:
     """Return a request that was stored before with what it may come to read and write."""
-    return replace(request, tokens=most_tokens(GenerationRequest.model_validate(request.body), context_tokens))
+    return replace(request, tokens=max_total_tokens(GenerationRequest.model_validate(request.body), context_tokens))
 
 
-def accept_call(submission: Submission, *, database: Database, ring: Ring, settings: JobsSettings) -> str:
+def create_interactive_job(
+    submission: Submission, *, database: Database, notify: Notify, settings: JobsSettings
+) -> str:
     """Record a job of one request that somebody waits for, and return its id.
 
     There are no others that could go on, so what is wrong with the request is raised too; and ServiceUnavailable if
@@ -174,11 +184,11 @@ def accept_call(submission: Submission, *, database: Database, ring: Ring, setti
     with span("ingest", submission.traceparent, job_id=rules.job_id) as place:
         job = replace(_new_job(submission, rules, settings), priority=1, traceparent=place)
         _record(job, [request], database)
-    ring(job.id, job.model)
+    notify(job.id, job.model)
     return job.id
 
 
-def record_refused_job(
+def create_failed_job(
     submission: Submission, failure: RequestFailure, *, database: Database, settings: JobsSettings
 ) -> str:
     """Record a job whose submission was refused as a whole: one failed request says why to whoever asks for the job."""
@@ -226,7 +236,7 @@ def _up_to_the_model(items: Iterator[Item], model: Any, known: Collection[str], 
     head: deque[Item] = deque()
     unknown: Any = None
     for item in items:
-        if model is not None or (item.can_be_read and (item.model is None or _is_known(item.model, known))):
+        if model is not None or (item.is_readable and (item.model is None or _is_known(item.model, known))):
             head.append(item)
             return head, item.model if model is None else model
         unknown = item.model if unknown is None else unknown
@@ -242,11 +252,11 @@ def _is_known(model: Any, known: Collection[str]) -> bool:
 
 def _without_text(item: Item) -> Item:
     """Return an item that names no known model with nothing but its id: many of them may come before one that does."""
-    if not item.can_be_read:
+    if not item.is_readable:
         return item
     given = given_id(item)
-    if given is None or not given.sure:
-        return replace(item, value={"model": False}, said_id=None if given is None else given.text)
+    if given is None or not given.is_own:
+        return replace(item, value={"model": False}, recovered_id=None if given is None else given.text)
     return replace(item, value={"model": False, "custom_id": given.text})
 
 
@@ -256,18 +266,18 @@ def _named(requests: Iterable[NewRequest], ids: Mapping[int, str]) -> Iterator[N
         yield replace(request, custom_id=ids[index]) if index in ids else request
 
 
-def _parse_all(items: Iterable[Item], rules: Rules, limit: int, spool: Spool) -> Mapping[int, str]:
-    """Put the requests of all items into the spool; return the ids of those that were given none of their own."""
+def _parse_all(items: Iterable[Item], rules: Rules, limit: int, buffer: RequestBuffer) -> Mapping[int, str]:
+    """Put the requests of all items into the buffer; return the ids of those that were given none of their own."""
     ids = CustomIds()
     for item in items:
-        if len(spool) == limit:
+        if len(buffer) == limit:
             raise TooManyRequests(f"One job may hold {limit} requests; split the file into several jobs.")
         request = parse_item(item, rules)
         earlier = ids.add(item.index, item.place, given_id(item))
         if earlier is not None:
             message = f"{earlier} and {item.place} have the same custom_id {request.custom_id!r}."
             raise DuplicateCustomId(message, param="custom_id", line=item.line)
-        spool.add(request)
+        buffer.add(request)
         del item, request  # before the next one is read
     return ids.others()
 
@@ -313,22 +323,22 @@ def _record(
     requests: Iterable[NewRequest],
     database: Database,
     most: int | None = None,
-    waiting: Waiting | None = None,
+    depth: QueueDepth | None = None,
 ) -> writes.InsertedJob:
     """Record a job; raise LimitReached for one too many, of its key or with more than `most` requests of all."""
     try:
         with database.write() as session:
             recorded = writes.insert_job(session, job, requests)
             if recorded.created and most is not None:
-                counted = refuse_full_queue(session, most)
-                if waiting is not None:
-                    waiting.counted(counted)
+                counted = check_queue_limit(session, most)
+                if depth is not None:
+                    depth.update(counted)
             return recorded
     except QuotaExceeded as exceeded:
-        raise over_limit(exceeded) from exceeded
+        raise quota_error(exceeded) from exceeded
 
 
-class Waiting:
+class QueueDepth:
     """How many requests wait, as this process knows: to count them takes longer the more open jobs there are.
 
     A count holds for a second, with what was added here since, and only while half of the room is free: nearer to the
@@ -342,7 +352,7 @@ class Waiting:
         self._requests = 0
         self._counted_at = float("-inf")
 
-    def leaves_room(self, requests: int, most: int) -> bool:
+    def reserve(self, requests: int, most: int) -> bool:
         """Add so many requests and return True if there is room for certain; else they must be counted."""
         with self._lock:
             fresh = self._now() - self._counted_at < _COUNT_HOLDS_S
@@ -351,35 +361,35 @@ class Waiting:
             self._requests += requests
             return True
 
-    def counted(self, requests: int) -> None:
+    def update(self, requests: int) -> None:
         """Note how many requests wait."""
         with self._lock:
             self._requests, self._counted_at = requests, self._now()
 
 
 _COUNT_HOLDS_S = 1.0
-_waiting_by_engine: WeakKeyDictionary[Engine, Waiting] = WeakKeyDictionary()
+_depth_by_engine: WeakKeyDictionary[Engine, QueueDepth] = WeakKeyDictionary()
 
 
-def _waiting(database: Database) -> Waiting:
-    return _waiting_by_engine.setdefault(database.engine, Waiting())
+def _queue_depth(database: Database) -> QueueDepth:
+    return _depth_by_engine.setdefault(database.engine, QueueDepth())
 
 
-def refuse_full_queue(session: Session, most: int) -> int:
+def check_queue_limit(session: Session, most: int) -> int:
     """Return how many requests wait; raise QueueFull, which undoes the transaction, if that is more than the most.
 
     Counted with the new job, and behind the look for an earlier one: a submission that is only repeated is not refused.
     """
-    waiting = keys.open_work(session).requests
-    if waiting > most:
+    depth = keys.open_work(session).requests
+    if depth > most:
         raise QueueFull(
-            f"With this job {waiting} requests would wait, and the service takes {most} at once.",
+            f"With this job {depth} requests would wait, and the service takes {most} at once.",
             retry_after_s=_QUEUE_RETRY_S,
         )
-    return waiting
+    return depth
 
 
-def over_limit(exceeded: QuotaExceeded) -> LimitReached:
+def quota_error(exceeded: QuotaExceeded) -> LimitReached:
     """Return what a key is told whose limits leave no room for a job."""
     return LimitReached(
         f"This key may have {exceeded.limit} {exceeded.what} in the queue; with this job there would be "

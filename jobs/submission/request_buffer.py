@@ -18,7 +18,7 @@ from storage.records import NewRequest, RequestFailure
 _IN_MEMORY_BYTES = 1_000_000
 
 
-class Spool:
+class RequestBuffer:
     """Requests in the order in which they came, to be read once."""
 
     def __init__(self) -> None:

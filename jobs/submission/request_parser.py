@@ -32,8 +32,8 @@ from jobs.errors import (
     UnsupportedParameter,
 )
 from jobs.messages import COMPLETIONS_ENDPOINT, ChatMessage, Endpoint, GenerationRequest, SamplingParameters
-from jobs.submission.custom_ids import GivenId, default_id, storable, told
-from jobs.submission.input_lines import Line, Sample, custom_id_in, other_kind, split_lines
+from jobs.submission.custom_ids import GivenId, default_id, recovered, storable
+from jobs.submission.input_lines import Line, Sample, describe_format, find_custom_id, split_lines
 from storage.records import NewRequest, RequestFailure
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ MAX_CHOICES = 128  # of one request, over all its prompts: they are decoded toge
 MAX_JSON_NODES = 1_000_000  # lists and objects of one JSON text: each takes up to 240 bytes, and two to write
 _PIECE_BYTES = 1 << 20  # of a file that are read at once
 _BYTES_PER_TOKEN = 4  # of ordinary text
-_CONTEXT_TOKENS = 4096  # where no worker has told its own
+_CONTEXT_TOKENS = 4096  # where no worker has recovered its own
 MAX_TRACED_REQUESTS = 16  # of a job: so many at most keep draft trees, its first ones
 MAX_TIMEOUT_S = 30 * 86_400
 COMPLETIONS_MAX_TOKENS = 16  # OpenAI's default for raw prompts; a chat answer runs to the context's end
@@ -107,7 +107,7 @@ class Item:
     index: int
     value: Any
     line: int | None = None
-    said_id: str | None = None  # by a line that can't be read: the value does not have it
+    recovered_id: str | None = None  # by a line that can't be read: the value does not have it
 
     @property
     def place(self) -> str:
@@ -121,7 +121,7 @@ class Item:
         return fields.get("model") if isinstance(fields, dict) else None
 
     @property
-    def can_be_read(self) -> bool:
+    def is_readable(self) -> bool:
         """True for what may be a request: a text or an object."""
         return isinstance(self.value, str | dict)
 
@@ -146,13 +146,13 @@ def read_lines(file: IO[bytes], max_line_bytes: int) -> Iterator[Item]:
     sample: Sample | None = Sample()
     for index, line in enumerate(split_lines(iter(partial(file.read, _PIECE_BYTES), b""), max_line_bytes)):
         item = _read_line(index, line, max_line_bytes)
-        if item.can_be_read:
+        if item.is_readable:
             sample = None
         elif sample is not None:
             sample.add(line.text)
         yield item
         del item  # before the next one is read: a line of 10 MB may be 400 MB as a value
-    if sample is not None and sample.lines and (kind := other_kind(sample.lines)) is not None:
+    if sample is not None and sample.lines and (kind := describe_format(sample.lines)) is not None:
         raise InvalidJsonLine(kind)
 
 
@@ -176,7 +176,7 @@ def parse_item(item: Item, rules: Rules) -> NewRequest:
                 break
         body = _request(fields, rules, item.index)
         timeout_s = _timeout_s(fields.get("timeout_s"))
-        tokens = most_tokens(body, rules.context_tokens)
+        tokens = max_total_tokens(body, rules.context_tokens)
         return NewRequest(_id_of(item), body=body.model_dump(mode="json"), tokens=tokens, timeout_s=timeout_s)
     except RequestRefused as refused:
         return refused_request(refused, item)
@@ -218,7 +218,7 @@ def parse_body(body: Any, rules: Rules) -> NewRequest:
             raise MissingParameter(f"This call needs {name}.", param=name)
     request = _request(fields, rules, 0)
     return NewRequest(
-        "request-0", body=request.model_dump(mode="json"), tokens=most_tokens(request, rules.context_tokens)
+        "request-0", body=request.model_dump(mode="json"), tokens=max_total_tokens(request, rules.context_tokens)
     )
 
 
@@ -241,7 +241,7 @@ def parse_parameters(
     return parameters
 
 
-def most_tokens(request: GenerationRequest, context_tokens: int | None) -> int:
+def max_total_tokens(request: GenerationRequest, context_tokens: int | None) -> int:
     """Return how many tokens a request may come to read and write, as far as one can say before it is tokenized."""
     text = request.prompt or "".join(message.content for message in request.messages or ())
     prompts = [prompt if isinstance(prompt, tuple) else prompt.encode() for prompt in request.prompts or (text,)]
@@ -257,7 +257,7 @@ def _read_line(index: int, line: Line, max_line_bytes: int) -> Item:
     try:
         return Item(index, read_line(line, max_line_bytes), line.number)
     except InvalidJsonLine as refused:
-        return Item(index, refused, line.number, custom_id_in(line.text))
+        return Item(index, refused, line.number, find_custom_id(line.text))
 
 
 def read_value(index: int, value: Any) -> Item:
@@ -266,7 +266,7 @@ def read_value(index: int, value: Any) -> Item:
     try:
         return Item(index, read_json(text))
     except ValueError as exc:
-        return Item(index, InvalidJsonLine(f"The request is not JSON: {_why(text, exc)}."), None, custom_id_in(text))
+        return Item(index, InvalidJsonLine(f"The request is not JSON: {_why(text, exc)}."), None, find_custom_id(text))
 
 
 def read_line(line: Line, max_bytes: int) -> Any:
@@ -295,8 +295,8 @@ def _why(text: bytes, exc: ValueError) -> str:
 
 def given_id(item: Item) -> GivenId | None:
     """Return the custom_id an item came with, whatever else is wrong with it; None if there is none."""
-    if item.said_id is not None:
-        return told(item.said_id)
+    if item.recovered_id is not None:
+        return recovered(item.recovered_id)
     line = item.value if isinstance(item.value, dict) else {}
     body = line.get("body")
     for name in ("custom_id", "id"):
@@ -308,9 +308,9 @@ def given_id(item: Item) -> GivenId | None:
 
 def _given_id(custom_id: Any, name: str) -> GivenId | None:
     try:
-        return GivenId(check_custom_id(custom_id, name), sure=True)
+        return GivenId(check_custom_id(custom_id, name), is_own=True)
     except InvalidValue:
-        return told(custom_id)
+        return recovered(custom_id)
 
 
 def check_custom_id(custom_id: Any, name: str = "custom_id") -> str:
@@ -407,7 +407,7 @@ def _sampling(parameters: Mapping[str, Any]) -> SamplingParameters:
 
 
 def _logprobs(fields: Mapping[str, Any], endpoint: Endpoint, default: int | None) -> int | None:
-    """Return how many alternatives are told beside each token; None if no log-probabilities are wanted."""
+    """Return how many alternatives are recovered beside each token; None if no log-probabilities are wanted."""
     logprobs, top = fields.get("logprobs"), fields.get("top_logprobs")
     if endpoint == COMPLETIONS_ENDPOINT:
         if top:

@@ -22,7 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from jobs.errors import BasicError
 from jobs.local.state import running
 from jobs.logs import without_secrets
-from jobs.schema_check import database_in_words
+from jobs.schema_check import explain_database_errors
 from jobs.settings import JobsSettings
 from storage import schema
 from storage.dialect import database_now
@@ -169,7 +169,7 @@ def _database(settings: JobsSettings) -> Iterator[Finding]:
         yield Finding("database", "problem", f"there is no {file}", "make it with: basic db upgrade, or basic up")
         return
     try:
-        with database_in_words(url):
+        with explain_database_errors(url):
             database = Database.open(url)
     except BasicError as exc:
         yield Finding("database", "problem", str(exc), "correct the URL, or install what it needs")

@@ -1,7 +1,7 @@
 """The reconciler: whatever was lost between the parts of the service is found in SQL and put right.
 
 Runs in every worker and every shim, one elected at a time: requests whose worker is gone go back to the queue,
-doorbells that nobody heard ring again, what is overdue expires, cancelled jobs end without their workers, comparisons
+lost worker notifications are sent again, what is overdue expires, cancelled jobs end without their workers, comparisons
 that kill their workers are given up, and dead workers are marked. Those that are not elected look for dead processes
 too, for only neighbours see them. Every act may be repeated.
 """
@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 
 from jobs.messages import PartialEvent
 from jobs.process_identity import follows, identity, is_dead
-from jobs.producer import Ring
+from jobs.producer import Notify
 from jobs.streaming.events import failure_events, job_events
 from storage import leases, writes
 from storage.leader_election import elect, leader, resign
@@ -36,7 +36,7 @@ OFFICE = "reconciler"
 
 _ROUND_S = 3.0
 _TERM_S = 10.0  # a reconciler that is dead is succeeded after so long
-_RING_AFTER_S = 10.0  # a job whose queued requests nobody took up for so long is rung again
+_NOTIFY_AFTER_S = 10.0  # a job whose queued requests nobody took up for so long is notified again
 
 Publish = Callable[[Sequence[PartialEvent]], None]
 
@@ -55,11 +55,11 @@ class _Round:
 class Reconciler:
     """One candidate for the office, with a thread of its own."""
 
-    def __init__(self, database: Database, publish: Publish, ring: Ring, *, lease_s: float) -> None:
+    def __init__(self, database: Database, publish: Publish, notify: Notify, *, lease_s: float) -> None:
         """Take what the rounds need. Nothing runs before `start`."""
         self._database = database
         self._publish = publish
-        self._ring = ring
+        self._notify = notify
         self._name = identity() or uuid.uuid4().hex  # neighbours on this machine see whether its holder is dead
         self._lease_s = lease_s
         self._more = False  # the next round has something to end at once
@@ -116,7 +116,7 @@ class Reconciler:
         late = self._in_pieces(writes.expire_requests)
         over = self._in_pieces(writes.end_jobs)
         with write() as session:
-            unheard = leases.jobs_to_notify(session, _RING_AFTER_S)
+            unheard = leases.jobs_to_notify(session, _NOTIFY_AFTER_S)
         return _Round(
             failed=(*late.failed, *again.poisoned),
             ended_jobs=(*late.jobs, *over.jobs, *again.ended_jobs),
@@ -181,7 +181,7 @@ class Reconciler:
         self._publish([*failure_events(done.failed), *job_events(done.ended_jobs)])
         one_a_model = {model: job_id for job_id, model in done.to_ring}
         for model, job_id in one_a_model.items():
-            self._ring(job_id, model)
+            self._notify(job_id, model)
 
     def _note_away(self, why: str) -> None:
         """Say why nothing can be done: once, not every few seconds of an outage."""

@@ -17,7 +17,7 @@ from typing import Any
 import psycopg
 from redis.exceptions import RedisError
 
-from jobs.celery_app import DOORBELL_TASK, KEY_PREFIX
+from jobs.celery_app import KEY_PREFIX, NOTIFY_TASK
 from jobs.messages import model_queue
 from storage.session import Database
 from tests.chaos.stack import Stack
@@ -94,7 +94,7 @@ def hang_redis(stack: Stack, dice: random.Random) -> None:
 
 
 def repeat_doorbells(stack: Stack, dice: random.Random) -> None:
-    """Ring for a job that may be over, fifty times."""
+    """Notify workers of a job that may be over, fifty times."""
     with stack.redis() as client:
         queue = KEY_PREFIX + model_queue(Path(stack.environment["BASIC_TARGET"]).name)
         client.lpush(queue, *[_doorbell("batch_nobody_knows", number) for number in range(50)])
@@ -231,7 +231,7 @@ def _doorbell(job_id: str, number: int) -> str:
             "body": body,
             "content-encoding": "utf-8",
             "content-type": "application/json",
-            "headers": {"lang": "py", "task": DOORBELL_TASK, "id": tag, "argsrepr": "", "kwargsrepr": ""},
+            "headers": {"lang": "py", "task": NOTIFY_TASK, "id": tag, "argsrepr": "", "kwargsrepr": ""},
             "properties": {
                 "correlation_id": tag,
                 "delivery_mode": 2,

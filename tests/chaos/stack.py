@@ -108,7 +108,7 @@ class Stack:
         for name, child in self.children.items():
             if name not in self.down and child.status() is not None:
                 child.restarts = 0  # a run of many faults would otherwise wait half a minute for each start
-                child.revive()
+                child.restart_if_due()
 
     def rest(self, seconds: float) -> None:
         """Let so much time pass, with everything that dies started again."""

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from jobs.bench.streams import Load, measure
+from jobs.bench.streams import StreamLoad, measure
 from jobs.messages import PartialEvent
 from jobs.streaming import hub
-from jobs.streaming.hub import PING, Broadcast
+from jobs.streaming.hub import PING, EventHub
 from jobs.streaming.pubsub import Publisher
 from storage.event_log import Cursor
 from storage.models import Base
@@ -74,8 +74,8 @@ async def rest_of(reader: AsyncGenerator[bytes]) -> bytes:
 
 
 def test_every_reader_is_told_everything_once_whenever_it_comes_and_however_often_it_is_cut_off() -> None:
-    figures = measure(Load(readers=9, requests=4, commits=8, interval_s=0.2))
-    assert (figures.told_wrong, figures.told_twice) == (0, 0)
+    figures = measure(StreamLoad(readers=9, requests=4, commits=8, interval_s=0.2))
+    assert (figures.readers_with_wrong_text, figures.readers_with_duplicates) == (0, 0)
     assert (figures.reconnected, figures.late) == (3, 3)
 
 
@@ -86,7 +86,7 @@ def test_a_reader_that_falls_behind_the_ring_goes_on_from_sql(
     worker = Worker(database, redis_url)
 
     async def scenario() -> None:
-        channels = Broadcast(database, redis_url, poll_s=0.2)
+        channels = EventHub(database, redis_url, poll_s=0.2)
         slow, quick = (channels.follow("job-1", Cursor()) for _ in range(2))
         worker.write()
         first = await told(slow)
@@ -109,7 +109,7 @@ def test_without_a_redis_server_readers_are_told_all_the_same(database: Database
     worker = Worker(database, nowhere)
 
     async def scenario() -> None:
-        reader = Broadcast(database, nowhere).follow("job-1", Cursor())
+        reader = EventHub(database, nowhere).follow("job-1", Cursor())
         worker.write()
         first = await told(reader)
         worker.write(ends=True)
@@ -123,7 +123,7 @@ def test_a_silent_stream_gives_signs_of_life(database: Database, redis_url: str)
     record(database, "job-1")
 
     async def scenario() -> list[bytes]:
-        reader = Broadcast(database, redis_url, ping_s=0.05).follow("job-1", Cursor())
+        reader = EventHub(database, redis_url, ping_s=0.05).follow("job-1", Cursor())
         heard = [await anext(reader) for _ in range(3)]
         await reader.aclose()
         return heard

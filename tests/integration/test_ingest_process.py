@@ -20,7 +20,7 @@ from sqlalchemy import text
 from jobs.messages import CHAT_ENDPOINT, PromptBatch
 from jobs.producer import push
 from jobs.settings import JobsSettings
-from jobs.submission.batches import BatchOrder, accept_batch
+from jobs.submission.batches import BatchSubmission, create_batch
 from storage import files, schema, writes
 from storage.session import Database
 from tests.ports import free_port
@@ -68,7 +68,7 @@ def a_batch(database: Database, settings: JobsSettings) -> str:
         for index, start in enumerate(range(0, len(content), files.CHUNK_BYTES)):
             files.append_chunk(session, "file-1", index, content[start : start + files.CHUNK_BYTES])
         files.finish_file(session, "file-1", len(content), None, "batch")
-    return accept_batch(BatchOrder("file-1", CHAT_ENDPOINT, "24h", 86_400.0), None, database, settings)
+    return create_batch(BatchSubmission("file-1", CHAT_ENDPOINT, "24h", 86_400.0), None, database, settings)
 
 
 def _line(index: int) -> str:

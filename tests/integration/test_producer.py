@@ -10,11 +10,11 @@ import pytest
 import redis
 from celery.contrib.testing.worker import start_worker
 
-from jobs.celery_app import DOORBELL_TASK, INGEST_QUEUE, INGEST_TASK, KEY_PREFIX, make_app
+from jobs.celery_app import INGEST_QUEUE, INGEST_TASK, KEY_PREFIX, NOTIFY_TASK, make_app
 from jobs.errors import QueueUnavailable
 from jobs.ingest import make_ingest_app
 from jobs.messages import PromptBatch, model_queue
-from jobs.producer import batch_job_id, make_producer_app, push, ring
+from jobs.producer import batch_job_id, make_producer_app, notify_workers, push
 from jobs.settings import JobsSettings
 from storage import queries, schema
 from storage.session import Database
@@ -45,14 +45,14 @@ def test_a_pushed_batch_waits_on_the_ingest_queue(server: redis.Redis, redis_url
 def test_a_doorbell_rings_on_the_queue_of_its_model_and_carries_only_the_id(
     server: redis.Redis, redis_url: str
 ) -> None:
-    assert ring(make_producer_app(redis_url), "batch_1", "org/Tiny")
+    assert notify_workers(make_producer_app(redis_url), "batch_1", "org/Tiny")
     [raw] = server.lrange(f"{KEY_PREFIX}{model_queue('org/Tiny')}", 0, -1)
     assert message_body(raw) == ([], {"job_id": "batch_1"})
 
 
 def test_every_key_in_redis_starts_with_our_prefix(server: redis.Redis, redis_url: str) -> None:
     push(PromptBatch(id="one", requests=("Hello",)), redis_url)
-    ring(make_producer_app(redis_url), "batch_1", "tiny")
+    notify_workers(make_producer_app(redis_url), "batch_1", "tiny")
     keys = server.keys("*")
     assert keys
     assert all(str(key).startswith(KEY_PREFIX) for key in keys)
@@ -64,20 +64,20 @@ def test_a_batch_that_no_server_takes_is_told_to_the_producer() -> None:
 
 
 def test_a_doorbell_that_nobody_hears_is_no_error() -> None:
-    assert ring(make_producer_app(f"redis://127.0.0.1:{free_port()}/0"), "batch_1", "tiny") is False
+    assert notify_workers(make_producer_app(f"redis://127.0.0.1:{free_port()}/0"), "batch_1", "tiny") is False
 
 
 def test_a_consumer_of_the_models_queue_hears_the_doorbell(server: redis.Redis, redis_url: str) -> None:
     heard = threading.Event()
     app = make_app(redis_url, queues=(model_queue("tiny"),))
 
-    @app.task(name=DOORBELL_TASK)  # type: ignore[untyped-decorator]
+    @app.task(name=NOTIFY_TASK)  # type: ignore[untyped-decorator]
     def doorbell(job_id: str) -> None:
         assert job_id == "batch_1"
         heard.set()
 
     with start_worker(app, pool="threads", concurrency=1, perform_ping_check=False, shutdown_timeout=10):
-        ring(make_producer_app(redis_url), "batch_1", "tiny")
+        notify_workers(make_producer_app(redis_url), "batch_1", "tiny")
         assert heard.wait(10)
 
 

@@ -113,7 +113,7 @@ ERRORS = [RuntimeError("a bug"), OperationalError("SELECT", {}, Exception("gone"
     [
         ("/v1/jobs/job-1/outputs", job_outputs, "_line"),
         ("/v1/jobs/job-1/outputs?follow=true", job_outputs, "_line"),
-        ("/v1/jobs/job-1/events", sse, "server_sent"),
+        ("/v1/jobs/job-1/events", sse, "encode_event"),
     ],
 )
 def test_lines_that_break_off_do_not_look_complete(

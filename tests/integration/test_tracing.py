@@ -20,7 +20,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from sqlalchemy import select
 
 from jobs.api.app import make_api
-from jobs.batch_files.processor import Clerk
+from jobs.batch_files.processor import BatchFileProcessor
 from jobs.messages import PromptBatch
 from jobs.producer import batch_job_id, push
 from jobs.settings import JobsSettings
@@ -94,7 +94,7 @@ def database(settings: JobsSettings) -> Iterator[Database]:
 
 @pytest.fixture
 def api(settings: JobsSettings, database: Database) -> Iterator[TestClient]:
-    with TestClient(make_api(settings, database, ring=lambda job_id, model: True)) as client:
+    with TestClient(make_api(settings, database, notify=lambda job_id, model: True)) as client:
         yield client
 
 
@@ -176,7 +176,7 @@ def test_a_batch_of_a_file_is_one_trace_too(
     file = api.post("/v1/files", files={"file": ("batch.jsonl", line)}, data={"purpose": "batch"}).json()
     order = {"input_file_id": file["id"], "endpoint": "/v1/chat/completions", "completion_window": "24h"}
     assert api.post("/v1/batches", json=order).status_code == 200
-    assert Clerk(database, settings, lambda job_id, model: True, lambda events: None).turn()
+    assert BatchFileProcessor(database, settings, lambda job_id, model: True, lambda events: None).run_once()
     finish(database)
 
     check_chain(collector, requests=1, below="submit")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from jobs.errors import DatabaseUnavailable, RequestRefused
-from jobs.logs import noted
+from jobs.logs import log_context
 from jobs.messages import MESSAGE_VERSION
 from storage import leases
 from storage.records import Checkpoint, RequestFailure, RequestKey
@@ -168,7 +168,7 @@ class Runner:
         for claim, result in self._readers.take(_IDLE_S if idle else settle_s, _NAP_S if idle else 0.0):
             request = self._active.get(claim.lease.key)
             if request is not None and request.claim is claim:  # else it was lost meanwhile
-                with noted(job_id=claim.lease.job_id, request_index=claim.lease.request_index):
+                with log_context(job_id=claim.lease.job_id, request_index=claim.lease.request_index):
                     self._take_up(request, result)
 
     def _compare(self) -> None:

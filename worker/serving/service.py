@@ -1,6 +1,6 @@
 """The resident engine: one per process, on a thread of its own, from load to drain.
 
-Doorbells wake it; without any it looks into SQL by itself. The engine thread alone renews leases, so a step that hangs
+Notifications wake it; it also polls SQL. The engine thread alone renews leases, so a step that hangs
 lets them lapse; the housekeeping thread sends heartbeats only while the engine makes progress, and ends a stuck
 process.
 """
@@ -20,7 +20,7 @@ from typing import Any
 from jobs.errors import DatabaseUnavailable
 from jobs.process_identity import identity
 from jobs.processes import RESTART_STATUS
-from jobs.producer import Ring
+from jobs.producer import Notify
 from jobs.streaming.pubsub import Publisher
 from jobs.upkeep.reconciler import Reconciler
 from storage import writes
@@ -49,14 +49,14 @@ Pulse = Callable[[], bool]  # send a message to oneself; whether Redis took it
 class EngineService:
     """Owns the engine thread and the housekeeping threads of a worker process."""
 
-    def __init__(self, settings: WorkerSettings, loaded: LoadedModel, ring: Ring, *, worker_id: str = "") -> None:
+    def __init__(self, settings: WorkerSettings, loaded: LoadedModel, notify: Notify, *, worker_id: str = "") -> None:
         """Take loaded models; nothing runs before `start`."""
         self.worker_id = worker_id or new_worker_id()
         self._settings = settings
         self._loaded = loaded
         self._database = Database.open(settings.resolved_database_url, statement_timeout_s=LONG_STATEMENT_TIMEOUT_S)
         self._publisher = Publisher(settings.redis_url)
-        self._reconciler = Reconciler(self._database, self._publisher.publish, ring, lease_s=settings.lease_s)
+        self._reconciler = Reconciler(self._database, self._publisher.publish, notify, lease_s=settings.lease_s)
         self._watchdog = Watchdog(settings.stall_s, settings.deaf_s)
         self._pulse: Pulse = lambda: False
         self._iterations = 0

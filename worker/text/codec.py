@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 
 from jobs.errors import InvalidValue, PromptTooLong, UnreadableRequest
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, GenerationRequest, SamplingParameters
-from jobs.openai.logprobs import TokenLikelihoods
+from jobs.openai.logprobs import TokenAlternatives
 from worker.engine.errors import ModelRefused
 from worker.engine.logprobs import TokenLogprobs
 from worker.engine.model.checkpoint import error_summary
@@ -217,14 +217,14 @@ class TextStream:
         self._pass(pieces, self._stops.end())
         return pieces
 
-    def readable_logprobs(self, ids: Sequence[int], told: Sequence[TokenLogprobs]) -> tuple[TokenLikelihoods, ...]:
+    def readable_logprobs(self, ids: Sequence[int], told: Sequence[TokenLogprobs]) -> tuple[TokenAlternatives, ...]:
         """Return what the engine tells of these tokens (the first of `told`) in the words of the tokenizer.
 
         They are the tokens behind those that were told before.
         """
         return tuple(self._likelihoods(token, entry) for token, entry in zip(ids, told, strict=False))
 
-    def _likelihoods(self, token: int, entry: TokenLogprobs) -> TokenLikelihoods:
+    def _likelihoods(self, token: int, entry: TokenLogprobs) -> TokenAlternatives:
         first, self._first = self._first, self._first and self._token_bytes.is_special(token)
         return self._token_bytes.of(entry, token, first=first)
 

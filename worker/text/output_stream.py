@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
-from jobs.openai.logprobs import TokenLikelihoods
+from jobs.openai.logprobs import TokenAlternatives
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepResult, StepStats
 from worker.text.codec import TextStream
@@ -24,7 +24,7 @@ class StepOutput:
     accepted: tuple[bool, ...]  # per token: it was an accepted draft token
     pieces: Pieces  # text that can't be taken back any more
     stats: StepStats
-    logprobs: tuple[TokenLikelihoods, ...] | None  # per token, if the sequence wants them
+    logprobs: tuple[TokenAlternatives, ...] | None  # per token, if the sequence wants them
 
 
 class OutputStream:

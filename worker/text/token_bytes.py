@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from jobs.openai.logprobs import Likelihood, TokenLikelihoods
+from jobs.openai.logprobs import ScoredToken, TokenAlternatives
 from storage.dialect import storable
 from worker.engine.logprobs import TokenLogprobs
 
@@ -42,9 +42,9 @@ class TokenBytes:
         """Return whether a token is a special one, which adds nothing to a text."""
         return token in self._special
 
-    def of(self, told: TokenLogprobs, token: int, *, first: bool = False) -> TokenLikelihoods:
+    def of(self, told: TokenLogprobs, token: int, *, first: bool = False) -> TokenAlternatives:
         """Return a token and its alternatives as they are told to people; `first`: a text begins with them."""
-        return TokenLikelihoods(
+        return TokenAlternatives(
             self._likelihood(token, told.logprob, first),
             tuple(self._likelihood(other, p, first) for other, p in told.top),
         )
@@ -55,9 +55,9 @@ class TokenBytes:
             self._known[token, first] = self._text_and_bytes(token, first)
         return self._known[token, first]
 
-    def _likelihood(self, token: int, logprob: float, first: bool) -> Likelihood:
+    def _likelihood(self, token: int, logprob: float, first: bool) -> ScoredToken:
         text, own = self.text_and_bytes(token, first=first)
-        return Likelihood(text, logprob, own)
+        return ScoredToken(text, logprob, own)
 
     def _text_and_bytes(self, token: int, first: bool) -> tuple[str, tuple[int, ...] | None]:
         symbols: Any = self._tokenizer.convert_ids_to_tokens(token)  # of one id; typed for lists, too

@@ -22,7 +22,7 @@ from jobs.api import errors
 from jobs.api.auth.caller import Caller, set_caller
 from jobs.api.auth.revocation import RevocationMonitor
 from jobs.errors import BasicError, InvalidKey, LimitReached, NotPermitted
-from jobs.keys import Scope, key_among, same_key
+from jobs.keys import Scope, check_key_on, same_key
 from storage import keys
 from storage.keys import KeyView
 from storage.session import DATABASE_UNAVAILABLE, Database
@@ -64,7 +64,7 @@ class Authenticator:
     def _caller(self, connection: Connection, presented: str, address: str, needed: Scope) -> Caller:
         if same_key(presented, self._local_key):
             return Caller()
-        key = key_among(connection, presented)
+        key = check_key_on(connection, presented)
         if key is not None:
             return self._check_key(key, needed)
         if not self._keys_in_use(connection):

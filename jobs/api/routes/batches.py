@@ -20,7 +20,7 @@ from jobs.api.submissions import IDEMPOTENCY_KEY, json_object, read_endpoint, re
 from jobs.api.write_threads import run_write
 from jobs.errors import InvalidValue, MissingParameter, NotFound
 from jobs.messages import JobStatus
-from jobs.submission.batches import BatchOrder, accept_batch
+from jobs.submission.batches import BatchSubmission, create_batch
 from jobs.submission.request_parser import refuse_unknown
 from jobs.tracing import submit_span
 from storage import queries
@@ -41,7 +41,7 @@ async def create(request: Request, services: CurrentServices, caller: CurrentCal
     def accept(body: Body) -> Response:
         with submit_span(request.headers) as traceparent:
             order = replace(_order(body, request.headers.get(IDEMPOTENCY_KEY), caller), traceparent=traceparent)
-            batch_id = accept_batch(order, caller.sees, services.database, services.settings)
+            batch_id = create_batch(order, caller.sees, services.database, services.settings)
         return JSONResponse(serializers.batch(find_job(services, batch_id, caller)))
 
     async with services.bodies.received(request, _MAX_ORDER_BYTES) as body:
@@ -95,10 +95,10 @@ def _is_batch(job: JobView | None) -> bool:
     return job is not None and job.input_file_id is not None
 
 
-def _order(body: Body, idempotency_key: str | None, caller: Caller) -> BatchOrder:
+def _order(body: Body, idempotency_key: str | None, caller: Caller) -> BatchSubmission:
     fields = json_object(body.open().read())
     refuse_unknown(fields, _FIELDS)
-    return BatchOrder(
+    return BatchSubmission(
         input_file_id=_text(fields, "input_file_id"),
         endpoint=read_endpoint(_text(fields, "endpoint")),
         completion_window=_text(fields, "completion_window"),

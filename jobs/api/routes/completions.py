@@ -34,10 +34,10 @@ from jobs.json_lines import json_line
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, Endpoint, PartialEvent
 from jobs.openai import responses
 from jobs.openai.errors import error_body
-from jobs.openai.responses import Heading
+from jobs.openai.responses import ResponseHeader
 from jobs.streaming.pubsub import follow
 from jobs.streaming.snapshots import read_events
-from jobs.submission.intake import Submission, accept_call, new_call_id
+from jobs.submission.intake import Submission, create_interactive_job, new_call_id
 from jobs.submission.request_parser import Item
 from jobs.tracing import submit_span
 from storage import queries, writes
@@ -68,7 +68,7 @@ async def create_completion(request: Request, services: CurrentServices, caller:
 class _Call:
     """A stored call and its response options."""
 
-    heading: Heading
+    header: ResponseHeader
     stream: bool
     with_usage: bool
 
@@ -77,7 +77,7 @@ async def _answer(request: Request, services: Services, caller: Caller, endpoint
     require_json(request.headers)
     async with services.bodies.received(request, services.settings.max_json_bytes) as body:
         call = await run_write(_accept, services, body, request.headers, caller, endpoint)
-    events = _events(services, call.heading.id)
+    events = _events(services, call.header.id)
     if not call.stream:
         await _or_disconnect(request, _drain(events))
         return await run_in_threadpool(_whole, services, call)
@@ -102,9 +102,11 @@ def _accept(services: Services, body: Body, headers: Mapping[str, str], caller: 
             api_key_id=caller.key_id,
             traceparent=traceparent,
         )
-        job_id = accept_call(submission, database=services.database, ring=services.ring, settings=services.settings)
+        job_id = create_interactive_job(
+            submission, database=services.database, notify=services.notify, settings=services.settings
+        )
     job = find_job(services, job_id, caller)
-    return _Call(Heading(job_id, endpoint, job.model, int(job.created_at)), stream, with_usage)
+    return _Call(ResponseHeader(job_id, endpoint, job.model, int(job.created_at)), stream, with_usage)
 
 
 def _stream_options(fields: dict[str, Any]) -> tuple[bool, bool]:
@@ -186,7 +188,7 @@ async def _lines(
     more = {"usage": None} if call.with_usage else {}
     try:
         async with aclosing(events):
-            async for piece in _chunks(call.heading, first, events):
+            async for piece in _chunks(call.header, first, events):
                 yield _line(piece | more)
         for line in await run_in_threadpool(_last_lines, services, call, more):
             yield line
@@ -196,7 +198,7 @@ async def _lines(
 
 
 async def _chunks(
-    heading: Heading, first: PartialEvent | None, events: AsyncGenerator[PartialEvent]
+    header: ResponseHeader, first: PartialEvent | None, events: AsyncGenerator[PartialEvent]
 ) -> AsyncIterator[dict[str, Any]]:
     sent: dict[int, int] = {}  # choice -> characters sent
     event = first
@@ -204,14 +206,14 @@ async def _chunks(
         choice = event.choice
         if choice not in sent:
             sent[choice] = 0
-            if heading.chat:
-                yield responses.chunk(heading, choice, role="assistant", content="")
+            if header.chat:
+                yield responses.chunk(header, choice, role="assistant", content="")
         text = event.text[sent[choice] :] if event.snapshot else event.text
         if text:
             sent[choice] += len(text)
-            yield responses.chunk(heading, choice, **{"content" if heading.chat else "text": text})
+            yield responses.chunk(header, choice, **{"content" if header.chat else "text": text})
         if event.type == "finished":
-            yield responses.chunk(heading, choice, event.finish_reason)
+            yield responses.chunk(header, choice, event.finish_reason)
         event = await _next_text(events)
 
 
@@ -220,20 +222,20 @@ def _line(value: dict[str, Any]) -> str:
 
 
 def _whole(services: Services, call: _Call) -> Response:
-    return JSONResponse(responses.answer(call.heading, _output(services, call)))
+    return JSONResponse(responses.answer(call.header, _output(services, call)))
 
 
 def _last_lines(services: Services, call: _Call, more: dict[str, Any]) -> list[str]:
     """Return the last chunks of a stream: log-probabilities, and the token usage if requested."""
     output = _output(services, call)
-    lines = [_line(piece | more) for piece in responses.logprobs_chunks(call.heading, output)]
-    return [*lines, _line(responses.usage_chunk(call.heading, output))] if call.with_usage else lines
+    lines = [_line(piece | more) for piece in responses.logprobs_chunks(call.header, output)]
+    return [*lines, _line(responses.usage_chunk(call.header, output))] if call.with_usage else lines
 
 
 def _output(services: Services, call: _Call) -> OutputView:
     """Return the call's output; raise RequestFailed if it has none."""
     with services.database.read() as session:
-        output = next(islice(queries.outputs(session, call.heading.id), 1), None)
+        output = next(islice(queries.outputs(session, call.header.id), 1), None)
     if output is None:
         raise RequestFailed
     if output.error_message is not None:

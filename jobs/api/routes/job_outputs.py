@@ -33,7 +33,7 @@ def output_lines(services: Services, job: JobView, after: int, failed: bool) -> 
 async def followed_lines(services: Services, job: JobView, cursor: str, failed: bool) -> AsyncGenerator[str]:
     """Yield requests as they end, after a cursor, until the job has ended."""
     position = _position(cursor)
-    async with services.broadcast.news(job.id) as moments:
+    async with services.hub.changes(job.id) as moments:
         async for _ in moments():
             # Read the status first: if it is final, the outputs read after it are complete.
             final = await asyncio.to_thread(_is_final, services, job.id)

@@ -22,8 +22,8 @@ from jobs.api.submissions import max_body_bytes, read_submission
 from jobs.api.write_threads import run_write
 from jobs.errors import InvalidValue
 from jobs.messages import JobStatus
-from jobs.streaming.sse import read_id
-from jobs.submission.intake import accept_job, retry_job
+from jobs.streaming.sse import decode_cursor
+from jobs.submission.intake import create_job, retry_job
 from jobs.tracing import submit_span
 from storage import queries
 
@@ -45,7 +45,7 @@ async def submit(request: Request, services: CurrentServices, caller: CurrentCal
                 body, request.query_params, request.headers, caller.key_id, services.settings.max_line_bytes
             )
             submission = replace(submission, traceparent=traceparent)
-            job_id = accept_job(submission, database=services.database, ring=services.ring, settings=services.settings)
+            job_id = create_job(submission, database=services.database, notify=services.notify, settings=services.settings)
         return JSONResponse(serializers.job(find_job(services, job_id, caller)))
 
     async with services.bodies.received(request, max_bytes) as body:
@@ -109,7 +109,7 @@ async def retry(
             api_key_id=caller.key_id,
             idempotency_key=idempotency_key,
             database=services.database,
-            ring=services.ring,
+            notify=services.notify,
             settings=services.settings,
         )
         return JSONResponse(serializers.job(find_job(services, job_id, caller)))
@@ -159,10 +159,10 @@ async def events(
     A client that reconnects with `Last-Event-ID`, to any API server, receives every event after that id, once. An
     unknown id starts from the beginning.
     """
-    cursor = await services.broadcast.settle(job.id, read_id(last_event_id))
+    cursor = await services.hub.validate_cursor(job.id, decode_cursor(last_event_id))
     if cursor.status is not None and JobStatus(cursor.status).final:
         return Response(status_code=204)
-    stream = _prepend(_RECONNECT, services.broadcast.follow(job.id, cursor))
+    stream = _prepend(_RECONNECT, services.hub.follow(job.id, cursor))
     return StreamingResponse(stream, media_type="text/event-stream", headers=_STREAM_HEADERS)
 
 

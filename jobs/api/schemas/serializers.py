@@ -9,7 +9,7 @@ from typing import Any
 
 from jobs.messages import JobStatus
 from jobs.openai.errors import error_body
-from jobs.openai.logprobs import shaped
+from jobs.openai.logprobs import logprobs_object
 from jobs.openai.responses import usage
 from storage.files import FileView
 from storage.queries import ChoiceView, JobStats, JobView, OutputView, WorkerView
@@ -139,7 +139,7 @@ def output(view: OutputView, endpoint: str) -> Json:
 
 
 def _logprobs(choice: ChoiceView, endpoint: str) -> Json:
-    wanted = shaped(endpoint, choice.logprobs, choice.text)
+    wanted = logprobs_object(endpoint, choice.logprobs, choice.text)
     return {} if wanted is None else {"logprobs": wanted}
 
 

@@ -23,7 +23,7 @@ def a_message(**changes: Any) -> dict[str, Any]:
 
 
 def ingested(message: Any, database: Database, settings: JobsSettings) -> str | None:
-    return ingest(message, database=database, ring=lambda job_id, model: True, settings=settings)
+    return ingest(message, database=database, notify=lambda job_id, model: True, settings=settings)
 
 
 def job_of(batch_id: str, database: Database) -> JobView:

@@ -7,11 +7,11 @@ import pytest
 
 from jobs.api.routes.completions import _line as completion_event
 from jobs.api.routes.job_outputs import _line as output_line
-from jobs.batch_files.output_lines import answer_line
+from jobs.batch_files.output_lines import result_line
 from jobs.client.results import Output
 from jobs.json_lines import json_line
 from jobs.messages import CHAT_ENDPOINT, PartialEvent
-from jobs.streaming.sse import server_sent
+from jobs.streaming.sse import encode_event
 from storage.batches import BatchClaim
 from storage.queries import ChoiceView, OutputView
 
@@ -36,12 +36,12 @@ EVENT = PartialEvent(job_id="batch_1", type="tokens", request=TEXT, text=TEXT)
         json_line({TEXT: [TEXT]}),
         json_line(EVENT),
         json_line(Output(custom_id=TEXT, index=0, status="failed")),
-        answer_line(BATCH, an_output()).decode().removesuffix("\n"),
-        answer_line(BATCH, an_output(TEXT, TEXT)).decode().removesuffix("\n"),
+        result_line(BATCH, an_output()).decode().removesuffix("\n"),
+        result_line(BATCH, an_output(TEXT, TEXT)).decode().removesuffix("\n"),
         output_line(an_output(TEXT), CHAT_ENDPOINT).removesuffix("\n"),
         output_line(an_output(TEXT, TEXT), CHAT_ENDPOINT, cursor="1.2").removesuffix("\n"),
         completion_event({"choices": [{"delta": {"content": TEXT}}]}).removeprefix("data: ").removesuffix("\n\n"),
-        server_sent(EVENT).decode().partition("data: ")[2].removesuffix("\n\n"),
+        encode_event(EVENT).decode().partition("data: ")[2].removesuffix("\n\n"),
     ],
 )
 def test_whoever_splits_at_any_line_end_sees_one_line_that_says_the_same(text: str) -> None:

@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy.exc import OperationalError
 
 from jobs.api.app import make_api
-from jobs.logs import log_to_stderr, noted, without_secrets
+from jobs.logs import log_context, log_to_stderr, without_secrets
 from jobs.settings import JobsSettings
 from storage.session import Database
 from tests.databases import on_sqlite
@@ -80,7 +80,7 @@ def lines(said: str) -> list[dict[str, Any]]:
 
 def test_lines_of_anybody_say_which_job_and_request_they_are_about(capsys: pytest.CaptureFixture[str]) -> None:
     with logging_to_stderr("json"):
-        with noted(job_id="batch_1", request_index=3):
+        with log_context(job_id="batch_1", request_index=3):
             logging.getLogger("somebody.else").warning("odd text")
             logging.getLogger("ours").warning("of another", extra={"job_id": "batch_2"})
         logging.getLogger("somebody.else").warning("later")
@@ -93,7 +93,7 @@ def test_lines_of_anybody_say_which_job_and_request_they_are_about(capsys: pytes
 
 
 def test_people_find_the_ids_at_the_end_of_the_line_before_any_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    with logging_to_stderr("text"), noted(job_id="batch_1", request_index=0):
+    with logging_to_stderr("text"), log_context(job_id="batch_1", request_index=0):
         try:
             raise ValueError("no")
         except ValueError:
@@ -123,7 +123,7 @@ def test_the_shim_says_which_call_and_job_a_line_is_about(
         raise OperationalError("SELECT", {}, Exception("gone"))
 
     monkeypatch.setattr("storage.queries.job", away)
-    api = make_api(settings, database, ring=lambda job_id, model: True)
+    api = make_api(settings, database, notify=lambda job_id, model: True)
     with logging_to_stderr(log_format), TestClient(api, raise_server_exceptions=False) as client:
         reply = client.get("/v1/jobs/batch_0123/stats")
     assert reply.status_code == 503
@@ -161,7 +161,7 @@ def test_what_a_caller_sends_adds_no_line_to_the_log(
     log_format: str, end: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = f"a{end}{FORGED}"
-    with logging_to_stderr(log_format), noted(job_id=given):
+    with logging_to_stderr(log_format), log_context(job_id=given):
         logging.getLogger("ours").warning("Batch %s is refused: custom_id %s", given, given, extra={"batch_id": given})
     (line,) = capsys.readouterr().err.splitlines()
     assert "forged" in line

@@ -28,5 +28,5 @@ def test_a_database_of_a_newer_version_is_left_as_it_is_with_a_sentence(
     refused = CliRunner().invoke(app, ["db", "upgrade"])
 
     assert isinstance(refused.exception, SetupError)
-    assert "revision 9999, of a newer version" in str(refused.exception)
+    assert "revision 9999 of a newer version" in str(refused.exception)
     assert schema.current(url) == "9999"

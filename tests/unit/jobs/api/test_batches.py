@@ -1,4 +1,4 @@
-"""Batches through the real `openai` client: a clerk reads and files them, and the test does what a worker does."""
+"""Batches through the real `openai` client: a processor reads and files them, and the test does what a worker does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from openai.types.chat import ChatCompletion
 from sqlalchemy import select, update
 
 from jobs.api.app import make_api
-from jobs.batch_files.processor import Clerk
+from jobs.batch_files.processor import BatchFileProcessor
 from jobs.messages import PartialEvent
 from jobs.settings import JobsSettings
 from storage import batches, files, leases, queries, writes
@@ -39,20 +39,20 @@ from tests.unit.jobs.openai_client import (
 
 
 class World:
-    """The shim, its client, and a clerk that works when it is told to."""
+    """The shim, its client, and a processor that works when it is told to."""
 
     def __init__(self, settings: JobsSettings, database: Database, api: TestClient) -> None:
         self.database = database
         self.settings = settings
         self.api = api
         self.client: OpenAI = openai_on(api)
-        self.rung: list[tuple[str, str]] = []
+        self.notified: list[tuple[str, str]] = []
         self.events: list[PartialEvent] = []
-        self.clerk = self.another_clerk()
+        self.processor = self.another_processor()
 
-    def another_clerk(self, lease_s: float = 30.0) -> Clerk:
-        ring = lambda job_id, model: self.rung.append((job_id, model))  # noqa: E731
-        return Clerk(self.database, self.settings, ring, self.events.extend, lease_s=lease_s)
+    def another_processor(self, lease_s: float = 30.0) -> BatchFileProcessor:
+        notify = lambda job_id, model: self.notified.append((job_id, model))  # noqa: E731
+        return BatchFileProcessor(self.database, self.settings, notify, self.events.extend, lease_s=lease_s)
 
     def claim(self, limit: int = 10) -> list[Claim]:
         with self.database.write() as session:
@@ -83,9 +83,9 @@ class World:
                 more = writes.end_jobs(session).more
 
     def work(self) -> None:
-        """Let the clerk do all there is."""
-        self.clerk.tidy()
-        while self.clerk.turn():
+        """Let the processor do all there is."""
+        self.processor.run_housekeeping()
+        while self.processor.run_once():
             pass
 
     def read(self, batch_id: str) -> Any:
@@ -114,7 +114,7 @@ def test_a_batch_goes_from_file_to_files_and_tells_each_stage(world: World) -> N
     assert (batch.status, batch.model) == ("in_progress", "tiny")
     assert batch.in_progress_at >= batch.created_at
     assert batch.request_counts.to_dict() == {"total": 4, "completed": 0, "failed": 1}
-    assert world.rung == [(batch.id, "tiny")]
+    assert world.notified == [(batch.id, "tiny")]
 
     first, second, last = world.claim()
     world.answer(first, second)
@@ -419,7 +419,7 @@ def test_a_batch_that_is_cancelled_while_it_is_read_still_answers_every_line(wor
     assert world.client.batches.cancel(batch.id).status == "cancelling"
     world.work()
     batch = world.read(batch.id)
-    assert (batch.status, batch.output_file_id, world.rung) == ("cancelled", None, [])
+    assert (batch.status, batch.output_file_id, world.notified) == ("cancelled", None, [])
     assert batch.request_counts.to_dict() == {"total": 2, "completed": 0, "failed": 1}
     assert {line["custom_id"] for line in lines_of(world.client, batch.error_file_id)} == {"a", "b"}
     bad = a_batch(world.client, ["nope"])
@@ -452,14 +452,14 @@ def test_a_clerk_that_dies_leaves_the_batch_to_the_next_and_writes_nothing_any_m
 ) -> None:
     """Also in the midst of the requests, and of the files: none is there twice, and none shows before all are there."""
     batch = a_batch(world.client, [a_line(f"{n}", body={"n": 0 if n % 500 == 0 else 1}) for n in range(1_500)])
-    dying = world.another_clerk(lease_s=-1.0)
+    dying = world.another_processor(lease_s=-1.0)
     with world.database.write() as session:
         dead = batches.claim_batch(session, -1.0)
     assert dead is not None
     with monkeypatch.context() as patch:
         patch.setattr(batches, "start_batch", _die)
         with pytest.raises(_Killed):
-            dying.turn()
+            dying.run_once()
     assert world.read(batch.id).request_counts.total == 0
     assert world.claim() == []
     assert world.api.get(f"/v1/jobs/{batch.id}/outputs").text == ""
@@ -476,7 +476,7 @@ def test_a_clerk_that_dies_leaves_the_batch_to_the_next_and_writes_nothing_any_m
     with monkeypatch.context() as patch:
         patch.setattr(files, "finish_file", _die)
         with pytest.raises(_Killed):
-            dying.turn()
+            dying.run_once()
     assert world.read(batch.id).error_file_id is None
     world.work()
     errors = lines_of(world.client, world.read(batch.id).error_file_id)
@@ -493,9 +493,9 @@ def _die(*_args: object, **_fields: object) -> None:
 
 def test_a_clerk_that_is_stopped_gives_its_batch_back(world: World) -> None:
     batch = a_batch(world.client, [GOOD])
-    leaving = Clerk(world.database, world.settings, lambda *_: None, lambda _: None, threading.Event())
+    leaving = BatchFileProcessor(world.database, world.settings, lambda *_: None, lambda _: None, threading.Event())
     leaving.stop.set()
-    leaving.turn()
+    leaving.run_once()
     assert world.read(batch.id).status == "validating"
     world.work()
     assert world.read(batch.id).status == "in_progress"

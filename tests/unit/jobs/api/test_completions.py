@@ -14,7 +14,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from jobs.api.app import make_api
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT
-from jobs.openai.logprobs import Likelihood, TokenLikelihoods
+from jobs.openai.logprobs import ScoredToken, TokenAlternatives
 from jobs.settings import JobsSettings
 from storage import leases, queries, writes
 from storage.records import RequestFailure, RequestProgress
@@ -79,10 +79,10 @@ def test_a_stream_begins_with_the_role_and_ends_with_the_reason_and_the_usage(se
 
 
 def with_logprobs(database: Database) -> None:
-    token = TokenLikelihoods(
-        Likelihood("Paris.", -0.25, tuple(b"Paris.")), (Likelihood("Rome.", -0.2, tuple(b"Rome.")),)
+    token = TokenAlternatives(
+        ScoredToken("Paris.", -0.25, tuple(b"Paris.")), (ScoredToken("Rome.", -0.2, tuple(b"Rome.")),)
     )
-    end = TokenLikelihoods(Likelihood("<eos>", -0.5, None), ())
+    end = TokenAlternatives(ScoredToken("<eos>", -0.5, None), ())
     answer_all(database, logprobs=(token.stored(), end.stored()))
 
 

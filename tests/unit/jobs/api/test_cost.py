@@ -14,7 +14,7 @@ from jobs.api.app import make_api
 from jobs.errors import QueueFull
 from jobs.keys import Scope
 from jobs.settings import JobsSettings
-from jobs.submission.intake import Waiting
+from jobs.submission.intake import QueueDepth
 from storage.session import Database
 from tests.factories import a_key
 from tests.unit.jobs.api.test_routes import submitted
@@ -68,15 +68,15 @@ def test_a_job_of_refused_requests_alone_still_ends_at_once(api: TestClient) -> 
 
 def test_waiting_requests_are_not_counted_again_while_half_of_the_room_is_free() -> None:
     now = 0.0
-    waiting = Waiting(lambda: now)
-    assert not waiting.leaves_room(1, 100), "nothing is known yet"
-    waiting.counted(10)
-    assert waiting.leaves_room(30, 100)
-    assert waiting.leaves_room(10, 100), "50 of 100"
-    assert not waiting.leaves_room(1, 100), "with what was added since, more than half"
-    waiting.counted(10)
+    depth = QueueDepth(lambda: now)
+    assert not depth.reserve(1, 100), "nothing is known yet"
+    depth.update(10)
+    assert depth.reserve(30, 100)
+    assert depth.reserve(10, 100), "50 of 100"
+    assert not depth.reserve(1, 100), "with what was added since, more than half"
+    depth.update(10)
     now = 2.0
-    assert not waiting.leaves_room(1, 100), "others may have added since"
+    assert not depth.reserve(1, 100), "others may have added since"
 
 
 def test_a_queue_is_never_filled_beyond_its_limit(settings: JobsSettings, database: Database) -> None:

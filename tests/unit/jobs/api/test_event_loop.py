@@ -15,9 +15,9 @@ from jobs.api.http import multipart
 from jobs.api.http.body import SMALL_BYTES, Body
 from jobs.api.routes import job_outputs
 from jobs.openai import responses
-from jobs.openai.logprobs import shaped
+from jobs.openai.logprobs import logprobs_object
 from jobs.settings import JobsSettings
-from jobs.streaming.sse import tell
+from jobs.streaming.sse import encode_page
 from storage import writes
 from storage.session import Database
 from tests.factories import a_worker_card
@@ -83,7 +83,7 @@ def test_outputs_and_events_are_written_in_a_thread(api: TestClient, monkeypatch
     job = submitted(api, "Hello", "Bye")["id"]
     found: list[bool] = []
     monkeypatch.setattr(job_outputs, "_line", on_loop(job_outputs._line, found))
-    monkeypatch.setattr("jobs.streaming.hub.tell", on_loop(tell, found))
+    monkeypatch.setattr("jobs.streaming.hub.encode_page", on_loop(encode_page, found))
     assert len(api.get(f"/v1/jobs/{job}/outputs").text.splitlines()) == 2
     assert len(api.get(f"/v1/jobs/{job}/outputs?follow=true").text.splitlines()) == 2
     assert "finished" in api.get(f"/v1/jobs/{job}/events").text
@@ -100,7 +100,7 @@ def test_a_single_answer_and_its_log_probabilities_are_written_in_a_thread(
     told = ([["Paris.", -0.5]],)
     api = TestClient(make_api(settings, database, lambda job_id, model: answer_all(database, logprobs=told)))
     found: list[bool] = []
-    monkeypatch.setattr("jobs.openai.responses.shaped", on_loop(shaped, found))
+    monkeypatch.setattr("jobs.openai.responses.logprobs_object", on_loop(logprobs_object, found))
     monkeypatch.setattr(responses, "usage", on_loop(responses.usage, found))
     body = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "logprobs": True, "stream": stream}
     assert "Paris." in api.post("/v1/chat/completions", json=body).text

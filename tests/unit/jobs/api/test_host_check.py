@@ -114,7 +114,7 @@ def test_a_name_of_the_setting_is_answered_to(
 
 @pytest.mark.parametrize("names", ["https://basic.example.com", "basic.example.com/path", "a b", "a;b", "ex*mple.com"])
 def test_a_name_that_is_none_is_refused_with_how_to_write_one(names: str) -> None:
-    with pytest.raises(ValidationError, match="is no host name; write names such as"):
+    with pytest.raises(ValidationError, match="is not a host name; write names such as"):
         JobsSettings(api_names=names)
 
 

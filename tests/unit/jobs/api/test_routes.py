@@ -25,10 +25,10 @@ class Bells:
     """Hears the doorbells."""
 
     def __init__(self) -> None:
-        self.rung: list[tuple[str, str]] = []
+        self.notified: list[tuple[str, str]] = []
 
     def __call__(self, job_id: str, model: str) -> None:
-        self.rung.append((job_id, model))
+        self.notified.append((job_id, model))
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_a_job_is_recorded_and_its_doorbell_rung(api: TestClient, bells: Bells) 
     assert (job["metadata"], job["endpoint"], job["completion_window"]) == ({"team": "a"}, CHAT_ENDPOINT, "24h")
     assert job["completed_at"] is None
     assert api.get(f"/v1/jobs/{job['id']}").json() == job
-    assert bells.rung == [(job["id"], "tiny")]
+    assert bells.notified == [(job["id"], "tiny")]
 
 
 def test_parameters_stand_in_the_job_or_in_an_object_of_their_own(api: TestClient, database: Database) -> None:
@@ -276,7 +276,7 @@ def test_failed_requests_run_again_as_a_new_job(api: TestClient, database: Datab
     again = api.post(f"/v1/jobs/{job['id']}/retry").json()
     assert (again["retry_of"], again["metadata"]) == (job["id"], {"team": "a"})
     assert again["request_counts"] == {"total": 2, "completed": 0, "failed": 0}  # the empty prompt can't run
-    assert bells.rung[-1] == (again["id"], "tiny")
+    assert bells.notified[-1] == (again["id"], "tiny")
     answer_all(database)
     lines = [json.loads(line) for line in api.get(f"/v1/jobs/{again['id']}/outputs").text.splitlines()]
     assert [line["custom_id"] for line in lines] == ["request-0", "c"]
@@ -310,7 +310,7 @@ def test_submissions_that_race_under_one_key_are_one_job(api: TestClient, bells:
 
     with ThreadPoolExecutor(8) as pool:
         assert len(set(pool.map(submit, range(16)))) == 1
-    assert len(bells.rung) == 1
+    assert len(bells.notified) == 1
 
 
 def test_the_same_key_and_body_give_the_same_job(api: TestClient, bells: Bells) -> None:
@@ -320,7 +320,7 @@ def test_the_same_key_and_body_give_the_same_job(api: TestClient, bells: Bells) 
     other = api.post("/v1/jobs", json={"prompts": ["Bye"]}, headers=key)
     assert other.status_code == 409
     assert other.headers["x-should-retry"] == "false"
-    assert len(bells.rung) == 1
+    assert len(bells.notified) == 1
 
 
 def test_cancelling_can_be_repeated_and_comes_too_late_for_a_finished_job(api: TestClient, database: Database) -> None:
@@ -444,7 +444,7 @@ def test_a_bad_submission_is_answered_with_the_envelope(
     assert error.keys() == {"message", "type", "param", "code"}
     assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", code, param)
     assert len(reply.text) < 500
-    assert bells.rung == []
+    assert bells.notified == []
 
 
 def test_a_body_without_a_length_has_the_same_limit(api: TestClient) -> None:

@@ -28,7 +28,7 @@ Run = Callable[..., str]
 @pytest.fixture
 def run(settings: JobsSettings, database: Database, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run a command against a service in this process; return what it prints."""
-    api = make_api(settings, database, ring=lambda job_id, model: True)
+    api = make_api(settings, database, notify=lambda job_id, model: True)
     monkeypatch.setattr(cli, "_connect", lambda: Client("http://service", transport=InProcess(api)))
 
     def run(*arguments: str, status: int = 0, stdin: str | None = None) -> str:

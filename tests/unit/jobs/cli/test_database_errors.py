@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from jobs.cli.app import app
 from jobs.errors import BasicError, DatabaseUnavailable, SetupError
-from jobs.schema_check import database_in_words, exit_status, upgrade_schema
+from jobs.schema_check import exit_status, explain_database_errors, upgrade_schema
 from storage import schema
 from storage.session import Database, make_engine, write_connection
 
@@ -57,7 +57,7 @@ def test_a_command_says_in_one_sentence_that_the_database_is_away(
 def test_a_url_that_names_no_usable_database_says_what_is_wrong_with_it(tmp_path: Path) -> None:
     for url, sentence in bad_urls(tmp_path).items():
         for start in (schema.upgrade, schema.current, upgrade_schema):
-            with pytest.raises(BasicError, match=sentence), database_in_words(url):
+            with pytest.raises(BasicError, match=sentence), explain_database_errors(url):
                 start(url)
 
 
@@ -66,7 +66,7 @@ def test_a_database_of_a_newer_version_is_not_touched_and_the_sentence_says_so(t
     schema.upgrade(url)
     with write_connection(make_engine(url)) as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
-    with pytest.raises(SetupError, match=r"9999, of a newer version of bASIC"):
+    with pytest.raises(SetupError, match=r"9999 of a newer version of bASIC"):
         upgrade_schema(url)
 
 
@@ -90,6 +90,6 @@ def test_a_process_ends_with_the_sentence_alone(command: str, url: str, status: 
 
 def test_opening_a_good_database_says_nothing(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'basic.sqlite3'}"
-    with database_in_words(url):
+    with explain_database_errors(url):
         schema.upgrade(url)
         Database.open(url).dispose()

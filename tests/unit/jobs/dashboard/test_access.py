@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 from jobs.api.app import make_api
 from jobs.api.auth.guard import Authenticator
 from jobs.dashboard.app import _add_download, _add_login
-from jobs.dashboard.body_limit import SmallBodies
+from jobs.dashboard.body_limit import DashboardBodyLimit
 from jobs.dashboard.session import Sessions
 from jobs.settings import JobsSettings
 from storage import keys
@@ -29,7 +29,7 @@ def api(settings: JobsSettings, database: Database) -> Iterator[TestClient]:
     sessions = Sessions(authenticator)
     _add_login(app, sessions)
     _add_download(app, app.state.services, sessions)
-    app.add_middleware(SmallBodies)
+    app.add_middleware(DashboardBodyLimit)
     with TestClient(app, follow_redirects=False) as client:
         yield client
 

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from jobs.dashboard.body_limit import FORM_BYTES, SOCKET_BYTES, SmallBodies
+from jobs.dashboard.body_limit import FORM_BYTES, SOCKET_BYTES, DashboardBodyLimit
 
 LOGIN = "/dashboard/login"
 SOCKET = "/dashboard/_nicegui_ws/socket.io/"
 
 
 class Call:
-    """A call to an application behind `SmallBodies`, whose body comes in parts; after them nothing comes."""
+    """A call to an application behind `DashboardBodyLimit`, whose body comes in parts; after them nothing comes."""
 
     def __init__(self, path: str, parts: Iterable[bytes], declared: int | None = None, *, whole_s: float = 30) -> None:
         waiting = list(parts)
@@ -43,7 +43,7 @@ class Call:
 
         headers = [] if declared is None else [(b"content-length", str(declared).encode())]
         scope: dict[str, Any] = {"type": "http", "path": path, "headers": headers, "method": "POST"}
-        asyncio.run(SmallBodies(app, whole_s)(scope, receive, send))
+        asyncio.run(DashboardBodyLimit(app, whole_s)(scope, receive, send))
 
 
 @pytest.mark.parametrize(

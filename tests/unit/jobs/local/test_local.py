@@ -20,7 +20,7 @@ from jobs.local.redis_server import server_arguments
 from jobs.local.service import down, running, up
 from jobs.local.startup import Start, environment
 from jobs.local.state import LocalService, announce_service, owned, owner
-from jobs.processes import Child, Children, Command, keep_one_old, stop_signals, tail
+from jobs.processes import Child, Children, Command, rotate_logs, stop_signals, tail
 from jobs.settings import JobsSettings
 from tests.processes import ended
 
@@ -85,11 +85,11 @@ def test_a_dead_child_is_started_again(tmp_path: Path, monkeypatch: pytest.Monke
     first = child.pid
     assert ended(first)
     assert child.status() == 3
-    child.revive()
-    child.revive()
+    child.restart_if_due()
+    child.restart_if_due()
     assert child.pid != first
     assert ended(child.pid)
-    assert child.last_words() == "started\nstarted"
+    assert child.log_tail() == "started\nstarted"
     child.stop(NEVER)
 
 
@@ -100,12 +100,12 @@ def test_a_child_that_keeps_dying_waits_longer_each_time(tmp_path: Path, monkeyp
     waits: list[float] = []
     for _ in range(8):
         assert ended(child.pid)
-        child.revive()
+        child.restart_if_due()
         wait_s, restarts = 0.0, child.restarts
         while child.restarts == restarts:
             wait_s += 0.5
             now += 0.5
-            child.revive()
+            child.restart_if_due()
         waits.append(wait_s)
     child.stop(NEVER)
     assert waits == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
@@ -116,7 +116,7 @@ def test_a_child_whose_settings_are_bad_is_not_started_again(tmp_path: Path) -> 
     child = children.start(a_shell("echo no such model; exit 78", tmp_path))
     assert ended(child.pid)
     assert children.keep_running(NEVER) is child
-    assert child.last_words() == "no such model"
+    assert child.log_tail() == "no such model"
 
 
 def test_children_stop_in_the_reverse_order_of_their_start(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_the_first_signal_asks_and_the_second_insists() -> None:
 def test_a_log_speaks_of_one_run_and_the_one_before_is_kept(tmp_path: Path) -> None:
     log = tmp_path / "worker.log"
     for run in ("first", "second", "third"):
-        keep_one_old([log])
+        rotate_logs([log])
         log.write_text(f"{run}\n")
     assert tail(log, 5) == "third"
     assert tail(tmp_path / "worker.log.1", 5) == "second"
@@ -268,7 +268,7 @@ def _await_file(path: Path) -> None:
 @pytest.mark.parametrize(("status", "kind"), [(78, ChildRefused), (1, SetupError), (-9, SetupError)])
 def test_a_child_that_can_not_work_is_told_from_one_that_died(status: int, kind: type[SetupError]) -> None:
     command = SimpleNamespace(name="worker", log_path="worker.log")
-    child = SimpleNamespace(command=command, status=lambda: status, last_words=lambda: "Loading x\nx is damaged")
+    child = SimpleNamespace(command=command, status=lambda: status, log_tail=lambda: "Loading x\nx is damaged")
     error = startup._death_of(child)  # type: ignore[arg-type]
     assert type(error) is kind
     assert "x is damaged\nThe whole log: worker.log" in str(error)

@@ -9,32 +9,32 @@ from openai.types.chat.chat_completion import ChoiceLogprobs
 from openai.types.completion_choice import Logprobs
 
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT
-from jobs.openai.logprobs import Likelihood, Stored, TokenLikelihoods, shaped
+from jobs.openai.logprobs import ScoredToken, Stored, TokenAlternatives, logprobs_object
 
 
-def plain(token: str, logprob: float = -0.5) -> Likelihood:
-    return Likelihood(token, logprob, tuple(token.encode()))
+def plain(token: str, logprob: float = -0.5) -> ScoredToken:
+    return ScoredToken(token, logprob, tuple(token.encode()))
 
 
 HEART = "❤".encode()
 TOKENS = [
-    TokenLikelihoods(plain("I"), (plain("I"), plain("We", -1.5))),
-    TokenLikelihoods(plain(" "), (plain("\n", -0.1), plain(" "))),
-    TokenLikelihoods(Likelihood("\ufffd", -0.25, tuple(HEART[:2])), (Likelihood("\ufffd", -0.1, (0,)),)),
-    TokenLikelihoods(Likelihood("\ufffd", -0.0, tuple(HEART[2:])), ()),
-    TokenLikelihoods(plain("you"), (plain("you"), plain("me", -3.0))),
-    TokenLikelihoods(Likelihood("<eos>", -2.0, None), (plain("!"),)),
+    TokenAlternatives(plain("I"), (plain("I"), plain("We", -1.5))),
+    TokenAlternatives(plain(" "), (plain("\n", -0.1), plain(" "))),
+    TokenAlternatives(ScoredToken("\ufffd", -0.25, tuple(HEART[:2])), (ScoredToken("\ufffd", -0.1, (0,)),)),
+    TokenAlternatives(ScoredToken("\ufffd", -0.0, tuple(HEART[2:])), ()),
+    TokenAlternatives(plain("you"), (plain("you"), plain("me", -3.0))),
+    TokenAlternatives(ScoredToken("<eos>", -2.0, None), (plain("!"),)),
 ]
 TEXT = "I ❤you"
 STORED: list[Stored] = json.loads(json.dumps([token.stored() for token in TOKENS]))
 
 
 def test_what_is_stored_is_read_again() -> None:
-    assert [TokenLikelihoods.read(row) for row in STORED] == TOKENS
+    assert [TokenAlternatives.read(row) for row in STORED] == TOKENS
 
 
 def test_a_chat_tells_every_token_with_its_bytes_and_alternatives() -> None:
-    told = ChoiceLogprobs.model_validate(shaped(CHAT_ENDPOINT, STORED, TEXT), strict=True)
+    told = ChoiceLogprobs.model_validate(logprobs_object(CHAT_ENDPOINT, STORED, TEXT), strict=True)
     assert told.content is not None
     assert [t.token for t in told.content] == ["I", " ", "\ufffd", "\ufffd", "you", "<eos>"]
     assert b"".join(bytes(t.bytes or []) for t in told.content).decode() == TEXT
@@ -43,7 +43,7 @@ def test_a_chat_tells_every_token_with_its_bytes_and_alternatives() -> None:
 
 
 def test_a_completion_tells_where_each_token_begins_and_spells_parts_of_characters_by_their_bytes() -> None:
-    told = Logprobs.model_validate(shaped(COMPLETIONS_ENDPOINT, STORED, TEXT), strict=True)
+    told = Logprobs.model_validate(logprobs_object(COMPLETIONS_ENDPOINT, STORED, TEXT), strict=True)
     assert told.tokens == ["I", " ", "bytes:\\xe2\\x9d", "bytes:\\xa4", "you", "<eos>"]
     assert told.text_offset == [0, 1, 2, 2, 3, 6]
     assert told.token_logprobs == [-0.5, -0.5, -0.25, -0.0, -0.5, -2.0]
@@ -53,18 +53,18 @@ def test_a_completion_tells_where_each_token_begins_and_spells_parts_of_characte
 
 
 def test_a_text_that_a_stop_string_cut_has_no_offsets_behind_its_end() -> None:
-    told = shaped(COMPLETIONS_ENDPOINT, STORED, "I ")
+    told = logprobs_object(COMPLETIONS_ENDPOINT, STORED, "I ")
     assert told is not None
     assert told["text_offset"] == [0, 1, 2, 2, 2, 2]
 
 
 def test_a_space_that_the_tokenizer_leaves_out_at_the_beginning_does_not_count() -> None:
-    stored = [TokenLikelihoods(plain(token), ()).stored() for token in (" Hello", " you")]
-    told = shaped(COMPLETIONS_ENDPOINT, stored, "Hello you")
+    stored = [TokenAlternatives(plain(token), ()).stored() for token in (" Hello", " you")]
+    told = logprobs_object(COMPLETIONS_ENDPOINT, stored, "Hello you")
     assert told is not None
     assert told["text_offset"] == [0, 5]
 
 
 @pytest.mark.parametrize("endpoint", [CHAT_ENDPOINT, COMPLETIONS_ENDPOINT])
 def test_nothing_is_told_of_who_did_not_ask(endpoint: str) -> None:
-    assert shaped(endpoint, None, "text") is None
+    assert logprobs_object(endpoint, None, "text") is None

@@ -117,7 +117,7 @@ def test_csv_survives_quotes_and_lines() -> None:
 
 
 def test_python_gets_a_table_of_the_jobs(settings: JobsSettings, database: Database) -> None:
-    transport = InProcess(make_api(settings, database, ring=lambda job_id, model: True))
+    transport = InProcess(make_api(settings, database, notify=lambda job_id, model: True))
     with Client("http://service", transport=transport) as client:
         job = client.submit(["Hello"])
         answer_all(database)

@@ -15,7 +15,7 @@ from jobs.errors import (
     UnknownParameter,
 )
 from jobs.settings import JobsSettings
-from jobs.submission.intake import Submission, accept_job
+from jobs.submission.intake import Submission, create_job
 from jobs.submission.request_parser import Item
 from storage import queries, writes
 from storage.models import Request
@@ -30,14 +30,14 @@ class Door:
     def __init__(self, database: Database, settings: JobsSettings) -> None:
         self.database = database
         self.settings = settings
-        self.rung: list[tuple[str, str]] = []
+        self.notified: list[tuple[str, str]] = []
 
     def accept(self, *values: Any, **submission: Any) -> str:
         items = [Item(index, value, index + 1) for index, value in enumerate(values)]
-        return accept_job(
+        return create_job(
             Submission(items, **submission),
             database=self.database,
-            ring=lambda job_id, model: self.rung.append((job_id, model)),
+            notify=lambda job_id, model: self.notified.append((job_id, model)),
             settings=self.settings,
         )
 
@@ -66,7 +66,7 @@ def test_an_accepted_job_is_recorded_and_its_doorbell_rung(door: Door) -> None:
     job_id = door.accept("one", "two", metadata={"team": "a"})
     job = door.job(job_id)
     assert (job.status, job.model, job.requests_total, job.metadata) == ("in_progress", "tiny", 2, {"team": "a"})
-    assert door.rung == [(job_id, "tiny")]
+    assert door.notified == [(job_id, "tiny")]
 
 
 def test_a_bad_request_fails_alone_and_the_others_go_on(door: Door) -> None:
@@ -87,7 +87,7 @@ def test_a_repeated_key_gives_the_first_job_and_rings_once(door: Door) -> None:
     first = door.accept("one", idempotency_key="k", body_sha256="x")
     again = door.accept("one", idempotency_key="k", body_sha256="x")
     assert first == again
-    assert len(door.rung) == 1
+    assert len(door.notified) == 1
 
 
 def test_a_repeated_key_with_another_body_is_a_conflict(door: Door) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from jobs.errors import InvalidJsonLine
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, Endpoint, GenerationRequest
-from jobs.submission.input_lines import custom_id_in
+from jobs.submission.input_lines import find_custom_id
 from jobs.submission.request_parser import (
     MAX_JSON_NODES,
     UNSUPPORTED,
@@ -356,7 +356,7 @@ def test_a_file_of_something_else_is_refused_as_a_whole_with_what_it_is(content:
 )
 def test_a_broken_line_is_looked_through_once(line: bytes) -> None:
     """Its id is looked for in one pass: a line that is made to be read again at each quote would take hours."""
-    assert custom_id_in(line) is None
+    assert find_custom_id(line) is None
 
 
 def test_a_fault_of_ours_fails_the_request_that_meets_it_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,7 +364,7 @@ def test_a_fault_of_ours_fails_the_request_that_meets_it_and_no_other(monkeypatc
         raise TypeError("unforeseen")
 
     with monkeypatch.context() as patch:
-        patch.setattr("jobs.submission.request_parser.most_tokens", fail)
+        patch.setattr("jobs.submission.request_parser.max_total_tokens", fail)
         request = parsed({"custom_id": "a", "prompt": "Hello"})
     assert request.failure is not None
     assert (request.custom_id, request.failure.code, request.failure.status_code) == ("a", "server_error", 500)

@@ -26,15 +26,15 @@ class Town:
 
     def __init__(self, database: Database, lease_s: float = 0.0) -> None:
         self.events: list[PartialEvent] = []
-        self.rung: list[tuple[str, str]] = []
+        self.notified: list[tuple[str, str]] = []
 
-        def ring(job_id: str, model: str) -> None:
-            self.rung.append((job_id, model))
+        def notify(job_id: str, model: str) -> None:
+            self.notified.append((job_id, model))
 
         def publish(events: Sequence[PartialEvent]) -> None:
             self.events.extend(events)
 
-        self.reconciler = Reconciler(database, publish, ring, lease_s=lease_s)
+        self.reconciler = Reconciler(database, publish, notify, lease_s=lease_s)
 
 
 def a_dead_worker(database: Database, worker: str) -> None:
@@ -57,7 +57,7 @@ def test_requests_of_a_killed_neighbour_go_on_at_once(database: Database) -> Non
     assert town.reconciler.round()
 
     assert requests_of(database)[0].status == "queued"
-    assert town.rung == [("job-1", "tiny")]
+    assert town.notified == [("job-1", "tiny")]
     with database.read() as session:
         assert [w.lost_at is not None for w in queries.workers(session)] == [True]
 
@@ -74,7 +74,7 @@ def test_a_death_is_seen_by_its_neighbours_whoever_holds_the_office(database: Da
     assert not here.reconciler.round()
 
     assert requests_of(database)[0].lone_crashes == 1
-    assert here.rung == [("job-1", "tiny")]
+    assert here.notified == [("job-1", "tiny")]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which processes there are")

@@ -14,7 +14,7 @@ from sqlalchemy import func, select, text
 from torch import Tensor
 
 from jobs.messages import CHAT_ENDPOINT, GenerationRequest, PartialEvent, SamplingParameters
-from jobs.openai.logprobs import TokenLikelihoods
+from jobs.openai.logprobs import TokenAlternatives
 from storage import leases, writes
 from storage.lease_recovery import reclaim
 from storage.models import DecodeStep, Job, Output, Partial, Request
@@ -272,7 +272,7 @@ def test_logprobs_of_all_tokens_are_stored_whoever_decoded_them(database: Databa
         assert whole.logprobs is not None
         assert len(whole.logprobs) == whole.completion_tokens
         assert resumed.logprobs == whole.logprobs
-        tokens = [TokenLikelihoods.read(row) for row in whole.logprobs]
+        tokens = [TokenAlternatives.read(row) for row in whole.logprobs]
         assert b"".join(bytes(t.chosen.bytes or ()) for t in tokens) == bytes(whole.token_ids)
         assert all(t.top[0] == t.chosen and len(t.top) == 3 for t in tokens)
 
