@@ -45,7 +45,9 @@ async def submit(request: Request, services: CurrentServices, caller: CurrentCal
                 body, request.query_params, request.headers, caller.key_id, services.settings.max_line_bytes
             )
             submission = replace(submission, traceparent=traceparent)
-            job_id = create_job(submission, database=services.database, notify=services.notify, settings=services.settings)
+            job_id = create_job(
+                submission, database=services.database, notify=services.notify, settings=services.settings
+            )
         return JSONResponse(serializers.job(find_job(services, job_id, caller)))
 
     async with services.bodies.received(request, max_bytes) as body:
