@@ -24,7 +24,7 @@ from storage.dialect import (
 )
 from storage.fair_share import FairShare, JobShare
 from storage.models import Job, Output, Partial, Request
-from storage.records import Checkpoint, Claim, Lease, RequestKey, StepRow
+from storage.records import Checkpoint, Claim, Lease, RequestKey, StepRow, known_step_columns
 from storage.transitions import cancel_requests, end_finished_jobs, lock_jobs
 
 _CLAIMED: Final = (
@@ -280,7 +280,7 @@ def _checkpoint(row: AnyRow) -> Checkpoint:
         accepted=tuple(row.accepted),
         text=row.text,
         pieces=tuple((text, source) for text, source in row.pieces),
-        steps=tuple(StepRow(**step) for step in row.steps),
+        steps=tuple(StepRow(**known_step_columns(step)) for step in row.steps),
     )
 
 

@@ -29,7 +29,16 @@ from storage.dialect import (
     storable,
 )
 from storage.models import DecodeStep, DraftTree, Job, Output, Partial, Request, Served
-from storage.records import Checkpoint, FinishedChoice, FlushResult, Lease, RequestFailure, RequestKey, RequestProgress
+from storage.records import (
+    Checkpoint,
+    FinishedChoice,
+    FlushResult,
+    Lease,
+    RequestFailure,
+    RequestKey,
+    RequestProgress,
+    known_step_columns,
+)
 from storage.transitions import cancel_requests, end_finished_jobs, error_columns
 
 ChoiceKey = tuple[str, int, int]  # (job_id, request_index, choice_index)
@@ -294,7 +303,7 @@ def _step_rows(key: ChoiceKey, partials: Iterable[AnyRow]) -> list[dict[str, Any
     steps = [(partial.worker_id, step) for partial in partials for step in partial.steps]
     identity = {"job_id": job_id, "request_index": request_index, "choice_index": choice_index}
     return [
-        {**_LATER_COLUMNS, **columns, **identity, "step": number, "worker_id": worker_id}
+        {**_LATER_COLUMNS, **known_step_columns(columns), **identity, "step": number, "worker_id": worker_id}
         for number, (worker_id, columns) in enumerate(steps)
     ]
 

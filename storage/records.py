@@ -120,6 +120,11 @@ class StepRow:
     tree: TreeRow | None = None  # for jobs that asked to see their trees
 
 
+def known_step_columns(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a step from a checkpoint without the columns that only a newer version knows."""
+    return {name: value for name, value in stored.items() if name in StepRow.__dataclass_fields__}
+
+
 @dataclass(frozen=True, slots=True)
 class TreeRow:
     """The draft tree of a step, as text: row of `draft_trees`."""

@@ -3,7 +3,10 @@ from __future__ import annotations
 import threading
 from collections import Counter
 
+from sqlalchemy import select, update
+
 from storage import leases
+from storage.models import Partial
 from storage.records import Claim, Lease, RequestFailure, RequestProgress
 from storage.session import Database
 from tests.unit.storage.acts import (
@@ -14,6 +17,7 @@ from tests.unit.storage.acts import (
     end_of,
     expire,
     flush,
+    going_on,
     reclaimed,
     record,
     release,
@@ -82,6 +86,22 @@ def test_a_new_owner_gets_checkpoints_and_finished_choices(database: Database) -
 
     assert new.checkpoints == (first, second)
     assert new.finished_choices == (1,)
+
+
+def test_an_older_worker_continues_what_a_newer_one_has_begun(database: Database) -> None:
+    record(database)
+    old = claim_one(database, "newer")
+    flush(database, "newer", RequestProgress(old.lease, (tokens_of(1, 1, 3),)), lease_s=-1)
+    with database.write() as session:
+        steps = session.scalars(select(Partial.steps)).one()
+        session.execute(update(Partial).values(steps=[{**step, "column_of_tomorrow": 1} for step in steps]))
+
+    new = claim_one(database, "older")
+    flush(database, "older", going_on(new, 2, ends=True))
+
+    assert new.checkpoints == (tokens_of(1, 1, 3),)
+    assert view(database).status == "completed"
+    check_laws(database)
 
 
 def test_lapsed_requests_are_taken_up_before_queued_ones(database: Database) -> None:
