@@ -1,7 +1,7 @@
-"""FairShare: which job gets the next free place of a worker.
+"""Fair share: divide a worker's free slots between API keys, and within a key between its jobs.
 
-Places go first to whoever has the fewest requests running, whatever the number of their jobs, and then to that owner's
-job with the fewest. So nobody waits behind a large job of somebody else, nor behind many.
+Each slot goes to the owner with the fewest running requests, then to that owner's job with the fewest. So neither a
+large job nor many jobs of one owner delay the others.
 """
 
 from __future__ import annotations
@@ -14,19 +14,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class JobShare:
-    """A job that has something to claim."""
+    """A job with queued requests, and what it and its owner have running."""
 
     job_id: str
-    owner: str  # id of its key; '': all who have none
+    owner: str  # API key id; '': all jobs without a key
     running: int  # requests of the job that are being decoded
-    owner_running: int  # of all jobs of the owner
+    owner_running: int  # the same over all jobs of the owner
 
 
 class FairShare:
-    """Jobs that wait for places; those in equal position take turns in the order in which they were given."""
+    """Allocates slots to waiting jobs. Ties go round robin, in the order in which the jobs were given."""
 
     def __init__(self, jobs: Iterable[JobShare]) -> None:
-        """Let these jobs wait."""
         self._owners: dict[str, str] = {}
         self._running: Counter[str] = Counter()
         self._owners_running: Counter[str] = Counter()
@@ -40,28 +39,28 @@ class FairShare:
         """The jobs that still wait."""
         return list(self._owners)
 
-    def allocate(self, places: int) -> dict[str, int]:
-        """Return how many of so many places each job should have."""
+    def allocate(self, slots: int) -> dict[str, int]:
+        """Return how many of the slots each job gets."""
         waiting: dict[str, list[tuple[int, int, str]]] = {}
         for order, (job_id, owner) in enumerate(self._owners.items()):
             waiting.setdefault(owner, []).append((self._running[job_id], order, job_id))
-        turns = [(self._owners_running[owner], order, owner) for order, owner in enumerate(waiting)]
-        for heap in (turns, *waiting.values()):
+        owners = [(self._owners_running[owner], order, owner) for order, owner in enumerate(waiting)]
+        for heap in (owners, *waiting.values()):
             heapq.heapify(heap)
-        shares: Counter[str] = Counter()
-        for _ in range(places if turns else 0):
-            count, order, owner = turns[0]
-            heapq.heapreplace(turns, (count + 1, order, owner))
-            running, place, job_id = waiting[owner][0]
-            heapq.heapreplace(waiting[owner], (running + 1, place, job_id))
-            shares[job_id] += 1
-        return dict(shares)
+        slots_by_job: Counter[str] = Counter()
+        for _ in range(slots if owners else 0):
+            owner_running, order, owner = owners[0]
+            heapq.heapreplace(owners, (owner_running + 1, order, owner))
+            running, order, job_id = waiting[owner][0]
+            heapq.heapreplace(waiting[owner], (running + 1, order, job_id))
+            slots_by_job[job_id] += 1
+        return dict(slots_by_job)
 
-    def took(self, job_id: str, places: int) -> None:
-        """Note that a job has taken places."""
-        self._running[job_id] += places
-        self._owners_running[self._owners[job_id]] += places
+    def add_running(self, job_id: str, requests: int) -> None:
+        """Count requests of a job that have just been claimed."""
+        self._running[job_id] += requests
+        self._owners_running[self._owners[job_id]] += requests
 
-    def leave(self, job_id: str) -> None:
-        """Note that a job wants no more."""
+    def remove(self, job_id: str) -> None:
+        """Allocate no more slots to a job: it has nothing left to claim."""
         del self._owners[job_id]

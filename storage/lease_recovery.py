@@ -1,19 +1,22 @@
-"""Reclaiming: requests whose worker is gone go back to the queue, and one that kills its workers is found and failed.
+"""Lease recovery: requeue the requests of lost workers, and find and fail the request that crashes its workers.
 
-Nobody can tell from outside which of the requests in flight killed a worker, or whether any did. So they are suspects
-and run again in halves, one half at a time (storage.leases sees to that): the half with the guilty one kills its worker
-again and is halved again, the others come through.
+From outside, a crash does not show which of the requests in flight caused it, or whether any did. All of them become
+suspects and are bisected: they are requeued in two quarantine groups (`suspect_group`), and storage.leases runs one
+group at a time. The half with the cause crashes its worker again and is bisected again; the other half is cleared.
 
-What has committed tokens since it was claimed is proven: it is no suspect as long as others are not.
+A request that has committed tokens since it was claimed is cleared (`proven`). It is a suspect only if all the requests
+of its worker are cleared.
 
-A request gets an error row only after deaths that were seen, while it was alone in trial and without a token in
-between. A lease that lapsed is no death: a step may take long, and the request only goes back. A host that is bad can't
-condemn alone, so one of these must hold as well:
+A request fails as poison only after crashes that were observed (the process is known to be dead) while it ran alone in
+quarantine and without a committed token in between. A lapsed lease is no crash: a step can take longer than a lease, so
+the request is only requeued. To rule out a bad host, one of these must hold as well:
 
-- the deaths were on two hosts;
-- one of the workers had served another request before it died;
-- nothing else of the model was there to try the host with, and the worker died of it again and again. The more requests
-  die alike, the more often it takes: all of them together speak against the host.
+- the crashes were on two hosts;
+- one of the workers had served another request before it crashed;
+- no other request of the model could test the host, and the worker crashed `_MAX_UNTESTED_CRASHES` times for each
+  waiting request: the more requests crash alike, the likelier the host is the cause.
+
+Columns: `lone_crashes`, `lone_served` and `lone_host` describe the crashes of a request that ran alone.
 """
 
 from __future__ import annotations
@@ -34,54 +37,55 @@ from storage.statuses import ACTIVE_JOB_STATUSES, OPEN_REQUEST_STATUSES
 from storage.transitions import end_finished_jobs, fail_requests, lock_jobs
 
 POISON: Final = RequestFailure(
-    "poison", "The worker process died twice while this request was the only one on trial.", status_code=500
+    "poison", "The worker process crashed twice while it ran this request alone.", status_code=500
 )
 
-MAX_LONE_CRASHES: Final = 2  # so often may work that was alone in trial cost its worker
-_MAX_UNTESTED_CRASHES: Final = 4  # the same on a host that has served nothing, for each request that waits
-_LONGEST_WAIT: Final = 5  # claims after which the wait for a late owner grows no more
-_ORPHANED_S: Final = 5.0  # a lease that lapsed so long ago, of an owner that renews its others, is one it never knew of
+MAX_LONE_CRASHES: Final = 2  # observed crashes of work that ran alone in quarantine
+_MAX_UNTESTED_CRASHES: Final = 4  # the same on a host that has served nothing, per waiting request
+_MAX_BACKOFF_CLAIMS: Final = 5  # number of claims from which the wait for a late owner no longer doubles
+# An owner that renews its other leases never learnt of one that lapsed longer ago: the claim's answer was lost.
+_ORPHANED_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Reclaimed:
-    """What a round of reclaiming did."""
+    """What one call of `reclaim` did."""
 
-    requeued: tuple[tuple[str, str], ...] = ()  # (job_id, model) of jobs that have requests to claim again
+    requeued: tuple[tuple[str, str], ...] = ()  # (job_id, model) of jobs with requeued requests
     poisoned: tuple[FailedRequest, ...] = ()
     ended_jobs: tuple[tuple[str, str], ...] = ()  # (job_id, final status)
 
 
 def reclaim(session: Session, dead: Collection[str] = (), *, lapsed: bool = True, patience_s: float = 0.0) -> Reclaimed:
-    """Give back the requests of the dead workers and, with `lapsed`, of all that did not renew their leases in time.
+    """Requeue the requests of `dead` workers and, with `lapsed`, those whose leases were not renewed in time.
 
-    Whoever could not reach the database for a while leaves `lapsed` out for the length of a lease: the owners could not
-    renew either, and shall be the first to do so. `dead` are workers whose process is known to have ended; only that
-    counts against a request. One that was claimed before waits longer for a late owner, by 1, 3, 7 and then 15 times
-    `patience_s`, so that a step longer than a lease comes to its end on some worker.
+    `dead` are workers whose process is known to have ended; only such crashes count against a request. After an outage
+    of the database, pass `lapsed=False` for the length of a lease: the owners could not renew either. A request that
+    was claimed before waits longer for a late owner, by 1, 3, 7 and then 15 times `patience_s`, so that a step longer
+    than a lease can finish.
     """
     now = database_now(session)
     gone = _is_gone(now, dead, lapsed=lapsed, patience_s=patience_s)
-    concerned = select(Request.job_id).where(Request.job_id == Job.id, gone).correlate(Job).exists()
-    job_ids = lock_jobs(session, and_(Job.status == "in_progress", concerned))
+    has_lost = select(Request.job_id).where(Request.job_id == Job.id, gone).correlate(Job).exists()
+    job_ids = lock_jobs(session, and_(Job.status == "in_progress", has_lost))
     if not job_ids:
         return Reclaimed()
     rows = _lock(session, job_ids, gone)
-    alive = _owners_that_renew(session, now) - set(dead)
-    plan = _Plan()
+    renewing = _owners_that_renew(session, now) - set(dead)
+    plan = _RecoveryPlan()
     for owner, owned in _by_owner(rows).items():
-        if owner in alive:
+        if owner in renewing:
             plan.orphans += [row for row in owned if row.lease_expires_at < now - _ORPHANED_S]
             continue
-        suspects = plan.suspect(owned, now)
+        suspects = plan.bisect(owned, now)
         if owner in dead and len(suspects) == 1 and not suspects[0].proven:
-            plan.deaths.append(_lone_crash(session, suspects[0]))
-    return _carry_out(session, plan, now)
+            plan.lone_crashes.append(_lone_crash(session, suspects[0]))
+    return _apply(session, plan, now)
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerProcess:
-    """A worker as those see it who look whether its process is still there."""
+    """A worker and the identity of its process, to check whether it still runs."""
 
     worker_id: str
     process: str | None
@@ -91,21 +95,23 @@ class WorkerProcess:
 
 
 def running_processes(session: Session) -> list[WorkerProcess]:
-    """Return the workers that have not left and that are not known to be lost, or still own requests."""
+    """Return workers that have not stopped and are not marked lost, and lost ones that still own work."""
     owners = (
         select(Request.lease_owner)
         .join(Job, Job.id == Request.job_id)
         .where(Job.status.in_(ACTIVE_JOB_STATUSES), Request.status == "running")
     )
-    comparing = select(Job.comparing_by).where(Job.compare_plain > 0, Job.compared_at.is_(None))
-    at_work = or_(Worker.id.in_(owners), Worker.id.in_(comparing.where(Job.comparing_by.is_not(None))))
+    checking = select(Job.comparing_by).where(Job.compare_plain > 0, Job.compared_at.is_(None))
+    owns_work = or_(Worker.id.in_(owners), Worker.id.in_(checking.where(Job.comparing_by.is_not(None))))
     columns = (Worker.id, Worker.process, Worker.hostname, Worker.started_at, Worker.last_seen_at)
-    rows = session.execute(select(*columns).where(Worker.stopped_at.is_(None), or_(Worker.lost_at.is_(None), at_work)))
+    rows = session.execute(
+        select(*columns).where(Worker.stopped_at.is_(None), or_(Worker.lost_at.is_(None), owns_work))
+    )
     return [WorkerProcess(*row) for row in rows]
 
 
 def mark_lost(session: Session, dead: Collection[str], silent_s: float | None = None) -> None:
-    """Note which workers are dead, or have said nothing for so long."""
+    """Mark workers as lost that are dead or, with `silent_s`, whose last heartbeat is older than that."""
     now = database_now(session)
     lost: ColumnElement[bool] = Worker.id.in_(dead)
     if silent_s is not None:
@@ -116,29 +122,31 @@ def mark_lost(session: Session, dead: Collection[str], silent_s: float | None = 
 
 @dataclass(frozen=True, slots=True)
 class _LoneCrash:
-    """A request that was alone in trial when its worker was seen dead, and what is known of such deaths so far."""
+    """The crash of a worker that ran one request alone, with the history of such crashes of that request."""
 
     row: AnyRow
-    crashes: int  # in a row: a worker that dies while others serve tells more of itself than of the request
-    served: bool  # one of the workers had served others
-    host: str | None  # of the first that is known
-    hosts: int  # that are known to differ, at most 2
-    waiting: int  # requests of the model that have not ended
+    crashes: (
+        int  # in a row; a crash while other workers serve the model may be the host's fault, and restarts the count
+    )
+    served: bool  # one of the crashed workers had served another request
+    host: str | None  # hostname of the first crash, where known
+    hosts: int  # distinct known hosts, at most 2
+    waiting: int  # open requests of the model
 
     @property
-    def verdict(self) -> RequestFailure | None:
-        """Return why the request fails; None: it is tried again."""
+    def failure(self) -> RequestFailure | None:
+        """Return why the request fails; None: it runs again."""
         if self.hosts > 1:
-            return _poison(MAX_LONE_CRASHES, "These were processes on two hosts.")
+            return _poison(MAX_LONE_CRASHES, "The crashes were on two hosts.")
         if self.crashes >= MAX_LONE_CRASHES and self.served:
-            return _poison(self.crashes, "The host serves other requests.")
+            return _poison(self.crashes, "The host had served other requests.")
         if self.crashes >= _MAX_UNTESTED_CRASHES * self.waiting:
-            return _poison(self.crashes, "No other request was served meanwhile, so the fault may be the host's.")
+            return _poison(self.crashes, "No other request was served meanwhile, so the host may be at fault.")
         return None
 
 
-def _poison(deaths: int, why: str) -> RequestFailure:
-    message = POISON.message if deaths <= MAX_LONE_CRASHES else POISON.message.replace("twice", f"{deaths} times")
+def _poison(crashes: int, why: str) -> RequestFailure:
+    message = POISON.message if crashes <= MAX_LONE_CRASHES else POISON.message.replace("twice", f"{crashes} times")
     return replace(POISON, message=f"{message} {why}")
 
 
@@ -163,55 +171,57 @@ def _lone_crash(session: Session, row: AnyRow) -> _LoneCrash:
 
 
 def _others_served_since(session: Session, row: AnyRow, model: str) -> bool:
-    """Return whether a worker has served a request of the model since this one was given back the last time."""
+    """Return whether any worker has served a request of the model since this one was last requeued."""
     if row.suspect_group is None:
         return False
     last_at = session.scalar(select(func.max(Served.last_at)).where(Served.model == model))
     return last_at is not None and last_at > float(row.suspect_group.partition("-")[0])
 
 
-class _Plan:
-    """Who goes back to the queue, and in which company."""
+class _RecoveryPlan:
+    """Which requests to requeue, in which quarantine groups, and which crashes to count."""
 
     def __init__(self) -> None:
         self.groups: dict[str, list[AnyRow]] = {}
-        self.innocent: list[AnyRow] = []
+        self.cleared: list[AnyRow] = []
         self.orphans: list[AnyRow] = []
-        self.deaths: list[_LoneCrash] = []
+        self.lone_crashes: list[_LoneCrash] = []
 
-    def suspect(self, owned: Sequence[AnyRow], now: float) -> Sequence[AnyRow]:
-        """Sort the requests of one lost worker, and return those that may be why it is lost."""
+    def bisect(self, owned: Sequence[AnyRow], now: float) -> Sequence[AnyRow]:
+        """Split the suspects of one lost worker into two quarantine groups, and return them."""
         suspects = [row for row in owned if not row.proven] or list(owned)
-        accused = {_key(row) for row in suspects}
-        self.innocent += [row for row in owned if _key(row) not in accused]
-        trial = f"{now:.3f}-{secrets.token_hex(4)}"  # in the order of the trials to come
+        suspected = {_key(row) for row in suspects}
+        self.cleared += [row for row in owned if _key(row) not in suspected]
+        prefix = f"{now:.3f}-{secrets.token_hex(4)}"  # groups run in the order of their names
         middle = (len(suspects) + 1) // 2
         for half, members in (("a", suspects[:middle]), ("b", suspects[middle:])):
             if members:
-                self.groups[f"{trial}-{half}"] = members
+                self.groups[f"{prefix}-{half}"] = members
         return suspects
 
     @property
     def requeued(self) -> list[AnyRow]:
-        """All that will run again."""
-        return [*self.innocent, *self.orphans, *(row for rows in self.groups.values() for row in rows)]
+        """Every request that will run again."""
+        return [*self.cleared, *self.orphans, *(row for rows in self.groups.values() for row in rows)]
 
 
 def _is_gone(now: float, dead: Collection[str], *, lapsed: bool, patience_s: float) -> ColumnElement[bool]:
-    """Return the condition that nobody is decoding a running request any more."""
-    dead_or_late: list[ColumnElement[bool]] = [Request.lease_owner.in_(dead)] if dead else []
+    """Return the condition that a running request has lost its worker."""
+    lost: list[ColumnElement[bool]] = [Request.lease_owner.in_(dead)] if dead else []
     if lapsed:
-        waits = {claims: now - (2.0 ** (claims - 1) - 1) * patience_s for claims in range(2, _LONGEST_WAIT)}
-        longest = now - (2.0 ** (_LONGEST_WAIT - 1) - 1) * patience_s
-        since = case(
-            (Request.attempts < 2, now), *((Request.attempts == n, at) for n, at in waits.items()), else_=longest
+        deadlines = {claims: now - (2.0 ** (claims - 1) - 1) * patience_s for claims in range(2, _MAX_BACKOFF_CLAIMS)}
+        last_deadline = now - (2.0 ** (_MAX_BACKOFF_CLAIMS - 1) - 1) * patience_s
+        lapsed_before = case(
+            (Request.attempts < 2, now),
+            *((Request.attempts == n, at) for n, at in deadlines.items()),
+            else_=last_deadline,
         )
-        dead_or_late.append(Request.lease_expires_at < since)
-    return and_(Request.status == "running", or_(false(), *dead_or_late))
+        lost.append(Request.lease_expires_at < lapsed_before)
+    return and_(Request.status == "running", or_(false(), *lost))
 
 
 def _lock(session: Session, job_ids: Collection[str], gone: ColumnElement[bool]) -> Sequence[AnyRow]:
-    """Lock the requests to be given back. Their jobs are locked, but a renewal may have come just before that."""
+    """Lock the requests to requeue. The condition is checked again: a renewal may have preceded the lock of the job."""
     return session.execute(
         select(
             Request.job_id,
@@ -248,17 +258,17 @@ def _by_owner(rows: Iterable[AnyRow]) -> Mapping[str, list[AnyRow]]:
     return found
 
 
-def _carry_out(session: Session, plan: _Plan, now: float) -> Reclaimed:
-    _requeue(session, plan.innocent)
+def _apply(session: Session, plan: _RecoveryPlan, now: float) -> Reclaimed:
+    _requeue(session, plan.cleared)
     _requeue(session, plan.orphans, attempts=Request.attempts - 1)
     for group, members in plan.groups.items():
         _requeue(session, members, suspect_group=group)
     failed: list[FailedRequest] = []
-    for death in plan.deaths:
-        if death.verdict is not None:
-            failed += fail_requests(session, [_key(death.row)], death.verdict, now)
-        known = {"lone_crashes": death.crashes, "lone_served": death.served, "lone_host": death.host}
-        session.execute(update(Request).where(is_request([_key(death.row)])).values(**known))
+    for crash in plan.lone_crashes:
+        if crash.failure is not None:
+            failed += fail_requests(session, [_key(crash.row)], crash.failure, now)
+        known = {"lone_crashes": crash.crashes, "lone_served": crash.served, "lone_host": crash.host}
+        session.execute(update(Request).where(is_request([_key(crash.row)])).values(**known))
     ended = {(request.job_id, request.request_index) for request in failed}
     jobs = {row.job_id for row in plan.requeued if _key(row) not in ended}
     models = session.execute(select(Job.id, Job.model).where(Job.id.in_(jobs)).order_by(Job.id)) if jobs else ()
@@ -272,8 +282,8 @@ def _carry_out(session: Session, plan: _Plan, now: float) -> Reclaimed:
 def _requeue(session: Session, rows: Sequence[AnyRow], **columns: Any) -> None:
     if not rows:
         return
-    given_back = {"status": "queued", "lease_owner": None, "lease_expires_at": None, "suspect_group": None}
-    session.execute(update(Request).where(is_request(map(_key, rows))).values(**{**given_back, **columns}))
+    requeued = {"status": "queued", "lease_owner": None, "lease_expires_at": None, "suspect_group": None}
+    session.execute(update(Request).where(is_request(map(_key, rows))).values(**{**requeued, **columns}))
 
 
 def _key(row: AnyRow) -> RequestKey:

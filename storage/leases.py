@@ -1,7 +1,7 @@
-"""Ownership: who may work on a request, and for how long. Claim, hand back, and wake those who could claim.
+"""Leases: claim queued requests for a worker, release them, and find jobs whose workers must be notified.
 
-A lease carries a number that grows with every claim; whoever writes with an older one matches no row. Renewing is part
-of the flush, and so is a sign of life: no thread renews for an engine that hangs.
+`lease_number` is a fencing token: it grows with every claim, and writes under an older number match no row. Leases are
+renewed by the worker's flush (storage.progress_writes), not by a thread, so an engine that hangs loses its leases.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ def claim(
     reserved: int = 0,
     body_version: int = 1,
 ) -> list[Claim]:
-    """Take up to `limit` queued requests of a model, with what earlier owners had committed of them.
+    """Claim up to `limit` queued requests of a model; return them with the checkpoints of earlier owners.
 
-    Owners and their jobs get fair shares (storage.fair_share). Requests that a person waits for come first; the last
-    `reserved` places are for them alone. `holding` are requests that the caller is
-    working on; it does not get them again, whatever has become of its lease. Jobs whose bodies are newer than
-    `body_version` are left to others.
+    Slots are divided between owners and jobs by storage.fair_share. Interactive requests (`priority` 1) come first, and
+    the last `reserved` slots are for them alone. Requests in `holding`, which the caller is decoding, are not claimed
+    again even if their leases have lapsed. Jobs with bodies newer than `body_version` are skipped.
 
-    Suspects (storage.lease_recovery) come first, a group at a time, and only when all that the caller holds is proven;
-    until they are proven too, nothing joins them. A worker that has not served anything yet takes accused ones last:
-    if it dies of other work too, the host is bad, and if it does not, its death will tell something.
+    Suspects (storage.lease_recovery) come first, one quarantine group at a time, and only when everything that the
+    caller holds is cleared. Until the group is cleared as well, the worker claims nothing else, so a crash has a known
+    set of suspects. A worker that has not served any request claims requests that have crashed a worker alone last: if
+    it crashes on other work first, its host is at fault; if it does not, a later crash counts against the request.
     """
     if limit <= 0:
         return []
@@ -69,9 +69,9 @@ def claim(
     may_serve = and_(
         Job.status == "in_progress", Job.model == model, Job.expires_at > now, Job.body_version <= body_version
     )
-    group, accused = _next_group(session, may_serve)
+    group, crashed_alone = _next_group(session, may_serve)
     taken: list[RequestKey] = []
-    if group is None or (accused and not has_served(session, worker_id)):
+    if group is None or (crashed_alone and not has_served(session, worker_id)):
         taken = _claim_fairly(session, and_(may_serve, Job.priority > 0), limit, now, holding)
         rest = limit - reserved - len(taken)
         taken += _claim_fairly(session, and_(may_serve, Job.priority == 0), rest, now, holding)
@@ -81,7 +81,7 @@ def claim(
 
 
 def release(session: Session, worker_id: str, leases: Iterable[Lease]) -> None:
-    """Hand requests back unfinished, in order: this attempt does not count, and what is committed of them stays."""
+    """Return requests to the queue. The attempt does not count; committed checkpoints stay."""
     leases = list(leases)
     if not leases:
         return
@@ -101,35 +101,37 @@ def release(session: Session, worker_id: str, leases: Iterable[Lease]) -> None:
 
 
 def jobs_to_notify(session: Session, older_than_s: float) -> list[tuple[str, str]]:
-    """Return (job_id, model) of a job a model with work that nobody was told of for so long; note that all are rung.
+    """Return (job_id, model) of one job per model with queued requests and no notification for `older_than_s`.
 
-    One doorbell is enough for all jobs of a model: workers look for any.
+    Sets `doorbell_at` of all such jobs. One notification per model is enough: workers claim from any job.
     """
     now = database_now(session)
-    silent = or_(Job.doorbell_at.is_(None), Job.doorbell_at < now - older_than_s)
-    unheard = lock_jobs(session, and_(Job.status == "in_progress", silent, has_queued_requests()))
-    if not unheard:
+    overdue = or_(Job.doorbell_at.is_(None), Job.doorbell_at < now - older_than_s)
+    waiting = lock_jobs(session, and_(Job.status == "in_progress", overdue, has_queued_requests()))
+    if not waiting:
         return []
-    rung = session.execute(update(Job).where(Job.id.in_(unheard)).values(doorbell_at=now).returning(Job.model, Job.id))
-    one_a_model = dict(rung.all())
-    return [(job_id, model) for model, job_id in one_a_model.items()]
+    notified = session.execute(
+        update(Job).where(Job.id.in_(waiting)).values(doorbell_at=now).returning(Job.model, Job.id)
+    )
+    one_per_model = dict(notified.all())
+    return [(job_id, model) for model, job_id in one_per_model.items()]
 
 
 def _next_group(session: Session, may_serve: ColumnElement[bool]) -> tuple[str | None, bool]:
-    """Return the suspects that are tried next, and whether a worker has died of them alone. Those come last."""
-    accused = Request.lone_crashes > 0
+    """Return the next quarantine group and whether it has crashed a worker alone. Such groups come last."""
+    crashed_alone = Request.lone_crashes > 0
     found = session.execute(
-        select(Request.suspect_group, accused)
+        select(Request.suspect_group, crashed_alone)
         .join(Job, Job.id == Request.job_id)
         .where(Request.suspect_group.is_not(None), Request.status == "queued", may_serve)
-        .order_by(accused, Request.suspect_group)
+        .order_by(crashed_alone, Request.suspect_group)
         .limit(1)
     ).first()
     return (None, False) if found is None else (found[0], bool(found[1]))
 
 
 def _held(session: Session, worker_id: str, holding: Collection[RequestKey]) -> Sequence[AnyRow]:
-    """Return how far those that the caller still owns are proven."""
+    """Return `suspect_group` and `proven` of the requests that the caller still owns."""
     if not holding:
         return ()
     mine = (is_request(holding), Request.lease_owner == worker_id, Request.status == "running")
@@ -139,31 +141,33 @@ def _held(session: Session, worker_id: str, holding: Collection[RequestKey]) -> 
 def _claim_fairly(
     session: Session, may_serve: ColumnElement[bool], limit: int, now: float, holding: Collection[RequestKey]
 ) -> list[RequestKey]:
-    """Lock up to `limit` queued requests, fair between owners and their jobs, and say of those jobs that they began."""
+    """Lock up to `limit` queued requests by fair share, and set `started_at` of their jobs."""
     if limit <= 0:
         return []
-    turns = FairShare(_job_shares(session, may_serve, limit, now))
-    # Jobs before requests, in order: whoever locks several does so. Mostly there is nothing to write.
-    waiting = lock_jobs(session, Job.id.in_(turns.job_ids) & Job.started_at.is_(None)) if turns.job_ids else []
+    fair_share = FairShare(_job_shares(session, may_serve, limit, now))
+    # Lock order is jobs before requests, by id (storage.transitions). Mostly no job is unstarted.
+    unstarted = (
+        lock_jobs(session, Job.id.in_(fair_share.job_ids) & Job.started_at.is_(None)) if fair_share.job_ids else []
+    )
     taken: list[RequestKey] = []
-    while len(taken) < limit and (shares := turns.allocate(limit - len(taken))):
-        for job_id, places in shares.items():
+    while len(taken) < limit and (shares := fair_share.allocate(limit - len(taken))):
+        for job_id, slots in shares.items():
             unsuspected = and_(Request.job_id == job_id, Request.suspect_group.is_(None))
-            got = _lock_queued(session, unsuspected, places, [*holding, *taken])
+            got = _lock_queued(session, unsuspected, slots, [*holding, *taken])
             taken += got
-            turns.took(job_id, len(got))
-            if len(got) < places:  # the rest is locked by others who claim right now, or held by the caller
-                turns.leave(job_id)
-    begun = {job_id for job_id, _ in taken}.intersection(waiting)
-    if begun:
-        session.execute(update(Job).where(Job.id.in_(begun)).values(started_at=now))
+            fair_share.add_running(job_id, len(got))
+            if len(got) < slots:  # other workers have locked the rest, or the caller holds it
+                fair_share.remove(job_id)
+    started = {job_id for job_id, _ in taken}.intersection(unstarted)
+    if started:
+        session.execute(update(Job).where(Job.id.in_(started)).values(started_at=now))
     return taken
 
 
 def _job_shares(session: Session, may_serve: ColumnElement[bool], limit: int, now: float) -> list[JobShare]:
-    """Return the jobs that come first for `limit` places, of those that have something to claim.
+    """Return the jobs that come first for `limit` slots, of those with queued requests.
 
-    Among equals lots decide: were it age, an old job would win every place as long as there are fewer than jobs.
+    Ties are broken at random. By age, the oldest jobs would take every slot while there are fewer slots than jobs.
     """
     job = (
         select(
@@ -177,8 +181,8 @@ def _job_shares(session: Session, may_serve: ColumnElement[bool], limit: int, no
     )
     owners_running = func.sum(job.c.running).over(partition_by=job.c.owner).label("owner_running")
     owned = select(job, owners_running).subquery()
-    in_turn = func.row_number().over(partition_by=owned.c.owner, order_by=(owned.c.running, func.random()))
-    turn = select(owned, (owned.c.owner_running + in_turn).label("turn")).where(owned.c.waits).subquery()
+    rank = func.row_number().over(partition_by=owned.c.owner, order_by=(owned.c.running, func.random()))
+    turn = select(owned, (owned.c.owner_running + rank).label("turn")).where(owned.c.waits).subquery()
     rows = session.execute(
         select(turn.c.id, turn.c.owner, turn.c.running, turn.c.owner_running)
         .order_by(turn.c.turn, func.random())
@@ -188,18 +192,18 @@ def _job_shares(session: Session, may_serve: ColumnElement[bool], limit: int, no
 
 
 def _lock_queued(
-    session: Session, condition: ColumnElement[bool], limit: int, but: Collection[RequestKey]
+    session: Session, condition: ColumnElement[bool], limit: int, exclude: Collection[RequestKey]
 ) -> list[RequestKey]:
-    """Lock queued requests that meet the condition, passing over those that somebody else is claiming right now."""
+    """Lock queued requests that meet the condition, skipping those that other workers have locked."""
     query = select(Request.job_id, Request.request_index).where(condition, Request.status == "queued")
-    if but:
-        query = query.where(~is_request(but))
+    if exclude:
+        query = query.where(~is_request(exclude))
     query = query.order_by(Request.job_id, Request.request_index).limit(limit).with_for_update(skip_locked=True)
     return [(job_id, index) for job_id, index in session.execute(query)]
 
 
 def _own(session: Session, worker_id: str, keys: Sequence[RequestKey], now: float, lease_s: float) -> Sequence[AnyRow]:
-    """Make locked requests the worker's."""
+    """Give locked requests to the worker under new leases; return them in the order of `keys`."""
     if not keys:
         return ()
     rows = session.execute(
@@ -216,12 +220,12 @@ def _own(session: Session, worker_id: str, keys: Sequence[RequestKey], now: floa
         )
         .returning(*_CLAIMED)
     )
-    place = {key: number for number, key in enumerate(keys)}
-    return sorted(rows, key=lambda row: place[row.job_id, row.request_index])
+    order = {key: number for number, key in enumerate(keys)}
+    return sorted(rows, key=lambda row: order[row.job_id, row.request_index])
 
 
 def _as_claims(session: Session, taken: Collection[AnyRow]) -> list[Claim]:
-    """Return the claimed requests with what earlier owners had committed of them."""
+    """Return the claimed requests with the checkpoints and finished choices of earlier owners."""
     if not taken:
         return []
     keys = {(row.job_id, row.request_index) for row in taken}

@@ -1,6 +1,6 @@
-"""A census: how much waits, runs and has ended, by model, and what every living worker says of itself.
+"""Queue metrics by model: requests queued, running and ended, and the load that each live worker reports.
 
-Counts open requests and jobs; never reads finished requests.
+Reads open jobs and their requests; finished requests are only counted through their jobs.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from storage.statuses import ACTIVE_JOB_STATUSES, OPEN_REQUEST_STATUSES
 
 @dataclass(frozen=True, slots=True)
 class OpenJobs:
-    """What has not ended of one model."""
+    """Open jobs and requests of one model."""
 
     model: str
     jobs: int
     queued: int
     running: int
-    oldest_s: float  # age of the oldest job
+    oldest_s: float  # age of the oldest open job
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What has ever been asked of one model."""
+    """Totals of one model over all jobs, ended ones included."""
 
     model: str
     requests_completed: int
@@ -42,7 +42,7 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLoad:
-    """A living worker and what it last said of itself."""
+    """A live worker and the load it last reported."""
 
     id: str
     hostname: str
@@ -52,18 +52,18 @@ class WorkerLoad:
 
 @dataclass(frozen=True, slots=True)
 class QueueStats:
-    """Everything that is counted."""
+    """A snapshot of the queue."""
 
     open_jobs: tuple[OpenJobs, ...]
     totals: tuple[Totals, ...]
-    errors: tuple[tuple[str, int], ...]  # error code, requests that ended with it
+    errors: tuple[tuple[str, int], ...]  # (error code, requests that ended with it)
     leases_held: int
     leases_lapsed: int
     workers: tuple[WorkerLoad, ...]
 
 
 def collect(session: Session) -> QueueStats:
-    """Count."""
+    """Return the queue metrics of this moment."""
     now = database_now(session)
     held, lapsed = _leases(session, now)
     return QueueStats(

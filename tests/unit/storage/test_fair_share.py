@@ -5,7 +5,7 @@ import pytest
 from storage.fair_share import FairShare, JobShare
 
 
-def turns_of(running: dict[str, int]) -> FairShare:
+def share_of(running: dict[str, int]) -> FairShare:
     """Jobs by names like `alice/1`, with their running requests."""
     owners = {name: name.partition("/")[0] for name in running}
     totals = {owner: sum(n for name, n in running.items() if owners[name] == owner) for owner in owners.values()}
@@ -13,7 +13,7 @@ def turns_of(running: dict[str, int]) -> FairShare:
 
 
 @pytest.mark.parametrize(
-    ("running", "places", "shares"),
+    ("running", "slots", "shares"),
     [
         ({}, 4, {}),
         ({"a": 7}, 3, {"a": 3}),
@@ -24,15 +24,15 @@ def turns_of(running: dict[str, int]) -> FairShare:
         ({"a/1": 3, "a/2": 0, "b/1": 3}, 3, {"a/2": 2, "b/1": 1}),
     ],
 )
-def test_every_place_goes_to_the_owner_and_then_to_the_job_with_the_fewest_running(
-    running: dict[str, int], places: int, shares: dict[str, int]
+def test_every_slot_goes_to_the_owner_and_then_to_the_job_with_the_fewest_running(
+    running: dict[str, int], slots: int, shares: dict[str, int]
 ) -> None:
-    assert turns_of(running).allocate(places) == shares
+    assert share_of(running).allocate(slots) == shares
 
 
-def test_who_has_taken_a_place_waits_behind_those_who_have_not() -> None:
-    turns = turns_of({"a/1": 0, "a/2": 0, "b/1": 0})
-    turns.took("a/1", 2)
-    assert turns.allocate(2) == {"b/1": 2}
-    turns.leave("b/1")
-    assert turns.allocate(2) == {"a/2": 2}
+def test_a_job_that_has_just_taken_a_slot_waits_behind_those_that_have_not() -> None:
+    share = share_of({"a/1": 0, "a/2": 0, "b/1": 0})
+    share.add_running("a/1", 2)
+    assert share.allocate(2) == {"b/1": 2}
+    share.remove("b/1")
+    assert share.allocate(2) == {"a/2": 2}

@@ -112,7 +112,7 @@ def test_a_comparison_that_has_cost_two_workers_ends_with_an_error_for_each_requ
     assert numbers is not None
     assert (numbers.done, numbers.requests, numbers.faults, numbers.error_code) == (True, 0, 0, "poison")
     assert numbers.error_message is not None
-    assert "died twice" in numbers.error_message
+    assert "crashed twice" in numbers.error_message
     told = view(database)
     assert (told["requests"], told["given_up"], told["faults"], told["speedup"]) == (0, 2, 0, None)
     write(database, row(0, 10.0, 20.0))
