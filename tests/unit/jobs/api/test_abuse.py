@@ -1,4 +1,4 @@
-"""Bad input, row by row: the answer is a 4xx in the envelope, never a 5xx, a traceback or an echo of the whole body."""
+"""Invalid input: the answer is a 4xx with an error object, never a 5xx, a traceback or an echo of the whole body."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def refused(reply: Any, status: int = 400) -> dict[str, Any]:
     return error
 
 
-# What stands for one prompt, in both calls that take one.
+# Invalid fields of one prompt, for both completion routes.
 NO_JSON = {
     "truncated": b'"Hello',
     "latin-1": '"Stra\xdfe"'.encode("latin-1"),
@@ -55,7 +55,7 @@ NO_JSON = {
 
 
 @pytest.mark.parametrize("value", NO_JSON.values(), ids=NO_JSON.keys())
-def test_what_is_no_json_is_refused_whole_or_as_a_line(api: TestClient, value: bytes) -> None:
+def test_invalid_json_is_rejected_as_a_whole_or_per_line(api: TestClient, value: bytes) -> None:
     refused(api.post("/v1/jobs", content=b'{"requests": [' + value + b"]}", headers=JSON))
     refused(api.post(CHAT_ENDPOINT, content=b'{"model": "tiny", "messages": ' + value + b"}", headers=JSON))
     job = api.post("/v1/jobs", content=b'"one"\n' + value.replace(b"\n", b" ") + b'\n"three"', headers=LINES).json()
@@ -126,7 +126,7 @@ def test_a_bad_value_in_a_call_is_a_400_or_a_404(api: TestClient, name: str, val
     refused(api.post(CHAT_ENDPOINT, json=body), 404 if name == "model" else 400)
 
 
-def test_a_number_beyond_all_floats_is_no_number(api: TestClient) -> None:
+def test_a_number_beyond_float_range_is_invalid(api: TestClient) -> None:
     reply = api.post("/v1/jobs", content=b'{"requests": ["a"], "temperature": 1e999}', headers=JSON)
     assert refused(reply)["code"] == "invalid_value"
 
@@ -145,12 +145,12 @@ BAD_MESSAGES: list[Any] = [
 
 
 @pytest.mark.parametrize("messages", BAD_MESSAGES)
-def test_messages_that_are_none_are_refused_by_their_place(api: TestClient, messages: Any) -> None:
+def test_invalid_messages_are_rejected_naming_their_index(api: TestClient, messages: Any) -> None:
     error = refused(api.post(CHAT_ENDPOINT, json={"model": "tiny", "messages": messages}))
     assert str(error["param"]).startswith("messages")
 
 
-def test_of_a_name_that_comes_twice_the_last_counts_and_a_byte_order_mark_is_none(api: TestClient) -> None:
+def test_the_last_of_duplicate_json_names_counts_and_a_byte_order_mark_is_ignored(api: TestClient) -> None:
     body = b'\xef\xbb\xbf{"requests": ["a"], "metadata": {"k": "1"}, "metadata": {"k": "2"}}'
     assert api.post("/v1/jobs", content=body, headers=JSON).json()["metadata"] == {"k": "2"}
 
@@ -176,7 +176,7 @@ def test_metadata_has_openai_s_limits(api: TestClient, metadata: Any) -> None:
         {"after": "x" * 5_000},
     ],
 )
-def test_a_page_is_asked_for_within_bounds(api: TestClient, query: dict[str, str]) -> None:
+def test_page_sizes_outside_the_bounds_are_rejected(api: TestClient, query: dict[str, str]) -> None:
     api.post("/v1/jobs", json={"requests": ["a"]})
     refused(api.get("/v1/jobs", params=query))
     assert len(api.get("/v1/jobs").json()["data"]) == 1
@@ -186,18 +186,18 @@ def test_a_page_is_asked_for_within_bounds(api: TestClient, query: dict[str, str
     "id_", ["%00", "..%2f..%2fetc%2fpasswd", "'%20OR%201=1", "%25", "%F0%28", "x" * 3_000, "%0d%0aX:%201"]
 )
 @pytest.mark.parametrize("path", ["/v1/jobs/{}", "/v1/jobs/{}/outputs", "/v1/jobs/{}/events", "/v1/models/{}"])
-def test_an_id_of_any_look_is_not_found(api: TestClient, path: str, id_: str) -> None:
+def test_a_malformed_id_is_not_found(api: TestClient, path: str, id_: str) -> None:
     refused(api.get(path.format(id_)), 404)
 
 
 @pytest.mark.parametrize("after", ["-2", str(2**31), "x", "1.5"])
-def test_an_index_of_outputs_is_one(api: TestClient, after: str) -> None:
+def test_after_must_be_a_valid_index(api: TestClient, after: str) -> None:
     job = api.post("/v1/jobs", json={"requests": ["a"]}).json()
     refused(api.get(f"/v1/jobs/{job['id']}/outputs", params={"after": after}))
 
 
 @pytest.mark.parametrize("method", ["HEAD", "OPTIONS", "TRACE", "PATCH", "PUT", "DELETE", "BREW"])
-def test_other_verbs_are_not_allowed_and_no_origin_is(api: TestClient, method: str) -> None:
+def test_other_methods_are_not_allowed_and_no_cors_header_is_sent(api: TestClient, method: str) -> None:
     asked = api.request(method, "/v1/jobs")
     assert asked.status_code == 405
     assert asked.headers["allow"]
@@ -211,12 +211,12 @@ def test_other_verbs_are_not_allowed_and_no_origin_is(api: TestClient, method: s
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/xml", "multipart/form-data", "", "application/json2"])
-def test_bodies_of_other_types_are_not_taken(api: TestClient, kind: str) -> None:
+def test_bodies_of_other_content_types_are_rejected(api: TestClient, kind: str) -> None:
     refused(api.post("/v1/jobs", content=b'{"requests": ["a"]}', headers={"content-type": kind}), 415)
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "br", "deflate", "gzip, identity", "GZIP"])
-def test_packed_bodies_are_not_unpacked(api: TestClient, encoding: str) -> None:
+def test_compressed_bodies_are_rejected(api: TestClient, encoding: str) -> None:
     for path in ("/v1/jobs", CHAT_ENDPOINT):
         refused(api.post(path, content=b"\x1f\x8b" + b"0" * 100, headers=JSON | {"content-encoding": encoding}), 415)
 
@@ -227,16 +227,16 @@ def test_a_json_body_has_a_limit_of_its_own_and_lines_may_have_more(api: TestCli
     assert api.post("/v1/jobs", content="\n".join([json.dumps(long)] * 3), headers=LINES).status_code == 200
 
 
-def test_very_many_parameters_in_the_query_are_too_many_words_for_nothing(api: TestClient) -> None:
+def test_very_many_query_parameters_are_rejected(api: TestClient) -> None:
     many = "&".join(f"p{i}=1" for i in range(5_000))
     assert api.get(f"/v1/jobs?{many}").status_code == 200
     refused(api.post(f"/v1/jobs?{many}", content=b'"a"', headers=LINES))
 
 
 @pytest.mark.parametrize("path", ["/redoc", "/docs/other", "/v1/", "//v1/jobs", "/V1/jobs", "/v1/keys", "/.env"])
-def test_what_is_not_there_is_not_found(api: TestClient, path: str) -> None:
+def test_unknown_routes_are_not_found(api: TestClient, path: str) -> None:
     refused(api.get(path), 404)
 
 
-def test_no_answer_tells_which_software_is_behind_it(api: TestClient) -> None:
+def test_no_response_reveals_the_server_software(api: TestClient) -> None:
     assert "server" not in api.get("/healthz").headers

@@ -40,12 +40,12 @@ def revoke(database: Database, key: dict[str, str]) -> None:
         assert keys.revoke_key(session, found.id)
 
 
-def test_until_there_is_a_key_everybody_may_come_in(api: TestClient) -> None:
+def test_until_a_key_exists_every_caller_is_accepted(api: TestClient) -> None:
     assert api.post("/v1/jobs", json=A_JOB).status_code == 200
     assert api.get("/v1/jobs", headers={"authorization": "Bearer anything"}).status_code == 200
 
 
-def test_from_the_first_key_on_every_route_below_v1_needs_one(api: TestClient, database: Database) -> None:
+def test_once_a_key_exists_every_route_below_v1_needs_one(api: TestClient, database: Database) -> None:
     a_key(database)
     app: Any = api.app
     paths = app.openapi()["paths"]
@@ -59,7 +59,7 @@ def test_from_the_first_key_on_every_route_below_v1_needs_one(api: TestClient, d
     assert {api.get(path).status_code for path in ("/healthz", "/readyz")} == {200}
 
 
-def test_all_keys_that_open_nothing_get_the_same_answer(api: TestClient, database: Database) -> None:
+def test_all_invalid_keys_get_the_same_answer(api: TestClient, database: Database) -> None:
     right = a_key(database)["authorization"]
     revoked, expired = a_key(database), a_key(database, lasts_s=0.0)
     revoke(database, revoked)
@@ -80,7 +80,7 @@ def test_all_keys_that_open_nothing_get_the_same_answer(api: TestClient, databas
     assert len({reply.text for reply in replies}) == 1
 
 
-def test_a_revoked_key_opens_nothing_from_the_next_call_on(api: TestClient, database: Database) -> None:
+def test_a_revoked_key_is_rejected_from_the_next_request_on(api: TestClient, database: Database) -> None:
     key = a_key(database)
     assert api.get("/v1/jobs", headers=key).status_code == 200
     revoke(database, key)
@@ -88,7 +88,7 @@ def test_a_revoked_key_opens_nothing_from_the_next_call_on(api: TestClient, data
     assert api.get("/v1/jobs").status_code == 401, "the last key is gone, and a key is still required"
 
 
-def test_the_record_has_the_hash_of_a_key_and_not_the_key(database: Database) -> None:
+def test_the_database_stores_the_hash_of_a_key_and_not_the_key(database: Database) -> None:
     secret = a_key(database)["authorization"].rpartition("-")[2]
     with database.read() as session:
         row = session.execute(select(ApiKey.__table__)).one()
@@ -105,7 +105,7 @@ def test_the_record_has_the_hash_of_a_key_and_not_the_key(database: Database) ->
         ((Scope.ADMIN,), 200, 200),
     ],
 )
-def test_a_key_does_what_its_scopes_say(
+def test_a_key_may_do_what_its_scopes_allow(
     api: TestClient, database: Database, scopes: tuple[Scope, ...], reads: int, submits: int
 ) -> None:
     key = a_key(database, *scopes)
@@ -117,7 +117,7 @@ def test_a_key_does_what_its_scopes_say(
         assert reply.json()["error"]["message"] == "This request needs the scope submit; the key has read."
 
 
-def test_what_a_key_submits_is_recorded_under_it(api: TestClient, database: Database) -> None:
+def test_jobs_and_files_belong_to_the_key_that_created_them(api: TestClient, database: Database) -> None:
     key = a_key(database)
     api.post("/v1/jobs", json=A_JOB, headers=key)
     with database.read() as session:
@@ -125,9 +125,7 @@ def test_what_a_key_submits_is_recorded_under_it(api: TestClient, database: Data
         assert owner == session.scalar(select(ApiKey.id))
 
 
-def test_another_key_s_job_is_as_if_it_were_not_there_and_an_admin_sees_all(
-    api: TestClient, database: Database
-) -> None:
+def test_jobs_of_other_keys_are_not_found_and_an_admin_sees_all(api: TestClient, database: Database) -> None:
     mine, theirs, admin = a_key(database), a_key(database), a_key(database, Scope.ADMIN)
     job = api.post("/v1/jobs", json=A_JOB, headers=mine).json()["id"]
     calls = [("GET", ""), ("GET", "/outputs"), ("GET", "/stats"), ("GET", "/events"), ("POST", "/cancel")]
@@ -147,7 +145,7 @@ def test_two_keys_may_use_the_same_idempotency_key(api: TestClient, database: Da
     assert one["id"] != other["id"]
 
 
-def test_who_can_read_the_data_directory_needs_no_other_key(api: TestClient, database: Database) -> None:
+def test_the_local_key_of_the_data_directory_is_accepted(api: TestClient, database: Database) -> None:
     a_key(database)
     assert api.post("/v1/jobs", json=A_JOB, headers={"authorization": "Bearer sk-basic-local-1"}).status_code == 200
 
@@ -160,14 +158,14 @@ def refused_for_now(reply: Any, code: str = "rate_limit_exceeded") -> str:
     return str(error["message"])
 
 
-def test_calls_beyond_the_minute_s_share_are_told_when_to_come_back(api: TestClient, database: Database) -> None:
+def test_requests_over_the_rate_limit_get_a_retry_after(api: TestClient, database: Database) -> None:
     key, other = a_key(database, requests_per_minute=3), a_key(database, requests_per_minute=3)
     assert [api.get("/v1/models", headers=key).status_code for _ in range(3)] == [200] * 3
     assert refused_for_now(api.get("/v1/models", headers=key)) == "The limit of this key is 3 requests per minute."
     assert api.get("/v1/models", headers=other).status_code == 200
 
 
-def test_a_key_has_so_many_requests_in_the_queue_and_a_repeat_is_none(api: TestClient, database: Database) -> None:
+def test_queued_requests_are_limited_per_key_and_a_repeat_does_not_count(api: TestClient, database: Database) -> None:
     key = a_key(database, requests_queued=3)
     first = {"idempotency-key": "first"}
     job = api.post("/v1/jobs", json={"requests": ["a", "b"]}, headers=key | first).json()
@@ -181,7 +179,7 @@ def test_a_key_has_so_many_requests_in_the_queue_and_a_repeat_is_none(api: TestC
     assert api.post("/v1/jobs", json={"requests": ["a", "b"]}, headers=key).status_code == 200
 
 
-def test_tokens_in_the_queue_are_those_that_may_come_of_it(api: TestClient, database: Database) -> None:
+def test_queued_tokens_are_counted_by_max_tokens(api: TestClient, database: Database) -> None:
     key = a_key(database, tokens_queued=1000)
     work = {"requests": ["Hello"] * 2, "max_tokens": 100, "n": 4}
     assert api.post("/v1/jobs", json=work, headers=key).status_code == 200
@@ -190,7 +188,7 @@ def test_tokens_in_the_queue_are_those_that_may_come_of_it(api: TestClient, data
     refused_for_now(api.post("/v1/jobs", json={"requests": ["x"], "max_tokens": 2**31 - 1, "n": 128}, headers=bomb))
 
 
-def test_a_full_queue_takes_nothing_from_anybody(settings: JobsSettings, database: Database) -> None:
+def test_a_full_queue_rejects_every_key(settings: JobsSettings, database: Database) -> None:
     full = settings.model_copy(update={"max_requests_queued": 1})
     with TestClient(make_api(full, database, lambda job_id, model: None)) as api:
         assert api.post("/v1/jobs", json=A_JOB).status_code == 200
@@ -198,7 +196,7 @@ def test_a_full_queue_takes_nothing_from_anybody(settings: JobsSettings, databas
     assert message == "With this job 2 requests would wait, and the service takes 1 at once."
 
 
-def test_wrong_keys_are_slowed_down_and_right_ones_from_the_same_place_are_not(
+def test_wrong_keys_are_rate_limited_and_valid_ones_from_the_same_address_are_not(
     api: TestClient, database: Database
 ) -> None:
     key = a_key(database)
@@ -207,7 +205,7 @@ def test_wrong_keys_are_slowed_down_and_right_ones_from_the_same_place_are_not(
     assert api.get("/v1/models", headers=key).status_code == 200
 
 
-def test_a_minute_is_one_that_slides_and_strangers_are_forgotten() -> None:
+def test_the_rate_window_slides_and_old_names_are_forgotten() -> None:
     now = [0.0]
     rates = RateLimiter(lambda: now[0])
     assert rates.hit("a", 2) == 0
@@ -220,7 +218,7 @@ def test_a_minute_is_one_that_slides_and_strangers_are_forgotten() -> None:
     assert len(rates._times) == 10_000
 
 
-def test_streams_are_limited_in_all_and_for_each_key() -> None:
+def test_streams_are_limited_in_total_and_per_key() -> None:
     streams = StreamLimits(max_open=3, max_per_key=2)
     with streams.slot("a"), streams.slot("a"):
         with pytest.raises(LimitReached, match="limit of this key is 2 open"), streams.slot("a"):
@@ -232,20 +230,18 @@ def test_streams_are_limited_in_all_and_for_each_key() -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
-def test_without_a_key_the_shim_refuses_to_listen_to_others(settings: JobsSettings, host: str) -> None:
+def test_without_a_key_the_api_server_refuses_to_listen_on_other_addresses(settings: JobsSettings, host: str) -> None:
     schema.upgrade(settings.resolved_database_url)
     with pytest.raises(SetupError, match=r"no API key.*basic keys create"):
         serve(settings.model_copy(update={"api_host": host}))
 
 
-def test_where_others_can_come_a_key_is_needed_even_if_none_was_found(
-    settings: JobsSettings, database: Database
-) -> None:
+def test_on_a_public_address_a_key_is_needed_even_if_none_exists(settings: JobsSettings, database: Database) -> None:
     with TestClient(make_api(settings, database, authenticator=Authenticator(database, keyless=False))) as api:
         assert api.get("/v1/jobs").status_code == 401
 
 
-def test_a_key_that_sees_all_jobs_can_ask_for_its_own(api: TestClient, database: Database) -> None:
+def test_an_admin_key_can_list_only_its_own_jobs(api: TestClient, database: Database) -> None:
     theirs, ours = a_key(database), a_key(database, Scope.ADMIN)
     local = {"authorization": "Bearer sk-basic-local-1"}
     ids = [api.post("/v1/jobs", json=A_JOB, headers=headers).json()["id"] for headers in (ours, local, theirs)]
@@ -255,7 +251,7 @@ def test_a_key_that_sees_all_jobs_can_ask_for_its_own(api: TestClient, database:
     assert len(api.get("/v1/jobs", headers=ours).json()["data"]) == 3
 
 
-def test_an_open_page_asks_for_its_key_without_using_up_its_calls(database: Database) -> None:
+def test_revalidating_a_key_does_not_count_against_its_rate_limit(database: Database) -> None:
     authorization = a_key(database, requests_per_minute=1)["authorization"]
     key = authorization.removeprefix("Bearer ")
     authenticator = Authenticator(database, local_key="sk-basic-local-1")

@@ -59,7 +59,7 @@ class World:
             return leases.claim(session, "w", "tiny", limit, 30.0)
 
     def answer(self, *claims: Claim, texts: tuple[str, ...] = ("Paris.",)) -> None:
-        """Do what a worker does: one choice for each text."""
+        """Play the worker: write one choice per text."""
         choices = [
             a_finished_choice(text, choice_index=n, last_seq=2, first_of_prompt=n == 0) for n, text in enumerate(texts)
         ]
@@ -76,7 +76,7 @@ class World:
             session.execute(update(Job).where(Job.id == batch_id).values(expires_at=1.0))
 
     def end_what_is_cancelled(self) -> None:
-        """Do the reconciler's part."""
+        """Run the reconciler's part."""
         more = True
         while more:
             with self.database.write() as session:
@@ -103,7 +103,7 @@ def world(settings: JobsSettings, database: Database) -> Iterator[World]:
         yield World(settings, database, api)
 
 
-def test_a_batch_goes_from_file_to_files_and_tells_each_stage(world: World) -> None:
+def test_a_batch_goes_from_input_file_to_output_files_and_reports_each_status(world: World) -> None:
     names = ["a", "ü\u2028", "bad", "refused"]
     lines = [a_line(name, body={"temperature": -1} if name == "bad" else {"stream": True}) for name in names]
     batch = a_batch(world.client, lines, metadata={"team": "ä"})
@@ -190,7 +190,7 @@ BAD_FILES: list[tuple[list[Any], list[tuple[str, int | None, str | None]]]] = [
 
 
 @pytest.mark.parametrize(("lines", "found"), BAD_FILES)
-def test_a_file_that_is_no_batch_fails_as_a_whole_with_its_bad_lines(
+def test_an_invalid_input_file_fails_the_batch_naming_its_bad_lines(
     world: World, lines: list[Any], found: list[tuple[str, int | None, str | None]]
 ) -> None:
     batch = a_batch(world.client, lines)
@@ -209,7 +209,7 @@ def test_a_file_that_is_no_batch_fails_as_a_whole_with_its_bad_lines(
 
 
 def broken(line: dict[str, Any], old: str, new: str) -> bytes:
-    """A line with a part of its text replaced; Latin-1 stands for bytes that are no UTF-8."""
+    """A line with part of its text replaced; Latin-1 encodes bytes that are not UTF-8."""
     text = json.dumps(line)
     assert old in text
     return text.replace(old, new).encode("latin-1")
@@ -281,8 +281,8 @@ def test_one_bad_line_fails_alone_and_its_id_survives(world: World, number: int,
     assert failed["response"]["body"]["error"]["message"].startswith(f"line {place + 1}")
 
 
-def test_ids_that_look_like_ours_stay_with_their_lines(world: World) -> None:
-    """Each id names one line, whichever lines are bad."""
+def test_custom_ids_that_look_like_generated_ones_stay_with_their_lines(world: World) -> None:
+    """Each id names one line, regardless of which lines are invalid."""
     given = ["request-1", None, "request-3", 7, "7", None, "request-5-unnamed", "request-5"]
     lines = [json.dumps(a_line() | {"custom_id": name}) for name in given]
     batch = a_batch(world.client, [*lines, '{"custom_id": "request-3", "x": NaN}', '{"custom_id": "broken", "x": NaN}'])
@@ -308,7 +308,7 @@ def test_ids_that_look_like_ours_stay_with_their_lines(world: World) -> None:
         json.dumps(a_line("b")) + "\x1a",
     ],
 )
-def test_what_a_person_does_not_see_is_no_bad_line(world: World, line: str) -> None:
+def test_invisible_differences_do_not_make_a_line_invalid(world: World, line: str) -> None:
     batch = a_batch(world.client, [GOOD, line])
     world.work()
     assert world.read(batch.id).request_counts.failed == 0
@@ -324,7 +324,7 @@ def test_what_a_person_does_not_see_is_no_bad_line(world: World, line: str) -> N
         {"url": f"{CHAT}?api-version=2024-10-21"},
     ],
 )
-def test_the_endpoint_may_be_spelt_as_other_services_spell_it(world: World, changes: dict[str, str]) -> None:
+def test_endpoint_spellings_of_other_services_are_accepted(world: World, changes: dict[str, str]) -> None:
     batch = a_batch(world.client, [GOOD | changes])
     world.work()
     assert world.read(batch.id).request_counts.to_dict() == {"total": 1, "completed": 0, "failed": 0}
@@ -346,7 +346,7 @@ PRETTY = json.dumps([GOOD, GOOD], indent=2)
         (b"id,prompt\n1,hi\n2,yo\n", "CSV"),
     ],
 )
-def test_a_file_that_is_something_else_says_so_once(world: World, content: bytes, said: str) -> None:
+def test_a_file_that_is_not_json_lines_gets_one_error(world: World, content: bytes, said: str) -> None:
     file = uploaded(world.client, content)
     batch = world.client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
     world.work()
@@ -355,7 +355,7 @@ def test_a_file_that_is_something_else_says_so_once(world: World, content: bytes
     assert said in error.message
 
 
-def test_lists_take_an_order_a_status_and_an_empty_place(world: World) -> None:
+def test_lists_accept_order_status_and_an_empty_after(world: World) -> None:
     ids = [a_batch(world.client, [GOOD]).id, a_batch(world.client, ["nope"]).id]
     world.work()
 
@@ -367,30 +367,30 @@ def test_lists_take_an_order_a_status_and_an_empty_place(world: World) -> None:
     assert world.api.get("/v1/batches?order=up").json()["error"]["param"] == "order"
 
 
-def test_no_more_errors_are_told_than_a_person_reads(world: World) -> None:
+def test_the_number_of_reported_errors_is_limited(world: World) -> None:
     batch = a_batch(world.client, ["nope"] * 150)
     world.work()
     errors = world.read(batch.id).errors.data
     assert [error.line for error in errors] == list(range(1, 101))
 
 
-def test_a_good_line_behind_many_bad_ones_is_answered(world: World) -> None:
+def test_a_valid_line_after_many_invalid_ones_is_processed(world: World) -> None:
     batch = a_batch(world.client, ["nope"] * 150 + [GOOD])
     world.work()
     assert world.read(batch.id).request_counts.to_dict() == {"total": 151, "completed": 0, "failed": 150}
 
 
-def test_lines_may_end_as_windows_ends_them_and_begin_with_a_mark(world: World) -> None:
+def test_windows_line_ends_and_a_byte_order_mark_are_accepted(world: World) -> None:
     content = b"\xef\xbb\xbf" + as_jsonl([a_line("a"), a_line("b")]).replace(b"\n", b"\r\n").rstrip() + b"\r\n\r\n"
     file = uploaded(world.client, content)
     batch = world.client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="7d")  # type: ignore[arg-type]
     assert (batch.completion_window, batch.expires_at) == ("7d", batch.created_at + 7 * 86_400)
-    world.client.files.delete(file.id)  # the batch goes on
+    world.client.files.delete(file.id)  # the batch continues
     world.work()
     assert world.read(batch.id).request_counts.total == 2
 
 
-def test_cancelling_delivers_what_is_done_and_names_the_rest(world: World) -> None:
+def test_cancelling_delivers_finished_requests_and_lists_the_rest_as_errors(world: World) -> None:
     batch = a_batch(world.client, [a_line(name) for name in "abc"])
     world.work()
     world.answer(*world.claim(1))
@@ -414,7 +414,7 @@ def test_cancelling_delivers_what_is_done_and_names_the_rest(world: World) -> No
     assert world.client.batches.cancel(batch.id) == batch
 
 
-def test_a_batch_that_is_cancelled_while_it_is_read_still_answers_every_line(world: World) -> None:
+def test_a_batch_cancelled_during_validation_still_answers_every_line(world: World) -> None:
     batch = a_batch(world.client, [a_line("a"), a_line("b", body={"n": 0})])
     assert world.client.batches.cancel(batch.id).status == "cancelling"
     world.work()
@@ -429,7 +429,7 @@ def test_a_batch_that_is_cancelled_while_it_is_read_still_answers_every_line(wor
 
 
 @pytest.mark.parametrize("started", [False, True])
-def test_a_batch_whose_window_is_over_delivers_what_is_done(world: World, started: bool) -> None:
+def test_an_expired_batch_delivers_its_finished_requests(world: World, started: bool) -> None:
     batch = a_batch(world.client, [a_line(name) for name in "abc"])
     if started:
         world.work()
@@ -447,10 +447,10 @@ def test_a_batch_whose_window_is_over_delivers_what_is_done(world: World, starte
     assert {line["error"]["code"] for line in errors} == {"batch_expired"}
 
 
-def test_a_clerk_that_dies_leaves_the_batch_to_the_next_and_writes_nothing_any_more(
+def test_a_processor_that_dies_leaves_the_batch_to_the_next_and_writes_nothing_more(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also in the midst of the requests, and of the files: none is there twice, and none shows before all are there."""
+    """Also while it stores requests or output files: none exists twice, and none is visible before all exist."""
     batch = a_batch(world.client, [a_line(f"{n}", body={"n": 0 if n % 500 == 0 else 1}) for n in range(1_500)])
     dying = world.another_processor(lease_s=-1.0)
     with world.database.write() as session:
@@ -491,7 +491,7 @@ def _die(*_args: object, **_fields: object) -> None:
     raise _Killed
 
 
-def test_a_clerk_that_is_stopped_gives_its_batch_back(world: World) -> None:
+def test_a_stopped_processor_releases_its_batch(world: World) -> None:
     batch = a_batch(world.client, [GOOD])
     leaving = BatchFileProcessor(world.database, world.settings, lambda *_: None, lambda _: None, threading.Event())
     leaving.stop.set()
@@ -525,7 +525,7 @@ def test_a_batch_asks_for_a_comparison_with_plain_decoding(world: World) -> None
     assert comparison.requests_asked == 20
 
 
-def test_the_same_key_and_order_give_the_same_batch(world: World) -> None:
+def test_the_same_idempotency_key_and_body_give_the_same_batch(world: World) -> None:
     order = {"input_file_id": uploaded(world.client, b"x").id, "endpoint": CHAT, "completion_window": "24h"}
     key = {"idempotency-key": "k"}
     first, again = (world.api.post("/v1/batches", json=order, headers=key).json()["id"] for _ in range(2))
@@ -555,7 +555,7 @@ def test_the_same_key_and_order_give_the_same_batch(world: World) -> None:
         ({"windows": "24h"}, 400, "unknown_parameter", "windows"),
     ],
 )
-def test_a_bad_order_is_refused_at_once(
+def test_an_invalid_batch_request_is_rejected_at_once(
     world: World, fields: dict[str, Any], status: int, code: str | None, param: str
 ) -> None:
     order = {"input_file_id": uploaded(world.client, b"x").id, "endpoint": CHAT, "completion_window": "24h"}
@@ -565,7 +565,7 @@ def test_a_bad_order_is_refused_at_once(
     assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", code, param)
 
 
-def test_an_output_file_may_not_serve_as_input(world: World) -> None:
+def test_an_output_file_is_rejected_as_input(world: World) -> None:
     batch = a_batch(world.client, [GOOD], output_expires_after={"anchor": "created_at", "seconds": 3600})
     world.work()
     world.answer(*world.claim())
@@ -576,7 +576,7 @@ def test_an_output_file_may_not_serve_as_input(world: World) -> None:
         world.client.batches.create(input_file_id=output.id, endpoint=CHAT, completion_window="24h")
 
 
-def test_the_document_shows_replies_as_they_are(world: World) -> None:
+def test_the_openapi_examples_keep_null_fields(world: World) -> None:
     paths = world.api.get("/openapi.json").json()["paths"]
 
     def example(path: str, method: str) -> Any:

@@ -1,4 +1,4 @@
-"""Single requests that somebody waits for, with a worker that answers before the doorbell has stopped ringing."""
+"""Chat and text completions, with a worker that answers as soon as it is notified."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Serve = Callable[..., TestClient]
 
 @pytest.fixture
 def serve(settings: JobsSettings, database: Database) -> Iterator[Serve]:
-    """Start a shim whose doorbell is the given function of the database."""
+    """Start an API server that calls `work` with the database in place of a notification."""
     clients: list[TestClient] = []
 
     def start(work: Callable[[Database], None] = answer_all, **changes: Any) -> TestClient:
@@ -62,12 +62,12 @@ def test_a_chat_is_answered_in_openai_s_shape(serve: Serve) -> None:
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
-def test_a_prompt_is_gone_on_with_in_openai_s_shape(serve: Serve) -> None:
+def test_a_prompt_is_completed_in_openai_s_shape(serve: Serve) -> None:
     answer = Completion.model_validate(serve().post(COMPLETIONS_ENDPOINT, json=PROMPT).json())
     assert (answer.object, answer.choices[0].text) == ("text_completion", "Paris.")
 
 
-def test_a_stream_begins_with_the_role_and_ends_with_the_reason_and_the_usage(serve: Serve) -> None:
+def test_a_stream_starts_with_the_role_and_ends_with_finish_reason_and_usage(serve: Serve) -> None:
     body = CHAT | {"stream": True, "stream_options": {"include_usage": True}}
     told = [ChatCompletionChunk.model_validate(chunk) for chunk in chunks(serve().post(CHAT_ENDPOINT, json=body))]
     *said, usage = told
@@ -86,7 +86,7 @@ def with_logprobs(database: Database) -> None:
     answer_all(database, logprobs=(token.stored(), end.stored()))
 
 
-def test_a_chat_tells_logprobs_if_asked_also_at_the_end_of_a_stream(serve: Serve) -> None:
+def test_a_chat_returns_logprobs_on_request_also_at_the_end_of_a_stream(serve: Serve) -> None:
     body = CHAT | {"logprobs": True, "top_logprobs": 1}
     api = serve(with_logprobs)
     told = ChatCompletion.model_validate(api.post(CHAT_ENDPOINT, json=body).json()).choices[0].logprobs
@@ -104,7 +104,7 @@ def test_a_chat_tells_logprobs_if_asked_also_at_the_end_of_a_stream(serve: Serve
     assert [t for part in streamed if part for t in part.content or []] == told.content
 
 
-def test_a_completion_tells_logprobs_if_asked(serve: Serve) -> None:
+def test_a_completion_returns_logprobs_on_request(serve: Serve) -> None:
     answer = Completion.model_validate(
         serve(with_logprobs).post(COMPLETIONS_ENDPOINT, json=PROMPT | {"logprobs": 1}).json()
     )
@@ -114,16 +114,14 @@ def test_a_completion_tells_logprobs_if_asked(serve: Serve) -> None:
     assert told.top_logprobs == [{"Rome.": -0.2, "Paris.": -0.25}, {"<eos>": -0.5}]
 
 
-def test_a_stream_of_text_has_no_roles_and_no_usage_unless_asked(serve: Serve) -> None:
+def test_a_completion_stream_has_no_roles_and_no_usage_unless_requested(serve: Serve) -> None:
     told = chunks(serve().post(COMPLETIONS_ENDPOINT, json=PROMPT | {"stream": True}))
     assert "".join(chunk["choices"][0]["text"] for chunk in told) == "Paris."
     assert told[-1]["choices"][0]["finish_reason"] == "stop"
     assert all("usage" not in chunk for chunk in told)
 
 
-def test_a_call_is_a_job_that_is_listed_only_if_asked_for_and_belongs_to_its_key(
-    serve: Serve, database: Database
-) -> None:
+def test_a_call_is_a_job_of_its_key_that_is_listed_only_with_interactive(serve: Serve, database: Database) -> None:
     api = serve()
     key = a_key(database)
     answer = api.post(CHAT_ENDPOINT, json=CHAT, headers=key).json()
@@ -165,7 +163,7 @@ def test_a_bad_call_is_refused_and_leaves_no_job(
 
 
 def refuse(database: Database) -> None:
-    """Do what a worker does with a prompt that is too long for it."""
+    """Play a worker that rejects a prompt that is too long."""
     with database.write() as session:
         (claim,) = leases.claim(session, "w", "tiny", 1, 30.0)
     with database.write() as session:
@@ -174,7 +172,7 @@ def refuse(database: Database) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_the_worker_refuses_has_its_own_status_streamed_or_not(serve: Serve, stream: bool) -> None:
+def test_a_rejection_by_the_worker_sets_the_status_streamed_or_not(serve: Serve, stream: bool) -> None:
     reply = serve(refuse).post(CHAT_ENDPOINT, json=CHAT | {"stream": stream})
     assert reply.status_code == 400
     assert reply.json()["error"]["code"] == "context_length_exceeded"
@@ -182,9 +180,7 @@ def test_what_the_worker_refuses_has_its_own_status_streamed_or_not(serve: Serve
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_that_takes_too_long_is_cancelled_and_said_to_be_late(
-    serve: Serve, database: Database, stream: bool
-) -> None:
+def test_an_answer_that_takes_too_long_is_cancelled_with_504(serve: Serve, database: Database, stream: bool) -> None:
     cancelled = threading.Event()
     real = writes.request_cancel
 
@@ -202,7 +198,7 @@ def test_an_answer_that_takes_too_long_is_cancelled_and_said_to_be_late(
         assert cancelled.wait(10)
 
 
-def test_without_a_worker_nobody_waits(settings: JobsSettings, database: Database) -> None:
+def test_without_a_worker_a_call_gets_503_at_once(settings: JobsSettings, database: Database) -> None:
     with TestClient(make_api(settings, database, lambda job_id, model: None)) as api:
         reply = api.post(CHAT_ENDPOINT, json=CHAT)
     assert reply.status_code == 503

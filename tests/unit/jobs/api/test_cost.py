@@ -1,4 +1,4 @@
-"""What calls that come thousands of times cost the record: statements are counted, for times depend on the machine."""
+"""Database cost of frequent calls: count statements, for times depend on the machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.unit.jobs.api.test_routes import submitted
 
 @contextmanager
 def statements(database: Database) -> Iterator[list[str]]:
-    """Yield what the database is asked meanwhile."""
+    """Yield the list of statements that are executed in the block."""
     asked: list[str] = []
 
     def note(connection: Any, cursor: Any, statement: str, *others: Any) -> None:
@@ -39,9 +39,7 @@ def api(settings: JobsSettings, database: Database) -> TestClient:
     return TestClient(make_api(settings, database, lambda job_id, model: None))
 
 
-def test_a_status_call_asks_who_is_calling_and_for_the_job_and_nothing_else(
-    api: TestClient, database: Database
-) -> None:
+def test_a_status_call_reads_the_key_and_the_job_and_nothing_else(api: TestClient, database: Database) -> None:
     job = submitted(api)["id"]
     with statements(database) as asked:
         assert api.get(f"/v1/jobs/{job}").status_code == 200
@@ -52,7 +50,7 @@ def test_a_status_call_asks_who_is_calling_and_for_the_job_and_nothing_else(
     assert len(asked) == 2, asked
 
 
-def test_a_small_job_is_recorded_in_two_inserts_and_looks_for_no_end(api: TestClient, database: Database) -> None:
+def test_a_small_job_takes_two_inserts_and_no_update(api: TestClient, database: Database) -> None:
     submitted(api)
     with statements(database) as asked:
         submitted(api, "Hello", "Bye")
@@ -61,12 +59,12 @@ def test_a_small_job_is_recorded_in_two_inserts_and_looks_for_no_end(api: TestCl
     assert len(asked) <= 6, asked
 
 
-def test_a_job_of_refused_requests_alone_still_ends_at_once(api: TestClient) -> None:
+def test_a_job_of_rejected_requests_ends_at_once(api: TestClient) -> None:
     job = submitted(api, {"prompt": "Hello", "temperature": -1})
     assert (job["status"], job["request_counts"]) == ("completed", {"total": 1, "completed": 0, "failed": 1})
 
 
-def test_waiting_requests_are_not_counted_again_while_half_of_the_room_is_free() -> None:
+def test_queued_requests_are_not_recounted_while_the_queue_is_half_empty() -> None:
     now = 0.0
     depth = QueueDepth(lambda: now)
     assert not depth.reserve(1, 100), "nothing is known yet"

@@ -1,4 +1,4 @@
-"""What grows with its input is not done on the event loop: it would hold up everybody else."""
+"""Work that grows with its input runs in threads: on the event loop it would block all other requests."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def api(settings: JobsSettings, database: Database) -> TestClient:
 
 
 def on_loop(call: Callable[..., Any], found: list[bool]) -> Callable[..., Any]:
-    """Return the call, which notes whether the event loop waits for it."""
+    """Wrap a function to record whether it runs on the event loop."""
 
     def noted(*arguments: Any, **fields: Any) -> Any:
         try:
@@ -47,7 +47,7 @@ def on_loop(call: Callable[..., Any], found: list[bool]) -> Callable[..., Any]:
     return noted
 
 
-def test_a_large_body_is_hashed_and_kept_in_a_thread(api: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_body_is_hashed_and_stored_in_a_thread(api: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[bool] = []
     monkeypatch.setattr(Body, "add", on_loop(Body.add, found))
     body = b'"Hello"\n' + b" " * (4 * SMALL_BYTES) + b"\n"

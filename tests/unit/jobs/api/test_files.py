@@ -1,4 +1,4 @@
-"""Files through the real `openai` client, and what it does not send by hand."""
+"""Files through the real `openai` client, and by hand what that client never sends."""
 
 from __future__ import annotations
 
@@ -44,18 +44,18 @@ def chunks_in(database: Database) -> int:
 
 
 @pytest.mark.parametrize("content", [b"", b"x", ODD_BYTES, bytes(range(256)) * 10_000, b"\r\n--" * 5000])
-def test_bytes_come_back_as_they_were_sent(client: OpenAI, content: bytes) -> None:
+def test_a_file_downloads_as_it_was_uploaded(client: OpenAI, content: bytes) -> None:
     file = uploaded(client, content)
     assert (file.bytes, file.status, file.purpose) == (len(content), "processed", "batch")
     assert client.files.content(file.id).read() == content
 
 
-def test_a_large_file_lies_in_chunks(client: OpenAI, database: Database) -> None:
+def test_a_large_file_is_stored_in_chunks(client: OpenAI, database: Database) -> None:
     uploaded(client, b"x" * (2 * files.CHUNK_BYTES + 1))
     assert chunks_in(database) == 3
 
 
-def test_fields_may_stand_behind_the_file(api: TestClient) -> None:
+def test_fields_may_follow_the_file(api: TestClient) -> None:
     form = (
         b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n{}\n\r\n'
         b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--b--\r\n'
@@ -68,11 +68,11 @@ def test_fields_may_stand_behind_the_file(api: TestClient) -> None:
     ("name", "kept"),
     [("α β.jsonl", "α β.jsonl"), ("../../etc/passwd", "passwd"), ("C:\\x\\y.jsonl", "y.jsonl"), ("/", "file")],
 )
-def test_a_filename_is_a_name_and_no_path(client: OpenAI, name: str, kept: str) -> None:
+def test_a_filename_is_stored_without_its_path(client: OpenAI, name: str, kept: str) -> None:
     assert uploaded(client, b"x", name).filename == kept
 
 
-def test_a_file_expires_when_it_was_asked_to(client: OpenAI, database: Database) -> None:
+def test_a_file_expires_after_the_requested_time(client: OpenAI, database: Database) -> None:
     file = client.files.create(file=b"x", purpose="batch", expires_after={"anchor": "created_at", "seconds": 3600})
     assert checked(file).expires_at == file.created_at + 3600
     other = uploaded(client, b"y")
@@ -86,7 +86,7 @@ def test_a_file_expires_when_it_was_asked_to(client: OpenAI, database: Database)
     assert chunks_in(database) == 1
 
 
-def test_a_deleted_file_is_gone_and_its_bytes_with_it(client: OpenAI, database: Database) -> None:
+def test_a_deleted_file_is_gone_with_its_bytes(client: OpenAI, database: Database) -> None:
     file = uploaded(client, b"x")
     deleted = checked(client.files.delete(file.id))
     assert (deleted.id, deleted.deleted) == (file.id, True)
@@ -100,7 +100,7 @@ def test_a_deleted_file_is_gone_and_its_bytes_with_it(client: OpenAI, database: 
     assert chunks_in(database) == 0
 
 
-def test_pages_go_on_behind_a_file_that_was_deleted_and_are_not_shifted_by_new_ones(client: OpenAI) -> None:
+def test_pages_continue_after_a_deleted_file_and_are_not_shifted_by_new_ones(client: OpenAI) -> None:
     ids = [uploaded(client, b"x").id for _ in range(5)][::-1]
     first = client.files.list(limit=2)
     assert [file.id for file in first.data] == ids[:2]
@@ -112,7 +112,7 @@ def test_pages_go_on_behind_a_file_that_was_deleted_and_are_not_shifted_by_new_o
     assert list(client.files.list(purpose="batch_output")) == []
 
 
-def test_files_are_seen_by_those_who_sent_them(settings: JobsSettings, database: Database) -> None:
+def test_a_file_is_visible_to_its_owner_only(settings: JobsSettings, database: Database) -> None:
     app = make_api(settings, database, lambda *_: None)
     with TestClient(app) as api:
         client = openai_on(api)
@@ -137,7 +137,7 @@ def test_files_are_seen_by_those_who_sent_them(settings: JobsSettings, database:
         ({"expires_after": '{"anchor": "created_at", "seconds": 7200}'}, 7_200),
     ],
 )
-def test_an_upload_may_bring_what_gateways_and_curl_send(
+def test_fields_that_gateways_and_curl_add_to_an_upload_are_accepted(
     api: TestClient, form: dict[str, str], expires_after_s: int
 ) -> None:
     reply = api.post("/v1/files", data={"purpose": "batch"} | form, files={"file": ("a.jsonl", b"{}")})
@@ -146,14 +146,14 @@ def test_an_upload_may_bring_what_gateways_and_curl_send(
 
 
 @pytest.mark.parametrize("said", ["7200", "{", "[" * 500, '{"anchor": "created_at", "seconds": 60}'])
-def test_an_expiry_that_is_none_is_refused_by_its_name(api: TestClient, said: str) -> None:
+def test_an_invalid_expiry_is_rejected_naming_the_field(api: TestClient, said: str) -> None:
     form = {"purpose": "batch", "expires_after": said}
     reply = api.post("/v1/files", data=form, files={"file": ("a.jsonl", b"{}")})
     assert reply.status_code == 400
     assert reply.json()["error"]["param"].startswith("expires_after")
 
 
-def test_a_file_without_a_name_is_taken(api: TestClient) -> None:
+def test_a_file_without_a_name_is_accepted(api: TestClient) -> None:
     form = (
         b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
         b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\n{}\r\n--b--\r\n'
@@ -202,7 +202,7 @@ BAD_UPLOADS: list[tuple[dict[str, Any], int, str | None, str | None]] = [
 
 
 @pytest.mark.parametrize(("call", "status", "code", "param"), BAD_UPLOADS)
-def test_a_bad_upload_is_refused_and_leaves_nothing(
+def test_an_invalid_upload_is_rejected_and_stores_nothing(
     api: TestClient, database: Database, call: dict[str, Any], status: int, code: str | None, param: str | None
 ) -> None:
     reply = api.post("/v1/files", **call)
@@ -226,7 +226,7 @@ def test_a_bad_upload_is_refused_and_leaves_nothing(
         ("PUT", "/v1/files", 405),
     ],
 )
-def test_what_is_not_there_is_answered_with_the_envelope(api: TestClient, method: str, path: str, status: int) -> None:
+def test_an_unknown_file_gets_the_error_object(api: TestClient, method: str, path: str, status: int) -> None:
     reply = api.request(method, path)
     assert reply.status_code == status, reply.text
     assert reply.json()["error"].keys() == {"message", "type", "param", "code"}

@@ -1,4 +1,4 @@
-"""By which names the service may be called, and what a page of another site may do with it."""
+"""Host checks and cross-site requests."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def api(settings: JobsSettings, database: Database) -> Iterator[TestClient]:
 
 
 @pytest.mark.parametrize("path", ["/v1/jobs", "/v1/models", "/metrics", "/readyz", "/healthz", "/openapi.json", "/"])
-def test_a_name_that_was_bound_to_our_address_reads_nothing(api: TestClient, path: str) -> None:
+def test_a_rebound_host_name_is_rejected(api: TestClient, path: str) -> None:
     reply = api.get(path, headers={"host": "rebound.example:8000"})
     assert reply.status_code == 421
     assert reply.json()["error"]["code"] == "host_not_served"
@@ -59,7 +59,7 @@ def test_a_name_that_was_bound_to_our_address_reads_nothing(api: TestClient, pat
         *("[::1]:8000", "[::1]", "[::ffff:127.0.0.1]"),
     ],
 )
-def test_a_service_on_loopback_answers_to_the_names_of_loopback(api: TestClient, host: str) -> None:
+def test_on_loopback_the_loopback_names_are_accepted(api: TestClient, host: str) -> None:
     assert api.get("/v1/jobs", headers={"host": host}).status_code == 200
 
 
@@ -70,11 +70,11 @@ def test_a_service_on_loopback_answers_to_the_names_of_loopback(api: TestClient,
         *("127.0.0.1@evil.example", "0.0.0.0:8000", ":8000", "[::2]:8000", "[127.0.0.1", "localhost:8000:1", "a b"),
     ],
 )
-def test_it_answers_to_nothing_that_only_looks_like_them(api: TestClient, host: str) -> None:
+def test_similar_host_names_are_rejected(api: TestClient, host: str) -> None:
     assert api.get("/v1/jobs", headers={"host": host}).status_code == 421
 
 
-def test_a_service_on_every_address_answers_to_addresses_and_the_name_of_its_machine_but_to_no_other_name(
+def test_on_all_addresses_any_ip_address_and_the_hostname_are_accepted_and_no_other_name(
     settings: JobsSettings, database: Database
 ) -> None:
     with a_client(settings, database, api_host="0.0.0.0") as api:
@@ -83,7 +83,7 @@ def test_a_service_on_every_address_answers_to_addresses_and_the_name_of_its_mac
         assert api.get("/healthz", headers={"host": "evil.example"}).status_code == 421
 
 
-def test_a_service_on_one_address_answers_to_that_one(settings: JobsSettings, database: Database) -> None:
+def test_on_one_address_that_address_is_accepted(settings: JobsSettings, database: Database) -> None:
     with a_client(settings, database, api_host="192.0.2.7") as api:
         assert api.get("/healthz", headers={"host": "192.0.2.7:8000"}).status_code == 200
         assert api.get("/healthz", headers={"host": "192.0.2.8:8000"}).status_code == 421
@@ -104,7 +104,7 @@ def test_a_service_on_one_address_answers_to_that_one(settings: JobsSettings, da
         ("*", "anything.example", 200),
     ],
 )
-def test_a_name_of_the_setting_is_answered_to(
+def test_a_configured_name_is_accepted(
     settings: JobsSettings, database: Database, names: str, host: str, status: int
 ) -> None:
     JobsSettings(api_names=names)  # is taken
@@ -113,7 +113,7 @@ def test_a_name_of_the_setting_is_answered_to(
 
 
 @pytest.mark.parametrize("names", ["https://basic.example.com", "basic.example.com/path", "a b", "a;b", "ex*mple.com"])
-def test_a_name_that_is_none_is_refused_with_how_to_write_one(names: str) -> None:
+def test_a_malformed_name_is_rejected_with_a_hint(names: str) -> None:
     with pytest.raises(ValidationError, match="is not a host name; write names such as"):
         JobsSettings(api_names=names)
 
@@ -135,7 +135,7 @@ FROM_ELSEWHERE = [
 
 
 @pytest.mark.parametrize("headers", FROM_ELSEWHERE)
-def test_a_page_of_another_site_can_do_nothing_without_a_key(api: TestClient, headers: dict[str, str]) -> None:
+def test_cross_site_requests_without_a_key_are_rejected(api: TestClient, headers: dict[str, str]) -> None:
     form = {"files": {"file": ("a.jsonl", b"{}\n"), "purpose": (None, "batch")}}
     calls: list[tuple[str, str, dict[str, Any]]] = [
         ("GET", "/v1/jobs", {}),
@@ -163,7 +163,7 @@ def test_a_page_of_another_site_can_do_nothing_without_a_key(api: TestClient, he
     "kind",
     [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=a", "application/x"],
 )
-def test_json_is_taken_as_json_only(api: TestClient, path: str, kind: str | None) -> None:
+def test_json_needs_the_json_content_type(api: TestClient, path: str, kind: str | None) -> None:
     reply = api.post(
         path, content=b'{"model": "tiny"}', headers=HOME | ({} if kind is None else {"content-type": kind})
     )
@@ -173,7 +173,7 @@ def test_json_is_taken_as_json_only(api: TestClient, path: str, kind: str | None
     assert as_json.status_code == 400
 
 
-def test_a_head_that_says_twice_how_long_its_body_is_is_refused() -> None:
+def test_content_length_with_transfer_encoding_is_rejected() -> None:
     for lengths in (
         b"content-length: 5\r\ntransfer-encoding: chunked",
         b"Transfer-Encoding: chunked\r\nContent-Length: 0",
@@ -184,7 +184,7 @@ def test_a_head_that_says_twice_how_long_its_body_is_is_refused() -> None:
             connection.next_event()
 
 
-def test_a_page_of_another_site_gets_no_socket(api: TestClient) -> None:
+def test_cross_site_websockets_are_rejected(api: TestClient) -> None:
     for refused in ({"origin": EVIL} | HOME, {"host": "rebound.example", "origin": "http://rebound.example"}):
         with pytest.raises(WebSocketDisconnect), api.websocket_connect("/socket", headers=refused):
             pass
@@ -198,27 +198,27 @@ def test_a_page_of_another_site_gets_no_socket(api: TestClient) -> None:
         {},
         {"origin": "http://127.0.0.1:8000"},
         {"sec-fetch-site": "same-origin", "origin": "http://127.0.0.1:8000"},
-        {"sec-fetch-site": "same-origin", "origin": "https://basic.example.com"},  # a proxy that gives its own Host
+        {"sec-fetch-site": "same-origin", "origin": "https://basic.example.com"},  # a proxy that sends its own Host
         {"sec-fetch-site": "none"},
         {"authorization": "Bearer sk-something"},  # the openai client
     ],
 )
-def test_programs_and_the_service_s_own_pages_come_in(api: TestClient, headers: dict[str, str]) -> None:
+def test_programs_and_same_origin_pages_are_accepted(api: TestClient, headers: dict[str, str]) -> None:
     assert api.post("/v1/jobs", json=A_JOB, headers=HOME | headers).status_code == 200
 
 
-def test_a_page_with_a_key_comes_in_from_wherever_it_is(api: TestClient, database: Database) -> None:
+def test_cross_site_requests_with_a_key_are_accepted(api: TestClient, database: Database) -> None:
     key = a_key(database)
     assert api.post("/v1/jobs", json=A_JOB, headers=HOME | key | {"origin": EVIL}).status_code == 200
 
 
-def test_a_link_on_another_site_may_be_followed(api: TestClient) -> None:
+def test_cross_site_navigation_is_accepted(api: TestClient) -> None:
     visit = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
     assert api.get("/v1/jobs", headers=HOME | visit).status_code == 200
     assert api.post("/v1/jobs", headers=HOME | visit).status_code == 403
 
 
-def test_behind_a_proxy_that_gives_its_own_host_pages_of_a_named_host_are_the_service_s_own(
+def test_behind_a_proxy_that_changes_host_pages_of_a_configured_origin_are_same_site(
     settings: JobsSettings, database: Database
 ) -> None:
     with a_client(settings, database, api_names="basic.example.com,other.example.com:8443") as api:

@@ -18,7 +18,7 @@ async def read_all(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 def read(*parts: bytes, headers: dict[str, str] | None = None, idle_s: float = 5.0) -> None:
-    """Send a body in parts to an application that reads it; an empty part is one that never comes."""
+    """Send a body in parts to an application that reads it; an empty part never arrives."""
     waiting = list(parts)
 
     async def receive() -> Message:
@@ -39,27 +39,27 @@ def test_a_body_within_the_limit_passes() -> None:
     read(b"12345", b"67890")
 
 
-def test_a_body_beyond_the_limit_is_not_read_to_its_end() -> None:
+def test_a_body_over_the_limit_is_not_read_to_its_end() -> None:
     with pytest.raises(BodyTooLarge, match="10 bytes"):
         read(b"12345", b"678901", b"")
 
 
-def test_a_declared_length_beyond_the_limit_is_refused_before_anything_is_read() -> None:
+def test_a_declared_length_over_the_limit_is_rejected_before_the_body_is_read() -> None:
     with pytest.raises(BodyTooLarge):
         read(b"", headers={"content-length": "11"})
 
 
-def test_a_body_that_stops_coming_is_given_up() -> None:
+def test_a_stalled_body_times_out() -> None:
     with pytest.raises(BodyTooSlow):
         read(b"1", b"", idle_s=0.01)
 
 
-def test_a_compressed_body_is_refused() -> None:
+def test_a_compressed_body_is_rejected() -> None:
     with pytest.raises(UnsupportedBody):
         read(b"1", headers={"content-encoding": "gzip"})
 
 
-def test_json_log_lines_carry_what_the_call_gave_as_extra() -> None:
+def test_json_log_lines_carry_the_extra_fields() -> None:
     record = logging.makeLogRecord({"msg": "Recorded %s", "args": ("it",), "action": "ingest", "job_id": "batch_1"})
     line = JsonFormatter().format(record)
     assert '"message": "Recorded it"' in line

@@ -28,7 +28,7 @@ LOAD = {
 
 
 class Samples(dict[tuple[str, frozenset[str]], float]):
-    """Samples by name and values of labels, in whatever order."""
+    """Samples by name and label values, in any order."""
 
     def of(self, name: str, *labels: str) -> float:
         return self[name, frozenset(labels)]
@@ -47,7 +47,7 @@ def scrape(api: TestClient) -> Samples:
     )
 
 
-def test_queue_leases_tokens_and_errors_are_told(api: TestClient, database: Database) -> None:
+def test_queue_leases_tokens_and_errors_are_exported(api: TestClient, database: Database) -> None:
     submitted(api, "Hello", {"prompt": ""})
     answer_all(database)
     submitted(api, "a", "b", "c")
@@ -68,12 +68,12 @@ def test_queue_leases_tokens_and_errors_are_told(api: TestClient, database: Data
     assert sum(value for (name, _), value in seen.items() if name == "basic_request_errors_total") == 1
 
 
-def test_living_workers_tell_what_they_hold_and_did(api: TestClient, database: Database) -> None:
+def test_live_workers_export_their_load_and_counters(api: TestClient, database: Database) -> None:
     with database.write() as session:
         for worker in ("alive", "stopped"):
             writes.register_worker(session, a_worker_card(id=worker))
             writes.update_load(session, worker, LOAD)
-        writes.register_worker(session, a_worker_card(id="new"))  # has said nothing yet
+        writes.register_worker(session, a_worker_card(id="new"))  # has reported no load yet
         writes.mark_stopped(session, "stopped")
 
     seen = scrape(api)
@@ -86,7 +86,7 @@ def test_living_workers_tell_what_they_hold_and_did(api: TestClient, database: D
     assert not any("stopped" in labels for _, labels in seen)
 
 
-def test_latency_is_told_by_route_and_never_by_path(api: TestClient) -> None:
+def test_latency_is_labelled_by_route_never_by_path(api: TestClient) -> None:
     api.get("/healthz")
     api.get("/v1/jobs/batch_1")
     api.get("/v1/jobs/batch_2")
@@ -102,7 +102,7 @@ def test_latency_is_told_by_route_and_never_by_path(api: TestClient) -> None:
     assert not any("BREW" in labels or "/no/such/place" in labels for _, labels in seen)
 
 
-def test_dashboard_and_alerts_ask_for_metrics_that_there_are(api: TestClient, database: Database) -> None:
+def test_dashboard_and_alerts_use_existing_metrics(api: TestClient, database: Database) -> None:
     submitted(api, "Hello", {"prompt": ""})
     with database.write() as session:
         writes.register_worker(session, a_worker_card(id="w"))

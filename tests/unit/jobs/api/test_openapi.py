@@ -1,4 +1,4 @@
-"""The OpenAPI document: what README sends is valid by it, it names every field, and a client made from it works."""
+"""The OpenAPI document: documented bodies are valid, every field is there, and a generated client works."""
 
 from __future__ import annotations
 
@@ -49,9 +49,7 @@ def validate(document: dict[str, Any], name: str, body: Any) -> None:
 
 
 @pytest.mark.parametrize("file", ["docs/clients.md", "examples/curl.sh"])
-def test_the_bodies_that_people_are_shown_are_valid_by_the_document(
-    api: TestClient, document: dict[str, Any], file: str
-) -> None:
+def test_documented_example_bodies_are_valid(api: TestClient, document: dict[str, Any], file: str) -> None:
     bodies = [json.loads(body) for body in _CURL_BODY.findall((ROOT / file).read_text())]
     assert bodies
     for body in bodies:
@@ -68,7 +66,7 @@ def test_the_bodies_that_people_are_shown_are_valid_by_the_document(
         {"requests": [{"messages": [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]}], "stop": ["a"]},
     ],
 )
-def test_every_form_of_a_job_is_valid_by_the_document(
+def test_every_form_of_a_submission_is_valid_by_the_document(
     api: TestClient, document: dict[str, Any], body: dict[str, Any]
 ) -> None:
     validate(document, "JobSubmission", body)
@@ -79,7 +77,7 @@ def test_every_form_of_a_job_is_valid_by_the_document(
     "body",
     [{"prompts": ["Hello"], "max_token": 5}, {"prompts": ["Hello"], "temperature": "hot"}, {"prompts": "Hello"}],
 )
-def test_what_is_refused_as_a_whole_is_not_valid_by_the_document(
+def test_rejected_submissions_are_invalid_by_the_document(
     api: TestClient, document: dict[str, Any], body: dict[str, Any]
 ) -> None:
     assert api.post("/v1/jobs", json=body).status_code == 400
@@ -87,7 +85,7 @@ def test_what_is_refused_as_a_whole_is_not_valid_by_the_document(
         validate(document, "JobSubmission", body)
 
 
-def test_every_field_that_is_read_stands_in_the_document(document: dict[str, Any]) -> None:
+def test_every_parsed_field_is_in_the_document(document: dict[str, Any]) -> None:
     schemas = document["components"]["schemas"]
     job = {"model", "endpoint", "metadata", "completion_window", "parameters", "compare_plain", "requests", "prompts"}
     assert schemas["JobSubmission"]["properties"].keys() == PARAMETERS | job
@@ -101,7 +99,7 @@ def test_every_field_that_is_read_stands_in_the_document(document: dict[str, Any
     }
 
 
-def test_every_call_has_a_tag_a_key_and_the_type_of_its_reply(document: dict[str, Any]) -> None:
+def test_every_operation_has_a_tag_security_and_a_response_type(document: dict[str, Any]) -> None:
     named = {tag["name"] for tag in document["tags"]}
     ids = [operation["operationId"] for _, operation in operations(document)]
     assert len(ids) == len(set(ids))
@@ -113,12 +111,12 @@ def test_every_call_has_a_tag_a_key_and_the_type_of_its_reply(document: dict[str
             assert content["schema"], name
 
 
-def test_all_references_of_the_document_lead_somewhere(document: dict[str, Any]) -> None:
+def test_all_references_of_the_document_resolve(document: dict[str, Any]) -> None:
     for name in re.findall(r'"\$ref": "#/components/schemas/([^"]+)"', json.dumps(document)):
         assert name in document["components"]["schemas"]
 
 
-def test_the_page_of_the_document_asks_no_other_host(api: TestClient) -> None:
+def test_the_docs_page_uses_no_other_host(api: TestClient) -> None:
     page = api.get("/docs")
     assert page.status_code == 200
     assert re.findall(r"https?:|[\"']//", page.text) == []
@@ -132,13 +130,13 @@ def test_the_page_of_the_document_asks_no_other_host(api: TestClient) -> None:
     assert api.get("/docs/..%2Fmain.py").status_code == 404
 
 
-@pytest.mark.filterwarnings("ignore:invalid decimal literal")  # in code that is not tidied
+@pytest.mark.filterwarnings("ignore:invalid decimal literal")  # in generated code that is not formatted
 def test_a_client_that_is_generated_from_the_document_submits_and_reads_a_job(
     api: TestClient, document: dict[str, Any], database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     described, settings, package = tmp_path / "openapi.json", tmp_path / "settings.json", tmp_path / "generated_client"
     described.write_text(json.dumps(document))
-    settings.write_text('{"post_hooks": []}')  # they would tidy the code
+    settings.write_text('{"post_hooks": []}')  # they would format the code
     command = [sys.executable, "-m", "openapi_python_client", "generate", "--meta", "none"]
     command += ["--path", str(described), "--output-path", str(package), "--config", str(settings)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

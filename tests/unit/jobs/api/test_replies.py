@@ -1,4 +1,4 @@
-"""The document of the routes is true: every reply has exactly the fields that its type has."""
+"""Every response has exactly the fields of its documented model."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def api(settings: JobsSettings, database: Database) -> TestClient:
 
 @pytest.fixture
 def job_id(api: TestClient, database: Database) -> str:
-    """A job with an answer, a refusal, and a request that was cancelled."""
+    """A job with a completed, a rejected and a cancelled request."""
     job: str = submitted(api, "Hello", {"prompt": ""}, "Bye", metadata={"team": "a"}, logprobs=True)["id"]
     answer_all(database, limit=1, logprobs=([["Paris.", -0.5]],))
     return job
 
 
-def test_jobs_are_as_their_type_says_whatever_their_state(api: TestClient, job_id: str) -> None:
+def test_jobs_match_their_model_in_every_state(api: TestClient, job_id: str) -> None:
     for reply in (
         api.get(f"/v1/jobs/{job_id}"),
         api.post(f"/v1/jobs/{job_id}/cancel"),
@@ -66,7 +66,7 @@ def test_jobs_are_as_their_type_says_whatever_their_state(api: TestClient, job_i
     assert stats.requests_total == 3
 
 
-def test_lines_and_events_are_as_their_types_say(api: TestClient, job_id: str) -> None:
+def test_output_lines_and_events_match_their_models(api: TestClient, job_id: str) -> None:
     api.post(f"/v1/jobs/{job_id}/cancel")
     for query in ("", "?follow=true"):
         lines = api.get(f"/v1/jobs/{job_id}/outputs{query}").text.splitlines()
@@ -77,7 +77,7 @@ def test_lines_and_events_are_as_their_types_say(api: TestClient, job_id: str) -
     assert {event.type for event in told} == {"tokens", "finished", "failed", "job"}
 
 
-def test_files_and_batches_are_as_their_types_say(api: TestClient) -> None:
+def test_files_and_batches_match_their_models(api: TestClient) -> None:
     line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "tiny"}}
     form: dict[str, Any] = {"file": ("a.jsonl", json.dumps(line).encode()), "purpose": (None, "batch")}
     file = FileReply.model_validate_json(api.post("/v1/files", files=form).content, strict=True)
@@ -91,7 +91,7 @@ def test_files_and_batches_are_as_their_types_say(api: TestClient) -> None:
     assert FileDeleted.model_validate_json(api.delete(f"/v1/files/{file.id}").content, strict=True)
 
 
-def test_what_the_service_says_of_itself_is_as_its_types_say(api: TestClient, job_id: str) -> None:
+def test_service_responses_match_their_models(api: TestClient, job_id: str) -> None:
     for path, model in {
         "/v1/models": ModelList,
         "/v1/models/tiny": ModelReply,
@@ -111,7 +111,7 @@ def test_what_the_service_says_of_itself_is_as_its_types_say(api: TestClient, jo
         ("/v1/completions", {"prompt": "Hello"}, TextReply, TextChunk),
     ],
 )
-def test_single_answers_are_as_their_types_say(
+def test_completions_match_their_models(
     settings: JobsSettings, database: Database, path: str, body: dict[str, Any], whole: Any, piece: Any
 ) -> None:
     with database.write() as session:
@@ -125,7 +125,7 @@ def test_single_answers_are_as_their_types_say(
     assert [piece.model_validate_json(one, strict=True) for one in data][-1].usage
 
 
-def test_every_route_of_jobs_says_what_it_answers(api: TestClient) -> None:
+def test_every_route_of_jobs_declares_its_response(api: TestClient) -> None:
     document = api.get("/openapi.json").json()
     schemas = document["components"]["schemas"]
 

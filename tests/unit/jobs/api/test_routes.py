@@ -22,7 +22,7 @@ LINES = {"content-type": "application/x-ndjson"}
 
 
 class Bells:
-    """Hears the doorbells."""
+    """Records the notifications."""
 
     def __init__(self) -> None:
         self.notified: list[tuple[str, str]] = []
@@ -52,7 +52,7 @@ def submitted(api: TestClient, *requests: Any, **fields: Any) -> dict[str, Any]:
 def answer_all(
     database: Database, text: str = "Paris.", limit: int = 10, logprobs: tuple[Any, ...] | None = None
 ) -> None:
-    """Do what a worker does, with the same text for every request."""
+    """Play the worker, with the same text for every request."""
     with database.write() as session:
         writes.register_worker(session, a_worker_card(id="w", target="tiny"))
     with database.write() as session:
@@ -70,7 +70,7 @@ def answer_all(
         writes.flush(session, "w", 30.0, progress, [claim.lease for claim in claims])
 
 
-def test_a_job_is_recorded_and_its_doorbell_rung(api: TestClient, bells: Bells) -> None:
+def test_a_submitted_job_is_stored_and_its_workers_notified(api: TestClient, bells: Bells) -> None:
     job = submitted(api, "Hello", {"prompt": "Bye"}, max_tokens=5, metadata={"team": "a"})
     assert job["object"] == "job"
     assert job["status"] == "in_progress"
@@ -81,7 +81,7 @@ def test_a_job_is_recorded_and_its_doorbell_rung(api: TestClient, bells: Bells) 
     assert bells.notified == [(job["id"], "tiny")]
 
 
-def test_parameters_stand_in_the_job_or_in_an_object_of_their_own(api: TestClient, database: Database) -> None:
+def test_parameters_may_be_top_level_or_in_an_object(api: TestClient, database: Database) -> None:
     body = {"prompts": ["Hello"], "parameters": {"max_tokens": 5, "temperature": 0.5}, "temperature": 0}
     job = api.post("/v1/jobs", json=body).json()
     with database.write() as session:
@@ -90,7 +90,7 @@ def test_parameters_stand_in_the_job_or_in_an_object_of_their_own(api: TestClien
     assert (claim.body["sampling"]["max_tokens"], claim.body["sampling"]["temperature"]) == (5, 0)
 
 
-def test_lines_are_requests_and_the_query_is_the_job(api: TestClient) -> None:
+def test_lines_are_requests_and_the_query_holds_the_job_fields(api: TestClient) -> None:
     lines = '"Hello"\n{"prompt": "Bye", "custom_id": "b"}\nnot json\n'
     reply = api.post("/v1/jobs?max_tokens=5&model=tiny", content=lines, headers=LINES)
     assert reply.status_code == 200
@@ -109,7 +109,7 @@ def test_lines_are_requests_and_the_query_is_the_job(api: TestClient) -> None:
         b'{"custom_id": "bad", "a\\u0000b": 1}',
     ],
 )
-def test_one_bad_line_fails_alone_under_its_own_id_wherever_it_stands(api: TestClient, bad: bytes) -> None:
+def test_one_invalid_line_fails_alone_under_its_own_id(api: TestClient, bad: bytes) -> None:
     good = [b'{"custom_id": "request-2", "prompt": "Hello"}', b'"Bye"']
     for place in range(3):
         lines = b"\n".join([*good[:place], bad, *good[place:]])
@@ -120,7 +120,7 @@ def test_one_bad_line_fails_alone_under_its_own_id_wherever_it_stands(api: TestC
 
 
 @pytest.mark.parametrize("content", [b'[{"prompt": "a"}]', b'[\n {\n  "prompt": "a"\n }\n]', b"\x1f\x8b\x08\x00"])
-def test_lines_that_are_something_else_are_refused_as_a_whole(api: TestClient, content: bytes) -> None:
+def test_bodies_that_are_not_json_lines_are_rejected_as_a_whole(api: TestClient, content: bytes) -> None:
     reply = api.post("/v1/jobs", content=content, headers=LINES)
     assert reply.status_code == 400
     assert reply.json()["error"]["message"].startswith("The file is ")
@@ -131,11 +131,11 @@ def test_lines_that_are_something_else_are_refused_as_a_whole(api: TestClient, c
     ("address", "status"),
     [("/v1/jobs/x%00", 404), ("/v1/jobs?after=x%00", 400), ("/v1/batches/%00", 404), ("/v1/files/%00/content", 404)],
 )
-def test_an_address_that_no_database_can_look_for_is_refused(api: TestClient, address: str, status: int) -> None:
+def test_u0000_in_a_path_or_query_is_rejected(api: TestClient, address: str, status: int) -> None:
     assert api.get(address).status_code == status
 
 
-def test_lists_of_jobs_take_an_order_a_status_and_an_empty_place(api: TestClient, database: Database) -> None:
+def test_job_lists_accept_order_status_and_an_empty_after(api: TestClient, database: Database) -> None:
     ids = [submitted(api)["id"] for _ in range(3)]
     answer_all(database, limit=1)
 
@@ -150,7 +150,7 @@ def test_lists_of_jobs_take_an_order_a_status_and_an_empty_place(api: TestClient
     assert api.get("/v1/jobs?status=nope").json()["error"]["param"] == "status"
 
 
-def test_a_job_is_taken_while_redis_is_away(settings: JobsSettings, database: Database) -> None:
+def test_a_job_is_accepted_while_redis_is_down(settings: JobsSettings, database: Database) -> None:
     with TestClient(make_api(settings, database)) as api:
         job = submitted(api)
         assert api.get("/readyz").json()["redis"] == "degraded"
@@ -158,9 +158,7 @@ def test_a_job_is_taken_while_redis_is_away(settings: JobsSettings, database: Da
         assert queries.job(session, job["id"]) is not None
 
 
-def test_outputs_tell_logprobs_in_the_shape_of_the_endpoint_if_they_were_asked_for(
-    api: TestClient, database: Database
-) -> None:
+def test_outputs_have_requested_logprobs_in_the_shape_of_the_endpoint(api: TestClient, database: Database) -> None:
     chat = submitted(api, "Hello", logprobs=True)
     answer_all(database, logprobs=([["Paris.", -0.5]],))
     text = submitted(api, "Hello", logprobs=0, endpoint=COMPLETIONS_ENDPOINT)
@@ -176,9 +174,7 @@ def test_outputs_tell_logprobs_in_the_shape_of_the_endpoint_if_they_were_asked_f
     }
 
 
-def test_outputs_are_lines_in_the_order_of_the_job_with_the_reason_where_there_is_no_text(
-    api: TestClient, database: Database
-) -> None:
+def test_outputs_come_in_the_order_of_the_job_with_errors_in_place_of_text(api: TestClient, database: Database) -> None:
     job = submitted(api, "one", {"custom_id": "bad", "prompt": "two", "temperature": -1}, "three")
     answer_all(database)
     reply = api.get(f"/v1/jobs/{job['id']}/outputs")
@@ -197,7 +193,7 @@ def test_outputs_are_lines_in_the_order_of_the_job_with_the_reason_where_there_i
     assert [json.loads(line)["index"] for line in rest] == [2]
 
 
-def test_a_finished_job_says_when_and_how_much(api: TestClient, database: Database) -> None:
+def test_a_finished_job_has_its_times_and_tokens(api: TestClient, database: Database) -> None:
     job_id = submitted(api)["id"]
     answer_all(database)
     job = api.get(f"/v1/jobs/{job_id}").json()
@@ -208,7 +204,7 @@ def test_a_finished_job_says_when_and_how_much(api: TestClient, database: Databa
     assert api.get(f"/v1/jobs/{job_id}").json() == job
 
 
-def test_events_tell_what_is_written_and_end_with_the_job(api: TestClient, database: Database) -> None:
+def test_events_carry_the_text_and_end_with_the_job(api: TestClient, database: Database) -> None:
     job_id = submitted(api, "one", "")["id"]
     answer_all(database, text="a\ndata: b")
     reply = api.get(f"/v1/jobs/{job_id}/events")
@@ -224,7 +220,7 @@ def test_events_tell_what_is_written_and_end_with_the_job(api: TestClient, datab
     assert events[-1]["status"] == "completed"
 
 
-def test_a_reader_goes_on_behind_the_event_whose_id_it_sends(api: TestClient, database: Database) -> None:
+def test_a_client_resumes_after_its_last_event_id(api: TestClient, database: Database) -> None:
     path = f"/v1/jobs/{submitted(api, 'one', 'two')['id']}/events"
     answer_all(database)
     whole = blocks(api.get(path).text)
@@ -237,7 +233,7 @@ def test_a_reader_goes_on_behind_the_event_whose_id_it_sends(api: TestClient, da
 
 
 @pytest.mark.parametrize("event_id", ["", "nonsense", "999999", "9" * 200, "1.2.3", "-1~completed", "0-999"])
-def test_an_id_that_is_not_ours_starts_over(api: TestClient, database: Database, event_id: str) -> None:
+def test_an_unknown_last_event_id_starts_from_the_beginning(api: TestClient, database: Database, event_id: str) -> None:
     path = f"/v1/jobs/{submitted(api)['id']}/events"
     answer_all(database)
     assert blocks(api.get(path, headers={"last-event-id": event_id}).text) == blocks(api.get(path).text)
@@ -251,7 +247,7 @@ def id_of(block: str) -> str:
     return block.partition("id: ")[2].partition("\n")[0]
 
 
-def test_results_can_be_followed_in_the_order_in_which_they_end(api: TestClient, database: Database) -> None:
+def test_outputs_can_be_followed_in_the_order_in_which_requests_end(api: TestClient, database: Database) -> None:
     job_id = submitted(api, "one", "", "three")["id"]
     answer_all(database)
     lines = [json.loads(line) for line in api.get(f"/v1/jobs/{job_id}/outputs?follow=true").text.splitlines()]
@@ -262,7 +258,7 @@ def test_results_can_be_followed_in_the_order_in_which_they_end(api: TestClient,
 
 
 @pytest.mark.parametrize("follow", ["true", "false"])
-def test_only_the_failed_lines_come_if_they_are_asked_for(api: TestClient, database: Database, follow: str) -> None:
+def test_failed_returns_only_failed_requests(api: TestClient, database: Database, follow: str) -> None:
     job_id = submitted(api, "one", "", "three")["id"]
     answer_all(database)
     lines = api.get(f"/v1/jobs/{job_id}/outputs", params={"failed": "true", "follow": follow}).text.splitlines()
@@ -285,7 +281,7 @@ def test_failed_requests_run_again_as_a_new_job(api: TestClient, database: Datab
     assert (reply.status_code, reply.headers["x-should-retry"]) == (409, "false")
 
 
-def test_a_retry_that_is_repeated_under_one_key_is_one_job(api: TestClient) -> None:
+def test_a_retry_repeated_with_one_idempotency_key_is_one_job(api: TestClient) -> None:
     job_id = submitted(api)["id"]
     assert api.post(f"/v1/jobs/{job_id}/retry").status_code == 409
     api.post(f"/v1/jobs/{job_id}/cancel")
@@ -293,7 +289,7 @@ def test_a_retry_that_is_repeated_under_one_key_is_one_job(api: TestClient) -> N
     assert len({api.post(f"/v1/jobs/{job_id}/retry", headers=key).json()["id"] for _ in range(2)}) == 1
 
 
-def test_the_pace_so_far_says_how_long_the_rest_takes(api: TestClient, database: Database) -> None:
+def test_time_left_is_estimated_from_the_completed_requests(api: TestClient, database: Database) -> None:
     job_id = submitted(api, "one", "two")["id"]
     assert api.get(f"/v1/jobs/{job_id}").json()["progress"]["time_left_s"] is None
     answer_all(database, limit=1)
@@ -303,7 +299,7 @@ def test_the_pace_so_far_says_how_long_the_rest_takes(api: TestClient, database:
     assert api.get(f"/v1/jobs/{job_id}").json()["progress"]["time_left_s"] == 0
 
 
-def test_submissions_that_race_under_one_key_are_one_job(api: TestClient, bells: Bells) -> None:
+def test_racing_submissions_with_one_idempotency_key_are_one_job(api: TestClient, bells: Bells) -> None:
     def submit(_: int) -> str:
         reply = api.post("/v1/jobs", json={"prompts": ["Hello"]}, headers={"idempotency-key": "k"})
         return str(reply.json()["id"])
@@ -313,7 +309,7 @@ def test_submissions_that_race_under_one_key_are_one_job(api: TestClient, bells:
     assert len(bells.notified) == 1
 
 
-def test_the_same_key_and_body_give_the_same_job(api: TestClient, bells: Bells) -> None:
+def test_the_same_idempotency_key_and_body_give_the_same_job(api: TestClient, bells: Bells) -> None:
     key = {"idempotency-key": "k"}
     first, again = (api.post("/v1/jobs", json={"prompts": ["Hello"]}, headers=key).json() for _ in range(2))
     assert first["id"] == again["id"]
@@ -323,7 +319,7 @@ def test_the_same_key_and_body_give_the_same_job(api: TestClient, bells: Bells) 
     assert len(bells.notified) == 1
 
 
-def test_cancelling_can_be_repeated_and_comes_too_late_for_a_finished_job(api: TestClient, database: Database) -> None:
+def test_cancelling_may_be_repeated_and_is_a_conflict_for_a_finished_job(api: TestClient, database: Database) -> None:
     job_id = submitted(api)["id"]
     assert {api.post(f"/v1/jobs/{job_id}/cancel").json()["status"] for _ in range(2)} == {"cancelled"}
     done = submitted(api)["id"]
@@ -361,19 +357,19 @@ def test_a_caller_sees_and_cancels_only_its_own_jobs(settings: JobsSettings, dat
         assert api.get(f"/v1/jobs/{hers}").json()["status"] == "in_progress"
 
 
-def test_the_numbers_of_a_job_and_of_everything_are_there(api: TestClient, database: Database) -> None:
+def test_statistics_exist_per_job_and_in_total(api: TestClient, database: Database) -> None:
     job_id = submitted(api)["id"]
     answer_all(database)
     for path in (f"/v1/jobs/{job_id}/stats", "/v1/stats"):
         assert api.get(path).json()["completion_tokens"] > 0
 
 
-def test_the_query_of_lines_asks_for_a_comparison_too(api: TestClient) -> None:
+def test_compare_plain_works_in_the_query_too(api: TestClient) -> None:
     reply = api.post("/v1/jobs", params={"compare_plain": "2"}, content='"one"\n"two"\n', headers=LINES)
     assert api.get(f"/v1/jobs/{reply.json()['id']}/stats").json()["comparison"]["requests_asked"] == 2
 
 
-def test_a_comparison_with_plain_decoding_is_told_with_the_numbers(api: TestClient, database: Database) -> None:
+def test_statistics_include_the_comparison_with_plain_decoding(api: TestClient, database: Database) -> None:
     job = submitted(api, "one", "two", "three", compare_plain=2)
     assert api.get(f"/v1/jobs/{submitted(api)['id']}/stats").json()["comparison"] is None
     waiting = api.get(f"/v1/jobs/{job['id']}/stats").json()["comparison"]
@@ -435,7 +431,7 @@ BAD_SUBMISSIONS: list[tuple[dict[str, Any], int, str | None, str | None]] = [
 
 
 @pytest.mark.parametrize(("call", "status", "code", "param"), BAD_SUBMISSIONS)
-def test_a_bad_submission_is_answered_with_the_envelope(
+def test_an_invalid_submission_gets_the_error_object(
     api: TestClient, bells: Bells, call: dict[str, Any], status: int, code: str | None, param: str | None
 ) -> None:
     reply = api.post("/v1/jobs", **call)
@@ -447,7 +443,7 @@ def test_a_bad_submission_is_answered_with_the_envelope(
     assert bells.notified == []
 
 
-def test_a_body_without_a_length_has_the_same_limit(api: TestClient) -> None:
+def test_a_chunked_body_has_the_same_limit(api: TestClient) -> None:
     parts = iter([b'{"requests": ["', *[b"x" * 1000] * 20])
     reply = api.post("/v1/jobs", content=parts, headers={"content-type": "application/json"})
     assert reply.status_code == 413
@@ -472,16 +468,16 @@ def test_a_body_without_a_length_has_the_same_limit(api: TestClient) -> None:
         ("GET", "/v1/jobs?after=batch_unknown", 400),
     ],
 )
-def test_every_error_has_the_envelope_and_a_request_id(api: TestClient, method: str, path: str, status: int) -> None:
+def test_every_error_has_the_error_object_and_a_request_id(
+    api: TestClient, method: str, path: str, status: int
+) -> None:
     reply = api.request(method, path)
     assert reply.status_code == status, reply.text
     assert reply.json()["error"].keys() == {"message", "type", "param", "code"}
     assert reply.headers["x-request-id"].startswith("req_")
 
 
-def test_a_database_that_is_away_is_a_503_that_says_when_to_try_again(
-    api: TestClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unavailable_database_is_a_503_with_retry_after(api: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise OperationalError("SELECT 1", {}, Exception("gone"))
 
@@ -494,7 +490,7 @@ def test_a_database_that_is_away_is_a_503_that_says_when_to_try_again(
     assert api.get("/healthz").status_code == 200
 
 
-def test_a_bug_of_ours_is_a_500_without_a_traceback(api: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_exception_is_a_500_without_a_traceback(api: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise RuntimeError("secret")
 
