@@ -1,4 +1,4 @@
-"""The contract of bASIC and its faces: messages, intake, queue, REST shim, client, command line. No torch."""
+"""bASIC without storage and workers: messages, submission, queue, API server, client, command line. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text for terminals and pages, without characters that control them."""
+"""Remove characters that control a terminal or a page from text."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2
 
 
 def safe(text: str) -> str:
-    """Return the text without escape sequences, control characters and changes of direction."""
+    """Return the text without escape sequences, control characters and marks of writing direction."""
     return _CONTROLS.sub("", _ESCAPES.sub("", text))

@@ -1,8 +1,8 @@
-"""The ingest process, `python -m jobs.ingest`: what comes in large becomes requests in SQL, outside the shim.
+"""The ingest process, `python -m jobs.ingest`: turn pushed prompt batches and batch files into requests in SQL.
 
-Prompt batches that producers pushed onto Redis are recorded by one thread with late acknowledgement: the message leaves
-Redis only when its rows are committed, and recording it twice adds nothing. Late acknowledgement with more than one
-thread would not survive a restart of Redis, so the concurrency is no setting.
+One thread stores the prompt batches from Redis with late acknowledgement: a message leaves Redis only when its rows are
+committed, and storing it twice has no effect. The concurrency is fixed at 1, because Celery's late acknowledgement with
+several threads does not survive a restart of Redis.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from jobs.tracing import TRACEPARENT, as_traceparent, start_tracing, stop_tracin
 from storage.records import RequestFailure
 from storage.session import DATABASE_UNAVAILABLE, LONG_STATEMENT_TIMEOUT_S, Database, unavailable_reason
 
-log = logging.getLogger("jobs.ingest")  # also when it runs as a program
+log = logging.getLogger("jobs.ingest")  # __name__ is __main__ here
 
 _PROCESSOR_STOP_S = 5.0
-_RETRY_S = 2.0  # before a message goes back: without the pause a dead database would make it spin
-_KEY_PREFIX = "producer:"  # keeps the ids of producers apart from the Idempotency-Keys of HTTP clients
+_RETRY_S = 2.0  # delay before a message is requeued while the database is down
+_KEY_PREFIX = "producer:"  # separates ids of producers from Idempotency-Keys of HTTP clients
 
 
 def ingest(
     batch: Any, *, database: Database, notify: Notify, settings: JobsSettings, traceparent: str | None = None
 ) -> str | None:
-    """Record one prompt batch as a job and return the job's id; None if it does not even say its own id."""
+    """Store a prompt batch as a job and return the job's id; None if the batch has no valid id."""
     try:
         submission = _read(batch)
     except (ValidationError, RecursionError) as exc:
@@ -59,13 +59,13 @@ def ingest(
     try:
         job_id = create_job(submission, database=database, notify=notify, settings=settings)
     except IdempotencyConflict:
-        log.error("Batch %s was pushed again with other content; the first stands", batch_id, extra=_ids(batch_id))
+        log.error("Ignored batch %s: it was pushed before with other content", batch_id, extra=_ids(batch_id))
         return submission.job_id
     except LimitReached:
         raise
     except BasicError as refused:
         return _refuse(submission, batch_id, refused, database, settings)
-    log.info("Recorded batch %s as job %s", batch_id, job_id, extra=_ids(batch_id) | {"job_id": job_id})
+    log.info("Stored batch %s as job %s", batch_id, job_id, extra=_ids(batch_id) | {"job_id": job_id})
     return job_id
 
 
@@ -79,10 +79,10 @@ def make_ingest_app(
     @app.task(name=INGEST_TASK, bind=True, acks_late=True, shared=False)  # type: ignore[untyped-decorator]
     def ingest_task(task: Task, batch: Any) -> None:
         try:
-            place = as_traceparent(task.request.get(TRACEPARENT))
-            ingest(batch, database=database, notify=notify, settings=settings, traceparent=place)
+            traceparent = as_traceparent(task.request.get(TRACEPARENT))
+            ingest(batch, database=database, notify=notify, settings=settings, traceparent=traceparent)
         except (*DATABASE_UNAVAILABLE, LimitReached) as exc:
-            log.warning("The batch goes back to the queue: %s", unavailable_reason(exc), extra={"action": "requeue"})
+            log.warning("Requeueing a batch: %s", unavailable_reason(exc), extra={"action": "requeue"})
             sleep(_RETRY_S)
             raise Reject(exc, requeue=True) from exc
 
@@ -90,7 +90,7 @@ def make_ingest_app(
 
 
 def main() -> int:
-    """Run the ingest worker until a signal ends it."""
+    """Run the ingest process until a signal stops it."""
     try:
         settings = read_settings(JobsSettings)
         log_to_stderr(settings.log_format)
@@ -112,13 +112,13 @@ def main() -> int:
 
 @contextmanager
 def run_processors(database: Database, settings: JobsSettings, count: int = 2) -> Iterator[None]:
-    """Let run_processors work beside; two, so that a small batch need not wait for a large one."""
+    """Process batch files in `count` threads inside the block: with two, small batches don't wait for a large one."""
     stop = threading.Event()
     publisher = Publisher(settings.redis_url)
     processor = BatchFileProcessor(
         database, settings, WorkerNotifier(settings.redis_url).notify, publisher.publish, stop
     )
-    threads = [threading.Thread(target=processor.run, name=f"processor-{n}", daemon=True) for n in range(count)]
+    threads = [threading.Thread(target=processor.run, name=f"batch-files-{n}", daemon=True) for n in range(count)]
     for thread in threads:
         thread.start()
     try:
@@ -131,9 +131,9 @@ def run_processors(database: Database, settings: JobsSettings, count: int = 2) -
 
 
 def _read(batch: Any) -> Submission:
-    """Return the submission in a message; raise ValidationError for what is no batch.
+    """Return the submission in a message; raise ValidationError if it is not a batch.
 
-    A request that is no JSON, as one with half of a surrogate pair or NaN, fails alone: the others go on.
+    A request that is not strict JSON (lone surrogates, NaN) fails alone.
     """
     text = json.dumps(batch)
     try:
@@ -167,7 +167,7 @@ def _submission(batch: PromptBatch, items: list[Item]) -> Submission:
 def _refuse(
     submission: Submission, batch_id: str, refused: BasicError, database: Database, settings: JobsSettings
 ) -> str:
-    log.warning("Refused batch %s: %s", batch_id, refused, extra=_ids(batch_id))
+    log.warning("Rejected batch %s: %s", batch_id, refused, extra=_ids(batch_id))
     param = refused.param and storable(refused.param)
     failure = RequestFailure(refused.code or "invalid_value", storable(str(refused)), param, refused.status_code)
     return create_failed_job(submission, failure, database=database, settings=settings)
@@ -176,17 +176,17 @@ def _refuse(
 def _refuse_unreadable(
     batch: Any, exc: ValidationError | RecursionError, database: Database, settings: JobsSettings
 ) -> str | None:
-    """Answer a message that is no PromptBatch under the id it carries; without one there is nobody to answer."""
-    place, message = "batch", "It holds lists and objects that are nested too deep."
+    """Store a failed job for a message that is not a PromptBatch; return None if it has no valid id."""
+    param, message = "batch", "Its lists and objects are nested too deep."
     if isinstance(exc, ValidationError):
         first = exc.errors(include_url=False, include_input=False)[0]
-        place, message = ".".join(str(part) for part in first["loc"]) or "batch", first["msg"]
+        param, message = ".".join(str(part) for part in first["loc"]) or "batch", first["msg"]
     batch_id = batch.get("id") if isinstance(batch, dict) else None
     if not isinstance(batch_id, str) or not 1 <= len(batch_id) <= 128 or batch_id != storable(batch_id):
-        log.error("Dropped a prompt batch without a usable id: %s: %s", place, message, extra={"action": "dropped"})
+        log.error("Dropped a prompt batch without a valid id: %s: %s", param, message, extra={"action": "dropped"})
         return None
     submission = Submission((), job_id=batch_job_id(batch_id), idempotency_key=_KEY_PREFIX + batch_id)
-    return _refuse(submission, batch_id, InvalidValue(message, param=place), database, settings)
+    return _refuse(submission, batch_id, InvalidValue(message, param=param), database, settings)
 
 
 def _ids(batch_id: str) -> dict[str, str]:

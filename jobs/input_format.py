@@ -1,6 +1,6 @@
-"""What a file is that is given for lines of prompts, and is none: told by its name, its first bytes and its shape.
+"""Recognise input files that are not lines of prompts, by suffix, magic bytes and shape, to explain what to do.
 
-Pure: reads and writes nothing. Lines that are wrong one by one pass: they fail alone, where the job is taken.
+Does not check single lines: an invalid line fails alone when the job is submitted.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any, Final
 
 from jobs.errors import InvalidValue
 
-_WANTED: Final = "Give JSON lines, named .jsonl, or one prompt a line, named .txt."
+_WANTED: Final = "Provide JSON lines (.jsonl), or one prompt per line (.txt)."
 
-# By its name. What a name says about lines (.txt, .jsonl, .json) is said in `jobs.client.prompts`.
+# By suffix. `jobs.client.prompts` handles the accepted ones (.txt, .jsonl, .json).
 _SUFFIXES: Final = {
     **dict.fromkeys((".csv", ".tsv"), "a table (CSV)"),
     **dict.fromkeys((".xlsx", ".xls", ".xlsm", ".ods", ".numbers"), "a spreadsheet"),
@@ -34,8 +34,8 @@ _SUFFIXES: Final = {
     ".ipynb": "a notebook",
 }
 
-# By its first bytes.
-_BEGINNINGS: Final = (
+# By magic bytes.
+_MAGIC: Final = (
     (rb"\x1f\x8b", "packed (gzip)"),
     (rb"BZh[1-9]1AY&SY", "packed (bzip2)"),
     (rb"\xfd7zXZ\0", "packed (xz)"),
@@ -55,37 +55,37 @@ _BEGINNINGS: Final = (
 
 _PACKED: Final = "Unpack it first."
 _UTF_8: Final = "Save it as UTF-8."
-_TO_LINES: Final = "One object a line is wanted: jq -c '.[]' makes lines of an array, and jq -c . of objects."
+_TO_LINES: Final = "Write one object per line: jq -c '.[]' converts an array to lines, and jq -c . objects."
 _WITHOUT_HEADER: Final = (
-    "In Python, Client().submit(pandas.read_csv(…)) takes columns named prompt, custom_id and as parameters. "
-    "If its lines are the prompts, name it .txt."
+    "In Python, Client().submit(pandas.read_csv(…)) accepts columns named prompt, custom_id, and after parameters. "
+    "If each line is a prompt, name the file .txt."
 )
-_WITHOUT_COMMAS: Final = "JSON lines end without one."
+_WITHOUT_COMMAS: Final = "Remove the commas at the ends of the lines."
 
 _CELL: Final = r'"?\w[\w. -]*"?'
-_HEADING: Final = re.compile(rf"(?:{_CELL})?(?:(?P<comma>[,;\t|]){_CELL})+")  # prose has a space behind a comma
-_ROWS_LOOKED_AT: Final = 20
+_HEADING: Final = re.compile(rf"(?:{_CELL})?(?:(?P<comma>[,;\t|]){_CELL})+")  # prose has a space after a comma
+_SAMPLE_ROWS: Final = 20
 _SAMPLE_BYTES: Final = 4096
-_MOST: Final = 0.7
-_ARRAY_BEGINS: Final = re.compile(rb"\[\s*(?:$|[\[{\"])")
+_MIN_SHARE: Final = 0.7  # of rows or bytes that must match
+_ARRAY_START: Final = re.compile(rb"\[\s*(?:$|[\[{\"])")
 
 
 def reject_other_formats(content: bytes, name: str, suffix: str) -> None:
-    """Raise InvalidValue if a file holds no lines of prompts as a whole, with what it is and what to do."""
+    """Raise InvalidValue, with advice, if a file is recognised as something else than lines of prompts."""
     for what, advice in _other_formats(content, suffix):
         raise InvalidValue(f"{name} is {what}. {advice}")
 
 
 def reject_output_suffix(path: PurePath, written: str, suffixes: str, advice: str = "") -> None:
-    """Raise InvalidValue if the name of a file asks for another format than what will be written into it."""
+    """Raise InvalidValue if the suffix of an output file stands for another format than `written`."""
     what = _SUFFIXES.get(path.suffix.lower())
     if what is not None and path.suffix.lower() not in suffixes.split():
         raise InvalidValue(f"{path} would be {what}, but {written} ({suffixes.split()[0]}). {advice}".rstrip())
 
 
 def _other_formats(content: bytes, suffix: str) -> Iterator[tuple[str, str]]:
-    """Yield what a file is instead of lines, and what to do; the first holds."""
-    for pattern, what in _BEGINNINGS:
+    """Yield (format, advice) for each other format that the file matches, best match first."""
+    for pattern, what in _MAGIC:
         if re.match(pattern, content) and not (suffix == ".txt" and what.startswith("HTML")):
             yield what, _PACKED if what.startswith("packed (") and "office" not in what else _WANTED
     if (encoding := _wide_encoding(content)) is not None:
@@ -93,7 +93,7 @@ def _other_formats(content: bytes, suffix: str) -> Iterator[tuple[str, str]]:
     if suffix in _SUFFIXES:
         what = _SUFFIXES[suffix]
         yield what, _WITHOUT_HEADER if "CSV" in what else _PACKED if what == "packed" else _WANTED
-    lines = list(islice(filled_lines(content), _ROWS_LOOKED_AT))
+    lines = list(islice(filled_lines(content), _SAMPLE_ROWS))
     if not lines:
         yield "empty", _WANTED
     elif suffix == ".txt":
@@ -105,7 +105,7 @@ def _other_formats(content: bytes, suffix: str) -> Iterator[tuple[str, str]]:
 
 
 def _other_json(content: bytes, lines: list[bytes]) -> Iterator[tuple[str, str]]:
-    """Yield what JSON is that stands on other lines than one value each."""
+    """Yield (format, advice) for JSON that does not have one value per line."""
     first = _value(lines[0])
     if isinstance(first, list) and len(lines) == 1:
         yield "one JSON array", _TO_LINES
@@ -113,14 +113,14 @@ def _other_json(content: bytes, lines: list[bytes]) -> Iterator[tuple[str, str]]
         return
     if all(line.endswith(b",") for line in lines[:-1]) and isinstance(_value(lines[0].rstrip(b",")), dict | str):
         yield "JSON with a comma after each line", _WITHOUT_COMMAS
-    if len(lines) > 1 and _value(lines[1]) is None and (lines[0] == b"{" or _ARRAY_BEGINS.match(lines[0])):
+    if len(lines) > 1 and _value(lines[1]) is None and (lines[0] == b"{" or _ARRAY_START.match(lines[0])):
         yield "JSON with one value on several lines", _TO_LINES
     if _first_value_has_lines(content):
         yield "JSON with one value on several lines", _TO_LINES
 
 
 def _is_table(lines: list[bytes]) -> bool:
-    """Return whether a heading of names stands above rows of as many cells."""
+    """Return whether the lines are a row of column names and rows with the same number of cells."""
     try:
         heading, *texts = (line.decode() for line in lines)
         match = _HEADING.fullmatch(heading)
@@ -129,11 +129,11 @@ def _is_table(lines: list[bytes]) -> bool:
         widths = [len(row) for row in csv.reader([heading, *texts], delimiter=match["comma"])]
     except (UnicodeDecodeError, csv.Error):
         return False
-    return len(widths) > 1 and widths.count(widths[0]) > _MOST * len(widths)
+    return len(widths) > 1 and widths.count(widths[0]) > _MIN_SHARE * len(widths)
 
 
 def filled_lines(content: bytes) -> Iterator[bytes]:
-    """Yield the lines that are not blank, stripped, one by one."""
+    """Yield the non-blank lines, stripped."""
     start = 0
     while start < len(content):
         end = content.find(b"\n", start)
@@ -151,7 +151,7 @@ def _value(line: bytes) -> Any:
 
 
 def _first_value_has_lines(content: bytes) -> bool:
-    """Return whether a JSON value begins with the file and ends on a later line."""
+    """Return whether the first JSON value of the file spans several lines."""
     try:
         text = content.decode(errors="replace").lstrip()
         _, end = json.JSONDecoder().raw_decode(text)
@@ -161,10 +161,10 @@ def _first_value_has_lines(content: bytes) -> bool:
 
 
 def _wide_encoding(content: bytes) -> str | None:
-    """Return the encoding of text whose characters take two or four bytes each; None for other files."""
+    """Return UTF-16 or UTF-32 if the text has this encoding, else None."""
     if content.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
         return "UTF-32"
     sample = content[:_SAMPLE_BYTES]
     halves = (sample[0::2], sample[1::2])
-    mostly_nul = any(len(half) > 1 and half.count(0) > _MOST * len(half) for half in halves)
+    mostly_nul = any(len(half) > 1 and half.count(0) > _MIN_SHARE * len(half) for half in halves)
     return "UTF-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) or mostly_nul else None

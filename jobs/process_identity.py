@@ -1,9 +1,8 @@
-"""Whether a process of this machine is still there: a kill is seen at once, not when a lease lapses.
+"""Detect dead processes of this machine immediately, instead of waiting for their leases to lapse.
 
-An identity names boot, process namespace, process id and the moment of its start, so that neither a restart of the
-machine nor a process id that is used again makes a dead process look alive, and no other container of the machine is
-judged. Linux only; elsewhere nobody has an identity, and leases tell. A container that starts again has a new process
-namespace: there the new process under the old name and number tells of the old one.
+An identity consists of boot id, PID namespace, process id and start time, so that a reboot or a reused process id
+can't make a dead process look alive, and processes of other containers are not judged. A restarted container has a new
+PID namespace; `follows` recognises its processes. Linux only: elsewhere there are no identities, only leases.
 """
 
 from __future__ import annotations
@@ -11,11 +10,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-_STATE, _START_TICKS = 0, 19  # fields of /proc/PID/stat behind the name of the program
+_STATE, _START_TICKS = 0, 19  # fields of /proc/PID/stat after the program's name
 
 
 def identity(pid: int | None = None) -> str | None:
-    """Return the identity of a running process (ours, if none is named); None where there are none."""
+    """Return the identity of a process (default: this one); None if it is not running or this is not Linux."""
     pid = os.getpid() if pid is None else pid
     fields = _stat(pid)
     scope = _scope()
@@ -23,7 +22,7 @@ def identity(pid: int | None = None) -> str | None:
 
 
 def is_dead(identity: str | None) -> bool:
-    """Return whether this process has certainly ended. False for whoever can't be seen from here."""
+    """Return True if the process has certainly ended; False if it runs or can't be seen from here."""
     scope, _, process = (identity or "").rpartition("/")
     scope, _, pid = scope.rpartition("/")
     if not scope or scope != _scope() or not pid.isdecimal():
@@ -33,9 +32,9 @@ def is_dead(identity: str | None) -> bool:
 
 
 def follows(later: str | None, earlier: str | None) -> bool:
-    """Return whether a process has the number of an earlier one of this boot, in another process namespace.
+    """Return whether two processes of one boot have the same process id in different PID namespaces.
 
-    If both are of one container, which has one such namespace at a time, then the earlier has ended.
+    If both belong to the same container, then it was restarted and the earlier process has ended.
     """
     (boot, namespace, pid), (old_boot, old_namespace, old_pid) = _parts(later), _parts(earlier)
     return bool(boot) and (boot, pid) == (old_boot, old_pid) and namespace != old_namespace
@@ -43,13 +42,13 @@ def follows(later: str | None, earlier: str | None) -> bool:
 
 def _parts(identity: str | None) -> tuple[str, str, str]:
     boot, _, rest = (identity or "").partition("/")
-    place, _, _ = rest.rpartition("/")
-    namespace, _, pid = place.rpartition("/")
+    scope, _, _ = rest.rpartition("/")
+    namespace, _, pid = scope.rpartition("/")
     return boot, namespace, pid
 
 
 def _scope() -> str | None:
-    """Return what tells this boot of this machine, and our view of its processes, from all others."""
+    """Return `BOOT_ID/PID_NAMESPACE` of this process; None if this is not Linux."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
@@ -62,4 +61,4 @@ def _stat(pid: int) -> list[str]:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return []
-    return stat.rpartition(")")[2].split()  # the name of the program may hold anything, spaces too
+    return stat.rpartition(")")[2].split()  # the program's name may contain spaces and parentheses

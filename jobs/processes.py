@@ -1,7 +1,7 @@
-"""Child processes that can't outlive their parent, and the group that keeps them running and stops them in order.
+"""Run child processes: restart them when they die, stop them in order, and end them with their parent.
 
-Knows commands, logs and signals; nothing of Redis, SQL or HTTP. Linux kills the children with their parent; other
-systems have no such call, so there a killed parent leaves its children to be stopped by hand.
+On Linux the kernel kills the children when the parent dies. Other systems can't do that: there, children of a killed
+parent must be stopped by hand.
 """
 
 from __future__ import annotations
@@ -21,37 +21,37 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-RESTART_STATUS = 75  # EX_TEMPFAIL of sysexits.h: another start may work
-BAD_SETTINGS_STATUS = 78  # EX_CONFIG of sysexits.h: another start would end the same way
+RESTART_STATUS = 75  # EX_TEMPFAIL of sysexits.h: a restart may help
+BAD_SETTINGS_STATUS = 78  # EX_CONFIG of sysexits.h: a restart can't help
 
 _PR_SET_PDEATHSIG = 1
 _FIRST_DELAY_S = 0.5
 _LONGEST_DELAY_S = 30.0
-_STEADY_S = 60.0  # a child that lived so long starts again without delay
+_STEADY_S = 60.0  # a child that has run this long restarts with the first delay again
 _TICK_S = 0.1
 
-# Looked up before any fork: the child may only make the call.
+# Loaded before any fork, because the forked child must not load libraries.
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """How to start a child: its name in messages, its arguments, its environment and where its words go."""
+    """How to start a child process."""
 
     name: str
     arguments: tuple[str, ...]
     environment: Mapping[str, str]
-    log_path: Path | None = None  # none: the parent's own output
-    stop_s: float = 10.0  # time it gets to stop by itself
-    cpus: frozenset[int] | None = None  # where it may run; none: where its parent may
-    umask: int | None = None  # rights its files don't have; none: those its parent's don't have
+    log_path: Path | None = None  # None: the parent's output
+    stop_s: float = 10.0  # time to stop before it is killed
+    cpus: frozenset[int] | None = None  # CPU affinity; None: the parent's
+    umask: int | None = None  # None: the parent's
 
 
 class Child:
-    """One running child, started again after growing delays when it dies."""
+    """A child process that restarts with exponential backoff when it dies."""
 
     def __init__(self, command: Command) -> None:
-        """Start the child at once."""
+        """Start the process."""
         self.command = command
         self.restarts = 0
         self._restart_at: float | None = None
@@ -59,7 +59,7 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Process id of the latest start."""
+        """The current process id."""
         return self._process.pid
 
     def status(self) -> int | None:
@@ -67,7 +67,7 @@ class Child:
         return self._process.poll()
 
     def restart_if_due(self) -> None:
-        """Start the child again if it is dead and its delay is over."""
+        """Restart the child if it has died and its delay is over."""
         if self.status() is None:
             return
         now = time.monotonic()
@@ -78,18 +78,18 @@ class Child:
             self._launch()
 
     def terminate(self) -> None:
-        """Send the signal and don't wait."""
+        """Send SIGTERM without waiting."""
         if self.status() is None:
             self._process.terminate()
 
     def stop(self, at_once: threading.Event) -> None:
-        """Ask the child to stop; kill it when its time is over or `at_once` is set."""
+        """Stop the child: SIGTERM, then SIGKILL after `stop_s` or when `at_once` is set."""
         self.terminate()
         ends_at = time.monotonic() + self.command.stop_s
         while self.status() is None and time.monotonic() < ends_at and not at_once.is_set():
             time.sleep(_TICK_S)
         if self.status() is None:
-            log.warning("%s did not stop in time and is killed", self.command.name, extra={"action": "child_killed"})
+            log.warning("Killing %s: it did not stop in time", self.command.name, extra={"action": "child_killed"})
             self._process.kill()
         self._process.wait()
 
@@ -108,26 +108,25 @@ class Child:
             self.restarts = 0
         delay_s = min(_FIRST_DELAY_S * 2.0**self.restarts, _LONGEST_DELAY_S)
         log.warning(
-            "%s ended with status %s after %.0f s; starting it again in %.1f s. Its log: %s",
+            "%s exited with status %s after %.0f s; restarting it in %.1f s. Log: %s",
             self.command.name,
             self.status(),
             lived_s,
             delay_s,
-            self.command.log_path or "with ours",
+            self.command.log_path or "in this output",
             extra={"action": "child_died", "child": self.command.name},
         )
         return delay_s
 
 
 class Children:
-    """The children of one parent, in the order of their start. Start them from the main thread (see `launch`)."""
+    """The children of this process, in the order of their start. Start them from the main thread (see `launch`)."""
 
     def __init__(self) -> None:
-        """Begin with none."""
         self._children: list[Child] = []
 
     def start(self, command: Command) -> Child:
-        """Start a child and look after it from now on."""
+        """Start a child."""
         child = Child(command)
         self._children.append(child)
         return child
@@ -137,7 +136,7 @@ class Children:
         return (child for child in self._children if child.status() is not None)
 
     def keep_running(self, stop: threading.Event) -> Child | None:
-        """Revive what dies until `stop` is set; return early with a child whose settings are bad."""
+        """Restart children that die, until `stop` is set; return early with a child that exits for bad settings."""
         while not stop.wait(_TICK_S):
             for child in self.dead():
                 if child.status() == BAD_SETTINGS_STATUS:
@@ -146,9 +145,9 @@ class Children:
         return None
 
     def stop(self, at_once: threading.Event, *, together: bool = False) -> None:
-        """Stop one after the other, last started first: each leans on those before it. `at_once` set: kill instead.
+        """Stop all children, last started first, because each depends on those before it.
 
-        `together` asks all of them first: for children that don't need each other.
+        `at_once` set: kill them. `together`: send SIGTERM to all first, if they don't depend on each other.
         """
         for child in self._children if together else ():
             child.terminate()
@@ -157,10 +156,10 @@ class Children:
 
 
 def launch(command: Command) -> subprocess.Popen[bytes]:
-    """Start a process that dies with us.
+    """Start a process that dies with this one.
 
-    The kernel sends the death signal when the thread that forked ends, so this must be called from the main thread.
-    A group of its own keeps Ctrl-C away from the child: the parent stops its children in order.
+    Call this from the main thread, because the kernel sends the death signal when the forking thread ends. The child
+    gets its own process group, so that Ctrl-C reaches only the parent, which stops its children in order.
     """
     with command.log_path.open("ab") if command.log_path else nullcontext() as log_file, _on(command.cpus):
         return subprocess.Popen(
@@ -177,7 +176,7 @@ def launch(command: Command) -> subprocess.Popen[bytes]:
 
 @contextmanager
 def _on(cpus: frozenset[int] | None) -> Iterator[None]:
-    """Run this thread on some CPUs for a moment: a child starts where the thread that forked it may run."""
+    """Set the CPU affinity of this thread inside the block; a forked child inherits it."""
     if cpus is None or not hasattr(os, "sched_setaffinity"):  # not Linux
         yield
         return
@@ -190,10 +189,10 @@ def _on(cpus: frozenset[int] | None) -> Iterator[None]:
 
 
 def parent_death_hook(parent_pid: int) -> Callable[[], None] | None:
-    """Return what a child does between fork and exec so that the kernel kills it with its parent.
+    """Return a `preexec_fn` that lets the kernel kill the child with its parent; None if this is not Linux.
 
-    SIGKILL, because everything we start is made to be killed at any time, and a promise that a hung child can't break
-    is worth more than a clean goodbye. Run after fork it may take no lock: it makes two system calls and returns.
+    The signal is SIGKILL: all our processes survive being killed at any time, and a hung child can't ignore it. The
+    function runs between fork and exec, so it must take no lock: it only makes two system calls.
     """
     libc = _libc
     if libc is None:
@@ -201,7 +200,7 @@ def parent_death_hook(parent_pid: int) -> Callable[[], None] | None:
 
     def die_with_parent() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent_pid:  # the parent died before the call: no signal would ever come
+        if os.getppid() != parent_pid:  # the parent died before prctl, so no signal would arrive
             os._exit(1)
 
     return die_with_parent
@@ -209,7 +208,7 @@ def parent_death_hook(parent_pid: int) -> Callable[[], None] | None:
 
 @contextmanager
 def stop_signals() -> Iterator[tuple[threading.Event, threading.Event]]:
-    """Turn SIGINT, SIGTERM and SIGHUP into two events: the first signal sets `stop`, another one sets `at_once`."""
+    """Yield two events for SIGINT, SIGTERM and SIGHUP: the first signal sets `stop`, a second one sets `at_once`."""
     stop, at_once = threading.Event(), threading.Event()
 
     def receive(_number: int, _frame: object) -> None:
@@ -225,7 +224,7 @@ def stop_signals() -> Iterator[tuple[threading.Event, threading.Event]]:
 
 
 def python_module(module: str, *arguments: str) -> tuple[str, ...]:
-    """Return the command that runs a module under this interpreter.
+    """Return the command that runs a module with this Python interpreter.
 
     -P keeps the current folder off `sys.path`: a user's own `worker.py` or `storage.py` there would hide our packages.
     """
@@ -233,7 +232,7 @@ def python_module(module: str, *arguments: str) -> tuple[str, ...]:
 
 
 def tail(path: Path, lines: int) -> str:
-    """Return the last lines of a text file; nothing if there is none."""
+    """Return the last lines of a text file; an empty string if it does not exist."""
     try:
         text = path.read_text(errors="replace")
     except FileNotFoundError:
@@ -242,7 +241,7 @@ def tail(path: Path, lines: int) -> str:
 
 
 def rotate_logs(paths: Sequence[Path]) -> None:
-    """Move logs of the run before aside, so that a log speaks of one run and old ones don't pile up."""
+    """Rename the logs of the previous run to `*.1`, so that each log covers one run."""
     for path in paths:
         if path.exists():
             path.replace(path.with_name(path.name + ".1"))

@@ -1,6 +1,6 @@
-"""What goes onto the queue: prompt batches of producers inside the cluster, and the doorbells of accepted jobs.
+"""Send to the Celery queue: prompt batches of producers inside the cluster, and notifications to workers.
 
-producer -> Redis -> ingest.  Knows no SQL. Every call has a time limit and translates the transport's exceptions.
+Each call has a timeout of _TIMEOUT_S and raises QueueUnavailable for errors of the transport.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from jobs.tracing import TRACEPARENT, span, start_tracing
 
 log = logging.getLogger(__name__)
 
-_TIMEOUT_S = 2.0  # a producer waits so long for a server that does not answer, not Celery's minutes
+_TIMEOUT_S = 2.0  # per connection and command; Celery's defaults are minutes
 
 Notify = Callable[[str, str], object]  # (job_id, model)
 
 
 def push(batch: PromptBatch, redis_url: str) -> str:
-    """Push a prompt batch onto Redis and return its id; raise QueueUnavailable if the server does not take it.
+    """Push a prompt batch onto Redis and return its id; raise QueueUnavailable if Redis fails.
 
-    Pushing the same id again adds nothing, so a producer that got no answer simply pushes once more.
+    Pushing the same id again has no effect, so push again after an error.
     """
     start_tracing("basic-producer")
     app = make_producer_app(redis_url)
-    with app, span("submit", batch_id=batch.id) as place:
-        headers = {} if place is None else {TRACEPARENT: place}
+    with app, span("submit", batch_id=batch.id) as traceparent:
+        headers = {} if traceparent is None else {TRACEPARENT: traceparent}
         _send(app, INGEST_TASK, queue(INGEST_QUEUE), {"batch": batch.model_dump(mode="json")}, headers)
     return batch.id
 
 
 def batch_job_id(batch_id: str) -> str:
-    """Return the id of the job that a prompt batch becomes: a producer can follow it without asking."""
+    """Return the id of the job of a prompt batch, so that a producer can follow it."""
     return "batch_" + hashlib.sha256(f"prompt batch {batch_id}".encode()).hexdigest()[:32]
 
 
@@ -68,7 +68,7 @@ def notify_workers(app: Celery, job_id: str, model: str) -> bool:
 
 
 def send_pulse(app: Celery, worker_id: str) -> bool:
-    """Send a worker's message to itself; return False if Redis does not take it."""
+    """Send a worker's message to itself; return False if Redis fails."""
     try:
         _send(app, PULSE_TASK, queue(pulse_queue(worker_id)), {})
     except QueueUnavailable:
@@ -77,12 +77,12 @@ def send_pulse(app: Celery, worker_id: str) -> bool:
 
 
 def make_producer_app(redis_url: str) -> Celery:
-    """Return an app for sending only, with short time limits."""
+    """Return a Celery app for sending, with short timeouts."""
     app = make_app(redis_url)
     app.conf.broker_transport_options |= {
         "socket_timeout": _TIMEOUT_S,
         "socket_connect_timeout": _TIMEOUT_S,
-        # One new try, for a connection that went stale since the last message. Kombu's own retries take 6 s.
+        # Retry once, for a connection that was lost since the last message. Kombu's default retries take 6 s.
         "max_retries": 1,
         "interval_start": 0,
     }
@@ -95,4 +95,4 @@ def _send(
     try:
         app.send_task(task, kwargs=kwargs, queue=to, retry=False, ignore_result=True, headers=dict(headers))
     except (OperationalError, RedisError, OSError) as exc:
-        raise QueueUnavailable(f"The Redis server does not take the message: {exc}") from exc
+        raise QueueUnavailable(f"Can't send to the Redis server: {exc}") from exc

@@ -114,7 +114,7 @@ def test_an_id_of_a_batch_that_no_database_holds_drops_it(
     database: Database, settings: JobsSettings, caplog: pytest.LogCaptureFixture, batch_id: str
 ) -> None:
     assert ingested(a_message(id=batch_id), database, settings) is None
-    assert "without a usable id" in caplog.text
+    assert "without a valid id" in caplog.text
 
 
 @pytest.mark.parametrize("message", [None, 7, [], {}, {"id": 7}, {"id": ""}])
@@ -122,7 +122,7 @@ def test_a_message_without_an_id_is_dropped_with_a_log_line(
     database: Database, settings: JobsSettings, message: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert ingested(message, database, settings) is None
-    assert "without a usable id" in caplog.text
+    assert "without a valid id" in caplog.text
 
 
 def test_a_batch_waits_on_the_queue_while_the_database_is_away(
