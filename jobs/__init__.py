@@ -1,4 +1,4 @@
-"""bASIC without storage and workers: messages, submission, queue, API server, client, command line. Imports no torch."""
+"""bASIC without storage and workers: messages, submission, queue, API server, client, command line. No torch."""
 
 from __future__ import annotations
 

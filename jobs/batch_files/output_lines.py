@@ -1,6 +1,6 @@
-"""The lines of output and error files: what OpenAI's routes would have answered to each request of a batch.
+"""Build the lines of output and error files in the format of OpenAI's Batch API.
 
-The same rows give the same bytes, so that a file may be written twice.
+Deterministic: the same rows give the same bytes, so that a file can be written twice.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Json = dict[str, Any]
 
 
 def result_line(batch: BatchClaim, view: OutputView) -> bytes:
-    """Return the line of a request that has ended, for the output file if it is completed, else for the error file."""
+    """Return the line of an ended request, for the output file if it completed, else for the error file."""
     name = hashlib.sha256(f"{batch.job_id}:{view.request_index}".encode()).hexdigest()[:24]
     line = {"id": f"batch_req_{name}", "custom_id": view.custom_id, **_result(batch, view, name)}
     return one_line(json.dumps(line, ensure_ascii=False, allow_nan=False, separators=(",", ":"))).encode() + b"\n"
 
 
 def _result(batch: BatchClaim, view: OutputView, name: str) -> Json:
-    """Return what became of a request: an answer of some HTTP status, or none because it was never run."""
+    """Return `response` and `error` of a line: a request that never ran (expired, cancelled) has no response."""
     if view.status == "completed":
         return {"response": _response(name, 200, responses.answer(_header(batch, view, name), view)), "error": None}
     message = view.error_message or "The request has no result."

@@ -159,7 +159,7 @@ class _InputReading(_Task):
             context_tokens=known[result.model],
         )
         reader = LineReader(rules.endpoint, known, limits.line_bytes, result.model)
-        tokens = self._write(rules, reader, result.ids.others())
+        tokens = self._write(rules, reader, result.ids.generated())
         try:
             self._open(result, tokens)
         except QuotaExceeded as beyond:

@@ -1,4 +1,4 @@
-"""The one shape of an error, in replies and in the lines of outputs."""
+"""Build OpenAI error objects, for HTTP responses and for lines of error files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def error_body(status_code: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """Return the envelope: all four keys, always."""
+    """Return an error object; all four keys are always present."""
     kind = "server_error" if status_code >= 500 else "invalid_request_error"
     if status_code == 429:
         kind = "rate_limit_error"

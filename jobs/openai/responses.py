@@ -1,4 +1,4 @@
-"""Answers in OpenAI's shapes: whole, or in the chunks of a stream. Rows of the record in, JSON objects out."""
+"""Build OpenAI response objects from database rows: whole completions, or the chunks of a stream."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ResponseHeader:
-    """What stands above every answer, and above every chunk of it."""
+    """The fields that a completion and all its chunks share."""
 
     id: str
     endpoint: str
@@ -24,11 +24,11 @@ class ResponseHeader:
 
     @property
     def chat(self) -> bool:
-        """True for messages, false for plain text."""
+        """True on the chat endpoint."""
         return self.endpoint == CHAT_ENDPOINT
 
-    def over(self, kind: str, choices: list[Json], **more: Any) -> Json:
-        """Return an object with this header."""
+    def object(self, kind: str, choices: list[Json], **more: Any) -> Json:
+        """Return an object with these fields."""
         return {
             "id": self.id,
             "object": kind,
@@ -41,32 +41,32 @@ class ResponseHeader:
 
 
 def answer(header: ResponseHeader, output: OutputView) -> Json:
-    """Return a request's whole answer: `chat.completion` or `text_completion`."""
+    """Return a whole completion: `chat.completion` or `text_completion`."""
     kind = "chat.completion" if header.chat else "text_completion"
     choices = [_choice(header, choice) for choice in output.choices]
-    return header.over(kind, choices, usage=usage(output))
+    return header.object(kind, choices, usage=usage(output))
 
 
-def chunk(header: ResponseHeader, index: int, finish_reason: str | None = None, **news: str) -> Json:
-    """Return a piece of a stream: for a chat what is new of the message (role, content), else what is new (text)."""
-    place: Json = {"index": index, "logprobs": None, "finish_reason": finish_reason}
-    content: Json = {"delta": news} if header.chat else {"text": "", **news}
-    return header.over(_chunk_kind(header), [place | content])
+def chunk(header: ResponseHeader, index: int, finish_reason: str | None = None, **new: str) -> Json:
+    """Return a chunk of a stream with the new fields: role and content of a chat message, or text."""
+    base: Json = {"index": index, "logprobs": None, "finish_reason": finish_reason}
+    content: Json = {"delta": new} if header.chat else {"text": "", **new}
+    return header.object(_chunk_kind(header), [base | content])
 
 
 def logprobs_chunks(header: ResponseHeader, output: OutputView) -> Iterator[Json]:
-    """Yield the log-probabilities of each choice that wants them: a stream tells them behind its text."""
+    """Yield a chunk with the log-probabilities of each choice that requested them; sent after the text."""
     for choice in output.choices:
         logprobs = logprobs_object(header.endpoint, choice.logprobs, choice.text)
         if logprobs is not None:
             content: Json = {"delta": {}} if header.chat else {"text": ""}
-            place = {"index": choice.choice_index, "logprobs": logprobs, "finish_reason": None}
-            yield header.over(_chunk_kind(header), [place | content])
+            base = {"index": choice.choice_index, "logprobs": logprobs, "finish_reason": None}
+            yield header.object(_chunk_kind(header), [base | content])
 
 
 def usage_chunk(header: ResponseHeader, output: OutputView) -> Json:
-    """Return the piece that ends a stream if it was asked for: no choices, and the tokens of all."""
-    return header.over(_chunk_kind(header), [], usage=usage(output))
+    """Return the last chunk of a stream with `include_usage`: no choices, and the token counts."""
+    return header.object(_chunk_kind(header), [], usage=usage(output))
 
 
 def _chunk_kind(header: ResponseHeader) -> str:
@@ -81,6 +81,6 @@ def _choice(header: ResponseHeader, choice: ChoiceView) -> Json:
 
 
 def usage(view: OutputView) -> Json:
-    """Return the tokens of a request: a prompt is counted once, whatever the number of choices."""
+    """Return the token counts of a request; its prompt counts once for all choices."""
     prompt, completion = view.prompt_tokens, view.completion_tokens
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

@@ -74,7 +74,7 @@ def validate_lines(
         if problem is not None:
             sample.add(line.text)
             _add(bad, problem, line.number)
-        earlier = result.ids.add(index, item.place, sure_id(item))
+        earlier = result.ids.add(index, item.location, sure_id(item))
         if earlier is not None:
             message = f"The custom_id {item.value['custom_id']!r} is that of {earlier} too."
             _add(shared, BadLine("duplicate_custom_id", message, "custom_id"), line.number)

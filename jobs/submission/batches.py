@@ -1,7 +1,4 @@
-"""Making a batch: a job whose requests are still to be read from an uploaded file.
-
-Checks only the order itself; the clerk reads the file (`jobs.batch_files.processor`).
-"""
+"""Create a batch: a job whose requests `jobs.batch_files.processor` reads from an uploaded file later."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ INPUT_PURPOSE = "batch"
 
 @dataclass(frozen=True, slots=True)
 class BatchSubmission:
-    """A batch as someone asks for it."""
+    """A batch as the caller submits it, not validated yet."""
 
     input_file_id: str
     endpoint: Endpoint
@@ -42,31 +39,31 @@ class BatchSubmission:
     compare_plain: Any = None
 
 
-def create_batch(order: BatchSubmission, owner: str | None, database: Database, settings: JobsSettings) -> str:
-    """Record a batch and return its id: the earlier one's, if its idempotency key has been used before.
+def create_batch(batch: BatchSubmission, owner: str | None, database: Database, settings: JobsSettings) -> str:
+    """Store a batch and return its id, or the id of the earlier batch with the same idempotency key.
 
-    `owner` says whose files may be named; None: everybody's.
+    `owner` is the key whose files may be used; None: all files.
     """
     job = NewJob(
         id=new_job_id(),
-        model="",  # said by the lines
-        endpoint=order.endpoint,
-        window_s=order.window_s,
-        metadata=check_metadata(order.metadata),
-        api_key_id=order.api_key_id,
-        idempotency_key=check_idempotency_key(order.idempotency_key),
-        body_sha256=order.body_sha256,
-        input_file_id=order.input_file_id,
-        completion_window=order.completion_window,
-        output_expires_after_s=order.output_expires_after_s,
-        traceparent=order.traceparent,
-        compare_plain=check_compare_plain(order.compare_plain),
+        model="",  # the lines of the file name it
+        endpoint=batch.endpoint,
+        window_s=batch.window_s,
+        metadata=check_metadata(batch.metadata),
+        api_key_id=batch.api_key_id,
+        idempotency_key=check_idempotency_key(batch.idempotency_key),
+        body_sha256=batch.body_sha256,
+        input_file_id=batch.input_file_id,
+        completion_window=batch.completion_window,
+        output_expires_after_s=batch.output_expires_after_s,
+        traceparent=batch.traceparent,
+        compare_plain=check_compare_plain(batch.compare_plain),
     )
     with database.write() as session:
         check_queue_limit(session, settings.max_requests_queued)
-        file = files.file(session, order.input_file_id, owner, lock=True)
+        file = files.file(session, batch.input_file_id, owner, lock=True)
         if file is None:
-            raise NotFound(f"There is no file {order.input_file_id[:80]!r}.", param="input_file_id")
+            raise NotFound(f"There is no file {batch.input_file_id[:80]!r}.", param="input_file_id")
         if file.purpose != INPUT_PURPOSE:
             raise InvalidValue(
                 f"The purpose of the file must be {INPUT_PURPOSE}, not {file.purpose}.", param="input_file_id"

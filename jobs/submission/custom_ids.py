@@ -1,6 +1,6 @@
-"""The ids of a job's requests: those that were given, and for the others ids that no request of the job was given.
+"""Custom ids of a job's requests: those of the caller, and generated ones for the other requests.
 
-An id is all by which a caller knows an answer, so two requests never have the same one.
+Ids are unique within a job, because a caller assigns results to requests by their id.
 """
 
 from __future__ import annotations
@@ -9,59 +9,58 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-_MAX_TOLD_CHARS: Final = 1_024  # of an id that is refused
-_UNSTORABLE: Final = re.compile("[\0\ud800-\udfff]")  # by a database
+_MAX_INVALID_CHARS: Final = 1_024  # of an invalid id that is returned with its error
+_UNSTORABLE: Final = re.compile("[\0\ud800-\udfff]")  # in PostgreSQL
 
 
 @dataclass(frozen=True, slots=True)
 class GivenId:
-    """The custom_id with which a request came."""
+    """The custom_id of a request, as the caller gave it."""
 
     text: str
-    is_own: bool  # it is the request's own. Else it is bad, or of a line that can't be read: only its error goes by it
+    is_own: bool  # False: invalid, or found in an unreadable line; then only the request's error uses it
 
 
 def recovered(custom_id: object) -> GivenId | None:
-    """Return a bad id in a form in which its sender knows it again; None if it has none."""
+    """Return an invalid id as text that its sender recognises; None if it has no such text."""
     text = f"{custom_id}" if isinstance(custom_id, str | float) or _is_short_int(custom_id) else ""
-    return GivenId(storable(text), is_own=False) if 1 <= len(text) <= _MAX_TOLD_CHARS else None
+    return GivenId(storable(text), is_own=False) if 1 <= len(text) <= _MAX_INVALID_CHARS else None
 
 
 def storable(text: str) -> str:
-    """Return a text without what not every database can hold."""
+    """Replace U+0000 and lone surrogates, which PostgreSQL can't store."""
     return _UNSTORABLE.sub("\ufffd", text)
 
 
 def default_id(index: int) -> str:
-    """Return the id of a request that was given none."""
+    """Return the generated id of the request at this index."""
     return f"request-{index}"
 
 
 class CustomIds:
-    """Which ids the requests of one job were given. They are added in their order."""
+    """Collects the ids of a job's requests, in order, and finds duplicates."""
 
     def __init__(self) -> None:
-        """Start with none."""
-        self._places: dict[str, str] = {}
-        self._unsure: dict[int, str | None] = {}
+        self._locations: dict[str, str] = {}
+        self._without_own: dict[int, str | None] = {}
 
-    def add(self, index: int, place: str, given: GivenId | None) -> str | None:
-        """Note the id of a request; return the place of the one that had it before, if there is one."""
+    def add(self, index: int, location: str, given: GivenId | None) -> str | None:
+        """Add the id of a request; return the location of an earlier request with the same id, if there is one."""
         if given is None or not given.is_own:
-            self._unsure[index] = None if given is None else given.text
+            self._without_own[index] = None if given is None else given.text
             return None
-        earlier = self._places.setdefault(given.text, place)
-        return None if earlier == place else earlier
+        earlier = self._locations.setdefault(given.text, location)
+        return None if earlier == location else earlier
 
-    def others(self) -> dict[int, str]:
-        """Return the ids of all requests, by their index, that were given none which is is_own."""
-        taken = set(self._places)
+    def generated(self) -> dict[int, str]:
+        """Return unique ids, by index, for all requests without a valid id of their own."""
+        taken = set(self._locations)
         ids: dict[int, str] = {}
-        for index, text in self._unsure.items():
+        for index, text in self._without_own.items():
             if text is not None and text not in taken:
                 taken.add(text)
                 ids[index] = text
-        for index in self._unsure.keys() - ids.keys():
+        for index in self._without_own.keys() - ids.keys():
             ids[index] = default_id(index)
             while ids[index] in taken:
                 ids[index] += "-unnamed"

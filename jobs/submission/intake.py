@@ -273,13 +273,13 @@ def _parse_all(items: Iterable[Item], rules: Rules, limit: int, buffer: RequestB
         if len(buffer) == limit:
             raise TooManyRequests(f"One job may hold {limit} requests; split the file into several jobs.")
         request = parse_item(item, rules)
-        earlier = ids.add(item.index, item.place, given_id(item))
+        earlier = ids.add(item.index, item.location, given_id(item))
         if earlier is not None:
-            message = f"{earlier} and {item.place} have the same custom_id {request.custom_id!r}."
+            message = f"{earlier} and {item.location} have the same custom_id {request.custom_id!r}."
             raise DuplicateCustomId(message, param="custom_id", line=item.line)
         buffer.add(request)
         del item, request  # before the next one is read
-    return ids.others()
+    return ids.generated()
 
 
 def _rules(submission: Submission, asked: Any, known: Mapping[str, int | None], settings: JobsSettings) -> Rules:

@@ -1,7 +1,7 @@
-"""Requests between the check of a submission and its recording: packed, in a file if they are many.
+"""Buffer the parsed requests of a submission as JSON, in a temporary file if they are large.
 
-A job is recorded only when all of it is known to be good, so its requests wait; as objects they would take many times
-the memory of what was sent.
+A job is stored only after its last request is parsed. Kept as objects, the requests would take many times the memory of
+the body.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ _IN_MEMORY_BYTES = 1_000_000
 
 
 class RequestBuffer:
-    """Requests in the order in which they came, to be read once."""
+    """A queue of requests: add all, then read them once, in order."""
 
     def __init__(self) -> None:
-        """Start with none."""
         self._file = SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES)  # noqa: SIM115  # closed at the end of the `with`
         self._count = 0
 
@@ -36,14 +35,14 @@ class RequestBuffer:
         return self._count
 
     def add(self, request: NewRequest) -> None:
-        """Put a request behind the others."""
+        """Append a request."""
         failure = None if request.failure is None else asdict(request.failure)
         packed = to_json((request.custom_id, request.body, failure, request.tokens, request.timeout_s))
-        self._file.write(packed + b"\n")  # JSON has no newline of its own in strings
+        self._file.write(packed + b"\n")  # JSON strings contain no newline
         self._count += 1
 
     def requests(self) -> Iterator[NewRequest]:
-        """Yield them again, each with the bytes that it takes."""
+        """Yield the requests, each with its size in bytes."""
         self._file.seek(0)
         for line in self._file:
             custom_id, body, failure, tokens, timeout_s = from_json(line)

@@ -110,7 +110,7 @@ class Item:
     recovered_id: str | None = None  # by a line that can't be read: the value does not have it
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """Where the item stands, for people."""
         return f"line {self.line}" if self.line is not None else f"requests[{self.index}]"
 
@@ -193,7 +193,7 @@ def _about(item: Item, rules: Rules) -> dict[str, object]:
 
 def refused_request(refused: BasicError, item: Item) -> NewRequest:
     """Return the request of an item that can't be served, with the reason for its error row."""
-    where = f"{item.place}, {refused.param}" if refused.param else item.place
+    where = f"{item.location}, {refused.param}" if refused.param else item.location
     message, param = storable(f"{where}: {refused.message}"), refused.param and storable(refused.param)
     return NewRequest(
         _id_of(item), failure=RequestFailure(refused.code or "invalid_value", message, param, refused.status_code)

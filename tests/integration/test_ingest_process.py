@@ -148,7 +148,7 @@ def test_a_batch_whose_writer_is_killed_has_each_line_once_in_its_files(
     assert found == {"refused": len(BAD), "batch_cancelled": LINES - len(BAD)}
 
 
-# Each as a server with a full disk, without memory or that has become a replica: it answers, and refuses to write.
+# Each as a server with a full disk, without memory or that has become a replica: it answers, and refuses writes.
 REFUSALS: dict[str, tuple[Callable[[redis.Redis], object], Callable[[redis.Redis], object]]] = {
     "disk": (
         lambda server: server.config_set("min-replicas-to-write", 1),
@@ -177,11 +177,11 @@ def test_a_redis_server_that_refuses_to_write_is_waited_for(
                 if first == "it starts":
                     wait_for(process, lambda: "ready" in log.read_text())
                     refuse(server)
-                wait_for(process, lambda: "refuses to write" in log.read_text())
+                wait_for(process, lambda: "refuses writes" in log.read_text())
                 time.sleep(1.0)  # looks again, and is refused again
                 allow(server)
                 push(PromptBatch(id="pushed", requests=["Hello"]), settings.redis_url)
                 wait_for(process, lambda: value(database, "SELECT count(*) FROM jobs"))
-                assert log.read_text().count("refuses to write") == 1
+                assert log.read_text().count("refuses writes") == 1
         finally:
             allow(server)

@@ -40,11 +40,11 @@ def test_pauses_grow_and_are_told_once(monkeypatch: pytest.MonkeyPatch, caplog: 
             now += 0.25
         lengths.append(now - began_at)
     assert lengths == [0.5, 1.0, 2.0, 4.0, 8.0, 10.0, 10.0, 10.0]
-    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["The Redis server refuses to write"]
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["The Redis server refuses writes"]
 
     states = [pause.on]
     pause.end()
     assert [*states, pause.on] == [True, False]
-    assert caplog.records[-1].getMessage() == "The Redis server writes again"
+    assert caplog.records[-1].getMessage() == "The Redis server accepts writes again"
     pause.refused(ReadOnlyError("no"))
-    assert caplog.text.count("refuses to write") == 2
+    assert caplog.text.count("refuses writes") == 2
