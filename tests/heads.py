@@ -9,7 +9,9 @@ from tests.models import VOCAB
 from worker.drafters.head import HeadDrafter, PackedHead
 from worker.drafters.head_network import HeadNetwork, HeadShape, tapped_layers
 from worker.engine.model.attention import ATTENTION_NAME
-from worker.engine.model.language_model import PackedModel, embeddings, fuse_layers, output_weights
+from worker.engine.model.backend import fuse_layers
+from worker.engine.model.loading import embeddings, output_weights
+from worker.engine.model.packed_model import PackedModel
 
 TOKENS = torch.arange(0, VOCAB, 2)  # a head proposes every second token
 

@@ -30,7 +30,7 @@ from transformers import (
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from worker.engine.model.attention import ATTENTION_NAME
-from worker.engine.model.language_model import PackedModel
+from worker.engine.model.packed_model import PackedModel
 from worker.engine.segments import KvMove, Segment
 
 VOCAB = 61

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from tests.unit.worker.engine.harness import decode, engine, options, outputs, sequences
 from worker.drafters.model import ModelDrafter
-from worker.engine.model.language_model import PackedModel, load
+from worker.engine.model.loading import load
+from worker.engine.model.packed_model import PackedModel
 from worker.engine.options import Mode
 from worker.engine.parallel.channel import Channel
 from worker.engine.parallel.commands import CommandKind, RankCommand

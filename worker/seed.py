@@ -67,7 +67,7 @@ def _widest(settings: WorkerSettings) -> int:
     """Return the largest number of ranks for which the machine has GPUs (cores in float32) and the target has heads."""
     from transformers import AutoConfig
 
-    from worker.engine.model.language_model import tp_sizes
+    from worker.engine.model.architecture import tp_sizes
     from worker.loading.model_store import resolve
     from worker.node.placement import allowed_cpus, visible_gpus
 

@@ -17,7 +17,8 @@ from tests.unit.worker.engine.paged.test_attention import SAMPLED, STEPS, bucket
 from worker.drafters.model import ModelDrafter
 from worker.drafters.suffix import SuffixDrafter
 from worker.engine.model.attention import ATTENTION_NAME
-from worker.engine.model.language_model import PackedModel, fuse_layers
+from worker.engine.model.backend import fuse_layers
+from worker.engine.model.packed_model import PackedModel
 from worker.engine.options import Mode
 from worker.engine.sampling.sampling import Sampling
 from worker.engine.segments import KvMove, chain

@@ -30,7 +30,8 @@ from worker.benchmark import parse_batches
 from worker.drafters.model import ModelDrafter
 from worker.engine.engine import Engine
 from worker.engine.errors import ModelRefused
-from worker.engine.model.language_model import PackedModel, fuse_layers
+from worker.engine.model.backend import fuse_layers
+from worker.engine.model.packed_model import PackedModel
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.sampling.sampling import Sampling, noise_key
 from worker.engine.sequence import Sequence

@@ -23,8 +23,11 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from worker.engine.errors import ModelRefused
+from worker.engine.model.architecture import kv_bytes_per_token
 from worker.engine.model.attention import ATTENTION_NAME
-from worker.engine.model.language_model import PackedModel, fuse_layers, kv_bytes_per_token, native_dtype, uses_paged_kv
+from worker.engine.model.backend import fuse_layers, uses_paged_kv
+from worker.engine.model.loading import native_dtype
+from worker.engine.model.packed_model import PackedModel
 from worker.engine.paged.kv import PagedKv
 from worker.engine.segments import Segment, chain
 from worker.planning.devices import DEVICES

@@ -25,7 +25,8 @@ from worker.drafters.model import ModelDrafter
 from worker.drafters.suffix import SuffixDrafter
 from worker.engine.engine import Engine
 from worker.engine.model.attention import ATTENTION_NAME
-from worker.engine.model.language_model import PackedModel, fuse_layers
+from worker.engine.model.backend import fuse_layers
+from worker.engine.model.packed_model import PackedModel
 from worker.engine.options import Mode
 from worker.engine.sampling.sampling import noise_key
 from worker.engine.segments import IntArray

@@ -9,7 +9,7 @@ from time import perf_counter
 from torch import Tensor
 
 from worker.engine.engine import Engine
-from worker.engine.model.language_model import LanguageModel
+from worker.engine.model.packed_model import LanguageModel
 from worker.engine.segments import KvMove, Segment
 
 

@@ -22,13 +22,12 @@ from worker.engine.cpu.kernels import Kernels
 from worker.engine.cpu.packed_linear import pack
 from worker.engine.gpu.fused_layers import fuse_on_gpu
 from worker.engine.kv.hidden_states import HiddenStates
-from worker.engine.model.attention import ATTENTION_NAME
-from worker.engine.model.language_model import KvStore, Plan, kv_store
+from worker.engine.model.attention import ATTENTION_NAME, AttentionPlan
+from worker.engine.model.backend import make_backend
 from worker.engine.options import MAX_STEP_NODES
 from worker.engine.paged.attention import PagedAttentionPlan, gpu_kernels_for
-from worker.engine.paged.kv import PagedKv
 from worker.engine.paged.rows import PagedRows
-from worker.engine.paged.shape_buckets import BUCKETS, BucketedForward
+from worker.engine.paged.shape_buckets import BUCKETS
 from worker.engine.segments import IntArray, Segment, kept_rows
 from worker.engine.sequence import Sequence
 from worker.engine.speculation.draft_tree import Candidates, Forest
@@ -74,16 +73,15 @@ class PackedHead:
         self._network = network.to(embedding.device, embedding.dtype).eval()
         network.model.set_attn_implementation(ATTENTION_NAME)
         network.lm_head = _linear(output)
-        self._store: KvStore = kv_store(network.model, slots, capacity, cpu_kernels, paged)
-        self._rotary = rotary_table(network.model, embedding, self._store.kv.capacity)
+        self._backend = make_backend(network.model, slots, capacity, cpu_kernels=cpu_kernels, paged=paged)
+        self._rotary = rotary_table(network.model, embedding, self._backend.kv.capacity)
         on_gpu = gpu_kernels_for(embedding.device)
         if on_gpu is not None:
             fuse_on_gpu(network, on_gpu)
-        compiled = self._store.compiled
+        compiled = self._backend.kernels
         self._compiled_network = self._fused_network(compiled) if compiled else None
-        self._buckets: BucketedForward | None = None
-        if isinstance(self._store.kv, PagedKv):
-            self._buckets = BucketedForward(self._run_paged, self._store.kv)
+        self._buckets = self._backend.bucketed(self._run_paged)
+        if self._buckets is not None:
             self._read = embedding.new_empty(BUCKETS[-1], network.shape.width)  # states, where recordings find them
 
     def _fused_network(self, compiled: Kernels) -> CpuNetwork:
@@ -120,7 +118,7 @@ class PackedHead:
     def forward(self, segments: Seq[Segment], states: Tensor) -> tuple[Tensor, Tensor]:
         """Run the rows of `segments`, which are in slot order, with the states [n, width] before them."""
         if self._compiled_network is not None:
-            return self._compiled_network.forward(segments, self._store.plan(segments), states)  # type: ignore[arg-type]
+            return self._compiled_network.forward(segments, self._backend.plan(segments), states)  # type: ignore[arg-type]
         shape = self._buckets.shape_for(segments) if self._buckets else None
         if shape is not None:
             assert self._buckets is not None
@@ -133,17 +131,19 @@ class PackedHead:
             torch.from_numpy(np.concatenate(part)).to(device)
             for part in ([s.ids for s in segments], [s.positions for s in segments])
         )
-        return self._run(ids, positions, kept_rows(segments).to(device), states, self._store.plan(segments))
+        return self._run(ids, positions, kept_rows(segments).to(device), states, self._backend.plan(segments))
 
     @torch.inference_mode()
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the keys and values of the first `length` tokens of one slot to another."""
-        self._store.kv.copy_prefix(source, target, length)
+        self._backend.kv.copy_prefix(source, target, length)
 
     def _run_paged(self, rows: PagedRows, plan: PagedAttentionPlan) -> tuple[Tensor, Tensor]:
         return self._run(rows.ids, rows.positions, rows.kept, self._read[: len(rows.ids)], plan)
 
-    def _run(self, ids: Tensor, positions: Tensor, kept: Tensor, states: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    def _run(
+        self, ids: Tensor, positions: Tensor, kept: Tensor, states: Tensor, plan: AttentionPlan
+    ) -> tuple[Tensor, Tensor]:
         x = self._network.entries(self._embedding[ids], states).unsqueeze(0)
         rotary = tuple(part[positions].unsqueeze(0) for part in self._rotary)
         for layer in self._network.model.layers:

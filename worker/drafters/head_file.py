@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from worker.drafters.head_network import HeadNetwork, HeadShape
 from worker.engine.errors import ModelRefused
-from worker.engine.model.language_model import embeddings
+from worker.engine.model.loading import embeddings
 
 FORMAT = "basic-head-1"
 _CONFIG, _WEIGHTS = "config.json", "draft.safetensors"

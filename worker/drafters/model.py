@@ -10,7 +10,7 @@ from torch import Tensor
 
 from worker.drafters.candidates import best_children
 from worker.drafters.kv_tracker import DraftSlots, by_slot
-from worker.engine.model.language_model import LanguageModel
+from worker.engine.model.packed_model import LanguageModel
 from worker.engine.segments import BoolArray, IntArray, KvMove, Segment
 from worker.engine.sequence import Sequence
 from worker.engine.speculation.draft_tree import Candidates, Forest

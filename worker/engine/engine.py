@@ -15,7 +15,7 @@ import numpy as np
 from worker.engine.batch import Batch
 from worker.engine.errors import NanLogits
 from worker.engine.logprobs import Logprobs, compute_logprobs
-from worker.engine.model.language_model import LanguageModel
+from worker.engine.model.packed_model import LanguageModel
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.scheduler import Scheduler
 from worker.engine.segments import IntArray, KvMove

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from worker.engine.model.language_model import LanguageModel
+from worker.engine.model.packed_model import LanguageModel
 from worker.engine.sampling.sampling import Sampling
 from worker.engine.segments import Segment, chain
 from worker.engine.sequence import Sequence as Text

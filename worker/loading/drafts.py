@@ -22,17 +22,12 @@ from worker.drafters.model import ModelDrafter, SharedVocabulary
 from worker.drafters.suffix import SuffixDrafter
 from worker.engine.errors import ModelRefused, TokenizersDiffer
 from worker.engine.kv.hidden_states import HiddenStates
+from worker.engine.model.architecture import kv_bytes_per_token, max_positions
+from worker.engine.model.backend import fuse_layers
 from worker.engine.model.checkpoint import draft_kind, folder_of, refuse_unreadable
-from worker.engine.model.language_model import (
-    PackedModel,
-    embeddings,
-    fuse_layers,
-    kv_bytes_per_token,
-    load,
-    max_positions,
-    output_weights,
-)
+from worker.engine.model.loading import embeddings, load, output_weights
 from worker.engine.model.offload import input_device
+from worker.engine.model.packed_model import PackedModel
 from worker.engine.speculation.drafting import Drafter
 from worker.loading.model_store import resolve
 from worker.loading.tensor_parallel import DRAFT, RankGroup, draft_tp_size

@@ -20,19 +20,11 @@ from jobs.errors import SetupError
 from jobs.messages import model_name
 from worker.engine.cpu.compiler import processor
 from worker.engine.engine import Engine
-from worker.engine.model.language_model import (
-    LanguageModel,
-    PackedModel,
-    batch_dependent_rope,
-    fuse_layers,
-    gather_embeddings,
-    kv_bytes_per_token,
-    load,
-    max_positions,
-    native_dtype,
-    uses_paged_kv,
-)
+from worker.engine.model.architecture import batch_dependent_rope, kv_bytes_per_token, max_positions
+from worker.engine.model.backend import fuse_layers, uses_paged_kv
+from worker.engine.model.loading import gather_embeddings, load, native_dtype
 from worker.engine.model.offload import OffloadOptions
+from worker.engine.model.packed_model import LanguageModel, PackedModel
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.paged.attention import GPU_BLOCK
 from worker.engine.speculation.cost_model import CostModel

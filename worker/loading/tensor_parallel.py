@@ -21,8 +21,8 @@ from transformers import AutoConfig, PreTrainedModel
 from jobs.local.startup import environment
 from jobs.processes import BAD_SETTINGS_STATUS, RESTART_STATUS, Command, launch, python_module
 from worker.engine.errors import ModelRefused
+from worker.engine.model.architecture import refuse_tp_size
 from worker.engine.model.checkpoint import as_model_refused
-from worker.engine.model.language_model import refuse_tp_size
 from worker.engine.parallel.channel import Channel
 from worker.engine.parallel.commands import CommandKind, RankCommand
 from worker.engine.parallel.leader_model import LeaderModel

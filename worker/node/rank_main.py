@@ -19,7 +19,8 @@ from jobs.logs import log_to_stderr
 from jobs.processes import BAD_SETTINGS_STATUS
 from worker.drafters.head_file import is_head
 from worker.engine.errors import EngineError, RankLost
-from worker.engine.model.language_model import fuse_layers, gather_embeddings, load, native_dtype
+from worker.engine.model.backend import fuse_layers
+from worker.engine.model.loading import gather_embeddings, load, native_dtype
 from worker.engine.parallel.channel import Channel
 from worker.engine.parallel.commands import CommandKind
 from worker.engine.parallel.leader_model import FollowerModels

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from worker.engine.model.language_model import PackedModel
+from worker.engine.model.packed_model import PackedModel
 from worker.engine.sampling.sampling import topk
 from worker.engine.segments import Segment
 from worker.training.self_generated import Text

@@ -11,7 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from jobs.messages import model_name
 from worker.drafters.head_file import TargetIdentity, target_identity
-from worker.engine.model.language_model import PackedModel, embeddings, fuse_layers, load, native_dtype, output_weights
+from worker.engine.model.backend import fuse_layers
+from worker.engine.model.loading import embeddings, load, native_dtype, output_weights
+from worker.engine.model.packed_model import PackedModel
 from worker.loading.model_store import resolve
 from worker.settings import WorkerSettings
 from worker.text.codec import load_tokenizer

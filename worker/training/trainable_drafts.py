@@ -16,7 +16,8 @@ from worker.drafters.head_network import HeadNetwork, HeadShape
 from worker.drafters.model import ModelDrafter
 from worker.engine.kv.hidden_states import HiddenStates
 from worker.engine.model.attention import ATTENTION_NAME
-from worker.engine.model.language_model import PackedModel, fuse_layers
+from worker.engine.model.backend import fuse_layers
+from worker.engine.model.packed_model import PackedModel
 from worker.engine.speculation.drafting import Drafter
 from worker.training.config import Kind, Recipe
 from worker.training.losses import HeadLoss, ModelLoss, most_frequent
@@ -118,5 +119,5 @@ class TrainableModel:
             trust_remote_code=False,
         )
         assert isinstance(model, PreTrainedModel)
-        model.to(self._target.device)  # type: ignore[arg-type]  # as in language_model.load
+        model.to(self._target.device)  # type: ignore[arg-type]  # as in loading.load
         return model

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from worker.engine.model.language_model import native_dtype
+from worker.engine.model.loading import native_dtype
 from worker.training.config import Recipe
 from worker.training.features import FeatureDataset
 from worker.training.losses import Batch

@@ -1,4 +1,4 @@
-"""KV slots in the layout of the compiled kernels: keys packed as a weight, values as another, per slot and KV head."""
+"""KV slots in the layout of the compiled kernels: per slot and KV head, keys and values are two packed weights."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from worker.engine.segments import KvMove
 
 
 class CpuKv:
-    """Keys and values [layers, slots, kv_heads, capacity * head_dim] of one model on the CPU."""
+    """A `KvStore` on the CPU: keys and values [layers, slots, kv_heads, capacity * head_dim]."""
 
     def __init__(
         self, layers: int, slots: int, kv_heads: int, capacity: int, head_dim: int, dtype: torch.dtype, kernels: Kernels
     ) -> None:
-        """Reserve room for `slots` sequences of at least `capacity` tokens, tree rows included."""
+        """Allocate `slots` slots of at least `capacity` entries (rounded up to panels), tree rows included."""
         self.capacity = -(-capacity // kernels.panel) * kernels.panel
         self.kv_heads, self.head_dim = kv_heads, head_dim
         shape = (layers, slots, kv_heads, self.capacity * head_dim)
@@ -28,7 +28,7 @@ class CpuKv:
         self._plan = Plan(kv_heads=kv_heads, dim=head_dim, capacity=self.capacity)
 
     def compact(self, moves: Sequence[KvMove]) -> None:
-        """Bring accepted rows down behind the committed prefix, all layers at once."""
+        """Move accepted entries of all layers down to the end of the committed prefix."""
         for move in moves:
             if move.in_place:
                 continue
@@ -47,13 +47,15 @@ class CpuKv:
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` entries of one slot to another.
 
-        Whole panels are copied, for they lie in one piece; what comes along beyond `length` is overwritten before any
-        row sees it.
+        Copy whole panels, which are contiguous. Entries beyond `length` are overwritten before a row sees them.
         """
         panel = self._kernels.panel
         size = -(-length // panel) * panel * self.head_dim
         for store in (self.keys, self.values):
             store[:, target, :, :size] = store[:, source, :, :size]
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Do nothing: slots are dense."""
 
     def poison(self, slot: int) -> None:
         """Overwrite a slot with a value that shows in any output that reads it (tests only)."""

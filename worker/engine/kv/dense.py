@@ -1,4 +1,4 @@
-"""KV cache: one slot per sequence, keys and values of all layers.
+"""Dense KV: one slot of full capacity per sequence, for all layers.
 
 Rows of a draft tree are written behind the committed prefix; after verification `compact` moves the accepted path
 down and the rest is simply overwritten later. The
@@ -17,15 +17,14 @@ from torch import Tensor
 
 from worker.engine.segments import KvMove
 
-POISON = (
-    1e4  # what freed slots are filled with under test: finite, so that a masked read stays harmless and a leak shows
-)
+# Tests fill freed slots with it. Finite: 0 weight times POISON is 0, so a masked read is harmless and a leak shows.
+POISON = 1e4
 
 
 class DenseKv:
     """Keys and values [layers, slots, capacity, kv_heads, head_dim] of one model.
 
-    The tokens of a slot lie one behind the other with all their heads, so a short text touches little memory.
+    A token's heads are contiguous, so that a short sequence touches little memory.
     """
 
     def __init__(
@@ -38,7 +37,7 @@ class DenseKv:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Reserve room for `slots` sequences of `capacity` tokens, tree rows included."""
+        """Allocate `slots` slots of `capacity` entries, tree rows included."""
         shape = (layers, slots, capacity, kv_heads, head_dim)
         self.capacity = capacity
         self.keys = lazy_zeros(shape, dtype, device)
@@ -54,23 +53,26 @@ class DenseKv:
         return self.keys[layer, slots, :length].transpose(1, 2), self.values[layer, slots, :length].transpose(1, 2)
 
     def compact(self, moves: Sequence[KvMove]) -> None:
-        """Bring accepted rows down behind the committed prefix, all layers at once."""
+        """Move accepted entries of all layers down to the end of the committed prefix."""
         moves = [m for m in moves if not m.in_place]
         if not moves:
             return
         device = self.keys.device
         slot = torch.from_numpy(np.repeat([m.slot for m in moves], [len(m.sources) for m in moves])).to(device)
         source = torch.from_numpy(np.concatenate([m.sources for m in moves])).to(device)
-        places = np.concatenate([np.arange(m.destination, m.destination + len(m.sources)) for m in moves])
-        place = torch.from_numpy(places).to(device)
+        targets = np.concatenate([np.arange(m.destination, m.destination + len(m.sources)) for m in moves])
+        target = torch.from_numpy(targets).to(device)
         for store in (self.keys, self.values):
-            # the right-hand side is gathered before anything is written: overlapping moves are safe
-            store[:, slot, place] = store[:, slot, source]
+            # The right-hand side is gathered before anything is written: overlapping moves are safe.
+            store[:, slot, target] = store[:, slot, source]
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` entries of one slot to another."""
         for store in (self.keys, self.values):
             store[:, target, :length] = store[:, source, :length]
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Do nothing: slots are dense."""
 
     def poison(self, slot: int, start: int = 0) -> None:
         """Overwrite a slot from `start` on with a value that shows in any output that reads it (tests only)."""
@@ -79,9 +81,9 @@ class DenseKv:
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return zeros whose CPU pages are only committed when written, which those of torch.zeros are not.
+    """Return zeros whose CPU memory is committed page by page when written, unlike that of torch.zeros.
 
-    In small pages: a text touches a little in every layer and head, and huge ones would zero, and keep, a whole slot.
+    Pages are small: a sequence touches a little of every layer and head, and huge pages would commit the whole slot.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)

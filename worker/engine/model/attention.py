@@ -1,9 +1,10 @@
-"""Attention over packed rows, registered once with transformers: rows of many sequences, each seeing its own text."""
+"""Attention over packed rows, registered with transformers: each row of a forward sees its own sequence only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,32 +12,41 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from worker.engine.cpu.attention import CpuAttentionPlan
 from worker.engine.errors import ModelRefused
 from worker.engine.kv.dense import DenseKv
-from worker.engine.paged.attention import PagedAttentionPlan
 from worker.engine.segments import BoolArray, IntArray, Segment
 
 ATTENTION_NAME = "basic_packed"
-# Arguments of other attention functions that change nothing here, since the plan says what a row sees.
+# Arguments of transformers' attention functions that are ignored here: the plan decides what a row sees.
 _HARMLESS = frozenset(
     [
         "position_ids",
         "cache_position",
         "is_causal",
         "output_attentions",
-        "output_router_logits",  # of a mixture of experts: what is returned beside the logits
+        "output_router_logits",  # mixture of experts: returned beside the logits
         "use_cache",
         "past_key_values",
         "return_dict",
     ]
 )
-_PADDING_LIMIT = 1.5  # a padded group may compute at most this many times the entries it needs
+_PADDING_LIMIT = 1.5  # a padded group computes at most this many times the (row, entry) pairs that it needs
+
+
+class AttentionPlan(Protocol):
+    """Where the rows of one forward are stored and what they see. Built once per step, used by every layer."""
+
+    tapped: Tensor | None  # [n, taps, width] outputs of the tapped layers, after they have run
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
+        """Store the rows' keys and values, attend, and return [n, heads, head_dim]; inputs are [heads, n, head_dim]."""
 
 
 @dataclass(slots=True)
 class Group:
-    """Segments of slots first..first+count-1, attended in one call."""
+    """Segments of consecutive slots, padded to one shape and attended in one call."""
 
     segments: list[Segment]
     first_row: int
@@ -45,11 +55,11 @@ class Group:
     masks: dict[int | None, Tensor | None] = field(default_factory=dict)  # by sliding window
 
     def grown(self, segment: Segment) -> tuple[int, int]:
-        """Return (queries, keys) after taking this segment in."""
+        """Return (queries, keys) of the group with this segment added."""
         return max(self.queries, len(segment.ids)), max(self.keys, segment.end)
 
-    def takes(self, segment: Segment) -> bool:
-        """True if the segment is the next slot and padding stays small."""
+    def accepts(self, segment: Segment) -> bool:
+        """Return whether the segment is in the next slot and padding stays below the limit."""
         if segment.slot != self.segments[-1].slot + 1:
             return False
         queries, keys = self.grown(segment)
@@ -57,24 +67,24 @@ class Group:
         return queries * keys * (len(self.segments) + 1) <= _PADDING_LIMIT * needed
 
     def add(self, segment: Segment) -> None:
-        """Take a segment in."""
+        """Add a segment."""
         self.queries, self.keys = self.grown(segment)
         self.segments.append(segment)
 
     @property
     def padded(self) -> bool:
-        """True if some segment has fewer rows than the longest."""
+        """Whether some segment has fewer rows than the longest."""
         return any(len(s.ids) != self.queries for s in self.segments)
 
 
 class DenseAttentionPlan:
-    """Where the rows of one forward go and what they see. Built once a step, used by every layer."""
+    """Attention over `DenseKv` with torch: segments of consecutive slots are padded to a group."""
 
     def __init__(self, segments: Sequence[Segment], kv: DenseKv, query_groups: int) -> None:
         """Group `segments`, which must be in slot order, for a model with `query_groups` query heads per KV head."""
         self._kv = kv
         self._query_groups = query_groups
-        self.tapped: Tensor | None = None  # [n, taps, width] outputs of tapped layers, once they have run
+        self.tapped: Tensor | None = None  # [n, taps, width]
         device = kv.keys.device
         self._slot = torch.from_numpy(np.repeat([s.slot for s in segments], [len(s.ids) for s in segments])).to(device)
         self._index = torch.from_numpy(np.concatenate([np.arange(s.start, s.end) for s in segments])).to(device)
@@ -101,7 +111,7 @@ class DenseAttentionPlan:
         total = sum(len(s.ids) for s in group.segments)
         own = query[group.first_row : group.first_row + total]
         padded = own if rows is None else own[rows]
-        # Query heads of one KV head are stacked as rows, so that keys and values are read once and never repeated.
+        # Stack the query heads of a KV head as rows: keys and values are then read once and never repeated.
         stacked = padded.view(count, group.queries, heads // self._query_groups, self._query_groups, dim)
         stacked = stacked.permute(0, 2, 3, 1, 4).reshape(count, heads // self._query_groups, -1, dim)
         keys, values = self._kv.read(layer, slice(first, first + count), group.keys)
@@ -126,7 +136,7 @@ def _group(segments: Sequence[Segment]) -> list[Group]:
     groups: list[Group] = []
     row = 0
     for segment in segments:
-        if groups and groups[-1].takes(segment):
+        if groups and groups[-1].accepts(segment):
             groups[-1].add(segment)
         else:
             groups.append(Group([segment], row, len(segment.ids), segment.end))
@@ -135,7 +145,7 @@ def _group(segments: Sequence[Segment]) -> list[Group]:
 
 
 def _padded_rows(group: Group) -> Tensor:
-    """Row numbers [count * queries] within the group; short segments repeat their last row."""
+    """Return row indices [count * queries] within the group; short segments repeat their last row."""
     rows, base = [], 0
     for s in group.segments:
         rows.append(base + np.minimum(np.arange(group.queries), len(s.ids) - 1))
@@ -144,17 +154,17 @@ def _padded_rows(group: Group) -> Tensor:
 
 
 def _unpadded(group: Group) -> Tensor:
-    """Places of the real rows in the padded output."""
+    """Return the indices of the real rows in the padded output."""
     return torch.from_numpy(
         np.concatenate([i * group.queries + np.arange(len(s.ids)) for i, s in enumerate(group.segments)])
     )
 
 
 def _visibility(group: Group, window: int | None) -> BoolArray:
-    """Return [count, queries, keys]: what each row of each segment sees; padding rows see the prefix alone."""
+    """Return [count, queries, keys]: what each row of each segment sees; padding rows see the prefix only."""
     seen = np.zeros((len(group.segments), group.queries, group.keys), np.bool_)
     for i, s in enumerate(group.segments):
-        seen[i, :, : max(s.prefix, 1)] = True  # at least one entry, so that no row of padding is empty
+        seen[i, :, : max(s.prefix, 1)] = True  # at least one entry: softmax over none is NaN
         seen[i, : len(s.ids), : s.end] = _segment_visibility(s, window)
     return seen
 
@@ -169,11 +179,10 @@ def _segment_visibility(s: Segment, window: int | None) -> BoolArray:
 
 
 def _key_positions(s: Segment) -> IntArray:
-    """Positions of the KV entries 0..end-1; earlier tree rows lie at the depth their visibility says."""
+    """Return the text positions of KV entries 0..end-1."""
     if s.visible is None:
         return np.arange(s.end)
-    # A row sees exactly its ancestors and itself, so the depth of a row of this segment is the number it sees.
-    # Rows of earlier segments (start > prefix) are ancestors only; their depth is how many rows they stand above.
+    # Tree rows that an earlier forward stored (entries prefix..start-1) have no positions in this segment.
     earlier = s.start - s.prefix
     positions = np.arange(s.end)
     positions[s.start :] = s.positions
@@ -185,8 +194,8 @@ def _key_positions(s: Segment) -> IntArray:
 def _earlier_positions(s: Segment, earlier: int) -> IntArray:
     assert s.visible is not None
     columns = s.visible[:, :earlier]
-    rank = columns.cumsum(axis=1) - 1 + s.prefix  # ancestors are stored in order of depth
-    # An entry that no row sees has no position that matters.
+    rank = columns.cumsum(axis=1) - 1 + s.prefix  # ancestors are stored in order of depth: their rank is their depth
+    # The position of an entry that no row sees does not matter.
     return np.where(columns.any(axis=0), np.where(columns, rank, 0).max(axis=0), 0)
 
 
@@ -197,7 +206,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    plan: DenseAttentionPlan | CpuAttentionPlan | PagedAttentionPlan | None = None,
+    plan: AttentionPlan | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -215,7 +224,7 @@ def packed_attention(
         )
     if plan is None:
         raise ModelRefused(
-            f"{type(module).__name__} does not hand on what its rows see, which packed decoding needs; "
+            f"{type(module).__name__} does not pass the attention plan to its layers, which packed decoding needs; "
             "choose another model"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

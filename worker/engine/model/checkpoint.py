@@ -1,7 +1,7 @@
-"""A checkpoint before it is trusted: whole files, plain numbers, a language model, and every weight there.
+"""Checks of a checkpoint: complete files, weights that are not quantised, a language model, no weight missing.
 
-Reads configurations and the headers of weight files, never the weights. Each refusal is one sentence that names what
-was found: what loads in spite of these would write random text.
+Read configurations and the headers of weight files, never the weights. Without these checks, transformers would load
+such a checkpoint and decode random text. Each refusal is one sentence that names what was found.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from worker.engine.errors import EngineError, ModelRefused
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _LFS = b"version https://git-lfs"
-_AGAIN = "take it again from its source"
-_SHOWN = 3  # names that an error lists
+_AGAIN = "download it again"
+_MAX_NAMES = 3  # names that an error lists
 
 _QUANTISERS = {
     "gptq": "GPTQ",
@@ -40,12 +40,12 @@ _QUANTISERS = {
     "hqq": "HQQ",
     "aqlm": "AQLM",
 }
-# Files beside the configuration in which some quantisers keep theirs.
+# Files in which some quantisers write their own configuration.
 _QUANTISED_BY = {"quantize_config.json": "GPTQ", "quant_config.json": "AWQ", "hf_quant_config.json": "ModelOpt"}
 
-_SPEAKS = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$")
-# What checkpoints hold beside the weights of the text model: buffers of earlier releases, predictors of further tokens,
-# and networks that read images or sound.
+_WRITES_TEXT = re.compile(r"(ForCausalLM|LMHeadModel|ForConditionalGeneration)$")
+# Tensors of a checkpoint that are no weights of the text model: buffers of earlier releases, multi-token prediction
+# heads, and encoders of images or audio.
 _IGNORED = re.compile(
     r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$"
     r"|\.(attn|attention)\.(masked_)?bias$"
@@ -58,9 +58,9 @@ _EXTRA_LAYERS = ("num_nextn_predict_layers", "num_mtp_modules", "num_mtp_layers"
 
 @contextmanager
 def as_model_refused(what: str, *, ranks: int = 1) -> Iterator[None]:
-    """Turn what libraries raise about a model into ModelRefused, in one sentence that begins with `what` is wrong.
+    """Raise errors of libraries about a model as ModelRefused, in one sentence that starts with `what`.
 
-    Faults of the device or its memory pass, and so do those of other `ranks`: another start may work.
+    Let errors of the device or its memory pass, and with several `ranks` every RuntimeError: a restart may help.
     """
     try:
         yield
@@ -73,26 +73,27 @@ def as_model_refused(what: str, *, ranks: int = 1) -> Iterator[None]:
 
 
 def error_summary(error: Exception) -> str:
-    """Return the first line of what an error says, with its kind where that is needed to understand it."""
+    """Return the first line of an error's message; with its class, unless it is an OSError or ValueError."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = lines[0].rstrip(":. ") if lines else ""
-    return said if said and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {said}".rstrip(": ")
+    message = lines[0].rstrip(":. ") if lines else ""
+    plain = message and isinstance(error, OSError | ValueError)
+    return message if plain else f"{type(error).__name__}: {message}".rstrip(": ")
 
 
 def refuse_unreadable(path: str) -> None:
-    """Raise ModelRefused unless the files of a local directory are those of a language model, and whole.
+    """Raise ModelRefused unless a local directory holds the complete files of a language model.
 
-    A hub id is left to the hub's client.
+    The hub's client checks hub ids.
     """
     folder = Path(path)
     if not folder.is_dir():
         return
     for file in sorted(folder.iterdir()):
-        if file.is_file() and _begins(file) == _LFS:
+        if file.is_file() and _first_bytes(file) == _LFS:
             raise ModelRefused(f"{file} is a Git LFS pointer and not the file itself; fetch it with: git lfs pull")
     if not (folder / _CONFIG).exists():
         if (folder / "adapter_config.json").exists():
-            raise ModelRefused(f"{folder} is an adapter (LoRA) and no whole model; merge it into its base model first")
+            raise ModelRefused(f"{folder} is a LoRA adapter, not a whole model; merge it into its base model first")
         packed = next(iter(sorted(folder.glob("*.gguf"))), None)
         if packed is not None:
             raise ModelRefused(f"{folder} has no {_CONFIG}; give the path of its GGUF file, {packed}")
@@ -100,30 +101,30 @@ def refuse_unreadable(path: str) -> None:
     kind = draft_kind(folder)
     if kind is not None:
         raise ModelRefused(f"{folder} is {kind}, a draft for another model; give a language model")
-    said = read_config(folder)
-    if "auto_map" in said and said.get("model_type") not in CONFIG_MAPPING:
+    config = read_config(folder)
+    if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
         raise ModelRefused(
-            f"{folder} is a {said.get('model_type')}, which needs code of its own; only models that transformers "
-            "knows are loaded, choose one of those"
+            f"{folder} is a {config.get('model_type')}, which needs remote code; choose a model that "
+            "transformers supports"
         )
-    _refuse_quantised(folder, said, (file for file in _QUANTISED_BY if (folder / file).exists()))
+    _refuse_quantised(folder, config, (file for file in _QUANTISED_BY if (folder / file).exists()))
     for file in _weight_files(folder):
         _keys_of(file)
 
 
 def refuse_unfit(path: str, config: PretrainedConfig) -> None:
-    """Raise ModelRefused for a configuration of quantised weights, or of a model that does another task."""
+    """Raise ModelRefused for a configuration of quantised weights, or of a model for another task."""
     _refuse_quantised(path, {"quantization_config": getattr(config, "quantization_config", None)})
     declared = config.architectures or []
     known = {_name(names.get(config.model_type)) for names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES)}
-    if declared and not any(name in known or _SPEAKS.search(name) for name in declared):
+    if declared and not any(name in known or _WRITES_TEXT.search(name) for name in declared):
         raise ModelRefused(f"{path} is a {declared[0]}, which writes no text; choose a causal language model")
 
 
 def refuse_incomplete(path: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
-    """Raise ModelRefused, with the names, unless a checkpoint held the weights of the loaded model and no others.
+    """Raise ModelRefused, with the names, unless a checkpoint has exactly the weights of the loaded model.
 
-    `info` is transformers' own account; it has left out what is tied, and what the architecture says to ignore.
+    `info` is the loading info of `from_pretrained`, without tied weights and those that the architecture ignores.
     """
     kind = type(model).__name__
     if info["mismatched_keys"]:
@@ -137,37 +138,37 @@ def refuse_incomplete(path: str, model: PreTrainedModel, info: Mapping[str, Any]
     others = [key for key in info["unexpected_keys"] if not _is_ignored(key, model.config.get_text_config())]
     if others:
         raise ModelRefused(
-            f"{path} holds weights that no {kind} has: {_names(others)}; it is another kind of model, choose a causal "
-            "language model"
+            f"{path} has weights that do not belong to a {kind}: {_names(others)}; it is another kind of "
+            "model, choose a causal language model"
         )
     if info["error_msgs"]:
         raise ModelRefused(f"{path} could not be loaded: {info['error_msgs'][0].splitlines()[0]}")
 
 
 def draft_kind(folder: Path) -> str | None:
-    """Return what kind of draft a directory holds, of those that are published for other programs; None for others."""
-    said = read_config(folder)
-    named = " ".join([*map(str, said.get("architectures") or []), str(said.get("model_type"))]).lower()
-    if "speculators_model_type" in said or "speculators_config" in said:
-        return f"a draft of the speculators library ({said.get('speculators_model_type', 'unknown')})"
+    """Return the kind of draft head in a directory, of those made for other programs; None if it is none of them."""
+    config = read_config(folder)
+    named = " ".join([*map(str, config.get("architectures") or []), str(config.get("model_type"))]).lower()
+    if "speculators_model_type" in config or "speculators_config" in config:
+        return f"a draft of the speculators library ({config.get('speculators_model_type', 'unknown')})"
     keys = _all_keys(folder)
-    if "eagle3" in named or "draft_vocab_size" in said or {"d2t", "t2d"} & keys or _some(keys, "midlayer."):
+    if "eagle3" in named or "draft_vocab_size" in config or {"d2t", "t2d"} & keys or _any_starts(keys, "midlayer."):
         return "an EAGLE-3 head"
     if "eagle" in named or {"fc.weight", "model.fc.weight"} & keys:
         return "an EAGLE-1 or EAGLE-2 head"
-    if "medusa" in named or "medusa_num_heads" in said or _some(keys, "medusa") or _is_medusa(keys):
+    if "medusa" in named or "medusa_num_heads" in config or _any_starts(keys, "medusa") or _is_medusa(keys):
         return "a set of Medusa heads"
-    if "hydra" in named or "hydra_num_heads" in said or _some(keys, "hydra"):
+    if "hydra" in named or "hydra_num_heads" in config or _any_starts(keys, "hydra"):
         return "a set of Hydra heads"
-    if "mlp_speculator" in named or "mlpspeculator" in named or _some(keys, "speculator."):
+    if "mlp_speculator" in named or "mlpspeculator" in named or _any_starts(keys, "speculator."):
         return "an MLP speculator"
     if re.search(r"draft|speculat|mtpmodel|dflash", named):
-        return f"a draft head ({(said.get('architectures') or [said.get('model_type')])[0]})"
+        return f"a draft head ({(config.get('architectures') or [config.get('model_type')])[0]})"
     return None
 
 
 def folder_of(path: str) -> Path | None:
-    """Return where the files of a model lie on this machine: a directory, or those of a hub id that were fetched."""
+    """Return the local directory of a model or hub id; None if it is not downloaded."""
     if Path(path).is_dir():
         return Path(path)
     try:
@@ -177,28 +178,28 @@ def folder_of(path: str) -> Path | None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the configuration of a directory; empty if it has none that can be read."""
+    """Return the configuration of a directory; empty if there is none or it can't be read."""
     try:
-        said = json.loads((folder / _CONFIG).read_text())
+        config = json.loads((folder / _CONFIG).read_text())
     except (OSError, ValueError):
         return {}
-    return said if isinstance(said, dict) else {}
+    return config if isinstance(config, dict) else {}
 
 
-def _refuse_quantised(path: Path | str, said: Mapping[str, Any], beside: Iterable[str] = ()) -> None:
-    """Raise ModelRefused for weights that are not plain numbers."""
-    text = said.get("text_config")
-    ours = said.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
-    method = next((_QUANTISED_BY[file] for file in beside), None)
+def _refuse_quantised(path: Path | str, config: Mapping[str, Any], files: Iterable[str] = ()) -> None:
+    """Raise ModelRefused for quantised weights, by a configuration and by the `files` that quantisers write."""
+    text = config.get("text_config")
+    ours = config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
+    method = next((_QUANTISED_BY[file] for file in files), None)
     if ours:
         given = ours if isinstance(ours, dict) else ours.to_dict()
         method = _method(given.get("quant_method"))
-    elif isinstance(said.get("quantization"), dict):
+    elif isinstance(config.get("quantization"), dict):
         method = "MLX"
     if method is not None:
         raise ModelRefused(
             f"the weights of {path} are quantised ({method}), which packed decoding does not read; choose the model in "
-            "bfloat16, or a GGUF file of it, which is unpacked"
+            "bfloat16, or a GGUF file of it, which is converted"
         )
 
 
@@ -208,36 +209,36 @@ def _method(given: Any) -> str:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Return the files that transformers would read; raises ModelRefused if one is missing."""
+    """Return the weight files that transformers reads; raises ModelRefused if one is missing."""
     if (folder / _WEIGHTS).exists():
         return [folder / _WEIGHTS]
     if not (folder / _INDEX).exists():
         pickled = next(iter(sorted(folder.glob("*.bin"))), None)
         if pickled is not None:
             raise ModelRefused(f"{pickled} is a pickle, which is never loaded; save the model as safetensors")
-        raise ModelRefused(f"{folder} holds no weights ({_WEIGHTS}); {_AGAIN}")
+        raise ModelRefused(f"{folder} has no weights ({_WEIGHTS}); {_AGAIN}")
     try:
         names = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise ModelRefused(f"{folder / _INDEX} can't be read ({error_summary(error)}); {_AGAIN}") from error
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
-        raise ModelRefused(f"{folder} lacks files that its {_INDEX} names: {_names(missing)}; {_AGAIN}")
+        raise ModelRefused(f"{folder} has none of these files, which its {_INDEX} names: {_names(missing)}; {_AGAIN}")
     return [folder / name for name in names]
 
 
 def _keys_of(file: Path) -> set[str]:
-    """Return the names of the tensors in a file; raises ModelRefused unless it is whole."""
+    """Return the names of the tensors in a file; raises ModelRefused if it is damaged."""
     try:
         with safe_open(file, framework="pt") as opened:
             return set(opened.keys())
     except (SafetensorError, OSError) as error:
         reason = str(error).removeprefix("Error while deserializing header: ")
-        raise ModelRefused(f"{file} is damaged or cut off ({reason}); {_AGAIN}") from error
+        raise ModelRefused(f"{file} is damaged or truncated ({reason}); {_AGAIN}") from error
 
 
 def _all_keys(folder: Path) -> set[str]:
-    """Return the names of all tensors in a directory, of pickles too; what can't be read has none."""
+    """Return the names of all tensors in a directory, pickles included; skip files that can't be read."""
     keys: set[str] = set()
     for file in folder.glob("*.safetensors"):
         try:
@@ -250,7 +251,7 @@ def _all_keys(folder: Path) -> set[str]:
 
 
 def _pickled_strings(file: Path) -> set[str]:
-    """Return the words in a pickle of tensors, among them their names; nothing of it is run."""
+    """Return all strings in a pickle of tensors, which include their names; run nothing of it."""
     try:
         with zipfile.ZipFile(file) as archive:
             name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
@@ -263,7 +264,7 @@ def _is_medusa(keys: set[str]) -> bool:
     return any(re.fullmatch(r"\d+\.\d+\.linear\.weight", key) for key in keys)
 
 
-def _some(keys: set[str], prefix: str) -> bool:
+def _any_starts(keys: set[str], prefix: str) -> bool:
     return any(key.startswith(prefix) for key in keys)
 
 
@@ -276,7 +277,7 @@ def _is_ignored(key: str, config: PretrainedConfig) -> bool:
     return found is not None and first <= int(found[1]) < first + int(extra)
 
 
-def _begins(file: Path) -> bytes:
+def _first_bytes(file: Path) -> bytes:
     with file.open("rb") as stream:
         return stream.read(len(_LFS))
 
@@ -287,7 +288,7 @@ def _name(known: Any) -> str:
 
 def _names(keys: Iterable[str]) -> str:
     ordered = sorted(keys)
-    return ", ".join(ordered[:_SHOWN]) + _more(len(ordered) - _SHOWN)
+    return ", ".join(ordered[:_MAX_NAMES]) + _more(len(ordered) - _MAX_NAMES)
 
 
 def _more(count: int) -> str:

@@ -1,9 +1,9 @@
-"""The proof that a loaded model gives when it is packed what it gives in transformers' own forward.
+"""Check that a loaded model gives the same logits for packed rows as in transformers' own forward.
 
-Three short texts, two of which begin alike, run through the model as transformers wrote it; then the same tokens run as
-packed rows: chains, and a draft tree behind a prefix. First in float32 whatever the weights are, where both must agree
-but for the order of sums; then in the numbers, kernels and KV that serve, which may be as far from float32 as
-transformers' own forward is in these numbers, and a little further.
+Run three short sequences, two with a common prefix, through transformers' model. Then run the same tokens as packed
+rows: chains, and a draft tree behind a prefix. First in float32, where both must agree up to the order of sums. Then
+with the dtype, kernels and KV layout that serve: their distance from float32 may be that of transformers' own forward
+in this dtype, times a small factor.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,54 +22,49 @@ from torch.utils._pytree import tree_map
 from transformers import PretrainedConfig, PreTrainedModel
 
 from worker.engine.errors import ModelRefused
+from worker.engine.model.attention import AttentionPlan
 from worker.engine.model.checkpoint import as_model_refused
 from worker.engine.model.offload import input_device, is_offloaded
 from worker.engine.segments import IntArray, Segment, chain
 
-CHECK_ENTRIES = 20  # KV entries of a slot: a text, and the nodes of a tree that are not on its path
-_LENGTH, _SHORTEST = 16, 4  # tokens of a text
-_BEHIND = 2  # tokens of a text that are draft nodes below the root
-_WINDOW = 5  # positions of a sliding window under test: fewer than a text has
-_EXACT = 1e-3  # of the spread of the logits; float32 sums in another order differ by 1e-5, another formula by 1e-2
-_SLACK = 4.0  # how much further from float32 than transformers' own forward ours may be, where that is far itself
-# The same in bfloat16, whose sums differ by some 0.03, and by more where a row takes another expert: of half the rows.
+ATTRIBUTE = "basic_equivalence_check"  # attribute of a loaded model: the check that it must pass when it is packed
+CHECK_ENTRIES = 20  # KV entries that the check needs in a slot: a sequence, and tree nodes that are not on its path
+_LENGTH, _SHORTEST = 16, 4  # tokens of a sequence
+_DRAFTED = 2  # last tokens of a sequence: draft nodes below the root
+_WINDOW = 5  # positions of a sliding window during the check: fewer than a sequence has
+# Allowed distances, relative to the spread of the logits. In float32 another order of sums gives 1e-5, another formula
+# 1e-2.
+_EXACT = 1e-3
+# For the median row in bfloat16, where sums differ by about 0.03, and by more where a row takes another expert.
 _COARSE = 0.25
-_NOTHING = 1e30  # logits beyond it are masks, not numbers
-_NARROW = (torch.bfloat16, torch.float16)
+_SLACK = 4.0  # allowed multiple of the distance of transformers' own bfloat16 forward from float32
+_MASKED = 1e30  # logits beyond it are masks
+_NARROW = (torch.bfloat16, torch.float16)  # dtypes that are widened to float32
 
 Forward = Callable[[Sequence[Segment]], Tensor]  # packed rows -> logits [kept, vocab]
 
 
-class AttentionPlan(Protocol):
-    """What the rows of a forward see."""
-
-    def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
-    ) -> Tensor:
-        """Store keys and values, attend; inputs are [heads, n, head_dim]."""
-
-
 @dataclass(frozen=True, slots=True)
 class EquivalenceCheck:
-    """What a model must give."""
+    """The logits that a model must reproduce when it is packed."""
 
-    who: str  # class of the model
-    texts: IntArray  # [3, n]
+    kind: str  # class of the model
+    sequences: IntArray  # [3, n] token ids
     exact: Tensor  # [3 * n, vocab] logits of transformers' own forward, in float32
-    allowed: float  # distance from them, of their spread
-    wide: bool  # the model computes in float32: every row is held to it, and else the median of each kind
+    allowed: float  # distance from them, relative to their spread
+    wide: bool  # the model computes in float32: check every row, not the median of each kind of rows
 
     def check(self, forward: Forward, *, slots: int, defined: int | None = None, verifies: bool = True) -> None:
-        """Run packed rows in `slots` KV slots; raise ModelRefused, with the distance, if they give something else.
+        """Run packed rows in `slots` KV slots; raise ModelRefused, with the distance, if the logits differ.
 
-        A rank that follows runs them too and verifies nothing.
+        Without `verifies`, for followers of a tensor parallel replica, only run the rows.
         """
         distances = _distances(self, forward, min(slots, 2), defined)
-        for kind, found in distances.items() if verifies else ():
+        for rows, found in distances.items() if verifies else ():
             worst = float(found.max() if self.wide else found.median())
-            if not worst <= self.allowed:  # also where it is no number
+            if not worst <= self.allowed:  # also if it is NaN
                 raise ModelRefused(
-                    f"{self.who} is not exact when it is packed: the logits of {kind} are {worst:.2g} of their spread "
+                    f"{self.kind} is not exact when it is packed: the logits of {rows} are {worst:.2g} of their spread "
                     f"away from those of transformers' own forward, and {self.allowed:.2g} is what rounding explains; "
                     "choose another model"
                 )
@@ -82,22 +77,22 @@ def build_check(
     positions: int,
     heads: tuple[int, int],
     packed: Callable[[Sequence[Segment], Callable[[AttentionPlan], AttentionPlan]], Tensor],
-    ours: str,
+    attention_name: str,
 ) -> EquivalenceCheck:
-    """Return what a loaded model, as transformers wrote it, gives; raises ModelRefused if it is packed wrongly.
+    """Return the check for a loaded model; raises ModelRefused if its packed rows are not exact in float32.
 
-    `config` is of its text model, which knows `positions` and has `heads` (KV heads, and numbers of each). `packed`
-    runs rows with fresh KV and lets its last argument wrap their attention; `ours` is the name of the attention
-    function that it takes.
+    `config` is that of its text model, `positions` how many it supports, `heads` the number of its KV heads and their
+    size. `packed` runs rows with fresh KV and wraps their attention plan with its last argument; `attention_name` is
+    the attention function that it needs.
     """
-    who, ranks = type(model).__name__, model.tp_size or 1
-    texts = _texts(int(config.vocab_size), max(_SHORTEST, min(_LENGTH, positions)))
-    watched = _Watch(who, int(config.num_hidden_layers), heads, _sliding(config, positions))
+    kind, ranks = type(model).__name__, model.tp_size or 1
+    sequences = _sequences(int(config.vocab_size), max(_SHORTEST, min(_LENGTH, positions)))
+    watched = _Watch(kind, int(config.num_hidden_layers), heads, _sliding(config, positions))
 
     def forward(segments: Sequence[Segment]) -> Tensor:
-        with as_model_refused(f"{who} can't be packed", ranks=ranks):
-            logits = packed(segments, watched.on)
-        watched.refuse_other_than_once_a_layer()
+        with as_model_refused(f"{kind} can't be packed", ranks=ranks):
+            logits = packed(segments, watched.start)
+        watched.refuse_unless_once_per_layer()
         return logits
 
     narrow = model.dtype in _NARROW
@@ -105,57 +100,57 @@ def build_check(
     in_float32 = _InFloat32 if widened else nullcontext
     bound = _EXACT if widened or not narrow else _COARSE
     with in_float32(), _short_windows(model, config) as shortened:
-        exact = _own(model, texts, ours)
-        EquivalenceCheck(who, texts, exact, bound, wide=bound == _EXACT).check(forward, slots=2)
+        exact = _reference(model, sequences, attention_name)
+        EquivalenceCheck(kind, sequences, exact, bound, wide=bound == _EXACT).check(forward, slots=2)
     if shortened:
         with in_float32():
-            exact = _own(model, texts, ours)
+            exact = _reference(model, sequences, attention_name)
     if not widened:
-        return EquivalenceCheck(who, texts, exact, bound, wide=bound == _EXACT)
-    rounding = float(_distance(_own(model, texts, ours), exact).median())
-    return EquivalenceCheck(who, texts, exact, max(_COARSE, _SLACK * rounding), wide=False)
+        return EquivalenceCheck(kind, sequences, exact, bound, wide=bound == _EXACT)
+    rounding = float(_distance(_reference(model, sequences, attention_name), exact).median())
+    return EquivalenceCheck(kind, sequences, exact, max(_COARSE, _SLACK * rounding), wide=False)
 
 
-def _texts(vocabulary: int, length: int) -> IntArray:
-    """Return tokens [3, length], the second and third text alike but for the last two; no special token, as a rule."""
+def _sequences(vocabulary: int, length: int) -> IntArray:
+    """Return token ids [3, length]; the second and third sequence differ in the last two only."""
     first, count = vocabulary // 8, max(vocabulary // 4, 4)
     plain, shared = (first + (np.arange(length) * step + step) % count for step in (7, 5))
     other = shared.copy()
-    other[-_BEHIND:] = first + (shared[-_BEHIND:] - first + 1 + np.arange(_BEHIND)) % count
+    other[-_DRAFTED:] = first + (shared[-_DRAFTED:] - first + 1 + np.arange(_DRAFTED)) % count
     return np.stack([plain, shared, other]).astype(np.int64) % vocabulary
 
 
-def _own(model: PreTrainedModel, texts: IntArray, ours: str) -> Tensor:
-    """Return the logits [3 * n, vocab] of the texts in transformers' own forward, in float32 or what comes."""
+def _reference(model: PreTrainedModel, sequences: IntArray, attention_name: str) -> Tensor:
+    """Return the logits [3 * n, vocab] of transformers' own forward, on the CPU in float32."""
     model.set_attn_implementation("eager")
     try:
         with as_model_refused(f"transformers' own forward of {type(model).__name__} fails", ranks=model.tp_size or 1):
-            logits = model(input_ids=torch.from_numpy(texts).to(input_device(model)), use_cache=False).logits
+            logits = model(input_ids=torch.from_numpy(sequences).to(input_device(model)), use_cache=False).logits
     finally:
-        model.set_attn_implementation(ours)
-    found: Tensor = logits.flatten(0, 1).float().cpu()  # it stays as long as the model: not on a GPU
+        model.set_attn_implementation(attention_name)
+    found: Tensor = logits.flatten(0, 1).float().cpu()  # in main memory: it lives as long as the model
     if found.isnan().any():
         raise ModelRefused(f"transformers' own forward of {type(model).__name__} gives NaN; its weights are damaged")
     return found
 
 
-def _distances(proof: EquivalenceCheck, forward: Forward, slots: int, defined: int | None) -> dict[str, Tensor]:
-    """Return how far each row of the packed texts is from what it should be, by the kind of rows."""
+def _distances(check: EquivalenceCheck, forward: Forward, slots: int, defined: int | None) -> dict[str, Tensor]:
+    """Return the distance of each packed row from its reference, by the kind of rows."""
     found: dict[str, list[Tensor]] = {}
-    for segments, expected in _steps(proof.texts, slots):
+    for segments, expected in _steps(check.sequences, slots):
         logits = forward(segments).float().cpu()
-        rows = iter(torch.split(logits, [len(places) for places in expected]))
-        for segment, places, row in zip(segments, expected, rows, strict=True):
+        rows = iter(torch.split(logits, [len(indices) for indices in expected]))
+        for segment, indices, row in zip(segments, expected, rows, strict=True):
             kind = "draft trees" if segment.visible is not None else "plain rows"
-            exact = proof.exact[torch.from_numpy(places)]
+            exact = check.exact[torch.from_numpy(indices)]
             found.setdefault(kind, []).append(_distance(row, exact if defined is None else exact[:, :defined]))
     return {kind: torch.cat(parts) for kind, parts in found.items()}
 
 
 def _distance(rows: Tensor, exact: Tensor) -> Tensor:
-    """Return [n] how far rows are from the exact ones, of the spread of those; what both mask is left out."""
-    numbers = exact.abs() < _NOTHING
-    apart = torch.where((rows == exact) | ~(numbers | (rows.abs() < _NOTHING)), 0.0, rows - exact)
+    """Return [n]: the distance of rows from the exact ones, relative to their spread; skip logits that both mask."""
+    numbers = exact.abs() < _MASKED
+    apart = torch.where((rows == exact) | ~(numbers | (rows.abs() < _MASKED)), 0.0, rows - exact)
     plain = torch.where(numbers, exact, 0.0)
     mean = plain.sum(1, keepdim=True) / numbers.sum(1, keepdim=True).clamp(min=1)
     spread = torch.where(numbers, exact - mean, 0.0).norm(dim=1)
@@ -163,34 +158,34 @@ def _distance(rows: Tensor, exact: Tensor) -> Tensor:
     return found
 
 
-def _steps(texts: IntArray, slots: int) -> Iterator[tuple[list[Segment], list[IntArray]]]:
-    """Yield forwards over the texts, with the rows of [3 * n] that each of their segments is to give.
+def _steps(sequences: IntArray, slots: int) -> Iterator[tuple[list[Segment], list[IntArray]]]:
+    """Yield the segments of each forward, with the indices into the reference rows [3 * n] of each segment's rows.
 
-    With two slots the plain text lies beside the one with the tree; with one it is left out.
+    With two slots, the plain sequence is next to the one with the tree; with one slot, skip it.
     """
-    plain, shared, other = texts
+    plain, shared, other = sequences
     length = len(plain)
-    root = length - _BEHIND - 1
+    root = length - _DRAFTED - 1
     at = np.arange(length)
     tree = _tree(slots - 1, root, [shared[root], shared[root + 1], other[root + 1], shared[-1], other[-1]])
     below = np.array([root, root + 1, length + root + 1, root + 2, length + root + 2])
-    reading = [_whole(slots - 1, 0, shared[:root])]
+    prompts = [_whole(slots - 1, 0, shared[:root])]
     expected = [length + at[:root]]
-    deciding, then = [tree], [length + below]
+    decoding, then = [tree], [length + below]
     if slots > 1:
-        reading, expected = [_whole(0, 0, plain[:-1]), *reading], [at[:-1], *expected]
-        deciding, then = [_whole(0, length - 1, plain[-1:]), *deciding], [at[-1:], *then]
-    yield reading, expected
-    yield deciding, then
+        prompts, expected = [_whole(0, 0, plain[:-1]), *prompts], [at[:-1], *expected]
+        decoding, then = [_whole(0, length - 1, plain[-1:]), *decoding], [at[-1:], *then]
+    yield prompts, expected
+    yield decoding, then
 
 
 def _whole(slot: int, cached: int, ids: IntArray) -> Segment:
-    """Return a chain that keeps every row."""
+    """Return a chain with logits of every row."""
     return replace(chain(slot, cached, ids.tolist(), keep_last=True), keep=np.arange(len(ids)))
 
 
 def _tree(slot: int, root: int, ids: Sequence[int]) -> Segment:
-    """Return the rows of a root with two children, each with one of its own."""
+    """Return the rows of a root with two children that have one child each."""
     seen = np.eye(5, dtype=np.bool_)
     seen[:, 0] = seen[3, 1] = seen[4, 2] = True
     positions = root + np.array([0, 1, 1, 2, 2])
@@ -198,7 +193,7 @@ def _tree(slot: int, root: int, ids: Sequence[int]) -> Segment:
 
 
 def _sliding(config: PretrainedConfig, positions: int) -> frozenset[int]:
-    """Return the layers whose texts outgrow their sliding window, by the configuration."""
+    """Return the layers whose sliding window is smaller than the model's positions, by the configuration."""
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * int(config.num_hidden_layers)
     grown = 0 < _window(config) < positions
     return frozenset(layer for layer, kind in enumerate(kinds) if grown and kind == "sliding_attention")
@@ -206,64 +201,66 @@ def _sliding(config: PretrainedConfig, positions: int) -> frozenset[int]:
 
 @dataclass(slots=True)
 class _Watch:
-    """Watches the calls of attention in a forward."""
+    """Checks the attention calls of a forward."""
 
-    who: str
+    kind: str
     layers: int
-    heads: tuple[int, int]  # KV heads, and numbers of each
-    sliding: frozenset[int]  # layers that must say their window
+    heads: tuple[int, int]  # number of KV heads, size of each
+    sliding: frozenset[int]  # layers that must pass their window to attention
     calls: Counter[int] = field(default_factory=Counter)
 
-    def on(self, plan: AttentionPlan) -> AttentionPlan:
-        """Return the plan of a forward that is watched from now on."""
+    def start(self, plan: AttentionPlan) -> AttentionPlan:
+        """Start a forward: return its plan, watched."""
         self.calls.clear()
         return _Watched(plan, self)
 
     def note(self, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> None:
-        """Count a call; raises ModelRefused, with what was found, for one that KV slots have no room for."""
+        """Count a call; raises ModelRefused if its shapes or window differ from the configuration."""
         self.calls[layer] += 1
         count, size = self.heads
         if {key.shape[2], value.shape[2], query.shape[2]} != {size} or {key.shape[0], value.shape[0]} != {count}:
             raise ModelRefused(
-                f"{self.who} has queries of {query.shape[2]} numbers, {key.shape[0]} keys of {key.shape[2]} and "
-                f"{value.shape[0]} values of {value.shape[2]}, and packed decoding keeps {count} of {size} of each, as "
-                "its configuration says; choose another model"
+                f"{self.kind} has queries of size {query.shape[2]}, {key.shape[0]} keys of size {key.shape[2]} and "
+                f"{value.shape[0]} values of size {value.shape[2]}; by its "
+                f"configuration it has {count} KV heads of size {size}, which packed decoding needs; choose another "
+                "model"
             )
         if layer in self.sliding and window is None:
             raise ModelRefused(
-                f"{self.who} has a sliding window in its configuration and does not hand it on to attention, which "
+                f"{self.kind} has a sliding window in its configuration and does not pass it to attention, which "
                 "packed decoding needs; choose another model"
             )
 
-    def refuse_other_than_once_a_layer(self) -> None:
-        """Raise ModelRefused, with the counts, unless every layer has attended once in the newest forward."""
+    def refuse_unless_once_per_layer(self) -> None:
+        """Raise ModelRefused, with the counts, unless every layer called attention once in the last forward."""
         if dict(self.calls) != dict.fromkeys(range(self.layers), 1):
             raise ModelRefused(
-                f"{self.who} called attention {self.calls.total()} times in {len(self.calls)} of its {self.layers} "
+                f"{self.kind} called attention {self.calls.total()} times in {len(self.calls)} of its {self.layers} "
                 "layers, and packed decoding needs one call in each; choose another model"
             )
 
 
 @dataclass(slots=True)
 class _Watched:
-    """A plan whose calls are watched."""
+    """An attention plan that reports its calls."""
 
     plan: AttentionPlan
     watch: _Watch
+    tapped: Tensor | None = None
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
     ) -> Tensor:
-        """Take note, and attend."""
+        """Report the call, and attend."""
         self.watch.note(layer, query, key, value, window)
         return self.plan.attend(layer, query, key, value, scaling, window)
 
 
 class _InFloat32(TorchFunctionMode):
-    """Computes in float32 whatever the weights are: each is widened where it is used, one at a time."""
+    """Compute in float32: widen each tensor where it is used, so that only one weight at a time is copied."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run a function of torch on wide tensors; what only asks for a property needs no copy."""
+        """Run a function of torch on widened tensors; reading a property needs no copy."""
         if getattr(func, "__name__", "") == "__get__":
             found = func(*args)
             return _wide(found) if isinstance(found, torch.dtype) else found
@@ -278,7 +275,7 @@ def _wide(x: Any) -> Any:
 
 @contextmanager
 def _short_windows(model: PreTrainedModel, config: PretrainedConfig) -> Iterator[bool]:
-    """Shorten sliding windows to fewer positions than the texts have; yield whether there are any that are longer."""
+    """Shorten sliding windows to fewer positions than the sequences have; yield whether any was longer."""
     owners: list[Any] = [owner for owner in (config, *model.modules()) if _window(owner) > _WINDOW]
     before = [(owner, _window(owner)) for owner in owners]
     try:

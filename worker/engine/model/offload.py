@@ -1,7 +1,7 @@
-"""Models that are larger than the GPUs: layers on several devices, some of them in main memory or on disk.
+"""Models larger than the GPUs: accelerate puts layers on several devices, in main memory or on disk.
 
-accelerate lays the layers out and brings to a device what it needs when it is needed: slow, but it works. Keys and
-values stay where their layer is computed.
+accelerate copies weights to a device when a layer runs, which is slow. Keys and values stay on the device that computes
+their layer.
 """
 
 from __future__ import annotations
@@ -25,39 +25,39 @@ _OFFLOADED = ("cpu", "disk")
 
 @dataclass(frozen=True, slots=True)
 class OffloadOptions:
-    """How a model is to be laid out."""
+    """Where accelerate may put the weights of a model."""
 
-    folder: Path  # of weights that fit nowhere else
-    memory: dict[str | int, int | str] | None = None  # most of each device, as accelerate takes it; none: what is free
+    folder: Path  # for weights that fit on no device and not in main memory
+    memory: dict[str | int, int | str] | None = None  # limit per device, as accelerate's max_memory; None: what is free
 
     def options(self) -> dict[str, Any]:
-        """Return what `from_pretrained` takes."""
+        """Return the arguments for `from_pretrained`."""
         return {"device_map": "auto", "offload_folder": str(self.folder), "max_memory": self.memory}
 
 
 def is_offloaded(model: PreTrainedModel) -> bool:
-    """Return whether accelerate has laid a model out."""
+    """Return whether accelerate has placed a model's layers."""
     return getattr(model, "hf_device_map", None) is not None
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Return the device that takes a model's token ids and gives its logits."""
+    """Return the device of a model's token ids and logits."""
     if not is_offloaded(model):
         return model.device
-    places = [place for place in _map(model).values() if place not in _OFFLOADED]
-    return torch.device(places[0] if places else "cpu")
+    devices = [device for device in _map(model).values() if device not in _OFFLOADED]
+    return torch.device(devices[0] if devices else "cpu")
 
 
 def layer_devices(model: PreTrainedModel) -> list[torch.device]:
-    """Return where each layer is computed; one that is kept off the GPUs is computed at home."""
-    home = input_device(model)
+    """Return the device that computes each layer; `input_device` computes those whose weights are offloaded."""
+    main = input_device(model)
     names = [f"{model.base_model_prefix}.layers.{n}" for n in range(model.config.get_text_config().num_hidden_layers)]
-    places = [_place(model, name) for name in names]
-    return [home if place in _OFFLOADED else torch.device(place) for place in places]
+    devices = [_device_of(model, name) for name in names]
+    return [main if device in _OFFLOADED else torch.device(device) for device in devices]
 
 
 class MultiDeviceKv:
-    """KV slots whose layers lie on several devices; the interface of `DenseKv`."""
+    """A `KvStore` with a `DenseKv` on every device, for the layers that it computes."""
 
     def __init__(
         self,
@@ -68,20 +68,20 @@ class MultiDeviceKv:
         head_dim: int,
         dtype: torch.dtype,
     ) -> None:
-        """Reserve room on every device for the layers that are computed there."""
+        """Allocate KV on every device for the layers that it computes."""
         self.capacity = capacity
         self.parts = {
             device: DenseKv(layers, slots, kv_heads, capacity, head_dim, dtype, device)
             for device, layers in Counter(devices).items()
         }
         seen: Counter[torch.device] = Counter()
-        self.places: list[tuple[torch.device, int]] = []  # of each layer: its device, and its number there
+        self.layers: list[tuple[torch.device, int]] = []  # of each layer: its device, and its index there
         for device in devices:
-            self.places.append((device, seen[device]))
+            self.layers.append((device, seen[device]))
             seen[device] += 1
 
     def compact(self, moves: Sequence[KvMove]) -> None:
-        """Bring accepted rows down behind the committed prefix."""
+        """Move accepted entries down to the end of the committed prefix."""
         for part in self.parts.values():
             part.compact(moves)
 
@@ -89,6 +89,9 @@ class MultiDeviceKv:
         """Copy the first `length` entries of one slot to another."""
         for part in self.parts.values():
             part.copy_prefix(source, target, length)
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Do nothing: slots are dense."""
 
     def poison(self, slot: int, start: int = 0) -> None:
         """Overwrite a slot from `start` on with a value that shows in any output that reads it (tests only)."""
@@ -98,7 +101,7 @@ class MultiDeviceKv:
 
 @dataclass(slots=True)
 class MultiDeviceAttentionPlan:
-    """Where the rows of one forward go and what they see, on every device; the interface of `DenseAttentionPlan`."""
+    """An `AttentionPlan` with a `DenseAttentionPlan` on every device."""
 
     segments: Sequence[Segment]
     kv: MultiDeviceKv
@@ -109,18 +112,18 @@ class MultiDeviceAttentionPlan:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
     ) -> Tensor:
-        """Attend on the device of the layer."""
-        device, number = self.kv.places[layer]
+        """Attend on the layer's device; see `AttentionPlan`."""
+        device, index = self.kv.layers[layer]
         if device not in self._plans:
             self._plans[device] = DenseAttentionPlan(self.segments, self.kv.parts[device], self.query_groups)
-        return self._plans[device].attend(number, query, key, value, scaling, window)
+        return self._plans[device].attend(index, query, key, value, scaling, window)
 
 
-def _place(model: PreTrainedModel, name: str) -> Any:
-    """Return where a module is kept: the map names it, or one of those it is part of."""
+def _device_of(model: PreTrainedModel, name: str) -> Any:
+    """Return the device of a module's weights: the device map names the module, or one that contains it."""
     parts = name.split(".")
     prefixes = [".".join(parts[:length]) for length in range(len(parts), -1, -1)]
-    return next(place for prefix in prefixes if (place := _map(model).get(prefix)) is not None)
+    return next(device for prefix in prefixes if (device := _map(model).get(prefix)) is not None)
 
 
 def _map(model: PreTrainedModel) -> dict[str, Any]:

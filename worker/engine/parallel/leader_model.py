@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from worker.engine.errors import RankLost
-from worker.engine.model.language_model import PackedModel
+from worker.engine.model.packed_model import PackedModel
 from worker.engine.parallel.channel import Channel
 from worker.engine.parallel.commands import CommandKind, RankCommand
 from worker.engine.segments import KvMove, Segment

@@ -10,7 +10,7 @@ import torch
 
 from tests.models import tiny
 from worker.bench.gpu_steps import main, measure, random_model
-from worker.engine.model.language_model import kv_bytes_per_token
+from worker.engine.model.architecture import kv_bytes_per_token
 
 
 def test_every_number_of_rows_is_timed_without_trees_and_with_them(

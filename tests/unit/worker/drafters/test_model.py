@@ -17,7 +17,7 @@ from worker.drafters.mixed import MixedDrafter
 from worker.drafters.model import ModelDrafter, SharedVocabulary
 from worker.drafters.suffix import SuffixDrafter
 from worker.engine.model.attention import ATTENTION_NAME
-from worker.engine.model.language_model import PackedModel
+from worker.engine.model.packed_model import PackedModel
 from worker.engine.options import Mode
 from worker.engine.sampling.sampling import Sampling
 from worker.engine.segments import IntArray, Segment

@@ -10,7 +10,7 @@ from tests.models import packed, tiny
 from worker.drafters.model import ModelDrafter
 from worker.drafters.suffix import SuffixDrafter
 from worker.engine.engine import Engine
-from worker.engine.model.language_model import LanguageModel
+from worker.engine.model.packed_model import LanguageModel
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.sampling.sampling import Sampling, noise_key
 from worker.engine.sequence import Sequence as EngineSequence

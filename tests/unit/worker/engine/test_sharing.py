@@ -38,7 +38,7 @@ def test_text_is_the_same_with_and_without_sharing(
     nobody_shares: pytest.MonkeyPatch, architecture: str, prefill_rows: int, sampling: Sampling, cpu_kernels: bool
 ) -> None:
     if not cpu_kernels:
-        nobody_shares.setattr("worker.engine.model.language_model.kernels", lambda dtype: None)
+        nobody_shares.setattr("worker.engine.model.backend.kernels", lambda dtype: None)
     alone = sequences(PROMPTS, max_tokens=6, sampling=sampling)
     decode(engine(packed(tiny(architecture)), None, options(Mode.PLAIN, prefill_rows=prefill_rows)), alone)
     nobody_shares.setattr(scheduler, "MIN_SHARED_PREFIX", 16)

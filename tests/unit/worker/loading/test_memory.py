@@ -7,7 +7,7 @@ import torch
 
 from jobs.errors import SetupError
 from tests.models import tiny
-from worker.engine.model.language_model import kv_bytes_per_token
+from worker.engine.model.architecture import kv_bytes_per_token
 from worker.engine.options import EngineOptions
 from worker.loading import memory
 from worker.loading.memory import with_kv_tokens

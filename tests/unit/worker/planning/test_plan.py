@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 from tests.models import SHAPE, tiny
 from worker.cli import commands
 from worker.engine.errors import ModelRefused
+from worker.engine.model.architecture import kv_bytes_per_token
 from worker.engine.model.attention import ATTENTION_NAME
-from worker.engine.model.language_model import PackedModel, kv_bytes_per_token
+from worker.engine.model.packed_model import PackedModel
 from worker.engine.segments import chain
 from worker.planning.devices import DEVICES, GIB, KERNELS_PER_LAYER
 from worker.planning.forecast import Machine, speculate, step

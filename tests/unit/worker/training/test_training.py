@@ -15,7 +15,7 @@ from tests.unit.worker.engine.harness import PROMPTS, decode, engine, options, s
 from worker.drafters.head import HeadDrafter
 from worker.drafters.suffix import SuffixDrafter
 from worker.engine.kv.hidden_states import HiddenStates
-from worker.engine.model.language_model import embeddings, output_weights
+from worker.engine.model.loading import embeddings, output_weights
 from worker.engine.options import Mode
 from worker.training import self_generated as self_generated
 from worker.training import trainer

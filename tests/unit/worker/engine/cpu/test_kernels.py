@@ -13,7 +13,8 @@ from worker.engine.cpu.fused_layers import FusedLayers, fuse
 from worker.engine.cpu.kernels import Kernels, kernels
 from worker.engine.cpu.kv import CpuKv
 from worker.engine.cpu.packed_linear import PackedLinear
-from worker.engine.model.language_model import PackedModel, fuse_layers
+from worker.engine.model.backend import fuse_layers
+from worker.engine.model.packed_model import PackedModel
 from worker.engine.options import Mode
 from worker.engine.segments import KvMove, Segment, chain
 

@@ -22,7 +22,7 @@ from tests.unit.worker.engine.paged.test_attention import deeper, tree
 from worker.engine.gpu import kernels
 from worker.engine.gpu.fused_layers import fuse_on_gpu
 from worker.engine.model.attention import ATTENTION_NAME
-from worker.engine.model.language_model import PackedModel
+from worker.engine.model.packed_model import PackedModel
 from worker.engine.paged import attention
 from worker.engine.segments import Segment, chain
 from worker.planning.devices import FUSED_KERNELS_PER_LAYER

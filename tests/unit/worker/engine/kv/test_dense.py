@@ -17,7 +17,8 @@ from tests.unit.worker.engine.harness import PROMPTS, decode, drafter, engine, o
 from worker.engine.errors import ModelRefused, OutOfSlots
 from worker.engine.kv.dense import DenseKv, lazy_zeros
 from worker.engine.kv.slot_allocator import SlotAllocator
-from worker.engine.model.language_model import PackedModel, batch_dependent_rope, max_positions, refuse_unsupported
+from worker.engine.model.architecture import batch_dependent_rope, max_positions, refuse_unsupported
+from worker.engine.model.packed_model import PackedModel
 from worker.engine.options import Mode
 from worker.engine.segments import KvMove, Segment, chain
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.models import save_tiny
 from worker.engine.errors import ModelRefused
 from worker.engine.model import checkpoint
-from worker.engine.model.language_model import load
+from worker.engine.model.loading import load
 from worker.loading.drafts import refuse_unsupported_draft
 
 CPU = torch.device("cpu")

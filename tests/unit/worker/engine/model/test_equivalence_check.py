@@ -15,8 +15,10 @@ from tests.models import packed, save_tiny, tiny
 from worker.engine.cpu.fused_model import rotary_table
 from worker.engine.cpu.kernels import kernels
 from worker.engine.errors import ModelRefused
+from worker.engine.model.backend import fuse_layers
 from worker.engine.model.equivalence_check import CHECK_ENTRIES
-from worker.engine.model.language_model import PackedModel, fuse_layers, load
+from worker.engine.model.loading import load
+from worker.engine.model.packed_model import PackedModel
 from worker.engine.segments import chain
 
 CPU = torch.device("cpu")

@@ -12,8 +12,9 @@ import torch
 from tests.models import packed, tiny
 from tests.unit.worker.engine.harness import decode, drafter, engine, options, outputs, sequences
 from worker.engine.errors import ModelRefused
-from worker.engine.model.language_model import PackedModel, load, output_weights
+from worker.engine.model.loading import load, output_weights
 from worker.engine.model.offload import OffloadOptions, is_offloaded
+from worker.engine.model.packed_model import PackedModel
 from worker.engine.options import Mode
 
 CPU = torch.device("cpu")

@@ -25,7 +25,8 @@ from worker.drafters.model import ModelDrafter
 from worker.drafters.suffix import SuffixDrafter
 from worker.engine.errors import ModelRefused
 from worker.engine.model.attention import ATTENTION_NAME
-from worker.engine.model.language_model import PackedModel, uses_paged_kv
+from worker.engine.model.backend import uses_paged_kv
+from worker.engine.model.packed_model import PackedModel
 from worker.engine.options import Mode
 from worker.engine.paged import rows as paged_rows
 from worker.engine.paged.attention import attended, gpu_kernels_for, merged

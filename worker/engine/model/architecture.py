@@ -1,0 +1,112 @@
+"""Facts about a model from its configuration: what packed decoding supports, its sizes and its positions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from worker.engine.errors import ModelRefused
+
+# Beyond the original positions, the frequencies of these depend on the longest sequence of the forward, so one sequence
+# would change another's logits.
+_BATCH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+_ORIGINAL = "original_max_position_embeddings"
+_SIZES = ("num_attention_heads", "num_hidden_layers", "hidden_size", "vocab_size")
+_ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def refuse_unsupported(config: PretrainedConfig) -> None:
+    """Raise ModelRefused, with the reason, for a text configuration that packed rows can't decode exactly."""
+    try:
+        for name in ("head_dim", "num_key_value_heads"):
+            getattr(config, name, None)
+    except Exception as error:  # transformers raises a class of its own here, which is not part of its API
+        raise ModelRefused(
+            f"{config.model_type} has heads whose number or size differs from layer to layer; packed decoding needs "
+            "one for all, choose another model"
+        ) from error
+    unknown = set(getattr(config, "layer_types", None) or []) - _ATTENTION_LAYERS
+    if unknown:
+        raise ModelRefused(
+            f"{config.model_type} has layers of type {', '.join(sorted(unknown))}; only attention can be packed, "
+            "choose another model"
+        )
+    missing = [name for name in _SIZES if not isinstance(getattr(config, name, None), int)]
+    if missing:
+        raise ModelRefused(
+            f"{config.model_type} has no {missing[0]} in its configuration, and only models of attention layers can be "
+            "packed; choose another model"
+        )
+
+
+def refuse_tp_size(config: PretrainedConfig, ranks: int) -> None:
+    """Raise ModelRefused, with the sizes that work, if the heads can't be divided among this many ranks."""
+    if ranks not in tp_sizes(config):
+        heads, kv_heads = _heads(config)
+        raise ModelRefused(
+            f"{heads} heads over {kv_heads} KV heads can't be split over {ranks} ranks; use --tp "
+            f"{' or '.join(map(str, tp_sizes(config)))}, with more replicas beside it, or see `basic plan`"
+        )
+
+
+def tp_sizes(config: PretrainedConfig) -> list[int]:
+    """Return the tensor parallel sizes that divide a model's heads evenly."""
+    heads, kv_heads = _heads(config)
+    return [ranks for ranks in range(1, kv_heads + 1) if kv_heads % ranks == 0 and heads % ranks == 0]
+
+
+def max_positions(config: PretrainedConfig) -> int | None:
+    """Return how many positions a text model computes exactly in any batch; None if its configuration has no limit.
+
+    Rotary frequencies that depend on the longest sequence of a forward are constant up to the original number of
+    positions, so that number is the limit.
+    """
+    known = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len", "n_positions")]
+    ropes = list(_ropes(getattr(config, "rope_parameters", None) or {}))
+    if any(rope.get("rope_type") in _BATCH_DEPENDENT_ROPE for rope in ropes):
+        known += [rope.get(_ORIGINAL) for rope in ropes] + [getattr(config, _ORIGINAL, None)]
+    return min((int(n) for n in known if isinstance(n, int) and n > 0), default=None)
+
+
+def batch_dependent_rope(config: PretrainedConfig) -> str | None:
+    """Return the kind of rotary embeddings whose frequencies change beyond `max_positions`; None if there is none."""
+    kinds = (str(rope.get("rope_type")) for rope in _ropes(getattr(config, "rope_parameters", None) or {}))
+    return next((kind for kind in kinds if kind in _BATCH_DEPENDENT_ROPE), None)
+
+
+def kv_bytes_per_token(model: PreTrainedModel) -> int:
+    """Return the bytes of keys and values of one token, on each rank."""
+    config = model.config.get_text_config()
+    return int(2 * config.num_hidden_layers * kv_heads_of(model) * head_dim_of(model) * model.dtype.itemsize)
+
+
+def ranks_of(model: PreTrainedModel) -> int:
+    """Return the tensor parallel size of a loaded model: the ranks that its heads are divided among."""
+    return model.tp_size or 1
+
+
+def kv_heads_of(model: PreTrainedModel) -> int:
+    """Return the KV heads that a loaded model has on each rank."""
+    return _heads(model.config.get_text_config())[1] // ranks_of(model)
+
+
+def head_dim_of(model: PreTrainedModel) -> int:
+    """Return the size of a head."""
+    config = model.config.get_text_config()
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _heads(config: PretrainedConfig) -> tuple[int, int]:
+    heads = int(config.num_attention_heads)
+    return heads, int(getattr(config, "num_key_value_heads", None) or heads)
+
+
+def _ropes(parameters: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the rotary parameters of each kind: one for all layers, or one for each type of layer."""
+    if isinstance(parameters.get("rope_type"), str):
+        yield parameters
+    for nested in parameters.values():
+        if isinstance(nested, dict):
+            yield from _ropes(nested)

@@ -1,0 +1,100 @@
+"""The backend of a model: the KV layout, attention and kernels for its device and dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from worker.engine.cpu.attention import CpuAttentionPlan
+from worker.engine.cpu.fused_layers import fuse
+from worker.engine.cpu.kernels import Kernels, kernels
+from worker.engine.cpu.kv import CpuKv
+from worker.engine.cpu.packed_linear import pack
+from worker.engine.gpu.fused_layers import fuse_on_gpu
+from worker.engine.kv.dense import DenseKv
+from worker.engine.kv.store import KvStore
+from worker.engine.model.architecture import head_dim_of, kv_heads_of, ranks_of
+from worker.engine.model.attention import AttentionPlan, DenseAttentionPlan
+from worker.engine.model.offload import MultiDeviceAttentionPlan, MultiDeviceKv, is_offloaded, layer_devices
+from worker.engine.paged.attention import GPU_BLOCK, gpu_kernels_for, paged_plan
+from worker.engine.paged.kv import PagedKv
+from worker.engine.paged.shape_buckets import BucketedForward, Run
+from worker.engine.segments import Segment
+
+_CPU_BLOCK = 16  # KV entries of a block on a CPU: small enough that the short texts of tests fill several
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """The KV slots of a model, and how a forward attends over them."""
+
+    kv: KvStore
+    plan: Callable[[Sequence[Segment]], AttentionPlan]
+    kernels: Kernels | None = None  # compiled CPU kernels, if these run the model
+    bucketed: Callable[[Run], BucketedForward | None] = lambda _: None  # captures forwards in a few shapes
+
+
+def make_backend(
+    model: PreTrainedModel,
+    slots: int,
+    capacity: int,
+    *,
+    cpu_kernels: bool = True,
+    paged: bool | None = None,
+    kv_tokens: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Backend:
+    """Return the backend for a model, or for the layers of a draft head.
+
+    The parameters are those of `PackedModel`; `dtype` is that of keys and values, by default the model's.
+    """
+    config, dtype = model.config.get_text_config(), dtype or model.dtype
+    heads, kv_heads = config.num_attention_heads // ranks_of(model), kv_heads_of(model)
+    layers, head_dim = config.num_hidden_layers, head_dim_of(model)
+    if is_offloaded(model):
+        parts = MultiDeviceKv(layer_devices(model), slots, kv_heads, capacity, head_dim, dtype)
+        return Backend(parts, lambda segments: MultiDeviceAttentionPlan(segments, parts, heads // kv_heads))
+    if uses_paged_kv(model) if paged is None else paged:
+        size = GPU_BLOCK if model.device.type == "cuda" else _CPU_BLOCK
+        pages = PagedKv(
+            layers, slots, kv_heads, capacity, head_dim, dtype, model.device, block_size=size, tokens=kv_tokens
+        )
+        return Backend(
+            pages, lambda segments: paged_plan(segments, pages), bucketed=lambda run: BucketedForward(run, pages)
+        )
+    compiled = kernels_for(model) if cpu_kernels else None
+    if compiled is None:
+        dense = DenseKv(layers, slots, kv_heads, capacity, head_dim, dtype, model.device)
+        return Backend(dense, lambda segments: DenseAttentionPlan(segments, dense, heads // kv_heads))
+    packed = CpuKv(layers, slots, kv_heads, capacity, head_dim, dtype, compiled)
+    return Backend(packed, lambda segments: CpuAttentionPlan(segments, packed, heads, compiled), compiled)
+
+
+def uses_paged_kv(model: PreTrainedModel) -> bool:
+    """Return whether a model's KV is paged by default: on a GPU, without tensor parallelism or offload.
+
+    Followers of a tensor parallel replica capture no graphs and are not told when a sequence ends; they hold every slot
+    in full.
+    """
+    return model.device.type == "cuda" and ranks_of(model) == 1 and not is_offloaded(model)
+
+
+def fuse_layers(model: PreTrainedModel) -> None:
+    """Replace layers with fused implementations for this processor: the same products, faster."""
+    on_gpu = gpu_kernels_for(model.device) if uses_paged_kv(model) else None
+    if on_gpu is not None:
+        fuse_on_gpu(model, on_gpu)
+    compiled = kernels_for(model)
+    if compiled is not None:
+        fuse(model, compiled)
+        pack(model, compiled)
+
+
+def kernels_for(model: PreTrainedModel) -> Kernels | None:
+    """Return the compiled CPU kernels, or None if they can't run this model."""
+    ours = model.device.type == "cpu" and ranks_of(model) == 1 and not is_offloaded(model)
+    compiled = kernels(model.dtype) if ours else None
+    return compiled if compiled is not None and head_dim_of(model) % compiled.panel == 0 else None

@@ -1,0 +1,149 @@
+"""Load transformers models for packed decoding, and read the weights that draft heads share with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.distributed.configuration_utils import DistributedConfig
+from transformers.utils import logging as transformers_logging
+
+from worker.engine.errors import ModelRefused
+from worker.engine.model.architecture import (
+    head_dim_of,
+    kv_heads_of,
+    max_positions,
+    ranks_of,
+    refuse_tp_size,
+    refuse_unsupported,
+)
+from worker.engine.model.attention import ATTENTION_NAME, AttentionPlan
+from worker.engine.model.backend import Backend, make_backend
+from worker.engine.model.checkpoint import as_model_refused, refuse_incomplete, refuse_unfit, refuse_unreadable
+from worker.engine.model.equivalence_check import ATTRIBUTE, CHECK_ENTRIES, EquivalenceCheck, build_check
+from worker.engine.model.offload import OffloadOptions, is_offloaded
+from worker.engine.model.packed_model import run_layers
+from worker.engine.segments import Segment
+
+_GATHERED = (
+    "basic_gathered_weights"  # attribute of a tensor parallel model: its weights that `gather_embeddings` collected
+)
+
+
+def native_dtype(device: torch.device) -> torch.dtype:
+    """Return bfloat16 where the hardware computes in it, else float32."""
+    if device.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def load(
+    path: str, *, dtype: torch.dtype, device: torch.device, ranks: int = 1, offload: OffloadOptions | None = None
+) -> PreTrainedModel:
+    """Load a causal model from a local directory or a hub id; safetensors only, no remote code.
+
+    With `ranks` above 1, load this process's shard, by the tensor parallel plan that transformers has for the model.
+    With `offload`, accelerate lays the model out over all devices. Raises ModelRefused, with what to do, if the model
+    is missing, damaged or not supported.
+    """
+    with as_model_refused(f"{path} could not be loaded", ranks=ranks):
+        refuse_unreadable(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        refuse_unfit(path, config)
+        refuse_unsupported(config.get_text_config())
+        refuse_tp_size(config.get_text_config(), ranks)
+        model = _load_weights(path, dtype, ranks, offload)
+        if not is_offloaded(model):
+            model.to(device)  # type: ignore[arg-type]  # transformers wraps nn.Module.to as its types don't say
+        model.eval()  # type: ignore[no-untyped-call]
+        setattr(model, ATTRIBUTE, _equivalence_check(model))
+        return model
+
+
+def _load_weights(path: str, dtype: torch.dtype, ranks: int, offload: OffloadOptions | None) -> PreTrainedModel:
+    """Load with transformers; raises ModelRefused unless the checkpoint has exactly the model's weights."""
+    try:
+        with _quiet_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype,
+                attn_implementation=ATTENTION_NAME,
+                use_safetensors=True,
+                trust_remote_code=False,
+                distributed_config=DistributedConfig(tp_size=ranks) if ranks > 1 else None,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refuse_incomplete names them
+                **(offload.options() if offload else {}),
+            )
+    except KeyError as error:
+        if error.args != (ATTENTION_NAME,):
+            raise
+        raise ModelRefused(
+            f"{path} computes attention by itself and not by transformers' attention interface, which packed decoding "
+            "needs; choose another model"
+        ) from error
+    model, info = loaded
+    refuse_incomplete(path, model, info)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Suppress transformers' table of missing and unexpected weights: `refuse_incomplete` names them."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def _equivalence_check(model: PreTrainedModel) -> EquivalenceCheck:
+    """Return the check for a freshly loaded model; raises ModelRefused if its packed rows are not exact."""
+    config = model.config.get_text_config()
+    backends: list[Backend] = []
+
+    def packed(segments: Sequence[Segment], watched: Callable[[AttentionPlan], AttentionPlan]) -> Tensor:
+        if not backends:
+            dtype = None if is_offloaded(model) else torch.float32
+            backends.append(make_backend(model, 2, CHECK_ENTRIES, cpu_kernels=False, paged=False, dtype=dtype))
+        return run_layers(model, segments, watched(backends[0].plan(segments)))
+
+    heads = (kv_heads_of(model), head_dim_of(model))
+    return build_check(model, config, max_positions(config) or CHECK_ENTRIES, heads, packed, ATTENTION_NAME)
+
+
+def embeddings(model: PreTrainedModel) -> Tensor:
+    """Return a model's token embeddings [vocab, width]."""
+    return _whole(model, "embeddings", model.get_input_embeddings().weight)
+
+
+def output_weights(model: PreTrainedModel) -> Tensor:
+    """Return the weights [vocab, width] of a model's logits; call it before `fuse_layers` packs them."""
+    return _whole(model, "output", model.get_output_embeddings().weight)  # type: ignore[no-untyped-call]
+
+
+def gather_embeddings(model: PreTrainedModel) -> None:
+    """Gather the embeddings and output weights of a tensor parallel model, for a draft head that needs them whole.
+
+    Every rank must call it. It does nothing for a model on one rank.
+    """
+    if ranks_of(model) > 1:
+        parts = {"embeddings": model.get_input_embeddings(), "output": model.get_output_embeddings()}  # type: ignore[no-untyped-call]
+        whole = {name: part.weight.full_tensor().detach() for name, part in parts.items()}
+        setattr(model, _GATHERED, whole)
+
+
+def _whole(model: PreTrainedModel, name: str, weight: Any) -> Tensor:
+    gathered: dict[str, Tensor] = getattr(model, _GATHERED, {})
+    assert name in gathered or ranks_of(model) == 1, "gather_embeddings() must run first on a tensor parallel model"
+    found = gathered.get(name, weight)
+    assert isinstance(found, Tensor)
+    if found.is_meta:
+        raise ModelRefused("a head reads weights that are kept on disk here; set BASIC_DRAFT to a model, or to suffix")
+    return found.detach()

@@ -1,0 +1,210 @@
+"""A language model as the engine sees it: packed rows in, logits out. Any transformers causal model, unmodified."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from worker.engine.cpu.fused_layers import tap
+from worker.engine.cpu.fused_model import fused_model
+from worker.engine.kv.hidden_states import HiddenStates
+from worker.engine.kv.store import KvStore
+from worker.engine.model.architecture import max_positions, ranks_of, refuse_unsupported
+from worker.engine.model.attention import AttentionPlan
+from worker.engine.model.backend import make_backend
+from worker.engine.model.checkpoint import as_model_refused
+from worker.engine.model.equivalence_check import ATTRIBUTE, CHECK_ENTRIES, EquivalenceCheck
+from worker.engine.model.offload import input_device
+from worker.engine.options import MAX_STEP_NODES
+from worker.engine.paged.attention import GPU_BLOCK, PagedAttentionPlan
+from worker.engine.paged.rows import PagedRows
+from worker.engine.paged.shape_buckets import Outputs
+from worker.engine.segments import KvMove, Segment, chain, kept_rows
+
+
+class LanguageModel(Protocol):
+    """What the engine needs of a model."""
+
+    def forward(self, segments: Sequence[Segment]) -> Tensor:
+        """Run the rows, store their keys and values, return logits [kept rows, vocab] in the segments' order."""
+
+    def compact(self, moves: Sequence[KvMove]) -> None:
+        """KvMove the KV entries of accepted paths down to the end of the committed prefix."""
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` KV entries of slot `source` to slot `target`."""
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Free the memory of a slot beyond its first `length` entries."""
+
+    def clear(self) -> None:
+        """Free the memory of every slot."""
+
+
+class PackedModel:
+    """A transformers causal model with a KV slot per sequence."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        slots: int,
+        capacity: int,
+        defined_ids: int | None = None,
+        cpu_kernels: bool = True,
+        tapped: Sequence[int] = (),
+        paged: bool | None = None,
+        kv_tokens: int | None = None,
+        verifies: bool = True,
+    ) -> None:
+        """Wrap a model loaded with `ATTENTION_NAME`.
+
+        `capacity` is the KV entries per slot, tree rows included. Logits are cut to the first `defined_ids` tokens, so
+        that padding of the vocabulary is never emitted. `cpu_kernels` allows the compiled kernels where they run.
+        `tapped` layers store their outputs for every KV entry, for a draft head that reads them.
+
+        `paged` selects paged KV with captured forwards: the default on GPUs, an option on CPUs. Its slots together hold
+        `kv_tokens` entries, by default every slot in full. With `verifies`, raises ModelRefused if the model does not
+        decode exactly; followers of a tensor parallel replica do not verify.
+        """
+        config = model.config.get_text_config()
+        refuse_unsupported(config)
+        self._model = model
+        self._defined_ids = defined_ids
+        self._slots = slots
+        self._backend = make_backend(model, slots, capacity, cpu_kernels=cpu_kernels, paged=paged, kv_tokens=kv_tokens)
+        self.hidden: HiddenStates | None = None
+        if tapped:
+            tap(model, tapped)
+            self.hidden = HiddenStates(
+                slots, self.kv.capacity, len(tapped) * config.hidden_size, model.dtype, input_device(model)
+            )
+        # One call for the whole forward, if every layer of the model is fused.
+        compiled = self._backend.kernels
+        self._network = (
+            fused_model(model, self.kv.capacity, compiled, self.hidden, max_positions(config)) if compiled else None
+        )
+        self._buckets = self._backend.bucketed(self._call_paged)
+        with as_model_refused(f"{type(model).__name__} can't be packed", ranks=ranks_of(model)):
+            self._verify(getattr(model, ATTRIBUTE, None), kv_tokens, verifies)
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The configuration of the text model."""
+        return self._model.config.get_text_config()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype of the weights."""
+        return self._model.dtype
+
+    @property
+    def version(self) -> str:
+        """The hash of the compiled kernels that run the model, or "torch"."""
+        compiled = self._backend.kernels
+        return "torch" if compiled is None else compiled.version
+
+    @property
+    def kv(self) -> KvStore:
+        """The model's KV slots."""
+        return self._backend.kv
+
+    def _verify(self, check: EquivalenceCheck | None, kv_tokens: int | None, verifies: bool) -> None:
+        """Compare the model, as it will serve, with its logits when it was loaded; raises ModelRefused if they differ.
+
+        Run one token where a slot is too small for the check, and for models that `load` did not load, so that
+        unsupported attention arguments are refused here and not in a job.
+        """
+        if check is None or self.kv.capacity < CHECK_ENTRIES:
+            self.forward([chain(0, 0, [0], keep_last=True)])
+        else:
+            both = kv_tokens is None or kv_tokens >= 2 * max(GPU_BLOCK, CHECK_ENTRIES)
+            check.check(self.forward, slots=self._slots if both else 1, defined=self._defined_ids, verifies=verifies)
+        for slot in range(min(self._slots, 2)):
+            self.truncate(slot, 0)
+
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Capture the forwards that steps replay, and allocate their buffers, so that no request waits for either."""
+        if self._buckets is not None:
+            self._buckets.prepare()
+        if self._network is not None:
+            self._network.prepare(self._slots + MAX_STEP_NODES)
+
+    @torch.inference_mode()
+    def forward(self, segments: Sequence[Segment]) -> Tensor:
+        """Run the rows of `segments`, which are in slot order; return logits [kept rows, vocab]."""
+        logits, tapped = self._outputs(segments)
+        if self.hidden is not None and tapped is not None:
+            self.hidden.write(segments, tapped.flatten(1))
+        return logits if self._defined_ids is None else logits[:, : self._defined_ids]
+
+    def _outputs(self, segments: Sequence[Segment]) -> tuple[Tensor, Tensor | None]:
+        """Return logits [kept rows, vocab], and the outputs of tapped layers [rows, taps, width].
+
+        The latter is None if no layer is tapped, or if the fused model has written to `hidden` itself.
+        """
+        shape = self._buckets.shape_for(segments) if self._buckets is not None else None
+        if shape is not None:
+            assert self._buckets is not None
+            return self._buckets.forward(segments, shape)
+        plan = self._backend.plan(segments)
+        if self._network is None:
+            return run_layers(self._model, segments, plan), plan.tapped
+        return self._network.forward(segments, plan)[0], plan.tapped  # type: ignore[arg-type]  # the backend's own plan
+
+    def _call_paged(self, rows: PagedRows, plan: PagedAttentionPlan) -> Outputs:
+        return _call(self._model, rows.ids, rows.positions, rows.kept, plan), plan.tapped
+
+    def compact(self, moves: Sequence[KvMove]) -> None:
+        """KvMove the KV entries of accepted paths down to the end of the committed prefix."""
+        with torch.inference_mode():
+            self.kv.compact(moves)
+            if self.hidden is not None:
+                self.hidden.compact(moves)
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` KV entries of slot `source` to slot `target`."""
+        if source == target:
+            self.truncate(target, length)
+            return
+        with torch.inference_mode():
+            self.kv.copy_prefix(source, target, length)
+            if self.hidden is not None:
+                self.hidden.copy_prefix(source, target, length)
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Free the memory of a slot beyond its first `length` entries."""
+        self.kv.truncate(slot, length)
+
+    def clear(self) -> None:
+        """Free the memory of every slot."""
+        for slot in range(self._slots):
+            self.kv.truncate(slot, 0)
+
+
+def run_layers(model: PreTrainedModel, segments: Sequence[Segment], plan: AttentionPlan) -> Tensor:
+    """Run the rows through the layers of transformers' model; return logits [kept rows, vocab]."""
+    device = input_device(model)
+    ids = torch.from_numpy(np.concatenate([s.ids for s in segments])).to(device)
+    positions = torch.from_numpy(np.concatenate([s.positions for s in segments])).to(device)
+    return _call(model, ids, positions, kept_rows(segments).to(device), plan)
+
+
+def _call(model: PreTrainedModel, ids: Tensor, positions: Tensor, kept: Tensor, plan: AttentionPlan) -> Tensor:
+    logits = model(
+        input_ids=ids.unsqueeze(0),
+        position_ids=positions.unsqueeze(0),
+        attention_mask=None,
+        past_key_values=None,
+        use_cache=False,
+        logits_to_keep=kept,
+        plan=plan,
+    ).logits[0]
+    assert isinstance(logits, Tensor)
+    return logits
