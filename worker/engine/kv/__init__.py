@@ -1,3 +1,3 @@
-"""Dense KV, its slots and hidden states."""
+"""KV: the store protocol, the dense store, slot allocation, and hidden states per KV entry."""
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Hidden states of the target, one row per KV entry, for drafts that read them.
+"""Hidden states of the target, one row per KV entry, for draft heads that read them.
 
-A row lives and moves as the keys and values of its entry do.
+Rows are stored, moved and copied together with the keys and values of their entries.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from torch import Tensor
 from worker.engine.kv.dense import lazy_zeros
 from worker.engine.segments import KvMove, Segment
 
-_FEW = 8  # segments that are copied one by one, which is cheaper than telling torch where every row goes
+_FEW_SEGMENTS = 8  # up to this many are copied one by one: cheaper than building index tensors
 
 
 class HiddenStates:
-    """Rows [slots, capacity, size]; `size` is the width of all tapped layers together."""
+    """Rows [slots, capacity, size]; `size` is the total width of the tapped layers."""
 
     def __init__(self, slots: int, capacity: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Reserve room for `slots` sequences of `capacity` entries."""
+        """Allocate `slots` slots of `capacity` rows."""
         self.capacity = capacity
         self._rows = lazy_zeros((slots, capacity, size), dtype, device)
 
     @property
     def address(self) -> int:
-        """Where the first row lies: a whole network writes its rows itself."""
+        """Address of the first row: the fused model on the CPU writes rows itself."""
         return self._rows.data_ptr()
 
     def read(self, slot: int, start: int, end: int) -> Tensor:
@@ -36,7 +36,7 @@ class HiddenStates:
 
     def write(self, segments: Sequence[Segment], rows: Tensor) -> None:
         """Store the rows [n, size] of a forward over `segments`."""
-        if len(segments) <= _FEW:
+        if len(segments) <= _FEW_SEGMENTS:
             row = 0
             for s in segments:
                 self._rows[s.slot, s.start : s.end] = rows[row : row + len(s.ids)]
@@ -47,7 +47,7 @@ class HiddenStates:
         self._rows[torch.from_numpy(slots), torch.from_numpy(entries)] = rows
 
     def compact(self, moves: Sequence[KvMove]) -> None:
-        """Bring accepted rows down behind the committed prefix."""
+        """Move accepted rows down to the end of the committed prefix."""
         for move in moves:
             if not move.in_place:
                 rows = self._rows[move.slot]

@@ -1,4 +1,4 @@
-"""Recordings of forwards as CUDA graphs: one launch instead of hundreds. The only code here that needs a GPU."""
+"""Capture of forwards as CUDA graphs: one launch instead of hundreds."""
 
 from __future__ import annotations
 
@@ -11,51 +11,51 @@ import torch
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-_WARM_UPS = 2  # runs before the recording: libraries set themselves up in the first ones
+_WARM_UPS = 2  # runs before a capture: libraries initialise in the first ones
 
 
 class GraphCapture(Protocol):
-    """Makes a repeatable call of some work on fixed buffers."""
+    """Captures work on fixed buffers as a repeatable call."""
 
     def __call__(self, work: Callable[[], T]) -> Callable[[], T]:
-        """Return what does the work again on whatever the buffers hold then."""
+        """Return a function that repeats the work on the current contents of the buffers."""
 
 
 def no_capture(work: Callable[[], T]) -> Callable[[], T]:
-    """GraphCapture nothing: the work itself, every time."""
+    """Capture nothing: return the work itself."""
     return work
 
 
 def graph_capture(device: torch.device) -> GraphCapture:
-    """Return what a device can do."""
+    """Return CUDA graph capture for a GPU, `no_capture` for other devices."""
     return CudaGraphs() if device.type == "cuda" else no_capture
 
 
 class CudaGraphs:
-    """Records work as CUDA graphs that share their memory.
+    """Captures CUDA graphs that share their memory.
 
-    The outputs of a replay are overwritten by the next one of any of them.
+    The next replay of any of them overwrites the outputs of the last.
     """
 
     def __init__(self) -> None:
-        """Start without a graph."""
+        """Create the memory pool."""
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Callable[[], T]) -> Callable[[], T]:
-        """GraphCapture the work; if it can't be recorded, leave it as it is."""
-        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        """Capture the work; if that fails, log a warning and return the work itself."""
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
                 work()
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self._pool):
                 outputs = work()
         except RuntimeError as error:
             log.warning(
-                "A forward could not be recorded and runs step by step: %s", error, extra={"action": "no_graph"}
+                "A forward can't be captured as a CUDA graph and runs slower: %s", error, extra={"action": "no_graph"}
             )
             return work
 

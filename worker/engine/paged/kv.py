@@ -1,4 +1,4 @@
-"""Paged KV: keys and values in blocks of one pool, a table of blocks per slot. What GPUs read without copying."""
+"""Paged KV: blocks of one pool, and a block table per slot. Slots with a common prefix share its full blocks."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from worker.engine.errors import OutOfBlocks
 from worker.engine.kv.dense import POISON, lazy_zeros
 from worker.engine.segments import IntArray, KvMove
 
-SCRATCH = 0  # the block that rows of padding write to; no slot ever holds it
+SCRATCH = 0  # the block that padding rows write to; no slot holds it
 
 
 class BlockPool:
-    """Blocks 1..count, each with the number of slots that hold it."""
+    """Blocks 1..count with reference counts: the number of slots that hold each."""
 
     def __init__(self, count: int) -> None:
         """Start with every block free."""
@@ -26,25 +26,25 @@ class BlockPool:
 
     @property
     def free(self) -> int:
-        """Blocks that no slot holds."""
+        """Number of blocks that no slot holds."""
         return len(self._free)
 
     @property
     def used(self) -> int:
-        """Blocks that some slot holds."""
-        return sum(holders > 0 for holders in self._references)
+        """Number of blocks that a slot holds."""
+        return sum(count > 0 for count in self._references)
 
     @property
     def free_blocks(self) -> list[int]:
-        """Their numbers."""
+        """Indices of the free blocks."""
         return list(self._free)
 
     def references(self, block: int) -> int:
-        """Return how many slots hold a block."""
+        """Return the reference count of a block."""
         return self._references[block]
 
     def allocate(self) -> int:
-        """Hand out a free block; raises OutOfBlocks."""
+        """Return a free block, now with one reference; raises OutOfBlocks."""
         if not self._free:
             raise OutOfBlocks
         block = self._free.pop()
@@ -52,20 +52,20 @@ class BlockPool:
         return block
 
     def add_reference(self, block: int) -> None:
-        """Let one more slot hold a block."""
+        """Add a reference to a block in use."""
         assert self._references[block] > 0, f"block {block} is free"
         self._references[block] += 1
 
     def drop_reference(self, block: int) -> None:
-        """Let one slot go of a block; it is free when nobody is left."""
-        assert self._references[block] > 0, f"block {block} was given back twice"
+        """Drop a reference; free the block if it was the last."""
+        assert self._references[block] > 0, f"block {block} was freed twice"
         self._references[block] -= 1
         if not self._references[block]:
             self._free.append(block)
 
 
 class PagedKv:
-    """Keys and values [layers, blocks, block size, kv_heads, head_dim] of one model, block `SCRATCH` included."""
+    """A `KvStore` in blocks: keys and values [layers, blocks, block size, kv_heads, head_dim], with `SCRATCH`."""
 
     def __init__(
         self,
@@ -80,10 +80,10 @@ class PagedKv:
         block_size: int,
         tokens: int | None = None,
     ) -> None:
-        """Reserve a pool for `slots` sequences of up to `capacity` entries, tree rows included.
+        """Allocate a pool for `slots` slots of up to `capacity` entries, tree rows included.
 
-        `tokens` is what all of them together hold at most; None: every slot in full. Each slot may leave the better
-        part of its last block empty, so the pool has that many blocks more.
+        `tokens` limits the entries of all slots together; None: every slot in full. The pool has a block more per
+        slot, because the last block of a slot may be almost empty.
         """
         self.block_size = block_size
         width = _blocks(capacity, block_size)
@@ -93,8 +93,8 @@ class PagedKv:
         shape = (layers, self.pool.count + 1, block_size, kv_heads, head_dim)
         self.keys = lazy_zeros(shape, dtype, device)
         self.values = lazy_zeros(shape, dtype, device)
-        self.tables = np.full((slots, width), SCRATCH, np.int64)  # blocks of each slot, in the order of its text
-        self._held = [0] * slots  # blocks of each slot
+        self.tables = np.full((slots, width), SCRATCH, np.int64)  # block table: the blocks of each slot, in order
+        self._held = [0] * slots  # number of blocks of each slot
 
     @property
     def slots(self) -> int:
@@ -107,12 +107,12 @@ class PagedKv:
         return blocks
 
     def entries(self, slot: IntArray | int, index: IntArray) -> IntArray:
-        """Return where entries lie when all blocks are put one behind the other."""
-        places: IntArray = self.tables[slot, index // self.block_size] * self.block_size + index % self.block_size
-        return places
+        """Return the indices of a slot's entries in the flattened pool [blocks * block size]."""
+        found: IntArray = self.tables[slot, index // self.block_size] * self.block_size + index % self.block_size
+        return found
 
     def reserve(self, slot: int, start: int, end: int) -> None:
-        """Make entries start..end-1 of a slot its own, to be written; raises OutOfBlocks, having changed nothing."""
+        """Make entries start..end-1 of a slot writable: add blocks, copy shared ones. Raises OutOfBlocks, unchanged."""
         assert end <= self.capacity, "rows beyond the end of their slot"
         first, held = start // self.block_size, self._held[slot]
         needed = _blocks(end, self.block_size)
@@ -120,13 +120,13 @@ class PagedKv:
         if len(shared) + max(0, needed - held) > self.pool.free:
             raise OutOfBlocks
         for at in shared:
-            self._own(slot, at, copied=at * self.block_size < start or (at + 1) * self.block_size > end)
+            self._unshare(slot, at, copied=at * self.block_size < start or (at + 1) * self.block_size > end)
         for at in range(held, needed):
             self.tables[slot, at] = self.pool.allocate()
         self._held[slot] = max(held, needed)
 
-    def truncate(self, slot: int, length: int = 0) -> None:
-        """Give back the blocks of a slot but for those of its first `length` entries."""
+    def truncate(self, slot: int, length: int) -> None:
+        """Free the blocks of a slot beyond its first `length` entries."""
         kept = _blocks(length, self.block_size)
         if kept >= self._held[slot]:
             return
@@ -135,29 +135,29 @@ class PagedKv:
         self.tables[slot, kept:] = SCRATCH
         self._held[slot] = kept
 
-    def write(self, layer: int, places: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Store rows: `places` int64 [n], `keys` and `values` [n, kv_heads, head_dim]."""
+    def write(self, layer: int, entries: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store `keys` and `values` [n, kv_heads, head_dim] at `entries` int64 [n], indices from `entries()`."""
         for store, rows in ((self.keys, keys), (self.values, values)):
-            store[layer].flatten(0, 1)[places] = rows
+            store[layer].flatten(0, 1)[entries] = rows
 
     def compact(self, moves: Sequence[KvMove]) -> None:
-        """Bring accepted rows down behind the committed prefix, all layers at once."""
+        """Move accepted entries of all layers down to the end of the committed prefix."""
         moves = [m for m in moves if not m.in_place]
         if not moves:
             return
         sources = np.concatenate([self.entries(m.slot, m.sources) for m in moves])
         targets = np.concatenate([self.entries(m.slot, m.destination + np.arange(len(m.sources))) for m in moves])
-        # Entries that move were written by their owner, into blocks that it made its own then.
+        # `reserve` unshared these blocks when the entries were written.
         assert all(self.pool.references(int(block)) == 1 for block in np.unique(targets // self.block_size))
         source, target = (torch.from_numpy(part).to(self.keys.device) for part in (sources, targets))
         for store in (self.keys, self.values):
             entries = store.flatten(1, 2)
-            # the right-hand side is gathered before anything is written: overlapping moves are safe
+            # The right-hand side is gathered before anything is written: overlapping moves are safe.
             entries[:, target] = entries[:, source]
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
-        """Let one slot begin with the first entries of another: full blocks are held by both, the rest copied."""
-        self.truncate(target)
+        """Copy the first `length` entries of slot `source` to slot `target`: share full blocks, copy the rest."""
+        self.truncate(target, 0)
         full = length // self.block_size
         for at, block in enumerate(self.blocks_of(source)[:full]):
             self.pool.add_reference(block)
@@ -168,29 +168,29 @@ class PagedKv:
             self._copy(int(self.tables[source, full]), int(self.tables[target, full]))
 
     def poison(self, slot: int, start: int = 0) -> None:
-        """Overwrite what a slot holds from `start` on, as another owner would (tests only)."""
+        """Overwrite a slot from `start` on, after unsharing its blocks (tests only)."""
         end = self._held[slot] * self.block_size
         if start < end:
             self.reserve(slot, start, end)
-            places = torch.from_numpy(self.entries(slot, np.arange(start, end)))
+            entries = torch.from_numpy(self.entries(slot, np.arange(start, end)))
             for store in (self.keys, self.values):
-                store.flatten(1, 2)[:, places] = POISON
+                store.flatten(1, 2)[:, entries] = POISON
 
     def poison_free(self) -> None:
-        """Overwrite everything that no slot holds, the block of padding included (tests only)."""
+        """Overwrite all blocks that no slot holds, `SCRATCH` included (tests only)."""
         for store in (self.keys, self.values):
             store[:, [SCRATCH, *self.pool.free_blocks]] = POISON
 
     def check(self) -> None:
-        """Assert that every block is free or held by exactly the slots whose tables say so (tests only)."""
+        """Assert that reference counts, block tables and the free list agree (tests only)."""
         held = [block for slot in range(self.slots) for block in self.blocks_of(slot)]
         assert SCRATCH not in held
         assert all(self.pool.references(block) == held.count(block) for block in range(1, self.pool.count + 1))
         assert self.pool.free + self.pool.used == self.pool.count
         assert len(set(self.pool.free_blocks)) == self.pool.free
 
-    def _own(self, slot: int, at: int, copied: bool) -> None:
-        """Replace a block that others hold too, with its contents if they are not all overwritten."""
+    def _unshare(self, slot: int, at: int, copied: bool) -> None:
+        """Replace a shared block of a slot by a new one; `copied` says whether to copy its contents."""
         old, new = int(self.tables[slot, at]), self.pool.allocate()
         if copied:
             self._copy(old, new)

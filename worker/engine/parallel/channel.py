@@ -1,7 +1,7 @@
-"""The channel between the ranks of a replica: orders from the first rank to the others, over torch.distributed.
+"""The channel between the ranks of a tensor parallel replica: commands from the leader to the followers.
 
-Orders travel over gloo in main memory, the model's own sums over NCCL where there are GPUs. A channel that breaks means
-that a rank is gone, and with it the replica.
+Commands are broadcast over gloo from main memory; the model's own all-reduces use NCCL on GPUs. If the channel breaks,
+a rank is gone, and the replica must restart.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ from worker.engine.errors import RankLost
 from worker.engine.parallel.commands import RankCommand, decode
 from worker.engine.segments import IntArray
 
-# Ranks without work wait for an order as long as there is none. That a rank is gone shows at once, as a closed
-# connection or to whoever started it, so that no time limit is needed to find out.
-_FOR_EVER = timedelta(days=365)
-_HEAD = 2048  # numbers that travel in the first message of a command, its length among them; few need a second
+# Idle followers wait for the next command without a limit. No timeout is needed to detect a dead rank: its connection
+# closes, and its parent process sees it exit.
+_NO_TIMEOUT = timedelta(days=365)
+_HEAD = 2048  # int64 words of a command's first message, which starts with its length; few commands need a second
 
 
 class Channel:
-    """This process's end."""
+    """This process's end of the channel."""
 
     def __init__(self, store: Path, rank: int, ranks: int, device: torch.device) -> None:
-        """Meet the other ranks at a file that all of them can see; returns when everybody is there."""
-        for library in ("GLOO", "NCCL"):  # ranks of a replica are on one machine: nothing has to listen elsewhere
+        """Connect to the other ranks through a file that all of them can open; return when all are connected."""
+        for library in ("GLOO", "NCCL"):  # the ranks of a replica are on one machine: listen on loopback only
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
         self.rank, self.ranks = rank, ranks
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=distributed.FileStore(str(store), ranks),  # type: ignore[attr-defined]  # exported, says the manual
+            store=distributed.FileStore(str(store), ranks),  # type: ignore[attr-defined]  # documented as exported
             rank=rank,
             world_size=ranks,
-            timeout=_FOR_EVER,
+            timeout=_NO_TIMEOUT,
         )
 
     def send(self, command: RankCommand) -> None:
-        """Send an order to every other rank."""
+        """Send a command to all followers."""
         words = command.encode()
         head = np.zeros(_HEAD, np.int64)
         head[0] = len(words)
         first = words[: _HEAD - 1]
         head[1 : 1 + len(first)] = first
-        self._send(head)
+        self._broadcast(head)
         if len(words) > len(first):
-            self._send(words[len(first) :])
+            self._broadcast(words[len(first) :])
 
     def recv(self) -> RankCommand:
         """Wait for the next command."""
@@ -61,16 +61,16 @@ class Channel:
         return decode(words)
 
     def all_reduce_min(self, number: int) -> int:
-        """Return the smallest of the numbers that the ranks bring; every rank must call it."""
+        """Return the minimum of the ranks' numbers; every rank must call it."""
         mine = torch.tensor([number])
         distributed.all_reduce(mine, distributed.ReduceOp.MIN)
         return int(mine)
 
     def close(self) -> None:
-        """Leave."""
+        """Close the connections."""
         distributed.destroy_process_group()
 
-    def _send(self, words: IntArray) -> None:
+    def _broadcast(self, words: IntArray) -> None:
         try:
             distributed.broadcast(torch.from_numpy(np.ascontiguousarray(words)), src=0)
         except RuntimeError as error:

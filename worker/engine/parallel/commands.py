@@ -1,7 +1,7 @@
-"""Orders from the first rank of a replica to the others: what to run, as one array of whole numbers.
+"""Commands from the leader of a tensor parallel replica to the followers, encoded as one int64 array.
 
-Only ids, places and masks travel. No probability does, so that ranks can't come to differ about a tree: whoever follows
-sees the rows that the first rank decided on, and nothing to decide from.
+They hold token ids, positions and masks, never probabilities: followers run the rows that the leader chose and decide
+nothing, so ranks can't disagree about a draft tree.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from worker.engine.segments import BoolArray, IntArray, KvMove, Segment
 
 
 class CommandKind(IntEnum):
-    """What a rank is to do."""
+    """What a follower must do."""
 
     FORWARD = 0
     COMPACT = 1
     COPY_PREFIX = 2
-    BUILD = 3  # KV slots for a loaded model
-    FREE_MEMORY = 4  # say how much memory is free
+    BUILD = 3  # create the KV slots of a loaded model
+    FREE_MEMORY = 4  # report the free memory
     END = 5
     TRUNCATE = 6
     CLEAR = 7
@@ -31,7 +31,7 @@ class CommandKind(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class RankCommand:
-    """One order; which of the fields are filled in depends on the operation."""
+    """One command; its kind decides which fields are set."""
 
     kind: CommandKind
     model: int = 0
@@ -40,7 +40,7 @@ class RankCommand:
     numbers: tuple[int, ...] = ()
 
     def encode(self) -> IntArray:
-        """Return the order as it travels."""
+        """Return the command as an array."""
         parts: list[IntArray] = [_ints(self.kind, self.model, len(self.segments), len(self.moves), len(self.numbers))]
         parts += [part for segment in self.segments for part in _segment(segment)]
         parts += [part for move in self.moves for part in _move(move)]
@@ -49,7 +49,7 @@ class RankCommand:
 
 
 def decode(words: IntArray) -> RankCommand:
-    """Return the order that travelled."""
+    """Return the command in an array."""
     reader = _Reader(words)
     kind, model, segments, moves, numbers = reader.ints(5)
     return RankCommand(
@@ -62,7 +62,7 @@ def decode(words: IntArray) -> RankCommand:
 
 
 class _Reader:
-    """Takes an array from its front."""
+    """Reads an array from its start."""
 
     def __init__(self, words: IntArray) -> None:
         self._words, self._at = words, 0
@@ -80,7 +80,7 @@ def _ints(*numbers: int) -> IntArray:
 
 
 def _segment(segment: Segment) -> Sequence[IntArray]:
-    bits = None if segment.visible is None else _packed(segment.visible)
+    bits = None if segment.visible is None else _pack_bits(segment.visible)
     return (
         _ints(
             segment.slot,
@@ -101,7 +101,7 @@ def _read_segment(reader: _Reader) -> Segment:
     slot, prefix, start, rows, kept, bits = reader.ints(6)
     ids, positions, keep = (reader.array(count) for count in (rows, rows, kept))
     shape = (rows, start - prefix + rows)
-    visible = None if bits < 0 else _unpacked(reader.array(bits), shape)
+    visible = None if bits < 0 else _unpack_bits(reader.array(bits), shape)
     return Segment(slot, prefix, start, ids, positions, visible, keep)
 
 
@@ -114,10 +114,10 @@ def _read_move(reader: _Reader) -> KvMove:
     return KvMove(slot, destination, reader.array(count))
 
 
-def _packed(seen: BoolArray) -> IntArray:
+def _pack_bits(seen: BoolArray) -> IntArray:
     octets = np.packbits(seen)
     return np.pad(octets, (0, -len(octets) % 8)).view(np.int64)
 
 
-def _unpacked(bits: IntArray, shape: tuple[int, int]) -> BoolArray:
+def _unpack_bits(bits: IntArray, shape: tuple[int, int]) -> BoolArray:
     return np.unpackbits(bits.view(np.uint8), count=shape[0] * shape[1]).astype(np.bool_).reshape(shape)

@@ -1,7 +1,7 @@
-"""A model that is split over ranks, as the engine of the first rank sees it: one model like any other.
+"""A tensor parallel model, which the leader's engine uses like any other model.
 
-Every call is told to the other ranks before it runs here, so that all of them run the same rows in the same order over
-their shares. They decide nothing: trees, draws and slots are the first rank's, whatever the others' numbers may be.
+The leader sends each call to the followers before it runs it, so that all ranks run the same rows in the same order on
+their shards. The leader alone decides about trees, draws and slots; the followers' logits are discarded.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from worker.engine.parallel.channel import Channel
 from worker.engine.parallel.commands import CommandKind, RankCommand
 from worker.engine.segments import KvMove, Segment
 
-_UNSET = -1  # among the numbers of a command: the model decides by itself
+_UNSET = -1  # None in the numbers of a command
 
 
 class LeaderModel(PackedModel):
-    """A packed model whose calls the other ranks follow."""
+    """A packed model whose calls the followers repeat."""
 
     def __init__(
         self,
@@ -36,66 +36,66 @@ class LeaderModel(PackedModel):
         kv_tokens: int | None = None,
         **options: Any,
     ) -> None:
-        """Build the KV slots of all ranks; `number` is the one that the model has on each of them."""
-        self._channel: Channel | None = None  # the first forward is everybody's own
+        """Create the KV slots on all ranks; `number` is the model's index, the same on each."""
+        self._channel: Channel | None = None  # each rank runs the forwards of its equivalence check without commands
         numbers = (slots, capacity, _UNSET if paged is None else int(paged), _UNSET if kv_tokens is None else kv_tokens)
         channel.send(RankCommand(CommandKind.BUILD, number, numbers=numbers))
         super().__init__(model, slots=slots, capacity=capacity, paged=paged, kv_tokens=kv_tokens, **options)
         self._channel, self._number = channel, number
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:
-        """Run the rows on every rank; return the logits, which are whole here. Raises RankLost if any rank fails."""
+        """Run the rows on every rank; return the gathered logits. Raises RankLost if a rank fails."""
         if self._channel is None:
             return super().forward(segments)
         self._channel.send(RankCommand(CommandKind.FORWARD, self._number, segments=tuple(segments)))
         try:
             return super().forward(segments)
         except Exception as error:
-            # The others stand in the middle of the step and wait for us: there is no way back to a common state.
+            # The followers are in the middle of the step and can't return to a common state.
             raise RankLost(f"A step of the replica failed: {error}") from error
 
     def compact(self, moves: Sequence[KvMove]) -> None:
-        """Bring accepted rows down on every rank."""
+        """Compact the KV of every rank."""
         assert self._channel is not None
         if any(not move.in_place for move in moves):
             self._channel.send(RankCommand(CommandKind.COMPACT, self._number, moves=tuple(moves)))
         super().compact(moves)
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
-        """Copy the beginning of a slot on every rank."""
+        """Copy a prefix on every rank."""
         assert self._channel is not None
         self._channel.send(RankCommand(CommandKind.COPY_PREFIX, self._number, numbers=(source, target, length)))
         super().copy_prefix(source, target, length)
 
     def truncate(self, slot: int, length: int) -> None:
-        """Give the memory of a slot back on every rank."""
+        """Free the memory of a slot beyond `length` entries on every rank."""
         if self._channel is not None:
             self._channel.send(RankCommand(CommandKind.TRUNCATE, self._number, numbers=(slot, length)))
         super().truncate(slot, length)
 
     def clear(self) -> None:
-        """Give the memory of every slot back on every rank."""
+        """Free the memory of every slot on every rank."""
         assert self._channel is not None
         self._channel.send(RankCommand(CommandKind.CLEAR, self._number))
         super().clear()
 
     def prepare(self) -> None:
-        """Record the forwards that steps will replay on every rank."""
+        """Capture forwards and allocate buffers on every rank."""
         assert self._channel is not None
         self._channel.send(RankCommand(CommandKind.PREPARE, self._number))
         super().prepare()
 
 
 class FollowerModels:
-    """The models of a rank that follows, by number."""
+    """The models of a follower, by index."""
 
     def __init__(self, models: Sequence[PreTrainedModel]) -> None:
-        """Take loaded models, in the order of their numbers."""
+        """Take loaded models in the order of their indices."""
         self._loaded = models
         self._packed: dict[int, PackedModel] = {}
 
     def execute(self, command: RankCommand) -> None:
-        """Do what the first rank does, and forget the outcome."""
+        """Do what the leader does, and discard the result."""
         if command.kind is CommandKind.BUILD:
             slots, capacity, paged, kv_tokens = command.numbers
             self._packed[command.model] = PackedModel(
@@ -123,4 +123,4 @@ class FollowerModels:
         elif command.kind is CommandKind.PREPARE:
             model.prepare()
         else:
-            raise AssertionError(f"{command.kind.name} is no model's order")
+            raise AssertionError(f"{command.kind.name} is not a command for a model")

@@ -52,7 +52,7 @@ def test_missing_weights_are_refused_by_name(saved: Path) -> None:
 
 def test_weights_that_the_model_does_not_have_are_refused_by_name(saved: Path) -> None:
     rewrite(saved, lambda w: w | {"v_head.summary.weight": torch.zeros(1, 48)})
-    assert "holds weights that no LlamaForCausalLM has: v_head.summary.weight" in refusal(saved)
+    assert "has weights that do not belong to a LlamaForCausalLM: v_head.summary.weight" in refusal(saved)
 
 
 def test_weights_of_another_size_are_refused_by_name(saved: Path) -> None:
@@ -120,7 +120,7 @@ def test_half_a_file_is_damaged(saved: Path) -> None:
     whole = (saved / WEIGHTS).read_bytes()
     for length in (len(whole) // 2, 100, 4, 0):
         (saved / WEIGHTS).write_bytes(whole[:length])
-        assert "model.safetensors is damaged or cut off" in refusal(saved)
+        assert "model.safetensors is damaged or truncated" in refusal(saved)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "tokenizer.json", "config.json"])
@@ -133,7 +133,7 @@ def test_a_shard_that_the_index_names_is_missed_by_name(saved: Path) -> None:
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (saved / "model.safetensors.index.json").write_text(json.dumps(index))
     (saved / WEIGHTS).rename(saved / "model-00001-of-00002.safetensors")
-    assert "lacks files" in refusal(saved)
+    assert "has none of these files" in refusal(saved)
     assert "model-00002-of-00002.safetensors" in refusal(saved)
 
 
@@ -141,9 +141,9 @@ def test_a_directory_without_a_whole_model_is_refused(saved: Path, tmp_path: Pat
     (saved / WEIGHTS).rename(saved / "pytorch_model.bin")
     assert "is a pickle, which is never loaded" in refusal(saved)
     (saved / "pytorch_model.bin").unlink()
-    assert "holds no weights" in refusal(saved)
+    assert "has no weights" in refusal(saved)
     (saved / "config.json").rename(saved / "adapter_config.json")
-    assert "is an adapter" in refusal(saved)
+    assert "is a LoRA adapter" in refusal(saved)
     (saved / "config.json").write_text("{ half")
     (saved / WEIGHTS).touch()
     assert "damaged" in refusal(saved)
@@ -153,7 +153,7 @@ def test_a_directory_without_a_whole_model_is_refused(saved: Path, tmp_path: Pat
 
 def test_a_model_that_needs_code_of_its_own_is_refused(saved: Path) -> None:
     configure(saved, model_type="of_tomorrow", auto_map={"AutoModelForCausalLM": "modeling.M"})
-    assert "is a of_tomorrow, which needs code of its own" in refusal(saved).replace("an of", "a of")
+    assert "is a of_tomorrow, which needs remote code" in refusal(saved).replace("an of", "a of")
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**SHAPE, **EXPERTS, "head_dim": 32},
     "qwen2_moe": {**SHAPE, **EXPERTS, "shared_expert_intermediate_size": 32},
     "olmoe": {**SHAPE, **EXPERTS},
-    "hunyuan_v1_moe": {  # its router asks for the numbers of its weights
+    "hunyuan_v1_moe": {  # its router asks for the dtype of its weights
         **SHAPE,
         "num_experts": 4,
         "moe_topk": [2, 2],
@@ -72,12 +72,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "diffllama": ({**SHAPE, "num_key_value_heads": 2}, "called attention 4 times in 2 of its 2 layers"),
     "roberta": ({**SHAPE, "is_decoder": True}, "of plain rows are .* away from those of transformers' own forward"),
     "bert": (SHAPE, "away from those of transformers' own forward"),
-    "moshi": ({**SHAPE, "sliding_window": 8}, "does not hand it on to attention"),
+    "moshi": ({**SHAPE, "sliding_window": 8}, "does not pass it to attention"),
     "gptj": ({**GPT, "rotary_dim": 8}, "computes attention by itself"),
-    "stablelm": ({**SHAPE, "num_key_value_heads": 4}, "does not hand on what its rows see"),
+    "stablelm": ({**SHAPE, "num_key_value_heads": 4}, "does not pass the attention plan to its layers"),
     "gpt_oss": ({**SHAPE, "num_local_experts": 4, "num_key_value_heads": 2, "head_dim": 16}, "passes s_aux"),
     "gemma2": ({**SHAPE, "num_key_value_heads": 2, "head_dim": 16}, "passes softcap"),
-    "jetmoe": ({**SHAPE, "num_key_value_heads": 4, "kv_channels": 32}, "8 keys of 32 and 8 values of 32"),
+    "jetmoe": ({**SHAPE, "num_key_value_heads": 4, "kv_channels": 32}, "8 keys of size 32 and 8 values of size 32"),
     "mpt": ({"vocab_size": 258, "d_model": 64, "n_heads": 4, "n_layers": 2}, "MptForCausalLM"),
     "rwkv": ({"vocab_size": 258, "hidden_size": 64, "num_hidden_layers": 2}, "has no num_attention_heads"),
 }
@@ -121,25 +121,25 @@ def test_what_would_be_wrong_is_refused_with_what_was_found(kind: str, tmp_path:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("slots", "paged"), [(1, False), (2, False), (4, True)])
-def test_the_model_that_serves_is_held_to_its_proof_in_its_own_numbers(
+def test_the_model_that_serves_is_checked_in_its_own_dtype(
     tmp_path: Path, dtype: torch.dtype, slots: int, paged: bool
 ) -> None:
     model = load(str(save_tiny(tmp_path, "qwen3")), dtype=dtype, device=CPU)
     if not paged:
         fuse_layers(model)
     PackedModel(model, slots=slots, capacity=64, paged=paged)
-    proof: Any = model.basic_proof
-    model.basic_proof = replace(proof, exact=proof.exact.roll(1, dims=1))
+    check: Any = model.basic_equivalence_check
+    model.basic_equivalence_check = replace(check, exact=check.exact.roll(1, dims=1))
     with pytest.raises(ModelRefused, match="is not exact when it is packed"):
         PackedModel(model, slots=slots, capacity=64, paged=paged)
 
 
-def test_a_slot_too_short_for_the_proof_serves(tmp_path: Path) -> None:
+def test_a_slot_too_short_for_the_check_serves(tmp_path: Path) -> None:
     model = load(str(save_tiny(tmp_path)), dtype=torch.float32, device=CPU)
     PackedModel(model, slots=1, capacity=CHECK_ENTRIES - 1)
 
 
-def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+def test_nan_weights_are_refused(tmp_path: Path) -> None:
     model: Any = tiny()
     with torch.no_grad():
         model.get_input_embeddings().weight.fill_(torch.nan)
@@ -148,7 +148,7 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
         load(str(tmp_path), dtype=torch.float32, device=CPU)
 
 
-def test_the_proof_leaves_windows_and_attention_as_they_were(tmp_path: Path) -> None:
+def test_the_check_leaves_windows_and_attention_as_they_were(tmp_path: Path) -> None:
     saved(tmp_path, "mistral", {**SHAPE, "num_key_value_heads": 2, "sliding_window": 100})
     model = load(str(tmp_path), dtype=torch.float32, device=CPU)
     assert model.config.sliding_window == 100
@@ -157,7 +157,7 @@ def test_the_proof_leaves_windows_and_attention_as_they_were(tmp_path: Path) -> 
 
 @pytest.mark.skipif(kernels(torch.float32) is None, reason="no compiled kernels")
 def test_a_table_of_positions_is_not_changed_by_those_that_no_text_has() -> None:
-    """The room of a slot is longer than any text, and frequencies may depend on the largest position they are asked."""
+    """A slot is longer than any sequence, and frequencies may depend on the largest position of the table."""
     model: Any = tiny()
     model.config.max_position_embeddings = 512
     model.config.rope_parameters = {**LONGROPE, "short_factor": [1.1] * 16, "long_factor": [4.0] * 16}

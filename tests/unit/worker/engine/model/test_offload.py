@@ -46,14 +46,12 @@ def test_a_head_can_not_read_weights_that_are_on_disk(saved: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_with_layers_on_disk_proves_itself_as_any_other(
-    saved: Path, tmp_path: Path, dtype: torch.dtype
-) -> None:
+def test_a_model_with_layers_on_disk_is_checked_like_any_other(saved: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     memory: dict[str | int, int | str] = {"cpu": int(1.5 * _LAYER * dtype.itemsize / 4)}
     model = load(str(saved), dtype=dtype, device=CPU, offload=OffloadOptions(tmp_path / "offload", memory))
     assert is_offloaded(model)
     PackedModel(model, slots=4, capacity=64)
-    proof: Any = model.basic_proof
-    model.basic_proof = replace(proof, exact=-proof.exact)
+    check: Any = model.basic_equivalence_check
+    model.basic_equivalence_check = replace(check, exact=-check.exact)
     with pytest.raises(ModelRefused, match="away from those of transformers' own forward"):
         PackedModel(model, slots=4, capacity=64)

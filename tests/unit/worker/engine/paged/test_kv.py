@@ -91,7 +91,7 @@ class PagedKvMachine(RuleBasedStateMachine):
             return
         self.kv.poison(slot)
         self.kv.poison_free()
-        self.kv.truncate(slot)
+        self.kv.truncate(slot, 0)
         self.texts[slot] = []
 
     @invariant()
@@ -105,7 +105,7 @@ class PagedKvMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         for slot in range(SLOTS):
-            self.kv.truncate(slot)
+            self.kv.truncate(slot, 0)
         assert self.kv.pool.free == self.kv.pool.count
 
 
