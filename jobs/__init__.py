@@ -1,7 +1,31 @@
-"""bASIC without storage and workers: messages, submission, queue, API server, client, command line. No torch."""
+"""bASIC without the models: messages, submission, queue, API server, client and command line. Imports no torch.
+
+`Client` and `AsyncClient` are imported when they are first used, so that `import jobs` stays fast.
+"""
 
 from __future__ import annotations
 
-from jobs.client import AsyncClient, Client
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["AsyncClient", "Client"]
+if TYPE_CHECKING:
+    from jobs.client import AsyncClient, Client
+
+    __version__: str
+
+__all__ = ["AsyncClient", "Client", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("AsyncClient", "Client", "client"):
+        client = import_module("jobs.client")
+        return client if name == "client" else getattr(client, name)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("basic-batch")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

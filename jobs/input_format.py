@@ -17,7 +17,7 @@ from jobs.errors import InvalidValue
 
 _WANTED: Final = "Provide JSON lines (.jsonl), or one prompt per line (.txt)."
 
-# By suffix. `jobs.client.prompts` handles the accepted ones (.txt, .jsonl, .json).
+# By suffix. `jobs.client.request_body` handles the accepted ones (.txt, .jsonl, .json).
 _SUFFIXES: Final = {
     **dict.fromkeys((".csv", ".tsv"), "a table (CSV)"),
     **dict.fromkeys((".xlsx", ".xls", ".xlsm", ".ods", ".numbers"), "a spreadsheet"),

@@ -88,12 +88,14 @@ def settings_sentence(exc: ValidationError) -> str:
     return f"BASIC_{str(first['loc'][0]).upper()}: {first['msg']}"
 
 
+def settings_classes() -> dict[str, type[BaseSettings]]:
+    """Return the settings class of every installed package, by the name of its entry point in `basic.settings`."""
+    return {entry.name: entry.load() for entry in entry_points(group="basic.settings")}
+
+
 def refuse_unknown_settings(environ: Mapping[str, str] = os.environ) -> None:
     """Raise UnknownSetting if no settings class reads a BASIC_… variable: it is probably misspelt."""
-    known: set[str] = set()
-    for entry in entry_points(group="basic.settings"):
-        settings: type[BaseSettings] = entry.load()
-        known |= {f"BASIC_{name.upper()}" for name in settings.model_fields}
+    known = {f"BASIC_{name.upper()}" for settings in settings_classes().values() for name in settings.model_fields}
     for name in sorted(environ):
         if name.startswith("BASIC_") and name not in known:
             near = get_close_matches(name, known, n=1)
@@ -107,5 +109,6 @@ __all__ = [
     "JobsSettings",
     "read_settings",
     "refuse_unknown_settings",
+    "settings_classes",
     "settings_sentence",
 ]

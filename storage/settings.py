@@ -36,7 +36,9 @@ class StorageSettings(BaseSettings):
     )
 
     data_dir: Directory = Field(
-        default_factory=default_data_dir, description="Directory of all that is kept on this machine."
+        default_factory=default_data_dir,
+        description="Directory of all that is kept on this machine.",
+        json_schema_extra={"default_rule": "`.basic` in a checkout, else the data directory of the user"},
     )
     database_url: str = Field(
         "", description="SQLAlchemy URL; empty: SQLite `basic.sqlite3` in the data directory.", repr=False

@@ -72,7 +72,9 @@ class WorkerSettings(JobsSettings):
     )
     drain_s: float = Field(15.0, gt=0, description="Seconds in which a stopping worker hands its requests back.")
     cache_dir: Directory = Field(
-        default_factory=lambda: Path(platformdirs.user_cache_dir("basic")), description="Converted models."
+        default_factory=lambda: Path(platformdirs.user_cache_dir("basic")),
+        description="Converted models.",
+        json_schema_extra={"default_rule": "the cache directory of the user"},
     )
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, get_args
@@ -11,6 +10,7 @@ from typing import Any, get_args
 from starlette.datastructures import Headers, QueryParams
 
 from jobs.api.http.body import Body
+from jobs.client.durations import parse_duration_s
 from jobs.errors import InvalidValue, MissingParameter, UnknownParameter, UnsupportedBody
 from jobs.messages import CHAT_ENDPOINT, Endpoint
 from jobs.settings import JobsSettings
@@ -22,7 +22,6 @@ _LINES_TYPES = {"application/x-ndjson", "application/jsonl", "application/x-json
 _JOB_FIELDS = frozenset({"model", "endpoint", "metadata", "completion_window", "parameters", "compare_plain"})
 _LISTS = frozenset({"requests", "prompts"})
 IDEMPOTENCY_KEY = "idempotency-key"
-_UNIT_S = {"m": 60, "h": 3600, "d": 86_400}
 
 
 def max_body_bytes(headers: Headers, settings: JobsSettings) -> int:
@@ -135,10 +134,10 @@ def read_endpoint(endpoint: Any) -> Endpoint:
 
 def read_window_s(window: Any) -> float:
     """Return the seconds of a completion window such as 24h, 30m or 7d. (OpenAI allows only 24h.)"""
-    match = re.fullmatch(r"([1-9][0-9]{0,3})([mhd])", window) if isinstance(window, str) else None
-    if match is None:
-        raise InvalidValue("must be a number and m, h or d, such as 24h", param="completion_window")
-    return float(int(match[1]) * _UNIT_S[match[2]])
+    try:
+        return parse_duration_s(window if isinstance(window, str) else "", max_digits=4)
+    except ValueError:
+        raise InvalidValue("must be a number and m, h or d, such as 24h", param="completion_window") from None
 
 
 def _content_type(headers: Headers) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jobs.cli.render import keys_table, make_console
+from jobs.client.durations import parse_duration_s
 from jobs.errors import InvalidValue, NotFound
 from jobs.settings import JobsSettings
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from storage.records import NewKey
     from storage.session import Database
 
-_UNIT_S = {"m": 60, "h": 3600, "d": 86_400}
 _MOST_NAME_CHARS = 100
 _MOST_A_MINUTE = 100_000
 
@@ -181,10 +180,10 @@ def _scopes(given: list[str] | None) -> tuple[Any, ...]:
 
 
 def _seconds(text: str) -> float:
-    match = re.fullmatch(r"([1-9][0-9]{0,4})([mhd])", text)
-    if match is None:
-        raise typer.BadParameter("must be digits and m, h or d, such as 30d", param_hint="--expires-in")
-    return float(int(match[1]) * _UNIT_S[match[2]])
+    try:
+        return parse_duration_s(text)
+    except ValueError as exc:
+        raise typer.BadParameter(f"{exc}, such as 30d", param_hint="--expires-in") from exc
 
 
 @contextmanager
@@ -208,7 +207,7 @@ def _database() -> Iterator[Database]:
 
 def _database_url() -> str:
     """Return where the keys are: where the environment says, else in the service that runs, else where one would be."""
-    from jobs.client.client import local_service
+    from jobs.client.service_location import local_service
 
     settings = JobsSettings()
     service = None if settings.database_url else local_service(settings)

@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from rich.text import Text
 
-from jobs.client.outcome import info_words, warns
-from jobs.client.progress import ago, duration, local_time
+from jobs.client.durations import age_text, duration_text, local_time
+from jobs.client.outcome import completed_with_failures, job_status_text
 from jobs.client.results import JobInfo, Statistics
 from jobs.control_characters import safe
 from jobs.messages import PartialEvent, Piece
@@ -219,14 +219,14 @@ def status_table(info: JobInfo, now: float) -> Table:
         "job": info.id,
         "status": status_text(info),
         "model": f"{info.model}, {info.endpoint}",
-        "submitted": f"{local_time(info.created_at)}, {ago(info.created_at, now)}",
+        "submitted": f"{local_time(info.created_at)}, {age_text(info.created_at, now)}",
         "requests": f"{counts.completed:,d} completed, {counts.failed:,d} failed, {counts.total:,d} in all",
         "tokens": f"{progress.completion_tokens:,d} written, {progress.prompt_tokens:,d} read",
-        "tokens/s": _number(progress.tokens_per_s, ",.1f", f" over {duration(progress.elapsed_s)}"),
+        "tokens/s": _number(progress.tokens_per_s, ",.1f", f" over {duration_text(progress.elapsed_s)}"),
     }
     if not info.status.final:
         left_s = progress.time_left_s
-        rows["time left"] = "not known yet" if left_s is None else f"about {duration(left_s)}"
+        rows["time left"] = "not known yet" if left_s is None else f"about {duration_text(left_s)}"
         rows["expires"] = "never" if info.expires_at is None else local_time(info.expires_at)
     if info.retry_of is not None:
         rows["runs again"] = info.retry_of
@@ -255,12 +255,12 @@ def jobs_table(jobs: Sequence[JobInfo], width: int, now: float) -> Table:
 def _job_cells(job: JobInfo, chars: int, now: float) -> tuple[Text, ...]:
     counts = job.request_counts
     status = status_text(job)
-    if counts.failed and not warns(job.status, counts.failed):
+    if counts.failed and not completed_with_failures(job.status, counts.failed):
         status.append(f", {counts.failed} failed")
     rest = (
         f"{counts.ended}/{counts.total}",
         str(job.progress.completion_tokens),
-        ago(job.created_at, now),
+        age_text(job.created_at, now),
         safe(job.model),
     )
     return (Text(job.id[:chars]), status, *map(Text, rest))
@@ -310,12 +310,22 @@ def findings_table(findings: Iterable[tuple[str, str, str, str]]) -> Table:
     return table
 
 
+def settings_table(settings: Iterable[tuple[str, str, str]]) -> Table:
+    """Return one row per setting: (variable, default, meaning)."""
+    table = Table(Column("variable", no_wrap=True), "default", "meaning", box=None, pad_edge=False)
+    for variable, default, meaning in settings:
+        table.add_row(Text(variable, "bold"), Text(default, overflow="fold"), Text(meaning))
+    return table
+
+
 _STATUS_STYLES = {"ok": "green", "warning": "yellow", "problem": "red"}
 
 
 def status_text(info: JobInfo) -> Text:
     """Return the status of a job, in the colour of a warning where requests of a completed job failed."""
-    return Text(info_words(info), "yellow" if warns(info.status, info.request_counts.failed) else "")
+    return Text(
+        job_status_text(info), "yellow" if completed_with_failures(info.status, info.request_counts.failed) else ""
+    )
 
 
 def _grid(rows: Iterable[tuple[str, str | Text]]) -> Table:

@@ -1,7 +1,8 @@
-"""The Python client: submit jobs, follow them, fetch their results."""
+"""The Python client: submit jobs, follow them, fetch their outputs. Needs httpx and pydantic, no server code."""
 
 from __future__ import annotations
 
-from jobs.client.client import AsyncClient, AsyncJob, Client, Job
+from jobs.client.async_client import AsyncClient, AsyncJob
+from jobs.client.client import Client, Job
 
 __all__ = ["AsyncClient", "AsyncJob", "Client", "Job"]

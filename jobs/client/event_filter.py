@@ -1,6 +1,6 @@
-"""What one reader of a job's events has been told, so that it is told everything once.
+"""Drop events of a job that a reader has received before, and detect gaps between events.
 
-Pure: no Redis, no SQL, no HTTP. The shim uses it between pub/sub and SQL, the client between two connections.
+The server uses it between pub/sub and SQL, the client between two connections. Pure: no Redis, no SQL, no HTTP.
 """
 
 from __future__ import annotations
@@ -8,34 +8,33 @@ from __future__ import annotations
 from jobs.messages import JobStatus, PartialEvent
 
 
-class Reader:
-    """Remembers how far each choice of a job has been told, and passes on only what is news."""
+class EventFilter:
+    """Accepts each event of a job once. Remembers the last `seq` of every (request, choice)."""
 
     def __init__(self) -> None:
-        """Start with nothing told."""
-        self._told: dict[tuple[int, int], int] = {}  # (request, choice) -> seq of the last event
+        self._last_seq: dict[tuple[int, int], int] = {}
         self._ended: set[tuple[int, int]] = set()
         self._status: JobStatus | None = None
 
-    def follows(self, event: PartialEvent) -> bool:
-        """Return False if something is missing before this event, or it is about the job: then SQL must be asked."""
-        return event.index is not None and event.seq <= self._told.get(_key(event), -1) + 1
+    def is_next(self, event: PartialEvent) -> bool:
+        """Return False if the reader must query SQL: an earlier event is missing, or the event is about the job."""
+        return event.index is not None and event.seq <= self._last_seq.get(_key(event), -1) + 1
 
-    def take(self, event: PartialEvent) -> bool:
-        """Return whether the event is news, and remember it."""
+    def accept(self, event: PartialEvent) -> bool:
+        """Return whether the event is new, and remember it."""
         if event.index is None:
-            return self._take_status(event.status)
+            return self._accept_status(event.status)
         key = _key(event)
-        # A request can fail before any of its choices has a number to count on.
-        heard = event.type != "failed" and event.seq <= self._told.get(key, -1)
-        if heard or key in self._ended:
+        # A `failed` event may have seq 0 after events with a higher one: the service itself sends it.
+        seen = event.type != "failed" and event.seq <= self._last_seq.get(key, -1)
+        if seen or key in self._ended:
             return False
-        self._told[key] = event.seq
+        self._last_seq[key] = event.seq
         if event.type in ("finished", "failed"):
             self._ended.add(key)
         return True
 
-    def _take_status(self, status: JobStatus | None) -> bool:
+    def _accept_status(self, status: JobStatus | None) -> bool:
         if status is self._status:
             return False
         self._status = status

@@ -1,4 +1,4 @@
-"""The parameters of a submission, with their types: for editors and type checkers. The service checks the values."""
+"""The sampling parameters of a submission, typed for editors and type checkers. The service validates the values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TypedDict
 
 
 class Parameters(TypedDict, total=False):
-    """Sampling parameters of a job: they hold for its requests that bring none of their own. None says nothing."""
+    """Sampling parameters for all requests of a job that do not set their own. None is the same as not given."""
 
     max_tokens: int | None
     max_completion_tokens: int | None

@@ -1,4 +1,4 @@
-"""What the service says about jobs, as frozen values for the client. Knows no HTTP."""
+"""Jobs and outputs as the client returns them: frozen values, parsed from the JSON of the service."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Reply(BaseModel):
-    """Part of a reply: does not change, and ignores fields of newer servers."""
+    """Part of a reply: frozen, and ignoring fields that only newer servers send."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -29,22 +29,22 @@ class RequestCounts(Reply):
 
     @property
     def ended(self) -> int:
-        """Requests that have an answer."""
+        """Requests that completed or failed."""
         return self.completed + self.failed
 
 
-class Progress(Reply):
-    """How much of a job is written, and how fast."""
+class JobProgress(Reply):
+    """Tokens of a job so far, and its speed."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     elapsed_s: float = 0.0
     tokens_per_s: float | None = None
-    time_left_s: float | None = None  # at the pace so far
+    time_left_s: float | None = None  # estimated from the requests completed so far
 
 
 class JobInfo(Reply):
-    """A job as it was when it was read."""
+    """A job at the time of the call."""
 
     id: str
     status: JobStatus
@@ -53,13 +53,13 @@ class JobInfo(Reply):
     created_at: int
     expires_at: int | None = None
     request_counts: RequestCounts
-    progress: Progress
+    progress: JobProgress
     metadata: dict[str, str] | None = None
-    retry_of: str | None = None  # the job whose failed requests it runs again
+    retry_of: str | None = None  # the job whose requests without a result this job runs
 
 
 class ErrorInfo(Reply):
-    """Why a request has no text."""
+    """Why a request has no output text."""
 
     message: str
     code: str | None = None
@@ -67,36 +67,36 @@ class ErrorInfo(Reply):
 
 
 class Choice(Reply):
-    """One text written for a request."""
+    """One generated text of a request."""
 
     index: int
     text: str
     finish_reason: str
     completion_tokens: int
-    logprobs: dict[str, Any] | None = None  # as OpenAI shapes them, if they were asked for
+    logprobs: dict[str, Any] | None = None  # in OpenAI's format, if requested
 
 
 class Output(Reply):
-    """The answer to one request: its choices, or the reason why there are none."""
+    """The output of one request: its choices, or the error."""
 
     custom_id: str
     index: int
     status: RequestStatus
     choices: tuple[Choice, ...] = ()
     error: ErrorInfo | None = None
-    cursor: str | None = None  # of an answer that was followed: where to go on
+    cursor: str | None = None  # with `follow`: the position after this output
 
     @property
     def text(self) -> str:
-        """The text of the first choice; empty for a request that failed."""
+        """The text of the first choice; empty if the request failed."""
         return self.choices[0].text if self.choices else ""
 
 
-Statistics = dict[str, Any]  # the numbers of `/stats`, by the names of the SQL views
+Statistics = dict[str, Any]  # what `/v1/stats` returns; field names as in the SQL views
 
 
-def rows(output: Output) -> Iterator[dict[str, Any]]:
-    """Yield an answer as flat rows: one a choice, or a single one with the error."""
+def output_rows(output: Output) -> Iterator[dict[str, Any]]:
+    """Yield an output as flat rows: one per choice, or a single row with the error."""
     request = {"custom_id": output.custom_id, "index": output.index, "status": output.status.value}
     error = None if output.error is None else output.error.message
     if not output.choices:
@@ -112,11 +112,11 @@ def rows(output: Output) -> Iterator[dict[str, Any]]:
         }
 
 
-def frame(table: list[dict[str, Any]]) -> DataFrame:
-    """Return rows as a pandas DataFrame."""
+def to_dataframe(rows: list[dict[str, Any]]) -> DataFrame:
+    """Return output rows as a pandas DataFrame."""
     try:
         import pandas
     except ModuleNotFoundError as exc:
         raise SetupError("DataFrames need pandas; install it with: pip install 'basic-batch[pandas]'") from exc
     names = ["custom_id", "index", "status", "choice", "text", "finish_reason", "completion_tokens", "error"]
-    return pandas.DataFrame(table, columns=names)
+    return pandas.DataFrame(rows, columns=names)

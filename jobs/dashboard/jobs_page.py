@@ -12,7 +12,7 @@ from nicegui import ui
 
 from jobs.api.auth.caller import Caller
 from jobs.api.write_threads import run_write
-from jobs.client.outcome import status_words, warns
+from jobs.client.outcome import completed_with_failures, status_text
 from jobs.dashboard import format, html
 from jobs.dashboard.layout import BASE, frame, heading, link
 from jobs.dashboard.session import PageContext
@@ -113,8 +113,8 @@ class JobListRow:
 def show_job_status(label: ui.label, job: JobView) -> None:
     """Write the status of a job; one that is completed and has failed requests is no success."""
     show_status(label, job.status)
-    if warns(job.status, job.requests_failed):
-        label.set_text(status_words(job.status, job.requests_completed, job.requests_failed))
+    if completed_with_failures(job.status, job.requests_failed):
+        label.set_text(status_text(job.status, job.requests_completed, job.requests_failed))
         label.classes(replace="status status-warning")
 
 

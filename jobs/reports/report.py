@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from html import escape
 from typing import Final
 
-from jobs.client.outcome import error_words, info_words, warns
+from jobs.client.outcome import completed_with_failures, error_text, job_status_text
 from jobs.client.results import JobInfo, Output, Statistics
 from jobs.control_characters import safe
 from jobs.reports.plots import PLOTS, svg
@@ -38,7 +38,7 @@ th, td { overflow-wrap: anywhere; } td, .short { min-width: 5rem; } .short { whi
 """
 
 
-def report(info: JobInfo, numbers: Statistics, outputs: Iterable[Output]) -> str:
+def make_report(info: JobInfo, numbers: Statistics, outputs: Iterable[Output]) -> str:
     """Return the report. Reads the outputs once, and keeps as many as it shows."""
     samples, errors = _look_at(outputs)
     title = f"Job {info.id}"
@@ -69,15 +69,19 @@ def _look_at(outputs: Iterable[Output]) -> tuple[list[Output], Counter[tuple[str
     errors: Counter[tuple[str, str]] = Counter()
     for output in outputs:
         if output.error is not None:
-            errors[output.error.code or "unknown", error_words(output.error)] += 1
+            errors[output.error.code or "unknown", error_text(output.error)] += 1
         elif len(samples) < SAMPLES:
             samples.append(output)
     return samples, errors
 
 
 def _status(info: JobInfo) -> str:
-    words = _text(info_words(info))
-    return f'<strong class="warning">{words}</strong>' if warns(info.status, info.request_counts.failed) else words
+    words = _text(job_status_text(info))
+    return (
+        f'<strong class="warning">{words}</strong>'
+        if completed_with_failures(info.status, info.request_counts.failed)
+        else words
+    )
 
 
 def _about(info: JobInfo) -> str:

@@ -23,7 +23,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
-from jobs.client.event_filter import Reader
+from jobs.client.event_filter import EventFilter
 from jobs.json_lines import one_line
 from jobs.messages import PartialEvent
 
@@ -117,13 +117,13 @@ async def follow(
     `read` returns the state in SQL as events and is called in a thread. Without Redis it is polled, and all text comes
     as snapshots.
     """
-    reader = Reader()
+    event_filter = EventFilter()
     async with aclosing(subscribe(redis_url, job_id, poll_s)) as heard_here:
         async for signal in heard_here:
-            heard = signal is not None and reader.follows(signal)
+            heard = signal is not None and event_filter.is_next(signal)
             events = [signal] if heard and signal is not None else await asyncio.to_thread(read)
             for event in events:
-                if reader.take(event):
+                if event_filter.accept(event):
                     yield event
             if not events or _is_end(events[-1]):
                 return

@@ -14,7 +14,7 @@ from playwright.sync_api import Browser, Page, Request, expect
 from jobs.client import Client
 from jobs.local.service import LocalService, down, start_detached
 from jobs.local.startup import environment
-from jobs.reports.report import report
+from jobs.reports.report import make_report
 from jobs.settings import JobsSettings
 from tests.browser import browser, picture
 from tests.models import save_tiny
@@ -220,7 +220,7 @@ def test_a_report_fits_phones_and_follows_the_system(
     with Client(service.api_url) as client:
         job = client.submit(["abc", {"prompt": "x" * 400_000, "custom_id": "y" * 64}], max_tokens=4)
         job.wait()
-        html = report(job.info(), job.stats(), job.outputs())
+        html = make_report(job.info(), job.stats(), job.outputs())
     page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
     page.set_viewport_size({"width": width, "height": 850})
     page.set_content(html)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from importlib.metadata import requires
+from importlib.metadata import requires, version
 
 import pytest
 
@@ -68,3 +68,37 @@ def test_every_package_of_the_extras_is_blocked() -> None:
     ]
     names = {re.split(r"[\[<>=;~ ]", line)[0] for line in needed} - {"basic-batch"}
     assert {renamed.get(name, name.replace("-", "_")) for name in names} <= set(BLOCKED.split())
+
+
+@pytest.mark.parametrize(
+    ("statement", "unwanted"),
+    [
+        ("import jobs", {"httpx", "pydantic", "rich", "typer"}),
+        ("import jobs.messages, jobs.producer", {"httpx", "rich", "typer"}),
+    ],
+)
+def test_an_import_loads_only_what_it_needs(statement: str, unwanted: set[str]) -> None:
+    script = f"import sys; before = set(sys.modules); {statement}; print(*set(sys.modules) - before)"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert unwanted & set(loaded) == set()
+
+
+def test_the_client_itself_imports_no_rich_before_it_draws_a_progress_bar() -> None:
+    """httpx imports rich, for its own command line, if rich and click are installed."""
+    script = """
+import sys
+sys.modules["click"] = None  # httpx does without its command line then
+import jobs
+jobs.Client
+print(*(name for name in sys.modules if name.partition(".")[0] == "rich"))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_the_package_has_the_version_of_its_distribution() -> None:
+    import jobs
+
+    assert jobs.__version__ == version("basic-batch")
+    done = subprocess.run([sys.executable, "-m", "jobs.cli", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"basic-batch {jobs.__version__}\n"

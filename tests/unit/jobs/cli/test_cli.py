@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 from jobs.api.app import make_api
 from jobs.api.auth.guard import Authenticator
 from jobs.cli import app as cli
+from jobs.cli import lookup
+from jobs.cli.options import FAILED, WRONG_USE
 from jobs.client import Client
 from jobs.errors import InvalidValue, NotFound, NotRetryable, SetupError
 from jobs.settings import JobsSettings
@@ -29,7 +31,7 @@ Run = Callable[..., str]
 def run(settings: JobsSettings, database: Database, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run a command against a service in this process; return what it prints."""
     api = make_api(settings, database, notify=lambda job_id, model: True)
-    monkeypatch.setattr(cli, "_connect", lambda: Client("http://service", transport=InProcess(api)))
+    monkeypatch.setattr(lookup, "connect", lambda: Client("http://service", transport=InProcess(api)))
 
     def run(*arguments: str, status: int = 0, stdin: str | None = None) -> str:
         result = CliRunner().invoke(cli.app, arguments, input=stdin)
@@ -81,13 +83,13 @@ def test_lines_of_text_are_prompts(run: Run) -> None:
 
 def test_a_job_whose_lines_all_fail_at_once_is_a_failure_and_the_first_reason_is_said(run: Run, prompts: str) -> None:
     result = CliRunner().invoke(cli.app, ["submit", "-"], input='{"promt": "Hello"}\n{broken\n')
-    assert result.exit_code == cli.FAILED
-    assert "2 of 2 requests failed at once" in result.stderr
+    assert result.exit_code == FAILED
+    assert "2 of 2 requests were refused" in result.stderr
     assert "line 1, promt: " in result.stderr
     result = CliRunner().invoke(cli.app, ["submit", prompts])
     assert result.exit_code == 0
-    assert "1 of 2 requests failed at once" in result.stderr
-    job = json.loads(run("submit", "-", "--json", stdin='{"broken\n' * 2, status=cli.FAILED))
+    assert "1 of 2 requests were refused" in result.stderr
+    job = json.loads(run("submit", "-", "--json", stdin='{"broken\n' * 2, status=FAILED))
     assert job["request_counts"]["failed"] == 2
 
 
@@ -103,7 +105,7 @@ def test_answers_are_not_written_under_the_name_of_another_format(
     run: Run, prompts: str, tmp_path: Path, name: str
 ) -> None:
     path = tmp_path / name
-    with pytest.raises(InvalidValue, match=r"answers are written as JSON lines \(.jsonl\)"):
+    with pytest.raises(InvalidValue, match=r"outputs are written as JSON lines \(.jsonl\)"):
         run("submit", prompts, "--output", str(path))
     assert json.loads(run("jobs", "--json")) == []
     run("submit", prompts)
@@ -144,7 +146,7 @@ def test_failed_requests_are_run_again(run: Run, prompts: str, database: Databas
 def test_of_a_clean_job_there_is_nothing_to_run_again_and_that_is_no_failure(run: Run, database: Database) -> None:
     run("submit", "-", stdin='"Hello"\n')
     answer_all(database)
-    assert "nothing to run again" in run("retry")
+    assert "Nothing to retry" in run("retry")
     assert json.loads(run("retry", "--json"))["request_counts"]["failed"] == 0
     assert len(run("jobs", "--json")) > 0
     assert len(json.loads(run("jobs", "--json"))) == 1
@@ -223,12 +225,12 @@ def test_the_newest_job_is_the_caller_s(settings: JobsSettings, database: Databa
         theirs = other.submit("Theirs")
     with Client("http://service", "sk-basic-local-1", transport=InProcess(api)) as client:
         assert client.jobs()[0].id == theirs.id
-        assert cli._find(client, None).id != theirs.id
+        assert lookup.find_job(client, None).id != theirs.id
 
 
-def test_lines_that_name_no_temperature_are_decoded_greedily_and_that_is_said(run: Run, database: Database) -> None:
+def test_submit_prints_that_lines_without_a_temperature_are_decoded_greedily(run: Run, database: Database) -> None:
     lines = '"Hello"\n{"prompt": "Hello", "temperature": 0.5}\n'
-    assert "Lines that name no temperature have 0, decoded greedily" in run("submit", "-", stdin=lines)
+    assert "Temperature of lines that set none: 0 (greedy decoding)" in run("submit", "-", stdin=lines)
     run("submit", "-", "--temperature", "1", stdin=lines)
     with database.read() as session:
         bodies = session.scalars(select(Request.body).order_by(Request.job_id, Request.request_index)).all()
@@ -245,7 +247,7 @@ def test_jobs_are_listed_and_cancelled(run: Run, prompts: str) -> None:
 def test_a_job_that_did_not_complete_is_a_failure(run: Run, prompts: str) -> None:
     job_id = json.loads(run("submit", prompts, "--json"))["id"]
     run("cancel", job_id)
-    events = [json.loads(line) for line in run("follow", job_id, "--json", status=cli.FAILED).splitlines()]
+    events = [json.loads(line) for line in run("follow", job_id, "--json", status=FAILED).splitlines()]
     assert events[-1]["status"] == "cancelled"
 
 
@@ -260,18 +262,18 @@ def test_numbers_are_printed_for_programs(run: Run, prompts: str, database: Data
     [("submit", "nowhere.jsonl"), ("submit",), ("jobs", "--limit", "0"), ("nonsense",), ("status", "--what")],
 )
 def test_wrong_use_is_status_2(run: Run, arguments: tuple[str, ...]) -> None:
-    run(*arguments, status=cli.WRONG_USE)
+    run(*arguments, status=WRONG_USE)
 
 
 def test_an_error_is_one_sentence_and_status_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("BASIC_API_URL", "http://127.0.0.1:1")
-    monkeypatch.setattr(cli, "_PATIENCE_S", 0.0)
+    monkeypatch.setattr(lookup, "_PATIENCE_S", 0.0)
     monkeypatch.setattr("sys.argv", ["basic", "jobs"])
     with pytest.raises(SystemExit) as end:
         cli.main()
-    assert end.value.code == cli.FAILED
+    assert end.value.code == FAILED
     assert "Is bASIC running? `basic up` starts it." in capsys.readouterr().err
 
 
@@ -283,7 +285,7 @@ def test_a_setting_that_is_wrong_stops_the_start(
     monkeypatch.setattr("sys.argv", ["basic", "jobs"])
     with pytest.raises(SystemExit) as end:
         cli.main()
-    assert end.value.code == cli.WRONG_USE
+    assert end.value.code == WRONG_USE
     assert name in capsys.readouterr().err
 
 

@@ -117,5 +117,5 @@ def test_commands_beside_a_service_of_their_own_show_its_key_and_nobody_else_s(s
     with owned(settings.data_dir):
         announce_service(LocalService("http://127.0.0.1:9", "", "", str(settings.data_dir), os.getpid()))
         ours, theirs = AsyncClient(), AsyncClient("http://192.0.2.1:8000")
-    assert ours._wire.headers["authorization"] == f"Bearer {key}"
-    assert "authorization" not in theirs._wire.headers
+    assert ours._connection.headers["authorization"] == f"Bearer {key}"
+    assert "authorization" not in theirs._connection.headers

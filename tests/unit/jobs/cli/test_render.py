@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from jobs.cli.render import STYLES, Transcript, closing_table, jobs_table, keys_table, make_view, status_table
-from jobs.client import progress
-from jobs.client.results import JobInfo, Progress, RequestCounts
+from jobs.client.progress_bar import progress_reporter
+from jobs.client.results import JobInfo, JobProgress, RequestCounts
 from jobs.control_characters import safe
 from jobs.messages import JobStatus, PartialEvent, Piece
 
@@ -25,7 +25,7 @@ def some_info(total: int = 2, completed: int = 2) -> JobInfo:
         endpoint="/v1/chat/completions",
         created_at=0,
         request_counts=RequestCounts(total=total, completed=completed),
-        progress=Progress(),
+        progress=JobProgress(),
     )
 
 
@@ -144,7 +144,7 @@ def a_job(job_id: str, **changes: Any) -> JobInfo:
         "created_at": 1_795_990_000,
         "expires_at": 1_796_076_400,
         "request_counts": RequestCounts(total=50_000, completed=49_990, failed=3),
-        "progress": Progress(
+        "progress": JobProgress(
             completion_tokens=12_345_678, prompt_tokens=5, elapsed_s=95, tokens_per_s=60, time_left_s=95
         ),
         "metadata": {"team": "a\x1b[2J"},
@@ -209,9 +209,9 @@ def test_a_job_that_has_ended_has_no_time_left() -> None:
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_bar_says_the_time_left_whatever_the_window(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
-    monkeypatch.setattr(progress, "Console", lambda stderr: console)
-    with progress.ProgressBar.of(True) as tell:
-        tell(a_job("batch_1"))
+    monkeypatch.setattr("rich.console.Console", lambda stderr: console)
+    with progress_reporter(True) as report:
+        report(a_job("batch_1"))
     assert isinstance(console.file, io.StringIO)
     words = re.sub(r"\x1b\[[?0-9]*[a-zA-Z]|\s+", " ", console.file.getvalue())
     assert "1 min 35 s left" in words
@@ -252,10 +252,11 @@ def test_in_a_notebook_one_line_changes(monkeypatch: pytest.MonkeyPatch, capsys:
     notebook.__dict__["display"] = lambda data, raw, display_id: Handle()
     monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
     monkeypatch.setitem(sys.modules, "IPython.display", notebook)
-    monkeypatch.setattr(progress, "Console", lambda stderr: Console(stderr=stderr, force_jupyter=True))
-    with progress.ProgressBar.of(True) as tell:
+    console = Console(stderr=True, force_jupyter=True)
+    monkeypatch.setattr("rich.console.Console", lambda stderr: console)
+    with progress_reporter(True) as report:
         for left_s in (95, 30):
-            tell(a_job("batch_1", progress=Progress(completion_tokens=9, tokens_per_s=60, time_left_s=left_s)))
+            report(a_job("batch_1", progress=JobProgress(completion_tokens=9, tokens_per_s=60, time_left_s=left_s)))
     assert shown == [
         "49993/50000 requests · 9 tokens · 60.0 tokens/s · 3 failed · about 1 min 35 s left",
         "49993/50000 requests · 9 tokens · 60.0 tokens/s · 3 failed · about 30 s left",

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobs.client.event_filter import Reader
+from jobs.client.event_filter import EventFilter
 from jobs.messages import JobStatus, PartialEvent
 
 
@@ -15,40 +15,40 @@ def job(status: JobStatus) -> PartialEvent:
 
 
 def test_events_in_order_are_news_once() -> None:
-    reader = Reader()
-    assert [reader.take(event(seq)) for seq in (0, 1, 1, 0, 2)] == [True, True, False, False, True]
+    event_filter = EventFilter()
+    assert [event_filter.accept(event(seq)) for seq in (0, 1, 1, 0, 2)] == [True, True, False, False, True]
 
 
 def test_a_gap_does_not_follow() -> None:
-    reader = Reader()
-    reader.take(event(0))
-    assert reader.follows(event(1))
-    assert not reader.follows(event(2))
+    event_filter = EventFilter()
+    event_filter.accept(event(0))
+    assert event_filter.is_next(event(1))
+    assert not event_filter.is_next(event(2))
 
 
 def test_every_choice_of_every_request_counts_for_itself() -> None:
-    reader = Reader()
-    reader.take(event(5))
-    assert reader.take(event(0, choice=1))
-    assert reader.take(event(0, index=1))
+    event_filter = EventFilter()
+    event_filter.accept(event(5))
+    assert event_filter.accept(event(0, choice=1))
+    assert event_filter.accept(event(0, index=1))
 
 
 def test_nothing_comes_after_the_end_of_a_choice() -> None:
-    reader = Reader()
-    assert reader.take(event(3, "finished"))
-    assert not reader.take(event(4))
+    event_filter = EventFilter()
+    assert event_filter.accept(event(3, "finished"))
+    assert not event_filter.accept(event(4))
 
 
 def test_a_failure_is_news_whatever_its_number_and_only_once() -> None:
-    reader = Reader()
-    reader.take(event(4))
-    assert reader.take(event(0, "failed"))
-    assert not reader.take(event(5, "failed"))
+    event_filter = EventFilter()
+    event_filter.accept(event(4))
+    assert event_filter.accept(event(0, "failed"))
+    assert not event_filter.accept(event(5, "failed"))
 
 
 def test_the_status_of_a_job_is_news_when_it_changes_and_sends_the_reader_to_sql() -> None:
-    reader = Reader()
-    assert reader.take(job(JobStatus.IN_PROGRESS))
-    assert not reader.take(job(JobStatus.IN_PROGRESS))
-    assert reader.take(job(JobStatus.CANCELLING))
-    assert not reader.follows(job(JobStatus.CANCELLED))
+    event_filter = EventFilter()
+    assert event_filter.accept(job(JobStatus.IN_PROGRESS))
+    assert not event_filter.accept(job(JobStatus.IN_PROGRESS))
+    assert event_filter.accept(job(JobStatus.CANCELLING))
+    assert not event_filter.is_next(job(JobStatus.CANCELLED))

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from jobs.cli.render import closing_table, jobs_table, make_console
-from jobs.client.outcome import status_words, warns
-from jobs.client.progress import pace
+from jobs.client.outcome import completed_with_failures, status_text
+from jobs.client.progress_bar import speed_text
 from jobs.client.results import JobInfo, Output, Statistics
 from jobs.messages import JobStatus
-from jobs.reports.report import report
+from jobs.reports.report import make_report
 from tests.unit.jobs.cli.test_cli import Run, prompts, run
 
 __all__ = ["prompts", "run"]  # fixtures
@@ -28,14 +28,14 @@ FAILURES = "\n".join(json.dumps({"prompt": "Hello", "max_tokens": 0}) for _ in r
     [(10, 0, "completed"), (7, 3, "completed, 3 failed"), (0, 10, "completed, all failed"), (0, 0, "completed")],
 )
 def test_a_completed_job_says_how_many_requests_failed(completed: int, failed: int, words: str) -> None:
-    assert status_words("completed", completed, failed) == words
-    assert warns("completed", failed) == (failed > 0)
+    assert status_text("completed", completed, failed) == words
+    assert completed_with_failures("completed", failed) == (failed > 0)
 
 
 @pytest.mark.parametrize("status", [status for status in JobStatus if status is not JobStatus.COMPLETED])
 def test_every_other_status_is_its_own_word(status: JobStatus) -> None:
-    assert status_words(status, 0, 3) == status.value.replace("_", " ")
-    assert not warns(status, 3)
+    assert status_text(status, 0, 3) == status.value.replace("_", " ")
+    assert not completed_with_failures(status, 3)
 
 
 def info(completed: int, failed: int) -> JobInfo:
@@ -45,9 +45,9 @@ def info(completed: int, failed: int) -> JobInfo:
 
 
 def test_the_progress_of_a_job_says_once_what_failed() -> None:
-    assert pace(info(0, 10)) == "0 tokens · completed, all failed"
-    assert pace(info(7, 3)) == "0 tokens · completed, 3 failed"
-    assert pace(info(7, 0)) == "0 tokens · completed"
+    assert speed_text(info(0, 10)) == "0 tokens · completed, all failed"
+    assert speed_text(info(7, 3)) == "0 tokens · completed, 3 failed"
+    assert speed_text(info(7, 0)) == "0 tokens · completed"
 
 
 def test_a_job_whose_requests_all_failed_is_no_plain_success_on_the_terminal(run: Run) -> None:
@@ -73,7 +73,7 @@ def test_a_report_says_so_in_the_colour_of_a_warning(run: Run, tmp_path: Path) -
 
 
 def test_a_report_of_a_success_does_not_warn() -> None:
-    assert '<strong class="warning">' not in report(info(3, 0), NUMBERS, [])
+    assert '<strong class="warning">' not in make_report(info(3, 0), NUMBERS, [])
 
 
 def test_a_report_of_very_many_errors_counts_those_it_leaves_out() -> None:
@@ -86,4 +86,4 @@ def test_a_report_of_very_many_errors_counts_those_it_leaves_out() -> None:
 def report_of(messages: list[str]) -> str:
     error = {"custom_id": "a", "index": 0, "status": "failed"}
     outputs = [Output.model_validate(error | {"error": {"code": "odd", "message": message}}) for message in messages]
-    return report(info(0, len(outputs)), NUMBERS, outputs)
+    return make_report(info(0, len(outputs)), NUMBERS, outputs)

@@ -50,7 +50,7 @@ REVEALED = [
     "str",
     "str",
     "float | None",
-    "jobs.client.client.AsyncJob",
+    "jobs.client.async_client.AsyncJob",
 ]
 
 

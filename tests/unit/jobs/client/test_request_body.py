@@ -15,7 +15,7 @@ import numpy as np
 import pandas
 import pytest
 
-from jobs.client.prompts import Lines, Prompts, body_of
+from jobs.client.request_body import PromptFile, Prompts, build_body
 from jobs.errors import InvalidValue
 
 BATCH_LINE = b'{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}\n'
@@ -36,13 +36,13 @@ BATCH_LINE = b'{"custom_id": "a", "method": "POST", "url": "/v1/completions", "b
     ],
 )
 def test_whatever_holds_prompts_becomes_requests(prompts: Prompts, requests: list[object]) -> None:
-    assert body_of(prompts).requests == requests
+    assert build_body(prompts).requests == requests
 
 
 @pytest.mark.parametrize("prompts", [["a", None], ["a", 7], pandas.Series(["a", float("nan")])])
 def test_what_is_no_prompt_is_refused_with_its_place(prompts: Prompts) -> None:
     with pytest.raises(InvalidValue, match="Prompt 1 is"):
-        body_of(prompts)
+        build_body(prompts)
 
 
 @pytest.mark.parametrize(
@@ -64,21 +64,21 @@ def test_what_is_no_prompt_is_refused_with_its_place(prompts: Prompts) -> None:
     ],
 )
 def test_a_file_is_json_lines_or_lines_of_text(content: bytes, suffix: str, lines: bytes) -> None:
-    assert body_of(Lines(content, suffix)).lines == lines
+    assert build_body(PromptFile(content, suffix)).lines == lines
 
 
 def test_the_lines_of_a_batch_file_name_the_endpoint(tmp_path: Path) -> None:
     path = tmp_path / "batch.jsonl"
     path.write_bytes(BATCH_LINE)
-    assert body_of(path).endpoint == "/v1/completions"
-    assert body_of(b'{"prompt": "x"}').endpoint is None
-    assert body_of(Lines(b"{broken\n" + BATCH_LINE, ".jsonl")).endpoint == "/v1/completions"
+    assert build_body(path).endpoint == "/v1/completions"
+    assert build_body(b'{"prompt": "x"}').endpoint is None
+    assert build_body(PromptFile(b"{broken\n" + BATCH_LINE, ".jsonl")).endpoint == "/v1/completions"
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", "Wie hei\xdft du?".encode("latin-1")])
 def test_a_file_that_is_no_text_is_refused(content: bytes) -> None:
     with pytest.raises(InvalidValue, match="neither JSON lines nor text in UTF-8"):
-        body_of(content)
+        build_body(content)
 
 
 ROWS = [{"prompt": "a"}, {"prompt": "b"}]
@@ -131,60 +131,60 @@ def test_a_file_that_holds_no_lines_is_refused_with_what_it_is(
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(InvalidValue, match=what) as refused:
-        body_of(path)
+        build_body(path)
     assert str(refused.value).startswith(str(path))
 
 
 def test_a_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidValue, match="is a directory"):
-        body_of(tmp_path)
+        build_body(tmp_path)
 
 
 def test_an_open_file_is_read_as_a_file(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(b'"Hello"\n')
     with path.open() as text, path.open("rb") as binary:
-        assert body_of(text).lines == body_of(binary).lines == b'"Hello"\n'
+        assert build_body(text).lines == build_body(binary).lines == b'"Hello"\n'
 
 
 def test_the_name_of_a_file_is_no_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert body_of("prompts.jsonl").requests == ["prompts.jsonl"]
+    assert build_body("prompts.jsonl").requests == ["prompts.jsonl"]
     Path("prompts.jsonl").touch()
     with pytest.raises(InvalidValue, match=r"Path\('prompts.jsonl'\)"):
-        body_of("prompts.jsonl")
-    assert body_of(["prompts.jsonl"]).requests == ["prompts.jsonl"]
+        build_body("prompts.jsonl")
+    assert build_body(["prompts.jsonl"]).requests == ["prompts.jsonl"]
 
 
 def test_ids_of_a_data_frame_become_text_and_whole_numbers_stay_whole() -> None:
     table = pandas.DataFrame(
         {"prompt": ["a", "b"], "custom_id": [7, 8], "max_tokens": [3, None], "temperature": [0.5, 1.0]}
     )
-    assert json.dumps(body_of(table).requests) == json.dumps(
+    assert json.dumps(build_body(table).requests) == json.dumps(
         [
             {"prompt": "a", "custom_id": "7", "max_tokens": 3, "temperature": 0.5},
             {"prompt": "b", "custom_id": "8", "temperature": 1},
         ]
     )
     with_a_gap = pandas.DataFrame({"prompt": ["a", "b"], "custom_id": [7, None]})
-    assert body_of(with_a_gap).requests == [{"prompt": "a", "custom_id": "7"}, {"prompt": "b"}]
+    assert build_body(with_a_gap).requests == [{"prompt": "a", "custom_id": "7"}, {"prompt": "b"}]
 
 
 def test_cells_that_are_arrays_become_lists() -> None:
     table = pandas.DataFrame({"messages": [np.array([{"role": "user", "content": "a"}])], "seed": [np.int64(3)]})
-    assert body_of(table).requests == [{"messages": [{"role": "user", "content": "a"}], "seed": 3}]
+    assert build_body(table).requests == [{"messages": [{"role": "user", "content": "a"}], "seed": 3}]
 
 
 def test_a_data_frame_without_prompts_is_refused_with_its_columns() -> None:
     with pytest.raises(InvalidValue, match="question, answer"):
-        body_of(pandas.DataFrame({"question": ["a"], "answer": ["b"]}))
+        build_body(pandas.DataFrame({"question": ["a"], "answer": ["b"]}))
 
 
 @pytest.mark.parametrize("way", ["to_dicts", "to_pylist"])
 def test_data_frames_of_other_packages_are_read_too(way: str) -> None:
     table = SimpleNamespace(columns=["custom_id", "prompt"], to_dict=None)
     setattr(table, way, lambda: [{"custom_id": 7, "prompt": "a"}])
-    assert body_of(table).requests == [{"custom_id": "7", "prompt": "a"}]
+    assert build_body(table).requests == [{"custom_id": "7", "prompt": "a"}]
 
 
 @pytest.mark.parametrize(
@@ -193,9 +193,9 @@ def test_data_frames_of_other_packages_are_read_too(way: str) -> None:
 )
 def test_what_json_can_not_hold_is_refused_with_its_place(prompt: Any, why: str) -> None:
     with pytest.raises(InvalidValue, match=f"Prompt 1 .*{why}"):
-        body_of(["a", prompt])
+        build_body(["a", prompt])
 
 
 def test_what_holds_no_prompts_is_refused() -> None:
     with pytest.raises(InvalidValue, match="int holds no prompts"):
-        body_of(5)  # type: ignore[arg-type]
+        build_body(5)  # type: ignore[arg-type]

@@ -1,0 +1,309 @@
+"""`basic submit`, `follow`, `status`, `results`, `retry`, `cancel` and `jobs`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.cli import lookup
+from jobs.cli.lookup import NO_JOB, find_job
+from jobs.cli.options import FAILED, AsJson, JobId, print_json
+from jobs.cli.output_files import refuse_output_file, write_outputs
+from jobs.cli.render import closing_table, jobs_table, make_console, make_view, status_table
+from jobs.client import Client, Job
+from jobs.client.outcome import job_status_text
+from jobs.client.request_body import PromptFile
+from jobs.client.results import JobInfo
+from jobs.client.service_location import local_service
+from jobs.control_characters import safe
+from jobs.errors import NotRetryable, RequestRefused
+from jobs.json_lines import json_line
+from jobs.logs import without_secrets
+from jobs.messages import MAX_COMPARED_REQUESTS, TOOLS_TEMPERATURE, Endpoint, JobStatus
+from jobs.settings import JobsSettings
+from storage.settings import sqlite_file
+
+_REFUSED_CODES = {RequestRefused.code, *(kind.code for kind in RequestRefused.__subclasses__())}
+
+
+def submit(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="One request per line, JSON or text; - reads standard input.")
+    ],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Show the text until the job ends.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", "-w", help="Show a progress bar until the job ends.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Wait, then write the outputs to this file.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Target model.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Maximum tokens of a completion.")] = None,
+    temperature: Annotated[
+        float,
+        typer.Option(min=0, max=2, help="Temperature of lines that set none. 0 is greedy; the API's default is 1."),
+    ] = TOOLS_TEMPERATURE,
+    seed: Annotated[int | None, typer.Option(help="Random seed: the same seed gives the same text.")] = None,
+    endpoint: Annotated[
+        Endpoint | None, typer.Option(help="Endpoint of all requests. Default: the one that the lines name.")
+    ] = None,
+    idempotency_key: Annotated[
+        str | None, typer.Option(help="Submitting again with the same key creates no second job.")
+    ] = None,
+    compare_plain: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=MAX_COMPARED_REQUESTS,
+            help="After the job, decode this many requests with and without drafts and compare the times.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Submit a job: a file with one request per line.
+
+    A line is a JSON string, an object with prompt or messages, a line of an OpenAI batch file, or plain text.
+    Parameters that a line sets, such as its temperature, override the options.
+
+    Example: basic submit examples/prompts.jsonl --follow --max-tokens 128
+    """
+    if output is not None:
+        refuse_output_file(output)
+    prompts = _read_file(file)
+    with lookup.connect() as client:
+        job = client.submit(
+            prompts,
+            model=model,
+            endpoint=endpoint,
+            idempotency_key=idempotency_key,
+            compare_plain=compare_plain,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+        )
+        if follow:
+            raise typer.Exit(_follow(client, job, as_json, output))
+        if wait or output is not None:
+            raise typer.Exit(_wait(job, as_json, output))
+        info = job.info()
+        if as_json:
+            print_json(info)
+        else:
+            typer.echo(f"Submitted {info.request_counts.total} requests as job {info.id}")
+            greedy = " (greedy decoding)" if temperature == 0 else ""
+            typer.echo(f"Temperature of lines that set none: {temperature:g}{greedy}")
+            typer.echo(f"Follow it with: basic follow {info.id}")
+        raise typer.Exit(_report_refused(job, info))
+
+
+def follow(job: JobId = None, as_json: AsJson = False) -> None:
+    """Show the text of a job as it is generated, until the job ends.
+
+    Example: basic follow
+    """
+    with lookup.connect() as client:
+        raise typer.Exit(_follow(client, find_job(client, job), as_json))
+
+
+def status(
+    job: JobId = None,
+    wait: Annotated[bool, typer.Option("--wait", "-w", help="Show a progress bar until the job ends.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show the progress of a job.
+
+    Example: basic status --wait
+    """
+    with lookup.connect() as client:
+        found = find_job(client, job)
+        if wait:
+            raise typer.Exit(_wait(found, as_json))
+        info = found.info()
+        print_json(info) if as_json else make_console().print(status_table(info, time.time()))
+
+
+def results(
+    job: JobId = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON lines to this file.")] = None,
+    failed: Annotated[bool, typer.Option("--failed", help="Only requests without a result.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Print outputs as requests end, until the job ends.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print the outputs of a job so far, in the order of its requests.
+
+    Example: basic results --output answers.jsonl
+    """
+    if output is not None:
+        refuse_output_file(output)
+    with lookup.connect() as client:
+        outputs = find_job(client, job).outputs(failed=failed, follow=follow)
+        if output is not None:
+            write_outputs(outputs, output)
+            return
+        for item in outputs:
+            if as_json:
+                typer.echo(json_line(item))
+                continue
+            typer.echo(f"{safe(item.custom_id)} ({item.status})")
+            for choice in item.choices:
+                typer.echo(safe(choice.text))
+            if item.error is not None:
+                typer.echo(safe(item.error.message))
+
+
+def retry(
+    job: JobId = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Show the text until the new job ends.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", "-w", help="Show a progress bar until the job ends.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Submit the requests of an ended job that have no result as a new job.
+
+    Example: basic retry --wait
+    """
+    with lookup.connect() as client:
+        ended = find_job(client, job)
+        info = ended.info()
+        if info.status is JobStatus.COMPLETED and not info.request_counts.failed:
+            sentence = f"Nothing to retry: every request of {info.id} has a result"
+            print_json(info) if as_json else typer.echo(sentence)
+            return
+        if info.status is JobStatus.COMPLETED and not _may_succeed(ended):
+            raise NotRetryable(
+                "The failed requests would fail again: their lines are invalid. "
+                f"See why: basic results --failed {info.id}    Correct the lines and submit them: basic submit FILE"
+            )
+        again = ended.retry()
+        if follow:
+            raise typer.Exit(_follow(client, again, as_json))
+        if wait:
+            raise typer.Exit(_wait(again, as_json))
+        info = again.info()
+        if as_json:
+            print_json(info)
+        else:
+            typer.echo(f"Submitted {info.request_counts.total} requests of {info.retry_of} again as job {info.id}")
+            typer.echo(f"Follow it with: basic follow {info.id}")
+
+
+def cancel(job: Annotated[str, typer.Argument(help="Job id or a prefix of it.")], as_json: AsJson = False) -> None:
+    """Cancel a job. Outputs of completed requests are kept.
+
+    Example: basic cancel batch_0123456789abcdef
+    """
+    with lookup.connect() as client:
+        info = find_job(client, job).cancel()
+        print_json(info) if as_json else typer.echo(f"Job {info.id} is {job_status_text(info)}")
+
+
+def list_jobs(
+    limit: Annotated[int, typer.Option(min=1, max=100, help="Maximum number of jobs.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """List jobs, newest first. A narrow window shows id prefixes, which all commands accept.
+
+    Example: basic jobs --limit 5
+    """
+    with lookup.connect() as client:
+        listed = client.jobs(limit)
+        if as_json:
+            print_json(listed)
+        elif listed:
+            console = make_console()
+            console.print(jobs_table(listed, console.width, time.time()))
+        else:
+            typer.echo(NO_JOB)
+
+
+def _read_file(path: Path) -> PromptFile:
+    try:
+        if str(path) == "-":
+            return PromptFile(sys.stdin.buffer.read(), name="Standard input")
+        return PromptFile.read(path)
+    except OSError as exc:
+        raise typer.BadParameter(f"{path} can't be read: {exc.strerror}", param_hint="FILE") from exc
+
+
+def _wait(job: Job, as_json: bool, output: Path | None = None) -> int:
+    """Show a progress bar until the job ends and return the exit status. Ctrl-C does not stop the job."""
+    try:
+        info = job.wait(progress=True)
+    except KeyboardInterrupt:
+        typer.echo(f"The job is still running. Wait for it again: basic status --wait {job.id}", err=True)
+        return FAILED
+    if as_json:
+        print_json(info)
+    return _finish(job, info, output)
+
+
+def _follow(client: Client, job: Job, as_json: bool, output: Path | None = None) -> int:
+    """Show the text until the job ends and return the exit status. Ctrl-C does not stop the job."""
+    try:
+        _show_events(job, as_json)
+    except KeyboardInterrupt:
+        typer.echo(f"The job is still running. Follow it again: basic follow {job.id}", err=True)
+        return FAILED
+    info = job.info()
+    if not as_json:
+        make_console().print(closing_table(info, job.stats(), _local_database(client)))
+    return _finish(job, info, output)
+
+
+def _show_events(job: Job, as_json: bool) -> None:
+    if as_json:
+        for event in job.follow():
+            typer.echo(json_line(event))
+        return
+    console = make_console()
+    with make_view(console, job.info()) as view:
+        for event in job.follow():
+            view.show(event)
+
+
+def _finish(job: Job, info: JobInfo, output: Path | None) -> int:
+    """Write the outputs, say what to do about failed requests, and return the exit status."""
+    if output is not None:
+        write_outputs(job.outputs(), output)
+    if info.request_counts.failed:
+        advice = f"Retry them: basic retry {info.id}"
+        if not _may_succeed(job):
+            advice = "A retry would fail too: correct their lines and submit those"
+        typer.echo(
+            f"{info.request_counts.failed} of {info.request_counts.total} requests failed. See why: "
+            f"basic results --failed {info.id}    {advice}",
+            err=True,
+        )
+    has_results = info.request_counts.completed > 0
+    return 0 if info.status is JobStatus.COMPLETED and has_results else FAILED
+
+
+def _may_succeed(job: Job) -> bool:
+    """Return whether a retry of a failed request could succeed: not if the request itself is invalid."""
+    return any(output.error is None or output.error.code not in _REFUSED_CODES for output in job.outputs(failed=True))
+
+
+def _report_refused(job: Job, info: JobInfo) -> int:
+    """Report requests that the service refused at submission; return FAILED if it refused all of them."""
+    counts = info.request_counts
+    refused = next(job.outputs(failed=True), None) if counts.failed else None
+    if refused is None or refused.error is None:
+        return 0
+    typer.echo(
+        f"{counts.failed} of {counts.total} requests were refused, the first because: "
+        f"{safe(refused.error.message)}    See all: basic results --failed {info.id}",
+        err=True,
+    )
+    return FAILED if counts.failed == counts.total else 0
+
+
+def _local_database(client: Client) -> str | None:
+    """Return the file or URL of the database if the service runs on this machine, else None."""
+    service = local_service(JobsSettings())
+    if service is None or service.api_url.rstrip("/") != client.api_url:
+        return None
+    file = sqlite_file(service.database_url)
+    return without_secrets(service.database_url) if file is None else str(file)

@@ -1,0 +1,315 @@
+"""The client for asyncio, and the one implementation of all calls."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, Self, Unpack
+
+import httpx
+
+from jobs.client.connection import AsyncConnection, Connection, ErrorResponse
+from jobs.client.event_filter import EventFilter
+from jobs.client.parameters import Parameters
+from jobs.client.progress_bar import ProgressCallback, progress_reporter
+from jobs.client.request_body import Prompts, build_body
+from jobs.client.results import JobInfo, Output, Statistics, output_rows, to_dataframe
+from jobs.client.retries import RETRIED_STATUS_CODES, Backoff, ServiceBusy
+from jobs.client.service_errors import error_of
+from jobs.client.service_location import default_api_key, default_api_url
+from jobs.errors import BasicError, ServiceUnavailable
+from jobs.messages import Endpoint, PartialEvent
+from jobs.settings import JobsSettings
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+Connect = Callable[[str, Mapping[str, str]], Connection]  # from the API URL and the headers of every request
+
+
+class AsyncClient:
+    """A connection to the service, for asyncio."""
+
+    def __init__(
+        self,
+        api_url: str | None = None,
+        api_key: str | None = None,
+        *,
+        patience_s: float = 30.0,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        """Configure the client; it connects with the first call.
+
+        While the service is away or busy, a call is retried with pauses of `patience_s` seconds in total.
+        """
+        self._set_up(api_url, api_key, patience_s, lambda url, headers: AsyncConnection(url, headers, transport))
+
+    def _set_up(self, api_url: str | None, api_key: str | None, patience_s: float, connect: Connect) -> None:
+        settings = JobsSettings()
+        self.api_url = (api_url or default_api_url(settings)).rstrip("/")
+        key = default_api_key(settings, self.api_url) if api_key is None else api_key
+        self._patience_s = patience_s
+        self._connection = connect(self.api_url, {"authorization": f"Bearer {key}"} if key else {})
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._connection.close()
+
+    async def submit(
+        self,
+        prompts: Prompts,
+        *,
+        model: str | None = None,
+        endpoint: Endpoint | None = None,
+        metadata: Mapping[str, str] | None = None,
+        completion_window: str | None = None,
+        compare_plain: int | None = None,
+        idempotency_key: str | None = None,
+        **parameters: Unpack[Parameters],
+    ) -> AsyncJob:
+        """Submit a job.
+
+        `prompts` is an iterable of strings or request objects, a data frame or one of its columns, or a file: its Path
+        or its bytes. A file holds JSON lines (prompts, request objects, or lines of an OpenAI batch file), or plain
+        text with one prompt per line.
+
+        `parameters` apply to every request that does not set its own. Parameters that neither sets have the defaults
+        of the API: temperature is 1 here, whereas `basic submit` has 0. After the job completes, `compare_plain` of
+        its requests are decoded again with and without drafts, and the statistics of the job compare the times.
+
+        A submission carries an idempotency key, so that a retry after a lost response creates no second job.
+        """
+        body = await self._connection.run_slow(lambda: build_body(prompts))
+        job = {
+            "model": model,
+            "endpoint": endpoint or body.endpoint,
+            "metadata": metadata,
+            "completion_window": completion_window,
+            "compare_plain": compare_plain,
+        }
+        fields = {name: value for name, value in (job | parameters).items() if value is not None}
+        headers = {"idempotency-key": idempotency_key or str(uuid.uuid4())}
+        if body.lines is not None:
+            headers["content-type"] = "application/x-ndjson"
+            reply = await self._call("POST", "/v1/jobs", content=body.lines, params=_query(fields), headers=headers)
+        else:
+            reply = await self._call("POST", "/v1/jobs", json=fields | {"requests": body.requests}, headers=headers)
+        return AsyncJob(self, reply["id"])
+
+    def job(self, job_id: str) -> AsyncJob:
+        """Return the handle of a job that was submitted before. Sends nothing."""
+        return AsyncJob(self, job_id)
+
+    async def jobs(
+        self, limit: int = 20, after: str | None = None, *, mine: bool = False, id_prefix: str = ""
+    ) -> list[JobInfo]:
+        """List jobs, newest first. With `mine`: only jobs of this API key, even if the key may read all."""
+        params: dict[str, Any] = {"limit": limit, "after": after, "mine": mine or None, "id_prefix": id_prefix or None}
+        given = {name: value for name, value in params.items() if value is not None}
+        reply = await self._call("GET", "/v1/jobs", params=given)
+        listed = [JobInfo.model_validate(job) for job in reply["data"]]
+        return [job for job in listed if job.id.startswith(id_prefix)]  # an older server ignores `id_prefix`
+
+    async def stats(self) -> Statistics:
+        """Return the statistics of all jobs."""
+        return await self._call("GET", "/v1/stats")
+
+    async def job_rows(self, job_id: str | None = None, limit: int = 100) -> list[Statistics]:
+        """Return the statistics of one job, or of the newest jobs, as one flat row per job."""
+        params = {"limit": limit} if job_id is None else {"job": job_id}
+        return list((await self._call("GET", "/v1/stats/jobs", params=params))["data"])
+
+    async def get(self, job_id: str) -> JobInfo:
+        """Return a job."""
+        return JobInfo.model_validate(await self._call("GET", f"/v1/jobs/{job_id}"))
+
+    async def cancel(self, job_id: str) -> JobInfo:
+        """Cancel a job. Outputs of completed requests are kept."""
+        return JobInfo.model_validate(await self._call("POST", f"/v1/jobs/{job_id}/cancel"))
+
+    async def retry(self, job_id: str, *, idempotency_key: str | None = None) -> AsyncJob:
+        """Submit the requests of an ended job that have no result as a new job, and return it."""
+        headers = {"idempotency-key": idempotency_key or str(uuid.uuid4())}
+        reply = await self._call("POST", f"/v1/jobs/{job_id}/retry", headers=headers)
+        return AsyncJob(self, reply["id"])
+
+    async def job_stats(self, job_id: str) -> Statistics:
+        """Return the statistics of a job."""
+        return await self._call("GET", f"/v1/jobs/{job_id}/stats")
+
+    async def wait(self, job_id: str, progress: ProgressCallback = False, poll_s: float = 1.0) -> JobInfo:
+        """Wait until the job ends. `progress` is called with each JobInfo; True shows a progress bar."""
+        with progress_reporter(progress) as report:
+            while True:
+                info = await self.get(job_id)
+                report(info)
+                if info.status.final:
+                    return info
+                await self._connection.sleep(poll_s)
+
+    async def outputs(self, job_id: str, *, failed: bool = False, follow: bool = False) -> AsyncGenerator[Output]:
+        """Yield the outputs of a job so far, in the order of its requests. With `failed`: only those that failed.
+
+        With `follow`, yield outputs in the order in which requests end, until the job ends. After a lost connection
+        the client reconnects and continues where it stopped.
+        """
+        position: dict[str, Any] = {"cursor": ""} if follow else {"after": -1}
+        backoff = self._backoff()
+        while True:
+            try:
+                params = position | {"failed": failed, "follow": follow}
+                async with aclosing(self._lines(f"/v1/jobs/{job_id}/outputs", params)) as lines:
+                    async for line in lines:
+                        output = Output.model_validate_json(line)
+                        position = {"cursor": output.cursor} if follow else {"after": output.index}
+                        backoff = self._backoff()
+                        yield output
+                return
+            except (httpx.TransportError, ServiceBusy) as exc:
+                await backoff.pause_or_raise(*self._reason(exc))
+
+    async def results(self, job_id: str, *, failed: bool = False) -> list[dict[str, Any]]:
+        """Return the outputs so far as dicts, one per choice; a failed request has one with its error."""
+        async with aclosing(self.outputs(job_id, failed=failed)) as outputs:
+            return [row async for output in outputs for row in output_rows(output)]
+
+    async def dataframe(self, job_id: str, *, failed: bool = False) -> DataFrame:
+        """Return the rows of `results` as a pandas DataFrame."""
+        return to_dataframe(await self.results(job_id, failed=failed))
+
+    async def follow(self, job_id: str) -> AsyncGenerator[PartialEvent]:
+        """Yield the events of a job as text is generated, until it ends. Reconnects after a lost connection."""
+        event_filter = EventFilter()  # after a reconnect the service may send events again
+        position = _LastEvent()
+        backoff = self._backoff()
+        while True:
+            try:
+                async with aclosing(self._events(job_id, position)) as events:
+                    async for event in events:
+                        backoff = self._backoff()
+                        if event_filter.accept(event):
+                            yield event
+                        if event.status is not None and event.status.final:
+                            return
+                ended = ServiceUnavailable(f"{self.api_url} closed the stream before the job ended.")
+                await backoff.pause_or_raise(ended)
+            except (httpx.TransportError, ServiceBusy) as exc:
+                await backoff.pause_or_raise(*self._reason(exc))
+
+    async def _events(self, job_id: str, position: _LastEvent) -> AsyncGenerator[PartialEvent]:
+        """Yield the events of one connection. Record the id of an event when the next one is asked for."""
+        headers = {"last-event-id": position.id} if position.id else {}
+        event_id: str | None = None
+        async with aclosing(self._lines(f"/v1/jobs/{job_id}/events", {}, headers)) as lines:
+            async for line in lines:
+                if line.startswith("id:"):
+                    event_id = line[3:].strip()
+                elif line.startswith("data:"):
+                    yield PartialEvent.model_validate_json(line[5:])
+                    position.id = event_id or position.id
+                    event_id = None
+
+    async def _lines(
+        self, path: str, params: Mapping[str, Any], headers: Mapping[str, str] | None = None
+    ) -> AsyncGenerator[str]:
+        r"""Yield the lines of a response as they arrive. Only \n ends a line: JSON may contain U+2028."""
+        rest = ""
+        try:
+            async with aclosing(self._connection.stream_text(path, params, headers or {})) as texts:
+                async for text in texts:
+                    *lines, rest = (rest + text).split("\n")
+                    for line in lines:
+                        yield line
+        except ErrorResponse as error:
+            response = error.response
+            if response.status_code in RETRIED_STATUS_CODES:
+                raise ServiceBusy(error_of(response), response.headers.get("retry-after")) from None
+            raise error_of(response) from None
+
+    async def _call(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
+        """Return the JSON of the response or raise its error. Retry while the service is away or busy."""
+        backoff = self._backoff()
+        while True:
+            try:
+                response = await self._connection.send(method, path, **arguments)
+            except httpx.TransportError as exc:
+                await backoff.pause_or_raise(self._unavailable(exc))
+                continue
+            if response.is_success:
+                return response.json()  # type: ignore[no-any-return]
+            if response.status_code not in RETRIED_STATUS_CODES:
+                raise error_of(response)
+            await backoff.pause_or_raise(error_of(response), response.headers.get("retry-after"))
+
+    def _backoff(self) -> Backoff:
+        return Backoff(self._patience_s, self._connection.sleep)
+
+    def _reason(self, exc: httpx.TransportError | ServiceBusy) -> tuple[BasicError, str | None]:
+        """Return the error to raise when no time is left, and the `Retry-After` header."""
+        return (exc.error, exc.retry_after) if isinstance(exc, ServiceBusy) else (self._unavailable(exc), None)
+
+    def _unavailable(self, exc: httpx.TransportError) -> ServiceUnavailable:
+        reason = str(exc) or type(exc).__name__
+        return ServiceUnavailable(f"{self.api_url} does not answer: {reason}. Is bASIC running? `basic up` starts it.")
+
+
+class _LastEvent:
+    """The id of the last event that the caller has received."""
+
+    id: str | None = None
+
+
+class AsyncJob:
+    """A job of an AsyncClient. Creating the handle sends nothing."""
+
+    def __init__(self, client: AsyncClient, job_id: str) -> None:
+        self._client = client
+        self.id = job_id
+
+    async def info(self) -> JobInfo:
+        """Return the job's status, counts and progress."""
+        return await self._client.get(self.id)
+
+    async def wait(self, progress: ProgressCallback = False, poll_s: float = 1.0) -> JobInfo:
+        """Wait until the job ends; `progress=True` shows a progress bar."""
+        return await self._client.wait(self.id, progress, poll_s)
+
+    def follow(self) -> AsyncGenerator[PartialEvent]:
+        """Yield events as text is generated, until the job ends."""
+        return self._client.follow(self.id)
+
+    def outputs(self, *, failed: bool = False, follow: bool = False) -> AsyncGenerator[Output]:
+        """Yield the outputs so far, in the order of the requests; with `follow` all, as requests end."""
+        return self._client.outputs(self.id, failed=failed, follow=follow)
+
+    async def results(self, *, failed: bool = False) -> list[dict[str, Any]]:
+        """Return the outputs so far as dicts."""
+        return await self._client.results(self.id, failed=failed)
+
+    async def dataframe(self, *, failed: bool = False) -> DataFrame:
+        """Return the outputs so far as a pandas DataFrame."""
+        return await self._client.dataframe(self.id, failed=failed)
+
+    async def cancel(self) -> JobInfo:
+        """Cancel the job."""
+        return await self._client.cancel(self.id)
+
+    async def retry(self, *, idempotency_key: str | None = None) -> AsyncJob:
+        """Submit the requests without a result as a new job, and return it."""
+        return await self._client.retry(self.id, idempotency_key=idempotency_key)
+
+    async def stats(self) -> Statistics:
+        """Return the statistics of the job."""
+        return await self._client.job_stats(self.id)
+
+
+def _query(fields: Mapping[str, Any]) -> dict[str, str]:
+    return {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
