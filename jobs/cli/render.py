@@ -20,6 +20,7 @@ from jobs.client.outcome import completed_with_failures, job_status_text
 from jobs.client.results import JobInfo, Statistics
 from jobs.control_characters import safe
 from jobs.messages import PartialEvent, Piece
+from jobs.reports.speedup import speedup_text
 
 STYLES = {"draft": "green", "target": "magenta"}  # who chose a token: accepted from the draft, or the target itself
 
@@ -381,7 +382,7 @@ def _speedup(statistics: Statistics) -> str:
     if speedup is None:
         return "not measured"
     source = statistics.get("speedup_source")
-    return f"{speedup:.2f}x, measured on this machine" + (f" ({source})" if source else "")
+    return f"{speedup_text(speedup)}, measured on this machine" + (f" ({source})" if source else "")
 
 
 def _number(value: Any, form: str, unit: str = "") -> str:

@@ -10,9 +10,9 @@ from typing import Any
 
 from jobs.dashboard import html
 from jobs.dashboard.layout import DRAFT, GREY, TARGET
-from jobs.reports.rates import rates
+from jobs.reports import chart_data
 from storage.job_details import TreeDetails
-from storage.statistics import JobStats, Minute
+from storage.statistics import JobStats
 
 Option = dict[str, Any]
 
@@ -20,16 +20,15 @@ _MAX_POINTS = 300
 
 
 def throughput(stats: JobStats) -> Option:
-    """Tokens a second, minute by minute, or over so many minutes that a screen can tell them apart."""
-    points = _points(stats.minutes)
+    """Return tokens per second over time."""
     return _chart(
         xAxis=_axis("time", "") | {"axisLabel": {"color": GREY, "hideOverlap": True}},
-        yAxis=_vertical_axis("tokens/s while at work"),
+        yAxis=_vertical_axis(chart_data.THROUGHPUT.y_name),
         series=[
             {
                 "type": "line",
                 "step": "end",
-                "data": points,
+                "data": _points(stats),
                 "color": TARGET,
                 "symbol": "none",
                 "areaStyle": {"opacity": 0.15},
@@ -39,13 +38,12 @@ def throughput(stats: JobStats) -> Option:
 
 
 def acceptance(stats: JobStats) -> Option:
-    """How many draft tokens steps kept."""
-    steps = sum(row.steps for row in stats.acceptance) or 1
+    """Return the shares of steps by their accepted draft tokens."""
+    shares = chart_data.acceptance_shares(stats)
     return _chart(
-        xAxis=_axis("category", "accepted draft tokens")
-        | {"data": [str(row.accepted_tokens) for row in stats.acceptance]},
+        xAxis=_axis("category", chart_data.ACCEPTANCE.x_name) | {"data": [str(accepted) for accepted, _ in shares]},
         yAxis=_vertical_axis("% of steps"),
-        series=[_bars([round(100 * row.steps / steps, 2) for row in stats.acceptance], DRAFT)],
+        series=[_bars([round(100 * share, 2) for _, share in shares], DRAFT)],
     )
 
 
@@ -68,22 +66,14 @@ def _rate_bars(name: str, rates: list[tuple[int, float]]) -> Option:
 
 
 def trees(stats: JobStats) -> Option:
-    """How large trees were at each batch size; dots are as large as their share of the steps."""
-    most = max((row.steps for row in stats.batch_sizes), default=1)
-    points = [
-        {
-            "value": [row.batch_sequences, round(row.mean_tree_nodes, 2)],
-            "symbolSize": 6 + 18 * (row.steps / most) ** 0.5,
-        }
-        for row in stats.batch_sizes
-    ]
+    """Return the mean tree size at each batch size; larger dots for more steps."""
     return _chart(
-        xAxis=_axis("value", "sequences in the step") | {"minInterval": 1, "min": 0},
-        yAxis=_vertical_axis("draft nodes"),
+        xAxis=_axis("value", chart_data.TREE_SIZES.x_name) | {"minInterval": 1, "min": 0},
+        yAxis=_vertical_axis(chart_data.TREE_SIZES.y_name),
         series=[
             {
                 "type": "line",
-                "data": points,
+                "data": _dots(chart_data.TREE_SIZES, stats),
                 "color": DRAFT,
                 "symbol": "circle",
                 "lineStyle": {"width": 1, "opacity": 0.5},
@@ -93,20 +83,13 @@ def trees(stats: JobStats) -> Option:
 
 
 def reliability(stats: JobStats) -> Option:
-    """Accepted against expected: on the diagonal, drafts are worth what they were taken for."""
-    most = max((row.steps for row in stats.reliability), default=1)
-    points = [
-        {
-            "value": [round(row.mean_expected, 2), round(row.mean_accepted, 2)],
-            "symbolSize": 6 + 18 * (row.steps / most) ** 0.5,
-        }
-        for row in stats.reliability
-    ]
+    """Return accepted against expected draft tokens; on the diagonal the expectation is right."""
+    points = _dots(chart_data.RELIABILITY, stats)
     end = max((max(point["value"]) for point in points), default=1)
     diagonal = {"type": "line", "data": [[0, 0], [end, end]], "symbol": "none", "color": GREY, "silent": True}
     return _chart(
-        xAxis=_axis("value", "expected accepted tokens"),
-        yAxis=_vertical_axis("accepted"),
+        xAxis=_axis("value", chart_data.RELIABILITY.x_name),
+        yAxis=_vertical_axis(chart_data.RELIABILITY.y_name),
         series=[
             diagonal | {"lineStyle": {"type": "dashed", "width": 1}},
             {"type": "scatter", "data": points, "color": TARGET},
@@ -116,11 +99,10 @@ def reliability(stats: JobStats) -> Option:
 
 def phases(stats: JobStats) -> Option:
     """Where the time of steps went."""
-    draft, verify = stats.draft_share or 0.0, stats.verify_share or 0.0
-    parts = (("draft", draft, DRAFT), ("verify", verify, TARGET), ("host", max(0.0, 1 - draft - verify), GREY))
+    shares = chart_data.phase_shares(stats.draft_share or 0.0, stats.verify_share or 0.0)
     series = [
         {"type": "bar", "stack": "all", "name": name, "data": [round(100 * share, 1)], "color": color, "barWidth": 34}
-        for name, share, color in parts
+        for (name, share), color in zip(shares, (DRAFT, TARGET, GREY), strict=True)
     ]
     return _chart(
         xAxis=_axis("value", "% of the time of steps") | {"max": 100},
@@ -175,11 +157,18 @@ def tree_height(recorded: TreeDetails) -> int:
     return max(160, 34 * leaves + 40)
 
 
-def _points(minutes: Sequence[Minute]) -> list[list[float]]:
-    """Return milliseconds and tokens a second; where nothing was written, there were none."""
-    together, found = rates([(minute.minute, minute.tokens, minute.busy_s) for minute in minutes], _MAX_POINTS)
-    points = [[begin * 1_000.0, round(rate, 3)] for begin, rate in found]
-    return [*points, [points[-1][0] + together * 60_000, points[-1][1]]] if points else []  # the last is as long
+def _points(stats: JobStats) -> list[list[float]]:
+    """Return [Unix time in ms, tokens per second]; the last rate again at the end of its interval."""
+    found = chart_data.throughput(stats, _MAX_POINTS)
+    points = [[start_s * 1_000.0, round(rate, 3)] for start_s, rate in found.rates]
+    return [*points, [points[-1][0] + found.interval_s * 1_000, points[-1][1]]] if points else []
+
+
+def _dots(chart: chart_data.Chart, stats: JobStats) -> list[Option]:
+    return [
+        {"value": [round(dot.x, 2), round(dot.y, 2)], "symbolSize": 6 + 18 * dot.weight**0.5}
+        for dot in chart_data.dots(chart, stats)
+    ]
 
 
 def _branch(nodes: Sequence[Any], children: dict[int, list[int]], node: int) -> Option:

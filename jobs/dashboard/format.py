@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 
+from jobs.reports.progress import elapsed_s, time_left_s
+from jobs.reports.speedup import speedup_text
 from storage.queries import JobView
-from storage.statistics import SpeedupCheckStats
-
-_NORMAL_95 = 1.96
 
 
 def span(seconds: float) -> str:
@@ -30,24 +29,9 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.0%}"
 
 
-def speedup(value: float | None, error: float | None = None) -> str:
-    """Return a speed-up with the half width of its 95% interval."""
-    if value is None:
-        return "–"
-    return f"{value:.2f}×" + ("" if error is None else f" ± {_NORMAL_95 * error:.2f}")
-
-
-def compared(comparison: SpeedupCheckStats) -> str:
-    """Return what stands beside a comparison with plain decoding: of how many requests, and what was wrong."""
-    if not comparison.done:
-        return f"{comparison.requests_asked:,d} requests wait for an idle worker"
-    if comparison.error_code:
-        return f"given up, {comparison.error_code}: {comparison.error_message}"
-    if not comparison.requests:
-        return "no request was decoded both ways"
-    if comparison.faults:
-        return f"{comparison.faults:,d} of {comparison.requests:,d} texts differ: a fault"
-    return f"{comparison.requests:,d} requests decoded both ways, the same texts"
+def speedup(value: float | None, standard_error: float | None = None) -> str:
+    """Return a speed-up with its 95% interval, or a dash."""
+    return speedup_text(value, standard_error, missing="–")
 
 
 def ago(at: float) -> str:
@@ -60,11 +44,6 @@ def ended(job: JobView) -> int:
     return job.requests_completed + job.requests_failed
 
 
-def elapsed_s(job: JobView) -> float:
-    """Return how long a job has been worked on."""
-    return 0.0 if job.started_at is None else max(0.0, (job.finished_at or time.time()) - job.started_at)
-
-
 def tokens_per_s(job: JobView) -> float | None:
     """Return the tokens per second of a job so far."""
     seconds = elapsed_s(job)
@@ -72,12 +51,10 @@ def tokens_per_s(job: JobView) -> float | None:
 
 
 def left(job: JobView) -> str:
-    """Return the time a job will still take if it goes on like this; how long it took, once it has ended."""
+    """Return the estimated time to the end of a job, or what is known instead."""
     if job.finished_at is not None:
         return f"took {span(elapsed_s(job))}" if job.started_at else "never started"
     if job.started_at is None:
         return "waiting"
-    done = ended(job)
-    if not done:
-        return f"{span(elapsed_s(job))} so far"
-    return f"about {span(elapsed_s(job) / done * (job.requests_total - done))} left"
+    left_s = time_left_s(job)
+    return f"{span(elapsed_s(job))} so far" if left_s is None else f"about {span(left_s)} left"

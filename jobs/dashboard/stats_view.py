@@ -6,21 +6,24 @@ Every chart has its numbers in words beside or below it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any, Final
 
 from nicegui import ui
 
 from jobs.dashboard import charts, format
 from jobs.dashboard.layout import box, heading
+from jobs.reports.chart_data import ACCEPTANCE, RELIABILITY, THROUGHPUT, TREE_SIZES
+from jobs.reports.speedup import basis_text, check_text
 from storage.statistics import JobStats, SpeedupCheckStats
 
 _CHARTS: Final[Sequence[tuple[str, Callable[[JobStats], dict[str, Any]]]]] = (
-    ("Tokens per second", charts.throughput),
-    ("Draft tokens accepted in a step", charts.acceptance),
+    (THROUGHPUT.title, charts.throughput),
+    (ACCEPTANCE.title, charts.acceptance),
     ("Acceptance by depth", charts.depths),
     ("Acceptance by rank", charts.ranks),
-    ("Tree size at each batch size", charts.trees),
-    ("Accepted against expected", charts.reliability),
+    (TREE_SIZES.title, charts.trees),
+    (RELIABILITY.title, charts.reliability),
     ("What steps decided", charts.decisions),
     ("Where the time went", charts.phases),
 )
@@ -66,9 +69,10 @@ class StatsView:
 
 
 def _figures(stats: JobStats) -> Sequence[tuple[str, str, str]]:
-    compared = () if stats.comparison is None else (_compared(stats.comparison),)
+    basis = basis_text(stats.speedup, stats.plain_check, stats.plain_steps)
+    compared = () if stats.comparison is None else (_speedup_check(stats.comparison),)
     return (
-        ("Speed-up over plain", format.speedup(stats.speedup, stats.speedup_error), _check(stats)),
+        ("Speed-up over plain", format.speedup(stats.speedup, stats.speedup_error), basis),
         *compared,
         ("Tokens per second", format.number(stats.tokens_per_s), f"over {format.span(stats.wall_s)}"),
         ("Tokens per step", format.number(stats.mean_acceptance_length, 2), f"{stats.steps:,d} steps"),
@@ -80,15 +84,10 @@ def _figures(stats: JobStats) -> Sequence[tuple[str, str, str]]:
     )
 
 
-def _check(stats: JobStats) -> str:
-    if stats.speedup is None or stats.plain_check is None:
-        return "by calibration; no plain step checked it"
-    return f"by {stats.plain_steps:,d} plain steps: {format.speedup(stats.speedup * stats.plain_check)}"
-
-
-def _compared(comparison: SpeedupCheckStats) -> tuple[str, str, str]:
-    value = format.speedup(comparison.speedup, comparison.speedup_error)
-    return "Compared with plain", value, format.compared(comparison)
+def _speedup_check(check: SpeedupCheckStats) -> tuple[str, str, str]:
+    fields = asdict(check)
+    value = format.speedup(fields.pop("speedup"), fields.pop("speedup_error"))
+    return "Compared with plain", value, check_text(**fields)
 
 
 def _expected(stats: JobStats) -> str:

@@ -1,47 +1,58 @@
-"""Plots of a job's statistics, drawn with matplotlib: for `basic stats --plot` and for reports.
+"""Plots of statistics, drawn with matplotlib: for `basic stats --plot` and for reports.
 
-Needs the extra `plot`; imports matplotlib when it draws.
+Needs the extra `plot`. matplotlib is imported when something is drawn.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from jobs.reports.rates import MINUTE_S, rates
+from jobs.reports.chart_data import (
+    ACCEPTANCE,
+    MINUTE_S,
+    RELIABILITY,
+    THROUGHPUT,
+    TREE_SIZES,
+    Chart,
+    Dot,
+    acceptance_shares,
+    dots,
+    throughput,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Numbers = Mapping[str, Any]  # what `/stats` says
+Statistics = Mapping[str, Any]  # what `/v1/stats` returns
 
-DRAFT, TARGET = "#2a9d63", "#8e5bd0"  # accepted draft tokens; the target's own
+DRAFT, TARGET = "#2a9d63", "#8e5bd0"  # accepted draft tokens; tokens of the target itself
 _GREY: Final = "#808890"  # readable on white and on black
 _PNG_DPI: Final = 150
-_MOST_POINTS: Final = 3_000
+_MAX_POINTS: Final = 3_000
 
 
-def save_png(numbers: Numbers, title: str, path: Path) -> None:
-    """Write all plots of a job, or of everything, into one picture."""
+def save_png(statistics: Statistics, title: str, path: Path) -> None:
+    """Write all plots into one picture."""
     figure = _figure(10.5, 7.6)
-    for place, draw in enumerate(PLOTS.values(), start=1):
-        draw(figure.add_subplot(2, 2, place), numbers)
+    for position, draw in enumerate(PLOTS.values(), start=1):
+        draw(figure.add_subplot(2, 2, position), statistics)
     figure.suptitle(title, fontsize=12, parse_math=False)
     figure.savefig(path, format="png", dpi=_PNG_DPI, facecolor="white")
 
 
-def svg(numbers: Numbers, name: str) -> str:
-    """Return one plot as an SVG element to put into a page, on whatever ground that has."""
+def svg(statistics: Statistics, name: str) -> str:
+    """Return one plot as an SVG element for a page with any background."""
     import matplotlib
 
     ink = ("text.color", "xtick.color", "ytick.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor")
-    look: Any = {"svg.fonttype": "none", "svg.hashsalt": name} | dict.fromkeys(ink, _GREY)
-    with matplotlib.rc_context(look):
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": name} | dict.fromkeys(ink, _GREY)
+    with matplotlib.rc_context(style):
         figure = _figure(5.2, 3.4)
-        PLOTS[name](figure.add_subplot(), numbers)
+        PLOTS[name](figure.add_subplot(), statistics)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = file.getvalue()
@@ -54,77 +65,70 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _accepted(axes: Axes, numbers: Numbers) -> None:
-    """How many draft tokens steps kept."""
-    rows = numbers["acceptance"]
-    steps = sum(row["steps"] for row in rows)
-    axes.set_title("Draft tokens accepted in a step")
-    axes.set_xlabel("accepted draft tokens")
-    axes.set_ylabel("share of steps")
-    if not steps:
+def _label(axes: Axes, chart: Chart) -> None:
+    axes.set_title(chart.title)
+    axes.set_xlabel(chart.x_name)
+    axes.set_ylabel(chart.y_name)
+
+
+def _acceptance(axes: Axes, statistics: Statistics) -> None:
+    _label(axes, ACCEPTANCE)
+    shares = acceptance_shares(statistics)
+    if not shares:
         return _nothing(axes)
-    counts = [row["accepted_tokens"] for row in rows]
-    bars = axes.bar(counts, [row["steps"] / steps for row in rows], color=DRAFT)
+    counts = [count for count, _ in shares]
+    bars = axes.bar(counts, [share for _, share in shares], color=DRAFT)
     axes.bar_label(bars, fmt=lambda share: f"{share:.0%}" if share >= 0.005 else "", fontsize=8, padding=1)
-    last = max(3, *counts)  # one bar alone would fill the picture
+    last = max(3, *counts)  # a single bar would fill the picture
     axes.set_xticks(range(last + 1))
     axes.set_xlim(-0.6, last + 0.6)
     axes.yaxis.set_major_formatter("{x:.0%}")
     axes.margins(y=0.12)
 
 
-def _throughput(axes: Axes, numbers: Numbers) -> None:
-    """Tokens a second, minute by minute."""
-    rows = numbers["minutes"]
-    axes.set_title("Tokens per second")
-    axes.set_xlabel("minutes")
-    if not rows:
+def _throughput(axes: Axes, statistics: Statistics) -> None:
+    _label(axes, THROUGHPUT)
+    found = throughput(statistics, _MAX_POINTS)
+    if not found.rates:
         return _nothing(axes)
-    together, found = rates([(row["minute"], row["tokens"], row.get("busy_s", MINUTE_S)) for row in rows], _MOST_POINTS)
-    minutes = [place * together for place in range(len(found) + 1)]
-    heights = [rate for _, rate in found]
+    minutes = [index * found.interval_s / MINUTE_S for index in range(len(found.rates) + 1)]
+    heights = [rate for _, rate in found.rates]
     axes.step(minutes, [*heights, heights[-1]], where="post", color=TARGET)
     axes.set_ylim(0, 1.1 * max(heights) or 1)
     axes.locator_params(axis="x", integer=True)
-    axes.set_ylabel("tokens/s while at work")
 
 
-def _trees(axes: Axes, numbers: Numbers) -> None:
-    """How large trees were at each batch size; dots are as large as their share of the steps."""
-    rows = numbers["batch_sizes"]
-    axes.set_title("Tree size at each batch size")
-    axes.set_xlabel("sequences in the step")
-    axes.set_ylabel("draft nodes per sequence, mean")
-    if not rows:
+def _tree_sizes(axes: Axes, statistics: Statistics) -> None:
+    _label(axes, TREE_SIZES)
+    found = dots(TREE_SIZES, statistics)
+    if not found:
         return _nothing(axes)
-    most = max(row["steps"] for row in rows)
-    sizes = [12 + 120 * row["steps"] / most for row in rows]
-    batch, nodes = [row["batch_sequences"] for row in rows], [row["mean_tree_nodes"] for row in rows]
-    axes.plot(batch, nodes, color=DRAFT, linewidth=1, alpha=0.5)
-    axes.scatter(batch, nodes, s=sizes, color=DRAFT, alpha=0.8)
+    axes.plot([dot.x for dot in found], [dot.y for dot in found], color=DRAFT, linewidth=1, alpha=0.5)
+    _scatter(axes, found, DRAFT)
     axes.set_ylim(bottom=0)
-    if max(batch) > 8:
+    max_batch = max(dot.x for dot in found)
+    if max_batch > 8:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
     else:
-        axes.set_xlim(0, max(batch) + 1)
+        axes.set_xlim(0, max_batch + 1)
         axes.locator_params(axis="x", integer=True)
 
 
-def _reliability(axes: Axes, numbers: Numbers) -> None:
-    """Accepted over expected: on the diagonal, drafts are worth what they were taken for."""
-    rows = numbers["reliability"]
-    axes.set_title("Accepted against expected")
-    axes.set_xlabel("expected accepted tokens")
-    axes.set_ylabel("accepted tokens, mean")
-    if not rows:
+def _reliability(axes: Axes, statistics: Statistics) -> None:
+    _label(axes, RELIABILITY)
+    found = dots(RELIABILITY, statistics)
+    if not found:
         return _nothing(axes)
-    most = max(row["steps"] for row in rows)
-    expected, accepted = [row["mean_expected"] for row in rows], [row["mean_accepted"] for row in rows]
-    end = max(*expected, *accepted, 0.5)
+    end = max(0.5, *(max(dot.x, dot.y) for dot in found))
     axes.plot([0, end], [0, end], color=_GREY, linestyle="--", linewidth=1, label="as expected")
-    axes.scatter(expected, accepted, s=[12 + 120 * row["steps"] / most for row in rows], color=TARGET, alpha=0.8)
+    _scatter(axes, found, TARGET)
     axes.legend(frameon=False, fontsize=8)
+
+
+def _scatter(axes: Axes, found: Sequence[Dot], color: str) -> None:
+    sizes = [12 + 120 * dot.weight for dot in found]
+    axes.scatter([dot.x for dot in found], [dot.y for dot in found], s=sizes, color=color, alpha=0.8)
 
 
 def _nothing(axes: Axes) -> None:
@@ -133,9 +137,9 @@ def _nothing(axes: Axes) -> None:
     axes.set_yticks([])
 
 
-PLOTS: Final[Mapping[str, Callable[[Axes, Numbers], None]]] = {
-    "acceptance": _accepted,
+PLOTS: Final[Mapping[str, Callable[[Axes, Statistics], None]]] = {
+    "acceptance": _acceptance,
     "throughput": _throughput,
-    "trees": _trees,
+    "trees": _tree_sizes,
     "reliability": _reliability,
 }

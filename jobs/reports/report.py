@@ -1,7 +1,6 @@
-"""A report of one job: one HTML file that needs nothing else, to send to a colleague.
+"""A report of one job as a single HTML file without external resources.
 
-Takes what the service says about a job; fetches nothing. All text is escaped: models and submitters write what they
-like.
+All text is escaped: prompts and model outputs are untrusted.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from jobs.control_characters import safe
 from jobs.reports.plots import PLOTS, svg
 from jobs.reports.stats_tables import summary_rows
 
-SAMPLES: Final = 12  # texts that a report shows
-_ERRORS: Final = 50  # of the messages that requests failed with
-_TEXT_CHARS: Final = 4_000  # of each
+MAX_SAMPLES: Final = 12  # outputs in a report
+_MAX_ERRORS: Final = 50  # distinct error messages in a report
+_MAX_TEXT_CHARS: Final = 4_000  # of each sample
 
 _STYLES: Final = """
 :root { color-scheme: light dark; --line: #8a8f9855; --dim: light-dark(#5d636d, #a6adb8); }
@@ -38,16 +37,16 @@ th, td { overflow-wrap: anywhere; } td, .short { min-width: 5rem; } .short { whi
 """
 
 
-def make_report(info: JobInfo, numbers: Statistics, outputs: Iterable[Output]) -> str:
-    """Return the report. Reads the outputs once, and keeps as many as it shows."""
-    samples, errors = _look_at(outputs)
+def make_report(info: JobInfo, statistics: Statistics, outputs: Iterable[Output]) -> str:
+    """Return the HTML. Reads the outputs once and keeps only the ones it shows in memory."""
+    samples, errors = _samples_and_errors(outputs)
     title = f"Job {info.id}"
     parts = [
         f"<h1>{_text(title)}</h1>",
         f'<p class="dim">{_status(info)}{_text(_about(info))}</p>',
-        "<h2>Numbers</h2>",
-        _table((), _numbers(numbers), names="short"),
-        f'<h2>Plots</h2><div class="plots">{"".join(_plot(numbers, name) for name in PLOTS)}</div>',
+        "<h2>Statistics</h2>",
+        _table((), _totals(statistics), names="short"),
+        f'<h2>Plots</h2><div class="plots">{"".join(_plot(statistics, name) for name in PLOTS)}</div>',
         _errors(errors),
         "<h2>Samples</h2>" if samples else "",
         *map(_sample, samples),
@@ -64,13 +63,13 @@ def _page(title: str, body: str) -> str:
     )
 
 
-def _look_at(outputs: Iterable[Output]) -> tuple[list[Output], Counter[tuple[str, str]]]:
+def _samples_and_errors(outputs: Iterable[Output]) -> tuple[list[Output], Counter[tuple[str, str]]]:
     samples: list[Output] = []
     errors: Counter[tuple[str, str]] = Counter()
     for output in outputs:
         if output.error is not None:
             errors[output.error.code or "unknown", error_text(output.error)] += 1
-        elif len(samples) < SAMPLES:
+        elif len(samples) < MAX_SAMPLES:
             samples.append(output)
     return samples, errors
 
@@ -89,34 +88,34 @@ def _about(info: JobInfo) -> str:
     return f" · {info.model} · {info.endpoint} · submitted {submitted}"
 
 
-def _numbers(numbers: Statistics) -> Sequence[tuple[str, str]]:
-    """Return the sums, beginning with what speculation has brought."""
-    return sorted(summary_rows(numbers), key=lambda row: not row[0].endswith("plain"))
+def _totals(statistics: Statistics) -> Sequence[tuple[str, str]]:
+    """Return the totals, the speed-up first."""
+    return sorted(summary_rows(statistics), key=lambda row: not row[0].endswith("plain"))
 
 
-def _plot(numbers: Statistics, name: str) -> str:
-    return f"<figure>{svg(numbers, name)}</figure>"
+def _plot(statistics: Statistics, name: str) -> str:
+    return f"<figure>{svg(statistics, name)}</figure>"
 
 
 def _errors(errors: Counter[tuple[str, str]]) -> str:
     if not errors:
         return ""
-    shown = errors.most_common(_ERRORS)
+    shown = errors.most_common(_MAX_ERRORS)
     left = Counter[str]()
     for (code, _), count in (errors - Counter(dict(shown))).items():
         left[code] += count
     rows = [(f"{code}: {message}", f"{count:,d}") for (code, message), count in shown]
     rows += [(f"{code}: other messages", f"{count:,d}") for code, count in left.most_common()]
-    return "<h2>Errors</h2>" + _table(("what went wrong", "requests"), rows)
+    return "<h2>Errors</h2>" + _table(("error", "requests"), rows)
 
 
 def _sample(output: Output) -> str:
-    texts = "".join(f'<bdi class="text">{_text(choice.text[:_TEXT_CHARS])}</bdi>' for choice in output.choices)
+    texts = "".join(f'<bdi class="text">{_text(choice.text[:_MAX_TEXT_CHARS])}</bdi>' for choice in output.choices)
     return f"<h3><bdi>{_text(output.custom_id)}</bdi></h3>{texts}"
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], names: str = "long") -> str:
-    """Return a table; `names` says whether what stands first in a row is short or long."""
+    """Return a table. `names`: whether the first cells of the rows are short or long."""
     head = "".join(f'<th scope="col">{_text(heading)}</th>' for heading in headings)
     name = f'<th scope="row" class="{names}">'
     lines = (f"<tr>{name}{_text(row[0])}</th>{''.join(f'<td>{_text(c)}</td>' for c in row[1:])}</tr>" for row in rows)

@@ -1,7 +1,4 @@
-"""What `basic stats` prints: the numbers of a job, or of everything, as tables for people.
-
-Takes statistics as `/stats` tells them; fetches nothing.
-"""
+"""The tables of `basic stats`, from the JSON of `/v1/stats`."""
 
 from __future__ import annotations
 
@@ -13,100 +10,79 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.control_characters import safe
+from jobs.reports.chart_data import phase_shares, spread
+from jobs.reports.speedup import basis_text, check_text, speedup_text
 
-Numbers = Mapping[str, Any]
-Columns = Sequence[tuple[str, str, Callable[[Any], str]]]  # heading, field, how it is written
+Statistics = Mapping[str, Any]
+Columns = Sequence[tuple[str, str, Callable[[Any], str]]]  # heading, field, formatter
 
-_NORMAL_95: Final = 1.96
-_MOST_ROWS: Final = 12
+_MAX_ROWS: Final = 12  # of a table, so that all fit on a screen
 
 
-def stats_tables(numbers: Numbers) -> RenderableType:
-    """Return everything worth a look: the sums first, then where they come from."""
-    parts: list[RenderableType] = [_summary(numbers)]
+def stats_tables(statistics: Statistics) -> RenderableType:
+    """Return the totals, and below them one table per breakdown."""
+    parts: list[RenderableType] = [_summary(statistics)]
     for title, field, columns in _TABLES:
-        rows = numbers.get(field) or []
+        rows = statistics.get(field) or []
         if rows:
-            parts += [Text(), Text(title, "bold"), _table(_spread(rows), columns)]
+            parts += [Text(), Text(title, "bold"), _table(spread(rows, _MAX_ROWS), columns)]
     return Group(*parts)
 
 
-def speedup_text(numbers: Numbers) -> str:
-    """Return the speed-up with its uncertainty and what the plain steps say about it."""
-    speedup = numbers.get("speedup")
-    if speedup is None:
-        return "not measured"
-    text = times_text(speedup, numbers.get("speedup_error"))
-    check, plain_steps = numbers.get("plain_check"), numbers.get("plain_steps", 0)
-    if check is None:
-        return f"{text} (by the calibrated time of plain steps; no plain step checked it)"
-    return f"{text} (by {plain_steps} plain steps of these jobs: {speedup * check:.2f}x)"
-
-
-def comparison_text(comparison: Numbers) -> str:
-    """Return what came of decoding some requests both ways, with its uncertainty, and every fault."""
-    if not comparison["done"]:
-        return f"{comparison['requests_asked']} requests wait for a worker that is idle"
-    if comparison.get("error_code"):
-        return f"given up, {comparison['error_code']}: {comparison['error_message']}"
-    texts = f"{comparison['requests']} requests decoded both ways"
-    if comparison["faults"]:
-        texts += f"; {comparison['faults']} of them with ANOTHER TEXT, which is a fault"
-    if comparison["speedup"] is None:
-        return f"not measured ({texts})"
-    batch = f"{comparison['mean_batch_sequences']:.1f} at a time"
-    return f"{times_text(comparison['speedup'], comparison['speedup_error'])} ({texts}, {batch})"
-
-
-def times_text(speedup: float, error: float | None) -> str:
-    """Return a speed-up with its uncertainty."""
-    return f"{speedup:.2f}x" + ("" if error is None else f" ± {_NORMAL_95 * error:.2f}")
-
-
-def _summary(numbers: Numbers) -> Table:
+def _summary(statistics: Statistics) -> Table:
     grid = Table.grid(padding=(0, 2))
-    for name, value in summary_rows(numbers):
+    for name, value in summary_rows(statistics):
         grid.add_row(Text(name, "bold"), Text(value, overflow="fold"))
     return grid
 
 
-def summary_rows(numbers: Numbers) -> Iterable[tuple[str, str]]:
-    """Yield the sums as names and values."""
-    completed, failed, total = (numbers[f"requests_{name}"] for name in ("completed", "failed", "total"))
+def summary_rows(statistics: Statistics) -> Iterable[tuple[str, str]]:
+    """Yield the totals as names and values."""
+    completed, failed, total = (statistics[f"requests_{name}"] for name in ("completed", "failed", "total"))
     yield "requests", f"{completed:,d} completed, {failed:,d} failed, {total:,d} in all"
-    yield "tokens", f"{numbers['completion_tokens']:,d} written, {numbers['prompt_tokens']:,d} read"
-    yield "tokens/s", _number(numbers.get("tokens_per_s"), ".1f", f" over {numbers['wall_s']:,.1f} s")
-    yield "speed-up over plain", speedup_text(numbers)
-    if numbers.get("comparison") is not None:
-        yield "compared with plain", comparison_text(numbers["comparison"])
-    yield "tokens per step", _number(numbers.get("mean_acceptance_length"), ".2f")
-    yield "expected, accepted", _expected(numbers)
-    yield "draft nodes per step", _number(numbers.get("mean_tree_nodes"), ".2f")
-    yield "time of steps", _phases(numbers)
-    if numbers.get("tokens_per_joule") is not None:
-        yield "tokens per joule", _number(numbers["tokens_per_joule"], ".3f")
+    yield "tokens", f"{statistics['completion_tokens']:,d} written, {statistics['prompt_tokens']:,d} read"
+    yield "tokens/s", _number(statistics.get("tokens_per_s"), ".1f", f" over {statistics['wall_s']:,.1f} s")
+    yield "speed-up over plain", _speedup(statistics)
+    if statistics.get("comparison") is not None:
+        yield "compared with plain", _speedup_check(statistics["comparison"])
+    yield "tokens per step", _number(statistics.get("mean_acceptance_length"), ".2f")
+    yield "expected, accepted", _expected(statistics)
+    yield "draft nodes per step", _number(statistics.get("mean_tree_nodes"), ".2f")
+    yield "time of steps", _phases(statistics)
+    if statistics.get("tokens_per_joule") is not None:
+        yield "tokens per joule", _number(statistics["tokens_per_joule"], ".3f")
 
 
-def _expected(numbers: Numbers) -> str:
-    if numbers.get("mean_expected") is None:
+def _speedup(statistics: Statistics) -> str:
+    speedup = statistics.get("speedup")
+    if speedup is None:
+        return speedup_text(None)
+    basis = basis_text(speedup, statistics.get("plain_check"), statistics.get("plain_steps", 0))
+    return f"{speedup_text(speedup, statistics.get('speedup_error'))} ({basis})"
+
+
+def _speedup_check(check: Statistics) -> str:
+    fields = ("requests_asked", "requests", "done", "faults", "error_code", "error_message", "mean_batch_sequences")
+    values: dict[str, Any] = {name: check.get(name) for name in fields}
+    state = check_text(**values)
+    if not check["done"] or check.get("error_code"):
+        return state
+    return f"{speedup_text(check['speedup'], check['speedup_error'])} ({state})"
+
+
+def _expected(statistics: Statistics) -> str:
+    if statistics.get("mean_expected") is None:
         return "not measured"
-    off = numbers.get("miscalibration")
-    text = f"{numbers['mean_expected']:.2f}, {numbers['mean_accepted']:.2f} draft tokens a step"
+    off = statistics.get("miscalibration")
+    text = f"{statistics['mean_expected']:.2f}, {statistics['mean_accepted']:.2f} draft tokens a step"
     return text + ("" if off is None else f"; off by {off:.0%} where there was a tree")
 
 
-def _phases(numbers: Numbers) -> str:
-    draft, verify = numbers.get("draft_share"), numbers.get("verify_share")
+def _phases(statistics: Statistics) -> str:
+    draft, verify = statistics.get("draft_share"), statistics.get("verify_share")
     if draft is None or verify is None:
         return "not measured"
-    return f"{draft:.0%} draft, {verify:.0%} verify, {max(0.0, 1 - draft - verify):.0%} host"
-
-
-def _spread(rows: Sequence[Any]) -> list[Any]:
-    """Return so few of the rows that they fit a screen, from first to last."""
-    if len(rows) <= _MOST_ROWS:
-        return list(rows)
-    return [rows[round(place * (len(rows) - 1) / (_MOST_ROWS - 1))] for place in range(_MOST_ROWS)]
+    return ", ".join(f"{share:.0%} {phase}" for phase, share in phase_shares(draft, verify))
 
 
 def _table(rows: Iterable[Mapping[str, Any]], columns: Columns) -> Table:
@@ -135,7 +111,7 @@ def _percent(value: Any) -> str:
 
 
 def _times(value: Any) -> str:
-    return "" if value is None else f"{value:.2f}x"
+    return speedup_text(value, missing="")
 
 
 def _word(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,6 +10,7 @@ from jobs.messages import JobStatus
 from jobs.openai.errors import error_body
 from jobs.openai.logprobs import logprobs_object
 from jobs.openai.responses import usage
+from jobs.reports.progress import elapsed_s, time_left_s
 from storage.files import FileView
 from storage.queries import ChoiceView, JobStats, JobView, OutputView, WorkerView
 from storage.statuses import FINAL_JOB_STATUSES
@@ -159,29 +159,15 @@ def model(name: str, context_tokens: int | None) -> Json:
 
 
 def _progress(view: JobView) -> Json:
-    elapsed_s = _elapsed_s(view)
+    run_s = elapsed_s(view)
+    left_s = 0.0 if JobStatus(view.status).final else time_left_s(view)
     return {
         "prompt_tokens": view.prompt_tokens,
         "completion_tokens": view.completion_tokens,
-        "elapsed_s": round(elapsed_s, 3),
-        "tokens_per_s": round(view.completion_tokens / elapsed_s, 3) if elapsed_s > 0 else None,
-        "time_left_s": _time_left_s(view, elapsed_s),
+        "elapsed_s": round(run_s, 3),
+        "tokens_per_s": round(view.completion_tokens / run_s, 3) if run_s > 0 else None,
+        "time_left_s": None if left_s is None else round(left_s, 1),
     }
-
-
-def _time_left_s(view: JobView, elapsed_s: float) -> float | None:
-    """Estimate the remaining time from the mean time per completed request; None before the first."""
-    left = view.requests_total - view.requests_completed - view.requests_failed
-    if JobStatus(view.status).final:
-        return 0.0
-    return round(elapsed_s * left / view.requests_completed, 1) if view.requests_completed else None
-
-
-def _elapsed_s(view: JobView) -> float:
-    if view.started_at is None:
-        return 0.0
-    until = time.time() if view.finished_at is None else view.finished_at
-    return max(0.0, until - view.started_at)
 
 
 def _window(window_s: float) -> str:

@@ -45,15 +45,14 @@ def test_the_table_tells_what_came_of_a_comparison_with_plain_decoding(
 ) -> None:
     job_id = json.loads(run("submit", prompts, "--compare-plain", "20", "--json"))["id"]
     answer_all(database)
-    assert "20 requests wait for a worker that is idle" in run("stats", job_id)
+    assert "20 requests wait for an idle worker" in flat(run("stats", job_id))
     rows = [SpeedupCheckResult(0, 3, 10.0, 20.0, 1.5, True), SpeedupCheckResult(1, 3, 10.0, 22.0, 1.5, False)]
     with database.write() as session:
         speedup_checks.save_check(session, "w", job_id, rows)
 
     table = run("stats", job_id)
 
-    assert "2.10x ± 0.20 (2 requests decoded both ways; 1 of them with ANOTHER TEXT, which is a fault" in flat(table)
-    assert "which is a fault, 1.5 at a time)" in flat(table)
+    assert "2.10x ± 0.20 (1 of 2 texts differ, which is a fault, 1.5 at a time)" in flat(table)
     run("submit", prompts, "--compare-plain", "101", status=2)
 
 

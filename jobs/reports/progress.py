@@ -1,0 +1,26 @@
+"""How long a job has run and how long it will take, the same in the API and on the page."""
+
+from __future__ import annotations
+
+import time
+
+from storage.queries import JobView
+
+
+def elapsed_s(job: JobView) -> float:
+    """Return the seconds from the start of a job to its end, or to now; 0 before it starts."""
+    if job.started_at is None:
+        return 0.0
+    until = time.time() if job.finished_at is None else job.finished_at
+    return max(0.0, until - job.started_at)
+
+
+def time_left_s(job: JobView) -> float | None:
+    """Return the estimated seconds to the end of a running job, None before its first request completes.
+
+    Only completed requests count for the pace: a request can fail without taking time.
+    """
+    if not job.requests_completed:
+        return None
+    left = job.requests_total - job.requests_completed - job.requests_failed
+    return elapsed_s(job) * left / job.requests_completed
