@@ -35,10 +35,10 @@ def basic(*arguments: str) -> int:
 
 def _is_running() -> bool:
     """Return whether a service was started before: then it is not ours to stop."""
-    from jobs.local.service import running
+    from jobs.local.service import running_service
     from jobs.settings import JobsSettings
 
-    return running(JobsSettings().data_dir) is not None
+    return running_service(JobsSettings().data_dir) is not None
 
 
 if __name__ == "__main__":

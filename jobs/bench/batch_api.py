@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import httpx
 
-from jobs.local.startup import Start
+from jobs.local.startup import Startup
 from jobs.messages import CHAT_ENDPOINT, model_name
 from jobs.processes import Children
 from jobs.settings import JobsSettings
@@ -177,7 +177,7 @@ def run_service(directory: Path, scale: Scale) -> Iterator[RunningService]:
     settings = JobsSettings(data_dir=directory, api_port=0)
     children = Children()
     try:
-        settings, pids = Start(settings, children, threading.Event()).run_door()
+        settings, pids = Startup(settings, children, threading.Event()).run_without_worker()
         with httpx.Client(base_url=settings.api_url, timeout=_PATIENCE_S, trust_env=False) as http:
             yield RunningService(http, model_name(settings.target), pids, scale, directory)
     finally:

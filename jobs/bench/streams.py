@@ -23,7 +23,7 @@ from statistics import median
 
 import httpx
 
-from jobs.local.redis_server import answers, server_arguments, server_binary
+from jobs.local.redis_server import is_ready, server_arguments, server_binary
 from jobs.local.startup import free_port
 from jobs.messages import JobStatus, PartialEvent, Piece
 from jobs.processes import python_module
@@ -285,7 +285,7 @@ def _redis(data_dir: Path) -> Iterator[str]:
     server = subprocess.Popen(server_arguments(server_binary(), port, directory), stdout=subprocess.DEVNULL)
     try:
         url = f"redis://127.0.0.1:{port}/0"
-        _await(lambda: answers(url), server)
+        _await(lambda: is_ready(url), server)
         yield url
     finally:
         server.terminate()

@@ -33,6 +33,6 @@ def local_service(settings: JobsSettings) -> LocalService | None:
     """Return the service that `basic up` runs on this data directory, None if there is none."""
     if sys.platform == "win32":  # embedded mode needs file locks that Windows lacks
         return None
-    from jobs.local.state import running
+    from jobs.local.state import running_service
 
-    return running(settings.data_dir)
+    return running_service(settings.data_dir)

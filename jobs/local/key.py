@@ -1,7 +1,7 @@
-"""The key of embedded mode: whoever can read the data directory may do everything, and needs no key of their own.
+"""The local key: an admin key in a file of the data directory, for `basic` commands of the user who runs `basic up`.
 
-local_start writes it, the shim and the client read it. So the `basic` commands of the person who runs `basic up` go on
-working when keys for others are made.
+These commands keep working without BASIC_API_KEY after keys for others are created. Startup writes the file; the API
+server and the client read it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ _FILE = "local.key"
 
 
 def make_local_key(data_dir: Path) -> None:
-    """Write the key, readable to nobody else, unless it is there."""
+    """Create the key, readable only by this user, if there is none yet."""
     if not read_local_key(data_dir):
         write_private(data_dir / _FILE, f"sk-basic-local-{secrets.token_hex(32)}")
 
 
 def read_local_key(data_dir: Path) -> str:
-    """Return the key, or nothing where there is none or it can't be read."""
+    """Return the key; an empty string if there is none or it can't be read."""
     try:
         return (data_dir / _FILE).read_text().strip()
     except OSError:

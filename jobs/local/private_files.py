@@ -1,7 +1,4 @@
-"""Files for their owner's eyes alone: prompts, texts, keys and passwords lie in the data directory.
-
-Knows modes and names, nothing of what is in the files.
-"""
+"""Keep the files of the data directory readable only by their owner: they hold prompts, outputs, keys and passwords."""
 
 from __future__ import annotations
 
@@ -11,13 +8,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-_OURS: Final = ("basic.sqlite3*", "local.key*", "logs", "redis", "up.*")  # what an embedded service makes there
-_OTHERS: Final = 0o077
+_OWN_FILES: Final = ("basic.sqlite3*", "local.key*", "logs", "redis", "up.*")  # created by embedded mode
+_GROUP_AND_OTHERS: Final = 0o077
 _FILE_MODE: Final = 0o600
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a file in one piece, readable to its owner alone from its first byte on."""
+    """Write a file atomically. Only its owner can read it, from the first byte on."""
     part = path.with_suffix(".part")
     part.unlink(missing_ok=True)
     with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _FILE_MODE), "w") as file:
@@ -25,38 +22,38 @@ def write_private(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def private(path: str, flags: int) -> int:
-    """Open a file for `open(…, opener=private)`: one that is made can be read by its owner alone."""
+def private_opener(path: str, flags: int) -> int:
+    """Open a file for `open(…, opener=private_opener)`. A new file can be read only by its owner."""
     return os.open(path, flags, _FILE_MODE)
 
 
 @contextmanager
 def private_files() -> Iterator[int]:
-    """Let this process, and what it starts, make files for their owner alone. Yield the umask from before."""
-    before = os.umask(_OTHERS)
+    """Set the umask so that new files of this process and its children are private. Yield the previous umask."""
+    before = os.umask(_GROUP_AND_OTHERS)
     try:
         yield before
     finally:
         os.umask(before)
 
 
-def tighten(data_dir: Path) -> None:
-    """Take the rights of others from what lies in a data directory, and from itself if nothing else lies there.
+def make_private(data_dir: Path) -> None:
+    """Remove the access of group and others from the files of bASIC in a data directory.
 
-    A directory that holds other things too may be meant for others: it keeps its mode, and what is ours in it loses it.
+    The directory itself becomes private only if it holds nothing else: a shared directory keeps its mode.
     """
-    ours = {path for pattern in _OURS for path in data_dir.glob(pattern)}
-    for path in (path for path in ours if not path.is_symlink()):
-        _tighten(path)
+    own = {path for pattern in _OWN_FILES for path in data_dir.glob(pattern)}
+    for path in (path for path in own if not path.is_symlink()):
+        _remove_access(path)
         for directory, directories, files in os.walk(path):
             for name in (*directories, *files):
-                _tighten(Path(directory, name))
-    if ours >= set(data_dir.iterdir()):
-        _tighten(data_dir)
+                _remove_access(Path(directory, name))
+    if own >= set(data_dir.iterdir()):
+        _remove_access(data_dir)
 
 
-def _tighten(path: Path) -> None:
-    with suppress(OSError):  # it is gone, or another user's: not ours to change
+def _remove_access(path: Path) -> None:
+    with suppress(OSError):  # deleted meanwhile, or owned by another user
         mode = path.lstat().st_mode
-        if mode & _OTHERS and not path.is_symlink():
-            path.chmod(mode & 0o7777 & ~_OTHERS)
+        if mode & _GROUP_AND_OTHERS and not path.is_symlink():
+            path.chmod(mode & 0o7777 & ~_GROUP_AND_OTHERS)

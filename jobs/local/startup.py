@@ -1,6 +1,6 @@
-"""The steps by which an embedded service starts: model, Redis-protocol server, schema, ingest, shim, worker.
+"""Start an embedded service step by step: model download, Redis-protocol server, schema, ingest, API server, worker.
 
-Every step waits for what it started or says why it can't go on.
+Every step waits until its process answers, or raises an error that says why it can't.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import httpx
 
 from jobs.errors import ChildRefused, SetupError
 from jobs.local.key import make_local_key
-from jobs.local.redis_server import answers, server_arguments, server_binary
+from jobs.local.redis_server import is_ready, server_arguments, server_binary
 from jobs.local.state import LocalService
 from jobs.processes import BAD_SETTINGS_STATUS, Child, Children, Command, launch, python_module, rotate_logs
 from jobs.schema_check import upgrade_schema
@@ -27,31 +27,31 @@ from jobs.settings import JobsSettings
 from storage import queries
 from storage.session import Database
 
-_ANSWER_S = 60.0  # within which a server that is not the worker must answer; a worker may load a model for long
-_NEWS_S = 10.0  # between two words to a person who waits
+_READY_TIMEOUT_S = 60.0  # of every process but the worker, which may load a model for longer
+_STATUS_EVERY_S = 10.0  # between two lines to a waiting user
 _TICK_S = 0.1
-_WORKER_STOP_S = 20.0  # it finishes its step, commits and hands its requests back
+_WORKER_STOP_S = 20.0  # the worker finishes its step, commits, and returns its requests to the queue
 
 
-class Stopped(Exception):
-    """A signal came before the service was up."""
+class StartupStopped(Exception):
+    """A signal stopped the start."""
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
-    """The steps from nothing to a service that answers."""
+class Startup:
+    """The start of one embedded service."""
 
     settings: JobsSettings
     children: Children
     stop: threading.Event
-    models_umask: int | None = None  # models are for all who share the cache; all else we make is for its owner
+    models_umask: int | None = None  # the model cache may be shared by users; all other files are private
 
     def run(self) -> LocalService:
-        """Go through the steps and return where the service is; raise SetupError, or Stopped after a signal."""
+        """Start everything and return the addresses; raise SetupError, or StartupStopped after a signal."""
         self._fetch_models()
-        settings, _, shim = self._start_door()
+        settings, _, api_server = self._start_without_worker()
         self._start_worker(settings)
-        self._await(shim, lambda: _ready(settings.api_url), "the REST shim")
+        self._await(api_server, lambda: _ready(settings.api_url), "the API server")
         return LocalService(
             api_url=settings.api_url,
             redis_url=settings.redis_url,
@@ -60,17 +60,17 @@ class Start:
             pid=os.getpid(),
         )
 
-    def run_door(self) -> tuple[JobsSettings, dict[str, int]]:
-        """Start all but the worker; return the settings with the addresses that were chosen, and who is who."""
-        settings, ingest, shim = self._start_door()
-        self._await(shim, lambda: _ready(settings.api_url), "the REST shim", None)
-        return settings, {"ingest": ingest.pid, "api": shim.pid}
+    def run_without_worker(self) -> tuple[JobsSettings, dict[str, int]]:
+        """Start everything but the worker; return the settings with the chosen addresses, and process ids by name."""
+        settings, ingest, api_server = self._start_without_worker()
+        self._await(api_server, lambda: _ready(settings.api_url), "the API server", None)
+        return settings, {"ingest": ingest.pid, "api": api_server.pid}
 
-    def _start_door(self) -> tuple[JobsSettings, Child, Child]:
+    def _start_without_worker(self) -> tuple[JobsSettings, Child, Child]:
         settings = self.settings
         if "redis_url" not in settings.model_fields_set:
             settings = self._start_redis(settings)
-        elif not answers(settings.redis_url):
+        elif not is_ready(settings.redis_url):
             raise SetupError("no Redis-protocol server answers at BASIC_REDIS_URL; start it, or unset the variable")
         upgrade_schema(settings.resolved_database_url)
         settings = _with_api_address(settings)
@@ -79,7 +79,7 @@ class Start:
         return settings, ingest, self._start_python("api", "jobs.api", settings)
 
     def _fetch_models(self) -> None:
-        """Fetch the models in the foreground, so that a person sees the download."""
+        """Fetch the models in the foreground, so that the user sees the download."""
         if importlib.util.find_spec("torch") is None:
             raise SetupError("a worker needs torch, which is not installed; run: pip install 'basic-batch[worker]'")
         command = Command(
@@ -90,10 +90,10 @@ class Start:
             if self.stop.wait(_TICK_S):
                 process.terminate()
                 process.wait()
-                raise Stopped
+                raise StartupStopped
         if process.returncode != 0:
             kind = ChildRefused if process.returncode == BAD_SETTINGS_STATUS else SetupError
-            raise kind("the model could not be fetched; the reason is above")
+            raise kind("the model could not be fetched; see the error above")
 
     def _start_redis(self, settings: JobsSettings) -> JobsSettings:
         directory = settings.data_dir / "redis"
@@ -103,11 +103,11 @@ class Start:
         arguments = server_arguments(server_binary(), port, directory, password)
         child = self.children.start(self._command("redis", arguments, settings))
         redis_url = f"redis://:{password}@127.0.0.1:{port}/0"
-        self._await(child, lambda: answers(redis_url), "the Redis-protocol server")
+        self._await(child, lambda: is_ready(redis_url), "the Redis-protocol server")
         return settings.model_copy(update={"redis_url": redis_url})
 
     def _start_worker(self, settings: JobsSettings) -> None:
-        """Start the worker and wait until it has written itself into SQL: only then are its models loaded."""
+        """Start the worker and wait for its row in SQL, which it writes after loading its models."""
         database = Database.open(settings.resolved_database_url)
         try:
             earlier = _worker_ids(database)
@@ -124,36 +124,38 @@ class Start:
         rotate_logs([log_path])
         return Command(name, arguments, environment(settings), log_path, stop_s)
 
-    def _await(self, child: Child, answers: Callable[[], bool], what: str, timeout_s: float | None = _ANSWER_S) -> None:
-        """Wait until `answers` is true; raise SetupError if any child dies or, with a time limit, if it is over."""
+    def _await(
+        self, child: Child, ready: Callable[[], bool], name: str, timeout_s: float | None = _READY_TIMEOUT_S
+    ) -> None:
+        """Wait until `ready` returns True; raise SetupError if a child dies or the timeout expires."""
         began_at = time.monotonic()
-        news_at = began_at + _NEWS_S
-        while not answers():
+        status_at = began_at + _STATUS_EVERY_S
+        while not ready():
             for dead in self.children.dead():
-                raise _death_of(dead)
+                raise _child_died(dead)
             waited_s = time.monotonic() - began_at
             if timeout_s is not None and waited_s > timeout_s:
-                raise SetupError(f"{what} did not answer in {timeout_s:.0f} s; its log: {child.command.log_path}")
-            if time.monotonic() > news_at:
-                say(f"Waiting for {what} ({waited_s:.0f} s)")
-                news_at += _NEWS_S
+                raise SetupError(f"{name} did not answer in {timeout_s:.0f} s; its log: {child.command.log_path}")
+            if time.monotonic() > status_at:
+                print_status(f"Waiting for {name} ({waited_s:.0f} s)")
+                status_at += _STATUS_EVERY_S
             if self.stop.wait(_TICK_S):
-                raise Stopped
+                raise StartupStopped
 
 
 def environment(settings: JobsSettings) -> dict[str, str]:
-    """Return the environment of a child: ours, and every setting that was given or settled here. Defaults stay open."""
-    settled = {f"BASIC_{name.upper()}": str(value) for name, value in settings.model_dump(exclude_unset=True).items()}
-    return {**os.environ, "PYTHONUNBUFFERED": "1", **settled}
+    """Return the environment of a child: that of this process and every setting that is not a default."""
+    given = {f"BASIC_{name.upper()}": str(value) for name, value in settings.model_dump(exclude_unset=True).items()}
+    return {**os.environ, "PYTHONUNBUFFERED": "1", **given}
 
 
-def say(sentence: str) -> None:
-    """Tell the person who waits."""
+def print_status(sentence: str) -> None:
+    """Print a line for the waiting user, on standard error."""
     print(sentence, file=sys.stderr, flush=True)
 
 
 def _with_api_address(settings: JobsSettings) -> JobsSettings:
-    """Settle the shim's port: the one that was set, else the usual one, else a free one."""
+    """Choose the port of the API server: the one that was set, else the default if it is free, else a free one."""
     host, port = settings.api_host, settings.api_port
     if port == 0 or not _is_free(host, port):
         if port != 0 and "api_port" in settings.model_fields_set:
@@ -172,7 +174,7 @@ def _is_free(host: str, port: int) -> bool:
 
 
 def free_port(host: str, port: int = 0) -> int:
-    """Return a port that is free now: the one asked for, else raise OSError; any for 0."""
+    """Return the port if it is free, else raise OSError. For 0, return any free port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family) as listener:
         return int(listener.getsockname()[1])
@@ -190,13 +192,13 @@ def _ready(api_url: str) -> bool:
         return False
 
 
-def _death_of(child: Child) -> SetupError:
-    """Return the error that says which child died, with the end of its log: there stands what to do."""
-    words = child.log_tail() or "(its log is empty)"
-    log = f"The whole log: {child.command.log_path}"
+def _child_died(child: Child) -> SetupError:
+    """Return the error for a child that exited, with the end of its log."""
+    log_tail = child.log_tail() or "(its log is empty)"
+    log = f"Full log: {child.command.log_path}"
     if child.status() == BAD_SETTINGS_STATUS:
-        return ChildRefused(f"{child.command.name} can't work: {words.splitlines()[-1]}\n{log}")
+        return ChildRefused(f"{child.command.name} can't start: {log_tail.splitlines()[-1]}\n{log}")
     return SetupError(
-        f"{child.command.name} ended with status {child.status()} while the service started. Its last words:\n"
-        f"{words}\n{log}"
+        f"{child.command.name} exited with status {child.status()} during the start. Its log ends with:\n"
+        f"{log_tail}\n{log}"
     )

@@ -20,7 +20,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from jobs.errors import BasicError
-from jobs.local.state import running
+from jobs.local.state import running_service
 from jobs.logs import without_secrets
 from jobs.schema_check import explain_database_errors
 from jobs.settings import JobsSettings
@@ -67,7 +67,7 @@ def examine(settings: JobsSettings) -> list[Finding]:
 
 def _as_it_runs(settings: JobsSettings) -> JobsSettings:
     """Return the settings with the addresses of the service that runs on this data directory, if one does."""
-    service = running(settings.data_dir)
+    service = running_service(settings.data_dir)
     if service is None:
         return settings
     update: dict[str, Any] = {"redis_url": service.redis_url, "api_url": service.api_url}

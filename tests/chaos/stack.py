@@ -18,7 +18,7 @@ import httpx
 import redis
 from sqlalchemy import text
 
-from jobs.local.redis_server import answers, server_arguments, server_binary
+from jobs.local.redis_server import is_ready, server_arguments, server_binary
 from jobs.processes import Child, Command, python_module
 from storage import schema
 from storage.session import DATABASE_UNAVAILABLE, Database
@@ -152,7 +152,7 @@ class Stack:
         directory.mkdir(exist_ok=True)
         self.down.discard("redis")
         self._start("redis", server_arguments(server_binary(), self.redis_port, directory))
-        self.wait_for(lambda: answers(self.redis_url), "the Redis-protocol server")
+        self.wait_for(lambda: is_ready(self.redis_url), "the Redis-protocol server")
 
     @contextmanager
     def without_redis(self, *, lose_data: bool) -> Iterator[None]:

@@ -12,8 +12,8 @@ import redis
 from sqlalchemy import make_url
 
 from jobs.errors import SetupError
-from jobs.local.redis_server import answers, server_arguments, server_binary
-from jobs.local.service import LocalService, down, running, start_detached
+from jobs.local.redis_server import is_ready, server_arguments, server_binary
+from jobs.local.service import LocalService, down, running_service, start_detached
 from jobs.local.startup import environment
 from jobs.settings import JobsSettings
 from tests.conftest import free_port
@@ -54,7 +54,7 @@ def test_a_killed_parent_takes_its_server_along_and_no_write_is_lost(tmp_path: P
     parent.kill()
     parent.wait()
     assert ended(server)
-    assert not answers(f"redis://127.0.0.1:{port}/0")
+    assert not is_ready(f"redis://127.0.0.1:{port}/0")
 
     parent, server = start_parent(port, tmp_path)
     with redis.Redis(port=port, decode_responses=True) as client:
@@ -81,20 +81,20 @@ def test_a_crash_leaves_nothing_running_and_the_next_start_recovers(settings: Jo
     crashed = start_detached(settings)
     processes = children_of(crashed.pid)
     assert len(processes) == 4
-    assert running(settings.data_dir) == crashed
+    assert running_service(settings.data_dir) == crashed
     os.kill(crashed.pid, signal.SIGKILL)
     assert all(ended(pid) for pid in [crashed.pid, *processes])
-    assert running(settings.data_dir) is None
+    assert running_service(settings.data_dir) is None
 
     service = start_detached(settings)
     try:
         assert start_detached(settings) == service
         processes = children_of(service.pid)
-        assert answers(service.redis_url)
+        assert is_ready(service.redis_url)
     finally:
         assert down(settings.data_dir)
     assert all(ended(pid) for pid in [service.pid, *processes])
-    assert running(settings.data_dir) is None
+    assert running_service(settings.data_dir) is None
     assert not down(settings.data_dir)
 
 
@@ -138,9 +138,9 @@ def test_ctrl_c_in_the_foreground_ends_all_with_status_0(settings: JobsSettings)
 def test_a_model_that_cannot_be_loaded_stops_the_start_with_the_reason(settings: JobsSettings, tmp_path: Path) -> None:
     (tmp_path / "empty-model").mkdir()
     bad = settings.model_copy(update={"target": str(tmp_path / "empty-model")})
-    with pytest.raises(SetupError, match=r"(?s)worker can't work.*empty-model"):
+    with pytest.raises(SetupError, match=r"(?s)worker can't start.*empty-model"):
         start_detached(bad)
-    assert running(settings.data_dir) is None
+    assert running_service(settings.data_dir) is None
     assert not down(settings.data_dir)
 
 
@@ -161,7 +161,7 @@ def test_the_service_uses_a_redis_server_that_was_named(settings: JobsSettings, 
         assert len(children_of(service.pid)) == 3
     finally:
         down(settings.data_dir)
-    assert answers(redis_url)
+    assert is_ready(redis_url)
 
 
 @pytest.mark.parametrize("draft", ["suffix", "none"])
@@ -170,6 +170,6 @@ def test_a_service_without_a_draft_model_starts(
 ) -> None:
     monkeypatch.setenv("BASIC_DRAFT", draft)
     try:
-        assert answers(start_detached(settings).redis_url)
+        assert is_ready(start_detached(settings).redis_url)
     finally:
         assert down(settings.data_dir)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.local.redis_server import answers
+from jobs.local.redis_server import is_ready
 from jobs.local.service import down, start_detached
 from jobs.processes import python_module
 from jobs.settings import JobsSettings
@@ -41,6 +41,6 @@ def test_the_service_starts_in_a_folder_whose_modules_have_our_names(tmp_path: P
     target = save_tiny(tmp_path / "tiny")
     settings = JobsSettings(data_dir=tmp_path / "data", api_port=0, target=str(target))
     try:
-        assert answers(start_detached(settings).redis_url)
+        assert is_ready(start_detached(settings).redis_url)
     finally:
         assert down(settings.data_dir)

@@ -19,7 +19,7 @@ from sqlalchemy import URL, make_url, text
 
 from jobs.api.app import make_api
 from jobs.errors import QueueUnavailable
-from jobs.local.redis_server import answers
+from jobs.local.redis_server import is_ready
 from jobs.messages import PartialEvent, PromptBatch
 from jobs.producer import push
 from jobs.settings import JobsSettings
@@ -107,7 +107,7 @@ def tls_port(certificate: Path, redis_url: str) -> Iterator[int]:
 
 def test_batches_and_events_go_through_tls_with_a_password(tls_port: int, certificate: Path, redis_url: str) -> None:
     url = f"rediss://:{PASSWORD}@127.0.0.1:{tls_port}/0?ssl_ca_certs={certificate}"
-    assert answers(url)
+    assert is_ready(url)
     with redis.Redis.from_url(redis_url, password=PASSWORD) as plain, plain.pubsub() as subscription:
         subscription.subscribe(channel("job"))
         assert subscription.get_message(timeout=5) is not None
@@ -124,7 +124,7 @@ def test_batches_and_events_go_through_tls_with_a_password(tls_port: int, certif
 def test_a_certificate_that_nobody_vouches_for_is_refused(tls_port: int, redis_url: str) -> None:
     url = f"rediss://:{PASSWORD}@127.0.0.1:{tls_port}/0"
 
-    assert not answers(url)
+    assert not is_ready(url)
     with pytest.raises(QueueUnavailable) as refused:
         push(PromptBatch(id="a", requests=("Hello",)), url)
 

@@ -15,7 +15,7 @@ import pytest
 from ruamel.yaml import YAML
 from sqlalchemy import make_url
 
-from jobs.local.redis_server import RULES
+from jobs.local.redis_server import SERVER_OPTIONS
 from storage.settings import StorageSettings
 from tests.paths import ROOT
 
@@ -95,7 +95,7 @@ def test_the_migration_runs_once_before_anything_that_needs_the_record(services:
 
 def test_redis_keeps_the_rules_of_the_server_that_we_start_ourselves(services: dict[str, dict[str, Any]]) -> None:
     command = services["redis"]["command"][-1]
-    rules = [f"--{name} {value or NOTHING} " for name, value in RULES.items()]
+    rules = [f"--{name} {value or NOTHING} " for name, value in SERVER_OPTIONS.items()]
     assert [rule for rule in rules if rule not in command] == []
 
 

@@ -14,7 +14,7 @@ from jobs.client import AsyncClient
 from jobs.errors import BasicError
 from jobs.keys import check_key
 from jobs.local.key import make_local_key, read_local_key
-from jobs.local.state import LocalService, announce_service, owned
+from jobs.local.state import LocalService, data_dir_lock, write_service
 from jobs.settings import JobsSettings
 from storage.session import Database
 
@@ -114,8 +114,8 @@ def test_commands_beside_a_service_of_their_own_show_its_key_and_nobody_else_s(s
     make_local_key(settings.data_dir)
     assert key == read_local_key(settings.data_dir)
     assert (settings.data_dir / "local.key").stat().st_mode & 0o077 == 0
-    with owned(settings.data_dir):
-        announce_service(LocalService("http://127.0.0.1:9", "", "", str(settings.data_dir), os.getpid()))
+    with data_dir_lock(settings.data_dir):
+        write_service(LocalService("http://127.0.0.1:9", "", "", str(settings.data_dir), os.getpid()))
         ours, theirs = AsyncClient(), AsyncClient("http://192.0.2.1:8000")
     assert ours._connection.headers["authorization"] == f"Bearer {key}"
     assert "authorization" not in theirs._connection.headers

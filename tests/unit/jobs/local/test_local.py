@@ -15,11 +15,11 @@ import pytest
 from jobs import processes
 from jobs.errors import ChildRefused, SetupError
 from jobs.local import startup
-from jobs.local.private_files import tighten
+from jobs.local.private_files import make_private
 from jobs.local.redis_server import server_arguments
-from jobs.local.service import down, running, up
-from jobs.local.startup import Start, environment
-from jobs.local.state import LocalService, announce_service, owned, owner
+from jobs.local.service import down, running_service, up
+from jobs.local.startup import Startup, environment
+from jobs.local.state import LocalService, data_dir_lock, lock_owner, write_service
 from jobs.processes import Child, Children, Command, rotate_logs, stop_signals, tail
 from jobs.settings import JobsSettings
 from tests.processes import ended
@@ -42,40 +42,40 @@ def a_shell(script: str, directory: Path, stop_s: float = 10.0) -> Command:
 
 
 def test_a_data_directory_has_one_owner_and_the_second_is_told_who_it_is(tmp_path: Path) -> None:
-    with owned(tmp_path):
-        assert owner(tmp_path) == os.getpid()
-        with pytest.raises(SetupError, match=f"process {os.getpid()}.*basic down"), owned(tmp_path):
+    with data_dir_lock(tmp_path):
+        assert lock_owner(tmp_path) == os.getpid()
+        with pytest.raises(SetupError, match=f"process {os.getpid()}.*basic down"), data_dir_lock(tmp_path):
             pytest.fail("two owners")
-    assert owner(tmp_path) is None
+    assert lock_owner(tmp_path) is None
 
 
 def test_a_state_file_left_by_a_crash_is_no_running_service(tmp_path: Path) -> None:
-    announce_service(a_service(tmp_path))
-    assert running(tmp_path) is None
+    write_service(a_service(tmp_path))
+    assert running_service(tmp_path) is None
     assert not down(tmp_path)
-    with owned(tmp_path):
-        assert running(tmp_path) is None
+    with data_dir_lock(tmp_path):
+        assert running_service(tmp_path) is None
 
 
 def test_a_state_file_of_another_process_is_not_believed(tmp_path: Path) -> None:
-    with owned(tmp_path):
-        announce_service(a_service(tmp_path, pid=1))
-        assert running(tmp_path) is None
+    with data_dir_lock(tmp_path):
+        write_service(a_service(tmp_path, pid=1))
+        assert running_service(tmp_path) is None
 
 
 def test_a_service_is_found_from_its_announcement_to_its_end(tmp_path: Path) -> None:
     service = a_service(tmp_path)
-    with owned(tmp_path):
-        assert running(tmp_path) is None
-        announce_service(service)
-        assert running(tmp_path) == service
+    with data_dir_lock(tmp_path):
+        assert running_service(tmp_path) is None
+        write_service(service)
+        assert running_service(tmp_path) == service
         assert json.loads((tmp_path / "up.json").read_text()) == asdict(service)
-    assert running(tmp_path) is None
+    assert running_service(tmp_path) is None
     assert not (tmp_path / "up.json").exists()
 
 
 def test_nothing_runs_where_nothing_ever_ran(tmp_path: Path) -> None:
-    assert running(tmp_path / "absent") is None
+    assert running_service(tmp_path / "absent") is None
     assert not down(tmp_path / "absent")
 
 
@@ -214,7 +214,7 @@ def test_what_lies_in_a_data_directory_is_closed_to_others(tmp_path: Path) -> No
         file.write_text("private")
         file.chmod(0o664)
     tmp_path.chmod(0o755)
-    tighten(tmp_path)
+    make_private(tmp_path)
     assert {file.stat().st_mode & 0o777 for file in ours} == {0o600}
     assert {path.stat().st_mode & 0o777 for path in (tmp_path, *tmp_path.rglob("*")) if path.is_dir()} == {0o700}
 
@@ -225,7 +225,7 @@ def test_a_directory_that_holds_other_things_too_keeps_its_mode(tmp_path: Path) 
     (tmp_path / "logs").symlink_to(tmp_path.parent)
     modes = {path: path.stat().st_mode for path in (tmp_path / "photo.png", tmp_path.parent)}
     tmp_path.chmod(0o755)
-    tighten(tmp_path)
+    make_private(tmp_path)
     assert tmp_path.stat().st_mode & 0o777 == 0o755
     assert {path: path.stat().st_mode for path in modes} == modes
     assert (tmp_path / "basic.sqlite3").stat().st_mode & 0o077 == 0
@@ -253,7 +253,7 @@ def test_a_data_directory_whose_name_is_no_text_is_refused(tmp_path: Path) -> No
 def test_a_child_that_dies_while_we_wait_is_reported_with_its_last_words(tmp_path: Path) -> None:
     children = Children()
     child = children.start(a_shell("echo the model directory is empty; exit 1", tmp_path))
-    start = Start(JobsSettings(data_dir=tmp_path), children, threading.Event())
+    start = Startup(JobsSettings(data_dir=tmp_path), children, threading.Event())
     with pytest.raises(SetupError, match=r"(?s)status 1.*the model directory is empty.*shell\.log"):
         start._await(child, lambda: False, "the worker", None)
 
@@ -269,6 +269,6 @@ def _await_file(path: Path) -> None:
 def test_a_child_that_can_not_work_is_told_from_one_that_died(status: int, kind: type[SetupError]) -> None:
     command = SimpleNamespace(name="worker", log_path="worker.log")
     child = SimpleNamespace(command=command, status=lambda: status, log_tail=lambda: "Loading x\nx is damaged")
-    error = startup._death_of(child)  # type: ignore[arg-type]
+    error = startup._child_died(child)  # type: ignore[arg-type]
     assert type(error) is kind
-    assert "x is damaged\nThe whole log: worker.log" in str(error)
+    assert "x is damaged\nFull log: worker.log" in str(error)
