@@ -82,7 +82,7 @@ def test_every_reader_is_told_everything_once_whenever_it_comes_and_however_ofte
 def test_a_reader_that_falls_behind_the_ring_goes_on_from_sql(
     database: Database, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "_RING_BYTES", 1)
+    monkeypatch.setattr(hub, "_BUFFER_BYTES", 1)
     worker = Worker(database, redis_url)
 
     async def scenario() -> None:
