@@ -67,5 +67,5 @@ def make_api(
     app.include_router(metrics.router, tags=["service"])
     app.include_router(docs.router)
     errors.install(app)
-    openapi.install(app, files.router, batches.router)
+    openapi.install(app)
     return app

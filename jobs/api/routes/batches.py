@@ -14,8 +14,8 @@ from jobs.api.dependencies import CurrentServices, cancel_job, find_job
 from jobs.api.http.body import Body
 from jobs.api.http.multipart import read_expires_after_s
 from jobs.api.schemas import serializers
-from jobs.api.schemas.examples import BATCH, ORDER_BODY, page_of, replies
-from jobs.api.schemas.replies import BatchPage, BatchReply
+from jobs.api.schemas.openapi import ORDER_BODY
+from jobs.api.schemas.replies import BatchPage, BatchReply, responses
 from jobs.api.submissions import IDEMPOTENCY_KEY, json_object, read_endpoint, read_window_s, require_json
 from jobs.api.write_threads import run_write
 from jobs.errors import InvalidValue, MissingParameter, NotFound
@@ -33,7 +33,7 @@ _OPENAI_FIELDS = frozenset({"input_file_id", "endpoint", "completion_window", "m
 _FIELDS = _OPENAI_FIELDS | {"compare_plain"}
 
 
-@router.post("", response_model=None, openapi_extra=ORDER_BODY, responses=replies(BatchReply, BATCH, 400, 404, 409))
+@router.post("", response_model=None, openapi_extra=ORDER_BODY, responses=responses(BatchReply, 400, 404, 409))
 async def create(request: Request, services: CurrentServices, caller: CurrentCaller) -> Response:
     """Create a batch from an uploaded file. Its status is `validating` until the lines are read."""
     require_json(request.headers)
@@ -48,7 +48,7 @@ async def create(request: Request, services: CurrentServices, caller: CurrentCal
         return await run_write(accept, body)
 
 
-@router.get("", response_model=None, responses=replies(BatchPage, page_of(BATCH), 400))
+@router.get("", response_model=None, responses=responses(BatchPage, 400))
 def list_batches(
     services: CurrentServices,
     caller: CurrentCaller,
@@ -79,13 +79,13 @@ def _existing_batch(batch_id: str, services: CurrentServices, caller: CurrentCal
 ExistingBatch = Annotated[JobView, Depends(_existing_batch)]
 
 
-@router.get("/{batch_id}", response_model=None, responses=replies(BatchReply, BATCH, 404))
+@router.get("/{batch_id}", response_model=None, responses=responses(BatchReply, 404))
 async def retrieve(batch: ExistingBatch) -> Response:
     """Read one batch."""
     return JSONResponse(serializers.batch(batch))
 
 
-@router.post("/{batch_id}/cancel", response_model=None, responses=replies(BatchReply, BATCH, 404, 409))
+@router.post("/{batch_id}/cancel", response_model=None, responses=responses(BatchReply, 404, 409))
 async def cancel(batch: ExistingBatch, services: CurrentServices, caller: CurrentCaller) -> Response:
     """Cancel a batch; finished requests are delivered. May be repeated; 409 if the batch has ended otherwise."""
     return JSONResponse(serializers.batch(await run_write(cancel_job, services, batch, caller, "batch")))

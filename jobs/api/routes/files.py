@@ -17,8 +17,8 @@ from jobs.api.dependencies import CurrentServices, Services
 from jobs.api.http.body import chunked
 from jobs.api.http.multipart import UploadForm
 from jobs.api.schemas import serializers
-from jobs.api.schemas.examples import BYTES, DELETED, FILE, UPLOAD_BODY, page_of, replies
-from jobs.api.schemas.replies import FileDeleted, FilePage, FileReply
+from jobs.api.schemas.openapi import UPLOAD_BODY
+from jobs.api.schemas.replies import BYTES, FileDeleted, FilePage, FileReply, responses
 from jobs.api.write_threads import run_write
 from jobs.errors import InvalidValue, NotFound
 from storage import files
@@ -29,7 +29,7 @@ router = APIRouter(prefix="/v1/files")
 _DAY_S = 86_400.0
 
 
-@router.post("", response_model=None, openapi_extra=UPLOAD_BODY, responses=replies(FileReply, FILE, 400, 413))
+@router.post("", response_model=None, openapi_extra=UPLOAD_BODY, responses=responses(FileReply, 400, 413))
 async def upload(request: Request, services: CurrentServices, caller: CurrentCaller) -> Response:
     """Upload a file. It is visible once complete; its lines are validated when a batch is created from it."""
     form = UploadForm(request.headers.get("content-type", ""), services.settings.max_file_bytes)
@@ -44,7 +44,7 @@ async def upload(request: Request, services: CurrentServices, caller: CurrentCal
         raise
 
 
-@router.get("", response_model=None, responses=replies(FilePage, page_of(FILE), 400))
+@router.get("", response_model=None, responses=responses(FilePage, 400))
 def list_files(
     services: CurrentServices,
     caller: CurrentCaller,
@@ -72,13 +72,13 @@ def _existing_file(file_id: str, services: CurrentServices, caller: CurrentCalle
 ExistingFile = Annotated[FileView, Depends(_existing_file)]
 
 
-@router.get("/{file_id}", response_model=None, responses=replies(FileReply, FILE, 404))
+@router.get("/{file_id}", response_model=None, responses=responses(FileReply, 404))
 def retrieve(file: ExistingFile) -> Response:
     """Read the metadata of one file."""
     return JSONResponse(serializers.file(file))
 
 
-@router.delete("/{file_id}", response_model=None, responses=replies(FileDeleted, DELETED, 404))
+@router.delete("/{file_id}", response_model=None, responses=responses(FileDeleted, 404))
 async def delete(file_id: str, services: CurrentServices, caller: CurrentCaller) -> Response:
     """Delete a file. A batch that was created from it continues."""
     if not await run_write(_delete, services, file_id, caller):

@@ -5,14 +5,12 @@ The routes parse their bodies themselves; nothing is validated against these sch
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cache
 from typing import Any, Final, get_args
 
-from fastapi import APIRouter, FastAPI
-from fastapi.routing import APIRoute
+from fastapi import FastAPI
 
-from jobs.api.schemas.replies import ErrorReply, streamed_schemas
+from jobs.api.schemas.replies import ErrorReply, examples, streamed_schemas
 from jobs.messages import MAX_COMPARED_REQUESTS, Endpoint, SamplingParameters
 from jobs.submission.request_parser import MAX_CUSTOM_ID_CHARS, MAX_TIMEOUT_S, PARAMETERS, UNSUPPORTED, WITHOUT_EFFECT
 
@@ -76,10 +74,10 @@ def _object(title: str, required: list[str], properties: Json, *, open_ended: bo
     """Register the schema of an object and return a reference to it."""
     fields = {name: schema if name in required else _optional(schema) for name, schema in properties.items()}
     needed = {"required": required} if required else {}
-    return named(title, {"type": "object", "properties": fields, "additionalProperties": open_ended, **needed})
+    return _named(title, {"type": "object", "properties": fields, "additionalProperties": open_ended, **needed})
 
 
-def named(title: str, schema: Json) -> Json:
+def _named(title: str, schema: Json) -> Json:
     """Register a schema under its name and return a reference to it."""
     _SCHEMAS[title] = {"title": title, **schema}
     return {"$ref": f"#/components/schemas/{title}"}
@@ -174,7 +172,7 @@ _CALL: Final[Json] = {
 _CHAT: Final = _object("ChatCall", ["model", "messages"], {**_CALL, "messages": _MESSAGES})
 _COMPLETION: Final = _object("CompletionCall", ["model", "prompt"], {**_CALL, "prompt": _PROMPT})
 
-IDEMPOTENCY: Final[Json] = {
+_IDEMPOTENCY: Final[Json] = {
     "name": "Idempotency-Key",
     "in": "header",
     "required": False,
@@ -226,7 +224,7 @@ JOB_BODY: Final = _body(
         "requests": {"requests": ["Name two rivers.", {"custom_id": "b", "prompt": "Hello."}], "max_tokens": 40},
     },
     *_query_parameters(),
-    IDEMPOTENCY,
+    _IDEMPOTENCY,
     **{"application/x-ndjson": _LINES, "application/jsonl": _LINES, "application/x-jsonlines": _LINES},
 )
 CHAT_BODY: Final = _body(
@@ -237,6 +235,53 @@ COMPLETION_BODY: Final = _body(
     _COMPLETION, {"text": {"model": "smollm2-135m-instruct", "prompt": "The river runs", "max_tokens": 16}}
 )
 
+_FORM: Final[Json] = {
+    "type": "object",
+    "required": ["file", "purpose"],
+    "properties": {
+        "file": {"type": "string", "format": "binary", "description": "JSON lines, one request per line."},
+        "purpose": {"type": "string", "enum": ["batch"]},
+        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2592000},
+    },
+}
+_ORDER: Final[Json] = {
+    "type": "object",
+    "required": ["input_file_id", "endpoint", "completion_window"],
+    "additionalProperties": False,
+    "properties": {
+        "input_file_id": {"type": "string"},
+        "endpoint": {"type": "string", "enum": ["/v1/chat/completions", "/v1/completions"]},
+        "completion_window": {"type": "string", "pattern": "^[1-9][0-9]{0,3}[mhd]$"},
+        "metadata": {"type": ["object", "null"], "additionalProperties": {"type": "string"}, "maxProperties": 16},
+        "output_expires_after": {
+            "type": ["object", "null"],
+            "required": ["anchor", "seconds"],
+            "properties": {
+                "anchor": {"type": "string", "enum": ["created_at"]},
+                "seconds": {"type": "integer", "minimum": 3600, "maximum": 2592000},
+            },
+        },
+        "compare_plain": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_COMPARED_REQUESTS},
+    },
+}
+_ORDER_EXAMPLE: Final[Json] = {
+    "input_file_id": "file-0279686e3beef124974af6614f487747",
+    "endpoint": "/v1/chat/completions",
+    "completion_window": "24h",
+    "metadata": {"team": "search"},
+}
+UPLOAD_BODY: Final[Json] = {
+    "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _named("Upload", _FORM)}}}
+}
+ORDER_BODY: Final[Json] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": _named("BatchOrder", _ORDER), "example": _ORDER_EXAMPLE}},
+    },
+    "parameters": [_IDEMPOTENCY],
+}
+
 
 _SCHEME: Final[Json] = {
     "type": "http",
@@ -245,14 +290,13 @@ _SCHEME: Final[Json] = {
 }
 
 
-def install(app: FastAPI, *shown: APIRouter) -> None:
+def install(app: FastAPI) -> None:
     """Install the completed document. FastAPI's 422 is removed: an invalid request gets 400."""
     make = app.openapi
 
     @cache
     def openapi() -> Json:
         document = make()
-        _show_nulls(shown, document)
         document["tags"] = TAGS
         for path, methods in document["paths"].items():
             for operation in methods.values():
@@ -260,21 +304,11 @@ def install(app: FastAPI, *shown: APIRouter) -> None:
                 if path.startswith("/v1"):
                     operation["security"] = [{_KEY: []}, {}]
         document["components"]["schemas"] |= streamed_schemas() | _SCHEMAS
+        for name, example in examples().items():  # FastAPI drops null fields of examples; clients rely on them
+            document["components"]["schemas"][name]["example"] = example
         document["components"]["securitySchemes"] = {_KEY: _SCHEME}
         for name in ("HTTPValidationError", "ValidationError"):
             document.get("components", {}).get("schemas", {}).pop(name, None)
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
-
-
-def _show_nulls(routers: Iterable[APIRouter], document: Json) -> None:
-    """Restore the examples of responses: FastAPI drops their null fields, which clients rely on."""
-    for route in (route for router in routers for route in router.routes):
-        if not isinstance(route, APIRoute):
-            continue
-        for status, reply in route.responses.items():
-            for kind, content in reply.get("content", {}).items():
-                for method in route.methods or ():
-                    operation = document["paths"][route.path_format][method.lower()]
-                    operation["responses"][str(status)]["content"][kind].update(content)

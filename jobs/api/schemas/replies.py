@@ -19,6 +19,51 @@ Json = dict[str, Any]
 
 _REFERENCE: Final = "#/components/schemas/{model}"
 
+_FILE: Final[Json] = {
+    "id": "file-0279686e3beef124974af6614f487747",
+    "object": "file",
+    "bytes": 437,
+    "created_at": 1795572489,
+    "expires_at": 1798164489,
+    "filename": "batch.jsonl",
+    "purpose": "batch",
+    "status": "processed",
+    "status_details": None,
+}
+_BATCH: Final[Json] = {
+    "id": "batch_442ad11c58dfc0dbc6a6fdf44fa34172",
+    "object": "batch",
+    "status": "completed",
+    "model": "smollm2-135m-instruct",
+    "endpoint": "/v1/chat/completions",
+    "input_file_id": _FILE["id"],
+    "output_file_id": "file-387c5165827d5c75f2f86833c022a1bd",
+    "error_file_id": None,
+    "errors": None,
+    "completion_window": "24h",
+    "created_at": 1795576167,
+    "in_progress_at": 1795576168,
+    "expires_at": 1795662567,
+    "finalizing_at": 1795576201,
+    "cancelling_at": None,
+    "completed_at": 1795576201,
+    "failed_at": None,
+    "expired_at": None,
+    "cancelled_at": None,
+    "request_counts": {"total": 20, "completed": 20, "failed": 0},
+    "usage": {
+        "input_tokens": 690,
+        "input_tokens_details": {"cached_tokens": 0},
+        "output_tokens": 80,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": 770,
+    },
+    "metadata": {"team": "search"},
+}
+_ERROR: Final[Json] = {
+    "error": {"message": "Why the request is invalid.", "type": "invalid_request_error", "param": "id", "code": None}
+}
+
 
 class _Reply(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -35,6 +80,8 @@ class ErrorInfo(_Reply):
 
 class ErrorReply(_Reply):
     """The body of every error."""
+
+    model_config = ConfigDict(json_schema_extra={"example": _ERROR})
 
     error: ErrorInfo
 
@@ -144,6 +191,8 @@ class OutputLine(_Reply):
 class FileReply(_Reply):
     """A file."""
 
+    model_config = ConfigDict(json_schema_extra={"example": _FILE})
+
     id: str
     object: Literal["file"]
     bytes: int
@@ -167,6 +216,8 @@ class FilePage(_Reply):
 
 class FileDeleted(_Reply):
     """A deleted file."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"id": _FILE["id"], "object": "file", "deleted": True}})
 
     id: str
     object: Literal["file"]
@@ -197,6 +248,8 @@ class BatchUsage(_Reply):
 
 class BatchReply(_Reply):
     """A job created from a file. Times are Unix seconds."""
+
+    model_config = ConfigDict(json_schema_extra={"example": _BATCH})
 
     id: str
     object: Literal["batch"]
@@ -416,6 +469,34 @@ WORKERS: Final = _replied(WorkerList, "The workers.")
 JOB_ROWS: Final = _replied(JobRowList, "The jobs.")
 HEALTH: Final = _replied(HealthReply, "The process is alive.")
 READY: Final = _replied(ReadyReply, "The service accepts jobs.")
+
+
+BYTES: Final[dict[int | str, Json]] = {
+    200: {
+        "description": "The bytes.",
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    },
+    404: {"model": ErrorReply, "description": "Unknown file id."},
+}
+_ERRORS: Final[dict[int, str]] = {
+    400: "Invalid request; `param` names the field.",
+    404: "Unknown id.",
+    409: "Its state does not allow this.",
+    413: "The file is too large.",
+}
+
+
+def responses(model: type[BaseModel], *errors: int) -> dict[int | str, Json]:
+    """Return the `responses` of a route that returns a model or one of these error statuses."""
+    return _replied(model, "Done.") | {
+        status: {"model": ErrorReply, "description": _ERRORS[status]} for status in errors
+    }
+
+
+def examples() -> Json:
+    """Return the examples of the models, by model name."""
+    models = (ErrorReply, FileReply, FileDeleted, BatchReply)
+    return {model.__name__: model.model_json_schema()["example"] for model in models}
 
 
 def streamed_schemas() -> Json:
