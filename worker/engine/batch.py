@@ -1,4 +1,4 @@
-"""What one step works on: prompt chunks and decoding sequences, packed as rows."""
+"""The work of one step: prompt chunks and decoding sequences, packed as rows of one forward."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A stretch of a sequence's ids to bring into its KV slot."""
+    """A part of a prompt to prefill in this step."""
 
     sequence: Sequence
-    end: int  # ids[cached:end]
-    completes: bool  # the sequence's next token comes out of this chunk
+    end: int  # the chunk is ids[cached:end]
+    completes: bool  # the prefill ends with this chunk, so the sequence gets its next token from it
 
     def segment(self) -> Segment:
         """Return the chunk's rows."""
@@ -30,13 +30,13 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one step works on."""
+    """The work of one step."""
 
     chunks: tuple[Chunk, ...]
     decoding: tuple[Sequence, ...]
-    shares: tuple[PrefixCopy, ...] = ()  # beginnings to copy before anything is run, in this order
-    evicted: tuple[int, ...] = ()  # slots whose texts make way for others: their memory is free before that
-    plain: bool = False  # no drafts, whatever they would be worth
+    prefix_copies: tuple[PrefixCopy, ...] = ()  # to make before the forward, in this order
+    evicted: tuple[int, ...] = ()  # slots whose cached prefixes are dropped before that, to free their memory
+    plain: bool = False  # don't draft
 
     @property
     def empty(self) -> bool:
@@ -55,11 +55,11 @@ class Batch:
 
     @property
     def entries(self) -> float:
-        """KV entries that the decoding sequences' rows attend to, one row each."""
+        """KV entries that the decoding sequences attend to without drafts: one row per sequence."""
         return float(sum(len(s.ids) for s in self.decoding))
 
     def pack(self, forest: Forest) -> tuple[list[Segment], IntArray]:
-        """Return the step's segments in slot order, and for each node of `forest` its row of the kept logits."""
+        """Return the step's segments in slot order, and the row in the kept logits of each node of `forest`."""
         trees = {s.slot: (tree, forest.nodes_of(tree)) for tree, s in enumerate(forest.sequences)}
         chunks = {c.sequence.slot: c for c in self.chunks}
         rows = np.zeros(forest.size, np.int64)

@@ -1,7 +1,7 @@
-"""The engine: schedule, draft, verify, keep, commit. One call of `step` is one forward of the target.
+"""The engine: schedule, draft, verify, compact, emit. One call of `step` runs one forward of the target.
 
-Token ids in, token ids out: no text, no Redis, no SQL, no environment. Without a drafter this is plain decoding, the
-truth that tests compare with and the baseline that benchmarks measure.
+It takes and returns token ids: it knows no text, Redis, SQL or environment. Without a drafter it decodes plainly, which
+is the reference of the tests and the baseline of the benchmarks.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from worker.engine.speculation.drafting import Drafter
 from worker.engine.speculation.planner import Planner, StepPlan, StepTimes
 from worker.engine.speculation.state import SpeculationState
 from worker.engine.speculation.verifier import AcceptedPath, walk
-from worker.engine.stats import Reached, StepResult, StepStats, TracedTree
+from worker.engine.stats import DrawnRanks, StepResult, StepStats, TracedTree
 
 
 class Engine:
-    """Decodes many sequences together, each exactly as if it were alone."""
+    """Decodes many sequences together. Each gets the text that it would get alone."""
 
     def __init__(
         self,
@@ -42,12 +42,12 @@ class Engine:
         *,
         clock: Callable[[], float] = perf_counter,
     ) -> None:
-        """Build an engine. Opt-tree mode needs `costs`, and a drafter is of no use in plain mode.
+        """Build an engine. Opt-tree mode needs `costs`; plain mode ignores `drafter`.
 
-        Learning continues from `state`, that of an earlier engine with such a drafter. `clock` returns seconds;
-        every time that the engine measures is read from it.
+        `state` is what an earlier engine with the same drafter has learned; this one continues from it. `clock` returns
+        seconds, and is the only clock that the engine reads.
         """
-        assert options.mode is not Mode.OPT_TREE or costs is not None, "opt-tree mode prices trees with a cost model"
+        assert options.mode is not Mode.OPT_TREE or costs is not None, "opt-tree mode needs a cost model"
         self._target = target
         self._drafter = None if options.mode is Mode.PLAIN else drafter
         self._options = options
@@ -55,21 +55,21 @@ class Engine:
         self._clock = clock
         self._planner = Planner(options, self._drafter, costs, self._state, clock)
         self._scheduler = Scheduler(options)
-        target.clear()  # of an earlier engine's texts
-        self._late_ms = 0.0  # of the step before, behind its last look at the clock
+        target.clear()  # of the sequences of an earlier engine
+        self._late_ms = 0.0  # time of the previous step after it was measured
 
     @property
     def free_capacity(self) -> int:
-        """Sequences that can be added and admitted at once."""
+        """Number of sequences that would be admitted at once."""
         return self._scheduler.free_capacity
 
     @property
     def free_slots(self) -> int:
-        """KV slots that nobody holds."""
+        """Number of KV slots without a sequence."""
         return self._scheduler.slots.free_slots
 
     def forget(self, slot: int) -> None:
-        """Share nothing more of what a free slot holds: somebody has written over it."""
+        """Drop the cached prefix of a free slot, because its KV entries were overwritten."""
         self._scheduler.slots.drop_prefix(slot)
 
     @property
@@ -79,12 +79,12 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """True while some sequence has not ended."""
+        """True while some sequence is not finished."""
         return bool(self._scheduler.sequences)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence, fresh or resumed; its ids leave room for one new token."""
-        assert len(sequence.ids) < self._options.max_context, "the sequence leaves no room for one new token"
+        """Queue a sequence, new or resumed. It must be shorter than the context by one token at least."""
+        assert len(sequence.ids) < self._options.max_context, "the sequence fills the context: no token can be added"
         self._scheduler.add(sequence)
 
     def cancel(self, keys: set[Hashable]) -> None:
@@ -95,10 +95,10 @@ class Engine:
         self._drop_finished()
 
     def step(self, only: Collection[Hashable] | None = None, *, plain: bool = False) -> list[StepResult]:
-        """Run one step and return what each emitting sequence got; nothing while a prompt is still being read.
+        """Run one step and return what each emitting sequence got: nothing while prompts are still being read.
 
-        Raises NanLogits, before any text has changed, if nothing can be drawn for some of them.
-        It is a step of all sequences or of `only` those with these keys; a `plain` one does without drafts.
+        The step is of all sequences, or of those whose keys are in `only`. A `plain` step uses no drafts. Raises
+        NanLogits, before any sequence has changed, if no token can be drawn for some of them.
         """
         timer = _StepTimer(self._clock, self._late_ms)
         batch = self._scheduler.next_batch(only, plain=plain)
@@ -106,84 +106,86 @@ class Engine:
             return []
         for slot in batch.evicted:
             self._target.truncate(slot, 0)
-        for share in batch.shares:
-            self._target.copy_prefix(share.source, share.target, share.length)
+        for copy in batch.prefix_copies:
+            self._target.copy_prefix(copy.source, copy.target, copy.length)
         plan = self._planner.plan(batch)
         timer.drafted()
-        segments, rows = batch.pack(plan.shown)
+        segments, rows = batch.pack(plan.selected)
         logits = self._target.forward(segments)
-        accepted = walk(plan.shown, logits, rows)
-        undrawn = [s for s, kept in zip(plan.shown.sequences, accepted, strict=True) if kept.bonus < 0]
+        accepted = walk(plan.selected, logits, rows)
+        undrawn = [s for s, path in zip(plan.selected.sequences, accepted, strict=True) if path.bonus < 0]
         if undrawn:
             raise NanLogits(undrawn)
         timer.verified()
-        kept = [self._emit(plan.shown, tree, accepted[tree]) for tree in range(len(plan.shown.sequences))]
-        told = compute_logprobs(plan.shown, logits, rows, accepted, kept)
-        self._keep(plan, accepted, kept)
-        results = self._number(batch, plan, accepted, kept, told, timer)
+        emitted = [self._emit(plan.selected, tree, path) for tree, path in enumerate(accepted)]
+        logprobs = compute_logprobs(plan.selected, logits, rows, accepted, emitted)
+        self._commit(plan, accepted, emitted)
+        results = self._results(batch, plan, accepted, emitted, logprobs, timer)
         self._drop_finished()
         self._late_ms = timer.late_ms()
         return results
 
     @staticmethod
-    def _emit(shown: Forest, tree: int, accepted: AcceptedPath) -> list[int]:
-        return shown.sequences[tree].emit([*shown.token[accepted.path].tolist(), accepted.bonus])
+    def _emit(selected: Forest, tree: int, accepted: AcceptedPath) -> list[int]:
+        return selected.sequences[tree].emit([*selected.token[accepted.path].tolist(), accepted.bonus])
 
-    def _keep(self, plan: StepPlan, accepted: list[AcceptedPath], kept: list[list[int]]) -> None:
+    def _commit(self, plan: StepPlan, accepted: list[AcceptedPath], emitted: list[list[int]]) -> None:
         """Compact the accepted paths in the target's KV, and let the drafter do the same."""
         moves: list[KvMove] = []
-        for tree, sequence in enumerate(plan.shown.sequences):
+        for tree, sequence in enumerate(plan.selected.sequences):
             path = accepted[tree].path
             if len(path):
-                root = len(sequence.ids) - len(kept[tree]) - 1  # its KV index
-                places = np.searchsorted(plan.shown.nodes_of(tree), path)
-                moves.append(KvMove(sequence.slot, root + 1, root + places))
+                root = len(sequence.ids) - len(emitted[tree]) - 1  # KV index
+                offsets = np.searchsorted(plan.selected.nodes_of(tree), path)
+                moves.append(KvMove(sequence.slot, root + 1, root + offsets))
             sequence.cached = len(sequence.ids) - 1
-            if self._drafter is not None and plan.layers:  # else it has nothing to forget, and reads lazily
-                self._drafter.commit(plan.forest, tree, plan.nodes[path], kept[tree])
+            if self._drafter is not None and plan.layers:  # without layers it has no tree, and it catches up lazily
+                self._drafter.commit(plan.drafted, tree, plan.nodes[path], emitted[tree])
         self._target.compact(moves)
 
-    def _number(
+    def _results(
         self,
         batch: Batch,
         plan: StepPlan,
         accepted: list[AcceptedPath],
-        kept: list[list[int]],
-        told: list[Logprobs],
+        emitted: list[list[int]],
+        logprobs: list[Logprobs],
         timer: _StepTimer,
     ) -> list[StepResult]:
+        """Let the planner learn from the step, and return each sequence's part of it."""
         step_ms = timer.step_ms()
         times = StepTimes(timer.verify_ms, step_ms)
-        plain_step_ms = self._planner.learn(batch, plan, accepted, sum(map(len, kept)), times)
-        shown = plan.shown
-        trees = len(shown.sequences)
-        nodes = np.bincount(shown.tree, minlength=trees) - 1
+        plain_step_ms = self._planner.learn(batch, plan, accepted, sum(map(len, emitted)), times)
+        selected = plan.selected
+        trees = len(selected.sequences)
+        nodes = np.bincount(selected.tree, minlength=trees) - 1
         depths = np.zeros(trees, np.int64)
-        np.maximum.at(depths, shown.tree, shown.depth)
-        expected = shown.expected(np.ones(shown.size, np.bool_))
-        siblings = shown.siblings()
+        np.maximum.at(depths, selected.tree, selected.depth)
+        expected = selected.expected(np.ones(selected.size, np.bool_))
+        siblings = selected.siblings()
         results = []
-        for tree, sequence in enumerate(shown.sequences):
+        for tree, sequence in enumerate(selected.sequences):
+            path, tokens = accepted[tree].path, emitted[tree]
             stats = StepStats(
                 step=sequence.steps,
                 tree_nodes=int(nodes[tree]),
                 tree_depth=int(depths[tree]),
-                accepted_tokens=min(len(accepted[tree].path), len(kept[tree])),
-                emitted_tokens=len(kept[tree]),
+                accepted_tokens=min(len(path), len(tokens)),
+                emitted_tokens=len(tokens),
                 expected_accepted=float(expected[tree]),
                 draft_ms=timer.draft_ms,
                 verify_ms=timer.verify_ms,
                 step_ms=step_ms + sequence.prefill_ms,
                 batch_sequences=trees,
-                drafter=plan.way.drafter.name if plan.way and nodes[tree] else None,
+                drafter=plan.strategy.drafter.name if plan.strategy and nodes[tree] else None,
                 plain_step_ms=plain_step_ms,
                 decision=plan.decision,
-                reached=_reached(tree, accepted[tree].path, len(kept[tree]), *siblings) if nodes[tree] else None,
+                reached=_drawn_ranks(tree, path, len(tokens), *siblings) if nodes[tree] else None,
             )
-            traced = _shown_tree(shown, tree, accepted[tree]) if sequence.steps < sequence.traced_steps else None
+            traced = _traced_tree(selected, tree, accepted[tree]) if sequence.steps < sequence.traced_steps else None
             sequence.steps += 1
             sequence.prefill_ms = 0.0
-            results.append(StepResult(sequence, tuple(kept[tree]), stats, traced, told[tree]))
+            results.append(StepResult(sequence, tuple(tokens), stats, traced, logprobs[tree]))
         for chunk in batch.chunks:
             if not chunk.completes:
                 chunk.sequence.cached = chunk.end
@@ -192,34 +194,40 @@ class Engine:
 
     def _drop_finished(self) -> None:
         for sequence in self._scheduler.drop_finished():
-            # Its tree goes; its text stays as long as it may be shared.
+            # Release the tree; keep the KV entries that stay cached for later sequences with this prefix.
             self._target.truncate(sequence.slot, len(self._scheduler.slots.cached_prefixes.get(sequence.slot, ())))
             if self._drafter is not None:
                 self._drafter.drop(sequence)
 
 
-def _reached(root: int, path: IntArray, kept: int, rank: IntArray, children: IntArray) -> Reached:
-    """Return how the target chose below the root and the nodes of an accepted path, as far as that was kept."""
+def _drawn_ranks(root: int, path: IntArray, emitted: int, rank: IntArray, children: IntArray) -> DrawnRanks:
+    """Return what the target drew below the root and each accepted node that has children, as far as it was emitted.
+
+    Tokens that were cut off at the end of the sequence don't count.
+    """
     drawn: list[int | None] = [*rank[path].tolist(), None]
-    below = children[[root, *path.tolist()]].tolist()
-    places = len(drawn) if kept >= len(path) else kept  # what was cut off at the text's end is no step's
-    return tuple((count, one) for count, one in zip(below[:places], drawn[:places], strict=True) if count)
+    counts = children[[root, *path.tolist()]].tolist()
+    reached = len(drawn) if emitted >= len(path) else emitted
+    return tuple((count, one) for count, one in zip(counts[:reached], drawn[:reached], strict=True) if count)
 
 
-def _shown_tree(shown: Forest, tree: int, accepted: AcceptedPath) -> TracedTree:
-    nodes = shown.nodes_of(tree)
-    parents = shown.parent[nodes]
+def _traced_tree(selected: Forest, tree: int, accepted: AcceptedPath) -> TracedTree:
+    nodes = selected.nodes_of(tree)
+    parents = selected.parent[nodes]
     return TracedTree(
         parents=tuple(np.where(parents < 0, -1, np.searchsorted(nodes, parents)).tolist()),
-        tokens=tuple(shown.token[nodes].tolist()),
-        values=tuple(shown.value[nodes].tolist()),
+        tokens=tuple(selected.token[nodes].tolist()),
+        values=tuple(selected.value[nodes].tolist()),
         accepted=tuple(np.isin(nodes, [nodes[0], *accepted.path]).tolist()),
         bonus=accepted.bonus,
     )
 
 
 class _StepTimer:
-    """Wall times of one step, in milliseconds. What the step before did after its last look belongs to this one."""
+    """Wall times of one step, in ms.
+
+    What a step does after it was measured (dropping finished sequences) counts in the next one as `late_ms`.
+    """
 
     def __init__(self, clock: Callable[[], float], late_ms: float) -> None:
         self._clock = clock

@@ -1,12 +1,12 @@
-"""What the engine refuses, as one tree. A class docstring is the default message.
+"""Errors of the engine, as one tree. A class docstring is the default message.
 
 EngineError
-├── ModelRefused            a model that the packed forward can't decode exactly, or can't load
-│   └── TokenizersDiffer    target and draft give different ids to the same text
-├── NanLogits              the scores of some sequences hold NaN, so that nothing can be drawn for them
-├── RankLost                a rank of the replica is gone, and the others can't go on without it
+├── ModelRefused            a model that can't be loaded, or not decoded exactly by the packed forward
+│   └── TokenizersDiffer    target and draft encode the same text differently
+├── NanLogits               the logits of some sequences are NaN: no token can be drawn for them
+├── RankLost                a tensor-parallel rank has died; the replica can't continue without it
 ├── OutOfSlots              more sequences than KV slots: a bug of the caller
-└── OutOfBlocks             more KV entries than there is memory for: a bug of whoever admits sequences
+└── OutOfBlocks             more KV entries than memory: a bug of the scheduler
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ class ModelRefused(EngineError):
 
 
 class TokenizersDiffer(ModelRefused):
-    """Target and draft give different ids to the same text."""
+    """Target and draft encode the same text differently."""
 
 
 class NanLogits(EngineError):
-    """The model's scores for a text are not numbers (NaN), so that no token can be drawn."""
+    """The model's logits are NaN: no token can be drawn."""
 
     def __init__(self, sequences: Sequence[EngineSequence]) -> None:
-        """Keep the sequences that these scores are for."""
+        """Keep the sequences with these logits."""
         super().__init__()
         self.sequences = tuple(sequences)
 
 
 class RankLost(EngineError):
-    """A rank of the replica is gone, and the others can't go on without it."""
+    """A tensor-parallel rank has died; the replica can't continue without it."""
 
 
 class OutOfSlots(EngineError):
-    """Every KV slot is taken."""
+    """All KV slots are taken."""
 
 
 class OutOfBlocks(EngineError):
-    """Every block of KV memory is taken."""
+    """All blocks of KV memory are taken."""

@@ -1,9 +1,8 @@
-"""Log-probabilities of emitted tokens, and of the likeliest tokens in their places, for sequences that want them.
+"""Log-probabilities of emitted tokens and of the most likely alternatives, for sequences that request them.
 
-The law is the target's own: log-softmax of the raw logits of the row at which the token was drawn, before temperature,
-penalties, bias and filters. So they say how likely the model finds its text, and do not depend on how it was sampled. A
-row is read by itself, in double precision: of batch and tree nothing is in it but what the forward rounds differently
-when it has more rows.
+A log-probability is the log-softmax of the target's raw logits at the row where the token was drawn, before
+temperature, penalties, bias and filters, so it does not depend on sampling. Each row is computed alone in double
+precision: batch and tree change it only by the rounding of the forward.
 """
 
 from __future__ import annotations
@@ -19,71 +18,76 @@ from worker.engine.segments import IntArray
 from worker.engine.speculation.draft_tree import Forest
 from worker.engine.speculation.verifier import AcceptedPath
 
-_ROWS_AT_ONCE = 32  # rows in double precision take memory
-LEAST = -9999.0  # what is impossible has this one: JSON knows no infinity
+_ROWS_AT_ONCE = 32  # bounds the memory of rows in double precision
+MIN_LOGPROB = -9999.0  # stands for minus infinity, which JSON can't encode
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """How likely the target found one emitted token, and the likeliest tokens in its place."""
+    """Log-probabilities of one emitted token and of the most likely tokens at its position."""
 
     logprob: float
-    top: tuple[tuple[int, float], ...]  # (token, logprob), likeliest first; equals by token
+    top: tuple[tuple[int, float], ...]  # (token, logprob), most likely first, ties by token id
 
 
-Logprobs = tuple[TokenLogprobs, ...] | None  # of the tokens of one sequence in one step; None: it wants to know none
+Logprobs = tuple[TokenLogprobs, ...] | None  # of one sequence's tokens in one step; None: not requested
 
 
 def compute_logprobs(
-    forest: Forest, logits: Tensor, rows: IntArray, accepted: Sequence[AcceptedPath], kept: Sequence[list[int]]
+    forest: Forest, logits: Tensor, rows: IntArray, accepted: Sequence[AcceptedPath], emitted: Sequence[list[int]]
 ) -> list[Logprobs]:
-    """Return for each tree what is told of its kept tokens.
+    """Return the log-probabilities of each tree's emitted tokens.
 
-    `rows[node]` is the row of `logits` [rows, vocab] that shows the node. A token is drawn at the node before it.
+    `rows[node]` is the node's row in `logits` [rows, vocab]. A token is drawn at the row of its parent node.
     """
-    wanting = [tree for tree, sequence in enumerate(forest.sequences) if sequence.sampling.logprobs is not None]
-    told: list[Logprobs] = [None] * len(forest.sequences)
-    if not wanting:
-        return told
-    places = [rows[[tree, *accepted[tree].path]][: len(kept[tree])] for tree in wanting]
-    tokens = [token for tree in wanting for token in kept[tree]]
-    counts = [forest.sequences[tree].sampling.logprobs or 0 for tree in wanting for _ in kept[tree]]
-    shown = torch.from_numpy(np.concatenate(places)).to(logits.device)
+    requested = [tree for tree, sequence in enumerate(forest.sequences) if sequence.sampling.logprobs is not None]
+    logprobs: list[Logprobs] = [None] * len(forest.sequences)
+    if not requested:
+        return logprobs
+    drawn_at = [rows[[tree, *accepted[tree].path]][: len(emitted[tree])] for tree in requested]
+    tokens = [token for tree in requested for token in emitted[tree]]
+    counts = [forest.sequences[tree].sampling.logprobs or 0 for tree in requested for _ in emitted[tree]]
+    indices = torch.from_numpy(np.concatenate(drawn_at)).to(logits.device)
     read: list[TokenLogprobs] = []
     for start in range(0, len(tokens), _ROWS_AT_ONCE):
         some = slice(start, start + _ROWS_AT_ONCE)
-        read += read_rows(logits[shown[some]], tokens[some], counts[some])
-    ends = np.cumsum([len(kept[tree]) for tree in wanting])
-    for tree, end in zip(wanting, ends.tolist(), strict=True):
-        told[tree] = tuple(read[end - len(kept[tree]) : end])
-    return told
+        read += read_rows(logits[indices[some]], tokens[some], counts[some])
+    ends = np.cumsum([len(emitted[tree]) for tree in requested])
+    for tree, end in zip(requested, ends.tolist(), strict=True):
+        logprobs[tree] = tuple(read[end - len(emitted[tree]) : end])
+    return logprobs
 
 
 def read_rows(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:
-    """Return for each row of `logits` [rows, vocab] the logprob of its token, and of its `counts[row]` likeliest."""
+    """Return for each row of `logits` [rows, vocab] the logprobs of its token and of its `counts[row]` top ones."""
     totals = logits.double().logsumexp(-1)
     drawn = logits.gather(-1, torch.tensor(tokens, device=logits.device).unsqueeze(-1)).squeeze(-1)
     drawn_logprobs = _rounded(drawn, totals)
-    most = min(max(counts, default=0), logits.shape[-1])
-    tops = _likeliest(logits, totals, most) if most else [()] * len(tokens)
+    max_count = min(max(counts, default=0), logits.shape[-1])
+    tops = _top_tokens(logits, totals, max_count) if max_count else [()] * len(tokens)
     return [
         TokenLogprobs(logprob, top[:count]) for logprob, top, count in zip(drawn_logprobs, tops, counts, strict=True)
     ]
 
 
-def _likeliest(logits: Tensor, totals: Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:
-    """Return the `count` likeliest tokens of each row. Which of equal ones `topk` takes is open, so all are read."""
-    floors = logits.topk(count, dim=-1).values[:, -1:]
-    row, token = (logits >= floors).nonzero(as_tuple=True)  # by row, then by token
+def _top_tokens(logits: Tensor, totals: Tensor, count: int) -> list[tuple[tuple[int, float], ...]]:
+    """Return the `count` most likely tokens of each row.
+
+    `topk` picks any of several equal tokens, so all that reach its lowest score are read and ties are sorted by id.
+    """
+    min_scores = logits.topk(count, dim=-1).values[:, -1:]
+    row, token = (logits >= min_scores).nonzero(as_tuple=True)  # by row, then by token
     scores = logits[row, token]
     entries = zip(row.tolist(), scores.tolist(), token.tolist(), _rounded(scores, totals[row]), strict=True)
     found: list[list[tuple[float, int, float]]] = [[] for _ in range(len(logits))]
-    for place, score, other, logprob in entries:
-        found[place].append((-score, other, logprob))
+    for index, score, other, logprob in entries:
+        found[index].append((-score, other, logprob))
     return [tuple((other, logprob) for _, other, logprob in sorted(some)[:count]) for some in found]
 
 
 def _rounded(logits: Tensor, totals: Tensor) -> list[float]:
-    """Return log-probabilities in single precision, in which the order of a sum no longer shows."""
-    values: list[float] = (logits.double() - totals).float().nan_to_num(nan=LEAST).clamp(LEAST, 0.0).tolist()
+    """Return log-probabilities in single precision, which hides differences in the order of summation."""
+    values: list[float] = (
+        (logits.double() - totals).float().nan_to_num(nan=MIN_LOGPROB).clamp(MIN_LOGPROB, 0.0).tolist()
+    )
     return values

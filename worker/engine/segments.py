@@ -1,8 +1,9 @@
-"""Packed rows: the tokens of many sequences, as one ragged forward takes them.
+"""Packed rows: the tokens of many sequences as input of one ragged forward.
 
-A segment is what one sequence contributes to a forward: a stretch of its prompt (a chain), or nodes of its draft tree.
-Every row sees the committed prefix of its sequence; beyond that, a chain row sees the rows before it, and a tree row
-its ancestors. Rows take their depth as position, so keys never need another rotation when an accepted path moves.
+A segment is one sequence's part of a forward: a piece of its prompt (a chain), or nodes of its draft tree. Every row
+attends to the committed prefix of its sequence. In addition a chain row attends to the rows before it, and a tree row
+to its ancestors (tree attention). The position of a tree row is that of its depth, so an accepted path can be moved in
+the KV cache without rotating its keys again.
 """
 
 from __future__ import annotations
@@ -25,21 +26,21 @@ class Segment:
     """Rows of one sequence in a forward."""
 
     slot: int  # KV slot of the sequence
-    prefix: int  # committed tokens in the slot: every row sees them
+    prefix: int  # committed tokens in the slot: every row attends to them
     start: int  # KV index of the first row; the rows take start, start + 1, …
     ids: IntArray  # [n] token ids
-    positions: IntArray  # [n] positions in the text
-    visible: BoolArray | None  # [n, start - prefix + n] which entries from `prefix` on a row sees; None: a causal chain
-    keep: IntArray  # [k] rows whose logits are wanted
+    positions: IntArray  # [n] positions in the sequence
+    visible: BoolArray | None  # [n, start - prefix + n] attention mask of the entries from `prefix` on; None: causal
+    keep: IntArray  # [k] rows whose logits are computed
 
     @property
     def end(self) -> int:
-        """KV index behind the last row."""
+        """KV index after the last row."""
         return self.start + len(self.ids)
 
 
 def chain(slot: int, cached: int, ids: list[int], *, keep_last: bool) -> Segment:
-    """Return a segment of consecutive tokens behind `cached` committed ones."""
+    """Return a segment of consecutive tokens after `cached` committed ones; only the last one's logits may be kept."""
     n = len(ids)
     return Segment(
         slot=slot,
@@ -53,27 +54,27 @@ def chain(slot: int, cached: int, ids: list[int], *, keep_last: bool) -> Segment
 
 
 def kept_rows(segments: Sequence[Segment]) -> Tensor:
-    """Return which rows of a forward over `segments` are kept, int64."""
+    """Return the packed rows of a forward over `segments` whose logits are computed, as an int64 tensor."""
     return torch.from_numpy(kept_row_indices(segments))
 
 
 def kept_row_indices(segments: Sequence[Segment]) -> IntArray:
-    """Return the same as an array."""
+    """Return the packed rows of a forward over `segments` whose logits are computed."""
     if len(segments) == 1:
         return segments[0].keep
     firsts = accumulate((len(s.ids) for s in segments[:-1]), initial=0)
-    places: IntArray = np.concatenate([s.keep for s in segments])
-    return places + np.repeat(np.fromiter(firsts, np.int64), [len(s.keep) for s in segments])
+    rows: IntArray = np.concatenate([s.keep for s in segments])
+    return rows + np.repeat(np.fromiter(firsts, np.int64), [len(s.keep) for s in segments])
 
 
 def concatenated(parts: Sequence[IntArray]) -> IntArray:
-    """Return the parts one behind the other, in one piece; a single part as it is."""
+    """Return the concatenation of the parts, contiguous; a single part is not copied if it is contiguous."""
     return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts)
 
 
 @dataclass(frozen=True, slots=True)
 class KvMove:
-    """KV entries of one slot to bring down to consecutive places: `sources[i]` goes to `destination + i`."""
+    """Compaction in one slot: KV entry `sources[i]` moves down to `destination + i`."""
 
     slot: int
     destination: int
@@ -81,15 +82,15 @@ class KvMove:
 
     @property
     def in_place(self) -> bool:
-        """True if every entry lies where it belongs."""
+        """True if no entry has to move."""
         return not len(self.sources) or int(self.sources[-1]) == self.destination + len(self.sources) - 1
 
 
 @dataclass(frozen=True, slots=True)
 class PrefixCopy:
-    """The first `length` KV entries of one slot, to be had in another: two texts begin alike.
+    """Copy the first `length` KV entries of one slot to another: two sequences share a prefix.
 
-    Where both are the same slot, its next text begins as the one that has ended there, whose rest is of no more use.
+    If both are the same slot, a finished sequence has left the prefix there, and the entries after it are dropped.
     """
 
     source: int

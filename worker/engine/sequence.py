@@ -1,7 +1,4 @@
-"""A sequence: one choice of one request while it is decoded. The engine's only mutable noun.
-
-Token ids only: the text belongs to `worker.text.codec`, the request to `worker.serving.runner`.
-"""
+"""A sequence: one choice of one request while it is decoded, as token ids."""
 
 from __future__ import annotations
 
@@ -18,16 +15,16 @@ from worker.engine.segments import IntArray
 class FinishReason(StrEnum):
     """Why a sequence ended."""
 
-    STOP = "stop"  # an end-of-sequence token, or a stop string
-    LENGTH = "length"  # max_tokens, or the context is full
+    STOP = "stop"  # an end-of-sequence token or a stop string
+    LENGTH = "length"  # max_tokens, or a full context
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Prompt, tokens so far, and how much of them lies in the target's KV slot.
+    """Prompt, tokens so far, and how many of them have KV entries.
 
-    Start one from `prompt_ids` plus tokens already emitted to resume it: with the same sampling its text goes on as if
-    it had never stopped, for the noise is keyed by position.
+    To resume a sequence, create it with the prompt and the tokens already emitted. With the same sampling it continues
+    as if it had never stopped, because the noise is keyed by position.
     """
 
     key: Hashable
@@ -36,16 +33,16 @@ class Sequence:
     max_tokens: int
     sampling: Sampling
     eos_ids: frozenset[int] = frozenset()
-    group: Hashable = None  # texts of one group may serve as drafts of each other; None: of no other
+    group: Hashable = None  # sequences of one group may draft from each other's text; None: from no other
     slot: int = -1  # KV slot; -1: not admitted
-    cached: int = 0  # leading ids whose keys and values lie in the slot
+    cached: int = 0  # leading ids with KV entries in the slot
     steps: int = 0  # decoding steps so far; the token from prefill is step 0
-    traced_steps: int = 0  # so many steps say which trees they showed
-    prefill_ms: float = 0.0  # time of prefill chunks that emitted nothing yet
+    traced_steps: int = 0  # the first steps return their trees
+    prefill_ms: float = 0.0  # time of prefill chunks since the last emitted token
     finish_reason: FinishReason | None = None
     cancelled: bool = False
-    failure: str = ""  # why it was given up
-    history: TokenCounts = field(default_factory=TokenCounts)  # read only for penalties
+    failure: str = ""  # why the engine gave it up
+    history: TokenCounts = field(default_factory=TokenCounts)  # token counts for penalties
 
     @property
     def output_ids(self) -> list[int]:
@@ -59,31 +56,31 @@ class Sequence:
 
     @property
     def max_length(self) -> int:
-        """Tokens of prompt and output together, at most."""
+        """Max tokens of prompt and output together."""
         return self.num_prompt + self.max_tokens
 
     @property
     def prefilling(self) -> bool:
-        """True until the newest token is the only one missing from the KV slot and the first has been emitted."""
+        """True until the first token is emitted and all but the newest have KV entries."""
         return self.steps == 0 or self.cached < len(self.ids) - 1
 
     @property
     def finished(self) -> bool:
-        """True once nothing more will be emitted."""
+        """True when nothing more will be emitted."""
         return self.finish_reason is not None or self.cancelled
 
     def seen(self, path: Seq[int]) -> tuple[IntArray, IntArray]:
-        """Return the distinct tokens of the text with a draft path behind it, and their counts in the output."""
+        """Return the distinct tokens of the sequence followed by a draft path, and their counts in the output."""
         self.history.update(self.ids, self.num_prompt)
         return self.history.with_path(path)
 
     def cut(self, surplus: int) -> None:
-        """End behind a stop string: the last `surplus` tokens were emitted behind it and don't count."""
+        """End at a stop string: remove the last `surplus` tokens, which were emitted after it."""
         del self.ids[len(self.ids) - surplus :]
         self.finish_reason = FinishReason.STOP
 
     def emit(self, tokens: list[int]) -> list[int]:
-        """Append a step's tokens, cut exactly at the end-of-sequence token or at max_tokens; return those kept."""
+        """Append a step's tokens up to the end-of-sequence token or `max_tokens`; return those appended."""
         kept = tokens[: self.remaining]
         for i, token in enumerate(kept):
             if token in self.eos_ids:

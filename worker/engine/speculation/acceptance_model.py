@@ -1,4 +1,8 @@
-"""How often the target really draws what a drafter gives a probability, learned while decoding."""
+"""How often the target draws the token that a drafter gives a probability: learned while decoding, by bins.
+
+Calibration by binning: within a bin, accepted over expected tokens corrects the drafter's probability. Every node that
+the target reached labels all candidates offered there, verified or not, so the labels are not censored by the cut.
+"""
 
 from __future__ import annotations
 
@@ -8,42 +12,43 @@ from typing import Any
 import numpy as np
 
 from worker.engine.segments import IntArray
+from worker.engine.speculation.constants import (
+    ACCEPTANCE_DECAY,
+    ACCEPTANCE_PRIOR,
+    DEPTH_CLASSES,
+    DISCOUNT_PRIOR,
+    MAX_PROBABILITY,
+    PROBABILITY_EDGES,
+)
 from worker.engine.speculation.draft_tree import SOURCES, Candidates, Forest
 
-_EDGES = np.array([0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97])  # classes of probability, between these
-_DEPTHS = 4  # 1, 2, 3, and deeper
-_PRIOR = 4.0  # promises that are taken as kept before anything is known
-_FORGET = 0.998  # per step: texts of a job change
-_HIGHEST = 0.995  # nothing is certain
-
-
-_BINS = len(_EDGES) + 1
-_SHAPE = (2, SOURCES, _DEPTHS, _BINS)  # sampled or not, source, depth, class of probability
-_SIZE = 2 * SOURCES * _DEPTHS * _BINS
-_WEIGHT = 30.0  # accepted tokens that a tree's promises are believed to have kept before anything is known
+_BINS = len(PROBABILITY_EDGES) + 1
+_SHAPE = (2, SOURCES, DEPTH_CLASSES, _BINS)  # greedy or sampled, source, depth, bin of probability
+_SIZE = 2 * SOURCES * DEPTH_CLASSES * _BINS
 
 
 class AcceptanceModel:
-    """Hits and promises of one drafter, by sampling, source, depth and probability."""
+    """Accepted and expected tokens of one drafter, by sampling, source, depth and probability."""
 
     def __init__(self) -> None:
-        """Start by believing the drafter."""
-        self._hits, self._promised = np.full(_SIZE, _PRIOR), np.full(_SIZE, _PRIOR)
-        self._kept, self._chosen = _WEIGHT, _WEIGHT
+        """Start with the drafter's own probabilities."""
+        self._accepted, self._expected = np.full(_SIZE, ACCEPTANCE_PRIOR), np.full(_SIZE, ACCEPTANCE_PRIOR)
+        self._tree_accepted, self._tree_expected = DISCOUNT_PRIOR, DISCOUNT_PRIOR
 
     @property
-    def worth(self) -> float:
-        """What the trees that were shown have been worth of their promise.
+    def tree_discount(self) -> float:
+        """Accepted over expected tokens of the trees that were verified.
 
-        They hold the best of many estimates, and the best of many is over-estimated, however right each is on average.
+        A tree holds the candidates with the highest estimates, and the highest of many estimates is too high on average
+        even if each alone is unbiased (the optimizer's curse, Smith and Winkler 2006).
         """
-        return self._kept / self._chosen
+        return self._tree_accepted / self._tree_expected
 
     def of(self, forest: Forest, frontier: IntArray, offered: Candidates) -> Candidates:
         """Return the candidates with P(the target draws this token here | it reached the node)."""
-        where = _classes(forest, frontier, offered)
-        ratio = (self._hits / self._promised)[where]
-        return replace(offered, probabilities=np.minimum(offered.probabilities * ratio, _HIGHEST))
+        bins = _bins(forest, frontier, offered)
+        ratio = (self._accepted / self._expected)[bins]
+        return replace(offered, probabilities=np.minimum(offered.probabilities * ratio, MAX_PROBABILITY))
 
     def learn(self, forest: Forest, frontier: IntArray, offered: Candidates, drawn: IntArray) -> None:
         """Label the candidates of every node whose drawn token is known: `drawn` [frontier], -1 where it is not."""
@@ -51,42 +56,42 @@ class AcceptanceModel:
         if not len(known):
             return
         probabilities = offered.probabilities[known]
-        where = _classes(forest, frontier, offered)[known].ravel()
-        hit = (offered.tokens[known] == drawn[known, None]) & (probabilities > 0.0)
-        self._hits += np.bincount(where, hit.ravel(), minlength=_SIZE)
-        self._promised += np.bincount(where, probabilities.ravel(), minlength=_SIZE)
+        bins = _bins(forest, frontier, offered)[known].ravel()
+        accepted = (offered.tokens[known] == drawn[known, None]) & (probabilities > 0.0)
+        self._accepted += np.bincount(bins, accepted.ravel(), minlength=_SIZE)
+        self._expected += np.bincount(bins, probabilities.ravel(), minlength=_SIZE)
 
-    def learn_worth(self, expected: float, accepted: int) -> None:
-        """Learn from the trees of a step: so many accepted tokens were expected, `worth` included, and came."""
-        self._chosen += expected / self.worth
-        self._kept += accepted
+    def learn_discount(self, expected: float, accepted: int) -> None:
+        """Learn from the trees of a step: `expected` tokens, with `tree_discount` applied, and `accepted` ones."""
+        self._tree_expected += expected / self.tree_discount
+        self._tree_accepted += accepted
 
     def forget(self) -> None:
-        """Let what was learned weigh a little less; call once a step."""
-        for table in (self._hits, self._promised):
-            table *= _FORGET
-            table += _PRIOR * (1.0 - _FORGET)
-        self._kept = _WEIGHT + (self._kept - _WEIGHT) * _FORGET
-        self._chosen = _WEIGHT + (self._chosen - _WEIGHT) * _FORGET
+        """Decay all counts towards the prior; call once per step."""
+        for table in (self._accepted, self._expected):
+            table *= ACCEPTANCE_DECAY
+            table += ACCEPTANCE_PRIOR * (1.0 - ACCEPTANCE_DECAY)
+        self._tree_accepted = DISCOUNT_PRIOR + (self._tree_accepted - DISCOUNT_PRIOR) * ACCEPTANCE_DECAY
+        self._tree_expected = DISCOUNT_PRIOR + (self._tree_expected - DISCOUNT_PRIOR) * ACCEPTANCE_DECAY
 
     def as_json(self) -> dict[str, Any]:
-        """Return hits over promises by source and depth, all probabilities together, and what trees were worth."""
-        hits, promised = (table.reshape(_SHAPE).sum(axis=-1) for table in (self._hits, self._promised))
-        ratio = (hits / promised).round(3).tolist()
-        return {"greedy": ratio[0], "sampled": ratio[1], "worth": round(self.worth, 3)}
+        """Return accepted over expected by source and depth, all probabilities together, and the tree discount."""
+        accepted, expected = (table.reshape(_SHAPE).sum(axis=-1) for table in (self._accepted, self._expected))
+        ratio = (accepted / expected).round(3).tolist()
+        return {"greedy": ratio[0], "sampled": ratio[1], "worth": round(self.tree_discount, 3)}
 
 
-def _classes(forest: Forest, frontier: IntArray, offered: Candidates) -> IntArray:
-    """Return the class of each candidate, [frontier, k]."""
+def _bins(forest: Forest, frontier: IntArray, offered: Candidates) -> IntArray:
+    """Return the flat bin of each candidate, [frontier, k]."""
     sampled = forest.sampled[forest.tree[frontier]]
-    depth = np.minimum(forest.depth[frontier], _DEPTHS - 1)
-    classes = np.searchsorted(_EDGES, offered.probabilities)
-    classes += ((sampled * SOURCES * _DEPTHS + depth) * _BINS)[:, None]
+    depth = np.minimum(forest.depth[frontier], DEPTH_CLASSES - 1)
+    bins = np.searchsorted(PROBABILITY_EDGES, offered.probabilities)
+    bins += ((sampled * SOURCES * DEPTH_CLASSES + depth) * _BINS)[:, None]
     if offered.source is not None:
-        classes += offered.source * (_DEPTHS * _BINS)
-    return classes
+        bins += offered.source * (DEPTH_CLASSES * _BINS)
+    return bins
 
 
 def drawn_tokens(frontier: IntArray, drawn_at: dict[int, int]) -> IntArray:
-    """Return the target's token at each frontier node, -1 where the target did not come by."""
+    """Return the target's token at each frontier node, -1 where the target did not get to."""
     return np.array([drawn_at.get(int(node), -1) for node in frontier], np.int64)

@@ -1,63 +1,74 @@
-"""What a step costs on this machine: milliseconds over its rows and over the entries that they attend to.
+"""The time of a step on this machine, in ms, by its rows and by the KV entries that they attend to.
 
-One model prices the step with trees and the step without, so the empty tree costs exactly what plain decoding costs. It
-starts from a calibration and is refined by the steps that are served: `drift` says how far the whole machine is off by
-now (a busy neighbour, a throttled clock), and a slow correction per size how far one part of the curve is.
+`CostModel` predicts forwards of any size. It prices the step with trees and the step without, so an empty tree costs
+exactly what plain decoding costs. `PlainStepTimes` measures plain steps only: drafts are judged by it.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from worker.engine.speculation.constants import (
+    MAX_CORRECTION,
+    MIN_PLAIN_STEPS,
+    SHAPE_WEIGHT,
+    TIME_OUTLIER,
+    TIME_WEIGHT,
+)
 from worker.engine.speculation.draft_tree import FloatArray
-
-_DRIFT_WEIGHT = 0.1  # of a new step in the machine's drift, once there are enough to average
-_SHAPE_WEIGHT = 0.03  # of a new step in the correction of its size
-_OUTLIER = 1.5  # a step counts as at most so many times what was expected, and at least as one part in so many
-_LARGEST = 2.0  # correction of one size
+from worker.engine.speculation.running_mean import RunningMean, clip_ratio
 
 
 class CostModel:
-    """A piecewise linear curve through measured points, and a price per attended entry."""
+    """A piecewise linear curve over the rows of a step, plus a price per attended KV entry.
+
+    It starts from a calibration and learns from every step: `drift` is the factor of the whole machine (a busy
+    neighbour, a throttled clock), and a slow correction per size is the error of that part of the curve.
+    """
 
     def __init__(self, rows_ms: Mapping[int, float], entry_ms: float = 0.0) -> None:
-        """Take milliseconds by rows of a step, not empty, and of one KV entry that one row attends to."""
+        """Take ms by rows of a step (at least one size), and ms per KV entry that one row attends to."""
         self._rows = np.fromiter(sorted(rows_ms), np.float64)
         self._ms = np.maximum.accumulate([rows_ms[int(rows)] for rows in self._rows])
         self._entry_ms = entry_ms
-        self._correction = np.ones(len(self._rows))  # at each measured point
-        self._points = self._ms  # with it
+        self._correction = np.ones(len(self._rows))  # at each measured size
+        self._points = self._ms  # measured times with the correction
         self._drift = 1.0
         self._samples = 0
 
     def step_ms(self, rows: ArrayLike, entries: ArrayLike = 0.0) -> FloatArray:
-        """Return the time of a step of so many rows that attend to so many entries in all; rising in both."""
-        return self._drift * self._undrifted(np.asarray(rows, np.float64), np.asarray(entries, np.float64))
+        """Return the predicted time of steps with `rows` rows that attend to `entries` KV entries in all.
 
-    def measured_ms(self, rows: int, entries: float) -> float:
-        """Return the time of such a step as the calibration has it, without what was learned since."""
-        return float(self._along(self._ms, np.asarray(rows, np.float64), np.asarray(entries, np.float64)))
+        It never falls with either.
+        """
+        return self._drift * self._without_drift(np.asarray(rows, np.float64), np.asarray(entries, np.float64))
+
+    def calibrated_ms(self, rows: int, entries: float) -> float:
+        """Return the time of such a step at calibration, without what was learned since."""
+        return float(self._interpolate(self._ms, np.asarray(rows, np.float64), np.asarray(entries, np.float64)))
 
     def observe(self, rows: int, entries: float, step_ms: float) -> None:
-        """Learn from a step that was served."""
+        """Learn from a forward of a served step."""
         self._samples += 1
-        undrifted = float(self._undrifted(np.float64(rows), np.float64(entries)))
-        off = step_ms / undrifted
+        ratio = step_ms / float(self._without_drift(np.float64(rows), np.float64(entries)))
         if self._samples > 1:
-            off = min(max(off, self._drift / _OUTLIER), self._drift * _OUTLIER)
-        surprise = off / self._drift
-        self._drift *= surprise ** max(_DRIFT_WEIGHT, 1 / self._samples)
-        # The points beside this size share the rest; what the drift has taken is the machine's, not the size's.
+            ratio = clip_ratio(ratio, self._drift, TIME_OUTLIER)
+        surprise = ratio / self._drift
+        self._drift *= surprise ** max(TIME_WEIGHT, 1 / self._samples)
+        # The sizes within a factor of two learn the rest; the drift has taken what all sizes have in common.
         nearness = np.clip(1.0 - np.abs(np.log2(self._rows / rows)), 0.0, 1.0)
-        self._correction = np.clip(self._correction * surprise ** (_SHAPE_WEIGHT * nearness), 1 / _LARGEST, _LARGEST)
+        correction = self._correction * surprise ** (SHAPE_WEIGHT * nearness)
+        self._correction = np.clip(correction, 1 / MAX_CORRECTION, MAX_CORRECTION)
         self._points = np.maximum.accumulate(self._ms * self._correction)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the curve for `workers.calibration`."""
+        """Return the curve for `workers.calibration` and the calibration file."""
         return {
             "step_ms_by_rows": {str(int(r)): round(ms, 3) for r, ms in zip(self._rows, self._ms, strict=True)},
             "ms_per_1000_entries": round(self._entry_ms * 1000, 5),
@@ -67,23 +78,59 @@ class CostModel:
         }
 
     @classmethod
-    def from_json(cls, said: Mapping[str, Any]) -> Self:
-        """Return the curve that `as_json` told, without what was learned from steps."""
-        rows_ms = {int(rows): float(ms) for rows, ms in said["step_ms_by_rows"].items()}
-        return cls(rows_ms, float(said["ms_per_1000_entries"]) / 1000)
+    def from_json(cls, stored: Mapping[str, Any]) -> Self:
+        """Return the curve that `as_json` wrote, without what was learned from steps."""
+        rows_ms = {int(rows): float(ms) for rows, ms in stored["step_ms_by_rows"].items()}
+        return cls(rows_ms, float(stored["ms_per_1000_entries"]) / 1000)
 
-    def _undrifted(self, rows: FloatArray | np.float64, entries: FloatArray | np.float64) -> FloatArray:
-        return self._along(self._points, rows, entries)
+    def _without_drift(self, rows: FloatArray | np.float64, entries: FloatArray | np.float64) -> FloatArray:
+        return self._interpolate(self._points, rows, entries)
 
-    def _along(self, points: FloatArray, rows: FloatArray | np.float64, entries: FloatArray | np.float64) -> FloatArray:
+    def _interpolate(
+        self, points: FloatArray, rows: FloatArray | np.float64, entries: FloatArray | np.float64
+    ) -> FloatArray:
         ms = np.interp(rows, self._rows, points)
-        if len(points) > 1:  # beyond the last point the curve goes on as it ended
+        if len(points) > 1:  # np.interp is constant beyond the last point: extend its slope instead
             slope = (points[-1] - points[-2]) / (self._rows[-1] - self._rows[-2])
             ms = ms + slope * np.maximum(rows - self._rows[-1], 0.0)
         result: FloatArray = np.asarray(ms + self._entry_ms * entries)
         return result
 
 
-def load_class(sequences: int) -> int:
-    """Return which batches are alike enough to share what was learned: 1, 2, 3-4, 5-8, 9-16, …"""
-    return max(sequences - 1, 0).bit_length()
+class PlainStepTimes:
+    """What a plain step takes now, by load class, as a ratio to its calibration.
+
+    Only plain steps are measured. The cost model also learns from steps with trees, and an error there would look like
+    slow plain decoding: speculation would be credited with it.
+    """
+
+    def __init__(self) -> None:
+        """Start without a sample."""
+        unknown = partial(RunningMean, TIME_WEIGHT, 1.0)
+        self._plain: defaultdict[int, RunningMean] = defaultdict(unknown)
+        self._forwards: defaultdict[int, RunningMean] = defaultdict(unknown)  # by load class of their rows
+
+    def unknown(self, batch_size: int) -> bool:
+        """Return whether drafts can't be judged yet: too few plain steps of this load class were taken."""
+        return self._plain[load_class(batch_size)].samples < MIN_PLAIN_STEPS
+
+    def observe_plain(self, batch_size: int, calibrated_ms: float, step_ms: float) -> None:
+        """Learn from a step without drafts; `step_ms` includes bookkeeping."""
+        mean = self._plain[load_class(batch_size)]
+        mean.add(mean.clipped(step_ms / calibrated_ms, TIME_OUTLIER))
+
+    def observe_forward(self, rows: int, calibrated_ms: float, verify_ms: float) -> float:
+        """Learn from a forward, plain or not; return how much slower than usual the machine was at that moment."""
+        ratio, usual = verify_ms / calibrated_ms, self._forwards[load_class(rows)]
+        slowdown = ratio / usual.value if usual.samples else 1.0
+        usual.add(usual.clipped(ratio, TIME_OUTLIER))
+        return clip_ratio(slowdown, 1.0, TIME_OUTLIER)
+
+    def plain_ms(self, batch_size: int, calibrated_ms: float) -> float:
+        """Return what a plain step takes now that took `calibrated_ms` at calibration."""
+        return calibrated_ms * self._plain[load_class(batch_size)].value
+
+
+def load_class(size: int) -> int:
+    """Return the class of sizes that share statistics: 1, 2, 3-4, 5-8, 9-16, …"""
+    return max(size - 1, 0).bit_length()

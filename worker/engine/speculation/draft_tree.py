@@ -1,4 +1,10 @@
-"""Draft trees of a whole batch, as flat arrays, and how they grow."""
+"""Draft trees of a whole batch, as flat arrays.
+
+A node's value is P(the target reaches it and accepts it): the product of the conditional probabilities on its path, the
+p-hat of OPT-Tree (arXiv 2406.17276, section 3). By linearity, the expected number of accepted draft tokens E(A) is the
+sum of the values of a tree's nodes. That is exact for sample-and-match verification (`verifier`) with the right
+probabilities.
+"""
 
 from __future__ import annotations
 
@@ -17,39 +23,39 @@ from worker.engine.sequence import Sequence
 FloatArray = NDArray[np.float64]
 
 
-SOURCES = 3  # of candidates, that are told apart at most
+SOURCES = 3  # of candidates at most, each with statistics of its own
 
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """What a drafter offers below each node of a frontier: probability 0 marks an empty place."""
+    """What a drafter offers below each node of a frontier: probability 0 marks an empty entry."""
 
     tokens: IntArray  # [frontier, k]
     probabilities: FloatArray  # [frontier, k] P(the target draws this token here | it reached the node)
-    source: IntArray | None = None  # [frontier, k] who offers it, below SOURCES; None: one source for all
+    source: IntArray | None = None  # [frontier, k] the source of each, below SOURCES; None: one source for all
 
 
 class Forest:
     """The draft trees of a batch. Nodes 0..len(sequences)-1 are the roots: each sequence's newest committed token."""
 
-    def __init__(self, sequences: Seq[Sequence], worth: float = 1.0) -> None:
-        """Start with the roots alone, which is plain decoding. Values are taken times `worth`."""
+    def __init__(self, sequences: Seq[Sequence], tree_discount: float = 1.0) -> None:
+        """Start with the roots alone, which is plain decoding. All values are multiplied by `tree_discount`."""
         self.sequences = list(sequences)
         count = len(self.sequences)
         self.tree: IntArray = np.arange(count)
         self.parent: IntArray = np.full(count, -1)
         self.token: IntArray = np.array([s.ids[-1] for s in self.sequences], np.int64)
         self.depth: IntArray = np.zeros(count, np.int64)
-        self.value: FloatArray = np.full(count, worth)
+        self.value: FloatArray = np.full(count, tree_discount)
 
     @property
     def roots(self) -> IntArray:
-        """Node numbers of the roots."""
+        """Indices of the roots."""
         return np.arange(len(self.sequences))
 
     @property
     def size(self) -> int:
-        """Nodes, roots included."""
+        """Number of nodes, roots included."""
         return len(self.token)
 
     @cached_property
@@ -58,33 +64,38 @@ class Forest:
         return np.array([not s.sampling.greedy for s in self.sequences], np.bool_)
 
     @cached_property
-    def _left(self) -> IntArray:
-        """Tokens that the text of each tree may still get."""
+    def _remaining(self) -> IntArray:
+        """Tokens that may still be emitted for each tree."""
         return np.array([s.remaining for s in self.sequences], np.int64)
 
-    def add_layer(self, frontier: IntArray, candidates: Candidates, floor: float = 0.0) -> IntArray:
-        """Hang the candidates worth more than `floor` below the frontier; return the new nodes' numbers."""
+    def add_layer(self, frontier: IntArray, candidates: Candidates, min_value: float = 0.0) -> IntArray:
+        """Add the candidates with a value above `min_value` below the frontier; return the indices of the new nodes."""
         values = self.value[frontier, None] * candidates.probabilities
-        places, ranks = np.nonzero(values > floor)
-        parents = frontier[places]
+        rows, ranks = np.nonzero(values > min_value)
+        parents = frontier[rows]
         first = self.size
         self.tree = np.concatenate([self.tree, self.tree[parents]])
         self.parent = np.concatenate([self.parent, parents])
-        self.token = np.concatenate([self.token, candidates.tokens[places, ranks]])
+        self.token = np.concatenate([self.token, candidates.tokens[rows, ranks]])
         self.depth = np.concatenate([self.depth, self.depth[parents] + 1])
-        self.value = np.concatenate([self.value, values[places, ranks]])
+        self.value = np.concatenate([self.value, values[rows, ranks]])
         return np.arange(first, self.size)
 
     def ranking(self) -> IntArray:
-        """Draft nodes, best value first: parents precede children.
+        """Return the draft nodes, highest value first; parents precede their children.
 
-        Ties go to the shallower, then to the text that has most left to write, for the last one to end alone is dear.
+        Ties go to the shallower node, then to the sequence with most tokens left: a batch that drains to one sequence
+        is inefficient.
         """
         nodes = np.arange(len(self.sequences), self.size)
-        return nodes[np.lexsort((nodes, -self._left[self.tree[nodes]], self.depth[nodes], -self.value[nodes]))]
+        return nodes[np.lexsort((nodes, -self._remaining[self.tree[nodes]], self.depth[nodes], -self.value[nodes]))]
 
     def best(self, per_tree: int) -> BoolArray:
-        """Mark the `per_tree` best draft nodes of every tree, and the roots: the paper's T_opt (section 3)."""
+        """Mark the `per_tree` best draft nodes of every tree, and the roots: T_opt of OPT-Tree (section 3).
+
+        A child is worth no more than its parent, so the best nodes form a tree, and no tree of that size has a higher
+        E(A).
+        """
         ranked = self.ranking()
         by_tree = ranked[np.argsort(self.tree[ranked], kind="stable")]
         starts = np.searchsorted(self.tree[by_tree], self.roots)
@@ -95,32 +106,32 @@ class Forest:
         return kept
 
     def expected(self, kept: BoolArray) -> FloatArray:
-        """Return E(A) per tree [sequences]: expected accepted draft tokens over the kept nodes."""
+        """Return E(A) per tree, [sequences]: the expected accepted draft tokens among the kept nodes."""
         draft = kept.copy()
         draft[: len(self.sequences)] = False
         sums = np.bincount(self.tree[draft], weights=self.value[draft], minlength=len(self.sequences))
         return sums.astype(np.float64)  # of no nodes at all, bincount returns integers
 
     def pruned(self, kept: BoolArray) -> Forest:
-        """Return the kept nodes as a forest of their own, ordered by tree depth; `kept` holds every root."""
+        """Return the kept nodes as a new forest in the same order; `kept` must hold every root."""
         order = np.flatnonzero(kept)
-        number = np.full(self.size, -1)
-        number[order] = np.arange(len(order))
+        index = np.full(self.size, -1)
+        index[order] = np.arange(len(order))
         forest = Forest(self.sequences)
         forest.tree, forest.token = self.tree[order], self.token[order]
         forest.depth, forest.value = self.depth[order], self.value[order]
-        forest.parent = np.where(self.parent[order] >= 0, number[self.parent[order]], -1)
+        forest.parent = np.where(self.parent[order] >= 0, index[self.parent[order]], -1)
         assert (forest.parent[len(self.sequences) :] >= 0).all(), "a kept node lost its parent"
         return forest
 
     def nodes_of(self, tree: int) -> IntArray:
-        """Node numbers of one tree, root first, parents before children."""
+        """Return the nodes of one tree: root first, parents before children."""
         return np.flatnonzero(self.tree == tree)
 
     def siblings(self) -> tuple[IntArray, IntArray]:
-        """Return for each node its place among its siblings by value, the likeliest first, and how many it has below.
+        """Return for each node its rank among its siblings, 0 being the most likely, and how many children it has.
 
-        Of equals the one drafted first comes first.
+        Equal siblings rank in the order in which they were drafted.
         """
         roots, parents = len(self.sequences), self.parent[len(self.sequences) :]
         children = np.bincount(parents, minlength=self.size)
@@ -131,7 +142,7 @@ class Forest:
         return rank, children
 
     def path(self, node: int) -> list[int]:
-        """Tokens from below the root down to a node."""
+        """Return the tokens from below the root down to a node."""
         tokens: list[int] = []
         while self.parent[node] >= 0:
             tokens.append(int(self.token[node]))
@@ -150,7 +161,7 @@ class Forest:
         return scores
 
     def segment(self, tree: int, nodes: IntArray) -> Segment:
-        """Return the rows that show one tree to the target; the root's own KV entry is written with them."""
+        """Return the rows of one tree for the target. The root is one of them: its KV entry is not yet written."""
         sequence = self.sequences[tree]
         prefix = len(sequence.ids) - 1
         return Segment(
@@ -164,9 +175,9 @@ class Forest:
         )
 
     def _ancestors(self, nodes: IntArray) -> BoolArray:
-        """Return [n, n]: which of `nodes` (parents first) each one sees: its ancestors and itself."""
-        place = np.searchsorted(nodes, self.parent[nodes])
+        """Return the tree attention mask [n, n] of `nodes`, parents first: each node sees its ancestors and itself."""
+        parents = np.searchsorted(nodes, self.parent[nodes])
         seen = np.eye(len(nodes), dtype=np.bool_)
         for i in range(1, len(nodes)):
-            seen[i] |= seen[place[i]]
+            seen[i] |= seen[parents[i]]
         return seen

@@ -1,4 +1,4 @@
-"""Growing the draft trees of a step, layer by layer over the whole batch."""
+"""Grow the draft trees of a step, layer by layer over the whole batch."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class Drafter(Protocol):
 
     @property
     def forward_free(self) -> Drafter | None:
-        """The part of a mixed drafter that runs no network; None if there is no such part, or nothing else."""
+        """The part of a mixed drafter that runs no forward; None if it has no such part, or no other."""
 
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
-        """Offer children for the frontier nodes; every call of a step brings the next layer of the same forest."""
+        """Offer children for the frontier nodes. Each call of a step is for the next layer of the same forest."""
 
     def num_uncached_tokens(self, sequence: Sequence) -> int:
         """Return how many committed tokens a forward of the drafter must read before it can draft for the sequence."""
 
     def commit(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
-        """Learn what the target kept: `path` are nodes of the forest that was grown, `emitted` the step's tokens."""
+        """Learn what the target accepted: `path` are nodes of the drafted forest, `emitted` are the step's tokens."""
 
     def drop(self, sequence: Sequence) -> None:
         """Forget a sequence."""
@@ -44,24 +44,24 @@ class Layer:
     offered: Candidates
 
 
-Valued = Callable[[Forest, Layer], Candidates]  # a drafter's probabilities -> what the trees are to believe
+Calibrate = Callable[[Forest, Layer], Candidates]  # a drafter's probabilities -> the estimates that trees are built on
 
 
 _NONE: IntArray = np.empty(0, np.int64)
 
 
 def as_offered(_: Forest, layer: Layer) -> Candidates:
-    """Believe the drafter, as the paper does."""
+    """Use the drafter's own probabilities, as OPT-Tree does."""
     return layer.offered
 
 
 def grow(
-    forest: Forest, drafter: Drafter, budget: Budget, max_depth: int, roots: IntArray, valued: Valued = as_offered
+    forest: Forest, drafter: Drafter, budget: Budget, max_depth: int, roots: IntArray, calibrate: Calibrate = as_offered
 ) -> list[Layer]:
     """Grow the trees of `roots` in place and return what was offered.
 
-    A layer that was drafted is always eligible, and gains never rise with depth, so the first layer that is not worth
-    its cost is the right place to stop.
+    Gains never rise with depth: a layer splits the value of the one above it. So the first layer that is not worth its
+    cost is the right place to stop. Nodes of that layer can still be selected, since they are drafted already.
     """
     layers: list[Layer] = []
     frontier = _expandable(forest, roots)
@@ -69,13 +69,13 @@ def grow(
         layers.append(Layer(frontier, drafter.expand(forest, frontier)))
         added = _NONE
         if layers[-1].offered.probabilities.any():
-            added = forest.add_layer(frontier, valued(forest, layers[-1]), budget.floor)
+            added = forest.add_layer(frontier, calibrate(forest, layers[-1]), budget.min_value)
         frontier = _expandable(forest, budget.frontier(forest, frontier, added))
     return layers
 
 
 def _expandable(forest: Forest, nodes: IntArray) -> IntArray:
-    """Drop nodes whose children could never be emitted: behind an end of sequence, or beyond max_tokens."""
+    """Drop nodes whose children could never be emitted: after an end-of-sequence token, or beyond `max_tokens`."""
     useful = [
         depth + 2 <= sequence.remaining and not (depth and token in sequence.eos_ids)
         for depth, token, tree in zip(

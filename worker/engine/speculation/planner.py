@@ -1,4 +1,4 @@
-"""The planner: what a step drafts, and what of it the target sees. Trees, their depth, or no speculation at all."""
+"""Plan a step: what it drafts and what of that the target verifies. Not speculating is the case of empty trees."""
 
 from __future__ import annotations
 
@@ -13,6 +13,14 @@ from worker.engine.batch import Batch
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.segments import IntArray
 from worker.engine.speculation.acceptance_model import drawn_tokens
+from worker.engine.speculation.constants import (
+    CLEAR_GAIN,
+    CLOSE_GAIN,
+    EARNING_HORIZON,
+    MAX_LOOKUP_SHARE,
+    MAX_TRIAL_SHARE,
+    PROBE_CLOSE_FACTOR,
+)
 from worker.engine.speculation.cost_model import CostModel
 from worker.engine.speculation.draft_tree import Candidates, Forest
 from worker.engine.speculation.drafting import Drafter, Layer, as_offered, grow
@@ -21,50 +29,44 @@ from worker.engine.speculation.state import DrafterStats, SpeculationState
 from worker.engine.speculation.tree_budget import Budget, CostAwareBudget, FixedBudget
 from worker.engine.speculation.verifier import AcceptedPath
 
-_CLOSE, _CLEAR = 0.1, 0.25  # gain of drafts up to which the race is close, and from which it is clear
-_CLOSER = 8  # times as many plain steps where the race is close
-_TRIAL = 0.25  # of the account may go into what drafters must read before they have earned anything
-_GLANCE = 0.02  # of a step that a layer takes at most which need not pay, if it finds nothing
-_HORIZON = 32  # steps over which a draft that has caught up is expected to pay
-
 
 @dataclass(frozen=True, slots=True)
-class _Way:
-    """A way of drafting, and what it costs and earns."""
+class _Strategy:
+    """One way to draft, with what it costs and gains: the whole drafter, or its part that runs no forward."""
 
     drafter: Drafter
-    ledger: DrafterStats
+    stats: DrafterStats
 
 
 @dataclass(frozen=True, slots=True)
 class _Start:
-    """How a step drafts, and for whom."""
+    """How a step drafts, and for which trees."""
 
-    way: _Way
+    strategy: _Strategy
     roots: IntArray
-    behind: int  # committed tokens that the drafter must read for them
+    num_uncached_tokens: int  # committed tokens that the drafter must read for them
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """The draft trees of one step."""
 
-    forest: Forest  # every drafted node
-    shown: Forest  # those that the target sees
-    nodes: IntArray  # for each node of `shown` its number in `forest`
+    drafted: Forest  # all nodes
+    selected: Forest  # the nodes that the target verifies
+    nodes: IntArray  # the index in `drafted` of each node of `selected`
     layers: list[Layer]
     decision: Decision
-    way: _Way | None = None  # how it was drafted
-    reading_ms: float = 0.0  # that the drafter took to catch up, if it was far behind
-    look_ms: float = 0.0  # that a glance for drafts took which found nothing
+    strategy: _Strategy | None = None  # that drafted
+    catch_up_ms: float = 0.0  # time the drafter took to read uncached tokens, if it had fallen behind
+    lookup_ms: float = 0.0  # time of a draft lookup that found no candidates
 
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Where the time of a step went, in milliseconds."""
+    """Times of a step, in ms."""
 
     verify_ms: float
-    step_ms: float  # all of it, bookkeeping included
+    step_ms: float  # the whole step, bookkeeping included
 
 
 class Planner:
@@ -84,189 +86,194 @@ class Planner:
         self._costs = costs
         self._state = state
         self._acceptance = state.acceptance
-        self._learned = options.mode is Mode.OPT_TREE or options.calibrated
-        self._ways = [] if drafter is None else [_Way(drafter, state.whole)]
+        self._calibrated = options.mode is Mode.OPT_TREE or options.calibrated
+        self._strategies = [] if drafter is None else [_Strategy(drafter, state.whole)]
         if drafter is not None and drafter.forward_free is not None and options.mode is Mode.OPT_TREE:
-            self._ways.append(_Way(drafter.forward_free, state.free))
+            self._strategies.append(_Strategy(drafter.forward_free, state.forward_free))
 
     def plan(self, batch: Batch) -> StepPlan:
-        """Decide what the decoding sequences of a batch show to the target."""
-        began = self._clock()
-        forest = Forest(batch.emitting, self._acceptance.worth if self._learned else 1.0)
+        """Draft for the decoding sequences of a batch, and select what the target verifies."""
+        started = self._clock()
+        forest = Forest(batch.emitting, self._acceptance.tree_discount if self._calibrated else 1.0)
         start = self._start(batch)
         if isinstance(start, Decision):
             return StepPlan(forest, forest, forest.roots, [], start)
-        way = start.way
-        budget = self._budget(batch, way)
-        layers, reading_ms = self._grow(forest, budget, start)
+        strategy = start.strategy
+        budget = self._budget(batch, strategy)
+        layers, catch_up_ms = self._grow(forest, budget, start)
         if forest.size == len(forest.sequences):
-            if self._is_glance(len(batch.decoding), way):
-                look_ms = (self._clock() - began) * 1e3
-                return StepPlan(forest, forest, forest.roots, [], Decision.NO_CANDIDATES, way, look_ms=look_ms)
-            return StepPlan(forest, forest, forest.roots, layers, Decision.NO_CANDIDATES, way, reading_ms)
+            if self._is_cheap_lookup(len(batch.decoding), strategy):
+                lookup_ms = (self._clock() - started) * 1e3
+                return StepPlan(forest, forest, forest.roots, [], Decision.NO_CANDIDATES, strategy, lookup_ms=lookup_ms)
+            return StepPlan(forest, forest, forest.roots, layers, Decision.NO_CANDIDATES, strategy, catch_up_ms)
         cut = budget.cut(forest)
-        shown = forest.pruned(cut)
-        some = shown.size > len(shown.sequences)
-        decision = Decision.TREE if some else Decision.UNPROFITABLE
-        return StepPlan(forest, shown, np.flatnonzero(cut), layers, decision, way, reading_ms)
+        selected = forest.pruned(cut)
+        decision = Decision.TREE if selected.size > len(selected.sequences) else Decision.UNPROFITABLE
+        return StepPlan(forest, selected, np.flatnonzero(cut), layers, decision, strategy, catch_up_ms)
 
     def learn(
         self, batch: Batch, plan: StepPlan, accepted: list[AcceptedPath], tokens: int, times: StepTimes
     ) -> float | None:
-        """Learn from a step that was taken and emitted so many tokens.
+        """Learn from a step that emitted `tokens` tokens in all.
 
-        Return what it would have taken without drafts, by what was known before; None if nobody knows: it shared a
-        prefill.
+        Return the ms that it would have taken without drafts. None if that can't be told, because it shared a prefill.
         """
         if plan.layers:
-            self._label(plan, accepted)
+            self._learn_acceptance(plan, accepted)
         if self._costs is None or batch.chunks:
             return None
-        trees, rows = len(batch.decoding), plan.shown.size
-        entries = batch.entries * rows / trees
+        batch_size, rows = len(batch.decoding), plan.selected.size
+        entries = batch.entries * rows / batch_size
         plain_ms = self._plain_ms(batch, plan, self._costs, times, entries)
-        self._settle(plan, trees, tokens, times.step_ms, plain_ms)
+        self._update_guards(plan, batch_size, tokens, times.step_ms, plain_ms)
         self._costs.observe(rows, entries, times.verify_ms)
         return plain_ms
 
     def _plain_ms(self, batch: Batch, plan: StepPlan, costs: CostModel, times: StepTimes, entries: float) -> float:
-        """Return what the step, whose rows attended to `entries`, would have taken without drafts.
+        """Return the ms that the step, whose rows attended to `entries`, would have taken without drafts.
 
-        A plain step has just told, or one with nothing but a glance for drafts.
+        A plain step has measured it; so has one whose lookup found no candidates.
         """
-        trees, rows, pace = len(batch.decoding), plan.shown.size, self._state.pace
-        plain_ms = costs.measured_ms(trees, batch.entries)
-        forward_ms = costs.measured_ms(rows, entries)
-        moment = pace.observe_forward(rows, forward_ms, times.verify_ms)
+        batch_size, rows, plain_steps = len(batch.decoding), plan.selected.size, self._state.plain_steps
+        calibrated_ms = costs.calibrated_ms(batch_size, batch.entries)
+        forward_ms = costs.calibrated_ms(rows, entries)
+        slowdown = plain_steps.observe_forward(rows, forward_ms, times.verify_ms)
         if not plan.layers:
-            step_ms = times.step_ms - plan.look_ms
-            pace.observe_plain(trees, plain_ms, step_ms)
+            step_ms = times.step_ms - plan.lookup_ms
+            plain_steps.observe_plain(batch_size, calibrated_ms, step_ms)
             return step_ms
-        # A slow moment of the machine would have slowed a plain step as well: drafts are judged by its speed right now.
-        return pace.plain_ms(trees, plain_ms) * moment
+        # What slowed the machine at this moment would have slowed a plain step as well.
+        return plain_steps.plain_ms(batch_size, calibrated_ms) * slowdown
 
-    def _settle(self, plan: StepPlan, trees: int, tokens: int, step_ms: float, plain_ms: float) -> None:
-        """Book what a step brought to the way in which it was drafted; the others had a rest."""
-        for way in self._ways:
-            ledger = way.ledger
-            if plan.way is not None and way is not plan.way:
-                ledger.governor.rest(trees, tokens)
+    def _update_guards(self, plan: StepPlan, batch_size: int, tokens: int, step_ms: float, plain_ms: float) -> None:
+        """Account for a step in the strategy that drafted it, or in all if none did; the others were idle."""
+        for strategy in self._strategies:
+            stats = strategy.stats
+            if plan.strategy is not None and strategy is not plan.strategy:
+                stats.guard.observe_idle(batch_size, tokens)
                 continue
-            ledger.governor.settle(trees, tokens, step_ms, plain_ms, speculated=bool(plan.layers))
+            stats.guard.observe(batch_size, tokens, step_ms, plain_ms, speculated=bool(plan.layers))
             if plan.layers:
-                # What was read serves many steps: the account pays it, but it tells nothing of a step's worth.
-                earned = tokens - trees * (step_ms - plan.reading_ms) / plain_ms
-                ledger.drafts.observe_earned(earned / len(plan.layers[0].frontier))
+                # The guard pays for catching up. It serves many steps, so it is no part of what this one gained.
+                gain = tokens - batch_size * (step_ms - plan.catch_up_ms) / plain_ms
+                stats.costs.observe_gain(gain / len(plan.layers[0].frontier))
 
     def _start(self, batch: Batch) -> _Start | Decision:
-        """Return how to draft and for which trees: the first way that may, or the reason why none does."""
-        trees = len(batch.decoding)
-        if not self._ways or batch.plain:
+        """Return the first strategy that may draft and for which trees, or the reason why none may."""
+        batch_size = len(batch.decoding)
+        if not self._strategies or batch.plain:
             return Decision.OFF
-        if not trees:
+        if not batch_size:
             return Decision.PREFILL
         if self._options.mode is Mode.PAPER:
-            way = self._ways[0]
-            return _Start(way, np.arange(trees), sum(map(way.drafter.num_uncached_tokens, batch.decoding)))
+            strategy = self._strategies[0]
+            uncached = sum(map(strategy.drafter.num_uncached_tokens, batch.decoding))
+            return _Start(strategy, np.arange(batch_size), uncached)
         self._state.steps += 1
-        if self._probes(trees):
+        if self._probes(batch_size):
             return Decision.PROBE
         decision = Decision.GUARD
-        for way in self._ways:
-            if self._may(batch, way.ledger.governor):
-                start = self._affordable(batch, way)
+        for strategy in self._strategies:
+            if self._may_draft(batch, strategy.stats.guard):
+                start = self._affordable(batch, strategy)
                 if start is not None:
                     return start
                 decision = Decision.DRAFT_LAGGING
         return decision
 
     @staticmethod
-    def _may(batch: Batch, governor: RegretGuard) -> bool:
-        """Return whether a way of drafting may be used. Beside a prefill nothing is learned, so nothing is tried."""
-        trees = len(batch.decoding)
-        return not governor.overdrawn(trees) and (not batch.chunks or governor.gain(trees) > 0.0)
+    def _may_draft(batch: Batch, guard: RegretGuard) -> bool:
+        """Return whether a strategy may be used. Beside a prefill only if it gains: nothing is learned there."""
+        batch_size = len(batch.decoding)
+        return not guard.blocked(batch_size) and (not batch.chunks or guard.gain(batch_size) > 0.0)
 
-    def _probes(self, trees: int) -> bool:
-        """Return whether the step is plain on purpose: the first of its kind, then one in so many."""
+    def _probes(self, batch_size: int) -> bool:
+        """Return whether the step is plain on purpose: the first of its load class, then one in `_probe_interval`."""
         state = self._state
-        probes = state.pace.unknown(trees) or state.steps - state.probed >= self._probe_every(trees)
+        since = state.steps - state.last_probe
+        probes = state.plain_steps.unknown(batch_size) or since >= self._probe_interval(batch_size)
         if probes:
-            state.probed = state.steps
+            state.last_probe = state.steps
         return probes
 
-    def _probe_every(self, trees: int) -> int:
-        """Return one in how many steps is plain on purpose.
+    def _probe_interval(self, batch_size: int) -> int:
+        """Return the number of steps per probe.
 
-        More where the race is close: there a plain step costs nothing, and the judgement is easily wrong. Fewer where
-        drafts gain much, for it costs what they gain.
+        Fewer where plain decoding and drafts are close: a probe costs nothing there, and the judgement is easily wrong.
+        More where drafts gain much: a probe costs what they gain.
         """
-        every, gain = self._options.probe_every, max(way.ledger.governor.gain(trees) for way in self._ways)
-        return max(every // _CLOSER, 2) if gain < _CLOSE else int(every * max(gain / _CLEAR, 1.0))
+        interval = self._options.probe_every
+        gain = max(strategy.stats.guard.gain(batch_size) for strategy in self._strategies)
+        if gain < CLOSE_GAIN:
+            return max(interval // PROBE_CLOSE_FACTOR, 2)
+        return int(interval * max(gain / CLEAR_GAIN, 1.0))
 
-    def _budget(self, batch: Batch, way: _Way) -> Budget:
+    def _budget(self, batch: Batch, strategy: _Strategy) -> Budget:
         if self._options.mode is Mode.PAPER or self._costs is None:
             return FixedBudget(self._options.nodes, self._options.threshold)
-        trees = len(batch.decoding)
-        rate, rows = partial(self._rate, batch, self._costs, way), trees + batch.prefill_rows
-        return CostAwareBudget(self._options.nodes, self._costs, way.ledger.drafts, rate, rows, batch.entries, trees)
+        batch_size = len(batch.decoding)
+        price, rows = partial(self._time_price, batch, self._costs, strategy), batch_size + batch.prefill_rows
+        drafts = strategy.stats.costs
+        return CostAwareBudget(self._options.nodes, self._costs, drafts, price, rows, batch.entries, batch_size)
 
-    def _rate(self, batch: Batch, costs: CostModel, way: _Way) -> float:
-        """Return the tokens per millisecond that are the price of time in a batch like this."""
-        trees = len(batch.decoding)
-        plain_ms = self._state.pace.plain_ms(trees, costs.measured_ms(trees, batch.entries))
-        return way.ledger.governor.rate(trees, plain_ms)
+    def _time_price(self, batch: Batch, costs: CostModel, strategy: _Strategy) -> float:
+        """Return the opportunity cost of a ms in a batch like this, in tokens."""
+        batch_size = len(batch.decoding)
+        calibrated_ms = costs.calibrated_ms(batch_size, batch.entries)
+        return strategy.stats.guard.time_price(batch_size, self._state.plain_steps.plain_ms(batch_size, calibrated_ms))
 
-    def _affordable(self, batch: Batch, way: _Way) -> _Start | None:
-        """Return a start with the trees whose reading by the drafter can be paid, those least behind first.
+    def _affordable(self, batch: Batch, strategy: _Strategy) -> _Start | None:
+        """Return a start with the trees for which the drafter can afford to catch up, fewest uncached tokens first.
 
-        A drafter reads lazily, so one that was not asked for long, or not yet, must catch up. That is paid from a part
-        of the account and from what its trees have lately earned: a draft that never earned anything is tried on few
-        texts, and enough is left to see how it does there.
+        A drafter reads lazily: if it was not used for a while, it must read what was written since. That is paid from a
+        part of the guard's tokens plus what its trees are expected to gain. So a draft that never gained anything is
+        tried on few sequences, and enough is left to measure its gain there.
         """
-        trees, drafts = len(batch.decoding), way.ledger.drafts
-        behind = [way.drafter.num_uncached_tokens(sequence) for sequence in batch.decoding]
-        if self._costs is None or max(behind) <= self._options.max_depth:
-            return _Start(way, np.arange(trees), sum(behind))
-        order = np.argsort(behind, kind="stable")
-        reading = np.array(behind)[order].cumsum()
-        price = self._rate(batch, self._costs, way) * drafts.row_ms * reading
-        expected = _HORIZON * max(drafts.earned, 0.0) * np.arange(1, trees + 1)
-        credit = way.ledger.governor.credit(trees)
-        count = int((price <= _TRIAL * credit + expected).sum())
-        if count == 0 and price[0] <= credit:
-            count = 1  # one is enough to learn what drafts are worth
+        batch_size, drafts = len(batch.decoding), strategy.stats.costs
+        uncached = [strategy.drafter.num_uncached_tokens(sequence) for sequence in batch.decoding]
+        if self._costs is None or max(uncached) <= self._options.max_depth:
+            return _Start(strategy, np.arange(batch_size), sum(uncached))
+        order = np.argsort(uncached, kind="stable")
+        to_read = np.array(uncached)[order].cumsum()
+        price = self._time_price(batch, self._costs, strategy) * drafts.row_ms * to_read
+        expected = EARNING_HORIZON * max(drafts.gain, 0.0) * np.arange(1, batch_size + 1)
+        tokens = strategy.stats.guard.tokens(batch_size)
+        count = int((price <= MAX_TRIAL_SHARE * tokens + expected).sum())
+        if count == 0 and price[0] <= tokens:
+            count = 1  # one is enough to measure the gain
         if not drafts.row_ms:
-            count = 1  # and what reading costs
-        return _Start(way, np.sort(order[:count]), int(reading[count - 1])) if count else None
+            count = 1  # and to measure the time of reading
+        return _Start(strategy, np.sort(order[:count]), int(to_read[count - 1])) if count else None
 
-    def _is_glance(self, trees: int, way: _Way) -> bool:
-        """Return whether a look for drafts that found nothing took next to no time: then the step was a plain one."""
+    def _is_cheap_lookup(self, batch_size: int, strategy: _Strategy) -> bool:
+        """Return whether drafting that found no candidates took next to no time: then the step was a plain one."""
         if self._costs is None or self._options.mode is Mode.PAPER:
             return False
-        return way.ledger.drafts.layer_ms(trees) * way.ledger.governor.served(trees) < _GLANCE * trees
+        stats = strategy.stats
+        return stats.costs.layer_ms(batch_size) * stats.guard.throughput(batch_size) < MAX_LOOKUP_SHARE * batch_size
 
     def _grow(self, forest: Forest, budget: Budget, start: _Start) -> tuple[list[Layer], float]:
-        """Grow the trees; return what was offered, and the time that went into catching up."""
-        started, way = self._clock(), start.way
-        valued = self._valued if self._learned else as_offered
-        layers = grow(forest, way.drafter, budget, self._options.max_depth, start.roots, valued)
+        """Grow the trees; return what was offered, and the ms that went into catching up."""
+        started, strategy = self._clock(), start.strategy
+        calibrate = self._calibrate if self._calibrated else as_offered
+        layers = grow(forest, strategy.drafter, budget, self._options.max_depth, start.roots, calibrate)
         ms = (self._clock() - started) * 1e3
-        return layers, way.ledger.drafts.observe_growth(start.behind, [len(layer.frontier) for layer in layers], ms)
+        expanded = [len(layer.frontier) for layer in layers]
+        return layers, strategy.stats.costs.observe_growth(start.num_uncached_tokens, expanded, ms)
 
-    def _valued(self, forest: Forest, layer: Layer) -> Candidates:
+    def _calibrate(self, forest: Forest, layer: Layer) -> Candidates:
         return self._acceptance.of(forest, layer.frontier, layer.offered)
 
-    def _label(self, plan: StepPlan, accepted: list[AcceptedPath]) -> None:
-        """Tell the drafted nodes that the target came by which token it drew there."""
+    def _learn_acceptance(self, plan: StepPlan, accepted: list[AcceptedPath]) -> None:
+        """Label the drafted nodes that the target reached with the token that it drew there."""
         drawn: dict[int, int] = {}
         for root, kept in enumerate(accepted):
             path = plan.nodes[kept.path].tolist()
-            tokens = [*plan.shown.token[kept.path].tolist(), kept.bonus]
+            tokens = [*plan.selected.token[kept.path].tolist(), kept.bonus]
             drawn.update(zip([root, *path], tokens, strict=True))
         for layer in plan.layers:
-            self._acceptance.learn(plan.forest, layer.frontier, layer.offered, drawn_tokens(layer.frontier, drawn))
-        shown = plan.shown.size - len(accepted)
-        if shown:
-            expected = float(plan.shown.value[len(accepted) :].sum())
-            self._acceptance.learn_worth(expected, sum(len(kept.path) for kept in accepted))
+            self._acceptance.learn(plan.drafted, layer.frontier, layer.offered, drawn_tokens(layer.frontier, drawn))
+        if plan.selected.size > len(accepted):
+            expected = float(plan.selected.value[len(accepted) :].sum())
+            self._acceptance.learn_discount(expected, sum(len(kept.path) for kept in accepted))
         self._acceptance.forget()

@@ -1,127 +1,152 @@
-"""The governor: may this step speculate? It watches what speculation really earned, whatever the model predicts."""
+"""May this step speculate? A guard that bounds what speculation can lose, even if the cost model is wrong.
+
+It is a token bucket per drafting strategy and load class. A step adds the tokens that it wrote more than plain decoding
+would have in the same time, or takes away those it wrote less; every step refills a small allowance. An empty bucket
+blocks the strategy until it holds `REOPEN_TOKENS` again, so long losses stay below `REFILL_RATE` of all tokens.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
+from worker.engine.speculation.constants import (
+    BUCKET_TOKENS,
+    BUCKET_TOKENS_PER_SEQUENCE,
+    GAIN_WEIGHT,
+    REFILL_RATE,
+    REOPEN_TOKENS,
+    STEP_OUTLIER,
+)
 from worker.engine.speculation.cost_model import load_class
-
-_ALLOWANCE = 0.003  # of all tokens may be lost by a way of drafting that does not pay; there are two at most
-_START = 4.0  # tokens of a new account, and what any holds at most: to find out what drafts are worth
-_PURSE = 0.5  # tokens per sequence that it holds at most, if that is more: old luck must not pay for long losses
-_BACK = 0.5  # tokens that an overdrawn account must hold again
-_RATE_WEIGHT = 0.05  # of a step in the running rate
-_OUTLIER = 2.5  # a step's time counts as at most so many times what such a step usually takes
+from worker.engine.speculation.running_mean import RunningMean
 
 
 class Decision(StrEnum):
-    """What a step did, and why."""
+    """What a step did, and why. The values are stored in the column `decision`."""
 
-    TREE = "tree"  # some sequence showed draft nodes
+    TREE = "tree"  # some sequence verified draft nodes
     OFF = "off"  # the mode is plain
-    PROBE = "probe"  # plain on purpose, to keep the comparison honest
-    GUARD = "guard"  # speculation has not paid lately
-    UNPROFITABLE = "unprofitable"  # drafts were grown, and none was worth a row
+    PROBE = "probe"  # plain on purpose, to measure plain decoding
+    GUARD = "guard"  # blocked by the regret guard: speculation has not paid lately
+    UNPROFITABLE = "unprofitable"  # drafts were grown, and none was worth its time
     NO_CANDIDATES = "nothing"  # the drafter offered nothing
-    DRAFT_LAGGING = "behind"  # the drafter would have to read more than its drafts are likely to earn
+    DRAFT_LAGGING = "behind"  # catching up would cost the drafter more than its drafts are expected to bring
     PREFILL = "prefill"  # no sequence was decoding
 
 
-@dataclass(slots=True)
-class _Account:
-    credit: float = _START  # tokens
-    overdrawn: bool = False
-    rate: float = 0.0  # tokens per millisecond, as served
-    speedup: float = 1.0  # of steps as served over plain ones
-    steps: int = 0
-    gain: float = 0.0  # of a step that speculated over a plain one, in parts of it
-    tries: int = 0  # steps that speculated
-    usual: float = 1.0  # plain steps that one of them takes
+_mean = partial(RunningMean, GAIN_WEIGHT)
 
-    def plain_steps(self, step_ms: float, plain_ms: float, speculated: bool) -> float:
+
+@dataclass(slots=True)
+class _LoadClass:
+    """The bucket of one load class, and running means of its steps."""
+
+    tokens: float  # in the bucket
+    blocked: bool = False
+    throughput: RunningMean = field(default_factory=_mean)  # tokens per ms, of all steps
+    speedup: RunningMean = field(default_factory=partial(_mean, 1.0))  # over plain decoding, of all steps
+    gain: RunningMean = field(default_factory=_mean)  # over plain decoding, in parts of it, of steps that speculated
+    plain_steps: RunningMean = field(default_factory=partial(_mean, 1.0))  # that one which speculated takes
+
+    def refill(self, batch_size: int, tokens: int, earned: float = 0.0) -> None:
+        """Add what a step earned and its allowance, up to the capacity."""
+        capacity = max(BUCKET_TOKENS, BUCKET_TOKENS_PER_SEQUENCE * batch_size)
+        self.tokens = min(self.tokens + earned + REFILL_RATE * tokens, capacity)
+
+    def update(self) -> None:
+        """Block on an empty bucket; unblock with hysteresis."""
+        self.blocked = self.tokens < (REOPEN_TOKENS if self.blocked else 0.0)
+
+    def steps_taken(self, step_ms: float, plain_ms: float, speculated: bool) -> float:
         """Return how many plain steps a step took.
 
-        A moment that the machine was away must not pass for a loss, and drafts that are dear every time must.
+        Clipped, so that a pause of the machine is not booked as a loss; relative to the usual length of steps that
+        speculate, so that drafts which are slow every time are.
         """
-        steps = min(step_ms / plain_ms, _OUTLIER * max(1.0, self.usual if speculated else 1.0))
+        usual = self.plain_steps.value if speculated else 1.0
+        steps = min(step_ms / plain_ms, STEP_OUTLIER * max(1.0, usual))
         if speculated:
-            self.tries += 1
-            self.usual += max(_RATE_WEIGHT, 1 / self.tries) * (steps - self.usual)
+            self.plain_steps.add(steps)
         return steps
 
 
 class RegretGuard:
-    """Accounts of speculation by load class."""
+    """Token buckets of one drafting strategy, by load class."""
 
     def __init__(self) -> None:
-        """Start without accounts."""
-        self._accounts: dict[int, _Account] = {}
+        """Start without a bucket."""
+        self._classes: dict[int, _LoadClass] = {}
 
-    def _account(self, sequences: int) -> _Account:
-        """Return the account of a load, a new one if there is none.
+    def _class(self, batch_size: int) -> _LoadClass:
+        """Return the bucket of a load, a new one if there is none.
 
-        What did not pay for fewer sequences hardly pays for more, whose rows are dearer: little may be spent on it.
+        If drafts lost with fewer sequences they will hardly gain with more, where rows cost more: a small trial will
+        do.
         """
-        load = load_class(sequences)
-        if load not in self._accounts:
-            fewer = [known for known in self._accounts if known < load and self._accounts[known].tries]
-            lost = bool(fewer) and self._accounts[max(fewer)].gain < 0
-            self._accounts[load] = _Account(credit=_BACK if lost else _START)
-        return self._accounts[load]
+        load = load_class(batch_size)
+        if load not in self._classes:
+            smaller = [known for known in self._classes if known < load and self._classes[known].gain.samples]
+            lost = bool(smaller) and self._classes[max(smaller)].gain.value < 0
+            self._classes[load] = _LoadClass(REOPEN_TOKENS if lost else BUCKET_TOKENS)
+        return self._classes[load]
 
-    def overdrawn(self, sequences: int) -> bool:
-        """Return whether the next step, of so many decoding sequences, must do without these drafts."""
-        return self._account(sequences).overdrawn
+    def blocked(self, batch_size: int) -> bool:
+        """Return whether the next step, of `batch_size` decoding sequences, must not use this strategy."""
+        return self._class(batch_size).blocked
 
-    def rate(self, sequences: int, plain_ms: float) -> float:
-        """Return the tokens per millisecond that are the price of time: those of plain decoding, or as much better as
-        steps of this load have been, whatever their number of sequences."""
-        return sequences / plain_ms * max(self._account(sequences).speedup, 1.0)
+    def time_price(self, batch_size: int, plain_ms: float) -> float:
+        """Return the opportunity cost of time, in tokens per ms: plain throughput, or the recent one if it is higher.
 
-    def served(self, sequences: int) -> float:
-        """Return the tokens per millisecond of steps that were served, of whatever kind; 0 before the first."""
-        return self._account(sequences).rate
+        It is scaled from the load class to `batch_size`, since the speed-up is what the class has in common.
+        """
+        return batch_size / plain_ms * max(self._class(batch_size).speedup.value, 1.0)
 
-    def credit(self, sequences: int) -> float:
-        """Return the tokens that may be spent on trying drafts."""
-        return self._account(sequences).credit
+    def throughput(self, batch_size: int) -> float:
+        """Return the tokens per ms of recent steps, with drafts or not; 0 before the first."""
+        return self._class(batch_size).throughput.value
 
-    def gain(self, sequences: int) -> float:
-        """Return what steps that speculated have lately gained over plain ones, in parts of a plain step."""
-        return self._account(sequences).gain
+    def tokens(self, batch_size: int) -> float:
+        """Return the tokens in the bucket: what may be lost on trying drafts."""
+        return self._class(batch_size).tokens
 
-    def settle(self, sequences: int, tokens: int, step_ms: float, plain_ms: float, *, speculated: bool) -> None:
-        """Book a served step; `speculated` if it spent more than a glance on drafts, verified or not."""
-        account = self._account(sequences)
-        plain_steps = account.plain_steps(step_ms, plain_ms, speculated)
-        account.steps += 1
-        weight = max(_RATE_WEIGHT, 1 / account.steps)
-        account.rate += weight * (tokens / (plain_steps * plain_ms) - account.rate)
-        account.speedup += weight * (tokens / (sequences * plain_steps) - account.speedup)
-        earned = tokens - sequences * plain_steps  # of a plain step nothing
-        account.credit = min(account.credit + earned + _ALLOWANCE * tokens, max(_START, _PURSE * sequences))
+    def gain(self, batch_size: int) -> float:
+        """Return what recent steps that speculated gained over plain ones, in parts of a plain step."""
+        return self._class(batch_size).gain.value
+
+    def observe(self, batch_size: int, tokens: int, step_ms: float, plain_ms: float, *, speculated: bool) -> None:
+        """Account for a step that wrote `tokens` tokens in `step_ms`, where plain decoding takes `plain_ms`.
+
+        `speculated`: it spent more than a lookup on drafts, verified or not.
+        """
+        load = self._class(batch_size)
+        steps = load.steps_taken(step_ms, plain_ms, speculated)
+        load.throughput.add(tokens / (steps * plain_ms))
+        load.speedup.add(tokens / (batch_size * steps))
+        earned = tokens - batch_size * steps  # 0 for a plain step
+        load.refill(batch_size, tokens, earned)
         if speculated:
-            account.gain += max(_RATE_WEIGHT, 1 / account.tries) * (earned / sequences - account.gain)
-            if account.gain >= 0.0:
-                account.credit = max(account.credit, 0.0)
-        account.overdrawn = account.credit < (_BACK if account.overdrawn else 0.0)
+            load.gain.add(earned / batch_size)
+            if load.gain.value >= 0.0:
+                load.tokens = max(load.tokens, 0.0)
+        load.update()
 
-    def rest(self, sequences: int, tokens: int) -> None:
-        """Book a step that other drafts had."""
-        account = self._account(sequences)
-        account.credit = min(account.credit + _ALLOWANCE * tokens, max(_START, _PURSE * sequences))
-        account.overdrawn = account.overdrawn and account.credit < _BACK
+    def observe_idle(self, batch_size: int, tokens: int) -> None:
+        """Refill the allowance for a step that used another strategy."""
+        load = self._class(batch_size)
+        load.refill(batch_size, tokens)
+        load.update()
 
     def as_json(self) -> dict[str, Any]:
-        """Return the accounts, by the largest batch of each load class."""
+        """Return the buckets, by the largest batch of each load class."""
         return {
             str(2**key): {
-                "credit_tokens": round(account.credit, 2),
-                "overdrawn": account.overdrawn,
-                "tokens_per_s": round(account.rate * 1e3, 2),
-                "steps": account.steps,
+                "credit_tokens": round(load.tokens, 2),
+                "overdrawn": load.blocked,
+                "tokens_per_s": round(load.throughput.value * 1e3, 2),
+                "steps": load.throughput.samples,
             }
-            for key, account in sorted(self._accounts.items())
+            for key, load in sorted(self._classes.items())
         }

@@ -1,4 +1,4 @@
-"""Everything that is learned about a drafter while it drafts. It outlives the engine that learned it."""
+"""What the planner has learned about a drafter. It outlives the engine: the next one with this drafter continues."""
 
 from __future__ import annotations
 
@@ -6,37 +6,37 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from worker.engine.speculation.acceptance_model import AcceptanceModel
+from worker.engine.speculation.cost_model import PlainStepTimes
 from worker.engine.speculation.draft_costs import DraftCosts, DraftTimes
-from worker.engine.speculation.plain_step_time import PlainStepTimes
 from worker.engine.speculation.regret_guard import RegretGuard
 
 
 @dataclass(frozen=True, slots=True)
 class DrafterStats:
-    """What one way of drafting costs and earns."""
+    """What one drafting strategy costs and gains."""
 
-    drafts: DraftCosts = field(default_factory=DraftCosts)
-    governor: RegretGuard = field(default_factory=RegretGuard)
+    costs: DraftCosts = field(default_factory=DraftCosts)
+    guard: RegretGuard = field(default_factory=RegretGuard)
 
 
 @dataclass(slots=True)
 class SpeculationState:
-    """What one drafter with one target has been worth so far: all of it, and the part that runs no network."""
+    """Everything learned about one drafter with one target: as a whole, and of its part that runs no forward."""
 
     acceptance: AcceptanceModel = field(default_factory=AcceptanceModel)
     whole: DrafterStats = field(default_factory=DrafterStats)
-    free: DrafterStats = field(default_factory=DrafterStats)
-    steps: int = 0  # that might have had drafts
-    probed: int = 0  # which of them was the last that was plain on purpose
-    pace: PlainStepTimes = field(default_factory=PlainStepTimes)
+    forward_free: DrafterStats = field(default_factory=DrafterStats)
+    plain_steps: PlainStepTimes = field(default_factory=PlainStepTimes)
+    steps: int = 0  # that could have speculated
+    last_probe: int = 0  # the number of the last of them that was plain on purpose
 
     @classmethod
-    def of(cls, whole: DraftTimes, free: DraftTimes | None) -> Self:
-        """Return what is known at the start of a drafter, and of its part that runs no network: what they cost."""
-        return cls(whole=DrafterStats(DraftCosts(whole)), free=DrafterStats(DraftCosts(free)))
+    def of(cls, whole: DraftTimes, forward_free: DraftTimes | None) -> Self:
+        """Return the state before the first step: calibrated times, and nothing learned."""
+        return cls(whole=DrafterStats(DraftCosts(whole)), forward_free=DrafterStats(DraftCosts(forward_free)))
 
     def as_json(self) -> dict[str, Any]:
-        """Return it for `workers.calibration`."""
-        accounts = {"whole": self.whole.governor.as_json(), "free": self.free.governor.as_json()}
-        times = {"whole": self.whole.drafts.as_json(), "free": self.free.drafts.as_json()}
-        return {"acceptance": self.acceptance.as_json(), "accounts": accounts, "drafts": times}
+        """Return the state for `workers.calibration`."""
+        buckets = {"whole": self.whole.guard.as_json(), "free": self.forward_free.guard.as_json()}
+        times = {"whole": self.whole.costs.as_json(), "free": self.forward_free.costs.as_json()}
+        return {"acceptance": self.acceptance.as_json(), "accounts": buckets, "drafts": times}

@@ -1,6 +1,6 @@
-"""How large the draft trees of a step may be: the paper's fixed rule, or one measured price for the whole batch.
+"""How large the draft trees of a step may be: OPT-Tree's fixed rule, or one measured price for the whole batch.
 
-A budget is made for one step and asked layer by layer.
+A budget is made for one step and asked after every layer.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ import numpy as np
 
 from worker.engine.options import MAX_STEP_NODES
 from worker.engine.segments import BoolArray, IntArray
+from worker.engine.speculation.constants import MIN_NET_GAIN
 from worker.engine.speculation.cost_model import CostModel
 from worker.engine.speculation.draft_costs import DraftCosts
 from worker.engine.speculation.draft_tree import FloatArray, Forest
 
-_MORE = np.arange(MAX_STEP_NODES + 1)
-_LEAST_GAIN = 0.03  # of a plain step's tokens: prices are not known so well that a smaller gain is one
+_COUNTS = np.arange(MAX_STEP_NODES + 1)
 
 
 class Budget(Protocol):
-    """Decides which nodes are worth adding, which are expanded further, and which the target sees."""
+    """Decides which nodes are added, which are expanded, and which the target verifies."""
 
     @property
-    def floor(self) -> float:
-        """The value below which a node is not worth a row under any circumstances."""
+    def min_value(self) -> float:
+        """The value below which a node can't be worth its row."""
 
     def frontier(self, forest: Forest, expanded: IntArray, layer: IntArray) -> IntArray:
-        """Return the nodes to expand of the newest layer, which hangs below `expanded`; none ends the growth."""
+        """Return the nodes of the newest layer, below `expanded`, to expand next; none ends the growth."""
 
     def cut(self, forest: Forest) -> BoolArray:
-        """Return the nodes to verify, a parent-closed set with every root."""
+        """Return the nodes to verify: a parent-closed set with every root."""
 
 
 class FixedBudget:
-    """OPT-Tree as published: the n best nodes of each tree; stop when a layer adds no more than the threshold."""
+    """OPT-Tree as published (arXiv 2406.17276, section 3): n nodes per tree, and a threshold delta that ends growth."""
 
-    floor = 0.0
+    min_value = 0.0
 
     def __init__(self, nodes: int, threshold: float) -> None:
         """Take n and delta of the paper."""
@@ -47,27 +47,29 @@ class FixedBudget:
         self._expected: FloatArray | float = 0.0
 
     def frontier(self, forest: Forest, expanded: IntArray, layer: IntArray) -> IntArray:
-        """Go on in the trees whose E(A) grew by more than the threshold, below the nodes that are among the n best."""
+        """Return the new nodes among the n best of their trees, in trees whose E(A) grew by more than delta."""
         best = forest.best(self._nodes)
         expected = forest.expected(best)
-        alive = self.goes_on(expected - self._expected)
+        growing = self.should_continue(expected - self._expected)
         self._expected = expected
-        return layer[best[layer] & alive[forest.tree[layer]]]
+        return layer[best[layer] & growing[forest.tree[layer]]]
 
-    def goes_on(self, gain: FloatArray) -> BoolArray:
-        """Return per tree whether what the last layer added to E(A) is enough."""
+    def should_continue(self, gain: FloatArray) -> BoolArray:
+        """Return per tree whether the last layer added enough to E(A)."""
         return gain > self._threshold
 
     def cut(self, forest: Forest) -> BoolArray:
-        """Verify all of the n best."""
+        """Verify the n best nodes of every tree."""
         return forest.best(self._nodes)
 
 
 class CostAwareBudget:
-    """A node is worth a row if it brings more tokens than the engine makes in the time of the row.
+    """A node is worth a row if it brings more tokens than the engine writes in the time of the row.
 
-    With `rate` tokens per millisecond (the price), the cut is the prefix of the batch's ranking with the most of
-    `expected tokens - rate * time`, which maximises tokens per second over the run rather than in this step alone.
+    Let lambda be the throughput in tokens per ms (`price`). The cut is the prefix of the batch's ranking that maximises
+    `expected tokens - lambda * time`. That maximises tokens over time of the whole run, not of this step alone
+    (Dinkelbach's method for ratios, 1967); no speculation is the empty prefix. The nodes are chosen for E(A) as in
+    OPT-Tree, but for all trees together.
     """
 
     def __init__(
@@ -75,115 +77,116 @@ class CostAwareBudget:
         nodes: int,
         costs: CostModel,
         drafts: DraftCosts,
-        rate: Callable[[], float],
+        price: Callable[[], float],
         rows: int,
         entries: float,
         trees: int,
     ) -> None:
-        """Price a step that has `rows` rows attending to `entries` KV entries even without drafts, of `trees` trees.
+        """Price a step of `trees` trees that has `rows` rows attending to `entries` KV entries even without drafts.
 
-        Nothing is computed before something was drafted: many a look for drafts finds nothing.
+        Everything is computed on first use: most lookups for drafts find nothing, and must cost nothing.
         """
         self._nodes = nodes
         self._costs = costs
         self._drafts = drafts
-        self._asked_rate = rate
+        self._get_price = price
         self._rows = rows
         self._entries = entries
         self._trees = trees
 
     @cached_property
-    def floor(self) -> float:
-        """The cheapest row's price."""
-        return float((self._price[1:] / _MORE[1 : len(self._price)]).min())
+    def min_value(self) -> float:
+        """The lowest price of a row, in tokens, over all numbers of rows."""
+        return float((self._row_prices[1:] / _COUNTS[1 : len(self._row_prices)]).min())
 
     @cached_property
-    def _rate(self) -> float:
-        return self._asked_rate()
+    def _price(self) -> float:
+        return self._get_price()
 
     @cached_property
-    def _price(self) -> FloatArray:
-        """What so many nodes cost, in tokens."""
-        more = _MORE[: min(MAX_STEP_NODES, self._nodes * self._trees) + 1]
-        ms = self._costs.step_ms(self._rows + more, self._entries * (1.0 + more / self._rows))
-        price: FloatArray = self._rate * (ms - ms[0])
-        return price
+    def _row_prices(self) -> FloatArray:
+        """The price in tokens of 0, 1, 2, … nodes together."""
+        nodes = _COUNTS[: min(MAX_STEP_NODES, self._nodes * self._trees) + 1]
+        ms = self._costs.step_ms(self._rows + nodes, self._entries * (1.0 + nodes / self._rows))
+        prices: FloatArray = self._price * (ms - ms[0])
+        return prices
 
     def frontier(self, forest: Forest, expanded: IntArray, layer: IntArray) -> IntArray:
-        """Go on if the next layer is likely to earn its time, and only below nodes whose children can enter the cut."""
+        """Return the new nodes whose children can enter the cut, if the next layer is expected to earn its time."""
         depth = int(forest.depth[expanded[0]])
         if not len(layer):
-            if depth:  # nobody asks what roots' children are worth before they are drafted
-                self._drafts.observe_share(depth, 0.0, float(forest.value[expanded].sum()))
+            if depth:  # the ratio of roots is never used: their children are always drafted
+                self._drafts.observe_best_children(depth, 0.0, float(forest.value[expanded].sum()))
             return layer
         best = np.zeros(forest.size)
         np.maximum.at(best, forest.parent[layer], forest.value[layer])
-        self._drafts.observe_share(depth, float(best[expanded].sum()), float(forest.value[expanded].sum()))
+        self._drafts.observe_best_children(depth, float(best[expanded].sum()), float(forest.value[expanded].sum()))
         if forest.size - len(forest.sequences) > min(self._nodes, MAX_STEP_NODES):
             layer = layer[self._within(forest)[layer]]
         values = self._values(forest)
-        now = self._best(values)
+        now = self._best_net(values)
         layer = layer[self._may_have_children(values, now, forest.value[layer])]
         if not len(layer):
             return layer
-        children = self._drafts.share(depth + 1) * forest.value[layer]
-        gain = self._best(_descending(values, children)) - now
-        return layer if gain > self._rate * self._drafts.layer_ms(len(layer)) else layer[:0]
+        children = self._drafts.best_child_ratio(depth + 1) * forest.value[layer]
+        gain = self._best_net(_descending(values, children)) - now
+        return layer if gain > self._price * self._drafts.layer_ms(len(layer)) else layer[:0]
 
-    def _best(self, values: FloatArray) -> float:
-        """Return what the best cut brings, in tokens, of draft nodes with these values, descending."""
-        values = values[: len(self._price) - 1]
-        return float((values.cumsum() - self._price[1 : len(values) + 1]).max(initial=0.0))
+    def _best_net(self, values: FloatArray) -> float:
+        """Return the net tokens of the best cut of draft nodes with these values, which are descending."""
+        values = values[: len(self._row_prices) - 1]
+        return float((values.cumsum() - self._row_prices[1 : len(values) + 1]).max(initial=0.0))
 
     def _may_have_children(self, values: FloatArray, now: float, parents: FloatArray) -> BoolArray:
-        """Return for parents whether their children can enter the cut beside nodes with `values`, which brings `now`.
+        """Return for each parent whether its children can enter the cut beside nodes with `values`, which nets `now`.
 
-        No child is worth more than its parent. One of that worth may get in alone (where rows get dearer, there is more
-        room for it then) or beside all others of its layer (where rows come in flocks, they share the price).
+        No child is worth more than its parent. One with its parent's value may enter alone (if rows get dearer, there
+        is more space for one) or with all others of its layer (if rows are priced in steps, they share one).
         """
-        room = len(self._price) - 1
-        sums = np.zeros(min(len(values), room - 1) + 1)
+        capacity = len(self._row_prices) - 1
+        sums = np.zeros(min(len(values), capacity - 1) + 1)
         np.cumsum(values[: len(sums) - 1], out=sums[1:])
-        with_one_more = np.maximum.accumulate((sums - self._price[1 : len(sums) + 1])[::-1])[::-1]
-        rank = np.searchsorted(-values, -parents, side="right")  # a child stands behind its parent and all its equals
-        alone = (rank < len(sums)) & (with_one_more[np.minimum(rank, len(sums) - 1)] + parents > now)
+        net_with_one_more = np.maximum.accumulate((sums - self._row_prices[1 : len(sums) + 1])[::-1])[::-1]
+        rank = np.searchsorted(-values, -parents, side="right")  # a child ranks after its parent and all equals
+        alone = (rank < len(sums)) & (net_with_one_more[np.minimum(rank, len(sums) - 1)] + parents > now)
         if alone.all():
             return alone
-        everything = _descending(values, parents)[:room]
-        net = everything.cumsum() - self._price[1 : len(everything) + 1]
-        beside = parents >= everything[int(net.argmax())] if net.max() > now else alone
-        return alone | beside
+        everything = _descending(values, parents)[:capacity]
+        net = everything.cumsum() - self._row_prices[1 : len(everything) + 1]
+        together = parents >= everything[int(net.argmax())] if net.max() > now else alone
+        return alone | together
 
     def cut(self, forest: Forest) -> BoolArray:
-        """Return the best prefix of the ranking; maybe none of it."""
+        """Return the best prefix of the ranking: possibly the roots alone."""
         kept = np.zeros(forest.size, np.bool_)
         kept[: len(forest.sequences)] = True
         ranked = self._ranked(forest)
-        net = forest.value[ranked].cumsum() - self._price[1 : len(ranked) + 1]
-        if len(net) and net.max() > _LEAST_GAIN * self._trees:
+        net = forest.value[ranked].cumsum() - self._row_prices[1 : len(ranked) + 1]
+        if len(net) and net.max() > MIN_NET_GAIN * self._trees:
             kept[ranked[: int(net.argmax()) + 1]] = True
         return kept
 
     def _ranked(self, forest: Forest) -> IntArray:
-        """Return the draft nodes that the budget has room for, best first."""
+        """Return the draft nodes within the limits of nodes per tree and step, best first."""
         ranked = forest.ranking()
         if len(ranked) > self._nodes:  # some tree may have too many
             ranked = ranked[forest.best(self._nodes)[ranked]]
-        return ranked[: len(self._price) - 1]
+        return ranked[: len(self._row_prices) - 1]
 
     def _values(self, forest: Forest) -> FloatArray:
-        """Return the values of the draft nodes that the budget has room for, descending."""
+        """Return the values of these nodes, descending."""
         drafted = forest.value[len(forest.sequences) :]
         if len(drafted) > self._nodes:
             return forest.value[self._ranked(forest)]
         return _descending(drafted)
 
     def _within(self, forest: Forest) -> BoolArray:
+        """Mark these nodes."""
         within = np.zeros(forest.size, np.bool_)
         within[self._ranked(forest)] = True
         return within
 
 
 def _descending(*some: FloatArray) -> FloatArray:
-    """Return all values, the best first."""
+    """Return all values, the highest first."""
     return np.sort(np.concatenate(some))[::-1]

@@ -14,7 +14,7 @@ import torch
 
 from tests.models import packed, tiny
 from tests.unit.worker.engine.harness import PROMPTS, decode, drafter, engine, options, resumed_after, sequences
-from worker.engine.logprobs import LEAST, TokenLogprobs, read_rows
+from worker.engine.logprobs import MIN_LOGPROB, TokenLogprobs, read_rows
 from worker.engine.options import Mode
 from worker.engine.sampling.sampling import Sampling
 from worker.engine.sequence import Sequence as EngineSequence
@@ -131,9 +131,9 @@ def test_an_impossible_token_has_a_number_that_json_knows() -> None:
     logits = torch.zeros(1, 4)
     logits[0, 2] = -torch.inf
     (entry,) = read_rows(logits, [2], [4])
-    assert entry.logprob == LEAST
+    assert entry.logprob == MIN_LOGPROB
     assert [token for token, _ in entry.top] == [0, 1, 3, 2]
-    assert [logprob for _, logprob in entry.top] == pytest.approx([-math.log(3)] * 3 + [LEAST])
+    assert [logprob for _, logprob in entry.top] == pytest.approx([-math.log(3)] * 3 + [MIN_LOGPROB])
 
 
 def test_no_more_alternatives_than_the_vocabulary_has() -> None:

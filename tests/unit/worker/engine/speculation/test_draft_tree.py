@@ -116,7 +116,7 @@ def test_gains_never_rise_with_depth() -> None:
     gains: list[float] = []
 
     class Watching(FixedBudget):
-        def goes_on(self, gain: FloatArray) -> BoolArray:
+        def should_continue(self, gain: FloatArray) -> BoolArray:
             gains.append(float(gain[0]))
             return gain > -1.0
 
@@ -158,9 +158,9 @@ def test_nodes_that_could_never_be_emitted_are_not_drafted() -> None:
 
 
 def priced(
-    costs: CostModel, rate: float, trees: int, nodes: int = 60, drafts: DraftCosts | None = None
+    costs: CostModel, price: float, trees: int, nodes: int = 60, drafts: DraftCosts | None = None
 ) -> CostAwareBudget:
-    return CostAwareBudget(nodes, costs, drafts or DraftCosts(), lambda: rate, rows=trees, entries=0.0, trees=trees)
+    return CostAwareBudget(nodes, costs, drafts or DraftCosts(), lambda: price, rows=trees, entries=0.0, trees=trees)
 
 
 STAIRS = CostModel({1: 10.0, 4: 11.0, 8: 15.0, 16: 26.0, 64: 90.0})

@@ -1,4 +1,4 @@
-"""Laws of the governor: what speculation may lose is bounded, what it earns it keeps, and it comes back."""
+"""Laws of the guard: what speculation may lose is bounded, what it earns it keeps, and it comes back."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from worker.engine.speculation.state import SpeculationState
 PLAIN_MS = 10.0
 
 
-def run(governor: RegretGuard, steps: int, sequences: int, tokens: float, step_ms: float) -> tuple[float, int]:
-    """Serve steps that bring so much when they speculate; return tokens lost to it, and how many speculated."""
+def run(guard: RegretGuard, steps: int, sequences: int, tokens: float, step_ms: float) -> tuple[float, int]:
+    """Run steps that speculate unless blocked; return the tokens lost by it, and how many speculated."""
     lost, tried = 0.0, 0
     for _ in range(steps):
-        speculates = not governor.overdrawn(sequences)
+        speculates = not guard.blocked(sequences)
         tried += speculates
         if speculates:
-            governor.settle(sequences, int(tokens), step_ms, PLAIN_MS, speculated=True)
+            guard.observe(sequences, int(tokens), step_ms, PLAIN_MS, speculated=True)
             lost += sequences * step_ms / PLAIN_MS - tokens
         else:
-            governor.settle(sequences, sequences, PLAIN_MS, PLAIN_MS, speculated=False)
+            guard.observe(sequences, sequences, PLAIN_MS, PLAIN_MS, speculated=False)
     return lost, tried
 
 
@@ -51,73 +51,73 @@ def test_drafts_that_never_hold_lose_a_hundredth_at_most(sequences: int, step_ms
 
 
 @pytest.mark.parametrize("sequences", [1, 32])
-def test_glances_that_never_find_anything_take_three_thousandths_at_most(sequences: int) -> None:
-    governor, looked = RegretGuard(), [False]
+def test_lookups_that_never_find_anything_take_three_thousandths_at_most(sequences: int) -> None:
+    guard, looked = RegretGuard(), [False]
     for _ in range(20_000):
-        looked.append(not governor.overdrawn(sequences))
-        governor.settle(sequences, sequences, PLAIN_MS + 0.3 * looked[-1], PLAIN_MS, speculated=False)
+        looked.append(not guard.blocked(sequences))
+        guard.observe(sequences, sequences, PLAIN_MS + 0.3 * looked[-1], PLAIN_MS, speculated=False)
     assert 0.03 * sum(looked) * sequences <= 0.003 * 20_000 * sequences + 20
-    assert any(looked[-1000:]), "texts may begin to repeat themselves"
+    assert any(looked[-1000:]), "later text may repeat itself"
 
 
-def test_rare_drafts_pay_for_the_glances_between_them() -> None:
-    governor = RegretGuard()
+def test_rare_drafts_pay_for_the_lookups_between_them() -> None:
+    guard = RegretGuard()
     for step in range(2_000):
-        assert not governor.overdrawn(1)
+        assert not guard.blocked(1)
         if step % 50:
-            governor.settle(1, 1, PLAIN_MS + 0.2, PLAIN_MS, speculated=False)
+            guard.observe(1, 1, PLAIN_MS + 0.2, PLAIN_MS, speculated=False)
         else:
-            governor.settle(1, 4, 12.0, PLAIN_MS, speculated=True)
+            guard.observe(1, 4, 12.0, PLAIN_MS, speculated=True)
 
 
-def test_speculation_that_pays_is_never_held_back() -> None:
+def test_speculation_that_pays_is_never_blocked() -> None:
     _, tried = run(RegretGuard(), 1000, 4, 8, 12.0)
     assert tried == 1000
 
 
-def test_old_luck_does_not_pay_for_long_losses_and_better_times_are_noticed() -> None:
-    governor = RegretGuard()
-    run(governor, 5000, 2, 6, 12.0)
-    lost, _ = run(governor, 2000, 2, 2, 15.0)
+def test_old_gains_do_not_pay_for_long_losses_and_new_gains_are_noticed() -> None:
+    guard = RegretGuard()
+    run(guard, 5000, 2, 6, 12.0)
+    lost, _ = run(guard, 2000, 2, 2, 15.0)
     assert lost < 0.01 * 4000 + 8 + 2
-    _, tried = run(governor, 400, 2, 6, 12.0)
+    _, tried = run(guard, 400, 2, 6, 12.0)
     assert tried > 200
 
 
 def test_the_price_of_time_follows_the_number_of_sequences_and_the_speedup() -> None:
-    governor = RegretGuard()
-    assert governor.rate(8, PLAIN_MS) == 8 / PLAIN_MS
-    run(governor, 200, 8, 16, 12.0)
-    assert governor.rate(8, PLAIN_MS) == pytest.approx(16 / 12.0, rel=0.01)
-    assert governor.rate(5, PLAIN_MS) == pytest.approx(10 / 12.0, rel=0.01), "fewer write less in the same time"
+    guard = RegretGuard()
+    assert guard.time_price(8, PLAIN_MS) == 8 / PLAIN_MS
+    run(guard, 200, 8, 16, 12.0)
+    assert guard.time_price(8, PLAIN_MS) == pytest.approx(16 / 12.0, rel=0.01)
+    assert guard.time_price(5, PLAIN_MS) == pytest.approx(10 / 12.0, rel=0.01), "fewer sequences write fewer tokens"
 
 
-def test_load_classes_have_accounts_of_their_own() -> None:
-    governor = RegretGuard()
-    run(governor, 200, 32, 32, 20.0)
-    assert governor.overdrawn(32)
-    assert not governor.overdrawn(1)
+def test_each_load_class_has_a_bucket_of_its_own() -> None:
+    guard = RegretGuard()
+    run(guard, 200, 32, 32, 20.0)
+    assert guard.blocked(32)
+    assert not guard.blocked(1)
 
 
-def test_what_lost_with_few_sequences_is_hardly_tried_with_more() -> None:
+def test_what_lost_with_few_sequences_gets_a_small_trial_with_more() -> None:
     lost, won = RegretGuard(), RegretGuard()
     run(lost, 200, 4, 4, 13.0)
     run(won, 200, 4, 8, 13.0)
-    assert won.credit(8) > 4 * lost.credit(8) > 0
-    assert lost.credit(2) == won.credit(2), "with fewer it may well pay"
+    assert won.tokens(8) > 4 * lost.tokens(8) > 0
+    assert lost.tokens(2) == won.tokens(2), "with fewer it may still pay"
 
 
-def test_slow_moments_do_not_hold_back_what_gains_on_average() -> None:
-    governor = RegretGuard()
+def test_pauses_of_the_machine_do_not_block_what_gains_on_average() -> None:
+    guard = RegretGuard()
     for step in range(400):
-        assert not governor.overdrawn(1)
-        governor.settle(1, 2, 80.0 if step % 5 == 4 else 12.0, PLAIN_MS, speculated=True)
+        assert not guard.blocked(1)
+        guard.observe(1, 2, 80.0 if step % 5 == 4 else 12.0, PLAIN_MS, speculated=True)
 
 
-def test_one_slow_moment_of_the_machine_counts_as_no_more_than_two_and_a_half_steps() -> None:
-    governor = RegretGuard()
-    governor.settle(1, 1, 5000.0, PLAIN_MS, speculated=True)
-    assert governor.as_json()["1"]["credit_tokens"] == pytest.approx(4.0 - 1.5, abs=0.01)
+def test_one_pause_of_the_machine_counts_as_at_most_two_and_a_half_steps() -> None:
+    guard = RegretGuard()
+    guard.observe(1, 1, 5000.0, PLAIN_MS, speculated=True)
+    assert guard.as_json()["1"]["credit_tokens"] == pytest.approx(4.0 - 1.5, abs=0.01)
 
 
 def test_the_more_drafts_gain_the_rarer_are_plain_steps_on_purpose() -> None:
@@ -127,13 +127,13 @@ def test_the_more_drafts_gain_the_rarer_are_plain_steps_on_purpose() -> None:
     results = decode(Engine(counting, SuffixDrafter(), chosen, costs, clock=counting.clock), some)
     assert np.mean([r.stats.emitted_tokens for r in results]) > 2
     probes = [r.stats.step for r in results if r.stats.decision is Decision.PROBE]
-    assert probes[:2] == [1, 2], "drafts are judged by plain steps, so those come first"
+    assert probes[:2] == [1, 2], "drafts are compared with plain steps, so those come first"
     apart = [later - earlier for earlier, later in itertools.pairwise(probes)]
-    assert len(apart) >= 3, "they never end"
-    assert min(apart[1:]) > 8 * 4, "and where a step brings three times as much and more, they are few"
+    assert len(apart) >= 3, "probes never end"
+    assert min(apart[1:]) > 8 * 4, "where drafts gain much, probes are rare"
 
 
-def test_free_drafts_go_on_when_those_of_a_network_do_not_pay() -> None:
+def test_the_forward_free_part_still_drafts_when_the_network_does_not_pay() -> None:
     counting = TimedTable(lambda text: torch.eye(61)[2 + len(text) % 3])
     mixed = MixedDrafter(LateReader(counting.clock, row_s=5e-3), SuffixDrafter())
     some = sequences([[2, 3, 4, 2, 3, 4]] * 2, max_tokens=200)
@@ -152,13 +152,13 @@ def test_what_was_learned_outlives_the_engine() -> None:
         chosen = options(Mode.OPT_TREE, max_sequences=4)
         running = Engine(never, LateReader(clock), chosen, CostModel({1: 2.0}), state, clock=clock)
         decode(running, sequences(max_tokens=40))
-    account = state.as_json()["accounts"]["whole"]["4"]
-    assert account["steps"] > 40
+    bucket = state.as_json()["accounts"]["whole"]["4"]
+    assert bucket["steps"] > 40
 
 
 @dataclass
 class TimedTable(TableModel):
-    """A target whose forward takes `forward_s` of a clock."""
+    """A target whose forward advances a clock by `forward_s`."""
 
     clock: Clock = field(default_factory=Clock)
     forward_s: float = 2e-3
@@ -169,7 +169,7 @@ class TimedTable(TableModel):
 
 
 class LateReader:
-    """A draft that must read each text before it can draft, and is never right."""
+    """A drafter that must read each sequence before it can draft, and is never right."""
 
     name = "late"
     forward_free = None
@@ -192,13 +192,13 @@ class LateReader:
         return Candidates(np.full((len(frontier), 1), 60), np.full((len(frontier), 1), 0.6))
 
     def commit(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
-        """It has no state."""
+        """Keep no state."""
 
     def drop(self, sequence: Sequence) -> None:
-        """It has no state."""
+        """Keep no state."""
 
 
-def test_a_draft_that_never_earned_anything_is_tried_on_few_texts() -> None:
+def test_a_draft_that_never_gained_anything_is_tried_on_few_sequences() -> None:
     texts = [list(range(2, 52))] * 32
     some = sequences(texts, max_tokens=6)
     never = TimedTable(lambda text: torch.eye(61)[3 + len(text) % 5])
@@ -209,36 +209,36 @@ def test_a_draft_that_never_earned_anything_is_tried_on_few_texts() -> None:
     assert 0 < late.rows < 32 * 50 / 3
 
 
-def test_a_glance_that_finds_nothing_is_no_attempt() -> None:
-    """What only looks things up costs next to nothing, and what it costs is known: a plain step would have saved it."""
+def test_a_lookup_that_finds_nothing_counts_as_a_plain_step() -> None:
+    """A lookup costs next to nothing, and its time is measured: the rest of the step is that of a plain one."""
     target = TimedTable(lambda text: torch.eye(61)[2 + (len(text) ** 2 // 7) % 59], forward_s=4e-2)
     some = sequences([[2, 3, 4, 5]], max_tokens=30)
     costs = CostModel({1: 40.0, 64: 44.0})
     found = decode(Engine(target, Blank(target.clock), options(Mode.OPT_TREE), costs, clock=target.clock), some)
-    glances = [r.stats for r in found if r.stats.decision is Decision.NO_CANDIDATES]
+    lookups = [r.stats for r in found if r.stats.decision is Decision.NO_CANDIDATES]
     assert Decision.GUARD not in {result.stats.decision for result in found}
-    assert len(glances) > len(found) / 2
-    looks_ms = [n.step_ms - (n.plain_step_ms or 0.0) for n in glances[:-1]]  # the last token of a text needs no look
-    assert looks_ms == pytest.approx([Blank.look_s * 1e3] * len(looks_ms))
+    assert len(lookups) > len(found) / 2
+    lookups_ms = [n.step_ms - (n.plain_step_ms or 0.0) for n in lookups[:-1]]  # the last token needs no lookup
+    assert lookups_ms == pytest.approx([Blank.lookup_s * 1e3] * len(lookups_ms))
 
 
 class Blank(LateReader):
-    """It never finds anything, and says so quickly."""
+    """A lookup that never finds anything, in little time."""
 
-    look_s = 1e-4
-    looks = 0
+    lookup_s = 1e-4
+    lookups = 0
 
     def num_uncached_tokens(self, sequence: Sequence) -> int:
         return 0
 
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
-        self.looks += 1
-        self.clock.advance(self.look_s)
+        self.lookups += 1
+        self.clock.advance(self.lookup_s)
         return Candidates(np.zeros((len(frontier), 1), np.int64), np.zeros((len(frontier), 1)))
 
 
 def test_nothing_is_tried_beside_a_prefill() -> None:
-    """A step that reads prompts as well tells nothing of what drafts are worth."""
+    """The time of a step with prefill rows does not show what drafts gain."""
     some = sequences([[2, 3, 4, 5], list(range(2, 50))], max_tokens=12)
     chosen = options(Mode.OPT_TREE, prefill_rows=4)
     never = TimedTable(lambda text: torch.eye(61)[3 + len(text) % 5])
@@ -249,13 +249,13 @@ def test_nothing_is_tried_beside_a_prefill() -> None:
     while any(sequence.cached < sequence.num_prompt - 1 for sequence in some):
         beside = [r.stats for r in engine.step()]
         assert all(n.decision is not Decision.TREE and n.decision is not Decision.NO_CANDIDATES for n in beside)
-    assert blank.looks == 0
+    assert blank.lookups == 0
     while engine.busy:
         engine.step()
-    assert blank.looks > 0
+    assert blank.lookups > 0
 
 
-def test_drafts_that_pay_go_on_beside_a_prefill() -> None:
+def test_drafts_that_pay_are_used_beside_a_prefill() -> None:
     counting = TimedTable(lambda text: torch.eye(61)[2 + len(text) % 3])
     first, late = sequences([[2, 3, 4, 2, 3, 4], [5, 6, 7] * 20], max_tokens=190)
     chosen, costs = options(Mode.OPT_TREE, prefill_rows=4), CostModel({1: 2.0, 64: 2.1})
