@@ -1,3 +1,3 @@
-"""The web page on the shim: jobs while they run, their texts, their draft trees and their numbers."""
+"""The dashboard of the API server: jobs while they run, their texts, draft trees and statistics."""
 
 from __future__ import annotations

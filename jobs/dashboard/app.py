@@ -1,7 +1,7 @@
-"""The pages on the shim: who may see them, and which there are.
+"""Add the dashboard to the API server: its pages, log-in, download and security headers.
 
-Built on NiceGUI, because its pages are Python functions inside FastAPI, pushed over one socket, with everything the
-browser needs in the wheel.
+NiceGUI, because pages are Python functions inside FastAPI, updated over one socket, and its wheel has all that the
+browser needs.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from jobs.dashboard.layout import BASE, POLICY, frame, heading
 from jobs.dashboard.session import COOKIE, PageContext, Sessions
 from jobs.errors import BasicError, CallerRefused
 
-_ASK_S = 1.0  # between two looks at whether an open page may stay
-_BUILD_S = 30.0  # a page that is not ready by then is given up; a busy database may take seconds
+_RECHECK_S = 1.0  # interval of the check that the session of an open page is still valid
+_BUILD_S = 30.0  # timeout of building a page; a busy database may take seconds
 
 Build = Callable[[PageContext, Caller], Awaitable[None]]
 
 
 def install(api: FastAPI, services: Services, authenticator: Authenticator) -> None:
-    """Add the pages to the shim. Once per process: NiceGUI has one application."""
+    """Add the pages to the API server. Call once per process, because NiceGUI has one application."""
     sessions = Sessions(authenticator)
     _add_login(api, sessions)
     _add_download(api, services, sessions)
     logging.getLogger("nicegui").addFilter(_is_no_refusal)
 
     async def show(request: Request, build: Build) -> Any:
-        """Build a page for whoever may see it; send others to the log-in."""
+        """Build a page, or redirect to the log-in if the caller may not see it."""
         context = PageContext.of(request, services, sessions)
         try:
             caller = await context.authenticate()
@@ -54,7 +54,7 @@ def install(api: FastAPI, services: Services, authenticator: Authenticator) -> N
         ui.on_exception(_leave_if_refused)
         context = replace(context, caller=caller)
         await build(context, caller)
-        ui.timer(_ASK_S, partial(context.read, _nothing), immediate=False)
+        ui.timer(_RECHECK_S, partial(context.read, _nothing), immediate=False)
         return None
 
     @ui.page("/", response_timeout=_BUILD_S)
@@ -85,7 +85,7 @@ def install(api: FastAPI, services: Services, authenticator: Authenticator) -> N
 
 
 def _add_login(api: FastAPI, sessions: Sessions) -> None:
-    """Add the routes that begin and end sessions: plain forms, for a cookie is set by a reply and not by a socket."""
+    """Add the routes that begin and end sessions: plain forms, because only an HTTP response can set a cookie."""
 
     @api.get("/", include_in_schema=False)
     def front() -> RedirectResponse:
@@ -114,7 +114,7 @@ def _add_login(api: FastAPI, sessions: Sessions) -> None:
 
 
 def _add_download(api: FastAPI, services: Services, sessions: Sessions) -> None:
-    """Add the route of a job's outputs as a file: what a browser fetches shows the cookie of a session, and no key."""
+    """Add the download of a job's outputs, authenticated by the session cookie, since a browser sends no API key."""
 
     @api.get(f"{BASE}/jobs/{{job_id}}/outputs", include_in_schema=False)
     async def outputs(request: Request, job_id: str) -> Response:
@@ -129,7 +129,7 @@ def _add_download(api: FastAPI, services: Services, sessions: Sessions) -> None:
 
 
 class _Download(StreamingResponse):
-    """A file that is sent for as long as the key of its reader opens; it takes a place among the streams."""
+    """A download that counts as a stream of its key, and is closed when the key is revoked or expires."""
 
     def __init__(self, content: Iterator[str], caller: Caller, state: State, **fields: Any) -> None:
         super().__init__(content, **fields)
@@ -148,22 +148,25 @@ class _Download(StreamingResponse):
 
 
 def _nothing(session: Session) -> None:
-    """Ask nothing of the record: the question is whether one may."""
+    """Query nothing: `PageContext.read` only checks the session."""
 
 
 def _leave_if_refused(error: Exception) -> None:
-    """Empty a page whose reader may not see it any more, and show the log-in instead."""
+    """Clear a page whose session is no longer valid, and show the log-in."""
     if isinstance(error, CallerRefused):
         ui.context.client.content.clear()
         ui.navigate.to("/login")
 
 
 def _is_no_refusal(record: logging.LogRecord) -> bool:
-    """Return whether NiceGUI shall log this: a page that closes because its key was revoked is no fault."""
+    """Filter NiceGUI's logs: a page that closes because its key was revoked is not an error."""
     return record.exc_info is None or not isinstance(record.exc_info[1], CallerRefused)
 
 
-_REFUSALS = {"LimitReached": "Too many wrong keys from here; wait a minute.", "NotPermitted": "This key may not read."}
+_REFUSALS = {
+    "LimitReached": "Too many failed attempts from this address. Wait a minute.",
+    "NotPermitted": "This key lacks the scope read.",
+}
 
 
 def _build_login(wrong: str) -> None:
@@ -175,24 +178,24 @@ def _build_login(wrong: str) -> None:
             .classes("box stack")
             .style("max-width:28rem")
         ):
-            ui.label("The pages need a key. `basic keys create NAME --scope read` makes one.").classes("dim")
+            ui.label("Enter an API key. Create one with `basic keys create NAME --scope read`.").classes("dim")
             if wrong:
-                text = _REFUSALS.get(wrong, "This key opens nothing. Is it whole, and still valid?")
+                text = _REFUSALS.get(wrong, "Invalid or expired key.")
                 ui.label(text).props('role="alert"').style("color:var(--bad)")
             ui.input("Key").props('name="key" type="password" autocomplete="current-password" outlined autofocus')
             ui.button("Log in").props('type="submit" no-caps')
 
 
 class ContentPolicy:
-    """Tells the browser with every page that it may ask no other host for anything."""
+    """Adds security headers to the pages: the browser may load from this host only."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, and mark its reply."""
+        """Pass the request on; add the headers to its response."""
 
-        async def marked(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["content-security-policy"] = POLICY
@@ -201,4 +204,4 @@ class ContentPolicy:
             await send(message)
 
         ours = scope["type"] == "http" and scope["path"].startswith(BASE)
-        await self._app(scope, receive, marked if ours else send)
+        await self._app(scope, receive, send_with_headers if ours else send)

@@ -1,7 +1,7 @@
-"""Bodies sent to the pages: short, and read before anything works on them.
+"""Limit the size and duration of bodies sent to the dashboard.
 
-A log-in is a key, and all else a page sends goes over its socket. Anyone may call these routes, so what they take must
-cost nothing.
+Anyone may call these routes without a key, so a body is small and read completely before it is processed: the log-in
+form has one key, and the socket carries everything else.
 """
 
 from __future__ import annotations
@@ -16,41 +16,41 @@ from jobs.api import errors
 from jobs.dashboard.layout import BASE
 from jobs.errors import BasicError, BodyTooLarge, BodyTooSlow
 
-FORM_BYTES: Final = 4_096  # of a form: far more than a key has
-SOCKET_BYTES: Final = 1_000_000  # of a message of a page's socket: it carries the prompts of a new job
+FORM_BYTES: Final = 4_096  # of a form; a key is far shorter
+SOCKET_BYTES: Final = 1_000_000  # of a socket message, which may have the prompts of a new job
 _SOCKET: Final = f"{BASE}/_nicegui_ws/"
-_WHOLE_S: Final = 15.0  # within which a body must have come
+_TIMEOUT_S: Final = 15.0  # for a whole body
 
 
 class DashboardBodyLimit:
-    """Reads the body of each call to the pages before the call is passed on, and refuses one that is long or slow."""
+    """Reads the whole body of a call to the dashboard before passing the call on; rejects large and slow bodies."""
 
-    def __init__(self, app: ASGIApp, whole_s: float = _WHOLE_S) -> None:
+    def __init__(self, app: ASGIApp, timeout_s: float = _TIMEOUT_S) -> None:
         self._app = app
-        self._whole_s = whole_s
+        self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the call on with its whole body, or answer 413 or 408."""
         if scope["type"] != "http" or not (scope["path"] == BASE or scope["path"].startswith(f"{BASE}/")):
             await self._app(scope, receive, send)
             return
-        most = SOCKET_BYTES if scope["path"].startswith(_SOCKET) else FORM_BYTES
+        max_bytes = SOCKET_BYTES if scope["path"].startswith(_SOCKET) else FORM_BYTES
         try:
-            async with asyncio.timeout(self._whole_s):
-                body = await _read(Headers(scope=scope), receive, most)
+            async with asyncio.timeout(self._timeout_s):
+                body = await _read(Headers(scope=scope), receive, max_bytes)
         except BasicError as refused:
             await errors.reply(refused)(scope, receive, send)
         except TimeoutError:
             await errors.reply(BodyTooSlow())(scope, receive, send)
         else:
-            await self._app(scope, receive if body is None else _given(body, receive), send)
+            await self._app(scope, receive if body is None else _replay(body, receive), send)
 
 
-async def _read(headers: Headers, receive: Receive, most: int) -> bytes | None:
-    """Return a body; None if the caller is gone. Raise BodyTooLarge: by the length that is told, if one is."""
+async def _read(headers: Headers, receive: Receive, max_bytes: int) -> bytes | None:
+    """Return a body; None if the client disconnected. Raise BodyTooLarge, by Content-Length if possible."""
     declared = headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > most:
-        raise _too_large(most)
+    if declared.isdecimal() and int(declared) > max_bytes:
+        raise _too_large(max_bytes)
     body = bytearray()
     more = True
     while more:
@@ -58,25 +58,25 @@ async def _read(headers: Headers, receive: Receive, most: int) -> bytes | None:
         if message["type"] != "http.request":
             return None
         body += message.get("body", b"")
-        if len(body) > most:
-            raise _too_large(most)
+        if len(body) > max_bytes:
+            raise _too_large(max_bytes)
         more = message.get("more_body", False)
     return bytes(body)
 
 
-def _given(body: bytes, receive: Receive) -> Receive:
-    """Return what tells a body that was read before, and then what `receive` tells."""
-    told = False
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Return a `receive` that first returns the body already read, then calls the original."""
+    sent = False
 
-    async def given() -> Message:
-        nonlocal told
-        if told:
+    async def replay() -> Message:
+        nonlocal sent
+        if sent:
             return await receive()
-        told = True
+        sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return given
+    return replay
 
 
-def _too_large(most: int) -> BodyTooLarge:
-    return BodyTooLarge(f"The body has more than the {most} bytes that may be sent here.")
+def _too_large(max_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(f"The body has more than the {max_bytes} bytes that this page accepts.")

@@ -1,6 +1,6 @@
-"""Charts of statistics as ECharts options: plain data, drawn by the browser.
+"""Build charts of statistics as ECharts options, which the browser draws.
 
-One function a chart; colours come from `look` and suit light and dark.
+One function per chart. Colours come from `layout` and suit light and dark mode.
 """
 
 from __future__ import annotations
@@ -48,18 +48,18 @@ def acceptance(stats: JobStats) -> Option:
 
 
 def depths(stats: JobStats) -> Option:
-    """How often a draft token of each depth was accepted."""
+    """Acceptance rate of draft tokens by depth in the tree."""
     return _rate_bars("depth in the tree", [(row.depth, row.rate) for row in stats.acceptance_by_depth])
 
 
 def ranks(stats: JobStats) -> Option:
-    """How often the likeliest child of a node was the target's choice, the second, and so on."""
+    """Acceptance rate of draft tokens by their rank among the children of a node."""
     return _rate_bars("rank of the child", [(row.child_rank + 1, row.rate) for row in stats.acceptance_by_rank])
 
 
 def _rate_bars(name: str, rates: list[tuple[int, float]]) -> Option:
     return _chart(
-        xAxis=_axis("category", name) | {"data": [str(place) for place, _ in rates]},
+        xAxis=_axis("category", name) | {"data": [str(label) for label, _ in rates]},
         yAxis=_vertical_axis("% accepted") | {"max": 100},
         series=[_bars([round(100 * rate, 1) for _, rate in rates], DRAFT)],
     )
@@ -105,14 +105,14 @@ def phases(stats: JobStats) -> Option:
         for (name, share), color in zip(shares, (DRAFT, TARGET, GREY), strict=True)
     ]
     return _chart(
-        xAxis=_axis("value", "% of the time of steps") | {"max": 100},
+        xAxis=_axis("value", "% of step time") | {"max": 100},
         yAxis=_axis("category", "") | {"data": [""]},
         series=series,
     ) | {"legend": {"textStyle": {"color": GREY}, "top": 0}}
 
 
 def decisions(stats: JobStats) -> Option:
-    """What steps decided."""
+    """Shares of the decisions of steps."""
     rows = stats.decisions[::-1]
     return _chart(
         xAxis=_axis("value", "% of steps"),
@@ -122,7 +122,7 @@ def decisions(stats: JobStats) -> Option:
 
 
 def tree(recorded: TreeDetails) -> Option:
-    """Draw a draft tree: tokens, the probability of each given its parent, and the accepted path."""
+    """A draft tree: tokens, their probability given the parent, and the accepted path."""
     children: dict[int, list[int]] = {}
     for node, (parent, *_) in enumerate(recorded.nodes):
         children.setdefault(parent, []).append(node)
@@ -151,7 +151,7 @@ def tree(recorded: TreeDetails) -> Option:
 
 
 def tree_height(recorded: TreeDetails) -> int:
-    """Return how many pixels a tree needs: a row for each leaf."""
+    """Return the height of a tree in pixels: one row per leaf."""
     parents = {parent for parent, *_ in recorded.nodes}
     leaves = sum(1 for node in range(len(recorded.nodes)) if node not in parents)
     return max(160, 34 * leaves + 40)
@@ -198,7 +198,7 @@ def _chart(**parts: Any) -> Option:
         "aria": {"enabled": True},
         "grid": {"left": 8, "right": 22, "top": 34, "bottom": 28, "containLabel": True},
         "tooltip": {"trigger": "item", "confine": True},
-        "animation": False,  # numbers that are drawn anew every second must not dance
+        "animation": False,  # charts are redrawn every few seconds
         **parts,
     }
 
@@ -218,7 +218,7 @@ def _axis(kind: str, name: str) -> Option:
 
 
 def _vertical_axis(name: str) -> Option:
-    """Return a value axis that stands, with its name above it."""
+    """Return a vertical value axis with its name above it."""
     return _axis("value", name) | {
         "nameLocation": "end",
         "nameGap": 14,

@@ -1,4 +1,4 @@
-"""Numbers and times as a page writes them. Pure."""
+"""Format numbers and times for the dashboard."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from storage.queries import JobView
 
 
 def span(seconds: float) -> str:
-    """Return a span of time in its two largest units."""
+    """Return a duration in its two largest units."""
     whole = max(0, round(seconds))
     days, rest = divmod(whole, 86_400)
     hours, rest = divmod(rest, 3_600)
@@ -20,12 +20,12 @@ def span(seconds: float) -> str:
 
 
 def number(value: float | None, digits: int = 1, unit: str = "") -> str:
-    """Return a number, or a dash where nothing was measured."""
+    """Return a number, or a dash for None."""
     return "–" if value is None else f"{value:,.{digits}f}{unit}"
 
 
 def percent(value: float | None) -> str:
-    """Return a share."""
+    """Return a fraction as a percentage, or a dash for None."""
     return "–" if value is None else f"{value:.0%}"
 
 
@@ -35,17 +35,17 @@ def speedup(value: float | None, standard_error: float | None = None) -> str:
 
 
 def ago(at: float) -> str:
-    """Return how long ago something was."""
+    """Return the time since `at` (Unix time), such as `3 min ago`."""
     return f"{span(time.time() - at)} ago"
 
 
 def ended(job: JobView) -> int:
-    """Return how many requests of a job have ended."""
+    """Return the number of ended requests of a job."""
     return job.requests_completed + job.requests_failed
 
 
 def tokens_per_s(job: JobView) -> float | None:
-    """Return the tokens per second of a job so far."""
+    """Return the mean tokens per second of a job so far."""
     seconds = elapsed_s(job)
     return job.completion_tokens / seconds if seconds > 0 else None
 

@@ -1,7 +1,6 @@
-"""Text of strangers as HTML that shows it and does nothing else: models write what they like.
+"""Escape text from models and callers for HTML.
 
-Pure: strings in, strings out. Everything is escaped; control characters, escape sequences and marks that turn the
-direction of what follows are left out, as in the terminal.
+Also remove control characters, escape sequences and marks of writing direction, as in the terminal.
 """
 
 from __future__ import annotations
@@ -13,14 +12,14 @@ from jobs.control_characters import safe as safe
 
 
 def plain(text: str) -> str:
-    """Return a text as HTML."""
+    """Return a text as escaped HTML."""
     return escape(safe(text))
 
 
 def colored(pieces: Iterable[tuple[str, str]]) -> str:
-    """Return the pieces of a text as HTML: accepted draft tokens marked, the target's own as they are.
+    """Return the pieces of a text as HTML, with accepted draft tokens marked.
 
-    `bdi` keeps a text that runs from right to left from turning its surroundings.
+    `bdi` isolates right-to-left text from its surroundings.
     """
     spans = (
         f'<span class="by-{"draft" if source == "draft" else "target"}">{plain(text)}</span>' for text, source in pieces
@@ -29,6 +28,6 @@ def colored(pieces: Iterable[tuple[str, str]]) -> str:
 
 
 def token(text: str) -> str:
-    """Return a token as a label: spaces and line ends seen, and not too long."""
+    """Return a token as a short label with visible white space."""
     shown = safe(text.replace("\n", "⏎").replace("\t", "⇥")).replace(" ", "␣") or "∅"
     return shown if len(shown) <= 14 else f"{shown[:13]}…"

@@ -1,7 +1,6 @@
-"""The page of one job: how far it is, its texts as they come, its requests and errors, its trees and numbers.
+"""The page of one job: progress, texts as they are generated, requests and errors, draft trees, statistics.
 
-The tab that is looked at asks for a screenful again and again, and changes only what is different: a reader keeps their
-place.
+Only the open tab is read and updated, and only changed elements are sent, so that a reader keeps the scroll position.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ from storage.queries import JobView
 from storage.statuses import ERROR_REQUEST_STATUSES
 
 _REFRESH_S: Final = 1.0
-_TICKS: Final = {"Requests": 2, "Trees": 5, "Statistics": 4}  # seconds between two looks of a tab, while the job runs
-_TICKS_ENDED: Final = 10  # after that; a comparison with plain decoding is made later
-_STREAMS: Final = 6  # texts being written that are shown at once
+_TICKS: Final = {"Requests": 2, "Trees": 5, "Statistics": 4}  # seconds between updates of a tab while the job runs
+_TICKS_ENDED: Final = 10  # seconds after its end, when speed-up checks may still change it
+_STREAMS: Final = 6  # running requests to show
 _PAGE: Final = 20
 _MESSAGE_CHARS: Final = 200
 _FILTERS: Final = {
@@ -47,19 +46,19 @@ async def build(context: PageContext, caller: Caller, job_id: str) -> None:
     job = await context.read(lambda session: queries.job(session, job_id, caller.sees))
     with frame("Job", dark=context.dark, signed_in=context.signed_in):
         if job is None:
-            heading("There is no such job", 1)
+            heading("No such job", 1)
             with link(f"{BASE}/"):
                 ui.label("All jobs")
             return
         page = JobDetailPage(context, caller, job)
-        ui.timer(_REFRESH_S, page.refresh)  # what fills the tabs comes behind the page itself
+        ui.timer(_REFRESH_S, page.refresh)  # show the page before its tabs are filled
 
 
 class JobDetailPage:
-    """Everything about one job."""
+    """Header and tabs of one job."""
 
     def __init__(self, context: PageContext, caller: Caller, job: JobView) -> None:
-        """Lay the page out."""
+        """Add header and tabs."""
         self._context = context
         self._caller = caller
         self._job = job
@@ -84,14 +83,14 @@ class JobDetailPage:
                 self._trees.lay_out()
             with ui.tab_panel(counted):
                 self._stats_panel = ui.element("div").classes("stack")
-        self._numbers: StatsView | None = None  # laid out when somebody looks
+        self._numbers: StatsView | None = None  # created when its tab is first opened
         self._head.show(job)
         self._tabs = tabs
         tabs.on_value_change(self._look)
-        self._ticks = 0  # since the tab was filled
+        self._ticks = 0  # seconds until the open tab is updated
 
     async def refresh(self) -> None:
-        """Show the job as it stands, and what is being written if that is looked at."""
+        """Update the header and the open tab."""
         job = await self._context.read(lambda session: queries.job(session, self._job.id, self._caller.sees))
         if job is None:
             return
@@ -137,27 +136,27 @@ class JobDetailPage:
 
 
 class JobHeader:
-    """Name, state, progress, and what can be done with the job."""
+    """Id, status, progress and actions of the job."""
 
     def __init__(self, job: JobView, cancel: object) -> None:
-        """Lay the head out."""
+        """Add the header's elements."""
         with box():
             with ui.element("div").classes("line"):
                 with ui.element("div").classes("grow"), ui.element("h1"):
                     ui.label(job.id)
                 self._status = ui.label().props('role="status"')
             self._about = ui.label().classes("dim small")
-            self._bar = ui.element("progress").props('max="1" aria-label="Requests that have ended"')
+            self._bar = ui.element("progress").props('max="1" aria-label="Ended requests"')
             with ui.element("div").classes("line"):
                 self._counts = ui.label().classes("grow")
                 self._speed = ui.label()
             with ui.element("div").classes("line"):
-                self._button = ui.button("Cancel the job", on_click=cancel).props("outline no-caps color=negative")  # type: ignore[arg-type]
+                self._button = ui.button("Cancel job", on_click=cancel).props("outline no-caps color=negative")  # type: ignore[arg-type]
                 with link(f"{BASE}/jobs/{job.id}/outputs").props(f'download="{job.id}.jsonl"'):
                     ui.label("Outputs (JSON lines)")
 
     def show(self, job: JobView) -> None:
-        """Show the job as it stands."""
+        """Show the current state of the job."""
         show_job_status(self._status, job)
         self._about.set_text(f"{job.model} · {job.endpoint} · submitted {format.ago(job.created_at)}")
         self._bar.props(f"value={format.ended(job) / max(1, job.requests_total):.4f}")
@@ -169,23 +168,22 @@ class JobHeader:
 
 
 class LiveTab:
-    """The texts that are being written, by who chose each token."""
+    """The texts of running requests, with accepted draft tokens marked."""
 
     def __init__(self) -> None:
-        """Begin with none."""
         self._shown: list[int] = []
         self._texts: dict[tuple[int, int], ui.html] = {}
 
     def lay_out(self) -> None:
-        """Make the places for what `show` tells."""
+        """Add empty elements; `show` fills them."""
         with ui.element("div").classes("stack"):
             legend()
             self._note = ui.label().classes("dim").props('role="status"')
             self._cards = ui.element("div").classes("stack")
 
     def show(self, running: list[RequestDetails], job: JobView) -> None:
-        """Show the texts as far as they are committed."""
-        self._note.set_text(self._words(running, job))
+        """Show the committed texts."""
+        self._note.set_text(self._note_text(running, job))
         keys = [request.request_index for request in running]
         if keys != self._shown or any(
             (r.request_index, c.choice_index) not in self._texts for r in running for c in r.choices
@@ -201,10 +199,10 @@ class LiveTab:
                 self._texts[request.request_index, choice.choice_index].set_content(html.colored(choice.pieces))
 
     @staticmethod
-    def _words(running: list[RequestDetails], job: JobView) -> str:
+    def _note_text(running: list[RequestDetails], job: JobView) -> str:
         if JobStatus(job.status).final:
-            return "The job has ended; its texts are under Requests."
-        return "" if running else "Nothing is being written right now."
+            return "The job has ended. See Requests for its texts."
+        return "" if running else "No request is running."
 
     def _card(self, request: RequestDetails) -> None:
         with box():
@@ -214,7 +212,7 @@ class LiveTab:
 
 
 def legend() -> None:
-    """Say what the colours mean."""
+    """Add a legend of the colours."""
     marks = (
         '<span class="by-draft">accepted draft tokens</span> · <span class="by-target">the target’s own tokens</span>'
     )
@@ -222,7 +220,7 @@ def legend() -> None:
 
 
 def request_head(request: RequestDetails) -> None:
-    """Write the name of a request, its state and what was asked."""
+    """Add id, status and prompt of a request."""
     with ui.element("div").classes("line"):
         with ui.element("h2").classes("grow"):
             ui.html(f"<bdi>{html.plain(request.custom_id)}</bdi>", sanitize=False).style("overflow-wrap:anywhere")
@@ -234,23 +232,23 @@ def request_head(request: RequestDetails) -> None:
 
 
 class RequestsTab:
-    """The requests of a job, a page at a time, and what went wrong with how many."""
+    """The requests of a job, paged, and a table of their errors."""
 
     def __init__(self, context: PageContext, job_id: str) -> None:
-        """Begin at the first request."""
+        """Begin at the first page."""
         self._context = context
         self._job_id = job_id
-        self._after = [-1]  # where each page looked at so far begins
+        self._after = [-1]  # for each page up to this one: the index before its first request
         self._shown: dict[int, tuple[ui.element, RequestDetails]] = {}
         self._errors_shown: list[ErrorCount] = []
 
     def lay_out(self) -> None:
-        """Make the places for what `show` tells."""
+        """Add empty elements; `show` fills them."""
         with ui.element("div").classes("stack"):
             self._errors = ui.element("div").classes("stack")
             self._which = ui.toggle(list(_FILTERS), value="All", on_change=self._first_page).props("no-caps unelevated")
             legend()
-            self._none = ui.label("There is no such request now.").classes("dim")
+            self._none = ui.label("No requests.").classes("dim")
             self._none.set_visibility(False)
             self._cards = ui.element("div").classes("stack")
             with ui.element("div").classes("line"):
@@ -259,12 +257,12 @@ class RequestsTab:
         self._last = -1
 
     async def show(self) -> None:
-        """Ask for a page of requests and show it."""
+        """Read a page of requests and show it."""
         asked = self._asked()
         statuses, after = asked
         found = await self._context.read(lambda s: job_details.requests(s, self._job_id, statuses, after, _PAGE + 1))
         errors = await self._context.read(lambda session: job_details.errors(session, self._job_id))
-        if asked != self._asked():  # another page was asked for meanwhile
+        if asked != self._asked():  # another page was requested meanwhile
             return
         self._show_errors(errors)
         self._show_requests(found[:_PAGE])
@@ -302,7 +300,7 @@ class RequestsTab:
                 heading("Errors")
                 with ui.element("div").classes("wide"):
                     rows = [(_error_text(error), f"{error.requests:,d}") for error in errors]
-                    table(("What went wrong", "Requests"), rows)
+                    table(("Error", "Requests"), rows)
 
     @staticmethod
     def _fill_card(request: RequestDetails) -> None:
@@ -333,19 +331,18 @@ def _error_text(error: ErrorCount) -> str:
 
 
 class TreesTab:
-    """The draft trees a job has recorded, one at a time."""
+    """The stored draft trees of a job, one at a time."""
 
     def __init__(self, context: PageContext, job_id: str) -> None:
-        """Begin with none."""
         self._context = context
         self._job_id = job_id
-        self._places: list[TreeKey] = []
+        self._tree_keys: list[TreeKey] = []
 
     def lay_out(self) -> None:
-        """Make the places for what `show` tells."""
+        """Add empty elements; `show` fills them."""
         with ui.element("div").classes("stack"):
             self._none = ui.label(
-                "No draft trees are recorded. Submit with record_trees to keep those of the first steps."
+                "This job has no draft trees. Submit with record_trees to store those of the first steps."
             ).classes("dim")
             with ui.element("div").classes("line") as self._choice:
                 self._request = (
@@ -359,25 +356,25 @@ class TreesTab:
             self._drawing = ui.element("div").classes("stack")
 
     async def show(self) -> None:
-        """Ask where trees are, and draw the first that is worth a look."""
+        """List the stored trees, and first draw the largest."""
         places = await self._context.read(lambda session: job_details.tree_keys(session, self._job_id))
-        if places and places == self._places:
+        if places and places == self._tree_keys:
             return
-        self._places = places
-        self._none.set_visibility(not self._places)
-        self._choice.set_visibility(bool(self._places))
-        names = {(p.request_index, p.choice_index): _text_name(p) for p in self._places}
-        if self._places and self._request.value is None:
-            largest = max(self._places, key=lambda place: place.tree_nodes)
+        self._tree_keys = places
+        self._none.set_visibility(not self._tree_keys)
+        self._choice.set_visibility(bool(self._tree_keys))
+        names = {(p.request_index, p.choice_index): _text_name(p) for p in self._tree_keys}
+        if self._tree_keys and self._request.value is None:
+            largest = max(self._tree_keys, key=lambda key: key.tree_nodes)
             self._request.set_options(names, value=(largest.request_index, largest.choice_index))
-        elif self._places:  # a text that has trees has all of them: its steps stay
+        elif self._tree_keys:  # its trees were all stored at once: keep the selected step
             self._request.set_options(names, value=self._request.value)
 
     async def _show_steps(self) -> None:
-        places = [p for p in self._places if (p.request_index, p.choice_index) == self._request.value]
+        places = [p for p in self._tree_keys if (p.request_index, p.choice_index) == self._request.value]
         if places:
             format = {p.step: f"Step {p.step}: {p.tree_nodes} nodes, {p.accepted_tokens} accepted" for p in places}
-            largest = max(places, key=lambda place: place.tree_nodes)
+            largest = max(places, key=lambda key: key.tree_nodes)
             self._step.set_options(format, value=largest.step)
             await self._draw()
 
@@ -385,46 +382,46 @@ class TreesTab:
         if self._request.value is None or self._step.value is None:
             return
         request, choice = self._request.value
-        place = TreeKey(request, choice, self._step.value)
-        recorded = await self._context.read(lambda session: job_details.tree(session, self._job_id, place))
+        key = TreeKey(request, choice, self._step.value)
+        recorded = await self._context.read(lambda session: job_details.tree(session, self._job_id, key))
         self._drawing.clear()
         if recorded is not None:
             with self._drawing, box():
                 _draw_tree(recorded)
 
 
-def _text_name(place: TreeKey) -> str:
-    return f"Request {place.request_index}" + (f", choice {place.choice_index}" if place.choice_index else "")
+def _text_name(key: TreeKey) -> str:
+    return f"Request {key.request_index}" + (f", choice {key.choice_index}" if key.choice_index else "")
 
 
 def _draw_tree(recorded: TreeDetails) -> None:
-    ui.label(_step_words(recorded)).classes("small")
+    ui.label(_step_text(recorded)).classes("small")
     path = "".join(text for *_, text, _, accepted in recorded.nodes[1:] if accepted)
     kept = f"<bdi class='mono by-draft'>{html.plain(path)}</bdi>" if path else "nothing"
     ui.html(
-        f"After <bdi class='mono'>{html.plain(html.token(recorded.nodes[0][2]))}</bdi> the target kept "
-        f"{kept} and wrote "
+        f"After <bdi class='mono'>{html.plain(html.token(recorded.nodes[0][2]))}</bdi> the target accepted "
+        f"{kept} and then sampled "
         f"<bdi class='mono'>{html.plain(html.token(recorded.bonus))}</bdi> itself.",
         sanitize=False,
     ).classes("small").style("overflow-wrap:anywhere")
     if len(recorded.nodes) == 1:
-        ui.label("This step showed no drafts.").classes("dim")
+        ui.label("This step had no draft tokens.").classes("dim")
         return
     with ui.element("div").classes("wide").props('tabindex="0" role="group" aria-label="Drawing of the draft tree"'):
         ui.echart(charts.tree(recorded), renderer="svg").classes("draft-tree").style(
             f"height:{charts.tree_height(recorded)}px;width:100%"
-        ).props('role="img" aria-label="Draft tree; the table below says the same"')
+        ).props('role="img" aria-label="Draft tree; its data is in the table below"')
     with ui.expansion("The tree as a table").props("dense").style("width:100%"), ui.element("div").classes("wide"):
         table(
-            ("Token", "Below", "Probability", "Accepted"),
+            ("Token", "Parent", "Probability", "Accepted"),
             [_tree_line(recorded, node) for node in range(1, len(recorded.nodes))],
         )
 
 
-def _step_words(recorded: TreeDetails) -> str:
+def _step_text(recorded: TreeDetails) -> str:
     step = recorded.step
     expected = "" if step["expected_accepted"] is None else f", {step['expected_accepted']:.2f} expected"
-    drafts = f"{step['tree_nodes']} draft nodes by {step['drafter'] or 'nobody'}"
+    drafts = f"{step['tree_nodes']} draft nodes by {step['drafter'] or 'no drafter'}"
     batch = f"{step['batch_sequences']} sequences in the step, {step['step_ms']:.1f} ms"
     decision = f"decision: {step['decision'] or 'unknown'}"
     return f"{drafts}, {step['accepted_tokens']} accepted{expected}; {batch}; {decision}"

@@ -1,6 +1,6 @@
-"""The page of all jobs: how far each is, and a form for a small one.
+"""The jobs page: the progress of each job, and a dialog that submits a small one.
 
-Reads one screenful of rows of `jobs`, every other second.
+Reads the newest rows of `jobs` every _REFRESH_S.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from storage.queries import JobView
 _SHOWN: Final = 25
 _REFRESH_S: Final = 2.0
 _TREE_STEPS: Final = 32
-_PROMPT_CHARS: Final = 150_000  # as JSON in JSON at most what a message of the socket may have
+_PROMPT_CHARS: Final = 150_000  # a socket message has the prompts as escaped JSON
 _TOO_LONG: Final = (
     f"These prompts have {_PROMPT_CHARS:,d} characters or more, which is too long for this form. "
-    "Write them to a file, and submit it: basic submit FILE"
+    "Write them to a file and run: basic submit FILE"
 )
 
 
@@ -48,20 +48,20 @@ async def build(context: PageContext, caller: Caller) -> None:
 
 
 class JobList:
-    """The newest jobs, kept up to date in place, so that whoever stands on a row stays there."""
+    """The newest jobs. Rows are updated in place, so that they keep the keyboard focus."""
 
     def __init__(self, context: PageContext, caller: Caller) -> None:
-        """Begin empty; what is made now is filled by `refresh`."""
+        """Add an empty list; `refresh` fills it."""
         self._context = context
         self._caller = caller
         self._limit = _SHOWN
         self._rows: dict[str, JobListRow] = {}
         self._list = ui.element("div").props('role="list" aria-label="Jobs"').classes("stack")
-        self._empty = ui.label("There is no job yet.").classes("dim")
+        self._empty = ui.label("No jobs yet.").classes("dim")
         self._more = ui.button("Older jobs", on_click=self._show_more).props("flat no-caps")
 
     async def refresh(self) -> None:
-        """Show the jobs as they stand."""
+        """Show the current state of the jobs."""
         page = await self._context.read(lambda session: queries.jobs(session, self._limit, owner=self._caller.sees))
         self._empty.set_visibility(not page.jobs)
         self._more.set_visibility(page.has_more)
@@ -81,21 +81,21 @@ class JobListRow:
     """One job in the list."""
 
     def __init__(self, job: JobView) -> None:
-        """Lay the row out."""
+        """Add the row's elements."""
         with ui.element("div").props('role="listitem"').classes("box job"):
             with ui.element("div").classes("stack").style("gap:.1rem"):
                 with link(f"{BASE}/jobs/{job.id}").classes("mono"):
                     ui.label(job.id)
                 self._about = ui.label().classes("dim small")
             with ui.element("div").style("min-width:0"):
-                self._bar = ui.element("progress").props('max="1" aria-label="Requests that have ended"')
+                self._bar = ui.element("progress").props('max="1" aria-label="Ended requests"')
                 self._counts = ui.label().classes("small")
             self._speed = ui.label().classes("small")
             self._status = ui.label()
         self._shown: tuple[object, ...] = ()
 
     def show(self, job: JobView) -> None:
-        """Show the job as it stands; says nothing to the browser if nothing has changed."""
+        """Show the current state of the job; send nothing to the browser if it is unchanged."""
         speed = f"{format.number(format.tokens_per_s(job), 1)} tokens/s · {format.left(job)}"
         about = f"{job.model} · {format.ago(job.created_at)}"
         values = (about, job.status, format.ended(job), job.requests_failed, job.completion_tokens, speed)
@@ -111,7 +111,7 @@ class JobListRow:
 
 
 def show_job_status(label: ui.label, job: JobView) -> None:
-    """Write the status of a job; one that is completed and has failed requests is no success."""
+    """Show the status of a job, as a warning if it completed with failed requests."""
     show_status(label, job.status)
     if completed_with_failures(job.status, job.requests_failed):
         label.set_text(status_text(job.status, job.requests_completed, job.requests_failed))
@@ -119,29 +119,32 @@ def show_job_status(label: ui.label, job: JobView) -> None:
 
 
 def show_status(label: ui.label, status: str) -> None:
-    """Write a status, in its colour."""
+    """Show a status in its colour."""
     label.set_text(status.replace("_", " "))
     label.classes(replace=f"status status-{status}")
 
 
 async def _submit_dialog(context: PageContext) -> ui.dialog:
-    """Return the form for a small job."""
+    """Return the dialog that submits a new job."""
     settings = context.services.settings
     known = sorted(await asyncio.to_thread(known_models, context.services.database, settings))
     with ui.dialog() as dialog, ui.card().style("width:34rem;max-width:95vw;background:var(--card)"):
         heading("New job")
-        prompts = ui.textarea("Prompts, one a line").props("outlined autogrow autofocus").style("width:100%")
-        prompts.props(f"maxlength={_PROMPT_CHARS}")  # a longer message would end the page's socket
+        prompts = ui.textarea("Prompts, one per line").props("outlined autogrow autofocus")
+        prompts.style("width:100%")
+        prompts.props(f"maxlength={_PROMPT_CHARS}")  # a longer message would close the page's socket
         model = ui.select(known, value=model_name(settings.target), label="Model").props("outlined").style("width:100%")
         with ui.element("div").classes("line"):
-            tokens = ui.number("Most tokens", value=128, min=1, precision=0).props("outlined dense").style("width:9rem")
+            tokens = ui.number("Max tokens", value=128, min=1, precision=0).props("outlined dense").style("width:9rem")
             heat = ui.number("Temperature", value=TOOLS_TEMPERATURE, min=0, max=2, step=0.1)
             heat.props("outlined dense").style("width:9rem")
             trees = ui.checkbox("Record draft trees").props('aria-label="Record draft trees"')  # Quasar hides its own
         problem = ui.label().props('role="alert"').style("color:var(--bad)")
 
         async def submit() -> None:
-            if _javascript_length(prompts.value or "") >= _PROMPT_CHARS:  # the browser may have left out the rest
+            if (
+                _javascript_length(prompts.value or "") >= _PROMPT_CHARS
+            ):  # the browser may have cut the text at maxlength
                 problem.set_text(_TOO_LONG)
                 return
             lines = [line.strip() for line in (prompts.value or "").splitlines() if line.strip()]
@@ -149,7 +152,7 @@ async def _submit_dialog(context: PageContext) -> ui.dialog:
             if trees.value:
                 parameters["record_trees"] = _TREE_STEPS
             try:
-                job_id = await _accept(context, lines, str(model.value), parameters)
+                job_id = await _submit(context, lines, str(model.value), parameters)
             except BasicError as refused:
                 problem.set_text(html.safe(str(refused)))
                 return
@@ -163,11 +166,11 @@ async def _submit_dialog(context: PageContext) -> ui.dialog:
 
 
 def _javascript_length(text: str) -> int:
-    """Return the length of a text as a browser counts it."""
+    """Return the length of a text in UTF-16 code units, as JavaScript and `maxlength` count it."""
     return len(text.encode("utf-16-le", errors="surrogatepass")) // 2
 
 
-async def _accept(context: PageContext, lines: list[str], model: str, parameters: dict[str, float]) -> str:
+async def _submit(context: PageContext, lines: list[str], model: str, parameters: dict[str, float]) -> str:
     caller = await context.authenticate(Scope.SUBMIT)
     submission = Submission(
         items=[Item(index, line) for index, line in enumerate(lines)],

@@ -1,6 +1,6 @@
-"""How every page looks: colours, styles, and the frame with the way around.
+"""Layout of all pages: colours, styles, header and navigation.
 
-[look] <- pages.  All of it comes from this host: the policy sent with each page lets the browser ask no other.
+All assets come from this host, and the content security policy forbids the browser to load from others.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Final
 
 from nicegui import ui
 
-BASE: Final = "/dashboard"  # where the pages lie
-DRAFT, TARGET, GREY = "#1f9d63", "#9065d8", "#7d848e"  # accepted draft tokens; the target's own; all else
+BASE: Final = "/dashboard"  # path prefix of all pages
+DRAFT, TARGET, GREY = "#1f9d63", "#9065d8", "#7d848e"  # accepted draft tokens; the target's own tokens; the rest
 
-# Every source is this host; Vue compiles templates, hence the evals.
+# unsafe-eval: Vue compiles templates in the browser.
 POLICY: Final = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' ws: wss:; frame-ancestors 'none'; "
@@ -27,7 +27,7 @@ _STYLES: Final = Path(__file__).with_name("style.css")
 
 @contextmanager
 def frame(title: str, *, dark: bool | None = None, signed_in: bool = False, bare: bool = False) -> Iterator[None]:
-    """Put what is made inside below the head of the page. `bare`: without the way around; dark None: as the system."""
+    """Put the elements of the block below the header. `bare`: no navigation; `dark` None: the system's setting."""
     ui.page_title(f"{title} · bASIC")
     ui.add_css(_STYLES)
     ui.colors(primary="#6b44b8", positive="#0d6b41", negative="#b3261e")
@@ -37,17 +37,17 @@ def frame(title: str, *, dark: bool | None = None, signed_in: bool = False, bare
         .classes("items-center")
         .style("background:#2b2140;padding:.4rem 1rem;gap:1rem;flex-wrap:wrap;align-items:center")
     ):
-        with link("#main").classes("skip"):  # inside, for the head of a page comes before all else
-            ui.label("Skip to the content")
+        with link("#main").classes("skip"):  # inside the header, to be the first element of the page
+            ui.label("Skip to content")
         with link(f"{BASE}/").classes("text-white").style("text-decoration:none;font-weight:700"):
             ui.label("bASIC")
         if not bare:
             with ui.element("nav").props('aria-label="Pages"').classes("line grow"):
-                for name, place in (("Jobs", "/"), ("Statistics", "/stats"), ("Workers", "/workers")):
-                    with link(f"{BASE}{place}").classes("text-white"):
+                for name, path in (("Jobs", "/"), ("Statistics", "/stats"), ("Workers", "/workers")):
+                    with link(f"{BASE}{path}").classes("text-white"):
                         ui.label(name)
-        ui.button(icon="contrast", on_click=lambda: _turn(mode)).props(
-            'flat round dense color=white aria-label="Dark or light"'
+        ui.button(icon="contrast", on_click=lambda: _toggle_dark(mode)).props(
+            'flat round dense color=white aria-label="Toggle dark mode"'
         )
         if signed_in:
             with ui.element("form").props(f'method="post" action="{BASE}/logout"'):
@@ -56,23 +56,23 @@ def frame(title: str, *, dark: bool | None = None, signed_in: bool = False, bare
         yield
 
 
-def _turn(mode: ui.dark_mode) -> None:
-    """Change between dark and light; the browser keeps the choice for the next page."""
+def _toggle_dark(mode: ui.dark_mode) -> None:
+    """Toggle dark mode, and store the choice in a cookie for the next page."""
     mode.set_value(not mode.value)
     ui.run_javascript(f"document.cookie = 'basic_dark={int(bool(mode.value))}; path={BASE}; samesite=strict'")
 
 
 def link(target: str) -> ui.element:
-    """Return a real link, to be filled."""
+    """Return an `<a>` element; use it as a context manager to add its content."""
     return ui.element("a").props(f'href="{target}"')
 
 
 def heading(text: str, level: int = 2) -> None:
-    """Write a heading."""
+    """Add a heading."""
     with ui.element(f"h{level}"):
         ui.label(text)
 
 
 def box() -> ui.element:
-    """Return a bordered part of the page, to be filled."""
+    """Return a bordered section; use it as a context manager to add its content."""
     return ui.element("section").classes("box stack")

@@ -1,7 +1,7 @@
-"""What a page works with: the services, and who looks at it, by a key or from this machine.
+"""Sessions of the dashboard, and the context of a page: services, caller and session.
 
-A session is a cookie for a key that was shown at log-in. Each question to the record asks for the key again, in the
-same transaction: a key that is revoked reads nothing more.
+A session is a cookie that stands for the API key of a log-in. Every database read checks the key in the same
+transaction, so a revoked key reads nothing more.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MAX_SESSIONS: Final = 10_000
 
 
 class Sessions:
-    """Who is logged in, in the memory of this process: a restart logs everybody out."""
+    """Open sessions, in the memory of this process: a restart logs everyone out."""
 
     def __init__(self, authenticator: Authenticator) -> None:
         """Check keys with `authenticator`."""
@@ -36,7 +36,7 @@ class Sessions:
         self._keys: dict[str, str] = {}  # session -> key
 
     def begin(self, key: str, address: str) -> str:
-        """Return a new session for a key; raise CallerRefused."""
+        """Return a new session for a key; raise CallerRefused if the key may not read."""
         self._authenticator.authenticate(f"Bearer {key}", address, Scope.READ)
         session = secrets.token_urlsafe(32)
         self._keys[session] = key
@@ -45,34 +45,34 @@ class Sessions:
         return session
 
     def end(self, session: str) -> None:
-        """Forget a session."""
+        """End a session."""
         self._keys.pop(session, None)
 
     def authenticate(self, session: str, address: str, needed: Scope) -> Caller:
-        """Return who looks; raise CallerRefused."""
+        """Return the caller of a session; raise CallerRefused."""
         key = self._keys.get(session, "")
         return self._authenticator.authenticate(f"Bearer {key}" if key else "", address, needed)
 
-    def is_still_valid(self, session: str, caller: Caller, record: Session) -> bool:
-        """Return whether who was let in would be let in again: the key opens, and has not been logged out."""
+    def is_still_valid(self, session: str, caller: Caller, database_session: Session) -> bool:
+        """Return whether the caller's key is still valid and not logged out."""
         key = self._keys.get(session, "")
-        return (not caller.key_id or bool(key)) and self._authenticator.is_still_valid(key, caller, record)
+        return (not caller.key_id or bool(key)) and self._authenticator.is_still_valid(key, caller, database_session)
 
     def knows(self, session: str) -> bool:
-        """Return whether somebody has logged in with this session."""
+        """Return whether this session is open."""
         return session in self._keys
 
 
 @dataclass(frozen=True, slots=True)
 class PageContext:
-    """One look at the pages."""
+    """What an open page needs: services, session and caller."""
 
     services: Services
     sessions: Sessions
     session: str
     address: str
-    dark: bool | None  # None: as the system
-    caller: Caller | None = None  # who was let in; None: nobody yet
+    dark: bool | None  # None: the system's setting
+    caller: Caller | None = None  # None: not authenticated yet
 
     @classmethod
     def of(cls, request: Request, services: Services, sessions: Sessions) -> PageContext:
@@ -83,19 +83,19 @@ class PageContext:
 
     @property
     def signed_in(self) -> bool:
-        """True if there is something to log out of."""
+        """True if the caller has logged in with a key."""
         return self.sessions.knows(self.session)
 
     async def authenticate(self, needed: Scope = Scope.READ) -> Caller:
-        """Return who looks; raise CallerRefused."""
+        """Return the caller; raise CallerRefused if it lacks the scope."""
         return await asyncio.to_thread(self.sessions.authenticate, self.session, self.address, needed)
 
-    async def read(self, question: Callable[[Session], T]) -> T:
-        """Ask the record, in a thread, for who was let in; raise CallerRefused if they would not be let in again."""
-        return await asyncio.to_thread(self._read, question)
+    async def read(self, query: Callable[[Session], T]) -> T:
+        """Run a query in a thread; raise CallerRefused if the session is no longer valid."""
+        return await asyncio.to_thread(self._read, query)
 
-    def _read(self, question: Callable[[Session], T]) -> T:
+    def _read(self, query: Callable[[Session], T]) -> T:
         with self.services.database.read() as session:
             if self.caller is None or not self.sessions.is_still_valid(self.session, self.caller, session):
                 raise InvalidKey
-            return question(session)
+            return query(session)

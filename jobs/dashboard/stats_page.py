@@ -1,4 +1,4 @@
-"""The page of all statistics: everything that ran, and the newest jobs beside each other."""
+"""The statistics page: all jobs together, and the newest jobs in a table."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ async def build(context: PageContext, caller: Caller) -> None:
     with frame("Statistics", dark=context.dark, signed_in=context.signed_in):
         heading("Statistics of all jobs", 1)
         page = StatsPage(context, caller)
-        ui.timer(_REFRESH_S, page.refresh)  # the numbers come behind the page itself
+        ui.timer(_REFRESH_S, page.refresh)  # show the page before its statistics are read
 
 
 class StatsPage:
-    """The numbers of all jobs, and of the newest ones."""
+    """Statistics of all jobs together, and a table of the newest jobs."""
 
     def __init__(self, context: PageContext, caller: Caller) -> None:
-        """Make the place for what `refresh` tells."""
+        """Add an empty container; `refresh` fills it."""
         self._context = context
         self._sees = caller.sees
-        self._place = ui.element("div").classes("stack")
-        self._numbers: StatsView | None = None  # laid out when they have come
+        self._container = ui.element("div").classes("stack")
+        self._numbers: StatsView | None = None  # created with the first statistics
         self._shown: list[JobSummary] = []
 
     async def refresh(self) -> None:
-        """Show the numbers as they stand."""
+        """Show the current statistics."""
         stats = await self._context.read(lambda session: statistics.total_stats(session, self._sees))
         rows = await self._context.read(lambda session: statistics.job_summaries(session, _JOBS, self._sees))
         if self._numbers is None:
-            with self._place:
+            with self._container:
                 self._numbers = StatsView()
                 with box():
-                    heading("The newest jobs")
+                    heading("Newest jobs")
                     self._jobs = ui.element("div").classes("wide")
         self._numbers.show(stats)
         if rows != self._shown:
@@ -59,8 +59,8 @@ def _job_table(rows: list[JobSummary]) -> None:
     headings = ("Job", "Model", "Tokens", "Tokens/s", "Tokens/step", "Speed-up")
     with ui.element("table").classes("plain"):
         with ui.element("thead"), ui.element("tr"):
-            for place, text in enumerate(headings):
-                with ui.element("th").props('scope="col"').classes("n" if place > 1 else ""):
+            for column, text in enumerate(headings):
+                with ui.element("th").props('scope="col"').classes("n" if column > 1 else ""):
                     ui.label(text)
         with ui.element("tbody"):
             for row in rows:

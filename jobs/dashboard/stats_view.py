@@ -1,7 +1,4 @@
-"""The numbers and charts of a job, or of everything, as a part of a page.
-
-Every chart has its numbers in words beside or below it.
-"""
+"""Figures, charts and tables of statistics, as a part of a page. Each chart also has its numbers as text."""
 
 from __future__ import annotations
 
@@ -30,10 +27,10 @@ _CHARTS: Final[Sequence[tuple[str, Callable[[JobStats], dict[str, Any]]]]] = (
 
 
 class StatsView:
-    """Statistics that can be shown again with newer numbers."""
+    """Statistics of one job or of all jobs; `show` updates them."""
 
     def __init__(self) -> None:
-        """Lay out figures and charts."""
+        """Add empty figures and charts."""
         with box():
             heading("Numbers")
             self._figures = ui.element("dl").classes("figures")
@@ -46,12 +43,12 @@ class StatsView:
                     chart.props(f'role="img" aria-label="{title}"')
                     self._charts.append((chart, draw))
         with box():
-            heading("By source of the drafts")
+            heading("By drafter")
             self._drafters = ui.element("div").classes("wide")
         self._shown: JobStats | None = None
 
     def show(self, stats: JobStats) -> None:
-        """Show these numbers; says nothing to the browser if they are the same."""
+        """Show these statistics; send nothing to the browser if they are unchanged."""
         if stats == self._shown:
             return
         self._shown = stats
@@ -77,10 +74,10 @@ def _figures(stats: JobStats) -> Sequence[tuple[str, str, str]]:
         ("Tokens per second", format.number(stats.tokens_per_s), f"over {format.span(stats.wall_s)}"),
         ("Tokens per step", format.number(stats.mean_acceptance_length, 2), f"{stats.steps:,d} steps"),
         ("Expected, accepted", _expected(stats), "draft tokens a step"),
-        ("Off by", format.percent(stats.miscalibration), "accepted against expected, with a tree"),
+        ("Off by", format.percent(stats.miscalibration), "accepted against expected draft tokens"),
         ("Draft nodes per step", format.number(stats.mean_tree_nodes, 2), ""),
         ("Tokens written", f"{stats.completion_tokens:,d}", f"{stats.prompt_tokens:,d} read"),
-        ("Tokens per joule", format.number(stats.tokens_per_joule, 2), "where the device tells"),
+        ("Tokens per joule", format.number(stats.tokens_per_joule, 2), "if the device reports energy"),
     )
 
 
@@ -120,15 +117,15 @@ def _drafter_table(stats: JobStats) -> None:
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Write a table; all columns but the first hold numbers."""
+    """Add a table; all columns but the first are numbers."""
     with ui.element("table").classes("plain"):
         with ui.element("thead"), ui.element("tr"):
-            for place, text in enumerate(headings):
-                with ui.element("th").props('scope="col"').classes("n" if place else ""):
+            for column, text in enumerate(headings):
+                with ui.element("th").props('scope="col"').classes("n" if column else ""):
                     ui.label(text)
         with ui.element("tbody"):
             for row in rows:
                 with ui.element("tr"):
-                    for place, text in enumerate(row):
-                        with ui.element("td").classes("n" if place else ""):
+                    for column, text in enumerate(row):
+                        with ui.element("td").classes("n" if column else ""):
                             ui.label(text)

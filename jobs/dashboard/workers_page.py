@@ -1,4 +1,4 @@
-"""The page of the workers: where they run, what they hold, and what their steps decide."""
+"""The workers page: their devices, models, load, and the decisions of their steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from storage.queries import WorkerView
 from storage.records import HEARTBEAT_TIMEOUT_S
 
 _REFRESH_S: Final = 3.0
-_AGO_S: Final = 30.0  # after which the page says again how long ago things were
+_AGO_S: Final = 30.0  # interval at which the page updates its relative times
 _SHOWN: Final = 40
 
 
@@ -32,10 +32,10 @@ async def build(context: PageContext, caller: Caller) -> None:
         async def refresh() -> None:
             workers = (await context.read(queries.workers))[:_SHOWN]
             facts = [(w.id, w.load, w.stopped_at, _alive(w)) for w in workers]
-            told = [int(time.time() // _AGO_S), *facts]
-            if told == last:
+            current = [int(time.time() // _AGO_S), *facts]
+            if current == last:
                 return
-            last[:] = told
+            last[:] = current
             shown.clear()
             with shown:
                 _show(workers)
@@ -47,7 +47,7 @@ async def build(context: PageContext, caller: Caller) -> None:
 def _show(workers: Sequence[WorkerView]) -> None:
     alive = [worker for worker in workers if _alive(worker)]
     if not alive:
-        ui.label("No worker is running; `basic up` or `basic worker` starts one.").classes("dim")
+        ui.label("No worker is running. Start one with `basic up` or `basic worker`.").classes("dim")
     for worker in alive:
         _card(worker)
     gone = [worker for worker in workers if not _alive(worker)]
@@ -93,10 +93,10 @@ def _figures(load: Mapping[str, Any]) -> list[tuple[str, str]]:
     milliseconds = load.get("step_ms") or 0.0
     return [
         ("Sequences now", f"{load.get('sequences', 0):,d} of {load.get('max_sequences', 0):,d}"),
-        ("Waiting for a place", f"{load.get('waiting_sequences', 0):,d}"),
+        ("Waiting sequences", f"{load.get('waiting_sequences', 0):,d}"),
         ("Mean batch", format.number(load["batch_sequences"] / steps if steps else None)),
         ("Tokens/s while decoding", format.number(load["tokens"] / milliseconds * 1e3 if milliseconds else None)),
-        ("Accepted a step", format.number(load["accepted_tokens"] / load["batch_sequences"] if steps else None, 2)),
+        ("Accepted per step", format.number(load["accepted_tokens"] / load["batch_sequences"] if steps else None, 2)),
         ("Energy", format.number(load.get("joules") or None, 0, " J")),
     ]
 

@@ -75,8 +75,8 @@ def test_a_job_is_submitted_watched_and_looked_into(page: Page) -> None:
     page.goto("/")
     expect(page.get_by_role("heading", name="Jobs")).to_be_visible(timeout=PATIENCE_MS)
     page.get_by_role("button", name="New job").click()
-    page.get_by_label("Prompts, one a line").fill("abc abc abc abc\nxyz xyz xyz")
-    page.get_by_label("Most tokens").fill("200")
+    page.get_by_label("Prompts, one per line").fill("abc abc abc abc\nxyz xyz xyz")
+    page.get_by_label("Max tokens").fill("200")
     page.get_by_label("Record draft trees").click()
     page.get_by_role("button", name="Submit").click()
 
@@ -107,7 +107,7 @@ def test_tokens_arrive_and_a_job_is_cancelled(page: Page, service: LocalService)
         timeout=PATIENCE_MS,
     )
     picture(page, "live")
-    page.get_by_role("button", name="Cancel the job").click()
+    page.get_by_role("button", name="Cancel job").click()
     expect(page.locator(".status").first).to_have_text("cancelled", timeout=PATIENCE_MS)
 
 
@@ -135,7 +135,7 @@ def test_lists_and_statistics_of_a_running_job_follow_it_to_its_end(page: Page, 
             )
         job.cancel()
     expect(row.locator(".status")).to_have_text("cancelled", timeout=PATIENCE_MS)
-    expect(page.get_by_text("There is no such request now.")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.get_by_text("No requests.")).to_be_visible(timeout=PATIENCE_MS)
     expect(page.locator(".q-tab-panel .status-running")).to_have_count(0)
     told = httpx.get(f"{service.api_url}/v1/jobs/{job.id}/stats").json()
     expect(numbers.locator("dl.figures").first).to_contain_text(f"{told['steps']:,d} steps", timeout=PATIENCE_MS)
@@ -163,7 +163,7 @@ def test_each_error_of_a_job_is_told_and_a_job_that_failed_whole_is_no_success(
 def test_prompts_that_are_too_long_for_the_form_are_refused_and_not_cut(page: Page) -> None:
     page.goto("/dashboard/")
     page.get_by_role("button", name="New job").click()
-    page.get_by_label("Prompts, one a line").fill("é" * 2_000_000)
+    page.get_by_label("Prompts, one per line").fill("é" * 2_000_000)
     page.get_by_role("button", name="Submit").click()
     expect(page.get_by_role("alert")).to_contain_text("too long for this form", timeout=PATIENCE_MS)
 
@@ -235,10 +235,10 @@ def test_the_keyboard_reaches_the_form(page: Page) -> None:
     page.goto("/dashboard/")
     expect(page.get_by_role("button", name="New job")).to_be_visible(timeout=PATIENCE_MS)
     page.keyboard.press("Tab")
-    expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
+    expect(page.get_by_role("link", name="Skip to content")).to_be_focused()
     page.get_by_role("button", name="New job").focus()
     page.keyboard.press("Enter")
-    expect(page.get_by_label("Prompts, one a line")).to_be_focused()
+    expect(page.get_by_label("Prompts, one per line")).to_be_focused()
 
 
 def downloaded(page: Page) -> tuple[str, list[str]]:
@@ -290,7 +290,7 @@ def test_once_there_is_a_key_the_pages_ask_for_it_and_a_revoked_one_closes_them(
     expect_log_in(page)
     page.get_by_label("Key").fill("sk-basic-wrong")
     page.get_by_role("button", name="Log in").click()
-    expect(page.get_by_role("alert")).to_contain_text("opens nothing")
+    expect(page.get_by_role("alert")).to_contain_text("Invalid or expired key")
     log_in(page, key)
     assert all(cookie["httpOnly"] for cookie in page.context.cookies() if cookie["name"] == "basic_session")
     with Client(service.api_url, api_key=key) as client:

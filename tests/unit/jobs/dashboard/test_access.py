@@ -90,4 +90,4 @@ def test_a_long_key_is_no_log_in(api: TestClient, database: Database) -> None:
     a_key(database)
     reply = api.post("/dashboard/login", content=b"key=" + b"x" * 5_000)
     assert reply.status_code == 413
-    assert reply.json()["error"]["message"] == "The body has more than the 4096 bytes that may be sent here."
+    assert reply.json()["error"]["message"] == "The body has more than the 4096 bytes that this page accepts."

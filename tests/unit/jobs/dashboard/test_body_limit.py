@@ -18,7 +18,9 @@ SOCKET = "/dashboard/_nicegui_ws/socket.io/"
 class Call:
     """A call to an application behind `DashboardBodyLimit`, whose body comes in parts; after them nothing comes."""
 
-    def __init__(self, path: str, parts: Iterable[bytes], declared: int | None = None, *, whole_s: float = 30) -> None:
+    def __init__(
+        self, path: str, parts: Iterable[bytes], declared: int | None = None, *, timeout_s: float = 30
+    ) -> None:
         waiting = list(parts)
         self.status = 0
         self.body = bytearray()  # that the application was given
@@ -43,7 +45,7 @@ class Call:
 
         headers = [] if declared is None else [(b"content-length", str(declared).encode())]
         scope: dict[str, Any] = {"type": "http", "path": path, "headers": headers, "method": "POST"}
-        asyncio.run(DashboardBodyLimit(app, whole_s)(scope, receive, send))
+        asyncio.run(DashboardBodyLimit(app, timeout_s)(scope, receive, send))
 
 
 @pytest.mark.parametrize(
@@ -70,7 +72,7 @@ def test_a_short_body_reaches_the_route_whole_whatever_its_parts() -> None:
 
 
 def test_a_body_that_does_not_come_is_given_up() -> None:
-    unfinished = Call(LOGIN, [], whole_s=0.01)
+    unfinished = Call(LOGIN, [], timeout_s=0.01)
     assert (unfinished.status, bytes(unfinished.body)) == (408, b"")
 
 
