@@ -1,7 +1,7 @@
-"""What is wrong with the lines of a batch file: the cheap pass over the whole file before anything of it runs.
+"""Validate the lines of a batch file in a cheap first pass, before any request is stored.
 
-A bad line fails alone. The batch is refused, with its bad lines named, if none of its lines is good, if it is too
-large, or if two lines share a custom_id: then answers could not be told apart.
+An invalid line fails alone. The batch fails, with an error per line, if no line is valid, if it is too large, or if two
+lines have the same custom_id, because results could not be assigned to them.
 """
 
 from __future__ import annotations
@@ -28,70 +28,70 @@ MAX_ERRORS: Final = 100
 
 @dataclass(frozen=True, slots=True)
 class BatchLimits:
-    """How large a batch may be."""
+    """Maximum size of a batch."""
 
     requests: int
     line_bytes: int
 
 
 class BadLine(BasicError):
-    """The line is no request of the batch."""
+    """The line is not a valid request of the batch."""
 
     status_code = 400
 
     def __init__(self, code: str, message: str, param: str | None = None) -> None:
-        """Keep the code of OpenAI's BatchError, the message and the field."""
+        """Take the code of OpenAI's BatchError, the message and the field."""
         super().__init__(message, param=param)
         self.code = code
 
 
 @dataclass(slots=True)
 class ValidationResult:
-    """What the pass over a batch file found."""
+    """Model, requests and ids of a batch file, or the errors for which the batch fails."""
 
-    errors: list[dict[str, Any]] = field(default_factory=list)  # of a batch that is refused, at most MAX_ERRORS
+    errors: list[dict[str, Any]] = field(default_factory=list)  # at most MAX_ERRORS; empty if the batch is valid
     model: str = ""
     requests: int = 0
     ids: CustomIds = field(default_factory=CustomIds)
 
     def add(self, code: str, message: str, line: int | None = None, param: str | None = None) -> None:
-        """Note an error, in the fields of OpenAI's BatchError."""
+        """Add an error with the fields of OpenAI's BatchError."""
         self.errors.append({"code": code, "line": line, "message": message, "param": param})
 
 
 def validate_lines(
     lines: Iterable[Line], endpoint: str, models: Collection[str], limits: BatchLimits
 ) -> ValidationResult:
-    """Return what the lines of a batch file are: its model, requests and ids, or the errors for which it is refused."""
+    """Validate the lines of a batch file."""
     result, reader = ValidationResult(), LineReader(endpoint, models, limits.line_bytes)
-    bad, shared, sample = ValidationResult(), ValidationResult(), Sample()
+    invalid, duplicates, sample = ValidationResult(), ValidationResult(), Sample()
     for index, line in enumerate(lines):
         result.requests += 1
         if result.requests > limits.requests:
-            result.add("too_many_tasks", f"A batch may hold {limits.requests} requests; split the file.")
+            result.add("too_many_tasks", f"A batch may have at most {limits.requests} requests. Split the file.")
             return result
         item, problem = reader.read(index, line)
         if problem is not None:
             sample.add(line.text)
-            _add(bad, problem, line.number)
-        earlier = result.ids.add(index, item.location, sure_id(item))
+            _add(invalid, problem, line.number)
+        earlier = result.ids.add(index, item.location, own_id(item))
         if earlier is not None:
-            message = f"The custom_id {item.value['custom_id']!r} is that of {earlier} too."
-            _add(shared, BadLine("duplicate_custom_id", message, "custom_id"), line.number)
+            message = f"The custom_id {item.value['custom_id']!r} is also used by {earlier}."
+            _add(duplicates, BadLine("duplicate_custom_id", message, "custom_id"), line.number)
         elif problem is None:
             result.model = reader.model
     if not result.requests:
-        result.add("empty_file", "The file holds no requests.")
+        result.add("empty_file", "The file has no requests.")
     elif not result.model and (kind := describe_format(sample.lines)) is not None:
         result.add("invalid_json_line", kind, 1)
-    elif not result.model or shared.errors:
-        found = (shared.errors + bad.errors)[:MAX_ERRORS]
+    elif not result.model or duplicates.errors:
+        found = (duplicates.errors + invalid.errors)[:MAX_ERRORS]
         result.errors = sorted(found, key=lambda error: int(error["line"]))
     return result
 
 
-def sure_id(item: Item) -> GivenId | None:
-    """Return the id of a line. Only its custom_id is is_own: an `id` names no request of a batch."""
+def own_id(item: Item) -> GivenId | None:
+    """Return the id of a line. Only `custom_id` counts as the request's own, not `id`."""
     given = given_id(item)
     if (
         given is None
@@ -108,23 +108,23 @@ def _add(result: ValidationResult, problem: BasicError, line: int) -> None:
 
 
 class LineReader:
-    """Reads one line after the other, and says what is wrong with its structure."""
+    """Parses lines and checks their structure."""
 
     def __init__(self, endpoint: str, models: Collection[str], line_bytes: int, model: str = "") -> None:
-        """Take the batch's model if it is known; else that of the first good line."""
+        """Take the batch's model; empty: use that of the first valid line."""
         self.model = model
         self._endpoint = endpoint
         self._models = models
         self._line_bytes = line_bytes
 
     def read(self, index: int, line: Line) -> tuple[Item, BasicError | None]:
-        """Return a line as an item, and the first thing that is wrong with it."""
+        """Return the item of a line, and its first error, if any."""
         try:
             item = Item(index, read_line(line, self._line_bytes), line.number)
             if not isinstance(item.value, dict):
                 raise InvalidJsonLine("The line is not a JSON object.")
-            for look in (_check_custom_id, _check_method, self._check_url, self._check_body):
-                look(item.value)
+            for check in (_check_custom_id, _check_method, self._check_url, self._check_body):
+                check(item.value)
         except InvalidJsonLine as exc:
             return Item(index, exc, line.number, find_custom_id(line.text)), exc
         except BadLine as exc:
@@ -140,13 +140,13 @@ class LineReader:
         _require(line, "body", dict, "an object")
         model = line["body"].get("model")
         if model is None:
-            raise BadLine("missing_required_parameter", "The body names no model.", "body.model")
+            raise BadLine("missing_required_parameter", "The body has no model.", "body.model")
         if not isinstance(model, str) or model not in self._models:
-            message = f"There is no model {str(model)[:80]!r}; there is {', '.join(sorted(self._models))}."
+            message = f"There is no model {str(model)[:80]!r}. Available: {', '.join(sorted(self._models))}."
             raise BadLine("model_not_found", message, "body.model")
         self.model = self.model or model
         if model != self.model:
-            message = f"This batch asks for {self.model}; another model needs a batch of its own."
+            message = f"This batch uses the model {self.model}. Submit requests for other models as another batch."
             raise BadLine("mismatched_model", message, "body.model")
 
 

@@ -1,6 +1,6 @@
-"""The lines of a file that someone sends: where they end, what a broken one still says, and what a file is instead.
+"""Split an input file into lines, salvage the custom_id of invalid lines, and recognise files of other formats.
 
-Knows no requests. Holds one line at a time, and none beyond its limit.
+Holds one line at a time, up to its size limit.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from jobs.errors import InvalidValue
 from jobs.input_format import reject_other_formats
 
 _BOM: Final = "\ufeff"
-# What a line may hold and still be empty, or have around its JSON: spaces of Unicode, marks, and the end of a DOS file.
+# Stripped around JSON: white space of Unicode, byte-order marks, and the end-of-file character of DOS.
 _BLANKS: Final = "".join(chr(code) for code in range(0x3001) if chr(code).isspace()) + _BOM + "\x1a\u200b\u2060"
-_START_BYTES: Final = 65_536  # that are kept of a line which is too long: its custom_id stands there, if anywhere
-_MAX_PARTS: Final = 200_000  # of a broken line that are looked at for its custom_id
+_START_BYTES: Final = 65_536  # kept of a line that is too long, to find its custom_id
+_MAX_PARTS: Final = 200_000  # of an invalid line that are searched for its custom_id
 _SAMPLE_LINES: Final = 20
 _SAMPLE_BYTES: Final = 65_536
 _ARRAY: Final = re.compile(rb"\[\s*[{\"]")
 _ONE_LINE: Final = re.compile(rb"[^\r]*\}\r\s*\{")
 
-# A string, also one that does not end, in JSON's quotes or Python's. Possessive: a broken line is read once, not once a
-# quote.
+# A string, possibly unterminated, in double or single quotes. Possessive quantifiers keep the search linear in the
+# length of an invalid line.
 _STRING: Final = r"\"[^\"\\]*+(?:\\.[^\"\\]*+)*+\"?|'[^'\\]*+(?:\\.[^'\\]*+)*+'?"
 _PART: Final = re.compile(
     rf"[\"'](?P<name>custom_id|id)[\"']\s*:\s*(?P<value>{_STRING})|{_STRING}|(?P<open>[{{\[])|(?P<close>[}}\]])",
@@ -36,7 +36,7 @@ _PART: Final = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line that is not blank, and its number in the file, counted from 1. Of one that is too long only the start."""
+    """A non-blank line and its 1-based number; only the start of a line that is too long."""
 
     number: int
     text: bytes
@@ -44,9 +44,9 @@ class Line:
 
 
 def split_lines(chunks: Iterable[bytes], max_bytes: int) -> Iterator[Line]:
-    """Yield the lines of a file that comes in chunks. They end at a newline only: U+2028 may stand in a JSON string."""
-    for number, (raw, too_long) in enumerate(_raw_lines(chunks, max_bytes + 2), start=1):  # with its end, CR and LF
-        text = _bare(raw)
+    """Yield the lines of a file that arrives in chunks. Split at newlines only, since JSON strings may have U+2028."""
+    for number, (raw, too_long) in enumerate(_raw_lines(chunks, max_bytes + 2), start=1):  # + CR LF
+        text = _strip(raw)
         if too_long or len(text) > max_bytes:
             yield Line(number, text[:_START_BYTES], too_long=True)
         elif text:
@@ -54,9 +54,9 @@ def split_lines(chunks: Iterable[bytes], max_bytes: int) -> Iterator[Line]:
 
 
 def find_custom_id(text: bytes) -> str | None:
-    """Return the custom_id that a line says which is not JSON, so that its error reaches the one who sent it.
+    """Return the custom_id in a line that is not valid JSON, so that its error carries the id.
 
-    Only a name of the outermost object counts: what stands in a prompt or deeper is not the line's own.
+    Only a field of the outermost object counts, not text in a prompt or in nested objects.
     """
     found: dict[str, str] = {}
     depth = 0
@@ -68,36 +68,35 @@ def find_custom_id(text: bytes) -> str | None:
 
 
 def describe_format(sample: Sequence[bytes]) -> str | None:
-    """Return what a file is none of whose lines can be read, by its first lines, and what to do; None if unclear."""
+    """Return, from its first lines, which format an unreadable file has and what to do; None if unknown."""
     text = b"\n".join(sample)
     try:
         reject_other_formats(text, "The file", "")
     except InvalidValue as refused:
         return refused.message
-    if len(sample) == 1 and _ARRAY.match(text):  # too long to be kept as a whole
-        return "The file is one JSON array; write one request a line, for instance with jq -c '.[]'."
+    if len(sample) == 1 and _ARRAY.match(text):  # too long to parse
+        return "The file is one JSON array. Write one request per line, for instance with jq -c '.[]'."
     if _ONE_LINE.match(text):
-        return "The lines of the file end with a carriage return alone; end them with a newline."
+        return "The lines of the file end with carriage returns. End them with newlines."
     return None
 
 
 class Sample:
-    """The first lines of a file, as much of them as tells what it is."""
+    """The first lines of a file, to recognise its format."""
 
     def __init__(self) -> None:
-        """Start with none."""
         self.lines: list[bytes] = []
         self._bytes = 0
 
     def add(self, line: bytes) -> None:
-        """Keep a line, if there is still room."""
+        """Add a line, up to _SAMPLE_LINES and _SAMPLE_BYTES."""
         if len(self.lines) < _SAMPLE_LINES and self._bytes < _SAMPLE_BYTES:
             self.lines.append(line[:_SAMPLE_BYTES])
             self._bytes += len(line)
 
 
 def _raw_lines(chunks: Iterable[bytes], max_bytes: int) -> Iterator[tuple[bytes, bool]]:
-    """Yield lines without their newline, the last one too if it is not empty; True with the start of a longer one."""
+    """Yield (line, too_long) without newlines; of a line that is too long, its start."""
     rest = b""
     too_long = False
     for chunk in chunks:
@@ -112,8 +111,8 @@ def _raw_lines(chunks: Iterable[bytes], max_bytes: int) -> Iterator[tuple[bytes,
         yield rest, too_long
 
 
-def _bare(line: bytes) -> bytes:
-    """Return a line without what is blank around it."""
+def _strip(line: bytes) -> bytes:
+    """Strip white space, also that of Unicode."""
     text = line.strip()
     if not text or (text[0] in b'{["' and text[-1] in b'}]"'):
         return text
@@ -124,7 +123,7 @@ def _bare(line: bytes) -> bytes:
 
 
 def _string(token: str) -> str | None:
-    """Return what a string says, also one in Python's quotes; None for one that does not end or can't be read."""
+    """Return the value of a string in double or single quotes; None if it is unterminated or invalid."""
     if len(token) < 2 or token[-1] != token[0]:
         return None
     if "\\" not in token:

@@ -1,7 +1,7 @@
-"""The one door behind both entrances: a submission is checked, recorded in one transaction, and its doorbell notified.
+"""Create jobs: validate a submission, store it in one transaction, and notify the workers.
 
-Knows no HTTP and no Celery: it is handed a `notify` to call. What is wrong with one request fails that request; what is
-wrong with the job as a whole raises JobRefused.
+The API server and the ingest process share this module. An invalid request fails alone; an invalid job raises
+JobRefused.
 """
 
 from __future__ import annotations
@@ -67,21 +67,21 @@ MAX_METADATA_KEY_CHARS = 64
 MAX_METADATA_VALUE_CHARS = 512
 MAX_IDEMPOTENCY_KEY_CHARS = 255
 
-_QUEUE_RETRY_S = 30.0  # a guess at when a full queue has room again
+_QUEUE_RETRY_S = 30.0  # Retry-After of a full queue; a guess
 
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A job as someone asks for it, before anything about it has been checked."""
+    """A job as the caller submits it, not validated yet."""
 
     items: Iterable[Item]
-    model: str | None = None  # none: the first request's, else the target of this installation
+    model: str | None = None  # None: the first request's, else the target of this installation
     endpoint: Endpoint = CHAT_ENDPOINT
-    parameters: Mapping[str, Any] = field(default_factory=dict)  # for requests that bring none of their own
+    parameters: Mapping[str, Any] = field(default_factory=dict)  # defaults for its requests
     metadata: Any = None
     window_s: float | None = None
     traceparent: str | None = None
-    compare_plain: Any = None  # how many of the requests are decoded both ways when the job is done
+    compare_plain: Any = None  # number of requests to decode again without drafts, to measure the speed-up
     job_id: str | None = None
     api_key_id: str | None = None
     idempotency_key: str | None = None
@@ -89,23 +89,24 @@ class Submission:
 
 
 def create_job(submission: Submission, *, database: Database, notify: Notify, settings: JobsSettings) -> str:
-    """Record a submission and return its job id: the earlier job's, if its idempotency key has been used before.
+    """Validate and store a job in one transaction, notify the workers, and return its id.
 
-    Raise JobRefused for a job that can't be accepted, LimitReached for one that can't be accepted now.
+    Return the id of the earlier job if the idempotency key was used before. Raise JobRefused for an invalid job, and
+    LimitReached if the queue or the key is at its limit.
     """
     items = iter(submission.items)
     known = known_models(database, settings)
-    head, model = _up_to_the_model(items, submission.model, known, settings.max_requests)
+    head, model = _find_model(items, submission.model, known, settings.max_requests)
     if not head:
         raise EmptyJob
     rules = _rules(submission, model, known, settings)
     with span("ingest", submission.traceparent, job_id=rules.job_id) as place, RequestBuffer() as buffer:
         job = replace(_new_job(submission, rules, settings), traceparent=place)
-        ids = _parse_all(chain(_drained(head), items), rules, settings.max_requests, buffer)
+        ids = _parse_all(chain(_drain(head), items), rules, settings.max_requests, buffer)
         depth = _queue_depth(database)
-        room = depth.reserve(len(buffer), settings.max_requests_queued)
-        most = None if room else settings.max_requests_queued
-        recorded = _record(job, _named(buffer.requests(), ids), database, most, depth)
+        fits = depth.reserve(len(buffer), settings.max_requests_queued)
+        max_queued = None if fits else settings.max_requests_queued
+        recorded = _record(job, _with_ids(buffer.requests(), ids), database, max_queued, depth)
     if recorded.conflict:
         raise IdempotencyConflict
     if recorded.created:
@@ -122,15 +123,15 @@ def retry_job(
     notify: Notify,
     settings: JobsSettings,
 ) -> str:
-    """Record a new job of the requests of an ended one that have no result, and return its id.
+    """Store a new job with the unsuccessful requests of an ended job, and return its id.
 
-    The ended job stays as it is: its counts and files are final. The new one has its model, endpoint, metadata and
-    window, and the requests keep their custom ids, bodies and seeds.
+    The ended job does not change. The new job has its model, endpoint, metadata and window, and the requests keep their
+    custom ids, bodies and seeds.
     """
     if not JobStatus(job.status).final:
-        raise NotRetryable(f"The job is {job.status}; wait until it has ended, or cancel it.")
+        raise NotRetryable(f"The job is {job.status}. Wait until it has ended, or cancel it.")
     _, context_tokens = _choose_model(job.model, known_models(database, settings), settings)
-    again = NewJob(
+    new_job = NewJob(
         id=new_job_id(),
         model=job.model,
         endpoint=job.endpoint,
@@ -143,13 +144,13 @@ def retry_job(
         body_version=MESSAGE_VERSION,
     )
     try:
-        with span("ingest", job_id=again.id) as place, database.write() as session:
+        with span("ingest", job_id=new_job.id) as place, database.write() as session:
             found = queries.requests_to_retry(session, job.id)
             requests = (_with_tokens(request, context_tokens) for request in found)
             first = next(requests, None)
             if first is None:
                 raise NotRetryable
-            recorded = writes.insert_job(session, replace(again, traceparent=place), chain([first], requests))
+            recorded = writes.insert_job(session, replace(new_job, traceparent=place), chain([first], requests))
             if recorded.created:
                 check_queue_limit(session, settings.max_requests_queued)
     except QuotaExceeded as exceeded:
@@ -162,21 +163,20 @@ def retry_job(
 
 
 def _with_tokens(request: NewRequest, context_tokens: int | None) -> NewRequest:
-    """Return a request that was stored before with what it may come to read and write."""
+    """Return a stored request with its maximum number of tokens."""
     return replace(request, tokens=max_total_tokens(GenerationRequest.model_validate(request.body), context_tokens))
 
 
 def create_interactive_job(
     submission: Submission, *, database: Database, notify: Notify, settings: JobsSettings
 ) -> str:
-    """Record a job of one request that somebody waits for, and return its id.
+    """Store a job of one interactive request, whose caller waits for the result, and return its id.
 
-    There are no others that could go on, so what is wrong with the request is raised too; and ServiceUnavailable if
-    nobody is there to serve it.
+    Raise RequestRefused for an invalid request, and ServiceUnavailable if no worker serves the model.
     """
     (item,) = submission.items
     if item.model is None:
-        raise MissingParameter("This call needs model.", param="model")
+        raise MissingParameter("The field model is required.", param="model")
     rules = _rules(submission, submission.model or item.model, known_models(database, settings), settings)
     request = parse_body(item.value, rules)
     if rules.context_tokens is None:
@@ -191,7 +191,7 @@ def create_interactive_job(
 def create_failed_job(
     submission: Submission, failure: RequestFailure, *, database: Database, settings: JobsSettings
 ) -> str:
-    """Record a job whose submission was refused as a whole: one failed request says why to whoever asks for the job."""
+    """Store a failed job for a rejected submission; its only request has the error, for callers that follow the job."""
     job_id = submission.job_id or new_job_id()
     job = NewJob(
         id=job_id,
@@ -206,32 +206,32 @@ def create_failed_job(
 
 
 def known_models(database: Database, settings: JobsSettings) -> dict[str, int | None]:
-    """Return the models a job may name, with their context in tokens where a worker has told it."""
+    """Return the models that a job may name, with their context length in tokens; None if it is unknown."""
     with database.connect() as session:
         served = {model.target: model.context_tokens for model in queries.models(session)}
     return {model_name(settings.target): None} | served
 
 
 def new_job_id() -> str:
-    """Return a fresh job id. Random: nobody can guess the job of another."""
+    """Return a new random job id, which other callers can't guess."""
     return f"batch_{secrets.token_hex(16)}"
 
 
 def new_call_id(endpoint: Endpoint) -> str:
-    """Return a fresh id of a call, which is the job's and the answer's."""
+    """Return a new id of an interactive request, used for both the job and the completion."""
     return f"{'chatcmpl' if endpoint == CHAT_ENDPOINT else 'cmpl'}-{secrets.token_hex(16)}"
 
 
-def _drained(items: deque[Item]) -> Iterator[Item]:
-    """Yield items and keep none: a single one may be as large as a line can be."""
+def _drain(items: deque[Item]) -> Iterator[Item]:
+    """Yield items without keeping references: a single item may be very large."""
     while items:
         yield items.popleft()
 
 
-def _up_to_the_model(items: Iterator[Item], model: Any, known: Collection[str], limit: int) -> tuple[deque[Item], Any]:
-    """Return the first items, and the model that the job asks for, or else the first item that can ask for one.
+def _find_model(items: Iterator[Item], model: Any, known: Collection[str], limit: int) -> tuple[deque[Item], Any]:
+    """Return the items read so far, and the model: the job's, or that of the first readable item with a known model.
 
-    An item that can't be read, or names a model that does not exist, fails alone: it does not choose for the others.
+    Skip items that are unreadable or name an unknown model: they fail alone and don't choose the job's model.
     """
     head: deque[Item] = deque()
     unknown: Any = None
@@ -251,7 +251,7 @@ def _is_known(model: Any, known: Collection[str]) -> bool:
 
 
 def _without_text(item: Item) -> Item:
-    """Return an item that names no known model with nothing but its id: many of them may come before one that does."""
+    """Return an item with an unknown model, reduced to its id, to save memory: there may be many."""
     if not item.is_readable:
         return item
     given = given_id(item)
@@ -260,18 +260,18 @@ def _without_text(item: Item) -> Item:
     return replace(item, value={"model": False, "custom_id": given.text})
 
 
-def _named(requests: Iterable[NewRequest], ids: Mapping[int, str]) -> Iterator[NewRequest]:
-    """Yield requests with the ids that they have in place of their own."""
+def _with_ids(requests: Iterable[NewRequest], ids: Mapping[int, str]) -> Iterator[NewRequest]:
+    """Yield the requests, with their custom ids replaced by those in `ids`."""
     for index, request in enumerate(requests):
         yield replace(request, custom_id=ids[index]) if index in ids else request
 
 
 def _parse_all(items: Iterable[Item], rules: Rules, limit: int, buffer: RequestBuffer) -> Mapping[int, str]:
-    """Put the requests of all items into the buffer; return the ids of those that were given none of their own."""
+    """Parse all items into the buffer; return generated ids, by index, for requests without a valid one."""
     ids = CustomIds()
     for item in items:
         if len(buffer) == limit:
-            raise TooManyRequests(f"One job may hold {limit} requests; split the file into several jobs.")
+            raise TooManyRequests(f"A job may have at most {limit} requests. Split the file into several jobs.")
         request = parse_item(item, rules)
         earlier = ids.add(item.index, item.location, given_id(item))
         if earlier is not None:
@@ -298,7 +298,7 @@ def _choose_model(asked: Any, known: Mapping[str, int | None], settings: JobsSet
     model = model_name(settings.target) if asked is None else asked
     if not isinstance(model, str) or model not in known:
         raise UnknownModel(
-            f"There is no model {str(model)[:80]!r}; there is {', '.join(sorted(known))}.", param="model"
+            f"There is no model {str(model)[:80]!r}. Available: {', '.join(sorted(known))}.", param="model"
         )
     return model, known[model]
 
@@ -322,15 +322,15 @@ def _record(
     job: NewJob,
     requests: Iterable[NewRequest],
     database: Database,
-    most: int | None = None,
+    max_queued: int | None = None,
     depth: QueueDepth | None = None,
 ) -> writes.InsertedJob:
-    """Record a job; raise LimitReached for one too many, of its key or with more than `most` requests of all."""
+    """Store a job; raise LimitReached beyond a limit of its key, or beyond `max_queued` requests of all callers."""
     try:
         with database.write() as session:
             recorded = writes.insert_job(session, job, requests)
-            if recorded.created and most is not None:
-                counted = check_queue_limit(session, most)
+            if recorded.created and max_queued is not None:
+                counted = check_queue_limit(session, max_queued)
                 if depth is not None:
                     depth.update(counted)
             return recorded
@@ -339,35 +339,35 @@ def _record(
 
 
 class QueueDepth:
-    """How many requests wait, as this process knows: to count them takes longer the more open jobs there are.
+    """Estimate of the number of queued requests, because counting is slow with many open jobs.
 
-    A count holds for a second, with what was added here since, and only while half of the room is free: nearer to the
-    limit they are counted with every job.
+    A count is valid for _COUNT_VALID_S, plus what this process adds, and only up to half of the limit. Above that,
+    every job counts the requests.
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-        """Know nothing yet."""
+        """Begin without a count."""
         self._now = now
         self._lock = threading.Lock()
         self._requests = 0
         self._counted_at = float("-inf")
 
-    def reserve(self, requests: int, most: int) -> bool:
-        """Add so many requests and return True if there is room for certain; else they must be counted."""
+    def reserve(self, requests: int, max_queued: int) -> bool:
+        """Add requests and return True if they certainly fit; return False if they must be counted."""
         with self._lock:
-            fresh = self._now() - self._counted_at < _COUNT_HOLDS_S
-            if not fresh or self._requests + requests > most / 2:
+            fresh = self._now() - self._counted_at < _COUNT_VALID_S
+            if not fresh or self._requests + requests > max_queued / 2:
                 return False
             self._requests += requests
             return True
 
     def update(self, requests: int) -> None:
-        """Note how many requests wait."""
+        """Set the number of queued requests to a new count."""
         with self._lock:
             self._requests, self._counted_at = requests, self._now()
 
 
-_COUNT_HOLDS_S = 1.0
+_COUNT_VALID_S = 1.0
 _depth_by_engine: WeakKeyDictionary[Engine, QueueDepth] = WeakKeyDictionary()
 
 
@@ -375,31 +375,31 @@ def _queue_depth(database: Database) -> QueueDepth:
     return _depth_by_engine.setdefault(database.engine, QueueDepth())
 
 
-def check_queue_limit(session: Session, most: int) -> int:
-    """Return how many requests wait; raise QueueFull, which undoes the transaction, if that is more than the most.
+def check_queue_limit(session: Session, max_queued: int) -> int:
+    """Return the number of queued requests; raise QueueFull, which rolls back the transaction, above `max_queued`.
 
-    Counted with the new job, and behind the look for an earlier one: a submission that is only repeated is not refused.
+    Call this after the job is stored, so that a repeated submission, which adds no requests, is not rejected.
     """
     depth = keys.open_work(session).requests
-    if depth > most:
+    if depth > max_queued:
         raise QueueFull(
-            f"With this job {depth} requests would wait, and the service takes {most} at once.",
+            f"The queue would have {depth} requests with this job; the limit is {max_queued}.",
             retry_after_s=_QUEUE_RETRY_S,
         )
     return depth
 
 
 def quota_error(exceeded: QuotaExceeded) -> LimitReached:
-    """Return what a key is told whose limits leave no room for a job."""
+    """Return the error for a job beyond a limit of its key."""
     return LimitReached(
-        f"This key may have {exceeded.limit} {exceeded.what} in the queue; with this job there would be "
+        f"This key may have {exceeded.limit} {exceeded.what} in the queue; with this job it would have "
         f"{exceeded.asked}.",
         retry_after_s=_QUEUE_RETRY_S,
     )
 
 
 def check_metadata(metadata: Any) -> Mapping[str, str] | None:
-    """Return metadata as it is kept; raise InvalidValue beyond OpenAI's limits."""
+    """Return valid metadata; raise InvalidValue beyond OpenAI's limits."""
     if metadata is None:
         return None
     if not isinstance(metadata, Mapping) or len(metadata) > MAX_METADATA_PAIRS:
@@ -416,14 +416,14 @@ def _refuse_long_metadata(text: Any, limit: int, part: str) -> None:
 
 
 def check_idempotency_key(key: str | None) -> str | None:
-    """Return the key; raise InvalidValue for one that is empty or too long."""
+    """Return the idempotency key; raise InvalidValue if it is empty or too long."""
     if key is not None and not 1 <= len(key) <= MAX_IDEMPOTENCY_KEY_CHARS:
         raise InvalidValue(f"must have 1 to {MAX_IDEMPOTENCY_KEY_CHARS} characters", param="Idempotency-Key")
     return key
 
 
 def check_compare_plain(count: Any) -> int:
-    """Return how many requests are decoded both ways; raise InvalidValue for what is no such number."""
+    """Return the number of requests to compare; raise InvalidValue if it is out of range."""
     if count is None:
         return 0
     if type(count) is not int or not 1 <= count <= MAX_COMPARED_REQUESTS:

@@ -71,7 +71,7 @@ def test_a_batch_pushed_again_with_other_content_leaves_the_first(database: Data
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model": "gpt-9"}, "there is tiny"),
+        ({"model": "gpt-9"}, "Available: tiny"),
         ({"requests": []}, "requests"),
         (
             {"requests": [{"custom_id": "a", "prompt": "x"}, {"custom_id": "a", "prompt": "y"}]},

@@ -170,7 +170,7 @@ def test_queued_requests_are_limited_per_key_and_a_repeat_does_not_count(api: Te
     first = {"idempotency-key": "first"}
     job = api.post("/v1/jobs", json={"requests": ["a", "b"]}, headers=key | first).json()
     message = refused_for_now(api.post("/v1/jobs", json={"requests": ["a", "b"]}, headers=key))
-    assert message == "This key may have 3 requests in the queue; with this job there would be 4."
+    assert message == "This key may have 3 requests in the queue; with this job it would have 4."
     assert api.post("/v1/jobs", json={"requests": ["a", "b"]}, headers=key | first).json()["id"] == job["id"]
     assert api.post("/v1/jobs", json={"requests": ["c"]}, headers=key).status_code == 200
     with database.read() as session:
@@ -193,7 +193,7 @@ def test_a_full_queue_rejects_every_key(settings: JobsSettings, database: Databa
     with TestClient(make_api(full, database, lambda job_id, model: None)) as api:
         assert api.post("/v1/jobs", json=A_JOB).status_code == 200
         message = refused_for_now(api.post("/v1/jobs", json=A_JOB), "queue_full")
-    assert message == "With this job 2 requests would wait, and the service takes 1 at once."
+    assert message == "The queue would have 2 requests with this job; the limit is 1."
 
 
 def test_wrong_keys_are_rate_limited_and_valid_ones_from_the_same_address_are_not(

@@ -136,7 +136,7 @@ def test_more_requests_than_one_job_may_hold_are_refused_with_the_limit(door: Do
 
 @pytest.mark.parametrize("model", ["../../etc", "/etc/passwd", "https://evil", "gpt-9"])
 def test_an_unknown_model_is_refused_naming_those_there_are(door: Door, model: str) -> None:
-    with pytest.raises(UnknownModel, match="there is tiny"):
+    with pytest.raises(UnknownModel, match="Available: tiny"):
         door.accept("one", model=model)
 
 
