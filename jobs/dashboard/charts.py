@@ -98,7 +98,7 @@ def reliability(stats: JobStats) -> Option:
 
 
 def phases(stats: JobStats) -> Option:
-    """Where the time of steps went."""
+    """Return the shares of the step time: draft, verify, host."""
     shares = chart_data.phase_shares(stats.draft_share or 0.0, stats.verify_share or 0.0)
     series = [
         {"type": "bar", "stack": "all", "name": name, "data": [round(100 * share, 1)], "color": color, "barWidth": 34}

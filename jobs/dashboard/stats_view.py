@@ -21,8 +21,8 @@ _CHARTS: Final[Sequence[tuple[str, Callable[[JobStats], dict[str, Any]]]]] = (
     ("Acceptance by rank", charts.ranks),
     (TREE_SIZES.title, charts.trees),
     (RELIABILITY.title, charts.reliability),
-    ("What steps decided", charts.decisions),
-    ("Where the time went", charts.phases),
+    ("Decisions of steps", charts.decisions),
+    ("Step time", charts.phases),
 )
 
 

@@ -130,7 +130,7 @@ def test_a_job_without_requests_is_refused(door: Door) -> None:
 
 
 def test_more_requests_than_one_job_may_hold_are_refused_with_the_limit(door: Door) -> None:
-    with pytest.raises(TooManyRequests, match="may hold 5 requests"):
+    with pytest.raises(TooManyRequests, match="at most 5 requests"):
         door.accept(*"abcdef")
 
 
