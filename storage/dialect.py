@@ -1,4 +1,4 @@
-"""The few things that SQLite and PostgreSQL spell differently, and conditions that several modules share."""
+"""SQL that differs between SQLite and PostgreSQL, and conditions that several modules share."""
 
 from __future__ import annotations
 
@@ -43,46 +43,46 @@ _NOW: Final = {dialect: text(f"SELECT {clock}") for dialect, clock in _CLOCK.ite
 
 
 def database_now(session: Session) -> float:
-    """Return the database's clock, in Unix seconds. Leases are measured by it alone: clocks of workers may be wrong."""
+    """Return the database's clock in Unix seconds. Leases use only this clock: workers' clocks may be wrong."""
     return float(session.execute(_NOW[dialect_of(session)]).scalar_one())
 
 
 def clock(dialect: str) -> ColumnElement[float]:
-    """Return the database's clock as a part of a query, which saves asking for it before."""
+    """Return the database's clock as an expression, which saves a query."""
     return literal_column(f"(SELECT {_CLOCK[dialect]})", Double())
 
 
 def repeatable_read(session: Session) -> None:
-    """Let all queries of a transaction that has not begun see one state of the database, as SQLite's always do."""
+    """Use one snapshot for all queries of a transaction that has not begun. SQLite always does."""
     if dialect_of(session) == "postgresql":
         session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
 
 
 def insert_or_ignore(session: Session, model: type[Base]) -> postgresql.Insert | sqlite.Insert:
-    """Return an INSERT that leaves rows alone that are there already."""
+    """Return an INSERT that skips rows whose key exists."""
     return insert_into(session, model).on_conflict_do_nothing()
 
 
 def insert_into(session: Session, model: type[Base]) -> postgresql.Insert | sqlite.Insert:
-    """Return an INSERT of this database's kind, which can say what to do about rows that are there already."""
+    """Return an INSERT of this dialect, which supports ON CONFLICT."""
     return postgresql.insert(model) if dialect_of(session) == "postgresql" else sqlite.insert(model)
 
 
 def whole(session: Session, value: ColumnElement[Any]) -> ColumnElement[int]:
-    """Return a number from 0 up without its fraction. SQLite may lack floor(), and its cast cuts off."""
+    """Round a non-negative number down. SQLite may lack floor(), but its cast truncates."""
     return cast(func.floor(value) if dialect_of(session) == "postgresql" else value, BigInteger)
 
 
 def position_of(session: Session, value: InstrumentedAttribute[Any], part: str) -> ColumnElement[int]:
-    """Return the place, from 1 on, at which a part begins in a text; 0: it is not there."""
+    """Return the 1-based position of a substring; 0: not found."""
     return func.strpos(value, part) if dialect_of(session) == "postgresql" else func.instr(value, part)
 
 
 def insert_many(session: Session, model: type[Base], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Insert many rows that have the same columns: with COPY, where the database has it."""
+    """Insert rows with equal columns, with COPY on PostgreSQL."""
     table: Any = model.__table__
     if dialect_of(session) != "postgresql":
-        session.execute(insert(table), list(rows))  # its own columns: the detour by objects costs as much again
+        session.execute(insert(table), list(rows))  # through the table: mapped objects would double the cost
         return
     names = list(rows[0])
     to_json = [isinstance(table.c[name].type, JSON) for name in names]
@@ -99,15 +99,14 @@ def insert_many(session: Session, model: type[Base], rows: Sequence[Mapping[str,
 
 
 def is_request(keys: Iterable[RequestKey]) -> ColumnElement[bool]:
-    """Return the condition that a row of `requests` is one of these."""
+    """Return the condition that a row of `requests` has one of these keys."""
     return is_one_of((Request.job_id, Request.request_index), keys)
 
 
 def is_one_of(columns: Sequence[InstrumentedAttribute[Any]], keys: Iterable[tuple[Any, ...]]) -> ColumnElement[bool]:
-    """Return the condition that these columns (job, request, then others) have the values of one of the keys.
+    """Return the condition that the columns (job id, request index, others) equal one of the keys.
 
-    `(a, b) IN (…)` would say the same, but SQLite reads the whole table for it. So keys that differ only in the request
-    are put together.
+    Avoids `(a, b) IN (…)`, for which SQLite scans the whole table: keys that differ only in the request are grouped.
     """
     job_id, request_index, *others = columns
     groups: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
@@ -121,12 +120,12 @@ def is_one_of(columns: Sequence[InstrumentedAttribute[Any]], keys: Iterable[tupl
 
 
 def owned_by(column: InstrumentedAttribute[str], owner: str | None) -> ColumnElement[bool]:
-    """Return the condition that a row belongs to an owner; None: to anybody."""
+    """Return the condition that a row belongs to an owner; None: any owner."""
     return true() if owner is None else column == owner
 
 
 def is_lapsed(now: float) -> ColumnElement[bool]:
-    """Return the condition that whoever runs a request has not renewed its lease in time."""
+    """Return the condition that the lease of a running request was not renewed in time."""
     return and_(Request.status == "running", Request.lease_expires_at < now)
 
 
@@ -136,32 +135,36 @@ def has_served(session: Session, worker_id: str) -> bool:
 
 
 def has_queued_requests() -> ColumnElement[bool]:
-    """Return the condition that a job has a request that can be claimed."""
+    """Return the condition that a job has queued requests."""
     return _has_request(Request.status == "queued")
 
 
 def has_open_requests() -> ColumnElement[bool]:
-    """Return the condition that a job has a request that has not ended."""
+    """Return the condition that a job has queued or running requests."""
     return _has_request(Request.status.in_(OPEN_REQUEST_STATUSES))
 
 
 def has_expired_requests() -> ColumnElement[bool]:
-    """Return the condition that the completion window of a job was over before one of its requests had ended."""
+    """Return the condition that requests of a job expired with its completion window."""
     return _has_request(Request.status == "expired")
 
 
 def running_requests(now: float) -> ColumnElement[int]:
-    """Return the number of a job's requests that are being decoded."""
+    """Return the number of a job's running requests with a live lease."""
     alive = and_(Request.status == "running", Request.lease_expires_at >= now)
     return select(func.count()).where(Request.job_id == Job.id, alive).correlate(Job).scalar_subquery()
 
 
 def storable(text: str) -> str:
-    """Return the text as every database can hold it: NUL and halves of surrogate pairs become U+FFFD."""
-    return "".join("\ufffd" if c == "\0" or "\ud800" <= c <= "\udfff" else c for c in text) if _odd(text) else text
+    """Replace what PostgreSQL cannot store, NUL and lone surrogates, by U+FFFD."""
+    return (
+        "".join("\ufffd" if c == "\0" or "\ud800" <= c <= "\udfff" else c for c in text)
+        if _needs_replacement(text)
+        else text
+    )
 
 
-def _odd(text: str) -> bool:
+def _needs_replacement(text: str) -> bool:
     if "\0" in text:
         return True
     try:
@@ -176,5 +179,5 @@ def _has_request(condition: ColumnElement[bool]) -> ColumnElement[bool]:
 
 
 def dialect_of(session: Session | Connection) -> str:
-    """Return which of the two databases it is."""
+    """Return `sqlite` or `postgresql`."""
     return session.dialect.name if isinstance(session, Connection) else session.get_bind().dialect.name

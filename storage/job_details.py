@@ -1,6 +1,6 @@
-"""What a page shows of one job: some requests at a time, what is being written, and its draft trees.
+"""Read model of the dashboard's job page: requests with their texts, errors, and draft trees.
 
-Every question reads a screenful, however large the job is.
+Each query reads one page of rows, whatever the size of the job.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from storage.dialect import AnyRow, position_of
 from storage.models import DecodeStep, DraftTree, Output, Partial, Request
 from storage.progress_writes import merge_pieces
 
-Pieces = tuple[tuple[str, str], ...]  # text, and who chose it: draft or target
+Pieces = tuple[tuple[str, str], ...]  # (text, "draft" | "target")
 
-_TEXT_CHARS: Final = 20_000  # of one text that a page shows
+_MAX_TEXT_CHARS: Final = 20_000  # of one text
+_MAX_PROMPT_CHARS: Final = 500
 
 
 @dataclass(frozen=True, slots=True)
 class ChoiceDetails:
-    """One choice, finished or not."""
+    """One choice, open or finished."""
 
     choice_index: int
     pieces: Pieces
@@ -36,29 +37,29 @@ class ChoiceDetails:
 
 @dataclass(frozen=True, slots=True)
 class RequestDetails:
-    """One request with what is written of it."""
+    """One request with the text of its choices."""
 
     request_index: int
     custom_id: str
     status: str
     error_code: str | None
     error_message: str | None
-    prompt: str  # its beginning
+    prompt: str  # truncated
     choices: tuple[ChoiceDetails, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorCount:
-    """How many requests of a job failed with one message; None: with all the others of this code."""
+    """How many requests of a job failed with one message; None: with any other message of this code."""
 
     code: str
-    message: str | None  # with the field it is about
+    message: str | None  # prefixed with the field
     requests: int
 
 
 @dataclass(frozen=True, slots=True)
 class TreeKey:
-    """Where a tree was recorded."""
+    """Key of a stored draft tree, and the size of the tree."""
 
     request_index: int
     choice_index: int
@@ -69,9 +70,9 @@ class TreeKey:
 
 @dataclass(frozen=True, slots=True)
 class TreeDetails:
-    """A recorded draft tree, and the numbers of its step."""
+    """A stored draft tree and its decoding step."""
 
-    nodes: tuple[tuple[int, int, str, float, bool], ...]  # parent, token id, text, value, accepted; the root first
+    nodes: tuple[tuple[int, int, str, float, bool], ...]  # (parent, token id, text, value, accepted); root first
     bonus: str
     step: Mapping[str, Any]  # columns of `decode_steps`
 
@@ -79,7 +80,7 @@ class TreeDetails:
 def requests(
     session: Session, job_id: str, statuses: Sequence[str] = (), after: int = -1, limit: int = 20
 ) -> list[RequestDetails]:
-    """Return some requests of a job in its order, from behind the index `after`; `statuses` empty: of any status."""
+    """Return up to `limit` requests with an index above `after`; empty `statuses`: of any status."""
     query = select(*_REQUEST).where(Request.job_id == job_id, Request.request_index > after)
     if statuses:
         query = query.where(Request.status.in_(statuses))
@@ -88,19 +89,19 @@ def requests(
 
 
 def running(session: Session, job_id: str, limit: int) -> list[RequestDetails]:
-    """Return the first requests of a job that are being written."""
+    """Return the first `limit` running requests of a job."""
     query = select(*_REQUEST).where(Request.job_id == job_id, Request.status == "running")
     return _with_texts(session, job_id, session.execute(query.order_by(Request.request_index).limit(limit)).all())
 
 
 def errors(session: Session, job_id: str, limit: int = 20) -> list[ErrorCount]:
-    """Return the most frequent errors of a job by code, field and message, and by code what they leave out."""
+    """Return the `limit` most frequent errors by code, field and message, then the rest by code."""
     count = func.count().label("requests")
     of_job = (Request.job_id == job_id, Request.error_code.is_not(None))
     kinds = select(Request.error_code, Request.error_param, _rule(session).label("rule")).where(*of_job).subquery()
     ranked = select(*kinds.c, count).group_by(*kinds.c).order_by(count.desc(), *kinds.c).limit(limit)
     found = [
-        ErrorCount(str(row.error_code), _said(row.error_param, row.rule or ""), row.requests)
+        ErrorCount(str(row.error_code), _with_field(row.error_param, row.rule or ""), row.requests)
         for row in session.execute(ranked)
     ]
     left = Counter[str]()
@@ -113,7 +114,7 @@ def errors(session: Session, job_id: str, limit: int = 20) -> list[ErrorCount]:
 
 
 def tree_keys(session: Session, job_id: str) -> list[TreeKey]:
-    """Return where a job has recorded trees, of requests that have ended, and how large they are."""
+    """Return the keys and sizes of the stored trees of a job's ended requests."""
     columns = (DraftTree.request_index, DraftTree.choice_index, DraftTree.step)
     same = [getattr(DecodeStep, column.key) == column for column in (DraftTree.job_id, *columns)]
     rows = session.execute(
@@ -125,13 +126,13 @@ def tree_keys(session: Session, job_id: str) -> list[TreeKey]:
     return [TreeKey(*row) for row in rows]
 
 
-def tree(session: Session, job_id: str, place: TreeKey) -> TreeDetails | None:
-    """Return a recorded tree."""
-    where = [getattr(DraftTree, name) == getattr(place, name) for name in ("request_index", "choice_index", "step")]
+def tree(session: Session, job_id: str, key: TreeKey) -> TreeDetails | None:
+    """Return a stored tree with its step; None if it does not exist."""
+    where = [getattr(DraftTree, name) == getattr(key, name) for name in ("request_index", "choice_index", "step")]
     row = session.execute(select(DraftTree.nodes, DraftTree.bonus).where(DraftTree.job_id == job_id, *where)).first()
     if row is None:
         return None
-    same = [getattr(DecodeStep, name) == getattr(place, name) for name in ("request_index", "choice_index", "step")]
+    same = [getattr(DecodeStep, name) == getattr(key, name) for name in ("request_index", "choice_index", "step")]
     step = session.execute(select(*_STEP).where(DecodeStep.job_id == job_id, *same)).one()
     return TreeDetails(tuple(tuple(node) for node in row.nodes), row.bonus, dict(step._mapping))
 
@@ -205,8 +206,8 @@ def _partial_text(choice: int, rows: Sequence[AnyRow]) -> ChoiceDetails:
     return ChoiceDetails(choice, cut(pieces), len(flags), sum(flags), None)
 
 
-def cut(pieces: Sequence[Sequence[str]], chars: int = _TEXT_CHARS) -> Pieces:
-    """Return the beginning of a text; a piece that says so stands for the rest."""
+def cut(pieces: Sequence[Sequence[str]], chars: int = _MAX_TEXT_CHARS) -> Pieces:
+    """Return the first `chars` characters of a text; the piece " […]" marks a cut."""
     taken: list[tuple[str, str]] = []
     for text, source in pieces:
         if len(text) > chars:
@@ -217,20 +218,20 @@ def cut(pieces: Sequence[Sequence[str]], chars: int = _TEXT_CHARS) -> Pieces:
 
 
 def _rule(session: Session) -> ColumnElement[str]:
-    """Return what a request did wrong, without where it stands in its job: else each would be of a kind of its own."""
+    """Return an error message without its line or index in the job, so that equal errors are counted together."""
     message = Request.error_message
-    placed = or_(message.like("line %: %"), message.like("requests[%: %"))
-    return case((placed, func.substr(message, position_of(session, message, ": ") + 2)), else_=message)
+    has_position = or_(message.like("line %: %"), message.like("requests[%: %"))
+    return case((has_position, func.substr(message, position_of(session, message, ": ") + 2)), else_=message)
 
 
-def _said(param: str | None, rule: str) -> str:
+def _with_field(param: str | None, rule: str) -> str:
     return f"{param}: {rule}" if param else rule
 
 
 def _prompt(body: Mapping[str, Any] | None) -> str:
-    """Return what was asked: the prompt, or the last turn of the conversation."""
+    """Return the prompt, or the last message of the conversation, truncated."""
     if body is None:
         return ""
     messages = body.get("messages")
     text = messages[-1].get("content", "") if messages else body.get("prompt")
-    return str(text or "")[:500]
+    return str(text or "")[:_MAX_PROMPT_CHARS]

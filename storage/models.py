@@ -1,7 +1,7 @@
-"""The tables of the record, as SQLAlchemy maps them.
+"""The tables, as SQLAlchemy models.
 
-Rows are keyed by the identity of the work: a job, a request of it, a choice of the request, a checkpoint or a step of
-the choice. Whatever is written twice finds its own row.
+Primary keys are the identity of the work: job, request, choice, then checkpoint or step. So a repeated write hits the
+row of the first one.
 
 Times (`*_at`) are Unix seconds (UTC) on the database's clock, `*_ms` are milliseconds.
 """
@@ -43,7 +43,7 @@ def _where_set(column: str, condition: str) -> Index:
 
 
 class Base(DeclarativeBase):
-    """Names every constraint, so that a migration can speak of it."""
+    """Gives every constraint a name, so that migrations can refer to it."""
 
     metadata = MetaData(
         naming_convention={
@@ -63,7 +63,7 @@ class Base(DeclarativeBase):
 
 
 class Job(Base):
-    """A job. Counts and token sums are kept here, so that its status is one row however large it is."""
+    """A job. Holds request counts and token sums, so that the status of a job of any size is one row."""
 
     __tablename__ = "jobs"
 
@@ -79,44 +79,43 @@ class Job(Base):
     requests_total: Mapped[int]
     requests_completed: Mapped[int]
     requests_failed: Mapped[int]
-    # Of requests that have an output; a prompt counts once, whatever the number of choices.
+    # Of requests with an output; each prompt counts once, for all its choices.
     prompt_tokens: Mapped[int] = mapped_column(BigInteger)
-    # Committed so far: in outputs, and in checkpoints of unfinished choices.
+    # Committed so far, in outputs and in checkpoints of open choices.
     completion_tokens: Mapped[int] = mapped_column(BigInteger)
     metadata_: Mapped[dict[str, Any] | None] = mapped_column("metadata")
-    api_key_id: Mapped[str]  # '' where there is none: NULL would not take part in the unique constraint
+    api_key_id: Mapped[str]  # '' for no key: NULL would not count in the unique constraint
     idempotency_key: Mapped[str | None]
     body_sha256: Mapped[str | None]
-    doorbell_at: Mapped[float | None]  # when workers were last told that the job has requests for them
-    # Of batches, which are jobs whose requests come as a file and whose answers leave as files.
-    input_file_id: Mapped[str | None]  # none: the requests came inline
-    completion_window: Mapped[str | None]  # as it was asked for
+    doorbell_at: Mapped[float | None]  # when workers were last notified of queued requests
+    # Batches only: jobs with an input file and output files.
+    input_file_id: Mapped[str | None]  # NULL: the requests came inline
+    completion_window: Mapped[str | None]  # as submitted, such as 24h
     output_expires_after_s: Mapped[float | None]
-    validated_at: Mapped[float | None]  # none: the clerk has not read the input yet; its requests do not count
+    validated_at: Mapped[float | None]  # NULL: the input is not read to its end; its requests do not count yet
     finalizing_at: Mapped[float | None]
     output_file_id: Mapped[str | None]
     error_file_id: Mapped[str | None]
-    errors: Mapped[list[Any] | None]  # why the input as a whole is bad: code, line, message, param
-    usage: Mapped[dict[str, Any] | None]  # tokens of the lines of the output file
-    # Which clerk reads the input or writes the output, and until when; the number grows with every claim.
+    errors: Mapped[list[Any] | None]  # of an invalid input file: code, line, message, param
+    usage: Mapped[dict[str, Any] | None]  # token usage of the output file
+    # Lease of the batch-file processor: fencing token, which grows with every claim, and end of the lease.
     clerk_number: Mapped[int] = mapped_column(server_default="0")
     clerk_until: Mapped[float | None]
-    # Of the newest commit that wrote something readers of the job are told (storage.event_log).
+    # Event number of the newest commit with events for readers (storage.event_log).
     event_number: Mapped[int] = mapped_column(BigInteger, server_default="0")
-    retry_of: Mapped[str | None]  # the job whose failed requests these are
-    priority: Mapped[int] = mapped_column(server_default=text("0"))  # 1: a person waits for it; claimed before all 0
-    # What its requests may come to read and write at most, guessed at the door: what a key's limit is held against.
+    retry_of: Mapped[str | None]  # id of the job whose failed requests it runs again
+    priority: Mapped[int] = mapped_column(server_default=text("0"))  # 1: interactive, claimed before all 0
+    # Upper bound of the prompt and completion tokens of its requests, estimated at submission, for the key's limits.
     tokens_asked: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
-    # Version of its requests' bodies. A worker that reads only older ones leaves the job to those that were upgraded.
+    # Version of the request bodies. Workers that read only older versions skip the job.
     body_version: Mapped[int] = mapped_column(server_default=text("1"))
-    # How many of its requests are decoded again with and without drafts after it ends (storage.speedup_checks); until
-    # when a worker holds that work, and when it ended.
+    # Speed-up check (storage.speedup_checks): size of the sample, lease of the worker, end, attempts that count.
     compare_plain: Mapped[int] = mapped_column(server_default=text("0"))
     comparing_until: Mapped[float | None]
-    comparing_by: Mapped[str | None]  # the worker that has it in hand
+    comparing_by: Mapped[str | None]  # worker id
     compared_at: Mapped[float | None]
-    compare_attempts: Mapped[int] = mapped_column(server_default=text("0"))  # taken in hand, and not handed back
-    traceparent: Mapped[str | None]  # where the spans of its requests belong, for whoever traces (jobs.tracing)
+    compare_attempts: Mapped[int] = mapped_column(server_default=text("0"))  # claimed and not released
+    traceparent: Mapped[str | None]  # W3C trace context of its spans (jobs.tracing)
 
     __table_args__ = (
         UniqueConstraint("api_key_id", "idempotency_key"),
@@ -129,10 +128,10 @@ class Job(Base):
 
 
 class Request(Base):
-    """A request of a job, and who may write its results.
+    """A request of a job, and the lease of the worker that may write its results.
 
-    The lease says so: `lease_owner` may while `lease_number` is the one it was given. Both stay when the request has
-    ended, so that an owner that never learnt of its commit can be told that it was his.
+    `lease_number` is a fencing token. Owner and number stay when the request has ended, so that an owner that repeats
+    its last flush is recognised.
     """
 
     __tablename__ = "requests"
@@ -140,7 +139,7 @@ class Request(Base):
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
     request_index: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     custom_id: Mapped[str]
-    body: Mapped[dict[str, Any] | None]  # none: refused at the door
+    body: Mapped[dict[str, Any] | None]  # NULL: rejected at submission
     status: Mapped[str]
     attempts: Mapped[int]
     error_code: Mapped[str | None]
@@ -152,22 +151,24 @@ class Request(Base):
     lease_expires_at: Mapped[float | None]
     started_at: Mapped[float | None]
     finished_at: Mapped[float | None]
-    event_number: Mapped[int | None] = mapped_column(BigInteger)  # of the commit that ended it
-    expires_at: Mapped[float | None]  # its own deadline; the job's holds too
-    # Requests that ran together when a worker was lost (storage.lease_recovery): such a group runs again by itself.
+    event_number: Mapped[int | None] = mapped_column(BigInteger)  # event number of the commit that ended it
+    expires_at: Mapped[float | None]  # its own deadline, besides the job's
+    # Quarantine group (storage.lease_recovery): suspects of a lost worker that run again without others.
     suspect_group: Mapped[str | None]
-    proven: Mapped[bool] = mapped_column(server_default=false())  # has committed tokens under the present lease
-    # Of deaths of workers that were seen while it alone was in trial: how many, whether such a worker had served others
-    # before, and the host of the first.
+    proven: Mapped[bool] = mapped_column(
+        server_default=false()
+    )  # cleared: has committed tokens under the present lease
+    # Observed worker crashes while it ran alone in quarantine: how many, whether one of these workers had served other
+    # requests before, and the hostname of the first.
     lone_crashes: Mapped[int] = mapped_column(server_default=text("0"))
     lone_served: Mapped[bool] = mapped_column(server_default=false())
     lone_host: Mapped[str | None]
 
     __table_args__ = (
         CheckConstraint(_one_of("status", RequestStatus), name="status"),
-        # The claim, and whether a job has anything left: both must not read the finished requests of a large job.
+        # The claim, and whether a job has open requests: neither may read the finished requests of a large job.
         Index(None, "job_id", "status", "request_index"),
-        # In the order in which they ended.
+        # The event log: requests in the order in which they ended.
         Index(
             "ix_requests_job_id_event_number_request_index",
             "job_id",
@@ -176,7 +177,7 @@ class Request(Base):
             sqlite_where=text("event_number IS NOT NULL"),
             postgresql_where=text("event_number IS NOT NULL"),
         ),
-        # What went wrong, without a look at what went well.
+        # Errors, without reading the requests that succeeded.
         Index(
             "ix_requests_error_code",
             "error_code",
@@ -184,7 +185,7 @@ class Request(Base):
             sqlite_where=text("error_code IS NOT NULL"),
             postgresql_where=text("error_code IS NOT NULL"),
         ),
-        # Few rows have one of these at any time, and only those are in the index.
+        # Partial indexes: few rows have these at any time.
         _where_set("suspect_group", "suspect_group IS NOT NULL"),
         _where_set("expires_at", "expires_at IS NOT NULL AND finished_at IS NULL"),
     )
@@ -197,7 +198,7 @@ def _of_a_request() -> ForeignKeyConstraint:
 
 
 class Partial(Base):
-    """A checkpoint of a choice that is being written. Its rows vanish in the transaction that writes the output."""
+    """A checkpoint of an open choice. The transaction that writes the output deletes its checkpoints."""
 
     __tablename__ = "partials"
 
@@ -206,14 +207,14 @@ class Partial(Base):
     choice_index: Mapped[int] = mapped_column(primary_key=True)
     seq: Mapped[int] = mapped_column(primary_key=True)
     token_ids: Mapped[list[Any]]
-    accepted: Mapped[list[Any]]  # per token: it was an accepted draft token
+    accepted: Mapped[list[Any]]  # per token: whether it is an accepted draft token
     text: Mapped[str]
     pieces: Mapped[list[Any]]  # [text, "draft" | "target"]
-    steps: Mapped[list[Any]]  # the step rows, waiting for the output
-    logprobs: Mapped[list[Any] | None]  # per token, if the request wants them (jobs.openai.logprobs)
+    steps: Mapped[list[Any]]  # rows of `decode_steps`, inserted with the output
+    logprobs: Mapped[list[Any] | None]  # per token, if requested (jobs.openai.logprobs)
     worker_id: Mapped[str]
     committed_at: Mapped[float]
-    event_number: Mapped[int] = mapped_column(BigInteger, server_default="0")  # of the commit that wrote it
+    event_number: Mapped[int] = mapped_column(BigInteger, server_default="0")  # event number of its commit
 
     __table_args__ = (_of_a_request(), Index("ix_partials_job_id_event_number", "job_id", "event_number"))
 
@@ -232,16 +233,16 @@ class Output(Base):
     completion_tokens: Mapped[int]
     accepted_tokens: Mapped[int]  # of the completion: accepted draft tokens
     token_ids: Mapped[list[Any]]
-    pieces: Mapped[list[Any]]  # the text again, cut by who chose it: [text, "draft" | "target"]
-    logprobs: Mapped[list[Any] | None]  # per token, if the request wanted them (jobs.openai.logprobs)
+    pieces: Mapped[list[Any]]  # the text, split by source: [text, "draft" | "target"]
+    logprobs: Mapped[list[Any] | None]  # per token, if requested (jobs.openai.logprobs)
     worker_id: Mapped[str]
     started_at: Mapped[float]
     finished_at: Mapped[float]
     last_seq: Mapped[int]
-    # A request may hold several prompts, each with several choices: its prompt tokens are those of these rows.
+    # A request may have several prompts with several choices each: the prompt tokens of these rows count.
     first_of_prompt: Mapped[bool] = mapped_column(server_default=true())
-    event_number: Mapped[int] = mapped_column(BigInteger, server_default="0")  # of the commit that wrote it
-    # Of the checkpoints it was made of: event number, seq, characters, tokens, accepted. For readers who know some.
+    event_number: Mapped[int] = mapped_column(BigInteger, server_default="0")  # event number of its commit
+    # [event number, seq, characters, tokens, accepted] of its checkpoints, for readers that have received some.
     checkpoints: Mapped[list[Any] | None]
 
     __table_args__ = (
@@ -251,7 +252,7 @@ class Output(Base):
 
 
 class File(Base):
-    """A file of the OpenAI kind. Its row outlives its bytes: a list goes on behind a file that was deleted."""
+    """A file of the files API. Its row outlives its bytes, so that lists can continue after a deleted file."""
 
     __tablename__ = "files"
 
@@ -262,7 +263,7 @@ class File(Base):
     created_at: Mapped[float]
     expires_at: Mapped[float | None]
     api_key_id: Mapped[str]
-    status: Mapped[str]  # writing: not to be seen yet; deleted: not to be seen again; cleared: the bytes are gone too
+    status: Mapped[str]  # storage.statuses.FILE_STATUSES
 
     __table_args__ = (
         CheckConstraint(_one_of("status", FILE_STATUSES), name="status"),
@@ -273,7 +274,7 @@ class File(Base):
 
 
 class FileChunk(Base):
-    """A stretch of the bytes of a file."""
+    """A chunk of the bytes of a file."""
 
     __tablename__ = "file_chunks"
 
@@ -304,8 +305,8 @@ class DecodeStep(Base):
     plain_step_ms: Mapped[float | None]
     ended_at: Mapped[float]
     worker_id: Mapped[str]
-    decision: Mapped[str | None]  # tree, or why there was none (worker.engine.speculation.regret_guard)
-    # [children shown, rank of the one drawn or null] for every node the target reached that had some; null: no tree
+    decision: Mapped[str | None]  # tree, or why none was used (worker.engine.speculation.regret_guard)
+    # [draft children, rank of the accepted one or null] of each inner node that the target reached; NULL: no tree
     reached: Mapped[list[Any] | None]
 
     __table_args__ = (
@@ -316,7 +317,7 @@ class DecodeStep(Base):
 
 
 class DraftTree(Base):
-    """The draft tree of one step, for a job that asked to see some. Rows lie beside those of `decode_steps`."""
+    """The draft tree of one step, for jobs that request their trees. Keys are those of `decode_steps`."""
 
     __tablename__ = "draft_trees"
 
@@ -324,29 +325,29 @@ class DraftTree(Base):
     request_index: Mapped[int] = mapped_column(primary_key=True)
     choice_index: Mapped[int] = mapped_column(primary_key=True)
     step: Mapped[int] = mapped_column(primary_key=True)
-    nodes: Mapped[list[Any]]  # [parent, token id, text, probability, accepted]; the root first, its parent is -1
-    bonus: Mapped[str]  # text of the target's own token behind the accepted path
+    nodes: Mapped[list[Any]]  # [parent, token id, text, probability, accepted]; root first, with parent -1
+    bonus: Mapped[str]  # text of the target's own token after the accepted path
 
     __table_args__ = (_of_a_request(),)
 
 
 class SpeedupCheck(Base):
-    """One request of a finished job that was decoded both ways once more, in steps that took turns.
+    """One request of a completed job, decoded again with and without drafts in interleaved steps.
 
-    Times are shares of steps, as in `step_minutes`, for the same tokens in batches of the same sizes; prefill is in
-    neither. NULL: no step of it can be compared, or there is an error: the comparison was given up.
+    Times are shares of steps, as in `step_minutes`, for the same tokens at the same batch sizes, without prefill.
+    NULL: no comparable step, or the check failed with an error.
     """
 
     __tablename__ = "comparisons"
 
     job_id: Mapped[str] = mapped_column(primary_key=True)
     request_index: Mapped[int] = mapped_column(primary_key=True)
-    worker_id: Mapped[str]  # '' with an error: no worker came through
+    worker_id: Mapped[str]  # '' with an error
     tokens: Mapped[int]
-    drafted_ms: Mapped[float | None]  # as the job's requests are decoded
+    drafted_ms: Mapped[float | None]  # with drafts
     plain_ms: Mapped[float | None]
-    batch_sequences: Mapped[float | None]  # that shared a step with drafts, mean
-    same_text: Mapped[bool | None]  # both ways wrote what the output says; anything else is a fault
+    batch_sequences: Mapped[float | None]  # mean batch size of the steps with drafts
+    same_text: Mapped[bool | None]  # both runs reproduced the output; false is a bug
     error_code: Mapped[str | None]
     error_message: Mapped[str | None]
 
@@ -358,17 +359,17 @@ def _of_a_job() -> ForeignKeyConstraint:
 
 
 class StepMinute(Base):
-    """Sums of `decode_steps` by the minute. Step 0, the token from prefill, is kept apart from the others.
+    """Sums of `decode_steps` by minute. Step 0, the token from prefill, has columns of its own.
 
-    Times are shares: what a step took, over the sequences that shared it. So they add up to the worker's time.
+    Times are shares: the time of a step over the number of its sequences. So they add up to the worker's time.
     """
 
     __tablename__ = "step_minutes"
 
     job_id: Mapped[str] = mapped_column(primary_key=True)
-    minute: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)  # Unix second it begins at
+    minute: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)  # start, Unix seconds
     worker_id: Mapped[str] = mapped_column(primary_key=True)
-    drafter: Mapped[str] = mapped_column(primary_key=True)  # '': no drafts were shown
+    drafter: Mapped[str] = mapped_column(primary_key=True)  # '': no drafts
     decision: Mapped[str] = mapped_column(primary_key=True)  # '': not recorded
     first_steps: Mapped[int] = mapped_column(BigInteger)
     first_tokens: Mapped[int] = mapped_column(BigInteger)
@@ -380,11 +381,11 @@ class StepMinute(Base):
     draft_ms: Mapped[float]
     verify_ms: Mapped[float]
     step_ms: Mapped[float]
-    # Of the steps that have a plain time to compare with:
+    # Of the steps with a plain step time to compare with:
     compared_steps: Mapped[int] = mapped_column(BigInteger)
     compared_tokens: Mapped[int] = mapped_column(BigInteger)
     compared_ms: Mapped[float]
-    plain_ms: Mapped[float]  # what plain decoding would have taken for their tokens
+    plain_ms: Mapped[float]  # estimated time of plain decoding for the same tokens
 
     __table_args__ = (_of_a_job(), Index(None, "minute"))
 
@@ -406,7 +407,7 @@ class StepBatch(Base):
 
 
 class StepDepth(Base):
-    """Counts of `decode_steps` without step 0, by how deep the tree was and how much of it was accepted."""
+    """Counts of `decode_steps` without step 0, by tree depth and accepted tokens."""
 
     __tablename__ = "step_depths"
 
@@ -420,13 +421,13 @@ class StepDepth(Base):
 
 
 class StepExpectation(Base):
-    """Sums of the rows of `decode_steps` that have a tree, by the accepted tokens that were expected, in quarters."""
+    """Sums of the rows of `decode_steps` with a tree, by expected accepted tokens in quarters."""
 
     __tablename__ = "step_expectations"
 
     job_id: Mapped[str] = mapped_column(primary_key=True)
     drafter: Mapped[str] = mapped_column(primary_key=True)
-    quarter: Mapped[int] = mapped_column(primary_key=True)  # 4 x the expected tokens, rounded down
+    quarter: Mapped[int] = mapped_column(primary_key=True)  # 4 x expected accepted tokens, rounded down
     steps: Mapped[int] = mapped_column(BigInteger)
     expected_accepted: Mapped[float]
     accepted_tokens: Mapped[int] = mapped_column(BigInteger)
@@ -435,21 +436,21 @@ class StepExpectation(Base):
 
 
 class StepRank(Base):
-    """Counts over the steps with a tree, by the rank of a child: 0 is the likeliest."""
+    """Counts over the steps with a tree, by child rank: 0 is the child with the highest draft probability."""
 
     __tablename__ = "step_ranks"
 
     job_id: Mapped[str] = mapped_column(primary_key=True)
     drafter: Mapped[str] = mapped_column(primary_key=True)
     child_rank: Mapped[int] = mapped_column(primary_key=True)
-    tried: Mapped[int] = mapped_column(BigInteger)  # nodes that were reached and had a child of this rank
+    tried: Mapped[int] = mapped_column(BigInteger)  # reached nodes with a child of this rank
     accepted: Mapped[int] = mapped_column(BigInteger)
 
     __table_args__ = (_of_a_job(),)
 
 
 class WorkerEnergy(Base):
-    """What a worker's devices drew in a minute, where they can tell (NVML)."""
+    """Energy of a worker's devices by minute, where NVML reports it."""
 
     __tablename__ = "worker_energy"
 
@@ -459,7 +460,7 @@ class WorkerEnergy(Base):
 
 
 class Worker(Base):
-    """A start of a worker process."""
+    """A worker process; a restart is a new row."""
 
     __tablename__ = "workers"
 
@@ -472,28 +473,25 @@ class Worker(Base):
     context_tokens: Mapped[int]
     started_at: Mapped[float]
     last_seen_at: Mapped[float]
-    stopped_at: Mapped[float | None]  # when it left in order
+    stopped_at: Mapped[float | None]  # clean shutdown
     calibration: Mapped[dict[str, Any]]
-    load: Mapped[dict[str, Any] | None]  # what it was doing when it last said so
-    process: Mapped[str | None]  # which process of this machine: its neighbours see at once if it is dead
-    lost_at: Mapped[float | None]  # when it was found dead or silent; cleared should it come back
+    load: Mapped[dict[str, Any] | None]  # last reported load
+    process: Mapped[str | None]  # process identity, to detect its death on the same host at once
+    lost_at: Mapped[float | None]  # found dead or silent; NULL again after the next heartbeat
 
 
 class Served(Base):
-    """A worker that has committed tokens of a request: its host serves, so a death of it speaks against what it ran."""
+    """A worker that has committed tokens: its host works, so a later crash counts against the request it ran."""
 
     __tablename__ = "served"
 
     worker_id: Mapped[str] = mapped_column(primary_key=True)
     model: Mapped[str]
-    last_at: Mapped[float]  # when it last did so of a request that it had just taken up
+    last_at: Mapped[float]  # first tokens of the request that it cleared last
 
 
 class ApiKey(Base):
-    """A key to the shim: its hash, what it may do, and how much. Rows stay: while there is one, nobody enters without.
-
-    A limit that is NULL does not hold.
-    """
+    """An API key: hash, scopes and limits (NULL: no limit). Revoked rows stay: with any row, the API requires a key."""
 
     __tablename__ = "api_keys"
 
@@ -510,7 +508,7 @@ class ApiKey(Base):
 
 
 class Election(Base):
-    """Who holds an office that one process at a time must have, such as the reconciler's."""
+    """The leader of a role that one process at a time has (storage.leader_election), such as the reconciler."""
 
     __tablename__ = "elections"
 

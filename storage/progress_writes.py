@@ -1,8 +1,7 @@
-"""The flush: everything a worker has to say about its requests, in one transaction, fenced and safe to repeat.
+"""The flush: write all progress of a worker in one transaction, fenced by its leases and safe to repeat.
 
-First every lease is looked at under lock; then only what is said under a lease that holds is written. A worker that
-never learnt whether a flush was committed sends it again: checkpoints and outputs find their rows there already, and
-nothing is counted twice.
+Leases are checked under row locks; only progress under a held lease is written. A worker that does not know whether a
+flush was committed sends it again: existing checkpoints and outputs are left alone, and nothing is counted twice.
 """
 
 from __future__ import annotations
@@ -47,62 +46,62 @@ ChoiceKey = tuple[str, int, int]  # (job_id, request_index, choice_index)
 def flush(
     session: Session, worker_id: str, lease_s: float, progress: Sequence[RequestProgress], held: Sequence[Lease]
 ) -> FlushResult:
-    """Renew the leases and write the progress of all requests of a worker; say which it has lost, which jobs ended.
+    """Renew a worker's leases and write the progress of its requests; return the lost leases and the ended jobs.
 
-    A lease that has lapsed is renewed if nobody has claimed its request meanwhile. A lease is lost when its request has
-    a new owner or has ended by another hand, when its deadline is over, or when its job is cancelled or over; then its
-    progress is not written.
+    A lapsed lease is renewed if no other worker has claimed the request. A lease is lost if the request has a new
+    owner, was ended by another process or is past its deadline, or if the job is cancelled or has ended. Progress under
+    a lost lease is not written.
     """
     leases = set(held).union(entry.lease for entry in progress)
     if not leases:
         return FlushResult(frozenset(), ())
-    standings, numbers = _check_leases(session, worker_id, leases)
-    ours = [entry for entry in progress if standings[entry.lease] is _LeaseState.HOLDS]
+    states, numbers = _check_leases(session, worker_id, leases)
+    ours = [entry for entry in progress if states[entry.lease] is _LeaseState.HELD]
     now = database_now(session)
-    _renew(session, _keys(standings, _LeaseState.HOLDS), now + lease_s)
+    _renew(session, _keys(states, _LeaseState.HELD), now + lease_s)
     _clear_suspects(session, worker_id, {entry.lease.key for entry in ours if entry.checkpoints}, now)
     counts = _JobCounts()
     _write_checkpoints(session, worker_id, ours, now, numbers, counts)
     _write_outputs(session, worker_id, ours, numbers, counts)
     _end_requests(session, ours, now, numbers, counts)
-    cancelled = _keys(standings, _LeaseState.CANCELLED)
+    cancelled = _keys(states, _LeaseState.CANCELLED)
     cancel_requests(session, cancelled, now)
     _count(session, counts)
     return FlushResult(
-        lost=frozenset(_keys(standings, _LeaseState.LOST) | cancelled),
+        lost=frozenset(_keys(states, _LeaseState.LOST) | cancelled),
         ended_jobs=tuple(end_finished_jobs(session, {job_id for job_id, _ in counts.ended | cancelled})),
     )
 
 
 class _LeaseState(Enum):
-    """What a lease is worth."""
+    """State of a lease."""
 
-    HOLDS = auto()
-    ENDED = auto()  # its owner has ended the request: a repeated flush, whose work is done
-    CANCELLED = auto()  # holds, but the job is being cancelled
+    HELD = auto()
+    ENDED = auto()  # this owner has ended the request already: the flush is a repeat
+    CANCELLED = auto()  # held, but the job is being cancelled
     LOST = auto()
 
 
 @dataclass(slots=True)
 class _JobCounts:
-    """What a flush adds to the counts of its jobs."""
+    """What a flush adds to the counts of its jobs, by job id."""
 
     completed: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)
     prompt_tokens: Counter[str] = field(default_factory=Counter)
     completion_tokens: Counter[str] = field(default_factory=Counter)
     ended: set[RequestKey] = field(default_factory=set)
-    told: set[str] = field(default_factory=set)  # jobs whose readers have something to be told
+    changed: set[str] = field(default_factory=set)  # jobs with new events for readers
 
     @property
     def job_ids(self) -> list[str]:
-        return sorted({*self.completed, *self.failed, *self.prompt_tokens, *self.completion_tokens, *self.told})
+        return sorted({*self.completed, *self.failed, *self.prompt_tokens, *self.completion_tokens, *self.changed})
 
 
 def _check_leases(
     session: Session, worker_id: str, leases: Collection[Lease]
 ) -> tuple[dict[Lease, _LeaseState], dict[str, int]]:
-    """Lock jobs and requests of the leases; say what each lease is worth, and the next event number of each job."""
+    """Lock jobs and requests of the leases; return the state of each lease and the next event number of each job."""
     jobs = {
         job.id: job
         for job in session.execute(
@@ -129,10 +128,10 @@ def _check_leases(
         )
     }
     now = database_now(session)
-    worth = {
+    states = {
         lease: _lease_state(lease, worker_id, jobs.get(lease.job_id), requests.get(lease.key), now) for lease in leases
     }
-    return worth, {job_id: job.event_number + 1 for job_id, job in jobs.items()}
+    return states, {job_id: job.event_number + 1 for job_id, job in jobs.items()}
 
 
 def _lease_state(lease: Lease, worker_id: str, job: AnyRow | None, request: AnyRow | None, now: float) -> _LeaseState:
@@ -144,11 +143,11 @@ def _lease_state(lease: Lease, worker_id: str, job: AnyRow | None, request: AnyR
         return _LeaseState.LOST
     if job.status == "cancelling":
         return _LeaseState.CANCELLED
-    return _LeaseState.HOLDS if job.status == "in_progress" and job.expires_at > now else _LeaseState.LOST
+    return _LeaseState.HELD if job.status == "in_progress" and job.expires_at > now else _LeaseState.LOST
 
 
-def _keys(standings: dict[Lease, _LeaseState], wanted: _LeaseState) -> set[RequestKey]:
-    return {lease.key for lease, standing in standings.items() if standing is wanted}
+def _keys(states: dict[Lease, _LeaseState], wanted: _LeaseState) -> set[RequestKey]:
+    return {lease.key for lease, state in states.items() if state is wanted}
 
 
 def _renew(session: Session, keys: Collection[RequestKey], until: float) -> None:
@@ -157,17 +156,17 @@ def _renew(session: Session, keys: Collection[RequestKey], until: float) -> None
 
 
 def _clear_suspects(session: Session, worker_id: str, keys: Collection[RequestKey], now: float) -> None:
-    """Note which requests have committed tokens under this lease, so are no suspects any more, and that we serve."""
+    """Clear requests that have committed tokens under this lease, and note that the worker serves requests."""
     if not keys:
         return
-    proven = {
+    cleared = {
         "proven": True,
         "suspect_group": None,
         "lone_crashes": 0,
         "lone_served": False,
         "lone_host": None,
     }
-    newly = update(Request).where(is_request(keys), ~Request.proven).values(**proven).returning(Request.job_id)
+    newly = update(Request).where(is_request(keys), ~Request.proven).values(**cleared).returning(Request.job_id)
     job_id = session.scalar(newly)
     if job_id is None:
         return
@@ -202,7 +201,7 @@ def _write_checkpoints(
     written = {tuple(key) for key in session.execute(insert_or_ignore(session, Partial).returning(*keys), rows)}
     for row in rows:
         if tuple(row[key.key] for key in keys) in written:
-            counts.told.add(row["job_id"])
+            counts.changed.add(row["job_id"])
             counts.completion_tokens[row["job_id"]] += len(row["token_ids"])
 
 
@@ -226,7 +225,7 @@ def _write_outputs(
     numbers: Mapping[str, int],
     counts: _JobCounts,
 ) -> None:
-    """Turn the checkpoints of finished choices into their outputs and step rows."""
+    """Move the checkpoints of finished choices into outputs and step rows."""
     finished = {(*entry.lease.key, choice.choice_index): choice for entry in progress for choice in entry.finished}
     if not finished:
         return
@@ -245,8 +244,8 @@ def _write_outputs(
 
 
 def _take_partials(session: Session, keys: Collection[ChoiceKey]) -> dict[ChoiceKey, list[AnyRow]]:
-    """Delete the checkpoints of these choices and return them, in order."""
-    place = (Partial.job_id, Partial.request_index, Partial.choice_index, Partial.seq)
+    """Delete the checkpoints of these choices and return them by choice, in order."""
+    key = (Partial.job_id, Partial.request_index, Partial.choice_index, Partial.seq)
     content = (
         Partial.token_ids,
         Partial.accepted,
@@ -257,7 +256,7 @@ def _take_partials(session: Session, keys: Collection[ChoiceKey]) -> dict[Choice
         Partial.worker_id,
         Partial.event_number,
     )
-    taken = session.execute(delete(Partial).where(is_one_of(place[:3], keys)).returning(*place, *content))
+    taken = session.execute(delete(Partial).where(is_one_of(key[:3], keys)).returning(*key, *content))
     ordered = sorted(taken, key=lambda partial: (*_choice_key(partial), partial.seq))
     return {key: list(group) for key, group in groupby(ordered, key=_choice_key)}
 
@@ -285,20 +284,20 @@ def _output_row(key: ChoiceKey, choice: FinishedChoice, partials: Sequence[AnyRo
 
 
 def _all_logprobs(partials: Sequence[AnyRow]) -> list[Any] | None:
-    """Return those of the whole text, whoever decoded its parts; None if the request wanted none."""
+    """Return the logprobs of all checkpoints, of all owners; None if the request wants none."""
     parts = [partial.logprobs for partial in partials]
     return None if not parts or None in parts else [row for part in parts for row in part]
 
 
 def merge_pieces(pieces: Iterable[Sequence[str]]) -> list[tuple[str, str]]:
-    """Return the pieces with neighbours of one source joined."""
+    """Join adjacent pieces of the same source."""
     return [
         ("".join(text for text, _ in group), source) for source, group in groupby(pieces, key=lambda piece: piece[1])
     ]
 
 
 def _step_rows(key: ChoiceKey, partials: Iterable[AnyRow]) -> list[dict[str, Any]]:
-    """Return the steps of a choice, numbered as they were committed: a new owner may count its own from 0 again."""
+    """Return the steps of a choice, numbered in commit order: each owner counts its own from 0."""
     job_id, request_index, choice_index = key
     steps = [(partial.worker_id, step) for partial in partials for step in partial.steps]
     identity = {"job_id": job_id, "request_index": request_index, "choice_index": choice_index}
@@ -308,7 +307,7 @@ def _step_rows(key: ChoiceKey, partials: Iterable[AnyRow]) -> list[dict[str, Any
     ]
 
 
-# What checkpoints of older workers don't hold.
+# Columns that checkpoints of older workers lack.
 _LATER_COLUMNS = {"decision": None, "reached": None, "tree": None}
 
 
@@ -329,12 +328,12 @@ def _count_outputs(
     partials: dict[ChoiceKey, list[AnyRow]],
     counts: _JobCounts,
 ) -> None:
-    """Count the tokens of outputs in place of those of their checkpoints, which have been counted before."""
+    """Replace the counted tokens of checkpoints by those of their outputs."""
     for key, choice in finished.items():
         job_id, _, _ = key
         counts.completion_tokens[job_id] -= sum(len(partial.token_ids) for partial in partials.get(key, []))
         if key in written:
-            counts.told.add(job_id)
+            counts.changed.add(job_id)
             counts.completion_tokens[job_id] += choice.completion_tokens
             counts.prompt_tokens[job_id] += choice.prompt_tokens if choice.first_of_prompt else 0
 
@@ -347,7 +346,7 @@ def _end_requests(
     counts.completed.update(job_id for job_id, _ in completed)
     counts.failed.update(job_id for job_id, _ in failed)
     counts.ended |= completed | failed.keys()
-    counts.told |= {job_id for job_id, _ in counts.ended}
+    counts.changed |= {job_id for job_id, _ in counts.ended}
     for job_id in {job_id for job_id, _ in completed}:
         ended = {"status": "completed", "finished_at": now, "lease_expires_at": None, "event_number": numbers[job_id]}
         of_job = {key for key in completed if key[0] == job_id}
@@ -371,7 +370,7 @@ def _failed_row(key: RequestKey, failure: RequestFailure, now: float, event_numb
 
 
 def _count(session: Session, counts: _JobCounts) -> None:
-    """Add the counts to the jobs, which are locked: nobody else is counting."""
+    """Add the counts to the jobs, which are locked."""
     rows = [
         {
             "job": job_id,
@@ -379,13 +378,13 @@ def _count(session: Session, counts: _JobCounts) -> None:
             "failed": counts.failed[job_id],
             "prompt": counts.prompt_tokens[job_id],
             "completion": counts.completion_tokens[job_id],
-            "told": int(job_id in counts.told),
+            "new_event": int(job_id in counts.changed),
         }
         for job_id in counts.job_ids
     ]
     if not rows:
         return
-    # Through the connection: a session takes an UPDATE with a list of values for one by primary key.
+    # By the connection: a Session would take an UPDATE with a list of values for an UPDATE by primary key.
     session.connection().execute(
         update(Job)
         .where(Job.id == bindparam("job"))
@@ -394,7 +393,7 @@ def _count(session: Session, counts: _JobCounts) -> None:
             requests_failed=Job.requests_failed + bindparam("failed"),
             prompt_tokens=Job.prompt_tokens + bindparam("prompt"),
             completion_tokens=Job.completion_tokens + bindparam("completion"),
-            event_number=Job.event_number + bindparam("told"),
+            event_number=Job.event_number + bindparam("new_event"),
         ),
         rows,
     )

@@ -1,4 +1,4 @@
-"""The frozen values that go into and come out of the record. Plain data: no SQLAlchemy, no pydantic.
+"""Frozen values that are written to and read from the database. Plain data: no SQLAlchemy, no pydantic.
 
 Times are Unix seconds (UTC) on the database's clock; `*_ms` are milliseconds.
 """
@@ -16,51 +16,51 @@ HEARTBEAT_TIMEOUT_S: Final = 60.0  # a worker that has sent no heartbeat for lon
 
 @dataclass(frozen=True, slots=True)
 class RequestFailure:
-    """Why a request failed, in the words of the error envelope."""
+    """Why a request failed, in the fields of the API's error object."""
 
     code: str
     message: str
     param: str | None = None
-    status_code: int = 400  # HTTP status the request would have been answered with
+    status_code: int = 400  # HTTP status in the error file of a batch
 
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """A job about to be recorded."""
+    """A job to insert."""
 
     id: str
     model: str
     endpoint: str
-    window_s: float  # seconds from creation to expiry
+    window_s: float  # from creation to expiry
     metadata: Mapping[str, str] | None = None
     api_key_id: str | None = None
     idempotency_key: str | None = None  # unique per api_key_id
-    body_sha256: str | None = None  # of the submitted body, to tell a repeat from a conflict
-    input_file_id: str | None = None  # a batch: its requests are still to be read from this file
-    completion_window: str | None = None  # the window as it was asked for
+    body_sha256: str | None = None  # of the submitted body, to distinguish a repeat from a conflict
+    input_file_id: str | None = None  # of a batch: its requests are read from this file later
+    completion_window: str | None = None  # the window as submitted, such as 24h
     output_expires_after_s: float | None = None
-    retry_of: str | None = None  # the job whose failed requests it runs again
-    priority: int = 0  # 1: a person waits for it
-    body_version: int = 1  # of the bodies of its requests: a worker must be able to read them
-    compare_plain: int = 0  # so many of its requests are decoded both ways when it is done
-    traceparent: str | None = None  # where its spans belong, for whoever traces
+    retry_of: str | None = None  # id of the job whose failed requests it runs again
+    priority: int = 0  # 1: interactive, claimed first
+    body_version: int = 1  # version of the request bodies; older workers skip the job
+    compare_plain: int = 0  # number of requests to decode again, with and without drafts, after completion
+    traceparent: str | None = None  # W3C trace context of the submission
 
 
 @dataclass(frozen=True, slots=True)
 class NewRequest:
-    """A request about to be recorded: valid (`body`), or refused at the door (`failure`: the row is born failed)."""
+    """A request to insert: valid (`body`), or rejected at submission (`failure`: stored as failed)."""
 
     custom_id: str
     body: Mapping[str, Any] | None = None
     failure: RequestFailure | None = None
-    tokens: int = 0  # that it may come to read and write at most, as far as the door can say
-    timeout_s: float | None = None  # seconds from creation after which it fails, whatever its job may still have
-    size_bytes: int = 0  # of its body, about: what is written together must not be large; 0: small
+    tokens: int = 0  # upper bound of prompt plus completion tokens, estimated at submission
+    timeout_s: float | None = None  # from creation; the request fails after it, even if its job still has time
+    size_bytes: int = 0  # approximate size of the body, to limit the size of one INSERT; 0: small
 
 
 @dataclass(frozen=True, slots=True)
 class NewKey:
-    """A key to the shim about to be recorded. A limit of None does not hold."""
+    """An API key to insert. A limit of None is no limit."""
 
     id: str
     name: str
@@ -69,23 +69,23 @@ class NewKey:
     max_requests_queued: int | None = None
     max_tokens_queued: int | None = None
     max_requests_per_minute: int | None = None
-    lasts_s: float | None = None  # seconds until it expires
+    lasts_s: float | None = None  # lifetime; None: does not expire
 
 
 @dataclass(frozen=True, slots=True)
 class FailedRequest:
-    """A request that failed in nobody's hands, with what its `failed` event must say."""
+    """A request that the service failed (timeout, poison), not a worker, with the fields of its `failed` event."""
 
     job_id: str
     request_index: int
     custom_id: str
-    seq: int  # behind all events of its choice 0
+    seq: int  # after all events of its choice 0
     failure: RequestFailure
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The right to write one request's results. `number` grows with every claim: an older one writes nothing."""
+    """The right to write one request's results. `number` is a fencing token that grows with every claim."""
 
     job_id: str
     request_index: int
@@ -93,7 +93,7 @@ class Lease:
 
     @property
     def key(self) -> RequestKey:
-        """The request this lease is about."""
+        """Key of the request."""
         return (self.job_id, self.request_index)
 
 
@@ -104,7 +104,7 @@ class StepRow:
     step: int  # 0 is the token from prefill
     tree_nodes: int  # draft nodes shown to the target, root not counted
     tree_depth: int
-    accepted_tokens: int  # draft tokens kept; the target's own token is not one of them
+    accepted_tokens: int  # draft tokens that the target accepted; its own token is not counted
     emitted_tokens: int
     expected_accepted: float | None
     draft_ms: float
@@ -112,12 +112,12 @@ class StepRow:
     step_ms: float
     batch_sequences: int  # sequences that shared the step
     drafter: str | None
-    plain_step_ms: float | None  # a plain step at this batch size on this worker; None: not comparable (prefill shared)
+    plain_step_ms: float | None  # estimate of a plain step at this batch size; None: not comparable (shared a prefill)
     ended_at: float
-    decision: str | None = None  # tree, or why there was none; rows written before it was recorded have none
-    # Per node the target reached: draft children shown below it, and the rank of the one it drew (none of them: None).
-    reached: tuple[tuple[int, int | None], ...] | None = None  # None: no tree, or written before it was recorded
-    tree: TreeRow | None = None  # for jobs that asked to see their trees
+    decision: str | None = None  # tree, or why none was used; None in rows of older versions
+    # Per node that the target reached: its number of draft children, and the rank of the accepted one (None: rejected).
+    reached: tuple[tuple[int, int | None], ...] | None = None  # None: no tree, or a row of an older version
+    tree: TreeRow | None = None  # for jobs that request their draft trees
 
 
 def known_step_columns(stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,11 +127,11 @@ def known_step_columns(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class TreeRow:
-    """The draft tree of a step, as text: row of `draft_trees`."""
+    """The draft tree of a step; row of `draft_trees`."""
 
-    # (parent, token id, text, probability that the target accepts it, accepted); the root first, its parent is -1
+    # (parent, token id, text, acceptance probability, accepted); the root comes first, its parent is -1
     nodes: tuple[tuple[int, int, str, float, bool], ...]
-    bonus: str  # the target's own token behind the accepted path
+    bonus: str  # text of the target's own token after the accepted path
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,17 +141,17 @@ class Checkpoint:
     choice_index: int
     seq: int
     token_ids: tuple[int, ...]
-    accepted: tuple[bool, ...]  # per token: it was an accepted draft token
+    accepted: tuple[bool, ...]  # per token: whether it is an accepted draft token
     text: str
     pieces: tuple[tuple[str, str], ...]  # (text, "draft" | "target")
     steps: tuple[StepRow, ...]
-    # Per token, as JSON, if the request wants them. Not read back: the output takes them from the rows.
+    # Per token, as JSON, if requested. Not set in claims: outputs take them from the rows.
     logprobs: tuple[Any, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class FinishedChoice:
-    """A choice that has ended: row of `outputs`."""
+    """A finished choice; row of `outputs`."""
 
     choice_index: int
     text: str
@@ -162,28 +162,28 @@ class FinishedChoice:
     started_at: float
     finished_at: float
     last_seq: int  # seq of its `finished` event
-    first_of_prompt: bool = True  # no other choice counts the tokens of this prompt
+    first_of_prompt: bool = True  # counts the prompt's tokens; other choices of the prompt do not
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A request handed to a worker, with what an earlier owner had already committed."""
+    """A claimed request, with what earlier owners have committed."""
 
     lease: Lease
     custom_id: str
     endpoint: str
-    priority: int  # 1: a person waits for it
+    priority: int  # 1: interactive
     body: Mapping[str, Any]
     attempts: int  # 1 the first time
     started_at: float | None  # of the first attempt
     checkpoints: tuple[Checkpoint, ...]  # ordered by (choice, seq)
-    finished_choices: tuple[int, ...]  # choices whose outputs are already recorded
-    traceparent: str | None = None  # where its spans belong, for whoever traces
+    finished_choices: tuple[int, ...]  # choices that have outputs already
+    traceparent: str | None = None  # W3C trace context of the submission
 
 
 @dataclass(frozen=True, slots=True)
 class SampledRequest:
-    """A request of a finished job, and what its first choice says."""
+    """A request in the sample of a speed-up check, with the tokens of its first choice."""
 
     request_index: int
     body: Mapping[str, Any]
@@ -192,7 +192,7 @@ class SampledRequest:
 
 @dataclass(frozen=True, slots=True)
 class SpeedupCheckClaim:
-    """The sample of a finished job that a worker is to decode both ways."""
+    """The sample of a completed job that a worker decodes again, with and without drafts."""
 
     job_id: str
     endpoint: str
@@ -201,7 +201,7 @@ class SpeedupCheckClaim:
 
 @dataclass(frozen=True, slots=True)
 class SpeedupCheckResult:
-    """A request that was decoded both ways, or the error that came instead; row of `comparisons`."""
+    """Result of a speed-up check for one request, or its error; row of `comparisons`."""
 
     request_index: int
     tokens: int = 0
@@ -215,10 +215,10 @@ class SpeedupCheckResult:
 
 @dataclass(frozen=True, slots=True)
 class RequestProgress:
-    """What one held request has to write in a flush.
+    """What a flush writes for one request.
 
-    `finished` choices become outputs at once. With `ends` the request is completed (all its choices have outputs);
-    with `failure` it is failed. Step rows of a choice are taken from its checkpoints when it finishes.
+    `finished` choices become outputs. `ends` completes the request (all its choices have outputs); `failure` fails it.
+    Step rows of a choice are taken from its checkpoints when it finishes.
     """
 
     lease: Lease
@@ -230,7 +230,7 @@ class RequestProgress:
 
 @dataclass(frozen=True, slots=True)
 class FlushResult:
-    """What a flush found: leases that are no longer ours (fenced, cancelled or expired), and jobs that just ended."""
+    """Result of a flush: requests whose leases are lost (fenced, cancelled or expired), and jobs that it ended."""
 
     lost: frozenset[RequestKey]
     ended_jobs: tuple[tuple[str, str], ...]  # (job_id, final status)
@@ -238,7 +238,7 @@ class FlushResult:
 
 @dataclass(frozen=True, slots=True)
 class NewWorker:
-    """How a worker introduces itself."""
+    """A worker to register."""
 
     id: str
     hostname: str
@@ -246,6 +246,6 @@ class NewWorker:
     target: str  # public model name
     draft: str | None
     devices: tuple[str, ...]
-    context_tokens: int  # longest prompt plus completion it can hold
+    context_tokens: int  # max. prompt plus completion tokens of one sequence
     calibration: Mapping[str, Any]
-    process: str | None = None  # which process it is, for neighbours on its machine; None: they can't know
+    process: str | None = None  # process identity, to detect its death on the same host; None: unknown

@@ -1,7 +1,7 @@
-"""How requests and jobs end: cancelled, expired, or finalised because nothing of the job is left to do.
+"""State transitions: end requests and jobs by cancellation, by expiry, or because no request of the job is open.
 
-A status that is final never changes again. Whoever locks rows of jobs and of requests locks those of jobs first, in the
-order of their ids, so that no two transactions wait for each other.
+A final status never changes. Lock order: rows of jobs before rows of requests, each by id, so that transactions can't
+deadlock.
 """
 
 from __future__ import annotations
@@ -29,45 +29,47 @@ from storage.statuses import ACTIVE_JOB_STATUSES, CANCELLABLE_JOB_STATUSES, OPEN
 
 _IS_BATCH: Final = Job.input_file_id.is_not(None)
 
-_ROWS_AT_ONCE: Final = 500  # ended in one transaction
+_ROWS_AT_ONCE: Final = 500  # requests ended in one transaction
 
 CANCELLED: Final = RequestFailure(
     "batch_cancelled", "The job was cancelled before this request was completed.", status_code=409
 )
 EXPIRED: Final = RequestFailure(
-    "batch_expired", "The completion window was over before this request was completed.", status_code=408
+    "batch_expired", "The completion window ended before this request was completed.", status_code=408
 )
 
-LATE: Final = RequestFailure("deadline_exceeded", "The request was not completed within its timeout.", status_code=408)
+DEADLINE_EXCEEDED: Final = RequestFailure(
+    "deadline_exceeded", "The request was not completed within its timeout.", status_code=408
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """What was ended in one go."""
+    """What one transaction ended."""
 
     jobs: tuple[tuple[str, str], ...] = ()  # (job_id, final status)
     failed: tuple[FailedRequest, ...] = ()
-    more: bool = False  # there is more to end right now
+    more: bool = False  # more rows are due: call again
 
 
 def end_finished_jobs(session: Session, job_ids: Collection[str]) -> list[tuple[str, str]]:
-    """End those of the jobs that have no request left to wait for; return (job_id, final status) of each.
+    """End those of the jobs that have no open request; return (job_id, final status) of each.
 
-    Of a batch all is decided then, but its files are still to be written: its clerk ends it.
+    A batch moves to `finalizing` instead: the batch-file processor writes its files and ends it.
     """
     if not job_ids:
         return []
     now = database_now(session)
-    decided = and_(Job.id.in_(job_ids), ~has_open_requests())
+    finished = and_(Job.id.in_(job_ids), ~has_open_requests())
     session.execute(
         update(Job)
-        .where(decided, _IS_BATCH, Job.status == "in_progress")
+        .where(finished, _IS_BATCH, Job.status == "in_progress")
         .values(status="finalizing", finalizing_at=now)
     )
     final = case((Job.status == "cancelling", "cancelled"), (has_expired_requests(), "expired"), else_="completed")
     ended = session.execute(
         update(Job)
-        .where(decided, ~_IS_BATCH, Job.status.in_(ACTIVE_JOB_STATUSES))
+        .where(finished, ~_IS_BATCH, Job.status.in_(ACTIVE_JOB_STATUSES))
         .values(status=final, finished_at=now)
         .returning(Job.id, Job.status)
     )
@@ -75,13 +77,12 @@ def end_finished_jobs(session: Session, job_ids: Collection[str]) -> list[tuple[
 
 
 def request_cancel(session: Session, job_id: str) -> str | None:
-    """Cancel a job and return its status; None if there is no such job.
+    """Cancel a job and return its status; None if the job does not exist. Idempotent; ended jobs stay as they are.
 
-    What nobody is working on ends here if it is little, else with `end_jobs`: whoever asks must not wait for it.
-    Requests that are being decoded are cancelled at their worker's next flush, and the job ends with the last of them.
-    A batch ends when its clerk has written its files; one that is still being read is read to its end, for each of its
-    requests is owed an answer.
-    Asking again, or for a job that has ended, changes nothing.
+    Up to `_ROWS_AT_ONCE` unclaimed requests are cancelled here, so that the caller does not wait; `end_jobs` cancels
+    the rest. Running requests are cancelled by their worker's next flush, and the job ends with the last of them. A
+    batch ends when its files are written; one that is validating is read to its end first, because each line gets a row
+    in the error file.
     """
     now = database_now(session)
     session.execute(
@@ -95,21 +96,21 @@ def request_cancel(session: Session, job_id: str) -> str | None:
 
 
 def end_jobs(session: Session) -> Ended:
-    """End what only time can end, a piece of it: whoever wants to write meanwhile waits for no more than that.
+    """Expire overdue jobs and finish cancelled ones, up to `_ROWS_AT_ONCE` requests: other writers wait no longer.
 
-    Jobs whose completion window is over expire with all that is unfinished. Cancelled jobs end when nothing of them is
-    queued any more and the workers that still had requests of them have let their leases lapse.
+    Jobs whose completion window is over expire with all their open requests. Cancelled jobs end when none of their
+    requests is queued and the leases of running ones have lapsed.
     """
     now = database_now(session)
     overdue, cancelling = _lock_ending(session, now)
-    unfinished = and_(Request.job_id.in_(overdue), Request.status.in_(OPEN_REQUEST_STATUSES))
-    count = _end_piece(session, "expired", EXPIRED, now, unfinished) if overdue else 0
+    is_open = and_(Request.job_id.in_(overdue), Request.status.in_(OPEN_REQUEST_STATUSES))
+    count = _end_some(session, "expired", EXPIRED, now, is_open) if overdue else 0
     count += cancel_unclaimed(session, *cancelling) if cancelling else 0
     return Ended(tuple(end_finished_jobs(session, [*overdue, *cancelling])), more=count >= _ROWS_AT_ONCE)
 
 
 def _lock_ending(session: Session, now: float) -> tuple[list[str], list[str]]:
-    """Lock the jobs that are overdue and those that are being cancelled, in one go: locks are taken in one order."""
+    """Lock overdue and cancelling jobs in one statement, to keep the lock order; return the ids of each."""
     is_overdue = and_(Job.status == "in_progress", Job.expires_at <= now)
     locked = lock_jobs(session, or_(is_overdue, Job.status == "cancelling"))
     overdue = set(session.scalars(select(Job.id).where(Job.id.in_(locked), is_overdue))) if locked else set()
@@ -117,30 +118,30 @@ def _lock_ending(session: Session, now: float) -> tuple[list[str], list[str]]:
 
 
 def cancel_unclaimed(session: Session, *job_ids: str) -> int:
-    """Cancel a piece of what nobody is working on of jobs that are being cancelled; return how many requests."""
+    """Cancel up to `_ROWS_AT_ONCE` queued or lapsed requests of cancelling jobs; return how many."""
     now = database_now(session)
-    return _end_piece(session, "cancelled", CANCELLED, now, _left_in_cancelled_jobs(now, job_ids))
+    return _end_some(session, "cancelled", CANCELLED, now, _is_unclaimed(now, job_ids))
 
 
 def expire_requests(session: Session) -> Ended:
-    """Fail requests whose own deadline is over, a piece of them, and end the jobs that had no others.
+    """Fail up to `_ROWS_AT_ONCE` requests whose own deadline is over, and end jobs without other open requests.
 
-    Whoever decodes one of them finds its lease lost.
+    A worker that decodes one of them finds its lease lost.
     """
     now = database_now(session)
-    late = and_(Request.expires_at <= now, Request.finished_at.is_(None))
-    job_ids = lock_jobs(session, Job.id.in_(select(Request.job_id).where(late)) & (Job.status == "in_progress"))
+    overdue = and_(Request.expires_at <= now, Request.finished_at.is_(None))
+    job_ids = lock_jobs(session, Job.id.in_(select(Request.job_id).where(overdue)) & (Job.status == "in_progress"))
     if not job_ids:
         return Ended()
     found = session.execute(
         select(Request.job_id, Request.request_index)
-        .where(late, Request.job_id.in_(job_ids))
+        .where(overdue, Request.job_id.in_(job_ids))
         .order_by(Request.job_id, Request.request_index)
         .limit(_ROWS_AT_ONCE)
         .with_for_update(key_share=True)
     )
     keys = [(job_id, index) for job_id, index in found]
-    failed = fail_requests(session, keys, LATE, now)
+    failed = fail_requests(session, keys, DEADLINE_EXCEEDED, now)
     ended = end_finished_jobs(session, {request.job_id for request in failed})
     return Ended(tuple(ended), tuple(failed), more=len(keys) >= _ROWS_AT_ONCE)
 
@@ -148,7 +149,7 @@ def expire_requests(session: Session) -> Ended:
 def fail_requests(
     session: Session, keys: Collection[RequestKey], reason: RequestFailure, now: float
 ) -> list[FailedRequest]:
-    """Fail requests that the caller has locked with their jobs, count them, and return what their events must say."""
+    """Fail requests that the caller has locked with their jobs, update the counts, and return them for their events."""
     if not keys:
         return []
     number = next_event_number(session, {job_id for job_id, _ in keys}, is_request(keys))
@@ -162,7 +163,7 @@ def fail_requests(
     for job_id, count in Counter(row.job_id for row in rows).items():
         session.execute(update(Job).where(Job.id == job_id).values(requests_failed=Job.requests_failed + count))
     last = _last_seqs(session, keys)
-    # One that was never claimed has no events; `started` is number 0 of all others.
+    # A request that was never claimed has no events yet; for others, seq 0 is `started`.
     return [
         FailedRequest(*key, row.custom_id, last.get(key, 0) + 1 if row.attempts else 0, reason)
         for row in sorted(rows)
@@ -177,12 +178,12 @@ def cancel_requests(session: Session, keys: Collection[RequestKey], now: float) 
 
 
 def lock_jobs(session: Session, condition: ColumnElement[bool]) -> list[str]:
-    """Lock the jobs that meet a condition, in the order in which everybody locks them, and return their ids."""
+    """Lock the jobs that meet a condition, in lock order, and return their ids."""
     return list(session.scalars(select(Job.id).where(condition).order_by(Job.id).with_for_update(key_share=True)))
 
 
 def error_columns(failure: RequestFailure) -> dict[str, str | int | None]:
-    """Return a failure as the columns of its request."""
+    """Return a failure as columns of `requests`."""
     return {
         "error_code": failure.code,
         "error_message": storable(failure.message),
@@ -192,7 +193,7 @@ def error_columns(failure: RequestFailure) -> dict[str, str | int | None]:
 
 
 def _last_seqs(session: Session, keys: Collection[RequestKey]) -> dict[RequestKey, int]:
-    """Return the number of the last event of choice 0 that was committed, where there is one."""
+    """Return the last committed event seq of choice 0 of each request that has one."""
     rows = session.execute(
         select(Partial.job_id, Partial.request_index, func.max(Partial.seq))
         .where(is_one_of((Partial.job_id, Partial.request_index), keys), Partial.choice_index == 0)
@@ -201,24 +202,25 @@ def _last_seqs(session: Session, keys: Collection[RequestKey]) -> dict[RequestKe
     return {(job_id, index): seq for job_id, index, seq in rows}
 
 
-def _left_in_cancelled_jobs(now: float, job_ids: Iterable[str]) -> ColumnElement[bool]:
-    """Return the condition that a request of a cancelled job is in nobody's hands."""
+def _is_unclaimed(now: float, job_ids: Iterable[str]) -> ColumnElement[bool]:
+    """Return the condition that a request of a cancelling job is queued or its lease has lapsed."""
     cancelling = select(Job.id).where(Job.id.in_(list(job_ids)), Job.status == "cancelling")
     return and_(Request.job_id.in_(cancelling), (Request.status == "queued") | is_lapsed(now))
 
 
 def next_event_number(session: Session, job_ids: Collection[str], which: ColumnElement[bool]) -> ScalarSelect[int]:
-    """Return the `event_number` of requests that end now, all those of a job together: readers are told in its order.
+    """Take the next event number of each job with requests to end, and return it as a scalar of `requests`.
 
-    Whoever ends requests of these jobs writes it with their status (storage.event_log).
+    Write it as `event_number` in the statement that ends the requests: event-log readers rely on the order
+    (storage.event_log).
     """
     ending = select(Request.job_id).where(Request.job_id == Job.id, which).exists()
     session.execute(update(Job).where(Job.id.in_(job_ids), ending).values(event_number=Job.event_number + 1))
     return select(Job.event_number).where(Job.id == Request.job_id).scalar_subquery()
 
 
-def _end_piece(session: Session, status: str, reason: RequestFailure, now: float, which: ColumnElement[bool]) -> int:
-    """End some of the requests, whose jobs the caller has locked, and return how many: less than a piece is all."""
+def _end_some(session: Session, status: str, reason: RequestFailure, now: float, which: ColumnElement[bool]) -> int:
+    """End up to `_ROWS_AT_ONCE` requests whose jobs the caller has locked; return how many."""
     found = session.execute(select(Request.job_id, Request.request_index).where(which).limit(_ROWS_AT_ONCE))
     keys = [(job_id, index) for job_id, index in found]
     if keys:
@@ -234,7 +236,7 @@ def _end_requests(
     job_ids: Collection[str],
     which: ColumnElement[bool],
 ) -> None:
-    """End requests of these jobs without a result. The lease's number and owner stay: they say who had it last."""
+    """End requests of these jobs with an error. `lease_number` and `lease_owner` stay: they name the last owner."""
     number = next_event_number(session, job_ids, which)
     ended = {"status": status, "finished_at": now, "lease_expires_at": None, "event_number": number}
     session.execute(update(Request).where(which).values(**ended, **error_columns(reason)))
