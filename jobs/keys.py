@@ -89,7 +89,7 @@ def check_key_on(connection: Connection, presented: str) -> KeyView | None:
     key_id, secret = parts[1], parts[2]
     found = keys.find_key(connection, f"key_{key_id}")
     matches = hmac.compare_digest(_hash(secret), _NO_HASH if found is None else found.secret_sha256)
-    return found if matches and found is not None and found.opens else None
+    return found if matches and found is not None and found.valid else None
 
 
 def same_key(presented: str, key: str) -> bool:

@@ -1,3 +1,3 @@
-"""The record of bASIC: jobs, requests, outputs and the numbers of every step, in SQL. Imports nothing of ours."""
+"""The database of bASIC: jobs, requests, outputs and step statistics in SQL. Imports neither jobs nor worker."""
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Batches between their files: who reads the input and writes the output, and what that adds to the record.
+"""Batches: claims of batch-file processors, and the writes that validate and end a batch.
 
-A clerk works under a lease with a number that grows with every claim, like a worker: whoever has an older one writes
-nothing. Requests are written in pieces, for a large batch must not lock everybody out, and count all at once, when
-`start_batch` says that the input is read.
+A processor works under a lease with a fencing token (`clerk_number`, which grows with every claim) that ends at
+`clerk_until`. Requests are inserted in chunks, so that a large batch does not block other writers, and become claimable
+together when `start_batch` marks the input as validated.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from storage.statuses import BATCH_FILE_JOB_STATUSES, UNREAD_JOB_STATUSES
 from storage.transitions import cancel_unclaimed, end_finished_jobs
 from storage.writes import request_row
 
-_SAME_NAMES: Final = (
+_COPIED_COLUMNS: Final = (
     "endpoint",
     "api_key_id",
     "input_file_id",
@@ -31,12 +31,12 @@ _SAME_NAMES: Final = (
     "validated_at",
     "traceparent",
 )
-_CLAIMED: Final = (Job.id, Job.clerk_number, *(getattr(Job, name) for name in _SAME_NAMES))
+_CLAIMED: Final = (Job.id, Job.clerk_number, *(getattr(Job, name) for name in _COPIED_COLUMNS))
 
 
 @dataclass(frozen=True, slots=True)
 class BatchClaim:
-    """The right to read the input of a batch, or to write its files."""
+    """The lease of a processor to read the input of a batch or to write its files."""
 
     job_id: str
     number: int
@@ -44,19 +44,19 @@ class BatchClaim:
     api_key_id: str
     input_file_id: str
     output_expires_after_s: float | None
-    model: str  # '' before the input is read
+    model: str  # '' before the input is validated
     validated_at: float | None
     traceparent: str | None
 
     @property
     def is_validated(self) -> bool:
-        """True when its requests stand in the record: the files are to be written."""
+        """True when the requests are stored, so that the files are to be written."""
         return self.validated_at is not None
 
 
 @dataclass(frozen=True, slots=True)
 class BatchEnd:
-    """What a batch leaves behind."""
+    """The files and the token usage of a batch that ends."""
 
     output_file_id: str | None
     error_file_id: str | None
@@ -64,20 +64,20 @@ class BatchEnd:
 
 
 class ClaimLost(Exception):
-    """Another clerk has this batch now."""
+    """Another processor has claimed this batch."""
 
 
 def claim_batch(session: Session, lease_s: float) -> BatchClaim | None:
-    """Take the oldest batch that needs a clerk and has none; None if there is no such batch.
+    """Claim the oldest batch that needs a processor and has none; None if there is no such batch.
 
-    Those of owners for whom a clerk is at work already wait behind all others.
+    Batches of owners that a processor already serves come last.
     """
     now = database_now(session)
-    free = or_(Job.clerk_until.is_(None), Job.clerk_until < now)
+    unclaimed = or_(Job.clerk_until.is_(None), Job.clerk_until < now)
     served = select(Job.api_key_id).where(Job.status.in_(BATCH_FILE_JOB_STATUSES), Job.clerk_until >= now)
-    waiting = select(Job.id).where(Job.input_file_id.is_not(None), free, _needs_clerk())
-    in_turn = waiting.order_by(Job.api_key_id.in_(served), Job.created_at, Job.id)
-    job_id = session.scalar(in_turn.limit(1).with_for_update(skip_locked=True))
+    waiting = select(Job.id).where(Job.input_file_id.is_not(None), unclaimed, _needs_processor())
+    ordered = waiting.order_by(Job.api_key_id.in_(served), Job.created_at, Job.id)
+    job_id = session.scalar(ordered.limit(1).with_for_update(skip_locked=True))
     if job_id is None:
         return None
     row = session.execute(
@@ -86,7 +86,7 @@ def claim_batch(session: Session, lease_s: float) -> BatchClaim | None:
         .values(clerk_number=Job.clerk_number + 1, clerk_until=now + lease_s)
         .returning(*_CLAIMED)
     ).one()
-    return BatchClaim(job_id=row.id, number=row.clerk_number, **{name: getattr(row, name) for name in _SAME_NAMES})
+    return BatchClaim(job_id=row.id, number=row.clerk_number, **{name: getattr(row, name) for name in _COPIED_COLUMNS})
 
 
 def renew_claim(session: Session, claim: BatchClaim, lease_s: float) -> str:
@@ -104,24 +104,24 @@ def renew_claim(session: Session, claim: BatchClaim, lease_s: float) -> str:
 
 
 def release(session: Session, claim: BatchClaim) -> None:
-    """Give a batch back unfinished: another clerk may begin at once."""
+    """Release an unfinished batch: another processor may claim it at once."""
     mine = update(Job).where(Job.id == claim.job_id, Job.clerk_number == claim.number)
     session.execute(mine.values(clerk_until=None))
 
 
 def add_requests(session: Session, claim: BatchClaim, first_index: int, requests: Sequence[NewRequest]) -> None:
-    """Write a piece of the requests; a clerk that begins again finds those of an earlier one."""
+    """Insert a chunk of requests; rows of an earlier processor are skipped."""
     now = database_now(session)
     rows = [request_row(claim.job_id, first_index + n, request, now) for n, request in enumerate(requests)]
     for row in rows:
-        row["event_number"] = None  # nobody is told before all are there
+        row["event_number"] = None  # event-log readers see none before all are stored
     session.execute(insert_or_ignore(session, Request), rows)
 
 
 def start_batch(session: Session, claim: BatchClaim, model: str, total: int, tokens: int, lease_s: float) -> str:
-    """Let all requests of a batch count from now on, and return its status; one that was cancelled starts nothing.
+    """Make all requests of a batch claimable and return the batch's status; a cancelled batch starts none.
 
-    Raise QuotaExceeded if they are more than the limits of its key leave room for.
+    Raise QuotaExceeded if the requests exceed the limits of the batch's API key.
     """
     renew_claim(session, claim, lease_s)
     now = database_now(session)
@@ -153,16 +153,18 @@ def start_batch(session: Session, claim: BatchClaim, model: str, total: int, tok
 def fail_batch(
     session: Session, claim: BatchClaim, errors: Sequence[Mapping[str, Any]], model: str, lease_s: float
 ) -> str:
-    """End a batch whose input as a whole is bad, and return its final status: nothing of it runs."""
+    """End a batch with an invalid input file and return its final status. None of its requests runs."""
     status = "cancelled" if renew_claim(session, claim, lease_s) == "cancelling" else "failed"
-    session.execute(delete(Request).where(Request.job_id == claim.job_id))  # of a clerk that had found it good
+    session.execute(
+        delete(Request).where(Request.job_id == claim.job_id)
+    )  # of an earlier processor that found the input valid
     ended = {"status": status, "finished_at": database_now(session), "clerk_until": None}
     session.execute(update(Job).where(Job.id == claim.job_id).values(errors=list(errors), model=model, **ended))
     return status
 
 
 def end_batch(session: Session, claim: BatchClaim, end: BatchEnd, lease_s: float) -> str:
-    """End a batch whose files are written, and return its final status."""
+    """End a batch whose files are written and return its final status."""
     status = renew_claim(session, claim, lease_s)
     if status != "cancelling":
         unrun = select(Job.id).where(Job.id == claim.job_id, has_expired_requests())
@@ -184,7 +186,7 @@ def end_batch(session: Session, claim: BatchClaim, end: BatchEnd, lease_s: float
     return status
 
 
-def _needs_clerk() -> ColumnElement[bool]:
+def _needs_processor() -> ColumnElement[bool]:
     unread = and_(Job.status.in_(UNREAD_JOB_STATUSES), Job.validated_at.is_(None))
     decided = and_(Job.status == "cancelling", ~has_open_requests())
     return and_(Job.status.in_(BATCH_FILE_JOB_STATUSES), or_(unread, Job.status == "finalizing", decided))

@@ -1,7 +1,7 @@
-"""Files and their bytes, which lie in chunks: nobody holds a whole file.
+"""Files of the files API. Their bytes are stored in chunks, so that no process holds a whole file in memory.
 
-A file is written chunk by chunk and seen when it is finished; deleting or expiring hides it at once, and the sweep
-takes its bytes when no batch is being read from them any more.
+A file becomes visible when its last chunk is written. Deletion and expiry hide it at once; `clear_files` deletes its
+bytes once no batch reads from it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from storage.models import File, FileChunk, Job
 from storage.statuses import UNREAD_JOB_STATUSES
 
 CHUNK_BYTES: Final = 1 << 20
-_ABANDONED_S: Final = 86_400.0  # an upload that took longer has no sender any more
+_ABANDONED_S: Final = 86_400.0  # an upload that is unfinished after this time is abandoned
 
 
 @dataclass(frozen=True, slots=True)
 class FileView:
-    """A file as it stands."""
+    """A visible file."""
 
     id: str
     purpose: str
@@ -44,7 +44,7 @@ _FILE_COLUMNS: Final = (File.id, File.purpose, File.filename, File.bytes, File.c
 
 
 def begin_file(session: Session, file_id: str, purpose: str, filename: str, owner: str) -> None:
-    """Begin a file that nobody sees yet; one of this id that was begun before loses its chunks."""
+    """Begin an invisible file; an earlier unfinished one with this id loses its chunks."""
     row = {"id": file_id, "purpose": purpose, "filename": filename, "api_key_id": owner, "status": "writing"}
     session.execute(
         insert_or_ignore(session, File).values(**row, bytes=0, created_at=database_now(session), expires_at=None)
@@ -53,12 +53,12 @@ def begin_file(session: Session, file_id: str, purpose: str, filename: str, owne
 
 
 def append_chunk(session: Session, file_id: str, index: int, data: bytes) -> None:
-    """Write the chunk of this number."""
+    """Write one chunk."""
     session.execute(insert(FileChunk).values(file_id=file_id, chunk_index=index, data=data))
 
 
 def finish_file(session: Session, file_id: str, size: int, expires_after_s: float | None, purpose: str) -> None:
-    """Show a file whose chunks are written. It counts as created now."""
+    """Make a file visible whose chunks are written. `created_at` becomes now."""
     now = database_now(session)
     expires_at = None if expires_after_s is None else now + expires_after_s
     shown = {"status": "ready", "bytes": size, "created_at": now, "expires_at": expires_at, "purpose": purpose}
@@ -66,20 +66,20 @@ def finish_file(session: Session, file_id: str, size: int, expires_after_s: floa
 
 
 def drop_file(session: Session, file_id: str) -> None:
-    """Forget a file that was never finished."""
+    """Delete an unfinished file."""
     if session.scalar(select(File.id).where(File.id == file_id, File.status == "writing")) is not None:
         session.execute(delete(FileChunk).where(FileChunk.file_id == file_id))
         session.execute(delete(File).where(File.id == file_id))
 
 
 def delete_file(session: Session, file_id: str, owner: str | None = None) -> bool:
-    """Delete a file and return whether there was one."""
+    """Delete a file and return whether it existed."""
     gone = update(File).where(_is_visible(database_now(session)), File.id == file_id, owned_by(File.api_key_id, owner))
     return session.execute(gone.values(status="deleted").returning(File.id)).first() is not None
 
 
 def file(session: Session, file_id: str, owner: str | None = None, *, lock: bool = False) -> FileView | None:
-    """Return a file, or None if there is none of this id (any more); `lock` keeps it until the transaction ends."""
+    """Return a visible file, or None; `lock` prevents its deletion until the transaction ends."""
     query = select(*_FILE_COLUMNS).where(File.id == file_id, owned_by(File.api_key_id, owner))
     query = query.where(_is_visible(database_now(session)))
     row = session.execute(query.with_for_update(key_share=True) if lock else query).first()
@@ -95,18 +95,18 @@ def files(
     purpose: str | None = None,
     newest_first: bool = True,
 ) -> FileViewPage | None:
-    """Return up to `limit` files from behind the file `after`, deleted or not; None if there never was such a file."""
+    """Return up to `limit` files after the file `after`, which may be deleted; None if it never existed."""
     query = select(*_FILE_COLUMNS).where(_is_visible(database_now(session)), owned_by(File.api_key_id, owner))
     if purpose is not None:
         query = query.where(File.purpose == purpose)
     if after is not None:
-        place = select(File.created_at, File.id).where(
+        cursor = select(File.created_at, File.id).where(
             File.id == after, owned_by(File.api_key_id, owner), File.status != "writing"
         )
-        if (last := session.execute(place).first()) is None:
+        if (last := session.execute(cursor).first()) is None:
             return None
-        here, there = tuple_(File.created_at, File.id), tuple_(*last)
-        query = query.where(here < there if newest_first else here > there)
+        key, bound = tuple_(File.created_at, File.id), tuple_(*last)
+        query = query.where(key < bound if newest_first else key > bound)
     columns = (File.created_at, File.id)
     rows = session.execute(
         query.order_by(*(c.desc() if newest_first else c.asc() for c in columns)).limit(limit + 1)
@@ -115,12 +115,12 @@ def files(
 
 
 def chunk(session: Session, file_id: str, index: int) -> bytes | None:
-    """Return the bytes of one chunk; None behind the last."""
+    """Return the bytes of one chunk; None after the last."""
     return session.scalar(select(FileChunk.data).where(FileChunk.file_id == file_id, FileChunk.chunk_index == index))
 
 
 def clear_files(session: Session) -> int:
-    """Remove the bytes of files that are deleted, expired or were never finished; return how many files that were."""
+    """Delete the bytes of deleted, expired and abandoned files that no batch reads; return how many files."""
     now = database_now(session)
     ended = or_(
         File.status == "deleted",

@@ -1,6 +1,6 @@
-"""Keys to the shim: written, found, revoked, and what their limits leave room for.
+"""API keys: create, find and revoke them, and enforce their limits on queued work.
 
-Knows hashes only, and keeps nothing in memory: a key that is revoked here opens nothing from the next call on.
+Stores hashes only and caches nothing: a revoked key is rejected from the next call on.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from storage.records import NewKey
 from storage.statuses import QUOTA_JOB_STATUSES
 
 _KEYS: Final = ApiKey.__table__
-_IN_USE: Final = select(exists().where(_KEYS.c.id.is_not(None)))  # asked with every call
+_IN_USE: Final = select(exists().where(_KEYS.c.id.is_not(None)))  # runs with every API call
 
 _JOBS: Final = Job.__table__.c
 _LEFT: Final = _JOBS.requests_total - _JOBS.requests_completed - _JOBS.requests_failed
 _TOKENS: Final = _JOBS.tokens_asked * _LEFT / func.nullif(_JOBS.requests_total, 0)
-# Made once: they come with every submission.
+# Built once: they run with every submission.
 _ALL_WORK: Final = select(func.coalesce(func.sum(_LEFT), 0), func.coalesce(func.sum(_TOKENS), 0)).where(
     _JOBS.status.in_(QUOTA_JOB_STATUSES)
 )
@@ -32,11 +32,10 @@ _WORK: Final = _ALL_WORK.where(_JOBS.api_key_id == bindparam("key_id"))
 
 
 class QuotaExceeded(Exception):
-    """A submission is more than the limits of its key leave room for; the transaction must not be committed."""
+    """A submission exceeds the limits of its API key. The transaction must not be committed."""
 
     def __init__(self, what: str, limit: int, asked: int) -> None:
-        """Say of what (`requests` or `tokens`) there are how many at most, and how many it would be."""
-        super().__init__(f"{asked} {what} queued, of at most {limit}")
+        super().__init__(f"{asked} {what} queued, at most {limit} allowed")
         self.what = what
         self.limit = limit
         self.asked = asked
@@ -44,7 +43,7 @@ class QuotaExceeded(Exception):
 
 @dataclass(frozen=True, slots=True)
 class KeyView:
-    """A key as it stands."""
+    """An API key without its secret."""
 
     id: str
     name: str
@@ -56,19 +55,19 @@ class KeyView:
     created_at: float
     expires_at: float | None
     revoked_at: float | None
-    opens: bool  # neither revoked nor expired
+    valid: bool  # neither revoked nor expired
 
 
 @dataclass(frozen=True, slots=True)
 class OpenWork:
-    """What somebody has in the queue, being decoded or waiting."""
+    """Queued and running work."""
 
     requests: int
-    tokens: int  # that these may come to read and write at most
+    tokens: int  # upper bound of their prompt and completion tokens
 
 
 def add_key(session: Session, key: NewKey) -> None:
-    """Write a key down."""
+    """Insert a key."""
     now = database_now(session)
     columns = {**asdict(key), "scopes": list(key.scopes), "created_at": now}
     lasts_s = columns.pop("lasts_s")
@@ -76,50 +75,50 @@ def add_key(session: Session, key: NewKey) -> None:
 
 
 def revoke_key(session: Session, key_id: str) -> bool:
-    """Make a key open nothing any more; False if it did not open anything before."""
+    """Revoke a key; False if it does not exist or was revoked before."""
     now = database_now(session)
     live = (ApiKey.id == key_id, ApiKey.revoked_at.is_(None))
     return session.execute(update(ApiKey).where(*live).values(revoked_at=now).returning(ApiKey.id)).first() is not None
 
 
 def find_key(session: Session | Connection, key_id: str) -> KeyView | None:
-    """Return a key, whether it opens anything or not."""
+    """Return a key, valid or not; None if it does not exist."""
     return next(iter(_keys(session, key_id)), None)
 
 
 def list_keys(session: Session) -> list[KeyView]:
-    """Return all keys, in the order in which they were made."""
+    """Return all keys in order of creation."""
     return _keys(session)
 
 
-def opening(session: Session, key_ids: Collection[str]) -> set[str]:
-    """Return those of the keys that are neither revoked nor expired."""
-    lasts = or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > database_now(session))
-    return set(session.scalars(select(ApiKey.id).where(ApiKey.id.in_(key_ids), ApiKey.revoked_at.is_(None), lasts)))
+def valid_keys(session: Session, key_ids: Collection[str]) -> set[str]:
+    """Return the ids of those keys that are neither revoked nor expired."""
+    unexpired = or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > database_now(session))
+    return set(session.scalars(select(ApiKey.id).where(ApiKey.id.in_(key_ids), ApiKey.revoked_at.is_(None), unexpired)))
 
 
 def keys_in_use(session: Session | Connection) -> bool:
-    """Return whether there has ever been a key. Revoking the last one shuts the door; it does not open it to all."""
+    """Return whether any key exists, revoked ones included: revoking the last key must not disable authentication."""
     return bool(session.scalar(_IN_USE))
 
 
 def open_work(session: Session, key_id: str | None = None) -> OpenWork:
-    """Return what the jobs of a key have in the queue; of everybody without one.
+    """Return the open work of a key; None: of all keys.
 
-    Tokens of a job are taken to be spread evenly over its requests.
+    Assumes that the tokens of a job are spread evenly over its requests.
     """
     requests, asked = session.execute(_ALL_WORK if key_id is None else _WORK, {"key_id": key_id}).one()
     return OpenWork(int(requests), int(asked))
 
 
 def enforce_limits(session: Session, key_id: str) -> None:
-    """Raise QuotaExceeded if a key has more in the queue than its limits allow, what was just written included."""
+    """Raise QuotaExceeded if the open work of a key, the job just written included, exceeds its limits."""
     if not key_id:
         return
     limits = session.execute(
         select(ApiKey.max_requests_queued, ApiKey.max_tokens_queued)
         .where(ApiKey.id == key_id, or_(ApiKey.max_requests_queued.is_not(None), ApiKey.max_tokens_queued.is_not(None)))
-        .with_for_update()  # two submissions of one key are counted one after the other
+        .with_for_update()  # serialises the submissions of one key
     ).first()
     if limits is None:
         return
@@ -139,7 +138,7 @@ def _keys(session: Session | Connection, key_id: str | None = None) -> list[KeyV
 
 @cache
 def _keys_query(dialect: str, every: bool) -> Select[Any]:
-    """Return the query of one key, or of all, with the time at which it is asked; made once."""
+    """Return the cached query of one key or of all, with the database's time."""
     query = select(_KEYS, clock(dialect).label("now")).order_by(_KEYS.c.created_at, _KEYS.c.id)
     return query if every else query.where(_KEYS.c.id == bindparam("key_id"))
 
@@ -148,4 +147,4 @@ def _view(columns: dict[str, Any]) -> KeyView:
     now, expires_at = columns.pop("now"), columns["expires_at"]
     expired = isinstance(expires_at, float) and expires_at <= now
     columns["scopes"] = tuple(columns["scopes"])
-    return KeyView(**columns, opens=columns["revoked_at"] is None and not expired)
+    return KeyView(**columns, valid=columns["revoked_at"] is None and not expired)

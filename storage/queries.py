@@ -1,7 +1,4 @@
-"""The read side of the record: rows in, frozen values out.
-
-Changes nothing. What is asked often (a job's state) is one row; what may be large (its outputs) is streamed.
-"""
+"""Read queries, as frozen values. A job's state is one row; outputs, which can be large, are streamed."""
 
 from __future__ import annotations
 
@@ -18,19 +15,19 @@ from storage.dialect import AnyRow, clock, dialect_of, owned_by
 from storage.models import Job, Output, Partial, Request, Worker
 from storage.progress_writes import merge_pieces
 from storage.records import HEARTBEAT_TIMEOUT_S, NewRequest
-from storage.statistics import DepthAcceptance as DepthAcceptance  # statistics have a module; callers find them here
+from storage.statistics import DepthAcceptance as DepthAcceptance  # re-exported
 from storage.statistics import JobStats as JobStats
 from storage.statistics import job_stats as job_stats
 from storage.statistics import total_stats as total_stats
 from storage.statuses import ACTIVE_JOB_STATUSES, ERROR_REQUEST_STATUSES, FINAL_REQUEST_STATUSES
 
-_OUTPUTS_AT_ONCE: Final = 500
-_REQUESTS_AT_ONCE: Final = 50  # each may be as large as a line can be
+_OUTPUTS_PER_FETCH: Final = 500
+_REQUESTS_PER_PAGE: Final = 50  # few, because each body can be as large as BASIC_MAX_LINE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class JobView:
-    """A job as it stands."""
+    """The state of a job."""
 
     id: str
     status: str
@@ -45,11 +42,11 @@ class JobView:
     requests_completed: int
     requests_failed: int
     prompt_tokens: int
-    completion_tokens: int  # committed so far, unfinished requests included
+    completion_tokens: int  # committed so far, open requests included
     metadata: Mapping[str, str] | None
     api_key_id: str | None
     idempotency_key: str | None
-    input_file_id: str | None  # none: not a batch
+    input_file_id: str | None  # None: not a batch
     completion_window: str | None
     validated_at: float | None
     finalizing_at: float | None
@@ -81,13 +78,13 @@ class ChoiceView:
     worker_id: str
     started_at: float
     finished_at: float
-    logprobs: list[Any] | None  # per token, if they were wanted
+    logprobs: list[Any] | None  # per token, if requested
     first_of_prompt: bool
 
 
 @dataclass(frozen=True, slots=True)
 class OutputView:
-    """A request that has ended: its choices, or why there are none (or not all)."""
+    """A request that has ended: its choices, or its error."""
 
     custom_id: str
     request_index: int
@@ -100,25 +97,25 @@ class OutputView:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of its prompts: each counts once, whatever the number of its choices."""
+        """Prompt tokens; each prompt counts once, for all its choices."""
         return sum(choice.prompt_tokens for choice in self.choices if choice.first_of_prompt)
 
     @property
     def completion_tokens(self) -> int:
-        """Tokens of all its choices."""
+        """Completion tokens of all choices."""
         return sum(choice.completion_tokens for choice in self.choices)
 
 
 @dataclass(frozen=True, slots=True)
 class ChoiceSnapshot:
-    """One choice as far as it is committed. A request that failed before its first token is told as its choice 0."""
+    """The committed part of one choice. A request that failed before its first token appears as choice 0."""
 
     custom_id: str
     request_index: int
     choice_index: int
     text: str
-    pieces: tuple[tuple[str, str], ...]  # the text by who chose it: (text, "draft" | "target")
-    last_seq: int  # of its last event; -1: none
+    pieces: tuple[tuple[str, str], ...]  # the text, split by source: (text, "draft" | "target")
+    last_seq: int  # seq of its last event; -1: none
     tokens: int
     accepted: int
     finish_reason: str | None
@@ -127,7 +124,7 @@ class ChoiceSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class WorkerView:
-    """A worker, running or not."""
+    """A worker, running or stopped."""
 
     id: str
     hostname: str
@@ -140,16 +137,16 @@ class WorkerView:
     last_seen_at: float
     stopped_at: float | None
     calibration: Mapping[str, Any]
-    load: Mapping[str, Any] | None  # what it was doing when it last said so
-    lost_at: float | None  # when it was found dead or silent
+    load: Mapping[str, Any] | None  # last reported load
+    lost_at: float | None  # found dead or silent
 
 
 @dataclass(frozen=True, slots=True)
 class ModelView:
-    """A model that workers serve right now."""
+    """A model that live workers serve."""
 
     target: str
-    context_tokens: int  # that every one of them can hold
+    context_tokens: int  # minimum over these workers
 
 
 _JOB_COLUMNS: Final = (
@@ -182,17 +179,15 @@ _JOB_COLUMNS: Final = (
 )
 
 
-# Asked with every call about a job: made once, and of the table's columns, for making costs more than asking.
+# Runs with every request about a job. Built once, from table columns: building it costs more than running it.
 _JOBS: Final = Job.__table__.c
-_JOB_OF_ANYBODY: Final = select(*(_JOBS[field.name] for field in fields(JobView))).where(
-    _JOBS.id == bindparam("job_id")
-)
-_JOB_OF: Final = _JOB_OF_ANYBODY.where(_JOBS.api_key_id == bindparam("owner"))
+_JOB_QUERY: Final = select(*(_JOBS[field.name] for field in fields(JobView))).where(_JOBS.id == bindparam("job_id"))
+_OWNED_JOB_QUERY: Final = _JOB_QUERY.where(_JOBS.api_key_id == bindparam("owner"))
 
 
 def job(session: Session | Connection, job_id: str, owner: str | None = None) -> JobView | None:
-    """Return a job, or None if there is none of this id (with an `owner`: none of theirs)."""
-    row = session.execute(_JOB_OF_ANYBODY if owner is None else _JOB_OF, {"job_id": job_id, "owner": owner}).first()
+    """Return a job; None if it does not exist or belongs to another owner."""
+    row = session.execute(_JOB_QUERY if owner is None else _OWNED_JOB_QUERY, {"job_id": job_id, "owner": owner}).first()
     return None if row is None else _job_view(row)
 
 
@@ -208,9 +203,9 @@ def jobs(
     status: str | None = None,
     newest_first: bool = True,
 ) -> JobViewPage:
-    """Return up to `limit` jobs by their age from behind the job `after`; nothing stands behind an unknown id.
+    """Return up to `limit` jobs by creation time, starting after the job `after`; an unknown `after` returns none.
 
-    Single requests that a person waits for are jobs too; they are listed if `interactive` asks for them.
+    Interactive requests are jobs too (`priority` 1); `interactive` includes them.
     """
     query = select(*_JOB_COLUMNS).where(owned_by(Job.api_key_id, owner))
     if batches_only:
@@ -238,9 +233,9 @@ def outputs(
     without_result: bool = False,
     among: Collection[int] | None = None,
 ) -> Iterator[OutputView]:
-    """Yield the requests of a job that have ended, in its order, from behind `after_index`; never all in memory.
+    """Stream the ended requests of a job with an index above `after_index`, in order.
 
-    `without_result` leaves out those that were answered; `among` names the only ones to look at.
+    `without_result` selects those that ended with an error; `among` restricts the result to these indexes.
     """
     statuses = ERROR_REQUEST_STATUSES if without_result else FINAL_REQUEST_STATUSES
     wanted = true() if among is None else Request.request_index.in_(among)
@@ -267,16 +262,16 @@ def outputs(
         )
         .outerjoin(Output, and_(Output.job_id == Request.job_id, Output.request_index == Request.request_index))
         .where(Request.job_id == job_id, Request.request_index > after_index, Request.status.in_(statuses), wanted)
-        .where(_is_read(job_id))
+        .where(_is_validated(job_id))
         .order_by(Request.request_index, Output.choice_index)
-        .execution_options(yield_per=_OUTPUTS_AT_ONCE)
+        .execution_options(yield_per=_OUTPUTS_PER_FETCH)
     )
     for _, group in groupby(rows, key=lambda row: row.request_index):
         yield _output_view(list(group))
 
 
 def requests_to_retry(session: Session, job_id: str) -> Iterator[NewRequest]:
-    """Yield the requests of a job that ended without a result and can run, in its order."""
+    """Yield the requests of a job that ended with an error and can run again, in order."""
     after = -1
     while True:
         rows = session.execute(
@@ -290,50 +285,50 @@ def requests_to_retry(session: Session, job_id: str) -> Iterator[NewRequest]:
                 Request.job_id == job_id,
                 Request.request_index > after,
                 Request.status.in_(ERROR_REQUEST_STATUSES),
-                Request.body.is_not(None),  # without one it was refused at the door, and would be again
+                Request.body.is_not(None),  # NULL: rejected at submission, and would be again
             )
             .order_by(Request.request_index)
-            .limit(_REQUESTS_AT_ONCE)
+            .limit(_REQUESTS_PER_PAGE)
         ).all()
         yield from (NewRequest(row.custom_id, body=row.body, size_bytes=row.size_bytes) for row in rows)
-        if len(rows) < _REQUESTS_AT_ONCE:
+        if len(rows) < _REQUESTS_PER_PAGE:
             return
         after = rows[-1].request_index
 
 
 def snapshot(session: Session, job_id: str) -> list[ChoiceSnapshot]:
-    """Return every choice of a job of which something is committed, in order."""
+    """Return the committed part of every choice of a job, in order."""
     errors = _errors(session, job_id)
     found = {
         **{(index, 0): _failed_choice(index, 0, error) for index, error in errors.items()},
-        **_written_choices(session, job_id, errors),
+        **_open_choices(session, job_id, errors),
         **_finished_choices(session, job_id),
     }
     return [found[key] for key in sorted(found)]
 
 
 def open_requests(session: Session) -> int:
-    """Return how many requests have not ended."""
+    """Return how many requests are open."""
     left = Job.requests_total - Job.requests_completed - Job.requests_failed
     return int(session.scalar(select(func.coalesce(func.sum(left), 0)).where(Job.status.in_(ACTIVE_JOB_STATUSES))) or 0)
 
 
 def workers(session: Session) -> list[WorkerView]:
-    """Return the workers that have introduced themselves, latest start first."""
+    """Return all registered workers, latest start first."""
     columns = [getattr(Worker, name) for name in WorkerView.__dataclass_fields__]
     rows = session.execute(select(*columns).order_by(Worker.started_at.desc(), Worker.id))
     return [WorkerView(*row) for row in rows]
 
 
 def models(session: Session | Connection) -> list[ModelView]:
-    """Return the models of the workers that are alive."""
+    """Return the models of live workers."""
     rows = session.execute(_models_query(dialect_of(session)))
     return [ModelView(target, context_tokens) for target, context_tokens in rows]
 
 
 @cache
 def _models_query(dialect: str) -> Select[Any]:
-    """Return the query of the models that are served; made once, for it comes with every submission."""
+    """Return the query of the served models. Cached, because it runs with every submission."""
     workers = Worker.__table__.c
     return (
         select(workers.target, func.min(workers.context_tokens))
@@ -344,7 +339,7 @@ def _models_query(dialect: str) -> Select[Any]:
 
 
 def live_workers(session: Session, hostname: str, within_s: float) -> int:
-    """Return how many workers of a host have been seen within so many seconds and have not left."""
+    """Return how many workers of a host are running and sent a heartbeat in the last `within_s` seconds."""
     here = select(func.count()).where(Worker.hostname == hostname, _is_alive(dialect_of(session), within_s))
     return int(session.scalar(here) or 0)
 
@@ -362,7 +357,7 @@ def _job_view(row: AnyRow) -> JobView:
 
 
 def _output_view(rows: list[AnyRow]) -> OutputView:
-    """Return a request from its rows: one per choice, or a single one without."""
+    """Return a request from its rows: one per choice, or one without a choice."""
     request = rows[0]
     return OutputView(
         custom_id=request.custom_id,
@@ -380,13 +375,13 @@ def _choice_view(row: AnyRow) -> ChoiceView:
     return ChoiceView(**{name: getattr(row, name) for name in ChoiceView.__dataclass_fields__})
 
 
-def _is_read(job_id: str) -> ColumnElement[bool]:
-    """Return the condition that all requests of a job are there: they appear at once, though written in pieces."""
+def _is_validated(job_id: str) -> ColumnElement[bool]:
+    """Return the condition that a batch is validated: its requests, stored in chunks, become visible together."""
     return select(Job.validated_at).where(Job.id == job_id).scalar_subquery().is_not(None)
 
 
 def _errors(session: Session, job_id: str) -> dict[int, AnyRow]:
-    """Return the requests of a job that ended without a result."""
+    """Return the requests of a job that ended with an error, by index."""
     rows = session.execute(
         select(
             Request.request_index,
@@ -396,7 +391,7 @@ def _errors(session: Session, job_id: str) -> dict[int, AnyRow]:
             Request.error_param,
         )
         .where(Request.job_id == job_id, Request.status.in_(ERROR_REQUEST_STATUSES))
-        .where(_is_read(job_id))
+        .where(_is_validated(job_id))
     )
     return {row.request_index: row for row in rows}
 
@@ -411,10 +406,8 @@ def _error_body(error: AnyRow | None) -> dict[str, Any] | None:
     return {"code": error.error_code, "message": error.error_message, "param": error.error_param}
 
 
-def _written_choices(
-    session: Session, job_id: str, errors: Mapping[int, AnyRow]
-) -> dict[tuple[int, int], ChoiceSnapshot]:
-    """Return the choices that have checkpoints and no output yet."""
+def _open_choices(session: Session, job_id: str, errors: Mapping[int, AnyRow]) -> dict[tuple[int, int], ChoiceSnapshot]:
+    """Return the open choices that have checkpoints."""
     rows = session.execute(
         select(
             Request.custom_id,
@@ -430,12 +423,12 @@ def _written_choices(
         .order_by(Partial.request_index, Partial.choice_index, Partial.seq)
     )
     return {
-        key: _written_choice(list(group), _error_body(errors.get(key[0])))
+        key: _open_choice(list(group), _error_body(errors.get(key[0])))
         for key, group in groupby(rows, key=lambda row: (row.request_index, row.choice_index))
     }
 
 
-def _written_choice(partials: list[AnyRow], error: dict[str, Any] | None) -> ChoiceSnapshot:
+def _open_choice(partials: list[AnyRow], error: dict[str, Any] | None) -> ChoiceSnapshot:
     last = partials[-1]
     flags = [flag for partial in partials for flag in partial.accepted]
     return ChoiceSnapshot(

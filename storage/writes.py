@@ -1,6 +1,6 @@
-"""The write side of the record. Every function takes an open session inside a write transaction; all may be repeated.
+"""Writes: insert jobs and update workers. Each function takes a session in a write transaction, and may be repeated.
 
-Flushes and endings have modules of their own; callers find them here.
+Re-exports the flush (storage.progress_writes) and the transitions (storage.transitions).
 """
 
 from __future__ import annotations
@@ -41,37 +41,37 @@ __all__ = [
     "update_load",
 ]
 
-_ROWS_AT_ONCE: Final = 1_000
-_BYTES_AT_ONCE: Final = 4 << 20
+_MAX_CHUNK_ROWS: Final = 1_000
+_MAX_CHUNK_BYTES: Final = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class InsertedJob:
-    """Under which id a job stands in the record, and whether it is this submission that put it there."""
+    """Result of `insert_job`."""
 
     job_id: str
-    created: bool  # False: the idempotency key (or the id) had been used before; nothing was written
-    conflict: bool = False  # it had been used for another body
+    created: bool  # False: the idempotency key or the id is taken; nothing was written
+    conflict: bool = False  # taken by a submission with another body
 
 
 def insert_job(session: Session, job: NewJob, requests: Iterable[NewRequest]) -> InsertedJob:
-    """Record a job and its requests, which are read once and in pieces. Refused requests are born failed.
+    """Insert a job and its requests. Requests are consumed once, in chunks; rejected ones are stored as failed.
 
-    A submission that comes again, by its idempotency key, finds the first one's job. A job without a request that can
-    be served is completed at once. Raise QuotaExceeded if it is more than the limits of its key leave room for.
+    A submission with a known idempotency key returns the first submission's job. A job without a valid request ends at
+    once. Raise QuotaExceeded if the job exceeds the limits of its API key.
     """
     now = database_now(session)
-    pieces = _in_pieces(requests)
-    first, second = next(pieces, ()), next(pieces, None)
-    counts = _counted(first, _NO_REQUESTS)  # of most jobs all there is
+    chunks = _in_chunks(requests)
+    first, second = next(chunks, ()), next(chunks, None)
+    counts = _counted(first, _NO_REQUESTS)  # most jobs have a single chunk
     if session.execute(_new_job(dialect_of(session)), _job_row(job, now) | counts).first() is None:
         return _earlier_job(session, job)
     if first:
         insert_many(session, Request, [request_row(job.id, index, request, now) for index, request in first])
     if second is not None:
-        for piece in chain([second], pieces):
-            insert_many(session, Request, [request_row(job.id, index, request, now) for index, request in piece])
-            counts = _counted(piece, counts)
+        for chunk in chain([second], chunks):
+            insert_many(session, Request, [request_row(job.id, index, request, now) for index, request in chunk])
+            counts = _counted(chunk, counts)
         session.execute(update(Job).where(Job.id == job.id).values(counts))
     if counts["requests_failed"] == counts["requests_total"]:
         end_finished_jobs(session, [job.id])
@@ -80,13 +80,13 @@ def insert_job(session: Session, job: NewJob, requests: Iterable[NewRequest]) ->
 
 
 def register_worker(session: Session, card: NewWorker) -> None:
-    """Write a worker down when it is ready to serve."""
+    """Insert a worker that is ready to serve."""
     now = database_now(session)
     session.execute(insert_or_ignore(session, Worker).values(**asdict(card), started_at=now, last_seen_at=now))
 
 
 def record_heartbeat(session: Session, worker_id: str) -> None:
-    """Note that a worker is alive, also if it was thought lost."""
+    """Update `last_seen_at` of a worker; if it was marked lost, it no longer is."""
     _update_worker(session, worker_id, last_seen_at=database_now(session), lost_at=None)
 
 
@@ -96,19 +96,19 @@ def update_calibration(session: Session, worker_id: str, calibration: Mapping[st
 
 
 def update_load(session: Session, worker_id: str, load: Mapping[str, Any]) -> None:
-    """Note what a worker is doing right now."""
+    """Replace the reported load of a worker."""
     _update_worker(session, worker_id, load=dict(load))
 
 
 def add_energy(session: Session, worker_id: str, at: float, joules: float) -> None:
-    """Add what a worker's devices have drawn to the minute in which they did."""
+    """Add the energy of a worker's devices to the minute of `at` (Unix seconds)."""
     added = insert_into(session, WorkerEnergy).values(worker_id=worker_id, minute=int(at // 60) * 60, joules=joules)
     more = {"joules": WorkerEnergy.joules + added.excluded.joules}
     session.execute(added.on_conflict_do_update(index_elements=["worker_id", "minute"], set_=more))
 
 
 def mark_stopped(session: Session, worker_id: str) -> None:
-    """Note that a worker has left in order."""
+    """Mark a clean shutdown of a worker."""
     now = database_now(session)
     _update_worker(session, worker_id, last_seen_at=now, stopped_at=now)
 
@@ -119,7 +119,7 @@ def _update_worker(session: Session, worker_id: str, **columns: Any) -> None:
 
 @cache
 def _new_job(dialect: str) -> ReturningInsert[Any]:
-    """Return the INSERT of a job that is not there already; made once, and of the table's columns."""
+    """Return the INSERT of a new job. Cached, because building it costs more than running it."""
     table: Any = Job.__table__
     insert = postgresql.insert(table) if dialect == "postgresql" else sqlite.insert(table)
     return insert.on_conflict_do_nothing().returning(table.c.id)
@@ -143,7 +143,7 @@ def _job_row(job: NewJob, now: float) -> dict[str, Any]:
         "idempotency_key": job.idempotency_key,
         "body_sha256": job.body_sha256,
         "priority": job.priority,
-        "doorbell_at": now,  # whoever records a job rings right after the commit
+        "doorbell_at": now,  # the caller notifies workers after the commit
         "input_file_id": job.input_file_id,
         "completion_window": job.completion_window,
         "output_expires_after_s": job.output_expires_after_s,
@@ -157,7 +157,7 @@ def _job_row(job: NewJob, now: float) -> dict[str, Any]:
 
 
 def request_row(job_id: str, index: int, request: NewRequest, now: float) -> dict[str, Any]:
-    """Return a new request as its row: queued, or born failed."""
+    """Return the row of a new request: queued, or failed if it was rejected."""
     refused = request.failure is not None
     return {
         "job_id": job_id,
@@ -182,9 +182,9 @@ _NO_ERROR: Final[Mapping[str, None]] = {
 }
 
 
-def _counted(piece: Sequence[tuple[int, NewRequest]], before: Mapping[str, int]) -> dict[str, int]:
-    """Return the counts of a job with the requests of one more piece."""
-    requests = [request for _, request in piece]
+def _counted(chunk: Sequence[tuple[int, NewRequest]], before: Mapping[str, int]) -> dict[str, int]:
+    """Return the counts of a job including one more chunk of requests."""
+    requests = [request for _, request in chunk]
     return {
         "requests_total": before["requests_total"] + len(requests),
         "requests_failed": before["requests_failed"] + sum(request.failure is not None for request in requests),
@@ -196,7 +196,7 @@ _NO_REQUESTS: Final[Mapping[str, int]] = {"requests_total": 0, "requests_failed"
 
 
 def _earlier_job(session: Session, job: NewJob) -> InsertedJob:
-    """Return the job that stood in the way: the one with the same idempotency key, else the one with the same id."""
+    """Return the existing job: the one with the same idempotency key, else the one with the same id."""
     same_id = Job.id == job.id
     same: ColumnElement[bool] = same_id
     if job.idempotency_key is not None:
@@ -205,15 +205,15 @@ def _earlier_job(session: Session, job: NewJob) -> InsertedJob:
     return InsertedJob(earlier.id, created=False, conflict=earlier.body_sha256 != job.body_sha256)
 
 
-def _in_pieces(requests: Iterable[NewRequest]) -> Iterator[list[tuple[int, NewRequest]]]:
-    """Yield requests with their indexes, in pieces that are neither many nor large."""
-    piece: list[tuple[int, NewRequest]] = []
+def _in_chunks(requests: Iterable[NewRequest]) -> Iterator[list[tuple[int, NewRequest]]]:
+    """Yield requests with their indexes in chunks of limited rows and bytes."""
+    chunk: list[tuple[int, NewRequest]] = []
     size = 0
     for index, request in enumerate(requests):
-        piece.append((index, request))
+        chunk.append((index, request))
         size += request.size_bytes
-        if len(piece) >= _ROWS_AT_ONCE or size >= _BYTES_AT_ONCE:
-            yield piece
-            piece, size = [], 0
-    if piece:
-        yield piece
+        if len(chunk) >= _MAX_CHUNK_ROWS or size >= _MAX_CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk

@@ -81,7 +81,7 @@ def create(
         typer.echo(json.dumps(about if key_file else {**about, "key": key}))
         return
     if known is not None:
-        state = "" if known.opens else ", and it opens nothing any more"
+        state = "" if known.valid else ", and it opens nothing any more"
         typer.echo(f"The key {known.id} ({known.name}) is recorded already{state}")
         return
     if key_file is not None:
@@ -141,7 +141,7 @@ def _fields(key: KeyView) -> dict[str, Any]:
         "id": key.id,
         "name": key.name,
         "scopes": list(key.scopes),
-        "opens": key.opens,
+        "opens": key.valid,
         "max_requests_queued": key.max_requests_queued,
         "max_tokens_queued": key.max_tokens_queued,
         "requests_per_minute": key.max_requests_per_minute,

@@ -82,7 +82,7 @@ def test_a_database_that_stops_is_a_503_until_it_is_back(tmp_path: Path) -> None
 def test_a_database_that_somebody_else_writes_to_for_too_long_is_a_503(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("storage.session._BUSY_S", 0.1)
+    monkeypatch.setattr("storage.session._BUSY_TIMEOUT_S", 0.1)
     with on_sqlite(tmp_path) as database, shim(database, tmp_path) as api:
         with write_connection(database.engine):
             refused(api.post("/v1/jobs", json=A_JOB), 503, "database_unavailable")

@@ -77,7 +77,7 @@ class Authenticator:
     def is_still_valid(self, key: str, caller: Caller, session: Session) -> bool:
         """Return whether the caller of `key` ('': no key) would be accepted now. Does not count as a request."""
         if caller.key_id:
-            return caller.key_id in keys.opening(session, {caller.key_id})
+            return caller.key_id in keys.valid_keys(session, {caller.key_id})
         return same_key(key, self._local_key) or (self._keyless and not keys.keys_in_use(session))
 
     def _check_key(self, key: KeyView, needed: Scope) -> Caller:

@@ -72,7 +72,7 @@ class RevocationMonitor:
 
     def _valid_keys(self, key_ids: set[str]) -> set[str]:
         with self._database.read() as session:
-            return keys.opening(session, key_ids)
+            return keys.valid_keys(session, key_ids)
 
 
 class _OpenResponse:
