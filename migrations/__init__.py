@@ -1,3 +1,3 @@
-"""The history of the schema, as Alembic scripts. Alembic reads them as files; nobody imports them."""
+"""Schema migrations, as Alembic scripts. Alembic loads them as files."""
 
 from __future__ import annotations

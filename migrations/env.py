@@ -1,7 +1,7 @@
-"""What Alembic runs around the migrations.
+"""Alembic environment.
 
-`storage.schema` hands in a connection that is in a write transaction; the `alembic` command opens the database of the
-settings in the same way.
+`storage.schema` passes a connection in a write transaction; the `alembic` command opens the database of the settings
+in the same way.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from storage.settings import StorageSettings
 
 
 def run(connection: Connection) -> None:
-    """Run the migrations in the connection's transaction: SQLite too can take back DDL that failed half way."""
+    """Run the migrations in the connection's transaction. SQLite can roll back DDL as well."""
     context.configure(connection=connection, target_metadata=Base.metadata, transactional_ddl=True)
     with context.begin_transaction():
         context.run_migrations()
@@ -29,7 +29,7 @@ def run_offline(url: str) -> None:
 
 
 def main() -> None:
-    """Migrate the database we were handed, or else that of the settings."""
+    """Migrate the database of the given connection, or that of the settings."""
     given = context.config.attributes.get("connection")
     if given is not None:
         run(given)

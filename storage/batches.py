@@ -125,8 +125,8 @@ def start_batch(session: Session, claim: BatchClaim, model: str, total: int, tok
     """
     renew_claim(session, claim, lease_s)
     now = database_now(session)
-    refused = and_(Request.job_id == claim.job_id, Request.status == "failed")
-    failed = session.scalar(select(func.count()).where(refused))
+    rejected = and_(Request.job_id == claim.job_id, Request.status == "failed")
+    failed = session.scalar(select(func.count()).where(rejected))
     session.execute(
         update(Job)
         .where(Job.id == claim.job_id)
@@ -143,7 +143,7 @@ def start_batch(session: Session, claim: BatchClaim, model: str, total: int, tok
         )
     )
     number = select(Job.event_number).where(Job.id == claim.job_id).scalar_subquery()
-    session.execute(update(Request).where(refused).values(event_number=number))
+    session.execute(update(Request).where(rejected).values(event_number=number))
     cancel_unclaimed(session, claim.job_id)
     end_finished_jobs(session, [claim.job_id])
     enforce_limits(session, claim.api_key_id)

@@ -1,7 +1,4 @@
-"""How the work is going, as far as rows tell: who is alive, what waits for nobody, what does not move.
-
-Reads only.
-"""
+"""Health derived from the database: live workers, jobs without a worker, stalled jobs. Reads only."""
 
 from __future__ import annotations
 
@@ -22,20 +19,20 @@ _DAY_S = 86_400.0
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What the rows say."""
+    """Health of workers, jobs and requests."""
 
-    alive: Mapping[str, int]  # workers by the model they serve
+    alive: Mapping[str, int]  # live workers by model
     lost_lately: int  # workers, within the last hour
     open_jobs: int
     open_requests: int
-    unserved: Mapping[str, int]  # open jobs by models that nobody serves
-    stuck: tuple[str, ...]  # jobs of served models of which nothing moved for long
-    lapsed: int  # requests whose lease lapsed and that nobody gave back
+    unserved: Mapping[str, int]  # open jobs by model, of models without a live worker
+    stuck: tuple[str, ...]  # ids of stalled jobs of served models
+    lapsed: int  # running requests with a lapsed lease, not requeued yet
     poisoned: int  # requests, within the last day
 
 
 def health(session: Session, stuck_s: float) -> Health:
-    """Look at workers and open jobs; a job that did not move for `stuck_s` is stuck."""
+    """Return the current health. A job without progress for `stuck_s` is stuck."""
     now = database_now(session)
     served = {model.target for model in queries.models(session)}
     alive = Counter(
@@ -62,7 +59,7 @@ def health(session: Session, stuck_s: float) -> Health:
 
 
 def _stuck(session: Session, served: set[str], since: float) -> tuple[str, ...]:
-    """Return the jobs with work to claim that are old enough and of which nothing was committed since."""
+    """Return up to 20 older jobs with open requests of which nothing was committed since then."""
     running = select(Request.job_id).where(Request.job_id == Job.id, Request.status == "running").correlate(Job)
     moved = select(Partial.job_id).where(Partial.job_id == Job.id, Partial.committed_at > since).correlate(Job)
     ended = select(Request.job_id).where(Request.job_id == Job.id, Request.finished_at > since).correlate(Job)
@@ -79,13 +76,13 @@ def _stuck(session: Session, served: set[str], since: float) -> tuple[str, ...]:
 
 
 def _others_move(since: float) -> ColumnElement[bool]:
-    """Return the condition that workers are busy with other jobs: then this one waits its turn."""
+    """Return the condition that other jobs make progress: then this one may only be waiting."""
     other = select(Partial.job_id).where(Partial.committed_at > since, Partial.job_id != Job.id)
     return other.correlate(Job).exists()
 
 
 def _poisoned(session: Session, since: float) -> int:
-    """Count among jobs that are open or ended lately; others' requests are not read."""
+    """Count poison requests of open and recently ended jobs; requests of other jobs are not read."""
     recent = and_(Request.error_code == "poison", Request.finished_at > since)
     lately = select(Job.id).where((Job.finished_at > since) | (Job.status == "in_progress"))
     return session.scalar(select(func.count()).select_from(Request).where(recent, Request.job_id.in_(lately))) or 0

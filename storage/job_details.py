@@ -1,6 +1,6 @@
 """Read model of the dashboard's job page: requests with their texts, errors, and draft trees.
 
-Each query reads one page of rows, whatever the size of the job.
+Each query reads one page of rows, for a job of any size.
 """
 
 from __future__ import annotations

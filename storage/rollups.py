@@ -1,7 +1,7 @@
-"""Sums of `decode_steps`, added up as its rows are written, so that statistics read thousands of rows and not millions.
+"""Rollups: sums of `decode_steps`, updated as steps are written, so that statistics read few rows.
 
-Each sum is one INSERT … SELECT … GROUP BY over the steps of the choices that have just got their outputs, added to what
-is there. So at any time the sums say what the same SELECT over all steps would say.
+Each rollup is one upsert, INSERT … SELECT … GROUP BY, over the steps of the choices that this transaction finishes. So
+the sums always equal the same SELECT over all steps.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _LATER: Final = DecodeStep.step > 0
 _COMPARED: Final = DecodeStep.plain_step_ms.is_not(None)
 _DRAFTER: Final = func.coalesce(DecodeStep.drafter, "")
 _SHARE: Final = 1.0 * DecodeStep.step_ms / DecodeStep.batch_sequences
-# A plain step gives every sequence of the batch one token.
+# A plain step emits one token per sequence: each token costs plain_step_ms / batch_sequences.
 _PLAIN: Final = DecodeStep.emitted_tokens * DecodeStep.plain_step_ms / DecodeStep.batch_sequences
 
 
 def add_steps(session: Session, choices: Collection[ChoiceKey], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add the steps of choices whose rows have just been inserted; `rows` are the same rows."""
+    """Add the steps of choices that were just inserted; `rows` are these steps."""
     among = is_one_of(_CHOICE, choices)
     for model, keys, sums, condition in _plans(session):
         _add(session, model, keys, sums, and_(among, condition))
@@ -36,7 +36,7 @@ def add_steps(session: Session, choices: Collection[ChoiceKey], rows: Iterable[M
 
 
 def _plans(session: Session) -> Sequence[tuple[type[Base], dict[str, Any], dict[str, Any], ColumnElement[bool]]]:
-    """Return every rollup: its table, what it groups by, what it adds up, and which steps it is about."""
+    """Return (table, group keys, sums, condition on steps) of each rollup."""
     minute = whole(session, DecodeStep.ended_at / 60) * 60
     quarter = whole(session, 4 * func.coalesce(DecodeStep.expected_accepted, 0.0))
     job = {"job_id": DecodeStep.job_id, "drafter": _DRAFTER}
@@ -110,24 +110,24 @@ def _sum(value: ColumnElement[Any] | InstrumentedAttribute[Any], which: ColumnEl
 def _add(
     session: Session, model: type[Base], keys: dict[str, Any], sums: dict[str, Any], which: ColumnElement[bool]
 ) -> None:
-    # By their places: where an expression holds a bound value, PostgreSQL takes its repetition for another one.
-    places = [text(str(place)) for place in range(1, len(keys) + 1)]
-    # In the order of the keys: two transactions that add to the same rows must not wait for each other.
-    rows: Select[Any] = select(*keys.values(), *sums.values()).where(which).group_by(*places).order_by(*places)
+    # GROUP BY column numbers: PostgreSQL takes a repeated expression with bound values for a different one.
+    positions = [text(str(position)) for position in range(1, len(keys) + 1)]
+    # Ordered by key, so that two transactions that update the same rows can't deadlock.
+    rows: Select[Any] = select(*keys.values(), *sums.values()).where(which).group_by(*positions).order_by(*positions)
     statement = insert_into(session, model).from_select([*keys, *sums], rows)
     session.execute(_adding(statement, model, keys, sums))
 
 
 def _add_ranks(session: Session, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Count the ranks of the children that were tried and drawn."""
+    """Count the ranks of the draft children that were reached and accepted."""
     tried: Counter[tuple[str, str, int]] = Counter()
     accepted: Counter[tuple[str, str, int]] = Counter()
     for row in rows:
-        for children, drawn in row["reached"] or ():
-            place = (row["job_id"], row["drafter"] or "")
-            tried.update((*place, rank) for rank in range(children))
-            if drawn is not None:
-                accepted[(*place, drawn)] += 1
+        for children, accepted_rank in row["reached"] or ():
+            key = (row["job_id"], row["drafter"] or "")
+            tried.update((*key, rank) for rank in range(children))
+            if accepted_rank is not None:
+                accepted[(*key, accepted_rank)] += 1
     if not tried:
         return
     names = ("job_id", "drafter", "child_rank")
@@ -139,7 +139,7 @@ def _add_ranks(session: Session, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _adding(statement: Any, model: type[Base], keys: Iterable[str], sums: Iterable[str]) -> Any:
-    """Return an INSERT that adds to the rows that are there already."""
+    """Return an upsert that adds to existing rows."""
     columns = model.__table__.c
     added = {name: columns[name] + statement.excluded[name] for name in sums}
     return statement.on_conflict_do_update(index_elements=list(keys), set_=added)

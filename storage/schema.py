@@ -1,4 +1,4 @@
-"""The schema's version: bring a database up to date, and say where it stands.
+"""Schema version: upgrade and downgrade a database, and read its revision.
 
 Alembic reads the migration scripts as files: a checkout has them in migrations/, an installation in
 basic_batch/migrations, because another distribution may have a top-level package `migrations`.
@@ -17,16 +17,16 @@ from sqlalchemy import Connection, text
 
 from storage.session import LONG_STATEMENT_TIMEOUT_S, make_engine, write_connection
 
-_UPGRADE_LOCK: Final = 0x62415349  # any number that nobody else locks
+_UPGRADE_LOCK: Final = 0x62415349  # advisory lock id of bASIC migrations
 _PARENT: Final = Path(__file__).resolve().parent.parent
 _INSTALLED: Final = _PARENT / "basic_batch" / "migrations"
 _SCRIPTS: Final = _INSTALLED if _INSTALLED.is_dir() else _PARENT / "migrations"
 
 
 def upgrade(url: str, revision: str = "head") -> None:
-    """Bring a database to a revision, in one transaction; creates it if it is SQLite and not there.
+    """Upgrade a database to a revision in one transaction; a missing SQLite file is created.
 
-    Two that upgrade at once do it one after the other, and the second finds nothing to do.
+    Concurrent upgrades are serialised, and the second one finds nothing to do.
     """
     engine = make_engine(url)
     try:
@@ -39,7 +39,7 @@ def upgrade(url: str, revision: str = "head") -> None:
 
 
 def downgrade(url: str, revision: str) -> None:
-    """Take a database back to an earlier revision (`base`: to nothing), with the data that has no place there."""
+    """Downgrade a database to an earlier revision (`base`: no tables). Data of later revisions is deleted."""
     engine = make_engine(url)
     try:
         with write_connection(engine) as connection:
@@ -49,7 +49,7 @@ def downgrade(url: str, revision: str) -> None:
 
 
 def current(url: str) -> str | None:
-    """Return the revision of a database; None if it has no schema of ours."""
+    """Return the revision of a database; None if it has no schema of bASIC."""
     engine = make_engine(url, LONG_STATEMENT_TIMEOUT_S)
     try:
         with engine.connect() as connection:
@@ -59,12 +59,12 @@ def current(url: str) -> str | None:
 
 
 def is_known(revision: str) -> bool:
-    """Return whether this version has the migration script of a revision. It lacks those of versions to come."""
+    """Return whether this version knows a revision. Those of newer versions are unknown."""
     return revision in {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
 
 
 def head() -> str:
-    """Return the revision that this version of bASIC works with."""
+    """Return the newest revision, which this version of bASIC requires."""
     revision = ScriptDirectory.from_config(_config()).get_current_head()
     assert revision is not None, f"no migrations in {_SCRIPTS}"
     return revision

@@ -1,4 +1,4 @@
-"""Where the record lies: the data directory and the database URL, read once from the environment."""
+"""Storage settings: data directory and database URL, from the environment."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import platformdirs
 from pydantic import AfterValidator, Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-Directory = Annotated[Path, AfterValidator(Path.expanduser)]  # an environment variable may hold a ~ that no shell read
+Directory = Annotated[Path, AfterValidator(Path.expanduser)]  # expands a ~ that no shell has expanded
 
 _SQLITE = re.compile(r"sqlite(?:\+\w+)?:///(?P<file>[^?]+)", re.DOTALL)
 _PACKAGE_PARENT = Path(__file__).resolve().parent.parent
 
 
 def default_data_dir() -> Path:
-    """Return `.basic/` beside the sources in a checkout, and the user's data directory when installed."""
+    """Return `.basic/` in the checkout, or the user's data directory when installed."""
     if (_PACKAGE_PARENT / "pyproject.toml").exists():
         return _PACKAGE_PARENT / ".basic"
     return Path(platformdirs.user_data_dir("basic"))
 
 
-# Docker and Kubernetes lay secrets there as files: `basic_database_url` is read like BASIC_DATABASE_URL, which wins.
+# Docker and Kubernetes mount secrets here: the file `basic_database_url` sets BASIC_DATABASE_URL unless that is set.
 _SECRETS = Path("/run/secrets")
 
 
 class StorageSettings(BaseSettings):
-    """Settings of the record. `database_url` empty means SQLite in the data directory."""
+    """Settings of the database. An empty `database_url` means SQLite in the data directory."""
 
     model_config = SettingsConfigDict(
         env_prefix="BASIC_", frozen=True, extra="forbid", secrets_dir=_SECRETS if _SECRETS.is_dir() else None
@@ -37,7 +37,7 @@ class StorageSettings(BaseSettings):
 
     data_dir: Directory = Field(
         default_factory=default_data_dir,
-        description="Directory of all that is kept on this machine.",
+        description="Directory of all local files, such as the database, keys and logs.",
         json_schema_extra={"default_rule": "`.basic` in a checkout, else the data directory of the user"},
     )
     database_url: str = Field(
@@ -46,17 +46,17 @@ class StorageSettings(BaseSettings):
 
     @property
     def resolved_database_url(self) -> str:
-        """The URL to connect to."""
+        """The database URL, with the default applied."""
         return self.database_url or sqlite_url(self.data_dir / "basic.sqlite3")
 
 
 def sqlite_url(file: Path) -> str:
-    """Return the SQLAlchemy URL of a SQLite file. SQLAlchemy reads `?` as the end of the path, and decodes `%`."""
+    """Return the SQLAlchemy URL of a SQLite file; `?` and `%` in the path are escaped."""
     return f"sqlite:///{str(file).replace('%', '%25').replace('?', '%3F')}"
 
 
 def sqlite_file(url: str) -> Path | None:
-    """Return the file of a SQLite URL; None if it is of another database, in memory, or a URI that SQLite reads."""
+    """Return the file of a SQLite URL; None: another database, in memory, or a URI that SQLite itself reads."""
     found = _SQLITE.match(url)
-    named = unquote(found["file"]) if found else ""
-    return None if not named or named == ":memory:" or named.startswith("file:") else Path(named)
+    name = unquote(found["file"]) if found else ""
+    return None if not name or name == ":memory:" or name.startswith("file:") else Path(name)

@@ -1,6 +1,6 @@
-"""Statistics: how fast jobs ran and how much speculation paid, as frozen values. The views say the same in SQL.
+"""Statistics of jobs: throughput, acceptance and speed-up, as frozen values. storage.views has the same in SQL.
 
-Reads the sums of `rollups`, so that an answer takes milliseconds whatever the number of steps.
+Reads the sums of storage.rollups, so that a query takes milliseconds for any number of steps.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from storage.models import (
 )
 from storage.statuses import UNSUCCESSFUL_JOB_STATUSES
 
-PLAIN_DECISIONS: Final = ("probe", "guard", "off")  # of steps that did without drafts and without looking for them
+PLAIN_DECISIONS: Final = ("probe", "guard", "off")  # of plain steps without a draft lookup
 _MINUTE_S: Final = 60
-_FEW_BLOCKS: Final = 8  # minutes from which on the spread between minutes is taken
-_FEW_STEPS: Final = 100_000  # steps up to which the spread between requests is asked for
+_MIN_BLOCKS: Final = 8  # with fewer minutes, the standard error is taken over requests
+_MAX_STEPS_BY_REQUEST: Final = 100_000  # with more steps, reading them by request takes too long
 
 
 @dataclass(frozen=True, slots=True)
 class DepthAcceptance:
-    """How often draft tokens of one depth were accepted."""
+    """Acceptance of draft tokens at one depth of the tree."""
 
     depth: int
     tried: int  # steps whose tree reached this depth
@@ -47,9 +47,9 @@ class DepthAcceptance:
 
 @dataclass(frozen=True, slots=True)
 class RankAcceptance:
-    """How often children of one rank were the target's draw."""
+    """Acceptance of draft children of one rank."""
 
-    child_rank: int  # 0: the likeliest in the draft's eyes
+    child_rank: int  # 0: highest draft probability
     tried: int
     accepted: int
     rate: float
@@ -57,7 +57,7 @@ class RankAcceptance:
 
 @dataclass(frozen=True, slots=True)
 class AcceptanceCount:
-    """Steps that kept so many draft tokens."""
+    """Number of steps that accepted this many draft tokens."""
 
     accepted_tokens: int
     steps: int
@@ -65,7 +65,7 @@ class AcceptanceCount:
 
 @dataclass(frozen=True, slots=True)
 class BatchSize:
-    """What steps of one batch size did."""
+    """Means over the steps of one batch size."""
 
     batch_sequences: int
     steps: int
@@ -77,7 +77,7 @@ class BatchSize:
 
 @dataclass(frozen=True, slots=True)
 class DrafterShare:
-    """What one source of drafts was worth; '': steps without drafts."""
+    """Means over the steps of one drafter; '': steps without drafts."""
 
     drafter: str
     steps: int
@@ -88,7 +88,7 @@ class DrafterShare:
 
 @dataclass(frozen=True, slots=True)
 class DecisionShare:
-    """What steps of one decision did; '': not recorded."""
+    """Share and speed-up of the steps of one decision; '': not recorded."""
 
     decision: str
     steps: int
@@ -98,7 +98,7 @@ class DecisionShare:
 
 @dataclass(frozen=True, slots=True)
 class Expectation:
-    """Steps of which about so much acceptance was expected, and how much there was."""
+    """Expected and actual acceptance of the steps in one bin of expected acceptance."""
 
     steps: int
     mean_expected: float
@@ -109,54 +109,54 @@ class Expectation:
 class Minute:
     """One minute of decoding."""
 
-    minute: int  # Unix second at which it begins
+    minute: int  # start, Unix seconds
     tokens: int
-    busy_s: float  # of its seconds those in which the job (any job) was being worked on
+    busy_s: float  # seconds of it in which the job (any job) was running
     mean_acceptance_length: float | None
     speedup: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class SpeedupCheckStats:
-    """What came of decoding some requests of a job both ways."""
+    """Result of a job's speed-up check (storage.speedup_checks)."""
 
     requests_asked: int
-    requests: int  # that were decoded both ways; those without an answer are left out
-    done: bool  # False: no worker has been idle for long enough yet; only jobs that are completed are compared
-    speedup: float | None  # time of plain decoding over time with drafts, in steps that took turns
-    speedup_error: float | None  # standard error of it, from its spread between requests
+    requests: int  # decoded with and without drafts; requests without an output are left out
+    done: bool  # False: waits for an idle worker. Only completed jobs are checked
+    speedup: float | None  # time without drafts over time with drafts, in interleaved steps
+    speedup_error: float | None  # standard error, over requests
     mean_batch_sequences: float | None
-    faults: int  # requests whose texts differ; there must be none
-    error_code: str | None = None  # why it was given up
+    faults: int  # requests whose texts differ; must be 0
+    error_code: str | None = None  # why the check failed
     error_message: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class JobStats:
-    """The numbers of a job, or of everything. None where nothing was measured. Steps are those of finished choices."""
+    """Statistics of a job, or of all jobs. None: not measured. Steps are those of finished choices."""
 
-    job_id: str | None  # none: everything
+    job_id: str | None  # None: all jobs
     requests_total: int
     requests_completed: int
     requests_failed: int
     prompt_tokens: int
     completion_tokens: int
-    wall_s: float  # during which the job (any job) was being worked on
-    tokens_per_s: float | None  # completion tokens per second of that
-    steps: int  # step 0 is not counted, here and in the next three: it is the token from prefill
+    wall_s: float  # during which the job (any job) was running
+    tokens_per_s: float | None  # completion tokens over wall_s
+    steps: int  # without step 0, the token from prefill; so are the next three
     mean_acceptance_length: float | None  # tokens emitted per step and sequence
-    mean_accepted: float | None  # of them accepted from the draft
-    mean_expected: float | None  # accepted tokens that the drafter expected
-    speedup: float | None  # over plain decoding, where the two can be compared; as in the view `job_speedup`
-    speedup_error: float | None  # standard error of it, from its spread between minutes (short jobs: between requests)
+    mean_accepted: float | None  # accepted draft tokens per step and sequence
+    mean_expected: float | None  # the drafter's estimate of mean_accepted
+    speedup: float | None  # over plain decoding, of comparable steps; as in the view `job_speedup`
+    speedup_error: float | None  # standard error, over minutes (short jobs: over requests)
     speedup_source: str | None
-    plain_steps: int  # steps that were plain by decision
-    plain_check: float | None  # what they took over what `speedup` takes for plain; 1: the comparison is exact
+    plain_steps: int  # steps that were plain by decision (PLAIN_DECISIONS)
+    plain_check: float | None  # their measured over their estimated time; 1: the estimate in `speedup` is exact
     miscalibration: float | None  # |mean expected - mean accepted| / mean accepted, of steps with a tree
     mean_tree_nodes: float | None
-    draft_share: float | None  # of the time of steps; the rest is the host's
+    draft_share: float | None  # of the step time; what draft and verify leave is host time
     verify_share: float | None
-    tokens_per_joule: float | None  # where the devices tell what they draw, and only over all jobs
+    tokens_per_joule: float | None  # only over all jobs, where NVML reports energy
     acceptance_by_depth: tuple[DepthAcceptance, ...]
     acceptance_by_rank: tuple[RankAcceptance, ...] = ()
     acceptance: tuple[AcceptanceCount, ...] = ()
@@ -165,28 +165,28 @@ class JobStats:
     decisions: tuple[DecisionShare, ...] = ()
     reliability: tuple[Expectation, ...] = ()
     minutes: tuple[Minute, ...] = ()
-    comparison: SpeedupCheckStats | None = None  # of one job that asked for it
+    comparison: SpeedupCheckStats | None = None  # of one job with a speed-up check
 
 
 def job_stats(session: Session, job_id: str) -> JobStats:
-    """Return the numbers of one job."""
+    """Return the statistics of one job."""
     return _stats(session, _Scope(job_id))
 
 
 def total_stats(session: Session, owner: str | None = None) -> JobStats:
-    """Return the numbers of all jobs together, or of one owner's."""
+    """Return the statistics of all jobs together, or of one owner's."""
     return _stats(session, _Scope(owner=owner))
 
 
 @dataclass(frozen=True, slots=True)
 class _Scope:
-    """Whose numbers are asked for."""
+    """One job, the jobs of one owner, or all jobs."""
 
     job_id: str | None = None
     owner: str | None = None
 
     def of(self, column: ColumnElement[str] | InstrumentedAttribute[str]) -> ColumnElement[bool]:
-        """Return the condition that a job id is one of them."""
+        """Return the condition that a job id is in scope."""
         if self.job_id is not None:
             return column == self.job_id
         if self.owner is not None:
@@ -233,7 +233,7 @@ def _stats(session: Session, scope: _Scope) -> JobStats:
 
 
 def _ratio(part: Any, whole: Any) -> float | None:
-    """Return a quotient as a float, of whatever kind of number the database made; None where there is nothing."""
+    """Return part / whole as a float; None if a part is missing or the whole is 0. Takes Decimal, too."""
     return float(part) / float(whole) if part is not None and whole else None
 
 
@@ -248,9 +248,9 @@ _Spans = Sequence[tuple[float, float]]
 
 
 def _spans(session: Session, scope: _Scope) -> _Spans:
-    """Return the times in which at least one of the jobs was being worked on, in order, none touching another."""
+    """Return the disjoint intervals, in order, in which at least one of the jobs was running (Unix seconds)."""
     end = func.coalesce(Job.finished_at, database_now(session))
-    begin = func.coalesce(Job.started_at, end)  # a job that was never started takes no time
+    begin = func.coalesce(Job.started_at, end)  # a job that never started has an empty interval
     spans: list[tuple[float, float]] = []
     for began_at, ended_at in session.execute(select(begin, end).where(scope.of(Job.id)).order_by(begin)):
         if spans and began_at <= spans[-1][1]:
@@ -295,14 +295,14 @@ def _total(value: ColumnElement[Any] | InstrumentedAttribute[Any]) -> ColumnElem
 
 
 def _error(session: Session, scope: _Scope, steps: int) -> float | None:
-    """Return the standard error of the speed-up, with minutes for samples; of a short job, its requests."""
+    """Return the standard error of the speed-up over minutes; of a short job, over requests."""
     by_minute = (
         select(func.sum(StepMinute.plain_ms), func.sum(StepMinute.compared_ms))
         .where(scope.of(StepMinute.job_id))
         .group_by(StepMinute.minute)
     )
     blocks = session.execute(by_minute).all()
-    if len(blocks) < _FEW_BLOCKS and steps <= _FEW_STEPS:
+    if len(blocks) < _MIN_BLOCKS and steps <= _MAX_STEPS_BY_REQUEST:
         blocks = session.execute(_by_request(scope)).all()
     return ratio_error([(float(plain), float(spent)) for plain, spent in blocks if spent])
 
@@ -320,22 +320,22 @@ def _by_request(scope: _Scope) -> Select[*tuple[Any, ...]]:
 
 
 def ratio_error(blocks: Sequence[tuple[float, float]]) -> float | None:
-    """Return the standard error of sum(a) / sum(b) over blocks (a, b), to first order; None for fewer than two."""
-    count, below = len(blocks), sum(b for _, b in blocks)
-    if count < 2 or not below:
+    """Return the standard error of sum(a) / sum(b) over blocks (a, b), to first order; None below 2 blocks."""
+    count, denominator = len(blocks), sum(b for _, b in blocks)
+    if count < 2 or not denominator:
         return None
-    ratio = sum(a for a, _ in blocks) / below
-    off = sum((a - ratio * b) ** 2 for a, b in blocks)
-    return math.sqrt(count / (count - 1) * off) / below
+    ratio = sum(a for a, _ in blocks) / denominator
+    squared_residuals = sum((a - ratio * b) ** 2 for a, b in blocks)
+    return math.sqrt(count / (count - 1) * squared_residuals) / denominator
 
 
 def _comparison(session: Session, job_id: str) -> SpeedupCheckStats | None:
     job = session.execute(select(Job.compare_plain, Job.compared_at, Job.status).where(Job.id == job_id)).first()
     if job is None or not job.compare_plain:
         return None
-    everything = session.scalars(select(SpeedupCheck).where(SpeedupCheck.job_id == job_id)).all()
-    rows = [row for row in everything if row.error_code is None]
-    given_up = next((row for row in everything if row.error_code is not None), None)
+    checks = session.scalars(select(SpeedupCheck).where(SpeedupCheck.job_id == job_id)).all()
+    rows = [row for row in checks if row.error_code is None]
+    failed = next((row for row in checks if row.error_code is not None), None)
     pairs = [(row.plain_ms, row.drafted_ms) for row in rows if row.plain_ms is not None and row.drafted_ms]
     return SpeedupCheckStats(
         requests_asked=job.compare_plain,
@@ -345,8 +345,8 @@ def _comparison(session: Session, job_id: str) -> SpeedupCheckStats | None:
         speedup_error=ratio_error(pairs),
         mean_batch_sequences=_mean([row.batch_sequences for row in rows]),
         faults=sum(not row.same_text for row in rows),
-        error_code=None if given_up is None else given_up.error_code,
-        error_message=None if given_up is None else given_up.error_message,
+        error_code=None if failed is None else failed.error_code,
+        error_message=None if failed is None else failed.error_message,
     )
 
 
@@ -431,7 +431,7 @@ def _decisions(session: Session, scope: _Scope) -> tuple[DecisionShare, ...]:
 
 
 def _by(column: InstrumentedAttribute[str], scope: _Scope) -> Select[*tuple[Any, ...]]:
-    """Return the sums of steps by a column, most steps first."""
+    """Return the query of step sums by a column, most steps first."""
     steps = func.sum(StepMinute.steps)
     names = ("tree_nodes", "accepted_tokens", "compared_ms", "plain_ms")
     sums = [func.sum(getattr(StepMinute, name)).label(name) for name in names]
@@ -457,8 +457,8 @@ def _miscalibration(expectations: Iterable[Expectation]) -> float | None:
 
 
 def _busy_s(spans: _Spans, minute: int) -> float:
-    """Return how many seconds of a minute lie in the spans."""
-    first = max(0, bisect_right(spans, (minute, math.inf)) - 1)  # the last span that has begun by then
+    """Return how many seconds of a minute lie in the intervals."""
+    first = max(0, bisect_right(spans, (minute, math.inf)) - 1)  # the last interval that starts by then
     among = takewhile(lambda span: span[0] < minute + _MINUTE_S, islice(spans, first, None))
     return sum(max(0.0, min(end, minute + _MINUTE_S) - max(begin, minute)) for begin, end in among)
 
@@ -497,7 +497,7 @@ def _tokens_per_joule(session: Session) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class JobSummary:
-    """One job in a table of jobs. None where nothing was measured."""
+    """One row of the table of jobs. None: not measured."""
 
     id: str
     status: str
@@ -526,7 +526,7 @@ class JobSummary:
 def job_summaries(
     session: Session, limit: int, owner: str | None = None, job_id: str | None = None
 ) -> list[JobSummary]:
-    """Return the newest jobs, or one, with their numbers."""
+    """Return the newest jobs, or one job, with their statistics."""
     mine = true() if owner is None else Job.api_key_id == owner
     asked = true() if job_id is None else Job.id == job_id
     jobs = session.execute(

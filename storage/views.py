@@ -1,7 +1,7 @@
-"""The views: numbers for whoever knows only SQL. Plain SQL that the sqlite3 and psql shells run as it stands.
+"""SQL views of the statistics, for the sqlite3 and psql shells. One text for both databases.
 
-They read the sums that `rollups` keeps, never all steps: each answers at once however many steps there are. One text
-for both databases. Knows no tables but by name.
+The views read the sums of storage.rollups, so that they are fast for any number of steps. This module knows the tables
+by name only, because storage.models imports it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Final
 
 from sqlalchemy import Connection, text
 
-# What every comparison with plain decoding says. `plain_ms` comes from the worker's cost curve (measured at start-up,
-# corrected by every step since). Steps that were plain by decision check it: `plain_check` is what they took over what
-# the curve said, so speedup * plain_check is the speed-up by the plain steps of the job itself.
-_COMPARISON = """
+# Columns of each comparison with plain decoding. `plain_ms` is an estimate by the worker's cost curve, measured at
+# start-up and corrected by every step. Steps that were plain by decision check it: `plain_check` is their measured over
+# their estimated time, so speedup * plain_check is the speed-up measured by the job's own plain steps.
+_SPEEDUP_COLUMNS = """
     CAST(sum(compared_steps) AS BIGINT) AS steps,
     CAST(sum(compared_tokens) AS BIGINT) AS emitted_tokens,
     1.0 * sum(compared_tokens) / NULLIF(sum(compared_steps), 0) AS mean_emitted_per_step,
@@ -30,7 +30,7 @@ _COMPARISON = """
 _JOB_SPEEDUP = f"""
 CREATE VIEW job_speedup AS
 SELECT
-    job_id,{_COMPARISON}
+    job_id,{_SPEEDUP_COLUMNS}
 FROM step_minutes
 GROUP BY job_id
 HAVING sum(compared_steps) > 0
@@ -39,36 +39,36 @@ HAVING sum(compared_steps) > 0
 _SPEEDUP_BY_MODEL = f"""
 CREATE VIEW speedup_by_model AS
 SELECT
-    model,{_COMPARISON}
+    model,{_SPEEDUP_COLUMNS}
 FROM step_minutes
 JOIN jobs ON jobs.id = step_minutes.job_id
 GROUP BY model
 HAVING sum(compared_steps) > 0
 """
 
-# drafter '': steps that showed no drafts. What they lose or win is the price of drafts that were grown for nothing.
+# drafter '': steps without a tree. Their speed-up shows the cost of draft lookups that led to no tree.
 _SPEEDUP_BY_DRAFTER = f"""
 CREATE VIEW speedup_by_drafter AS
 SELECT
     job_id,
-    drafter,{_COMPARISON}
+    drafter,{_SPEEDUP_COLUMNS}
 FROM step_minutes
 GROUP BY job_id, drafter
 HAVING sum(compared_steps) > 0
 """
 
-# `hour` is the Unix second at which the hour begins.
+# `hour`: start of the hour, Unix seconds.
 _SPEEDUP_BY_HOUR = f"""
 CREATE VIEW speedup_by_hour AS
 SELECT
     minute - minute % 3600 AS hour,
-    job_id,{_COMPARISON}
+    job_id,{_SPEEDUP_COLUMNS}
 FROM step_minutes
 GROUP BY minute - minute % 3600, job_id
 HAVING sum(compared_steps) > 0
 """
 
-# `minute` is the Unix second at which the minute begins.
+# `minute`: start of the minute, Unix seconds.
 _THROUGHPUT_BY_MINUTE = """
 CREATE VIEW throughput_by_minute AS
 SELECT
@@ -81,7 +81,7 @@ FROM step_minutes
 GROUP BY minute, job_id
 """
 
-# At each depth: how many trees reached it, and in how many of them a draft token of that depth was accepted.
+# By depth: trees that reach it (`tried`), and those of them with an accepted draft token at this depth.
 _ACCEPTANCE_BY_DEPTH = """
 CREATE VIEW acceptance_by_depth AS
 WITH RECURSIVE depths (depth, last) AS (
@@ -100,7 +100,7 @@ JOIN depths ON depth <= tree_depth
 GROUP BY job_id, depth
 """
 
-# child_rank 0 is the likeliest child in the draft's eyes, among those of one node that the target reached.
+# By rank among the draft children of a node that the target reached; child_rank 0 has the highest draft probability.
 _ACCEPTANCE_BY_RANK = """
 CREATE VIEW acceptance_by_rank AS
 SELECT
@@ -113,7 +113,7 @@ FROM step_ranks
 GROUP BY job_id, child_rank
 """
 
-# How many draft tokens steps kept; the token from prefill is not a step here.
+# Steps by number of accepted draft tokens, without step 0, the token from prefill.
 _ACCEPTANCE_HISTOGRAM = """
 CREATE VIEW acceptance_histogram AS
 SELECT
@@ -139,7 +139,7 @@ FROM step_batches
 GROUP BY job_id, batch_sequences
 """
 
-# Of steps with a tree. `miscalibration` 0: drafts are accepted exactly as often as was expected of them.
+# Steps with a tree. `miscalibration` 0: drafts are accepted exactly as often as expected.
 _EXPECTED_AND_ACCEPTED = """
 CREATE VIEW expected_and_accepted AS
 SELECT
@@ -165,7 +165,7 @@ FROM step_expectations
 GROUP BY job_id, quarter
 """
 
-# Where the time of steps went, prefill apart: drafting, the target's forward, and everything else on the host.
+# Step time without prefill, split into drafting, the target's forward pass, and host time.
 _TIME_BY_JOB = """
 CREATE VIEW time_by_job AS
 SELECT
@@ -192,7 +192,7 @@ WHERE steps > 0
 GROUP BY job_id, decision
 """
 
-# By worker and hour, over the minutes in which its devices told what they drew. Empty where no device tells.
+# By worker and hour, over the minutes with an energy reading. Empty where no device reports energy.
 _TOKENS_PER_JOULE = """
 CREATE VIEW tokens_per_joule AS
 SELECT
@@ -210,8 +210,8 @@ LEFT JOIN (
 GROUP BY energy.worker_id, energy.minute - energy.minute % 3600
 """
 
-# Requests of a job that were decoded both ways. The square root of `speedup_variance` is the standard error: SQLite may
-# be built without sqrt(). `faults`: texts that differed; `given_up`: requests that have an error instead of numbers.
+# Speed-up checks (storage.speedup_checks). The standard error is the square root of `speedup_variance`: SQLite may lack
+# sqrt(). `faults`: texts that differ; `given_up`: requests with an error instead of times.
 _JOB_COMPARISON = """
 CREATE VIEW job_comparison AS
 SELECT
@@ -264,7 +264,7 @@ VIEWS: Final[Mapping[str, str]] = {
 
 
 def create_views(connection: Connection, names: Iterable[str] = VIEWS) -> None:
-    """Create these views; their tables must exist."""
+    """Create these views. Their tables must exist."""
     for name in names:
         connection.execute(text(VIEWS[name].strip()))
 

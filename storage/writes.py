@@ -158,17 +158,17 @@ def _job_row(job: NewJob, now: float) -> dict[str, Any]:
 
 def request_row(job_id: str, index: int, request: NewRequest, now: float) -> dict[str, Any]:
     """Return the row of a new request: queued, or failed if it was rejected."""
-    refused = request.failure is not None
+    rejected = request.failure is not None
     return {
         "job_id": job_id,
         "request_index": index,
         "custom_id": request.custom_id,
         "body": None if request.body is None else dict(request.body),
-        "status": "failed" if refused else "queued",
+        "status": "failed" if rejected else "queued",
         "attempts": 0,
         "lease_number": 0,
-        "finished_at": now if refused else None,
-        "event_number": 0 if refused else None,
+        "finished_at": now if rejected else None,
+        "event_number": 0 if rejected else None,
         "expires_at": None if request.timeout_s is None else now + request.timeout_s,
         **(error_columns(request.failure) if request.failure is not None else _NO_ERROR),
     }

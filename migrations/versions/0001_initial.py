@@ -1,4 +1,4 @@
-"""The first schema: jobs, requests, their partials, outputs and decoding steps, the workers, and the views."""
+"""Initial schema: jobs, requests, partials, outputs, decoding steps, workers and views."""
 
 from __future__ import annotations
 
@@ -186,9 +186,9 @@ def _of_a_request(table: str) -> sa.ForeignKeyConstraint:
     )
 
 
-# The views as they were then: they have changed since, and a migration must not change with them.
-# A plain step gives every sequence of the batch one token, so a token costs a sequence plain_step_ms / batch_sequences.
-# Steps without a comparable plain time (they shared a prefill) count on neither side.
+# The views of this revision, copied: storage.views changes, a migration must not.
+# A plain step emits one token per sequence, so a token costs plain_step_ms / batch_sequences.
+# Steps without a comparable plain time (they shared a prefill) are left out on both sides.
 _JOB_SPEEDUP = """
 CREATE VIEW job_speedup AS
 SELECT
@@ -213,7 +213,7 @@ FROM (
 ) AS comparable
 """
 
-# At each depth: how many trees reached it, and in how many of them a draft token of that depth was accepted.
+# By depth: trees that reach it (`tried`), and those of them with an accepted draft token at this depth.
 _ACCEPTANCE_BY_DEPTH = """
 CREATE VIEW acceptance_by_depth AS
 WITH RECURSIVE reached (job_id, depth, tree_depth, accepted_tokens, steps) AS (
@@ -236,7 +236,7 @@ FROM reached
 GROUP BY job_id, depth
 """
 
-# `minute` is the Unix second at which the minute begins.
+# `minute`: start of the minute, Unix seconds.
 _THROUGHPUT_BY_MINUTE = """
 CREATE VIEW throughput_by_minute AS
 SELECT
@@ -248,7 +248,7 @@ FROM decode_steps
 GROUP BY {minute}, job_id
 """
 
-# SQLite may lack floor(), and its cast cuts off; PostgreSQL's cast rounds.
+# SQLite may lack floor(), but its cast truncates; PostgreSQL's cast rounds.
 _MINUTE = {
     "sqlite": "CAST(ended_at / 60 AS INTEGER) * 60",
     "postgresql": "CAST(floor(ended_at / 60) AS BIGINT) * 60",
@@ -256,7 +256,7 @@ _MINUTE = {
 
 
 def create_views() -> None:
-    """Create the views of this revision; a later one that replaces them comes back to these when it is undone."""
+    """Create the views of this revision. Downgrades of later revisions restore them by this function."""
     for ddl in (_JOB_SPEEDUP, _ACCEPTANCE_BY_DEPTH, _THROUGHPUT_BY_MINUTE):
         op.execute(ddl.strip().format(minute=_MINUTE[op.get_bind().dialect.name]))
 

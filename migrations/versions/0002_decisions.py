@@ -1,4 +1,4 @@
-"""What each step decided: a tree, or which reason not to speculate."""
+"""Column `decision` of steps: a tree, or the reason not to speculate."""
 
 from __future__ import annotations
 

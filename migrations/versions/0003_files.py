@@ -1,4 +1,4 @@
-"""Files and their bytes, and batches: jobs whose requests come as a file and whose answers leave as files."""
+"""Files and their chunks, and batches: jobs with an input file and output files."""
 
 from __future__ import annotations
 

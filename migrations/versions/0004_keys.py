@@ -1,4 +1,4 @@
-"""Keys to the shim, what a job asks for of their limits, and jobs that go before others."""
+"""API keys, the tokens that a job counts towards their limits, and job priorities."""
 
 from __future__ import annotations
 

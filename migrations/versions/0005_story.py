@@ -1,4 +1,4 @@
-"""A job's story in order: the number of the commit that told each row, and which job is tried again by which."""
+"""Event numbers for the event log, and the job that a retry repeats (`retry_of`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Suspects, deadlines of single requests, versions of bodies, lost workers, and elections."""
+"""Quarantine of suspects, deadlines of requests, body versions, lost workers, and leader election."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ down_revision = "0005"
 branch_labels = None
 depends_on = None
 
-# Old workers go on beside new ones: what they don't write has a default.
+# Server defaults: older workers keep running and do not write these columns.
 _COLUMNS: dict[str, dict[str, tuple[sa.types.TypeEngine[Any], Any]]] = {
     "jobs": {"body_version": (sa.Integer(), sa.text("1"))},
     "requests": {

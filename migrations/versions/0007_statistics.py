@@ -1,4 +1,4 @@
-"""Sums of decoding steps, kept as steps are written, and views over them; draft trees; what workers draw and hold."""
+"""Rollups of decoding steps and views over them; draft trees; energy and load of workers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ down_revision = "0004"
 branch_labels = None
 depends_on = None
 
-# Those of this revision: later ones may read tables that are not there yet.
+# The views of this revision: later ones may read tables that do not exist yet.
 _VIEWS = (
     "job_speedup",
     "speedup_by_model",
@@ -33,7 +33,7 @@ _VIEWS = (
     "tokens_per_joule",
 )
 
-_first = importlib.import_module("migrations.versions.0001_initial")  # not a name that `import` takes
+_first = importlib.import_module("migrations.versions.0001_initial")  # the name is not an identifier
 
 
 def upgrade() -> None:
@@ -205,7 +205,7 @@ WHERE tree_nodes > 0
 GROUP BY 1, 2, 3
 """
 
-# SQLite may lack floor(), and its cast cuts off; PostgreSQL's cast rounds.
+# SQLite may lack floor(), but its cast truncates; PostgreSQL's cast rounds.
 _WHOLE = {"sqlite": "CAST({0} AS BIGINT)", "postgresql": "CAST(floor({0}) AS BIGINT)"}
 
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, for requests that want them."""
+"""Log-probabilities of tokens, for requests with `logprobs`."""
 
 from __future__ import annotations
 

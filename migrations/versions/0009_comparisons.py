@@ -1,4 +1,4 @@
-"""Jobs that ask for it have some requests decoded both ways when they are done, and how long each way took."""
+"""Speed-up checks: a sample of a job is decoded again, with and without drafts (`compare_plain`)."""
 
 from __future__ import annotations
 

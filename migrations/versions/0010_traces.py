@@ -1,4 +1,4 @@
-"""Where the spans of a job belong, for whoever traces."""
+"""W3C trace context of a job (`traceparent`)."""
 
 from __future__ import annotations
 

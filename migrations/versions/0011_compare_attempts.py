@@ -1,4 +1,4 @@
-"""A comparison that kills its workers is given up, with an error for each of its requests."""
+"""A speed-up check that crashes its workers fails, with an error for each of its requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ERROR = ("error_code", "error_message")
 def upgrade() -> None:
     op.add_column("jobs", sa.Column("compare_attempts", sa.Integer(), nullable=False, server_default=sa.text("0")))
     op.execute("DROP VIEW job_comparison")
-    with op.batch_alter_table("comparisons") as table:  # SQLite makes the table anew: it can't take a NOT NULL back
+    with op.batch_alter_table("comparisons") as table:  # SQLite can't drop NOT NULL: the table is recreated
         table.alter_column("same_text", existing_type=sa.Boolean(), nullable=True)
         for name in _ERROR:
             table.add_column(sa.Column(name, sa.Text()))

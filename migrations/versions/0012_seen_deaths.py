@@ -1,4 +1,4 @@
-"""Only deaths that were seen count against a request, and a bad host can't condemn alone."""
+"""Only observed crashes count against a request, and crashes on one bad host do not fail it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ down_revision = "0011"
 branch_labels = None
 depends_on = None
 
-# Old workers work on beside new ones: what they don't write has a default.
+# Server defaults: older workers keep running and do not write these columns.
 _COLUMNS: dict[str, dict[str, tuple[sa.types.TypeEngine[Any], Any]]] = {
     "jobs": {"comparing_by": (sa.Text(), None)},
     "requests": {"lone_served": (sa.Boolean(), sa.false()), "lone_host": (sa.Text(), None)},

@@ -1,3 +1,3 @@
-"""One script a revision, in the order of their `down_revision`."""
+"""One script per revision, chained by `down_revision`."""
 
 from __future__ import annotations
