@@ -1,4 +1,4 @@
-"""What workers and doors do to the record, each as one transaction."""
+"""Acts of workers and the API on the database, each in one transaction."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def claim(
     holding: Sequence[RequestKey] = (),
     body_version: int = 1,
 ) -> list[Claim]:
-    """Claim, after somebody has given back what workers let lapse."""
+    """Requeue lapsed requests, then claim."""
     reclaimed(database)
     with database.write() as session:
         return leases.claim(session, worker, model, limit, lease_s, holding=holding, body_version=body_version)
@@ -99,7 +99,7 @@ def view(database: Database, job_id: str = "job-1") -> JobView:
 
 
 def tokens_of(seq: int, *emitted: int, choice: int = 0, first: int = 0) -> Checkpoint:
-    """A checkpoint of steps that emitted so many tokens each; every token is a letter of its own."""
+    """A checkpoint of steps that emitted these numbers of tokens; each token is one letter."""
     flags = [flag for count in emitted for flag in [True] * (count - 1) + [False]]
     letters = ["x" if flag else "y" for flag in flags]
     return Checkpoint(
@@ -137,7 +137,7 @@ def whole(lease: Lease, *emitted: int) -> RequestProgress:
 
 
 def going_on(claimed: Claim, *emitted: int, ends: bool = False) -> RequestProgress:
-    """New tokens of a request of one choice, behind those that earlier owners committed."""
+    """New tokens of a request of one choice, after those that earlier owners committed."""
     seq = claimed.checkpoints[-1].seq + 1 if claimed.checkpoints else 1
     checkpoint = tokens_of(seq, *emitted, first=1)
     finished = (end_of(*claimed.checkpoints, checkpoint),) if ends else ()
@@ -152,7 +152,7 @@ def requests_of(database: Database, job_id: str = "job-1") -> dict[int, Any]:
 
 
 def everything(database: Database) -> dict[str, list[Any]]:
-    """All rows, for saying that nothing has changed."""
+    """All rows, to assert that nothing has changed."""
     with database.read() as session:
         return {
             model.__tablename__: sorted(map(repr, session.execute(select(*model.__table__.columns))))
@@ -161,7 +161,7 @@ def everything(database: Database) -> dict[str, list[Any]]:
 
 
 def check_laws(database: Database) -> None:
-    """What holds at any time, whatever happened."""
+    """Assert the invariants of the database."""
     with database.read() as session:
         jobs = session.execute(select(*Job.__table__.columns)).all()
         columns = (Request.job_id, Request.request_index, Request.status, Request.event_number)
@@ -178,7 +178,7 @@ def check_laws(database: Database) -> None:
         assert (job.finished_at is not None) == ended
         written = sum(row.completion_tokens for row in outputs if row.job_id == job.id)
         assert job.completion_tokens == written + sum(len(r.token_ids) for r in partials if r.job_id == job.id)
-    for row in requests:  # whoever ends a request says in which commit: readers of the job are told in that order
+    for row in requests:  # the end of a request has an event number: readers rely on the order
         assert (row.event_number is None) == (row.status in ("queued", "running"))
     emitted: Counter[tuple[str, int, int]] = Counter()
     for row in steps:
@@ -191,7 +191,7 @@ def check_laws(database: Database) -> None:
 
 
 def check_sums(database: Database) -> None:
-    """Every sum that is kept says what the rows of `decode_steps` say."""
+    """Assert that every rollup equals the sums over `decode_steps`."""
     steps_sum = func.coalesce(func.sum(StepMinute.steps + StepMinute.first_steps), 0)
     later = DecodeStep.step > 0
     with database.read() as session:

@@ -13,7 +13,7 @@ from tests.databases import make_empty, on_sqlite
 
 @pytest.fixture(scope="session")
 def postgresql(postgresql_url: str) -> Iterator[Database]:
-    """The database of all tests on PostgreSQL, with its connections; whoever takes it empties it."""
+    """The database of all tests on PostgreSQL, with its connections; users empty it."""
     database = Database.open(postgresql_url, statement_timeout_s=LONG_STATEMENT_TIMEOUT_S)
     yield database
     database.dispose()
@@ -21,7 +21,7 @@ def postgresql(postgresql_url: str) -> Iterator[Database]:
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
-    """An empty record."""
+    """An empty database."""
     if request.param == "sqlite":
         with on_sqlite(tmp_path) as database:
             yield database
@@ -33,6 +33,6 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Databas
 
 @pytest.fixture
 def sqlite(tmp_path: Path) -> Iterator[Database]:
-    """An empty record, for what is about SQLite alone."""
+    """An empty SQLite database."""
     with on_sqlite(tmp_path) as database:
         yield database

@@ -11,7 +11,7 @@ def claimed(database: Database) -> str | None:
     return None if claim is None else claim.job_id
 
 
-def test_clerks_read_the_oldest_batch_first_but_one_of_each_owner_before_two_of_one(database: Database) -> None:
+def test_the_oldest_batch_is_claimed_first_but_one_of_each_owner_before_two_of_one(database: Database) -> None:
     for job_id, owner in (("a1", "alice"), ("a2", "alice"), ("a3", "alice"), ("b1", "bob")):
         record(database, job_id, 0, api_key_id=owner, input_file_id="file-1")
 

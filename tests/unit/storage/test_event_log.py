@@ -27,7 +27,7 @@ def page(database: Database, since: Cursor, limit: int = 100) -> Page:
 
 
 class Reader:
-    """Is told the story in pages, and writes it down. Forgets at will all but its cursor."""
+    """Reads the event log in pages and collects it. Keeps nothing but its cursor between reads."""
 
     def __init__(self) -> None:
         self.cursor = Cursor()
@@ -37,7 +37,7 @@ class Reader:
         self.ends: list[tuple[int, int]] = []
 
     def read(self, database: Database, limit: int = 100, *, leave_after: int | None = None) -> bool:
-        """Take one page, or only some events of it; return whether the story is complete for now."""
+        """Read one page, or only some events of it; return whether the log is complete for now."""
         told = page(database, self.cursor, limit)
         events = told.events if leave_after is None else told.events[:leave_after]
         for event in events:
@@ -65,7 +65,7 @@ class Reader:
             pass
 
 
-def test_a_new_reader_is_told_what_is_being_written_and_what_has_ended(database: Database) -> None:
+def test_a_new_reader_receives_open_and_ended_choices(database: Database) -> None:
     record(database, requests=[a_request("a"), a_request("b"), NewRequest("c", failure=FAILURE)])
     first, second = claim(database, limit=2)
     flush(database, "w1", whole(first.lease, 1, 2), RequestProgress(second.lease, (tokens_of(1, 1),)))
@@ -76,7 +76,7 @@ def test_a_new_reader_is_told_what_is_being_written_and_what_has_ended(database:
     assert reader.ends == [(2, 0), (0, 0)]
 
 
-def test_a_reader_that_comes_back_is_told_what_it_has_not_seen_of_a_text_that_has_ended(database: Database) -> None:
+def test_a_reader_that_reconnects_receives_only_the_missing_part_of_an_ended_text(database: Database) -> None:
     record(database)
     (claimed,) = claim(database)
     seen, unseen = tokens_of(1, 1, 2), tokens_of(2, 3, first=2)
@@ -91,7 +91,7 @@ def test_a_reader_that_comes_back_is_told_what_it_has_not_seen_of_a_text_that_ha
     assert page(database, told.cursor).status == "completed"
 
 
-def test_a_cursor_from_another_story_is_a_new_reader(database: Database) -> None:
+def test_a_cursor_of_another_log_counts_as_a_new_reader(database: Database) -> None:
     record(database)
     flush(database, "w1", whole(claim(database)[0].lease, 1, 2))
     with database.read() as session:
@@ -101,7 +101,7 @@ def test_a_cursor_from_another_story_is_a_new_reader(database: Database) -> None
         assert other.within(end) == Cursor()
 
 
-def test_a_reader_that_is_cut_off_among_outputs_is_told_all_of_the_others(database: Database) -> None:
+def test_a_reader_that_disconnects_between_outputs_receives_all_others(database: Database) -> None:
     record(database, requests=3)
     claims = claim(database, limit=3)
     made = [tokens_of(1, 1), tokens_of(2, 2, first=1)]
@@ -117,7 +117,7 @@ def test_a_reader_that_is_cut_off_among_outputs_is_told_all_of_the_others(databa
         ]
 
 
-def test_requests_that_end_in_one_commit_can_be_told_in_many_pages(database: Database) -> None:
+def test_requests_that_end_in_one_commit_can_be_read_in_many_pages(database: Database) -> None:
     record(database, requests=7)
     cancel(database)
     reader = Reader()
@@ -125,7 +125,7 @@ def test_requests_that_end_in_one_commit_can_be_told_in_many_pages(database: Dat
     assert reader.ends == [(index, 0) for index in range(7)]
 
 
-def test_requests_that_are_refused_while_the_input_is_read_are_told(database: Database) -> None:
+def test_requests_that_are_rejected_while_the_input_is_read_are_delivered(database: Database) -> None:
     record(database, requests=[NewRequest("a", failure=FAILURE), a_request("b"), NewRequest("c", failure=FAILURE)])
     set_status(database, "validating", without=2)
     reader = Reader()
@@ -139,7 +139,7 @@ def test_requests_that_are_refused_while_the_input_is_read_are_told(database: Da
 
 
 def set_status(database: Database, status: str, without: int | None) -> None:
-    """Show a job as it is while its input is read: without the requests from an index on, or with them again."""
+    """Set a job's status and hide its requests from an index on, as while its input is read; or show them again."""
     with database.write() as session:
         session.execute(update(Job).values(status=status))
         if without is None:
@@ -167,7 +167,7 @@ ACTS = st.lists(
 
 @settings(max_examples=40, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(acts=ACTS)
-def test_whatever_happens_between_reads_all_text_is_told_once(acts: list[tuple[str, int, int]]) -> None:
+def test_all_text_is_delivered_once_for_any_writes_between_reads(acts: list[tuple[str, int, int]]) -> None:
     with TemporaryDirectory() as folder, on_sqlite(Path(folder)) as database:
         _read_while_written(database, acts)
 
@@ -203,7 +203,7 @@ def _read_while_written(database: Database, acts: list[tuple[str, int, int]]) ->
 
 
 @pytest.mark.parametrize("act", ["cancel", "whole", "going_on"])
-def test_numbers_follow_the_commits(database: Database, act: str) -> None:
+def test_event_numbers_follow_commit_order(database: Database, act: str) -> None:
     record(database, requests=2)
     before = page(database, Cursor()).cursor.base
     if act == "cancel":

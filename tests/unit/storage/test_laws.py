@@ -1,4 +1,4 @@
-"""Whatever workers, users and time do, and in whatever order: the laws of the record hold after every act."""
+"""The invariants of the database hold after any sequence of acts by workers, users and time."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ EMITTED = st.lists(st.integers(1, 4), min_size=1, max_size=3)
 
 
 class Record(RuleBasedStateMachine):
-    """Two workers on two jobs. A worker may keep on writing under a lease that it lost long ago."""
+    """Two workers on two jobs. A worker may write under a lease that it has lost."""
 
     def __init__(self, empty: Callable[[], Database]) -> None:
         super().__init__()
         self.database = empty()
         self.held: dict[str, list[Claim]] = {"w1": [], "w2": []}
-        self.written: dict[tuple[str, int], list[Checkpoint]] = {}  # by what each lease's owner believes
+        self.written: dict[tuple[str, int], list[Checkpoint]] = {}  # as each lease's owner believes
         self.ended: dict[Any, Any] = {}
 
     def teardown(self) -> None:
@@ -123,6 +123,6 @@ SETTINGS = settings(
     max_examples=12,
     stateful_step_count=25,
     deadline=None,
-    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # to shrink on a real database takes minutes
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking on a real database takes minutes
     suppress_health_check=list(HealthCheck),
 )

@@ -1,4 +1,4 @@
-"""What becomes of the requests of a worker that is gone, and how the one that kills workers is found."""
+"""Requests of lost workers are requeued, and a request that crashes its workers is found by bisection."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def indexes(claims: list[Claim]) -> list[int]:
     return [claimed.lease.request_index for claimed in claims]
 
 
-def prove(database: Database, worker: str, *claims: Claim) -> None:
+def clear(database: Database, worker: str, *claims: Claim) -> None:
     flush(database, worker, *(going_on(claimed, 1) for claimed in claims))
 
 
@@ -39,7 +39,7 @@ def register(database: Database, worker: str, hostname: str) -> None:
 
 
 def serve_all(database: Database, worker: str) -> int:
-    """Let a good worker serve all that is queued, and return how many requests that were."""
+    """Let a good worker serve everything that is queued; return how many requests."""
     served = 0
     while claims := claim(database, worker, 32):
         flush(database, worker, *(going_on(c, 2, ends=True) for c in claims))
@@ -48,11 +48,11 @@ def serve_all(database: Database, worker: str) -> int:
 
 
 def die(database: Database, worker: str) -> None:
-    """Let a worker die and its neighbours see it."""
+    """Let a worker die, observed by the reconciler."""
     reclaimed(database, worker)
 
 
-def test_requests_of_a_dead_worker_wait_for_no_lease(database: Database) -> None:
+def test_requests_of_a_dead_worker_are_requeued_before_their_leases_lapse(database: Database) -> None:
     record(database, requests=2)
     claim(database, "w1", 2)
 
@@ -80,36 +80,36 @@ def test_nothing_lapses_while_the_owners_could_not_renew(database: Database) -> 
     assert reclaimed(database).requeued == (("job-1", "tiny"),)
 
 
-def test_what_was_in_flight_when_a_worker_died_runs_again_in_halves(database: Database) -> None:
+def test_requests_in_flight_at_a_crash_run_again_in_halves(database: Database) -> None:
     record(database, requests=6)
-    prove(database, "w1", *claim(database, "w1", 5))
+    clear(database, "w1", *claim(database, "w1", 5))
     die(database, "w1")
 
     first = claim(database, "w2", 9)
     assert indexes(first) == [0, 1, 2]
     assert claim(database, "w2", 9, holding=[c.lease.key for c in first]) == []  # nothing joins them
 
-    prove(database, "w2", *first)
+    clear(database, "w2", *first)
     held = [c.lease.key for c in first]
     second = claim(database, "w2", 9, holding=held)
     assert indexes(second) == [3, 4]
 
-    prove(database, "w2", *second)
+    clear(database, "w2", *second)
     held += [c.lease.key for c in second]
     assert indexes(claim(database, "w2", 9, holding=held)) == [5]
     check_laws(database)
 
 
-def test_two_workers_try_one_half_each(database: Database) -> None:
+def test_two_workers_run_one_half_each(database: Database) -> None:
     record(database, requests=4)
-    prove(database, "w1", *claim(database, "w1", 4))
+    clear(database, "w1", *claim(database, "w1", 4))
     die(database, "w1")
 
     assert indexes(claim(database, "w2", 9)) == [0, 1]
     assert indexes(claim(database, "w3", 9)) == [2, 3]
 
 
-def test_a_group_waits_until_all_that_its_worker_holds_is_proven(database: Database) -> None:
+def test_a_group_waits_until_its_worker_holds_only_cleared_requests(database: Database) -> None:
     record(database, "dying", 2)
     claim(database, "w1", 2)
     record(database, "fresh")
@@ -118,14 +118,14 @@ def test_a_group_waits_until_all_that_its_worker_holds_is_proven(database: Datab
     keys = [c.lease.key for c in held]
 
     assert claim(database, "w2", 9, holding=keys) == []
-    prove(database, "w2", *held)
+    clear(database, "w2", *held)
     assert len(claim(database, "w2", 9, holding=keys)) == 1
 
 
 def test_only_those_without_a_token_since_their_claim_are_suspects(database: Database) -> None:
     record(database, requests=4)
     old = claim(database, "w1", 2)
-    prove(database, "w1", *old)
+    clear(database, "w1", *old)
     claim(database, "w1", 2, holding=[c.lease.key for c in old])
     die(database, "w1")
 
@@ -135,13 +135,13 @@ def test_only_those_without_a_token_since_their_claim_are_suspects(database: Dat
     assert groups[2] != groups[3]
 
 
-@pytest.mark.parametrize("guilty", range(7))
-def test_the_one_that_kills_its_workers_is_found_and_all_others_come_through(database: Database, guilty: int) -> None:
+@pytest.mark.parametrize("poison", range(7))
+def test_the_request_that_crashes_its_workers_is_found_and_all_others_complete(database: Database, poison: int) -> None:
     record(database, requests=7)
     deaths = 0
     while view(database).status == "in_progress":
         claims = claim(database, f"w{deaths}", 7)
-        if guilty in indexes(claims):
+        if poison in indexes(claims):
             die(database, f"w{deaths}")
             deaths += 1
             assert deaths < 10
@@ -149,13 +149,13 @@ def test_the_one_that_kills_its_workers_is_found_and_all_others_come_through(dat
         flush(database, f"w{deaths}", *(going_on(c, 2, ends=True) for c in claims))
 
     rows = requests_of(database)
-    assert [index for index, row in rows.items() if row.status == "failed"] == [guilty]
-    assert (rows[guilty].error_code, rows[guilty].error_status_code) == ("poison", 500)
+    assert [index for index, row in rows.items() if row.status == "failed"] == [poison]
+    assert (rows[poison].error_code, rows[poison].error_status_code) == ("poison", 500)
     assert deaths <= 5  # 7, 4, 2, 1, and alone once more
     check_laws(database)
 
 
-def test_a_poisonous_request_tells_its_stream_and_ends_its_job(database: Database) -> None:
+def test_a_poison_request_ends_with_an_event_and_ends_its_job(database: Database) -> None:
     record(database)
     register(database, "w1", "host-1")
     register(database, "w2", "host-2")
@@ -173,7 +173,7 @@ def test_a_poisonous_request_tells_its_stream_and_ends_its_job(database: Databas
     assert requests_of(database)[0].suspect_group is None
 
 
-def test_a_request_that_kills_the_only_host_while_that_serves_others_is_failed(database: Database) -> None:
+def test_a_request_that_crashes_a_host_that_serves_others_fails(database: Database) -> None:
     record(database)
     claim_one(database, "w1")
     die(database, "w1")
@@ -190,7 +190,7 @@ def test_a_request_that_kills_the_only_host_while_that_serves_others_is_failed(d
     check_laws(database)
 
 
-def test_a_request_that_kills_its_only_worker_with_no_other_to_try_it_with_fails_in_the_end(
+def test_a_request_that_crashes_its_only_worker_again_and_again_fails_in_the_end(
     database: Database,
 ) -> None:
     record(database)
@@ -209,7 +209,7 @@ def test_a_request_that_kills_its_only_worker_with_no_other_to_try_it_with_fails
     check_laws(database)
 
 
-def test_a_worker_that_dies_at_every_first_step_fails_none_of_the_requests_it_takes(database: Database) -> None:
+def test_a_worker_that_crashes_at_every_first_step_fails_no_request(database: Database) -> None:
     record(database, requests=32)
     for death in range(150):
         register(database, f"bad-{death}", "bad")
@@ -223,7 +223,7 @@ def test_a_worker_that_dies_at_every_first_step_fails_none_of_the_requests_it_ta
     check_laws(database)
 
 
-def test_a_worker_that_dies_at_every_first_step_beside_good_ones_of_its_host_fails_no_request(
+def test_a_bad_worker_beside_good_ones_of_its_host_fails_no_request(
     database: Database,
 ) -> None:
     record(database, requests=32)
@@ -241,22 +241,22 @@ def test_a_worker_that_dies_at_every_first_step_beside_good_ones_of_its_host_fai
     check_laws(database)
 
 
-def test_the_guilty_are_found_also_when_there_are_several_on_one_host(database: Database) -> None:
+def test_several_poison_requests_on_one_host_are_found(database: Database) -> None:
     record(database, requests=20)
-    guilty, deaths = {3, 4, 17}, 0
+    poison, deaths = {3, 4, 17}, 0
     while view(database).status == "in_progress":
         worker = f"w{deaths}"
         register(database, worker, "the only host")
         held: list[Claim] = []
         while claims := claim(database, worker, 4, holding=[c.lease.key for c in held]):
-            if guilty.intersection(indexes(claims)):
+            if poison.intersection(indexes(claims)):
                 die(database, worker)
                 deaths += 1
                 assert deaths < 40
                 break
             flush(database, worker, *(going_on(c, 2, ends=True) for c in claims))
 
-    assert {index for index, row in requests_of(database).items() if row.error_code == "poison"} == guilty
+    assert {index for index, row in requests_of(database).items() if row.error_code == "poison"} == poison
     check_laws(database)
 
 
@@ -285,11 +285,11 @@ def test_a_request_that_lapsed_before_waits_longer_for_its_owner(database: Datab
             assert bool(given_back) == (late_s > waits_s)
 
 
-def test_a_token_in_between_acquits(database: Database) -> None:
+def test_a_committed_token_resets_the_count_of_crashes(database: Database) -> None:
     record(database)
     for worker in ("w1", "w2", "w3", "w4"):
         claimed = claim_one(database, worker)
-        prove(database, worker, claimed)
+        clear(database, worker, claimed)
         die(database, worker)
 
     assert requests_of(database)[0].status == "queued"
@@ -299,7 +299,7 @@ def test_a_token_in_between_acquits(database: Database) -> None:
     assert (row.lone_crashes, row.lone_served, row.lone_host) == (1, False, None)
 
 
-def test_handing_back_is_no_crash(database: Database) -> None:
+def test_a_release_is_no_crash(database: Database) -> None:
     record(database)
     for worker in ("w1", "w2", "w3"):
         release(database, worker, claim_one(database, worker).lease)
@@ -308,7 +308,7 @@ def test_handing_back_is_no_crash(database: Database) -> None:
     assert (row.status, row.attempts, row.lone_crashes, row.suspect_group) == ("queued", 0, 0, None)
 
 
-def test_a_claim_that_its_worker_never_learned_of_comes_back_without_suspicion(database: Database) -> None:
+def test_a_claim_whose_answer_was_lost_is_requeued_without_suspicion(database: Database) -> None:
     record(database, requests=2)
     known = claim_one(database, "w1")
     claim(database, "w1", lease_s=-6, holding=[known.lease.key])  # committed, and the answer lost
@@ -331,7 +331,7 @@ def test_a_worker_that_wakes_up_after_its_lease_writes_nothing(database: Databas
     check_laws(database)
 
 
-def test_suspects_of_another_model_hold_nobody_up(database: Database) -> None:
+def test_suspects_of_another_model_delay_no_claim(database: Database) -> None:
     record(database, "large", model="large")
     claim(database, "w1", model="large")
     die(database, "w1")
@@ -359,7 +359,7 @@ def test_dead_and_silent_workers_are_marked_and_one_that_comes_back_is_not(datab
         assert {w.id for w in queries.workers(session) if w.lost_at is not None} == {"dead"}
 
 
-def test_a_job_that_is_written_for_newer_workers_is_left_to_them(database: Database) -> None:
+def test_a_job_with_newer_bodies_is_left_to_newer_workers(database: Database) -> None:
     record(database, "new", body_version=2)
     record(database, "old")
 

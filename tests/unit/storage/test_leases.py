@@ -27,7 +27,7 @@ from tests.unit.storage.acts import (
 )
 
 
-def to_ring(database: Database, older_than_s: float) -> list[tuple[str, str]]:
+def to_notify(database: Database, older_than_s: float) -> list[tuple[str, str]]:
     with database.write() as session:
         return leases.jobs_to_notify(session, older_than_s)
 
@@ -139,7 +139,7 @@ def test_a_job_that_comes_late_catches_up(database: Database) -> None:
     assert Counter(c.lease.job_id for c in claim(database, limit=10)) == {"late": 9, "early": 1}
 
 
-def test_a_huge_job_does_not_starve_a_later_one_where_there_is_one_place_only(database: Database) -> None:
+def test_a_huge_job_does_not_starve_a_later_one_where_there_is_one_slot_only(database: Database) -> None:
     record(database, "huge", 200)
     record(database, "small", 1)
     turns = 0
@@ -148,7 +148,7 @@ def test_a_huge_job_does_not_starve_a_later_one_where_there_is_one_place_only(da
         assert turns < 60, "lots can't fall like that"
 
 
-def test_no_job_starves_where_there_are_more_jobs_than_places(database: Database) -> None:
+def test_no_job_starves_where_there_are_more_jobs_than_slots(database: Database) -> None:
     for number in range(4):
         record(database, f"job-{number}", 60)
     served = Counter(c.lease.job_id for _ in range(100) for c in _serve_one(database))
@@ -182,7 +182,7 @@ def test_the_jobs_of_one_owner_share_what_it_gets(database: Database) -> None:
     assert Counter(c.lease.job_id for c in claim(database, limit=8)) == {"small": 4, "other": 4}
 
 
-def test_an_owner_whose_jobs_are_all_running_leaves_the_places_to_the_others(database: Database) -> None:
+def test_an_owner_whose_jobs_are_all_running_leaves_the_slots_to_the_others(database: Database) -> None:
     record(database, "short", 3, api_key_id="alice")
     record(database, "long", 100, api_key_id="bob")
 
@@ -210,7 +210,7 @@ def test_two_claimers_never_get_the_same_request(database: Database) -> None:
     check_laws(database)
 
 
-def test_release_gives_the_request_and_the_attempt_back(database: Database) -> None:
+def test_a_released_request_is_queued_and_the_attempt_does_not_count(database: Database) -> None:
     record(database)
     old = claim_one(database, "w1")
     flush(database, "w1", RequestProgress(old.lease, (tokens_of(1, 1, 2),)))
@@ -258,25 +258,25 @@ def test_nothing_is_claimed_of_a_job_that_is_cancelled_or_over(database: Databas
     assert claim(database, limit=9) == []
 
 
-def test_a_job_is_rung_again_when_nobody_came(database: Database) -> None:
+def test_workers_are_notified_again_while_no_one_claims(database: Database) -> None:
     record(database)
 
-    assert to_ring(database, 10.0) == []  # it has just been rung
-    assert to_ring(database, -1.0) == [("job-1", "tiny")]
-    assert to_ring(database, 10.0) == [], "and so it has now"
+    assert to_notify(database, 10.0) == []  # just notified
+    assert to_notify(database, -1.0) == [("job-1", "tiny")]
+    assert to_notify(database, 10.0) == [], "and so it has now"
 
 
-def test_a_job_is_not_rung_for_requests_that_are_running(database: Database) -> None:
+def test_workers_are_not_notified_of_running_requests(database: Database) -> None:
     record(database)
     held = claim_one(database, "w1")
-    assert to_ring(database, -1.0) == []
+    assert to_notify(database, -1.0) == []
 
     flush(database, "w1", held=[held.lease], lease_s=-1)  # its worker is dead
     reclaimed(database)
-    assert to_ring(database, -1.0) == [("job-1", "tiny")]
+    assert to_notify(database, -1.0) == [("job-1", "tiny")]
 
 
-def test_what_a_person_waits_for_is_claimed_before_older_and_larger_jobs(database: Database) -> None:
+def test_interactive_requests_are_claimed_before_older_and_larger_jobs(database: Database) -> None:
     record(database, "batch", requests=5)
     record(database, "chat", priority=1)
     record(database, "other chat", priority=1)
@@ -287,7 +287,7 @@ def test_what_a_person_waits_for_is_claimed_before_older_and_larger_jobs(databas
     assert [(c.lease.job_id, c.priority) for c in first[2:]] == [("batch", 0)]
 
 
-def test_reserved_places_are_left_free_for_those_who_wait(database: Database) -> None:
+def test_reserved_slots_are_left_free_for_interactive_requests(database: Database) -> None:
     record(database, "batch", requests=5)
 
     with database.write() as session:

@@ -1,4 +1,4 @@
-"""How SQLite runs what is asked often: nothing may read all requests of a large job, finished ones included."""
+"""Query plans on SQLite: no frequent query may read all requests of a large job, finished ones included."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.unit.storage.acts import cancel, claim, flush, record, release, token
 
 
 def plans_of(database: Database, act: Callable[[], object]) -> dict[str, list[str]]:
-    """Return the steps of SQLite's plan for every statement that an act executes."""
+    """Return SQLite's query plan of every statement that an act executes."""
     executed: list[tuple[str, Any]] = []
 
     def note(_c: object, _cursor: object, statement: str, parameters: Any, _context: object, many: bool) -> None:
@@ -32,7 +32,7 @@ def plans_of(database: Database, act: Callable[[], object]) -> dict[str, list[st
 
 
 def work(database: Database) -> None:
-    """What workers do all the time, on two jobs at once."""
+    """The frequent writes of workers, on two jobs."""
     claims = claim(database, limit=6)
     flush(database, "w1", *(RequestProgress(c.lease, (tokens_of(1, 1, 2),)) for c in claims))
     flush(database, "w1", *(whole(c.lease, 1, 3) for c in claims[:3]), held=[c.lease for c in claims[3:]])
@@ -46,7 +46,7 @@ def work(database: Database) -> None:
 
 
 def look(database: Database) -> None:
-    """What readers ask for."""
+    """The frequent reads."""
     view(database)
     with database.read() as session:
         queries.jobs(session, 5, after="job-1")

@@ -86,7 +86,7 @@ def test_a_stale_owner_changes_nothing(database: Database) -> None:
 
 
 @pytest.mark.parametrize("lease", [Lease("job-1", 0, 2), Lease("job-1", 7, 1), Lease("nowhere", 0, 1)])
-def test_a_lease_that_was_never_given_is_worth_nothing(database: Database, lease: Lease) -> None:
+def test_a_lease_that_was_never_given_is_lost(database: Database, lease: Lease) -> None:
     record(database)
     claim_one(database, "w1")
     before = everything(database)
@@ -95,7 +95,7 @@ def test_a_lease_that_was_never_given_is_worth_nothing(database: Database, lease
     assert everything(database) == before
 
 
-def test_nobody_writes_under_the_lease_of_another(database: Database) -> None:
+def test_no_worker_writes_under_the_lease_of_another(database: Database) -> None:
     record(database)
     lease = claim_one(database, "w1").lease
     before = everything(database)
@@ -104,7 +104,7 @@ def test_nobody_writes_under_the_lease_of_another(database: Database) -> None:
     assert everything(database) == before
 
 
-def test_a_lapsed_lease_that_nobody_claimed_is_renewed(database: Database) -> None:
+def test_a_lapsed_lease_is_renewed_if_the_request_was_not_claimed(database: Database) -> None:
     record(database)
     lease = claim_one(database, "w1", lease_s=-100).lease
 
@@ -124,7 +124,7 @@ def test_a_flush_sent_twice_is_written_once(database: Database) -> None:
 
     again = flush(database, "w1", *sent, held=[first, second])
 
-    assert again.lost == frozenset()  # the worker never learnt that it was committed; it is told that it was
+    assert again.lost == frozenset()  # the worker that missed the first result learns that it was committed
     after = everything(database)
     assert {name: rows for name, rows in after.items() if name != "requests"} == {
         name: rows for name, rows in before.items() if name != "requests"
@@ -134,7 +134,7 @@ def test_a_flush_sent_twice_is_written_once(database: Database) -> None:
 
 
 def test_a_choice_finished_twice_stays_one(database: Database) -> None:
-    """The request goes on with its second choice; the flush that finished the first one comes again."""
+    """The flush that finished the first choice is repeated while the second one is decoded."""
     record(database)
     lease = claim_one(database).lease
     early, late = tokens_of(1, 1, 2), tokens_of(2, 4, first=2)
@@ -196,7 +196,7 @@ def test_progress_that_piled_up_is_written_in_one_flush(database: Database) -> N
     check_laws(database)
 
 
-def test_a_refused_request_fails_and_the_job_goes_on(database: Database) -> None:
+def test_a_rejected_request_fails_and_the_job_continues(database: Database) -> None:
     record(database, requests=2)
     first, second = (c.lease for c in claim(database, limit=2))
 
@@ -267,7 +267,7 @@ def test_nothing_is_written_for_a_job_whose_window_is_over(database: Database) -
     assert everything(database) == before
 
 
-def test_a_flush_without_anything_to_say_does_nothing(database: Database) -> None:
+def test_an_empty_flush_does_nothing(database: Database) -> None:
     result = flush(database, "w1")
 
     assert (result.lost, result.ended_jobs) == (frozenset(), ())

@@ -61,13 +61,13 @@ def test_jobs_are_paged_newest_first_without_gaps_or_repeats(database: Database)
     assert seen == ["job-6", "job-5", "job-1", "job-0", "job-4", "job-3", "job-2"]
 
 
-def test_nothing_stands_behind_an_unknown_job(database: Database) -> None:
+def test_an_unknown_job_as_cursor_returns_an_empty_page(database: Database) -> None:
     record(database)
     with database.read() as session:
         assert queries.jobs(session, 5, after="nowhere") == queries.JobViewPage((), has_more=False)
 
 
-def test_jobs_are_found_by_the_beginning_of_their_ids_as_it_is_spelt(database: Database) -> None:
+def test_jobs_are_found_by_a_literal_prefix_of_their_ids(database: Database) -> None:
     for job_id in ("a_1", "a_2", "ab1"):
         record(database, job_id)
     with database.read() as session:
@@ -99,7 +99,7 @@ def test_outputs_come_in_the_order_of_the_job_with_failed_requests_among_them(da
     assert [o.custom_id for o in behind] == ["c"]
 
 
-def test_a_snapshot_tells_text_as_far_as_it_is_committed(database: Database) -> None:
+def test_a_snapshot_holds_the_committed_text(database: Database) -> None:
     record(database, requests=3)
     first, second, _ = claim(database, limit=3)
     flush(database, "w1", RequestProgress(first.lease, (tokens_of(1, 1, 3), tokens_of(2, 2, first=2))))
@@ -124,7 +124,7 @@ def test_a_snapshot_tells_text_as_far_as_it_is_committed(database: Database) -> 
     assert (finished.tokens, finished.accepted, finished.finish_reason) == (3, 1, "stop")
 
 
-def test_a_snapshot_tells_why_there_is_no_text(database: Database) -> None:
+def test_a_snapshot_holds_the_error_of_a_request_without_text(database: Database) -> None:
     bad = NewRequest("bad", failure=RequestFailure("invalid_value", "no", "top_p"))
     record(database, requests=[bad, a_request("running"), a_request("queued")])
     lease = claim_one(database).lease
@@ -144,7 +144,7 @@ def test_a_snapshot_tells_why_there_is_no_text(database: Database) -> None:
     }
 
 
-def test_statistics_of_a_job_nobody_has_started_say_nothing(database: Database) -> None:
+def test_statistics_of_a_job_that_has_not_started_are_none(database: Database) -> None:
     record(database, requests=2)
 
     numbers = stats(database)
@@ -262,8 +262,8 @@ def test_models_are_those_of_workers_that_are_alive(database: Database) -> None:
         assert {worker.id for worker in queries.workers(session)} == {"a", "b", "c", "d"}
 
 
-def test_every_error_of_a_job_is_told_or_counted(database: Database) -> None:
-    """Errors of one code that differ are told apart; of very many, each code says how many it leaves out."""
+def test_every_error_of_a_job_is_listed_or_counted(database: Database) -> None:
+    """Different errors of one code are listed apart; beyond the limit, the rest is counted by code."""
     told = [
         RequestFailure("bad", "line 1: Too hot: 9."),
         RequestFailure("bad", "requests[1], n: Too long.", "n"),

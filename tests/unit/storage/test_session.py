@@ -81,8 +81,8 @@ def test_a_reader_sees_one_state_while_a_writer_commits(database: Database) -> N
         assert len(queries.jobs(session, 5).jobs) == 1
 
 
-def test_writers_take_turns_and_none_is_refused(database: Database) -> None:
-    """Each reads before it writes: with a lock taken only at the write, SQLite would refuse all but one."""
+def test_concurrent_writers_wait_for_each_other_and_none_fails(database: Database) -> None:
+    """Each reads before it writes: if the lock were taken only at the write, SQLite would fail all but one."""
     record(database)
 
     def add_many() -> None:
@@ -117,9 +117,7 @@ def test_the_clock_of_the_database_runs_in_unix_seconds(database: Database) -> N
     assert 1_600_000_000 < first <= second < first + 60
 
 
-def test_a_file_that_may_only_be_read_is_read_and_a_writer_is_told(
-    sqlite: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_read_only_file_can_be_read_and_a_write_raises(sqlite: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     record(sqlite)
     sqlite.dispose()
     monkeypatch.setattr("storage.session.os.access", lambda *_: False)

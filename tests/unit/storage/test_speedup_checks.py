@@ -1,4 +1,4 @@
-"""Comparisons with plain decoding in the record: who has one in hand, what is drawn, and what is told of it."""
+"""Speed-up checks in the database: their leases, their samples, and their results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODEL = "tiny"
 
 
 def finish(database: Database, job_id: str = "job-1", requests: int = 3, compare_plain: int = 2) -> None:
-    """Record a job that asks for a comparison, and all its outputs."""
+    """Insert a job that requests a speed-up check, with all its outputs."""
     record(database, job_id, requests)
     with database.write() as session:
         session.execute(update(Job).where(Job.id == job_id).values(compare_plain=compare_plain))
@@ -51,7 +51,7 @@ def view(database: Database) -> Any:
         return session.execute(text("SELECT * FROM job_comparison")).mappings().one()
 
 
-def test_a_finished_job_waits_with_what_it_has_written(database: Database) -> None:
+def test_a_completed_job_waits_for_its_check_with_its_outputs(database: Database) -> None:
     finish(database, requests=5, compare_plain=3)
     claimed = take(database)
     assert claimed is not None
@@ -59,14 +59,14 @@ def test_a_finished_job_waits_with_what_it_has_written(database: Database) -> No
     assert {found.token_ids for found in claimed.texts} == {(0, 1, 2)}
 
 
-def test_a_small_job_is_compared_as_a_whole(database: Database) -> None:
+def test_all_requests_of_a_small_job_are_checked(database: Database) -> None:
     finish(database, requests=2, compare_plain=100)
     claimed = take(database)
     assert claimed is not None
     assert [found.request_index for found in claimed.texts] == [0, 1]
 
 
-def test_one_worker_at_a_time_has_it_in_hand(database: Database) -> None:
+def test_one_worker_at_a_time_holds_a_check(database: Database) -> None:
     finish(database)
     assert take(database) is not None
     assert take(database) is None
@@ -75,7 +75,7 @@ def test_one_worker_at_a_time_has_it_in_hand(database: Database) -> None:
     assert take(database) is not None
 
 
-def test_what_a_lost_worker_had_in_hand_lapses_unless_it_is_kept(database: Database) -> None:
+def test_the_check_of_a_lost_worker_lapses_unless_it_is_renewed(database: Database) -> None:
     finish(database)
     assert take(database, lease_s=-1.0) is not None
     with database.write() as session:
@@ -87,7 +87,7 @@ def test_what_a_lost_worker_had_in_hand_lapses_unless_it_is_kept(database: Datab
 
 
 def lose(database: Database, workers: int) -> list[str]:
-    """Let so many workers take the comparison and be seen dead; return what was given up then."""
+    """Let `workers` workers claim the check and die, observed; return the jobs whose checks failed."""
     given_up: list[str] = []
     for number in range(workers):
         assert take(database, worker=f"w{number}") is not None
@@ -100,7 +100,7 @@ def give_up(database: Database, *dead: str) -> list[str]:
         return speedup_checks.fail_checks(session, dead)
 
 
-def test_a_comparison_that_has_cost_two_workers_ends_with_an_error_for_each_request(database: Database) -> None:
+def test_a_check_that_has_crashed_two_workers_ends_with_an_error_for_each_request(database: Database) -> None:
     finish(database, requests=3, compare_plain=2)
     assert lose(database, MAX_LONE_CRASHES) == ["job-1"]
     assert take(database) is None
@@ -119,7 +119,7 @@ def test_a_comparison_that_has_cost_two_workers_ends_with_an_error_for_each_requ
     assert view(database)["requests"] == 0
 
 
-def test_a_comparison_that_is_being_tried_the_last_time_is_left_to_its_worker(database: Database) -> None:
+def test_the_last_attempt_of_a_check_is_left_to_its_worker(database: Database) -> None:
     finish(database)
     lose(database, MAX_LONE_CRASHES - 1)
     assert give_up(database) == []
@@ -130,7 +130,7 @@ def test_a_comparison_that_is_being_tried_the_last_time_is_left_to_its_worker(da
     assert view(database)["given_up"] == 0
 
 
-def test_a_comparison_that_gives_way_is_taken_up_however_often_it_does(database: Database) -> None:
+def test_released_attempts_do_not_count(database: Database) -> None:
     finish(database)
     for _ in range(3 * MAX_LONE_CRASHES):
         assert take(database) is not None
@@ -140,16 +140,16 @@ def test_a_comparison_that_gives_way_is_taken_up_however_often_it_does(database:
     assert take(database) is None
 
 
-def test_a_comparison_that_lapses_is_taken_up_again_and_accuses_no_job(database: Database) -> None:
+def test_a_lapsed_check_is_claimed_again_and_counts_no_crash(database: Database) -> None:
     finish(database)
     for number in range(3 * MAX_LONE_CRASHES):
         assert take(database, lease_s=-1.0, worker=f"w{number}") is not None
         assert give_up(database, "another") == []
-    assert give_up(database, f"w{3 * MAX_LONE_CRASHES - 1}") == []  # one death that was seen
+    assert give_up(database, f"w{3 * MAX_LONE_CRASHES - 1}") == []  # one observed crash
     assert take(database) is not None
 
 
-def test_only_jobs_that_asked_and_are_done_and_can_be_read_are_compared(database: Database) -> None:
+def test_only_completed_jobs_with_readable_bodies_that_request_a_check_get_one(database: Database) -> None:
     finish(database, compare_plain=0)
     assert take(database) is None
     finish(database, "job-2")
@@ -166,7 +166,7 @@ def test_only_jobs_that_asked_and_are_done_and_can_be_read_are_compared(database
     assert take(database) is None
 
 
-def test_who_is_done_first_writes_it_as_a_whole(database: Database) -> None:
+def test_the_first_finished_check_is_written_as_a_whole(database: Database) -> None:
     finish(database)
     write(database, row(0, 10.0, 20.0), row(1, 10.0, 20.0))
     write(database, row(0, 1.0, 1.0), row(2, 1.0, 1.0), worker="w2")
@@ -190,7 +190,7 @@ def test_the_view_says_what_the_statistics_say(database: Database) -> None:
     assert numbers.mean_batch_sequences == told["mean_batch_sequences"] == 2.0
 
 
-def test_statistics_say_that_a_comparison_still_waits(database: Database) -> None:
+def test_statistics_show_that_a_check_is_pending(database: Database) -> None:
     finish(database)
     with database.read() as session:
         numbers = queries.job_stats(session, "job-1").comparison
@@ -200,7 +200,7 @@ def test_statistics_say_that_a_comparison_still_waits(database: Database) -> Non
     assert everything is None
 
 
-def test_a_cancelled_job_waits_for_no_comparison(database: Database) -> None:
+def test_a_cancelled_job_gets_no_check(database: Database) -> None:
     record(database, requests=2)
     with database.write() as session:
         session.execute(update(Job).values(compare_plain=2))

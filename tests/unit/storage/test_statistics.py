@@ -1,4 +1,4 @@
-"""The numbers of jobs, and that the views say the same."""
+"""Statistics of jobs, and the views with the same values."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_plain_steps_of_the_job_check_what_the_calibration_says(database: Databa
         a_step(step=1, emitted_tokens=3, accepted_tokens=2, step_ms=10.0, plain_step_ms=8.0),
         plain(2, "probe", step_ms=6.0, plain_step_ms=8.0),
         plain(3, "guard", step_ms=6.0, plain_step_ms=8.0),
-        plain(4, "nothing", step_ms=9.0, plain_step_ms=8.0),  # looked for drafts: not what a plain step takes
+        plain(4, "nothing", step_ms=9.0, plain_step_ms=8.0),  # a draft lookup took time: not a plain step
     )
 
     (row,) = view(database, "job_speedup")
@@ -60,7 +60,7 @@ def test_plain_steps_of_the_job_check_what_the_calibration_says(database: Databa
     assert row["speedup"] == pytest.approx((3 * 8 + 8 + 8 + 8) / (10 + 6 + 6 + 9)) == numbers.speedup
 
 
-def test_speedup_is_told_by_drafter_hour_and_model(database: Database) -> None:
+def test_views_split_the_speedup_by_drafter_hour_and_model(database: Database) -> None:
     decode(
         database,
         a_step(step=1, emitted_tokens=2, step_ms=10.0, plain_step_ms=8.0, drafter="head", ended_at=3599.0),
@@ -114,7 +114,7 @@ def test_time_is_shared_out_between_draft_verify_and_host(database: Database) ->
     assert [numbers.draft_share, numbers.verify_share] == pytest.approx(shares[:2])
 
 
-def test_trees_shrink_with_the_batch_as_the_view_tells(database: Database) -> None:
+def test_the_view_shows_tree_size_by_batch_size(database: Database) -> None:
     decode(
         database,
         a_step(step=1, batch_sequences=1, tree_nodes=20, step_ms=8.0),
@@ -192,7 +192,7 @@ def test_the_error_of_a_ratio_is_that_of_its_blocks() -> None:
     assert ratio_error([(1.0, 1.0), (3.0, 1.0)]) == pytest.approx(math.sqrt(2) / math.sqrt(2))
 
 
-def test_a_short_job_takes_its_requests_for_samples(database: Database) -> None:
+def test_the_standard_error_of_a_short_job_is_taken_over_requests(database: Database) -> None:
     record(database, requests=3)
     for index in range(3):
         claimed = claim_one(database)
@@ -213,7 +213,7 @@ def test_totals_can_be_one_owners(database: Database) -> None:
     assert stats(database, None).requests_total == 3
 
 
-def test_a_minute_tells_how_many_of_its_seconds_had_work(database: Database) -> None:
+def test_a_minute_has_its_busy_seconds(database: Database) -> None:
     decode(database, *(a_step(step=n, ended_at=60.0 * n + 5) for n in (1, 2, 3)))
     record(database, "job-2")
     with database.write() as session:

@@ -1,4 +1,4 @@
-"""Many at once: workers that claim and write, users that cancel, time that runs out. Nothing waits for ever."""
+"""Concurrency: workers claim and write, users cancel, windows end, all at once. Nothing deadlocks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FINAL = ("completed", "cancelled", "expired")
 
 
 def run_all(*acts: Callable[[], None]) -> list[BaseException]:
-    """Run acts on threads, all at once, and return what went wrong."""
+    """Run acts on threads at once and return their exceptions."""
     failures: list[BaseException] = []
     start = threading.Barrier(len(acts))
 
@@ -62,7 +62,7 @@ def test_two_workers_that_finish_the_last_two_requests_at_once_end_the_job_once(
 
 
 def test_the_laws_hold_when_all_act_at_once(database: Database) -> None:
-    """Workers write some tokens, then finish, hand back, or forget what they hold; one job is cancelled meanwhile."""
+    """Workers write tokens, then finish, release or drop their requests, while one job is cancelled."""
     jobs = [f"job-{number}" for number in range(4)]
     for job_id in jobs:
         record(database, job_id, 12)
@@ -95,5 +95,5 @@ def test_the_laws_hold_when_all_act_at_once(database: Database) -> None:
     check_laws(database)
     for job_id in jobs[:3]:
         assert Counter(row.status for row in requests_of(database, job_id).values()) == {"completed": 12}
-    # The cancel may come too late, but once it has been promised it is kept.
+    # The cancel may come too late, but an accepted cancel is kept.
     assert view(database, "job-3").status == ("completed" if answers == ["completed"] else "cancelled")

@@ -30,7 +30,7 @@ def let_the_window_pass(database: Database, job_id: str = "job-1") -> None:
         session.connection().exec_driver_sql(f"UPDATE jobs SET expires_at = 1.0 WHERE id = '{job_id}'")
 
 
-def test_a_job_that_nobody_works_on_is_cancelled_at_once(database: Database) -> None:
+def test_a_job_without_running_requests_is_cancelled_at_once(database: Database) -> None:
     record(database, requests=3)
 
     assert cancel(database) == "cancelled"
@@ -71,7 +71,7 @@ def test_cancelling_a_job_that_has_ended_changes_nothing(database: Database, end
     assert everything(database) == before
 
 
-def test_a_job_that_is_not_there_can_not_be_cancelled(database: Database) -> None:
+def test_a_missing_job_can_not_be_cancelled(database: Database) -> None:
     assert cancel(database, "nowhere") is None
 
 
@@ -132,7 +132,7 @@ def test_text_of_an_expired_request_is_kept_and_grows_no_more(database: Database
     assert view(database).completion_tokens == 3
 
 
-def test_finalising_ends_only_jobs_with_nothing_left(database: Database) -> None:
+def test_only_jobs_without_open_requests_end(database: Database) -> None:
     record(database)
     with database.write() as session:
         assert writes.end_finished_jobs(session, ["job-1", "nowhere"]) == []
@@ -141,7 +141,7 @@ def test_finalising_ends_only_jobs_with_nothing_left(database: Database) -> None
 
 
 def end_all(database: Database) -> int:
-    """End a piece at a time until nothing is left; return in how many."""
+    """End requests chunk by chunk; return the number of chunks."""
     pieces = 0
     more = True
     while more:
@@ -153,7 +153,7 @@ def end_all(database: Database) -> int:
 
 
 def events_of(database: Database, job_id: str = "job-1") -> list[int]:
-    """The requests that a reader is told have failed, in the order in which it is."""
+    """The requests whose failure a reader receives, in order."""
     cursor, failed, complete = Cursor(), [], False
     while not complete:
         with database.read() as session:
@@ -164,7 +164,7 @@ def events_of(database: Database, job_id: str = "job-1") -> list[int]:
 
 
 @pytest.mark.parametrize("ending", ["cancelled", "expired"])
-def test_a_large_job_ends_in_pieces_and_each_of_its_requests_is_told_once(database: Database, ending: str) -> None:
+def test_a_large_job_ends_in_chunks_and_each_failure_is_delivered_once(database: Database, ending: str) -> None:
     record(database, requests=1_700)
     first, second = claim(database, limit=2)
     flush(database, "w1", whole(first.lease, 1))
@@ -185,7 +185,7 @@ def test_a_large_job_ends_in_pieces_and_each_of_its_requests_is_told_once(databa
     assert sorted(events_of(database)) == sorted(set(range(1_700)) - {first.lease.request_index})
 
 
-def test_requests_that_are_late_together_fail_in_pieces(database: Database) -> None:
+def test_requests_whose_deadlines_end_together_fail_in_chunks(database: Database) -> None:
     record(database, requests=[a_request(f"r{n}", timeout_s=-1.0) for n in range(1_100)])
     failed: list[str] = []
     more = True

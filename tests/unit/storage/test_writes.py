@@ -11,7 +11,7 @@ from tests.factories import a_job, a_request, a_worker_card, some_requests
 from tests.unit.storage.acts import check_laws, claim, record, requests_of, view
 
 
-def refused(custom_id: str = "bad") -> NewRequest:
+def rejected(custom_id: str = "bad") -> NewRequest:
     return NewRequest(
         custom_id, failure=RequestFailure("invalid_value", "line 2, max_tokens: must be at least 1", "max_tokens")
     )
@@ -40,8 +40,8 @@ def test_a_job_of_more_requests_than_one_insert_holds_is_recorded_whole(database
     assert [rows[index].custom_id for index in (0, 1_000, 2_499)] == ["r0", "r1000", "r2499"]
 
 
-def test_refused_requests_are_born_failed_and_the_others_go_on(database: Database) -> None:
-    record(database, requests=[a_request("good"), refused(), a_request("good too")])
+def test_rejected_requests_are_stored_as_failed_and_the_others_run(database: Database) -> None:
+    record(database, requests=[a_request("good"), rejected(), a_request("good too")])
 
     job, row = view(database), requests_of(database)[1]
     assert (job.status, job.requests_total, job.requests_failed) == ("in_progress", 3, 1)
@@ -55,8 +55,8 @@ def test_refused_requests_are_born_failed_and_the_others_go_on(database: Databas
     check_laws(database)
 
 
-def test_a_job_whose_requests_are_all_refused_is_completed_at_once(database: Database) -> None:
-    record(database, requests=[refused("a"), refused("b")])
+def test_a_job_whose_requests_are_all_rejected_ends_at_once(database: Database) -> None:
+    record(database, requests=[rejected("a"), rejected("b")])
 
     job = view(database)
     assert (job.status, job.requests_failed, job.requests_completed) == ("completed", 2, 0)
@@ -84,7 +84,7 @@ def test_a_used_key_with_another_body_is_a_conflict(database: Database) -> None:
     assert (again.job_id, again.created, again.conflict) == ("first", False, True)
 
 
-def test_keys_of_two_owners_do_not_meet(database: Database) -> None:
+def test_idempotency_keys_of_two_owners_are_independent(database: Database) -> None:
     record(database, "first", idempotency_key="once", api_key_id="key-1")
 
     assert record(database, "second", idempotency_key="once", api_key_id="key-2").created
@@ -115,7 +115,7 @@ def test_a_submission_that_breaks_off_leaves_nothing(database: Database) -> None
         assert queries.job(session, "job-1") is None
 
 
-def test_a_worker_introduces_itself_beats_and_leaves(database: Database) -> None:
+def test_a_worker_registers_sends_heartbeats_and_stops(database: Database) -> None:
     with database.write() as session:
         writes.register_worker(session, a_worker_card(id="w", devices=("cuda:0",)))
         writes.update_calibration(session, "w", {"verify_ms": [1.0, 2.0]})
