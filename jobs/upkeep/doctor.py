@@ -24,6 +24,7 @@ from jobs.local.state import running_service
 from jobs.logs import without_secrets
 from jobs.schema_check import explain_database_errors
 from jobs.settings import JobsSettings
+from jobs.upkeep.import_names import shared_names
 from storage import schema
 from storage.dialect import database_now
 from storage.health import Health, health
@@ -55,6 +56,7 @@ def examine(settings: JobsSettings) -> list[Finding]:
     """Return what there is to say about the installation of these settings, or the service that runs on it."""
     settings = _as_it_runs(settings)
     checks: list[tuple[str, Check]] = [
+        ("import names", _import_names),
         ("disk", _disk),
         ("redis", _redis),
         ("database", _database),
@@ -89,6 +91,15 @@ def _survived(part: str, check: Check, settings: JobsSettings) -> list[Finding]:
         return [Finding(part, "warning", f"not looked at: {exc.name} is not installed")]
     except Exception as exc:  # a doctor that dies of the illness tells nobody
         return [Finding(part, "problem", f"the look at it failed: {type(exc).__name__}: {exc}", "report this")]
+
+
+def _import_names(_: JobsSettings) -> Iterator[Finding]:
+    shared = list(shared_names())
+    for name, others in shared:
+        advice = f"install {others} into another environment; clients can import basic_batch instead of jobs"
+        yield Finding("import names", "problem", f"{others} also installs a top-level package {name!r}", advice)
+    if not shared:
+        yield Finding("import names", "ok", "no other distribution has packages named jobs, storage or worker")
 
 
 def _disk(settings: JobsSettings) -> Iterator[Finding]:

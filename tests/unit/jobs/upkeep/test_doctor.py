@@ -7,6 +7,7 @@ from sqlalchemy import text
 
 from jobs.settings import JobsSettings
 from jobs.upkeep.doctor import Finding, examine
+from jobs.upkeep.import_names import shared_names
 from storage import schema, writes
 from storage.session import Database
 from tests.conftest import free_port
@@ -85,3 +86,8 @@ def test_a_server_that_evicts_is_a_problem(installed: JobsSettings, redis_url: s
             assert "allkeys-lru" in found(settings)["redis memory"].message
         finally:
             client.config_set("maxmemory-policy", "noeviction")
+
+
+def test_a_distribution_that_owns_one_of_our_import_names_is_named() -> None:
+    owners = {"jobs": ["basic-batch", "other-jobs"], "storage": ["basic-batch"], "migrations": ["someone-else"]}
+    assert list(shared_names(owners)) == [("jobs", "other-jobs")]
