@@ -32,8 +32,8 @@ from worker.engine.speculation.draft_tree import Candidates, Forest
 from worker.engine.speculation.drafting import Drafter
 from worker.engine.speculation.state import SpeculationState
 from worker.generate import request_for
-from worker.loading.loader import LoadedModel, OnMessage, load_engine
-from worker.loading.model_store import resolve
+from worker.loading.loader import LoadedModel, load_engine
+from worker.loading.model_store import OnMessage, resolve
 from worker.settings import SUFFIX, WorkerSettings
 
 OWN_MODES = tuple(mode.value for mode in (Mode.PLAIN, Mode.OPT_TREE, Mode.PAPER))

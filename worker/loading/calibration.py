@@ -1,8 +1,7 @@
-"""Calibration: a few seconds of real steps at start-up, so that rows and drafts are priced in ms of this machine.
+"""Calibrate at start-up: measure step and draft times on this machine, in ms, for a few seconds.
 
-Runs the loaded target over rows and contexts, and its drafter over texts; the result is the `CostModel` and the
-`DraftTimes` that every engine starts with. They are kept on disk, by everything that changes them: the steps of jobs
-then correct them.
+The results, a `CostModel` of the target and `DraftTimes` of the drafter, are the engine's first estimates; the steps of
+jobs then correct them. They are cached on disk under a key of everything that changes them.
 """
 
 from __future__ import annotations
@@ -10,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -21,7 +21,7 @@ import numpy as np
 from worker.engine.model.packed_model import LanguageModel
 from worker.engine.sampling.sampling import Sampling
 from worker.engine.segments import Segment, chain
-from worker.engine.sequence import Sequence as Text
+from worker.engine.sequence import Sequence
 from worker.engine.speculation.cost_model import CostModel
 from worker.engine.speculation.draft_costs import DraftTimes
 from worker.engine.speculation.draft_tree import Forest
@@ -32,66 +32,66 @@ log = logging.getLogger(__name__)
 _Measured = TypeVar("_Measured")
 
 _ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-_SHORT, _LONG = 32, 1024  # tokens of context in front of what is timed
-_LONG_ROWS = 16
+_SHORT_CONTEXT, _LONG_CONTEXT = 32, 1024  # tokens in the KV cache before the timed rows
+_LONG_ROWS = 16  # rows per step at _LONG_CONTEXT
 _ROUNDS = 4
-_TEXTS = (1, 2, 4, 8, 16, 32)  # that a drafter is timed on
-_TEXT_TOKENS = 64
-_WORDS = 32  # different tokens of such a text
+_DRAFT_BATCHES = (1, 2, 4, 8, 16, 32)  # sequences per timed draft layer
+_PROMPT_TOKENS = 64
+_DISTINCT_TOKENS = 32  # in a prompt; it repeats, so that the suffix index finds drafts
 
 
-def calibrate(target: LanguageModel, capacity: int, key: Sequence[object], folder: Path) -> CostModel:
-    """Return the costs of a target with `capacity` KV entries a slot.
+def calibrate(target: LanguageModel, capacity: int, key: Seq[object], folder: Path) -> CostModel:
+    """Return the cost model of a target with `capacity` KV entries per slot.
 
-    They come from `folder`, if they were measured under the same `key`, and else are measured now and kept there.
+    Read it from the cache in `folder` if `key` matches; else measure and cache it.
     """
-    return _kept(folder, key, CostModel.from_json, lambda: measure(target, capacity), CostModel.as_json)
+    return _cached(folder, key, CostModel.from_json, lambda: measure(target, capacity), CostModel.as_json)
 
 
 def calibrate_drafts(
     drafter: Drafter,
     slots: int,
     capacity: int,
-    key: Sequence[object],
+    key: Seq[object],
     folder: Path,
     clock: Callable[[], float] = perf_counter,
 ) -> DraftTimes:
-    """Return the times of a drafter with `slots` KV slots of `capacity` entries; kept like those of the target."""
-    measured = partial(measure_drafts, drafter, slots, capacity, clock)
-    return _kept(folder, key, DraftTimes.from_json, measured, DraftTimes.as_json)
+    """Return the times of a drafter with `slots` KV slots of `capacity` entries, cached like the target's."""
+    run = partial(measure_drafts, drafter, slots, capacity, clock)
+    return _cached(folder, key, DraftTimes.from_json, run, DraftTimes.as_json)
 
 
-def _kept(
+def _cached(
     folder: Path,
-    key: Sequence[object],
+    key: Seq[object],
     read: Callable[[Mapping[str, Any]], _Measured],
-    measured: Callable[[], _Measured],
-    written: Callable[[_Measured], dict[str, Any]],
+    run: Callable[[], _Measured],
+    as_json: Callable[[_Measured], dict[str, Any]],
 ) -> _Measured:
-    """Return what was measured under a key earlier, or is now."""
+    """Return the cached measurement of a key, or run and cache it."""
     file = folder / f"{hashlib.sha256(repr(tuple(key)).encode()).hexdigest()[:16]}.json"
     try:
         return read(json.loads(file.read_text()))
     except (OSError, ValueError, KeyError):
-        found = measured()
+        measured = run()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({**written(found), "key": [str(part) for part in key]}, indent=1))
+        file.write_text(json.dumps({**as_json(measured), "key": [str(part) for part in key]}, indent=1))
     except OSError as error:
-        log.warning("The calibration can't be kept: %s", error, extra={"action": "calibration"})
-    return found
+        log.warning("Can't write the calibration cache: %s", error, extra={"action": "calibration"})
+    return measured
 
 
 def measure(target: LanguageModel, capacity: int) -> CostModel:
-    """Measure forwards, each as the fastest of a few rounds: what is slower is the machine's noise."""
-    short, long = min(_SHORT, capacity // 4), min(_LONG, capacity - _LONG_ROWS)
+    """Measure forwards; take the fastest of a few rounds, as slower ones are noise of the machine."""
+    short, long = min(_SHORT_CONTEXT, capacity // 4), min(_LONG_CONTEXT, capacity - _LONG_ROWS)
     target.forward([chain(0, 0, [0] * long, keep_last=True)])
     sizes = [(rows, short) for rows in _ROWS if short + rows <= capacity] + [(_LONG_ROWS, long)]
     fastest = dict.fromkeys(sizes, float("inf"))
-    for _ in range(_ROUNDS):  # round by round, so that a slow moment hits every size and bends no curve
+    for _ in range(_ROUNDS):  # all sizes per round: a slow moment then affects them alike
         for rows, context in sizes:
             started = perf_counter()
-            target.forward([_tree_rows(rows, context)])[0, 0].item()  # a GPU is done when its numbers are here
+            target.forward([_tree_rows(rows, context)])[0, 0].item()  # .item() waits for a GPU
             fastest[rows, context] = min(fastest[rows, context], (perf_counter() - started) * 1e3)
     target.truncate(0, 0)
     more = fastest[_LONG_ROWS, long] - fastest[_LONG_ROWS, short]
@@ -102,7 +102,7 @@ def measure(target: LanguageModel, capacity: int) -> CostModel:
 
 
 def _tree_rows(rows: int, context: int) -> Segment:
-    """Siblings behind a context with logits for each, as a wide draft tree has."""
+    """Return a wide draft tree: siblings after a context, with logits for each."""
     at = np.full(rows, context)
     return Segment(0, context, context, np.zeros(rows, np.int64), at, np.eye(rows, dtype=np.bool_), np.arange(rows))
 
@@ -110,38 +110,38 @@ def _tree_rows(rows: int, context: int) -> Segment:
 def measure_drafts(
     drafter: Drafter, slots: int, capacity: int, clock: Callable[[], float] = perf_counter
 ) -> DraftTimes:
-    """Measure layers, and the reading before the first of them, each as the fastest of a few rounds.
+    """Measure a draft layer per batch size, and the catch-up cost per uncached token before the first layer.
 
-    `clock` returns seconds.
+    Take the fastest of a few rounds. `clock` returns seconds.
     """
-    length = min(_TEXT_TOKENS, capacity // 4)
-    layer_ms = {count: float("inf") for count in _TEXTS if count <= slots}
+    length = min(_PROMPT_TOKENS, capacity // 4)
+    layer_ms = {count: float("inf") for count in _DRAFT_BATCHES if count <= slots}
     row_ms = float("inf")
     for _ in range(_ROUNDS):
         for count in layer_ms:
-            texts = [_text(slot, length) for slot in range(count)]
-            reading_ms = _layer_ms(drafter, texts, clock)
-            usual_ms = _layer_ms(drafter, texts, clock)
-            for text in texts:
-                drafter.drop(text)
+            sequences = [_sequence(slot, length) for slot in range(count)]
+            catch_up_ms = _layer_ms(drafter, sequences, clock)  # reads the prompts first
+            usual_ms = _layer_ms(drafter, sequences, clock)
+            for sequence in sequences:
+                drafter.drop(sequence)
             layer_ms[count] = min(layer_ms[count], usual_ms)
-            row_ms = min(row_ms, max(reading_ms - usual_ms, 0.0) / (count * length))
+            row_ms = min(row_ms, max(catch_up_ms - usual_ms, 0.0) / (count * length))
     return DraftTimes(layer_ms, row_ms)
 
 
-def _text(slot: int, length: int) -> Text:
-    """Return a text that repeats itself, unlike those of other slots."""
-    ids = [(slot + place) % _WORDS for place in range(length)]
-    return Text(key=slot, ids=ids, num_prompt=length, max_tokens=length, sampling=Sampling(), slot=slot)
+def _sequence(slot: int, length: int) -> Sequence:
+    """Return a sequence whose prompt repeats itself and differs from those of other slots."""
+    ids = [(slot + position) % _DISTINCT_TOKENS for position in range(length)]
+    return Sequence(key=slot, ids=ids, num_prompt=length, max_tokens=length, sampling=Sampling(), slot=slot)
 
 
-def _layer_ms(drafter: Drafter, texts: list[Text], clock: Callable[[], float]) -> float:
-    """Draft a layer for every text, and let one token be written behind it."""
-    forest = Forest(texts)
+def _layer_ms(drafter: Drafter, sequences: list[Sequence], clock: Callable[[], float]) -> float:
+    """Time one draft layer for all sequences, then append a token to each."""
+    forest = Forest(sequences)
     started = clock()
     drafter.expand(forest, forest.roots)
     ms = (clock() - started) * 1e3
-    for tree, text in enumerate(texts):
-        text.ids.append((text.ids[-1] + 1) % _WORDS)
-        drafter.commit(forest, tree, forest.roots[:0], text.ids[-1:])
+    for tree, sequence in enumerate(sequences):
+        sequence.ids.append((sequence.ids[-1] + 1) % _DISTINCT_TOKENS)
+        drafter.commit(forest, tree, forest.roots[:0], sequence.ids[-1:])
     return ms

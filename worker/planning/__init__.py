@@ -1,1 +1,1 @@
-"""Planning: what fits on a node's GPUs and how fast it should be, from the models' configurations alone."""
+"""Plan placements: what fits on a node's GPUs and its predicted speed, from the models' configurations alone."""

@@ -1,4 +1,4 @@
-"""`basic plan`: where models fit on a node, how fast each layout should be, and how to start the best one."""
+"""`basic plan`: placements of models on a node, their predicted speed, and the command that starts the best one."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from worker.terminal import FAILED, readable_errors, say
 if TYPE_CHECKING:
     from worker.planning.plan import Placement, PlanRequest
 
-_LOG_WIDTH = 120  # columns of a table that goes to a file
+_LOG_WIDTH = 120  # columns of a table that is not printed on a terminal
 
 
 def plan(
     target: Annotated[
         str, typer.Option(help="Packaged name, directory with a config.json, or hub id; no weights are read.")
     ] = "DeepSeek-R1-Distill-Qwen-32B",
-    draft: Annotated[str, typer.Option(help="The same for the draft model; none: plan without one.")] = (
+    draft: Annotated[str, typer.Option(help="Draft model, named like the target; none: plan without a draft.")] = (
         "DeepSeek-R1-Distill-Qwen-1.5B"
     ),
     gpus: Annotated[int, typer.Option(min=1, max=64, help="GPUs of the node.")] = 8,
     device: Annotated[str, typer.Option(help="h100, h200 or a100.")] = "h100",
-    memory_gib: Annotated[float | None, typer.Option(min=1, help="Memory of a GPU, if not the device's own.")] = None,
+    memory_gib: Annotated[float | None, typer.Option(min=1, help="GiB per GPU. Default: the data sheet's.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-    context: Annotated[int, typer.Option(min=2, help="Tokens of prompt and completion.")] = 4096,
-    sequences: Annotated[int, typer.Option(min=1, help="Sequences a replica decodes together at most.")] = 256,
-    kv_tokens: Annotated[int, typer.Option(min=0, help="KV tokens of a replica; 0: as the worker decides.")] = 0,
+    context: Annotated[int, typer.Option(min=2, help="Tokens of prompt and completion together.")] = 4096,
+    sequences: Annotated[int, typer.Option(min=1, help="Maximum sequences per replica.")] = 256,
+    kv_tokens: Annotated[int, typer.Option(min=0, help="KV tokens per replica; 0: as many as fit.")] = 0,
     acceptance: Annotated[
-        float, typer.Option(min=0, max=0.99, help="Probability that a draft token is taken; an assumption.")
+        float, typer.Option(min=0, max=0.99, help="Assumed probability that a draft token is accepted.")
     ] = 0.6,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
-    """Print the placements that fit, with weights, KV room and predicted tokens/s, and pick one. Reads no weights.
+    """Print the placements that fit, with weights, KV tokens and predicted tokens/s, and pick one. Reads no weights.
 
     Example: basic plan --gpus 8 --context 8192 --acceptance 0.7
     """
@@ -103,12 +103,12 @@ def _show(request: PlanRequest, choices: list[Placement], chosen: Placement | No
     if chosen is None:
         say(_fallback(request))
         return
-    taken = f" if a draft token is taken with probability {request.acceptance:g}" if request.draft else ""
+    assumption = f" if a draft token is accepted with probability {request.acceptance:g}" if request.draft else ""
     console.print(
-        f"Predicted from data sheets and what our kernels get of them on one H100{taken}; steps of several GPUs were "
-        "never measured. Formulas and sources: docs/scale.md"
+        f"Predicted from data sheets and the efficiency of the kernels on one H100{assumption}; steps of several "
+        "GPUs were never measured. Formulas and sources: docs/scale.md"
     )
-    console.print(f"Pick: {chosen.name}. Start it with:")
+    console.print(f"Best: {chosen.name}. Start it with:")
     print(f"  {command(request, chosen)}")
 
 

@@ -1,30 +1,29 @@
-"""How long a step should take: bytes and operations against the device's rates, collectives, kernel launches.
+"""Predict the time of a step: bytes and FLOPs against the device's rates, collectives, kernel launches.
 
-A forecast, not a measurement: it decides between placements before there is a machine. The worker's own calibration
-(worker/loading/calibration.py) replaces it the moment models are loaded.
+The prediction compares placements before there is a machine. The worker's own calibration
+(worker/loading/calibration.py) replaces it once models are loaded.
 
-The formulas, for one rank of a replica of n ranks, a step of R rows of B sequences with C tokens of context each:
+Formulas for one rank of a replica of n ranks, and a step of R rows of B sequences with C tokens of context each:
 
     weights  = parameters read * size / memory rate
     products = 2 * parameters read * R / (compute rate * width / (width + half width))
-    context  = max(B * C * KV bytes of a token / memory rate, 4 * layers * heads/n * head_dim * C * R / compute rate)
+    context  = max(B * C * KV bytes per token / memory rate, 4 * layers * heads/n * head_dim * C * R / compute rate)
     device   = max(weights, products) + context
     ring(S)  = latency + 2 (n-1)/n * S / link rate
     traffic  = (2 * layers + 1) * ring(R * width * size) + gather of the logits
-    ramps    = layers * kernels a layer * ramp, and launches = 0, for one rank: its steps are recorded
-    launches = layers * kernels a layer * launch, and ramps = 0, for more
+    ramps    = layers * kernels per layer * ramp, and launches = 0, for one rank: its steps run as CUDA graphs
+    launches = layers * kernels per layer * launch, and ramps = 0, for more ranks
     step     = max(device + ramps + traffic, launches) + host
 
-Every weight and every KV entry is read once a step. A product is a multiply and an add for each weight; scores and
-values are two more products over the context. Each part of `device` is a roofline (Williams, Waterman, Patterson
-2009); narrow products leave tensor cores idle, which `half width` says: so wide a model gets half of what a wide one
-does. `ring` is the time of an all-reduce (Patarasuk, Yuan 2009; the factor of nccl-tests' PERFORMANCE.md). A layer
-has two of them (Megatron-LM, Shoeybi et al. 2019), and the embedding one. Launches run ahead of the device, so the
-slower is seen; in a recorded step (a CUDA graph) nobody launches, but every kernel begins and ends with most of the
-device idle.
+A step reads every weight and every KV entry once. A matrix product is a multiply and an add per weight; attention
+scores and values are two more products over the context. Each part of `device` is a roofline (Williams, Waterman,
+Patterson 2009). Narrow products leave tensor cores idle: a model of `half width` achieves half the rate of a wide one.
+`ring` is the time of an all-reduce (Patarasuk, Yuan 2009; the factor of nccl-tests' PERFORMANCE.md); a layer has two
+(Megatron-LM, Shoeybi et al. 2019) and the embedding one. Launches run ahead of the device, so the slower of the two
+counts. A CUDA graph has no launches, but every kernel starts and ends with most of the device idle (ramps).
 
-With a draft that is taken with probability p at every depth, a chain of d nodes yields (1 - p^(d+1)) / (1 - p) tokens a
-step (Leviathan et al. 2023, equation 1) for d steps of the draft and one step of the target with d + 1 rows a sequence.
+If every draft token is accepted with probability p, a chain of d nodes yields (1 - p^(d+1)) / (1 - p) tokens per step
+(Leviathan et al. 2023, equation 1), for d steps of the draft and one target step with d + 1 rows per sequence.
 """
 
 from __future__ import annotations
@@ -50,14 +49,14 @@ DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Where a replica runs."""
+    """Device and dtype of a replica."""
 
     device: Device
     dtype: str
 
     @property
     def dtype_bytes(self) -> int:
-        """Bytes of one number."""
+        """Bytes per number."""
         return DTYPE_BYTES[self.dtype]
 
 
@@ -65,24 +64,24 @@ class Machine:
 class Step:
     """The parts of a step, in milliseconds."""
 
-    weights_ms: float  # reading them
-    products_ms: float  # multiplying with them
+    weights_ms: float  # reading the weights
+    products_ms: float  # matrix products with the weights
     context_ms: float  # attention
-    traffic_ms: float  # between the ranks
-    ramp_ms: float  # of kernels one behind the other
-    launch_ms: float  # starting kernels one by one
-    host_ms: float  # before and after
+    traffic_ms: float  # collectives between ranks
+    ramp_ms: float  # start and end of dependent kernels in a CUDA graph
+    launch_ms: float  # kernel launches without a CUDA graph
+    host_ms: float  # host work before and after the kernels
 
     @property
     def step_ms(self) -> float:
-        """The step as it is seen."""
+        """Wall time of the step."""
         device_ms = max(self.weights_ms, self.products_ms) + self.context_ms
         return max(device_ms + self.ramp_ms + self.traffic_ms, self.launch_ms) + self.host_ms
 
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
-    """The depth of a chain that is worth most, and what it brings."""
+    """The most profitable depth of a draft chain."""
 
     depth: int  # 0: plain decoding is faster
     tokens_per_step: float
@@ -90,18 +89,18 @@ class Speculation:
 
 
 def step(shape: ModelShape, machine: Machine, ranks: int, sequences: int, rows: int, context: int) -> Step:
-    """Return the parts of a step of `rows` rows of `sequences` sequences, each with `context` tokens."""
+    """Return the parts of a step with `rows` rows in total, over `sequences` sequences of `context` tokens each."""
     size, device = machine.dtype_bytes, machine.device
     read = shape.read_parameters(ranks)
     bytes_per_s, flops = device.bytes_per_s * MEMORY_SHARE, device.flops[machine.dtype] * FLOPS_SHARE
-    attended = 4 * shape.layers * shape.heads // ranks * shape.head_dim * context * rows
-    kept = sequences * context * shape.kv_entries(ranks) * size
+    attention_flops = 4 * shape.layers * shape.heads // ranks * shape.head_dim * context * rows
+    kv_bytes = sequences * context * shape.kv_entries(ranks) * size
     traffic_s = (2 * shape.layers + 1) * _all_reduce_s(rows * shape.width * size, device, ranks)
     traffic_s += _all_gather_s(rows * shape.vocabulary * size, device, ranks)
     return Step(
         weights_ms=1e3 * read * size / bytes_per_s,
         products_ms=1e3 * 2 * read * rows / (flops * shape.width / (shape.width + HALF_WIDTH)),
-        context_ms=1e3 * max(kept / bytes_per_s, attended / flops),
+        context_ms=1e3 * max(kv_bytes / bytes_per_s, attention_flops / flops),
         traffic_ms=1e3 * traffic_s,
         ramp_ms=1e3 * shape.layers * FUSED_KERNELS_PER_LAYER * RAMP_S if ranks == 1 else 0.0,
         launch_ms=0.0 if ranks == 1 else 1e3 * shape.layers * KERNELS_PER_LAYER * LAUNCH_S,
@@ -121,7 +120,7 @@ def speculate(
     acceptance: float,
     max_depth: int,
 ) -> Speculation:
-    """Return the depth of a draft chain that yields most tokens a second; depth 0 where drafts don't pay."""
+    """Return the draft chain depth with the most tokens per second; 0 if drafting is slower."""
     layer_ms = step(draft, machine, draft_ranks, sequences, sequences, context).step_ms
     return max(
         (

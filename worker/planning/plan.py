@@ -1,7 +1,7 @@
-"""Placements of a target and its draft on a node's GPUs: which fit, what each should yield, and which to take.
+"""Placements of a target and its draft on a node's GPUs: which fit, their predicted speed, and the best one.
 
-What fits is decided by the rule the worker itself uses, so that a plan never promises KV memory that the worker would
-not take.
+Memory is computed by the worker's own function (`loading.memory.fit`), so a plan never promises KV memory that the
+worker would not allocate.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ from worker.planning.devices import GIB
 from worker.planning.forecast import Machine, Speculation, Step, speculate, step
 from worker.planning.shapes import ModelShape
 
-_RESERVED_BYTES = 2 * GIB  # CUDA's context, the libraries' workspaces, and what memory fragments into
+_RESERVED_BYTES = 2 * GIB  # CUDA context, library workspaces and fragmentation
 
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
-    """What is to be placed, and how it will be used."""
+    """Models to place, and their expected use."""
 
     target: ModelShape
     draft: ModelShape | None
     machine: Machine
     gpus: int
-    sequences: int  # of one replica, at most
+    sequences: int  # maximum per replica
     context: int  # tokens of prompt and completion
-    kv_tokens: int = 0  # BASIC_KV_TOKENS; 0: as many as the worker takes by itself
-    acceptance: float = 0.6  # probability that the target takes a draft token; assumed, no formula knows it
+    kv_tokens: int = 0  # BASIC_KV_TOKENS; 0: as many as fit
+    acceptance: float = 0.6  # assumed probability that the target accepts a draft token
     nodes: int = 60
     max_depth: int = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """One way to lay a node out. Without a `refusal` it fits, and the numbers behind it are filled in."""
+    """A layout of the node. If `refusal` is None it fits, and the fields after it are set."""
 
     replicas: int
     ranks: int  # of each replica: its tensor parallel size
-    draft_ranks: int  # 0: no draft, 1: on the first rank, else split like the target
+    draft_ranks: int  # 0: no draft, 1: on rank 0 only, else split like the target
     weights_bytes: int  # on the fullest GPU
     refusal: str | None = None
-    kv_tokens: int = 0  # of one replica
-    sequences: int = 0  # of one replica
+    kv_tokens: int = 0  # per replica
+    sequences: int = 0  # per replica
     context: int = 0
     step: Step | None = None  # a plain step
     tokens_per_s: float = 0.0  # of the node, plain
@@ -56,31 +56,31 @@ class Placement:
 
     @property
     def name(self) -> str:
-        """The layout in words."""
+        """Name of the layout."""
         whole = f"{self.replicas} x 1 GPU" if self.ranks == 1 else f"{self.replicas} x TP {self.ranks}"
         where = {0: "", 1: ", draft on the first rank"}.get(self.draft_ranks, ", draft split")
         return whole + (where if self.ranks > 1 else "")
 
     @property
     def best_tokens_per_s(self) -> float:
-        """What the engine would get: it drafts where that pays."""
+        """Throughput of the engine, which drafts only if that is faster."""
         return max(self.tokens_per_s, self.drafted_tokens_per_s)
 
     def as_json(self) -> dict[str, Any]:
         """Return the public JSON form."""
-        said = {"name": self.name, **asdict(self), "best_tokens_per_s": self.best_tokens_per_s}
+        row = {"name": self.name, **asdict(self), "best_tokens_per_s": self.best_tokens_per_s}
         if self.step is not None:
-            said["step"]["step_ms"] = self.step.step_ms
-        return said
+            row["step"]["step_ms"] = self.step.step_ms
+        return row
 
 
 def placements(request: PlanRequest) -> list[Placement]:
-    """Return every way to lay the node out, with what it yields or why it doesn't fit."""
-    return [_place(request, ranks, draft_ranks) for ranks, draft_ranks in _layouts(request)]
+    """Return every layout of the node, with its predicted speed or why it doesn't fit."""
+    return [_placement(request, ranks, draft_ranks) for ranks, draft_ranks in _layouts(request)]
 
 
 def pick(choices: list[Placement]) -> Placement | None:
-    """Return the placement with most tokens a second; among equals the one with fewest ranks. None: nothing fits."""
+    """Return the placement with the most tokens per second, then the fewest ranks; None if nothing fits."""
     fitting = [choice for choice in choices if choice.refusal is None]
     return max(fitting, key=lambda choice: (choice.best_tokens_per_s, -choice.ranks), default=None)
 
@@ -98,7 +98,7 @@ def command(request: PlanRequest, chosen: Placement) -> str:
 
 
 def _layouts(request: PlanRequest) -> Iterator[tuple[int, int]]:
-    """Yield (ranks, draft ranks): every tensor parallel size that uses all GPUs, and both places of a draft."""
+    """Yield (ranks, draft ranks): every tensor parallel size that uses all GPUs, with both draft placements."""
     for ranks in range(1, request.gpus + 1):
         if request.gpus % ranks:
             continue
@@ -107,37 +107,37 @@ def _layouts(request: PlanRequest) -> Iterator[tuple[int, int]]:
             yield ranks, ranks
 
 
-def _place(request: PlanRequest, ranks: int, draft_ranks: int) -> Placement:
+def _placement(request: PlanRequest, ranks: int, draft_ranks: int) -> Placement:
     size = request.machine.dtype_bytes
     draft_bytes = request.draft.rank_parameters(draft_ranks) * size if request.draft else 0
-    place = Placement(
+    placement = Placement(
         replicas=request.gpus // ranks,
         ranks=ranks,
         draft_ranks=draft_ranks,
         weights_bytes=request.target.rank_parameters(ranks) * size + draft_bytes,
     )
     if not request.target.splits(ranks):
-        return replace(place, refusal=split_refusal(request.target, ranks))
-    free = request.machine.device.memory_bytes - _RESERVED_BYTES - place.weights_bytes
+        return replace(placement, refusal=split_refusal(request.target, ranks))
+    free = request.machine.device.memory_bytes - _RESERVED_BYTES - placement.weights_bytes
     if free <= 0:
         return replace(
-            place,
-            refusal=f"weights of {place.weights_bytes / GIB:.1f} GiB leave no room on a GPU of "
+            placement,
+            refusal=f"weights of {placement.weights_bytes / GIB:.1f} GiB leave no memory for KV on a GPU of "
             f"{request.machine.device.memory_bytes / GIB:.0f} GiB",
         )
     try:
         fitted = _fitted(request, free, ranks, draft_ranks)
     except SetupError as error:
-        return replace(place, refusal=str(error))
-    return _rated(request, replace(place, kv_tokens=fitted.total_kv_tokens, context=fitted.max_context), fitted)
+        return replace(placement, refusal=str(error))
+    return _rated(request, replace(placement, kv_tokens=fitted.total_kv_tokens, context=fitted.max_context), fitted)
 
 
 def split_refusal(shape: ModelShape, ranks: int) -> str:
-    """Say why a model's heads can't be dealt out to so many ranks, and what can be done instead."""
-    widths = ", ".join(str(width) for width in shape.widths)
+    """Return why a model can't be split over `ranks` ranks, and what to do instead."""
+    sizes = ", ".join(map(str, shape.widths))
     return (
         f"{shape.heads} heads over {shape.kv_heads} KV heads can't be split over {ranks} ranks; "
-        f"{shape.name} can run with --tp {widths}, with more replicas beside it"
+        f"{shape.name} can run with --tp {sizes}, with more replicas beside it"
     )
 
 
@@ -158,15 +158,15 @@ def _fitted(request: PlanRequest, free: int, ranks: int, draft_ranks: int) -> En
     )
 
 
-def _rated(request: PlanRequest, place: Placement, fitted: EngineOptions) -> Placement:
+def _rated(request: PlanRequest, placement: Placement, fitted: EngineOptions) -> Placement:
     context = fitted.max_context
-    sequences = max(1, min(fitted.max_sequences, fitted.total_kv_tokens // context))  # if every text is that long
-    plain = step(request.target, request.machine, place.ranks, sequences, sequences, context)
+    sequences = max(1, min(fitted.max_sequences, fitted.total_kv_tokens // context))  # if all are this long
+    plain = step(request.target, request.machine, placement.ranks, sequences, sequences, context)
     rated = replace(
-        place,
+        placement,
         sequences=sequences,
         step=plain,
-        tokens_per_s=1e3 * place.replicas * sequences / plain.step_ms,
+        tokens_per_s=1e3 * placement.replicas * sequences / plain.step_ms,
     )
     if request.draft is None:
         return rated
@@ -174,12 +174,12 @@ def _rated(request: PlanRequest, place: Placement, fitted: EngineOptions) -> Pla
         request.target,
         request.draft,
         request.machine,
-        ranks=place.ranks,
-        draft_ranks=place.draft_ranks,
+        ranks=placement.ranks,
+        draft_ranks=placement.draft_ranks,
         sequences=sequences,
         context=context,
         acceptance=request.acceptance,
         max_depth=request.max_depth,
     )
-    rate = 1e3 * place.replicas * sequences * drafted.tokens_per_step / drafted.step_ms
+    rate = 1e3 * placement.replicas * sequences * drafted.tokens_per_step / drafted.step_ms
     return replace(rated, drafted=drafted, drafted_tokens_per_s=rate)

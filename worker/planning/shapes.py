@@ -1,7 +1,7 @@
-"""What a model weighs, from its configuration alone: parameters, which of them are split over ranks, KV bytes a token.
+"""Sizes of a model from its configuration alone: parameters, how ranks split them, and KV bytes per token.
 
-transformers builds the model without memory (on torch's `meta` device) and names its own tensor parallel plan, so that
-every architecture it knows is counted exactly and no formula of ours can drift from it.
+transformers builds the model on torch's `meta` device, without memory, and has a tensor parallel plan for it. So every
+architecture is counted exactly, without formulas per architecture.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from transformers.distributed.parallel_utils import replace_layer_number_by_wild
 
 from worker.engine.errors import ModelRefused
 
-_PACKAGED = Path(__file__).with_name("configs")  # NAME.json: configurations that need no download
+_PACKAGED = Path(__file__).with_name("configs")  # NAME.json: packaged configurations
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """The sizes of a model that decide where it fits and how fast it runs."""
+    """Sizes of a model that decide where it fits and how fast it runs."""
 
     name: str
     layers: int
@@ -32,53 +32,53 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     vocabulary: int
-    context_tokens: int  # the longest text it was made for
-    split_parameters: int  # each rank of a tensor parallel replica holds its share
+    context_tokens: int  # maximum positions of the model
+    split_parameters: int  # each rank of a tensor parallel replica holds a share of them
     whole_parameters: int  # every rank holds all of them
-    embedding_parameters: int  # of the above; a step reads only the rows it looks up, unless they make the logits too
+    embedding_parameters: int  # of the above; 0 if tied to the output. A step reads only the rows that it looks up
 
     @property
     def parameters(self) -> int:
-        """All of them."""
+        """Number of parameters."""
         return self.split_parameters + self.whole_parameters
 
     def rank_parameters(self, ranks: int) -> int:
-        """Return how many parameters one of `ranks` ranks holds."""
+        """Return the parameters per rank."""
         return math.ceil(self.split_parameters / ranks) + self.whole_parameters
 
     def read_parameters(self, ranks: int) -> int:
-        """Return how many parameters a step of one of `ranks` ranks multiplies with."""
+        """Return the parameters per rank that a step reads."""
         return self.rank_parameters(ranks) - math.ceil(self.embedding_parameters / ranks)
 
     def kv_entries(self, ranks: int) -> int:
-        """Return how many numbers the keys and values of one token are, on one of `ranks` ranks."""
+        """Return the numbers in the keys and values of one token, per rank."""
         return 2 * self.layers * self.head_dim * (self.kv_heads // ranks)
 
     def splits(self, ranks: int) -> bool:
-        """Return whether its heads can be dealt out to so many ranks."""
+        """Return whether the heads split evenly over `ranks` ranks."""
         return self.kv_heads % ranks == 0 and self.heads % ranks == 0
 
     @property
     def widths(self) -> list[int]:
-        """Numbers of ranks that its heads can be dealt out to."""
+        """Tensor parallel sizes that split the heads evenly."""
         return [ranks for ranks in range(1, self.kv_heads + 1) if self.splits(ranks)]
 
 
 def shape_of(name: str) -> ModelShape:
     """Return the shape of a packaged name, a directory with a config.json, or a hub id (its configuration only).
 
-    Raises ModelRefused, with what to do, when there is none.
+    Raises ModelRefused if there is none.
     """
     return shape_from_config(name, load_config(name))
 
 
 def packaged_names() -> list[str]:
-    """Return the names whose configurations come with bASIC."""
+    """Return the names of the packaged configurations."""
     return sorted(file.stem for file in _PACKAGED.glob("*.json"))
 
 
 def shape_from_config(name: str, config: PretrainedConfig) -> ModelShape:
-    """Count the parameters of a configuration; raises ModelRefused for what is no causal language model."""
+    """Count the parameters of a configuration; raises ModelRefused if it is not a causal language model."""
     try:
         with torch.device("meta"):
             auto: Any = AutoModelForCausalLM  # transformers leaves `from_config` untyped
@@ -116,15 +116,15 @@ def load_config(name: str) -> PretrainedConfig:
     directory = Path(name).expanduser()
     try:
         if packaged.is_file() and not directory.is_dir():
-            said = json.loads(packaged.read_text())
-            config: PretrainedConfig = AutoConfig.for_model(said.pop("model_type"), **said)
+            fields = json.loads(packaged.read_text())
+            config: PretrainedConfig = AutoConfig.for_model(fields.pop("model_type"), **fields)
             return config
-        place = str(directory) if directory.is_dir() else name
-        read: PretrainedConfig = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        location = str(directory) if directory.is_dir() else name
+        read: PretrainedConfig = AutoConfig.from_pretrained(location, trust_remote_code=False)
         return read
     except (OSError, ValueError) as error:
         known = ", ".join(packaged_names())
         raise ModelRefused(
-            f"{name} has no configuration to read: give a directory with its config.json, a hub id that can be "
-            f"reached, or one of: {known}"
+            f"can't read a configuration of {name}; give a directory with a config.json, the id of a model on a "
+            f"reachable hub, or one of: {known}"
         ) from error

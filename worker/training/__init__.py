@@ -1,1 +1,1 @@
-"""Training of drafts: the target writes texts, a draft learns to foresee them, held-out texts tell how well it does."""
+"""Draft training: generate text with the target, train a draft on it, evaluate the draft on held-out text."""

@@ -1,4 +1,4 @@
-"""`basic draft`: train a draft for a target, and say what one is worth."""
+"""`basic draft`: train a draft for a target, or evaluate one."""
 
 from __future__ import annotations
 
@@ -15,33 +15,35 @@ from rich.console import Console
 from worker.terminal import ProgressBars, readable_errors, say, settings_of
 from worker.training.config import Kind, Recipe
 
-_LOG_WIDTH = 120  # columns of a table that goes to a file
+_LOG_WIDTH = 120  # columns of a table that is not printed on a terminal
 
-draft = typer.Typer(help="Drafts: train one for any target, and say what it is worth.", no_args_is_help=True)
+draft = typer.Typer(help="Train and evaluate drafts.", no_args_is_help=True)
 
 Target = Annotated[str | None, typer.Option(help="Target model: a packaged name, a hub id or a directory.")]
 Prompts = Annotated[
     Path | None,
-    typer.Option(exists=True, dir_okay=False, help="JSONL of objects with prompt; left out: the target asks itself."),
+    typer.Option(exists=True, dir_okay=False, help="JSONL of objects with prompt. Default: prompts by the target."),
 ]
-Seed = Annotated[int, typer.Option(help="Same seed, same texts and weights.")]
+Seed = Annotated[int, typer.Option(help="Random seed of the texts and the weights.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 @draft.command()
 def train(
-    out: Annotated[Path, typer.Option(file_okay=False, help="Where the draft goes; run again to go on.")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="Directory of the draft; run again to resume.")],
     target: Target = None,
-    kind: Annotated[Kind, typer.Option(help="head: small, reads the target's states; model: of its own.")] = Kind.HEAD,
+    kind: Annotated[
+        Kind, typer.Option(help="head: small network over the target's hidden states. model: small language model.")
+    ] = Kind.HEAD,
     quick: Annotated[bool, typer.Option("--quick", help="Under half an hour on two CPU cores.")] = False,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens that the target writes to learn from.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Times that the draft goes through them at most.")] = None,
-    layers: Annotated[int | None, typer.Option(min=1, help="Layers of the draft.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of training text that the target writes.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Maximum passes over the training text.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Decoder layers of the draft.")] = None,
     prompts: Prompts = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Train a draft from what the target itself writes, and measure it on texts held out.
+    """Train a draft on text that the target writes, and evaluate it on held-out text.
 
     Example: basic draft train --target smollm2-135m-instruct --out drafts/smollm2
     """
@@ -57,23 +59,23 @@ def train(
     command = shlex.join(["basic", *sys.argv[1:]])
     with readable_errors(), ProgressBars() as bars:
         evaluation = pipeline.train_draft(settings_of(target=target), recipe, out, texts, command, bars, say)
-    if evaluation is None:  # one of several processes; the first of them speaks
+    if evaluation is None:  # not the main process of an `accelerate launch`; the main process prints
         return
     print(json.dumps(evaluation.as_json())) if as_json else _console().print(table(evaluation))
-    say(f"The draft lies in {out}; use it with BASIC_DRAFT={out} or --draft {out}. Its card is {out / pipeline.CARD}.")
+    say(f"Wrote the draft to {out}. Use it with BASIC_DRAFT={out} or --draft {out}. Its card is {out / pipeline.CARD}.")
 
 
 @draft.command(name="eval")
 def evaluate(
-    out: Annotated[Path, typer.Option(file_okay=False, help="Where the texts and the plot go.")],
+    out: Annotated[Path, typer.Option(file_okay=False, help="Directory of the texts and the plot.")],
     target: Target = None,
-    draft: Annotated[str | None, typer.Option(help="Draft; left out: the one that comes with the target.")] = None,
+    draft: Annotated[str | None, typer.Option(help="Draft. Default: the one shipped for the target.")] = None,
     prompts: Prompts = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens that the target writes to measure on.")] = 20_000,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of evaluation text that the target writes.")] = 20_000,
     seed: Seed = 1,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a draft, with the suffix index as jobs have it, on texts that the target writes greedily.
+    """Evaluate a draft, together with the suffix index, on text that the target writes greedily.
 
     Example: basic draft eval --prompts examples/prompts.jsonl --tokens 2000 --out drafts/measured
     """
@@ -89,7 +91,7 @@ def evaluate(
     (out / "evaluation.json").write_text(json.dumps(evaluation.as_json(), indent=2) + "\n")
     plot(evaluation, out / "reliability.png")
     print(json.dumps(evaluation.as_json())) if as_json else _console().print(table(evaluation))
-    say(f"The reliability plot is {out / 'reliability.png'}.")
+    say(f"Wrote the reliability plot to {out / 'reliability.png'}.")
 
 
 def _console() -> Console:

@@ -1,4 +1,4 @@
-"""The recipe of a draft: every number that decides what comes out of the training. It stands in the draft's card."""
+"""The training recipe: every hyperparameter of a draft. The draft's card records it."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from enum import StrEnum
 
 
 class Kind(StrEnum):
-    """What kind of draft is trained."""
+    """The kind of draft to train."""
 
-    HEAD = "head"  # a small network over the target's hidden states, blind without the target
-    MODEL = "model"  # a small language model of its own
+    HEAD = "head"  # a small network over the target's hidden states; can't run without the target
+    MODEL = "model"  # a small language model
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a draft is made. The same recipe and seed on the same machine give the same weights."""
+    """Hyperparameters of a training. The same recipe and seed on the same machine give the same weights."""
 
     kind: Kind = Kind.HEAD
     seed: int = 0
-    tokens: int = 600_000  # that the target writes, prompts not counted
-    answer_tokens: int = 224  # of one answer at most
-    greedy_share: float = 0.7  # of the answers; the others are written at temperature 1
-    held_out: int = 32  # texts kept from the training, to measure on
-    epochs: int = 3
-    rows: int = 8  # texts in one update
+    tokens: int = 600_000  # of training text that the target writes, without prompts
+    answer_tokens: int = 224  # maximum of one answer
+    greedy_share: float = 0.7  # of the answers; the others are sampled at temperature 1
+    held_out: int = 32  # texts for evaluation, not trained on
+    epochs: int = 3  # maximum
+    rows: int = 8  # texts per batch and process
     learning_rate: float = 1e-3
-    unroll: int = 3  # steps that the draft is trained to see ahead on its own outputs
-    unroll_decay: float = 0.8  # weight of a step over the one before
-    vocabulary: int = 4096  # tokens that a head learns to tell apart: those the target writes most often
-    proposed: int = 4096  # of these, that it proposes
+    unroll: int = 3  # steps of EAGLE-3's training-time test: depths the draft is trained to predict
+    unroll_decay: float = 0.8  # loss weight of an unroll step relative to the step before
+    vocabulary: int = 4096  # size of a head's training vocabulary: the target's most frequent tokens
+    proposed: int = 4096  # size of the part of it that the head may propose
     layers: int = 1  # decoder layers of the draft
 
     @classmethod

@@ -1,7 +1,7 @@
-"""FeatureDataset: what the target thought of its own texts. Read once, kept on disk, read again in every epoch.
+"""Cached target features of the training texts: hidden states and top-k next-token probabilities.
 
-One file of safetensors per group of texts: the hidden states of the tapped layers, and the likeliest next tokens with
-their probabilities, for every token of every text.
+The target reads each text once; every epoch reads the cache. Each safetensors file holds a group of texts, one row per
+token: the hidden states of the tapped layers, and the most probable next tokens with their probabilities.
 """
 
 from __future__ import annotations
@@ -24,41 +24,41 @@ from worker.engine.sampling.sampling import topk
 from worker.engine.segments import Segment
 from worker.training.self_generated import Text
 
-_GROUP = 64  # texts of one file
-_ROWS = 512  # tokens that the target reads in one forward
-_LIKELIEST = 32  # next tokens of each row; what lies behind them is a thousandth or so
+_TEXTS_PER_FILE = 64
+_ROWS = 512  # tokens per forward of the target
+_TOP_K = 32  # next tokens per row; the rest has a probability of about 0.001
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One text as the draft learns from it; row p is the target's after it has read token p."""
+    """A training text with the target's features; row p holds those after the target has read token p."""
 
     ids: Tensor  # [n] int64
     num_prompt: int
     hidden: Tensor  # [n, taps * width]
-    next_ids: Tensor  # [n, k] int64, likeliest first
+    next_ids: Tensor  # [n, k] int64, most probable first
     next_probabilities: Tensor  # [n, k] float32, at temperature 1
 
 
 class FeatureDataset(Dataset[Example]):
-    """The lessons of a folder, by the number of their text."""
+    """The examples in a folder, by the index of their text."""
 
     def __init__(self, folder: Path) -> None:
-        """Open what `extract_features` has written."""
+        """Open the files that `extract_features` wrote."""
         self._folder = folder
-        self._texts: list[tuple[str, int, int, int]] = []  # file, first row, behind the last, num_prompt
+        self._spans: list[tuple[str, int, int, int]] = []  # file, first row, last row + 1, num_prompt
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, "pt") as stored:
                 for start, end, num_prompt in json.loads(stored.metadata()["texts"]):
-                    self._texts.append((file.name, start, end, num_prompt))
+                    self._spans.append((file.name, start, end, num_prompt))
 
     def __len__(self) -> int:
         """Return the number of texts."""
-        return len(self._texts)
+        return len(self._spans)
 
-    def __getitem__(self, number: int) -> Example:
+    def __getitem__(self, index: int) -> Example:
         """Read one example."""
-        name, start, end, num_prompt = self._texts[number]
+        name, start, end, num_prompt = self._spans[index]
         with safe_open(self._folder / name, "pt") as stored:
             ids, hidden, next_ids, probabilities = (
                 stored.get_slice(part)[start:end] for part in ("ids", "hidden", "next_ids", "next_probabilities")
@@ -71,16 +71,17 @@ def extract_features(
     texts: Sequence[Text],
     folder: Path,
     progress: Callable[[int], None] = lambda _: None,
-    share: tuple[int, int] = (0, 1),
+    process: tuple[int, int] = (0, 1),
 ) -> FeatureDataset:
-    """Let the target, with tapped layers, read the texts; return the lessons. Files that are there are kept.
+    """Run the target, with tapped layers, over the texts and return the dataset. Files that exist are reused.
 
-    Of several processes each reads its `share`, (number of the process, processes).
+    `process` is (index, count) of the processes that share the work; each extracts every count-th group. `progress`
+    takes the tokens read since its last call.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    number, processes = share
-    for first in range(number * _GROUP, len(texts), processes * _GROUP):
-        group, file = texts[first : first + _GROUP], folder / f"{first // _GROUP:05}.safetensors"
+    index, count = process
+    for first in range(index * _TEXTS_PER_FILE, len(texts), count * _TEXTS_PER_FILE):
+        group, file = texts[first : first + _TEXTS_PER_FILE], folder / f"{first // _TEXTS_PER_FILE:05}.safetensors"
         if not file.exists():
             _save(file, group, [_read(target, text) for text in group])
         progress(sum(len(text.ids) for text in group))
@@ -91,13 +92,13 @@ def _read(target: PackedModel, text: Text) -> dict[str, Tensor]:
     hidden, ids, probabilities = [], [], []
     for start in range(0, len(text.ids), _ROWS):
         rows = np.array(text.ids[start : start + _ROWS], np.int64)
-        everything = np.arange(len(rows))
-        segment = Segment(0, start, start, rows, start + everything, None, everything)
-        likeliest, shares = topk(target.forward([segment]).float(), _LIKELIEST)
+        all_rows = np.arange(len(rows))
+        segment = Segment(0, start, start, rows, start + all_rows, None, all_rows)
+        top_ids, top_probabilities = topk(target.forward([segment]).float(), _TOP_K)
         assert target.hidden is not None
         hidden.append(target.hidden.read(0, start, segment.end).clone())
-        ids.append(likeliest.int().cpu())
-        probabilities.append(shares.half().cpu())
+        ids.append(top_ids.int().cpu())
+        probabilities.append(top_probabilities.half().cpu())
     return {
         "ids": torch.tensor(text.ids, dtype=torch.int32),
         "hidden": torch.cat(hidden).cpu(),
@@ -107,7 +108,7 @@ def _read(target: PackedModel, text: Text) -> dict[str, Tensor]:
 
 
 def _save(file: Path, texts: Sequence[Text], parts: Sequence[dict[str, Tensor]]) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     ends = list(accumulate(len(text.ids) for text in texts))
     spans = [(end - len(text.ids), end, text.num_prompt) for text, end in zip(texts, ends, strict=True)]
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -1,7 +1,6 @@
-"""Students: the networks that are trained, and what each is told it got wrong.
+"""Training modules and their losses: cross-entropy between the draft and the target's next-token distribution.
 
-A loss is the cross-entropy against the target's own law at each token, so that a draft learns what the target might
-have said too, not only what it said.
+Distilling the distribution teaches the draft what the target might have written, not only what it wrote.
 """
 
 from __future__ import annotations
@@ -22,103 +21,103 @@ from worker.training.head_unroll import unroll
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Some lessons side by side, padded at their ends."""
+    """Examples padded at their ends to one length."""
 
     ids: Tensor  # [texts, n]
     hidden: Tensor  # [texts, n, taps * width]
     next_ids: Tensor  # [texts, n, k]
     next_probabilities: Tensor  # [texts, n, k]; 0 in the padding
-    first: Tensor  # [texts] the row that foresees the first token of the answer
-    length: Tensor  # [texts]
+    first: Tensor  # [texts] row that predicts the first token of the answer
+    length: Tensor  # [texts] tokens without padding
 
     @classmethod
-    def of(cls, lessons: Sequence[Example]) -> Batch:
-        """Put lessons side by side."""
+    def collate(cls, examples: Sequence[Example]) -> Batch:
+        """Pad and stack examples."""
         padded = {
-            name: pad_sequence([getattr(example, name) for example in lessons], batch_first=True)
+            name: pad_sequence([getattr(example, name) for example in examples], batch_first=True)
             for name in ("ids", "hidden", "next_ids", "next_probabilities")
         }
-        first = torch.tensor([example.num_prompt - 1 for example in lessons])
-        return cls(**padded, first=first, length=torch.tensor([len(example.ids) for example in lessons]))
+        first = torch.tensor([example.num_prompt - 1 for example in examples])
+        return cls(**padded, first=first, length=torch.tensor([len(example.ids) for example in examples]))
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device."""
         return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
-    def rows(self, ahead: int) -> Tensor:
-        """Return [texts, n]: rows of the answer identity text goes on so many tokens behind the next one."""
-        places = torch.arange(self.ids.shape[1], device=self.ids.device)
-        return (places >= self.first[:, None]) & (places + ahead + 1 < self.length[:, None])
+    def loss_mask(self, step: int) -> Tensor:
+        """Return [texts, n]: the rows whose token at distance `step + 1` belongs to the answer."""
+        positions = torch.arange(self.ids.shape[1], device=self.ids.device)
+        return (positions >= self.first[:, None]) & (positions + step + 1 < self.length[:, None])
 
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """How a student did on a batch."""
+    """Loss and accuracy of a batch."""
 
-    loss: Tensor  # to be made smaller
-    right: tuple[float, ...]  # share of tokens foreseen at first rank, by depth
+    loss: Tensor  # scalar
+    accuracy: tuple[float, ...]  # share of tokens whose argmax is the target's, by depth
 
 
 class HeadLoss(nn.Module):
-    """A head, learning."""
+    """A head and its loss over all unroll steps."""
 
     def __init__(
         self, network: HeadNetwork, embedding: Tensor, output: Tensor, ids: Tensor, steps: int, decay: float
     ) -> None:
-        """Take the target's `embedding` [vocab, width] and `output` rows [vocabulary, width] of the tokens `ids`."""
+        """Take the target's `embedding` [vocab, width] and `output` rows [training vocabulary, width] of `ids`."""
         super().__init__()
         self.network = network
         self._steps, self._weights = steps, [decay**step for step in range(steps)]
-        places = torch.full((len(embedding),), -1)
-        places[ids] = torch.arange(len(ids))
-        self.embedding, self.output, self.places = (
-            nn.Buffer(fixed, persistent=False) for fixed in (embedding, output, places)
+        row_of_id = torch.full((len(embedding),), -1)  # -1: not in the training vocabulary
+        row_of_id[ids] = torch.arange(len(ids))
+        self.embedding, self.output, self.row_of_id = (
+            nn.Buffer(fixed, persistent=False) for fixed in (embedding, output, row_of_id)
         )
 
     def forward(self, batch: Batch) -> LossOutput:
-        """Return the output of a batch."""
+        """Return the mean loss over the unroll steps, weighted by decay, and the accuracy of each step."""
         embedded = nn.functional.embedding(batch.ids, self.embedding)
-        losses, right = [], []
+        losses, accuracy = [], []
         for step, states in enumerate(unroll(self.network, embedded, batch.hidden, self._steps)):
-            here = batch.rows(step)
-            loss, hit = self._marked(
-                states[here], *(t.roll(-step, 1)[here] for t in (batch.next_ids, batch.next_probabilities))
+            mask = batch.loss_mask(step)
+            loss, step_accuracy = self._loss(
+                states[mask], *(t.roll(-step, 1)[mask] for t in (batch.next_ids, batch.next_probabilities))
             )
             losses.append(self._weights[step] * loss)
-            right.append(hit)
-        return LossOutput(torch.stack(losses).sum() / sum(self._weights), tuple(right))
+            accuracy.append(step_accuracy)
+        return LossOutput(torch.stack(losses).sum() / sum(self._weights), tuple(accuracy))
 
-    def _marked(self, states: Tensor, next_ids: Tensor, probabilities: Tensor) -> tuple[Tensor, float]:
-        places = self.places[next_ids]
+    def _loss(self, states: Tensor, next_ids: Tensor, probabilities: Tensor) -> tuple[Tensor, float]:
+        rows = self.row_of_id[next_ids]
         logits = nn.functional.linear(states, self.output)
-        return _marked(logits, places.clamp(min=0), probabilities * (places >= 0))
+        return _cross_entropy(logits, rows.clamp(min=0), probabilities * (rows >= 0))
 
 
 class ModelLoss(nn.Module):
-    """A language model, learning. It reads nothing but the text, so there is nothing of its own to get used to."""
+    """A language model and its loss. It reads tokens only, never its own states, so it needs no unroll steps."""
 
     def __init__(self, network: PreTrainedModel) -> None:
-        """Take a model that can be trained."""
+        """Take a trainable model."""
         super().__init__()
         self.network = network
 
     def forward(self, batch: Batch) -> LossOutput:
-        """Return the output of a batch."""
-        here = batch.rows(0)
-        logits = self.network(input_ids=batch.ids, use_cache=False).logits[here]
-        loss, hit = _marked(logits, batch.next_ids[here], batch.next_probabilities[here])
-        return LossOutput(loss, (hit,))
+        """Return the loss and accuracy of a batch."""
+        mask = batch.loss_mask(0)
+        logits = self.network(input_ids=batch.ids, use_cache=False).logits[mask]
+        loss, accuracy = _cross_entropy(logits, batch.next_ids[mask], batch.next_probabilities[mask])
+        return LossOutput(loss, (accuracy,))
 
 
-def _marked(logits: Tensor, next_ids: Tensor, probabilities: Tensor) -> tuple[Tensor, float]:
-    """Return the cross-entropy against the likeliest next tokens [rows, k], and the share of the likeliest foreseen."""
-    wrong = logits.float().log_softmax(-1).gather(1, next_ids)
+def _cross_entropy(logits: Tensor, next_ids: Tensor, probabilities: Tensor) -> tuple[Tensor, float]:
+    """Return the cross-entropy against the target's top-k next tokens [rows, k], and the top-1 accuracy."""
+    log_probabilities = logits.float().log_softmax(-1).gather(1, next_ids)
     hit = (logits.detach().argmax(-1) == next_ids[:, 0]) & (probabilities[:, 0] > 0)
-    return -(probabilities * wrong).sum(-1).mean(), float(hit.float().mean())
+    return -(probabilities * log_probabilities).sum(-1).mean(), float(hit.float().mean())
 
 
 def most_frequent(texts: Iterable[Sequence[int]], count: int, vocabulary: int) -> Tensor:
-    """Return the `count` ids that are written most often, ascending; the lowest ids where too few were written."""
+    """Return the `count` most frequent ids, ascending; if fewer occur, add the lowest ids that don't."""
     counted = Counter(token for text in texts for token in text)
     chosen = [token for token, _ in counted.most_common(count)]
     others = (token for token in range(vocabulary) if token not in counted)

@@ -1,8 +1,7 @@
-"""The school: from a target's name to a trained draft, its card, and what it is worth.
+"""The training pipeline: generate texts, extract features, train the draft, evaluate it, write it with its card.
 
-texts -> lessons -> trainer -> evaluation, one after the other; whatever is there already is not made again, so the same
-call goes on where an interrupted one stopped. The processes of an `accelerate launch` read the texts and train as one;
-the first of them writes what there is to write.
+Every stage reuses the files that it finds, so the same call resumes an interrupted run. Under `accelerate launch` all
+processes extract features and train together; the main process writes the files.
 """
 
 from __future__ import annotations
@@ -24,9 +23,10 @@ from jobs.errors import InvalidValue
 from worker.drafters.head_file import file_sha256
 from worker.drafters.head_network import tapped_layers
 from worker.loading.drafts import load_draft
-from worker.loading.loader import OnMessage, load_engine
+from worker.loading.loader import load_engine
+from worker.loading.model_store import OnMessage
 from worker.settings import SUFFIX, WorkerSettings
-from worker.training import self_generated as self_generated
+from worker.training import self_generated
 from worker.training.config import Recipe
 from worker.training.evaluation import BUDGETS, Evaluation, MakeDrafter, evaluate
 from worker.training.features import Example, FeatureDataset, extract_features
@@ -36,20 +36,20 @@ from worker.training.target import Target, load_target
 from worker.training.trainable_drafts import trainable_draft
 from worker.training.trainer import Report, train
 
-_PATIENCE = timedelta(days=7)  # of processes that wait for the first to write or to judge
-_JUDGED, _JUDGED_AT = 16, 8  # texts, and nodes a step, for E(A) between epochs
-_RECIPE, _TEXTS, _LESSONS, CARD = "recipe.json", "texts.jsonl", "lessons", "card.json"
+_PROCESS_TIMEOUT = timedelta(days=7)  # other processes wait while the main process generates or evaluates
+_EPOCH_TEXTS, _EPOCH_NODES = 16, 8  # held-out texts and nodes per step of the evaluation after each epoch
+_RECIPE, _TEXTS, _FEATURES, CARD = "recipe.json", "texts.jsonl", "features", "card.json"
 
 
-class Progress(Protocol):
-    """Who shows people how far the work is."""
+class ProgressBars(Protocol):
+    """Display of the stages of a long run."""
 
     def part(self, name: str, total: int) -> Callable[..., None]:
-        """Begin a part of the work; return what takes how much more of it is done, and a note."""
+        """Add a bar; return a function that takes the amount done since its last call, and a note."""
 
 
-class _Silence:
-    """Nobody is shown anything."""
+class _NoBars:
+    """Shows nothing."""
 
     def part(self, name: str, total: int) -> Callable[..., None]:
         return lambda *_: None
@@ -61,70 +61,74 @@ def train_draft(
     out: Path,
     prompts: Sequence[str],
     command: str,
-    progress: Progress,
-    say: OnMessage,
+    bars: ProgressBars,
+    on_message: OnMessage,
 ) -> Evaluation | None:
-    """Train a draft for the settings' target and write it into `out`; what it was made from lies in `out`/work.
+    """Train a draft for the settings' target and write it into `out`; intermediate files go into `out`/work.
 
-    Of several processes the first returns the evaluation, the others None. Raises InvalidValue if `out` holds the work
-    of another recipe, and ModelRefused or SetupError for the target.
+    Return the evaluation in the main process, None in the others. Raises InvalidValue if `out` has the files of another
+    recipe, and ModelRefused or SetupError for the target.
     """
-    team = PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
-    if not team.is_main_process:
-        progress, say = _Silence(), lambda _: None
+    processes = PartialState(cpu=not torch.cuda.is_available(), timeout=_PROCESS_TIMEOUT)
+    if not processes.is_main_process:
+        bars, on_message = _NoBars(), lambda _: None
     work = out / "work"
-    with team.main_process_first():  # the others find everything there
-        _remember(work, settings, recipe)
-        texts = _texts(settings, recipe, work, prompts, progress, say)
+    with processes.main_process_first():  # the others find its files
+        _claim_folder(work, settings, recipe)
+        texts = _texts(settings, recipe, work, prompts, bars, on_message)
     target = load_target(settings)
-    _lessons(
-        target, tapped_layers(target.identity.layers), texts, work, progress, (team.process_index, team.num_processes)
-    )
-    team.wait_for_everyone()
-    lessons = FeatureDataset(work / _LESSONS)
+    taps = tapped_layers(target.identity.layers)
+    _features(target, taps, texts, work, bars, (processes.process_index, processes.num_processes))
+    processes.wait_for_everyone()
+    dataset = FeatureDataset(work / _FEATURES)
     draft = trainable_draft(target, recipe, texts[recipe.held_out :])
-    held_out = [lessons[number] for number in range(recipe.held_out)]
+    held_out = [dataset[index] for index in range(recipe.held_out)]
     replay_target = ReplayTarget(held_out, target.vocabulary, target.device)
     history = train(
-        draft.student,
+        draft.loss,
         draft.network,
-        lessons,
+        dataset,
         recipe,
         work,
-        lambda: replay(held_out[:_JUDGED], replay_target, draft.drafter, _JUDGED_AT).expected_acceptance,
-        _told(progress.part("Training", 100)),
+        lambda: replay(held_out[:_EPOCH_TEXTS], replay_target, draft.drafter, _EPOCH_NODES).expected_acceptance,
+        _show_report(bars.part("Training", 100)),
     )
-    if not team.is_main_process:
+    if not processes.is_main_process:
         return None
     draft.network.load_state_dict(load_file(work / "best.safetensors"))
-    files = draft.write(out)
-    evaluation = _judged(held_out, target, draft.drafter, progress)
-    card = _card(settings, recipe, texts, history, files, command, evaluation, team.num_processes)
+    files = draft.save(out)
+    evaluation = _evaluate(held_out, target, draft.drafter, bars)
+    card = _card(settings, recipe, texts, history, files, command, evaluation, processes.num_processes)
     (out / CARD).write_text(json.dumps(card, indent=2) + "\n")
     return evaluation
 
 
 def evaluate_draft(
-    settings: WorkerSettings, recipe: Recipe, work: Path, prompts: Sequence[str], progress: Progress, say: OnMessage
+    settings: WorkerSettings,
+    recipe: Recipe,
+    work: Path,
+    prompts: Sequence[str],
+    bars: ProgressBars,
+    on_message: OnMessage,
 ) -> Evaluation:
-    """Measure the settings' draft as jobs have it, with the suffix index, on texts that the target writes."""
-    _remember(work, settings, recipe)
-    texts = _texts(settings, recipe, work, prompts, progress, say)
+    """Evaluate the settings' draft with the suffix index, as jobs use it, on text that the target writes."""
+    _claim_folder(work, settings, recipe)
+    texts = _texts(settings, recipe, work, prompts, bars, on_message)
     target = load_target(settings)
     draft = load_draft(settings, target.model, target.tokenizer)
     taps = draft.taps or tapped_layers(target.identity.layers)
-    lessons = _lessons(target, taps, texts, work, progress)
-    held_out = [lessons[number] for number in range(len(lessons))]
-    return _judged(held_out, target, lambda hidden: draft.make(hidden, 1, hidden.capacity, None)(), progress)
+    dataset = _features(target, taps, texts, work, bars)
+    held_out = [dataset[index] for index in range(len(dataset))]
+    return _evaluate(held_out, target, lambda hidden: draft.make(hidden, 1, hidden.capacity, None)(), bars)
 
 
-def _remember(work: Path, settings: WorkerSettings, recipe: Recipe) -> None:
-    """Note what the folder's work is for; raises InvalidValue if it is for something else."""
+def _claim_folder(work: Path, settings: WorkerSettings, recipe: Recipe) -> None:
+    """Record target and recipe in the folder; raises InvalidValue if it belongs to others."""
     wanted = {"target": settings.target, "recipe": asdict(recipe)}
     file = work / _RECIPE
     if file.exists() and json.loads(file.read_text()) != wanted:
         raise InvalidValue(
-            f"{work} holds the work of another recipe or target (see {file}); choose another directory or delete it",
+            f"{work} has the files of another recipe or target (see {file}); choose another directory or delete it",
             param="--out",
         )
     work.mkdir(parents=True, exist_ok=True)
@@ -132,55 +136,60 @@ def _remember(work: Path, settings: WorkerSettings, recipe: Recipe) -> None:
 
 
 def _texts(
-    settings: WorkerSettings, recipe: Recipe, work: Path, prompts: Sequence[str], progress: Progress, say: OnMessage
+    settings: WorkerSettings,
+    recipe: Recipe,
+    work: Path,
+    prompts: Sequence[str],
+    bars: ProgressBars,
+    on_message: OnMessage,
 ) -> list[Text]:
     file = work / _TEXTS
     if self_generated.complete(file, recipe):
         texts = self_generated.read(file)
     else:
-        # The target writes in plain mode: no draft is needed to train one.
-        loaded = load_engine(settings.model_copy(update={"mode": "plain", "draft": SUFFIX}), say)
-        texts = self_generated.write(loaded, recipe, file, prompts, progress.part("Writing", recipe.tokens))
+        # Generate in plain mode: training a draft needs no other draft.
+        loaded = load_engine(settings.model_copy(update={"mode": "plain", "draft": SUFFIX}), on_message)
+        texts = self_generated.write(loaded, recipe, file, prompts, bars.part("Writing", recipe.tokens))
     if len(texts) <= recipe.held_out + recipe.rows:
         raise InvalidValue(
-            f"{len(texts)} texts are too few: {recipe.held_out} are held out, and an update takes {recipe.rows}; "
-            "let the target write more",
+            f"{len(texts)} texts are too few: {recipe.held_out} are held out and a batch takes {recipe.rows}; "
+            "raise the number of tokens",
             param="--tokens",
         )
     return texts
 
 
-def _lessons(
+def _features(
     target: Target,
     taps: Sequence[int],
     texts: Sequence[Text],
     work: Path,
-    progress: Progress,
-    share: tuple[int, int] = (0, 1),
+    bars: ProgressBars,
+    process: tuple[int, int] = (0, 1),
 ) -> FeatureDataset:
     packed = target.packed(taps, max(len(text.ids) for text in texts))
-    tokens = sum(len(text.ids) for text in texts) // share[1]
-    return extract_features(packed, texts, work / _LESSONS, progress.part("Reading", tokens), share)
+    tokens = sum(len(text.ids) for text in texts) // process[1]
+    return extract_features(packed, texts, work / _FEATURES, bars.part("Reading", tokens), process)
 
 
-def _told(part: Callable[..., None]) -> Callable[[Report], None]:
-    """Return what shows where a training stands, in hundredths."""
+def _show_report(advance: Callable[..., None]) -> Callable[[Report], None]:
+    """Return a function that shows a training report on a bar of 100."""
     shown = 0
 
-    def tell(report: Report) -> None:
+    def show(report: Report) -> None:
         nonlocal shown
         done = 100 * report.update // report.updates
-        first = report.right[0] if report.right else 0.0
+        accuracy = report.accuracy[0] if report.accuracy else 0.0
         expected = "" if report.expected_acceptance is None else f", E(A) {report.expected_acceptance:.3f}"
-        part(done - shown, f"loss {report.loss:.3f}, {first:.0%} of next tokens foreseen{expected}")
+        advance(done - shown, f"loss {report.loss:.3f}, accuracy {accuracy:.0%}{expected}")
         shown = done
 
-    return tell
+    return show
 
 
-def _judged(held_out: Sequence[Example], target: Target, make_drafter: MakeDrafter, progress: Progress) -> Evaluation:
-    done = progress.part("Judging", len(BUDGETS) + 1)
-    return evaluate(held_out, target.vocabulary, target.device, make_drafter, done)
+def _evaluate(held_out: Sequence[Example], target: Target, make_drafter: MakeDrafter, bars: ProgressBars) -> Evaluation:
+    advance = bars.part("Evaluating", len(BUDGETS) + 1)
+    return evaluate(held_out, target.vocabulary, target.device, make_drafter, advance)
 
 
 def _card(
@@ -193,7 +202,7 @@ def _card(
     evaluation: Evaluation,
     processes: int,
 ) -> dict[str, Any]:
-    """Return everything that somebody needs to trust a draft or to make it again."""
+    """Return the draft's card: how it was made, with versions and checksums, and how it was evaluated."""
     return {
         "target": settings.target,
         "command": command,

@@ -1,4 +1,4 @@
-"""The target of a training, as it is before its layers are fused: who it is, and the words it shares with a draft."""
+"""The target of a training, loaded before its layers are fused, with the weights that it shares with a draft."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ class Target:
 
     @property
     def vocabulary(self) -> int:
-        """Ids that are defined."""
+        """Number of token ids that the tokenizer and the model both have."""
         return min(len(self.tokenizer), self.identity.vocabulary)
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """Device of the weights."""
         return self.model.device
 
     def packed(self, taps: Sequence[int], capacity: int) -> PackedModel:
-        """Return the target with one KV slot and tapped layers, fused where that is faster; call once."""
+        """Return the target with fused layers, one KV slot of `capacity` entries and tapped layers. Call it once."""
         fuse_layers(self.model)
         return PackedModel(self.model, slots=1, capacity=capacity, defined_ids=self.vocabulary, tapped=taps)
 
 
 def load_target(settings: WorkerSettings) -> Target:
-    """Load the target of the settings, its layers not fused yet; raises ModelRefused or SetupError, with what to do."""
+    """Load the target of the settings without fusing its layers; raises ModelRefused or SetupError."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = native_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     path = resolve(settings.target, settings.cache_dir)

@@ -1,4 +1,4 @@
-"""Pupils: the kinds of draft that can be trained. What learns, how it drafts by now, and how it is written down."""
+"""The kinds of draft that can be trained: their loss module, a drafter with the current weights, and their files."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from worker.training.target import Target
 
 
 class TrainableDraft(Protocol):
-    """A draft, learning."""
+    """A draft in training."""
 
     @property
-    def student(self) -> nn.Module:
-        """What learns."""
+    def loss(self) -> nn.Module:
+        """Module that returns the LossOutput of a batch."""
 
     @property
     def network(self) -> nn.Module:
-        """The part of the student identity weights are kept."""
+        """Part of `loss` whose weights are the draft."""
 
     def drafter(self, hidden: HiddenStates) -> Drafter:
-        """Return a drafter with the weights as they are now."""
+        """Return a drafter with a copy of the current weights."""
 
-    def write(self, folder: Path) -> list[Path]:
-        """Write the draft; return its files."""
+    def save(self, folder: Path) -> list[Path]:
+        """Save the draft; return its files."""
 
 
 def trainable_draft(target: Target, recipe: Recipe, texts: Sequence[Text]) -> TrainableDraft:
-    """Return the draft of a recipe; a head can propose the tokens that stand most often in the answers of `texts`."""
+    """Return an untrained draft; a head's vocabulary is the most frequent tokens in the answers of `texts`."""
     if recipe.kind is Kind.MODEL:
         return TrainableModel(target, recipe)
     answers = [text.ids[text.num_prompt :] for text in texts]
@@ -56,55 +56,55 @@ def trainable_draft(target: Target, recipe: Recipe, texts: Sequence[Text]) -> Tr
 
 
 class TrainableHead:
-    """A head, learning."""
+    """A head in training."""
 
     def __init__(self, target: Target, recipe: Recipe, tokens: Tensor, proposed: Tensor) -> None:
-        """Start from random layers; learn to tell `tokens` apart, and propose those that are `proposed`."""
-        self._target, self._tokens = target, proposed
+        """Initialise random layers; train on the vocabulary `tokens`, propose only the ids in `proposed`."""
+        self._target, self._proposed = target, proposed
         torch.manual_seed(recipe.seed)
         config = target.model.config.get_text_config()
         self.network = HeadNetwork(HeadShape.of(config, recipe.layers, len(proposed)))
         output = target.output[tokens.to(target.device)]
         weights = (target.embedding.float(), output.float(), tokens)
-        self.student = HeadLoss(self.network, *weights, recipe.unroll, recipe.unroll_decay)
+        self.loss = HeadLoss(self.network, *weights, recipe.unroll, recipe.unroll_decay)
 
     def drafter(self, hidden: HiddenStates) -> Drafter:
-        """Return a drafter with a copy of the weights, in the target's numbers."""
+        """Return a drafter with a copy of the current weights in the target's dtype."""
         network = HeadNetwork(self.network.shape)
         network.load_state_dict({key: weight.detach().cpu() for key, weight in self.network.state_dict().items()})
-        tokens = self._tokens.to(self._target.device)
+        tokens = self._proposed.to(self._target.device)
         head = PackedHead(
             network, self._target.embedding, self._target.output[tokens], tokens, slots=1, capacity=hidden.capacity
         )
         return HeadDrafter(head, hidden, "head")
 
-    def write(self, folder: Path) -> list[Path]:
-        """Write the head."""
-        return write_head(folder, self.network, self._tokens, self._target.identity)
+    def save(self, folder: Path) -> list[Path]:
+        """Save the head."""
+        return write_head(folder, self.network, self._proposed, self._target.identity)
 
 
 class TrainableModel:
-    """A small language model of the target's shape, learning; it starts from the target's first layers."""
+    """A small language model in training; it starts as the target's first layers."""
 
     def __init__(self, target: Target, recipe: Recipe) -> None:
-        """Load the first layers of the target again, in float32."""
+        """Load the target's first layers in float32."""
         self._target, self._layers = target, recipe.layers
         self.network: PreTrainedModel = self._load(torch.float32, "sdpa")
-        words = (self.network.get_input_embeddings(), self.network.get_output_embeddings())  # type: ignore[no-untyped-call]
-        for module in words:
-            module.requires_grad_(False)  # the target's own, and many
-        self.student = ModelLoss(self.network)
+        embeddings = (self.network.get_input_embeddings(), self.network.get_output_embeddings())  # type: ignore[no-untyped-call]
+        for module in embeddings:
+            module.requires_grad_(False)  # large, and already the target's
+        self.loss = ModelLoss(self.network)
 
     def drafter(self, hidden: HiddenStates) -> Drafter:
-        """Return a drafter with a copy of the weights, in the target's numbers."""
+        """Return a drafter with a copy of the current weights in the target's dtype."""
         model = self._load(self._target.model.dtype, ATTENTION_NAME)
         model.load_state_dict(self.network.state_dict())
         fuse_layers(model)
         packed = PackedModel(model, slots=1, capacity=hidden.capacity)
         return ModelDrafter(packed, "model", self._target.vocabulary)
 
-    def write(self, folder: Path) -> list[Path]:
-        """Write a directory that transformers loads, with the target's tokenizer."""
+    def save(self, folder: Path) -> list[Path]:
+        """Save a directory that transformers loads, with the target's tokenizer."""
         self.network.bfloat16().save_pretrained(folder)
         self._target.tokenizer.save_pretrained(folder)
         return sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors"))

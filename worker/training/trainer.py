@@ -1,7 +1,7 @@
-"""The trainer: a student goes through the lessons until it foresees held-out texts no better.
+"""Train a draft until its held-out acceptance stops growing.
 
-accelerate runs it, so that one CPU, one GPU and eight GPUs take the same code; an interrupted training goes on at its
-last checkpoint. Of several processes the first judges and writes, and all go by what it says.
+accelerate runs the loop, so one CPU, one GPU and eight GPUs run the same code. An interrupted training resumes from its
+last checkpoint. The main process evaluates and writes; its decisions are broadcast to the other processes.
 """
 
 from __future__ import annotations
@@ -24,31 +24,32 @@ from torch.utils.data import DataLoader, Subset
 from worker.engine.model.loading import native_dtype
 from worker.training.config import Recipe
 from worker.training.features import FeatureDataset
-from worker.training.losses import Batch
+from worker.training.losses import Batch, LossOutput
 
-_WARM_UP = 0.03  # of all updates
-_CLIP = 1.0  # length of a gradient at most
-_GROWTH = 0.01  # of E(A), that an epoch must bring for another to follow
+_WARM_UP = 0.03  # share of all updates
+_MAX_GRADIENT_NORM = 1.0
+_MIN_GROWTH = 0.01  # of E(A) in an epoch for another epoch to follow
 _CHECKPOINT_S = 120.0  # between checkpoints
-_LOOK = 8  # updates between looks at the clock
+_CLOCK_UPDATES = 8  # updates between looks at the clock: each look is a broadcast
+_MIN_WEIGHT = 0.02  # of the latest update in a running mean
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Where a training stands."""
+    """State of a training after an update."""
 
-    epoch: float  # done, with its fraction
+    epoch: float  # completed, with the fraction of the current one
     update: int
     updates: int
     learning_rate: float
     loss: float  # running mean
-    right: tuple[float, ...]  # running means of the share foreseen at first rank, by depth
-    expected_acceptance: float | None  # held-out, after the last whole epoch
+    accuracy: tuple[float, ...]  # running means by depth
+    expected_acceptance: float | None  # E(A) on held-out texts after the last completed epoch
 
 
 @dataclass
-class _Progress:
-    """What a checkpoint keeps besides the weights."""
+class _State:
+    """Part of a checkpoint beside weights, optimizer and schedule."""
 
     update: int = 0
     best: float = -math.inf
@@ -62,56 +63,56 @@ class _Progress:
 
 
 def train(
-    student: nn.Module,
+    loss: nn.Module,
     network: nn.Module,
-    lessons: FeatureDataset,
+    dataset: FeatureDataset,
     recipe: Recipe,
     folder: Path,
-    measure: Callable[[], float],
-    tell: Callable[[Report], None],
+    evaluate: Callable[[], float],
+    on_report: Callable[[Report], None],
 ) -> tuple[float, ...]:
-    """Train the `network` inside a student; leave its best weights in `folder`/best.safetensors.
+    """Train the `network` inside the `loss` module; write its best weights to `folder`/best.safetensors.
 
-    `measure` returns E(A) on held-out texts, after each epoch. Returns these, in order. Every process of a training
-    calls this, and the first of them measures and tells.
+    `evaluate` returns E(A) on held-out texts and runs after each epoch. Return these values in order. Every process
+    of a training calls this function; only the main process calls `evaluate` and `on_report`.
     """
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=_precision())
     weights = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
-    per_epoch = max((len(lessons) - recipe.held_out) // (recipe.rows * accelerator.num_processes), 1)
+    per_epoch = max((len(dataset) - recipe.held_out) // (recipe.rows * accelerator.num_processes), 1)
     updates = per_epoch * recipe.epochs
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: _rate(update, updates))
-    student, optimizer = accelerator.prepare(student, optimizer)
-    progress, running = _Progress(), _Running()
-    accelerator.register_for_checkpointing(progress, schedule)
+    loss, optimizer = accelerator.prepare(loss, optimizer)
+    state, means = _State(), _RunningMeans()
+    accelerator.register_for_checkpointing(state, schedule)
     checkpoint = folder / "checkpoint"
     if checkpoint.exists():
         accelerator.load_state(str(checkpoint))
     saved = monotonic()
-    while progress.update < updates and not _enough(progress):
-        epoch, done = divmod(progress.update, per_epoch)
-        for batch in accelerator.prepare_data_loader(_loader(lessons, recipe, epoch, (done, per_epoch), accelerator)):
+    while state.update < updates and not _converged(state):
+        epoch, done = divmod(state.update, per_epoch)
+        for batch in accelerator.prepare_data_loader(_loader(dataset, recipe, epoch, (done, per_epoch), accelerator)):
             rate = float(schedule.get_last_lr()[0])
-            running.add(_update(accelerator, student, optimizer, weights, batch))
+            means.add(_update(accelerator, loss, optimizer, weights, batch))
             schedule.step()
-            progress.update += 1
-            expected = progress.history[-1] if progress.history else None
+            state.update += 1
+            expected = state.history[-1] if state.history else None
             if accelerator.is_main_process:
-                part = progress.update / per_epoch
-                tell(Report(part, progress.update, updates, rate, running.loss, running.right, expected))
-            if progress.update % _LOOK == 0 and _agreed(monotonic() - saved > _CHECKPOINT_S):
+                completed = state.update / per_epoch
+                on_report(Report(completed, state.update, updates, rate, means.loss, means.accuracy, expected))
+            if state.update % _CLOCK_UPDATES == 0 and _from_main(monotonic() - saved > _CHECKPOINT_S):
                 _save(accelerator, checkpoint)
                 saved = monotonic()
         if accelerator.is_main_process:
-            _judge(progress, measure(), network, folder)
-        progress.load_state_dict(_agreed(progress.state_dict()))
+            _record_epoch(state, evaluate(), network, folder)
+        state.load_state_dict(_from_main(state.state_dict()))
         _save(accelerator, checkpoint)
-    return progress.history
+    return state.history
 
 
-def _agreed(said: Any) -> Any:
-    """Return what the first process says."""
-    return broadcast_object_list([said])[0]
+def _from_main(value: Any) -> Any:
+    """Return the value of the main process."""
+    return broadcast_object_list([value])[0]
 
 
 def _precision() -> str:
@@ -120,62 +121,61 @@ def _precision() -> str:
 
 
 def _rate(update: int, updates: int) -> float:
-    """Return the share of the learning rate: up in a line, down in half a cosine."""
+    """Return the factor of the learning rate: linear warm-up, then cosine decay."""
     warm = max(int(updates * _WARM_UP), 1)
     if update < warm:
         return (update + 1) / warm
     return 0.5 * (1.0 + math.cos(math.pi * (update - warm) / max(updates - warm, 1)))
 
 
-def _enough(progress: _Progress) -> bool:
-    """Return whether the last epoch brought too little for another."""
-    return len(progress.history) > 1 and progress.history[-1] < progress.history[-2] + _GROWTH
+def _converged(state: _State) -> bool:
+    """Return whether the last epoch improved E(A) by less than `_MIN_GROWTH`."""
+    return len(state.history) > 1 and state.history[-1] < state.history[-2] + _MIN_GROWTH
 
 
 def _loader(
-    lessons: FeatureDataset, recipe: Recipe, epoch: int, updates: tuple[int, int], accelerator: Accelerator
+    dataset: FeatureDataset, recipe: Recipe, epoch: int, updates: tuple[int, int], accelerator: Accelerator
 ) -> DataLoader[Batch]:
-    """Return the lots of an epoch's updates first..last-1, in its own order; every process gets as many of them."""
-    order = torch.randperm(len(lessons) - recipe.held_out, generator=torch.Generator().manual_seed(recipe.seed + epoch))
+    """Return the batches of updates first..last-1 of an epoch, shuffled by seed and epoch; as many for each process."""
+    order = torch.randperm(len(dataset) - recipe.held_out, generator=torch.Generator().manual_seed(recipe.seed + epoch))
     first, last = (update * accelerator.num_processes * recipe.rows for update in updates)
-    rest = (order + recipe.held_out).tolist()[first:last]
-    return DataLoader(Subset(lessons, rest), recipe.rows, collate_fn=Batch.of, drop_last=True)  # type: ignore[arg-type]
+    indices = (order + recipe.held_out).tolist()[first:last]
+    return DataLoader(Subset(dataset, indices), recipe.rows, collate_fn=Batch.collate, drop_last=True)  # type: ignore[arg-type]
 
 
 def _update(
-    accelerator: Accelerator, student: nn.Module, optimizer: Any, weights: Sequence[Tensor], batch: Batch
-) -> tuple[float, tuple[float, ...]]:
-    """Learn from one batch; return its loss and the shares foreseen at first rank."""
-    output = student(batch.to(accelerator.device))
+    accelerator: Accelerator, loss: nn.Module, optimizer: Any, weights: Sequence[Tensor], batch: Batch
+) -> LossOutput:
+    """Run one optimizer step."""
+    output: LossOutput = loss(batch.to(accelerator.device))
     accelerator.backward(output.loss)
-    accelerator.clip_grad_norm_(weights, _CLIP)
+    accelerator.clip_grad_norm_(weights, _MAX_GRADIENT_NORM)
     optimizer.step()
     optimizer.zero_grad()
-    return float(output.loss.detach()), output.right
+    return output
 
 
-class _Running:
-    """Running means of what an update tells."""
+class _RunningMeans:
+    """Running means of loss and accuracy."""
 
     def __init__(self) -> None:
         self.loss = 0.0
-        self.right: tuple[float, ...] = ()
+        self.accuracy: tuple[float, ...] = ()
         self._count = 0
 
-    def add(self, output: tuple[float, tuple[float, ...]]) -> None:
-        loss, right = output
+    def add(self, output: LossOutput) -> None:
         self._count += 1
-        weight = max(1 / self._count, 0.02)
-        before = self.right or (0.0,) * len(right)
-        self.loss += weight * (loss - self.loss)
-        self.right = tuple(old + weight * (new - old) for old, new in zip(before, right, strict=True))
+        weight = max(1 / self._count, _MIN_WEIGHT)
+        before = self.accuracy or (0.0,) * len(output.accuracy)
+        self.loss += weight * (float(output.loss.detach()) - self.loss)
+        self.accuracy = tuple(old + weight * (new - old) for old, new in zip(before, output.accuracy, strict=True))
 
 
-def _judge(progress: _Progress, expected: float, network: nn.Module, folder: Path) -> None:
-    """Note an epoch's E(A), and keep its weights if they are the best."""
-    progress.history = (*progress.history, expected)
-    if expected > progress.best:
-        progress.best = expected
+def _record_epoch(state: _State, expected: float, network: nn.Module, folder: Path) -> None:
+    """Append an epoch's E(A) to the history, and write the weights if they are the best so far."""
+    state.history = (*state.history, expected)
+    if expected > state.best:
+        state.best = expected
         weights = network.state_dict()
         save_file(
             {name: weight.detach().bfloat16().contiguous() for name, weight in weights.items()},
@@ -184,7 +184,7 @@ def _judge(progress: _Progress, expected: float, network: nn.Module, folder: Pat
 
 
 def _save(accelerator: Accelerator, checkpoint: Path) -> None:
-    """Write a checkpoint whole or not at all."""
+    """Write a checkpoint atomically."""
     scratch = checkpoint.with_name("checkpoint.part")
     accelerator.save_state(str(scratch))
     accelerator.wait_for_everyone()

@@ -222,7 +222,7 @@ def test_longrope_ends_texts_at_its_original_positions_and_says_so(tmp_path: Pat
     settings = WorkerSettings(target=str(tmp_path / "long"), dtype="float32", draft="suffix", max_sequences=2)
     loaded = load_engine(settings, said.append)
     assert loaded.options.max_context == 64
-    assert any("may have 64 tokens" in sentence and "longrope" in sentence for sentence in said)
+    assert any("limited to 64 tokens" in sentence and "longrope" in sentence for sentence in said)
     request = request_for("long", PROMPT, max_tokens=60)
     for mode in Mode:
         done = decoded(loaded, request, endpoint=COMPLETIONS_ENDPOINT, mode=mode)

@@ -70,7 +70,7 @@ def test_every_documented_value_of_every_setting_starts(
     if (name, value) in NOT_HERE:
         assert is_needed(settings)
     else:
-        assert load_engine(settings, say=lambda _: None).name
+        assert load_engine(settings, on_message=lambda _: None).name
 
 
 @pytest.mark.parametrize("draft", ["suffix", "none"])

@@ -1,4 +1,4 @@
-"""Laws of calibration: what is measured is what takes the time, and it is measured once for each key."""
+"""Laws of calibration: layer and catch-up times are separated, and measured once per key."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LAYER_S, _ROW_S = 4e-3, 1e-4
 
 
 class Timed:
-    """A draft whose layers take a fixed time, and each token that it has not read some more."""
+    """A drafter with a fixed time per layer, and a time per uncached token."""
 
     name = "timed"
     forward_free = None
@@ -47,15 +47,15 @@ class Timed:
         self.read.pop(id(sequence), None)
 
 
-def test_layers_and_the_reading_before_them_are_told_apart() -> None:
+def test_layer_and_catch_up_times_are_separated() -> None:
     drafter = Timed(Clock())
     times = measure_drafts(drafter, slots=4, capacity=200, clock=drafter.clock)
     assert times.layer_ms == pytest.approx({1: _LAYER_S * 1e3, 2: _LAYER_S * 1e3, 4: _LAYER_S * 1e3})
     assert times.row_ms == pytest.approx(_ROW_S * 1e3)
-    assert not drafter.held, "and what was drafted for is forgotten"
+    assert not drafter.held, "all sequences are dropped"
 
 
-def test_what_was_measured_is_kept_by_its_key(tmp_path: Path) -> None:
+def test_a_measurement_is_cached_by_its_key(tmp_path: Path) -> None:
     first = calibrate_drafts(SuffixDrafter(), 8, 200, ("one",), tmp_path)
     other = Timed(Clock())
     assert calibrate_drafts(other, 8, 200, ("one",), tmp_path, other.clock).as_json() == first.as_json()
@@ -63,12 +63,12 @@ def test_what_was_measured_is_kept_by_its_key(tmp_path: Path) -> None:
     assert measured.layer_ms[1] == pytest.approx(_LAYER_S * 1e3)
 
 
-def test_a_drafter_is_priced_by_what_was_measured_before_its_first_layer() -> None:
+def test_draft_costs_start_from_the_calibration() -> None:
     costs = DraftCosts(DraftTimes({1: 1.0, 2: 1.0, 4: 2.0}, row_ms=0.5))
     assert [costs.layer_ms(nodes) for nodes in (1, 2, 3, 4, 60)] == [1.0, 1.0, 2.0, 2.0, 2.0]
     assert costs.observe_growth(100, [2, 4], 43.0) == pytest.approx(40.0)
     assert costs.row_ms == pytest.approx(0.5 - 0.1 * 0.1, rel=0.05)
-    assert costs.layer_ms(2) == 1.0, "a step that had much to read tells nothing of layers"
+    assert costs.layer_ms(2) == 1.0, "a step with many uncached tokens does not change layer times"
     assert costs.observe_growth(2, [2, 4], 6.0) == 0.0
     assert costs.layer_ms(2) == pytest.approx(1.1)
     assert costs.layer_ms(4) == pytest.approx(2.2)

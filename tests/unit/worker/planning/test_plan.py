@@ -1,4 +1,4 @@
-"""`basic plan`: what it counts is exact, what it promises fits, and what can't be split is refused with what can."""
+"""Laws of `basic plan`: parameter counts are exact, placements fit, and refusals name alternatives."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def plan_request(target: ModelShape, draft: ModelShape) -> PlanRequest:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])  # own and tied output weights
-def test_a_shape_counts_what_the_loaded_model_holds(architecture: str) -> None:
+def test_a_shape_has_the_parameters_of_the_loaded_model(architecture: str) -> None:
     model = tiny(architecture)
     shape = shape_from_config("tiny", model.config)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
@@ -59,19 +59,19 @@ def test_the_production_pair_has_its_published_size(target: ModelShape, draft: M
 
 
 def test_every_fitting_placement_fits(plan_request: PlanRequest) -> None:
-    for place in placements(plan_request):
-        if place.refusal is not None:
+    for placement in placements(plan_request):
+        if placement.refusal is not None:
             continue
         assert plan_request.draft is not None
-        kv = 2 * place.kv_tokens * plan_request.target.kv_entries(place.ranks)
-        draft_kv = 2 * place.kv_tokens * plan_request.draft.kv_entries(place.draft_ranks)
-        assert place.weights_bytes + kv + draft_kv < H100.device.memory_bytes
-        assert place.sequences * place.context <= place.kv_tokens
+        kv = 2 * placement.kv_tokens * plan_request.target.kv_entries(placement.ranks)
+        draft_kv = 2 * placement.kv_tokens * plan_request.draft.kv_entries(placement.draft_ranks)
+        assert placement.weights_bytes + kv + draft_kv < H100.device.memory_bytes
+        assert placement.sequences * placement.context <= placement.kv_tokens
 
 
-def test_more_ranks_hold_less_each_and_leave_more_room(plan_request: PlanRequest) -> None:
-    on_first = [place for place in placements(plan_request) if place.draft_ranks == 1]
-    assert [place.name.split(",")[0] for place in on_first] == ["8 x 1 GPU", "4 x TP 2", "2 x TP 4", "1 x TP 8"]
+def test_more_ranks_hold_fewer_weights_each_and_more_kv_tokens(plan_request: PlanRequest) -> None:
+    on_first = [placement for placement in placements(plan_request) if placement.draft_ranks == 1]
+    assert [placement.name.split(",")[0] for placement in on_first] == ["8 x 1 GPU", "4 x TP 2", "2 x TP 4", "1 x TP 8"]
     assert [p.weights_bytes for p in on_first] == sorted((p.weights_bytes for p in on_first), reverse=True)
     assert [p.kv_tokens for p in on_first] == sorted(p.kv_tokens for p in on_first)
 
@@ -89,7 +89,7 @@ def test_heads_that_can_not_be_split_are_refused_with_alternatives(
 def test_what_is_too_large_for_the_gpus_is_refused_with_its_size(plan_request: PlanRequest) -> None:
     small = replace(plan_request, machine=replace(H100, device=H100.device.with_memory(24)))
     by_name = {p.name: p for p in placements(small)}
-    assert "leave no room" in str(by_name["8 x 1 GPU"].refusal)
+    assert "leave no memory" in str(by_name["8 x 1 GPU"].refusal)
     chosen = pick(list(by_name.values()))
     assert chosen is not None
     assert chosen.ranks >= 4
@@ -104,7 +104,7 @@ def test_a_step_is_never_faster_than_its_weights_can_be_read(target: ModelShape)
     assert step(target, H100, 1, 1, 1, 1).traffic_ms == 0
 
 
-def test_rows_that_share_the_reading_of_the_weights_are_nearly_free_until_computing_takes_longer(
+def test_rows_are_free_until_matrix_products_take_longer_than_reading_weights(
     target: ModelShape,
 ) -> None:
     one, few = (step(target, H100, 1, 1, rows, 1) for rows in (1, 16))
@@ -114,7 +114,7 @@ def test_rows_that_share_the_reading_of_the_weights_are_nearly_free_until_comput
     assert many.step_ms > one.step_ms
 
 
-def test_drafts_are_as_deep_as_they_are_good_and_none_where_they_do_not_pay(
+def test_the_chain_depth_grows_with_acceptance_and_is_0_if_drafting_is_slower(
     target: ModelShape, draft: ModelShape
 ) -> None:
     depths = [
@@ -135,7 +135,7 @@ def test_drafts_are_as_deep_as_they_are_good_and_none_where_they_do_not_pay(
     assert depths == sorted(set(depths))
 
 
-def test_the_pick_yields_most_and_its_command_is_whole(plan_request: PlanRequest) -> None:
+def test_the_pick_has_the_most_tokens_per_second_and_a_complete_command(plan_request: PlanRequest) -> None:
     choices = placements(plan_request)
     chosen = pick(choices)
     assert chosen is not None
@@ -155,12 +155,12 @@ def test_the_command_reads_a_directory_and_prints_json(tmp_path: Path) -> None:
     assert str(tmp_path) in said["command"]
 
 
-def test_a_model_without_a_configuration_is_refused_with_those_there_are(tmp_path: Path) -> None:
+def test_a_model_without_a_configuration_is_refused_with_the_known_names(tmp_path: Path) -> None:
     with pytest.raises(ModelRefused, match=TARGET):
         shape_of(str(tmp_path))
 
 
-def test_a_placement_that_does_not_fit_promises_nothing() -> None:
+def test_a_placement_that_does_not_fit_has_no_throughput() -> None:
     assert Placement(1, 1, 0, GIB, refusal="too large").best_tokens_per_s == 0
 
 
@@ -169,7 +169,7 @@ VIEWS |= {"reshape", "_unsafe_view", "empty"}
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts what would start a kernel on a GPU."""
+    """Counts operations that would launch a kernel on a GPU."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -180,7 +180,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return function(*args, **(kwargs or {}))
 
 
-def test_a_layer_starts_as_many_kernels_as_the_forecast_says() -> None:
+def test_a_layer_launches_as_many_kernels_as_the_forecast_assumes() -> None:
     counts = []
     make_model: Any = Qwen2ForCausalLM._from_config  # transformers leaves it untyped
     for layers in (1, 2):

@@ -13,7 +13,7 @@ from tests.models import byte_tokenizer
 from worker.engine.errors import TokenizersDiffer
 from worker.engine.sampling.penalties import apply_penalties
 from worker.engine.sampling.sampling import draw
-from worker.loading.drafts import shared_words
+from worker.loading.drafts import shared_vocabulary
 from worker.text.codec import Codec, eos_ids
 
 EOS = 256
@@ -120,8 +120,8 @@ def test_tokenizers_that_spell_most_ids_differently_are_refused_by_the_first_of_
     theirs = byte_tokenizer()
     words = {token: (i + 1) % 256 if i < 200 else i for token, i in byte_tokenizer().get_vocab().items()}
     theirs.get_vocab = lambda: words  # type: ignore[method-assign]
-    with pytest.raises(TokenizersDiffer, match=r"58 of 258 token ids alike, and token id 0 is"):
-        shared_words(byte_tokenizer(), theirs, "big", "small", 258)
+    with pytest.raises(TokenizersDiffer, match=r"share 58 of 258 token ids; id 0 is"):
+        shared_vocabulary(byte_tokenizer(), theirs, "big", "small", 258)
 
 
 def test_of_tokenizers_that_differ_in_one_token_the_others_are_drafted() -> None:
@@ -135,7 +135,7 @@ def test_of_tokenizers_that_differ_in_one_token_the_others_are_drafted() -> None
         (byte_tokenizer(), renamed, 258, range(257)),
         (byte_tokenizer(), byte_tokenizer(), 200, range(200)),
     ]:
-        found = shared_words(target, draft, "big", "small", known)
+        found = shared_vocabulary(target, draft, "big", "small", known)
         assert found.ids.tolist() == list(shared)
         assert found.readable == known
 

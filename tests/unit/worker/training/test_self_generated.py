@@ -1,4 +1,4 @@
-"""Laws of the texts a target writes to learn from: its own words, the same for the same seed, and none lost."""
+"""Laws of generated training texts: deterministic by seed, and resumed after an interruption without loss."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
     model = tiny("llama", vocab=258)
     target = packed(model, slots=8)
     options = EngineOptions(Mode.PLAIN, max_sequences=8, max_context=256)
-    ends = frozenset(range(6, 258, 25))  # a random model would seldom say <eos>
+    ends = frozenset(range(6, 258, 25))  # a random model rarely writes <eos>
     made = SimpleNamespace(
         name="tiny",
         codec=Codec(byte_tokenizer(), ends, 256, 258),
@@ -40,7 +40,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> LoadedModel:
     return cast(LoadedModel, made)
 
 
-def test_questions_are_the_targets_own_and_stand_in_its_chat_template(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_the_target_writes_questions_in_its_chat_template(loaded: LoadedModel, tmp_path: Path) -> None:
     texts = write(loaded, RECIPE, tmp_path / "texts.jsonl")
     assert sum(text.written for text in texts) >= RECIPE.tokens
     for text in texts:
@@ -50,49 +50,49 @@ def test_questions_are_the_targets_own_and_stand_in_its_chat_template(loaded: Lo
         assert 0 < text.written <= RECIPE.answer_tokens
 
 
-def test_the_same_seed_writes_the_same_and_an_interruption_changes_nothing(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_the_same_seed_writes_the_same_texts_even_after_an_interruption(loaded: LoadedModel, tmp_path: Path) -> None:
     whole = write(loaded, RECIPE, tmp_path / "whole.jsonl")
     part = tmp_path / "part.jsonl"
     write(loaded, replace(RECIPE, tokens=1), part)
     with part.open("a") as out:
-        out.write('{"ids": [1, 2')  # as if the power had gone
+        out.write('{"ids": [1, 2')  # as after a power failure
     assert write(loaded, RECIPE, part) == whole == read(part)
     assert write(loaded, replace(RECIPE, seed=1), tmp_path / "other.jsonl") != whole
 
 
-def test_given_prompts_take_the_place_of_questions(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_given_prompts_replace_questions(loaded: LoadedModel, tmp_path: Path) -> None:
     texts = write(loaded, RECIPE, tmp_path / "texts.jsonl", prompts=["abc", "xyz"])
-    asked = [bytes(i for i in text.ids[: text.num_prompt] if i < 256) for text in texts]
-    assert asked[:3] == [b"user: abc\nassistant: ", b"user: xyz\nassistant: ", b"user: abc\nassistant: "]
+    prompts = [bytes(i for i in text.ids[: text.num_prompt] if i < 256) for text in texts]
+    assert prompts[:3] == [b"user: abc\nassistant: ", b"user: xyz\nassistant: ", b"user: abc\nassistant: "]
 
 
-def test_greedy_and_sampled_answers_stand_in_every_part(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_greedy_and_sampled_answers_are_interleaved(loaded: LoadedModel, tmp_path: Path) -> None:
     texts = write(loaded, replace(RECIPE, greedy_share=0.5), tmp_path / "texts.jsonl", prompts=["abc"])
     shares = [sum(text.greedy for text in texts[start : start + 10]) for start in range(0, len(texts) - 9, 10)]
     assert shares
     assert set(shares) == {5}
 
 
-def test_progress_adds_up_to_what_was_written(loaded: LoadedModel, tmp_path: Path) -> None:
-    told: list[int] = []
+def test_reported_tokens_add_up_to_the_answers(loaded: LoadedModel, tmp_path: Path) -> None:
+    counts: list[int] = []
     file = tmp_path / "texts.jsonl"
-    texts: list[Text] = write(loaded, RECIPE, file, prompts=["abc"], progress=cast(Any, told.append))
-    assert sum(told) == sum(text.written for text in texts)
+    texts: list[Text] = write(loaded, RECIPE, file, prompts=["abc"], on_tokens=cast(Any, counts.append))
+    assert sum(counts) == sum(text.written for text in texts)
 
 
-def test_prompts_without_room_for_an_answer_are_passed_over_and_none_with_room_is_an_error(
+def test_prompts_too_long_for_an_answer_are_skipped_and_an_error_if_all_are(
     loaded: LoadedModel, tmp_path: Path
 ) -> None:
     long = "x" * 228
     texts = write(loaded, RECIPE, tmp_path / "texts.jsonl", prompts=[long, "abc"])
     assert {bytes(text.ids[text.num_prompt - 16 : text.num_prompt - 13]) for text in texts} == {b"abc"}
-    with pytest.raises(InvalidValue, match=r"no prompt leaves room .* context of 256: the shortest has 2\d\d tokens"):
+    with pytest.raises(InvalidValue, match=r"no prompt leaves 12 tokens .* of 256: the shortest has 2\d\d tokens"):
         write(loaded, RECIPE, tmp_path / "none.jsonl", prompts=[long])
 
 
-def test_a_target_that_never_ends_a_question_is_not_waited_for(
+def test_a_target_that_writes_no_question_is_an_error(
     loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(self_generated, "_QUESTION_TOKENS", 1)
-    with pytest.raises(InvalidValue, match="asked itself nothing"):
+    with pytest.raises(InvalidValue, match="wrote no question"):
         write(loaded, RECIPE, tmp_path / "texts.jsonl")

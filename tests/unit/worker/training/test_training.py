@@ -1,4 +1,4 @@
-"""Laws of training: the loss falls, an interruption changes nothing, and replay counts what decoding would accept."""
+"""Laws of training: the loss falls, a resumed run gives the same weights, replay accepts what decoding accepts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TAPS = 2  # of the tiny target's two layers
 
 @pytest.fixture(scope="module")
 def texts() -> list[Text]:
-    """What a tiny target writes."""
+    """Return what a tiny target writes."""
     target = tapped(tiny("llama"))
     some = sequences([[2 + i, *prompt] for i in range(3) for prompt in PROMPTS], max_tokens=24)
     decode(engine(target, None, options(Mode.PLAIN)), some)
@@ -40,55 +40,55 @@ def texts() -> list[Text]:
 
 
 @pytest.fixture(scope="module")
-def lessons(texts: list[Text], tmp_path_factory: pytest.TempPathFactory) -> FeatureDataset:
-    return extract_features(tapped(tiny("llama")), texts, tmp_path_factory.mktemp("lessons"))
+def dataset(texts: list[Text], tmp_path_factory: pytest.TempPathFactory) -> FeatureDataset:
+    return extract_features(tapped(tiny("llama")), texts, tmp_path_factory.mktemp("features"))
 
 
-def a_student() -> HeadLoss:
+def head_loss() -> HeadLoss:
     model = tiny("llama")
     net = network(model)
     return HeadLoss(net, embeddings(model), output_weights(model)[TOKENS], TOKENS, RECIPE.unroll, 0.8)
 
 
 def trained(
-    lessons: FeatureDataset, folder: Path, reports: list[Report], measured: Sequence[float] = (1, 2, 3, 4)
+    dataset: FeatureDataset, folder: Path, reports: list[Report], measured: Sequence[float] = (1, 2, 3, 4)
 ) -> HeadLoss:
-    student, said = a_student(), iter(measured)
+    loss, values = head_loss(), iter(measured)
     folder.mkdir(exist_ok=True)
-    train(student, student.network, lessons, RECIPE, folder, lambda: float(next(said)), reports.append)
-    return student
+    train(loss, loss.network, dataset, RECIPE, folder, lambda: float(next(values)), reports.append)
+    return loss
 
 
-def test_a_lesson_is_the_text_and_what_the_target_thought_of_it(texts: list[Text], lessons: FeatureDataset) -> None:
-    assert len(lessons) == len(texts)
+def test_an_example_has_the_text_and_the_targets_features(texts: list[Text], dataset: FeatureDataset) -> None:
+    assert len(dataset) == len(texts)
     for number, text in enumerate(texts):
-        example = lessons[number]
+        example = dataset[number]
         assert tuple(example.ids.tolist()) == text.ids
-        # a greedy text is what the target found likeliest
+        # a greedy text has the most probable tokens
         assert example.next_ids[text.num_prompt - 1 : -1, 0].tolist() == list(text.ids[text.num_prompt :])
         assert (example.next_probabilities.sum(-1) <= 1.001).all()
 
 
-def test_lessons_are_not_made_twice(texts: list[Text], tmp_path: Path) -> None:
+def test_existing_features_are_reused(texts: list[Text], tmp_path: Path) -> None:
     extract_features(tapped(tiny("llama")), texts, tmp_path)
     before = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
     extract_features(tapped(tiny("llama")), texts, tmp_path)
     assert before == {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
 
 
-def test_the_loss_falls(lessons: FeatureDataset, tmp_path: Path) -> None:
+def test_the_loss_falls(dataset: FeatureDataset, tmp_path: Path) -> None:
     reports: list[Report] = []
-    trained(lessons, tmp_path, reports)
+    trained(dataset, tmp_path, reports)
     assert reports[-1].update == reports[-1].updates
     assert reports[-1].loss < 0.95 * reports[0].loss  # a running mean, first updates included
-    assert reports[-1].right[0] > reports[0].right[0]
+    assert reports[-1].accuracy[0] > reports[0].accuracy[0]
 
 
 def test_an_interrupted_training_ends_with_the_same_weights(
-    lessons: FeatureDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dataset: FeatureDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = trained(lessons, tmp_path / "whole", [])
-    monkeypatch.setattr(trainer, "_CHECKPOINT_S", 0.0)  # after every update
+    whole = trained(dataset, tmp_path / "whole", [])
+    monkeypatch.setattr(trainer, "_CHECKPOINT_S", 0.0)  # checkpoint after every update
 
     class Interrupted(Exception):
         pass
@@ -97,48 +97,48 @@ def test_an_interrupted_training_ends_with_the_same_weights(
         if report.update == 9:
             raise Interrupted
 
-    student = a_student()
+    loss = head_loss()
     (tmp_path / "parts").mkdir()
     with pytest.raises(Interrupted):
-        train(student, student.network, lessons, RECIPE, tmp_path / "parts", lambda: 1.0, interrupt)
+        train(loss, loss.network, dataset, RECIPE, tmp_path / "parts", lambda: 1.0, interrupt)
     reports: list[Report] = []
-    rest = trained(lessons, tmp_path / "parts", reports, measured=(2, 3, 4))
-    assert reports[0].update == 9  # the ninth was not in the checkpoint
+    rest = trained(dataset, tmp_path / "parts", reports, measured=(2, 3, 4))
+    assert reports[0].update == 9  # the ninth update was not in the checkpoint
     for name, weight in whole.network.state_dict().items():
         assert torch.equal(weight, rest.network.state_dict()[name]), name
 
 
-def test_training_stops_when_held_out_acceptance_no_longer_grows(lessons: FeatureDataset, tmp_path: Path) -> None:
+def test_training_stops_when_held_out_acceptance_no_longer_grows(dataset: FeatureDataset, tmp_path: Path) -> None:
     reports: list[Report] = []
-    trained(lessons, tmp_path, reports, measured=(1.0, 1.001))
+    trained(dataset, tmp_path, reports, measured=(1.0, 1.001))
     assert reports[-1].epoch == 2
 
 
-def test_the_weights_that_are_kept_are_the_best(lessons: FeatureDataset, tmp_path: Path) -> None:
+def test_the_best_weights_are_saved(dataset: FeatureDataset, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    student = trained(lessons, tmp_path, [], measured=(1.0, 2.0, 0.5))
+    loss = trained(dataset, tmp_path, [], measured=(1.0, 2.0, 0.5))
     best = load_file(tmp_path / "best.safetensors")
-    last = student.network.state_dict()
+    last = loss.network.state_dict()
     assert any(not torch.equal(best[name].float(), last[name].bfloat16().float()) for name in best)
 
 
-def test_only_what_follows_the_prompt_is_learned(lessons: FeatureDataset) -> None:
-    batch = Batch.of([lessons[0], lessons[2]])
-    for ahead in (0, 1):
-        rows = batch.rows(ahead)
+def test_the_loss_covers_only_the_answer(dataset: FeatureDataset) -> None:
+    batch = Batch.collate([dataset[0], dataset[2]])
+    for step in (0, 1):
+        mask = batch.loss_mask(step)
         for row, number in enumerate((0, 2)):
-            example = lessons[number]
-            expected = list(range(example.num_prompt - 1, len(example.ids) - 1 - ahead))
-            assert rows[row].nonzero().ravel().tolist() == expected
+            example = dataset[number]
+            expected = list(range(example.num_prompt - 1, len(example.ids) - 1 - step))
+            assert mask[row].nonzero().ravel().tolist() == expected
 
 
-def test_the_commonest_tokens_are_chosen_and_rarely_filled_up() -> None:
+def test_the_vocabulary_is_the_most_frequent_tokens_then_the_lowest() -> None:
     assert most_frequent([[5, 5, 9], [9, 5, 30]], 2, 61).tolist() == [5, 9]
     assert most_frequent([[5]], 3, 61).tolist() == [0, 1, 5]
 
 
-def test_replay_accepts_what_decoding_accepts(texts: list[Text], lessons: FeatureDataset) -> None:
+def test_replay_accepts_what_decoding_accepts(texts: list[Text], dataset: FeatureDataset) -> None:
     model = tiny("llama")
     head = packed_head(model, network(model), slots=1)
     target = tapped(model, slots=1)
@@ -148,25 +148,28 @@ def test_replay_accepts_what_decoding_accepts(texts: list[Text], lessons: Featur
     chosen = options(Mode.PAPER, max_sequences=1, nodes=6, threshold=0.0, max_depth=8)
     results = decode(engine(target, HeadDrafter(head, target.hidden, "head"), chosen), some)
     decoded = [r.stats.accepted_tokens for r in results if r.stats.step]
-    told = [lessons[number] for number in range(len(texts))]
+    examples = [dataset[number] for number in range(len(texts))]
     replayed = replay(
-        told, ReplayTarget(told, 61, torch.device("cpu")), lambda hidden: HeadDrafter(head, hidden, "head"), nodes=6
+        examples,
+        ReplayTarget(examples, 61, torch.device("cpu")),
+        lambda hidden: HeadDrafter(head, hidden, "head"),
+        nodes=6,
     )
     assert replayed.accepted.tolist() == decoded
 
 
-def test_more_nodes_never_foresee_less(lessons: FeatureDataset) -> None:
-    told = [lessons[number] for number in range(4)]
+def test_more_nodes_never_accept_fewer_tokens(dataset: FeatureDataset) -> None:
+    examples = [dataset[number] for number in range(4)]
 
     def make(_: HiddenStates) -> SuffixDrafter:
         return SuffixDrafter()
 
-    replay_target = ReplayTarget(told, 61, torch.device("cpu"))
-    reached = [replay(told, replay_target, make, nodes).tokens_per_step for nodes in (1, 4, 16)]
+    replay_target = ReplayTarget(examples, 61, torch.device("cpu"))
+    reached = [replay(examples, replay_target, make, nodes).tokens_per_step for nodes in (1, 4, 16)]
     assert reached == sorted(reached)
 
 
-def test_a_last_line_that_was_cut_off_is_no_text(texts: list[Text], tmp_path: Path) -> None:
+def test_a_truncated_last_line_is_dropped(texts: list[Text], tmp_path: Path) -> None:
     import json
     from dataclasses import asdict
 
