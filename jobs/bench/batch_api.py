@@ -1,7 +1,7 @@
-"""Measure the API server: `python -m jobs.bench.batch_api`.
+"""Measure the API server with a large batch: `python -m jobs.bench.batch_api`.
 
-Real API server and ingest process, real Redis-protocol server, SQLite; no worker and no model. Each measurement is a
-function that gets the server and returns its numbers; add one to MEASUREMENTS.
+Runs the real API server, ingest process and Redis server with SQLite, without worker or model. Each measurement is a
+function that takes the running service and returns numbers by name; add new ones to MEASUREMENTS.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from jobs.processes import Children
 from jobs.settings import JobsSettings
 
 _TICK_S: Final = 0.2
-_PATIENCE_S: Final = 900.0
+_TIMEOUT_S: Final = 900.0
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How large the measured batch is."""
+    """Size of the measured batch."""
 
     lines: int = 50_000
     file_bytes: int = 200_000_000
@@ -41,7 +41,7 @@ class Scale:
 
 @dataclass(slots=True)
 class RunningService:
-    """The running processes, and what one measurement leaves for the next."""
+    """The running processes, and results that one measurement passes to the next."""
 
     http: httpx.Client
     model: str
@@ -57,7 +57,7 @@ Measurement = Callable[[RunningService], dict[str, Any]]
 
 
 def measure_upload(service: RunningService) -> dict[str, Any]:
-    """Upload a file of the largest size, as fast as the machine takes it."""
+    """Upload the file: time and memory."""
     path = _write_input(service)
     with Rss(service.pids["api"]) as rss, path.open("rb") as content:
         began_at = time.monotonic()
@@ -70,15 +70,15 @@ def measure_upload(service: RunningService) -> dict[str, Any]:
 
 
 def measure_validation(service: RunningService) -> dict[str, Any]:
-    """Make a batch of the file and wait until its lines are read; meanwhile ask the shim whether it is well."""
+    """Create a batch of the file and wait until it is validated, polling the API server for its latency."""
     order = {"input_file_id": service.file_id, "endpoint": CHAT_ENDPOINT, "completion_window": "24h"}
     waits_ms: list[float] = []
     with Rss(service.pids["ingest"]) as rss:
         began_at = time.monotonic()
         batch = _ok(service.http.post("/v1/batches", json=order))
         while batch["status"] == "validating":
-            if time.monotonic() - began_at > _PATIENCE_S:
-                raise SystemExit("the batch was not read in time")
+            if time.monotonic() - began_at > _TIMEOUT_S:
+                raise SystemExit("the batch was not validated in time")
             time.sleep(_TICK_S)
             asked_at = time.monotonic()
             batch = _ok(service.http.get(f"/v1/batches/{batch['id']}"))
@@ -95,7 +95,7 @@ def measure_validation(service: RunningService) -> dict[str, Any]:
 
 
 def measure_polls(service: RunningService) -> dict[str, Any]:
-    """Read the large job again and again."""
+    """Poll the large job: latency."""
     waits_ms = []
     for _ in range(service.scale.polls):
         asked_at = time.monotonic()
@@ -106,7 +106,7 @@ def measure_polls(service: RunningService) -> dict[str, Any]:
 
 
 def measure_download(service: RunningService) -> dict[str, Any]:
-    """Fetch the file again, all of it."""
+    """Download the whole file: time and memory."""
     size = 0
     with Rss(service.pids["api"]) as rss:
         began_at = time.monotonic()
@@ -118,14 +118,14 @@ def measure_download(service: RunningService) -> dict[str, Any]:
 
 
 def measure_cancel(service: RunningService) -> dict[str, Any]:
-    """Cancel the batch and wait for its error file: a line for each request."""
+    """Cancel the batch and wait for its error file, which has one line per request."""
     began_at = time.monotonic()
     batch = _ok(service.http.post(f"/v1/batches/{service.batch_id}/cancel"))
     answered_s = time.monotonic() - began_at
     with Rss(service.pids["ingest"]) as rss:
         while batch["status"] != "cancelled":
-            if time.monotonic() - began_at > _PATIENCE_S:
-                raise SystemExit("the batch was not filed in time")
+            if time.monotonic() - began_at > _TIMEOUT_S:
+                raise SystemExit("the batch's files were not written in time")
             time.sleep(_TICK_S)
             batch = _ok(service.http.get(f"/v1/batches/{service.batch_id}"))
     lines = service.http.get(f"/v1/files/{batch['error_file_id']}/content").content.count(b"\n")
@@ -144,10 +144,9 @@ MEASUREMENTS: Final[tuple[Measurement, ...]] = (
 
 
 class Rss:
-    """The highest resident memory of a process while the block runs, looked at five times a second."""
+    """Measures the peak resident memory (MB) of a process inside the block, five times per second."""
 
     def __init__(self, pid: int) -> None:
-        """Watch this process."""
         self._status = Path(f"/proc/{pid}/status")
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -172,20 +171,20 @@ class Rss:
 
 @contextmanager
 def run_service(directory: Path, scale: Scale) -> Iterator[RunningService]:
-    """Start what a service consists of, in a directory of its own, and stop it at the end."""
+    """Run the service without a worker, in its own directory, inside the block."""
     (directory / "logs").mkdir()
     settings = JobsSettings(data_dir=directory, api_port=0)
     children = Children()
     try:
         settings, pids = Startup(settings, children, threading.Event()).run_without_worker()
-        with httpx.Client(base_url=settings.api_url, timeout=_PATIENCE_S, trust_env=False) as http:
+        with httpx.Client(base_url=settings.api_url, timeout=_TIMEOUT_S, trust_env=False) as http:
             yield RunningService(http, model_name(settings.target), pids, scale, directory)
     finally:
         children.stop(threading.Event())
 
 
 def measure(scale: Scale) -> dict[str, Any]:
-    """Return the numbers of all measurements."""
+    """Run all measurements and return their numbers by name."""
     numbers: dict[str, Any] = {"lines": scale.lines}
     with (
         tempfile.TemporaryDirectory(prefix="basic-bench-") as directory,
@@ -197,10 +196,10 @@ def measure(scale: Scale) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Measure and print a table, or one JSON object."""
-    parser = argparse.ArgumentParser(prog="python -m jobs.bench.batch_api", description="Measure the front service.")
-    parser.add_argument("--lines", type=int, default=Scale().lines, help="requests of the batch")
-    parser.add_argument("--megabytes", type=float, default=Scale().file_bytes / 1e6, help="size of its file")
+    """Run the measurements and print a table, or one JSON object."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.bench.batch_api", description="Measure the API server.")
+    parser.add_argument("--lines", type=int, default=Scale().lines, help="requests in the batch")
+    parser.add_argument("--megabytes", type=float, default=Scale().file_bytes / 1e6, help="size of the file, MB")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args()
     numbers = measure(Scale(given.lines, int(given.megabytes * 1e6)))
@@ -213,7 +212,7 @@ def main() -> int:
 
 
 def _write_input(service: RunningService) -> Path:
-    """Write a batch file of the wanted number of lines and about the wanted size."""
+    """Write a batch file with `scale.lines` lines and about `scale.file_bytes` bytes."""
     path = service.directory / "input.jsonl"
     with path.open("w") as file:
         empty = _line(service.model, 0, "")
@@ -230,7 +229,7 @@ def _line(model: str, index: int, content: str) -> str:
 
 def _ok(reply: httpx.Response) -> dict[str, Any]:
     if not reply.is_success:
-        raise SystemExit(f"{reply.request.method} {reply.request.url} was answered with {reply.text[:500]}")
+        raise SystemExit(f"{reply.request.method} {reply.request.url} returned {reply.text[:500]}")
     answer: dict[str, Any] = reply.json()
     return answer
 

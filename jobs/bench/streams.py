@@ -1,8 +1,8 @@
-"""`python -m jobs.bench.streams`: many readers on one running job, and whether each was received everything once.
+"""Measure event streams: `python -m jobs.bench.streams` has many readers follow one job and checks what they receive.
 
-The shim is a process of its own in front of a real Redis-protocol server and SQLite; a thread of this process writes as
-a worker does, through the same flush and publisher. Of the readers a third comes late, and a third is cut off in the
-middle and comes back with `Last-Event-ID`. Each one's text is compared with what SQL has in the end.
+The API server runs as a process of its own, with a real Redis server and SQLite. A thread of this process commits and
+publishes like a worker. A third of the readers connects late, and a third reconnects with `Last-Event-ID`. At the end
+the text of each reader is compared with SQL.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from storage.settings import sqlite_url
 _START_S = 120.0
 _JOB = "batch_benchmark"
 _WORKER = "benchmark"
-_WORDS = ("to ", "be ", "or ", "not ")  # of one commit of one choice
+_WORDS = ("to ", "be ", "or ", "not ")  # text of one commit of one choice
 
 
 @dataclass(frozen=True, slots=True)
 class StreamLoad:
-    """What is written, and for how many."""
+    """Size of the benchmark."""
 
     readers: int = 500
     requests: int = 32  # running at once, as in one worker
@@ -51,12 +51,12 @@ class StreamLoad:
 
 @dataclass(frozen=True, slots=True)
 class StreamResult:
-    """What came of it."""
+    """Results of the benchmark."""
 
     readers: int
-    events_per_reader: int  # received live, to a reader that was there from the start
-    readers_with_wrong_text: int  # readers whose text, ends or status differ from what SQL has
-    readers_with_duplicates: int  # readers that got an event id twice
+    events_per_reader: int  # of a reader that was connected from the start
+    readers_with_wrong_text: int  # whose text, number of finished events or status differs from SQL
+    readers_with_duplicates: int  # that received an event id twice
     reconnected: int
     late: int
     written_in_s: float  # from the first commit to the last
@@ -68,7 +68,7 @@ class StreamResult:
 
 @dataclass(slots=True)
 class _Reader:
-    """One reader: what it was received, over one connection or two."""
+    """A reader and the events it received, over one connection or two."""
 
     number: int
     received: list[bytes] = field(default_factory=list)
@@ -78,11 +78,11 @@ class _Reader:
 
     @property
     def kind(self) -> int:
-        return self.number % 3  # 0: stays, 1: comes late, 2: is cut off
+        return self.number % 3  # 0: stays, 1: connects late, 2: reconnects
 
 
 def measure(load: StreamLoad) -> StreamResult:
-    """Run the benchmark in a directory of its own."""
+    """Run the benchmark in a temporary directory."""
     with tempfile.TemporaryDirectory() as directory, ExitStack() as stack:
         data_dir = Path(directory)
         database_url = sqlite_url(data_dir / "basic.sqlite3")
@@ -90,15 +90,15 @@ def measure(load: StreamLoad) -> StreamResult:
         database = Database.open(database_url)
         stack.callback(database.dispose)
         redis_url = stack.enter_context(_redis(data_dir))
-        api_url, shim = stack.enter_context(_api_server(data_dir, database_url, redis_url))
+        api_url, server = stack.enter_context(_api_server(data_dir, database_url, redis_url))
         writer = _Writer(database, redis_url, load)
         readers = asyncio.run(_read_all(api_url, load, writer))
-        rss_mb, cpu_s = _usage(shim.pid)
+        rss_mb, cpu_s = _usage(server.pid)
         return _result(readers, writer, database, load, rss_mb, cpu_s)
 
 
 class _Writer:
-    """Writes as a worker does."""
+    """Commits and publishes tokens like a worker."""
 
     def __init__(self, database: Database, redis_url: str, load: StreamLoad) -> None:
         self._database = database
@@ -113,7 +113,7 @@ class _Writer:
             self._claims = leases.claim(session, _WORKER, "benchmark", load.requests, 600.0)
 
     def write(self, halfway: Callable[[], object]) -> None:
-        """Commit and publish until the job has ended, and say when half of it is done."""
+        """Commit and publish until the job has ended; call `halfway` after half of the commits."""
         publisher = Publisher(self._redis_url)
         self.began_at = time.monotonic()
         for number in range(1, self._load.commits + 1):
@@ -173,7 +173,7 @@ def _text(claim: Claim, number: int) -> str:
 
 async def _read_all(api_url: str, load: StreamLoad, writer: _Writer) -> list[_Reader]:
     readers = [_Reader(number) for number in range(load.readers)]
-    everybody_there, halfway = asyncio.Event(), asyncio.Event()
+    all_connected, halfway = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     waiting = sum(reader.kind != 1 for reader in readers)
 
@@ -181,14 +181,14 @@ async def _read_all(api_url: str, load: StreamLoad, writer: _Writer) -> list[_Re
         nonlocal waiting
         waiting -= 1
         if waiting == 0:
-            everybody_there.set()
+            all_connected.set()
 
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     client = httpx.AsyncClient(base_url=api_url, timeout=600.0, limits=limits, trust_env=False)
-    async with client as http, asyncio.TaskGroup() as group:  # one reader that fails ends them all
+    async with client as http, asyncio.TaskGroup() as group:  # one failing reader ends the benchmark
         for reader in readers:
             group.create_task(_read(http, reader, arrived, halfway))
-        await everybody_there.wait()
+        await all_connected.wait()
         await asyncio.to_thread(writer.write, lambda: loop.call_soon_threadsafe(halfway.set))
     return readers
 
@@ -196,7 +196,7 @@ async def _read_all(api_url: str, load: StreamLoad, writer: _Writer) -> list[_Re
 async def _read(http: httpx.AsyncClient, reader: _Reader, arrived: Callable[[], None], halfway: asyncio.Event) -> None:
     if reader.kind == 1:
         await halfway.wait()
-    cut_after = 20 + reader.number if reader.kind == 2 else None  # events; everyone somewhere else
+    cut_after = 20 + reader.number if reader.kind == 2 else None  # events, different for each reader
     while True:
         blocks = _blocks(http, reader.last_id)
         async for block in blocks:
@@ -255,14 +255,14 @@ def _result(
 
 
 def _is_right(reader: _Reader, written: dict[int, str]) -> bool:
-    """Return whether a reader has every text, in order, every end once, and the status of the job last."""
+    """Return whether a reader received all text in order, one finished event per request, and the final status."""
     texts: defaultdict[int, str] = defaultdict(str)
     seqs: defaultdict[int, int] = defaultdict(lambda: -1)
     ends: Counter[int] = Counter()
     status = None
     for block in reader.received:
         event = json.loads(block[block.index(b"data: ") + 6 :])
-        if event["type"] == "tokens" and event["seq"] > seqs[event["index"]]:  # cut off within a commit: received again
+        if event["type"] == "tokens" and event["seq"] > seqs[event["index"]]:  # not repeated after a reconnect
             seqs[event["index"]] = event["seq"]
             before = "" if event["snapshot"] else texts[event["index"]]
             texts[event["index"]] = before + event["text"]
@@ -303,13 +303,13 @@ def _api_server(data_dir: Path, database_url: str, redis_url: str) -> Iterator[t
         "BASIC_API_PORT": "0",
     }
     arguments = [*python_module("jobs.api"), "--ready-file", str(ready_file)]
-    shim = subprocess.Popen(arguments, env=own | settings)
+    server = subprocess.Popen(arguments, env=own | settings)
     try:
-        _await(ready_file.exists, shim)
-        yield ready_file.read_text().strip(), shim
+        _await(ready_file.exists, server)
+        yield ready_file.read_text().strip(), server
     finally:
-        shim.terminate()
-        shim.wait()
+        server.terminate()
+        server.wait()
 
 
 def _await(is_there: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
@@ -321,7 +321,7 @@ def _await(is_there: Callable[[], bool], process: subprocess.Popen[bytes]) -> No
 
 
 def _usage(pid: int) -> tuple[float, float]:
-    """Return the most memory a process had, in MB, and the seconds it computed; Linux only, else zeros."""
+    """Return the peak memory (MB) and CPU time (s) of a process; zeros if this is not Linux."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -332,16 +332,16 @@ def _usage(pid: int) -> tuple[float, float]:
 
 
 def main() -> int:
-    """Run it as the arguments say; status 1 if any reader was received something wrong or twice."""
+    """Run the benchmark; exit status 1 if a reader received wrong or duplicate events."""
     parser = argparse.ArgumentParser(prog="python -m jobs.bench.streams", description=__doc__)
     parser.add_argument("--readers", type=int, default=500)
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--commits", type=int, default=20)
     parser.add_argument("--interval-s", type=float, default=0.5)
     arguments = parser.parse_args()
-    figures = measure(StreamLoad(arguments.readers, arguments.requests, arguments.commits, arguments.interval_s))
-    print(json.dumps(asdict(figures), indent=2))
-    return int(figures.readers_with_wrong_text or figures.readers_with_duplicates)
+    result = measure(StreamLoad(arguments.readers, arguments.requests, arguments.commits, arguments.interval_s))
+    print(json.dumps(asdict(result), indent=2))
+    return int(result.readers_with_wrong_text or result.readers_with_duplicates)
 
 
 if __name__ == "__main__":

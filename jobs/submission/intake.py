@@ -100,8 +100,8 @@ def create_job(submission: Submission, *, database: Database, notify: Notify, se
     if not head:
         raise EmptyJob
     rules = _rules(submission, model, known, settings)
-    with span("ingest", submission.traceparent, job_id=rules.job_id) as place, RequestBuffer() as buffer:
-        job = replace(_new_job(submission, rules, settings), traceparent=place)
+    with span("ingest", submission.traceparent, job_id=rules.job_id) as traceparent, RequestBuffer() as buffer:
+        job = replace(_new_job(submission, rules, settings), traceparent=traceparent)
         ids = _parse_all(chain(_drain(head), items), rules, settings.max_requests, buffer)
         depth = _queue_depth(database)
         fits = depth.reserve(len(buffer), settings.max_requests_queued)
@@ -144,13 +144,13 @@ def retry_job(
         body_version=MESSAGE_VERSION,
     )
     try:
-        with span("ingest", job_id=new_job.id) as place, database.write() as session:
+        with span("ingest", job_id=new_job.id) as traceparent, database.write() as session:
             found = queries.requests_to_retry(session, job.id)
             requests = (_with_tokens(request, context_tokens) for request in found)
             first = next(requests, None)
             if first is None:
                 raise NotRetryable
-            recorded = writes.insert_job(session, replace(new_job, traceparent=place), chain([first], requests))
+            recorded = writes.insert_job(session, replace(new_job, traceparent=traceparent), chain([first], requests))
             if recorded.created:
                 check_queue_limit(session, settings.max_requests_queued)
     except QuotaExceeded as exceeded:
@@ -181,8 +181,8 @@ def create_interactive_job(
     request = parse_body(item.value, rules)
     if rules.context_tokens is None:
         raise ServiceUnavailable(f"No worker serves {rules.model} right now; try again in a few seconds.")
-    with span("ingest", submission.traceparent, job_id=rules.job_id) as place:
-        job = replace(_new_job(submission, rules, settings), priority=1, traceparent=place)
+    with span("ingest", submission.traceparent, job_id=rules.job_id) as traceparent:
+        job = replace(_new_job(submission, rules, settings), priority=1, traceparent=traceparent)
         _record(job, [request], database)
     notify(job.id, job.model)
     return job.id

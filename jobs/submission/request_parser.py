@@ -1,7 +1,7 @@
-"""From what someone wrote for one request to the request that is stored: every field honoured, refused or documented.
+"""Parse the input of one request into the request that is stored. Each field is supported, ignored or rejected.
 
-An item is a string, an object with `prompt` or `messages`, or a line of an OpenAI batch file. Pure: knows no SQL, no
-Redis and no HTTP. Whatever is wrong with an item fails its own request and no other.
+An item is a string, an object with `prompt` or `messages`, or a line of an OpenAI batch file. An invalid item fails its
+own request only.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from storage.records import NewRequest, RequestFailure
 log = logging.getLogger(__name__)
 
 MAX_CUSTOM_ID_CHARS = 64
-MAX_CHAT_LOGPROBS = 20  # alternatives of one token, as OpenAI has it
+MAX_CHAT_LOGPROBS = 20  # alternatives per token, OpenAI's limit
 MAX_COMPLETION_LOGPROBS = 5
 MAX_CHOICES = 128  # of one request, over all its prompts: they are decoded together
-MAX_JSON_NODES = 1_000_000  # lists and objects of one JSON text: each takes up to 240 bytes, and two to write
-_PIECE_BYTES = 1 << 20  # of a file that are read at once
-_BYTES_PER_TOKEN = 4  # of ordinary text
-_CONTEXT_TOKENS = 4096  # where no worker has recovered its own
-MAX_TRACED_REQUESTS = 16  # of a job: so many at most keep draft trees, its first ones
+MAX_JSON_NODES = 1_000_000  # lists and objects of one JSON text: 2 bytes each as text, up to 240 in memory
+_CHUNK_BYTES = 1 << 20  # of a file, per read
+_BYTES_PER_TOKEN = 4  # estimate for ordinary text
+_CONTEXT_TOKENS = 4096  # assumed if no worker has reported its own
+MAX_TRACED_REQUESTS = 16  # the first requests of a job, which may store draft trees
 MAX_TIMEOUT_S = 30 * 86_400
-COMPLETIONS_MAX_TOKENS = 16  # OpenAI's default for raw prompts; a chat answer runs to the context's end
+COMPLETIONS_MAX_TOKENS = 16  # OpenAI's default for raw prompts; chats have no default limit
 
-# Fields of the OpenAI API that are accepted and change nothing in a batch.
+# Fields of the OpenAI API that are accepted and ignored.
 WITHOUT_EFFECT = frozenset(
     [
         "metadata",
@@ -70,7 +70,7 @@ WITHOUT_EFFECT = frozenset(
     ]
 )
 
-# Fields that would change the text if they were honoured, with the values that ask for nothing.
+# Unsupported fields that would change the text, with the values that are accepted because they request nothing.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
@@ -89,62 +89,62 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 }
 
 _NO_NUMBER = re.compile(rb"-?(?:NaN|Infinity)")
-_CAPS = ("max_tokens", "max_completion_tokens")  # the second wins where both are given
+_CAPS = ("max_tokens", "max_completion_tokens")  # the second wins if both are given
 _SAMPLING = frozenset(SamplingParameters.model_fields)
-_LOGPROBS = frozenset({"logprobs", "top_logprobs"})  # OpenAI's two endpoints mean different things by them
+_LOGPROBS = frozenset({"logprobs", "top_logprobs"})  # have different meanings on OpenAI's two endpoints
 PARAMETERS = frozenset(_SAMPLING | _LOGPROBS | set(_CAPS) | WITHOUT_EFFECT | set(UNSUPPORTED))
 _PROMPT_FIELDS = frozenset({"prompt", "messages", "model", "custom_id", "id", "timeout_s"})
 _LINE_FIELDS = frozenset({"custom_id", "id", "method", "url", "body"})
-_MESSAGE_FIELDS = frozenset({"role", "content", "name", "refusal", "tool_call_id"})  # the last three: without effect
-_CALLS = frozenset({"tool_calls", "function_call", "audio"})  # of an assistant: what it did besides speaking
+_MESSAGE_FIELDS = frozenset({"role", "content", "name", "refusal", "tool_call_id"})  # the last three are ignored
+_CALLS = frozenset({"tool_calls", "function_call", "audio"})  # of assistant messages: not supported
 _ROLES = {role: role for role in get_args(ChatMessage.model_fields["role"].annotation)} | {"developer": "system"}
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """What someone wrote for one request, and where: a line of a file (counted from 1) or a place in a list."""
+    """The input of one request, and its location: a 1-based line of a file, or an index of a list."""
 
     index: int
     value: Any
     line: int | None = None
-    recovered_id: str | None = None  # by a line that can't be read: the value does not have it
+    recovered_id: str | None = None  # custom_id found in an unreadable line
 
     @property
     def location(self) -> str:
-        """Where the item stands, for people."""
+        """The location of the item, for error messages."""
         return f"line {self.line}" if self.line is not None else f"requests[{self.index}]"
 
     @property
     def model(self) -> Any:
-        """The model the item asks for, as it is written, or None."""
+        """The item's model, not validated, or None."""
         fields = self.value.get("body", self.value) if isinstance(self.value, dict) else None
         return fields.get("model") if isinstance(fields, dict) else None
 
     @property
     def is_readable(self) -> bool:
-        """True for what may be a request: a text or an object."""
+        """True if the value is a string or an object, and so may be a request."""
         return isinstance(self.value, str | dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What holds for every request of one job."""
+    """The settings and limits that all requests of a job share."""
 
     job_id: str
     model: str
     endpoint: Endpoint
-    defaults: Mapping[str, Any]  # sampling parameters of the job; a request's own win
+    defaults: Mapping[str, Any]  # sampling parameters of the job; those of a request override them
     max_prompt_chars: int
-    context_tokens: int | None = None  # of the workers that serve the model, if one is known
+    context_tokens: int | None = None  # of the workers that serve the model; None if unknown
 
 
 def read_lines(file: IO[bytes], max_line_bytes: int) -> Iterator[Item]:
-    """Yield the items of a JSONL file. A line that is no JSON becomes an item that will be refused; blank ones vanish.
+    """Yield the items of a JSONL file. Skip blank lines; an invalid line becomes an item that will be rejected.
 
-    Raise InvalidJsonLine behind the last line of a file that holds no requests but something else that is known.
+    Raise InvalidJsonLine after the last line if no line is readable and the file has another known format.
     """
     sample: Sample | None = Sample()
-    for index, line in enumerate(split_lines(iter(partial(file.read, _PIECE_BYTES), b""), max_line_bytes)):
+    for index, line in enumerate(split_lines(iter(partial(file.read, _CHUNK_BYTES), b""), max_line_bytes)):
         item = _read_line(index, line, max_line_bytes)
         if item.is_readable:
             sample = None
@@ -157,9 +157,9 @@ def read_lines(file: IO[bytes], max_line_bytes: int) -> Iterator[Item]:
 
 
 def read_json(text: bytes) -> Any:
-    """Return the value of a JSON text; raise ValueError for anything else, NaN and lone surrogates included.
+    """Parse strict JSON; raise ValueError also for NaN and lone surrogates.
 
-    Brackets and braces are counted first, those in strings too: a text of nothing else takes forty times its size.
+    First count brackets and braces, also those in strings, because nested lists take 40 times their text in memory.
     """
     if text.count(b"[") + text.count(b"{") > MAX_JSON_NODES:
         raise ValueError(f"more than {MAX_JSON_NODES} lists and objects")
@@ -167,7 +167,7 @@ def read_json(text: bytes) -> Any:
 
 
 def parse_item(item: Item, rules: Rules) -> NewRequest:
-    """Return the request of an item: valid, or with the failure for its error row. Never raises for content."""
+    """Return the request of an item. An invalid item becomes a failed request; never raise for its content."""
     try:
         fields = _fields(item.value, rules.endpoint)
         for name in ("custom_id", "id"):
@@ -181,18 +181,18 @@ def parse_item(item: Item, rules: Rules) -> NewRequest:
     except RequestRefused as refused:
         return refused_request(refused, item)
     except MemoryError:
-        raise  # of the machine: the same request may be read later
-    except Exception:  # a fault of ours: it is this request's, and no reason to stop the others
-        log.exception("Request %d of job %s can't be read", item.index, rules.job_id, extra=_about(item, rules))
-        return refused_request(RequestFailed("The request can't be read."), item)
+        raise  # a problem of the machine, not of the request
+    except Exception:  # a bug: fail this request and continue with the others
+        log.exception("Parsing request %d of job %s failed", item.index, rules.job_id, extra=_log_extra(item, rules))
+        return refused_request(RequestFailed("Parsing the request failed."), item)
 
 
-def _about(item: Item, rules: Rules) -> dict[str, object]:
+def _log_extra(item: Item, rules: Rules) -> dict[str, object]:
     return {"action": "unreadable_request", "job_id": rules.job_id, "request_index": item.index}
 
 
 def refused_request(refused: BasicError, item: Item) -> NewRequest:
-    """Return the request of an item that can't be served, with the reason for its error row."""
+    """Return the failed request of an invalid item."""
     where = f"{item.location}, {refused.param}" if refused.param else item.location
     message, param = storable(f"{where}: {refused.message}"), refused.param and storable(refused.param)
     return NewRequest(
@@ -201,13 +201,13 @@ def refused_request(refused: BasicError, item: Item) -> NewRequest:
 
 
 def _id_of(item: Item) -> str:
-    """Return the id an item came with, or one by its place. Who makes a job looks that no two are alike."""
+    """Return the item's id, or one generated from its index. The caller ensures that ids are unique."""
     given = given_id(item)
     return default_id(item.index) if given is None else given.text
 
 
 def parse_body(body: Any, rules: Rules) -> NewRequest:
-    """Return the request of an OpenAI call by itself, from its body; raise RequestRefused."""
+    """Return the request of a single OpenAI call, from its body; raise RequestRefused if it is invalid."""
     if not isinstance(body, dict):
         raise InvalidValue("The body must be a JSON object.")
     fields = {name: value for name, value in body.items() if value is not None}
@@ -215,7 +215,7 @@ def parse_body(body: Any, rules: Rules) -> NewRequest:
     refuse_unknown(fields, PARAMETERS | {"model", text})
     for name in ("model", text):
         if name not in fields:
-            raise MissingParameter(f"This call needs {name}.", param=name)
+            raise MissingParameter(f"The field {name} is required.", param=name)
     request = _request(fields, rules, 0)
     return NewRequest(
         "request-0", body=request.model_dump(mode="json"), tokens=max_total_tokens(request, rules.context_tokens)
@@ -225,9 +225,9 @@ def parse_body(body: Any, rules: Rules) -> NewRequest:
 def parse_parameters(
     fields: Mapping[str, Any], endpoint: Endpoint, defaults: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Return the sampling parameters among the fields; raise RequestRefused for the first that is wrong.
+    """Return the sampling parameters in `fields`; raise RequestRefused for the first invalid one.
 
-    `defaults` hold where the fields say nothing.
+    `defaults` are the job's parameters.
     """
     given = {name: value for name, value in fields.items() if value is not None}
     refuse_unknown(given, PARAMETERS)
@@ -242,15 +242,15 @@ def parse_parameters(
 
 
 def max_total_tokens(request: GenerationRequest, context_tokens: int | None) -> int:
-    """Return how many tokens a request may come to read and write, as far as one can say before it is tokenized."""
+    """Return the maximum number of tokens of a request, prompt and output, estimated before it is tokenized."""
     text = request.prompt or "".join(message.content for message in request.messages or ())
     prompts = [prompt if isinstance(prompt, tuple) else prompt.encode() for prompt in request.prompts or (text,)]
-    room = context_tokens or _CONTEXT_TOKENS
-    most = 0
+    context = context_tokens or _CONTEXT_TOKENS
+    total = 0
     for prompt in prompts:
-        read = len(prompt) if isinstance(prompt, tuple) else len(prompt) // _BYTES_PER_TOKEN + 1
-        most += read + request.sampling.n * (request.sampling.max_tokens or max(1, room - read))
-    return most
+        length = len(prompt) if isinstance(prompt, tuple) else len(prompt) // _BYTES_PER_TOKEN + 1
+        total += length + request.sampling.n * (request.sampling.max_tokens or max(1, context - length))
+    return total
 
 
 def _read_line(index: int, line: Line, max_line_bytes: int) -> Item:
@@ -261,7 +261,7 @@ def _read_line(index: int, line: Line, max_line_bytes: int) -> Item:
 
 
 def read_value(index: int, value: Any) -> Item:
-    """Return the item of a value out of a message that is not strict JSON as a whole."""
+    """Return the item of a value from a message that is not strict JSON as a whole."""
     text = json.dumps(value).encode()
     try:
         return Item(index, read_json(text))
@@ -270,7 +270,7 @@ def read_value(index: int, value: Any) -> Item:
 
 
 def read_line(line: Line, max_bytes: int) -> Any:
-    """Return the value of a line; raise InvalidJsonLine, which says why there is none."""
+    """Return the JSON value of a line; raise InvalidJsonLine, with the reason, if it is invalid or too long."""
     if line.too_long:
         raise InvalidJsonLine(f"The line has more than {max_bytes} bytes.")
     try:
@@ -280,12 +280,12 @@ def read_line(line: Line, max_bytes: int) -> Any:
 
 
 def _why(text: bytes, exc: ValueError) -> str:
-    """Return why a line is no JSON, in words that say what to do where the parser's don't."""
-    reason, _, column = str(exc).partition(" at line 1 column ")  # the parser counts lines within this one
+    """Return why a line is not JSON, replacing messages of the parser that don't help."""
+    reason, _, column = str(exc).partition(" at line 1 column ")  # the parser's line is always 1
     if text.endswith(b","):
-        reason, column = "it ends with a comma, and lines have none between them", ""
+        reason, column = "it ends with a comma", ""
     elif reason == "expected value" and (number := _NO_NUMBER.match(text, int(column or 1) - 1)):
-        reason = f"{number[0].decode()} is no number of JSON"
+        reason = f"{number[0].decode()} is not a JSON number"
     elif reason == "invalid unicode code point":
         reason = "it is not UTF-8"
     elif "surrogate" in reason or reason == "unexpected end of hex escape":
@@ -294,7 +294,7 @@ def _why(text: bytes, exc: ValueError) -> str:
 
 
 def given_id(item: Item) -> GivenId | None:
-    """Return the custom_id an item came with, whatever else is wrong with it; None if there is none."""
+    """Return the custom_id of an item, which may be invalid otherwise; None if there is none."""
     if item.recovered_id is not None:
         return recovered(item.recovered_id)
     line = item.value if isinstance(item.value, dict) else {}
@@ -314,14 +314,14 @@ def _given_id(custom_id: Any, name: str) -> GivenId | None:
 
 
 def check_custom_id(custom_id: Any, name: str = "custom_id") -> str:
-    """Return a custom_id; raise InvalidValue for what can't be one."""
+    """Return a valid custom_id; raise InvalidValue otherwise."""
     if not isinstance(custom_id, str) or not 1 <= len(custom_id) <= MAX_CUSTOM_ID_CHARS:
-        raise InvalidValue(f"A custom_id is a string of 1 to {MAX_CUSTOM_ID_CHARS} characters.", param=name)
+        raise InvalidValue(f"must be a string of 1 to {MAX_CUSTOM_ID_CHARS} characters.", param=name)
     return clean_text(custom_id, name)
 
 
 def _fields(value: Any, endpoint: str) -> dict[str, Any]:
-    """Return the fields of an item as one flat object, whichever of its forms it came in."""
+    """Return the fields of an item, in any of its forms, as one flat dict."""
     if isinstance(value, RequestRefused):
         raise value
     if isinstance(value, str):
@@ -333,7 +333,7 @@ def _fields(value: Any, endpoint: str) -> dict[str, Any]:
 
 
 def _line_fields(line: dict[str, Any], endpoint: str) -> dict[str, Any]:
-    """Return the fields of an OpenAI batch line: those of its body, and its custom_id."""
+    """Return the fields of an OpenAI batch line: its body and its custom_id."""
     refuse_unknown(line, _LINE_FIELDS)
     if not is_post(line.get("method", "POST")):
         raise InvalidValue("The method must be POST.", param="method")
@@ -347,12 +347,12 @@ def _line_fields(line: dict[str, Any], endpoint: str) -> dict[str, Any]:
 
 
 def is_post(method: Any) -> bool:
-    """Return whether a line's method is POST, in letters of any case."""
+    """Return whether a line's method is POST, in any case."""
     return isinstance(method, str) and method.upper() == "POST"
 
 
 def is_url_of(url: Any, endpoint: str) -> bool:
-    """Return whether a line's url means the endpoint: also with a host, a slash at its end, or without /v1."""
+    """Return whether a line's url is the endpoint, possibly with a host, a trailing slash, or without /v1."""
     try:
         path = urlsplit(url).path.rstrip("/") if isinstance(url, str) else ""
     except ValueError:
@@ -361,7 +361,7 @@ def is_url_of(url: Any, endpoint: str) -> bool:
 
 
 def _timeout_s(value: Any) -> float | None:
-    """Return the seconds within which a request must end, counted from the recording of its job."""
+    """Return the timeout of a request in seconds, counted from the creation of its job."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_TIMEOUT_S:
@@ -372,7 +372,9 @@ def _timeout_s(value: Any) -> float | None:
 def _request(fields: Mapping[str, Any], rules: Rules, index: int) -> GenerationRequest:
     refuse_unknown(fields, _PROMPT_FIELDS | PARAMETERS)
     if fields.get("model", rules.model) != rules.model:
-        raise InvalidValue(f"This job runs on {rules.model!r}; other models need a job of their own.", param="model")
+        raise InvalidValue(
+            f"This job uses the model {rules.model!r}. Submit requests for other models as another job.", param="model"
+        )
     parameters = parse_parameters(
         {name: value for name, value in fields.items() if name in PARAMETERS}, rules.endpoint, rules.defaults
     )
@@ -401,46 +403,46 @@ def _sampling(parameters: Mapping[str, Any]) -> SamplingParameters:
     except ValidationError as exc:
         first = exc.errors(include_url=False)[0]
         message = first["msg"].replace("Input should", "must")
-        # What our own validators say is complete; pydantic's sentences gain by what was given.
+        # Messages of our own validators are complete; those of pydantic lack the value.
         given = "" if first["type"] == "value_error" else f", not {_shown(first['input'])}"
         raise InvalidValue(f"{message}{given}", param=str(first["loc"][0])) from exc
 
 
 def _logprobs(fields: Mapping[str, Any], endpoint: Endpoint, default: int | None) -> int | None:
-    """Return how many alternatives are recovered beside each token; None if no log-probabilities are wanted."""
+    """Return the number of top tokens to return per token; None if no log-probabilities are requested."""
     logprobs, top = fields.get("logprobs"), fields.get("top_logprobs")
     if endpoint == COMPLETIONS_ENDPOINT:
         if top:
-            raise InvalidValue(f"is for chats; on {endpoint}, logprobs is the number itself", param="top_logprobs")
-        # Not `in (None, False)`: 0 == False in Python, and 0 asks for the tokens' own.
+            raise InvalidValue(f"is for chats; on {endpoint}, set logprobs to the number", param="top_logprobs")
+        # Not `in (None, False)`: 0 == False in Python, but 0 requests the sampled tokens' log-probabilities.
         wanted = logprobs is not None and logprobs is not False
         return _whole(logprobs, "logprobs", MAX_COMPLETION_LOGPROBS) if wanted else None
     if not isinstance(logprobs, bool | None):
         raise InvalidValue(
-            f"must be true or false, not {_shown(logprobs)}; the number is top_logprobs", param="logprobs"
+            f"must be true or false, not {_shown(logprobs)}; set top_logprobs to the number", param="logprobs"
         )
-    most = None if top is None else _whole(top, "top_logprobs", MAX_CHAT_LOGPROBS)
+    top_k = None if top is None else _whole(top, "top_logprobs", MAX_CHAT_LOGPROBS)
     if not (default is not None if logprobs is None else logprobs):
-        if most:
+        if top_k:
             raise InvalidValue("needs logprobs to be true", param="top_logprobs")
         return None
-    return most if most is not None else default or 0
+    return top_k if top_k is not None else default or 0
 
 
-def _whole(value: Any, name: str, most: int) -> int:
-    if type(value) is not int or not 0 <= value <= most:
-        raise InvalidValue(f"must be a whole number from 0 to {most}, not {_shown(value)}", param=name)
+def _whole(value: Any, name: str, maximum: int) -> int:
+    if type(value) is not int or not 0 <= value <= maximum:
+        raise InvalidValue(f"must be a whole number from 0 to {maximum}, not {_shown(value)}", param=name)
     return value
 
 
 def _seed(job_id: str, index: int) -> int:
-    """Return the seed of a request that brings none. It is stored, so that a second run draws the same tokens."""
+    """Return the default seed of a request. It is stored, so that running the request again gives the same tokens."""
     digest = hashlib.sha256(f"{job_id}:{index}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1  # 63 bits: fits a signed integer everywhere
+    return int.from_bytes(digest[:8], "big") >> 1  # 63 bits fit a signed 64-bit integer
 
 
 def _prompt(fields: Mapping[str, Any], rules: Rules) -> dict[str, Any]:
-    """Return `messages` or `prompt` for the stored request; on the chat endpoint a prompt is one user message."""
+    """Return `messages`, `prompt` or `prompts` of the stored request."""
     if "messages" in fields and "prompt" in fields:
         raise InvalidValue("Give either prompt or messages, not both.", param="messages")
     if "messages" in fields:
@@ -455,7 +457,7 @@ def _prompt(fields: Mapping[str, Any], rules: Rules) -> dict[str, Any]:
 
 
 def _prompts(prompt: list[Any], rules: Rules) -> tuple[str | tuple[int, ...], ...]:
-    """Return the prompts of a list: of texts, of token ids (one prompt), or of lists of token ids."""
+    """Return the prompts of a list of texts, of token ids (one prompt), or of lists of token ids."""
     listed = [prompt] if all(type(part) is int for part in prompt) else prompt
     read = tuple(_one_prompt(part, f"prompt[{n}]") for n, part in enumerate(listed))
     _refuse_long(sum(len(part) for part in read), rules, "prompt")
@@ -487,24 +489,24 @@ def _messages(messages: Any, rules: Rules) -> tuple[ChatMessage, ...]:
     return read
 
 
-def _message(message: Any, place: str) -> ChatMessage:
+def _message(message: Any, param: str) -> ChatMessage:
     if not isinstance(message, dict):
-        raise InvalidValue(f"A message is an object with role and content, not {_kind(message)}.", param=place)
-    fields = {name: value for name, value in message.items() if not _asks_for_nothing(name, value)}
+        raise InvalidValue(f"A message is an object with role and content, not {_kind(message)}.", param=param)
+    fields = {name: value for name, value in message.items() if not _is_empty(name, value)}
     for name in fields.keys() & _CALLS:
-        raise UnsupportedParameter("Calls of tools are not supported.", param=f"{place}.{name}")
-    refuse_unknown(fields, _MESSAGE_FIELDS, f"{place}.")
+        raise UnsupportedParameter("Tool calls are not supported.", param=f"{param}.{name}")
+    refuse_unknown(fields, _MESSAGE_FIELDS, f"{param}.")
     role = fields.get("role")
     if not isinstance(role, str) or role not in _ROLES:
-        raise InvalidValue(f"must be one of {', '.join(_ROLES)}, not {_shown(role)}", param=f"{place}.role")
-    content = _content(fields.get("content"), f"{place}.content")
+        raise InvalidValue(f"must be one of {', '.join(_ROLES)}, not {_shown(role)}", param=f"{param}.role")
+    content = _content(fields.get("content"), f"{param}.content")
     if role == "user":
-        _filled(content, f"{place}.content")
+        _filled(content, f"{param}.content")
     return ChatMessage(role=_ROLES[role], content=content)
 
 
-def _asks_for_nothing(name: str, value: Any) -> bool:
-    """Return whether a field of a message says nothing: an answer that is sent back has many that are empty."""
+def _is_empty(name: str, value: Any) -> bool:
+    """Return whether a field of a message is empty, as many are when a response is sent back as a message."""
     return value is None or (name not in ("role", "content") and value in ("", [], {}))
 
 
@@ -531,7 +533,7 @@ def _text(value: Any, param: str) -> str:
 
 
 def clean_text(text: str, param: str) -> str:
-    """Return the text; refuse what not every database and tokenizer can hold: NUL, and halves of surrogate pairs."""
+    """Return the text; raise InvalidValue for U+0000 and lone surrogates, which PostgreSQL and tokenizers reject."""
     if "\0" in text:
         raise InvalidValue("The character U+0000 is not allowed.", param=param)
     try:
@@ -551,37 +553,35 @@ def _filled(text: str, param: str) -> str:
 
 def _refuse_long(chars: int, rules: Rules, param: str) -> None:
     if chars > rules.max_prompt_chars:
-        raise PromptTooLong(
-            f"{chars} characters are more than the {rules.max_prompt_chars} one prompt may have.", param=param
-        )
+        raise PromptTooLong(f"The prompt has {chars} characters; the limit is {rules.max_prompt_chars}.", param=param)
 
 
-def refuse_unknown(fields: Mapping[str, Any], known: frozenset[str], place: str = "") -> None:
-    """Raise UnknownParameter for the first field that is not known, with the nearest one that is."""
+def refuse_unknown(fields: Mapping[str, Any], known: frozenset[str], prefix: str = "") -> None:
+    """Raise UnknownParameter for the first unknown field, suggesting the most similar known one."""
     for name in fields:
         if name not in known:
             near = get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else "."
-            raise UnknownParameter(f"This field is not known{hint}", param=f"{place}{name[:64]}")
+            raise UnknownParameter(f"Unknown field{hint}", param=f"{prefix}{name[:64]}")
 
 
 def _refuse_unsupported(fields: Mapping[str, Any]) -> None:
     for name in fields.keys() & UNSUPPORTED.keys():
         value = fields[name]
         if name == "best_of" and value == fields.get("n", 1) and type(value) is int:
-            continue  # the best n of n
-        # False == 0 in Python, and a logprobs of 0 does ask for something.
+            continue  # best_of = n returns all choices
+        # Compare types too: False == 0 in Python.
         if not any(type(value) is type(idle) and value == idle for idle in UNSUPPORTED[name]):
-            raise UnsupportedParameter("This field is not supported yet; leave it out.", param=name)
+            raise UnsupportedParameter("This field is not supported. Remove it.", param=name)
 
 
 def _kind(value: Any) -> str:
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
-    return names.get(type(value), "null" if value is None else "a value of another kind")
+    return names.get(type(value), "null" if value is None else "another type")
 
 
 def _shown(value: Any) -> str:
-    """Show a value in an error message, briefly: the input may be huge."""
+    """Return a value for an error message, shortened, because the input may be huge."""
     if isinstance(value, list | dict):
         return _kind(value)
     text = repr(value)
