@@ -20,7 +20,7 @@ BasicError
 │   └── UnsupportedBody         wrong content type or encoding
 ├── NotFound                    no such job, batch or file
 ├── NotCancellable              the job has already ended
-├── NotRetryable                the job has not ended, or has no failed requests
+├── NotRetryable                the job has not ended, or all its requests succeeded
 ├── CallerRefused               authentication, permission or rate limit
 │   ├── InvalidKey              missing or invalid API key
 │   ├── NotPermitted            the key lacks the scope
@@ -186,7 +186,7 @@ class NotCancellable(BasicError):
 
 
 class NotRetryable(BasicError):
-    """The job has no failed requests to run again."""
+    """The job has no unsuccessful requests to run again."""
 
     code = "not_retryable"
     status_code = 409

@@ -76,7 +76,7 @@ def new_key(
 
 
 def check_key(database: Database, presented: str) -> KeyView | None:
-    """Return the key that was presented, or None if it opens nothing: unknown, malformed, revoked and expired alike."""
+    """Return the key if it is valid; None if it is unknown, malformed, revoked or expired."""
     with database.connect() as connection:
         return check_key_on(connection, presented)
 

@@ -104,11 +104,8 @@ class BatchFileProcessor:
                 if not self.run_once():
                     self.stop.wait(_POLL_S)
             except DATABASE_UNAVAILABLE as error:
-                log.warning(
-                    "The processor waits for the database: %s",
-                    unavailable_reason(error),
-                    extra={"action": "database_away"},
-                )
+                reason = unavailable_reason(error)
+                log.warning("Waiting for the database: %s", reason, extra={"action": "database_away"})
                 self.stop.wait(_RETRY_S)
             except Exception:  # continue with the other batches; this one is claimed again when its lease lapses
                 log.exception("Processing a batch file failed", extra={"action": "clerk_failed"})
@@ -169,7 +166,7 @@ class _InputReading(_Task):
     def _refuse(self, result: ValidationResult) -> None:
         with self.database.write() as session:
             status = batches.fail_batch(session, self.claim, result.errors, result.model, self.processor.lease_s)
-        log.info("Batch %s is refused: %s", self.claim.job_id, result.errors[0], extra=_extra(self.claim, "refused"))
+        log.info("Batch %s failed: %s", self.claim.job_id, result.errors[0], extra=_extra(self.claim, "refused"))
         self.processor.publish(job_events([(self.claim.job_id, status)]))
 
     def _write(self, rules: Rules, reader: LineReader, ids: Mapping[int, str]) -> int:

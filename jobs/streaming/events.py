@@ -32,5 +32,5 @@ def failure_events(failed: Iterable[FailedRequest]) -> list[PartialEvent]:
 
 
 def error_of(failure: RequestFailure) -> dict[str, str | None]:
-    """Return the error of a `failed` event."""
+    """Return the `error` field of a `failed` event."""
     return {"code": failure.code, "message": failure.message, "param": failure.param}

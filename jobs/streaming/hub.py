@@ -68,7 +68,7 @@ class EventHub:
         """
         async with self._joined(job_id) as channel:
             while since.status not in FINAL_JOB_STATUSES:
-                version = channel.version  # before the look, so that no changes is missed between look and wait
+                version = channel.version  # before the read, so that no change is missed between read and wait
                 batch = await channel.next(since)
                 if batch.events:
                     yield batch.events
@@ -117,7 +117,7 @@ class EventHub:
                 async with self._reads:
                     return await asyncio.to_thread(self._read_now, job_id, since)
             except DATABASE_UNAVAILABLE as exc:
-                log.warning("No events for job %s: %s", job_id, unavailable_reason(exc), extra=_away(job_id))
+                log.warning("Can't read the events of job %s: %s", job_id, unavailable_reason(exc), extra=_away(job_id))
                 await asyncio.sleep(_RETRY_S)
 
     def _read_now(self, job_id: str, since: Cursor | None) -> Page:

@@ -118,10 +118,10 @@ async def follow(
     as snapshots.
     """
     event_filter = EventFilter()
-    async with aclosing(subscribe(redis_url, job_id, poll_s)) as heard_here:
-        async for signal in heard_here:
-            heard = signal is not None and event_filter.is_next(signal)
-            events = [signal] if heard and signal is not None else await asyncio.to_thread(read)
+    async with aclosing(subscribe(redis_url, job_id, poll_s)) as signals:
+        async for signal in signals:
+            is_next = signal is not None and event_filter.is_next(signal)
+            events = [signal] if is_next and signal is not None else await asyncio.to_thread(read)
             for event in events:
                 if event_filter.accept(event):
                     yield event

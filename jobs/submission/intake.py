@@ -106,7 +106,7 @@ def create_job(submission: Submission, *, database: Database, notify: Notify, se
         depth = _queue_depth(database)
         fits = depth.reserve(len(buffer), settings.max_requests_queued)
         max_queued = None if fits else settings.max_requests_queued
-        recorded = _record(job, _with_ids(buffer.requests(), ids), database, max_queued, depth)
+        recorded = _store(job, _with_ids(buffer.requests(), ids), database, max_queued, depth)
     if recorded.conflict:
         raise IdempotencyConflict
     if recorded.created:
@@ -183,7 +183,7 @@ def create_interactive_job(
         raise ServiceUnavailable(f"No worker serves {rules.model} right now; try again in a few seconds.")
     with span("ingest", submission.traceparent, job_id=rules.job_id) as traceparent:
         job = replace(_new_job(submission, rules, settings), priority=1, traceparent=traceparent)
-        _record(job, [request], database)
+        _store(job, [request], database)
     notify(job.id, job.model)
     return job.id
 
@@ -202,7 +202,7 @@ def create_failed_job(
         idempotency_key=submission.idempotency_key,
         body_sha256=submission.body_sha256,
     )
-    return _record(job, [NewRequest("batch", failure=failure)], database).job_id
+    return _store(job, [NewRequest("batch", failure=failure)], database).job_id
 
 
 def known_models(database: Database, settings: JobsSettings) -> dict[str, int | None]:
@@ -318,7 +318,7 @@ def _new_job(submission: Submission, rules: Rules, settings: JobsSettings) -> Ne
     )
 
 
-def _record(
+def _store(
     job: NewJob,
     requests: Iterable[NewRequest],
     database: Database,

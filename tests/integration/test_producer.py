@@ -42,7 +42,7 @@ def test_a_pushed_batch_waits_on_the_ingest_queue(server: redis.Redis, redis_url
     assert PromptBatch.model_validate_json(json.dumps(message_body(raw)[1]["batch"])) == batch
 
 
-def test_a_doorbell_rings_on_the_queue_of_its_model_and_carries_only_the_id(
+def test_a_notification_goes_to_the_queue_of_its_model_and_carries_only_the_id(
     server: redis.Redis, redis_url: str
 ) -> None:
     assert notify_workers(make_producer_app(redis_url), "batch_1", "org/Tiny")
@@ -63,16 +63,16 @@ def test_a_batch_that_no_server_takes_is_told_to_the_producer() -> None:
         push(PromptBatch(id="one", requests=("Hello",)), f"redis://127.0.0.1:{free_port()}/0")
 
 
-def test_a_doorbell_that_nobody_hears_is_no_error() -> None:
+def test_a_notification_without_a_server_is_no_error() -> None:
     assert notify_workers(make_producer_app(f"redis://127.0.0.1:{free_port()}/0"), "batch_1", "tiny") is False
 
 
-def test_a_consumer_of_the_models_queue_hears_the_doorbell(server: redis.Redis, redis_url: str) -> None:
+def test_a_consumer_of_the_models_queue_receives_the_notification(server: redis.Redis, redis_url: str) -> None:
     heard = threading.Event()
     app = make_app(redis_url, queues=(model_queue("tiny"),))
 
     @app.task(name=NOTIFY_TASK)  # type: ignore[untyped-decorator]
-    def doorbell(job_id: str) -> None:
+    def notified(job_id: str) -> None:
         assert job_id == "batch_1"
         heard.set()
 
@@ -97,11 +97,11 @@ def test_a_pushed_batch_becomes_a_job_through_the_real_ingest_worker(
     ):
         for _ in range(2):
             push(batch, redis_url)
-        doorbell = server.blpop([f"{KEY_PREFIX}{model_queue('tiny')}"], timeout=10)
+        notification = server.blpop([f"{KEY_PREFIX}{model_queue('tiny')}"], timeout=10)
     with database.read() as session:
         job = queries.job(session, batch_job_id("nightly"))
     database.dispose()
     assert job is not None
     assert job.requests_total == 2
-    assert doorbell is not None
+    assert notification is not None
     assert server.llen(f"{KEY_PREFIX}{model_queue('tiny')}") == 0  # a batch that comes twice rings once

@@ -112,7 +112,7 @@ def test_a_line_about_nothing_ends_with_its_sentence(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
-def test_the_shim_says_which_call_and_job_a_line_is_about(
+def test_the_api_server_logs_the_call_and_job_of_each_line(
     log_format: str,
     settings: JobsSettings,
     database: Database,

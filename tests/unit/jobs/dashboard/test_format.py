@@ -61,7 +61,7 @@ def test_time_left_is_that_of_the_requests_that_are_left() -> None:
     assert format.left(job(started_at=100.0, finished_at=160.0)) == "took 1 min"
 
 
-def test_a_database_of_an_older_version_stops_the_shim_with_a_sentence(settings: JobsSettings) -> None:
+def test_a_database_of_an_older_version_stops_the_api_server_with_a_sentence(settings: JobsSettings) -> None:
     schema.upgrade(settings.resolved_database_url, "0002")
     with pytest.raises(SetupError, match=r"revision 0002.*basic db upgrade"):
         serve(settings)

@@ -35,7 +35,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     server.open.set()
 
 
-def test_what_is_to_be_rung_while_the_server_hangs_rings_once_a_model_afterwards(server: Server) -> None:
+def test_notifications_during_a_hang_are_sent_once_per_model_afterwards(server: Server) -> None:
     notifier = WorkerNotifier("redis://127.0.0.1:1/0")
     notifier.notify("job-1", "tiny")
     assert server.asked.acquire(timeout=10)
@@ -49,7 +49,9 @@ def test_what_is_to_be_rung_while_the_server_hangs_rings_once_a_model_afterwards
     assert server.heard == [("job-1", "tiny"), ("job-99", "tiny"), ("job-100", "large")]
 
 
-def test_a_ring_that_fails_is_logged_and_the_next_one_rings(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_notification_that_fails_is_logged_and_the_next_one_is_sent(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
     server.open.set()
     notifier = WorkerNotifier("redis://127.0.0.1:1/0")
     notifier.notify("broken", "tiny")

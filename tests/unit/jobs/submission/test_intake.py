@@ -24,8 +24,8 @@ from storage.session import Database
 from tests.factories import a_worker_card
 
 
-class Door:
-    """The intake with everything it needs, and the bells it rang."""
+class Intake:
+    """Creates jobs, and collects the notifications of workers."""
 
     def __init__(self, database: Database, settings: JobsSettings) -> None:
         self.database = database
@@ -58,113 +58,113 @@ class Door:
 
 
 @pytest.fixture
-def door(database: Database, settings: JobsSettings) -> Door:
-    return Door(database, settings)
+def intake(database: Database, settings: JobsSettings) -> Intake:
+    return Intake(database, settings)
 
 
-def test_an_accepted_job_is_recorded_and_its_doorbell_rung(door: Door) -> None:
-    job_id = door.accept("one", "two", metadata={"team": "a"})
-    job = door.job(job_id)
+def test_a_new_job_is_stored_and_its_workers_are_notified(intake: Intake) -> None:
+    job_id = intake.accept("one", "two", metadata={"team": "a"})
+    job = intake.job(job_id)
     assert (job.status, job.model, job.requests_total, job.metadata) == ("in_progress", "tiny", 2, {"team": "a"})
-    assert door.notified == [(job_id, "tiny")]
+    assert intake.notified == [(job_id, "tiny")]
 
 
-def test_a_bad_request_fails_alone_and_the_others_go_on(door: Door) -> None:
-    job_id = door.accept("one", {"prompt": "two", "temperature": -1}, "three")
-    job = door.job(job_id)
+def test_a_bad_request_fails_alone_and_the_others_go_on(intake: Intake) -> None:
+    job_id = intake.accept("one", {"prompt": "two", "temperature": -1}, "three")
+    job = intake.job(job_id)
     assert (job.status, job.requests_total, job.requests_failed) == ("in_progress", 3, 1)
-    [failed] = door.failed(job_id)
+    [failed] = intake.failed(job_id)
     assert failed.error_message is not None
     assert failed.error_message.startswith("line 2, temperature: ")
 
 
-def test_a_job_of_bad_requests_only_is_completed_at_once(door: Door) -> None:
-    job = door.job(door.accept("", ""))
+def test_a_job_of_bad_requests_only_is_completed_at_once(intake: Intake) -> None:
+    job = intake.job(intake.accept("", ""))
     assert (job.status, job.requests_failed) == ("completed", 2)
 
 
-def test_a_repeated_key_gives_the_first_job_and_rings_once(door: Door) -> None:
-    first = door.accept("one", idempotency_key="k", body_sha256="x")
-    again = door.accept("one", idempotency_key="k", body_sha256="x")
+def test_a_repeated_key_gives_the_first_job_and_rings_once(intake: Intake) -> None:
+    first = intake.accept("one", idempotency_key="k", body_sha256="x")
+    again = intake.accept("one", idempotency_key="k", body_sha256="x")
     assert first == again
-    assert len(door.notified) == 1
+    assert len(intake.notified) == 1
 
 
-def test_a_repeated_key_with_another_body_is_a_conflict(door: Door) -> None:
-    door.accept("one", idempotency_key="k", body_sha256="x")
+def test_a_repeated_key_with_another_body_is_a_conflict(intake: Intake) -> None:
+    intake.accept("one", idempotency_key="k", body_sha256="x")
     with pytest.raises(IdempotencyConflict):
-        door.accept("two", idempotency_key="k", body_sha256="y")
+        intake.accept("two", idempotency_key="k", body_sha256="y")
 
 
-def test_without_a_key_two_submissions_are_two_jobs(door: Door) -> None:
-    assert door.accept("one") != door.accept("one")
+def test_without_a_key_two_submissions_are_two_jobs(intake: Intake) -> None:
+    assert intake.accept("one") != intake.accept("one")
 
 
-def test_a_custom_id_given_twice_is_refused_naming_both_lines(door: Door) -> None:
+def test_a_custom_id_given_twice_is_refused_naming_both_lines(intake: Intake) -> None:
     with pytest.raises(DuplicateCustomId, match="line 1 and line 3"):
-        door.accept({"custom_id": "a", "prompt": "x"}, "y", {"custom_id": "a", "prompt": "z"})
+        intake.accept({"custom_id": "a", "prompt": "x"}, "y", {"custom_id": "a", "prompt": "z"})
 
 
-def test_an_id_that_looks_like_ours_stays_with_its_request(door: Door) -> None:
-    job_id = door.accept("one", {"custom_id": "request-0", "prompt": "two"}, {"custom_id": 7, "prompt": "x"}, "four")
-    assert door.names(job_id) == ["request-0-unnamed", "request-0", "7", "request-3"]
+def test_an_id_that_looks_like_ours_stays_with_its_request(intake: Intake) -> None:
+    job_id = intake.accept("one", {"custom_id": "request-0", "prompt": "two"}, {"custom_id": 7, "prompt": "x"}, "four")
+    assert intake.names(job_id) == ["request-0-unnamed", "request-0", "7", "request-3"]
 
 
-def test_a_bad_id_never_takes_that_of_another_request(door: Door) -> None:
-    job_id = door.accept({"custom_id": 7, "prompt": "x"}, {"custom_id": "7", "prompt": "y"}, {"custom_id": 7})
-    assert door.names(job_id) == ["request-0", "7", "request-2"]
+def test_a_bad_id_never_takes_that_of_another_request(intake: Intake) -> None:
+    job_id = intake.accept({"custom_id": 7, "prompt": "x"}, {"custom_id": "7", "prompt": "y"}, {"custom_id": 7})
+    assert intake.names(job_id) == ["request-0", "7", "request-2"]
 
 
 @pytest.mark.parametrize("bad", [{"prompt": "x", "model": "gpt-9"}, {"prompt": "x", "model": 7}, 7, ["x"]])
-def test_a_bad_first_request_chooses_no_model_for_the_others(door: Door, bad: Any) -> None:
-    with door.database.write() as session:
+def test_a_bad_first_request_chooses_no_model_for_the_others(intake: Intake, bad: Any) -> None:
+    with intake.database.write() as session:
         writes.register_worker(session, a_worker_card(target="other", context_tokens=64))
-    job_id = door.accept(bad, bad, {"prompt": "one", "model": "other"})
-    job = door.job(job_id)
+    job_id = intake.accept(bad, bad, {"prompt": "one", "model": "other"})
+    job = intake.job(job_id)
     assert (job.model, job.requests_total, job.requests_failed) == ("other", 3, 2)
 
 
-def test_a_job_without_requests_is_refused(door: Door) -> None:
+def test_a_job_without_requests_is_refused(intake: Intake) -> None:
     with pytest.raises(EmptyJob):
-        door.accept()
+        intake.accept()
 
 
-def test_more_requests_than_one_job_may_hold_are_refused_with_the_limit(door: Door) -> None:
+def test_more_requests_than_one_job_may_hold_are_refused_with_the_limit(intake: Intake) -> None:
     with pytest.raises(TooManyRequests, match="at most 5 requests"):
-        door.accept(*"abcdef")
+        intake.accept(*"abcdef")
 
 
 @pytest.mark.parametrize("model", ["../../etc", "/etc/passwd", "https://evil", "gpt-9"])
-def test_an_unknown_model_is_refused_naming_those_there_are(door: Door, model: str) -> None:
+def test_an_unknown_model_is_refused_naming_those_there_are(intake: Intake, model: str) -> None:
     with pytest.raises(UnknownModel, match="Available: tiny"):
-        door.accept("one", model=model)
+        intake.accept("one", model=model)
 
 
-def test_the_first_request_may_name_the_model(door: Door) -> None:
+def test_the_first_request_may_name_the_model(intake: Intake) -> None:
     with pytest.raises(UnknownModel):
-        door.accept({"prompt": "one", "model": "other"})
-    with door.database.write() as session:
+        intake.accept({"prompt": "one", "model": "other"})
+    with intake.database.write() as session:
         writes.register_worker(session, a_worker_card(target="other", context_tokens=64))
-    assert door.job(door.accept({"prompt": "one", "model": "other"})).model == "other"
+    assert intake.job(intake.accept({"prompt": "one", "model": "other"})).model == "other"
 
 
-def test_a_cap_beyond_the_context_of_the_worker_fails_its_request(door: Door) -> None:
-    with door.database.write() as session:
+def test_a_cap_beyond_the_context_of_the_worker_fails_its_request(intake: Intake) -> None:
+    with intake.database.write() as session:
         writes.register_worker(session, a_worker_card(target="tiny", context_tokens=64))
-    [failed] = door.failed(door.accept({"prompt": "one", "max_tokens": 65}, "two"))
+    [failed] = intake.failed(intake.accept({"prompt": "one", "max_tokens": 65}, "two"))
     assert failed.error_param == "max_tokens"
 
 
-def test_a_bad_parameter_of_the_job_refuses_the_job(door: Door) -> None:
+def test_a_bad_parameter_of_the_job_refuses_the_job(intake: Intake) -> None:
     with pytest.raises(InvalidValue, match="max_tokens: must be greater than or equal to 1, not 0"):
-        door.accept("one", parameters={"max_tokens": 0})
+        intake.accept("one", parameters={"max_tokens": 0})
     with pytest.raises(UnknownParameter, match="did you mean max_tokens"):
-        door.accept("one", parameters={"max_token": 5})
+        intake.accept("one", parameters={"max_token": 5})
 
 
 @pytest.mark.parametrize(
     "metadata", ["text", {"a": 1}, {"a" * 65: "x"}, {"a": "x" * 513}, {str(n): "x" for n in range(17)}, {"a": "\0"}]
 )
-def test_metadata_beyond_its_limits_refuses_the_job(door: Door, metadata: Any) -> None:
+def test_metadata_beyond_its_limits_refuses_the_job(intake: Intake, metadata: Any) -> None:
     with pytest.raises(InvalidValue, match="metadata"):
-        door.accept("one", metadata=metadata)
+        intake.accept("one", metadata=metadata)
