@@ -29,7 +29,7 @@ from jobs.schema_check import require_schema
 from jobs.settings import JobsSettings
 from jobs.streaming.pubsub import Publisher
 from jobs.tracing import start_tracing, stop_tracing
-from jobs.upkeep.reconciler import OFFICE, Reconciler
+from jobs.upkeep.reconciler import ROLE, Reconciler
 from storage import keys
 from storage.leader_election import resign
 from storage.session import LONG_STATEMENT_TIMEOUT_S, Database, is_read_only
@@ -135,7 +135,7 @@ def _has_keys(database: Database) -> bool:
 def _warn_if_read_only(database: Database) -> None:
     try:
         with database.write() as session:
-            resign(session, OFFICE, "")  # changes no row, but needs write access
+            resign(session, ROLE, "")  # changes no row, but needs write access
     except SQLAlchemyError as exc:
         if is_read_only(exc):
             log.warning(

@@ -1,7 +1,7 @@
-"""The doctor: looks at every part of an installation and says what is wrong and what to do about it.
+"""Check every part of an installation and report problems with advice, for `basic doctor`. Changes nothing.
 
-Changes nothing and needs nothing to be well: a part that is away is a finding. What only a worker can know (models,
-GPU) comes from the entry points `basic.checks`.
+A part that does not answer is a finding, not an error. Checks of models and GPUs come from other packages through the
+entry points `basic.checks`.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from storage.settings import sqlite_file
 
 Status = Literal["ok", "warning", "problem"]
 
-_NEEDED_BYTES = 1_000_000_000
-_CLOCK_S = 5.0  # leases don't mind, but times in logs and tables would contradict each other
+_MIN_FREE_BYTES = 1_000_000_000
+_MAX_CLOCK_DIFFERENCE_S = 5.0  # leases use one clock, but times in logs and tables would contradict each other
 _TIMEOUT_S = 3.0
-_STUCK_S = 300.0  # requests that wait so long although a worker of their model lives and has room are stuck
+_STUCK_S = 300.0  # requests queued for longer are stuck, if a worker of their model is alive and has free slots
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What was found about one part, and what to do about it."""
+    """The result of one check, and what to do about it."""
 
     part: str
     status: Status
@@ -53,22 +53,22 @@ Check = Callable[[JobsSettings], Iterable[Finding]]
 
 
 def examine(settings: JobsSettings) -> list[Finding]:
-    """Return what there is to say about the installation of these settings, or the service that runs on it."""
-    settings = _as_it_runs(settings)
+    """Check the installation with these settings; if `basic up` runs on its data directory, check that service."""
+    settings = _with_running_service(settings)
     checks: list[tuple[str, Check]] = [
         ("import names", _import_names),
         ("disk", _disk),
         ("redis", _redis),
         ("database", _database),
-        ("shim", _shim),
-        *((entry.name, _plugged(entry.load)) for entry in entry_points(group="basic.checks")),
+        ("API server", _api_server),
+        *((entry.name, _lazy_check(entry.load)) for entry in entry_points(group="basic.checks")),
     ]
-    found = [finding for part, check in checks for finding in _survived(part, check, settings)]
+    found = [finding for part, check in checks for finding in _run_check(part, check, settings)]
     return [replace(f, message=without_secrets(f.message), advice=without_secrets(f.advice)) for f in found]
 
 
-def _as_it_runs(settings: JobsSettings) -> JobsSettings:
-    """Return the settings with the addresses of the service that runs on this data directory, if one does."""
+def _with_running_service(settings: JobsSettings) -> JobsSettings:
+    """Return the settings with the addresses of the service that runs on this data directory, if any."""
     service = running_service(settings.data_dir)
     if service is None:
         return settings
@@ -76,21 +76,21 @@ def _as_it_runs(settings: JobsSettings) -> JobsSettings:
     return settings.model_copy(update={**update, "database_url": service.database_url})
 
 
-def _plugged(load: Callable[[], Check]) -> Check:
+def _lazy_check(load: Callable[[], Check]) -> Check:
     def check(settings: JobsSettings) -> Iterable[Finding]:
         return load()(settings)
 
     return check
 
 
-def _survived(part: str, check: Check, settings: JobsSettings) -> list[Finding]:
-    """Run a check; one that fails itself is a finding too."""
+def _run_check(part: str, check: Check, settings: JobsSettings) -> list[Finding]:
+    """Run a check. If the check itself fails, that is a finding."""
     try:
         return list(check(settings))
     except ModuleNotFoundError as exc:
-        return [Finding(part, "warning", f"not looked at: {exc.name} is not installed")]
-    except Exception as exc:  # a doctor that dies of the illness tells nobody
-        return [Finding(part, "problem", f"the look at it failed: {type(exc).__name__}: {exc}", "report this")]
+        return [Finding(part, "warning", f"not checked: {exc.name} is not installed")]
+    except Exception as exc:  # a broken check must not hide the other findings
+        return [Finding(part, "problem", f"the check failed: {type(exc).__name__}: {exc}", "report this as a bug")]
 
 
 def _import_names(_: JobsSettings) -> Iterator[Finding]:
@@ -107,14 +107,14 @@ def _disk(settings: JobsSettings) -> Iterator[Finding]:
     existing = next(path for path in (directory, *directory.resolve().parents) if path.exists())
     statistics = os.statvfs(existing)
     free = statistics.f_bavail * statistics.f_frsize
-    said = f"{free / 1e9:.1f} GB free at {directory}"
+    sentence = f"{free / 1e9:.1f} GB free at {directory}"
     if not os.access(existing, os.W_OK):
-        yield Finding("disk", "problem", f"{existing} can't be written", "set BASIC_DATA_DIR to a directory of yours")
-    elif free < _NEEDED_BYTES:
+        yield Finding("disk", "problem", f"{existing} can't be written", "set BASIC_DATA_DIR to a writable directory")
+    elif free < _MIN_FREE_BYTES:
         advice = "free some space, delete old rows with: basic db prune, or set BASIC_DATA_DIR to another disk"
-        yield Finding("disk", "problem", said, advice)
+        yield Finding("disk", "problem", sentence, advice)
     else:
-        yield Finding("disk", "ok", said)
+        yield Finding("disk", "ok", sentence)
 
 
 def _redis(settings: JobsSettings) -> Iterator[Finding]:
@@ -125,7 +125,7 @@ def _redis(settings: JobsSettings) -> Iterator[Finding]:
             info: dict[str, Any] = client.info()
             policy = _policy(client)
     except (RedisError, OSError, ValueError) as exc:
-        advice = "start the server (basic up brings its own), or set BASIC_REDIS_URL; jobs are taken meanwhile"
+        advice = "start the server (basic up brings its own), or set BASIC_REDIS_URL; jobs are still accepted"
         yield Finding("redis", "problem", f"no answer at {settings.redis_url}: {exc}", advice)
         return
     yield Finding("redis", "ok", f"{info.get('redis_version')} answers at {settings.redis_url}")
@@ -146,8 +146,8 @@ def _redis(settings: JobsSettings) -> Iterator[Finding]:
 _WITHOUT_PERSISTENCE = Finding(
     "redis persistence",
     "warning",
-    "none: batches that were pushed and not recorded yet would be lost in a crash",
-    "start the server with --appendonly yes; jobs that were accepted over HTTP are safe in SQL",
+    "none: pushed batches that are not in SQL yet would be lost in a crash",
+    "start the server with --appendonly yes; jobs accepted over HTTP are safe in SQL",
 )
 
 
@@ -161,7 +161,7 @@ def _policy(client: redis.Redis) -> str | None:
 
 def _redis_memory(info: dict[str, Any], policy: str | None) -> Iterator[Finding]:
     if policy is None:
-        yield Finding("redis memory", "warning", "maxmemory-policy can't be read", "see to it that it is noeviction")
+        yield Finding("redis memory", "warning", "maxmemory-policy can't be read", "make sure that it is noeviction")
     elif policy != "noeviction":
         advice = "run: redis-cli config set maxmemory-policy noeviction, and set it in the server's configuration"
         yield Finding("redis memory", "problem", f"maxmemory-policy is {policy}: the server may drop messages", advice)
@@ -170,7 +170,7 @@ def _redis_memory(info: dict[str, Any], policy: str | None) -> Iterator[Finding]
         advice = "raise maxmemory; while it is reached, doorbells are lost and workers look into SQL instead"
         yield Finding("redis memory", "problem", f"{used:,} of {limit:,} bytes are used", advice)
     elif policy == "noeviction":
-        yield Finding("redis memory", "ok", f"{used:,} bytes used, nothing is ever evicted")
+        yield Finding("redis memory", "ok", f"{used:,} bytes used, no eviction")
 
 
 def _database(settings: JobsSettings) -> Iterator[Finding]:
@@ -183,7 +183,7 @@ def _database(settings: JobsSettings) -> Iterator[Finding]:
         with explain_database_errors(url):
             database = Database.open(url)
     except BasicError as exc:
-        yield Finding("database", "problem", str(exc), "correct the URL, or install what it needs")
+        yield Finding("database", "problem", str(exc), "correct the URL, or install its driver")
         return
     try:
         began_at = time.monotonic()
@@ -199,18 +199,18 @@ def _database(settings: JobsSettings) -> Iterator[Finding]:
             with database.read() as session:
                 yield from _work(health(session, _STUCK_S), settings)
     except (*DATABASE_UNAVAILABLE, SQLAlchemyError) as exc:
-        advice = "start the database, or set BASIC_DATABASE_URL; the service answers 503 and goes on when it is back"
+        advice = "start the database, or set BASIC_DATABASE_URL; the service answers 503 until it is available again"
         yield Finding("database", "problem", f"no answer: {unavailable_reason(exc)}", advice)
     finally:
         database.dispose()
 
 
-def _clock(behind_s: float) -> Iterator[Finding]:
-    if abs(behind_s) > _CLOCK_S:
-        advice = "let both machines follow a time server (chrony or systemd-timesyncd)"
-        yield Finding("clock", "warning", f"the database's clock is {behind_s:+.1f} s from this machine's", advice)
+def _clock(difference_s: float) -> Iterator[Finding]:
+    if abs(difference_s) > _MAX_CLOCK_DIFFERENCE_S:
+        advice = "synchronize both machines with a time server (chrony or systemd-timesyncd)"
+        yield Finding("clock", "warning", f"the database's clock is {difference_s:+.1f} s from this machine's", advice)
     else:
-        yield Finding("clock", "ok", f"within {abs(behind_s):.1f} s of the database's")
+        yield Finding("clock", "ok", f"within {abs(difference_s):.1f} s of the database's")
 
 
 def _migrations(url: str) -> Finding:
@@ -225,46 +225,56 @@ def _migrations(url: str) -> Finding:
 
 
 def _work(seen: Health, settings: JobsSettings) -> Iterator[Finding]:
-    """Say how workers and jobs are."""
+    """Yield findings about workers and jobs."""
     if seen.alive:
         served = ", ".join(f"{count} of {model}" for model, count in sorted(seen.alive.items()))
         yield Finding("workers", "ok", f"alive: {served}")
     else:
         yield Finding("workers", "warning", "none is alive", "start one with: basic worker, or all with: basic up")
     if seen.lost_lately:
-        advice = "look for the reason in their logs (data directory, logs/worker.log); their requests went on elsewhere"
+        advice = "see logs/worker.log in the data directory; their requests were returned to the queue"
         yield Finding("workers", "warning", f"{seen.lost_lately} were lost within the last hour", advice)
     for model in sorted(seen.unserved):
         advice = f"start a worker with BASIC_TARGET={model}, or cancel its jobs"
-        yield Finding("jobs", "problem", f"{seen.unserved[model]} jobs wait for {model}, which nobody serves", advice)
+        yield Finding(
+            "jobs", "problem", f"{seen.unserved[model]} jobs wait for {model}, which no worker serves", advice
+        )
     if seen.stuck:
-        advice = "look at the worker's log; a restart of the worker loses nothing"
-        yield Finding("jobs", "problem", f"stuck, though their workers live: {', '.join(seen.stuck[:5])}", advice)
+        advice = "see the worker's log; restarting the worker loses nothing"
+        yield Finding(
+            "jobs", "problem", f"stuck, although their workers are alive: {', '.join(seen.stuck[:5])}", advice
+        )
     if seen.lapsed:
-        advice = "they go back to the queue within seconds while a worker or a shim runs; is one running?"
-        yield Finding("jobs", "warning", f"{seen.lapsed} requests were left by their workers", advice)
+        advice = "a running worker or API server returns them to the queue within seconds; is one running?"
+        yield Finding(
+            "jobs", "warning", f"{seen.lapsed} requests have a worker that no longer renews their lease", advice
+        )
     if seen.poisoned:
         advice = (
-            "SELECT job_id, request_index FROM requests WHERE error_code = 'poison' names them; send them again singly"
+            "list them with SELECT job_id, request_index FROM requests WHERE error_code = 'poison'; submit each alone"
         )
-        yield Finding("jobs", "warning", f"{seen.poisoned} requests killed their workers within the last day", advice)
+        yield Finding("jobs", "warning", f"{seen.poisoned} requests crashed their workers within the last day", advice)
     if not (seen.unserved or seen.stuck or seen.lapsed or seen.poisoned):
-        yield Finding("jobs", "ok", f"{seen.open_jobs} open, {seen.open_requests} requests in them")
+        yield Finding("jobs", "ok", f"{seen.open_jobs} open, {seen.open_requests} requests in total")
     if seen.open_requests > 0.9 * settings.max_requests_queued:
         advice = "raise BASIC_MAX_REQUESTS_QUEUED, or add workers"
-        yield Finding("jobs", "warning", f"{seen.open_requests} requests wait; new jobs will get 429 soon", advice)
+        yield Finding(
+            "jobs", "warning", f"{seen.open_requests} requests are queued; new jobs will get 429 soon", advice
+        )
 
 
-def _shim(settings: JobsSettings) -> Iterator[Finding]:
+def _api_server(settings: JobsSettings) -> Iterator[Finding]:
     try:
         reply = httpx.get(f"{settings.api_url}/healthz", timeout=_TIMEOUT_S, trust_env=False)
     except httpx.TransportError:
-        yield Finding("shim", "warning", f"no answer at {settings.api_url}", "start it with: basic api, or basic up")
+        yield Finding(
+            "API server", "warning", f"no answer at {settings.api_url}", "start it with: basic api, or basic up"
+        )
         return
     if reply.is_success:
-        yield Finding("shim", "ok", f"answers at {settings.api_url}")
+        yield Finding("API server", "ok", f"answers at {settings.api_url}")
     else:
-        yield Finding("shim", "problem", f"{settings.api_url} answers {reply.status_code}", "look at its log")
+        yield Finding("API server", "problem", f"{settings.api_url} answers {reply.status_code}", "see its log")
 
 
 __all__ = ["Finding", "examine"]

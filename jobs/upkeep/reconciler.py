@@ -1,9 +1,9 @@
-"""The reconciler: whatever was lost between the parts of the service is found in SQL and put right.
+"""Find jobs and requests that a failure left behind, and repair them in SQL.
 
-Runs in every worker and every shim, one elected at a time: requests whose worker is gone go back to the queue,
-lost worker notifications are sent again, what is overdue expires, cancelled jobs end without their workers, comparisons
-that kill their workers are given up, and dead workers are marked. Those that are not elected look for dead processes
-too, for only neighbours see them. Every act may be repeated.
+Every worker and API server runs a reconciler; one of them is the leader. The leader returns the requests of dead
+workers to the queue, notifies workers again, expires overdue requests, ends cancelled jobs, gives up speed-up checks
+that crash workers, and marks dead workers. The others only look for dead processes on their own machine, which the
+leader may be unable to see. All repairs are idempotent.
 """
 
 from __future__ import annotations
@@ -32,138 +32,137 @@ from storage.writes import Ended
 
 log = logging.getLogger(__name__)
 
-OFFICE = "reconciler"
+ROLE = "reconciler"
 
 _ROUND_S = 3.0
-_TERM_S = 10.0  # a reconciler that is dead is succeeded after so long
-_NOTIFY_AFTER_S = 10.0  # a job whose queued requests nobody took up for so long is notified again
+_TERM_S = 10.0  # a dead leader is replaced after this time
+_NOTIFY_AFTER_S = 10.0  # workers are notified again of requests that stay queued for this time
 
 Publish = Callable[[Sequence[PartialEvent]], None]
 
 
 @dataclass(frozen=True, slots=True)
 class _Round:
-    """What one round changed, to be told after its commit."""
+    """What one round changed: published after its commit."""
 
     failed: tuple[FailedRequest, ...] = ()
     ended_jobs: tuple[tuple[str, str], ...] = ()  # (job_id, final status)
-    given_up: tuple[str, ...] = ()  # jobs that are not compared after all
-    to_ring: tuple[tuple[str, str], ...] = ()  # (job_id, model)
-    more: bool = False  # there was more to end than one round may take
+    failed_checks: tuple[str, ...] = ()  # jobs whose speed-up check was given up
+    to_notify: tuple[tuple[str, str], ...] = ()  # (job_id, model)
+    more: bool = False  # the round ended before all requests did
 
 
 class Reconciler:
-    """One candidate for the office, with a thread of its own."""
+    """Runs rounds of repairs in a thread of its own, as leader or not."""
 
     def __init__(self, database: Database, publish: Publish, notify: Notify, *, lease_s: float) -> None:
-        """Take what the rounds need. Nothing runs before `start`."""
         self._database = database
         self._publish = publish
         self._notify = notify
-        self._name = identity() or uuid.uuid4().hex  # neighbours on this machine see whether its holder is dead
+        self._name = identity() or uuid.uuid4().hex  # processes of this machine can tell whether it is alive
         self._lease_s = lease_s
-        self._more = False  # the next round has something to end at once
-        self._connected_at: float | None = None  # since when the database has answered every time
-        self._waits_for = ""  # why the database could do nothing in the last round
+        self._more = False  # the next round starts at once
+        self._connected_at: float | None = None  # time since which every database access succeeded
+        self._unavailable = ""  # why the database was unavailable in the last round
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="basic-reconciler", daemon=True)
 
     def start(self) -> None:
-        """Begin with the rounds."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End the rounds and leave the office to the next."""
+        """Stop the thread and resign as leader."""
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join(_ROUND_S)
         try:
             with self._database.write() as session:
-                resign(session, OFFICE, self._name)
+                resign(session, ROLE, self._name)
         except DATABASE_UNAVAILABLE:
-            pass  # the term ends by itself
+            pass  # the term expires
 
-    def round(self) -> bool:
+    def run_once(self) -> bool:
         """Repair what can be repaired now; return whether we lead. Raise what DATABASE_UNAVAILABLE names."""
         try:
             with self._database.write() as session:
-                elected = self._elected(session)
-            done = self._reconcile() if elected else self._bury()
+                elected = self._elect(session)
+            done = self._reconcile() if elected else self._release_dead_workers()
         except DATABASE_UNAVAILABLE:
             self._connected_at = None
             raise
         self._connected_at = self._connected_at or time.monotonic()
-        self._tell(done)
+        self._publish_changes(done)
         self._more = done.more
         return elected
 
-    def _elected(self, session: Session) -> bool:
-        predecessor = leader(session, OFFICE)
-        if predecessor is not None and is_dead(predecessor):
-            resign(session, OFFICE, predecessor)
-        return elect(session, OFFICE, self._name, _TERM_S)
+    def _elect(self, session: Session) -> bool:
+        current = leader(session, ROLE)
+        if current is not None and is_dead(current):
+            resign(session, ROLE, current)
+        return elect(session, ROLE, self._name, _TERM_S)
 
     def _reconcile(self) -> _Round:
-        """Do every repair in a transaction of its own: locks are held for moments, and taken in one order."""
+        """Make each repair in its own transaction: locks are held briefly and always taken in the same order."""
         write = self._database.write
         dead = self._dead()
         with write() as session:
-            again = reclaim(session, dead, lapsed=self._owners_could_renew(), patience_s=self._lease_s)
+            reclaimed = reclaim(session, dead, lapsed=self._owners_could_renew(), patience_s=self._lease_s)
         with write() as session:
-            given_up = fail_checks(session, dead)
-        with write() as session:  # after their requests are given back: whoever is marked is not looked at again
+            failed_checks = fail_checks(session, dead)
+        with write() as session:  # last, because running_processes() skips workers that are marked
             mark_lost(session, dead, HEARTBEAT_TIMEOUT_S)
-        late = self._in_pieces(writes.expire_requests)
-        over = self._in_pieces(writes.end_jobs)
+        expired = self._in_batches(writes.expire_requests)
+        ended = self._in_batches(writes.end_jobs)
         with write() as session:
-            unheard = leases.jobs_to_notify(session, _NOTIFY_AFTER_S)
+            unnotified = leases.jobs_to_notify(session, _NOTIFY_AFTER_S)
         return _Round(
-            failed=(*late.failed, *again.poisoned),
-            ended_jobs=(*late.jobs, *over.jobs, *again.ended_jobs),
-            given_up=tuple(given_up),
-            to_ring=(*again.requeued, *unheard),
-            more=late.more or over.more,
+            failed=(*expired.failed, *reclaimed.poisoned),
+            ended_jobs=(*expired.jobs, *ended.jobs, *reclaimed.ended_jobs),
+            failed_checks=tuple(failed_checks),
+            to_notify=(*reclaimed.requeued, *unnotified),
+            more=expired.more or ended.more,
         )
 
-    def _bury(self) -> _Round:
-        """Give back what dead processes of this machine left: who holds the office may be unable to see them."""
+    def _release_dead_workers(self) -> _Round:
+        """Return the requests of dead processes of this machine to the queue: the leader may run on another machine."""
         dead = self._dead()
         if not dead:
             return _Round()
         with self._database.write() as session:
-            again = reclaim(session, dead, lapsed=False)
+            reclaimed = reclaim(session, dead, lapsed=False)
         with self._database.write() as session:
-            given_up = fail_checks(session, dead)
+            failed_checks = fail_checks(session, dead)
         with self._database.write() as session:
             mark_lost(session, dead)
-        return _Round(again.poisoned, again.ended_jobs, tuple(given_up), again.requeued)
+        return _Round(reclaimed.poisoned, reclaimed.ended_jobs, tuple(failed_checks), reclaimed.requeued)
 
     def _dead(self) -> list[str]:
-        """Return the workers whose process has certainly ended."""
+        """Return the ids of workers whose process has certainly ended."""
         with self._database.read() as session:
             running = running_processes(session)
         return [worker.worker_id for worker in running if is_dead(worker.process) or _is_followed(worker, running)]
 
-    def _in_pieces(self, end: Callable[[Session], Ended]) -> Ended:
-        """Let requests end a piece at a time, with as much time between them for others as each has taken."""
-        pieces: list[Ended] = []
+    def _in_batches(self, end: Callable[[Session], Ended]) -> Ended:
+        """End requests in batches. Pause after each for as long as it took, so that other transactions can run."""
+        batches: list[Ended] = []
         round_ends_at = time.monotonic() + _ROUND_S
         while True:
             began_at = time.monotonic()
             with self._database.write() as session:
-                pieces.append(end(session))
-            if not pieces[-1].more or time.monotonic() > round_ends_at or self._stop.is_set():
+                batches.append(end(session))
+            if not batches[-1].more or time.monotonic() > round_ends_at or self._stop.is_set():
                 break
             self._stop.wait(time.monotonic() - began_at)
-        jobs = (job for piece in pieces for job in piece.jobs)
-        failed = (request for piece in pieces for request in piece.failed)
-        return Ended(tuple(jobs), tuple(failed), pieces[-1].more)
+        jobs = (job for batch in batches for job in batch.jobs)
+        failed = (request for batch in batches for request in batch.failed)
+        return Ended(tuple(jobs), tuple(failed), batches[-1].more)
 
     def _owners_could_renew(self) -> bool:
-        """Return whether a lapsed lease means that its owner is gone: not while the database was away for everybody."""
+        """Return whether an expired lease means a dead owner: not if the database was unavailable during the lease."""
         return self._connected_at is not None and time.monotonic() - self._connected_at >= self._lease_s
 
-    def _tell(self, done: _Round) -> None:
+    def _publish_changes(self, done: _Round) -> None:
         for request in done.failed:
             log.error(
                 "Request %s of job %s failed: %s",
@@ -176,33 +175,35 @@ class Reconciler:
                     "request_index": request.request_index,
                 },
             )
-        for job_id in done.given_up:
-            log.error("The comparison of job %s killed its workers: given up", job_id, extra=_compare(job_id))
+        for job_id in done.failed_checks:
+            log.error(
+                "The speed-up check of job %s crashed its workers and was given up", job_id, extra=_compare(job_id)
+            )
         self._publish([*failure_events(done.failed), *job_events(done.ended_jobs)])
-        one_a_model = {model: job_id for job_id, model in done.to_ring}
-        for model, job_id in one_a_model.items():
+        one_per_model = {model: job_id for job_id, model in done.to_notify}
+        for model, job_id in one_per_model.items():
             self._notify(job_id, model)
 
-    def _note_away(self, why: str) -> None:
-        """Say why nothing can be done: once, not every few seconds of an outage."""
-        if why != self._waits_for:
+    def _log_unavailable(self, why: str) -> None:
+        """Log why the database is unavailable, once per outage and reason."""
+        if why != self._unavailable:
             log.warning("The reconciler waits for the database: %s", why, extra=_AWAY)
-        self._waits_for = why
+        self._unavailable = why
 
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
-                self.round()
-                self._waits_for = ""
+                self.run_once()
+                self._unavailable = ""
             except DATABASE_UNAVAILABLE as error:
-                self._note_away(unavailable_reason(error))
-            except Exception:  # the thread must live: nobody else would notice that it is gone
+                self._log_unavailable(unavailable_reason(error))
+            except Exception:  # the thread must survive, because nothing restarts it
                 log.exception("A round of the reconciler failed", extra={"action": "reconciler_failed"})
             self._stop.wait(0.0 if self._more else _ROUND_S * random.uniform(0.8, 1.2))
 
 
 def _is_followed(worker: WorkerProcess, running: Sequence[WorkerProcess]) -> bool:
-    """Return whether another process has taken a worker's place in its container since it was last heard of."""
+    """Return whether the worker's container has restarted: a later process of it has replaced the worker."""
     return any(
         later.hostname == worker.hostname
         and later.started_at > worker.last_seen_at

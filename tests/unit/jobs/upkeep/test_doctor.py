@@ -40,7 +40,7 @@ def test_what_is_away_is_a_finding_with_advice_and_no_password(installed: JobsSe
 
     assert findings["redis"].status == "problem"
     assert "BASIC_REDIS_URL" in findings["redis"].advice
-    assert findings["shim"].status == "warning"
+    assert findings["API server"].status == "warning"
     assert "hunter2" not in repr(findings)
     for part in ("disk", "database", "migrations", "clock"):
         assert findings[part].status == "ok", findings[part]

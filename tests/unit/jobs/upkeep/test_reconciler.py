@@ -54,7 +54,7 @@ def test_requests_of_a_killed_neighbour_go_on_at_once(database: Database) -> Non
     claim_one(database, "w1")  # for 30 s
     town = Town(database, lease_s=30.0)
 
-    assert town.reconciler.round()
+    assert town.reconciler.run_once()
 
     assert requests_of(database)[0].status == "queued"
     assert town.notified == [("job-1", "tiny")]
@@ -66,12 +66,12 @@ def test_requests_of_a_killed_neighbour_go_on_at_once(database: Database) -> Non
 def test_a_death_is_seen_by_its_neighbours_whoever_holds_the_office(database: Database) -> None:
     elsewhere, here = Town(database), Town(database, lease_s=30.0)
     elsewhere.reconciler._name = "a process of another machine"
-    assert elsewhere.reconciler.round()
+    assert elsewhere.reconciler.run_once()
     record(database)
     a_dead_worker(database, "w1")
     claim_one(database, "w1")
 
-    assert not here.reconciler.round()
+    assert not here.reconciler.run_once()
 
     assert requests_of(database)[0].lone_crashes == 1
     assert here.notified == [("job-1", "tiny")]
@@ -85,7 +85,7 @@ def test_a_death_counts_also_of_a_worker_that_was_silent_before(database: Databa
     with database.write() as session:
         mark_lost(session, ["w1"])
 
-    Town(database, lease_s=30.0).reconciler.round()
+    Town(database, lease_s=30.0).reconciler.run_once()
 
     assert requests_of(database)[0].lone_crashes == 1
 
@@ -98,12 +98,12 @@ def test_a_container_that_starts_again_tells_of_the_death_of_its_worker(database
     town = Town(database, lease_s=30.0)
     with database.write() as session:
         writes.register_worker(session, a_worker_card(id="w0", hostname="pod-2", process="boot/pid:[2]/7/200"))
-    town.reconciler.round()
+    town.reconciler.run_once()
     assert requests_of(database)[0].status == "running"
     with database.write() as session:
         writes.register_worker(session, a_worker_card(id="w2", hostname="pod-1", process="boot/pid:[3]/7/300"))
 
-    town.reconciler.round()
+    town.reconciler.run_once()
 
     assert (requests_of(database)[0].status, requests_of(database)[0].lone_crashes) == ("queued", 1)
 
@@ -112,13 +112,13 @@ def test_a_container_that_starts_again_tells_of_the_death_of_its_worker(database
 def test_a_step_that_outlasts_its_lease_again_and_again_fails_no_request(database: Database) -> None:
     record(database, requests=4)
     town = Town(database, lease_s=0.0)
-    town.reconciler.round()  # from now on their owners could renew
+    town.reconciler.run_once()  # from now on their owners could renew
     for number in range(12):
         with database.write() as session:
             writes.register_worker(session, a_worker_card(id=f"w{number}", process=identity()))
             claimed = leases.claim(session, f"w{number}", "tiny", 4, lease_s=-1.0)
         assert claimed
-        town.reconciler.round()
+        town.reconciler.run_once()
 
     rows = requests_of(database).values()
     assert {(row.status, row.error_code, row.lone_crashes) for row in rows} == {("queued", None, 0)}
@@ -133,12 +133,12 @@ def test_lapsed_leases_wait_until_their_owners_could_have_renewed(
     claim_one(database, "w1", lease_s=-1)
     town = Town(database, lease_s=20.0)
 
-    town.reconciler.round()
+    town.reconciler.run_once()
     now += 19
-    town.reconciler.round()
+    town.reconciler.run_once()
     assert requests_of(database)[0].status == "running"
     now += 1
-    town.reconciler.round()
+    town.reconciler.run_once()
     assert requests_of(database)[0].status == "queued"
 
 
@@ -148,11 +148,11 @@ def test_a_comparison_that_killed_its_workers_is_given_up(database: Database, ca
     town = Town(database, lease_s=20.0)
 
     for number in range(MAX_LONE_CRASHES):
-        assert "comparison of job job-1" not in caplog.text
+        assert "speed-up check of job job-1" not in caplog.text
         a_dead_worker(database, f"w{number}")
         assert take(database, worker=f"w{number}") is not None
-        town.reconciler.round()
-    assert "comparison of job job-1 killed its workers" in caplog.text
+        town.reconciler.run_once()
+    assert "speed-up check of job job-1 crashed its workers" in caplog.text
     with database.read() as session:
         assert set(session.scalars(text("SELECT error_code FROM comparisons"))) == {"poison"}
 
@@ -163,23 +163,23 @@ def test_after_an_outage_the_owners_have_a_lease_s_time_again(
     now = 1000.0
     monkeypatch.setattr("jobs.upkeep.reconciler.time.monotonic", lambda: now)
     town = Town(database, lease_s=20.0)
-    town.reconciler.round()
+    town.reconciler.run_once()
     now += 100
     with database.write() as session:
         session.execute(text("ALTER TABLE elections RENAME TO away"))
     with pytest.raises(DATABASE_UNAVAILABLE):
-        town.reconciler.round()
+        town.reconciler.run_once()
     with database.write() as session:
         session.execute(text("ALTER TABLE away RENAME TO elections"))
     record(database)
     claim_one(database, "w1", lease_s=-1)
 
-    town.reconciler.round()
+    town.reconciler.run_once()
     now += 19
-    town.reconciler.round()
+    town.reconciler.run_once()
     assert requests_of(database)[0].status == "running"
     now += 1
-    town.reconciler.round()
+    town.reconciler.run_once()
     assert requests_of(database)[0].status == "queued"
 
 
@@ -187,7 +187,7 @@ def test_a_late_request_fails_with_its_event_and_ends_its_job(database: Database
     record(database, requests=[a_request("late", timeout_s=-1.0)])
     town = Town(database)
 
-    town.reconciler.round()
+    town.reconciler.run_once()
 
     failed, ended = town.events
     assert (failed.type, failed.request, failed.seq) == ("failed", "late", 0)
@@ -197,12 +197,12 @@ def test_a_late_request_fails_with_its_event_and_ends_its_job(database: Database
     assert view(database).requests_failed == 1
 
 
-def test_one_round_ends_a_large_cancelled_job_and_tells_so(database: Database) -> None:
+def test_one_round_ends_a_large_cancelled_job_and_publishes_it(database: Database) -> None:
     record(database, requests=2_000)
     assert cancel(database) == "cancelling"
     town = Town(database)
 
-    town.reconciler.round()
+    town.reconciler.run_once()
 
     assert [(event.type, event.status) for event in town.events] == [("job", "cancelled")]
     assert {row.status for row in requests_of(database).values()} == {"cancelled"}
@@ -215,7 +215,7 @@ def test_others_write_between_the_pieces_of_what_ends(database: Database) -> Non
 
     def go_on() -> None:
         while view(database).status == "cancelling":
-            town.reconciler.round()
+            town.reconciler.run_once()
 
     reconciling = threading.Thread(target=go_on)
     reconciling.start()
@@ -230,7 +230,7 @@ def test_one_of_two_holds_the_office(database: Database) -> None:
     first, second = Town(database), Town(database)
     second.reconciler._name = "another process"
 
-    assert first.reconciler.round()
-    assert not second.reconciler.round()
+    assert first.reconciler.run_once()
+    assert not second.reconciler.run_once()
     first.reconciler.stop()
-    assert second.reconciler.round()
+    assert second.reconciler.run_once()
