@@ -1,6 +1,6 @@
-"""A real batch job on this machine: start the service, submit `prompts.jsonl`, watch it, stop the service.
+"""A batch job on this machine: start the service, submit `prompts.jsonl`, follow the job, stop the service.
 
-Run by `make demo`. Every step is a command that can be typed by hand.
+Run it with `make demo`. Every step is a `basic` command.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def main() -> int:
 
 
 def basic(*arguments: str) -> int:
-    """Show a command, run it and return its exit status."""
+    """Print a command, run it and return its exit status."""
     print(f"\n$ basic {' '.join(arguments)}", flush=True)
     return subprocess.run([COMMAND, *arguments], check=False).returncode
 
 
 def _is_running() -> bool:
-    """Return whether a service was started before: then it is not ours to stop."""
+    """Return whether a service is already running: the demo must not stop it then."""
     from jobs.local.service import running_service
     from jobs.settings import JobsSettings
 

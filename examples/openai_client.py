@@ -1,6 +1,8 @@
-"""The openai client, unchanged but for `base_url` and `api_key`: upload, create, poll, download, list.
+"""Use the openai client: upload a file, create a batch, poll it, download its output.
 
-Run it with `basic up` running: pip install openai, then python examples/openai_client.py
+Only `base_url` and `api_key` differ from a program for OpenAI.
+
+Start `basic up`, then: pip install openai; python examples/openai_client.py
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ def main() -> None:
         batch = client.batches.retrieve(batch.id)
         print(batch.status, batch.request_counts)
     if batch.output_file_id is None:
-        raise SystemExit(f"nothing was answered: {batch.errors}")
+        raise SystemExit(f"no request completed: {batch.errors}")
     for line in client.files.content(batch.output_file_id).text.splitlines():
         answer = json.loads(line)
         print(answer["custom_id"], answer["response"]["body"]["choices"][0]["message"]["content"])

@@ -1,6 +1,6 @@
-"""Our own client: submit, follow, fetch, and try again what failed.
+"""Use the client of bASIC: submit a job, follow it, fetch its outputs.
 
-Run it with `basic up` running: python examples/our_client.py. With a key, set BASIC_API_KEY.
+Start `basic up`, then: python examples/our_client.py. If the service requires a key, set BASIC_API_KEY.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ PROMPTS = [
 def main() -> None:
     """Run the example."""
     with Client() as client:
-        # Also: a path, an iterator, a pandas column or data frame. What no prompt names holds for all of them.
+        # Prompts may also be a Path, an iterator, or a data frame. The parameters apply to prompts that set none.
         job = client.submit(PROMPTS, max_tokens=24, temperature=0)
         print(f"job {job.id}")
-        for event in job.follow():  # text as it is written; a lost connection is taken up where it was
+        for event in job.follow():  # reconnects after a lost connection and continues where it stopped
             print(event.request or "", event.type, event.text or event.status or "")
         job.wait(progress=True)
 
-    with Client() as client:  # another process would do the same: a job is known by its id
+    with Client() as client:  # works in another process too: a job is identified by its id
         job = client.job(job.id)
-        for row in job.results():  # job.dataframe() gives the same rows as a pandas DataFrame
+        for row in job.results():  # job.dataframe() returns the same rows as a pandas DataFrame
             print(row["custom_id"], row["text"] if row["error"] is None else row["error"])
-        print("failed:", [row["custom_id"] for row in job.results(failed=True)])  # job.retry() runs them again
+        print("failed:", [row["custom_id"] for row in job.results(failed=True)])  # job.retry() submits them again
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A producer inside the cluster: push a prompt batch onto Redis and print the id of the job that it becomes. No HTTP.
+"""A producer inside the cluster: push a prompt batch onto Redis, without HTTP, and print the id of its job.
 
-Run by examples/redis.sh, which follows the job with redis-cli.
+examples/redis.sh runs it and follows the job with redis-cli.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jobs.producer import batch_job_id, push
 def main() -> None:
     """Run the example."""
     batch = PromptBatch(
-        id=f"example-{uuid.uuid4()}",  # your own name for the batch: pushing it again adds nothing
+        id=f"example-{uuid.uuid4()}",  # your id of the batch: pushing the same id again adds nothing
         requests=("What is the capital of Portugal?", {"custom_id": "rivers", "prompt": "Name two rivers."}),
         parameters={"max_tokens": 24, "temperature": 0},
     )

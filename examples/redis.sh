@@ -1,7 +1,7 @@
 #!/bin/sh
-# Submit with a producer, follow with redis-cli, download with sqlite3: no HTTP at all. The addresses stand in up.json
-# of the data directory while `basic up` runs:   BASIC_REDIS_URL=redis://… DATABASE=….sqlite3 sh examples/redis.sh
-# The password in the URL goes to redis-cli through the environment: all users can read the arguments of a process.
+# Submit with a producer, follow with redis-cli, download with sqlite3, all without HTTP. While `basic up` runs, up.json
+# in its data directory has the addresses:   BASIC_REDIS_URL=redis://… DATABASE=….sqlite3 sh examples/redis.sh
+# The password is passed to redis-cli in the environment, because all users can read the arguments of a process.
 set -eu
 
 : "${BASIC_REDIS_URL:?set it to the redis_url in .basic/up.json}"

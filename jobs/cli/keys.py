@@ -1,4 +1,4 @@
-"""`basic keys`: make, list and revoke the keys of the shim. Works on the database itself, with or without a shim."""
+"""`basic keys`: create, list and revoke API keys, directly in the database. Needs no running API server."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from jobs.cli.options import AsJson
 from jobs.cli.render import keys_table, make_console
 from jobs.client.durations import parse_duration_s
 from jobs.errors import InvalidValue, NotFound
@@ -20,49 +21,55 @@ if TYPE_CHECKING:
     from storage.records import NewKey
     from storage.session import Database
 
-_MOST_NAME_CHARS = 100
-_MOST_A_MINUTE = 100_000
+_MAX_NAME_CHARS = 100
+_MAX_REQUESTS_PER_MINUTE = 100_000
 
 key_commands = typer.Typer(
-    help="Keys to the REST shim. From the first one on, every call below /v1 needs one: clients send BASIC_API_KEY, "
-    "the openai client its api_key. On the machine where `basic up` runs, commands of the same user need none.",
+    help="Create, list and revoke API keys. As soon as there is one, every /v1 request needs a key: set BASIC_API_KEY, "
+    "or api_key of the openai client. Commands of the user who runs `basic up` on the same machine need none.",
     no_args_is_help=True,
 )
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 @key_commands.command()
 def create(
-    name: Annotated[str, typer.Argument(help="Whose it is, or what for.")],
+    name: Annotated[str, typer.Argument(help="Owner or purpose of the key.")],
     scope: Annotated[
         list[str] | None,
-        typer.Option(help="submit, read or admin (all of it, and everybody's jobs); may be repeated. [submit, read]"),
+        typer.Option(
+            help="submit, read or admin (everything, and the jobs of all keys). Repeatable. Default: submit and read."
+        ),
     ] = None,
     max_requests_queued: Annotated[
-        int | None, typer.Option(min=1, max=2**31 - 1, help="Requests in the queue.")
+        int | None, typer.Option(min=1, max=2**31 - 1, help="Maximum queued requests. Default: no limit.")
     ] = None,
     max_tokens_queued: Annotated[
-        int | None, typer.Option(min=1, max=2**53, help="Tokens these may come to read and write, estimated.")
+        int | None,
+        typer.Option(min=1, max=2**53, help="Maximum estimated tokens of queued requests. Default: no limit."),
     ] = None,
     requests_per_minute: Annotated[
-        int | None, typer.Option(min=1, max=_MOST_A_MINUTE, help="Calls of the shim.")
+        int | None,
+        typer.Option(min=1, max=_MAX_REQUESTS_PER_MINUTE, help="Maximum API requests per minute. Default: no limit."),
     ] = None,
-    expires_in: Annotated[str | None, typer.Option(help="Digits and m, h or d, such as 30d. [never]")] = None,
+    expires_in: Annotated[
+        str | None, typer.Option(help="Lifetime: a number and m, h or d, such as 30d. Default: no expiry.")
+    ] = None,
     key_file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Record the key in this file instead of a new one, unless it is recorded."),
+        typer.Option(
+            metavar="FILE", help="Store the key in this file instead of a new one, unless it is stored already."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a key and show it, once: only its hash is kept.
+    """Create a key and print it. It can't be shown again: the database stores only its hash.
 
     Example: basic keys create alice --max-requests-queued 1000 --expires-in 30d
     """
     from jobs.keys import KeyLimits, new_key
     from storage import keys
 
-    key, recorded = new_key(
+    key, stored = new_key(
         _name(name),
         _scopes(scope),
         KeyLimits(max_requests_queued, max_tokens_queued, requests_per_minute),
@@ -71,31 +78,31 @@ def create(
     )
     with _database() as database, database.write() as session:
         first = not keys.keys_in_use(session)
-        known = keys.find_key(session, recorded.id)
+        known = keys.find_key(session, stored.id)
         if known is None:
-            keys.add_key(session, recorded)
+            keys.add_key(session, stored)
     if known is not None:
-        _refuse_another(known, recorded)
+        _refuse_another(known, stored)
     if as_json:
-        about = {"id": recorded.id, "name": recorded.name, "scopes": recorded.scopes}
+        about = {"id": stored.id, "name": stored.name, "scopes": stored.scopes}
         typer.echo(json.dumps(about if key_file else {**about, "key": key}))
         return
     if known is not None:
-        state = "" if known.valid else ", and it opens nothing any more"
-        typer.echo(f"The key {known.id} ({known.name}) is recorded already{state}")
+        state = "" if known.valid else ", but it is revoked or expired"
+        typer.echo(f"The key {known.id} ({known.name}) is stored already{state}")
         return
     if key_file is not None:
-        typer.echo(f"Recorded the key in {key_file} as {recorded.id}")
+        typer.echo(f"Stored the key in {key_file} as {stored.id}")
         return
     typer.echo(key)
-    typer.echo(f"This is {recorded.id}; keep the key now, it is not shown again.", err=True)
+    typer.echo(f"This is {stored.id}. Save the key now: it is not shown again.", err=True)
     if first:
-        typer.echo("It is the first one: from now on every call below /v1 needs a key.", err=True)
+        typer.echo("It is the first key: every /v1 request needs a key now.", err=True)
 
 
 @key_commands.command("list")
 def list_keys(as_json: AsJson = False) -> None:
-    """List all keys, revoked ones too.
+    """List all keys, including revoked ones.
 
     Example: basic keys list --json
     """
@@ -108,12 +115,12 @@ def list_keys(as_json: AsJson = False) -> None:
     elif found:
         make_console().print(keys_table([_fields(key) for key in found]))
     else:
-        typer.echo("There is no key: the shim listens on this machine only, and everybody on it may use it.")
+        typer.echo("There is no key. The API server listens on this machine only, and all its users may use it.")
 
 
 @key_commands.command()
-def revoke(key: Annotated[str, typer.Argument(help="The key's id, or its name if no other key has it.")]) -> None:
-    """Revoke a key: from now on it opens nothing. Its jobs and files stay, for keys with the scope admin.
+def revoke(key: Annotated[str, typer.Argument(help="Id of the key, or its name if it is unique.")]) -> None:
+    """Revoke a key: it is rejected from now on. Its jobs and files are kept; keys with the scope admin can read them.
 
     Example: basic keys revoke alice
     """
@@ -122,18 +129,18 @@ def revoke(key: Annotated[str, typer.Argument(help="The key's id, or its name if
     with _database() as database, database.write() as session:
         key_id = _find(keys.list_keys(session), key)
         keys.revoke_key(session, key_id)
-    typer.echo(f"{key_id} opens nothing any more")
+    typer.echo(f"Revoked {key_id}")
 
 
-def _find(found: list[KeyView], asked: str) -> str:
-    """Return the id of the key that is meant: by its id, or by a name that one working key has."""
-    same_id = [key.id for key in found if key.id == asked]
-    same_name = [key.id for key in found if key.name == asked and key.revoked_at is None]
+def _find(found: list[KeyView], key_or_name: str) -> str:
+    """Return the id of the key with this id, or with this name if only one valid key has it."""
+    same_id = [key.id for key in found if key.id == key_or_name]
+    same_name = [key.id for key in found if key.name == key_or_name and key.revoked_at is None]
     if len(same_name) > 1 and not same_id:
-        raise InvalidValue(f"{len(same_name)} keys have the name {asked!r}; give an id: {', '.join(same_name)}")
+        raise InvalidValue(f"{len(same_name)} keys have the name {key_or_name!r}; give an id: {', '.join(same_name)}")
     for key_id in (*same_id, *same_name):
         return key_id
-    raise NotFound(f"There is no key {asked[:80]!r}; `basic keys list` shows those there are.")
+    raise NotFound(f"There is no key {key_or_name[:80]!r}. List keys with: basic keys list")
 
 
 def _fields(key: KeyView) -> dict[str, Any]:
@@ -159,14 +166,16 @@ def _read_key(file: Path) -> str:
 
 
 def _refuse_another(known: KeyView, given: NewKey) -> None:
-    """Refuse a key that has the id of another one. The same key again is no fault: migrations run at every start."""
+    """Refuse a key whose id belongs to another key. The same key is accepted: start scripts store it at every start."""
     if known.secret_sha256 != given.secret_sha256:
-        raise InvalidValue(f"{known.id} is another key's id; `basic keys create` makes one", param="--key-file")
+        raise InvalidValue(
+            f"{known.id} is the id of another key; `basic keys create` generates a new one", param="--key-file"
+        )
 
 
 def _name(name: str) -> str:
-    if not 1 <= len(name) <= _MOST_NAME_CHARS or not name.isprintable():
-        raise typer.BadParameter(f"must be 1 to {_MOST_NAME_CHARS} printable characters", param_hint="NAME")
+    if not 1 <= len(name) <= _MAX_NAME_CHARS or not name.isprintable():
+        raise typer.BadParameter(f"must be 1 to {_MAX_NAME_CHARS} printable characters", param_hint="NAME")
     return name
 
 
@@ -188,7 +197,7 @@ def _seconds(text: str) -> float:
 
 @contextmanager
 def _database() -> Iterator[Database]:
-    """Open the database of this installation, of the schema of this version; make it if there is none yet."""
+    """Open the database; create it if there is none. Its schema must be that of this version."""
     from jobs.schema_check import explain_database_errors, require_schema
     from storage import schema
     from storage.session import Database
@@ -206,7 +215,7 @@ def _database() -> Iterator[Database]:
 
 
 def _database_url() -> str:
-    """Return where the keys are: where the environment says, else in the service that runs, else where one would be."""
+    """Return BASIC_DATABASE_URL, else the URL of the running service, else the default URL."""
     from jobs.client.service_location import local_service
 
     settings = JobsSettings()

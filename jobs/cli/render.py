@@ -1,6 +1,6 @@
-"""What a person sees of a job in a terminal: progress, text as it is written, and the table at the end.
+"""Render jobs in a terminal: progress, text as it is generated, and tables.
 
-Knows events and rich; fetches nothing. Text of a model is untrusted: control bytes never reach the terminal.
+Model text is untrusted: control characters never reach the terminal.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from jobs.control_characters import safe
 from jobs.messages import PartialEvent, Piece
 from jobs.reports.speedup import speedup_text
 
-STYLES = {"draft": "green", "target": "magenta"}  # who chose a token: accepted from the draft, or the target itself
+STYLES = {"draft": "green", "target": "magenta"}  # accepted draft tokens, tokens of the target itself
 
-_ROWS_AROUND = 6  # of the screen, left for the progress bar and what scrolls above it
+_RESERVED_ROWS = 6  # of the screen, for the progress bar and scrolled text
 _NAME_CHARS = 24
 _ID_CHARS = 38
 _SHORT_ID_CHARS = 14
-_NUMBERS = ("requests", "tokens")
-_LEAST_CHARS = 4
-_WIDE_ENOUGH = 110  # columns for whole ids
+_NUMBER_COLUMNS = ("requests", "tokens")
+_MIN_MODEL_CHARS = 4
+_WHOLE_ID_WIDTH = 110  # terminal columns from which whole ids fit
 _BAR_WIDTH = 24
-_WIDE = 160  # columns where there is no terminal to say
+_FILE_WIDTH = 160  # columns when the output is not a terminal
 
 
 @dataclass(frozen=True, slots=True)
 class ChoiceText:
-    """One choice as far as it is written."""
+    """The text of one choice so far."""
 
     name: str
     pieces: tuple[Piece, ...] = ()
@@ -48,7 +48,7 @@ class ChoiceText:
     error: str | None = None
 
     def after(self, event: PartialEvent) -> ChoiceText:
-        """Return the choice with one more event. A snapshot replaces the text, anything else goes on from it."""
+        """Return the choice after an event. A snapshot replaces the text, other events append to it."""
         start = ChoiceText(self.name) if event.snapshot else self
         return ChoiceText(
             name=self.name,
@@ -61,7 +61,7 @@ class ChoiceText:
         )
 
     def rich_text(self) -> Text:
-        """Return the text with every stretch in the colour of its source."""
+        """Return the text, each piece in the colour of its source."""
         text = Text()
         for piece in self.pieces:
             text.append(safe(piece.text), STYLES[piece.source])
@@ -76,15 +76,14 @@ class ChoiceText:
 
 
 class Transcript:
-    """All choices of a job as far as they are written, and how many requests have ended."""
+    """The texts of all choices of a job so far."""
 
     def __init__(self) -> None:
-        """Start with nothing written."""
         self._choices: dict[tuple[int, int], ChoiceText] = {}
-        self._open: dict[int, int] = {}  # request -> choices still being written
+        self._open: dict[int, int] = {}  # request index -> running choices
 
     def add(self, event: PartialEvent) -> ChoiceText | None:
-        """Take an event; return its choice if that has just ended."""
+        """Apply an event; return its choice if the event ended it."""
         if event.index is None:
             return None
         key = (event.index, event.choice)
@@ -100,29 +99,29 @@ class Transcript:
 
     @property
     def ended_requests(self) -> int:
-        """Requests of which every choice seen so far has ended."""
+        """Number of requests whose choices have all ended."""
         return sum(1 for left in self._open.values() if left == 0)
 
     @property
     def tokens(self) -> int:
-        """Tokens of all choices."""
+        """Number of tokens of all choices."""
         return sum(choice.tokens for choice in self._choices.values())
 
     @property
     def running(self) -> Iterator[ChoiceText]:
-        """The choices being written."""
-        written = ((self._open[index], choice) for (index, _), choice in self._choices.items())
-        return (choice for left, choice in written if left > 0 and not choice.ended)
+        """The running choices."""
+        choices = ((self._open[index], choice) for (index, _), choice in self._choices.items())
+        return (choice for left, choice in choices if left > 0 and not choice.ended)
 
 
 class View(Protocol):
     """Shows a job while it runs."""
 
     def __enter__(self) -> Self:
-        """Begin to show."""
+        """Start."""
 
     def __exit__(self, *exc: object) -> None:
-        """Leave the screen in order."""
+        """Stop and restore the screen."""
 
     def show(self, event: PartialEvent) -> None:
         """Show an event."""
@@ -131,19 +130,18 @@ class View(Protocol):
 def make_console() -> Console:
     """Return a console for standard output."""
     console = Console()
-    return console if console.is_terminal else Console(width=_WIDE)
+    return console if console.is_terminal else Console(width=_FILE_WIDTH)
 
 
 def make_view(console: Console, info: JobInfo) -> View:
-    """Return the view that suits the console: moving on a terminal, plain lines elsewhere."""
+    """Return a live view for a terminal, and plain lines for other outputs."""
     return LiveView(console, info) if console.is_terminal else PlainView(console, info)
 
 
 class LiveView:
-    """A progress bar with the texts being written above it; finished texts scroll away upwards, whole."""
+    """A progress bar below the running texts; ended texts scroll up in full."""
 
     def __init__(self, console: Console, info: JobInfo) -> None:
-        """Prepare to show a job of so many requests."""
         self._console = console
         self._transcript = Transcript()
         self._progress = _progress_bar(console)
@@ -159,7 +157,7 @@ class LiveView:
         self._live.stop()
 
     def show(self, event: PartialEvent) -> None:
-        """Take an event; the screen follows at its own pace."""
+        """Apply an event. The screen refreshes 8 times per second."""
         ended = self._transcript.add(event)
         if ended is not None:
             self._live.console.print(_ended_block(ended))
@@ -169,16 +167,15 @@ class LiveView:
     def _render(self) -> RenderableType:
         width, height = self._console.size
         rows = Table.grid(padding=(0, 1))
-        for choice, _ in zip(self._transcript.running, range(max(1, height - _ROWS_AROUND)), strict=False):
+        for choice, _ in zip(self._transcript.running, range(max(1, height - _RESERVED_ROWS)), strict=False):
             rows.add_row(Text(choice.name, "bold"), choice.tail(max(10, width - _NAME_CHARS - 4)))
         return Group(rows, self._progress)
 
 
 class PlainView:
-    """One block of plain lines for every text that is finished; nothing moves and nothing is coloured."""
+    """One block of uncoloured lines per ended choice."""
 
     def __init__(self, console: Console, info: JobInfo) -> None:
-        """Prepare to show a job of so many requests."""
         self._console = console
         self._total = info.request_counts.total
         self._transcript = Transcript()
@@ -190,7 +187,7 @@ class PlainView:
         pass
 
     def show(self, event: PartialEvent) -> None:
-        """Print the choice if it has just ended."""
+        """Print the choice if the event ended it."""
         ended = self._transcript.add(event)
         if ended is not None:
             count = f"[{self._transcript.ended_requests}/{self._total}]"
@@ -199,14 +196,14 @@ class PlainView:
 
 
 def closing_table(info: JobInfo, statistics: Statistics, database: str | None) -> Table:
-    """Return the table that ends a job: how much was written, how fast, and what speculation paid."""
+    """Return the table shown after a job: counts, tokens, speed and speed-up."""
     counts = info.request_counts
     rows: dict[str, str | Text] = {
         "job": Text.assemble(f"{info.id} (", status_text(info), ")"),
         "requests": f"{counts.completed} completed, {counts.failed} failed, {counts.total} in all",
         "tokens": _number(statistics.get("completion_tokens"), ",d"),
         "tokens/s": _number(statistics.get("tokens_per_s"), ".1f"),
-        "mean acceptance length": _number(statistics.get("mean_acceptance_length"), ".2f", " tokens a step"),
+        "mean acceptance length": _number(statistics.get("mean_acceptance_length"), ".2f", " tokens per step"),
         "speed-up over plain": _speedup(statistics),
         "database": database or "on the server",
     }
@@ -214,7 +211,7 @@ def closing_table(info: JobInfo, statistics: Statistics, database: str | None) -
 
 
 def status_table(info: JobInfo, now: float) -> Table:
-    """Return how far a job is, one name and value a line; times are those of this machine's clock."""
+    """Return the progress of a job, one name and value per line. Times are in this machine's time zone."""
     counts, progress = info.request_counts, info.progress
     rows: dict[str, str | Text] = {
         "job": info.id,
@@ -227,26 +224,26 @@ def status_table(info: JobInfo, now: float) -> Table:
     }
     if not info.status.final:
         left_s = progress.time_left_s
-        rows["time left"] = "not known yet" if left_s is None else f"about {duration_text(left_s)}"
+        rows["time left"] = "unknown" if left_s is None else f"about {duration_text(left_s)}"
         rows["expires"] = "never" if info.expires_at is None else local_time(info.expires_at)
     if info.retry_of is not None:
-        rows["runs again"] = info.retry_of
+        rows["retry of"] = info.retry_of
     if info.metadata:
         rows["metadata"] = ", ".join(f"{safe(name)}={safe(value)}" for name, value in info.metadata.items())
     return _grid(rows.items())
 
 
 def jobs_table(jobs: Sequence[JobInfo], width: int, now: float) -> Table:
-    """Return one line a job. In a narrow window ids are cut to beginnings that tell them apart, and commands take."""
-    chars = _ID_CHARS if width >= _WIDE_ENOUGH else _telling_chars([job.id for job in jobs])
+    """Return one row per job. A narrow window shows unique id prefixes, which commands accept."""
+    chars = _ID_CHARS if width >= _WHOLE_ID_WIDTH else _unique_prefix_chars([job.id for job in jobs])
     lines = [_job_cells(job, chars, now) for job in jobs]
     headings = ("job", "status", "requests", "tokens", "submitted", "model")
     *fixed, _ = (max(map(len, cells)) for cells in zip(headings, *lines, strict=True))
     columns = [
-        Column(name, no_wrap=True, min_width=chars, justify="right" if name in _NUMBERS else "left")
+        Column(name, no_wrap=True, min_width=chars, justify="right" if name in _NUMBER_COLUMNS else "left")
         for name, chars in zip(headings, fixed, strict=False)
     ]
-    rest = max(_LEAST_CHARS, width - sum(fixed) - 2 * len(fixed))  # two spaces between columns
+    rest = max(_MIN_MODEL_CHARS, width - sum(fixed) - 2 * len(fixed))  # two spaces between columns
     table = Table(*columns, Column("model", no_wrap=True, max_width=rest), box=None, pad_edge=False)
     for cells in lines:
         table.add_row(*cells)
@@ -267,8 +264,8 @@ def _job_cells(job: JobInfo, chars: int, now: float) -> tuple[Text, ...]:
     return (Text(job.id[:chars]), status, *map(Text, rest))
 
 
-def _telling_chars(ids: Sequence[str]) -> int:
-    """Return how much of each id tells it apart from the others."""
+def _unique_prefix_chars(ids: Sequence[str]) -> int:
+    """Return how many characters make the prefixes of all ids unique."""
     chars = _SHORT_ID_CHARS
     while chars < _ID_CHARS and len({job_id[:chars] for job_id in ids}) < len(ids):
         chars += 1
@@ -276,12 +273,12 @@ def _telling_chars(ids: Sequence[str]) -> int:
 
 
 def keys_table(keys: Iterable[Mapping[str, Any]]) -> Table:
-    """Return one line a key of the shim."""
-    identity = Column("id", no_wrap=True, min_width=_KEY_ID_CHARS)  # to be copied, so never cut
+    """Return one row per API key."""
+    identity = Column("id", no_wrap=True, min_width=_KEY_ID_CHARS)  # never cut, so that it can be copied
     name = Column("name", overflow="fold")
     table = Table(identity, name, "scopes", "state", "limits", box=None, pad_edge=False)
     for key in keys:
-        limits = ", ".join(f"{key[limit]:,d} {words}" for limit, words in _LIMITS.items() if key[limit] is not None)
+        limits = ", ".join(f"{key[limit]:,d} {unit}" for limit, unit in _LIMITS.items() if key[limit] is not None)
         table.add_row(key["id"], Text(safe(key["name"])), ", ".join(key["scopes"]), _key_state(key), limits or "none")
     return table
 
@@ -296,18 +293,18 @@ _KEY_ID_CHARS = 20
 _LIMITS = {
     "max_requests_queued": "requests queued",
     "max_tokens_queued": "tokens queued",
-    "requests_per_minute": "calls a minute",
+    "requests_per_minute": "requests per minute",
 }
 
 
 def findings_table(findings: Iterable[tuple[str, str, str, str]]) -> Table:
-    """Return what the doctor found: (part, status, message, advice) each; the advice stands below the message."""
+    """Return the findings of the doctor, each (part, status, message, advice), with the advice below the message."""
     table = Table.grid(padding=(0, 2))
     for part, status, message, advice in findings:
-        words = Text(safe(message), overflow="fold")
+        cell = Text(safe(message), overflow="fold")
         if advice:
-            words.append(f"\n→ {safe(advice)}", "bold")
-        table.add_row(Text(status, _STATUS_STYLES.get(status, "")), Text(part, "bold"), words)
+            cell.append(f"\n→ {safe(advice)}", "bold")
+        table.add_row(Text(status, _STATUS_STYLES.get(status, "")), Text(part, "bold"), cell)
     return table
 
 
@@ -323,7 +320,7 @@ _STATUS_STYLES = {"ok": "green", "warning": "yellow", "problem": "red"}
 
 
 def status_text(info: JobInfo) -> Text:
-    """Return the status of a job, in the colour of a warning where requests of a completed job failed."""
+    """Return the status of a job; yellow if requests of a completed job failed."""
     return Text(
         job_status_text(info), "yellow" if completed_with_failures(info.status, info.request_counts.failed) else ""
     )

@@ -54,7 +54,7 @@ def test_a_key_in_a_file_is_recorded_once_however_often_it_is_asked_for(tmp_path
     file = tmp_path / "basic_api_key"
     key = f"sk-basic-{'ab' * 8}-{'cd' * 32}"
     file.write_text(f"{key}\n")
-    for said in ("Recorded the key", "recorded already"):
+    for said in ("Stored the key", "stored already"):
         result = basic("create", "admin", "--scope", "admin", "--key-file", str(file))
         assert result.exit_code == 0
         assert said in result.stdout
