@@ -46,8 +46,8 @@ def test_a_person_gets_the_key_alone_on_standard_output_and_is_told_what_it_mean
     assert result.stdout.startswith("sk-basic-")
     assert len(result.stdout.splitlines()) == 1
     assert "not shown again" in result.stderr
-    assert "from now on every call below /v1 needs a key" in result.stderr
-    assert "first one" not in basic("create", "bob").stderr
+    assert "every /v1 request needs a key now" in result.stderr
+    assert "first key" not in basic("create", "bob").stderr
 
 
 def test_a_key_in_a_file_is_recorded_once_however_often_it_is_asked_for(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_key_in_a_file_is_recorded_once_however_often_it_is_asked_for(tmp_path
     file.write_text(key[:-1] + "e")
     refused = basic("create", "admin", "--key-file", str(file))
     assert isinstance(refused.exception, BasicError)
-    assert "another key's id" in str(refused.exception)
+    assert "the id of another key" in str(refused.exception)
 
 
 def test_a_file_without_a_key_is_refused_with_what_a_key_is(tmp_path: Path) -> None:
