@@ -51,7 +51,7 @@ def tokens_per_s(job: JobView) -> float | None:
 
 
 def left(job: JobView) -> str:
-    """Return the estimated time to the end of a job, or what is known instead."""
+    """Return the estimated time left of a running job, or the duration of an ended one."""
     if job.finished_at is not None:
         return f"took {span(elapsed_s(job))}" if job.started_at else "never started"
     if job.started_at is None:

@@ -73,13 +73,13 @@ async def rest_of(reader: AsyncGenerator[bytes]) -> bytes:
     return b"".join([events async for events in reader if events != PING])
 
 
-def test_every_reader_is_told_everything_once_whenever_it_comes_and_however_often_it_is_cut_off() -> None:
+def test_every_reader_receives_each_event_once_also_late_and_after_reconnects() -> None:
     figures = measure(StreamLoad(readers=9, requests=4, commits=8, interval_s=0.2))
     assert (figures.readers_with_wrong_text, figures.readers_with_duplicates) == (0, 0)
     assert (figures.reconnected, figures.late) == (3, 3)
 
 
-def test_a_reader_that_falls_behind_the_ring_goes_on_from_sql(
+def test_a_reader_that_falls_behind_the_buffer_continues_from_sql(
     database: Database, redis_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub, "_BUFFER_BYTES", 1)
@@ -104,7 +104,7 @@ def test_a_reader_that_falls_behind_the_ring_goes_on_from_sql(
     worker.close()
 
 
-def test_without_a_redis_server_readers_are_told_all_the_same(database: Database) -> None:
+def test_without_a_redis_server_readers_receive_all_events(database: Database) -> None:
     nowhere = f"redis://127.0.0.1:{free_port()}/0"
     worker = Worker(database, nowhere)
 

@@ -141,7 +141,7 @@ def test_lists_and_statistics_of_a_running_job_follow_it_to_its_end(page: Page, 
     expect(numbers.locator("dl.figures").first).to_contain_text(f"{told['steps']:,d} steps", timeout=PATIENCE_MS)
 
 
-def test_each_error_of_a_job_is_told_and_a_job_that_failed_whole_is_no_success(
+def test_the_page_shows_each_error_and_a_job_that_failed_completely_is_no_success(
     page: Page, service: LocalService
 ) -> None:
     wrong = [{"prompt": "a", "max_tokens": 0}, {"prompt": "a", "temperature": 9}, {"prompt": "a", "temperature": 9}]

@@ -58,7 +58,7 @@ def test_every_key_in_redis_starts_with_our_prefix(server: redis.Redis, redis_ur
     assert all(str(key).startswith(KEY_PREFIX) for key in keys)
 
 
-def test_a_batch_that_no_server_takes_is_told_to_the_producer() -> None:
+def test_push_without_a_server_raises_queue_unavailable() -> None:
     with pytest.raises(QueueUnavailable):
         push(PromptBatch(id="one", requests=("Hello",)), f"redis://127.0.0.1:{free_port()}/0")
 

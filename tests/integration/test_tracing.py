@@ -202,12 +202,12 @@ def test_a_collector_that_is_away_holds_up_no_end() -> None:
 @pytest.mark.parametrize(
     "sent", [None, "", "00-1-2-01", STRANGER.upper(), f"00-{'0' * 32}-{'cd' * 8}-01", STRANGER + "\n", STRANGER + "0"]
 )
-def test_what_is_no_traceparent_counts_as_not_sent(sent: str | None) -> None:
+def test_an_invalid_traceparent_is_ignored(sent: str | None) -> None:
     assert as_traceparent(sent) is None
     assert as_traceparent(STRANGER) == STRANGER
 
 
-def test_without_a_collector_no_place_is_kept(api: TestClient, database: Database) -> None:
+def test_without_a_collector_no_traceparent_is_stored(api: TestClient, database: Database) -> None:
     api.post("/v1/jobs", json={"requests": ["one"]})
     with database.read() as session:
         assert session.scalar(select(Job.traceparent)) is None
@@ -229,7 +229,7 @@ def test_without_a_collector_nothing_is_loaded(modules: str, unwanted: str) -> N
     assert done.stdout.strip() == "[]"
 
 
-def test_a_collector_without_the_extra_is_told_and_stops_nothing(tmp_path: Path) -> None:
+def test_a_collector_without_the_extra_is_logged_and_stops_nothing(tmp_path: Path) -> None:
     hidden = "import sys; sys.modules['opentelemetry.sdk.resources'] = None"
     code = f"{hidden}; from jobs.tracing import start_tracing, tracing; start_tracing('x'); print(tracing())"
     env = without_otel() | {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}

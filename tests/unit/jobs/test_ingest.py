@@ -51,7 +51,7 @@ def test_a_batch_asks_for_a_comparison_with_plain_decoding(database: Database, s
     assert comparison.requests_asked == 20
 
 
-def test_a_batch_that_asks_for_no_comparison_is_the_message_that_older_versions_know() -> None:
+def test_a_batch_without_compare_plain_omits_the_field_for_older_versions() -> None:
     assert set(a_message()) == {"v", "id", "model", "endpoint", "requests", "parameters", "metadata"}
 
 

@@ -44,7 +44,7 @@ EVENT = PartialEvent(job_id="batch_1", type="tokens", request=TEXT, text=TEXT)
         encode_event(EVENT).decode().partition("data: ")[2].removesuffix("\n\n"),
     ],
 )
-def test_whoever_splits_at_any_line_end_sees_one_line_that_says_the_same(text: str) -> None:
+def test_readers_that_split_at_any_line_break_see_one_line_with_the_same_value(text: str) -> None:
     assert text.splitlines() == [text]
     assert TEXT in said(json.loads(text))
 

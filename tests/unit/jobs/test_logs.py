@@ -48,7 +48,7 @@ def test_passwords_of_urls_are_blotted_out_and_the_rest_is_kept(url: str) -> Non
 
 
 @pytest.mark.parametrize("text", ["redis://127.0.0.1:6379/0", "see user@host: no", "ratio 3:4@5", "sqlite:////a/b@c"])
-def test_what_is_no_password_is_left_alone(text: str) -> None:
+def test_text_without_passwords_is_unchanged(text: str) -> None:
     assert without_secrets(text) == text
 
 

@@ -43,5 +43,5 @@ def test_a_number_that_is_used_in_another_namespace_of_this_boot_follows_the_fir
 
 
 @pytest.mark.parametrize("name", [None, "", "worker-1", "another-boot/pid:[1]/1/1"])
-def test_nobody_is_declared_dead_who_can_not_be_seen(name: str | None) -> None:
+def test_a_process_that_can_not_be_seen_is_not_declared_dead(name: str | None) -> None:
     assert not is_dead(name)

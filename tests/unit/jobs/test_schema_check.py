@@ -1,4 +1,4 @@
-"""`basic db upgrade`, as a person types it, on a database of a newer version."""
+"""`basic db upgrade` on a database of a newer version."""
 
 from __future__ import annotations
 

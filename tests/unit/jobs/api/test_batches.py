@@ -1,4 +1,4 @@
-"""Batches through the real `openai` client: a processor reads and files them, and the test does what a worker does."""
+"""Batches through the real `openai` client, with a real processor; the test acts as the worker."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from tests.unit.jobs.openai_client import (
 
 
 class World:
-    """The shim, its client, and a processor that works when it is told to."""
+    """The API server, its client, and a processor that runs on demand."""
 
     def __init__(self, settings: JobsSettings, database: Database, api: TestClient) -> None:
         self.database = database

@@ -1,4 +1,4 @@
-"""Who may save a job's outputs from its page: whoever is logged in there and may see the job."""
+"""Access to the download of a job's outputs: log-in, and the right to see the job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the pages read of bodies that anyone may send them."""
+"""Limits of bodies that anyone may send to the dashboard."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SOCKET = "/dashboard/_nicegui_ws/socket.io/"
 
 
 class Call:
-    """A call to an application behind `DashboardBodyLimit`, whose body comes in parts; after them nothing comes."""
+    """A call through `DashboardBodyLimit` with a body in parts, which never ends."""
 
     def __init__(
         self, path: str, parts: Iterable[bytes], declared: int | None = None, *, timeout_s: float = 30

@@ -1,4 +1,4 @@
-"""What pages write: texts of strangers, tokens, spans of time."""
+"""Formatting for pages: escaped texts, tokens, durations."""
 
 from __future__ import annotations
 

@@ -29,11 +29,11 @@ TEXT = "I ❤you"
 STORED: list[Stored] = json.loads(json.dumps([token.stored() for token in TOKENS]))
 
 
-def test_what_is_stored_is_read_again() -> None:
+def test_stored_log_probabilities_are_read_back() -> None:
     assert [TokenAlternatives.read(row) for row in STORED] == TOKENS
 
 
-def test_a_chat_tells_every_token_with_its_bytes_and_alternatives() -> None:
+def test_a_chat_has_every_token_with_its_bytes_and_alternatives() -> None:
     told = ChoiceLogprobs.model_validate(logprobs_object(CHAT_ENDPOINT, STORED, TEXT), strict=True)
     assert told.content is not None
     assert [t.token for t in told.content] == ["I", " ", "\ufffd", "\ufffd", "you", "<eos>"]
@@ -42,7 +42,7 @@ def test_a_chat_tells_every_token_with_its_bytes_and_alternatives() -> None:
     assert [(t.token, t.logprob) for t in told.content[0].top_logprobs] == [("I", -0.5), ("We", -1.5)]
 
 
-def test_a_completion_tells_where_each_token_begins_and_spells_parts_of_characters_by_their_bytes() -> None:
+def test_a_completion_has_text_offsets_and_spells_parts_of_characters_as_bytes() -> None:
     told = Logprobs.model_validate(logprobs_object(COMPLETIONS_ENDPOINT, STORED, TEXT), strict=True)
     assert told.tokens == ["I", " ", "bytes:\\xe2\\x9d", "bytes:\\xa4", "you", "<eos>"]
     assert told.text_offset == [0, 1, 2, 2, 3, 6]
@@ -52,7 +52,7 @@ def test_a_completion_tells_where_each_token_begins_and_spells_parts_of_characte
     assert told.top_logprobs[2] == {"bytes:\\x00": -0.1, "bytes:\\xe2\\x9d": -0.25}
 
 
-def test_a_text_that_a_stop_string_cut_has_no_offsets_behind_its_end() -> None:
+def test_a_text_cut_by_a_stop_string_has_no_offsets_beyond_its_end() -> None:
     told = logprobs_object(COMPLETIONS_ENDPOINT, STORED, "I ")
     assert told is not None
     assert told["text_offset"] == [0, 1, 2, 2, 2, 2]
@@ -66,5 +66,5 @@ def test_a_space_that_the_tokenizer_leaves_out_at_the_beginning_does_not_count()
 
 
 @pytest.mark.parametrize("endpoint", [CHAT_ENDPOINT, COMPLETIONS_ENDPOINT])
-def test_nothing_is_told_of_who_did_not_ask(endpoint: str) -> None:
+def test_log_probabilities_that_were_not_requested_are_none(endpoint: str) -> None:
     assert logprobs_object(endpoint, None, "text") is None

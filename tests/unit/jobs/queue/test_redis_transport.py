@@ -1,4 +1,4 @@
-"""What of a Redis server's errors is a refusal to write, and how long it is left alone then."""
+"""Which errors mean that a Redis server refuses writes, and the pause that follows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_another_error_is_no_refusal(error: Exception) -> None:
     assert not refuses_to_write(error)
 
 
-def test_pauses_grow_and_are_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_pauses_grow_and_are_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     now = 1000.0
     monkeypatch.setattr("jobs.queue.redis_transport.time.monotonic", lambda: now)
     caplog.set_level("INFO")

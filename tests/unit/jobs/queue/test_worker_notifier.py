@@ -12,7 +12,7 @@ from jobs.queue.worker_notifier import WorkerNotifier
 
 
 class Server:
-    """Accepts notifications only when it is let."""
+    """Blocks notifications until `open` is set."""
 
     def __init__(self) -> None:
         self.heard: list[tuple[str, str]] = []

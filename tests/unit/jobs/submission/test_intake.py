@@ -69,7 +69,7 @@ def test_a_new_job_is_stored_and_its_workers_are_notified(intake: Intake) -> Non
     assert intake.notified == [(job_id, "tiny")]
 
 
-def test_a_bad_request_fails_alone_and_the_others_go_on(intake: Intake) -> None:
+def test_an_invalid_request_fails_alone(intake: Intake) -> None:
     job_id = intake.accept("one", {"prompt": "two", "temperature": -1}, "three")
     job = intake.job(job_id)
     assert (job.status, job.requests_total, job.requests_failed) == ("in_progress", 3, 1)
@@ -83,7 +83,7 @@ def test_a_job_of_bad_requests_only_is_completed_at_once(intake: Intake) -> None
     assert (job.status, job.requests_failed) == ("completed", 2)
 
 
-def test_a_repeated_key_gives_the_first_job_and_rings_once(intake: Intake) -> None:
+def test_a_repeated_key_returns_the_first_job_and_notifies_once(intake: Intake) -> None:
     first = intake.accept("one", idempotency_key="k", body_sha256="x")
     again = intake.accept("one", idempotency_key="k", body_sha256="x")
     assert first == again

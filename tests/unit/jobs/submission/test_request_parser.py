@@ -80,7 +80,7 @@ def test_developer_is_another_word_for_system() -> None:
     assert request.messages[0].role == "system"
 
 
-def test_a_request_brings_its_own_parameters_and_takes_the_rest_from_the_job() -> None:
+def test_parameters_of_a_request_override_those_of_the_job() -> None:
     request = accepted({"prompt": "Hello", "temperature": 0.5}, some_rules(temperature=0, max_tokens=7))
     assert (request.sampling.temperature, request.sampling.max_tokens) == (0.5, 7)
 
@@ -283,7 +283,7 @@ def test_a_prompt_with_too_many_characters_is_refused_before_it_is_tokenized() -
     assert refused("x" * 1001).code == "context_length_exceeded"
 
 
-def test_more_tokens_than_the_context_holds_are_refused_where_a_worker_has_told_its_context() -> None:
+def test_max_tokens_above_a_known_context_are_rejected() -> None:
     rules = some_rules(context_tokens=64)
     assert refused({"prompt": "Hello", "max_tokens": 65}, rules).param == "max_tokens"
     accepted({"prompt": "Hello", "max_tokens": 64}, rules)
@@ -308,7 +308,7 @@ def test_a_line_that_is_too_long_is_passed_over(length: int, refused: bool) -> N
     "line",
     [b"{", b"nonsense", b'{"temperature": NaN}', b'"\\ud800"', b"[" * 100_000, b"9" * 5000, b"\xff\xfe", b'"\xe9"'],
 )
-def test_a_line_that_is_not_json_is_refused_and_named_and_the_others_go_on(line: bytes) -> None:
+def test_a_line_that_is_not_json_fails_alone_with_its_number(line: bytes) -> None:
     first, bad, last = (parse_item(item, some_rules()) for item in lines(b'"one"\n' + line + b'\n"three"'))
     assert first.failure is last.failure is None
     assert bad.failure is not None
@@ -355,7 +355,7 @@ def test_a_file_of_something_else_is_refused_as_a_whole_with_what_it_is(content:
     "line", [b'"' + b'\\"' * 500_000, b"{" * 900_000, b'{"' * 450_000, b'{"custom_id" ' * 80_000, b"'" * 900_000]
 )
 def test_a_broken_line_is_looked_through_once(line: bytes) -> None:
-    """Its id is looked for in one pass: a line that is made to be read again at each quote would take hours."""
+    """The search for an id is linear, also in lines that would make a backtracking search take hours."""
     assert find_custom_id(line) is None
 
 
