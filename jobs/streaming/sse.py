@@ -32,9 +32,9 @@ def encode_cursor(cursor: Cursor) -> str:
     text = str(cursor.base)
     if cursor.floor >= 0:
         text += f"-{cursor.floor}"
-    place = cursor.position
-    if place.number >= 0:
-        text += f".{place.number}.{place.request_index}.{place.choice_index}.{place.part}"
+    position = cursor.position
+    if position.number >= 0:
+        text += f".{position.number}.{position.request_index}.{position.choice_index}.{position.part}"
     if cursor.status != JobStatus.IN_PROGRESS:
         text += f"~{cursor.status or ''}"
     return text
@@ -45,11 +45,11 @@ def decode_cursor(text: str | None) -> Cursor:
     match = _ID.fullmatch(text or "")
     if match is None:
         return Cursor()
-    place = Position(-1)
+    position = Position(-1)
     if match["number"] is not None:
-        place = Position(*(int(match[part]) for part in ("number", "request", "choice", "part")))
+        position = Position(*(int(match[part]) for part in ("number", "request", "choice", "part")))
     status = JobStatus.IN_PROGRESS if match["status"] is None else match["status"][1:]
-    return Cursor(int(match["base"]), int(match["floor"] or -1), place, status or None)
+    return Cursor(int(match["base"]), int(match["floor"] or -1), position, status or None)
 
 
 def encode_event(event: PartialEvent, event_id: str | None = None) -> bytes:
