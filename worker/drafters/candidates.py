@@ -1,7 +1,7 @@
-"""Ranking: from a draft's logits to the children it offers below each node.
+"""From a draft's logits to the candidates that it offers below each node.
 
-Above temperature 0 the tokens are ranked with the very noise the target will draw with, which lifts agreement and can't
-bend the law.
+Above temperature 0 candidates are ranked with the same Gumbel noise that the target will draw with (Gumbel coupling,
+arXiv 2408.07978). That raises acceptance. The draw is the target's alone, so its distribution stays exact.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from worker.engine.sampling.sampling import gumbel_scores, process, topk
 from worker.engine.segments import IntArray
 from worker.engine.speculation.draft_tree import FloatArray, Forest
 
-_WIDTH = 8  # children per node at most
+_WIDTH = 8  # max children per node: more are rarely drawn, and cost time in every layer
 
 
 @torch.inference_mode()
 def best_children(
     forest: Forest, nodes: IntArray, logits: Tensor, tokens: Tensor, vocabulary: int
 ) -> tuple[IntArray, FloatArray]:
-    """Return tokens and probabilities [nodes, k] of the best children under each node's own noise and filters.
+    """Return tokens and probabilities [nodes, k] of the best children, with each node's own noise and filters.
 
-    `logits` [nodes, n] are of `tokens` [n] out of the target's `vocabulary`; a node offers no other.
+    `logits` [nodes, n] are of `tokens` [n], the ids out of the target's `vocabulary` that the draft can propose.
     """
     scores = _adjusted(forest, nodes, logits.float(), tokens, vocabulary)
     sequences = [forest.sequences[tree] for tree in forest.tree[nodes]]
@@ -31,14 +31,14 @@ def best_children(
         samplings = [sequences[i].sampling for i in sampled]
         positions = [len(sequences[i].ids) + int(forest.depth[nodes[i]]) for i in sampled]
         scores[sampled] = gumbel_scores(process(scores[sampled], samplings), samplings, positions, tokens)
-    places, probabilities = topk(scores, min(_WIDTH, scores.shape[1]))
-    return tokens[places].cpu().numpy(), probabilities.cpu().numpy()
+    indices, probabilities = topk(scores, min(_WIDTH, scores.shape[1]))
+    return tokens[indices].cpu().numpy(), probabilities.cpu().numpy()
 
 
 def _adjusted(forest: Forest, nodes: IntArray, logits: Tensor, tokens: Tensor, vocabulary: int) -> Tensor:
-    """Return the logits under penalties and bias, which are told by the target's ids."""
+    """Return the logits under penalties and bias, which are given by the target's ids."""
     if len(tokens) == vocabulary or not any(s.sampling.adjusted for s in forest.sequences):
         return forest.adjusted(logits, nodes)
-    every = logits.new_full((len(logits), vocabulary), -torch.inf)
-    every[:, tokens] = logits
-    return forest.adjusted(every, nodes)[:, tokens]
+    expanded = logits.new_full((len(logits), vocabulary), -torch.inf)
+    expanded[:, tokens] = logits
+    return forest.adjusted(expanded, nodes)[:, tokens]

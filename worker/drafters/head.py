@@ -1,7 +1,7 @@
-"""Head drafter: a small network that reads the target's hidden states, with KV slots of its own.
+"""Head drafter: a small network on the target's hidden states (EAGLE-3, arXiv 2503.01840), with its own KV slots.
 
-For committed tokens it reads what the target thought there; below the root, where the target has not been, its own
-outputs. So every accepted token is read once more, with the target's states, in the next step.
+For committed tokens it reads the target's hidden states; below the root, where the target has not run, its own outputs.
+So every accepted token is read again in the next step, with the target's states.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from worker.engine.speculation.draft_tree import Candidates, Forest
 
 
 class HeadModel(Protocol):
-    """What the drafter needs of a head."""
+    """What `HeadDrafter` needs of a head."""
 
     tokens: Tensor  # [n] ids that it can propose, ascending
-    vocabulary: int  # of the target
+    vocabulary: int  # size of the target's vocabulary
 
     def states(self, hidden: Tensor) -> Tensor:
         """Return states [n, width] from the target's hidden states [n, size]."""
 
     def forward(self, segments: Seq[Segment], states: Tensor) -> tuple[Tensor, Tensor]:
-        """Run rows with the states [n, width] before them; return logits [kept, n] and states [kept, width]."""
+        """Run rows with the states [rows, width] before them; return logits [kept, n] and states [kept, width]."""
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the keys and values of the first `length` tokens of one slot to another."""
 
 
 class PackedHead:
-    """A head's network with a KV slot per sequence."""
+    """A head's network with one KV slot per sequence."""
 
     def __init__(
         self,
@@ -64,9 +64,11 @@ class PackedHead:
         cpu_kernels: bool = True,
         paged: bool | None = None,
     ) -> None:
-        """Take a network for good, the target's `embedding` [vocabulary, width], and its `output` rows for `tokens`.
+        """Wrap a network, which is changed in place, with the target's `embedding` [vocabulary, width].
 
-        `cpu_kernels` and `paged` are those of `PackedModel`.
+        `output` are the target's output weights [n, width] of `tokens`.
+
+        `cpu_kernels` and `paged` are as in `PackedModel`.
         """
         self.tokens, self.vocabulary = tokens, len(embedding)
         self._embedding = embedding
@@ -82,10 +84,10 @@ class PackedHead:
         self._compiled_network = self._fused_network(compiled) if compiled else None
         self._buckets = self._backend.bucketed(self._run_paged)
         if self._buckets is not None:
-            self._read = embedding.new_empty(BUCKETS[-1], network.shape.width)  # states, where recordings find them
+            self._input_states = embedding.new_empty(BUCKETS[-1], network.shape.width)  # of captured graphs
 
     def _fused_network(self, compiled: Kernels) -> CpuNetwork:
-        """Swap in what computes the same faster on this processor, and return it as one network."""
+        """Replace layers with fused implementations for this processor; return them as one network."""
         net: Any = self._network
         fuse(net, compiled)
         pack(net, compiled)
@@ -103,7 +105,7 @@ class PackedHead:
 
     @torch.inference_mode()
     def prepare(self) -> None:
-        """Record the forwards that steps will replay, or make the room that they need, whichever way it runs."""
+        """Capture graphs of the forwards (GPU), or allocate their scratch memory (CPU)."""
         if self._buckets is not None:
             self._buckets.prepare()
         if self._compiled_network is not None:
@@ -116,13 +118,13 @@ class PackedHead:
 
     @torch.inference_mode()
     def forward(self, segments: Seq[Segment], states: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the rows of `segments`, which are in slot order, with the states [n, width] before them."""
+        """Run the rows of `segments`, in slot order, with the states [rows, width] before them."""
         if self._compiled_network is not None:
             return self._compiled_network.forward(segments, self._backend.plan(segments), states)  # type: ignore[arg-type]
         shape = self._buckets.shape_for(segments) if self._buckets else None
         if shape is not None:
             assert self._buckets is not None
-            self._read[: len(states)] = states
+            self._input_states[: len(states)] = states
             logits, out = self._buckets.forward(segments, shape)
             assert out is not None
             return logits, out[: len(logits)]
@@ -139,7 +141,7 @@ class PackedHead:
         self._backend.kv.copy_prefix(source, target, length)
 
     def _run_paged(self, rows: PagedRows, plan: PagedAttentionPlan) -> tuple[Tensor, Tensor]:
-        return self._run(rows.ids, rows.positions, rows.kept, self._read[: len(rows.ids)], plan)
+        return self._run(rows.ids, rows.positions, rows.kept, self._input_states[: len(rows.ids)], plan)
 
     def _run(
         self, ids: Tensor, positions: Tensor, kept: Tensor, states: Tensor, plan: AttentionPlan
@@ -156,40 +158,42 @@ class HeadDrafter:
     """Drafts with a head."""
 
     def __init__(self, head: HeadModel, hidden: HiddenStates, name: str) -> None:
-        """Use a head for slots numbered as the target's, whose hidden states lie in `hidden`."""
+        """Use a head with the slot numbers of the target, whose hidden states are in `hidden`."""
         self.name = name
-        self.forward_free = None  # it is a network and nothing else
+        self.forward_free = None  # every draft takes a forward
         self._head = head
         self._hidden = hidden
         self._slots = DraftSlots()
-        self._above = np.empty(0, np.int64)  # nodes of the newest layer that was run
-        self._states = torch.empty(0)  # [above, width] what came out there
+        self._parents = np.empty(0, np.int64)  # nodes of the layer that was run last
+        self._states = torch.empty(0)  # [parents, width] their output states
 
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
         """Run the head over the frontier and offer its best children."""
-        places = by_slot(forest, frontier)
-        order = np.concatenate(places)
+        by_tree = by_slot(forest, frontier)
+        order = np.concatenate(by_tree)
         nodes = frontier[order]
         if forest.depth[frontier[0]]:
-            segments = [self._slots.below(forest, _sequence(forest, frontier[some]), frontier[some]) for some in places]
-            states = self._states[torch.from_numpy(_places_of(forest.parent[nodes], self._above))]
+            segments = [
+                self._slots.tree_rows(forest, _sequence(forest, frontier[some]), frontier[some]) for some in by_tree
+            ]
+            states = self._states[torch.from_numpy(_indices_of(forest.parent[nodes], self._parents))]
         else:
-            roots = [_sequence(forest, frontier[some]) for some in places]
-            segments = self._slots.rest(roots, self._feed, self._head.copy_prefix)
+            roots = [_sequence(forest, frontier[some]) for some in by_tree]
+            segments = self._slots.catch_up(roots, self._feed, self._head.copy_prefix)
             states = self._before(segments)
         logits, self._states = self._head.forward(segments, states)
-        self._above = nodes
+        self._parents = nodes
         ids, scores = best_children(forest, nodes, logits, self._head.tokens, self._head.vocabulary)
         tokens, probabilities = np.empty_like(ids), np.empty_like(scores)
         tokens[order], probabilities[order] = ids, scores
         return Candidates(tokens, probabilities)
 
     def num_uncached_tokens(self, sequence: Sequence) -> int:
-        """Return the tokens that are to be read before the first layer can be drafted."""
+        """Return the tokens to read before the first layer can be drafted."""
         return self._slots.num_uncached_tokens(sequence)
 
     def commit(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
-        """Forget the tree: what was accepted of it is read again, with the target's states."""
+        """Drop the tree. Accepted tokens are read again with the target's states."""
         self._slots.of(forest.sequences[tree]).nodes.clear()
 
     def drop(self, sequence: Sequence) -> None:
@@ -200,12 +204,12 @@ class HeadDrafter:
         self._head.forward([segment], self._before([segment]))
 
     def _before(self, segments: Seq[Segment]) -> Tensor:
-        """Return the target's states before the tokens of chains; there is none before the first of a text."""
+        """Return the target's states at the positions before the tokens of chains; zeros before the first token."""
         parts = []
         for s in segments:
             tapped = self._hidden.read(s.slot, max(s.start - 1, 0), s.end - 1)
             if not s.start:
-                parts.append(tapped.new_zeros(1, tapped.shape[1]))  # the state of nothing is nothing
+                parts.append(tapped.new_zeros(1, tapped.shape[1]))
             parts.append(tapped)
         return self._head.states(parts[0] if len(parts) == 1 else torch.cat(parts))
 
@@ -215,11 +219,11 @@ def _sequence(forest: Forest, nodes: IntArray) -> Sequence:
     return forest.sequences[int(forest.tree[nodes[0]])]
 
 
-def _places_of(nodes: IntArray, among: IntArray) -> IntArray:
-    """Return where each of `nodes` stands among others."""
+def _indices_of(nodes: IntArray, among: IntArray) -> IntArray:
+    """Return the index in `among` of each of `nodes`."""
     order = np.argsort(among)
-    places: IntArray = order[np.searchsorted(among, nodes, sorter=order)]
-    return places
+    indices: IntArray = order[np.searchsorted(among, nodes, sorter=order)]
+    return indices
 
 
 def _linear(weight: Tensor) -> nn.Linear:

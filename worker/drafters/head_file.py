@@ -1,6 +1,6 @@
-"""A head on disk: `config.json` with its shape and whose head it is, `draft.safetensors` with the weights.
+"""Read and write draft heads: `config.json` with shape and target, `draft.safetensors` with the weights.
 
-A head is of use to one target only, so whatever differs is refused, by name.
+A head fits one target only. For any other it is refused, with the first property that differs.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from worker.engine.model.loading import embeddings
 
 FORMAT = "basic-head-1"
 _CONFIG, _WEIGHTS = "config.json", "draft.safetensors"
-_TOKENS = "tokens"  # the tensor of the ids that can be proposed
-_AGAIN = "take the folder again from its source, or train the head again"
-_ROWS = 64  # of the embedding, that stand for the whole in a fingerprint
+_TOKENS = "tokens"  # name of the tensor of ids that can be proposed
+_RETRY = "download the folder again, or train the head again"
+_ROWS = 64  # rows of the embedding in the fingerprint of the weights
 
 
 @dataclass(frozen=True, slots=True)
 class TargetIdentity:
-    """Which target, and which tokenizer, a head was trained for."""
+    """The target and the tokenizer that a head was trained for."""
 
     target: str
     architecture: str
@@ -43,7 +43,7 @@ class TargetIdentity:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A trained head, before it meets its target."""
+    """A trained head as read from disk."""
 
     name: str
     network: HeadNetwork
@@ -51,7 +51,10 @@ class Head:
 
 
 def target_identity(model: PreTrainedModel, name: str, vocabulary: dict[str, int]) -> TargetIdentity:
-    """Return who a target is, from some of its weights and all of its `vocabulary`; before its layers are fused."""
+    """Return a target's identity, from some of its weights and all of its `vocabulary`.
+
+    Call it before the layers are fused, which changes the weights.
+    """
     config = model.config.get_text_config()
     state = {"embedding": embeddings(model)[:_ROWS]} | {
         key: weight for key, weight in model.state_dict().items() if "norm" in key
@@ -59,7 +62,7 @@ def target_identity(model: PreTrainedModel, name: str, vocabulary: dict[str, int
     digest = hashlib.sha256()
     for key in sorted(state):
         digest.update(key.encode() + state[key].detach().to("cpu", torch.bfloat16).view(torch.uint8).numpy().tobytes())
-    spelled = json.dumps(sorted(vocabulary.items(), key=lambda item: item[1]))
+    encoded = json.dumps(sorted(vocabulary.items(), key=lambda item: item[1]))
     return TargetIdentity(
         target=name,
         architecture=config.model_type,
@@ -67,7 +70,7 @@ def target_identity(model: PreTrainedModel, name: str, vocabulary: dict[str, int
         width=config.hidden_size,
         vocabulary=config.vocab_size,
         weights_sha256=digest.hexdigest(),
-        tokenizer_sha256=hashlib.sha256(spelled.encode()).hexdigest(),
+        tokenizer_sha256=hashlib.sha256(encoded.encode()).hexdigest(),
     )
 
 
@@ -76,35 +79,33 @@ def is_head(folder: str) -> bool:
     return str(_config(Path(folder)).get("format")).startswith("basic-head")
 
 
-def write_head(folder: Path, network: HeadNetwork, tokens: Tensor, whose: TargetIdentity) -> list[Path]:
+def write_head(folder: Path, network: HeadNetwork, tokens: Tensor, target: TargetIdentity) -> list[Path]:
     """Write a head in bfloat16; return its files."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {key: value.detach().cpu().bfloat16().contiguous() for key, value in network.state_dict().items()}
     save_file(weights | {_TOKENS: tokens.int()}, folder / _WEIGHTS)
-    said = {
+    config = {
         "format": FORMAT,
         "shape": network.shape.as_json(),
-        "target": {name: getattr(whose, name) for name in TargetIdentity.__slots__},
+        "target": {name: getattr(target, name) for name in TargetIdentity.__slots__},
         "sha256": file_sha256(folder / _WEIGHTS),
     }
-    (folder / _CONFIG).write_text(json.dumps(said, indent=2) + "\n")
+    (folder / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return [folder / _CONFIG, folder / _WEIGHTS]
 
 
-def read_head(folder: str, whose: TargetIdentity) -> Head:
-    """Read a head for a target; raises ModelRefused, with what differs and what to do, if it isn't whole or its."""
-    said = _config(Path(folder))
-    if said.get("format") != FORMAT:
-        raise ModelRefused(f"{folder} is a head of format {said.get('format')!r}; this version reads {FORMAT!r}")
+def read_head(folder: str, target: TargetIdentity) -> Head:
+    """Read a head for a target. Raises ModelRefused if it is damaged or was trained for another one."""
+    config = _config(Path(folder))
+    if config.get("format") != FORMAT:
+        raise ModelRefused(f"{folder} is a head of format {config.get('format')!r}; this version reads {FORMAT!r}")
     try:
-        shape, trained_for = HeadShape(**said["shape"] | {"taps": tuple(said["shape"]["taps"])}), said["target"]
-        _refuse_other(folder, trained_for, whose)
+        shape, trained_for = HeadShape(**config["shape"] | {"taps": tuple(config["shape"]["taps"])}), config["target"]
+        _refuse_other(folder, trained_for, target)
         network = HeadNetwork(shape)
     except (KeyError, TypeError) as error:
-        raise ModelRefused(
-            f"{folder}/{_CONFIG} is not a head's: {error}; take the folder again from its source"
-        ) from error
-    weights = _weights(Path(folder), said.get("sha256"))
+        raise ModelRefused(f"{folder}/{_CONFIG} is not the config of a head: {error}; {_RETRY}") from error
+    weights = _weights(Path(folder), config.get("sha256"))
     tokens = weights.pop(_TOKENS).long()
     try:
         network.load_state_dict(weights)
@@ -114,21 +115,21 @@ def read_head(folder: str, whose: TargetIdentity) -> Head:
 
 
 def file_sha256(file: Path) -> str:
-    """Return a file's hash."""
+    """Return the SHA-256 of a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        said = json.loads((folder / _CONFIG).read_text())
+        config = json.loads((folder / _CONFIG).read_text())
     except (OSError, ValueError):
         return {}
-    return said if isinstance(said, dict) else {}
+    return config if isinstance(config, dict) else {}
 
 
-def _refuse_other(folder: str, trained_for: dict[str, Any], whose: TargetIdentity) -> None:
-    """Raise ModelRefused with the first thing that differs, the plainest first."""
+def _refuse_other(folder: str, trained_for: dict[str, Any], target: TargetIdentity) -> None:
+    """Raise ModelRefused with the first property that differs, the most readable first."""
     for name, what in (
         ("architecture", "architecture"),
         ("width", "hidden size"),
@@ -137,21 +138,21 @@ def _refuse_other(folder: str, trained_for: dict[str, Any], whose: TargetIdentit
         ("tokenizer_sha256", "tokenizer (its hash)"),
         ("weights_sha256", "weights (their hash)"),
     ):
-        if trained_for[name] != getattr(whose, name):
+        if trained_for[name] != getattr(target, name):
             raise ModelRefused(
-                f"{folder} can't draft for {whose.target}: it was trained for {trained_for['target']}, whose {what} is "
-                f"{trained_for[name]}, and the target's is {getattr(whose, name)}; train one with "
-                f"`basic draft train --target {whose.target} --out DIRECTORY`, or leave BASIC_DRAFT empty"
+                f"{folder} can't draft for {target.target}: it was trained for {trained_for['target']}, whose {what} "
+                f"is {trained_for[name]}, and the target's is {getattr(target, name)}; train one with "
+                f"`basic draft train --target {target.target} --out DIRECTORY`, or leave BASIC_DRAFT empty"
             )
 
 
 def _weights(folder: Path, sha256: str | None) -> dict[str, Tensor]:
     file = folder / _WEIGHTS
     if not file.exists():
-        raise ModelRefused(f"{folder} has no {_WEIGHTS}; only safetensors are read, never a pickle; {_AGAIN}")
+        raise ModelRefused(f"{folder} has no {_WEIGHTS}; other formats, such as pickles, are not read; {_RETRY}")
     if file_sha256(file) != sha256:
-        raise ModelRefused(f"{file} is not the file that {_CONFIG} was written with: its SHA-256 differs; {_AGAIN}")
+        raise ModelRefused(f"{file} was changed or cut off: its SHA-256 is not the one in {_CONFIG}; {_RETRY}")
     try:
         return load_file(file)
     except SafetensorError as error:
-        raise ModelRefused(f"{file} is not whole: {error}; {_AGAIN}") from error
+        raise ModelRefused(f"{file} is damaged: {error}; {_RETRY}") from error

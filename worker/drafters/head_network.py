@@ -1,8 +1,8 @@
-"""The head's network: decoder layers over the target's hidden states and the tokens behind them (EAGLE-3, 2503.01840).
+"""The head's network: decoder layers over tokens and the target's hidden states (EAGLE-3, arXiv 2503.01840, section 3).
 
-Row p of a text reads token p and the state before it, and foresees token p + 1. The state is made of the target's
-hidden states where the target has been, and is the network's own output where it has not: below the root of a tree.
-Embeddings and output weights are the target's own, so a head is small and has nothing to learn about words.
+Row p reads token p and the state at p - 1, and predicts token p + 1. The state is fused from hidden states of several
+target layers where the target has run; below the root of a tree it is the network's own output, as EAGLE-3's
+training-time test prepares it for. Embeddings and output weights are the target's, so a head is small.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from worker.engine.errors import ModelRefused
 
 @dataclass(frozen=True, slots=True)
 class HeadShape:
-    """What the network looks like, and so what fits a target."""
+    """Shape of the network. It must fit the target."""
 
     width: int  # of the target's hidden states
     heads: int
     kv_heads: int
     head_dim: int
-    inner: int  # width inside the MLP
+    inner: int  # width of the MLP
     eps: float  # of the norms
     rope_theta: float
-    layers: int  # of the head's own
-    taps: tuple[int, ...]  # layers of the target whose outputs are read
-    vocabulary: int  # tokens that can be proposed
+    layers: int  # of the head itself
+    taps: tuple[int, ...]  # target layers whose outputs are read
+    vocabulary: int  # number of tokens that can be proposed
 
     @classmethod
     def of(cls, target: PretrainedConfig, layers: int, vocabulary: int) -> Self:
-        """Return the shape for a target: its own layers' sizes, its states after each third of its layers.
+        """Return the shape for a target: layers of its size, which read its states after each third of its layers.
 
-        Raises ModelRefused for a target whose layers have no such sizes.
+        Raises ModelRefused if the target's configuration lacks a size.
         """
         missing = [
             name for name in ("intermediate_size", "rms_norm_eps", "rope_parameters") if not hasattr(target, name)
@@ -62,13 +62,13 @@ class HeadShape:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Return the public form, for `config.json`."""
+        """Return the shape for `config.json`."""
         return asdict(self)
 
     def llama(self) -> LlamaConfig:
         """Return the configuration of the layers."""
         return LlamaConfig(
-            vocab_size=1,  # the words are the target's
+            vocab_size=1,  # the embeddings are the target's
             hidden_size=self.width,
             intermediate_size=self.inner,
             num_hidden_layers=self.layers,
@@ -84,7 +84,7 @@ class HeadShape:
 
 
 def tapped_layers(layers: int) -> tuple[int, ...]:
-    """Return which layers of a target a head reads: the last of each third."""
+    """Return the target layers that a head reads: the last of each third."""
     return tuple(sorted({max(layers * third // 3, 1) - 1 for third in (1, 2, 3)}))
 
 
@@ -92,11 +92,11 @@ class HeadNetwork(nn.Module):
     """The trained part of a head."""
 
     def __init__(self, shape: HeadShape) -> None:
-        """Start with random layers that pass the target's last state on."""
+        """Start with random layers; the linear ones are near the identity of the target's last state."""
         super().__init__()
         self.shape = shape
         self.unit = LlamaRMSNorm(shape.width, shape.eps)
-        self.unit.requires_grad_(False)  # a scale before a linear layer is part of that layer
+        self.unit.requires_grad_(False)  # a scale before a linear layer is redundant
         self.fuse = nn.Linear(len(shape.taps) * shape.width, shape.width, bias=False)
         self.join = nn.Linear(2 * shape.width, shape.width, bias=False)
         self.model = LlamaModel(shape.llama())
@@ -113,7 +113,7 @@ class HeadNetwork(nn.Module):
         return out
 
     def entries(self, embedded: Tensor, states: Tensor) -> Tensor:
-        """Return what the layers read [..., width], from embedded tokens and the states before them."""
+        """Return the layers' input [..., width] from embedded tokens and the states at the positions before them."""
         units: Tensor = self.unit(torch.stack([embedded, states], dim=-2))
         out: Tensor = self.join(units.flatten(-2))
         return out

@@ -1,6 +1,7 @@
-"""Mixed drafter: what the text has said before and what a network foresees, in one tree.
+"""Mixed drafter: candidates of a suffix drafter and of a draft network in one tree.
 
-A token that both offer is offered once; how far such an agreement can be trusted is learned like everything else.
+A token that both offer becomes one candidate with a source of its own (`BOTH`), so the acceptance model learns how much
+more such an agreement is worth.
 """
 
 from __future__ import annotations
@@ -14,33 +15,33 @@ from worker.engine.sequence import Sequence
 from worker.engine.speculation.draft_tree import Candidates, Forest
 from worker.engine.speculation.drafting import Drafter
 
-NETWORK, SUFFIX, BOTH = 0, 1, 2  # who offers a candidate
+NETWORK, SUFFIX, BOTH = 0, 1, 2  # sources of candidates
 
 
 class MixedDrafter:
     """Two sources of candidates below every node."""
 
     def __init__(self, network: Drafter, suffix: Drafter) -> None:
-        """Take a drafter that runs a network and one that looks things up."""
+        """Combine a drafter that runs a network with one that looks tokens up."""
         self.name = f"{network.name}+{suffix.name}"
         self._network = network
         self._suffix = suffix
 
     @property
     def forward_free(self) -> Drafter:
-        """The part that looks things up."""
-        return _Labelled(self._suffix)
+        """The suffix drafter alone."""
+        return _SuffixPart(self._suffix)
 
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
-        """Offer what either offers."""
+        """Offer the candidates of both."""
         return _merged(self._network.expand(forest, frontier), self._suffix.expand(forest, frontier))
 
     def num_uncached_tokens(self, sequence: Sequence) -> int:
-        """Return how far the network is behind."""
+        """Return the committed tokens that the network must read."""
         return self._network.num_uncached_tokens(sequence)
 
     def commit(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
-        """Let both learn what was kept."""
+        """Let both learn what was accepted."""
         self._network.commit(forest, tree, path, emitted)
         self._suffix.commit(forest, tree, path, emitted)
 
@@ -50,8 +51,8 @@ class MixedDrafter:
         self._suffix.drop(sequence)
 
 
-class _Labelled:
-    """A part of a mixed drafter by itself: its candidates keep their source. What was kept, the whole is told."""
+class _SuffixPart:
+    """The suffix drafter used alone: its candidates keep their source. The engine commits to the mixed drafter."""
 
     forward_free = None
 
@@ -66,12 +67,12 @@ class _Labelled:
 
 
 def _merged(a: Candidates, b: Candidates) -> Candidates:
-    """Return the candidates of both; a token that both offer stands where the first has it."""
+    """Return the candidates of both; a token that both offer keeps its position in `a`."""
     if not b.probabilities.any():
         return a
     same = (a.tokens[:, :, None] == b.tokens[:, None, :]) & (a.probabilities > 0)[:, :, None]
     same &= (b.probabilities > 0)[:, None, :]
-    # Unless both are wrong. They are not independent, and what that changes is learned.
+    # Noisy-or: right unless both are wrong. They are not independent; the acceptance model learns the difference.
     others = np.where(same, b.probabilities[:, None, :], 0.0).max(axis=2)
     both = 1.0 - (1.0 - a.probabilities) * (1.0 - others)
     return Candidates(

@@ -1,4 +1,4 @@
-"""Model drafter: a smaller language model with the target's tokens, its own KV slots, and the same noise."""
+"""Model drafter: a smaller language model with the target's tokens, its own KV slots, and the target's noise."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from worker.engine.speculation.draft_tree import Candidates, Forest
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SharedVocabulary:
-    """The token ids that a draft has in common with its target."""
+    """The token ids that a draft model shares with its target."""
 
-    ids: IntArray  # ascending: those that both spell alike, which are drafted
-    readable: int  # the draft can read those below
+    ids: IntArray  # ascending: ids of the same text in both; only these are drafted
+    readable: int  # the draft model can read the ids below
 
     @property
     def is_prefix(self) -> bool:
-        """True if they are the first ones of all."""
+        """True if the shared ids are 0, 1, 2, … without a gap."""
         return bool(len(self.ids)) and int(self.ids[-1]) == len(self.ids) - 1
 
 
@@ -41,50 +41,50 @@ class ModelDrafter:
         shared: SharedVocabulary | None = None,
         positions: int | None = None,
     ) -> None:
-        """Use `model` for slots numbered as those of the target, which has the ids below `vocab`.
+        """Use `model` with the slot numbers of the target, whose ids are those below `vocab`.
 
-        `shared` are the tokens of both, where they differ. Nothing is drafted at `positions` and beyond.
+        `shared`: which ids both have; None: all. `positions`: the model's context; nothing is drafted beyond.
         """
         self.name = name
-        self.forward_free = None  # it is a network and nothing else
+        self.forward_free = None  # every draft takes a forward
         self._model = model
         self._shared = shared or SharedVocabulary(np.arange(vocab), vocab)
         self._vocab = vocab
-        self._every = torch.from_numpy(self._shared.ids)
+        self._ids = torch.from_numpy(self._shared.ids)
         self._positions = positions
         self._slots = DraftSlots()
-        model.clear()  # of an earlier drafter's texts
+        model.clear()  # of the sequences of an earlier drafter
 
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
-        """Run the model over the frontier and offer its best children; none beyond the positions that it knows."""
-        known = np.flatnonzero(self._knows(forest, frontier))
-        places = [known[some] for some in by_slot(forest, frontier[known])] if len(known) else []
-        if not places:
+        """Run the model over the frontier and offer its best children; none beyond the model's context."""
+        inside = np.flatnonzero(self._in_context(forest, frontier))
+        by_tree = [inside[some] for some in by_slot(forest, frontier[inside])] if len(inside) else []
+        if not by_tree:
             return Candidates(np.zeros((len(frontier), 1), np.int64), np.zeros((len(frontier), 1)))
-        order = np.concatenate(places)
-        logits = self._forward(self._segments(forest, [frontier[some] for some in places]))
-        self._every = self._every.to(logits.device)
-        logits = logits[:, : len(self._every)] if self._shared.is_prefix else logits[:, self._every]
-        ids, scores = best_children(forest, frontier[order], logits, self._every, self._vocab)
+        order = np.concatenate(by_tree)
+        logits = self._forward(self._segments(forest, [frontier[some] for some in by_tree]))
+        self._ids = self._ids.to(logits.device)
+        logits = logits[:, : len(self._ids)] if self._shared.is_prefix else logits[:, self._ids]
+        ids, scores = best_children(forest, frontier[order], logits, self._ids, self._vocab)
         tokens = np.zeros((len(frontier), ids.shape[1]), ids.dtype)
         probabilities = np.zeros((len(frontier), ids.shape[1]), scores.dtype)
         tokens[order], probabilities[order] = ids, scores
         return Candidates(tokens, probabilities)
 
     def num_uncached_tokens(self, sequence: Sequence) -> int:
-        """Return the tokens that are to be fed before the first layer can be drafted."""
+        """Return the tokens to feed before the first layer can be drafted."""
         if self._positions is not None and len(sequence.ids) > self._positions:
             return 0
         return self._slots.num_uncached_tokens(sequence)
 
     def commit(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
-        """Bring the accepted nodes that were run down behind the committed tokens."""
+        """Compact the KV entries of accepted nodes to follow the committed ones; not every node was run."""
         sequence = forest.sequences[tree]
         slot = self._slots.of(sequence)
         if not slot.nodes:
             return
-        places = {node: i for i, node in enumerate(slot.nodes)}
-        run = [places[int(node)] for node in path if int(node) in places][: len(emitted)]
+        offsets = {node: i for i, node in enumerate(slot.nodes)}
+        run = [offsets[int(node)] for node in path if int(node) in offsets][: len(emitted)]
         self._model.compact([KvMove(sequence.slot, slot.cached, slot.cached + np.array(run, np.int64))])
         slot.cached += len(run)
         slot.nodes.clear()
@@ -94,23 +94,23 @@ class ModelDrafter:
         self._slots.drop(sequence)
         self._model.truncate(sequence.slot, 0)
 
-    def _knows(self, forest: Forest, nodes: IntArray) -> BoolArray:
-        """Return which nodes stand at positions that the model knows."""
+    def _in_context(self, forest: Forest, nodes: IntArray) -> BoolArray:
+        """Return which nodes have positions within the model's context."""
         if self._positions is None:
             return np.ones(len(nodes), np.bool_)
         lengths = np.array([len(sequence.ids) for sequence in forest.sequences])
         return lengths[forest.tree[nodes]] + forest.depth[nodes] <= self._positions
 
     def _forward(self, segments: list[Segment]) -> Tensor:
-        """Run rows, with tokens that the model does not know replaced by one that it does."""
-        known = self._shared.readable
+        """Run rows, with unreadable tokens replaced by token 0."""
+        readable = self._shared.readable
         return self._model.forward(
-            [replace(s, ids=np.where(s.ids < known, s.ids, 0)) if (s.ids >= known).any() else s for s in segments]
+            [replace(s, ids=np.where(s.ids < readable, s.ids, 0)) if (s.ids >= readable).any() else s for s in segments]
         )
 
     def _segments(self, forest: Forest, layer: list[IntArray]) -> list[Segment]:
         """Return the rows of one layer of every tree."""
         sequences = [forest.sequences[int(forest.tree[nodes[0]])] for nodes in layer]
         if not forest.depth[layer[0][0]]:
-            return self._slots.rest(sequences, lambda segment: self._forward([segment]), self._model.copy_prefix)
-        return [self._slots.below(forest, *one) for one in zip(sequences, layer, strict=True)]
+            return self._slots.catch_up(sequences, lambda segment: self._forward([segment]), self._model.copy_prefix)
+        return [self._slots.tree_rows(forest, *one) for one in zip(sequences, layer, strict=True)]

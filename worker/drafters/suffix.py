@@ -1,8 +1,8 @@
-"""Suffix drafter: what followed the last few tokens earlier will follow them again, in this text or others of its job.
+"""Suffix drafter: propose what followed the last few tokens earlier, in this sequence or in others of its group.
 
-Free of any forward. The longest match of the text's end proposes its continuations by how often they followed: in the
-text itself, or in the finished texts of its group where they match more of it. How far a match of each length can be
-trusted is learned from what the target really drew.
+It runs no forward (cf. SuffixDecoding, arXiv 2411.04975). The longest match of the sequence's suffix proposes its
+continuations by frequency: within the sequence, or within the finished sequences of its group if these match more
+tokens. The reliability of a match of each length is learned from the tokens that the target drew.
 """
 
 from __future__ import annotations
@@ -17,158 +17,163 @@ from worker.engine.segments import IntArray
 from worker.engine.sequence import Sequence
 from worker.engine.speculation.draft_tree import Candidates, Forest
 
-_LONGEST = 6  # tokens of a match at most
-_WIDTH = 4  # continuations per node at most
-# How often a match of 0, 1, 2, … tokens held on our example prompts; where each engine starts learning.
-_PRIOR_TRUST = (0.0, 0.2, 0.6, 0.7, 0.7, 0.85, 0.9)
-_PRIOR_TRIES = 8.0  # weight of the prior
-_FORGET = 0.98  # older trials count less: texts of a job change
-_GROUPS = 8  # jobs whose finished texts are remembered; the one longest unused is forgotten first
-_GROUP_RUNS = 400_000  # runs of tokens remembered of one job: some 100 MB at most
+_MAX_MATCH = 6  # tokens; a longer match is hardly more reliable, and each length takes memory
+_WIDTH = 4  # max continuations per node
+# Initial reliability of matches of 0, 1, 2, … tokens, as measured on the example prompts.
+_PRIOR_RELIABILITY = (0.0, 0.2, 0.6, 0.7, 0.7, 0.85, 0.9)
+_PRIOR_TRIALS = 8.0  # that the prior counts for; more learn more slowly
+_DECAY = 0.98  # per trial: half is forgotten in 34; lower follows new text sooner, and is noisier
+_MAX_GROUPS = 8  # groups (jobs) whose finished sequences are indexed; the least recently used is dropped
+_MAX_GROUP_NGRAMS = 400_000  # n-grams of one group: about 100 MB
 
-Followers = dict[int, int]  # token -> how often
+Followers = dict[int, int]  # token -> count
 
 
 class SuffixDrafter:
     """Drafts from each sequence's own prompt and output, and from the finished outputs of its group."""
 
     name = "suffix"
-    forward_free = None  # it has no other part
+    forward_free = None  # it has no part with forwards
 
     def __init__(self) -> None:
-        """Start with a prior: the longer the match, the likelier its continuation."""
-        self._texts: dict[int, _Text] = {}
-        self._groups: OrderedDict[Hashable, _Runs] = OrderedDict()
-        self._own, self._others = _Trust(), _Trust()
+        """Start without text."""
+        self._sequences: dict[int, _SequenceIndex] = {}
+        self._groups: OrderedDict[Hashable, _NgramIndex] = OrderedDict()
+        self._own, self._in_group = _Reliability(), _Reliability()
 
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
-        """Offer the continuations of the longest match of each node's text."""
+        """Offer the continuations of the longest match at each node."""
         tokens = np.zeros((len(frontier), _WIDTH), np.int64)
         probabilities = np.zeros((len(frontier), _WIDTH))
         for row, (node, tree) in enumerate(zip(frontier.tolist(), forest.tree[frontier].tolist(), strict=True)):
             sequence = forest.sequences[tree]
-            trust, length, followers = self._match(sequence, self._text(sequence), forest.path(node))
+            reliability, length, followers = self._match(sequence, self._index(sequence), forest.path(node))
             if not length:
                 continue
-            share = trust.of(length) / sum(followers.values())
+            share = reliability.of(length) / sum(followers.values())
             for rank, (token, count) in enumerate(_commonest(followers)):
                 tokens[row, rank] = token
                 probabilities[row, rank] = share * count
         return Candidates(tokens, probabilities)
 
     def num_uncached_tokens(self, sequence: Sequence) -> int:
-        """Reading the text costs no forward."""
+        """Return 0: reading takes no forward."""
         return 0
 
     def commit(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
-        """Score the matches along the emitted tokens, then add those to the sequence's text."""
+        """Learn whether the matches along the emitted tokens held, then index these tokens."""
         sequence = forest.sequences[tree]
-        text = self._text(sequence, behind=len(emitted))
+        index = self._index(sequence, without=len(emitted))
         for token in emitted:
-            trust, length, followers = self._match(sequence, text)
+            reliability, length, followers = self._match(sequence, index)
             if length:
-                trust.learn(length, held=token in followers)
-            text.append(token)
+                reliability.learn(length, held=token in followers)
+            index.append(token)
 
     def drop(self, sequence: Sequence) -> None:
-        """Forget a sequence; what it wrote to its end, its group remembers."""
-        self._texts.pop(id(sequence), None)
+        """Forget a sequence. If it finished, add its output to the index of its group."""
+        self._sequences.pop(id(sequence), None)
         if sequence.finish_reason is None or sequence.group is None:
             return
-        group = self._groups.setdefault(sequence.group, _Runs())
+        group = self._groups.setdefault(sequence.group, _NgramIndex())
         self._groups.move_to_end(sequence.group)
         group.add(sequence.ids, sequence.num_prompt)
-        if len(self._groups) > _GROUPS:
+        if len(self._groups) > _MAX_GROUPS:
             self._groups.popitem(last=False)
 
-    def _match(self, sequence: Sequence, text: _Text, path: Seq[int] = ()) -> tuple[_Trust, int, Followers]:
-        """Return the longest match of a text's end with a draft path behind it, and whose trust it has; 0 for none."""
-        end = text.end(path)
-        length, followers = text.runs.match(end, longer_than=0)
+    def _match(
+        self, sequence: Sequence, index: _SequenceIndex, path: Seq[int] = ()
+    ) -> tuple[_Reliability, int, Followers]:
+        """Return the longest match at the end of a sequence followed by a path: (reliability, length, followers).
+
+        The length is 0 if nothing matches.
+        """
+        suffix = index.suffix(path)
+        length, followers = index.ngrams.match(suffix, longer_than=0)
         group = self._groups.get(sequence.group) if sequence.group is not None else None
         if group is not None:
-            longer, found = group.match(end, longer_than=length)
+            longer, found = group.match(suffix, longer_than=length)
             if longer:
-                return self._others, longer, found
+                return self._in_group, longer, found
         return self._own, length, followers
 
-    def _text(self, sequence: Sequence, behind: int = 0) -> _Text:
-        text = self._texts.get(id(sequence))
-        if text is None:
-            text = self._texts[id(sequence)] = _Text()
-        if len(text.ids) < len(sequence.ids) - behind:
-            for token in sequence.ids[len(text.ids) : len(sequence.ids) - behind]:
-                text.append(token)
-        return text
+    def _index(self, sequence: Sequence, without: int = 0) -> _SequenceIndex:
+        """Return the index of a sequence, up to date but for its last `without` tokens."""
+        index = self._sequences.get(id(sequence))
+        if index is None:
+            index = self._sequences[id(sequence)] = _SequenceIndex()
+        for token in sequence.ids[len(index.ids) : len(sequence.ids) - without]:
+            index.append(token)
+        return index
 
 
 def _commonest(followers: Followers) -> Iterable[tuple[int, int]]:
-    """Return the likeliest followers with their counts; of equals, the one seen first."""
+    """Return the most frequent followers with their counts; of equals, the one seen first."""
     if len(followers) == 1:
         return followers.items()
     return sorted(followers.items(), key=lambda item: -item[1])[:_WIDTH]
 
 
-class _Trust:
-    """How often the continuation of a match held, by its length."""
+class _Reliability:
+    """How often the target drew a token that a match proposed, by length of the match."""
 
     def __init__(self) -> None:
-        self._hits = [_PRIOR_TRIES * trust for trust in _PRIOR_TRUST]
-        self._tries = [_PRIOR_TRIES] * (_LONGEST + 1)
+        self._hits = [_PRIOR_TRIALS * reliability for reliability in _PRIOR_RELIABILITY]
+        self._trials = [_PRIOR_TRIALS] * (_MAX_MATCH + 1)
 
     def of(self, length: int) -> float:
-        return self._hits[length] / self._tries[length]
+        return self._hits[length] / self._trials[length]
 
     def learn(self, length: int, *, held: bool) -> None:
-        self._tries[length] = self._tries[length] * _FORGET + 1.0
-        self._hits[length] = self._hits[length] * _FORGET + held
+        self._trials[length] = self._trials[length] * _DECAY + 1.0
+        self._hits[length] = self._hits[length] * _DECAY + held
 
 
-class _Runs:
-    """For every run of up to _LONGEST tokens: what followed it, and how often."""
+class _NgramIndex:
+    """For every n-gram of up to `_MAX_MATCH` tokens: which tokens followed it, and how often."""
 
     def __init__(self) -> None:
         self._followers: dict[tuple[int, ...], Followers] = {}
 
-    def note(self, end: Seq[int], token: int) -> None:
-        """Note that `token` followed an end of text."""
-        for start in range(len(end)):
-            followers = self._followers.setdefault(tuple(end[start:]), {})
+    def count(self, suffix: Seq[int], token: int) -> None:
+        """Count `token` as a follower of every n-gram at the end of `suffix`."""
+        for start in range(len(suffix)):
+            followers = self._followers.setdefault(tuple(suffix[start:]), {})
             followers[token] = followers.get(token, 0) + 1
 
     def add(self, ids: Seq[int], start: int) -> None:
-        """Note every token from `start` on, while there is room."""
-        for place in range(max(start, 1), len(ids)):
-            if len(self._followers) >= _GROUP_RUNS:
+        """Count every token from `start` on, up to `_MAX_GROUP_NGRAMS`."""
+        for position in range(max(start, 1), len(ids)):
+            if len(self._followers) >= _MAX_GROUP_NGRAMS:
                 return
-            self.note(ids[max(place - _LONGEST, 0) : place], ids[place])
+            self.count(ids[max(position - _MAX_MATCH, 0) : position], ids[position])
 
-    def match(self, end: Seq[int], *, longer_than: int) -> tuple[int, Followers]:
-        """Return (length, followers) of the longest run at an end of text; length 0 for none that is longer.
+    def match(self, suffix: Seq[int], *, longer_than: int) -> tuple[int, Followers]:
+        """Return (length, followers) of the longest known n-gram at the end of `suffix`; length 0 if none is longer.
 
-        The end of a run is one, so a run that is not there ends the search.
+        Every suffix of a known n-gram is known, so the first unknown one ends the search.
         """
         found: tuple[int, Followers] = (0, {})
-        for length in range(longer_than + 1, len(end) + 1):
-            followers = self._followers.get(tuple(end[-length:]))
+        for length in range(longer_than + 1, len(suffix) + 1):
+            followers = self._followers.get(tuple(suffix[-length:]))
             if followers is None:
                 break
             found = (length, followers)
         return found
 
 
-class _Text:
-    """One sequence's text so far, and its runs."""
+class _SequenceIndex:
+    """One sequence's tokens so far, and their n-grams."""
 
     def __init__(self) -> None:
         self.ids: list[int] = []
-        self.runs = _Runs()
+        self.ngrams = _NgramIndex()
 
-    def end(self, path: Seq[int] = ()) -> list[int]:
-        """Return the last tokens of the text with a draft path behind it."""
-        return [*self.ids[-_LONGEST:], *path][-_LONGEST:]
+    def suffix(self, path: Seq[int] = ()) -> list[int]:
+        """Return the last tokens of the sequence followed by a draft path."""
+        return [*self.ids[-_MAX_MATCH:], *path][-_MAX_MATCH:]
 
     def append(self, token: int) -> None:
         """Add the next token."""
-        self.runs.note(self.ids[-_LONGEST:], token)
+        self.ngrams.count(self.ids[-_MAX_MATCH:], token)
         self.ids.append(token)

@@ -1,4 +1,4 @@
-"""Laws of a head on disk: it comes back as it was; what is not whole or not this target's is refused."""
+"""Laws of head files: a head is read as it was written; damaged ones and those of another target are refused."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ VOCABULARY = {f"token {i}": i for i in range(61)}
 
 
 @pytest.fixture
-def whose() -> TargetIdentity:
+def target() -> TargetIdentity:
     return target_identity(tiny("llama"), "tiny", VOCABULARY)
 
 
 @pytest.fixture
-def folder(tmp_path: Path, whose: TargetIdentity) -> Path:
-    write_head(tmp_path / "head", network(tiny("llama")), TOKENS, whose)
+def folder(tmp_path: Path, target: TargetIdentity) -> Path:
+    write_head(tmp_path / "head", network(tiny("llama")), TOKENS, target)
     return tmp_path / "head"
 
 
-def test_a_head_comes_back_as_it_was_written(folder: Path, whose: TargetIdentity) -> None:
-    head = read_head(str(folder), whose)
+def test_a_head_comes_back_as_it_was_written(folder: Path, target: TargetIdentity) -> None:
+    head = read_head(str(folder), target)
     assert is_head(str(folder))
     assert head.tokens.tolist() == TOKENS.tolist()
     for name, weight in network(tiny("llama")).state_dict().items():
@@ -54,10 +54,10 @@ def test_a_directory_that_holds_something_else_is_no_head(tmp_path: Path) -> Non
     ],
 )
 def test_a_head_of_another_target_is_refused_with_what_differs(
-    folder: Path, whose: TargetIdentity, change: dict[str, object], said: str
+    folder: Path, target: TargetIdentity, change: dict[str, object], said: str
 ) -> None:
     with pytest.raises(ModelRefused, match=said) as refused:
-        read_head(str(folder), replace(whose, **change))  # type: ignore[arg-type]
+        read_head(str(folder), replace(target, **change))  # type: ignore[arg-type]
     assert "basic draft train" in str(refused.value)
 
 
@@ -67,36 +67,36 @@ def test_the_same_shape_with_other_weights_is_another_target() -> None:
     )
 
 
-def test_a_file_that_was_cut_off_or_changed_is_refused(folder: Path, whose: TargetIdentity) -> None:
+def test_a_file_that_was_cut_off_or_changed_is_refused(folder: Path, target: TargetIdentity) -> None:
     file = folder / "draft.safetensors"
     whole = file.read_bytes()
     for broken in (whole[:-100], whole[:-1] + b"\x01", b""):
         file.write_bytes(broken)
-        with pytest.raises(ModelRefused, match="SHA-256 differs"):
-            read_head(str(folder), whose)
+        with pytest.raises(ModelRefused, match="its SHA-256 is not the one"):
+            read_head(str(folder), target)
 
 
-def test_a_broken_file_with_the_right_hash_is_refused_too(folder: Path, whose: TargetIdentity) -> None:
+def test_a_broken_file_with_the_right_hash_is_refused_too(folder: Path, target: TargetIdentity) -> None:
     import hashlib
 
     (folder / "draft.safetensors").write_bytes(b"not safetensors")
     said = json.loads((folder / "config.json").read_text())
     said["sha256"] = hashlib.sha256(b"not safetensors").hexdigest()
     (folder / "config.json").write_text(json.dumps(said))
-    with pytest.raises(ModelRefused, match="not whole"):
-        read_head(str(folder), whose)
+    with pytest.raises(ModelRefused, match="is damaged"):
+        read_head(str(folder), target)
 
 
-def test_a_pickle_is_not_read(folder: Path, whose: TargetIdentity) -> None:
+def test_a_pickle_is_not_read(folder: Path, target: TargetIdentity) -> None:
     (folder / "draft.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ModelRefused, match="never a pickle"):
-        read_head(str(folder), whose)
+    with pytest.raises(ModelRefused, match="pickles, are not read"):
+        read_head(str(folder), target)
 
 
 @pytest.mark.parametrize("missing", ["shape", "target"])
-def test_a_config_without_a_part_is_refused(folder: Path, whose: TargetIdentity, missing: str) -> None:
+def test_a_config_without_a_part_is_refused(folder: Path, target: TargetIdentity, missing: str) -> None:
     said = json.loads((folder / "config.json").read_text())
     del said[missing]
     (folder / "config.json").write_text(json.dumps(said))
     with pytest.raises(ModelRefused, match=missing):
-        read_head(str(folder), whose)
+        read_head(str(folder), target)

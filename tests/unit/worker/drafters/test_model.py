@@ -48,7 +48,7 @@ def test_padding_of_either_vocabulary_is_never_drafted_fed_or_emitted(
 
 @pytest.mark.parametrize("known", [VOCAB, 40])
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.2)])
-def test_only_ids_that_both_spell_alike_are_drafted_and_others_change_no_text(known: int, sampling: Sampling) -> None:
+def test_only_shared_ids_are_drafted_and_others_change_no_text(known: int, sampling: Sampling) -> None:
     shared = np.array([i for i in range(known) if i % 3], np.int64)
     plain, drafted = sequences(sampling=sampling), sequences(sampling=sampling)
     decode(engine(packed(tiny()), None, options(Mode.PLAIN)), plain)
@@ -62,7 +62,7 @@ def test_only_ids_that_both_spell_alike_are_drafted_and_others_change_no_text(kn
 
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("positions", [1, 12, 20])
-def test_a_draft_with_a_shorter_context_stops_there_and_the_texts_go_on(mixed: bool, positions: int) -> None:
+def test_a_draft_stops_at_its_context_and_the_target_continues(mixed: bool, positions: int) -> None:
     torch.manual_seed(0)
     short = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=48, n_layer=1, n_head=2, n_positions=positions))
     short.set_attn_implementation(ATTENTION_NAME)
@@ -113,16 +113,16 @@ class Counted:
 
 @pytest.mark.parametrize("paged", [False, True])
 @pytest.mark.parametrize("together", [False, True])
-def test_what_texts_begin_with_is_read_once_and_changes_no_draft(paged: bool, together: bool) -> None:
+def test_a_shared_prefix_is_fed_once_and_changes_no_draft(paged: bool, together: bool) -> None:
     system = [2 + i % 37 for i in range(100)]
     prompts = [[*system, 3, 4], [*system, 3, 4], [*system[:60], 5, 6], [9, 8, 7]]
     runs = []
-    for limit in (10_000, 16):  # from so many tokens in common on they are shared
+    for limit in (10_000, 16):  # min length of a prefix that is shared
         draft = tiny("llama", seed=0)
         draft.set_attn_implementation(ATTENTION_NAME)
         counted = Counted(PackedModel(draft, slots=4, capacity=1024, cpu_kernels=False, paged=paged))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kv_tracker, "_ALIKE", limit)
+            patch.setattr(kv_tracker, "_MIN_SHARED_PREFIX", limit)
             some = sequences(prompts, sampling=Sampling(temperature=0.7))
             target = padded(VOCAB, 0, None)
             size = 4 if together else 2
