@@ -50,7 +50,7 @@ def prompts(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_a_file_is_submitted_watched_and_fetched(run: Run, prompts: str, database: Database) -> None:
+def test_a_file_is_submitted_followed_and_its_outputs_are_fetched(run: Run, prompts: str, database: Database) -> None:
     job = json.loads(run("submit", prompts, "--json", "--max-tokens", "5", "--temperature", "0"))
     assert job["request_counts"] == {"total": 2, "completed": 0, "failed": 1}
     answer_all(database, text="Paris\x1b[2J.")
@@ -81,7 +81,7 @@ def test_lines_of_text_are_prompts(run: Run) -> None:
     assert job["request_counts"]["total"] == 2
 
 
-def test_a_job_whose_lines_all_fail_at_once_is_a_failure_and_the_first_reason_is_said(run: Run, prompts: str) -> None:
+def test_submit_fails_and_prints_the_first_reason_when_every_line_is_refused(run: Run, prompts: str) -> None:
     result = CliRunner().invoke(cli.app, ["submit", "-"], input='{"promt": "Hello"}\n{broken\n')
     assert result.exit_code == FAILED
     assert "2 of 2 requests were refused" in result.stderr
@@ -94,14 +94,14 @@ def test_a_job_whose_lines_all_fail_at_once_is_a_failure_and_the_first_reason_is
 
 
 @pytest.mark.parametrize("content", ["question,answer\na,b\n", '[{"prompt": "a"}]', "", " \n"])
-def test_what_holds_no_lines_is_not_submitted(run: Run, content: str) -> None:
+def test_a_file_without_lines_is_refused(run: Run, content: str) -> None:
     with pytest.raises(InvalidValue, match="Standard input is"):
         run("submit", "-", stdin=content)
     assert json.loads(run("jobs", "--json")) == []
 
 
 @pytest.mark.parametrize("name", ["out.csv", "out.TSV", "out.parquet", "out.xlsx", "out.jsonl.gz"])
-def test_answers_are_not_written_under_the_name_of_another_format(
+def test_outputs_are_not_written_under_the_name_of_another_format(
     run: Run, prompts: str, tmp_path: Path, name: str
 ) -> None:
     path = tmp_path / name
@@ -121,7 +121,7 @@ def test_reports_and_plots_are_not_written_under_the_name_of_another_format(run:
         run("stats", "--plot", "stats.jpg")
 
 
-def test_a_job_is_waited_for_and_its_failed_lines_shown(
+def test_submit_waits_for_the_job_and_results_show_its_failed_requests(
     run: Run, prompts: str, database: Database, tmp_path: Path
 ) -> None:
     run("submit", prompts)
@@ -134,7 +134,7 @@ def test_a_job_is_waited_for_and_its_failed_lines_shown(
     assert len(path.read_text().splitlines()) == 1
 
 
-def test_failed_requests_are_run_again(run: Run, prompts: str, database: Database) -> None:
+def test_retry_runs_the_failed_requests_as_a_new_job(run: Run, prompts: str, database: Database) -> None:
     job_id = json.loads(run("submit", prompts, "--json"))["id"]
     run("cancel", job_id)
     again = json.loads(run("retry", job_id, "--json"))
@@ -143,7 +143,7 @@ def test_failed_requests_are_run_again(run: Run, prompts: str, database: Databas
     assert run("status", again["id"], "--wait") == ""
 
 
-def test_of_a_clean_job_there_is_nothing_to_run_again_and_that_is_no_failure(run: Run, database: Database) -> None:
+def test_retry_of_a_job_without_failures_does_nothing_and_succeeds(run: Run, database: Database) -> None:
     run("submit", "-", stdin='"Hello"\n')
     answer_all(database)
     assert "Nothing to retry" in run("retry")
@@ -152,7 +152,7 @@ def test_of_a_clean_job_there_is_nothing_to_run_again_and_that_is_no_failure(run
     assert len(json.loads(run("jobs", "--json"))) == 1
 
 
-def test_lines_that_can_not_succeed_are_not_run_again_and_that_is_not_the_hint(
+def test_invalid_lines_are_not_retried_and_the_advice_is_to_correct_them(
     run: Run, prompts: str, database: Database
 ) -> None:
     run("submit", prompts)
@@ -169,7 +169,7 @@ def test_lines_that_can_not_succeed_are_not_run_again_and_that_is_not_the_hint(
 @pytest.mark.parametrize(
     "command", [("submit", "-", "-o"), ("results", "-o"), ("report", "-o"), ("stats", "--plot")], ids=" ".join
 )
-def test_a_file_that_can_not_be_written_is_refused_before_anything_is_done(
+def test_an_unwritable_file_is_refused_before_any_other_work(
     command: tuple[str, ...], run: Run, tmp_path: Path
 ) -> None:
     suffix = {"report": ".html", "stats": ".png"}.get(command[0], ".jsonl")
@@ -181,14 +181,14 @@ def test_a_file_that_can_not_be_written_is_refused_before_anything_is_done(
     assert json.loads(run("jobs", "--json")) == []
 
 
-def test_what_is_no_file_is_written_to_and_not_replaced(run: Run, prompts: str) -> None:
+def test_a_device_is_written_to_and_not_replaced(run: Run, prompts: str) -> None:
     run("submit", prompts)
     run("results", "--output", "/dev/null")
     assert Path("/dev/null").is_char_device()
     assert not Path("/dev/null.part").exists()
 
 
-def test_the_beginning_of_an_id_names_a_job(run: Run, prompts: str, database: Database) -> None:
+def test_an_id_prefix_names_a_job(run: Run, prompts: str, database: Database) -> None:
     job_id = json.loads(run("submit", prompts, "--json"))["id"]
     short = job_id[:12]
     answer_all(database)
@@ -200,7 +200,7 @@ def test_the_beginning_of_an_id_names_a_job(run: Run, prompts: str, database: Da
     assert json.loads(run("retry", other_id[:12], "--json"))["retry_of"] == other_id
 
 
-def test_the_beginning_of_several_ids_or_of_none_is_refused_with_what_there_is(run: Run, prompts: str) -> None:
+def test_an_ambiguous_or_unknown_id_prefix_is_refused(run: Run, prompts: str) -> None:
     ids = [json.loads(run("submit", prompts, "--json"))["id"] for _ in range(2)]
     with pytest.raises(InvalidValue, match=r"More than one .* Give more of the id") as refused:
         run("status", "batch_")
@@ -210,12 +210,12 @@ def test_the_beginning_of_several_ids_or_of_none_is_refused_with_what_there_is(r
             run("cancel", nothing)
 
 
-def test_without_jobs_there_is_a_sentence(run: Run) -> None:
+def test_the_list_of_no_jobs_is_a_sentence(run: Run) -> None:
     assert "There is no job yet" in run("jobs")
     assert run("jobs", "--json") == "[]\n"
 
 
-def test_the_newest_job_is_the_caller_s(settings: JobsSettings, database: Database, run: Run) -> None:
+def test_the_default_job_is_the_newest_of_the_caller(settings: JobsSettings, database: Database, run: Run) -> None:
     run("submit", "-", "--json", stdin='"Ours"\n')
     key = a_key(database)["authorization"].removeprefix("Bearer ")
     api = make_api(
@@ -251,7 +251,7 @@ def test_a_job_that_did_not_complete_is_a_failure(run: Run, prompts: str) -> Non
     assert events[-1]["status"] == "cancelled"
 
 
-def test_numbers_are_printed_for_programs(run: Run, prompts: str, database: Database) -> None:
+def test_stats_are_printed_as_json(run: Run, prompts: str, database: Database) -> None:
     run("submit", prompts)
     answer_all(database)
     assert json.loads(run("stats", "--json"))["completion_tokens"] > 0
@@ -289,7 +289,7 @@ def test_a_setting_that_is_wrong_stops_the_start(
     assert name in capsys.readouterr().err
 
 
-def test_a_command_that_is_not_installed_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_whose_package_is_missing_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = EntryPoint("worker", "a_package_that_is_not_there:commands", "basic.commands")
     monkeypatch.setattr(cli, "entry_points", lambda group: [missing])
     app = typer.Typer()

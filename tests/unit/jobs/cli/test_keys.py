@@ -41,7 +41,7 @@ def test_a_key_is_shown_once_works_until_it_is_revoked_and_is_listed_without_its
     record.dispose()
 
 
-def test_a_person_gets_the_key_alone_on_standard_output_and_is_told_what_it_means() -> None:
+def test_create_prints_only_the_key_on_standard_output_and_explains_it_on_standard_error() -> None:
     result = basic("create", "bob")
     assert result.stdout.startswith("sk-basic-")
     assert len(result.stdout.splitlines()) == 1
@@ -50,7 +50,7 @@ def test_a_person_gets_the_key_alone_on_standard_output_and_is_told_what_it_mean
     assert "first key" not in basic("create", "bob").stderr
 
 
-def test_a_key_in_a_file_is_recorded_once_however_often_it_is_asked_for(tmp_path: Path) -> None:
+def test_a_key_from_a_file_is_stored_once(tmp_path: Path) -> None:
     file = tmp_path / "basic_api_key"
     key = f"sk-basic-{'ab' * 8}-{'cd' * 32}"
     file.write_text(f"{key}\n")
@@ -72,7 +72,7 @@ def test_a_key_in_a_file_is_recorded_once_however_often_it_is_asked_for(tmp_path
     assert "the id of another key" in str(refused.exception)
 
 
-def test_a_file_without_a_key_is_refused_with_what_a_key_is(tmp_path: Path) -> None:
+def test_a_file_without_a_key_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     refused = basic("create", "admin", "--key-file", str(tmp_path / "empty"))
     assert isinstance(refused.exception, BasicError)
@@ -82,7 +82,7 @@ def test_a_file_without_a_key_is_refused_with_what_a_key_is(tmp_path: Path) -> N
     assert "No such file" in missing.output
 
 
-def test_keys_of_one_name_are_revoked_by_their_ids() -> None:
+def test_keys_with_the_same_name_are_revoked_by_id() -> None:
     first, second = (json.loads(basic("create", "twin", "--json").stdout)["id"] for _ in range(2))
     refused = basic("revoke", "twin")
     assert isinstance(refused.exception, BasicError)
@@ -103,12 +103,12 @@ def test_keys_of_one_name_are_revoked_by_their_ids() -> None:
         ["x" * 101],
     ],
 )
-def test_a_key_that_makes_no_sense_is_not_made(arguments: list[str]) -> None:
+def test_invalid_options_create_no_key(arguments: list[str]) -> None:
     assert basic("create", *arguments).exit_code == 2
     assert json.loads(basic("list", "--json").stdout) == []
 
 
-def test_commands_beside_a_service_of_their_own_show_its_key_and_nobody_else_s(settings: JobsSettings) -> None:
+def test_the_local_key_is_sent_only_to_the_local_service(settings: JobsSettings) -> None:
     make_local_key(settings.data_dir)
     key = read_local_key(settings.data_dir)
     make_local_key(settings.data_dir)

@@ -62,7 +62,7 @@ def shown(events: list[PartialEvent], *, terminal: bool) -> str:
         ("\x1b", ""),
     ],
 )
-def test_text_of_a_model_can_not_steer_the_terminal(text: str, left: str) -> None:
+def test_model_text_can_not_control_the_terminal(text: str, left: str) -> None:
     assert safe(text) == left
 
 
@@ -92,7 +92,7 @@ def test_a_request_has_ended_when_its_choices_have() -> None:
     assert transcript.ended_requests == 1
 
 
-def test_away_from_a_terminal_there_are_plain_lines() -> None:
+def test_without_a_terminal_the_view_prints_plain_lines() -> None:
     failed = event("failed", 1, error={"message": "line 2: The line is not JSON."})
     text = shown(
         [written(("Pa", "target"), ("ris\x1b[2J", "draft")), event("finished", finish_reason="stop"), failed],
@@ -113,7 +113,7 @@ def test_on_a_terminal_there_is_colour_and_a_count() -> None:
     assert "1/2" in text
 
 
-def test_the_closing_table_says_what_speculation_paid_and_where_the_database_is() -> None:
+def test_the_closing_table_has_the_speed_up_and_the_database() -> None:
     console = Console(file=io.StringIO(), width=100)
     numbers = {
         "completion_tokens": 1234,
@@ -129,7 +129,7 @@ def test_the_closing_table_says_what_speculation_paid_and_where_the_database_is(
         assert expected in text
 
 
-def test_the_closing_table_does_not_invent_a_speed_up() -> None:
+def test_the_closing_table_says_when_no_speed_up_was_measured() -> None:
     console = Console(file=io.StringIO(), width=100)
     console.print(closing_table(some_info(), {}, None))
     assert isinstance(console.file, io.StringIO)
@@ -160,7 +160,7 @@ def printed(renderable: Any, width: int) -> str:
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_a_list_of_jobs_fits_its_window_and_tells_jobs_apart(width: int) -> None:
+def test_a_list_of_jobs_fits_its_window_with_unique_id_prefixes(width: int) -> None:
     ids = [f"batch_{start}{'0' * (32 - len(start))}" for start in ("1", "2", "00000000001", "00000000002")]
     lines = printed(jobs_table([a_job(job_id) for job_id in ids], width, 1_795_990_090), width).splitlines()
     assert len(lines) == 1 + len(ids)
@@ -178,7 +178,7 @@ def test_a_narrow_list_of_jobs_is_readable_with_all_its_columns() -> None:
     assert table.splitlines()[1].split() == ["batch_11111111", "completed", "2/2", "0", "5", "s", "ago", "tiny"]
 
 
-def test_the_status_of_a_job_is_words_with_times_of_this_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_status_table_has_times_in_the_local_time_zone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TZ", "Asia/Kolkata")
     time.tzset()
     text = printed(status_table(a_job("batch_1"), 1_795_990_090), 80)
@@ -207,7 +207,7 @@ def test_a_job_that_has_ended_has_no_time_left() -> None:
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_the_bar_says_the_time_left_whatever_the_window(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_progress_bar_shows_the_time_left_at_every_width(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
     monkeypatch.setattr("rich.console.Console", lambda stderr: console)
     with progress_reporter(True) as report:

@@ -118,7 +118,7 @@ def test_a_file_is_submitted_as_it_is(tmp_path: Path) -> None:
     assert dict(call.url.params) == {"max_tokens": "5", "metadata": '{"team": "a"}', "compare_plain": "20"}
 
 
-def test_a_submission_whose_answer_got_lost_is_repeated_under_the_same_key() -> None:
+def test_a_submission_is_retried_with_the_same_idempotency_key() -> None:
     service = Service(httpx.ReadError("reset"), an_error(503), a_job())
     with some_client(service) as client:
         client.submit("Hello")
@@ -126,7 +126,7 @@ def test_a_submission_whose_answer_got_lost_is_repeated_under_the_same_key() -> 
     assert len(service.calls) == 3
 
 
-def test_a_service_that_stays_away_is_told_with_what_to_do() -> None:
+def test_an_unreachable_service_raises_an_error_with_advice() -> None:
     service = Service(*[httpx.ConnectError("refused")] * 3)
     with some_client(service, patience_s=0.0) as client, pytest.raises(ServiceUnavailable, match="basic up"):
         client.jobs()
@@ -144,7 +144,7 @@ def test_a_service_that_stays_away_is_told_with_what_to_do() -> None:
         (httpx.Response(418, text="<html>teapot</html>"), JobRefused),
     ],
 )
-def test_an_error_of_the_service_is_raised_as_its_kind(answer: httpx.Response, kind: type[Exception]) -> None:
+def test_an_error_response_is_raised_as_the_class_of_its_code(answer: httpx.Response, kind: type[Exception]) -> None:
     with some_client(Service(answer)) as client, pytest.raises(kind):
         client.submit("Hello")
 
@@ -155,7 +155,7 @@ def test_an_error_keeps_message_and_field() -> None:
         client.submit("Hello")
 
 
-def test_waiting_ends_with_the_job_and_tells_its_progress() -> None:
+def test_wait_returns_when_the_job_ends_and_reports_progress() -> None:
     seen: list[int] = []
     counts = [{"total": 2, "completed": done, "failed": 0} for done in (0, 1, 2)]
     statuses = ["in_progress", "finalizing", "completed"]
@@ -165,13 +165,13 @@ def test_waiting_ends_with_the_job_and_tells_its_progress() -> None:
     assert (info.status, seen) == (JobStatus.COMPLETED, [0, 1, 2])
 
 
-def test_following_ends_with_the_job() -> None:
+def test_follow_ends_with_the_job() -> None:
     with some_client(Service(a_stream(tokens(0, "Hel"), tokens(1, "lo"), ended()))) as client:
         events = list(client.job("batch_1").follow())
     assert [event.text for event in events] == ["Hel", "lo", ""]
 
 
-def test_a_broken_stream_is_taken_up_again_without_telling_anything_twice() -> None:
+def test_follow_reconnects_and_yields_no_event_twice() -> None:
     first = a_stream(tokens(0, "Hel"), tokens(1, "lo"))
     second = a_stream(tokens(1, "Hello", snapshot=True), tokens(2, "!"), ended())
     with some_client(Service(first, second)) as client:
@@ -179,7 +179,7 @@ def test_a_broken_stream_is_taken_up_again_without_telling_anything_twice() -> N
     assert [event.text for event in events] == ["Hel", "lo", "!", ""]
 
 
-def test_a_stream_that_is_taken_up_again_says_what_was_seen() -> None:
+def test_follow_reconnects_with_the_id_of_the_last_event() -> None:
     service = Service(a_stream(tokens(0, "Hel"), tokens(1, "lo")), an_error(503), a_stream(tokens(2, "!"), ended()))
     with some_client(service) as client:
         events = list(client.job("batch_1").follow())
@@ -195,7 +195,7 @@ def test_leaving_a_stream_early_leaves_the_client_usable() -> None:
         assert client.job("batch_1").info().id == "batch_1"
 
 
-def test_outputs_are_read_line_by_line_whatever_the_text_holds() -> None:
+def test_only_newlines_separate_outputs() -> None:
     choice = {"index": 0, "text": "a\u2028b\n", "finish_reason": "stop", "completion_tokens": 3}
     good = {"custom_id": "a", "index": 0, "status": "completed", "choices": [choice], "usage": {}}
     bad = {"custom_id": "b", "index": 1, "status": "failed", "error": {"message": "No.", "code": None}}
@@ -218,7 +218,7 @@ class _Breaking(httpx.SyncByteStream):
         raise httpx.ReadError("reset")
 
 
-def test_outputs_that_break_off_are_taken_up_behind_the_last_whole_line() -> None:
+def test_outputs_continue_after_the_last_whole_line() -> None:
     lines = [json.dumps({"custom_id": str(n), "index": n, "status": "completed"}) + "\n" for n in range(2)]
     broken = httpx.Response(200, stream=_Breaking((lines[0] + lines[1][:5]).encode()))
     service = Service(broken, httpx.Response(200, text=lines[1]))
@@ -227,7 +227,7 @@ def test_outputs_that_break_off_are_taken_up_behind_the_last_whole_line() -> Non
     assert service.calls[1].url.params["after"] == "0"
 
 
-def test_followed_outputs_are_taken_up_behind_the_cursor_of_the_last_line() -> None:
+def test_followed_outputs_continue_after_the_last_cursor() -> None:
     lines = [json.dumps({"custom_id": str(n), "index": n, "status": "completed", "cursor": f"{n}.{n}"}) for n in (2, 0)]
     broken = httpx.Response(200, stream=_Breaking((lines[0] + "\n").encode()))
     service = Service(broken, httpx.Response(200, text=lines[1] + "\n"))
@@ -243,7 +243,7 @@ def answers() -> httpx.Response:
     return httpx.Response(200, text="".join(json.dumps(line) + "\n" for line in (good, bad)))
 
 
-def test_results_are_one_row_a_choice_and_the_error_of_what_failed() -> None:
+def test_results_have_one_row_per_choice_and_one_per_failed_request() -> None:
     with some_client(Service(answers())) as client:
         rows = client.job("batch_1").results()
     assert [(row["custom_id"], row["choice"], row["text"], row["error"]) for row in rows] == [
@@ -259,13 +259,13 @@ def test_results_are_a_data_frame_too() -> None:
     assert list(frame["text"].dropna()) == ["t0", "t1"]
 
 
-def test_without_pandas_a_data_frame_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_pandas_dataframe_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pandas", None)
     with some_client(Service(answers())) as client, pytest.raises(SetupError, match=r"basic-batch\[pandas\]"):
         client.job("batch_1").dataframe()
 
 
-def test_a_retry_is_a_job_of_its_own_and_asked_for_once() -> None:
+def test_retry_creates_one_new_job() -> None:
     service = Service(httpx.ReadError("reset"), a_job(id="batch_2", retry_of="batch_1"))
     with some_client(service) as client:
         assert client.job("batch_1").retry().id == "batch_2"
@@ -283,7 +283,7 @@ def test_the_asynchronous_client_does_the_same() -> None:
     assert asyncio.run(scenario()) == ("batch_1", ["Hello", ""])
 
 
-def test_waiting_with_progress_says_so_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_printed_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     progress = {"completion_tokens": 1200, "tokens_per_s": 60.0, "time_left_s": 95.0}
     counts = {"total": 2, "completed": 1, "failed": 0}
     service = Service(a_job(request_counts=counts, progress=progress), a_job(status="completed"))
@@ -316,7 +316,7 @@ class _Endless(httpx.SyncByteStream):
         self.closed = True
 
 
-def test_ctrl_c_ends_a_stream_on_which_nothing_happens() -> None:
+def test_ctrl_c_ends_an_idle_stream() -> None:
     stream = _Endless()
     main = threading.main_thread().ident
     assert main is not None
@@ -330,7 +330,7 @@ def test_ctrl_c_ends_a_stream_on_which_nothing_happens() -> None:
         assert client.job("batch_1").info().id == "batch_1"
 
 
-def test_a_stream_that_is_left_is_closed_at_once() -> None:
+def test_leaving_the_loop_closes_the_stream() -> None:
     line = json.dumps({"custom_id": "a", "index": 0, "status": "completed"})
     stream = _Endless(f"{line}\n".encode())
     with some_client(Service(httpx.Response(200, stream=stream))) as client:
@@ -360,7 +360,7 @@ def test_a_client_works_where_an_event_loop_runs() -> None:
     assert asyncio.run(in_a_notebook()) == ["Hel", "batch_1"]
 
 
-def test_what_iterates_over_prompts_stays_in_the_thread_that_made_it() -> None:
+def test_an_iterator_of_prompts_is_read_in_the_callers_thread() -> None:
     threads: list[int] = []
 
     def prompts() -> Iterator[str]:
@@ -372,7 +372,7 @@ def test_what_iterates_over_prompts_stays_in_the_thread_that_made_it() -> None:
     assert threads == [threading.get_ident()]
 
 
-def test_a_call_that_needs_an_event_loop_is_refused_in_a_sentence() -> None:
+def test_a_call_that_needs_an_event_loop_is_refused() -> None:
     with some_client(Service()) as client, pytest.raises(RuntimeError, match="AsyncClient"):
         client.run(lambda _: asyncio.sleep(0))
 
@@ -405,7 +405,7 @@ def test_a_script_that_reads_part_of_a_stream_and_forgets_to_close_still_ends(st
     assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
 
 
-def test_a_process_that_forks_has_connections_of_its_own() -> None:
+def test_a_forked_process_opens_its_own_connections() -> None:
     addresses: list[int] = []
 
     class Handler(BaseHTTPRequestHandler):

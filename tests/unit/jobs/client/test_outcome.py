@@ -61,7 +61,7 @@ def test_a_job_whose_requests_all_failed_is_no_plain_success_on_the_terminal(run
     assert " ".join(shown.get().split()).count("all failed") == 2
 
 
-def test_a_report_says_so_in_the_colour_of_a_warning(run: Run, tmp_path: Path) -> None:
+def test_a_report_shows_failures_in_the_colour_of_a_warning(run: Run, tmp_path: Path) -> None:
     job_id = json.loads(run("submit", "-", "--json", stdin=FAILURES, status=1))["id"]
     path = tmp_path / "report.html"
     run("report", job_id, "-o", str(path))

@@ -35,12 +35,12 @@ BATCH_LINE = b'{"custom_id": "a", "method": "POST", "url": "/v1/completions", "b
         ),
     ],
 )
-def test_whatever_holds_prompts_becomes_requests(prompts: Prompts, requests: list[object]) -> None:
+def test_prompts_of_every_kind_become_requests(prompts: Prompts, requests: list[object]) -> None:
     assert build_body(prompts).requests == requests
 
 
 @pytest.mark.parametrize("prompts", [["a", None], ["a", 7], pandas.Series(["a", float("nan")])])
-def test_what_is_no_prompt_is_refused_with_its_place(prompts: Prompts) -> None:
+def test_an_invalid_prompt_is_refused_with_its_index(prompts: Prompts) -> None:
     with pytest.raises(InvalidValue, match="Prompt 1 is"):
         build_body(prompts)
 
@@ -76,7 +76,7 @@ def test_the_lines_of_a_batch_file_name_the_endpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", "Wie hei\xdft du?".encode("latin-1")])
-def test_a_file_that_is_no_text_is_refused(content: bytes) -> None:
+def test_a_file_that_is_not_utf_8_is_refused(content: bytes) -> None:
     with pytest.raises(InvalidValue, match="neither JSON lines nor text in UTF-8"):
         build_body(content)
 
@@ -125,9 +125,7 @@ with zipfile.ZipFile(WORKBOOK, "w") as workbook:
         (b"\xef\xbb\xbf\n \r\n", "a.txt", "empty"),
     ],
 )
-def test_a_file_that_holds_no_lines_is_refused_with_what_it_is(
-    tmp_path: Path, content: bytes, name: str, what: str
-) -> None:
+def test_a_file_of_another_format_is_refused_by_name(tmp_path: Path, content: bytes, name: str, what: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(InvalidValue, match=what) as refused:
@@ -147,7 +145,7 @@ def test_an_open_file_is_read_as_a_file(tmp_path: Path) -> None:
         assert build_body(text).lines == build_body(binary).lines == b'"Hello"\n'
 
 
-def test_the_name_of_a_file_is_no_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_name_of_an_existing_file_is_refused_as_a_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert build_body("prompts.jsonl").requests == ["prompts.jsonl"]
     Path("prompts.jsonl").touch()
@@ -191,11 +189,11 @@ def test_data_frames_of_other_packages_are_read_too(way: str) -> None:
     ("prompt", "why"),
     [("\ud800", "surrogate"), ({"prompt": "a", "seed": 1j}, "complex"), ({"prompt": "a", "top_p": math.nan}, "JSON")],
 )
-def test_what_json_can_not_hold_is_refused_with_its_place(prompt: Any, why: str) -> None:
+def test_a_prompt_that_is_not_json_is_refused_with_its_index(prompt: Any, why: str) -> None:
     with pytest.raises(InvalidValue, match=f"Prompt 1 .*{why}"):
         build_body(["a", prompt])
 
 
-def test_what_holds_no_prompts_is_refused() -> None:
+def test_a_value_without_prompts_is_refused() -> None:
     with pytest.raises(InvalidValue, match="int holds no prompts"):
         build_body(5)  # type: ignore[arg-type]

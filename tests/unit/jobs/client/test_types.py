@@ -54,7 +54,7 @@ REVEALED = [
 ]
 
 
-def test_a_misspelt_name_or_a_value_of_another_type_is_an_error_of_the_type_checker(tmp_path: Path) -> None:
+def test_the_type_checker_rejects_misspelt_names_and_wrong_types(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     told = checked(script)

@@ -41,7 +41,7 @@ def a_shell(script: str, directory: Path, stop_s: float = 10.0) -> Command:
     return Command("shell", ("/bin/sh", "-c", script), dict(os.environ), directory / "shell.log", stop_s)
 
 
-def test_a_data_directory_has_one_owner_and_the_second_is_told_who_it_is(tmp_path: Path) -> None:
+def test_a_second_service_on_a_data_directory_is_refused_with_the_owner(tmp_path: Path) -> None:
     with data_dir_lock(tmp_path):
         assert lock_owner(tmp_path) == os.getpid()
         with pytest.raises(SetupError, match=f"process {os.getpid()}.*basic down"), data_dir_lock(tmp_path):
@@ -49,7 +49,7 @@ def test_a_data_directory_has_one_owner_and_the_second_is_told_who_it_is(tmp_pat
     assert lock_owner(tmp_path) is None
 
 
-def test_a_state_file_left_by_a_crash_is_no_running_service(tmp_path: Path) -> None:
+def test_up_json_of_a_crashed_service_is_ignored(tmp_path: Path) -> None:
     write_service(a_service(tmp_path))
     assert running_service(tmp_path) is None
     assert not down(tmp_path)
@@ -57,7 +57,7 @@ def test_a_state_file_left_by_a_crash_is_no_running_service(tmp_path: Path) -> N
         assert running_service(tmp_path) is None
 
 
-def test_a_state_file_of_another_process_is_not_believed(tmp_path: Path) -> None:
+def test_up_json_of_another_process_is_ignored(tmp_path: Path) -> None:
     with data_dir_lock(tmp_path):
         write_service(a_service(tmp_path, pid=1))
         assert running_service(tmp_path) is None
@@ -74,7 +74,7 @@ def test_a_service_is_found_from_its_announcement_to_its_end(tmp_path: Path) -> 
     assert not (tmp_path / "up.json").exists()
 
 
-def test_nothing_runs_where_nothing_ever_ran(tmp_path: Path) -> None:
+def test_an_absent_data_directory_has_no_running_service(tmp_path: Path) -> None:
     assert running_service(tmp_path / "absent") is None
     assert not down(tmp_path / "absent")
 
@@ -143,7 +143,7 @@ def test_a_child_that_does_not_stop_is_killed(tmp_path: Path, at_once: bool) -> 
     assert child.status() == -signal.SIGKILL
 
 
-def test_the_first_signal_asks_and_the_second_insists() -> None:
+def test_the_first_signal_stops_gracefully_and_the_second_at_once() -> None:
     with stop_signals() as (stop, at_once):
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.wait(5)
@@ -153,7 +153,7 @@ def test_the_first_signal_asks_and_the_second_insists() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_log_speaks_of_one_run_and_the_one_before_is_kept(tmp_path: Path) -> None:
+def test_a_new_log_file_per_run_keeps_the_previous_one(tmp_path: Path) -> None:
     log = tmp_path / "worker.log"
     for run in ("first", "second", "third"):
         rotate_logs([log])
@@ -163,9 +163,7 @@ def test_a_log_speaks_of_one_run_and_the_one_before_is_kept(tmp_path: Path) -> N
     assert sorted(path.name for path in tmp_path.iterdir()) == ["worker.log", "worker.log.1"]
 
 
-def test_children_are_told_what_was_given_and_left_their_defaults(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_children_inherit_given_settings_but_no_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BASIC_TARGET", "from-the-environment")
     settings = JobsSettings(data_dir=tmp_path, target="given").model_copy(update={"api_port": 8123})
     told = environment(settings)
@@ -175,14 +173,14 @@ def test_children_are_told_what_was_given_and_left_their_defaults(
     assert "BASIC_REDIS_URL" not in told
 
 
-def test_a_port_that_was_asked_for_and_is_taken_stops_the_start(tmp_path: Path) -> None:
+def test_an_occupied_port_that_was_set_stops_the_start(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(SetupError, match=f"port {port} .* is taken"):
             startup._with_api_address(JobsSettings(data_dir=tmp_path, api_port=port))
 
 
-def test_a_port_that_nobody_asked_for_gives_way(tmp_path: Path) -> None:
+def test_an_occupied_default_port_is_replaced_by_a_free_one(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         usual = JobsSettings(data_dir=tmp_path).model_copy()
@@ -207,7 +205,7 @@ def test_a_data_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         up(JobsSettings(data_dir=tmp_path / "file" / "data"), announce=lambda _: None)
 
 
-def test_what_lies_in_a_data_directory_is_closed_to_others(tmp_path: Path) -> None:
+def test_files_of_the_data_directory_become_private(tmp_path: Path) -> None:
     ours = [tmp_path / name for name in ("basic.sqlite3", "basic.sqlite3-wal", "redis/aof/a.aof", "logs/up.log.1")]
     for file in ours:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
@@ -219,7 +217,7 @@ def test_what_lies_in_a_data_directory_is_closed_to_others(tmp_path: Path) -> No
     assert {path.stat().st_mode & 0o777 for path in (tmp_path, *tmp_path.rglob("*")) if path.is_dir()} == {0o700}
 
 
-def test_a_directory_that_holds_other_things_too_keeps_its_mode(tmp_path: Path) -> None:
+def test_a_data_directory_with_other_files_keeps_its_mode(tmp_path: Path) -> None:
     for name in ("basic.sqlite3", "photo.png"):
         (tmp_path / name).touch(0o644)
     (tmp_path / "logs").symlink_to(tmp_path.parent)
@@ -245,12 +243,12 @@ def test_a_tilde_that_no_shell_has_read_is_the_home_directory(monkeypatch: pytes
     assert JobsSettings().data_dir == tmp_path / "data"
 
 
-def test_a_data_directory_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_data_directory_whose_name_is_not_utf_8_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match="not UTF-8"):
         up(JobsSettings(data_dir=tmp_path / os.fsdecode(b"\xff")), announce=lambda _: None)
 
 
-def test_a_child_that_dies_while_we_wait_is_reported_with_its_last_words(tmp_path: Path) -> None:
+def test_a_child_that_dies_during_the_start_is_reported_with_the_end_of_its_log(tmp_path: Path) -> None:
     children = Children()
     child = children.start(a_shell("echo the model directory is empty; exit 1", tmp_path))
     start = Startup(JobsSettings(data_dir=tmp_path), children, threading.Event())
@@ -266,7 +264,7 @@ def _await_file(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("status", "kind"), [(78, ChildRefused), (1, SetupError), (-9, SetupError)])
-def test_a_child_that_can_not_work_is_told_from_one_that_died(status: int, kind: type[SetupError]) -> None:
+def test_a_child_with_bad_settings_is_reported_differently_from_a_crash(status: int, kind: type[SetupError]) -> None:
     command = SimpleNamespace(name="worker", log_path="worker.log")
     child = SimpleNamespace(command=command, status=lambda: status, log_tail=lambda: "Loading x\nx is damaged")
     error = startup._child_died(child)  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ __all__ = ["prompts", "run"]  # fixtures
 NOTHING: dict[str, Any] = {"acceptance": [], "minutes": [], "batch_sizes": [], "reliability": []}
 
 
-def test_the_table_tells_the_speedup_and_where_it_comes_from(run: Run, prompts: str, database: Database) -> None:
+def test_stats_show_the_speed_up_and_its_basis(run: Run, prompts: str, database: Database) -> None:
     run("submit", prompts)
     assert "not measured" in run("stats")
     answer_all(database)
@@ -40,9 +40,7 @@ def test_the_table_tells_the_speedup_and_where_it_comes_from(run: Run, prompts: 
     assert "1.80x (by the calibrated time of plain steps; no plain step checked it)" in table
 
 
-def test_the_table_tells_what_came_of_a_comparison_with_plain_decoding(
-    run: Run, prompts: str, database: Database
-) -> None:
+def test_stats_show_the_result_of_a_speed_up_check(run: Run, prompts: str, database: Database) -> None:
     job_id = json.loads(run("submit", prompts, "--compare-plain", "20", "--json"))["id"]
     answer_all(database)
     assert "20 requests wait for an idle worker" in flat(run("stats", job_id))
@@ -56,7 +54,7 @@ def test_the_table_tells_what_came_of_a_comparison_with_plain_decoding(
     run("submit", prompts, "--compare-plain", "101", status=2)
 
 
-def test_the_table_tells_that_a_comparison_was_given_up_and_why(run: Run, prompts: str, database: Database) -> None:
+def test_stats_show_why_a_speed_up_check_was_given_up(run: Run, prompts: str, database: Database) -> None:
     job_id = json.loads(run("submit", prompts, "--compare-plain", "20", "--json"))["id"]
     answer_all(database)
     with database.write() as session:
@@ -71,7 +69,7 @@ def flat(table: str) -> str:
     return " ".join(table.split())
 
 
-def test_csv_has_one_line_a_job(run: Run, prompts: str, database: Database) -> None:
+def test_csv_has_one_row_per_job(run: Run, prompts: str, database: Database) -> None:
     ids = [json.loads(run("submit", prompts, "--json"))["id"] for _ in range(2)]
     answer_all(database)
 
@@ -94,18 +92,18 @@ def test_the_plot_is_a_picture(run: Run, prompts: str, database: Database, tmp_p
 
 
 @pytest.mark.parametrize("name", PLOTS)
-def test_plots_of_nothing_say_so(name: str) -> None:
+def test_plots_without_data_say_so(name: str) -> None:
     picture = ElementTree.fromstring(svg(NOTHING, name))
 
     assert "nothing measured" in "".join(picture.itertext())
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "  =1", "\r=1", "＝1"])
-def test_text_that_a_spreadsheet_would_run_is_marked_as_text(text: str) -> None:
+def test_formulas_are_escaped(text: str) -> None:
     assert cell(text) == f"'{text}"
 
 
-def test_other_cells_are_as_they_are() -> None:
+def test_other_cells_are_unchanged() -> None:
     assert [cell(value) for value in (-1.5, 3, None, True, "a=b", "")] == [-1.5, 3, None, True, "a=b", ""]
 
 
@@ -115,7 +113,7 @@ def test_csv_survives_quotes_and_lines() -> None:
     assert list(csv.reader(io.StringIO(file.getvalue()))) == [["text", "n"], ['a "b"\nc,d', "-1"], ["'=x", ""]]
 
 
-def test_python_gets_a_table_of_the_jobs(settings: JobsSettings, database: Database) -> None:
+def test_client_stats_return_a_data_frame_of_jobs(settings: JobsSettings, database: Database) -> None:
     transport = InProcess(make_api(settings, database, notify=lambda job_id, model: True))
     with Client("http://service", transport=transport) as client:
         job = client.submit(["Hello"])
@@ -127,7 +125,7 @@ def test_python_gets_a_table_of_the_jobs(settings: JobsSettings, database: Datab
     assert table["speedup"][0] == pytest.approx(1.8)
 
 
-def test_a_report_is_one_file_whose_texts_do_nothing(run: Run, database: Database, tmp_path: Path) -> None:
+def test_a_report_is_one_file_with_escaped_texts(run: Run, database: Database, tmp_path: Path) -> None:
     lines = '"Hello"\n{"prompt": "", "custom_id": "<b>bold</b>"}\n'
     run("submit", "-", stdin=lines)
     answer_all(database, text="<script>alert(1)</script>\x1b[31m\u202e" + "x" * 100_000)

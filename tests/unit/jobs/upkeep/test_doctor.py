@@ -35,7 +35,7 @@ def installed(tmp_path: Path) -> JobsSettings:
     return settings
 
 
-def test_what_is_away_is_a_finding_with_advice_and_no_password(installed: JobsSettings) -> None:
+def test_an_unavailable_part_is_a_finding_with_advice_and_no_password(installed: JobsSettings) -> None:
     findings = found(installed)
 
     assert findings["redis"].status == "problem"
@@ -50,7 +50,7 @@ def test_every_finding_that_is_not_ok_says_what_to_do(installed: JobsSettings) -
     assert [f for f in examine(installed) if f.status == "problem" and not f.advice] == []
 
 
-def test_a_database_that_is_not_there_or_old_is_found(tmp_path: Path) -> None:
+def test_a_missing_or_old_database_is_a_finding(tmp_path: Path) -> None:
     settings = JobsSettings(data_dir=tmp_path, redis_url="redis://127.0.0.1:1/0", api_url="http://127.0.0.1:1")
     assert "basic db upgrade" in found(settings)["database"].advice
 
@@ -58,7 +58,7 @@ def test_a_database_that_is_not_there_or_old_is_found(tmp_path: Path) -> None:
     assert found(settings)["migrations"].advice == "run: basic db upgrade"
 
 
-def test_jobs_that_nobody_serves_and_jobs_that_do_not_move_are_named(installed: JobsSettings) -> None:
+def test_unserved_and_stuck_jobs_are_findings(installed: JobsSettings) -> None:
     database = Database.open(installed.resolved_database_url)
     record(database, "unserved", model="large")
     assert "BASIC_TARGET=large" in found(installed)["jobs"].advice

@@ -48,7 +48,7 @@ def a_dead_worker(database: Database, worker: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which processes there are")
-def test_requests_of_a_killed_neighbour_go_on_at_once(database: Database) -> None:
+def test_requests_of_a_killed_local_worker_are_requeued_at_once(database: Database) -> None:
     record(database)
     a_dead_worker(database, "w1")
     claim_one(database, "w1")  # for 30 s
@@ -63,7 +63,7 @@ def test_requests_of_a_killed_neighbour_go_on_at_once(database: Database) -> Non
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which processes there are")
-def test_a_death_is_seen_by_its_neighbours_whoever_holds_the_office(database: Database) -> None:
+def test_a_reconciler_that_does_not_lead_sees_dead_workers_of_its_machine(database: Database) -> None:
     elsewhere, here = Town(database), Town(database, lease_s=30.0)
     elsewhere.reconciler._name = "a process of another machine"
     assert elsewhere.reconciler.run_once()
@@ -78,7 +78,7 @@ def test_a_death_is_seen_by_its_neighbours_whoever_holds_the_office(database: Da
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which processes there are")
-def test_a_death_counts_also_of_a_worker_that_was_silent_before(database: Database) -> None:
+def test_a_lost_worker_that_died_counts_as_a_crash(database: Database) -> None:
     record(database)
     a_dead_worker(database, "w1")
     claim_one(database, "w1")
@@ -90,7 +90,7 @@ def test_a_death_counts_also_of_a_worker_that_was_silent_before(database: Databa
     assert requests_of(database)[0].lone_crashes == 1
 
 
-def test_a_container_that_starts_again_tells_of_the_death_of_its_worker(database: Database) -> None:
+def test_a_restarted_container_reveals_that_its_worker_died(database: Database) -> None:
     record(database)
     with database.write() as session:
         writes.register_worker(session, a_worker_card(id="w1", hostname="pod-1", process="boot/pid:[1]/7/100"))
@@ -143,7 +143,9 @@ def test_lapsed_leases_wait_until_their_owners_could_have_renewed(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which processes there are")
-def test_a_comparison_that_killed_its_workers_is_given_up(database: Database, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_speed_up_check_that_crashes_its_workers_is_given_up(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
     finish(database)
     town = Town(database, lease_s=20.0)
 
@@ -157,9 +159,7 @@ def test_a_comparison_that_killed_its_workers_is_given_up(database: Database, ca
         assert set(session.scalars(text("SELECT error_code FROM comparisons"))) == {"poison"}
 
 
-def test_after_an_outage_the_owners_have_a_lease_s_time_again(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_after_an_outage_owners_have_a_full_lease_to_renew(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr("jobs.upkeep.reconciler.time.monotonic", lambda: now)
     town = Town(database, lease_s=20.0)
@@ -208,7 +208,7 @@ def test_one_round_ends_a_large_cancelled_job_and_publishes_it(database: Databas
     assert {row.status for row in requests_of(database).values()} == {"cancelled"}
 
 
-def test_others_write_between_the_pieces_of_what_ends(database: Database) -> None:
+def test_other_transactions_run_between_the_batches_of_a_round(database: Database) -> None:
     record(database, requests=3_000)
     cancel(database)
     town = Town(database)
@@ -226,7 +226,7 @@ def test_others_write_between_the_pieces_of_what_ends(database: Database) -> Non
     assert recorded > 6  # there are six pieces
 
 
-def test_one_of_two_holds_the_office(database: Database) -> None:
+def test_one_of_two_reconcilers_leads(database: Database) -> None:
     first, second = Town(database), Town(database)
     second.reconciler._name = "another process"
 
