@@ -68,7 +68,7 @@ def insert_into(session: Session, model: type[Base]) -> postgresql.Insert | sqli
     return postgresql.insert(model) if dialect_of(session) == "postgresql" else sqlite.insert(model)
 
 
-def whole(session: Session, value: ColumnElement[Any]) -> ColumnElement[int]:
+def round_down(session: Session, value: ColumnElement[Any]) -> ColumnElement[int]:
     """Round a non-negative number down. SQLite may lack floor(), but its cast truncates."""
     return cast(func.floor(value) if dialect_of(session) == "postgresql" else value, BigInteger)
 

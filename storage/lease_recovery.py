@@ -65,12 +65,12 @@ def reclaim(session: Session, dead: Collection[str] = (), *, lapsed: bool = True
     than a lease can finish.
     """
     now = database_now(session)
-    gone = _is_gone(now, dead, lapsed=lapsed, patience_s=patience_s)
-    has_lost = select(Request.job_id).where(Request.job_id == Job.id, gone).correlate(Job).exists()
+    lost_worker = _has_lost_worker(now, dead, lapsed=lapsed, patience_s=patience_s)
+    has_lost = select(Request.job_id).where(Request.job_id == Job.id, lost_worker).correlate(Job).exists()
     job_ids = lock_jobs(session, and_(Job.status == "in_progress", has_lost))
     if not job_ids:
         return Reclaimed()
-    rows = _lock(session, job_ids, gone)
+    rows = _lock(session, job_ids, lost_worker)
     renewing = _owners_that_renew(session, now) - set(dead)
     plan = _RecoveryPlan()
     for owner, owned in _by_owner(rows).items():
@@ -205,7 +205,7 @@ class _RecoveryPlan:
         return [*self.cleared, *self.orphans, *(row for rows in self.groups.values() for row in rows)]
 
 
-def _is_gone(now: float, dead: Collection[str], *, lapsed: bool, patience_s: float) -> ColumnElement[bool]:
+def _has_lost_worker(now: float, dead: Collection[str], *, lapsed: bool, patience_s: float) -> ColumnElement[bool]:
     """Return the condition that a running request has lost its worker."""
     lost: list[ColumnElement[bool]] = [Request.lease_owner.in_(dead)] if dead else []
     if lapsed:
@@ -220,7 +220,7 @@ def _is_gone(now: float, dead: Collection[str], *, lapsed: bool, patience_s: flo
     return and_(Request.status == "running", or_(false(), *lost))
 
 
-def _lock(session: Session, job_ids: Collection[str], gone: ColumnElement[bool]) -> Sequence[AnyRow]:
+def _lock(session: Session, job_ids: Collection[str], lost_worker: ColumnElement[bool]) -> Sequence[AnyRow]:
     """Lock the requests to requeue. The condition is checked again: a renewal may have preceded the lock of the job."""
     return session.execute(
         select(
@@ -235,7 +235,7 @@ def _lock(session: Session, job_ids: Collection[str], gone: ColumnElement[bool])
             Request.lone_served,
             Request.lone_host,
         )
-        .where(Request.job_id.in_(job_ids), gone)
+        .where(Request.job_id.in_(job_ids), lost_worker)
         .order_by(Request.job_id, Request.request_index)
         .with_for_update(key_share=True)
     ).all()

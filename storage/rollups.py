@@ -13,7 +13,7 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, Select, and_, case, func, select, text
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from storage.dialect import insert_into, is_one_of, whole
+from storage.dialect import insert_into, is_one_of, round_down
 from storage.models import Base, DecodeStep, StepBatch, StepDepth, StepExpectation, StepMinute, StepRank
 
 ChoiceKey = tuple[str, int, int]  # (job_id, request_index, choice_index)
@@ -37,8 +37,8 @@ def add_steps(session: Session, choices: Collection[ChoiceKey], rows: Iterable[M
 
 def _plans(session: Session) -> Sequence[tuple[type[Base], dict[str, Any], dict[str, Any], ColumnElement[bool]]]:
     """Return (table, group keys, sums, condition on steps) of each rollup."""
-    minute = whole(session, DecodeStep.ended_at / 60) * 60
-    quarter = whole(session, 4 * func.coalesce(DecodeStep.expected_accepted, 0.0))
+    minute = round_down(session, DecodeStep.ended_at / 60) * 60
+    quarter = round_down(session, 4 * func.coalesce(DecodeStep.expected_accepted, 0.0))
     job = {"job_id": DecodeStep.job_id, "drafter": _DRAFTER}
     return (
         (

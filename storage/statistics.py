@@ -185,7 +185,7 @@ class _Scope:
     job_id: str | None = None
     owner: str | None = None
 
-    def of(self, column: ColumnElement[str] | InstrumentedAttribute[str]) -> ColumnElement[bool]:
+    def contains(self, column: ColumnElement[str] | InstrumentedAttribute[str]) -> ColumnElement[bool]:
         """Return the condition that a job id is in scope."""
         if self.job_id is not None:
             return column == self.job_id
@@ -240,7 +240,7 @@ def _ratio(part: Any, whole: Any) -> float | None:
 def _counts(session: Session, scope: _Scope) -> dict[str, int]:
     names = ("requests_total", "requests_completed", "requests_failed", "prompt_tokens", "completion_tokens")
     sums = [func.coalesce(func.sum(getattr(Job, name)), 0) for name in names]
-    row = session.execute(select(*sums).where(scope.of(Job.id))).one()
+    row = session.execute(select(*sums).where(scope.contains(Job.id))).one()
     return {name: int(value) for name, value in zip(names, row, strict=True)}
 
 
@@ -252,7 +252,7 @@ def _spans(session: Session, scope: _Scope) -> _Spans:
     end = func.coalesce(Job.finished_at, database_now(session))
     begin = func.coalesce(Job.started_at, end)  # a job that never started has an empty interval
     spans: list[tuple[float, float]] = []
-    for began_at, ended_at in session.execute(select(begin, end).where(scope.of(Job.id)).order_by(begin)):
+    for began_at, ended_at in session.execute(select(begin, end).where(scope.contains(Job.id)).order_by(begin)):
         if spans and began_at <= spans[-1][1]:
             spans[-1] = (spans[-1][0], max(spans[-1][1], ended_at))
         elif ended_at > began_at:
@@ -276,7 +276,7 @@ _SUMMED: Final = (
 
 
 def _sums(session: Session, scope: _Scope) -> AnyRow:
-    return session.execute(select(*_sum_columns()).where(scope.of(StepMinute.job_id))).one()
+    return session.execute(select(*_sum_columns()).where(scope.contains(StepMinute.job_id))).one()
 
 
 def _sum_columns() -> list[ColumnElement[Any]]:
@@ -298,7 +298,7 @@ def _error(session: Session, scope: _Scope, steps: int) -> float | None:
     """Return the standard error of the speed-up over minutes; of a short job, over requests."""
     by_minute = (
         select(func.sum(StepMinute.plain_ms), func.sum(StepMinute.compared_ms))
-        .where(scope.of(StepMinute.job_id))
+        .where(scope.contains(StepMinute.job_id))
         .group_by(StepMinute.minute)
     )
     blocks = session.execute(by_minute).all()
@@ -314,7 +314,7 @@ def _by_request(scope: _Scope) -> Select[*tuple[Any, ...]]:
             func.sum(DecodeStep.emitted_tokens * DecodeStep.plain_step_ms / batch),
             func.sum(1.0 * DecodeStep.step_ms / batch),
         )
-        .where(scope.of(DecodeStep.job_id), DecodeStep.plain_step_ms.is_not(None))
+        .where(scope.contains(DecodeStep.job_id), DecodeStep.plain_step_ms.is_not(None))
         .group_by(DecodeStep.job_id, DecodeStep.request_index, DecodeStep.choice_index)
     )
 
@@ -358,7 +358,7 @@ def _mean(values: Iterable[float | None]) -> float | None:
 def _by_depth(session: Session, scope: _Scope) -> tuple[DepthAcceptance, ...]:
     rows = session.execute(
         select(StepDepth.tree_depth, StepDepth.accepted_tokens, func.sum(StepDepth.steps))
-        .where(StepDepth.tree_depth >= 1, scope.of(StepDepth.job_id))
+        .where(StepDepth.tree_depth >= 1, scope.contains(StepDepth.job_id))
         .group_by(StepDepth.tree_depth, StepDepth.accepted_tokens)
     ).all()
     return tuple(_at_depth(depth, rows) for depth in range(1, max((row[0] for row in rows), default=0) + 1))
@@ -374,7 +374,7 @@ def _at_depth(depth: int, rows: Iterable[AnyRow]) -> DepthAcceptance:
 def _by_rank(session: Session, scope: _Scope) -> tuple[RankAcceptance, ...]:
     rows = session.execute(
         select(StepRank.child_rank, func.sum(StepRank.tried), func.sum(StepRank.accepted))
-        .where(scope.of(StepRank.job_id))
+        .where(scope.contains(StepRank.job_id))
         .group_by(StepRank.child_rank)
         .order_by(StepRank.child_rank)
     )
@@ -384,7 +384,7 @@ def _by_rank(session: Session, scope: _Scope) -> tuple[RankAcceptance, ...]:
 def _histogram(session: Session, scope: _Scope) -> tuple[AcceptanceCount, ...]:
     rows = session.execute(
         select(StepDepth.accepted_tokens, func.sum(StepDepth.steps))
-        .where(scope.of(StepDepth.job_id))
+        .where(scope.contains(StepDepth.job_id))
         .group_by(StepDepth.accepted_tokens)
         .order_by(StepDepth.accepted_tokens)
     )
@@ -396,7 +396,7 @@ def _batch_sizes(session: Session, scope: _Scope) -> tuple[BatchSize, ...]:
     sums = (StepBatch.steps, StepBatch.tree_nodes, drafted, StepBatch.tokens, StepBatch.step_ms)
     rows = session.execute(
         select(StepBatch.batch_sequences, *map(func.sum, sums))
-        .where(scope.of(StepBatch.job_id))
+        .where(scope.contains(StepBatch.job_id))
         .group_by(StepBatch.batch_sequences)
         .order_by(StepBatch.batch_sequences)
     )
@@ -435,7 +435,7 @@ def _by(column: InstrumentedAttribute[str], scope: _Scope) -> Select[*tuple[Any,
     steps = func.sum(StepMinute.steps)
     names = ("tree_nodes", "accepted_tokens", "compared_ms", "plain_ms")
     sums = [func.sum(getattr(StepMinute, name)).label(name) for name in names]
-    asked = select(column, steps.label("steps"), *sums).where(scope.of(StepMinute.job_id), StepMinute.steps > 0)
+    asked = select(column, steps.label("steps"), *sums).where(scope.contains(StepMinute.job_id), StepMinute.steps > 0)
     return asked.group_by(column).order_by(steps.desc(), column)
 
 
@@ -443,7 +443,7 @@ def _expectations(session: Session, scope: _Scope) -> list[Expectation]:
     sums = (StepExpectation.steps, StepExpectation.expected_accepted, StepExpectation.accepted_tokens)
     rows = session.execute(
         select(*map(func.sum, sums))
-        .where(scope.of(StepExpectation.job_id))
+        .where(scope.contains(StepExpectation.job_id))
         .group_by(StepExpectation.quarter)
         .order_by(StepExpectation.quarter)
     )
@@ -467,7 +467,7 @@ def _minutes(session: Session, scope: _Scope, spans: _Spans) -> tuple[Minute, ..
     names = ("tokens", "first_tokens", "steps", "plain_ms", "compared_ms")
     rows = session.execute(
         select(StepMinute.minute, *(func.sum(getattr(StepMinute, name)).label(name) for name in names))
-        .where(scope.of(StepMinute.job_id))
+        .where(scope.contains(StepMinute.job_id))
         .group_by(StepMinute.minute)
         .order_by(StepMinute.minute)
     )
