@@ -2,7 +2,7 @@
 
 Each transaction that writes a checkpoint, an output or the end of a request takes the job's next event number under the
 job's lock, so event numbers follow commit order. A reader is identified by its cursor alone and reads in passes. A pass
-delivers what was committed after `base` up to `floor`, the newest commit when the pass began: first the checkpoints of
+delivers what was committed after `base` up to `until`, the newest commit when the pass began: first the checkpoints of
 open choices in one page, then ended choices in pages. When a choice ends, its checkpoints are merged into its output,
 which keeps their event numbers and sizes: the output delivers only the text committed after `base`.
 """
@@ -29,7 +29,7 @@ _TEXT, _END, _FAILURE = range(3)  # values of Position.part
 class Position:
     """A position in the event log. Within one commit, events are ordered by request and choice index."""
 
-    number: int
+    number: int  # event number of the commit
     request_index: int = 0
     choice_index: int = 0
     part: int = 0  # the text of a choice comes before its end
@@ -37,20 +37,20 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """What a reader has received: every commit up to `base` and, in a pass, a part of those up to `floor`.
+    """What a reader has received: every commit up to `base` and, in a pass, a part of those after it up to `until`.
 
-    In a pass it has the checkpoints of the choices that were open at `floor`, and the ends up to `position`.
+    In a pass it has the checkpoints of the choices that were open at `until`, and the ends up to `position`.
     """
 
     base: int = -1
-    floor: int = -1  # -1: between two passes
+    until: int = -1  # -1: between two passes
     position: Position = Position(-1)
     status: str | None = None  # job status that the reader has received
 
     @property
     def newest(self) -> int:
         """Event number of the newest commit in this cursor."""
-        return max(self.base, self.floor, self.position.number)
+        return max(self.base, self.until, self.position.number)
 
     def within(self, end: Cursor) -> Cursor:
         """Return this cursor if the log that ends at `end` can contain it, else that of a new reader."""
@@ -90,7 +90,7 @@ class Page:
 def head(session: Session, job_id: str) -> Page:
     """Return the empty page at the end of the log. The job must exist."""
     job = _job(session, job_id)
-    return Page((), _end(job, Cursor(floor=job.event_number)), job.status, complete=True)
+    return Page((), _end(job, Cursor(until=job.event_number)), job.status, complete=True)
 
 
 def read(session: Session, job_id: str, since: Cursor, limit: int) -> Page:
@@ -98,19 +98,19 @@ def read(session: Session, job_id: str, since: Cursor, limit: int) -> Page:
     repeatable_read(session)
     job = _job(session, job_id)
     events: list[LogEvent] = []
-    if since.floor < 0 and since.base < job.event_number:
+    if since.until < 0 and since.base < job.event_number:
         written = _open_checkpoints(session, job_id, since.base)
-        since = replace(since, floor=job.event_number)
+        since = replace(since, until=job.event_number)
         # Only the last one moves the cursor: a reader that disconnects earlier gets all of them again.
         events = [*written[:-1], *(replace(last, cursor=since) for last in written[-1:])]
-    found = [] if since.floor < 0 else _ended_choices(session, job_id, since, limit)
+    found = [] if since.until < 0 else _ended_choices(session, job_id, since, limit)
     position = since.position
     for position, row in found[:limit]:
         events += _events(row, position, since)
     if len(found) > limit:
         return Page(tuple(events), replace(since, position=position), job.status, complete=False)
-    if 0 <= since.floor < job.event_number:
-        return Page(tuple(events), Cursor(since.floor, status=since.status), job.status, complete=False)
+    if 0 <= since.until < job.event_number:
+        return Page(tuple(events), Cursor(since.until, status=since.status), job.status, complete=False)
     return Page(tuple(events), _end(job, replace(since, position=position)), job.status, complete=True)
 
 
@@ -220,7 +220,7 @@ def _outputs(session: Session, job_id: str, since: Cursor, limit: int) -> Iterat
             Output.job_id == job_id,
             Output.event_number >= position.number,
             Output.event_number > since.base,
-            Output.event_number <= since.floor,
+            Output.event_number <= since.until,
             tuple_(*_OUTPUT_POSITION) >= _bound(position.number, position.request_index, position.choice_index),
         )
         .order_by(*_OUTPUT_POSITION)
@@ -258,7 +258,7 @@ def _failures(session: Session, job_id: str, since: Cursor, limit: int) -> Itera
             Request.job_id == job_id,
             Request.event_number >= position.number,
             Request.event_number > since.base,
-            Request.event_number <= since.floor,
+            Request.event_number <= since.until,
             Request.status.in_(ERROR_REQUEST_STATUSES),
             tuple_(Request.event_number, Request.request_index) >= _bound(position.number, position.request_index),
         )

@@ -14,14 +14,14 @@ from jobs.json_lines import json_line
 from jobs.messages import JobStatus, PartialEvent, Piece
 from storage.event_log import Cursor, LogEvent, Page, Position
 
-# Format: base[-floor[.number.request.choice.part]][~status], for example
+# Format: base[-until[.number.request.choice.part]][~status], for example
 #   12             everything up to commit 12
 #   12-15          and the open checkpoints as of commit 15
 #   12-15.14.3.0.1 and the finished requests up to this position
 # Status: ~cancelling = the reader knows this status, ~ = it knows none, no ~ = in progress.
 _ID = re.compile(
     r"(?P<base>-1|\d{1,18})"
-    r"(?:-(?P<floor>\d{1,18})(?:\.(?P<number>\d{1,18})\.(?P<request>\d{1,9})\.(?P<choice>\d{1,9})\.(?P<part>\d))?)?"
+    r"(?:-(?P<until>\d{1,18})(?:\.(?P<number>\d{1,18})\.(?P<request>\d{1,9})\.(?P<choice>\d{1,9})\.(?P<part>\d))?)?"
     r"(?P<status>~[a-z_]*)?",
     re.ASCII,
 )
@@ -30,8 +30,8 @@ _ID = re.compile(
 def encode_cursor(cursor: Cursor) -> str:
     """Return the cursor as an event id."""
     text = str(cursor.base)
-    if cursor.floor >= 0:
-        text += f"-{cursor.floor}"
+    if cursor.until >= 0:
+        text += f"-{cursor.until}"
     position = cursor.position
     if position.number >= 0:
         text += f".{position.number}.{position.request_index}.{position.choice_index}.{position.part}"
@@ -49,7 +49,7 @@ def decode_cursor(text: str | None) -> Cursor:
     if match["number"] is not None:
         position = Position(*(int(match[part]) for part in ("number", "request", "choice", "part")))
     status = JobStatus.IN_PROGRESS if match["status"] is None else match["status"][1:]
-    return Cursor(int(match["base"]), int(match["floor"] or -1), position, status or None)
+    return Cursor(int(match["base"]), int(match["until"] or -1), position, status or None)
 
 
 def encode_event(event: PartialEvent, event_id: str | None = None) -> bytes:

@@ -97,7 +97,7 @@ def test_a_cursor_of_another_log_counts_as_a_new_reader(database: Database) -> N
     with database.read() as session:
         end = event_log.head(session, "job-1").cursor
     assert end.within(end) == end
-    for other in (Cursor(1000), Cursor(0, floor=9), Cursor(0, status="completed")):
+    for other in (Cursor(1000), Cursor(0, until=9), Cursor(0, status="completed")):
         assert other.within(end) == Cursor()
 
 
