@@ -18,7 +18,7 @@ from sqlalchemy import ColumnElement, Integer, and_, func, literal, select, tupl
 from sqlalchemy.orm import Session
 
 from storage.dialect import AnyRow, repeatable_read
-from storage.models import Job, Output, Partial, Request
+from storage.models import ChoiceOutput, Job, Partial, Request
 from storage.progress_writes import merge_pieces
 from storage.statuses import ERROR_REQUEST_STATUSES, FINAL_JOB_STATUSES
 
@@ -178,7 +178,7 @@ def _tokens_event(checkpoints: Sequence[AnyRow]) -> LogEvent:
 
 _PARTIAL_KEY: Final = (Partial.request_index, Partial.choice_index)
 _PARTIAL_POSITION: Final = (Partial.event_number, Partial.request_index, Partial.choice_index)
-_OUTPUT_POSITION: Final = (Output.event_number, Output.request_index, Output.choice_index)
+_OUTPUT_POSITION: Final = (ChoiceOutput.event_number, ChoiceOutput.request_index, ChoiceOutput.choice_index)
 
 
 def _checkpoint_query(job_id: str) -> Any:
@@ -203,24 +203,24 @@ def _outputs(session: Session, job_id: str, since: Cursor, limit: int) -> Iterat
     query = (
         select(
             Request.custom_id,
-            Output.event_number,
-            Output.request_index,
-            Output.choice_index,
-            Output.text,
-            Output.pieces,
-            Output.checkpoints,
-            Output.completion_tokens,
-            Output.accepted_tokens,
-            Output.finish_reason,
-            Output.last_seq,
+            ChoiceOutput.event_number,
+            ChoiceOutput.request_index,
+            ChoiceOutput.choice_index,
+            ChoiceOutput.text,
+            ChoiceOutput.pieces,
+            ChoiceOutput.checkpoints,
+            ChoiceOutput.completion_tokens,
+            ChoiceOutput.accepted_tokens,
+            ChoiceOutput.finish_reason,
+            ChoiceOutput.last_seq,
             literal("output").label("source"),
         )
-        .join(Request, and_(Request.job_id == Output.job_id, Request.request_index == Output.request_index))
+        .join(Request, and_(Request.job_id == ChoiceOutput.job_id, Request.request_index == ChoiceOutput.request_index))
         .where(
-            Output.job_id == job_id,
-            Output.event_number >= position.number,
-            Output.event_number > since.base,
-            Output.event_number <= since.until,
+            ChoiceOutput.job_id == job_id,
+            ChoiceOutput.event_number >= position.number,
+            ChoiceOutput.event_number > since.base,
+            ChoiceOutput.event_number <= since.until,
             tuple_(*_OUTPUT_POSITION) >= _bound(position.number, position.request_index, position.choice_index),
         )
         .order_by(*_OUTPUT_POSITION)

@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, and_, case, func, or_, select
 from sqlalchemy.orm import Session
 
 from storage.dialect import AnyRow, position_of
-from storage.models import DecodeStep, DraftTree, Output, Partial, Request
+from storage.models import ChoiceOutput, DecodeStep, DraftTree, Partial, Request
 from storage.progress_writes import merge_pieces
 
 Pieces = tuple[tuple[str, str], ...]  # (text, "draft" | "target")
@@ -180,13 +180,13 @@ def _with_texts(session: Session, job_id: str, rows: Sequence[AnyRow]) -> list[R
 def _output_texts(session: Session, job_id: str, indexes: Sequence[int]) -> dict[tuple[int, int], ChoiceDetails]:
     rows = session.execute(
         select(
-            Output.request_index,
-            Output.choice_index,
-            Output.pieces,
-            Output.completion_tokens,
-            Output.accepted_tokens,
-            Output.finish_reason,
-        ).where(and_(Output.job_id == job_id, Output.request_index.in_(indexes)))
+            ChoiceOutput.request_index,
+            ChoiceOutput.choice_index,
+            ChoiceOutput.pieces,
+            ChoiceOutput.completion_tokens,
+            ChoiceOutput.accepted_tokens,
+            ChoiceOutput.finish_reason,
+        ).where(and_(ChoiceOutput.job_id == job_id, ChoiceOutput.request_index.in_(indexes)))
     )
     return {(row[0], row[1]): ChoiceDetails(row[1], cut(row.pieces), *row[3:]) for row in rows}
 

@@ -23,7 +23,7 @@ from storage.dialect import (
     running_requests,
 )
 from storage.fair_share import FairShare, JobShare
-from storage.models import Job, Output, Partial, Request
+from storage.models import ChoiceOutput, Job, Partial, Request
 from storage.records import Checkpoint, Claim, Lease, RequestKey, StepRow, known_step_columns
 from storage.transitions import cancel_requests, end_finished_jobs, lock_jobs
 
@@ -290,9 +290,9 @@ def _checkpoint(row: AnyRow) -> Checkpoint:
 
 def _finished_choices(session: Session, keys: Collection[RequestKey]) -> Mapping[RequestKey, list[int]]:
     rows = session.execute(
-        select(Output.job_id, Output.request_index, Output.choice_index)
-        .where(is_one_of((Output.job_id, Output.request_index), keys))
-        .order_by(Output.choice_index)
+        select(ChoiceOutput.job_id, ChoiceOutput.request_index, ChoiceOutput.choice_index)
+        .where(is_one_of((ChoiceOutput.job_id, ChoiceOutput.request_index), keys))
+        .order_by(ChoiceOutput.choice_index)
     )
     found: defaultdict[RequestKey, list[int]] = defaultdict(list)
     for job_id, request_index, choice_index in rows:

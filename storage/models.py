@@ -219,7 +219,7 @@ class Partial(Base):
     __table_args__ = (_of_a_request(), Index("ix_partials_job_id_event_number", "job_id", "event_number"))
 
 
-class Output(Base):
+class ChoiceOutput(Base):
     """A finished choice."""
 
     __tablename__ = "outputs"
@@ -331,7 +331,7 @@ class DraftTree(Base):
     __table_args__ = (_of_a_request(),)
 
 
-class SpeedupCheck(Base):
+class CheckedRequest(Base):
     """One request of a completed job, decoded again with and without drafts in interleaved steps.
 
     Times are shares of steps, as in `step_minutes`, for the same tokens at the same batch sizes, without prefill.

@@ -27,7 +27,7 @@ from storage.dialect import (
     is_request,
     storable,
 )
-from storage.models import DecodeStep, DraftTree, Job, Output, Partial, Request, Served
+from storage.models import ChoiceOutput, DecodeStep, DraftTree, Job, Partial, Request, Served
 from storage.records import (
     Checkpoint,
     FinishedChoice,
@@ -234,8 +234,8 @@ def _write_outputs(
         {**_output_row(key, choice, partials.get(key, []), worker_id), "event_number": numbers[key[0]]}
         for key, choice in finished.items()
     ]
-    keys = (Output.job_id, Output.request_index, Output.choice_index)
-    written = {tuple(key) for key in session.execute(insert_or_ignore(session, Output).returning(*keys), rows)}
+    keys = (ChoiceOutput.job_id, ChoiceOutput.request_index, ChoiceOutput.choice_index)
+    written = {tuple(key) for key in session.execute(insert_or_ignore(session, ChoiceOutput).returning(*keys), rows)}
     steps = [row for key in finished if key in written for row in _step_rows(key, partials.get(key, []))]
     if steps:
         _insert_steps(session, steps)

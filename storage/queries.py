@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Connection, Select, Text, and_, bindparam,
 from sqlalchemy.orm import Session
 
 from storage.dialect import AnyRow, clock, dialect_of, owned_by
-from storage.models import Job, Output, Partial, Request, Worker
+from storage.models import ChoiceOutput, Job, Partial, Request, Worker
 from storage.progress_writes import merge_pieces
 from storage.records import HEARTBEAT_TIMEOUT_S, NewRequest
 from storage.statistics import DepthAcceptance as DepthAcceptance  # re-exported
@@ -248,22 +248,25 @@ def outputs(
             Request.error_message,
             Request.error_param,
             Request.error_status_code,
-            Output.choice_index,
-            Output.text,
-            Output.finish_reason,
-            Output.prompt_tokens,
-            Output.completion_tokens,
-            Output.accepted_tokens,
-            Output.worker_id,
-            Output.started_at,
-            Output.finished_at,
-            Output.logprobs,
-            Output.first_of_prompt,
+            ChoiceOutput.choice_index,
+            ChoiceOutput.text,
+            ChoiceOutput.finish_reason,
+            ChoiceOutput.prompt_tokens,
+            ChoiceOutput.completion_tokens,
+            ChoiceOutput.accepted_tokens,
+            ChoiceOutput.worker_id,
+            ChoiceOutput.started_at,
+            ChoiceOutput.finished_at,
+            ChoiceOutput.logprobs,
+            ChoiceOutput.first_of_prompt,
         )
-        .outerjoin(Output, and_(Output.job_id == Request.job_id, Output.request_index == Request.request_index))
+        .outerjoin(
+            ChoiceOutput,
+            and_(ChoiceOutput.job_id == Request.job_id, ChoiceOutput.request_index == Request.request_index),
+        )
         .where(Request.job_id == job_id, Request.request_index > after_index, Request.status.in_(statuses), wanted)
         .where(_is_validated(job_id))
-        .order_by(Request.request_index, Output.choice_index)
+        .order_by(Request.request_index, ChoiceOutput.choice_index)
         .execution_options(yield_per=_OUTPUTS_PER_FETCH)
     )
     for _, group in groupby(rows, key=lambda row: row.request_index):
@@ -449,17 +452,17 @@ def _finished_choices(session: Session, job_id: str) -> dict[tuple[int, int], Ch
     rows = session.execute(
         select(
             Request.custom_id,
-            Output.request_index,
-            Output.choice_index,
-            Output.text,
-            Output.pieces,
-            Output.last_seq,
-            Output.completion_tokens,
-            Output.accepted_tokens,
-            Output.finish_reason,
+            ChoiceOutput.request_index,
+            ChoiceOutput.choice_index,
+            ChoiceOutput.text,
+            ChoiceOutput.pieces,
+            ChoiceOutput.last_seq,
+            ChoiceOutput.completion_tokens,
+            ChoiceOutput.accepted_tokens,
+            ChoiceOutput.finish_reason,
         )
-        .join(Request, and_(Request.job_id == Output.job_id, Request.request_index == Output.request_index))
-        .where(Output.job_id == job_id)
+        .join(Request, and_(Request.job_id == ChoiceOutput.job_id, Request.request_index == ChoiceOutput.request_index))
+        .where(ChoiceOutput.job_id == job_id)
     )
     return {
         (row.request_index, row.choice_index): ChoiceSnapshot(

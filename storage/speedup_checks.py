@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 
 from storage.dialect import database_now, insert_many, is_one_of
 from storage.lease_recovery import MAX_LONE_CRASHES, POISON
-from storage.models import Job, Output, Request, SpeedupCheck
+from storage.models import CheckedRequest, ChoiceOutput, Job, Request
 from storage.records import SampledRequest, SpeedupCheckClaim, SpeedupCheckResult
 from storage.transitions import lock_jobs
 
@@ -79,7 +79,7 @@ def save_check(session: Session, worker_id: str, job_id: str, rows: Iterable[Spe
         return
     written = [{"job_id": job_id, "worker_id": worker_id, **asdict(row)} for row in rows]
     if written:
-        insert_many(session, SpeedupCheck, written)
+        insert_many(session, CheckedRequest, written)
 
 
 def fail_checks(session: Session, dead: Collection[str] = ()) -> list[str]:
@@ -123,11 +123,14 @@ def _sampled_requests(session: Session, job_id: str) -> Iterable[SampledRequest]
     total, asked = session.execute(select(Job.requests_total, Job.compare_plain).where(Job.id == job_id)).one()
     sample = sorted(random.Random(job_id).sample(range(total), min(asked, total)))
     rows = session.execute(
-        select(Request.request_index, Request.body, Output.token_ids)
-        .join(Output, and_(Output.job_id == Request.job_id, Output.request_index == Request.request_index))
+        select(Request.request_index, Request.body, ChoiceOutput.token_ids)
+        .join(
+            ChoiceOutput,
+            and_(ChoiceOutput.job_id == Request.job_id, ChoiceOutput.request_index == Request.request_index),
+        )
         .where(
             is_one_of((Request.job_id, Request.request_index), [(job_id, index) for index in sample]),
-            Output.choice_index == 0,
+            ChoiceOutput.choice_index == 0,
         )
         .order_by(Request.request_index)
     )

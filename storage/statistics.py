@@ -17,9 +17,9 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from storage.dialect import AnyRow, database_now
 from storage.models import (
+    CheckedRequest,
     DecodeStep,
     Job,
-    SpeedupCheck,
     StepBatch,
     StepDepth,
     StepExpectation,
@@ -333,7 +333,7 @@ def _comparison(session: Session, job_id: str) -> SpeedupCheckStats | None:
     job = session.execute(select(Job.compare_plain, Job.compared_at, Job.status).where(Job.id == job_id)).first()
     if job is None or not job.compare_plain:
         return None
-    checks = session.scalars(select(SpeedupCheck).where(SpeedupCheck.job_id == job_id)).all()
+    checks = session.scalars(select(CheckedRequest).where(CheckedRequest.job_id == job_id)).all()
     rows = [row for row in checks if row.error_code is None]
     failed = next((row for row in checks if row.error_code is not None), None)
     pairs = [(row.plain_ms, row.drafted_ms) for row in rows if row.plain_ms is not None and row.drafted_ms]

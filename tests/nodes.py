@@ -21,7 +21,7 @@ from jobs.queue.worker_notifier import WorkerNotifier
 from jobs.settings import JobsSettings
 from jobs.submission.intake import Submission, create_job
 from jobs.submission.request_parser import Item
-from storage.models import DecodeStep, Job, Output, Request, Worker
+from storage.models import ChoiceOutput, DecodeStep, Job, Request, Worker
 from storage.session import Database
 
 _DEADLINE_S = 250.0
@@ -95,9 +95,11 @@ class Cluster:
         self.until(lambda: self.job(job_id).finished_at)
         return self.job(job_id)
 
-    def outputs(self, job_id: str) -> list[Output]:
+    def outputs(self, job_id: str) -> list[ChoiceOutput]:
         """Return the outputs of a job so far, in order."""
-        return self._rows(select(Output).where(Output.job_id == job_id).order_by(Output.request_index))
+        return self._rows(
+            select(ChoiceOutput).where(ChoiceOutput.job_id == job_id).order_by(ChoiceOutput.request_index)
+        )
 
     def held(self, worker_id: str) -> int:
         """Return how many requests a worker is decoding."""

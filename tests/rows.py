@@ -26,7 +26,7 @@ from sqlalchemy.orm import Session
 from storage import job_details, queries, rollups, views
 from storage import statistics as figures
 from storage.dialect import insert_many
-from storage.models import DecodeStep, Job, Output, Request, StepBatch, StepDepth, StepExpectation, StepMinute
+from storage.models import ChoiceOutput, DecodeStep, Job, Request, StepBatch, StepDepth, StepExpectation, StepMinute
 from storage.prune import prune_steps
 from storage.session import Database, write_connection
 from tests.databases import on_postgresql, on_sqlite
@@ -141,7 +141,7 @@ def _end_requests(
     """Write outputs and steps of requests in one transaction; return the seconds of the steps, and of their sums."""
     rows = [row for index in indexes for row in steps.of(job_id, index, began_at + JOB_S * index / REQUESTS)]
     with database.write() as session:
-        insert_many(session, Output, [_output(job_id, index, began_at) for index in indexes])
+        insert_many(session, ChoiceOutput, [_output(job_id, index, began_at) for index in indexes])
         began = time.perf_counter()
         insert_many(session, DecodeStep, rows)
         written = time.perf_counter()

@@ -11,9 +11,9 @@ from sqlalchemy import func, select
 from storage import leases, queries, writes
 from storage.lease_recovery import Reclaimed, reclaim
 from storage.models import (
+    ChoiceOutput,
     DecodeStep,
     Job,
-    Output,
     Partial,
     Request,
     StepBatch,
@@ -156,7 +156,7 @@ def everything(database: Database) -> dict[str, list[Any]]:
     with database.read() as session:
         return {
             model.__tablename__: sorted(map(repr, session.execute(select(*model.__table__.columns))))
-            for model in (Job, Request, Partial, Output, DecodeStep)
+            for model in (Job, Request, Partial, ChoiceOutput, DecodeStep)
         }
 
 
@@ -166,7 +166,7 @@ def check_laws(database: Database) -> None:
         jobs = session.execute(select(*Job.__table__.columns)).all()
         columns = (Request.job_id, Request.request_index, Request.status, Request.event_number)
         requests = session.execute(select(*columns)).all()
-        outputs = session.execute(select(*Output.__table__.columns)).all()
+        outputs = session.execute(select(*ChoiceOutput.__table__.columns)).all()
         steps = session.execute(select(*DecodeStep.__table__.columns)).all()
         partials = session.execute(select(Partial.job_id, Partial.request_index, Partial.token_ids)).all()
     for job in jobs:

@@ -4,7 +4,7 @@ import pytest
 from sqlalchemy import select
 
 from storage import queries
-from storage.models import DecodeStep, Output, Partial
+from storage.models import ChoiceOutput, DecodeStep, Partial
 from storage.progress_writes import merge_pieces
 from storage.records import Lease, RequestFailure, RequestProgress
 from storage.session import Database
@@ -32,9 +32,9 @@ def steps_of(database: Database) -> list[tuple[int, int, str]]:
         return [(step, emitted, worker) for step, emitted, worker in rows]
 
 
-def count(database: Database, model: type[Partial] | type[Output]) -> int:
+def count(database: Database, model: type[Partial] | type[ChoiceOutput]) -> int:
     with database.read() as session:
-        return len(session.execute(select(model.seq if model is Partial else Output.last_seq)).all())
+        return len(session.execute(select(model.seq if model is Partial else ChoiceOutput.last_seq)).all())
 
 
 def test_a_finished_request_has_output_steps_and_no_checkpoints(database: Database) -> None:
@@ -143,7 +143,7 @@ def test_a_choice_finished_twice_stays_one(database: Database) -> None:
     flush(database, "w1", sent)
     flush(database, "w1", sent)
 
-    assert count(database, Output) == 1
+    assert count(database, ChoiceOutput) == 1
     assert [step for step, _, _ in steps_of(database)] == [0, 1, 2]
     assert view(database).completion_tokens == 7
     check_laws(database)

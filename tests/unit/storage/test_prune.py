@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from sqlalchemy import func, select, text
 
-from storage.models import DecodeStep, Output
+from storage.models import ChoiceOutput, DecodeStep
 from storage.prune import prune_steps
 from storage.session import Database
 from tests.unit.storage.acts import claim, flush, record, whole
@@ -23,4 +23,4 @@ def test_steps_of_jobs_that_ended_long_ago_are_deleted_and_nothing_else(database
     with database.read() as session:
         left = dict(session.execute(select(DecodeStep.job_id, func.count()).group_by(DecodeStep.job_id)).all())
         assert left == {"young": 4, "running": 2}
-        assert session.scalar(select(func.count()).select_from(Output)) == 5
+        assert session.scalar(select(func.count()).select_from(ChoiceOutput)) == 5

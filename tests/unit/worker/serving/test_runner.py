@@ -17,7 +17,7 @@ from jobs.messages import CHAT_ENDPOINT, GenerationRequest, PartialEvent, Sampli
 from jobs.openai.logprobs import TokenAlternatives
 from storage import leases, writes
 from storage.lease_recovery import reclaim
-from storage.models import DecodeStep, Job, Output, Partial, Request
+from storage.models import ChoiceOutput, DecodeStep, Job, Partial, Request
 from storage.records import NewJob, NewRequest
 from storage.session import Database
 from tests.clock import Clock
@@ -106,7 +106,7 @@ def submit(
 
 def texts(database: Database) -> dict[tuple[int, int], str]:
     with database.read() as session:
-        return {(o.request_index, o.choice_index): o.text for o in session.scalars(select(Output))}
+        return {(o.request_index, o.choice_index): o.text for o in session.scalars(select(ChoiceOutput))}
 
 
 def lapse_leases(database: Database) -> None:
@@ -129,7 +129,7 @@ def test_emitted_tokens_of_the_steps_are_the_completion_tokens(database: Databas
     submit(database, "one", "two", n=2)
     Worker(database, "a").run()
     with database.read() as session:
-        outputs = list(session.scalars(select(Output)))
+        outputs = list(session.scalars(select(ChoiceOutput)))
         assert len(outputs) == 4
         for o in outputs:
             own = (DecodeStep.request_index == o.request_index) & (DecodeStep.choice_index == o.choice_index)
@@ -236,7 +236,7 @@ def test_a_text_ends_before_its_stop_string_also_in_an_accepted_path_and_resumed
     heir.run()
     assert texts(database) == {key: said.partition(stop[-1])[0] for key, said in whole.items()}
     with database.read() as session:
-        for o in session.scalars(select(Output)):
+        for o in session.scalars(select(ChoiceOutput)):
             mine = DecodeStep.request_index == o.request_index
             assert session.scalar(select(func.sum(DecodeStep.emitted_tokens)).where(mine)) == o.completion_tokens
             assert len(o.token_ids) == o.completion_tokens
@@ -266,7 +266,7 @@ def test_logprobs_of_all_tokens_are_stored_whoever_decoded_them(database: Databa
     lapse_leases(database)
     Worker(database, "c").run()
     with database.read() as session:
-        told = {(o.job_id, o.request_index): o for o in session.scalars(select(Output))}
+        told = {(o.job_id, o.request_index): o for o in session.scalars(select(ChoiceOutput))}
     for index in range(2):
         whole, resumed = told["whole", index], told["resumed", index]
         assert whole.logprobs is not None
@@ -281,7 +281,7 @@ def test_requests_that_want_no_logprobs_have_none(database: Database) -> None:
     submit(database, "one")
     Worker(database, "a").run()
     with database.read() as session:
-        assert session.scalars(select(Output)).one().logprobs is None
+        assert session.scalars(select(ChoiceOutput)).one().logprobs is None
 
 
 def test_a_slot_is_free_again_after_a_stop_string(database: Database) -> None:
@@ -309,7 +309,7 @@ def test_a_stop_token_ends_a_text_as_an_end_of_sequence_does(database: Database,
     submit(database, "one", stop_token_ids=[ord("d")], ignore_eos=ignore_eos)
     Worker(database, "a").run()
     with database.read() as session:
-        output = session.scalars(select(Output)).one()
+        output = session.scalars(select(ChoiceOutput)).one()
         assert (output.finish_reason, output.token_ids[-1]) == ("stop", ord("d"))
         assert output.token_ids.count(ord("d")) == 1
 

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import select, text, update
 
 from storage import speedup_checks
-from storage.models import DecodeStep, Job, Output, SpeedupCheck
+from storage.models import CheckedRequest, ChoiceOutput, DecodeStep, Job
 from storage.session import Database
 from storage.statistics import job_stats
 from tests.databases import on_sqlite
@@ -22,9 +22,9 @@ def _poll_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speedup_check, "_POLL_S", 0.0)
 
 
-def compared(database: Database, job_id: str = "batch_1") -> list[SpeedupCheck]:
+def compared(database: Database, job_id: str = "batch_1") -> list[CheckedRequest]:
     with database.read() as session:
-        rows = select(SpeedupCheck).where(SpeedupCheck.job_id == job_id).order_by(SpeedupCheck.request_index)
+        rows = select(CheckedRequest).where(CheckedRequest.job_id == job_id).order_by(CheckedRequest.request_index)
         return list(session.scalars(rows))
 
 
@@ -179,9 +179,9 @@ def test_a_text_that_differs_is_a_fault_that_is_told(database: Database, caplog:
     run_until_it_compares(worker)
     worker.runner.hand_back()
     with database.write() as session:
-        tokens = session.scalar(select(Output.token_ids).where(Output.request_index == 1))
+        tokens = session.scalar(select(ChoiceOutput.token_ids).where(ChoiceOutput.request_index == 1))
         assert tokens is not None
-        session.execute(update(Output).where(Output.request_index == 1).values(token_ids=[*tokens[:-1], 7]))
+        session.execute(update(ChoiceOutput).where(ChoiceOutput.request_index == 1).values(token_ids=[*tokens[:-1], 7]))
     worker.run(2_000)
     assert [row.same_text for row in compared(database)] == [True, False]
     with database.read() as session:
