@@ -1,4 +1,4 @@
-"""Attention over packed rows by the compiled kernel: no padding, no masks, one call a layer."""
+"""Attention over packed rows by the compiled kernel: no padding, no masks, one call per layer."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from worker.engine.segments import IntArray, Segment, concatenated
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """What each row sees: entries first..prefix-1 of its slot, then its part of `extra`."""
+    """What each row sees: entries first..prefix-1 of its slot, then its range of `extra`."""
 
     first: IntArray  # [rows]
     prefix: IntArray  # [rows]
     extra_start: IntArray  # [rows + 1]
-    extra: IntArray  # KV entries, by row
-    end: int  # behind the last entry that any row sees
+    extra: IntArray  # KV entries, row after row
+    end: int  # one past the last entry that a row sees
 
     def structure(self) -> View:
-        """Return what the kernel reads; it points into these arrays."""
+        """Return the C structure; it points into these arrays."""
         return View(*[address(x) for x in (self.first, self.prefix, self.extra_start, self.extra)], self.end)
 
 
 class CpuAttentionPlan:
-    """Where the rows of one forward go and what they see. Built once a step, used by every layer."""
+    """An `AttentionPlan` over `CpuKv`."""
 
     def __init__(self, segments: Sequence[Segment], kv: CpuKv, heads: int, kernels: Kernels) -> None:
         """Plan `segments` for a model with `heads` query heads."""
@@ -40,7 +40,7 @@ class CpuAttentionPlan:
         self._segments = segments
         self._kernels = kernels
         self._heads = heads
-        self.tapped: Tensor | None = None  # [n, taps, width] outputs of tapped layers, once they have run
+        self.tapped: Tensor | None = None  # [n, taps, width]
         self._slot = np.repeat([s.slot for s in segments], [len(s.ids) for s in segments])
         self._index = concatenated([np.arange(s.start, s.end) for s in segments])
         self._views: dict[int | None, _View] = {}
@@ -62,7 +62,7 @@ class CpuAttentionPlan:
         return out
 
     def structures(self, windows: Sequence[int | None], scaling: float) -> tuple[Plan, Array[View]]:
-        """Return the plan and, for each window, what the rows see. They point into this object: keep it."""
+        """Return the C plan and, for each window, what the rows see. They point into this object: keep a reference."""
         plan = Plan(
             rows=len(self._slot),
             heads=self._heads,
@@ -80,7 +80,7 @@ class CpuAttentionPlan:
 
 
 def _view(segments: Sequence[Segment], window: int | None) -> _View:
-    """Return what the rows see. A row at position p sees the texts at positions above p - window."""
+    """Return what the rows see. With a window, a row at position p sees positions above p - window."""
     positions = concatenated([s.positions for s in segments])
     prefix = concatenated([s.start + 1 + np.arange(len(s.ids)) if s.visible is None else _prefix(s) for s in segments])
     first = np.zeros_like(prefix) if window is None else np.minimum(np.maximum(positions - window + 1, 0), prefix)
@@ -91,7 +91,7 @@ def _view(segments: Sequence[Segment], window: int | None) -> _View:
             counts.append(np.zeros(len(s.ids), np.int64))
         else:
             seen = s.visible
-            if window is not None:  # entry `prefix + c` seen by a row is its ancestor at position `prefix + rank`
+            if window is not None:  # a visible column of a row is its ancestor at position `prefix + rank`
                 earliest = positions[row : row + len(s.ids), None] - window + 1
                 seen = seen & (s.prefix + seen.cumsum(axis=1) - 1 >= earliest)
             counts.append(seen.sum(axis=1))
@@ -103,7 +103,7 @@ def _view(segments: Sequence[Segment], window: int | None) -> _View:
         first=first,
         prefix=prefix,
         extra_start=starts,
-        extra=concatenated(extra) if extra else np.zeros(1, np.int64),  # its address is taken
+        extra=concatenated(extra) if extra else np.zeros(1, np.int64),  # not empty: the kernel gets its address
         end=max(s.end for s in segments),
     )
 

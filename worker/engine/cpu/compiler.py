@@ -1,6 +1,6 @@
-"""The compiler: C sources of ours as libraries for this processor, compiled once and kept.
+"""Compile the C sources for this processor, and cache the libraries.
 
-Where there is no C compiler, torch's own operations do the same work, slower.
+Without a C compiler the engine uses torch's operations, which are slower.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ _FLAGS = (
     "-O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -shared -fPIC"
 )
 
-_HEADERS = Path(__file__).parent  # that several sources include
+_HEADERS = Path(__file__).parent  # folder of the headers that sources include
 
 
 @cache
 def library(source: Path, *defines: str) -> ctypes.CDLL | None:
-    """Return a source compiled with some `-D…`; None, with a warning, where that can't be done."""
+    """Return a source compiled with `defines` (`-D…`); log a warning and return None if that fails."""
     try:
         return ctypes.CDLL(str(_compiled(source, defines)))
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or error
+        reason = getattr(error, "stderr", None) or error
         log.warning(
-            "Decoding goes on without compiled %s, slower: %s. Install gcc to have them.",
+            "Decoding without compiled %s is slower: %s. Install gcc to compile them.",
             source.stem,
-            said,
+            reason,
             extra={"action": "no_kernels"},
         )
         return None
 
 
 def _compiled(source: Path, defines: tuple[str, ...]) -> Path:
-    """Return the library, compiled at most once per source, compiler and processor."""
+    """Return the path of the library; compile it once per source, compiler and processor."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
     if not compiler:
         raise FileNotFoundError("there is no C compiler")
@@ -63,7 +63,7 @@ def _compiled(source: Path, defines: tuple[str, ...]) -> Path:
     name = f"{source.stem}-{hashlib.sha256(repr(identity).encode()).hexdigest()[:16]}.so"
     target = _folder() / name
     if not target.exists():
-        # Into a file of our own, then renamed: processes that start together never load a half-written library.
+        # Write to a temporary file and rename it, so that processes that start together never load a partial library.
         with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".so", delete=False) as written:
             command = [
                 compiler,
@@ -82,16 +82,16 @@ def _compiled(source: Path, defines: tuple[str, ...]) -> Path:
 
 
 def _folder() -> Path:
-    wanted = Path(platformdirs.user_cache_dir("basic")) / "kernels"
+    folder = Path(platformdirs.user_cache_dir("basic")) / "kernels"
     try:
-        wanted.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return Path(tempfile.mkdtemp(prefix="basic-kernels-"))
-    return wanted
+    return folder
 
 
 def processor() -> str:
-    """Return what this processor can do, as far as the system tells."""
+    """Return the feature flags of this processor, or its name where /proc/cpuinfo is missing."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -100,5 +100,5 @@ def processor() -> str:
 
 
 def _openmp() -> list[str]:
-    """Name torch's own OpenMP runtime to the linker: a second one would bring threads that fight for the cores."""
+    """Link torch's own OpenMP runtime: a second one would start threads that compete for the cores."""
     return [str(path) for path in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))[:1]]

@@ -1,4 +1,4 @@
-/* Elementary functions that compilers turn into vector code. */
+/* Elementary functions that compile to vector code. */
 #ifndef FAST_MATH_H
 #define FAST_MATH_H
 
@@ -25,7 +25,7 @@ static inline float exp_below_0(float x) {
     return p * (float_bits){.bits = (uint32_t)((int32_t)n + 127) << 23}.value;
 }
 
-/* log(x) for normal x > 0, to 0.0002. */
+/* log(x) for normal x > 0; absolute error below 0.0002. */
 static inline float rough_log(float x) {
     float_bits split = {.value = x};
     float exponent = (float)((int32_t)(split.bits >> 23) - 127);

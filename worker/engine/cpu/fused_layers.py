@@ -1,4 +1,4 @@
-"""Fused decoder layers for the CPU: all layers of a model in one call, on the model's own weights."""
+"""Fused decoder layers for the CPU: one call runs all layers of a model."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _KNOWN = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen
 
 
 class FusedNorm(nn.Module):
-    """A root mean square norm in one call."""
+    """A root mean square norm as one kernel."""
 
     def __init__(self, norm: Any, kernels: Kernels) -> None:
-        """Take over the weight of a transformers norm."""
+        """Take the weight of a transformers norm."""
         super().__init__()
         self.weight = norm.weight
         self.eps = float(norm.variance_epsilon)
@@ -37,15 +37,15 @@ class LayerStack(nn.Module):
     """All decoder layers of a model as one module."""
 
     def tap(self, layers: Sequence[int]) -> None:
-        """From now on leave the outputs of these layers in `plan.tapped` [n, taps, width]."""
+        """Write the outputs of these layers to `plan.tapped` [n, taps, width] in every forward."""
         raise NotImplementedError
 
 
 class FusedLayers(LayerStack):
-    """The decoder layers of a model, in the place of the first of them."""
+    """All decoder layers of a model as one module, which replaces the list of layers."""
 
     def __init__(self, layers: nn.ModuleList, kernels: Kernels) -> None:
-        """Take over the weights of transformers layers of a known class."""
+        """Take the weights of transformers layers of a known class."""
         super().__init__()
         self._kernels = kernels
         self._packed = [_Packed(layer, kernels) for layer in layers]
@@ -58,35 +58,35 @@ class FusedLayers(LayerStack):
         self._inner = int(first.mlp.up_proj.out_features)
 
     def tap(self, layers: Sequence[int]) -> None:
-        """From now on leave the outputs of these layers in `plan.tapped` [n, taps, width]."""
+        """Write the outputs of these layers to `plan.tapped` [n, taps, width] in every forward."""
         self.taps = len(layers)
         for layer in self.layers:
             layer.tap = -1
-        for place, number in enumerate(layers):
-            self.layers[number].tap = place
+        for index, number in enumerate(layers):
+            self.layers[number].tap = index
 
     @property
-    def room(self) -> tuple[int, int, int, int]:
-        """Numbers that a row takes between the products of a layer, in the order of `Scratch`."""
+    def scratch_sizes(self) -> tuple[int, int, int, int]:
+        """Elements per row of the buffers of `Scratch`, in its order."""
         layer = self._packed[0]
         return layer.qkv.in_features, layer.qkv.out_features, layer.o.in_features, self._inner
 
     def forward(
         self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], plan: CpuAttentionPlan, **_: object
     ) -> Tensor:
-        """Return what the last layer makes of `hidden_states` [1, n, width]."""
+        """Return the output of the last layer for `hidden_states` [1, n, width]."""
         x = hidden_states.clone()
         n, width = x.shape[1:]
         cos, sin = (part.contiguous() for part in position_embeddings)
-        room = [x.new_empty(n * size) for size in self.room]
-        numbers, views = plan.structures(self.windows, self.scaling)
+        scratch = [x.new_empty(n * size) for size in self.scratch_sizes]
+        structure, views = plan.structures(self.windows, self.scaling)
         plan.tapped = x.new_empty(n, self.taps, width)
         self._kernels.run_layers(
             self.layers,
             len(self.layers),
-            ctypes.byref(numbers),
+            ctypes.byref(structure),
             views,
-            ctypes.byref(Scratch(*[part.data_ptr() for part in room])),
+            ctypes.byref(Scratch(*[part.data_ptr() for part in scratch])),
             x.data_ptr(),
             cos.data_ptr(),
             sin.data_ptr(),
@@ -102,7 +102,7 @@ class FusedLayers(LayerStack):
 
 
 class _Packed:
-    """The packed weights of one layer; `Layer` points into them."""
+    """The packed weights of one layer, which `Layer` points to."""
 
     def __init__(self, layer: Any, kernels: Kernels) -> None:
         attention, mlp = layer.self_attn, layer.mlp
@@ -118,7 +118,7 @@ class _Packed:
         self._norms: list[Tensor | None] = [None if norm is None else norm.weight.detach() for norm in norms]
 
     def layer(self, windows: list[int | None]) -> Layer:
-        """Return the addresses; the step's views will be in the order of `windows`."""
+        """Return the C structure; the views of a step are in the order of `windows`."""
         return Layer(
             *[None if norm is None else norm.data_ptr() for norm in self._norms],
             *[linear.product for linear in (self.qkv, self.o, self._gate_up, self._down)],
@@ -128,21 +128,21 @@ class _Packed:
 
 
 def fuse(model: nn.Module, kernels: Kernels) -> bool:
-    """Swap the decoder layers and the last norm of a model, if all of its layers are known; return whether."""
+    """Replace the decoder layers and last norm of a model if its layers are known; return whether."""
     body: Any = getattr(model, "model", None)
     layers = getattr(body, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not are_known(layers):
         return False
-    # The model calls what stands in its list of layers, one after the other: now one that does the work of all.
+    # The model calls the modules in its list of layers one after the other; now there is one that runs all layers.
     body.layers = nn.ModuleList([FusedLayers(layers, kernels)])
     body.norm = FusedNorm(body.norm, kernels)
     return True
 
 
 def tap(model: nn.Module, layers: Sequence[int]) -> None:
-    """Make a model leave the outputs of some of its decoder layers in `plan.tapped` [n, taps, width], in this order.
+    """Make a model write the outputs of some decoder layers to `plan.tapped` [n, taps, width], in this order.
 
-    Raises ModelRefused for a model whose layers can't be told.
+    Raises ModelRefused for a model without a list of layers.
     """
     body: Any = getattr(model, "model", None)
     stack = getattr(body, "layers", None)
@@ -152,26 +152,26 @@ def tap(model: nn.Module, layers: Sequence[int]) -> None:
     if isinstance(first, LayerStack):
         first.tap(layers)
         return
-    for place, number in enumerate(layers):
-        stack[number].register_forward_hook(_Tap(place, len(layers)), with_kwargs=True)
+    for index, number in enumerate(layers):
+        stack[number].register_forward_hook(_Tap(index, len(layers)), with_kwargs=True)
 
 
 class _Tap:
-    """Leaves one layer's output in the plan of the step."""
+    """Forward hook that writes a layer's output to the plan of the step."""
 
-    def __init__(self, place: int, taps: int) -> None:
-        self._place, self._taps = place, taps
+    def __init__(self, index: int, taps: int) -> None:
+        self._index, self._taps = index, taps
 
     def __call__(self, _: nn.Module, __: tuple[Any, ...], given: dict[str, Any], output: Any) -> None:
         hidden = (output[0] if isinstance(output, tuple) else output)[0]
         plan = given["plan"]
         if plan.tapped is None:
             plan.tapped = hidden.new_empty(hidden.shape[0], self._taps, hidden.shape[1])
-        plan.tapped[:, self._place] = hidden
+        plan.tapped[:, self._index] = hidden
 
 
 def are_known(layers: nn.ModuleList) -> bool:
-    """True for layers that are "norm, attention, add; norm, gated SiLU, add" with rotate-half positions."""
+    """Return whether the layers are "norm, attention, add; norm, gated SiLU, add" with rotate-half embeddings."""
     return all(_is_known(layer) for layer in layers)
 
 
@@ -185,7 +185,7 @@ def _is_known(layer: Any) -> bool:
 
 
 def window_of(attention: Any) -> int | None:
-    """Return its sliding window; classes that have it for the whole model keep it in the config."""
+    """Return the sliding window of a layer's attention; some classes have it in the config only."""
     owner = attention if hasattr(attention, "sliding_window") else attention.config
     window: int | None = getattr(owner, "sliding_window", None)
     return window

@@ -1,4 +1,4 @@
-"""A whole network on the CPU in one call: embeddings, decoder layers, norm, logits."""
+"""A whole model on the CPU in one call: embeddings, decoder layers, norm, logits."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from worker.engine.cpu.packed_linear import PackedLinear
 from worker.engine.kv.hidden_states import HiddenStates
 from worker.engine.segments import Segment, concatenated, kept_row_indices
 
-# Models that are nothing but "embeddings, layers, norm, logits": no scale, no cap, no bias of the logits.
+# Models that consist of embeddings, layers, norm and logits only: no scale, softcap or bias of the logits.
 _KNOWN = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
-_UNHELD = 2  # references to an array that nobody else holds: its owner's, and that of who counts
+_UNUSED = 2  # getrefcount() of an array that only its owner references: the owner's and the argument's
 
 
 class CpuNetwork:
-    """A network, and the room that its forwards work in."""
+    """A fused model or draft head, and the buffers of its forwards."""
 
     def __init__(
         self,
@@ -40,19 +40,19 @@ class CpuNetwork:
         unit: FusedNorm | None = None,
         join: PackedLinear | None = None,
     ) -> None:
-        """Take fused layers, what stands around them, and `rotary` cosines and sines [positions, dim].
+        """Take fused layers, the modules around them, and `rotary` cosines and sines [positions, dim].
 
-        What is tapped goes to `hidden`, whose slots are as long as the KV slots. `unit` and `join` make a head of it: a
-        row then joins its token and the state before it.
+        The outputs of tapped layers go to `hidden`, whose slots are as long as the KV slots. `unit` (a norm) and `join`
+        make it a draft head: a row then joins the embedding of its token and the hidden state before it.
         """
         cos, sin = (part.contiguous() for part in rotary)
-        self._kept = (stack, norm, output, embedding, cos, sin, unit, join)  # what the structure points into
+        self._kept = (stack, norm, output, embedding, cos, sin, unit, join)  # the C structure points into them
         self._stack, self._kernels = stack, kernels
-        assert (hidden is not None) == bool(stack.taps), "what is tapped needs a place"
+        assert (hidden is not None) == bool(stack.taps), "tapped layers need `hidden`, and only they"
         self._tapped = hidden.address if hidden is not None else None
         self._vocabulary, self._width = output.out_features, embedding.shape[1]
         self._like = embedding.new_empty(0)
-        self._room = self._like
+        self._scratch = self._like
         self._logits = np.empty((0, self._vocabulary), np.float32)
         self._network = Network(
             embedding=embedding.data_ptr(),
@@ -73,21 +73,21 @@ class CpuNetwork:
     def forward(
         self, segments: Sequence[Segment], plan: CpuAttentionPlan, states: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Run the rows of `segments`, a head's with the `states` [n, width] before them.
+        """Run the rows of `segments`; those of a draft head with the hidden `states` [n, width] before them.
 
-        Return float32 logits [kept, vocabulary] and normed last states [kept, width].
+        Return float32 logits [kept, vocabulary] and normed last hidden states [kept, width].
         """
         ids, positions = concatenated([s.ids for s in segments]), concatenated([s.positions for s in segments])
         kept = kept_row_indices(segments)
         n, width = len(ids), self._width
-        logits = self._room_for_logits(len(kept))
+        logits = self._logits_buffer(len(kept))
         last = self._like.new_empty(len(kept), width)
-        numbers, views = plan.structures(self._stack.windows, self._stack.scaling)
-        *scratch, x, cos, sin, joined = self._places(n)
+        structure, views = plan.structures(self._stack.windows, self._stack.scaling)
+        *scratch, x, cos, sin, joined = self._scratch_addresses(n)
         self._network.layer_size = plan.kv.keys.stride(0)
         self._kernels.run_network(
             ctypes.byref(self._network),
-            ctypes.byref(numbers),
+            ctypes.byref(structure),
             views,
             ctypes.byref(Scratch(*scratch)),
             ctypes.byref(
@@ -112,36 +112,38 @@ class CpuNetwork:
         return logits, last
 
     def prepare(self, logit_rows: int) -> None:
-        """Make room for the logits of so many rows now, so that no request waits for it."""
-        self._room_for_logits(logit_rows).zero_()
+        """Allocate the logits buffer for this many rows now, so that no request waits for it."""
+        self._logits_buffer(logit_rows).zero_()
 
-    def _room_for_logits(self, rows: int) -> Tensor:
-        """Return room for the logits of so many rows: the same as last time, unless somebody still holds those.
+    def _logits_buffer(self, rows: int) -> Tensor:
+        """Return a buffer for the logits of `rows` rows: the last one, unless a caller still holds it.
 
-        Megabytes that come from the operating system anew every time come in small pages that it must zero: for forty
-        rows that takes as long as a small forward.
+        The operating system must zero the pages of a new buffer: for forty rows that takes as long as the forward of a
+        small model.
         """
-        if len(self._logits) < rows or getrefcount(self._logits) > _UNHELD:
-            most = max(rows, len(self._logits))
-            self._logits = np.empty((most, self._vocabulary), np.float32)  # numpy asks for huge pages
+        if len(self._logits) < rows or getrefcount(self._logits) > _UNUSED:
+            size = max(rows, len(self._logits))
+            self._logits = np.empty((size, self._vocabulary), np.float32)  # numpy asks for huge pages
         return torch.from_numpy(self._logits[:rows])
 
-    def _places(self, rows: int) -> list[int]:
-        """Return the addresses of the room for so many rows, which only grows."""
-        sizes = [rows * size for size in (*self._stack.room, self._width, self._dim, self._dim, 2 * self._width)]
+    def _scratch_addresses(self, rows: int) -> list[int]:
+        """Return the addresses of the scratch buffers for `rows` rows. The memory behind them only grows."""
+        sizes = [
+            rows * size for size in (*self._stack.scratch_sizes, self._width, self._dim, self._dim, 2 * self._width)
+        ]
         starts = list(accumulate(sizes, initial=0))
-        if len(self._room) < starts[-1]:
-            self._room = self._like.new_empty(starts[-1])
-        first, step = self._room.data_ptr(), self._room.element_size()
+        if len(self._scratch) < starts[-1]:
+            self._scratch = self._like.new_empty(starts[-1])
+        first, step = self._scratch.data_ptr(), self._scratch.element_size()
         return [first + start * step for start in starts[:-1]]
 
 
 def fused_model(
     model: nn.Module, capacity: int, kernels: Kernels, hidden: HiddenStates | None, exact: int | None = None
 ) -> CpuNetwork | None:
-    """Return a quickened model as one network with `capacity` positions; None if it is more than that.
+    """Return a model with fused layers as one network of `capacity` positions; None if parts of it are not fused.
 
-    What is tapped goes to `hidden`. No text has more than `exact` positions; None: as many as there is room for.
+    The outputs of tapped layers go to `hidden`. Sequences have at most `exact` positions; None: `capacity`.
     """
     body: Any = getattr(model, "model", None)
     if type(model).__name__ not in _KNOWN or not isinstance(body.layers[0], FusedLayers):
@@ -158,7 +160,7 @@ def fused_model(
 def rotary_table(body: Any, like: Tensor, capacity: int, exact: int | None = None) -> tuple[Tensor, Tensor]:
     """Return cosines and sines [capacity, dim] as a transformers model computes them.
 
-    Positions from `exact` on get those of the last before: a larger one could change the frequencies of all.
+    Positions from `exact` on repeat the last exact one: a larger position could change the frequencies of all.
     """
     positions = torch.arange(capacity, device=like.device).clamp(max=(exact or capacity) - 1).unsqueeze(0)
     cos, sin = body.rotary_emb(like, position_ids=positions)

@@ -1,8 +1,8 @@
-/* The decoder layers of a step on a CPU, compiled at load for this processor and one type of number.
+/* Decoder layers on a CPU, compiled at load for this processor and one dtype.
  *
- * A row's result depends on the row alone: every sum is taken in an order that the other rows of the batch don't change.
- * So a text gets the same bits alone, in any batch, in a draft tree and after a restart. `kernels.py` compiles this file
- * and calls it; all sizes are elements, not bytes, and all matrices are row-major.
+ * A row's result depends on that row only: no sum changes its order with the other rows of the batch. So a sequence
+ * gets the same bits alone, in any batch, in a draft tree and after a restart. `kernels.py` compiles and calls this
+ * file. Sizes are elements, not bytes; matrices are row-major.
  */
 #include <math.h>
 #include <stdint.h>
@@ -15,25 +15,25 @@
 #include "fast_math.h"
 
 #if defined(__AVX512F__)
-enum { LANES = 16, BLOCK = 12 }; /* columns of one vector; rows multiplied together, in registers */
+enum { LANES = 16, BLOCK = 12 }; /* columns of a vector; rows multiplied together, in registers */
 #else
 enum { LANES = 8, BLOCK = 5 };
 #endif
-enum { MANY = 7, AHEAD = 12288 }; /* rows from which weights are fetched ahead of their use, by so many bytes */
-enum { PANEL = 2 * LANES }; /* columns multiplied together; packed weights lie panel by panel */
+enum { PREFETCH_ROWS = 7, PREFETCH_BYTES = 12288 }; /* from this many rows on, prefetch weights; by this many bytes */
+enum { PANEL = 2 * LANES }; /* columns multiplied together; weights are packed panel by panel */
 
 typedef float floats __attribute__((vector_size(LANES * 4)));
 typedef uint32_t words __attribute__((vector_size(LANES * 4)));
 
 #ifdef BFLOAT16
-typedef uint16_t number;
-enum { STEP = 2 }; /* weights of so many inputs lie side by side */
-static inline float wide(number x) { return (float_bits){.bits = (uint32_t)x << 16}.value; }
-static inline number narrow(float x) { /* round to nearest, ties to even */
+typedef uint16_t scalar;
+enum { STEP = 2 }; /* weights of this many inputs are adjacent */
+static inline float to_float(scalar x) { return (float_bits){.bits = (uint32_t)x << 16}.value; }
+static inline scalar from_float(float x) { /* round to nearest, ties to even */
     uint32_t bits = (float_bits){.value = x}.bits;
-    return (number)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    return (scalar)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
-static inline __attribute__((always_inline)) floats multiply_add(floats sum, const number *weight, const number *x) {
+static inline __attribute__((always_inline)) floats multiply_add(floats sum, const scalar *weight, const scalar *x) {
     uint32_t pair;
     memcpy(&pair, x, sizeof pair);
 #ifdef __AVX512BF16__
@@ -47,11 +47,11 @@ static inline __attribute__((always_inline)) floats multiply_add(floats sum, con
 #endif
 }
 #else
-typedef float number;
+typedef float scalar;
 enum { STEP = 1 };
-static inline float wide(number x) { return x; }
-static inline number narrow(float x) { return x; }
-static inline __attribute__((always_inline)) floats multiply_add(floats sum, const number *weight, const number *x) {
+static inline float to_float(scalar x) { return x; }
+static inline scalar from_float(float x) { return x; }
+static inline __attribute__((always_inline)) floats multiply_add(floats sum, const scalar *weight, const scalar *x) {
     floats w;
     memcpy(&w, weight, sizeof w);
     return sum + w * *x;
@@ -67,11 +67,11 @@ static inline float silu(float x) {
 
 typedef enum { STORE, ADD, GATE, STORE_FLOAT } finish_t;
 
-/* One packed product: out = finish(x @ weight.T + bias). ADD adds to what `out` holds. GATE takes panels whose first
- * half is gate and whose second half is up, and stores silu(gate) * up. */
+/* One packed product: out = finish(x @ weight.T + bias). ADD adds to `out`. GATE takes panels with gate in the first
+ * half and up in the second, and stores silu(gate) * up. */
 typedef struct {
-    const number *weight; /* packed */
-    const number *bias;   /* [columns], or NULL */
+    const scalar *weight; /* packed */
+    const scalar *bias;   /* [columns], or NULL */
     int64_t columns, inputs;
 } product_t;
 
@@ -79,27 +79,27 @@ int64_t panel_columns(void) { return PANEL; }
 
 int64_t packed_size(int64_t columns, int64_t inputs) { return (columns + PANEL - 1) / PANEL * PANEL * inputs; }
 
-/* Pack `weight` [columns, inputs]; columns beyond the last are zeros. `second`, if given, has as many columns: half
- * panels of both alternate, and `columns` counts both. */
-void pack(const number *weight, const number *second, number *packed, int64_t columns, int64_t inputs) {
+/* Pack `weight` [columns, inputs]; pad the last panel with zeros. `second`, if given, has as many columns: half panels
+ * of both alternate, and `columns` counts both. */
+void pack(const scalar *weight, const scalar *second, scalar *packed, int64_t columns, int64_t inputs) {
 #pragma omp parallel for
     for (int64_t panel = 0; panel < (columns + PANEL - 1) / PANEL; panel++)
         for (int64_t k = 0; k < inputs; k++)
             for (int64_t lane = 0; lane < PANEL; lane++) {
                 int64_t column = second ? panel * LANES + lane % LANES : panel * PANEL + lane;
                 int64_t last = second ? columns / 2 : columns;
-                const number *from = second && lane >= LANES ? second : weight;
+                const scalar *from = second && lane >= LANES ? second : weight;
                 packed[panel * PANEL * inputs + (k / STEP * PANEL + lane) * STEP + k % STEP] =
                     column < last ? from[column * inputs + k] : 0;
             }
 }
 
-static inline void finish_row(const float *sums, number *out, const product_t *p, int64_t row, int64_t panel,
+static inline void finish_row(const float *sums, scalar *out, const product_t *p, int64_t row, int64_t panel,
                               finish_t finish) {
     if (finish == GATE) {
         int64_t width = p->columns / 2, first = panel * LANES, count = width - first < LANES ? width - first : LANES;
-        number *to = out + row * width + first;
-        for (int64_t i = 0; i < count; i++) to[i] = narrow(silu(sums[i]) * sums[LANES + i]);
+        scalar *to = out + row * width + first;
+        for (int64_t i = 0; i < count; i++) to[i] = from_float(silu(sums[i]) * sums[LANES + i]);
         return;
     }
     int64_t first = panel * PANEL, count = p->columns - first < PANEL ? p->columns - first : PANEL;
@@ -107,24 +107,24 @@ static inline void finish_row(const float *sums, number *out, const product_t *p
         memcpy((float *)out + row * p->columns + first, sums, (size_t)count * sizeof(float));
         return;
     }
-    number *to = out + row * p->columns + first;
+    scalar *to = out + row * p->columns + first;
     for (int64_t i = 0; i < count; i++) {
-        float sum = sums[i] + (p->bias ? wide(p->bias[first + i]) : 0.0f);
-        to[i] = narrow(finish == ADD ? sum + wide(to[i]) : sum);
+        float sum = sums[i] + (p->bias ? to_float(p->bias[first + i]) : 0.0f);
+        to[i] = from_float(finish == ADD ? sum + to_float(to[i]) : sum);
     }
 }
 
 /* sums[r] += x[r] @ weight for `inputs` inputs and one panel of columns; inlined for each number of rows. */
-static inline __attribute__((always_inline)) void tile(floats sums[][2], const number *weight, int64_t stride,
-                                                       const number *x, int64_t x_stride, int64_t inputs,
+static inline __attribute__((always_inline)) void tile(floats sums[][2], const scalar *weight, int64_t stride,
+                                                       const scalar *x, int64_t x_stride, int64_t inputs,
                                                        const int rows) {
     floats own[BLOCK][2];
     for (int r = 0; r < rows; r++) own[r][0] = sums[r][0], own[r][1] = sums[r][1];
     for (int64_t k = 0; k < inputs; k += STEP, weight += stride) {
-        /* With many rows a core computes too long to keep enough reads under way by itself; with few it is a hindrance. */
-        if (rows >= MANY) {
-            __builtin_prefetch((const char *)weight + AHEAD, 0, 2);
-            __builtin_prefetch((const char *)weight + AHEAD + 64, 0, 2);
+        /* With many rows, a core computes too long between reads to saturate memory. With few, prefetching is slower. */
+        if (rows >= PREFETCH_ROWS) {
+            __builtin_prefetch((const char *)weight + PREFETCH_BYTES, 0, 2);
+            __builtin_prefetch((const char *)weight + PREFETCH_BYTES + 64, 0, 2);
         }
 #pragma GCC unroll 12
         for (int r = 0; r < rows; r++) {
@@ -135,8 +135,8 @@ static inline __attribute__((always_inline)) void tile(floats sums[][2], const n
     for (int r = 0; r < rows; r++) sums[r][0] = own[r][0], sums[r][1] = own[r][1];
 }
 
-/* `tile` for up to BLOCK rows. `stride` is from the weights of one step of inputs to the next. */
-static void multiply_tile(floats sums[][2], const number *weight, int64_t stride, const number *x, int64_t x_stride,
+/* `tile` for up to BLOCK rows. `stride` is the distance of the weights of one step of inputs from the next. */
+static void multiply_tile(floats sums[][2], const scalar *weight, int64_t stride, const scalar *x, int64_t x_stride,
                           int64_t inputs, int64_t rows) {
 #define CASE(n)                                                                                                        \
     case n:                                                                                                            \
@@ -151,7 +151,7 @@ static void multiply_tile(floats sums[][2], const number *weight, int64_t stride
 }
 
 /* All rows of one panel, in blocks of equal height. */
-static void multiply_panel(const product_t *p, const number *x, number *out, int64_t rows, int64_t panel,
+static void multiply_panel(const product_t *p, const scalar *x, scalar *out, int64_t rows, int64_t panel,
                            finish_t finish) {
     int64_t blocks = (rows + BLOCK - 1) / BLOCK;
     for (int64_t b = 0; b < blocks; b++) {
@@ -163,100 +163,101 @@ static void multiply_panel(const product_t *p, const number *x, number *out, int
     }
 }
 
-/* Called by every thread of a parallel region; ends with a barrier. */
-static inline void multiply_all(const product_t *p, const number *x, number *out, int64_t rows, finish_t finish) {
+/* Every thread of a parallel region must call it; it ends with a barrier. */
+static inline void multiply_all(const product_t *p, const scalar *x, scalar *out, int64_t rows, finish_t finish) {
 #pragma omp for schedule(static)
     for (int64_t panel = 0; panel < (p->columns + PANEL - 1) / PANEL; panel++)
         multiply_panel(p, x, out, rows, panel, finish);
 }
 
-/* One product by itself: `x` [rows, inputs] to `out` [rows, columns], of floats if finish is STORE_FLOAT. */
-void multiply(const product_t *p, const number *x, number *out, int64_t rows, int64_t finish) {
+/* One product: `x` [rows, inputs] to `out` [rows, columns], which are floats if finish is STORE_FLOAT. */
+void multiply(const product_t *p, const scalar *x, scalar *out, int64_t rows, int64_t finish) {
 #pragma omp parallel
     multiply_all(p, x, out, rows, (finish_t)finish);
 }
 
 /* ---- norms and rotation -------------------------------------------------------------------------------------------- */
 
-static inline void normalise(const number *x, const number *weight, number *out, int64_t width, float eps) {
+static inline void normalise(const scalar *x, const scalar *weight, scalar *out, int64_t width, float eps) {
     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < width; i++) sum += wide(x[i]) * wide(x[i]);
+    for (int64_t i = 0; i < width; i++) sum += to_float(x[i]) * to_float(x[i]);
     float scale = 1.0f / sqrtf(sum / (float)width + eps);
 #pragma omp simd
-    for (int64_t i = 0; i < width; i++) out[i] = narrow(wide(weight[i]) * wide(narrow(wide(x[i]) * scale)));
+    for (int64_t i = 0; i < width; i++)
+        out[i] = from_float(to_float(weight[i]) * to_float(from_float(to_float(x[i]) * scale)));
 }
 
-static inline void normalise_all(const number *x, const number *weight, number *out, int64_t rows, int64_t width,
+static inline void normalise_all(const scalar *x, const scalar *weight, scalar *out, int64_t rows, int64_t width,
                                  float eps) {
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; row++) normalise(x + row * width, weight, out + row * width, width, eps);
 }
 
 /* Root mean square norm of rows [rows, width]. */
-void rms_norm(const number *x, const number *weight, number *out, int64_t rows, int64_t width, float eps) {
+void rms_norm(const scalar *x, const scalar *weight, scalar *out, int64_t rows, int64_t width, float eps) {
 #pragma omp parallel if (rows >= 16)
     normalise_all(x, weight, out, rows, width, eps);
 }
 
-/* Norm and rotate one head (rotate-half convention), rounding as the model's own code does. Without `cos` it is rotated
- * already. */
-static inline void prepare(const number *x, number *out, const number *norm, const number *cos, const number *sin,
+/* Norm and rotate one head (rotate-half convention), with the rounding of the model's own code. Without `cos` it is
+ * rotated already. */
+static inline void prepare(const scalar *x, scalar *out, const scalar *norm, const scalar *cos, const scalar *sin,
                            int64_t dim, float eps) {
-    number normed[dim];
+    scalar normed[dim];
     if (norm) {
         normalise(x, norm, normed, dim, eps);
         x = normed;
     }
     if (!cos) {
-        memcpy(out, x, (size_t)dim * sizeof(number));
+        memcpy(out, x, (size_t)dim * sizeof(scalar));
         return;
     }
     int64_t half = dim / 2;
     for (int64_t i = 0; i < half; i++) {
-        float a = wide(x[i]), b = wide(x[i + half]);
-        out[i] = narrow(wide(narrow(a * wide(cos[i]))) - wide(narrow(b * wide(sin[i]))));
-        out[i + half] = narrow(wide(narrow(b * wide(cos[i + half]))) + wide(narrow(a * wide(sin[i + half]))));
+        float a = to_float(x[i]), b = to_float(x[i + half]);
+        out[i] = from_float(to_float(from_float(a * to_float(cos[i]))) - to_float(from_float(b * to_float(sin[i]))));
+        out[i + half] = from_float(to_float(from_float(b * to_float(cos[i + half]))) +
+                                   to_float(from_float(a * to_float(sin[i + half]))));
     }
 }
 
 /* ---- attention ------------------------------------------------------------------------------------------------------ */
 
-/* What the rows of a step see: entries first..prefix-1 of their slot, then their part of `extra`, ascending. An entry's
- * place in that list is its position in the text, counted from `first`. */
+/* What the rows of a step see: entries first..prefix-1 of their slot, then their range of `extra`, ascending. The index
+ * of an entry in that list is its position in the sequence, counted from `first`. */
 typedef struct {
     const int64_t *first, *prefix; /* [rows] */
     const int64_t *extra_start;    /* [rows + 1] */
     const int64_t *extra;
-    int64_t end; /* behind the last entry that any row sees */
+    int64_t end; /* one past the last entry that a row sees */
 } view_t;
 
-/* The rows of a step and the KV slots they go to. Keys lie as a packed weight of `capacity` columns and `dim` inputs,
- * values as one of `dim` columns and `capacity` inputs, per slot and KV head; `capacity` is a multiple of PANEL, and so
- * is `dim`. */
+/* The rows of a step and their KV slots. Per slot and KV head, keys are a packed weight of `capacity` columns and `dim`
+ * inputs, values one of `dim` columns and `capacity` inputs. `capacity` and `dim` are multiples of PANEL. */
 typedef struct {
     int64_t rows, heads, kv_heads, dim, capacity;
     const int64_t *slot, *index; /* [rows] */
     float scale;
 } plan_t;
 
-/* Queries, keys and values of one layer: head h of row r begins at r * row + h * head. */
+/* Queries, keys and values of one layer: head h of row r starts at r * row + h * head. */
 typedef struct {
-    const number *query, *key, *value;
+    const scalar *query, *key, *value;
     int64_t query_row, query_head, key_row, key_head, value_row, value_head;
-    const number *cos, *sin;             /* [rows, dim], or NULL: rotated already */
-    const number *query_norm, *key_norm; /* [dim], or NULL */
+    const scalar *cos, *sin;             /* [rows, dim], or NULL: rotated already */
+    const scalar *query_norm, *key_norm; /* [dim], or NULL */
     float eps;
 } heads_t;
 
-/* What one thread works in, for the query heads of one KV head. */
+/* Buffers of one thread, for the query heads of one KV head. */
 typedef struct {
     int64_t length;   /* entries, a multiple of PANEL */
-    number *queries;  /* [groups, dim] */
+    scalar *queries;  /* [groups, dim] */
     float *scores;    /* [groups, length] */
-    number *weights;  /* [groups, length] */
-    number *gathered; /* [length, dim] */
-} desk_t;
+    scalar *weights;  /* [groups, length] */
+    scalar *gathered; /* [length, dim] */
+} workspace_t;
 
 static inline int64_t key_at(int64_t position, int64_t i, int64_t dim) {
     return position / PANEL * PANEL * dim + (i / STEP * PANEL + position % PANEL) * STEP + i % STEP;
@@ -266,81 +267,86 @@ static inline int64_t value_at(int64_t position, int64_t i, int64_t dim) {
     return (position / STEP * dim + i) * STEP + position % STEP;
 }
 
-static desk_t make_desk(int64_t end, int64_t groups, int64_t dim) {
+static workspace_t make_workspace(int64_t end, int64_t groups, int64_t dim) {
     int64_t length = (end + 2 * PANEL - 1) / PANEL * PANEL;
-    return (desk_t){length, malloc(sizeof(number) * (size_t)(groups * dim)),
+    return (workspace_t){length, malloc(sizeof(scalar) * (size_t)(groups * dim)),
                     malloc(sizeof(float) * (size_t)(groups * length)),
-                    malloc(sizeof(number) * (size_t)(groups * length)),
-                    malloc(sizeof(number) * (size_t)(length * dim))};
+                    malloc(sizeof(scalar) * (size_t)(groups * length)),
+                    malloc(sizeof(scalar) * (size_t)(length * dim))};
 }
 
-static void clear_desk(desk_t desk) { free(desk.queries), free(desk.scores), free(desk.weights), free(desk.gathered); }
+static void free_workspace(workspace_t workspace) {
+    free(workspace.queries), free(workspace.scores), free(workspace.weights), free(workspace.gathered);
+}
 
-/* Turn scores into weights that are not yet divided by their sum, which is returned. */
-static inline float soften(const float *scores, number *weights, int64_t count, float scale) {
+/* Turn scores into softmax weights that are not yet divided by their sum; return the sum. */
+static inline float softmax_weights(const float *scores, scalar *weights, int64_t count, float scale) {
     float top = -INFINITY, sum = 0.0f;
 #pragma omp simd reduction(max : top)
     for (int64_t j = 0; j < count; j++) top = scores[j] > top ? scores[j] : top;
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < count; j++) {
-        weights[j] = narrow(exp_below_0((scores[j] - top) * scale));
-        sum += wide(weights[j]);
+        weights[j] = from_float(exp_below_0((scores[j] - top) * scale));
+        sum += to_float(weights[j]);
     }
     return sum;
 }
 
-/* `groups` query heads of one KV head of one row, whose keys and values are given. */
-static void attend_group(const plan_t *plan, const view_t *view, const desk_t *desk, const number *keys,
-                         const number *values, int64_t row, int64_t groups, number *out) {
-    const int64_t dim = plan->dim, length = desk->length;
+/* Attend `groups` query heads of one KV head of one row over its `keys` and `values`. */
+static void attend_group(const plan_t *plan, const view_t *view, const workspace_t *workspace, const scalar *keys,
+                         const scalar *values, int64_t row, int64_t groups, scalar *out) {
+    const int64_t dim = plan->dim, length = workspace->length;
     const int64_t first = view->first[row], prefix = view->prefix[row];
     const int64_t *extra = view->extra + view->extra_start[row];
     const int64_t extras = view->extra_start[row + 1] - view->extra_start[row], count = prefix + extras;
     const int64_t end = extras ? extra[extras - 1] + 1 : prefix;
-    const int64_t from = first / STEP * STEP, whole = prefix / STEP * STEP; /* values in place: from..whole-1 */
+    const int64_t from = first / STEP * STEP, whole = prefix / STEP * STEP; /* values read in place: from..whole-1 */
     float sums[groups];
     for (int64_t panel = first / PANEL; panel * PANEL < end; panel++) {
         floats scores[BLOCK][2] = {0};
-        multiply_tile(scores, keys + panel * PANEL * dim, PANEL * STEP, desk->queries, dim, dim, groups);
+        multiply_tile(scores, keys + panel * PANEL * dim, PANEL * STEP, workspace->queries, dim, dim, groups);
         for (int64_t g = 0; g < groups; g++)
-            memcpy(desk->scores + g * length + panel * PANEL, scores[g], PANEL * sizeof(float));
+            memcpy(workspace->scores + g * length + panel * PANEL, scores[g], PANEL * sizeof(float));
     }
     for (int64_t g = 0; g < groups; g++) {
-        float *scores = desk->scores + g * length;
-        number *weights = desk->weights + g * length;
-        for (int64_t i = 0; i < extras; i++) scores[prefix + i] = scores[extra[i]]; /* never from below */
-        sums[g] = soften(scores + first, weights + first, count - first, plan->scale);
+        float *scores = workspace->scores + g * length;
+        scalar *weights = workspace->weights + g * length;
+        /* extra[i] >= prefix + i: no score is overwritten before it is read */
+        for (int64_t i = 0; i < extras; i++) scores[prefix + i] = scores[extra[i]];
+        sums[g] = softmax_weights(scores + first, weights + first, count - first, plan->scale);
         for (int64_t j = from; j < first; j++) weights[j] = 0;
         for (int64_t j = count; j % STEP; j++) weights[j] = 0;
     }
-    /* The last entries may lie apart, or beside what is not ours: they are brought together first. */
+    /* The last entries may be scattered, or packed with entries that the row does not see: gather them first. */
     for (int64_t j = whole; j < count || j % STEP; j++)
         for (int64_t i = 0; i < dim; i++)
-            desk->gathered[value_at(j - whole, i, dim)] =
+            workspace->gathered[value_at(j - whole, i, dim)] =
                 j < count ? values[value_at(j < prefix ? j : extra[j - prefix], i, dim)] : 0;
     for (int64_t column = 0; column < dim; column += PANEL) {
         floats mixed[BLOCK][2] = {0};
         if (whole > from)
-            multiply_tile(mixed, values + (from * dim + column * STEP), dim * STEP, desk->weights + from, length,
+            multiply_tile(mixed, values + (from * dim + column * STEP), dim * STEP, workspace->weights + from, length,
                           whole - from, groups);
         if (count > whole)
-            multiply_tile(mixed, desk->gathered + column * STEP, dim * STEP, desk->weights + whole, length,
+            multiply_tile(mixed, workspace->gathered + column * STEP, dim * STEP, workspace->weights + whole, length,
                           count - whole, groups);
         for (int64_t g = 0; g < groups; g++)
-            for (int64_t i = 0; i < PANEL; i++) out[g * dim + column + i] = narrow(((float *)mixed[g])[i] / sums[g]);
+            for (int64_t i = 0; i < PANEL; i++)
+                out[g * dim + column + i] = from_float(((float *)mixed[g])[i] / sums[g]);
     }
 }
 
-/* Store the rows' keys and values, then attend into `out` [rows, heads, dim]. Ends with a barrier. */
-static inline void attend_all(const plan_t *plan, const view_t *view, const heads_t *of, number *keys, number *values,
-                              const desk_t *desk, number *out) {
+/* Store the rows' keys and values, then attend into `out` [rows, heads, dim]. Every thread must call it; it ends with a
+ * barrier. */
+static inline void attend_all(const plan_t *plan, const view_t *view, const heads_t *of, scalar *keys, scalar *values,
+                              const workspace_t *workspace, scalar *out) {
     const int64_t dim = plan->dim, kv_heads = plan->kv_heads, groups = plan->heads / kv_heads;
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < plan->rows * kv_heads; item++) {
         int64_t row = item / kv_heads, head = item % kv_heads, position = plan->index[row];
         int64_t base = (plan->slot[row] * kv_heads + head) * plan->capacity * dim;
-        const number *value = of->value + row * of->value_row + head * of->value_head;
-        number key[dim];
+        const scalar *value = of->value + row * of->value_row + head * of->value_head;
+        scalar key[dim];
         prepare(of->key + row * of->key_row + head * of->key_head, key, of->key_norm,
                 of->cos ? of->cos + row * dim : NULL, of->cos ? of->sin + row * dim : NULL, dim, of->eps);
         for (int64_t i = 0; i < dim; i++) keys[base + key_at(position, i, dim)] = key[i];
@@ -353,28 +359,28 @@ static inline void attend_all(const plan_t *plan, const view_t *view, const head
         for (int64_t g = 0; g < groups; g += BLOCK) {
             int64_t some = groups - g < BLOCK ? groups - g : BLOCK, head = kv_head * groups + g;
             for (int64_t i = 0; i < some; i++)
-                prepare(of->query + row * of->query_row + (head + i) * of->query_head, desk->queries + i * dim,
+                prepare(of->query + row * of->query_row + (head + i) * of->query_head, workspace->queries + i * dim,
                         of->query_norm, of->cos ? of->cos + row * dim : NULL, of->cos ? of->sin + row * dim : NULL, dim,
                         of->eps);
-            attend_group(plan, view, desk, keys + base, values + base, row, some,
+            attend_group(plan, view, workspace, keys + base, values + base, row, some,
                          out + (row * plan->heads + head) * dim);
         }
     }
 }
 
-/* The attention of one layer by itself. */
-void attend(const plan_t *plan, const view_t *view, const heads_t *of, number *keys, number *values, number *out) {
+/* The attention of one layer. */
+void attend(const plan_t *plan, const view_t *view, const heads_t *of, scalar *keys, scalar *values, scalar *out) {
 #pragma omp parallel
     {
-        desk_t desk = make_desk(view->end, BLOCK, plan->dim);
-        attend_all(plan, view, of, keys, values, &desk, out);
-        clear_desk(desk);
+        workspace_t workspace = make_workspace(view->end, BLOCK, plan->dim);
+        attend_all(plan, view, of, keys, values, &workspace, out);
+        free_workspace(workspace);
     }
 }
 
-/* Bring `count` entries of one slot, in all layers and heads, from `sources`, ascending, down to destination,
+/* Move `count` entries of one slot, in all layers and heads, from `sources` (ascending) down to destination,
  * destination + 1, … */
-void move_entries(number *keys, number *values, const plan_t *plan, int64_t layers, int64_t layer_size, int64_t slot,
+void move_entries(scalar *keys, scalar *values, const plan_t *plan, int64_t layers, int64_t layer_size, int64_t slot,
                   int64_t destination, const int64_t *sources, int64_t count) {
     const int64_t dim = plan->dim;
 #pragma omp parallel for
@@ -393,29 +399,29 @@ void move_entries(number *keys, number *values, const plan_t *plan, int64_t laye
 
 /* Norm, attention, add; norm, gated SiLU, add. */
 typedef struct {
-    const number *norm_1, *norm_2, *query_norm, *key_norm; /* head norms may be NULL */
+    const scalar *norm_1, *norm_2, *query_norm, *key_norm; /* head norms may be NULL */
     product_t qkv, o, gate_up, down;
-    int64_t view; /* which of the step's views its window needs */
-    int64_t tap;  /* where its output goes in a row of the tapped states; -1: nowhere */
+    int64_t view; /* index of the view for its window */
+    int64_t tap;  /* index of its output in a row of tapped states; -1: not tapped */
 } layer_t;
 
-/* Room for the intermediate rows of a step. */
+/* Buffers for the intermediate rows of a step. */
 typedef struct {
-    number *normed;  /* [rows, width] */
-    number *stacked; /* [rows, (heads + 2 kv_heads) * dim] */
-    number *mixed;   /* [rows, heads * dim] */
-    number *gated;   /* [rows, inner] */
+    scalar *normed;  /* [rows, width] */
+    scalar *stacked; /* [rows, (heads + 2 kv_heads) * dim] */
+    scalar *mixed;   /* [rows, heads * dim] */
+    scalar *gated;   /* [rows, inner] */
 } scratch_t;
 
-/* Run `layers` over `x` [rows, width] in place; `keys` and `values` are `layer_size` numbers a layer, and `tapped`
- * [rows, taps, width] takes the outputs of some, or [slots, capacity, taps, width] if they go to their entries at once.
- * Called by every thread of a parallel region; ends with a barrier. */
+/* Run `layers` over `x` [rows, width] in place. `keys` and `values` have `layer_size` elements per layer. The outputs of
+ * tapped layers go to `tapped` [rows, taps, width], or with `by_entry` to their entries [slots, capacity, taps, width].
+ * Every thread of a parallel region must call it; it ends with a barrier. */
 static void layers_all(const layer_t *layers, int64_t count, const plan_t *plan, const view_t *views,
-                       const scratch_t *scratch, number *x, const number *cos, const number *sin, number *keys,
-                       number *values, int64_t layer_size, int64_t width, float eps, number *tapped, int64_t taps,
+                       const scratch_t *scratch, scalar *x, const scalar *cos, const scalar *sin, scalar *keys,
+                       scalar *values, int64_t layer_size, int64_t width, float eps, scalar *tapped, int64_t taps,
                        int64_t by_entry) {
     int64_t rows = plan->rows, dim = plan->dim, row = (plan->heads + 2 * plan->kv_heads) * dim;
-    desk_t desk = make_desk(views[0].end, BLOCK, dim); /* all views end with the same row */
+    workspace_t workspace = make_workspace(views[0].end, BLOCK, dim); /* all views have the same end */
     for (int64_t i = 0; i < count; i++) {
         const layer_t *layer = layers + i;
         heads_t heads = {scratch->stacked, scratch->stacked + plan->heads * dim,
@@ -423,7 +429,7 @@ static void layers_all(const layer_t *layers, int64_t count, const plan_t *plan,
                          row, dim, row, dim, row, dim, cos, sin, layer->query_norm, layer->key_norm, eps};
         normalise_all(x, layer->norm_1, scratch->normed, rows, width, eps);
         multiply_all(&layer->qkv, scratch->normed, scratch->stacked, rows, STORE);
-        attend_all(plan, views + layer->view, &heads, keys + i * layer_size, values + i * layer_size, &desk,
+        attend_all(plan, views + layer->view, &heads, keys + i * layer_size, values + i * layer_size, &workspace,
                    scratch->mixed);
         multiply_all(&layer->o, scratch->mixed, x, rows, ADD);
         normalise_all(x, layer->norm_2, scratch->normed, rows, width, eps);
@@ -432,64 +438,64 @@ static void layers_all(const layer_t *layers, int64_t count, const plan_t *plan,
         if (layer->tap < 0) continue;
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++) {
-            int64_t place = by_entry ? plan->slot[r] * plan->capacity + plan->index[r] : r;
-            memcpy(tapped + (place * taps + layer->tap) * width, x + r * width, (size_t)width * sizeof(number));
+            int64_t entry = by_entry ? plan->slot[r] * plan->capacity + plan->index[r] : r;
+            memcpy(tapped + (entry * taps + layer->tap) * width, x + r * width, (size_t)width * sizeof(scalar));
         }
     }
-    clear_desk(desk);
+    free_workspace(workspace);
 }
 
-/* The layers alone. */
+/* The layers of a model, without embeddings and logits. */
 void run_layers(const layer_t *layers, int64_t count, const plan_t *plan, const view_t *views, const scratch_t *scratch,
-                number *x, const number *cos, const number *sin, number *keys, number *values, int64_t layer_size,
-                int64_t width, float eps, number *tapped, int64_t taps) {
+                scalar *x, const scalar *cos, const scalar *sin, scalar *keys, scalar *values, int64_t layer_size,
+                int64_t width, float eps, scalar *tapped, int64_t taps) {
 #pragma omp parallel
     layers_all(layers, count, plan, views, scratch, x, cos, sin, keys, values, layer_size, width, eps, tapped, taps, 0);
 }
 
-/* ---- a whole network: embeddings, layers, norm, logits ------------------------------------------------------------------ */
+/* ---- a whole model: embeddings, layers, norm, logits ------------------------------------------------------------------ */
 
 typedef struct {
-    const number *embedding; /* [vocabulary, width] */
-    const number *cos, *sin; /* [positions, dim] */
+    const scalar *embedding; /* [vocabulary, width] */
+    const scalar *cos, *sin; /* [positions, dim] */
     const layer_t *layers;
     int64_t count, width, layer_size, taps;
     float eps;
-    const number *norm;
+    const scalar *norm;
     product_t output;
-    const number *unit; /* the norm of what a head joins: a token and the state before it; NULL in a model */
-    product_t join;     /* [width, 2 * width], of a head */
+    const scalar *unit; /* draft head: norm of a token's embedding and of the state before it; NULL for a model */
+    product_t join;     /* [width, 2 * width], draft head only */
 } network_t;
 
-/* What one forward reads and writes. */
+/* Inputs and outputs of one forward. */
 typedef struct {
     const int64_t *ids, *positions; /* [rows] */
-    const int64_t *kept;            /* [count] rows whose states and logits are wanted */
+    const int64_t *kept;            /* [count] rows whose states and logits are returned */
     int64_t count;
-    const number *states;     /* [rows, width] before the rows; read by a head */
-    number *x, *cos, *sin;    /* room: [rows, width], [rows, dim], [rows, dim] */
-    number *joined;           /* room of a head: [rows, 2 * width] */
-    number *last;             /* [count, width] states of the kept rows, normed */
-    number *tapped;           /* [slots, capacity, taps, width] */
+    const scalar *states;     /* [rows, width] before the rows; draft head only */
+    scalar *x, *cos, *sin;    /* buffers: [rows, width], [rows, dim], [rows, dim] */
+    scalar *joined;           /* buffer of a draft head: [rows, 2 * width] */
+    scalar *last;             /* [count, width] states of the kept rows, normed */
+    scalar *tapped;           /* [slots, capacity, taps, width] */
     float *logits;            /* [count, vocabulary] */
 } forward_t;
 
 void run_network(const network_t *net, const plan_t *plan, const view_t *views, const scratch_t *scratch,
-                 const forward_t *f, number *keys, number *values) {
+                 const forward_t *f, scalar *keys, scalar *values) {
     const int64_t rows = plan->rows, dim = plan->dim, width = net->width;
-    const size_t row_size = (size_t)width * sizeof(number), head_size = (size_t)dim * sizeof(number);
+    const size_t row_size = (size_t)width * sizeof(scalar), head_size = (size_t)dim * sizeof(scalar);
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++) {
-            const number *word = net->embedding + f->ids[r] * width;
+            const scalar *embedding = net->embedding + f->ids[r] * width;
             memcpy(f->cos + r * dim, net->cos + f->positions[r] * dim, head_size);
             memcpy(f->sin + r * dim, net->sin + f->positions[r] * dim, head_size);
             if (net->unit) {
-                normalise(word, net->unit, f->joined + 2 * r * width, width, net->eps);
+                normalise(embedding, net->unit, f->joined + 2 * r * width, width, net->eps);
                 normalise(f->states + r * width, net->unit, f->joined + (2 * r + 1) * width, width, net->eps);
             } else {
-                memcpy(f->x + r * width, word, row_size);
+                memcpy(f->x + r * width, embedding, row_size);
             }
         }
         if (net->unit) multiply_all(&net->join, f->joined, f->x, rows, STORE);
@@ -498,6 +504,6 @@ void run_network(const network_t *net, const plan_t *plan, const view_t *views, 
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < f->count; i++)
             normalise(f->x + f->kept[i] * width, net->norm, f->last + i * width, width, net->eps);
-        multiply_all(&net->output, f->last, (number *)f->logits, f->count, STORE_FLOAT);
+        multiply_all(&net->output, f->last, (scalar *)f->logits, f->count, STORE_FLOAT);
     }
 }

@@ -1,4 +1,4 @@
-"""Kernels: compile `kernels.c` for this processor, once, and call it with tensors."""
+"""The compiled CPU kernels: load `kernels.c` for a dtype, and call it with tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from worker.engine.cpu.compiler import library
 
 _SOURCE = Path(__file__).with_name("kernels.c")
-_NUMBERS = {torch.bfloat16: ("-DBFLOAT16",), torch.float32: ()}
+_DEFINES = {torch.bfloat16: ("-DBFLOAT16",), torch.float32: ()}
 
 
 _SIZE, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
@@ -70,13 +70,13 @@ class Layer(ctypes.Structure):
 
 
 class Scratch(ctypes.Structure):
-    """`scratch_t`: room for the intermediate rows of a step."""
+    """`scratch_t`: buffers for the intermediate rows of a step."""
 
     _fields_ = _fields("normed stacked mixed gated", _ADDRESS)
 
 
 class Network(ctypes.Structure):
-    """`network_t`: a whole network; `unit` and `join` are a head's."""
+    """`network_t`: a whole model; `unit` and `join` are set for a draft head."""
 
     _fields_ = (
         _fields("embedding cos sin layers", _ADDRESS)
@@ -90,7 +90,7 @@ class Network(ctypes.Structure):
 
 
 class Forward(ctypes.Structure):
-    """`forward_t`: what one forward of a network reads and writes."""
+    """`forward_t`: inputs and outputs of one forward of a network."""
 
     _fields_ = (
         _fields("ids positions kept", _ADDRESS)
@@ -100,14 +100,14 @@ class Forward(ctypes.Structure):
 
 
 class Finish(IntEnum):
-    """`finish_t`: what becomes of a product's sums."""
+    """`finish_t`: how the sums of a product are stored."""
 
     STORE = 0
     STORE_FLOAT = 3
 
 
 class Kernels:
-    """The compiled functions for one type of number."""
+    """The compiled functions for one dtype."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         """Bind the functions of a library compiled from kernels.c."""
@@ -147,7 +147,7 @@ class Kernels:
         )
 
     def pack(self, weight: Tensor, second: Tensor | None = None) -> Tensor:
-        """Return `weight` [columns, inputs] as `multiply` wants it; with `second`, both in alternating half panels."""
+        """Pack `weight` [columns, inputs] for `multiply`; with `second`, alternate half panels of both."""
         parts = [part.contiguous() for part in (weight, second) if part is not None]
         columns, inputs = sum(map(len, parts)), weight.shape[1]
         packed = torch.empty(self._packed_size(columns, inputs), dtype=weight.dtype)
@@ -164,20 +164,20 @@ class Kernels:
 
 @cache
 def kernels(dtype: torch.dtype) -> Kernels | None:
-    """Return the kernels for a dtype; None where they can't be compiled."""
-    if dtype not in _NUMBERS:
+    """Return the kernels for a dtype; None if they don't support it or can't be compiled."""
+    if dtype not in _DEFINES:
         return None
-    compiled = library(_SOURCE, *_NUMBERS[dtype])
+    compiled = library(_SOURCE, *_DEFINES[dtype])
     return None if compiled is None else Kernels(compiled)
 
 
 def bound(function: Any, *arguments: Any, result: Any = None) -> Callable[..., Any]:
-    """Tell a C function's types."""
+    """Return a C function with its types set."""
     function.argtypes, function.restype = arguments, result
     return function  # type: ignore[no-any-return]
 
 
 def address(array: NDArray[Any]) -> int:
-    """Return where an array's numbers lie; much quicker than its `ctypes`."""
-    place: int = array.__array_interface__["data"][0]
-    return place
+    """Return the address of an array's data; much faster than `array.ctypes.data`."""
+    found: int = array.__array_interface__["data"][0]
+    return found

@@ -1,7 +1,7 @@
-"""Packed linear layers for the CPU: the same products, from weights laid out once in the order of reading.
+"""Packed linear layers for the CPU: weights stored in the order in which the kernel reads them.
 
-A decoding step multiplies a few rows with every weight of the model; this layout reads each weight once, at the speed
-of the memory. Modules are swapped in the loaded model; the model's source stays as it is.
+A decoding step multiplies a few rows with every weight of the model. This layout reads each weight once, at memory
+bandwidth.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from worker.engine.cpu.kernels import Finish, Kernels, Product
 
 
 class PackedLinear(nn.Module):
-    """A linear layer over a packed weight. A row's result does not depend on the rows beside it."""
+    """A linear layer with a packed weight. A row's result does not depend on the other rows."""
 
     def __init__(
         self, layers: Sequence[nn.Linear], kernels: Kernels, *, gated: bool = False, floats: bool = False
     ) -> None:
-        """Take over one layer, or stack several with the same input.
+        """Take the weights of one layer, or stack several with the same input.
 
-        `gated` packs a gate and an up layer for the product of both; `floats` returns float32 whatever the weights are.
+        `gated` packs a gate and an up layer for silu(gate) * up; `floats` returns float32 for every weight dtype.
         """
         super().__init__()
         weights = [layer.weight.detach() for layer in layers]
@@ -33,7 +33,7 @@ class PackedLinear(nn.Module):
         self._kernels = kernels
         self._bias = torch.cat(biases) if biases else None
         self._weight = kernels.pack(*weights) if gated else kernels.pack(torch.cat(weights))
-        # For models that ask what their weights are like; one that computes with it, and does not call us, fails.
+        # For models that read the shape or dtype of their weights. On meta: a model that computes with it fails.
         self.weight = torch.empty(self.out_features, self.in_features, dtype=weights[0].dtype, device="meta")
         self.floats = floats
         self._finish = Finish.STORE_FLOAT if floats else Finish.STORE
@@ -54,7 +54,7 @@ class PackedLinear(nn.Module):
 
 
 def pack(model: nn.Module, kernels: Kernels) -> int:
-    """Swap every linear layer of a CPU model for a packed one; return how many."""
+    """Replace every linear layer of a CPU model by a packed one; return how many."""
     return sum(_pack_children(parent, kernels) for parent in list(model.modules()))
 
 
@@ -62,6 +62,6 @@ def _pack_children(parent: nn.Module, kernels: Kernels) -> int:
     children = [(name, child) for name, child in parent.named_children() if type(child) is nn.Linear]
     layers = [(name, child) for name, child in children if child.in_features % 2 == 0]  # bfloat16 is packed in pairs
     for name, layer in layers:
-        # Logits stay float32: rounding them would make ties that are none.
+        # Logits stay float32: rounding them would create ties.
         setattr(parent, name, PackedLinear([layer], kernels, floats=name == "lm_head" and layer.bias is None))
     return len(layers)

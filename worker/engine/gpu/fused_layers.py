@@ -1,4 +1,4 @@
-"""Fused decoder layers for the GPU: nine kernels a layer on the model's own weights, each row with bits of its own."""
+"""Fused decoder layers for the GPU: nine kernels per layer. A row's bits do not depend on the other rows."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from worker.engine.paged.attention import PagedAttentionPlan
 
 @dataclass(frozen=True, slots=True)
 class _Weights:
-    """What one layer multiplies with, stacked where the input is the same."""
+    """The weights of one layer, stacked where they have the same input."""
 
-    before: Tensor  # [width] of the norm before attention
+    before: Tensor  # [width] norm before attention
     qkv: Tensor  # [(heads + 2 kv_heads) * dim, width]
     qkv_bias: Tensor | None
-    head_norms: tuple[Tensor, Tensor] | None  # [dim] of queries and keys
+    head_norms: tuple[Tensor, Tensor] | None  # [dim] norms of queries and keys
     o: Tensor
     o_bias: Tensor | None
-    after: Tensor  # [width] of the norm after attention
+    after: Tensor  # [width] norm after attention
     gate_up: Tensor  # [2 * inner, width]
     down: Tensor  # [width, inner]
     window: int | None
 
 
 class GpuLayers(LayerStack):
-    """The decoder layers of a model, in the place of the first of them."""
+    """All decoder layers of a model as one module, which replaces the list of layers."""
 
     def __init__(self, layers: nn.ModuleList, norm: Any, kernels: ModuleType) -> None:
-        """Take over the weights of transformers layers of a known class, then empty, and the last norm."""
+        """Take the weights of transformers layers of a known class, which leave `layers`, and of the last norm."""
         super().__init__()
         self._kernels = kernels
         first: Any = layers[0]
@@ -45,10 +45,10 @@ class GpuLayers(LayerStack):
         self._layers = []
         for number, layer in enumerate(layers):
             self._layers.append(_weights(layer))
-            layers[number] = nn.Identity()  # the memory of one layer is taken twice at most
+            layers[number] = nn.Identity()  # frees its memory: at most one layer is held twice
 
     def tap(self, layers: Sequence[int]) -> None:
-        """From now on leave the outputs of these layers in `plan.tapped` [n, taps, width]."""
+        """Write the outputs of these layers to `plan.tapped` [n, taps, width] in every forward."""
         self._taps = list(layers)
 
     def forward(
@@ -82,17 +82,17 @@ class GpuLayers(LayerStack):
         return out
 
     def _tap(self, plan: PagedAttentionPlan, number: int, x: Tensor) -> None:
-        for place, tapped in enumerate(self._taps):
+        for index, tapped in enumerate(self._taps):
             if tapped == number:
                 assert plan.tapped is not None
-                plan.tapped[:, place] = x
+                plan.tapped[:, index] = x
 
 
 class GpuLinear(nn.Module):
-    """A linear layer. Its logits stay float32: rounding them would make ties that are none."""
+    """A linear layer with float32 outputs: rounding logits would create ties."""
 
     def __init__(self, linear: nn.Linear, kernels: ModuleType) -> None:
-        """Take over the weight of a layer."""
+        """Take the weight of a layer."""
         super().__init__()
         self._kernels = kernels
         self.weight, self._bias = linear.weight, linear.bias
@@ -106,15 +106,15 @@ class GpuLinear(nn.Module):
 
 
 def fuse_on_gpu(model: nn.Module, kernels: ModuleType) -> bool:
-    """Swap the decoder layers, the last norm and the logits of a model, if its layers are known; return whether.
+    """Replace the decoder layers, last norm and output layer of a model if its layers are known; return whether.
 
-    `kernels` is the module gpu_kernels, which only those import who have Triton.
+    `kernels` is the module `worker.engine.gpu.kernels`, which can only be imported with Triton.
     """
     body: Any = getattr(model, "model", None)
     layers = getattr(body, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not are_known(layers):
         return False
-    # The model calls what stands in its list of layers, one after the other: now one that does the work of all.
+    # The model calls the modules in its list of layers one after the other; now there is one that runs all layers.
     body.layers = nn.ModuleList([GpuLayers(layers, body.norm, kernels)])
     body.norm = nn.Identity()
     output: Any = model.lm_head

@@ -1,4 +1,7 @@
-"""Triton kernels of the GPU path: norms, products, positions and attention whose rows don't see their neighbours."""
+"""Triton kernels of the GPU path: norms, matrix products, rotary embeddings, attention.
+
+A row's result does not depend on the other rows of the batch: every sum has an order that is fixed by the model.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +13,23 @@ from torch import Tensor
 from worker.engine.paged.kv import PagedKv
 from worker.engine.paged.rows import PagedRows
 
-CHUNK = 256  # entries that are attended as one; chunks are merged in the order of the text
-_ENTRIES = 64  # of a chunk that are loaded at once
-_TILE = 32  # queries of one program where rows share a stretch
-_LEAST = 16  # rows, columns or inputs that the tensor cores take at least
-_PROGRAMS = 512  # that keep a GPU busy, more or less
-_INPUTS = 128  # of which a part of a product takes a whole number
-_PARTED = 320  # tiles of a product that do
-_LONG = 100  # steps of a sum from which on there may be twice as many
-_SMALL = {"num_warps": 2, "num_stages": 2}  # how the kernels of attention are run
+CHUNK = 256  # KV entries of a split of attention; partial results are merged in the order of the sequence
+_ENTRIES = 64  # KV entries of a chunk that are loaded at once
+_TILE = 32  # queries of one program where rows have a common stretch
+_MIN_TILE = 16  # minimum rows, columns or inputs of a tensor core instruction
+_PROGRAMS = 512  # about as many keep a GPU busy
+_INPUTS = 128  # a part of a split product has a multiple of this many inputs
+_PARTED = 320  # tiles of a product that keep a GPU busy; smaller products are split over their inputs
+_LONG = 100  # above this many steps of a sum, a product may be split twice as far
+_SMALL = {"num_warps": 2, "num_stages": 2}  # launch options of the attention kernels
 _LOG2_E = 1.4426950408889634
-# What changes from step to step: no kernel is compiled anew for it.
+# Arguments that change from step to step: Triton must not specialise, and so recompile, kernels for their values.
 _STEP = ("table", "sequence", "starts", "seen", "own", "own_count", "positions", "window", "width", "chunks", "listed")
 
 
 @triton.jit
 def _sum_parts(parts, size, inside, PARTS: tl.constexpr, dtype: tl.constexpr):
-    """Return the sum of numbers that lie `size` apart in each part, first to last, as the model would have it."""
+    """Return the sum of an element over all parts, which are `size` apart, first to last, in the model's dtype."""
     total = tl.load(parts, mask=inside, other=0.0)
     for part in tl.static_range(1, PARTS):
         total += tl.load(parts + part * size, mask=inside, other=0.0)
@@ -35,7 +38,7 @@ def _sum_parts(parts, size, inside, PARTS: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def _norm_rows(x, parts, weight, total, out, rows, width, eps, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Add some parts to a row, first to last, keep the sum, and write its root mean square norm."""
+    """Add the parts to a row, first to last; write the sum and its root mean square norm."""
     row = tl.program_id(0).to(tl.int64) * width
     at = tl.arange(0, BLOCK)
     inside = at < width
@@ -55,11 +58,11 @@ def _multiply_tile(
     BIASED: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr,
 ):  # fmt: skip
-    """Write one tile of x @ weight.T, or of silu(x @ gate.T) * (x @ up.T) with the gate above the up weights.
+    """Write one tile of x @ weight.T, or of silu(x @ gate.T) * (x @ up.T), where `weight` stacks gate and up.
 
-    It is the product over `share` inputs alone, if those are not all.
+    Each part of a split product sums over `share` inputs.
     """
-    # Tiles of the same columns are neighbours: their weights come from memory once.
+    # Tiles of the same columns run next to each other, so that their weights are read from memory once.
     row_tiles = tl.cdiv(rows, ROWS)
     r = (tl.program_id(0) % row_tiles) * ROWS + tl.arange(0, ROWS)
     c = (tl.program_id(0) // row_tiles) * COLUMNS + tl.arange(0, COLUMNS)
@@ -87,13 +90,13 @@ def _multiply_tile(
     tl.store(at, total.to(out.dtype.element_ty), mask=real_rows[:, None] & real_columns[None, :])
 
 
-@triton.jit(do_not_specialize=["places", "rows"])
-def _place_heads(
-    qkv, cos, sin, query_norm, key_norm, query, keys, values, places, rows, eps,
+@triton.jit(do_not_specialize=["entries", "rows"])
+def _rotate_and_store_heads(
+    qkv, cos, sin, query_norm, key_norm, query, keys, values, entries, rows, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, NORMED: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Turn one head of a row to its position (rotate-half) and write it: a query, or a key or value of the cache."""
+    """Rotate one head of a row to its position (rotate-half convention); write it as a query, or to the KV store."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     half: tl.constexpr = DIM // 2
     at = tl.arange(0, HALF)
@@ -103,9 +106,9 @@ def _place_heads(
     low = _sum_parts(source, size, inside, PARTS, query.dtype.element_ty)
     high = _sum_parts(source + half, size, inside, PARTS, query.dtype.element_ty)
     is_query, is_value = head < HEADS, head >= HEADS + KV_HEADS
-    place = tl.load(places + row) * KV_HEADS
+    entry = tl.load(entries + row) * KV_HEADS
     if is_value:
-        target = values + (place + head - HEADS - KV_HEADS) * DIM + at
+        target = values + (entry + head - HEADS - KV_HEADS) * DIM + at
         tl.store(target, low, mask=inside)
         tl.store(target + half, high, mask=inside)
     else:
@@ -125,18 +128,18 @@ def _place_heads(
         turned_b = (b * cos_b + a * sin_b).to(low.dtype)
         target = query + (row * HEADS + head) * DIM + at
         if not is_query:
-            target = keys + (place + head - HEADS) * DIM + at
+            target = keys + (entry + head - HEADS) * DIM + at
         tl.store(target, turned_a, mask=inside)
         tl.store(target + half, turned_b, mask=inside)
 
 
 @triton.jit
 def _attend_entries(q, ks, vs, visible, scale, top, weight, total):
-    """Take some entries into a running softmax: the largest score, the sum of weights, the weighted values."""
+    """Add entries to an online softmax (Milakov, Gimelshein 2018): largest score, sum of weights, weighted values."""
     scores = tl.dot(q, ks, input_precision="ieee") * scale
     scores = tl.where(visible, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, axis=1))
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)  # of rows that have seen nothing so far
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)  # for rows that have seen no entry so far
     shrink = tl.exp2(top - base)
     weights = tl.exp2(scores - base[:, None])
     weight = weight * shrink + tl.sum(weights, axis=1)
@@ -150,16 +153,16 @@ def _attend_rows(
     tops, weights, totals, scale, window, width, chunks, listed,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, LISTS: tl.constexpr,
     SHARES: tl.constexpr, WINDOWED: tl.constexpr,
-    QUERIES: tl.constexpr, ROOM: tl.constexpr, CHUNK: tl.constexpr, ENTRIES: tl.constexpr,
+    QUERIES: tl.constexpr, PADDED_DIM: tl.constexpr, CHUNK: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Attend the heads of one row and one KV head over some chunks of what the row sees.
+    """Attend the query heads of one row and one KV head over some chunks of what the row sees.
 
-    What a row lists is seen as if it lay behind its stretch, where it will lie once it is accepted. With SHARES,
-    `_attend_runs` has seen to the chunks that rows have in common.
+    Listed entries count as if they were stored behind the stretch, where they move once they are accepted. With SHARES,
+    skip the chunks that `_attend_runs` attends for all rows of a run.
     """
     row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     group: tl.constexpr = HEADS // KV_HEADS
-    m, d = tl.arange(0, QUERIES), tl.arange(0, ROOM)
+    m, d = tl.arange(0, QUERIES), tl.arange(0, PADDED_DIM)
     in_group, in_dim = m < group, d < DIM
     stretch = tl.load(seen + row)
     end = stretch
@@ -181,15 +184,15 @@ def _attend_rows(
     for chunk in range(first + split, tl.cdiv(end, CHUNK), tl.num_programs(2)):
         top = tl.full((QUERIES,), float("-inf"), tl.float32)
         weight = tl.zeros((QUERIES,), tl.float32)
-        total = tl.zeros((QUERIES, ROOM), tl.float32)
+        total = tl.zeros((QUERIES, PADDED_DIM), tl.float32)
         for start in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, end), ENTRIES):
             j = start + tl.arange(0, ENTRIES)
             here = j < end
-            place = tl.load(blocks + j // BLOCK, mask=j < stretch, other=0) * BLOCK + j % BLOCK
+            index = tl.load(blocks + j // BLOCK, mask=j < stretch, other=0) * BLOCK + j % BLOCK
             if LISTS:
                 behind = (j >= stretch) & here
-                place = tl.where(behind, tl.load(own + row * listed + j - stretch, mask=behind, other=0), place)
-            entry = (place * KV_HEADS + kv_head) * DIM
+                index = tl.where(behind, tl.load(own + row * listed + j - stretch, mask=behind, other=0), index)
+            entry = (index * KV_HEADS + kv_head) * DIM
             ks = tl.load(keys + entry[None, :] + d[:, None], mask=here[None, :] & in_dim[:, None], other=0.0)
             vs = tl.load(values + entry[:, None] + d[None, :], mask=here[:, None] & in_dim[None, :], other=0.0)
             visible = here & (j >= lowest)
@@ -206,18 +209,18 @@ def _attend_runs(
     tops, weights, totals, scale, window, width, chunks,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, LISTS: tl.constexpr,
     WINDOWED: tl.constexpr,
-    TILE: tl.constexpr, ROOM: tl.constexpr, CHUNK: tl.constexpr, ENTRIES: tl.constexpr,
+    TILE: tl.constexpr, PADDED_DIM: tl.constexpr, CHUNK: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Attend some rows of a run over chunks that they have in common; programs of other rows have nothing to do.
+    """Attend up to a tile of rows of a run over their common chunks; only the first row of each tile has a program.
 
-    For rows that list entries these are the full chunks of their stretch, for others all there are.
+    For rows that list entries, these are the full chunks of their stretch; for others, all chunks.
     """
     lead, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     group: tl.constexpr = HEADS // KV_HEADS
     together: tl.constexpr = TILE // group  # rows
     run = tl.load(sequence + lead)
     if (lead - tl.load(starts + run)) % together == 0:
-        m, d = tl.arange(0, TILE), tl.arange(0, ROOM)
+        m, d = tl.arange(0, TILE), tl.arange(0, PADDED_DIM)
         in_dim = d < DIM
         run_end = tl.minimum(tl.load(starts + run + 1), lead + together)
         row = lead + m // group
@@ -239,12 +242,12 @@ def _attend_runs(
         for chunk in range(first + split, tl.cdiv(end, CHUNK), tl.num_programs(2)):
             top = tl.full((TILE,), float("-inf"), tl.float32)
             weight = tl.zeros((TILE,), tl.float32)
-            total = tl.zeros((TILE, ROOM), tl.float32)
+            total = tl.zeros((TILE, PADDED_DIM), tl.float32)
             for start in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, end), ENTRIES):
                 j = start + tl.arange(0, ENTRIES)
                 here = j < end
-                place = tl.load(blocks + j // BLOCK, mask=here, other=0) * BLOCK + j % BLOCK
-                entry = (place * KV_HEADS + kv_head) * DIM
+                index = tl.load(blocks + j // BLOCK, mask=here, other=0) * BLOCK + j % BLOCK
+                entry = (index * KV_HEADS + kv_head) * DIM
                 ks = tl.load(keys + entry[None, :] + d[:, None], mask=here[None, :] & in_dim[:, None], other=0.0)
                 vs = tl.load(values + entry[:, None] + d[None, :], mask=here[:, None] & in_dim[None, :], other=0.0)
                 visible = (j[None, :] < upto[:, None]) & (j[None, :] >= lowest[:, None])
@@ -259,12 +262,12 @@ def _attend_runs(
 @triton.jit(do_not_specialize=_STEP)
 def _merge_chunks(
     tops, weights, totals, out, seen, own_count, positions, window, chunks,
-    HEADS: tl.constexpr, DIM: tl.constexpr, LISTS: tl.constexpr, WINDOWED: tl.constexpr, ROOM: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, LISTS: tl.constexpr, WINDOWED: tl.constexpr, PADDED_DIM: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Write the attention of one head of a row from that over each chunk, first to last."""
+    """Merge the attention of one head of a row over all chunks, first to last."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    d = tl.arange(0, ROOM)
+    d = tl.arange(0, PADDED_DIM)
     in_dim = d < DIM
     end = tl.load(seen + row)
     if LISTS:
@@ -274,7 +277,7 @@ def _merge_chunks(
         first = tl.maximum(tl.load(positions + row) - window + 1, 0) // CHUNK
     top = tl.full((1,), float("-inf"), tl.float32)
     weight = tl.zeros((1,), tl.float32)
-    total = tl.zeros((ROOM,), tl.float32)
+    total = tl.zeros((PADDED_DIM,), tl.float32)
     start = (row * HEADS + head) * chunks
     for chunk in range(first, tl.cdiv(end, CHUNK)):
         part = start + chunk + tl.zeros((1,), tl.int64)
@@ -313,9 +316,9 @@ def multiply(
 
 
 def multiply_apart(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return float32 parts [parts, n, out] whose sum, taken by `norm` and `place`, is x @ weight.T + bias.
+    """Return float32 parts [parts, n, out] that sum to x @ weight.T + bias.
 
-    Few columns make few tiles; cut up over their inputs as well, all of a GPU works on them.
+    Few columns make few tiles. Splitting the inputs too keeps all of a GPU busy.
     """
     columns, inputs = weight.shape
     parts = _parts(columns, inputs)
@@ -344,12 +347,12 @@ def rotate_and_store(
     eps: float,
     kv: PagedKv,
     layer: int,
-    places: Tensor,
+    entries: Tensor,
 ) -> Tensor:
-    """Turn queries and keys of the sum of `qkv` [parts, n, (heads + 2 kv_heads) * dim] to their positions.
+    """Sum the parts of `qkv` [parts, n, (heads + 2 kv_heads) * dim], and rotate queries and keys to their positions.
 
-    Keys and values go where `places` [n] says; returned are the queries [n, heads, dim]. `rotary` has cosines and sines
-    [n, dim]; `norms` are the weights of a norm of every query and key, where the model has them.
+    Store keys and values at `entries` [n]; return the queries [n, heads, dim]. `rotary` has cosines and sines [n, dim];
+    `norms` are the weights of query and key norms, for models that have them.
     """
     kv_heads, dim = kv.keys.shape[3:]
     parts, n, width = qkv.shape
@@ -357,8 +360,8 @@ def rotate_and_store(
     query = torch.empty(n, heads, dim, dtype=kv.keys.dtype, device=qkv.device)
     cos, sin = rotary
     query_norm, key_norm = norms or (None, None)
-    _place_heads[(n, heads + 2 * kv_heads)](
-        qkv, cos, sin, query_norm, key_norm, query, kv.keys[layer], kv.values[layer], places, n, eps,
+    _rotate_and_store_heads[(n, heads + 2 * kv_heads)](
+        qkv, cos, sin, query_norm, key_norm, query, kv.keys[layer], kv.values[layer], entries, n, eps,
         HEADS=heads, KV_HEADS=kv_heads, DIM=dim, HALF=triton.next_power_of_2(dim // 2), NORMED=norms is not None,
         PARTS=parts, num_warps=1,
     )  # fmt: skip
@@ -366,15 +369,21 @@ def rotate_and_store(
 
 
 def attend(query: Tensor, rows: PagedRows, kv: PagedKv, layer: int, scaling: float, window: int | None) -> Tensor:
-    """Return the attention [n, heads, dim] of `query` over what each row sees; its keys and values are stored."""
+    """Return the attention [n, heads, dim] of `query` over what each row sees, itself included."""
     n, heads, dim = query.shape
     shape, kv_heads = rows.shape, kv.keys.shape[3]
     chunks = triton.cdiv(shape.blocks * kv.block_size + shape.listed, CHUNK)
     tops, weights = (query.new_empty(n, heads, chunks, dtype=torch.float32) for _ in range(2))
     totals = query.new_empty(n, heads, chunks, dim, dtype=torch.float32)
     keys, values = kv.keys[layer], kv.values[layer]
-    room = max(_LEAST, triton.next_power_of_2(dim))
-    sizes = {"HEADS": heads, "DIM": dim, "ROOM": room, "LISTS": shape.listed > 0, "WINDOWED": window is not None}
+    padded_dim = max(_MIN_TILE, triton.next_power_of_2(dim))
+    sizes = {
+        "HEADS": heads,
+        "DIM": dim,
+        "PADDED_DIM": padded_dim,
+        "LISTS": shape.listed > 0,
+        "WINDOWED": window is not None,
+    }
     sizes |= {"CHUNK": CHUNK}
     lists, seen = rows.own_count, rows.seen
     numbers = (tops, weights, totals, scaling * _LOG2_E, window or 0, shape.blocks, chunks)
@@ -389,11 +398,11 @@ def attend(query: Tensor, rows: PagedRows, kv: PagedKv, layer: int, scaling: flo
             TILE=tile, **entries, **sizes, **_SMALL,
         )  # fmt: skip
     if not shares or shape.listed:
-        # Where rows share, what is left of each is the end of its stretch and what it lists.
+        # After `_attend_runs`, each row still has the end of its stretch and its listed entries.
         splits = _splits(n * kv_heads, min(chunks, 2) if shares else chunks)
         _attend_rows[(n, kv_heads, splits)](
             query, keys, values, rows.table, rows.sequence, seen, rows.own, lists, rows.positions, *numbers,
-            shape.listed, SHARES=shares, QUERIES=max(_LEAST, triton.next_power_of_2(group)),
+            shape.listed, SHARES=shares, QUERIES=max(_MIN_TILE, triton.next_power_of_2(group)),
             **entries, **sizes, **_SMALL,
         )  # fmt: skip
     out = torch.empty_like(query)
@@ -404,33 +413,33 @@ def attend(query: Tensor, rows: PagedRows, kv: PagedKv, layer: int, scaling: flo
 
 
 def _splits(programs: int, chunks: int) -> int:
-    """Return over how many programs the chunks of a row are dealt out; their order of adding up stays the same."""
+    """Return the number of programs for the chunks of a row; it does not change the order of the merge."""
     return max(1, min(triton.next_power_of_2(chunks), _PROGRAMS // max(programs, 1)))
 
 
 def _parts(columns: int, inputs: int) -> int:
-    """Return over how many programs the inputs of a product are dealt out. Never a matter of rows: see above."""
+    """Return the number of parts of a split product. It must not depend on rows: the order of sums would change."""
     tiles, steps = triton.cdiv(columns, 64), triton.cdiv(inputs, _INPUTS)
     wanted = _PARTED * (2 if steps > _LONG else 1) // tiles
     return max(1, min(8, wanted, steps // 3))
 
 
 def _tile(rows: int, inputs: int, dtype: torch.dtype, gated: bool) -> dict[str, int]:
-    """Return the sizes of a product's tiles, and how it is run: what was fastest on an H100.
+    """Return the tile sizes and launch options of a product that were fastest on an H100.
 
-    None of them may change how a row adds up. The tensor cores take inputs sixteen by sixteen in order whatever the
-    tile, if the kind of instruction is the same, which it is from 64 rows of a tile on.
+    None may change the order of a row's sum. Tensor cores add inputs in order, 16 at a time, for every tile size that
+    uses the same instruction; tiles of 64 rows and more do.
     """
     if dtype == torch.float32:
-        return _how(16, 32, 32, warps=4, stages=2)
+        return _config(16, 32, 32, warps=4, stages=2)
     if rows <= 64:
-        return _how(64, 64, 128 if inputs % 128 == 0 else 64, warps=4, stages=4)
+        return _config(64, 64, 128 if inputs % 128 == 0 else 64, warps=4, stages=4)
     if gated:
-        return _how(128, 128, 64, warps=8, stages=4)
-    return _how(64, 128, 64, warps=4, stages=4) if rows <= 128 else _how(128, 256, 64, warps=8, stages=4)
+        return _config(128, 128, 64, warps=8, stages=4)
+    return _config(64, 128, 64, warps=4, stages=4) if rows <= 128 else _config(128, 256, 64, warps=8, stages=4)
 
 
-def _how(rows: int, columns: int, inputs: int, *, warps: int, stages: int) -> dict[str, int]:
+def _config(rows: int, columns: int, inputs: int, *, warps: int, stages: int) -> dict[str, int]:
     return {"ROWS": rows, "COLUMNS": columns, "INPUTS": inputs, "num_warps": warps, "num_stages": stages}
 
 

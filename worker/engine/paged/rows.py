@@ -1,4 +1,4 @@
-"""The rows of one forward as tensors of a fixed shape: token ids, where keys go, what each row sees."""
+"""The rows of one forward as tensors of a fixed shape: token ids, KV entries to write, what each row sees."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from torch import Tensor
 from worker.engine.paged.kv import SCRATCH, PagedKv
 from worker.engine.segments import BoolArray, IntArray, Segment, kept_row_indices
 
-LISTED = 16  # entries beside the shared beginning that a row can list: its ancestors and itself
+LISTED = 16  # entries behind the shared prefix that a row can list in a bucket: its ancestors and itself
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
     """Sizes of a forward.
 
-    A row sees a stretch from the beginning of its slot and then the entries that it lists. With none listed the stretch
-    ends at the row itself: plain decoding and prompts. Else it is the committed prefix, shared by all rows of a tree.
+    A row sees the first `seen` entries of its slot, its stretch, and then the entries that it lists. Rows of chains
+    list none: their stretch ends at the row itself. For rows of a tree the stretch is the committed prefix.
     """
 
     rows: int
-    kept: int  # rows whose logits are wanted
-    sequences: int  # runs of rows that share a stretch
+    kept: int  # rows whose logits are returned
+    sequences: int  # runs: consecutive rows with a common stretch
     queries: int  # rows of the longest run
-    blocks: int  # width of the block tables
-    listed: int  # entries that a row lists at most; 0: every row sees a stretch that ends at itself
-    causal: bool  # within a run, the stretch of each row is one entry longer than that of the row before
+    blocks: int  # width of the block table
+    listed: int  # max entries that a row lists; 0: the stretch of every row ends at itself
+    causal: bool  # within a run, the stretch of each row is one entry longer than that of the row before it
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Numbers in each part of the flat tensor, in the order of `PagedRows`."""
+        """Sizes of the parts of the flat tensor, in the order of `PagedRows`."""
         n, s = self.rows, self.sequences
         return (n, n, n, n, n, self.kept, s + 1, s * self.blocks, n * self.listed, n)
 
     @property
     def size(self) -> int:
-        """Numbers in the flat tensor."""
+        """Size of the flat tensor."""
         return sum(self.sizes)
 
 
@@ -48,14 +48,14 @@ class PagedRows:
     """Views of a flat int64 tensor that holds the rows of a forward."""
 
     def __init__(self, shape: Shape, flat: Tensor) -> None:
-        """Cut up `flat`, which has at least `shape.size` numbers."""
+        """Split `flat`, which has at least `shape.size` elements."""
         self.shape = shape
         parts = [flat[end - size : end] for end, size in zip(accumulate(shape.sizes), shape.sizes, strict=True)]
         self.ids, self.positions, self.entries, self.sequence, self.seen = parts[:5]  # [rows]
         self.kept, self.starts = parts[5], parts[6]  # [kept], [sequences + 1] first row
         self.table = parts[7].view(shape.sequences, shape.blocks)
-        self.own = parts[8].view(shape.rows, shape.listed)  # where the listed entries lie, in order of depth
-        self.own_count = parts[9]  # [rows] how many of them count
+        self.own = parts[8].view(shape.rows, shape.listed)  # indices of the listed entries, in order of depth
+        self.own_count = parts[9]  # [rows] how many entries each row lists
 
 
 def exact_shape(segments: Sequence[Segment], kv: PagedKv) -> Shape:
@@ -75,16 +75,16 @@ def exact_shape(segments: Sequence[Segment], kv: PagedKv) -> Shape:
 
 
 def fits_bucket(segments: Sequence[Segment], listed: int) -> bool:
-    """True if the rows can be shown in a bucket whose rows list `listed` entries at most; 0: single rows alone."""
+    """Return whether the rows fit a bucket whose rows list at most `listed` entries; 0: chains of one row only."""
     if not listed:
         return all(s.visible is None and len(s.ids) == 1 for s in segments)
     return all(_listed(s, causal=False) <= listed for s in segments)
 
 
 def laid_out(segments: Sequence[Segment], kv: PagedKv, shape: Shape) -> IntArray:
-    """Return the flat numbers of `segments` in a shape that has room for them; what is left is padding.
+    """Return the flat tensor for `segments`, padded to a shape that is large enough.
 
-    Rows of padding see themselves alone. They write to the scratch block and nobody reads them there.
+    Padding rows see only themselves. They write to the scratch block, which no other row reads.
     """
     chains, long = not shape.listed, bool(shape.listed) and shape.causal
     slots, counts, first, prefix = (
@@ -125,13 +125,13 @@ def laid_out(segments: Sequence[Segment], kv: PagedKv, shape: Shape) -> IntArray
     )
 
 
-def on_device(numbers: IntArray, device: torch.device) -> Tensor:
-    """Return flat numbers on a device."""
-    return torch.from_numpy(numbers).to(device)
+def on_device(flat: IntArray, device: torch.device) -> Tensor:
+    """Return the flat tensor on a device."""
+    return torch.from_numpy(flat).to(device)
 
 
 def _is_long(s: Segment) -> bool:
-    """True for a stretch of text that is better seen as one than listed."""
+    """Return whether a segment is a chain that is too long to be listed."""
     return s.visible is None and len(s.ids) > LISTED
 
 
@@ -140,7 +140,7 @@ def _as_chain(s: Segment, chains: bool, long: bool) -> bool:
 
 
 def _runs(s: Segment, long: bool) -> list[int]:
-    """Return the rows of each run of a segment. Where runs are causal, a tree is taken apart: one row each."""
+    """Return the rows of each run of a segment. With causal runs, each row of a tree is a run."""
     return [1] * len(s.ids) if long and not _is_long(s) else [len(s.ids)]
 
 
@@ -149,14 +149,14 @@ def _visible(s: Segment) -> BoolArray:
 
 
 def _listed(s: Segment, causal: bool) -> int:
-    """Return how many entries the rows of a segment list at most."""
+    """Return the max entries that a row of a segment lists."""
     if s.visible is None:
         return 0 if causal and _is_long(s) else len(s.ids)
     return int(s.visible.sum(axis=1).max())
 
 
 def _starts(runs: Sequence[int] | IntArray, rows: int, shape: Shape) -> IntArray:
-    """Return [sequences + 1] first rows. Rows of padding are runs of their own in plain shapes, else the last run."""
+    """Return the first row of each run [sequences + 1]. Padding rows are single runs in plain shapes, else the last."""
     starts = np.full(shape.sequences + 1, rows, np.int64)
     starts[0] = 0
     starts[1 : len(runs) + 1] = np.cumsum(runs, dtype=np.int64)
@@ -167,7 +167,7 @@ def _starts(runs: Sequence[int] | IntArray, rows: int, shape: Shape) -> IntArray
 
 
 def _own(segments: Sequence[Segment], kv: PagedKv, shape: Shape, long: bool) -> tuple[IntArray, IntArray]:
-    """Return where the listed entries of each row lie [rows, listed], and how many there are [rows]."""
+    """Return the indices of the listed entries [rows, listed], and how many each row lists [rows]."""
     own = np.full((shape.rows, shape.listed), SCRATCH * kv.block_size, np.int64)
     count = np.zeros(shape.rows, np.int64)
     row = 0

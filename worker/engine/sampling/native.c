@@ -1,8 +1,7 @@
-/* From rows of scores to tokens on a CPU: greedy draws, draws with keyed Gumbel noise, a draft's best.
+/* Sampling on a CPU: argmax, draws with keyed Gumbel noise, top-k.
  *
- * A noisy draw is the argmax of score + noise, the same that sampling.py finds with torch. Nearly every token of a row can
- * be ruled out by the leading zeros of its hash alone, so the two logarithms of the noise are only taken for the few that
- * could still win. */
+ * A draw is the argmax of score + noise, as sampling.py computes it with torch. The leading zeros of a token's hash bound
+ * its noise, which rules out almost all tokens of a row; only the others need the two logarithms of the noise. */
 
 #include <math.h>
 #include <stdint.h>
@@ -25,9 +24,9 @@ static inline uint64_t bits_of(uint64_t key, uint64_t token) {
 
 static inline double noise_of(uint64_t bits) { return -log(-log((double)bits * 0x1p-53 + 0x1p-54)); }
 
-/* At least the noise of `bits`: -log(-log(u)) <= -log(1 - u), and 1 - u has that many leading zeros. */
-static inline float most_noise(uint64_t bits) {
-    uint64_t rest = ((uint64_t)1 << 53) - bits; /* 1..2^53, of 1 - u; half a unit more than 1 - u itself */
+/* Upper bound of the noise of `bits`: -log(-log(u)) <= -log(1 - u), which the leading zeros of 1 - u bound. */
+static inline float max_noise(uint64_t bits) {
+    uint64_t rest = ((uint64_t)1 << 53) - bits; /* 1 - u in units of 2^-53, rounded up: 1..2^53 */
     return LN_2 * (float)(__builtin_clzll(rest) - 9) + 0.001f;
 }
 
@@ -45,10 +44,10 @@ static inline int has_nan(const float *row, int64_t columns) {
     return found;
 }
 
-/* The first column that holds a value which is there; -1 if it is not. */
+/* The first column that holds `value`; -1 if none does. */
 static inline int64_t first_of(const float *row, int64_t columns, float value) {
     int64_t i = 0;
-    for (int found = 0; i + BLOCK <= columns; i += BLOCK) { /* block by block, for that goes in parallel */
+    for (int found = 0; i + BLOCK <= columns; i += BLOCK) { /* block by block, which compiles to vector code */
 #pragma omp simd reduction(| : found)
         for (int j = 0; j < BLOCK; j++) found |= row[i + j] == value;
         if (found) break;
@@ -57,7 +56,7 @@ static inline int64_t first_of(const float *row, int64_t columns, float value) {
     return i < columns ? i : -1;
 }
 
-/* For each row of `scores` [rows, columns] the first column of its highest score; -1 where one is not a number. */
+/* For each row of `scores` [rows, columns], the first column with the highest score; -1 if a score is NaN. */
 void argmax_rows(const float *scores, int64_t *out, int64_t rows, int64_t columns) {
 #pragma omp parallel for schedule(static) if (rows > 1)
     for (int64_t row = 0; row < rows; row++) {
@@ -66,7 +65,8 @@ void argmax_rows(const float *scores, int64_t *out, int64_t rows, int64_t column
     }
 }
 
-/* For each row of `scores` [rows, columns] its `count` best columns, best first, and their softmax probabilities. */
+/* For each row of `scores` [rows, columns], the columns of the `count` highest scores, descending, and their softmax
+ * probabilities. */
 void topk_rows(const float *scores, int64_t *out, double *probabilities, int64_t rows, int64_t columns, int64_t count) {
 #pragma omp parallel for schedule(static) if (rows > 1)
     for (int64_t row = 0; row < rows; row++) {
@@ -80,9 +80,9 @@ void topk_rows(const float *scores, int64_t *out, double *probabilities, int64_t
             if (found == count && highest_of(score + start, size) <= score[best[count - 1]]) continue;
             for (int64_t i = start; i < start + size; i++) {
                 if (found == count && score[i] <= score[best[count - 1]]) continue;
-                int64_t place = found < count ? found++ : count - 1;
-                for (; place > 0 && score[best[place - 1]] < score[i]; place--) best[place] = best[place - 1];
-                best[place] = i;
+                int64_t rank = found < count ? found++ : count - 1;
+                for (; rank > 0 && score[best[rank - 1]] < score[i]; rank--) best[rank] = best[rank - 1];
+                best[rank] = i;
             }
         }
         for (int64_t i = 0; i < count; i++)
@@ -90,42 +90,42 @@ void topk_rows(const float *scores, int64_t *out, double *probabilities, int64_t
     }
 }
 
-/* For each of some rows of `logits`, at `places` and `stride` apart, the column with the most of logit / temperature +
- * noise, among those not below `min_scores`; -1 where a logit is not a number. */
-void draw_rows(const float *logits, int64_t stride, const int64_t *places, const float *temperatures,
+/* For each row of `logits` in `indices` (rows are `stride` apart), the column with the highest logit / temperature +
+ * noise, among those whose logit / temperature is not below `min_scores`; -1 if a logit is NaN. */
+void draw_rows(const float *logits, int64_t stride, const int64_t *indices, const float *temperatures,
                const int64_t *keys, const float *min_scores, int64_t *out, int64_t rows, int64_t columns) {
 #pragma omp parallel for schedule(static) if (rows > 1)
     for (int64_t row = 0; row < rows; row++) {
-        const float *logit = logits + places[row] * stride;
+        const float *logit = logits + indices[row] * stride;
         uint64_t key = (uint64_t)keys[row];
-        float floor = min_scores[row], temperature = temperatures[row];
+        float min_score = min_scores[row], temperature = temperatures[row];
         int64_t best = has_nan(logit, columns) ? -1 : first_of(logit, columns, highest_of(logit, columns));
         if (best < 0) {
             out[row] = -1;
             continue;
         }
-        double most = (double)(logit[best] / temperature) + noise_of(bits_of(key, (uint64_t)best));
+        double top = (double)(logit[best] / temperature) + noise_of(bits_of(key, (uint64_t)best));
         for (int64_t start = 0; start < columns; start += BLOCK) {
             float score[BLOCK], bound[BLOCK];
             int64_t count = columns - start < BLOCK ? columns - start : BLOCK;
             float highest = -INFINITY;
             for (int64_t i = 0; i < count; i++) {
                 score[i] = logit[start + i] / temperature;
-                bound[i] = score[i] + most_noise(bits_of(key, (uint64_t)(start + i)));
+                bound[i] = score[i] + max_noise(bits_of(key, (uint64_t)(start + i)));
                 highest = bound[i] > highest ? bound[i] : highest;
             }
-            if ((double)highest < most) continue;
+            if ((double)highest < top) continue;
             for (int64_t i = 0; i < count; i++) {
-                if ((double)bound[i] < most || score[i] < floor) continue;
+                if ((double)bound[i] < top || score[i] < min_score) continue;
                 double sum = (double)score[i] + noise_of(bits_of(key, (uint64_t)(start + i)));
-                if (sum > most || (sum == most && start + i < best)) most = sum, best = start + i;
+                if (sum > top || (sum == top && start + i < best)) top = sum, best = start + i;
             }
         }
         out[row] = best;
     }
 }
 
-/* Add noise to `scores` [rows, columns] of `tokens` [columns], roughly: good enough to guess what will be drawn. */
+/* Add the noise of `tokens` [columns] to `scores` [rows, columns], accurate to about 0.001: enough to rank drafts. */
 void add_noise(float *scores, const int64_t *keys, const int64_t *tokens, int64_t rows, int64_t columns) {
 #pragma omp parallel for schedule(static) if (rows > 1)
     for (int64_t row = 0; row < rows; row++)

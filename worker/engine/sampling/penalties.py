@@ -1,4 +1,4 @@
-"""TokenCounts: what a text already holds, and what that does to the logits of its next token."""
+"""Token counts of a sequence, and the penalties and biases that they bring to the logits of its next token."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from worker.engine.segments import IntArray
 
 
 class TokenCounts:
-    """The distinct tokens of one text, and how often each stands in its output. Grows with the text, counts once."""
+    """The distinct tokens of one sequence, and how often each occurs in its output. Updated incrementally."""
 
     def __init__(self) -> None:
-        """Start with nothing read."""
-        self._read = 0
-        self._place: dict[int, int] = {}
+        """Start without tokens."""
+        self._num_counted = 0
+        self._index: dict[int, int] = {}
         self._tokens = array("q")
         self._counts = array("q")
 
     def update(self, ids: list[int], num_prompt: int) -> None:
-        """Take in what `ids` hold beyond the part that was read before."""
-        for i in range(self._read, len(ids)):
+        """Count the tokens of `ids` beyond those that were counted before."""
+        for i in range(self._num_counted, len(ids)):
             self._add(ids[i], int(i >= num_prompt))
-        self._read = len(ids)
+        self._num_counted = len(ids)
 
     def with_path(self, path: Seq[int]) -> tuple[IntArray, IntArray]:
-        """Return the distinct tokens of the text with `path` behind it, and how often each stands in the output."""
-        fresh = list(dict.fromkeys(token for token in path if token not in self._place))
-        tokens = np.array([*fresh, *self._tokens] if fresh else self._tokens, np.int64)
-        counts = np.array([*[0] * len(fresh), *self._counts] if fresh else self._counts, np.int64)
+        """Return the distinct tokens of the sequence followed by `path`, and how often each occurs in the output."""
+        new = list(dict.fromkeys(token for token in path if token not in self._index))
+        tokens = np.array([*new, *self._tokens] if new else self._tokens, np.int64)
+        counts = np.array([*[0] * len(new), *self._counts] if new else self._counts, np.int64)
         for token in path:
-            place = self._place.get(token)
-            counts[fresh.index(token) if place is None else len(fresh) + place] += 1
+            index = self._index.get(token)
+            counts[new.index(token) if index is None else len(new) + index] += 1
         return tokens, counts
 
     def _add(self, token: int, count: int) -> None:
-        place = self._place.setdefault(token, len(self._tokens))
-        if place == len(self._tokens):
+        index = self._index.setdefault(token, len(self._tokens))
+        if index == len(self._tokens):
             self._tokens.append(token)
             self._counts.append(0)
-        self._counts[place] += count
+        self._counts[index] += count
 
 
 def apply_penalties(logits: Tensor, samplings: Seq[Sampling], seen: Seq[tuple[IntArray, IntArray]]) -> Tensor:
