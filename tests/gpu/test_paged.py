@@ -1,4 +1,4 @@
-"""The GPU's way on a GPU: the CPU's numbers in float32, and in half precision the same bits however a row is run."""
+"""Paged decoding on a GPU: the CPU's logits in float32; in half precision a row has the same bits in any batch."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def real_sizes() -> PackedModel:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_float32_logits_are_those_of_the_cpu(architecture: str) -> None:
     cpu, gpu = model(architecture, paged=False), on_gpu(architecture, torch.float32)
-    for _ in range(2):  # recorded, then replayed
+    for _ in range(2):  # captured, then replayed
         for name, step in STEPS.items():
             assert torch.allclose(gpu.forward(step).cpu(), cpu.forward(step), atol=1e-3), name
 
@@ -83,7 +83,7 @@ def test_a_replayed_forward_has_the_bits_of_the_same_forward_run(architecture: s
 
 
 def last_logits(gpu: PackedModel, text: Sequence[int], pieces: Sequence[int]) -> Tensor:
-    """Return the logits behind a text that is read in pieces of some sizes, the rest in one."""
+    """Return the last logits of a prompt that is read in pieces of these sizes, the rest in one."""
     start = 0
     for size in (*pieces, len(text) - sum(pieces)):
         logits = gpu.forward([chain(0, start, list(text[start : start + size]), keep_last=True)])
@@ -111,7 +111,7 @@ def test_a_row_has_the_same_bits_in_any_batch(others: int) -> None:
 
 @pytest.mark.parametrize("many", [False, True])
 def test_a_row_has_the_same_bits_in_a_tree(many: bool) -> None:
-    """Along the path 0, 1, 3, 4 of the tree, each row is what the same token behind the same text is alone."""
+    """Along the path 0, 1, 3, 4 of the tree, each row has the bits of the same token decoded alone."""
     gpu = real_sizes()
     prefix, path = 700, [0, 1, 3, 4]
     nodes = tree(0, prefix)
@@ -139,7 +139,7 @@ def test_accepted_rows_are_what_plain_rows_would_have_stored() -> None:
     assert torch.equal(gpu.forward([chain(0, 704, [9], keep_last=True)]), expected)
 
 
-def test_a_head_says_on_a_gpu_what_it_says_on_the_cpu() -> None:
+def test_a_draft_head_gives_the_same_on_a_gpu_and_on_a_cpu() -> None:
     """In a bucket, and in a prompt that fits none."""
     cpu, gpu = (packed_head(target, network(target)) for target in (tiny(), tiny().to("cuda")))  # type: ignore[arg-type]
     states = torch.randn(40, tiny().config.hidden_size)

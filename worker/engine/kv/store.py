@@ -1,4 +1,4 @@
-"""The interface of every KV store, whatever its memory layout."""
+"""The interface that KV stores of all memory layouts have."""
 
 from __future__ import annotations
 

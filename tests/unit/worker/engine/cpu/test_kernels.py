@@ -1,4 +1,4 @@
-"""The compiled kernels compute what torch computes, and every row by itself: same bits in any batch or tree."""
+"""The compiled kernels compute what torch computes, and a row has the same bits in any batch or tree."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def quick(architecture: str, dtype: torch.dtype = torch.float32) -> PackedModel:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("rows", "inputs", "columns"), [(1, 48, 64), (5, 64, 61), (40, 32, 100), (13, 2, 1)])
-def test_a_packed_product_equals_torchs(dtype: torch.dtype, bias: bool, rows: int, inputs: int, columns: int) -> None:
+def test_packed_products_equal_torch(dtype: torch.dtype, bias: bool, rows: int, inputs: int, columns: int) -> None:
     torch.manual_seed(0)
     layer = nn.Linear(inputs, columns, bias).requires_grad_(False).to(dtype)
     x = torch.randn(rows, inputs).to(dtype)
@@ -78,7 +78,7 @@ def test_the_kernels_give_the_logits_of_torch_attention(architecture: str) -> No
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_quickened_model_writes_the_same_text(architecture: str) -> None:
+def test_a_fused_model_writes_the_same_text(architecture: str) -> None:
     plain, fast = sequences(), sequences()
     decode(engine(packed_without_kernels(architecture), None, options(Mode.PLAIN)), plain)
     decode(engine(quick(architecture), drafter("suffix"), options(Mode.PAPER)), fast)
@@ -91,7 +91,7 @@ def test_a_quickened_model_writes_the_same_text(architecture: str) -> None:
 def test_a_row_has_the_same_bits_alone_in_a_batch_and_in_a_tree(
     architecture: str, dtype: torch.dtype, length: int
 ) -> None:
-    """The path 1-3-4 of the tree is decoded token by token, then shown as part of the tree beside other texts."""
+    """Decode the path 1-3-4 of the tree token by token, then as part of the tree beside other sequences."""
     model = quick(architecture, dtype)
     for slot in range(3):
         model.forward([chain(slot, 0, TEXT[:length], keep_last=True)])
@@ -115,7 +115,7 @@ def test_a_prompt_read_in_chunks_leaves_the_same_bits(chunk: int) -> None:
     assert torch.equal(whole, pieces)
 
 
-def test_logits_that_somebody_holds_are_not_written_over_and_the_place_of_others_is_used_again() -> None:
+def test_logits_in_use_are_not_overwritten_and_unused_buffers_are_reused() -> None:
     model = quick("llama")
     held = model.forward([chain(0, 0, TEXT[:9], keep_last=True)])
     numbers, place = held.clone(), held.data_ptr()
@@ -147,7 +147,7 @@ def packed_without_kernels(architecture: str) -> PackedModel:
 
 
 def tree(slot: int, prefix: int) -> Segment:
-    """Root 0 with children 1 and 2; 1 has child 3, 2 has child 5, 3 has child 4."""
+    """Return a tree: root 0 has children 1 and 2; 1 has child 3, 2 has child 5, 3 has child 4."""
     parents = [-1, 0, 0, 1, 3, 2]
     visible = np.eye(6, dtype=np.bool_)
     for node, parent in enumerate(parents):

@@ -122,7 +122,7 @@ def test_slots_add_up_under_random_arrivals_and_cancellations(seed: int) -> None
         assert ours.finish_reason is not None or ours.key in cancelled
 
 
-def test_slots_hand_out_the_lowest_and_refuse_more_than_there_are() -> None:
+def test_the_lowest_slot_is_allocated_first_and_no_more_than_there_are() -> None:
     slots = SlotAllocator(2, 10)
     assert [slots.allocate(5), slots.allocate(5)] == [0, 1]
     with pytest.raises(OutOfSlots):
@@ -131,7 +131,7 @@ def test_slots_hand_out_the_lowest_and_refuse_more_than_there_are() -> None:
     assert slots.allocate(5) == 0
 
 
-def test_prompts_longer_than_a_chunk_are_read_in_stretches() -> None:
+def test_prompts_longer_than_a_chunk_are_read_in_chunks() -> None:
     long = [[2 + i % 50 for i in range(60)], *PROMPTS]
     some, whole = sequences(long), sequences(long)
     decode(engine(packed(tiny()), None, options(Mode.PLAIN, prefill_rows=7)), some)
@@ -147,7 +147,7 @@ def test_prompts_longer_than_a_chunk_are_read_in_stretches() -> None:
         {"full_attention": {"rope_type": "longrope", "original_max_position_embeddings": 64}},
     ],
 )
-def test_rotary_embeddings_that_depend_on_the_batch_end_a_text_where_they_begin_to(rope: dict[str, Any]) -> None:
+def test_rotary_embeddings_that_depend_on_the_batch_limit_the_positions(rope: dict[str, Any]) -> None:
     config = tiny().config
     config.rope_parameters = rope
     refuse_unsupported(config)
@@ -155,7 +155,7 @@ def test_rotary_embeddings_that_depend_on_the_batch_end_a_text_where_they_begin_
     assert batch_dependent_rope(config) in ("dynamic", "longrope")
 
 
-def test_rotary_embeddings_that_are_the_same_in_any_batch_have_all_positions() -> None:
+def test_rotary_embeddings_that_do_not_depend_on_the_batch_have_all_positions() -> None:
     config = tiny().config
     config.rope_parameters = {"rope_type": "yarn", "rope_theta": 10_000.0, "original_max_position_embeddings": 64}
     assert max_positions(config) == config.max_position_embeddings
@@ -171,7 +171,7 @@ def test_layers_that_are_not_attention_are_refused() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of the process from /proc")
 def test_a_short_text_commits_little_of_its_slot() -> None:
-    """Memory comes when it is written, in small pages: one number in each of many heads must not cost a whole slot."""
+    """Memory is committed in small pages when written: one element of each head must not commit the whole slot."""
     before = _resident_bytes()
     slot = lazy_zeros((64, 1 << 20), torch.bfloat16, torch.device("cpu"))
     slot[:, 0] = 1.0

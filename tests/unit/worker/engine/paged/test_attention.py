@@ -1,4 +1,4 @@
-"""The GPU's way on the CPU: paged attention and its buckets give what plain attention gives, and padding nothing."""
+"""Paged attention and its buckets, on the CPU: they equal dense attention, and padding changes nothing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from worker.engine.speculation.drafting import Drafter
 
 TEXT = [int(i) for i in np.random.default_rng(0).integers(2, 60, 150)]
 SAMPLED = Sampling(temperature=0.9, top_k=20, top_p=0.95)
-PARENTS = [-1, 0, 0, 1, 3, 2]  # of the nodes of a tree
+PARENTS = [-1, 0, 0, 1, 3, 2]  # parents of the nodes of a tree
 
 
 def model(
@@ -75,7 +75,7 @@ def tree(slot: int, prefix: int, first: int = 7) -> Segment:
 
 
 def deeper(slot: int, prefix: int) -> Segment:
-    """Two more nodes below nodes 4 and 5 of the tree, as a draft adds them in a forward of their own."""
+    """Return two nodes below nodes 4 and 5 of the tree, as a draft model adds them in a later forward."""
     visible = np.zeros((2, 8), np.bool_)
     visible[0, [0, 1, 3, 4, 6]] = visible[1, [0, 2, 5, 7]] = True
     return Segment(slot, prefix, prefix + 6, np.array([20, 21]), prefix + np.array([4, 3]), visible, np.arange(2))
@@ -99,7 +99,7 @@ STEPS: dict[str, list[Segment]] = {
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_paged_logits_are_those_of_the_plain_attention(architecture: str) -> None:
+def test_paged_logits_equal_those_of_dense_attention(architecture: str) -> None:
     plain, ours = model(architecture, paged=False), model(architecture)
     in_buckets = set()
     for name, step in STEPS.items():
@@ -111,7 +111,7 @@ def test_paged_logits_are_those_of_the_plain_attention(architecture: str) -> Non
 @pytest.mark.parametrize(
     ("rows", "bucket"), [(1, 1), (2, 2), (3, 4), (31, 32), (32, 32), (33, 64), (255, 256), (256, 256)]
 )
-def test_rows_take_the_smallest_bucket_with_room(rows: int, bucket: int) -> None:
+def test_rows_take_the_smallest_bucket_that_fits(rows: int, bucket: int) -> None:
     wide = np.eye(rows, dtype=np.bool_)
     siblings = Segment(0, 9, 9, np.zeros(rows, np.int64), np.full(rows, 9), wide, np.arange(rows))
     shape = BucketedForward(lambda rows, _: (rows.ids, None), small_pages()).shape_for([siblings])
@@ -119,7 +119,7 @@ def test_rows_take_the_smallest_bucket_with_room(rows: int, bucket: int) -> None
     assert shape.rows == bucket
 
 
-def test_more_rows_than_the_largest_bucket_and_deeper_trees_run_as_they_are() -> None:
+def test_more_rows_than_the_largest_bucket_and_deeper_trees_run_without_a_bucket() -> None:
     ours = BucketedForward(lambda rows, _: (rows.ids, None), small_pages())
     assert ours.shape_for([chain(0, 0, [5] * (LISTED + 1), keep_last=True)]) is None
     assert ours.shape_for([chain(0, 0, [5] * LISTED, keep_last=True)]) is not None
@@ -130,9 +130,7 @@ def test_more_rows_than_the_largest_bucket_and_deeper_trees_run_as_they_are() ->
 @pytest.mark.parametrize(
     ("device", "ranks", "blocks"), [("cuda", None, True), ("cuda", 2, False), ("cpu", None, False)]
 )
-def test_blocks_are_the_way_of_a_gpu_that_is_not_shared_over_ranks(
-    device: str, ranks: int | None, blocks: bool
-) -> None:
+def test_kv_is_paged_on_a_gpu_without_tensor_parallelism(device: str, ranks: int | None, blocks: bool) -> None:
     loaded: Any = SimpleNamespace(device=torch.device(device), tp_size=ranks)
     assert uses_paged_kv(loaded) is blocks
 
@@ -158,7 +156,7 @@ def test_plain_steps_list_nothing() -> None:
 def test_no_bit_of_a_real_row_depends_on_the_padding(
     monkeypatch: pytest.MonkeyPatch, architecture: str, step: str, bucket: int
 ) -> None:
-    """In the same bucket, rows of padding get other tokens, other positions, and a scratch block full of poison."""
+    """Give padding rows of the same bucket other tokens, other positions, and a scratch block full of poison."""
     monkeypatch.setattr("worker.engine.paged.shape_buckets.BUCKETS", (bucket,))
     ours = model(architecture)
     for before in ("prompts", "a tree and a long chunk"):
@@ -168,16 +166,16 @@ def test_no_bit_of_a_real_row_depends_on_the_padding(
     pages(ours).poison_free()
 
     def spoilt(segments: list[Segment], kv: PagedKv, shape: object) -> object:
-        numbers = paged_rows.laid_out(segments, kv, shape)  # type: ignore[arg-type]
-        numbers[rows:bucket] = 33
-        numbers[bucket + rows : 2 * bucket] = 77
-        return numbers
+        flat = paged_rows.laid_out(segments, kv, shape)  # type: ignore[arg-type]
+        flat[rows:bucket] = 33
+        flat[bucket + rows : 2 * bucket] = 77
+        return flat
 
     monkeypatch.setattr("worker.engine.paged.shape_buckets.laid_out", spoilt)
     assert torch.equal(ours.forward(STEPS[step]), expected)
 
 
-def test_the_padding_of_a_prepared_model_leaves_no_trace() -> None:
+def test_captures_write_to_the_scratch_block_only() -> None:
     ours = model()
     ours.forward(STEPS["prompts"])
     before = [store.clone() for store in (pages(ours).keys, pages(ours).values)]
@@ -187,17 +185,17 @@ def test_the_padding_of_a_prepared_model_leaves_no_trace() -> None:
     assert buckets(ours)._replays.keys() == set(buckets(ours).shapes)
 
 
-def test_a_recorded_forward_reads_what_the_buffer_holds_when_it_is_replayed() -> None:
-    """A recording keeps nothing of the step it was made in: it is made once, and serves steps in any order."""
+def test_a_captured_forward_reads_the_input_buffer_when_it_is_replayed() -> None:
+    """A capture keeps nothing of its first step: it is made once, and replays steps in any order."""
     ours, plain = model(), model(paged=False)
     made = []
 
-    def record(work: object) -> object:
+    def capture(work: object) -> object:
         made.append(work)
         return no_capture(work)  # type: ignore[arg-type]
 
-    recorded = BucketedForward(ours._call_paged, pages(ours), record)  # type: ignore[arg-type]
-    ours._buckets = recorded
+    captured = BucketedForward(ours._call_paged, pages(ours), capture)  # type: ignore[arg-type]
+    ours._buckets = captured
     for name in ("prompts", "a tree and a long chunk"):
         ours.forward(STEPS[name])
         plain.forward(STEPS[name])
@@ -212,7 +210,7 @@ def test_logits_outlive_the_next_replay() -> None:
     ours.forward(STEPS["prompts"])
     still: dict[str, Tensor] = {}
 
-    def record(work: object) -> object:
+    def capture(work: object) -> object:
         def replay() -> tuple[Tensor, None]:
             logits = work()[0]  # type: ignore[operator]
             still.setdefault("output", torch.empty_like(logits)).copy_(logits)
@@ -220,7 +218,7 @@ def test_logits_outlive_the_next_replay() -> None:
 
         return replay
 
-    ours._buckets = BucketedForward(ours._call_paged, pages(ours), record)  # type: ignore[arg-type]
+    ours._buckets = BucketedForward(ours._call_paged, pages(ours), capture)  # type: ignore[arg-type]
     first = ours.forward(STEPS["one plain row"])
     kept = first.clone()
     ours.forward([chain(0, 50, [31], keep_last=True)])
@@ -266,7 +264,7 @@ def test_paged_sequences_resume_from_their_tokens() -> None:
 
 
 @pytest.mark.parametrize("prefill_rows", [7, 500])
-def test_paged_texts_are_the_same_with_shared_beginnings(prefill_rows: int) -> None:
+def test_shared_prefixes_change_no_text_in_paged_kv(prefill_rows: int) -> None:
     system = [2 + i % 37 for i in range(40)]
     prompts = [[*system, 7, 8], [*system, 9], [*system[:25], 11, 12, 13], [*system, 7, 8], [20, 21], system]
     alone = sequences(prompts, max_tokens=6)
@@ -274,7 +272,7 @@ def test_paged_texts_are_the_same_with_shared_beginnings(prefill_rows: int) -> N
         decode(engine(model(paged=False), None, options(Mode.PLAIN)), [sequence])
     ours = model()
     running = engine(ours, drafter("model"), options(Mode.PAPER, prefill_rows=prefill_rows))
-    for _ in range(2):  # the second time from slots whose texts have ended
+    for _ in range(2):  # the second time from cached prefixes
         together = sequences(prompts, max_tokens=6)
         decode(running, together)
         assert outputs(together) == outputs(alone)
@@ -286,7 +284,7 @@ def test_blocks_add_up_under_random_arrivals_and_cancellations(seed: int) -> Non
     rng = random.Random(seed)
     expected = sequences()
     decode(engine(model(paged=False), None, options(Mode.PLAIN)), expected)
-    # Room for two or three of them, and for what has ended only as long as nobody needs it.
+    # Enough for two or three sequences, and for cached prefixes until their memory is needed.
     ours = model(slots=4, kv_tokens=100)
     draft = model(seed=1, slots=4)
     running = engine(ours, ModelDrafter(draft, "model", VOCAB), options(Mode.PAPER, max_sequences=4, kv_tokens=100))
@@ -301,13 +299,13 @@ def test_blocks_add_up_under_random_arrivals_and_cancellations(seed: int) -> Non
         for paged in (ours, draft):
             pages(paged).check()
             pages(paged).poison_free()
-    assert not pages(draft).pool.used, "a draft holds nothing of texts that have ended"
+    assert not pages(draft).pool.used, "a draft model keeps no entries of finished sequences"
     for sequence, whole in zip(some, expected, strict=True):
         assert sequence.output_ids == whole.output_ids[: len(sequence.output_ids)]
 
 
 @pytest.mark.parametrize("step", ["prompts", "a tree, a short chunk and a plain row"])
-def test_hidden_states_are_tapped_from_real_rows_alone(step: str) -> None:
+def test_hidden_states_are_tapped_from_real_rows_only(step: str) -> None:
     states = []
     for paged in (False, True):
         tapped = model(paged=paged, tapped=(0, 1))

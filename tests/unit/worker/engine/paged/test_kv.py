@@ -1,4 +1,4 @@
-"""Laws of paged KV: every block is free or held, and shared entries change for nobody."""
+"""Laws of paged KV: each block is free or referenced, and a write changes no other slot's entries."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ def paged(tokens: int | None = None) -> PagedKv:
 
 def write(kv: PagedKv, slot: int, start: int, values: list[float]) -> None:
     kv.reserve(slot, start, start + len(values))
-    places = torch.from_numpy(kv.entries(slot, np.arange(start, start + len(values))))
+    entries = torch.from_numpy(kv.entries(slot, np.arange(start, start + len(values))))
     rows = torch.tensor(values).view(-1, 1, 1)
-    kv.write(0, places, rows, -rows)
+    kv.write(0, entries, rows, -rows)
 
 
 def read(kv: PagedKv, slot: int, length: int) -> list[float]:
-    places = torch.from_numpy(kv.entries(slot, np.arange(length)))
-    keys, values = (store[0].flatten()[places] for store in (kv.keys, kv.values))
+    entries = torch.from_numpy(kv.entries(slot, np.arange(length)))
+    keys, values = (store[0].flatten()[entries] for store in (kv.keys, kv.values))
     assert torch.equal(keys, -values)
     return keys.tolist()
 
 
 class PagedKvMachine(RuleBasedStateMachine):
-    """Random writes, moves, shares and releases of a pool that is too small for all, beside plain lists."""
+    """Random writes, moves, prefix copies and truncations of a small pool, compared with plain lists."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class PagedKvMachine(RuleBasedStateMachine):
         self.texts[slot] = text[:start] + values + text[start + len(values) :]
 
     @rule(slot=st.integers(0, SLOTS - 1), data=st.data())
-    def grow_a_tree_and_keep_a_path(self, slot: int, data: st.DataObject) -> None:
+    def grow_a_tree_and_compact_a_path(self, slot: int, data: st.DataObject) -> None:
         start = len(self.texts[slot])
         nodes = min(6, CAPACITY - start)
         if nodes < 1 or self.kv.pool.free < 3:
@@ -74,14 +74,14 @@ class PagedKvMachine(RuleBasedStateMachine):
 
     @rule(source=st.integers(0, SLOTS - 1), step=st.integers(1, SLOTS - 1), data=st.data())
     @precondition(lambda self: self.kv.pool.free)
-    def share(self, source: int, step: int, data: st.DataObject) -> None:
+    def copy_prefix(self, source: int, step: int, data: st.DataObject) -> None:
         target = (source + step) % SLOTS
         length = data.draw(st.integers(0, len(self.texts[source])))
         self.kv.copy_prefix(source, target, length)
         self.texts[target] = self.texts[source][:length]
 
     @rule(slot=st.integers(0, SLOTS - 1), length=st.integers(0, CAPACITY))
-    def release(self, slot: int, length: int) -> None:
+    def truncate(self, slot: int, length: int) -> None:
         self.kv.truncate(slot, length)
         self.texts[slot] = self.texts[slot][: -(-length // BLOCK) * BLOCK]
 
@@ -113,7 +113,7 @@ PagedKvMachine.TestCase.settings = settings(max_examples=15, stateful_step_count
 TestPagedKv = PagedKvMachine.TestCase
 
 
-def test_texts_that_begin_alike_hold_the_same_full_blocks() -> None:
+def test_a_copied_prefix_shares_full_blocks() -> None:
     kv = paged()
     write(kv, 0, 0, [1.0] * 10)
     kv.copy_prefix(0, 1, 10)
@@ -129,7 +129,7 @@ def test_overlapping_moves_copy_what_was_there_before() -> None:
     assert read(kv, 1, 8) == [0, 1, 3, 4, 6, 5, 6, 7]
 
 
-def test_more_than_the_pool_holds_is_refused_and_nothing_changes() -> None:
+def test_a_reservation_beyond_the_pool_is_refused_and_changes_nothing() -> None:
     kv = paged(tokens=8)
     write(kv, 0, 0, [1.0] * 16)
     with pytest.raises(OutOfBlocks):
@@ -138,7 +138,7 @@ def test_more_than_the_pool_holds_is_refused_and_nothing_changes() -> None:
     kv.check()
 
 
-def test_a_block_is_given_back_once() -> None:
+def test_a_block_is_freed_once() -> None:
     kv = paged()
     block = kv.pool.allocate()
     kv.pool.drop_reference(block)
