@@ -15,7 +15,7 @@ class Server:
     """Blocks notifications until `open` is set."""
 
     def __init__(self) -> None:
-        self.heard: list[tuple[str, str]] = []
+        self.sent: list[tuple[str, str]] = []
         self.asked = threading.Semaphore(0)
         self.open = threading.Event()
 
@@ -24,7 +24,7 @@ class Server:
         assert self.open.wait(10)
         if job_id == "broken":
             raise ValueError("no message")
-        self.heard.append((job_id, model))
+        self.sent.append((job_id, model))
 
 
 @pytest.fixture
@@ -39,14 +39,14 @@ def test_notifications_during_a_hang_are_sent_once_per_model_afterwards(server: 
     notifier = WorkerNotifier("redis://127.0.0.1:1/0")
     notifier.notify("job-1", "tiny")
     assert server.asked.acquire(timeout=10)
-    for number in range(2, 100):  # returns at once, although nothing is heard yet
+    for number in range(2, 100):  # returns at once, although nothing is sent yet
         notifier.notify(f"job-{number}", "tiny")
     notifier.notify("job-100", "large")
-    assert server.heard == []
+    assert server.sent == []
     server.open.set()
     assert all(server.asked.acquire(timeout=10) for _ in range(2))
     notifier._thread.shutdown()
-    assert server.heard == [("job-1", "tiny"), ("job-99", "tiny"), ("job-100", "large")]
+    assert server.sent == [("job-1", "tiny"), ("job-99", "tiny"), ("job-100", "large")]
 
 
 def test_a_notification_that_fails_is_logged_and_the_next_one_is_sent(
@@ -58,5 +58,5 @@ def test_a_notification_that_fails_is_logged_and_the_next_one_is_sent(
     assert server.asked.acquire(timeout=10)
     notifier.notify("job-2", "tiny")
     notifier._thread.shutdown()
-    assert server.heard == [("job-2", "tiny")]
+    assert server.sent == [("job-2", "tiny")]
     assert "A worker notification failed" in caplog.text
