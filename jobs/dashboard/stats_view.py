@@ -73,7 +73,7 @@ def _figures(stats: JobStats) -> Sequence[tuple[str, str, str]]:
         *compared,
         ("Tokens per second", format.number(stats.tokens_per_s), f"over {format.span(stats.wall_s)}"),
         ("Tokens per step", format.number(stats.mean_acceptance_length, 2), f"{stats.steps:,d} steps"),
-        ("Expected, accepted", _expected(stats), "draft tokens a step"),
+        ("Expected, accepted", _expected(stats), "draft tokens per step"),
         ("Off by", format.percent(stats.miscalibration), "accepted against expected draft tokens"),
         ("Draft nodes per step", format.number(stats.mean_tree_nodes, 2), ""),
         ("Tokens written", f"{stats.completion_tokens:,d}", f"{stats.prompt_tokens:,d} read"),
@@ -113,7 +113,7 @@ def _drafter_table(stats: JobStats) -> None:
         )
         for share in stats.drafters
     ]
-    table(("Draft", "Steps", "Nodes", "Accepted", "Speed-up"), rows)
+    table(("Drafter", "Steps", "Nodes", "Accepted", "Speed-up"), rows)
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
