@@ -1,7 +1,7 @@
 """The constants of speculation, each with what it trades. They change speed, never a text.
 
-They were chosen on the benchmarks of `worker.bench`. Whatever a machine can tell (times, acceptance) is measured
-instead.
+They were chosen on the benchmarks of `worker.bench`. Times and acceptance rates are not among them: they are
+measured.
 """
 
 from __future__ import annotations

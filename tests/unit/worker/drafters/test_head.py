@@ -1,4 +1,4 @@
-"""Laws of the head: it sees what it was trained to see, and whatever it proposes, the text stays the target's."""
+"""Laws of the head: it reads the states that it was trained on, and its proposals never change the target's text."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ PROMPTS = [[2, 3, 4, 5, 6], [7, 8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [18], [
 
 
 def options(mode: Mode, **changes: Any) -> EngineOptions:
-    """Return test options with a mode and whatever the test is about."""
+    """Return test options with a mode and changes."""
     return replace(OPTIONS, mode=mode, **changes)
 
 

@@ -1,4 +1,4 @@
-"""The promise: whatever is drafted, the text is the one plain decoding writes, and plain decoding is transformers'."""
+"""Drafts never change a text: it is the one that plain decoding writes, and plain decoding equals transformers'."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_shared_noise_lifts_acceptance_when_sampling(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("after", [1, 5, 13])
-def test_a_sequence_resumed_from_its_tokens_goes_on_as_if_it_had_not_stopped(sampling: Sampling, after: int) -> None:
+def test_a_resumed_sequence_continues_as_if_it_had_not_stopped(sampling: Sampling, after: int) -> None:
     whole = sequences(sampling=sampling)
     decode(engine(packed(tiny()), None, options(Mode.PLAIN)), whole)
     resumed = resumed_after(after, whole, sequences(sampling=sampling))

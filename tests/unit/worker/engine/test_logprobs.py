@@ -1,4 +1,4 @@
-"""Logprobs are the target's own law of each token, whatever was drafted, batched, sampled or interrupted.
+"""Logprobs are the target's own, independent of drafts, batch, sampling and interruption.
 
 The same to the rounding of a forward, which sums in another order when it has more rows.
 """

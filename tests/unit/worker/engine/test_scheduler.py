@@ -41,7 +41,7 @@ def test_free_and_used_tokens_add_up_and_everyone_is_served(actions: list[tuple[
     assert all(len(some[i].output_ids) == 9 for i in added if not some[i].cancelled)
 
 
-def test_nobody_is_admitted_beyond_the_memory() -> None:
+def test_no_sequence_is_admitted_beyond_the_memory() -> None:
     scheduler = Scheduler(options(Mode.PLAIN, kv_tokens=60))
     for sequence in sequences([[2] * 5] * 3, max_tokens=10):
         scheduler.add(sequence)

@@ -1,4 +1,4 @@
-"""Laws of sharing: what texts have in common from their beginning is read once, and nobody can tell from the text."""
+"""Laws of prefix sharing: a common prefix is prefilled once, and that changes no text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def last_token(text: tuple[int, ...]) -> Tensor:
 
 
 @pytest.fixture
-def nobody_shares(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def no_sharing(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(scheduler, "MIN_SHARED_PREFIX", 10_000)
     return monkeypatch
 
@@ -35,13 +35,13 @@ def nobody_shares(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 @pytest.mark.parametrize("prefill_rows", [7, 500])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_text_is_the_same_with_and_without_sharing(
-    nobody_shares: pytest.MonkeyPatch, architecture: str, prefill_rows: int, sampling: Sampling, cpu_kernels: bool
+    no_sharing: pytest.MonkeyPatch, architecture: str, prefill_rows: int, sampling: Sampling, cpu_kernels: bool
 ) -> None:
     if not cpu_kernels:
-        nobody_shares.setattr("worker.engine.model.backend.kernels", lambda dtype: None)
+        no_sharing.setattr("worker.engine.model.backend.kernels", lambda dtype: None)
     alone = sequences(PROMPTS, max_tokens=6, sampling=sampling)
     decode(engine(packed(tiny(architecture)), None, options(Mode.PLAIN, prefill_rows=prefill_rows)), alone)
-    nobody_shares.setattr(scheduler, "MIN_SHARED_PREFIX", 16)
+    no_sharing.setattr(scheduler, "MIN_SHARED_PREFIX", 16)
     together = sequences(PROMPTS, max_tokens=6, sampling=sampling)
     running = engine(packed(tiny(architecture)), drafter("same"), options(Mode.PAPER, prefill_rows=prefill_rows))
     decode(running, together)
@@ -80,7 +80,7 @@ def test_a_prompt_that_comes_later_shares_with_one_that_runs_and_with_one_that_h
     assert model.rows == len(PROMPTS[0]) + 2 + 2 * 3
 
 
-def test_a_text_goes_on_in_the_slot_that_holds_its_beginning() -> None:
+def test_a_sequence_starts_in_the_slot_that_holds_its_prefix() -> None:
     model = TableModel(last_token)
     running = engine(model, None, options(Mode.PLAIN, max_sequences=1))
     decode(running, sequences([PROMPTS[0]], max_tokens=1))
@@ -98,7 +98,7 @@ def test_a_freed_slot_that_was_overwritten_is_shared_no_more(forgotten: bool) ->
     if forgotten:
         running.forget(first.slot)
     decode(running, [second])
-    # the control: poison that nobody was told of shows, so these slots are really shared
+    # the control: poison without a `forget` changes texts, so these slots are really shared
     assert (outputs([second]) == outputs([first])) is forgotten
 
 
@@ -118,5 +118,5 @@ def test_a_sequence_cancelled_before_it_read_anything_leaves_the_others_alone() 
 @pytest.mark.parametrize(
     ("a", "b", "length"), [([], [1], 0), ([1, 2, 3], [1, 2, 4], 2), ([1, 2], [1, 2, 3], 2), ([1], [2], 0)]
 )
-def test_common_beginnings_are_measured(a: list[int], b: list[int], length: int) -> None:
+def test_common_prefixes_are_measured(a: list[int], b: list[int], length: int) -> None:
     assert common_prefix_length(a, b) == common_prefix_length(b, a) == length

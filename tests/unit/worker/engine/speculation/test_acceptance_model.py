@@ -1,4 +1,4 @@
-"""Laws of the learned acceptance: promises become frequencies, per depth and sampling, whatever was verified."""
+"""Laws of the acceptance model: probabilities become frequencies, per depth and sampling, verified or not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def offered(*probabilities: float) -> Candidates:
 
 
 def taught(truth: float, promised: float, steps: int = 600) -> AcceptanceModel:
-    """Return what was learned from drafts that promise one thing and keep another."""
+    """Return a model that has learned from drafts of probability `promised`, which the target drew with `truth`."""
     rng, acceptance = np.random.default_rng(0), AcceptanceModel()
     for _ in range(steps):
         drawn = np.array([0 if rng.random() < truth else 9])
@@ -30,16 +30,16 @@ def taught(truth: float, promised: float, steps: int = 600) -> AcceptanceModel:
 
 
 @pytest.mark.parametrize(("truth", "promised"), [(0.9, 0.3), (0.2, 0.7), (0.5, 0.5), (0.05, 0.6)])
-def test_a_promise_is_worth_what_it_was_worth_before(truth: float, promised: float) -> None:
+def test_a_probability_becomes_the_frequency_seen_before(truth: float, promised: float) -> None:
     valued = taught(truth, promised).of(forest(), np.array([0]), offered(promised))
     assert valued.probabilities[0, 0] == pytest.approx(truth, abs=0.06)
 
 
-def test_before_anything_is_known_the_drafter_is_believed() -> None:
+def test_without_samples_the_drafter_s_probability_stays() -> None:
     assert AcceptanceModel().of(forest(), np.array([0]), offered(0.6, 0.0)).probabilities.tolist() == [[0.6, 0.0]]
 
 
-def test_what_was_learned_greedily_does_not_speak_for_sampling() -> None:
+def test_greedy_samples_do_not_change_sampled_probabilities() -> None:
     sampled = taught(0.1, 0.7).of(forest(Sampling(1.0)), np.array([0]), offered(0.7))
     assert sampled.probabilities[0, 0] == pytest.approx(0.7)
 
@@ -52,11 +52,11 @@ def test_a_change_of_the_text_is_followed_within_two_hundred_steps() -> None:
     assert acceptance.of(forest(), np.array([0]), offered(0.6)).probabilities[0, 0] < 0.6
 
 
-def test_nodes_the_target_did_not_come_by_teach_nothing() -> None:
+def test_nodes_that_the_target_did_not_reach_teach_nothing() -> None:
     acceptance = AcceptanceModel()
     acceptance.learn(forest(), np.array([0]), offered(0.7), np.array([-1]))
     assert acceptance.as_json() == AcceptanceModel().as_json()
 
 
-def test_nothing_is_certain() -> None:
+def test_no_probability_reaches_one() -> None:
     assert taught(1.0, 0.9).of(forest(), np.array([0]), offered(0.99)).probabilities.max() < 1.0

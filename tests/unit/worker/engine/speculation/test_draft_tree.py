@@ -1,4 +1,4 @@
-"""Laws of draft trees: the n best nodes are a tree, they are the best tree there is, and ties break no tree."""
+"""Laws of draft trees: the n best nodes form the optimal tree, ties included, and budgets cut at the optimum."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_the_priced_cut_is_the_best_of_all_sets_of_nodes(seed: int, rate: float)
     assert net(tuple(np.flatnonzero(kept)[2:].tolist())) == pytest.approx(best)
 
 
-def test_the_cut_looks_past_a_step_in_the_costs() -> None:
+def test_the_cut_is_the_global_optimum_of_costs_with_steps() -> None:
     """Not the first descent: the second row is dear, the third to eighth are free."""
     shelf = CostModel({1: 10.0, 2: 14.0, 8: 14.0, 16: 60.0})
     forest = Forest(sequences(max_tokens=50)[:1])
@@ -223,8 +223,8 @@ def test_only_nodes_that_can_enter_the_cut_are_drafted(
     assert sum(len(layer.frontier) for layer in layers) < sum(len(layer.frontier) for layer in everywhere) / 10
 
 
-def test_a_layer_is_drafted_for_what_its_best_children_have_been_worth() -> None:
-    """A layer costs half a token: it is worth that below 0.9 with good children, and soon not any more below 0.55."""
+def test_a_layer_is_drafted_if_best_children_have_been_worth_its_cost() -> None:
+    """A layer costs half a token: worth it below nodes of 0.9 with good children, and soon not below 0.55."""
     costs, layers = CostModel({1: 10.0, 64: 10.0}), DraftCosts()
     layers.observe(1, 1.0)
 
@@ -296,7 +296,7 @@ def test_roots_alone_have_no_siblings() -> None:
     assert rank.tolist() == children.tolist() == [0, 0, 0]
 
 
-def test_of_equal_nodes_those_of_the_text_with_most_left_come_first() -> None:
+def test_of_equal_nodes_those_of_the_sequence_with_most_tokens_left_come_first() -> None:
     some = sequences(max_tokens=50)[:3]
     for sequence, written in zip(some, (9, 2, 5), strict=True):
         sequence.ids += [3] * written
