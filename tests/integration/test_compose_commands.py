@@ -202,4 +202,4 @@ def test_the_node_comes_up_and_serves_who_has_the_key_that_make_secrets_made(com
 def test_a_second_start_migrates_nothing_and_keeps_the_key(compose: Compose) -> None:
     compose.start("migrate")
     compose.wait_for("migrate", "service_completed_successfully")
-    assert "recorded already" in compose.log("migrate")
+    assert "stored already" in compose.log("migrate")
