@@ -193,7 +193,7 @@ def test_a_database_that_may_only_be_read_is_served_and_submissions_say_so(
                 api.post("/v1/files", files={"file": ("lines.jsonl", b"{}")}, data={"purpose": "batch"}),
                 api.delete("/v1/files/none"),
             ):
-                assert "can be read but not written" in refused(reply, 503, "database_unavailable")
+                assert "is read-only" in refused(reply, 503, "database_unavailable")
 
 
 @pytest.mark.parametrize("with_key", [False, True])
