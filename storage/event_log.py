@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import groupby
 from typing import Any, Final, Literal
 
-from sqlalchemy import ColumnElement, Integer, and_, func, literal, select, tuple_
+from sqlalchemy import ColumnElement, Integer, Select, and_, bindparam, func, literal, select, tuple_
 from sqlalchemy.orm import Session
 
 from storage.dialect import AnyRow, repeatable_read
@@ -121,7 +122,8 @@ def ended_requests(session: Session, job_id: str, after: Position, limit: int) -
         .where(
             Request.job_id == job_id,
             Request.event_number >= after.number,
-            tuple_(Request.event_number, Request.request_index) > _bound(after.number, after.request_index),
+            tuple_(Request.event_number, Request.request_index)
+            > tuple_(literal(after.number, Integer), literal(after.request_index, Integer)),
         )
         .order_by(Request.event_number, Request.request_index)
         .limit(limit)
@@ -130,7 +132,7 @@ def ended_requests(session: Session, job_id: str, after: Position, limit: int) -
 
 
 def _job(session: Session, job_id: str) -> AnyRow:
-    return session.execute(select(Job.status, Job.event_number).where(Job.id == job_id)).one()
+    return session.execute(_job_query(), {"job_id": job_id}).one()
 
 
 def _end(job: AnyRow, cursor: Cursor) -> Cursor:
@@ -145,10 +147,9 @@ def _end(job: AnyRow, cursor: Cursor) -> Cursor:
 
 def _open_checkpoints(session: Session, job_id: str, base: int) -> list[LogEvent]:
     """Return the checkpoints of open choices after commit `base`; for a new reader (-1), one event per choice."""
-    query = _checkpoint_query(job_id).where(Partial.event_number > base)
+    rows = session.execute(_checkpoint_query(by_choice=base < 0), {"job_id": job_id, "base": base}).all()
     if base >= 0:
-        return [_tokens_event([row]) for row in session.execute(query.order_by(*_PARTIAL_POSITION, Partial.seq))]
-    rows = session.execute(query.order_by(*_PARTIAL_KEY, Partial.seq)).all()
+        return [_tokens_event([row]) for row in rows]
     groups = groupby(rows, key=lambda row: (row.request_index, row.choice_index))
     return [replace(_tokens_event(list(group)), from_start=True) for _, group in groups]
 
@@ -181,7 +182,16 @@ _PARTIAL_POSITION: Final = (Partial.event_number, Partial.request_index, Partial
 _OUTPUT_POSITION: Final = (ChoiceOutput.event_number, ChoiceOutput.request_index, ChoiceOutput.choice_index)
 
 
-def _checkpoint_query(job_id: str) -> Any:
+# Each read of the log runs these queries, and to build one takes longer than to run it: hence the caches.
+
+
+@cache
+def _job_query() -> Select[*tuple[Any, ...]]:
+    return select(Job.status, Job.event_number).where(Job.id == bindparam("job_id"))
+
+
+@cache
+def _checkpoint_query(*, by_choice: bool) -> Select[*tuple[Any, ...]]:
     return (
         select(
             Request.custom_id,
@@ -194,13 +204,40 @@ def _checkpoint_query(job_id: str) -> Any:
             Partial.accepted,
         )
         .join(Request, and_(Request.job_id == Partial.job_id, Request.request_index == Partial.request_index))
-        .where(Partial.job_id == job_id)
+        .where(Partial.job_id == bindparam("job_id"), Partial.event_number > bindparam("base"))
+        .order_by(*(_PARTIAL_KEY if by_choice else _PARTIAL_POSITION), Partial.seq)
     )
 
 
 def _outputs(session: Session, job_id: str, since: Cursor, limit: int) -> Iterator[tuple[Position, AnyRow]]:
-    position = since.position
-    query = (
+    for row in session.execute(_output_query(), _parameters(job_id, since, limit)):
+        end = Position(row.event_number, row.request_index, row.choice_index, _END)
+        if end > since.position:
+            yield end, row
+
+
+def _failures(session: Session, job_id: str, since: Cursor, limit: int) -> Iterator[tuple[Position, AnyRow]]:
+    for row in session.execute(_failure_query(), _parameters(job_id, since, limit)):
+        end = Position(row.event_number, row.request_index, 0, _FAILURE)
+        if end > since.position:
+            yield end, row
+
+
+def _parameters(job_id: str, since: Cursor, limit: int) -> dict[str, Any]:
+    return {
+        "job_id": job_id,
+        "base": since.base,
+        "until": since.until,
+        "number": since.position.number,
+        "request_index": since.position.request_index,
+        "choice_index": since.position.choice_index,
+        "rows": limit + 2,  # the first may be at the position itself, and is skipped
+    }
+
+
+@cache
+def _output_query() -> Select[*tuple[Any, ...]]:
+    return (
         select(
             Request.custom_id,
             ChoiceOutput.event_number,
@@ -217,23 +254,19 @@ def _outputs(session: Session, job_id: str, since: Cursor, limit: int) -> Iterat
         )
         .join(Request, and_(Request.job_id == ChoiceOutput.job_id, Request.request_index == ChoiceOutput.request_index))
         .where(
-            ChoiceOutput.job_id == job_id,
-            ChoiceOutput.event_number >= position.number,
-            ChoiceOutput.event_number > since.base,
-            ChoiceOutput.event_number <= since.until,
-            tuple_(*_OUTPUT_POSITION) >= _bound(position.number, position.request_index, position.choice_index),
+            ChoiceOutput.job_id == bindparam("job_id"),
+            ChoiceOutput.event_number >= bindparam("number"),
+            ChoiceOutput.event_number > bindparam("base"),
+            ChoiceOutput.event_number <= bindparam("until"),
+            tuple_(*_OUTPUT_POSITION) >= _bound("number", "request_index", "choice_index"),
         )
         .order_by(*_OUTPUT_POSITION)
-        .limit(limit + 2)  # the first may be at the position itself, and is skipped
+        .limit(bindparam("rows", type_=Integer))
     )
-    for row in session.execute(query):
-        end = Position(row.event_number, row.request_index, row.choice_index, _END)
-        if end > position:
-            yield end, row
 
 
-def _failures(session: Session, job_id: str, since: Cursor, limit: int) -> Iterator[tuple[Position, AnyRow]]:
-    position = since.position
+@cache
+def _failure_query() -> Select[*tuple[Any, ...]]:
     last_seq = (
         select(func.max(Partial.seq))
         .where(
@@ -243,7 +276,7 @@ def _failures(session: Session, job_id: str, since: Cursor, limit: int) -> Itera
         )
         .scalar_subquery()
     )
-    query = (
+    return (
         select(
             Request.custom_id,
             Request.event_number,
@@ -255,20 +288,16 @@ def _failures(session: Session, job_id: str, since: Cursor, limit: int) -> Itera
             literal("failure").label("source"),
         )
         .where(
-            Request.job_id == job_id,
-            Request.event_number >= position.number,
-            Request.event_number > since.base,
-            Request.event_number <= since.until,
+            Request.job_id == bindparam("job_id"),
+            Request.event_number >= bindparam("number"),
+            Request.event_number > bindparam("base"),
+            Request.event_number <= bindparam("until"),
             Request.status.in_(ERROR_REQUEST_STATUSES),
-            tuple_(Request.event_number, Request.request_index) >= _bound(position.number, position.request_index),
+            tuple_(Request.event_number, Request.request_index) >= _bound("number", "request_index"),
         )
         .order_by(Request.event_number, Request.request_index)
-        .limit(limit + 2)
+        .limit(bindparam("rows", type_=Integer))
     )
-    for row in session.execute(query):
-        end = Position(row.event_number, row.request_index, 0, _FAILURE)
-        if end > position:
-            yield end, row
 
 
 def _events(row: AnyRow, position: Position, since: Cursor) -> Iterator[LogEvent]:
@@ -321,5 +350,5 @@ def _cut(pieces: Sequence[Sequence[str]], chars: int) -> Iterator[tuple[str, str
         chars = max(0, chars - len(text))
 
 
-def _bound(*values: int) -> ColumnElement[Any]:
-    return tuple_(*(literal(value, Integer) for value in values))
+def _bound(*names: str) -> ColumnElement[Any]:
+    return tuple_(*(bindparam(name, type_=Integer) for name in names))

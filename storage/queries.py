@@ -12,8 +12,7 @@ from sqlalchemy import ColumnElement, Connection, Select, Text, and_, bindparam,
 from sqlalchemy.orm import Session
 
 from storage.dialect import AnyRow, clock, dialect_of, owned_by
-from storage.models import ChoiceOutput, Job, Partial, Request, Worker
-from storage.progress_writes import merge_pieces
+from storage.models import ChoiceOutput, Job, Request, Worker
 from storage.records import HEARTBEAT_TIMEOUT_S, NewRequest
 from storage.statistics import DepthAcceptance as DepthAcceptance  # re-exported
 from storage.statistics import JobStats as JobStats
@@ -104,22 +103,6 @@ class OutputView:
     def completion_tokens(self) -> int:
         """Completion tokens of all choices."""
         return sum(choice.completion_tokens for choice in self.choices)
-
-
-@dataclass(frozen=True, slots=True)
-class ChoiceSnapshot:
-    """The committed part of one choice. A request that failed before its first token appears as choice 0."""
-
-    custom_id: str
-    request_index: int
-    choice_index: int
-    text: str
-    pieces: tuple[tuple[str, str], ...]  # the text, split by source: (text, "draft" | "target")
-    last_seq: int  # seq of its last event; -1: none
-    tokens: int
-    accepted: int
-    finish_reason: str | None
-    error: dict[str, Any] | None  # code, message, param
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,17 +282,6 @@ def requests_to_retry(session: Session, job_id: str) -> Iterator[NewRequest]:
         after = rows[-1].request_index
 
 
-def snapshot(session: Session, job_id: str) -> list[ChoiceSnapshot]:
-    """Return the committed part of every choice of a job, in order."""
-    errors = _errors(session, job_id)
-    found = {
-        **{(index, 0): _failed_choice(index, 0, error) for index, error in errors.items()},
-        **_open_choices(session, job_id, errors),
-        **_finished_choices(session, job_id),
-    }
-    return [found[key] for key in sorted(found)]
-
-
 def open_requests(session: Session) -> int:
     """Return how many requests are open."""
     left = Job.requests_total - Job.requests_completed - Job.requests_failed
@@ -381,101 +353,3 @@ def _choice_view(row: AnyRow) -> ChoiceView:
 def _is_validated(job_id: str) -> ColumnElement[bool]:
     """Return the condition that a batch is validated: its requests, stored in chunks, become visible together."""
     return select(Job.validated_at).where(Job.id == job_id).scalar_subquery().is_not(None)
-
-
-def _errors(session: Session, job_id: str) -> dict[int, AnyRow]:
-    """Return the requests of a job that ended with an error, by index."""
-    rows = session.execute(
-        select(
-            Request.request_index,
-            Request.custom_id,
-            Request.error_code,
-            Request.error_message,
-            Request.error_param,
-        )
-        .where(Request.job_id == job_id, Request.status.in_(ERROR_REQUEST_STATUSES))
-        .where(_is_validated(job_id))
-    )
-    return {row.request_index: row for row in rows}
-
-
-def _failed_choice(index: int, choice: int, error: AnyRow) -> ChoiceSnapshot:
-    return ChoiceSnapshot(error.custom_id, index, choice, "", (), -1, 0, 0, None, _error_body(error))
-
-
-def _error_body(error: AnyRow | None) -> dict[str, Any] | None:
-    if error is None:
-        return None
-    return {"code": error.error_code, "message": error.error_message, "param": error.error_param}
-
-
-def _open_choices(session: Session, job_id: str, errors: Mapping[int, AnyRow]) -> dict[tuple[int, int], ChoiceSnapshot]:
-    """Return the open choices that have checkpoints."""
-    rows = session.execute(
-        select(
-            Request.custom_id,
-            Partial.request_index,
-            Partial.choice_index,
-            Partial.seq,
-            Partial.text,
-            Partial.pieces,
-            Partial.accepted,
-        )
-        .join(Request, and_(Request.job_id == Partial.job_id, Request.request_index == Partial.request_index))
-        .where(Partial.job_id == job_id)
-        .order_by(Partial.request_index, Partial.choice_index, Partial.seq)
-    )
-    return {
-        key: _open_choice(list(group), _error_body(errors.get(key[0])))
-        for key, group in groupby(rows, key=lambda row: (row.request_index, row.choice_index))
-    }
-
-
-def _open_choice(partials: list[AnyRow], error: dict[str, Any] | None) -> ChoiceSnapshot:
-    last = partials[-1]
-    flags = [flag for partial in partials for flag in partial.accepted]
-    return ChoiceSnapshot(
-        custom_id=last.custom_id,
-        request_index=last.request_index,
-        choice_index=last.choice_index,
-        text="".join(partial.text for partial in partials),
-        pieces=tuple(merge_pieces(piece for partial in partials for piece in partial.pieces)),
-        last_seq=last.seq,
-        tokens=len(flags),
-        accepted=sum(flags),
-        finish_reason=None,
-        error=error,
-    )
-
-
-def _finished_choices(session: Session, job_id: str) -> dict[tuple[int, int], ChoiceSnapshot]:
-    rows = session.execute(
-        select(
-            Request.custom_id,
-            ChoiceOutput.request_index,
-            ChoiceOutput.choice_index,
-            ChoiceOutput.text,
-            ChoiceOutput.pieces,
-            ChoiceOutput.last_seq,
-            ChoiceOutput.completion_tokens,
-            ChoiceOutput.accepted_tokens,
-            ChoiceOutput.finish_reason,
-        )
-        .join(Request, and_(Request.job_id == ChoiceOutput.job_id, Request.request_index == ChoiceOutput.request_index))
-        .where(ChoiceOutput.job_id == job_id)
-    )
-    return {
-        (row.request_index, row.choice_index): ChoiceSnapshot(
-            custom_id=row.custom_id,
-            request_index=row.request_index,
-            choice_index=row.choice_index,
-            text=row.text,
-            pieces=tuple((text, source) for text, source in row.pieces),
-            last_seq=row.last_seq,
-            tokens=row.completion_tokens,
-            accepted=row.accepted_tokens,
-            finish_reason=row.finish_reason,
-            error=None,
-        )
-        for row in rows
-    }

@@ -1,6 +1,6 @@
-"""Drop events of a job that a reader has received before, and detect gaps between events.
+"""Drop events of a job that a client has received before, over another connection.
 
-The server uses it between pub/sub and SQL, the client between two connections. Pure: no Redis, no SQL, no HTTP.
+Pure: no Redis, no SQL, no HTTP.
 """
 
 from __future__ import annotations
@@ -15,10 +15,6 @@ class EventFilter:
         self._last_seq: dict[tuple[int, int], int] = {}
         self._ended: set[tuple[int, int]] = set()
         self._status: JobStatus | None = None
-
-    def is_next(self, event: PartialEvent) -> bool:
-        """Return False if the reader must query SQL: an earlier event is missing, or the event is about the job."""
-        return event.index is not None and event.seq <= self._last_seq.get(_key(event), -1) + 1
 
     def accept(self, event: PartialEvent) -> bool:
         """Return whether the event is new, and remember it."""

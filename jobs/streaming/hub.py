@@ -12,7 +12,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jobs.messages import PartialEvent
 from jobs.streaming.pubsub import subscribe
@@ -43,6 +43,7 @@ class EventBatch:
     before: Cursor
     after: Cursor
     events: bytes
+    complete: bool = True  # there was nothing more in SQL
 
 
 class EventHub:
@@ -181,7 +182,7 @@ class _Channel:
     async def _batch(self, since: Cursor) -> EventBatch:
         page = await self._read(self._job_id, since)
         events, after = await asyncio.to_thread(encode_page, self._job_id, page, since)  # a page may be large
-        return EventBatch(since, after, events)
+        return EventBatch(since, after, events, page.complete)
 
     async def _listen(self, events: AsyncGenerator[PartialEvent | None]) -> None:
         async with aclosing(events):
@@ -194,17 +195,22 @@ class _Channel:
         """Append new events to the buffer until the job has ended."""
         cursor = self._cursor = (await self._read(self._job_id, None)).cursor
         self._notify_readers()
+        loop = asyncio.get_running_loop()
+        read_at = float("-inf")
         while cursor.status not in FINAL_JOB_STATUSES:
             await self._wake.wait()
-            await asyncio.sleep(_GATHER_S)
+            await asyncio.sleep(read_at + _GATHER_S - loop.time())  # the first read of a while does not wait
             self._wake.clear()
+            read_at = loop.time()
             while (batch := await self._batch(cursor)).events:
                 self._add(batch)
                 cursor = batch.after
+                if batch.complete:
+                    break
 
     def _add(self, batch: EventBatch) -> None:
         started, self._started = b"".join(self._started), []
-        self._buffer.append(EventBatch(batch.before, batch.after, started + batch.events))
+        self._buffer.append(replace(batch, events=started + batch.events))
         self._buffer_bytes += len(started) + len(batch.events)
         while self._buffer_bytes > _BUFFER_BYTES and len(self._buffer) > 1:
             self._buffer_bytes -= len(self._buffer.popleft().events)

@@ -1,8 +1,7 @@
-"""Publish partial text on Redis pub/sub without blocking, and follow a job without missing or repeating text.
+"""Publish partial text on Redis pub/sub without blocking, and subscribe to the messages of a job.
 
-Pub/sub may lose messages at any time; the truth is in SQL. So a reader subscribes, waits for the confirmation, reads
-SQL, and then takes numbered events. After a gap, a second confirmation (the only sign of a reconnect) or silence it
-reads SQL again.
+Pub/sub may lose messages at any time; the truth is in SQL. So a subscriber must read SQL after each confirmed
+subscription (the only sign of a reconnect) and after silence.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import logging
 import queue
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from typing import Any
 
 import redis
@@ -23,7 +22,6 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
-from jobs.client.event_filter import EventFilter
 from jobs.json_lines import one_line
 from jobs.messages import PartialEvent
 
@@ -107,30 +105,6 @@ class Publisher:
         if reachable and not self._reachable:
             log.info("Publishing partial events again", extra={"action": "partials_up"})
         self._reachable = reachable
-
-
-async def follow(
-    job_id: str, redis_url: str, read: Callable[[], Sequence[PartialEvent]], *, poll_s: float = _POLL_S
-) -> AsyncGenerator[PartialEvent]:
-    """Yield the events of a job until its status is final: first the text so far, then new events.
-
-    `read` returns the state in SQL as events and is called in a thread. Without Redis it is polled, and all text comes
-    as snapshots.
-    """
-    event_filter = EventFilter()
-    async with aclosing(subscribe(redis_url, job_id, poll_s)) as signals:
-        async for signal in signals:
-            is_next = signal is not None and event_filter.is_next(signal)
-            events = [signal] if is_next and signal is not None else await asyncio.to_thread(read)
-            for event in events:
-                if event_filter.accept(event):
-                    yield event
-            if not events or _is_end(events[-1]):
-                return
-
-
-def _is_end(event: PartialEvent) -> bool:
-    return event.status is not None and event.status.final
 
 
 async def subscribe(redis_url: str, job_id: str, poll_s: float) -> AsyncGenerator[PartialEvent | None]:

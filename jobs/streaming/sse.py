@@ -27,6 +27,9 @@ _ID = re.compile(
 )
 
 
+_DATA = b"data: "
+
+
 def encode_cursor(cursor: Cursor) -> str:
     """Return the cursor as an event id."""
     text = str(cursor.base)
@@ -56,6 +59,13 @@ def encode_event(event: PartialEvent, event_id: str | None = None) -> bytes:
     """Return an event in the format of server-sent events, with its data on one line."""
     name = "" if event_id is None else f"id: {event_id}\n"
     return f"{name}event: {event.type}\ndata: {json_line(event)}\n\n".encode()
+
+
+def decode_events(sent: bytes) -> Iterator[PartialEvent]:
+    """Yield the events of what `EventHub.follow` yields: the inverse of `encode_event`, for readers in this process."""
+    for line in sent.splitlines():
+        if line.startswith(_DATA):
+            yield PartialEvent.model_validate_json(line.removeprefix(_DATA))
 
 
 def encode_page(job_id: str, page: Page, since: Cursor) -> tuple[bytes, Cursor]:

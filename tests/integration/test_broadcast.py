@@ -29,7 +29,7 @@ def database(tmp_path: Path) -> Iterator[Database]:
 
 
 class Worker:
-    """Writes one text, a word at a time, and says so."""
+    """Writes one text, a word at a time, and publishes an event for each commit, unless it is to be lost."""
 
     def __init__(self, database: Database, redis_url: str) -> None:
         record(database, "job-1")
@@ -42,11 +42,13 @@ class Worker:
     def text(self) -> str:
         return "".join(checkpoint.text for checkpoint in self._made[:-1])
 
-    def write(self, *, ends: bool = False) -> None:
+    def write(self, *, ends: bool = False, lost: bool = False) -> None:
         checkpoint = self._made[-1]
         finished = (end_of(*self._made),) if ends else ()
         flush(self._database, "w1", RequestProgress(self._claim.lease, (checkpoint,), finished, ends=ends))
-        self._publisher.publish([PartialEvent(job_id="job-1", request="a", index=0, seq=checkpoint.seq, type="tokens")])
+        if not lost:
+            event = PartialEvent(job_id="job-1", request="a", index=0, seq=checkpoint.seq, type="tokens")
+            self._publisher.publish([event])
         self._made.append(tokens_of(checkpoint.seq + 1, 2, first=checkpoint.seq))
 
     def close(self) -> None:

@@ -1,191 +1,173 @@
+"""Follow a job through the event hub while Redis loses messages, sends unknown ones, restarts or is down."""
+
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import redis
 import redis.asyncio
 
 from jobs.messages import JobStatus, PartialEvent
-from jobs.streaming.pubsub import Publisher, channel, follow
+from jobs.streaming.hub import EventHub
+from jobs.streaming.pubsub import Publisher, channel
+from jobs.streaming.sse import decode_events
+from storage.event_log import Cursor
+from storage.session import Database
 from tests.conftest import free_port, start_redis, stop
+from tests.integration.test_broadcast import Worker, database, rest_of, text_of
 
+__all__ = ["database"]  # a fixture
 
-class Record:
-    """What SQL would say: the text of one choice, written by the test."""
-
-    def __init__(self, job_id: str) -> None:
-        self.job_id = job_id
-        self.status = JobStatus.IN_PROGRESS
-        self.words: list[str] = []
-        self.finish_reason: str | None = None
-
-    def read(self) -> list[PartialEvent]:
-        """Tell the story so far."""
-        events = []
-        if self.words:
-            text = "".join(self.words)
-            events.append(self.event("tokens", len(self.words) - 1, text=text, tokens=len(self.words), snapshot=True))
-        if self.finish_reason is not None:
-            events.append(self.event("finished", len(self.words), finish_reason=self.finish_reason))
-        return [*events, PartialEvent(job_id=self.job_id, type="job", status=self.status)]
-
-    def write(self, word: str) -> PartialEvent:
-        """Commit a word and return the event to publish."""
-        self.words.append(word)
-        return self.event("tokens", len(self.words) - 1, text=word, tokens=1)
-
-    def finish(self) -> Sequence[PartialEvent]:
-        self.finish_reason = "stop"
-        self.status = JobStatus.COMPLETED
-        return (
-            self.event("finished", len(self.words), finish_reason="stop"),
-            PartialEvent(job_id=self.job_id, type="job", status=self.status),
-        )
-
-    def event(self, kind: Any, seq: int, **fields: Any) -> PartialEvent:
-        return PartialEvent(job_id=self.job_id, request="a", index=0, type=kind, seq=seq, **fields)
+EVENT = PartialEvent(job_id="job-1", request="a", index=0, type="tokens", seq=0, text="Hi", tokens=1)
 
 
 @pytest.fixture
-def record(request: pytest.FixtureRequest) -> Record:
-    return Record(f"batch_{request.node.name}")
+def start(database: Database) -> Iterator[Callable[[str], Worker]]:
+    """Return a function that starts a worker which publishes at a URL."""
+    workers: list[Worker] = []
+
+    def worker_at(url: str) -> Worker:
+        workers.append(Worker(database, url))
+        return workers[-1]
+
+    yield worker_at
+    for worker in workers:
+        worker.close()
 
 
-def text_of(events: Sequence[PartialEvent]) -> str:
-    text = ""
-    for event in events:
-        text = event.text if event.snapshot else text + event.text
-    return text
+def follow(database: Database, url: str, poll_s: float = 5.0) -> AsyncGenerator[bytes]:
+    return EventHub(database, url, poll_s=poll_s).follow("job-1", Cursor())
 
 
-async def subscribed(server_url: str, job_id: str, readers: int = 1) -> None:
-    """Return when so many readers listen to a job."""
+def reading(database: Database, url: str, poll_s: float = 5.0) -> asyncio.Task[bytes]:
+    return asyncio.create_task(asyncio.wait_for(rest_of(follow(database, url, poll_s)), 20))
+
+
+async def subscribed(server_url: str, readers: int = 1) -> None:
+    """Return when this number of readers has subscribed to the job."""
     async with redis.asyncio.Redis.from_url(server_url) as client:
-        while (await client.pubsub_numsub(channel(job_id)))[0][1] != readers:
+        while (await client.pubsub_numsub(channel("job-1")))[0][1] != readers:
             await asyncio.sleep(0.01)
 
 
-async def collect(events: AsyncIterator[PartialEvent]) -> list[PartialEvent]:
-    return [event async for event in events]
+Start = Callable[[str], Worker]
 
 
-def test_a_reader_is_told_what_is_written_and_then_what_is_being_written(record: Record, redis_url: str) -> None:
-    record.write("Once ")
+def test_a_reader_receives_the_text_so_far_and_then_new_text(start: Start, database: Database, redis_url: str) -> None:
+    worker = start(redis_url)
+    worker.write()
 
-    async def scenario() -> list[PartialEvent]:
-        reading = asyncio.create_task(collect(follow(record.job_id, redis_url, record.read)))
-        await subscribed(redis_url, record.job_id)
-        publisher = Publisher(redis_url)
-        publisher.publish([record.write("upon ")])
-        publisher.publish([record.write("a time.")])
-        publisher.publish(record.finish())
-        publisher.close()
-        return await asyncio.wait_for(reading, 10)
+    async def scenario() -> bytes:
+        reader = reading(database, redis_url)
+        await subscribed(redis_url)
+        worker.write()
+        worker.write(ends=True)
+        return await reader
 
-    events = asyncio.run(scenario())
-    assert text_of(events) == "Once upon a time."
+    sent = asyncio.run(scenario())
+    assert text_of(sent) == worker.text
+    events = list(decode_events(sent))
     assert [event.type for event in events[-2:]] == ["finished", "job"]
     assert events[-1].status is JobStatus.COMPLETED
 
 
-def test_a_lost_event_is_made_up_for_from_sql(record: Record, redis_url: str) -> None:
-    async def scenario() -> list[PartialEvent]:
-        reading = asyncio.create_task(collect(follow(record.job_id, redis_url, record.read)))
-        await subscribed(redis_url, record.job_id)
-        publisher = Publisher(redis_url)
-        publisher.publish([record.write("One ")])
-        record.write("two ")  # committed, and its event lost
-        publisher.publish([record.write("three")])
-        publisher.publish(record.finish())
-        publisher.close()
-        return await asyncio.wait_for(reading, 10)
+def test_a_lost_message_loses_no_text(start: Start, database: Database, redis_url: str) -> None:
+    worker = start(redis_url)
 
-    assert text_of(asyncio.run(scenario())) == "One two three"
+    async def scenario() -> bytes:
+        reader = reading(database, redis_url)
+        await subscribed(redis_url)
+        worker.write()
+        worker.write(lost=True)
+        worker.write(ends=True)
+        return await reader
 
-
-def test_a_reader_that_comes_late_is_told_everything_once(record: Record, redis_url: str) -> None:
-    record.write("All ")
-    record.write("done")
-    record.finish()
-    events = asyncio.run(collect(follow(record.job_id, redis_url, record.read)))
-    assert [event.type for event in events] == ["tokens", "finished", "job"]
-    assert text_of(events) == "All done"
+    assert text_of(asyncio.run(scenario())) == worker.text
 
 
-def test_silence_sends_a_reader_back_to_sql(record: Record, redis_url: str) -> None:
-    async def scenario() -> list[PartialEvent]:
-        reading = asyncio.create_task(collect(follow(record.job_id, redis_url, record.read, poll_s=0.1)))
-        await subscribed(redis_url, record.job_id)
-        record.write("unheard")
-        record.finish()
-        return await asyncio.wait_for(reading, 10)
-
-    assert text_of(asyncio.run(scenario())) == "unheard"
+def test_a_late_reader_receives_everything_once(start: Start, database: Database, redis_url: str) -> None:
+    worker = start(redis_url)
+    worker.write()
+    worker.write(ends=True)
+    sent = asyncio.run(rest_of(follow(database, redis_url)))
+    assert [event.type for event in decode_events(sent)] == ["tokens", "finished", "job"]
+    assert text_of(sent) == worker.text
 
 
-def test_a_message_that_is_no_event_is_skipped(record: Record, redis_url: str) -> None:
-    async def scenario() -> list[PartialEvent]:
-        reading = asyncio.create_task(collect(follow(record.job_id, redis_url, record.read)))
-        await subscribed(redis_url, record.job_id)
+def test_after_silence_a_reader_reads_sql(start: Start, database: Database, redis_url: str) -> None:
+    worker = start(redis_url)
+
+    async def scenario() -> bytes:
+        reader = reading(database, redis_url, poll_s=0.1)
+        await subscribed(redis_url)
+        worker.write(ends=True, lost=True)
+        return await reader
+
+    assert text_of(asyncio.run(scenario())) == worker.text
+
+
+def test_a_message_that_is_not_an_event_is_skipped(start: Start, database: Database, redis_url: str) -> None:
+    worker = start(redis_url)
+
+    async def scenario() -> bytes:
+        reader = reading(database, redis_url)
+        await subscribed(redis_url)
         async with redis.asyncio.Redis.from_url(redis_url) as client:
-            await client.publish(channel(record.job_id), "{broken")
-        publisher = Publisher(redis_url)
-        publisher.publish([record.write("fine"), *record.finish()])
-        publisher.close()
-        return await asyncio.wait_for(reading, 10)
+            await client.publish(channel("job-1"), "{broken")
+        worker.write(ends=True)
+        return await reader
 
-    assert text_of(asyncio.run(scenario())) == "fine"
+    assert text_of(asyncio.run(scenario())) == worker.text
 
 
-def test_a_reader_goes_on_from_sql_without_any_server(record: Record) -> None:
-    record.write("alone")
-    record.finish()
+def test_a_reader_needs_no_redis_server(start: Start, database: Database) -> None:
     nowhere = f"redis://127.0.0.1:{free_port()}/0"
-    assert text_of(asyncio.run(collect(follow(record.job_id, nowhere, record.read)))) == "alone"
+    worker = start(nowhere)
+    worker.write(ends=True)
+    assert text_of(asyncio.run(rest_of(follow(database, nowhere)))) == worker.text
 
 
-def test_a_restart_of_the_server_costs_a_reader_nothing(record: Record, tmp_path: Path) -> None:
+def test_a_restart_of_the_redis_server_loses_no_text(start: Start, database: Database, tmp_path: Path) -> None:
     port = free_port()
     url = f"redis://127.0.0.1:{port}/0"
 
-    async def scenario() -> list[PartialEvent]:
+    async def scenario() -> tuple[bytes, str]:
         server = start_redis(port, tmp_path)
-        publisher = Publisher(url)
-        reading = asyncio.create_task(collect(follow(record.job_id, url, record.read)))
-        await subscribed(url, record.job_id)
-        publisher.publish([record.write("before ")])
+        worker = start(url)
+        reader = reading(database, url)
+        await subscribed(url)
+        worker.write()
         await asyncio.to_thread(stop, server)
-        publisher.publish([record.write("meanwhile ")])
+        worker.write()
         server = await asyncio.to_thread(start_redis, port, tmp_path)
         try:
-            await subscribed(url, record.job_id)
-            publisher.publish([record.write("after"), *record.finish()])
-            return await asyncio.wait_for(reading, 20)
+            await subscribed(url)
+            worker.write(ends=True)
+            return await reader, worker.text
         finally:
-            publisher.close()
             stop(server)
 
-    assert text_of(asyncio.run(scenario())) == "before meanwhile after"
+    sent, text = asyncio.run(scenario())
+    assert text_of(sent) == text
 
 
-def test_the_publisher_says_what_anyone_can_read_with_redis_cli(record: Record, redis_url: str) -> None:
+def test_the_publisher_says_what_anyone_can_read_with_redis_cli(redis_url: str) -> None:
     with redis.Redis.from_url(redis_url, decode_responses=True) as client, client.pubsub() as listener:
-        listener.subscribe(f"basic:partials:{record.job_id}")
+        listener.subscribe("basic:partials:job-1")
         assert listener.get_message(timeout=5) is not None
         publisher = Publisher(redis_url)
-        publisher.publish([record.write("Hi")])
+        publisher.publish([EVENT])
         message = listener.get_message(timeout=5)
         publisher.close()
     assert message is not None
-    assert message["data"].startswith(f'{{"v":1,"job_id":"{record.job_id}","request":"a","index":0,"choice":0,"seq":0,')
+    assert message["data"].startswith('{"v":1,"job_id":"job-1","request":"a","index":0,"choice":0,"seq":0,')
 
 
-def test_a_publisher_without_a_server_neither_waits_nor_raises(record: Record) -> None:
+def test_a_publisher_without_a_server_neither_waits_nor_raises() -> None:
     publisher = Publisher(f"redis://127.0.0.1:{free_port()}/0")
     for _ in range(1000):
-        publisher.publish([record.write("x")])
+        publisher.publish([EVENT])
     publisher.close()

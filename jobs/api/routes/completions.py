@@ -35,12 +35,12 @@ from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, Endpoint, Partial
 from jobs.openai import responses
 from jobs.openai.errors import error_body
 from jobs.openai.responses import ResponseHeader
-from jobs.streaming.pubsub import follow
-from jobs.streaming.snapshots import read_events
+from jobs.streaming.sse import decode_events
 from jobs.submission.intake import Submission, create_interactive_job, new_call_id
 from jobs.submission.request_parser import Item
 from jobs.tracing import submit_span
 from storage import queries, writes
+from storage.event_log import Cursor
 from storage.queries import OutputView
 
 log = logging.getLogger(__name__)
@@ -128,19 +128,16 @@ async def _events(services: Services, job_id: str) -> AsyncGenerator[PartialEven
     ends_at = loop.time() + limit_s
     ended = False
     try:
-        async with aclosing(
-            follow(job_id, services.settings.redis_url, lambda: read_events(services.database, job_id))
-        ) as events:
-            while True:
+        async with aclosing(services.hub.follow(job_id, Cursor())) as batches:
+            while not ended:
                 try:
                     async with asyncio.timeout_at(ends_at):
-                        event = await anext(events)
+                        batch = await anext(batches)
                 except TimeoutError as exc:
                     raise AnswerTooLate(f"The answer was not complete within {limit_s:g} s.") from exc
-                ended = event.status is not None and event.status.final
-                yield event
-                if ended:
-                    return
+                for event in decode_events(batch):
+                    ended = event.status is not None and event.status.final
+                    yield event
     finally:
         if not ended:
             # Not awaited: this task may be being cancelled itself.

@@ -76,6 +76,33 @@ def test_a_new_reader_receives_open_and_ended_choices(database: Database) -> Non
     assert reader.ends == [(2, 0), (0, 0)]
 
 
+def test_events_carry_text_pieces_and_counts_as_far_as_committed(database: Database) -> None:
+    record(database, requests=3)
+    first, second, _ = claim(database, limit=3)
+    flush(database, "w1", RequestProgress(first.lease, (tokens_of(1, 1, 3), tokens_of(2, 2, first=2))))
+    flush(database, "w1", whole(second.lease, 1, 2))
+    running, written, end = page(database, Cursor()).events
+    assert (running.custom_id, running.text, running.seq, running.from_start) == ("request-0", "yxxyxy", 2, True)
+    assert running.pieces == (("y", "target"), ("xx", "draft"), ("y", "target"), ("x", "draft"), ("y", "target"))
+    assert (running.tokens, running.accepted, running.finish_reason) == (6, 3, None)
+    assert (written.custom_id, written.text, written.seq) == ("request-1", "yxy", 1)
+    assert written.pieces == (("y", "target"), ("x", "draft"), ("y", "target"))
+    assert (written.tokens, written.accepted) == (3, 1)
+    assert (end.kind, end.seq, end.finish_reason) == ("finished", 2, "stop")
+
+
+def test_events_carry_the_error_of_requests_without_a_result(database: Database) -> None:
+    record(database, requests=[NewRequest("bad", failure=FAILURE), a_request("running"), a_request("queued")])
+    (claimed,) = claim(database)
+    flush(database, "w1", RequestProgress(claimed.lease, (tokens_of(1, 1),)))
+    cancel(database)
+    flush(database, "w1", held=[claimed.lease])
+    failed = {event.custom_id: event for event in page(database, Cursor()).events if event.kind == "failed"}
+    codes = {name: event.error and event.error["code"] for name, event in failed.items()}
+    assert codes == {"bad": "invalid_value", "running": "batch_cancelled", "queued": "batch_cancelled"}
+    assert failed["running"].seq == 2, "it follows the text that was written"
+
+
 def test_a_reader_that_reconnects_receives_only_the_missing_part_of_an_ended_text(database: Database) -> None:
     record(database)
     (claimed,) = claim(database)

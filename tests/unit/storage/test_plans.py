@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from sqlalchemy import event
 
-from storage import leases, queries, writes
+from storage import event_log, leases, queries, writes
+from storage.event_log import Cursor
 from storage.records import RequestProgress
 from storage.session import Database
 from tests.unit.storage.acts import cancel, claim, flush, record, release, tokens_of, view, whole
@@ -50,7 +51,7 @@ def look(database: Database) -> None:
     view(database)
     with database.read() as session:
         queries.jobs(session, 5, after="job-1")
-        queries.snapshot(session, "job-1")
+        event_log.read(session, "job-1", Cursor(), 100)
         list(queries.outputs(session, "job-1"))
         queries.job_stats(session, "job-1")
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import select
 
-from storage import queries
+from storage import event_log, queries
+from storage.event_log import Cursor
 from storage.models import ChoiceOutput, DecodeStep, Partial
 from storage.progress_writes import merge_pieces
 from storage.records import Lease, RequestFailure, RequestProgress
@@ -282,8 +283,8 @@ def test_text_with_a_nul_character_can_be_stored(database: Database) -> None:
     flush(database, "w1", RequestProgress(lease, (odd,), (end_of(odd),), ends=True))
 
     with database.read() as session:
-        (choice,) = queries.snapshot(session, "job-1")
-    assert (choice.text, choice.pieces) == ("a\ufffdb", (("a\ufffdb", "target"),))
+        text, _ = event_log.read(session, "job-1", Cursor(), 100).events
+    assert (text.text, text.pieces) == ("a\ufffdb", (("a\ufffdb", "target"),))
 
 
 def test_neighbouring_pieces_of_one_source_become_one() -> None:

@@ -5,12 +5,11 @@ from sqlalchemy import text
 
 from storage import job_details, queries, writes
 from storage.job_details import ErrorCount
-from storage.queries import ChoiceSnapshot, DepthAcceptance, JobStats
+from storage.queries import DepthAcceptance, JobStats
 from storage.records import NewRequest, RequestFailure, RequestProgress, StepRow
 from storage.session import Database
 from tests.factories import a_request, a_step, a_worker_card
 from tests.unit.storage.acts import (
-    cancel,
     claim,
     claim_one,
     end_of,
@@ -20,11 +19,6 @@ from tests.unit.storage.acts import (
     view,
     whole,
 )
-
-
-def snapshot(database: Database) -> list[ChoiceSnapshot]:
-    with database.read() as session:
-        return queries.snapshot(session, "job-1")
 
 
 def stats(database: Database, job_id: str | None = "job-1") -> JobStats:
@@ -97,51 +91,6 @@ def test_outputs_come_in_the_order_of_the_job_with_failed_requests_among_them(da
     assert [choice.text for choice in found[0].choices] == ["yxy", "yy"]
     assert (found[1].error_code, found[1].error_param, found[1].error_status_code) == ("invalid_value", "top_p", 400)
     assert [o.custom_id for o in behind] == ["c"]
-
-
-def test_a_snapshot_holds_the_committed_text(database: Database) -> None:
-    record(database, requests=3)
-    first, second, _ = claim(database, limit=3)
-    flush(database, "w1", RequestProgress(first.lease, (tokens_of(1, 1, 3), tokens_of(2, 2, first=2))))
-    flush(database, "w1", whole(second.lease, 1, 2))
-
-    running, finished = snapshot(database)
-
-    assert running == ChoiceSnapshot(
-        custom_id="request-0",
-        request_index=0,
-        choice_index=0,
-        text="yxxyxy",
-        pieces=(("y", "target"), ("xx", "draft"), ("y", "target"), ("x", "draft"), ("y", "target")),
-        last_seq=2,
-        tokens=6,
-        accepted=3,
-        finish_reason=None,
-        error=None,
-    )
-    assert (finished.custom_id, finished.text, finished.last_seq) == ("request-1", "yxy", 2)
-    assert finished.pieces == (("y", "target"), ("x", "draft"), ("y", "target"))
-    assert (finished.tokens, finished.accepted, finished.finish_reason) == (3, 1, "stop")
-
-
-def test_a_snapshot_holds_the_error_of_a_request_without_text(database: Database) -> None:
-    bad = NewRequest("bad", failure=RequestFailure("invalid_value", "no", "top_p"))
-    record(database, requests=[bad, a_request("running"), a_request("queued")])
-    lease = claim_one(database).lease
-    flush(database, "w1", RequestProgress(lease, (tokens_of(1, 1, choice=1),)))
-    cancel(database)
-    flush(database, "w1", held=[lease])
-
-    told = {
-        (c.custom_id, c.choice_index): (c.text, c.last_seq, c.error and c.error["code"]) for c in snapshot(database)
-    }
-
-    assert told == {
-        ("bad", 0): ("", -1, "invalid_value"),
-        ("running", 0): ("", -1, "batch_cancelled"),
-        ("running", 1): ("y", 1, "batch_cancelled"),
-        ("queued", 0): ("", -1, "batch_cancelled"),
-    }
 
 
 def test_statistics_of_a_job_that_has_not_started_are_none(database: Database) -> None:
