@@ -1,6 +1,6 @@
 """`python -m tests.split RANK STORE TARGET DRAFT`: one of two ranks that decode the tests' prompts, for test_ranks.
 
-The first rank prints its texts, and both print every order they gave or heard, as JSON. On the second rank the draft
+The first rank prints its texts, and both print every command that they sent or received, as JSON. On the second rank the draft
 has other weights and every logit is off: whatever it made of its own numbers would differ.
 """
 
@@ -34,7 +34,7 @@ SAMPLINGS = (Sampling(), Sampling(temperature=0.9, top_k=20, top_p=0.95))
 
 
 class LoggingChannel(Channel):
-    """A channel that remembers what passed, by hash."""
+    """A channel that records the hash of each command."""
 
     def __init__(self, *arguments: Any) -> None:
         self.passed: list[str] = []
@@ -105,7 +105,7 @@ def main() -> None:
     else:
         PackedModel.forward = disturb(PackedModel.forward)  # type: ignore[method-assign]
         follow(channel, target, draft)
-    print(json.dumps({"texts": written, "orders": channel.passed}))
+    print(json.dumps({"texts": written, "commands": channel.passed}))
     channel.close()
 
 

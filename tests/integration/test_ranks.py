@@ -46,9 +46,9 @@ def test_two_ranks_write_what_one_writes_and_see_the_same_trees_whatever_the_sec
     first, second = decoded_by_two_ranks(target, draft, tmp_path)
     whole = packed(tiny("llama", 0), capacity=512)
     assert first["texts"] == list(texts(whole, None))
-    assert first["orders"] == second["orders"]
-    forwards = [order for order in first["orders"] if order.startswith("FORWARD")]
-    assert {order.split()[0] for order in forwards} == {"FORWARD0", "FORWARD1"}
+    assert first["commands"] == second["commands"]
+    forwards = [command for command in first["commands"] if command.startswith("FORWARD")]
+    assert {command.split()[0] for command in forwards} == {"FORWARD0", "FORWARD1"}
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The GPU's kernels in Triton's interpreter on the CPU: the same numbers as torch, for every way a row can see.
+"""The Triton kernels in Triton's interpreter on the CPU: they equal torch for every pattern of visible entries.
 
 Their bits, in half precision, are compared on a GPU (tests/gpu).
 """
@@ -27,7 +27,7 @@ from worker.engine.paged import attention
 from worker.engine.segments import Segment, chain
 from worker.planning.devices import FUSED_KERNELS_PER_LAYER
 
-# The interpreter runs program by program, a few hundred a second, so everything here is as small as it can be.
+# The interpreter runs a few hundred programs per second, one after the other, so all sizes here are minimal.
 SHAPE: dict[str, Any] = {
     "vocab_size": 37,
     "hidden_size": 16,
@@ -38,7 +38,7 @@ SHAPE: dict[str, Any] = {
     "head_dim": 8,
     "max_position_embeddings": 128,
 }
-FUSED = ["qwen2", "qwen3", "mistral"]  # a bias, norms of heads, a window
+FUSED = ["qwen2", "qwen3", "mistral"]  # a bias, head norms, a window
 STEPS: dict[str, list[Segment]] = {
     "prompts": [chain(0, 0, [3, 1, 4, 1, 5] * 4, keep_last=True), chain(1, 0, [9, 2], keep_last=True)],
     "one plain row": [chain(0, 20, [5], keep_last=True)],
@@ -55,7 +55,7 @@ STEPS: dict[str, list[Segment]] = {
 
 @pytest.fixture(autouse=True)
 def with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the CPU take the GPU's kernels, with chunks and tiles that tiny texts fill several of."""
+    """Use the GPU's kernels on the CPU, with chunks and tiles so small that tiny texts fill several."""
     monkeypatch.setattr(attention, "gpu_kernels_for", lambda _: kernels)
     monkeypatch.setattr(kernels, "CHUNK", 16)
     monkeypatch.setattr(kernels, "_ENTRIES", 16)
@@ -81,7 +81,7 @@ def fused(architecture: str, **given: Any) -> PackedModel:
 
 
 @pytest.mark.parametrize("architecture", FUSED)
-def test_logits_and_tapped_states_are_those_of_plain_attention(architecture: str) -> None:
+def test_logits_and_tapped_states_equal_those_of_dense_attention(architecture: str) -> None:
     plain, ours = packed(network(architecture), False, tapped=(0, 1)), fused(architecture, tapped=(0, 1))
     for name, step in STEPS.items():
         assert torch.allclose(ours.forward(step), plain.forward(step), atol=1e-4), name
@@ -90,7 +90,7 @@ def test_logits_and_tapped_states_are_those_of_plain_attention(architecture: str
     assert torch.allclose(ours.hidden.read(0, 0, 20), plain.hidden.read(0, 0, 20), atol=1e-4)
 
 
-def test_layers_that_are_not_known_stay_as_they_are_and_take_our_attention() -> None:
+def test_unknown_layers_are_not_fused_and_use_packed_attention() -> None:
     made = network("gemma3")
     assert not fuse_on_gpu(made, kernels)
     plain, ours = packed(network("gemma3"), False), packed(made, True)
@@ -99,7 +99,7 @@ def test_layers_that_are_not_known_stay_as_they_are_and_take_our_attention() -> 
 
 
 @pytest.mark.parametrize(("n", "columns", "inputs"), [(1, 5, 16), (17, 40, 48), (70, 33, 96)])
-def test_products_are_those_of_torch(n: int, columns: int, inputs: int) -> None:
+def test_products_equal_those_of_torch(n: int, columns: int, inputs: int) -> None:
     torch.manual_seed(n)
     x, weight, bias = torch.randn(n, inputs), torch.randn(2 * columns, inputs), torch.randn(2 * columns)
     assert torch.allclose(kernels.multiply(x, weight, bias), x @ weight.T + bias, atol=1e-4)
@@ -117,12 +117,12 @@ def test_the_parts_of_a_product_add_up(inputs: int) -> None:
     assert torch.allclose(parts.sum(0), x @ weight.T + bias, atol=1e-3)
 
 
-def test_parts_are_a_matter_of_the_weights_alone() -> None:
+def test_the_number_of_parts_depends_on_the_weights_only() -> None:
     weight = torch.randn(7, 900)
     assert len({len(kernels.multiply_apart(torch.randn(n, 900), weight)) for n in (1, 20, 70)}) == 1
 
 
-def test_a_layer_takes_as_many_kernels_as_the_forecast_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_launches_as_many_kernels_as_the_forecast_assumes(monkeypatch: pytest.MonkeyPatch) -> None:
     launched = []
     run = GridExecutor.__call__
 

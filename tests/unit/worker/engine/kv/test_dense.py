@@ -1,4 +1,4 @@
-"""Laws of the KV cache and attention: rows see their own text alone, slots leak nothing, accounts add up."""
+"""Laws of KV slots and attention: rows see only their own sequence, freed slots leak nothing, slot counts add up."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from worker.engine.model.packed_model import PackedModel
 from worker.engine.options import Mode
 from worker.engine.segments import KvMove, Segment, chain
 
-# A tree of two branches behind the root: rows 0 -> 1 -> 3 and 0 -> 2 -> 4.
+# A tree with two branches below the root: rows 0 -> 1 -> 3 and 0 -> 2 -> 4.
 PARENTS = [-1, 0, 0, 1, 2]
 TREE_IDS = [7, 8, 9, 10, 11]
 PREFIX = [2, 3, 4, 5, 6, 12, 13, 14, 15, 16]

@@ -1,4 +1,4 @@
-"""A checkpoint that is not whole, not plain, or not a language model is refused in one sentence that names it."""
+"""Incomplete, damaged or quantised checkpoints, and those of other models, are refused in one sentence."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ def test_weights_of_another_size_are_refused_by_name(saved: Path) -> None:
 @pytest.mark.parametrize(
     "kind", ["LlamaForSequenceClassification", "LlamaForTokenClassification", "LlamaForRewardModel"]
 )
-def test_a_model_that_does_another_task_is_no_target(saved: Path, kind: str) -> None:
+def test_a_model_for_another_task_is_refused(saved: Path, kind: str) -> None:
     configure(saved, architectures=[kind])
     assert f"is a {kind}, which writes no text" in refusal(saved)
 
 
-def test_tied_embeddings_are_no_missing_weight(saved: Path) -> None:
+def test_tied_embeddings_are_not_missing_weights(saved: Path) -> None:
     rewrite(saved, lambda w: {key: value for key, value in w.items() if key != "lm_head.weight"})
     configure(saved, tie_word_embeddings=True)
     load(str(saved), dtype=torch.float32, device=CPU)
@@ -84,13 +84,13 @@ def test_tied_embeddings_are_no_missing_weight(saved: Path) -> None:
         ("vision_tower.blocks.0.weight", {}),
     ],
 )
-def test_what_text_is_not_made_of_may_stand_in_the_file(saved: Path, key: str, changes: dict[str, Any]) -> None:
+def test_tensors_outside_the_text_model_are_ignored(saved: Path, key: str, changes: dict[str, Any]) -> None:
     rewrite(saved, lambda w: w | {key: torch.zeros(8)})
     configure(saved, **changes)
     load(str(saved), dtype=torch.float32, device=CPU)
 
 
-def test_a_layer_that_the_configuration_does_not_count_is_refused(saved: Path) -> None:
+def test_a_layer_beyond_the_configuration_is_refused(saved: Path) -> None:
     configure(saved, num_hidden_layers=1)
     assert "model.layers.1" in refusal(saved)
 
@@ -111,12 +111,12 @@ def test_quantised_weights_are_refused_by_their_method(saved: Path, changes: dic
     assert f"are quantised ({method})" in refusal(saved)
 
 
-def test_a_file_of_a_quantiser_beside_the_configuration_counts(saved: Path) -> None:
+def test_a_configuration_file_of_a_quantiser_is_read(saved: Path) -> None:
     (saved / "quantize_config.json").write_text("{}")
     assert "are quantised (GPTQ)" in refusal(saved)
 
 
-def test_half_a_file_is_damaged(saved: Path) -> None:
+def test_a_truncated_file_is_refused(saved: Path) -> None:
     whole = (saved / WEIGHTS).read_bytes()
     for length in (len(whole) // 2, 100, 4, 0):
         (saved / WEIGHTS).write_bytes(whole[:length])
@@ -129,7 +129,7 @@ def test_a_git_lfs_pointer_is_named(saved: Path, name: str) -> None:
     assert f"{name} is a Git LFS pointer" in refusal(saved)
 
 
-def test_a_shard_that_the_index_names_is_missed_by_name(saved: Path) -> None:
+def test_a_missing_shard_is_named(saved: Path) -> None:
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (saved / "model.safetensors.index.json").write_text(json.dumps(index))
     (saved / WEIGHTS).rename(saved / "model-00001-of-00002.safetensors")
@@ -151,7 +151,7 @@ def test_a_directory_without_a_whole_model_is_refused(saved: Path, tmp_path: Pat
     assert "has no config.json" in refusal(tmp_path / "empty")
 
 
-def test_a_model_that_needs_code_of_its_own_is_refused(saved: Path) -> None:
+def test_a_model_that_needs_remote_code_is_refused(saved: Path) -> None:
     configure(saved, model_type="of_tomorrow", auto_map={"AutoModelForCausalLM": "modeling.M"})
     assert "is a of_tomorrow, which needs remote code" in refusal(saved).replace("an of", "a of")
 
@@ -171,7 +171,7 @@ def test_a_model_that_needs_code_of_its_own_is_refused(saved: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("pickled", [False, True])
-def test_drafts_for_other_programs_are_named_as_what_they_are(
+def test_draft_heads_for_other_programs_are_refused_by_kind(
     tmp_path: Path, config: dict[str, Any], keys: list[str], kind: str, pickled: bool
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -183,18 +183,18 @@ def test_drafts_for_other_programs_are_named_as_what_they_are(
     assert f"is {kind}, a draft for another model" in refusal(tmp_path)
 
 
-def test_a_language_model_is_no_draft_for_another_program(saved: Path) -> None:
+def test_a_language_model_is_not_taken_for_a_draft_head(saved: Path) -> None:
     refuse_unsupported_draft(str(saved))
 
 
-def test_a_draft_of_another_program_is_named_by_its_hub_id_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_foreign_draft_head_is_refused_by_hub_id_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"medusa_num_heads": 2}))
     monkeypatch.setattr(checkpoint, "snapshot_download", lambda *_, **__: str(tmp_path))
     with pytest.raises(ModelRefused, match="someone/medusa is a set of Medusa heads"):
         refuse_unsupported_draft("someone/medusa")
 
 
-def test_a_hub_id_that_was_not_fetched_is_left_to_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_hub_id_that_is_not_downloaded_is_not_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     refuse_unsupported_draft("someone/that-is-not-there")
     refuse_unsupported_draft("no hub id: at all")

@@ -1,4 +1,4 @@
-"""A model whose layers lie partly on disk, as accelerate lays them out, decodes as if it lay in one piece."""
+"""A model with layers offloaded to disk by accelerate decodes like one in memory."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from worker.engine.model.packed_model import PackedModel
 from worker.engine.options import Mode
 
 CPU = torch.device("cpu")
-_LAYER = 48 * 64 * 4 * 3 + 48 * 32 * (6 + 2 + 2 + 6) * 4  # bytes of a layer's products
-MEMORY: dict[str | int, int | str] = {"cpu": int(1.5 * _LAYER)}  # the rest lies on disk
+_LAYER = 48 * 64 * 4 * 3 + 48 * 32 * (6 + 2 + 2 + 6) * 4  # bytes of a layer's matrices
+MEMORY: dict[str | int, int | str] = {"cpu": int(1.5 * _LAYER)}  # the rest is on disk
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_layers_on_disk_write_the_text_of_layers_in_memory(saved: Path, tmp_path: Path) -> None:
+def test_a_model_with_layers_on_disk_writes_the_same_text(saved: Path, tmp_path: Path) -> None:
     model = load(str(saved), dtype=torch.float32, device=CPU, offload=OffloadOptions(tmp_path / "offload", MEMORY))
     assert is_offloaded(model)
     assert "disk" in model.hf_device_map.values()  # type: ignore[operator]
@@ -39,7 +39,7 @@ def test_layers_on_disk_write_the_text_of_layers_in_memory(saved: Path, tmp_path
     assert any(result.stats.accepted_tokens for result in results)
 
 
-def test_a_head_can_not_read_weights_that_are_on_disk(saved: Path, tmp_path: Path) -> None:
+def test_a_draft_head_can_not_read_weights_on_disk(saved: Path, tmp_path: Path) -> None:
     model = load(str(saved), dtype=torch.float32, device=CPU, offload=OffloadOptions(tmp_path / "offload", MEMORY))
     with pytest.raises(ModelRefused, match="suffix"):
         output_weights(model)

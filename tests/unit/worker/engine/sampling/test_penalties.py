@@ -1,4 +1,4 @@
-"""Laws of penalties and bias: exact at every node of a tree, and the text knows nothing of drafts or batches."""
+"""Laws of penalties and bias: exact at every node of a tree, and independent of drafts and batches."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ greedy_and_sampled = pytest.mark.parametrize("temperature", [0.0, 0.9], ids=["gr
 
 
 def step_by_step(logits: Tensor, text: list[int], num_prompt: int, sampling: Sampling) -> Tensor:
-    """Return one row of logits as transformers' own processors and OpenAI's formula change it behind a text."""
+    """Return one row of logits after transformers' own processors and OpenAI's formula, for a given text."""
     ids, scores = torch.tensor([text]), logits.float().unsqueeze(0)
     if sampling.logit_bias:
-        biases: Any = {(token,): bias for token, bias in sampling.logit_bias}  # its type names another of its forms
+        biases: Any = {(token,): bias for token, bias in sampling.logit_bias}  # its annotation lacks this form
         scores = SequenceBiasLogitsProcessor(biases)(ids, scores)
     scores = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(ids, scores)
     counts = torch.bincount(torch.tensor(text[num_prompt:], dtype=torch.int64), minlength=len(logits))
@@ -127,7 +127,7 @@ def test_neighbours_in_a_batch_keep_their_own_adjustments() -> None:
 
 @greedy_and_sampled
 @pytest.mark.parametrize("after", [1, 5, 13])
-def test_an_adjusted_sequence_goes_on_from_its_tokens_as_if_it_had_not_stopped(temperature: float, after: int) -> None:
+def test_an_adjusted_sequence_resumes_from_its_tokens_with_the_same_text(temperature: float, after: int) -> None:
     chosen = replace(ADJUSTED["all"], temperature=temperature)
     whole = sequences(sampling=chosen)
     decode(engine(packed(tiny()), None, options(Mode.PLAIN)), whole)

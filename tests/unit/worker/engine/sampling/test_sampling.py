@@ -98,7 +98,7 @@ def test_noise_is_standard_gumbel_and_does_not_repeat() -> None:
 
 
 @pytest.mark.parametrize("other", [noise_key(1, 1), noise_key(2, 0)], ids=["choice", "seed"])
-def test_choices_and_seeds_have_noise_of_their_own(other: int) -> None:
+def test_choices_and_seeds_have_different_noise(other: int) -> None:
     def noise(key: int, position: int) -> Tensor:
         return gumbel(noise_keys([Sampling(1.0, key=key)], [position], torch.device("cpu")), torch.arange(2000))
 
@@ -109,7 +109,7 @@ def test_choices_and_seeds_have_noise_of_their_own(other: int) -> None:
 
 
 class EveryToken:
-    """Drafts every token below every node, to a depth: each draw of the target finds a child."""
+    """Drafts every token below every node, to a depth, so that each draw of the target finds a child."""
 
     forward_free = None
     name = "every-token"
@@ -121,19 +121,19 @@ class EveryToken:
         return 0
 
     def commit(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
-        """It has no state."""
+        """Do nothing: it has no state."""
 
     def drop(self, sequence: Sequence) -> None:
-        """It has no state."""
+        """Do nothing: it has no state."""
 
 
 def two_step_logits(text: tuple[int, ...]) -> Tensor:
-    """A law in which the second token depends on the first."""
+    """Check a joint law in which the second token depends on the first."""
     return torch.tensor([0.3, 1.0, -0.5, 0.2]) * (1 + text[-1])
 
 
 @pytest.mark.parametrize("drafter", [None, EveryToken(), SuffixDrafter()], ids=["plain", "full trees", "suffix"])
-def test_two_tokens_follow_the_joint_law_whatever_is_drafted(drafter: EveryToken | SuffixDrafter | None) -> None:
+def test_two_tokens_follow_the_joint_law_with_any_draft(drafter: EveryToken | SuffixDrafter | None) -> None:
     mode = Mode.PLAIN if drafter is None else Mode.PAPER
     costs = CostModel({1: 1.0})
     running = Engine(
@@ -163,8 +163,8 @@ def test_compiled_draws_are_the_draws_of_torch(spread: float) -> None:
         assert draw(logits, samplings, positions) == by_torch.tolist()
 
 
-def test_rows_are_drawn_where_they_lie() -> None:
-    """Of a view whose rows lie further apart than they are long, in any order, greedy and filtered ones among them."""
+def test_draws_read_rows_of_a_strided_view_in_any_order() -> None:
+    """The stride is larger than a row; greedy and filtered rows are among them."""
     logits = torch.randn(9, 300, generator=torch.Generator().manual_seed(3))[:, :211]
     some = [Sampling(), Sampling(temperature=0.7), Sampling(temperature=1.3), Sampling(temperature=0.7, top_k=5)]
     places = np.array([7, 0, 3, 3])
@@ -177,7 +177,7 @@ def test_rows_are_drawn_where_they_lie() -> None:
             assert draw(logits, here, positions, places[chosen]) == copied
 
 
-def test_rough_noise_is_the_noise_to_a_thousandth() -> None:
+def test_approximate_noise_is_accurate_to_a_thousandth() -> None:
     samplings, positions, tokens = (
         [Sampling(temperature=1.0, key=key) for key in range(8)],
         list(range(8)),
@@ -188,13 +188,13 @@ def test_rough_noise_is_the_noise_to_a_thousandth() -> None:
     assert (rough - exact).abs().max() < 2e-3
 
 
-def test_a_nucleus_wider_than_the_first_look_is_found_whole() -> None:
+def test_a_nucleus_larger_than_the_first_search_is_complete() -> None:
     flat = torch.zeros(1, 2000) - torch.arange(2000) * 1e-4
     kept = process(flat, [Sampling(temperature=1.0, top_p=0.7)]).isfinite().sum()
     assert int(kept) == int((by_transformers(Sampling(temperature=1.0, top_p=0.7), flat) > 0).sum())
 
 
-def test_the_likeliest_and_the_best_are_those_of_torch() -> None:
+def test_argmax_and_topk_equal_those_of_torch() -> None:
     for columns in (8, 61, 4099):
         scores = torch.randn(5, columns, generator=torch.Generator().manual_seed(columns)) * 4
         assert argmax(scores).tolist() == scores.argmax(-1).tolist()
@@ -204,7 +204,7 @@ def test_the_likeliest_and_the_best_are_those_of_torch() -> None:
         torch.testing.assert_close(probabilities, expected.values.double(), rtol=1e-5, atol=1e-7)
 
 
-def test_of_equal_scores_the_first_is_taken() -> None:
+def test_the_first_of_equal_scores_is_chosen() -> None:
     assert argmax(torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0]])).tolist() == [1]
     assert topk(torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0]]), 2)[0].tolist() == [[1, 2]]
 
@@ -212,7 +212,7 @@ def test_of_equal_scores_the_first_is_taken() -> None:
 @pytest.mark.parametrize("sampling", [Sampling(), *PROCESSED])
 @pytest.mark.parametrize("vocab", [5, 64, 1000])
 @pytest.mark.parametrize("by_torch", [False, True])
-def test_a_row_with_a_nan_draws_nothing_and_its_neighbours_draw_as_ever(
+def test_a_row_with_a_nan_draws_nothing_and_changes_no_other_row(
     sampling: Sampling, vocab: int, by_torch: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if by_torch:
