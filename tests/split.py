@@ -1,7 +1,7 @@
 """`python -m tests.split RANK STORE TARGET DRAFT`: one of two ranks that decode the tests' prompts, for test_ranks.
 
-The first rank prints its texts, and both print every command that they sent or received, as JSON. On the second rank the draft
-has other weights and every logit is off: whatever it made of its own numbers would differ.
+The leader prints its texts, and both ranks print every command that they sent or received, as JSON. On the follower the
+draft has other weights and all logits are noise: a decision made from its own logits would differ.
 """
 
 from __future__ import annotations
