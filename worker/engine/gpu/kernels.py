@@ -211,7 +211,7 @@ def _attend_runs(
     WINDOWED: tl.constexpr,
     TILE: tl.constexpr, PADDED_DIM: tl.constexpr, CHUNK: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Attend up to a tile of rows of a run over their common chunks; only the first row of each tile has a program.
+    """Attend up to a tile of rows of a run over their common chunks; programs of its other rows do nothing.
 
     For rows that list entries, these are the full chunks of their stretch; for others, all chunks.
     """

@@ -1,8 +1,7 @@
 """Dense KV: one slot of full capacity per sequence, for all layers.
 
-Rows of a draft tree are written behind the committed prefix; after verification `compact` moves the accepted path
-down and the rest is simply overwritten later. The
-operating system commits the memory of a slot when it is first written.
+Rows of a draft tree are written behind the committed prefix. After verification `compact` moves the accepted path down;
+later rows overwrite the rest. The operating system commits the memory of a slot when it is first written.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ class KvStore(Protocol):
     capacity: int  # KV entries of a slot, tree rows included
 
     def compact(self, moves: Sequence[KvMove]) -> None:
-        """KvMove accepted entries of all layers down to the end of the committed prefix."""
+        """Move accepted entries of all layers down to the end of the committed prefix."""
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` entries of slot `source` to slot `target`; paged KV shares full blocks instead."""

@@ -1,3 +1,3 @@
-"""The packed language model: loading, attention dispatch, offload."""
+"""The packed language model: loading and its checks, backend, attention, offload."""
 
 from __future__ import annotations

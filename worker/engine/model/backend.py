@@ -76,8 +76,7 @@ def make_backend(
 def uses_paged_kv(model: PreTrainedModel) -> bool:
     """Return whether a model's KV is paged by default: on a GPU, without tensor parallelism or offload.
 
-    Followers of a tensor parallel replica capture no graphs and are not told when a sequence ends; they hold every slot
-    in full.
+    The ranks of a tensor parallel replica capture no graphs and hold every slot in full.
     """
     return model.device.type == "cuda" and ranks_of(model) == 1 and not is_offloaded(model)
 

@@ -34,7 +34,7 @@ class LanguageModel(Protocol):
         """Run the rows, store their keys and values, return logits [kept rows, vocab] in the segments' order."""
 
     def compact(self, moves: Sequence[KvMove]) -> None:
-        """KvMove the KV entries of accepted paths down to the end of the committed prefix."""
+        """Move the KV entries of accepted paths down to the end of the committed prefix."""
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` KV entries of slot `source` to slot `target`."""
@@ -162,7 +162,7 @@ class PackedModel:
         return _call(self._model, rows.ids, rows.positions, rows.kept, plan), plan.tapped
 
     def compact(self, moves: Sequence[KvMove]) -> None:
-        """KvMove the KV entries of accepted paths down to the end of the committed prefix."""
+        """Move the KV entries of accepted paths down to the end of the committed prefix."""
         with torch.inference_mode():
             self.kv.compact(moves)
             if self.hidden is not None:

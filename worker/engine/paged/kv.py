@@ -98,7 +98,7 @@ class PagedKv:
 
     @property
     def slots(self) -> int:
-        """SlotAllocator that the tables are for."""
+        """Number of slots."""
         return len(self.tables)
 
     def blocks_of(self, slot: int) -> list[int]:
@@ -112,7 +112,10 @@ class PagedKv:
         return found
 
     def reserve(self, slot: int, start: int, end: int) -> None:
-        """Make entries start..end-1 of a slot writable: add blocks, copy shared ones. Raises OutOfBlocks, unchanged."""
+        """Make entries start..end-1 of a slot writable: add blocks, copy shared ones.
+
+        Raises OutOfBlocks, before it changes anything, if the pool has too few free blocks.
+        """
         assert end <= self.capacity, "rows beyond the end of their slot"
         first, held = start // self.block_size, self._held[slot]
         needed = _blocks(end, self.block_size)

@@ -20,8 +20,8 @@ LISTED = 16  # entries behind the shared prefix that a row can list in a bucket:
 class Shape:
     """Sizes of a forward.
 
-    A row sees the first `seen` entries of its slot, its stretch, and then the entries that it lists. Rows of chains
-    list none: their stretch ends at the row itself. For rows of a tree the stretch is the committed prefix.
+    A row sees a stretch, the first `seen` entries of its slot, and then the entries that it lists. Rows of chains list
+    none: their stretch ends at the row itself. For rows of a tree, the stretch is the committed prefix.
     """
 
     rows: int
