@@ -1,3 +1,3 @@
-"""The routes, one file a resource."""
+"""HTTP routes, one module per resource."""
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ from storage import leases, writes
 from storage.session import Database
 from tests.factories import a_worker_card
 from tests.paths import ROOT
-from tests.unit.jobs.api.test_routes import answer_all, api, bells, submitted
+from tests.unit.jobs.api.test_routes import answer_all, api, notified, submitted
 
-__all__ = ["api", "bells"]  # fixtures
+__all__ = ["api", "notified"]  # fixtures
 
 LOAD = {
     "sequences": 3,

@@ -21,24 +21,24 @@ from tests.factories import a_checkpoint, a_finished_choice, a_worker_card
 LINES = {"content-type": "application/x-ndjson"}
 
 
-class Bells:
+class Notified:
     """Records the notifications."""
 
     def __init__(self) -> None:
-        self.notified: list[tuple[str, str]] = []
+        self.calls: list[tuple[str, str]] = []
 
     def __call__(self, job_id: str, model: str) -> None:
-        self.notified.append((job_id, model))
+        self.calls.append((job_id, model))
 
 
 @pytest.fixture
-def bells() -> Bells:
-    return Bells()
+def notified() -> Notified:
+    return Notified()
 
 
 @pytest.fixture
-def api(settings: JobsSettings, database: Database, bells: Bells) -> Iterator[TestClient]:
-    with TestClient(make_api(settings, database, bells), raise_server_exceptions=False) as client:
+def api(settings: JobsSettings, database: Database, notified: Notified) -> Iterator[TestClient]:
+    with TestClient(make_api(settings, database, notified), raise_server_exceptions=False) as client:
         yield client
 
 
@@ -70,7 +70,7 @@ def answer_all(
         writes.flush(session, "w", 30.0, progress, [claim.lease for claim in claims])
 
 
-def test_a_submitted_job_is_stored_and_its_workers_notified(api: TestClient, bells: Bells) -> None:
+def test_a_submitted_job_is_stored_and_its_workers_notified(api: TestClient, notified: Notified) -> None:
     job = submitted(api, "Hello", {"prompt": "Bye"}, max_tokens=5, metadata={"team": "a"})
     assert job["object"] == "job"
     assert job["status"] == "in_progress"
@@ -78,7 +78,7 @@ def test_a_submitted_job_is_stored_and_its_workers_notified(api: TestClient, bel
     assert (job["metadata"], job["endpoint"], job["completion_window"]) == ({"team": "a"}, CHAT_ENDPOINT, "24h")
     assert job["completed_at"] is None
     assert api.get(f"/v1/jobs/{job['id']}").json() == job
-    assert bells.notified == [(job["id"], "tiny")]
+    assert notified.calls == [(job["id"], "tiny")]
 
 
 def test_parameters_may_be_top_level_or_in_an_object(api: TestClient, database: Database) -> None:
@@ -265,14 +265,14 @@ def test_failed_returns_only_failed_requests(api: TestClient, database: Database
     assert [json.loads(line)["index"] for line in lines] == [1]
 
 
-def test_failed_requests_run_again_as_a_new_job(api: TestClient, database: Database, bells: Bells) -> None:
+def test_failed_requests_run_again_as_a_new_job(api: TestClient, database: Database, notified: Notified) -> None:
     job = submitted(api, "one", "", {"prompt": "three", "custom_id": "c", "seed": 7}, metadata={"team": "a"})
     api.post(f"/v1/jobs/{job['id']}/cancel")
     ended = api.get(f"/v1/jobs/{job['id']}").json()
     again = api.post(f"/v1/jobs/{job['id']}/retry").json()
     assert (again["retry_of"], again["metadata"]) == (job["id"], {"team": "a"})
     assert again["request_counts"] == {"total": 2, "completed": 0, "failed": 0}  # the empty prompt can't run
-    assert bells.notified[-1] == (again["id"], "tiny")
+    assert notified.calls[-1] == (again["id"], "tiny")
     answer_all(database)
     lines = [json.loads(line) for line in api.get(f"/v1/jobs/{again['id']}/outputs").text.splitlines()]
     assert [line["custom_id"] for line in lines] == ["request-0", "c"]
@@ -299,24 +299,24 @@ def test_time_left_is_estimated_from_the_completed_requests(api: TestClient, dat
     assert api.get(f"/v1/jobs/{job_id}").json()["progress"]["time_left_s"] == 0
 
 
-def test_racing_submissions_with_one_idempotency_key_are_one_job(api: TestClient, bells: Bells) -> None:
+def test_racing_submissions_with_one_idempotency_key_are_one_job(api: TestClient, notified: Notified) -> None:
     def submit(_: int) -> str:
         reply = api.post("/v1/jobs", json={"prompts": ["Hello"]}, headers={"idempotency-key": "k"})
         return str(reply.json()["id"])
 
     with ThreadPoolExecutor(8) as pool:
         assert len(set(pool.map(submit, range(16)))) == 1
-    assert len(bells.notified) == 1
+    assert len(notified.calls) == 1
 
 
-def test_the_same_idempotency_key_and_body_give_the_same_job(api: TestClient, bells: Bells) -> None:
+def test_the_same_idempotency_key_and_body_give_the_same_job(api: TestClient, notified: Notified) -> None:
     key = {"idempotency-key": "k"}
     first, again = (api.post("/v1/jobs", json={"prompts": ["Hello"]}, headers=key).json() for _ in range(2))
     assert first["id"] == again["id"]
     other = api.post("/v1/jobs", json={"prompts": ["Bye"]}, headers=key)
     assert other.status_code == 409
     assert other.headers["x-should-retry"] == "false"
-    assert len(bells.notified) == 1
+    assert len(notified.calls) == 1
 
 
 def test_cancelling_may_be_repeated_and_is_a_conflict_for_a_finished_job(api: TestClient, database: Database) -> None:
@@ -340,8 +340,10 @@ def test_jobs_are_listed_in_pages_newest_first(api: TestClient) -> None:
     assert seen == ids[::-1]
 
 
-def test_a_caller_sees_and_cancels_only_its_own_jobs(settings: JobsSettings, database: Database, bells: Bells) -> None:
-    app = make_api(settings, database, bells)
+def test_a_caller_sees_and_cancels_only_its_own_jobs(
+    settings: JobsSettings, database: Database, notified: Notified
+) -> None:
+    app = make_api(settings, database, notified)
     with TestClient(app) as api:
         app.dependency_overrides[caller._caller] = lambda: caller.Caller("alice", sees_all=False)
         hers = submitted(api)["id"]
@@ -432,7 +434,7 @@ BAD_SUBMISSIONS: list[tuple[dict[str, Any], int, str | None, str | None]] = [
 
 @pytest.mark.parametrize(("call", "status", "code", "param"), BAD_SUBMISSIONS)
 def test_an_invalid_submission_gets_the_error_object(
-    api: TestClient, bells: Bells, call: dict[str, Any], status: int, code: str | None, param: str | None
+    api: TestClient, notified: Notified, call: dict[str, Any], status: int, code: str | None, param: str | None
 ) -> None:
     reply = api.post("/v1/jobs", **call)
     assert reply.status_code == status, reply.text
@@ -440,7 +442,7 @@ def test_an_invalid_submission_gets_the_error_object(
     assert error.keys() == {"message", "type", "param", "code"}
     assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", code, param)
     assert len(reply.text) < 500
-    assert bells.notified == []
+    assert notified.calls == []
 
 
 def test_a_chunked_body_has_the_same_limit(api: TestClient) -> None:
