@@ -181,4 +181,4 @@ def test_a_deaf_worker_is_noticed_and_its_jobs_are_served_meanwhile(stack: Stack
 
     stack.wait_for(lambda: stack.status("worker-0") is not None, "the watchdog")
     assert stack.status("worker-0") == 75
-    assert "no message has come from Redis" in (stack.directory / "worker-0.log").read_text()
+    assert "no message has arrived from Redis" in (stack.directory / "worker-0.log").read_text()

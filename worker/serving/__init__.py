@@ -1,3 +1,3 @@
-"""Serving requests: claim, step, write."""
+"""Serve requests: claim them, step the engine, commit the output."""
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A live request: what the worker holds of a claimed request until its outputs are committed.
+"""State of a claimed request until its outputs are committed.
 
-Collects the engine's results per choice, and hands over what one flush has to write.
+Collects the engine's results per choice and returns what the next flush must write.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from worker.engine.stats import StepResult, StepStats
 from worker.serving.tree_rows import tree_row
 from worker.text.output_stream import OutputStream
 
-_MOST_SAID = 500  # characters of an error
+_MAX_ERROR_CHARS = 500  # of the error message that a request ends with
 
 Now = Callable[[], float]  # Unix seconds
 
 
 @dataclass(slots=True)
 class ActiveChoice:
-    """One choice being decoded: its sequence and text, and what has not been committed yet."""
+    """One choice being decoded: its sequence, its text, and its uncommitted results."""
 
     index: int
     output_stream: OutputStream
     started_at: float
     first_of_prompt: bool = True
-    next_seq: int = 0  # of its next event
-    announced: bool = False  # its `started` event has been published by us or an earlier owner
+    next_seq: int = 0  # sequence number of its next event
+    announced: bool = False  # its `started` event is published, by this worker or an earlier one
     _ids: list[int] = field(default_factory=list)
     _accepted: list[bool] = field(default_factory=list)
     _pieces: list[tuple[str, str]] = field(default_factory=list)
@@ -41,11 +41,11 @@ class ActiveChoice:
 
     @property
     def sequence(self) -> Sequence:
-        """The choice as the engine decodes it."""
+        """The engine's sequence of this choice."""
         return self.output_stream.sequence
 
     def resume(self, checkpoints: list[Checkpoint]) -> None:
-        """Take over what an earlier owner had committed; the sequence goes on behind it."""
+        """Restore the tokens that earlier workers committed; decoding continues after them."""
         for checkpoint in checkpoints:
             self.output_stream.resume(checkpoint.token_ids, checkpoint.accepted)
             self.sequence.steps = max([self.sequence.steps, *(row.step + 1 for row in checkpoint.steps)])
@@ -53,7 +53,7 @@ class ActiveChoice:
             self.announced = True
 
     def take(self, result: StepResult, now: float, text_of: Callable[[int], str]) -> None:
-        """Add what a step brought; `text_of` tells the tokens of a tree that is recorded."""
+        """Add the result of a step; `text_of` maps token ids to text for a recorded draft tree."""
         written = self.output_stream.take(result)
         self._ids += written.tokens
         self._accepted += written.accepted
@@ -65,10 +65,10 @@ class ActiveChoice:
         self._steps.append(row)
 
     def checkpoint(self) -> Checkpoint | None:
-        """Return the tokens since the last checkpoint, and start the next one."""
+        """Return the tokens since the last checkpoint and start the next one; None without new tokens."""
         if not self._ids:
             return None
-        taken = Checkpoint(
+        checkpoint = Checkpoint(
             choice_index=self.index,
             seq=self.next_seq,
             token_ids=tuple(self._ids),
@@ -80,10 +80,10 @@ class ActiveChoice:
         )
         self.next_seq += 1
         self._ids, self._accepted, self._pieces, self._steps, self._logprobs = [], [], [], [], []
-        return taken
+        return checkpoint
 
     def output(self, now: float) -> FinishedChoice:
-        """Return the finished choice as its row of `outputs`."""
+        """Return the finished choice as a row of `outputs`."""
         reason = self.sequence.finish_reason
         assert reason is not None
         ids = self.sequence.output_ids
@@ -105,15 +105,15 @@ class ActiveChoice:
 
 @dataclass(slots=True)
 class ActiveRequest:
-    """A claimed request and its choices that are still to be written."""
+    """A claimed request and its choices that are not fully committed."""
 
     claim: Claim
     choices: dict[int, ActiveChoice] = field(default_factory=dict)
     failure: RequestFailure | None = None
-    reading: bool = False  # it has no choices yet: its prompt is being read
-    keys: frozenset[Hashable] = frozenset()  # of the sequences of all choices that it has had
-    taken_at: float = field(default_factory=time.time)
-    _next_seq: int | None = None  # of choice 0, once that is no longer among the choices
+    reading: bool = False  # no choices yet: the prompt is being tokenized
+    keys: frozenset[Hashable] = frozenset()  # of the sequences of all its choices, finished ones included
+    claimed_at: float = field(default_factory=time.time)
+    _next_seq: int | None = None  # of choice 0, once that is gone from `choices`
 
     @property
     def done(self) -> bool:
@@ -124,17 +124,17 @@ class ActiveRequest:
 
     @property
     def ended(self) -> bool:
-        """True when nothing is left to be written of it."""
+        """True when nothing is left to write."""
         return not self.reading and not self.choices
 
     @property
-    def places(self) -> int:
-        """Sequences of the engine that it takes, as far as that is known."""
+    def slots(self) -> int:
+        """Engine slots that it needs; 1 until the prompt is read and the number of choices is known."""
         return len(self.choices) or int(self.reading)
 
     @property
     def failure_seq(self) -> int:
-        """Number of its `failed` event: behind whatever earlier attempts have published."""
+        """Sequence number of its `failed` event: after all events that earlier attempts published."""
         if self._next_seq is not None:
             return self._next_seq
         if self.claim.attempts == 1:
@@ -142,7 +142,7 @@ class ActiveRequest:
         return 1 + max((c.seq for c in self.claim.checkpoints if c.choice_index == 0), default=0)
 
     def fail(self, failure: RequestFailure) -> None:
-        """End the request with an error in the midst of decoding; what is not committed of it is dropped."""
+        """End the request with an error while it decodes; uncommitted output is dropped."""
         if 0 in self.choices:
             self._next_seq = self.choices[0].next_seq
         self.choices.clear()
@@ -150,7 +150,7 @@ class ActiveRequest:
         self.failure = failure
 
     def progress(self, now: float) -> RequestProgress:
-        """Return what the next flush writes, and forget the choices it finishes."""
+        """Return what the next flush writes, and remove the choices that it finishes."""
         if self.failure is not None:
             return RequestProgress(self.claim.lease, failure=self.failure)
         ends = self.done
@@ -171,9 +171,9 @@ class ActiveRequest:
 
 
 def internal_error(what: str, error: BaseException) -> RequestFailure:
-    """Return the answer to a request on which something failed that nobody foresaw."""
-    said = f"{type(error).__name__}: {unavailable_reason(error)}"[:_MOST_SAID]  # no statement, no values
-    return RequestFailure("server_error", f"{what}: {storable(said)}", status_code=500)
+    """Return the failure of a request that an unexpected error ended."""
+    text = f"{type(error).__name__}: {unavailable_reason(error)}"[:_MAX_ERROR_CHARS]  # without SQL statement and values
+    return RequestFailure("server_error", f"{what}: {storable(text)}", status_code=500)
 
 
 def _row(stats: StepStats, now: float) -> StepRow:

@@ -1,6 +1,6 @@
-"""How much energy the worker's GPU has drawn, as NVML counts it. Where nothing counts, there is no meter.
+"""Measure the energy of the worker's GPU from NVML's counter.
 
-Asked every few seconds by the housekeeping thread; decoding knows nothing of it.
+The housekeeping thread reads it every few seconds, outside the step loop.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _MILLI: Final = 1e-3
 
 
 class EnergyMeter:
-    """Joules since the last look, from a counter of millijoules that only grows."""
+    """Joules between two reads of a monotonic counter in millijoules."""
 
     def __init__(self, read_mj: Callable[[], int]) -> None:
         """Start counting now."""
@@ -23,14 +23,14 @@ class EnergyMeter:
         self._last_mj = read_mj()
 
     def joules(self) -> float:
-        """Return what was drawn since the last call."""
+        """Return the joules since the last call."""
         now_mj = self._read_mj()
         drawn_mj, self._last_mj = now_mj - self._last_mj, now_mj
-        return max(drawn_mj, 0) * _MILLI  # a driver that was loaded again counts from 0
+        return max(drawn_mj, 0) * _MILLI  # a reloaded driver counts from 0
 
 
 def gpu_meter() -> EnergyMeter | None:
-    """Return the meter of the GPU that torch computes on; None without a GPU, NVML, or a counter in it."""
+    """Return the meter of torch's current GPU; None without a GPU, NVML or an energy counter."""
     import torch
 
     if not torch.cuda.is_available():
@@ -42,6 +42,6 @@ def gpu_meter() -> EnergyMeter | None:
         uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         return EnergyMeter(lambda: int(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)))
-    except Exception as error:  # whatever is missing, jobs run without a meter
-        log.info("No energy is measured: %s", error, extra={"action": "energy"})
+    except Exception as error:  # energy is optional: jobs run without it
+        log.info("Energy is not measured: %s", error, extra={"action": "energy"})
         return None

@@ -1,7 +1,7 @@
-"""Requests to token ids, on threads beside the engine's; short ones first, the longest last.
+"""Tokenize claimed requests on threads beside the engine's: short requests first, the longest last.
 
-Templates and tokenizers take as long as a prompt makes them, and the engine has leases to renew and texts to write
-meanwhile. Short requests have a thread of their own, so that no long one holds them up.
+Chat templates and tokenizers can take seconds on a long prompt; the engine thread must renew leases and write output
+meanwhile. Short requests have their own thread, so that a long one never delays them.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from storage.records import Claim
 from worker.text.codec import Codec, read_request
 
 _SHORT_CHARS = 20_000
-_CHARS_A_PLACE = 20_000  # a long request waits for one that comes later only if that is so much shorter
+_CHARS_PER_POSITION = 20_000  # each such part of a long request lets one more later request go first
 _CLOSE_S = 3.0
-_MAX_READ_S = 120.0  # that a request may take; what takes longer never ends
+_MAX_READ_S = 120.0  # limit for one request; what takes longer is taken for an endless loop
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedRequest:
-    """A request as the engine takes it."""
+    """A validated request and the token ids of its prompts."""
 
     request: GenerationRequest
     prompts: list[list[int]]
 
 
-ReadResult = tuple[Claim, ParsedRequest | BaseException]  # what became of a claim
+ReadResult = tuple[Claim, ParsedRequest | BaseException]  # the claim and its result or error
 
 
 class ReadingTooLong(InvalidValue):
@@ -44,45 +44,47 @@ class ReadingTooLong(InvalidValue):
 
 
 class RequestReader:
-    """Reads for one runner, which alone calls this."""
+    """Read requests for one runner; only the runner's thread calls this."""
 
     def __init__(self, codec: Codec) -> None:
-        """Start with nothing to read; threads run only while there is something."""
         self._codec = codec
         self._results: queue.SimpleQueue[ReadResult] = queue.SimpleQueue()
         self._short, self._long = _ReaderThread(self._read), _ReaderThread(self._read)
-        self._short_open = self._open = 0  # requests whose results have not been taken
+        self._num_short = self._num_pending = 0  # requests whose results are not taken yet
         self._numbers = count()
 
     def put(self, claim: Claim) -> None:
         """Queue a request to be read."""
         chars = _chars(claim.body)
-        self._open += 1
-        self._short_open += chars <= _SHORT_CHARS
-        lane = self._short if chars <= _SHORT_CHARS else self._long
-        lane.put(next(self._numbers) + chars / _CHARS_A_PLACE, claim)
+        self._num_pending += 1
+        self._num_short += chars <= _SHORT_CHARS
+        thread = self._short if chars <= _SHORT_CHARS else self._long
+        thread.put(next(self._numbers) + chars / _CHARS_PER_POSITION, claim)
 
     def take(self, short_s: float = 0.0, any_s: float = 0.0) -> list[ReadResult]:
-        """Return what has been read: after `short_s`, or as soon as all short requests are, or `any_s` for any."""
+        """Return the requests that are read.
+
+        Wait up to `short_s` for the short ones that are pending, and up to `any_s` for the first of any length.
+        """
         now = time.monotonic()
-        for lane in (self._short, self._long):
-            lane.end_overdue(now)
+        for thread in (self._short, self._long):
+            thread.interrupt_overdue(now)
         taken: list[ReadResult] = []
-        while self._open:
-            left = now + (short_s if self._short_open else 0.0 if taken else any_s) - time.monotonic()
+        while self._num_pending:
+            left = now + (short_s if self._num_short else 0.0 if taken else any_s) - time.monotonic()
             try:
                 one = self._results.get(timeout=left) if left > 0 else self._results.get_nowait()
             except queue.Empty:
                 break
-            self._open -= 1
-            self._short_open -= _chars(one[0].body) <= _SHORT_CHARS
+            self._num_pending -= 1
+            self._num_short -= _chars(one[0].body) <= _SHORT_CHARS
             taken.append(one)
         return taken
 
     def close(self) -> None:
-        """Stop reading, and wait a while for what is being read: a process must not end in the midst of it."""
-        for lane in (self._short, self._long):
-            lane.close(_CLOSE_S)
+        """Drop waiting requests and wait briefly for the current ones: the process must not end in the tokenizer."""
+        for thread in (self._short, self._long):
+            thread.close(_CLOSE_S)
 
     def _read(self, claim: Claim) -> None:
         try:
@@ -90,36 +92,36 @@ class RequestReader:
             result: ParsedRequest | BaseException = ParsedRequest(
                 request, self._codec.encode_all(request, claim.endpoint)
             )
-        except BaseException as error:  # also what Rust raises; all of it belongs to this request
+        except BaseException as error:  # also panics of Rust; any error is the failure of this request
             result = error
         self._results.put((claim, result))
 
 
 @dataclass(slots=True)
 class _ReaderThread:
-    """One thread that reads claims in order; it ends when there are none."""
+    """One thread that reads claims in order; it ends when none waits and is started by the next."""
 
     read: Callable[[Claim], None]
     _waiting: list[tuple[float, int, Claim]] = field(default_factory=list)
     _numbers: count[int] = field(default_factory=count)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _thread: threading.Thread | None = None
-    _began_at: float | None = None
+    _started_at: float | None = None
 
-    def put(self, place: float, claim: Claim) -> None:
+    def put(self, position: float, claim: Claim) -> None:
         with self._lock:
-            heapq.heappush(self._waiting, (place, next(self._numbers), claim))
+            heapq.heappush(self._waiting, (position, next(self._numbers), claim))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="basic-reader", daemon=True)
                 self._thread.start()
 
-    def end_overdue(self, now: float) -> None:
-        """Raise ReadingTooLong in a thread whose claim takes too long, as soon as it runs Python code."""
+    def interrupt_overdue(self, now: float) -> None:
+        """Raise ReadingTooLong in a thread whose claim takes too long; it arrives at the next Python bytecode."""
         with self._lock:
-            thread, began_at = self._thread, self._began_at
-            if thread is None or began_at is None or now - began_at < _MAX_READ_S:
+            thread, started_at = self._thread, self._started_at
+            if thread is None or started_at is None or now - started_at < _MAX_READ_S:
                 return
-            self._began_at = now
+            self._started_at = now
             ctypes.pythonapi.PyThreadState_SetAsyncExc(
                 ctypes.c_ulong(thread.ident or 0), ctypes.py_object(ReadingTooLong)
             )
@@ -133,7 +135,7 @@ class _ReaderThread:
 
     def _run(self) -> None:
         while True:
-            with suppress(ReadingTooLong):  # it came late, behind what it was for
+            with suppress(ReadingTooLong):  # it arrived after its request was done
                 claim = self._next()
                 if claim is None:
                     return
@@ -142,15 +144,15 @@ class _ReaderThread:
     def _next(self) -> Claim | None:
         with self._lock:
             if not self._waiting:
-                self._thread = self._began_at = None
+                self._thread = self._started_at = None
                 return None
             *_, claim = heapq.heappop(self._waiting)
-            self._began_at = time.monotonic()
+            self._started_at = time.monotonic()
             return claim
 
 
 def _chars(body: Any) -> int:
-    """Return the characters, or token ids, that a stored request holds; what can't be counted is short."""
+    """Return the number of characters or token ids of a stored request; 0 if it can't be counted."""
     try:
         messages, prompts = body.get("messages") or (), body.get("prompts") or ()
         return (
@@ -158,5 +160,5 @@ def _chars(body: Any) -> int:
             + sum(map(len, prompts))
             + sum(len(message["content"]) for message in messages)
         )
-    except Exception:  # reading it will say what is wrong
+    except Exception:  # an invalid request: reading it reports the error
         return 0

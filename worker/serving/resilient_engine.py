@@ -1,8 +1,8 @@
-"""Recovery: an engine that outlives its steps. A step that fails is tried again with half as many sequences.
+"""An engine that survives failing steps: it retries with half as many sequences until the failing one is alone.
 
-What fails may be the size of the batch or one of its sequences, and nobody can tell which from the exception. So a
-fresh engine gets half of them, first those that have not emitted since they came. Once all it holds have emitted, twice
-as many may come. A sequence that fails alone is given up; everybody else goes on.
+An exception does not tell whether the batch is too large or one sequence fails. So a fresh engine gets half of the
+sequences, first those that have emitted nothing since they were added. Once all of them have emitted, the limit
+doubles. A sequence that fails alone is given up; all others continue.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from worker.engine.stats import StepResult
 log = logging.getLogger(__name__)
 
 
-def _guilty(error: Exception, marks: Collection[Sequence]) -> Collection[Sequence]:
-    """Return whose failure it was, if the error names some of several, or the only one."""
+def _suspects_named_by(error: Exception, snapshots: Collection[Sequence]) -> Collection[Sequence]:
+    """Return the sequences that the error names; none if it names all of several: then the cause may be shared."""
     named = error.sequences if isinstance(error, NanLogits) else ()
-    if len(named) == len(marks) > 1:  # that may lie in what they share
+    if len(named) == len(snapshots) > 1:
         return ()
     for sequence in named:
         sequence.failure = f"decoding failed on this request: {error}"
@@ -35,34 +35,34 @@ def _guilty(error: Exception, marks: Collection[Sequence]) -> Collection[Sequenc
 
 
 @dataclass(slots=True)
-class _Mark:
-    """Where a sequence stood before the step."""
+class _Snapshot:
+    """Length and step count of a sequence before the step."""
 
     length: int
     steps: int
 
 
 class ResilientEngine:
-    """An engine whose KV is rebuilt from the sequences' ids when a step has failed."""
+    """An engine that is rebuilt from the token ids of its sequences after a failed step."""
 
     def __init__(self, make_engine: Callable[[], Engine]) -> None:
-        """Start with a fresh engine; `make_engine` also replaces one whose step failed."""
+        """Create an engine with `make_engine`, which is called again after each failed step."""
         self._make_engine = make_engine
         self._engine = make_engine()
-        self._held: dict[Sequence, bool] = {}  # in the engine; whether it has emitted since it came
-        self._waiting: deque[Sequence] = deque()  # not in the engine: they might be what failed
-        self._limit: int | None = None  # sequences that the engine may hold; None: as many as it likes
-        self._calm = 0  # steps in a row that went well
-        self._failures = 0  # failed steps since a sequence was last given up
+        self._held: dict[Sequence, bool] = {}  # in the engine; True if it has emitted since it was added
+        self._waiting: deque[Sequence] = deque()  # not in the engine: new, or suspected of the failure
+        self._limit: int | None = None  # max sequences in the engine; None: no limit
+        self._successes = 0  # successful steps in a row
+        self._num_failures = 0  # failed steps since a sequence was given up
 
     @property
     def free_capacity(self) -> int:
-        """Sequences that can be added and admitted at once; none before everybody is back after a failure."""
+        """Sequences that can be added and admitted at once; 0 until all are back after a failure."""
         return max(0, self._engine.free_capacity - len(self._waiting)) if self._limit is None else 0
 
     @property
     def busy(self) -> bool:
-        """True while some sequence has not ended."""
+        """True while a sequence is unfinished."""
         return bool(self._waiting) or self._engine.busy
 
     @property
@@ -79,74 +79,78 @@ class ResilientEngine:
         for sequence in self._waiting:
             sequence.cancelled |= sequence.key in keys
         self._engine.cancel(keys)
-        self._forget_finished()
+        self._remove_finished()
 
     def step(
         self, only: Collection[Hashable] | None = None, *, plain: bool = False
     ) -> tuple[list[StepResult], list[Sequence]]:
         """Run one step, with the engine's arguments.
 
-        Return what each emitting sequence got, and those that are given up.
+        Return the results of the emitting sequences, and the sequences that are given up.
         """
-        unfit = self._admit()
-        marks = {s: _Mark(len(s.ids), s.steps) for s in self._held}
+        rejected = self._admit()
+        snapshots = {s: _Snapshot(len(s.ids), s.steps) for s in self._held}
         try:
             results = self._engine.step(only, plain=plain)
-        except (RankLost, torch.AcceleratorError):  # no engine can run on what is left of the replica or its device
+        except (RankLost, torch.AcceleratorError):  # a new engine in this process would fail too
             raise
-        except Exception as error:  # the one place where any failure of a step is survived
-            about = {"action": "step_failed", "sequences": [s.key for s in marks]}  # (job, request, choice) of each
-            log.exception("A step of %d sequences failed", len(marks), extra=about)
-            return [], [*unfit, *self._start_over(marks, _guilty(error, marks))]
+        except Exception as error:  # any other failure of a step is retried
+            keys = [s.key for s in snapshots]  # (job, request, choice) of each
+            extra = {"action": "step_failed", "sequences": keys}
+            log.exception("A step of %d sequences failed", len(snapshots), extra=extra)
+            return [], [*rejected, *self._roll_back(snapshots, _suspects_named_by(error, snapshots))]
         for result in results:
             self._held[result.sequence] = True
-        self._forget_finished()
-        self._widen()
-        return results, unfit
+        self._remove_finished()
+        self._raise_limit()
+        return results, rejected
 
     def _admit(self) -> list[Sequence]:
-        """Hand waiting sequences to the engine as far as it may hold them; return those that it does not take."""
-        unfit = []
+        """Add waiting sequences to the engine up to the limit; return those that it rejects."""
+        rejected = []
         while self._waiting and (self._limit is None or len(self._held) < self._limit):
             sequence = self._waiting.popleft()
             try:
                 self._engine.add(sequence)
-            except Exception as error:  # such as a text that another worker, with a longer context, has begun
+            except Exception as error:  # e.g. begun by a worker with a longer context
                 log.exception("A sequence can't be decoded", extra={"action": "unfit", "sequences": [sequence.key]})
                 sequence.failure = f"this worker can't decode the request: {error}"
-                unfit.append(sequence)
+                rejected.append(sequence)
             else:
                 self._held[sequence] = False
-        return unfit
+        return rejected
 
-    def _start_over(self, marks: dict[Sequence, _Mark], guilty: Collection[Sequence]) -> list[Sequence]:
-        """Take everybody back to before the step; return those who are known to be guilty, or failed alone."""
-        alone = self._limit == 1 or bool(guilty)
-        given_up = list(guilty or marks) if alone else []
-        for sequence, mark in marks.items():
-            del sequence.ids[mark.length :]
-            sequence.steps, sequence.finish_reason = mark.steps, None
+    def _roll_back(self, snapshots: dict[Sequence, _Snapshot], named: Collection[Sequence]) -> list[Sequence]:
+        """Restore the state before the step in a fresh engine; return the sequences to give up: named, or isolated."""
+        isolated = self._limit == 1 or bool(named)
+        given_up = list(named or snapshots) if isolated else []
+        for sequence, snapshot in snapshots.items():
+            del sequence.ids[snapshot.length :]
+            sequence.steps, sequence.finish_reason = snapshot.steps, None
             sequence.slot, sequence.cached = -1, 0
-            sequence.history = TokenCounts()  # it may have counted what is taken back
-        # The sort is stable: those who have not shown that they can emit come first, so that halving finds the one.
-        suspects = [s for s in sorted(marks, key=lambda s: self._held[s]) if s not in given_up]
+            sequence.history = TokenCounts()  # it may have counted tokens that are dropped
+        # Sequences that have not emitted come first: halving then isolates the failing one. The sort is stable.
+        suspects = [s for s in sorted(snapshots, key=lambda s: self._held[s]) if s not in given_up]
         self._waiting.extendleft(reversed(suspects))
-        self._limit = self._limit if guilty else max(1, len(marks) // 2)
-        self._failures = 0 if alone else self._failures + 1
-        self._calm = 0
+        self._limit = self._limit if named else max(1, len(snapshots) // 2)
+        self._num_failures = 0 if isolated else self._num_failures + 1
+        self._successes = 0
         self._held = {}
         self._engine = self._make_engine()
         return given_up
 
-    def _widen(self) -> None:
-        """Let twice as many come, later after every failure, lest a batch that is too large be tried for ever."""
-        self._calm += 1
-        if self._limit is None or self._calm < self._failures or not all(self._held.values()):
+    def _raise_limit(self) -> None:
+        """Double the limit once all held sequences have emitted.
+
+        Each failure delays this by one more step, so that a batch that is too large is not retried for ever.
+        """
+        self._successes += 1
+        if self._limit is None or self._successes < self._num_failures or not all(self._held.values()):
             return
-        self._limit, self._calm = 2 * self._limit, 0
+        self._limit, self._successes = 2 * self._limit, 0
         if self._limit >= len(self._held) + len(self._waiting):
             self._limit = None
 
-    def _forget_finished(self) -> None:
+    def _remove_finished(self) -> None:
         self._waiting = deque(s for s in self._waiting if not s.finished)
         self._held = {s: emitted for s, emitted in self._held.items() if not s.finished}

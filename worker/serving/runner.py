@@ -1,6 +1,6 @@
-"""The runner: claims requests, feeds the engine, and hands what it decodes to the sink. One turn is one step.
+"""The worker loop: claim requests, step the engine, pass the results to the sink.
 
-Knows no Celery and no signals.
+`Runner.run_once` is one iteration. Celery, signals and threads are the business of `worker.serving.service`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from worker.text.output_stream import OutputStream
 
 log = logging.getLogger(__name__)
 
-_POLL_S = 1.0  # between looks for work when the last one found none; a doorbell cuts it short
-_CLAIM_SHARE = 0.05  # of the time, at most, goes into looks for more work while there is text to decode
-_WAITED_FOR_INTERVAL_S = 0.1  # between commits of text that a person waits for
-_READ_BESIDE = 4  # requests being read that take no place: prompts that take long to read must not keep others out
-_SETTLE_S = 0.02  # that texts being written wait for short requests that were just claimed
-_IDLE_S = 0.5  # that an idle engine waits for short requests to be read, so that they begin together
-_NAP_S = 0.05  # that it waits for a long one before it looks around
-_FENCE = 2 / 3  # of a lease: without a renewal for longer, nothing is decoded until there is one
+_POLL_S = 1.0  # between claims after one that found nothing; a doorbell ends the wait
+_CLAIM_SHARE = 0.05  # max share of the time spent on claims while sequences are decoding
+_INTERACTIVE_INTERVAL_S = 0.1  # between commits while an interactive request is active
+_FREE_READS = 4  # requests being tokenized that use no slot: slow prompts must not block the claim of others
+_SETTLE_S = 0.02  # wait of a busy engine for the short requests just claimed
+_IDLE_SETTLE_S = 0.5  # wait of an idle engine for short requests, so that they start in one batch
+_IDLE_POLL_S = 0.05  # wait of an idle engine for a long request, before it checks for other work
+_RENEWAL_FENCE = 2 / 3  # share of a lease without renewal after which leases are renewed before anything is decoded
 
 
 class Runner:
@@ -58,9 +58,9 @@ class Runner:
         interval_s: float,
         reserved: int = 0,
     ) -> None:
-        """Flush every `interval_s`; `make_engine` also replaces an engine whose step failed.
+        """Flush every `interval_s`; `make_engine` is called again after a failed step.
 
-        So many as `reserved` of the engine's sequences are kept for requests that somebody waits for.
+        `reserved` of the engine's slots are kept for interactive requests.
         """
         self._engine = ResilientEngine(make_engine)
         self._codec = codec
@@ -76,18 +76,18 @@ class Runner:
             self._engine, codec, database, worker_id=worker_id, model=model, lease_s=lease_s
         )
         self._active: dict[RequestKey, ActiveRequest] = {}
-        self._load = WorkerStats()
+        self._stats = WorkerStats()
         self._claimed_at = float("-inf")
-        self._claim_s = 0.0  # that the last look took
-        self._more_waits = False  # the last look that had room for requests of batches found some
+        self._claim_s = 0.0  # duration of the last claim
+        self._more_waiting = False  # the last claim with slots for batch requests found some
         self._flushed_at = float("-inf")
-        self._renewed_at = float("-inf")  # when the oldest lease that is held was renewed
-        self._warned = False
+        self._renewed_at = float("-inf")  # when the oldest held lease was renewed
+        self._warned_slow = False
 
     @property
     def busy(self) -> bool:
-        """True while requests are held or compared, and while more may wait: the last look found some."""
-        return bool(self._active) or self._more_waits or self._speedup_check.busy
+        """True while requests are active or compared, and while more may be waiting in the database."""
+        return bool(self._active) or self._more_waiting or self._speedup_check.busy
 
     @property
     def learned(self) -> dict[str, Any]:
@@ -95,24 +95,24 @@ class Runner:
         return self._engine.learned
 
     @property
-    def load(self) -> dict[str, Any]:
-        """What the worker has done since its start and holds now, as JSON."""
-        return self._load.as_json(self._active.values())
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start and what the worker holds now, as JSON."""
+        return self._stats.as_json(self._active.values())
 
     def run_once(self, *, notified: bool = False) -> None:
-        """Claim if there is room, run one step, flush if it is time. Raises DatabaseUnavailable: call again later."""
-        if self._active and time.monotonic() - self._renewed_at > _FENCE * self._lease_s:
-            self._flush()  # we slept, or the database did: first see what is still ours
-        self._take_up_read(_SETTLE_S if self._claim(notified) else 0.0)
+        """Claim requests, run one step, flush what is is_due. Raises DatabaseUnavailable: call again later."""
+        if self._active and time.monotonic() - self._renewed_at > _RENEWAL_FENCE * self._lease_s:
+            self._flush()  # after a pause, first find out which leases are lost
+        self._admit_read(_SETTLE_S if self._claim(notified) else 0.0)
         if self._active and self._engine.busy:
             self._step()
         if self._active and self._flush_is_due():
             self._flush()
         if not self._active:
-            self._compare()
+            self._check_speedup()
 
     def hand_back(self) -> None:
-        """Commit what there is and give every request back, so that another worker goes on from there."""
+        """Commit all progress and release every request, so that another worker continues it."""
         self._speedup_check.preempt()
         if self._active:
             self._flush()
@@ -125,13 +125,13 @@ class Runner:
         self._readers.close()
 
     def _claim(self, notified: bool) -> bool:
-        """Look for work if it is time, and let it be read; return whether there was some."""
-        now, room = time.monotonic(), self._speedup_check.free_capacity
-        room -= max(0, sum(request.reading for request in self._active.values()) - _READ_BESIDE)
-        reserved = max(0, self._reserved - sum(request.places for request in self._waited_for()))
+        """Claim requests if a claim is is_due, and start reading them; return whether there were any."""
+        now, free_slots = time.monotonic(), self._speedup_check.free_capacity
+        free_slots -= max(0, sum(request.reading for request in self._active.values()) - _FREE_READS)
+        reserved = max(0, self._reserved - sum(request.slots for request in self._interactive()))
         since_s = now - self._claimed_at
-        more = self._more_waits and room > reserved and self._may_look(since_s)
-        if room <= 0 or not (notified or more or since_s >= _POLL_S):
+        more = self._more_waiting and free_slots > reserved and self._claim_pays(since_s)
+        if free_slots <= 0 or not (notified or more or since_s >= _POLL_S):
             return False
         try:
             with self._database.write() as session:
@@ -139,7 +139,7 @@ class Runner:
                     session,
                     self._worker_id,
                     self._model,
-                    room,
+                    free_slots,
                     self._lease_s,
                     holding=self._active,
                     reserved=reserved,
@@ -147,12 +147,12 @@ class Runner:
                 )
         except DATABASE_UNAVAILABLE as error:
             raise _unavailable(error) from error
-        spans.claimed(claims, time.time() - (time.monotonic() - now), time.time())
+        spans.record_claims(claims, time.time() - (time.monotonic() - now), time.time())
         if not self._active:
             self._renewed_at = now
-        # Where there was work there may be more: look again when there is room. A look without room for batches tells
-        # nothing of them, else the next place to come free would stay empty until the next poll.
-        self._more_waits = bool(claims) or (self._more_waits and room <= reserved)
+        # Where there was work there may be more. A claim without slots for batch requests says nothing about them: keep
+        # the flag, or the next free slot would stay empty until the next poll.
+        self._more_waiting = bool(claims) or (self._more_waiting and free_slots <= reserved)
         self._claimed_at = time.monotonic()
         self._claim_s = self._claimed_at - now
         if claims:
@@ -162,26 +162,26 @@ class Runner:
             self._readers.put(claim)
         return bool(claims)
 
-    def _take_up_read(self, settle_s: float) -> None:
-        """Hand to the engine what has been read; an engine that has nothing to do waits for that."""
+    def _admit_read(self, settle_s: float) -> None:
+        """Add the requests that have been read to the engine; an idle engine waits for them."""
         idle = bool(self._active) and not self._engine.busy
-        for claim, result in self._readers.take(_IDLE_S if idle else settle_s, _NAP_S if idle else 0.0):
+        for claim, result in self._readers.take(_IDLE_SETTLE_S if idle else settle_s, _IDLE_POLL_S if idle else 0.0):
             request = self._active.get(claim.lease.key)
-            if request is not None and request.claim is claim:  # else it was lost meanwhile
+            if request is not None and request.claim is claim:  # else its lease was lost meanwhile
                 with log_context(job_id=claim.lease.job_id, request_index=claim.lease.request_index):
-                    self._take_up(request, result)
+                    self._admit(request, result)
 
-    def _compare(self) -> None:
+    def _check_speedup(self) -> None:
         try:
             self._speedup_check.run_once()
         except DATABASE_UNAVAILABLE as error:
             raise _unavailable(error) from error
 
-    def _may_look(self, since_s: float) -> bool:
-        """Return whether a look for more work pays: those who are decoding wait for it."""
+    def _claim_pays(self, since_s: float) -> bool:
+        """Return whether a claim is worth its time: active sequences wait for it."""
         return not self._engine.busy or since_s >= self._claim_s / _CLAIM_SHARE
 
-    def _take_up(self, request: ActiveRequest, result: ParsedRequest | BaseException) -> None:
+    def _admit(self, request: ActiveRequest, result: ParsedRequest | BaseException) -> None:
         request.reading = False
         try:
             if isinstance(result, BaseException):
@@ -191,8 +191,8 @@ class Runner:
         except RequestRefused as refused:
             code, status = refused.code or "invalid_value", refused.status_code
             self._end(request, RequestFailure(code, refused.message, refused.param, status))
-        except BaseException as error:  # whatever it is: it came of this request
-            self._fail(request, "it could not be taken up", error)
+        except BaseException as error:  # any error here is the failure of this request
+            self._fail(request, "it could not be started", error)
 
     def _add_choices(self, request: ActiveRequest, reading: ParsedRequest) -> None:
         claim, body, prompts = request.claim, reading.request, reading.prompts
@@ -217,46 +217,46 @@ class Runner:
         results, given_up = self._engine.step()
         self._warn_of_slow_steps(time.monotonic() - began_at)
         now = time.time()
-        self._load.take(results)
+        self._stats.take(results)
         for result in results:
             self._take(result, now)
-        # The engine knows nothing of stop strings: to it, what they ended runs on.
+        # The engine knows token ids only: cancel the sequences that a stop string has ended.
         self._engine.cancel({result.sequence.key for result in results if result.sequence.finished})
         for sequence in given_up:
             self._refuse(sequence)
 
     def _warn_of_slow_steps(self, step_s: float) -> None:
-        if step_s > self._lease_s / 2 and not self._warned:
-            self._warned = True
+        if step_s > self._lease_s / 2 and not self._warned_slow:
+            self._warned_slow = True
             log.warning(
-                "A step took %.1f s, and leases last %.0f s: a longer one would cost this worker its requests; "
-                "set BASIC_LEASE_S to more",
+                "A step took %.1f s and leases last %.0f s; a step longer than a lease loses this worker its requests. "
+                "Raise BASIC_LEASE_S",
                 step_s,
                 self._lease_s,
                 extra={"action": "slow_step"},
             )
 
     def _take(self, result: StepResult, now: float) -> None:
-        job_id, request_index, index = _parts(result.sequence.key)
+        job_id, request_index, index = _split_key(result.sequence.key)
         request = self._active[job_id, request_index]
         choice = request.choices.get(index)
-        if choice is None:  # the request has failed in this very step, on another of its choices
+        if choice is None:  # another choice of the request has failed in this step
             return
         try:
             choice.take(result, now, self._codec.token_text)
-        except BaseException as error:  # a text is the request's own: it stops none of the others
+        except BaseException as error:  # an error in its text must not stop other requests
             self._fail(request, "its text could not be written", error)
 
     def _refuse(self, sequence: Sequence) -> None:
-        """Answer a request with an error because the engine can't decode this choice of it even alone."""
-        job_id, request_index, _ = _parts(sequence.key)
-        said = sequence.failure or "decoding failed on this request, and on it alone"
-        self._end(self._active[job_id, request_index], RequestFailure("engine_error", said, status_code=500))
+        """End a request with an error because the engine can't decode this choice, even alone."""
+        job_id, request_index, _ = _split_key(sequence.key)
+        message = sequence.failure or "decoding failed on this request, and on it alone"
+        self._end(self._active[job_id, request_index], RequestFailure("engine_error", message, status_code=500))
 
     def _fail(self, request: ActiveRequest, what: str, error: BaseException) -> None:
-        """Answer a request with an error that nobody foresaw, and log where it came from."""
-        about = {"action": "request_failed", "job_id": request.claim.lease.job_id}
-        log.error("Request %s failed: %s", request.claim.custom_id, what, exc_info=error, extra=about)
+        """End a request with an unexpected error, and log its traceback."""
+        extra = {"action": "request_failed", "job_id": request.claim.lease.job_id}
+        log.error("Request %s failed: %s", request.claim.custom_id, what, exc_info=error, extra=extra)
         self._end(request, internal_error(what, error))
 
     def _end(self, request: ActiveRequest, failure: RequestFailure) -> None:
@@ -266,12 +266,12 @@ class Runner:
     def _flush_is_due(self) -> bool:
         if all(request.done for request in self._active.values()):
             return True
-        waited_for = self._waited_for()
-        interval_s = min(self._interval_s, _WAITED_FOR_INTERVAL_S) if waited_for else self._interval_s
-        done = any(request.done for request in waited_for)
+        interactive = self._interactive()
+        interval_s = min(self._interval_s, _INTERACTIVE_INTERVAL_S) if interactive else self._interval_s
+        done = any(request.done for request in interactive)
         return done or time.monotonic() - self._flushed_at >= interval_s
 
-    def _waited_for(self) -> list[ActiveRequest]:
+    def _interactive(self) -> list[ActiveRequest]:
         return [request for request in self._active.values() if request.claim.priority]
 
     def _flush(self) -> None:
@@ -293,7 +293,7 @@ def _unavailable(error: Exception) -> DatabaseUnavailable:
     return DatabaseUnavailable(f"The database does not answer: {unavailable_reason(error)}")
 
 
-def _parts(key: Hashable) -> tuple[str, int, int]:
+def _split_key(key: Hashable) -> tuple[str, int, int]:
     assert isinstance(key, tuple)
     job_id, request_index, choice = key
     return str(job_id), int(request_index), int(choice)

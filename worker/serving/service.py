@@ -1,8 +1,8 @@
-"""The resident engine: one per process, on a thread of its own, from load to drain.
+"""Run the engine thread and the housekeeping thread of a worker process, from start to drain.
 
-Notifications wake it; it also polls SQL. The engine thread alone renews leases, so a step that hangs
-lets them lapse; the housekeeping thread sends heartbeats only while the engine makes progress, and ends a stuck
-process.
+A doorbell wakes the engine thread; otherwise it polls the database. Only the engine thread renews leases, so they
+expire when a step hangs. The housekeeping thread sends heartbeats while the engine makes progress, and exits the
+process when it is stuck.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
 
-_IDLE_S = 1.0  # longest sleep without work
+_IDLE_S = 1.0  # longest wait without work
 _HOUSEKEEPING_S = 5.0
-_LOAD_S = 1.0  # between two looks at what the engine holds
+_STATS_S = 1.0  # between two snapshots of the runner's statistics
 _DATABASE_RETRY_S = 2.0
 _HAND_BACK_RETRY_S = 0.5
-_LEAVING_S = 2.0
-_STOP_STATUS = 1  # of a process that did not stop in order
+_MARK_STOPPED_S = 2.0
+_DRAIN_FAILED_STATUS = 1  # exit status when the engine did not stop within drain_s
 
-Pulse = Callable[[], bool]  # send a message to oneself; whether Redis took it
+Pulse = Callable[[], bool]  # send a message to this worker itself; return whether Redis took it
 
 
 class EngineService:
-    """Owns the engine thread and the housekeeping threads of a worker process."""
+    """Own the engine thread and the housekeeping thread of a worker process."""
 
     def __init__(self, settings: WorkerSettings, loaded: LoadedModel, notify: Notify, *, worker_id: str = "") -> None:
-        """Take loaded models; nothing runs before `start`."""
+        """Prepare the service for the loaded models; `start` starts its threads."""
         self.worker_id = worker_id or new_worker_id()
         self._settings = settings
         self._loaded = loaded
@@ -60,38 +60,38 @@ class EngineService:
         self._watchdog = Watchdog(settings.stall_s, settings.deaf_s)
         self._pulse: Pulse = lambda: False
         self._iterations = 0
-        self._moved = False
+        self._progressed = False
         self._learned: dict[str, Any] = {}
-        self._load: dict[str, Any] = {}
-        self._load_at = float("-inf")
+        self._stats: dict[str, Any] = {}
+        self._stats_at = float("-inf")
         self._meter = gpu_meter()
         self._joules = 0.0
         self._wake = threading.Event()
         self._stop = threading.Event()
-        self._engine_thread = threading.Thread(target=self._serve_or_end, name="basic-engine", daemon=True)
+        self._engine_thread = threading.Thread(target=self._serve_or_exit, name="basic-engine", daemon=True)
         self._housekeeping = threading.Thread(target=self._housekeeping_loop, name="basic-housekeeping", daemon=True)
 
     def start(self, pulse: Pulse | None = None) -> None:
-        """Register the worker and begin to serve. `pulse` sends a message that ends in `heard`."""
+        """Register the worker and start serving. `pulse` sends a message that arrives at `pulse_received`."""
         self._pulse = pulse or self._pulse
         with self._database.write() as session:
-            writes.register_worker(session, self._card())
+            writes.register_worker(session, self._registration())
         self._engine_thread.start()
         self._housekeeping.start()
         self._reconciler.start()
 
     def wake(self) -> None:
-        """Look for work now: somebody rang."""
+        """Claim work now: the doorbell rang."""
         self._wake.set()
 
     def pulse_received(self) -> None:
-        """Take note that our own message has come: the consumer is not deaf."""
+        """Record that the pulse arrived: the Celery consumer receives messages."""
         self._watchdog.pulse_received()
 
     def stop(self) -> None:
-        """Finish the step, commit, hand every request back, and close; safe to call twice.
+        """Finish the step, commit, release every request, and close; safe to call twice.
 
-        Ends the process if the engine does not finish in time: its leases lapse then.
+        Exits the process if the engine does not stop within `drain_s`: its leases expire then.
         """
         if self._stop.is_set():
             return
@@ -100,23 +100,23 @@ class EngineService:
         self._wake.set()
         self._engine_thread.join(self._settings.drain_s)
         if self._engine_thread.is_alive():
-            self._note_leaving()
-            _end(
-                _STOP_STATUS,
-                f"the engine did not stop in {self._settings.drain_s:.0f} s; its requests go on elsewhere "
-                "when their leases have lapsed",
+            self._mark_stopped()
+            _exit(
+                _DRAIN_FAILED_STATUS,
+                f"the engine did not stop in {self._settings.drain_s:.0f} s; other workers continue its requests "
+                "when their leases expire",
             )
         self._reconciler.stop()
         self._housekeeping.join(max(0.0, ends_at - time.monotonic()))
         self._publisher.close()
         self._database.dispose()
 
-    def _serve_or_end(self) -> None:
+    def _serve_or_exit(self) -> None:
         try:
             self._serve()
-        except BaseException:  # also what Rust raises: without its engine a process must not look alive
+        except BaseException:  # also panics of Rust: without its engine the process must not look alive
             log.exception("The engine failed", extra={"action": "engine_failed"})
-            _end(RESTART_STATUS, "the engine failed")
+            _exit(RESTART_STATUS, "the engine failed")
 
     def _serve(self) -> None:
         runner = self._runner()
@@ -127,23 +127,23 @@ class EngineService:
             try:
                 runner.run_once(notified=notified)
                 self._learned = runner.learned
-                self._note_load(runner)
+                self._update_stats(runner)
             except DatabaseUnavailable as error:
-                log.warning("Decoding pauses: %s", error, extra={"action": "database_away"})
+                log.warning("Decoding is paused: %s", error, extra={"action": "database_away"})
                 self._stop.wait(_DATABASE_RETRY_S * random.uniform(0.5, 1.5))
             else:
                 if not runner.busy:
                     self._wake.wait(_IDLE_S * random.uniform(0.5, 1.0))
-        self._leave(runner)
+        self._hand_back(runner)
 
-    def _note_load(self, runner: Runner) -> None:
-        """Look at what the engine holds, from its own thread, now and then."""
-        if time.monotonic() - self._load_at >= _LOAD_S:
-            self._load_at = time.monotonic()
-            self._load = runner.load
+    def _update_stats(self, runner: Runner) -> None:
+        """Take a snapshot of the runner's statistics, on the engine thread, every `_STATS_S`."""
+        if time.monotonic() - self._stats_at >= _STATS_S:
+            self._stats_at = time.monotonic()
+            self._stats = runner.stats
 
-    def _leave(self, runner: Runner) -> None:
-        """Hand everything back; a database that is away may come back in time."""
+    def _hand_back(self, runner: Runner) -> None:
+        """Release all requests; retry while the database is away and there is drain time left."""
         ends_at = time.monotonic() + 0.8 * self._settings.drain_s
         while True:
             try:
@@ -153,52 +153,52 @@ class EngineService:
                 return
             except (DatabaseUnavailable, *DATABASE_UNAVAILABLE) as error:
                 if time.monotonic() > ends_at:
-                    log.warning("Could not hand requests back, their leases will lapse: %s", error, extra=_STOPPING)
+                    log.warning("Could not release requests; their leases will expire: %s", error, extra=_STOPPING)
                     return
                 time.sleep(_HAND_BACK_RETRY_S)
 
     def _housekeeping_loop(self) -> None:
         while not self._stop.wait(min(_HOUSEKEEPING_S, self._settings.deaf_s / 4) * random.uniform(0.8, 1.2)):
-            self._watch()
+            self._check_progress()
             try:
-                self._beat()
+                self._heartbeat()
             except DATABASE_UNAVAILABLE as error:
                 log.warning("Housekeeping waits for the database: %s", unavailable_reason(error), extra=_AWAY)
-            except Exception:  # this thread is the watchdog: it must outlive whatever goes wrong here
+            except Exception:  # this thread is the watchdog: no error may end it
                 log.exception("Housekeeping failed", extra={"action": "housekeeping_failed"})
 
-    def _watch(self) -> None:
+    def _check_progress(self) -> None:
         self._watchdog.pulse_sent(delivered=self._pulse(), now=time.monotonic())
-        self._moved = self._watchdog.record_iterations(self._iterations, time.monotonic())
-        verdict = self._watchdog.restart_reason(time.monotonic())
-        if verdict is not None:
-            if self._moved:  # not for a step that hangs
-                self._note_leaving()
-            _end(RESTART_STATUS, verdict)
+        self._progressed = self._watchdog.record_iterations(self._iterations, time.monotonic())
+        reason = self._watchdog.restart_reason(time.monotonic())
+        if reason is not None:
+            if self._progressed:  # a hanging step counts as a crash of its requests
+                self._mark_stopped()
+            _exit(RESTART_STATUS, reason)
 
-    def _note_leaving(self) -> None:
-        """Say that the end of this process is no fault of its requests; a database that is away need not know."""
-        noting = threading.Thread(target=self._stop_worker, name="basic-leaving", daemon=True)
-        noting.start()
-        noting.join(_LEAVING_S)
+    def _mark_stopped(self) -> None:
+        """Mark the worker as stopped within `_MARK_STOPPED_S`, so that its exit is not blamed on its requests."""
+        thread = threading.Thread(target=self._stop_worker, name="basic-leaving", daemon=True)
+        thread.start()
+        thread.join(_MARK_STOPPED_S)
 
     def _stop_worker(self) -> None:
         try:
             with self._database.write() as session:
                 writes.mark_stopped(session, self.worker_id)
         except DATABASE_UNAVAILABLE as error:
-            log.warning("Could not note that this worker leaves: %s", unavailable_reason(error), extra=_STOPPING)
+            log.warning("Could not mark this worker as stopped: %s", unavailable_reason(error), extra=_STOPPING)
 
-    def _beat(self) -> None:
-        """Write the heartbeat, the load and the learned state, as long as the engine makes progress."""
-        if not self._moved:
+    def _heartbeat(self) -> None:
+        """Write the heartbeat, statistics, energy and learned state, while the engine makes progress."""
+        if not self._progressed:
             return
         joules = self._meter.joules() if self._meter else 0.0
         with self._database.write() as session:
             writes.record_heartbeat(session, self.worker_id)
             writes.update_calibration(session, self.worker_id, {**self._loaded.costs.as_json(), **self._learned})
             writes.update_load(
-                session, self.worker_id, {**self._load, **self._capacity(), "joules": self._joules + joules}
+                session, self.worker_id, {**self._stats, **self._capacity(), "joules": self._joules + joules}
             )
             if joules:
                 writes.add_energy(session, self.worker_id, time.time(), joules)
@@ -219,11 +219,11 @@ class EngineService:
             model=self._loaded.name,
             lease_s=self._settings.lease_s,
             interval_s=self._settings.partials_interval_s,
-            # An engine with room for a single sequence keeps it for everybody.
+            # An engine with a single slot reserves none.
             reserved=min(self._settings.interactive_sequences, self._loaded.options.max_sequences - 1),
         )
 
-    def _card(self) -> NewWorker:
+    def _registration(self) -> NewWorker:
         return NewWorker(
             id=self.worker_id,
             hostname=socket.gethostname(),
@@ -238,13 +238,13 @@ class EngineService:
 
 
 def new_worker_id() -> str:
-    """Return an id for this start of the process, so that no restart inherits a lease."""
+    """Return an id that is new for each start, so that a restart inherits no lease."""
     return f"worker-{uuid.uuid4().hex}"
 
 
-def _end(status: int, why: str) -> None:
-    """End the process at once, whatever its threads do."""
-    log.error("The process ends: %s", why, extra={"action": "process_ends"})
+def _exit(status: int, why: str) -> None:
+    """Exit the process at once, without waiting for its threads."""
+    log.error("The process exits: %s", why, extra={"action": "process_ends"})
     logging.shutdown()
     os._exit(status)
 

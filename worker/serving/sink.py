@@ -1,6 +1,6 @@
-"""The sink: commits the progress of all running requests in one transaction, then publishes it.
+"""Commit the progress of all active requests in one transaction, then publish it.
 
-Nothing is published that is not committed.
+Only committed progress is published.
 """
 
 from __future__ import annotations
@@ -25,38 +25,39 @@ Publish = Callable[[Sequence[PartialEvent]], None]
 
 
 class Sink:
-    """Writes for one worker."""
+    """Write the output of one worker."""
 
     def __init__(self, database: Database, publish: Publish, worker_id: str, lease_s: float) -> None:
-        """Write to `database` under leases of `lease_s` seconds, and hand events to `publish`."""
+        """Write to `database` under leases of `lease_s` seconds, and pass events to `publish`."""
         self._database = database
         self._publish = publish
         self._worker_id = worker_id
         self._lease_s = lease_s
-        self._pending: list[tuple[ActiveRequest, RequestProgress]] = []  # not committed: the database did not answer
+        self._pending: list[tuple[ActiveRequest, RequestProgress]] = []  # not committed yet
 
     def started(self, request: ActiveRequest) -> None:
-        """Announce the choices of a request that has just been taken up."""
-        self._publish([e for choice in request.choices.values() for e in self._announce(request, choice)])
+        """Publish the `started` events of a request."""
+        self._publish([e for choice in request.choices.values() for e in self._started_event(request, choice)])
 
     def flush(self, requests: Sequence[ActiveRequest], now: float) -> FlushResult:
-        """Commit what is new, renew every lease, publish. Raises DatabaseUnavailable; nothing is lost, call again."""
+        """Commit new progress, renew every lease, publish. After DatabaseUnavailable nothing is lost: call again."""
         ended = {p.lease.key for _, p in self._pending if p.ends or p.failure is not None}
         self._pending += [(r, _progress(r, now)) for r in requests if r.claim.lease.key not in ended]
         held = [request.claim.lease for request in requests]
-        began_at = time.time()
+        started_at = time.time()
         result = self._write(0, len(self._pending), held)
         committed, self._pending = self._pending, []
-        spans.committed([entry for entry in committed if entry[1].lease.key not in result.lost], began_at, time.time())
+        written = [entry for entry in committed if entry[1].lease.key not in result.lost]
+        spans.record_commits(written, started_at, time.time())
         self._publish([*self._events(committed, result.lost), *job_events(result.ended_jobs)])
         for job_id, status in result.ended_jobs:
             log.info("Job %s is %s", job_id, status, extra={"action": "job_ended", "job_id": job_id})
         return result
 
     def _write(self, start: int, end: int, held: Sequence[Lease]) -> FlushResult:
-        """Write some of what is pending in one transaction, or in parts if the database refuses something of it.
+        """Write the pending entries start..end-1 in one transaction; bisect them if the database rejects a value.
 
-        So the one request is found whose values it refuses; that fails, and all others are written.
+        The request with the rejected value fails; all others are written.
         """
         progress = [entry for _, entry in self._pending[start:end]]
         try:
@@ -66,17 +67,17 @@ class Sink:
             if isinstance(error, DATABASE_UNAVAILABLE) and not is_too_large(error):
                 raise DatabaseUnavailable(f"The database does not answer: {unavailable_reason(error)}") from error
             if not progress or (len(progress) == 1 and progress[0].failure is not None):
-                raise  # it is no value of a request that is refused
+                raise  # no value of a request is the cause
             if len(progress) == 1:
                 request = self._pending[start][0]
-                _fail(request, "the database refuses a value of its answer", error)
+                _fail(request, "the database rejects a value of its output", error)
                 self._pending[start] = (request, request.progress(0.0))
                 return self._write(start, end, held)
         middle = (start + end) // 2
         first, second = self._write(start, middle, held), self._write(middle, end, held)
         return FlushResult(first.lost | second.lost, first.ended_jobs + second.ended_jobs)
 
-    def _announce(self, request: ActiveRequest, choice: ActiveChoice) -> Iterator[PartialEvent]:
+    def _started_event(self, request: ActiveRequest, choice: ActiveChoice) -> Iterator[PartialEvent]:
         if not choice.announced:
             choice.announced = True
             yield self._event(request, choice.index, choice.next_seq, type="started")
@@ -88,15 +89,15 @@ class Sink:
         for request, progress in committed:
             if progress.lease.key in lost:
                 log.warning(
-                    "Request %s is no longer ours; its progress was dropped",
+                    "The lease of request %s is lost; its progress was dropped",
                     request.claim.custom_id,
                     extra={"action": "lease_lost", **_ids(progress.lease)},
                 )
                 continue
             try:
                 yield from list(self._events_of(request, progress))
-            except Exception:  # it is committed: readers find it in the record
-                log.exception("Events can't be told", extra={"action": "events_failed", **_ids(progress.lease)})
+            except Exception:  # it is committed: clients read it from the database
+                log.exception("Events can't be published", extra={"action": "events_failed", **_ids(progress.lease)})
 
     def _events_of(self, request: ActiveRequest, progress: RequestProgress) -> Iterator[PartialEvent]:
         yield from (self._tokens(request, checkpoint) for checkpoint in progress.checkpoints)
@@ -135,11 +136,11 @@ class Sink:
 
 
 def _progress(request: ActiveRequest, now: float) -> RequestProgress:
-    """Return what a flush writes of a request; its failure, if that can't be told."""
+    """Return what a flush writes for a request; its failure if that raises."""
     try:
         return request.progress(now)
     except Exception as error:
-        _fail(request, "its progress can't be told", error)
+        _fail(request, "its progress could not be collected", error)
         return request.progress(now)
 
 

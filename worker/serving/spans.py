@@ -1,6 +1,6 @@
-"""Spans of requests in a worker: when each was claimed, decoded and committed. Nothing is done where nobody traces.
+"""Trace spans of requests in a worker: claim, decode and output. Without tracing they cost nothing.
 
-Written when they are over, below the place that their job came with.
+A span is recorded when it has ended, below the traceparent of its job.
 """
 
 from __future__ import annotations
@@ -12,26 +12,29 @@ from storage.records import Claim, RequestProgress
 from worker.serving.active_request import ActiveRequest
 
 
-def claimed(claims: Iterable[Claim], began_at: float, ended_at: float) -> None:
-    """Trace the claim of requests whose jobs are traced."""
+def record_claims(claims: Iterable[Claim], started_at: float, ended_at: float) -> None:
+    """Record a `claim` span for each request whose job is traced."""
     if not tracing():
         return
     for claim in claims:
         if claim.traceparent is not None:
             ids = {"job_id": claim.lease.job_id, "request_index": claim.lease.request_index}
-            record_span("claim", claim.traceparent, began_at, ended_at, **ids, attempt=claim.attempts)
+            record_span("claim", claim.traceparent, started_at, ended_at, **ids, attempt=claim.attempts)
 
 
-def committed(entries: Sequence[tuple[ActiveRequest, RequestProgress]], began_at: float, ended_at: float) -> None:
-    """Trace the decoding of requests that have ended, and the commit of their outputs, which took this long."""
+def record_commits(
+    entries: Sequence[tuple[ActiveRequest, RequestProgress]], started_at: float, ended_at: float
+) -> None:
+    """Record `decode` and `output` spans of ended requests; the commit lasted from `started_at` to `ended_at`."""
     if not tracing():
         return
     for request, progress in entries:
-        place = request.claim.traceparent
-        if place is None or not (progress.ends or progress.failure is not None):
+        traceparent = request.claim.traceparent
+        if traceparent is None or not (progress.ends or progress.failure is not None):
             continue
         ids = {"job_id": progress.lease.job_id, "request_index": progress.lease.request_index}
         tokens = sum(choice.completion_tokens for choice in progress.finished)
         error = None if progress.failure is None else progress.failure.code
-        record_span("decode", place, request.taken_at, began_at, **ids, completion_tokens=tokens, error_code=error)
-        record_span("output", place, began_at, ended_at, **ids)
+        attributes = {**ids, "completion_tokens": tokens, "error_code": error}
+        record_span("decode", traceparent, request.claimed_at, started_at, **attributes)
+        record_span("output", traceparent, started_at, ended_at, **ids)

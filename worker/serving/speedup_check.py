@@ -1,9 +1,9 @@
-"""The comparison: requests of a finished job, decoded once more with drafts and without, while nobody needs the engine.
+"""Measure the speed-up of drafts: decode requests of a finished job again, with and without drafts, on an idle engine.
 
-Every request is there twice, and steps of the two ways take turns: whichever has written less is next. A plain step has
-as many sequences as the step with drafts before it. So both meet the same machine, the same lengths of text and the
-same batches; left alone, the plain texts would end together, the others one by one. Whoever comes with work has the
-engine at once; the comparison begins anew when it is idle again.
+Every request is decoded in two variants whose steps are interleaved: the variant with fewer tokens is next. A plain
+step has as many sequences as the step with drafts before it, so that both variants see the same machine load, text
+lengths and batch sizes. Without that, the plain texts would all end together and the others one by one. New work
+preempts the check; it starts over when the engine is idle again.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from worker.text.output_stream import OutputStream
 
 log = logging.getLogger(__name__)
 
-_POLL_S = 1.0  # between looks for a job that waits
-_RENEWALS_PER_LEASE = 3  # times that a comparison in hand is renewed while it would last
+_POLL_S = 1.0  # between queries for a job to check
+_RENEWALS_PER_LEASE = 3  # how often the claim of a check is renewed per lease time
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One sequence's share of a step that read no prompt."""
+    """One sequence's share of a step without prefill."""
 
     ms: float
     tokens: int
@@ -44,17 +44,17 @@ class _Step:
 
 @dataclass(slots=True)
 class _Variant:
-    """One of the two ways in which a request is decoded."""
+    """One of the two decodings of a request: with drafts or plain."""
 
     output_stream: OutputStream
-    steps: list[_Step] = field(default_factory=list)  # those that can be compared
+    steps: list[_Step] = field(default_factory=list)  # steps without prefill
 
     @property
     def key(self) -> Hashable:
         return self.output_stream.sequence.key
 
     @property
-    def over(self) -> bool:
+    def finished(self) -> bool:
         return self.output_stream.sequence.finished
 
     @property
@@ -70,19 +70,22 @@ class _Variant:
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """A request, both ways."""
+    """A request in both variants."""
 
     text: SampledRequest
     drafted: _Variant
     plain: _Variant
 
     @property
-    def left(self) -> int:
-        """Tokens that its plain variant is going to write."""
+    def tokens_left(self) -> int:
+        """Tokens that its plain variant still has to write."""
         return len(self.text.token_ids) - len(self.plain.ids)
 
     def row(self, token_ms: Mapping[int, float]) -> SpeedupCheckResult:
-        """Return what it took, and what plain decoding took for a token in batches of each size."""
+        """Return the times of the request: measured with drafts, and the same tokens at the plain rate.
+
+        `token_ms` has the plain time per token and sequence, by batch size.
+        """
         steps = self.drafted.steps
         known = bool(steps and token_ms)
         return SpeedupCheckResult(
@@ -96,17 +99,16 @@ class _Pair:
 
 
 def _nearest(token_ms: Mapping[int, float], batch_sequences: int) -> float:
-    """Return what a token took in plain batches of this size, or of the nearest there were."""
+    """Return the plain time per token at the measured batch size nearest to this one."""
     return token_ms[min(token_ms, key=lambda size: abs(size - batch_sequences))]
 
 
 class SpeedupCheck:
-    """What an idle engine does."""
+    """Decode requests of finished jobs again while the engine is idle."""
 
     def __init__(
         self, engine: ResilientEngine, codec: Codec, database: Database, *, worker_id: str, model: str, lease_s: float
     ) -> None:
-        """Begin with nothing in hand."""
         self._engine = engine
         self._codec = codec
         self._database = database
@@ -116,40 +118,42 @@ class SpeedupCheck:
         self._claim: SpeedupCheckClaim | None = None
         self._pairs: list[_Pair] = []
         self._variants: dict[Hashable, _Variant] = {}
-        self._numbers = count()  # of comparisons that were begun
-        self._number = 0
-        self._unread: deque[SampledRequest] = deque()
-        self._room = 0
+        self._run_numbers = count()  # a number for each started check
+        self._run_number = 0
+        self._unread_texts: deque[SampledRequest] = deque()
+        self._capacity = 0
         self._plain_next = False
-        self._batch = 1  # sequences of the last step with drafts
+        self._drafted_batch = 1  # sequences in the last step with drafts
         self._polled_at = self._renewed_at = float("-inf")
 
     @property
     def busy(self) -> bool:
-        """True while a comparison is in hand."""
+        """True while a check is running."""
         return self._claim is not None
 
     @property
     def free_capacity(self) -> int:
-        """Sequences that the engine could take if it were given way."""
-        return max(1, self._room) if self.busy else self._engine.free_capacity  # one is enough to be given way
+        """Sequences that the engine can take, after a preemption if a check is running."""
+        return (
+            max(1, self._capacity) if self.busy else self._engine.free_capacity
+        )  # at least 1: new work must always preempt
 
     def run_once(self) -> None:
-        """Run one step of a comparison, or look whether one is due; to be called only while nobody else has work."""
+        """Run one step of a check, or start one that is is_due. Call only while no request is active."""
         if self._claim is None:
             self._poll()
             return
-        if self._unread:
-            self._read(self._claim, self._unread.popleft())
+        if self._unread_texts:
+            self._read(self._claim, self._unread_texts.popleft())
             self._renew(self._claim)
-        elif any(not variant.over for variant in self._variants.values()):
+        elif any(not variant.finished for variant in self._variants.values()):
             self._step()
             self._renew(self._claim)
         else:
             self._store(self._claim)
 
     def preempt(self) -> None:
-        """Leave the engine to others; the comparison begins anew another time."""
+        """Free the engine for requests; the check starts over later."""
         if self._claim is None:
             return
         job_id = self._claim.job_id
@@ -158,8 +162,8 @@ class SpeedupCheck:
         try:
             with self._database.write() as session:
                 speedup_checks.release_check(session, job_id)
-        except DATABASE_UNAVAILABLE as error:  # no reason to keep others waiting: it lapses, as if we were lost
-            log.warning("Could not hand the comparison of job %s back: %s", job_id, error, extra=_ids(job_id))
+        except DATABASE_UNAVAILABLE as error:  # don't keep requests waiting: its lease expires instead
+            log.warning("Could not release the speed-up check of job %s: %s", job_id, error, extra=_log_extra(job_id))
 
     def _poll(self) -> None:
         now = time.monotonic()
@@ -175,34 +179,34 @@ class SpeedupCheck:
             self._start(claim)
 
     def _start(self, claim: SpeedupCheckClaim) -> None:
-        self._room = self._engine.free_capacity
+        self._capacity = self._engine.free_capacity
         self._claim, self._renewed_at, self._plain_next = claim, time.monotonic(), False
-        self._number = next(self._numbers)
-        self._unread = deque(claim.texts)
+        self._run_number = next(self._run_numbers)
+        self._unread_texts = deque(claim.texts)
 
     def _read(self, claim: SpeedupCheckClaim, text: SampledRequest) -> None:
-        """Read one request a turn, as whoever comes must not wait for all of them."""
+        """Tokenize one request per `run_once`, so that new work waits for one only."""
         try:
-            drafted, plain = (self._variant(claim, text, self._number, plain) for plain in (False, True))
-        except RequestRefused:  # it was decoded by a worker that takes more than this one
+            drafted, plain = (self._variant(claim, text, self._run_number, plain) for plain in (False, True))
+        except RequestRefused:  # another worker, with higher limits, decoded it
             return
         except Exception:
-            log.exception("Request %d can't be compared", text.request_index, extra=_ids(claim.job_id))
+            log.exception("Request %d can't be compared", text.request_index, extra=_log_extra(claim.job_id))
             return
-        # One by one, so that as many are decoded this variant as that, however many there is room for.
+        # Add both variants of a request together, so that a full engine holds as many of each.
         self._pairs.append(_Pair(text, drafted, plain))
         for variant in (drafted, plain):
             self._variants[variant.key] = variant
             self._engine.add(variant.output_stream.sequence)
 
-    def _variant(self, claim: SpeedupCheckClaim, text: SampledRequest, number: int, plain: bool) -> _Variant:
-        """Return a request's first choice once more.
+    def _variant(self, claim: SpeedupCheckClaim, text: SampledRequest, run_number: int, plain: bool) -> _Variant:
+        """Return a variant of a request's first choice.
 
-        Its group is not the job's, nor that of an earlier try: what has been written already must not serve as draft.
+        Its group differs from the job's and from that of earlier tries, so that their texts do not serve as drafts.
         """
         request = read_request(text.body)
         prompt = self._codec.encode_all(request, claim.endpoint)[0]
-        key = (f"comparison {number} of {claim.job_id}", text.request_index, plain)
+        key = (f"comparison {run_number} of {claim.job_id}", text.request_index, plain)
         sequence = self._codec.sequence(key, prompt, request.sampling, 0)
         sequence.traced_steps = 0
         return _Variant(OutputStream(sequence, self._codec.stream(request.sampling.stop, prompt, claim.endpoint)))
@@ -220,25 +224,25 @@ class SpeedupCheck:
             self._give_up(sequence.key)
         self._engine.cancel({result.sequence.key for result in results if result.sequence.finished})
         if results and not self._plain_next:
-            self._batch = len(results)
-        self._plain_next = self._plain_is_behind() if results else not self._plain_next
+            self._drafted_batch = len(results)
+        self._plain_next = self._next_is_plain() if results else not self._plain_next
 
     def _plain_batch(self) -> set[Hashable]:
-        """Return the next plain step's sequences: those with most left to write, lest there be too few in the end."""
-        unfinished = [pair for pair in self._pairs if not pair.plain.over]
+        """Return the next plain step's sequences: those with most tokens left: so batches stay large to the end."""
+        unfinished = [pair for pair in self._pairs if not pair.plain.finished]
         waiting = [pair.plain.output_stream.sequence.slot < 0 for pair in unfinished]
-        order = sorted(zip(waiting, unfinished, strict=True), key=lambda entry: (entry[0], -entry[1].left))
-        return {pair.plain.key for _, pair in order[: self._batch]}
+        order = sorted(zip(waiting, unfinished, strict=True), key=lambda entry: (entry[0], -entry[1].tokens_left))
+        return {pair.plain.key for _, pair in order[: self._drafted_batch]}
 
-    def _plain_is_behind(self) -> bool:
-        """Return whether the next step is a plain one: that variant has written less, or the other is through."""
+    def _next_is_plain(self) -> bool:
+        """Return whether the next step is plain: that variant has fewer tokens, or the other is finished."""
         drafted, plain = [pair.drafted for pair in self._pairs], [pair.plain for pair in self._pairs]
-        if all(variant.over for variant in drafted) or all(variant.over for variant in plain):
-            return not all(variant.over for variant in plain)
+        if all(variant.finished for variant in drafted) or all(variant.finished for variant in plain):
+            return not all(variant.finished for variant in plain)
         return sum(len(variant.ids) for variant in plain) < sum(len(variant.ids) for variant in drafted)
 
-    def _token_ms(self) -> dict[int, float]:
-        """Return what plain decoding took for a token of a sequence, by the sequences of the step."""
+    def _plain_token_ms(self) -> dict[int, float]:
+        """Return the plain time per token and sequence in ms, by batch size."""
         times: defaultdict[int, list[float]] = defaultdict(list)
         for pair in self._pairs:
             for step in pair.plain.steps:
@@ -246,7 +250,7 @@ class SpeedupCheck:
         return {size: fmean(ms) for size, ms in times.items()}
 
     def _give_up(self, key: Hashable) -> None:
-        """Leave out a request that the engine can't decode any more."""
+        """Remove a request that the engine can't decode."""
         for pair in [p for p in self._pairs if key in (p.drafted.key, p.plain.key)]:
             self._engine.cancel({pair.drafted.key, pair.plain.key})
             self._pairs.remove(pair)
@@ -259,26 +263,31 @@ class SpeedupCheck:
         self._renewed_at = time.monotonic()
 
     def _store(self, claim: SpeedupCheckClaim) -> None:
-        token_ms = self._token_ms()
+        token_ms = self._plain_token_ms()
         rows = [pair.row(token_ms) for pair in self._pairs]
         with self._database.write() as session:
             speedup_checks.save_check(session, self._worker_id, claim.job_id, rows)
         for row in rows:
             if not row.same_text:
                 log.error(
-                    "Request %d of job %s has another text when it is decoded again",
+                    "Request %d of job %s got a different text when it was decoded again",
                     row.request_index,
                     claim.job_id,
-                    extra=_ids(claim.job_id) | {"request_index": row.request_index},
+                    extra=_log_extra(claim.job_id) | {"request_index": row.request_index},
                 )
-        log.info("Decoded %d requests of job %s both ways", len(rows), claim.job_id, extra=_ids(claim.job_id))
+        log.info(
+            "Decoded %d requests of job %s with and without drafts",
+            len(rows),
+            claim.job_id,
+            extra=_log_extra(claim.job_id),
+        )
         self._reset()
 
     def _reset(self) -> None:
         self._claim = None
         self._pairs, self._variants = [], {}
-        self._unread.clear()
+        self._unread_texts.clear()
 
 
-def _ids(job_id: str) -> dict[str, Any]:
+def _log_extra(job_id: str) -> dict[str, Any]:
     return {"action": "compare", "job_id": job_id}

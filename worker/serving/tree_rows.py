@@ -1,7 +1,4 @@
-"""Draft trees as they are recorded: from the engine's token ids to rows that people can look at.
-
-Only for requests that asked to see their trees.
-"""
+"""Convert the engine's draft trees to rows with readable tokens, for requests that record their trees."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from worker.engine.stats import TracedTree
 
 
 def tree_row(shown: TracedTree, text_of: Callable[[int], str]) -> TreeRow:
-    """Return a tree with the texts of its tokens."""
+    """Return a tree as a row: parent, token id, text, value and acceptance of each node."""
     nodes = tuple(
         (parent, token, storable(text_of(token)), round(value, 4), accepted)
         for parent, token, value, accepted in zip(

@@ -1,8 +1,7 @@
-"""The watchdog: when a worker process that still runs is of no use, and had better end and be started again.
+"""Decide when a running but stuck worker process must exit, so that its supervisor restarts it.
 
-Two ways to be of no use while looking alive: the engine thread hangs in a step, or the Celery consumer has gone deaf
-and hears no doorbell. The first shows in a counter that stands still. For the second the worker sends itself a message
-now and then and waits for it. Knows no Celery and no SQL; time is handed in.
+Two failures leave the process running: the engine thread hangs in a step (its iteration counter stands still), or the
+Celery consumer receives no messages (a pulse that the worker sends to itself does not arrive). The clock is passed in.
 """
 
 from __future__ import annotations
@@ -12,36 +11,37 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Watchdog:
-    """What has been seen of one worker process. Times are monotonic seconds."""
+    """Observations of one worker process. Times are monotonic seconds."""
 
-    stall_s: float  # longest time between two iterations of the engine
-    deaf_s: float  # longest time between a message to oneself and hearing it
+    stall_s: float  # max time between two iterations of the engine thread
+    deaf_s: float  # max time between sending and receiving a pulse
     _iterations: int = -1
     _progress_at: float = field(default=float("inf"))
     _pulse_pending_since: float | None = None
 
     def record_iterations(self, iterations: int, now: float) -> bool:
-        """Take note of the engine's counter and return whether it has moved since the last look."""
+        """Record the engine's iteration counter; return whether it has changed since the last call."""
         moved = iterations != self._iterations
         if moved:
             self._iterations, self._progress_at = iterations, now
         return moved
 
     def pulse_sent(self, *, delivered: bool, now: float) -> None:
-        """Take note of a message to oneself. Where Redis did not take it, nothing can be said about the consumer."""
+        """Record a pulse. One that Redis did not take says nothing about the consumer."""
         if not delivered:
             self._pulse_pending_since = None
         elif self._pulse_pending_since is None:
             self._pulse_pending_since = now
 
     def pulse_received(self) -> None:
-        """Take note that a message to oneself has come."""
+        """Record that a pulse has arrived."""
         self._pulse_pending_since = None
 
     def restart_reason(self, now: float) -> str | None:
-        """Return why the process should end; None while it is of use."""
+        """Return why the process must restart; None while it works."""
         if now - self._progress_at > self.stall_s:
             return f"the engine has not finished a step for {now - self._progress_at:.0f} s"
         if self._pulse_pending_since is not None and now - self._pulse_pending_since > self.deaf_s:
-            return f"no message has come from Redis for {now - self._pulse_pending_since:.0f} s, though it takes them"
+            waited_s = now - self._pulse_pending_since
+            return f"no message has arrived from Redis for {waited_s:.0f} s, though Redis accepts messages"
         return None

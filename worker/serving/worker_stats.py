@@ -1,6 +1,6 @@
-"""What a worker is doing: counts since its start, and what it holds right now. For the page and for metrics.
+"""Counters of a worker since its start, and what it holds now: for the dashboard and for metrics.
 
-Adds a few numbers a step, nothing a token.
+Costs a few additions per step, none per token.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from worker.serving.active_request import ActiveRequest
 
 @dataclass(slots=True)
 class WorkerStats:
-    """Sums over the steps of this start of the process. They only grow."""
+    """Sums over all steps since the process started."""
 
     steps: Counter[str] = field(default_factory=Counter)  # by decision
     batch_sequences: int = 0  # summed over the steps, as are all below
@@ -27,10 +27,10 @@ class WorkerStats:
     draft_ms: float = 0.0
     verify_ms: float = 0.0
     step_ms: float = 0.0
-    joules: float = 0.0  # 0 where no device tells
+    joules: float = 0.0  # 0 without an energy meter
 
     def take(self, results: Sequence[StepResult]) -> None:
-        """Add a step."""
+        """Add the results of a step."""
         if not results:
             return
         first = results[0].stats
@@ -38,19 +38,19 @@ class WorkerStats:
         self.batch_sequences += len(results)
         self.draft_ms += first.draft_ms
         self.verify_ms += first.verify_ms
-        self.step_ms += min(result.stats.step_ms for result in results)  # those behind a prefill carry its time too
+        self.step_ms += min(result.stats.step_ms for result in results)  # after a prefill, they include its time
         for result in results:
             self.tokens += len(result.tokens)
             self.tree_nodes += result.stats.tree_nodes
             self.accepted_tokens += result.stats.accepted_tokens
             self.expected_accepted += result.stats.expected_accepted
 
-    def as_json(self, live: Collection[ActiveRequest]) -> dict[str, Any]:
-        """Return the sums, and what is held now."""
-        held = [choice.sequence for request in live for choice in request.choices.values()]
+    def as_json(self, active: Collection[ActiveRequest]) -> dict[str, Any]:
+        """Return the sums and what the worker holds now."""
+        held = [choice.sequence for request in active for choice in request.choices.values()]
         decoding = [sequence for sequence in held if sequence.slot >= 0]
         return {
-            "requests": len(live),
+            "requests": len(active),
             "sequences": len(decoding),
             "waiting_sequences": len(held) - len(decoding),
             "kv_tokens": sum(sequence.cached for sequence in decoding),

@@ -31,7 +31,7 @@ def compared(database: Database, job_id: str = "batch_1") -> list[CheckedRequest
 def run_until_it_compares(worker: Worker) -> None:
     for _ in range(500):
         worker.runner.run_once(notified=True)
-        if worker.runner.busy and not worker.runner.load["requests"]:
+        if worker.runner.busy and not worker.runner.stats["requests"]:
             return
     raise AssertionError("it never compared anything")
 
@@ -156,7 +156,7 @@ def test_whoever_comes_meanwhile_is_served_first(database: Database) -> None:
     run_until_it_compares(worker)
     submit(database, "four", "five", "six", job_id="batch_2")
     worker.runner.run_once(notified=True)
-    assert worker.runner.load["requests"] == 3
+    assert worker.runner.stats["requests"] == 3
     worker.run(2_000)
     with database.read() as session:
         served_at = session.scalar(select(Job.finished_at).where(Job.id == "batch_2"))
