@@ -1,3 +1,3 @@
-"""Token ids to text and back."""
+"""Text in and out: chat templates, tokenizers, detokenizing, stop strings."""
 
 from __future__ import annotations

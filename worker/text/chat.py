@@ -1,8 +1,8 @@
-"""Chats: from the turns of a conversation to the token ids of the text that the model's chat template makes of them.
+"""Render conversations with the model's chat template and tokenize the result.
 
-Templates are programs that came with the model. Each is tried when it is loaded: with a string, with content parts, for
-every role; so it is given what it shows, and a role that it leaves out is refused. Special tokens that are spelt in a
-turn's content are text there: only the template writes control tokens.
+A template is a program that comes with the model. Each is probed at load time, with string content and with content
+parts, for every role: messages get the content format that it shows, and a role that it drops is refused. Special
+tokens in a message's content are read as text: only the template writes control tokens.
 """
 
 from __future__ import annotations
@@ -20,134 +20,139 @@ from transformers.utils.chat_template_utils import _compile_jinja_template, enco
 
 from jobs.errors import InvalidValue
 
-Turn = Mapping[str, str]  # role and content
-Special = Literal["text", "control"]  # what a special token spelt in content is
+Message = Mapping[str, str]  # with role and content
+Special = Literal["text", "control"]  # how a special token in content is read
 
-_LEAST_CHARS, _CHARS_A_CHAR = 1_000_000, 10  # that a template may write at most, and for each character of content
-_MARK = "7dcb04"  # stands in no template
-_ROLES: dict[str, tuple[str, ...]] = {  # conversations in which a role is tried, by the initials of their roles
+_BASE_CHARS = 1_000_000  # max length of a rendered text, plus:
+_CHARS_PER_CHAR = 10  # for each character of content
+_PROBE_TEXT = "7dcb04"  # content of a probe; occurs in no template
+_PROBES: dict[str, tuple[str, ...]] = {  # conversations that probe a role, as initials of their roles
     "user": ("u", "su", "uau"),
     "system": ("su", "s"),
     "assistant": ("uau", "suau", "ua"),
     "tool": ("uatu", "uat", "utu", "suatu"),
 }
-_INITIALS = {role[0]: role for role in _ROLES}
-_NOTHING = re.compile("(?!)")
+_INITIALS = {role[0]: role for role in _PROBES}
+_NEVER = re.compile("(?!)")
 
 
-class _Form(Enum):
-    """How a template takes the content of a role."""
+class _ContentFormat(Enum):
+    """How a template takes the content of a role's messages."""
 
     TEXT = auto()
     PARTS = auto()
-    LEFT_OUT = auto()
+    DROPPED = auto()
 
 
 class Chat:
     """The chat template of one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, special: Special = "text") -> None:
-        """Try the template, if there is one."""
+        """Probe the template, if there is one."""
         self._tokenizer = tokenizer
         self._special = special
         self._lock = threading.Lock()
-        # One that may be switched to take special tokens for text while others encode with theirs. It takes a while.
-        self._own = copy.deepcopy(tokenizer) if self.has_template and special == "text" else tokenizer
-        self._forms: dict[str, _Form] = {}
-        self.findings: list[str] = []  # what the template can't do, for people
+        # A copy that can be switched to read special tokens as text while other threads use the original. Slow to make.
+        self._text_tokenizer = copy.deepcopy(tokenizer) if self.has_template and special == "text" else tokenizer
+        self._formats: dict[str, _ContentFormat] = {}
+        self.findings: list[str] = []  # what the template can't do, as sentences for the log
         if self.has_template:
-            for role in _ROLES:
-                self._forms[role] = self._form_of(role)
+            for role in _PROBES:
+                self._formats[role] = self._detect_format(role)
 
     @property
     def has_template(self) -> bool:
-        """True where conversations can be rendered."""
+        """True if the tokenizer has a chat template."""
         return self._tokenizer.chat_template is not None
 
-    def encode(self, turns: Sequence[Turn], check: Callable[[str], None]) -> list[int]:
-        """Return the ids of a rendered conversation, in front of an answer. `check` may refuse the rendered text.
+    def encode(self, messages: Sequence[Message], check: Callable[[str], None]) -> list[int]:
+        """Return the token ids of a rendered conversation, up to the start of the answer.
 
-        Raises InvalidValue if there is no template, or if it leaves something out or fails.
+        `check` may refuse the rendered text by raising. Raises InvalidValue if there is no template, if it drops a
+        role of the conversation, or if it fails.
         """
         if not self.has_template:
             raise InvalidValue("this model has no chat template; send a prompt to /v1/completions", param="messages")
-        for turn in turns:
-            if self._forms.get(turn["role"]) is _Form.LEFT_OUT:
+        for message in messages:
+            if self._formats.get(message["role"]) is _ContentFormat.DROPPED:
                 raise InvalidValue(
-                    f"the model's chat template leaves out what {turn['role']} messages say; "
-                    "put it into a user message",
+                    f"the model's chat template drops {message['role']} messages; "
+                    "put their content into a user message",
                     param="messages",
                 )
-        given = [self._given(turn) for turn in turns]
-        text = self._rendered(given)
+        formatted = [self._formatted(message) for message in messages]
+        text = self._render(formatted)
         check(text)
-        spelt = self._spelt(turns) if self._special == "text" else []
-        if not spelt:
+        special = self._special_in(messages) if self._special == "text" else []
+        if not special:
             return list(self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
-        marked = mark_control_tokens(given, re.compile("|".join(map(re.escape, sorted(spelt, key=len, reverse=True)))))
-        return self._encode_marked(self._rendered(cast(list[dict[str, Any]], marked)))
+        longest_first = sorted(special, key=len, reverse=True)
+        marked = mark_control_tokens(formatted, re.compile("|".join(map(re.escape, longest_first))))
+        return self._encode_marked(self._render(cast(list[dict[str, Any]], marked)))
 
     def _encode_marked(self, text: str) -> list[int]:
         try:
             with self._lock:
-                return list(encode_marked_chat(self._own, text))
+                return list(encode_marked_chat(self._text_tokenizer, text))
         except ValueError as error:
             raise InvalidValue(
-                f"the messages spell a special token that this tokenizer can't read as text ({error}); leave it out",
+                f"the messages contain a special token that this tokenizer can't read as text ({error}); remove it",
                 param="messages",
             ) from error
 
-    def _spelt(self, turns: Sequence[Turn]) -> list[str]:
-        """Return the special tokens that the contents spell, also around the marks that are about to be dropped."""
-        contents = [mark_control_tokens(turn["content"], _NOTHING) for turn in turns]
-        return [special for special in self._specials if any(special in content for content in contents)]
+    def _special_in(self, messages: Sequence[Message]) -> list[str]:
+        """Return the special tokens that occur in the contents, also across the marks that are removed."""
+        contents = [mark_control_tokens(message["content"], _NEVER) for message in messages]
+        return [special for special in self._special_tokens if any(special in content for content in contents)]
 
     @cached_property
-    def _specials(self) -> list[str]:
+    def _special_tokens(self) -> list[str]:
         return [added.content for added in self._tokenizer.added_tokens_decoder.values() if added.special]
 
-    def _given(self, turn: Turn, form: _Form | None = None) -> dict[str, Any]:
-        """Return a turn in the form that the template takes."""
-        parts = (form or self._forms.get(turn["role"], _Form.TEXT)) is _Form.PARTS
-        return {**turn, "content": [{"type": "text", "text": turn["content"]}] if parts else turn["content"]}
+    def _formatted(self, message: Message, fmt: _ContentFormat | None = None) -> dict[str, Any]:
+        """Return a message in the content format that the template takes."""
+        parts = (fmt or self._formats.get(message["role"], _ContentFormat.TEXT)) is _ContentFormat.PARTS
+        return {**message, "content": [{"type": "text", "text": message["content"]}] if parts else message["content"]}
 
-    def _form_of(self, role: str) -> _Form:
-        """Return the form in which the template shows what a role says: text if it can."""
+    def _detect_format(self, role: str) -> _ContentFormat:
+        """Return the format in which the template shows a role's content: text if possible."""
         refusals: list[str] = []
-        tries = [(form, initials) for initials in _ROLES[role] for form in (_Form.TEXT, _Form.PARTS)]
-        for form, initials in tries:
+        probes = [(fmt, initials) for initials in _PROBES[role] for fmt in (_ContentFormat.TEXT, _ContentFormat.PARTS)]
+        for fmt, initials in probes:
             try:
-                if _MARK in self._rendered([self._tried(_INITIALS[i], role, form) for i in initials]):
-                    return form
+                if _PROBE_TEXT in self._render([self._probe_message(_INITIALS[i], role, fmt) for i in initials]):
+                    return fmt
             except InvalidValue as refused:
                 refusals.append(refused.message)
-        if len(refusals) == len(tries):  # it says so itself, whenever it is asked
+        if len(refusals) == len(probes):  # every request with this role gets the template's own error
             self.findings.append(f"With a {role} message: {refusals[0]}")
-            return _Form.TEXT
-        self.findings.append(f"The model's chat template leaves out what {role} messages say; they will be refused")
-        return _Form.LEFT_OUT
+            return _ContentFormat.TEXT
+        self.findings.append(f"The model's chat template drops {role} messages; they will be refused")
+        return _ContentFormat.DROPPED
 
-    def _tried(self, role: str, wanted: str, form: _Form) -> dict[str, Any]:
+    def _probe_message(self, role: str, wanted: str, fmt: _ContentFormat) -> dict[str, Any]:
         if role == wanted:
-            return self._given({"role": role, "content": _MARK}, form)
-        known = self._forms.get(role)
-        return self._given({"role": role, "content": "a"}, form if known in (None, _Form.LEFT_OUT) else known)
+            return self._formatted({"role": role, "content": _PROBE_TEXT}, fmt)
+        detected = self._formats.get(role)
+        return self._formatted(
+            {"role": role, "content": "a"}, fmt if detected in (None, _ContentFormat.DROPPED) else detected
+        )
 
-    def _rendered(self, turns: list[dict[str, Any]]) -> str:
-        """Return what the template writes, piece by piece as it may never end."""
-        most = _LEAST_CHARS + _CHARS_A_CHAR * sum(len(str(turn["content"])) for turn in turns)
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        """Return the rendered text. Rendered piece by piece with a limit, because a template may never end."""
+        max_chars = _BASE_CHARS + _CHARS_PER_CHAR * sum(len(str(message["content"])) for message in messages)
         pieces: list[str] = []
         length = 0
         try:
             template = _compile_jinja_template(self._tokenizer.get_chat_template())
             special = self._tokenizer.special_tokens_map
             for piece in template.generate(
-                messages=turns, tools=None, documents=None, add_generation_prompt=True, **special
+                messages=messages, tools=None, documents=None, add_generation_prompt=True, **special
             ):
                 pieces.append(piece)
                 length += len(piece) + 1
-                if length > most:
-                    raise OverflowError(f"it writes more than {most} characters")
+                if length > max_chars:
+                    raise OverflowError(f"it writes more than {max_chars} characters")
         except Exception as error:  # a template is a program: it may raise anything
             kind = "" if error.__class__.__module__.startswith("jinja2") else f"{type(error).__name__}: "
             raise InvalidValue(

@@ -1,6 +1,6 @@
-"""Text on the way in and out: prompts to token ids, token ids back to text as they come.
+"""Convert prompts to token ids and sequences, and token ids back to text.
 
-Knows the tokenizer and the limits of the context; knows no SQL and no engine state.
+Checks the limits of the context and the vocabulary.
 """
 
 from __future__ import annotations
@@ -27,49 +27,49 @@ from worker.text.prompt_length import PromptLength
 from worker.text.stop_strings import Pieces, StopStrings, add_piece
 from worker.text.token_bytes import token_bytes
 
-_TINY = 1e-20  # what logits are divided by: single precision makes zero of much less, and numbers would be none
+_MIN_DIVISOR = 1e-20  # smallest divisor of logits: float32 rounds smaller ones to 0, and the quotients would be NaN
 
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """FairShare requests into sequences, and sequences into text, for one target."""
+    """Convert requests to sequences, and sequences to text, for one target model."""
 
     tokenizer: PreTrainedTokenizerFast
     eos_ids: frozenset[int]
     context_tokens: int  # prompt and completion together
-    vocabulary: int  # the ids below it are the target's
-    special_in_content: Special = "text"  # what special tokens are that a chat's content spells
+    vocabulary: int  # number of token ids of the target
+    special_in_content: Special = "text"  # how special tokens in chat content are read
     _chat: Chat = field(init=False, repr=False, compare=False)
     _length: PromptLength = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Look at the tokenizer and try its chat template."""
+        """Inspect the tokenizer and probe its chat template."""
         backend = self.tokenizer.backend_tokenizer
-        backend.no_truncation()  # as `tokenizer(text)` does: a file may ask for it
+        backend.no_truncation()  # tokenizer.json may turn it on
         backend.no_padding()
         object.__setattr__(self, "_chat", Chat(self.tokenizer, self.special_in_content))
         object.__setattr__(self, "_length", PromptLength(self.tokenizer))
 
     @property
     def findings(self) -> list[str]:
-        """What the chat template can't do, for people."""
+        """What the chat template can't do, as sentences for the log."""
         return self._chat.findings
 
     def encode(self, request: GenerationRequest, endpoint: str) -> list[int]:
-        """Return the prompt's token ids; raises PromptTooLong, or InvalidValue if the chat template refuses it."""
+        """Return the prompt's token ids. Raises PromptTooLong, or InvalidValue if the chat template refuses it."""
         param = "prompt" if request.messages is None else "messages"
         return self._checked(self._encode(request, endpoint), param)
 
     def encode_all(self, request: GenerationRequest, endpoint: str) -> list[list[int]]:
-        """Return the token ids of all prompts of a request; raises what `encode` does."""
+        """Return the token ids of all prompts of a request; raises like `encode`."""
         if request.prompts is None:
             return [self.encode(request, endpoint)]
-        return [self._encode_one(prompt, request, endpoint) for prompt in request.prompts]
+        return [self._encode_prompt(prompt, request, endpoint) for prompt in request.prompts]
 
     def sequence(
         self, key: tuple[Any, ...], prompt: list[int], sampling: SamplingParameters, choice: int
     ) -> EngineSequence:
-        """Return one choice of a request for the engine; `key` begins with its job.
+        """Return one choice of a request as a sequence; `key` starts with its job.
 
         Raises InvalidValue if max_tokens is beyond the context.
         """
@@ -78,8 +78,8 @@ class Codec:
                 f"max_tokens is {sampling.max_tokens}, and the model's whole context has {self.context_tokens} tokens",
                 param="max_tokens",
             )
-        self._refuse_beyond(sampling.stop_token_ids, "stop_token_ids")
-        self._refuse_beyond(sampling.logit_bias, "logit_bias")
+        self._check_vocabulary(sampling.stop_token_ids, "stop_token_ids")
+        self._check_vocabulary(sampling.logit_bias, "logit_bias")
         room = self.context_tokens - len(prompt)
         return EngineSequence(
             key=key,
@@ -87,14 +87,14 @@ class Codec:
             num_prompt=len(prompt),
             max_tokens=min(sampling.max_tokens or room, room),
             sampling=Sampling(
-                temperature=sampling.temperature if sampling.temperature >= _TINY else 0.0,
+                temperature=sampling.temperature if sampling.temperature >= _MIN_DIVISOR else 0.0,
                 top_k=sampling.top_k,
                 top_p=sampling.top_p,
                 min_p=sampling.min_p,
                 key=noise_key(sampling.seed, choice),
                 presence_penalty=sampling.presence_penalty,
                 frequency_penalty=sampling.frequency_penalty,
-                repetition_penalty=max(sampling.repetition_penalty, _TINY),
+                repetition_penalty=max(sampling.repetition_penalty, _MIN_DIVISOR),
                 logit_bias=tuple(sampling.logit_bias.items()),
                 logprobs=sampling.logprobs,
             ),
@@ -104,31 +104,31 @@ class Codec:
         )
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of a whole completion, without special tokens."""
+        """Return the text of a complete sequence of tokens, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def token_text(self, token: int) -> str:
-        """Return one token as people can read it, special ones by their names."""
+        """Return one token as readable text; special tokens by name."""
         return str(self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def stream(
         self, stops: Sequence[str] = (), prompt: Sequence[int] = (), endpoint: str = COMPLETIONS_ENDPOINT
     ) -> TextStream:
-        """Return a fresh detokenizer for one choice, whose text ends before the first of the stop strings.
+        """Return a new text stream for one choice; it ends before the first stop string.
 
-        A completion continues its prompt, so its first token keeps its space. A chat's answer is a text of its own.
+        A completion continues its prompt, so its first token keeps its leading space. A chat answer starts a new text.
         """
-        alone = endpoint == CHAT_ENDPOINT and self._chat.has_template
-        return TextStream(self, stops, None if alone else prompt)
+        standalone = endpoint == CHAT_ENDPOINT and self._chat.has_template
+        return TextStream(self, stops, None if standalone else prompt)
 
-    def _refuse_beyond(self, ids: Iterable[int], param: str) -> None:
+    def _check_vocabulary(self, ids: Iterable[int], param: str) -> None:
         beyond = [i for i in ids if i >= self.vocabulary]
         if beyond:
             raise InvalidValue(
                 f"token id {beyond[0]} is beyond the model's vocabulary of {self.vocabulary} tokens", param=param
             )
 
-    def _encode_one(self, prompt: str | tuple[int, ...], request: GenerationRequest, endpoint: str) -> list[int]:
+    def _encode_prompt(self, prompt: str | tuple[int, ...], request: GenerationRequest, endpoint: str) -> list[int]:
         if isinstance(prompt, str):
             return self.encode(request.model_copy(update={"prompt": prompt, "prompts": None}), endpoint)
         return self._checked(list(prompt), "prompt")
@@ -138,22 +138,22 @@ class Codec:
             raise self._too_long(str(len(ids)), param)
         if not ids:
             raise InvalidValue("the prompt has no tokens", param=param)
-        self._refuse_beyond(ids, param)  # a tokenizer can know more tokens than its model has embeddings
+        self._check_vocabulary(ids, param)  # a tokenizer can know more tokens than its model has embeddings
         return ids
 
     def _encode(self, request: GenerationRequest, endpoint: str) -> list[int]:
         if request.messages is None and (endpoint != CHAT_ENDPOINT or not self._chat.has_template):
             text = request.prompt or ""
-            self._refuse_too_long(text, "prompt")
+            self._check_length(text, "prompt")
             return list(self.tokenizer.backend_tokenizer.encode(text).ids)
         if request.messages is None:
             param, turns = "prompt", [{"role": "user", "content": request.prompt or ""}]
         else:
             param, turns = "messages", [m.model_dump() for m in request.messages]
-        return self._chat.encode(turns, partial(self._refuse_too_long, param=param))
+        return self._chat.encode(turns, partial(self._check_length, param=param))
 
-    def _refuse_too_long(self, text: str, param: str) -> None:
-        """Refuse a text that can't fit, whatever its tokens are: reading it would take long, and for nothing."""
+    def _check_length(self, text: str, param: str) -> None:
+        """Refuse a text that is too long before the slow tokenization, by the minimal number of its tokens."""
         least = self._length.min_tokens(text)
         if least >= self.context_tokens:
             raise self._too_long(f"at least {least}", param)
@@ -167,34 +167,34 @@ class Codec:
 
 
 class TextStream:
-    """Incremental detokenizing of one choice: whole characters only, and from which source each piece came."""
+    """Incremental text of one choice: complete characters, with the source of each piece."""
 
     def __init__(self, codec: Codec, stops: Sequence[str] = (), before: Sequence[int] | None = ()) -> None:
-        """Start with no text; `before` it come these tokens, or None where it is a text of its own."""
+        """Continue the tokens `before`; None starts a new text."""
         self._token_bytes = token_bytes(codec.tokenizer)
         self._detokenizer = Detokenizer(codec.tokenizer, before)
         self._stops = StopStrings(stops)
         self._text: list[str] = []
-        self._first = before is None  # the next token is the first of a text
-        self.num_tokens = 0  # taken; those behind a stop string are not
+        self._first = before is None  # the next token starts a text
+        self.num_tokens = 0  # tokens taken; those after a stop string are not
 
     @property
     def text(self) -> str:
-        """Text passed on so far."""
+        """Text returned so far."""
         return "".join(self._text)
 
     @property
     def stopped(self) -> bool:
-        """True once the text has met a stop string."""
+        """True after a stop string."""
         return self._stops.hit
 
     def resume(self, ids: Sequence[int], accepted: Iterable[bool]) -> None:
-        """Take tokens that were passed on and told by an earlier owner."""
+        """Take tokens that an earlier worker has committed and published."""
         self.push(ids, accepted)
         self._first = self._first and all(map(self._token_bytes.is_special, ids))
 
     def push(self, ids: Iterable[int], accepted: Iterable[bool]) -> Pieces:
-        """Add tokens; return the new (text, source) pieces, source `draft` for accepted draft tokens, else `target`.
+        """Add tokens; return the new (text, source) pieces: source `draft` for accepted draft tokens, else `target`.
 
         The token that completes a stop string is the last one taken.
         """
@@ -209,7 +209,7 @@ class TextStream:
         return pieces
 
     def finish(self, _ids: Sequence[int] = ()) -> Pieces:
-        """Return what is still missing of the whole text, such as an incomplete last character."""
+        """Return the rest of the text, such as an incomplete last character."""
         pieces: Pieces = []
         rest = self._detokenizer.finish()
         if rest:
@@ -217,16 +217,16 @@ class TextStream:
         self._pass(pieces, self._stops.end())
         return pieces
 
-    def readable_logprobs(self, ids: Sequence[int], told: Sequence[TokenLogprobs]) -> tuple[TokenAlternatives, ...]:
-        """Return what the engine tells of these tokens (the first of `told`) in the words of the tokenizer.
+    def readable_logprobs(self, ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> tuple[TokenAlternatives, ...]:
+        """Return the log-probabilities of these tokens with token texts; `logprobs` may hold more entries than `ids`.
 
-        They are the tokens behind those that were told before.
+        Call in order: the tokens follow those of the previous call.
         """
-        return tuple(self._likelihoods(token, entry) for token, entry in zip(ids, told, strict=False))
+        return tuple(self._likelihoods(token, entry) for token, entry in zip(ids, logprobs, strict=False))
 
     def _likelihoods(self, token: int, entry: TokenLogprobs) -> TokenAlternatives:
         first, self._first = self._first, self._first and self._token_bytes.is_special(token)
-        return self._token_bytes.of(entry, token, first=first)
+        return self._token_bytes.likelihoods(entry, token, first=first)
 
     def _pass(self, pieces: Pieces, passed: Pieces) -> None:
         for chunk, source in passed:
@@ -235,7 +235,7 @@ class TextStream:
 
 
 def read_request(body: Mapping[str, Any]) -> GenerationRequest:
-    """Return a stored request; raises UnreadableRequest: what is wrong with it is its failure, not the worker's."""
+    """Return a stored request. Raises UnreadableRequest, which fails the request and not the worker."""
     try:
         return GenerationRequest.model_validate(body)
     except ValidationError as exc:
@@ -245,10 +245,10 @@ def read_request(body: Mapping[str, Any]) -> GenerationRequest:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
-    """Load a tokenizer; raises ModelRefused when there is none that streams."""
+    """Load a fast tokenizer. Raises ModelRefused if there is none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises that very class
+    except Exception as error:  # the tokenizers library raises plain Exception
         raise ModelRefused(f"the tokenizer of {path} could not be loaded: {error_summary(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ModelRefused(f"{path} has no fast tokenizer (tokenizer.json), which streaming text needs")
@@ -256,18 +256,18 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
 
 
 def eos_ids(tokenizer: PreTrainedTokenizerFast, generation: GenerationConfig | None) -> frozenset[int]:
-    """Return every id that ends a text, from the generation config and the tokenizer."""
+    """Return the end-of-sequence ids of the generation config and the tokenizer."""
     configured = getattr(generation, "eos_token_id", None)
     ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
     return frozenset(int(i) for i in ids if i is not None)
 
 
 def shared_token_ids(ours: Mapping[str, int], theirs: Mapping[str, int]) -> list[int]:
-    """Return the token ids that two vocabularies spell alike, ascending."""
+    """Return the ids with the same token in both vocabularies, ascending."""
     return sorted(i for token, i in ours.items() if theirs.get(token) == i)
 
 
 def first_mismatched_id(ours: Mapping[str, int], theirs: Mapping[str, int]) -> int | None:
-    """Return the first token id that two vocabularies spell differently, or None."""
+    """Return the first id with different tokens in two vocabularies, or None."""
     a, b = ({i: token for token, i in vocab.items()} for vocab in (ours, theirs))
     return min((i for i in a.keys() | b.keys() if a.get(i) != b.get(i)), default=None)

@@ -1,9 +1,8 @@
-"""The detokenizer: token ids to text as they come, whole characters only, whatever the ids are.
+"""Incremental detokenizer: token ids to text, complete characters only, for any sequence of ids.
 
-A token is decoded behind those whose text has been told, because some decoders treat the first token of a text
-differently. `tokenizers`' own stream does the same, and raises where bytes that follow each other are no UTF-8
-together. Here the bytes of such tokens are read one by one and decoding starts again behind them: what is no character
-becomes U+FFFD, and every other byte stays what it is.
+Tokens are decoded together with the tokens before them (the context), because some decoders treat the first token of a
+text differently. `tokenizers`' own stream does the same, but raises on bytes that are no valid UTF-8. Here such bytes
+are decoded one by one, and decoding restarts after them: an invalid byte becomes U+FFFD, all others keep their meaning.
 """
 
 from __future__ import annotations
@@ -15,72 +14,74 @@ from transformers import PreTrainedTokenizerFast
 
 from worker.text.token_bytes import token_bytes
 
-_BROKEN = "\ufffd"
-_MOST_HELD = 16  # tokens; a character has four bytes, so it is complete within four tokens that have any
-_TAIL = 8  # tokens of a prompt that its continuation is decoded behind
+_REPLACEMENT = "\ufffd"
+_MAX_PENDING = 16  # tokens; a character has up to 4 bytes, so it is complete within 4 tokens that have bytes
+_CONTEXT_TOKENS = 8  # max number of prompt tokens before the text
 
 
 class Detokenizer:
-    """Decodes one text."""
+    """Decode one text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, before: Sequence[int] | None = None) -> None:
-        """Start a text of its own, or one that continues the tokens `before`, which may be any or none."""
+        """Continue the tokens `before`; None starts a new text."""
         self._backend = tokenizer.backend_tokenizer
         self._token_bytes = token_bytes(tokenizer)
-        self._known: list[int] = [] if before is None else self._tail(before)
-        self._told = self._decode(self._known)  # the text of the known tokens
-        self._held: list[int] = []  # tokens behind them whose text is not complete
+        self._context: list[int] = [] if before is None else self._context_of(before)
+        self._context_text = self._decode(self._context)  # decoded text of the context
+        self._pending: list[int] = []  # tokens after the context whose text is incomplete
 
     def push(self, token: int) -> str:
-        """Add a token; return the text that is complete now."""
+        """Add a token; return the text that is now complete."""
         if self._token_bytes.is_special(token):
             return ""
-        self._held.append(token)
-        whole, full = self._decode([*self._known, *self._held]), len(self._held) > _MOST_HELD
-        if whole.endswith(_BROKEN) and not full:
+        self._pending.append(token)
+        whole, overflow = self._decode([*self._context, *self._pending]), len(self._pending) > _MAX_PENDING
+        if whole.endswith(_REPLACEMENT) and not overflow:
             return ""
-        text = self._new(whole)
-        if full or text is None:
+        text = self._new_text(whole)
+        if overflow or text is None:
             return self._read_bytes()
         if text:
-            self._known, self._held = self._held, []
-            self._told = self._decode(self._known)
+            self._context, self._pending = self._pending, []
+            self._context_text = self._decode(self._context)
         return text
 
     def finish(self) -> str:
-        """Return what is left: bytes of a character that never became complete."""
-        text = self._new(self._decode([*self._known, *self._held]))
-        return self._bytes_of(self._held).decode(errors="replace") if text is None else text
+        """Return the rest: the bytes of an incomplete character."""
+        text = self._new_text(self._decode([*self._context, *self._pending]))
+        return self._bytes_of(self._pending).decode(errors="replace") if text is None else text
 
-    def _new(self, whole: str) -> str | None:
-        """Return the new part of a decoded text; None if it does not continue what was told, or has broken bytes."""
-        new = whole[len(self._told) :]
-        return None if not whole.startswith(self._told) or _BROKEN in new else new
+    def _new_text(self, whole: str) -> str | None:
+        """Return the part after the context; None if the text does not start with it, or has invalid bytes."""
+        new = whole[len(self._context_text) :]
+        return None if not whole.startswith(self._context_text) or _REPLACEMENT in new else new
 
     def _read_bytes(self) -> str:
-        """Read the held tokens byte by byte, and hold back no more than the beginning of a character."""
+        """Decode the pending tokens byte by byte; keep only an incomplete character pending."""
         reader = codecs.getincrementaldecoder("utf-8")("replace")
-        text, complete, told = "", 0, ""
-        for count, token in enumerate(self._held, start=1):
-            text += reader.decode(self._own(token, first=not self._known and count == 1))
+        text, complete, complete_text = "", 0, ""
+        for count, token in enumerate(self._pending, start=1):
+            text += reader.decode(self._token_to_bytes(token, first=not self._context and count == 1))
             if not reader.getstate()[0]:
-                complete, told = count, text
-        self._held = self._held[complete:]
-        self._known = list(self._token_bytes.neutral_prefix)
-        self._told = self._decode(self._known)
-        return told
+                complete, complete_text = count, text
+        self._pending = self._pending[complete:]
+        self._context = list(self._token_bytes.neutral_prefix)
+        self._context_text = self._decode(self._context)
+        return complete_text
 
     def _bytes_of(self, tokens: Sequence[int]) -> bytes:
-        return b"".join(self._own(token, first=not self._known and i == 0) for i, token in enumerate(tokens))
+        return b"".join(
+            self._token_to_bytes(token, first=not self._context and i == 0) for i, token in enumerate(tokens)
+        )
 
-    def _own(self, token: int, *, first: bool) -> bytes:
+    def _token_to_bytes(self, token: int, *, first: bool) -> bytes:
         return bytes(self._token_bytes.text_and_bytes(token, first=first)[1] or ())
 
-    def _tail(self, before: Sequence[int]) -> list[int]:
-        """Return the last tokens of a text if they are readable by themselves, else an ordinary one."""
-        tail = [token for token in before[-_TAIL:] if not self._token_bytes.is_special(token)]
+    def _context_of(self, before: Sequence[int]) -> list[int]:
+        """Return the last tokens of a text if they decode on their own, else the neutral prefix."""
+        tail = [token for token in before[-_CONTEXT_TOKENS:] if not self._token_bytes.is_special(token)]
         text = self._decode(tail)
-        return tail if text and _BROKEN not in text else list(self._token_bytes.neutral_prefix)
+        return tail if text and _REPLACEMENT not in text else list(self._token_bytes.neutral_prefix)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self._backend.decode(list(ids), skip_special_tokens=True)) if ids else ""

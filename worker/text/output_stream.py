@@ -1,7 +1,7 @@
-"""A transcript: what one sequence has written, step by step, ended where its text meets a stop string.
+"""Output of one sequence: tokens, text pieces and statistics of each step, cut at the first stop string.
 
-The engine knows no text: within a step it may have gone on behind the stop string. Here the surplus is taken back from
-the sequence and from the numbers of that step.
+The engine knows token ids only and may have decoded past a stop string within a step. Here the surplus tokens are
+removed from the sequence and from the statistics of that step.
 """
 
 from __future__ import annotations
@@ -18,35 +18,34 @@ from worker.text.stop_strings import Pieces
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What one step brought that counts."""
+    """Output of one step up to the end of the text."""
 
     tokens: tuple[int, ...]
-    accepted: tuple[bool, ...]  # per token: it was an accepted draft token
-    pieces: Pieces  # text that can't be taken back any more
+    accepted: tuple[bool, ...]  # per token: True for an accepted draft token
+    pieces: Pieces  # final text
     stats: StepStats
-    logprobs: tuple[TokenAlternatives, ...] | None  # per token, if the sequence wants them
+    logprobs: tuple[TokenAlternatives, ...] | None  # per token, if requested
 
 
 class OutputStream:
-    """One sequence and its text."""
+    """A sequence and its text."""
 
     def __init__(self, sequence: Sequence, stream: TextStream) -> None:
-        """Start with the sequence's prompt and an empty stream."""
         self.sequence = sequence
         self._stream = stream
 
     @property
     def text(self) -> str:
-        """Text that has been passed on."""
+        """Text returned so far."""
         return self._stream.text
 
     def resume(self, tokens: Seq[int], accepted: Seq[bool]) -> None:
-        """Take over tokens that an earlier owner has committed."""
+        """Restore tokens that an earlier worker has committed."""
         self._stream.resume(tokens, accepted)
         self.sequence.ids += tokens
 
     def take(self, result: StepResult) -> StepOutput:
-        """Add a step; afterwards the sequence is finished if its text met a stop string."""
+        """Add the result of a step. A stop string in the text finishes the sequence."""
         accepted = [i < result.stats.accepted_tokens for i in range(len(result.tokens))]
         before = self._stream.num_tokens
         pieces = self._stream.push(result.tokens, accepted)

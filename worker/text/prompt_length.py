@@ -1,7 +1,7 @@
-"""How many tokens a text has at least, told by its length: what can't fit is refused before it is tokenized.
+"""Lower bound of a text's token count, from its length: prompts that can't fit are refused without slow tokenization.
 
-Told only for tokenizers in which every token takes up a stretch of the text and no part of a text vanishes; of others
-nothing is known.
+Applies only to tokenizers in which every token covers a part of the text and no part is dropped; for all others the
+bound is 0.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _PRE_TOKENIZERS = {"ByteLevel", "Split", "Digits", "Metaspace"}
 
 
 class PromptLength:
-    """The least number of tokens of a text, for one tokenizer."""
+    """Minimal number of tokens of a text, for one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Look at the parts of the tokenizer."""
+        """Inspect the normalizers, pre-tokenizers and vocabulary of the tokenizer."""
         backend = tokenizer.backend_tokenizer
         normalizers, pre_tokenizers = list(_parts(backend.normalizer)), list(_parts(backend.pre_tokenizer))
         vocabulary = backend.get_vocab(with_added_tokens=True)
@@ -32,7 +32,7 @@ class PromptLength:
         self._max_token_length = max(map(len, vocabulary), default=0)
         alphabet = bytes_to_unicode().values() if self._in_bytes else [f"<0x{byte:02X}>" for byte in range(256)]  # type: ignore[no-untyped-call]
         model = backend.model
-        self._known = (
+        self._applies = (
             isinstance(model, BPE)
             and (self._in_bytes or bool(model.byte_fallback))
             and all(symbol in vocabulary for symbol in alphabet)
@@ -42,15 +42,15 @@ class PromptLength:
         )
 
     def min_tokens(self, text: str) -> int:
-        """Return a number of tokens that a text has at least; 0 where nothing is known."""
-        if not self._known or (self._composes and not unicodedata.is_normalized("NFC", text)):
+        """Return a lower bound of the number of tokens of `text`; 0 if the tokenizer gives none."""
+        if not self._applies or (self._composes and not unicodedata.is_normalized("NFC", text)):
             return 0
         size = len(text.encode(errors="replace")) if self._in_bytes else len(text)
         return -(-size // self._max_token_length)
 
 
 def _parts(component: Any) -> Iterator[dict[str, Any]]:
-    """Yield the parts of a normalizer or pre-tokenizer, as `tokenizer.json` has them."""
+    """Yield the parts of a normalizer or pre-tokenizer in the form of `tokenizer.json`."""
     if component is None:
         return
     whole = json.loads(component.__getstate__())
@@ -67,7 +67,7 @@ def _flat(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _shortens(part: dict[str, Any]) -> bool:
-    """Return whether a normalizer may make a text shorter, composition left aside."""
+    """Return whether a normalizer may shorten a text, other than by Unicode composition."""
     if part["type"] != "Replace":
         return False
     pattern = part["pattern"].get("String")

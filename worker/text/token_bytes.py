@@ -1,6 +1,6 @@
-"""Text and bytes of single tokens.
+"""Text and bytes of single tokens, for log-probabilities and for bytes that are no valid UTF-8.
 
-A text is decoded as a whole (`worker.text.codec`); here a token stands alone, and may be part of a character.
+`worker.text.codec` decodes whole texts; here a token stands alone and may be a part of a character.
 """
 
 from __future__ import annotations
@@ -21,53 +21,52 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class TokenBytes:
-    """Spells the tokens of one tokenizer."""
+    """Text and bytes of the tokens of one tokenizer, cached."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Look at how the tokenizer decodes."""
         self._tokenizer = tokenizer
         self._added = dict(tokenizer.added_tokens_decoder)
         self._decoder = tokenizer.backend_tokenizer.decoder
         self._decoders = _decoders(tokenizer)
         self._byte_of: dict[str, int] = {symbol: byte for byte, symbol in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
         self._special = frozenset(token for token, added in self._added.items() if added.special)
-        self._known: dict[tuple[int, bool], tuple[str, tuple[int, ...] | None]] = {}
+        self._cache: dict[tuple[int, bool], tuple[str, tuple[int, ...] | None]] = {}
 
     @cached_property
     def neutral_prefix(self) -> tuple[int, ...]:
-        """Tokens of an ordinary letter: behind them a token reads as in the midst of a text."""
+        """Tokens of a plain letter: a token after them decodes as inside a text."""
         return tuple(self._tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).ids)
 
     def is_special(self, token: int) -> bool:
-        """Return whether a token is a special one, which adds nothing to a text."""
+        """Return whether a token is special: then it adds nothing to a text."""
         return token in self._special
 
-    def of(self, told: TokenLogprobs, token: int, *, first: bool = False) -> TokenAlternatives:
-        """Return a token and its alternatives as they are told to people; `first`: a text begins with them."""
+    def likelihoods(self, entry: TokenLogprobs, token: int, *, first: bool = False) -> TokenAlternatives:
+        """Return the log-probabilities of a token and its alternatives with their texts; `first`: they start a text."""
         return TokenAlternatives(
-            self._likelihood(token, told.logprob, first),
-            tuple(self._likelihood(other, p, first) for other, p in told.top),
+            self._token_likelihood(token, entry.logprob, first),
+            tuple(self._token_likelihood(other, p, first) for other, p in entry.top),
         )
 
     def text_and_bytes(self, token: int, *, first: bool = False) -> tuple[str, tuple[int, ...] | None]:
-        """Return a token's text and its bytes. Special tokens add none to a text."""
-        if (token, first) not in self._known:
-            self._known[token, first] = self._text_and_bytes(token, first)
-        return self._known[token, first]
+        """Return a token's text and its bytes; None for special tokens, which add no bytes."""
+        if (token, first) not in self._cache:
+            self._cache[token, first] = self._text_and_bytes(token, first)
+        return self._cache[token, first]
 
-    def _likelihood(self, token: int, logprob: float, first: bool) -> ScoredToken:
-        text, own = self.text_and_bytes(token, first=first)
-        return ScoredToken(text, logprob, own)
+    def _token_likelihood(self, token: int, logprob: float, first: bool) -> ScoredToken:
+        text, raw = self.text_and_bytes(token, first=first)
+        return ScoredToken(text, logprob, raw)
 
     def _text_and_bytes(self, token: int, first: bool) -> tuple[str, tuple[int, ...] | None]:
-        symbols: Any = self._tokenizer.convert_ids_to_tokens(token)  # of one id; typed for lists, too
-        if symbols is None:  # the model has more rows of logits than the tokenizer has tokens
+        symbols: Any = self._tokenizer.convert_ids_to_tokens(token)  # one id gives one token; the type covers lists too
+        if symbols is None:  # the vocabulary of the model is larger than the tokenizer's
             return f"<{token}>", None
         if token in self._added:
             special = self._added[token].special
             return storable(symbols), None if special else tuple(symbols.encode())
-        own = self._bytes(symbols, first)
-        return storable(own.decode(errors="replace")), tuple(own)
+        raw = self._bytes(symbols, first)
+        return storable(raw.decode(errors="replace")), tuple(raw)
 
     def _bytes(self, symbols: str, first: bool) -> bytes:
         if "ByteLevel" in self._decoders:
@@ -78,7 +77,7 @@ class TokenBytes:
         return self._text(symbols, first).encode()
 
     def _text(self, symbols: str, first: bool) -> str:
-        """Return what a token adds in the midst of a text, or as its first: there some decoders strip a space."""
+        """Return the text of a token inside a text, or as the first token, where some decoders strip a space."""
         if self._decoder is None:
             return symbols
         if first:
@@ -88,11 +87,11 @@ class TokenBytes:
 
 @lru_cache(maxsize=4)
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> TokenBytes:
-    """Return the spelling of a tokenizer, which remembers what it has spelt."""
+    """Return the cached `TokenBytes` of a tokenizer."""
     return TokenBytes(tokenizer)
 
 
 def _decoders(tokenizer: PreTrainedTokenizerFast) -> frozenset[str]:
-    own = tokenizer.backend_tokenizer.decoder
-    decoder = {} if own is None else json.loads(own.__getstate__())
+    raw = tokenizer.backend_tokenizer.decoder
+    decoder = {} if raw is None else json.loads(raw.__getstate__())
     return frozenset(part["type"] for part in [decoder, *decoder.get("decoders", [])] if "type" in part)

@@ -61,12 +61,10 @@ def test_a_template_that_reads_content_parts_is_given_parts(template: str) -> No
 
 def test_a_role_that_a_template_leaves_out_is_refused_and_the_others_are_not() -> None:
     assert said(FORGETFUL, ("user", "hello")) == "user: hello\n"
-    with pytest.raises(InvalidValue, match="leaves out what system messages say") as refused:
+    with pytest.raises(InvalidValue, match="drops system messages") as refused:
         said(FORGETFUL, ("system", "be brief"), ("user", "hello"))
     assert refused.value.param == "messages"
-    assert codec(FORGETFUL).findings == [
-        "The model's chat template leaves out what system messages say; they will be refused"
-    ]
+    assert codec(FORGETFUL).findings == ["The model's chat template drops system messages; they will be refused"]
     assert not codec(CHATML).findings
 
 
@@ -149,7 +147,7 @@ def test_a_conversation_is_rendered_as_transformers_does(template: str) -> None:
             wanted = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         except (TypeError, TemplateError):
             continue
-        assert Chat(tokenizer)._rendered(turns) == wanted
+        assert Chat(tokenizer)._render(turns) == wanted
 
 
 @pytest.mark.parametrize("make", [byte_tokenizer, sentencepiece])
