@@ -1,4 +1,4 @@
-"""The node: the only package that imports torch. Engine, drafters, and the Celery worker around them."""
+"""The worker: engine, drafters, and the processes that serve jobs with them. The only package that imports torch."""
 
 from __future__ import annotations
 

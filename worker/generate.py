@@ -1,6 +1,6 @@
-"""Generation in process: one prompt in, its text and the numbers of its steps out. No servers.
+"""Generate the text of one prompt in this process, without servers.
 
-`basic generate`, the seed functions and the benchmark call it; the worker process serves jobs with the same engine.
+Used by `basic generate` and the `generate_with_*` functions; worker processes run the same engine.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from worker.text.stop_strings import Pieces
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What one prompt became."""
+    """Result of one prompt."""
 
     text: str
-    token_ids: tuple[int, ...]  # the end-of-sequence token included, if one was drawn
+    token_ids: tuple[int, ...]  # includes the end-of-sequence token, if sampled
     prompt_token_ids: tuple[int, ...]
     finish_reason: str
     steps: tuple[StepStats, ...]
-    logprobs: tuple[TokenAlternatives, ...] | None  # per token, if they were wanted
+    logprobs: tuple[TokenAlternatives, ...] | None  # per token, if requested
     endpoint: str
 
     def as_json(self) -> dict[str, Any]:
-        """Return the public JSON form; steps have the columns of `decode_steps`."""
+        """Return the public JSON form; steps have the columns of the table `decode_steps`."""
         return {
             "text": self.text,
             "token_ids": list(self.token_ids),
@@ -46,7 +46,7 @@ class Generation:
         }
 
     def _logprobs(self) -> dict[str, Any] | None:
-        """Return them as the endpoint would have answered."""
+        """Return the log-probabilities in the format of the endpoint."""
         stored = None if self.logprobs is None else [likelihoods.stored() for likelihoods in self.logprobs]
         return logprobs_object(self.endpoint, stored, self.text)
 
@@ -59,7 +59,7 @@ def generate(
     mode: Mode | None = None,
     on_pieces: Callable[[Pieces], None] = lambda _: None,
 ) -> Generation:
-    """Decode one choice of a request; `on_pieces` sees the text as it comes. Raises RequestRefused kinds."""
+    """Decode one choice of a request; call `on_pieces` with the new text of each step. Raises RequestRefused."""
     engine = loaded.engine(replace(loaded.options, mode=mode) if mode else None)
     prompt = loaded.codec.encode(request, endpoint)
     sequence = loaded.codec.sequence((0,), prompt, request.sampling, choice=0)
@@ -74,7 +74,7 @@ def generate(
             logprobs += written.logprobs or ()
             on_pieces(written.pieces)
         if sequence.finished:
-            engine.cancel({sequence.key})  # the engine knows nothing of stop strings
+            engine.cancel({sequence.key})  # ended by a stop string, which the engine does not know
     assert sequence.finish_reason is not None
     return Generation(
         text=output_stream.text,
@@ -97,7 +97,7 @@ def request_for(
     stop: Sequence[str] = (),
     logprobs: int | None = None,
 ) -> GenerationRequest:
-    """Return a one-prompt request; raises pydantic's ValidationError for values out of range."""
+    """Return a request of one prompt. Raises pydantic's ValidationError for values out of range."""
     sampling = SamplingParameters(
         max_tokens=max_tokens, temperature=temperature, seed=seed, stop=tuple(stop), logprobs=logprobs
     )

@@ -1,6 +1,6 @@
-"""`python -m worker.health`: whether some worker of this host serves. What a container's health check runs.
+"""`python -m worker.health`: exit status 0 if a worker of this host serves; the health check of a container.
 
-Loads no torch. The workers themselves say in SQL that they live, and only while they are of use.
+Imports no torch. Workers write heartbeats to the database only while their engine makes progress.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from worker.settings import WorkerSettings
 
 
 def main() -> int:
-    """Say what is wrong, if anything is, and return the exit status."""
+    """Print the problem, if any, and return the exit status."""
     try:
         url = read_settings(WorkerSettings).resolved_database_url
         with explain_database_errors(url):
@@ -29,12 +29,14 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     if not serving:
-        print(f"no worker of {socket.gethostname()} has been seen for {HEARTBEAT_TIMEOUT_S:.0f} s", file=sys.stderr)
+        print(
+            f"no worker of {socket.gethostname()} has sent a heartbeat for {HEARTBEAT_TIMEOUT_S:.0f} s", file=sys.stderr
+        )
     return 0 if serving else 1
 
 
 def workers_here(database: Database) -> int:
-    """Return how many workers of this host were seen lately and have not left."""
+    """Return the number of live workers of this host."""
     with database.read() as session:
         return queries.live_workers(session, socket.gethostname(), HEARTBEAT_TIMEOUT_S)
 

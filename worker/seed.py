@@ -1,9 +1,8 @@
-"""The seed project's three functions, under their old names and arguments, on today's engine.
+"""The three public `generate_with_*` functions of the seed project, on the current engine.
 
-`use_parallel` splits the target over all GPUs of the machine, as far as its heads can be dealt out, or over processes
-of its CPU where it computes in float32: in bfloat16 split sums round differently enough to change a text, and one
-process has every core anyway. Without it one process does the work, on every core or on one GPU. torch is imported
-when a function runs: whoever only imports a name should not wait seconds for it.
+`use_parallel` splits the target over as many GPUs as its heads allow; without GPUs over CPU processes, in float32 only:
+in bfloat16, split sums round differently enough to change a text, and one process uses every core anyway. Without
+`use_parallel` one process uses every core or one GPU. torch is imported by the functions, because it takes seconds.
 """
 
 from __future__ import annotations
@@ -17,30 +16,30 @@ if TYPE_CHECKING:
     from worker.loading.loader import LoadedModel
     from worker.settings import WorkerSettings
 
-_Pieces = SimpleQueue["str | BaseException | None"]  # None: the text has ended
+_Pieces = SimpleQueue["str | BaseException | None"]  # None marks the end of the text
 
 
 def generate_with_standard_model(prompt: str, max_tokens: int = 50, use_parallel: bool = False) -> str:
-    """Return the greedy text of plain decoding: one target forward a token."""
+    """Return the greedy text of plain decoding: one target forward per token."""
     return _generate(_loaded_model(use_parallel), "plain", prompt, max_tokens)
 
 
 def generate_with_speculative_decoding(prompt: str, max_tokens: int = 50, use_parallel: bool = False) -> str:
-    """Return the same greedy text, decoded with draft trees."""
+    """Return the same greedy text, decoded with draft trees (OPT-Tree)."""
     return _generate(_loaded_model(use_parallel), "opt-tree", prompt, max_tokens)
 
 
 def generate_with_streaming_speculative_decoding(
     prompt: str, max_tokens: int = 50, use_parallel: bool = False
 ) -> Iterator[str]:
-    """Yield the same greedy text piece by piece, as the steps bring it."""
+    """Yield the same greedy text in pieces, one or more per step."""
     pieces: _Pieces = SimpleQueue()
-    loaded = _loaded_model(use_parallel)  # not in the thread: other ranks end with the thread that started them
+    loaded = _loaded_model(use_parallel)  # load in this thread: other ranks end with the thread that started them
 
     def decode() -> None:
         try:
             _generate(loaded, "opt-tree", prompt, max_tokens, pieces)
-        except BaseException as error:  # handed to the reader below, who raises it
+        except BaseException as error:  # raised by the generator below
             pieces.put(error)
         else:
             pieces.put(None)
@@ -59,11 +58,11 @@ def _loaded_model(parallel: bool) -> LoadedModel:
 
     settings = WorkerSettings(max_sequences=1)
     if parallel and settings.tp == 1:
-        settings = settings.model_copy(update={"tp": _widest(settings)})
+        settings = settings.model_copy(update={"tp": _max_ranks(settings)})
     return resident_model(settings)
 
 
-def _widest(settings: WorkerSettings) -> int:
+def _max_ranks(settings: WorkerSettings) -> int:
     """Return the largest number of ranks for which the machine has GPUs (cores in float32) and the target has heads."""
     from transformers import AutoConfig
 
@@ -74,20 +73,20 @@ def _widest(settings: WorkerSettings) -> int:
     path = resolve(settings.target, settings.cache_dir)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
     cores = len(allowed_cpus()) if settings.dtype == "float32" else 1
-    most = len(visible_gpus()) or cores
-    return max(ranks for ranks in tp_sizes(config) if ranks <= most)
+    limit = len(visible_gpus()) or cores
+    return max(ranks for ranks in tp_sizes(config) if ranks <= limit)
 
 
 def _generate(loaded: LoadedModel, mode: str, prompt: str, max_tokens: int, pieces: _Pieces | None = None) -> str:
-    """Decode one prompt greedily, and hand over its pieces as they come."""
+    """Decode one prompt greedily; put its pieces into the queue, if one is given."""
     from worker.engine.options import Mode
     from worker.generate import generate, request_for
 
     request = request_for(loaded.name, prompt, max_tokens=max_tokens)
 
-    def pass_on(new: Sequence[tuple[str, str]]) -> None:
+    def put_pieces(new: Sequence[tuple[str, str]]) -> None:
         if pieces is not None:
             for text, _ in new:
                 pieces.put(text)
 
-    return generate(loaded, request, mode=Mode(mode), on_pieces=pass_on).text
+    return generate(loaded, request, mode=Mode(mode), on_pieces=put_pieces).text

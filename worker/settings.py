@@ -1,4 +1,4 @@
-"""Settings of the node: which models, which numbers, how large the batch. Read once, at the edge."""
+"""Settings of the worker: models, dtype, batch size, processes and limits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field
 
 from jobs.settings import Directory, JobsSettings
 
-SUFFIX: Final = "suffix"  # the setting's word for no network at all
+SUFFIX: Final = "suffix"  # the value of `draft` for drafting without a network
 _NO_NETWORK: Final = (SUFFIX, "none")
 
 
@@ -23,62 +23,62 @@ class WorkerSettings(JobsSettings):
 
     draft: Annotated[str, AfterValidator(_draft)] = Field(
         "",
-        description="Draft: a directory, a hub id, or `suffix` (or `none`) for none but the text's own repetitions; "
-        "empty: the one that comes with the target, if there is one.",
+        description="Draft: a directory, a hub id, or `suffix` (or `none`) to draft from repetitions of the text only; "
+        "empty: the draft shipped with the target, if there is one.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="Numbers of the models; auto: bfloat16 where the hardware computes in it, else float32.",
+        description="dtype of the models; auto: bfloat16 if the hardware computes in it, else float32.",
     )
     special_in_content: Literal["text", "control"] = Field(
         "text",
-        description="Special tokens that the content of a chat message spells; text: they are read as any text; "
-        "control: as those that the chat template writes.",
+        description="How special tokens in chat content are read; text: as plain text; "
+        "control: as control tokens, like those of the chat template.",
     )
     mode: Literal["plain", "opt-tree", "paper"] = Field("opt-tree", description="Decoding mode.")
-    max_sequences: int = Field(64, gt=0, description="Sequences decoded together at most.")
+    max_sequences: int = Field(64, gt=0, description="Max sequences decoded together.")
     interactive_sequences: int = Field(
-        2, ge=0, description="Sequences beside those, for single requests that somebody waits for."
+        2, ge=0, description="Additional sequences that are reserved for interactive requests."
     )
-    kv_tokens: int = Field(
-        0, ge=0, description="Tokens of KV memory for all sequences together; 0: half of the free memory."
-    )
+    kv_tokens: int = Field(0, ge=0, description="KV cache of all sequences, in tokens; 0: half of the free memory.")
     max_context: int = Field(
-        4096, gt=1, description="Tokens of prompt and completion together, if the model holds them."
+        4096, gt=1, description="Max tokens of prompt and completion together; less if the model's context is shorter."
     )
-    prefill_rows: int = Field(512, gt=0, description="Prompt tokens that one step may carry.")
-    nodes: int = Field(60, gt=0, description="Nodes of one draft tree at most.")
-    threshold: float = Field(0.5, ge=0, description="Paper mode stops when a layer adds less expected acceptance.")
-    max_depth: int = Field(10, gt=0, description="Layers of one draft tree at most.")
+    prefill_rows: int = Field(512, gt=0, description="Max prompt tokens in one step.")
+    nodes: int = Field(60, gt=0, description="Max nodes of one draft tree.")
+    threshold: float = Field(
+        0.5, ge=0, description="Paper mode: stop growing a tree when a layer adds less expected acceptance."
+    )
+    max_depth: int = Field(10, gt=0, description="Max depth of one draft tree.")
     threads: int = Field(0, ge=0, description="CPU threads of the engine; 0: all.")
-    replicas: int = Field(1, ge=0, description="Worker processes of this machine; 0: as many as its GPUs hold.")
-    tp: int = Field(1, gt=0, description="Ranks of each replica: the target is split over so many GPUs or processes.")
+    replicas: int = Field(1, ge=0, description="Worker processes on this machine; 0: as many as its GPUs hold.")
+    tp: int = Field(1, gt=0, description="Tensor-parallel ranks (GPUs or processes) of each replica.")
     draft_ranks: Literal["first", "all"] = Field(
-        "first", description="Where a draft model lies: on the first rank, or on all of them."
+        "first", description="Ranks that hold the draft model: the first, or all."
     )
     device_map: Literal["", "auto"] = Field(
-        "", description="auto: lay layers over GPUs, memory and disk; for what fits no other way."
+        "", description="auto: distribute layers over GPUs, memory and disk, for models that do not fit otherwise."
     )
     memory_share: float = Field(
-        1.0, gt=0, le=1, description="Part of the machine's free memory that this process may count on."
+        1.0, gt=0, le=1, description="Share of the machine's free memory that this process may use."
     )
     stall_s: float = Field(
-        120.0, gt=0, description="Seconds without a finished step after which a worker ends, to be started again."
+        120.0, gt=0, description="Seconds without a finished step after which a worker exits, so that it is restarted."
     )
     deaf_s: float = Field(
         60.0,
         gt=0,
-        description="Seconds without a message to itself, though Redis answers, until a worker ends.",
+        description="Seconds without its own messages, although Redis accepts them, after which a worker exits.",
     )
-    drain_s: float = Field(15.0, gt=0, description="Seconds in which a stopping worker hands its requests back.")
+    drain_s: float = Field(15.0, gt=0, description="Seconds that a stopping worker has to release its requests.")
     cache_dir: Directory = Field(
         default_factory=lambda: Path(platformdirs.user_cache_dir("basic")),
-        description="Converted models.",
+        description="Directory of converted models.",
         json_schema_extra={"default_rule": "the cache directory of the user"},
     )
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The models that the settings name: the target, and a draft where one is named and will be used."""
+        """The models to load: the target, and the draft if one is set and used by the mode."""
         drafts = self.draft not in ("", SUFFIX) and self.mode != "plain"
         return (self.target, self.draft) if drafts else (self.target,)

@@ -1,6 +1,6 @@
-"""How a worker begins: as one replica in this process, or as the supervisor of several.
+"""Start a worker: one replica in this process, or a supervisor of several.
 
-torch is imported only where models will be loaded.
+torch is imported only by processes that load models.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from worker.settings import WorkerSettings
 
 
 def run(settings: WorkerSettings) -> int:
-    """Serve, and turn what the settings got wrong into one sentence and an exit status that means: don't restart."""
+    """Serve; print setup errors as one sentence and return an exit status that tells whether a restart can help."""
     log_to_stderr(settings.log_format)
     try:
         return supervisor.supervise(settings) if supervisor.is_needed(settings) else _serve(settings)
@@ -35,7 +35,7 @@ def run(settings: WorkerSettings) -> int:
 
 
 def main() -> int:
-    """Run a worker with the settings of the environment: `python -m worker`."""
+    """Run a worker with the settings of the environment."""
     try:
         settings = read_settings(WorkerSettings)
     except SetupError as error:

@@ -1,7 +1,7 @@
-"""The Celery worker of a node: its one task of use is the doorbell, which wakes the engine service.
+"""The Celery worker of a node. Its notify task wakes the engine service.
 
-The message carries no work and is acknowledged at once; SQL says what there is to do. The first SIGTERM or SIGINT hands
-everything back within the drain time, a second one ends the process at once.
+A message carries no work and is acknowledged at once; the database holds the work. The first SIGTERM or SIGINT releases
+all requests within the drain time, a second one exits at once.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from worker.settings import WorkerSettings
 log = logging.getLogger(__name__)
 
 _PULSE_EXPIRES_S = 600
-_TIMEOUT_S = 2.0
+_REDIS_TIMEOUT_S = 2.0
 
 
 def make_worker_app(redis_url: str, model: str, service: EngineService) -> Celery:
-    """Return the app of a worker that serves `model`: a node consumes only the queue of what it holds."""
+    """Return the Celery app of a worker; it consumes only the queues of its model and of its own pulses."""
     app = make_app(redis_url, queues=(model_queue(model), pulse_queue(service.worker_id)))
 
     @app.task(name=NOTIFY_TASK, shared=False)  # type: ignore[untyped-decorator]
-    def doorbell(job_id: str) -> None:
+    def notify(job_id: str) -> None:
         with log_context(job_id=job_id):
-            log.debug("The doorbell rang", extra={"action": "doorbell"})
+            log.debug("Notified of job %s", job_id, extra={"action": "doorbell"})
             service.wake()
 
     @app.task(name=PULSE_TASK, shared=False)  # type: ignore[untyped-decorator]
@@ -52,9 +52,9 @@ def make_worker_app(redis_url: str, model: str, service: EngineService) -> Celer
 
 
 def make_pulse(redis_url: str, worker_id: str) -> Pulse:
-    """Return what sends a worker's message to itself. Should the worker die, the message goes with its key."""
+    """Return the function that sends a worker's pulse to itself. Its queue expires if the worker dies."""
     app = make_producer_app(redis_url)
-    client = Redis.from_url(redis_url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
+    client = Redis.from_url(redis_url, socket_timeout=_REDIS_TIMEOUT_S, socket_connect_timeout=_REDIS_TIMEOUT_S)
 
     def pulse() -> bool:
         delivered = send_pulse(app, worker_id)
@@ -68,7 +68,7 @@ def make_pulse(redis_url: str, worker_id: str) -> Pulse:
 
 
 def serve(settings: WorkerSettings) -> int:
-    """Load the models, start the engine service, and listen for doorbells until a signal ends the process."""
+    """Load the models, start the engine service, and receive notifications until a signal."""
     require_schema(settings.resolved_database_url)
     start_tracing("basic-worker")
     sequences = settings.max_sequences + settings.interactive_sequences
@@ -80,15 +80,15 @@ def serve(settings: WorkerSettings) -> int:
 
     @worker_ready.connect(weak=False)  # type: ignore[untyped-decorator]
     def ready(**_: object) -> None:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # Celery would start the program anew in the midst of a step
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # Celery would restart the process in the middle of a step
 
     @worker_shutting_down.connect(weak=False)  # type: ignore[untyped-decorator]
     def stop(**_: object) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, _end_at_once)
+            signal.signal(number, _exit_at_once)
         service.stop()
 
-    signal.signal(signal.SIGTERM, _leave)  # Celery's own handler comes later, and requests may be claimed before
+    signal.signal(signal.SIGTERM, _exit_normally)  # Celery installs its handler later; requests may be claimed before
     try:
         service.start(make_pulse(settings.redis_url, service.worker_id))
         log.info("Serving %s as %s", loaded.name, service.worker_id, extra={"action": "ready"})
@@ -101,10 +101,10 @@ def serve(settings: WorkerSettings) -> int:
     return 0
 
 
-def _leave(_number: int, _frame: object) -> None:
+def _exit_normally(_number: int, _frame: object) -> None:
     sys.exit(0)
 
 
-def _end_at_once(number: int, _frame: FrameType | None) -> None:
-    """Obey a second signal: whatever is held goes on elsewhere when its leases have lapsed."""
+def _exit_at_once(number: int, _frame: FrameType | None) -> None:
+    """Exit on a second signal; other workers continue the requests when their leases expire."""
     os._exit(128 + number)

@@ -18,28 +18,28 @@ from jobs.processes import BAD_SETTINGS_STATUS
 from worker.settings import WorkerSettings
 
 FAILED = 1
-_EVERY_S = 20.0  # between lines of progress, where there is no terminal to draw a bar on
+_LINE_INTERVAL_S = 20.0  # between progress lines without a terminal
 
 
 def settings_of(**given: Any) -> WorkerSettings:
-    """Return the environment's settings, with the options that were given on top."""
+    """Return the environment's settings, overridden by the given options that are not None."""
     return WorkerSettings(**{name: value for name, value in given.items() if value is not None})
 
 
-def say(sentence: str) -> None:
-    """Tell people something that is no result."""
+def print_message(sentence: str) -> None:
+    """Print a message to stderr; stdout is for results."""
     print(sentence, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """Turn the engine's and pydantic's refusals into one sentence and an exit status."""
+    """Turn errors of the engine and of pydantic into one sentence and an exit status."""
     from worker.engine.errors import EngineError, ModelRefused
 
     try:
         yield
     except EngineError as error:
-        say(str(error))
+        print_message(str(error))
         raise typer.Exit(BAD_SETTINGS_STATUS if isinstance(error, ModelRefused) else FAILED) from error
     except ValidationError as error:
         first = error.errors()[0]
@@ -47,17 +47,16 @@ def readable_errors() -> Iterator[None]:
 
 
 class ProgressBars:
-    """Progress of parts of a long work: bars on a terminal, a line now and then elsewhere."""
+    """Progress of the parts of a long task: bars on a terminal, else a line every 20 s."""
 
     def __init__(self) -> None:
-        """Start with no part."""
         console = Console(stderr=True)
-        self._drawn = console.is_terminal
+        self._is_terminal = console.is_terminal
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
         self._bars = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console)
 
     def __enter__(self) -> ProgressBars:
-        if self._drawn:
+        if self._is_terminal:
             self._bars.start()
         return self
 
@@ -65,16 +64,16 @@ class ProgressBars:
         self._bars.stop()
 
     def part(self, name: str, total: int) -> Callable[..., None]:
-        """Begin a part; return what takes how much more of it is done, and a note."""
+        """Add a part; return a function that takes the progress made since the last call, and a note."""
         bar = self._bars.add_task(name, total=total, note="")
-        started = said = monotonic()
+        started = printed_at = monotonic()
 
         def advance(more: int, note: str = "") -> None:
-            nonlocal said
+            nonlocal printed_at
             self._bars.update(bar, advance=more, note=note)
-            if not self._drawn and monotonic() - said > _EVERY_S:
-                said = monotonic()
-                say(self._line(bar, said - started, note))
+            if not self._is_terminal and monotonic() - printed_at > _LINE_INTERVAL_S:
+                printed_at = monotonic()
+                print_message(self._line(bar, printed_at - started, note))
 
         return advance
 

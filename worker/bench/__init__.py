@@ -1,3 +1,3 @@
-"""Benchmarks of the engine."""
+"""Benchmarks of the worker: not part of the service."""
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""The whole engine on random weights: tokens per second of plain decoding, and of trees whose drafts are always wrong.
+"""Measure the whole engine on random weights: tokens per second, plain and with draft trees.
 
     python -m worker.bench.gpu_engine --model DeepSeek-R1-Distill-Qwen-32B --draft DeepSeek-R1-Distill-Qwen-1.5B
 
-Needs no weights. What random models write is noise, so no draft of one is ever taken by the other: OPT-Tree has to find
-out that plain decoding is faster, and lose next to nothing while it does. `--draft same` is the other end: a draft with
-the target's own weights, of which every token is taken.
+Reads no weights. A random draft model is always wrong: OPT-Tree must detect that plain decoding is faster and lose
+almost nothing meanwhile. `--draft same` is the opposite case: the draft has the target's weights, and every draft
+token is accepted.
 """
 
 from __future__ import annotations
@@ -48,42 +48,42 @@ _SAME = "same"
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What the engine wrote at one batch size."""
+    """Throughput of every mode at one batch size."""
 
     sequences: int
-    tokens_per_s: dict[Mode, list[float]]  # of every run
-    texts_agree: bool  # those of all modes
+    tokens_per_s: dict[Mode, list[float]]  # of each run
+    texts_agree: bool  # all modes wrote the same texts
 
     @property
-    def middle(self) -> dict[Mode, float]:
+    def medians(self) -> dict[Mode, float]:
         """The median run of each mode."""
         return {mode: median(runs) for mode, runs in self.tokens_per_s.items()}
 
     @property
     def gain(self) -> float:
-        """How many times the tokens of plain decoding trees wrote."""
-        return self.middle[Mode.OPT_TREE] / self.middle[Mode.PLAIN]
+        """Speed-up of draft trees over plain decoding."""
+        return self.medians[Mode.OPT_TREE] / self.medians[Mode.PLAIN]
 
     def as_json(self) -> str:
-        """Return a line for programs."""
+        """Return the result as a JSON line."""
         runs = {str(mode): rates for mode, rates in self.tokens_per_s.items()}
         return json.dumps({"sequences": self.sequences, **runs, "texts_agree": self.texts_agree})
 
     def cells(self) -> list[str]:
-        """Return a line of the table."""
-        rates = [f"{rate:.0f}" for rate in self.middle.values()]
+        """Return the result as a table row."""
+        rates = [f"{rate:.0f}" for rate in self.medians.values()]
         return [str(self.sequences), *rates, f"{self.gain:.2f}", "yes" if self.texts_agree else "NO"]
 
 
 def prompts(count: int, vocabulary: int, tokens: int) -> list[Sequence]:
-    """Return sequences with prompts of random tokens, to be decoded greedily."""
+    """Return sequences with random prompts, for greedy decoding."""
     ids = np.random.default_rng(count).integers(0, vocabulary, (count, _PROMPT_TOKENS))
     greedy = Sampling(key=noise_key(0, 0))
     return [Sequence(i, row.tolist(), _PROMPT_TOKENS, tokens, greedy, frozenset()) for i, row in enumerate(ids)]
 
 
 def decode(engine: Engine, sequences: list[Sequence]) -> float:
-    """Decode sequences to their end and return the tokens per second behind their prompts."""
+    """Decode sequences to the end; return the tokens per second after the first token of all of them."""
     for sequence in sequences:
         engine.add(sequence)
     while any(not sequence.output_ids for sequence in sequences):
@@ -96,17 +96,17 @@ def decode(engine: Engine, sequences: list[Sequence]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """A target and its draft, ready to decode."""
+    """A target and its draft."""
 
     target: PackedModel
     drafts: PackedModel
-    draft: str  # its name
-    vocabulary: int  # of ids that both know
+    draft: str  # name of the draft
+    vocabulary: int  # number of token ids that both have
     options: EngineOptions
     costs: CostModel
 
     def measure(self, batches: Iterable[int], tokens: int, runs: int) -> Iterator[Rates]:
-        """Decode at each batch size in every mode, in turns."""
+        """Decode at each batch size in every mode; the modes alternate."""
         states = {mode: SpeculationState() for mode in _MODES}
         for batch in batches:
             rates: dict[Mode, list[float]] = {mode: [] for mode in _MODES}
@@ -127,7 +127,7 @@ class _Pair:
 
 
 def _random_pair(model: str, draft: str, layers: int | None, options: EngineOptions) -> _Pair:
-    """Return random models of these shapes, on a GPU if there is one; raise ModelRefused if a shape is unknown."""
+    """Return random models of these shapes, on the GPU if there is one. Raises ModelRefused for unknown shapes."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     network = random_model(load_config(model), layers, device)
@@ -146,15 +146,15 @@ def _random_pair(model: str, draft: str, layers: int | None, options: EngineOpti
 
 
 def main(
-    model: Annotated[str, typer.Option(help="As for `basic plan`; no weights are read.")] = (
+    model: Annotated[str, typer.Option(help="Model name as for `basic plan`; no weights are read.")] = (
         "DeepSeek-R1-Distill-Qwen-1.5B"
     ),
-    draft: Annotated[str, typer.Option(help="The same, or `same`: the target's own weights.")] = _SAME,
-    layers: Annotated[int | None, typer.Option(min=1, help="Layers, where memory lacks for all of them.")] = None,
-    sequences: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,16,64",
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens that each sequence writes.")] = 96,
-    runs: Annotated[int, typer.Option(min=1, help="Runs of each mode, in turns; the median counts.")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines for programs.")] = False,
+    draft: Annotated[str, typer.Option(help="Model name, or `same`: the target's weights.")] = _SAME,
+    layers: Annotated[int | None, typer.Option(min=1, help="Number of layers, if not all fit into memory.")] = None,
+    sequences: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,16,64",
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 96,
+    runs: Annotated[int, typer.Option(min=1, help="Runs of each mode; the median is reported.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
     """Decode random prompts with random weights, plain and with trees, and print tokens/s and whether texts agree."""
     try:

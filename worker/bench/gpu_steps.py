@@ -1,9 +1,8 @@
-"""Step times of the paged forward on random weights, beside the bytes that a step must move and what `basic plan` says.
+"""Measure step times of the paged forward on random weights, next to the memory-traffic floor and `basic plan`.
 
     python -m worker.bench.gpu_steps --model DeepSeek-R1-Distill-Qwen-32B
 
-Needs no weights, which are random, and keys and values are whatever lies in the blocks. Runs where the worker would
-run, on a GPU if there is one.
+Reads no weights; weights and KV blocks hold random data. Uses the GPU if there is one.
 """
 
 from __future__ import annotations
@@ -36,28 +35,28 @@ from worker.planning.shapes import ModelShape, load_config
 from worker.planning.shapes import shape_from_config as shape_from
 
 ROWS = (1, 8, 32, 64, 128, 256)
-TREE_ROWS = 16  # rows of one draft tree, root included: a chain of four levels with siblings
-_COPIED_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
+TREE_ROWS = 16  # rows of one draft tree, root included
+_COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
 
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """One way to fill a step."""
+    """Time of one kind of step."""
 
     rows: int
     sequences: int
-    trees: bool  # several rows of a sequence, as a draft tree has them; else one of each
-    step_ms: float  # median, host included
-    floor_ms: float  # what moving the bytes takes: weights once, keys and values once for each sequence
+    trees: bool  # True: draft trees of several rows per sequence; else one row per sequence
+    step_ms: float  # median, host time included
+    floor_ms: float  # memory traffic: weights once, KV once per sequence
 
     @property
     def times_floor(self) -> float:
-        """How many times the floor a step takes."""
+        """Step time as a multiple of the floor."""
         return self.step_ms / self.floor_ms
 
 
 def random_model(config: PretrainedConfig, layers: int | None, device: torch.device) -> PreTrainedModel:
-    """Return a random model of a configuration, with fewer layers if they are given."""
+    """Return a model with random weights; `layers` replaces the number of layers."""
     if layers:
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
@@ -69,9 +68,9 @@ def random_model(config: PretrainedConfig, layers: int | None, device: torch.dev
     return model
 
 
-def moved_bytes_per_ms(device: torch.device) -> float:
-    """Return what this device reads and writes in a millisecond, measured on a large copy."""
-    source = torch.zeros(_COPIED_BYTES[device.type], dtype=torch.uint8, device=device)
+def copy_bytes_per_ms(device: torch.device) -> float:
+    """Return the bytes per ms that this device reads and writes in a large copy."""
+    source = torch.zeros(_COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     fastest = min(_times(lambda: target.copy_(source), 5, device))
     return 2 * source.numel() / fastest
@@ -80,7 +79,7 @@ def moved_bytes_per_ms(device: torch.device) -> float:
 def measure(
     model: PreTrainedModel, rows: tuple[int, ...] = ROWS, context: int = 512, rounds: int = 20
 ) -> Iterator[StepTime]:
-    """Yield the step times of every number of rows, without trees and with them."""
+    """Yield step times for each number of rows, without and with trees."""
     slots = max(rows)
     weights = _weight_bytes(model)
     if uses_paged_kv(model):
@@ -91,7 +90,7 @@ def measure(
     assert isinstance(packed.kv, PagedKv)
     for slot in range(slots):
         packed.kv.reserve(slot, 0, context)
-    speed = moved_bytes_per_ms(model.device)
+    speed = copy_bytes_per_ms(model.device)
     for count in rows:
         for trees in (False, True):
             if trees and count == 1:
@@ -104,7 +103,7 @@ def measure(
 
 
 def _times(work: Any, rounds: int, device: torch.device) -> list[float]:
-    """Return milliseconds of each of some rounds, after one that is not counted."""
+    """Return the milliseconds of each round, after one warm-up round."""
     times = []
     for _ in range(rounds + 1):
         started = perf_counter()
@@ -116,7 +115,7 @@ def _times(work: Any, rounds: int, device: torch.device) -> list[float]:
 
 
 def _weight_bytes(model: PreTrainedModel) -> int:
-    """Return the weights that a step reads: all but embeddings that are no output layer as well."""
+    """Return the bytes of weights that a step reads: all but input embeddings that are not tied to the output."""
     total = sum(p.numel() * p.element_size() for p in model.parameters())
     embedding = model.get_input_embeddings().weight
     assert isinstance(embedding, torch.Tensor)
@@ -133,7 +132,7 @@ def _trees(rows: int, context: int) -> list[Segment]:
 
 
 def _tree(slot: int, rows: int, context: int) -> Segment:
-    """Return a binary tree of so many rows behind a context."""
+    """Return a binary tree of `rows` rows after a context."""
     visible = np.eye(rows, dtype=np.bool_)
     for node in range(1, rows):
         visible[node] |= visible[(node - 1) // 2]
@@ -142,7 +141,7 @@ def _tree(slot: int, rows: int, context: int) -> Segment:
 
 
 def forecast_ms(shape: ModelShape, machine: Machine, time: StepTime, context: int) -> float:
-    """Return what `basic plan` says of such a step."""
+    """Return the step time that `basic plan` forecasts, in ms."""
     return step(shape, machine, 1, time.sequences, time.rows, context).step_ms
 
 
@@ -150,19 +149,19 @@ def main(
     model: Annotated[
         str, typer.Option(help="Packaged name, directory with a config.json, or hub id; no weights are read.")
     ] = "DeepSeek-R1-Distill-Qwen-1.5B",
-    layers: Annotated[int | None, typer.Option(min=1, help="Layers, where memory lacks for all of them.")] = None,
-    rows: Annotated[str, typer.Option(help="Rows of a step, separated by commas.")] = ",".join(map(str, ROWS)),
-    context: Annotated[int, typer.Option(min=1, help="Tokens before every row.")] = 512,
-    rounds: Annotated[int, typer.Option(min=1, help="Steps timed for each line.")] = 20,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines for programs.")] = False,
+    layers: Annotated[int | None, typer.Option(min=1, help="Number of layers, if not all fit into memory.")] = None,
+    rows: Annotated[str, typer.Option(help="Rows per step, comma-separated.")] = ",".join(map(str, ROWS)),
+    context: Annotated[int, typer.Option(min=1, help="Context tokens of each sequence.")] = 512,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed steps per line.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
-    """Measure steps on random weights of a model's shape."""
+    """Measure step times with random weights of a model's shape."""
     try:
         counts = tuple(int(part) for part in rows.split(","))
     except ValueError:
-        raise typer.BadParameter("rows are whole numbers, separated by commas") from None
+        raise typer.BadParameter("--rows must be integers, comma-separated") from None
     if min(counts) < 1:
-        raise typer.BadParameter("a step has one row at least")
+        raise typer.BadParameter("--rows must be at least 1")
     try:
         config = load_config(model)
     except ModelRefused as refusal:

@@ -1,11 +1,10 @@
-"""The grid: does speculation ever cost anything? Plain, opt-tree and paper at every batch size, draft and temperature.
+"""Benchmark plain, opt-tree and paper mode at every batch size, draft and temperature: find where plain is faster.
 
-`basic bench --grid` prints it. Four drafts stand for what may happen: `shipped` is the one that comes with the target,
-`suffix` what runs without a draft model, `random` a model of random weights that is wrong all the time and costs its
-forwards, `replay` one that knows the text, is right four times in five and costs nothing. Each mode races against plain
-decoding, for machines change their speed; the median of the races counts, and short ones are run more often. The
-paper's trees, slow where they don't pay, are measured as often only where they come near. A draft's state goes
-through the whole grid, as it goes through the life of a worker.
+`basic bench --grid` prints it. Four drafts cover the range: `shipped` comes with the target; `suffix` needs no draft
+model; `random` has random weights, so it is always wrong and costs its forwards; `replay` knows the text, is right
+four times in five and costs nothing. Each mode is interleaved with plain decoding, because the speed of a machine
+changes over time; the median is reported, and short cells are run more often. Paper mode is run once where it is far
+slower. As in a worker process, the learned state of a draft is kept through the whole grid.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from worker.bench.interleaved import SlotRange, run_interleaved
-from worker.benchmark import Result, decode, encode, fresh, load_peer, peer
+from worker.benchmark import Result, decode, encode, load_peer, new_sequences, peer
 from worker.drafters.model import ModelDrafter
 from worker.drafters.suffix import SuffixDrafter
 from worker.engine.engine import Engine
@@ -42,12 +41,12 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64)
 TEMPERATURES = (0.0, 1.0)
 SHIPPED = "shipped"
 Texts = Sequence[Sequence[int]]
-MakeDraft = Callable[[Texts], Drafter]  # from what plain decoding wrote
-_RIGHT = 0.8  # of the tokens that the replay drafter offers
-_LEAST_PROMPTS = 8
-_CELL_S = 6.0  # seconds of plain decoding that the races of a cell take together, if the least number is not longer
-_NEAR = 0.9  # of our speed, from which on the paper's trees are looked at as closely
-_PEER_RUNS = 3  # of transformers, which takes longest
+MakeDraft = Callable[[Texts], Drafter]  # argument: the token ids of plain decoding
+_REPLAY_ACCURACY = 0.8  # share of correct tokens of the replay drafter
+_MIN_PROMPTS = 8
+_MIN_CELL_S = 6.0  # min plain decoding time of a cell; short cells are run more often
+_PAPER_RERUN_RATIO = 0.9  # speed of paper mode relative to opt-tree above which it is run every time
+_MAX_PEER_RUNS = 3  # transformers takes longest
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +56,10 @@ class Cell:
     batch: int
     temperature: float
     drafter: str
-    plain: float  # tokens per second, median of the races
-    opt_tree: float  # times plain, median of the races
-    paper: float  # times plain
-    transformers: float | None  # its own greedy generate, padded, in tokens per second; None above temperature 0
+    plain: float  # tokens per second, median
+    opt_tree: float  # speed-up over plain, median
+    paper: float  # speed-up over plain, median
+    transformers: float | None  # tokens per second of its greedy generate; None for temperature > 0
     runs: int
 
     def results(self) -> list[Result]:
@@ -74,28 +73,33 @@ class Cell:
 
 
 def run(
-    settings: WorkerSettings, prompts: Sequence[str], batches: Sequence[int], max_tokens: int, runs: int, say: OnMessage
+    settings: WorkerSettings,
+    prompts: Sequence[str],
+    batches: Sequence[int],
+    max_tokens: int,
+    runs: int,
+    on_message: OnMessage,
 ) -> list[Cell]:
-    """Measure every cell, in `runs` races or more."""
-    loaded = load_engine(settings.model_copy(update={"max_sequences": 2 * max(batches)}), say)  # two engines at a time
+    """Measure every cell in at least `runs` interleaved runs."""
+    loaded = load_engine(settings.model_copy(update={"max_sequences": 2 * max(batches)}), on_message)  # for two engines
     texts = encode(loaded, prompts, max_tokens)
     drafts = _drafts(loaded)
     states = {name: loaded.initial_state(partial(make, ())) for name, make in drafts.items()}
     transformers = load_peer(resolve(settings.target, settings.cache_dir), loaded)
     cells: list[Cell] = []
     for batch in batches:
-        some = [texts[i % len(texts)] for i in range(max(batch, _LEAST_PROMPTS))]
+        some = [texts[i % len(texts)] for i in range(max(batch, _MIN_PROMPTS))]
         for temperature in TEMPERATURES:
-            say(f"Batch {batch}, temperature {temperature:g}")
+            on_message(f"Batch {batch}, temperature {temperature:g}")
             peers = peer(transformers, loaded, some, max_tokens, temperature) if temperature == 0.0 else None
-            theirs = median(peers(batch).rate for _ in range(min(runs, _PEER_RUNS))) if peers else None
-            case = _Case(loaded, some, max_tokens, temperature, batch, drafts, states)
-            cells += case.measure(runs, theirs, say)
+            peer_rate = median(peers(batch).rate for _ in range(min(runs, _MAX_PEER_RUNS))) if peers else None
+            point = _GridPoint(loaded, some, max_tokens, temperature, batch, drafts, states)
+            cells += point.measure(runs, peer_rate, on_message)
     return cells
 
 
 def _drafts(loaded: LoadedModel) -> dict[str, MakeDraft]:
-    """Return the drafts of the grid by name."""
+    """Return the drafts of the grid, by name."""
     random, vocab = _random_draft(loaded), len(loaded.codec.tokenizer)
     drafts: dict[str, MakeDraft] = {
         "replay": ReplayDrafter,
@@ -105,7 +109,7 @@ def _drafts(loaded: LoadedModel) -> dict[str, MakeDraft]:
     return {SHIPPED: lambda _: loaded.make_drafter(), **drafts} if loaded.draft else drafts
 
 
-class _Case:
+class _GridPoint:
     """The prompts at one batch size and temperature."""
 
     def __init__(
@@ -119,48 +123,55 @@ class _Case:
         states: Mapping[str, SpeculationState],
     ) -> None:
         self._loaded, self._batch, self._temperature = loaded, batch, temperature
-        self._fresh = partial(fresh, loaded, prompts, max_tokens, temperature)
-        alone = decode(loaded, prompts, max_tokens, Mode.PLAIN, temperature)(batch)
-        self._tokens, self._seconds = alone.tokens, alone.seconds
-        self._makes = {name: partial(make, alone.token_ids) for name, make in drafts.items()}
+        self._new_sequences = partial(new_sequences, loaded, prompts, max_tokens, temperature)
+        plain_run = decode(loaded, prompts, max_tokens, Mode.PLAIN, temperature)(batch)
+        self._tokens, self._seconds = plain_run.tokens, plain_run.seconds
+        self._drafters = {name: partial(make, plain_run.token_ids) for name, make in drafts.items()}
         self._states = states
         self._plain: list[float] = []  # tokens per second
 
-    def measure(self, least: int, transformers: float | None, say: OnMessage) -> list[Cell]:
+    def measure(self, min_runs: int, transformers: float | None, on_message: OnMessage) -> list[Cell]:
         """Return a cell for every draft."""
-        runs = max(least, round(_CELL_S / self._seconds))
-        return [self._cell(name, runs, transformers, say) for name in self._makes]
+        runs = max(min_runs, round(_MIN_CELL_S / self._seconds))
+        return [self._cell(name, runs, transformers, on_message) for name in self._drafters]
 
-    def _cell(self, name: str, runs: int, transformers: float | None, say: OnMessage) -> Cell:
-        say(f"Batch {self._batch}, temperature {self._temperature:g}, {name}: {runs} races")
-        ours: list[float] = []
+    def _cell(self, name: str, runs: int, transformers: float | None, on_message: OnMessage) -> Cell:
+        on_message(f"Batch {self._batch}, temperature {self._temperature:g}, {name}: {runs} interleaved runs")
+        opt_tree: list[float] = []
         paper: list[float] = []
         for _ in range(runs):
-            ours.append(self._against_plain(Mode.OPT_TREE, name))
-            if not paper or paper[0] > _NEAR * ours[0]:
+            opt_tree.append(self._against_plain(Mode.OPT_TREE, name))
+            if not paper or paper[0] > _PAPER_RERUN_RATIO * opt_tree[0]:
                 paper.append(self._against_plain(Mode.PAPER, name))
         return Cell(
-            self._batch, self._temperature, name, median(self._plain), median(ours), median(paper), transformers, runs
+            self._batch,
+            self._temperature,
+            name,
+            median(self._plain),
+            median(opt_tree),
+            median(paper),
+            transformers,
+            runs,
         )
 
     def _against_plain(self, mode: Mode, name: str) -> float:
-        """Return how many times as fast as plain decoding a mode is, in an interleaved run of both."""
+        """Return the speed-up of a mode over plain decoding in one interleaved run of both."""
         seconds, plain_seconds = run_interleaved([self._engine(mode, name, 0), self._engine(Mode.PLAIN, name, 1)])
         self._plain.append(self._tokens / plain_seconds)
         return plain_seconds / seconds
 
-    def _engine(self, mode: Mode, name: str, lane: int) -> Engine:
+    def _engine(self, mode: Mode, name: str, index: int) -> Engine:
         options = replace(self._loaded.options, mode=mode, max_sequences=self._batch)
         state = self._states[name] if mode is Mode.OPT_TREE else SpeculationState()
-        target = SlotRange(self._loaded.target, lane * self._batch, self._batch)
-        engine = self._loaded.engine(options, self._makes[name], state, target)
-        for sequence in self._fresh():
+        target = SlotRange(self._loaded.target, index * self._batch, self._batch)
+        engine = self._loaded.engine(options, self._drafters[name], state, target)
+        for sequence in self._new_sequences():
             engine.add(sequence)
         return engine
 
 
 def _random_draft(loaded: LoadedModel) -> PackedModel:
-    """Return a model of the target's kind with a fifteenth of its layers and random weights."""
+    """Return a model with the target's architecture, 1/15 of its layers, and random weights."""
     config = loaded.target.config
     shape = {**config.to_dict(), "num_hidden_layers": max(config.num_hidden_layers // 15, 1), "layer_types": None}
     small = type(config)(**shape)
@@ -173,13 +184,13 @@ def _random_draft(loaded: LoadedModel) -> PackedModel:
 
 
 class ReplayDrafter:
-    """Offers what a plain run has written, wrong now and then: as good a draft as one could train, and free."""
+    """Draft the tokens of an earlier plain run, with `_REPLAY_ACCURACY`: a near-ideal draft without cost."""
 
     name = "replay"
-    forward_free = None  # it has no other part
+    forward_free = None  # the whole drafter is free
 
     def __init__(self, known: Texts) -> None:
-        """Take the known output of each sequence, by its key."""
+        """Store the known output of each sequence, by its key."""
         self._known = known
 
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
@@ -190,25 +201,25 @@ class ReplayDrafter:
             assert isinstance(sequence.key, int)
             known = (
                 self._known[sequence.key] if sequence.key < len(self._known) else ()
-            )  # what is timed, it doesn't know
-            place = len(sequence.ids) - sequence.num_prompt + int(forest.depth[node])
-            right = noise_key(sequence.key, place) % 100 < 100 * _RIGHT  # each place by itself
-            tokens[row] = known[place] if place < len(known) and right else 0
-        return Candidates(tokens, np.full(tokens.shape, _RIGHT))
+            )  # calibration sequences are unknown
+            position = len(sequence.ids) - sequence.num_prompt + int(forest.depth[node])
+            correct = noise_key(sequence.key, position) % 100 < 100 * _REPLAY_ACCURACY  # independent for each position
+            tokens[row] = known[position] if position < len(known) and correct else 0
+        return Candidates(tokens, np.full(tokens.shape, _REPLAY_ACCURACY))
 
     def num_uncached_tokens(self, sequence: EngineSequence) -> int:
-        """It reads nothing."""
+        """Return 0: it reads no tokens."""
         return 0
 
     def commit(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
-        """It has no state."""
+        """Do nothing: it has no state."""
 
     def drop(self, sequence: EngineSequence) -> None:
-        """It has no state."""
+        """Do nothing: it has no state."""
 
 
 def table(assembly_line: str, cells: Sequence[Cell]) -> Table:
-    """Return the grid with the ratios that must hold."""
+    """Return the grid as a table, with speed-ups."""
     shown = Table(title=assembly_line)
     columns = ("batch", "T", "draft", "plain tokens/s", "opt-tree/plain", "paper/plain", "plain/transformers")
     for column in columns:

@@ -14,43 +14,43 @@ from worker.engine.segments import KvMove, Segment
 
 
 class SlotRange:
-    """A stretch of a target's slots, as a target by itself."""
+    """A range of a target's KV slots, used as a separate target."""
 
     def __init__(self, target: LanguageModel, first: int, slots: int) -> None:
-        """Take the slots first..first+slots-1."""
+        """Use the slots first..first+slots-1."""
         self._target, self._first, self._slots = target, first, slots
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:
-        """Run the rows of segments in these slots."""
+        """Run segments whose slots are relative to this range."""
         return self._target.forward([replace(s, slot=self._first + s.slot) for s in segments])
 
     def compact(self, moves: Sequence[KvMove]) -> None:
-        """Bring the rows of accepted paths down."""
+        """Move the KV rows of accepted paths to the end of their prefixes."""
         self._target.compact([replace(move, slot=self._first + move.slot) for move in moves])
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
-        """Copy the beginning of one of these slots to another."""
+        """Copy the prefix of one of these slots to another."""
         self._target.copy_prefix(self._first + source, self._first + target, length)
 
     def truncate(self, slot: int, length: int) -> None:
-        """Nobody will ask for more than the beginning of a slot."""
+        """Drop the KV rows of a slot after `length`."""
         self._target.truncate(self._first + slot, length)
 
     def clear(self) -> None:
-        """Nobody will ask for anything that these slots hold."""
+        """Drop the KV rows of all slots of this range."""
         for slot in range(self._slots):
             self.truncate(slot, 0)
 
 
 def run_interleaved(engines: Sequence[Engine]) -> list[float]:
-    """Run engines until none is busy; return the seconds that the steps of each took.
+    """Step the engines until all are idle; return the seconds that each spent in steps.
 
-    The next step is of the one that has had the least time.
+    The engine with the least time so far is next.
     """
     seconds = [0.0] * len(engines)
-    while running := [place for place, engine in enumerate(engines) if engine.busy]:
-        place = min(running, key=seconds.__getitem__)
+    while running := [index for index, engine in enumerate(engines) if engine.busy]:
+        index = min(running, key=seconds.__getitem__)
         started = perf_counter()
-        engines[place].step()
-        seconds[place] += perf_counter() - started
+        engines[index].step()
+        seconds[index] += perf_counter() - started
     return seconds

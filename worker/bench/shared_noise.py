@@ -1,9 +1,10 @@
-"""What the noise is worth that drafts share with the target: tokens a step at temperature 1, with it and without.
+"""Measure what sharing the sampling noise between draft and target gains: tokens per step at temperature 1.
 
     python -m worker.bench.shared_noise --prompts examples/prompts.jsonl
 
-One drafter ranks its candidates with the target's own noise (what bASIC does), with noise of its own (as a draft that
-draws for itself), and by probability alone. The trees are the paper's, of a fixed size; the text is the same each time.
+One drafter ranks its candidates in three ways: with the target's Gumbel noise (as bASIC does), with independent noise
+(as a draft that samples for itself), and by probability alone. Trees have a fixed size, as in the paper; the text is
+the same each time.
 """
 
 from __future__ import annotations
@@ -24,40 +25,50 @@ from worker.engine.options import Mode
 from worker.engine.sampling.sampling import Sampling, gumbel_scores, noise_key
 from worker.loading.loader import load_engine
 from worker.settings import WorkerSettings
-from worker.terminal import say
+from worker.terminal import print_message
 
 Noise = Callable[[Tensor, Sequence[Sampling], Sequence[int], Tensor], Tensor]
-_OTHER = 1  # of the choice that a draft's own noise stands for: nobody asks for two
+_DRAFT_CHOICE = 1  # choice index whose noise the draft gets: the benchmark decodes choice 0 only
 
 
-def own(scores: Tensor, samplings: Sequence[Sampling], positions: Sequence[int], tokens: Tensor) -> Tensor:
-    """Return the scores under noise that the target knows nothing of."""
-    return gumbel_scores(scores, [replace(s, key=noise_key(s.key, _OTHER)) for s in samplings], positions, tokens)
+def independent_noise(
+    scores: Tensor, samplings: Sequence[Sampling], positions: Sequence[int], tokens: Tensor
+) -> Tensor:
+    """Return the scores with noise that is independent of the target's."""
+    return gumbel_scores(
+        scores, [replace(s, key=noise_key(s.key, _DRAFT_CHOICE)) for s in samplings], positions, tokens
+    )
 
 
-def none(scores: Tensor, samplings: Sequence[Sampling], positions: Sequence[int], tokens: Tensor) -> Tensor:
-    """Return the scores as they are."""
+def no_noise(scores: Tensor, samplings: Sequence[Sampling], positions: Sequence[int], tokens: Tensor) -> Tensor:
+    """Return the scores without noise."""
     return scores
 
 
-WAYS: dict[str, Noise] = {"the target's noise": gumbel_scores, "noise of its own": own, "no noise": none}
+NOISES: dict[str, Noise] = {
+    "the target's noise": gumbel_scores,
+    "independent noise": independent_noise,
+    "no noise": no_noise,
+}
 
 
 def main(
-    prompts: Annotated[Path | None, typer.Option(help="JSONL of objects with prompt; left out: the examples.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Prompts to read.")] = 16,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 128,
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes of a tree.")] = 16,
-    temperature: Annotated[float, typer.Option(min=0.01, help="Of the target and the draft.")] = 1.0,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSONL file of objects with `prompt`; default: the examples.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Max number of prompts.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Max tokens of each answer.")] = 128,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes per tree.")] = 16,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Sampling temperature of target and draft.")] = 1.0,
 ) -> None:
-    """Print tokens a step by the noise that candidates are ranked with."""
-    loaded = load_engine(WorkerSettings(nodes=nodes), say)
+    """Print tokens per step for each kind of noise."""
+    loaded = load_engine(WorkerSettings(nodes=nodes), print_message)
     texts = encode(loaded, read_prompts(prompts, limit), max_tokens)
     table = Table("candidates ranked with", "tokens/step", "same text")
     table.title = f"{loaded.draft or 'suffix'}, {nodes} nodes, temperature {temperature:g}, {limit} prompts"
     first: TimedRun | None = None
-    for name, noise in WAYS.items():
-        say(f"Decoding with {name}")
+    for name, noise in NOISES.items():
+        print_message(f"Decoding with {name}")
         with patch("worker.drafters.candidates.gumbel_scores", noise):
             timed = decode(loaded, texts, max_tokens, Mode.PAPER, temperature)(len(texts))
         first = first or timed

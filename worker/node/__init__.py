@@ -1,3 +1,3 @@
-"""Processes of a node: supervisor, placement and ranks."""
+"""The processes of a node: supervisor, replicas and tensor-parallel ranks."""
 
 from __future__ import annotations

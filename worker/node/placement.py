@@ -1,6 +1,6 @@
-"""Placement: which GPUs and which CPUs each replica of this machine gets.
+"""Assign GPUs and CPUs to the replicas of this machine.
 
-Asks the operating system, never CUDA: whoever supervises should hold no GPU.
+Reads the operating system's files instead of CUDA, so that the supervisor holds no GPU memory.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ _ROOT = Path("/")
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What one replica may use."""
+    """GPUs, CPUs and memory of one replica."""
 
     number: int
     gpus: tuple[str, ...]  # as CUDA_VISIBLE_DEVICES names them; empty on a CPU machine
     cpus: frozenset[int]
-    memory_share: float  # of the machine's free memory, in what lies in main memory
+    memory_share: float  # share of the machine's free main memory
 
     @property
     def environment(self) -> dict[str, str]:
-        """What the replica's process is told."""
-        told = {"BASIC_REPLICAS": "1", "BASIC_MEMORY_SHARE": f"{self.memory_share:.6g}"}
+        """Environment variables of the replica's process."""
+        environment = {"BASIC_REPLICAS": "1", "BASIC_MEMORY_SHARE": f"{self.memory_share:.6g}"}
         if self.gpus:
-            # By default CUDA counts the fastest GPU first; by bus, a number means the same GPU everywhere.
-            told |= {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-        return told
+            # CUDA numbers the fastest GPU first by default; in bus order a number means the same GPU in every process.
+            environment |= {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        return environment
 
 
 def place_replicas(
     replicas: int, ranks: int, environ: Mapping[str, str] = os.environ, root: Path = _ROOT
 ) -> list[Placement]:
-    """Deal the machine out to `replicas` replicas of `ranks` ranks each; 0: as many replicas as its GPUs hold.
+    """Return the placements of `replicas` replicas with `ranks` ranks each; 0: as many replicas as the GPUs hold.
 
-    With GPUs every rank has one of its own, and CPUs near them; without, replicas share the CPUs evenly. Raises
-    SetupError, with what would fit, when there are too few GPUs.
+    Each rank gets its own GPU, and each replica CPUs near its GPUs. Without GPUs the replicas share the CPUs evenly.
+    Raises SetupError, with what fits, if there are too few GPUs.
     """
     gpus = visible_gpus(environ, root)
     if not gpus:
-        return _on_cpus(replicas or 1, allowed_cpus())
+        return _on_cpus_only(replicas or 1, allowed_cpus())
     replicas = replicas or max(1, len(gpus) // ranks)
     if replicas * ranks > len(gpus):
         fitting = len(gpus) // ranks
@@ -57,12 +57,12 @@ def place_replicas(
     groups = [tuple(gpus[n * ranks : (n + 1) * ranks]) for n in range(replicas)]
     return [
         Placement(n, group, cpus, 1 / replicas)
-        for n, (group, cpus) in enumerate(zip(groups, _near(groups, root), strict=True))
+        for n, (group, cpus) in enumerate(zip(groups, _cpus_near(groups, root), strict=True))
     ]
 
 
 def visible_gpus(environ: Mapping[str, str] = os.environ, root: Path = _ROOT) -> list[str]:
-    """Return the GPUs this process may use: CUDA_VISIBLE_DEVICES if set, else all the driver knows, by bus address."""
+    """Return the GPUs that this process may use: CUDA_VISIBLE_DEVICES, else all GPUs in bus order."""
     chosen = environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         return [name.strip() for name in chosen.split(",") if name.strip() not in ("", "-1")]
@@ -77,7 +77,7 @@ def allowed_cpus() -> list[int]:
 
 
 def parse_cpu_list(text: str) -> set[int]:
-    """Return the CPUs of a kernel's list, like 0-3,8-11."""
+    """Return the CPUs of a kernel CPU list such as 0-3,8-11."""
     cpus: set[int] = set()
     for part in filter(None, text.strip().split(",")):
         first, _, last = part.partition("-")
@@ -85,32 +85,32 @@ def parse_cpu_list(text: str) -> set[int]:
     return cpus
 
 
-def _on_cpus(replicas: int, cpus: Sequence[int]) -> list[Placement]:
-    return [Placement(n, (), group, 1 / replicas) for n, group in enumerate(_shares(replicas, cpus))]
+def _on_cpus_only(replicas: int, cpus: Sequence[int]) -> list[Placement]:
+    return [Placement(n, (), group, 1 / replicas) for n, group in enumerate(_split_cpus(replicas, cpus))]
 
 
-def _shares(count: int, cpus: Sequence[int]) -> list[frozenset[int]]:
-    """Deal CPUs out in runs of neighbours; with fewer CPUs than shares, several have the same one."""
+def _split_cpus(count: int, cpus: Sequence[int]) -> list[frozenset[int]]:
+    """Split CPUs into `count` runs of neighbours; with fewer CPUs than that, runs share a CPU."""
     if count >= len(cpus):
         return [frozenset({cpus[n % len(cpus)]}) for n in range(count)]
     edges = [len(cpus) * n // count for n in range(count + 1)]
     return [frozenset(cpus[first:last]) for first, last in pairwise(edges)]
 
 
-def _near(groups: Sequence[tuple[str, ...]], root: Path) -> list[frozenset[int]]:
-    """Return the CPUs of each group: those on the memory node of its first GPU, shared evenly by the groups there."""
+def _cpus_near(groups: Sequence[tuple[str, ...]], root: Path) -> list[frozenset[int]]:
+    """Return CPUs for each GPU group: those on the NUMA node of its first GPU, split evenly among its groups."""
     allowed = allowed_cpus()
-    homes = [tuple(sorted(_cpus_beside(group[0], root) & set(allowed)) or allowed) for group in groups]
-    places: list[frozenset[int]] = []
-    for number, home in enumerate(homes):
-        neighbours = [n for n, other in enumerate(homes) if other == home]
-        places.append(_shares(len(neighbours), home)[neighbours.index(number)])
-    return places
+    nearby = [tuple(sorted(_local_cpus(group[0], root) & set(allowed)) or allowed) for group in groups]
+    assigned: list[frozenset[int]] = []
+    for number, near in enumerate(nearby):
+        neighbours = [n for n, other in enumerate(nearby) if other == near]
+        assigned.append(_split_cpus(len(neighbours), near)[neighbours.index(number)])
+    return assigned
 
 
-def _cpus_beside(gpu: str, root: Path) -> set[int]:
+def _local_cpus(gpu: str, root: Path) -> set[int]:
     addresses = _bus_addresses(root)
-    if not gpu.isdigit() or int(gpu) >= len(addresses):  # named by UUID, or unknown to the driver's list
+    if not gpu.isdigit() or int(gpu) >= len(addresses):  # named by UUID, or not in the driver's list
         return set()
     try:
         return parse_cpu_list((root / "sys/bus/pci/devices" / addresses[int(gpu)] / "local_cpulist").read_text())

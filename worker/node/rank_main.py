@@ -1,7 +1,6 @@
-"""`python -m worker.node.rank_main STORE RANK`: a rank with its share of the models, led by the first rank.
+"""`python -m worker.node.rank_main STORE RANK`: a tensor-parallel rank above 0.
 
-It loads what the first rank loads, in the same order, and then only obeys: it knows no job, no text and no draft tree,
-and ends with the first rank.
+It loads its shares of the models in the same order as rank 0, executes rank 0's commands, and ends with it.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ log = logging.getLogger(__name__)
 
 
 def main() -> int:
-    """Follow until the first rank says that it is over, or is gone."""
+    """Execute commands until rank 0 sends END or is lost; return the exit status."""
     store, rank = sys.argv[1:]
     settings = WorkerSettings()
     log_to_stderr(settings.log_format, logging.WARNING)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # the first rank drains, and then says that it is over
+        signal.signal(number, signal.SIG_IGN)  # rank 0 drains, then sends END
     try:
         follow(settings, Path(store), int(rank))
     except RankLost as lost:

@@ -1,7 +1,7 @@
-"""The supervisor of a node: starts its replicas, each pinned to its GPUs and CPUs, and keeps them running.
+"""Start the replicas of a node, each pinned to its GPUs and CPUs, and keep them running.
 
-A replica is a whole worker: it registers itself and pulls from the model's queue like any other, so that the supervisor
-knows nothing of jobs. It loads no model and no torch.
+A replica is a complete worker process: it registers itself and claims requests like any other. The supervisor loads
+neither models nor torch.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
 
-_LEAVE_S = 3.0  # beyond the time in which a replica hands its requests back
+_EXIT_MARGIN_S = 3.0  # added to drain_s before a replica is killed
 
 
 def is_needed(settings: WorkerSettings) -> bool:
-    """Return whether the settings ask for more than the one replica that a process is by itself."""
+    """Return whether the settings ask for other than one replica in this process."""
     return settings.replicas != 1
 
 
 def supervise(settings: WorkerSettings) -> int:
-    """Run the replicas until a signal stops them, and return the exit status. Raises SetupError if they can't fit.
+    """Run the replicas until a signal; return the exit status. Raises SetupError if they do not fit.
 
-    A replica that dies is started again, later each time it dies soon. A stop drains all of them together. Their words
-    go where ours go.
+    A dead replica is restarted with a growing delay. A stop drains all replicas at once. Their logs go to this
+    process's stderr.
     """
     with stop_signals() as (stop, at_once):
         children = Children()
@@ -42,19 +42,21 @@ def supervise(settings: WorkerSettings) -> int:
                     _where(placement),
                     extra={"action": "replica_started"},
                 )
-            hopeless = children.keep_running(stop)
+            misconfigured = children.keep_running(stop)
         finally:
             children.stop(at_once, together=True)
-    return 0 if hopeless is None else BAD_SETTINGS_STATUS
+    return 0 if misconfigured is None else BAD_SETTINGS_STATUS
 
 
 def replica(settings: WorkerSettings, placement: Placement) -> Command:
-    """Return how to start one replica."""
-    told = environment(settings) | placement.environment
+    """Return the command that starts one replica."""
+    variables = environment(settings) | placement.environment
     if not settings.threads:
-        told["BASIC_THREADS"] = str(max(1, len(placement.cpus) // settings.tp))
-    stop_s = settings.drain_s + _LEAVE_S
-    return Command(f"replica {placement.number}", python_module("worker"), told, stop_s=stop_s, cpus=placement.cpus)
+        variables["BASIC_THREADS"] = str(max(1, len(placement.cpus) // settings.tp))
+    stop_s = settings.drain_s + _EXIT_MARGIN_S
+    return Command(
+        f"replica {placement.number}", python_module("worker"), variables, stop_s=stop_s, cpus=placement.cpus
+    )
 
 
 def _where(placement: Placement) -> str:

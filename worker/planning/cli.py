@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.errors import InvalidValue
-from worker.terminal import FAILED, readable_errors, say
+from worker.terminal import FAILED, print_message, readable_errors
 
 if TYPE_CHECKING:
     from worker.planning.plan import Placement, PlanRequest
@@ -101,7 +101,7 @@ def _show(request: PlanRequest, choices: list[Placement], chosen: Placement | No
         if choice.refusal is not None:
             console.print(f"{choice.name} does not fit: {choice.refusal}")
     if chosen is None:
-        say(_fallback(request))
+        print_message(_fallback(request))
         return
     assumption = f" if a draft token is accepted with probability {request.acceptance:g}" if request.draft else ""
     console.print(

@@ -32,7 +32,7 @@ from worker.text.output_stream import OutputStream
 
 log = logging.getLogger(__name__)
 
-_POLL_S = 1.0  # between claims after one that found nothing; a doorbell ends the wait
+_POLL_S = 1.0  # between claims after one that found nothing; a notification ends the wait
 _CLAIM_SHARE = 0.05  # max share of the time spent on claims while sequences are decoding
 _INTERACTIVE_INTERVAL_S = 0.1  # between commits while an interactive request is active
 _FREE_READS = 4  # requests being tokenized that use no slot: slow prompts must not block the claim of others
@@ -100,7 +100,7 @@ class Runner:
         return self._stats.as_json(self._active.values())
 
     def run_once(self, *, notified: bool = False) -> None:
-        """Claim requests, run one step, flush what is is_due. Raises DatabaseUnavailable: call again later."""
+        """Claim requests, run one step, flush what is due. Raises DatabaseUnavailable: call again later."""
         if self._active and time.monotonic() - self._renewed_at > _RENEWAL_FENCE * self._lease_s:
             self._flush()  # after a pause, first find out which leases are lost
         self._admit_read(_SETTLE_S if self._claim(notified) else 0.0)
@@ -125,7 +125,7 @@ class Runner:
         self._readers.close()
 
     def _claim(self, notified: bool) -> bool:
-        """Claim requests if a claim is is_due, and start reading them; return whether there were any."""
+        """Claim requests if a claim is due, and start reading them; return whether there were any."""
         now, free_slots = time.monotonic(), self._speedup_check.free_capacity
         free_slots -= max(0, sum(request.reading for request in self._active.values()) - _FREE_READS)
         reserved = max(0, self._reserved - sum(request.slots for request in self._interactive()))

@@ -1,6 +1,6 @@
 """Run the engine thread and the housekeeping thread of a worker process, from start to drain.
 
-A doorbell wakes the engine thread; otherwise it polls the database. Only the engine thread renews leases, so they
+A notification wakes the engine thread; otherwise it polls the database. Only the engine thread renews leases, so they
 expire when a step hangs. The housekeeping thread sends heartbeats while the engine makes progress, and exits the
 process when it is stuck.
 """
@@ -81,7 +81,7 @@ class EngineService:
         self._reconciler.start()
 
     def wake(self) -> None:
-        """Claim work now: the doorbell rang."""
+        """Claim work now: a notification has arrived."""
         self._wake.set()
 
     def pulse_received(self) -> None:

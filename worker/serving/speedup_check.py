@@ -139,7 +139,7 @@ class SpeedupCheck:
         )  # at least 1: new work must always preempt
 
     def run_once(self) -> None:
-        """Run one step of a check, or start one that is is_due. Call only while no request is active."""
+        """Run one step of a check, or start one that is due. Call only while no request is active."""
         if self._claim is None:
             self._poll()
             return

@@ -147,10 +147,10 @@ class Codec:
             self._check_length(text, "prompt")
             return list(self.tokenizer.backend_tokenizer.encode(text).ids)
         if request.messages is None:
-            param, turns = "prompt", [{"role": "user", "content": request.prompt or ""}]
+            param, messages = "prompt", [{"role": "user", "content": request.prompt or ""}]
         else:
-            param, turns = "messages", [m.model_dump() for m in request.messages]
-        return self._chat.encode(turns, partial(self._check_length, param=param))
+            param, messages = "messages", [m.model_dump() for m in request.messages]
+        return self._chat.encode(messages, partial(self._check_length, param=param))
 
     def _check_length(self, text: str, param: str) -> None:
         """Refuse a text that is too long before the slow tokenization, by the minimal number of its tokens."""
@@ -240,8 +240,8 @@ def read_request(body: Mapping[str, Any]) -> GenerationRequest:
         return GenerationRequest.model_validate(body)
     except ValidationError as exc:
         first = exc.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise UnreadableRequest(f"the stored request can't be read: {place}: {first['msg']}") from exc
+        location = ".".join(str(part) for part in first["loc"])
+        raise UnreadableRequest(f"the stored request can't be read: {location}: {first['msg']}") from exc
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
@@ -262,12 +262,12 @@ def eos_ids(tokenizer: PreTrainedTokenizerFast, generation: GenerationConfig | N
     return frozenset(int(i) for i in ids if i is not None)
 
 
-def shared_token_ids(ours: Mapping[str, int], theirs: Mapping[str, int]) -> list[int]:
+def shared_token_ids(target: Mapping[str, int], draft: Mapping[str, int]) -> list[int]:
     """Return the ids with the same token in both vocabularies, ascending."""
-    return sorted(i for token, i in ours.items() if theirs.get(token) == i)
+    return sorted(i for token, i in target.items() if draft.get(token) == i)
 
 
-def first_mismatched_id(ours: Mapping[str, int], theirs: Mapping[str, int]) -> int | None:
+def first_mismatched_id(target: Mapping[str, int], draft: Mapping[str, int]) -> int | None:
     """Return the first id with different tokens in two vocabularies, or None."""
-    a, b = ({i: token for token, i in vocab.items()} for vocab in (ours, theirs))
+    a, b = ({i: token for token, i in vocab.items()} for vocab in (target, draft))
     return min((i for i in a.keys() | b.keys() if a.get(i) != b.get(i)), default=None)

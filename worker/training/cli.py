@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from worker.terminal import ProgressBars, readable_errors, say, settings_of
+from worker.terminal import ProgressBars, print_message, readable_errors, settings_of
 from worker.training.config import Kind, Recipe
 
 _LOG_WIDTH = 120  # columns of a table that is not printed on a terminal
@@ -58,11 +58,13 @@ def train(
     texts = read_prompts(prompts, limit=sys.maxsize) if prompts else ()
     command = shlex.join(["basic", *sys.argv[1:]])
     with readable_errors(), ProgressBars() as bars:
-        evaluation = pipeline.train_draft(settings_of(target=target), recipe, out, texts, command, bars, say)
+        evaluation = pipeline.train_draft(settings_of(target=target), recipe, out, texts, command, bars, print_message)
     if evaluation is None:  # not the main process of an `accelerate launch`; the main process prints
         return
     print(json.dumps(evaluation.as_json())) if as_json else _console().print(table(evaluation))
-    say(f"Wrote the draft to {out}. Use it with BASIC_DRAFT={out} or --draft {out}. Its card is {out / pipeline.CARD}.")
+    print_message(
+        f"Wrote the draft to {out}. Use it with BASIC_DRAFT={out} or --draft {out}. Its card is {out / pipeline.CARD}."
+    )
 
 
 @draft.command(name="eval")
@@ -87,11 +89,11 @@ def evaluate(
     texts = read_prompts(prompts, limit=sys.maxsize) if prompts else ()
     with readable_errors(), ProgressBars() as bars:
         settings = settings_of(target=target, draft=draft)
-        evaluation = pipeline.evaluate_draft(settings, recipe, out, texts, bars, say)
+        evaluation = pipeline.evaluate_draft(settings, recipe, out, texts, bars, print_message)
     (out / "evaluation.json").write_text(json.dumps(evaluation.as_json(), indent=2) + "\n")
     plot(evaluation, out / "reliability.png")
     print(json.dumps(evaluation.as_json())) if as_json else _console().print(table(evaluation))
-    say(f"Wrote the reliability plot to {out / 'reliability.png'}.")
+    print_message(f"Wrote the reliability plot to {out / 'reliability.png'}.")
 
 
 def _console() -> Console:

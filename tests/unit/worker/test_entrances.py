@@ -1,4 +1,4 @@
-"""The entrances without servers, on a model of two layers: the seed's functions, generate, and the benchmark."""
+"""Entry points without servers, on a model of two layers: `generate_with_*`, `basic generate`, and the benchmarks."""
 
 from __future__ import annotations
 
@@ -76,13 +76,15 @@ def test_generate_prints_logprobs_in_the_shape_of_its_endpoint(raw: list[str]) -
     done = CliRunner().invoke(commands, arguments)
     assert done.exit_code == 0, done.output
     said = json.loads(done.stdout)
-    told = said["logprobs"]
+    found = said["logprobs"]
     if raw:
-        assert len(told["tokens"]) == len(told["text_offset"]) == said["completion_tokens"]
-        assert all(max(top.values()) == p for top, p in zip(told["top_logprobs"], told["token_logprobs"], strict=True))
+        assert len(found["tokens"]) == len(found["text_offset"]) == said["completion_tokens"]
+        assert all(
+            max(top.values()) == p for top, p in zip(found["top_logprobs"], found["token_logprobs"], strict=True)
+        )
     else:
-        assert len(told["content"]) == said["completion_tokens"]
-        assert all(t["top_logprobs"][0]["logprob"] == t["logprob"] for t in told["content"])
+        assert len(found["content"]) == said["completion_tokens"]
+        assert all(t["top_logprobs"][0]["logprob"] == t["logprob"] for t in found["content"])
 
 
 @pytest.mark.parametrize("mode", ["plain", "paper"])
@@ -105,15 +107,15 @@ def test_generate_ends_before_a_stop_string(mode: str) -> None:
     ("arguments", "words"),
     [
         (["generate", "  "], "PROMPT: the prompt is empty"),
-        (["generate", PROMPT, "--logprobs", "1"], "--logprobs: log-probabilities are printed with --json only"),
+        (["generate", PROMPT, "--logprobs", "1"], "--logprobs: log-probabilities need --json"),
         (["generate", "x", "--mode", "quick"], "mode"),
         (["generate", "x" * 400], "context of 300 tokens"),
-        (["bench", "--modes", "warp"], "'warp' is no mode"),
+        (["bench", "--modes", "warp"], "'warp' is not a mode"),
         (["bench", "--batch", "one"], "--batch"),
-        (["bench", "--batch", "0"], "at least one sequence"),
+        (["bench", "--batch", "0"], "batch sizes must be at least 1"),
     ],
 )
-def test_wrong_use_says_what_was_wrong(arguments: list[str], words: str) -> None:
+def test_wrong_usage_names_the_error(arguments: list[str], words: str) -> None:
     done = CliRunner().invoke(commands, arguments)
     assert done.exit_code != 0
     assert words in done.output + str(done.exception)
@@ -133,7 +135,7 @@ def test_a_missing_model_names_what_there_is(monkeypatch: pytest.MonkeyPatch) ->
     assert "there is no model directory /nowhere/at/all" in str(done.exception)
 
 
-def test_the_benchmark_measures_ours_and_transformers_on_the_same_tokens(tmp_path: Path) -> None:
+def test_the_benchmark_measures_both_engines_on_the_same_tokens(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"{PROMPT}{i}"}) + "\n" for i in range(3)))
     modes = "plain,opt-tree,paper,transformers-greedy,transformers-prompt-lookup"
@@ -163,15 +165,15 @@ def test_the_benchmark_measures_ours_and_transformers_on_the_same_tokens(tmp_pat
 def test_the_grid_has_a_cell_for_every_batch_draft_and_temperature(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grid, "_CELL_S", 0.0)
+    monkeypatch.setattr(grid, "_MIN_CELL_S", 0.0)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": PROMPT}) + "\n")
     arguments = ["bench", "--grid", "--batch", "1,3", "--max-tokens", "4", "--runs", "1", "--json"]
     done = CliRunner().invoke(commands, [*arguments, "--prompts", str(prompts)])
     assert done.exit_code == 0, done.output
     results = json.loads(done.stdout)["results"]
-    told = {(r["mode"], r["batch"], r["temperature"], r["drafter"]) for r in results}
-    assert told == set(product(OWN_MODES, (1, 3), (0.0, 1.0), ("replay", "random", "suffix")))
+    found = {(r["mode"], r["batch"], r["temperature"], r["drafter"]) for r in results}
+    assert found == set(product(OWN_MODES, (1, 3), (0.0, 1.0), ("replay", "random", "suffix")))
     assert all(r["tokens_per_s"] > 0 for r in results)
 
 
@@ -197,14 +199,14 @@ def test_a_model_that_is_refused_ends_every_process_that_loads_it_with_a_sentenc
     (broken / "model.safetensors").write_bytes(b"half")
     done = CliRunner().invoke(commands, ["generate", PROMPT, "--target", str(broken)])
     assert done.exit_code == 78
-    assert "is damaged or cut off" in done.stderr.splitlines()[-1]
+    assert "is damaged or truncated" in done.stderr.splitlines()[-1]
     upgrade_schema(f"sqlite:///{tmp_path}/jobs.sqlite3")
     monkeypatch.setenv("BASIC_DATABASE_URL", f"sqlite:///{tmp_path}/jobs.sqlite3")
     assert start.run(WorkerSettings(target=str(broken))) == 78
-    assert "is damaged or cut off" in capsys.readouterr().err.splitlines()[-1]
+    assert "is damaged or truncated" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_longrope_ends_texts_at_its_original_positions_and_says_so(tmp_path: Path) -> None:
+def test_longrope_ends_texts_at_its_original_positions_and_logs_it(tmp_path: Path) -> None:
     rope = {
         "rope_type": "longrope",
         "rope_theta": 10_000.0,

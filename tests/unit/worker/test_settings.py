@@ -74,11 +74,11 @@ def test_every_documented_value_of_every_setting_starts(
 
 
 @pytest.mark.parametrize("draft", ["suffix", "none"])
-def test_a_word_for_no_network_is_no_model_to_fetch(draft: str) -> None:
+def test_suffix_and_none_are_not_downloaded_as_models(draft: str) -> None:
     assert WorkerSettings(target="tiny", draft=draft).models == ("tiny",)
 
 
-def test_a_draft_that_no_step_will_use_is_not_fetched() -> None:
+def test_an_unused_draft_is_not_downloaded() -> None:
     assert WorkerSettings(target="tiny", draft="some/draft").models == ("tiny", "some/draft")
     assert WorkerSettings(target="tiny", draft="some/draft", mode="plain").models == ("tiny",)
 

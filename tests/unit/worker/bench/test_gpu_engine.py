@@ -1,4 +1,4 @@
-"""The engine on random weights: what is printed for people and for programs."""
+"""The engine benchmark on random weights: its table and its JSON lines."""
 
 from __future__ import annotations
 
@@ -29,16 +29,14 @@ def _quick_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.bench.gpu_engine.calibrate", lambda *_: CostModel({1: 1.0}))
 
 
-def test_programs_get_one_line_of_json_a_batch_size_and_nothing_else(
-    shape: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_json_output_is_one_line_per_batch_size(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
     main(model=shape, draft="same", layers=1, sequences="1,2", tokens=6, runs=2, as_json=True)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(line["sequences"], line["texts_agree"]) for line in lines] == [(1, True), (2, True)]
     assert all(len(line[mode]) == 2 and min(line[mode]) > 0 for line in lines for mode in MODES)
 
 
-def test_people_get_a_table_and_nothing_else(
+def test_the_default_output_is_a_table(
     shape: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
@@ -48,7 +46,7 @@ def test_people_get_a_table_and_nothing_else(
     assert "{" not in said
 
 
-def test_the_table_tells_the_median_run_and_what_trees_gain() -> None:
+def test_the_table_has_the_median_run_and_the_speedup() -> None:
     assert RATES.cells() == ["4", "2", "3", "5", "1.50", "NO"]
 
 

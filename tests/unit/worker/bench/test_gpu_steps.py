@@ -1,4 +1,4 @@
-"""The step times of the paged forward: every way to fill a step is timed, against a floor that knows its bytes."""
+"""Step times of the paged forward: every kind of step is timed, next to the memory-traffic floor."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_every_number_of_rows_is_timed_without_trees_and_with_them(
 
 
 def test_the_floor_counts_weights_once_and_keys_and_values_once_a_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.bench.gpu_steps.moved_bytes_per_ms", lambda _: 1.0)
+    monkeypatch.setattr("worker.bench.gpu_steps.copy_bytes_per_ms", lambda _: 1.0)
     config = tiny("qwen2").config
     config.tie_word_embeddings = True
     model = random_model(config, 1, torch.device("cpu"))

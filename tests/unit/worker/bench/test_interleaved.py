@@ -1,4 +1,4 @@
-"""Engines that take turns on one target write what each writes alone, and meet the same moments."""
+"""Interleaved engines on one target write the same texts as alone and share the time evenly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from worker.engine.segments import chain
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_engines_in_a_race_write_what_each_writes_alone(temperature: float) -> None:
+def test_interleaved_engines_write_the_same_texts_as_alone(temperature: float) -> None:
     model, sampling = tiny("llama"), Sampling(temperature=temperature)
     alone = sequences(sampling=sampling)
     decode(engine(packed(model), None, options(Mode.PLAIN)), alone)
@@ -32,7 +32,7 @@ def test_engines_in_a_race_write_what_each_writes_alone(temperature: float) -> N
     assert [outputs(some) for some in racing] == [outputs(alone)] * 2
 
 
-def test_lanes_have_slots_of_their_own() -> None:
+def test_slot_ranges_do_not_overlap() -> None:
     target = packed(tiny("llama"), slots=2)
     one, other = interleaved.SlotRange(target, 0, 1), interleaved.SlotRange(target, 1, 1)
     before = one.forward([chain(0, 0, [5, 6, 7], keep_last=True)]).clone()
@@ -42,7 +42,7 @@ def test_lanes_have_slots_of_their_own() -> None:
     assert torch.allclose(before, again, atol=1e-5)
 
 
-def test_the_next_step_is_of_the_engine_that_has_had_least_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_with_the_least_time_steps_next(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, turns = [0.0], []
 
     class Stepper(Engine):

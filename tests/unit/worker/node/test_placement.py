@@ -1,4 +1,4 @@
-"""Who gets which GPUs and CPUs, on machines made of a few files."""
+"""GPUs and CPUs of each replica, on machines simulated by a few files."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def test_zero_replicas_means_as_many_as_the_gpus_hold(node: Path) -> None:
     assert len(place_replicas(0, 1, {"CUDA_VISIBLE_DEVICES": "2,3"}, node)) == 2
 
 
-def test_too_few_gpus_are_said_with_what_would_fit(node: Path) -> None:
+def test_too_few_gpus_are_an_error_that_names_what_fits(node: Path) -> None:
     with pytest.raises(SetupError, match="start 2 replicas"):
         place_replicas(4, 2, {}, node)
     with pytest.raises(SetupError, match="at most 4"):
         place_replicas(1, 8, {}, node)
 
 
-def test_only_gpus_that_were_made_visible_are_dealt_out(node: Path) -> None:
+def test_only_visible_gpus_are_assigned(node: Path) -> None:
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": "GPU-5a, 3"}, node) == ["GPU-5a", "3"]
     assert visible_gpus({"CUDA_VISIBLE_DEVICES": ""}, node) == []
     assert [p.gpus for p in place_replicas(2, 1, {"CUDA_VISIBLE_DEVICES": "3,1"}, node)] == [("3",), ("1",)]
@@ -71,12 +71,12 @@ def test_replicas_without_gpus_share_all_cpus_and_none_goes_without(
         assert sum(map(len, shares)) == cpus
 
 
-def test_a_replica_is_told_what_it_may_use_and_what_the_command_chose(node: Path) -> None:
+def test_a_replicas_environment_has_its_placement_and_the_settings(node: Path) -> None:
     settings = WorkerSettings(target="some/model", replicas=2, tp=2)
-    told = replica(settings, place_replicas(2, 2, {}, node)[1]).environment
-    assert told["CUDA_VISIBLE_DEVICES"] == "2,3"
-    assert (told["BASIC_REPLICAS"], told["BASIC_TP"], told["BASIC_TARGET"]) == ("1", "2", "some/model")
-    assert (told["BASIC_THREADS"], told["BASIC_MEMORY_SHARE"]) == ("4", "0.5")
+    variables = replica(settings, place_replicas(2, 2, {}, node)[1]).environment
+    assert variables["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert (variables["BASIC_REPLICAS"], variables["BASIC_TP"], variables["BASIC_TARGET"]) == ("1", "2", "some/model")
+    assert (variables["BASIC_THREADS"], variables["BASIC_MEMORY_SHARE"]) == ("4", "0.5")
 
 
 def test_cpu_lists_are_read_as_the_kernel_writes_them() -> None:

@@ -1,4 +1,4 @@
-"""Laws of faults: what fails for one request is that request's error row, and reading holds up nobody else."""
+"""Faults: an error of one request ends that request only, and a slow prompt delays no other request."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def statuses(database: Database) -> dict[int, tuple[str, str | None]]:
     "error", [TypeError("no \udcff \0 such thing"), RecursionError(), Panic("index out of bounds")]
 )
 @pytest.mark.parametrize(("owner", "name", "is_bad"), PLACES, ids=[f"{o.__name__}.{n}" for o, n, _ in PLACES])
-def test_whatever_is_raised_for_one_request_ends_that_request_alone(
+def test_any_exception_for_one_request_ends_that_request_alone(
     database: Database,
     monkeypatch: pytest.MonkeyPatch,
     owner: type,
@@ -108,7 +108,7 @@ def test_whatever_is_raised_for_one_request_ends_that_request_alone(
     assert set(texts(database)) == {(index, choice) for index in (0, 2) for choice in range(2)}
 
 
-def test_scores_that_are_no_numbers_are_one_requests_error(database: Database) -> None:
+def test_nan_logits_of_one_request_are_that_requests_error(database: Database) -> None:
     def law(prefix: tuple[int, ...]) -> Tensor:
         return torch.full((258,), torch.nan) if ord("!") in prefix and len(prefix) > 25 else words(prefix)
 
@@ -117,7 +117,7 @@ def test_scores_that_are_no_numbers_are_one_requests_error(database: Database) -
     assert statuses(database) == {0: ("completed", None), 1: ("failed", "engine_error"), 2: ("completed", None)}
 
 
-def test_a_value_that_the_database_refuses_fails_its_request_and_the_others_are_written(
+def test_a_value_that_the_database_rejects_fails_its_request_and_the_others_are_written(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = writes.flush
@@ -139,7 +139,7 @@ def test_a_value_that_the_database_refuses_fails_its_request_and_the_others_are_
         assert "".join(e.text for e in worker.events if e.index == index) == texts(database)[index, 0]
 
 
-def test_a_database_that_refuses_everything_is_no_fault_of_a_request(
+def test_a_database_that_rejects_everything_fails_no_request(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> FlushResult:
@@ -151,7 +151,9 @@ def test_a_database_that_refuses_everything_is_no_fault_of_a_request(
         Worker(database, "a").run()
 
 
-def test_an_event_that_can_not_be_told_stops_nobody(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_event_that_can_not_be_published_stops_no_other_request(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: Any) -> None:
         raise ValueError("no such event")
 
@@ -173,7 +175,7 @@ def test_a_refusal_may_say_anything(database: Database, monkeypatch: pytest.Monk
         assert (failed.error_message, failed.error_param) == ("no \ufffd half, no \ufffd", "a\ufffd")
 
 
-def test_others_are_answered_and_leases_renewed_while_a_prompt_is_read(
+def test_other_requests_are_decoded_and_leases_renewed_while_a_prompt_is_tokenized(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_on, real = threading.Event(), Codec.encode_all
@@ -207,9 +209,7 @@ def test_others_are_answered_and_leases_renewed_while_a_prompt_is_read(
     assert codes == {"context_length_exceeded"}
 
 
-def test_prompts_that_take_long_to_read_keep_no_place_from_others(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_that_are_slow_to_tokenize_block_no_slot(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     go_on, real = threading.Event(), Codec.encode_all
 
     def slow(codec: Codec, request: Any, endpoint: str) -> Any:
@@ -231,7 +231,9 @@ def test_prompts_that_take_long_to_read_keep_no_place_from_others(
     worker.run()
 
 
-def test_a_worker_that_leaves_hands_back_what_it_reads(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopping_worker_releases_the_requests_that_it_tokenizes(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
     go_on, real = threading.Event(), Codec.encode_all
 
     def slow(*arguments: Any) -> Any:
@@ -263,7 +265,7 @@ def read_all(reading: RequestReader, count: int) -> list[tuple[int, Any]]:
     return found
 
 
-def test_the_longest_is_read_last_but_not_behind_all_who_come_later(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_longest_request_is_read_last_but_not_after_all_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[int] = []
     begun, go_on = threading.Event(), threading.Event()
 
@@ -286,7 +288,7 @@ def test_the_longest_is_read_last_but_not_behind_all_who_come_later(monkeypatch:
     assert 900 in order[40:-5], "it waits for many, and not for ever"
 
 
-def test_reading_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_tokenization_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     def endless(_codec: Codec, request: Any, _endpoint: str) -> list[list[int]]:
         while request.prompt == "endless":
             pass

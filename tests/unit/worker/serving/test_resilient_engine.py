@@ -1,4 +1,4 @@
-"""Laws of recovery: a sequence that fails alone is given up, a batch that is too large shrinks, all others write on."""
+"""Recovery: a sequence that fails alone is given up, a batch that is too large shrinks, all others complete."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_text_that_becomes_poisonous_is_given_up_with_what_it_had() -> None:
 
 
 @pytest.mark.parametrize("mode", [Mode.PLAIN, Mode.PAPER])
-def test_a_batch_that_is_too_large_shrinks_and_nobody_is_lost(mode: Mode) -> None:
+def test_a_batch_that_is_too_large_shrinks_and_no_sequence_is_lost(mode: Mode) -> None:
     some, calm = sequences([[2, 3 + i, 4] for i in range(16)]), sequences([[2, 3 + i, 4] for i in range(16)])
     decode(resilient(FragileModel(last_token), mode), calm)
     model = FragileModel(last_token)
@@ -80,7 +80,7 @@ def test_a_batch_that_is_too_large_shrinks_and_nobody_is_lost(mode: Mode) -> Non
     assert model.failures
 
 
-def test_there_is_no_room_for_more_before_everybody_is_back() -> None:
+def test_free_capacity_is_zero_until_all_sequences_are_back_after_a_failure() -> None:
     model = FragileModel(last_token)
     model.limit = 5
     running = resilient(model)
@@ -94,7 +94,7 @@ def test_there_is_no_room_for_more_before_everybody_is_back() -> None:
     assert running.free_capacity == 16
 
 
-def test_who_waits_after_a_failure_can_be_cancelled() -> None:
+def test_a_sequence_that_waits_after_a_failure_can_be_cancelled() -> None:
     model = FragileModel(last_token)
     model.limit = 2
     running = resilient(model)
@@ -107,7 +107,7 @@ def test_who_waits_after_a_failure_can_be_cancelled() -> None:
     assert outputs(some) == [[], [], []]
 
 
-def test_scores_that_are_no_numbers_end_the_one_text_they_are_for() -> None:
+def test_nan_logits_of_one_sequence_end_that_sequence_alone() -> None:
     def law(prefix: tuple[int, ...]) -> Tensor:
         return last_token(prefix) * (float("nan") if 40 in prefix and len(prefix) > 6 else 1.0)
 
@@ -119,7 +119,7 @@ def test_scores_that_are_no_numbers_end_the_one_text_they_are_for() -> None:
     assert outputs(some[:5]) == outputs(calm)
 
 
-def test_scores_that_are_no_numbers_for_all_are_tried_again_one_by_one() -> None:
+def test_nan_logits_of_all_sequences_are_retried_one_by_one() -> None:
     failures = iter([True, True])
 
     def law(prefix: tuple[int, ...]) -> Tensor:
@@ -131,13 +131,13 @@ def test_scores_that_are_no_numbers_for_all_are_tried_again_one_by_one() -> None
     assert outputs(some) == outputs(calm)
 
 
-def test_a_text_that_the_engine_does_not_take_is_given_up_and_the_others_are_decoded() -> None:
+def test_a_sequence_that_the_engine_rejects_is_given_up_and_the_others_are_decoded() -> None:
     some = sequences([[2, 3], [5] * 300, [4, 5]])
     assert decode(resilient(FragileModel(last_token)), some) == [some[1]]
     assert all(len(some[i].output_ids) == some[i].max_tokens for i in (0, 2))
 
 
-def test_a_fault_of_the_device_is_no_fault_of_a_text() -> None:
+def test_a_device_error_is_not_blamed_on_a_sequence() -> None:
     class Broken(FragileModel):
         def forward(self, segments: Sequence[Segment]) -> Tensor:
             raise torch.AcceleratorError("an illegal memory access was encountered")

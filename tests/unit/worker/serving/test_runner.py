@@ -1,4 +1,4 @@
-"""The worker's loop on a real SQLite file: claims, checkpoints, outputs, resumption, refusals, and its events."""
+"""The worker loop on a real SQLite file: claims, checkpoints, outputs, resumption, failures and events."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_events_are_numbered_without_gaps_and_spell_the_output(database: Databas
 
 @pytest.mark.parametrize("turns", [1, 4, 9])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_request_goes_on_from_its_checkpoint_when_its_worker_dies(
+def test_a_request_continues_from_its_checkpoint_when_its_worker_dies(
     database: Database, turns: int, temperature: float
 ) -> None:
     submit(database, "one", "two", job_id="undisturbed", temperature=temperature)
@@ -253,7 +253,7 @@ def test_a_text_ends_before_its_stop_string_also_in_an_accepted_path_and_resumed
 
 
 @pytest.mark.parametrize("stop", [[], ["dog"]])
-def test_logprobs_of_all_tokens_are_stored_whoever_decoded_them(database: Database, stop: list[str]) -> None:
+def test_logprobs_of_all_tokens_are_stored_across_workers(database: Database, stop: list[str]) -> None:
     prompts = ["the cat and the dog the cat and the dog ", "two"]
     submit(database, *prompts, job_id="whole", logprobs=3, stop=stop)
     Worker(database, "a").run()
@@ -266,9 +266,9 @@ def test_logprobs_of_all_tokens_are_stored_whoever_decoded_them(database: Databa
     lapse_leases(database)
     Worker(database, "c").run()
     with database.read() as session:
-        told = {(o.job_id, o.request_index): o for o in session.scalars(select(ChoiceOutput))}
+        found = {(o.job_id, o.request_index): o for o in session.scalars(select(ChoiceOutput))}
     for index in range(2):
-        whole, resumed = told["whole", index], told["resumed", index]
+        whole, resumed = found["whole", index], found["resumed", index]
         assert whole.logprobs is not None
         assert len(whole.logprobs) == whole.completion_tokens
         assert resumed.logprobs == whole.logprobs
@@ -327,7 +327,7 @@ def test_a_worker_that_lost_its_leases_writes_nothing(database: Database) -> Non
     assert len(texts(database)) == 1
 
 
-def test_handing_back_lets_the_next_worker_go_on_without_counting_an_attempt(database: Database) -> None:
+def test_a_released_request_is_continued_without_counting_an_attempt(database: Database) -> None:
     submit(database, "one")
     leaving = Worker(database, "a")
     for _ in range(3):
@@ -369,7 +369,7 @@ def test_a_cancelled_job_stops_at_the_next_flush(database: Database) -> None:
         assert {r.status for r in session.scalars(select(Request))} == {"cancelled"}
 
 
-def test_a_step_that_fails_is_tried_again_and_nothing_shows(database: Database) -> None:
+def test_a_failed_step_is_retried_without_visible_effect(database: Database) -> None:
     failures = iter([True])
 
     def fragile(prefix: tuple[int, ...]) -> Tensor:
@@ -396,7 +396,7 @@ def test_a_step_that_fails_is_tried_again_and_nothing_shows(database: Database) 
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_a_request_that_fails_alone_ends_in_an_error_row_and_the_others_go_on(database: Database, n: int) -> None:
+def test_a_request_that_fails_alone_ends_in_an_error_row_and_the_others_complete(database: Database, n: int) -> None:
     def broken(prefix: tuple[int, ...]) -> Tensor:
         if ord("!") in prefix and len(prefix) > 30:
             raise RuntimeError("out of memory")
@@ -416,9 +416,7 @@ def test_a_request_that_fails_alone_ends_in_an_error_row_and_the_others_go_on(da
 
 
 @pytest.mark.parametrize("ending", ["cancelled", "expired"])
-def test_requests_of_a_job_that_is_over_leave_before_the_step_behind_the_next_flush(
-    database: Database, ending: str
-) -> None:
+def test_requests_of_an_ended_job_are_dropped_at_the_next_flush(database: Database, ending: str) -> None:
     submit(database, "one", "two", "three")
     worker = Worker(database, "a")
     for _ in range(3):
@@ -439,7 +437,7 @@ def test_requests_of_a_job_that_is_over_leave_before_the_step_behind_the_next_fl
         assert {r.status for r in session.scalars(select(Request))} == {ending}
 
 
-def test_what_a_person_waits_for_gets_a_place_beside_a_batch_that_fills_the_engine(database: Database) -> None:
+def test_interactive_requests_have_reserved_slots_when_a_batch_fills_the_engine(database: Database) -> None:
     submit(database, "one", "two", "three", "four", max_tokens=100)
     worker = Worker(database, "a", reserved=1, interval_s=3600.0)
     for _ in range(3):
@@ -452,7 +450,7 @@ def test_what_a_person_waits_for_gets_a_place_beside_a_batch_that_fills_the_engi
     assert statuses == {"chat": "completed", "batch_1": "in_progress"}, "and its end was not kept for the next flush"
 
 
-def test_a_place_that_a_request_leaves_is_filled_without_a_poll_though_places_are_kept_for_others(
+def test_a_freed_slot_is_filled_without_a_poll_although_slots_are_reserved(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.serving.runner._POLL_S", float("inf"))
@@ -470,7 +468,7 @@ def _is_over(database: Database, job_id: str) -> bool:
         return session.get_one(Job, job_id).finished_at is not None
 
 
-def test_a_worker_whose_requests_all_end_at_once_does_not_rest_before_those_that_wait(
+def test_a_worker_whose_requests_end_together_claims_waiting_ones_at_once(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.serving.runner._POLL_S", float("inf"))
@@ -483,9 +481,7 @@ def test_a_worker_whose_requests_all_end_at_once_does_not_rest_before_those_that
     assert len(texts(database)) == count
 
 
-def test_looks_for_more_work_take_a_small_part_of_the_time_of_those_who_decode(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_claims_take_a_small_share_of_the_decoding_time(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, claim_s, turn_s = Clock(), 0.02, 0.005
     claimed_at: list[float] = []
     real = leases.claim

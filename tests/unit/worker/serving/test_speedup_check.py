@@ -1,4 +1,4 @@
-"""Requests of a finished job, decoded both ways once more by an idle worker."""
+"""Speed-up checks: requests of a finished job, decoded again with and without drafts by an idle worker."""
 
 from __future__ import annotations
 
@@ -37,9 +37,7 @@ def run_until_it_compares(worker: Worker) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_job_that_asks_for_it_is_decoded_both_ways_and_writes_the_same_texts(
-    database: Database, temperature: float
-) -> None:
+def test_a_sampled_job_is_decoded_in_both_variants_with_the_same_texts(database: Database, temperature: float) -> None:
     submit(database, "one", "two", "three", "four", "five", compare_plain=4, temperature=temperature)
     Worker(database, "a").run(2_000)
     rows = compared(database)
@@ -58,7 +56,7 @@ def test_a_job_that_asks_for_it_is_decoded_both_ways_and_writes_the_same_texts(
     assert numbers.speedup_error is not None
 
 
-def test_steps_of_the_two_ways_take_turns_and_the_plain_ones_show_no_drafts(
+def test_steps_of_both_variants_are_interleaved_and_plain_steps_have_no_drafts(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[tuple[bool, int]] = []
@@ -110,7 +108,7 @@ def test_plain_steps_have_as_many_sequences_as_those_with_drafts(
     assert [row.same_text for row in compared(database)] == [True] * 3
 
 
-def test_what_the_job_has_written_is_no_draft_of_the_comparison(
+def test_texts_of_the_job_are_not_drafts_of_its_speedup_check(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would be copied, and a copy is faster than any answer was."""
@@ -150,7 +148,7 @@ def test_the_sample_of_a_job_is_always_the_same(database: Database, tmp_path: Pa
     assert len(again) == 3
 
 
-def test_whoever_comes_meanwhile_is_served_first(database: Database) -> None:
+def test_new_requests_preempt_a_speedup_check(database: Database) -> None:
     submit(database, "one", "two", "three", compare_plain=3)
     worker = Worker(database, "a")
     run_until_it_compares(worker)
@@ -167,13 +165,13 @@ def test_whoever_comes_meanwhile_is_served_first(database: Database) -> None:
     assert [row.same_text for row in compared(database)] == [True] * 3
 
 
-def test_an_engine_with_room_for_one_sequence_compares_one_way_after_the_other(database: Database) -> None:
+def test_an_engine_with_one_slot_decodes_one_variant_after_the_other(database: Database) -> None:
     submit(database, "one", "two", compare_plain=2)
     Worker(database, "a", max_sequences=1).run(2_000)
     assert [row.same_text for row in compared(database)] == [True, True]
 
 
-def test_a_text_that_differs_is_a_fault_that_is_told(database: Database, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_text_that_differs_is_logged_as_an_error(database: Database, caplog: pytest.LogCaptureFixture) -> None:
     submit(database, "one", "two", compare_plain=2)
     worker = Worker(database, "a")
     run_until_it_compares(worker)
@@ -191,7 +189,7 @@ def test_a_text_that_differs_is_a_fault_that_is_told(database: Database, caplog:
     assert "Request 1 of job batch_1 has another text" in caplog.text
 
 
-def test_a_comparison_leaves_the_job_as_it_is(database: Database) -> None:
+def test_a_speedup_check_does_not_change_its_job(database: Database) -> None:
     submit(database, "one", "two", compare_plain=2)
     worker = Worker(database, "a")
     run_until_it_compares(worker)
@@ -205,7 +203,7 @@ def steps(database: Database) -> int:
         return len(session.scalars(select(DecodeStep)).all())
 
 
-def test_a_worker_that_stops_leaves_its_comparison_to_the_next_at_once(database: Database) -> None:
+def test_a_stopping_worker_releases_its_speedup_check_at_once(database: Database) -> None:
     submit(database, "one", "two", compare_plain=2)
     first = Worker(database, "a")
     run_until_it_compares(first)
@@ -217,7 +215,7 @@ def test_a_worker_that_stops_leaves_its_comparison_to_the_next_at_once(database:
     assert {row.worker_id for row in compared(database)} == {"b"}
 
 
-def test_a_worker_that_meets_a_comparison_which_killed_two_others_has_nothing_to_do(database: Database) -> None:
+def test_a_speedup_check_that_killed_two_workers_is_not_claimed_again(database: Database) -> None:
     submit(database, "one", "two", compare_plain=2)
     for name in ("a", "b"):
         run_until_it_compares(Worker(database, name))  # and never comes back

@@ -1,4 +1,4 @@
-"""Draft trees that are recorded: bounded, and in step with the numbers of their steps."""
+"""Recorded draft trees: limited in number, and consistent with the statistics of their steps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_tree_is_recorded_with_its_texts() -> None:
     assert row.bonus == "<14>"
 
 
-def test_trees_of_the_first_steps_are_kept_and_agree_with_the_steps(database: Database) -> None:
+def test_trees_of_the_first_steps_are_stored_and_match_the_step_statistics(database: Database) -> None:
     submit(database, "one", "two", record_trees=5)
     submit(database, "three", job_id="batch_2")
     Worker(database, "a").run()
@@ -43,7 +43,7 @@ def test_trees_of_the_first_steps_are_kept_and_agree_with_the_steps(database: Da
         assert all(parent < node for node, (parent, *_) in enumerate(tree.nodes))
 
 
-def test_every_step_says_which_of_the_children_the_target_drew(database: Database) -> None:
+def test_every_tree_marks_the_tokens_that_the_target_sampled(database: Database) -> None:
     submit(database, "one", "two")
     Worker(database, "a").run()
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 from worker.serving.watchdog import Watchdog
 
 
-def test_an_engine_that_turns_is_left_alone_and_one_that_hangs_is_not() -> None:
+def test_a_process_restarts_when_its_engine_hangs_and_not_while_it_iterates() -> None:
     dog = Watchdog(stall_s=10, deaf_s=60)
     assert dog.restart_reason(0.0) is None
     for now in range(0, 100, 5):
@@ -14,7 +14,7 @@ def test_an_engine_that_turns_is_left_alone_and_one_that_hangs_is_not() -> None:
     assert dog.restart_reason(106.0) == "the engine has not finished a step for 11 s"
 
 
-def test_a_worker_is_deaf_when_redis_takes_its_messages_and_none_comes() -> None:
+def test_a_process_restarts_when_redis_accepts_its_pulses_and_none_arrives() -> None:
     dog = Watchdog(stall_s=1e9, deaf_s=60)
     for now in range(0, 61, 5):
         dog.pulse_sent(delivered=True, now=float(now))
@@ -25,7 +25,7 @@ def test_a_worker_is_deaf_when_redis_takes_its_messages_and_none_comes() -> None
     assert dog.restart_reason(61.0) is None
 
 
-def test_while_redis_is_away_nobody_is_deaf() -> None:
+def test_missing_pulses_do_not_count_while_redis_is_away() -> None:
     dog = Watchdog(stall_s=1e9, deaf_s=60)
     dog.pulse_sent(delivered=True, now=0.0)
     dog.pulse_sent(delivered=False, now=50.0)

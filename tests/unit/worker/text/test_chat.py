@@ -1,4 +1,4 @@
-"""Laws of chats: a template gets what it shows, fails one request at most, and alone writes control tokens."""
+"""Chat templates: each gets the content format that it shows and alone writes control tokens."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_template_that_reads_content_parts_is_given_parts(template: str) -> No
     assert said(template, ("system", "be brief"), ("user", "hello there")) == "system: be brief. user: hello there. "
 
 
-def test_a_role_that_a_template_leaves_out_is_refused_and_the_others_are_not() -> None:
+def test_a_role_that_a_template_drops_is_refused_and_the_others_are_not() -> None:
     assert said(FORGETFUL, ("user", "hello")) == "user: hello\n"
     with pytest.raises(InvalidValue, match="drops system messages") as refused:
         said(FORGETFUL, ("system", "be brief"), ("user", "hello"))
@@ -84,7 +84,7 @@ def test_a_role_that_a_template_leaves_out_is_refused_and_the_others_are_not() -
         {"rag": "R", "tool_use": "T"},
     ],
 )
-def test_whatever_a_template_raises_refuses_the_request(template: Any) -> None:
+def test_any_exception_of_a_template_refuses_the_request(template: Any) -> None:
     with pytest.raises(InvalidValue, match="chat template refuses these messages") as refused:
         said(template, ("user", "hello"))
     assert refused.value.param == "messages"
@@ -106,7 +106,7 @@ def test_whatever_a_template_raises_refuses_the_request(template: Any) -> None:
     ],
 )
 @pytest.mark.parametrize("template", [CHATML, PARTS + "<bos>"])
-def test_special_tokens_that_a_content_spells_are_text(content: str, template: str) -> None:
+def test_special_tokens_in_content_are_text(content: str, template: str) -> None:
     one = codec(template)
     plain = one.encode(chat(("user", "hello"), ("assistant", "x"), ("user", "y")), CHAT_ENDPOINT)
     ids = one.encode(chat(("user", content), ("assistant", "x"), ("user", "y")), CHAT_ENDPOINT)
@@ -122,7 +122,7 @@ def test_a_prompt_on_the_chat_endpoint_is_content_too_and_a_raw_prompt_is_not() 
     assert one.encode(prompt, COMPLETIONS_ENDPOINT) == [ord("a"), EOS]
 
 
-def test_the_old_way_is_a_setting() -> None:
+def test_special_in_content_control_reads_special_tokens_as_control_tokens() -> None:
     one = codec(CHATML, special_in_content="control")
     assert one.encode(chat(("user", "a<eos>")), CHAT_ENDPOINT).count(EOS) == 2
 

@@ -64,7 +64,7 @@ def test_a_prompt_that_leaves_room_for_one_token_is_taken() -> None:
     assert codec(30).sequence((0,), ids, request().sampling, 0).max_tokens == 1
 
 
-def test_max_tokens_beyond_the_context_is_refused_and_beyond_the_room_is_cut() -> None:
+def test_max_tokens_beyond_the_context_is_refused_and_beyond_the_rest_of_it_is_reduced() -> None:
     with pytest.raises(InvalidValue, match="max_tokens is 101"):
         codec(100).sequence((0,), [1, 2], request(max_tokens=101).sampling, 0)
     assert codec(100).sequence((0,), [1, 2], request(max_tokens=100).sampling, 0).max_tokens == 98
@@ -143,7 +143,7 @@ def test_of_tokenizers_that_differ_in_one_token_the_others_are_drafted() -> None
 @pytest.mark.parametrize(
     ("field", "value"), [("temperature", 1e-300), ("temperature", 1e-46), ("repetition_penalty", 1e-300)]
 )
-def test_values_that_are_zero_in_single_precision_leave_numbers_to_draw_from(field: str, value: float) -> None:
+def test_sampling_values_that_are_zero_in_float32_give_finite_logits(field: str, value: float) -> None:
     parameters = SamplingParameters.model_validate({"seed": 1, "temperature": 1.0, field: value})
     sampling = codec().sequence((0,), [1, 2], parameters, 0).sampling
     scores = apply_penalties(torch.tensor([[0.0, -1.0, 3.0]]), [sampling], [(np.arange(3), np.ones(3, np.int64))])

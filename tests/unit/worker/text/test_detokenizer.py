@@ -1,4 +1,4 @@
-"""Laws of the detokenizer: no ids raise, no byte is lost, and a completion continues its prompt."""
+"""The detokenizer: no ids raise, no byte is lost, and a completion continues its prompt."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ def test_an_answer_begins_without_a_space_and_its_bytes_are_its_text(ids: list[s
 
 
 def spell_out(stream: TextStream, ids: list[int]) -> tuple[str, bytes]:
-    """Push tokens; return the text and the joined bytes of what is told of them."""
+    """Push tokens; return the text and the joined bytes of what is logprobs of them."""
     stream.push(ids, [False] * len(ids))
-    told = stream.readable_logprobs(ids, [TokenLogprobs(-1.0, ())] * len(ids))
+    logprobs = stream.readable_logprobs(ids, [TokenLogprobs(-1.0, ())] * len(ids))
     stream.finish()
-    return stream.text, b"".join(bytes(t.chosen.bytes or ()) for t in told)
+    return stream.text, b"".join(bytes(t.chosen.bytes or ()) for t in logprobs)

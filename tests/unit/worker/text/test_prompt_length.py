@@ -1,4 +1,4 @@
-"""Laws of a prompt's length: it never promises more tokens than there are, and what can't fit is not tokenized."""
+"""The lower bound of a prompt's token count is never too high, and prompts that can't fit are not tokenized."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from worker.text.prompt_length import PromptLength
 
 
 @pytest.mark.parametrize("tokenizer", [byte_tokenizer(), sentencepiece()])
-def test_a_text_has_at_least_so_many_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_bound_never_exceeds_the_token_count(tokenizer: PreTrainedTokenizerFast) -> None:
     lots, length = random.Random(5), PromptLength(tokenizer)
-    told = 0
+    found = 0
     for _ in range(300):
         text = "".join(lots.choice(["Hello", " world", "日本", "e\u0301", "<eos>", "  ", "\n"]) for _ in range(20))
         least = length.min_tokens(text)
         assert least <= len(tokenizer(text, add_special_tokens=False)["input_ids"])
-        told += least > 0
-    assert told
+        found += least > 0
+    assert found
 
 
-def test_nothing_is_said_of_tokenizers_in_which_text_may_vanish() -> None:
+def test_tokenizers_that_may_drop_text_have_no_bound() -> None:
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordPiece({"[UNK]": 0}, unk_token="[UNK]")))  # type: ignore[no-untyped-call]
     stripping = byte_tokenizer()
     stripping.backend_tokenizer.normalizer = normalizers.Strip()

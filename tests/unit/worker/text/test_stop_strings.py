@@ -1,4 +1,4 @@
-"""Laws of stop strings: the text ends before the first, whatever the pieces, and nothing of one is ever shown."""
+"""Stop strings: the text ends before the first one for any split into pieces, and no part of one is returned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Single tokens as people read them: their bytes, joined, are the text of the whole."""
+"""Texts and bytes of single tokens: the joined bytes are the bytes of the text."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def test_special_tokens_and_rows_without_a_token_have_names_and_no_bytes() -> No
     assert TokenBytes(byte_tokenizer()).text_and_bytes(1000) == ("<1000>", None)
 
 
-def test_no_token_is_told_with_a_nul_which_not_every_database_takes() -> None:
+def test_token_texts_contain_no_nul_because_postgresql_rejects_it() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["a\0b"])
     assert TokenBytes(tokenizer).text_and_bytes(258) == ("a\ufffdb", (97, 0, 98))
     assert TokenBytes(tokenizer).text_and_bytes(0) == ("\ufffd", (0,))
 
 
-def test_a_space_that_belongs_to_a_token_is_told_also_at_the_beginning_of_a_text() -> None:
+def test_a_leading_space_of_a_token_is_kept_at_the_start_of_a_text() -> None:
     token_bytes = TokenBytes(sentencepiece_tokenizer())
     assert [token_bytes.text_and_bytes(token)[0] for token in (0, 1, 2)] == [" Hello", " you", "!"]
     assert joined(token_bytes, [0, 1, 2]) == b" Hello you!"
