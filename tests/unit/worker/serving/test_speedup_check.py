@@ -186,7 +186,7 @@ def test_a_text_that_differs_is_logged_as_an_error(database: Database, caplog: p
         numbers = job_stats(session, "batch_1").comparison
     assert numbers is not None
     assert numbers.faults == 1
-    assert "Request 1 of job batch_1 has another text" in caplog.text
+    assert "Request 1 of job batch_1 got a different text" in caplog.text
 
 
 def test_a_speedup_check_does_not_change_its_job(database: Database) -> None:
