@@ -1,15 +1,15 @@
-# bASIC: everything a checkout can do. `make` alone prints this list. Each target sets up what it needs, once.
+# Development commands of bASIC. `make` prints the list. Each target sets up what it needs, once.
 
 BIN := .venv/bin
 MODEL := smollm2-135m-instruct
-# What `make bench` decodes: MT-Bench questions if they lie beside the checkout, else our own prompts.
+# Prompts of `make bench`: MT-Bench questions if they are beside the checkout, else the examples.
 BENCH_PROMPTS ?= $(firstword $(wildcard ../shared/data/mt_bench_dev.jsonl) examples/prompts.jsonl)
 
-# So many faults strike on each database.
+# Faults that `make chaos` injects per database.
 CHAOS_FAULTS ?= 50
 
-# Whoever starts torch keeps its bytecode, whatever the caller's environment says: else every process of a test compiles
-# torch and transformers anew, which takes longer than most of what is tested.
+# Write bytecode even if the caller's environment forbids it: without it every test process compiles torch and
+# transformers again, which takes longer than most tests.
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
@@ -20,7 +20,7 @@ help: ## Print this list
 
 setup: .venv/.complete ## Create .venv and install everything into it
 
-# The stamp is younger than what it was made from, so that a second run has nothing to do.
+# The stamp is newer than its inputs, so that a second run has nothing to do.
 .venv/.complete: pyproject.toml constraints.txt .ci/set-up
 	@sh .ci/set-up
 	@touch $@
@@ -39,21 +39,21 @@ check: setup ## Check style, types and import directions
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-unit: setup ## Run the quick tests: none of our processes, and PostgreSQL out of a wheel beside SQLite
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit -n auto --dist worksteal  # a process a core, each with one thread
+unit: setup ## Run the quick tests: no service processes, on SQLite and on PostgreSQL from a wheel
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit -n auto --dist worksteal  # one process per core, one thread each
 
 integration: model ## Run the tests with real servers, processes and SmolLM2
 	$(BIN)/pytest tests/integration tests/acceptance
 
-chaos: setup ## Break every part of the service, again and again, and check that nothing is lost
+chaos: setup ## Inject faults into every part of the service, and check that no request is lost
 	$(BIN)/python -m tests.chaos.run --database postgresql --faults $(CHAOS_FAULTS)
 	$(BIN)/python -m tests.chaos.run --database sqlite --faults $(CHAOS_FAULTS)
 
-audit: setup ## Look for known holes in what constraints.txt pins; needs a reachable vulnerability service
+audit: setup ## Check the pinned packages for known vulnerabilities; needs network access
 	test -x .venv/audit/bin/pip-audit || { $(BIN)/python -m venv .venv/audit && .venv/audit/bin/pip install -q pip-audit; }
 	.venv/audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
-bench: model ## Measure decoding against transformers' generate, at every batch size, and the front door; forty minutes
+bench: model ## Measure decoding against transformers' generate, at every batch size, and the HTTP API; forty minutes
 	$(BIN)/basic bench --prompts $(BENCH_PROMPTS)
 	$(BIN)/basic bench --grid --prompts $(BENCH_PROMPTS) --max-tokens 48
 	$(BIN)/python -m jobs.bench.batch_api
@@ -62,6 +62,6 @@ bench: model ## Measure decoding against transformers' generate, at every batch 
 secrets: ## Write the passwords of docker-compose.yml, once
 	@sh .ci/make-secrets
 
-clean: ## Remove .venv and caches; the record of your jobs (.basic) stays
+clean: ## Remove .venv and caches; the database of your jobs (.basic) stays
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

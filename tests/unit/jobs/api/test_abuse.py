@@ -14,14 +14,28 @@ from jobs.messages import CHAT_ENDPOINT
 from jobs.settings import JobsSettings
 from storage import writes
 from storage.session import Database
+from tests.databases import on_sqlite
 from tests.factories import a_worker_card
 
 JSON = {"content-type": "application/json"}
 LINES = {"content-type": "application/x-ndjson"}
 
 
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """A service for all cases: a case that counts jobs needs `own_api`."""
+    folder = tmp_path_factory.mktemp("abuse")
+    settings = JobsSettings(data_dir=folder, redis_url="redis://127.0.0.1:1/0", target="tiny", max_requests=5)
+    with on_sqlite(folder) as database:
+        yield from serve(settings, database)
+
+
 @pytest.fixture
-def api(settings: JobsSettings, database: Database) -> Iterator[TestClient]:
+def own_api(settings: JobsSettings, database: Database) -> Iterator[TestClient]:
+    yield from serve(settings, database)
+
+
+def serve(settings: JobsSettings, database: Database) -> Iterator[TestClient]:
     with database.write() as session:
         writes.register_worker(session, a_worker_card(target="tiny", context_tokens=100))
     wide = settings.model_copy(update={"max_body_bytes": 1_000_000, "max_json_bytes": 500_000})
@@ -176,10 +190,10 @@ def test_metadata_has_openai_s_limits(api: TestClient, metadata: Any) -> None:
         {"after": "x" * 5_000},
     ],
 )
-def test_page_sizes_outside_the_bounds_are_rejected(api: TestClient, query: dict[str, str]) -> None:
-    api.post("/v1/jobs", json={"requests": ["a"]})
-    refused(api.get("/v1/jobs", params=query))
-    assert len(api.get("/v1/jobs").json()["data"]) == 1
+def test_page_sizes_outside_the_bounds_are_rejected(own_api: TestClient, query: dict[str, str]) -> None:
+    own_api.post("/v1/jobs", json={"requests": ["a"]})
+    refused(own_api.get("/v1/jobs", params=query))
+    assert len(own_api.get("/v1/jobs").json()["data"]) == 1
 
 
 @pytest.mark.parametrize(
