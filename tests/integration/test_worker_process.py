@@ -79,7 +79,7 @@ def test_a_prompt_that_kills_the_only_worker_with_nothing_else_to_serve_is_faile
 
     assert [row[:2] for row in rows(stack, "job")] == [("failed", "poison")]
     ((message,),) = stack.rows("SELECT error_message FROM requests")
-    assert "the fault may be the host's" in str(message)
+    assert "the host may be at fault" in str(message)
 
 
 def test_steps_that_outlast_their_lease_fail_no_request(stack: Stack) -> None:
