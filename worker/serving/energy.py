@@ -18,7 +18,6 @@ class EnergyMeter:
     """Joules between two reads of a monotonic counter in millijoules."""
 
     def __init__(self, read_mj: Callable[[], int]) -> None:
-        """Start counting now."""
         self._read_mj = read_mj
         self._last_mj = read_mj()
 

@@ -43,7 +43,7 @@ _RENEWAL_FENCE = 2 / 3  # share of a lease without renewal after which leases ar
 
 
 class Runner:
-    """Serves one model's requests with one engine."""
+    """Serve one model's requests with one engine."""
 
     def __init__(
         self,
