@@ -1,4 +1,4 @@
-"""Servers for the tests that need real ones. Each is our own process on a port of its own; nothing else is touched."""
+"""Redis and PostgreSQL servers for tests that need them: own processes on free ports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jobs.local.redis_server import server_arguments, server_binary
 from tests.ports import free_port
 from tests.postgres import QUICK, Postgres
 
-# Triton reads this when it is imported, by torch or by us: without a GPU our kernels run in its interpreter.
+# Triton reads this at import: without a GPU the kernels run in its interpreter.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -32,12 +32,12 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 
 
 def pytest_configure() -> None:
-    """Hear Ctrl-C, which a shell's background jobs are started deaf to; some tests send it."""
+    """Restore Ctrl-C, which shells ignore in background jobs: some tests send SIGINT."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def start_redis(port: int, directory: Path) -> subprocess.Popen[bytes]:
-    """Start a Redis-protocol server as we do, and wait until it answers."""
+    """Start a Redis-protocol server like `basic up` does, and wait until it answers."""
     server = subprocess.Popen(server_arguments(server_binary(), port, directory), stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 10
     with redis.Redis(port=port) as client:
@@ -69,7 +69,7 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def postgresql_url() -> Iterator[str]:
-    """A PostgreSQL database that tests may empty: the one that TEST_POSTGRES_URL names, else one of our own server."""
+    """A PostgreSQL database that tests may empty: TEST_POSTGRES_URL, else one on a temporary server."""
     named = os.environ.get("TEST_POSTGRES_URL")
     if named:
         yield named

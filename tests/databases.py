@@ -1,4 +1,4 @@
-"""Empty records for tests, on SQLite and on PostgreSQL."""
+"""Empty databases for tests, on SQLite and on PostgreSQL."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sqlalchemy import Engine, text
 from storage.models import Base
 from storage.session import STATEMENT_TIMEOUT_S, Database, make_engine, write_connection
 
-# All at once, children before their parents. TRUNCATE makes every table and index anew, which takes 50 times as long.
+# One statement list, children before parents. TRUNCATE recreates every table and index, which takes 50 times as long.
 _EMPTY = ";".join(f"DELETE FROM {table.name}" for table in reversed(Base.metadata.sorted_tables))
 
 
 def open_sqlite(path: Path) -> Database:
-    """Return an empty record in a new file; the caller disposes of it."""
+    """Return an empty database in a new file; the caller disposes of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(_empty_file())
     return Database.open(f"sqlite:///{path}")
@@ -26,7 +26,7 @@ def open_sqlite(path: Path) -> Database:
 
 @cache
 def _empty_file() -> bytes:
-    """Return the file of an empty record: to copy it is quicker than to make it."""
+    """Return the bytes of an empty database file: copying them is faster than creating the tables."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "basic.sqlite3"
         engine = make_engine(f"sqlite:///{path}")
@@ -37,7 +37,7 @@ def _empty_file() -> bytes:
 
 @contextmanager
 def on_sqlite(directory: Path) -> Iterator[Database]:
-    """Yield an empty record in a file of its own."""
+    """Yield an empty database in a new file."""
     database = open_sqlite(directory / "basic.sqlite3")
     yield database
     database.dispose()
@@ -45,7 +45,7 @@ def on_sqlite(directory: Path) -> Iterator[Database]:
 
 @contextmanager
 def on_postgresql(url: str, *, statement_timeout_s: float | None = STATEMENT_TIMEOUT_S) -> Iterator[Database]:
-    """Yield an empty record in a database that only tests use: whatever was there is gone."""
+    """Yield a PostgreSQL database that only tests use, after deleting all its rows."""
     database = Database.open(url, statement_timeout_s=statement_timeout_s)
     make_empty(database.engine)
     yield database
@@ -53,7 +53,7 @@ def on_postgresql(url: str, *, statement_timeout_s: float | None = STATEMENT_TIM
 
 
 def drop_schema(url: str) -> None:
-    """Take a PostgreSQL database back to nothing."""
+    """Drop everything in a PostgreSQL database."""
     engine = make_engine(url)
     with write_connection(engine) as connection:
         connection.execute(text("DROP SCHEMA public CASCADE"))
@@ -62,7 +62,7 @@ def drop_schema(url: str) -> None:
 
 
 def make_empty(engine: Engine) -> None:
-    """Empty all tables of a PostgreSQL database; make them if there are none."""
+    """Delete all rows of a PostgreSQL database; create the tables if there are none."""
     with write_connection(engine) as connection:
         if connection.scalar(text("SELECT to_regclass('jobs')")) is None:
             Base.metadata.create_all(connection)

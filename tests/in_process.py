@@ -1,4 +1,4 @@
-"""A service in this process, for clients that block."""
+"""Call an ASGI application in this process from blocking clients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import httpx
 
 
 class InProcess(httpx.BaseTransport):
-    """Gives calls to an ASGI application, one by one, on an event loop of its own."""
+    """Pass requests to an ASGI application, one at a time, on its own event loop."""
 
     def __init__(self, app: Callable[..., Any]) -> None:
         self._transport = httpx.ASGITransport(app=app)
