@@ -29,14 +29,18 @@ def main() -> None:
         service = start_detached(settings)
         try:
             with Client(service.api_url) as client, browser() as chrome:
-                page = chrome.new_page(base_url=service.api_url, viewport={"width": 1200, "height": 640})
+                page = chrome.new_page(base_url=service.api_url, viewport={"width": 1200, "height": 400})
                 client.submit(PROMPTS, max_tokens=64, temperature=0).wait()
                 client.submit([f"Name {count} rivers." for count in range(2, 40)], max_tokens=200, temperature=0)
-                running = client.submit(PROMPTS, max_tokens=400, temperature=0, record_trees=8)
+                client.submit(PROMPTS, max_tokens=400, temperature=0)
                 page.goto("/")
                 _draw(page, "jobs", seconds=8)
-                page.goto(f"/dashboard/jobs/{running.id}")
-                _draw(page, "job", seconds=6)
+                long = client.submit(
+                    [f"Tell me about {n} rivers." for n in range(2, 14)], max_tokens=600, temperature=0
+                )
+                page.set_viewport_size({"width": 1200, "height": 800})
+                page.goto(f"/dashboard/jobs/{long.id}")
+                _draw(page, "job", seconds=10)
         finally:
             down(settings.data_dir)
 
