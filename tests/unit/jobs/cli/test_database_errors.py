@@ -31,7 +31,7 @@ def bad_urls(directory: Path) -> dict[str, str]:
     (directory / "folder.sqlite3").mkdir()
     return {
         "nonsense": "BASIC_DATABASE_URL can't be used.*write postgresql://",
-        "mysql://a@b/c": "not in mysql; write postgresql://",
+        "mysql://a@b/c": "not mysql; write postgresql://",
         "postgresql://x@h:port/db": "could not parse it",
         "postgresql://x@127.0.0.1:1/x?foo=1": "foo",
         "postgresql+asyncpg://x@127.0.0.1:1/x": "asyncpg.*write the database's URL",
