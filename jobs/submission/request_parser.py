@@ -257,7 +257,8 @@ def _read_line(index: int, line: Line, max_line_bytes: int) -> Item:
     try:
         return Item(index, read_line(line, max_line_bytes), line.number)
     except InvalidJsonLine as refused:
-        return Item(index, refused, line.number, find_custom_id(line.text))
+        # A new error: the traceback of this one keeps the line, and many invalid lines may wait together.
+        return Item(index, InvalidJsonLine(refused.message), line.number, find_custom_id(line.text))
 
 
 def read_value(index: int, value: Any) -> Item:

@@ -393,3 +393,10 @@ def test_an_answer_that_is_sent_back_as_history_asks_for_nothing() -> None:
 def test_a_line_of_more_lists_than_one_may_hold_is_refused_before_they_are_made() -> None:
     (item,) = lines(b"[" * (MAX_JSON_NODES + 1), max_line_bytes=10_000_000)
     assert "lists and objects" in refused(item.value, line=1).message
+
+
+def test_the_error_of_an_invalid_line_does_not_keep_the_line_in_memory() -> None:
+    (item,) = read_lines(io.BytesIO(b'{"prompt": oops}\n'), 1_000)
+    assert isinstance(item.value, InvalidJsonLine)
+    assert item.value.__traceback__ is None
+    assert item.value.__cause__ is None
