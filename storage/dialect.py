@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
@@ -35,6 +36,7 @@ from storage.statuses import OPEN_REQUEST_STATUSES
 
 AnyRow = Row[*tuple[Any, ...]]
 
+_UNSTORABLE: Final = re.compile("[\0\ud800-\udfff]")  # in PostgreSQL
 _CLOCK: Final[Mapping[str, str]] = {
     "sqlite": "(julianday('now') - 2440587.5) * 86400.0",
     "postgresql": "CAST(extract(epoch FROM clock_timestamp()) AS double precision)",
@@ -157,21 +159,7 @@ def running_requests(now: float) -> ColumnElement[int]:
 
 def storable(text: str) -> str:
     """Replace what PostgreSQL cannot store, NUL and lone surrogates, by U+FFFD."""
-    return (
-        "".join("\ufffd" if c == "\0" or "\ud800" <= c <= "\udfff" else c for c in text)
-        if _needs_replacement(text)
-        else text
-    )
-
-
-def _needs_replacement(text: str) -> bool:
-    if "\0" in text:
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
+    return _UNSTORABLE.sub("\ufffd", text)
 
 
 def _has_request(condition: ColumnElement[bool]) -> ColumnElement[bool]:

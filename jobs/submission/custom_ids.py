@@ -5,12 +5,12 @@ Ids are unique within a job, because a caller assigns results to requests by the
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Final
 
+from storage.dialect import storable
+
 _MAX_INVALID_CHARS: Final = 1_024  # of an invalid id that is returned with its error
-_UNSTORABLE: Final = re.compile("[\0\ud800-\udfff]")  # in PostgreSQL
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +25,6 @@ def recovered(custom_id: object) -> GivenId | None:
     """Return an invalid id as text that its sender recognises; None if it has no such text."""
     text = f"{custom_id}" if isinstance(custom_id, str | float) or _is_short_int(custom_id) else ""
     return GivenId(storable(text), is_own=False) if 1 <= len(text) <= _MAX_INVALID_CHARS else None
-
-
-def storable(text: str) -> str:
-    """Replace U+0000 and lone surrogates, which PostgreSQL can't store."""
-    return _UNSTORABLE.sub("\ufffd", text)
 
 
 def default_id(index: int) -> str:

@@ -32,8 +32,9 @@ from jobs.errors import (
     UnsupportedParameter,
 )
 from jobs.messages import COMPLETIONS_ENDPOINT, ChatMessage, Endpoint, GenerationRequest, SamplingParameters
-from jobs.submission.custom_ids import GivenId, default_id, recovered, storable
+from jobs.submission.custom_ids import GivenId, default_id, recovered
 from jobs.submission.input_lines import Line, Sample, describe_format, find_custom_id, split_lines
+from storage.dialect import storable
 from storage.records import NewRequest, RequestFailure
 
 log = logging.getLogger(__name__)
