@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from storage.dialect import database_now, has_expired_requests, has_open_requests, insert_or_ignore
 from storage.keys import enforce_limits
-from storage.models import Job, Request
+from storage.models import JobRow, Request
 from storage.records import NewRequest
 from storage.statuses import BATCH_FILE_JOB_STATUSES, UNREAD_JOB_STATUSES
 from storage.transitions import cancel_unclaimed, end_finished_jobs
@@ -31,7 +31,7 @@ _COPIED_COLUMNS: Final = (
     "validated_at",
     "traceparent",
 )
-_CLAIMED: Final = (Job.id, Job.clerk_number, *(getattr(Job, name) for name in _COPIED_COLUMNS))
+_CLAIMED: Final = (JobRow.id, JobRow.clerk_number, *(getattr(JobRow, name) for name in _COPIED_COLUMNS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,17 +73,17 @@ def claim_batch(session: Session, lease_s: float) -> BatchClaim | None:
     Batches of owners that a processor already serves come last.
     """
     now = database_now(session)
-    unclaimed = or_(Job.clerk_until.is_(None), Job.clerk_until < now)
-    served = select(Job.api_key_id).where(Job.status.in_(BATCH_FILE_JOB_STATUSES), Job.clerk_until >= now)
-    waiting = select(Job.id).where(Job.input_file_id.is_not(None), unclaimed, _needs_processor())
-    ordered = waiting.order_by(Job.api_key_id.in_(served), Job.created_at, Job.id)
+    unclaimed = or_(JobRow.clerk_until.is_(None), JobRow.clerk_until < now)
+    served = select(JobRow.api_key_id).where(JobRow.status.in_(BATCH_FILE_JOB_STATUSES), JobRow.clerk_until >= now)
+    waiting = select(JobRow.id).where(JobRow.input_file_id.is_not(None), unclaimed, _needs_processor())
+    ordered = waiting.order_by(JobRow.api_key_id.in_(served), JobRow.created_at, JobRow.id)
     job_id = session.scalar(ordered.limit(1).with_for_update(skip_locked=True))
     if job_id is None:
         return None
     row = session.execute(
-        update(Job)
-        .where(Job.id == job_id)
-        .values(clerk_number=Job.clerk_number + 1, clerk_until=now + lease_s)
+        update(JobRow)
+        .where(JobRow.id == job_id)
+        .values(clerk_number=JobRow.clerk_number + 1, clerk_until=now + lease_s)
         .returning(*_CLAIMED)
     ).one()
     return BatchClaim(job_id=row.id, number=row.clerk_number, **{name: getattr(row, name) for name in _COPIED_COLUMNS})
@@ -93,10 +93,12 @@ def renew_claim(session: Session, claim: BatchClaim, lease_s: float) -> str:
     """Renew the claim, lock the batch until the transaction ends and return its status; raise ClaimLost."""
     until = database_now(session) + lease_s
     status = session.scalar(
-        update(Job)
-        .where(Job.id == claim.job_id, Job.clerk_number == claim.number, Job.status.in_(BATCH_FILE_JOB_STATUSES))
+        update(JobRow)
+        .where(
+            JobRow.id == claim.job_id, JobRow.clerk_number == claim.number, JobRow.status.in_(BATCH_FILE_JOB_STATUSES)
+        )
         .values(clerk_until=until)
-        .returning(Job.status)
+        .returning(JobRow.status)
     )
     if status is None:
         raise ClaimLost(claim.job_id)
@@ -105,7 +107,7 @@ def renew_claim(session: Session, claim: BatchClaim, lease_s: float) -> str:
 
 def release(session: Session, claim: BatchClaim) -> None:
     """Release an unfinished batch: another processor may claim it at once."""
-    mine = update(Job).where(Job.id == claim.job_id, Job.clerk_number == claim.number)
+    mine = update(JobRow).where(JobRow.id == claim.job_id, JobRow.clerk_number == claim.number)
     session.execute(mine.values(clerk_until=None))
 
 
@@ -128,26 +130,26 @@ def start_batch(session: Session, claim: BatchClaim, model: str, total: int, tok
     rejected = and_(Request.job_id == claim.job_id, Request.status == "failed")
     failed = session.scalar(select(func.count()).where(rejected))
     session.execute(
-        update(Job)
-        .where(Job.id == claim.job_id)
+        update(JobRow)
+        .where(JobRow.id == claim.job_id)
         .values(
             model=model,
             requests_total=total,
             requests_failed=failed,
             tokens_asked=tokens,
-            event_number=Job.event_number + 1,
+            event_number=JobRow.event_number + 1,
             validated_at=now,
             doorbell_at=now,
             clerk_until=None,
-            status=case((Job.status == "validating", "in_progress"), else_=Job.status),
+            status=case((JobRow.status == "validating", "in_progress"), else_=JobRow.status),
         )
     )
-    number = select(Job.event_number).where(Job.id == claim.job_id).scalar_subquery()
+    number = select(JobRow.event_number).where(JobRow.id == claim.job_id).scalar_subquery()
     session.execute(update(Request).where(rejected).values(event_number=number))
     cancel_unclaimed(session, claim.job_id)
     end_finished_jobs(session, [claim.job_id])
     enforce_limits(session, claim.api_key_id)
-    return session.scalars(select(Job.status).where(Job.id == claim.job_id)).one()
+    return session.scalars(select(JobRow.status).where(JobRow.id == claim.job_id)).one()
 
 
 def fail_batch(
@@ -159,7 +161,7 @@ def fail_batch(
         delete(Request).where(Request.job_id == claim.job_id)
     )  # of an earlier processor that found the input valid
     ended = {"status": status, "finished_at": database_now(session), "clerk_until": None}
-    session.execute(update(Job).where(Job.id == claim.job_id).values(errors=list(errors), model=model, **ended))
+    session.execute(update(JobRow).where(JobRow.id == claim.job_id).values(errors=list(errors), model=model, **ended))
     return status
 
 
@@ -167,13 +169,13 @@ def end_batch(session: Session, claim: BatchClaim, end: BatchEnd, lease_s: float
     """End a batch whose files are written and return its final status."""
     status = renew_claim(session, claim, lease_s)
     if status != "cancelling":
-        unrun = select(Job.id).where(Job.id == claim.job_id, has_expired_requests())
+        unrun = select(JobRow.id).where(JobRow.id == claim.job_id, has_expired_requests())
         status = "completed" if session.scalar(unrun) is None else "expired"
     else:
         status = "cancelled"
     session.execute(
-        update(Job)
-        .where(Job.id == claim.job_id)
+        update(JobRow)
+        .where(JobRow.id == claim.job_id)
         .values(
             status=status,
             finished_at=database_now(session),
@@ -187,6 +189,6 @@ def end_batch(session: Session, claim: BatchClaim, end: BatchEnd, lease_s: float
 
 
 def _needs_processor() -> ColumnElement[bool]:
-    unread = and_(Job.status.in_(UNREAD_JOB_STATUSES), Job.validated_at.is_(None))
-    decided = and_(Job.status == "cancelling", ~has_open_requests())
-    return and_(Job.status.in_(BATCH_FILE_JOB_STATUSES), or_(unread, Job.status == "finalizing", decided))
+    unread = and_(JobRow.status.in_(UNREAD_JOB_STATUSES), JobRow.validated_at.is_(None))
+    decided = and_(JobRow.status == "cancelling", ~has_open_requests())
+    return and_(JobRow.status.in_(BATCH_FILE_JOB_STATUSES), or_(unread, JobRow.status == "finalizing", decided))

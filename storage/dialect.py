@@ -30,7 +30,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from storage.models import Base, Job, Request, Served
+from storage.models import Base, JobRow, Request, Served
 from storage.records import RequestKey
 from storage.statuses import OPEN_REQUEST_STATUSES
 
@@ -154,7 +154,7 @@ def has_expired_requests() -> ColumnElement[bool]:
 def running_requests(now: float) -> ColumnElement[int]:
     """Return the number of a job's running requests with a live lease."""
     alive = and_(Request.status == "running", Request.lease_expires_at >= now)
-    return select(func.count()).where(Request.job_id == Job.id, alive).correlate(Job).scalar_subquery()
+    return select(func.count()).where(Request.job_id == JobRow.id, alive).correlate(JobRow).scalar_subquery()
 
 
 def storable(text: str) -> str:
@@ -163,7 +163,7 @@ def storable(text: str) -> str:
 
 
 def _has_request(condition: ColumnElement[bool]) -> ColumnElement[bool]:
-    return select(Request.job_id).where(Request.job_id == Job.id, condition).correlate(Job).exists()
+    return select(Request.job_id).where(Request.job_id == JobRow.id, condition).correlate(JobRow).exists()
 
 
 def dialect_of(session: Session | Connection) -> str:

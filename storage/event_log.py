@@ -19,7 +19,7 @@ from sqlalchemy import ColumnElement, Integer, Select, and_, bindparam, func, li
 from sqlalchemy.orm import Session
 
 from storage.dialect import AnyRow, repeatable_read
-from storage.models import ChoiceOutput, Job, Partial, Request
+from storage.models import ChoiceOutput, JobRow, Partial, Request
 from storage.progress_writes import merge_pieces
 from storage.statuses import ERROR_REQUEST_STATUSES, FINAL_JOB_STATUSES
 
@@ -187,7 +187,7 @@ _OUTPUT_POSITION: Final = (ChoiceOutput.event_number, ChoiceOutput.request_index
 
 @cache
 def _job_query() -> Select[*tuple[Any, ...]]:
-    return select(Job.status, Job.event_number).where(Job.id == bindparam("job_id"))
+    return select(JobRow.status, JobRow.event_number).where(JobRow.id == bindparam("job_id"))
 
 
 @cache

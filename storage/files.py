@@ -13,7 +13,7 @@ from sqlalchemy import ColumnElement, and_, delete, insert, or_, select, tuple_,
 from sqlalchemy.orm import Session
 
 from storage.dialect import AnyRow, database_now, insert_or_ignore, owned_by
-from storage.models import File, FileChunk, Job
+from storage.models import File, FileChunk, JobRow
 from storage.statuses import UNREAD_JOB_STATUSES
 
 CHUNK_BYTES: Final = 1 << 20
@@ -127,8 +127,8 @@ def clear_files(session: Session) -> int:
         and_(File.status == "ready", File.expires_at <= now),
         and_(File.status == "writing", File.created_at < now - _ABANDONED_S),
     )
-    in_use = select(Job.input_file_id).where(
-        Job.status.in_(UNREAD_JOB_STATUSES), Job.validated_at.is_(None), Job.input_file_id.is_not(None)
+    in_use = select(JobRow.input_file_id).where(
+        JobRow.status.in_(UNREAD_JOB_STATUSES), JobRow.validated_at.is_(None), JobRow.input_file_id.is_not(None)
     )
     free = select(File.id).where(ended, File.id.not_in(in_use)).order_by(File.id).with_for_update(skip_locked=True)
     ids = list(session.scalars(free))

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from storage import queries
 from storage.dialect import database_now, has_queued_requests
-from storage.models import Job, Partial, Request, Worker
+from storage.models import JobRow, Partial, Request, Worker
 
 _HOUR_S = 3600.0
 _DAY_S = 86_400.0
@@ -39,12 +39,12 @@ def health(session: Session, stuck_s: float) -> Health:
         session.scalars(select(Worker.target).where(Worker.stopped_at.is_(None), Worker.lost_at.is_(None))).all()
     )
     lost = session.scalar(select(func.count()).select_from(Worker).where(Worker.lost_at > now - _HOUR_S))
-    open_jobs = session.execute(select(Job.id, Job.model).where(Job.status == "in_progress")).all()
+    open_jobs = session.execute(select(JobRow.id, JobRow.model).where(JobRow.status == "in_progress")).all()
     lapsed = session.scalar(
         select(func.count())
         .select_from(Request)
-        .join(Job, Job.id == Request.job_id)
-        .where(Job.status == "in_progress", Request.status == "running", Request.lease_expires_at < now)
+        .join(JobRow, JobRow.id == Request.job_id)
+        .where(JobRow.status == "in_progress", Request.status == "running", Request.lease_expires_at < now)
     )
     return Health(
         alive={model: count for model, count in alive.items() if model in served},
@@ -60,16 +60,16 @@ def health(session: Session, stuck_s: float) -> Health:
 
 def _stuck(session: Session, served: set[str], since: float) -> tuple[str, ...]:
     """Return up to 20 older jobs with open requests of which nothing was committed since then."""
-    running = select(Request.job_id).where(Request.job_id == Job.id, Request.status == "running").correlate(Job)
-    moved = select(Partial.job_id).where(Partial.job_id == Job.id, Partial.committed_at > since).correlate(Job)
-    ended = select(Request.job_id).where(Request.job_id == Job.id, Request.finished_at > since).correlate(Job)
+    running = select(Request.job_id).where(Request.job_id == JobRow.id, Request.status == "running").correlate(JobRow)
+    moved = select(Partial.job_id).where(Partial.job_id == JobRow.id, Partial.committed_at > since).correlate(JobRow)
+    ended = select(Request.job_id).where(Request.job_id == JobRow.id, Request.finished_at > since).correlate(JobRow)
     return tuple(
         session.scalars(
-            select(Job.id)
-            .where(Job.status == "in_progress", Job.model.in_(served), Job.created_at < since)
+            select(JobRow.id)
+            .where(JobRow.status == "in_progress", JobRow.model.in_(served), JobRow.created_at < since)
             .where(has_queued_requests() | running.exists(), ~moved.exists(), ~ended.exists())
             .where(~_others_move(since))
-            .order_by(Job.created_at)
+            .order_by(JobRow.created_at)
             .limit(20)
         )
     )
@@ -77,12 +77,12 @@ def _stuck(session: Session, served: set[str], since: float) -> tuple[str, ...]:
 
 def _others_move(since: float) -> ColumnElement[bool]:
     """Return the condition that other jobs make progress: then this one may only be waiting."""
-    other = select(Partial.job_id).where(Partial.committed_at > since, Partial.job_id != Job.id)
-    return other.correlate(Job).exists()
+    other = select(Partial.job_id).where(Partial.committed_at > since, Partial.job_id != JobRow.id)
+    return other.correlate(JobRow).exists()
 
 
 def _poisoned(session: Session, since: float) -> int:
     """Count poison requests of open and recently ended jobs; requests of other jobs are not read."""
     recent = and_(Request.error_code == "poison", Request.finished_at > since)
-    lately = select(Job.id).where((Job.finished_at > since) | (Job.status == "in_progress"))
+    lately = select(JobRow.id).where((JobRow.finished_at > since) | (JobRow.status == "in_progress"))
     return session.scalar(select(func.count()).select_from(Request).where(recent, Request.job_id.in_(lately))) or 0

@@ -14,14 +14,14 @@ from sqlalchemy import Connection, Select, bindparam, exists, func, insert, or_,
 from sqlalchemy.orm import Session
 
 from storage.dialect import clock, database_now, dialect_of
-from storage.models import ApiKey, Job
+from storage.models import ApiKey, JobRow
 from storage.records import NewKey
 from storage.statuses import QUOTA_JOB_STATUSES
 
 _KEYS: Final = ApiKey.__table__
 _IN_USE: Final = select(exists().where(_KEYS.c.id.is_not(None)))  # runs with every API call
 
-_JOBS: Final = Job.__table__.c
+_JOBS: Final = JobRow.__table__.c
 _LEFT: Final = _JOBS.requests_total - _JOBS.requests_completed - _JOBS.requests_failed
 _TOKENS: Final = _JOBS.tokens_asked * _LEFT / func.nullif(_JOBS.requests_total, 0)
 # Built once: they run with every submission.

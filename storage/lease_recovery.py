@@ -31,7 +31,7 @@ from sqlalchemy import ColumnElement, and_, case, false, func, or_, select, upda
 from sqlalchemy.orm import Session
 
 from storage.dialect import AnyRow, database_now, has_served, is_request
-from storage.models import Job, Request, Served, Worker
+from storage.models import JobRow, Request, Served, Worker
 from storage.records import FailedRequest, RequestFailure, RequestKey
 from storage.statuses import ACTIVE_JOB_STATUSES, OPEN_REQUEST_STATUSES
 from storage.transitions import end_finished_jobs, fail_requests, lock_jobs
@@ -66,8 +66,8 @@ def reclaim(session: Session, dead: Collection[str] = (), *, lapsed: bool = True
     """
     now = database_now(session)
     lost_worker = _has_lost_worker(now, dead, lapsed=lapsed, patience_s=patience_s)
-    has_lost = select(Request.job_id).where(Request.job_id == Job.id, lost_worker).correlate(Job).exists()
-    job_ids = lock_jobs(session, and_(Job.status == "in_progress", has_lost))
+    has_lost = select(Request.job_id).where(Request.job_id == JobRow.id, lost_worker).correlate(JobRow).exists()
+    job_ids = lock_jobs(session, and_(JobRow.status == "in_progress", has_lost))
     if not job_ids:
         return Reclaimed()
     rows = _lock(session, job_ids, lost_worker)
@@ -98,11 +98,11 @@ def running_processes(session: Session) -> list[WorkerProcess]:
     """Return workers that have not stopped and are not marked lost, and lost ones that still own work."""
     owners = (
         select(Request.lease_owner)
-        .join(Job, Job.id == Request.job_id)
-        .where(Job.status.in_(ACTIVE_JOB_STATUSES), Request.status == "running")
+        .join(JobRow, JobRow.id == Request.job_id)
+        .where(JobRow.status.in_(ACTIVE_JOB_STATUSES), Request.status == "running")
     )
-    checking = select(Job.comparing_by).where(Job.compare_plain > 0, Job.compared_at.is_(None))
-    owns_work = or_(Worker.id.in_(owners), Worker.id.in_(checking.where(Job.comparing_by.is_not(None))))
+    checking = select(JobRow.comparing_by).where(JobRow.compare_plain > 0, JobRow.compared_at.is_(None))
+    owns_work = or_(Worker.id.in_(owners), Worker.id.in_(checking.where(JobRow.comparing_by.is_not(None))))
     columns = (Worker.id, Worker.process, Worker.hostname, Worker.started_at, Worker.last_seen_at)
     rows = session.execute(
         select(*columns).where(Worker.stopped_at.is_(None), or_(Worker.lost_at.is_(None), owns_work))
@@ -152,12 +152,12 @@ def _poison(crashes: int, why: str) -> RequestFailure:
 
 def _lone_crash(session: Session, row: AnyRow) -> _LoneCrash:
     host = session.scalar(select(Worker.hostname).where(Worker.id == row.lease_owner))
-    model = session.scalars(select(Job.model).where(Job.id == row.job_id)).one()
+    model = session.scalars(select(JobRow.model).where(JobRow.id == row.job_id)).one()
     waiting = session.scalar(
         select(func.count())
         .select_from(Request)
-        .join(Job, Job.id == Request.job_id)
-        .where(Job.status == "in_progress", Job.model == model, Request.status.in_(OPEN_REQUEST_STATUSES))
+        .join(JobRow, JobRow.id == Request.job_id)
+        .where(JobRow.status == "in_progress", JobRow.model == model, Request.status.in_(OPEN_REQUEST_STATUSES))
     )
     serves = has_served(session, row.lease_owner)
     return _LoneCrash(
@@ -244,8 +244,8 @@ def _lock(session: Session, job_ids: Collection[str], lost_worker: ColumnElement
 def _owners_that_renew(session: Session, now: float) -> set[str]:
     rows = session.scalars(
         select(Request.lease_owner)
-        .join(Job, Job.id == Request.job_id)
-        .where(Job.status.in_(ACTIVE_JOB_STATUSES), Request.status == "running", Request.lease_expires_at >= now)
+        .join(JobRow, JobRow.id == Request.job_id)
+        .where(JobRow.status.in_(ACTIVE_JOB_STATUSES), Request.status == "running", Request.lease_expires_at >= now)
         .distinct()
     )
     return {owner for owner in rows if owner is not None}
@@ -271,7 +271,9 @@ def _apply(session: Session, plan: _RecoveryPlan, now: float) -> Reclaimed:
         session.execute(update(Request).where(is_request([_key(crash.row)])).values(**known))
     ended = {(request.job_id, request.request_index) for request in failed}
     jobs = {row.job_id for row in plan.requeued if _key(row) not in ended}
-    models = session.execute(select(Job.id, Job.model).where(Job.id.in_(jobs)).order_by(Job.id)) if jobs else ()
+    models = (
+        session.execute(select(JobRow.id, JobRow.model).where(JobRow.id.in_(jobs)).order_by(JobRow.id)) if jobs else ()
+    )
     return Reclaimed(
         requeued=tuple((job_id, model) for job_id, model in models),
         poisoned=tuple(failed),

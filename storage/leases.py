@@ -23,7 +23,7 @@ from storage.dialect import (
     running_requests,
 )
 from storage.fair_share import FairShare, JobShare
-from storage.models import ChoiceOutput, Job, Partial, Request
+from storage.models import ChoiceOutput, JobRow, Partial, Request
 from storage.records import Checkpoint, Claim, Lease, RequestKey, StepRow, known_step_columns
 from storage.transitions import cancel_requests, end_finished_jobs, lock_jobs
 
@@ -67,14 +67,17 @@ def claim(
     if any(row.suspect_group is not None and not row.proven for row in held):
         return []
     may_serve = and_(
-        Job.status == "in_progress", Job.model == model, Job.expires_at > now, Job.body_version <= body_version
+        JobRow.status == "in_progress",
+        JobRow.model == model,
+        JobRow.expires_at > now,
+        JobRow.body_version <= body_version,
     )
     group, crashed_alone = _next_group(session, may_serve)
     taken: list[RequestKey] = []
     if group is None or (crashed_alone and not has_served(session, worker_id)):
-        taken = _claim_fairly(session, and_(may_serve, Job.priority > 0), limit, now, holding)
+        taken = _claim_fairly(session, and_(may_serve, JobRow.priority > 0), limit, now, holding)
         rest = limit - reserved - len(taken)
-        taken += _claim_fairly(session, and_(may_serve, Job.priority == 0), rest, now, holding)
+        taken += _claim_fairly(session, and_(may_serve, JobRow.priority == 0), rest, now, holding)
     if group is not None and not taken and all(row.proven for row in held):
         taken = _lock_queued(session, Request.suspect_group == group, limit, holding)
     return _as_claims(session, _own(session, worker_id, taken, now, lease_s))
@@ -85,8 +88,8 @@ def release(session: Session, worker_id: str, leases: Iterable[Lease]) -> None:
     leases = list(leases)
     if not leases:
         return
-    jobs = lock_jobs(session, Job.id.in_({lease.job_id for lease in leases}))
-    cancelling = set(session.scalars(select(Job.id).where(Job.id.in_(jobs), Job.status == "cancelling")))
+    jobs = lock_jobs(session, JobRow.id.in_({lease.job_id for lease in leases}))
+    cancelling = set(session.scalars(select(JobRow.id).where(JobRow.id.in_(jobs), JobRow.status == "cancelling")))
     columns = (Request.job_id, Request.request_index, Request.lease_number)
     mine = is_one_of(columns, [(*lease.key, lease.number) for lease in leases])
     released = session.execute(
@@ -106,12 +109,12 @@ def jobs_to_notify(session: Session, older_than_s: float) -> list[tuple[str, str
     Sets `doorbell_at` of all such jobs. One notification per model is enough: workers claim from any job.
     """
     now = database_now(session)
-    overdue = or_(Job.doorbell_at.is_(None), Job.doorbell_at < now - older_than_s)
-    waiting = lock_jobs(session, and_(Job.status == "in_progress", overdue, has_queued_requests()))
+    overdue = or_(JobRow.doorbell_at.is_(None), JobRow.doorbell_at < now - older_than_s)
+    waiting = lock_jobs(session, and_(JobRow.status == "in_progress", overdue, has_queued_requests()))
     if not waiting:
         return []
     notified = session.execute(
-        update(Job).where(Job.id.in_(waiting)).values(doorbell_at=now).returning(Job.model, Job.id)
+        update(JobRow).where(JobRow.id.in_(waiting)).values(doorbell_at=now).returning(JobRow.model, JobRow.id)
     )
     one_per_model = dict(notified.all())
     return [(job_id, model) for model, job_id in one_per_model.items()]
@@ -122,7 +125,7 @@ def _next_group(session: Session, may_serve: ColumnElement[bool]) -> tuple[str |
     crashed_alone = Request.lone_crashes > 0
     found = session.execute(
         select(Request.suspect_group, crashed_alone)
-        .join(Job, Job.id == Request.job_id)
+        .join(JobRow, JobRow.id == Request.job_id)
         .where(Request.suspect_group.is_not(None), Request.status == "queued", may_serve)
         .order_by(crashed_alone, Request.suspect_group)
         .limit(1)
@@ -147,7 +150,9 @@ def _claim_fairly(
     fair_share = FairShare(_job_shares(session, may_serve, limit, now))
     # Lock order is jobs before requests, by id (storage.transitions). Mostly no job is unstarted.
     unstarted = (
-        lock_jobs(session, Job.id.in_(fair_share.job_ids) & Job.started_at.is_(None)) if fair_share.job_ids else []
+        lock_jobs(session, JobRow.id.in_(fair_share.job_ids) & JobRow.started_at.is_(None))
+        if fair_share.job_ids
+        else []
     )
     taken: list[RequestKey] = []
     while len(taken) < limit and (shares := fair_share.allocate(limit - len(taken))):
@@ -160,7 +165,7 @@ def _claim_fairly(
                 fair_share.remove(job_id)
     started = {job_id for job_id, _ in taken}.intersection(unstarted)
     if started:
-        session.execute(update(Job).where(Job.id.in_(started)).values(started_at=now))
+        session.execute(update(JobRow).where(JobRow.id.in_(started)).values(started_at=now))
     return taken
 
 
@@ -171,8 +176,8 @@ def _job_shares(session: Session, may_serve: ColumnElement[bool], limit: int, no
     """
     job = (
         select(
-            Job.id,
-            Job.api_key_id.label("owner"),
+            JobRow.id,
+            JobRow.api_key_id.label("owner"),
             running_requests(now).label("running"),
             has_queued_requests().label("waits"),
         )
@@ -232,7 +237,9 @@ def _as_claims(session: Session, taken: Collection[AnyRow]) -> list[Claim]:
     jobs = {
         job.id: job
         for job in session.execute(
-            select(Job.id, Job.endpoint, Job.priority, Job.traceparent).where(Job.id.in_({job for job, _ in keys}))
+            select(JobRow.id, JobRow.endpoint, JobRow.priority, JobRow.traceparent).where(
+                JobRow.id.in_({job for job, _ in keys})
+            )
         )
     }
     checkpoints = _checkpoints(session, keys)

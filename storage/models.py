@@ -62,7 +62,7 @@ class Base(DeclarativeBase):
     }
 
 
-class Job(Base):
+class JobRow(Base):
     """A job. Holds request counts and token sums, so that the status of a job of any size is one row."""
 
     __tablename__ = "jobs"

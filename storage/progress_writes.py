@@ -27,7 +27,7 @@ from storage.dialect import (
     is_request,
     storable,
 )
-from storage.models import ChoiceOutput, DecodeStep, DraftTree, Job, Partial, Request, Served
+from storage.models import ChoiceOutput, DecodeStep, DraftTree, JobRow, Partial, Request, Served
 from storage.records import (
     Checkpoint,
     FinishedChoice,
@@ -105,9 +105,9 @@ def _check_leases(
     jobs = {
         job.id: job
         for job in session.execute(
-            select(Job.id, Job.status, Job.expires_at, Job.event_number)
-            .where(Job.id.in_({lease.job_id for lease in leases}))
-            .order_by(Job.id)
+            select(JobRow.id, JobRow.status, JobRow.expires_at, JobRow.event_number)
+            .where(JobRow.id.in_({lease.job_id for lease in leases}))
+            .order_by(JobRow.id)
             .with_for_update(key_share=True)
         )
     }
@@ -170,7 +170,7 @@ def _clear_suspects(session: Session, worker_id: str, keys: Collection[RequestKe
     job_id = session.scalar(newly)
     if job_id is None:
         return
-    model = select(Job.model).where(Job.id == job_id).scalar_subquery()
+    model = select(JobRow.model).where(JobRow.id == job_id).scalar_subquery()
     served = insert_into(session, Served).values(worker_id=worker_id, model=model, last_at=now)
     session.execute(served.on_conflict_do_update(index_elements=["worker_id"], set_={"last_at": now}))
 
@@ -386,14 +386,14 @@ def _count(session: Session, counts: _JobCounts) -> None:
         return
     # By the connection: a Session would take an UPDATE with a list of values for an UPDATE by primary key.
     session.connection().execute(
-        update(Job)
-        .where(Job.id == bindparam("job"))
+        update(JobRow)
+        .where(JobRow.id == bindparam("job"))
         .values(
-            requests_completed=Job.requests_completed + bindparam("completed"),
-            requests_failed=Job.requests_failed + bindparam("failed"),
-            prompt_tokens=Job.prompt_tokens + bindparam("prompt"),
-            completion_tokens=Job.completion_tokens + bindparam("completion"),
-            event_number=Job.event_number + bindparam("new_event"),
+            requests_completed=JobRow.requests_completed + bindparam("completed"),
+            requests_failed=JobRow.requests_failed + bindparam("failed"),
+            prompt_tokens=JobRow.prompt_tokens + bindparam("prompt"),
+            completion_tokens=JobRow.completion_tokens + bindparam("completion"),
+            event_number=JobRow.event_number + bindparam("new_event"),
         ),
         rows,
     )

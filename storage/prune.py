@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from sqlalchemy import delete, exists, select
 
 from storage.dialect import database_now
-from storage.models import DecodeStep, Job
+from storage.models import DecodeStep, JobRow
 from storage.session import Database
 
 _JOBS_PER_PAGE = 100
@@ -23,10 +23,10 @@ def prune_steps(database: Database, older_than_s: float) -> Iterator[int]:
     after = ""
     while True:
         with database.read() as session:
-            has_steps = exists().where(DecodeStep.job_id == Job.id)
-            old = (Job.finished_at < database_now(session) - older_than_s, Job.id > after, has_steps)
-            columns = select(Job.id, Job.requests_total)
-            jobs = session.execute(columns.where(*old).order_by(Job.id).limit(_JOBS_PER_PAGE)).all()
+            has_steps = exists().where(DecodeStep.job_id == JobRow.id)
+            old = (JobRow.finished_at < database_now(session) - older_than_s, JobRow.id > after, has_steps)
+            columns = select(JobRow.id, JobRow.requests_total)
+            jobs = session.execute(columns.where(*old).order_by(JobRow.id).limit(_JOBS_PER_PAGE)).all()
         if not jobs:
             return
         for job_id, requests in jobs:

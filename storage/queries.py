@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Connection, Select, Text, and_, bindparam,
 from sqlalchemy.orm import Session
 
 from storage.dialect import AnyRow, clock, dialect_of, owned_by
-from storage.models import ChoiceOutput, Job, Request, Worker
+from storage.models import ChoiceOutput, JobRow, Request, Worker
 from storage.records import HEARTBEAT_TIMEOUT_S, NewRequest
 from storage.statistics import DepthAcceptance as DepthAcceptance  # re-exported
 from storage.statistics import JobStats as JobStats
@@ -133,37 +133,37 @@ class ModelView:
 
 
 _JOB_COLUMNS: Final = (
-    Job.id,
-    Job.status,
-    Job.model,
-    Job.endpoint,
-    Job.created_at,
-    Job.started_at,
-    Job.finished_at,
-    Job.expires_at,
-    Job.cancelling_at,
-    Job.requests_total,
-    Job.requests_completed,
-    Job.requests_failed,
-    Job.prompt_tokens,
-    Job.completion_tokens,
-    Job.metadata_.label("metadata"),
-    Job.api_key_id,
-    Job.idempotency_key,
-    Job.input_file_id,
-    Job.completion_window,
-    Job.validated_at,
-    Job.finalizing_at,
-    Job.output_file_id,
-    Job.error_file_id,
-    Job.errors,
-    Job.usage,
-    Job.retry_of,
+    JobRow.id,
+    JobRow.status,
+    JobRow.model,
+    JobRow.endpoint,
+    JobRow.created_at,
+    JobRow.started_at,
+    JobRow.finished_at,
+    JobRow.expires_at,
+    JobRow.cancelling_at,
+    JobRow.requests_total,
+    JobRow.requests_completed,
+    JobRow.requests_failed,
+    JobRow.prompt_tokens,
+    JobRow.completion_tokens,
+    JobRow.metadata_.label("metadata"),
+    JobRow.api_key_id,
+    JobRow.idempotency_key,
+    JobRow.input_file_id,
+    JobRow.completion_window,
+    JobRow.validated_at,
+    JobRow.finalizing_at,
+    JobRow.output_file_id,
+    JobRow.error_file_id,
+    JobRow.errors,
+    JobRow.usage,
+    JobRow.retry_of,
 )
 
 
 # Runs with every request about a job. Built once, from table columns: building it costs more than running it.
-_JOBS: Final = Job.__table__.c
+_JOBS: Final = JobRow.__table__.c
 _JOB_QUERY: Final = select(*(_JOBS[field.name] for field in fields(JobView))).where(_JOBS.id == bindparam("job_id"))
 _OWNED_JOB_QUERY: Final = _JOB_QUERY.where(_JOBS.api_key_id == bindparam("owner"))
 
@@ -190,20 +190,20 @@ def jobs(
 
     Interactive requests are jobs too (`priority` 1); `interactive` includes them.
     """
-    query = select(*_JOB_COLUMNS).where(owned_by(Job.api_key_id, owner))
+    query = select(*_JOB_COLUMNS).where(owned_by(JobRow.api_key_id, owner))
     if batches_only:
-        query = query.where(Job.input_file_id.is_not(None))
+        query = query.where(JobRow.input_file_id.is_not(None))
     if id_prefix:
-        query = query.where(Job.id.startswith(id_prefix, autoescape=True))
+        query = query.where(JobRow.id.startswith(id_prefix, autoescape=True))
     if status is not None:
-        query = query.where(Job.status == status)
-    columns = (Job.created_at, Job.id)
+        query = query.where(JobRow.status == status)
+    columns = (JobRow.created_at, JobRow.id)
     query = query.order_by(*(c.desc() if newest_first else c.asc() for c in columns)).limit(limit + 1)
     if after is not None:
-        last = select(Job.created_at, Job.id).where(Job.id == after).scalar_subquery()
+        last = select(JobRow.created_at, JobRow.id).where(JobRow.id == after).scalar_subquery()
         query = query.where(tuple_(*columns) < last if newest_first else tuple_(*columns) > last)
     if not interactive:
-        query = query.where(Job.priority == 0)
+        query = query.where(JobRow.priority == 0)
     rows = session.execute(query).all()
     return JobViewPage(tuple(_job_view(row) for row in rows[:limit]), has_more=len(rows) > limit)
 
@@ -284,8 +284,10 @@ def requests_to_retry(session: Session, job_id: str) -> Iterator[NewRequest]:
 
 def open_requests(session: Session) -> int:
     """Return how many requests are open."""
-    left = Job.requests_total - Job.requests_completed - Job.requests_failed
-    return int(session.scalar(select(func.coalesce(func.sum(left), 0)).where(Job.status.in_(ACTIVE_JOB_STATUSES))) or 0)
+    left = JobRow.requests_total - JobRow.requests_completed - JobRow.requests_failed
+    return int(
+        session.scalar(select(func.coalesce(func.sum(left), 0)).where(JobRow.status.in_(ACTIVE_JOB_STATUSES))) or 0
+    )
 
 
 def workers(session: Session) -> list[WorkerView]:
@@ -352,4 +354,4 @@ def _choice_view(row: AnyRow) -> ChoiceView:
 
 def _is_validated(job_id: str) -> ColumnElement[bool]:
     """Return the condition that a batch is validated: its requests, stored in chunks, become visible together."""
-    return select(Job.validated_at).where(Job.id == job_id).scalar_subquery().is_not(None)
+    return select(JobRow.validated_at).where(JobRow.id == job_id).scalar_subquery().is_not(None)

@@ -13,7 +13,7 @@ from sqlalchemy import and_, case, func, select
 from sqlalchemy.orm import Session
 
 from storage.dialect import database_now
-from storage.models import Job, Request, Worker
+from storage.models import JobRow, Request, Worker
 from storage.records import HEARTBEAT_TIMEOUT_S
 from storage.statuses import ACTIVE_JOB_STATUSES, OPEN_REQUEST_STATUSES
 
@@ -74,19 +74,19 @@ def collect(session: Session) -> QueueStats:
 def _open_jobs(session: Session, now: float) -> tuple[OpenJobs, ...]:
     status = (func.count(case((Request.status == name, 1))) for name in OPEN_REQUEST_STATUSES)
     rows = session.execute(
-        select(Job.model, func.count(Job.id.distinct()), *status, func.min(Job.created_at))
-        .outerjoin(Request, and_(Request.job_id == Job.id, Request.status.in_(OPEN_REQUEST_STATUSES)))
-        .where(Job.status.in_(ACTIVE_JOB_STATUSES))
-        .group_by(Job.model)
-        .order_by(Job.model)
+        select(JobRow.model, func.count(JobRow.id.distinct()), *status, func.min(JobRow.created_at))
+        .outerjoin(Request, and_(Request.job_id == JobRow.id, Request.status.in_(OPEN_REQUEST_STATUSES)))
+        .where(JobRow.status.in_(ACTIVE_JOB_STATUSES))
+        .group_by(JobRow.model)
+        .order_by(JobRow.model)
     )
     return tuple(OpenJobs(row[0], row[1], row[2], row[3], max(0.0, now - row[4])) for row in rows)
 
 
 def _totals(session: Session) -> tuple[Totals, ...]:
     names = ("requests_completed", "requests_failed", "prompt_tokens", "completion_tokens")
-    sums = (func.sum(getattr(Job, name)) for name in names)
-    rows = session.execute(select(Job.model, *sums).group_by(Job.model).order_by(Job.model))
+    sums = (func.sum(getattr(JobRow, name)) for name in names)
+    rows = session.execute(select(JobRow.model, *sums).group_by(JobRow.model).order_by(JobRow.model))
     return tuple(Totals(row[0], *map(int, row[1:])) for row in rows)
 
 
@@ -104,9 +104,9 @@ def _leases(session: Session, now: float) -> tuple[int, int]:
     lapsed = func.count(case((Request.lease_expires_at < now, 1)))
     row = session.execute(
         select(func.count(), lapsed)
-        .select_from(Job)
-        .join(Request, and_(Request.job_id == Job.id, Request.status == "running"))
-        .where(Job.status.in_(ACTIVE_JOB_STATUSES))
+        .select_from(JobRow)
+        .join(Request, and_(Request.job_id == JobRow.id, Request.status == "running"))
+        .where(JobRow.status.in_(ACTIVE_JOB_STATUSES))
     ).one()
     return row[0] - row[1], row[1]
 

@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 
 from storage.dialect import database_now, insert_many, is_one_of
 from storage.lease_recovery import MAX_LONE_CRASHES, POISON
-from storage.models import CheckedRequest, ChoiceOutput, Job, Request
+from storage.models import CheckedRequest, ChoiceOutput, JobRow, Request
 from storage.records import SampledRequest, SpeedupCheckClaim, SpeedupCheckResult
 from storage.transitions import lock_jobs
 
@@ -40,42 +40,46 @@ def claim_check(
     """Claim the check of the job that has waited longest, for `lease_s`; None if none waits."""
     now = database_now(session)
     oldest = (
-        select(Job.id)
+        select(JobRow.id)
         .where(_waits(now, model, body_version))
-        .order_by(Job.finished_at, Job.id)
+        .order_by(JobRow.finished_at, JobRow.id)
         .limit(1)
         .with_for_update(skip_locked=True)
     )
     job_id = session.scalar(oldest)
     if job_id is None:
         return None
-    new_attempt = case((Job.comparing_until.is_(None), 1), else_=0)  # one that lapsed has been counted
+    new_attempt = case((JobRow.comparing_until.is_(None), 1), else_=0)  # one that lapsed has been counted
     lease = {
         "comparing_until": now + lease_s,
         "comparing_by": worker_id,
-        "compare_attempts": Job.compare_attempts + new_attempt,
+        "compare_attempts": JobRow.compare_attempts + new_attempt,
     }
-    taken = update(Job).where(Job.id == job_id).values(lease)
-    endpoint = session.execute(taken.returning(Job.endpoint)).scalar_one()
+    taken = update(JobRow).where(JobRow.id == job_id).values(lease)
+    endpoint = session.execute(taken.returning(JobRow.endpoint)).scalar_one()
     return SpeedupCheckClaim(job_id, endpoint, tuple(_sampled_requests(session, job_id)))
 
 
 def renew_check(session: Session, job_id: str, lease_s: float) -> None:
     """Renew the lease of a check."""
-    session.execute(update(Job).where(Job.id == job_id).values(comparing_until=database_now(session) + lease_s))
+    session.execute(update(JobRow).where(JobRow.id == job_id).values(comparing_until=database_now(session) + lease_s))
 
 
 def release_check(session: Session, job_id: str) -> None:
     """Release a check to the next idle worker. It starts over, and this attempt does not count."""
-    released = {"comparing_until": None, "comparing_by": None, "compare_attempts": Job.compare_attempts - 1}
-    session.execute(update(Job).where(Job.id == job_id).values(released))
+    released = {"comparing_until": None, "comparing_by": None, "compare_attempts": JobRow.compare_attempts - 1}
+    session.execute(update(JobRow).where(JobRow.id == job_id).values(released))
 
 
 def save_check(session: Session, worker_id: str, job_id: str, rows: Iterable[SpeedupCheckResult]) -> None:
     """Write the results of a check, unless another worker has."""
     now = database_now(session)
-    first = update(Job).where(Job.id == job_id, Job.compared_at.is_(None)).values(compared_at=now, comparing_until=None)
-    if session.execute(first.returning(Job.id)).first() is None:
+    first = (
+        update(JobRow)
+        .where(JobRow.id == job_id, JobRow.compared_at.is_(None))
+        .values(compared_at=now, comparing_until=None)
+    )
+    if session.execute(first.returning(JobRow.id)).first() is None:
         return
     written = [{"job_id": job_id, "worker_id": worker_id, **asdict(row)} for row in rows]
     if written:
@@ -89,11 +93,11 @@ def fail_checks(session: Session, dead: Collection[str] = ()) -> list[str]:
     """
     if not dead:
         return []
-    job_ids = lock_jobs(session, and_(_is_requested(), Job.comparing_by.in_(dead)))
+    job_ids = lock_jobs(session, and_(_is_requested(), JobRow.comparing_by.in_(dead)))
     if not job_ids:
         return []
-    released = update(Job).where(Job.id.in_(job_ids)).values(comparing_until=None, comparing_by=None)
-    attempts = session.execute(released.returning(Job.id, Job.compare_attempts)).all()
+    released = update(JobRow).where(JobRow.id.in_(job_ids)).values(comparing_until=None, comparing_by=None)
+    attempts = session.execute(released.returning(JobRow.id, JobRow.compare_attempts)).all()
     job_ids = sorted(job_id for job_id, count in attempts if count >= MAX_LONE_CRASHES)
     for job_id in job_ids:
         indexes = [request.request_index for request in _sampled_requests(session, job_id)]
@@ -103,24 +107,24 @@ def fail_checks(session: Session, dead: Collection[str] = ()) -> list[str]:
 
 
 def _is_due(now: float, model: str, body_version: int) -> ColumnElement[bool]:
-    return select(Job.id).where(_waits(now, model, body_version)).exists()
+    return select(JobRow.id).where(_waits(now, model, body_version)).exists()
 
 
 def _waits(now: float, model: str, body_version: int) -> ColumnElement[bool]:
-    not_held = or_(Job.comparing_until.is_(None), Job.comparing_until < now)
-    may_be_tried = or_(Job.compare_attempts < MAX_LONE_CRASHES, Job.comparing_until.is_not(None))
+    not_held = or_(JobRow.comparing_until.is_(None), JobRow.comparing_until < now)
+    may_be_tried = or_(JobRow.compare_attempts < MAX_LONE_CRASHES, JobRow.comparing_until.is_not(None))
     # Only completed jobs: a cancelled or expired job gets no more work.
-    finished = and_(Job.status == "completed", Job.model == model, Job.body_version <= body_version)
+    finished = and_(JobRow.status == "completed", JobRow.model == model, JobRow.body_version <= body_version)
     return and_(_is_requested(), finished, not_held, may_be_tried)
 
 
 def _is_requested() -> ColumnElement[bool]:
-    return and_(Job.compare_plain > 0, Job.compared_at.is_(None))
+    return and_(JobRow.compare_plain > 0, JobRow.compared_at.is_(None))
 
 
 def _sampled_requests(session: Session, job_id: str) -> Iterable[SampledRequest]:
     """Yield the requests of the job's sample that have an output."""
-    total, asked = session.execute(select(Job.requests_total, Job.compare_plain).where(Job.id == job_id)).one()
+    total, asked = session.execute(select(JobRow.requests_total, JobRow.compare_plain).where(JobRow.id == job_id)).one()
     sample = sorted(random.Random(job_id).sample(range(total), min(asked, total)))
     rows = session.execute(
         select(Request.request_index, Request.body, ChoiceOutput.token_ids)

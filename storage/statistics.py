@@ -19,7 +19,7 @@ from storage.dialect import AnyRow, database_now
 from storage.models import (
     CheckedRequest,
     DecodeStep,
-    Job,
+    JobRow,
     StepBatch,
     StepDepth,
     StepExpectation,
@@ -190,7 +190,7 @@ class _Scope:
         if self.job_id is not None:
             return column == self.job_id
         if self.owner is not None:
-            return column.in_(select(Job.id).where(Job.api_key_id == self.owner))
+            return column.in_(select(JobRow.id).where(JobRow.api_key_id == self.owner))
         return true()
 
 
@@ -239,8 +239,8 @@ def _ratio(part: Any, whole: Any) -> float | None:
 
 def _counts(session: Session, scope: _Scope) -> dict[str, int]:
     names = ("requests_total", "requests_completed", "requests_failed", "prompt_tokens", "completion_tokens")
-    sums = [func.coalesce(func.sum(getattr(Job, name)), 0) for name in names]
-    row = session.execute(select(*sums).where(scope.contains(Job.id))).one()
+    sums = [func.coalesce(func.sum(getattr(JobRow, name)), 0) for name in names]
+    row = session.execute(select(*sums).where(scope.contains(JobRow.id))).one()
     return {name: int(value) for name, value in zip(names, row, strict=True)}
 
 
@@ -249,10 +249,10 @@ _Spans = Sequence[tuple[float, float]]
 
 def _spans(session: Session, scope: _Scope) -> _Spans:
     """Return the disjoint intervals, in order, in which at least one of the jobs was running (Unix seconds)."""
-    end = func.coalesce(Job.finished_at, database_now(session))
-    begin = func.coalesce(Job.started_at, end)  # a job that never started has an empty interval
+    end = func.coalesce(JobRow.finished_at, database_now(session))
+    begin = func.coalesce(JobRow.started_at, end)  # a job that never started has an empty interval
     spans: list[tuple[float, float]] = []
-    for began_at, ended_at in session.execute(select(begin, end).where(scope.contains(Job.id)).order_by(begin)):
+    for began_at, ended_at in session.execute(select(begin, end).where(scope.contains(JobRow.id)).order_by(begin)):
         if spans and began_at <= spans[-1][1]:
             spans[-1] = (spans[-1][0], max(spans[-1][1], ended_at))
         elif ended_at > began_at:
@@ -330,7 +330,9 @@ def ratio_error(blocks: Sequence[tuple[float, float]]) -> float | None:
 
 
 def _comparison(session: Session, job_id: str) -> SpeedupCheckStats | None:
-    job = session.execute(select(Job.compare_plain, Job.compared_at, Job.status).where(Job.id == job_id)).first()
+    job = session.execute(
+        select(JobRow.compare_plain, JobRow.compared_at, JobRow.status).where(JobRow.id == job_id)
+    ).first()
     if job is None or not job.compare_plain:
         return None
     checks = session.scalars(select(CheckedRequest).where(CheckedRequest.job_id == job_id)).all()
@@ -527,12 +529,12 @@ def job_summaries(
     session: Session, limit: int, owner: str | None = None, job_id: str | None = None
 ) -> list[JobSummary]:
     """Return the newest jobs, or one job, with their statistics."""
-    mine = true() if owner is None else Job.api_key_id == owner
-    asked = true() if job_id is None else Job.id == job_id
+    mine = true() if owner is None else JobRow.api_key_id == owner
+    asked = true() if job_id is None else JobRow.id == job_id
     jobs = session.execute(
-        select(*(getattr(Job, name) for name in _OF_JOB))
+        select(*(getattr(JobRow, name) for name in _OF_JOB))
         .where(mine, asked)
-        .order_by(Job.created_at.desc(), Job.id.desc())
+        .order_by(JobRow.created_at.desc(), JobRow.id.desc())
         .limit(limit)
     ).all()
     sums = _sums_by_job(session, [job.id for job in jobs])

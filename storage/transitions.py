@@ -23,11 +23,11 @@ from storage.dialect import (
     is_request,
     storable,
 )
-from storage.models import Job, Partial, Request
+from storage.models import JobRow, Partial, Request
 from storage.records import FailedRequest, RequestFailure, RequestKey
 from storage.statuses import ACTIVE_JOB_STATUSES, CANCELLABLE_JOB_STATUSES, OPEN_REQUEST_STATUSES
 
-_IS_BATCH: Final = Job.input_file_id.is_not(None)
+_IS_BATCH: Final = JobRow.input_file_id.is_not(None)
 
 _ROWS_AT_ONCE: Final = 500  # requests ended in one transaction
 
@@ -60,18 +60,18 @@ def end_finished_jobs(session: Session, job_ids: Collection[str]) -> list[tuple[
     if not job_ids:
         return []
     now = database_now(session)
-    finished = and_(Job.id.in_(job_ids), ~has_open_requests())
+    finished = and_(JobRow.id.in_(job_ids), ~has_open_requests())
     session.execute(
-        update(Job)
-        .where(finished, _IS_BATCH, Job.status == "in_progress")
+        update(JobRow)
+        .where(finished, _IS_BATCH, JobRow.status == "in_progress")
         .values(status="finalizing", finalizing_at=now)
     )
-    final = case((Job.status == "cancelling", "cancelled"), (has_expired_requests(), "expired"), else_="completed")
+    final = case((JobRow.status == "cancelling", "cancelled"), (has_expired_requests(), "expired"), else_="completed")
     ended = session.execute(
-        update(Job)
-        .where(finished, ~_IS_BATCH, Job.status.in_(ACTIVE_JOB_STATUSES))
+        update(JobRow)
+        .where(finished, ~_IS_BATCH, JobRow.status.in_(ACTIVE_JOB_STATUSES))
         .values(status=final, finished_at=now)
-        .returning(Job.id, Job.status)
+        .returning(JobRow.id, JobRow.status)
     )
     return sorted((job_id, status) for job_id, status in ended)
 
@@ -86,13 +86,13 @@ def request_cancel(session: Session, job_id: str) -> str | None:
     """
     now = database_now(session)
     session.execute(
-        update(Job)
-        .where(Job.id == job_id, Job.status.in_(CANCELLABLE_JOB_STATUSES))
+        update(JobRow)
+        .where(JobRow.id == job_id, JobRow.status.in_(CANCELLABLE_JOB_STATUSES))
         .values(status="cancelling", cancelling_at=now)
     )
     cancel_unclaimed(session, job_id)
     end_finished_jobs(session, [job_id])
-    return session.scalar(select(Job.status).where(Job.id == job_id))
+    return session.scalar(select(JobRow.status).where(JobRow.id == job_id))
 
 
 def end_jobs(session: Session) -> Ended:
@@ -111,9 +111,9 @@ def end_jobs(session: Session) -> Ended:
 
 def _lock_ending(session: Session, now: float) -> tuple[list[str], list[str]]:
     """Lock overdue and cancelling jobs in one statement, to keep the lock order; return the ids of each."""
-    is_overdue = and_(Job.status == "in_progress", Job.expires_at <= now)
-    locked = lock_jobs(session, or_(is_overdue, Job.status == "cancelling"))
-    overdue = set(session.scalars(select(Job.id).where(Job.id.in_(locked), is_overdue))) if locked else set()
+    is_overdue = and_(JobRow.status == "in_progress", JobRow.expires_at <= now)
+    locked = lock_jobs(session, or_(is_overdue, JobRow.status == "cancelling"))
+    overdue = set(session.scalars(select(JobRow.id).where(JobRow.id.in_(locked), is_overdue))) if locked else set()
     return [job_id for job_id in locked if job_id in overdue], [job_id for job_id in locked if job_id not in overdue]
 
 
@@ -130,7 +130,9 @@ def expire_requests(session: Session) -> Ended:
     """
     now = database_now(session)
     overdue = and_(Request.expires_at <= now, Request.finished_at.is_(None))
-    job_ids = lock_jobs(session, Job.id.in_(select(Request.job_id).where(overdue)) & (Job.status == "in_progress"))
+    job_ids = lock_jobs(
+        session, JobRow.id.in_(select(Request.job_id).where(overdue)) & (JobRow.status == "in_progress")
+    )
     if not job_ids:
         return Ended()
     found = session.execute(
@@ -161,7 +163,9 @@ def fail_requests(
         .returning(Request.job_id, Request.request_index, Request.custom_id, Request.attempts)
     ).all()
     for job_id, count in Counter(row.job_id for row in rows).items():
-        session.execute(update(Job).where(Job.id == job_id).values(requests_failed=Job.requests_failed + count))
+        session.execute(
+            update(JobRow).where(JobRow.id == job_id).values(requests_failed=JobRow.requests_failed + count)
+        )
     last = _last_seqs(session, keys)
     # A request that was never claimed has no events yet; for others, seq 0 is `started`.
     return [
@@ -179,7 +183,7 @@ def cancel_requests(session: Session, keys: Collection[RequestKey], now: float) 
 
 def lock_jobs(session: Session, condition: ColumnElement[bool]) -> list[str]:
     """Lock the jobs that meet a condition, in lock order, and return their ids."""
-    return list(session.scalars(select(Job.id).where(condition).order_by(Job.id).with_for_update(key_share=True)))
+    return list(session.scalars(select(JobRow.id).where(condition).order_by(JobRow.id).with_for_update(key_share=True)))
 
 
 def error_columns(failure: RequestFailure) -> dict[str, str | int | None]:
@@ -204,7 +208,7 @@ def _last_seqs(session: Session, keys: Collection[RequestKey]) -> dict[RequestKe
 
 def _is_unclaimed(now: float, job_ids: Iterable[str]) -> ColumnElement[bool]:
     """Return the condition that a request of a cancelling job is queued or its lease has lapsed."""
-    cancelling = select(Job.id).where(Job.id.in_(list(job_ids)), Job.status == "cancelling")
+    cancelling = select(JobRow.id).where(JobRow.id.in_(list(job_ids)), JobRow.status == "cancelling")
     return and_(Request.job_id.in_(cancelling), (Request.status == "queued") | is_lapsed(now))
 
 
@@ -214,9 +218,9 @@ def next_event_number(session: Session, job_ids: Collection[str], which: ColumnE
     Write it as `event_number` in the statement that ends the requests: event-log readers rely on the order
     (storage.event_log).
     """
-    ending = select(Request.job_id).where(Request.job_id == Job.id, which).exists()
-    session.execute(update(Job).where(Job.id.in_(job_ids), ending).values(event_number=Job.event_number + 1))
-    return select(Job.event_number).where(Job.id == Request.job_id).scalar_subquery()
+    ending = select(Request.job_id).where(Request.job_id == JobRow.id, which).exists()
+    session.execute(update(JobRow).where(JobRow.id.in_(job_ids), ending).values(event_number=JobRow.event_number + 1))
+    return select(JobRow.event_number).where(JobRow.id == Request.job_id).scalar_subquery()
 
 
 def _end_some(session: Session, status: str, reason: RequestFailure, now: float, which: ColumnElement[bool]) -> int:

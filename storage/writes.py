@@ -18,7 +18,7 @@ from sqlalchemy.sql.dml import ReturningInsert
 
 from storage.dialect import database_now, dialect_of, insert_into, insert_many, insert_or_ignore
 from storage.keys import enforce_limits
-from storage.models import Job, Request, Worker, WorkerEnergy
+from storage.models import JobRow, Request, Worker, WorkerEnergy
 from storage.progress_writes import flush
 from storage.records import NewJob, NewRequest, NewWorker
 from storage.transitions import Ended, end_finished_jobs, end_jobs, error_columns, expire_requests, request_cancel
@@ -72,7 +72,7 @@ def insert_job(session: Session, job: NewJob, requests: Iterable[NewRequest]) ->
         for chunk in chain([second], chunks):
             insert_many(session, Request, [request_row(job.id, index, request, now) for index, request in chunk])
             counts = _counted(chunk, counts)
-        session.execute(update(Job).where(Job.id == job.id).values(counts))
+        session.execute(update(JobRow).where(JobRow.id == job.id).values(counts))
     if counts["requests_failed"] == counts["requests_total"]:
         end_finished_jobs(session, [job.id])
     enforce_limits(session, job.api_key_id or "")
@@ -120,7 +120,7 @@ def _update_worker(session: Session, worker_id: str, **columns: Any) -> None:
 @cache
 def _new_job(dialect: str) -> ReturningInsert[Any]:
     """Return the INSERT of a new job. Cached, because building it costs more than running it."""
-    table: Any = Job.__table__
+    table: Any = JobRow.__table__
     insert = postgresql.insert(table) if dialect == "postgresql" else sqlite.insert(table)
     return insert.on_conflict_do_nothing().returning(table.c.id)
 
@@ -197,11 +197,11 @@ _NO_REQUESTS: Final[Mapping[str, int]] = {"requests_total": 0, "requests_failed"
 
 def _earlier_job(session: Session, job: NewJob) -> InsertedJob:
     """Return the existing job: the one with the same idempotency key, else the one with the same id."""
-    same_id = Job.id == job.id
+    same_id = JobRow.id == job.id
     same: ColumnElement[bool] = same_id
     if job.idempotency_key is not None:
-        same |= and_(Job.api_key_id == (job.api_key_id or ""), Job.idempotency_key == job.idempotency_key)
-    earlier = session.execute(select(Job.id, Job.body_sha256).where(same).order_by(same_id).limit(1)).one()
+        same |= and_(JobRow.api_key_id == (job.api_key_id or ""), JobRow.idempotency_key == job.idempotency_key)
+    earlier = session.execute(select(JobRow.id, JobRow.body_sha256).where(same).order_by(same_id).limit(1)).one()
     return InsertedJob(earlier.id, created=False, conflict=earlier.body_sha256 != job.body_sha256)
 
 

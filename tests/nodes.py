@@ -21,7 +21,7 @@ from jobs.queue.worker_notifier import WorkerNotifier
 from jobs.settings import JobsSettings
 from jobs.submission.intake import Submission, create_job
 from jobs.submission.request_parser import Item
-from storage.models import ChoiceOutput, DecodeStep, Job, Request, Worker
+from storage.models import ChoiceOutput, DecodeStep, JobRow, Request, Worker
 from storage.session import Database
 
 _DEADLINE_S = 250.0
@@ -85,12 +85,12 @@ class Cluster:
         """Return the rows of the workers that have not left, oldest first."""
         return self._rows(select(Worker).where(Worker.stopped_at.is_(None)).order_by(Worker.started_at))
 
-    def job(self, job_id: str) -> Job:
+    def job(self, job_id: str) -> JobRow:
         """Return the row of a job."""
-        job: Job = self._rows(select(Job).where(Job.id == job_id))[0]
+        job: JobRow = self._rows(select(JobRow).where(JobRow.id == job_id))[0]
         return job
 
-    def finished(self, job_id: str) -> Job:
+    def finished(self, job_id: str) -> JobRow:
         """Wait for a job's end and return its row."""
         self.until(lambda: self.job(job_id).finished_at)
         return self.job(job_id)

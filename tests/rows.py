@@ -26,7 +26,7 @@ from sqlalchemy.orm import Session
 from storage import job_details, queries, rollups, views
 from storage import statistics as figures
 from storage.dialect import insert_many
-from storage.models import ChoiceOutput, DecodeStep, Job, Request, StepBatch, StepDepth, StepExpectation, StepMinute
+from storage.models import ChoiceOutput, DecodeStep, JobRow, Request, StepBatch, StepDepth, StepExpectation, StepMinute
 from storage.prune import prune_steps
 from storage.session import Database, write_connection
 from tests.databases import on_postgresql, on_sqlite
@@ -159,7 +159,7 @@ def _end(database: Database, job_id: str, began_at: float) -> None:
     ended = {"status": "completed", "started_at": began_at, "finished_at": began_at + JOB_S}
     with database.write() as session:
         session.execute(update(Request).where(Request.job_id == job_id).values(**ended))
-        session.execute(update(Job).where(Job.id == job_id).values(**ended, requests_completed=REQUESTS))
+        session.execute(update(JobRow).where(JobRow.id == job_id).values(**ended, requests_completed=REQUESTS))
 
 
 def questions() -> dict[str, Callable[[Session], Any]]:
@@ -201,7 +201,9 @@ def _ask(database: Database, question: Callable[[Session], Any]) -> float:
 def pruning(database: Database) -> dict[str, float]:
     """Delete the steps of the older half of the jobs."""
     with database.read() as session:
-        ends = session.scalars(select(Job.finished_at).where(Job.finished_at.is_not(None)).order_by(Job.id)).all()
+        ends = session.scalars(
+            select(JobRow.finished_at).where(JobRow.finished_at.is_not(None)).order_by(JobRow.id)
+        ).all()
     older_than_s = time.time() - float(ends[len(ends) // 2] or 0) + 1
     started = time.perf_counter()
     rows = sum(prune_steps(database, older_than_s))

@@ -114,7 +114,7 @@ class Transcript:
         return (choice for left, choice in choices if left > 0 and not choice.ended)
 
 
-class View(Protocol):
+class JobDisplay(Protocol):
     """Shows a job while it runs."""
 
     def __enter__(self) -> Self:
@@ -133,7 +133,7 @@ def make_console() -> Console:
     return console if console.is_terminal else Console(width=_FILE_WIDTH)
 
 
-def make_view(console: Console, info: JobInfo) -> View:
+def make_view(console: Console, info: JobInfo) -> JobDisplay:
     """Return a live view for a terminal, and plain lines for other outputs."""
     return LiveView(console, info) if console.is_terminal else PlainView(console, info)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from jobs.client.results import ErrorInfo, JobInfo
+from jobs.client.results import ErrorDetails, JobInfo
 from jobs.messages import JobStatus
 
 _POSITION: Final = re.compile(r"^(?:line \d+|requests\[\d+\])[^:]*: ")
@@ -23,7 +23,7 @@ def job_status_text(info: JobInfo) -> str:
     return status_text(info.status, info.request_counts.completed, info.request_counts.failed)
 
 
-def error_text(error: ErrorInfo) -> str:
+def error_text(error: ErrorDetails) -> str:
     """Return the field and the message of an error, without the request's position in its job."""
     rule = _POSITION.sub("", error.message)
     return f"{error.param}: {rule}" if error.param else rule

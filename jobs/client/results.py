@@ -20,7 +20,7 @@ class Reply(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class RequestCounts(Reply):
+class JobCounts(Reply):
     """Requests of a job by outcome."""
 
     total: int = 0
@@ -52,13 +52,13 @@ class JobInfo(Reply):
     endpoint: str
     created_at: int
     expires_at: int | None = None
-    request_counts: RequestCounts
+    request_counts: JobCounts
     progress: JobProgress
     metadata: dict[str, str] | None = None
     retry_of: str | None = None  # the job whose requests without a result this job runs
 
 
-class ErrorInfo(Reply):
+class ErrorDetails(Reply):
     """Why a request has no output text."""
 
     message: str
@@ -83,7 +83,7 @@ class Output(Reply):
     index: int
     status: RequestStatus
     choices: tuple[Choice, ...] = ()
-    error: ErrorInfo | None = None
+    error: ErrorDetails | None = None
     cursor: str | None = None  # with `follow`: the position after this output
 
     @property

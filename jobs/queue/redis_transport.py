@@ -130,7 +130,7 @@ class _QoS(redis.QoS):
             super().restore_unacked(client)
 
 
-class _Channel(redis.Channel):
+class _PausableChannel(redis.Channel):
     QoS = _QoS
 
     def _brpop_start(self, timeout: Any = None) -> None:
@@ -172,4 +172,4 @@ class _Channel(redis.Channel):
 class Transport(redis.Transport):
     """Redis transport whose channels pause."""
 
-    Channel = _Channel
+    Channel = _PausableChannel

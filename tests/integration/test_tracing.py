@@ -26,7 +26,7 @@ from jobs.producer import batch_job_id, push
 from jobs.settings import JobsSettings
 from jobs.tracing import as_traceparent, start_tracing, stop_tracing
 from storage import schema
-from storage.models import Job
+from storage.models import JobRow
 from storage.session import Database
 from tests.conftest import free_port
 from tests.unit.worker.serving.test_runner import MODEL, Worker
@@ -162,7 +162,7 @@ def wait_for_job(database: Database, job_id: str) -> None:
     waiting = threading.Event()
     for _ in range(600):
         with database.read() as session:
-            if session.scalar(select(Job.id).where(Job.id == job_id)) is not None:
+            if session.scalar(select(JobRow.id).where(JobRow.id == job_id)) is not None:
                 return
         waiting.wait(0.05)
     raise AssertionError("the batch was never recorded")
@@ -210,7 +210,7 @@ def test_an_invalid_traceparent_is_ignored(sent: str | None) -> None:
 def test_without_a_collector_no_traceparent_is_stored(api: TestClient, database: Database) -> None:
     api.post("/v1/jobs", json={"requests": ["one"]})
     with database.read() as session:
-        assert session.scalar(select(Job.traceparent)) is None
+        assert session.scalar(select(JobRow.traceparent)) is None
 
 
 # redis, FastAPI and transformers load parts of OpenTelemetry by themselves, if it is there; never what sends.

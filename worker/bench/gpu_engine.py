@@ -95,7 +95,7 @@ def decode(engine: Engine, sequences: list[Sequence]) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class _Pair:
+class _ModelPair:
     """A target and its draft."""
 
     target: PackedModel
@@ -126,7 +126,7 @@ class _Pair:
         return Engine(self.target, drafter, options, self.costs, state)
 
 
-def _random_pair(model: str, draft: str, layers: int | None, options: EngineOptions) -> _Pair:
+def _random_pair(model: str, draft: str, layers: int | None, options: EngineOptions) -> _ModelPair:
     """Return random models of these shapes, on the GPU if there is one. Raises ModelRefused for unknown shapes."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
@@ -142,7 +142,7 @@ def _random_pair(model: str, draft: str, layers: int | None, options: EngineOpti
     drafts.prepare()
     with TemporaryDirectory() as folder:
         costs = calibrate(target, options.slot_tokens, (), Path(folder))
-    return _Pair(target, drafts, draft, vocabulary, options, costs)
+    return _ModelPair(target, drafts, draft, vocabulary, options, costs)
 
 
 def main(

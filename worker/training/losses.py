@@ -20,7 +20,7 @@ from worker.training.head_unroll import unroll
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class TrainingBatch:
     """Examples padded at their ends to one length."""
 
     ids: Tensor  # [texts, n]
@@ -31,7 +31,7 @@ class Batch:
     length: Tensor  # [texts] tokens without padding
 
     @classmethod
-    def collate(cls, examples: Sequence[Example]) -> Batch:
+    def collate(cls, examples: Sequence[Example]) -> TrainingBatch:
         """Pad and stack examples."""
         padded = {
             name: pad_sequence([getattr(example, name) for example in examples], batch_first=True)
@@ -40,9 +40,9 @@ class Batch:
         first = torch.tensor([example.num_prompt - 1 for example in examples])
         return cls(**padded, first=first, length=torch.tensor([len(example.ids) for example in examples]))
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> TrainingBatch:
         """Return the batch on a device."""
-        return Batch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+        return TrainingBatch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
     def loss_mask(self, step: int) -> Tensor:
         """Return [texts, n]: the rows whose token at distance `step + 1` belongs to the answer."""
@@ -74,7 +74,7 @@ class HeadLoss(nn.Module):
             nn.Buffer(fixed, persistent=False) for fixed in (embedding, output, row_of_id)
         )
 
-    def forward(self, batch: Batch) -> LossOutput:
+    def forward(self, batch: TrainingBatch) -> LossOutput:
         """Return the mean loss over the unroll steps, weighted by decay, and the accuracy of each step."""
         embedded = nn.functional.embedding(batch.ids, self.embedding)
         losses, accuracy = [], []
@@ -101,7 +101,7 @@ class ModelLoss(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, batch: Batch) -> LossOutput:
+    def forward(self, batch: TrainingBatch) -> LossOutput:
         """Return the loss and accuracy of a batch."""
         mask = batch.loss_mask(0)
         logits = self.network(input_ids=batch.ids, use_cache=False).logits[mask]

@@ -41,7 +41,7 @@ _EPOCH_TEXTS, _EPOCH_NODES = 16, 8  # held-out texts and nodes per step of the e
 _RECIPE, _TEXTS, _FEATURES, CARD = "recipe.json", "texts.jsonl", "features", "card.json"
 
 
-class ProgressBars(Protocol):
+class ProgressDisplay(Protocol):
     """Display of the stages of a long run."""
 
     def part(self, name: str, total: int) -> Callable[..., None]:
@@ -61,7 +61,7 @@ def train_draft(
     out: Path,
     prompts: Sequence[str],
     command: str,
-    bars: ProgressBars,
+    bars: ProgressDisplay,
     on_message: OnMessage,
 ) -> Evaluation | None:
     """Train a draft for the settings' target and write it into `out`; intermediate files go into `out`/work.
@@ -108,7 +108,7 @@ def evaluate_draft(
     recipe: Recipe,
     work: Path,
     prompts: Sequence[str],
-    bars: ProgressBars,
+    bars: ProgressDisplay,
     on_message: OnMessage,
 ) -> Evaluation:
     """Evaluate the settings' draft with the suffix index, as jobs use it, on text that the target writes."""
@@ -140,7 +140,7 @@ def _texts(
     recipe: Recipe,
     work: Path,
     prompts: Sequence[str],
-    bars: ProgressBars,
+    bars: ProgressDisplay,
     on_message: OnMessage,
 ) -> list[Text]:
     file = work / _TEXTS
@@ -164,7 +164,7 @@ def _features(
     taps: Sequence[int],
     texts: Sequence[Text],
     work: Path,
-    bars: ProgressBars,
+    bars: ProgressDisplay,
     process: tuple[int, int] = (0, 1),
 ) -> FeatureDataset:
     packed = target.packed(taps, max(len(text.ids) for text in texts))
@@ -187,7 +187,9 @@ def _show_report(advance: Callable[..., None]) -> Callable[[Report], None]:
     return show
 
 
-def _evaluate(held_out: Sequence[Example], target: Target, make_drafter: MakeDrafter, bars: ProgressBars) -> Evaluation:
+def _evaluate(
+    held_out: Sequence[Example], target: Target, make_drafter: MakeDrafter, bars: ProgressDisplay
+) -> Evaluation:
     advance = bars.part("Evaluating", len(BUDGETS) + 1)
     return evaluate(held_out, target.vocabulary, target.device, make_drafter, advance)
 

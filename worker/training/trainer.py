@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Subset
 from worker.engine.model.loading import native_dtype
 from worker.training.config import Recipe
 from worker.training.features import FeatureDataset
-from worker.training.losses import Batch, LossOutput
+from worker.training.losses import LossOutput, TrainingBatch
 
 _WARM_UP = 0.03  # share of all updates
 _MAX_GRADIENT_NORM = 1.0
@@ -135,16 +135,16 @@ def _converged(state: _State) -> bool:
 
 def _loader(
     dataset: FeatureDataset, recipe: Recipe, epoch: int, updates: tuple[int, int], accelerator: Accelerator
-) -> DataLoader[Batch]:
+) -> DataLoader[TrainingBatch]:
     """Return the batches of updates first..last-1 of an epoch, shuffled by seed and epoch; as many for each process."""
     order = torch.randperm(len(dataset) - recipe.held_out, generator=torch.Generator().manual_seed(recipe.seed + epoch))
     first, last = (update * accelerator.num_processes * recipe.rows for update in updates)
     indices = (order + recipe.held_out).tolist()[first:last]
-    return DataLoader(Subset(dataset, indices), recipe.rows, collate_fn=Batch.collate, drop_last=True)  # type: ignore[arg-type]
+    return DataLoader(Subset(dataset, indices), recipe.rows, collate_fn=TrainingBatch.collate, drop_last=True)  # type: ignore[arg-type]
 
 
 def _update(
-    accelerator: Accelerator, loss: nn.Module, optimizer: Any, weights: Sequence[Tensor], batch: Batch
+    accelerator: Accelerator, loss: nn.Module, optimizer: Any, weights: Sequence[Tensor], batch: TrainingBatch
 ) -> LossOutput:
     """Run one optimizer step."""
     output: LossOutput = loss(batch.to(accelerator.device))

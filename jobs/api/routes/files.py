@@ -33,7 +33,7 @@ _DAY_S = 86_400.0
 async def upload(request: Request, services: CurrentServices, caller: CurrentCaller) -> Response:
     """Upload a file. It is visible once complete; its lines are validated when a batch is created from it."""
     form = UploadForm(request.headers.get("content-type", ""), services.settings.max_file_bytes)
-    writer = _Writer(services, caller, f"file-{secrets.token_hex(16)}")
+    writer = _UploadWriter(services, caller, f"file-{secrets.token_hex(16)}")
     try:
         async for data in chunked(request.stream()):
             await run_write(writer.take, form, data)
@@ -98,7 +98,7 @@ def _delete(services: Services, file_id: str, caller: Caller) -> bool:
         return files.delete_file(session, file_id, caller.sees)
 
 
-class _Writer:
+class _UploadWriter:
     """Writes one upload, one transaction per chunk: a slow client must not hold the write lock."""
 
     def __init__(self, services: Services, caller: Caller, file_id: str) -> None:

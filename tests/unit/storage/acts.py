@@ -13,7 +13,7 @@ from storage.lease_recovery import Reclaimed, reclaim
 from storage.models import (
     ChoiceOutput,
     DecodeStep,
-    Job,
+    JobRow,
     Partial,
     Request,
     StepBatch,
@@ -156,14 +156,14 @@ def everything(database: Database) -> dict[str, list[Any]]:
     with database.read() as session:
         return {
             model.__tablename__: sorted(map(repr, session.execute(select(*model.__table__.columns))))
-            for model in (Job, Request, Partial, ChoiceOutput, DecodeStep)
+            for model in (JobRow, Request, Partial, ChoiceOutput, DecodeStep)
         }
 
 
 def check_laws(database: Database) -> None:
     """Assert the invariants of the database."""
     with database.read() as session:
-        jobs = session.execute(select(*Job.__table__.columns)).all()
+        jobs = session.execute(select(*JobRow.__table__.columns)).all()
         columns = (Request.job_id, Request.request_index, Request.status, Request.event_number)
         requests = session.execute(select(*columns)).all()
         outputs = session.execute(select(*ChoiceOutput.__table__.columns)).all()

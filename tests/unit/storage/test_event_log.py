@@ -11,7 +11,7 @@ from sqlalchemy import update
 
 from storage import event_log
 from storage.event_log import Cursor, Page, Position
-from storage.models import Job, Request
+from storage.models import JobRow, Request
 from storage.records import Claim, NewRequest, RequestFailure, RequestProgress
 from storage.session import Database
 from tests.databases import on_sqlite
@@ -168,7 +168,7 @@ def test_requests_that_are_rejected_while_the_input_is_read_are_delivered(databa
 def set_status(database: Database, status: str, without: int | None) -> None:
     """Set a job's status and hide its requests from an index on, as while its input is read; or show them again."""
     with database.write() as session:
-        session.execute(update(Job).values(status=status))
+        session.execute(update(JobRow).values(status=status))
         if without is None:
             session.execute(update(Request).where(Request.event_number == -9).values(event_number=0))
         else:

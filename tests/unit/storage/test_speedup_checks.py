@@ -10,7 +10,7 @@ from sqlalchemy import text, update
 
 from storage import queries, speedup_checks
 from storage.lease_recovery import MAX_LONE_CRASHES
-from storage.models import Job
+from storage.models import JobRow
 from storage.records import SpeedupCheckClaim, SpeedupCheckResult
 from storage.session import Database
 from tests.unit.storage.acts import cancel, claim, flush, record, whole
@@ -22,7 +22,7 @@ def finish(database: Database, job_id: str = "job-1", requests: int = 3, compare
     """Insert a job that requests a speed-up check, with all its outputs."""
     record(database, job_id, requests)
     with database.write() as session:
-        session.execute(update(Job).where(Job.id == job_id).values(compare_plain=compare_plain))
+        session.execute(update(JobRow).where(JobRow.id == job_id).values(compare_plain=compare_plain))
     for claimed in claim(database, limit=requests):
         flush(database, "w1", whole(claimed.lease, 1, 2))
 
@@ -157,7 +157,7 @@ def test_only_completed_jobs_with_readable_bodies_that_request_a_check_get_one(d
     assert take(database, body_version=0) is None
     record(database, "job-3", 2)
     with database.write() as session:
-        session.execute(update(Job).where(Job.id == "job-3").values(compare_plain=2))
+        session.execute(update(JobRow).where(JobRow.id == "job-3").values(compare_plain=2))
     cancel(database, "job-3")
     claimed = take(database)
     assert claimed is not None
@@ -203,7 +203,7 @@ def test_statistics_show_that_a_check_is_pending(database: Database) -> None:
 def test_a_cancelled_job_gets_no_check(database: Database) -> None:
     record(database, requests=2)
     with database.write() as session:
-        session.execute(update(Job).values(compare_plain=2))
+        session.execute(update(JobRow).values(compare_plain=2))
     cancel(database)
     with database.read() as session:
         numbers = queries.job_stats(session, "job-1").comparison

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 
 from worker.engine.cpu.attention import CpuAttentionPlan
-from worker.engine.cpu.kernels import Kernels, Layer, Scratch
+from worker.engine.cpu.kernels import Kernels, LayerWeights, Scratch
 from worker.engine.cpu.packed_linear import PackedLinear
 from worker.engine.errors import ModelRefused
 
@@ -50,7 +50,7 @@ class FusedLayers(LayerStack):
         self._kernels = kernels
         self._packed = [_Packed(layer, kernels) for layer in layers]
         self.windows = sorted({packed.window for packed in self._packed}, key=lambda window: window or 0)
-        self.layers = (Layer * len(layers))(*[packed.layer(self.windows) for packed in self._packed])
+        self.layers = (LayerWeights * len(layers))(*[packed.layer(self.windows) for packed in self._packed])
         self.taps = 0
         first: Any = layers[0]
         self.eps = float(first.input_layernorm.variance_epsilon)
@@ -102,7 +102,7 @@ class FusedLayers(LayerStack):
 
 
 class _Packed:
-    """The packed weights of one layer, which `Layer` points to."""
+    """The packed weights of one layer, which `LayerWeights` points to."""
 
     def __init__(self, layer: Any, kernels: Kernels) -> None:
         attention, mlp = layer.self_attn, layer.mlp
@@ -117,9 +117,9 @@ class _Packed:
         ]
         self._norms: list[Tensor | None] = [None if norm is None else norm.weight.detach() for norm in norms]
 
-    def layer(self, windows: list[int | None]) -> Layer:
+    def layer(self, windows: list[int | None]) -> LayerWeights:
         """Return the C structure; the views of a step are in the order of `windows`."""
-        return Layer(
+        return LayerWeights(
             *[None if norm is None else norm.data_ptr() for norm in self._norms],
             *[linear.product for linear in (self.qkv, self.o, self._gate_up, self._down)],
             windows.index(self.window),

@@ -59,7 +59,7 @@ class Heads(ctypes.Structure):
     )
 
 
-class Layer(ctypes.Structure):
+class LayerWeights(ctypes.Structure):
     """`layer_t`: the weights of one decoder layer."""
 
     _fields_ = (
@@ -126,7 +126,7 @@ class Kernels:
         )
         self.run_layers = bound(
             library.run_layers,
-            ctypes.POINTER(Layer),
+            ctypes.POINTER(LayerWeights),
             size,
             ctypes.POINTER(Plan),
             ctypes.POINTER(View),

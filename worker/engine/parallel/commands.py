@@ -50,7 +50,7 @@ class RankCommand:
 
 def decode(words: IntArray) -> RankCommand:
     """Return the command in an array."""
-    reader = _Reader(words)
+    reader = _ArrayReader(words)
     kind, model, segments, moves, numbers = reader.ints(5)
     return RankCommand(
         kind=CommandKind(kind),
@@ -61,7 +61,7 @@ def decode(words: IntArray) -> RankCommand:
     )
 
 
-class _Reader:
+class _ArrayReader:
     """Reads an array from its start."""
 
     def __init__(self, words: IntArray) -> None:
@@ -97,7 +97,7 @@ def _segment(segment: Segment) -> Sequence[IntArray]:
     )
 
 
-def _read_segment(reader: _Reader) -> Segment:
+def _read_segment(reader: _ArrayReader) -> Segment:
     slot, prefix, start, rows, kept, bits = reader.ints(6)
     ids, positions, keep = (reader.array(count) for count in (rows, rows, kept))
     shape = (rows, start - prefix + rows)
@@ -109,7 +109,7 @@ def _move(move: KvMove) -> Sequence[IntArray]:
     return _ints(move.slot, move.destination, len(move.sources)), move.sources
 
 
-def _read_move(reader: _Reader) -> KvMove:
+def _read_move(reader: _ArrayReader) -> KvMove:
     slot, destination, count = reader.ints(3)
     return KvMove(slot, destination, reader.array(count))
 

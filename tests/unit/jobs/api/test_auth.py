@@ -18,7 +18,7 @@ from jobs.errors import LimitReached, SetupError
 from jobs.keys import Scope, check_key
 from jobs.settings import JobsSettings
 from storage import keys, schema
-from storage.models import ApiKey, Job
+from storage.models import ApiKey, JobRow
 from storage.session import Database
 from tests.factories import a_key
 
@@ -121,7 +121,7 @@ def test_jobs_and_files_belong_to_the_key_that_created_them(api: TestClient, dat
     key = a_key(database)
     api.post("/v1/jobs", json=A_JOB, headers=key)
     with database.read() as session:
-        owner = session.scalar(select(Job.api_key_id))
+        owner = session.scalar(select(JobRow.api_key_id))
         assert owner == session.scalar(select(ApiKey.id))
 
 
@@ -174,7 +174,7 @@ def test_queued_requests_are_limited_per_key_and_a_repeat_does_not_count(api: Te
     assert api.post("/v1/jobs", json={"requests": ["a", "b"]}, headers=key | first).json()["id"] == job["id"]
     assert api.post("/v1/jobs", json={"requests": ["c"]}, headers=key).status_code == 200
     with database.read() as session:
-        assert len(session.scalars(select(Job.id)).all()) == 2, "what was refused left nothing behind"
+        assert len(session.scalars(select(JobRow.id)).all()) == 2, "what was refused left nothing behind"
     api.post(f"/v1/jobs/{job['id']}/cancel", headers=key)
     assert api.post("/v1/jobs", json={"requests": ["a", "b"]}, headers=key).status_code == 200
 

@@ -21,7 +21,7 @@ from jobs.batch_files.processor import BatchFileProcessor
 from jobs.messages import PartialEvent
 from jobs.settings import JobsSettings
 from storage import batches, files, leases, queries, writes
-from storage.models import Job, Request
+from storage.models import JobRow, Request
 from storage.records import Claim, RequestFailure, RequestProgress
 from storage.session import Database
 from tests.factories import a_checkpoint, a_finished_choice
@@ -73,7 +73,7 @@ class World:
 
     def overdue(self, batch_id: str) -> None:
         with self.database.write() as session:
-            session.execute(update(Job).where(Job.id == batch_id).values(expires_at=1.0))
+            session.execute(update(JobRow).where(JobRow.id == batch_id).values(expires_at=1.0))
 
     def end_what_is_cancelled(self) -> None:
         """Run the reconciler's part."""

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from jobs.cli.render import STYLES, Transcript, closing_table, jobs_table, keys_table, make_view, status_table
 from jobs.client.progress_bar import progress_reporter
-from jobs.client.results import JobInfo, JobProgress, RequestCounts
+from jobs.client.results import JobCounts, JobInfo, JobProgress
 from jobs.control_characters import safe
 from jobs.messages import JobStatus, PartialEvent, Piece
 
@@ -24,7 +24,7 @@ def some_info(total: int = 2, completed: int = 2) -> JobInfo:
         model="tiny",
         endpoint="/v1/chat/completions",
         created_at=0,
-        request_counts=RequestCounts(total=total, completed=completed),
+        request_counts=JobCounts(total=total, completed=completed),
         progress=JobProgress(),
     )
 
@@ -143,7 +143,7 @@ def a_job(job_id: str, **changes: Any) -> JobInfo:
         "model": "meta-llama/Llama-3.1-70B-Instruct",
         "created_at": 1_795_990_000,
         "expires_at": 1_796_076_400,
-        "request_counts": RequestCounts(total=50_000, completed=49_990, failed=3),
+        "request_counts": JobCounts(total=50_000, completed=49_990, failed=3),
         "progress": JobProgress(
             completion_tokens=12_345_678, prompt_tokens=5, elapsed_s=95, tokens_per_s=60, time_left_s=95
         ),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from jobs.errors import InvalidValue
 from storage import writes
-from storage.models import Job, Request
+from storage.models import JobRow, Request
 from storage.records import Claim, FlushResult, Lease, RequestProgress
 from storage.session import Database
 from tests.models import byte_tokenizer
@@ -100,7 +100,7 @@ def test_any_exception_for_one_request_ends_that_request_alone(
         2: ("completed", None),
     }
     with database.read() as session:
-        assert session.scalars(select(Job)).one().status == "completed"
+        assert session.scalars(select(JobRow)).one().status == "completed"
         (failed,) = session.scalars(select(Request).where(Request.request_index == BAD))
         assert type(error).__name__ in (failed.error_message or "")
         assert failed.error_status_code == 500

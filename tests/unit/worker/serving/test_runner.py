@@ -17,7 +17,7 @@ from jobs.messages import CHAT_ENDPOINT, GenerationRequest, PartialEvent, Sampli
 from jobs.openai.logprobs import TokenAlternatives
 from storage import leases, writes
 from storage.lease_recovery import reclaim
-from storage.models import ChoiceOutput, DecodeStep, Job, Partial, Request
+from storage.models import ChoiceOutput, DecodeStep, JobRow, Partial, Request
 from storage.records import NewJob, NewRequest
 from storage.session import Database
 from tests.clock import Clock
@@ -126,7 +126,7 @@ def test_every_request_gets_its_output_and_the_job_completes(database: Database)
     Worker(database, "a").run()
     assert len(texts(database)) == 5
     with database.read() as session:
-        job = session.scalars(select(Job)).one()
+        job = session.scalars(select(JobRow)).one()
         assert (job.status, job.requests_completed, job.requests_failed) == ("completed", 5, 0)
 
 
@@ -354,7 +354,7 @@ def test_a_prompt_that_does_not_fit_fails_alone(database: Database) -> None:
         failed, done = session.scalars(select(Request).order_by(Request.request_index))
         assert (failed.status, failed.error_code, failed.error_param) == ("failed", "context_length_exceeded", "prompt")
         assert done.status == "completed"
-        assert session.scalars(select(Job)).one().requests_failed == 1
+        assert session.scalars(select(JobRow)).one().requests_failed == 1
     (event,) = [e for e in worker.events if e.index == 0]
     assert event.type == "failed"
     assert event.error is not None
@@ -370,7 +370,7 @@ def test_a_cancelled_job_stops_at_the_next_flush(database: Database) -> None:
         assert writes.request_cancel(session, "batch_1") == "cancelling"
     worker.run()
     with database.read() as session:
-        assert session.scalars(select(Job)).one().status == "cancelled"
+        assert session.scalars(select(JobRow)).one().status == "cancelled"
         assert {r.status for r in session.scalars(select(Request))} == {"cancelled"}
 
 
@@ -414,7 +414,7 @@ def test_a_request_that_fails_alone_ends_in_an_error_row_and_the_others_complete
     with database.read() as session:
         request = session.scalars(select(Request).where(Request.request_index == 2)).one()
         assert (request.status, request.error_code, request.error_status_code) == ("failed", "engine_error", 500)
-        assert session.scalars(select(Job)).one().status == "completed"
+        assert session.scalars(select(JobRow)).one().status == "completed"
     own = [e for e in worker.events if (e.index, e.choice) == (2, 0)]
     assert own[-1].type == "failed"
     assert [e.seq for e in own] == list(range(len(own)))
@@ -438,7 +438,7 @@ def test_requests_of_an_ended_job_are_dropped_at_the_next_flush(database: Databa
     assert not worker.runner.busy
     assert worker.model.forwards == forwards
     with database.read() as session:
-        assert session.scalars(select(Job)).one().status == ending
+        assert session.scalars(select(JobRow)).one().status == ending
         assert {r.status for r in session.scalars(select(Request))} == {ending}
 
 
@@ -451,7 +451,7 @@ def test_interactive_requests_have_reserved_slots_when_a_batch_fills_the_engine(
     for _ in range(12):
         worker.runner.run_once(notified=True)
     with database.read() as session:
-        statuses = dict(session.execute(select(Job.id, Job.status)).all())
+        statuses = dict(session.execute(select(JobRow.id, JobRow.status)).all())
     assert statuses == {"chat": "completed", "batch_1": "in_progress"}, "and its end was not kept for the next flush"
 
 
@@ -470,7 +470,7 @@ def test_a_freed_slot_is_filled_without_a_poll_although_slots_are_reserved(
 
 def _is_over(database: Database, job_id: str) -> bool:
     with database.read() as session:
-        return session.get_one(Job, job_id).finished_at is not None
+        return session.get_one(JobRow, job_id).finished_at is not None
 
 
 def test_a_worker_whose_requests_end_together_claims_waiting_ones_at_once(

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import select, text, update
 
 from storage import speedup_checks
-from storage.models import CheckedRequest, ChoiceOutput, DecodeStep, Job
+from storage.models import CheckedRequest, ChoiceOutput, DecodeStep, JobRow
 from storage.session import Database
 from storage.statistics import job_stats
 from tests.databases import on_sqlite
@@ -44,7 +44,7 @@ def test_a_sampled_job_is_decoded_in_both_variants_with_the_same_texts(database:
     assert [row.same_text for row in rows] == [True] * 4
     assert all(row.plain_ms and row.drafted_ms and row.tokens > 20 for row in rows)
     with database.read() as session:
-        job = session.scalars(select(Job)).one()
+        job = session.scalars(select(JobRow)).one()
         assert job.compared_at is not None
         assert job.finished_at is not None
         assert job.compared_at >= job.finished_at
@@ -157,8 +157,8 @@ def test_new_requests_preempt_a_speedup_check(database: Database) -> None:
     assert worker.runner.stats["requests"] == 3
     worker.run(2_000)
     with database.read() as session:
-        served_at = session.scalar(select(Job.finished_at).where(Job.id == "batch_2"))
-        compared_at = session.scalar(select(Job.compared_at).where(Job.id == "batch_1"))
+        served_at = session.scalar(select(JobRow.finished_at).where(JobRow.id == "batch_2"))
+        compared_at = session.scalar(select(JobRow.compared_at).where(JobRow.id == "batch_1"))
     assert served_at is not None
     assert compared_at is not None
     assert served_at < compared_at

@@ -21,7 +21,7 @@ from worker.training import self_generated as self_generated
 from worker.training import trainer
 from worker.training.config import Recipe
 from worker.training.features import FeatureDataset, extract_features
-from worker.training.losses import Batch, HeadLoss, most_frequent
+from worker.training.losses import HeadLoss, TrainingBatch, most_frequent
 from worker.training.replay import ReplayTarget, replay
 from worker.training.self_generated import Text
 from worker.training.trainer import Report, train
@@ -124,7 +124,7 @@ def test_the_best_weights_are_saved(dataset: FeatureDataset, tmp_path: Path) -> 
 
 
 def test_the_loss_covers_only_the_answer(dataset: FeatureDataset) -> None:
-    batch = Batch.collate([dataset[0], dataset[2]])
+    batch = TrainingBatch.collate([dataset[0], dataset[2]])
     for step in (0, 1):
         mask = batch.loss_mask(step)
         for row, number in enumerate((0, 2)):
