@@ -17,7 +17,7 @@ _ROOT = Path("/")
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class ReplicaResources:
     """GPUs, CPUs and memory of one replica."""
 
     number: int
@@ -37,7 +37,7 @@ class Placement:
 
 def place_replicas(
     replicas: int, ranks: int, environ: Mapping[str, str] = os.environ, root: Path = _ROOT
-) -> list[Placement]:
+) -> list[ReplicaResources]:
     """Return the placements of `replicas` replicas with `ranks` ranks each; 0: as many replicas as the GPUs hold.
 
     Each rank gets its own GPU, and each replica CPUs near its GPUs. Without GPUs the replicas share the CPUs evenly.
@@ -56,7 +56,7 @@ def place_replicas(
         )
     groups = [tuple(gpus[n * ranks : (n + 1) * ranks]) for n in range(replicas)]
     return [
-        Placement(n, group, cpus, 1 / replicas)
+        ReplicaResources(n, group, cpus, 1 / replicas)
         for n, (group, cpus) in enumerate(zip(groups, _cpus_near(groups, root), strict=True))
     ]
 
@@ -85,8 +85,8 @@ def parse_cpu_list(text: str) -> set[int]:
     return cpus
 
 
-def _on_cpus_only(replicas: int, cpus: Sequence[int]) -> list[Placement]:
-    return [Placement(n, (), group, 1 / replicas) for n, group in enumerate(_split_cpus(replicas, cpus))]
+def _on_cpus_only(replicas: int, cpus: Sequence[int]) -> list[ReplicaResources]:
+    return [ReplicaResources(n, (), group, 1 / replicas) for n, group in enumerate(_split_cpus(replicas, cpus))]
 
 
 def _split_cpus(count: int, cpus: Sequence[int]) -> list[frozenset[int]]:

@@ -11,7 +11,7 @@ import os
 
 from jobs.local.startup import environment
 from jobs.processes import BAD_SETTINGS_STATUS, Children, Command, python_module, stop_signals
-from worker.node.placement import Placement, place_replicas
+from worker.node.placement import ReplicaResources, place_replicas
 from worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def supervise(settings: WorkerSettings) -> int:
     return 0 if misconfigured is None else BAD_SETTINGS_STATUS
 
 
-def replica(settings: WorkerSettings, placement: Placement) -> Command:
+def replica(settings: WorkerSettings, placement: ReplicaResources) -> Command:
     """Return the command that starts one replica."""
     variables = environment(settings) | placement.environment
     if not settings.threads:
@@ -59,6 +59,6 @@ def replica(settings: WorkerSettings, placement: Placement) -> Command:
     )
 
 
-def _where(placement: Placement) -> str:
+def _where(placement: ReplicaResources) -> str:
     cpus = f"{len(placement.cpus)} of {os.cpu_count()} CPUs"
     return f"GPU {', '.join(placement.gpus)} and {cpus}" if placement.gpus else cpus

@@ -15,7 +15,7 @@ from jobs.errors import InvalidValue
 from worker.terminal import FAILED, print_message, readable_errors
 
 if TYPE_CHECKING:
-    from worker.planning.plan import NodeLayout, PlanRequest
+    from worker.planning.plan import Placement, PlanRequest
 
 _LOG_WIDTH = 120  # columns of a table that is not printed on a terminal
 
@@ -76,7 +76,7 @@ def _one_of(value: str, known: list[str], option: str) -> None:
         raise InvalidValue(f"must be one of {', '.join(known)}", param=option)
 
 
-def _as_json(request: PlanRequest, choices: list[NodeLayout], chosen: NodeLayout | None) -> dict[str, object]:
+def _as_json(request: PlanRequest, choices: list[Placement], chosen: Placement | None) -> dict[str, object]:
     from worker.planning.plan import command
 
     return {
@@ -92,7 +92,7 @@ def _as_json(request: PlanRequest, choices: list[NodeLayout], chosen: NodeLayout
     }
 
 
-def _show(request: PlanRequest, choices: list[NodeLayout], chosen: NodeLayout | None) -> None:
+def _show(request: PlanRequest, choices: list[Placement], chosen: Placement | None) -> None:
     from worker.planning.plan import command
 
     console = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH, highlight=False)
@@ -112,7 +112,7 @@ def _show(request: PlanRequest, choices: list[NodeLayout], chosen: NodeLayout | 
     print(f"  {command(request, chosen)}")
 
 
-def _table(request: PlanRequest, choices: list[NodeLayout], chosen: NodeLayout | None) -> Table:
+def _table(request: PlanRequest, choices: list[Placement], chosen: Placement | None) -> Table:
     device = request.machine.device
     names = request.target.name + (f" with {request.draft.name}" if request.draft else "")
     table = Table(title=f"{names}, {request.machine.dtype}, on {request.gpus} x {device.name}")

@@ -38,7 +38,7 @@ class PlanRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class NodeLayout:
+class Placement:
     """A layout of the node. If `refusal` is None it fits, and the fields after it are set."""
 
     replicas: int
@@ -74,18 +74,18 @@ class NodeLayout:
         return row
 
 
-def placements(request: PlanRequest) -> list[NodeLayout]:
+def placements(request: PlanRequest) -> list[Placement]:
     """Return every layout of the node, with its predicted speed or why it doesn't fit."""
     return [_placement(request, ranks, draft_ranks) for ranks, draft_ranks in _layouts(request)]
 
 
-def pick(choices: list[NodeLayout]) -> NodeLayout | None:
+def pick(choices: list[Placement]) -> Placement | None:
     """Return the placement with the most tokens per second, then the fewest ranks; None if nothing fits."""
     fitting = [choice for choice in choices if choice.refusal is None]
     return max(fitting, key=lambda choice: (choice.best_tokens_per_s, -choice.ranks), default=None)
 
 
-def command(request: PlanRequest, chosen: NodeLayout) -> str:
+def command(request: PlanRequest, chosen: Placement) -> str:
     """Return the command that starts a placement."""
     variables = [f"BASIC_MAX_SEQUENCES={chosen.sequences}", f"BASIC_MAX_CONTEXT={chosen.context}"]
     if request.kv_tokens:
@@ -107,10 +107,10 @@ def _layouts(request: PlanRequest) -> Iterator[tuple[int, int]]:
             yield ranks, ranks
 
 
-def _placement(request: PlanRequest, ranks: int, draft_ranks: int) -> NodeLayout:
+def _placement(request: PlanRequest, ranks: int, draft_ranks: int) -> Placement:
     size = request.machine.dtype_bytes
     draft_bytes = request.draft.rank_parameters(draft_ranks) * size if request.draft else 0
-    placement = NodeLayout(
+    placement = Placement(
         replicas=request.gpus // ranks,
         ranks=ranks,
         draft_ranks=draft_ranks,
@@ -158,7 +158,7 @@ def _fitted(request: PlanRequest, free: int, ranks: int, draft_ranks: int) -> En
     )
 
 
-def _rated(request: PlanRequest, placement: NodeLayout, fitted: EngineOptions) -> NodeLayout:
+def _rated(request: PlanRequest, placement: Placement, fitted: EngineOptions) -> Placement:
     context = fitted.max_context
     sequences = max(1, min(fitted.max_sequences, fitted.total_kv_tokens // context))  # if all are this long
     plain = step(request.target, request.machine, placement.ranks, sequences, sequences, context)

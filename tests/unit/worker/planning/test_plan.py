@@ -21,7 +21,7 @@ from worker.engine.model.packed_model import PackedModel
 from worker.engine.segments import chain
 from worker.planning.devices import DEVICES, GIB, KERNELS_PER_LAYER
 from worker.planning.forecast import Machine, speculate, step
-from worker.planning.plan import NodeLayout, PlanRequest, command, pick, placements
+from worker.planning.plan import Placement, PlanRequest, command, pick, placements
 from worker.planning.shapes import ModelShape, shape_from_config, shape_of
 
 TARGET, DRAFT = "DeepSeek-R1-Distill-Qwen-32B", "DeepSeek-R1-Distill-Qwen-1.5B"
@@ -161,7 +161,7 @@ def test_a_model_without_a_configuration_is_refused_with_the_known_names(tmp_pat
 
 
 def test_a_placement_that_does_not_fit_has_no_throughput() -> None:
-    assert NodeLayout(1, 1, 0, GIB, refusal="too large").best_tokens_per_s == 0
+    assert Placement(1, 1, 0, GIB, refusal="too large").best_tokens_per_s == 0
 
 
 VIEWS = {"view", "transpose", "permute", "slice", "select", "unsqueeze", "expand", "alias", "detach", "t", "split"}
