@@ -1,5 +1,5 @@
-# Two images of one source: `shim` (REST, ingest, migrations; no torch) and `worker` (models). Neither runs as root.
-#   docker build --target shim --tag basic-shim .
+# Two images of one source: `api` (API server, ingest, migrations; no torch) and `worker` (models). Neither runs as root.
+#   docker build --target api --tag basic-api .
 #   docker build --target worker --tag basic-worker .
 FROM python:3.11.13-slim-bookworm AS base
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
@@ -8,7 +8,7 @@ RUN groupadd --gid 10001 basic \
 WORKDIR /opt/basic
 COPY constraints.txt ./
 
-FROM base AS shim
+FROM base AS api
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY basic_batch basic_batch
 COPY jobs jobs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from jobs.api import errors
-from jobs.api.auth.guard import Authenticator, AuthMiddleware
+from jobs.api.auth.authentication import Authenticator, AuthMiddleware
 from jobs.api.auth.revocation import RevocationMonitor
 from jobs.api.auth.stream_limits import StreamLimits
 from jobs.api.dependencies import Services, prefetch_job

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from sqlalchemy.exc import SQLAlchemyError
 
 from jobs.api.app import make_api
-from jobs.api.auth.guard import Authenticator
+from jobs.api.auth.authentication import Authenticator
 from jobs.api.http.h11_protocol import TimeoutH11Protocol
 from jobs.api.http.host_check import ServedNames
 from jobs.dashboard import app as dashboard
@@ -53,7 +53,7 @@ class _Server(uvicorn.Server):
 def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
     """Serve until a signal. Write the URL to `ready_file` once connections are accepted."""
     log_to_stderr(settings.log_format)
-    start_tracing("basic-shim")
+    start_tracing("basic-api")
     require_schema(settings.resolved_database_url)
     database = Database.open(settings.resolved_database_url)
     authenticator = _authenticator(settings, database)

@@ -16,7 +16,7 @@ from fastapi import Request
 from sqlalchemy.orm import Session
 
 from jobs.api.auth.caller import Caller
-from jobs.api.auth.guard import Authenticator
+from jobs.api.auth.authentication import Authenticator
 from jobs.api.dependencies import Services
 from jobs.errors import InvalidKey
 from jobs.keys import Scope

@@ -7,7 +7,7 @@ import pytest
 from tests.chaos.run import run
 
 FAULTS = {
-    "sqlite": ["kill a worker", "flush redis", "fill the disk", "kill the shim"],
+    "sqlite": ["kill a worker", "flush redis", "fill the disk", "kill the api server"],
     "postgresql": ["kill all workers", "restart the database", "replace redis", "cut database connections"],
 }
 

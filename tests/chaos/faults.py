@@ -120,9 +120,9 @@ def send_garbage(stack: Stack, dice: random.Random) -> None:
         client.lpush(KEY_PREFIX + model_queue(Path(stack.environment["BASIC_TARGET"]).name), *_LETHAL_FRAMES)
 
 
-def kill_the_shim(stack: Stack, dice: random.Random) -> None:
-    """Kill the REST shim."""
-    stack.kill("shim")
+def kill_the_api_server(stack: Stack, dice: random.Random) -> None:
+    """Kill the API server."""
+    stack.kill("api")
 
 
 def kill_the_ingest(stack: Stack, dice: random.Random) -> None:
@@ -180,7 +180,7 @@ ANYWHERE: Mapping[str, Fault] = {
         repeat_doorbells,
         hold_doorbells_back,
         send_garbage,
-        kill_the_shim,
+        kill_the_api_server,
         kill_the_ingest,
     )
 }

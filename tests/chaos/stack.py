@@ -87,7 +87,7 @@ class Stack:
                 self._start(f"worker-{number}", (*prefix, *python_module("tests.chaos.worker")))
             self.wait_for(lambda: len(self.rows("SELECT id FROM workers")) == self._workers, "the worker")
             return
-        for name, module in (("ingest", "jobs.ingest"), ("shim", "jobs.api")):
+        for name, module in (("ingest", "jobs.ingest"), ("api", "jobs.api")):
             self._start(name, python_module(module))
         for number in range(self._workers):
             self._start(f"worker-{number}", python_module("tests.chaos.worker"))
@@ -126,7 +126,7 @@ class Stack:
             time.sleep(0.05)
 
     def ready(self) -> bool:
-        """Return whether the shim answers and knows a worker."""
+        """Return whether the API server answers and knows a worker."""
         try:
             reply = httpx.get(f"{self.api_url}/readyz", timeout=5.0, trust_env=False)
         except httpx.TransportError:

@@ -27,7 +27,7 @@ from tests.models import save_tiny
 from tests.postgres import QUICK, Postgres
 
 ROOT = Path(__file__).parents[2]
-STARTED = ("redis", "postgres", "migrate", "shim", "ingest", "worker")
+STARTED = ("redis", "postgres", "migrate", "api", "ingest", "worker")
 READY_S = 120
 
 # redis-cli of the image: only what the health check asks of it.
@@ -58,14 +58,14 @@ class Compose:
         self.services = merged(read(ROOT / "docker-compose.yml"), read(ROOT / "docs/compose-cpu.yml"))["services"]
         self.secrets = directory / "secrets"
         subprocess.run(["sh", str(ROOT / ".ci/make-secrets"), str(self.secrets)], check=True, capture_output=True)
-        self.ports = {"redis": free_port(), "shim": free_port()}
+        self.ports = {"redis": free_port(), "api": free_port()}
         self.postgres = Postgres(**QUICK)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._make_programs()
 
     @property
     def api_url(self) -> str:
-        return f"http://127.0.0.1:{self.ports['shim']}"
+        return f"http://127.0.0.1:{self.ports['api']}"
 
     @property
     def key(self) -> str:
@@ -115,7 +115,7 @@ class Compose:
         said = {key: self._here(value) for key, value in self.services[name].get("environment", {}).items()}
         secrets = [secret for secret in self.services[name].get("secrets", []) if secret.startswith("basic_")]
         told = {secret.upper(): self._here((self.secrets / secret).read_text()) for secret in secrets}
-        ours = {"BASIC_DATA_DIR": str(self.directory / name), "BASIC_API_PORT": str(self.ports["shim"])}
+        ours = {"BASIC_DATA_DIR": str(self.directory / name), "BASIC_API_PORT": str(self.ports["api"])}
         ours |= {"PATH": f"{self.directory / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
         if "BASIC_TARGET" in said:
             said["BASIC_TARGET"] = str(self.target)
@@ -157,7 +157,7 @@ class Compose:
         """Put this machine's places where the file has those of containers."""
         text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text).replace("$$", "$")
         text = text.replace("/run/secrets", str(self.secrets)).replace(
-            "127.0.0.1:8000", f"127.0.0.1:{self.ports['shim']}"
+            "127.0.0.1:8000", f"127.0.0.1:{self.ports['api']}"
         )
         text = text.replace("@redis:6379", f"@127.0.0.1:{self.ports['redis']}")
         return text.replace("@postgres:5432", f"@127.0.0.1:{self.ports.get('postgres')}")

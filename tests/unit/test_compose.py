@@ -89,7 +89,7 @@ def test_only_loopback_reaches_in_and_what_keeps_data_has_no_way_out(services: d
 
 def test_the_migration_runs_once_before_anything_that_needs_the_record(services: dict[str, dict[str, Any]]) -> None:
     assert services["migrate"]["restart"] == "no"
-    for name in ("shim", "ingest", "worker"):
+    for name in ("api", "ingest", "worker"):
         assert services[name]["depends_on"]["migrate"] == {"condition": "service_completed_successfully"}
 
 

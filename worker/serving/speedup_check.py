@@ -44,7 +44,7 @@ class _Step:
 
 @dataclass(slots=True)
 class _Variant:
-    """One of the two decodings of a request: with drafts or plain."""
+    """A sampled request, decoded again with drafts or plain."""
 
     output_stream: OutputStream
     steps: list[_Step] = field(default_factory=list)  # steps without prefill

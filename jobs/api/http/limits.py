@@ -19,7 +19,7 @@ class BodyLimitMiddleware:
     """Rejects bodies that are too large, too slow or compressed. The error is raised where the route reads the body.
 
     A body is too slow if no byte arrives for `idle_s`, or if its mean rate stays below `min_bytes_per_s` after that:
-    a client that sends a byte now and then must not hold a connection.
+    a client that sends one byte every few seconds must not hold a connection.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ _UNUSED = 2  # getrefcount() of an array that only its owner references: the own
 
 
 class CpuNetwork:
-    """A fused model or draft head, and the buffers of its forwards."""
+    """A decoder or draft head whose whole forward is one C call, with the buffers of that call."""
 
     def __init__(
         self,
@@ -40,10 +40,11 @@ class CpuNetwork:
         unit: FusedNorm | None = None,
         join: PackedLinear | None = None,
     ) -> None:
-        """Take fused layers, the modules around them, and `rotary` cosines and sines [positions, dim].
+        """Point the C structure at the weights.
 
-        The outputs of tapped layers go to `hidden`, whose slots are as long as the KV slots. `unit` (a norm) and `join`
-        make it a draft head: a row then joins the embedding of its token and the hidden state before it.
+        `rotary` holds cosines and sines [positions, dim]. `hidden` stores the outputs of the tapped layers; its slots
+        have the length of the KV slots. A draft head also has `unit` and `join`: `unit` normalises the embedding of a
+        row's token and the hidden state before it, and `join` projects the two to one row.
         """
         cos, sin = (part.contiguous() for part in rotary)
         self._kept = (stack, norm, output, embedding, cos, sin, unit, join)  # the C structure points into them

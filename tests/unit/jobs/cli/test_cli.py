@@ -11,7 +11,7 @@ from sqlalchemy import select
 from typer.testing import CliRunner
 
 from jobs.api.app import make_api
-from jobs.api.auth.guard import Authenticator
+from jobs.api.auth.authentication import Authenticator
 from jobs.cli import app as cli
 from jobs.cli import lookup
 from jobs.cli.options import FAILED, WRONG_USE

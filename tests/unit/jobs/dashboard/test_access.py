@@ -8,7 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from jobs.api.app import make_api
-from jobs.api.auth.guard import Authenticator
+from jobs.api.auth.authentication import Authenticator
 from jobs.dashboard.app import _add_download, _add_login
 from jobs.dashboard.body_limit import DashboardBodyLimit
 from jobs.dashboard.session import Sessions
