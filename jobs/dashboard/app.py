@@ -21,8 +21,8 @@ from sqlalchemy.orm import Session
 from starlette.datastructures import MutableHeaders, State
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from jobs.api.auth.caller import Caller
 from jobs.api.auth.authentication import Authenticator
+from jobs.api.auth.caller import Caller
 from jobs.api.dependencies import Services, find_job
 from jobs.api.routes.job_outputs import output_lines
 from jobs.dashboard import job_page, jobs_page, stats_page, workers_page

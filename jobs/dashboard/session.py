@@ -15,8 +15,8 @@ from typing import Final, TypeVar
 from fastapi import Request
 from sqlalchemy.orm import Session
 
-from jobs.api.auth.caller import Caller
 from jobs.api.auth.authentication import Authenticator
+from jobs.api.auth.caller import Caller
 from jobs.api.dependencies import Services
 from jobs.errors import InvalidKey
 from jobs.keys import Scope

@@ -78,7 +78,7 @@ def test_every_package_of_the_extras_is_blocked() -> None:
         # httpx's __init__ imports its command line, and rich with it, if click is installed (httpx 0.28.1). We do not.
         (
             "sys.modules['click'] = None; import jobs; jobs.Client(api_key='sk-x'), jobs.AsyncClient(api_key='sk-x')",
-            {"numpy", "redis", "rich", "sqlalchemy", "storage", "typer", "worker"},
+            {"numpy", "redis", "rich", "sqlalchemy", "typer", "worker"},
         ),
     ],
 )

@@ -10,8 +10,8 @@ from fastapi.testclient import TestClient
 from sqlalchemy import select
 
 from jobs.api.app import make_api
-from jobs.api.auth.caller import Caller
 from jobs.api.auth.authentication import Authenticator, RateLimiter
+from jobs.api.auth.caller import Caller
 from jobs.api.auth.stream_limits import StreamLimits
 from jobs.api.server import serve
 from jobs.errors import LimitReached, SetupError
