@@ -17,7 +17,7 @@ from jobs.messages import COMPLETIONS_ENDPOINT
 from jobs.schema_check import upgrade_schema
 from tests.models import byte_tokenizer, save_tiny, tiny
 from worker import benchmark, start
-from worker.bench import grid
+from worker.bench import grid, host_costs
 from worker.benchmark import OWN_MODES
 from worker.cli import commands
 from worker.engine.options import Mode
@@ -175,6 +175,16 @@ def test_the_grid_has_a_cell_for_every_batch_draft_and_temperature(
     found = {(r["mode"], r["batch"], r["temperature"], r["drafter"]) for r in results}
     assert found == set(product(OWN_MODES, (1, 3), (0.0, 1.0), ("replay", "random", "suffix")))
     assert all(r["tokens_per_s"] > 0 for r in results)
+
+
+def test_the_host_costs_of_a_step_are_the_sum_of_its_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    host_costs.main(sequences="3", mode="plain,trees", steps=4, temperature=0.0, as_json=True)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["mode"], line["nodes_per_step"]) for line in lines] == [("plain", 0), ("trees", 24)]
+    for line in lines:
+        assert line["tokens_per_step"] >= 3
+        assert sum(line["parts_ms"].values()) == pytest.approx(line["mean_ms"], abs=0.001)
+        assert {"schedule", "plan", "pack", "layout", "walk", "results", "hand over"} <= set(line["parts_ms"])
 
 
 def test_a_prompt_file_that_is_no_jsonl_names_the_line(tmp_path: Path) -> None:
