@@ -36,13 +36,26 @@ class WorkerSettings(JobsSettings):
         "control: as control tokens, like those of the chat template.",
     )
     mode: Literal["plain", "opt-tree", "paper"] = Field("opt-tree", description="Decoding mode.")
-    max_sequences: int = Field(64, gt=0, description="Max sequences decoded together.")
+    max_sequences: int = Field(
+        0,
+        ge=0,
+        description="Max sequences decoded together; 0: as many as the memory and the largest CUDA graph hold, and 64 "
+        "on a CPU.",
+    )
     interactive_sequences: int = Field(
         2, ge=0, description="Additional sequences that are reserved for interactive requests."
     )
-    kv_tokens: int = Field(0, ge=0, description="KV cache of all sequences, in tokens; 0: half of the free memory.")
+    kv_tokens: int = Field(
+        0,
+        ge=0,
+        description="KV cache of all sequences, in tokens; 0: 92 % of what the models leave free on a GPU, half of the "
+        "free memory on a CPU.",
+    )
     max_context: int = Field(
-        4096, gt=1, description="Max tokens of prompt and completion together; less if the model's context is shorter."
+        0,
+        ge=0,
+        description="Max tokens of prompt and completion together; 0: the context of the model, as far as the memory "
+        "holds it.",
     )
     prefill_rows: int = Field(512, gt=0, description="Max prompt tokens in one step.")
     nodes: int = Field(60, gt=0, description="Max nodes of one draft tree.")

@@ -71,8 +71,7 @@ def serve(settings: WorkerSettings) -> int:
     """Load the models, start the engine service, and receive notifications until a signal."""
     require_schema(settings.resolved_database_url)
     start_tracing("basic-worker")
-    sequences = settings.max_sequences + settings.interactive_sequences
-    loaded = load_engine(settings.model_copy(update={"max_sequences": sequences}), on_message=log.info)
+    loaded = load_engine(_with_interactive(settings), on_message=log.info)
     service = EngineService(
         settings, loaded, notify=WorkerNotifier(settings.redis_url).notify, worker_id=new_worker_id()
     )
@@ -99,6 +98,12 @@ def serve(settings: WorkerSettings) -> int:
         service.stop()
         stop_tracing()
     return 0
+
+
+def _with_interactive(settings: WorkerSettings) -> WorkerSettings:
+    """Return the settings with the interactive sequences added to a chosen number; a derived one includes them."""
+    sequences = settings.max_sequences and settings.max_sequences + settings.interactive_sequences
+    return settings.model_copy(update={"max_sequences": sequences})
 
 
 def _exit_normally(_number: int, _frame: object) -> None:

@@ -71,7 +71,8 @@ def _card(worker: WorkerView) -> None:
         heading(f"{worker.target} on {worker.hostname}")
         draft = f"drafts by {worker.draft}" if worker.draft else "no draft model"
         devices = ", ".join(map(str, worker.devices))
-        ui.label(f"{devices} · {draft} · started {format.ago(worker.started_at)}").classes("dim small")
+        context = f"context of {worker.context_tokens:,d} tokens"
+        ui.label(f"{devices} · {draft} · {context} · started {format.ago(worker.started_at)}").classes("dim small")
         with ui.element("dl").classes("figures"):
             for name, value in _figures(load):
                 with ui.element("div"):

@@ -25,9 +25,10 @@ from jobs.logs import without_secrets
 from jobs.schema_check import explain_database_errors
 from jobs.settings import JobsSettings
 from jobs.upkeep.import_names import shared_names
-from storage import schema
+from storage import queries, schema
 from storage.dialect import database_now
 from storage.health import Health, health
+from storage.queries import WorkerView
 from storage.session import DATABASE_UNAVAILABLE, Database, unavailable_reason
 from storage.settings import sqlite_file
 
@@ -198,6 +199,7 @@ def _database(settings: JobsSettings) -> Iterator[Finding]:
         if finding.status != "problem":
             with database.read() as session:
                 yield from _work(health(session, _STUCK_S), settings)
+                yield from _capacities(queries.workers(session))
     except (*DATABASE_UNAVAILABLE, SQLAlchemyError) as exc:
         advice = "start the database, or set BASIC_DATABASE_URL; the service answers 503 until it is available again"
         yield Finding("database", "problem", f"no answer: {unavailable_reason(exc)}", advice)
@@ -261,6 +263,16 @@ def _work(seen: Health, settings: JobsSettings) -> Iterator[Finding]:
         yield Finding(
             "jobs", "warning", f"{seen.open_requests} requests are queued; new jobs will get 429 soon", advice
         )
+
+
+def _capacities(workers: Iterable[WorkerView]) -> Iterator[Finding]:
+    """Yield what each live worker can hold, as it chose at its start."""
+    for worker in workers:
+        load = worker.load or {}
+        if worker.stopped_at is None and worker.lost_at is None and "kv_capacity_tokens" in load:
+            name = f"{worker.target} on {worker.hostname}, process {worker.pid}"
+            held = f"{load['kv_capacity_tokens']:,d} KV tokens, up to {load['max_sequences']:,d} sequences"
+            yield Finding("capacity", "ok", f"{name}: {held} of up to {worker.context_tokens:,d} tokens")
 
 
 def _api_server(settings: JobsSettings) -> Iterator[Finding]:

@@ -43,8 +43,8 @@ class EngineOptions:
 
     @property
     def draft_kv_tokens(self) -> int:
-        """KV entries of all sequences of a draft model together: their tokens and their trees."""
-        return self.total_kv_tokens + self.max_sequences * self.nodes * (self.max_depth - 1)
+        """KV entries of all sequences of a draft model together: their tokens, and the nodes that one step expands."""
+        return self.total_kv_tokens + MAX_STEP_NODES * (self.max_depth - 1)
 
     @property
     def total_kv_tokens(self) -> int:

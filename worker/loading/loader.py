@@ -12,27 +12,25 @@ from functools import partial
 
 import torch
 import transformers
-from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from jobs.errors import SetupError
 from jobs.messages import model_name
 from worker.engine.cpu.compiler import processor
 from worker.engine.engine import Engine
-from worker.engine.model.architecture import batch_dependent_rope, kv_bytes_per_token, max_positions
-from worker.engine.model.backend import fuse_layers, uses_paged_kv
+from worker.engine.model.architecture import max_positions
+from worker.engine.model.backend import fuse_layers
 from worker.engine.model.loading import gather_embeddings, load, native_dtype
 from worker.engine.model.offload import OffloadOptions
 from worker.engine.model.packed_model import LanguageModel, PackedModel
 from worker.engine.options import EngineOptions, Mode
-from worker.engine.paged.attention import GPU_BLOCK
 from worker.engine.speculation.cost_model import CostModel
 from worker.engine.speculation.draft_costs import DraftTimes
 from worker.engine.speculation.drafting import Drafter
 from worker.engine.speculation.state import SpeculationState
 from worker.loading.calibration import calibrate, calibrate_drafts, measure_drafts
+from worker.loading.capacity import choose_capacity
 from worker.loading.drafts import load_draft, uses_head
-from worker.loading.memory import available_bytes, with_kv_tokens
 from worker.loading.model_store import OnMessage, resolve
 from worker.loading.tensor_parallel import TARGET, RankGroup
 from worker.settings import WorkerSettings
@@ -103,17 +101,11 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
         gather_embeddings(model)
     tokenizer = load_tokenizer(path)
     config = model.config.get_text_config()
-    options = engine_options(settings, _context(settings, config, on_message))
     draft = load_draft(settings, model, tokenizer, ranks)
     if draft.name:
         on_message(f"Drafting with {draft.name}")
     fuse_layers(model)
-    # A head's hidden states are allocated per whole slot, so its target's KV memory can't be paged.
-    blocks = GPU_BLOCK if uses_paged_kv(model) and not draft.taps else None
-    free = _free_memory(settings, ranks)
-    options = with_kv_tokens(
-        options, settings.kv_tokens, kv_bytes_per_token(model), draft.token_bytes, device, blocks, free
-    )
+    options = choose_capacity(settings, model, draft, ranks, on_message)
     vocabulary = min(len(tokenizer), config.vocab_size)
     pack = PackedModel if ranks is None else partial(ranks.lead, index=TARGET)
     target = pack(
@@ -155,31 +147,9 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
     )
 
 
-def _context(settings: WorkerSettings, config: PretrainedConfig, on_message: OnMessage) -> int:
-    """Return the maximum context in tokens; report it if rotary embeddings limit it below the settings."""
-    max_tokens = max_positions(config) or settings.max_context
-    kind = batch_dependent_rope(config)
-    if kind and max_tokens < settings.max_context:
-        on_message(
-            f"The context is limited to {max_tokens} tokens: beyond them the {kind} rotary embeddings of "
-            f"{settings.target} depend on the other sequences of a batch"
-        )
-    return min(settings.max_context, max_tokens)
-
-
 def _of_parts(drafter: Drafter, times_of: Callable[[Drafter], DraftTimes]) -> tuple[DraftTimes, DraftTimes | None]:
     """Return the times of a drafter, and of its part without a network (None: it has no such part)."""
     return times_of(drafter), None if drafter.forward_free is None else times_of(drafter.forward_free)
-
-
-def _free_memory(settings: WorkerSettings, ranks: RankGroup | None) -> Callable[[torch.device], int]:
-    """Return a function that returns the free bytes of a device, or of the rank with the least."""
-
-    def free(device: torch.device) -> int:
-        own_bytes = available_bytes(device, settings.memory_share / settings.tp)
-        return own_bytes if ranks is None else ranks.min_free_bytes(own_bytes)
-
-    return free
 
 
 def _spread(settings: WorkerSettings) -> OffloadOptions | None:
@@ -199,16 +169,3 @@ def _cost_key(
     versions = (torch.__version__, transformers.__version__, target.version)
     threads = torch.get_num_threads()
     return (settings.target, settings.tp, str(target.dtype), device_name, threads, options.slot_tokens, taps, *versions)
-
-
-def engine_options(settings: WorkerSettings, context_tokens: int) -> EngineOptions:
-    """Return the engine options of the worker's settings."""
-    return EngineOptions(
-        mode=Mode(settings.mode),
-        max_sequences=settings.max_sequences,
-        max_context=context_tokens,
-        prefill_rows=settings.prefill_rows,
-        nodes=settings.nodes,
-        threshold=settings.threshold,
-        max_depth=settings.max_depth,
-    )

@@ -1,55 +1,54 @@
-"""Compute how many KV tokens fit beside the loaded models. Runs once at start-up, after all weights are loaded."""
+"""Compute how many KV tokens, sequences and context tokens fit beside the loaded models. Runs once at start-up."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from jobs.errors import SetupError
-from worker.engine.options import EngineOptions
+from worker.engine.options import MAX_STEP_NODES, EngineOptions
 
-_KV_SHARE = 0.5  # of the free memory; the rest is for activations, the tokenizer and other processes
+GPU_SHARE = 0.92  # of what the weights and the largest forward leave free; the rest: library workspaces, fragmentation
+CPU_SHARE = 0.5  # of free main memory, so that the machine stays usable
+MAX_CPU_SEQUENCES = 64  # more rows a step gain nothing on a CPU: its products are bound by arithmetic from about 32 on
+_MIN_SEQUENCE_TOKENS = 256  # of KV memory per sequence where the number of sequences is derived from it
 
 
-def with_kv_tokens(
-    options: EngineOptions,
-    chosen: int,
-    target_bytes: int,
-    draft_bytes: int,
-    device: torch.device,
-    block_size: int | None = None,
-    free: Callable[[torch.device], int] | None = None,
-) -> EngineOptions:
-    """Return options that fit the memory of a device, see `fit`; `free` measures it (default: `free_bytes`)."""
-    free_memory = 0 if chosen else (free or free_bytes)(device)
-    whole_slots = device.type != "cpu" and not block_size
-    return fit(
-        options, chosen, target_bytes, draft_bytes, free_memory, whole_slots=whole_slots, block_size=block_size or 0
-    )
+@dataclass(frozen=True, slots=True)
+class KvMemory:
+    """The memory of a device for KV, and how its stores allocate it."""
+
+    free_bytes: int  # free once the weights are loaded
+    share: float  # of them that KV may take
+    token_bytes: int  # KV bytes per token of the target
+    draft_token_bytes: int = 0  # of the draft; 0: it has none
+    block_size: int = 0  # tokens per block; 0: a slot takes memory as it is written
+    whole_slots: bool = False  # a slot's memory is allocated at once
+
+    def fitting_tokens(self, options: EngineOptions) -> int:
+        """Return how many KV tokens of both models fit beside the draft nodes of one step and a spare block per slot.
+
+        The draft holds every node that it expanded until verification; the target only the nodes that it verifies.
+        """
+        both = self.token_bytes + self.draft_token_bytes
+        trees = MAX_STEP_NODES * (self.token_bytes + (options.max_depth - 1) * self.draft_token_bytes)
+        blocks = options.max_sequences * self.block_size * both
+        return int((self.free_bytes * self.share - trees - blocks) // both)
 
 
 def fit(
-    options: EngineOptions,
-    chosen: int,
-    target_bytes: int,
-    draft_bytes: int,
-    free: int,
-    *,
-    whole_slots: bool,
-    block_size: int = 0,
+    options: EngineOptions, chosen_tokens: int, memory: KvMemory, *, derive_sequences: bool = False
 ) -> EngineOptions:
-    """Return options with `chosen` KV tokens, or as many as fit `free` bytes if that is 0.
+    """Return options with `chosen_tokens` KV tokens, or as many as fit the memory if that is 0.
 
-    `target_bytes` and `draft_bytes` are the KV bytes per token of each model. With `whole_slots` a slot's memory is
-    allocated at once; else it grows with its sequence, in blocks of `block_size` tokens if that is not 0. `max_context`
-    shrinks to the memory, so a prompt that could never be admitted is rejected as too long. Raises SetupError if not
-    even one sequence fits.
+    `max_context` shrinks to the memory, so that a prompt that could never be admitted is refused as too long. With
+    `derive_sequences`, `max_sequences` is an upper limit that shrinks to what the memory is likely to hold. Raises
+    SetupError if not even one sequence fits.
     """
-    tokens = chosen or _fitting_tokens(options, target_bytes, draft_bytes, free, block_size)
-    tokens = min(tokens, options.max_sequences * options.slot_tokens)
+    tokens = min(chosen_tokens or memory.fitting_tokens(options), options.max_sequences * options.slot_tokens)
     context = min(options.max_context, tokens - options.nodes - 1)
     if context < 2:
         raise SetupError(
@@ -57,22 +56,29 @@ def fit(
             "nodes; set BASIC_KV_TOKENS or BASIC_NODES, or choose a smaller model"
         )
     options = replace(options, max_context=context, kv_tokens=tokens)
-    if not whole_slots:
-        return options  # a slot takes memory only as it is written
-    return replace(options, max_sequences=max(1, min(options.max_sequences, tokens // options.slot_tokens)))
+    if memory.whole_slots:
+        return _with_sequences(options, tokens // options.slot_tokens)
+    return _with_sequences(options, tokens // _MIN_SEQUENCE_TOKENS) if derive_sequences else options
 
 
-def _fitting_tokens(options: EngineOptions, target_bytes: int, draft_bytes: int, free: int, block_size: int) -> int:
-    """Return how many KV tokens of both models fit beside each sequence's draft tree and one partly filled block."""
-    # The draft holds every node it expanded until verification; the target holds only the tree it verifies.
-    trees = options.max_sequences * options.nodes * (options.max_depth - 1) * draft_bytes
-    blocks = options.max_sequences * block_size * (target_bytes + draft_bytes)
-    return int((free * _KV_SHARE - trees - blocks) // (target_bytes + draft_bytes))
+def _with_sequences(options: EngineOptions, limit: int) -> EngineOptions:
+    return replace(options, max_sequences=max(1, min(options.max_sequences, limit)))
+
+
+def peak_bytes(device: torch.device, run: Callable[[], object]) -> int:
+    """Return the memory in bytes that `run` takes on a GPU beyond what is allocated before it."""
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    return int(peak - before)
 
 
 def free_bytes(device: torch.device) -> int:
     """Return the free memory of a device in bytes."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # memory that torch holds for reuse is free
         return int(torch.cuda.mem_get_info(device)[0])
     return min(_free_of_machine(), _free_of_container())
 

@@ -13,7 +13,7 @@ from typing import Any
 from jobs.errors import SetupError
 from worker.engine.options import EngineOptions
 from worker.engine.paged.attention import GPU_BLOCK
-from worker.loading.memory import fit
+from worker.loading.memory import GPU_SHARE, KvMemory, fit
 from worker.planning.devices import GIB
 from worker.planning.forecast import Machine, Speculation, Step, speculate, step
 from worker.planning.shapes import ModelShape
@@ -146,16 +146,14 @@ def _fitted(request: PlanRequest, free: int, ranks: int, draft_ranks: int) -> En
     options = EngineOptions(
         max_sequences=request.sequences, max_context=request.context, nodes=request.nodes, max_depth=request.max_depth
     )
-    draft_kv = request.draft.kv_entries(draft_ranks) * size if request.draft else 0
-    return fit(
-        options,
-        request.kv_tokens,
-        request.target.kv_entries(ranks) * size,
-        draft_kv,
-        free,
-        whole_slots=False,
+    memory = KvMemory(
+        free_bytes=free,
+        share=GPU_SHARE,
+        token_bytes=request.target.kv_entries(ranks) * size,
+        draft_token_bytes=request.draft.kv_entries(draft_ranks) * size if request.draft else 0,
         block_size=GPU_BLOCK,
     )
+    return fit(options, request.kv_tokens, memory)
 
 
 def _rated(request: PlanRequest, placement: Placement, fitted: EngineOptions) -> Placement:

@@ -75,6 +75,16 @@ def test_unserved_and_stuck_jobs_are_findings(installed: JobsSettings) -> None:
     assert "stuck" in found(installed)["jobs"].message
 
 
+def test_the_capacity_that_a_live_worker_chose_is_a_finding(installed: JobsSettings) -> None:
+    database = Database.open(installed.resolved_database_url)
+    with database.write() as session:
+        writes.register_worker(session, a_worker_card(id="w", context_tokens=8192))
+        writes.update_load(session, "w", {"max_sequences": 64, "kv_capacity_tokens": 100_000})
+    database.dispose()
+    message = found(installed)["capacity"].message
+    assert message == "tiny on localhost, process 1: 100,000 KV tokens, up to 64 sequences of up to 8,192 tokens"
+
+
 def test_a_server_that_evicts_is_a_problem(installed: JobsSettings, redis_url: str) -> None:
     import redis
 

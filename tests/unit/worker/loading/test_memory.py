@@ -1,25 +1,20 @@
-"""Laws of KV memory: derived KV tokens fit, and the context never exceeds what can be admitted."""
+"""Laws of KV memory: derived tokens and sequences fit, and the context never exceeds what can be admitted."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
-import torch
 
 from jobs.errors import SetupError
 from tests.models import tiny
 from worker.engine.model.architecture import kv_bytes_per_token
-from worker.engine.options import EngineOptions
-from worker.loading import memory
-from worker.loading.memory import with_kv_tokens
+from worker.engine.options import MAX_STEP_NODES, EngineOptions
+from worker.loading.capacity import largest_forward
+from worker.loading.memory import KvMemory, fit
 
-CPU = torch.device("cpu")
-OPTIONS = EngineOptions(max_sequences=4, max_context=1000, nodes=60, max_depth=10)
-
-
-@pytest.fixture
-def free(monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 1_000_000)
-    return 1_000_000
+OPTIONS = EngineOptions(max_sequences=4, max_context=10_000, nodes=60, max_depth=10)
+MEMORY = KvMemory(free_bytes=10_000_000, share=0.92, token_bytes=200)
 
 
 def test_kv_bytes_are_the_keys_and_values_of_every_layer() -> None:
@@ -27,32 +22,46 @@ def test_kv_bytes_are_the_keys_and_values_of_every_layer() -> None:
 
 
 @pytest.mark.parametrize("draft_bytes", [0, 40])
-def test_derived_tokens_of_target_and_draft_fit_half_of_the_free_memory(free: int, draft_bytes: int) -> None:
-    fitted = with_kv_tokens(OPTIONS, 0, 200, draft_bytes, CPU)
-    trees = 4 * 60 * 9 * draft_bytes
-    assert 0 <= free / 2 - trees - fitted.total_kv_tokens * (200 + draft_bytes) < 200 + draft_bytes
+@pytest.mark.parametrize("block_size", [0, 64])
+def test_derived_tokens_and_the_draft_nodes_of_one_step_fill_the_share(draft_bytes: int, block_size: int) -> None:
+    memory = replace(MEMORY, draft_token_bytes=draft_bytes, block_size=block_size)
+    tokens = fit(replace(OPTIONS, max_sequences=8), 0, memory).total_kv_tokens
+    trees = MAX_STEP_NODES * (200 + 9 * draft_bytes)
+    spare = 8 * block_size * (200 + draft_bytes)
+    assert 0 <= 9_200_000 - trees - spare - tokens * (200 + draft_bytes) < 200 + draft_bytes
 
 
-def test_kv_tokens_are_limited_to_the_slots(free: int) -> None:
-    assert with_kv_tokens(OPTIONS, 0, 1, 0, CPU).total_kv_tokens == 4 * (1000 + 60 + 1)
+def test_kv_tokens_are_limited_to_the_slots() -> None:
+    assert fit(OPTIONS, 0, replace(MEMORY, token_bytes=1)).total_kv_tokens == 4 * (10_000 + 60 + 1)
 
 
 def test_the_context_shrinks_to_what_can_be_admitted() -> None:
-    fitted = with_kv_tokens(OPTIONS, 300, 200, 0, CPU)
+    fitted = fit(OPTIONS, 300, MEMORY)
     assert (fitted.kv_tokens, fitted.max_context) == (300, 239)
 
 
 def test_slots_allocated_whole_are_limited_to_the_memory() -> None:
-    assert with_kv_tokens(OPTIONS, 2500, 200, 0, torch.device("cuda")).max_sequences == 2
+    assert fit(OPTIONS, 25_000, replace(MEMORY, whole_slots=True)).max_sequences == 2
 
 
-def test_paged_slots_may_exceed_what_fits_whole(free: int) -> None:
-    fitted = with_kv_tokens(OPTIONS, 2500, 200, 0, torch.device("cuda"), 256)
+def test_paged_slots_may_exceed_what_fits_whole() -> None:
+    fitted = fit(OPTIONS, 2500, replace(MEMORY, block_size=64))
     assert (fitted.max_sequences, fitted.total_kv_tokens) == (4, 2500)
-    derived = with_kv_tokens(OPTIONS, 0, 200, 0, torch.device("cuda"), 256).total_kv_tokens
-    assert 0 <= free / 2 - (derived + 4 * 256) * 200 < 200
+
+
+@pytest.mark.parametrize(("tokens", "sequences"), [(100_000, 256), (25_600, 100), (300, 1)])
+def test_derived_sequences_shrink_with_the_memory(tokens: int, sequences: int) -> None:
+    options = replace(OPTIONS, max_sequences=256)
+    assert fit(options, tokens, MEMORY, derive_sequences=True).max_sequences == sequences
+    assert fit(options, tokens, MEMORY).max_sequences == 256  # chosen: each sequence may be short
+
+
+def test_the_largest_forward_has_logits_for_every_root_and_draft_node() -> None:
+    options = replace(OPTIONS, max_context=40, prefill_rows=32)  # more rows than the context has positions
+    model = tiny()
+    assert largest_forward(model, options)().shape == (4 + MAX_STEP_NODES, model.config.vocab_size)
 
 
 def test_too_little_memory_names_the_setting() -> None:
     with pytest.raises(SetupError, match="BASIC_KV_TOKENS"):
-        with_kv_tokens(OPTIONS, 50, 200, 0, CPU)
+        fit(OPTIONS, 50, MEMORY)

@@ -1,0 +1,121 @@
+"""Choose an engine's capacity from the settings, the loaded models and the memory they leave free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from worker.engine.model.architecture import batch_dependent_rope, kv_bytes_per_token, max_positions, ranks_of
+from worker.engine.model.backend import uses_paged_kv
+from worker.engine.model.packed_model import PackedModel
+from worker.engine.options import MAX_STEP_NODES, EngineOptions, Mode
+from worker.engine.paged.attention import GPU_BLOCK
+from worker.engine.paged.shape_buckets import BUCKETS
+from worker.engine.segments import chain
+from worker.loading.drafts import DrafterFactory
+from worker.loading.memory import CPU_SHARE, GPU_SHARE, MAX_CPU_SEQUENCES, KvMemory, available_bytes, fit, peak_bytes
+from worker.loading.model_store import OnMessage
+from worker.loading.tensor_parallel import RankGroup
+from worker.settings import WorkerSettings
+
+_DEFAULT_CONTEXT = 4096  # tokens, for a model without a limit and where every slot takes the memory of a full context
+_UNMEASURED_SHARE = 0.5  # of the free memory, for tensor parallel ranks: their largest forward is not measured
+_FORWARD_COPIES = 2  # the largest forward's memory is held twice: by the CUDA graphs, and by steps without a graph
+
+
+def choose_capacity(
+    settings: WorkerSettings,
+    model: PreTrainedModel,
+    draft: DrafterFactory,
+    ranks: RankGroup | None,
+    on_message: OnMessage,
+) -> EngineOptions:
+    """Return the engine's options; `on_message` takes a sentence about what was chosen.
+
+    Raises SetupError if not even one sequence fits.
+    """
+    # A head's hidden states are allocated per whole slot, so its target's KV memory can't be paged.
+    paged = uses_paged_kv(model) and not draft.taps
+    whole_slots = model.device.type != "cpu" and not paged
+    options = _wanted(settings, model, whole_slots, on_message)
+    memory = KvMemory(
+        free_bytes=0 if settings.kv_tokens else _free_bytes(settings, model, options, ranks),
+        share=_share(model),
+        token_bytes=kv_bytes_per_token(model),
+        draft_token_bytes=draft.token_bytes,
+        block_size=GPU_BLOCK if paged else 0,
+        whole_slots=whole_slots,
+    )
+    options = fit(options, settings.kv_tokens, memory, derive_sequences=not settings.max_sequences)
+    gib = options.total_kv_tokens * (memory.token_bytes + memory.draft_token_bytes) / 2**30
+    on_message(
+        f"KV cache: {options.total_kv_tokens:,} tokens in {gib:.1f} GiB, up to {options.max_sequences:,} "
+        f"sequence(s) of up to {options.max_context:,} tokens"
+    )
+    return options
+
+
+def _wanted(
+    settings: WorkerSettings, model: PreTrainedModel, whole_slots: bool, on_message: OnMessage
+) -> EngineOptions:
+    """Return the options before memory limits them."""
+    device_limit = MAX_CPU_SEQUENCES if model.device.type == "cpu" else BUCKETS[-1]
+    return EngineOptions(
+        mode=Mode(settings.mode),
+        max_sequences=settings.max_sequences or device_limit,
+        max_context=_context(settings, model.config.get_text_config(), whole_slots, on_message),
+        prefill_rows=settings.prefill_rows,
+        nodes=settings.nodes,
+        threshold=settings.threshold,
+        max_depth=settings.max_depth,
+    )
+
+
+def _context(settings: WorkerSettings, config: PretrainedConfig, whole_slots: bool, on_message: OnMessage) -> int:
+    """Return the maximum context in tokens; report it if rotary embeddings limit it below the settings."""
+    positions = max_positions(config)
+    default = _DEFAULT_CONTEXT if whole_slots or positions is None else positions
+    wanted = settings.max_context or default
+    if positions is None or wanted <= positions:
+        return wanted
+    kind = batch_dependent_rope(config)
+    if kind:
+        on_message(
+            f"The context is limited to {positions} tokens: beyond them the {kind} rotary embeddings of "
+            f"{settings.target} depend on the other sequences of a batch"
+        )
+    return positions
+
+
+def _share(model: PreTrainedModel) -> float:
+    if model.device.type == "cpu":
+        return CPU_SHARE
+    return GPU_SHARE if ranks_of(model) == 1 else _UNMEASURED_SHARE
+
+
+def _free_bytes(
+    settings: WorkerSettings, model: PreTrainedModel, options: EngineOptions, ranks: RankGroup | None
+) -> int:
+    """Return the bytes that weights and the largest forward leave free, on the rank with the least."""
+    forward_bytes = 0
+    if ranks is None and model.device.type == "cuda":
+        forward_bytes = peak_bytes(model.device, largest_forward(model, options))
+    own_bytes = available_bytes(model.device, settings.memory_share / settings.tp) - _FORWARD_COPIES * forward_bytes
+    return own_bytes if ranks is None else ranks.min_free_bytes(own_bytes)
+
+
+def largest_forward(model: PreTrainedModel, options: EngineOptions) -> Callable[[], Tensor]:
+    """Return a function that runs the largest forward of a step: all its prompt rows, draft nodes and roots.
+
+    It returns the logits [draft nodes + roots, vocab]. Its KV memory is allocated before it runs.
+    """
+    kept = options.max_sequences + MAX_STEP_NODES
+    rows = chain(0, 0, [0] * (options.prefill_rows + kept), keep_last=True)
+    positions = np.minimum(rows.positions, options.max_context - 1)
+    segment = replace(rows, positions=positions, keep=np.arange(kept))
+    packed = PackedModel(model, slots=1, capacity=len(rows.ids), verifies=False)
+    return lambda: packed.forward([segment])
