@@ -50,13 +50,13 @@ class BatchClaim:
 
     @property
     def is_validated(self) -> bool:
-        """True when the requests are stored, so that the files are to be written."""
+        """True when all requests are stored, so that only the files are left to write."""
         return self.validated_at is not None
 
 
 @dataclass(frozen=True, slots=True)
 class BatchEnd:
-    """The files and the token usage of a batch that ends."""
+    """What `end_batch` stores: ids of the output and error files (None: no file), and token usage."""
 
     output_file_id: str | None
     error_file_id: str | None
@@ -116,7 +116,7 @@ def add_requests(session: Session, claim: BatchClaim, first_index: int, requests
     now = database_now(session)
     rows = [request_row(claim.job_id, first_index + n, request, now) for n, request in enumerate(requests)]
     for row in rows:
-        row["event_number"] = None  # event-log readers see none before all are stored
+        row["event_number"] = None  # readers of the event log see no request before all are stored
     session.execute(insert_or_ignore(session, Request), rows)
 
 
@@ -159,7 +159,7 @@ def fail_batch(
     status = "cancelled" if renew_claim(session, claim, lease_s) == "cancelling" else "failed"
     session.execute(
         delete(Request).where(Request.job_id == claim.job_id)
-    )  # of an earlier processor that found the input valid
+    )  # inserted by an earlier processor that found the input valid
     ended = {"status": status, "finished_at": database_now(session), "clerk_until": None}
     session.execute(update(JobRow).where(JobRow.id == claim.job_id).values(errors=list(errors), model=model, **ended))
     return status

@@ -55,7 +55,7 @@ def clock(dialect: str) -> ColumnElement[float]:
 
 
 def repeatable_read(session: Session) -> None:
-    """Use one snapshot for all queries of a transaction that has not begun. SQLite always does."""
+    """Make the transaction that is about to begin see one snapshot in all its queries, as SQLite always does."""
     if dialect_of(session) == "postgresql":
         session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
 

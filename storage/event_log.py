@@ -38,9 +38,9 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """What a reader has received: every commit up to `base` and, in a pass, a part of those after it up to `until`.
+    """What a reader has received: all commits up to `base`, and in a pass a part of the commits up to `until`.
 
-    In a pass it has the checkpoints of the choices that were open at `until`, and the ends up to `position`.
+    That part is the checkpoints of all choices that were open at `until`, and the ended choices up to `position`.
     """
 
     base: int = -1
@@ -50,11 +50,11 @@ class Cursor:
 
     @property
     def newest(self) -> int:
-        """Event number of the newest commit in this cursor."""
+        """Event number of the newest commit of which the reader has received something."""
         return max(self.base, self.until, self.position.number)
 
     def within(self, end: Cursor) -> Cursor:
-        """Return this cursor if the log that ends at `end` can contain it, else that of a new reader."""
+        """Return this cursor, or a new reader's if it lies beyond `end`, the end of the log: then it is of another."""
         final = self.status in FINAL_JOB_STATUSES
         return self if self.newest <= end.newest and (not final or self == end) else Cursor()
 
@@ -155,7 +155,7 @@ def _open_checkpoints(session: Session, job_id: str, base: int) -> list[LogEvent
 
 
 def _ended_choices(session: Session, job_id: str, since: Cursor, limit: int) -> list[tuple[Position, AnyRow]]:
-    """Return what ended in this pass after the position, in order; more than `limit` rows: there is another page."""
+    """Return what ended in this pass after the position, in order. More than `limit` rows mean another page."""
     rows = [*_outputs(session, job_id, since, limit), *_failures(session, job_id, since, limit)]
     return sorted(rows, key=lambda row: row[0])
 

@@ -36,7 +36,7 @@ class FairShare:
 
     @property
     def job_ids(self) -> list[str]:
-        """The jobs that still wait."""
+        """Ids of the jobs that still have requests to claim."""
         return list(self._owners)
 
     def allocate(self, slots: int) -> dict[str, int]:
@@ -57,7 +57,7 @@ class FairShare:
         return dict(slots_by_job)
 
     def add_running(self, job_id: str, requests: int) -> None:
-        """Count requests of a job that have just been claimed."""
+        """Count requests of a job that were just claimed, so that the next allocation knows them."""
         self._running[job_id] += requests
         self._owners_running[self._owners[job_id]] += requests
 

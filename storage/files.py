@@ -22,7 +22,7 @@ _ABANDONED_S: Final = 86_400.0  # an upload that is unfinished after this time i
 
 @dataclass(frozen=True, slots=True)
 class FileView:
-    """A visible file."""
+    """Metadata of a visible file: one that is complete and neither deleted nor expired."""
 
     id: str
     purpose: str
@@ -34,7 +34,7 @@ class FileView:
 
 @dataclass(frozen=True, slots=True)
 class FileViewPage:
-    """A page of the list of files."""
+    """A page of the list of files; `has_more`: files follow it."""
 
     files: tuple[FileView, ...]
     has_more: bool
@@ -53,12 +53,12 @@ def begin_file(session: Session, file_id: str, purpose: str, filename: str, owne
 
 
 def append_chunk(session: Session, file_id: str, index: int, data: bytes) -> None:
-    """Write one chunk."""
+    """Write the next chunk of an unfinished file."""
     session.execute(insert(FileChunk).values(file_id=file_id, chunk_index=index, data=data))
 
 
 def finish_file(session: Session, file_id: str, size: int, expires_after_s: float | None, purpose: str) -> None:
-    """Make a file visible whose chunks are written. `created_at` becomes now."""
+    """Make a completely written file visible, and set its `created_at` to now."""
     now = database_now(session)
     expires_at = None if expires_after_s is None else now + expires_after_s
     shown = {"status": "ready", "bytes": size, "created_at": now, "expires_at": expires_at, "purpose": purpose}

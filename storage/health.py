@@ -59,7 +59,7 @@ def health(session: Session, stuck_s: float) -> Health:
 
 
 def _stuck(session: Session, served: set[str], since: float) -> tuple[str, ...]:
-    """Return up to 20 older jobs with open requests of which nothing was committed since then."""
+    """Return up to 20 jobs older than `since` that have open requests and no commit since then."""
     running = select(Request.job_id).where(Request.job_id == JobRow.id, Request.status == "running").correlate(JobRow)
     moved = select(Partial.job_id).where(Partial.job_id == JobRow.id, Partial.committed_at > since).correlate(JobRow)
     ended = select(Request.job_id).where(Request.job_id == JobRow.id, Request.finished_at > since).correlate(JobRow)
@@ -76,7 +76,7 @@ def _stuck(session: Session, served: set[str], since: float) -> tuple[str, ...]:
 
 
 def _others_move(since: float) -> ColumnElement[bool]:
-    """Return the condition that other jobs make progress: then this one may only be waiting."""
+    """Return the condition that other jobs make progress: this one may then only wait for its turn."""
     other = select(Partial.job_id).where(Partial.committed_at > since, Partial.job_id != JobRow.id)
     return other.correlate(JobRow).exists()
 

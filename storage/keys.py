@@ -67,7 +67,7 @@ class OpenWork:
 
 
 def add_key(session: Session, key: NewKey) -> None:
-    """Insert a key."""
+    """Insert a key; its lifetime starts now."""
     now = database_now(session)
     columns = {**asdict(key), "scopes": list(key.scopes), "created_at": now}
     lasts_s = columns.pop("lasts_s")

@@ -63,7 +63,7 @@ class Base(DeclarativeBase):
 
 
 class JobRow(Base):
-    """A job. Holds request counts and token sums, so that the status of a job of any size is one row."""
+    """A job. Its request counts and token sums are columns, so that reading a status costs one row for any job."""
 
     __tablename__ = "jobs"
 
@@ -72,7 +72,7 @@ class JobRow(Base):
     model: Mapped[str]
     endpoint: Mapped[str]
     created_at: Mapped[float]
-    started_at: Mapped[float | None]  # when its first request was claimed
+    started_at: Mapped[float | None]  # when the first request was claimed
     finished_at: Mapped[float | None]
     expires_at: Mapped[float]
     cancelling_at: Mapped[float | None]
@@ -92,7 +92,7 @@ class JobRow(Base):
     input_file_id: Mapped[str | None]  # NULL: the requests came inline
     completion_window: Mapped[str | None]  # as submitted, such as 24h
     output_expires_after_s: Mapped[float | None]
-    validated_at: Mapped[float | None]  # NULL: the input is not read to its end; its requests do not count yet
+    validated_at: Mapped[float | None]  # NULL: the input is still being read, and its requests do not count yet
     finalizing_at: Mapped[float | None]
     output_file_id: Mapped[str | None]
     error_file_id: Mapped[str | None]
@@ -220,7 +220,7 @@ class Partial(Base):
 
 
 class ChoiceOutput(Base):
-    """A finished choice."""
+    """A finished choice: its text, tokens and log-probabilities. Written once, by the flush that finishes it."""
 
     __tablename__ = "outputs"
 

@@ -74,7 +74,7 @@ def flush(
 
 
 class _LeaseState(Enum):
-    """State of a lease."""
+    """What a flush may do under a lease."""
 
     HELD = auto()
     ENDED = auto()  # this owner has ended the request already: the flush is a repeat
@@ -84,7 +84,7 @@ class _LeaseState(Enum):
 
 @dataclass(slots=True)
 class _JobCounts:
-    """What a flush adds to the counts of its jobs, by job id."""
+    """Counts that a flush adds to its jobs, by job id."""
 
     completed: Counter[str] = field(default_factory=Counter)
     failed: Counter[str] = field(default_factory=Counter)

@@ -26,7 +26,7 @@ _REQUESTS_PER_PAGE: Final = 50  # few, because each body can be as large as BASI
 
 @dataclass(frozen=True, slots=True)
 class JobView:
-    """The state of a job."""
+    """The state of a job, from its row alone."""
 
     id: str
     status: str
@@ -58,7 +58,7 @@ class JobView:
 
 @dataclass(frozen=True, slots=True)
 class JobViewPage:
-    """A page of the list of jobs."""
+    """A page of the list of jobs; `has_more`: jobs follow it."""
 
     jobs: tuple[JobView, ...]
     has_more: bool
@@ -66,7 +66,7 @@ class JobViewPage:
 
 @dataclass(frozen=True, slots=True)
 class ChoiceView:
-    """A finished choice."""
+    """A finished choice: text, tokens and why it ended."""
 
     choice_index: int
     text: str
@@ -283,7 +283,7 @@ def requests_to_retry(session: Session, job_id: str) -> Iterator[NewRequest]:
 
 
 def open_requests(session: Session) -> int:
-    """Return how many requests are open."""
+    """Return the number of queued and running requests of all jobs."""
     left = JobRow.requests_total - JobRow.requests_completed - JobRow.requests_failed
     return int(
         session.scalar(select(func.coalesce(func.sum(left), 0)).where(JobRow.status.in_(ACTIVE_JOB_STATUSES))) or 0
@@ -334,7 +334,7 @@ def _job_view(row: AnyRow) -> JobView:
 
 
 def _output_view(rows: list[AnyRow]) -> OutputView:
-    """Return a request from its rows: one per choice, or one without a choice."""
+    """Return a request from the rows of its join with `outputs`: one per choice; one with NULLs if it has no choice."""
     request = rows[0]
     return OutputView(
         custom_id=request.custom_id,

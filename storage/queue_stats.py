@@ -52,7 +52,7 @@ class WorkerLoad:
 
 @dataclass(frozen=True, slots=True)
 class QueueStats:
-    """A snapshot of the queue."""
+    """Jobs, requests, errors, leases and workers, read in one transaction."""
 
     open_jobs: tuple[OpenJobs, ...]
     totals: tuple[Totals, ...]

@@ -26,7 +26,7 @@ class RequestFailure:
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """A job to insert."""
+    """A job to insert, without its requests."""
 
     id: str
     model: str
@@ -93,7 +93,7 @@ class Lease:
 
     @property
     def key(self) -> RequestKey:
-        """Key of the request."""
+        """Job id and index of the request."""
         return (self.job_id, self.request_index)
 
 
@@ -238,7 +238,7 @@ class FlushResult:
 
 @dataclass(frozen=True, slots=True)
 class NewWorker:
-    """A worker to register."""
+    """A worker to register once it is ready to serve."""
 
     id: str
     hostname: str

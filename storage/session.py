@@ -34,7 +34,8 @@ _POSTGRESQL_LIMITS: Final = {
     "tcp_user_timeout": "15000",
 }
 _POOL: Final = {"pool_size": 5, "max_overflow": 40, "pool_timeout": 10}  # the API server has 40 threads
-_SQLITE_POOL: Final = {"pool_size": 5, "max_overflow": 75, "pool_timeout": 10}  # waiting writers leave some
+# Writers that wait for SQLite's lock hold a connection each: leave some for readers.
+_SQLITE_POOL: Final = {"pool_size": 5, "max_overflow": 75, "pool_timeout": 10}
 
 STATEMENT_TIMEOUT_S: Final = 4.5  # of one statement in an API call
 LONG_STATEMENT_TIMEOUT_S: Final = 30.0  # of one statement in the background

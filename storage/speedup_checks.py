@@ -61,7 +61,7 @@ def claim_check(
 
 
 def renew_check(session: Session, job_id: str, lease_s: float) -> None:
-    """Renew the lease of a check."""
+    """Extend the lease of a check to `lease_s` from now."""
     session.execute(update(JobRow).where(JobRow.id == job_id).values(comparing_until=database_now(session) + lease_s))
 
 

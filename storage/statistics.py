@@ -107,7 +107,7 @@ class Expectation:
 
 @dataclass(frozen=True, slots=True)
 class Minute:
-    """One minute of decoding."""
+    """Tokens and steps of one minute."""
 
     minute: int  # start, Unix seconds
     tokens: int
@@ -169,7 +169,7 @@ class JobStats:
 
 
 def job_stats(session: Session, job_id: str) -> JobStats:
-    """Return the statistics of one job."""
+    """Return the statistics of one job, its speed-up check included."""
     return _stats(session, _Scope(job_id))
 
 

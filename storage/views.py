@@ -270,6 +270,6 @@ def create_views(connection: Connection, names: Iterable[str] = VIEWS) -> None:
 
 
 def drop_views(connection: Connection) -> None:
-    """Drop all views that exist."""
+    """Drop these views; those that do not exist are skipped."""
     for name in VIEWS:
         connection.execute(text(f"DROP VIEW IF EXISTS {name}"))

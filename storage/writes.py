@@ -47,7 +47,7 @@ _MAX_CHUNK_BYTES: Final = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class InsertedJob:
-    """Result of `insert_job`."""
+    """Id of the stored job: the new one, or the earlier one with the same idempotency key."""
 
     job_id: str
     created: bool  # False: the idempotency key or the id is taken; nothing was written
