@@ -201,9 +201,9 @@ class Engine:
 
 
 def _drawn_ranks(root: int, path: IntArray, emitted: int, rank: IntArray, children: IntArray) -> DrawnRanks:
-    """Return what the target drew below the root and each accepted node that has children, as far as it was emitted.
+    """Return (number of children, rank of the drawn child) of the root and of each accepted node that has children.
 
-    Tokens that were cut off at the end of the sequence don't count.
+    Rank None: the target drew no child. Leave out draws that were cut off at the end of the sequence.
     """
     drawn: list[int | None] = [*rank[path].tolist(), None]
     counts = children[[root, *path.tolist()]].tolist()

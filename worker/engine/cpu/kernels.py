@@ -33,7 +33,7 @@ class Product(ctypes.Structure):
 
 
 class View(ctypes.Structure):
-    """`view_t`: what the rows of a step see."""
+    """`view_t`: the KV entries that each row of a step attends to."""
 
     _fields_ = _fields("first prefix extra_start extra", _ADDRESS) + _fields("end", _SIZE)
 

@@ -29,7 +29,7 @@ _STEP = ("table", "sequence", "starts", "seen", "own", "own_count", "positions",
 
 @triton.jit
 def _sum_parts(parts, size, inside, PARTS: tl.constexpr, dtype: tl.constexpr):
-    """Return the sum of an element over all parts, which are `size` apart, first to last, in the model's dtype."""
+    """Sum an element over all parts, first to last, in the model's dtype; parts are `size` elements apart."""
     total = tl.load(parts, mask=inside, other=0.0)
     for part in tl.static_range(1, PARTS):
         total += tl.load(parts + part * size, mask=inside, other=0.0)
@@ -211,9 +211,9 @@ def _attend_runs(
     WINDOWED: tl.constexpr,
     TILE: tl.constexpr, PADDED_DIM: tl.constexpr, CHUNK: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Attend up to a tile of rows of a run over their common chunks; programs of its other rows do nothing.
+    """Attend the rows of one tile of a run over their common chunks. The program of the tile's first row does it for all.
 
-    For rows that list entries, these are the full chunks of their stretch; for others, all chunks.
+    The common chunks of rows that list entries are the full chunks of their stretch; of other rows, all chunks.
     """
     lead, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     group: tl.constexpr = HEADS // KV_HEADS

@@ -93,7 +93,7 @@ def kv_heads_of(model: PreTrainedModel) -> int:
 
 
 def head_dim_of(model: PreTrainedModel) -> int:
-    """Return the size of a head."""
+    """Return the number of dimensions of one attention head."""
     config = model.config.get_text_config()
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 

@@ -67,7 +67,7 @@ class Group:
         return queries * keys * (len(self.segments) + 1) <= _PADDING_LIMIT * needed
 
     def add(self, segment: Segment) -> None:
-        """Add a segment."""
+        """Add a segment that the group accepts."""
         self.queries, self.keys = self.grown(segment)
         self.segments.append(segment)
 

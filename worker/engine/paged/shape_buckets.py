@@ -56,7 +56,7 @@ class BucketedForward:
         return logits[:kept].clone(), None if other is None else other[:rows].clone()
 
     def _replay(self, segments: Sequence[Segment], shape: Shape) -> Outputs:
-        # From pageable memory, so that the copy has read it when this returns.
+        # From pageable memory: the copy has read it when `copy_` returns, so it may be freed.
         self._flat[: shape.size].copy_(torch.from_numpy(laid_out(segments, self._kv, shape)))
         if shape not in self._replays:
             self._replays[shape] = self._capture(lambda: self._once(shape))

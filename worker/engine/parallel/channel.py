@@ -67,7 +67,7 @@ class Channel:
         return int(mine)
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections to all ranks; further commands fail."""
         distributed.destroy_process_group()
 
     def _broadcast(self, words: IntArray) -> None:

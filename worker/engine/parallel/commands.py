@@ -62,7 +62,7 @@ def decode(words: IntArray) -> RankCommand:
 
 
 class _ArrayReader:
-    """Reads an array from its start."""
+    """Takes the fields of a command from its array, in the order in which `encode` wrote them."""
 
     def __init__(self, words: IntArray) -> None:
         self._words, self._at = words, 0

@@ -87,7 +87,7 @@ class LeaderModel(PackedModel):
 
 
 class FollowerModels:
-    """The models of a follower, by index."""
+    """Executes the leader's commands on the models of this rank, which have the same indices as the leader's."""
 
     def __init__(self, models: Sequence[PreTrainedModel]) -> None:
         """Take loaded models in the order of their indices."""

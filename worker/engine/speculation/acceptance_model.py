@@ -1,4 +1,4 @@
-"""How often the target draws the token that a drafter gives a probability: learned while decoding, by bins.
+"""Learn, while decoding, how often the target draws a token to which the drafter gives a probability.
 
 Calibration by binning: within a bin, accepted over expected tokens corrects the drafter's probability. Every node that
 the target reached labels all candidates offered there, verified or not, so the labels are not censored by the cut.

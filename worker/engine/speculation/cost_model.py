@@ -98,7 +98,7 @@ class CostModel:
 
 
 class PlainStepTimes:
-    """What a plain step takes now, by load class, as a ratio to its calibration.
+    """The current time of plain steps, by load class, relative to the calibrated time.
 
     Only plain steps are measured. The cost model also learns from steps with trees, and an error there would look like
     slow plain decoding: speculation would be credited with it.
@@ -127,7 +127,7 @@ class PlainStepTimes:
         return clip_ratio(slowdown, 1.0, TIME_OUTLIER)
 
     def plain_ms(self, batch_size: int, calibrated_ms: float) -> float:
-        """Return what a plain step takes now that took `calibrated_ms` at calibration."""
+        """Return the current time, in ms, of a plain step that took `calibrated_ms` at calibration."""
         return calibrated_ms * self._plain[load_class(batch_size)].value
 
 

@@ -21,7 +21,7 @@ class Drafter(Protocol):
 
     @property
     def forward_free(self) -> Drafter | None:
-        """The part of a mixed drafter that runs no forward; None if it has no such part, or no other."""
+        """The part of a mixed drafter that runs no forward; None for a drafter that is not mixed."""
 
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
         """Offer children for the frontier nodes. Each call of a step is for the next layer of the same forest."""
@@ -38,7 +38,7 @@ class Drafter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What a drafter offered below a frontier, in its own probabilities."""
+    """The candidates that a drafter offered below a frontier, with the drafter's own probabilities."""
 
     frontier: IntArray
     offered: Candidates

@@ -32,7 +32,7 @@ from worker.engine.speculation.verifier import AcceptedPath
 
 @dataclass(frozen=True, slots=True)
 class _Strategy:
-    """One way to draft, with what it costs and gains: the whole drafter, or its part that runs no forward."""
+    """A drafter, or the part of it that runs no forward, with its costs and gains."""
 
     drafter: Drafter
     stats: DrafterStats
@@ -40,7 +40,7 @@ class _Strategy:
 
 @dataclass(frozen=True, slots=True)
 class _Start:
-    """How a step drafts, and for which trees."""
+    """The strategy that drafts in a step, and the trees for which it does."""
 
     strategy: _Strategy
     roots: IntArray
@@ -56,7 +56,7 @@ class StepPlan:
     nodes: IntArray  # the index in `drafted` of each node of `selected`
     layers: list[Layer]
     decision: Decision
-    strategy: _Strategy | None = None  # that drafted
+    strategy: _Strategy | None = None  # the one that drafted; None: none did
     catch_up_ms: float = 0.0  # time the drafter took to read uncached tokens, if it had fallen behind
     lookup_ms: float = 0.0  # time of a draft lookup that found no candidates
 
@@ -146,7 +146,10 @@ class Planner:
         return plain_steps.plain_ms(batch_size, calibrated_ms) * slowdown
 
     def _update_guards(self, plan: StepPlan, batch_size: int, tokens: int, step_ms: float, plain_ms: float) -> None:
-        """Account for a step in the strategy that drafted it, or in all if none did; the others were idle."""
+        """Book a step with the guard of the strategy that drafted it, or with all guards if none did.
+
+        The guards of the other strategies count an idle step.
+        """
         for strategy in self._strategies:
             stats = strategy.stats
             if plan.strategy is not None and strategy is not plan.strategy:

@@ -1,4 +1,4 @@
-"""May this step speculate? A guard that bounds what speculation can lose, even if the cost model is wrong.
+"""Decide whether a step may speculate: bound what speculation can lose, even if the cost model is wrong.
 
 It is a token bucket per drafting strategy and load class. A step adds the tokens that it wrote more than plain decoding
 would have in the same time, or takes away those it wrote less; every step refills a small allowance. An empty bucket
@@ -48,8 +48,8 @@ class _LoadClass:
     blocked: bool = False
     throughput: RunningMean = field(default_factory=_mean)  # tokens per ms, of all steps
     speedup: RunningMean = field(default_factory=partial(_mean, 1.0))  # over plain decoding, of all steps
-    gain: RunningMean = field(default_factory=_mean)  # over plain decoding, in parts of it, of steps that speculated
-    plain_steps: RunningMean = field(default_factory=partial(_mean, 1.0))  # that one which speculated takes
+    gain: RunningMean = field(default_factory=_mean)  # over plain decoding, as a fraction of it, of speculating steps
+    plain_steps: RunningMean = field(default_factory=partial(_mean, 1.0))  # time of a speculating step, in plain steps
 
     def refill(self, batch_size: int, tokens: int, earned: float = 0.0) -> None:
         """Add what a step earned and its allowance, up to the capacity."""
@@ -61,10 +61,10 @@ class _LoadClass:
         self.blocked = self.tokens < (REOPEN_TOKENS if self.blocked else 0.0)
 
     def steps_taken(self, step_ms: float, plain_ms: float, speculated: bool) -> float:
-        """Return how many plain steps a step took.
+        """Return the duration of a step in plain steps, clipped to `STEP_OUTLIER` times the usual duration.
 
-        Clipped, so that a pause of the machine is not booked as a loss; relative to the usual length of steps that
-        speculate, so that drafts which are slow every time are.
+        So a pause of the machine is not booked as a loss of the drafts. Drafts that are slow in every step raise the
+        usual duration, and their loss is booked in full.
         """
         usual = self.plain_steps.value if speculated else 1.0
         steps = min(step_ms / plain_ms, STEP_OUTLIER * max(1.0, usual))
@@ -83,8 +83,8 @@ class RegretGuard:
     def _class(self, batch_size: int) -> _LoadClass:
         """Return the bucket of a load, a new one if there is none.
 
-        If drafts lost with fewer sequences they will hardly gain with more, where rows cost more: a small trial will
-        do.
+        Drafts that lost with fewer sequences hardly gain with more, where rows cost more: their bucket starts with
+        fewer tokens.
         """
         load = load_class(batch_size)
         if load not in self._classes:
@@ -100,7 +100,7 @@ class RegretGuard:
     def time_price(self, batch_size: int, plain_ms: float) -> float:
         """Return the opportunity cost of time, in tokens per ms: plain throughput, or the recent one if it is higher.
 
-        It is scaled from the load class to `batch_size`, since the speed-up is what the class has in common.
+        Batch sizes of a load class share the speed-up, so it is applied to the plain throughput of `batch_size`.
         """
         return batch_size / plain_ms * max(self._class(batch_size).speedup.value, 1.0)
 
@@ -113,13 +113,13 @@ class RegretGuard:
         return self._class(batch_size).tokens
 
     def gain(self, batch_size: int) -> float:
-        """Return what recent steps that speculated gained over plain ones, in parts of a plain step."""
+        """Return the mean gain of recent speculating steps over plain ones, as a fraction of a plain step."""
         return self._class(batch_size).gain.value
 
     def observe(self, batch_size: int, tokens: int, step_ms: float, plain_ms: float, *, speculated: bool) -> None:
         """Account for a step that wrote `tokens` tokens in `step_ms`, where plain decoding takes `plain_ms`.
 
-        `speculated`: it spent more than a lookup on drafts, verified or not.
+        `speculated`: it spent more than a lookup on drafts, whether or not any was verified.
         """
         load = self._class(batch_size)
         steps = load.steps_taken(step_ms, plain_ms, speculated)

@@ -27,8 +27,8 @@ class SpeculationState:
     whole: DrafterStats = field(default_factory=DrafterStats)
     forward_free: DrafterStats = field(default_factory=DrafterStats)
     plain_steps: PlainStepTimes = field(default_factory=PlainStepTimes)
-    steps: int = 0  # that could have speculated
-    last_probe: int = 0  # the number of the last of them that was plain on purpose
+    steps: int = 0  # steps in which speculation was possible
+    last_probe: int = 0  # value of `steps` at the last probe, a step that was plain on purpose
 
     @classmethod
     def of(cls, whole: DraftTimes, forward_free: DraftTimes | None) -> Self:

@@ -82,9 +82,9 @@ class CostAwareBudget:
         entries: float,
         trees: int,
     ) -> None:
-        """Price a step of `trees` trees that has `rows` rows attending to `entries` KV entries even without drafts.
+        """Price a step of `trees` trees; without drafts it has `rows` rows that attend to `entries` KV entries.
 
-        Everything is computed on first use: most lookups for drafts find nothing, and must cost nothing.
+        Prices are computed on first use: most lookups find no drafts, and then no time may be spent on prices.
         """
         self._nodes = nodes
         self._costs = costs
@@ -138,7 +138,7 @@ class CostAwareBudget:
         return float((values.cumsum() - self._row_prices[1 : len(values) + 1]).max(initial=0.0))
 
     def _may_have_children(self, values: FloatArray, now: float, parents: FloatArray) -> BoolArray:
-        """Return for each parent whether its children can enter the cut beside nodes with `values`, which nets `now`.
+        """Return for each parent whether its children can enter the cut; without them the cut of `values` nets `now`.
 
         No child is worth more than its parent. One with its parent's value may enter alone (if rows get dearer, there
         is more space for one) or with all others of its layer (if rows are priced in steps, they share one).
@@ -174,14 +174,14 @@ class CostAwareBudget:
         return ranked[: len(self._row_prices) - 1]
 
     def _values(self, forest: Forest) -> FloatArray:
-        """Return the values of these nodes, descending."""
+        """Return the values of the nodes of `_ranked`, descending."""
         drafted = forest.value[len(forest.sequences) :]
         if len(drafted) > self._nodes:
             return forest.value[self._ranked(forest)]
         return _descending(drafted)
 
     def _within(self, forest: Forest) -> BoolArray:
-        """Mark these nodes."""
+        """Return a mask of the forest that is True for the nodes of `_ranked`."""
         within = np.zeros(forest.size, np.bool_)
         within[self._ranked(forest)] = True
         return within
