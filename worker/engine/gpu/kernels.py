@@ -29,7 +29,7 @@ _STEP = ("table", "sequence", "starts", "seen", "own", "own_count", "positions",
 
 @triton.jit
 def _sum_parts(parts, size, inside, PARTS: tl.constexpr, dtype: tl.constexpr):
-    """Sum an element over all parts, first to last, in the model's dtype; parts are `size` elements apart."""
+    """Sum an element over all parts, first to last, and convert it to `dtype`; parts are `size` elements apart."""
     total = tl.load(parts, mask=inside, other=0.0)
     for part in tl.static_range(1, PARTS):
         total += tl.load(parts + part * size, mask=inside, other=0.0)
@@ -211,7 +211,7 @@ def _attend_runs(
     WINDOWED: tl.constexpr,
     TILE: tl.constexpr, PADDED_DIM: tl.constexpr, CHUNK: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Attend the rows of one tile of a run over their common chunks. The program of the tile's first row does it for all.
+    """Attend the rows of one tile of a run over their common chunks; only the program of the tile's first row does so.
 
     The common chunks of rows that list entries are the full chunks of their stretch; of other rows, all chunks.
     """
