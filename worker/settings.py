@@ -19,7 +19,7 @@ def _draft(named: str) -> str:
 
 
 class WorkerSettings(JobsSettings):
-    """Settings of a worker process."""
+    """Settings of a worker process, and of commands that load the same models."""
 
     draft: Annotated[str, AfterValidator(_draft)] = Field(
         "",

@@ -96,7 +96,7 @@ def decode(engine: Engine, sequences: list[Sequence]) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _ModelPair:
-    """A target and its draft."""
+    """A target and its draft, both with random weights."""
 
     target: PackedModel
     drafts: PackedModel

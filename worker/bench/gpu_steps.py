@@ -41,7 +41,7 @@ _COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Time of one kind of step."""
+    """Measured time of steps with this many rows, next to the memory-traffic floor."""
 
     rows: int
     sequences: int

@@ -17,7 +17,7 @@ class SlotRange:
     """A range of a target's KV slots, used as a separate target."""
 
     def __init__(self, target: LanguageModel, first: int, slots: int) -> None:
-        """Use the slots first..first+slots-1."""
+        """Use the slots from `first` to `first + slots - 1` of the target."""
         self._target, self._first, self._slots = target, first, slots
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:

@@ -155,7 +155,7 @@ class PackedHead:
 
 
 class HeadDrafter:
-    """Drafts with a head."""
+    """A `Drafter` that runs a head over each layer of the trees."""
 
     def __init__(self, head: HeadModel, hidden: HiddenStates, name: str) -> None:
         """Use a head with the slot numbers of the target, whose hidden states are in `hidden`."""

@@ -115,7 +115,7 @@ def read_head(folder: str, target: TargetIdentity) -> Head:
 
 
 def file_sha256(file: Path) -> str:
-    """Return the SHA-256 of a file."""
+    """Return the SHA-256 of a file in hex."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -41,7 +41,7 @@ class MixedDrafter:
         return self._network.num_uncached_tokens(sequence)
 
     def commit(self, forest: Forest, tree: int, path: IntArray, emitted: list[int]) -> None:
-        """Let both learn what was accepted."""
+        """Pass the accepted tokens to both drafters."""
         self._network.commit(forest, tree, path, emitted)
         self._suffix.commit(forest, tree, path, emitted)
 

@@ -18,7 +18,7 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """Limits of one engine."""
+    """Mode and limits of one engine, and parameters of its draft trees."""
 
     mode: Mode = Mode.OPT_TREE
     max_sequences: int = 16  # sequences decoded together; one KV slot each

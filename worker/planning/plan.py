@@ -56,7 +56,7 @@ class Placement:
 
     @property
     def name(self) -> str:
-        """Name of the layout."""
+        """Name of the layout, such as `4 x TP 2, draft split`."""
         whole = f"{self.replicas} x 1 GPU" if self.ranks == 1 else f"{self.replicas} x TP {self.ranks}"
         where = {0: "", 1: ", draft on the first rank"}.get(self.draft_ranks, ", draft split")
         return whole + (where if self.ranks > 1 else "")

@@ -39,19 +39,19 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters."""
+        """Number of parameters of the whole model."""
         return self.split_parameters + self.whole_parameters
 
     def rank_parameters(self, ranks: int) -> int:
-        """Return the parameters per rank."""
+        """Return the number of parameters that each of `ranks` ranks holds."""
         return math.ceil(self.split_parameters / ranks) + self.whole_parameters
 
     def read_parameters(self, ranks: int) -> int:
-        """Return the parameters per rank that a step reads."""
+        """Return the number of parameters that a step reads on each of `ranks` ranks."""
         return self.rank_parameters(ranks) - math.ceil(self.embedding_parameters / ranks)
 
     def kv_entries(self, ranks: int) -> int:
-        """Return the numbers in the keys and values of one token, per rank."""
+        """Return how many numbers the keys and values of one token have on each of `ranks` ranks."""
         return 2 * self.layers * self.head_dim * (self.kv_heads // ranks)
 
     def splits(self, ranks: int) -> bool:

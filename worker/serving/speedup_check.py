@@ -70,7 +70,7 @@ class _Variant:
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """A request in both variants."""
+    """A sampled request, with its decoding with drafts and its plain one."""
 
     text: SampledRequest
     drafted: _Variant
@@ -228,7 +228,7 @@ class SpeedupCheck:
         self._plain_next = self._next_is_plain() if results else not self._plain_next
 
     def _plain_batch(self) -> set[Hashable]:
-        """Return the next plain step's sequences: those with most tokens left: so batches stay large to the end."""
+        """Return the sequences of the next plain step: those with most tokens left, so that batches stay large."""
         unfinished = [pair for pair in self._pairs if not pair.plain.finished]
         waiting = [pair.plain.output_stream.sequence.slot < 0 for pair in unfinished]
         order = sorted(zip(waiting, unfinished, strict=True), key=lambda entry: (entry[0], -entry[1].tokens_left))

@@ -87,7 +87,7 @@ class TokenBytes:
 
 @lru_cache(maxsize=4)
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> TokenBytes:
-    """Return the cached `TokenBytes` of a tokenizer."""
+    """Return the `TokenBytes` of a tokenizer: the same object in later calls, so that its cache is kept."""
     return TokenBytes(tokenizer)
 
 

@@ -82,7 +82,7 @@ def evaluate(
 
 
 def table(evaluation: Evaluation) -> Table:
-    """Return the evaluation as a table."""
+    """Return the evaluation as a table, one row per budget."""
     shown = Table(title=f"{evaluation.drafter} on {evaluation.texts} held-out texts, {evaluation.tokens} tokens")
     for column in ("nodes", "tokens/step", "E(A)", *(f"depth {depth}" for depth in range(1, 6))):
         shown.add_column(column, justify="right")

@@ -49,7 +49,7 @@ class ProgressDisplay(Protocol):
 
 
 class _NoBars:
-    """Shows nothing."""
+    """Displays nothing: for processes other than the main one."""
 
     def part(self, name: str, total: int) -> Callable[..., None]:
         return lambda *_: None

@@ -21,7 +21,7 @@ from worker.text.codec import load_tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A loaded target."""
+    """A loaded target whose layers are not fused, with its tokenizer and the weights that a draft shares."""
 
     path: str
     model: PreTrainedModel

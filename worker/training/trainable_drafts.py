@@ -26,7 +26,7 @@ from worker.training.target import Target
 
 
 class TrainableDraft(Protocol):
-    """A draft in training."""
+    """The interface of a draft in training."""
 
     @property
     def loss(self) -> nn.Module:
@@ -56,7 +56,7 @@ def trainable_draft(target: Target, recipe: Recipe, texts: Sequence[Text]) -> Tr
 
 
 class TrainableHead:
-    """A head in training."""
+    """A head in training: its network, and the target's weights that it reads."""
 
     def __init__(self, target: Target, recipe: Recipe, tokens: Tensor, proposed: Tensor) -> None:
         """Initialise random layers; train on the vocabulary `tokens`, propose only the ids in `proposed`."""
@@ -79,7 +79,7 @@ class TrainableHead:
         return HeadDrafter(head, hidden, "head")
 
     def save(self, folder: Path) -> list[Path]:
-        """Save the head."""
+        """Write the head in the format of `worker.drafters.head_file`."""
         return write_head(folder, self.network, self._proposed, self._target.identity)
 
 
