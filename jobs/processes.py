@@ -126,7 +126,7 @@ class Children:
         self._children: list[Child] = []
 
     def start(self, command: Command) -> Child:
-        """Start a child."""
+        """Start a child process and keep it among the children."""
         child = Child(command)
         self._children.append(child)
         return child

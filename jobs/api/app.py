@@ -31,7 +31,7 @@ def make_api(
     authenticator: Authenticator | None = None,
     served_names: ServedNames | None = None,
 ) -> FastAPI:
-    """Return the application.
+    """Return the ASGI application that serves `database`.
 
     Defaults: `notify` notifies workers through the Redis server of the settings, `authenticator` accepts all callers
     until a key is created, and without `served_names` every `Host` is accepted.

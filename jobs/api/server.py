@@ -72,7 +72,7 @@ def serve(settings: JobsSettings, ready_file: Path | None = None) -> None:
 
 
 def server_config(api: FastAPI) -> uvicorn.Config:
-    """Return uvicorn's configuration."""
+    """Return uvicorn's configuration: our HTTP/1.1 protocol, timeouts and log format."""
     return uvicorn.Config(
         api,
         http=TimeoutH11Protocol,

@@ -51,7 +51,7 @@ class StreamLoad:
 
 @dataclass(frozen=True, slots=True)
 class StreamResult:
-    """Results of the benchmark."""
+    """What the readers received, how far they were behind the last commit, and what the server used."""
 
     readers: int
     events_per_reader: int  # of a reader that was connected from the start

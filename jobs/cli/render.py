@@ -109,22 +109,22 @@ class Transcript:
 
     @property
     def running(self) -> Iterator[ChoiceText]:
-        """The running choices."""
+        """The choices of which some text has arrived, but not the end."""
         choices = ((self._open[index], choice) for (index, _), choice in self._choices.items())
         return (choice for left, choice in choices if left > 0 and not choice.ended)
 
 
 class JobDisplay(Protocol):
-    """Shows a job while it runs."""
+    """Shows the text of a job while it runs, on a terminal or as lines."""
 
     def __enter__(self) -> Self:
-        """Start."""
+        """Start to show the job."""
 
     def __exit__(self, *exc: object) -> None:
         """Stop and restore the screen."""
 
     def show(self, event: PartialEvent) -> None:
-        """Show an event."""
+        """Show the change that an event makes."""
 
 
 def make_console() -> Console:

@@ -119,7 +119,7 @@ class AsyncClient:
         return [job for job in listed if job.id.startswith(id_prefix)]  # an older server ignores `id_prefix`
 
     async def stats(self) -> Statistics:
-        """Return the statistics of all jobs."""
+        """Return speed and speculation statistics of all jobs together."""
         return await self._call("GET", "/v1/stats")
 
     async def job_rows(self, job_id: str | None = None, limit: int = 100) -> list[Statistics]:
@@ -128,7 +128,7 @@ class AsyncClient:
         return list((await self._call("GET", "/v1/stats/jobs", params=params))["data"])
 
     async def get(self, job_id: str) -> JobInfo:
-        """Return a job."""
+        """Return the status, counts and progress of a job."""
         return JobInfo.model_validate(await self._call("GET", f"/v1/jobs/{job_id}"))
 
     async def cancel(self, job_id: str) -> JobInfo:
@@ -142,7 +142,7 @@ class AsyncClient:
         return AsyncJob(self, reply["id"])
 
     async def job_stats(self, job_id: str) -> Statistics:
-        """Return the statistics of a job."""
+        """Return speed and speculation statistics of a job."""
         return await self._call("GET", f"/v1/jobs/{job_id}/stats")
 
     async def wait(self, job_id: str, progress: ProgressCallback = False, poll_s: float = 1.0) -> JobInfo:
@@ -299,7 +299,7 @@ class AsyncJob:
         return await self._client.dataframe(self.id, failed=failed)
 
     async def cancel(self) -> JobInfo:
-        """Cancel the job."""
+        """Cancel the job. Outputs of completed requests are kept."""
         return await self._client.cancel(self.id)
 
     async def retry(self, *, idempotency_key: str | None = None) -> AsyncJob:
@@ -307,7 +307,7 @@ class AsyncJob:
         return await self._client.retry(self.id, idempotency_key=idempotency_key)
 
     async def stats(self) -> Statistics:
-        """Return the statistics of the job."""
+        """Return speed and speculation statistics of the job."""
         return await self._client.job_stats(self.id)
 
 

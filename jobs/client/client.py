@@ -68,7 +68,7 @@ class Client:
 
     @property
     def api_url(self) -> str:
-        """The URL of the service."""
+        """Base URL of the service: the argument, or the one that was found."""
         return self._client.api_url
 
     def submit(
@@ -177,7 +177,7 @@ class Job:
         return self._client.run(lambda client: client.dataframe(self.id, failed=failed))
 
     def cancel(self) -> JobInfo:
-        """Cancel the job."""
+        """Cancel the job. Outputs of completed requests are kept."""
         return self._client.run(lambda client: client.cancel(self.id))
 
     def retry(self, *, idempotency_key: str | None = None) -> Job:
@@ -186,5 +186,5 @@ class Job:
         return Job(self._client, again.id)
 
     def stats(self) -> Statistics:
-        """Return the statistics of the job."""
+        """Return speed and speculation statistics of the job."""
         return self._client.run(lambda client: client.job_stats(self.id))

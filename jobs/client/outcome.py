@@ -12,14 +12,14 @@ _POSITION: Final = re.compile(r"^(?:line \d+|requests\[\d+\])[^:]*: ")
 
 
 def status_text(status: str, completed: int, failed: int) -> str:
-    """Return the status of a job of which this many requests completed and failed."""
+    """Return a status in words; `completed` and `failed` are the job's numbers of requests with these ends."""
     if status != JobStatus.COMPLETED or not failed:
         return status.replace("_", " ")
     return f"completed, {failed:,d} failed" if completed else "completed, all failed"
 
 
 def job_status_text(info: JobInfo) -> str:
-    """Return the status of a job."""
+    """Return the status of a job in words, with the number of failed requests if it completed with any."""
     return status_text(info.status, info.request_counts.completed, info.request_counts.failed)
 
 

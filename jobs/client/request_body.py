@@ -40,7 +40,7 @@ class Table(Protocol):
 
     @property
     def columns(self) -> Any:
-        """The names of its columns."""
+        """Column names, in order."""
 
     @property
     def to_dict(self) -> Any:
@@ -208,7 +208,7 @@ def _request(value: Any, index: int) -> Any:
 
 
 def _python_value(value: Any) -> Any:
-    """Return a numpy value as a Python value."""
+    """Return a numpy scalar or array as Python values, which JSON can encode; raise TypeError for other values."""
     if hasattr(value, "tolist"):
         return value.tolist()
     raise TypeError(f"it holds a value of type {type(value).__name__}")

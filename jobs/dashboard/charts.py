@@ -48,12 +48,12 @@ def acceptance(stats: JobStats) -> Option:
 
 
 def depths(stats: JobStats) -> Option:
-    """Acceptance rate of draft tokens by depth in the tree."""
+    """Return the acceptance rate of draft tokens by depth in the tree."""
     return _rate_bars("depth in the tree", [(row.depth, row.rate) for row in stats.acceptance_by_depth])
 
 
 def ranks(stats: JobStats) -> Option:
-    """Acceptance rate of draft tokens by their rank among the children of a node."""
+    """Return the acceptance rate of draft tokens by their rank among the children of a node."""
     return _rate_bars("rank of the child", [(row.child_rank + 1, row.rate) for row in stats.acceptance_by_rank])
 
 
@@ -112,7 +112,7 @@ def phases(stats: JobStats) -> Option:
 
 
 def decisions(stats: JobStats) -> Option:
-    """Shares of the decisions of steps."""
+    """Return the share of steps by their decision on drafts."""
     rows = stats.decisions[::-1]
     return _chart(
         xAxis=_axis("value", "% of steps"),
@@ -122,7 +122,7 @@ def decisions(stats: JobStats) -> Option:
 
 
 def tree(recorded: TreeDetails) -> Option:
-    """A draft tree: tokens, their probability given the parent, and the accepted path."""
+    """Return a draft tree: tokens, their probability given the parent, and the accepted path."""
     children: dict[int, list[int]] = {}
     for node, (parent, *_) in enumerate(recorded.nodes):
         children.setdefault(parent, []).append(node)

@@ -42,7 +42,7 @@ _FILTERS: Final = {
 
 
 async def build(context: PageContext, caller: Caller, job_id: str) -> None:
-    """Build the page."""
+    """Build the page of a job; for an id that the caller can't see, a link to the list."""
     job = await context.read(lambda session: queries.job(session, job_id, caller.sees))
     with frame("Job", dark=context.dark, signed_in=context.signed_in):
         if job is None:

@@ -35,7 +35,7 @@ _TOO_LONG: Final = (
 
 
 async def build(context: PageContext, caller: Caller) -> None:
-    """Build the page."""
+    """Build the list of jobs and the button that opens the dialog for a new one."""
     with frame("Jobs", dark=context.dark, signed_in=context.signed_in):
         with ui.element("div").classes("line"):
             with ui.element("div").classes("grow"):
@@ -78,7 +78,7 @@ class JobList:
 
 
 class JobListRow:
-    """One job in the list."""
+    """The row of one job in the list: id, status, progress and speed."""
 
     def __init__(self, job: JobView) -> None:
         """Add the row's elements."""
@@ -119,7 +119,7 @@ def show_job_status(label: ui.label, job: JobView) -> None:
 
 
 def show_status(label: ui.label, status: str) -> None:
-    """Show a status in its colour."""
+    """Set a label to a status, in the colour of that status."""
     label.set_text(status.replace("_", " "))
     label.classes(replace=f"status status-{status}")
 

@@ -45,7 +45,7 @@ class Sessions:
         return session
 
     def end(self, session: str) -> None:
-        """End a session."""
+        """Forget a session: its cookie no longer stands for a key."""
         self._keys.pop(session, None)
 
     def authenticate(self, session: str, address: str, needed: Scope) -> Caller:

@@ -19,7 +19,7 @@ _REFRESH_S: Final = 5.0
 
 
 async def build(context: PageContext, caller: Caller) -> None:
-    """Build the page."""
+    """Build an empty page and fill it from a timer, so that it is shown before the statistics are read."""
     with frame("Statistics", dark=context.dark, signed_in=context.signed_in):
         heading("Statistics of all jobs", 1)
         page = StatsPage(context, caller)

@@ -23,7 +23,7 @@ _SHOWN: Final = 40
 
 
 async def build(context: PageContext, caller: Caller) -> None:
-    """Build the page."""
+    """Build the page; it is redrawn only when a worker changed or its relative times did."""
     with frame("Workers", dark=context.dark, signed_in=context.signed_in):
         heading("Workers", 1)
         shown = ui.element("div").classes("stack")

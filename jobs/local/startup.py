@@ -34,7 +34,7 @@ _WORKER_STOP_S = 20.0  # the worker finishes its step, commits, and returns its 
 
 
 class StartupStopped(Exception):
-    """A signal stopped the start."""
+    """A signal arrived before the service had started."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,7 @@ class TokenAlternatives:
     top: tuple[ScoredToken, ...]
 
     def stored(self) -> Stored:
-        """Return the stored form."""
+        """Return the stored form: the token itself, then its alternatives."""
         return [self.chosen.stored(), *(other.stored() for other in self.top)]
 
     @classmethod

@@ -28,7 +28,7 @@ class ResponseHeader:
         return self.endpoint == CHAT_ENDPOINT
 
     def object(self, kind: str, choices: list[Json], **more: Any) -> Json:
-        """Return an object with these fields."""
+        """Return the header's fields (id, model, time, …) together with these."""
         return {
             "id": self.id,
             "object": kind,

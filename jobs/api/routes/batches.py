@@ -14,7 +14,7 @@ from jobs.api.dependencies import CurrentServices, cancel_job, find_job
 from jobs.api.http.body import Body
 from jobs.api.http.multipart import read_expires_after_s
 from jobs.api.schemas import serializers
-from jobs.api.schemas.openapi import ORDER_BODY
+from jobs.api.schemas.openapi import BATCH_BODY
 from jobs.api.schemas.replies import BatchPage, BatchReply, responses
 from jobs.api.submissions import IDEMPOTENCY_KEY, json_object, read_endpoint, read_window_s, require_json
 from jobs.api.write_threads import run_write
@@ -28,23 +28,25 @@ from storage.queries import JobView
 
 router = APIRouter(prefix="/v1/batches")
 
-_MAX_ORDER_BYTES = 65_536  # enough for the largest metadata
+_MAX_BODY_BYTES = 65_536  # enough for the largest metadata
 _OPENAI_FIELDS = frozenset({"input_file_id", "endpoint", "completion_window", "metadata", "output_expires_after"})
 _FIELDS = _OPENAI_FIELDS | {"compare_plain"}
 
 
-@router.post("", response_model=None, openapi_extra=ORDER_BODY, responses=responses(BatchReply, 400, 404, 409))
+@router.post("", response_model=None, openapi_extra=BATCH_BODY, responses=responses(BatchReply, 400, 404, 409))
 async def create(request: Request, services: CurrentServices, caller: CurrentCaller) -> Response:
     """Create a batch from an uploaded file. Its status is `validating` until the lines are read."""
     require_json(request.headers)
 
     def accept(body: Body) -> Response:
         with submit_span(request.headers) as traceparent:
-            order = replace(_order(body, request.headers.get(IDEMPOTENCY_KEY), caller), traceparent=traceparent)
-            batch_id = create_batch(order, caller.sees, services.database, services.settings)
+            batch = replace(
+                _read_submission(body, request.headers.get(IDEMPOTENCY_KEY), caller), traceparent=traceparent
+            )
+            batch_id = create_batch(batch, caller.sees, services.database, services.settings)
         return JSONResponse(serializers.batch(find_job(services, batch_id, caller)))
 
-    async with services.bodies.received(request, _MAX_ORDER_BYTES) as body:
+    async with services.bodies.received(request, _MAX_BODY_BYTES) as body:
         return await run_write(accept, body)
 
 
@@ -57,7 +59,7 @@ def list_batches(
     order: Literal["asc", "desc"] = "desc",
     status: JobStatus | None = None,
 ) -> Response:
-    """List batches by creation time, newest first. `after` is the last id of the previous page."""
+    """List batches by creation time, newest first unless `order` is `asc`. `after` is the last id of the previous page."""
     with services.database.read() as session:
         if after and not _is_batch(queries.job(session, after, caller.sees)):
             raise InvalidValue("Unknown batch id in `after`.", param="after")
@@ -95,7 +97,7 @@ def _is_batch(job: JobView | None) -> bool:
     return job is not None and job.input_file_id is not None
 
 
-def _order(body: Body, idempotency_key: str | None, caller: Caller) -> BatchSubmission:
+def _read_submission(body: Body, idempotency_key: str | None, caller: Caller) -> BatchSubmission:
     fields = json_object(body.open().read())
     refuse_unknown(fields, _FIELDS)
     return BatchSubmission(

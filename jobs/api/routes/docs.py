@@ -32,7 +32,7 @@ _HEADERS: Final = {
 
 @router.get("/docs")
 def page() -> HTMLResponse:
-    """Return the page."""
+    """Return the HTML of Swagger UI."""
     shown = get_swagger_ui_html(
         openapi_url="openapi.json",
         title="bASIC API",
@@ -46,7 +46,7 @@ def page() -> HTMLResponse:
 
 @router.get("/docs/{name}")
 def part(name: str) -> Response:
-    """Return a file of the page."""
+    """Return a script, style sheet or icon of Swagger UI."""
     if name not in _FILES:
         raise NotFound(f"Unknown file {name[:80]!r}.")
     try:

@@ -274,7 +274,7 @@ _ORDER_EXAMPLE: Final[Json] = {
 UPLOAD_BODY: Final[Json] = {
     "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _named("Upload", _FORM)}}}
 }
-ORDER_BODY: Final[Json] = {
+BATCH_BODY: Final[Json] = {
     "requestBody": {
         "required": True,
         "content": {"application/json": {"schema": _named("BatchOrder", _ORDER), "example": _ORDER_EXAMPLE}},

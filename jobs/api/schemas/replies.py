@@ -70,7 +70,7 @@ class _Reply(BaseModel):
 
 
 class ErrorInfo(_Reply):
-    """An error: a message, and the field and the code it is about, if any."""
+    """An error: its message, type and code, and the field that caused it, if one did."""
 
     message: str
     type: str
@@ -96,7 +96,7 @@ class BatchError(_Reply):
 
 
 class BatchErrors(_Reply):
-    """The errors in the input of a batch."""
+    """The errors for which a batch failed, with their lines."""
 
     object: Literal["list"]
     data: list[BatchError]
@@ -149,7 +149,7 @@ class JobReply(_Reply):
 
 
 class JobPage(_Reply):
-    """A page of the list of jobs, newest first."""
+    """A page of the list of jobs, in the requested order."""
 
     object: Literal["list"]
     data: list[JobReply]
@@ -159,7 +159,7 @@ class JobPage(_Reply):
 
 
 class OutputChoice(_Reply):
-    """One text of a request."""
+    """One of the texts generated for a request."""
 
     index: int
     text: str
@@ -189,7 +189,7 @@ class OutputLine(_Reply):
 
 
 class FileReply(_Reply):
-    """A file."""
+    """An uploaded file, or an output or error file of a batch."""
 
     model_config = ConfigDict(json_schema_extra={"example": _FILE})
 
@@ -205,7 +205,7 @@ class FileReply(_Reply):
 
 
 class FilePage(_Reply):
-    """A page of the list of files."""
+    """A page of the list of files, in the requested order."""
 
     object: Literal["list"]
     data: list[FileReply]
@@ -215,7 +215,7 @@ class FilePage(_Reply):
 
 
 class FileDeleted(_Reply):
-    """A deleted file."""
+    """Confirmation that a file was deleted."""
 
     model_config = ConfigDict(json_schema_extra={"example": {"id": _FILE["id"], "object": "file", "deleted": True}})
 
@@ -237,7 +237,7 @@ class OutputDetails(_Reply):
 
 
 class BatchUsage(_Reply):
-    """Tokens of a batch."""
+    """Token counts of a batch, summed over its completed requests."""
 
     input_tokens: int
     input_tokens_details: InputDetails
@@ -276,7 +276,7 @@ class BatchReply(_Reply):
 
 
 class BatchPage(_Reply):
-    """A page of the list of batches, newest first."""
+    """A page of the list of batches, in the requested order."""
 
     object: Literal["list"]
     data: list[BatchReply]
@@ -294,7 +294,7 @@ class AnswerMessage(_Reply):
 
 
 class ChatChoice(_Reply):
-    """One answer to a chat."""
+    """One of the `n` answers to a chat."""
 
     index: int
     message: AnswerMessage
@@ -303,7 +303,7 @@ class ChatChoice(_Reply):
 
 
 class ChatReply(_Reply):
-    """The answer to a chat."""
+    """The response to a chat: `n` answers and the token counts."""
 
     id: str
     object: Literal["chat.completion"]
@@ -315,7 +315,7 @@ class ChatReply(_Reply):
 
 
 class TextChoice(_Reply):
-    """One text."""
+    """One of the `n` completions of a prompt."""
 
     index: int
     text: str
@@ -324,7 +324,7 @@ class TextChoice(_Reply):
 
 
 class TextReply(_Reply):
-    """The answer to a prompt."""
+    """The response to a prompt: its completions and the token counts."""
 
     id: str
     object: Literal["text_completion"]
@@ -336,14 +336,14 @@ class TextReply(_Reply):
 
 
 class ChatDelta(_Reply):
-    """The new part of a message."""
+    """The part of a message that a chunk adds."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
 
 
 class ChatChunkChoice(_Reply):
-    """The new part of one answer to a chat."""
+    """What a chunk adds to one answer of a chat."""
 
     index: int
     delta: ChatDelta
@@ -364,7 +364,7 @@ class ChatChunk(_Reply):
 
 
 class TextChunkChoice(_Reply):
-    """The new part of one text."""
+    """What a chunk adds to one completion."""
 
     index: int
     text: str
@@ -385,7 +385,7 @@ class TextChunk(_Reply):
 
 
 class ModelReply(_Reply):
-    """A model that jobs may use."""
+    """A model that live workers serve, or the target of this installation."""
 
     id: str
     object: Literal["model"]
@@ -402,7 +402,7 @@ class ModelList(_Reply):
 
 
 class WorkerList(_Reply):
-    """The registered workers."""
+    """All registered workers, stopped ones included."""
 
     object: Literal["list"]
     data: list[WorkerView]

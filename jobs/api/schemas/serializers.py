@@ -107,7 +107,7 @@ def _batch_usage(tokens: Mapping[str, int] | None) -> Json | None:
 
 
 def page(items: Sequence[Json], has_more: bool) -> Json:
-    """Return a page of a list."""
+    """Return a page of a list, with the ids of its first and last item to page from."""
     return {
         "object": "list",
         "data": items,
@@ -149,7 +149,7 @@ def statistics(view: JobStats) -> Json:
 
 
 def worker(view: WorkerView) -> Json:
-    """Return a worker."""
+    """Return a worker with its cost curves and the load that it last reported."""
     return asdict(view)
 
 
