@@ -59,7 +59,7 @@ def list_batches(
     order: Literal["asc", "desc"] = "desc",
     status: JobStatus | None = None,
 ) -> Response:
-    """List batches by creation time, newest first unless `order` is `asc`. `after` is the last id of the previous page."""
+    """List batches by creation time, newest first unless `order` is `asc`. `after`: last id of the page before."""
     with services.database.read() as session:
         if after and not _is_batch(queries.job(session, after, caller.sees)):
             raise InvalidValue("Unknown batch id in `after`.", param="after")

@@ -53,7 +53,7 @@ def list_files(
     order: Literal["asc", "desc"] = "desc",
     purpose: Annotated[str | None, Query(max_length=64)] = None,
 ) -> Response:
-    """List files by creation time, newest first unless `order` is `asc`. `after` is the last id of the previous page."""
+    """List files by creation time, newest first unless `order` is `asc`. `after`: last id of the page before."""
     with services.database.read() as session:
         page = files.files(session, limit, after or None, caller.sees, purpose=purpose, newest_first=order == "desc")
     if page is None:

@@ -66,7 +66,7 @@ def list_jobs(
     order: Literal["asc", "desc"] = "desc",
     status: JobStatus | None = None,
 ) -> Response:
-    """List jobs by creation time, newest first unless `order` is `asc`. `after` is the last id of the previous page."""
+    """List jobs by creation time, newest first unless `order` is `asc`. `after`: last id of the page before."""
     with services.database.read() as session:
         if after and queries.job(session, after, caller.sees) is None:
             raise InvalidValue("Unknown job id in `after`.", param="after")
