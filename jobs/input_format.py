@@ -77,7 +77,7 @@ def reject_other_formats(content: bytes, name: str, suffix: str) -> None:
 
 
 def reject_output_suffix(path: PurePath, written: str, suffixes: str, advice: str = "") -> None:
-    """Raise InvalidValue if the suffix of an output file stands for another format than `written`."""
+    """Raise InvalidValue if the suffix of an output file belongs to another format than `written`, the one we write."""
     what = _SUFFIXES.get(path.suffix.lower())
     if what is not None and path.suffix.lower() not in suffixes.split():
         raise InvalidValue(f"{path} would be {what}, but {written} ({suffixes.split()[0]}). {advice}".rstrip())

@@ -51,7 +51,6 @@ class Child:
     """A child process that restarts with exponential backoff when it dies."""
 
     def __init__(self, command: Command) -> None:
-        """Start the process."""
         self.command = command
         self.restarts = 0
         self._restart_at: float | None = None
@@ -94,7 +93,7 @@ class Child:
         self._process.wait()
 
     def log_tail(self, lines: int = 12) -> str:
-        """Return the last lines of its log."""
+        """Return the last lines of the child's log; empty if it writes to the parent's output."""
         return tail(self.command.log_path, lines) if self.command.log_path else ""
 
     def _launch(self) -> None:

@@ -80,7 +80,7 @@ class LogEvent:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Events after a cursor."""
+    """The next events after a cursor, and the cursor after them."""
 
     events: tuple[LogEvent, ...]
     cursor: Cursor  # after all of them; with the job's status if the page is complete

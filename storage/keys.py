@@ -60,7 +60,7 @@ class KeyView:
 
 @dataclass(frozen=True, slots=True)
 class OpenWork:
-    """Queued and running work."""
+    """Queued and running requests of a key or of all keys, and their tokens."""
 
     requests: int
     tokens: int  # upper bound of their prompt and completion tokens

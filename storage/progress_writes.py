@@ -370,7 +370,7 @@ def _failed_row(key: RequestKey, failure: RequestFailure, now: float, event_numb
 
 
 def _count(session: Session, counts: _JobCounts) -> None:
-    """Add the counts to the jobs, which are locked."""
+    """Add the counts to the rows of the jobs, which the caller has locked."""
     rows = [
         {
             "job": job_id,

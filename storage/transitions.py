@@ -45,7 +45,7 @@ DEADLINE_EXCEEDED: Final = RequestFailure(
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """What one transaction ended."""
+    """Jobs and requests that one transaction ended."""
 
     jobs: tuple[tuple[str, str], ...] = ()  # (job_id, final status)
     failed: tuple[FailedRequest, ...] = ()

@@ -44,7 +44,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "prompts.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkPlan:
-    """What to measure."""
+    """Prompts, modes, batch sizes and number of runs of a benchmark."""
 
     prompts: tuple[str, ...]
     batches: tuple[int, ...]
@@ -56,7 +56,7 @@ class BenchmarkPlan:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One row of the report."""
+    """Result of one mode at one batch size: a row of the report."""
 
     mode: str
     batch: int

@@ -63,7 +63,10 @@ def _loaded_model(parallel: bool) -> LoadedModel:
 
 
 def _max_ranks(settings: WorkerSettings) -> int:
-    """Return the largest number of ranks for which the machine has GPUs (cores in float32) and the target has heads."""
+    """Return the largest tensor parallel size of the target that this machine has devices for.
+
+    Devices are GPUs; without GPUs, cores in float32, else one.
+    """
     from transformers import AutoConfig
 
     from worker.engine.model.architecture import tp_sizes

@@ -267,7 +267,7 @@ class _FileWriter:
         return self.file_id if self.size else None
 
     def write(self, line: bytes) -> None:
-        """Add a line."""
+        """Append a line to the buffer; write the buffer when it fills a chunk."""
         self._buffer += line
         self.size += len(line)
         if len(self._buffer) >= files.CHUNK_BYTES:

@@ -37,7 +37,7 @@ class Connection(Protocol):
         """Close all connections."""
 
     async def send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
-        """Return the response; raise httpx.TransportError if there is none."""
+        """Send a request and return the whole response; raise httpx.TransportError if none comes."""
 
     def stream_text(self, path: str, params: Mapping[str, Any], headers: Mapping[str, str]) -> AsyncGenerator[str]:
         """Yield the text of a response as it arrives; raise ErrorResponse if it is an error."""
@@ -61,7 +61,7 @@ class AsyncConnection:
         await self._http.aclose()
 
     async def send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
-        """Return the response."""
+        """Send the request without blocking the event loop; return the whole response."""
         return await self._http.request(method, path, **arguments)
 
     async def stream_text(
@@ -105,7 +105,7 @@ class BlockingConnection:
         self._process_http().close()
 
     async def send(self, method: str, path: str, **arguments: Any) -> httpx.Response:
-        """Return the response."""
+        """Send the request and block until the whole response is there."""
         return self._process_http().request(method, path, **arguments)
 
     async def stream_text(
@@ -120,7 +120,7 @@ class BlockingConnection:
                 yield text
 
     async def sleep(self, seconds: float) -> None:
-        """Sleep."""
+        """Block this thread."""
         time.sleep(seconds)
 
     async def run_slow(self, function: Callable[[], T]) -> T:

@@ -100,7 +100,7 @@ def _refuse_file_name(prompt: str) -> None:
 
 
 def _read(file: Any) -> PromptFile:
-    """Read an open file."""
+    """Return content, suffix and name of an open file, in text or binary mode."""
     content = file.read()
     name = str(getattr(file, "name", "The file"))
     return PromptFile(content.encode() if isinstance(content, str) else content, Path(name).suffix.lower(), name)

@@ -58,7 +58,6 @@ class JobDetailPage:
     """Header and tabs of one job."""
 
     def __init__(self, context: PageContext, caller: Caller, job: JobView) -> None:
-        """Add header and tabs."""
         self._context = context
         self._caller = caller
         self._job = job
@@ -139,7 +138,6 @@ class JobHeader:
     """Id, status, progress and actions of the job."""
 
     def __init__(self, job: JobView, cancel: object) -> None:
-        """Add the header's elements."""
         with box():
             with ui.element("div").classes("line"):
                 with ui.element("div").classes("grow"), ui.element("h1"):
@@ -235,7 +233,6 @@ class RequestsTab:
     """The requests of a job, paged, and a table of their errors."""
 
     def __init__(self, context: PageContext, job_id: str) -> None:
-        """Begin at the first page."""
         self._context = context
         self._job_id = job_id
         self._after = [-1]  # for each page up to this one: the index before its first request

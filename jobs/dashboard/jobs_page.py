@@ -81,7 +81,6 @@ class JobListRow:
     """The row of one job in the list: id, status, progress and speed."""
 
     def __init__(self, job: JobView) -> None:
-        """Add the row's elements."""
         with ui.element("div").props('role="listitem"').classes("box job"):
             with ui.element("div").classes("stack").style("gap:.1rem"):
                 with link(f"{BASE}/jobs/{job.id}").classes("mono"):

@@ -68,7 +68,7 @@ def link(target: str) -> ui.element:
 
 
 def heading(text: str, level: int = 2) -> None:
-    """Add a heading."""
+    """Add a heading; level 1 is the title of the page."""
     with ui.element(f"h{level}"):
         ui.label(text)
 

@@ -30,7 +30,6 @@ class StatsView:
     """Statistics of one job or of all jobs; `show` updates them."""
 
     def __init__(self) -> None:
-        """Add empty figures and charts."""
         with box():
             heading("Numbers")
             self._figures = ui.element("dl").classes("figures")

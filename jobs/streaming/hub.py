@@ -146,11 +146,11 @@ class _Channel:
         self._tasks: list[asyncio.Task[None]] = []
 
     def open(self, events: AsyncGenerator[PartialEvent | None]) -> None:
-        """Start to fill the buffer."""
+        """Start the tasks that listen for messages and fill the buffer from SQL."""
         self._tasks = [asyncio.create_task(self._listen(events)), asyncio.create_task(self._fill_buffer())]
 
     async def close(self) -> None:
-        """Stop all tasks."""
+        """Stop these tasks, and reads of SQL that still run."""
         tasks = [*self._tasks, *self._reading.values()]
         for task in tasks:
             task.cancel()

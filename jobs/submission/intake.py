@@ -346,7 +346,6 @@ class QueueDepth:
     """
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-        """Begin without a count."""
         self._now = now
         self._lock = threading.Lock()
         self._requests = 0

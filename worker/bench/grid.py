@@ -131,7 +131,7 @@ class _GridPoint:
         self._plain: list[float] = []  # tokens per second
 
     def measure(self, min_runs: int, transformers: float | None, on_message: OnMessage) -> list[Cell]:
-        """Return a cell for every draft."""
+        """Measure every draft at this point in interleaved runs with plain decoding; return a cell for each."""
         runs = max(min_runs, round(_MIN_CELL_S / self._seconds))
         return [self._cell(name, runs, transformers, on_message) for name in self._drafters]
 

@@ -38,7 +38,6 @@ class DraftSlots:
     """The KV slots of all sequences that a network has drafted for."""
 
     def __init__(self) -> None:
-        """Start without a slot."""
         self._slots: dict[int, DraftSlot] = {}
         self._by_prefix: defaultdict[tuple[int, ...], list[DraftSlot]] = defaultdict(list)  # by their first tokens
 

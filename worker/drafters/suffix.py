@@ -36,7 +36,6 @@ class SuffixDrafter:
     forward_free = None  # it has no part with forwards
 
     def __init__(self) -> None:
-        """Start without text."""
         self._sequences: dict[int, _SequenceIndex] = {}
         self._groups: OrderedDict[Hashable, _NgramIndex] = OrderedDict()
         self._own, self._in_group = _Reliability(), _Reliability()

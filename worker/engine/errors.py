@@ -22,7 +22,6 @@ class EngineError(Exception):
     """The engine can't do this."""
 
     def __init__(self, message: str | None = None) -> None:
-        """Keep the message; default: the class docstring."""
         super().__init__(message or (type(self).__doc__ or "").strip())
 
 
@@ -38,7 +37,6 @@ class NanLogits(EngineError):
     """The model's logits are NaN: no token can be drawn."""
 
     def __init__(self, sequences: Sequence[EngineSequence]) -> None:
-        """Keep the sequences with these logits."""
         super().__init__()
         self.sequences = tuple(sequences)
 

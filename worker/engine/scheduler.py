@@ -19,7 +19,6 @@ class Scheduler:
     """Waiting and running sequences, and their KV slots."""
 
     def __init__(self, options: EngineOptions) -> None:
-        """Start empty."""
         self._options = options
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []

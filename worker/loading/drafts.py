@@ -42,7 +42,7 @@ MakeDrafter = Callable[[], Drafter]
 
 @dataclass(frozen=True, slots=True)
 class DrafterFactory:
-    """Makes drafters for a target."""
+    """Makes drafters of one draft for a target, each with KV slots of its own."""
 
     name: str | None  # public name of the network; None: suffix index only
     taps: tuple[int, ...]  # layers of the target whose hidden states it reads

@@ -48,7 +48,6 @@ class Chat:
     """The chat template of one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, special: Special = "text") -> None:
-        """Probe the template, if there is one."""
         self._tokenizer = tokenizer
         self._special = special
         self._lock = threading.Lock()

@@ -20,7 +20,7 @@ _CONTEXT_TOKENS = 8  # max number of prompt tokens before the text
 
 
 class Detokenizer:
-    """Decode one text."""
+    """Incremental decoder of one text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, before: Sequence[int] | None = None) -> None:
         """Continue the tokens `before`; None starts a new text."""

@@ -97,7 +97,6 @@ class ModelLoss(nn.Module):
     """A language model and its loss. It reads tokens only, never its own states, so it needs no unroll steps."""
 
     def __init__(self, network: PreTrainedModel) -> None:
-        """Take a trainable model."""
         super().__init__()
         self.network = network
 

@@ -38,7 +38,7 @@ class Text:
 
     @property
     def written(self) -> int:
-        """Number of answer tokens."""
+        """Number of tokens of the answer."""
         return len(self.ids) - self.num_prompt
 
 

@@ -29,7 +29,7 @@ class Body:
         self.size = 0
 
     def add(self, data: bytes) -> None:
-        """Append bytes."""
+        """Append bytes and hash them; large bodies move to the file."""
         self._file.write(data)
         self._digest.update(data)
         self.size += len(data)
@@ -45,7 +45,7 @@ class Body:
         return self._file
 
     def close(self) -> None:
-        """Delete the bytes."""
+        """Delete the bytes and the file that holds them."""
         self._file.close()
 
 

@@ -86,7 +86,7 @@ def _route(scope: Scope) -> str:
 
 @router.get("/metrics", response_class=PlainTextResponse)
 def metrics(request: Request) -> Response:
-    """Return all metrics in Prometheus' text format."""
+    """Return all metrics of this API server in Prometheus' text format."""
     registry = cast(Metrics, request.app.state.metrics).registry
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
@@ -105,7 +105,7 @@ class _DatabaseCollector(Collector):
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the metrics."""
+        """Yield the metrics of a snapshot that is at most `_MAX_AGE_S` old."""
         stats = self._read()
         yield from _queue(stats)
         yield from _totals(stats)

@@ -22,7 +22,6 @@ class FusedNorm(nn.Module):
     """A root mean square norm as one kernel."""
 
     def __init__(self, norm: Any, kernels: Kernels) -> None:
-        """Take the weight of a transformers norm."""
         super().__init__()
         self.weight = norm.weight
         self.eps = float(norm.variance_epsilon)

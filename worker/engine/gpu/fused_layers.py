@@ -92,7 +92,6 @@ class GpuLinear(nn.Module):
     """A linear layer with float32 outputs: rounding logits would create ties."""
 
     def __init__(self, linear: nn.Linear, kernels: ModuleType) -> None:
-        """Take the weight of a layer."""
         super().__init__()
         self._kernels = kernels
         self.weight, self._bias = linear.weight, linear.bias

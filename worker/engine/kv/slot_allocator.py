@@ -17,7 +17,6 @@ class SlotAllocator:
     """
 
     def __init__(self, count: int, tokens: int) -> None:
-        """Start with every slot free and empty."""
         self.count = count
         self.tokens = tokens
         self._reserved: dict[int, int] = {}  # tokens, by slot in use

@@ -38,7 +38,6 @@ class CudaGraphs:
     """
 
     def __init__(self) -> None:
-        """Create the memory pool."""
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Callable[[], T]) -> Callable[[], T]:

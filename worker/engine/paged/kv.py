@@ -19,7 +19,6 @@ class BlockPool:
     """Blocks 1..count with reference counts: the number of slots that hold each."""
 
     def __init__(self, count: int) -> None:
-        """Start with every block free."""
         self.count = count
         self._references = [0] * (count + 1)
         self._free = list(range(count, SCRATCH, -1))

@@ -19,7 +19,7 @@ from worker.engine.segments import IntArray
 
 
 class NativeSampler:
-    """The functions of `native.c`."""
+    """Calls the compiled functions of `native.c` with tensors."""
 
     def __init__(self, compiled: ctypes.CDLL) -> None:
         """Bind the functions of a library compiled from native.c."""

@@ -17,7 +17,6 @@ class TokenCounts:
     """The distinct tokens of one sequence, and how often each occurs in its output. Updated incrementally."""
 
     def __init__(self) -> None:
-        """Start without tokens."""
         self._num_counted = 0
         self._index: dict[int, int] = {}
         self._tokens = array("q")

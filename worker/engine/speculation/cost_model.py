@@ -105,7 +105,6 @@ class PlainStepTimes:
     """
 
     def __init__(self) -> None:
-        """Start without a sample."""
         unknown = partial(RunningMean, TIME_WEIGHT, 1.0)
         self._plain: defaultdict[int, RunningMean] = defaultdict(unknown)
         self._forwards: defaultdict[int, RunningMean] = defaultdict(unknown)  # by load class of their rows

@@ -77,7 +77,6 @@ class RegretGuard:
     """Token buckets of one drafting strategy, by load class."""
 
     def __init__(self) -> None:
-        """Start without a bucket."""
         self._classes: dict[int, _LoadClass] = {}
 
     def _class(self, batch_size: int) -> _LoadClass:

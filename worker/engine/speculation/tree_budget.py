@@ -41,7 +41,6 @@ class FixedBudget:
     min_value = 0.0
 
     def __init__(self, nodes: int, threshold: float) -> None:
-        """Take n and delta of the paper."""
         self._nodes = nodes
         self._threshold = threshold
         self._expected: FloatArray | float = 0.0
