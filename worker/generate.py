@@ -63,24 +63,24 @@ def generate(
     engine = loaded.engine(replace(loaded.options, mode=mode) if mode else None)
     prompt = loaded.codec.encode(request, endpoint)
     sequence = loaded.codec.sequence((0,), prompt, request.sampling, choice=0)
-    output_stream = OutputStream(sequence, loaded.codec.stream(request.sampling.stop, prompt, endpoint))
+    output_stream = OutputStream(sequence.key, loaded.codec.stream(request.sampling.stop, prompt, endpoint))
     steps: list[StepStats] = []
     logprobs: list[TokenAlternatives] = []
     engine.add(sequence)
     while engine.busy:
         for result in engine.step():
-            written = output_stream.take(result)
+            written = output_stream.take(result.tokens, result.stats, sequence.finish_reason, result.logprobs)
             steps.append(written.stats)
             logprobs += written.logprobs or ()
             on_pieces(written.pieces)
-        if sequence.finished:
+        if output_stream.finished:
             engine.cancel({sequence.key})  # ended by a stop string, which the engine does not know
-    assert sequence.finish_reason is not None
+    assert output_stream.finish_reason is not None
     return Generation(
         text=output_stream.text,
-        token_ids=tuple(sequence.output_ids),
+        token_ids=tuple(output_stream.token_ids),
         prompt_token_ids=tuple(prompt),
-        finish_reason=sequence.finish_reason,
+        finish_reason=output_stream.finish_reason,
         steps=tuple(steps),
         logprobs=None if request.sampling.logprobs is None else tuple(logprobs),
         endpoint=endpoint,

@@ -74,11 +74,6 @@ class Sequence:
         self.history.update(self.ids, self.num_prompt)
         return self.history.with_path(path)
 
-    def cut(self, surplus: int) -> None:
-        """End at a stop string: remove the last `surplus` tokens, which were emitted after it."""
-        del self.ids[len(self.ids) - surplus :]
-        self.finish_reason = FinishReason.STOP
-
     def emit(self, tokens: list[int]) -> list[int]:
         """Append a step's tokens up to the end-of-sequence token or `max_tokens`; return those appended."""
         kept = tokens[: self.remaining]

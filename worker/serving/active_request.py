@@ -6,7 +6,7 @@ Collects the engine's results per choice and returns what the next flush must wr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 
 from jobs.openai.logprobs import Stored
@@ -14,7 +14,8 @@ from storage.dialect import storable
 from storage.records import Checkpoint, Claim, FinishedChoice, RequestFailure, RequestProgress, StepRow
 from storage.session import unavailable_reason
 from worker.engine.sequence import Sequence
-from worker.engine.stats import StepResult, StepStats
+from worker.engine.stats import StepStats
+from worker.serving.messages import SequenceResult
 from worker.serving.tree_rows import tree_row
 from worker.text.output_stream import OutputStream
 
@@ -28,9 +29,12 @@ class ActiveChoice:
     """One choice being decoded: its sequence, its text, and its uncommitted results."""
 
     index: int
+    number: int  # of its sequence, in messages to and from the engine
+    num_prompt: int
     output_stream: OutputStream
     started_at: float
     first_of_prompt: bool = True
+    wants_logprobs: bool = False
     next_seq: int = 0  # sequence number of its next event
     announced: bool = False  # its `started` event is published, by this worker or an earlier one
     _ids: list[int] = field(default_factory=list)
@@ -39,22 +43,18 @@ class ActiveChoice:
     _steps: list[StepRow] = field(default_factory=list)
     _logprobs: list[Stored] = field(default_factory=list)
 
-    @property
-    def sequence(self) -> Sequence:
-        """The engine's sequence of this choice."""
-        return self.output_stream.sequence
-
-    def resume(self, checkpoints: list[Checkpoint]) -> None:
-        """Restore the tokens that earlier workers committed; decoding continues after them."""
+    def resume(self, checkpoints: list[Checkpoint], sequence: Sequence) -> None:
+        """Restore the tokens that earlier workers committed, also in `sequence`: decoding continues after them."""
         for checkpoint in checkpoints:
             self.output_stream.resume(checkpoint.token_ids, checkpoint.accepted)
-            self.sequence.steps = max([self.sequence.steps, *(row.step + 1 for row in checkpoint.steps)])
+            sequence.ids += checkpoint.token_ids
+            sequence.steps = max([sequence.steps, *(row.step + 1 for row in checkpoint.steps)])
             self.next_seq = checkpoint.seq + 1
             self.announced = True
 
-    def take(self, result: StepResult, now: float, text_of: Callable[[int], str]) -> None:
+    def take(self, result: SequenceResult, now: float, text_of: Callable[[int], str]) -> None:
         """Add the result of a step; `text_of` maps token ids to text for a recorded draft tree."""
-        written = self.output_stream.take(result)
+        written = self.output_stream.take(result.tokens, result.stats, result.finish_reason, result.logprobs)
         self._ids += written.tokens
         self._accepted += written.accepted
         self._pieces += written.pieces
@@ -76,7 +76,7 @@ class ActiveChoice:
             text="".join(text for text, _ in self._pieces),
             pieces=tuple(self._pieces),
             steps=tuple(self._steps),
-            logprobs=None if self.sequence.sampling.logprobs is None else tuple(self._logprobs),
+            logprobs=tuple(self._logprobs) if self.wants_logprobs else None,
         )
         self.next_seq += 1
         self._ids, self._accepted, self._pieces, self._steps, self._logprobs = [], [], [], [], []
@@ -84,15 +84,15 @@ class ActiveChoice:
 
     def output(self, now: float) -> FinishedChoice:
         """Return the finished choice as a row of `outputs`."""
-        reason = self.sequence.finish_reason
+        reason = self.output_stream.finish_reason
         assert reason is not None
-        ids = self.sequence.output_ids
+        ids = self.output_stream.token_ids
         finished = FinishedChoice(
             choice_index=self.index,
             text=self.output_stream.text,
             token_ids=tuple(ids),
             finish_reason=reason,
-            prompt_tokens=self.sequence.num_prompt,
+            prompt_tokens=self.num_prompt,
             completion_tokens=len(ids),
             started_at=self.started_at,
             finished_at=now,
@@ -111,7 +111,7 @@ class ActiveRequest:
     choices: dict[int, ActiveChoice] = field(default_factory=dict)
     failure: RequestFailure | None = None
     reading: bool = False  # no choices yet: the prompt is being tokenized
-    keys: frozenset[Hashable] = frozenset()  # of the sequences of all its choices, finished ones included
+    numbers: frozenset[int] = frozenset()  # of the sequences of all its choices, finished ones included
     claimed_at: float = field(default_factory=time.time)
     _next_seq: int | None = None  # of choice 0, once that is gone from `choices`
 
@@ -120,7 +120,7 @@ class ActiveRequest:
         """True when the next flush ends the request."""
         if self.failure is not None:
             return True
-        return not self.reading and all(c.sequence.finished for c in self.choices.values())
+        return not self.reading and all(c.output_stream.finished for c in self.choices.values())
 
     @property
     def ended(self) -> bool:
@@ -155,7 +155,7 @@ class ActiveRequest:
             return RequestProgress(self.claim.lease, failure=self.failure)
         ends = self.done
         checkpoints = [c.checkpoint() for c in self.choices.values()]
-        finished = [c for c in self.choices.values() if c.sequence.finished]
+        finished = [c for c in self.choices.values() if c.output_stream.finished]
         for choice in finished:
             del self.choices[choice.index]
         progress = RequestProgress(

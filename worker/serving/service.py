@@ -27,7 +27,10 @@ from storage import writes
 from storage.records import NewWorker
 from storage.session import DATABASE_UNAVAILABLE, LONG_STATEMENT_TIMEOUT_S, Database, unavailable_reason
 from worker.loading.loader import LoadedModel
+from worker.serving.channel import MemoryChannel
 from worker.serving.energy import gpu_meter
+from worker.serving.engine_loop import EngineLoop
+from worker.serving.request_loop import RequestLoop
 from worker.serving.runner import Runner
 from worker.serving.sink import Sink
 from worker.serving.watchdog import Watchdog
@@ -209,18 +212,23 @@ class EngineService:
         return {"max_sequences": options.max_sequences, "kv_capacity_tokens": options.total_kv_tokens}
 
     def _runner(self) -> Runner:
-        sink = Sink(self._database, self._publisher.publish, self.worker_id, self._settings.lease_s)
+        near, far = MemoryChannel.pair()
+        names = {"worker_id": self.worker_id, "model": self._loaded.name}
+        lease_s = self._settings.lease_s
+        sink = Sink(self._database, self._publisher.publish, self.worker_id, lease_s)
         return Runner(
-            self._loaded.engine,
-            self._loaded.codec,
-            sink,
-            self._database,
-            worker_id=self.worker_id,
-            model=self._loaded.name,
-            lease_s=self._settings.lease_s,
-            interval_s=self._settings.partials_interval_s,
-            # An engine with a single slot reserves none.
-            reserved=min(self._settings.interactive_sequences, self._loaded.options.max_sequences - 1),
+            EngineLoop(self._loaded.engine, self._loaded.codec, self._database, near, **names, lease_s=lease_s),
+            RequestLoop(
+                self._loaded.codec,
+                sink,
+                self._database,
+                far,
+                **names,
+                lease_s=lease_s,
+                interval_s=self._settings.partials_interval_s,
+                # An engine with a single slot reserves none.
+                reserved=min(self._settings.interactive_sequences, self._loaded.options.max_sequences - 1),
+            ),
         )
 
     def _registration(self) -> NewWorker:

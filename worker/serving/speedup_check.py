@@ -22,6 +22,7 @@ from jobs.messages import MESSAGE_VERSION
 from storage import speedup_checks
 from storage.records import SampledRequest, SpeedupCheckClaim, SpeedupCheckResult
 from storage.session import DATABASE_UNAVAILABLE, Database
+from worker.engine.sequence import Sequence
 from worker.engine.stats import StepResult
 from worker.serving.resilient_engine import ResilientEngine
 from worker.text.codec import Codec, read_request
@@ -46,23 +47,24 @@ class _Step:
 class _Variant:
     """A sampled request, decoded again with drafts or plain."""
 
+    sequence: Sequence
     output_stream: OutputStream
     steps: list[_Step] = field(default_factory=list)  # steps without prefill
 
     @property
     def key(self) -> Hashable:
-        return self.output_stream.sequence.key
+        return self.sequence.key
 
     @property
     def finished(self) -> bool:
-        return self.output_stream.sequence.finished
+        return self.output_stream.finished
 
     @property
     def ids(self) -> list[int]:
-        return self.output_stream.sequence.output_ids
+        return self.output_stream.token_ids
 
     def take(self, result: StepResult) -> None:
-        stats = self.output_stream.take(result).stats
+        stats = self.output_stream.take(result.tokens, result.stats, self.sequence.finish_reason, result.logprobs).stats
         if stats.plain_step_ms is not None:
             batch = stats.batch_sequences
             self.steps.append(_Step(stats.step_ms / batch, stats.emitted_tokens, batch))
@@ -197,7 +199,7 @@ class SpeedupCheck:
         self._pairs.append(_Pair(text, drafted, plain))
         for variant in (drafted, plain):
             self._variants[variant.key] = variant
-            self._engine.add(variant.output_stream.sequence)
+            self._engine.add(variant.sequence)
 
     def _variant(self, claim: SpeedupCheckClaim, text: SampledRequest, run_number: int, plain: bool) -> _Variant:
         """Return a variant of a request's first choice.
@@ -209,7 +211,8 @@ class SpeedupCheck:
         key = (f"comparison {run_number} of {claim.job_id}", text.request_index, plain)
         sequence = self._codec.sequence(key, prompt, request.sampling, 0)
         sequence.traced_steps = 0
-        return _Variant(OutputStream(sequence, self._codec.stream(request.sampling.stop, prompt, claim.endpoint)))
+        stream = self._codec.stream(request.sampling.stop, prompt, claim.endpoint)
+        return _Variant(sequence, OutputStream(key, stream))
 
     def _step(self) -> None:
         only = self._plain_batch() if self._plain_next else {pair.drafted.key for pair in self._pairs}
@@ -222,7 +225,7 @@ class SpeedupCheck:
                 given_up.append(result.sequence)
         for sequence in given_up:
             self._give_up(sequence.key)
-        self._engine.cancel({result.sequence.key for result in results if result.sequence.finished})
+        self._engine.cancel({key for key, variant in self._variants.items() if variant.finished})
         if results and not self._plain_next:
             self._drafted_batch = len(results)
         self._plain_next = self._next_is_plain() if results else not self._plain_next
@@ -230,7 +233,7 @@ class SpeedupCheck:
     def _plain_batch(self) -> set[Hashable]:
         """Return the sequences of the next plain step: those with most tokens left, so that batches stay large."""
         unfinished = [pair for pair in self._pairs if not pair.plain.finished]
-        waiting = [pair.plain.output_stream.sequence.slot < 0 for pair in unfinished]
+        waiting = [pair.plain.sequence.slot < 0 for pair in unfinished]
         order = sorted(zip(waiting, unfinished, strict=True), key=lambda entry: (entry[0], -entry[1].tokens_left))
         return {pair.plain.key for _, pair in order[: self._drafted_batch]}
 

@@ -1,4 +1,4 @@
-"""Counters of a worker since its start, and what it holds now: for the dashboard and for metrics.
+"""Counters of an engine since its start, and what it holds now: for the dashboard and for metrics.
 
 Costs a few additions per step, none per token.
 """
@@ -10,8 +10,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from worker.engine.sequence import Sequence as EngineSequence
 from worker.engine.stats import StepResult
-from worker.serving.active_request import ActiveRequest
 
 
 @dataclass(slots=True)
@@ -45,12 +45,10 @@ class WorkerStats:
             self.accepted_tokens += result.stats.accepted_tokens
             self.expected_accepted += result.stats.expected_accepted
 
-    def as_json(self, active: Collection[ActiveRequest]) -> dict[str, Any]:
-        """Return the sums and what the worker holds now."""
-        held = [choice.sequence for request in active for choice in request.choices.values()]
+    def as_json(self, held: Collection[EngineSequence]) -> dict[str, Any]:
+        """Return the sums and what the engine holds now."""
         decoding = [sequence for sequence in held if sequence.slot >= 0]
         return {
-            "requests": len(active),
             "sequences": len(decoding),
             "waiting_sequences": len(held) - len(decoding),
             "kv_tokens": sum(sequence.cached for sequence in decoding),

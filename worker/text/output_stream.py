@@ -1,17 +1,19 @@
 """Output of one sequence: tokens, text pieces and statistics of each step, cut at the first stop string.
 
-The engine knows token ids only and may have decoded past a stop string within a step. Here the surplus tokens are
-removed from the sequence and from the statistics of that step.
+The engine knows token ids only, and it runs on before the text of a step is read. Here the tokens after a stop string
+are removed from the output and from the statistics of their step. Cancel the sequence then: the engine does not know.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
 from jobs.openai.logprobs import TokenAlternatives
-from worker.engine.sequence import Sequence
-from worker.engine.stats import StepResult, StepStats
+from worker.engine.logprobs import Logprobs
+from worker.engine.sequence import FinishReason
+from worker.engine.stats import StepStats
 from worker.text.codec import TextStream
 from worker.text.stop_strings import Pieces
 
@@ -28,10 +30,13 @@ class StepOutput:
 
 
 class OutputStream:
-    """A sequence and its text."""
+    """Tokens and text of one sequence."""
 
-    def __init__(self, sequence: Sequence, stream: TextStream) -> None:
-        self.sequence = sequence
+    def __init__(self, key: Hashable, stream: TextStream) -> None:
+        """Start without tokens; `key` is that of the sequence."""
+        self.key = key
+        self.token_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
         self._stream = stream
 
     @property
@@ -39,22 +44,38 @@ class OutputStream:
         """Text returned so far."""
         return self._stream.text
 
+    @property
+    def finished(self) -> bool:
+        """True when nothing more belongs to the output."""
+        return self.finish_reason is not None
+
     def resume(self, tokens: Seq[int], accepted: Seq[bool]) -> None:
         """Restore tokens that an earlier worker has committed."""
         self._stream.resume(tokens, accepted)
-        self.sequence.ids += tokens
+        self.token_ids += tokens
 
-    def take(self, result: StepResult) -> StepOutput:
-        """Add the result of a step. A stop string in the text finishes the sequence."""
-        accepted = [i < result.stats.accepted_tokens for i in range(len(result.tokens))]
+    def take(
+        self, tokens: Seq[int], stats: StepStats, finish_reason: FinishReason | None, logprobs: Logprobs = None
+    ) -> StepOutput:
+        """Add what the engine emitted in a step; `finish_reason` is why it ended the sequence, None if it did not.
+
+        A stop string in the text finishes the output.
+        """
+        accepted = [i < stats.accepted_tokens for i in range(len(tokens))]
         before = self._stream.num_tokens
-        pieces = self._stream.push(result.tokens, accepted)
+        pieces = self._stream.push(tokens, accepted)
         count = self._stream.num_tokens - before
-        if self.sequence.finished:
+        self.finish_reason = finish_reason
+        if finish_reason is not None:
             pieces += self._stream.finish()
         if self._stream.stopped:
-            self.sequence.cut(len(result.tokens) - count)
-        stats = replace(result.stats, emitted_tokens=count, accepted_tokens=sum(accepted[:count]))
-        tokens = result.tokens[:count]
-        logprobs = None if result.logprobs is None else self._stream.readable_logprobs(tokens, result.logprobs)
-        return StepOutput(tokens, tuple(accepted[:count]), pieces, stats, logprobs)
+            self.finish_reason = FinishReason.STOP
+        kept = tuple(tokens[:count])
+        self.token_ids += kept
+        return StepOutput(
+            tokens=kept,
+            accepted=tuple(accepted[:count]),
+            pieces=pieces,
+            stats=replace(stats, emitted_tokens=count, accepted_tokens=sum(accepted[:count])),
+            logprobs=None if logprobs is None else self._stream.readable_logprobs(kept, logprobs),
+        )

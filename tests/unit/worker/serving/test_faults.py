@@ -19,7 +19,7 @@ from storage.records import Claim, FlushResult, Lease, RequestProgress
 from storage.session import Database
 from tests.models import byte_tokenizer
 from tests.unit.worker.serving.test_runner import Worker, submit, texts, words
-from worker.serving import request_reader
+from worker.serving import engine_loop, request_reader
 from worker.serving.active_request import ActiveChoice
 from worker.serving.request_reader import RequestReader
 from worker.serving.sink import Sink
@@ -42,7 +42,7 @@ def of_key(_codec: Codec, key: tuple[Any, ...], *_: Any) -> bool:
 
 
 def of_output_stream(stream: OutputStream, *_: Any) -> bool:
-    return of_key(None, stream.sequence.key)  # type: ignore[arg-type]
+    return of_key(None, stream.key)  # type: ignore[arg-type]
 
 
 def of_choice(choice: ActiveChoice, *_: Any) -> bool:
@@ -186,6 +186,7 @@ def test_other_requests_are_decoded_and_leases_renewed_while_a_prompt_is_tokeniz
         return real(codec, request, endpoint)
 
     monkeypatch.setattr(Codec, "encode_all", slow)
+    monkeypatch.setattr(engine_loop, "_REPORT_S", 0.0)
     submit(database, "x" * 50_000, "y" * 40_000, job_id="batch")
     submit(database, "short", job_id="chat", priority=1)
     worker = Worker(database, "a")

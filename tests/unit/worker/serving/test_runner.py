@@ -26,6 +26,9 @@ from tests.unit.worker.engine.harness import FLAT_COSTS
 from worker.drafters.suffix import SuffixDrafter
 from worker.engine.engine import Engine
 from worker.engine.options import EngineOptions, Mode
+from worker.serving.channel import MemoryChannel
+from worker.serving.engine_loop import EngineLoop
+from worker.serving.request_loop import RequestLoop
 from worker.serving.runner import Runner
 from worker.serving.sink import Sink
 from worker.text.codec import Codec
@@ -62,17 +65,29 @@ class Worker:
         self.database = database
         self.model = TableModel(law)
         sink = Sink(database, self.events.extend, name, lease_s=30.0)
-        self.runner = Runner(
+        codec = Codec(byte_tokenizer(), frozenset({EOS}), OPTIONS.max_context, VOCAB)
+        near, far = MemoryChannel.pair()
+        self.engine = EngineLoop(
             lambda: Engine(self.model, SuffixDrafter(), replace(OPTIONS, max_sequences=max_sequences), FLAT_COSTS),
-            Codec(byte_tokenizer(), frozenset({EOS}), OPTIONS.max_context, VOCAB),
+            codec,
+            database,
+            near,
+            worker_id=name,
+            model=MODEL,
+            lease_s=30.0,
+        )
+        self.requests = RequestLoop(
+            codec,
             sink,
             database,
+            far,
             worker_id=name,
             model=MODEL,
             lease_s=30.0,
             interval_s=interval_s,
             reserved=reserved,
         )
+        self.runner = Runner(self.engine, self.requests)
 
     def run(self, turns: int = 500) -> None:
         for _ in range(turns):
@@ -434,6 +449,7 @@ def test_requests_of_an_ended_job_are_dropped_at_the_next_flush(database: Databa
             writes.end_jobs(session)
     worker.runner.run_once()  # the interval is 0: this turn ends with a flush
     forwards = worker.model.forwards
+    worker.runner.run_once()  # the engine drops them, and says that it has room
     worker.runner.run_once()
     assert not worker.runner.busy
     assert worker.model.forwards == forwards
@@ -458,7 +474,7 @@ def test_interactive_requests_have_reserved_slots_when_a_batch_fills_the_engine(
 def test_a_freed_slot_is_filled_without_a_poll_although_slots_are_reserved(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.serving.runner._POLL_S", float("inf"))
+    monkeypatch.setattr("worker.serving.request_loop._POLL_S", float("inf"))
     submit(database, "one", "two", "three", "four", "five")
     worker = Worker(database, "a", reserved=1)
     worker.runner.run_once(notified=True)
@@ -476,7 +492,7 @@ def _is_over(database: Database, job_id: str) -> bool:
 def test_a_worker_whose_requests_end_together_claims_waiting_ones_at_once(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.serving.runner._POLL_S", float("inf"))
+    monkeypatch.setattr("worker.serving.request_loop._POLL_S", float("inf"))
     count = 2 * OPTIONS.max_sequences + 1
     submit(database, *map(str, range(count)), max_tokens=5, ignore_eos=True)
     worker = Worker(database, "a")
@@ -497,7 +513,7 @@ def test_claims_take_a_small_share_of_the_decoding_time(database: Database, monk
         return real(*arguments, **named)
 
     monkeypatch.setattr(leases, "claim", slow_claim)
-    monkeypatch.setattr("worker.serving.runner.time", SimpleNamespace(monotonic=clock, time=time.time))
+    monkeypatch.setattr("worker.serving.request_loop.time", SimpleNamespace(monotonic=clock, time=time.time))
     submit(database, "long", max_tokens=150)
     submit(database, *map(str, range(30)), job_id="batch_2", max_tokens=3)
     worker = Worker(database, "a")

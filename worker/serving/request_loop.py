@@ -1,0 +1,321 @@
+"""The request loop: claim requests, pass their sequences to the engine, and write what it reports.
+
+It owns all text and all SQL of requests. It renews leases only while the engine reports, so a hanging step loses them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from itertools import count
+
+from jobs.errors import DatabaseUnavailable, RequestRefused
+from jobs.logs import log_context
+from jobs.messages import MESSAGE_VERSION
+from storage import leases
+from storage.records import Checkpoint, RequestFailure, RequestKey
+from storage.session import DATABASE_UNAVAILABLE, Database, unavailable_reason
+from worker.engine.sequence import Sequence
+from worker.serving import spans
+from worker.serving.active_request import ActiveChoice, ActiveRequest, internal_error
+from worker.serving.channel import Channel
+from worker.serving.messages import AddSequences, CancelSequences, ReportsRead, SequenceResult
+from worker.serving.request_reader import ParsedRequest, RequestReader
+from worker.serving.sink import Sink
+from worker.text.codec import Codec
+from worker.text.output_stream import OutputStream
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 1.0  # between claims after one that found nothing; a notification ends the wait
+_CLAIM_SHARE = 0.05  # max share of the time spent on claims while sequences are decoding
+_INTERACTIVE_INTERVAL_S = 0.1  # between commits while an interactive request is active
+_FREE_READS = 4  # requests being tokenized that use no slot: slow prompts must not block the claim of others
+_SETTLE_S = 0.02  # wait of a busy engine for the short requests just claimed
+_IDLE_SETTLE_S = 0.5  # wait of an idle engine for short requests, so that they start in one batch
+_IDLE_POLL_S = 0.05  # wait of an idle engine for a long request, before it checks for other work
+_READ_REPORTS = 16  # reports read before the engine is told
+_RENEWAL_FENCE = 2 / 3  # share of a lease without renewal after which leases are renewed before anything is decoded
+
+
+class RequestLoop:
+    """Serve one model's requests with the engine at the other end of a channel."""
+
+    def __init__(
+        self,
+        codec: Codec,
+        sink: Sink,
+        database: Database,
+        channel: Channel,
+        *,
+        worker_id: str,
+        model: str,
+        lease_s: float,
+        interval_s: float,
+        reserved: int = 0,
+    ) -> None:
+        """Flush every `interval_s`; `reserved` of the engine's slots are kept for interactive requests."""
+        self._codec = codec
+        self._sink = sink
+        self._database = database
+        self._channel = channel
+        self._worker_id = worker_id
+        self._model = model
+        self._lease_s = lease_s
+        self._interval_s = interval_s
+        self._reserved = reserved
+        self._readers = RequestReader(codec)
+        self._active: dict[RequestKey, ActiveRequest] = {}
+        self._choices: dict[int, tuple[ActiveRequest, ActiveChoice]] = {}  # that the engine decodes, by number
+        self._numbers = count()
+        self._ended: list[int] = []  # numbers that the engine must cancel
+        self._num_added = 0  # sequences passed to the engine
+        self._num_read = 0  # reports that the engine does not know to be read
+        self._free_slots = 0  # of the engine, beside all sequences passed to it
+        self._reported = False  # the engine has reported since the last flush
+        self._may_claim = False  # it has reported since the last claim
+        self._notified = False
+        self._claimed_at = float("-inf")
+        self._claim_s = 0.0  # duration of the last claim
+        self._more_waiting = False  # the last claim with slots for batch requests found some
+        self._flushed_at = float("-inf")
+        self._flush_failed = False  # nothing more is read until one succeeds
+        self._renewed_at = float("-inf")  # when the oldest held lease was renewed
+
+    @property
+    def busy(self) -> bool:
+        """True while requests are active, and while more may be waiting in the database."""
+        return bool(self._active) or self._more_waiting
+
+    @property
+    def num_requests(self) -> int:
+        """Number of requests that it holds."""
+        return len(self._active)
+
+    def notify(self) -> None:
+        """Claim in the next turn: new work may be waiting."""
+        self._notified = True
+
+    def admit(self) -> None:
+        """Claim requests and pass their sequences to the engine. Raises DatabaseUnavailable: call again later."""
+        overdue = time.monotonic() - self._renewed_at > _RENEWAL_FENCE * self._lease_s
+        if self._active and (self._flush_failed or (overdue and self._reported)):
+            self._flush()  # after a pause, first find out which leases are lost
+        self._read_reports()
+        self._admit_read(_SETTLE_S if self._claim() else 0.0)
+        self._cancel_ended()
+
+    def collect(self) -> None:
+        """Read what the engine has reported, and flush what is due. Raises DatabaseUnavailable: call again later."""
+        self._read_reports()
+        self._cancel_ended()
+        if self._active and self._flush_is_due():
+            self._flush()
+            self._cancel_ended()
+
+    def hand_back(self) -> None:
+        """Commit all progress and release every request, so that another worker continues it."""
+        self._read_reports()
+        self._reported = True  # the engine has stopped in order
+        if self._active:
+            self._flush()
+        try:
+            with self._database.write() as session:
+                leases.release(session, self._worker_id, [r.claim.lease for r in self._active.values()])
+        except DATABASE_UNAVAILABLE as error:
+            raise _unavailable(error) from error
+        self._drop(set(self._active))
+        self._cancel_ended()
+        self._readers.close()
+
+    def _claim(self) -> bool:
+        """Claim requests if a claim is due, and start reading them; return whether there were any."""
+        now, free_slots = time.monotonic(), self._free_slots
+        free_slots -= max(0, sum(request.reading for request in self._active.values()) - _FREE_READS)
+        reserved = max(0, self._reserved - sum(request.slots for request in self._interactive()))
+        since_s = now - self._claimed_at
+        more = self._more_waiting and free_slots > reserved and self._claim_pays(since_s)
+        # An engine that hangs must get no more work.
+        may_claim = free_slots > 0 and (self._may_claim or not self._choices)
+        if not may_claim or not (self._notified or more or since_s >= _POLL_S):
+            return False
+        try:
+            with self._database.write() as session:
+                claims = leases.claim(
+                    session,
+                    self._worker_id,
+                    self._model,
+                    free_slots,
+                    self._lease_s,
+                    holding=self._active,
+                    reserved=reserved,
+                    body_version=MESSAGE_VERSION,
+                )
+        except DATABASE_UNAVAILABLE as error:
+            raise _unavailable(error) from error
+        spans.record_claims(claims, time.time() - (time.monotonic() - now), time.time())
+        if not self._active:
+            self._renewed_at = now
+        # Where there was work there may be more. A claim without slots for batch requests says nothing about them: keep
+        # the flag, or the next free slot would stay empty until the next poll.
+        self._more_waiting = bool(claims) or (self._more_waiting and free_slots <= reserved)
+        self._notified = self._may_claim = False
+        self._claimed_at = time.monotonic()
+        self._claim_s = self._claimed_at - now
+        for claim in claims:
+            self._active[claim.lease.key] = ActiveRequest(claim, reading=True)
+            self._readers.put(claim)
+        return bool(claims)
+
+    def _admit_read(self, settle_s: float) -> None:
+        """Pass the requests that have been read to the engine; an idle engine waits for them."""
+        idle = bool(self._active) and not self._choices
+        sequences: list[tuple[int, Sequence]] = []
+        for claim, result in self._readers.take(_IDLE_SETTLE_S if idle else settle_s, _IDLE_POLL_S if idle else 0.0):
+            request = self._active.get(claim.lease.key)
+            if request is not None and request.claim is claim:  # else its lease was lost meanwhile
+                with log_context(job_id=claim.lease.job_id, request_index=claim.lease.request_index):
+                    sequences += self._admit(request, result)
+        if sequences:
+            self._channel.send(AddSequences(tuple(sequences)))
+            self._num_added += len(sequences)
+            self._free_slots -= len(sequences)
+
+    def _claim_pays(self, since_s: float) -> bool:
+        """Return whether a claim is worth its time: active sequences wait for it."""
+        return not self._choices or since_s >= self._claim_s / _CLAIM_SHARE
+
+    def _admit(self, request: ActiveRequest, result: ParsedRequest | BaseException) -> list[tuple[int, Sequence]]:
+        """Return the numbered sequences of a request; none if it ends with an error."""
+        request.reading = False
+        try:
+            if isinstance(result, BaseException):
+                raise result
+            sequences = self._add_choices(request, result)
+            self._sink.started(request)
+            self._choices |= {choice.number: (request, choice) for choice in request.choices.values()}
+            return sequences
+        except RequestRefused as refused:
+            code, status = refused.code or "invalid_value", refused.status_code
+            self._end(request, RequestFailure(code, refused.message, refused.param, status))
+        except BaseException as error:  # any error here is the failure of this request
+            self._fail(request, "it could not be started", error)
+        return []
+
+    def _add_choices(self, request: ActiveRequest, reading: ParsedRequest) -> list[tuple[int, Sequence]]:
+        claim, body, prompts = request.claim, reading.request, reading.prompts
+        earlier: defaultdict[int, list[Checkpoint]] = defaultdict(list)
+        for checkpoint in claim.checkpoints:
+            earlier[checkpoint.choice_index].append(checkpoint)
+        sequences: list[tuple[int, Sequence]] = []
+        n = body.sampling.n
+        for index in sorted(set(range(len(prompts) * n)) - set(claim.finished_choices)):
+            prompt = prompts[index // n]
+            sequence = self._codec.sequence((*claim.lease.key, index), prompt, body.sampling, index)
+            choice = ActiveChoice(
+                index=index,
+                number=next(self._numbers),
+                num_prompt=len(prompt),
+                output_stream=OutputStream(
+                    sequence.key, self._codec.stream(body.sampling.stop, prompt, claim.endpoint)
+                ),
+                started_at=claim.started_at or time.time(),
+                first_of_prompt=index % n == 0,
+                wants_logprobs=body.sampling.logprobs is not None,
+            )
+            choice.resume(earlier[index], sequence)
+            request.choices[index] = choice
+            sequences.append((choice.number, sequence))
+        request.numbers = frozenset(number for number, _ in sequences)
+        return sequences
+
+    def _read_reports(self) -> None:
+        for report in self._channel.receive():
+            self._reported = self._may_claim = True
+            self._notified |= report.notified
+            self._num_read += 1
+            self._free_slots = report.free_capacity - (self._num_added - report.num_added)
+            for result in report.results or ():
+                self._take(result, report.ended_at)
+            for number, reason in report.given_up:
+                self._refuse(number, reason)
+        if self._num_read >= _READ_REPORTS:
+            self._channel.send(ReportsRead(self._num_read))
+            self._num_read = 0
+
+    def _take(self, result: SequenceResult, ended_at: float) -> None:
+        request, choice = self._choices.get(result.number, (None, None))
+        if request is None or choice is None:  # the engine did not know yet that it had ended
+            return
+        if result.finish_reason is not None:
+            del self._choices[result.number]
+        try:
+            choice.take(result, ended_at, self._codec.token_text)
+        except BaseException as error:  # an error in its text must not stop other requests
+            self._fail(request, "its text could not be written", error)
+            return
+        if choice.output_stream.finished:  # maybe by a stop string, which the engine does not know
+            self._forget([result.number])
+
+    def _refuse(self, number: int, reason: str) -> None:
+        """End a request with an error because the engine can't decode this choice, even alone."""
+        request, _ = self._choices.pop(number, (None, None))
+        if request is not None:
+            message = reason or "decoding failed on this request, and on it alone"
+            self._end(request, RequestFailure("engine_error", message, status_code=500))
+
+    def _fail(self, request: ActiveRequest, what: str, error: BaseException) -> None:
+        """End a request with an unexpected error, and log its traceback."""
+        extra = {"action": "request_failed", "job_id": request.claim.lease.job_id}
+        log.error("Request %s failed: %s", request.claim.custom_id, what, exc_info=error, extra=extra)
+        self._end(request, internal_error(what, error))
+
+    def _end(self, request: ActiveRequest, failure: RequestFailure) -> None:
+        request.fail(failure)
+        self._forget(request.numbers)
+
+    def _forget(self, numbers: Iterable[int]) -> None:
+        """Take no more results of these sequences; the engine must cancel those that it still decodes."""
+        self._ended += [number for number in numbers if self._choices.pop(number, None) is not None]
+
+    def _cancel_ended(self) -> None:
+        if self._ended:
+            self._channel.send(CancelSequences(tuple(self._ended)))
+            self._ended = []
+
+    def _flush_is_due(self) -> bool:
+        if not self._flushable():
+            return False
+        if all(request.done for request in self._active.values()):
+            return True
+        interactive = self._interactive()
+        interval_s = min(self._interval_s, _INTERACTIVE_INTERVAL_S) if interactive else self._interval_s
+        done = any(request.done for request in interactive)
+        return done or time.monotonic() - self._flushed_at >= interval_s
+
+    def _interactive(self) -> list[ActiveRequest]:
+        return [request for request in self._active.values() if request.claim.priority]
+
+    def _flushable(self) -> list[ActiveRequest]:
+        """Return the requests that a flush may write. It renews their leases, so the engine must have reported."""
+        return [request for request in self._active.values() if self._reported or request.failure is not None]
+
+    def _flush(self) -> None:
+        now, reported = time.monotonic(), self._reported
+        self._flush_failed = True
+        result = self._sink.flush(self._flushable(), time.time())
+        self._flush_failed = self._reported = False
+        self._renewed_at = now if reported else self._renewed_at
+        self._flushed_at = time.monotonic()
+        ended = {key for key, request in self._active.items() if request.ended}
+        self._drop(ended | set(result.lost))
+
+    def _drop(self, keys: set[RequestKey]) -> None:
+        for request in [self._active.pop(key) for key in keys if key in self._active]:
+            self._forget(request.numbers)
+
+
+def _unavailable(error: Exception) -> DatabaseUnavailable:
+    return DatabaseUnavailable(f"The database does not answer: {unavailable_reason(error)}")
