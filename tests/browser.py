@@ -1,6 +1,6 @@
-"""A real browser for the tests that look at pages: Debian's chromium, asked for no more than this host.
+"""A real browser for tests of the dashboard: Debian's chromium, which loads from this host only.
 
-Installed by the tests where they may (root, with apt-get); elsewhere the tests say what is missing.
+The tests install it as root with apt-get; elsewhere they are skipped with the missing package.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def chromium() -> str:
 
 @contextmanager
 def browser() -> Iterator[Browser]:
-    """Yield a browser with a profile of its own."""
+    """Yield a browser with a temporary profile."""
     path = chromium()
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=path, args=list(_QUIET), timeout=120_000)
@@ -56,6 +56,6 @@ def browser() -> Iterator[Browser]:
 
 
 def picture(page: Page, name: str) -> None:
-    """Keep what the page looks like."""
+    """Save a screenshot of the page."""
     ARTEFACTS.mkdir(exist_ok=True)
     page.screenshot(path=ARTEFACTS / f"{name}.png", full_page=True)

@@ -1,10 +1,10 @@
-"""A clock that tests set: laws about time then hold on every machine, however busy it is."""
+"""A clock that tests set, so that laws about time hold on a busy machine, too."""
 
 from __future__ import annotations
 
 
 class Clock:
-    """Stands where the test puts it. Called, it returns its time in seconds."""
+    """A clock that moves only when a test moves it. Call it for its time in seconds."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -13,5 +13,5 @@ class Clock:
         return self.now_s
 
     def advance(self, seconds: float) -> None:
-        """Let time pass."""
+        """Move the clock forward."""
         self.now_s += seconds

@@ -1,4 +1,4 @@
-"""Redis and PostgreSQL servers for tests that need them: own processes on free ports."""
+"""Redis and PostgreSQL servers for tests that need them: processes on free ports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values for tests, with every field filled in but those a test is about."""
+"""Values for tests: every field has a default, and a test sets those it is about."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def a_worker_card(**fields: Any) -> NewWorker:
 
 
 def a_key(database: Database, *scopes: Scope, lasts_s: float | None = None, **limits: int) -> dict[str, str]:
-    """Make a key, for submitting and reading if nothing else is said, and return the header that shows it."""
+    """Store a key, with the scopes submit and read by default; return its Authorization header."""
     key, recorded = new_key("somebody", scopes or (Scope.SUBMIT, Scope.READ), KeyLimits(**limits), lasts_s)
     with database.write() as session:
         keys.add_key(session, recorded)
@@ -34,7 +34,7 @@ def a_key(database: Database, *scopes: Scope, lasts_s: float | None = None, **li
 
 
 def a_step(**fields: Any) -> StepRow:
-    """A step of 10 ms that kept one draft token beside the target's own."""
+    """A step of 10 ms with one accepted draft token and the target's own."""
     step: dict[str, Any] = {
         "step": 1,
         "tree_nodes": 4,
@@ -55,7 +55,7 @@ def a_step(**fields: Any) -> StepRow:
 
 
 def a_checkpoint(text: str = "Hi", **fields: Any) -> Checkpoint:
-    """A checkpoint of two tokens, of which the first was the draft's."""
+    """A checkpoint of two tokens; the first is an accepted draft token."""
     checkpoint: dict[str, Any] = {
         "choice_index": 0,
         "seq": 1,
@@ -69,7 +69,7 @@ def a_checkpoint(text: str = "Hi", **fields: Any) -> Checkpoint:
 
 
 def a_finished_choice(text: str = "Hi", **fields: Any) -> FinishedChoice:
-    """The end of a choice of two tokens."""
+    """A finished choice of two tokens."""
     choice: dict[str, Any] = {
         "choice_index": 0,
         "text": text,
@@ -85,24 +85,24 @@ def a_finished_choice(text: str = "Hi", **fields: Any) -> FinishedChoice:
 
 
 def a_job(job_id: str = "job-1", **fields: Any) -> NewJob:
-    """A job for `tiny` that has a day to end."""
+    """A job for `tiny` with a window of one day."""
     job: dict[str, Any] = {"id": job_id, "model": "tiny", "endpoint": "/v1/chat/completions", "window_s": 86_400.0}
     return NewJob(**job | fields)
 
 
 def a_request(custom_id: str = "request-0", **fields: Any) -> NewRequest:
-    """A request that can be served."""
+    """A valid request."""
     request: dict[str, Any] = {"body": {"v": 1, "model": "tiny", "prompt": "Hello", "sampling": {"seed": 1}}}
     return NewRequest(custom_id, **request | fields)
 
 
 def some_requests(count: int) -> list[NewRequest]:
-    """Requests that can be served."""
+    """Valid requests."""
     return [a_request(f"request-{index}") for index in range(count)]
 
 
 def some_steps(*emitted: int, first: int = 0) -> tuple[StepRow, ...]:
-    """Steps that emitted so many tokens each, all but one of them from the draft. Step 0 is the token from prefill."""
+    """Steps that emit these numbers of tokens, all but one of them accepted draft tokens. Step 0 is that of prefill."""
     return tuple(
         a_step(
             step=first + number,

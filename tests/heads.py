@@ -25,7 +25,7 @@ def network(target: PreTrainedModel, layers: int = 1, seed: int = 0) -> HeadNetw
 def packed_head(
     target: PreTrainedModel, net: HeadNetwork, *, slots: int = 4, cpu_kernels: bool = True, paged: bool | None = None
 ) -> PackedHead:
-    """Put a head on its target's words; before the target's layers are fused."""
+    """Pack a head with its target's embeddings; call it before the target's layers are fused."""
     rows = output_weights(target)[TOKENS].clone()
     return PackedHead(
         net, embeddings(target), rows, TOKENS, slots=slots, capacity=1024, cpu_kernels=cpu_kernels, paged=paged
@@ -33,7 +33,7 @@ def packed_head(
 
 
 def tapped(target: PreTrainedModel, *, slots: int = 4, cpu_kernels: bool = True) -> PackedModel:
-    """Return a target whose hidden states can be read."""
+    """Return a target that stores the hidden states of its tapped layers."""
     target.set_attn_implementation(ATTENTION_NAME)
     if cpu_kernels:
         fuse_layers(target)

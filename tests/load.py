@@ -1,7 +1,7 @@
-"""`python -m tests.load`: the constants of docs/scale.md, measured on this machine with real servers on loopback.
+"""`python -m tests.load`: measure the constants of docs/scale.md on this machine, with real servers on loopback.
 
-Notifications (Celery), claims and step rows through the storage functions that workers call, partial events through
-pub/sub; each alone, with one process. Prints JSON.
+Notifications through Celery, claims and step rows through the storage functions of workers, partial events through
+pub/sub: each alone, in one process. Print JSON.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ STEPS = 100  # of each request
 TOKENS = 2 * STEPS - 1
 AT_ONCE = 64  # requests in one flush, as many as a worker holds
 EVENTS = 5_000
-JOB, WORKER = "batch_" + "5" * 32, "worker-" + "7" * 32  # as long as real ids, for they are in every row
+JOB, WORKER = "batch_" + "5" * 32, "worker-" + "7" * 32  # as long as real ids, which are in every row
 
 
 def timed(act: Callable[[], Any]) -> float:
@@ -49,7 +49,7 @@ def timed(act: Callable[[], Any]) -> float:
 
 
 def doorbells(redis_url: str) -> dict[str, float]:
-    """Send doorbells, then hear them with a worker as ours are, that does nothing else."""
+    """Send notifications, then receive them with a worker's Celery app that does nothing else."""
     app = make_producer_app(redis_url)
     sent_s = timed(lambda: [notify_workers(app, f"job-{number}", "load") for number in range(BELLS)])
     heard, all_heard = [0], threading.Event()
@@ -69,7 +69,7 @@ def doorbells(redis_url: str) -> dict[str, float]:
 
 
 def rows(database: Database) -> dict[str, float]:
-    """Claim requests and write their outputs and step rows, as many at once as a worker does."""
+    """Claim requests and write their outputs and step rows, `AT_ONCE` requests per transaction."""
     record(database, JOB, requests=REQUESTS)
     before = size(database)
     claimed_s = written_s = 0.0
@@ -100,7 +100,7 @@ def rows(database: Database) -> dict[str, float]:
 
 
 def size(database: Database) -> float:
-    """Return the bytes of the step rows and their index."""
+    """Return the size of the step rows and their index, in bytes."""
     if database.engine.dialect.name == "postgresql":
         query = text("SELECT pg_total_relation_size('decode_steps')")
     else:
@@ -110,7 +110,7 @@ def size(database: Database) -> float:
 
 
 def partials(redis_url: str) -> dict[str, float]:
-    """Publish events to one reader, a hundred at a time, as a worker's publisher does."""
+    """Publish events to one reader in batches of a hundred, as a worker does."""
     event = PartialEvent(
         job_id=JOB, request="request-17", index=17, seq=3, type="tokens", text="a few more words of text", tokens=6
     )

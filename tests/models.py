@@ -34,7 +34,7 @@ from worker.engine.model.packed_model import PackedModel
 from worker.engine.segments import KvMove, Segment
 
 VOCAB = 61
-TOKENIZER_VOCAB = 258  # of `byte_tokenizer`: a model that is to read its tokens has at least as many
+TOKENIZER_VOCAB = 258  # of `byte_tokenizer`; a model that reads its tokens needs at least as many
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
@@ -73,19 +73,19 @@ def tiny(architecture: str = "llama", seed: int = 0, vocab: int = VOCAB, **shape
     model.train(False)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(3.0)  # random models are nearly flat; sharper ones repeat themselves as real ones do
+            parameter.mul_(3.0)  # nearly uniform otherwise; sharper models repeat text as real ones do
     return model
 
 
 def save_tiny(directory: Path, architecture: str = "llama", seed: int = 0, **shape: int) -> Path:
-    """Write a random float32 model that reads bytes and loads in an instant, with its tokenizer; return where."""
+    """Save a tiny random float32 model with a byte tokenizer; return its directory."""
     tiny(architecture, seed, vocab=TOKENIZER_VOCAB, **shape).save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return directory
 
 
 def packed(model: PreTrainedModel, slots: int = 4, capacity: int = 512) -> PackedModel:
-    """Return a model wrapped for packed decoding, with KV slots of its own."""
+    """Return a model wrapped for packed decoding."""
     model.set_attn_implementation(ATTENTION_NAME)
     return PackedModel(model, slots=slots, capacity=capacity)
 
@@ -108,7 +108,7 @@ def byte_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
 
 @dataclass
 class TableModel:
-    """A language model whose logits are a function of the text: the law of every draw is known exactly."""
+    """A language model whose logits are a function of the text, so that the distribution of every draw is known."""
 
     logits: Callable[[tuple[int, ...]], Tensor]  # text -> [vocab]
     forwards: int = 0
@@ -116,29 +116,29 @@ class TableModel:
     _slots: dict[int, dict[int, int]] = field(default_factory=dict)  # slot -> KV index -> token
 
     def forward(self, segments: Sequence[Segment]) -> Tensor:
-        """Return one row per kept row, from the text that the row sees."""
+        """Return the logits of each kept row, from the text that the row sees."""
         self.forwards += 1
         rows = [self._row(segment, int(row)) for segment in segments for row in self._store(segment).keep]
         return torch.stack(rows) if rows else torch.empty(0, VOCAB)
 
     def compact(self, moves: Sequence[KvMove]) -> None:
-        """Bring accepted tokens down."""
+        """Move accepted tokens to the end of the committed prefix."""
         for move in moves:
             slot = self._slots[move.slot]
             kept = [slot[int(source)] for source in move.sources]
             slot.update({move.destination + i: token for i, token in enumerate(kept)})
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
-        """Copy the beginning of a text."""
+        """Copy the prefix of a text."""
         beginning = {i: self._slots[source][i] for i in range(length)}
         self._slots.setdefault(target, {}).update(beginning)
 
     def truncate(self, slot: int, length: int) -> None:
-        """Forget all but the beginning of a text."""
+        """Drop the tokens of a slot after `length`."""
         self._slots[slot] = {i: token for i, token in self._slots.get(slot, {}).items() if i < length}
 
     def clear(self) -> None:
-        """Forget every text."""
+        """Drop the tokens of all slots."""
         self._slots.clear()
 
     def _store(self, segment: Segment) -> Segment:

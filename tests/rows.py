@@ -1,8 +1,8 @@
-"""`python -m tests.rows --rows 20000000 --database postgresql`: what a record of many step rows costs, as JSON.
+"""`python -m tests.rows --rows 20000000 --database postgresql`: measure a database of many step rows; print JSON.
 
-Fills an empty record with jobs whose steps have random trees, through the functions that a worker's flush calls, and
-times the filling; then what is asked of it (views, statistics, pages of the dashboard); then pruning of half of it.
-Before all that COPY is held against INSERT, where there is COPY. The servers are our own and keep what they are told.
+Fill an empty database with jobs whose steps have random trees, through the functions of a worker's flush, and time the
+writes. Then time queries (views, statistics, pages of the dashboard), and pruning half of the steps. On PostgreSQL,
+COPY is first compared with INSERT. The servers are temporary, with durable commits.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from tests.unit.storage.acts import record
 STEPS = 100  # of a request
 REQUESTS = 2_000  # of a job
 AT_ONCE = 200  # requests whose rows are one transaction
-JOB_S, GAP_S = 1_800.0, 3_600.0  # how long a job ran; seconds from the beginning of one to that of the next
+JOB_S, GAP_S = 1_800.0, 3_600.0  # duration of a job; from the start of one job to the next
 KINDS = 64  # of random requests
-WORKER = "worker-" + "7" * 32  # as long as real ids, for they are in every row
-TURNS = 3  # of writing the same rows in both ways
-ASKED = 5  # times, unless it takes long
+WORKER = "worker-" + "7" * 32  # as long as real ids, which are in every row
+TURNS = 3  # of writing the same rows with COPY and with INSERT
+ASKED = 5  # runs of each query; slow queries run once
 LONG_S = 2.0
 SUMS = (StepMinute, StepBatch, StepDepth, StepExpectation)
-# The numbers of the view job_speedup, asked of all steps.
+# The numbers of the view job_speedup, computed from all steps.
 OF_ALL_STEPS = """
     SELECT job_id, count(*), sum(emitted_tokens), 1000.0 * sum(emitted_tokens) / sum(step_ms / batch_sequences),
         sum(emitted_tokens * plain_step_ms / batch_sequences) / sum(step_ms / batch_sequences)
@@ -56,10 +56,10 @@ Row = dict[str, Any]
 
 
 class Steps:
-    """Step rows of requests: random, and the same in every run."""
+    """Random step rows of requests, the same in every run."""
 
     def __init__(self) -> None:
-        """Make a few kinds of requests; the others repeat them."""
+        """Create a few random requests; all others repeat them."""
         dice = random.Random(1)
         self._kinds = [_kind(dice, batch=dice.choice((1, 2, 4, 8, 16, 32, 64))) for _ in range(KINDS)]
 
@@ -94,7 +94,7 @@ def _step(dice: random.Random, number: int, batch: int) -> Row:
 
 
 def writing(database: Database, steps: Steps) -> dict[str, list[float]]:
-    """Return the seconds that the rows of one transaction take by COPY and by INSERT, in turns."""
+    """Return the seconds of one transaction's rows with COPY and with INSERT, alternating."""
     record(database, "writing", requests=AT_ONCE)
     rows = [row for index in range(AT_ONCE) for row in steps.of("writing", index, time.time())]
     took: dict[str, list[float]] = {"copy": [], "insert": []}
@@ -114,7 +114,7 @@ def _insert(session: Session, model: type[DecodeStep], rows: Sequence[Row]) -> N
 
 
 def fill(database: Database, steps: Steps, rows: int) -> dict[str, float]:
-    """Write so many step rows, of jobs that have ended one after the other."""
+    """Write `rows` step rows, of jobs that ended one after the other."""
     jobs = max(2, rows // (REQUESTS * STEPS))
     before, steps_s, rollups_s = size(database), 0.0, 0.0
     started = time.perf_counter()
@@ -163,7 +163,7 @@ def _end(database: Database, job_id: str, began_at: float) -> None:
 
 
 def questions() -> dict[str, Callable[[Session], Any]]:
-    """Return everything that is asked, by the name it has in the report."""
+    """Return the timed queries, by their names in the report."""
     job_id = f"batch_{1:032d}"
     steps = select(DecodeStep.step, DecodeStep.tree_nodes).where(
         DecodeStep.job_id == job_id, DecodeStep.request_index == 7
@@ -186,7 +186,7 @@ def _all_of(view: str) -> Callable[[Session], Any]:
 
 
 def asking(database: Database) -> dict[str, float]:
-    """Return the milliseconds of every question: the median, or the first time of what takes long."""
+    """Return the median time of every query in ms; of slow ones, the first time."""
     return {name: round(_ask(database, question), 1) for name, question in questions().items()}
 
 
@@ -194,7 +194,7 @@ def _ask(database: Database, question: Callable[[Session], Any]) -> float:
     took: list[float] = []
     while len(took) < ASKED and (not took or took[0] < LONG_S):
         with database.read() as session:
-            took.append(timed(lambda: question(session)))  # called at once
+            took.append(timed(lambda: question(session)))  # called in this iteration
     return statistics.median(took) * 1e3
 
 
@@ -211,7 +211,7 @@ def pruning(database: Database) -> dict[str, float]:
 
 
 def measure(database: Database, rows: int) -> dict[str, Any]:
-    """Fill an empty record, ask it, prune it, and say what everything took."""
+    """Fill an empty database, query it and prune it; return all times."""
     steps = Steps()
     with write_connection(database.engine) as connection:
         views.drop_views(connection)

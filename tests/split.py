@@ -1,7 +1,7 @@
 """`python -m tests.split RANK STORE TARGET DRAFT`: one of two ranks that decode the tests' prompts, for test_ranks.
 
 The leader prints its texts, and both ranks print every command that they sent or received, as JSON. On the follower the
-draft has other weights and all logits are noise: a decision made from its own logits would differ.
+draft has other weights and all logits are noise: a decision from its own logits would differ.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class LoggingChannel(Channel):
 
 
 def texts(target: PackedModel, draft: PackedModel | None) -> Iterator[list[list[int]]]:
-    """Decode greedily and sampled, with fixed trees and with priced ones."""
+    """Decode greedily and with sampling, with fixed and with cost-aware trees."""
     for sampling in SAMPLINGS:
         for mode in (Mode.PAPER, Mode.OPT_TREE):
             some = sequences(sampling=sampling)
@@ -84,7 +84,7 @@ def follow(channel: LoggingChannel, target: PreTrainedModel, draft: PreTrainedMo
 
 
 def disturb(forward: Any) -> Any:
-    """Return a forward whose logits are noise."""
+    """Return a forward with noise as logits."""
 
     def disturbed(self: PackedModel, segments: Sequence[Segment]) -> Tensor:
         logits: Tensor = forward(self, segments)

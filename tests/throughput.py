@@ -1,9 +1,9 @@
-"""`python -m tests.throughput [TARGET]`: what one worker process on one core yields, and two on a core each, as JSON.
+"""`python -m tests.throughput [TARGET]`: measure one worker process on one core, and two on a core each; print JSON.
 
-Real nodes on one PostgreSQL and one Redis-protocol server of their own. What is measured is how the service scales, so
-the nodes decode plainly, and the default target is a random model whose steps are arithmetic: those of the embedded one
-are reading its weights, and cores of one machine share their memory. Needs a machine that does nothing else; beside
-each rate stands how much of their cores the nodes got.
+Real nodes share a PostgreSQL and a Redis-protocol server. The scaling of the service is measured, so the nodes decode
+plainly, and the default target is a random model that is bound by arithmetic: the embedded model is bound by memory
+bandwidth, which the cores of a machine share. Run it on an idle machine; each rate comes with the share of their cores
+that the nodes got.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from tests.postgres import Postgres
 from worker.settings import WorkerSettings
 
 REQUESTS, TOKENS = 256, 64
-SEQUENCES = 32  # of each node: rows enough to keep a core computing while it reads the weights once
-JOBS, ROUNDS = 2, 3  # in turns, so that a slow minute of the machine hits both
+SEQUENCES = 32  # of each node: enough rows to be bound by arithmetic
+JOBS, ROUNDS = 2, 3  # alternating, so that a slow minute of the machine affects both
 _NODE = {"threads": 1, "max_sequences": SEQUENCES, "mode": "plain"}
 _SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 8}
 
 
 @dataclass(frozen=True)
 class Rate:
-    """What a job came to."""
+    """Measured rate of a job."""
 
     tokens_per_s: float
-    cpu_share: float  # of their cores, that the nodes got: the rest went to whatever else ran
+    cpu_share: float  # share of their cores that the nodes got; other processes had the rest
 
 
 def rates(cluster: Cluster, cores: list[int]) -> list[Rate]:
-    """Return the rates of a few jobs, by the record's own clock, once every node serves."""
+    """Return the rates of a few jobs by the database's clock, after every node serves."""
     before = len(cluster.workers())
     with ExitStack() as nodes:
         pids = []

@@ -1,4 +1,4 @@
-"""A short form of `make chaos`: a few faults of every part, and nothing lost, doubled or changed."""
+"""A short `make chaos`: after a few faults of every part, no request is lost, repeated or changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every example is run as the README says, against a service that `basic up` started."""
+"""Run every example as the README says, against a service started with `basic up`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(service: Service, *command: str, **environment: str) -> str:  # noqa: F8
 
 
 def needs(program: str) -> None:
-    """Skip where a program is not installed; a machine of CI must have it."""
+    """Skip if a program is not installed; fail in CI, where it must be."""
     if shutil.which(program) is None:
         assert not os.environ.get("CI"), f"{program} is missing"
         pytest.skip(f"{program} is not installed")

@@ -1,4 +1,4 @@
-"""Chats beside batches, and keys, with everything real: processes, queue, SQL, SmolLM2, and OpenAI's own client."""
+"""Chats beside batches, and API keys, with real processes, queue, SQL, SmolLM2 and OpenAI's client."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from jobs.messages import JobStatus
 BASIC = Path(sys.executable).with_name("basic")
 MODEL = "smollm2-135m-instruct"
 QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
-FULL = 4  # sequences of the engine for batches: few, so that a test can fill it
+FULL = 4  # engine slots for batches: few, so that a test can fill them
 
 
 class Service:
-    """A running `basic up`, the commands beside it, and clients of it."""
+    """A running `basic up` with its commands and clients."""
 
     def __init__(self, data_dir: Path) -> None:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("BASIC_")}
@@ -53,7 +53,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 def strict(model: type[Any], reply: Any) -> Any:
-    """Return a reply as the client's own types have it: the client itself never looks."""
+    """Validate a reply against the client's own types, which the client itself does not check."""
     return model.model_validate(reply.to_dict())
 
 
@@ -122,7 +122,7 @@ def test_a_chat_is_answered_while_a_batch_fills_the_engine(service: Service) -> 
         batch.wait(poll_s=0.1)
 
 
-def test_who_goes_away_takes_the_request_along(service: Service) -> None:
+def test_a_client_that_disconnects_cancels_its_request(service: Service) -> None:
     with Client(service.api_url) as jobs, service.openai() as client:
         stream = client.chat.completions.create(
             model=MODEL, messages=QUESTION, max_tokens=3000, stream=True, extra_body={"ignore_eos": True}
@@ -143,7 +143,7 @@ def test_who_goes_away_takes_the_request_along(service: Service) -> None:
         assert jobs.job(ended["data"][0]["id"]).wait(poll_s=0.1).status is JobStatus.CANCELLED
 
 
-def test_from_the_first_key_on_others_need_one_and_the_owner_s_commands_go_on(service: Service) -> None:
+def test_after_the_first_key_others_need_one_and_the_owner_s_commands_still_work(service: Service) -> None:
     made = json.loads(service.basic("keys", "create", "alice", "--json"))
     with pytest.raises(openai.AuthenticationError), service.openai("wrong") as stranger:
         stranger.models.list()
@@ -160,7 +160,7 @@ def test_from_the_first_key_on_others_need_one_and_the_owner_s_commands_go_on(se
     assert json.loads(service.basic("jobs", "--json", BASIC_API_KEY="")) != []
 
 
-def test_without_a_key_the_shim_refuses_to_listen_to_others(tmp_path: Path) -> None:
+def test_without_a_key_the_api_server_refuses_to_listen_on_a_network(tmp_path: Path) -> None:
     command = [str(BASIC), "api", "--host", "0.0.0.0", "--port", "0"]
     env = os.environ | {"BASIC_DATA_DIR": str(tmp_path)}
     subprocess.run([str(BASIC), "db", "upgrade"], env=env, check=True, capture_output=True)

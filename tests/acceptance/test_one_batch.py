@@ -1,6 +1,6 @@
-"""One real job through every door: real processes, a real Redis-protocol server, SQLite, and SmolLM2.
+"""One job through every public interface: real processes, a Redis-protocol server, SQLite and SmolLM2.
 
-Everything goes through what a user has: the `basic` command, HTTP, Redis and SQL.
+The tests use what a user has: the `basic` command, HTTP, Redis and SQL.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 def assert_greedy(prompts: list[str], texts: list[str]) -> None:
-    """Each text is what transformers' own float32 model finds likeliest, token for token.
+    """Assert that each token of the texts is the argmax of transformers' own float32 model.
 
-    A worker in bfloat16 rounds otherwise: where two tokens are within rounding of each other it may take either.
+    A worker in bfloat16 rounds differently: of two tokens within ROUNDING of each other it may take either.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -85,7 +85,7 @@ def assert_greedy(prompts: list[str], texts: list[str]) -> None:
     from worker.settings import WorkerSettings
 
     path = resolve(MODEL, WorkerSettings().cache_dir)
-    # transformers types these for mixins that no class declares
+    # transformers' types do not declare these methods
     tokenizer: Any = AutoTokenizer.from_pretrained(path)
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     for prompt, text in zip(prompts, texts, strict=True):

@@ -54,7 +54,7 @@ def submitted(client: OpenAI, lines: list[dict[str, Any]], endpoint: Any = CHAT)
 
 
 def ended(client: OpenAI, batch: Batch) -> Batch:
-    """Poll until a batch has ended; its counts only grow, and no file shows before the end."""
+    """Poll until a batch has ended; assert that its counts only grow and that no file appears before the end."""
     deadline = time.monotonic() + 240
     counts = (0, 0)
     while batch.status not in FINAL:

@@ -1,1 +1,1 @@
-"""Faults on purpose: the whole service as real processes, and what may happen to each of them."""
+"""Fault injection: run the whole service as real processes and break each of them."""

@@ -1,4 +1,4 @@
-"""The faults: each takes a running service, does its harm, and leaves the repair to the service."""
+"""The faults. Each breaks a part of a running service; the service itself must recover."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ from tests.chaos.stack import Stack
 Fault = Callable[[Stack, random.Random], None]
 
 _LEASE_AND_MORE_S = 6.0
-# Each of them ends a Celery consumer.
+# Messages that Celery can't process: each ends its consumer.
 _LETHAL_FRAMES = (b"\x80\x04garbage", b"7", b'{"body": "%%%", "properties": {"delivery_tag": "x"}}')
 
 
 def kill_a_worker(stack: Stack, dice: random.Random) -> None:
-    """Kill a worker in the midst of a step."""
+    """Kill a worker during a step."""
     stack.kill(dice.choice(stack.workers()))
 
 
 def kill_all_workers(stack: Stack, dice: random.Random) -> None:
-    """Kill all workers at once: nobody is left to see it."""
+    """Kill all workers at once, so that no other worker can detect the deaths."""
     for name in stack.workers():
         stack.kill(name)
 
 
 def stop_a_worker(stack: Stack, dice: random.Random) -> None:
-    """Stop a worker in order, as an upgrade does."""
+    """Stop a worker cleanly, as an upgrade does."""
     stack.kill(dice.choice(stack.workers()), signal.SIGTERM)
 
 
 def stop_a_worker_twice(stack: Stack, dice: random.Random) -> None:
-    """Stop a worker and insist at once."""
+    """Stop a worker with two signals: the second makes it exit at once."""
     name = dice.choice(stack.workers())
     stack.kill(name, signal.SIGTERM)
     stack.rest(0.05)
@@ -54,7 +54,7 @@ def stop_a_worker_twice(stack: Stack, dice: random.Random) -> None:
 
 
 def freeze_a_worker(stack: Stack, dice: random.Random) -> None:
-    """Freeze a worker for longer than its lease, and let it wake up."""
+    """Suspend a worker for longer than its lease, then let it continue."""
     name = dice.choice(stack.workers())
     stack.kill(name, signal.SIGSTOP)
     stack.rest(_LEASE_AND_MORE_S)
@@ -74,7 +74,7 @@ def replace_redis(stack: Stack, dice: random.Random) -> None:
 
 
 def flush_redis(stack: Stack, dice: random.Random) -> None:
-    """Empty the Redis server while everybody is connected."""
+    """Delete all keys of the Redis server while clients are connected."""
     with stack.redis() as client:
         client.flushall()
 
@@ -87,21 +87,21 @@ def cut_redis_connections(stack: Stack, dice: random.Random) -> None:
 
 
 def hang_redis(stack: Stack, dice: random.Random) -> None:
-    """Let the Redis server hang with all its connections open."""
+    """Suspend the Redis server; its connections stay open."""
     stack.kill("redis", signal.SIGSTOP)
     stack.rest(dice.uniform(1.0, 4.0))
     stack.kill("redis", signal.SIGCONT)
 
 
 def repeat_doorbells(stack: Stack, dice: random.Random) -> None:
-    """Notify workers of a job that may be over, fifty times."""
+    """Notify workers fifty times of a job that may have ended."""
     with stack.redis() as client:
         queue = KEY_PREFIX + model_queue(Path(stack.environment["BASIC_TARGET"]).name)
         client.lpush(queue, *[_doorbell("batch_nobody_knows", number) for number in range(50)])
 
 
 def hold_doorbells_back(stack: Stack, dice: random.Random) -> None:
-    """Take what is queued in Redis away, and put it back later."""
+    """Remove the queued messages from Redis, and put them back later."""
     with stack.redis() as client:
         held: dict[bytes, list[bytes]] = {}
         ends_at = time.monotonic() + 2.0
@@ -115,7 +115,7 @@ def hold_doorbells_back(stack: Stack, dice: random.Random) -> None:
 
 
 def send_garbage(stack: Stack, dice: random.Random) -> None:
-    """Put bytes on the workers' queue that end a Celery consumer."""
+    """Queue bytes that end a Celery consumer."""
     with stack.redis() as client:
         client.lpush(KEY_PREFIX + model_queue(Path(stack.environment["BASIC_TARGET"]).name), *_LETHAL_FRAMES)
 
@@ -126,7 +126,7 @@ def kill_the_api_server(stack: Stack, dice: random.Random) -> None:
 
 
 def kill_the_ingest(stack: Stack, dice: random.Random) -> None:
-    """Kill the process that records pushed batches."""
+    """Kill the ingest process."""
     stack.kill("ingest")
 
 
@@ -139,7 +139,7 @@ def restart_the_database(stack: Stack, dice: random.Random) -> None:
 
 
 def cut_database_connections(stack: Stack, dice: random.Random) -> None:
-    """Close every connection to PostgreSQL in the midst of its transaction."""
+    """Close every connection to PostgreSQL during its transaction."""
     with psycopg.connect(stack.database_url, autocommit=True) as connection:
         connection.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND datname = 'chaos'"
@@ -155,7 +155,7 @@ def lock_the_database(stack: Stack, dice: random.Random) -> None:
 
 
 def fill_the_disk(stack: Stack, dice: random.Random) -> None:
-    """Leave not a byte on the disk of the record for a while."""
+    """Fill the disk of the database for a while."""
     ballast = stack.disk / "ballast"
     with suppress(OSError), ballast.open("wb", buffering=0) as file:
         while True:
@@ -193,7 +193,7 @@ ON_A_SMALL_DISK: Mapping[str, Fault] = {"fill the disk": fill_the_disk}
 
 
 def faults_for(*, postgres: bool, small_disk: bool) -> dict[str, Fault]:
-    """Return the faults that a service of this kind can suffer."""
+    """Return the faults that apply to this kind of service."""
     return {
         **ANYWHERE,
         **(ON_POSTGRESQL if postgres else ON_SQLITE),
@@ -203,7 +203,7 @@ def faults_for(*, postgres: bool, small_disk: bool) -> dict[str, Fault]:
 
 @contextmanager
 def small_disk(directory: Path, megabytes: int = 128) -> Iterator[bool]:
-    """Mount a disk of few megabytes at `directory`, if we may; yields whether there is one."""
+    """Mount a disk of a few megabytes at `directory`; yield False where that is not permitted."""
     directory.mkdir(parents=True, exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "basic-chaos", str(directory)]
     mounted = os.geteuid() == 0 and subprocess.run(mount, capture_output=True, check=False).returncode == 0
@@ -217,7 +217,7 @@ def small_disk(directory: Path, megabytes: int = 128) -> Iterator[bool]:
 def _pop(client: Any, key: bytes) -> bytes | None:
     try:
         popped = client.rpop(key)
-    except RedisError:  # not a list: Celery's own wiring
+    except RedisError:  # not a list: a key of Celery itself
         return None
     return popped if isinstance(popped, bytes) else None
 

@@ -2,9 +2,9 @@
 
     python -m tests.chaos.run --faults 50 --database postgresql
 
-First the prompts are decoded undisturbed. Then the same prompts are sent again and again, through both doors, while
-one fault after the other strikes. At the end every request must have exactly one output or error row, greedy texts
-must be those of the undisturbed run, and step rows must add up to the tokens. Exit status 0 if all that holds.
+Decode the prompts once without faults. Then submit the same prompts again and again, over HTTP and through Redis, while
+faults are injected one after the other. At the end every request must have exactly one output or error row, greedy
+texts must be those of the first run, and step rows must sum to the tokens. Exit status 0 if all of this holds.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ REQUESTS = 12
 MAX_TOKENS = 160
 _PAUSE_S = (0.5, 4.0)  # between two faults
 _END_S = 240.0
-_OPEN_JOBS = 3  # so many are under way at any time
+_OPEN_JOBS = 3  # jobs that run at any time
 
 
 @dataclass
 class Report:
-    """What happened and what was found."""
+    """Injected faults and violated laws of one run."""
 
     database: str
     seed: int
@@ -57,12 +57,12 @@ class Report:
     wrong: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        """Return everything, for the record."""
+        """Return all fields as JSON."""
         return {**vars(self), "faults": dict(self.faults.most_common()), "fault_count": self.faults.total()}
 
 
 class Chaos:
-    """One run on one stack."""
+    """One chaos run on one stack."""
 
     def __init__(self, stack: Stack, faults: dict[str, Fault], seed: int, database: str) -> None:
         self.stack = stack
@@ -72,10 +72,10 @@ class Chaos:
         self.prompts = [f"{number}: {'once upon a time ' * (1 + number % 4)}" for number in range(REQUESTS)]
         self.expected: list[str] = []
         self.job_ids: list[str] = []
-        self._unsent: list[str] = []  # keys of submissions that nobody has confirmed
+        self._unsent: list[str] = []  # idempotency keys of submissions that are not confirmed yet
 
     def run(self, count: int) -> Report:
-        """Decode undisturbed, then strike `count` times, and check."""
+        """Decode without faults, inject `count` faults, and check the laws."""
         self.expected = self._undisturbed()
         began_at = time.monotonic()
         for _ in range(count):
@@ -99,14 +99,14 @@ class Chaos:
         return [str(text) for (text,) in rows]
 
     def _finish(self, what: str) -> None:
-        """Wait until every submission is confirmed and every job over."""
+        """Wait until every submission is confirmed and every job has ended."""
         while self._unsent:
             self._send(self._unsent.pop(0))
             self.stack.rest(0.2)
         self.stack.wait_for(self._all_over, what, _END_S)
 
     def _keep_busy(self) -> None:
-        """See to it that jobs are under way; what was not confirmed is sent again, under the same key."""
+        """Keep `_OPEN_JOBS` jobs running; send unconfirmed submissions again, with the same key."""
         for key in self._unsent[:]:
             self._unsent.remove(key)
             self._send(key)
@@ -114,7 +114,7 @@ class Chaos:
             self._send(uuid.UUID(int=self.dice.getrandbits(128)).hex)
 
     def _send(self, key: str) -> None:
-        """Send the prompts through a door: the same key always through the same."""
+        """Submit the prompts over HTTP or Redis; a key always takes the same of the two."""
         job_id = self._push(key) if int(key, 16) % 2 else self._post(key)
         if job_id is None:
             self._unsent.append(key)
@@ -146,7 +146,7 @@ class Chaos:
             return job_id
         with suppress(QueueUnavailable):
             push(batch, self.stack.redis_url)
-        return None  # accepted is what stands in SQL: look again later
+        return None  # accepted means stored in SQL: look again later
 
     def _strike(self) -> None:
         # As many of each kind as the count allows, in random order.
@@ -205,7 +205,7 @@ class Chaos:
 
 
 def run(count: int, database: str, seed: int, only: list[str] | None = None, target: Path | None = None) -> Report:
-    """Set a service up, break it `count` times, and return what was found."""
+    """Start a service, inject `count` faults, and return the report."""
     with ExitStack() as cleanup:
         directory = Path(tempfile.mkdtemp(prefix="basic-chaos-"))
         disk = cleanup.enter_context(small_disk(directory / "disk")) if database == "sqlite" else False
@@ -223,14 +223,14 @@ def run(count: int, database: str, seed: int, only: list[str] | None = None, tar
 
 
 def tiny_model(directory: Path) -> Path:
-    """Write a model that loads in an instant, and its tokenizer."""
+    """Save a tiny random model with its tokenizer."""
     from tests.models import save_tiny
 
     return save_tiny(directory)
 
 
 def main() -> int:
-    """Run as the command line says and print the report."""
+    """Run with the options of the command line and print the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--faults", type=int, default=50)
     parser.add_argument("--database", choices=["sqlite", "postgresql"], default="postgresql")

@@ -1,7 +1,7 @@
-"""The service as a chaos run has it: every part a real process that can be killed, stopped or robbed of its data.
+"""The service of a chaos run: every part is a real process that can be killed, stopped or lose its data.
 
-Like `basic up` it starts the parts with the code of `jobs.processes` and keeps them running; unlike it, everything can
-be reached by name, there are two workers, and the database may be a PostgreSQL server of our own.
+Like `basic up` it starts the parts with `jobs.processes` and restarts them. Unlike `basic up`, parts are accessible by
+name, there are two workers, and the database may be a temporary PostgreSQL server.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _READY_S = 300.0
 
 
 class Stack:
-    """All parts of one service. Call `tend` often: it starts again what has died."""
+    """All parts of one service. Call `tend` often: it restarts dead parts."""
 
     def __init__(
         self, directory: Path, target: Path, postgres: Postgres | None, *, workers: int = 2, step_s: float = 0.02
     ) -> None:
-        """Lay everything out below `directory`: data that can be lost in `disk`, logs beside it.
+        """Keep all files below `directory`: data in `disk`, logs beside it.
 
-        The record is SQLite on that disk, or a database of `postgres`.
+        The database is SQLite in `disk`, or a database of `postgres`.
         """
         self.directory = directory
         self.disk = directory / "disk"
@@ -51,7 +51,7 @@ class Stack:
         self.database_url = postgres.create("chaos") if postgres else f"sqlite:///{self.database_path}"
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("BASIC_")},
-            # Children start with -P, and only the installed packages are found then: `tests` is none of them.
+            # Children start with -P, which finds installed packages only: `tests` is not one of them.
             "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
             "BASIC_DATA_DIR": str(self.disk / "data"),
             "BASIC_DATABASE_URL": self.database_url,
@@ -75,9 +75,9 @@ class Stack:
         self.database = Database.open(self.database_url)
 
     def start(self, *, doors: bool = True, victim_prefix: tuple[str, ...] = ()) -> None:
-        """Start all parts and return when jobs can be sent and are served. Without `doors`: only what serves them.
+        """Start all parts and return when they serve jobs. Without `doors`: no API server and no ingest process.
 
-        `victim_prefix` is a command that starts the first worker in surroundings of its own.
+        `victim_prefix` is put before the command of the first worker, for example to give it a PID namespace.
         """
         schema.upgrade(self.database_url)
         self.start_redis()
@@ -104,21 +104,21 @@ class Stack:
         self.database.dispose()
 
     def tend(self) -> None:
-        """Start again what has died and is not kept down."""
+        """Restart dead parts, except those that a fault keeps down."""
         for name, child in self.children.items():
             if name not in self.down and child.status() is not None:
-                child.restarts = 0  # a run of many faults would otherwise wait half a minute for each start
+                child.restarts = 0  # otherwise the restart delay grows to half a minute over many faults
                 child.restart_if_due()
 
     def rest(self, seconds: float) -> None:
-        """Let so much time pass, with everything that dies started again."""
+        """Wait for a time, restarting dead parts meanwhile."""
         ends_at = time.monotonic() + seconds
         while time.monotonic() < ends_at:
             self.tend()
             time.sleep(0.05)
 
     def wait_for(self, condition: Callable[[], bool], what: str, timeout_s: float = _READY_S) -> None:
-        """Wait until the condition holds, with everything that dies started again."""
+        """Wait until the condition holds, restarting dead parts meanwhile."""
         ends_at = time.monotonic() + timeout_s
         while not condition():
             self.tend()
@@ -126,7 +126,7 @@ class Stack:
             time.sleep(0.05)
 
     def ready(self) -> bool:
-        """Return whether the API server answers and knows a worker."""
+        """Return whether the API server answers and lists a live worker."""
         try:
             reply = httpx.get(f"{self.api_url}/readyz", timeout=5.0, trust_env=False)
         except httpx.TransportError:
@@ -156,7 +156,7 @@ class Stack:
 
     @contextmanager
     def without_redis(self, *, lose_data: bool) -> Iterator[None]:
-        """Keep the Redis-protocol server down for a while; it may come back empty."""
+        """Stop the Redis-protocol server inside the block, then start it, with `lose_data` empty."""
         self.down.add("redis")
         self.kill("redis")
         self.children["redis"]._process.wait()
@@ -170,7 +170,7 @@ class Stack:
         return redis.Redis(port=self.redis_port, socket_timeout=5.0, decode_responses=False)
 
     def rows(self, query: str, **values: object) -> list[tuple[object, ...]]:
-        """Ask the database; waits while it is away."""
+        """Return the rows of a query; wait while the database is unavailable."""
         ends_at = time.monotonic() + _READY_S
         while True:
             try:

@@ -1,8 +1,8 @@
-"""How long the requests of a killed worker stand still, with the default lease: `python -m tests.chaos.takeover`.
+"""Measure how long requests of a killed worker wait, with the default lease: `python -m tests.chaos.takeover`.
 
-Measured from the kill to the claim by the other worker, which has room. Once on one machine, where neighbours see the
-death, and once with the victim in a process namespace of its own, as on another machine or in another container: then
-only its lapsed leases tell. The second needs root.
+Time from the kill to the claim by another worker with free slots. Once on one machine, where other processes detect the
+death at once; and once with the killed worker in its own PID namespace, as on another machine: then its requests wait
+until their leases lapse. The second case needs root.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RUNS = 3
 
 
 def measure(*, apart: bool) -> list[float]:
-    """Return the seconds of each run."""
+    """Return the takeover time of each run, in seconds."""
     directory = Path(tempfile.mkdtemp(prefix="basic-takeover-"))
     stack = Stack(directory, tiny_model(directory / "tiny"), None, step_s=0.1)
     del stack.environment["BASIC_LEASE_S"]
@@ -40,7 +40,7 @@ def measure(*, apart: bool) -> list[float]:
 
 
 def _once(stack: Stack, job_id: str, *, apart: bool) -> float:
-    """Give the victim a job, let the other worker come, kill the victim, and wait for the takeover."""
+    """Start a job on one worker, start the other, kill the first, and wait for the takeover."""
     stack.down.add("worker-1")
     stack.kill("worker-1")
     stack.children["worker-1"]._process.wait()

@@ -1,10 +1,9 @@
-"""A worker that can be made to go wrong: `python -m tests.chaos.worker`.
+"""A worker with injected faults: `python -m tests.chaos.worker`.
 
-It is the worker of the service with a few changes, and all of them live here, in a program that only tests start and
-that no installation has: the package itself holds no switch that injects a fault. A prompt with POISON in it kills the
-process when it is taken up, as one that crashes a kernel would; one with HANG stops its engine thread for good; and
-every step takes CHAOS_STEP_S seconds longer, so that a model of a few thousand weights is still decoding when the next
-fault comes.
+It is the worker of the service with a few patches, which are all in this program: the product has no switch that
+injects faults. A prompt that contains POISON kills the process when it is admitted, as a crash of a kernel would. One
+that contains HANG stops the engine thread for ever. Every step takes CHAOS_STEP_S seconds longer, so that a tiny model
+is still decoding when the next fault comes.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ STEP_VARIABLE = "CHAOS_STEP_S"
 
 
 def main() -> int:
-    """Serve as the environment says, with the faults above."""
+    """Serve with the settings of the environment and the faults above."""
     encode, add, step = Codec.encode, Engine.add, Engine.step
-    hanging: set[tuple[int, ...]] = set()  # token ids of prompts with HANG: the engine knows no texts
+    hanging: set[tuple[int, ...]] = set()  # token ids of prompts with HANG: the engine has no texts
     step_s = float(os.environ.get(STEP_VARIABLE, "0"))
 
     def deadly_encode(codec: Codec, request: GenerationRequest, endpoint: str) -> list[int]:

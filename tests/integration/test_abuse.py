@@ -1,4 +1,4 @@
-"""A real shim under abuse: its memory stays bounded, and others are served meanwhile. No worker: nothing is decoded."""
+"""A real API server under abuse: its memory stays bounded, and other clients are served meanwhile. No worker runs."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from jobs.api.http import h11_protocol
 from jobs.submission.request_parser import MAX_JSON_NODES
 from storage import schema
 
-MOST_MB = 600
+MAX_MB = 600
 JSON = {"content-type": "application/json"}
 LINES = {"content-type": "application/x-ndjson"}
 STREAMS = 40
 
 
-class Shim:
-    """A running shim, seen from outside."""
+class ApiServer:
+    """A running API server: its URL and process id."""
 
     def __init__(self, url: str, pid: int) -> None:
         self.url = url
@@ -38,7 +38,7 @@ class Shim:
         self.address = (host, int(port))
 
     def peak_mb(self) -> float:
-        """Return the most memory it ever had, in MB."""
+        """Return its peak resident memory in MB."""
         status = Path(f"/proc/{self.pid}/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) / 1000
 
@@ -48,7 +48,7 @@ class Shim:
         return connection
 
     def answer(self, data: bytes) -> tuple[int, Any]:
-        """Send bytes; return status and body of the answer."""
+        """Send raw bytes; return status and body of the response."""
         with self.raw(data) as connection:
             received = b""
             while part := connection.recv(65_536):
@@ -58,8 +58,8 @@ class Shim:
 
 
 @pytest.fixture(scope="module")
-def shim(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Iterator[Shim]:
-    data_dir = tmp_path_factory.mktemp("shim")
+def server(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Iterator[ApiServer]:
+    data_dir = tmp_path_factory.mktemp("server")
     schema.upgrade(f"sqlite:///{data_dir / 'basic.sqlite3'}")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("BASIC_")}
     own = {
@@ -75,19 +75,19 @@ def shim(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Iterator[S
     while not ready.exists():
         assert process.poll() is None
         time.sleep(0.05)
-    yield Shim(ready.read_text().strip(), process.pid)
+    yield ApiServer(ready.read_text().strip(), process.pid)
     process.terminate()
     assert process.wait(20) == 0
 
 
 @contextmanager
-def others_are_served(shim: Shim) -> Iterator[None]:
-    """Submit jobs and read them all the while, as somebody does who knows nothing of the abuse."""
+def others_are_served(server: ApiServer) -> Iterator[None]:
+    """Submit and read jobs inside the block, as an ordinary client does."""
     over = threading.Event()
     served: list[int] = []
 
     def go_on() -> None:
-        with httpx.Client(base_url=shim.url, timeout=60) as http:
+        with httpx.Client(base_url=server.url, timeout=60) as http:
             while not over.is_set() or not served:
                 job = http.post("/v1/jobs", json={"requests": ["Hello"], "max_tokens": 5})
                 served.append(job.status_code)
@@ -104,13 +104,13 @@ def others_are_served(shim: Shim) -> Iterator[None]:
 
 
 def bodies(size: int) -> dict[str, tuple[dict[str, str], Iterator[bytes]]]:
-    """Return bodies of some size that are made to take much memory."""
+    """Return bodies that take much more memory than their size if parsed naively."""
     piece, lists = b"x" * 65_536, b"[]," * 20_000
     line = b'{"prompt": [' + b"[]," * 3_000_000 + b"[]]}\n"  # just below the limit of a line
-    dear = b'{"prompt": [' + b'{"a":0},' * (MAX_JSON_NODES - 10) + b"0]}\n"  # and this below that of its lists
+    dear = b'{"prompt": [' + b'{"a":0},' * (MAX_JSON_NODES - 10) + b"0]}\n"  # and of lists and objects
 
     def wide(chars: int) -> bytes:
-        prompt = "x" * chars + "\U0001f600"  # in memory each of its characters takes four bytes
+        prompt = "x" * chars + "\U0001f600"  # in memory each character takes four bytes
         return (json.dumps({"prompt": prompt, "max_tokens": 1}, ensure_ascii=False) + "\n").encode()
 
     def pieces(begin: bytes, part: bytes) -> Iterator[bytes]:
@@ -131,15 +131,15 @@ def bodies(size: int) -> dict[str, tuple[dict[str, str], Iterator[bytes]]]:
 
 
 @pytest.mark.parametrize("kind", bodies(0))
-def test_a_body_that_is_made_to_take_memory_takes_little(shim: Shim, kind: str) -> None:
+def test_a_hostile_body_takes_bounded_memory(server: ApiServer, kind: str) -> None:
     def send(found: list[int]) -> None:
         headers, body = bodies(100_000_000)[kind]
         try:
-            found.append(httpx.post(f"{shim.url}/v1/jobs", content=body, headers=headers, timeout=240).status_code)
-        except (httpx.WriteError, httpx.ReadError):  # it was cut off in the midst of sending
+            found.append(httpx.post(f"{server.url}/v1/jobs", content=body, headers=headers, timeout=240).status_code)
+        except (httpx.WriteError, httpx.ReadError):  # the server closed the connection while we were sending
             found.append(413)
 
-    with others_are_served(shim):
+    with others_are_served(server):
         found: list[int] = []
         senders = [threading.Thread(target=send, args=(found,)) for _ in range(2)]
         for sender in senders:
@@ -147,49 +147,49 @@ def test_a_body_that_is_made_to_take_memory_takes_little(shim: Shim, kind: str) 
         for sender in senders:
             sender.join()
     assert set(found) <= {200, 400, 413, 415}, found
-    assert shim.peak_mb() < MOST_MB
+    assert server.peak_mb() < MAX_MB
 
 
-def test_a_body_that_is_as_large_as_it_may_be_is_taken_in_bounded_memory(shim: Shim) -> None:
+def test_a_body_of_the_maximum_size_is_accepted_in_bounded_memory(server: ApiServer) -> None:
     text = "Word " * 760
     line = (json.dumps({"prompt": text, "max_tokens": 1}) + "\n").encode()
     lines = (line * 100 for _ in range(500))
-    with others_are_served(shim):
-        reply = httpx.post(f"{shim.url}/v1/jobs", content=lines, headers=LINES, timeout=240)
+    with others_are_served(server):
+        reply = httpx.post(f"{server.url}/v1/jobs", content=lines, headers=LINES, timeout=240)
     assert reply.status_code == 200, reply.text
     assert reply.json()["request_counts"]["total"] == 50_000
-    assert shim.peak_mb() < MOST_MB
+    assert server.peak_mb() < MAX_MB
 
 
-def test_a_body_that_does_not_come_keeps_nobody_waiting(shim: Shim) -> None:
+def test_a_body_that_does_not_arrive_delays_no_other_client(server: ApiServer) -> None:
     head = (
         b"POST /v1/jobs HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n{"
     )
     with ExitStack() as stack:
         for _ in range(300):
-            stack.enter_context(shim.raw(head))
-            stack.enter_context(shim.raw(b"GET /v1/jobs HTTP/1.1\r\nhos"))
-        with others_are_served(shim):
+            stack.enter_context(server.raw(head))
+            stack.enter_context(server.raw(b"GET /v1/jobs HTTP/1.1\r\nhos"))
+        with others_are_served(server):
             pass
-    assert shim.peak_mb() < MOST_MB
+    assert server.peak_mb() < MAX_MB
 
 
-def test_streams_beyond_their_number_are_refused_and_a_closed_one_makes_room(shim: Shim) -> None:
-    job = httpx.post(f"{shim.url}/v1/jobs", json={"requests": ["Hello"]}).json()["id"]
+def test_streams_beyond_the_limit_are_refused_and_a_closed_one_frees_its_slot(server: ApiServer) -> None:
+    job = httpx.post(f"{server.url}/v1/jobs", json={"requests": ["Hello"]}).json()["id"]
     request = f"GET /v1/jobs/{job}/events HTTP/1.1\r\nhost: localhost\r\n\r\n".encode()
 
     def status(connection: socket.socket) -> bytes:
         return connection.recv(12)[9:]
 
-    with ExitStack() as stack, others_are_served(shim):
-        streams = [stack.enter_context(shim.raw(request)) for _ in range(STREAMS)]
+    with ExitStack() as stack, others_are_served(server):
+        streams = [stack.enter_context(server.raw(request)) for _ in range(STREAMS)]
         assert {status(stream) for stream in streams} == {b"200"}
-        with httpx.stream("GET", f"{shim.url}/v1/jobs/{job}/events") as one_more:
+        with httpx.stream("GET", f"{server.url}/v1/jobs/{job}/events") as one_more:
             assert one_more.status_code == 429
             assert int(one_more.headers["retry-after"]) > 0
         streams.pop().close()
         deadline = time.monotonic() + 60
-        while status(last := stack.enter_context(shim.raw(request))) != b"200":
+        while status(last := stack.enter_context(server.raw(request))) != b"200":
             last.close()
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -216,15 +216,15 @@ def test_streams_beyond_their_number_are_refused_and_a_closed_one_makes_room(shi
         ),
     ],
 )
-def test_what_is_no_request_is_answered_in_the_envelope(shim: Shim, request_: bytes, status: int) -> None:
-    found, body = shim.answer(request_)
+def test_malformed_http_gets_the_error_object(server: ApiServer, request_: bytes, status: int) -> None:
+    found, body = server.answer(request_)
     assert found == status
     assert body["error"].keys() == {"message", "type", "param", "code"}
 
 
 @contextmanager
 def served_with_patience(app: Any) -> Iterator[tuple[str, int]]:
-    """Yield the address at which an application is served behind `TimeoutH11Protocol`."""
+    """Serve an application behind `TimeoutH11Protocol`; yield its address."""
     import uvicorn
 
     config = uvicorn.Config(app, http=h11_protocol.TimeoutH11Protocol, log_config=None, lifespan="off")
@@ -239,7 +239,7 @@ def served_with_patience(app: Any) -> Iterator[tuple[str, int]]:
             thread.join()
 
 
-def test_who_does_not_finish_the_head_of_a_request_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_does_not_finish_its_headers_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 204, "headers": []})
         await send({"type": "http.response.body"})
@@ -257,8 +257,8 @@ def test_who_does_not_finish_the_head_of_a_request_is_let_go(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("parts", [1, 2], ids=["at once", "in two parts"])
-def test_a_socket_outlives_the_patience_with_heads_of_requests(monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
-    """What it says after that time still arrives."""
+def test_a_websocket_outlives_the_header_timeout(monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
+    """A message that it sends after the timeout still arrives."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         assert scope["type"] == "websocket"

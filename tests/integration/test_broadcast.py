@@ -29,7 +29,7 @@ def database(tmp_path: Path) -> Iterator[Database]:
 
 
 class Worker:
-    """Writes one text, a word at a time, and publishes an event for each commit, unless it is to be lost."""
+    """Commits one text word by word and publishes an event per commit, except those that a test loses."""
 
     def __init__(self, database: Database, redis_url: str) -> None:
         record(database, "job-1")
@@ -64,7 +64,7 @@ def text_of(events: bytes) -> str:
 
 
 async def told(reader: AsyncIterator[bytes]) -> bytes:
-    """Return what a reader is told next but signs of life."""
+    """Return the next event of a reader; skip keep-alives."""
     async for events in reader:
         if events != PING:
             return events

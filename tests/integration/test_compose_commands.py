@@ -1,7 +1,7 @@
 """`make secrets && docker compose up --wait` without Docker: the file's commands run as processes, in its order.
 
-Names become loopback addresses, /run/secrets the folder of the script, and images the programs of wheels. All else, the
-environments, the commands, the dependencies and the health checks, is what the files say.
+Host names become loopback addresses, /run/secrets the folder that the script writes, and images programs from wheels.
+Environments, commands, dependencies and health checks are those of the files.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ print("PONG" if sys.argv[1:] == ["ping"] and client.ping() else sys.exit(1))
 
 
 def merged(ours: Any, over: Any) -> Any:
-    """Lay one compose file over another, as far as ours need it."""
+    """Merge two compose files, with the rules that ours use."""
     if not isinstance(ours, dict) or not isinstance(over, dict):
         return over
     return {**ours, **{name: merged(ours.get(name), value) for name, value in over.items()}}
@@ -72,7 +72,7 @@ class Compose:
         return (self.secrets / "basic_api_key").read_text()
 
     def up(self) -> None:
-        """Start all services, each when those it depends on are as far as it wants them."""
+        """Start all services, each when the conditions of its `depends_on` hold."""
         started: set[str] = set()
         while started != set(STARTED):
             for name in STARTED:
@@ -88,7 +88,7 @@ class Compose:
 
     def start(self, name: str) -> None:
         service = self.services[name]
-        if name == "postgres":  # the image's entrypoint makes user and database; no password is asked on loopback
+        if name == "postgres":  # the image's entrypoint creates user and database; loopback needs no password
             self.postgres.start()
             self.postgres.create(service["environment"]["POSTGRES_DB"])
             self.ports["postgres"] = int(re.findall(r":(\d+)/", self.postgres.url())[0])
@@ -110,7 +110,7 @@ class Compose:
             time.sleep(0.3)
 
     def environment(self, name: str) -> dict[str, str]:
-        """Return what the container would see: what the file says, and its secrets."""
+        """Return the environment of the container, and the paths of its secrets."""
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("BASIC_")}
         said = {key: self._here(value) for key, value in self.services[name].get("environment", {}).items()}
         secrets = [secret for secret in self.services[name].get("secrets", []) if secret.startswith("basic_")]
@@ -154,7 +154,7 @@ class Compose:
         return done.returncode == 0
 
     def _here(self, text: str) -> str:
-        """Put this machine's places where the file has those of containers."""
+        """Replace host names, ports and paths of containers by those of this machine."""
         text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text).replace("$$", "$")
         text = text.replace("/run/secrets", str(self.secrets)).replace(
             "127.0.0.1:8000", f"127.0.0.1:{self.ports['api']}"

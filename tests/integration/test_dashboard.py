@@ -47,7 +47,7 @@ def chrome() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(chrome: Browser, service: LocalService) -> Iterator[Page]:
-    """A page that must ask this service alone, and must not complain."""
+    """A page that may load from this service only and must log no error."""
     context = chrome.new_context(base_url=service.api_url, viewport={"width": 1200, "height": 850})
     context.set_default_timeout(PATIENCE_MS)
     opened = context.new_page()
@@ -71,7 +71,7 @@ def open_tab(page: Page, name: str) -> None:
     page.get_by_role("tab", name=name).click()
 
 
-def test_a_job_is_submitted_watched_and_looked_into(page: Page) -> None:
+def test_a_job_is_submitted_followed_and_inspected(page: Page) -> None:
     page.goto("/")
     expect(page.get_by_role("heading", name="Jobs")).to_be_visible(timeout=PATIENCE_MS)
     page.get_by_role("button", name="New job").click()
@@ -112,7 +112,7 @@ def test_tokens_arrive_and_a_job_is_cancelled(page: Page, service: LocalService)
 
 
 def test_lists_and_statistics_of_a_running_job_follow_it_to_its_end(page: Page, service: LocalService) -> None:
-    """Nothing is clicked once the pages are open."""
+    """No element is clicked after the pages are open."""
     with Client(service.api_url) as client:
         job = client.submit(["abc"] * 400, ignore_eos=True, temperature=0)
         page.goto(f"/dashboard/jobs/{job.id}")
@@ -168,7 +168,7 @@ def test_prompts_that_are_too_long_for_the_form_are_refused_and_not_cut(page: Pa
     expect(page.get_by_role("alert")).to_contain_text("too long for this form", timeout=PATIENCE_MS)
 
 
-def test_ugly_text_is_shown_as_text_and_leaves_the_page_whole(page: Page, service: LocalService) -> None:
+def test_hostile_text_is_shown_as_text_and_does_not_change_the_page(page: Page, service: LocalService) -> None:
     with Client(service.api_url) as client:
         job = client.submit([UGLY, {"prompt": "a", "max_tokens": 0, "custom_id": "<b>bad</b>"}], max_tokens=4)
         job.wait()
@@ -209,7 +209,7 @@ def test_ids_in_a_table_stay_whole_on_a_phone(page: Page, service: LocalService)
     expect(name).to_be_visible(timeout=PATIENCE_MS)
     place = name.bounding_box()
     assert place is not None
-    assert place["height"] < 30  # a line of text
+    assert place["height"] < 30  # one line of text
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
@@ -242,7 +242,7 @@ def test_the_keyboard_reaches_the_form(page: Page) -> None:
 
 
 def downloaded(page: Page) -> tuple[str, list[str]]:
-    """Follow the link to the outputs of the job that is shown; return the file's name and its lines."""
+    """Download the outputs of the job on the page; return the name and the lines of the file."""
     with page.expect_download(timeout=PATIENCE_MS) as started:
         page.get_by_role("link", name="Outputs").click()
     return started.value.suggested_filename, started.value.path().read_text().splitlines()
@@ -284,7 +284,7 @@ def test_once_there_is_a_key_the_pages_ask_for_it_and_a_revoked_one_closes_them(
     expect(page.get_by_role("heading", name="Jobs")).to_be_visible(timeout=PATIENCE_MS)
     made = keys_command(settings, "create", "looker", "--scope", "read", "--scope", "submit")
     key = next(word for word in made.split() if word.startswith("sk-basic-"))
-    expect_log_in(page)  # by itself: the page was open to all while there was no key
+    expect_log_in(page)  # without a reload: the page was open before there was a key
 
     page.goto("/")
     expect_log_in(page)

@@ -1,4 +1,4 @@
-"""The OpenAPI document is true: calls made from it get answers that it knows, and never a 5xx."""
+"""The OpenAPI document is right: calls generated from it get documented responses, and never a 5xx."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def document(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_calls_made_from_the_document_get_answers_that_it_knows(document: Any) -> None:
-    # What lasts until a job ends would last for ever here; tests/acceptance reads those.
+    # Streams that last until a job ends would never end here; tests/acceptance reads them.
     operations = [found.ok() for found in document.exclude(path_regex="/(events|metrics|readyz)").get_all_operations()]
     assert len(operations) >= 15
     for operation in operations:

@@ -1,4 +1,4 @@
-"""`basic draft train` as people start it: by itself, and as several processes that train one draft together."""
+"""`basic draft train` as users start it: one process, and several processes that train one draft."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real ingest process that is killed in the midst of a batch: the next one brings it to its right end."""
+"""A real ingest process is killed during a batch: the next one completes the batch."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def wait_for(process: subprocess.Popen[bytes], done: Callable[[], Any]) -> None:
 
 
 def killed_once(settings: JobsSettings, begun: Callable[[], Any]) -> None:
-    """Let a process begin, and kill it at once."""
+    """Let a process begin to process a batch, and kill it at once."""
     with an_ingest_process(settings) as process:
         wait_for(process, begun)
 
@@ -100,7 +100,7 @@ def status_of(database: Database) -> str:
     return str(value(database, "SELECT status FROM jobs"))
 
 
-def test_a_batch_whose_reader_is_killed_is_read_by_the_next_and_each_line_is_one_request(
+def test_a_batch_whose_reader_is_killed_is_read_by_the_next_one_and_each_line_is_one_request(
     database: Database, settings: JobsSettings
 ) -> None:
     a_batch(database, settings)
@@ -148,7 +148,7 @@ def test_a_batch_whose_writer_is_killed_has_each_line_once_in_its_files(
     assert found == {"refused": len(BAD), "batch_cancelled": LINES - len(BAD)}
 
 
-# Each as a server with a full disk, without memory or that has become a replica: it answers, and refuses writes.
+# A full disk, no free memory, a replica: in each state the server answers and refuses writes.
 REFUSALS: dict[str, tuple[Callable[[redis.Redis], object], Callable[[redis.Redis], object]]] = {
     "disk": (
         lambda server: server.config_set("min-replicas-to-write", 1),
@@ -178,7 +178,7 @@ def test_a_redis_server_that_refuses_to_write_is_waited_for(
                     wait_for(process, lambda: "ready" in log.read_text())
                     refuse(server)
                 wait_for(process, lambda: "refuses writes" in log.read_text())
-                time.sleep(1.0)  # looks again, and is refused again
+                time.sleep(1.0)  # it tries again and is refused again
                 allow(server)
                 push(PromptBatch(id="pushed", requests=["Hello"]), settings.redis_url)
                 wait_for(process, lambda: value(database, "SELECT count(*) FROM jobs"))

@@ -20,9 +20,9 @@ from tests.conftest import free_port
 from tests.models import save_tiny
 from tests.processes import children_of, ended
 
-AWKWARD = "d a%41t?a #'é[x]*\"\\y"  # every character that something on the way reads as its own
+AWKWARD = "d a%41t?a #'é[x]*\"\\y"  # characters with a meaning in URLs, SQL, shells or globs
 
-# A parent that starts a Redis-protocol server as its child, says its process id and waits to be killed.
+# A parent that starts a Redis-protocol server as its child, prints its process id and waits to be killed.
 PARENT = """
 import os, signal, sys
 from pathlib import Path
@@ -68,7 +68,7 @@ def test_a_killed_parent_takes_its_server_along_and_no_write_is_lost(tmp_path: P
 
 @pytest.fixture(scope="module")
 def tiny_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that loads in an instant."""
+    """A tiny random model."""
     return save_tiny(tmp_path_factory.mktemp("models") / "tiny")
 
 

@@ -52,7 +52,7 @@ def tables_and_views(url: str) -> set[str]:
 
 
 def definitions(path: Path) -> dict[tuple[str, str], list[str]]:
-    """All that a database consists of, as SQLite keeps it, without the layout and the order within a table."""
+    """The definitions of all objects of a SQLite database, without white space and the order within a table."""
     with sqlite3.connect(path) as connection:
         rows = connection.execute("SELECT type, name, sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
     connection.close()
@@ -60,9 +60,9 @@ def definitions(path: Path) -> dict[tuple[str, str], list[str]]:
 
 
 def parts(sql: str) -> list[str]:
-    """The columns and constraints of a definition in alphabetical order: a column added later stands last.
+    """The columns and constraints of a definition in alphabetical order, since a column that is added later comes last.
 
-    Without quotes: a table that was made anew has some around its name.
+    Without quotes: SQLite quotes the name of a recreated table.
     """
     depth, found = 0, [""]
     for letter in " ".join(sql.replace('"', "").split()):
@@ -138,7 +138,7 @@ def test_down_one_by_one_and_up_again_with_the_jobs_that_were_there(either: str)
 
 
 def test_an_old_worker_s_rows_are_welcome_on_the_new_schema(either: str) -> None:
-    """An old version writes none of the columns that were added since: each has a default or may be empty."""
+    """An old version writes none of the newer columns: each has a default or allows NULL."""
     schema.upgrade(either, "0001")
     old = _columns(either)
     schema.upgrade(either)
@@ -177,7 +177,7 @@ def test_upgrading_again_keeps_the_jobs(either: str) -> None:
 def test_a_migration_that_fails_leaves_the_database_as_it_was(url: str, path: Path) -> None:
     path.parent.mkdir()
     with sqlite3.connect(path) as connection:
-        connection.execute("CREATE TABLE outputs (mine TEXT)")  # stands in the way half way through
+        connection.execute("CREATE TABLE outputs (mine TEXT)")  # makes the migration fail half-way
     connection.close()
     before = definitions(path)
 
@@ -188,7 +188,7 @@ def test_a_migration_that_fails_leaves_the_database_as_it_was(url: str, path: Pa
     assert schema.current(url) is None
 
 
-def test_two_that_upgrade_at_once_do_not_meet(either: str) -> None:
+def test_concurrent_upgrades_are_serialised(either: str) -> None:
     failures: list[BaseException] = []
     start = threading.Barrier(2)
 
@@ -196,7 +196,7 @@ def test_two_that_upgrade_at_once_do_not_meet(either: str) -> None:
         start.wait()
         try:
             schema.upgrade(either)
-        except BaseException as exc:  # told to the test below
+        except BaseException as exc:  # raised in the test below
             failures.append(exc)
 
     threads = [threading.Thread(target=upgrade) for _ in range(2)]
@@ -246,7 +246,7 @@ def test_the_views_answer_the_shell(url: str, path: Path) -> None:
 
 
 def test_sums_of_steps_that_were_there_before_are_those_that_workers_keep(url: str, path: Path) -> None:
-    """Down to before the sums, and up again: the migration adds up what it finds."""
+    """Downgrade to before the sums and upgrade again: the migration sums existing steps."""
     schema.upgrade(url)
     database = Database.open(url)
     record(database, "job-1", 2)
@@ -272,7 +272,7 @@ def test_sums_of_steps_that_were_there_before_are_those_that_workers_keep(url: s
 
 
 def sums(path: Path) -> dict[str, list[tuple[object, ...]]]:
-    """All rows of the sums that the steps of earlier versions can fill."""
+    """All rows of the sums that can be computed from steps of earlier versions."""
     with sqlite3.connect(path) as shell:
         tables = ("step_minutes", "step_batches", "step_depths", "step_expectations")
         rows = {table: sorted(shell.execute(f"SELECT * FROM {table}").fetchall()) for table in tables}
@@ -281,5 +281,5 @@ def sums(path: Path) -> dict[str, list[tuple[object, ...]]]:
 
 
 def rounded(value: object) -> object:
-    """Sums of floats depend on their order."""
+    """Round floats, whose sums depend on the order of addition."""
     return round(value, 9) if isinstance(value, float) else value

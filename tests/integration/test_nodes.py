@@ -1,4 +1,4 @@
-"""Several workers on one record and one queue: replicas of a machine under their supervisor, and nodes on their own."""
+"""Several workers on one database and queue: replicas under a supervisor, and independent nodes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.models import save_tiny
 from tests.nodes import Cluster
 from tests.processes import children_of, ended
 
-_COMMIT_S = 0.1  # within which a commit that was sent is done
+_COMMIT_S = 0.1  # time in which a commit that was sent completes
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +49,10 @@ def test_replicas_share_a_job_a_dead_one_is_started_again_and_a_stop_drains_all(
         supervisor.terminate()
         assert supervisor.wait(60) == 0, cluster.words()
         assert ended(started_again.pid)
-        assert [worker.pid for worker in cluster.workers()] == [workers[0].pid]  # the others left in order
+        assert [worker.pid for worker in cluster.workers()] == [workers[0].pid]  # the others stopped cleanly
 
 
-def test_settings_that_can_not_work_end_the_supervisor_and_are_not_tried_again(cluster: Cluster) -> None:
+def test_invalid_settings_end_the_supervisor_without_a_restart(cluster: Cluster) -> None:
     with cluster.node(replicas=2, target="/no/such/model") as supervisor:
         assert supervisor.wait(240) == 78
     assert "no model directory /no/such/model" in cluster.words()
@@ -60,7 +60,7 @@ def test_settings_that_can_not_work_end_the_supervisor_and_are_not_tried_again(c
 
 @pytest.fixture
 def shared(tmp_path: Path, target: Path, redis_url: str, postgresql_url: str) -> Iterator[Cluster]:
-    """One PostgreSQL and one Redis-protocol server, as several nodes have."""
+    """One PostgreSQL and one Redis-protocol server, shared by several nodes."""
     drop_schema(postgresql_url)
     schema.upgrade(postgresql_url)
     yield Cluster(postgresql_url, redis_url, target, tmp_path)
@@ -86,7 +86,7 @@ def test_two_nodes_share_a_job_and_one_that_vanishes_loses_nothing(shared: Clust
 
 
 def _is_caught_at_work(cluster: Cluster, node: subprocess.Popen[bytes], worker_id: str) -> bool:
-    """Stop a node; let it go on if it holds nothing."""
+    """Suspend a node; return whether it holds requests, and resume it if not."""
     node.send_signal(signal.SIGSTOP)
     time.sleep(_COMMIT_S)
     if cluster.held(worker_id):

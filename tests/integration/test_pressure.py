@@ -1,4 +1,4 @@
-"""What the shim answers while a part of it is away, busy or full: the status, the cause, and when to come again."""
+"""What the API server answers while a part is down, busy or full: status, cause and Retry-After."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from tests.unit.storage.acts import record
 
 A_JOB = {"requests": ["Hello"], "max_tokens": 10}
 A_CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
-QUICK_S = 1.5  # on a busy machine; whoever waits for a server that hangs takes 2 s or more
-HANGS_S = 60.0  # for three calls, each of which gives up within 5 s on a machine that is not busy
-LOOK_S = 1.0  # between looks at SQL of those who can't listen
+QUICK_S = 1.5  # on a busy machine; a wait for a server that hangs takes 2 s or more
+HANGS_S = 60.0  # for three calls, each of which times out within 5 s on a quiet machine
+LOOK_S = 1.0  # between polls of SQL by readers without Redis
 
 
 @contextmanager
-def shim(database: Database, directory: Path, redis_url: str = "") -> Iterator[TestClient]:
-    """Serve the real application on a record; without a queue of its own to nobody."""
+def serve(database: Database, directory: Path, redis_url: str = "") -> Iterator[TestClient]:
+    """Serve the real application on a database; without `redis_url` it notifies no worker."""
     settings = JobsSettings(
         data_dir=directory, target="tiny", redis_url=redis_url or f"redis://127.0.0.1:{free_port()}/0"
     )
@@ -51,7 +51,7 @@ def shim(database: Database, directory: Path, redis_url: str = "") -> Iterator[T
 
 
 def refused(reply: Any, status: int, code: str) -> str:
-    """Return the words of a refusal that says what is wrong and when to come again."""
+    """Return the message of an error that names the cause and has a Retry-After header."""
     assert reply.status_code == status, reply.text
     assert int(reply.headers["retry-after"]) > 0
     error = reply.json()["error"]
@@ -64,10 +64,10 @@ def ask(api: TestClient) -> list[Any]:
 
 
 def test_a_database_that_stops_is_a_503_until_it_is_back(tmp_path: Path) -> None:
-    server = Postgres()  # it loses its power, so it must keep what it promised to
+    server = Postgres()  # it is killed, so its commits must be durable
     server.start()
     try:
-        with on_postgresql(server.create("pressure")) as database, shim(database, tmp_path) as api:
+        with on_postgresql(server.create("pressure")) as database, serve(database, tmp_path) as api:
             assert {reply.status_code for reply in ask(api)} == {200}
             server.stop(signal.SIGQUIT)
             for reply in [*ask(api), api.get("/readyz")]:
@@ -79,20 +79,23 @@ def test_a_database_that_stops_is_a_503_until_it_is_back(tmp_path: Path) -> None
         server.remove()
 
 
-def test_a_database_that_somebody_else_writes_to_for_too_long_is_a_503(
+def test_a_database_that_another_process_locks_for_too_long_is_a_503(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("storage.session._BUSY_TIMEOUT_S", 0.1)
-    with on_sqlite(tmp_path) as database, shim(database, tmp_path) as api:
+    with on_sqlite(tmp_path) as database, serve(database, tmp_path) as api:
         with write_connection(database.engine):
             refused(api.post("/v1/jobs", json=A_JOB), 503, "database_unavailable")
-            assert api.get("/v1/jobs").json()["data"] == [], "who only reads is not held up, and nothing was recorded"
+            assert api.get("/v1/jobs").json()["data"] == [], "reads are not delayed, and nothing was stored"
         assert api.post("/v1/jobs", json=A_JOB).status_code == 200
 
 
 async def wait_for_writers(database: Database, directory: Path) -> tuple[list[int], int, list[int]]:
-    """Let many submit while another process writes; return what readers get meanwhile, how many submissions had ended
-    by then, and what those get in the end."""
+    """Send many writes while another transaction holds the write lock.
+
+    Return the statuses of the reads meanwhile, the number of writes that had ended by then, and the statuses of the
+    writes in the end.
+    """
     settings = JobsSettings(data_dir=directory, target="tiny", redis_url=f"redis://127.0.0.1:{free_port()}/0")
     transport = httpx.ASGITransport(make_api(settings, database))
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000", timeout=None) as client:
@@ -121,7 +124,7 @@ def test_a_database_that_hangs_is_a_503_and_serves_again_when_it_wakes(tmp_path:
     server = Postgres(**QUICK)
     server.start()
     try:
-        with on_postgresql(server.create("pressure")) as database, shim(database, tmp_path) as api:
+        with on_postgresql(server.create("pressure")) as database, serve(database, tmp_path) as api:
             api.headers.update(a_key(database, Scope.ADMIN))
             assert {reply.status_code for reply in ask(api)} == {200}
             with server.hanging():
@@ -141,7 +144,7 @@ def write_while_it_hangs(database: Database, server: Postgres) -> None:
         session.execute(text("SELECT 1"))
 
 
-def test_a_transaction_in_hand_when_the_database_hangs_is_given_up() -> None:
+def test_an_open_transaction_is_given_up_when_the_database_hangs() -> None:
     server = Postgres(**QUICK)
     server.start()
     try:
@@ -156,7 +159,7 @@ def test_a_transaction_in_hand_when_the_database_hangs_is_given_up() -> None:
 
 
 def with_a_job(database: Database) -> str:
-    answer_all(database)  # nothing yet: a worker is there
+    answer_all(database)  # no request yet: this only registers a worker
     return record(database).job_id
 
 
@@ -177,13 +180,13 @@ def read_only_postgresql(url: str) -> Iterator[tuple[Database, str]]:
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-def test_a_database_that_may_only_be_read_is_served_and_submissions_say_so(
+def test_a_read_only_database_is_served_and_submissions_say_that_it_is_read_only(
     tmp_path: Path, kind: str, request: pytest.FixtureRequest
 ) -> None:
     url = request.getfixturevalue("postgresql_url") if kind == "postgresql" else ""
     opened = read_only_postgresql(url) if url else read_only_sqlite(tmp_path)
     for database, known in opened:
-        with shim(database, tmp_path) as api:
+        with serve(database, tmp_path) as api:
             for path in (f"/v1/jobs/{known}", "/v1/jobs", f"/v1/jobs/{known}/outputs", "/v1/files", "/v1/models"):
                 assert api.get(path).status_code == 200, path
             for reply in (
@@ -197,13 +200,13 @@ def test_a_database_that_may_only_be_read_is_served_and_submissions_say_so(
 
 
 @pytest.mark.parametrize("with_key", [False, True])
-def test_a_shim_whose_connections_are_all_taken_answers_503(tmp_path: Path, with_key: bool) -> None:
-    """With a key the guard in front of the routes is the first to look for a connection, without one too."""
+def test_an_api_server_without_a_free_connection_answers_503(tmp_path: Path, with_key: bool) -> None:
+    """Authentication is the first to need a connection, with a key and without."""
     pool = {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0, "pool_timeout": 0.05}
     database = Database(create_engine(f"sqlite:///{tmp_path / 'basic.sqlite3'}", **pool))
     Base.metadata.create_all(database.engine)
     key = a_key(database) if with_key else {}
-    with shim(database, tmp_path) as api:
+    with serve(database, tmp_path) as api:
         with database.engine.connect():
             refused(api.get("/v1/jobs", headers=key), 503, "database_unavailable")
         assert api.get("/v1/jobs", headers=key).status_code == 200
@@ -211,7 +214,7 @@ def test_a_shim_whose_connections_are_all_taken_answers_503(tmp_path: Path, with
 
 
 def fill_sqlite(database: Database) -> Callable[[], None]:
-    """Let the file have no more pages than it has, as on a full disk; return what gives it room again."""
+    """Limit the file to its present pages, as on a full disk; return a function that lifts the limit."""
     database.engine.dispose()
     with write_connection(database.engine) as connection:
         pages = connection.scalar(text("PRAGMA page_count"))
@@ -224,11 +227,11 @@ def fill_sqlite(database: Database) -> Callable[[], None]:
     return empty
 
 
-def test_a_full_disk_is_a_507_what_is_there_stays_readable_and_it_goes_on_when_there_is_room(tmp_path: Path) -> None:
-    one = {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0}  # the limit of pages is a connection's own
+def test_a_full_disk_is_a_507_until_there_is_space_and_jobs_stay_readable(tmp_path: Path) -> None:
+    one = {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0}  # the limit of pages belongs to a connection
     database = Database(create_engine(f"sqlite:///{tmp_path / 'basic.sqlite3'}", **one))
     Base.metadata.create_all(database.engine)
-    with shim(database, tmp_path) as api:
+    with serve(database, tmp_path) as api:
         known = api.post("/v1/jobs", json=A_JOB).json()["id"]
         empty = fill_sqlite(database)
         large = {"requests": ["Hello " * 20_000]}
@@ -240,13 +243,13 @@ def test_a_full_disk_is_a_507_what_is_there_stays_readable_and_it_goes_on_when_t
 
 
 def test_a_full_disk_of_postgresql_is_a_507_too(tmp_path: Path, postgresql_url: str) -> None:
-    """The server is told to say what it says then: to fill a disk takes one of its own."""
+    """The error is injected, because filling a disk needs a disk for the test alone."""
     full = (
         "CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS "
         "$$ BEGIN RAISE 'could not extend file: No space left on device' USING ERRCODE = 'disk_full'; END $$",
         "CREATE TRIGGER full_disk BEFORE INSERT ON jobs EXECUTE FUNCTION full_disk()",
     )
-    with on_postgresql(postgresql_url) as database, shim(database, tmp_path) as api:
+    with on_postgresql(postgresql_url) as database, serve(database, tmp_path) as api:
         with write_connection(database.engine) as connection:
             for statement in full:
                 connection.execute(text(statement))
@@ -260,13 +263,11 @@ def test_a_full_disk_of_postgresql_is_a_507_too(tmp_path: Path, postgresql_url: 
 
 
 @pytest.mark.parametrize("hangs", [False, True])
-def test_without_a_redis_server_jobs_are_taken_all_the_same_and_the_service_says_so(
-    tmp_path: Path, hangs: bool
-) -> None:
-    """Nothing depends on it: the record has the job, and workers look there. So nobody is refused."""
+def test_without_a_redis_server_jobs_are_accepted_and_the_service_reports_it(tmp_path: Path, hangs: bool) -> None:
+    """No submission depends on Redis: workers find the job in the database."""
     port = free_port()
     server = start_redis(port, tmp_path)
-    with on_sqlite(tmp_path) as database, shim(database, tmp_path, f"redis://127.0.0.1:{port}/0") as api:
+    with on_sqlite(tmp_path) as database, serve(database, tmp_path, f"redis://127.0.0.1:{port}/0") as api:
         assert api.get("/readyz").json()["redis"] == "ok"
         os.kill(server.pid, signal.SIGSTOP if hangs else signal.SIGKILL)
         began_at = time.monotonic()
@@ -277,13 +278,13 @@ def test_without_a_redis_server_jobs_are_taken_all_the_same_and_the_service_says
     stop(server)
 
 
-def test_with_a_redis_server_that_hangs_a_single_request_is_answered_as_soon_as_its_text_is_there(
+def test_with_a_redis_server_that_hangs_an_interactive_request_is_answered(
     tmp_path: Path,
 ) -> None:
     port = free_port()
     server = start_redis(port, tmp_path)
-    with on_sqlite(tmp_path) as database, shim(database, tmp_path, f"redis://127.0.0.1:{port}/0") as api:
-        answer_all(database)  # nothing yet: a worker is there
+    with on_sqlite(tmp_path) as database, serve(database, tmp_path, f"redis://127.0.0.1:{port}/0") as api:
+        answer_all(database)  # no request yet: this only registers a worker
         os.kill(server.pid, signal.SIGSTOP)
         asked_at = time.monotonic()
         with ThreadPoolExecutor() as threads:

@@ -104,4 +104,4 @@ def test_a_pushed_batch_becomes_a_job_through_the_real_ingest_worker(
     assert job is not None
     assert job.requests_total == 2
     assert notification is not None
-    assert server.llen(f"{KEY_PREFIX}{model_queue('tiny')}") == 0  # a batch that comes twice rings once
+    assert server.llen(f"{KEY_PREFIX}{model_queue('tiny')}") == 0  # a batch that arrives twice notifies once

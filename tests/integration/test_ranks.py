@@ -1,4 +1,4 @@
-"""Tensor parallel replicas, as processes that talk over gloo: the same texts, the same trees, and a clean end."""
+"""Tensor parallel replicas as processes that communicate over gloo: same texts, same trees, clean exit."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def decoded_by_two_ranks(target: Path, draft: Path, folder: Path) -> list[dict[s
     return [json.loads(words.splitlines()[-1]) for words in said]
 
 
-def test_two_ranks_write_what_one_writes_and_see_the_same_trees_whatever_the_second_makes_of_them(
+def test_two_ranks_write_the_text_of_one_rank_and_see_the_same_trees_even_if_the_follower_computes_noise(
     tmp_path: Path,
 ) -> None:
     target, draft = save(tmp_path / "target", 0), save(tmp_path / "draft", 0)
@@ -58,7 +58,7 @@ def cluster(tmp_path: Path, redis_url: str) -> Cluster:
     return Cluster(url, redis_url, save_tiny(tmp_path / "tiny", "qwen2"), tmp_path)
 
 
-def test_a_killed_rank_ends_its_replica_and_the_next_one_goes_on_with_the_same_texts(cluster: Cluster) -> None:
+def test_a_killed_rank_ends_its_replica_and_the_next_one_continues_the_same_texts(cluster: Cluster) -> None:
     with cluster.node(replicas=1, lease_s=3):
         cluster.until(cluster.workers)
         undisturbed = cluster.submit(6, max_tokens=200)
@@ -82,7 +82,7 @@ def test_a_killed_rank_ends_its_replica_and_the_next_one_goes_on_with_the_same_t
         assert ended(follower)
 
 
-def test_heads_that_can_not_be_split_are_refused_with_what_can_be_done(cluster: Cluster) -> None:
+def test_heads_that_cannot_be_split_are_refused_with_advice(cluster: Cluster) -> None:
     command = [str(BASIC), "generate", "Hello", "--max-tokens", "1"]
     done = subprocess.run(command, env=cluster.environment(tp=4), capture_output=True, text=True, check=False)
     assert done.returncode == 78

@@ -1,4 +1,4 @@
-"""A user's own modules with our packages' names, in the folder from which the service is started."""
+"""A user's modules named like our packages, in the folder from which the service is started."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HIDES = "raise ImportError('a module of the current folder was imported')"
 
 @pytest.fixture(autouse=True)
 def _folder_with_our_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run from a folder that holds modules named like ours and like one of the standard library; each raises."""
+    """Run in a folder with modules named like ours and like a standard one; each raises when it is imported."""
     folder = tmp_path / "project"
     for name in ("worker.py", "storage.py", "migrations.py", "logging.py", "jobs/__init__.py"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Subscribers that never read: the server cuts them off, and neither the publisher nor those who read notice."""
+"""Subscribers that never read are disconnected, and neither the publisher nor other readers are delayed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DEADLINE_S = 60.0
 
 @pytest.fixture
 def port(tmp_path: Path) -> Iterator[int]:
-    """A server of our own start, alone with this test."""
+    """The port of a Redis-protocol server for this test alone."""
     port = free_port()
     server = start_redis(port, tmp_path)
     yield port
@@ -33,7 +33,7 @@ def port(tmp_path: Path) -> Iterator[int]:
 
 
 def deaf_subscriber(port: int, job_id: str) -> socket.socket:
-    """Subscribe to a job, and read nothing but the confirmation."""
+    """Subscribe to a job and read only the confirmation."""
     subscriber = socket.socket()
     subscriber.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     subscriber.connect(("127.0.0.1", port))
@@ -43,7 +43,7 @@ def deaf_subscriber(port: int, job_id: str) -> socket.socket:
 
 
 def publish_to_a_reader(port: int, job_id: str) -> tuple[float, float]:
-    """Publish to somebody who hears all; return the seconds to the last event heard, and of the longest hand-over."""
+    """Publish to a reader of all events; return the seconds until its last event, and of the longest `publish` call."""
     publisher, longest_s = Publisher(f"redis://127.0.0.1:{port}/0"), 0.0
     events = [PartialEvent(job_id=job_id, request="a", index=n, type="tokens", text=TEXT) for n in range(EVENTS)]
     with redis.Redis(port=port) as client, client.pubsub(ignore_subscribe_messages=True) as reader:

@@ -1,4 +1,4 @@
-"""Answers that last, over a real connection: how they end when they may not go on."""
+"""Long responses over a real connection: how they end when they are cut off."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def database(tmp_path: Path) -> Iterator[Database]:
 
 @pytest.fixture
 def url(database: Database, redis_url: str, tmp_path: Path) -> Iterator[str]:
-    """A shim that is served on a thread, so that a test can break what it is made of."""
+    """The URL of an API server on a thread, so that a test can patch its parts."""
     api = make_api(JobsSettings(data_dir=tmp_path, redis_url=redis_url), database)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = uvicorn.Config(api, http=TimeoutH11Protocol, log_config=None, timeout_graceful_shutdown=1)
@@ -67,7 +67,7 @@ def test_a_stream_whose_key_is_revoked_is_cut_off_within_a_second_or_two(
     (owner, stranger) = (key.id for key in _in_order(database))
     record(database, "job-1", 3, api_key_id=owner)
     record(database, "job-2", 3, api_key_id=stranger)
-    with database.write() as session:  # so that there is a first line
+    with database.write() as session:  # gives the stream a first line
         session.connection().exec_driver_sql(
             "UPDATE requests SET status = 'failed', error_message = 'No.', event_number = 1 WHERE request_index = 0"
         )
@@ -92,7 +92,7 @@ def _in_order(database: Database) -> list[Any]:
 
 
 def _break(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, error: Exception, after: int) -> None:
-    """Let a function work so often, and then no more."""
+    """Replace a function by one that works for `after` calls and then raises."""
     real, calls = getattr(place, name), [0]
 
     def broken(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Redis and PostgreSQL behind TLS: our clients speak through it, and refuse what nobody vouches for."""
+"""Redis and PostgreSQL behind TLS: our clients connect, and refuse untrusted certificates."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PASSWORD = "hunter2"
 
 
 def self_signed(directory: Path) -> Path:
-    """Return a certificate for 127.0.0.1 that vouches for itself, with its key in the same file."""
+    """Return a self-signed certificate for 127.0.0.1, with its key in the same file."""
     if shutil.which("openssl") is None and not os.environ.get("CI"):
         pytest.skip("there is no openssl to make a certificate with")
     path = directory / "server.pem"
@@ -48,7 +48,7 @@ def self_signed(directory: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the servers show."""
+    """The certificate of the servers."""
     return self_signed(tmp_path_factory.mktemp("tls"))
 
 
@@ -56,7 +56,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tls_in_front_of(
     port: int, certificate: Path, greet: Callable[[socket.socket], None] = lambda raw: None
 ) -> Iterator[int]:
-    """Yield a port of ours that takes TLS off and passes on to a server; `greet` is what is said before TLS begins."""
+    """Terminate TLS in front of a server; yield the port. `greet` does what the protocol needs before TLS begins."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -95,7 +95,7 @@ def _copy(source: socket.socket, target: socket.socket) -> None:
 
 @pytest.fixture
 def tls_port(certificate: Path, redis_url: str) -> Iterator[int]:
-    """A port in front of the real Redis-protocol server, which wants a password."""
+    """A TLS port in front of a real Redis-protocol server with a password."""
     with redis.Redis.from_url(redis_url) as client:
         client.config_set("requirepass", PASSWORD)
     with tls_in_front_of(int(redis_url.rpartition(":")[2].partition("/")[0]), certificate) as port:
@@ -121,7 +121,7 @@ def test_batches_and_events_go_through_tls_with_a_password(tls_port: int, certif
         publisher.close()
 
 
-def test_a_certificate_that_nobody_vouches_for_is_refused(tls_port: int, redis_url: str) -> None:
+def test_an_untrusted_certificate_is_refused(tls_port: int, redis_url: str) -> None:
     url = f"rediss://:{PASSWORD}@127.0.0.1:{tls_port}/0"
 
     assert not is_ready(url)
@@ -142,7 +142,7 @@ def agree_on_tls(raw: socket.socket) -> None:
 
 @pytest.fixture
 def tls_database(certificate: Path, postgresql_url: str) -> Iterator[URL]:
-    """The database of the tests, empty, behind a port that speaks TLS alone: the wheel's server can't."""
+    """The empty test database behind a port that accepts TLS only, which the wheel's server can't do."""
     drop_schema(postgresql_url)
     url = make_url(postgresql_url)
     assert url.port is not None
@@ -152,7 +152,7 @@ def tls_database(certificate: Path, postgresql_url: str) -> Iterator[URL]:
 
 
 def verified(url: URL, certificate: Path) -> str:
-    """Return the URL of an owner who wants to know whom he speaks to."""
+    """Return the URL with certificate verification."""
     wanted = {"sslmode": "verify-full", "sslrootcert": str(certificate)}
     return url.update_query_dict(wanted).render_as_string(hide_password=False)
 
@@ -164,7 +164,7 @@ def test_without_tls_the_database_is_not_reached(tls_database: URL) -> None:
     database.dispose()
 
 
-def test_the_record_is_made_written_and_read_through_tls(tls_database: URL, certificate: Path, tmp_path: Path) -> None:
+def test_the_database_is_created_and_read_through_tls(tls_database: URL, certificate: Path, tmp_path: Path) -> None:
     url = verified(tls_database, certificate)
     schema.upgrade(url)
     database = Database.open(url)
@@ -176,7 +176,7 @@ def test_the_record_is_made_written_and_read_through_tls(tls_database: URL, cert
 
 
 @pytest.mark.parametrize("why", ["nobody vouches for it", "it is another server's"])
-def test_a_database_with_a_certificate_that_proves_nothing_is_not_spoken_to(
+def test_a_database_with_an_untrusted_certificate_is_refused(
     tls_database: URL, certificate: Path, tmp_path: Path, why: str
 ) -> None:
     if why == "nobody vouches for it":

@@ -1,4 +1,4 @@
-"""Traces from submission to output, as a collector gets them over HTTP; and that nobody pays who has none."""
+"""Traces from submission to output, as a collector receives them over HTTP. Without a collector nothing is loaded."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ STRANGER = f"00-{'ab' * 16}-{'cd' * 8}-01"
 
 @dataclass
 class Collector:
-    """An OTLP collector that remembers."""
+    """An OTLP collector that keeps all spans."""
 
     spans: list[Span] = field(default_factory=list)
     services: set[str] = field(default_factory=set)
@@ -103,13 +103,13 @@ def attributes(span: Span) -> dict[str, object]:
 
 
 def finish(database: Database) -> None:
-    """Do the worker's part, and let everything reach the collector."""
+    """Run the requests like a worker, and wait until the collector has all spans."""
     Worker(database, "a").run()
     stop_tracing()
 
 
 def check_chain(collector: Collector, requests: int, *, below: str = "ingest") -> None:
-    """Everything is one trace: the submission, below it what was taken in, and then what became of each request."""
+    """Assert that all spans are one trace: the submission, below it the job, and below that each request."""
     assert len({span.trace_id for span in collector.spans}) == 1
     submit, ingest = collector.one("submit"), collector.one("ingest")
     assert ingest.parent_span_id == submit.span_id
@@ -188,7 +188,7 @@ def test_a_request_that_fails_says_why_in_its_span(collector: Collector, api: Te
     assert attributes(collector.one("decode"))["basic.error_code"] == "context_length_exceeded"
 
 
-def test_a_collector_that_is_away_holds_up_no_end() -> None:
+def test_a_collector_that_is_down_delays_no_exit() -> None:
     code = (
         "from jobs.tracing import span, start_tracing; start_tracing('x')\n"
         "with span('submit') as place: assert place is not None"
@@ -213,7 +213,7 @@ def test_without_a_collector_no_traceparent_is_stored(api: TestClient, database:
         assert session.scalar(select(JobRow.traceparent)) is None
 
 
-# redis, FastAPI and transformers load parts of OpenTelemetry by themselves, if it is there; never what sends.
+# redis, FastAPI and transformers import parts of OpenTelemetry if installed, but never an exporter.
 @pytest.mark.parametrize(
     ("modules", "unwanted"),
     [("jobs.client", "opentelemetry"), ("jobs.api.app, worker.serving.spans", "opentelemetry.exporter")],

@@ -1,4 +1,4 @@
-"""The built wheel, installed into an environment of its own: it neither hurts nor is hurt by what lies beside it."""
+"""The built wheel in a new environment: it breaks no other distribution, and none breaks it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Our wheel, built from a copy: a checkout may hold what an earlier build left."""
+    """Our wheel, built from a copy, because a checkout may hold files of an earlier build."""
     copy = tmp_path_factory.mktemp("checkout")
     for package in ("basic_batch", "jobs", "storage", "worker", "migrations"):
         shutil.copytree(ROOT / package, copy / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -51,7 +51,7 @@ def built(project: Path) -> Path:
 
 
 def environment_with(folder: Path, *wheels: Path) -> Path:
-    """Return the Python of a new environment that has these wheels, and what they need from the one we run in."""
+    """Return the Python of a new environment with these wheels; their dependencies come from this environment."""
     venv.create(folder)
     python = folder / "bin" / "python"
     for one in wheels:
@@ -63,12 +63,12 @@ def environment_with(folder: Path, *wheels: Path) -> Path:
 
 
 def bare_environment() -> dict[str, str]:
-    """Return the environment without our settings, and without paths of Python that lead to a checkout."""
+    """Return the environment variables without BASIC_* settings and without Python paths to a checkout."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("BASIC_", "PYTHON"))}
 
 
 def run(python: Path, *command: str, at: Path) -> str:
-    """Return what a command prints that runs in a folder."""
+    """Run a command in a folder and return its output."""
     environment = bare_environment() | {"BASIC_DATA_DIR": str(at / "data")}
     done = subprocess.run(
         [str(python.parent / command[0]), *command[1:]], cwd=at, env=environment, capture_output=True, text=True

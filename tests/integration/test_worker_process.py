@@ -1,4 +1,4 @@
-"""A real worker process with a tiny model: how it dies, stops, hangs and goes deaf, and where its requests end."""
+"""A real worker process with a tiny model: it crashes, stops, hangs or loses its queue, and its requests complete."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def stack(tmp_path: Path, target: Path) -> Iterator[Stack]:
-    """A Redis server and a record; the test starts the worker."""
+    """A Redis server and a database; the test starts the worker."""
     made = Stack(tmp_path / "stack", target, None, workers=1, step_s=0.01)
     yield made
     made.stop()
@@ -68,10 +68,10 @@ def test_a_prompt_that_kills_its_workers_is_failed_and_its_neighbours_are_served
     assert [row[:2] for row in rows(stack, "job")] == [("completed", None), ("completed", None), ("failed", "poison")]
     assert stack.rows("SELECT requests_completed, requests_failed FROM jobs") == [(2, 1)]
     lost = stack.rows("SELECT count(*) FROM workers WHERE lost_at IS NOT NULL")
-    assert lost == [(3,)]  # with all three, then with the other half done, alone twice
+    assert lost == [(3,)]  # crashes: with all three, then alone twice
 
 
-def test_a_prompt_that_kills_the_only_worker_with_nothing_else_to_serve_is_failed_in_the_end(stack: Stack) -> None:
+def test_a_prompt_that_kills_the_only_worker_fails_even_if_no_other_request_tests_the_host(stack: Stack) -> None:
     stack.start(doors=False)
     submit(stack, "job", POISON)
 
@@ -93,7 +93,7 @@ def test_steps_that_outlast_their_lease_fail_no_request(stack: Stack) -> None:
     assert max(attempts for _, _, attempts in rows(stack, "job")) > 1, "they had lapsed"
 
 
-def test_stopping_in_the_midst_of_a_job_loses_no_token_that_was_published(stack: Stack) -> None:
+def test_stopping_during_a_job_loses_no_published_token(stack: Stack) -> None:
     stack.start(doors=False)
     submit(stack, "undisturbed", "one", "two")
     stack.wait_for(lambda: ended(stack, "undisturbed"), "the undisturbed job")
@@ -107,7 +107,7 @@ def test_stopping_in_the_midst_of_a_job_loses_no_token_that_was_published(stack:
         stack.kill("worker-0", signal.SIGTERM)
         stack.wait_for(lambda: stack.status("worker-0") is not None, "the worker's end")
         assert stack.status("worker-0") == 0
-        assert time.monotonic() - asked_at < 15.0 + 10.0  # its drain time, and Celery's own goodbye
+        assert time.monotonic() - asked_at < 15.0 + 10.0  # its drain time and Celery's shutdown
         while _hear(subscription, published):
             pass
 
@@ -126,7 +126,7 @@ def test_stopping_in_the_midst_of_a_job_loses_no_token_that_was_published(stack:
 
 
 def _hear(subscription: Any, published: list[PartialEvent]) -> bool:
-    """Take one message, and return whether it brought tokens."""
+    """Receive one message; return whether it has tokens."""
     message = subscription.get_message(timeout=0.5)
     if message is None or message["type"] != "message":
         return False
@@ -134,7 +134,7 @@ def _hear(subscription: Any, published: list[PartialEvent]) -> bool:
     return published[-1].type == "tokens"
 
 
-def test_a_second_signal_stops_at_once_and_a_hang_up_not_at_all(stack: Stack) -> None:
+def test_a_second_signal_stops_at_once_and_sighup_is_ignored(stack: Stack) -> None:
     stack.environment |= {STEP_VARIABLE: "600"}
     stack.start(doors=False)
     submit(stack, "job", "one")
@@ -167,7 +167,7 @@ def test_an_engine_that_hangs_lets_its_leases_lapse_and_its_process_ends(stack: 
     assert "has not finished a step" in (stack.directory / "worker-0.log").read_text()
 
 
-def test_a_deaf_worker_is_noticed_and_its_jobs_are_served_meanwhile(stack: Stack) -> None:
+def test_a_worker_that_receives_no_messages_restarts_and_serves_its_jobs_meanwhile(stack: Stack) -> None:
     stack.environment |= {"BASIC_DEAF_S": "4"}
     stack.start(doors=False)
     stack.wait_for(lambda: "ready" in (stack.directory / "worker-0.log").read_text(), "Celery")
@@ -175,9 +175,9 @@ def test_a_deaf_worker_is_noticed_and_its_jobs_are_served_meanwhile(stack: Stack
     app = make_app(stack.redis_url)
     ((worker,),) = stack.rows("SELECT id FROM workers")
     for queue in (model_queue(MODEL), f"basic.pulse.{worker}"):
-        app.control.cancel_consumer(queue)  # alive, connected, and deaf
+        app.control.cancel_consumer(queue)  # it still runs and is connected, but consumes nothing
     submit(stack, "job", "one")
-    stack.wait_for(lambda: ended(stack, "job"), "the job")  # the engine looks into SQL by itself
+    stack.wait_for(lambda: ended(stack, "job"), "the job")  # the engine polls SQL
 
     stack.wait_for(lambda: stack.status("worker-0") is not None, "the watchdog")
     assert stack.status("worker-0") == 75

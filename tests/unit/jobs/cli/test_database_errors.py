@@ -1,4 +1,4 @@
-"""A database that is away, or a URL of none, is one sentence and a status at every command that needs the record."""
+"""An unavailable database or an invalid URL is one sentence and an exit status in every command that needs it."""
 
 from __future__ import annotations
 

@@ -378,7 +378,7 @@ def test_a_call_that_needs_an_event_loop_is_refused() -> None:
 
 
 def served(answers: Iterable[bytes]) -> tuple[str, socket.socket]:
-    """Answer one call on a socket with so many parts of a body that does not end; return where."""
+    """Answer one call on a socket with these parts of a body that does not end; return URL and socket."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:

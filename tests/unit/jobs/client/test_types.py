@@ -65,7 +65,7 @@ def test_the_type_checker_rejects_misspelt_names_and_wrong_types(tmp_path: Path)
 
 
 def checked(script: Path) -> str:
-    """Return what mypy says about a file of a user, who has no settings of ours."""
+    """Return mypy's output for a user's file, without our settings."""
     options = ["--config-file", "", "--cache-dir", str(ROOT / ".mypy_cache" / "user"), "--strict", "--no-error-summary"]
     command = [sys.executable, "-m", "mypy", *options, str(script)]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT).stdout

@@ -46,7 +46,7 @@ def test_the_engine_with_the_least_time_steps_next(monkeypatch: pytest.MonkeyPat
     clock, turns = [0.0], []
 
     class Stepper(Engine):
-        """Takes so many seconds for each of so many steps."""
+        """An engine with `steps` steps of `seconds` each."""
 
         def __init__(self, name: str, seconds: float, steps: int) -> None:
             self._name, self._takes, self._left = name, seconds, steps
