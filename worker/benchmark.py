@@ -223,13 +223,13 @@ def decode(
             engine.add(sequence)
         while engine.busy:
             before = perf_counter()
-            stats = [result.stats for result in engine.step()]
-            if stats:
+            results = engine.step()
+            if len(results):
                 step_ms += (perf_counter() - before) * 1e3
-                verify_ms += stats[0].verify_ms
-            steps += sum(1 for one in stats if one.step)
-            expected += sum(one.expected_accepted for one in stats)
-            accepted += sum(one.accepted_tokens for one in stats)
+                verify_ms += results.verify_ms
+            steps += int((results.steps > 0).sum())
+            expected += float(results.expected_accepted.sum())
+            accepted += int(results.accepted_tokens.sum())
         seconds = perf_counter() - started
         host_share = (step_ms - verify_ms - draft_time.ms) / step_ms if step_ms else None
         return TimedRun(tuple(tuple(s.output_ids) for s in sequences), seconds, steps, host_share, expected, accepted)

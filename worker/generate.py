@@ -69,7 +69,7 @@ def generate(
     engine.add(sequence)
     while engine.busy:
         for result in engine.step():
-            written = output_stream.take(result.tokens, result.stats, sequence.finish_reason, result.logprobs)
+            written = output_stream.take(result)
             steps.append(written.stats)
             logprobs += written.logprobs or ()
             on_pieces(written.pieces)

@@ -18,7 +18,7 @@ from jobs.messages import GenerationRequest
 from worker import start
 from worker.engine.engine import Engine
 from worker.engine.sequence import Sequence
-from worker.engine.stats import StepResult
+from worker.engine.stats import StepBatch
 from worker.text.codec import Codec
 
 POISON = "the prompt that kills"
@@ -45,7 +45,7 @@ def main() -> int:
             time.sleep(3600)
         add(engine, sequence)
 
-    def slow_step(engine: Engine, *given: Any, **named: Any) -> list[StepResult]:
+    def slow_step(engine: Engine, *given: Any, **named: Any) -> StepBatch:
         time.sleep(step_s)
         return step(engine, *given, **named)
 

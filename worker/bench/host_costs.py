@@ -169,11 +169,11 @@ class _PartTimes:
                 started, own_s = thread_time(), target.own_s
                 results, _given_up = engine.step()
                 stepped = thread_time()
-                packed = pickle.dumps(_hand_over(results), pickle.HIGHEST_PROTOCOL)
+                packed = pickle.dumps(results, pickle.HIGHEST_PROTOCOL)
                 ended = thread_time()
                 self.spent_s["hand over"] += ended - stepped
                 steps_ms.append((ended - started - (target.own_s - own_s)) * 1e3)
-                nodes += sum(result.stats.tree_nodes for result in results)
+                nodes += int(results.tree_nodes.sum())
         self.spent_s["layout"] -= target.own_s
         return steps_ms, nodes, len(packed)
 
@@ -265,11 +265,6 @@ def _sequences(count: int, temperature: float) -> list[EngineSequence]:
         EngineSequence(("job", index, 0), ids[index], _PROMPT_TOKENS, 1000, sampling[index], eos, group="job")
         for index in range(count)
     ]
-
-
-def _hand_over(results: Any) -> Any:
-    """Return what another process needs of the results."""
-    return [(result.sequence.key, result.tokens, result.stats, result.tree, result.logprobs) for result in results]
 
 
 def main(

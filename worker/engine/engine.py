@@ -26,7 +26,7 @@ from worker.engine.speculation.drafting import Drafter
 from worker.engine.speculation.planner import Planner, StepPlan, StepTimes
 from worker.engine.speculation.state import SpeculationState
 from worker.engine.speculation.verifier import AcceptedPath, walk
-from worker.engine.stats import DrawnRanks, StepResult, StepStats, TracedTree
+from worker.engine.stats import REASONS, StepBatch, TracedTree
 
 
 class Engine:
@@ -94,7 +94,7 @@ class Engine:
                 sequence.cancelled = True
         self._drop_finished()
 
-    def step(self, only: Collection[Hashable] | None = None, *, plain: bool = False) -> list[StepResult]:
+    def step(self, only: Collection[Hashable] | None = None, *, plain: bool = False) -> StepBatch:
         """Run one step and return what each emitting sequence got: nothing while prompts are still being read.
 
         The step is of all sequences, or of those whose keys are in `only`. A `plain` step uses no drafts. Raises
@@ -103,7 +103,7 @@ class Engine:
         timer = _StepTimer(self._clock, self._late_ms)
         batch = self._scheduler.next_batch(only, plain=plain)
         if batch.empty:
-            return []
+            return StepBatch.empty()
         for slot in batch.evicted:
             self._target.truncate(slot, 0)
         for copy in batch.prefix_copies:
@@ -151,41 +151,51 @@ class Engine:
         emitted: list[list[int]],
         logprobs: list[Logprobs],
         timer: _StepTimer,
-    ) -> list[StepResult]:
+    ) -> StepBatch:
         """Let the planner learn from the step, and return each sequence's part of it."""
         step_ms = timer.step_ms()
         times = StepTimes(timer.verify_ms, step_ms)
         plain_step_ms = self._planner.learn(batch, plan, accepted, sum(map(len, emitted)), times)
-        selected = plan.selected
-        trees = len(selected.sequences)
+        selected, sequences = plan.selected, plan.selected.sequences
+        trees = len(sequences)
         nodes = np.bincount(selected.tree, minlength=trees) - 1
         depths = np.zeros(trees, np.int64)
         np.maximum.at(depths, selected.tree, selected.depth)
-        expected = selected.expected(np.ones(selected.size, np.bool_))
         siblings = selected.siblings()
-        results = []
-        for tree, sequence in enumerate(selected.sequences):
-            path, tokens = accepted[tree].path, emitted[tree]
-            stats = StepStats(
-                step=sequence.steps,
-                tree_nodes=int(nodes[tree]),
-                tree_depth=int(depths[tree]),
-                accepted_tokens=min(len(path), len(tokens)),
-                emitted_tokens=len(tokens),
-                expected_accepted=float(expected[tree]),
-                draft_ms=timer.draft_ms,
-                verify_ms=timer.verify_ms,
-                step_ms=step_ms + sequence.prefill_ms,
-                batch_sequences=trees,
-                drafter=plan.strategy.drafter.name if plan.strategy and nodes[tree] else None,
-                plain_step_ms=plain_step_ms,
-                decision=plan.decision,
-                reached=_drawn_ranks(tree, path, len(tokens), *siblings) if nodes[tree] else None,
-            )
-            traced = _traced_tree(selected, tree, accepted[tree]) if sequence.steps < sequence.traced_steps else None
+        reached = [
+            _drawn_ranks(tree, accepted[tree].path, len(emitted[tree]), *siblings) if nodes[tree] else []
+            for tree in range(trees)
+        ]
+        results = StepBatch(
+            numbers=np.array([s.number for s in sequences], np.int64),
+            counts=np.array([len(tokens) for tokens in emitted], np.int64),
+            tokens=np.array([token for tokens in emitted for token in tokens], np.int64),
+            reasons=np.array([REASONS.index(s.finish_reason) for s in sequences], np.int64),
+            steps=np.array([s.steps for s in sequences], np.int64),
+            tree_nodes=nodes,
+            tree_depths=depths,
+            accepted_tokens=np.array(
+                [min(len(one.path), len(tokens)) for one, tokens in zip(accepted, emitted, strict=True)], np.int64
+            ),
+            expected_accepted=selected.expected(np.ones(selected.size, np.bool_)),
+            step_ms=step_ms + np.array([s.prefill_ms for s in sequences]),
+            reached_counts=np.array([len(some) for some in reached], np.int64),
+            reached=np.array([entry for some in reached for entry in some], np.int64).reshape(-1, 2),
+            draft_ms=timer.draft_ms,
+            verify_ms=timer.verify_ms,
+            plain_step_ms=plain_step_ms,
+            drafter=plan.strategy.drafter.name if plan.strategy else None,
+            decision=plan.decision,
+            trees={
+                tree: _traced_tree(selected, tree, accepted[tree])
+                for tree, s in enumerate(sequences)
+                if s.steps < s.traced_steps
+            },
+            logprobs={tree: some for tree, some in enumerate(logprobs) if some is not None},
+        )
+        for sequence in sequences:
             sequence.steps += 1
             sequence.prefill_ms = 0.0
-            results.append(StepResult(sequence, tuple(tokens), stats, traced, logprobs[tree]))
         for chunk in batch.chunks:
             if not chunk.completes:
                 chunk.sequence.cached = chunk.end
@@ -200,15 +210,15 @@ class Engine:
                 self._drafter.drop(sequence)
 
 
-def _drawn_ranks(root: int, path: IntArray, emitted: int, rank: IntArray, children: IntArray) -> DrawnRanks:
+def _drawn_ranks(root: int, path: IntArray, emitted: int, rank: IntArray, children: IntArray) -> list[tuple[int, int]]:
     """Return (number of children, rank of the drawn child) of the root and of each accepted node that has children.
 
-    Rank None: the target drew no child. Leave out draws that were cut off at the end of the sequence.
+    Rank -1: the target drew no child. Leave out draws that were cut off at the end of the sequence.
     """
-    drawn: list[int | None] = [*rank[path].tolist(), None]
+    drawn = [*rank[path].tolist(), -1]
     counts = children[[root, *path.tolist()]].tolist()
     reached = len(drawn) if emitted >= len(path) else emitted
-    return tuple((count, one) for count, one in zip(counts[:reached], drawn[:reached], strict=True) if count)
+    return [(count, one) for count, one in zip(counts[:reached], drawn[:reached], strict=True) if count]
 
 
 def _traced_tree(selected: Forest, tree: int, accepted: AcceptedPath) -> TracedTree:

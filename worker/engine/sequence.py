@@ -6,6 +6,7 @@ from collections.abc import Hashable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import count
 
 from worker.engine.sampling.penalties import TokenCounts
 from worker.engine.sampling.sampling import Sampling
@@ -43,6 +44,7 @@ class Sequence:
     cancelled: bool = False
     failure: str = ""  # why the engine gave it up
     history: TokenCounts = field(default_factory=TokenCounts)  # token counts for penalties
+    number: int = field(default_factory=count().__next__)  # in results; no other sequence of this process has it
 
     @property
     def output_ids(self) -> list[int]:

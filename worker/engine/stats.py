@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Self
+
+import numpy as np
 
 from worker.engine.logprobs import Logprobs
-from worker.engine.sequence import Sequence
+from worker.engine.segments import IntArray
+from worker.engine.sequence import FinishReason
+from worker.engine.speculation.draft_tree import FloatArray
 from worker.engine.speculation.regret_guard import Decision
+
+REASONS: tuple[FinishReason | None, ...] = (None, *FinishReason)  # by their code in a `StepBatch`
 
 # For each node that the target reached and that has drafted children: (number of children, rank of the child that it
 # drew). Rank 0 is the most likely child; None: it drew none of them.
@@ -48,8 +56,122 @@ class TracedTree:
 class StepResult:
     """What one sequence got from a step."""
 
-    sequence: Sequence
+    number: int  # of the sequence
     tokens: tuple[int, ...]  # emitted tokens: the first `stats.accepted_tokens` are accepted draft tokens
+    finish_reason: FinishReason | None  # None: the engine goes on with it
     stats: StepStats
     tree: TracedTree | None = None  # only of the first `traced_steps` steps
     logprobs: Logprobs = None  # of each token, if requested
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """What all emitting sequences got from one step, as columns: cheap to build, and to send to another process.
+
+    [n] has an entry for each sequence. Names and units are those of `StepStats`. Iterate for one result at a time.
+    """
+
+    numbers: IntArray  # [n]
+    counts: IntArray  # [n] emitted tokens
+    tokens: IntArray  # [sum of counts] in the order of `numbers`
+    reasons: IntArray  # [n] finish reasons: an index of `REASONS`
+    steps: IntArray  # [n]
+    tree_nodes: IntArray  # [n]
+    tree_depths: IntArray  # [n]
+    accepted_tokens: IntArray  # [n]
+    expected_accepted: FloatArray  # [n]
+    step_ms: FloatArray  # [n]
+    reached_counts: IntArray  # [n] entries of `reached`
+    reached: IntArray  # [sum of reached_counts, 2] `DrawnRanks`; rank -1: none of the children
+    draft_ms: float
+    verify_ms: float
+    plain_step_ms: float | None
+    drafter: str | None  # of the sequences with a tree
+    decision: Decision
+    trees: Mapping[int, TracedTree]  # by index of the sequence in `numbers`, as is the next
+    logprobs: Mapping[int, Logprobs]
+
+    @classmethod
+    def empty(cls) -> Self:
+        """Return the result of a step in which no sequence emitted."""
+        ints, floats = np.empty(0, np.int64), np.empty(0)
+        return cls(
+            numbers=ints,
+            counts=ints,
+            tokens=ints,
+            reasons=ints,
+            steps=ints,
+            tree_nodes=ints,
+            tree_depths=ints,
+            accepted_tokens=ints,
+            expected_accepted=floats,
+            step_ms=floats,
+            reached_counts=ints,
+            reached=ints.reshape(0, 2),
+            draft_ms=0.0,
+            verify_ms=0.0,
+            plain_step_ms=None,
+            drafter=None,
+            decision=Decision.PREFILL,
+            trees={},
+            logprobs={},
+        )
+
+    def __len__(self) -> int:
+        """Return the number of emitting sequences."""
+        return len(self.numbers)
+
+    @property
+    def finished(self) -> IntArray:
+        """Numbers of the sequences that end with this step."""
+        ended: IntArray = self.numbers[self.reasons != 0]
+        return ended
+
+    def __iter__(self) -> Iterator[StepResult]:
+        """Yield the result of each sequence."""
+        tokens, reached = self.tokens.tolist(), [_drawn(*entry) for entry in self.reached.tolist()]
+        starts, reached_starts = (counts.cumsum() - counts for counts in (self.counts, self.reached_counts))
+        per_sequence = (self.numbers, starts, self.reasons, reached_starts, self.reached_counts)
+        rows = zip(self._stats(), *(column.tolist() for column in per_sequence), strict=True)
+        for index, (stats, number, start, reason, first, count) in enumerate(rows):
+            yield StepResult(
+                number=number,
+                tokens=tuple(tokens[start : start + stats.emitted_tokens]),
+                finish_reason=REASONS[reason],
+                stats=replace(stats, reached=tuple(reached[first : first + count])) if stats.tree_nodes else stats,
+                tree=self.trees.get(index),
+                logprobs=self.logprobs.get(index),
+            )
+
+    def _stats(self) -> Iterator[StepStats]:
+        """Yield the statistics of each sequence, but for what the target drew."""
+        columns = (
+            self.steps,
+            self.tree_nodes,
+            self.tree_depths,
+            self.accepted_tokens,
+            self.counts,
+            self.expected_accepted,
+            self.step_ms,
+        )
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        for step, nodes, depth, accepted, emitted, expected, step_ms in rows:
+            yield StepStats(
+                step=step,
+                tree_nodes=nodes,
+                tree_depth=depth,
+                accepted_tokens=accepted,
+                emitted_tokens=emitted,
+                expected_accepted=expected,
+                draft_ms=self.draft_ms,
+                verify_ms=self.verify_ms,
+                step_ms=step_ms,
+                batch_sequences=len(self.numbers),
+                drafter=self.drafter if nodes else None,
+                plain_step_ms=self.plain_step_ms,
+                decision=self.decision,
+            )
+
+
+def _drawn(children: int, rank: int) -> tuple[int, int | None]:
+    return children, None if rank < 0 else rank

@@ -14,8 +14,7 @@ from storage.dialect import storable
 from storage.records import Checkpoint, Claim, FinishedChoice, RequestFailure, RequestProgress, StepRow
 from storage.session import unavailable_reason
 from worker.engine.sequence import Sequence
-from worker.engine.stats import StepStats
-from worker.serving.messages import SequenceResult
+from worker.engine.stats import StepResult, StepStats
 from worker.serving.tree_rows import tree_row
 from worker.text.output_stream import OutputStream
 
@@ -52,9 +51,9 @@ class ActiveChoice:
             self.next_seq = checkpoint.seq + 1
             self.announced = True
 
-    def take(self, result: SequenceResult, now: float, text_of: Callable[[int], str]) -> None:
+    def take(self, result: StepResult, now: float, text_of: Callable[[int], str]) -> None:
         """Add the result of a step; `text_of` maps token ids to text for a recorded draft tree."""
-        written = self.output_stream.take(result.tokens, result.stats, result.finish_reason, result.logprobs)
+        written = self.output_stream.take(result)
         self._ids += written.tokens
         self._accepted += written.accepted
         self._pieces += written.pieces

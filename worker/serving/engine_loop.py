@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from jobs.errors import DatabaseUnavailable
 from storage.session import DATABASE_UNAVAILABLE, Database, unavailable_reason
 from worker.engine.engine import Engine
 from worker.engine.sequence import Sequence as EngineSequence
+from worker.engine.stats import StepBatch
 from worker.serving.channel import Channel
-from worker.serving.messages import AddSequences, CancelSequences, EngineReport, ReportsRead, StepResults, ToEngine
+from worker.serving.messages import AddSequences, CancelSequences, EngineReport, ReportsRead, ToEngine
 from worker.serving.resilient_engine import ResilientEngine
 from worker.serving.speedup_check import SpeedupCheck
 from worker.serving.worker_stats import WorkerStats
@@ -49,7 +50,6 @@ class EngineLoop:
             self._engine, codec, database, worker_id=worker_id, model=model, lease_s=lease_s
         )
         self._sequences: dict[int, EngineSequence] = {}  # unfinished, by number
-        self._numbers: dict[EngineSequence, int] = {}
         self._num_added = 0
         self._num_unread = 0  # reports
         self._reported: tuple[int, int] | None = None  # num_added and free_capacity of the last report
@@ -107,16 +107,15 @@ class EngineLoop:
         match message:
             case AddSequences():
                 self._speedup_check.preempt()
-                for number, sequence in message.sequences:
-                    self._sequences[number], self._numbers[sequence] = sequence, number
+                for sequence in message.sequences:
+                    self._sequences[sequence.number] = sequence
                     self._engine.add(sequence)
                 self._num_added += len(message.sequences)
             case CancelSequences():
                 keys = {self._sequences[number].key for number in message.numbers if number in self._sequences}
                 if keys:
                     self._engine.cancel(keys)
-                for number in message.numbers:
-                    self._forget(number)
+                self._forget(message.numbers)
             case ReportsRead():
                 self._num_unread -= message.count
 
@@ -125,13 +124,12 @@ class EngineLoop:
         results, given_up = self._engine.step()
         self._warn_of_slow_steps(time.monotonic() - began_at)
         self._stats.take(results)
-        packed = StepResults.pack(results, [self._numbers[r.sequence] for r in results]) if results else None
-        refused = tuple((self._numbers[sequence], sequence.failure) for sequence in given_up)
-        for ended in (*given_up, *(result.sequence for result in results if result.sequence.finished)):
-            self._forget(self._numbers[ended])
-        self._report(packed, refused)
+        self._forget(results.finished.tolist())
+        self._forget(sequence.number for sequence in given_up)
+        refused = tuple((sequence.number, sequence.failure) for sequence in given_up)
+        self._report(results if len(results) else None, refused)
 
-    def _report(self, results: StepResults | None = None, given_up: tuple[tuple[int, str], ...] = ()) -> None:
+    def _report(self, results: StepBatch | None = None, given_up: tuple[tuple[int, str], ...] = ()) -> None:
         """Send a report if there is something to tell, or if the last one is old."""
         now, state = time.monotonic(), (self._num_added, self._speedup_check.free_capacity)
         news = results is not None or given_up or self._notified or state != self._reported
@@ -141,10 +139,9 @@ class EngineLoop:
         self._reported, self._reported_at, self._notified = state, now, False
         self._num_unread += 1
 
-    def _forget(self, number: int) -> None:
-        sequence = self._sequences.pop(number, None)
-        if sequence is not None:
-            del self._numbers[sequence]
+    def _forget(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            self._sequences.pop(number, None)
 
     def _warn_of_slow_steps(self, step_s: float) -> None:
         if step_s > self._lease_s / 2 and not self._warned_slow:

@@ -9,7 +9,6 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterable
-from itertools import count
 
 from jobs.errors import DatabaseUnavailable, RequestRefused
 from jobs.logs import log_context
@@ -18,10 +17,11 @@ from storage import leases
 from storage.records import Checkpoint, RequestFailure, RequestKey
 from storage.session import DATABASE_UNAVAILABLE, Database, unavailable_reason
 from worker.engine.sequence import Sequence
+from worker.engine.stats import StepResult
 from worker.serving import spans
 from worker.serving.active_request import ActiveChoice, ActiveRequest, internal_error
 from worker.serving.channel import Channel
-from worker.serving.messages import AddSequences, CancelSequences, ReportsRead, SequenceResult
+from worker.serving.messages import AddSequences, CancelSequences, ReportsRead
 from worker.serving.request_reader import ParsedRequest, RequestReader
 from worker.serving.sink import Sink
 from worker.text.codec import Codec
@@ -69,7 +69,6 @@ class RequestLoop:
         self._readers = RequestReader(codec)
         self._active: dict[RequestKey, ActiveRequest] = {}
         self._choices: dict[int, tuple[ActiveRequest, ActiveChoice]] = {}  # that the engine decodes, by number
-        self._numbers = count()
         self._ended: list[int] = []  # numbers that the engine must cancel
         self._num_added = 0  # sequences passed to the engine
         self._num_read = 0  # reports that the engine does not know to be read
@@ -172,7 +171,7 @@ class RequestLoop:
     def _admit_read(self, settle_s: float) -> None:
         """Pass the requests that have been read to the engine; an idle engine waits for them."""
         idle = bool(self._active) and not self._choices
-        sequences: list[tuple[int, Sequence]] = []
+        sequences: list[Sequence] = []
         for claim, result in self._readers.take(_IDLE_SETTLE_S if idle else settle_s, _IDLE_POLL_S if idle else 0.0):
             request = self._active.get(claim.lease.key)
             if request is not None and request.claim is claim:  # else its lease was lost meanwhile
@@ -187,8 +186,8 @@ class RequestLoop:
         """Return whether a claim is worth its time: active sequences wait for it."""
         return not self._choices or since_s >= self._claim_s / _CLAIM_SHARE
 
-    def _admit(self, request: ActiveRequest, result: ParsedRequest | BaseException) -> list[tuple[int, Sequence]]:
-        """Return the numbered sequences of a request; none if it ends with an error."""
+    def _admit(self, request: ActiveRequest, result: ParsedRequest | BaseException) -> list[Sequence]:
+        """Return the sequences of a request; none if it ends with an error."""
         request.reading = False
         try:
             if isinstance(result, BaseException):
@@ -204,19 +203,19 @@ class RequestLoop:
             self._fail(request, "it could not be started", error)
         return []
 
-    def _add_choices(self, request: ActiveRequest, reading: ParsedRequest) -> list[tuple[int, Sequence]]:
+    def _add_choices(self, request: ActiveRequest, reading: ParsedRequest) -> list[Sequence]:
         claim, body, prompts = request.claim, reading.request, reading.prompts
         earlier: defaultdict[int, list[Checkpoint]] = defaultdict(list)
         for checkpoint in claim.checkpoints:
             earlier[checkpoint.choice_index].append(checkpoint)
-        sequences: list[tuple[int, Sequence]] = []
+        sequences: list[Sequence] = []
         n = body.sampling.n
         for index in sorted(set(range(len(prompts) * n)) - set(claim.finished_choices)):
             prompt = prompts[index // n]
             sequence = self._codec.sequence((*claim.lease.key, index), prompt, body.sampling, index)
             choice = ActiveChoice(
                 index=index,
-                number=next(self._numbers),
+                number=sequence.number,
                 num_prompt=len(prompt),
                 output_stream=OutputStream(
                     sequence.key, self._codec.stream(body.sampling.stop, prompt, claim.endpoint)
@@ -227,8 +226,8 @@ class RequestLoop:
             )
             choice.resume(earlier[index], sequence)
             request.choices[index] = choice
-            sequences.append((choice.number, sequence))
-        request.numbers = frozenset(number for number, _ in sequences)
+            sequences.append(sequence)
+        request.numbers = frozenset(sequence.number for sequence in sequences)
         return sequences
 
     def _read_reports(self) -> None:
@@ -245,7 +244,7 @@ class RequestLoop:
             self._channel.send(ReportsRead(self._num_read))
             self._num_read = 0
 
-    def _take(self, result: SequenceResult, ended_at: float) -> None:
+    def _take(self, result: StepResult, ended_at: float) -> None:
         request, choice = self._choices.get(result.number, (None, None))
         if request is None or choice is None:  # the engine did not know yet that it had ended
             return

@@ -19,7 +19,7 @@ from worker.engine.engine import Engine
 from worker.engine.errors import NanLogits, RankLost
 from worker.engine.sampling.penalties import TokenCounts
 from worker.engine.sequence import Sequence
-from worker.engine.stats import StepResult
+from worker.engine.stats import StepBatch
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class ResilientEngine:
 
     def step(
         self, only: Collection[Hashable] | None = None, *, plain: bool = False
-    ) -> tuple[list[StepResult], list[Sequence]]:
+    ) -> tuple[StepBatch, list[Sequence]]:
         """Run one step, with the engine's arguments.
 
         Return the results of the emitting sequences, and the sequences that are given up.
@@ -98,9 +98,10 @@ class ResilientEngine:
             keys = [s.key for s in snapshots]  # (job, request, choice) of each
             extra = {"action": "step_failed", "sequences": keys}
             log.exception("A step of %d sequences failed", len(snapshots), extra=extra)
-            return [], [*rejected, *self._roll_back(snapshots, _suspects_named_by(error, snapshots))]
-        for result in results:
-            self._held[result.sequence] = True
+            return StepBatch.empty(), [*rejected, *self._roll_back(snapshots, _suspects_named_by(error, snapshots))]
+        emitted = set(results.numbers.tolist())
+        for sequence in self._held:
+            self._held[sequence] |= sequence.number in emitted
         self._remove_finished()
         self._raise_limit()
         return results, rejected

@@ -64,7 +64,7 @@ class _Variant:
         return self.output_stream.token_ids
 
     def take(self, result: StepResult) -> None:
-        stats = self.output_stream.take(result.tokens, result.stats, self.sequence.finish_reason, result.logprobs).stats
+        stats = self.output_stream.take(result).stats
         if stats.plain_step_ms is not None:
             batch = stats.batch_sequences
             self.steps.append(_Step(stats.step_ms / batch, stats.emitted_tokens, batch))
@@ -217,18 +217,19 @@ class SpeedupCheck:
     def _step(self) -> None:
         only = self._plain_batch() if self._plain_next else {pair.drafted.key for pair in self._pairs}
         results, given_up = self._engine.step(only, plain=self._plain_next)
+        variants = {variant.sequence.number: variant for variant in self._variants.values()}
         for result in results:
             try:
-                self._variants[result.sequence.key].take(result)
+                variants[result.number].take(result)
             except Exception:
                 log.exception("A request can't be compared", extra={"action": "compare"})
-                given_up.append(result.sequence)
+                given_up.append(variants[result.number].sequence)
         for sequence in given_up:
             self._give_up(sequence.key)
         self._engine.cancel({key for key, variant in self._variants.items() if variant.finished})
-        if results and not self._plain_next:
+        if len(results) and not self._plain_next:
             self._drafted_batch = len(results)
-        self._plain_next = self._next_is_plain() if results else not self._plain_next
+        self._plain_next = self._next_is_plain() if len(results) else not self._plain_next
 
     def _plain_batch(self) -> set[Hashable]:
         """Return the sequences of the next plain step: those with most tokens left, so that batches stay large."""

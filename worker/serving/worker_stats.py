@@ -6,12 +6,12 @@ Costs a few additions per step, none per token.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from worker.engine.sequence import Sequence as EngineSequence
-from worker.engine.stats import StepResult
+from worker.engine.stats import StepBatch
 
 
 @dataclass(slots=True)
@@ -29,21 +29,19 @@ class WorkerStats:
     step_ms: float = 0.0
     joules: float = 0.0  # 0 without an energy meter
 
-    def take(self, results: Sequence[StepResult]) -> None:
+    def take(self, results: StepBatch) -> None:
         """Add the results of a step."""
-        if not results:
+        if not len(results):
             return
-        first = results[0].stats
-        self.steps[first.decision] += 1
+        self.steps[results.decision] += 1
         self.batch_sequences += len(results)
-        self.draft_ms += first.draft_ms
-        self.verify_ms += first.verify_ms
-        self.step_ms += min(result.stats.step_ms for result in results)  # after a prefill, they include its time
-        for result in results:
-            self.tokens += len(result.tokens)
-            self.tree_nodes += result.stats.tree_nodes
-            self.accepted_tokens += result.stats.accepted_tokens
-            self.expected_accepted += result.stats.expected_accepted
+        self.draft_ms += results.draft_ms
+        self.verify_ms += results.verify_ms
+        self.step_ms += float(results.step_ms.min())  # after a prefill, they include its time
+        self.tokens += len(results.tokens)
+        self.tree_nodes += int(results.tree_nodes.sum())
+        self.accepted_tokens += int(results.accepted_tokens.sum())
+        self.expected_accepted += float(results.expected_accepted.sum())
 
     def as_json(self, held: Collection[EngineSequence]) -> dict[str, Any]:
         """Return the sums and what the engine holds now."""

@@ -11,9 +11,8 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
 from jobs.openai.logprobs import TokenAlternatives
-from worker.engine.logprobs import Logprobs
 from worker.engine.sequence import FinishReason
-from worker.engine.stats import StepStats
+from worker.engine.stats import StepResult, StepStats
 from worker.text.codec import TextStream
 from worker.text.stop_strings import Pieces
 
@@ -54,23 +53,19 @@ class OutputStream:
         self._stream.resume(tokens, accepted)
         self.token_ids += tokens
 
-    def take(
-        self, tokens: Seq[int], stats: StepStats, finish_reason: FinishReason | None, logprobs: Logprobs = None
-    ) -> StepOutput:
-        """Add what the engine emitted in a step; `finish_reason` is why it ended the sequence, None if it did not.
-
-        A stop string in the text finishes the output.
-        """
+    def take(self, result: StepResult) -> StepOutput:
+        """Add what the engine emitted in a step. A stop string in the text finishes the output."""
+        tokens, stats, logprobs = result.tokens, result.stats, result.logprobs
         accepted = [i < stats.accepted_tokens for i in range(len(tokens))]
         before = self._stream.num_tokens
         pieces = self._stream.push(tokens, accepted)
         count = self._stream.num_tokens - before
-        self.finish_reason = finish_reason
-        if finish_reason is not None:
+        self.finish_reason = result.finish_reason
+        if result.finish_reason is not None:
             pieces += self._stream.finish()
         if self._stream.stopped:
             self.finish_reason = FinishReason.STOP
-        kept = tuple(tokens[:count])
+        kept = tokens[:count]
         self.token_ids += kept
         return StepOutput(
             tokens=kept,

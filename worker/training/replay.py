@@ -17,11 +17,10 @@ from worker.engine.engine import Engine
 from worker.engine.kv.hidden_states import HiddenStates
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.sampling.sampling import Sampling
-from worker.engine.segments import KvMove, Segment
+from worker.engine.segments import IntArray, KvMove, Segment
 from worker.engine.sequence import Sequence as EngineSequence
 from worker.engine.speculation.draft_tree import FloatArray
 from worker.engine.speculation.drafting import Drafter
-from worker.engine.stats import StepStats
 from worker.training.features import Example
 
 _MAX_DEPTH = 8  # layers of a draft tree
@@ -115,15 +114,15 @@ def replay(
         Mode.PAPER, 1, longest, nodes=nodes, threshold=0.0, max_depth=_MAX_DEPTH, calibrated=calibrated
     )
     engine = Engine(replay_target, make_drafter(replay_target.hidden), options)
-    stats: list[StepStats] = []
+    expected: list[FloatArray] = []
+    accepted: list[IntArray] = []
     for index, example in enumerate(examples):
         prompt = example.ids[: example.num_prompt].tolist()
         replay_target.set_example(example)
         engine.add(EngineSequence(index, prompt, len(prompt), len(example.ids) - len(prompt), Sampling()))
         while engine.busy:
-            stats += [result.stats for result in engine.step() if result.stats.step]
-    return AcceptanceResult(
-        nodes=nodes,
-        expected=np.array([n.expected_accepted for n in stats]),
-        accepted=np.array([n.accepted_tokens for n in stats], np.float64),
-    )
+            results = engine.step()
+            decoded = results.steps > 0
+            expected.append(results.expected_accepted[decoded])
+            accepted.append(results.accepted_tokens[decoded])
+    return AcceptanceResult(nodes, np.concatenate(expected), np.concatenate(accepted).astype(np.float64))

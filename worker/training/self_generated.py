@@ -172,5 +172,5 @@ def _decode(
     for sequence in sequences:
         engine.add(sequence)
     while engine.busy:
-        on_tokens(sum(len(result.tokens) for result in engine.step()))
+        on_tokens(len(engine.step().tokens))
     return [sequence.output_ids for sequence in sequences]

@@ -76,7 +76,7 @@ def test_a_head_proposes_the_same_in_a_batch_as_alone() -> None:
         running = engine(target, drafter, options(Mode.PAPER))
         some = sequences()
         results = decode(running, some) if together else [r for s in some for r in decode(running, [s])]
-        return [sum(r.stats.accepted_tokens for r in results if r.sequence is s) for s in some]
+        return [sum(r.stats.accepted_tokens for r in results if r.number == s.number) for s in some]
 
     assert accepted(together=True) == accepted(together=False)
 

@@ -115,7 +115,7 @@ def test_step_numbers_add_up_to_the_tokens_of_each_sequence() -> None:
     some = sequences()
     results = decode(engine(packed(tiny()), drafter("random"), options(Mode.PAPER)), some)
     for sequence in some:
-        own = [r.stats for r in results if r.sequence is sequence]
+        own = [r.stats for r in results if r.number == sequence.number]
         assert [n.step for n in own] == list(range(len(own)))
         assert own[0].tree_nodes == 0
         assert sum(n.emitted_tokens for n in own) == len(sequence.output_ids)

@@ -29,7 +29,7 @@ def told(results: Sequence[StepResult], some: Sequence[EngineSequence]) -> list[
     """Return what was told of each sequence's tokens, one entry a token."""
     found = []
     for sequence in some:
-        own = [r for r in results if r.sequence is sequence]
+        own = [r for r in results if r.number == sequence.number]
         assert all(r.logprobs is not None and len(r.logprobs) == len(r.tokens) for r in own)
         found.append([entry for r in own for entry in r.logprobs or ()])
     return found
@@ -113,7 +113,7 @@ def test_only_those_who_want_logprobs_get_them_and_as_many_as_they_want() -> Non
         sequence.sampling = Sampling(logprobs=wanted)
     results = decode(engine(packed(tiny()), drafter("same"), options(Mode.PAPER)), some)
     for sequence in some:
-        own = [r.logprobs for r in results if r.sequence is sequence]
+        own = [r.logprobs for r in results if r.number == sequence.number]
         if sequence.sampling.logprobs is None:
             assert own == [None] * len(own)
         else:

@@ -63,7 +63,7 @@ def test_steps_of_both_variants_are_interleaved_and_plain_steps_have_no_drafts(
     take = speedup_check._Variant.take
 
     def noted(variant: speedup_check._Variant, result: StepResult) -> None:
-        taken.append((plain(result), result.stats.tree_nodes))
+        taken.append((plain(variant), result.stats.tree_nodes))
         take(variant, result)
 
     monkeypatch.setattr(speedup_check._Variant, "take", noted)
@@ -75,10 +75,10 @@ def test_steps_of_both_variants_are_interleaved_and_plain_steps_have_no_drafts(
     assert turns[: turns.index(True) + 1] == [False, True]
 
 
-def plain(result: StepResult) -> bool:
-    """Whether it is the plain variant's, by the last part of its key."""
-    assert isinstance(result.sequence.key, tuple)
-    return bool(result.sequence.key[-1])
+def plain(variant: speedup_check._Variant) -> bool:
+    """Whether it is the plain variant, by the last part of its key."""
+    assert isinstance(variant.key, tuple)
+    return bool(variant.key[-1])
 
 
 def test_plain_steps_have_as_many_sequences_as_those_with_drafts(
@@ -90,7 +90,7 @@ def test_plain_steps_have_as_many_sequences_as_those_with_drafts(
 
     def noted(variant: speedup_check._Variant, result: StepResult) -> None:
         if result.stats.plain_step_ms is not None:
-            taken.append((plain(result), result.stats.batch_sequences))
+            taken.append((plain(variant), result.stats.batch_sequences))
         take(variant, result)
 
     monkeypatch.setattr(speedup_check._Variant, "take", noted)
@@ -116,7 +116,7 @@ def test_texts_of_the_job_are_not_drafts_of_its_speedup_check(
     take = speedup_check._Variant.take
 
     def noted(variant: speedup_check._Variant, result: StepResult) -> None:
-        groups.append(result.sequence.group)
+        groups.append(variant.sequence.group)
         take(variant, result)
 
     monkeypatch.setattr(speedup_check._Variant, "take", noted)
