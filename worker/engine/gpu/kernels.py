@@ -10,21 +10,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from worker.engine.paged import work
 from worker.engine.paged.kv import PagedKv
-from worker.engine.paged.rows import PagedRows
+from worker.engine.paged.rows import TILE_QUERIES, PagedRows, Shape, tile_rows
+from worker.engine.paged.work import ROW_SHIFT
 
-CHUNK = 256  # KV entries of a split of attention; partial results are merged in the order of the sequence
 _ENTRIES = 64  # KV entries of a chunk that are loaded at once
-_TILE = 32  # queries of one program where rows have a common stretch
 _MIN_TILE = 16  # minimum rows, columns or inputs of a tensor core instruction
-_PROGRAMS = 512  # about as many keep a GPU busy
+_PROGRAMS = 1024  # of an attention kernel: about as many keep a GPU busy, and each takes items until none is left
 _INPUTS = 128  # a part of a split product has a multiple of this many inputs
 _PARTED = 320  # tiles of a product that keep a GPU busy; smaller products are split over their inputs
 _LONG = 100  # above this many steps of a sum, a product may be split twice as far
 _SMALL = {"num_warps": 2, "num_stages": 2}  # launch options of the attention kernels
 _LOG2_E = 1.4426950408889634
 # Arguments that change from step to step: Triton must not specialise, and so recompile, kernels for their values.
-_STEP = ("table", "sequence", "starts", "seen", "own", "own_count", "positions", "window", "width", "chunks", "listed")
+_STEP = (
+    "tables", "slots", "sequence", "starts", "seen", "own", "own_count", "positions", "first_part", "items", "bounds",
+    "window", "width", "listed", "first_row",
+)  # fmt: skip
 
 
 @triton.jit
@@ -147,99 +150,103 @@ def _attend_entries(q, ks, vs, visible, scale, top, weight, total):
     return new_top, weight, total
 
 
+@triton.jit
+def _item(items, i, SHIFT: tl.constexpr):
+    """Return the row and the chunk of an item."""
+    item = tl.load(items + i)
+    return item >> SHIFT, item & ((1 << SHIFT) - 1)
+
+
 @triton.jit(do_not_specialize=_STEP)
 def _attend_rows(
-    query, keys, values, table, sequence, seen, own, own_count, positions,
-    tops, weights, totals, scale, window, width, chunks, listed,
+    query, keys, values, tables, slots, sequence, seen, own, own_count, positions, first_part, items, bounds,
+    tops, weights, totals, scale, window, width, listed,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, LISTS: tl.constexpr,
-    SHARES: tl.constexpr, WINDOWED: tl.constexpr,
-    QUERIES: tl.constexpr, PADDED_DIM: tl.constexpr, CHUNK: tl.constexpr, ENTRIES: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    QUERIES: tl.constexpr, PADDED_DIM: tl.constexpr, CHUNK: tl.constexpr, SHIFT: tl.constexpr, ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Attend the query heads of one row and one KV head over some chunks of what the row sees.
+    """Attend the query heads of one row and one KV head over one chunk of what the row sees; item by item.
 
-    Listed entries count as if they were stored behind the stretch, where they move once they are accepted. With SHARES,
-    skip the chunks that `_attend_runs` attends for all rows of a run.
+    Listed entries count as if they were stored behind the stretch, where they move once they are accepted.
     """
-    row, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    kv_head = tl.program_id(1)
     group: tl.constexpr = HEADS // KV_HEADS
     m, d = tl.arange(0, QUERIES), tl.arange(0, PADDED_DIM)
     in_group, in_dim = m < group, d < DIM
-    stretch = tl.load(seen + row)
-    end = stretch
-    first = 0
-    if LISTS:
-        listed_here = tl.load(own_count + row)
-        end += listed_here
-        if SHARES:
-            first = tl.where(listed_here > 0, stretch // CHUNK, end // CHUNK + 1)
-    lowest = 0
-    if WINDOWED:
-        lowest = tl.maximum(tl.load(positions + row) - window + 1, 0)
-        first = tl.maximum(first, lowest // CHUNK)
-    blocks = table + tl.load(sequence + row) * width
     head = kv_head * group + m
-    q = tl.load(
-        query + (row * HEADS + head)[:, None] * DIM + d[None, :], mask=in_group[:, None] & in_dim[None, :], other=0.0
-    )
-    for chunk in range(first + split, tl.cdiv(end, CHUNK), tl.num_programs(2)):
-        top = tl.full((QUERIES,), float("-inf"), tl.float32)
-        weight = tl.zeros((QUERIES,), tl.float32)
-        total = tl.zeros((QUERIES, PADDED_DIM), tl.float32)
-        for start in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, end), ENTRIES):
-            j = start + tl.arange(0, ENTRIES)
-            here = j < end
-            index = tl.load(blocks + j // BLOCK, mask=j < stretch, other=0) * BLOCK + j % BLOCK
-            if LISTS:
-                behind = (j >= stretch) & here
-                index = tl.where(behind, tl.load(own + row * listed + j - stretch, mask=behind, other=0), index)
-            entry = (index * KV_HEADS + kv_head) * DIM
-            ks = tl.load(keys + entry[None, :] + d[:, None], mask=here[None, :] & in_dim[:, None], other=0.0)
-            vs = tl.load(values + entry[:, None] + d[None, :], mask=here[:, None] & in_dim[None, :], other=0.0)
-            visible = here & (j >= lowest)
-            top, weight, total = _attend_entries(q, ks, vs, visible[None, :], scale, top, weight, total)
-        part = (row * HEADS + head) * chunks + chunk
-        tl.store(tops + part, top, mask=in_group)
-        tl.store(weights + part, weight, mask=in_group)
-        tl.store(totals + part[:, None] * DIM + d[None, :], total, mask=in_group[:, None] & in_dim[None, :])
+    first, last, base = tl.load(bounds + 2), tl.load(bounds + 3), tl.load(bounds + 4)
+    for i in range(first + tl.program_id(0), last, tl.num_programs(0)):
+        row, chunk = _item(items, i, SHIFT)
+        stretch = tl.load(seen + row)
+        end = stretch
+        if LISTS:
+            end += tl.load(own_count + row)
+        lowest = tl.zeros_like(stretch)
+        if WINDOWED:
+            lowest = tl.maximum(tl.load(positions + row) - window + 1, 0)
+        if (chunk + 1) * CHUNK > lowest:
+            blocks = tables + tl.load(slots + tl.load(sequence + row)) * width
+            at = (row * HEADS + head)[:, None] * DIM + d[None, :]
+            q = tl.load(query + at, mask=in_group[:, None] & in_dim[None, :], other=0.0)
+            top = tl.full((QUERIES,), float("-inf"), tl.float32)
+            weight = tl.zeros((QUERIES,), tl.float32)
+            total = tl.zeros((QUERIES, PADDED_DIM), tl.float32)
+            for start in range(chunk * CHUNK, tl.minimum((chunk + 1) * CHUNK, end), ENTRIES):
+                j = start + tl.arange(0, ENTRIES)
+                here = j < end
+                index = tl.load(blocks + j // BLOCK, mask=j < stretch, other=0) * BLOCK + j % BLOCK
+                if LISTS:
+                    behind = (j >= stretch) & here
+                    index = tl.where(behind, tl.load(own + row * listed + j - stretch, mask=behind, other=0), index)
+                entry = (index * KV_HEADS + kv_head) * DIM
+                ks = tl.load(keys + entry[None, :] + d[:, None], mask=here[None, :] & in_dim[:, None], other=0.0)
+                vs = tl.load(values + entry[:, None] + d[None, :], mask=here[:, None] & in_dim[None, :], other=0.0)
+                visible = here & (j >= lowest)
+                top, weight, total = _attend_entries(q, ks, vs, visible[None, :], scale, top, weight, total)
+            part = (tl.load(first_part + row) + chunk - base) * HEADS + head
+            tl.store(tops + part, top, mask=in_group)
+            tl.store(weights + part, weight, mask=in_group)
+            tl.store(totals + part[:, None] * DIM + d[None, :], total, mask=in_group[:, None] & in_dim[None, :])
 
 
 @triton.jit(do_not_specialize=_STEP)
-def _attend_runs(
-    query, keys, values, table, sequence, starts, seen, own_count, positions,
-    tops, weights, totals, scale, window, width, chunks,
+def _attend_tiles(
+    query, keys, values, tables, slots, sequence, starts, seen, own_count, positions, first_part, items, bounds,
+    tops, weights, totals, scale, window, width,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, LISTS: tl.constexpr,
     WINDOWED: tl.constexpr,
-    TILE: tl.constexpr, PADDED_DIM: tl.constexpr, CHUNK: tl.constexpr, ENTRIES: tl.constexpr,
+    TILE: tl.constexpr, ROWS: tl.constexpr, PADDED_DIM: tl.constexpr, CHUNK: tl.constexpr, SHIFT: tl.constexpr,
+    ENTRIES: tl.constexpr,
 ):  # fmt: skip
-    """Attend the rows of one tile of a run over their common chunks; only the program of the tile's first row does so.
+    """Attend up to ROWS rows of a run over one of their common chunks; item by item.
 
-    The common chunks of rows that list entries are the full chunks of their stretch; of other rows, all chunks.
+    For rows that list entries, these are the full chunks of their stretch; for others, all chunks.
     """
-    lead, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    kv_head = tl.program_id(1)
     group: tl.constexpr = HEADS // KV_HEADS
-    together: tl.constexpr = TILE // group  # rows
-    run = tl.load(sequence + lead)
-    if (lead - tl.load(starts + run)) % together == 0:
-        m, d = tl.arange(0, TILE), tl.arange(0, PADDED_DIM)
-        in_dim = d < DIM
-        run_end = tl.minimum(tl.load(starts + run + 1), lead + together)
+    m, d = tl.arange(0, TILE), tl.arange(0, PADDED_DIM)
+    in_dim = d < DIM
+    head = kv_head * group + m % group
+    first, last, base = tl.load(bounds), tl.load(bounds + 1), tl.load(bounds + 4)
+    for i in range(first + tl.program_id(0), last, tl.num_programs(0)):
+        lead, chunk = _item(items, i, SHIFT)
+        run = tl.load(sequence + lead)
+        run_end = tl.minimum(tl.load(starts + run + 1), lead + ROWS)
         row = lead + m // group
-        real = (row < run_end) & (m < together * group)
+        real = (row < run_end) & (m < ROWS * group)
         upto = tl.load(seen + row, mask=real, other=0)
         if LISTS:
             lists = tl.load(own_count + row, mask=real, other=0) > 0
             upto = tl.where(lists, upto // CHUNK * CHUNK, upto)
         lowest = tl.zeros_like(upto)
-        first = 0
         if WINDOWED:
             lowest = tl.maximum(tl.load(positions + row, mask=real, other=0) - window + 1, 0)
-            first = tl.min(tl.where(real, lowest, 1 << 40), axis=0) // CHUNK
-        end = tl.max(upto, axis=0)
-        blocks = table + run * width
-        head = kv_head * group + m % group
-        mask = real[:, None] & in_dim[None, :]
-        q = tl.load(query + (row * HEADS + head)[:, None] * DIM + d[None, :], mask=mask, other=0.0)
-        for chunk in range(first + split, tl.cdiv(end, CHUNK), tl.num_programs(2)):
+        sees = real & (chunk * CHUNK < upto) & ((chunk + 1) * CHUNK > lowest)
+        end = tl.max(tl.where(sees, upto, 0), axis=0)
+        if end > 0:
+            blocks = tables + tl.load(slots + run) * width
+            at = (row * HEADS + head)[:, None] * DIM + d[None, :]
+            q = tl.load(query + at, mask=real[:, None] & in_dim[None, :], other=0.0)
             top = tl.full((TILE,), float("-inf"), tl.float32)
             weight = tl.zeros((TILE,), tl.float32)
             total = tl.zeros((TILE, PADDED_DIM), tl.float32)
@@ -252,8 +259,7 @@ def _attend_runs(
                 vs = tl.load(values + entry[:, None] + d[None, :], mask=here[:, None] & in_dim[None, :], other=0.0)
                 visible = (j[None, :] < upto[:, None]) & (j[None, :] >= lowest[:, None])
                 top, weight, total = _attend_entries(q, ks, vs, visible, scale, top, weight, total)
-            part = (row * HEADS + head) * chunks + chunk
-            sees = real & (chunk * CHUNK < upto)
+            part = (tl.load(first_part + row, mask=real, other=0) + chunk - base) * HEADS + head
             tl.store(tops + part, top, mask=sees)
             tl.store(weights + part, weight, mask=sees)
             tl.store(totals + part[:, None] * DIM + d[None, :], total, mask=sees[:, None] & in_dim[None, :])
@@ -261,12 +267,12 @@ def _attend_runs(
 
 @triton.jit(do_not_specialize=_STEP)
 def _merge_chunks(
-    tops, weights, totals, out, seen, own_count, positions, window, chunks,
+    tops, weights, totals, out, seen, own_count, positions, first_part, bounds, window, first_row,
     HEADS: tl.constexpr, DIM: tl.constexpr, LISTS: tl.constexpr, WINDOWED: tl.constexpr, PADDED_DIM: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Merge the attention of one head of a row over all chunks, first to last."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, head = first_row.to(tl.int64) + tl.program_id(0), tl.program_id(1)
     d = tl.arange(0, PADDED_DIM)
     in_dim = d < DIM
     end = tl.load(seen + row)
@@ -278,15 +284,16 @@ def _merge_chunks(
     top = tl.full((1,), float("-inf"), tl.float32)
     weight = tl.zeros((1,), tl.float32)
     total = tl.zeros((PADDED_DIM,), tl.float32)
-    start = (row * HEADS + head) * chunks
+    start = tl.load(first_part + row) - tl.load(bounds + 4)
     for chunk in range(first, tl.cdiv(end, CHUNK)):
-        part = start + chunk + tl.zeros((1,), tl.int64)
+        at = (start + chunk) * HEADS + head
+        part = at + tl.zeros((1,), tl.int64)
         part_top = tl.load(tops + part)
         new_top = tl.maximum(top, part_top)
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
         shrink, share = tl.exp2(top - base), tl.exp2(part_top - base)
         weight = weight * shrink + tl.load(weights + part) * share
-        total = total * shrink + tl.load(totals + (start + chunk) * DIM + d, mask=in_dim, other=0.0) * share
+        total = total * shrink + tl.load(totals + at * DIM + d, mask=in_dim, other=0.0) * share
         top = new_top
     total = total / tl.where(weight > 0.0, weight, 1.0)
     tl.store(out + (row * HEADS + head) * DIM + d, total.to(out.dtype.element_ty), mask=in_dim)
@@ -370,51 +377,63 @@ def rotate_and_store(
 
 def attend(query: Tensor, rows: PagedRows, kv: PagedKv, layer: int, scaling: float, window: int | None) -> Tensor:
     """Return the attention [n, heads, dim] of `query` over what each row sees, itself included."""
-    n, heads, dim = query.shape
-    shape, kv_heads = rows.shape, kv.keys.shape[3]
-    chunks = triton.cdiv(shape.blocks * kv.block_size + shape.listed, CHUNK)
-    tops, weights = (query.new_empty(n, heads, chunks, dtype=torch.float32) for _ in range(2))
-    totals = query.new_empty(n, heads, chunks, dim, dtype=torch.float32)
-    keys, values = kv.keys[layer], kv.values[layer]
-    padded_dim = max(_MIN_TILE, triton.next_power_of_2(dim))
-    sizes = {
-        "HEADS": heads,
-        "DIM": dim,
-        "PADDED_DIM": padded_dim,
-        "LISTS": shape.listed > 0,
-        "WINDOWED": window is not None,
-    }
-    sizes |= {"CHUNK": CHUNK}
-    lists, seen = rows.own_count, rows.seen
-    numbers = (tops, weights, totals, scaling * _LOG2_E, window or 0, shape.blocks, chunks)
-    entries = {"KV_HEADS": kv_heads, "BLOCK": kv.block_size, "ENTRIES": _ENTRIES}
-    group = heads // kv_heads
-    tile = max(_TILE, triton.next_power_of_2(group))
-    shares = shape.queries > 1
-    if shares:
-        splits = _splits(n * kv_heads // (tile // group), chunks)
-        _attend_runs[(n, kv_heads, splits)](
-            query, keys, values, rows.table, rows.sequence, rows.starts, seen, lists, rows.positions, *numbers,
-            TILE=tile, **entries, **sizes, **_SMALL,
-        )  # fmt: skip
-    if not shares or shape.listed:
-        # After `_attend_runs`, each row still has the end of its stretch and its listed entries.
-        splits = _splits(n * kv_heads, min(chunks, 2) if shares else chunks)
-        _attend_rows[(n, kv_heads, splits)](
-            query, keys, values, rows.table, rows.sequence, seen, rows.own, lists, rows.positions, *numbers,
-            shape.listed, SHARES=shares, QUERIES=max(_MIN_TILE, triton.next_power_of_2(group)),
-            **entries, **sizes, **_SMALL,
-        )  # fmt: skip
     out = torch.empty_like(query)
-    _merge_chunks[(n, heads)](
-        tops, weights, totals, out, seen, lists, rows.positions, window or 0, chunks, num_warps=1, **sizes
-    )
+    shape, heads, dim = rows.shape, query.shape[1], query.shape[2]
+    tops, weights = (query.new_empty(shape.parts, heads, dtype=torch.float32) for _ in range(2))
+    partial = (tops, weights, query.new_empty(shape.parts, heads, dim, dtype=torch.float32))
+    for number, bounds in enumerate(rows.bounds):
+        _attend_slice(query, rows, kv, layer, scaling * _LOG2_E, window, partial, bounds)
+        first, end = shape.row_bounds[number : number + 2]
+        _merge_chunks[(end - first, heads)](
+            *partial, out, rows.seen, rows.own_count, rows.positions, rows.first_part, bounds, window or 0, first,
+            num_warps=1, **_sizes(query, shape, window),
+        )  # fmt: skip
     return out
 
 
-def _splits(programs: int, chunks: int) -> int:
-    """Return the number of programs for the chunks of a row; it does not change the order of the merge."""
-    return max(1, min(triton.next_power_of_2(chunks), _PROGRAMS // max(programs, 1)))
+def _attend_slice(
+    query: Tensor,
+    rows: PagedRows,
+    kv: PagedKv,
+    layer: int,
+    scale: float,
+    window: int | None,
+    partial: tuple[Tensor, Tensor, Tensor],
+    bounds: Tensor,
+) -> None:
+    """Write the partial results of one slice of the rows."""
+    shape, kv_heads, heads = rows.shape, kv.keys.shape[3], query.shape[1]
+    group = heads // kv_heads
+    stores = (query, kv.keys[layer], kv.values[layer], kv.device_tables, rows.slots, rows.sequence)
+    listed, items = rows.own_count, (rows.positions, rows.first_part, rows.items, bounds)
+    numbers = (*partial, scale, window or 0, kv.device_tables.shape[1])
+    sizes = _sizes(query, shape, window)
+    sizes |= {"KV_HEADS": kv_heads, "BLOCK": kv.block_size, "SHIFT": ROW_SHIFT, "ENTRIES": _ENTRIES}
+    grid = (max(1, min(shape.parts, _PROGRAMS // kv_heads)), kv_heads)
+    shares = shape.queries > 1
+    if shares:
+        tile, together = max(_MIN_TILE, triton.next_power_of_2(max(TILE_QUERIES, group))), tile_rows(kv)
+        _attend_tiles[grid](
+            *stores, rows.starts, rows.seen, listed, *items, *numbers, TILE=tile, ROWS=together, **sizes, **_SMALL
+        )
+    if not shares or shape.listed:
+        queries = max(_MIN_TILE, triton.next_power_of_2(group))
+        _attend_rows[grid](
+            *stores, rows.seen, rows.own, listed, *items, *numbers, shape.listed, QUERIES=queries, **sizes, **_SMALL
+        )
+
+
+def _sizes(query: Tensor, shape: Shape, window: int | None) -> dict[str, int]:
+    """Return the constants that all attention kernels have."""
+    _, heads, dim = query.shape
+    return {
+        "HEADS": heads,
+        "DIM": dim,
+        "PADDED_DIM": max(_MIN_TILE, triton.next_power_of_2(dim)),
+        "LISTS": shape.listed > 0,
+        "WINDOWED": window is not None,
+        "CHUNK": work.CHUNK,
+    }
 
 
 def _parts(columns: int, inputs: int) -> int:

@@ -59,9 +59,9 @@ def make_backend(
         return Backend(parts, lambda segments: MultiDeviceAttentionPlan(segments, parts, heads // kv_heads))
     if uses_paged_kv(model) if paged is None else paged:
         size = GPU_BLOCK if model.device.type == "cuda" else _CPU_BLOCK
-        pages = PagedKv(
-            layers, slots, kv_heads, capacity, head_dim, dtype, model.device, block_size=size, tokens=kv_tokens
-        )
+        group = heads // kv_heads
+        shape = (layers, slots, kv_heads, capacity, head_dim)
+        pages = PagedKv(*shape, dtype, model.device, block_size=size, tokens=kv_tokens, group=group)
         return Backend(
             pages, lambda segments: paged_plan(segments, pages), bucketed=lambda run: BucketedForward(run, pages)
         )

@@ -81,7 +81,7 @@ class PagedAttentionPlan:
         visible = entries < seen.unsqueeze(1)
         if window is not None:
             visible &= positions.unsqueeze(1) - entries < window
-        blocks_held = rows.table[rows.sequence[some]].gather(1, blocks)
+        blocks_held = self.kv.device_tables[rows.slots[rows.sequence[some]]].gather(1, blocks)
         keys, values = (store[layer][blocks_held].flatten(1, 2) for store in (self.kv.keys, self.kv.values))
         return attended(query[some], keys, values, visible, scaling)
 
@@ -99,6 +99,7 @@ class PagedAttentionPlan:
 def paged_plan(segments: Sequence[Segment], kv: PagedKv) -> PagedAttentionPlan:
     """Return the plan of a forward over `segments`, without padding."""
     reserve(segments, kv)
+    kv.sync_tables()
     shape = exact_shape(segments, kv)
     return PagedAttentionPlan(PagedRows(shape, on_device(laid_out(segments, kv, shape), kv.keys.device)), kv)
 

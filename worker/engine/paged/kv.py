@@ -78,12 +78,14 @@ class PagedKv:
         *,
         block_size: int,
         tokens: int | None = None,
+        group: int = 1,
     ) -> None:
         """Allocate a pool for `slots` slots of up to `capacity` entries, tree rows included.
 
         `tokens` limits the entries of all slots together; None: every slot in full. The pool has a block more per
-        slot, because the last block of a slot may be almost empty.
+        slot, because the last block of a slot may be almost empty. `group` is the number of query heads per KV head.
         """
+        self.group = group
         self.block_size = block_size
         width = _blocks(capacity, block_size)
         self.capacity = width * block_size
@@ -92,13 +94,16 @@ class PagedKv:
         shape = (layers, self.pool.count + 1, block_size, kv_heads, head_dim)
         self.keys = lazy_zeros(shape, dtype, device)
         self.values = lazy_zeros(shape, dtype, device)
-        self.tables = np.full((slots, width), SCRATCH, np.int64)  # block table: the blocks of each slot, in order
+        # Block tables: the blocks of each slot, in order. The last row is that of padding rows.
+        self.tables = np.full((slots + 1, width), SCRATCH, np.int64)
+        self.device_tables = torch.from_numpy(self.tables).to(device)  # on a CPU the same memory
+        self._changed: list[tuple[int, int]] = []  # slot and index of blocks that the device does not know yet
         self._held = [0] * slots  # number of blocks of each slot
 
     @property
     def slots(self) -> int:
         """Number of slots."""
-        return len(self.tables)
+        return len(self._held)
 
     def blocks_of(self, slot: int) -> list[int]:
         """Return the blocks of a slot."""
@@ -124,7 +129,7 @@ class PagedKv:
         for at in shared:
             self._unshare(slot, at, copied=at * self.block_size < start or (at + 1) * self.block_size > end)
         for at in range(held, needed):
-            self.tables[slot, at] = self.pool.allocate()
+            self._set_block(slot, at, self.pool.allocate())
         self._held[slot] = max(held, needed)
 
     def truncate(self, slot: int, length: int) -> None:
@@ -134,8 +139,20 @@ class PagedKv:
             return
         for block in self.blocks_of(slot)[kept:]:
             self.pool.drop_reference(block)
-        self.tables[slot, kept:] = SCRATCH
+        self.tables[slot, kept : self._held[slot]] = SCRATCH
         self._held[slot] = kept
+
+    def sync_tables(self) -> None:
+        """Copy new blocks to the tables on the device. Freed ones stay there: no row sees their entries."""
+        if self._changed and self.device_tables.device.type != "cpu":
+            at = np.array(self._changed, np.int64).T
+            moved = torch.from_numpy(np.stack([*at, self.tables[at[0], at[1]]])).to(self.device_tables.device)
+            self.device_tables[moved[0], moved[1]] = moved[2]
+        self._changed.clear()
+
+    def _set_block(self, slot: int, at: int, block: int) -> None:
+        self.tables[slot, at] = block
+        self._changed.append((slot, at))
 
     def write(self, layer: int, entries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store `keys` and `values` [n, kv_heads, head_dim] at `entries` int64 [n], indices from `entries()`."""
@@ -163,7 +180,7 @@ class PagedKv:
         full = length // self.block_size
         for at, block in enumerate(self.blocks_of(source)[:full]):
             self.pool.add_reference(block)
-            self.tables[target, at] = block
+            self._set_block(target, at, block)
         self._held[target] = full
         if length % self.block_size:
             self.reserve(target, full * self.block_size, length)
@@ -197,7 +214,7 @@ class PagedKv:
         if copied:
             self._copy(old, new)
         self.pool.drop_reference(old)
-        self.tables[slot, at] = new
+        self._set_block(slot, at, new)
 
     def _copy(self, source: int, target: int) -> None:
         for store in (self.keys, self.values):

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from worker.engine.paged.kv import SCRATCH, PagedKv
+from worker.engine.paged.work import BOUNDS, deal, max_parts
 from worker.engine.segments import BoolArray, IntArray, Segment, kept_row_indices
 
+TILE_QUERIES = 32  # query heads of a tile
+MAX_PART_BYTES = 128 << 20  # memory of the partial results of a slice: enough for 256 rows of most models
 LISTED = 16  # entries behind the shared prefix that a row can list in a bucket: its ancestors and itself
 
 
@@ -28,15 +31,23 @@ class Shape:
     kept: int  # rows whose logits are returned
     sequences: int  # runs: consecutive rows with a common stretch
     queries: int  # rows of the longest run
-    blocks: int  # width of the block table
+    blocks: int  # blocks of the longest stretch
     listed: int  # max entries that a row lists; 0: the stretch of every row ends at itself
     causal: bool  # within a run, the stretch of each row is one entry longer than that of the row before it
+    parts: int  # max partial results of a slice
+    items: int  # max items of `Work`
+    row_bounds: tuple[int, ...]  # first row of each slice, and the number of rows: slices bound the partial results
+
+    @property
+    def slices(self) -> int:
+        """Number of slices that attend one after the other."""
+        return len(self.row_bounds) - 1
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Sizes of the parts of the flat tensor, in the order of `PagedRows`."""
         n, s = self.rows, self.sequences
-        return (n, n, n, n, n, self.kept, s + 1, s * self.blocks, n * self.listed, n)
+        return (n, n, n, n, n, self.kept, s + 1, s, n * self.listed, n, n + 1, self.slices * BOUNDS, self.items)
 
     @property
     def size(self) -> int:
@@ -53,9 +64,11 @@ class PagedRows:
         parts = [flat[end - size : end] for end, size in zip(accumulate(shape.sizes), shape.sizes, strict=True)]
         self.ids, self.positions, self.entries, self.sequence, self.seen = parts[:5]  # [rows]
         self.kept, self.starts = parts[5], parts[6]  # [kept], [sequences + 1] first row
-        self.table = parts[7].view(shape.sequences, shape.blocks)
+        self.slots = parts[7]  # [sequences] KV slot
         self.own = parts[8].view(shape.rows, shape.listed)  # indices of the listed entries, in order of depth
         self.own_count = parts[9]  # [rows] how many entries each row lists
+        self.first_part, self.items = parts[10], parts[12]  # see `Work`
+        self.bounds = parts[11].view(shape.slices, BOUNDS)
 
 
 def exact_shape(segments: Sequence[Segment], kv: PagedKv) -> Shape:
@@ -63,15 +76,60 @@ def exact_shape(segments: Sequence[Segment], kv: PagedKv) -> Shape:
     chains = all(s.visible is None for s in segments)
     long = not chains and any(_is_long(s) for s in segments)
     runs = [run for s in segments for run in _runs(s, long)]
+    rows = sum(len(s.ids) for s in segments)
+    bounds, parts = _slices(segments, runs, kv)
     return Shape(
-        rows=sum(len(s.ids) for s in segments),
+        rows=rows,
         kept=sum(len(s.keep) for s in segments),
         sequences=len(runs),
         queries=max(runs),
         blocks=max(-(-s.end // kv.block_size) for s in segments),
         listed=0 if chains else max(_listed(s, long) for s in segments),
         causal=chains or long,
+        parts=parts,
+        items=2 * total_parts(segments),
+        row_bounds=bounds,
     )
+
+
+def total_parts(segments: Sequence[Segment], listed: int | None = None) -> int:
+    """Return an upper limit of the partial results of a forward over `segments`, whose rows list up to `listed`."""
+    ends = (s.end if listed is None else min(s.end, s.prefix + max(1, listed)) for s in segments)
+    return sum(max_parts(len(s.ids), end) for s, end in zip(segments, ends, strict=True))
+
+
+def part_limit(kv: PagedKv) -> int:
+    """Return the partial results that fit the memory of a slice."""
+    kv_heads, dim = kv.keys.shape[3:]
+    return max(1, MAX_PART_BYTES // (4 * kv_heads * kv.group * dim))
+
+
+def tile_rows(kv: PagedKv) -> int:
+    """Return the rows of a tile: their queries of one KV head fill a tensor core's tile."""
+    return max(1, TILE_QUERIES // kv.group)
+
+
+def _slices(segments: Sequence[Segment], runs: Sequence[int], kv: PagedKv) -> tuple[tuple[int, ...], int]:
+    """Return the first row of each slice and the number of rows, and the most partial results of a slice.
+
+    Slices begin at tiles. One with more partial results than fit the memory is a single tile.
+    """
+    rows, limit, tile = sum(runs), part_limit(kv), tile_rows(kv)
+    if total_parts(segments) <= limit:
+        return (0, rows), total_parts(segments)
+    ends = np.repeat([s.end for s in segments], [len(s.ids) for s in segments])
+    bounds, parts, largest, first = [0], 0, 0, 0
+    for run in runs:
+        for lead in range(first, first + run, tile):
+            count = min(tile, first + run - lead)
+            more = max_parts(count, int(ends[lead]))
+            if parts and parts + more > limit:
+                bounds.append(lead)
+                parts = 0
+            parts += more
+            largest = max(largest, parts)
+        first += run
+    return (*bounds, rows), largest
 
 
 def fits_bucket(segments: Sequence[Segment], listed: int) -> bool:
@@ -82,7 +140,7 @@ def fits_bucket(segments: Sequence[Segment], listed: int) -> bool:
 
 
 def laid_out(segments: Sequence[Segment], kv: PagedKv, shape: Shape) -> IntArray:
-    """Return the flat tensor for `segments`, padded to a shape that is large enough.
+    """Return the flat tensor for `segments`, padded to a shape that is large enough; its items may be fewer.
 
     Padding rows see only themselves. They write to the scratch block, which no other row reads.
     """
@@ -100,14 +158,15 @@ def laid_out(segments: Sequence[Segment], kv: PagedKv, shape: Shape) -> IntArray
     own_stretch = np.repeat(np.array([_as_chain(s, chains, long) for s in segments], np.bool_), counts)
     seen = np.where(own_stretch, index + 1, np.repeat(prefix, counts))
     seen = _joined([seen, np.full(padding, int(chains))])
-    table = np.full((shape.sequences, shape.blocks), SCRATCH, np.int64)
+    run_slots = np.full(shape.sequences, kv.slots, np.int64)
     real = starts[:-1] < n
-    table[real] = kv.tables[slots[starts[:-1][real]], : shape.blocks]
+    run_slots[real] = slots[starts[:-1][real]]
     own, own_count = _own(segments, kv, shape, long)
     if shape.listed:
         own[n:, 0] = scratch
         own_count[n:] = 1
     kept = kept_row_indices(segments) if segments else np.empty(0, np.int64)
+    work = deal(starts, seen, own_count, shares=shape.queries > 1, tile=tile_rows(kv), row_bounds=shape.row_bounds)
     return np.concatenate(
         [
             _padded([s.ids for s in segments], shape.rows),
@@ -118,9 +177,12 @@ def laid_out(segments: Sequence[Segment], kv: PagedKv, shape: Shape) -> IntArray
             seen,
             _padded([kept], shape.kept),
             starts,
-            table.ravel(),
+            run_slots,
             own.ravel(),
             own_count,
+            work.first_part,
+            work.bounds.ravel(),
+            work.items,
         ]
     )
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from worker.engine.paged.attention import PagedAttentionPlan, reserve
 from worker.engine.paged.cuda_graphs import GraphCapture, graph_capture
 from worker.engine.paged.kv import PagedKv
-from worker.engine.paged.rows import LISTED, PagedRows, Shape, fits_bucket, laid_out
+from worker.engine.paged.rows import LISTED, PagedRows, Shape, fits_bucket, laid_out, part_limit, total_parts
+from worker.engine.paged.work import max_parts
 from worker.engine.segments import Segment
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # rows
@@ -40,7 +41,10 @@ class BucketedForward:
         if bucket is None:
             return None
         listed = next((listed for listed in (0, LISTED) if fits_bucket(segments, listed)), None)
-        return None if listed is None else self._shape(bucket, listed)
+        if listed is None:
+            return None
+        shape = self._shape(bucket, listed)
+        return shape if total_parts(segments, listed) + bucket - rows <= shape.parts else None
 
     def prepare(self) -> None:
         """Capture every shape now, so that no request waits for it."""
@@ -56,8 +60,9 @@ class BucketedForward:
         return logits[:kept].clone(), None if other is None else other[:rows].clone()
 
     def _replay(self, segments: Sequence[Segment], shape: Shape) -> Outputs:
-        # From pageable memory: the copy has read it when `copy_` returns, so it may be freed.
-        self._flat[: shape.size].copy_(torch.from_numpy(laid_out(segments, self._kv, shape)))
+        self._kv.sync_tables()
+        flat = torch.from_numpy(laid_out(segments, self._kv, shape))
+        self._flat[: len(flat)].copy_(flat)  # from pageable memory: it has read it when it returns, so it may be freed
         if shape not in self._replays:
             self._replays[shape] = self._capture(lambda: self._once(shape))
         return self._replays[shape]()
@@ -68,6 +73,7 @@ class BucketedForward:
         return self._run(rows, PagedAttentionPlan(rows, self._kv))
 
     def _shape(self, rows: int, listed: int) -> Shape:
+        parts = min(max_parts(rows, self._kv.capacity + listed), max(rows, part_limit(self._kv)))
         return Shape(
             rows=rows,
             kept=rows,
@@ -77,4 +83,7 @@ class BucketedForward:
             blocks=self._kv.tables.shape[1],
             listed=listed,
             causal=not listed,
+            parts=parts,
+            items=2 * parts,
+            row_bounds=(0, rows),
         )

@@ -23,7 +23,7 @@ from worker.engine.gpu import kernels
 from worker.engine.gpu.fused_layers import fuse_on_gpu
 from worker.engine.model.attention import ATTENTION_NAME
 from worker.engine.model.packed_model import PackedModel
-from worker.engine.paged import attention
+from worker.engine.paged import attention, work
 from worker.engine.segments import Segment, chain
 from worker.planning.devices import FUSED_KERNELS_PER_LAYER
 
@@ -57,7 +57,8 @@ STEPS: dict[str, list[Segment]] = {
 def with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use the GPU's kernels on the CPU, with chunks and tiles so small that tiny texts fill several."""
     monkeypatch.setattr(attention, "gpu_kernels_for", lambda _: kernels)
-    monkeypatch.setattr(kernels, "CHUNK", 16)
+    monkeypatch.setattr(work, "CHUNK", 16)
+    monkeypatch.setattr(kernels, "_PROGRAMS", 3)
     monkeypatch.setattr(kernels, "_ENTRIES", 16)
     monkeypatch.setattr("worker.engine.paged.shape_buckets.BUCKETS", (1, 8))
 
