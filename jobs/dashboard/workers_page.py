@@ -81,6 +81,10 @@ def _card(worker: WorkerView) -> None:
                     with ui.element("dd"):
                         ui.label(value)
         _kv_bar(load)
+        failures = load.get("capture_failures") or {}
+        if failures:
+            shapes, reason = ", ".join(failures), next(iter(failures.values()))
+            ui.label(f"Slower without a CUDA graph: forwards of {shapes} ({reason})").classes("status-warning small")
         steps = load.get("steps") or {}
         if steps:
             total = sum(steps.values())

@@ -14,7 +14,7 @@ from worker.engine.model.backend import uses_paged_kv
 from worker.engine.model.packed_model import PackedModel
 from worker.engine.options import MAX_STEP_NODES, EngineOptions, Mode
 from worker.engine.paged.attention import GPU_BLOCK
-from worker.engine.paged.shape_buckets import BUCKETS
+from worker.engine.paged.shape_buckets import BUCKETS, GRAPH_BYTES
 from worker.engine.segments import chain
 from worker.loading.drafts import DrafterFactory
 from worker.loading.memory import CPU_SHARE, GPU_SHARE, MAX_CPU_SEQUENCES, KvMemory, available_bytes, fit, peak_bytes
@@ -104,7 +104,8 @@ def _free_bytes(
     forward_bytes = 0
     if ranks is None and model.device.type == "cuda":
         forward_bytes = peak_bytes(model.device, largest_forward(model, options))
-    own_bytes = available_bytes(model.device, settings.memory_share / settings.tp) - _FORWARD_COPIES * forward_bytes
+        forward_bytes = _FORWARD_COPIES * forward_bytes + GRAPH_BYTES
+    own_bytes = available_bytes(model.device, settings.memory_share / settings.tp) - forward_bytes
     return own_bytes if ranks is None else ranks.min_free_bytes(own_bytes)
 
 

@@ -207,9 +207,13 @@ class EngineService:
                 writes.add_energy(session, self.worker_id, time.time(), joules)
         self._joules += joules
 
-    def _capacity(self) -> dict[str, int]:
+    def _capacity(self) -> dict[str, Any]:
         options = self._loaded.options
-        return {"max_sequences": options.max_sequences, "kv_capacity_tokens": options.total_kv_tokens}
+        return {
+            "max_sequences": options.max_sequences,
+            "kv_capacity_tokens": options.total_kv_tokens,
+            "capture_failures": self._loaded.target.capture_failures,
+        }
 
     def _runner(self) -> Runner:
         near, far = MemoryChannel.pair()

@@ -453,6 +453,8 @@ def _tile(rows: int, inputs: int, dtype: torch.dtype, gated: bool) -> dict[str, 
         return _config(16, 32, 32, warps=4, stages=2)
     if rows <= 64:
         return _config(64, 64, 128 if inputs % 128 == 0 else 64, warps=4, stages=4)
+    if rows > 128 and triton.cdiv(rows, 64) % 2:  # tiles of 128 rows would compute 64 rows of padding
+        return _config(64, 128, 64, warps=4, stages=4)
     if gated:
         return _config(128, 128, 64, warps=8, stages=4)
     return _config(64, 128, 64, warps=4, stages=4) if rows <= 128 else _config(128, 256, 64, warps=8, stages=4)

@@ -110,6 +110,11 @@ class PackedModel:
         return "torch" if compiled is None else compiled.version
 
     @property
+    def capture_failures(self) -> dict[str, str]:
+        """Why forwards run without a CUDA graph, and so slower: the reason, by their shape."""
+        return {} if self._buckets is None else self._buckets.capture_failures
+
+    @property
     def kv(self) -> KvStore:
         """The model's KV slots."""
         return self._backend.kv

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _WARM_UPS = 2  # runs before a capture: libraries initialise in the first ones
 
 
+class CaptureFailed(Exception):
+    """Work that can't be captured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Captured(Generic[T]):
+    """Captured work."""
+
+    replay: Callable[[], T]  # repeats it on the current contents of its buffers
+    bytes: int = 0  # memory that the capture took
+
+
 class GraphCapture(Protocol):
-    """Captures work on fixed buffers as a repeatable call."""
+    """Captures work on fixed buffers."""
 
-    def __call__(self, work: Callable[[], T]) -> Callable[[], T]:
-        """Return a function that repeats the work on the current contents of the buffers."""
+    def __call__(self, work: Callable[[], T]) -> Captured[T]:
+        """Return the captured work. Raises CaptureFailed."""
 
 
-def no_capture(work: Callable[[], T]) -> Callable[[], T]:
+def no_capture(work: Callable[[], T]) -> Captured[T]:
     """Capture nothing: return the work itself."""
-    return work
+    return Captured(work)
 
 
 def graph_capture(device: torch.device) -> GraphCapture:
@@ -38,10 +48,11 @@ class CudaGraphs:
     """
 
     def __init__(self) -> None:
+        """Create the memory pool."""
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, work: Callable[[], T]) -> Callable[[], T]:
-        """Capture the work; if that fails, log a warning and return the work itself."""
+    def __call__(self, work: Callable[[], T]) -> Captured[T]:
+        """Capture the work. Raises CaptureFailed."""
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -49,17 +60,15 @@ class CudaGraphs:
                 work()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
+        free_bytes = torch.cuda.mem_get_info()[0]
         try:
             with torch.cuda.graph(graph, pool=self._pool):
                 outputs = work()
         except RuntimeError as error:
-            log.warning(
-                "A forward can't be captured as a CUDA graph and runs slower: %s", error, extra={"action": "no_graph"}
-            )
-            return work
+            raise CaptureFailed(str(error)) from error
 
         def replay() -> T:
             graph.replay()
             return outputs
 
-        return replay
+        return Captured(replay, max(0, free_bytes - torch.cuda.mem_get_info()[0]))

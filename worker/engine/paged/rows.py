@@ -39,6 +39,11 @@ class Shape:
     row_bounds: tuple[int, ...]  # first row of each slice, and the number of rows: slices bound the partial results
 
     @property
+    def name(self) -> str:
+        """Name for people."""
+        return f"{self.rows} rows{' with trees' if self.listed else ''}"
+
+    @property
     def slices(self) -> int:
         """Number of slices that attend one after the other."""
         return len(self.row_bounds) - 1

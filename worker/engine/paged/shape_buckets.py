@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from worker.engine.options import MAX_STEP_NODES
 from worker.engine.paged.attention import PagedAttentionPlan, reserve
-from worker.engine.paged.cuda_graphs import GraphCapture, graph_capture
+from worker.engine.paged.cuda_graphs import CaptureFailed, GraphCapture, graph_capture
 from worker.engine.paged.kv import PagedKv
 from worker.engine.paged.rows import LISTED, PagedRows, Shape, fits_bucket, laid_out, part_limit, total_parts
 from worker.engine.paged.work import max_parts
 from worker.engine.segments import Segment
 
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # rows
+BUCKETS = (1, 2, 4, 8, 16, *range(32, 513, 32), *range(576, 1025, 64))  # rows
+GRAPH_BYTES = 512 << 20  # of memory for captured forwards, without their activations, which all share
 Outputs = tuple[Tensor, Tensor | None]  # logits [kept, vocab], and other outputs per row: [rows, …] or [kept, …]
 Run = Callable[[PagedRows, PagedAttentionPlan], Outputs]
+
+log = logging.getLogger(__name__)
+
+_NO_GRAPH = {"action": "no_graph"}
 
 
 class BucketedForward:
@@ -26,30 +34,45 @@ class BucketedForward:
         """Run the rows with `run`; `capture` captures a forward; None: the device's default."""
         self._run, self._kv, self._capture = run, kv, capture or graph_capture(kv.keys.device)
         self._replays: dict[Shape, Callable[[], Outputs]] = {}
-        largest = max(shape.size for shape in self.shapes)
+        self._left_bytes = GRAPH_BYTES
+        self.capture_failures: dict[str, str] = {}  # reason, by name of the shape
+        self.shapes = {listed: [self._shape(rows, listed) for rows in BUCKETS] for listed in (0, LISTED)}
+        largest = max(shape.size for shapes in self.shapes.values() for shape in shapes)
         self._flat = torch.zeros(largest, dtype=torch.int64, device=kv.keys.device)  # input buffer of every capture
 
-    @property
-    def shapes(self) -> list[Shape]:
-        """All shapes, the largest first: later captures reuse its memory."""
-        return [self._shape(rows, listed) for rows in reversed(BUCKETS) for listed in (LISTED, 0)]
-
     def shape_for(self, segments: Sequence[Segment]) -> Shape | None:
-        """Return the smallest shape that fits the rows; None if there are too many, or too many listed entries."""
+        """Return the smallest shape that fits the rows and is captured or may be; None if there is none."""
         rows = sum(len(s.ids) for s in segments)
-        bucket = next((bucket for bucket in BUCKETS if bucket >= rows), None)
-        if bucket is None:
-            return None
         listed = next((listed for listed in (0, LISTED) if fits_bucket(segments, listed)), None)
         if listed is None:
             return None
-        shape = self._shape(bucket, listed)
-        return shape if total_parts(segments, listed) + bucket - rows <= shape.parts else None
+        parts = total_parts(segments, listed) - rows
+        fitting = (s for s in self.shapes[listed] if s.rows >= rows and s.parts - s.rows >= parts)
+        return next((shape for shape in fitting if self._may_capture or shape in self._replays), None)
+
+    @property
+    def _may_capture(self) -> bool:
+        """True while there is memory for another captured forward."""
+        return self._left_bytes > 0
 
     def prepare(self) -> None:
-        """Capture every shape now, so that no request waits for it."""
-        for shape in self.shapes:
-            self._replay([], shape)
+        """Capture the shapes that full steps have, so that no request waits for it; others when they are first needed.
+
+        Powers of two come first, so that a small memory leaves no gap; then the largest, whose memory later ones reuse.
+        """
+        for shape in sorted(self._expected(), key=lambda s: (s.rows & (s.rows - 1) > 0, -s.rows)):
+            if self._may_capture:
+                self._replay([], shape)
+
+    def _expected(self) -> list[Shape]:
+        """Return the shapes of steps with up to a row per slot, and up to the draft nodes of a step more."""
+        limits = {0: self._kv.slots, LISTED: self._kv.slots + MAX_STEP_NODES}
+        return [
+            shape
+            for listed, limit in limits.items()
+            for shape in self.shapes[listed]
+            if shape.rows <= _bucket_of(limit)
+        ]
 
     def forward(self, segments: Sequence[Segment], shape: Shape) -> Outputs:
         """Run the rows in the shape; return logits [kept, vocab] and the other outputs of the rows."""
@@ -64,8 +87,21 @@ class BucketedForward:
         flat = torch.from_numpy(laid_out(segments, self._kv, shape))
         self._flat[: len(flat)].copy_(flat)  # from pageable memory: it has read it when it returns, so it may be freed
         if shape not in self._replays:
-            self._replays[shape] = self._capture(lambda: self._once(shape))
+            self._replays[shape] = self._captured(shape)
         return self._replays[shape]()
+
+    def _captured(self, shape: Shape) -> Callable[[], Outputs]:
+        """Return the captured forward of a shape; the forward itself, which is slower, if it can't be captured."""
+        work = partial(self._once, shape)
+        try:
+            captured = self._capture(work)
+        except CaptureFailed as failure:
+            self._left_bytes = 0
+            self.capture_failures[shape.name] = str(failure)
+            log.warning("A forward of %s can't be captured and runs slower: %s", shape.name, failure, extra=_NO_GRAPH)
+            return work
+        self._left_bytes -= captured.bytes
+        return captured.replay
 
     def _once(self, shape: Shape) -> Outputs:
         """Run the rows in the input buffer; this is what is captured."""
@@ -87,3 +123,8 @@ class BucketedForward:
             items=2 * parts,
             row_bounds=(0, rows),
         )
+
+
+def _bucket_of(rows: int) -> int:
+    """Return the smallest bucket that holds the rows; the largest if none does."""
+    return next((bucket for bucket in BUCKETS if bucket >= rows), BUCKETS[-1])

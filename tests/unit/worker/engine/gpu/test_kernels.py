@@ -24,6 +24,7 @@ from worker.engine.gpu.fused_layers import fuse_on_gpu
 from worker.engine.model.attention import ATTENTION_NAME
 from worker.engine.model.packed_model import PackedModel
 from worker.engine.paged import attention, work
+from worker.engine.paged.rows import exact_shape
 from worker.engine.segments import Segment, chain
 from worker.planning.devices import FUSED_KERNELS_PER_LAYER
 
@@ -89,6 +90,17 @@ def test_logits_and_tapped_states_equal_those_of_dense_attention(architecture: s
     assert plain.hidden is not None
     assert ours.hidden is not None
     assert torch.allclose(ours.hidden.read(0, 0, 20), plain.hidden.read(0, 0, 20), atol=1e-4)
+
+
+def test_slices_that_bound_the_memory_of_partial_results_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = fused("qwen3")
+    step = STEPS["a tree and a long chunk"]
+    ours.forward(STEPS["prompts"])
+    whole = ours.forward(step)
+    monkeypatch.setattr("worker.engine.paged.rows.MAX_PART_BYTES", 10 * 4 * 2 * 8)  # ten partial results of two heads
+    shape = exact_shape(step, ours.kv)  # type: ignore[arg-type]  # it is paged
+    assert shape.slices > 2
+    assert torch.equal(ours.forward(step), whole)
 
 
 def test_unknown_layers_are_not_fused_and_use_packed_attention() -> None:

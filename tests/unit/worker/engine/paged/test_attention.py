@@ -30,7 +30,7 @@ from worker.engine.model.packed_model import PackedModel
 from worker.engine.options import Mode
 from worker.engine.paged import rows as paged_rows
 from worker.engine.paged.attention import attended, gpu_kernels_for, merged
-from worker.engine.paged.cuda_graphs import no_capture
+from worker.engine.paged.cuda_graphs import Captured, CaptureFailed
 from worker.engine.paged.kv import PagedKv
 from worker.engine.paged.rows import LISTED
 from worker.engine.paged.shape_buckets import BucketedForward
@@ -109,7 +109,8 @@ def test_paged_logits_equal_those_of_dense_attention(architecture: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "bucket"), [(1, 1), (2, 2), (3, 4), (31, 32), (32, 32), (33, 64), (255, 256), (256, 256)]
+    ("rows", "bucket"),
+    [(1, 1), (2, 2), (3, 4), (31, 32), (32, 32), (33, 64), (65, 96), (256, 256), (257, 288), (513, 576), (1024, 1024)],
 )
 def test_rows_take_the_smallest_bucket_that_fits(rows: int, bucket: int) -> None:
     wide = np.eye(rows, dtype=np.bool_)
@@ -123,8 +124,8 @@ def test_more_rows_than_the_largest_bucket_and_deeper_trees_run_without_a_bucket
     ours = BucketedForward(lambda rows, _: (rows.ids, None), small_pages())
     assert ours.shape_for([chain(0, 0, [5] * (LISTED + 1), keep_last=True)]) is None
     assert ours.shape_for([chain(0, 0, [5] * LISTED, keep_last=True)]) is not None
-    wide = np.eye(257, dtype=np.bool_)
-    assert ours.shape_for([Segment(0, 9, 9, np.zeros(257, np.int64), np.full(257, 9), wide, np.arange(257))]) is None
+    wide = np.eye(1025, dtype=np.bool_)
+    assert ours.shape_for([Segment(0, 9, 9, np.zeros(1025, np.int64), np.full(1025, 9), wide, np.arange(1025))]) is None
 
 
 @pytest.mark.parametrize(
@@ -175,14 +176,50 @@ def test_no_bit_of_a_real_row_depends_on_the_padding(
     assert torch.equal(ours.forward(STEPS[step]), expected)
 
 
-def test_captures_write_to_the_scratch_block_only() -> None:
+def test_captures_write_to_the_scratch_block_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.engine.paged.shape_buckets.BUCKETS", (1, 8, 48))
     ours = model()
     ours.forward(STEPS["prompts"])
     before = [store.clone() for store in (pages(ours).keys, pages(ours).values)]
     ours.prepare()
     for store, was in zip((pages(ours).keys, pages(ours).values), before, strict=True):
         assert torch.equal(store[:, 1:], was[:, 1:])
-    assert buckets(ours)._replays.keys() == set(buckets(ours).shapes)
+    assert {(shape.rows, shape.listed) for shape in buckets(ours)._replays} == {
+        (1, 0), (8, 0), (1, LISTED), (8, LISTED), (48, LISTED)
+    }  # fmt: skip
+
+
+def capturing(ours: PackedModel, capture: Any) -> BucketedForward:
+    ours._buckets = BucketedForward(ours._call_paged, pages(ours), capture)
+    return ours._buckets
+
+
+def test_steps_of_every_size_find_a_captured_forward_when_the_memory_for_captures_is_spent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("worker.engine.paged.shape_buckets.BUCKETS", (1, 2, 4, 6, 8))
+    monkeypatch.setattr("worker.engine.paged.shape_buckets.GRAPH_BYTES", 3)
+    ours = model(slots=8)
+    bucketed = capturing(ours, lambda work: Captured(work, bytes=1))
+    bucketed.prepare()
+    assert [shape.rows for shape in bucketed._replays] == [8, 8, 4]
+    plain = [chain(slot, 0, [5], keep_last=True) for slot in range(5)]
+    for count, rows in ((1, 4), (4, 4), (5, 8)):
+        shape = bucketed.shape_for(plain[:count])
+        assert shape is not None
+        assert shape.rows == rows
+
+
+def test_a_forward_that_can_not_be_captured_runs_and_is_reported() -> None:
+    ours, plain = model(), model(paged=False)
+
+    def capture(work: object) -> object:
+        raise CaptureFailed("out of memory")
+
+    capturing(ours, capture)
+    step = [chain(0, 0, [5], keep_last=True)]
+    assert torch.allclose(ours.forward(step), plain.forward(step), atol=1e-4)
+    assert ours.capture_failures == {"1 rows": "out of memory"}
 
 
 def test_a_captured_forward_reads_the_input_buffer_when_it_is_replayed() -> None:
@@ -190,12 +227,11 @@ def test_a_captured_forward_reads_the_input_buffer_when_it_is_replayed() -> None
     ours, plain = model(), model(paged=False)
     made = []
 
-    def capture(work: object) -> object:
+    def capture(work: Any) -> Captured[Any]:
         made.append(work)
-        return no_capture(work)  # type: ignore[arg-type]
+        return Captured(work)
 
-    captured = BucketedForward(ours._call_paged, pages(ours), capture)  # type: ignore[arg-type]
-    ours._buckets = captured
+    capturing(ours, capture)
     for name in ("prompts", "a tree and a long chunk"):
         ours.forward(STEPS[name])
         plain.forward(STEPS[name])
@@ -210,15 +246,15 @@ def test_logits_outlive_the_next_replay() -> None:
     ours.forward(STEPS["prompts"])
     still: dict[str, Tensor] = {}
 
-    def capture(work: object) -> object:
+    def capture(work: Any) -> Captured[Any]:
         def replay() -> tuple[Tensor, None]:
-            logits = work()[0]  # type: ignore[operator]
+            logits = work()[0]
             still.setdefault("output", torch.empty_like(logits)).copy_(logits)
             return still["output"], None
 
-        return replay
+        return Captured(replay)
 
-    ours._buckets = BucketedForward(ours._call_paged, pages(ours), capture)  # type: ignore[arg-type]
+    capturing(ours, capture)
     first = ours.forward(STEPS["one plain row"])
     kept = first.clone()
     ours.forward([chain(0, 50, [31], keep_last=True)])
