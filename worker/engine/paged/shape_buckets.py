@@ -17,7 +17,7 @@ from worker.engine.paged.rows import LISTED, PagedRows, Shape, fits_bucket, laid
 from worker.engine.paged.work import max_parts
 from worker.engine.segments import Segment
 
-BUCKETS = (1, 2, 4, 8, 16, *range(32, 513, 32), *range(576, 1025, 64))  # rows
+BUCKETS: tuple[int, ...] = (1, 2, 4, 8, 16, *range(32, 513, 32), *range(576, 1025, 64))  # rows
 GRAPH_BYTES = 512 << 20  # of memory for captured forwards, without their activations, which all share
 Outputs = tuple[Tensor, Tensor | None]  # logits [kept, vocab], and other outputs per row: [rows, …] or [kept, …]
 Run = Callable[[PagedRows, PagedAttentionPlan], Outputs]
