@@ -1,4 +1,4 @@
-"""docker-compose.yml: valid by the published schema, and its promises about privileges, secrets and versions hold."""
+"""docker-compose.yml is valid by the published schema, and its rules for privileges, secrets and versions hold."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.paths import ROOT
 FILES = [ROOT / "docker-compose.yml", ROOT / "docs/compose-cpu.yml"]
 ONCE = {"migrate"}  # runs to its end
 NOTHING = "''"  # in a shell
-UNSEEN = {"ingest"}  # has no port to ask; it ends by itself when it is of no use
+UNSEEN = {"ingest"}  # has no port; it exits by itself when it is stuck
 
 
 def read(file: Path) -> Any:
@@ -80,30 +80,34 @@ def test_every_image_has_one_version_and_every_server_a_health_check(services: d
     ]
 
 
-def test_only_loopback_reaches_in_and_what_keeps_data_has_no_way_out(services: dict[str, dict[str, Any]]) -> None:
+def test_ports_are_on_loopback_and_data_services_have_no_outside_network(
+    services: dict[str, dict[str, Any]],
+) -> None:
     ports = [port for service in services.values() for port in service.get("ports", [])]
     assert ports
     assert all(port.startswith("127.0.0.1:") for port in ports)
     assert services["redis"]["networks"] == services["postgres"]["networks"] == ["inside"]
 
 
-def test_the_migration_runs_once_before_anything_that_needs_the_record(services: dict[str, dict[str, Any]]) -> None:
+def test_the_migration_runs_once_before_services_that_need_the_database(
+    services: dict[str, dict[str, Any]],
+) -> None:
     assert services["migrate"]["restart"] == "no"
     for name in ("api", "ingest", "worker"):
         assert services[name]["depends_on"]["migrate"] == {"condition": "service_completed_successfully"}
 
 
-def test_redis_keeps_the_rules_of_the_server_that_we_start_ourselves(services: dict[str, dict[str, Any]]) -> None:
+def test_redis_has_the_options_of_the_embedded_server(services: dict[str, dict[str, Any]]) -> None:
     command = services["redis"]["command"][-1]
     rules = [f"--{name} {value or NOTHING} " for name, value in SERVER_OPTIONS.items()]
     assert [rule for rule in rules if rule not in command] == []
 
 
-def test_passwords_come_from_files_alone_and_the_script_writes_all_of_them(
+def test_passwords_come_only_from_files_and_the_script_writes_all_of_them(
     compose: dict[str, Any], services: dict[str, dict[str, Any]], tmp_path: Path
 ) -> None:
     folder = tmp_path / "secrets"
-    for _ in range(2):  # what is there stays
+    for _ in range(2):  # existing files stay
         subprocess.run(["sh", str(ROOT / ".ci/make-secrets"), str(folder)], check=True, capture_output=True)
         written = {file.name: file.read_text() for file in folder.iterdir()}
     assert {f"./secrets/{name}" for name in written} == {secret["file"] for secret in compose["secrets"].values()}

@@ -13,7 +13,7 @@ from tests.databases import on_sqlite
 
 @pytest.fixture(autouse=True)
 def _environment_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No setting of the person who runs the tests reaches them."""
+    """Remove settings of the user's environment."""
     for name in os.environ:
         if name.startswith("BASIC_"):
             monkeypatch.delenv(name)
@@ -22,7 +22,7 @@ def _environment_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 @pytest.fixture
 def settings(tmp_path: Path) -> JobsSettings:
-    """Settings of a service whose Redis server is away and whose limits are near."""
+    """Settings of a service whose Redis server is down and whose limits are low."""
     return JobsSettings(
         data_dir=tmp_path, redis_url="redis://127.0.0.1:1/0", target="tiny", max_requests=5, max_body_bytes=10_000
     )
@@ -30,6 +30,6 @@ def settings(tmp_path: Path) -> JobsSettings:
 
 @pytest.fixture
 def database(settings: JobsSettings) -> Iterator[Database]:
-    """An empty record."""
+    """An empty database."""
     with on_sqlite(settings.data_dir) as database:
         yield database

@@ -1,4 +1,4 @@
-"""The real `openai` client in front of the application in process, and its own types as the judge of every reply."""
+"""The real `openai` client on the application in this process; its types validate every reply."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ COMPLETIONS = "/v1/completions"
 
 
 def openai_on(api: TestClient) -> OpenAI:
-    """A client whose requests go to the application; it tries nothing twice."""
+    """A client of the application, without retries."""
     return OpenAI(base_url="http://testserver/v1", api_key="unused", http_client=api, max_retries=0)
 
 
 def checked(reply: Model) -> Model:
-    """Return a reply that its type accepts: the client itself never looks."""
+    """Return a reply after validation by its type, which the client itself skips."""
     return type(reply).model_validate(reply.to_dict())
 
 
@@ -34,7 +34,7 @@ def a_line(custom_id: str = "a", **fields: Any) -> dict[str, Any]:
 
 
 def as_jsonl(lines: Iterable[Any]) -> bytes:
-    """The lines as a file; a text is a line as it stands."""
+    """The lines as a file; strings are lines already."""
     return "".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines).encode()
 
 
@@ -43,7 +43,7 @@ def uploaded(client: OpenAI, content: bytes, name: str = "input.jsonl") -> FileO
 
 
 def a_batch(client: OpenAI, lines: Iterable[Any], **fields: Any) -> Batch:
-    """A batch that has just been created of these lines."""
+    """A new batch of these lines."""
     file = uploaded(client, as_jsonl(lines))
     order: dict[str, Any] = {"endpoint": CHAT, "completion_window": "24h"} | fields
     return checked(client.batches.create(input_file_id=file.id, **order))

@@ -1,4 +1,4 @@
-"""An installation of the client alone: each command that needs more says in one sentence which extra brings it."""
+"""An installation of the client alone: each command that needs more names the extra to install in one sentence."""
 
 from __future__ import annotations
 

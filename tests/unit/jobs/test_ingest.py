@@ -110,7 +110,7 @@ def test_a_request_that_is_no_json_fails_alone_and_keeps_its_id(
 
 
 @pytest.mark.parametrize("batch_id", ["a\ud83d", "a\0"])
-def test_an_id_of_a_batch_that_no_database_holds_drops_it(
+def test_a_batch_whose_id_no_database_can_store_is_dropped(
     database: Database, settings: JobsSettings, caplog: pytest.LogCaptureFixture, batch_id: str
 ) -> None:
     assert ingested(a_message(id=batch_id), database, settings) is None

@@ -15,7 +15,7 @@ from jobs.streaming.sse import encode_event
 from storage.batches import BatchClaim
 from storage.queries import ChoiceView, OutputView
 
-# All characters at which `str.splitlines` ends a line, and what stands beside them.
+# All characters at which `str.splitlines` ends a line, and others around them.
 TEXT = "a\nb\rc\x0bd\x0ce\x1cf\x1dg\x1eh\x85i\u2028j\u2029k\x00\x1f\x7f\ufeff\U0001f600é"
 
 

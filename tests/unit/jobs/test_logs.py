@@ -39,7 +39,7 @@ def logging_to_stderr(log_format: str) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("url", SECRETS)
-def test_passwords_of_urls_are_blotted_out_and_the_rest_is_kept(url: str) -> None:
+def test_passwords_in_urls_are_masked_and_the_rest_is_kept(url: str) -> None:
     said = without_secrets(f"no answer at {url}, trying again")
 
     assert "hunter2" not in said
@@ -78,7 +78,7 @@ def lines(said: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in said.splitlines()]
 
 
-def test_lines_of_anybody_say_which_job_and_request_they_are_about(capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_lines_of_libraries_carry_job_and_request_ids_too(capsys: pytest.CaptureFixture[str]) -> None:
     with logging_to_stderr("json"):
         with log_context(job_id="batch_1", request_index=3):
             logging.getLogger("somebody.else").warning("odd text")
@@ -92,7 +92,7 @@ def test_lines_of_anybody_say_which_job_and_request_they_are_about(capsys: pytes
     assert not {"job_id", "request_index"} & set(third)
 
 
-def test_people_find_the_ids_at_the_end_of_the_line_before_any_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_lines_have_the_ids_at_their_end_before_any_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     with logging_to_stderr("text"), log_context(job_id="batch_1", request_index=0):
         try:
             raise ValueError("no")
@@ -105,7 +105,7 @@ def test_people_find_the_ids_at_the_end_of_the_line_before_any_traceback(capsys:
     assert "ValueError: no" in rest
 
 
-def test_a_line_about_nothing_ends_with_its_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_without_ids_ends_with_its_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     with logging_to_stderr("text"):
         logging.getLogger("ours").warning("Ready")
     assert capsys.readouterr().err.endswith("ours: Ready\n")
@@ -136,7 +136,7 @@ def test_the_api_server_logs_the_call_and_job_of_each_line(
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
-def test_a_worker_says_which_request_failed_and_which_job_has_ended(
+def test_a_worker_logs_which_request_failed_and_which_job_ended(
     log_format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with on_sqlite(tmp_path) as database, logging_to_stderr(log_format):
@@ -157,9 +157,7 @@ FORGED = "2026-11-29 12:00:00,000 INFO    jobs.ingest: forged"
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"])
 @pytest.mark.parametrize("log_format", ["text", "json"])
-def test_what_a_caller_sends_adds_no_line_to_the_log(
-    log_format: str, end: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_text_of_a_caller_adds_no_log_line(log_format: str, end: str, capsys: pytest.CaptureFixture[str]) -> None:
     given = f"a{end}{FORGED}"
     with logging_to_stderr(log_format), log_context(job_id=given):
         logging.getLogger("ours").warning("Batch %s is refused: custom_id %s", given, given, extra={"batch_id": given})
@@ -168,7 +166,7 @@ def test_what_a_caller_sends_adds_no_line_to_the_log(
 
 
 @pytest.mark.parametrize("end", ["\n", "\r", "\x85", "\u2028"])
-def test_the_text_of_an_exception_adds_no_line_that_looks_like_ours(
+def test_the_text_of_an_exception_adds_no_line_that_looks_like_a_log_line(
     end: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with logging_to_stderr("text"):
@@ -181,7 +179,7 @@ def test_the_text_of_an_exception_adds_no_line_that_looks_like_ours(
     assert not [line for line in said.splitlines() if line.startswith(FORGED)]
 
 
-def test_a_terminal_that_shows_the_log_obeys_nothing_a_caller_sent(capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_of_a_caller_cannot_control_a_terminal_that_shows_the_log(capsys: pytest.CaptureFixture[str]) -> None:
     with logging_to_stderr("text"):
         logging.getLogger("ours").warning("Batch %s", "\x1b[2J\x9b2J\u202e\ud800")
     assert capsys.readouterr().err.endswith("Batch \\x1b[2J\\x9b2J\\u202e\\ud800\n")

@@ -1,4 +1,4 @@
-"""Acts of workers and the API on the database, each in one transaction."""
+"""Operations of workers and the API server on the database, each in one transaction."""
 
 from __future__ import annotations
 

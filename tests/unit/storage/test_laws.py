@@ -23,14 +23,14 @@ JOBS = st.sampled_from(["a", "b"])
 EMITTED = st.lists(st.integers(1, 4), min_size=1, max_size=3)
 
 
-class Record(RuleBasedStateMachine):
-    """Two workers on two jobs. A worker may write under a lease that it has lost."""
+class TwoWorkers(RuleBasedStateMachine):
+    """Two workers on two jobs, driven by hypothesis. A worker may write under a lease that it has lost."""
 
     def __init__(self, empty: Callable[[], Database]) -> None:
         super().__init__()
         self.database = empty()
         self.held: dict[str, list[Claim]] = {"w1": [], "w2": []}
-        self.written: dict[tuple[str, int], list[Checkpoint]] = {}  # as each lease's owner believes
+        self.written: dict[tuple[str, int], list[Checkpoint]] = {}  # checkpoints that each owner of a lease has sent
         self.ended: dict[Any, Any] = {}
 
     def teardown(self) -> None:
@@ -116,7 +116,7 @@ def test_the_laws_hold_after_every_act(request: pytest.FixtureRequest, kind: str
         make_empty(database.engine)
         return database
 
-    run_state_machine_as_test(lambda: Record(empty), settings=SETTINGS)  # type: ignore[arg-type]
+    run_state_machine_as_test(lambda: TwoWorkers(empty), settings=SETTINGS)  # type: ignore[arg-type]
 
 
 SETTINGS = settings(

@@ -179,7 +179,7 @@ def test_a_request_that_crashes_a_host_that_serves_others_fails(database: Databa
     die(database, "w1")
     record(database, "meanwhile")
     (other,) = claim(database, "w2", 9)
-    assert other.lease.job_id == "meanwhile"  # first of all: does the host serve?
+    assert other.lease.job_id == "meanwhile"  # another request first: it shows whether the host works
     flush(database, "w2", going_on(other, 2, ends=True))
     assert claim_one(database, "w2").lease.job_id == "job-1"
 
@@ -311,7 +311,7 @@ def test_a_release_is_no_crash(database: Database) -> None:
 def test_a_claim_whose_answer_was_lost_is_requeued_without_suspicion(database: Database) -> None:
     record(database, requests=2)
     known = claim_one(database, "w1")
-    claim(database, "w1", lease_s=-6, holding=[known.lease.key])  # committed, and the answer lost
+    claim(database, "w1", lease_s=-6, holding=[known.lease.key])  # committed, but the worker never got the result
 
     assert reclaimed(database).requeued == (("job-1", "tiny"),)
 

@@ -104,7 +104,7 @@ def test_an_older_worker_continues_what_a_newer_one_has_begun(database: Database
     check_laws(database)
 
 
-def test_lapsed_requests_are_taken_up_before_queued_ones(database: Database) -> None:
+def test_lapsed_requests_are_claimed_before_queued_ones(database: Database) -> None:
     record(database, requests=4)
     claim(database, "w1", limit=3, lease_s=-10)
     flush(database, "w1", held=[Lease("job-1", 0, 1)])
@@ -120,7 +120,7 @@ def test_a_worker_gets_its_own_lapsed_request_only_if_it_does_not_hold_it(databa
     assert [c.lease.number for c in claim(database, "w1")] == [2]
 
 
-def test_two_jobs_get_their_turns(database: Database) -> None:
+def test_two_jobs_share_the_slots(database: Database) -> None:
     record(database, "large", 100)
     record(database, "small", 3)
 
@@ -248,7 +248,7 @@ def test_a_request_released_after_a_cancel_ends_the_job(database: Database) -> N
     check_laws(database)
 
 
-def test_nothing_is_claimed_of_a_job_that_is_cancelled_or_over(database: Database) -> None:
+def test_nothing_is_claimed_of_a_job_that_is_cancelled_or_has_ended(database: Database) -> None:
     record(database, "cancelled")
     record(database, "over", window_s=-1.0)
     cancel(database, "cancelled")

@@ -144,7 +144,7 @@ def test_speedup_is_plain_time_over_spent_time_of_comparable_steps(database: Dat
     assert row.plain_tokens_per_s == pytest.approx(4 / 0.018)
 
 
-def test_the_view_of_acceptance_says_what_the_statistics_say(database: Database) -> None:
+def test_the_view_of_acceptance_equals_the_statistics(database: Database) -> None:
     shapes = [(0, 0), (1, 0), (1, 1), (3, 0), (3, 2), (4, 4), (2, 1), (4, 1)]
     decode(
         database,
@@ -189,7 +189,7 @@ def test_totals_count_time_in_which_jobs_overlap_once(database: Database) -> Non
     assert stats(database, None).wall_s == pytest.approx(25.0)
 
 
-def test_totals_add_jobs_up(database: Database) -> None:
+def test_totals_are_sums_over_jobs(database: Database) -> None:
     decode(database, a_step(step=0, accepted_tokens=0, emitted_tokens=1), job_id="a")
     decode(database, a_step(step=0, accepted_tokens=1, emitted_tokens=2), job_id="b")
 

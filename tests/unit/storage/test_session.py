@@ -102,7 +102,7 @@ def test_concurrent_writers_wait_for_each_other_and_none_fails(database: Databas
         assert session.execute(text("SELECT requests_total FROM jobs")).scalar() == 81
 
 
-def test_a_database_that_can_not_be_opened_is_an_operational_error(tmp_path: Path) -> None:
+def test_a_database_that_cannot_be_opened_is_an_operational_error(tmp_path: Path) -> None:
     (tmp_path / "basic.sqlite3").mkdir()
     database = Database.open(f"sqlite:///{tmp_path / 'basic.sqlite3'}")
 

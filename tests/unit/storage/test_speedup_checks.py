@@ -175,7 +175,7 @@ def test_the_first_finished_check_is_written_as_a_whole(database: Database) -> N
     assert written == [(0, "w1"), (1, "w1")]
 
 
-def test_the_view_says_what_the_statistics_say(database: Database) -> None:
+def test_the_view_equals_the_statistics(database: Database) -> None:
     finish(database)
     write(database, row(0, 10.0, 20.0), row(1, 20.0, 30.0, same_text=False), row(2, None, None))
     with database.read() as session:

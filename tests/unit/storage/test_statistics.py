@@ -43,7 +43,7 @@ def plain(step: int, decision: str = "probe", **fields: Any) -> StepRow:
     return a_step(step=step, drafter=None, decision=decision, **shape | fields)
 
 
-def test_plain_steps_of_the_job_check_what_the_calibration_says(database: Database) -> None:
+def test_plain_steps_of_the_job_check_the_calibration(database: Database) -> None:
     decode(
         database,
         a_step(step=1, emitted_tokens=3, accepted_tokens=2, step_ms=10.0, plain_step_ms=8.0),
@@ -89,7 +89,7 @@ def test_calibration_is_healthy_when_as_much_is_accepted_as_was_expected(databas
     (row,) = view(database, "expected_and_accepted")
     numbers = stats(database)
 
-    # PostgreSQL makes decimals of the means of whole numbers.
+    # PostgreSQL returns means of integers as decimals.
     assert [float(row[name]) for name in ("mean_expected", "mean_accepted")] == pytest.approx([3.2 / 3, 4 / 3])
     assert [float(row["miscalibration"]), numbers.miscalibration] == pytest.approx([0.2, 0.2])
     bins = [(row["expected_from"], row["steps"]) for row in view(database, "reliability")]
@@ -98,7 +98,7 @@ def test_calibration_is_healthy_when_as_much_is_accepted_as_was_expected(databas
     assert [e.mean_expected for e in numbers.reliability] == pytest.approx([0.65, 1.9])
 
 
-def test_time_is_shared_out_between_draft_verify_and_host(database: Database) -> None:
+def test_step_time_is_split_into_draft_verify_and_host(database: Database) -> None:
     decode(
         database,
         a_step(step=1, draft_ms=2.0, verify_ms=6.0, step_ms=10.0, batch_sequences=2),
@@ -205,7 +205,7 @@ def test_the_standard_error_of_a_short_job_is_taken_over_requests(database: Data
     assert numbers.speedup_error == pytest.approx(0.2 / math.sqrt(3))
 
 
-def test_totals_can_be_one_owners(database: Database) -> None:
+def test_totals_can_be_limited_to_one_owner(database: Database) -> None:
     record(database, "mine", api_key_id="me")
     record(database, "yours", requests=2, api_key_id="you")
 

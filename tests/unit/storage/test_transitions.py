@@ -44,7 +44,7 @@ def test_a_job_without_running_requests_is_cancelled_at_once(database: Database)
     check_laws(database)
 
 
-def test_what_was_finished_before_the_cancel_is_kept(database: Database) -> None:
+def test_requests_finished_before_the_cancel_are_kept(database: Database) -> None:
     record(database, requests=2)
     flush(database, "w1", whole(claim_one(database).lease, 1, 2))
 
@@ -71,7 +71,7 @@ def test_cancelling_a_job_that_has_ended_changes_nothing(database: Database, end
     assert everything(database) == before
 
 
-def test_a_missing_job_can_not_be_cancelled(database: Database) -> None:
+def test_a_missing_job_cannot_be_cancelled(database: Database) -> None:
     assert cancel(database, "nowhere") is None
 
 
@@ -118,7 +118,7 @@ def test_an_overdue_job_expires_with_all_that_is_unfinished(database: Database) 
     check_laws(database)
 
 
-def test_text_of_an_expired_request_is_kept_and_grows_no_more(database: Database) -> None:
+def test_text_of_an_expired_request_is_kept_and_no_longer_grows(database: Database) -> None:
     record(database)
     lease = claim_one(database).lease
     flush(database, "w1", RequestProgress(lease, (tokens_of(1, 1, 2),)))

@@ -17,7 +17,7 @@ def rejected(custom_id: str = "bad") -> NewRequest:
     )
 
 
-def test_a_recorded_job_is_in_progress_with_its_requests_queued(database: Database) -> None:
+def test_a_new_job_is_in_progress_with_its_requests_queued(database: Database) -> None:
     recorded = record(database, requests=3, metadata={"team": "a"}, window_s=60.0)
 
     job = view(database)
@@ -30,7 +30,7 @@ def test_a_recorded_job_is_in_progress_with_its_requests_queued(database: Databa
 
 
 @pytest.mark.parametrize("size_bytes", [0, 10_000])
-def test_a_job_of_more_requests_than_one_insert_holds_is_recorded_whole(database: Database, size_bytes: int) -> None:
+def test_a_job_of_more_requests_than_one_insert_holds_is_stored_whole(database: Database, size_bytes: int) -> None:
     requests = (replace(a_request(f"r{index}"), size_bytes=size_bytes) for index in range(2_500))
     with database.write() as session:
         writes.insert_job(session, a_job(), requests)
@@ -91,7 +91,7 @@ def test_idempotency_keys_of_two_owners_are_independent(database: Database) -> N
     assert record(database, "third", idempotency_key="once").created
 
 
-def test_jobs_without_a_key_are_all_recorded(database: Database) -> None:
+def test_jobs_without_a_key_are_all_stored(database: Database) -> None:
     assert [record(database, job_id).created for job_id in ("a", "b")] == [True, True]
 
 

@@ -1,4 +1,4 @@
-"""Engine tests run on models so small that a second thread only gets in the way."""
+"""One thread: the models of engine tests are so small that a second one slows them down."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def database(tmp_path: Path) -> Iterator[Database]:
-    """An empty record."""
+    """An empty database."""
     with on_sqlite(tmp_path) as database:
         yield database

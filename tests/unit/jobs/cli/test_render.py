@@ -62,7 +62,7 @@ def shown(events: list[PartialEvent], *, terminal: bool) -> str:
         ("\x1b", ""),
     ],
 )
-def test_model_text_can_not_control_the_terminal(text: str, left: str) -> None:
+def test_model_text_cannot_control_the_terminal(text: str, left: str) -> None:
     assert safe(text) == left
 
 

@@ -46,7 +46,7 @@ JOB = {
 
 
 class Service:
-    """Answers calls in the order the test lays out, and remembers them."""
+    """Returns the test's replies in order, and records the calls."""
 
     def __init__(self, *answers: Answer | httpx.Response | Exception) -> None:
         self._answers = iter(answers)

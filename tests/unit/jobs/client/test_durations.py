@@ -1,4 +1,4 @@
-"""Durations and times as people read and write them."""
+"""Durations and times as users read and write them."""
 
 from __future__ import annotations
 

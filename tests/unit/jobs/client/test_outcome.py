@@ -1,4 +1,4 @@
-"""The status of a job as people read it."""
+"""The status of a job in words."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def test_without_keys_outputs_are_saved_under_the_name_of_the_job(api: TestClien
     assert reply.text == api.get(f"/v1/jobs/{job_id}/outputs").text != ""
 
 
-def test_a_log_in_is_enough_to_save_outputs_and_needed(api: TestClient, database: Database) -> None:
+def test_saving_outputs_needs_a_log_in_and_nothing_else(api: TestClient, database: Database) -> None:
     mine, theirs = a_key(database), a_key(database)
     job_id = submit(api, database, mine)
     place = f"/dashboard/jobs/{job_id}/outputs"
@@ -63,7 +63,7 @@ def test_a_log_in_is_enough_to_save_outputs_and_needed(api: TestClient, database
     assert api.get(place).status_code == 404
 
 
-def test_a_key_that_is_revoked_saves_nothing_more(api: TestClient, database: Database) -> None:
+def test_a_revoked_key_saves_no_outputs(api: TestClient, database: Database) -> None:
     key = a_key(database)
     place = f"/dashboard/jobs/{submit(api, database, key)}/outputs"
     log_in(api, key)
@@ -73,9 +73,7 @@ def test_a_key_that_is_revoked_saves_nothing_more(api: TestClient, database: Dat
     assert api.get(place).status_code == 303
 
 
-def test_a_file_that_is_being_saved_takes_a_place_among_the_streams(
-    settings: JobsSettings, api: TestClient, database: Database
-) -> None:
+def test_a_download_counts_as_a_stream(settings: JobsSettings, api: TestClient, database: Database) -> None:
     place = f"/dashboard/jobs/{submit(api, database)}/outputs"
     app = api.app
     streams = app.state.stream_limits  # type: ignore[attr-defined]
@@ -86,7 +84,7 @@ def test_a_file_that_is_being_saved_takes_a_place_among_the_streams(
     assert api.get(place).status_code == 200, "the place is given back"
 
 
-def test_a_long_key_is_no_log_in(api: TestClient, database: Database) -> None:
+def test_an_overlong_key_is_refused_at_log_in(api: TestClient, database: Database) -> None:
     a_key(database)
     reply = api.post("/dashboard/login", content=b"key=" + b"x" * 5_000)
     assert reply.status_code == 413

@@ -16,15 +16,15 @@ SOCKET = "/dashboard/_nicegui_ws/socket.io/"
 
 
 class Call:
-    """A call through `DashboardBodyLimit` with a body in parts, which never ends."""
+    """A call through `DashboardBodyLimit` with an endless body in parts."""
 
     def __init__(
         self, path: str, parts: Iterable[bytes], declared: int | None = None, *, timeout_s: float = 30
     ) -> None:
         waiting = list(parts)
         self.status = 0
-        self.body = bytearray()  # that the application was given
-        self.reads = 0  # parts that were asked for
+        self.body = bytearray()  # that the application received
+        self.reads = 0  # parts that were read
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             more = True
@@ -59,7 +59,7 @@ class Call:
         (SOCKET, SOCKET_BYTES),
     ],
 )
-def test_no_route_of_the_pages_is_given_a_long_body(path: str, most: int) -> None:
+def test_a_long_body_reaches_no_route_of_the_dashboard(path: str, most: int) -> None:
     assert Call(path, [b"x" * most]).status == 204
     long = Call(path, [b"x" * most, b"x"])
     assert (long.status, bytes(long.body)) == (413, b"")
@@ -67,11 +67,11 @@ def test_no_route_of_the_pages_is_given_a_long_body(path: str, most: int) -> Non
     assert (declared.status, declared.reads) == (413, 0), "refused before anything is read"
 
 
-def test_a_short_body_reaches_the_route_whole_whatever_its_parts() -> None:
+def test_a_short_body_reaches_the_route_whole_however_it_is_split() -> None:
     assert Call(LOGIN, [b"ke", b"", b"y=sk"]).body == b"key=sk"
 
 
-def test_a_body_that_does_not_come_is_given_up() -> None:
+def test_a_body_that_does_not_arrive_times_out() -> None:
     unfinished = Call(LOGIN, [], timeout_s=0.01)
     assert (unfinished.status, bytes(unfinished.body)) == (408, b"")
 

@@ -23,7 +23,7 @@ from storage.queries import JobView
 from storage.statistics import Minute, SpeedupCheckStats
 
 
-def test_model_text_does_nothing_on_the_page() -> None:
+def test_model_text_is_escaped_on_the_page() -> None:
     pieces = [("<script>alert(1)</script>", "draft"), ('\x1b[31m"red"\x1b[0m\u202e', "target"), ("x", "</span>")]
     html = texts.colored(pieces)
     assert "<script" not in html
@@ -38,14 +38,14 @@ def test_model_text_does_nothing_on_the_page() -> None:
     ("token", "label"),
     [(" the", "␣the"), ("\n", "⏎"), ("", "∅"), ("\x1b[2J", "∅"), ("abcdefghijklmnop", "abcdefghijklm…")],
 )
-def test_tokens_can_be_seen(token: str, label: str) -> None:
+def test_tokens_are_shown_with_visible_white_space(token: str, label: str) -> None:
     assert texts.token(token) == label
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0, "0 s"), (59.6, "1 min"), (61, "1 min 1 s"), (3_700, "1 h 1 min"), (90_000, "1 d 1 h")]
 )
-def test_spans_have_two_units_at_most(seconds: float, text: str) -> None:
+def test_durations_have_at_most_two_units(seconds: float, text: str) -> None:
     assert format.span(seconds) == text
 
 
@@ -54,7 +54,7 @@ def job(**fields: object) -> JobView:
     return JobView(**values | {"requests_total": 40, "requests_completed": 10} | fields)  # type: ignore[arg-type]
 
 
-def test_time_left_is_that_of_the_requests_that_are_left() -> None:
+def test_time_left_is_estimated_for_the_open_requests() -> None:
     assert format.left(job()) == "about 5 min left"
     assert format.left(job(requests_completed=0)) == "1 min 40 s so far"
     assert format.left(job(started_at=None)) == "waiting"
@@ -82,7 +82,7 @@ def test_minutes_in_which_nothing_was_written_have_no_throughput() -> None:
         [6_060_000, 0.0],
         [6_120_000, 0.0],
         [6_180_000, 2.0],
-        [6_240_000, 2.0],  # a minute is as long as the others
+        [6_240_000, 2.0],  # intervals of equal length
     ]
     assert points_of([]) == []
 
@@ -94,11 +94,11 @@ def test_a_job_of_four_seconds_is_as_fast_in_the_picture_as_in_the_numbers() -> 
     axes = figure.add_subplot()
     PLOTS["throughput"](axes, {"minutes": [{"minute": 6_000, "tokens": 981, "busy_s": 4.0}]})
     assert numpy.asarray(axes.lines[0].get_ydata()).tolist() == [245.25, 245.25]
-    PLOTS["throughput"](axes, {"minutes": [{"minute": 6_000, "tokens": 981}]})  # of a service that does not tell it
+    PLOTS["throughput"](axes, {"minutes": [{"minute": 6_000, "tokens": 981}]})  # an older service
     assert numpy.asarray(axes.lines[1].get_ydata()).tolist() == [16.35, 16.35]
 
 
-def test_a_moment_at_the_edge_of_a_minute_is_no_peak() -> None:
+def test_a_short_part_of_a_minute_makes_no_peak() -> None:
     points = points_of(minutes((100, 6_000, 60.0), (101, 40, 0.01), (103, 30, 0.0), (105, 30, 0.5)))
     assert [rate for _, rate in points] == pytest.approx([100, 6_040 / 60.01, 0, 0.5, 0, 60, 60], abs=1e-3)
 

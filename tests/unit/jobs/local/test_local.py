@@ -237,7 +237,7 @@ def test_a_password_is_in_no_argument_and_in_no_readable_file(tmp_path: Path) ->
     assert str(users) in arguments
 
 
-def test_a_tilde_that_no_shell_has_read_is_the_home_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_tilde_that_no_shell_expanded_is_the_home_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("BASIC_DATA_DIR", "~/data")
     assert JobsSettings().data_dir == tmp_path / "data"

@@ -19,7 +19,7 @@ from jobs.queue.redis_transport import Pause, refuses_to_write
         ResponseError("UNBLOCKED force unblock from blocking operation, instance state changed (master -> replica?)"),
     ],
 )
-def test_a_server_that_can_not_write_now_refuses(error: Exception) -> None:
+def test_a_server_that_cannot_write_now_refuses(error: Exception) -> None:
     assert refuses_to_write(error)
 
 

@@ -1,4 +1,4 @@
-"""What people get of the statistics: `basic stats` as table, CSV and plots, and a DataFrame in Python."""
+"""Statistics for users: `basic stats` as table, CSV and plots, and a DataFrame in Python."""
 
 from __future__ import annotations
 

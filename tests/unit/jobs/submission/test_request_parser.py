@@ -60,7 +60,7 @@ def refused(value: Any, rules: Rules | None = None, line: int | None = None) -> 
         {"prompt": "Hello", "stop": None, "max_tokens": None},
     ],
 )
-def test_every_form_of_an_item_says_the_same(value: Any) -> None:
+def test_every_form_of_an_item_is_the_same_request(value: Any) -> None:
     request = accepted(value)
     turns = [(message.role, message.content) for message in request.messages or ()]
     assert (turns, request.prompt) in (([("user", "Hello")], None), ([], "Hello"))
@@ -73,7 +73,7 @@ def test_the_completions_endpoint_sends_the_raw_prompt_and_writes_16_tokens_by_d
     assert request.sampling.max_tokens == 16
 
 
-def test_developer_is_another_word_for_system() -> None:
+def test_the_role_developer_is_read_as_system() -> None:
     messages = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
     request = accepted({"messages": messages})
     assert request.messages is not None
@@ -89,13 +89,13 @@ def test_max_completion_tokens_wins_over_max_tokens() -> None:
     assert accepted({"prompt": "Hello", "max_tokens": 5, "max_completion_tokens": 9}).sampling.max_tokens == 9
 
 
-def test_a_missing_seed_follows_from_job_and_place_so_that_a_restart_writes_the_same_text() -> None:
+def test_a_default_seed_follows_from_job_and_index_so_that_a_restart_writes_the_same_text() -> None:
     seeds = [accepted("Hello", index=index).sampling.seed for index in (0, 0, 1)]
     assert seeds[0] == seeds[1] != seeds[2]
     assert accepted("Hello", some_rules(job_id="batch_2")).sampling.seed != seeds[0]
 
 
-def test_a_custom_id_is_kept_and_a_missing_one_says_the_place() -> None:
+def test_a_custom_id_is_kept_and_a_missing_one_is_generated_from_the_index() -> None:
     assert parsed({"custom_id": "Ünï", "prompt": "Hello"}).custom_id == "Ünï"
     assert parsed({"id": "mine", "prompt": "Hello"}).custom_id == "mine"
     assert parsed("Hello", index=3).custom_id == "request-3"
@@ -107,7 +107,7 @@ def test_fields_without_effect_are_accepted(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, idle) for name, values in UNSUPPORTED.items() for idle in values])
-def test_unsupported_fields_are_accepted_when_they_ask_for_nothing(name: str, value: Any) -> None:
+def test_unsupported_fields_are_accepted_with_values_that_request_nothing(name: str, value: Any) -> None:
     accepted({"prompt": "Hello", name: value})
 
 
@@ -127,7 +127,7 @@ def test_stops_and_biases_are_stored_as_a_worker_reads_them() -> None:
         ("best_of", 2),
     ],
 )
-def test_unsupported_fields_are_refused_when_they_ask_for_something(field: str, value: Any) -> None:
+def test_unsupported_fields_are_refused_with_any_other_value(field: str, value: Any) -> None:
     failure = refused({"prompt": "Hello", field: value})
     assert (failure.code, failure.param) == ("unsupported_parameter", field)
 
@@ -144,7 +144,7 @@ def test_unsupported_fields_are_refused_when_they_ask_for_something(field: str, 
         (COMPLETIONS_ENDPOINT, {"logprobs": None}, None),
     ],
 )
-def test_each_endpoint_asks_for_logprobs_in_its_own_words(
+def test_each_endpoint_has_its_own_fields_for_logprobs(
     endpoint: Endpoint, given: dict[str, Any], wanted: int | None
 ) -> None:
     assert accepted({"prompt": "Hello", **given}, some_rules(endpoint)).sampling.logprobs == wanted
@@ -181,7 +181,7 @@ def test_a_request_may_ask_for_other_logprobs_than_its_job(given: dict[str, Any]
         (COMPLETIONS_ENDPOINT, {"logprobs": 2, "top_logprobs": 2}, "top_logprobs"),
     ],
 )
-def test_logprobs_out_of_range_or_in_the_words_of_the_other_endpoint_are_refused(
+def test_logprobs_out_of_range_or_with_fields_of_the_other_endpoint_are_refused(
     endpoint: Endpoint, given: dict[str, Any], param: str
 ) -> None:
     failure = refused({"prompt": "Hello", **given}, some_rules(endpoint))
@@ -273,7 +273,7 @@ def test_a_value_out_of_range_is_refused_naming_line_and_field(field: str, value
         ({"method": "GET", "body": {"prompt": "Hello"}}, "method"),
     ],
 )
-def test_a_bad_prompt_is_refused_naming_its_place(value: Any, param: str | None) -> None:
+def test_a_bad_prompt_is_refused_naming_its_location(value: Any, param: str | None) -> None:
     failure = refused(value)
     assert failure.param == param
     assert failure.message.startswith("requests[0]")
@@ -338,7 +338,7 @@ def test_a_given_id_survives_whatever_else_is_wrong(value: Any) -> None:
 
 
 @pytest.mark.parametrize("line", [b'{"custom_id": "a", "x": NaN}', b'{"x": "\xe9", "custom_id": "a"}', b'{"id": "a",}'])
-def test_a_line_that_can_not_be_read_still_says_its_id(line: bytes) -> None:
+def test_an_unreadable_line_keeps_its_id(line: bytes) -> None:
     (item,) = lines(line)
     assert parse_item(item, some_rules()).custom_id == "a"
 
@@ -346,7 +346,7 @@ def test_a_line_that_can_not_be_read_still_says_its_id(line: bytes) -> None:
 @pytest.mark.parametrize(
     "content", [b"\x1f\x8b\x08\x00", b'[{"prompt": "a"}]', b'{\n "prompt": "a"\n}', b"id,prompt\n1,hi\n2,yo\n"]
 )
-def test_a_file_of_something_else_is_refused_as_a_whole_with_what_it_is(content: bytes) -> None:
+def test_a_file_of_another_format_is_refused_as_a_whole_by_name(content: bytes) -> None:
     with pytest.raises(InvalidJsonLine, match=r"The file is"):
         list(lines(content))
 
@@ -354,12 +354,12 @@ def test_a_file_of_something_else_is_refused_as_a_whole_with_what_it_is(content:
 @pytest.mark.parametrize(
     "line", [b'"' + b'\\"' * 500_000, b"{" * 900_000, b'{"' * 450_000, b'{"custom_id" ' * 80_000, b"'" * 900_000]
 )
-def test_a_broken_line_is_looked_through_once(line: bytes) -> None:
-    """The search for an id is linear, also in lines that would make a backtracking search take hours."""
+def test_an_invalid_line_is_searched_once(line: bytes) -> None:
+    """The search for an id is linear, even where a backtracking search would take hours."""
     assert find_custom_id(line) is None
 
 
-def test_a_fault_of_ours_fails_the_request_that_meets_it_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_fails_only_the_request_that_hits_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise TypeError("unforeseen")
 
@@ -371,7 +371,7 @@ def test_a_fault_of_ours_fails_the_request_that_meets_it_and_no_other(monkeypatc
     accepted("Hello")
 
 
-def test_an_answer_that_is_sent_back_as_history_asks_for_nothing() -> None:
+def test_an_answer_sent_back_as_history_is_accepted() -> None:
     answer: dict[str, Any] = {
         "role": "assistant",
         "content": "The Nile.",
@@ -390,7 +390,7 @@ def test_an_answer_that_is_sent_back_as_history_asks_for_nothing() -> None:
     assert refused({"messages": [cited]}).param == "messages[0].annotations"
 
 
-def test_a_line_of_more_lists_than_one_may_hold_is_refused_before_they_are_made() -> None:
+def test_a_line_with_too_many_lists_is_refused_before_it_is_parsed() -> None:
     (item,) = lines(b"[" * (MAX_JSON_NODES + 1), max_line_bytes=10_000_000)
     assert "lists and objects" in refused(item.value, line=1).message
 

@@ -25,7 +25,7 @@ def shape(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(autouse=True)
 def _quick_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure no steps beforehand: what they cost decides on drafts, not on what is printed."""
+    """Replace the measured costs: they affect drafting, not the output format."""
     monkeypatch.setattr("worker.bench.gpu_engine.calibrate", lambda *_: CostModel({1: 1.0}))
 
 

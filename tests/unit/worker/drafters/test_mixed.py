@@ -12,7 +12,7 @@ from worker.engine.speculation.draft_tree import Candidates, Forest
 
 
 class Fixed:
-    """Offers the same below every node."""
+    """A drafter with the same candidates below every node."""
 
     forward_free = None
 
@@ -32,7 +32,7 @@ class Fixed:
     def drop(self, sequence: Sequence) -> None: ...
 
 
-def test_a_token_that_both_offer_stands_once_and_is_worth_more() -> None:
+def test_a_token_that_both_offer_is_one_candidate_with_a_higher_probability() -> None:
     forest = Forest(sequences([[2, 3], [4]]))
     mixed = MixedDrafter(Fixed("head", [7, 8, 9], [0.5, 0.2, 0.1]), Fixed("suffix", [8, 30, 0], [0.6, 0.3, 0.0]))
     offered = mixed.expand(forest, forest.roots)
@@ -50,7 +50,7 @@ def test_a_token_that_both_offer_stands_once_and_is_worth_more() -> None:
         assert said[8][1] == BOTH
 
 
-def test_an_empty_place_agrees_with_nobody() -> None:
+def test_an_empty_candidate_matches_no_other() -> None:
     forest = Forest(sequences([[2, 3]]))
     mixed = MixedDrafter(Fixed("head", [0, 8], [0.4, 0.2]), Fixed("suffix", [0, 0], [0.0, 0.0]))
     offered = mixed.expand(forest, forest.roots)

@@ -1,4 +1,4 @@
-"""Laws of a draft model: it may pad its vocabulary otherwise than the target, as the production pair does."""
+"""Laws of a draft model: its vocabulary may have another padding than the target's, as in the production pair."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_draft_stops_at_its_context_and_the_target_continues(mixed: bool, posi
 
 
 class Watched:
-    """A drafter whose offers are remembered."""
+    """A drafter that records its candidates."""
 
     forward_free = None
 
@@ -133,5 +133,5 @@ def test_a_shared_prefix_is_fed_once_and_changes_no_draft(paged: bool, together:
     (texts, trees, apart), (shared_texts, shared_trees, once) = runs
     assert shared_texts == texts
     assert shared_trees == trees
-    saved = 100 + 60 if together else 100  # of two at once, the third may come when the first are gone
+    saved = 100 + 60 if together else 100  # with two slots, the third arrives after the first two have ended
     assert apart - once >= saved

@@ -1,4 +1,4 @@
-"""The suffix drafter finds what the text has said before, and learns how far to trust it."""
+"""The suffix drafter finds earlier matches in the text, and learns how reliable they are."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_the_longest_earlier_match_proposes_what_followed_it() -> None:
     assert offered(SuffixDrafter(), sequence([1, 2, 3, 9, 5, 2, 3, 7, 1, 2, 3])).keys() == {9}
 
 
-def test_followers_share_the_trust_by_how_often_they_followed() -> None:
+def test_followers_share_the_reliability_by_frequency() -> None:
     shares = offered(SuffixDrafter(), sequence([4, 5, 1, 4, 6, 2, 4, 6, 3, 4]))
     assert shares.keys() == {5, 6}
     assert shares[6] == pytest.approx(2 * shares[5])
@@ -47,7 +47,7 @@ def test_a_node_of_the_tree_is_matched_with_its_path() -> None:
     assert forest.token[second].tolist() == [4]
 
 
-def test_trust_in_matches_that_mislead_falls_and_in_those_that_hold_rises() -> None:
+def test_reliability_falls_with_misleading_matches_and_rises_with_right_ones() -> None:
     def trust_after(follower: int) -> float:
         drafter = SuffixDrafter()
         text = sequence([1, 2, 3] * 3)
@@ -77,7 +77,7 @@ def test_a_dropped_sequence_is_forgotten() -> None:
     assert not offered(drafter, text)
 
 
-def test_what_a_finished_text_said_is_offered_to_others_of_its_group() -> None:
+def test_a_finished_text_is_a_source_for_others_of_its_group() -> None:
     drafter = SuffixDrafter()
     done, other, stranger = sequence([1, 2, 3, 4, 5]), sequence([7, 2, 3]), sequence([7, 2, 3])
     done.num_prompt = 2
@@ -90,7 +90,7 @@ def test_what_a_finished_text_said_is_offered_to_others_of_its_group() -> None:
     assert not offered(drafter, stranger)
 
 
-def test_the_longer_match_wins_be_it_the_texts_own_or_anothers() -> None:
+def test_the_longer_match_wins_in_the_own_text_or_in_another() -> None:
     drafter, done = SuffixDrafter(), sequence([5, 1, 2, 30])
     done.num_prompt, done.group, done.finish_reason = 1, "job", FinishReason.STOP
     drafter.drop(done)
@@ -100,7 +100,7 @@ def test_the_longer_match_wins_be_it_the_texts_own_or_anothers() -> None:
     assert offered(drafter, others).keys() == {30}  # three tokens match there
 
 
-def test_a_cancelled_text_teaches_nobody() -> None:
+def test_a_cancelled_text_is_no_source_of_drafts() -> None:
     drafter, gone, other = SuffixDrafter(), sequence([1, 2, 3]), sequence([1, 2])
     gone.num_prompt, gone.cancelled = 1, True
     gone.group = other.group = "job"

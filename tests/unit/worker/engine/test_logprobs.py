@@ -26,7 +26,7 @@ SAMPLED = Sampling(temperature=0.9, top_k=20, top_p=0.95, frequency_penalty=1.5,
 
 
 def told(results: Sequence[StepResult], some: Sequence[EngineSequence]) -> list[list[TokenLogprobs]]:
-    """Return what was told of each sequence's tokens, one entry a token."""
+    """Return the logprobs of each sequence, one entry per token."""
     found = []
     for sequence in some:
         own = [r for r in results if r.number == sequence.number]
@@ -36,7 +36,7 @@ def told(results: Sequence[StepResult], some: Sequence[EngineSequence]) -> list[
 
 
 def alike(some: Sequence[Sequence[TokenLogprobs]], others: Sequence[Sequence[TokenLogprobs]]) -> bool:
-    """Return True if every token of both was told the same: alternatives may swap places only where they tie."""
+    """Return whether both have the same logprobs per token; equal alternatives may swap."""
     for entries, expected in zip(some, others, strict=True):
         for entry, other in zip(entries, expected, strict=True):
             assert entry.logprob == pytest.approx(other.logprob, abs=ROUNDING)
@@ -83,7 +83,7 @@ def test_logprobs_do_not_depend_on_draft_mode_or_batch(sampling: Sampling, kind:
 
 
 @pytest.mark.parametrize("after", [1, 6])
-def test_a_resumed_sequence_is_told_the_same_as_if_it_had_not_stopped(after: int) -> None:
+def test_a_resumed_sequence_gets_the_same_logprobs(after: int) -> None:
     whole, expected = plainly(SAMPLED)
     resumed = resumed_after(after, whole, sequences(sampling=SAMPLED))
     results = decode(engine(packed(tiny()), drafter("suffix"), options(Mode.PAPER)), resumed)
@@ -101,13 +101,13 @@ def test_a_greedy_token_is_its_own_likeliest_alternative_and_probabilities_sum_t
             assert sum(math.exp(p) for _, p in entry.top) <= 1.0 + 1e-6
 
 
-def test_tokens_behind_the_end_are_not_told() -> None:
+def test_tokens_after_the_end_have_no_logprobs() -> None:
     some = sequences(max_tokens=3, sampling=GREEDY)
     found = told(decode(engine(packed(tiny()), drafter("same"), options(Mode.PAPER, nodes=60)), some), some)
     assert [len(entries) for entries in found] == [3] * len(PROMPTS)
 
 
-def test_only_those_who_want_logprobs_get_them_and_as_many_as_they_want() -> None:
+def test_only_sequences_that_request_logprobs_get_them_and_as_many_as_requested() -> None:
     some = sequences()
     for sequence, wanted in zip(some, [None, 0, 3, None, 20], strict=True):
         sequence.sampling = Sampling(logprobs=wanted)
@@ -127,7 +127,7 @@ def test_equal_alternatives_come_in_the_order_of_their_tokens() -> None:
         assert [token for token, _ in entry.top] == [7, 0, 1, 2][: len(entry.top)]
 
 
-def test_an_impossible_token_has_a_number_that_json_knows() -> None:
+def test_an_impossible_token_has_a_logprob_that_json_can_encode() -> None:
     logits = torch.zeros(1, 4)
     logits[0, 2] = -torch.inf
     (entry,) = read_rows(logits, [2], [4])

@@ -1,4 +1,4 @@
-"""Laws of the scheduler: KV memory adds up, a long prompt holds up no short one, decoding never waits."""
+"""Laws of the scheduler: KV memory adds up, a long prompt delays no short one, decoding never waits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ACTIONS = st.lists(st.tuples(st.sampled_from(["add", "cancel", "step"]), st.inte
 
 @settings(deadline=None, max_examples=60)
 @given(ACTIONS)
-def test_free_and_used_tokens_add_up_and_everyone_is_served(actions: list[tuple[str, int]]) -> None:
+def test_free_and_used_tokens_add_up_and_every_sequence_is_served(actions: list[tuple[str, int]]) -> None:
     chosen = options(Mode.PLAIN, kv_tokens=150, max_sequences=6)
     running = engine(TableModel(last_token), None, chosen)
     slots = running._scheduler.slots
@@ -65,7 +65,7 @@ def test_short_prompts_are_answered_before_a_long_one_ahead_of_them_has_been_rea
     assert long.cached < 600
 
 
-def test_a_long_prompt_gets_on_while_short_ones_keep_coming() -> None:
+def test_a_long_prompt_progresses_while_short_ones_arrive() -> None:
     long = sequences([[2 + i % 50 for i in range(400)]], max_tokens=1)[0]
     running = engine(TableModel(last_token), None, options(Mode.PLAIN, max_context=500, prefill_rows=40))
     running.add(long)
@@ -87,7 +87,7 @@ def test_decoding_sequences_emit_in_every_step_while_prompts_are_read() -> None:
     assert reading.prefilling
 
 
-def test_a_text_that_ended_lately_outlives_an_older_one() -> None:
+def test_a_recent_cached_prefix_outlives_an_older_one() -> None:
     model = TableModel(last_token)
     running = engine(model, None, options(Mode.PLAIN, max_sequences=2))
     old, young, other = [5] * 30, [6] * 30, [7] * 30

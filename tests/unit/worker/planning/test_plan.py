@@ -76,9 +76,7 @@ def test_more_ranks_hold_fewer_weights_each_and_more_kv_tokens(plan_request: Pla
     assert [p.kv_tokens for p in on_first] == sorted(p.kv_tokens for p in on_first)
 
 
-def test_heads_that_can_not_be_split_are_refused_with_alternatives(
-    plan_request: PlanRequest, draft: ModelShape
-) -> None:
+def test_heads_that_cannot_be_split_are_refused_with_alternatives(plan_request: PlanRequest, draft: ModelShape) -> None:
     refused = {p.ranks: p.refusal for p in placements(replace(plan_request, target=draft, draft=None))}
     assert refused[1] is None
     assert refused[2] is None

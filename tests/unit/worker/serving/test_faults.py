@@ -30,7 +30,7 @@ BAD = 1  # the index of the request that fails
 
 
 class Panic(BaseException):
-    """As compiled code raises them: no Exception."""
+    """A panic of compiled code, which is not an Exception."""
 
 
 def of_prompt(_codec: Codec, request: Any, *_: Any) -> bool:
@@ -151,7 +151,7 @@ def test_a_database_that_rejects_everything_fails_no_request(
         Worker(database, "a").run()
 
 
-def test_an_event_that_can_not_be_published_stops_no_other_request(
+def test_an_event_that_cannot_be_published_stops_no_other_request(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> None:
@@ -163,7 +163,7 @@ def test_an_event_that_can_not_be_published_stops_no_other_request(
     assert statuses(database) == {0: ("completed", None)}
 
 
-def test_a_refusal_may_say_anything(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_message_may_contain_any_text(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise InvalidValue("no \ud800 half, no \0", param="a\ud800")
 

@@ -21,7 +21,7 @@ POISON = 60
 
 
 class FragileModel(TableModel):
-    """Fails when too many rows come at once, or a poisonous token is among them."""
+    """A model that fails on too many rows, or on rows with a poisonous token."""
 
     limit: int = 1000
     failures: int = 0

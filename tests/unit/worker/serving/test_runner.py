@@ -42,14 +42,14 @@ OPTIONS = EngineOptions(
 
 
 def words(prefix: tuple[int, ...]) -> Tensor:
-    """A law that spells words over and over, so that the suffix drafter has something to find."""
+    """Logits that repeat words, so that the suffix drafter finds matches."""
     logits = torch.zeros(VOCAB)
     logits[b"the cat and the dog "[len(prefix) % 20]] = 8.0
     return logits
 
 
 class Worker:
-    """A runner with its engine and sink, as one process would hold them."""
+    """A runner with its engine and sink, as in a worker process."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ def texts(database: Database) -> dict[tuple[int, int], str]:
 
 
 def lapse_leases(database: Database) -> None:
-    """Let all leases lapse, and the reconciler see it."""
+    """Let all leases lapse, and requeue their requests."""
     with database.write() as session:
         session.execute(text("UPDATE requests SET lease_expires_at = 0 WHERE status = 'running'"))
         reclaim(session)

@@ -76,7 +76,7 @@ def test_steps_of_both_variants_are_interleaved_and_plain_steps_have_no_drafts(
 
 
 def plain(variant: speedup_check._Variant) -> bool:
-    """Whether it is the plain variant, by the last part of its key."""
+    """Return whether it is the plain variant, by the last part of its key."""
     assert isinstance(variant.key, tuple)
     return bool(variant.key[-1])
 
@@ -84,7 +84,7 @@ def plain(variant: speedup_check._Variant) -> bool:
 def test_plain_steps_have_as_many_sequences_as_those_with_drafts(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One text ends long before the others: without it, neither variant may have more company."""
+    """One text ends long before the others; after that, both variants must have the same batch size."""
     taken: list[tuple[bool, int]] = []
     take = speedup_check._Variant.take
 
@@ -111,7 +111,7 @@ def test_plain_steps_have_as_many_sequences_as_those_with_drafts(
 def test_texts_of_the_job_are_not_drafts_of_its_speedup_check(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would be copied, and a copy is faster than any answer was."""
+    """Drafts copied from the text would be faster than the drafts of the job were."""
     groups: list[object] = []
     take = speedup_check._Variant.take
 

@@ -39,7 +39,7 @@ def test_a_prompt_on_the_chat_endpoint_is_one_user_message() -> None:
     assert codec().decode(as_prompt) == "user: hi\nassistant: "
 
 
-def test_a_prompt_on_the_completions_endpoint_is_taken_as_it_is() -> None:
+def test_a_prompt_on_the_completions_endpoint_is_tokenized_as_it_is() -> None:
     assert codec().decode(codec().encode(request("hi"), COMPLETIONS_ENDPOINT)) == "hi"
 
 
@@ -59,7 +59,7 @@ def test_a_token_that_the_tokenizer_knows_and_the_model_does_not_is_refused() ->
         short.encode(request("hi"), COMPLETIONS_ENDPOINT)
 
 
-def test_a_prompt_that_leaves_room_for_one_token_is_taken() -> None:
+def test_a_prompt_that_leaves_space_for_one_token_is_accepted() -> None:
     ids = codec(30).encode(request("x" * 29), COMPLETIONS_ENDPOINT)
     assert codec(30).sequence((0,), ids, request().sampling, 0).max_tokens == 1
 

@@ -45,7 +45,7 @@ def joined(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> bytes:
 
 
 @pytest.mark.parametrize("strip", [False, True])
-def test_bytes_that_are_no_text_together_raise_nothing_and_lose_nothing(strip: bool) -> None:
+def test_invalid_bytes_raise_no_error_and_are_not_lost(strip: bool) -> None:
     tokenizer = sentencepiece(strip)
     ids = [WORDS.index("▁Hello"), *some_bytes(0xC2, 0xA0, 0xC2), WORDS.index("»")]
     assert streamed(tokenizer, ids, []) == " Hello\u00a0\ufffd»"
@@ -54,7 +54,7 @@ def test_bytes_that_are_no_text_together_raise_nothing_and_lose_nothing(strip: b
 
 
 @pytest.mark.parametrize("tokenizer", [sentencepiece(), sentencepiece(strip=False), byte_tokenizer()])
-def test_any_ids_make_the_text_that_their_bytes_spell(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_any_ids_decode_to_the_text_of_their_bytes(tokenizer: PreTrainedTokenizerFast) -> None:
     lots = random.Random(7)
     for _ in range(300):
         runs = [lots.choice(["日本", "é", "a", " b", "🙂"]).encode() for _ in range(6)]
@@ -99,7 +99,7 @@ def test_an_answer_begins_without_a_space_and_its_bytes_are_its_text(ids: list[s
 
 
 def spell_out(stream: TextStream, ids: list[int]) -> tuple[str, bytes]:
-    """Push tokens; return the text and the joined bytes of what is logprobs of them."""
+    """Push tokens; return the text, and the joined bytes of the tokens' logprobs."""
     stream.push(ids, [False] * len(ids))
     logprobs = stream.readable_logprobs(ids, [TokenLogprobs(-1.0, ())] * len(ids))
     stream.finish()

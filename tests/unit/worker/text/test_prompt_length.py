@@ -46,7 +46,7 @@ def test_tokenizers_that_may_drop_text_have_no_bound() -> None:
         assert PromptLength(tokenizer).min_tokens("x" * 1_000_000) == 0
 
 
-def test_a_prompt_that_can_not_fit_is_refused_before_it_is_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = byte_tokenizer()
     codec = Codec(tokenizer, frozenset({256}), 100, 258)
     prompt = GenerationRequest(model="m", prompt="x" * 10_000, sampling=SamplingParameters(seed=0))

@@ -32,7 +32,7 @@ TAPS = 2  # of the tiny target's two layers
 
 @pytest.fixture(scope="module")
 def texts() -> list[Text]:
-    """Return what a tiny target writes."""
+    """Return texts of a tiny target."""
     target = tapped(tiny("llama"))
     some = sequences([[2 + i, *prompt] for i in range(3) for prompt in PROMPTS], max_tokens=24)
     decode(engine(target, None, options(Mode.PLAIN)), some)

@@ -58,7 +58,7 @@ def test_tree_rows_equal_separate_forwards_of_their_paths(architecture: str) -> 
         assert torch.allclose(rows[row], path_logits(model, row), atol=1e-4)
 
 
-def test_a_wrong_ancestor_shows() -> None:
+def test_a_wrong_ancestor_changes_the_logits() -> None:
     model = packed(tiny())
     model.forward([chain(1, 0, PREFIX, keep_last=True)])
     rows = model.forward([tree_segment(1, broken=True)])

@@ -1,4 +1,4 @@
-"""Every model that loads gives what transformers gives; what does not is refused with what was found."""
+"""Every model that loads gives the logits of transformers; any other is refused with the difference."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def saved(folder: Path, kind: str, shape: dict[str, Any]) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("kind", EXACT)
-def test_what_loads_gives_the_logits_of_transformers(kind: str, tmp_path: Path) -> None:
+def test_a_model_that_loads_gives_the_logits_of_transformers(kind: str, tmp_path: Path) -> None:
     own: Any = saved(tmp_path, kind, EXACT[kind])
     model = load(str(tmp_path), dtype=torch.float32, device=CPU)
     fuse_layers(model)
@@ -111,7 +111,7 @@ def test_what_loads_gives_the_logits_of_transformers(kind: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_would_be_wrong_is_refused_with_what_was_found(kind: str, tmp_path: Path) -> None:
+def test_a_model_with_wrong_logits_is_refused_with_the_difference(kind: str, tmp_path: Path) -> None:
     shape, found = REFUSED[kind]
     saved(tmp_path, kind, shape)
     with pytest.raises(ModelRefused, match=found) as refused:

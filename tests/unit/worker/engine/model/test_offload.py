@@ -39,7 +39,7 @@ def test_a_model_with_layers_on_disk_writes_the_same_text(saved: Path, tmp_path:
     assert any(result.stats.accepted_tokens for result in results)
 
 
-def test_a_draft_head_can_not_read_weights_on_disk(saved: Path, tmp_path: Path) -> None:
+def test_a_draft_head_cannot_read_weights_on_disk(saved: Path, tmp_path: Path) -> None:
     model = load(str(saved), dtype=torch.float32, device=CPU, offload=OffloadOptions(tmp_path / "offload", MEMORY))
     with pytest.raises(ModelRefused, match="suffix"):
         output_weights(model)

@@ -20,7 +20,7 @@ WIDTH = 3
 
 
 class TableDrafter:
-    """Offers the same conditional probabilities below every node of a depth, or random ones."""
+    """A drafter with the same conditional probabilities below every node of a depth, or with random ones."""
 
     forward_free = None
     name = "table"
@@ -59,7 +59,7 @@ def full_forest(rng: np.random.Generator, trees: int = 1, depth: int = 3) -> For
 
 
 def best_subtree_value(forest: Forest, size: int) -> float:
-    """Brute force: the most expected acceptance of any parent-closed set of `size` draft nodes of one tree."""
+    """Return the highest E(A) of any parent-closed set of `size` draft nodes of one tree, by brute force."""
     nodes = range(1, forest.size)
     sets = (set(chosen) for chosen in combinations(nodes, size))
     trees = (s for s in sets if all(forest.parent[v] in s or forest.parent[v] == 0 for v in s))
@@ -185,7 +185,7 @@ def test_the_priced_cut_is_the_best_of_all_sets_of_nodes(seed: int, rate: float)
 
 
 def test_the_cut_is_the_global_optimum_of_costs_with_steps() -> None:
-    """Not the first descent: the second row is dear, the third to eighth are free."""
+    """The cut passes a local maximum: the second row is expensive, the third to eighth are free."""
     shelf = CostModel({1: 10.0, 2: 14.0, 8: 14.0, 16: 60.0})
     forest = Forest(sequences(max_tokens=50)[:1])
     forest.add_layer(forest.roots, Candidates(np.array([[0, 1, 2, 3]]), np.array([[0.3, 0.25, 0.2, 0.15]])))
@@ -207,7 +207,7 @@ SHELF = CostModel({1: 10.0, 2: 14.0, 8: 14.0, 16: 60.0})
 def test_only_nodes_that_can_enter_the_cut_are_drafted(
     costs: CostModel, rate: float, row: tuple[float, float, float]
 ) -> None:
-    """Where layers are free, the cut is as good as that of trees which were grown everywhere, and far less is grown."""
+    """With free layers the cut is as good as with fully grown trees, and far fewer nodes are drafted."""
     drafter, forest = TableDrafter(row=row), Forest(sequences(max_tokens=50)[:2])
     budget = priced(costs, rate, 2)
     layers = grow(forest, drafter, budget, 6, np.arange(2))

@@ -1,4 +1,4 @@
-"""Laws of the guard: what speculation may lose is bounded, what it earns it keeps, and it comes back."""
+"""Laws of the guard: losses are bounded, gains are kept, and a blocked strategy is tried again."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PLAIN_MS = 10.0
 
 
 def run(guard: RegretGuard, steps: int, sequences: int, tokens: float, step_ms: float) -> tuple[float, int]:
-    """Run steps that speculate unless blocked; return the tokens lost by it, and how many speculated."""
+    """Run steps that speculate unless blocked; return the tokens lost and the number of steps that speculated."""
     lost, tried = 0.0, 0
     for _ in range(steps):
         speculates = not guard.blocked(sequences)
@@ -43,7 +43,7 @@ def run(guard: RegretGuard, steps: int, sequences: int, tokens: float, step_ms: 
 
 @pytest.mark.parametrize("sequences", [1, 4, 32])
 @pytest.mark.parametrize("step_ms", [10.5, 13.0, 19.0, 90.0])
-def test_drafts_that_never_hold_lose_a_hundredth_at_most(sequences: int, step_ms: float) -> None:
+def test_drafts_that_are_never_accepted_cost_at_most_a_hundredth(sequences: int, step_ms: float) -> None:
     lost, tried = run(RegretGuard(), 20_000, sequences, sequences, step_ms)
     once = sequences * (step_ms / PLAIN_MS - 1)
     assert 0 < lost <= 0.01 * 20_000 * sequences + 2 * once + 8
@@ -51,7 +51,7 @@ def test_drafts_that_never_hold_lose_a_hundredth_at_most(sequences: int, step_ms
 
 
 @pytest.mark.parametrize("sequences", [1, 32])
-def test_lookups_that_never_find_anything_take_three_thousandths_at_most(sequences: int) -> None:
+def test_lookups_that_never_find_drafts_cost_at_most_three_thousandths(sequences: int) -> None:
     guard, looked = RegretGuard(), [False]
     for _ in range(20_000):
         looked.append(not guard.blocked(sequences))
@@ -99,7 +99,7 @@ def test_each_load_class_has_a_bucket_of_its_own() -> None:
     assert not guard.blocked(1)
 
 
-def test_what_lost_with_few_sequences_gets_a_small_trial_with_more() -> None:
+def test_a_strategy_that_lost_with_few_sequences_gets_a_small_trial_with_more() -> None:
     lost, won = RegretGuard(), RegretGuard()
     run(lost, 200, 4, 4, 13.0)
     run(won, 200, 4, 8, 13.0)
@@ -169,7 +169,7 @@ class TimedTable(TableModel):
 
 
 class LateReader:
-    """A drafter that must read each sequence before it can draft, and is never right."""
+    """A drafter that must read each sequence before it can draft, and whose drafts are never accepted."""
 
     name = "late"
     forward_free = None
@@ -210,7 +210,7 @@ def test_a_draft_that_never_gained_anything_is_tried_on_few_sequences() -> None:
 
 
 def test_a_lookup_that_finds_nothing_counts_as_a_plain_step() -> None:
-    """A lookup costs next to nothing, and its time is measured: the rest of the step is that of a plain one."""
+    """The measured time of a lookup is small; the rest of the step is a plain step."""
     target = TimedTable(lambda text: torch.eye(61)[2 + (len(text) ** 2 // 7) % 59], forward_s=4e-2)
     some = sequences([[2, 3, 4, 5]], max_tokens=30)
     costs = CostModel({1: 40.0, 64: 44.0})
@@ -223,7 +223,7 @@ def test_a_lookup_that_finds_nothing_counts_as_a_plain_step() -> None:
 
 
 class Blank(LateReader):
-    """A lookup that never finds anything, in little time."""
+    """A fast lookup that never finds drafts."""
 
     lookup_s = 1e-4
     lookups = 0
