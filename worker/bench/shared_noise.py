@@ -9,8 +9,7 @@ the same each time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 from unittest.mock import patch
@@ -22,25 +21,25 @@ from torch import Tensor
 
 from worker.benchmark import TimedRun, decode, encode, read_prompts
 from worker.engine.options import Mode
-from worker.engine.sampling.sampling import Sampling, gumbel_scores, noise_key
+from worker.engine.sampling.parameters import ParameterArray
+from worker.engine.sampling.sampling import gumbel_scores, noise_key
+from worker.engine.segments import IntArray
 from worker.loading.loader import load_engine
 from worker.settings import WorkerSettings
 from worker.terminal import print_message
 
-Noise = Callable[[Tensor, Sequence[Sampling], Sequence[int], Tensor], Tensor]
+Noise = Callable[[Tensor, ParameterArray, IntArray, Tensor], Tensor]
 _DRAFT_CHOICE = 1  # choice index whose noise the draft gets: the benchmark decodes choice 0 only
 
 
-def independent_noise(
-    scores: Tensor, samplings: Sequence[Sampling], positions: Sequence[int], tokens: Tensor
-) -> Tensor:
+def independent_noise(scores: Tensor, parameters: ParameterArray, positions: IntArray, tokens: Tensor) -> Tensor:
     """Return the scores with noise that is independent of the target's."""
-    return gumbel_scores(
-        scores, [replace(s, key=noise_key(s.key, _DRAFT_CHOICE)) for s in samplings], positions, tokens
-    )
+    others = parameters.copy()
+    others["key"] = [noise_key(int(key), _DRAFT_CHOICE) for key in parameters["key"]]
+    return gumbel_scores(scores, others, positions, tokens)
 
 
-def no_noise(scores: Tensor, samplings: Sequence[Sampling], positions: Sequence[int], tokens: Tensor) -> Tensor:
+def no_noise(scores: Tensor, parameters: ParameterArray, positions: IntArray, tokens: Tensor) -> Tensor:
     """Return the scores without noise."""
     return scores
 

@@ -6,6 +6,7 @@ arXiv 2408.07978). That raises acceptance. The draw is the target's alone, so it
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,12 +26,12 @@ def best_children(
     `logits` [nodes, n] are of `tokens` [n], the ids out of the target's `vocabulary` that the draft can propose.
     """
     scores = _adjusted(forest, nodes, logits.float(), tokens, vocabulary)
-    sequences = [forest.sequences[tree] for tree in forest.tree[nodes]]
-    sampled = [i for i, s in enumerate(sequences) if not s.sampling.greedy]
-    if sampled:
-        samplings = [sequences[i].sampling for i in sampled]
-        positions = [len(sequences[i].ids) + int(forest.depth[nodes[i]]) for i in sampled]
-        scores[sampled] = gumbel_scores(process(scores[sampled], samplings), samplings, positions, tokens)
+    trees = forest.tree[nodes]
+    sampled = np.flatnonzero(forest.sampled[trees])
+    if len(sampled):
+        parameters = forest.parameters[trees[sampled]]
+        positions = forest.lengths[trees[sampled]] + forest.depth[nodes[sampled]]
+        scores[sampled] = gumbel_scores(process(scores[sampled], parameters), parameters, positions, tokens)
     indices, probabilities = topk(scores, min(_WIDTH, scores.shape[1]))
     return tokens[indices].cpu().numpy(), probabilities.cpu().numpy()
 

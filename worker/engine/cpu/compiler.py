@@ -29,10 +29,10 @@ _HEADERS = Path(__file__).parent  # folder of the headers that sources include
 
 
 @cache
-def library(source: Path, *defines: str) -> ctypes.CDLL | None:
-    """Return a source compiled with `defines` (`-D…`); log a warning and return None if that fails."""
+def library(source: Path, *options: str) -> ctypes.CDLL | None:
+    """Return a source compiled with the compiler's `options`; log a warning and return None if that fails."""
     try:
-        return ctypes.CDLL(str(_compiled(source, defines)))
+        return ctypes.CDLL(str(_compiled(source, options)))
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or error
         log.warning(
@@ -44,7 +44,7 @@ def library(source: Path, *defines: str) -> ctypes.CDLL | None:
         return None
 
 
-def _compiled(source: Path, defines: tuple[str, ...]) -> Path:
+def _compiled(source: Path, options: tuple[str, ...]) -> Path:
     """Return the path of the library; compile it once per source, compiler and processor."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
     if not compiler:
@@ -55,7 +55,7 @@ def _compiled(source: Path, defines: tuple[str, ...]) -> Path:
         compiler,
         version,
         _FLAGS,
-        *defines,
+        *options,
         platform.machine(),
         processor(),
         torch.__version__,
@@ -69,7 +69,7 @@ def _compiled(source: Path, defines: tuple[str, ...]) -> Path:
                 compiler,
                 *_FLAGS.split(),
                 f"-I{_HEADERS}",
-                *defines,
+                *options,
                 str(source),
                 "-o",
                 written.name,

@@ -1,40 +1,119 @@
-"""Compiled sampling on the CPU: argmax, top-k and draws with Gumbel noise.
+"""Compiled sampling on the CPU: draws, processed scores, and top-k and noise for drafts.
 
-On other devices, and without a C compiler, `sampling.py` does the same with torch.
+Without a C compiler `torch_draws.py` does the same.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from worker.engine.cpu.compiler import library
-from worker.engine.cpu.kernels import bound
+from worker.engine.cpu.kernels import address, bound
+from worker.engine.sampling.parameters import PARAMETERS, Adjustments, ParameterArray
 from worker.engine.segments import IntArray
+
+_SIZE, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
+_LISTS = tuple(field.name for field in fields(Adjustments))
+# Every operation rounds on its own: the result is that of torch's operations, and of the next compiler.
+_EXACT = ("-ffp-contract=off", "-fno-associative-math", "-fsigned-zeros")
+
+
+class _Rows(ctypes.Structure):
+    """`rows_t`: the rows to draw from."""
+
+    _fields_ = (
+        ("logits", _ADDRESS),
+        *((name, _SIZE) for name in ("stride", "halves", "rows", "columns")),
+        *((name, _ADDRESS) for name in ("indices", "parameters", "keys", "bias_starts", "bias_tokens", "biases")),
+        *((name, _ADDRESS) for name in ("seen_starts", "seen_tokens", "seen_counts", "mask", "scratch")),
+        ("threads", _SIZE),
+    )
 
 
 class NativeSampler:
-    """Calls the compiled functions of `native.c` with tensors."""
+    """Calls the compiled functions of `native.c`. Logits are float32 or bfloat16 [n, vocab], contiguous in each row."""
 
     def __init__(self, compiled: ctypes.CDLL) -> None:
         """Bind the functions of a library compiled from native.c."""
-        size, address = ctypes.c_int64, ctypes.c_void_p
-        self._argmax_rows = bound(compiled.argmax_rows, address, address, size, size)
-        self._topk_rows = bound(compiled.topk_rows, *[address] * 3, size, size, size)
-        self._draw_rows = bound(compiled.draw_rows, address, size, *[address] * 5, size, size)
-        self._add_noise = bound(compiled.add_noise, *[address] * 3, size, size)
+        rows = ctypes.POINTER(_Rows)
+        self._draw_rows = bound(compiled.draw_rows, rows, _ADDRESS)
+        self._process_rows = bound(compiled.process_rows, rows, _ADDRESS)
+        self._adjust_rows = bound(compiled.adjust_rows, rows, _ADDRESS)
+        self._mass_rows = bound(compiled.mass_rows, rows, _ADDRESS, _ADDRESS)
+        self._scratch_size = bound(compiled.scratch_size, _SIZE, result=_SIZE)
+        self._topk_rows = bound(compiled.topk_rows, *[_ADDRESS] * 3, _SIZE, _SIZE, _SIZE)
+        self._add_noise = bound(compiled.add_noise, *[_ADDRESS] * 3, _SIZE, _SIZE)
 
-    def argmax(self, scores: Tensor) -> Tensor:
-        """Return the index [rows] of the highest score of each row of `scores` [rows, vocab]; -1 if one is NaN."""
-        scores = scores.contiguous()
-        out = torch.empty(len(scores), dtype=torch.int64)
-        self._argmax_rows(scores.data_ptr(), out.data_ptr(), *scores.shape)
-        return out
+    def draw(
+        self,
+        logits: Tensor,
+        parameters: ParameterArray,
+        keys: NDArray[np.uint64],
+        indices: IntArray | None = None,
+        adjustments: Adjustments | None = None,
+        mask: Tensor | None = None,
+    ) -> IntArray:
+        """Return the tokens [rows] drawn with the noise `keys` [rows]; the rest is what `sampling.draw` takes."""
+        drawn = np.empty(len(parameters), np.int64)
+        self._run(self._draw_rows, logits, parameters, (drawn,), keys, indices, adjustments, mask)
+        return drawn
+
+    def process(self, logits: Tensor, parameters: ParameterArray) -> Tensor:
+        """Return float32 scores [rows, vocab] of `logits`, -inf for tokens that the filters exclude."""
+        scores = torch.empty(logits.shape)
+        self._run(self._process_rows, logits, parameters, (scores.numpy(),))
+        return scores
+
+    def adjust(self, logits: Tensor, parameters: ParameterArray, adjustments: Adjustments) -> Tensor:
+        """Return float32 logits [rows, vocab] under penalties and bias."""
+        scores = torch.empty(logits.shape)
+        self._run(self._adjust_rows, logits, parameters, (scores.numpy(),), adjustments=adjustments)
+        return scores
+
+    def masses(self, logits: Tensor, indices: IntArray) -> tuple[Tensor, Tensor]:
+        """Return the highest logit of each row, and the sum of e^(logit - highest) in units of 2^-40; 0 if not finite."""
+        highest, masses = np.empty(len(indices), np.float32), np.empty(len(indices), np.int64)
+        parameters = np.ones(len(indices), PARAMETERS)
+        self._run(self._mass_rows, logits, parameters, (highest, masses), indices=indices)
+        return torch.from_numpy(highest), torch.from_numpy(masses)
+
+    def _run(
+        self,
+        function: Callable[..., None],
+        logits: Tensor,
+        parameters: ParameterArray,
+        results: tuple[NDArray[Any], ...],
+        keys: NDArray[np.uint64] | None = None,
+        indices: IntArray | None = None,
+        adjustments: Adjustments | None = None,
+        mask: Tensor | None = None,
+    ) -> None:
+        count, columns = len(parameters), logits.shape[1]
+        if not count:
+            return
+        threads = min(count, torch.get_num_threads())
+        scratch = np.empty(threads * self._scratch_size(columns), np.uint8)
+        indices = np.arange(count) if indices is None else np.ascontiguousarray(indices, np.int64)
+        parameters = np.ascontiguousarray(parameters)
+        lists = [None] * 6 if adjustments is None else [address(getattr(adjustments, name)) for name in _LISTS]
+        function(
+            _Rows(
+                logits.data_ptr(), logits.stride(0), logits.dtype == torch.bfloat16, count, columns, address(indices),
+                address(parameters), None if keys is None else address(keys), *lists,
+                None if mask is None else mask.data_ptr(), address(scratch), threads,
+            ),
+            *map(address, results),
+        )  # fmt: skip
 
     def topk(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Return indices and float64 probabilities of the `count` highest scores of each row of `scores` [rows, n]."""
@@ -42,27 +121,6 @@ class NativeSampler:
         indices, probabilities = (torch.empty(len(scores), count, dtype=kind) for kind in (torch.int64, torch.float64))
         self._topk_rows(scores.data_ptr(), indices.data_ptr(), probabilities.data_ptr(), *scores.shape, count)
         return indices, probabilities.nan_to_num_(0.0)  # NaN scores of a broken draft have no value
-
-    def draw(
-        self,
-        logits: Tensor,
-        temperatures: Tensor,
-        keys: Tensor,
-        min_scores: Tensor | None = None,
-        rows: IntArray | None = None,
-    ) -> Tensor:
-        """Return the tokens int64 [rows] drawn from rows of `logits` [n, vocab]; `rows` are their indices, None: all.
-
-        `temperatures`, `keys` and `min_scores` are [rows]; no token whose scaled logit is below `min_scores` is drawn.
-        A row with a NaN draws -1.
-        """
-        indices = torch.arange(len(logits)) if rows is None else torch.from_numpy(np.ascontiguousarray(rows))
-        min_scores = torch.full((len(indices),), -torch.inf) if min_scores is None else min_scores
-        out = torch.empty(len(indices), dtype=torch.int64)
-        assert (logits.dtype, logits.stride(1)) == (torch.float32, 1)
-        parts = (part.data_ptr() for part in (indices, temperatures, keys, min_scores, out))
-        self._draw_rows(logits.data_ptr(), logits.stride(0), *parts, len(indices), logits.shape[1])
-        return out
 
     def add_noise(self, scores: Tensor, keys: Tensor, tokens: Tensor) -> Tensor:
         """Return `scores` [rows, n] of `tokens` [n] plus their Gumbel noise, accurate to about 0.001."""
@@ -74,5 +132,5 @@ class NativeSampler:
 @cache
 def native_sampler(device: torch.device) -> NativeSampler | None:
     """Return the compiled functions; None if they don't run on this device."""
-    compiled = library(Path(__file__).with_name("native.c")) if device.type == "cpu" else None
+    compiled = library(Path(__file__).with_name("native.c"), *_EXACT) if device.type == "cpu" else None
     return None if compiled is None else NativeSampler(compiled)

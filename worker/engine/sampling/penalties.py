@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence as Seq
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
+from worker.engine.sampling.parameters import Adjustments
 from worker.engine.sampling.sampling import Sampling
 from worker.engine.segments import IntArray
+
+NONE_SEEN: tuple[IntArray, IntArray] = (np.empty(0, np.int64), np.empty(0, np.int64))
 
 
 class TokenCounts:
@@ -31,8 +34,8 @@ class TokenCounts:
     def with_path(self, path: Seq[int]) -> tuple[IntArray, IntArray]:
         """Return the distinct tokens of the sequence followed by `path`, and how often each occurs in the output."""
         new = list(dict.fromkeys(token for token in path if token not in self._index))
-        tokens = np.array([*new, *self._tokens] if new else self._tokens, np.int64)
-        counts = np.array([*[0] * len(new), *self._counts] if new else self._counts, np.int64)
+        tokens = np.concatenate([np.array(new, np.int64), np.array(self._tokens, np.int64)])
+        counts = np.concatenate([np.zeros(len(new), np.int64), np.array(self._counts, np.int64)])
         for token in path:
             index = self._index.get(token)
             counts[new.index(token) if index is None else len(new) + index] += 1
@@ -46,37 +49,18 @@ class TokenCounts:
         self._counts[index] += count
 
 
-def apply_penalties(logits: Tensor, samplings: Seq[Sampling], seen: Seq[tuple[IntArray, IntArray]]) -> Tensor:
-    """Apply logit_bias, then the repetition, frequency and presence penalties, to a copy of `logits` [rows, vocab].
-
-    `seen` holds each row's `TokenCounts.with_path`. Repetition is transformers' (prompt and output; divides or
-    multiplies); frequency and presence are OpenAI's (output, subtract).
-    """
-    scores = logits.float().clone()
-    _add_bias(scores, samplings)
-    rows = _flat([np.full(len(tokens), row) for row, (tokens, _) in enumerate(seen)], logits)
-    tokens, counts = _flat([t for t, _ in seen], logits), _flat([c for _, c in seen], logits)
-    repetition, frequency, presence = (
-        torch.tensor(values, dtype=torch.float32, device=logits.device)[rows]
-        for values in (
-            [s.repetition_penalty for s in samplings],
-            [s.frequency_penalty for s in samplings],
-            [s.presence_penalty for s in samplings],
-        )
+def adjustments_of(samplings: Seq[Sampling], seen: Seq[tuple[IntArray, IntArray]]) -> Adjustments:
+    """Return what adjusts rows; `seen` holds the `TokenCounts.with_path` of each, or `NONE_SEEN`."""
+    biases = [s.bias for s in samplings]
+    bias_starts, bias_tokens, values = _rows_of(biases)
+    seen_starts, seen_tokens, seen_counts = _rows_of(seen)
+    return Adjustments(
+        bias_starts, bias_tokens, values.astype(np.float32), seen_starts, seen_tokens, seen_counts.astype(np.int64)
     )
-    old = scores[rows, tokens]
-    repeated = torch.where(old < 0, old * repetition, old / repetition)
-    scores[rows, tokens] = repeated - frequency * counts - presence * (counts > 0)
-    return scores
 
 
-def _add_bias(scores: Tensor, samplings: Seq[Sampling]) -> None:
-    biased = [(row, token, bias) for row, s in enumerate(samplings) for token, bias in s.logit_bias]
-    if biased:
-        rows, tokens, values = zip(*biased, strict=True)
-        at = (torch.tensor(rows, device=scores.device), torch.tensor(tokens, device=scores.device))
-        scores[at] += torch.tensor(values, dtype=torch.float32, device=scores.device)
-
-
-def _flat(parts: Seq[IntArray], like: Tensor) -> Tensor:
-    return torch.from_numpy(np.concatenate(parts)).to(like.device)
+def _rows_of(lists: Seq[tuple[NDArray[Any], NDArray[Any]]]) -> tuple[IntArray, IntArray, NDArray[Any]]:
+    """Return the concatenated lists, and where each starts: [rows + 1]."""
+    starts = np.zeros(len(lists) + 1, np.int64)
+    np.cumsum([len(tokens) for tokens, _ in lists], out=starts[1:])
+    return starts, np.concatenate([tokens for tokens, _ in lists]), np.concatenate([values for _, values in lists])

@@ -8,19 +8,17 @@ does not depend on the draft, the tree, the batch or a restart. Temperature 0 dr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from worker.engine.sampling import torch_draws
 from worker.engine.sampling.native import native_sampler
+from worker.engine.sampling.parameters import PARAMETERS, Adjustments, ParameterArray, mix, noise_keys
 from worker.engine.segments import IntArray
-
-_GOLDEN = 0x9E3779B97F4A7C15
-_MIX_1 = 0xBF58476D1CE4E5B9
-_MIX_2 = 0x94D049BB133111EB
-_MASK = (1 << 64) - 1
-_NUCLEUS = 256  # most likely tokens that are searched first for the end of the top_p nucleus
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +35,32 @@ class Sampling:
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, bias); each token once
     logprobs: int | None = None  # most likely tokens to report beside each emitted one; None: report neither
+    record: ParameterArray = field(init=False, repr=False, compare=False)  # [1]
+    bias: tuple[IntArray, NDArray[np.float32]] = field(init=False, repr=False, compare=False)  # tokens and values
+
+    def __post_init__(self) -> None:
+        """Compute the arrays that every draw needs."""
+        with np.errstate(divide="ignore"):
+            log_min_p = np.log(np.float32(self.min_p))
+        row = (
+            self.key & _MASK,
+            self.temperature,
+            self.top_p,
+            log_min_p,
+            self.repetition_penalty,
+            self.frequency_penalty,
+            self.presence_penalty,
+            self.top_k,
+            self.adjusted,
+        )
+        object.__setattr__(self, "record", np.array([row], PARAMETERS))
+        tokens, values = [token for token, _ in self.logit_bias], [value for _, value in self.logit_bias]
+        object.__setattr__(self, "bias", (np.array(tokens, np.int64), np.array(values, np.float32)))
 
     @property
     def greedy(self) -> bool:
         """True for argmax decoding: no noise is drawn."""
         return self.temperature == 0.0
-
-    @property
-    def filtered(self) -> bool:
-        """True if top_k, top_p or min_p exclude tokens."""
-        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
     @property
     def adjusted(self) -> bool:
@@ -55,145 +69,72 @@ class Sampling:
         return any(penalties) or bool(self.logit_bias)
 
 
+_MASK = (1 << 64) - 1
+
+
 def noise_key(seed: int, choice: int) -> int:
     """Return the 64-bit noise key of one choice: it differs between the choices of a request, and is reproducible."""
-    return _mix(_mix(seed & _MASK) + choice)
+    return int(mix(mix(np.array([seed & _MASK], np.uint64)) + np.uint64(choice))[0])
 
 
-def _mix(z: int) -> int:
-    """SplitMix64's finaliser (Steele, Lea, Flood 2014) on Python integers."""
-    z = (z + _GOLDEN) & _MASK
-    z = ((z ^ (z >> 30)) * _MIX_1) & _MASK
-    z = ((z ^ (z >> 27)) * _MIX_2) & _MASK
-    return z ^ (z >> 31)
-
-
-def _signed(z: int) -> int:
-    return z - (1 << 64) if z >> 63 else z
-
-
-def _xor_shift(z: Tensor, bits: int) -> Tensor:
-    # int64 shifts copy the sign bit; the mask makes the shift logical
-    return z.bitwise_xor_((z >> bits).bitwise_and_((1 << (64 - bits)) - 1))
-
-
-def gumbel(keys: Tensor, tokens: Tensor) -> Tensor:
-    """Return standard Gumbel noise, float64, broadcast over `keys` [rows, 1] and `tokens` [vocab] or [rows, k].
-
-    `keys` come from `noise_keys`. The same (key, token) gives the same noise on every device and in every batch.
-    """
-    z = keys + tokens * _signed(_GOLDEN)
-    z = _xor_shift(z, 30).mul_(_signed(_MIX_1))
-    z = _xor_shift(z, 27).mul_(_signed(_MIX_2))
-    z = _xor_shift(z, 31)
-    uniform = (z >> 11).bitwise_and_((1 << 53) - 1).double().mul_(2.0**-53).add_(2.0**-54)
-    return uniform.log_().neg_().log_().neg_()
-
-
-def noise_keys(samplings: Sequence[Sampling], positions: Sequence[int], device: torch.device) -> Tensor:
-    """Return int64 keys [rows, 1] from the key of each row's sequence and the position of the token to draw."""
-    keys = [_signed(_mix(s.key ^ _mix(p))) for s, p in zip(samplings, positions, strict=True)]
-    return torch.tensor(keys, dtype=torch.int64, device=device).unsqueeze(1)
-
-
-def process(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """Apply temperature, top_k, top_p and min_p row by row, in that order (as transformers does).
-
-    `logits` [rows, vocab]; returns float32 [rows, vocab] with -inf for excluded tokens. No row may be greedy.
-    """
-    scores = apply_temperature(logits, samplings)
-    return scores.masked_fill_(scores < min_scores(scores, samplings), -torch.inf)
-
-
-def apply_temperature(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """Return logits [rows, vocab] divided by their temperatures, float32."""
-    return logits.float() / _column([s.temperature for s in samplings], logits)
-
-
-def min_scores(scores: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """Return the lowest score [rows, 1] that top_k, top_p and min_p keep; all tokens of an equal score are kept."""
-    lowest = scores.new_full((len(scores), 1), -torch.inf)
-    if any(s.top_k for s in samplings):
-        lowest = _top_k_min_score(scores, [s.top_k for s in samplings])
-    nuclear = [row for row, s in enumerate(samplings) if s.top_p < 1.0]
-    if nuclear:
-        shares = _column([samplings[row].top_p for row in nuclear], scores)
-        allowed = scores[nuclear].masked_fill(scores[nuclear] < lowest[nuclear], -torch.inf)
-        lowest[nuclear] = torch.maximum(lowest[nuclear], _top_p_min_score(allowed, shares))
-    if any(s.min_p > 0.0 for s in samplings):
-        least = scores.amax(-1, keepdim=True) + _column([s.min_p for s in samplings], scores).log()
-        lowest = torch.maximum(lowest, least)
-    return lowest
-
-
-def _column(values: list[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=like.device).unsqueeze(1)
-
-
-def _top_k_min_score(scores: Tensor, top_k: list[int]) -> Tensor:
-    ordered = scores.topk(min(max(top_k), scores.shape[-1]), dim=-1).values
-    column = torch.tensor(top_k, device=scores.device).unsqueeze(1)
-    smallest = ordered.gather(1, (column - 1).clamp(0, ordered.shape[-1] - 1))
-    return smallest.masked_fill(column == 0, -torch.inf)
-
-
-def _top_p_min_score(scores: Tensor, top_p: Tensor, first: int = _NUCLEUS) -> Tensor:
-    """Return the score of the last token that is needed to reach `top_p`; the most likely token is always kept."""
-    vocab = scores.shape[-1]
-    ordered = scores.topk(min(first, vocab), dim=-1).values
-    highest = ordered[:, :1]
-    shares = (ordered - highest).exp() / (scores - highest).exp().sum(-1, keepdim=True)
-    needed = (shares.cumsum(-1) - shares < top_p).sum(-1, keepdim=True).clamp(min=1)
-    if len(scores) and int(needed.max()) == ordered.shape[-1] < vocab:  # the nucleus may be larger
-        return _top_p_min_score(scores, top_p, first * 8)
-    return ordered.gather(1, needed - 1)
+def parameters_of(samplings: Sequence[Sampling]) -> ParameterArray:
+    """Return the parameters [rows] of some sequences."""
+    return np.concatenate([s.record for s in samplings]) if samplings else np.empty(0, PARAMETERS)
 
 
 def draw(
-    logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int], rows: IntArray | None = None
-) -> list[int]:
-    """Draw one token from each row of `logits` [n, vocab], for the given positions of their sequences.
+    logits: Tensor,
+    parameters: ParameterArray,
+    positions: IntArray,
+    rows: IntArray | None = None,
+    adjustments: Adjustments | None = None,
+    mask: Tensor | None = None,
+) -> IntArray:
+    """Draw one token from each row: bias and penalties, mask, temperature, top_k, top_p, min_p, then the noise.
 
-    `rows` are the indices of the rows; None: all. A row with a NaN draws -1.
+    `parameters` [n] and `positions` [n], those of the tokens in their sequences, belong to the rows `rows` [n] of
+    `logits` [m, vocab]; None: to all. So do `adjustments` and `mask`, int32 [n, ceil(vocab / 32)]: bit i of a row's
+    word w allows the token 32 w + i. Returns int64 [n]; -1 for a row with a NaN, or whose mask allows no token.
     """
-    compiled = native_sampler(logits.device)
-    if compiled is not None and logits.dtype == torch.float32 and not any(s.greedy or s.filtered for s in samplings):
-        temperatures, keys = (
-            _column([s.temperature for s in samplings], logits),
-            noise_keys(samplings, positions, logits.device),
-        )
-        return compiled.draw(logits, temperatures, keys, rows=rows).tolist()
-    picked = logits if rows is None else logits[torch.from_numpy(rows).to(logits.device)]
-    return _drawn(picked, samplings, positions).tolist()
-
-
-def _drawn(logits: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> Tensor:
-    """Return the drawn tokens int64 [rows] for any mix of sampling parameters."""
-    sampled = [i for i, s in enumerate(samplings) if not s.greedy]
-    if len(sampled) < len(samplings):
-        drawn = argmax(logits)
-        if sampled:
-            drawn[sampled] = _drawn(logits[sampled], [samplings[i] for i in sampled], [positions[i] for i in sampled])
-        return drawn
-    keys = noise_keys(samplings, positions, logits.device)
+    keys = noise_keys(parameters, positions)
+    if logits.dtype not in (torch.float32, torch.bfloat16) or logits.stride(-1) != 1:
+        logits = logits.float().contiguous()
     compiled = native_sampler(logits.device)
     if compiled is not None:
-        scores = apply_temperature(logits, samplings)
-        return compiled.draw(scores, torch.ones(len(scores)), keys, min_scores(scores, samplings))
-    tokens = torch.arange(logits.shape[-1], device=logits.device)
-    return _torch_argmax(gumbel(keys, tokens).add_(process(logits, samplings)))
+        return compiled.draw(logits, parameters, keys, rows, adjustments, mask)
+    picked = logits.float() if rows is None else logits[torch.from_numpy(rows).to(logits.device)].float()
+    if adjustments is not None:
+        picked = torch_draws.adjust(picked, parameters, adjustments)
+    on_device = torch.from_numpy(keys.view(np.int64)).to(logits.device).unsqueeze(1)
+    return torch_draws.draw(picked, parameters, on_device, mask).cpu().numpy()
 
 
-def argmax(logits: Tensor) -> Tensor:
+def argmax(logits: Tensor) -> IntArray:
     """Return the token with the largest logit of each row of `logits` [rows, vocab], int64 [rows]; -1 if one is NaN."""
+    return draw(logits, np.repeat(Sampling().record, len(logits)), np.zeros(len(logits), np.int64))
+
+
+def process(logits: Tensor, parameters: ParameterArray) -> Tensor:
+    """Apply temperature, top_k, top_p and min_p to `logits` [rows, vocab], in that order (as transformers does).
+
+    Returns float32 [rows, vocab] with -inf for excluded tokens. No row may be greedy.
+    """
     compiled = native_sampler(logits.device)
-    return _torch_argmax(logits) if compiled is None else compiled.argmax(logits.float())
+    if compiled is None:
+        return torch_draws.process(logits, parameters)
+    return compiled.process(logits.float().contiguous(), parameters)
 
 
-def _torch_argmax(scores: Tensor) -> Tensor:
-    """Return the index of the highest score of each row; -1 if one is NaN, which `Tensor.argmax` returns first."""
-    indices = scores.argmax(-1)
-    return indices.masked_fill_(scores.gather(-1, indices.unsqueeze(-1)).squeeze(-1).isnan(), -1)
+def adjust(logits: Tensor, parameters: ParameterArray, adjustments: Adjustments) -> Tensor:
+    """Return `logits` [rows, vocab] under logit_bias, then repetition, frequency and presence penalties, as float32.
+
+    Repetition is transformers' (prompt and output; divides or multiplies); frequency and presence are OpenAI's (output,
+    subtract).
+    """
+    compiled = native_sampler(logits.device)
+    if compiled is None:
+        return torch_draws.adjust(logits, parameters, adjustments)
+    return compiled.adjust(logits.float().contiguous(), parameters, adjustments)
 
 
 def topk(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -205,8 +146,10 @@ def topk(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return found.indices, found.values.double().nan_to_num_(0.0)
 
 
-def gumbel_scores(scores: Tensor, samplings: Sequence[Sampling], positions: Sequence[int], tokens: Tensor) -> Tensor:
+def gumbel_scores(scores: Tensor, parameters: ParameterArray, positions: IntArray, tokens: Tensor) -> Tensor:
     """Return processed scores [rows, n] of `tokens` [n] plus the noise of their draws, accurate to about 0.001."""
-    keys = noise_keys(samplings, positions, scores.device)
+    keys = torch.from_numpy(noise_keys(parameters, positions).view(np.int64)).to(scores.device).unsqueeze(1)
     compiled = native_sampler(scores.device)
-    return (scores + gumbel(keys, tokens)).float() if compiled is None else compiled.add_noise(scores, keys, tokens)
+    if compiled is None:
+        return (scores + torch_draws.gumbel(keys, tokens)).float()
+    return compiled.add_noise(scores, keys, tokens)

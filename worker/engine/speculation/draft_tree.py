@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from worker.engine.sampling.penalties import apply_penalties
+from worker.engine.sampling.parameters import Adjustments, ParameterArray
+from worker.engine.sampling.penalties import NONE_SEEN, adjustments_of
+from worker.engine.sampling.sampling import adjust, parameters_of
 from worker.engine.segments import BoolArray, IntArray, Segment
 from worker.engine.sequence import Sequence
 
@@ -62,6 +64,16 @@ class Forest:
     def sampled(self) -> BoolArray:
         """Which trees belong to sequences above temperature 0."""
         return np.array([not s.sampling.greedy for s in self.sequences], np.bool_)
+
+    @cached_property
+    def parameters(self) -> ParameterArray:
+        """The sampling parameters [trees]."""
+        return parameters_of([s.sampling for s in self.sequences])
+
+    @cached_property
+    def lengths(self) -> IntArray:
+        """Tokens of each tree's sequence: the position of the token that is drawn at its root."""
+        return np.array([len(s.ids) for s in self.sequences], np.int64)
 
     @cached_property
     def _remaining(self) -> IntArray:
@@ -151,14 +163,23 @@ class Forest:
 
     def adjusted(self, logits: Tensor, nodes: IntArray) -> Tensor:
         """Return the logits [nodes, vocab] of these nodes under penalties and bias, each along its own path."""
-        sequences = [self.sequences[tree] for tree in self.tree[nodes]]
-        rows = [i for i, s in enumerate(sequences) if s.sampling.adjusted]
-        if not rows:
+        adjustments = self.adjustments(nodes)
+        if adjustments is None:
             return logits
-        seen = [sequences[i].seen(self.path(int(nodes[i]))) for i in rows]
-        scores = logits.float().clone()
-        scores[rows] = apply_penalties(scores[rows], [sequences[i].sampling for i in rows], seen)
-        return scores
+        return adjust(logits, self.parameters[self.tree[nodes]], adjustments)
+
+    def adjustments(self, nodes: IntArray) -> Adjustments | None:
+        """Return what adjusts the logits of these nodes, each along its own path; None if nothing does."""
+        trees = self.tree[nodes]
+        adjusted = self.parameters["adjusted"][trees]
+        if not adjusted.any():
+            return None
+        owners = [self.sequences[tree] for tree in trees]
+        seen = [
+            sequence.seen(self.path(int(node))) if some else NONE_SEEN
+            for sequence, node, some in zip(owners, nodes, adjusted, strict=True)
+        ]
+        return adjustments_of([s.sampling for s in owners], seen)
 
     def segment(self, tree: int, nodes: IntArray) -> Segment:
         """Return the rows of one tree for the target. The root is one of them: its KV entry is not yet written."""

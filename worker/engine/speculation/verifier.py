@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from worker.engine.sampling.sampling import Sampling, argmax, draw
@@ -76,10 +75,7 @@ class _Walk:
 
 
 def _draw_at(nodes: list[int], forest: Forest, logits: Tensor, rows: IntArray) -> list[int]:
-    sequences = [forest.sequences[forest.tree[node]] for node in nodes]
-    positions = [len(s.ids) + int(forest.depth[node]) for s, node in zip(sequences, nodes, strict=True)]
-    samplings = [s.sampling for s in sequences]
-    if not any(s.adjusted for s in samplings):
-        return draw(logits, samplings, positions, rows[nodes])
-    picked = logits[torch.from_numpy(rows[nodes]).to(logits.device)]
-    return draw(forest.adjusted(picked, np.array(nodes, np.int64)), samplings, positions)
+    trees = forest.tree[nodes]
+    positions = forest.lengths[trees] + forest.depth[nodes]
+    adjustments = forest.adjustments(np.array(nodes))
+    return draw(logits, forest.parameters[trees], positions, rows[nodes], adjustments).tolist()

@@ -11,8 +11,8 @@ from jobs.errors import InvalidValue, PromptTooLong
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, ChatMessage, GenerationRequest, SamplingParameters
 from tests.models import byte_tokenizer
 from worker.engine.errors import TokenizersDiffer
-from worker.engine.sampling.penalties import apply_penalties
-from worker.engine.sampling.sampling import draw
+from worker.engine.sampling.penalties import adjustments_of
+from worker.engine.sampling.sampling import adjust, draw
 from worker.loading.drafts import shared_vocabulary
 from worker.text.codec import Codec, eos_ids
 
@@ -146,6 +146,7 @@ def test_of_tokenizers_that_differ_in_one_token_the_others_are_drafted() -> None
 def test_sampling_values_that_are_zero_in_float32_give_finite_logits(field: str, value: float) -> None:
     parameters = SamplingParameters.model_validate({"seed": 1, "temperature": 1.0, field: value})
     sampling = codec().sequence((0,), [1, 2], parameters, 0).sampling
-    scores = apply_penalties(torch.tensor([[0.0, -1.0, 3.0]]), [sampling], [(np.arange(3), np.ones(3, np.int64))])
-    assert draw(scores, [sampling], [2])[0] >= 0
+    adjustments = adjustments_of([sampling], [(np.arange(3), np.ones(3, np.int64))])
+    scores = adjust(torch.tensor([[0.0, -1.0, 3.0]]), sampling.record, adjustments)
+    assert draw(scores, sampling.record, np.array([2]))[0] >= 0
     assert scores.isfinite().all()

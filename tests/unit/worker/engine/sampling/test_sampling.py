@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -23,18 +24,11 @@ from tests.unit.worker.engine.harness import decode, options
 from worker.drafters.suffix import SuffixDrafter
 from worker.engine.engine import Engine
 from worker.engine.options import Mode
+from worker.engine.sampling import sampling as sampler
+from worker.engine.sampling import torch_draws
 from worker.engine.sampling.native import native_sampler
-from worker.engine.sampling.sampling import (
-    Sampling,
-    argmax,
-    draw,
-    gumbel,
-    gumbel_scores,
-    noise_key,
-    noise_keys,
-    process,
-    topk,
-)
+from worker.engine.sampling.parameters import noise_keys
+from worker.engine.sampling.sampling import Sampling, argmax, gumbel_scores, noise_key, parameters_of, topk
 from worker.engine.segments import IntArray
 from worker.engine.sequence import Sequence
 from worker.engine.speculation.cost_model import CostModel
@@ -50,6 +44,23 @@ PROCESSED = [
     Sampling(temperature=1.5, top_k=6, top_p=0.9, min_p=0.05),
 ]
 DRAWS = 20_000
+
+
+def draw(
+    logits: Tensor, samplings: list[Sampling], positions: Iterable[int], rows: IntArray | None = None
+) -> list[int]:
+    drawn = sampler.draw(logits, parameters_of(samplings), np.array(list(positions)), rows)
+    tokens: list[int] = drawn.tolist()
+    return tokens
+
+
+def process(logits: Tensor, samplings: list[Sampling]) -> Tensor:
+    return sampler.process(logits, parameters_of(samplings))
+
+
+def noise(samplings: list[Sampling], positions: list[int], tokens: Tensor) -> Tensor:
+    keys = noise_keys(parameters_of(samplings), np.array(positions))
+    return torch_draws.gumbel(torch.from_numpy(keys.view(np.int64)).unsqueeze(1), tokens)
 
 
 def by_transformers(sampling: Sampling, logits: Tensor) -> Tensor:
@@ -91,20 +102,20 @@ def test_draws_follow_the_processed_law(sampling: Sampling) -> None:
 
 
 def test_noise_is_standard_gumbel_and_does_not_repeat() -> None:
-    keys = noise_keys([Sampling(1.0, key=noise_key(seed, 0)) for seed in range(50)], [3] * 50, torch.device("cpu"))
-    noise = gumbel(keys, torch.arange(400)).flatten().numpy()
-    assert kstest(noise, "gumbel_r").pvalue > 1e-3
-    assert len(np.unique(noise)) == noise.size
+    samplings = [Sampling(1.0, key=noise_key(seed, 0)) for seed in range(50)]
+    values = noise(samplings, [3] * 50, torch.arange(400)).flatten().numpy()
+    assert kstest(values, "gumbel_r").pvalue > 1e-3
+    assert len(np.unique(values)) == values.size
 
 
 @pytest.mark.parametrize("other", [noise_key(1, 1), noise_key(2, 0)], ids=["choice", "seed"])
 def test_choices_and_seeds_have_different_noise(other: int) -> None:
-    def noise(key: int, position: int) -> Tensor:
-        return gumbel(noise_keys([Sampling(1.0, key=key)], [position], torch.device("cpu")), torch.arange(2000))
+    def of(key: int, position: int) -> Tensor:
+        return noise([Sampling(1.0, key=key)], [position], torch.arange(2000))
 
-    base = noise(noise_key(1, 0), 5)
-    assert torch.equal(base, noise(noise_key(1, 0), 5))
-    for different in (noise(other, 5), noise(noise_key(1, 0), 6)):
+    base = of(noise_key(1, 0), 5)
+    assert torch.equal(base, of(noise_key(1, 0), 5))
+    for different in (of(other, 5), of(noise_key(1, 0), 6)):
         assert abs(np.corrcoef(base.numpy(), different.numpy())[0, 1]) < 0.1
 
 
@@ -158,8 +169,10 @@ def test_compiled_draws_are_the_draws_of_torch(spread: float) -> None:
     for position in range(60):
         samplings = [replace(s, key=noise_key(position, row)) for row, s in enumerate(PROCESSED)]
         positions = [position] * len(samplings)
-        keys = noise_keys(samplings, positions, logits.device)
-        by_torch = gumbel(keys, torch.arange(3000)).add_(process(logits, samplings)).argmax(-1)
+        by_torch = noise(samplings, positions, torch.arange(3000)).add_(
+            torch_draws.process(logits, parameters_of(samplings))
+        )
+        by_torch = by_torch.argmax(-1)
         assert draw(logits, samplings, positions) == by_torch.tolist()
 
 
@@ -183,8 +196,8 @@ def test_approximate_noise_is_accurate_to_a_thousandth() -> None:
         list(range(8)),
         torch.arange(500),
     )
-    exact = gumbel(noise_keys(samplings, positions, tokens.device), tokens)
-    rough = gumbel_scores(torch.zeros(8, 500), samplings, positions, tokens)
+    exact = noise(samplings, positions, tokens)
+    rough = gumbel_scores(torch.zeros(8, 500), parameters_of(samplings), np.array(positions), tokens)
     assert (rough - exact).abs().max() < 2e-3
 
 
