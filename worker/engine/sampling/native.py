@@ -81,7 +81,7 @@ class NativeSampler:
         return scores
 
     def masses(self, logits: Tensor, indices: IntArray) -> tuple[Tensor, Tensor]:
-        """Return the highest logit of each row, and the sum of e^(logit - highest) in units of 2^-40; 0 if not finite."""
+        """Return each row's highest logit and its sum of e^(logit - highest), in units of 2^-40; 0 if not finite."""
         highest, masses = np.empty(len(indices), np.float32), np.empty(len(indices), np.int64)
         parameters = np.ones(len(indices), PARAMETERS)
         self._run(self._mass_rows, logits, parameters, (highest, masses), indices=indices)

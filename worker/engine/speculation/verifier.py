@@ -78,4 +78,5 @@ def _draw_at(nodes: list[int], forest: Forest, logits: Tensor, rows: IntArray) -
     trees = forest.tree[nodes]
     positions = forest.lengths[trees] + forest.depth[nodes]
     adjustments = forest.adjustments(np.array(nodes))
-    return draw(logits, forest.parameters[trees], positions, rows[nodes], adjustments).tolist()
+    tokens: list[int] = draw(logits, forest.parameters[trees], positions, rows[nodes], adjustments).tolist()
+    return tokens
