@@ -53,7 +53,7 @@ def explain_database_errors(url: str) -> Iterator[None]:
 
 
 def exit_status(error: BasicError) -> int:
-    """Return the exit status of a process that can't start: whether its supervisor should start it again."""
+    """Return the exit status of a process that can't start: it tells whether a restart may help."""
     return RESTART_STATUS if isinstance(error, DatabaseUnavailable) else BAD_SETTINGS_STATUS
 
 

@@ -390,7 +390,7 @@ class StepMinute(Base):
     __table_args__ = (_of_a_job(), Index(None, "minute"))
 
 
-class StepBatch(Base):
+class StepBatchSize(Base):
     """Sums of `decode_steps` without step 0, by the number of sequences that shared the step."""
 
     __tablename__ = "step_batches"

@@ -14,7 +14,7 @@ from sqlalchemy import ColumnElement, Select, and_, case, func, select, text
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from storage.dialect import insert_into, is_one_of, round_down
-from storage.models import Base, DecodeStep, StepBatch, StepDepth, StepExpectation, StepMinute, StepRank
+from storage.models import Base, DecodeStep, StepBatchSize, StepDepth, StepExpectation, StepMinute, StepRank
 
 ChoiceKey = tuple[str, int, int]  # (job_id, request_index, choice_index)
 
@@ -47,7 +47,7 @@ def _plans(session: Session) -> Sequence[tuple[type[Base], dict[str, Any], dict[
             _minute_sums(),
             DecodeStep.step >= 0,
         ),
-        (StepBatch, job | {"batch_sequences": DecodeStep.batch_sequences}, _batch_sums(), _LATER),
+        (StepBatchSize, job | {"batch_sequences": DecodeStep.batch_sequences}, _batch_sums(), _LATER),
         (
             StepDepth,
             job | {"tree_depth": DecodeStep.tree_depth, "accepted_tokens": DecodeStep.accepted_tokens},

@@ -20,7 +20,7 @@ from storage.models import (
     CheckedRequest,
     DecodeStep,
     JobRow,
-    StepBatch,
+    StepBatchSize,
     StepDepth,
     StepExpectation,
     StepMinute,
@@ -394,13 +394,13 @@ def _histogram(session: Session, scope: _Scope) -> tuple[AcceptanceCount, ...]:
 
 
 def _batch_sizes(session: Session, scope: _Scope) -> tuple[BatchSize, ...]:
-    drafted = case((StepBatch.drafter != "", StepBatch.steps), else_=0)
-    sums = (StepBatch.steps, StepBatch.tree_nodes, drafted, StepBatch.tokens, StepBatch.step_ms)
+    drafted = case((StepBatchSize.drafter != "", StepBatchSize.steps), else_=0)
+    sums = (StepBatchSize.steps, StepBatchSize.tree_nodes, drafted, StepBatchSize.tokens, StepBatchSize.step_ms)
     rows = session.execute(
-        select(StepBatch.batch_sequences, *map(func.sum, sums))
-        .where(scope.contains(StepBatch.job_id))
-        .group_by(StepBatch.batch_sequences)
-        .order_by(StepBatch.batch_sequences)
+        select(StepBatchSize.batch_sequences, *map(func.sum, sums))
+        .where(scope.contains(StepBatchSize.job_id))
+        .group_by(StepBatchSize.batch_sequences)
+        .order_by(StepBatchSize.batch_sequences)
     )
     return tuple(_batch_size(*map(float, row)) for row in rows)
 

@@ -26,7 +26,16 @@ from sqlalchemy.orm import Session
 from storage import job_details, queries, rollups, views
 from storage import statistics as figures
 from storage.dialect import insert_many
-from storage.models import ChoiceOutput, DecodeStep, JobRow, Request, StepBatch, StepDepth, StepExpectation, StepMinute
+from storage.models import (
+    ChoiceOutput,
+    DecodeStep,
+    JobRow,
+    Request,
+    StepBatchSize,
+    StepDepth,
+    StepExpectation,
+    StepMinute,
+)
 from storage.prune import prune_steps
 from storage.session import Database, write_connection
 from tests.databases import on_postgresql, on_sqlite
@@ -44,7 +53,7 @@ WORKER = "worker-" + "7" * 32  # as long as real ids, which are in every row
 TURNS = 3  # of writing the same rows with COPY and with INSERT
 ASKED = 5  # runs of each query; slow queries run once
 LONG_S = 2.0
-SUMS = (StepMinute, StepBatch, StepDepth, StepExpectation)
+SUMS = (StepMinute, StepBatchSize, StepDepth, StepExpectation)
 # The numbers of the view job_speedup, computed from all steps.
 OF_ALL_STEPS = """
     SELECT job_id, count(*), sum(emitted_tokens), 1000.0 * sum(emitted_tokens) / sum(step_ms / batch_sequences),

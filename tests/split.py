@@ -22,7 +22,7 @@ from worker.drafters.model import ModelDrafter
 from worker.engine.model.loading import load
 from worker.engine.model.packed_model import PackedModel
 from worker.engine.options import Mode
-from worker.engine.parallel.channel import Channel
+from worker.engine.parallel.channel import RankChannel
 from worker.engine.parallel.commands import CommandKind, RankCommand
 from worker.engine.parallel.leader_model import FollowerModels, LeaderModel
 from worker.engine.sampling.sampling import Sampling
@@ -33,7 +33,7 @@ TARGET, DRAFT = 0, 1
 SAMPLINGS = (Sampling(), Sampling(temperature=0.9, top_k=20, top_p=0.95))
 
 
-class LoggingChannel(Channel):
+class LoggingChannel(RankChannel):
     """A channel that records the hash of each command."""
 
     def __init__(self, *arguments: Any) -> None:

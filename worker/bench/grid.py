@@ -99,7 +99,7 @@ def run(
 
 
 def _drafts(loaded: LoadedModel) -> dict[str, MakeDraft]:
-    """Return the drafts of the grid, by name."""
+    """Return a function per draft of the grid, by name, that makes its drafter."""
     random, vocab = _random_draft(loaded), len(loaded.codec.tokenizer)
     drafts: dict[str, MakeDraft] = {
         "replay": ReplayDrafter,

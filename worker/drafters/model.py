@@ -41,7 +41,7 @@ class ModelDrafter:
         shared: SharedVocabulary | None = None,
         positions: int | None = None,
     ) -> None:
-        """Use `model` with the slot numbers of the target, whose ids are those below `vocab`.
+        """Draft with `model`, whose KV slots have the target's numbers; the target's ids are those below `vocab`.
 
         `shared`: which ids both have; None: all. `positions`: the model's context; nothing is drafted beyond.
         """

@@ -58,7 +58,7 @@ class StepResult:
 
     number: int  # of the sequence
     tokens: tuple[int, ...]  # emitted tokens: the first `stats.accepted_tokens` are accepted draft tokens
-    finish_reason: FinishReason | None  # None: the engine goes on with it
+    finish_reason: FinishReason | None  # None: the sequence has not ended
     stats: StepStats
     tree: TracedTree | None = None  # only of the first `traced_steps` steps
     logprobs: Logprobs = None  # of each token, if requested

@@ -23,7 +23,7 @@ from jobs.processes import BAD_SETTINGS_STATUS, RESTART_STATUS, Command, launch,
 from worker.engine.errors import ModelRefused
 from worker.engine.model.architecture import refuse_tp_size
 from worker.engine.model.checkpoint import as_model_refused
-from worker.engine.parallel.channel import Channel
+from worker.engine.parallel.channel import RankChannel
 from worker.engine.parallel.commands import CommandKind, RankCommand
 from worker.engine.parallel.leader_model import LeaderModel
 from worker.settings import WorkerSettings
@@ -46,7 +46,7 @@ class RankGroup:
         self._closing = threading.Event()
         for process in processes:  # before connecting: waiting for a dead rank would never end
             threading.Thread(target=self._exit_with, args=(process,), name="basic-rank", daemon=True).start()
-        self._channel = Channel(_store(folder), 0, 1 + len(processes), device)
+        self._channel = RankChannel(_store(folder), 0, 1 + len(processes), device)
         atexit.register(self.close)
 
     @classmethod

@@ -20,7 +20,7 @@ from worker.drafters.head_file import is_head
 from worker.engine.errors import EngineError, RankLost
 from worker.engine.model.backend import fuse_layers
 from worker.engine.model.loading import gather_embeddings, load, native_dtype
-from worker.engine.parallel.channel import Channel
+from worker.engine.parallel.channel import RankChannel
 from worker.engine.parallel.commands import CommandKind
 from worker.engine.parallel.leader_model import FollowerModels
 from worker.loading.drafts import draft_path
@@ -55,7 +55,7 @@ def follow(settings: WorkerSettings, store: Path, rank: int) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
-    channel = Channel(store, rank, settings.tp, device)
+    channel = RankChannel(store, rank, settings.tp, device)
     models = FollowerModels(_load(settings, device))
     while (command := channel.recv()).kind is not CommandKind.END:
         if command.kind is CommandKind.FREE_MEMORY:

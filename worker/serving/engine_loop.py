@@ -1,6 +1,7 @@
-"""The engine's loop: take sequences, run steps, report the results. It knows no text and no SQL but speed-up checks.
+"""The engine's loop: receive sequences, run steps, report the results.
 
-Reports wait in the channel until the request loop has read them. When too many wait, the engine holds back.
+It handles token ids only; its one use of SQL is the speed-up check. Reports wait in the channel until the request loop
+reads them. The engine pauses while more than `MAX_UNREAD_REPORTS` are unread.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from worker.text.codec import Codec
 
 log = logging.getLogger(__name__)
 
-MAX_UNREAD_REPORTS = 128  # the engine holds back beyond
+MAX_UNREAD_REPORTS = 128  # with more unread reports, the engine pauses
 _REPORT_S = 0.5  # longest time between two reports while it runs
 
 

@@ -24,7 +24,7 @@ class CancelSequences:
 
 @dataclass(frozen=True, slots=True)
 class ReportsRead:
-    """To the engine: so many reports have been read. It holds back when too many are not."""
+    """To the engine: `count` more reports have been read. The engine pauses while too many are unread."""
 
     count: int
 

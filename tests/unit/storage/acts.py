@@ -16,7 +16,7 @@ from storage.models import (
     JobRow,
     Partial,
     Request,
-    StepBatch,
+    StepBatchSize,
     StepDepth,
     StepExpectation,
     StepMinute,
@@ -202,7 +202,7 @@ def check_sums(database: Database) -> None:
                 select(func.sum(DecodeStep.emitted_tokens)),
             ),
             (select(func.sum(StepMinute.tokens)), select(func.sum(DecodeStep.emitted_tokens)).where(later)),
-            (select(func.sum(StepBatch.tree_nodes)), select(func.sum(DecodeStep.tree_nodes)).where(later)),
+            (select(func.sum(StepBatchSize.tree_nodes)), select(func.sum(DecodeStep.tree_nodes)).where(later)),
             (
                 select(func.sum(StepDepth.accepted_tokens * StepDepth.steps)),
                 select(func.sum(DecodeStep.accepted_tokens)).where(later),

@@ -24,7 +24,7 @@ _NO_TIMEOUT = timedelta(days=365)
 _HEAD = 2048  # int64 words of a command's first message, which starts with its length; few commands need a second
 
 
-class Channel:
+class RankChannel:
     """This process's end of the channel."""
 
     def __init__(self, store: Path, rank: int, ranks: int, device: torch.device) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from worker.engine.errors import RankLost
 from worker.engine.model.packed_model import PackedModel
-from worker.engine.parallel.channel import Channel
+from worker.engine.parallel.channel import RankChannel
 from worker.engine.parallel.commands import CommandKind, RankCommand
 from worker.engine.segments import KvMove, Segment
 
@@ -27,7 +27,7 @@ class LeaderModel(PackedModel):
     def __init__(
         self,
         model: PreTrainedModel,
-        channel: Channel,
+        channel: RankChannel,
         number: int,
         *,
         slots: int,
@@ -37,7 +37,7 @@ class LeaderModel(PackedModel):
         **options: Any,
     ) -> None:
         """Create the KV slots on all ranks; `number` is the model's index, the same on each."""
-        self._channel: Channel | None = None  # each rank runs the forwards of its equivalence check without commands
+        self._channel: RankChannel | None = None  # None: each rank runs its equivalence check without commands
         numbers = (slots, capacity, _UNSET if paged is None else int(paged), _UNSET if kv_tokens is None else kv_tokens)
         channel.send(RankCommand(CommandKind.BUILD, number, numbers=numbers))
         super().__init__(model, slots=slots, capacity=capacity, paged=paged, kv_tokens=kv_tokens, **options)

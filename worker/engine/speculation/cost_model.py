@@ -50,7 +50,7 @@ class CostModel:
         return self._drift * self._without_drift(np.asarray(rows, np.float64), np.asarray(entries, np.float64))
 
     def calibrated_ms(self, rows: int, entries: float) -> float:
-        """Return the time of such a step at calibration, without what was learned since."""
+        """Return the step time for `rows` rows and `entries` KV entries as calibrated, without later corrections."""
         return float(self._interpolate(self._ms, np.asarray(rows, np.float64), np.asarray(entries, np.float64)))
 
     def observe(self, rows: int, entries: float, step_ms: float) -> None:

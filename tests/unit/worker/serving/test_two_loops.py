@@ -16,7 +16,7 @@ PROMPTS = ("the cat and the dog the cat and the dog ", "two")
 
 
 def run_ahead(worker: Worker, steps: int) -> None:
-    """Decode to the end with an engine that runs so many steps before the results of the first are read."""
+    """Decode to the end with an engine that runs several steps before the results of the first are read."""
     for _ in range(500):
         worker.requests.notify()
         worker.requests.admit()
@@ -126,7 +126,7 @@ def test_results_of_a_lost_lease_are_not_those_of_the_next_claim(database: Datab
     for _ in range(3):
         worker.runner.run_once(notified=True)
     for _ in range(5):
-        worker.engine.run_once()  # results that nobody has read
+        worker.engine.run_once()  # results that are not read yet
     lapse_leases(database)
     worker.requests.collect()  # the lease is lost, and the same worker may claim the request again
     worker.run()
