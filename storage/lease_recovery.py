@@ -111,7 +111,7 @@ def running_processes(session: Session) -> list[WorkerProcess]:
 
 
 def mark_lost(session: Session, dead: Collection[str], silent_s: float | None = None) -> None:
-    """Mark workers as lost that are dead or, with `silent_s`, whose last heartbeat is older than that."""
+    """Mark the `dead` workers as lost; with `silent_s`, also those whose last heartbeat is older."""
     now = database_now(session)
     lost: ColumnElement[bool] = Worker.id.in_(dead)
     if silent_s is not None:

@@ -57,8 +57,8 @@ def claim(
 
     Suspects (storage.lease_recovery) come first, one quarantine group at a time, and only when everything that the
     caller holds is cleared. Until the group is cleared as well, the worker claims nothing else, so a crash has a known
-    set of suspects. A worker that has not served any request claims requests that have crashed a worker alone last: if
-    it crashes on other work first, its host is at fault; if it does not, a later crash counts against the request.
+    set of suspects. A worker that has not served any request yet claims requests that have crashed a lone worker
+    last. If it crashes on other work first, its host is at fault. If not, a later crash counts against the request.
     """
     if limit <= 0:
         return []

@@ -1,8 +1,8 @@
 """The three public `generate_with_*` functions of the seed project, on the current engine.
 
-`use_parallel` splits the target over as many GPUs as its heads allow; without GPUs over CPU processes, in float32 only:
-in bfloat16, split sums round differently enough to change a text, and one process uses every core anyway. Without
-`use_parallel` one process uses every core or one GPU. torch is imported by the functions, because it takes seconds.
+`use_parallel` splits the target over as many GPUs as its heads allow. Without GPUs it splits it over CPU processes, but
+in float32 only: split bfloat16 sums round differently enough to change a text. Without `use_parallel` one process uses
+one GPU or every core. The functions import torch themselves, because that takes seconds.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def generate_with_streaming_speculative_decoding(
 
 
 def _loaded_model(parallel: bool) -> LoadedModel:
-    """Return the models of the environment's settings, loaded once; on as many ranks as there can be if `parallel`."""
+    """Return the models of the environment's settings, loaded once; with `parallel` on `_max_ranks` ranks."""
     from worker.generate import resident_model
     from worker.settings import WorkerSettings
 

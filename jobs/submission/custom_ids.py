@@ -22,7 +22,7 @@ class GivenId:
 
 
 def recovered(custom_id: object) -> GivenId | None:
-    """Return an invalid id as text that its sender recognises; None if it has no such text."""
+    """Return an invalid id as text for its error message and row; None if it can't be shown as text."""
     text = f"{custom_id}" if isinstance(custom_id, str | float) or _is_short_int(custom_id) else ""
     return GivenId(storable(text), is_own=False) if 1 <= len(text) <= _MAX_INVALID_CHARS else None
 

@@ -68,7 +68,7 @@ def find_custom_id(text: bytes) -> str | None:
 
 
 def describe_format(sample: Sequence[bytes]) -> str | None:
-    """Return, from its first lines, which format an unreadable file has and what to do; None if unknown."""
+    """Recognise the format of an unreadable file by its first lines; return a sentence with advice, or None."""
     text = b"\n".join(sample)
     try:
         reject_other_formats(text, "The file", "")

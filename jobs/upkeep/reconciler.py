@@ -144,7 +144,7 @@ class Reconciler:
         return [worker.worker_id for worker in running if is_dead(worker.process) or _is_followed(worker, running)]
 
     def _in_batches(self, end: Callable[[Session], Ended]) -> Ended:
-        """End requests in batches. Pause after each for as long as it took, so that other transactions can run."""
+        """End requests in batches, with pauses as long as the batches, in which other transactions can run."""
         batches: list[Ended] = []
         round_ends_at = time.monotonic() + _ROUND_S
         while True:

@@ -1,8 +1,8 @@
 """The head's network: decoder layers over tokens and the target's hidden states (EAGLE-3, arXiv 2503.01840, section 3).
 
-Row p reads token p and the state at p - 1, and predicts token p + 1. The state is fused from hidden states of several
-target layers where the target has run; below the root of a tree it is the network's own output, as EAGLE-3's
-training-time test prepares it for. Embeddings and output weights are the target's, so a head is small.
+Row p reads token p and the state at p - 1, and predicts token p + 1. Where the target has run, the state is
+fused from hidden states of several target layers. Below the root of a tree it is the network's own output; EAGLE-3's
+training-time test trains it for that. Embeddings and output weights are the target's, so a head is small.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class ModelDrafter:
     ) -> None:
         """Draft with `model`, whose KV slots have the target's numbers; the target's ids are those below `vocab`.
 
-        `shared`: which ids both have; None: all. `positions`: the model's context; nothing is drafted beyond.
+        `shared` are the ids that both have (None: all). Nothing is drafted beyond `positions`, the model's context.
         """
         self.name = name
         self.forward_free = None  # every draft takes a forward

