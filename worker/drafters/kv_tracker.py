@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from worker.engine.scheduler import common_prefix_length
+from worker.engine.kv.prefix_tree import common_prefix_length
 from worker.engine.segments import BoolArray, IntArray, Segment, chain
 from worker.engine.sequence import Sequence
 from worker.engine.speculation.draft_tree import Forest

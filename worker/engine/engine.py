@@ -6,7 +6,7 @@ is the reference of the tests and the baseline of the benchmarks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from time import perf_counter
 from typing import Any
 
@@ -80,7 +80,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """True while some sequence is not finished."""
-        return bool(self._scheduler.sequences)
+        return self._scheduler.busy
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence, new or resumed. It must be shorter than the context by one token at least."""
@@ -89,10 +89,10 @@ class Engine:
 
     def cancel(self, keys: set[Hashable]) -> None:
         """End sequences by key, without another token."""
-        for sequence in self._scheduler.sequences:
-            if sequence.key in keys:
-                sequence.cancelled = True
-        self._drop_finished()
+        sequences = self._scheduler.of(keys)
+        for sequence in sequences:
+            sequence.cancelled = True
+        self._drop_finished(sequences)
 
     def step(self, only: Collection[Hashable] | None = None, *, plain: bool = False) -> StepBatch:
         """Run one step and return what each emitting sequence got: nothing while prompts are still being read.
@@ -121,7 +121,7 @@ class Engine:
         logprobs = compute_logprobs(plan.selected, logits, rows, accepted, emitted)
         self._commit(plan, accepted, emitted)
         results = self._results(batch, plan, accepted, emitted, logprobs, timer)
-        self._drop_finished()
+        self._drop_finished(plan.selected.sequences)
         self._late_ms = timer.late_ms()
         return results
 
@@ -202,10 +202,10 @@ class Engine:
                 chunk.sequence.prefill_ms += step_ms
         return results
 
-    def _drop_finished(self) -> None:
-        for sequence in self._scheduler.drop_finished():
+    def _drop_finished(self, candidates: Iterable[Sequence]) -> None:
+        for sequence in self._scheduler.drop_finished(candidates):
             # Release the tree; keep the KV entries that stay cached for later sequences with this prefix.
-            self._target.truncate(sequence.slot, len(self._scheduler.slots.cached_prefixes.get(sequence.slot, ())))
+            self._target.truncate(sequence.slot, self._scheduler.slots.cached_length(sequence.slot))
             if self._drafter is not None:
                 self._drafter.drop(sequence)
 

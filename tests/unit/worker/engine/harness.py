@@ -20,7 +20,6 @@ from worker.engine.stats import StepResult
 
 OPTIONS = EngineOptions(max_sequences=4, max_context=256, prefill_rows=7, nodes=12, threshold=0.1, max_depth=5)
 FLAT_COSTS = CostModel({1: 10.0, 64: 11.0})  # trees are nearly free: they are always worth growing
-_MAX_WAITING = 64  # the scheduler compares each pair of waiting prompts in every step
 PROMPTS = [[2, 3, 4, 5, 6], [7, 8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [18], [2, 3, 4, 5, 6, 7]]
 
 
@@ -50,13 +49,12 @@ def engine(target: LanguageModel, drafter: Drafter | None, chosen: EngineOptions
 
 
 def decode(running: Engine, some: Sequence[EngineSequence]) -> list[StepResult]:
-    """Run sequences to their end and return every step result. Add `_MAX_WAITING` at a time: see there."""
+    """Run sequences to their end and return every step result."""
+    for sequence in some:
+        running.add(sequence)
     results: list[StepResult] = []
-    for start in range(0, len(some), _MAX_WAITING):
-        for sequence in some[start : start + _MAX_WAITING]:
-            running.add(sequence)
-        while running.busy:
-            results += running.step()
+    while running.busy:
+        results += running.step()
     return results
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import pytest
 import torch
 from torch import Tensor
 
 from tests.models import ARCHITECTURES, VOCAB, TableModel, packed, tiny
 from tests.unit.worker.engine.harness import decode, drafter, engine, options, outputs, sequences
-from worker.engine import scheduler
+from worker.engine import prefix_sharing
+from worker.engine.kv.prefix_tree import Match, PrefixTree, common_prefix_length
 from worker.engine.options import Mode
 from worker.engine.sampling.sampling import Sampling
-from worker.engine.scheduler import common_prefix_length
 
 SYSTEM = [2 + i % 37 for i in range(40)]
 PROMPTS = [[*SYSTEM, 7, 8], [*SYSTEM, 9], [*SYSTEM[:25], 11, 12, 13], [*SYSTEM, 7, 8], [20, 21], SYSTEM]
@@ -26,7 +28,7 @@ def last_token(text: tuple[int, ...]) -> Tensor:
 
 @pytest.fixture
 def no_sharing(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    monkeypatch.setattr(scheduler, "MIN_SHARED_PREFIX", 10_000)
+    monkeypatch.setattr(prefix_sharing, "MIN_SHARED_PREFIX", 10_000)
     return monkeypatch
 
 
@@ -41,7 +43,7 @@ def test_text_is_the_same_with_and_without_sharing(
         no_sharing.setattr("worker.engine.model.backend.kernels", lambda dtype: None)
     alone = sequences(PROMPTS, max_tokens=6, sampling=sampling)
     decode(engine(packed(tiny(architecture)), None, options(Mode.PLAIN, prefill_rows=prefill_rows)), alone)
-    no_sharing.setattr(scheduler, "MIN_SHARED_PREFIX", 16)
+    no_sharing.setattr(prefix_sharing, "MIN_SHARED_PREFIX", 16)
     together = sequences(PROMPTS, max_tokens=6, sampling=sampling)
     running = engine(packed(tiny(architecture)), drafter("same"), options(Mode.PAPER, prefill_rows=prefill_rows))
     decode(running, together)
@@ -113,6 +115,52 @@ def test_a_sequence_cancelled_before_it_read_anything_leaves_the_others_alone() 
     while running.busy:
         running.step()
     assert outputs(some)[1] == outputs(some)[2] == [9, 10, 11, 12]
+
+
+def test_a_prompt_is_looked_up_as_often_among_many_that_wait_as_among_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    lookups: list[int] = []
+    longest = PrefixTree.longest
+
+    def counted(tree: PrefixTree[Hashable], ids: list[int]) -> Match[Hashable]:
+        lookups.append(len(ids))
+        return longest(tree, ids)
+
+    monkeypatch.setattr(PrefixTree, "longest", counted)
+    for count in (4, 40):
+        lookups.clear()
+        prompts = [[*SYSTEM, 5 + i % 3, *[9 + i] * 40] for i in range(count)]
+        running = engine(TableModel(last_token), None, options(Mode.PLAIN, max_sequences=count, prefill_rows=50))
+        decode(running, sequences(prompts, max_tokens=2))
+        assert len(lookups) <= 4 * count, "when it gets its first rows, and when the prefix is there"
+
+
+def test_a_prompt_that_goes_on_as_a_running_output_does_shares_it() -> None:
+    model = TableModel(last_token)
+    running = engine(model, None, options(Mode.PLAIN))
+    first = sequences([PROMPTS[0]], max_tokens=30)[0]
+    running.add(first)
+    while len(first.output_ids) < 12:
+        running.step()
+    second = sequences([[*first.ids[:-2], 3]], max_tokens=1)[0]
+    running.add(second)
+    rows = model.rows
+    while not second.finished:
+        running.step()
+        rows += not first.finished
+    assert model.rows == rows + 1
+
+
+def test_a_short_prompt_gets_a_long_ones_prefix_read_before_the_rest_of_it() -> None:
+    oldest, long, short = sequences([[50] * 300, [*SYSTEM, *[7] * 400], [*SYSTEM, 9]], max_tokens=1)
+    running = engine(TableModel(last_token), None, options(Mode.PLAIN, max_context=500, prefill_rows=40))
+    for sequence in (oldest, long):
+        running.add(sequence)
+    running.step()
+    running.add(short)
+    for _ in range(3):
+        running.step()
+    assert short.finished
+    assert not long.finished
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_the_lowest_slot_is_allocated_first_and_no_more_than_there_are() -> None
     assert [slots.allocate(5), slots.allocate(5)] == [0, 1]
     with pytest.raises(OutOfSlots):
         slots.allocate(0)
-    slots.free(0, [])
+    slots.free(0, [], 0)
     assert slots.allocate(5) == 0
 
 

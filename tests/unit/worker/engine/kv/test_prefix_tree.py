@@ -1,0 +1,43 @@
+"""Laws of the prefix tree: the longest common prefix to the token, as a comparison with every text would find it."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from worker.engine.kv.prefix_tree import PrefixTree, common_prefix_length
+
+TEXTS = st.lists(st.integers(0, 1), max_size=8)
+ACTIONS = st.tuples(
+    st.sampled_from(["insert", "copy", "shrink", "remove"]), st.integers(0, 3), st.integers(0, 3), TEXTS
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(ACTIONS, max_size=20), TEXTS)
+def test_a_lookup_finds_what_a_comparison_with_every_text_finds(
+    actions: list[tuple[str, int, int, list[int]]], wanted: list[int]
+) -> None:
+    tree: PrefixTree[int] = PrefixTree()
+    held: dict[int, list[int]] = {}
+    for action, holder, other, ids in actions:
+        if action == "insert":
+            held[holder] = held.get(holder, []) + ids
+            tree.insert(holder, held[holder], len(held[holder]))
+        elif action == "remove":
+            held.pop(holder, None)
+            tree.remove(holder)
+        elif action == "shrink" and held.get(holder):
+            held[holder] = held[holder][: max(1, len(ids))]
+            tree.shrink(holder, max(1, len(ids)))
+        elif action == "copy" and held.get(other) and not held.get(holder):
+            held[holder] = held[other][: max(1, len(ids))]
+            tree.copy(other, holder, len(held[holder]))
+        lengths = {one: common_prefix_length(text, wanted) for one, text in held.items()}
+        longest = max(lengths.values(), default=0)
+        match = tree.longest(wanted)
+        assert match.length == longest
+        if longest:
+            assert set(match.holders) == {one for one, length in lengths.items() if length == longest}
+            assert set(match.ends) <= {one for one, text in held.items() if len(text) == longest}
+        assert {one: tree.length(one) for one in held} == {one: len(text) for one, text in held.items()}

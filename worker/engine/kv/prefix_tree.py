@@ -1,0 +1,141 @@
+"""Radix tree of token ids: which KV slots or sequences share which prefix, exact to the token.
+
+A lookup or an insertion compares each token of its text once, however many holders there are (cf. RadixAttention,
+arXiv 2312.07104).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+Holder = TypeVar("Holder", bound=Hashable)
+
+
+@dataclass(slots=True, eq=False)
+class _Node(Generic[Holder]):
+    """An edge of the tree and its lower end; each holder below has all tokens of the edge."""
+
+    tokens: list[int]
+    parent: _Node[Holder] | None
+    children: dict[int, _Node[Holder]] = field(default_factory=dict)  # by first token
+    holders: dict[Holder, None] = field(default_factory=dict)  # in order of insertion
+    ends: dict[Holder, None] = field(default_factory=dict)  # those that have no token beyond
+
+
+@dataclass(frozen=True, slots=True)
+class Match(Generic[Holder]):
+    """The longest prefix of a text that some holder has."""
+
+    length: int  # tokens
+    holders: Collection[Holder]  # that have it, the first inserted first
+    ends: Collection[Holder]  # those of them that have no token beyond
+
+
+class PrefixTree(Generic[Holder]):
+    """The texts of many holders."""
+
+    def __init__(self) -> None:
+        """Start without a holder."""
+        self._root: _Node[Holder] = _Node([], None)
+        self._ends: dict[Holder, tuple[_Node[Holder], int]] = {}  # the last node of each holder, and its tokens
+
+    def length(self, holder: Holder) -> int:
+        """Return how many tokens a holder has."""
+        return self._ends.get(holder, (self._root, 0))[1]
+
+    def insert(self, holder: Holder, ids: list[int], end: int) -> None:
+        """Let a holder have `ids[:end]`, which continue what it has."""
+        node, at = self._ends.get(holder, (self._root, 0))
+        if at >= end:
+            return
+        node.ends.pop(holder, None)
+        if node.parent is not None and len(node.holders) == 1 and not node.children:  # its own leaf
+            node.tokens += ids[at:end]
+            at = end
+        while at < end:
+            child = node.children.get(ids[at])
+            if child is None:
+                child = node.children[ids[at]] = _Node(ids[at:end], node)
+            else:
+                common = common_prefix_length(child.tokens, ids[at : min(end, at + len(child.tokens))])
+                child = child if common == len(child.tokens) else _split(child, common)
+            child.holders[holder] = None
+            node, at = child, at + len(child.tokens)
+        node.ends[holder] = None
+        self._ends[holder] = node, at
+
+    def copy(self, source: Holder, target: Holder, length: int) -> None:
+        """Let a new holder `target` have the first `length` tokens of `source`. Compares no tokens."""
+        node = self._end_at(source, length)
+        node.ends[target] = None
+        self._ends[target] = node, length
+        while node.parent is not None:
+            node.holders[target] = None
+            node = node.parent
+
+    def shrink(self, holder: Holder, length: int) -> None:
+        """Let a holder keep only its first `length` tokens."""
+        kept = self._end_at(holder, length)
+        node, at = self._ends[holder]
+        if node is not kept:
+            del node.ends[holder]
+            self._leave(holder, node, kept)
+            kept.ends[holder] = None
+        self._ends[holder] = kept, min(at, length)
+
+    def remove(self, holder: Holder) -> None:
+        """Forget a holder."""
+        node, _ = self._ends.pop(holder, (self._root, 0))
+        node.ends.pop(holder, None)
+        self._leave(holder, node, self._root)
+
+    def longest(self, ids: list[int]) -> Match[Holder]:
+        """Return the longest prefix of `ids` that some holder has; length 0 if none has the first token."""
+        node, at = self._root, 0
+        while at < len(ids) and (child := node.children.get(ids[at])) is not None:
+            common = common_prefix_length(child.tokens, ids[at : at + len(child.tokens)])
+            node, at = child, at + common
+            if common < len(child.tokens):
+                return Match(at, node.holders, ())
+        return Match(at, node.holders, node.ends)
+
+    def _end_at(self, holder: Holder, length: int) -> _Node[Holder]:
+        """Return the node at which the first `length` tokens of a holder end."""
+        node, at = self._ends[holder]
+        while node.parent is not None and at - len(node.tokens) >= length:
+            node, at = node.parent, at - len(node.tokens)
+        return _split(node, length - at + len(node.tokens)) if at > length else node
+
+    @staticmethod
+    def _leave(holder: Holder, node: _Node[Holder], top: _Node[Holder]) -> None:
+        """Take a holder out of the nodes from `node` up to, but not including, `top`."""
+        while node is not top and node.parent is not None:
+            del node.holders[holder]
+            if not node.holders:
+                del node.parent.children[node.tokens[0]]
+            node = node.parent
+
+
+def common_prefix_length(a: list[int], b: list[int]) -> int:
+    """Return the number of leading tokens that two texts have in common."""
+    low, high = 0, min(len(a), len(b))
+    if a[:high] == b[:high]:
+        return high
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _split(node: _Node[Holder], at: int) -> _Node[Holder]:
+    """Split an edge after `at` tokens; return its upper part."""
+    assert node.parent is not None
+    upper = _Node(node.tokens[:at], node.parent, {node.tokens[at]: node}, dict(node.holders))
+    node.parent.children[node.tokens[0]] = upper
+    node.tokens, node.parent = node.tokens[at:], upper
+    return upper

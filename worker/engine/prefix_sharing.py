@@ -1,0 +1,127 @@
+"""Prefix sharing: which cached prefix a sequence starts from, and whose prefill it waits for.
+
+Each sequence is looked up once, when it gets its first rows: the cost is linear in its prompt, whatever else runs.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Container
+
+from worker.engine.kv.prefix_tree import PrefixTree
+from worker.engine.kv.slot_allocator import SlotAllocator
+from worker.engine.segments import PrefixCopy
+from worker.engine.sequence import Sequence
+
+MIN_SHARED_PREFIX = 16  # tokens: prefilling a shorter prefix is cheaper than waiting for another sequence to prefill it
+
+
+class PrefixSharing:
+    """The prefixes that running sequences hold, and those that they are about to prefill."""
+
+    def __init__(self, slots: SlotAllocator) -> None:
+        """Share what `slots` hold."""
+        self._slots = slots
+        self._running: dict[int, Sequence] = {}  # by slot
+        self._upcoming: PrefixTree[Sequence] = PrefixTree()  # prompts being prefilled, those that wait included
+        self._leaders: dict[Sequence, tuple[Sequence, int]] = {}  # whose prefill a sequence waits for, and to where
+        self._followers: defaultdict[Sequence, dict[Sequence, None]] = defaultdict(dict)
+        self._copies: list[PrefixCopy] = []  # to make before the step, in this order
+
+    def admit(self, sequence: Sequence) -> None:
+        """Take a sequence that has got a slot."""
+        self._running[sequence.slot] = sequence
+
+    def drop(self, sequence: Sequence) -> None:
+        """Forget a sequence before its slot is freed; those that wait for it are looked up again."""
+        self._running.pop(sequence.slot, None)
+        self._upcoming.remove(sequence)
+        if sequence in self._leaders:
+            self._stop_waiting(sequence)
+        for follower in self._followers.pop(sequence, ()):
+            self._look_again(follower)
+
+    def prefilled(self, sequence: Sequence) -> None:
+        """Record that a step has prefilled `ids[:cached]` of a sequence."""
+        self._slots.hold(sequence.slot, sequence.ids, sequence.cached)
+        if not sequence.prefilling:
+            self._upcoming.remove(sequence)
+
+    def reader(self, sequence: Sequence, selected: Container[Sequence] | None) -> tuple[Sequence, int]:
+        """Return the sequence that prefills what `sequence` needs next, and the end of this part.
+
+        That is the sequence itself, or the one whose prefill it waits for: only one of `selected`, None: any.
+        """
+        if not self._upcoming.length(sequence):
+            self._start(sequence, selected)
+        reader, end = sequence, len(sequence.ids)
+        while (awaited := self._leaders.get(reader)) is not None:
+            leader, length = awaited
+            if leader.cached < length and (selected is None or leader in selected):
+                reader, end = leader, length
+            else:  # the prefix is there, or is not read in this step
+                self._stop_waiting(reader)
+                self._copy(reader, *self._longest_cached(reader))
+                reader, end = sequence, len(sequence.ids)
+        return reader, end
+
+    def pop_copies(self) -> tuple[PrefixCopy, ...]:
+        """Return the prefixes to copy before the step, in this order."""
+        copies = tuple(self._copies)
+        self._copies.clear()
+        return copies
+
+    def _start(self, sequence: Sequence, selected: Container[Sequence] | None) -> None:
+        """Copy the longest cached prefix, or wait for a longer one that is about to be prefilled."""
+        wanted = sequence.ids[:-1]  # the row of the last token computes the logits of the next one
+        upcoming = self._upcoming.longest(wanted)
+        length = upcoming.length
+        if length:
+            self._upcoming.copy(next(iter(upcoming.holders)), sequence, length)
+        self._upcoming.insert(sequence, sequence.ids, len(sequence.ids))
+        cached = self._longest_cached(sequence)
+        if length >= MIN_SHARED_PREFIX and length > cached[1]:
+            leader = next(iter(upcoming.holders))  # it is the first, not the sequence itself
+            # Do not wait for one that waits itself if its leader has almost as much.
+            while leader in self._leaders and length - self._leaders[leader][1] < MIN_SHARED_PREFIX:
+                leader, length = self._leaders[leader]
+            if selected is None or leader in selected:
+                self._leaders[sequence] = leader, length
+                self._followers[leader][sequence] = None
+                return
+        self._copy(sequence, *cached)
+
+    def _copy(self, sequence: Sequence, source: int, length: int) -> None:
+        """Start a sequence from a cached prefix that is long enough."""
+        if length >= MIN_SHARED_PREFIX:
+            self._copies.append(PrefixCopy(source, sequence.slot, length))
+            self._slots.copy_prefix(source, sequence.slot, length)
+            sequence.cached = length
+
+    def _longest_cached(self, sequence: Sequence) -> tuple[int, int]:
+        """Return the slot with the longest cached prefix of a sequence, its own if that is as long, and the length."""
+        wanted = sequence.ids[:-1]
+        found = self._slots.longest_prefix(wanted)
+        if found.ends and found.length < len(wanted):
+            ends = [self._running[slot] for slot in found.ends if slot in self._running]
+            grown = [other for other in ends if other.cached > found.length]
+            for other in grown:  # its output may go on as the sequence does
+                self._slots.hold(other.slot, other.ids, other.cached)
+            if grown:
+                found = self._slots.longest_prefix(wanted)
+        if not found.length or sequence.slot in found.holders:
+            return sequence.slot, found.length
+        return next(iter(found.holders)), found.length
+
+    def _stop_waiting(self, sequence: Sequence) -> None:
+        leader, _ = self._leaders.pop(sequence)
+        del self._followers[leader][sequence]
+        if not self._followers[leader]:
+            del self._followers[leader]
+
+    def _look_again(self, sequence: Sequence) -> None:
+        """Look a waiting sequence up again in the next step, and those that wait for it: no two wait for each other."""
+        del self._leaders[sequence]
+        self._upcoming.remove(sequence)
+        for follower in self._followers.pop(sequence, ()):
+            self._look_again(follower)
