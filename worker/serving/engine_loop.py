@@ -43,7 +43,7 @@ class EngineLoop:
         model: str,
         lease_s: float,
     ) -> None:
-        """Create an engine; `make_engine` is called again after a failed step. The first turn reports."""
+        """Create an engine; `make_engine` is called again after a failed step. The first `run_once` sends a report."""
         self._engine = ResilientEngine(make_engine)
         self._channel = channel
         self._lease_s = lease_s

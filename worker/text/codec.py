@@ -153,7 +153,7 @@ class Codec:
         return self._chat.encode(messages, partial(self._check_length, param=param))
 
     def _check_length(self, text: str, param: str) -> None:
-        """Refuse a text that is too long before the slow tokenization, by the minimal number of its tokens."""
+        """Refuse a text whose minimal number of tokens exceeds the context, without the slow tokenization."""
         least = self._length.min_tokens(text)
         if least >= self.context_tokens:
             raise self._too_long(f"at least {least}", param)

@@ -52,7 +52,7 @@ class Forest:
 
     @property
     def roots(self) -> IntArray:
-        """Indices of the roots."""
+        """Nodes of the roots: one per sequence, in the order of the sequences."""
         return np.arange(len(self.sequences))
 
     @property
