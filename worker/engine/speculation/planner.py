@@ -186,7 +186,7 @@ class Planner:
 
     @staticmethod
     def _may_draft(batch: Batch, guard: RegretGuard) -> bool:
-        """Return whether a strategy may be used. Beside a prefill it must be known to gain: such steps teach nothing."""
+        """Return whether a strategy may be used. Beside a prefill it must gain: such steps teach nothing."""
         batch_size = len(batch.decoding)
         return not guard.blocked(batch_size) and (not batch.chunks or guard.gain(batch_size) > 0.0)
 
