@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, event, text
 
 from storage.models import Base
 from storage.session import STATEMENT_TIMEOUT_S, Database, make_engine, write_connection
@@ -19,9 +20,13 @@ _EMPTY = ";".join(f"DELETE FROM {table.name}" for table in reversed(Base.metadat
 
 def open_sqlite(path: Path) -> Database:
     """Return an empty database in a new file; the caller disposes of it."""
+    _write_empty(path)
+    return Database.open(f"sqlite:///{path}")
+
+
+def _write_empty(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(_empty_file())
-    return Database.open(f"sqlite:///{path}")
 
 
 @cache
@@ -35,12 +40,47 @@ def _empty_file() -> bytes:
         return path.read_bytes()
 
 
+class _SharedEngine:
+    """The engine of one database at a time, for all tests of a process: a new engine compiles every statement again."""
+
+    def __init__(self) -> None:
+        self._folder = TemporaryDirectory(prefix="basic-tests-")
+        self.path: Path | None = None
+        self.database = Database.open(f"sqlite:///{self._folder.name}/basic.sqlite3")
+        event.listen(self.database.engine, "do_connect", self._redirect, insert=True)
+        event.listen(self.database.engine, "connect", _never_sync)
+
+    def _redirect(self, _dialect: Any, _record: Any, arguments: list[Any], _options: Any) -> None:
+        """Connect to the file of the running test."""
+        assert self.path is not None
+        arguments[0] = str(self.path)
+
+
+def _never_sync(connection: Any, _record: object) -> None:
+    """Leave it to the kernel when the file reaches the disk: no test pulls the plug."""
+    connection.execute("PRAGMA synchronous = OFF")
+
+
+_shared = cache(_SharedEngine)
+
+
 @contextmanager
 def on_sqlite(directory: Path) -> Iterator[Database]:
     """Yield an empty database in a new file."""
-    database = open_sqlite(directory / "basic.sqlite3")
-    yield database
-    database.dispose()
+    path = directory / "basic.sqlite3"
+    shared = _shared()
+    if shared.path is not None:  # a second database beside the first
+        database = open_sqlite(path)
+        yield database
+        database.dispose()
+        return
+    _write_empty(path)
+    shared.path = path
+    try:
+        yield shared.database
+    finally:
+        shared.database.dispose()
+        shared.path = None
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def make_api(
     Defaults: `notify` notifies workers through the Redis server of the settings, `authenticator` accepts all callers
     until a key is created, and without `served_names` every `Host` is accepted.
     """
-    app = FastAPI(title="bASIC", responses=openapi.ERRORS, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(title="bASIC", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.services = Services(
         settings,
         database,
@@ -59,13 +59,8 @@ def make_api(
     app.add_middleware(HostCheckMiddleware, served_names=served_names)
     app.add_middleware(RequestIdMiddleware)
     app.add_middleware(metrics.LatencyMiddleware, metrics=app.state.metrics)
-    app.include_router(jobs.router, tags=["jobs"])  # routes are matched in this order: the most frequent first
-    app.include_router(files.router, tags=["files"])
-    app.include_router(batches.router, tags=["batches"])
-    app.include_router(completions.router, tags=["completions"])
-    app.include_router(service.router, tags=["service"])
-    app.include_router(metrics.router, tags=["service"])
-    app.include_router(docs.router)
+    for resource in (jobs, files, batches, completions, service, metrics, docs):  # the most frequent are matched first
+        app.router.routes.extend(resource.router.routes)  # include_router would build each route again for this app
     errors.install(app)
     openapi.install(app)
     return app

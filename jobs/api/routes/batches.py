@@ -14,7 +14,7 @@ from jobs.api.dependencies import CurrentServices, cancel_job, find_job
 from jobs.api.http.body import Body
 from jobs.api.http.multipart import read_expires_after_s
 from jobs.api.schemas import serializers
-from jobs.api.schemas.openapi import BATCH_BODY
+from jobs.api.schemas.openapi import BATCH_BODY, ERRORS
 from jobs.api.schemas.replies import BatchPage, BatchReply, responses
 from jobs.api.submissions import IDEMPOTENCY_KEY, json_object, read_endpoint, read_window_s, require_json
 from jobs.api.write_threads import run_write
@@ -26,7 +26,7 @@ from jobs.tracing import submit_span
 from storage import queries
 from storage.queries import JobView
 
-router = APIRouter(prefix="/v1/batches")
+router = APIRouter(prefix="/v1/batches", tags=["batches"], responses=ERRORS)
 
 _MAX_BODY_BYTES = 65_536  # enough for the largest metadata
 _OPENAI_FIELDS = frozenset({"input_file_id", "endpoint", "completion_window", "metadata", "output_expires_after"})

@@ -25,7 +25,7 @@ from jobs.api.auth.caller import Caller, CurrentCaller
 from jobs.api.auth.stream_limits import StreamSlot
 from jobs.api.dependencies import CurrentServices, Services, find_job
 from jobs.api.http.body import Body
-from jobs.api.schemas.openapi import CHAT_BODY, COMPLETION_BODY
+from jobs.api.schemas.openapi import CHAT_BODY, COMPLETION_BODY, ERRORS
 from jobs.api.schemas.replies import CHAT, TEXT
 from jobs.api.submissions import json_object, require_json
 from jobs.api.write_threads import run_write
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 _cancels = ThreadPoolExecutor(4, "cancels")  # cancellations may wait for other writers
 
-router = APIRouter()
+router = APIRouter(tags=["completions"], responses=ERRORS)
 
 T = TypeVar("T")
 

@@ -17,14 +17,14 @@ from jobs.api.dependencies import CurrentServices, Services
 from jobs.api.http.body import chunked
 from jobs.api.http.multipart import UploadForm
 from jobs.api.schemas import serializers
-from jobs.api.schemas.openapi import UPLOAD_BODY
+from jobs.api.schemas.openapi import ERRORS, UPLOAD_BODY
 from jobs.api.schemas.replies import BYTES, FileDeleted, FilePage, FileReply, responses
 from jobs.api.write_threads import run_write
 from jobs.errors import InvalidValue, NotFound
 from storage import files
 from storage.files import CHUNK_BYTES, FileView
 
-router = APIRouter(prefix="/v1/files")
+router = APIRouter(prefix="/v1/files", tags=["files"], responses=ERRORS)
 
 _DAY_S = 86_400.0
 

@@ -16,7 +16,7 @@ from jobs.api.dependencies import CurrentServices, ExistingJob, cancel_job, find
 from jobs.api.http.body import Body
 from jobs.api.routes.job_outputs import CURSOR, followed_lines, output_lines
 from jobs.api.schemas import serializers
-from jobs.api.schemas.openapi import JOB_BODY
+from jobs.api.schemas.openapi import ERRORS, JOB_BODY
 from jobs.api.schemas.replies import EVENTS, JOB, JOBS, LINES, STATISTICS
 from jobs.api.submissions import max_body_bytes, read_submission
 from jobs.api.write_threads import run_write
@@ -27,7 +27,7 @@ from jobs.submission.intake import create_job, retry_job
 from jobs.tracing import submit_span
 from storage import queries
 
-router = APIRouter(prefix="/v1/jobs")
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses=ERRORS)
 
 ID_PREFIX = "^[A-Za-z0-9_-]{0,64}$"
 _RECONNECT = b"retry: 1000\n\n"  # ms until EventSource reconnects

@@ -19,11 +19,12 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from jobs.api.schemas.openapi import ERRORS
 from storage import queue_stats
 from storage.queue_stats import QueueStats, WorkerLoad
 from storage.session import Database
 
-router = APIRouter()
+router = APIRouter(tags=["service"], responses=ERRORS)
 
 _MAX_AGE_S: Final = 3.0
 _BUCKETS_S: Final = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)

@@ -14,13 +14,14 @@ from sqlalchemy import text
 from jobs.api.auth.caller import CurrentCaller
 from jobs.api.dependencies import CurrentServices
 from jobs.api.schemas import serializers
+from jobs.api.schemas.openapi import ERRORS
 from jobs.api.schemas.replies import HEALTH, JOB_ROWS, MODEL, MODELS, READY, STATISTICS, WORKERS
 from jobs.errors import NotFound, UnknownModel
 from jobs.submission.intake import known_models
 from storage import queries
 from storage.statistics import job_summaries
 
-router = APIRouter()
+router = APIRouter(tags=["service"], responses=ERRORS)
 
 _REDIS_TIMEOUT_S = 1.0
 
