@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from storage.session import LONG_STATEMENT_TIMEOUT_S, Database
-from tests.databases import make_empty, on_sqlite
+from tests.databases import make_empty, on_sqlite, open_sqlite
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +33,7 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Databas
 
 @pytest.fixture
 def sqlite(tmp_path: Path) -> Iterator[Database]:
-    """An empty SQLite database."""
-    with on_sqlite(tmp_path) as database:
-        yield database
+    """An empty SQLite database with an engine of its own, set up as in a process of the service."""
+    database = open_sqlite(tmp_path / "basic.sqlite3")
+    yield database
+    database.dispose()

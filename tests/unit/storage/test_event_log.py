@@ -192,7 +192,7 @@ ACTS = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=15, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(acts=ACTS)
 def test_all_text_is_delivered_once_for_any_writes_between_reads(acts: list[tuple[str, int, int]]) -> None:
     with TemporaryDirectory() as folder, on_sqlite(Path(folder)) as database:

@@ -120,7 +120,7 @@ def test_the_laws_hold_after_every_act(request: pytest.FixtureRequest, kind: str
 
 
 SETTINGS = settings(
-    max_examples=12,
+    max_examples=8,
     stateful_step_count=25,
     deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking on a real database takes minutes

@@ -263,22 +263,28 @@ BAD_LINES = {
 }
 
 
-@pytest.mark.parametrize(("number", "name"), list(enumerate(BAD_LINES)), ids=BAD_LINES.keys())
-def test_one_bad_line_fails_alone_and_its_id_survives(world: World, number: int, name: str) -> None:
-    (line, custom_id), place = BAD_LINES[name], number % 3
-    lines = [json.dumps(a_line(name)).encode() for name in ("good", "fine")]
-    lines.insert(place, line)
-    file = uploaded(world.client, b"\n".join(lines))
-    batch = world.client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+def test_one_bad_line_fails_alone_and_its_id_survives(world: World) -> None:
+    """Each bad line is in a batch of its own, at the top, in the middle or at the end; all batches run at once."""
+    batches = {}
+    for number, (name, (line, custom_id)) in enumerate(BAD_LINES.items()):
+        place = number % 3
+        lines = [json.dumps(a_line(each)).encode() for each in ("good", "fine")]
+        lines.insert(place, line)
+        file = uploaded(world.client, b"\n".join(lines))
+        batch = world.client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+        batches[name] = (batch.id, place, custom_id.replace("request-1", f"request-{place}"))
     world.work()
-    assert world.read(batch.id).request_counts.to_dict() == {"total": 3, "completed": 0, "failed": 1}
-    world.answer(*world.claim())
+    for name, (batch_id, _, _) in batches.items():
+        assert world.read(batch_id).request_counts.to_dict() == {"total": 3, "completed": 0, "failed": 1}, name
+    world.answer(*world.claim(limit=2 * len(batches)))
     world.work()
-    batch = world.read(batch.id)
-    assert [line["custom_id"] for line in lines_of(world.client, batch.output_file_id)] == ["good", "fine"]
-    (failed,) = lines_of(world.client, batch.error_file_id)
-    assert failed["custom_id"] == custom_id.replace("request-1", f"request-{place}")
-    assert failed["response"]["body"]["error"]["message"].startswith(f"line {place + 1}")
+    for name, (batch_id, place, custom_id) in batches.items():
+        batch = world.read(batch_id)
+        output = lines_of(world.client, batch.output_file_id)
+        assert [line["custom_id"] for line in output] == ["good", "fine"], name
+        (failed,) = lines_of(world.client, batch.error_file_id)
+        assert failed["custom_id"] == custom_id, name
+        assert failed["response"]["body"]["error"]["message"].startswith(f"line {place + 1}"), name
 
 
 def test_custom_ids_that_look_like_generated_ones_stay_with_their_lines(world: World) -> None:

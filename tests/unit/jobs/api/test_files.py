@@ -12,11 +12,11 @@ from openai import OpenAI
 from sqlalchemy import func, select, update
 
 from jobs.api.app import make_api
-from jobs.api.auth import caller
 from jobs.settings import JobsSettings
 from storage import files
 from storage.models import File, FileChunk
 from storage.session import Database
+from tests.factories import a_key
 from tests.unit.jobs.openai_client import checked, openai_on, uploaded
 
 ODD_BYTES = "\ufeff{}\r\nnot json\x00\u2028é\n\n".encode() + b"\xff\xfe no newline"
@@ -112,22 +112,21 @@ def test_pages_continue_after_a_deleted_file_and_are_not_shifted_by_new_ones(cli
     assert list(client.files.list(purpose="batch_output")) == []
 
 
-def test_a_file_is_visible_to_its_owner_only(settings: JobsSettings, database: Database) -> None:
-    app = make_api(settings, database, lambda *_: None)
-    with TestClient(app) as api:
-        client = openai_on(api)
-        app.dependency_overrides[caller._caller] = lambda: caller.Caller("alice", sees_all=False)
-        hers = uploaded(client, b"x").id
-        app.dependency_overrides[caller._caller] = lambda: caller.Caller("bob", sees_all=False)
-        assert list(client.files.list()) == []
-        for call in (client.files.retrieve, client.files.content, client.files.delete):
-            with pytest.raises(openai.NotFoundError):
-                call(hers)
-        with pytest.raises(openai.NotFoundError) as refused:
-            client.batches.create(input_file_id=hers, endpoint="/v1/completions", completion_window="24h")
-        assert refused.value.param == "input_file_id"
-        with pytest.raises(openai.BadRequestError):
-            client.files.list(after=hers)
+def test_a_file_is_visible_to_its_owner_only(api: TestClient, database: Database) -> None:
+    alice, bob = (
+        openai_on(api).with_options(api_key=a_key(database)["authorization"].removeprefix("Bearer ")) for _ in range(2)
+    )
+    hers = uploaded(alice, b"x").id
+    assert list(alice.files.list()) != []
+    assert list(bob.files.list()) == []
+    for call in (bob.files.retrieve, bob.files.content, bob.files.delete):
+        with pytest.raises(openai.NotFoundError):
+            call(hers)
+    with pytest.raises(openai.NotFoundError) as refused:
+        bob.batches.create(input_file_id=hers, endpoint="/v1/completions", completion_window="24h")
+    assert refused.value.param == "input_file_id"
+    with pytest.raises(openai.BadRequestError):
+        bob.files.list(after=hers)
 
 
 @pytest.mark.parametrize(

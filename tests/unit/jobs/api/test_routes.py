@@ -10,13 +10,13 @@ from fastapi.testclient import TestClient
 from sqlalchemy.exc import OperationalError
 
 from jobs.api.app import make_api
-from jobs.api.auth import caller
+from jobs.keys import Scope
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT
 from jobs.settings import JobsSettings
 from storage import leases, queries, speedup_checks, writes
 from storage.records import RequestProgress, SpeedupCheckResult
 from storage.session import Database
-from tests.factories import a_checkpoint, a_finished_choice, a_worker_card
+from tests.factories import a_checkpoint, a_finished_choice, a_key, a_worker_card
 
 LINES = {"content-type": "application/x-ndjson"}
 
@@ -340,23 +340,20 @@ def test_jobs_are_listed_in_pages_newest_first(api: TestClient) -> None:
     assert seen == ids[::-1]
 
 
-def test_a_caller_sees_and_cancels_only_its_own_jobs(
-    settings: JobsSettings, database: Database, notified: Notified
-) -> None:
-    app = make_api(settings, database, notified)
-    with TestClient(app) as api:
-        app.dependency_overrides[caller._caller] = lambda: caller.Caller("alice", sees_all=False)
-        hers = submitted(api)["id"]
-        app.dependency_overrides[caller._caller] = lambda: caller.Caller("bob", sees_all=False)
-        his = submitted(api)["id"]
-        assert [job["id"] for job in api.get("/v1/jobs").json()["data"]] == [his]
-        assert api.get("/v1/jobs", params={"after": hers}).status_code == 400
-        for path in ("", "/outputs", "/events", "/stats"):
-            assert api.get(f"/v1/jobs/{hers}{path}").status_code == 404
-        assert api.post(f"/v1/jobs/{hers}/cancel").status_code == 404
-        app.dependency_overrides.clear()
-        assert [job["id"] for job in api.get("/v1/jobs").json()["data"]] == [his, hers]
-        assert api.get(f"/v1/jobs/{hers}").json()["status"] == "in_progress"
+def test_a_caller_sees_and_cancels_only_its_own_jobs(api: TestClient, database: Database) -> None:
+    alice, bob, admin = a_key(database), a_key(database), a_key(database, Scope.ADMIN)
+    api.headers = alice
+    hers = submitted(api)["id"]
+    api.headers = bob
+    his = submitted(api)["id"]
+    assert [job["id"] for job in api.get("/v1/jobs").json()["data"]] == [his]
+    assert api.get("/v1/jobs", params={"after": hers}).status_code == 400
+    for path in ("", "/outputs", "/events", "/stats"):
+        assert api.get(f"/v1/jobs/{hers}{path}").status_code == 404
+    assert api.post(f"/v1/jobs/{hers}/cancel").status_code == 404
+    api.headers = admin
+    assert [job["id"] for job in api.get("/v1/jobs").json()["data"]] == [his, hers]
+    assert api.get(f"/v1/jobs/{hers}").json()["status"] == "in_progress"
 
 
 def test_statistics_exist_per_job_and_in_total(api: TestClient, database: Database) -> None:
