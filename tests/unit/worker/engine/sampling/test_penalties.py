@@ -12,7 +12,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
 
-from tests.models import TableModel, packed, tiny
+from tests.models import packed, tiny
 from tests.unit.worker.engine.harness import (
     PROMPTS,
     decode,
@@ -23,13 +23,16 @@ from tests.unit.worker.engine.harness import (
     resumed_after,
     sequences,
 )
-from tests.unit.worker.engine.sampling.test_sampling import EveryToken, by_transformers, two_step_logits
-from worker.engine.engine import Engine
+from tests.unit.worker.engine.sampling.test_sampling import (
+    EveryToken,
+    by_transformers,
+    two_step_engine,
+    two_step_logits,
+)
 from worker.engine.options import Mode
 from worker.engine.sampling.sampling import Sampling, noise_key
 from worker.engine.sequence import Sequence
 from worker.engine.speculation import verifier
-from worker.engine.speculation.cost_model import CostModel
 from worker.engine.speculation.draft_tree import Candidates, Forest
 
 ADJUSTED = {
@@ -149,10 +152,7 @@ def test_two_tokens_follow_the_adjusted_joint_law(sampling: Sampling, filters: S
         adjusted = step_by_step(two_step_logits(tuple(text)), text, len(prompt), chosen)
         return by_transformers(chosen, adjusted.unsqueeze(0))[0]
 
-    chosen_options = options(Mode.PAPER if drafted else Mode.PLAIN, max_sequences=64, nodes=25, max_depth=2)
-    running = Engine(
-        TableModel(two_step_logits), EveryToken() if drafted else None, chosen_options, CostModel({1: 1.0})
-    )
+    running = two_step_engine(EveryToken() if drafted else None)
     some = [Sequence(i, list(prompt), 2, 3, replace(chosen, key=noise_key(i, 0))) for i in range(count)]
     decode(running, some)
     counts = np.zeros((4, 4))

@@ -33,6 +33,7 @@ from worker.engine.segments import IntArray
 from worker.engine.sequence import Sequence
 from worker.engine.speculation.cost_model import CostModel
 from worker.engine.speculation.draft_tree import Candidates, Forest
+from worker.engine.speculation.drafting import Drafter
 
 LOGITS = torch.tensor([2.0, 1.5, 1.0, 0.0, -1.0, 0.5, -0.5, 1.9])
 PROCESSED = [
@@ -143,13 +144,16 @@ def two_step_logits(text: tuple[int, ...]) -> Tensor:
     return torch.tensor([0.3, 1.0, -0.5, 0.2]) * (1 + text[-1])
 
 
-@pytest.mark.parametrize("drafter", [None, EveryToken(), SuffixDrafter()], ids=["plain", "full trees", "suffix"])
-def test_two_tokens_follow_the_joint_law_with_any_draft(drafter: EveryToken | SuffixDrafter | None) -> None:
+def two_step_engine(drafter: Drafter | None) -> Engine:
+    """Return an engine on `two_step_logits` that admits all prompts in one step and verifies full trees of two layers."""
     mode = Mode.PLAIN if drafter is None else Mode.PAPER
-    costs = CostModel({1: 1.0})
-    running = Engine(
-        TableModel(two_step_logits), drafter, options(mode, max_sequences=64, nodes=25, max_depth=2), costs
-    )
+    chosen = options(mode, max_sequences=64, prefill_rows=256, nodes=25, max_depth=2)
+    return Engine(TableModel(two_step_logits), drafter, chosen, CostModel({1: 1.0}))
+
+
+@pytest.mark.parametrize("drafter", [None, EveryToken(), SuffixDrafter()], ids=["plain", "full trees", "suffix"])
+def test_two_tokens_follow_the_joint_law_with_any_draft(drafter: Drafter | None) -> None:
+    running = two_step_engine(drafter)
     count = 800
     some = [Sequence(i, [2, 0], 2, 3, Sampling(1.0, key=noise_key(i, 0))) for i in range(count)]
     decode(running, some)
