@@ -34,6 +34,7 @@ from worker.serving.sink import Sink
 from worker.text.codec import Codec
 
 MODEL = "table"
+AT_END = 3600.0  # flush interval of workers that commit when their requests are done: most of a turn's time is its flush
 VOCAB = 258
 EOS = 256
 OPTIONS = EngineOptions(
@@ -179,12 +180,12 @@ def test_a_request_continues_from_its_checkpoint_when_its_worker_dies(
     database: Database, turns: int, temperature: float
 ) -> None:
     submit(database, "one", "two", job_id="undisturbed", temperature=temperature)
-    Worker(database, "a").run()
+    Worker(database, "a", interval_s=AT_END).run()
     expected = texts(database)
     with database.write() as session:
         session.execute(text("DELETE FROM outputs"))
     submit(database, "one", "two", temperature=temperature)
-    dying, heir = Worker(database, "b"), Worker(database, "c")
+    dying, heir = Worker(database, "b"), Worker(database, "c", interval_s=AT_END)
     for _ in range(turns):
         dying.runner.run_once(notified=True)
     lapse_leases(database)
@@ -210,7 +211,7 @@ PENALTIES: dict[str, Any] = {
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_penalties_survive_the_death_of_a_worker(database: Database, turns: int, temperature: float) -> None:
     submit(database, "one", "two", job_id="undisturbed", temperature=temperature, **PENALTIES)
-    Worker(database, "a").run()
+    Worker(database, "a", interval_s=AT_END).run()
     expected = texts(database)
     with database.write() as session:
         session.execute(text("DELETE FROM outputs"))
@@ -219,7 +220,7 @@ def test_penalties_survive_the_death_of_a_worker(database: Database, turns: int,
     for _ in range(turns):
         dying.runner.run_once(notified=True)
     lapse_leases(database)
-    Worker(database, "c").run()
+    Worker(database, "c", interval_s=AT_END).run()
     assert texts(database) == expected
 
 
@@ -243,13 +244,13 @@ def test_a_text_ends_before_its_stop_string_also_in_an_accepted_path_and_resumed
         "two",
     ]  # the first one's text is drafted at once
     submit(database, *prompts, job_id="whole", max_tokens=60)
-    Worker(database, "a", law).run()
+    Worker(database, "a", law, interval_s=AT_END).run()
     whole = texts(database)
     with database.write() as session:
         session.execute(text("DELETE FROM outputs"))
         session.execute(text("DELETE FROM decode_steps"))
     submit(database, *prompts, max_tokens=60, stop=stop)
-    dying, heir = Worker(database, "b", law), Worker(database, "c", law)
+    dying, heir = Worker(database, "b", law), Worker(database, "c", law, interval_s=AT_END if turns else 0.0)
     for _ in range(turns):
         dying.runner.run_once(notified=True)
     lapse_leases(database)
@@ -276,7 +277,7 @@ def test_a_text_ends_before_its_stop_string_also_in_an_accepted_path_and_resumed
 def test_logprobs_of_all_tokens_are_stored_across_workers(database: Database, stop: list[str]) -> None:
     prompts = ["the cat and the dog the cat and the dog ", "two"]
     submit(database, *prompts, job_id="whole", logprobs=3, stop=stop)
-    Worker(database, "a").run()
+    Worker(database, "a", interval_s=AT_END).run()
     submit(database, *prompts, job_id="resumed", logprobs=3, stop=stop)
     dying = Worker(database, "b")
     for _ in range(2):
@@ -398,7 +399,7 @@ def test_a_failed_step_is_retried_without_visible_effect(database: Database) -> 
         return words(prefix)
 
     submit(database, "one", "two", job_id="undisturbed")
-    Worker(database, "a").run()
+    Worker(database, "a", interval_s=AT_END).run()
     expected = texts(database)
     with database.write() as session:
         session.execute(text("DELETE FROM outputs"))

@@ -12,7 +12,7 @@ from storage.models import CheckedRequest, ChoiceOutput, DecodeStep, JobRow
 from storage.session import Database
 from storage.statistics import job_stats
 from tests.databases import on_sqlite
-from tests.unit.worker.serving.test_runner import Worker, submit, texts
+from tests.unit.worker.serving.test_runner import AT_END, Worker, submit, texts
 from worker.engine.stats import StepResult
 from worker.serving import speedup_check
 
@@ -39,7 +39,7 @@ def run_until_it_compares(worker: Worker) -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_sampled_job_is_decoded_in_both_variants_with_the_same_texts(database: Database, temperature: float) -> None:
     submit(database, "one", "two", "three", "four", "five", compare_plain=4, temperature=temperature)
-    Worker(database, "a").run(2_000)
+    Worker(database, "a", interval_s=AT_END).run(2_000)
     rows = compared(database)
     assert [row.same_text for row in rows] == [True] * 4
     assert all(row.plain_ms and row.drafted_ms and row.tokens > 20 for row in rows)
@@ -68,7 +68,7 @@ def test_steps_of_both_variants_are_interleaved_and_plain_steps_have_no_drafts(
 
     monkeypatch.setattr(speedup_check._Variant, "take", noted)
     submit(database, "one", compare_plain=1)
-    Worker(database, "a").run(2_000)
+    Worker(database, "a", interval_s=AT_END).run(2_000)
     assert {nodes for is_plain, nodes in taken if is_plain} == {0}
     assert any(nodes for is_plain, nodes in taken if not is_plain)
     turns = [is_plain for is_plain, _ in taken]
@@ -121,7 +121,7 @@ def test_texts_of_the_job_are_not_drafts_of_its_speedup_check(
 
     monkeypatch.setattr(speedup_check._Variant, "take", noted)
     submit(database, "one", "two", compare_plain=2)
-    worker = Worker(database, "a")
+    worker = Worker(database, "a", interval_s=AT_END)
     run_until_it_compares(worker)
     for _ in range(8):
         worker.runner.run_once(notified=True)
@@ -138,7 +138,7 @@ def test_texts_of_the_job_are_not_drafts_of_its_speedup_check(
 def test_the_sample_of_a_job_is_always_the_same(database: Database, tmp_path: Path) -> None:
     prompts = [f"prompt {n}" for n in range(9)]
     submit(database, *prompts, compare_plain=3, max_tokens=4)
-    Worker(database, "a").run(2_000)
+    Worker(database, "a", interval_s=AT_END).run(2_000)
     (tmp_path / "other").mkdir()
     with on_sqlite(tmp_path / "other") as other:
         submit(other, *prompts, compare_plain=3, max_tokens=4)
@@ -150,7 +150,7 @@ def test_the_sample_of_a_job_is_always_the_same(database: Database, tmp_path: Pa
 
 def test_new_requests_preempt_a_speedup_check(database: Database) -> None:
     submit(database, "one", "two", "three", compare_plain=3)
-    worker = Worker(database, "a")
+    worker = Worker(database, "a", interval_s=AT_END)
     run_until_it_compares(worker)
     submit(database, "four", "five", "six", job_id="batch_2")
     worker.runner.run_once(notified=True)
@@ -173,7 +173,7 @@ def test_an_engine_with_one_slot_decodes_one_variant_after_the_other(database: D
 
 def test_a_text_that_differs_is_logged_as_an_error(database: Database, caplog: pytest.LogCaptureFixture) -> None:
     submit(database, "one", "two", compare_plain=2)
-    worker = Worker(database, "a")
+    worker = Worker(database, "a", interval_s=AT_END)
     run_until_it_compares(worker)
     worker.runner.hand_back()
     with database.write() as session:
@@ -191,7 +191,7 @@ def test_a_text_that_differs_is_logged_as_an_error(database: Database, caplog: p
 
 def test_a_speedup_check_does_not_change_its_job(database: Database) -> None:
     submit(database, "one", "two", compare_plain=2)
-    worker = Worker(database, "a")
+    worker = Worker(database, "a", interval_s=AT_END)
     run_until_it_compares(worker)
     before = texts(database), steps(database), len(worker.events)
     worker.run(2_000)
@@ -205,9 +205,9 @@ def steps(database: Database) -> int:
 
 def test_a_stopping_worker_releases_its_speedup_check_at_once(database: Database) -> None:
     submit(database, "one", "two", compare_plain=2)
-    first = Worker(database, "a")
+    first = Worker(database, "a", interval_s=AT_END)
     run_until_it_compares(first)
-    second = Worker(database, "b")
+    second = Worker(database, "b", interval_s=AT_END)
     second.runner.run_once(notified=True)
     assert not second.runner.busy
     first.runner.hand_back()
@@ -221,14 +221,14 @@ def test_a_speedup_check_that_killed_two_workers_is_not_claimed_again(database: 
         run_until_it_compares(Worker(database, name))  # and never comes back
         with database.write() as session:
             speedup_checks.fail_checks(session, [name])
-    third = Worker(database, "c")
+    third = Worker(database, "c", interval_s=AT_END)
     third.runner.run_once(notified=True)
     assert not third.runner.busy
 
 
 def test_a_request_that_can_no_longer_be_decoded_is_left_out(database: Database) -> None:
     submit(database, "one", "two", compare_plain=2)
-    worker = Worker(database, "a")
+    worker = Worker(database, "a", interval_s=AT_END)
     run_until_it_compares(worker)
     worker.runner.hand_back()
     with database.write() as session:
