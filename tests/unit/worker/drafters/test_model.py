@@ -120,7 +120,7 @@ def test_a_shared_prefix_is_fed_once_and_changes_no_draft(paged: bool, together:
     for limit in (10_000, 16):  # min length of a prefix that is shared
         draft = tiny("llama", seed=0)
         draft.set_attn_implementation(ATTENTION_NAME)
-        counted = Counted(PackedModel(draft, slots=4, capacity=1024, cpu_kernels=False, paged=paged))
+        counted = Counted(PackedModel(draft, slots=4, capacity=160, cpu_kernels=False, paged=paged))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kv_tracker, "_MIN_SHARED_PREFIX", limit)
             some = sequences(prompts, sampling=Sampling(temperature=0.7))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from tests.models import packed, tiny
@@ -43,6 +44,16 @@ def sequences(
     ]
 
 
+def greedy_and_sampled(
+    sampling: Sampling, prompts: Sequence[list[int]] = PROMPTS, max_tokens: int = 14
+) -> list[EngineSequence]:
+    """Return a greedy and a sampled sequence per prompt, for one batch."""
+    some = sequences([*prompts, *prompts], max_tokens, sampling)
+    for sequence in some[: len(prompts)]:
+        sequence.sampling = replace(sequence.sampling, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
+    return some
+
+
 def engine(target: LanguageModel, drafter: Drafter | None, chosen: EngineOptions) -> Engine:
     """Return an engine on flat costs."""
     return Engine(target, drafter, chosen, FLAT_COSTS)
@@ -56,6 +67,19 @@ def decode(running: Engine, some: Sequence[EngineSequence]) -> list[StepResult]:
     while running.busy:
         results += running.step()
     return results
+
+
+@cache
+def plain_texts(
+    architecture: str = "llama", max_tokens: int = 14, sampling: Sampling | None = None, *, both: bool = False
+) -> list[list[int]]:
+    """Return the ids that plain decoding emits after each of PROMPTS, or of `greedy_and_sampled` ones."""
+    if both and sampling is not None:
+        some = greedy_and_sampled(sampling, max_tokens=max_tokens)
+    else:
+        some = sequences(max_tokens=max_tokens, sampling=sampling)
+    decode(engine(packed(tiny(architecture)), None, options(Mode.PLAIN)), some)
+    return outputs(some)
 
 
 def resumed_after(

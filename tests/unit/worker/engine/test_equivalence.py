@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tests.unit.worker.engine.harness import (
     engine,
     options,
     outputs,
+    plain_texts,
     resumed_after,
     sequences,
 )
@@ -25,11 +27,13 @@ from worker.engine.sequence import FinishReason
 SAMPLED = Sampling(temperature=0.9, top_k=20, top_p=0.95)
 
 
-def reference(architecture: str, prompts: list[list[int]], max_tokens: int, eos: int | None = None) -> list[list[int]]:
+@cache
+def reference(architecture: str, max_tokens: int, eos: int | None = None) -> list[list[int]]:
+    """Return what transformers writes after each of PROMPTS."""
     model: Any = tiny(architecture)  # transformers types `generate` for mixins that no model class declares
     model.generation_config.eos_token_id = eos
     texts = []
-    for prompt in prompts:
+    for prompt in PROMPTS:
         out = model.generate(torch.tensor([prompt]), max_new_tokens=max_tokens, do_sample=False, pad_token_id=0)
         texts.append(out[0, len(prompt) :].tolist())
     return texts
@@ -39,7 +43,7 @@ def reference(architecture: str, prompts: list[list[int]], max_tokens: int, eos:
 def test_plain_greedy_text_equals_transformers_generate(architecture: str) -> None:
     some = sequences()
     decode(engine(packed(tiny(architecture)), None, options(Mode.PLAIN)), some)
-    assert outputs(some) == reference(architecture, PROMPTS, 14)
+    assert outputs(some) == reference(architecture, 14)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -49,7 +53,7 @@ def test_greedy_tree_decoding_equals_transformers_generate(architecture: str, no
     model = tiny(architecture)
     some = sequences()
     results = decode(engine(packed(model), drafter(kind), options(Mode.PAPER, nodes=nodes)), some)
-    assert outputs(some) == reference(architecture, PROMPTS, 14)
+    assert outputs(some) == reference(architecture, 14)
     assert any(r.stats.tree_nodes for r in results), "no tree was verified, so nothing was tested"
 
 
@@ -57,11 +61,9 @@ def test_greedy_tree_decoding_equals_transformers_generate(architecture: str, no
 @pytest.mark.parametrize("kind", ["suffix", "same", "random"])
 @pytest.mark.parametrize("mode", [Mode.PAPER, Mode.OPT_TREE])
 def test_text_does_not_depend_on_draft_mode_or_batch(sampling: Sampling, kind: str, mode: Mode) -> None:
-    plain = sequences(sampling=sampling)
-    decode(engine(packed(tiny()), None, options(Mode.PLAIN)), plain)
     some = sequences(sampling=sampling)
     decode(engine(packed(tiny()), drafter(kind), options(mode, max_sequences=2)), some[::-1])
-    assert outputs(some) == outputs(plain)
+    assert outputs(some) == plain_texts(sampling=sampling)
 
 
 def test_a_draft_with_the_targets_weights_is_accepted_to_full_depth() -> None:
@@ -94,8 +96,8 @@ def test_a_resumed_sequence_continues_as_if_it_had_not_stopped(sampling: Samplin
 
 @pytest.mark.parametrize("mode", Mode)
 def test_a_text_ends_exactly_at_its_end_of_sequence_token_inside_an_accepted_path(mode: Mode) -> None:
-    eos = reference("llama", PROMPTS, 20)[0][6]
-    expected = reference("llama", PROMPTS, 20, eos=eos)
+    eos = reference("llama", 20)[0][6]
+    expected = reference("llama", 20, eos=eos)
     some = sequences(max_tokens=20, eos_ids=[eos])
     decode(engine(packed(tiny()), drafter("same"), options(mode, nodes=60)), some)
     assert outputs(some) == expected
@@ -106,7 +108,7 @@ def test_a_text_ends_exactly_at_its_end_of_sequence_token_inside_an_accepted_pat
 def test_max_tokens_cuts_inside_an_accepted_path(max_tokens: int) -> None:
     some = sequences(max_tokens=max_tokens)
     results = decode(engine(packed(tiny()), drafter("same"), options(Mode.PAPER, nodes=60)), some)
-    assert outputs(some) == reference("llama", PROMPTS, max_tokens)
+    assert outputs(some) == reference("llama", max_tokens)
     assert {s.finish_reason for s in some} == {FinishReason.LENGTH}
     assert sum(r.stats.emitted_tokens for r in results) == max_tokens * len(some)
 

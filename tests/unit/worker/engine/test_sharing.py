@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.models import ARCHITECTURES, VOCAB, TableModel, packed, tiny
-from tests.unit.worker.engine.harness import decode, drafter, engine, options, outputs, sequences
+from tests.unit.worker.engine.harness import decode, drafter, engine, greedy_and_sampled, options, outputs, sequences
 from worker.engine import prefix_sharing
 from worker.engine.kv.prefix_tree import Match, PrefixTree, common_prefix_length
 from worker.engine.options import Mode
@@ -33,22 +33,21 @@ def no_sharing(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 @pytest.mark.parametrize("cpu_kernels", [True, False], ids=["kernels", "torch"])
-@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("prefill_rows", [7, 500])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_text_is_the_same_with_and_without_sharing(
-    no_sharing: pytest.MonkeyPatch, architecture: str, prefill_rows: int, sampling: Sampling, cpu_kernels: bool
+    no_sharing: pytest.MonkeyPatch, architecture: str, prefill_rows: int, cpu_kernels: bool
 ) -> None:
     if not cpu_kernels:
         no_sharing.setattr("worker.engine.model.backend.kernels", lambda dtype: None)
-    alone = sequences(PROMPTS, max_tokens=6, sampling=sampling)
+    alone = greedy_and_sampled(SAMPLED, PROMPTS, 6)
     decode(engine(packed(tiny(architecture)), None, options(Mode.PLAIN, prefill_rows=prefill_rows)), alone)
     no_sharing.setattr(prefix_sharing, "MIN_SHARED_PREFIX", 16)
-    together = sequences(PROMPTS, max_tokens=6, sampling=sampling)
+    together = greedy_and_sampled(SAMPLED, PROMPTS, 6)
     running = engine(packed(tiny(architecture)), drafter("same"), options(Mode.PAPER, prefill_rows=prefill_rows))
     decode(running, together)
     assert outputs(together) == outputs(alone)
-    again = sequences(PROMPTS, max_tokens=6, sampling=sampling)
+    again = greedy_and_sampled(SAMPLED, PROMPTS, 6)
     decode(running, again)  # now from slots whose texts have ended
     assert outputs(again) == outputs(alone)
 

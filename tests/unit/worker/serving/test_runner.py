@@ -34,7 +34,9 @@ from worker.serving.sink import Sink
 from worker.text.codec import Codec
 
 MODEL = "table"
-AT_END = 3600.0  # flush interval of workers that commit when their requests are done: most of a turn's time is its flush
+AT_END = (
+    3600.0  # flush interval of workers that commit when their requests are done: most of a turn's time is its flush
+)
 VOCAB = 258
 EOS = 256
 OPTIONS = EngineOptions(

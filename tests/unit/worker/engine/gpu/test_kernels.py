@@ -61,7 +61,8 @@ def with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(work, "CHUNK", 16)
     monkeypatch.setattr(kernels, "_PROGRAMS", 3)
     monkeypatch.setattr(kernels, "_ENTRIES", 16)
-    monkeypatch.setattr(kernels, "_TILE", 16)
+    monkeypatch.setattr(kernels, "TILE_QUERIES", 16)
+    monkeypatch.setattr("worker.engine.paged.rows.TILE_QUERIES", 16)
     monkeypatch.setattr("worker.engine.paged.shape_buckets.BUCKETS", (1, 4, 8))
 
 
@@ -105,7 +106,7 @@ def test_slices_that_bound_the_memory_of_partial_results_change_no_bit(monkeypat
     step = STEPS["a tree and a long chunk"]
     ours.forward(STEPS["prompts"])
     whole = ours.forward(step)
-    monkeypatch.setattr("worker.engine.paged.rows.MAX_PART_BYTES", 10 * 4 * 2 * 8)  # ten partial results of two heads
+    monkeypatch.setattr("worker.engine.paged.rows.MAX_PART_BYTES", 5 * 4 * 2 * 8)  # five partial results of two heads
     shape = exact_shape(step, ours.kv)  # type: ignore[arg-type]  # it is paged
     assert shape.slices > 2
     assert torch.equal(ours.forward(step), whole)

@@ -16,8 +16,10 @@ from tests.models import ARCHITECTURES, VOCAB, tiny
 from tests.unit.worker.engine.harness import (
     decode,
     engine,
+    greedy_and_sampled,
     options,
     outputs,
+    plain_texts,
     resumed_after,
     sequences,
 )
@@ -48,7 +50,7 @@ def model(
 ) -> PackedModel:
     network = tiny(architecture, seed)
     network.set_attn_implementation(ATTENTION_NAME)
-    return PackedModel(network, slots=slots, capacity=512, cpu_kernels=False, paged=paged, **options)
+    return PackedModel(network, slots=slots, capacity=272, cpu_kernels=False, paged=paged, **options)
 
 
 def pages(of: PackedModel) -> PagedKv:
@@ -279,15 +281,12 @@ def drafter(kind: str) -> Drafter | None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
-def test_paged_texts_equal_plain_ones(architecture: str, sampling: Sampling) -> None:
-    plain = sequences(sampling=sampling)
-    decode(engine(model(architecture, paged=False), None, options(Mode.PLAIN)), plain)
+def test_paged_texts_equal_plain_ones(architecture: str) -> None:
     for kind, mode in (("none", Mode.PLAIN), ("suffix", Mode.PAPER), ("model", Mode.OPT_TREE)):
-        some, ours = sequences(sampling=sampling), model(architecture)
+        some, ours = greedy_and_sampled(SAMPLED), model(architecture)
         pages(ours).poison_free()
         decode(engine(ours, drafter(kind), options(mode, max_sequences=2)), some[::-1])
-        assert outputs(some) == outputs(plain)
+        assert outputs(some) == plain_texts(architecture, sampling=SAMPLED, both=True)
         pages(ours).check()
 
 
@@ -318,8 +317,6 @@ def test_shared_prefixes_change_no_text_in_paged_kv(prefill_rows: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_blocks_add_up_under_random_arrivals_and_cancellations(seed: int) -> None:
     rng = random.Random(seed)
-    expected = sequences()
-    decode(engine(model(paged=False), None, options(Mode.PLAIN)), expected)
     # Enough for two or three sequences, and for cached prefixes until their memory is needed.
     ours = model(slots=4, kv_tokens=100)
     draft = model(seed=1, slots=4)
@@ -336,8 +333,8 @@ def test_blocks_add_up_under_random_arrivals_and_cancellations(seed: int) -> Non
             pages(paged).check()
             pages(paged).poison_free()
     assert not pages(draft).pool.used, "a draft model keeps no entries of finished sequences"
-    for sequence, whole in zip(some, expected, strict=True):
-        assert sequence.output_ids == whole.output_ids[: len(sequence.output_ids)]
+    for sequence, whole in zip(some, plain_texts(), strict=True):
+        assert sequence.output_ids == whole[: len(sequence.output_ids)]
 
 
 @pytest.mark.parametrize("step", ["prompts", "a tree, a short chunk and a plain row"])

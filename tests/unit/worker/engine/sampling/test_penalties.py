@@ -18,8 +18,10 @@ from tests.unit.worker.engine.harness import (
     decode,
     drafter,
     engine,
+    greedy_and_sampled,
     options,
     outputs,
+    plain_texts,
     resumed_after,
     sequences,
 )
@@ -46,7 +48,7 @@ ADJUSTED = {
     ),
 }
 each_adjustment = pytest.mark.parametrize("sampling", ADJUSTED.values(), ids=ADJUSTED)
-greedy_and_sampled = pytest.mark.parametrize("temperature", [0.0, 0.9], ids=["greedy", "sampled"])
+each_temperature = pytest.mark.parametrize("temperature", [0.0, 0.9], ids=["greedy", "sampled"])
 
 
 def step_by_step(logits: Tensor, text: list[int], num_prompt: int, sampling: Sampling) -> Tensor:
@@ -102,15 +104,12 @@ def test_plain_greedy_text_equals_transformers_generate_under_its_processors() -
 
 
 @each_adjustment
-@greedy_and_sampled
 @pytest.mark.parametrize("kind", ["suffix", "same"])
-def test_adjusted_text_does_not_depend_on_draft_or_batch(sampling: Sampling, temperature: float, kind: str) -> None:
-    chosen = replace(sampling, temperature=temperature)
-    plain = sequences(sampling=chosen, max_tokens=20)
-    decode(engine(packed(tiny()), None, options(Mode.PLAIN)), plain)
-    some = sequences(sampling=chosen, max_tokens=20)
+def test_adjusted_text_does_not_depend_on_draft_or_batch(sampling: Sampling, kind: str) -> None:
+    chosen = replace(sampling, temperature=0.9)
+    some = greedy_and_sampled(chosen, max_tokens=20)
     results = decode(engine(packed(tiny()), drafter(kind), options(Mode.PAPER, max_sequences=2)), some[::-1])
-    assert outputs(some) == outputs(plain)
+    assert outputs(some) == plain_texts(sampling=chosen, max_tokens=20, both=True)
     if kind == "same":
         assert sum(r.stats.accepted_tokens for r in results) > len(results), "drafts were not ranked as the target is"
 
@@ -128,7 +127,7 @@ def test_neighbours_in_a_batch_keep_their_own_adjustments() -> None:
     assert texts(4) == texts(1)
 
 
-@greedy_and_sampled
+@each_temperature
 @pytest.mark.parametrize("after", [1, 5, 13])
 def test_an_adjusted_sequence_resumes_from_its_tokens_with_the_same_text(temperature: float, after: int) -> None:
     chosen = replace(ADJUSTED["all"], temperature=temperature)

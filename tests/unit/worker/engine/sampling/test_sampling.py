@@ -145,7 +145,7 @@ def two_step_logits(text: tuple[int, ...]) -> Tensor:
 
 
 def two_step_engine(drafter: Drafter | None) -> Engine:
-    """Return an engine on `two_step_logits` that admits all prompts in one step and verifies full trees of two layers."""
+    """Return an engine on `two_step_logits` that admits all prompts in one step and verifies trees of two layers."""
     mode = Mode.PLAIN if drafter is None else Mode.PAPER
     chosen = options(mode, max_sequences=64, prefill_rows=256, nodes=25, max_depth=2)
     return Engine(TableModel(two_step_logits), drafter, chosen, CostModel({1: 1.0}))
