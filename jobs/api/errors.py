@@ -34,8 +34,8 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(BasicError, _on_basic_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
-    for away in DATABASE_UNAVAILABLE:
-        app.add_exception_handler(away, _on_database_away)
+    for unavailable in DATABASE_UNAVAILABLE:
+        app.add_exception_handler(unavailable, _on_database_unavailable)
     app.add_exception_handler(MemoryError, _on_memory_short)
     app.add_exception_handler(Exception, _on_bug)
 
@@ -47,7 +47,7 @@ def reply(error: BasicError) -> JSONResponse:
     return JSONResponse(body, status, _headers(error))
 
 
-def database_away(error: Exception) -> JSONResponse:
+def database_unavailable(error: Exception) -> JSONResponse:
     """Return the response for a database that is unavailable, read-only or out of disk space."""
     log.warning("The database does not answer: %s", unavailable_reason(error), extra={"action": "database_unavailable"})
     if is_full(error):
@@ -88,8 +88,8 @@ async def _on_validation_error(request: Request, error: Exception) -> JSONRespon
     return reply(InvalidValue(first["msg"].replace("Input should", "must"), param=param))
 
 
-async def _on_database_away(request: Request, error: Exception) -> JSONResponse:
-    return database_away(error)
+async def _on_database_unavailable(request: Request, error: Exception) -> JSONResponse:
+    return database_unavailable(error)
 
 
 async def _on_memory_short(request: Request, error: Exception) -> JSONResponse:

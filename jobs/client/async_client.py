@@ -42,7 +42,7 @@ class AsyncClient:
     ) -> None:
         """Configure the client; it connects with the first call.
 
-        While the service is away or busy, a call is retried with pauses of `patience_s` seconds in total.
+        While the service is down or busy, a call is retried with pauses of `patience_s` seconds in total.
         """
         self._set_up(api_url, api_key, patience_s, lambda url, headers: AsyncConnection(url, headers, transport))
 
@@ -235,7 +235,7 @@ class AsyncClient:
             raise error_of(response) from None
 
     async def _call(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
-        """Return the JSON of the response or raise its error. Retry while the service is away or busy."""
+        """Return the JSON of the response or raise its error. Retry while the service is down or busy."""
         backoff = self._backoff()
         while True:
             try:

@@ -85,7 +85,7 @@ class JobDetailPage:
         self._numbers: StatsView | None = None  # created when its tab is first opened
         self._head.show(job)
         self._tabs = tabs
-        tabs.on_value_change(self._look)
+        tabs.on_value_change(self._fill_open_tab)
         self._ticks = 0  # seconds until the open tab is updated
 
     async def refresh(self) -> None:
@@ -108,7 +108,7 @@ class JobDetailPage:
         value = self._tabs.value
         return value if isinstance(value, str) else str(getattr(value, "_props", {}).get("name", ""))
 
-    async def _look(self) -> None:
+    async def _fill_open_tab(self) -> None:
         await self._fill(self._tab())
 
     async def _fill(self, name: str) -> None:

@@ -118,7 +118,9 @@ class EventHub:
                 async with self._reads:
                     return await asyncio.to_thread(self._read_now, job_id, since)
             except DATABASE_UNAVAILABLE as exc:
-                log.warning("Can't read the events of job %s: %s", job_id, unavailable_reason(exc), extra=_away(job_id))
+                log.warning(
+                    "Can't read the events of job %s: %s", job_id, unavailable_reason(exc), extra=_extra(job_id)
+                )
                 await asyncio.sleep(_RETRY_S)
 
     def _read_now(self, job_id: str, since: Cursor | None) -> Page:
@@ -223,5 +225,5 @@ class _Channel:
         self._changed = asyncio.Event()
 
 
-def _away(job_id: str) -> dict[str, str]:
+def _extra(job_id: str) -> dict[str, str]:
     return {"action": "story_unavailable", "job_id": job_id}

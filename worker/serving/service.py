@@ -146,7 +146,7 @@ class EngineService:
             self._stats = runner.stats
 
     def _hand_back(self, runner: Runner) -> None:
-        """Release all requests; retry while the database is away and there is drain time left."""
+        """Release all requests; retry while the database is unavailable and there is drain time left."""
         ends_at = time.monotonic() + 0.8 * self._settings.drain_s
         while True:
             try:

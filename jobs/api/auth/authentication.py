@@ -149,8 +149,8 @@ class AuthMiddleware:
             caller = await run_in_threadpool(self._authenticate, scope, authorization, address, needed)
         except BasicError as refused:
             await errors.reply(refused)(scope, receive, send)
-        except DATABASE_UNAVAILABLE as away:
-            await errors.database_away(away)(scope, receive, send)
+        except DATABASE_UNAVAILABLE as error:
+            await errors.database_unavailable(error)(scope, receive, send)
         else:
             await self._answer(scope, receive, send, caller)
 

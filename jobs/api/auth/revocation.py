@@ -61,10 +61,10 @@ class RevocationMonitor:
             checked = {response.key_id for response in self._responses}
             try:
                 valid = await asyncio.to_thread(self._valid_keys, checked)
-            except DATABASE_UNAVAILABLE as away:
+            except DATABASE_UNAVAILABLE as error:
                 # these keys were valid before: an outage is no reason to close their streams
                 log.warning(
-                    "Can't check keys of open streams: %s", unavailable_reason(away), extra={"action": "database_away"}
+                    "Can't check keys of open streams: %s", unavailable_reason(error), extra={"action": "database_away"}
                 )
                 continue
             for response in [response for response in self._responses if response.key_id in checked - valid]:
