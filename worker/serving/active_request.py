@@ -15,8 +15,8 @@ from storage.records import Checkpoint, Claim, FinishedChoice, RequestFailure, R
 from storage.session import unavailable_reason
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepResult, StepStats
-from worker.serving.tree_rows import tree_row
 from worker.text.output_stream import OutputStream
+from worker.text.tree_rows import tree_row
 
 _MAX_ERROR_CHARS = 500  # of the error message that a request ends with
 

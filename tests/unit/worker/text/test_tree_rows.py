@@ -8,7 +8,7 @@ from storage.models import DecodeStep, DraftTree, StepRank
 from storage.session import Database
 from tests.unit.worker.serving.test_runner import Worker, submit
 from worker.engine.stats import TracedTree
-from worker.serving.tree_rows import tree_row
+from worker.text.tree_rows import tree_row
 
 #        0
 #      1   2
