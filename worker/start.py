@@ -19,7 +19,7 @@ from worker.settings import WorkerSettings
 
 
 def run(settings: WorkerSettings) -> int:
-    """Serve; print setup errors as one sentence and return an exit status that tells whether a restart can help."""
+    """Serve until a signal; return an exit status that tells whether a restart helps. Print a setup error as one line."""
     log_to_stderr(settings.log_format)
     try:
         return supervisor.supervise(settings) if supervisor.is_needed(settings) else _serve(settings)

@@ -50,7 +50,7 @@ class PrefixSharing:
     def reader(self, sequence: Sequence, selected: Container[Sequence] | None) -> tuple[Sequence, int]:
         """Return the sequence that prefills what `sequence` needs next, and the end of this part.
 
-        That is the sequence itself, or the one whose prefill it waits for: only one of `selected`, None: any.
+        That is the sequence itself, or the one whose prefill it waits for. With `selected`, only one of these.
         """
         if not self._upcoming.length(sequence):
             self._start(sequence, selected)
@@ -105,7 +105,7 @@ class PrefixSharing:
         if found.ends and found.length < len(wanted):
             ends = [self._running[slot] for slot in found.ends if slot in self._running]
             grown = [other for other in ends if other.cached > found.length]
-            for other in grown:  # its output may go on as the sequence does
+            for other in grown:  # its output may continue like the prompt of the sequence
                 self._slots.hold(other.slot, other.ids, other.cached)
             if grown:
                 found = self._slots.longest_prefix(wanted)
@@ -120,7 +120,7 @@ class PrefixSharing:
             del self._followers[leader]
 
     def _look_again(self, sequence: Sequence) -> None:
-        """Look a waiting sequence up again in the next step, and those that wait for it: no two wait for each other."""
+        """Look up a waiting sequence again, and those that wait for it, so that no two wait for each other."""
         del self._leaders[sequence]
         self._upcoming.remove(sequence)
         for follower in self._followers.pop(sequence, ()):

@@ -24,7 +24,7 @@ class PriorityQueue(Generic[Item]):
         return len(self._tickets)
 
     def __iter__(self) -> Iterator[Item]:
-        """Iterate over the items in no useful order."""
+        """Iterate over the items in arbitrary order."""
         return iter(self._tickets)
 
     def __contains__(self, item: Item) -> bool:

@@ -111,7 +111,7 @@ def train(
 
 
 def _from_main(value: Any) -> Any:
-    """Return the value of the main process."""
+    """Broadcast a value from the main process; every process must call it."""
     return broadcast_object_list([value])[0]
 
 

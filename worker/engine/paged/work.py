@@ -1,6 +1,6 @@
-"""Deal attention out to programs of equal size: items of one tile of rows, or one row, and one chunk of KV entries.
+"""Divide attention into items of equal size: one tile of rows, or one row, with one chunk of KV entries.
 
-A long text becomes many items, so that it costs its bytes and not the time of one program. The attention of a row over
+A long text becomes many items, so that many programs read its bytes, and not one. The attention of a row over
 a chunk is a partial result; they are merged in the order of the chunks, so the dealing changes no bit.
 """
 

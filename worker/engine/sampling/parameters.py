@@ -35,7 +35,8 @@ ParameterArray = NDArray[Any]  # of PARAMETERS
 class Adjustments:
     """What changes the logits of some rows: biases, and the tokens that penalties apply to.
 
-    Row i has the biases `starts[i]` to `starts[i + 1]`, and so for the seen tokens. Its tokens are distinct.
+    The biases of row i begin at `bias_starts[i]` and end before `bias_starts[i + 1]`; its seen tokens likewise. The
+    tokens of a row are distinct.
     """
 
     bias_starts: IntArray  # [rows + 1]

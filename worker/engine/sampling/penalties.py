@@ -50,7 +50,7 @@ class TokenCounts:
 
 
 def adjustments_of(samplings: Seq[Sampling], seen: Seq[tuple[IntArray, IntArray]]) -> Adjustments:
-    """Return what adjusts rows; `seen` holds the `TokenCounts.with_path` of each, or `NONE_SEEN`."""
+    """Return the adjustments of rows; `seen` holds the `TokenCounts.with_path` of each, or `NONE_SEEN`."""
     biases = [s.bias for s in samplings]
     bias_starts, bias_tokens, values = _rows_of(biases)
     seen_starts, seen_tokens, seen_counts = _rows_of(seen)
