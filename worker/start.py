@@ -19,7 +19,7 @@ from worker.settings import WorkerSettings
 
 
 def run(settings: WorkerSettings) -> int:
-    """Serve until a signal; return an exit status that tells whether a restart helps. Print a setup error as one line."""
+    """Serve until a signal. Print setup errors as one sentence. The exit status tells whether a restart can help."""
     log_to_stderr(settings.log_format)
     try:
         return supervisor.supervise(settings) if supervisor.is_needed(settings) else _serve(settings)

@@ -1,6 +1,6 @@
 """Prefix sharing: which cached prefix a sequence starts from, and whose prefill it waits for.
 
-Each sequence is looked up once, when it gets its first rows: the cost is linear in its prompt, whatever else runs.
+Each sequence is looked up once, when it gets its first rows. The cost is linear in its prompt, not in other sequences.
 """
 
 from __future__ import annotations
