@@ -42,7 +42,7 @@ def on_gpu(architecture: str, dtype: torch.dtype, seed: int = 0) -> PackedModel:
     return packed(tiny(architecture, seed), dtype)
 
 
-def real_sizes() -> PackedModel:
+def real_sizes(slots: int = 8, capacity: int = 1024) -> PackedModel:
     """Return two random layers with the widths of a 1.5B model: products in more than one tile and step."""
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -51,7 +51,7 @@ def real_sizes() -> PackedModel:
     )  # fmt: skip
     network = Qwen2ForCausalLM(config)
     network.train(False)
-    return packed(network, torch.bfloat16)
+    return packed(network, torch.bfloat16, slots, capacity)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -107,6 +107,36 @@ def test_a_row_has_the_same_bits_in_any_batch(others: int) -> None:
     step = [chain(slot, 40 * slot - slot, [5], keep_last=True) for slot in range(1, others + 1)]
     logits = gpu.forward([chain(0, 899, [LONG[899]], keep_last=True), *step])
     assert torch.equal(logits[0], expected)
+
+
+@pytest.mark.parametrize("count", [65, 130, 192, 300, 600, 1000])
+def test_a_row_has_the_same_bits_in_a_captured_forward_of_any_size(count: int) -> None:
+    gpu = real_sizes(slots=count, capacity=128)
+    gpu.forward([chain(0, 0, LONG[:99], keep_last=True)])
+    step = [chain(0, 99, [LONG[99]], keep_last=True)]
+    expected = gpu.forward(step)[0].clone()
+    others = [chain(slot, 0, [LONG[slot % 900]], keep_last=True) for slot in range(1, count)]
+    for _ in range(2):  # captured, then replayed
+        assert torch.equal(gpu.forward([*step, *others])[0], expected)
+    assert gpu.capture_failures == {}
+
+
+def test_a_long_text_and_short_ones_have_the_bits_that_they_have_alone() -> None:
+    gpu = real_sizes(slots=8, capacity=8192)
+    lengths = [8000, *[100 * slot for slot in range(1, 8)]]
+    for slot, length in enumerate(lengths):
+        gpu.forward([chain(slot, 0, (LONG * 9)[:length], keep_last=True)])
+    step = [chain(slot, length, [5], keep_last=True) for slot, length in enumerate(lengths)]
+    alone = [gpu.forward([one])[0].clone() for one in step]
+    for row, expected in zip(gpu.forward(step), alone, strict=True):
+        assert torch.equal(row, expected)
+
+
+def test_slices_that_bound_the_memory_of_partial_results_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = real_sizes(slots=1, capacity=2048)
+    whole = gpu.forward([chain(0, 0, (LONG * 2)[:1500], keep_last=True)])[0].clone()
+    monkeypatch.setattr("worker.engine.paged.rows.MAX_PART_BYTES", 1 << 20)
+    assert torch.equal(gpu.forward([chain(0, 0, (LONG * 2)[:1500], keep_last=True)])[0], whole)
 
 
 @pytest.mark.parametrize("many", [False, True])

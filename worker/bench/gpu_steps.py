@@ -1,4 +1,4 @@
-"""Measure step times of the paged forward on random weights, next to the memory-traffic floor and `basic plan`.
+"""Measure step times of the paged forward on random weights, next to the hardware's floor and `basic plan`.
 
     python -m worker.bench.gpu_steps --model DeepSeek-R1-Distill-Qwen-32B
 
@@ -8,6 +8,7 @@ Reads no weights; weights and KV blocks hold random data. Uses the GPU if there 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -29,7 +30,7 @@ from worker.engine.model.loading import native_dtype
 from worker.engine.model.packed_model import PackedModel
 from worker.engine.paged.kv import PagedKv
 from worker.engine.segments import Segment, chain
-from worker.planning.devices import DEVICES
+from worker.planning.devices import DEVICES, Device
 from worker.planning.forecast import Machine, step
 from worker.planning.shapes import ModelShape, load_config
 from worker.planning.shapes import shape_from_config as shape_from
@@ -46,8 +47,9 @@ class StepTime:
     rows: int
     sequences: int
     trees: bool  # True: draft trees of several rows per sequence; else one row per sequence
+    longest: int  # context tokens of the first sequence; the others have those of the command
     step_ms: float  # median, host time included
-    floor_ms: float  # memory traffic: weights once, KV once per sequence
+    floor_ms: float  # the larger one of memory traffic (weights once, KV once per sequence) and arithmetic
 
     @property
     def times_floor(self) -> float:
@@ -76,30 +78,56 @@ def copy_bytes_per_ms(device: torch.device) -> float:
     return 2 * source.numel() / fastest
 
 
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """The least time of a step on a device."""
+
+    weight_bytes: int  # read by each step
+    token_bytes: int  # of keys and values
+    bytes_per_ms: float
+    flops_per_ms: float  # of matrix products; inf: unknown
+
+    def ms(self, rows: int, entries: int, itemsize: int) -> float:
+        """Return the ms of a step of `rows` rows whose sequences have `entries` KV entries together."""
+        traffic_ms = (self.weight_bytes + entries * self.token_bytes) / self.bytes_per_ms
+        return max(traffic_ms, 2 * self.weight_bytes / itemsize * rows / self.flops_per_ms)
+
+
+def floor_of(model: PreTrainedModel, device: Device | None) -> Floor:
+    """Return the floor of a model on its device, at the measured rate of a copy and the data sheet's FLOP/s."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    flops_per_ms = device.flops[dtype] / 1e3 if device else math.inf
+    speed = copy_bytes_per_ms(model.device)
+    return Floor(_weight_bytes(model), kv_bytes_per_token(model), speed, flops_per_ms)
+
+
 def measure(
-    model: PreTrainedModel, rows: tuple[int, ...] = ROWS, context: int = 512, rounds: int = 20
+    model: PreTrainedModel,
+    floor: Floor,
+    rows: tuple[int, ...] = ROWS,
+    context: int = 512,
+    rounds: int = 20,
+    long_context: int = 0,
 ) -> Iterator[StepTime]:
-    """Yield step times for each number of rows, without and with trees."""
-    slots = max(rows)
-    weights = _weight_bytes(model)
+    """Yield step times for each number of rows, without and with trees.
+
+    With `long_context`, yield instead plain steps in which the first sequence has that many context tokens.
+    """
+    slots, longest = max(rows), long_context or context
     if uses_paged_kv(model):
         fuse_layers(model)
-    packed = PackedModel(
-        model, slots=slots, capacity=context + TREE_ROWS, paged=True, kv_tokens=slots * (context + TREE_ROWS)
-    )
+    tokens = (slots - 1) * context + longest + slots * TREE_ROWS
+    packed = PackedModel(model, slots=slots, capacity=longest + TREE_ROWS, paged=True, kv_tokens=tokens)
     assert isinstance(packed.kv, PagedKv)
     for slot in range(slots):
-        packed.kv.reserve(slot, 0, context)
-    speed = copy_bytes_per_ms(model.device)
+        packed.kv.reserve(slot, 0, context if slot else longest)
     for count in rows:
-        for trees in (False, True):
-            if trees and count == 1:
-                continue
-            segments = _trees(count, context) if trees else _plain(count, context)
-            entries = len(segments) * context + count
+        for trees in (False,) if long_context or count == 1 else (False, True):
+            segments = _trees(count, context) if trees else _plain(count, context, longest)
+            entries = (len(segments) - 1) * context + longest + count
             times = _times(lambda step=segments: packed.forward(step), rounds, model.device)
-            floor = (weights + entries * kv_bytes_per_token(model)) / speed
-            yield StepTime(count, len(segments), trees, median(times), floor)
+            floor_ms = floor.ms(count, entries, model.dtype.itemsize)
+            yield StepTime(count, len(segments), trees, longest, median(times), floor_ms)
 
 
 def _times(work: Any, rounds: int, device: torch.device) -> list[float]:
@@ -123,8 +151,8 @@ def _weight_bytes(model: PreTrainedModel) -> int:
     return int(total if tied else total - embedding.numel() * embedding.element_size())
 
 
-def _plain(rows: int, context: int) -> list[Segment]:
-    return [chain(slot, context, [1], keep_last=True) for slot in range(rows)]
+def _plain(rows: int, context: int, longest: int) -> list[Segment]:
+    return [chain(slot, context if slot else longest, [1], keep_last=True) for slot in range(rows)]
 
 
 def _trees(rows: int, context: int) -> list[Segment]:
@@ -152,10 +180,16 @@ def main(
     layers: Annotated[int | None, typer.Option(min=1, help="Number of layers, if not all fit into memory.")] = None,
     rows: Annotated[str, typer.Option(help="Rows per step, comma-separated.")] = ",".join(map(str, ROWS)),
     context: Annotated[int, typer.Option(min=1, help="Context tokens of each sequence.")] = 512,
+    long_context: Annotated[
+        int, typer.Option(min=0, help="Context tokens of the first sequence: one long text among short ones.")
+    ] = 0,
     rounds: Annotated[int, typer.Option(min=1, help="Timed steps per line.")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
-    """Measure step times with random weights of a model's shape."""
+    """Measure step times with random weights of a model's shape.
+
+    Example: python -m worker.bench.gpu_steps --layers 16 --rows 64 --context 800 --long-context 32000
+    """
     try:
         counts = tuple(int(part) for part in rows.split(","))
     except ValueError:
@@ -173,12 +207,13 @@ def main(
     dtype = str(network.dtype).removeprefix("torch.")
     known = next((known for known in DEVICES.values() if known.name in name.lower()), None)
     table = Table("rows", "sequences", "step ms", "floor ms", "times floor", "plan ms", "plan / step")
-    table.title = f"{model}, {shape.layers} layers, {dtype}, {context} tokens before, {name}"
-    for time in measure(network, counts, context, rounds):
+    before = f"{context} tokens before" + (f", {long_context} before the first" if long_context else "")
+    table.title = f"{model}, {shape.layers} layers, {dtype}, {before}, {name}"
+    for time in measure(network, floor_of(network, known), counts, context, rounds, long_context):
         plan_ms = forecast_ms(shape, Machine(known, dtype), time, context) if known else None
         if as_json:
-            line = {"model": model, "device": name, **asdict(time), "times_floor": time.times_floor, "plan_ms": plan_ms}
-            print(json.dumps(line))
+            of = {"model": model, "layers": shape.layers, "device": name, "context": context}
+            print(json.dumps({**of, **asdict(time), "times_floor": time.times_floor, "plan_ms": plan_ms}), flush=True)
         numbers = [f"{time.step_ms:.2f}", f"{time.floor_ms:.2f}", f"{time.times_floor:.2f}"]
         numbers += [f"{plan_ms:.2f}", f"{plan_ms / time.step_ms:.2f}"] if plan_ms else ["", ""]
         table.add_row(str(time.rows), f"{time.sequences}{' trees' if time.trees else ''}", *numbers)

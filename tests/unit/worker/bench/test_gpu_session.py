@@ -1,0 +1,48 @@
+"""The GPU session: it fits its time, and a stage that fails or hangs does not hide the others."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.models import tiny
+from worker.bench import gpu_turns
+from worker.bench.gpu_session import Stage, run, stages
+
+
+def test_the_deadlines_of_all_stages_add_up_to_less_than_eight_minutes() -> None:
+    planned = stages("model", 16, "1,64", 800, 32_000, 20)
+    assert sum(stage.deadline_s for stage in planned) < 8 * 60
+    assert planned[0].name == "correctness"
+
+
+def test_results_of_a_stage_that_hangs_are_kept_and_its_end_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hangs(command: list[str], **_: Any) -> None:
+        raise subprocess.TimeoutExpired(command, 2.0, output=b'{"step_ms": 1.5}\na note\n')
+
+    monkeypatch.setattr(subprocess, "run", hangs)
+    result, end = run(Stage("steps", 2.0, ()))
+    assert result == {"stage": "steps", "step_ms": 1.5}
+    assert end["ended"] == "stopped after 2 s"
+
+
+def test_a_stage_that_fails_reports_its_last_lines() -> None:
+    (end,) = run(Stage("steps", 60.0, ("-c", "raise SystemExit('no memory')")))
+    assert (end["ended"], end["last_lines"]) == ("exit status 1", ["no memory"])
+
+
+def test_the_gap_is_the_time_of_a_turn_without_the_work_of_the_device(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny().config.save_pretrained(tmp_path)
+    gpu_turns.main(model=str(tmp_path), sequences="2", steps=3, as_json=True)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["sequences"], line["sampled"]) for line in lines] == [(2, False), (2, True)]
+    for line in lines:
+        assert line["gap_ms"] == pytest.approx(line["turn_ms"] - line["device_ms"])
+        assert torch.cuda.is_available() or line["device_ms"] < line["turn_ms"]

@@ -1,0 +1,108 @@
+"""Check and measure the GPU path in one session of at most eight minutes: correctness first, then times.
+
+    python -m worker.bench.gpu_session --output results.jsonl     # from a checkout, on a machine with a GPU
+    python -m worker.bench.gpu_session --layers 2 --rows 1,4      # a rehearsal, also on a CPU
+
+Each stage is a process with a deadline, so that one that hangs does not cost the others. Every result is a JSON line
+with the name of its stage. The floors beside the times are computed from the hardware's rates, not from earlier runs.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any
+
+import typer
+
+_ROWS = "1,64,130,192,256,512"
+_CONTEXT, _LONG_CONTEXT = 800, 32_000  # tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One process of the session."""
+
+    name: str
+    deadline_s: float
+    command: tuple[str, ...]  # arguments of Python; it prints JSON lines
+
+
+def stages(model: str, layers: int, rows: str, context: int, long_context: int, steps: int) -> list[Stage]:
+    """Return the stages of a session; their deadlines add up to less than eight minutes."""
+    of = ("--model", model, "--json")
+    short = ("--layers", str(layers), *of)
+    times = ("-m", "worker.bench.gpu_steps", *short, "--rounds", str(steps), "--context", str(context))
+    few = ",".join(rows.split(",")[:2])
+    return [
+        Stage("correctness", 150, ("-m", "pytest", "-m", "gpu", "-q", "tests/gpu")),
+        Stage("steps", 100, (*times, "--rows", rows)),
+        Stage("one long text", 40, (*times, "--rows", rows.split(",")[1], "--long-context", str(long_context))),
+        Stage("draws", 30, ("-m", "worker.bench.draws", "--json")),
+        Stage("gap", 90, ("-m", "worker.bench.gpu_turns", *short, "--sequences", few, "--steps", str(steps))),
+    ]
+
+
+def run(stage: Stage) -> Iterator[dict[str, Any]]:
+    """Run a stage; yield its results, then how it ended."""
+    started = perf_counter()
+    try:
+        done = subprocess.run(
+            [sys.executable, *stage.command], capture_output=True, text=True, timeout=stage.deadline_s, check=False
+        )
+        output, errors, ended = done.stdout, done.stderr, f"exit status {done.returncode}"
+    except subprocess.TimeoutExpired as late:
+        output, errors, ended = _text(late.stdout), _text(late.stderr), f"stopped after {stage.deadline_s:.0f} s"
+    for line in output.splitlines():
+        result = _as_json(line)
+        if result is not None:
+            yield {"stage": stage.name, **result}
+    last = (output + errors).strip().splitlines()[-3:]
+    yield {"stage": stage.name, "ended": ended, "seconds": round(perf_counter() - started, 1), "last_lines": last}
+
+
+def _text(captured: str | bytes | None) -> str:
+    return captured.decode(errors="replace") if isinstance(captured, bytes) else captured or ""
+
+
+def _as_json(line: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def main(
+    output: Annotated[Path | None, typer.Option(help="Also append the JSON lines to this file.")] = None,
+    model: Annotated[str, typer.Option(help="Model name as for `basic plan`; no weights are read.")] = (
+        "DeepSeek-R1-Distill-Qwen-32B"
+    ),
+    layers: Annotated[int, typer.Option(min=1, help="Layers of it, so that 512 sequences fit into memory.")] = 16,
+    rows: Annotated[str, typer.Option(help="Rows per step, comma-separated; two at least.")] = _ROWS,
+    context: Annotated[int, typer.Option(min=1, help="Context tokens of each sequence.")] = _CONTEXT,
+    long_context: Annotated[int, typer.Option(min=1, help="Context tokens of one long text.")] = _LONG_CONTEXT,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps per line.")] = 20,
+) -> None:
+    """Run all stages and print a JSON line for each result.
+
+    Example: python -m worker.bench.gpu_session --output results.jsonl
+    """
+    if rows.count(",") < 1:
+        raise typer.BadParameter("--rows needs two numbers at least, comma-separated")
+    for stage in stages(model, layers, rows, context, long_context, steps):
+        for result in run(stage):
+            line = json.dumps(result)
+            print(line, flush=True)
+            if output is not None:
+                with output.open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
