@@ -204,7 +204,7 @@ _PARTS: tuple[tuple[Any, str, str], ...] = (
     (Planner, "plan", "plan"),
     (Batch, "pack", "pack"),
     (engine_module, "walk", "walk"),
-    (Engine, "_emit", "emit"),
+    (engine_module, "_emit", "emit"),
     (Engine, "_commit", "commit"),
     (Engine, "_results", "results"),
     (Engine, "_drop_finished", "drop finished"),

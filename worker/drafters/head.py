@@ -28,7 +28,7 @@ from worker.engine.options import MAX_STEP_NODES
 from worker.engine.paged.attention import PagedAttentionPlan, gpu_kernels_for
 from worker.engine.paged.rows import PagedRows
 from worker.engine.paged.shape_buckets import BUCKETS
-from worker.engine.segments import IntArray, Segment, kept_rows
+from worker.engine.segments import IntArray, Segment, Segments
 from worker.engine.sequence import Sequence
 from worker.engine.speculation.draft_tree import Candidates, Forest
 
@@ -119,21 +119,21 @@ class PackedHead:
     @torch.inference_mode()
     def forward(self, segments: Seq[Segment], states: Tensor) -> tuple[Tensor, Tensor]:
         """Run the rows of `segments`, in slot order, with the states [rows, width] before them."""
+        packed = Segments.of(segments)
         if self._compiled_network is not None:
-            return self._compiled_network.forward(segments, self._backend.plan(segments), states)  # type: ignore[arg-type]
-        shape = self._buckets.shape_for(segments) if self._buckets else None
+            return self._compiled_network.forward(packed, self._backend.plan(packed), states)  # type: ignore[arg-type]
+        shape = self._buckets.shape_for(packed) if self._buckets else None
         if shape is not None:
             assert self._buckets is not None
             self._input_states[: len(states)] = states
-            logits, out = self._buckets.forward(segments, shape)
+            logits, out = self._buckets.forward(packed, shape)
             assert out is not None
             return logits, out[: len(logits)]
         device = self._embedding.device
-        ids, positions = (
-            torch.from_numpy(np.concatenate(part)).to(device)
-            for part in ([s.ids for s in segments], [s.positions for s in segments])
+        ids, positions, kept = (
+            torch.from_numpy(part).to(device) for part in (packed.ids, packed.positions, packed.kept)
         )
-        return self._run(ids, positions, kept_rows(segments).to(device), states, self._backend.plan(segments))
+        return self._run(ids, positions, kept, states, self._backend.plan(packed))
 
     @torch.inference_mode()
     def copy_prefix(self, source: int, target: int, length: int) -> None:

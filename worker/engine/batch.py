@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from worker.engine.segments import IntArray, PrefixCopy, Segment, chain
+from worker.engine.segments import IntArray, PrefixCopy, Segment, Segments, chain
 from worker.engine.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -58,17 +58,21 @@ class Batch:
         """KV entries that the decoding sequences attend to without drafts: one row per sequence."""
         return float(sum(len(s.ids) for s in self.decoding))
 
-    def pack(self, forest: Forest) -> tuple[list[Segment], IntArray]:
-        """Return the step's segments in slot order, and the row in the kept logits of each node of `forest`."""
-        trees = {s.slot: (tree, forest.nodes_of(tree)) for tree, s in enumerate(forest.sequences)}
-        chunks = {c.sequence.slot: c for c in self.chunks}
+    def pack(self, forest: Forest) -> tuple[Segments, IntArray]:
+        """Return the step's segments in slot order, and the row in the kept logits of each node of `forest`.
+
+        The first trees are those of the decoding sequences. Those of sequences whose prefill completes are roots alone.
+        """
+        trees, nodes = forest.segments(len(self.decoding))
         rows = np.zeros(forest.size, np.int64)
-        segments: list[Segment] = []
-        kept = 0
-        for slot in sorted({*trees, *chunks}):
-            tree, nodes = trees.get(slot, (-1, np.empty(0, np.int64)))
-            segment = chunks[slot].segment() if slot in chunks else forest.segment(tree, nodes)
-            rows[nodes] = kept + np.arange(len(nodes))
-            kept += len(segment.keep)
-            segments.append(segment)
-        return segments, rows
+        rows[nodes] = np.arange(len(nodes))
+        if not self.chunks:
+            return trees, rows
+        completed = np.arange(len(self.decoding), len(forest.sequences))  # roots, each with one kept row
+        rows[completed] = np.arange(len(nodes), len(nodes) + len(completed))
+        chunks = Segments.of([chunk.segment() for chunk in self.chunks])
+        both = Segments.joined(trees, chunks)
+        order = np.argsort(both.slots)
+        kept = np.empty(len(both.kept), np.int64)
+        kept[both.kept_in(order)] = np.arange(len(kept))
+        return both.ordered(order), kept[rows]

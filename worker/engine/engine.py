@@ -18,15 +18,15 @@ from worker.engine.logprobs import Logprobs, compute_logprobs
 from worker.engine.model.packed_model import LanguageModel
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.scheduler import Scheduler
-from worker.engine.segments import IntArray, KvMove
+from worker.engine.segments import IntArray, KvMoves, ranges
 from worker.engine.sequence import Sequence
 from worker.engine.speculation.cost_model import CostModel
 from worker.engine.speculation.draft_tree import Forest
 from worker.engine.speculation.drafting import Drafter
 from worker.engine.speculation.planner import Planner, StepPlan, StepTimes
 from worker.engine.speculation.state import SpeculationState
-from worker.engine.speculation.verifier import AcceptedPath, walk
-from worker.engine.stats import REASONS, StepBatch, TracedTree
+from worker.engine.speculation.verifier import AcceptedPaths, walk
+from worker.engine.stats import REASONS, EmittedTokens, StepBatch, TracedTree
 
 
 class Engine:
@@ -113,85 +113,72 @@ class Engine:
         segments, rows = batch.pack(plan.selected)
         logits = self._target.forward(segments)
         accepted = walk(plan.selected, logits, rows)
-        undrawn = [s for s, path in zip(plan.selected.sequences, accepted, strict=True) if path.bonus < 0]
+        undrawn = np.flatnonzero(accepted.bonus < 0).tolist()
         if undrawn:
-            raise NanLogits(undrawn)
+            raise NanLogits([plan.selected.sequences[tree] for tree in undrawn])
         timer.verified()
-        emitted = [self._emit(plan.selected, tree, path) for tree, path in enumerate(accepted)]
-        logprobs = compute_logprobs(plan.selected, logits, rows, accepted, emitted)
+        emitted = _emit(plan.selected.sequences, accepted)
+        logprobs = compute_logprobs(plan.selected, logits, rows, accepted, emitted.counts)
         self._commit(plan, accepted, emitted)
         results = self._results(batch, plan, accepted, emitted, logprobs, timer)
         self._drop_finished(plan.selected.sequences)
         self._late_ms = timer.late_ms()
         return results
 
-    @staticmethod
-    def _emit(selected: Forest, tree: int, accepted: AcceptedPath) -> list[int]:
-        return selected.sequences[tree].emit([*selected.token[accepted.path].tolist(), accepted.bonus])
-
-    def _commit(self, plan: StepPlan, accepted: list[AcceptedPath], emitted: list[list[int]]) -> None:
+    def _commit(self, plan: StepPlan, accepted: AcceptedPaths, emitted: EmittedTokens) -> None:
         """Compact the accepted paths in the target's KV, and let the drafter do the same."""
-        moves: list[KvMove] = []
-        for tree, sequence in enumerate(plan.selected.sequences):
-            path = accepted[tree].path
-            if len(path):
-                root = len(sequence.ids) - len(emitted[tree]) - 1  # KV index
-                offsets = np.searchsorted(plan.selected.nodes_of(tree), path)
-                moves.append(KvMove(sequence.slot, root + 1, root + offsets))
+        sequences = plan.selected.sequences
+        if len(accepted.visited) > len(sequences):
+            roots = np.array([len(s.ids) for s in sequences], np.int64) - emitted.counts - 1  # KV indices
+            slots = np.array([s.slot for s in sequences], np.int64)
+            self._target.compact(_moves(plan.selected, accepted, slots, roots))
+        for sequence in sequences:
             sequence.cached = len(sequence.ids) - 1
-            if self._drafter is not None and plan.layers:  # without layers it has no tree, and it catches up lazily
-                self._drafter.commit(plan.drafted, tree, plan.nodes[path], emitted[tree])
-        self._target.compact(moves)
+        if self._drafter is not None and plan.layers:  # without layers it has no tree, and it catches up lazily
+            tokens = emitted.lists()
+            for tree in range(len(sequences)):
+                self._drafter.commit(plan.drafted, tree, plan.nodes[accepted.path(tree)], tokens[tree])
 
     def _results(
         self,
         batch: Batch,
         plan: StepPlan,
-        accepted: list[AcceptedPath],
-        emitted: list[list[int]],
-        logprobs: list[Logprobs],
+        accepted: AcceptedPaths,
+        emitted: EmittedTokens,
+        logprobs: dict[int, Logprobs],
         timer: _StepTimer,
     ) -> StepBatch:
         """Let the planner learn from the step, and return each sequence's part of it."""
         step_ms = timer.step_ms()
         times = StepTimes(timer.verify_ms, step_ms)
-        plain_step_ms = self._planner.learn(batch, plan, accepted, sum(map(len, emitted)), times)
+        plain_step_ms = self._planner.learn(batch, plan, accepted, len(emitted.tokens), times)
         selected, sequences = plan.selected, plan.selected.sequences
-        trees = len(sequences)
-        nodes = np.bincount(selected.tree, minlength=trees) - 1
-        depths = np.zeros(trees, np.int64)
-        np.maximum.at(depths, selected.tree, selected.depth)
-        siblings = selected.siblings()
-        reached = [
-            _drawn_ranks(tree, accepted[tree].path, len(emitted[tree]), *siblings) if nodes[tree] else []
-            for tree in range(trees)
-        ]
+        tree_nodes, tree_depths = selected.sizes()
+        reached_counts, reached = _drawn_ranks(selected, accepted, emitted.counts)
         results = StepBatch(
             numbers=np.array([s.number for s in sequences], np.int64),
-            counts=np.array([len(tokens) for tokens in emitted], np.int64),
-            tokens=np.array([token for tokens in emitted for token in tokens], np.int64),
-            reasons=np.array([REASONS.index(s.finish_reason) for s in sequences], np.int64),
+            counts=emitted.counts,
+            tokens=emitted.tokens,
+            reasons=emitted.reasons,
             steps=np.array([s.steps for s in sequences], np.int64),
-            tree_nodes=nodes,
-            tree_depths=depths,
-            accepted_tokens=np.array(
-                [min(len(one.path), len(tokens)) for one, tokens in zip(accepted, emitted, strict=True)], np.int64
-            ),
-            expected_accepted=selected.expected(np.ones(selected.size, np.bool_)),
-            step_ms=step_ms + np.array([s.prefill_ms for s in sequences]),
-            reached_counts=np.array([len(some) for some in reached], np.int64),
-            reached=np.array([entry for some in reached for entry in some], np.int64).reshape(-1, 2),
+            tree_nodes=tree_nodes,
+            tree_depths=tree_depths,
+            accepted_tokens=np.minimum(accepted.counts, emitted.counts),
+            expected_accepted=selected.expected(),
+            step_ms=step_ms + np.array([s.prefill_ms for s in sequences], np.float64),
+            reached_counts=reached_counts,
+            reached=reached,
             draft_ms=timer.draft_ms,
             verify_ms=timer.verify_ms,
             plain_step_ms=plain_step_ms,
             drafter=plan.strategy.drafter.name if plan.strategy else None,
             decision=plan.decision,
             trees={
-                tree: _traced_tree(selected, tree, accepted[tree])
+                tree: _traced_tree(selected, tree, accepted)
                 for tree, s in enumerate(sequences)
                 if s.steps < s.traced_steps
             },
-            logprobs={tree: some for tree, some in enumerate(logprobs) if some is not None},
+            logprobs=logprobs,
         )
         for sequence in sequences:
             sequence.steps += 1
@@ -210,26 +197,66 @@ class Engine:
                 self._drafter.drop(sequence)
 
 
-def _drawn_ranks(root: int, path: IntArray, emitted: int, rank: IntArray, children: IntArray) -> list[tuple[int, int]]:
-    """Return (number of children, rank of the drawn child) of the root and of each accepted node that has children.
+def _emit(sequences: list[Sequence], accepted: AcceptedPaths) -> EmittedTokens:
+    """Append what the target drew to the sequences: the accepted tokens and its own."""
+    counts = accepted.counts + 1
+    drawn, ends = accepted.drawn.tolist(), counts.cumsum().tolist()
+    ended = []
+    for tree, (sequence, first, end) in enumerate(zip(sequences, [0, *ends], ends, strict=False)):
+        kept = len(sequence.emit(drawn[first:end]))
+        if sequence.finish_reason is not None:
+            ended.append(tree)
+            counts[tree] = kept
+    tokens, reasons = accepted.drawn, np.zeros(len(sequences), np.int64)
+    if ended:
+        tokens = tokens[ranges(accepted.firsts, counts)]
+        reasons[ended] = [REASONS.index(sequences[tree].finish_reason) for tree in ended]
+    return EmittedTokens(counts, tokens, reasons)
 
-    Rank -1: the target drew no child. Leave out draws that were cut off at the end of the sequence.
+
+def _moves(selected: Forest, accepted: AcceptedPaths, slots: IntArray, roots: IntArray) -> KvMoves:
+    """Return the moves that bring the accepted nodes of each tree behind its root, whose KV index is in `roots`."""
+    counts = accepted.counts
+    draft_nodes = accepted.visited[accepted.visited >= len(roots)]
+    places = selected.places()[draft_nodes]
+    first_place = ranges(np.ones_like(counts), counts)  # where each of them goes
+    trees = selected.tree[draft_nodes]
+    out_of_place = np.bincount(trees[places != first_place], minlength=len(roots)) > 0
+    moved = out_of_place[trees]
+    return KvMoves(
+        slots[out_of_place], roots[out_of_place] + 1, counts[out_of_place], roots[trees[moved]] + places[moved]
+    )
+
+
+def _drawn_ranks(selected: Forest, accepted: AcceptedPaths, emitted: IntArray) -> tuple[IntArray, IntArray]:
+    """Return (number of children, rank of the drawn child) of the visited nodes that have children, as far as emitted.
+
+    First how many each tree has [trees], then all of them [entries, 2]. Rank -1: the target drew no child. Draws that
+    were cut off at the end of the sequence are left out.
     """
-    drawn = [*rank[path].tolist(), -1]
-    counts = children[[root, *path.tolist()]].tolist()
-    reached = len(drawn) if emitted >= len(path) else emitted
-    return [(count, one) for count, one in zip(counts[:reached], drawn[:reached], strict=True) if count]
+    trees = len(selected.sequences)
+    if selected.size == trees:
+        return np.zeros(trees, np.int64), np.empty((0, 2), np.int64)
+    rank, children = selected.siblings()
+    visited = accepted.visited
+    drawn = np.append(rank[visited[1:]], -1)  # the next visited node was drawn, but at the end of a path
+    drawn[accepted.firsts + accepted.counts] = -1
+    depth = ranges(np.zeros(trees, np.int64), accepted.counts + 1)
+    reached = np.where(emitted >= accepted.counts, accepted.counts + 1, emitted)  # visited nodes that count
+    told = (children[visited] > 0) & (depth < reached[selected.tree[visited]])
+    counts = np.bincount(selected.tree[visited[told]], minlength=trees)
+    return counts, np.stack([children[visited[told]], drawn[told]], axis=1)
 
 
-def _traced_tree(selected: Forest, tree: int, accepted: AcceptedPath) -> TracedTree:
+def _traced_tree(selected: Forest, tree: int, accepted: AcceptedPaths) -> TracedTree:
     nodes = selected.nodes_of(tree)
     parents = selected.parent[nodes]
     return TracedTree(
         parents=tuple(np.where(parents < 0, -1, np.searchsorted(nodes, parents)).tolist()),
         tokens=tuple(selected.token[nodes].tolist()),
         values=tuple(selected.value[nodes].tolist()),
-        accepted=tuple(np.isin(nodes, [nodes[0], *accepted.path]).tolist()),
-        bonus=accepted.bonus,
+        accepted=tuple(np.isin(nodes, [nodes[0], *accepted.path(tree)]).tolist()),
+        bonus=int(accepted.bonus[tree]),
     )
 
 

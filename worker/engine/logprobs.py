@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worker.engine.segments import IntArray
+from worker.engine.segments import IntArray, ranges
 from worker.engine.speculation.draft_tree import Forest
-from worker.engine.speculation.verifier import AcceptedPath
+from worker.engine.speculation.verifier import AcceptedPaths
 
 _ROWS_AT_ONCE = 32  # bounds the memory of rows in double precision
 MIN_LOGPROB = -9999.0  # stands for minus infinity, which JSON can't encode
@@ -34,28 +34,29 @@ Logprobs = tuple[TokenLogprobs, ...] | None  # of one sequence's tokens in one s
 
 
 def compute_logprobs(
-    forest: Forest, logits: Tensor, rows: IntArray, accepted: Sequence[AcceptedPath], emitted: Sequence[list[int]]
-) -> list[Logprobs]:
-    """Return the log-probabilities of each tree's emitted tokens.
+    forest: Forest, logits: Tensor, rows: IntArray, accepted: AcceptedPaths, emitted: IntArray
+) -> dict[int, Logprobs]:
+    """Return the log-probabilities of the first `emitted` [trees] drawn tokens of each tree that requests them.
 
     `rows[node]` is the node's row in `logits` [rows, vocab]. A token is drawn at the row of its parent node.
     """
     requested = [tree for tree, sequence in enumerate(forest.sequences) if sequence.sampling.logprobs is not None]
-    logprobs: list[Logprobs] = [None] * len(forest.sequences)
     if not requested:
-        return logprobs
-    drawn_at = [rows[[tree, *accepted[tree].path]][: len(emitted[tree])] for tree in requested]
-    tokens = [token for tree in requested for token in emitted[tree]]
-    counts = [forest.sequences[tree].sampling.logprobs or 0 for tree in requested for _ in emitted[tree]]
-    indices = torch.from_numpy(np.concatenate(drawn_at)).to(logits.device)
+        return {}
+    lengths = emitted[requested]
+    drawn = ranges(accepted.firsts[requested], lengths)
+    tokens = accepted.drawn[drawn].tolist()
+    counts = np.repeat([forest.sequences[tree].sampling.logprobs or 0 for tree in requested], lengths).tolist()
+    indices = torch.from_numpy(rows[accepted.visited[drawn]]).to(logits.device)
     read: list[TokenLogprobs] = []
     for start in range(0, len(tokens), _ROWS_AT_ONCE):
         some = slice(start, start + _ROWS_AT_ONCE)
         read += read_rows(logits[indices[some]], tokens[some], counts[some])
-    ends = np.cumsum([len(emitted[tree]) for tree in requested])
-    for tree, end in zip(requested, ends.tolist(), strict=True):
-        logprobs[tree] = tuple(read[end - len(emitted[tree]) : end])
-    return logprobs
+    ends = lengths.cumsum().tolist()
+    return {
+        tree: tuple(read[end - length : end])
+        for tree, length, end in zip(requested, lengths.tolist(), ends, strict=True)
+    }
 
 
 def read_rows(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:

@@ -8,17 +8,16 @@ the KV cache without rotating its keys again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import TypeVar, overload
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
+_Number = TypeVar("_Number", np.int64, np.bool_)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,23 +52,159 @@ def chain(slot: int, cached: int, ids: list[int], *, keep_last: bool) -> Segment
     )
 
 
-def kept_rows(segments: Sequence[Segment]) -> Tensor:
-    """Return the packed rows of a forward over `segments` whose logits are computed, as an int64 tensor."""
-    return torch.from_numpy(kept_row_indices(segments))
+@dataclass(frozen=True, slots=True, eq=False)
+class Segments(Sequence[Segment]):
+    """The segments of one forward as arrays. Iterate for one at a time, which is slower."""
+
+    slots: IntArray  # [segments]
+    prefixes: IntArray  # [segments]
+    starts: IntArray  # [segments]
+    counts: IntArray  # [segments] rows
+    chains: BoolArray  # [segments] True: causal
+    ids: IntArray  # [rows]
+    positions: IntArray  # [rows]
+    kept: IntArray  # [kept] rows whose logits are computed, ascending
+    kept_counts: IntArray  # [segments]
+    visible_counts: IntArray  # [rows] entries from `prefix` on that a row sees; 0 for causal rows
+    visible: IntArray  # [sum of visible_counts] these entries, 0 being `prefix`; ascending for each row
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment]) -> Segments:
+        """Return the segments as arrays."""
+        if isinstance(segments, Segments):
+            return segments
+        numbers = [(s.slot, s.prefix, s.start, len(s.ids), len(s.keep), int(s.visible is None)) for s in segments]
+        slots, prefixes, starts, counts, kept_counts, chains = np.array(numbers, np.int64).reshape(-1, 6).T
+        masks = [s.visible for s in segments]
+        visible = [np.nonzero(mask)[1] for mask in masks if mask is not None]
+        return cls(
+            slots=slots,
+            prefixes=prefixes,
+            starts=starts,
+            counts=counts,
+            chains=chains.astype(np.bool_),
+            ids=_joined([s.ids for s in segments]),
+            positions=_joined([s.positions for s in segments]),
+            kept=_joined([s.keep for s in segments]) + np.repeat(_firsts(counts), kept_counts),
+            kept_counts=kept_counts,
+            visible_counts=_joined(
+                [
+                    np.zeros(len(s.ids), np.int64) if mask is None else mask.sum(axis=1)
+                    for s, mask in zip(segments, masks, strict=True)
+                ]
+            ),
+            visible=_joined(visible),
+        )
+
+    @classmethod
+    def joined(cls, one: Segments, other: Segments) -> Segments:
+        """Return the segments of both."""
+        columns = {
+            field.name: np.concatenate([getattr(one, field.name), getattr(other, field.name)]) for field in fields(cls)
+        }
+        columns["kept"][len(one.kept) :] += one.num_rows
+        return cls(**columns)
+
+    def ordered(self, order: IntArray) -> Segments:
+        """Return the segments in another order."""
+        rows = ranges(self.firsts[order], self.counts[order])
+        kept = self.kept_in(order)
+        visible = ranges(_firsts(self.visible_counts)[rows], self.visible_counts[rows])
+        moved = np.empty(self.num_rows, np.int64)
+        moved[rows] = np.arange(self.num_rows)
+        return Segments(
+            slots=self.slots[order],
+            prefixes=self.prefixes[order],
+            starts=self.starts[order],
+            counts=self.counts[order],
+            chains=self.chains[order],
+            ids=self.ids[rows],
+            positions=self.positions[rows],
+            kept=moved[self.kept[kept]],
+            kept_counts=self.kept_counts[order],
+            visible_counts=self.visible_counts[rows],
+            visible=self.visible[visible],
+        )
+
+    def kept_in(self, order: IntArray) -> IntArray:
+        """Return the indices into `kept` of each segment's kept rows, segments in this order."""
+        return ranges(_firsts(self.kept_counts)[order], self.kept_counts[order])
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows."""
+        return len(self.ids)
+
+    @property
+    def firsts(self) -> IntArray:
+        """First row of each segment [segments]."""
+        return _firsts(self.counts)
+
+    @property
+    def ends(self) -> IntArray:
+        """KV index after the last row of each segment [segments]."""
+        return self.starts + self.counts
+
+    @property
+    def entries(self) -> IntArray:
+        """KV index of each row [rows]."""
+        return ranges(self.starts, self.counts)
+
+    def per_row(self, column: NDArray[_Number]) -> NDArray[_Number]:
+        """Return the entry of its segment for each row [rows], from a column [segments]."""
+        return np.repeat(column, self.counts)
+
+    def __len__(self) -> int:
+        """Return the number of segments."""
+        return len(self.slots)
+
+    def __iter__(self) -> Iterator[Segment]:
+        """Yield one segment at a time."""
+        visible_firsts = np.append(_firsts(self.visible_counts), len(self.visible))
+        columns = (self.slots, self.prefixes, self.starts, self.chains, self.counts, self.firsts, self.kept_counts)
+        rows = zip(*(column.tolist() for column in (*columns, _firsts(self.kept_counts))), strict=True)
+        for slot, prefix, start, is_chain, count, first, kept_count, kept in rows:
+            mask: BoolArray | None = None
+            if not is_chain:
+                mask = np.zeros((count, start - prefix + count), np.bool_)
+                visible = slice(int(visible_firsts[first]), int(visible_firsts[first + count]))
+                mask[np.repeat(np.arange(count), self.visible_counts[first : first + count]), self.visible[visible]] = (
+                    True
+                )
+            yield Segment(
+                slot=slot,
+                prefix=prefix,
+                start=start,
+                ids=self.ids[first : first + count],
+                positions=self.positions[first : first + count],
+                visible=mask,
+                keep=self.kept[kept : kept + kept_count] - first,
+            )
+
+    @overload
+    def __getitem__(self, index: int) -> Segment: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Segment]: ...
+
+    def __getitem__(self, index: int | slice) -> Segment | Sequence[Segment]:
+        """Return one segment, or several."""
+        return list(self)[index]
 
 
-def kept_row_indices(segments: Sequence[Segment]) -> IntArray:
-    """Return the packed rows of a forward over `segments` whose logits are computed."""
-    if len(segments) == 1:
-        return segments[0].keep
-    firsts = accumulate((len(s.ids) for s in segments[:-1]), initial=0)
-    rows: IntArray = np.concatenate([s.keep for s in segments])
-    return rows + np.repeat(np.fromiter(firsts, np.int64), [len(s.keep) for s in segments])
+def ranges(starts: IntArray, counts: IntArray) -> IntArray:
+    """Return `counts[i]` consecutive numbers from `starts[i]` on, for each i: [sum of counts]."""
+    numbers: IntArray = np.arange(int(counts.sum())) + np.repeat(starts - _firsts(counts), counts)
+    return numbers
 
 
-def concatenated(parts: Sequence[IntArray]) -> IntArray:
-    """Return the concatenation of the parts, contiguous; a single part is not copied if it is contiguous."""
-    return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts)
+def _firsts(counts: IntArray) -> IntArray:
+    """Return the index of the first of `counts[i]` consecutive items, for each i."""
+    return counts.cumsum() - counts
+
+
+def _joined(parts: Sequence[IntArray]) -> IntArray:
+    return np.concatenate([np.empty(0, np.int64), *parts])
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +219,56 @@ class KvMove:
     def in_place(self) -> bool:
         """True if no entry has to move."""
         return not len(self.sources) or int(self.sources[-1]) == self.destination + len(self.sources) - 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KvMoves(Sequence[KvMove]):
+    """Compaction in several slots, as arrays. No move is in place."""
+
+    slots: IntArray  # [moves]
+    destinations: IntArray  # [moves]
+    counts: IntArray  # [moves] entries
+    sources: IntArray  # [entries]
+
+    @classmethod
+    def of(cls, moves: Sequence[KvMove]) -> KvMoves:
+        """Return those of the moves that are not in place."""
+        if isinstance(moves, KvMoves):
+            return moves
+        some = [move for move in moves if not move.in_place]
+        numbers = [(m.slot, m.destination, len(m.sources)) for m in some]
+        slots, destinations, counts = np.array(numbers, np.int64).reshape(-1, 3).T
+        return cls(slots, destinations, counts, _joined([move.sources for move in some]))
+
+    @property
+    def entry_slots(self) -> IntArray:
+        """Slot of each entry [entries]."""
+        return np.repeat(self.slots, self.counts)
+
+    @property
+    def targets(self) -> IntArray:
+        """KV index that each entry moves to [entries]."""
+        return ranges(self.destinations, self.counts)
+
+    def __len__(self) -> int:
+        """Return the number of moves."""
+        return len(self.slots)
+
+    def __iter__(self) -> Iterator[KvMove]:
+        """Yield one move at a time."""
+        columns = (self.slots, self.destinations, _firsts(self.counts), self.counts)
+        for slot, destination, first, count in zip(*(column.tolist() for column in columns), strict=True):
+            yield KvMove(slot, destination, self.sources[first : first + count])
+
+    @overload
+    def __getitem__(self, index: int) -> KvMove: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[KvMove]: ...
+
+    def __getitem__(self, index: int | slice) -> KvMove | Sequence[KvMove]:
+        """Return one move, or several."""
+        return list(self)[index]
 
 
 @dataclass(frozen=True, slots=True)

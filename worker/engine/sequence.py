@@ -45,6 +45,11 @@ class Sequence:
     failure: str = ""  # why the engine gave it up
     history: TokenCounts = field(default_factory=TokenCounts)  # token counts for penalties
     number: int = field(default_factory=count().__next__)  # in results; no other sequence of this process has it
+    draws_argmax: bool = field(init=False)  # of the raw logits: without noise, penalties and biases
+
+    def __post_init__(self) -> None:
+        """Compute what depends on the sampling alone."""
+        self.draws_argmax = self.sampling.greedy and not self.sampling.adjusted
 
     @property
     def output_ids(self) -> list[int]:
@@ -78,6 +83,9 @@ class Sequence:
 
     def emit(self, tokens: list[int]) -> list[int]:
         """Append a step's tokens up to the end-of-sequence token or `max_tokens`; return those appended."""
+        if len(tokens) < self.remaining and self.eos_ids.isdisjoint(tokens):  # the usual step: nothing ends
+            self.ids += tokens
+            return tokens
         kept = tokens[: self.remaining]
         for i, token in enumerate(kept):
             if token in self.eos_ids:

@@ -65,6 +65,20 @@ class StepResult:
 
 
 @dataclass(frozen=True, slots=True)
+class EmittedTokens:
+    """The tokens of one step, sequence after sequence."""
+
+    counts: IntArray  # [sequences]
+    tokens: IntArray  # [sum of counts]
+    reasons: IntArray  # [sequences] finish reasons: an index of `REASONS`
+
+    def lists(self) -> list[list[int]]:
+        """Return the tokens of each sequence."""
+        tokens, ends = self.tokens.tolist(), self.counts.cumsum().tolist()
+        return [tokens[end - count : end] for end, count in zip(ends, self.counts.tolist(), strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
 class StepBatch:
     """What all emitting sequences got from one step, as columns: cheap to build, and to send to another process.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from worker.engine.cpu.kernels import Heads, Kernels, Plan, View, address
 from worker.engine.cpu.kv import CpuKv
-from worker.engine.segments import IntArray, Segment, concatenated
+from worker.engine.segments import IntArray, Segment, Segments, ranges
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +35,14 @@ class CpuAttentionPlan:
 
     def __init__(self, segments: Sequence[Segment], kv: CpuKv, heads: int, kernels: Kernels) -> None:
         """Plan `segments` for a model with `heads` query heads."""
-        assert all(s.end <= kv.capacity for s in segments), "rows beyond the end of their slot"
+        packed = Segments.of(segments)
+        assert (packed.ends <= kv.capacity).all(), "rows beyond the end of their slot"
         self.kv = kv
-        self._segments = segments
+        self._segments = packed
         self._kernels = kernels
         self._heads = heads
         self.tapped: Tensor | None = None  # [n, taps, width]
-        self._slot = np.repeat([s.slot for s in segments], [len(s.ids) for s in segments])
-        self._index = concatenated([np.arange(s.start, s.end) for s in segments])
+        self._slot, self._index = packed.per_row(packed.slots), packed.entries
         self._views: dict[int | None, _View] = {}
 
     def attend(
@@ -79,34 +79,24 @@ class CpuAttentionPlan:
         return plan, (View * len(windows))(*[self._views[window].structure() for window in windows])
 
 
-def _view(segments: Sequence[Segment], window: int | None) -> _View:
+def _view(segments: Segments, window: int | None) -> _View:
     """Return what the rows see. With a window, a row at position p sees positions above p - window."""
-    positions = concatenated([s.positions for s in segments])
-    prefix = concatenated([s.start + 1 + np.arange(len(s.ids)) if s.visible is None else _prefix(s) for s in segments])
+    positions = segments.positions
+    prefix = np.where(segments.per_row(segments.chains), segments.entries + 1, segments.per_row(segments.prefixes))
     first = np.zeros_like(prefix) if window is None else np.minimum(np.maximum(positions - window + 1, 0), prefix)
-    counts, extra = [], []
-    row = 0
-    for s in segments:
-        if s.visible is None:
-            counts.append(np.zeros(len(s.ids), np.int64))
-        else:
-            seen = s.visible
-            if window is not None:  # a visible column of a row is its ancestor at position `prefix + rank`
-                earliest = positions[row : row + len(s.ids), None] - window + 1
-                seen = seen & (s.prefix + seen.cumsum(axis=1) - 1 >= earliest)
-            counts.append(seen.sum(axis=1))
-            extra.append(s.prefix + np.nonzero(seen)[1])
-        row += len(s.ids)
-    starts = np.zeros(row + 1, np.int64)
-    np.cumsum(concatenated(counts), out=starts[1:])
+    counts, visible = segments.visible_counts, segments.visible
+    rows = np.repeat(np.arange(len(counts)), counts)
+    if window is not None:  # the visible entries of a row are its ancestors, at positions `prefix + rank`
+        rank = ranges(np.zeros_like(counts), counts)
+        seen = prefix[rows] + rank >= positions[rows] - window + 1
+        rows, visible = rows[seen], visible[seen]
+        counts = np.bincount(rows, minlength=len(counts))
+    starts = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=starts[1:])
     return _View(
         first=first,
         prefix=prefix,
         extra_start=starts,
-        extra=concatenated(extra) if extra else np.zeros(1, np.int64),  # not empty: the kernel gets its address
-        end=max(s.end for s in segments),
+        extra=prefix[rows] + visible if len(visible) else np.zeros(1, np.int64),  # the kernel gets its address
+        end=int(segments.ends.max()),
     )
-
-
-def _prefix(s: Segment) -> IntArray:
-    return np.full(len(s.ids), s.prefix)

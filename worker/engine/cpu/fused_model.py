@@ -17,7 +17,7 @@ from worker.engine.cpu.fused_layers import FusedLayers, FusedNorm
 from worker.engine.cpu.kernels import Forward, Kernels, Network, Product, Scratch, address
 from worker.engine.cpu.packed_linear import PackedLinear
 from worker.engine.kv.hidden_states import HiddenStates
-from worker.engine.segments import Segment, concatenated, kept_row_indices
+from worker.engine.segments import Segment, Segments
 
 # Models that consist of embeddings, layers, norm and logits only: no scale, softcap or bias of the logits.
 _KNOWN = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
@@ -78,8 +78,8 @@ class CpuNetwork:
 
         Return float32 logits [kept, vocabulary] and normed last hidden states [kept, width].
         """
-        ids, positions = concatenated([s.ids for s in segments]), concatenated([s.positions for s in segments])
-        kept = kept_row_indices(segments)
+        packed = Segments.of(segments)
+        ids, positions, kept = packed.ids, packed.positions, packed.kept
         n, width = len(ids), self._width
         logits = self._logits_buffer(len(kept))
         last = self._like.new_empty(len(kept), width)

@@ -11,11 +11,10 @@ import mmap
 import sys
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from worker.engine.segments import KvMove
+from worker.engine.segments import KvMove, KvMoves
 
 # Linux reserves no swap for it: all slots in full would often be more than the machine has.
 _NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # MAP_NORESERVE, which Python's mmap does not name
@@ -57,14 +56,12 @@ class DenseKv:
 
     def compact(self, moves: Sequence[KvMove]) -> None:
         """Move accepted entries of all layers down to the end of the committed prefix."""
-        moves = [m for m in moves if not m.in_place]
-        if not moves:
+        some = KvMoves.of(moves)
+        if not len(some):
             return
-        device = self.keys.device
-        slot = torch.from_numpy(np.repeat([m.slot for m in moves], [len(m.sources) for m in moves])).to(device)
-        source = torch.from_numpy(np.concatenate([m.sources for m in moves])).to(device)
-        targets = np.concatenate([np.arange(m.destination, m.destination + len(m.sources)) for m in moves])
-        target = torch.from_numpy(targets).to(device)
+        slot, source, target = (
+            torch.from_numpy(part).to(self.keys.device) for part in (some.entry_slots, some.sources, some.targets)
+        )
         for store in (self.keys, self.values):
             # The right-hand side is gathered before anything is written: overlapping moves are safe.
             store[:, slot, target] = store[:, slot, source]

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from worker.engine.kv.dense import lazy_zeros
-from worker.engine.segments import KvMove, Segment
+from worker.engine.segments import KvMove, Segment, Segments
 
 _FEW_SEGMENTS = 8  # up to this many are copied one by one: cheaper than building index tensors
 
@@ -36,15 +35,14 @@ class HiddenStates:
 
     def write(self, segments: Sequence[Segment], rows: Tensor) -> None:
         """Store the rows [n, size] of a forward over `segments`."""
-        if len(segments) <= _FEW_SEGMENTS:
-            row = 0
-            for s in segments:
-                self._rows[s.slot, s.start : s.end] = rows[row : row + len(s.ids)]
-                row += len(s.ids)
+        packed = Segments.of(segments)
+        if len(packed) <= _FEW_SEGMENTS:
+            spans = (packed.slots, packed.starts, packed.ends, packed.firsts, packed.counts)
+            for slot, start, end, first, count in zip(*(column.tolist() for column in spans), strict=True):
+                self._rows[slot, start:end] = rows[first : first + count]
             return
-        slots = np.repeat([s.slot for s in segments], [len(s.ids) for s in segments])
-        entries = np.concatenate([np.arange(s.start, s.end) for s in segments])
-        self._rows[torch.from_numpy(slots), torch.from_numpy(entries)] = rows
+        slots = packed.per_row(packed.slots)
+        self._rows[torch.from_numpy(slots), torch.from_numpy(packed.entries)] = rows
 
     def compact(self, moves: Sequence[KvMove]) -> None:
         """Move accepted rows down to the end of the committed prefix."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
@@ -24,7 +23,7 @@ from worker.engine.options import MAX_STEP_NODES
 from worker.engine.paged.attention import GPU_BLOCK, PagedAttentionPlan
 from worker.engine.paged.rows import PagedRows
 from worker.engine.paged.shape_buckets import Outputs
-from worker.engine.segments import KvMove, Segment, chain, kept_rows
+from worker.engine.segments import KvMove, Segment, Segments, chain
 
 
 class LanguageModel(Protocol):
@@ -144,12 +143,13 @@ class PackedModel:
     @torch.inference_mode()
     def forward(self, segments: Sequence[Segment]) -> Tensor:
         """Run the rows of `segments`, which are in slot order; return logits [kept rows, vocab]."""
-        logits, tapped = self._outputs(segments)
+        packed = Segments.of(segments)
+        logits, tapped = self._outputs(packed)
         if self.hidden is not None and tapped is not None:
-            self.hidden.write(segments, tapped.flatten(1))
+            self.hidden.write(packed, tapped.flatten(1))
         return logits if self._defined_ids is None else logits[:, : self._defined_ids]
 
-    def _outputs(self, segments: Sequence[Segment]) -> tuple[Tensor, Tensor | None]:
+    def _outputs(self, segments: Segments) -> tuple[Tensor, Tensor | None]:
         """Return logits [kept rows, vocab], and the outputs of tapped layers [rows, taps, width].
 
         The latter is None if no layer is tapped, or if the fused model has written to `hidden` itself.
@@ -195,10 +195,9 @@ class PackedModel:
 
 def run_layers(model: PreTrainedModel, segments: Sequence[Segment], plan: AttentionPlan) -> Tensor:
     """Run the rows through the layers of transformers' model; return logits [kept rows, vocab]."""
-    device = input_device(model)
-    ids = torch.from_numpy(np.concatenate([s.ids for s in segments])).to(device)
-    positions = torch.from_numpy(np.concatenate([s.positions for s in segments])).to(device)
-    return _call(model, ids, positions, kept_rows(segments).to(device), plan)
+    packed, device = Segments.of(segments), input_device(model)
+    ids, positions, kept = (torch.from_numpy(part).to(device) for part in (packed.ids, packed.positions, packed.kept))
+    return _call(model, ids, positions, kept, plan)
 
 
 def _call(model: PreTrainedModel, ids: Tensor, positions: Tensor, kept: Tensor, plan: AttentionPlan) -> Tensor:

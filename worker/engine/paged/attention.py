@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from worker.engine.errors import ModelRefused
 from worker.engine.paged.kv import PagedKv
 from worker.engine.paged.rows import PagedRows, exact_shape, laid_out, on_device
-from worker.engine.segments import Segment
+from worker.engine.segments import Segment, Segments
 
 GPU_BLOCK = 64  # KV entries of a block on a GPU: a compromise of small tables and little unused memory
 _GATHERED_ROWS = 64  # rows whose prefixes are gathered together: bounds the memory of a long prompt
@@ -98,18 +99,23 @@ class PagedAttentionPlan:
 
 def paged_plan(segments: Sequence[Segment], kv: PagedKv) -> PagedAttentionPlan:
     """Return the plan of a forward over `segments`, without padding."""
-    reserve(segments, kv)
+    packed = Segments.of(segments)
+    reserve(packed, kv)
     kv.sync_tables()
-    shape = exact_shape(segments, kv)
-    return PagedAttentionPlan(PagedRows(shape, on_device(laid_out(segments, kv, shape), kv.keys.device)), kv)
+    shape = exact_shape(packed, kv)
+    return PagedAttentionPlan(PagedRows(shape, on_device(laid_out(packed, kv, shape), kv.keys.device)), kv)
 
 
-def reserve(segments: Sequence[Segment], kv: PagedKv) -> None:
+def reserve(segments: Segments, kv: PagedKv) -> None:
     """Reserve the blocks that the rows of each segment are written to."""
-    for s in segments:
-        if s.visible is None:
-            kv.truncate(s.slot, s.end)  # entries behind a chain are stale: free them
-        kv.reserve(s.slot, s.start, s.end)
+    slots, starts, ends, chains = segments.slots, segments.starts, segments.ends, segments.chains
+    # Entries behind a chain are stale: free them. Most steps write into blocks that their slots hold already.
+    due = ~kv.writable(slots, starts, ends) | (chains & kv.holds_beyond(slots, ends))
+    for at in np.flatnonzero(due).tolist():
+        slot, start, end = int(slots[at]), int(starts[at]), int(ends[at])
+        if chains[at]:
+            kv.truncate(slot, end)
+        kv.reserve(slot, start, end)
 
 
 def attended(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scaling: float) -> Part:

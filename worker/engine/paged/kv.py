@@ -10,7 +10,7 @@ from torch import Tensor
 
 from worker.engine.errors import OutOfBlocks
 from worker.engine.kv.dense import POISON, lazy_zeros
-from worker.engine.segments import IntArray, KvMove
+from worker.engine.segments import BoolArray, IntArray, KvMove, KvMoves
 
 SCRATCH = 0  # the block that padding rows write to; no slot holds it
 
@@ -20,7 +20,7 @@ class BlockPool:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._references = [0] * (count + 1)
+        self._references = np.zeros(count + 1, np.int64)
         self._free = list(range(count, SCRATCH, -1))
 
     @property
@@ -31,7 +31,7 @@ class BlockPool:
     @property
     def used(self) -> int:
         """Number of blocks that a slot holds."""
-        return sum(count > 0 for count in self._references)
+        return int((self._references > 0).sum())
 
     @property
     def free_blocks(self) -> list[int]:
@@ -40,7 +40,12 @@ class BlockPool:
 
     def references(self, block: int) -> int:
         """Return the reference count of a block."""
-        return self._references[block]
+        return int(self._references[block])
+
+    def exclusive(self, blocks: IntArray) -> BoolArray:
+        """Return which of the blocks exactly one slot holds."""
+        exclusive: BoolArray = self._references[blocks] == 1
+        return exclusive
 
     def allocate(self) -> int:
         """Return a free block, now with one reference; raises OutOfBlocks."""
@@ -98,7 +103,7 @@ class PagedKv:
         self.tables = np.full((slots + 1, width), SCRATCH, np.int64)
         self.device_tables = torch.from_numpy(self.tables).to(device)  # on a CPU the same memory
         self._changed: list[tuple[int, int]] = []  # slot and index of blocks that the device does not know yet
-        self._held = [0] * slots  # number of blocks of each slot
+        self._held = np.zeros(slots, np.int64)  # number of blocks of each slot
 
     @property
     def slots(self) -> int:
@@ -121,7 +126,7 @@ class PagedKv:
         Raises OutOfBlocks, before it changes anything, if the pool has too few free blocks.
         """
         assert end <= self.capacity, "rows beyond the end of their slot"
-        first, held = start // self.block_size, self._held[slot]
+        first, held = start // self.block_size, int(self._held[slot])
         needed = _blocks(end, self.block_size)
         shared = [at for at in range(first, min(held, needed)) if self.pool.references(int(self.tables[slot, at])) > 1]
         if len(shared) + max(0, needed - held) > self.pool.free:
@@ -131,6 +136,20 @@ class PagedKv:
         for at in range(held, needed):
             self._set_block(slot, at, self.pool.allocate())
         self._held[slot] = max(held, needed)
+
+    def writable(self, slots: IntArray, starts: IntArray, ends: IntArray) -> BoolArray:
+        """Return for which slots `reserve` has nothing to do: they hold these entries in blocks of their own."""
+        first, needed = starts // self.block_size, -(-ends // self.block_size)
+        writable: BoolArray = needed <= self._held[slots]
+        for offset in range(int((needed - first).max(initial=0))):
+            at = np.minimum(first + offset, needed - 1)
+            writable &= self.pool.exclusive(self.tables[slots, at])
+        return writable
+
+    def holds_beyond(self, slots: IntArray, ends: IntArray) -> BoolArray:
+        """Return for which slots `truncate` has something to do."""
+        beyond: BoolArray = -(-ends // self.block_size) < self._held[slots]
+        return beyond
 
     def truncate(self, slot: int, length: int) -> None:
         """Free the blocks of a slot beyond its first `length` entries."""
@@ -161,13 +180,12 @@ class PagedKv:
 
     def compact(self, moves: Sequence[KvMove]) -> None:
         """Move accepted entries of all layers down to the end of the committed prefix."""
-        moves = [m for m in moves if not m.in_place]
-        if not moves:
+        some = KvMoves.of(moves)
+        if not len(some):
             return
-        sources = np.concatenate([self.entries(m.slot, m.sources) for m in moves])
-        targets = np.concatenate([self.entries(m.slot, m.destination + np.arange(len(m.sources))) for m in moves])
+        sources, targets = (self.entries(some.entry_slots, index) for index in (some.sources, some.targets))
         # `reserve` unshared these blocks when the entries were written.
-        assert all(self.pool.references(int(block)) == 1 for block in np.unique(targets // self.block_size))
+        assert self.pool.exclusive(np.unique(targets // self.block_size)).all()
         source, target = (torch.from_numpy(part).to(self.keys.device) for part in (sources, targets))
         for store in (self.keys, self.values):
             entries = store.flatten(1, 2)
@@ -188,7 +206,7 @@ class PagedKv:
 
     def poison(self, slot: int, start: int = 0) -> None:
         """Overwrite a slot from `start` on, after unsharing its blocks (tests only)."""
-        end = self._held[slot] * self.block_size
+        end = int(self._held[slot]) * self.block_size
         if start < end:
             self.reserve(slot, start, end)
             entries = torch.from_numpy(self.entries(slot, np.arange(start, end)))

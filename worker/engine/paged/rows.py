@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from worker.engine.paged.kv import SCRATCH, PagedKv
 from worker.engine.paged.work import BOUNDS, deal, max_parts
-from worker.engine.segments import BoolArray, IntArray, Segment, kept_row_indices
+from worker.engine.segments import BoolArray, IntArray, Segments, ranges
 
 TILE_QUERIES = 32  # query heads of a tile
 MAX_PART_BYTES = 128 << 20  # memory of the partial results of a slice: enough for 256 rows of most models
@@ -76,31 +75,33 @@ class PagedRows:
         self.bounds = parts[11].view(shape.slices, BOUNDS)
 
 
-def exact_shape(segments: Sequence[Segment], kv: PagedKv) -> Shape:
+def exact_shape(segments: Segments, kv: PagedKv) -> Shape:
     """Return the shape of a forward over `segments` without any padding."""
-    chains = all(s.visible is None for s in segments)
-    long = not chains and any(_is_long(s) for s in segments)
-    runs = [run for s in segments for run in _runs(s, long)]
-    rows = sum(len(s.ids) for s in segments)
+    chains = bool(segments.chains.all())
+    long = segments.chains & (segments.counts > LISTED)  # chains that are too long to be listed
+    causal_runs = not chains and bool(long.any())
+    runs = _runs(segments, long) if causal_runs else segments.counts
+    listed_chains = segments.counts[segments.chains & ~long if causal_runs else segments.chains]
+    listed = int(max(listed_chains.max(initial=0), segments.visible_counts.max(initial=0)))
     bounds, parts = _slices(segments, runs, kv)
     return Shape(
-        rows=rows,
-        kept=sum(len(s.keep) for s in segments),
+        rows=segments.num_rows,
+        kept=len(segments.kept),
         sequences=len(runs),
-        queries=max(runs),
-        blocks=max(-(-s.end // kv.block_size) for s in segments),
-        listed=0 if chains else max(_listed(s, long) for s in segments),
-        causal=chains or long,
+        queries=int(runs.max()),
+        blocks=int(-(-segments.ends.max() // kv.block_size)),
+        listed=0 if chains else listed,
+        causal=chains or causal_runs,
         parts=parts,
         items=2 * total_parts(segments),
         row_bounds=bounds,
     )
 
 
-def total_parts(segments: Sequence[Segment], listed: int | None = None) -> int:
+def total_parts(segments: Segments, listed: int | None = None) -> int:
     """Return an upper limit of the partial results of a forward over `segments`, whose rows list up to `listed`."""
-    ends = (s.end if listed is None else min(s.end, s.prefix + max(1, listed)) for s in segments)
-    return sum(max_parts(len(s.ids), end) for s, end in zip(segments, ends, strict=True))
+    ends = segments.ends if listed is None else np.minimum(segments.ends, segments.prefixes + max(1, listed))
+    return int(max_parts(segments.counts, ends).sum())
 
 
 def part_limit(kv: PagedKv) -> int:
@@ -114,20 +115,21 @@ def tile_rows(kv: PagedKv) -> int:
     return max(1, TILE_QUERIES // kv.group)
 
 
-def _slices(segments: Sequence[Segment], runs: Sequence[int], kv: PagedKv) -> tuple[tuple[int, ...], int]:
+def _slices(segments: Segments, runs: IntArray, kv: PagedKv) -> tuple[tuple[int, ...], int]:
     """Return the first row of each slice and the number of rows, and the most partial results of a slice.
 
     Slices begin at tiles. One with more partial results than fit the memory is a single tile.
     """
-    rows, limit, tile = sum(runs), part_limit(kv), tile_rows(kv)
-    if total_parts(segments) <= limit:
-        return (0, rows), total_parts(segments)
-    ends = np.repeat([s.end for s in segments], [len(s.ids) for s in segments])
+    rows, limit, tile = segments.num_rows, part_limit(kv), tile_rows(kv)
+    total = total_parts(segments)
+    if total <= limit:
+        return (0, rows), total
+    ends = segments.per_row(segments.ends).tolist()
     bounds, parts, largest, first = [0], 0, 0, 0
-    for run in runs:
+    for run in runs.tolist():
         for lead in range(first, first + run, tile):
             count = min(tile, first + run - lead)
-            more = max_parts(count, int(ends[lead]))
+            more = int(max_parts(count, ends[lead]))
             if parts and parts + more > limit:
                 bounds.append(lead)
                 parts = 0
@@ -137,50 +139,46 @@ def _slices(segments: Sequence[Segment], runs: Sequence[int], kv: PagedKv) -> tu
     return (*bounds, rows), largest
 
 
-def fits_bucket(segments: Sequence[Segment], listed: int) -> bool:
+def fits_bucket(segments: Segments, listed: int) -> bool:
     """Return whether the rows fit a bucket whose rows list at most `listed` entries; 0: chains of one row only."""
     if not listed:
-        return all(s.visible is None and len(s.ids) == 1 for s in segments)
-    return all(_listed(s, causal=False) <= listed for s in segments)
+        return bool(segments.chains.all()) and segments.num_rows == len(segments)
+    longest = int(segments.counts[segments.chains].max(initial=0))
+    return max(longest, int(segments.visible_counts.max(initial=0))) <= listed
 
 
-def laid_out(segments: Sequence[Segment], kv: PagedKv, shape: Shape) -> IntArray:
+def laid_out(segments: Segments, kv: PagedKv, shape: Shape) -> IntArray:
     """Return the flat tensor for `segments`, padded to a shape that is large enough; its items may be fewer.
 
     Padding rows see only themselves. They write to the scratch block, which no other row reads.
     """
-    chains, long = not shape.listed, bool(shape.listed) and shape.causal
-    slots, counts, first, prefix = (
-        np.array([(s.slot, len(s.ids), s.start, s.prefix) for s in segments], np.int64).reshape(-1, 4).T
-    )
-    n = int(counts.sum())
+    long = segments.chains & (segments.counts > LISTED)
+    n = segments.num_rows
     padding = shape.rows - n
-    slots = np.repeat(slots, counts)
+    slots, index = segments.per_row(segments.slots), segments.entries
     scratch = SCRATCH * kv.block_size + np.arange(padding) % kv.block_size
-    index = np.arange(n) + np.repeat(first - (np.cumsum(counts) - counts), counts)
-    runs = [run for s in segments for run in _runs(s, True)] if long else counts
-    starts = _starts(runs, n, shape)
-    own_stretch = np.repeat(np.array([_as_chain(s, chains, long) for s in segments], np.bool_), counts)
-    seen = np.where(own_stretch, index + 1, np.repeat(prefix, counts))
-    seen = _joined([seen, np.full(padding, int(chains))])
+    starts = _starts(_runs(segments, long) if shape.listed and shape.causal else segments.counts, n, shape)
+    # Rows whose stretch ends at the row itself: all of a plain shape, and chains that are too long to be listed.
+    causal = np.ones(n, np.bool_) if not shape.listed else segments.per_row(long) & shape.causal
+    seen = np.where(causal, index + 1, segments.per_row(segments.prefixes))
+    seen = np.concatenate([seen, np.full(padding, int(not shape.listed))])
     run_slots = np.full(shape.sequences, kv.slots, np.int64)
     real = starts[:-1] < n
     run_slots[real] = slots[starts[:-1][real]]
-    own, own_count = _own(segments, kv, shape, long)
+    own, own_count = _own(segments, kv, shape, causal)
     if shape.listed:
         own[n:, 0] = scratch
         own_count[n:] = 1
-    kept = kept_row_indices(segments) if segments else np.empty(0, np.int64)
     work = deal(starts, seen, own_count, shares=shape.queries > 1, tile=tile_rows(kv), row_bounds=shape.row_bounds)
     return np.concatenate(
         [
-            _padded([s.ids for s in segments], shape.rows),
-            _padded([s.positions for s in segments], shape.rows),
+            _padded(segments.ids, shape.rows),
+            _padded(segments.positions, shape.rows),
             kv.entries(slots, index),
             scratch,
             np.repeat(np.arange(shape.sequences), np.diff(starts)),
             seen,
-            _padded([kept], shape.kept),
+            _padded(segments.kept, shape.kept),
             starts,
             run_slots,
             own.ravel(),
@@ -197,32 +195,13 @@ def on_device(flat: IntArray, device: torch.device) -> Tensor:
     return torch.from_numpy(flat).to(device)
 
 
-def _is_long(s: Segment) -> bool:
-    """Return whether a segment is a chain that is too long to be listed."""
-    return s.visible is None and len(s.ids) > LISTED
+def _runs(segments: Segments, long: BoolArray) -> IntArray:
+    """Return the rows of each causal run: a long chain is one, and so is each row of the others."""
+    runs: IntArray = np.repeat(np.where(long, segments.counts, 1), np.where(long, 1, segments.counts))
+    return runs
 
 
-def _as_chain(s: Segment, chains: bool, long: bool) -> bool:
-    return chains or (long and _is_long(s))
-
-
-def _runs(s: Segment, long: bool) -> list[int]:
-    """Return the rows of each run of a segment. With causal runs, each row of a tree is a run."""
-    return [1] * len(s.ids) if long and not _is_long(s) else [len(s.ids)]
-
-
-def _visible(s: Segment) -> BoolArray:
-    return np.tri(len(s.ids), dtype=np.bool_) if s.visible is None else s.visible
-
-
-def _listed(s: Segment, causal: bool) -> int:
-    """Return the max entries that a row of a segment lists."""
-    if s.visible is None:
-        return 0 if causal and _is_long(s) else len(s.ids)
-    return int(s.visible.sum(axis=1).max())
-
-
-def _starts(runs: Sequence[int] | IntArray, rows: int, shape: Shape) -> IntArray:
+def _starts(runs: IntArray, rows: int, shape: Shape) -> IntArray:
     """Return the first row of each run [sequences + 1]. Padding rows are single runs in plain shapes, else the last."""
     starts = np.full(shape.sequences + 1, rows, np.int64)
     starts[0] = 0
@@ -233,26 +212,27 @@ def _starts(runs: Sequence[int] | IntArray, rows: int, shape: Shape) -> IntArray
     return starts
 
 
-def _own(segments: Sequence[Segment], kv: PagedKv, shape: Shape, long: bool) -> tuple[IntArray, IntArray]:
-    """Return the indices of the listed entries [rows, listed], and how many each row lists [rows]."""
+def _own(segments: Segments, kv: PagedKv, shape: Shape, causal: BoolArray) -> tuple[IntArray, IntArray]:
+    """Return the indices of the listed entries [rows, listed], and how many each row lists [rows].
+
+    A row of a tree lists what it sees behind the prefix, a row of a chain that is not `causal` the chain up to itself.
+    """
     own = np.full((shape.rows, shape.listed), SCRATCH * kv.block_size, np.int64)
     count = np.zeros(shape.rows, np.int64)
-    row = 0
-    for s in segments if shape.listed else ():
-        if not _as_chain(s, False, long):
-            visible = _visible(s)
-            rows, columns = np.nonzero(visible)
-            rank = visible.cumsum(axis=1)[rows, columns] - 1
-            own[row + rows, rank] = kv.entries(s.slot, s.prefix + columns)
-            count[row : row + len(s.ids)] = visible.sum(axis=1)
-        row += len(s.ids)
+    if not shape.listed:
+        return own, count
+    n = segments.num_rows
+    index_in_segment = ranges(np.zeros(len(segments), np.int64), segments.counts)
+    chained = segments.per_row(segments.chains) & ~causal
+    count[:n] = np.where(chained, index_in_segment + 1, segments.visible_counts)
+    rows = np.repeat(np.arange(n), count[:n])
+    rank = ranges(np.zeros(n, np.int64), count[:n])
+    entry = rank.copy()  # behind the prefix
+    entry[~chained[rows]] = segments.visible
+    slots, prefixes = segments.per_row(segments.slots), segments.per_row(segments.prefixes)
+    own[rows, rank] = kv.entries(slots[rows], prefixes[rows] + entry)
     return own, count
 
 
-def _joined(parts: Sequence[IntArray]) -> IntArray:
-    return np.concatenate([np.empty(0, np.int64), *parts])
-
-
-def _padded(parts: Sequence[IntArray], length: int) -> IntArray:
-    joined = _joined(parts)
-    return np.concatenate([joined, np.zeros(length - len(joined), np.int64)])
+def _padded(part: IntArray, length: int) -> IntArray:
+    return part if len(part) == length else np.concatenate([part, np.zeros(length - len(part), np.int64)])

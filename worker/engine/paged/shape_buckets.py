@@ -15,7 +15,7 @@ from worker.engine.paged.cuda_graphs import CaptureFailed, GraphCapture, graph_c
 from worker.engine.paged.kv import PagedKv
 from worker.engine.paged.rows import LISTED, PagedRows, Shape, fits_bucket, laid_out, part_limit, total_parts
 from worker.engine.paged.work import max_parts
-from worker.engine.segments import Segment
+from worker.engine.segments import Segment, Segments
 
 BUCKETS: tuple[int, ...] = (1, 2, 4, 8, 16, *range(32, 513, 32), *range(576, 1025, 64))  # rows
 GRAPH_BYTES = 512 << 20  # of memory for captured forwards, without their activations, which all share
@@ -42,11 +42,12 @@ class BucketedForward:
 
     def shape_for(self, segments: Sequence[Segment]) -> Shape | None:
         """Return the smallest shape that fits the rows and is captured or may be; None if there is none."""
-        rows = sum(len(s.ids) for s in segments)
-        listed = next((listed for listed in (0, LISTED) if fits_bucket(segments, listed)), None)
+        packed = Segments.of(segments)
+        rows = packed.num_rows
+        listed = next((listed for listed in (0, LISTED) if fits_bucket(packed, listed)), None)
         if listed is None:
             return None
-        parts = total_parts(segments, listed) - rows
+        parts = total_parts(packed, listed) - rows
         fitting = (s for s in self.shapes[listed] if s.rows >= rows and s.parts - s.rows >= parts)
         return next((shape for shape in fitting if self._may_capture or shape in self._replays), None)
 
@@ -62,7 +63,7 @@ class BucketedForward:
         """
         for shape in sorted(self._expected(), key=lambda s: (s.rows & (s.rows - 1) > 0, -s.rows)):
             if self._may_capture:
-                self._replay([], shape)
+                self._replay(Segments.of([]), shape)
 
     def _expected(self) -> list[Shape]:
         """Return the shapes of steps with up to a row per slot, and up to the draft nodes of a step more."""
@@ -76,13 +77,13 @@ class BucketedForward:
 
     def forward(self, segments: Sequence[Segment], shape: Shape) -> Outputs:
         """Run the rows in the shape; return logits [kept, vocab] and the other outputs of the rows."""
-        reserve(segments, self._kv)
-        logits, other = self._replay(segments, shape)
-        rows, kept = sum(len(s.ids) for s in segments), sum(len(s.keep) for s in segments)
+        packed = Segments.of(segments)
+        reserve(packed, self._kv)
+        logits, other = self._replay(packed, shape)
         # Copies: the next replay overwrites the outputs of a capture.
-        return logits[:kept].clone(), None if other is None else other[:rows].clone()
+        return logits[: len(packed.kept)].clone(), None if other is None else other[: packed.num_rows].clone()
 
-    def _replay(self, segments: Sequence[Segment], shape: Shape) -> Outputs:
+    def _replay(self, segments: Segments, shape: Shape) -> Outputs:
         self._kv.sync_tables()
         flat = torch.from_numpy(laid_out(segments, self._kv, shape))
         self._flat[: len(flat)].copy_(flat)  # from pageable memory: it has read it when it returns, so it may be freed

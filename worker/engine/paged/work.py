@@ -7,6 +7,7 @@ a chunk is a partial result; they are merged in the order of the chunks, so the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from worker.engine.segments import IntArray
 
 CHUNK = 256  # KV entries of an item
 ROW_SHIFT = 32  # an item is row << ROW_SHIFT | chunk
+_Counts = TypeVar("_Counts", int, IntArray)
 BOUNDS = 5  # numbers of a slice: first and end item of tiles, first and end item of rows, first partial result
 
 
@@ -55,7 +57,7 @@ def deal(
     return Work(first_part, np.concatenate([of_tiles, of_rows]), bounds)
 
 
-def max_parts(rows: int, end: int) -> int:
+def max_parts(rows: _Counts, end: _Counts) -> _Counts:
     """Return the most partial results of `rows` rows that see no entry from `end` on."""
     return rows * -(-end // CHUNK)
 

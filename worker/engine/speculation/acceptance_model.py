@@ -90,8 +90,3 @@ def _bins(forest: Forest, frontier: IntArray, offered: Candidates) -> IntArray:
     if offered.source is not None:
         bins += offered.source * (DEPTH_CLASSES * _BINS)
     return bins
-
-
-def drawn_tokens(frontier: IntArray, drawn_at: dict[int, int]) -> IntArray:
-    """Return the target's token at each frontier node, -1 at nodes that the target did not reach."""
-    return np.array([drawn_at.get(int(node), -1) for node in frontier], np.int64)

@@ -19,7 +19,7 @@ from torch import Tensor
 from worker.engine.sampling.parameters import Adjustments, ParameterArray
 from worker.engine.sampling.penalties import NONE_SEEN, adjustments_of
 from worker.engine.sampling.sampling import adjust, parameters_of
-from worker.engine.segments import BoolArray, IntArray, Segment
+from worker.engine.segments import BoolArray, IntArray, Segments, ranges
 from worker.engine.sequence import Sequence
 
 FloatArray = NDArray[np.float64]
@@ -117,9 +117,16 @@ class Forest:
         kept[by_tree[rank < per_tree]] = True
         return kept
 
-    def expected(self, kept: BoolArray) -> FloatArray:
-        """Return E(A) per tree, [sequences]: the expected accepted draft tokens among the kept nodes."""
-        draft = kept.copy()
+    def sizes(self) -> tuple[IntArray, IntArray]:
+        """Return the draft nodes and the depth of each tree [sequences]."""
+        roots = len(self.sequences)
+        depths = np.zeros(roots, np.int64)
+        np.maximum.at(depths, self.tree[roots:], self.depth[roots:])
+        return np.bincount(self.tree[roots:], minlength=roots), depths
+
+    def expected(self, kept: BoolArray | None = None) -> FloatArray:
+        """Return E(A) per tree, [sequences]: the expected accepted draft tokens among the kept nodes; None: all."""
+        draft = np.ones(self.size, np.bool_) if kept is None else kept.copy()
         draft[: len(self.sequences)] = False
         sums = np.bincount(self.tree[draft], weights=self.value[draft], minlength=len(self.sequences))
         return sums.astype(np.float64)  # of no nodes at all, bincount returns integers
@@ -181,24 +188,62 @@ class Forest:
         ]
         return adjustments_of([s.sampling for s in owners], seen)
 
-    def segment(self, tree: int, nodes: IntArray) -> Segment:
-        """Return the rows of one tree for the target. The root is one of them: its KV entry is not yet written."""
-        sequence = self.sequences[tree]
-        prefix = len(sequence.ids) - 1
-        return Segment(
-            slot=sequence.slot,
-            prefix=prefix,
-            start=prefix,
-            ids=self.token[nodes],
-            positions=prefix + self.depth[nodes],
-            visible=self._ancestors(nodes) if len(nodes) > 1 else None,
-            keep=np.arange(len(nodes)),
-        )
+    def segments(self, trees: int) -> tuple[Segments, IntArray]:
+        """Return the rows of the first `trees` trees for the target, in order of their slots, and the node of each row.
 
-    def _ancestors(self, nodes: IntArray) -> BoolArray:
-        """Return the tree attention mask [n, n] of `nodes`, parents first: each node sees its ancestors and itself."""
-        parents = np.searchsorted(nodes, self.parent[nodes])
-        seen = np.eye(len(nodes), dtype=np.bool_)
-        for i in range(1, len(nodes)):
-            seen[i] |= seen[parents[i]]
-        return seen
+        Roots are among them: their KV entries are not yet written.
+        """
+        slots = np.array([s.slot for s in self.sequences[:trees]], np.int64)
+        prefixes = np.array([len(s.ids) for s in self.sequences[:trees]], np.int64) - 1
+        order = np.argsort(slots, kind="stable")
+        nodes, counts = order, np.ones(trees, np.int64)
+        if self.size > len(self.sequences):
+            rank = np.full(len(self.sequences), trees)
+            rank[order] = np.arange(trees)
+            counts = np.bincount(self.tree, minlength=len(self.sequences))[order]
+            nodes = np.argsort(rank[self.tree], kind="stable")[: counts.sum()]
+        depth = self.depth[nodes]
+        prefixes = prefixes[order]
+        visible_counts, visible = self._ancestors(nodes, counts)
+        segments = Segments(
+            slots=slots[order],
+            prefixes=prefixes,
+            starts=prefixes,
+            counts=counts,
+            chains=counts == 1,
+            ids=self.token[nodes],
+            positions=np.repeat(prefixes, counts) + depth,
+            kept=np.arange(len(nodes)),
+            kept_counts=counts,
+            visible_counts=visible_counts,
+            visible=visible,
+        )
+        return segments, nodes
+
+    def _ancestors(self, nodes: IntArray, counts: IntArray) -> tuple[IntArray, IntArray]:
+        """Return how many nodes each of `nodes` sees in its tree, and which: its ancestors and itself, by depth.
+
+        `nodes` are those of several trees, `counts` of each, parents first. They are named by their place in the tree.
+        A root alone sees nothing but its prefix: it is a chain.
+        """
+        depth = self.depth[nodes]
+        seen_counts = np.where(np.repeat(counts > 1, counts), depth + 1, 0)
+        ends, seen = seen_counts.cumsum(), np.empty(seen_counts.sum(), np.int64)
+        if not len(seen):
+            return seen_counts, seen
+        row_of = np.empty(self.size, np.int64)
+        row_of[nodes] = np.arange(len(nodes))
+        place = ranges(np.zeros(len(counts), np.int64), counts)
+        rows = ancestors = np.flatnonzero(seen_counts)
+        for height in range(int(depth.max()) + 1):  # above the row's own node
+            seen[ends[rows] - 1 - height] = place[ancestors]
+            deeper = depth[rows] > height
+            rows, ancestors = rows[deeper], row_of[self.parent[nodes[ancestors[deeper]]]]
+        return seen_counts, seen
+
+    def places(self) -> IntArray:
+        """Return the place of each node among the nodes of its tree, the root being 0 [nodes]."""
+        order = np.argsort(self.tree, kind="stable")
+        places = np.empty(self.size, np.int64)
+        places[order] = ranges(np.zeros(len(self.sequences), np.int64), np.bincount(self.tree))
+        return places

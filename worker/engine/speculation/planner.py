@@ -12,7 +12,6 @@ import numpy as np
 from worker.engine.batch import Batch
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.segments import IntArray
-from worker.engine.speculation.acceptance_model import drawn_tokens
 from worker.engine.speculation.constants import (
     CLEAR_GAIN,
     CLOSE_GAIN,
@@ -27,7 +26,7 @@ from worker.engine.speculation.drafting import Drafter, Layer, as_offered, grow
 from worker.engine.speculation.regret_guard import Decision, RegretGuard
 from worker.engine.speculation.state import DrafterStats, SpeculationState
 from worker.engine.speculation.tree_budget import Budget, CostAwareBudget, FixedBudget
-from worker.engine.speculation.verifier import AcceptedPath
+from worker.engine.speculation.verifier import AcceptedPaths
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +111,7 @@ class Planner:
         return StepPlan(forest, selected, np.flatnonzero(cut), layers, decision, strategy, catch_up_ms)
 
     def learn(
-        self, batch: Batch, plan: StepPlan, accepted: list[AcceptedPath], tokens: int, times: StepTimes
+        self, batch: Batch, plan: StepPlan, accepted: AcceptedPaths, tokens: int, times: StepTimes
     ) -> float | None:
         """Learn from a step that emitted `tokens` tokens in all.
 
@@ -122,20 +121,22 @@ class Planner:
             self._learn_acceptance(plan, accepted)
         if self._costs is None or batch.chunks:
             return None
-        batch_size, rows = len(batch.decoding), plan.selected.size
-        entries = batch.entries * rows / batch_size
-        plain_ms = self._plain_ms(batch, plan, self._costs, times, entries)
+        batch_size, rows, plain_entries = len(batch.decoding), plan.selected.size, batch.entries
+        entries = plain_entries * rows / batch_size
+        plain_ms = self._plain_ms(plan, self._costs, times, plain_entries, entries)
         self._update_guards(plan, batch_size, tokens, times.step_ms, plain_ms)
         self._costs.observe(rows, entries, times.verify_ms)
         return plain_ms
 
-    def _plain_ms(self, batch: Batch, plan: StepPlan, costs: CostModel, times: StepTimes, entries: float) -> float:
+    def _plain_ms(
+        self, plan: StepPlan, costs: CostModel, times: StepTimes, plain_entries: float, entries: float
+    ) -> float:
         """Return the ms that the step, whose rows attended to `entries`, would have taken without drafts.
 
         A plain step has measured it; so has one whose lookup found no candidates.
         """
-        batch_size, rows, plain_steps = len(batch.decoding), plan.selected.size, self._state.plain_steps
-        calibrated_ms = costs.calibrated_ms(batch_size, batch.entries)
+        batch_size, rows, plain_steps = len(plan.selected.sequences), plan.selected.size, self._state.plain_steps
+        calibrated_ms = costs.calibrated_ms(batch_size, plain_entries)
         forward_ms = costs.calibrated_ms(rows, entries)
         slowdown = plain_steps.observe_forward(rows, forward_ms, times.verify_ms)
         if not plan.layers:
@@ -267,16 +268,14 @@ class Planner:
     def _calibrate(self, forest: Forest, layer: Layer) -> Candidates:
         return self._acceptance.of(forest, layer.frontier, layer.offered)
 
-    def _learn_acceptance(self, plan: StepPlan, accepted: list[AcceptedPath]) -> None:
+    def _learn_acceptance(self, plan: StepPlan, accepted: AcceptedPaths) -> None:
         """Label the drafted nodes that the target reached with the token that it drew there."""
-        drawn: dict[int, int] = {}
-        for root, kept in enumerate(accepted):
-            path = plan.nodes[kept.path].tolist()
-            tokens = [*plan.selected.token[kept.path].tolist(), kept.bonus]
-            drawn.update(zip([root, *path], tokens, strict=True))
+        drawn = np.full(plan.drafted.size, -1)
+        drawn[plan.nodes[accepted.visited]] = accepted.drawn
         for layer in plan.layers:
-            self._acceptance.learn(plan.drafted, layer.frontier, layer.offered, drawn_tokens(layer.frontier, drawn))
-        if plan.selected.size > len(accepted):
-            expected = float(plan.selected.value[len(accepted) :].sum())
-            self._acceptance.learn_discount(expected, sum(len(kept.path) for kept in accepted))
+            self._acceptance.learn(plan.drafted, layer.frontier, layer.offered, drawn[layer.frontier])
+        trees = len(accepted.counts)
+        if plan.selected.size > trees:
+            expected = float(plan.selected.value[trees:].sum())
+            self._acceptance.learn_discount(expected, int(accepted.counts.sum()))
         self._acceptance.forget()

@@ -11,72 +11,78 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from worker.engine.sampling.sampling import Sampling, argmax, draw
+from worker.engine.sampling.sampling import argmax, draw
 from worker.engine.segments import IntArray
 from worker.engine.speculation.draft_tree import Forest
 
 
-@dataclass(frozen=True, slots=True)
-class AcceptedPath:
-    """What the target accepted of one tree."""
+@dataclass(frozen=True, slots=True, eq=False)
+class AcceptedPaths:
+    """What the target accepted of every tree, as arrays: tree after tree, each path from its root down."""
 
-    path: IntArray  # accepted draft nodes in order of depth, without the root
-    bonus: int  # the target's own token after them; -1: the logits there are NaN
+    counts: IntArray  # [trees] accepted draft nodes
+    visited: IntArray  # [trees + accepted nodes] the root, then the accepted nodes in order of depth
+    drawn: IntArray  # [trees + accepted nodes] the target's own token at each; -1: the logits there are NaN
+
+    @property
+    def firsts(self) -> IntArray:
+        """Index of each tree's root in `visited` [trees]."""
+        ends: IntArray = (self.counts + 1).cumsum()
+        return ends - self.counts - 1
+
+    @property
+    def bonus(self) -> IntArray:
+        """The target's token after the accepted path [trees]."""
+        tokens: IntArray = self.drawn[self.firsts + self.counts]
+        return tokens
+
+    def path(self, tree: int) -> IntArray:
+        """Return the accepted nodes of a tree, in order of depth."""
+        first = int(self.firsts[tree]) + 1
+        return self.visited[first : first + int(self.counts[tree])]
 
 
-def walk(forest: Forest, logits: Tensor, rows: IntArray) -> list[AcceptedPath]:
+def walk(forest: Forest, logits: Tensor, rows: IntArray) -> AcceptedPaths:
     """Walk every tree of the batch along the target's draws.
 
     `rows[node]` is the node's row in `logits` [rows, vocab]. Greedy trees share one argmax and one transfer. Trees with
     noise or penalties draw lazily: one round per depth, only on the rows that they reach.
     """
-    children = {
-        (int(parent), int(token)): node
-        for node, (parent, token) in enumerate(zip(forest.parent, forest.token, strict=True))
-        if parent >= 0
-    }
-    walks = [_Walk(root) for root in range(len(forest.sequences))]
-    greedy = [w for w in walks if _is_argmax(forest.sequences[w.root].sampling)]
-    if greedy:
-        draws = argmax(logits).tolist()
-        for w in greedy:
-            while w.advance(draws[rows[w.node]], children):
-                pass
-    moving = [w for w in walks if not _is_argmax(forest.sequences[w.root].sampling)]
-    while moving:
-        draws = _draw_at([w.node for w in moving], forest, logits, rows)
-        moving = [w for w, token in zip(moving, draws, strict=True) if w.advance(token, children)]
-    return [AcceptedPath(np.array(w.path, np.int64), w.bonus) for w in walks]
+    trees = len(forest.sequences)
+    lazy = ~np.array([s.draws_argmax for s in forest.sequences], np.bool_)
+    drawn = np.full(forest.size, _UNKNOWN)  # the target's token at each node
+    if not lazy.all():
+        drawn = np.where(lazy[forest.tree], _UNKNOWN, argmax(logits)[rows])
+    moving, reached = forest.roots, forest.roots  # trees, and the node that each has come to
+    steps = [forest.roots[:0]]
+    while len(moving):
+        undrawn = reached[lazy[moving]]
+        if len(undrawn):
+            drawn[undrawn] = _draw_at(undrawn, forest, logits, rows)
+        steps.append(reached)
+        moving, reached = _advance(forest, moving, reached, drawn)
+    visited = np.concatenate(steps)
+    visited = visited[np.argsort(forest.tree[visited], kind="stable")]
+    return AcceptedPaths(np.bincount(forest.tree[visited], minlength=trees) - 1, visited, drawn[visited])
 
 
-def _is_argmax(sampling: Sampling) -> bool:
-    """Return whether the draw is the argmax of the raw logits."""
-    return sampling.greedy and not sampling.adjusted
+_UNKNOWN = -2  # no token, and not NaN's -1
 
 
-class _Walk:
-    """The path of one tree's draws from its root."""
-
-    def __init__(self, root: int) -> None:
-        self.root = root
-        self.node = root
-        self.path: list[int] = []
-        self.bonus = -1
-
-    def advance(self, token: int, children: dict[tuple[int, int], int]) -> bool:
-        """Step to the child with the drawn token; without one, keep the token as bonus and return False."""
-        child = children.get((self.node, token))
-        if child is None:
-            self.bonus = token
-            return False
-        self.path.append(child)
-        self.node = child
-        return True
+def _advance(forest: Forest, trees: IntArray, nodes: IntArray, drawn: IntArray) -> tuple[IntArray, IntArray]:
+    """Step from `nodes` to the children with the drawn tokens; return those trees that have one, and it."""
+    roots = len(forest.sequences)
+    if forest.size == roots:
+        return trees[:0], nodes[:0]
+    parents = forest.parent[roots:]
+    matching = np.flatnonzero(drawn[parents] == forest.token[roots:])
+    child = np.full(forest.size, -1)
+    child[parents[matching]] = roots + matching
+    reached = child[nodes]
+    return trees[reached >= 0], reached[reached >= 0]
 
 
-def _draw_at(nodes: list[int], forest: Forest, logits: Tensor, rows: IntArray) -> list[int]:
+def _draw_at(nodes: IntArray, forest: Forest, logits: Tensor, rows: IntArray) -> IntArray:
     trees = forest.tree[nodes]
     positions = forest.lengths[trees] + forest.depth[nodes]
-    adjustments = forest.adjustments(np.array(nodes))
-    tokens: list[int] = draw(logits, forest.parameters[trees], positions, rows[nodes], adjustments).tolist()
-    return tokens
+    return draw(logits, forest.parameters[trees], positions, rows[nodes], forest.adjustments(nodes))

@@ -25,7 +25,7 @@ from worker.engine.model.attention import ATTENTION_NAME
 from worker.engine.model.packed_model import PackedModel
 from worker.engine.paged import attention, work
 from worker.engine.paged.rows import exact_shape
-from worker.engine.segments import Segment, chain
+from worker.engine.segments import Segment, Segments, chain
 from worker.planning.devices import FUSED_KERNELS_PER_LAYER
 
 # The interpreter runs a few hundred programs per second, one after the other, so all sizes here are minimal.
@@ -107,7 +107,7 @@ def test_slices_that_bound_the_memory_of_partial_results_change_no_bit(monkeypat
     ours.forward(STEPS["prompts"])
     whole = ours.forward(step)
     monkeypatch.setattr("worker.engine.paged.rows.MAX_PART_BYTES", 5 * 4 * 2 * 8)  # five partial results of two heads
-    shape = exact_shape(step, ours.kv)  # type: ignore[arg-type]  # it is paged
+    shape = exact_shape(Segments.of(step), ours.kv)  # type: ignore[arg-type]  # it is paged
     assert shape.slices > 2
     assert torch.equal(ours.forward(step), whole)
 

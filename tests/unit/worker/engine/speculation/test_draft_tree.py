@@ -269,7 +269,7 @@ def test_a_row_sees_its_ancestors_and_itself_and_nothing_else(seed: int) -> None
     forest = full_forest(np.random.default_rng(seed), trees=2)
     shown = forest.pruned(forest.best(9))
     nodes = shown.nodes_of(1)
-    visible = shown.segment(1, nodes).visible
+    visible = shown.segments(2)[0][1].visible
     assert visible is not None
     for i, node in enumerate(nodes):
         walked = set()
