@@ -25,14 +25,21 @@ TILE = 2048  # tokens that a program reads at once
 GATHERED = 2048  # tokens of a row that are searched in registers; rows with more are read again for each bisection
 _LISTED = 1024  # tokens of a list that penalties are applied to at once
 
+
+def _word(name: str) -> tl.constexpr:
+    """Return the place of a parameter among the 32-bit words of its record."""
+    assert PARAMETERS.fields is not None
+    return tl.constexpr(PARAMETERS.fields[name][1] // 4)
+
+
 _WORDS = tl.constexpr(PARAMETERS.itemsize // 4)  # of a row's parameters
-_TEMPERATURE = tl.constexpr(PARAMETERS.fields["temperature"][1] // 4)
-_TOP_P = tl.constexpr(PARAMETERS.fields["top_p"][1] // 4)
-_LOG_MIN_P = tl.constexpr(PARAMETERS.fields["log_min_p"][1] // 4)
-_REPETITION = tl.constexpr(PARAMETERS.fields["repetition_penalty"][1] // 4)
-_FREQUENCY = tl.constexpr(PARAMETERS.fields["frequency_penalty"][1] // 4)
-_PRESENCE = tl.constexpr(PARAMETERS.fields["presence_penalty"][1] // 4)
-_TOP_K = tl.constexpr(PARAMETERS.fields["top_k"][1] // 4)
+_TEMPERATURE = _word("temperature")
+_TOP_P = _word("top_p")
+_LOG_MIN_P = _word("log_min_p")
+_REPETITION = _word("repetition_penalty")
+_FREQUENCY = _word("frequency_penalty")
+_PRESENCE = _word("presence_penalty")
+_TOP_K = _word("top_k")
 
 _LEVELS = tl.constexpr(4)  # distances from the highest score: 5, 10 and 20, and all tokens
 _GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
@@ -175,9 +182,7 @@ def _find_maxima(
     broken = tl.max(tl.reshape((logit != logit).to(tl.int32), [members, GROUP]), axis=1)
     highest = tl.max(tl.reshape(tl.where(logit != logit, float("-inf"), logit), [members, GROUP]), axis=1)
     group = tile * members + tl.arange(0, members)
-    tl.store(
-        maxima + row * groups + group, tl.where(broken > 0, float("nan"), highest), mask=group < groups
-    )
+    tl.store(maxima + row * groups + group, tl.where(broken > 0, float("nan"), highest), mask=group < groups)
 
 
 @triton.jit
@@ -493,9 +498,7 @@ def draw(
 
 def _add_adjustments(copies: Tensor, words: Tensor, adjusted: IntArray, adjustments: Adjustments) -> None:
     a = adjustments
-    lists = _sent(
-        [adjusted, a.bias_starts, a.bias_tokens, a.seen_starts, a.seen_tokens, a.seen_counts], copies.device
-    )
+    lists = _sent([adjusted, a.bias_starts, a.bias_tokens, a.seen_starts, a.seen_tokens, a.seen_counts], copies.device)
     rows, bias_starts, bias_tokens, seen_starts, seen_tokens, seen_counts = lists
     (biases,) = _sent([a.biases], copies.device)
     _adjust_rows[(len(adjusted),)](
@@ -507,4 +510,4 @@ def _add_adjustments(copies: Tensor, words: Tensor, adjusted: IntArray, adjustme
 def _sent(arrays: list[NDArray[Any]], device: torch.device) -> tuple[Tensor, ...]:
     """Return arrays of one dtype on the device, sent in one transfer."""
     together = torch.from_numpy(np.concatenate(arrays)).to(device, non_blocking=True)
-    return together.split([len(array) for array in arrays])
+    return torch.split(together, [len(array) for array in arrays])

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -72,6 +75,15 @@ class Sampling:
 _MASK = (1 << 64) - 1
 
 
+@cache
+def gpu_sampler(device: torch.device) -> ModuleType | None:
+    """Return the module of Triton kernels for a GPU; None for other devices, and without Triton."""
+    try:
+        return import_module("worker.engine.sampling.gpu_kernels") if device.type == "cuda" else None
+    except ImportError:
+        return None
+
+
 def noise_key(seed: int, choice: int) -> int:
     """Return the 64-bit noise key of one choice: it differs between the choices of a request, and is reproducible."""
     return int(mix(mix(np.array([seed & _MASK], np.uint64)) + np.uint64(choice))[0])
@@ -102,6 +114,10 @@ def draw(
     compiled = native_sampler(logits.device)
     if compiled is not None:
         return compiled.draw(logits, parameters, keys, rows, adjustments, mask)
+    on_gpu = gpu_sampler(logits.device)
+    if on_gpu is not None:
+        tokens: Tensor = on_gpu.draw(logits, parameters, keys, rows, adjustments, mask)[0]
+        return tokens.cpu().numpy()
     picked = logits.float() if rows is None else logits[torch.from_numpy(rows).to(logits.device)].float()
     if adjustments is not None:
         picked = torch_draws.adjust(picked, parameters, adjustments)
@@ -120,9 +136,14 @@ def process(logits: Tensor, parameters: ParameterArray) -> Tensor:
     Returns float32 [rows, vocab] with -inf for excluded tokens. No row may be greedy.
     """
     compiled = native_sampler(logits.device)
-    if compiled is None:
+    if compiled is not None:
+        return compiled.process(logits.float().contiguous(), parameters)
+    on_gpu = gpu_sampler(logits.device)
+    if on_gpu is None:
         return torch_draws.process(logits, parameters)
-    return compiled.process(logits.float().contiguous(), parameters)
+    _, lowest = on_gpu.draw(logits, parameters, parameters["key"])
+    scores = torch_draws.apply_temperature(logits, parameters)
+    return scores.masked_fill_(scores < lowest.unsqueeze(1), -torch.inf)
 
 
 def adjust(logits: Tensor, parameters: ParameterArray, adjustments: Adjustments) -> Tensor:

@@ -71,8 +71,13 @@ def allowed(mask: Tensor, vocab: int) -> Tensor:
 
 def process(logits: Tensor, parameters: ParameterArray) -> Tensor:
     """Apply temperature, top_k, top_p and min_p to `logits` [rows, vocab], in that order (as transformers does)."""
-    scores = logits.float() / column(parameters, "temperature", logits)
+    scores = apply_temperature(logits, parameters)
     return scores.masked_fill_(scores < _min_scores(scores, parameters), -torch.inf)
+
+
+def apply_temperature(logits: Tensor, parameters: ParameterArray) -> Tensor:
+    """Return `logits` [rows, vocab] divided by their temperatures, float32."""
+    return logits.float() / column(parameters, "temperature", logits)
 
 
 def _min_scores(scores: Tensor, parameters: ParameterArray) -> Tensor:
