@@ -40,7 +40,7 @@ check: setup ## Check style, types and import directions
 	$(BIN)/lint-imports
 
 unit: setup ## Run the quick tests: no service processes, on SQLite and on PostgreSQL from a wheel
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit -n auto --dist worksteal  # one process per core, one thread each
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/unit -n auto --dist worksteal -p no:schemathesis  # a process per core, a thread each
 
 integration: model ## Run the tests with real servers, processes and SmolLM2
 	$(BIN)/pytest tests/integration tests/acceptance

@@ -265,7 +265,7 @@ def test_a_full_disk_of_postgresql_is_a_507_too(tmp_path: Path, postgresql_url: 
 @pytest.fixture
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let each wait for Redis last so long that a test which waits for one fails, on a machine of any speed."""
-    names = ("celery_app._SOCKET_TIMEOUT_S", "streaming.hub._POLL_S")
+    names = ("producer._TIMEOUT_S", "streaming.hub._POLL_S")
     for name in (*names, *(f"streaming.pubsub.{each}" for each in ("_TIMEOUT_S", "_SUBSCRIBE_S", "_POLL_S"))):
         monkeypatch.setattr(f"jobs.{name}", WAITS_S)
 
