@@ -66,14 +66,18 @@ _shared = cache(_SharedEngine)
 
 @contextmanager
 def on_sqlite(directory: Path) -> Iterator[Database]:
-    """Yield an empty database in a new file."""
-    path = directory / "basic.sqlite3"
+    """Yield an empty database in a new file, with an engine of its own."""
+    database = open_sqlite(directory / "basic.sqlite3")
+    yield database
+    database.dispose()
+
+
+@contextmanager
+def on_shared_sqlite(directory: Path) -> Iterator[Database]:
+    """Yield an empty database in a new file, with the engine of all unit tests: one test at a time."""
     shared = _shared()
-    if shared.path is not None:  # a second database beside the first
-        database = open_sqlite(path)
-        yield database
-        database.dispose()
-        return
+    assert shared.path is None
+    path = directory / "basic.sqlite3"
     _write_empty(path)
     shared.path = path
     try:

@@ -8,7 +8,7 @@ import pytest
 
 from jobs.settings import JobsSettings
 from storage.session import Database
-from tests.databases import on_sqlite
+from tests.databases import on_shared_sqlite
 
 
 @pytest.fixture(autouse=True)
@@ -31,5 +31,5 @@ def settings(tmp_path: Path) -> JobsSettings:
 @pytest.fixture
 def database(settings: JobsSettings) -> Iterator[Database]:
     """An empty database."""
-    with on_sqlite(settings.data_dir) as database:
+    with on_shared_sqlite(settings.data_dir) as database:
         yield database

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from storage.session import LONG_STATEMENT_TIMEOUT_S, Database
-from tests.databases import make_empty, on_sqlite, open_sqlite
+from tests.databases import make_empty, on_shared_sqlite, open_sqlite
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +23,7 @@ def postgresql(postgresql_url: str) -> Iterator[Database]:
 def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
     """An empty database."""
     if request.param == "sqlite":
-        with on_sqlite(tmp_path) as database:
+        with on_shared_sqlite(tmp_path) as database:
             yield database
     else:
         database = request.getfixturevalue("postgresql")

@@ -14,7 +14,7 @@ from storage.event_log import Cursor, Page, Position
 from storage.models import JobRow, Request
 from storage.records import Claim, NewRequest, RequestFailure, RequestProgress
 from storage.session import Database
-from tests.databases import on_sqlite
+from tests.databases import on_shared_sqlite
 from tests.factories import a_request
 from tests.unit.storage.acts import cancel, claim, end_of, flush, going_on, record, tokens_of, whole
 
@@ -195,7 +195,7 @@ ACTS = st.lists(
 @settings(max_examples=15, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(acts=ACTS)
 def test_all_text_is_delivered_once_for_any_writes_between_reads(acts: list[tuple[str, int, int]]) -> None:
-    with TemporaryDirectory() as folder, on_sqlite(Path(folder)) as database:
+    with TemporaryDirectory() as folder, on_shared_sqlite(Path(folder)) as database:
         _read_while_written(database, acts)
 
 

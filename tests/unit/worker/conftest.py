@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from storage.session import Database
-from tests.databases import on_sqlite
+from tests.databases import on_shared_sqlite
 
 torch.set_num_threads(1)
 
@@ -17,5 +17,5 @@ torch.set_num_threads(1)
 @pytest.fixture
 def database(tmp_path: Path) -> Iterator[Database]:
     """An empty database."""
-    with on_sqlite(tmp_path) as database:
+    with on_shared_sqlite(tmp_path) as database:
         yield database
