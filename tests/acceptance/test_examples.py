@@ -9,11 +9,11 @@ import sys
 
 import pytest
 
-from tests.acceptance.test_one_batch import Service, service  # noqa: F401
+from tests.acceptance.conftest import Service
 from tests.paths import EXAMPLES
 
 
-def run(service: Service, *command: str, **environment: str) -> str:  # noqa: F811
+def run(service: Service, *command: str, **environment: str) -> str:
     places = {"BASIC_API_URL": service.api_url, "BASIC_REDIS_URL": service.redis_url}
     full = service.environment | places | {"DATABASE": str(service.database), "PYTHON": sys.executable} | environment
     done = subprocess.run(command, env=full, capture_output=True, text=True, timeout=250, check=False)
@@ -28,20 +28,20 @@ def needs(program: str) -> None:
         pytest.skip(f"{program} is not installed")
 
 
-def test_our_client(service: Service) -> None:  # noqa: F811
+def test_our_client(service: Service) -> None:
     said = run(service, sys.executable, str(EXAMPLES / "our_client.py"))
     assert "rivers finished" in said
     assert "request-0" in said
     assert "failed: ['broken']" in said
 
 
-def test_the_openai_client(service: Service) -> None:  # noqa: F811
+def test_the_openai_client(service: Service) -> None:
     said = run(service, sys.executable, str(EXAMPLES / "openai_client.py"))
     assert "completed" in said
     assert {line.split(" ")[0] for line in said.splitlines()} >= {"capital", "rivers"}
 
 
-def test_curl(service: Service) -> None:  # noqa: F811
+def test_curl(service: Service) -> None:
     needs("curl")
     said = run(service, "sh", str(EXAMPLES / "curl.sh"))
     assert "event: tokens" in said
@@ -49,7 +49,7 @@ def test_curl(service: Service) -> None:  # noqa: F811
     assert '"custom_id": "request-1"' in said
 
 
-def test_redis_cli_and_a_producer(service: Service) -> None:  # noqa: F811
+def test_redis_cli_and_a_producer(service: Service) -> None:
     needs("redis-cli")
     needs("sqlite3")
     said = run(service, "sh", str(EXAMPLES / "redis.sh"))

@@ -8,26 +8,20 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 import redis
 
 from jobs.client import Client
 from jobs.messages import PartialEvent, PromptBatch
 from jobs.producer import batch_job_id, push
 from jobs.streaming.pubsub import channel
-from tests.processes import ended
+from tests.acceptance.conftest import Service
 
-BASIC = Path(sys.executable).with_name("basic")
 MODEL = "smollm2-135m-instruct"
 ROUNDING = 0.5  # of a bfloat16 logit, in units of logits
 PROMPTS = [
@@ -36,41 +30,6 @@ PROMPTS = [
     "Count from one to twenty in words.",
     "Name two colours.",
 ]
-LEASE_S = 3.0
-
-
-@dataclass(frozen=True)
-class Service:
-    api_url: str
-    redis_url: str
-    database: Path
-    environment: dict[str, str]
-
-    def basic(self, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-        command = [str(BASIC), *arguments]
-        return subprocess.run(command, env=self.environment, input=stdin, capture_output=True, text=True, check=False)
-
-    def rows(self, query: str, *values: object) -> list[tuple[Any, ...]]:
-        connection = sqlite3.connect(self.database)
-        try:
-            return connection.execute(query, values).fetchall()
-        finally:
-            connection.close()
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    data_dir = tmp_path_factory.mktemp("data")
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("BASIC_")}
-    environment = inherited | {"BASIC_DATA_DIR": str(data_dir), "BASIC_API_PORT": "0", "BASIC_LEASE_S": str(LEASE_S)}
-    command = [str(BASIC), "up", "--detach", "--json"]
-    up = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert up.returncode == 0, up.stderr
-    said = json.loads(up.stdout)
-    yield Service(said["api_url"], said["redis_url"], data_dir / "basic.sqlite3", environment)
-    down = subprocess.run([str(BASIC), "down"], env=environment, capture_output=True, text=True, check=False)
-    assert down.returncode == 0, down.stderr
-    assert ended(said["pid"])
 
 
 def assert_greedy(prompts: list[str], texts: list[str]) -> None:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import openai
@@ -18,7 +14,8 @@ from openai._models import BaseModel
 from openai.types import Batch, Completion
 from openai.types.chat import ChatCompletion
 
-BASIC = Path(sys.executable).with_name("basic")
+from tests.acceptance.conftest import Service
+
 MODEL = "smollm2-135m-instruct"
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 FINAL = {"completed", "failed", "expired", "cancelled"}
@@ -27,16 +24,9 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
-    data_dir = tmp_path_factory.mktemp("data")
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("BASIC_")}
-    environment = inherited | {"BASIC_DATA_DIR": str(data_dir), "BASIC_API_PORT": "0"}
-    up = subprocess.run([str(BASIC), "up", "--detach", "--json"], env=environment, capture_output=True, text=True)
-    assert up.returncode == 0, up.stderr
-    with OpenAI(base_url=json.loads(up.stdout)["api_url"] + "/v1", api_key="unused") as client:
+def client(service: Service) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{service.api_url}/v1", api_key="unused") as client:
         yield client
-    down = subprocess.run([str(BASIC), "down"], env=environment, capture_output=True, text=True)
-    assert down.returncode == 0, down.stderr
 
 
 def checked(reply: Model) -> Model:
