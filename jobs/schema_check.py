@@ -7,7 +7,7 @@ by side during an upgrade.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from alembic.util import CommandError
@@ -67,8 +67,8 @@ def _driver_missing(exc: ModuleNotFoundError) -> str:
     return f"the driver {exc.name} is not installed; write the database's URL as {_FORMS}"
 
 
-def upgrade_schema(database_url: str) -> None:
-    """Upgrade the database to the schema of this version.
+def upgrade_schema(database_url: str, on_packed: Callable[[int, int], None] | None = None) -> None:
+    """Upgrade the database to the schema of this version; `on_packed`: see `storage.schema.upgrade`.
 
     Raise SetupError if a newer version has upgraded it, and the errors of `explain_database_errors`.
     """
@@ -80,7 +80,7 @@ def upgrade_schema(database_url: str) -> None:
                 f"{schema.head()} and changes nothing. Upgrade with the newer version, or set BASIC_DATABASE_URL to "
                 "another database"
             )
-        schema.upgrade(database_url)
+        schema.upgrade(database_url, on_packed=on_packed)
 
 
 def require_schema(database_url: str) -> None:

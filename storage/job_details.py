@@ -116,14 +116,14 @@ def errors(session: Session, job_id: str, limit: int = 20) -> list[ErrorCount]:
 def tree_keys(session: Session, job_id: str) -> list[TreeKey]:
     """Return the keys and sizes of the stored trees of a job's ended requests."""
     columns = (DraftTree.request_index, DraftTree.choice_index, DraftTree.step)
-    same = [getattr(DecodeStep, column.key) == column for column in (DraftTree.job_id, *columns)]
+    keys = session.execute(select(*columns).where(DraftTree.job_id == job_id).order_by(*columns)).all()
+    among = DecodeStep.request_index.in_({key.request_index for key in keys})  # few requests have trees
+    names = (DecodeStep.request_index, DecodeStep.choice_index, DecodeStep.step)
     rows = session.execute(
-        select(*columns, DecodeStep.tree_nodes, DecodeStep.accepted_tokens)
-        .join(DecodeStep, and_(*same))
-        .where(DraftTree.job_id == job_id)
-        .order_by(*columns)
+        select(*names, DecodeStep.tree_nodes, DecodeStep.accepted_tokens).where(DecodeStep.job_id == job_id, among)
     )
-    return [TreeKey(*row) for row in rows]
+    sizes = {tuple(row[:3]): tuple(row[3:]) for row in rows}
+    return [TreeKey(*key, *sizes[tuple(key)]) for key in keys if tuple(key) in sizes]
 
 
 def tree(session: Session, job_id: str, key: TreeKey) -> TreeDetails | None:

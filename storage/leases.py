@@ -24,7 +24,8 @@ from storage.dialect import (
 )
 from storage.fair_share import FairShare, JobShare
 from storage.models import ChoiceOutput, JobRow, Partial, Request
-from storage.records import Checkpoint, Claim, Lease, RequestKey, StepRow, known_step_columns
+from storage.records import Checkpoint, Claim, Lease, RequestKey
+from storage.steps.columns import stored_steps
 from storage.transitions import cancel_requests, end_finished_jobs, lock_jobs
 
 _CLAIMED: Final = (
@@ -273,6 +274,7 @@ def _checkpoints(session: Session, keys: Collection[RequestKey]) -> Mapping[Requ
             Partial.text,
             Partial.pieces,
             Partial.steps,
+            Partial.step_columns,
         )
         .where(is_one_of((Partial.job_id, Partial.request_index), keys))
         .order_by(Partial.job_id, Partial.request_index, Partial.choice_index, Partial.seq)
@@ -291,7 +293,7 @@ def _checkpoint(row: AnyRow) -> Checkpoint:
         accepted=tuple(row.accepted),
         text=row.text,
         pieces=tuple((text, source) for text, source in row.pieces),
-        steps=tuple(StepRow(**known_step_columns(step)) for step in row.steps),
+        steps=stored_steps(row.step_columns, row.steps),
     )
 
 

@@ -31,6 +31,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from storage.statuses import FILE_STATUSES, JobStatus, RequestStatus
+from storage.steps.view import create_step_view, drop_step_view
 from storage.views import create_views, drop_views
 
 
@@ -210,7 +211,8 @@ class Partial(Base):
     accepted: Mapped[list[Any]]  # per token: whether it is an accepted draft token
     text: Mapped[str]
     pieces: Mapped[list[Any]]  # [text, "draft" | "target"]
-    steps: Mapped[list[Any]]  # rows of `decode_steps`, inserted with the output
+    steps: Mapped[list[Any]]  # of older versions: rows of `decode_steps`
+    step_columns: Mapped[dict[str, Any] | None]  # storage.steps.columns; `packed_steps` when the output is written
     logprobs: Mapped[list[Any] | None]  # per token, if requested (jobs.openai.logprobs)
     worker_id: Mapped[str]
     committed_at: Mapped[float]
@@ -283,8 +285,70 @@ class FileChunk(Base):
     data: Mapped[bytes]
 
 
-class DecodeStep(Base):
-    """One choice in one decoding step. The emitted tokens of a choice's steps sum to its completion tokens."""
+class PackedSteps(Base):
+    """Up to 128 steps of one choice, a column in one text (storage.steps.packing); `decode_steps` shows them as rows.
+
+    A text has a character per step: 32 + its distance from the minimum. NULL: the same in all steps. Times are
+    hundredths of a millisecond, expectations thousandths of a token.
+    """
+
+    __tablename__ = "packed_steps"
+
+    job_id: Mapped[str] = mapped_column(primary_key=True)
+    request_index: Mapped[int] = mapped_column(primary_key=True)
+    choice_index: Mapped[int] = mapped_column(primary_key=True)
+    first_step: Mapped[int] = mapped_column(primary_key=True)
+    steps: Mapped[int]
+    worker_id: Mapped[str]
+    min_ended_ms: Mapped[int] = mapped_column(BigInteger)  # Unix milliseconds
+    min_tree_nodes: Mapped[int]
+    min_tree_depth: Mapped[int]
+    min_accepted_tokens: Mapped[int]
+    min_emitted_tokens: Mapped[int]
+    min_expected_accepted: Mapped[int | None]  # NULL: none in all steps
+    min_draft_ms: Mapped[int]
+    min_verify_ms: Mapped[int]
+    min_step_ms: Mapped[int]
+    min_batch_sequences: Mapped[int]
+    min_plain_step_ms: Mapped[int | None]
+    min_preemptions: Mapped[int] = mapped_column(server_default="0")
+    min_recomputed_tokens: Mapped[int] = mapped_column(server_default="0")
+    ended_ms: Mapped[str | None]
+    tree_nodes: Mapped[str | None]
+    tree_depth: Mapped[str | None]
+    accepted_tokens: Mapped[str | None]
+    emitted_tokens: Mapped[str | None]
+    expected_accepted: Mapped[str | None]  # 32: none; 33: the minimum
+    draft_ms: Mapped[str | None]
+    verify_ms: Mapped[str | None]
+    step_ms: Mapped[str | None]
+    batch_sequences: Mapped[str | None]
+    plain_step_ms: Mapped[str | None]  # 32: none; 33: the minimum
+    preemptions: Mapped[str | None]
+    recomputed_tokens: Mapped[str | None]
+    # Numbers of elements of the JSON lists beside them; NULL: the first. A list of NULL: none in all steps.
+    drafter: Mapped[str | None]
+    decision: Mapped[str | None]
+    reached: Mapped[str | None]
+    drafters: Mapped[str | None]
+    decisions: Mapped[str | None]
+    reached_lists: Mapped[str | None]
+
+    __table_args__ = (_of_a_request(), CheckConstraint("steps > 0", name="steps"))
+
+
+class Views(DeclarativeBase):
+    """Views that are mapped like tables."""
+
+    type_annotation_map: ClassVar[dict[Any, Any]] = Base.type_annotation_map
+
+
+class DecodeStep(Views):
+    """One choice in one decoding step: a row of the view over `packed_steps`.
+
+    The emitted tokens of a choice's steps sum to its completion tokens. Times are rounded to 0.01 ms,
+    `expected_accepted` to 0.001 and `ended_at` to 0.001 s.
+    """
 
     __tablename__ = "decode_steps"
 
@@ -308,12 +372,8 @@ class DecodeStep(Base):
     decision: Mapped[str | None]  # tree, or why none was used (worker.engine.speculation.regret_guard)
     # [draft children, rank of the accepted one or null] of each inner node that the target reached; NULL: no tree
     reached: Mapped[list[Any] | None]
-
-    __table_args__ = (
-        _of_a_request(),
-        CheckConstraint("accepted_tokens <= tree_nodes", name="accepted"),
-        CheckConstraint("batch_sequences > 0", name="batch"),
-    )
+    preemptions: Mapped[int]  # of the sequence since its last step: its KV slots were given away
+    recomputed_tokens: Mapped[int]  # tokens whose keys and values were computed again after these
 
 
 class DraftTree(Base):
@@ -520,9 +580,12 @@ class Election(Base):
 @event.listens_for(Base.metadata, "after_create")
 def _create_views(target: MetaData, connection: Connection, **_: object) -> None:
     drop_views(connection)
+    drop_step_view(connection)
     create_views(connection)
+    create_step_view(connection)
 
 
 @event.listens_for(Base.metadata, "before_drop")
 def _drop_views(target: MetaData, connection: Connection, **_: object) -> None:
     drop_views(connection)
+    drop_step_view(connection)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from enum import Enum, auto
 from itertools import groupby
 from typing import Any
@@ -27,7 +27,7 @@ from storage.dialect import (
     is_request,
     storable,
 )
-from storage.models import ChoiceOutput, DecodeStep, DraftTree, JobRow, Partial, Request, Served
+from storage.models import ChoiceOutput, DraftTree, JobRow, PackedSteps, Partial, Request, Served
 from storage.records import (
     Checkpoint,
     FinishedChoice,
@@ -36,8 +36,9 @@ from storage.records import (
     RequestFailure,
     RequestKey,
     RequestProgress,
-    known_step_columns,
 )
+from storage.steps.columns import StepColumns, stored_steps
+from storage.steps.packing import packed_rows
 from storage.transitions import cancel_requests, end_finished_jobs, error_columns
 
 ChoiceKey = tuple[str, int, int]  # (job_id, request_index, choice_index)
@@ -213,7 +214,8 @@ def _checkpoint_columns(checkpoint: Checkpoint) -> dict[str, Any]:
         "accepted": checkpoint.accepted,
         "text": storable(checkpoint.text),
         "pieces": [(storable(text), source) for text, source in checkpoint.pieces],
-        "steps": [asdict(step) for step in checkpoint.steps],
+        "steps": [],
+        "step_columns": checkpoint.steps.to_json(),
         "logprobs": checkpoint.logprobs,
     }
 
@@ -236,10 +238,9 @@ def _write_outputs(
     ]
     keys = (ChoiceOutput.job_id, ChoiceOutput.request_index, ChoiceOutput.choice_index)
     written = {tuple(key) for key in session.execute(insert_or_ignore(session, ChoiceOutput).returning(*keys), rows)}
-    steps = [row for key in finished if key in written for row in _step_rows(key, partials.get(key, []))]
-    if steps:
-        _insert_steps(session, steps)
-        rollups.add_steps(session, [key for key in finished if key in written], steps)
+    steps = {key: _steps(partials.get(key, [])) for key in finished if key in written}
+    _insert_steps(session, steps)
+    rollups.add_steps(session, [(key[0], parts) for key, parts in steps.items()])
     _count_outputs(finished, written, partials, counts)
 
 
@@ -252,6 +253,7 @@ def _take_partials(session: Session, keys: Collection[ChoiceKey]) -> dict[Choice
         Partial.text,
         Partial.pieces,
         Partial.steps,
+        Partial.step_columns,
         Partial.logprobs,
         Partial.worker_id,
         Partial.event_number,
@@ -265,12 +267,15 @@ def _choice_key(partial: AnyRow) -> ChoiceKey:
     return (partial.job_id, partial.request_index, partial.choice_index)
 
 
+_CHOICE_COLUMNS = tuple(column.name for column in fields(FinishedChoice))
+
+
 def _output_row(key: ChoiceKey, choice: FinishedChoice, partials: Sequence[AnyRow], worker_id: str) -> dict[str, Any]:
     job_id, request_index, _ = key
     return {
         "job_id": job_id,
         "request_index": request_index,
-        **asdict(choice),
+        **{name: getattr(choice, name) for name in _CHOICE_COLUMNS},  # asdict() would copy each token
         "text": storable(choice.text),
         "accepted_tokens": sum(sum(partial.accepted) for partial in partials),
         "pieces": merge_pieces(piece for partial in partials for piece in partial.pieces),
@@ -296,28 +301,31 @@ def merge_pieces(pieces: Iterable[Sequence[str]]) -> list[tuple[str, str]]:
     ]
 
 
-def _step_rows(key: ChoiceKey, partials: Iterable[AnyRow]) -> list[dict[str, Any]]:
-    """Return the steps of a choice, numbered in commit order: each owner counts its own from 0."""
-    job_id, request_index, choice_index = key
-    steps = [(partial.worker_id, step) for partial in partials for step in partial.steps]
-    identity = {"job_id": job_id, "request_index": request_index, "choice_index": choice_index}
-    return [
-        {**_LATER_COLUMNS, **known_step_columns(columns), **identity, "step": number, "worker_id": worker_id}
-        for number, (worker_id, columns) in enumerate(steps)
-    ]
+def _steps(partials: Iterable[AnyRow]) -> list[tuple[str, StepColumns]]:
+    """Return the steps of a choice in commit order, by worker: each owner's are one part."""
+    parts: list[tuple[str, StepColumns]] = []
+    for partial in partials:
+        steps = stored_steps(partial.step_columns, partial.steps)
+        if parts and parts[-1][0] == partial.worker_id:
+            parts[-1][1].extend(steps)
+        elif len(steps):
+            parts.append((partial.worker_id, steps))
+    return parts
 
 
-# Columns that checkpoints of older workers lack.
-_LATER_COLUMNS = {"decision": None, "reached": None, "tree": None}
-
-
-def _insert_steps(session: Session, steps: Sequence[dict[str, Any]]) -> None:
-    trees = [
-        {**{name: row[name] for name in ("job_id", "request_index", "choice_index", "step")}, **tree}
-        for row in steps
-        if (tree := row.pop("tree")) is not None
-    ]
-    insert_many(session, DecodeStep, steps)
+def _insert_steps(session: Session, steps: Mapping[ChoiceKey, Sequence[tuple[str, StepColumns]]]) -> None:
+    """Write the steps of choices, and their recorded trees, numbered from 0: each owner counts its own from 0."""
+    rows: list[dict[str, Any]] = []
+    trees: list[dict[str, Any]] = []
+    for (job_id, request_index, choice_index), parts in steps.items():
+        key = {"job_id": job_id, "request_index": request_index, "choice_index": choice_index}
+        first = 0
+        for worker_id, part in parts:
+            rows += packed_rows(key, worker_id, part, first)
+            trees += [{**key, "step": first + position, **asdict(tree)} for position, tree in part.trees.items()]
+            first += len(part)
+    if rows:
+        insert_many(session, PackedSteps, rows)
     if trees:
         insert_many(session, DraftTree, trees)
 

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from storage.steps.columns import StepColumns
 
 RequestKey = tuple[str, int]  # (job_id, request_index)
 
@@ -99,7 +102,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class StepRow:
-    """One row of `decode_steps`: one choice in one decoding step."""
+    """One row of the view `decode_steps`: one choice in one decoding step."""
 
     step: int  # 0 is the token from prefill
     tree_nodes: int  # draft nodes shown to the target, root not counted
@@ -117,12 +120,9 @@ class StepRow:
     decision: str | None = None  # tree, or why none was used; None in rows of older versions
     # Per node that the target reached: its number of draft children, and the rank of the accepted one (None: rejected).
     reached: tuple[tuple[int, int | None], ...] | None = None  # None: no tree, or a row of an older version
+    preemptions: int = 0  # of the sequence since its last step: its KV slots were given away
+    recomputed_tokens: int = 0  # tokens whose keys and values were computed again after these
     tree: TreeRow | None = None  # for jobs that request their draft trees
-
-
-def known_step_columns(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a step from a checkpoint without the columns that only a newer version knows."""
-    return {name: value for name, value in stored.items() if name in StepRow.__dataclass_fields__}
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ class Checkpoint:
     accepted: tuple[bool, ...]  # per token: whether it is an accepted draft token
     text: str
     pieces: tuple[tuple[str, str], ...]  # (text, "draft" | "target")
-    steps: tuple[StepRow, ...]
+    steps: StepColumns
     # Per token, as JSON, if requested. Not set in claims: outputs take them from the rows.
     logprobs: tuple[Any, ...] | None = None
 

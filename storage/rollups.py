@@ -1,145 +1,170 @@
 """Rollups: sums of `decode_steps`, updated as steps are written, so that statistics read few rows.
 
-Each rollup is one upsert, INSERT … SELECT … GROUP BY, over the steps of the choices that this transaction finishes. So
-the sums always equal the same SELECT over all steps.
+A flush adds up the steps of the choices that it finishes and upserts a few rows. So the sums always equal a SELECT over
+all steps of the view.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Final
+import operator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, TypeVar
 
-from sqlalchemy import ColumnElement, Select, and_, case, func, select, text
-from sqlalchemy.orm import InstrumentedAttribute, Session
+from sqlalchemy.orm import Session
 
-from storage.dialect import insert_into, is_one_of, round_down
-from storage.models import Base, DecodeStep, StepBatchSize, StepDepth, StepExpectation, StepMinute, StepRank
+from storage.dialect import insert_into
+from storage.models import Base, StepBatchSize, StepDepth, StepExpectation, StepMinute, StepRank
+from storage.steps.columns import EXPECTED_UNITS, MS_UNITS, StepColumns, reached_nodes
 
-ChoiceKey = tuple[str, int, int]  # (job_id, request_index, choice_index)
+ChoiceSteps = tuple[str, Sequence[tuple[str, StepColumns]]]  # job id, and (worker id, steps) in order from step 0
 
-_CHOICE: Final = (DecodeStep.job_id, DecodeStep.request_index, DecodeStep.choice_index)
-_LATER: Final = DecodeStep.step > 0
-_COMPARED: Final = DecodeStep.plain_step_ms.is_not(None)
-_DRAFTER: Final = func.coalesce(DecodeStep.drafter, "")
-_SHARE: Final = 1.0 * DecodeStep.step_ms / DecodeStep.batch_sequences
-# A plain step emits one token per sequence: each token costs plain_step_ms / batch_sequences.
-_PLAIN: Final = DecodeStep.emitted_tokens * DecodeStep.plain_step_ms / DecodeStep.batch_sequences
+_KEYS: Final[Mapping[type[Base], tuple[str, ...]]] = {
+    StepMinute: ("job_id", "minute", "worker_id", "drafter", "decision"),
+    StepBatchSize: ("job_id", "drafter", "batch_sequences"),
+    StepDepth: ("job_id", "drafter", "tree_depth", "accepted_tokens"),
+    StepExpectation: ("job_id", "drafter", "quarter"),
+    StepRank: ("job_id", "drafter", "child_rank"),
+}
+_SUMS: Final[Mapping[type[Base], tuple[str, ...]]] = {
+    StepMinute: (
+        "first_steps",
+        "first_tokens",
+        "steps",
+        "tokens",
+        "tree_nodes",
+        "accepted_tokens",
+        "expected_accepted",
+        "draft_ms",
+        "verify_ms",
+        "step_ms",
+        "compared_steps",
+        "compared_tokens",
+        "compared_ms",
+        "plain_ms",
+    ),
+    StepBatchSize: ("steps", "tokens", "tree_nodes", "step_ms"),
+    StepDepth: ("steps",),
+    StepExpectation: ("steps", "expected_accepted", "accepted_tokens"),
+    StepRank: ("tried", "accepted"),
+}
+
+Key = tuple[Any, ...]
+Value = TypeVar("Value")
+_Sums = defaultdict[Key, list[float]]
 
 
-def add_steps(session: Session, choices: Collection[ChoiceKey], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add the steps of choices that were just inserted; `rows` are these steps."""
-    among = is_one_of(_CHOICE, choices)
-    for model, keys, sums, condition in _plans(session):
-        _add(session, model, keys, sums, and_(among, condition))
-    _add_ranks(session, rows)
+def add_steps(session: Session, choices: Iterable[ChoiceSteps]) -> None:
+    """Add the steps of choices that were just inserted."""
+    sums = {model: _zeros(len(names)) for model, names in _SUMS.items()}
+    for job_id, parts in choices:
+        first = True
+        for worker_id, steps in parts:
+            _add(sums, job_id, worker_id, steps, first)
+            first = False
+    for model, rows in sums.items():
+        if rows:
+            _upsert(session, model, rows)
 
 
-def _plans(session: Session) -> Sequence[tuple[type[Base], dict[str, Any], dict[str, Any], ColumnElement[bool]]]:
-    """Return (table, group keys, sums, condition on steps) of each rollup."""
-    minute = round_down(session, DecodeStep.ended_at / 60) * 60
-    quarter = round_down(session, 4 * func.coalesce(DecodeStep.expected_accepted, 0.0))
-    job = {"job_id": DecodeStep.job_id, "drafter": _DRAFTER}
+def _zeros(length: int) -> _Sums:
+    return defaultdict(lambda: [0] * length)
+
+
+def _add(sums: Mapping[type[Base], _Sums], job_id: str, worker_id: str, steps: StepColumns, first: bool) -> None:
+    """Add the steps of one worker; `first`: they begin with step 0, the token from prefill."""
+    drafters = [drafter or "" for drafter in steps.drafter]
+    for (minute, drafter, decision, batch), positions in _groups(steps, drafters).items():
+        minute_sums = sums[StepMinute][job_id, minute, worker_id, drafter, decision]
+        if first and positions[0] == 0:
+            del positions[0]
+            _increase(minute_sums, (1, steps.emitted_tokens[0], *[0.0] * 8, *_compared(steps, [0], batch)))
+        if positions:
+            row = _of_group(steps, positions, batch)
+            _increase(minute_sums, (0, 0, *row, *_compared(steps, positions, batch)))
+            count, tokens, nodes, *_, step_ms = row
+            _increase(sums[StepBatchSize][job_id, drafter, batch], (count, tokens, nodes, step_ms))
+    later = slice(int(first), None)
+    depths = Counter(zip(drafters[later], steps.tree_depth[later], steps.accepted_tokens[later], strict=True))
+    for depth, count in depths.items():
+        sums[StepDepth][job_id, *depth][0] += count
+    _add_expectations(sums[StepExpectation], job_id, drafters, steps)
+    _add_ranks(sums[StepRank], job_id, drafters, steps.reached)
+
+
+def _groups(steps: StepColumns, drafters: Sequence[str]) -> Mapping[tuple[int, str, str, int], list[int]]:
+    """Return the positions of the steps by (minute, drafter, decision, batch size)."""
+    minutes = [ended_ms // 60_000 * 60 for ended_ms in steps.ended_ms]
+    decisions = [decision or "" for decision in steps.decision]
+    groups: defaultdict[tuple[int, str, str, int], list[int]] = defaultdict(list)
+    for position, key in enumerate(zip(minutes, drafters, decisions, steps.batch_sequences, strict=True)):
+        groups[key].append(position)
+    return groups
+
+
+def _of_group(steps: StepColumns, positions: Sequence[int], batch: int) -> tuple[float, ...]:
+    """Return the sums of `step_minutes` from `steps` to `step_ms`; times are shares of one sequence."""
+    expected = [value or 0 for value in _at(steps.expected_accepted, positions)]
+    units = MS_UNITS * batch
     return (
-        (
-            StepMinute,
-            job | {"minute": minute, "worker_id": DecodeStep.worker_id, "decision": _decision()},
-            _minute_sums(),
-            DecodeStep.step >= 0,
-        ),
-        (StepBatchSize, job | {"batch_sequences": DecodeStep.batch_sequences}, _batch_sums(), _LATER),
-        (
-            StepDepth,
-            job | {"tree_depth": DecodeStep.tree_depth, "accepted_tokens": DecodeStep.accepted_tokens},
-            {"steps": func.count()},
-            _LATER,
-        ),
-        (StepExpectation, job | {"quarter": quarter}, _expectation_sums(), DecodeStep.tree_nodes > 0),
+        len(positions),
+        sum(_at(steps.emitted_tokens, positions)),
+        sum(_at(steps.tree_nodes, positions)),
+        sum(_at(steps.accepted_tokens, positions)),
+        sum(expected) / EXPECTED_UNITS,
+        sum(_at(steps.draft_ms, positions)) / units,
+        sum(_at(steps.verify_ms, positions)) / units,
+        sum(_at(steps.step_ms, positions)) / units,
     )
 
 
-def _decision() -> ColumnElement[str]:
-    return func.coalesce(DecodeStep.decision, "")
+def _compared(steps: StepColumns, positions: Sequence[int], batch: int) -> tuple[float, ...]:
+    """Return the sums of the steps with a plain step time. A plain step emits one token per sequence."""
+    comparable = [position for position in positions if steps.plain_step_ms[position] is not None]
+    tokens = _at(steps.emitted_tokens, comparable)
+    plain = [value or 0 for value in _at(steps.plain_step_ms, comparable)]
+    units = MS_UNITS * batch
+    spent = sum(_at(steps.step_ms, comparable))
+    return (len(comparable), sum(tokens), spent / units, sum(map(operator.mul, tokens, plain)) / units)
 
 
-def _minute_sums() -> dict[str, Any]:
-    first = DecodeStep.step == 0
-    return {
-        "first_steps": _count(first),
-        "first_tokens": _sum(DecodeStep.emitted_tokens, first),
-        "steps": _count(_LATER),
-        "tokens": _sum(DecodeStep.emitted_tokens, _LATER),
-        "tree_nodes": _sum(DecodeStep.tree_nodes, _LATER),
-        "accepted_tokens": _sum(DecodeStep.accepted_tokens, _LATER),
-        "expected_accepted": _sum(DecodeStep.expected_accepted, _LATER, 0.0),
-        "draft_ms": _sum(1.0 * DecodeStep.draft_ms / DecodeStep.batch_sequences, _LATER, 0.0),
-        "verify_ms": _sum(1.0 * DecodeStep.verify_ms / DecodeStep.batch_sequences, _LATER, 0.0),
-        "step_ms": _sum(_SHARE, _LATER, 0.0),
-        "compared_steps": _count(_COMPARED),
-        "compared_tokens": _sum(DecodeStep.emitted_tokens, _COMPARED),
-        "compared_ms": _sum(_SHARE, _COMPARED, 0.0),
-        "plain_ms": _sum(_PLAIN, _COMPARED, 0.0),
-    }
+def _at(column: Sequence[Value], positions: Sequence[int]) -> Sequence[Value]:
+    if len(positions) == len(column):  # all of them
+        return column
+    if len(positions) < 2:
+        return [column[position] for position in positions]
+    values: tuple[Value, ...] = operator.itemgetter(*positions)(column)  # faster than a loop
+    return values
 
 
-def _batch_sums() -> dict[str, Any]:
-    return {
-        "steps": func.count(),
-        "tokens": func.sum(DecodeStep.emitted_tokens),
-        "tree_nodes": func.sum(DecodeStep.tree_nodes),
-        "step_ms": func.sum(_SHARE),
-    }
+def _add_expectations(sums: _Sums, job_id: str, drafters: Sequence[str], steps: StepColumns) -> None:
+    columns = zip(drafters, steps.tree_nodes, steps.expected_accepted, steps.accepted_tokens, strict=True)
+    for drafter, nodes, expected, accepted in columns:
+        if nodes:
+            row = sums[job_id, drafter, 4 * (expected or 0) // EXPECTED_UNITS]
+            _increase(row, (1, (expected or 0) / EXPECTED_UNITS, accepted))
 
 
-def _expectation_sums() -> dict[str, Any]:
-    return {
-        "steps": func.count(),
-        "expected_accepted": func.coalesce(func.sum(DecodeStep.expected_accepted), 0.0),
-        "accepted_tokens": func.sum(DecodeStep.accepted_tokens),
-    }
+def _increase(row: list[float], values: Sequence[float]) -> None:
+    for place, value in enumerate(values):
+        row[place] += value
 
 
-def _count(which: ColumnElement[bool]) -> ColumnElement[Any]:
-    return func.coalesce(func.sum(case((which, 1), else_=0)), 0)
-
-
-def _sum(value: ColumnElement[Any] | InstrumentedAttribute[Any], which: ColumnElement[bool], zero: float = 0) -> Any:
-    return func.coalesce(func.sum(case((which, value), else_=None)), zero)
-
-
-def _add(
-    session: Session, model: type[Base], keys: dict[str, Any], sums: dict[str, Any], which: ColumnElement[bool]
-) -> None:
-    # GROUP BY column numbers: PostgreSQL takes a repeated expression with bound values for a different one.
-    positions = [text(str(position)) for position in range(1, len(keys) + 1)]
-    # Ordered by key, so that two transactions that update the same rows can't deadlock.
-    rows: Select[Any] = select(*keys.values(), *sums.values()).where(which).group_by(*positions).order_by(*positions)
-    statement = insert_into(session, model).from_select([*keys, *sums], rows)
-    session.execute(_adding(statement, model, keys, sums))
-
-
-def _add_ranks(session: Session, rows: Iterable[Mapping[str, Any]]) -> None:
+def _add_ranks(sums: _Sums, job_id: str, drafters: Sequence[str], reached: Sequence[str | None]) -> None:
     """Count the ranks of the draft children that were reached and accepted."""
-    tried: Counter[tuple[str, str, int]] = Counter()
-    accepted: Counter[tuple[str, str, int]] = Counter()
-    for row in rows:
-        for children, accepted_rank in row["reached"] or ():
-            key = (row["job_id"], row["drafter"] or "")
-            tried.update((*key, rank) for rank in range(children))
+    for (drafter, text), count in Counter(zip(drafters, reached, strict=True)).items():
+        for children, accepted_rank in reached_nodes(text or ""):
+            for rank in range(children):
+                sums[job_id, drafter, rank][0] += count
             if accepted_rank is not None:
-                accepted[(*key, accepted_rank)] += 1
-    if not tried:
-        return
-    names = ("job_id", "drafter", "child_rank")
-    values = [
-        dict(zip(names, key, strict=True)) | {"tried": tried[key], "accepted": accepted[key]} for key in sorted(tried)
-    ]
-    statement = insert_into(session, StepRank)
-    session.execute(_adding(statement, StepRank, names, ("tried", "accepted")), values)
+                sums[job_id, drafter, accepted_rank][1] += count
 
 
-def _adding(statement: Any, model: type[Base], keys: Iterable[str], sums: Iterable[str]) -> Any:
-    """Return an upsert that adds to existing rows."""
+def _upsert(session: Session, model: type[Base], sums: _Sums) -> None:
+    """Add sums to existing rows. Ordered by key, so that two transactions that update the same rows can't deadlock."""
+    keys, names = _KEYS[model], _SUMS[model]
+    statement = insert_into(session, model)
     columns = model.__table__.c
-    added = {name: columns[name] + statement.excluded[name] for name in sums}
-    return statement.on_conflict_do_update(index_elements=list(keys), set_=added)
+    added = {name: columns[name] + statement.excluded[name] for name in names}
+    rows = [dict(zip((*keys, *names), (*key, *sums[key]), strict=True)) for key in sorted(sums)]
+    session.execute(statement.on_conflict_do_update(index_elements=list(keys), set_=added), rows)

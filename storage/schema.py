@@ -6,6 +6,7 @@ basic_batch/migrations, because another distribution may have a top-level packag
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -13,9 +14,11 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, inspect, text
 
 from storage.session import LONG_STATEMENT_TIMEOUT_S, make_engine, write_connection
+from storage.steps.conversion import pack_steps, unpacked_steps
+from storage.steps.view import UNPACKED
 
 _UPGRADE_LOCK: Final = 0x62415349  # advisory lock id of bASIC migrations
 _PARENT: Final = Path(__file__).resolve().parent.parent
@@ -23,9 +26,12 @@ _INSTALLED: Final = _PARENT / "basic_batch" / "migrations"
 _SCRIPTS: Final = _INSTALLED if _INSTALLED.is_dir() else _PARENT / "migrations"
 
 
-def upgrade(url: str, revision: str = "head") -> None:
+def upgrade(url: str, revision: str = "head", on_packed: Callable[[int, int], None] | None = None) -> None:
     """Upgrade a database to a revision in one transaction; a missing SQLite file is created.
 
+    Then pack the decoding steps of earlier versions in small transactions; after each, call `on_packed` with the
+    number of packed steps and of all. If that is interrupted, the next upgrade continues, and the view `decode_steps`
+    shows all steps meanwhile.
     Concurrent upgrades are serialised, and the second one finds nothing to do.
     """
     engine = make_engine(url)
@@ -34,6 +40,11 @@ def upgrade(url: str, revision: str = "head") -> None:
             if connection.dialect.name == "postgresql":  # on SQLite the transaction itself is the lock
                 connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _UPGRADE_LOCK})
             command.upgrade(_config(connection), revision)
+        total, packed = unpacked_steps(engine), 0
+        for steps in pack_steps(engine):
+            packed += steps
+            if on_packed is not None:
+                on_packed(packed, total)
     finally:
         engine.dispose()
 
@@ -54,6 +65,16 @@ def current(url: str) -> str | None:
     try:
         with engine.connect() as connection:
             return MigrationContext.configure(connection).get_current_revision()
+    finally:
+        engine.dispose()
+
+
+def has_unpacked_steps(url: str) -> bool:
+    """Return whether an upgrade was interrupted before it had packed the decoding steps of earlier versions."""
+    engine = make_engine(url, LONG_STATEMENT_TIMEOUT_S)
+    try:
+        with engine.connect() as connection:
+            return inspect(connection).has_table(UNPACKED)
     finally:
         engine.dispose()
 

@@ -8,6 +8,7 @@ from jobs.keys import KeyLimits, Scope, new_key
 from storage import keys
 from storage.records import Checkpoint, FinishedChoice, NewJob, NewRequest, NewWorker, StepRow
 from storage.session import Database
+from storage.steps.columns import StepColumns
 
 
 def a_worker_card(**fields: Any) -> NewWorker:
@@ -65,7 +66,8 @@ def a_checkpoint(text: str = "Hi", **fields: Any) -> Checkpoint:
         "pieces": ((text[:1], "draft"), (text[1:], "target")),
         "steps": (a_step(),),
     }
-    return Checkpoint(**checkpoint | fields)
+    checkpoint |= fields
+    return Checkpoint(**checkpoint | {"steps": StepColumns.of(checkpoint["steps"])})
 
 
 def a_finished_choice(text: str = "Hi", **fields: Any) -> FinishedChoice:

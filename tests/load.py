@@ -100,11 +100,11 @@ def rows(database: Database) -> dict[str, float]:
 
 
 def size(database: Database) -> float:
-    """Return the size of the step rows and their index, in bytes."""
+    """Return the size of the packed steps and their index, in bytes."""
     if database.engine.dialect.name == "postgresql":
-        query = text("SELECT pg_total_relation_size('decode_steps')")
+        query = text("SELECT pg_total_relation_size('packed_steps')")
     else:
-        query = text("SELECT page_count * page_size FROM pragma_page_count, pragma_page_size")
+        query = text("SELECT sum(pgsize) FROM dbstat WHERE name LIKE '%packed_steps%'")
     with database.read() as session:
         return float(session.scalar(query) or 0)
 

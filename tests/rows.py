@@ -1,8 +1,8 @@
 """`python -m tests.rows --rows 20000000 --database postgresql`: measure a database of many step rows; print JSON.
 
 Fill an empty database with jobs whose steps have random trees, through the functions of a worker's flush, and time the
-writes. Then time queries (views, statistics, pages of the dashboard), and pruning half of the steps. On PostgreSQL,
-COPY is first compared with INSERT. The servers are temporary, with durable commits.
+writes. Then time queries (views, statistics, pages of the dashboard), and pruning half of the steps. The servers are
+temporary, with durable commits.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import delete, func, insert, select, text, update
+from sqlalchemy import func, select, text, update
 from sqlalchemy.orm import Session
 
 from storage import job_details, queries, rollups, views
@@ -30,6 +30,7 @@ from storage.models import (
     ChoiceOutput,
     DecodeStep,
     JobRow,
+    PackedSteps,
     Request,
     StepBatchSize,
     StepDepth,
@@ -37,7 +38,10 @@ from storage.models import (
     StepMinute,
 )
 from storage.prune import prune_steps
+from storage.records import StepRow
 from storage.session import Database, write_connection
+from storage.steps.columns import StepColumns
+from storage.steps.packing import packed_rows
 from tests.databases import on_postgresql, on_sqlite
 from tests.factories import a_finished_choice, a_step
 from tests.load import size, timed
@@ -50,7 +54,6 @@ AT_ONCE = 200  # requests whose rows are one transaction
 JOB_S, GAP_S = 1_800.0, 3_600.0  # duration of a job; from the start of one job to the next
 KINDS = 64  # of random requests
 WORKER = "worker-" + "7" * 32  # as long as real ids, which are in every row
-TURNS = 3  # of writing the same rows with COPY and with INSERT
 ASKED = 5  # runs of each query; slow queries run once
 LONG_S = 2.0
 SUMS = (StepMinute, StepBatchSize, StepDepth, StepExpectation)
@@ -65,61 +68,45 @@ Row = dict[str, Any]
 
 
 class Steps:
-    """Random step rows of requests, the same in every run."""
+    """Random steps of requests, the same in every run."""
 
     def __init__(self) -> None:
         """Create a few random requests; all others repeat them."""
         dice = random.Random(1)
         self._kinds = [_kind(dice, batch=dice.choice((1, 2, 4, 8, 16, 32, 64))) for _ in range(KINDS)]
 
-    def of(self, job_id: str, index: int, ended_at: float) -> list[Row]:
-        """Return the rows of one request."""
-        identity = {"job_id": job_id, "request_index": index, "choice_index": 0, "worker_id": WORKER}
-        return [{**row, **identity, "ended_at": ended_at} for row in self._kinds[index % KINDS]]
+    def of(self, index: int, began_at: float) -> StepColumns:
+        """Return the steps of one request, which began at `began_at`."""
+        kind = self._kinds[index % KINDS]
+        began_ms = int(began_at * 1e3)
+        return replace(kind, ended_ms=[began_ms + ended_ms for ended_ms in kind.ended_ms])
 
 
-def _kind(dice: random.Random, batch: int) -> list[Row]:
-    rows = [_step(dice, number, batch) for number in range(STEPS)]
-    return [{name: value for name, value in row.items() if name != "tree"} for row in rows]
+def _kind(dice: random.Random, batch: int) -> StepColumns:
+    return StepColumns.of(_step(dice, number, batch) for number in range(STEPS))
 
 
-def _step(dice: random.Random, number: int, batch: int) -> Row:
+def _step(dice: random.Random, number: int, batch: int) -> StepRow:
     nodes = dice.randint(0, 12) if number else 0
     accepted = min(nodes, dice.choice((0, 0, 0, 1, 1, 2, 3)))
-    step = a_step(
+    reached = (*((dice.randint(1, 3), 0) for _ in range(accepted)), (dice.randint(1, 3), None))
+    return a_step(
         step=number,
         tree_nodes=nodes,
         tree_depth=max(accepted, min(nodes, dice.randint(1, 5))),
         accepted_tokens=accepted,
         emitted_tokens=accepted + 1,
         expected_accepted=accepted + dice.random() if nodes else None,
+        draft_ms=1.0 + dice.random() / 4,
+        verify_ms=8.0 + dice.random(),
         step_ms=10.0 + dice.random(),
         batch_sequences=batch,
         drafter=dice.choice(("suffix", "head+suffix")) if nodes else None,
-        plain_step_ms=9.0 if number else None,
+        plain_step_ms=9.0 + dice.random() / 4 if number else None,
         decision="tree" if nodes else "nothing",
+        ended_at=0.0105 * number,
+        reached=reached if nodes else None,
     )
-    return asdict(step)
-
-
-def writing(database: Database, steps: Steps) -> dict[str, list[float]]:
-    """Return the seconds of one transaction's rows with COPY and with INSERT, alternating."""
-    record(database, "writing", requests=AT_ONCE)
-    rows = [row for index in range(AT_ONCE) for row in steps.of("writing", index, time.time())]
-    took: dict[str, list[float]] = {"copy": [], "insert": []}
-    for _ in range(TURNS):
-        for name, write in (("copy", insert_many), ("insert", _insert)):
-            with database.write() as session:
-                started = time.perf_counter()
-                write(session, DecodeStep, rows)
-                took[name].append(time.perf_counter() - started)
-            with database.write() as session:
-                session.execute(delete(DecodeStep))
-    return took
-
-
-def _insert(session: Session, model: type[DecodeStep], rows: Sequence[Row]) -> None:
-    session.execute(insert(model), rows)
 
 
 def fill(database: Database, steps: Steps, rows: int) -> dict[str, float]:
@@ -137,7 +124,7 @@ def fill(database: Database, steps: Steps, rows: int) -> dict[str, float]:
     written = jobs * REQUESTS * STEPS
     return {
         "rows": written,
-        "bytes_per_row": (size(database) - before) / written,
+        "bytes_per_step": (size(database) - before) / written,
         "step_rows_per_s": written / steps_s,
         "rollups_s_per_million_rows": rollups_s / written * 1e6,
         "filled_in_s": time.perf_counter() - started,
@@ -148,13 +135,22 @@ def _end_requests(
     database: Database, steps: Steps, job_id: str, indexes: range, began_at: float
 ) -> tuple[float, float]:
     """Write outputs and steps of requests in one transaction; return the seconds of the steps, and of their sums."""
-    rows = [row for index in indexes for row in steps.of(job_id, index, began_at + JOB_S * index / REQUESTS)]
+    choices = {index: steps.of(index, began_at + JOB_S * index / REQUESTS) for index in indexes}
     with database.write() as session:
         insert_many(session, ChoiceOutput, [_output(job_id, index, began_at) for index in indexes])
         began = time.perf_counter()
-        insert_many(session, DecodeStep, rows)
+        key = {"job_id": job_id, "choice_index": 0}
+        insert_many(
+            session,
+            PackedSteps,
+            [
+                row
+                for index in indexes
+                for row in packed_rows(key | {"request_index": index}, WORKER, choices[index], 0)
+            ],
+        )
         written = time.perf_counter()
-        rollups.add_steps(session, [(job_id, index, 0) for index in indexes], rows)
+        rollups.add_steps(session, [(job_id, [(WORKER, choices[index])]) for index in indexes])
         return written - began, time.perf_counter() - written
 
 
@@ -225,10 +221,7 @@ def measure(database: Database, rows: int) -> dict[str, Any]:
     with write_connection(database.engine) as connection:
         views.drop_views(connection)
         views.create_views(connection)
-    said: dict[str, Any] = {}
-    if database.engine.dialect.name == "postgresql":
-        said["s_for_20000_rows"] = writing(database, steps)
-    said["filling"] = fill(database, steps, rows)
+    said: dict[str, Any] = {"filling": fill(database, steps, rows)}
     with write_connection(database.engine) as connection:
         connection.execute(text("ANALYZE"))
     with database.read() as session:

@@ -32,6 +32,7 @@ from storage import leases, queries, schema, writes
 from storage.records import Checkpoint, Claim, FinishedChoice, NewJob, NewRequest, RequestProgress
 from storage.session import Database
 from storage.settings import sqlite_url
+from storage.steps.columns import StepColumns
 
 _START_S = 120.0
 _JOB = "batch_benchmark"
@@ -149,7 +150,7 @@ class _Writer:
             accepted=(False,) * len(_WORDS),
             text=_text(claim, number),
             pieces=((_text(claim, number), "target"),),
-            steps=(),
+            steps=StepColumns(),
         )
         return RequestProgress(claim.lease, (checkpoint,), (finished,) if last else (), ends=last)
 

@@ -19,12 +19,19 @@ database_commands = typer.Typer(help="Upgrade and prune the SQL database.", no_a
 def upgrade() -> None:
     """Upgrade the database to the schema of this version; create it if there is none.
 
+    Decoding steps of earlier versions are packed in small transactions, beside running services. If that is
+    interrupted, run it again: it continues.
+
     Example: basic db upgrade
     """
     with needs("api"):
         from jobs.schema_check import upgrade_schema
-    upgrade_schema(JobsSettings().resolved_database_url)
+    upgrade_schema(JobsSettings().resolved_database_url, on_packed=_say_packed)
     typer.echo("The database is up to date")
+
+
+def _say_packed(packed: int, total: int) -> None:
+    typer.echo(f"Packed {packed:,} of {total:,} decoding steps", err=True)
 
 
 @database_commands.command()

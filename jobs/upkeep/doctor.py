@@ -217,6 +217,8 @@ def _clock(difference_s: float) -> Iterator[Finding]:
 
 def _migrations(url: str) -> Finding:
     current, head = schema.current(url), schema.head()
+    if current == head and schema.has_unpacked_steps(url):
+        return Finding("migrations", "warning", "decoding steps of an earlier version wait", "run: basic db upgrade")
     if current == head:
         return Finding("migrations", "ok", f"at revision {head}")
     if current is None:

@@ -1,20 +1,26 @@
 from __future__ import annotations
 
+import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import inspect
+from sqlalchemy import inspect, text
 
 from storage import schema, speedup_checks, writes
 from storage.models import Base
 from storage.records import RequestProgress, SpeedupCheckResult
-from storage.session import Database, make_engine
+from storage.session import Database, make_engine, write_connection
+from storage.steps.conversion import unpacked_steps
+from storage.steps.view import FIRST_COLUMNS
 from storage.views import VIEWS
 from tests.databases import drop_schema
 from tests.factories import a_checkpoint, a_finished_choice, a_step, some_steps
@@ -96,7 +102,7 @@ def test_constraints_and_views_too_are_those_of_the_models(url: str, path: Path,
     engine.dispose()
 
     assert definitions(path) == definitions(other)
-    assert {name for kind, name in definitions(path) if kind == "view"} == set(VIEWS)
+    assert {name for kind, name in definitions(path) if kind == "view"} == {*VIEWS, "decode_steps"}
 
 
 def test_down_to_nothing_and_up_again(url: str, path: Path) -> None:
@@ -207,6 +213,124 @@ def test_concurrent_upgrades_are_serialised(either: str) -> None:
 
     assert failures == []
     assert schema.current(either) == schema.head()
+
+
+def test_steps_of_before_are_packed_though_the_upgrade_is_killed_again_and_again(either: str) -> None:
+    """Rows of before are whole or half converted after each kill; the view shows each step once all the time."""
+    schema.upgrade(either, "0012")
+    _insert_old_steps(either, requests=6, steps=40)
+    before = _steps(either)
+    _run_upgrade(either, rows_at_once=23, dies_after=0)
+    assert _unpacked(either) == 240
+    for batches in (1, 2, 3):
+        _run_upgrade(either, rows_at_once=23, dies_after=batches)
+        assert _steps(either) == before
+    assert _unpacked(either) == 240 - 6 * 23
+    assert schema.has_unpacked_steps(either)
+
+    packed: list[tuple[int, int]] = []
+    schema.upgrade(either, on_packed=lambda *count: packed.append(count))
+
+    left = 240 - 6 * 23
+    assert (_steps(either), packed) == (before, [(left, left)])
+    assert not schema.has_unpacked_steps(either)
+    schema.downgrade(either, "0012")
+    assert _steps(either) == before
+
+
+def _run_upgrade(url: str, rows_at_once: int, dies_after: int) -> None:
+    """Upgrade in a process that kills itself with SIGKILL inside of a batch after so many."""
+    program = f"""
+import os, signal
+from storage import schema
+from storage.steps import conversion
+moved, move = [], conversion._move
+def dying(connection, rows):
+    key = move(connection, rows)
+    if len(moved) == {dies_after}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    moved.append(key)
+    return key
+conversion._move, conversion._PAUSE_S = dying, 0
+conversion.pack_steps.__defaults__ = ({rows_at_once},)
+schema.upgrade({url!r})
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -signal.SIGKILL
+
+
+def _unpacked(url: str) -> int:
+    engine = make_engine(url)
+    left = unpacked_steps(engine)
+    engine.dispose()
+    return left
+
+
+def _insert_old_steps(url: str, requests: int, steps: int) -> None:
+    """Insert outputs' steps as a worker of revision 0012 did, in hundredths of a millisecond."""
+    engine = make_engine(url)
+    names = ", ".join(FIRST_COLUMNS)
+    marks = ", ".join(f":{name}" for name in FIRST_COLUMNS)
+    with write_connection(engine) as connection:
+        job = "'job-1', 'completed', 'tiny', '/v1/completions', 1.0, 9.0, 0, 0, 0, 0, 0, ''"
+        connection.execute(
+            text(
+                "INSERT INTO jobs (id, status, model, endpoint, created_at, expires_at, requests_total,"
+                " requests_completed, requests_failed, prompt_tokens, completion_tokens, api_key_id)"
+                f" VALUES ({job})"
+            )
+        )
+        for index in range(requests):
+            connection.execute(
+                text(
+                    "INSERT INTO requests (job_id, request_index, custom_id, status, attempts, lease_number)"
+                    f" VALUES ('job-1', {index}, 'r{index}', 'completed', 1, 1)"
+                )
+            )
+        rows = [_old_step(index, step) for index in range(requests) for step in range(steps)]
+        connection.execute(text(f"INSERT INTO decode_steps ({names}) VALUES ({marks})"), rows)
+    engine.dispose()
+
+
+def _old_step(index: int, step: int) -> dict[str, Any]:
+    row = asdict(a_step(step=step, step_ms=10.0 + step / 100, ended_at=1.7e9 + step / 4, batch_sequences=1 + step % 3))
+    row |= {"job_id": "job-1", "request_index": index, "choice_index": index % 2, "worker_id": f"w{step // 25}"}
+    row |= {"reached": "[[2, 0], [1, null]]" if step % 2 else None, "decision": "tree" if step % 2 else None}
+    row |= {"plain_step_ms": 9.0 if step else None, "expected_accepted": 0.125 * step if step % 5 else None}
+    return {name: row[name] for name in FIRST_COLUMNS}
+
+
+def _steps(url: str) -> list[tuple[object, ...]]:
+    engine = make_engine(url)
+    with engine.connect() as connection:
+        order = ", ".join(FIRST_COLUMNS[:4])
+        rows = connection.execute(text(f"SELECT {', '.join(FIRST_COLUMNS)} FROM decode_steps ORDER BY {order}")).all()
+    engine.dispose()
+    return [tuple(value.replace(" ", "") if isinstance(value, str) else value for value in row) for row in rows]
+
+
+def test_an_old_worker_inserts_its_steps_as_before(either: str) -> None:
+    """Old workers run beside new ones during an upgrade: they copy rows into `decode_steps`."""
+    schema.upgrade(either, "0012")
+    _insert_old_steps(either, requests=2, steps=5)
+    before = _steps(either)
+    database = Database.open(either)
+    with database.write() as session:
+        session.execute(text("DELETE FROM decode_steps"))
+    schema.upgrade(either)
+    rows = [_old_step(index, step) for index in range(2) for step in range(5)]
+    with database.write() as session:
+        if session.get_bind().dialect.name == "postgresql":
+            driver: Any = session.connection().connection.driver_connection
+            names = ", ".join(FIRST_COLUMNS)
+            with driver.cursor() as cursor, cursor.copy(f"COPY decode_steps ({names}) FROM STDIN") as copy:
+                for row in rows:
+                    copy.write_row(list(row.values()))
+        else:
+            marks = ", ".join(f":{name}" for name in FIRST_COLUMNS)
+            session.execute(text(f"INSERT INTO decode_steps ({', '.join(FIRST_COLUMNS)}) VALUES ({marks})"), rows)
+    database.dispose()
+
+    assert _steps(either) == before
 
 
 def test_the_views_answer_the_shell(url: str, path: Path) -> None:

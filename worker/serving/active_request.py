@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 
 from jobs.openai.logprobs import Stored
 from storage.dialect import storable
-from storage.records import Checkpoint, Claim, FinishedChoice, RequestFailure, RequestProgress, StepRow
+from storage.records import Checkpoint, Claim, FinishedChoice, RequestFailure, RequestProgress, TreeRow
 from storage.session import unavailable_reason
+from storage.steps.columns import StepColumns
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepResult, StepStats
 from worker.text.output_stream import OutputStream
@@ -39,7 +40,7 @@ class ActiveChoice:
     _ids: list[int] = field(default_factory=list)
     _accepted: list[bool] = field(default_factory=list)
     _pieces: list[tuple[str, str]] = field(default_factory=list)
-    _steps: list[StepRow] = field(default_factory=list)
+    _steps: StepColumns = field(default_factory=StepColumns)
     _logprobs: list[Stored] = field(default_factory=list)
 
     def resume(self, checkpoints: list[Checkpoint], sequence: Sequence) -> None:
@@ -47,7 +48,7 @@ class ActiveChoice:
         for checkpoint in checkpoints:
             self.output_stream.resume(checkpoint.token_ids, checkpoint.accepted)
             sequence.ids += checkpoint.token_ids
-            sequence.steps = max([sequence.steps, *(row.step + 1 for row in checkpoint.steps)])
+            sequence.steps += len(checkpoint.steps)
             self.next_seq = checkpoint.seq + 1
             self.announced = True
 
@@ -58,10 +59,8 @@ class ActiveChoice:
         self._accepted += written.accepted
         self._pieces += written.pieces
         self._logprobs += [likelihoods.stored() for likelihoods in written.logprobs or ()]
-        row = _row(written.stats, now)
-        if result.tree is not None:
-            row = replace(row, tree=tree_row(result.tree, text_of))
-        self._steps.append(row)
+        tree = None if result.tree is None else tree_row(result.tree, text_of)
+        _add_step(self._steps, written.stats, now, tree)
 
     def checkpoint(self) -> Checkpoint | None:
         """Return the tokens since the last checkpoint and start the next one; None without new tokens."""
@@ -74,11 +73,12 @@ class ActiveChoice:
             accepted=tuple(self._accepted),
             text="".join(text for text, _ in self._pieces),
             pieces=tuple(self._pieces),
-            steps=tuple(self._steps),
+            steps=self._steps,
             logprobs=tuple(self._logprobs) if self.wants_logprobs else None,
         )
         self.next_seq += 1
-        self._ids, self._accepted, self._pieces, self._steps, self._logprobs = [], [], [], [], []
+        self._ids, self._accepted, self._pieces, self._logprobs = [], [], [], []
+        self._steps = StepColumns()
         return checkpoint
 
     def output(self, now: float) -> FinishedChoice:
@@ -175,5 +175,21 @@ def internal_error(what: str, error: BaseException) -> RequestFailure:
     return RequestFailure("server_error", f"{what}: {storable(text)}", status_code=500)
 
 
-def _row(stats: StepStats, now: float) -> StepRow:
-    return StepRow(**asdict(stats), ended_at=now)
+def _add_step(steps: StepColumns, stats: StepStats, now: float, tree: TreeRow | None) -> None:
+    steps.add(
+        ended_at=now,
+        tree_nodes=stats.tree_nodes,
+        tree_depth=stats.tree_depth,
+        accepted_tokens=stats.accepted_tokens,
+        emitted_tokens=stats.emitted_tokens,
+        expected_accepted=stats.expected_accepted,
+        draft_ms=stats.draft_ms,
+        verify_ms=stats.verify_ms,
+        step_ms=stats.step_ms,
+        batch_sequences=stats.batch_sequences,
+        plain_step_ms=stats.plain_step_ms,
+        drafter=stats.drafter,
+        decision=stats.decision,
+        reached=stats.reached,
+        tree=tree,
+    )

@@ -33,6 +33,7 @@ from storage.records import (
     RequestProgress,
 )
 from storage.session import Database
+from storage.steps.columns import StepColumns
 from tests.factories import a_job, some_requests, some_steps
 
 
@@ -109,7 +110,7 @@ def tokens_of(seq: int, *emitted: int, choice: int = 0, first: int = 0) -> Check
         accepted=tuple(flags),
         text="".join(letters),
         pieces=tuple(zip(letters, ("draft" if flag else "target" for flag in flags), strict=True)),
-        steps=some_steps(*emitted, first=first),
+        steps=StepColumns.of(some_steps(*emitted, first=first)),
     )
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from dataclasses import asdict
 
 from sqlalchemy import select, update
 
@@ -9,6 +10,7 @@ from storage import leases
 from storage.models import Partial
 from storage.records import Claim, Lease, RequestFailure, RequestProgress
 from storage.session import Database
+from tests.factories import some_steps
 from tests.unit.storage.acts import (
     cancel,
     check_laws,
@@ -93,14 +95,29 @@ def test_an_older_worker_continues_what_a_newer_one_has_begun(database: Database
     old = claim_one(database, "newer")
     flush(database, "newer", RequestProgress(old.lease, (tokens_of(1, 1, 3),)), lease_s=-1)
     with database.write() as session:
-        steps = session.scalars(select(Partial.steps)).one()
-        session.execute(update(Partial).values(steps=[{**step, "column_of_tomorrow": 1} for step in steps]))
+        steps = session.scalars(select(Partial.step_columns)).one()
+        session.execute(update(Partial).values(step_columns={**(steps or {}), "column_of_tomorrow": 1}))
 
     new = claim_one(database, "older")
     flush(database, "older", going_on(new, 2, ends=True))
 
     assert new.checkpoints == (tokens_of(1, 1, 3),)
     assert view(database).status == "completed"
+    check_laws(database)
+
+
+def test_the_steps_that_an_old_version_wrote_as_rows_count(database: Database) -> None:
+    record(database)
+    old = claim_one(database, "old")
+    flush(database, "old", RequestProgress(old.lease, (tokens_of(1, 1, 3),)), lease_s=-1)
+    rows = [asdict(step) for step in some_steps(1, 3)]
+    with database.write() as session:
+        session.execute(update(Partial).values(step_columns=None, steps=rows))
+
+    new = claim_one(database, "new")
+    flush(database, "new", going_on(new, 2, ends=True))
+
+    assert new.checkpoints == (tokens_of(1, 1, 3),)
     check_laws(database)
 
 

@@ -9,6 +9,7 @@ from storage.models import ChoiceOutput, DecodeStep, Partial
 from storage.progress_writes import merge_pieces
 from storage.records import Lease, RequestFailure, RequestProgress
 from storage.session import Database
+from storage.steps.columns import StepColumns
 from tests.factories import a_step
 from tests.unit.storage.acts import (
     cancel,
@@ -278,7 +279,9 @@ def test_text_with_a_nul_character_can_be_stored(database: Database) -> None:
     record(database)
     lease = claim_one(database).lease
     part = tokens_of(1, 1)
-    odd = type(part)(0, 1, (0,), (False,), "a\0b", (("a\0b", "target"),), (a_step(step=0, emitted_tokens=1),))
+    odd = type(part)(
+        0, 1, (0,), (False,), "a\0b", (("a\0b", "target"),), StepColumns.of([a_step(step=0, emitted_tokens=1)])
+    )
 
     flush(database, "w1", RequestProgress(lease, (odd,), (end_of(odd),), ends=True))
 

@@ -8,6 +8,7 @@ from storage.job_details import ErrorCount
 from storage.queries import DepthAcceptance, JobStats
 from storage.records import NewRequest, RequestFailure, RequestProgress, StepRow
 from storage.session import Database
+from storage.steps.columns import StepColumns
 from tests.factories import a_request, a_step, a_worker_card
 from tests.unit.storage.acts import (
     claim,
@@ -30,7 +31,7 @@ def decode(database: Database, *steps: StepRow, job_id: str = "job-1") -> None:
     """Record a job of one request and decode it in these steps."""
     record(database, job_id)
     part = tokens_of(1, *(step.emitted_tokens for step in steps))
-    part = type(part)(0, 1, part.token_ids, part.accepted, part.text, part.pieces, steps)
+    part = type(part)(0, 1, part.token_ids, part.accepted, part.text, part.pieces, StepColumns.of(steps))
     flush(database, "w1", RequestProgress(claim_one(database).lease, (part,), (end_of(part),), ends=True))
 
 

@@ -250,7 +250,7 @@ def test_a_text_ends_before_its_stop_string_also_in_an_accepted_path_and_resumed
     whole = texts(database)
     with database.write() as session:
         session.execute(text("DELETE FROM outputs"))
-        session.execute(text("DELETE FROM decode_steps"))
+        session.execute(text("DELETE FROM packed_steps"))
     submit(database, *prompts, max_tokens=60, stop=stop)
     dying, heir = Worker(database, "b", law), Worker(database, "c", law, interval_s=AT_END if turns else 0.0)
     for _ in range(turns):
