@@ -1,7 +1,7 @@
 """Pack the steps of before the upgrade: from `unpacked_steps` into `packed_steps`, in batches.
 
 Each batch is one transaction that reads, packs and deletes rows, so a step is in exactly one of the tables and the view
-shows all of them at any time. Interrupted at any point, the next run goes on. The last one drops the empty table.
+shows all of them at any time. After an interruption at any point the next run continues. The last one drops the empty table.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def pack_steps(engine: Engine, rows_at_once: int = ROWS_AT_ONCE) -> Iterator[int
 
 
 def _next(connection: Connection, after: Key | None, limit: int) -> Sequence[Any]:
-    """Return the first rows behind a key: beginning anew would read over the deleted ones again."""
+    """Return the first rows after a key: a query without it would read over the deleted rows again."""
     query = select(*_OLD.c).order_by(*(_OLD.c[name] for name in _KEY)).limit(limit)
     return connection.execute(query if after is None else query.where(after < _OLD_KEY)).all()
 
