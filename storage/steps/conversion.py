@@ -1,7 +1,8 @@
 """Pack the steps of before the upgrade: from `unpacked_steps` into `packed_steps`, in batches.
 
 Each batch is one transaction that reads, packs and deletes rows, so a step is in exactly one of the tables and the view
-shows all of them at any time. After an interruption at any point the next run continues. The last one drops the empty table.
+shows all of them at any time. After an interruption at any point the next run continues. The last one drops the empty
+table.
 """
 
 from __future__ import annotations
