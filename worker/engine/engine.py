@@ -129,15 +129,15 @@ class Engine:
         """Compact the accepted paths in the target's KV, and let the drafter do the same."""
         sequences = plan.selected.sequences
         if len(accepted.visited) > len(sequences):
-            roots = np.array([len(s.ids) for s in sequences], np.int64) - emitted.counts - 1  # KV indices
             slots = np.array([s.slot for s in sequences], np.int64)
-            self._target.compact(_moves(plan.selected, accepted, slots, roots))
+            self._target.compact(_moves(plan.selected, accepted, slots))
         for sequence in sequences:
             sequence.cached = len(sequence.ids) - 1
         if self._drafter is not None and plan.layers:  # without layers it has no tree, and it catches up lazily
-            tokens = emitted.lists()
-            for tree in range(len(sequences)):
-                self._drafter.commit(plan.drafted, tree, plan.nodes[accepted.path(tree)], tokens[tree])
+            nodes, tokens = plan.nodes[accepted.visited], emitted.lists()
+            spans = zip((accepted.firsts + 1).tolist(), accepted.counts.tolist(), strict=True)
+            for tree, (first, count) in enumerate(spans):
+                self._drafter.commit(plan.drafted, tree, nodes[first : first + count], tokens[tree])
 
     def _results(
         self,
@@ -153,14 +153,16 @@ class Engine:
         times = StepTimes(timer.verify_ms, step_ms)
         plain_step_ms = self._planner.learn(batch, plan, accepted, len(emitted.tokens), times)
         selected, sequences = plan.selected, plan.selected.sequences
+        steps = np.array([s.steps for s in sequences], np.int64)
+        traced = steps < selected.columns.traced_steps
         tree_nodes, tree_depths = selected.sizes()
         reached_counts, reached = _drawn_ranks(selected, accepted, emitted.counts)
         results = StepBatch(
-            numbers=np.array([s.number for s in sequences], np.int64),
+            numbers=selected.columns.numbers,
             counts=emitted.counts,
             tokens=emitted.tokens,
             reasons=emitted.reasons,
-            steps=np.array([s.steps for s in sequences], np.int64),
+            steps=steps,
             tree_nodes=tree_nodes,
             tree_depths=tree_depths,
             accepted_tokens=np.minimum(accepted.counts, emitted.counts),
@@ -173,11 +175,7 @@ class Engine:
             plain_step_ms=plain_step_ms,
             drafter=plan.strategy.drafter.name if plan.strategy else None,
             decision=plan.decision,
-            trees={
-                tree: _traced_tree(selected, tree, accepted)
-                for tree, s in enumerate(sequences)
-                if s.steps < s.traced_steps
-            },
+            trees={tree: _traced_tree(selected, tree, accepted) for tree in np.flatnonzero(traced).tolist()},
             logprobs=logprobs,
         )
         for sequence in sequences:
@@ -197,7 +195,7 @@ class Engine:
                 self._drafter.drop(sequence)
 
 
-def _emit(sequences: list[Sequence], accepted: AcceptedPaths) -> EmittedTokens:
+def _emit(sequences: tuple[Sequence, ...], accepted: AcceptedPaths) -> EmittedTokens:
     """Append what the target drew to the sequences: the accepted tokens and its own."""
     counts = accepted.counts + 1
     drawn, ends = accepted.drawn.tolist(), counts.cumsum().tolist()
@@ -214,9 +212,9 @@ def _emit(sequences: list[Sequence], accepted: AcceptedPaths) -> EmittedTokens:
     return EmittedTokens(counts, tokens, reasons)
 
 
-def _moves(selected: Forest, accepted: AcceptedPaths, slots: IntArray, roots: IntArray) -> KvMoves:
-    """Return the moves that bring the accepted nodes of each tree behind its root, whose KV index is in `roots`."""
-    counts = accepted.counts
+def _moves(selected: Forest, accepted: AcceptedPaths, slots: IntArray) -> KvMoves:
+    """Return the moves that bring the accepted nodes of each tree behind its root; `slots` are those of the trees."""
+    counts, roots = accepted.counts, selected.lengths - 1  # KV indices
     draft_nodes = accepted.visited[accepted.visited >= len(roots)]
     places = selected.places()[draft_nodes]
     first_place = ranges(np.ones_like(counts), counts)  # where each of them goes

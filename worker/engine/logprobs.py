@@ -40,7 +40,7 @@ def compute_logprobs(
 
     `rows[node]` is the node's row in `logits` [rows, vocab]. A token is drawn at the row of its parent node.
     """
-    requested = [tree for tree, sequence in enumerate(forest.sequences) if sequence.sampling.logprobs is not None]
+    requested = forest.columns.with_logprobs.tolist()
     if not requested:
         return {}
     lengths = emitted[requested]

@@ -45,11 +45,6 @@ class Sequence:
     failure: str = ""  # why the engine gave it up
     history: TokenCounts = field(default_factory=TokenCounts)  # token counts for penalties
     number: int = field(default_factory=count().__next__)  # in results; no other sequence of this process has it
-    draws_argmax: bool = field(init=False)  # of the raw logits: without noise, penalties and biases
-
-    def __post_init__(self) -> None:
-        """Compute what depends on the sampling alone."""
-        self.draws_argmax = self.sampling.greedy and not self.sampling.adjusted
 
     @property
     def output_ids(self) -> list[int]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Collection, Hashable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,22 +23,14 @@ from worker.engine.stats import StepBatch
 log = logging.getLogger(__name__)
 
 
-def _suspects_named_by(error: Exception, snapshots: Collection[Sequence]) -> Collection[Sequence]:
+def _suspects_named_by(error: Exception, held: Collection[Sequence]) -> Collection[Sequence]:
     """Return the sequences that the error names; none if it names all of several: then the cause may be shared."""
     named = error.sequences if isinstance(error, NanLogits) else ()
-    if len(named) == len(snapshots) > 1:
+    if len(named) == len(held) > 1:
         return ()
     for sequence in named:
         sequence.failure = f"decoding failed on this request: {error}"
     return named
-
-
-@dataclass(slots=True)
-class _Snapshot:
-    """Length and step count of a sequence before the step."""
-
-    length: int
-    steps: int
 
 
 class ResilientEngine:
@@ -49,7 +40,8 @@ class ResilientEngine:
         """Create an engine with `make_engine`, which is called again after each failed step."""
         self._make_engine = make_engine
         self._engine = make_engine()
-        self._held: dict[Sequence, bool] = {}  # in the engine; True if it has emitted since it was added
+        self._held: list[Sequence] = []  # in the engine
+        self._silent: set[Sequence] = set()  # those of them that have emitted nothing since they were added
         self._waiting: deque[Sequence] = deque()  # not in the engine: new, or suspected of the failure
         self._limit: int | None = None  # max sequences in the engine; None: no limit
         self._successes = 0  # successful steps in a row
@@ -89,20 +81,22 @@ class ResilientEngine:
         Return the results of the emitting sequences, and the sequences that are given up.
         """
         rejected = self._admit()
-        snapshots = {s: _Snapshot(len(s.ids), s.steps) for s in self._held}
+        lengths, steps = [len(s.ids) for s in self._held], [s.steps for s in self._held]  # to return to
         try:
             results = self._engine.step(only, plain=plain)
         except (RankLost, torch.AcceleratorError):  # a new engine in this process would fail too
             raise
         except Exception as error:  # any other failure of a step is retried
-            keys = [s.key for s in snapshots]  # (job, request, choice) of each
+            keys = [s.key for s in self._held]  # (job, request, choice) of each
             extra = {"action": "step_failed", "sequences": keys}
-            log.exception("A step of %d sequences failed", len(snapshots), extra=extra)
-            return StepBatch.empty(), [*rejected, *self._roll_back(snapshots, _suspects_named_by(error, snapshots))]
-        emitted = set(results.numbers.tolist())
-        for sequence in self._held:
-            self._held[sequence] |= sequence.number in emitted
-        self._remove_finished()
+            log.exception("A step of %d sequences failed", len(self._held), extra=extra)
+            named = _suspects_named_by(error, self._held)
+            return StepBatch.empty(), [*rejected, *self._roll_back(lengths, steps, named)]
+        if self._silent:
+            emitted = set(results.numbers.tolist())
+            self._silent = {s for s in self._silent if s.number not in emitted}
+        if len(results.finished):
+            self._remove_finished()
         self._raise_limit()
         return results, rejected
 
@@ -118,25 +112,29 @@ class ResilientEngine:
                 sequence.failure = f"this worker can't decode the request: {error}"
                 rejected.append(sequence)
             else:
-                self._held[sequence] = False
+                self._held.append(sequence)
+                self._silent.add(sequence)
         return rejected
 
-    def _roll_back(self, snapshots: dict[Sequence, _Snapshot], named: Collection[Sequence]) -> list[Sequence]:
-        """Restore the state before the step in a fresh engine; return the sequences to give up: named, or isolated."""
+    def _roll_back(self, lengths: list[int], steps: list[int], named: Collection[Sequence]) -> list[Sequence]:
+        """Restore the state before the step in a fresh engine; return the sequences to give up: named, or isolated.
+
+        `lengths` and `steps` are those of the held sequences before the step.
+        """
         isolated = self._limit == 1 or bool(named)
-        given_up = list(named or snapshots) if isolated else []
-        for sequence, snapshot in snapshots.items():
-            del sequence.ids[snapshot.length :]
-            sequence.steps, sequence.finish_reason = snapshot.steps, None
+        given_up = list(named or self._held) if isolated else []
+        for sequence, length, step in zip(self._held, lengths, steps, strict=True):
+            del sequence.ids[length:]
+            sequence.steps, sequence.finish_reason = step, None
             sequence.slot, sequence.cached = -1, 0
             sequence.history = TokenCounts()  # it may have counted tokens that are dropped
         # Sequences that have not emitted come first: halving then isolates the failing one. The sort is stable.
-        suspects = [s for s in sorted(snapshots, key=lambda s: self._held[s]) if s not in given_up]
+        suspects = [s for s in sorted(self._held, key=lambda s: s not in self._silent) if s not in given_up]
         self._waiting.extendleft(reversed(suspects))
-        self._limit = self._limit if named else max(1, len(snapshots) // 2)
+        self._limit = self._limit if named else max(1, len(self._held) // 2)
         self._num_failures = 0 if isolated else self._num_failures + 1
         self._successes = 0
-        self._held = {}
+        self._held, self._silent = [], set()
         self._engine = self._make_engine()
         return given_up
 
@@ -146,7 +144,7 @@ class ResilientEngine:
         Each failure delays this by one more step, so that a batch that is too large is not retried for ever.
         """
         self._successes += 1
-        if self._limit is None or self._successes < self._num_failures or not all(self._held.values()):
+        if self._limit is None or self._successes < self._num_failures or self._silent:
             return
         self._limit, self._successes = 2 * self._limit, 0
         if self._limit >= len(self._held) + len(self._waiting):
@@ -154,4 +152,5 @@ class ResilientEngine:
 
     def _remove_finished(self) -> None:
         self._waiting = deque(s for s in self._waiting if not s.finished)
-        self._held = {s: emitted for s, emitted in self._held.items() if not s.finished}
+        self._held = [s for s in self._held if not s.finished]
+        self._silent = {s for s in self._silent if not s.finished}

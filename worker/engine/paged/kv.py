@@ -185,7 +185,7 @@ class PagedKv:
             return
         sources, targets = (self.entries(some.entry_slots, index) for index in (some.sources, some.targets))
         # `reserve` unshared these blocks when the entries were written.
-        assert self.pool.exclusive(np.unique(targets // self.block_size)).all()
+        assert self.pool.exclusive(targets // self.block_size).all()
         source, target = (torch.from_numpy(part).to(self.keys.device) for part in (sources, targets))
         for store in (self.keys, self.values):
             entries = store.flatten(1, 2)

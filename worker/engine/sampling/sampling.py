@@ -73,6 +73,7 @@ class Sampling:
 
 
 _MASK = (1 << 64) - 1
+_GREEDY = Sampling().record
 
 
 @cache
@@ -127,7 +128,7 @@ def draw(
 
 def argmax(logits: Tensor) -> IntArray:
     """Return the token with the largest logit of each row of `logits` [rows, vocab], int64 [rows]; -1 if one is NaN."""
-    return draw(logits, np.repeat(Sampling().record, len(logits)), np.zeros(len(logits), np.int64))
+    return draw(logits, np.repeat(_GREEDY, len(logits)), np.zeros(len(logits), np.int64))
 
 
 def process(logits: Tensor, parameters: ParameterArray) -> Tensor:

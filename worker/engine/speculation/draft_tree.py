@@ -9,6 +9,7 @@ probabilities.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,9 +19,10 @@ from torch import Tensor
 
 from worker.engine.sampling.parameters import Adjustments, ParameterArray
 from worker.engine.sampling.penalties import NONE_SEEN, adjustments_of
-from worker.engine.sampling.sampling import adjust, parameters_of
+from worker.engine.sampling.sampling import adjust
 from worker.engine.segments import BoolArray, IntArray, Segments, ranges
 from worker.engine.sequence import Sequence
+from worker.engine.speculation.sequence_columns import SequenceColumns
 
 FloatArray = NDArray[np.float64]
 
@@ -40,9 +42,10 @@ class Candidates:
 class Forest:
     """The draft trees of a batch. Nodes 0..len(sequences)-1 are the roots: each sequence's newest committed token."""
 
-    def __init__(self, sequences: Seq[Sequence], tree_discount: float = 1.0) -> None:
+    def __init__(self, sequences: Seq[Sequence] | SequenceColumns, tree_discount: float = 1.0) -> None:
         """Start with the roots alone, which is plain decoding. All values are multiplied by `tree_discount`."""
-        self.sequences = list(sequences)
+        self.columns = sequences if isinstance(sequences, SequenceColumns) else SequenceColumns(sequences)
+        self.sequences = self.columns.sequences
         count = len(self.sequences)
         self.tree: IntArray = np.arange(count)
         self.parent: IntArray = np.full(count, -1)
@@ -60,25 +63,26 @@ class Forest:
         """Number of nodes, roots included."""
         return len(self.token)
 
-    @cached_property
+    @property
     def sampled(self) -> BoolArray:
         """Which trees belong to sequences above temperature 0."""
-        return np.array([not s.sampling.greedy for s in self.sequences], np.bool_)
+        return self.columns.sampled
 
-    @cached_property
+    @property
     def parameters(self) -> ParameterArray:
         """The sampling parameters [trees]."""
-        return parameters_of([s.sampling for s in self.sequences])
+        return self.columns.parameters
 
     @cached_property
     def lengths(self) -> IntArray:
         """Tokens of each tree's sequence: the position of the token that is drawn at its root."""
         return np.array([len(s.ids) for s in self.sequences], np.int64)
 
-    @cached_property
-    def _remaining(self) -> IntArray:
+    @property
+    def remaining(self) -> IntArray:
         """Tokens that may still be emitted for each tree."""
-        return np.array([s.remaining for s in self.sequences], np.int64)
+        remaining: IntArray = self.columns.max_lengths - self.lengths
+        return remaining
 
     def add_layer(self, frontier: IntArray, candidates: Candidates, min_value: float = 0.0) -> IntArray:
         """Add the candidates with a value above `min_value` below the frontier; return the indices of the new nodes."""
@@ -100,7 +104,7 @@ class Forest:
         is inefficient.
         """
         nodes = np.arange(len(self.sequences), self.size)
-        return nodes[np.lexsort((nodes, -self._remaining[self.tree[nodes]], self.depth[nodes], -self.value[nodes]))]
+        return nodes[np.lexsort((nodes, -self.remaining[self.tree[nodes]], self.depth[nodes], -self.value[nodes]))]
 
     def best(self, per_tree: int) -> BoolArray:
         """Mark the `per_tree` best draft nodes of every tree, and the roots: T_opt of OPT-Tree (section 3).
@@ -136,7 +140,7 @@ class Forest:
         order = np.flatnonzero(kept)
         index = np.full(self.size, -1)
         index[order] = np.arange(len(order))
-        forest = Forest(self.sequences)
+        forest = copy(self)
         forest.tree, forest.token = self.tree[order], self.token[order]
         forest.depth, forest.value = self.depth[order], self.value[order]
         forest.parent = np.where(self.parent[order] >= 0, index[self.parent[order]], -1)
@@ -194,7 +198,7 @@ class Forest:
         Roots are among them: their KV entries are not yet written.
         """
         slots = np.array([s.slot for s in self.sequences[:trees]], np.int64)
-        prefixes = np.array([len(s.ids) for s in self.sequences[:trees]], np.int64) - 1
+        prefixes = self.lengths[:trees] - 1
         order = np.argsort(slots, kind="stable")
         nodes, counts = order, np.ones(trees, np.int64)
         if self.size > len(self.sequences):

@@ -76,11 +76,6 @@ def grow(
 
 def _expandable(forest: Forest, nodes: IntArray) -> IntArray:
     """Drop nodes whose children could never be emitted: after an end-of-sequence token, or beyond `max_tokens`."""
-    useful = [
-        depth + 2 <= sequence.remaining and not (depth and token in sequence.eos_ids)
-        for depth, token, tree in zip(
-            forest.depth[nodes].tolist(), forest.token[nodes].tolist(), forest.tree[nodes].tolist(), strict=True
-        )
-        for sequence in (forest.sequences[tree],)
-    ]
-    return nodes[np.array(useful, np.bool_)]
+    trees, depths = forest.tree[nodes], forest.depth[nodes]
+    ended = (depths > 0) & forest.columns.ends(trees, forest.token[nodes])
+    return nodes[~ended & (depths + 2 <= forest.remaining[trees])]

@@ -24,6 +24,7 @@ from worker.engine.speculation.cost_model import CostModel
 from worker.engine.speculation.draft_tree import Candidates, Forest
 from worker.engine.speculation.drafting import Drafter, Layer, as_offered, grow
 from worker.engine.speculation.regret_guard import Decision, RegretGuard
+from worker.engine.speculation.sequence_columns import SequenceColumns
 from worker.engine.speculation.state import DrafterStats, SpeculationState
 from worker.engine.speculation.tree_budget import Budget, CostAwareBudget, FixedBudget
 from worker.engine.speculation.verifier import AcceptedPaths
@@ -84,6 +85,7 @@ class Planner:
         self._clock = clock
         self._costs = costs
         self._state = state
+        self._columns = SequenceColumns(())  # of the sequences of the last step
         self._acceptance = state.acceptance
         self._calibrated = options.mode is Mode.OPT_TREE or options.calibrated
         self._strategies = [] if drafter is None else [_Strategy(drafter, state.whole)]
@@ -93,7 +95,9 @@ class Planner:
     def plan(self, batch: Batch) -> StepPlan:
         """Draft for the decoding sequences of a batch, and select what the target verifies."""
         started = self._clock()
-        forest = Forest(batch.emitting, self._acceptance.tree_discount if self._calibrated else 1.0)
+        if self._columns.sequences != batch.emitting:
+            self._columns = SequenceColumns(batch.emitting)
+        forest = Forest(self._columns, self._acceptance.tree_discount if self._calibrated else 1.0)
         start = self._start(batch)
         if isinstance(start, Decision):
             return StepPlan(forest, forest, forest.roots, [], start)

@@ -49,7 +49,7 @@ def walk(forest: Forest, logits: Tensor, rows: IntArray) -> AcceptedPaths:
     noise or penalties draw lazily: one round per depth, only on the rows that they reach.
     """
     trees = len(forest.sequences)
-    lazy = ~np.array([s.draws_argmax for s in forest.sequences], np.bool_)
+    lazy = ~forest.columns.argmax
     drawn = np.full(forest.size, _UNKNOWN)  # the target's token at each node
     if not lazy.all():
         drawn = np.where(lazy[forest.tree], _UNKNOWN, argmax(logits)[rows])
