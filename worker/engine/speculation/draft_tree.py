@@ -103,8 +103,9 @@ class Forest:
         Ties go to the shallower node, then to the sequence with most tokens left: a batch that drains to one sequence
         is inefficient.
         """
-        nodes = np.arange(len(self.sequences), self.size)
-        return nodes[np.lexsort((nodes, -self.remaining[self.tree[nodes]], self.depth[nodes], -self.value[nodes]))]
+        roots = len(self.sequences)
+        most_left = -self.remaining[self.tree[roots:]]
+        return roots + np.lexsort((most_left, self.depth[roots:], -self.value[roots:]))  # stable: then by node
 
     def best(self, per_tree: int) -> BoolArray:
         """Mark the `per_tree` best draft nodes of every tree, and the roots: T_opt of OPT-Tree (section 3).
@@ -112,13 +113,13 @@ class Forest:
         A child is worth no more than its parent, so the best nodes form a tree, and no tree of that size has a higher
         E(A).
         """
-        ranked = self.ranking()
-        by_tree = ranked[np.argsort(self.tree[ranked], kind="stable")]
-        starts = np.searchsorted(self.tree[by_tree], self.roots)
-        rank = np.arange(len(by_tree)) - starts[self.tree[by_tree]]
+        roots = len(self.sequences)
+        by_tree = np.lexsort((self.depth[roots:], -self.value[roots:], self.tree[roots:]))  # as `ranking` in each tree
+        counts = np.bincount(self.tree[roots:], minlength=roots)
+        rank = ranges(np.zeros(roots, np.int64), counts)
         kept = np.zeros(self.size, np.bool_)
-        kept[: len(self.sequences)] = True
-        kept[by_tree[rank < per_tree]] = True
+        kept[:roots] = True
+        kept[roots + by_tree[rank < per_tree]] = True
         return kept
 
     def sizes(self) -> tuple[IntArray, IntArray]:

@@ -44,14 +44,15 @@ class FixedBudget:
         self._nodes = nodes
         self._threshold = threshold
         self._expected: FloatArray | float = 0.0
+        self._best = np.empty(0, np.bool_)  # the n best nodes of every tree, after the newest layer
 
     def frontier(self, forest: Forest, expanded: IntArray, layer: IntArray) -> IntArray:
         """Return the new nodes among the n best of their trees, in trees whose E(A) grew by more than delta."""
-        best = forest.best(self._nodes)
-        expected = forest.expected(best)
+        self._best = forest.best(self._nodes)
+        expected = forest.expected(self._best)
         growing = self.should_continue(expected - self._expected)
         self._expected = expected
-        return layer[best[layer] & growing[forest.tree[layer]]]
+        return layer[self._best[layer] & growing[forest.tree[layer]]]
 
     def should_continue(self, gain: FloatArray) -> BoolArray:
         """Return per tree whether the last layer added enough to E(A)."""
@@ -59,7 +60,7 @@ class FixedBudget:
 
     def cut(self, forest: Forest) -> BoolArray:
         """Verify the n best nodes of every tree."""
-        return forest.best(self._nodes)
+        return self._best if len(self._best) == forest.size else forest.best(self._nodes)
 
 
 class CostAwareBudget:
