@@ -30,8 +30,12 @@ class DraftSlot:
     """The KV slot of one sequence."""
 
     sequence: Sequence
+    number: int  # of the slot
     cached: int = 0  # committed tokens in the slot
     nodes: list[int] = field(default_factory=list)  # forest nodes whose KV entries follow them, in KV order
+
+
+SlotState = list[tuple[DraftSlot, int, int]]  # slots, their committed tokens, and the number of their draft nodes
 
 
 class DraftSlots:
@@ -45,7 +49,7 @@ class DraftSlots:
         """Return a sequence's slot."""
         slot = self._slots.get(id(sequence))
         if slot is None:
-            slot = self._slots[id(sequence)] = DraftSlot(sequence)
+            slot = self._slots[id(sequence)] = DraftSlot(sequence, sequence.slot)
             self._by_prefix[_prefix_key(sequence)].append(slot)
         return slot
 
@@ -57,14 +61,28 @@ class DraftSlots:
         source, length = self._longest_shared_prefix(sequence)
         return len(sequence.ids) - (min(length, source.cached) if source else 0)
 
-    def drop(self, sequence: Sequence) -> None:
-        """Forget a sequence."""
+    def drop(self, sequence: Sequence) -> int | None:
+        """Forget a sequence; return the number of its slot, None if nothing was drafted for it."""
         slot = self._slots.pop(id(sequence), None)
-        if slot is not None:
-            key = _prefix_key(sequence)
-            self._by_prefix[key].remove(slot)
-            if not self._by_prefix[key]:
-                del self._by_prefix[key]
+        if slot is None:
+            return None
+        key = _prefix_key(sequence)
+        self._by_prefix[key].remove(slot)
+        if not self._by_prefix[key]:
+            del self._by_prefix[key]
+        return slot.number
+
+    def state(self, sequences: Seq[Sequence]) -> SlotState:
+        """Return what the slots of sequences hold, for `restore`."""
+        return [(slot, slot.cached, len(slot.nodes)) for slot in map(self.of, sequences)]
+
+    @staticmethod
+    def restore(state: SlotState) -> list[tuple[int, int]]:
+        """Forget what was added since; return the number of each slot, and the entries that it keeps."""
+        for slot, cached, nodes in state:
+            slot.cached = cached
+            del slot.nodes[nodes:]
+        return [(slot.number, slot.cached + len(slot.nodes)) for slot, _, _ in state]
 
     def catch_up(self, sequences: Seq[Sequence], feed: Feed, copy_prefix: CopyPrefix) -> list[Segment]:
         """Return the rows of each sequence's uncached tokens. The newest token is the root of this step's tree.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from worker.drafters.candidates import best_children
 from worker.drafters.kv_tracker import DraftSlots, by_slot
+from worker.engine.errors import OutOfBlocks
 from worker.engine.model.packed_model import LanguageModel
 from worker.engine.segments import BoolArray, IntArray, KvMove, Segment
 from worker.engine.sequence import Sequence
@@ -59,10 +60,12 @@ class ModelDrafter:
         """Run the model over the frontier and offer its best children; none beyond the model's context."""
         inside = np.flatnonzero(self._in_context(forest, frontier))
         by_tree = [inside[some] for some in by_slot(forest, frontier[inside])] if len(inside) else []
-        if not by_tree:
+        logits = None
+        while by_tree and (logits := self._run(forest, [frontier[some] for some in by_tree])) is None:
+            by_tree = by_tree[: len(by_tree) // 2]  # memory is short: draft for fewer sequences
+        if logits is None:
             return Candidates(np.zeros((len(frontier), 1), np.int64), np.zeros((len(frontier), 1)))
         order = np.concatenate(by_tree)
-        logits = self._forward(self._segments(forest, [frontier[some] for some in by_tree]))
         self._ids = self._ids.to(logits.device)
         logits = logits[:, : len(self._ids)] if self._shared.is_prefix else logits[:, self._ids]
         ids, scores = best_children(forest, frontier[order], logits, self._ids, self._vocab)
@@ -91,8 +94,9 @@ class ModelDrafter:
 
     def drop(self, sequence: Sequence) -> None:
         """Forget a sequence."""
-        self._slots.drop(sequence)
-        self._model.truncate(sequence.slot, 0)
+        slot = self._slots.drop(sequence)
+        if slot is not None:
+            self._model.truncate(slot, 0)
 
     def _in_context(self, forest: Forest, nodes: IntArray) -> BoolArray:
         """Return which nodes have positions within the model's context."""
@@ -101,6 +105,17 @@ class ModelDrafter:
         lengths = np.array([len(sequence.ids) for sequence in forest.sequences])
         return lengths[forest.tree[nodes]] + forest.depth[nodes] <= self._positions
 
+    def _run(self, forest: Forest, layer: list[IntArray]) -> Tensor | None:
+        """Return the logits of one layer of every tree; None, and no rows, if the draft's KV memory can't hold them."""
+        sequences = [forest.sequences[int(forest.tree[nodes[0]])] for nodes in layer]
+        before = self._slots.state(sequences)
+        try:
+            return self._forward(self._segments(forest, sequences, layer))
+        except OutOfBlocks:
+            for slot, length in self._slots.restore(before):
+                self._model.truncate(slot, length)
+            return None
+
     def _forward(self, segments: list[Segment]) -> Tensor:
         """Run rows, with unreadable tokens replaced by token 0."""
         readable = self._shared.readable
@@ -108,9 +123,8 @@ class ModelDrafter:
             [replace(s, ids=np.where(s.ids < readable, s.ids, 0)) if (s.ids >= readable).any() else s for s in segments]
         )
 
-    def _segments(self, forest: Forest, layer: list[IntArray]) -> list[Segment]:
+    def _segments(self, forest: Forest, sequences: list[Sequence], layer: list[IntArray]) -> list[Segment]:
         """Return the rows of one layer of every tree."""
-        sequences = [forest.sequences[int(forest.tree[nodes[0]])] for nodes in layer]
         if not forest.depth[layer[0][0]]:
             return self._slots.catch_up(sequences, lambda segment: self._forward([segment]), self._model.copy_prefix)
         return [self._slots.tree_rows(forest, *one) for one in zip(sequences, layer, strict=True)]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from worker.engine.kv.slot_allocator import Truncation
 from worker.engine.segments import IntArray, PrefixCopy, Segment, Segments, chain
 from worker.engine.sequence import Sequence
 
@@ -35,7 +36,9 @@ class Batch:
     chunks: tuple[Chunk, ...]
     decoding: tuple[Sequence, ...]
     prefix_copies: tuple[PrefixCopy, ...] = ()  # to make before the forward, in this order
-    evicted: tuple[int, ...] = ()  # slots whose cached prefixes are dropped before that, to free their memory
+    truncations: tuple[Truncation, ...] = ()  # slots whose memory to free before that, beyond so many entries
+    preempted: tuple[Sequence, ...] = ()  # sequences that have lost their slots
+    draft_rows: int = 1 << 30  # draft nodes that KV memory has pages for
     plain: bool = False  # don't draft
 
     @property

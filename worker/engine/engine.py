@@ -14,6 +14,7 @@ import numpy as np
 
 from worker.engine.batch import Batch
 from worker.engine.errors import NanLogits
+from worker.engine.kv.slot_allocator import Truncation
 from worker.engine.logprobs import Logprobs, compute_logprobs
 from worker.engine.model.packed_model import LanguageModel
 from worker.engine.options import EngineOptions, Mode
@@ -57,6 +58,7 @@ class Engine:
         self._scheduler = Scheduler(options)
         target.clear()  # of the sequences of an earlier engine
         self._late_ms = 0.0  # time of the previous step after it was measured
+        self._preemptions = self._recomputed_tokens = 0
 
     @property
     def free_capacity(self) -> int:
@@ -71,6 +73,17 @@ class Engine:
     def forget(self, slot: int) -> None:
         """Drop the cached prefix of a free slot, because its KV entries were overwritten."""
         self._scheduler.slots.drop_prefix(slot)
+        self._truncate(self._scheduler.slots.pop_truncations())
+
+    @property
+    def preemptions(self) -> int:
+        """How often a sequence has lost its KV memory to others."""
+        return self._preemptions
+
+    @property
+    def recomputed_tokens(self) -> int:
+        """Tokens that were prefilled again after preemptions."""
+        return self._recomputed_tokens
 
     @property
     def learned(self) -> dict[str, Any]:
@@ -102,14 +115,15 @@ class Engine:
         """
         timer = _StepTimer(self._clock, self._late_ms)
         batch = self._scheduler.next_batch(only, plain=plain)
+        self._move_memory(batch)
         if batch.empty:
             return StepBatch.empty()
-        for slot in batch.evicted:
-            self._target.truncate(slot, 0)
-        for copy in batch.prefix_copies:
-            self._target.copy_prefix(copy.source, copy.target, copy.length)
         plan = self._planner.plan(batch)
         timer.drafted()
+        selected = plan.selected
+        nodes = np.bincount(selected.tree, minlength=len(selected.sequences)) - 1
+        if nodes.any():
+            self._truncate(self._scheduler.grow_trees(selected.sequences, nodes.tolist()))
         segments, rows = batch.pack(plan.selected)
         logits = self._target.forward(segments)
         accepted = walk(plan.selected, logits, rows)
@@ -117,6 +131,7 @@ class Engine:
         if undrawn:
             raise NanLogits([plan.selected.sequences[tree] for tree in undrawn])
         timer.verified()
+        self._count_recomputed(batch)
         emitted = _emit(plan.selected.sequences, accepted)
         logprobs = compute_logprobs(plan.selected, logits, rows, accepted, emitted.counts)
         self._commit(plan, accepted, emitted)
@@ -124,6 +139,27 @@ class Engine:
         self._drop_finished(plan.selected.sequences)
         self._late_ms = timer.late_ms()
         return results
+
+    def _move_memory(self, batch: Batch) -> None:
+        """Free and copy KV entries as the step needs it."""
+        for sequence in batch.preempted:
+            self._preemptions += 1
+            if self._drafter is not None:
+                self._drafter.drop(sequence)
+        self._truncate(batch.truncations)
+        for copy in batch.prefix_copies:
+            self._target.copy_prefix(copy.source, copy.target, copy.length)
+
+    def _truncate(self, truncations: Iterable[Truncation]) -> None:
+        for slot, length in truncations:
+            self._target.truncate(slot, length)
+
+    def _count_recomputed(self, batch: Batch) -> None:
+        for chunk in batch.chunks:
+            sequence = chunk.sequence
+            tokens = max(0, min(chunk.end, sequence.computed) - sequence.cached)
+            sequence.recomputed_tokens += tokens
+            self._recomputed_tokens += tokens
 
     def _commit(self, plan: StepPlan, accepted: AcceptedPaths, emitted: EmittedTokens) -> None:
         """Compact the accepted paths in the target's KV, and let the drafter do the same."""
@@ -163,6 +199,8 @@ class Engine:
             tokens=emitted.tokens,
             reasons=emitted.reasons,
             steps=steps,
+            preemptions=np.array([s.new_preemptions for s in sequences], np.int64),
+            recomputed_tokens=np.array([s.recomputed_tokens for s in sequences], np.int64),
             tree_nodes=tree_nodes,
             tree_depths=tree_depths,
             accepted_tokens=np.minimum(accepted.counts, emitted.counts),
@@ -181,6 +219,7 @@ class Engine:
         for sequence in sequences:
             sequence.steps += 1
             sequence.prefill_ms = 0.0
+            sequence.new_preemptions = sequence.recomputed_tokens = 0
         for chunk in batch.chunks:
             if not chunk.completes:
                 chunk.sequence.cached = chunk.end
@@ -189,10 +228,10 @@ class Engine:
 
     def _drop_finished(self, candidates: Iterable[Sequence]) -> None:
         for sequence in self._scheduler.drop_finished(candidates):
-            # Release the tree; keep the KV entries that stay cached for later sequences with this prefix.
-            self._target.truncate(sequence.slot, self._scheduler.slots.cached_length(sequence.slot))
             if self._drafter is not None:
                 self._drafter.drop(sequence)
+        # Release the trees; the KV entries that stay are cached for later sequences with this prefix.
+        self._truncate(self._scheduler.slots.pop_truncations())
 
 
 def _emit(sequences: tuple[Sequence, ...], accepted: AcceptedPaths) -> EmittedTokens:

@@ -5,6 +5,7 @@ EngineError
 │   └── TokenizersDiffer    target and draft encode the same text differently
 ├── NanLogits               the logits of some sequences are NaN: no token can be drawn for them
 ├── RankLost                a tensor-parallel rank has died; the replica can't continue without it
+├── SequenceTooLong         a sequence that needs more KV memory than there is
 ├── OutOfSlots              more sequences than KV slots: a bug of the caller
 └── OutOfBlocks             more KV entries than memory: a bug of the scheduler
 """
@@ -43,6 +44,10 @@ class NanLogits(EngineError):
 
 class RankLost(EngineError):
     """A tensor-parallel rank has died; the replica can't continue without it."""
+
+
+class SequenceTooLong(EngineError):
+    """A sequence needs more KV memory than there is."""
 
 
 class OutOfSlots(EngineError):

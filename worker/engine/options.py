@@ -25,6 +25,7 @@ class EngineOptions:
     max_context: int = 4096  # tokens of prompt and completion together
     prefill_rows: int = 512  # prompt tokens that one step may carry
     kv_tokens: int | None = None  # KV entries of all sequences together; None: enough to fill every slot
+    page_tokens: int = 1  # KV entries that are allocated at once
     nodes: int = 60  # n: max nodes of one draft tree
     threshold: float = 0.5  # delta of paper mode: growth ends at the first layer that adds no more to E(A)
     max_depth: int = 10  # max layers of one draft tree

@@ -9,11 +9,9 @@ from collections import defaultdict
 from collections.abc import Container
 
 from worker.engine.kv.prefix_tree import PrefixTree
-from worker.engine.kv.slot_allocator import SlotAllocator
+from worker.engine.kv.slot_allocator import MIN_SHARED_PREFIX, SlotAllocator
 from worker.engine.segments import PrefixCopy
 from worker.engine.sequence import Sequence
-
-MIN_SHARED_PREFIX = 16  # tokens: prefilling a shorter prefix is cheaper than waiting for another sequence to prefill it
 
 
 class PrefixSharing:
@@ -80,10 +78,12 @@ class PrefixSharing:
             self._upcoming.copy(next(iter(upcoming.holders)), sequence, length)
         self._upcoming.insert(sequence, sequence.ids, len(sequence.ids))
         cached = self._longest_cached(sequence)
-        if length >= MIN_SHARED_PREFIX and length > cached[1]:
+        useful = max(cached[1] + 1, sequence.cached + 1, MIN_SHARED_PREFIX)
+        if length >= useful:
             leader = next(iter(upcoming.holders))  # it is the first, not the sequence itself
             # Do not wait for one that waits itself if its leader has almost as much.
-            while leader in self._leaders and length - self._leaders[leader][1] < MIN_SHARED_PREFIX:
+            useful = max(useful, length - MIN_SHARED_PREFIX)
+            while leader in self._leaders and self._leaders[leader][1] >= useful:
                 leader, length = self._leaders[leader]
             if selected is None or leader in selected:
                 self._leaders[sequence] = leader, length
@@ -93,13 +93,13 @@ class PrefixSharing:
 
     def _copy(self, sequence: Sequence, source: int, length: int) -> None:
         """Start a sequence from a cached prefix that is long enough."""
-        if length >= MIN_SHARED_PREFIX:
+        if length >= max(MIN_SHARED_PREFIX, sequence.cached + 1):
             self._copies.append(PrefixCopy(source, sequence.slot, length))
             self._slots.copy_prefix(source, sequence.slot, length)
             sequence.cached = length
 
     def _longest_cached(self, sequence: Sequence) -> tuple[int, int]:
-        """Return the slot with the longest cached prefix of a sequence, its own if that is as long, and the length."""
+        """Return the slot with the longest cached prefix of a sequence, and its length."""
         wanted = sequence.ids[:-1]
         found = self._slots.longest_prefix(wanted)
         if found.ends and found.length < len(wanted):
@@ -109,9 +109,7 @@ class PrefixSharing:
                 self._slots.hold(other.slot, other.ids, other.cached)
             if grown:
                 found = self._slots.longest_prefix(wanted)
-        if not found.length or sequence.slot in found.holders:
-            return sequence.slot, found.length
-        return next(iter(found.holders)), found.length
+        return next(iter(found.holders), sequence.slot), found.length
 
     def _stop_waiting(self, sequence: Sequence) -> None:
         leader, _ = self._leaders.pop(sequence)

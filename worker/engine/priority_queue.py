@@ -40,6 +40,14 @@ class PriorityQueue(Generic[Item]):
         """Remove an item if it is there."""
         self._tickets.pop(item, None)
 
+    def pop(self, limit: int) -> list[Item]:
+        """Remove and return up to `limit` items, the first ones."""
+        items: list[Item] = []
+        while len(items) < limit and (item := self.first()) is not None:
+            self.discard(item)
+            items.append(item)
+        return items
+
     def first(self) -> Item | None:
         """Return the first item, None if there is none."""
         while self._heap and self._tickets.get(self._heap[0][2]) != self._heap[0][1]:

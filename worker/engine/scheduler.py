@@ -1,42 +1,66 @@
-"""Choose the work of the next step: admit sequences to KV slots, share prefixes, and split prompts into chunks."""
+"""Choose the work of the next step: admit sequences, give them KV pages, share prefixes, split prompts into chunks.
+
+A prompt gets its pages when it is admitted, an output as it grows. When none is left, cached prefixes are evicted
+first, then the step has fewer draft rows, then the running sequence with the least lost work is preempted: it waits,
+and goes on from its tokens later.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Iterator
+from itertools import count
 
+from worker.engine.admission import Admission, is_reserved
 from worker.engine.batch import Batch, Chunk
-from worker.engine.kv.slot_allocator import SlotAllocator
-from worker.engine.options import EngineOptions
+from worker.engine.errors import SequenceTooLong
+from worker.engine.kv.slot_allocator import SlotAllocator, Truncation
+from worker.engine.options import MAX_STEP_NODES, EngineOptions
 from worker.engine.prefix_sharing import PrefixSharing
 from worker.engine.priority_queue import PriorityQueue
 from worker.engine.sequence import Sequence
 
 _OLDEST_SHARE = 4  # the oldest prompt gets at least one in this many of a step's prompt rows
+_ADMITTED_AT_ONCE = 32  # waiting sequences whose admission is decided together
+_RECHECK_STEPS = 16  # steps after which what fits is computed again although no sequence has ended
 
 
 class Scheduler:
-    """Waiting and running sequences, and their KV slots. A step costs nothing for a prompt that only waits."""
+    """Waiting and running sequences, and their KV slots. A step costs nothing for a prompt that only waits.
+
+    Every sequence ends: the oldest waiting one is admitted first, the oldest running one is preempted only if all
+    others are reserved, and one that was preempted `MAX_PREEMPTIONS` times reserves all its memory when it is admitted
+    again.
+    """
 
     def __init__(self, options: EngineOptions) -> None:
+        """Start empty."""
         self._options = options
+        self._arrivals = count()
+        self._arrived: dict[Sequence, int] = {}
         self._by_key: defaultdict[Hashable, list[Sequence]] = defaultdict(list)
-        self._waiting: dict[Sequence, None] = {}
-        self._prefilling: dict[Sequence, None] = {}  # running ones, the oldest first
-        self._by_unread: PriorityQueue[Sequence] = (
-            PriorityQueue()
-        )  # the same, those with the fewest tokens to read first
-        self._decoding: dict[Sequence, None] = {}
+        self._waiting: PriorityQueue[Sequence] = PriorityQueue()  # the oldest first, as are the next two
+        self._running: PriorityQueue[Sequence] = PriorityQueue()
+        self._prefilling: PriorityQueue[Sequence] = PriorityQueue()  # running ones
+        self._by_unread: PriorityQueue[Sequence] = PriorityQueue()  # the same, the shortest first
+        self._decoding: dict[Sequence, None] = {}  # the other running ones
         self._chunks: list[Chunk] = []  # of the last step
-        self.slots = SlotAllocator(options.max_sequences, options.total_kv_tokens)
+        self._preempted: list[Sequence] = []  # in this step
+        self._recheck_in = 0  # steps until admission is tried again after memory was short
+        self._capacity: int | None = None  # what `free_capacity` returned; None: something has changed
+        self._capacity_steps = 0  # since it was computed
+        self.slots = SlotAllocator(options.max_sequences, options.total_kv_tokens, options.page_tokens)
+        self._admission = Admission(self.slots)
         self._sharing = PrefixSharing(self.slots)
 
     @property
     def free_capacity(self) -> int:
-        """Number of sequences that would be admitted at once, if they are no longer than the waiting ones."""
-        if self._waiting and not self._fits(next(iter(self._waiting))):
+        """Number of sequences that would be admitted at once, if they are like the running ones."""
+        if self._recheck_in and len(self._waiting):
             return 0
-        return max(0, self.slots.free_slots - len(self._waiting)) if self.slots.free_tokens > 0 else 0
+        if self._capacity is None:
+            self._capacity = self._admission.num_more(list(self._running), self.slots.free_slots)
+        return max(0, self._capacity - len(self._waiting))
 
     @property
     def busy(self) -> bool:
@@ -46,32 +70,40 @@ class Scheduler:
     @property
     def sequences(self) -> tuple[Sequence, ...]:
         """All sequences, running ones first."""
-        return (*self._decoding, *self._prefilling, *self._waiting)
+        return (*self._running, *self._waiting)
 
     def of(self, keys: Iterable[Hashable]) -> list[Sequence]:
         """Return the sequences with these keys."""
         return [sequence for key in keys for sequence in self._by_key.get(key, ())]
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence."""
-        assert self._needs(sequence) <= self.slots.tokens, "the sequence needs more KV memory than there is"
+        """Queue a sequence. Raises SequenceTooLong if the KV memory can't hold it even alone."""
+        if self.slots.pages_for(sequence.max_length) > self.slots.pages:
+            raise SequenceTooLong(
+                f"the prompt and max_tokens need {sequence.max_length} tokens of KV memory, and "
+                f"{self.slots.pages * self.slots.page_tokens} fit; set BASIC_KV_TOKENS higher or max_tokens lower"
+            )
         self._by_key[sequence.key].append(sequence)
-        self._waiting[sequence] = None
+        self._arrived[sequence] = next(self._arrivals)
+        self._waiting.push(sequence, self._arrived[sequence])
 
     def drop_finished(self, candidates: Iterable[Sequence]) -> list[Sequence]:
         """Remove those that are finished or cancelled and free their slots; return those that had one."""
         dropped = []
         for sequence in candidates:
-            if not sequence.finished or sequence not in self._by_key.get(sequence.key, ()):
+            if not sequence.finished or sequence not in self._arrived:
                 continue
+            del self._arrived[sequence]
             self._by_key[sequence.key].remove(sequence)
             if not self._by_key[sequence.key]:
                 del self._by_key[sequence.key]
             if sequence in self._waiting:
-                del self._waiting[sequence]
+                self._waiting.discard(sequence)
             else:
+                self._admission.lengths.learn(sequence.group, len(sequence.ids) - sequence.num_prompt)
                 self._free(sequence)
                 dropped.append(sequence)
+            self._recheck_in, self._capacity = 0, None
         return dropped
 
     def next_batch(self, only: Collection[Hashable] | None = None, *, plain: bool = False) -> Batch:
@@ -80,37 +112,99 @@ class Scheduler:
         The step is of all sequences, or of those whose keys are in `only`.
         """
         self._update_prefilling()
-        self._admit()
         selected = None if only is None else set(self.of(only))
+        self._grow_outputs(selected)
+        self._admit()
         self._chunks = self._next_chunks(selected)
         decoding = tuple(self._decoding if selected is None else (s for s in self._decoding if s in selected))
-        return Batch(tuple(self._chunks), decoding, self._sharing.pop_copies(), self.slots.pop_evicted(), plain)
+        preempted, self._preempted = tuple(self._preempted), []
+        return Batch(
+            chunks=tuple(self._chunks),
+            decoding=decoding,
+            prefix_copies=self._sharing.pop_copies(),
+            truncations=tuple(self.slots.pop_truncations()),
+            preempted=preempted,
+            draft_rows=self.slots.available_pages,
+            plain=plain,
+        )
+
+    def grow_trees(self, sequences: Iterable[Sequence], nodes: Iterable[int]) -> list[Truncation]:
+        """Take pages for the draft nodes of each sequence, at most `draft_rows`; return the memory to free before."""
+        for sequence, number in zip(sequences, nodes, strict=True):
+            if number:
+                grown = self.slots.grow(sequence.slot, len(sequence.ids) + number)
+                assert grown, "the step has more draft nodes than pages"
+        return self.slots.pop_truncations()
 
     def _admit(self) -> None:
-        admitted = []
-        for sequence in self._waiting:
-            if not self._fits(sequence):
-                break
-            sequence.slot = self.slots.allocate(self._needs(sequence))
-            admitted.append(sequence)
-        for sequence in admitted:
-            del self._waiting[sequence]
-            self._sharing.admit(sequence)
-            self._prefilling[sequence] = None
-            self._by_unread.push(sequence, _unread(sequence))
+        """Admit waiting sequences in order, as many as are expected to fit until the running ones have ended."""
+        self._capacity_steps += 1
+        if self._capacity_steps >= _RECHECK_STEPS:
+            self._capacity, self._capacity_steps = None, 0
+        if self._recheck_in:
+            self._recheck_in -= 1
+        while not self._recheck_in and len(self._waiting) and self.slots.free_slots:
+            candidates = self._waiting.pop(min(self.slots.free_slots, _ADMITTED_AT_ONCE))
+            fitting = self._admission.num_fitting(list(self._running), candidates)
+            for index, sequence in enumerate(candidates):
+                if index >= fitting or not self._start(sequence):
+                    self._recheck_in = _RECHECK_STEPS
+                    for other in candidates[index:]:
+                        self._waiting.push(other, self._arrived[other])
+                    break
 
-    def _fits(self, sequence: Sequence) -> bool:
-        return self.slots.can_allocate(self._needs(sequence))
+    def _start(self, sequence: Sequence) -> bool:
+        """Give a sequence a slot and the pages of its tokens; return False if there are too few."""
+        pages = self.slots.pages_for(sequence.max_length if is_reserved(sequence) else len(sequence.ids))
+        if pages > self.slots.available_pages:
+            return False
+        sequence.slot, sequence.cached = self.slots.allocate(sequence.ids)
+        self.slots.grow(sequence.slot, sequence.max_length if is_reserved(sequence) else len(sequence.ids))
+        self._sharing.admit(sequence)
+        self._running.push(sequence, self._arrived[sequence])
+        self._prefilling.push(sequence, self._arrived[sequence])
+        self._by_unread.push(sequence, _unread(sequence))
+        self._capacity = None
+        return True
 
-    def _needs(self, sequence: Sequence) -> int:
-        """Return the max KV entries of a sequence: all its tokens and one tree."""
-        return sequence.max_length + self._options.nodes + 1
+    def _grow_outputs(self, selected: set[Sequence] | None) -> None:
+        """Take a page for the newest token of each decoding sequence that needs one; preempt others if none is left."""
+        if self.slots.available_pages < MAX_STEP_NODES + len(self._running):
+            self._reclaim()
+        for sequence in [s for s in self._decoding if selected is None or s in selected]:
+            while sequence.slot >= 0 and not self.slots.grow(sequence.slot, len(sequence.ids)):
+                self._preempt(self._victim())
+
+    def _reclaim(self) -> None:
+        """Free what the trees of earlier steps have left behind the texts."""
+        for sequence in self._running:
+            if not is_reserved(sequence):
+                self.slots.shrink(sequence.slot, len(sequence.ids))
+
+    def _victim(self) -> Sequence:
+        """Return the running sequence to preempt: the one that loses the least work; the oldest only if it must be."""
+        candidates = [s for s in self._running if not is_reserved(s)]
+        oldest = min(candidates, key=self._arrived.__getitem__)
+        others = [s for s in candidates if s is not oldest]
+        return min(others, key=lambda s: (self._lost_tokens(s), -self._arrived[s]), default=oldest)
+
+    def _lost_tokens(self, sequence: Sequence) -> int:
+        """Return the tokens that a sequence would have to prefill again: those that no other slot holds."""
+        return max(0, sequence.cached - self.slots.shared_length(sequence.slot))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take the slot of a running sequence. Its entries stay cached until their pages are needed."""
+        self._preempted.append(sequence)
+        self._free(sequence)
+        sequence.preempt()
+        self._waiting.push(sequence, self._arrived[sequence])
+        self._recheck_in, self._capacity = _RECHECK_STEPS, None
 
     def _free(self, sequence: Sequence) -> None:
         """Free the slot of a running sequence."""
         self._decoding.pop(sequence, None)
-        self._prefilling.pop(sequence, None)
-        self._by_unread.discard(sequence)
+        for queue in (self._running, self._prefilling, self._by_unread):
+            queue.discard(sequence)
         self._sharing.drop(sequence)
         self.slots.free(sequence.slot, sequence.ids, sequence.cached)
 
@@ -124,9 +218,10 @@ class Scheduler:
             if sequence.prefilling:
                 self._by_unread.push(sequence, _unread(sequence))
             else:
-                del self._prefilling[sequence]
+                self._prefilling.discard(sequence)
                 self._by_unread.discard(sequence)
                 self._decoding[sequence] = None
+        self._chunks = []
 
     def _next_chunks(self, selected: set[Sequence] | None) -> list[Chunk]:
         """Divide the prompt rows: a share to the oldest prompt, then to the shortest ones, the rest to the first.
@@ -146,18 +241,16 @@ class Scheduler:
                 break
         for sequence in [*given][:1]:
             given[sequence] += min(len(sequence.ids) - given[sequence], rows)
-        for sequence in given:
-            self.slots.drop_left(sequence.slot)
         return [Chunk(sequence, end, completes=end == len(sequence.ids)) for sequence, end in given.items()]
 
     def _in_order(self, selected: set[Sequence] | None) -> Iterator[Sequence]:
         """Yield the oldest, which must not starve, then the others, shortest first: a long prompt delays no other."""
         if selected is not None:
-            some = [s for s in self._prefilling if s in selected]
+            some = sorted((s for s in self._prefilling if s in selected), key=self._arrived.__getitem__)
             yield from some[:1]
             yield from sorted(some[1:], key=_unread)
             return
-        oldest = next(iter(self._prefilling), None)
+        oldest = self._prefilling.first()
         if oldest is None:
             return
         seen = [oldest]

@@ -43,6 +43,10 @@ class Sequence:
     finish_reason: FinishReason | None = None
     cancelled: bool = False
     failure: str = ""  # why the engine gave it up
+    preemptions: int = 0  # how often its KV memory was taken
+    computed: int = 0  # leading ids that had KV entries when it was last preempted
+    new_preemptions: int = 0  # since the last emitted token, as is the next
+    recomputed_tokens: int = 0  # ids whose KV entries were computed again after a preemption
     history: TokenCounts = field(default_factory=TokenCounts)  # token counts for penalties
     number: int = field(default_factory=count().__next__)  # in results; no other sequence of this process has it
 
@@ -75,6 +79,13 @@ class Sequence:
         """Return the distinct tokens of the sequence followed by a draft path, and their counts in the output."""
         self.history.update(self.ids, self.num_prompt)
         return self.history.with_path(path)
+
+    def preempt(self) -> None:
+        """Give up the slot; decoding goes on from the same ids later."""
+        self.computed = max(self.computed, self.cached)
+        self.slot, self.cached = -1, 0
+        self.preemptions += 1
+        self.new_preemptions += 1
 
     def emit(self, tokens: list[int]) -> list[int]:
         """Append a step's tokens up to the end-of-sequence token or `max_tokens`; return those appended."""

@@ -90,6 +90,8 @@ class StepBatch:
     tokens: IntArray  # [sum of counts] in the order of `numbers`
     reasons: IntArray  # [n] finish reasons: an index of `REASONS`
     steps: IntArray  # [n]
+    preemptions: IntArray  # [n] how often the sequence lost its KV memory since its last token
+    recomputed_tokens: IntArray  # [n] tokens prefilled again for that
     tree_nodes: IntArray  # [n]
     tree_depths: IntArray  # [n]
     accepted_tokens: IntArray  # [n]
@@ -115,6 +117,8 @@ class StepBatch:
             tokens=ints,
             reasons=ints,
             steps=ints,
+            preemptions=ints,
+            recomputed_tokens=ints,
             tree_nodes=ints,
             tree_depths=ints,
             accepted_tokens=ints,

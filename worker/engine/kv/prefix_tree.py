@@ -45,6 +45,13 @@ class PrefixTree(Generic[Holder]):
         """Return how many tokens a holder has."""
         return self._ends.get(holder, (self._root, 0))[1]
 
+    def shared_length(self, holder: Holder) -> int:
+        """Return how many of the first tokens of a holder another one has, too."""
+        node, at = self._ends.get(holder, (self._root, 0))
+        while node.parent is not None and len(node.holders) == 1:
+            node, at = node.parent, at - len(node.tokens)
+        return at
+
     def insert(self, holder: Holder, ids: list[int], end: int) -> None:
         """Let a holder have `ids[:end]`, which continue what it has."""
         node, at = self._ends.get(holder, (self._root, 0))

@@ -1,6 +1,7 @@
-"""Allocation of KV slots: which are free, how much KV memory is reserved, and which prefixes slots hold.
+"""Allocation of KV slots and pages: which slots are free, how many pages each takes, and which prefixes they hold.
 
-It only counts; the keys and values are in the `KvStore`.
+It only counts; the keys and values are in the `KvStore`. A page is what a store allocates at once. Each slot's pages
+count, as if no two slots shared any, so that the count holds for every memory layout.
 """
 
 from __future__ import annotations
@@ -10,126 +11,189 @@ from heapq import heapify, heappop, heappush
 from worker.engine.errors import OutOfSlots
 from worker.engine.kv.prefix_tree import Match, PrefixTree
 
+MIN_SHARED_PREFIX = 16  # tokens: prefilling a shorter prefix is cheaper than sharing it
+_MIN_EVICTED_TOKENS = 64  # evicting less at a time costs more calls than it keeps
+
+Truncation = tuple[int, int]  # slot, entries that stay
+
 
 class SlotAllocator:
-    """Slots 0..count-1 that share memory for `tokens` tokens.
+    """Slots 0..count-1 that share memory for `tokens` tokens: `free_pages + used_pages == pages` at any time.
 
-    Each sequence reserves its maximum length in tokens, so that none runs out of memory while decoding. A free slot
-    keeps the entries of its last sequence as a cached prefix until the memory is needed, for sequences that start with
-    the same tokens.
+    A slot takes pages as its sequence grows. A free slot keeps the entries of its last sequence as a cached prefix, for
+    sequences that start with the same tokens, until the pages are needed.
     """
 
-    def __init__(self, count: int, tokens: int) -> None:
+    def __init__(self, count: int, tokens: int, page_tokens: int = 1) -> None:
+        """Start with every slot free and empty."""
         self.count = count
-        self.tokens = tokens
+        self.page_tokens = page_tokens
+        self.pages = tokens // page_tokens
+        self._used_pages = self._cached_pages = 0
+        self._pages_of = [0] * count  # by slot
         self._held: PrefixTree[int] = PrefixTree()  # token ids with KV entries, by slot
-        self._reserved: dict[int, int] = {}  # tokens, by slot in use
+        self._in_use: set[int] = set()
         self._empty = list(range(count))  # free slots without a cached prefix, as a heap
-        self._cached: dict[int, int] = {}  # length of a cached prefix, by free slot; the longest free comes first
-        self._left: dict[int, int] = {}  # the same of slots whose new sequence has written nothing yet
-        self._used_tokens = self._cached_tokens = 0
-        self._evicted: list[int] = []
+        self._cached: dict[int, int] = {}  # length of the cached prefix by free slot, the least recently used first
+        self._truncations: list[Truncation] = []
         heapify(self._empty)
 
     @property
     def free_slots(self) -> int:
         """Number of slots without a sequence."""
-        return self.count - len(self._reserved)
+        return self.count - len(self._in_use)
 
     @property
-    def used_tokens(self) -> int:
-        """Tokens reserved by running sequences."""
-        return self._used_tokens
+    def used_pages(self) -> int:
+        """Pages that slots take, cached prefixes included."""
+        return self._used_pages
 
     @property
-    def free_tokens(self) -> int:
-        """Tokens that can still be reserved; cached prefixes count as free because they can be evicted."""
-        return self.tokens - self._used_tokens
+    def free_pages(self) -> int:
+        """Pages that no slot takes."""
+        return self.pages - self._used_pages
 
     @property
-    def held_tokens(self) -> int:
-        """Tokens reserved or cached."""
-        return self._used_tokens + self._cached_tokens
+    def available_pages(self) -> int:
+        """Pages that no running sequence takes: they are free, or hold cached prefixes."""
+        return self.free_pages + self._cached_pages
+
+    def pages_for(self, entries: int) -> int:
+        """Return the pages that this many KV entries of one slot take."""
+        return -(-entries // self.page_tokens)
+
+    def pages_of(self, slot: int) -> int:
+        """Return the pages that a slot takes."""
+        return self._pages_of[slot]
 
     def longest_prefix(self, ids: list[int]) -> Match[int]:
         """Return the longest prefix of `ids` that slots hold."""
         return self._held.longest(ids)
 
-    def cached_length(self, slot: int) -> int:
-        """Return the length of a free slot's cached prefix."""
-        return self._cached.get(slot, 0)
+    def shared_length(self, slot: int) -> int:
+        """Return how many of the first entries of a slot another one holds, too."""
+        return self._held.shared_length(slot)
 
-    def can_allocate(self, tokens: int) -> bool:
-        """Return whether a slot with this many tokens can be allocated."""
-        return self.free_slots > 0 and tokens <= self.free_tokens
+    def allocate(self, ids: list[int]) -> tuple[int, int]:
+        """Take a slot for the sequence `ids`; return it, and the length of the sequence's prefix that is in it already.
 
-    def allocate(self, tokens: int) -> int:
-        """Reserve a slot with this many tokens; raises OutOfSlots.
-
-        Take the lowest empty slot first, then the least recently freed cached prefix: recent prefixes are the most
-        likely to be asked for again.
+        Take a slot whose cached prefix is of use as a whole, else the lowest empty one, else the one with the longest
+        prefix of the sequence, else the least recently used. Raises OutOfSlots.
         """
-        if not self.can_allocate(tokens):
+        if not self.free_slots:
             raise OutOfSlots
-        # If memory is short, an empty slot would evict the oldest prefix anyway: take that prefix's slot.
-        short = not self._empty or self._cached_tokens + tokens > self.free_tokens
-        slot = next(iter(self._cached)) if self._cached and short else heappop(self._empty)
-        self._reserved[slot] = tokens
-        self._used_tokens += tokens
-        if slot in self._cached:
-            self._left[slot] = self._cached.pop(slot)
-            self._cached_tokens -= min(tokens, self._left[slot])
-        while self.held_tokens > self.tokens:
-            oldest = next(iter(self._cached or self._left))
-            self.drop_prefix(oldest)
-            self._evicted.append(oldest)
-        return slot
+        found = self._held.longest(ids[:-1]) if self._cached else Match(0, (), ())
+        length = found.length if found.length >= MIN_SHARED_PREFIX else 0
+        slot = next((slot for slot in found.ends if slot in self._cached), None) if length else None
+        if slot is None and self._empty:
+            self._in_use.add(self._empty[0])
+            self._touch(found)
+            return heappop(self._empty), 0
+        if slot is None and length:
+            slot = next((slot for slot in found.holders if slot in self._cached), None)
+        if slot is None:
+            slot, length = next(iter(self._cached)), 0
+            self._touch(found)
+        self._cut(slot, length)
+        self._cached_pages -= self._pages_of[slot]
+        del self._cached[slot]
+        self._in_use.add(slot)
+        return slot, length
+
+    def grow(self, slot: int, entries: int) -> bool:
+        """Let a slot in use have pages for `entries` entries; evict the oldest cached prefixes if there are too few.
+
+        Return False, with nothing changed, if that is not enough.
+        """
+        missing = self.pages_for(entries) - self._pages_of[slot]
+        if missing <= 0:
+            return True
+        if missing > self.available_pages:
+            return False
+        if missing > self.free_pages:
+            self._evict(missing - self.free_pages)
+        self._take(slot, missing)
+        return True
+
+    def shrink(self, slot: int, entries: int) -> None:
+        """Free the pages of a slot in use beyond its first `entries` entries."""
+        surplus = self._pages_of[slot] - self.pages_for(entries)
+        if surplus > 0:
+            self._take(slot, -surplus)
+            self._truncations.append((slot, entries))
 
     def hold(self, slot: int, ids: list[int], end: int) -> None:
         """Record that a slot in use has the KV entries of `ids[:end]`."""
         self._held.insert(slot, ids, end)
 
     def copy_prefix(self, source: int, slot: int, length: int) -> None:
-        """Record that a slot in use is about to get the first `length` entries of `source`, which may be itself."""
-        if source == slot:
-            self._held.shrink(slot, length)
-            self._cached_tokens -= max(0, self._left.pop(slot) - self._reserved[slot])
-        else:
-            self.drop_left(slot)
-            self._held.copy(source, slot, length)
+        """Record that a slot in use is about to get the first `length` entries of another."""
+        self._held.remove(slot)
+        self._held.copy(source, slot, length)
 
     def free(self, slot: int, ids: list[int], end: int) -> None:
-        """Free a slot; its KV entries are those of `ids[:end]`."""
-        assert slot in self._reserved, f"slot {slot} was freed twice"
-        if end:
-            self.drop_left(slot)
-            self._held.insert(slot, ids, end)
-        self._cached_tokens -= max(0, self._left.get(slot, 0) - self._reserved[slot])
-        self._used_tokens -= self._reserved.pop(slot)
-        length = end or self._left.pop(slot, 0)
-        if length:
-            self._cached[slot] = length
-            self._cached_tokens += length
-        else:
-            heappush(self._empty, slot)
-
-    def drop_left(self, slot: int) -> None:
-        """Forget the prefix that was cached in a slot in use: its sequence is about to overwrite it."""
-        left = self._left.pop(slot, None)
-        if left is not None:
-            self._cached_tokens -= max(0, left - self._reserved[slot])
-            self._held.remove(slot)
+        """Free a slot; its KV entries are those of `ids[:end]`, which become a cached prefix."""
+        assert slot in self._in_use, f"slot {slot} was freed twice"
+        self._in_use.remove(slot)
+        self._held.insert(slot, ids, end)
+        self._cached[slot] = end
+        self._cached_pages += self._pages_of[slot]
+        self._cut(slot, end)
+        if not end:
+            self._drop(slot)
 
     def drop_prefix(self, slot: int) -> None:
-        """Forget a slot's cached prefix: its entries are gone or about to be overwritten."""
-        self.drop_left(slot)
+        """Forget a free slot's cached prefix: its entries are gone."""
         if slot in self._cached:
-            self._cached_tokens -= self._cached.pop(slot)
-            self._held.remove(slot)
-            heappush(self._empty, slot)
+            self._drop(slot)
 
-    def pop_evicted(self) -> tuple[int, ...]:
-        """Return the slots whose prefixes were evicted since the last call; the caller frees their memory."""
-        slots = tuple(self._evicted)
-        self._evicted.clear()
-        return slots
+    def pop_truncations(self) -> list[Truncation]:
+        """Return the slots whose memory the caller must free beyond so many entries, since the last call."""
+        truncations, self._truncations = self._truncations, []
+        return truncations
+
+    def _take(self, slot: int, pages: int) -> None:
+        self._pages_of[slot] += pages
+        self._used_pages += pages
+        assert self._used_pages <= self.pages, "more pages are taken than there are"
+
+    def _touch(self, found: Match[int]) -> None:
+        """Make a cached prefix that is about to be copied the most recently used."""
+        slot = next((slot for slot in found.holders if slot in self._cached), None)
+        if slot is not None:
+            self._cached[slot] = self._cached.pop(slot)
+
+    def _evict(self, pages: int) -> None:
+        """Free at least `pages` pages of cached prefixes, the least recently used first, and from their ends."""
+        pages = max(pages, self.pages_for(_MIN_EVICTED_TOKENS))
+        while pages > 0 and self._cached:
+            slot = next(iter(self._cached))
+            before = self._pages_of[slot]
+            length = (before - pages) * self.page_tokens
+            if length >= MIN_SHARED_PREFIX:
+                self._cut(slot, min(length, self._cached[slot]))
+            else:
+                self._drop(slot)
+            pages -= before - self._pages_of[slot]
+
+    def _cut(self, slot: int, length: int) -> None:
+        """Keep the first `length` entries of a cached prefix, and free its pages beyond."""
+        surplus = self._pages_of[slot] - self.pages_for(length)
+        if length < self._cached[slot]:
+            if length:
+                self._held.shrink(slot, length)
+            else:
+                self._held.remove(slot)
+            self._cached[slot] = length
+        self._take(slot, -surplus)
+        self._cached_pages -= surplus
+        self._truncations.append((slot, length))
+
+    def _drop(self, slot: int) -> None:
+        """Empty a free slot."""
+        self._cached_pages -= self._pages_of[slot]
+        self._take(slot, -self._pages_of[slot])
+        self._held.remove(slot)
+        self._truncations.append((slot, 0))
+        del self._cached[slot]
+        heappush(self._empty, slot)

@@ -173,6 +173,8 @@ class Planner:
             return Decision.OFF
         if not batch_size:
             return Decision.PREFILL
+        if batch.draft_rows < (batch_size if self._options.mode is Mode.PAPER else 1):
+            return Decision.MEMORY
         if self._options.mode is Mode.PAPER:
             strategy = self._strategies[0]
             uncached = sum(map(strategy.drafter.num_uncached_tokens, batch.decoding))
@@ -217,12 +219,12 @@ class Planner:
         return int(interval * max(gain / CLEAR_GAIN, 1.0))
 
     def _budget(self, batch: Batch, strategy: _Strategy) -> Budget:
-        if self._options.mode is Mode.PAPER or self._costs is None:
-            return FixedBudget(self._options.nodes, self._options.threshold)
         batch_size = len(batch.decoding)
+        if self._options.mode is Mode.PAPER or self._costs is None:
+            return FixedBudget(min(self._options.nodes, batch.draft_rows // batch_size), self._options.threshold)
         price, rows = partial(self._time_price, batch, self._costs, strategy), batch_size + batch.prefill_rows
-        drafts = strategy.stats.costs
-        return CostAwareBudget(self._options.nodes, self._costs, drafts, price, rows, batch.entries, batch_size)
+        drafts, nodes, limit = strategy.stats.costs, self._options.nodes, batch.draft_rows
+        return CostAwareBudget(nodes, self._costs, drafts, price, rows, batch.entries, batch_size, limit)
 
     def _time_price(self, batch: Batch, costs: CostModel, strategy: _Strategy) -> float:
         """Return the opportunity cost of a ms in a batch like this, in tokens."""

@@ -34,6 +34,7 @@ class Decision(StrEnum):
     UNPROFITABLE = "unprofitable"  # drafts were grown, and none was worth its time
     NO_CANDIDATES = "nothing"  # the drafter offered nothing
     DRAFT_LAGGING = "behind"  # catching up would cost the drafter more than its drafts are expected to bring
+    MEMORY = "memory"  # no KV memory was left for draft nodes
     PREFILL = "prefill"  # no sequence was decoding
 
 

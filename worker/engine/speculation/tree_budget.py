@@ -81,8 +81,11 @@ class CostAwareBudget:
         rows: int,
         entries: float,
         trees: int,
+        limit: int = MAX_STEP_NODES,
     ) -> None:
-        """Price a step of `trees` trees; without drafts it has `rows` rows that attend to `entries` KV entries.
+        """Price a step of `trees` trees that has at most `limit` draft nodes.
+
+        Without drafts it has `rows` rows that attend to `entries` KV entries.
 
         Prices are computed on first use: most lookups find no drafts, and then no time may be spent on prices.
         """
@@ -93,6 +96,7 @@ class CostAwareBudget:
         self._rows = rows
         self._entries = entries
         self._trees = trees
+        self._limit = min(limit, nodes * trees, MAX_STEP_NODES)
 
     @cached_property
     def min_value(self) -> float:
@@ -106,7 +110,7 @@ class CostAwareBudget:
     @cached_property
     def _row_prices(self) -> FloatArray:
         """The price in tokens of 0, 1, 2, … nodes together."""
-        nodes = _COUNTS[: min(MAX_STEP_NODES, self._nodes * self._trees) + 1]
+        nodes = _COUNTS[: self._limit + 1]
         ms = self._costs.step_ms(self._rows + nodes, self._entries * (1.0 + nodes / self._rows))
         prices: FloatArray = self._price * (ms - ms[0])
         return prices
@@ -121,7 +125,7 @@ class CostAwareBudget:
         best = np.zeros(forest.size)
         np.maximum.at(best, forest.parent[layer], forest.value[layer])
         self._drafts.observe_best_children(depth, float(best[expanded].sum()), float(forest.value[expanded].sum()))
-        if forest.size - len(forest.sequences) > min(self._nodes, MAX_STEP_NODES):
+        if forest.size - len(forest.sequences) > min(self._nodes, self._limit):
             layer = layer[self._within(forest)[layer]]
         values = self._values(forest)
         now = self._best_net(values)

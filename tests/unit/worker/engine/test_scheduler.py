@@ -11,7 +11,6 @@ from tests.unit.worker.engine.test_sharing import last_token
 from worker.engine.options import Mode
 from worker.engine.scheduler import Scheduler
 
-TREE = 13  # a tree of 12 nodes and its root
 ACTIONS = st.lists(st.tuples(st.sampled_from(["add", "cancel", "step"]), st.integers(0, 30)), max_size=60)
 
 
@@ -32,22 +31,21 @@ def test_free_and_used_tokens_add_up_and_every_sequence_is_served(actions: list[
         else:
             running.step()
         held = [s for s in some if s.slot >= 0 and not s.finished]
-        assert slots.used_tokens == sum(s.num_prompt + s.max_tokens + TREE for s in held)
-        assert slots.used_tokens + slots.free_tokens == 150
-        assert slots.free_tokens >= 0
-        assert slots.held_tokens <= 150, "remembered texts make way before there is no memory left"
+        assert slots.used_pages + slots.free_pages == slots.pages == 150
+        assert slots.free_pages >= 0
+        assert sum(s.cached for s in held) <= slots.used_pages
         assert slots.free_slots + len(held) == 6
     assert not running.busy
     assert all(len(some[i].output_ids) == 9 for i in added if not some[i].cancelled)
 
 
 def test_no_sequence_is_admitted_beyond_the_memory() -> None:
-    scheduler = Scheduler(options(Mode.PLAIN, kv_tokens=60))
+    scheduler = Scheduler(options(Mode.PLAIN, kv_tokens=40))
     for sequence in sequences([[2] * 5] * 3, max_tokens=10):
         scheduler.add(sequence)
     scheduler.next_batch()
-    assert [s.slot for s in scheduler.sequences] == [0, 1, -1], "each may come to need 28 of the 60 tokens"
-    assert (scheduler.slots.used_tokens, scheduler.slots.free_tokens) == (56, 4)
+    assert [s.slot for s in scheduler.sequences] == [0, 1, -1], "each may come to need 15 of the 40 tokens"
+    assert (scheduler.slots.used_pages, scheduler.slots.free_pages) == (10, 30)
     assert scheduler.free_capacity == 0
 
 

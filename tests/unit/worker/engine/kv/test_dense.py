@@ -124,11 +124,11 @@ def test_slots_add_up_under_random_arrivals_and_cancellations(seed: int) -> None
 
 def test_the_lowest_slot_is_allocated_first_and_no_more_than_there_are() -> None:
     slots = SlotAllocator(2, 10)
-    assert [slots.allocate(5), slots.allocate(5)] == [0, 1]
+    assert [slots.allocate([5]), slots.allocate([5])] == [(0, 0), (1, 0)]
     with pytest.raises(OutOfSlots):
-        slots.allocate(0)
+        slots.allocate([5])
     slots.free(0, [], 0)
-    assert slots.allocate(5) == 0
+    assert slots.allocate([5]) == (0, 0)
 
 
 def test_prompts_longer_than_a_chunk_are_read_in_chunks() -> None:

@@ -1,0 +1,257 @@
+"""Laws of memory that runs out: texts are the same under any preemption, pages add up, and every sequence ends."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.models import VOCAB, TableModel, packed, tiny
+from tests.unit.worker.engine.harness import decode, engine, options, outputs, sequences
+from worker.drafters.model import ModelDrafter
+from worker.drafters.suffix import SuffixDrafter
+from worker.engine.admission import MAX_PREEMPTIONS, is_reserved, peak_pages
+from worker.engine.engine import Engine
+from worker.engine.errors import SequenceTooLong
+from worker.engine.model.attention import ATTENTION_NAME
+from worker.engine.model.packed_model import PackedModel
+from worker.engine.options import Mode
+from worker.engine.output_lengths import PRIOR_TOKENS, OutputLengths
+from worker.engine.paged.kv import PagedKv
+from worker.engine.sampling.sampling import Sampling
+from worker.engine.sequence import Sequence
+from worker.engine.speculation.drafting import Drafter
+
+SYSTEM = [2 + i % 37 for i in range(20)]
+PROMPTS = [[*SYSTEM, 7, 8], [3, 4, 5], [*SYSTEM, 9], [20, 21, 22, 23, 24, 25], [*SYSTEM, 7, 8], [11], [30, 31]]
+SAMPLINGS = {
+    "greedy": Sampling(),
+    "sampled": Sampling(temperature=0.9, top_k=20, top_p=0.95),
+    "penalties": Sampling(temperature=0.8, repetition_penalty=1.3, frequency_penalty=0.4),
+}
+EOS = [5, 6]
+
+
+def model(store: str, seed: int = 0, kv_tokens: int | None = None) -> PackedModel:
+    """A tiny model in one of the memory layouts."""
+    network = tiny(seed=seed)
+    if store == "fused":
+        return packed(network)
+    network.set_attn_implementation(ATTENTION_NAME)
+    return PackedModel(network, slots=4, capacity=512, cpu_kernels=False, paged=store == "paged", kv_tokens=kv_tokens)
+
+
+@pytest.fixture(scope="module")
+def plain() -> Callable[[str], list[list[int]]]:
+    """What plain decoding with enough memory writes, by sampling."""
+    known: dict[str, list[list[int]]] = {}
+
+    def of(name: str) -> list[list[int]]:
+        if name not in known:
+            some = sequences(PROMPTS, sampling=SAMPLINGS[name], eos_ids=EOS)
+            decode(engine(packed(tiny()), None, options(Mode.PLAIN)), some)
+            known[name] = outputs(some)
+        return known[name]
+
+    return of
+
+
+@pytest.fixture
+def rash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Admission that expects each answer to end with the next token, so that memory runs out."""
+    monkeypatch.setattr(OutputLengths, "expected", lambda _, group, decoded: np.array(decoded, np.int64) + 1)
+
+
+def drafter(kind: str, store: str) -> Drafter | None:
+    if kind == "model":  # its own memory runs out, too
+        return ModelDrafter(model(store, kv_tokens=48), kind, VOCAB)
+    return SuffixDrafter() if kind == "suffix" else None
+
+
+def check_pages(running: Engine, *models: PackedModel) -> None:
+    """Assert that pages add up and that stores take no more than was counted."""
+    slots = running._scheduler.slots
+    assert slots.free_pages + slots.used_pages == slots.pages
+    assert 0 <= slots.free_pages <= slots.pages
+    assert slots.used_pages == sum(slots.pages_of(slot) for slot in range(slots.count))
+    for one in models:
+        if isinstance(one.kv, PagedKv):
+            one.kv.check()
+            one.kv.poison_free()
+
+
+@pytest.mark.usefixtures("rash")
+@pytest.mark.parametrize("kind", ["none", "suffix", "model"])
+@pytest.mark.parametrize("store", ["dense", "paged", "fused"])
+def test_texts_are_the_same_under_any_preemption(
+    store: str, kind: str, plain: Callable[[str], list[list[int]]]
+) -> None:
+    preempted = 0
+    for seed, (name, sampling) in enumerate(SAMPLINGS.items()):
+        rng = random.Random(f"{store} {kind} {name}")
+        kv_tokens = rng.choice([40, 50, 64, 90])
+        target = model(store, kv_tokens=kv_tokens)
+        mode = {"none": Mode.PLAIN, "suffix": Mode.OPT_TREE, "model": Mode.PAPER}[kind]
+        chosen = options(mode, kv_tokens=kv_tokens, prefill_rows=rng.choice([7, 50]), max_sequences=4)
+        running = engine(target, drafter(kind, store), chosen)
+        some = sequences(PROMPTS, sampling=sampling, eos_ids=EOS)
+        waiting = list(some)
+        for _ in range(600):
+            if waiting and rng.random() < 0.5:
+                running.add(waiting.pop(0))
+            movable = [s for s in running._scheduler._running if not is_reserved(s)]
+            if movable and rng.random() < 0.1:
+                running._scheduler._preempt(rng.choice(movable))
+            running.step()
+            check_pages(running, target)
+            if not waiting and not running.busy:
+                break
+        assert outputs(some) == plain(name), f"round {seed}"
+        assert all(s.preemptions <= MAX_PREEMPTIONS for s in some)
+        preempted += sum(s.preemptions for s in some)
+    assert preempted > 3
+
+
+def rising(text: tuple[int, ...]) -> Tensor:
+    logits = torch.zeros(VOCAB)
+    logits[(text[-1] + 1) % VOCAB] = 5.0
+    return logits
+
+
+def run(running: Engine, some: list[Sequence], limit: int) -> tuple[int, list[int]]:
+    """Decode to the end; return the steps it took, and how many sequences emitted in each."""
+    for sequence in some:
+        running.add(sequence)
+    emitted: list[int] = []
+    while running.busy:
+        emitted.append(len(running.step()))
+        check_pages(running)
+        assert len(emitted) <= limit, "some sequence starves"
+    return len(emitted), emitted
+
+
+@pytest.mark.usefixtures("rash")
+@pytest.mark.parametrize("seed", range(6))
+def test_every_sequence_ends_and_none_is_preempted_beyond_the_bound(seed: int) -> None:
+    rng = random.Random(seed)
+    some = [
+        *sequences([[3 + i, 9, *range(rng.randrange(1, 20))] for i in range(25)], max_tokens=rng.randrange(10, 60)),
+        *sequences([[2 + i % 50 for i in range(30)]], max_tokens=70),
+    ]
+    for index, sequence in enumerate(some):
+        sequence.key, sequence.group = index, index % 3
+    model_ = TableModel(rising)
+    running = engine(model_, None, options(Mode.PLAIN, kv_tokens=100, max_sequences=8, prefill_rows=30))
+    run(running, some, limit=sum(s.max_length for s in some))
+    assert all(len(s.output_ids) == s.max_tokens for s in some)
+    assert max(s.preemptions for s in some) <= MAX_PREEMPTIONS
+    assert running.preemptions == sum(s.preemptions for s in some) > 0
+    total = sum(s.max_length - 1 for s in some)
+    assert model_.rows <= total + running.recomputed_tokens, "what is computed twice is counted"
+
+
+@pytest.mark.usefixtures("rash")
+def test_the_oldest_sequence_is_never_preempted_while_a_younger_one_can_be() -> None:
+    running = engine(TableModel(rising), None, options(Mode.PLAIN, kv_tokens=60, max_sequences=8))
+    some = sequences([[3 + i, 9] for i in range(8)], max_tokens=40)
+    run(running, some, limit=400)
+    assert some[0].preemptions == 0
+    assert running.preemptions > 0
+
+
+def test_answers_that_end_early_are_decoded_together_whatever_max_tokens_is() -> None:
+    def ends(text: tuple[int, ...]) -> Tensor:
+        logits = torch.zeros(VOCAB)
+        logits[5 if len(text) % 10 == 9 else 8] = 5.0
+        return logits
+
+    running = engine(TableModel(ends), None, options(Mode.PLAIN, kv_tokens=200, max_sequences=16, max_context=200))
+    some = sequences([[9 + i % 40, 2 + i // 40, 3] for i in range(60)], max_tokens=180, eos_ids=[5])
+    steps, emitted = run(running, some, limit=400)
+    assert max(emitted) >= 10, "a reservation of max_tokens holds one"
+    assert running.recomputed_tokens <= 0.05 * sum(len(s.ids) for s in some)
+
+
+def test_a_recomputed_prefix_that_a_neighbour_holds_is_shared() -> None:
+    model_ = TableModel(rising)
+    running = engine(model_, None, options(Mode.PLAIN, kv_tokens=400, prefill_rows=500))
+    first, second = sequences([[*SYSTEM, *SYSTEM, 7]] * 2, max_tokens=30)
+    for sequence in (first, second):
+        running.add(sequence)
+    while len(second.output_ids) < 5:
+        running.step()
+    slots = running._scheduler.slots
+    slot, rows = second.slot, model_.rows
+    running._scheduler._preempt(second)
+    slots.drop_prefix(slot)  # its own entries are gone
+    running._scheduler._recheck_in = 0
+    running.step()
+    assert model_.rows - rows == 1 + 1 + 0 or second.cached, "its neighbour has the same text"
+    while running.busy:
+        running.step()
+    assert outputs([first]) == outputs([second])
+    assert running.recomputed_tokens < 10
+
+
+def test_a_sequence_that_can_never_fit_is_refused_with_what_fits() -> None:
+    running = engine(TableModel(rising), None, options(Mode.PLAIN, kv_tokens=60))
+    with pytest.raises(SequenceTooLong, match=r"need 71 tokens of KV memory, and 60 fit"):
+        running.add(sequences([[3]], max_tokens=70)[0])
+    some = sequences([[3]], max_tokens=59)
+    run(running, some, limit=70)
+    assert len(some[0].output_ids) == 59
+
+
+def test_a_draft_without_memory_drafts_for_fewer_sequences() -> None:
+    expected = sequences()
+    decode(engine(packed(tiny()), None, options(Mode.PLAIN)), expected)
+    draft = model("paged", kv_tokens=16)
+    some = sequences()
+    results = decode(engine(packed(tiny()), ModelDrafter(draft, "model", VOCAB), options(Mode.PAPER)), some)
+    assert outputs(some) == outputs(expected)
+    assert any(result.stats.accepted_tokens for result in results)
+    cast(PagedKv, draft.kv).check()
+
+
+def test_trees_shrink_to_the_pages_that_are_left() -> None:
+    running = engine(TableModel(rising), SuffixDrafter(), options(Mode.PAPER, kv_tokens=30, nodes=12))
+    some = sequences([[3, 4, 5, 3, 4, 5, 3]], max_tokens=20)
+    results = decode(running, some)
+    assert len(some[0].output_ids) == 20
+    check_pages(running)
+    assert all(result.stats.tree_nodes <= 30 - 7 for result in results)
+
+
+def test_expected_lengths_are_a_high_quantile_of_what_has_ended() -> None:
+    lengths = OutputLengths()
+    assert lengths.expected("job", [0, 10]).tolist() == [PRIOR_TOKENS, PRIOR_TOKENS]
+    for tokens in range(1, 101):
+        lengths.learn("job", tokens)
+    assert lengths.expected("job", [0]).tolist() == [90]
+    assert lengths.expected("job", [0, 50, 95]).tolist() == [91, 96, 100], "given what is decoded already"
+    assert lengths.expected("job", [400])[0] > 400
+    assert lengths.expected("other job", [0])[0] == PRIOR_TOKENS
+
+
+def test_answers_that_are_still_decoded_count_as_longer_ones() -> None:
+    lengths = OutputLengths()
+    for _ in range(10):
+        lengths.learn("job", 10)
+    assert lengths.expected("job", [0]).tolist() == [10]
+    assert lengths.expected("job", [0, *[60] * 30])[0] >= 60, "most answers are longer than those that ended first"
+
+
+def test_the_peak_is_the_most_pages_that_are_taken_at_one_time() -> None:
+    rng = random.Random(0)
+    for _ in range(50):
+        now = [rng.randrange(1, 30) for _ in range(5)]
+        growth = [rng.randrange(0, 30) for _ in range(5)]
+        peak = max(sum(n + t for n, g in zip(now, growth, strict=True) if g >= t) for t in range(31))
+        import numpy as np
+
+        assert peak_pages(np.array(now), np.array(now) + np.array(growth)) == peak

@@ -1,0 +1,89 @@
+"""Admission: how many waiting sequences the KV memory is expected to hold until the running ones have ended."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Hashable, Sequence
+
+import numpy as np
+
+from worker.engine.kv.slot_allocator import SlotAllocator
+from worker.engine.output_lengths import OutputLengths
+from worker.engine.segments import IntArray
+from worker.engine.sequence import Sequence as EngineSequence
+
+# A sequence that was preempted this often reserves all the memory that it can need, so that it is preempted no more.
+MAX_PREEMPTIONS = 3
+
+
+class Admission:
+    """Expected memory of sequences, in pages."""
+
+    def __init__(self, slots: SlotAllocator) -> None:
+        """Admit to `slots`."""
+        self._slots = slots
+        self.lengths = OutputLengths()
+
+    def num_fitting(self, running: Collection[EngineSequence], candidates: Sequence[EngineSequence]) -> int:
+        """Return how many of `candidates`, the first ones, fit beside the running sequences; one fits if none runs."""
+        everything = [*running, *candidates]
+        now = np.array([self._pages_now(s) for s in everything], np.int64)
+        final = np.maximum(self._pages_at_end(everything), now)
+        low, high = int(not running), len(candidates)
+        while low < high:
+            middle = (low + high + 1) // 2
+            count = len(running) + middle
+            if peak_pages(now[:count], final[:count]) <= self._slots.pages:
+                low = middle
+            else:
+                high = middle - 1
+        return min(low, len(candidates))
+
+    def num_more(self, running: Sequence[EngineSequence], limit: int) -> int:
+        """Return how many more sequences, like the running ones in the mean, fit beside them; `limit` if none runs."""
+        if not running:
+            return limit
+        prompts = np.array([s.num_prompt for s in running])
+        now = np.array([self._pages_now(s) for s in running], np.int64)
+        final = np.maximum(self._pages_at_end(running), now)
+        more = int(self._slots.pages_for(int(prompts.mean()))), int(final.mean())
+        low, high = 0, limit
+        while low < high:
+            middle = (low + high + 1) // 2
+            both = [np.append(pages, np.full(middle, one)) for pages, one in zip((now, final), more, strict=True)]
+            if peak_pages(*both) <= self._slots.pages:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def _pages_now(self, sequence: EngineSequence) -> int:
+        return self._slots.pages_for(sequence.max_length if is_reserved(sequence) else len(sequence.ids))
+
+    def _pages_at_end(self, sequences: Sequence[EngineSequence]) -> IntArray:
+        """Return the pages that each sequence is expected to take when it ends."""
+        groups: defaultdict[Hashable, list[int]] = defaultdict(list)
+        for index, sequence in enumerate(sequences):
+            groups[sequence.group].append(index)
+        pages = np.empty(len(sequences), np.int64)
+        for group, members in groups.items():
+            decoded = [len(sequences[index].ids) - sequences[index].num_prompt for index in members]
+            for index, tokens in zip(members, self.lengths.expected(group, decoded).tolist(), strict=True):
+                sequence = sequences[index]
+                pages[index] = self._slots.pages_for(sequence.num_prompt + min(tokens, sequence.max_tokens))
+        return pages
+
+
+def is_reserved(sequence: EngineSequence) -> bool:
+    """Return whether a sequence holds all the memory that it can need, and is not preempted."""
+    return sequence.preemptions >= MAX_PREEMPTIONS
+
+
+def peak_pages(now: IntArray, final: IntArray) -> int:
+    """Return the most pages that sequences take together until all have ended (arXiv 2507.10150, section 3).
+
+    They grow from `now` to `final` [n] at the same rate, and each frees its pages when it has got there.
+    """
+    growth = final - now
+    order = np.argsort(-growth, kind="stable")
+    return int((now[order].cumsum() + np.arange(1, len(order) + 1) * growth[order]).max(initial=0))
