@@ -102,6 +102,7 @@ def _figures(load: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Mean batch", format.number(load["batch_sequences"] / steps if steps else None)),
         ("Tokens/s while decoding", format.number(load["tokens"] / milliseconds * 1e3 if milliseconds else None)),
         ("Accepted per step", format.number(load["accepted_tokens"] / load["batch_sequences"] if steps else None, 2)),
+        ("Preemptions", f"{load.get('preemptions', 0):,d}, {load.get('recomputed_tokens', 0):,d} tokens recomputed"),
         ("Energy", format.number(load.get("joules") or None, 0, " J")),
     ]
 

@@ -55,11 +55,15 @@ class Scheduler:
 
     @property
     def free_capacity(self) -> int:
-        """Number of sequences that would be admitted at once, if they are like the running ones."""
+        """Number of sequences that would be admitted at once, if they are like the running ones.
+
+        One more, if there is a slot: it waits at hand until there is memory.
+        """
         if self._recheck_in and len(self._waiting):
             return 0
         if self._capacity is None:
-            self._capacity = self._admission.num_more(list(self._running), self.slots.free_slots)
+            fitting = self._admission.num_more(list(self._running), self.slots.free_slots)
+            self._capacity = max(fitting, min(1, self.slots.free_slots))
         return max(0, self._capacity - len(self._waiting))
 
     @property

@@ -24,6 +24,8 @@ class WorkerStats:
     tree_nodes: int = 0
     accepted_tokens: int = 0
     expected_accepted: float = 0.0
+    preemptions: int = 0
+    recomputed_tokens: int = 0
     draft_ms: float = 0.0
     verify_ms: float = 0.0
     step_ms: float = 0.0
@@ -42,6 +44,8 @@ class WorkerStats:
         self.tree_nodes += int(results.tree_nodes.sum())
         self.accepted_tokens += int(results.accepted_tokens.sum())
         self.expected_accepted += float(results.expected_accepted.sum())
+        self.preemptions += int(results.preemptions.sum())
+        self.recomputed_tokens += int(results.recomputed_tokens.sum())
 
     def as_json(self, held: Collection[EngineSequence]) -> dict[str, Any]:
         """Return the sums and what the engine holds now."""
@@ -56,6 +60,8 @@ class WorkerStats:
             "tree_nodes": self.tree_nodes,
             "accepted_tokens": self.accepted_tokens,
             "expected_accepted": round(self.expected_accepted, 3),
+            "preemptions": self.preemptions,
+            "recomputed_tokens": self.recomputed_tokens,
             "draft_ms": round(self.draft_ms, 1),
             "verify_ms": round(self.verify_ms, 1),
             "step_ms": round(self.step_ms, 1),

@@ -107,7 +107,7 @@ def test_dashboard_and_alerts_use_existing_metrics(api: TestClient, database: Da
     with database.write() as session:
         writes.register_worker(session, a_worker_card(id="w"))
         full = dict.fromkeys(("waiting_sequences", "max_sequences", "batch_sequences", "tree_nodes"), 1)
-        accepted = dict.fromkeys(("accepted_tokens", "expected_accepted", "joules"), 1)
+        accepted = dict.fromkeys(("accepted_tokens", "expected_accepted", "joules", "recomputed_tokens"), 1)
         writes.update_load(session, "w", LOAD | full | accepted)
     api.get("/healthz")
     told = {name for name, _ in scrape(api)}

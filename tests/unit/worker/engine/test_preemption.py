@@ -172,7 +172,7 @@ def test_answers_that_end_early_are_decoded_together_whatever_max_tokens_is() ->
 
     running = engine(TableModel(ends), None, options(Mode.PLAIN, kv_tokens=200, max_sequences=16, max_context=200))
     some = sequences([[9 + i % 40, 2 + i // 40, 3] for i in range(60)], max_tokens=180, eos_ids=[5])
-    steps, emitted = run(running, some, limit=400)
+    _, emitted = run(running, some, limit=400)
     assert max(emitted) >= 10, "a reservation of max_tokens holds one"
     assert running.recomputed_tokens <= 0.05 * sum(len(s.ids) for s in some)
 
