@@ -120,10 +120,7 @@ class Engine:
             return StepBatch.empty()
         plan = self._planner.plan(batch)
         timer.drafted()
-        selected = plan.selected
-        nodes = np.bincount(selected.tree, minlength=len(selected.sequences)) - 1
-        if nodes.any():
-            self._truncate(self._scheduler.grow_trees(selected.sequences, nodes.tolist()))
+        self._grow_trees(plan.selected)
         segments, rows = batch.pack(plan.selected)
         logits = self._target.forward(segments)
         accepted = walk(plan.selected, logits, rows)
@@ -153,6 +150,12 @@ class Engine:
     def _truncate(self, truncations: Iterable[Truncation]) -> None:
         for slot, length in truncations:
             self._target.truncate(slot, length)
+
+    def _grow_trees(self, selected: Forest) -> None:
+        """Take KV memory for the draft nodes of the step."""
+        if selected.size > len(selected.sequences):
+            tree_nodes, _ = selected.sizes()
+            self._truncate(self._scheduler.grow_trees(selected.sequences, tree_nodes.tolist()))
 
     def _count_recomputed(self, batch: Batch) -> None:
         for chunk in batch.chunks:
@@ -199,8 +202,8 @@ class Engine:
             tokens=emitted.tokens,
             reasons=emitted.reasons,
             steps=steps,
-            preemptions=np.array([s.new_preemptions for s in sequences], np.int64),
-            recomputed_tokens=np.array([s.recomputed_tokens for s in sequences], np.int64),
+            preemptions=self._since_last_token(sequences, "new_preemptions"),
+            recomputed_tokens=self._since_last_token(sequences, "recomputed_tokens"),
             tree_nodes=tree_nodes,
             tree_depths=tree_depths,
             accepted_tokens=np.minimum(accepted.counts, emitted.counts),
@@ -219,12 +222,19 @@ class Engine:
         for sequence in sequences:
             sequence.steps += 1
             sequence.prefill_ms = 0.0
-            sequence.new_preemptions = sequence.recomputed_tokens = 0
         for chunk in batch.chunks:
             if not chunk.completes:
                 chunk.sequence.cached = chunk.end
                 chunk.sequence.prefill_ms += step_ms
         return results
+
+    def _since_last_token(self, sequences: tuple[Sequence, ...], counter: str) -> IntArray:
+        """Return a counter of each sequence, and reset it."""
+        counts = np.zeros(len(sequences), np.int64)
+        for index, sequence in enumerate(sequences if self._preemptions else ()):
+            counts[index] = getattr(sequence, counter)
+            setattr(sequence, counter, 0)
+        return counts
 
     def _drop_finished(self, candidates: Iterable[Sequence]) -> None:
         for sequence in self._scheduler.drop_finished(candidates):
