@@ -15,9 +15,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import fmean, median
 from time import thread_time
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 from unittest.mock import patch
 
 import numpy as np
@@ -35,6 +36,7 @@ from worker.engine.batch import Batch
 from worker.engine.engine import Engine
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.paged.attention import PagedAttentionPlan, paged_plan
+from worker.engine.paged.cuda_graphs import Captured
 from worker.engine.paged.kv import PagedKv
 from worker.engine.paged.rows import PagedRows
 from worker.engine.paged.shape_buckets import BucketedForward, Outputs
@@ -56,9 +58,11 @@ _TREE_NODES = 8
 _STEP_MS = {1: 24.7, 64: 27.5, 128: 31.7, 256: 44.0}  # of the device, by rows
 _WARM_UP_STEPS = 10
 
-# What the target draws after a token, as a distance to it, by position: the first candidate 6 times of 10.
+# Drafts and draws, as distances to the token before: the target draws the first candidate 6 times of 10.
+_CANDIDATES, _PROBABILITIES = np.array([1, 2]), np.array([0.6, 0.2])
 _DISTANCES = np.random.default_rng(0).choice([1, 2, 3], 997, p=[0.6, 0.2, 0.2])
 
+T = TypeVar("T")
 MODES = ("plain", "trees", "opt-tree")
 
 
@@ -71,7 +75,8 @@ class NullTarget:
         self._kv = PagedKv(
             1, slots, 1, capacity, 1, torch.float32, torch.device("cpu"), block_size=_BLOCK, tokens=tokens
         )
-        self._buckets = BucketedForward(self._run, self._kv)
+        self._rows: PagedRows | None = None  # of the last forward that was captured
+        self._buckets = BucketedForward(self._run, self._kv, self._capture)
         self._costs = CostModel(_STEP_MS)
         self._distances = torch.from_numpy(_DISTANCES)
         self.now_s = 0.0  # of the device's clock
@@ -89,7 +94,17 @@ class NullTarget:
         plan = paged_plan(segments, self._kv)
         return self._run(plan.rows, plan)[0]
 
+    def _capture(self, work: Callable[[], T]) -> Captured[T]:
+        """Capture a forward: its replays, like those of a CUDA graph, build no views of the rows."""
+        work()
+        assert self._rows is not None
+        return Captured(partial(self._drawn, self._rows))  # type: ignore[arg-type]  # outputs, as those of `work`
+
     def _run(self, rows: PagedRows, _: PagedAttentionPlan) -> Outputs:
+        self._rows = rows
+        return self._drawn(rows)
+
+    def _drawn(self, rows: PagedRows) -> Outputs:
         started = thread_time()
         ids, positions = rows.ids[rows.kept], rows.positions[rows.kept]
         drawn = (ids + self._distances[positions % len(self._distances)]) % VOCABULARY
@@ -125,8 +140,8 @@ class NullDrafter:
 
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
         """Offer the two tokens that the target draws most often."""
-        tokens = (forest.token[frontier, None] + np.array([1, 2])) % VOCABULARY
-        return Candidates(tokens, np.tile([0.6, 0.2], (len(frontier), 1)))
+        tokens = (forest.token[frontier, None] + _CANDIDATES) % VOCABULARY
+        return Candidates(tokens, np.broadcast_to(_PROBABILITIES, tokens.shape))
 
     def num_uncached_tokens(self, sequence: EngineSequence) -> int:
         """Return 0: it reads nothing."""
@@ -253,7 +268,7 @@ def _options(sequences: int, mode: str) -> EngineOptions:
     given["prefill_rows"] = 8192
     if mode == "trees":
         # Every tree has as many nodes; in opt-tree mode the batch has a limit for all trees together.
-        return EngineOptions(Mode.PAPER, **given, nodes=_TREE_NODES, threshold=0.1, calibrated=True)
+        return EngineOptions(Mode.PAPER, **given, nodes=_TREE_NODES, calibrated=True)
     return EngineOptions(Mode(mode), **given)
 
 

@@ -16,7 +16,7 @@ from worker.engine.errors import RankLost
 from worker.engine.model.packed_model import PackedModel
 from worker.engine.parallel.channel import RankChannel
 from worker.engine.parallel.commands import CommandKind, RankCommand
-from worker.engine.segments import KvMove, Segment
+from worker.engine.segments import KvMove, KvMoves, Segment, Segments
 
 _UNSET = -1  # None in the numbers of a command
 
@@ -47,9 +47,10 @@ class LeaderModel(PackedModel):
         """Run the rows on every rank; return the gathered logits. Raises RankLost if a rank fails."""
         if self._channel is None:
             return super().forward(segments)
-        self._channel.send(RankCommand(CommandKind.FORWARD, self._number, segments=tuple(segments)))
+        packed = Segments.of(segments)
+        self._channel.send(RankCommand(CommandKind.FORWARD, self._number, segments=packed))
         try:
-            return super().forward(segments)
+            return super().forward(packed)
         except Exception as error:
             # The followers are in the middle of the step and can't return to a common state.
             raise RankLost(f"A step of the replica failed: {error}") from error
@@ -57,9 +58,10 @@ class LeaderModel(PackedModel):
     def compact(self, moves: Sequence[KvMove]) -> None:
         """Compact the KV of every rank."""
         assert self._channel is not None
-        if any(not move.in_place for move in moves):
-            self._channel.send(RankCommand(CommandKind.COMPACT, self._number, moves=tuple(moves)))
-        super().compact(moves)
+        some = KvMoves.of(moves)
+        if len(some):
+            self._channel.send(RankCommand(CommandKind.COMPACT, self._number, moves=some))
+        super().compact(some)
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy a prefix on every rank."""

@@ -55,9 +55,11 @@ class AcceptanceModel:
         known = np.flatnonzero(drawn >= 0)
         if not len(known):
             return
-        probabilities = offered.probabilities[known]
-        bins = _bins(forest, frontier, offered)[known].ravel()
-        accepted = (offered.tokens[known] == drawn[known, None]) & (probabilities > 0.0)
+        source = None if offered.source is None else offered.source[known]
+        reached = Candidates(offered.tokens[known], offered.probabilities[known], source)
+        probabilities = reached.probabilities
+        bins = _bins(forest, frontier[known], reached).ravel()
+        accepted = (reached.tokens == drawn[known, None]) & (probabilities > 0.0)
         self._accepted += np.bincount(bins, accepted.ravel(), minlength=_SIZE)
         self._expected += np.bincount(bins, probabilities.ravel(), minlength=_SIZE)
 

@@ -114,8 +114,10 @@ class Forest:
         E(A).
         """
         roots = len(self.sequences)
-        by_tree = np.lexsort((self.depth[roots:], -self.value[roots:], self.tree[roots:]))  # as `ranking` in each tree
         counts = np.bincount(self.tree[roots:], minlength=roots)
+        if counts.max(initial=0) <= per_tree:
+            return np.ones(self.size, np.bool_)
+        by_tree = np.lexsort((self.depth[roots:], -self.value[roots:], self.tree[roots:]))  # as `ranking` in each tree
         rank = ranges(np.zeros(roots, np.int64), counts)
         kept = np.zeros(self.size, np.bool_)
         kept[:roots] = True
@@ -126,14 +128,14 @@ class Forest:
         """Return the draft nodes and the depth of each tree [sequences]."""
         roots = len(self.sequences)
         depths = np.zeros(roots, np.int64)
-        np.maximum.at(depths, self.tree[roots:], self.depth[roots:])
+        depths[self.tree[roots:]] = self.depth[roots:]  # nodes are in order of depth: the deepest is written last
         return np.bincount(self.tree[roots:], minlength=roots), depths
 
     def expected(self, kept: BoolArray | None = None) -> FloatArray:
         """Return E(A) per tree, [sequences]: the expected accepted draft tokens among the kept nodes; None: all."""
-        draft = np.ones(self.size, np.bool_) if kept is None else kept.copy()
-        draft[: len(self.sequences)] = False
-        sums = np.bincount(self.tree[draft], weights=self.value[draft], minlength=len(self.sequences))
+        roots = len(self.sequences)
+        draft = roots + np.flatnonzero(kept[roots:]) if kept is not None else slice(roots, None)
+        sums = np.bincount(self.tree[draft], weights=self.value[draft], minlength=roots)
         return sums.astype(np.float64)  # of no nodes at all, bincount returns integers
 
     def pruned(self, kept: BoolArray) -> Forest:

@@ -122,6 +122,15 @@ def test_a_copied_prefix_shares_full_blocks() -> None:
     assert kv.pool.used == 4
 
 
+def test_entries_are_writable_in_blocks_that_no_other_slot_holds() -> None:
+    kv = paged()
+    write(kv, 0, 0, [1.0] * 10)
+    kv.copy_prefix(0, 1, 10)
+    slots, starts, ends = np.array([0, 0, 1, 1]), np.array([3, 9, 9, 9]), np.array([10, 10, 10, 13])
+    assert kv.writable(slots, starts, ends).tolist() == [False, True, True, False], "4 entries a block; 8 are shared"
+    assert kv.holds_beyond(slots, ends - 4).tolist() == [True, True, True, False]
+
+
 def test_overlapping_moves_copy_what_was_there_before() -> None:
     kv = paged()
     write(kv, 1, 0, [float(i) for i in range(8)])
