@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from worker.engine.sampling.sampling import log_totals
 from worker.engine.segments import IntArray, ranges
 from worker.engine.speculation.draft_tree import Forest
 from worker.engine.speculation.verifier import AcceptedPaths
@@ -61,7 +62,7 @@ def compute_logprobs(
 
 def read_rows(logits: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> list[TokenLogprobs]:
     """Return for each row of `logits` [rows, vocab] the logprobs of its token and of its `counts[row]` top ones."""
-    totals = logits.double().logsumexp(-1)
+    totals = log_totals(logits)
     drawn = logits.gather(-1, torch.tensor(tokens, device=logits.device).unsqueeze(-1)).squeeze(-1)
     drawn_logprobs = _rounded(drawn, totals)
     max_count = min(max(counts, default=0), logits.shape[-1])

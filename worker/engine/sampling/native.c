@@ -19,6 +19,7 @@
 #define MIX_1 0xBF58476D1CE4E5B9u
 #define MIX_2 0x94D049BB133111EBu
 #define BLOCK 64
+#define LANES 8
 #define LN_2 0.6931472f
 #define MAX_NOISE 37.5f   /* -log(2^-54), rounded up */
 #define NO_MASS 28.5f     /* tokens this far below the highest score have mass 0: e^-28.5 < 2^-41 */
@@ -408,13 +409,37 @@ void adjust_rows(const rows_t *r, float *out) {
     }
 }
 
-/* Write the highest logit of each row, and the sum of e^(logit - highest) in units of 2^-40. */
-void mass_rows(const rows_t *r, float *highest, int64_t *masses) {
+/* e^x for -745 < x <= 0; relative error below 2e-16. */
+static inline double exact_exp(double x) {
+    double n = floor(x * 1.4426950408889634 + 0.5);
+    double f = (x - n * 0.693145751953125) - n * 1.4286068203094173e-6; /* ln 2, in two parts */
+    double p = 1.0;
+    for (int k = 13; k > 0; k--) p = p * f * (1.0 / k) + 1.0; /* the Taylor polynomial: |f| < 0.35 */
+    union {
+        uint64_t bits;
+        double value;
+    } power = {.bits = (uint64_t)((int64_t)n + 1023) << 52};
+    return p * power.value;
+}
+
+/* Write the logarithm of each row's sum of e^logit. Each of LANES sums has its tokens in order, and so has the last. */
+void log_total_rows(const rows_t *r, double *out) {
 #pragma omp parallel for schedule(dynamic) num_threads(r->threads) if (r->rows > 1)
     for (int64_t i = 0; i < r->rows; i++) {
         row_t row = opened(r, i);
-        highest[i] = highest_of(&row);
-        masses[i] = isfinite(highest[i]) ? (int64_t)total_mass(&row, highest[i]) : 0;
+        double highest = highest_of(&row), lanes[LANES] = {0.0}, total = 0.0;
+        out[i] = highest;
+        if (!isfinite(highest)) continue;
+        for (int64_t start = 0; start < r->columns; start += BLOCK) {
+            if (row.maxima[start / BLOCK] - highest < -700.0) continue;
+            float logit[BLOCK];
+            double share[BLOCK];
+            read_block(&row, start, 1.0f, logit);
+            for (int j = 0; j < BLOCK; j++) share[j] = exact_exp(logit[j] - highest < -700.0 ? -700.0 : logit[j] - highest);
+            for (int j = 0; j < BLOCK; j++) lanes[j % LANES] += share[j];
+        }
+        for (int j = 0; j < LANES; j++) total += lanes[j];
+        out[i] += log(total);
     }
 }
 

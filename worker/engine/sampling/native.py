@@ -49,7 +49,7 @@ class NativeSampler:
         self._draw_rows = bound(compiled.draw_rows, rows, _ADDRESS)
         self._process_rows = bound(compiled.process_rows, rows, _ADDRESS)
         self._adjust_rows = bound(compiled.adjust_rows, rows, _ADDRESS)
-        self._mass_rows = bound(compiled.mass_rows, rows, _ADDRESS, _ADDRESS)
+        self._log_total_rows = bound(compiled.log_total_rows, rows, _ADDRESS)
         self._scratch_size = bound(compiled.scratch_size, _SIZE, result=_SIZE)
         self._topk_rows = bound(compiled.topk_rows, *[_ADDRESS] * 3, _SIZE, _SIZE, _SIZE)
         self._add_noise = bound(compiled.add_noise, *[_ADDRESS] * 3, _SIZE, _SIZE)
@@ -80,12 +80,11 @@ class NativeSampler:
         self._run(self._adjust_rows, logits, parameters, (scores.numpy(),), adjustments=adjustments)
         return scores
 
-    def masses(self, logits: Tensor, indices: IntArray) -> tuple[Tensor, Tensor]:
-        """Return each row's highest logit and its sum of e^(logit - highest), in units of 2^-40; 0 if not finite."""
-        highest, masses = np.empty(len(indices), np.float32), np.empty(len(indices), np.int64)
-        parameters = np.ones(len(indices), PARAMETERS)
-        self._run(self._mass_rows, logits, parameters, (highest, masses), indices=indices)
-        return torch.from_numpy(highest), torch.from_numpy(masses)
+    def log_totals(self, logits: Tensor) -> Tensor:
+        """Return the logarithm of each row's sum of e^logit, float64 [rows]."""
+        totals = np.empty(len(logits), np.float64)
+        self._run(self._log_total_rows, logits, np.zeros(len(logits), PARAMETERS), (totals,))
+        return torch.from_numpy(totals)
 
     def _run(
         self,

@@ -169,6 +169,14 @@ def adjust(logits: Tensor, parameters: ParameterArray, adjustments: Adjustments)
     return compiled.adjust(logits.float().contiguous(), parameters, adjustments)
 
 
+def log_totals(logits: Tensor) -> Tensor:
+    """Return the logarithm of each row's sum of e^logit, float64 [rows] from [rows, vocab]: the same in any batch."""
+    compiled = native_sampler(logits.device)
+    if compiled is None:
+        return torch_draws.log_totals(logits)
+    return compiled.log_totals(logits.float().contiguous())
+
+
 def topk(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the indices and softmax probabilities of the `count` highest scores of each row [rows, n], descending."""
     compiled = native_sampler(scores.device)

@@ -133,6 +133,15 @@ def masses(x: Tensor) -> Tensor:
     return (p * power).double().mul_(2.0**40).round_().long()
 
 
+def log_totals(logits: Tensor) -> Tensor:
+    """Return the logarithm of each row's sum of e^logit, float64 [rows], from a sum in units of 2^-44."""
+    wide = logits.double()
+    highest = wide.amax(-1, keepdim=True)
+    shares = (wide - highest).exp_().mul_(2.0**44).round_()
+    total = shares.nan_to_num_(0.0).long().sum(-1).double()
+    return highest.squeeze(-1) + torch.where(highest.squeeze(-1).isfinite(), total.mul(2.0**-44).log(), 0.0)
+
+
 def _signed(z: int) -> int:
     return z - (1 << 64) if z >> 63 else z
 

@@ -129,3 +129,17 @@ def test_only_tokens_that_the_mask_allows_are_drawn(
     drawn = sampler.draw(logits, np.repeat(sampling.record, 5), np.arange(5), mask=mask)
     assert drawn[0] == sampler.draw(logits[:1], sampling.record, np.arange(1))[0], "a mask of ones changed the draw"
     assert drawn[1:].tolist() == [69, 31, -1, -1]
+
+
+@pytest.mark.parametrize("by_torch", [False, True])
+def test_totals_of_logprobs_are_the_same_in_any_batch(
+    by_torch: bool, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by_torch:
+        monkeypatch.setattr(sampler, "native_sampler", lambda _: None)
+    logits = zipf(6, 3001, exponent=1.0, seed=1)
+    logits[3], logits[4, 7], logits[5, 9] = -torch.inf, torch.inf, torch.nan
+    together = sampler.log_totals(logits)
+    assert torch.allclose(together, logits.double().logsumexp(-1), rtol=1e-11, atol=1e-11, equal_nan=True)
+    for row in range(3):
+        assert sampler.log_totals(logits[row : row + 1])[0] == together[row]
