@@ -20,6 +20,7 @@
 #define MIX_2 0x94D049BB133111EBu
 #define BLOCK 64
 #define LANES 8
+#define SHORT 2048 /* tokens that are not worth copying */
 #define LN_2 0.6931472f
 #define MAX_NOISE 37.5f   /* -log(2^-54), rounded up */
 #define NO_MASS 28.5f     /* tokens this far below the highest score have mass 0: e^-28.5 < 2^-41 */
@@ -38,7 +39,7 @@ typedef struct {
     int64_t stride, halves, rows, columns;
     const int64_t *indices;
     const parameters_t *parameters;
-    const uint64_t *keys;                           /* of the noise */
+    const int64_t *positions;                       /* of the tokens to draw in their sequences */
     const int64_t *bias_starts, *bias_tokens;       /* [rows + 1], [biases]; NULL: no row is adjusted */
     const float *biases;                            /* [biases] */
     const int64_t *seen_starts, *seen_tokens, *seen_counts; /* [rows + 1], [tokens] twice */
@@ -58,18 +59,27 @@ typedef struct {
     float *copy;           /* [columns] adjusted logits */
     uint64_t *masses;      /* [columns] of the gathered tokens */
     int32_t *keys, *ids;   /* [columns] of the gathered tokens: scores as ordered integers, token ids ascending */
+    uint64_t *some_masses; /* [columns] of the tokens that a search has left */
+    int32_t *some_keys;
 } row_t;
 
 static inline int64_t blocks_of(int64_t columns) { return (columns + BLOCK - 1) / BLOCK; }
 
-int64_t scratch_size(int64_t columns) { return blocks_of(columns) * (BLOCK * 20 + 64); }
+int64_t scratch_size(int64_t columns) { return blocks_of(columns) * (BLOCK * 32 + 64); }
 
-/* SplitMix64's finaliser (Steele, Lea, Flood 2014); the upper 53 bits count. */
-static inline uint64_t bits_of(uint64_t key, uint64_t token) {
-    uint64_t z = key + token * GOLDEN;
+/* SplitMix64's finaliser (Steele, Lea, Flood 2014) */
+static inline uint64_t mixed(uint64_t z) {
     z = (z ^ (z >> 30)) * MIX_1;
     z = (z ^ (z >> 27)) * MIX_2;
-    return (z ^ (z >> 31)) >> 11;
+    return z ^ (z >> 31);
+}
+
+/* The hash of a token: its upper 53 bits. */
+static inline uint64_t bits_of(uint64_t key, uint64_t token) { return mixed(key + token * GOLDEN) >> 11; }
+
+/* The noise key of a draw, as `noise_keys` of parameters.py. */
+static inline uint64_t noise_key(uint64_t key, int64_t position) {
+    return mixed((key ^ mixed((uint64_t)position + GOLDEN)) + GOLDEN);
 }
 
 static inline double noise_of(uint64_t bits) { return -log(-log((double)bits * 0x1p-53 + 0x1p-54)); }
@@ -202,27 +212,40 @@ static uint64_t gathered_mass(row_t *row, int64_t count, float top) {
     return total;
 }
 
-/* The mass of the gathered tokens above `key`, or their number. */
-static inline uint64_t sum_above(const row_t *row, int64_t count, int32_t key, int counts) {
+/* The mass of some tokens above `key`, or their number. */
+static inline uint64_t sum_above(const int32_t *keys, const uint64_t *masses, int64_t count, int32_t key) {
     uint64_t total = 0;
-    if (counts) {
+    if (masses) {
 #pragma omp simd reduction(+ : total)
-        for (int64_t i = 0; i < count; i++) total += row->keys[i] > key;
+        for (int64_t i = 0; i < count; i++) total += keys[i] > key ? masses[i] : 0;
     } else {
 #pragma omp simd reduction(+ : total)
-        for (int64_t i = 0; i < count; i++) total += row->keys[i] > key ? row->masses[i] : 0;
+        for (int64_t i = 0; i < count; i++) total += keys[i] > key;
     }
     return total;
 }
 
-/* The lowest key in low < key <= high above which there is less than `limit`, by bisection; above `low` there is more. */
-static int32_t search(const row_t *row, int64_t count, int32_t low, int32_t high, uint64_t limit, int counts) {
+/* The lowest key in low < key <= high above which there is less than `limit` of `masses`, or of the number of tokens if
+ * that is NULL; above `low` there is more. Bisection, which copies what is left to `some` while it is long. */
+static int32_t search(const int32_t *keys, const uint64_t *masses, int64_t count, int32_t low, int32_t high,
+                      uint64_t limit, int32_t *some_keys, uint64_t *some_masses) {
     while ((int64_t)high - low > 1) {
         int32_t middle = (int32_t)(((int64_t)low + high) >> 1);
-        if (sum_above(row, count, middle, counts) < limit)
+        uint64_t above = sum_above(keys, masses, count, middle);
+        if (above < limit)
             high = middle;
         else
             low = middle;
+        if (count <= SHORT) continue;
+        if (above < limit) limit -= above;
+        int64_t left = 0; /* of the tokens that are not counted yet: low < key <= high */
+        for (int64_t i = 0; i < count; i++) {
+            int32_t key = keys[i];
+            if (masses) some_masses[left] = masses[i];
+            some_keys[left] = key;
+            left += key > low && key <= high;
+        }
+        keys = some_keys, masses = masses ? some_masses : NULL, count = left;
     }
     return high;
 }
@@ -254,12 +277,15 @@ static float lowest_kept(row_t *row, const parameters_t *p, float top, int64_t *
     }
     int32_t low = ordered(cut) - 1, high = ordered(top);
     if (by_count) {
-        int32_t first = search(row, count, low, high, (uint64_t)p->top_k, 1);
+        int32_t first = search(row->keys, NULL, count, low, high, (uint64_t)p->top_k, row->some_keys, NULL);
         low = first - 1;
-        if (by_mass) limit = share_of(p->top_p, sum_above(row, count, low, 0));
-        if (!by_mass) high = first;
+        if (by_mass)
+            limit = share_of(p->top_p, sum_above(row->keys, row->masses, count, low));
+        else
+            high = first;
     }
-    float lowest = score_of(by_mass ? search(row, count, low, high, limit, 0) : high);
+    if (by_mass) high = search(row->keys, row->masses, count, low, high, limit, row->some_keys, row->some_masses);
+    float lowest = score_of(high);
     *gathered = count;
     return lowest > least ? lowest : least;
 }
@@ -349,8 +375,10 @@ static row_t opened(const rows_t *r, int64_t i) {
     char *scratch = r->scratch + omp_get_thread_num() * scratch_size(columns);
     row_t row = {.columns = columns, .temperature = 1.0f};
     row.masses = (uint64_t *)scratch;
-    row.keys = (int32_t *)(row.masses + room);
-    row.ids = row.keys + room;
+    row.some_masses = row.masses + room;
+    row.keys = (int32_t *)(row.some_masses + room);
+    row.some_keys = row.keys + room;
+    row.ids = row.some_keys + room;
     row.copy = (float *)(row.ids + room);
     row.maxima = row.copy + room;
     if (r->halves)
@@ -373,7 +401,7 @@ void draw_rows(const rows_t *r, int64_t *out) {
 #pragma omp parallel for schedule(dynamic) num_threads(r->threads) if (r->rows > 1)
     for (int64_t i = 0; i < r->rows; i++) {
         row_t row = opened(r, i);
-        out[i] = draw_row(&row, r->parameters + i, r->keys[i]);
+        out[i] = draw_row(&row, r->parameters + i, noise_key(r->parameters[i].key, r->positions[i]));
     }
 }
 

@@ -34,7 +34,7 @@ class _Rows(ctypes.Structure):
     _fields_ = (
         ("logits", _ADDRESS),
         *((name, _SIZE) for name in ("stride", "halves", "rows", "columns")),
-        *((name, _ADDRESS) for name in ("indices", "parameters", "keys", "bias_starts", "bias_tokens", "biases")),
+        *((name, _ADDRESS) for name in ("indices", "parameters", "positions", "bias_starts", "bias_tokens", "biases")),
         *((name, _ADDRESS) for name in ("seen_starts", "seen_tokens", "seen_counts", "mask", "scratch")),
         ("threads", _SIZE),
     )
@@ -58,14 +58,14 @@ class NativeSampler:
         self,
         logits: Tensor,
         parameters: ParameterArray,
-        keys: NDArray[np.uint64],
+        positions: IntArray,
         indices: IntArray | None = None,
         adjustments: Adjustments | None = None,
         mask: Tensor | None = None,
     ) -> IntArray:
-        """Return the tokens [rows] drawn with the noise `keys` [rows]; the rest is what `sampling.draw` takes."""
+        """Return the tokens [rows] that `sampling.draw` describes."""
         drawn = np.empty(len(parameters), np.int64)
-        self._run(self._draw_rows, logits, parameters, (drawn,), keys, indices, adjustments, mask)
+        self._run(self._draw_rows, logits, parameters, (drawn,), positions, indices, adjustments, mask)
         return drawn
 
     def process(self, logits: Tensor, parameters: ParameterArray) -> Tensor:
@@ -92,7 +92,7 @@ class NativeSampler:
         logits: Tensor,
         parameters: ParameterArray,
         results: tuple[NDArray[Any], ...],
-        keys: NDArray[np.uint64] | None = None,
+        positions: IntArray | None = None,
         indices: IntArray | None = None,
         adjustments: Adjustments | None = None,
         mask: Tensor | None = None,
@@ -104,11 +104,12 @@ class NativeSampler:
         scratch = np.empty(threads * self._scratch_size(columns), np.uint8)
         indices = np.arange(count) if indices is None else np.ascontiguousarray(indices, np.int64)
         parameters = np.ascontiguousarray(parameters)
+        positions = None if positions is None else np.ascontiguousarray(positions, np.int64)
         lists = [None] * 6 if adjustments is None else [address(getattr(adjustments, name)) for name in _LISTS]
         function(
             _Rows(
                 logits.data_ptr(), logits.stride(0), logits.dtype == torch.bfloat16, count, columns, address(indices),
-                address(parameters), None if keys is None else address(keys), *lists,
+                address(parameters), None if positions is None else address(positions), *lists,
                 None if mask is None else mask.data_ptr(), address(scratch), threads,
             ),
             *map(address, results),

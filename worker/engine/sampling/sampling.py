@@ -109,27 +109,12 @@ def draw(
     `logits` [m, vocab]; None: to all. So do `adjustments` and `mask`, int32 [n, ceil(vocab / 32)]: bit i of a row's
     word w allows the token 32 w + i. Returns int64 [n]; -1 for a row with a NaN, or whose mask allows no token.
     """
-    return _drawn(logits, parameters, noise_keys(parameters, positions), rows, adjustments, mask)
-
-
-def argmax(logits: Tensor) -> IntArray:
-    """Return the token with the largest logit of each row of `logits` [rows, vocab], int64 [rows]; -1 if one is NaN."""
-    return _drawn(logits, np.repeat(_GREEDY, len(logits)), np.zeros(len(logits), np.uint64))
-
-
-def _drawn(
-    logits: Tensor,
-    parameters: ParameterArray,
-    keys: NDArray[np.uint64],
-    rows: IntArray | None = None,
-    adjustments: Adjustments | None = None,
-    mask: Tensor | None = None,
-) -> IntArray:
     if logits.dtype not in (torch.float32, torch.bfloat16) or logits.stride(-1) != 1:
         logits = logits.float().contiguous()
     compiled = native_sampler(logits.device)
     if compiled is not None:
-        return compiled.draw(logits, parameters, keys, rows, adjustments, mask)
+        return compiled.draw(logits, parameters, positions, rows, adjustments, mask)
+    keys = noise_keys(parameters, positions)
     on_gpu = gpu_sampler(logits.device)
     if on_gpu is not None:
         tokens: Tensor = on_gpu.draw(logits, parameters, keys, rows, adjustments, mask)[0]
@@ -139,6 +124,11 @@ def _drawn(
         picked = torch_draws.adjust(picked, parameters, adjustments)
     on_device = torch.from_numpy(keys.view(np.int64)).to(logits.device).unsqueeze(1)
     return torch_draws.draw(picked, parameters, on_device, mask).cpu().numpy()
+
+
+def argmax(logits: Tensor) -> IntArray:
+    """Return the token with the largest logit of each row of `logits` [rows, vocab], int64 [rows]; -1 if one is NaN."""
+    return draw(logits, np.repeat(_GREEDY, len(logits)), np.zeros(len(logits), np.int64))
 
 
 def process(logits: Tensor, parameters: ParameterArray) -> Tensor:
