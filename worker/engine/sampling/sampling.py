@@ -111,6 +111,7 @@ def draw(
     """
     if logits.dtype not in (torch.float32, torch.bfloat16) or logits.stride(-1) != 1:
         logits = logits.float().contiguous()
+    mask = None if mask is None else mask.to(logits.device).contiguous()
     compiled = native_sampler(logits.device)
     if compiled is not None:
         return compiled.draw(logits, parameters, positions, rows, adjustments, mask)

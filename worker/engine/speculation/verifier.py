@@ -46,12 +46,15 @@ def walk(forest: Forest, logits: Tensor, rows: IntArray) -> AcceptedPaths:
     """Walk every tree of the batch along the target's draws.
 
     `rows[node]` is the node's row in `logits` [rows, vocab]. Greedy trees share one argmax and one transfer. Trees with
-    noise or penalties draw lazily: one round per depth, only on the rows that they reach.
+    noise or penalties draw lazily: one round per depth, only on the rows that they reach. On a GPU, where a round is a
+    transfer that the host waits for, every row is drawn at once.
     """
     trees = len(forest.sequences)
     lazy = ~forest.columns.argmax
     drawn = np.full(forest.size, _UNKNOWN)  # the target's token at each node
-    if not lazy.all():
+    if lazy.any() and _draws_at_once(logits):
+        drawn, lazy = _draw_at(np.arange(forest.size), forest, logits, rows), np.zeros_like(lazy)
+    elif not lazy.all():
         drawn = np.where(lazy[forest.tree], _UNKNOWN, argmax(logits)[rows])
     moving, reached = forest.roots, forest.roots  # trees, and the node that each has come to
     steps = [forest.roots[:0]]
@@ -67,6 +70,10 @@ def walk(forest: Forest, logits: Tensor, rows: IntArray) -> AcceptedPaths:
 
 
 _UNKNOWN = -2  # no token, and not NaN's -1
+
+
+def _draws_at_once(logits: Tensor) -> bool:
+    return logits.device.type == "cuda"
 
 
 def _advance(forest: Forest, trees: IntArray, nodes: IntArray, drawn: IntArray) -> tuple[IntArray, IntArray]:

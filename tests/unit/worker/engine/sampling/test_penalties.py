@@ -166,6 +166,22 @@ def test_two_tokens_follow_the_adjusted_joint_law(sampling: Sampling, filters: S
     assert chisquare(counts[possible], expected).pvalue > 1e-3
 
 
+def test_rows_that_are_drawn_at_once_give_the_text_of_lazy_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, which draws the rows of all nodes in one call."""
+    mixed = [Sampling(), ADJUSTED["all"], Sampling(0.9), replace(ADJUSTED["all"], temperature=0.9), Sampling(0.9)]
+
+    def texts() -> list[list[int]]:
+        some = sequences(max_tokens=10)
+        for i, sequence in enumerate(some):
+            sequence.sampling = replace(mixed[i], key=noise_key(7, i))
+        decode(engine(packed(tiny()), drafter("same"), options(Mode.PAPER)), some)
+        return outputs(some)
+
+    lazy = texts()
+    monkeypatch.setattr(verifier, "_draws_at_once", lambda _: True)
+    assert texts() == lazy
+
+
 def test_greedy_sequences_without_adjustments_take_one_argmax(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_draw(*_: object) -> Tensor:
         raise AssertionError("a plain greedy tree was drawn row by row")
