@@ -50,11 +50,14 @@ def deal(
         of_tiles = _items(leads, np.zeros_like(ends), ends)
         alone = np.flatnonzero(own_count)
         of_rows = _items(alone, seen[alone] // CHUNK, chunks[alone])
+    items = np.concatenate([of_tiles, of_rows])
+    if len(row_bounds) == 2:  # one slice
+        return Work(first_part, items, np.array([[0, len(of_tiles), len(of_tiles), len(items), 0]]))
     cuts = np.array(row_bounds, np.int64)
     tile_cuts = np.searchsorted(of_tiles >> ROW_SHIFT, cuts)
     row_cuts = len(of_tiles) + np.searchsorted(of_rows >> ROW_SHIFT, cuts)
     bounds = np.stack([tile_cuts[:-1], tile_cuts[1:], row_cuts[:-1], row_cuts[1:], first_part[cuts[:-1]]], axis=1)
-    return Work(first_part, np.concatenate([of_tiles, of_rows]), bounds)
+    return Work(first_part, items, bounds)
 
 
 def max_parts(rows: _Counts, end: _Counts) -> _Counts:

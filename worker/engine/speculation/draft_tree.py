@@ -235,18 +235,16 @@ class Forest:
         """
         depth = self.depth[nodes]
         seen_counts = np.where(np.repeat(counts > 1, counts), depth + 1, 0)
-        ends, seen = seen_counts.cumsum(), np.empty(seen_counts.sum(), np.int64)
-        if not len(seen):
-            return seen_counts, seen
+        if not seen_counts.any():
+            return seen_counts, seen_counts[:0]
         row_of = np.empty(self.size, np.int64)
         row_of[nodes] = np.arange(len(nodes))
-        place = ranges(np.zeros(len(counts), np.int64), counts)
-        rows = ancestors = np.flatnonzero(seen_counts)
-        for height in range(int(depth.max()) + 1):  # above the row's own node
-            seen[ends[rows] - 1 - height] = place[ancestors]
-            deeper = depth[rows] > height
-            rows, ancestors = rows[deeper], row_of[self.parent[nodes[ancestors[deeper]]]]
-        return seen_counts, seen
+        seen = np.empty((len(nodes), int(depth.max()) + 1), np.int64)  # of each row, by depth
+        seen[np.arange(len(nodes)), depth] = ranges(np.zeros(len(counts), np.int64), counts)
+        for level in range(1, seen.shape[1]):
+            rows = np.flatnonzero(depth == level)
+            seen[rows, :level] = seen[row_of[self.parent[nodes[rows]]], :level]
+        return seen_counts, seen[np.arange(seen.shape[1]) < seen_counts[:, None]]
 
     def places(self) -> IntArray:
         """Return the place of each node among the nodes of its tree, the root being 0 [nodes]."""

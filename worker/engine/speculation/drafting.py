@@ -74,6 +74,20 @@ def grow(
     return layers
 
 
+def joined(layers: list[Layer]) -> list[Layer]:
+    """Return the layers as one where that is possible: their offers are equally wide and of the same kind."""
+    offers = [layer.offered for layer in layers]
+    if len({(one.tokens.shape[1], one.source is None) for one in offers}) != 1:
+        return layers
+    sources = [one.source for one in offers if one.source is not None]
+    candidates = Candidates(
+        tokens=np.concatenate([one.tokens for one in offers]),
+        probabilities=np.concatenate([one.probabilities for one in offers]),
+        source=np.concatenate(sources) if sources else None,
+    )
+    return [Layer(np.concatenate([layer.frontier for layer in layers]), candidates)]
+
+
 def _expandable(forest: Forest, nodes: IntArray) -> IntArray:
     """Drop nodes whose children could never be emitted: after an end-of-sequence token, or beyond `max_tokens`."""
     trees, depths = forest.tree[nodes], forest.depth[nodes]

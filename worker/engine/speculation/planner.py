@@ -22,7 +22,7 @@ from worker.engine.speculation.constants import (
 )
 from worker.engine.speculation.cost_model import CostModel
 from worker.engine.speculation.draft_tree import Candidates, Forest
-from worker.engine.speculation.drafting import Drafter, Layer, as_offered, grow
+from worker.engine.speculation.drafting import Drafter, Layer, as_offered, grow, joined
 from worker.engine.speculation.regret_guard import Decision, RegretGuard
 from worker.engine.speculation.sequence_columns import SequenceColumns
 from worker.engine.speculation.state import DrafterStats, SpeculationState
@@ -278,7 +278,7 @@ class Planner:
         """Label the drafted nodes that the target reached with the token that it drew there."""
         drawn = np.full(plan.drafted.size, -1)
         drawn[plan.nodes[accepted.visited]] = accepted.drawn
-        for layer in plan.layers:
+        for layer in joined(plan.layers):
             self._acceptance.learn(plan.drafted, layer.frontier, layer.offered, drawn[layer.frontier])
         trees = len(accepted.counts)
         if plan.selected.size > trees:

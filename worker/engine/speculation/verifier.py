@@ -52,18 +52,19 @@ def walk(forest: Forest, logits: Tensor, rows: IntArray) -> AcceptedPaths:
     trees = len(forest.sequences)
     lazy = ~forest.columns.argmax
     drawn = np.full(forest.size, _UNKNOWN)  # the target's token at each node
-    if lazy.any() and _draws_at_once(logits):
-        drawn, lazy = _draw_at(np.arange(forest.size), forest, logits, rows), np.zeros_like(lazy)
-    elif not lazy.all():
+    if not lazy.all():
         drawn = np.where(lazy[forest.tree], _UNKNOWN, argmax(logits)[rows])
-    moving, reached = forest.roots, forest.roots  # trees, and the node that each has come to
-    steps = [forest.roots[:0]]
+    child = _children(forest, drawn)
+    moving = forest.roots  # the nodes that the walks have come to
+    steps = [moving[:0]]
     while len(moving):
-        undrawn = reached[lazy[moving]]
+        undrawn = moving[lazy[forest.tree[moving]]]
         if len(undrawn):
             drawn[undrawn] = _draw_at(undrawn, forest, logits, rows)
-        steps.append(reached)
-        moving, reached = _advance(forest, moving, reached, drawn)
+            child = _children(forest, drawn)
+        steps.append(moving)
+        moving = child[moving]
+        moving = moving[moving >= 0]
     visited = np.concatenate(steps)
     visited = visited[np.argsort(forest.tree[visited], kind="stable")]
     return AcceptedPaths(np.bincount(forest.tree[visited], minlength=trees) - 1, visited, drawn[visited])
@@ -72,21 +73,14 @@ def walk(forest: Forest, logits: Tensor, rows: IntArray) -> AcceptedPaths:
 _UNKNOWN = -2  # no token, and not NaN's -1
 
 
-def _draws_at_once(logits: Tensor) -> bool:
-    return logits.device.type == "cuda"
-
-
-def _advance(forest: Forest, trees: IntArray, nodes: IntArray, drawn: IntArray) -> tuple[IntArray, IntArray]:
-    """Step from `nodes` to the children with the drawn tokens; return those trees that have one, and it."""
+def _children(forest: Forest, drawn: IntArray) -> IntArray:
+    """Return the child of each node that has the token drawn there [nodes]; -1: none has it."""
     roots = len(forest.sequences)
-    if forest.size == roots:
-        return trees[:0], nodes[:0]
+    child = np.full(forest.size, -1)
     parents = forest.parent[roots:]
     matching = np.flatnonzero(drawn[parents] == forest.token[roots:])
-    child = np.full(forest.size, -1)
     child[parents[matching]] = roots + matching
-    reached = child[nodes]
-    return trees[reached >= 0], reached[reached >= 0]
+    return child
 
 
 def _draw_at(nodes: IntArray, forest: Forest, logits: Tensor, rows: IntArray) -> IntArray:
