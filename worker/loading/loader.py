@@ -32,7 +32,7 @@ from worker.loading.calibration import calibrate, calibrate_drafts, measure_draf
 from worker.loading.capacity import choose_capacity
 from worker.loading.drafts import load_draft, uses_head
 from worker.loading.model_store import OnMessage, resolve
-from worker.loading.tensor_parallel import TARGET, RankGroup
+from worker.loading.tensor_parallel import NOT_EXACT, TARGET, RankGroup
 from worker.settings import WorkerSettings
 from worker.text.codec import Codec, eos_ids, load_tokenizer
 
@@ -95,6 +95,8 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
     dtype = native_dtype(device) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     path = resolve(settings.target, settings.cache_dir, on_message)
     on_message(f"Loading {settings.target} in {str(dtype).removeprefix('torch.')} on {device.type}")
+    if settings.tp > 1 and dtype == torch.bfloat16:
+        on_message(f"Warning: {NOT_EXACT}. Start with --tp 1, or set BASIC_DTYPE=float32")
     ranks = RankGroup.start(settings, path, device) if settings.tp > 1 else None
     model = load(path, dtype=dtype, device=device, ranks=settings.tp, offload=_spread(settings))
     if uses_head(settings):

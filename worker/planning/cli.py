@@ -31,8 +31,12 @@ def plan(
     device: Annotated[str, typer.Option(help="h100, h200 or a100.")] = "h100",
     memory_gib: Annotated[float | None, typer.Option(min=1, help="GiB per GPU. Default: the data sheet's.")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-    context: Annotated[int, typer.Option(min=2, help="Tokens of prompt and completion together.")] = 4096,
-    sequences: Annotated[int, typer.Option(min=1, help="Maximum sequences per replica.")] = 256,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a usual prompt.")] = 300,
+    output_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a usual answer.")] = 1000,
+    context: Annotated[
+        int, typer.Option(min=0, help="Maximum tokens of prompt and completion together; 0: the model's own.")
+    ] = 0,
+    sequences: Annotated[int, typer.Option(min=0, help="Maximum sequences per replica; 0: as many as fit.")] = 0,
     kv_tokens: Annotated[int, typer.Option(min=0, help="KV tokens per replica; 0: as many as fit.")] = 0,
     acceptance: Annotated[
         float, typer.Option(min=0, max=0.99, help="Assumed probability that a draft token is accepted.")
@@ -41,7 +45,7 @@ def plan(
 ) -> None:
     """Print the placements that fit, with weights, KV tokens and predicted tokens/s, and pick one. Reads no weights.
 
-    Example: basic plan --gpus 8 --context 8192 --acceptance 0.7
+    Example: basic plan --gpus 8 --prompt-tokens 300 --output-tokens 7000 --acceptance 0.7
     """
     from worker.planning.devices import DEVICES
     from worker.planning.forecast import DTYPE_BYTES, Machine
@@ -58,6 +62,8 @@ def plan(
             gpus=gpus,
             sequences=sequences,
             context=context,
+            prompt_tokens=prompt_tokens,
+            output_tokens=output_tokens,
             kv_tokens=kv_tokens,
             acceptance=acceptance,
         )
@@ -86,6 +92,8 @@ def _as_json(request: PlanRequest, choices: list[Placement], chosen: Placement |
         "dtype": request.machine.dtype,
         "gpus": request.gpus,
         "acceptance": request.acceptance,
+        "prompt_tokens": request.prompt_tokens,
+        "output_tokens": request.output_tokens,
         "placements": [choice.as_json() for choice in choices],
         "pick": None if chosen is None else chosen.as_json(),
         "command": None if chosen is None else command(request, chosen),
@@ -93,10 +101,13 @@ def _as_json(request: PlanRequest, choices: list[Placement], chosen: Placement |
 
 
 def _show(request: PlanRequest, choices: list[Placement], chosen: Placement | None) -> None:
+    from worker.loading.tensor_parallel import NOT_EXACT
     from worker.planning.plan import command
 
     console = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH, highlight=False)
     console.print(_table(request, choices, chosen))
+    if not all(choice.exact for choice in choices):
+        console.print(f"* {NOT_EXACT}")
     for choice in choices:
         if choice.refusal is not None:
             console.print(f"{choice.name} does not fit: {choice.refusal}")
@@ -104,6 +115,10 @@ def _show(request: PlanRequest, choices: list[Placement], chosen: Placement | No
         print_message(_fallback(request))
         return
     assumption = f" if a draft token is accepted with probability {request.acceptance:g}" if request.draft else ""
+    console.print(
+        f"Sequences: those that fit at once, with {request.prompt_tokens:,} tokens of prompt and "
+        f"{request.output_tokens:,} of answer. Context: the most tokens that one may have."
+    )
     console.print(
         f"Predicted from data sheets and the efficiency of the kernels on one H100{assumption}; steps of several "
         "GPUs were never measured. Formulas and sources: docs/scale.md"
@@ -120,7 +135,7 @@ def _table(request: PlanRequest, choices: list[Placement], chosen: Placement | N
     for title in ("weights/GPU", "KV tokens/replica", "sequences", "context", "step ms", "tokens/s", "with draft"):
         table.add_column(title, justify="right")
     for choice in choices:
-        name = f"{'> ' if choice is chosen else '  '}{choice.name}"
+        name = f"{'> ' if choice is chosen else '  '}{choice.name}{'' if choice.exact else ' *'}"
         weights = f"{choice.weights_bytes / (1 << 30):.1f} GiB"
         if choice.step is None:
             table.add_row(name, weights, "-", "-", "-", "-", "-", "-")

@@ -13,7 +13,9 @@ Formulas for one rank of a replica of n ranks, and a step of R rows of B sequenc
     traffic  = (2 * layers + 1) * ring(R * width * size) + gather of the logits
     ramps    = layers * kernels per layer * ramp, and launches = 0, for one rank: its steps run as CUDA graphs
     launches = layers * kernels per layer * launch, and ramps = 0, for more ranks
-    step     = max(device + ramps + traffic, launches) + host
+    draws    = reads * R * vocabulary * 4 / memory rate
+    host     = constant + B * constant: the engine's thread, while the device waits
+    step     = max(device + ramps + traffic + draws, launches) + host
 
 A step reads every weight and every KV entry once. A matrix product is a multiply and an add per weight; attention
 scores and values are two more products over the context. Each part of `device` is a roofline (Williams, Waterman,
@@ -32,9 +34,11 @@ from dataclasses import dataclass
 
 from worker.planning.devices import (
     COLLECTIVE_S,
+    DRAW_READS,
     FLOPS_SHARE,
     FUSED_KERNELS_PER_LAYER,
     HALF_WIDTH,
+    HOST_ROW_S,
     HOST_S,
     KERNELS_PER_LAYER,
     LAUNCH_S,
@@ -69,6 +73,7 @@ class Step:
     context_ms: float  # attention
     traffic_ms: float  # collectives between ranks
     ramp_ms: float  # start and end of dependent kernels in a CUDA graph
+    draws_ms: float  # drawing tokens from float32 logits
     launch_ms: float  # kernel launches without a CUDA graph
     host_ms: float  # host work before and after the kernels
 
@@ -76,7 +81,7 @@ class Step:
     def step_ms(self) -> float:
         """Wall time of the step."""
         device_ms = max(self.weights_ms, self.products_ms) + self.context_ms
-        return max(device_ms + self.ramp_ms + self.traffic_ms, self.launch_ms) + self.host_ms
+        return max(device_ms + self.ramp_ms + self.traffic_ms + self.draws_ms, self.launch_ms) + self.host_ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +109,8 @@ def step(shape: ModelShape, machine: Machine, ranks: int, sequences: int, rows: 
         traffic_ms=1e3 * traffic_s,
         ramp_ms=1e3 * shape.layers * FUSED_KERNELS_PER_LAYER * RAMP_S if ranks == 1 else 0.0,
         launch_ms=0.0 if ranks == 1 else 1e3 * shape.layers * KERNELS_PER_LAYER * LAUNCH_S,
-        host_ms=1e3 * HOST_S,
+        draws_ms=1e3 * DRAW_READS * rows * shape.vocabulary * 4 / bytes_per_s,
+        host_ms=1e3 * (HOST_S + sequences * HOST_ROW_S),
     )
 
 

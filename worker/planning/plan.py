@@ -13,6 +13,7 @@ from typing import Any
 from jobs.errors import SetupError
 from worker.engine.options import EngineOptions
 from worker.engine.paged.attention import GPU_BLOCK
+from worker.engine.paged.shape_buckets import BUCKETS
 from worker.loading.memory import GPU_SHARE, KvMemory, fit
 from worker.planning.devices import GIB
 from worker.planning.forecast import Machine, Speculation, Step, speculate, step
@@ -29,12 +30,19 @@ class PlanRequest:
     draft: ModelShape | None
     machine: Machine
     gpus: int
-    sequences: int  # maximum per replica
-    context: int  # tokens of prompt and completion
+    sequences: int = 0  # maximum per replica; 0: as many as fit
+    context: int = 0  # maximum tokens of prompt and completion; 0: the target's own
+    prompt_tokens: int = 300  # of a usual request
+    output_tokens: int = 1000  # of its answer
     kv_tokens: int = 0  # BASIC_KV_TOKENS; 0: as many as fit
     acceptance: float = 0.6  # assumed probability that the target accepts a draft token
     nodes: int = 60
     max_depth: int = 10
+
+    @property
+    def mean_tokens(self) -> int:
+        """KV tokens of a running sequence in the mean: pages are taken as the answer grows."""
+        return self.prompt_tokens + self.output_tokens // 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +53,11 @@ class Placement:
     ranks: int  # of each replica: its tensor parallel size
     draft_ranks: int  # 0: no draft, 1: on rank 0 only, else split like the target
     weights_bytes: int  # on the fullest GPU
+    exact: bool = True  # a text depends on its request alone; not so for bfloat16 products split over ranks
     refusal: str | None = None
     kv_tokens: int = 0  # per replica
-    sequences: int = 0  # per replica
-    context: int = 0
+    sequences: int = 0  # per replica, of the usual length
+    context: int = 0  # maximum tokens of prompt and completion
     step: Step | None = None  # a plain step
     tokens_per_s: float = 0.0  # of the node, plain
     drafted: Speculation | None = None
@@ -80,14 +89,21 @@ def placements(request: PlanRequest) -> list[Placement]:
 
 
 def pick(choices: list[Placement]) -> Placement | None:
-    """Return the placement with the most tokens per second, then the fewest ranks; None if nothing fits."""
+    """Return the exact placement with the most tokens per second, then the fewest ranks; None if nothing fits.
+
+    One that is not exact is returned only if no exact one fits.
+    """
     fitting = [choice for choice in choices if choice.refusal is None]
-    return max(fitting, key=lambda choice: (choice.best_tokens_per_s, -choice.ranks), default=None)
+    return max(fitting, key=lambda choice: (choice.exact, choice.best_tokens_per_s, -choice.ranks), default=None)
 
 
 def command(request: PlanRequest, chosen: Placement) -> str:
     """Return the command that starts a placement."""
-    variables = [f"BASIC_MAX_SEQUENCES={chosen.sequences}", f"BASIC_MAX_CONTEXT={chosen.context}"]
+    variables = []
+    if request.sequences:
+        variables.append(f"BASIC_MAX_SEQUENCES={request.sequences}")
+    if request.context:
+        variables.append(f"BASIC_MAX_CONTEXT={chosen.context}")
     if request.kv_tokens:
         variables.append(f"BASIC_KV_TOKENS={request.kv_tokens}")
     if chosen.draft_ranks > 1:
@@ -115,6 +131,7 @@ def _placement(request: PlanRequest, ranks: int, draft_ranks: int) -> Placement:
         ranks=ranks,
         draft_ranks=draft_ranks,
         weights_bytes=request.target.rank_parameters(ranks) * size + draft_bytes,
+        exact=ranks == 1 or request.machine.dtype == "float32",
     )
     if not request.target.splits(ranks):
         return replace(placement, refusal=split_refusal(request.target, ranks))
@@ -144,7 +161,10 @@ def split_refusal(shape: ModelShape, ranks: int) -> str:
 def _fitted(request: PlanRequest, free: int, ranks: int, draft_ranks: int) -> EngineOptions:
     size = request.machine.dtype_bytes
     options = EngineOptions(
-        max_sequences=request.sequences, max_context=request.context, nodes=request.nodes, max_depth=request.max_depth
+        max_sequences=request.sequences or BUCKETS[-1],
+        max_context=request.context or request.target.context_tokens,
+        nodes=request.nodes,
+        max_depth=request.max_depth,
     )
     memory = KvMemory(
         free_bytes=free,
@@ -153,12 +173,12 @@ def _fitted(request: PlanRequest, free: int, ranks: int, draft_ranks: int) -> En
         draft_token_bytes=request.draft.kv_entries(draft_ranks) * size if request.draft else 0,
         block_size=GPU_BLOCK,
     )
-    return fit(options, request.kv_tokens, memory)
+    return fit(options, request.kv_tokens, memory, derive_sequences=not request.sequences)
 
 
 def _rated(request: PlanRequest, placement: Placement, fitted: EngineOptions) -> Placement:
-    context = fitted.max_context
-    sequences = max(1, min(fitted.max_sequences, fitted.total_kv_tokens // context))  # if all are this long
+    context = min(fitted.max_context, request.mean_tokens)
+    sequences = max(1, min(fitted.max_sequences, fitted.total_kv_tokens // context))
     plain = step(request.target, request.machine, placement.ranks, sequences, sequences, context)
     rated = replace(
         placement,

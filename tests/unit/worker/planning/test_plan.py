@@ -66,7 +66,7 @@ def test_every_fitting_placement_fits(plan_request: PlanRequest) -> None:
         kv = 2 * placement.kv_tokens * plan_request.target.kv_entries(placement.ranks)
         draft_kv = 2 * placement.kv_tokens * plan_request.draft.kv_entries(placement.draft_ranks)
         assert placement.weights_bytes + kv + draft_kv < H100.device.memory_bytes
-        assert placement.sequences * placement.context <= placement.kv_tokens
+        assert placement.sequences * plan_request.mean_tokens <= placement.kv_tokens
 
 
 def test_more_ranks_hold_fewer_weights_each_and_more_kv_tokens(plan_request: PlanRequest) -> None:
@@ -107,8 +107,8 @@ def test_rows_are_free_until_matrix_products_take_longer_than_reading_weights(
 ) -> None:
     one, few = (step(target, H100, 1, 1, rows, 1) for rows in (1, 16))
     many = step(target, H100, 1, 1, 4096, 1)
-    assert few.step_ms == one.step_ms
-    assert many.step_ms == pytest.approx(many.products_ms + many.context_ms + many.ramp_ms + many.host_ms)
+    assert few.step_ms - few.draws_ms == pytest.approx(one.step_ms - one.draws_ms)
+    assert many.step_ms == pytest.approx(many.products_ms + many.context_ms + many.ramp_ms + many.draws_ms + many.host_ms)
     assert many.step_ms > one.step_ms
 
 
@@ -133,11 +133,38 @@ def test_the_chain_depth_grows_with_acceptance_and_is_0_if_drafting_is_slower(
     assert depths == sorted(set(depths))
 
 
+def test_sequences_are_those_whose_prompt_and_half_of_whose_answer_fit(plan_request: PlanRequest) -> None:
+    request = replace(plan_request, sequences=0, context=0)
+    short, long = (placements(replace(request, output_tokens=tokens))[0] for tokens in (1000, 7000))
+    assert short.kv_tokens == long.kv_tokens
+    assert (short.sequences, long.sequences) == (short.kv_tokens // 800, long.kv_tokens // 3800)
+    assert short.context > 4096, "the context is the model's own as far as the memory holds it"
+
+
+def test_host_work_counts_in_a_step_by_its_sequences(target: ModelShape) -> None:
+    few, many = (step(target, H100, 1, sequences, 256, 1) for sequences in (16, 256))
+    assert many.step_ms - few.step_ms == pytest.approx(many.host_ms - few.host_ms + many.context_ms - few.context_ms)
+    assert many.host_ms > 2 * few.host_ms
+
+
+def test_a_placement_that_is_not_exact_is_picked_only_if_no_exact_one_fits(plan_request: PlanRequest) -> None:
+    choices = placements(plan_request)
+    assert [choice.exact for choice in choices] == [choice.ranks == 1 for choice in choices]
+    chosen = pick(choices)
+    assert chosen is not None
+    assert chosen.exact
+    in_float32 = placements(replace(plan_request, machine=Machine(DEVICES["h100"], "float32")))
+    assert all(choice.exact for choice in in_float32)
+    small = pick(placements(replace(plan_request, machine=replace(H100, device=H100.device.with_memory(40)))))
+    assert small is not None
+    assert not small.exact
+
+
 def test_the_pick_has_the_most_tokens_per_second_and_a_complete_command(plan_request: PlanRequest) -> None:
     choices = placements(plan_request)
     chosen = pick(choices)
     assert chosen is not None
-    assert all(c.refusal or c.best_tokens_per_s <= chosen.best_tokens_per_s for c in choices)
+    assert all(c.refusal or not c.exact or c.best_tokens_per_s <= chosen.best_tokens_per_s for c in choices)
     line = command(plan_request, chosen)
     assert f"--replicas {chosen.replicas} --tp {chosen.ranks} --target {TARGET} --draft {DRAFT}" in line
 
