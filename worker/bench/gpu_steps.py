@@ -28,6 +28,7 @@ from worker.engine.model.attention import ATTENTION_NAME
 from worker.engine.model.backend import fuse_layers, uses_paged_kv
 from worker.engine.model.loading import native_dtype
 from worker.engine.model.packed_model import PackedModel
+from worker.engine.paged.attention import GPU_BLOCK
 from worker.engine.paged.kv import PagedKv
 from worker.engine.segments import Segment, chain
 from worker.planning.devices import DEVICES, Device
@@ -116,7 +117,7 @@ def measure(
     slots, longest = max(rows), long_context or context
     if uses_paged_kv(model):
         fuse_layers(model)
-    tokens = (slots - 1) * context + longest + slots * TREE_ROWS
+    tokens = (slots - 1) * context + longest + slots * (TREE_ROWS + GPU_BLOCK)
     packed = PackedModel(model, slots=slots, capacity=longest + TREE_ROWS, paged=True, kv_tokens=tokens)
     assert isinstance(packed.kv, PagedKv)
     for slot in range(slots):

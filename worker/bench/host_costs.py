@@ -265,6 +265,7 @@ def measure(sequences: int, mode: str, steps: int, temperature: float = 0.0) -> 
 def _options(sequences: int, mode: str) -> EngineOptions:
     kv_tokens = sequences * (_PROMPT_TOKENS + 1200)
     given: dict[str, Any] = {"max_sequences": sequences, "max_context": _CONTEXT, "kv_tokens": kv_tokens}
+    given["page_tokens"] = _BLOCK
     given["prefill_rows"] = 8192
     if mode == "trees":
         # Every tree has as many nodes; in opt-tree mode the batch has a limit for all trees together.

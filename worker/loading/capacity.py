@@ -17,13 +17,21 @@ from worker.engine.paged.attention import GPU_BLOCK
 from worker.engine.paged.shape_buckets import BUCKETS, GRAPH_BYTES
 from worker.engine.segments import chain
 from worker.loading.drafts import DrafterFactory
-from worker.loading.memory import CPU_SHARE, GPU_SHARE, MAX_CPU_SEQUENCES, KvMemory, available_bytes, fit, peak_bytes
+from worker.loading.memory import (
+    CPU_SHARE,
+    GPU_SHARE,
+    MAX_CPU_SEQUENCES,
+    UNMEASURED_SHARE,
+    WHOLE_SLOT_CONTEXT,
+    KvMemory,
+    available_bytes,
+    fit,
+    peak_bytes,
+)
 from worker.loading.model_store import OnMessage
 from worker.loading.tensor_parallel import RankGroup
 from worker.settings import WorkerSettings
 
-_DEFAULT_CONTEXT = 4096  # tokens, for a model without a limit and where every slot takes the memory of a full context
-_UNMEASURED_SHARE = 0.5  # of the free memory, for tensor parallel ranks: their largest forward is not measured
 _FORWARD_COPIES = 2  # the largest forward's memory is held twice: by the CUDA graphs, and by steps without a graph
 
 
@@ -47,7 +55,7 @@ def choose_capacity(
         share=_share(model),
         token_bytes=kv_bytes_per_token(model),
         draft_token_bytes=draft.token_bytes,
-        block_size=GPU_BLOCK if paged else 0,
+        page_tokens=GPU_BLOCK if paged else 1,
         whole_slots=whole_slots,
     )
     options = fit(options, settings.kv_tokens, memory, derive_sequences=not settings.max_sequences)
@@ -78,7 +86,7 @@ def _wanted(
 def _context(settings: WorkerSettings, config: PretrainedConfig, whole_slots: bool, on_message: OnMessage) -> int:
     """Return the maximum context in tokens; report it if rotary embeddings limit it below the settings."""
     positions = max_positions(config)
-    default = _DEFAULT_CONTEXT if whole_slots or positions is None else positions
+    default = WHOLE_SLOT_CONTEXT if whole_slots or positions is None else positions
     wanted = settings.max_context or default
     if positions is None or wanted <= positions:
         return wanted
@@ -94,7 +102,7 @@ def _context(settings: WorkerSettings, config: PretrainedConfig, whole_slots: bo
 def _share(model: PreTrainedModel) -> float:
     if model.device.type == "cpu":
         return CPU_SHARE
-    return GPU_SHARE if ranks_of(model) == 1 else _UNMEASURED_SHARE
+    return GPU_SHARE if ranks_of(model) == 1 else UNMEASURED_SHARE
 
 
 def _free_bytes(

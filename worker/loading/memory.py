@@ -12,7 +12,9 @@ from jobs.errors import SetupError
 from worker.engine.options import MAX_STEP_NODES, EngineOptions
 
 GPU_SHARE = 0.92  # of what the weights and the largest forward leave free; the rest: library workspaces, fragmentation
+UNMEASURED_SHARE = 0.5  # of the free memory of tensor parallel ranks, whose largest forward is not measured
 CPU_SHARE = 0.5  # of free main memory, so that the machine stays usable
+WHOLE_SLOT_CONTEXT = 4096  # default tokens of a context where every slot takes the memory of a full one
 MAX_CPU_SEQUENCES = 64  # more rows a step gain nothing on a CPU: its products are bound by arithmetic from about 32 on
 _MIN_SEQUENCE_TOKENS = 256  # of KV memory per sequence where the number of sequences is derived from it
 
@@ -25,18 +27,17 @@ class KvMemory:
     share: float  # of them that KV may take
     token_bytes: int  # KV bytes per token of the target
     draft_token_bytes: int = 0  # of the draft; 0: it has none
-    block_size: int = 0  # tokens per block; 0: a slot takes memory as it is written
+    page_tokens: int = 1  # tokens that are allocated at once
     whole_slots: bool = False  # a slot's memory is allocated at once
 
     def fitting_tokens(self, options: EngineOptions) -> int:
-        """Return how many KV tokens of both models fit beside the draft nodes of one step and a spare block per slot.
+        """Return how many KV tokens of both models fit beside the draft nodes of one step.
 
         The draft holds every node that it expanded until verification; the target only the nodes that it verifies.
         """
         both = self.token_bytes + self.draft_token_bytes
         trees = MAX_STEP_NODES * (self.token_bytes + (options.max_depth - 1) * self.draft_token_bytes)
-        blocks = options.max_sequences * self.block_size * both
-        return int((self.free_bytes * self.share - trees - blocks) // both)
+        return int((self.free_bytes * self.share - trees) // both)
 
 
 def fit(
@@ -49,13 +50,14 @@ def fit(
     SetupError if not even one sequence fits.
     """
     tokens = min(chosen_tokens or memory.fitting_tokens(options), options.max_sequences * options.slot_tokens)
+    tokens -= tokens % memory.page_tokens
     context = min(options.max_context, tokens - options.nodes - 1)
     if context < 2:
         raise SetupError(
             f"the memory holds {max(0, tokens)} KV tokens, too few for one sequence and a tree of {options.nodes} "
             "nodes; set BASIC_KV_TOKENS or BASIC_NODES, or choose a smaller model"
         )
-    options = replace(options, max_context=context, kv_tokens=tokens)
+    options = replace(options, max_context=context, kv_tokens=tokens, page_tokens=memory.page_tokens)
     if memory.whole_slots:
         return _with_sequences(options, tokens // options.slot_tokens)
     return _with_sequences(options, tokens // _MIN_SEQUENCE_TOKENS) if derive_sequences else options

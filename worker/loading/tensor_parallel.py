@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 TARGET, DRAFT = 0, 1  # indices of the models on every rank
 
 NOT_EXACT = (
-    "In bfloat16 the texts of a replica of several GPUs can depend on the batch, because each sums products in another "
-    "order; such a replica is also slower than as many of one GPU"
+    "In bfloat16 the texts of a replica of several GPUs can depend on the batch, because its ranks sum products in an "
+    "order of their own; it also runs without fused kernels, CUDA graphs and KV pages"
 )
 
 _GRACE_S = 5.0  # for a step to fail by itself after a rank died; a step that waits on a GPU never does

@@ -14,7 +14,7 @@ from jobs.errors import SetupError
 from worker.engine.options import EngineOptions
 from worker.engine.paged.attention import GPU_BLOCK
 from worker.engine.paged.shape_buckets import BUCKETS
-from worker.loading.memory import GPU_SHARE, KvMemory, fit
+from worker.loading.memory import GPU_SHARE, UNMEASURED_SHARE, WHOLE_SLOT_CONTEXT, KvMemory, fit
 from worker.planning.devices import GIB
 from worker.planning.forecast import Machine, Speculation, Step, speculate, step
 from worker.planning.shapes import ModelShape
@@ -162,16 +162,17 @@ def _fitted(request: PlanRequest, free: int, ranks: int, draft_ranks: int) -> En
     size = request.machine.dtype_bytes
     options = EngineOptions(
         max_sequences=request.sequences or BUCKETS[-1],
-        max_context=request.context or request.target.context_tokens,
+        max_context=request.context or (request.target.context_tokens if ranks == 1 else WHOLE_SLOT_CONTEXT),
         nodes=request.nodes,
         max_depth=request.max_depth,
     )
     memory = KvMemory(
         free_bytes=free,
-        share=GPU_SHARE,
+        share=GPU_SHARE if ranks == 1 else UNMEASURED_SHARE,
         token_bytes=request.target.kv_entries(ranks) * size,
         draft_token_bytes=request.draft.kv_entries(draft_ranks) * size if request.draft else 0,
-        block_size=GPU_BLOCK,
+        page_tokens=GPU_BLOCK if ranks == 1 else 1,
+        whole_slots=ranks > 1,
     )
     return fit(options, request.kv_tokens, memory, derive_sequences=not request.sequences)
 

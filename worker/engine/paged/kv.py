@@ -87,15 +87,15 @@ class PagedKv:
     ) -> None:
         """Allocate a pool for `slots` slots of up to `capacity` entries, tree rows included.
 
-        `tokens` limits the entries of all slots together; None: every slot in full. The pool has a block more per
-        slot, because the last block of a slot may be almost empty. `group` is the number of query heads per KV head.
+        `tokens` limits the entries of all blocks together; None: every slot in full. `group` is the number of query
+        heads per KV head.
         """
         self.group = group
         self.block_size = block_size
         width = _blocks(capacity, block_size)
         self.capacity = width * block_size
         full = slots * width
-        self.pool = BlockPool(full if tokens is None else min(full, _blocks(tokens, block_size) + slots))
+        self.pool = BlockPool(full if tokens is None else min(full, tokens // block_size))
         shape = (layers, self.pool.count + 1, block_size, kv_heads, head_dim)
         self.keys = lazy_zeros(shape, dtype, device)
         self.values = lazy_zeros(shape, dtype, device)

@@ -35,6 +35,7 @@ SAMPLINGS = {
     "penalties": Sampling(temperature=0.8, repetition_penalty=1.3, frequency_penalty=0.4),
 }
 EOS = [5, 6]
+PAGE = 16  # tokens of a block of paged KV on a CPU
 
 
 def model(store: str, seed: int = 0, kv_tokens: int | None = None) -> PackedModel:
@@ -69,7 +70,7 @@ def rash(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def drafter(kind: str, store: str) -> Drafter | None:
     if kind == "model":  # its own memory runs out, too
-        return ModelDrafter(model(store, kv_tokens=48), kind, VOCAB)
+        return ModelDrafter(model(store, kv_tokens=7 * PAGE), kind, VOCAB)
     return SuffixDrafter() if kind == "suffix" else None
 
 
@@ -94,10 +95,12 @@ def test_texts_are_the_same_under_any_preemption(
     preempted = 0
     for seed, (name, sampling) in enumerate(SAMPLINGS.items()):
         rng = random.Random(f"{store} {kind} {name}")
-        kv_tokens = rng.choice([40, 50, 64, 90])
+        page_tokens = PAGE if store == "paged" else 1
+        kv_tokens = PAGE * rng.choice([3, 4, 5]) if store == "paged" else rng.choice([40, 50, 64, 90])
         target = model(store, kv_tokens=kv_tokens)
         mode = {"none": Mode.PLAIN, "suffix": Mode.OPT_TREE, "model": Mode.PAPER}[kind]
-        chosen = options(mode, kv_tokens=kv_tokens, prefill_rows=rng.choice([7, 50]), max_sequences=4)
+        rows = rng.choice([7, 50])
+        chosen = options(mode, kv_tokens=kv_tokens, page_tokens=page_tokens, prefill_rows=rows, max_sequences=4)
         running = engine(target, drafter(kind, store), chosen)
         some = sequences(PROMPTS, sampling=sampling, eos_ids=EOS)
         waiting = list(some)
@@ -210,7 +213,7 @@ def test_a_sequence_that_can_never_fit_is_refused_with_what_fits() -> None:
 def test_a_draft_without_memory_drafts_for_fewer_sequences() -> None:
     expected = sequences()
     decode(engine(packed(tiny()), None, options(Mode.PLAIN)), expected)
-    draft = model("paged", kv_tokens=16)
+    draft = model("paged", kv_tokens=5 * PAGE)
     some = sequences()
     results = decode(engine(packed(tiny()), ModelDrafter(draft, "model", VOCAB), options(Mode.PAPER)), some)
     assert outputs(some) == outputs(expected)

@@ -22,13 +22,13 @@ def test_kv_bytes_are_the_keys_and_values_of_every_layer() -> None:
 
 
 @pytest.mark.parametrize("draft_bytes", [0, 40])
-@pytest.mark.parametrize("block_size", [0, 64])
-def test_derived_tokens_and_the_draft_nodes_of_one_step_fill_the_share(draft_bytes: int, block_size: int) -> None:
-    memory = replace(MEMORY, draft_token_bytes=draft_bytes, block_size=block_size)
+@pytest.mark.parametrize("page_tokens", [1, 64])
+def test_derived_tokens_and_the_draft_nodes_of_one_step_fill_the_share(draft_bytes: int, page_tokens: int) -> None:
+    memory = replace(MEMORY, draft_token_bytes=draft_bytes, page_tokens=page_tokens)
     tokens = fit(replace(OPTIONS, max_sequences=8), 0, memory).total_kv_tokens
     trees = MAX_STEP_NODES * (200 + 9 * draft_bytes)
-    spare = 8 * block_size * (200 + draft_bytes)
-    assert 0 <= 9_200_000 - trees - spare - tokens * (200 + draft_bytes) < 200 + draft_bytes
+    assert tokens % page_tokens == 0
+    assert 0 <= 9_200_000 - trees - tokens * (200 + draft_bytes) < page_tokens * (200 + draft_bytes)
 
 
 def test_kv_tokens_are_limited_to_the_slots() -> None:
@@ -45,8 +45,8 @@ def test_slots_allocated_whole_are_limited_to_the_memory() -> None:
 
 
 def test_paged_slots_may_exceed_what_fits_whole() -> None:
-    fitted = fit(OPTIONS, 2500, replace(MEMORY, block_size=64))
-    assert (fitted.max_sequences, fitted.total_kv_tokens) == (4, 2500)
+    fitted = fit(OPTIONS, 2500, replace(MEMORY, page_tokens=64))
+    assert (fitted.max_sequences, fitted.total_kv_tokens, fitted.page_tokens) == (4, 2496, 64)
 
 
 @pytest.mark.parametrize(("tokens", "sequences"), [(100_000, 256), (25_600, 100), (300, 1)])

@@ -66,7 +66,8 @@ def test_every_fitting_placement_fits(plan_request: PlanRequest) -> None:
         kv = 2 * placement.kv_tokens * plan_request.target.kv_entries(placement.ranks)
         draft_kv = 2 * placement.kv_tokens * plan_request.draft.kv_entries(placement.draft_ranks)
         assert placement.weights_bytes + kv + draft_kv < H100.device.memory_bytes
-        assert placement.sequences * plan_request.mean_tokens <= placement.kv_tokens
+        tokens = plan_request.mean_tokens if placement.ranks == 1 else placement.context  # without pages: whole slots
+        assert placement.sequences * tokens <= placement.kv_tokens
 
 
 def test_more_ranks_hold_fewer_weights_each_and_more_kv_tokens(plan_request: PlanRequest) -> None:
@@ -108,7 +109,9 @@ def test_rows_are_free_until_matrix_products_take_longer_than_reading_weights(
     one, few = (step(target, H100, 1, 1, rows, 1) for rows in (1, 16))
     many = step(target, H100, 1, 1, 4096, 1)
     assert few.step_ms - few.draws_ms == pytest.approx(one.step_ms - one.draws_ms)
-    assert many.step_ms == pytest.approx(many.products_ms + many.context_ms + many.ramp_ms + many.draws_ms + many.host_ms)
+    assert many.step_ms == pytest.approx(
+        many.products_ms + many.context_ms + many.ramp_ms + many.draws_ms + many.host_ms
+    )
     assert many.step_ms > one.step_ms
 
 

@@ -318,9 +318,11 @@ def test_shared_prefixes_change_no_text_in_paged_kv(prefill_rows: int) -> None:
 def test_blocks_add_up_under_random_arrivals_and_cancellations(seed: int) -> None:
     rng = random.Random(seed)
     # Enough for two or three sequences, and for cached prefixes until their memory is needed.
-    ours = model(slots=4, kv_tokens=100)
+    ours = model(slots=4, kv_tokens=160)
     draft = model(seed=1, slots=4)
-    running = engine(ours, ModelDrafter(draft, "model", VOCAB), options(Mode.PAPER, max_sequences=4, kv_tokens=100))
+    running = engine(
+        ours, ModelDrafter(draft, "model", VOCAB), options(Mode.PAPER, max_sequences=4, kv_tokens=160, page_tokens=16)
+    )
     some = sequences()
     waiting = list(some)
     while waiting or running.busy:

@@ -139,7 +139,7 @@ def test_overlapping_moves_copy_what_was_there_before() -> None:
 
 
 def test_a_reservation_beyond_the_pool_is_refused_and_changes_nothing() -> None:
-    kv = paged(tokens=8)
+    kv = paged(tokens=20)
     write(kv, 0, 0, [1.0] * 16)
     with pytest.raises(OutOfBlocks):
         kv.reserve(1, 0, 8)
