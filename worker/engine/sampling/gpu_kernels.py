@@ -48,6 +48,11 @@ _MIX_2 = tl.constexpr(0x94D049BB133111EB)
 _NO_MASS = tl.constexpr(28.5)  # tokens this far below the highest score have mass 0: e^-28.5 < 2^-41
 _MAX_NOISE = tl.constexpr(37.5)  # -log(2^-54), rounded up
 _NONE = tl.constexpr(2**31 - 1)  # above every token id
+# Arrays that arrive with a step: Triton must not compile kernels again where their addresses or sizes are odd.
+_SENT = (
+    "mask", "places", "slots", "noise_keys", "parameters",
+    "adjusted", "bias_starts", "bias_tokens", "biases", "seen_starts", "seen_tokens", "seen_counts",
+)  # fmt: skip
 # Every operation rounds on its own, as on a CPU.
 _EXACT: dict[str, Any] = {"num_warps": 8, "enable_fp_fusion": False}
 
@@ -135,7 +140,7 @@ def _better(best, token, score, at, kept, key):
     return best, token
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_SENT)
 def _adjust_rows(
     copies, parameters, adjusted, bias_starts, bias_tokens, biases, seen_starts, seen_tokens, seen_counts, columns,
     LISTED: tl.constexpr,
@@ -166,7 +171,7 @@ def _adjust_rows(
         tl.store(place, repeated - frequency * count.to(tl.float32) - presence * present, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_SENT)
 def _find_maxima(
     logits, copies, mask, places, slots, maxima, columns, words, groups,
     GROUP: tl.constexpr, TILE: tl.constexpr, COPIED: tl.constexpr, MASKED: tl.constexpr,
@@ -193,7 +198,7 @@ def _highest(maxima, row, groups, GROUPS: tl.constexpr):
     return tl.max(tl.where(some != some, float("-inf"), some), axis=0), tl.max((some != some).to(tl.int32), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_SENT)
 def _sum_masses(
     logits, copies, mask, places, slots, parameters, maxima, sums, counts, columns, words, groups,
     GROUP: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr, COPIED: tl.constexpr, MASKED: tl.constexpr,
@@ -352,7 +357,7 @@ def _gather(
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_SENT)
 def _draw_rows(
     logits, copies, mask, places, slots, noise_keys, parameters, maxima, sums, counts, keys, ids, tokens, lowest,
     columns, words, groups, tiles,
