@@ -24,6 +24,8 @@ from worker.engine.model.loading import gather_embeddings, load, native_dtype
 from worker.engine.model.offload import OffloadOptions
 from worker.engine.model.packed_model import LanguageModel, PackedModel
 from worker.engine.options import EngineOptions, Mode
+from worker.engine.sampling.sampling import prepare as prepare_draws
+from worker.engine.segments import chain
 from worker.engine.speculation.cost_model import CostModel
 from worker.engine.speculation.draft_costs import DraftTimes
 from worker.engine.speculation.drafting import Drafter
@@ -119,6 +121,8 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
         kv_tokens=options.total_kv_tokens,
     )
     target.prepare()
+    prepare_draws(target.forward([chain(0, 0, [0], keep_last=True)]))
+    target.truncate(0, 0)
     ends = eos_ids(tokenizer, model.generation_config)
     codec = Codec(tokenizer, ends, options.max_context, vocabulary, settings.special_in_content)
     for finding in codec.findings:

@@ -127,6 +127,14 @@ def draw(
     return torch_draws.draw(picked, parameters, on_device, mask).cpu().numpy()
 
 
+def prepare(logits: Tensor) -> None:
+    """Compile what draws from rows like these run, so that no request waits for it: a GPU's kernels take seconds."""
+    starts, none = np.zeros(2, np.int64), np.empty(0, np.int64)
+    unchanged = Adjustments(starts, none, np.empty(0, np.float32), starts, none, none)
+    for sampling in (Sampling(1.0, top_p=0.5), Sampling(1.0, top_p=0.5, presence_penalty=1.0)):
+        draw(logits[:1], sampling.record, np.zeros(1, np.int64), adjustments=unchanged)
+
+
 def argmax(logits: Tensor) -> IntArray:
     """Return the token with the largest logit of each row of `logits` [rows, vocab], int64 [rows]; -1 if one is NaN."""
     return draw(logits, np.repeat(_GREEDY, len(logits)), np.zeros(len(logits), np.int64))
