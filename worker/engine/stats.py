@@ -39,6 +39,8 @@ class StepStats:
     plain_step_ms: float | None  # estimated time of the step without drafts; None: it shared a prefill
     decision: Decision  # of the whole batch
     reached: DrawnRanks | None = None  # None: no drafts were verified
+    preemptions: int = 0  # how often the sequence lost its KV memory since its last token
+    recomputed_tokens: int = 0  # tokens prefilled again for that
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,9 +173,11 @@ class StepBatch:
             self.counts,
             self.expected_accepted,
             self.step_ms,
+            self.preemptions,
+            self.recomputed_tokens,
         )
         rows = zip(*(column.tolist() for column in columns), strict=True)
-        for step, nodes, depth, accepted, emitted, expected, step_ms in rows:
+        for step, nodes, depth, accepted, emitted, expected, step_ms, preemptions, recomputed in rows:
             yield StepStats(
                 step=step,
                 tree_nodes=nodes,
@@ -188,6 +192,8 @@ class StepBatch:
                 drafter=self.drafter if nodes else None,
                 plain_step_ms=self.plain_step_ms,
                 decision=self.decision,
+                preemptions=preemptions,
+                recomputed_tokens=recomputed,
             )
 
 

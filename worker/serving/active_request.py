@@ -191,5 +191,7 @@ def _add_step(steps: StepColumns, stats: StepStats, now: float, tree: TreeRow | 
         drafter=stats.drafter,
         decision=stats.decision,
         reached=stats.reached,
+        preemptions=stats.preemptions,
+        recomputed_tokens=stats.recomputed_tokens,
         tree=tree,
     )

@@ -26,6 +26,7 @@ from worker.engine.paged.kv import PagedKv
 from worker.engine.sampling.sampling import Sampling
 from worker.engine.sequence import Sequence
 from worker.engine.speculation.drafting import Drafter
+from worker.engine.stats import StepBatch
 
 SYSTEM = [2 + i % 37 for i in range(20)]
 PROMPTS = [[*SYSTEM, 7, 8], [3, 4, 5], [*SYSTEM, 9], [20, 21, 22, 23, 24, 25], [*SYSTEM, 7, 8], [11], [30, 31]]
@@ -126,16 +127,16 @@ def rising(text: tuple[int, ...]) -> Tensor:
     return logits
 
 
-def run(running: Engine, some: list[Sequence], limit: int) -> tuple[int, list[int]]:
-    """Decode to the end; return the steps it took, and how many sequences emitted in each."""
+def run(running: Engine, some: list[Sequence], limit: int) -> list[StepBatch]:
+    """Decode to the end; return the results of each step."""
     for sequence in some:
         running.add(sequence)
-    emitted: list[int] = []
+    results: list[StepBatch] = []
     while running.busy:
-        emitted.append(len(running.step()))
+        results.append(running.step())
         check_pages(running)
-        assert len(emitted) <= limit, "some sequence starves"
-    return len(emitted), emitted
+        assert len(results) <= limit, "some sequence starves"
+    return results
 
 
 @pytest.mark.usefixtures("rash")
@@ -150,10 +151,12 @@ def test_every_sequence_ends_and_none_is_preempted_beyond_the_bound(seed: int) -
         sequence.key, sequence.group = index, index % 3
     model_ = TableModel(rising)
     running = engine(model_, None, options(Mode.PLAIN, kv_tokens=100, max_sequences=8, prefill_rows=30))
-    run(running, some, limit=sum(s.max_length for s in some))
+    results = run(running, some, limit=sum(s.max_length for s in some))
     assert all(len(s.output_ids) == s.max_tokens for s in some)
     assert max(s.preemptions for s in some) <= MAX_PREEMPTIONS
     assert running.preemptions == sum(s.preemptions for s in some) > 0
+    assert running.preemptions == sum(int(result.preemptions.sum()) for result in results)
+    assert running.recomputed_tokens == sum(row.stats.recomputed_tokens for result in results for row in result)
     total = sum(s.max_length - 1 for s in some)
     assert model_.rows <= total + running.recomputed_tokens, "what is computed twice is counted"
 
@@ -175,8 +178,8 @@ def test_answers_that_end_early_are_decoded_together_whatever_max_tokens_is() ->
 
     running = engine(TableModel(ends), None, options(Mode.PLAIN, kv_tokens=200, max_sequences=16, max_context=200))
     some = sequences([[9 + i % 40, 2 + i // 40, 3] for i in range(60)], max_tokens=180, eos_ids=[5])
-    _, emitted = run(running, some, limit=400)
-    assert max(emitted) >= 10, "a reservation of max_tokens holds one"
+    results = run(running, some, limit=400)
+    assert max(map(len, results)) >= 10, "a reservation of max_tokens holds one"
     assert running.recomputed_tokens <= 0.05 * sum(len(s.ids) for s in some)
 
 
