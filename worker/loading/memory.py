@@ -49,15 +49,16 @@ def fit(
     `derive_sequences`, `max_sequences` is an upper limit that shrinks to what the memory is likely to hold. Raises
     SetupError if not even one sequence fits.
     """
-    tokens = min(chosen_tokens or memory.fitting_tokens(options), options.max_sequences * options.slot_tokens)
-    tokens -= tokens % memory.page_tokens
+    page = memory.page_tokens
+    every_slot = options.max_sequences * -(-options.slot_tokens // page) * page
+    tokens = min(chosen_tokens or memory.fitting_tokens(options), every_slot) // page * page
     context = min(options.max_context, tokens - options.nodes - 1)
     if context < 2:
         raise SetupError(
             f"the memory holds {max(0, tokens)} KV tokens, too few for one sequence and a tree of {options.nodes} "
             "nodes; set BASIC_KV_TOKENS or BASIC_NODES, or choose a smaller model"
         )
-    options = replace(options, max_context=context, kv_tokens=tokens, page_tokens=memory.page_tokens)
+    options = replace(options, max_context=context, kv_tokens=tokens, page_tokens=page)
     if memory.whole_slots:
         return _with_sequences(options, tokens // options.slot_tokens)
     return _with_sequences(options, tokens // _MIN_SEQUENCE_TOKENS) if derive_sequences else options

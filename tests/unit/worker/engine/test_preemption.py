@@ -88,13 +88,16 @@ def check_pages(running: Engine, *models: PackedModel) -> None:
 
 
 @pytest.mark.usefixtures("rash")
-@pytest.mark.parametrize("kind", ["none", "suffix", "model"])
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [("none", ("greedy", "penalties")), ("suffix", ("penalties", "sampled")), ("model", ("greedy", "sampled"))],
+)
 @pytest.mark.parametrize("store", ["dense", "paged", "fused"])
 def test_texts_are_the_same_under_any_preemption(
-    store: str, kind: str, plain: Callable[[str], list[list[int]]]
+    store: str, kind: str, names: tuple[str, str], plain: Callable[[str], list[list[int]]]
 ) -> None:
     preempted = 0
-    for seed, (name, sampling) in enumerate(SAMPLINGS.items()):
+    for name in names:
         rng = random.Random(f"{store} {kind} {name}")
         page_tokens = PAGE if store == "paged" else 1
         kv_tokens = PAGE * rng.choice([3, 4, 5]) if store == "paged" else rng.choice([40, 50, 64, 90])
@@ -103,7 +106,7 @@ def test_texts_are_the_same_under_any_preemption(
         rows = rng.choice([7, 50])
         chosen = options(mode, kv_tokens=kv_tokens, page_tokens=page_tokens, prefill_rows=rows, max_sequences=4)
         running = engine(target, drafter(kind, store), chosen)
-        some = sequences(PROMPTS, sampling=sampling, eos_ids=EOS)
+        some = sequences(PROMPTS, sampling=SAMPLINGS[name], eos_ids=EOS)
         waiting = list(some)
         for _ in range(600):
             if waiting and rng.random() < 0.5:
@@ -115,10 +118,10 @@ def test_texts_are_the_same_under_any_preemption(
             check_pages(running, target)
             if not waiting and not running.busy:
                 break
-        assert outputs(some) == plain(name), f"round {seed}"
+        assert outputs(some) == plain(name), name
         assert all(s.preemptions <= MAX_PREEMPTIONS for s in some)
         preempted += sum(s.preemptions for s in some)
-    assert preempted > 3
+    assert preempted > 2
 
 
 def rising(text: tuple[int, ...]) -> Tensor:
