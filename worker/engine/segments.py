@@ -273,10 +273,7 @@ class KvMoves(Sequence[KvMove]):
 
 @dataclass(frozen=True, slots=True)
 class PrefixCopy:
-    """Copy the first `length` KV entries of one slot to another: two sequences share a prefix.
-
-    If both are the same slot, a finished sequence has left the prefix there, and the entries after it are dropped.
-    """
+    """Copy the first `length` KV entries of one slot to another: two sequences share a prefix."""
 
     source: int
     target: int

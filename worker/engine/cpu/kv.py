@@ -8,7 +8,7 @@ from ctypes import byref
 import torch
 
 from worker.engine.cpu.kernels import Kernels, Plan
-from worker.engine.kv.dense import POISON, lazy_zeros
+from worker.engine.kv.dense import POISON, lazy_zeros, release_memory
 from worker.engine.segments import KvMove
 
 
@@ -55,7 +55,10 @@ class CpuKv:
             store[:, target, :, :size] = store[:, source, :, :size]
 
     def truncate(self, slot: int, length: int) -> None:
-        """Do nothing: slots are dense."""
+        """Give the memory of a slot back to the operating system, but for the panels of its first `length` entries."""
+        panel = self._kernels.panel
+        for store in (self.keys, self.values):
+            release_memory(store, slot, -(-length // panel) * panel * self.head_dim, parts=self.kv_heads)
 
     def poison(self, slot: int) -> None:
         """Overwrite a slot with a value that shows in any output that reads it (tests only)."""

@@ -6,6 +6,7 @@ later rows overwrite the rest. The operating system commits the memory of a slot
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 import sys
@@ -18,6 +19,8 @@ from worker.engine.segments import KvMove, KvMoves
 
 # Linux reserves no swap for it: all slots in full would often be more than the machine has.
 _NO_RESERVE = 0x4000 if sys.platform == "linux" else 0  # MAP_NORESERVE, which Python's mmap does not name
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # only there, pages given back read as zeros
 
 # Tests fill freed slots with it. Finite: 0 weight times POISON is 0, so a masked read is harmless and a leak shows.
 POISON = 1e4
@@ -72,7 +75,9 @@ class DenseKv:
             store[:, target, :length] = store[:, source, :length]
 
     def truncate(self, slot: int, length: int) -> None:
-        """Do nothing: slots are dense."""
+        """Give the memory of a slot beyond its first `length` entries back to the operating system."""
+        for store in (self.keys, self.values):
+            release_memory(store, slot, length * store.stride(2))
 
     def poison(self, slot: int, start: int = 0) -> None:
         """Overwrite a slot from `start` on with a value that shows in any output that reads it (tests only)."""
@@ -92,3 +97,20 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         pages.madvise(mmap.MADV_NOHUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
+def release_memory(store: Tensor, slot: int, kept: int, parts: int = 1) -> None:
+    """Give memory of lazy zeros [layers, slots, …] back to the operating system until it is written again.
+
+    A slot is contiguous, in `parts` parts of one size; of each part the first `kept` numbers stay.
+    """
+    if _LIBC is None or store.device.type != "cpu":
+        return
+    layer_bytes, slot_bytes = (store.stride(axis) * store.element_size() for axis in (0, 1))
+    part_bytes, kept_bytes, page = slot_bytes // parts, kept * store.element_size(), mmap.PAGESIZE
+    for layer in range(len(store)):
+        slot_start = store.data_ptr() + layer * layer_bytes + slot * slot_bytes
+        for start in range(slot_start, slot_start + slot_bytes, part_bytes):
+            first, end = -(-(start + kept_bytes) // page) * page, (start + part_bytes) // page * page
+            if first < end:
+                _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from worker.engine.kv.dense import lazy_zeros
+from worker.engine.kv.dense import lazy_zeros, release_memory
 from worker.engine.segments import KvMove, Segment, Segments
 
 _FEW_SEGMENTS = 8  # up to this many are copied one by one: cheaper than building index tensors
@@ -43,6 +43,10 @@ class HiddenStates:
             return
         slots = packed.per_row(packed.slots)
         self._rows[torch.from_numpy(slots), torch.from_numpy(packed.entries)] = rows
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Give the memory of a slot beyond its first `length` rows back to the operating system."""
+        release_memory(self._rows.unsqueeze(0), slot, length * self._rows.stride(1))
 
     def compact(self, moves: Sequence[KvMove]) -> None:
         """Move accepted rows down to the end of the committed prefix."""

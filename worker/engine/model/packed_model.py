@@ -175,9 +175,6 @@ class PackedModel:
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` KV entries of slot `source` to slot `target`."""
-        if source == target:
-            self.truncate(target, length)
-            return
         with torch.inference_mode():
             self.kv.copy_prefix(source, target, length)
             if self.hidden is not None:
@@ -186,11 +183,13 @@ class PackedModel:
     def truncate(self, slot: int, length: int) -> None:
         """Free the memory of a slot beyond its first `length` entries."""
         self.kv.truncate(slot, length)
+        if self.hidden is not None:
+            self.hidden.truncate(slot, length)
 
     def clear(self) -> None:
         """Free the memory of every slot."""
         for slot in range(self._slots):
-            self.kv.truncate(slot, 0)
+            PackedModel.truncate(self, slot, 0)  # not the subclass's: clearing is one command to other ranks
 
 
 def run_layers(model: PreTrainedModel, segments: Sequence[Segment], plan: AttentionPlan) -> Tensor:

@@ -6,7 +6,7 @@ import os
 import random
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from worker.engine.errors import ModelRefused, OutOfSlots
 from worker.engine.kv.dense import DenseKv, lazy_zeros
 from worker.engine.kv.slot_allocator import SlotAllocator
 from worker.engine.model.architecture import batch_dependent_rope, max_positions, refuse_unsupported
+from worker.engine.model.attention import ATTENTION_NAME
 from worker.engine.model.packed_model import PackedModel
 from worker.engine.options import Mode
 from worker.engine.segments import KvMove, Segment, chain
@@ -177,6 +178,27 @@ def test_a_short_text_commits_little_of_its_slot() -> None:
     slot[:, 0] = 1.0
     assert _resident_bytes() - before < slot.nbytes / 8
     assert float(slot[:, :8].sum()) == 64.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of the process from /proc")
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "torch"])
+def test_the_memory_behind_a_truncated_text_is_given_back(kernels: bool) -> None:
+    """Pages that are counted as free are free: or texts that took turns in all slots would fill each."""
+    network = tiny()
+    network.set_attn_implementation(ATTENTION_NAME)
+    model = PackedModel(network, slots=2, capacity=16_384, cpu_kernels=kernels)
+    kv = cast(DenseKv, model.kv)
+    model.forward([chain(1, 0, PREFIX, keep_last=True)])
+    expected = model.forward([chain(1, len(PREFIX), [7], keep_last=True)])
+    before = _resident_bytes()
+    for store in (kv.keys, kv.values):
+        store[:, 0] = 1.0
+    written = kv.keys[:, 0].numel() * 2 * kv.keys.element_size()
+    assert _resident_bytes() - before > 0.9 * written
+    model.truncate(0, 5)
+    assert _resident_bytes() - before < 0.1 * written
+    model.truncate(1, len(PREFIX))
+    assert torch.equal(model.forward([chain(1, len(PREFIX), [7], keep_last=True)]), expected), "the text stays"
 
 
 def _resident_bytes() -> int:
