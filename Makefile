@@ -53,9 +53,10 @@ audit: setup ## Check the pinned packages for known vulnerabilities; needs netwo
 	test -x .venv/audit/bin/pip-audit || { $(BIN)/python -m venv .venv/audit && .venv/audit/bin/pip install -q pip-audit; }
 	.venv/audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
-bench: model ## Measure decoding against transformers' generate, at every batch size, and the HTTP API; forty minutes
+bench: model ## Measure decoding against transformers' generate, at every batch size, mixed lengths, and the HTTP API; forty minutes
 	$(BIN)/basic bench --prompts $(BENCH_PROMPTS)
 	$(BIN)/basic bench --grid --prompts $(BENCH_PROMPTS) --max-tokens 48
+	$(BIN)/python -m worker.bench.mixed_lengths --prompts $(BENCH_PROMPTS)
 	$(BIN)/python -m jobs.bench.batch_api
 	$(BIN)/python -m jobs.bench.streams
 

@@ -17,7 +17,7 @@ from jobs.messages import COMPLETIONS_ENDPOINT
 from jobs.schema_check import upgrade_schema
 from tests.models import byte_tokenizer, save_tiny, tiny
 from worker import benchmark, start
-from worker.bench import grid, host_costs
+from worker.bench import grid, host_costs, mixed_lengths
 from worker.benchmark import OWN_MODES
 from worker.cli import commands
 from worker.engine.options import Mode
@@ -51,6 +51,19 @@ def test_the_seeds_functions_write_the_same_text() -> None:
     assert standard
     assert worker.generate_with_speculative_decoding(PROMPT, max_tokens=20, use_parallel=True) == standard
     assert "".join(worker.generate_with_streaming_speculative_decoding(PROMPT, max_tokens=20)) == standard
+
+
+def test_texts_of_mixed_lengths_are_the_same_with_pages_on_demand_and_more_run_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "hello"}))
+    monkeypatch.setattr(mixed_lengths, "_SHORTEST", 3)
+    monkeypatch.setattr(mixed_lengths, "_LONGEST", 12)
+    mixed_lengths.main(prompts=prompts, requests=40, kv_tokens=700, context=300, as_json=True)
+    reserved, on_demand = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert reserved["tokens"] == on_demand["tokens"]
+    assert on_demand["mean_batch"] > 1.5 * reserved["mean_batch"]
 
 
 def test_a_failing_stream_raises_where_it_is_read() -> None:
