@@ -41,8 +41,8 @@ MEMORY_SHARE = 0.93
 FLOPS_SHARE = 0.74
 HALF_WIDTH = 3700  # model width at which matrix products achieve half of FLOPS_SHARE
 RAMP_S = 5e-6  # per kernel: start and end with most of the device idle
-HOST_S = 0.33e-3  # per step of the engine's thread, while the device waits (worker.bench.host_costs)
-HOST_ROW_S = 10.4e-6  # the same, per sequence
+HOST_S = 0.5e-3  # per step of the engine's thread, while the device waits (worker.bench.host_costs)
+HOST_ROW_S = 2.5e-6  # the same, per sequence
 DRAW_READS = 2.0  # times that a draw reads the logits of a row
 FUSED_KERNELS_PER_LAYER = 9  # a test counts them
 
