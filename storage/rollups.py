@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import repeat
 from typing import Any, Final, TypeVar
 
 from sqlalchemy.orm import Session
@@ -57,11 +58,19 @@ _Sums = defaultdict[Key, list[float]]
 def add_steps(session: Session, choices: Iterable[ChoiceSteps]) -> None:
     """Add the steps of choices that were just inserted."""
     sums = {model: _zeros(len(names)) for model, names in _SUMS.items()}
+    depths, reached = Counter[Key](), Counter[Key]()
     for job_id, parts in choices:
         first = True
         for worker_id, steps in parts:
             _add(sums, job_id, worker_id, steps, first)
+            later = slice(int(first), None)
+            columns = (_drafters(steps)[later], steps.tree_depth[later], steps.accepted_tokens[later])
+            depths.update(zip(repeat(job_id), *columns, strict=False))
+            reached.update(zip(repeat(job_id), _drafters(steps), steps.reached, strict=False))
             first = False
+    for key, count in depths.items():
+        sums[StepDepth][key][0] += count
+    _add_ranks(sums[StepRank], reached)
     for model, rows in sums.items():
         if rows:
             _upsert(session, model, rows)
@@ -73,7 +82,7 @@ def _zeros(length: int) -> _Sums:
 
 def _add(sums: Mapping[type[Base], _Sums], job_id: str, worker_id: str, steps: StepColumns, first: bool) -> None:
     """Add the steps of one worker; `first`: they begin with step 0, the token from prefill."""
-    drafters = [drafter or "" for drafter in steps.drafter]
+    drafters = _drafters(steps)
     for (minute, drafter, decision, batch), positions in _groups(steps, drafters).items():
         minute_sums = sums[StepMinute][job_id, minute, worker_id, drafter, decision]
         if first and positions[0] == 0:
@@ -84,12 +93,11 @@ def _add(sums: Mapping[type[Base], _Sums], job_id: str, worker_id: str, steps: S
             _increase(minute_sums, (0, 0, *row, *_compared(steps, positions, batch)))
             count, tokens, nodes, *_, step_ms = row
             _increase(sums[StepBatchSize][job_id, drafter, batch], (count, tokens, nodes, step_ms))
-    later = slice(int(first), None)
-    depths = Counter(zip(drafters[later], steps.tree_depth[later], steps.accepted_tokens[later], strict=True))
-    for depth, count in depths.items():
-        sums[StepDepth][job_id, *depth][0] += count
     _add_expectations(sums[StepExpectation], job_id, drafters, steps)
-    _add_ranks(sums[StepRank], job_id, drafters, steps.reached)
+
+
+def _drafters(steps: StepColumns) -> list[str]:
+    return [drafter or "" for drafter in steps.drafter]
 
 
 def _groups(steps: StepColumns, drafters: Sequence[str]) -> Mapping[tuple[int, str, str, int], list[int]]:
@@ -142,7 +150,9 @@ def _add_expectations(sums: _Sums, job_id: str, drafters: Sequence[str], steps: 
     for drafter, nodes, expected, accepted in columns:
         if nodes:
             row = sums[job_id, drafter, 4 * (expected or 0) // EXPECTED_UNITS]
-            _increase(row, (1, (expected or 0) / EXPECTED_UNITS, accepted))
+            row[0] += 1
+            row[1] += (expected or 0) / EXPECTED_UNITS
+            row[2] += accepted
 
 
 def _increase(row: list[float], values: Sequence[float]) -> None:
@@ -150,9 +160,9 @@ def _increase(row: list[float], values: Sequence[float]) -> None:
         row[place] += value
 
 
-def _add_ranks(sums: _Sums, job_id: str, drafters: Sequence[str], reached: Sequence[str | None]) -> None:
-    """Count the ranks of the draft children that were reached and accepted."""
-    for (drafter, text), count in Counter(zip(drafters, reached, strict=True)).items():
+def _add_ranks(sums: _Sums, reached: Mapping[Key, int]) -> None:
+    """Count the ranks of the draft children that were reached and accepted, by (job, drafter, compact `reached`)."""
+    for (job_id, drafter, text), count in reached.items():
         for children, accepted_rank in reached_nodes(text or ""):
             for rank in range(children):
                 sums[job_id, drafter, rank][0] += count
