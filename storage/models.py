@@ -372,8 +372,8 @@ class DecodeStep(Views):
     decision: Mapped[str | None]  # tree, or why none was used (worker.engine.speculation.regret_guard)
     # [draft children, rank of the accepted one or null] of each inner node that the target reached; NULL: no tree
     reached: Mapped[list[Any] | None]
-    preemptions: Mapped[int]  # of the sequence since its last step: its KV slots were given away
-    recomputed_tokens: Mapped[int]  # tokens whose keys and values were computed again after these
+    preemptions: Mapped[int]  # how often the sequence lost its KV memory since its last step
+    recomputed_tokens: Mapped[int]  # tokens prefilled again for that
 
 
 class DraftTree(Base):

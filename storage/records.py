@@ -120,8 +120,8 @@ class StepRow:
     decision: str | None = None  # tree, or why none was used; None in rows of older versions
     # Per node that the target reached: its number of draft children, and the rank of the accepted one (None: rejected).
     reached: tuple[tuple[int, int | None], ...] | None = None  # None: no tree, or a row of an older version
-    preemptions: int = 0  # of the sequence since its last step: its KV slots were given away
-    recomputed_tokens: int = 0  # tokens whose keys and values were computed again after these
+    preemptions: int = 0  # how often the sequence lost its KV memory since its last step
+    recomputed_tokens: int = 0  # tokens prefilled again for that
     tree: TreeRow | None = None  # for jobs that request their draft trees
 
 
