@@ -1,4 +1,4 @@
-/* Sampling on a CPU: draws with penalties, filters and keyed Gumbel noise; top-k and noise for drafts.
+/* Sampling on a CPU: draws with penalties, filters and keyed Gumbel noise.
  *
  * A draw is the argmax of score + noise over the tokens that the filters keep. The result of a row depends on the row
  * alone: threads split by rows, masses are sums of integers, and this file is compiled without contraction and
@@ -14,10 +14,8 @@
 #include <string.h>
 
 #include "fast_math.h"
+#include "hash.h"
 
-#define GOLDEN 0x9E3779B97F4A7C15u
-#define MIX_1 0xBF58476D1CE4E5B9u
-#define MIX_2 0x94D049BB133111EBu
 #define BLOCK 64
 #define LANES 8
 #define SHORT 2048 /* tokens that are not worth copying */
@@ -66,16 +64,6 @@ typedef struct {
 static inline int64_t blocks_of(int64_t columns) { return (columns + BLOCK - 1) / BLOCK; }
 
 int64_t scratch_size(int64_t columns) { return blocks_of(columns) * (BLOCK * 32 + 64); }
-
-/* SplitMix64's finaliser (Steele, Lea, Flood 2014) */
-static inline uint64_t mixed(uint64_t z) {
-    z = (z ^ (z >> 30)) * MIX_1;
-    z = (z ^ (z >> 27)) * MIX_2;
-    return z ^ (z >> 31);
-}
-
-/* The hash of a token: its upper 53 bits. */
-static inline uint64_t bits_of(uint64_t key, uint64_t token) { return mixed(key + token * GOLDEN) >> 11; }
 
 /* The noise key of a draw, as `noise_keys` of parameters.py. */
 static inline uint64_t noise_key(uint64_t key, int64_t position) {
@@ -469,49 +457,4 @@ void log_total_rows(const rows_t *r, double *out) {
         for (int j = 0; j < LANES; j++) total += lanes[j];
         out[i] += log(total);
     }
-}
-
-static inline float highest_of_scores(const float *score, int64_t columns) {
-    float highest = score[0];
-#pragma omp simd reduction(max : highest)
-    for (int64_t i = 0; i < columns; i++) highest = score[i] > highest ? score[i] : highest;
-    return highest;
-}
-
-/* For each row of `scores` [rows, columns], the columns of the `count` highest scores, descending, and their softmax
- * probabilities. */
-void topk_rows(const float *scores, int64_t *out, double *probabilities, int64_t rows, int64_t columns, int64_t count) {
-#pragma omp parallel for schedule(static) if (rows > 1)
-    for (int64_t row = 0; row < rows; row++) {
-        const float *score = scores + row * columns;
-        float highest = highest_of_scores(score, columns), sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < columns; i++) sum += exp_below_0(score[i] - highest);
-        int64_t *best = out + row * count, found = 0;
-        for (int64_t start = 0; start < columns; start += BLOCK) {
-            int64_t size = columns - start < BLOCK ? columns - start : BLOCK;
-            if (found == count && highest_of_scores(score + start, size) <= score[best[count - 1]]) continue;
-            for (int64_t i = start; i < start + size; i++) {
-                if (found == count && score[i] <= score[best[count - 1]]) continue;
-                int64_t rank = found < count ? found++ : count - 1;
-                for (; rank > 0 && score[best[rank - 1]] < score[i]; rank--) best[rank] = best[rank - 1];
-                best[rank] = i;
-            }
-        }
-        for (int64_t i = 0; i < count; i++)
-            probabilities[row * count + i] = (double)(exp_below_0(score[best[i]] - highest) / sum);
-    }
-}
-
-/* Add the noise of `tokens` [columns] to `scores` [rows, columns], accurate to about 0.001: enough to rank drafts. */
-void add_noise(float *scores, const int64_t *keys, const int64_t *tokens, int64_t rows, int64_t columns) {
-#pragma omp parallel for schedule(static) if (rows > 1)
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t i = 0; i < columns; i++) {
-            uint64_t bits = bits_of((uint64_t)keys[row], (uint64_t)tokens[i]);
-            float v = (float)(int64_t)(((uint64_t)1 << 53) - bits) * 0x1p-53f; /* 1 - u */
-            float near_one = v * (1 + v * (0.5f + v * (0.33333f + v * (0.25f + v * (0.2f + v * 0.35f)))));
-            float far = -rough_log((float)(int64_t)bits * 0x1p-53f + 0x1p-54f);
-            scores[row * columns + i] -= rough_log(v < 0.5f ? near_one : far);
-        }
 }

@@ -41,18 +41,18 @@ class _Rows(ctypes.Structure):
 
 
 class NativeSampler:
-    """Calls the compiled functions of `native.c`. Logits are float32 or bfloat16 [n, vocab], contiguous in each row."""
+    """Calls the compiled functions with tensors. Logits are float32 or bfloat16 [n, vocab], contiguous in each row."""
 
-    def __init__(self, compiled: ctypes.CDLL) -> None:
-        """Bind the functions of a library compiled from native.c."""
+    def __init__(self, compiled: ctypes.CDLL, drafts: ctypes.CDLL) -> None:
+        """Bind the functions of libraries compiled from native.c and drafts.c."""
         rows = ctypes.POINTER(_Rows)
         self._draw_rows = bound(compiled.draw_rows, rows, _ADDRESS)
         self._process_rows = bound(compiled.process_rows, rows, _ADDRESS)
         self._adjust_rows = bound(compiled.adjust_rows, rows, _ADDRESS)
         self._log_total_rows = bound(compiled.log_total_rows, rows, _ADDRESS)
         self._scratch_size = bound(compiled.scratch_size, _SIZE, result=_SIZE)
-        self._topk_rows = bound(compiled.topk_rows, *[_ADDRESS] * 3, _SIZE, _SIZE, _SIZE)
-        self._add_noise = bound(compiled.add_noise, *[_ADDRESS] * 3, _SIZE, _SIZE)
+        self._topk_rows = bound(drafts.topk_rows, *[_ADDRESS] * 3, _SIZE, _SIZE, _SIZE)
+        self._add_noise = bound(drafts.add_noise, *[_ADDRESS] * 3, _SIZE, _SIZE)
 
     def draw(
         self,
@@ -132,5 +132,8 @@ class NativeSampler:
 @cache
 def native_sampler(device: torch.device) -> NativeSampler | None:
     """Return the compiled functions; None if they don't run on this device."""
-    compiled = library(Path(__file__).with_name("native.c"), *_EXACT) if device.type == "cpu" else None
-    return None if compiled is None else NativeSampler(compiled)
+    if device.type != "cpu":
+        return None
+    folder = Path(__file__).parent
+    compiled, drafts = library(folder / "native.c", *_EXACT), library(folder / "drafts.c")
+    return None if compiled is None or drafts is None else NativeSampler(compiled, drafts)
