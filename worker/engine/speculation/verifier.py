@@ -52,7 +52,9 @@ def walk(forest: Forest, logits: Tensor, rows: IntArray) -> AcceptedPaths:
     trees = len(forest.sequences)
     lazy = ~forest.columns.argmax
     drawn = np.full(forest.size, _UNKNOWN)  # the target's token at each node
-    if not lazy.all():
+    if lazy.any() and _draws_at_once(logits):
+        drawn, lazy = _draw_at(np.arange(forest.size), forest, logits, rows), np.zeros_like(lazy)
+    elif not lazy.all():
         drawn = np.where(lazy[forest.tree], _UNKNOWN, argmax(logits)[rows])
     child = _children(forest, drawn)
     moving = forest.roots  # the nodes that the walks have come to
@@ -71,6 +73,10 @@ def walk(forest: Forest, logits: Tensor, rows: IntArray) -> AcceptedPaths:
 
 
 _UNKNOWN = -2  # no token, and not NaN's -1
+
+
+def _draws_at_once(logits: Tensor) -> bool:
+    return logits.device.type == "cuda"
 
 
 def _children(forest: Forest, drawn: IntArray) -> IntArray:
