@@ -9,7 +9,7 @@ from setuptools import find_packages, setup
 
 setup(
     packages=[
-        *find_packages(include=["basic_batch", "jobs", "jobs.*", "storage", "worker", "worker.*"]),
+        *find_packages(include=["basic_batch", "jobs", "jobs.*", "storage", "storage.*", "worker", "worker.*"]),
         "basic_batch.migrations",
         "basic_batch.migrations.versions",
         "migrations",
