@@ -39,6 +39,9 @@ class JobsSettings(StorageSettings):
     target: str = Field(
         DEFAULT_TARGET, description="Target model: a known name, a hub id, a local directory or a GGUF file."
     )
+    model_aliases: str = Field(
+        "", description="Other names of models, comma-separated: NAME=MODEL, such as gpt-4o-mini=smollm2-135m-instruct."
+    )
     log_format: Literal["text", "json"] = Field("text", description="Format of log lines: text or json.")
     max_requests: int = Field(50_000, gt=0, description="Maximum requests per job.")
     max_requests_queued: int = Field(1_000_000, gt=0, description="Maximum queued requests of all callers together.")
@@ -61,6 +64,21 @@ class JobsSettings(StorageSettings):
     def served_names(self) -> tuple[str, ...]:
         """`api_names` as a tuple, in lower case."""
         return tuple(name.strip().lower() for name in self.api_names.split(",") if name.strip())
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """`model_aliases` as a dict from name to model."""
+        pairs = (pair.partition("=") for pair in self.model_aliases.split(",") if pair.strip())
+        return {name.strip(): model.strip() for name, _, model in pairs}
+
+    @field_validator("model_aliases")
+    @classmethod
+    def _aliases_are_pairs(cls, aliases: str) -> str:
+        for pair in aliases.split(","):
+            name, _, model = pair.partition("=")
+            if pair.strip() and not (name.strip() and model.strip()):
+                raise ValueError(f"{pair.strip()!r} is not a pair; write NAME=MODEL, comma-separated")
+        return aliases
 
     @field_validator("api_names")
     @classmethod

@@ -12,10 +12,13 @@ from starlette.datastructures import Headers, QueryParams
 from jobs.api.http.body import Body
 from jobs.client.durations import parse_duration_s
 from jobs.errors import InvalidValue, MissingParameter, UnknownParameter, UnsupportedBody
-from jobs.messages import CHAT_ENDPOINT, Endpoint
+from jobs.messages import Endpoint
+from jobs.openai.paths import endpoint_of_url
 from jobs.settings import JobsSettings
+from jobs.submission.fields import PARAMETERS
 from jobs.submission.intake import Submission
-from jobs.submission.request_parser import PARAMETERS, Item, read_json, read_lines, refuse_unknown
+from jobs.submission.request_parser import Item, read_json, read_lines
+from jobs.submission.values import refuse_unknown
 
 _JSON_TYPES = {"application/json"}
 _LINES_TYPES = {"application/x-ndjson", "application/jsonl", "application/x-jsonlines"}
@@ -65,7 +68,7 @@ def _submission(fields: Mapping[str, Any], items: Iterator[Item]) -> Submission:
     return Submission(
         items=items,
         model=_model(fields.get("model")),
-        endpoint=read_endpoint(fields.get("endpoint", CHAT_ENDPOINT)),
+        endpoint=read_endpoint(fields["endpoint"]) if "endpoint" in fields else None,
         parameters=_parameters(fields),
         metadata=fields.get("metadata"),
         window_s=None if window is None else read_window_s(window),
@@ -125,11 +128,11 @@ def _model(model: Any) -> str | None:
 
 
 def read_endpoint(endpoint: Any) -> Endpoint:
-    """Return the endpoint of the requests; raise InvalidValue if it is unknown."""
-    offered = get_args(Endpoint)
-    if endpoint not in offered:
-        raise InvalidValue(f"must be one of {', '.join(offered)}", param="endpoint")
-    return endpoint  # type: ignore[no-any-return]
+    """Return the endpoint of the requests; raise InvalidValue if it is unknown. Azure's clients leave /v1 out."""
+    found = endpoint_of_url(endpoint)
+    if found is None:
+        raise InvalidValue(f"must be one of {', '.join(get_args(Endpoint))}", param="endpoint")
+    return found
 
 
 def read_window_s(window: Any) -> float:

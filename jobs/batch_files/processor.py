@@ -22,7 +22,7 @@ from jobs.settings import JobsSettings
 from jobs.streaming.events import job_events
 from jobs.submission.batch_file_validator import BatchLimits, LineReader, ValidationResult, validate_lines
 from jobs.submission.input_lines import Line, split_lines
-from jobs.submission.intake import known_models
+from jobs.submission.models import known_models
 from jobs.submission.request_parser import Rules, parse_item, refused_request
 from jobs.tracing import span
 from storage import batches, files, queries, writes
@@ -137,13 +137,13 @@ class _InputReading(_Task):
 
     def run(self) -> None:
         """Validate the whole file, write its requests, then open the batch: until then its requests don't run."""
-        known = known_models(self.database, self.settings)
+        models = known_models(self.database, self.settings)
         limits = BatchLimits(self.settings.max_requests, self.settings.max_line_bytes)
         result = ValidationResult()
         if self.claim.number > _MAX_READS:
             result.add("server_error", "The file could not be read: each attempt ended without a result.")
         else:
-            result = validate_lines(self._lines(), self.claim.endpoint, known, limits)
+            result = validate_lines(self._lines(), self.claim.endpoint, models, limits)
         if result.errors:
             self._refuse(result)
             return
@@ -153,9 +153,10 @@ class _InputReading(_Task):
             endpoint=cast(Endpoint, self.claim.endpoint),  # validated when the batch was created
             defaults={},
             max_prompt_chars=self.settings.max_prompt_chars,
-            context_tokens=known[result.model],
+            context_tokens=models.context_tokens(result.model),
+            models=models,
         )
-        reader = LineReader(rules.endpoint, known, limits.line_bytes, result.model)
+        reader = LineReader(rules.endpoint, models, limits.line_bytes, result.model)
         tokens = self._write(rules, reader, result.ids.generated())
         try:
             self._open(result, tokens)

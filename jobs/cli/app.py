@@ -17,6 +17,7 @@ from pydantic import ValidationError
 import jobs
 from jobs.cli.database import database_commands
 from jobs.cli.extras import add_placeholders, extra_of, is_own_module, not_installed
+from jobs.cli.fields import fields
 from jobs.cli.jobs import cancel, follow, list_jobs, results, retry, status, submit
 from jobs.cli.keys import key_commands
 from jobs.cli.options import FAILED, WRONG_USE
@@ -37,7 +38,7 @@ app = typer.Typer(
 )
 COMMANDS: Sequence[Callable[..., None]] = (
     *(submit, follow, status, results, retry, cancel, list_jobs),
-    *(stats, report, up, down, api, doctor, settings),
+    *(stats, report, up, down, api, doctor, settings, fields),
 )
 for command in COMMANDS:
     app.command("jobs" if command is list_jobs else None)(command)

@@ -308,11 +308,11 @@ def findings_table(findings: Iterable[tuple[str, str, str, str]]) -> Table:
     return table
 
 
-def settings_table(settings: Iterable[tuple[str, str, str]]) -> Table:
-    """Return one row per setting: (variable, default, meaning)."""
-    table = Table(Column("variable", no_wrap=True), "default", "meaning", box=None, pad_edge=False)
-    for variable, default, meaning in settings:
-        table.add_row(Text(variable, "bold"), Text(default, overflow="fold"), Text(meaning))
+def reference_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Return a table of names, such as settings, and what is known about each."""
+    table = Table(Column(columns[0], no_wrap=True), *columns[1:], box=None, pad_edge=False)
+    for name, *cells in rows:
+        table.add_row(Text(name, "bold"), *(Text(cell, overflow="fold") for cell in cells))
     return table
 
 

@@ -10,7 +10,7 @@ import typer
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
-from jobs.cli.render import make_console, settings_table
+from jobs.cli.render import make_console, reference_table
 from jobs.settings import settings_classes
 
 _GROUPS: Final = {"storage": "All processes", "jobs": "Clients, API server and queue", "worker": "Workers"}
@@ -47,7 +47,8 @@ def settings(
     if markdown:
         typer.echo(markdown_page(found), nl=False)
     else:
-        make_console().print(settings_table((item.variable, item.default, item.meaning) for item in found))
+        rows = ((item.variable, item.default, item.meaning) for item in found)
+        make_console().print(reference_table(("variable", "default", "meaning"), rows))
 
 
 def known_settings(classes: dict[str, type[BaseSettings]]) -> list[Setting]:

@@ -19,7 +19,8 @@ from jobs.dashboard.session import PageContext
 from jobs.errors import BasicError
 from jobs.keys import Scope
 from jobs.messages import TOOLS_TEMPERATURE, model_name
-from jobs.submission.intake import Submission, create_job, known_models
+from jobs.submission.intake import Submission, create_job
+from jobs.submission.models import known_models
 from jobs.submission.request_parser import Item
 from storage import queries
 from storage.queries import JobView
@@ -126,7 +127,7 @@ def show_status(label: ui.label, status: str) -> None:
 async def _submit_dialog(context: PageContext) -> ui.dialog:
     """Return the dialog that submits a new job."""
     settings = context.services.settings
-    known = sorted(await asyncio.to_thread(known_models, context.services.database, settings))
+    known = (await asyncio.to_thread(known_models, context.services.database, settings)).names
     with ui.dialog() as dialog, ui.card().style("width:34rem;max-width:95vw;background:var(--card)"):
         heading("New job")
         prompts = ui.textarea("Prompts, one per line").props("outlined autogrow autofocus")

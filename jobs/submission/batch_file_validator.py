@@ -6,22 +6,24 @@ lines have the same custom_id, because results could not be assigned to them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from jobs.errors import BasicError, InvalidJsonLine, InvalidValue
+from jobs.openai.paths import endpoint_of_line
 from jobs.submission.custom_ids import CustomIds, GivenId
 from jobs.submission.input_lines import Line, Sample, describe_format, find_custom_id
+from jobs.submission.models import ModelNames
 from jobs.submission.request_parser import (
     MAX_CUSTOM_ID_CHARS,
     Item,
-    clean_text,
     given_id,
     is_post,
     is_url_of,
     read_line,
 )
+from jobs.submission.values import clean_text
 
 MAX_ERRORS: Final = 100
 
@@ -59,10 +61,8 @@ class ValidationResult:
         self.errors.append({"code": code, "line": line, "message": message, "param": param})
 
 
-def validate_lines(
-    lines: Iterable[Line], endpoint: str, models: Collection[str], limits: BatchLimits
-) -> ValidationResult:
-    """Validate the lines of a batch file."""
+def validate_lines(lines: Iterable[Line], endpoint: str, models: ModelNames, limits: BatchLimits) -> ValidationResult:
+    """Validate the lines of a batch file. Its model is the first that a line names, else the default of `models`."""
     result, reader = ValidationResult(), LineReader(endpoint, models, limits.line_bytes)
     invalid, duplicates, sample = ValidationResult(), ValidationResult(), Sample()
     for index, line in enumerate(lines):
@@ -79,7 +79,7 @@ def validate_lines(
             message = f"The custom_id {item.value['custom_id']!r} is also used by {earlier}."
             _add(duplicates, BadLine("duplicate_custom_id", message, "custom_id"), line.number)
         elif problem is None:
-            result.model = reader.model
+            result.model = reader.model or result.model or models.default
     if not result.requests:
         result.add("empty_file", "The file has no requests.")
     elif not result.model and (kind := describe_format(sample.lines)) is not None:
@@ -110,7 +110,7 @@ def _add(result: ValidationResult, problem: BasicError, line: int) -> None:
 class LineReader:
     """Parses lines and checks their structure."""
 
-    def __init__(self, endpoint: str, models: Collection[str], line_bytes: int, model: str = "") -> None:
+    def __init__(self, endpoint: str, models: ModelNames, line_bytes: int, model: str = "") -> None:
         """Take the batch's model; empty: use that of the first valid line."""
         self.model = model
         self._endpoint = endpoint
@@ -123,8 +123,13 @@ class LineReader:
             item = Item(index, read_line(line, self._line_bytes), line.number)
             if not isinstance(item.value, dict):
                 raise InvalidJsonLine("The line is not a JSON object.")
-            for check in (_check_custom_id, _check_method, self._check_url, self._check_body):
-                check(item.value)
+            _check_custom_id(item.value)
+            if _is_bare(item.value):
+                self._check_bare_body(item.value)
+            else:
+                _check_method(item.value)
+                self._check_url(item.value)
+            self._check_body(item.value)
         except InvalidJsonLine as exc:
             return Item(index, exc, line.number, find_custom_id(line.text)), exc
         except BadLine as exc:
@@ -136,18 +141,31 @@ class LineReader:
         if not is_url_of(line["url"], self._endpoint):
             raise BadLine("invalid_url", f"url must be the batch's endpoint, {self._endpoint}.", "url")
 
+    def _check_bare_body(self, line: dict[str, Any]) -> None:
+        endpoint = endpoint_of_line(line)
+        if endpoint is not None and endpoint != self._endpoint:
+            message = f"The body is one of {endpoint}, but the batch's endpoint is {self._endpoint}."
+            raise BadLine("invalid_url", message, "body")
+
     def _check_body(self, line: dict[str, Any]) -> None:
         _require(line, "body", dict, "an object")
-        model = line["body"].get("model")
-        if model is None:
+        asked = line["body"].get("model")
+        if asked is None and _is_bare(line):
+            return  # Mistral's lines leave the model to the batch
+        if asked is None:
             raise BadLine("missing_required_parameter", "The body has no model.", "body.model")
-        if not isinstance(model, str) or model not in self._models:
-            message = f"There is no model {str(model)[:80]!r}. Available: {', '.join(sorted(self._models))}."
-            raise BadLine("model_not_found", message, "body.model")
+        model = self._models.find(asked)
+        if model is None:
+            raise BadLine("model_not_found", self._models.refusal(asked), "body.model")
         self.model = self.model or model
         if model != self.model:
             message = f"This batch uses the model {self.model}. Submit requests for other models as another batch."
             raise BadLine("mismatched_model", message, "body.model")
+
+
+def _is_bare(line: dict[str, Any]) -> bool:
+    """Return whether a line has only a body, as Together and Mistral write it."""
+    return line.get("method") is None and line.get("url") is None and line.get("body") is not None
 
 
 def _require(line: dict[str, Any], name: str, kind: type, what: str) -> None:

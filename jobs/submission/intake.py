@@ -11,7 +11,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -31,7 +31,6 @@ from jobs.errors import (
     QueueFull,
     ServiceUnavailable,
     TooManyRequests,
-    UnknownModel,
 )
 from jobs.messages import (
     CHAT_ENDPOINT,
@@ -42,9 +41,11 @@ from jobs.messages import (
     JobStatus,
     model_name,
 )
+from jobs.openai.paths import endpoint_of_line
 from jobs.producer import Notify
 from jobs.settings import JobsSettings
 from jobs.submission.custom_ids import CustomIds
+from jobs.submission.models import ModelNames, known_models
 from jobs.submission.request_buffer import RequestBuffer
 from jobs.submission.request_parser import (
     Item,
@@ -76,7 +77,7 @@ class Submission:
 
     items: Iterable[Item]
     model: str | None = None  # None: the first request's, else the target of this installation
-    endpoint: Endpoint = CHAT_ENDPOINT
+    endpoint: Endpoint | None = CHAT_ENDPOINT  # None: that of the first line of a batch file, else chat
     parameters: Mapping[str, Any] = field(default_factory=dict)  # defaults for its requests
     metadata: Any = None
     window_s: float | None = None
@@ -95,11 +96,11 @@ def create_job(submission: Submission, *, database: Database, notify: Notify, se
     LimitReached if the queue or the key is at its limit.
     """
     items = iter(submission.items)
-    known = known_models(database, settings)
-    head, model = _find_model(items, submission.model, known, settings.max_requests)
+    models = known_models(database, settings)
+    head, model = _find_model(items, submission.model, models, settings.max_requests)
     if not head:
         raise EmptyJob
-    rules = _rules(submission, model, known, settings)
+    rules = _rules(submission, model, endpoint_of_line(head[-1].value), models, settings)
     with span("ingest", submission.traceparent, job_id=rules.job_id) as traceparent, RequestBuffer() as buffer:
         job = replace(_new_job(submission, rules, settings), traceparent=traceparent)
         ids = _parse_all(chain(_drain(head), items), rules, settings.max_requests, buffer)
@@ -130,7 +131,8 @@ def retry_job(
     """
     if not JobStatus(job.status).final:
         raise NotRetryable(f"The job is {job.status}. Wait until it has ended, or cancel it.")
-    _, context_tokens = _choose_model(job.model, known_models(database, settings), settings)
+    models = known_models(database, settings)
+    context_tokens = models.context_tokens(models.resolve(job.model))
     new_job = NewJob(
         id=new_job_id(),
         model=job.model,
@@ -177,7 +179,7 @@ def create_interactive_job(
     (item,) = submission.items
     if item.model is None:
         raise MissingParameter("The field model is required.", param="model")
-    rules = _rules(submission, submission.model or item.model, known_models(database, settings), settings)
+    rules = _rules(submission, submission.model or item.model, None, known_models(database, settings), settings)
     request = parse_body(item.value, rules)
     if rules.context_tokens is None:
         raise ServiceUnavailable(f"No worker serves {rules.model} right now; try again in a few seconds.")
@@ -196,20 +198,13 @@ def create_failed_job(
     job = NewJob(
         id=job_id,
         model=submission.model or model_name(settings.target),
-        endpoint=submission.endpoint,
+        endpoint=submission.endpoint or CHAT_ENDPOINT,
         window_s=settings.completion_window_s,
         api_key_id=submission.api_key_id,
         idempotency_key=submission.idempotency_key,
         body_sha256=submission.body_sha256,
     )
     return _store(job, [NewRequest("batch", failure=failure)], database).job_id
-
-
-def known_models(database: Database, settings: JobsSettings) -> dict[str, int | None]:
-    """Return the models that a job may name, with their context length in tokens; None if it is unknown."""
-    with database.connect() as session:
-        served = {model.target: model.context_tokens for model in queries.models(session)}
-    return {model_name(settings.target): None} | served
 
 
 def new_job_id() -> str:
@@ -228,7 +223,7 @@ def _drain(items: deque[Item]) -> Iterator[Item]:
         yield items.popleft()
 
 
-def _find_model(items: Iterator[Item], model: Any, known: Collection[str], limit: int) -> tuple[deque[Item], Any]:
+def _find_model(items: Iterator[Item], model: Any, models: ModelNames, limit: int) -> tuple[deque[Item], Any]:
     """Return the items read so far, and the model: the job's, or that of the first readable item with a known model.
 
     Skip items that are unreadable or name an unknown model: they fail alone and don't choose the job's model.
@@ -236,7 +231,7 @@ def _find_model(items: Iterator[Item], model: Any, known: Collection[str], limit
     head: deque[Item] = deque()
     unknown: Any = None
     for item in items:
-        if model is not None or (item.is_readable and (item.model is None or _is_known(item.model, known))):
+        if model is not None or (item.is_readable and (item.model is None or models.find(item.model))):
             head.append(item)
             return head, item.model if model is None else model
         unknown = item.model if unknown is None else unknown
@@ -244,10 +239,6 @@ def _find_model(items: Iterator[Item], model: Any, known: Collection[str], limit
         if len(head) > limit:
             break
     return head, unknown
-
-
-def _is_known(model: Any, known: Collection[str]) -> bool:
-    return isinstance(model, str) and model in known
 
 
 def _without_text(item: Item) -> Item:
@@ -282,25 +273,21 @@ def _parse_all(items: Iterable[Item], rules: Rules, limit: int, buffer: RequestB
     return ids.generated()
 
 
-def _rules(submission: Submission, asked: Any, known: Mapping[str, int | None], settings: JobsSettings) -> Rules:
-    model, context_tokens = _choose_model(asked, known, settings)
+def _rules(
+    submission: Submission, asked: Any, named: Endpoint | None, models: ModelNames, settings: JobsSettings
+) -> Rules:
+    """Return the rules of a job. Its endpoint is that of the submission, else `named`, else the chat endpoint."""
+    model = models.default if asked is None else models.resolve(asked)
+    endpoint = submission.endpoint or named or CHAT_ENDPOINT
     return Rules(
         job_id=submission.job_id or new_job_id(),
         model=model,
-        endpoint=submission.endpoint,
-        defaults=parse_parameters(submission.parameters, submission.endpoint),
+        endpoint=endpoint,
+        defaults=parse_parameters(submission.parameters, endpoint),
         max_prompt_chars=settings.max_prompt_chars,
-        context_tokens=context_tokens,
+        context_tokens=models.context_tokens(model),
+        models=models,
     )
-
-
-def _choose_model(asked: Any, known: Mapping[str, int | None], settings: JobsSettings) -> tuple[str, int | None]:
-    model = model_name(settings.target) if asked is None else asked
-    if not isinstance(model, str) or model not in known:
-        raise UnknownModel(
-            f"There is no model {str(model)[:80]!r}. Available: {', '.join(sorted(known))}.", param="model"
-        )
-    return model, known[model]
 
 
 def _new_job(submission: Submission, rules: Rules, settings: JobsSettings) -> NewJob:

@@ -11,11 +11,9 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from difflib import get_close_matches
+from dataclasses import dataclass, field
 from functools import partial
-from typing import IO, Any, get_args
-from urllib.parse import urlsplit
+from typing import IO, Any
 
 from pydantic import ValidationError
 from pydantic_core import from_json
@@ -25,15 +23,18 @@ from jobs.errors import (
     InvalidJsonLine,
     InvalidValue,
     MissingParameter,
-    PromptTooLong,
     RequestFailed,
     RequestRefused,
-    UnknownParameter,
     UnsupportedParameter,
 )
-from jobs.messages import COMPLETIONS_ENDPOINT, ChatMessage, Endpoint, GenerationRequest, SamplingParameters
+from jobs.messages import COMPLETIONS_ENDPOINT, Endpoint, GenerationRequest, SamplingParameters
+from jobs.openai.paths import endpoint_of_url
 from jobs.submission.custom_ids import GivenId, default_id, recovered
+from jobs.submission.fields import PARAMETERS, Treatment, field_of
 from jobs.submission.input_lines import Line, Sample, describe_format, find_custom_id, split_lines
+from jobs.submission.models import ModelNames
+from jobs.submission.prompts import read_prompt
+from jobs.submission.values import clean_text, kind, refuse_unknown, shown, whole
 from storage.dialect import storable
 from storage.records import NewRequest, RequestFailure
 
@@ -51,54 +52,12 @@ MAX_TRACED_REQUESTS = 16  # the first requests of a job, which may store draft t
 MAX_TIMEOUT_S = 30 * 86_400
 COMPLETIONS_MAX_TOKENS = 16  # OpenAI's default for raw prompts; chats have no default limit
 
-# Fields of the OpenAI API that are accepted and ignored.
-WITHOUT_EFFECT = frozenset(
-    [
-        "metadata",
-        "parallel_tool_calls",
-        "prediction",
-        "prompt_cache_key",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-        "reasoning_effort",
-        "safety_identifier",
-        "service_tier",
-        "store",
-        "stream",
-        "stream_options",
-        "user",
-        "verbosity",
-    ]
-)
-
-# Unsupported fields that would change the text, with the values that are accepted because they request nothing.
-UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "audio": (),
-    "best_of": (1,),
-    "chat_template_kwargs": ({},),
-    "echo": (False,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "min_tokens": (0,),
-    "modalities": (["text"],),
-    "moderation": (),
-    "response_format": ({"type": "text"},),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "web_search_options": (),
-}
-
 _NO_NUMBER = re.compile(rb"-?(?:NaN|Infinity)")
-_CAPS = ("max_tokens", "max_completion_tokens")  # the second wins if both are given
 _SAMPLING = frozenset(SamplingParameters.model_fields)
 _LOGPROBS = frozenset({"logprobs", "top_logprobs"})  # have different meanings on OpenAI's two endpoints
-PARAMETERS = frozenset(_SAMPLING | _LOGPROBS | set(_CAPS) | WITHOUT_EFFECT | set(UNSUPPORTED))
 _PROMPT_FIELDS = frozenset({"prompt", "messages", "model", "custom_id", "id", "timeout_s"})
 _LINE_FIELDS = frozenset({"custom_id", "id", "method", "url", "body"})
-_MESSAGE_FIELDS = frozenset({"role", "content", "name", "refusal", "tool_call_id"})  # the last three are ignored
-_CALLS = frozenset({"tool_calls", "function_call", "audio"})  # of assistant messages: not supported
-_ROLES = {role: role for role in get_args(ChatMessage.model_fields["role"].annotation)} | {"developer": "system"}
+_MAX_CAP = 2**31 - 1  # of max_tokens; larger ones mean the same: to the context's end
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +96,7 @@ class Rules:
     defaults: Mapping[str, Any]  # sampling parameters of the job; those of a request override them
     max_prompt_chars: int
     context_tokens: int | None = None  # of the workers that serve the model; None if unknown
+    models: ModelNames = field(default_factory=lambda: ModelNames({}))  # the other names of the model
 
 
 def read_lines(file: IO[bytes], max_line_bytes: int) -> Iterator[Item]:
@@ -211,7 +171,7 @@ def parse_body(body: Any, rules: Rules) -> NewRequest:
     """Return the request of a single OpenAI call, from its body; raise RequestRefused if it is invalid."""
     if not isinstance(body, dict):
         raise InvalidValue("The body must be a JSON object.")
-    fields = {name: value for name, value in body.items() if value is not None}
+    fields = body_fields(body)
     text = "prompt" if rules.endpoint == COMPLETIONS_ENDPOINT else "messages"
     refuse_unknown(fields, PARAMETERS | {"model", text})
     for name in ("model", text):
@@ -230,16 +190,47 @@ def parse_parameters(
 
     `defaults` are the job's parameters.
     """
-    given = {name: value for name, value in fields.items() if value is not None}
+    given = body_fields(fields)
     refuse_unknown(given, PARAMETERS)
-    _refuse_unsupported(given)
-    parameters = {name: value for name, value in given.items() if name in _SAMPLING - _LOGPROBS}
-    if given.keys() & _LOGPROBS:
-        parameters["logprobs"] = _logprobs(given, endpoint, (defaults or {}).get("logprobs"))
-    if "max_completion_tokens" in given:
-        parameters["max_tokens"] = given["max_completion_tokens"]
+    asked = _asked(given, endpoint)
+    parameters = {name: value for name, value in asked.items() if name in _SAMPLING - _LOGPROBS}
+    if asked.keys() & _LOGPROBS:
+        parameters["logprobs"] = _logprobs(asked, endpoint, (defaults or {}).get("logprobs"))
+    if "max_completion_tokens" in asked:
+        parameters["max_tokens"] = asked["max_completion_tokens"]
+    if type(cap := parameters.get("max_tokens")) is int:
+        parameters["max_tokens"] = min(cap, _MAX_CAP)
     _sampling({"seed": 0} | parameters)
     return parameters
+
+
+def body_fields(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a body that are not null, with those of its `extra_body` in place."""
+    fields = {name: value for name, value in body.items() if value is not None}
+    extra = fields.pop("extra_body", None)
+    if extra is None:
+        return fields
+    if not isinstance(extra, dict):
+        raise InvalidValue(f"must be an object, not {kind(extra)}", param="extra_body")
+    return body_fields(fields | extra)
+
+
+def _asked(given: Mapping[str, Any], endpoint: Endpoint) -> dict[str, Any]:
+    """Return the honoured parameters; raise UnsupportedParameter for the first one that is refused."""
+    asked: dict[str, Any] = {}
+    for name, value in given.items():
+        row = field_of(name, endpoint)
+        idle = row.is_idle(value)
+        if row.treatment is Treatment.HONOURED and (not idle or row.neutral is not None):
+            asked[name] = row.neutral if idle else value
+        elif row.treatment is Treatment.REFUSED and not idle and not _returns_all(name, value, given):
+            raise UnsupportedParameter(f"{row.meaning} Leave the field out.", param=name)
+    return asked
+
+
+def _returns_all(name: str, value: Any, given: Mapping[str, Any]) -> bool:
+    """Return whether the field is best_of and equals n, so that all choices are returned."""
+    return name == "best_of" and type(value) is int and value == given.get("n", 1)
 
 
 def max_total_tokens(request: GenerationRequest, context_tokens: int | None) -> int:
@@ -250,7 +241,9 @@ def max_total_tokens(request: GenerationRequest, context_tokens: int | None) -> 
     total = 0
     for prompt in prompts:
         length = len(prompt) if isinstance(prompt, tuple) else len(prompt) // _BYTES_PER_TOKEN + 1
-        total += length + request.sampling.n * (request.sampling.max_tokens or max(1, context - length))
+        room = max(1, context - length)
+        cap = request.sampling.max_tokens or room
+        total += length + request.sampling.n * (cap if context_tokens is None else min(cap, room))
     return total
 
 
@@ -329,14 +322,14 @@ def _fields(value: Any, endpoint: str) -> dict[str, Any]:
     if isinstance(value, str):
         return {"prompt": value}
     if not isinstance(value, dict):
-        raise InvalidValue(f"A request is a string or an object, not {_kind(value)}.")
+        raise InvalidValue(f"A request is a string or an object, not {kind(value)}.")
     fields = {name: inner for name, inner in value.items() if inner is not None}
-    return _line_fields(fields, endpoint) if fields.keys() & {"body", "method", "url"} else fields
+    return _line_fields(fields, endpoint) if fields.keys() & {"body", "method", "url"} else body_fields(fields)
 
 
 def _line_fields(line: dict[str, Any], endpoint: str) -> dict[str, Any]:
     """Return the fields of an OpenAI batch line: its body and its custom_id."""
-    refuse_unknown(line, _LINE_FIELDS)
+    refuse_unknown({name: value for name, value in line.items() if value not in ({}, [])}, _LINE_FIELDS)
     if not is_post(line.get("method", "POST")):
         raise InvalidValue("The method must be POST.", param="method")
     if not is_url_of(line.get("url", endpoint), endpoint):
@@ -345,7 +338,7 @@ def _line_fields(line: dict[str, Any], endpoint: str) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise MissingParameter("The body must be an object with the request's parameters.", param="body")
     names = {name: line[name] for name in ("custom_id", "id") if name in line}
-    return {name: value for name, value in body.items() if value is not None} | names
+    return body_fields(body) | names
 
 
 def is_post(method: Any) -> bool:
@@ -354,12 +347,8 @@ def is_post(method: Any) -> bool:
 
 
 def is_url_of(url: Any, endpoint: str) -> bool:
-    """Return whether a line's url is the endpoint, possibly with a host, a trailing slash, or without /v1."""
-    try:
-        path = urlsplit(url).path.rstrip("/") if isinstance(url, str) else ""
-    except ValueError:
-        return False
-    return path in (endpoint, endpoint.removeprefix("/v1"))
+    """Return whether a line's url is the endpoint, in one of its spellings."""
+    return endpoint_of_url(url) == endpoint
 
 
 def _timeout_s(value: Any) -> float | None:
@@ -373,14 +362,14 @@ def _timeout_s(value: Any) -> float | None:
 
 def _request(fields: Mapping[str, Any], rules: Rules, index: int) -> GenerationRequest:
     refuse_unknown(fields, _PROMPT_FIELDS | PARAMETERS)
-    if fields.get("model", rules.model) != rules.model:
+    if fields.get("model", rules.model) != rules.model != rules.models.find(fields["model"]):
         raise InvalidValue(
             f"This job uses the model {rules.model!r}. Submit requests for other models as another job.", param="model"
         )
     parameters = parse_parameters(
         {name: value for name, value in fields.items() if name in PARAMETERS}, rules.endpoint, rules.defaults
     )
-    prompt = _prompt(fields, rules)
+    prompt = read_prompt(fields, rules.endpoint, rules.max_prompt_chars)
     sampling = _sampling_for(parameters, rules, index)
     _refuse_many(len(prompt.get("prompts", ())), sampling.n)
     return GenerationRequest(model=rules.model, sampling=sampling, **prompt)
@@ -391,11 +380,6 @@ def _sampling_for(parameters: Mapping[str, Any], rules: Rules, index: int) -> Sa
     if rules.endpoint == COMPLETIONS_ENDPOINT:
         base["max_tokens"] = COMPLETIONS_MAX_TOKENS
     sampling = _sampling(base | dict(rules.defaults) | dict(parameters))
-    limit = rules.context_tokens
-    if limit is not None and sampling.max_tokens is not None and sampling.max_tokens > limit:
-        raise InvalidValue(
-            f"must be at most {limit}, the context of {rules.model}, not {sampling.max_tokens}", param="max_tokens"
-        )
     return sampling if index < MAX_TRACED_REQUESTS else sampling.model_copy(update={"record_trees": 0})
 
 
@@ -406,7 +390,7 @@ def _sampling(parameters: Mapping[str, Any]) -> SamplingParameters:
         first = exc.errors(include_url=False)[0]
         message = first["msg"].replace("Input should", "must")
         # Messages of our own validators are complete; those of pydantic lack the value.
-        given = "" if first["type"] == "value_error" else f", not {_shown(first['input'])}"
+        given = "" if first["type"] == "value_error" else f", not {shown(first['input'])}"
         raise InvalidValue(f"{message}{given}", param=str(first["loc"][0])) from exc
 
 
@@ -418,23 +402,17 @@ def _logprobs(fields: Mapping[str, Any], endpoint: Endpoint, default: int | None
             raise InvalidValue(f"is for chats; on {endpoint}, set logprobs to the number", param="top_logprobs")
         # Not `in (None, False)`: 0 == False in Python, but 0 requests the sampled tokens' log-probabilities.
         wanted = logprobs is not None and logprobs is not False
-        return _whole(logprobs, "logprobs", MAX_COMPLETION_LOGPROBS) if wanted else None
+        return whole(logprobs, "logprobs", MAX_COMPLETION_LOGPROBS) if wanted else None
     if not isinstance(logprobs, bool | None):
         raise InvalidValue(
-            f"must be true or false, not {_shown(logprobs)}; set top_logprobs to the number", param="logprobs"
+            f"must be true or false, not {shown(logprobs)}; set top_logprobs to the number", param="logprobs"
         )
-    top_k = None if top is None else _whole(top, "top_logprobs", MAX_CHAT_LOGPROBS)
+    top_k = None if top is None else whole(top, "top_logprobs", MAX_CHAT_LOGPROBS)
     if not (default is not None if logprobs is None else logprobs):
         if top_k:
             raise InvalidValue("needs logprobs to be true", param="top_logprobs")
         return None
     return top_k if top_k is not None else default or 0
-
-
-def _whole(value: Any, name: str, maximum: int) -> int:
-    if type(value) is not int or not 0 <= value <= maximum:
-        raise InvalidValue(f"must be a whole number from 0 to {maximum}, not {_shown(value)}", param=name)
-    return value
 
 
 def _seed(job_id: str, index: int) -> int:
@@ -443,148 +421,8 @@ def _seed(job_id: str, index: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1  # 63 bits fit a signed 64-bit integer
 
 
-def _prompt(fields: Mapping[str, Any], rules: Rules) -> dict[str, Any]:
-    """Return `messages`, `prompt` or `prompts` of the stored request."""
-    if "messages" in fields and "prompt" in fields:
-        raise InvalidValue("Give either prompt or messages, not both.", param="messages")
-    if "messages" in fields:
-        return {"messages": _messages(fields["messages"], rules)}
-    if "prompt" not in fields:
-        raise MissingParameter("A request needs a prompt or messages.", param="prompt")
-    if isinstance(fields["prompt"], list) and rules.endpoint == COMPLETIONS_ENDPOINT:
-        return {"prompts": _prompts(fields["prompt"], rules)}
-    prompt = _filled(_text(fields["prompt"], "prompt"), "prompt")
-    _refuse_long(len(prompt), rules, "prompt")
-    return {"prompt": prompt}
-
-
-def _prompts(prompt: list[Any], rules: Rules) -> tuple[str | tuple[int, ...], ...]:
-    """Return the prompts of a list of texts, of token ids (one prompt), or of lists of token ids."""
-    listed = [prompt] if all(type(part) is int for part in prompt) else prompt
-    read = tuple(_one_prompt(part, f"prompt[{n}]") for n, part in enumerate(listed))
-    _refuse_long(sum(len(part) for part in read), rules, "prompt")
-    return read
-
-
-def _one_prompt(prompt: Any, param: str) -> str | tuple[int, ...]:
-    if not isinstance(prompt, list):
-        return _filled(_text(prompt, param), param)
-    if not prompt or not all(type(token) is int and 0 <= token < 2**31 for token in prompt):
-        raise InvalidValue("must be a text or a list of at least one token id", param=param)
-    return tuple(prompt)
-
-
 def _refuse_many(prompts: int, n: int) -> None:
     if prompts * n > MAX_CHOICES:
         raise InvalidValue(
             f"{prompts} prompts with {n} choices each are more than {MAX_CHOICES} texts.", param="prompt"
         )
-
-
-def _messages(messages: Any, rules: Rules) -> tuple[ChatMessage, ...]:
-    if rules.endpoint == COMPLETIONS_ENDPOINT:
-        raise InvalidValue(f"{COMPLETIONS_ENDPOINT} takes a prompt, not messages.", param="messages")
-    if not isinstance(messages, list) or not messages:
-        raise InvalidValue("messages must be a list of at least one message.", param="messages")
-    read = tuple(_message(message, f"messages[{n}]") for n, message in enumerate(messages))
-    _refuse_long(sum(len(message.content) for message in read), rules, "messages")
-    return read
-
-
-def _message(message: Any, param: str) -> ChatMessage:
-    if not isinstance(message, dict):
-        raise InvalidValue(f"A message is an object with role and content, not {_kind(message)}.", param=param)
-    fields = {name: value for name, value in message.items() if not _is_empty(name, value)}
-    for name in fields.keys() & _CALLS:
-        raise UnsupportedParameter("Tool calls are not supported.", param=f"{param}.{name}")
-    refuse_unknown(fields, _MESSAGE_FIELDS, f"{param}.")
-    role = fields.get("role")
-    if not isinstance(role, str) or role not in _ROLES:
-        raise InvalidValue(f"must be one of {', '.join(_ROLES)}, not {_shown(role)}", param=f"{param}.role")
-    content = _content(fields.get("content"), f"{param}.content")
-    if role == "user":
-        _filled(content, f"{param}.content")
-    return ChatMessage(role=_ROLES[role], content=content)
-
-
-def _is_empty(name: str, value: Any) -> bool:
-    """Return whether a field of a message is empty, as many are when a response is sent back as a message."""
-    return value is None or (name not in ("role", "content") and value in ("", [], {}))
-
-
-def _content(content: Any, param: str) -> str:
-    """Return the text of a message: a string, or a list of text parts, joined."""
-    if not isinstance(content, list):
-        return _text(content, param)
-    return "".join(_part(part, f"{param}[{n}]") for n, part in enumerate(content))
-
-
-def _part(part: Any, param: str) -> str:
-    if not isinstance(part, dict) or part.get("type") != "text":
-        kind = part.get("type") if isinstance(part, dict) else part
-        raise UnsupportedParameter(f"Only parts of type text are supported, not {_shown(kind)}.", param=param)
-    return _text(part.get("text"), f"{param}.text")
-
-
-def _text(value: Any, param: str) -> str:
-    if value is None:
-        raise MissingParameter("The text is missing.", param=param)
-    if not isinstance(value, str):
-        raise InvalidValue(f"must be a string, not {_kind(value)}", param=param)
-    return clean_text(value, param)
-
-
-def clean_text(text: str, param: str) -> str:
-    """Return the text; raise InvalidValue for U+0000 and lone surrogates, which PostgreSQL and tokenizers reject."""
-    if "\0" in text:
-        raise InvalidValue("The character U+0000 is not allowed.", param=param)
-    try:
-        text.encode()
-    except UnicodeEncodeError as exc:
-        raise InvalidValue(
-            f"Half of a surrogate pair at character {exc.start} is not valid text.", param=param
-        ) from exc
-    return text
-
-
-def _filled(text: str, param: str) -> str:
-    if not text.strip():
-        raise InvalidValue("The text is empty.", param=param)
-    return text
-
-
-def _refuse_long(chars: int, rules: Rules, param: str) -> None:
-    if chars > rules.max_prompt_chars:
-        raise PromptTooLong(f"The prompt has {chars} characters; the limit is {rules.max_prompt_chars}.", param=param)
-
-
-def refuse_unknown(fields: Mapping[str, Any], known: frozenset[str], prefix: str = "") -> None:
-    """Raise UnknownParameter for the first unknown field, suggesting the most similar known one."""
-    for name in fields:
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else "."
-            raise UnknownParameter(f"Unknown field{hint}", param=f"{prefix}{name[:64]}")
-
-
-def _refuse_unsupported(fields: Mapping[str, Any]) -> None:
-    for name in fields.keys() & UNSUPPORTED.keys():
-        value = fields[name]
-        if name == "best_of" and value == fields.get("n", 1) and type(value) is int:
-            continue  # best_of = n returns all choices
-        # Compare types too: False == 0 in Python.
-        if not any(type(value) is type(idle) and value == idle for idle in UNSUPPORTED[name]):
-            raise UnsupportedParameter("This field is not supported. Remove it.", param=name)
-
-
-def _kind(value: Any) -> str:
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
-    return names.get(type(value), "null" if value is None else "another type")
-
-
-def _shown(value: Any) -> str:
-    """Return a value for an error message, shortened, because the input may be huge."""
-    if isinstance(value, list | dict):
-        return _kind(value)
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."

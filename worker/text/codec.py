@@ -71,13 +71,8 @@ class Codec:
     ) -> EngineSequence:
         """Return one choice of a request as a sequence; `key` starts with its job.
 
-        Raises InvalidValue if max_tokens is beyond the context.
+        Its max_tokens is at most what the prompt leaves of the context. Raises InvalidValue for unknown token ids.
         """
-        if sampling.max_tokens is not None and sampling.max_tokens > self.context_tokens:
-            raise InvalidValue(
-                f"max_tokens is {sampling.max_tokens}, and the model's whole context has {self.context_tokens} tokens",
-                param="max_tokens",
-            )
         self._check_vocabulary(sampling.stop_token_ids, "stop_token_ids")
         self._check_vocabulary(sampling.logit_bias, "logit_bias")
         room = self.context_tokens - len(prompt)

@@ -21,7 +21,7 @@ from jobs.api.write_threads import run_write
 from jobs.errors import InvalidValue, MissingParameter, NotFound
 from jobs.messages import JobStatus
 from jobs.submission.batches import BatchSubmission, create_batch
-from jobs.submission.request_parser import refuse_unknown
+from jobs.submission.values import refuse_unknown
 from jobs.tracing import submit_span
 from storage import queries
 from storage.queries import JobView

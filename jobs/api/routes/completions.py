@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from jobs.api.auth.caller import Caller, CurrentCaller
 from jobs.api.auth.stream_limits import StreamSlot
 from jobs.api.dependencies import CurrentServices, Services, find_job
 from jobs.api.http.body import Body
+from jobs.api.http.paths import deployment
 from jobs.api.schemas.openapi import CHAT_BODY, COMPLETION_BODY, ERRORS
 from jobs.api.schemas.replies import CHAT, TEXT
 from jobs.api.submissions import json_object, require_json
@@ -37,7 +38,7 @@ from jobs.openai.errors import error_body
 from jobs.openai.responses import ResponseHeader
 from jobs.streaming.sse import decode_events
 from jobs.submission.intake import Submission, create_interactive_job, new_call_id
-from jobs.submission.request_parser import Item
+from jobs.submission.request_parser import Item, body_fields
 from jobs.tracing import submit_span
 from storage import queries, writes
 from storage.event_log import Cursor
@@ -76,7 +77,7 @@ class _Call:
 async def _answer(request: Request, services: Services, caller: Caller, endpoint: Endpoint) -> Response:
     require_json(request.headers)
     async with services.bodies.received(request, services.settings.max_json_bytes) as body:
-        call = await run_write(_accept, services, body, request.headers, caller, endpoint)
+        call = await run_write(_accept, services, body, request, caller, endpoint)
     events = _events(services, call.header.id)
     if not call.stream:
         await _or_disconnect(request, _drain(events))
@@ -89,11 +90,13 @@ async def _answer(request: Request, services: Services, caller: Caller, endpoint
     return StreamingResponse(lines, media_type="text/event-stream", headers={"cache-control": "no-store"})
 
 
-def _accept(services: Services, body: Body, headers: Mapping[str, str], caller: Caller, endpoint: Endpoint) -> _Call:
-    """Store the call as a job; raise what is wrong with it."""
-    fields = json_object(body.open().read())
+def _accept(services: Services, body: Body, request: Request, caller: Caller, endpoint: Endpoint) -> _Call:
+    """Store the call as a job; raise what is wrong with it. The model of an Azure path precedes that of the body."""
+    fields = body_fields(json_object(body.open().read()))
+    if (named := deployment(request.scope)) is not None:
+        fields["model"] = named
     stream, with_usage = _stream_options(fields)
-    with submit_span(headers) as traceparent:
+    with submit_span(request.headers) as traceparent:
         submission = Submission(
             [Item(0, fields)],
             endpoint=endpoint,
@@ -116,7 +119,7 @@ def _stream_options(fields: dict[str, Any]) -> tuple[bool, bool]:
         raise InvalidValue("must be a boolean", param="stream")
     if not isinstance(options, dict) or not isinstance(options.get("include_usage") or False, bool):
         raise InvalidValue("must be an object; include_usage is a boolean", param="stream_options")
-    if options and not stream:
+    if any(options.values()) and not stream:
         raise InvalidValue("requires stream: true", param="stream_options")
     return stream, bool(options.get("include_usage"))
 

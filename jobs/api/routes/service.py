@@ -16,8 +16,8 @@ from jobs.api.dependencies import CurrentServices
 from jobs.api.schemas import serializers
 from jobs.api.schemas.openapi import ERRORS
 from jobs.api.schemas.replies import HEALTH, JOB_ROWS, MODEL, MODELS, READY, STATISTICS, WORKERS
-from jobs.errors import NotFound, UnknownModel
-from jobs.submission.intake import known_models
+from jobs.errors import NotFound
+from jobs.submission.models import known_models
 from storage import queries
 from storage.statistics import job_summaries
 
@@ -60,16 +60,16 @@ def workers(services: CurrentServices) -> Response:
 def models(services: CurrentServices) -> Response:
     """List the models that jobs may use."""
     known = known_models(services.database, services.settings)
-    return JSONResponse({"object": "list", "data": [serializers.model(name, known[name]) for name in sorted(known)]})
+    listed = [serializers.model(name, known.context_tokens(name)) for name in known.names]
+    return JSONResponse({"object": "list", "data": listed})
 
 
 @router.get("/v1/models/{model:path}", response_model=None, responses=MODEL)
 def model(model: str, services: CurrentServices) -> Response:
-    """Read one model. Hub ids contain a slash, so the name is the rest of the path."""
+    """Read one model, by any of its names. Hub ids contain a slash, so the name is the rest of the path."""
     known = known_models(services.database, services.settings)
-    if model not in known:
-        raise UnknownModel(f"There is no model {model[:80]!r}. Available: {', '.join(sorted(known))}.", param="model")
-    return JSONResponse(serializers.model(model, known[model]))
+    name = known.resolve(model)
+    return JSONResponse(serializers.model(name, known.context_tokens(name)))
 
 
 @router.get("/healthz", response_model=None, responses=HEALTH)

@@ -11,8 +11,9 @@ from typing import Any, Final, get_args
 from fastapi import FastAPI
 
 from jobs.api.schemas.replies import ErrorReply, examples, streamed_schemas
-from jobs.messages import MAX_COMPARED_REQUESTS, Endpoint, SamplingParameters
-from jobs.submission.request_parser import MAX_CUSTOM_ID_CHARS, MAX_TIMEOUT_S, PARAMETERS, UNSUPPORTED, WITHOUT_EFFECT
+from jobs.messages import CHAT_ENDPOINT, MAX_COMPARED_REQUESTS, Endpoint, SamplingParameters
+from jobs.submission.fields import PARAMETERS, Treatment, field_of
+from jobs.submission.request_parser import MAX_CUSTOM_ID_CHARS, MAX_TIMEOUT_S
 
 Json = dict[str, Any]
 
@@ -38,8 +39,7 @@ _ENDPOINT: Final[Json] = {"type": "string", "enum": list(get_args(Endpoint))}
 
 def _parameters() -> Json:
     """Return the schemas of all PARAMETERS; those of sampling parameters come from their model."""
-    schemas: Json = {name: {"description": "Accepted and ignored."} for name in WITHOUT_EFFECT}
-    schemas |= {name: {"description": "Not supported yet; leave it out."} for name in UNSUPPORTED}
+    schemas: Json = {name: {"description": _described(name)} for name in PARAMETERS}
     for name, schema in SamplingParameters.model_json_schema()["properties"].items():
         schemas[name] = {key: value for key, value in schema.items() if key not in ("title", "default")}
     schemas["stop"] = {
@@ -58,6 +58,13 @@ def _parameters() -> Json:
         "description": "Chats with logprobs: number of most likely tokens.",
     }
     return {name: schemas[name] for name in sorted(PARAMETERS)}
+
+
+def _described(name: str) -> str:
+    field = field_of(name, CHAT_ENDPOINT)
+    if field.treatment is Treatment.DROPPED:
+        return f"Accepted and ignored. {field.meaning}"
+    return field.meaning if field.treatment is Treatment.HONOURED else f"Leave it out. {field.meaning}"
 
 
 def _optional(schema: Json) -> Json:

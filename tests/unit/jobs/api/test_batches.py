@@ -328,12 +328,33 @@ def test_invisible_differences_do_not_make_a_line_invalid(world: World, line: st
         {"url": f"{CHAT}/"},
         {"url": f"https://api.openai.com{CHAT}"},
         {"url": f"{CHAT}?api-version=2024-10-21"},
+        {"url": "/openai/deployments/tiny/chat/completions"},
+        {"method": None, "url": None},
+        {"metadata": {}, "params": {}, "response": None, "id": "q"},
+        {"body": GOOD["body"] | {"model": "openai/TINY"}},
     ],
 )
-def test_endpoint_spellings_of_other_services_are_accepted(world: World, changes: dict[str, str]) -> None:
+def test_spellings_of_lines_of_other_services_are_accepted(world: World, changes: dict[str, Any]) -> None:
     batch = a_batch(world.client, [GOOD | changes])
     world.work()
     assert world.read(batch.id).request_counts.to_dict() == {"total": 1, "completed": 0, "failed": 0}
+
+
+def test_lines_of_a_body_alone_run_on_the_model_that_some_line_names_or_on_the_only_one(world: World) -> None:
+    """Together writes no method and url, Mistral no model either."""
+    bare = [{"custom_id": name, "body": {"messages": GOOD["body"]["messages"]}} for name in "ab"]
+    one, other = a_batch(world.client, bare), a_batch(world.client, [bare[0], a_line("t", method=None, url=None)])
+    prompts = [{"custom_id": "p", "body": {"prompt": "Hello"}}]
+    third = a_batch(world.client, [*prompts, *bare], endpoint=COMPLETIONS)
+    world.work()
+    assert [world.read(batch.id).model for batch in (one, other, third)] == ["tiny"] * 3
+    assert [world.read(batch.id).request_counts.failed for batch in (one, other, third)] == [0, 0, 2]
+
+
+def test_a_batch_takes_azure_s_name_of_its_endpoint(world: World) -> None:
+    batch = a_batch(world.client, [GOOD], endpoint="/chat/completions")
+    world.work()
+    assert (world.read(batch.id).endpoint, world.read(batch.id).status) == (CHAT, "in_progress")
 
 
 PRETTY = json.dumps([GOOD, GOOD], indent=2)

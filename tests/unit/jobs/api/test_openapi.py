@@ -17,7 +17,7 @@ from fastapi.testclient import TestClient
 
 from jobs.api.app import make_api
 from jobs.settings import JobsSettings
-from jobs.submission.request_parser import PARAMETERS
+from jobs.submission.fields import PARAMETERS
 from storage.session import Database
 from tests.paths import ROOT
 from tests.unit.jobs.api.test_routes import answer_all

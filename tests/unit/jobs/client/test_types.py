@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from jobs.client import parameters
-from jobs.submission.request_parser import PARAMETERS, UNSUPPORTED, WITHOUT_EFFECT
+from jobs.submission.fields import Treatment, names
 from tests.paths import ROOT
 
 SCRIPT = """
@@ -72,4 +72,4 @@ def checked(script: Path) -> str:
 
 
 def test_the_typed_parameters_are_those_that_have_an_effect() -> None:
-    assert set(parameters.Parameters.__annotations__) == PARAMETERS - WITHOUT_EFFECT - UNSUPPORTED.keys()
+    assert set(parameters.Parameters.__annotations__) == names(Treatment.HONOURED) - {"extra_body"}

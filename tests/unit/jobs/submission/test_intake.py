@@ -148,11 +148,11 @@ def test_the_first_request_may_name_the_model(intake: Intake) -> None:
     assert intake.job(intake.accept({"prompt": "one", "model": "other"})).model == "other"
 
 
-def test_a_cap_beyond_the_context_of_the_worker_fails_its_request(intake: Intake) -> None:
+def test_a_cap_beyond_the_context_of_the_worker_is_accepted_on_a_line_and_for_the_job(intake: Intake) -> None:
     with intake.database.write() as session:
         writes.register_worker(session, a_worker_card(target="tiny", context_tokens=64))
-    [failed] = intake.failed(intake.accept({"prompt": "one", "max_tokens": 65}, "two"))
-    assert failed.error_param == "max_tokens"
+    assert intake.failed(intake.accept({"prompt": "one", "max_tokens": 65}, "two")) == []
+    assert intake.failed(intake.accept("one", parameters={"max_tokens": 1_000_000})) == []
 
 
 def test_a_bad_parameter_of_the_job_refuses_the_job(intake: Intake) -> None:

@@ -1,0 +1,266 @@
+"""The fields of a request and of its messages: one table for the parser, the API document and docs/fields.md.
+
+It holds the fields of OpenAI, vLLM, SGLang and TGI. A field is honoured, dropped (it can't change the text), or refused
+with a reason unless its value is idle: one that asks for nothing, such as the default of the engine that knows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final, get_args
+
+from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, Endpoint, SamplingParameters
+
+
+class Treatment(StrEnum):
+    """What the service does with a field."""
+
+    HONOURED = "honoured"
+    DROPPED = "dropped"
+    REFUSED = "refused"
+
+
+_BOTH: Final[tuple[Endpoint, ...]] = get_args(Endpoint)
+_CHAT: Final[tuple[Endpoint, ...]] = (CHAT_ENDPOINT,)
+_TEXT: Final[tuple[Endpoint, ...]] = (COMPLETIONS_ENDPOINT,)
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One field. A name has two rows if the endpoints differ."""
+
+    name: str
+    type: str
+    treatment: Treatment
+    meaning: str  # of a refused field: the reason, as the end of its error
+    idle: tuple[Any, ...] = ()  # values that ask for nothing, besides null
+    neutral: Any = None  # replaces the idle values of an honoured field; None: the field is left out
+    endpoints: tuple[Endpoint, ...] = _BOTH
+
+    def is_idle(self, value: Any) -> bool:
+        """Return whether the value asks for nothing."""
+        bare = _without_nulls(value)
+        return bare is None or any(_same(bare, idle) for idle in self.idle)
+
+
+def _honoured(name: str, kind: str, meaning: str, idle: tuple[Any, ...] = (), **more: Any) -> Field:
+    return Field(name, kind, Treatment.HONOURED, meaning, idle, **more)
+
+
+def _dropped(kind: str, meaning: str, *names: str, endpoints: tuple[Endpoint, ...] = _BOTH) -> Iterable[Field]:
+    return (Field(name, kind, Treatment.DROPPED, meaning, endpoints=endpoints) for name in names)
+
+
+def _refused(name: str, kind: str, reason: str, *idle: Any, endpoints: tuple[Endpoint, ...] = _BOTH) -> Field:
+    return Field(name, kind, Treatment.REFUSED, reason, idle, endpoints=endpoints)
+
+
+# Idle values of sampling parameters that SamplingParameters does not take, and what replaces them.
+_IDLE_SAMPLING: Final[Mapping[str, tuple[tuple[Any, ...], Any]]] = {"top_k": ((-1,), 0), "seed": ((-1,), None)}
+_TYPES: Final[Mapping[str, str]] = {
+    "stop": "string or list of strings",
+    "stop_token_ids": "list of integers",
+    "logit_bias": "object",
+    "ignore_eos": "boolean",
+}
+_FLOATS: Final = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+
+
+def _sampling() -> Iterable[Field]:
+    for name, info in SamplingParameters.model_fields.items():
+        if name != "logprobs":  # its type differs between the endpoints
+            idle, neutral = _IDLE_SAMPLING.get(name, ((), None))
+            kind = _TYPES.get(name, "number" if name in _FLOATS else "integer")
+            yield _honoured(name, kind, info.description or "", idle, neutral=neutral)
+
+
+_GRAMMAR: Final = "Structured output is not supported yet."
+_TOOLS: Final = "Tools are not supported yet."
+_THINKING: Final = "Control of the reasoning is not supported yet."
+_PROMPT_ROWS: Final = "Log-probabilities of the prompt are not supported yet."
+_PREFILL: Final = "Continuing a message is not supported yet."
+_BEAMS: Final = "Beam search is not supported: each choice is sampled on its own."
+_ADAPTERS: Final = "Adapters are not supported; name a model that is served."
+_CODE: Final = "Code of the caller does not run in the service."
+_TEMPLATE: Final = "The model's own chat template is used."
+_IDENTITY: Final = "An identifier of the caller."
+_ROUTING: Final = "A routing hint; the text is the same on every worker."
+_MEDIA: Final = "Prompts are text."
+_HINT: Final = "A hint that can't change the text."
+
+FIELDS: Final[tuple[Field, ...]] = (
+    *_sampling(),
+    _honoured("max_completion_tokens", "integer", "Same as max_tokens; takes precedence."),
+    _honoured("logprobs", "boolean", "Return log-probabilities.", endpoints=_CHAT),
+    _honoured(
+        "logprobs", "integer, 0 to 5", "Number of top tokens per token.", (False,), neutral=False, endpoints=_TEXT
+    ),
+    _honoured("top_logprobs", "integer, 0 to 20", "Number of top tokens per token; needs logprobs.", endpoints=_CHAT),
+    _honoured("extra_body", "object", "Its fields are read as fields of the body and take precedence.", ({},)),
+    # OpenAI
+    *_dropped("boolean", "Only single requests are streamed; a batch or job ignores it.", "stream"),
+    *_dropped("object", "Only for streams: include_usage ends them with the token counts.", "stream_options"),
+    *_dropped("object", "Use the metadata of the job.", "metadata"),
+    *_dropped("boolean", "Without tools it has no meaning.", "parallel_tool_calls", endpoints=_CHAT),
+    *_dropped("string", "Without tools it has no meaning.", "tool_prompt", endpoints=_CHAT),
+    *_dropped("object", "Drafts are chosen by the service.", "prediction", endpoints=_CHAT),
+    *_dropped("string", _HINT, "prompt_cache_key", "prompt_cache_retention", "service_tier", "verbosity"),
+    *_dropped("object", _HINT, "prompt_cache_options"),
+    *_dropped("string", "Read by no model yet.", "reasoning_effort", endpoints=_CHAT),
+    *_dropped("string", _IDENTITY, "safety_identifier", "user"),
+    *_dropped("boolean", "Outputs are stored in any case.", "store", endpoints=_CHAT),
+    _refused("audio", "object", "The answer is text.", endpoints=_CHAT),
+    _refused("modalities", "list of strings", "The answer is text.", ["text"], [], endpoints=_CHAT),
+    _refused("moderation", "object", "There is no moderation."),
+    _refused("web_search_options", "object", "There is no web search.", endpoints=_CHAT),
+    _refused("functions", "list of objects", _TOOLS, [], endpoints=_CHAT),
+    _refused("function_call", "string or object", _TOOLS, "none", "auto", endpoints=_CHAT),
+    _refused("tools", "list of objects", _TOOLS, [], endpoints=_CHAT),
+    _refused("tool_choice", "string or object", _TOOLS, "none", "auto", endpoints=_CHAT),
+    _refused("response_format", "object", _GRAMMAR, {"type": "text"}, {}),
+    _refused("suffix", "string", "Models complete prompts only at their end.", "", endpoints=_TEXT),
+    _refused("echo", "boolean", "The answer does not repeat the prompt.", False),
+    _refused("best_of", "integer", "Choices are not ranked; set n.", 1, endpoints=_TEXT),
+    # vLLM
+    _refused("use_beam_search", "boolean", _BEAMS, False),
+    _refused("length_penalty", "number", _BEAMS, 1.0),
+    _refused("early_stopping", "boolean", _BEAMS, False),
+    _refused("min_tokens", "integer", "A minimal length is not supported yet.", 0),
+    _refused("include_stop_str_in_output", "boolean", "The text ends before the stop string.", False),
+    _refused("skip_special_tokens", "boolean", "The text has no special tokens.", True),
+    *_dropped("boolean", "The text has no special tokens.", "spaces_between_special_tokens"),
+    _refused("detokenize", "boolean", "The answer is text.", True),
+    _refused("truncate_prompt_tokens", "integer", "Prompts are not truncated; a prompt that is too long is refused."),
+    *_dropped("string", "Prompts are not truncated.", "truncation_side"),
+    _refused("prompt_logprobs", "integer", _PROMPT_ROWS, False),
+    _refused("logprob_token_ids", "list of integers", "Log-probabilities are those of the top tokens.", []),
+    _refused("allowed_token_ids", "list of integers", _GRAMMAR, []),
+    _refused("bad_words", "list of strings", "Set logit_bias for the tokens to avoid.", []),
+    _refused("add_generation_prompt", "boolean", _PREFILL, True, endpoints=_CHAT),
+    _refused("continue_final_message", "boolean", _PREFILL, False, endpoints=_CHAT),
+    _refused("add_special_tokens", "boolean", "The chat template writes the special tokens.", False, endpoints=_CHAT),
+    _refused("add_special_tokens", "boolean", "Send token ids for a prompt without them.", True, endpoints=_TEXT),
+    _refused("documents", "list of objects", "Write documents into the messages.", [], endpoints=_CHAT),
+    _refused("chat_template", "string", _TEMPLATE, "", endpoints=_CHAT),
+    _refused("chat_template_kwargs", "object", _TEMPLATE, {}, endpoints=_CHAT),
+    _refused("enable_thinking", "boolean", _THINKING, endpoints=_CHAT),
+    _refused("thinking", "object", _THINKING, {}, endpoints=_CHAT),
+    _refused("thinking_token_budget", "integer", _THINKING, endpoints=_CHAT),
+    _refused("include_reasoning", "boolean", _THINKING, True, endpoints=_CHAT),
+    _refused("structured_outputs", "object", _GRAMMAR, {}),
+    *(_refused(f"guided_{what}", "string or object", _GRAMMAR, "") for what in ("json", "regex", "grammar")),
+    _refused("guided_choice", "list of strings", _GRAMMAR, []),
+    _refused("guided_json_object", "boolean", _GRAMMAR, False),
+    _refused("structural_tag", "string", _GRAMMAR, ""),
+    *_dropped("string", "Without a grammar it has no meaning.", "guided_decoding_backend", "guided_whitespace_pattern"),
+    _refused("logits_processors", "list", _CODE, []),
+    _refused("vllm_xargs", "object", _CODE, {}),
+    _refused("priority", "integer", "Jobs and keys have fair shares; single requests run first.", 0),
+    *_dropped("string", _IDENTITY, "request_id", "session_id", "cache_salt"),
+    *_dropped("object", _ROUTING, "kv_transfer_params", "ec_transfer_params"),
+    *_dropped("object", _MEDIA, "media_io_kwargs", "mm_processor_kwargs"),
+    *_dropped("boolean", _MEDIA, "return_mm_kwargs", "use_audio_in_video"),
+    *_dropped("integer", "The service chooses when it sends text.", "stream_interval"),
+    _refused("return_token_ids", "boolean", "Token ids are not returned yet.", False),
+    _refused("return_tokens_as_token_ids", "boolean", "Token ids are not returned yet.", False),
+    _refused("return_token_offsets", "boolean", "Token offsets are not returned.", False),
+    _refused("return_prompt_text", "boolean", "The answer does not repeat the prompt.", False),
+    _refused("routed_experts_prompt_start", "integer", "Routing of experts is not returned.", 0),
+    _refused("repetition_detection", "object", "Set repetition_penalty or frequency_penalty.", {}),
+    _refused("watermarking", "boolean", "Texts have no watermark.", False),
+    # SGLang
+    *(_refused(name, "string", _GRAMMAR, "") for name in ("regex", "ebnf", "json_schema")),
+    _refused("stop_regex", "string or list of strings", "Set stop.", "", []),
+    _refused("no_stop_trim", "boolean", "The text ends before the stop string.", False),
+    _refused("sampling_seed", "integer", "It is called seed here."),
+    _refused("lora_path", "string or list of strings", _ADAPTERS, "", []),
+    _refused("session_params", "object", "A request has no session; send the whole conversation.", {}),
+    _refused("custom_logit_processor", "string", _CODE, ""),
+    _refused("custom_params", "object", _CODE, {}),
+    _refused("separate_reasoning", "boolean", _THINKING, True, endpoints=_CHAT),
+    *_dropped("boolean", "Only for streams of a reasoning.", "stream_reasoning", endpoints=_CHAT),
+    _refused("return_hidden_states", "boolean", "Hidden states are not returned.", False),
+    _refused("return_routed_experts", "boolean", "Routing of experts is not returned.", False),
+    _refused("routed_experts_start_len", "integer", "Routing of experts is not returned.", 0),
+    *_dropped("boolean", "The usage has the token counts.", "return_cached_tokens_details", "return_meta_info"),
+    _refused("input_ids", "list of integers", "Send token ids as the prompt of /v1/completions."),
+    *_dropped("string", _IDENTITY, "rid", "extra_key", "ngram_corpus_id"),
+    *_dropped("object", _IDENTITY, "custom_labels"),
+    *_dropped("object", _MEDIA, "images_config"),
+    *_dropped("string", _ROUTING, "bootstrap_host"),
+    *_dropped("integer", _ROUTING, "bootstrap_port", "bootstrap_room", "data_parallel_rank"),
+    *_dropped("integer", _ROUTING, "routed_dp_rank", "disagg_prefill_dp_rank"),
+    # TGI
+    _refused("max_new_tokens", "integer", "It is called max_tokens here."),
+    _refused("min_new_tokens", "integer", "A minimal length is not supported yet.", 0),
+    _refused("do_sample", "boolean", "Set temperature to 0.", True),
+    _refused("typical_p", "number", "Set top_p or min_p.", 1.0),
+    _refused("truncate", "integer", "Prompts are not truncated; a prompt that is too long is refused."),
+    _refused("watermark", "boolean", "Texts have no watermark.", False),
+    _refused("grammar", "object", _GRAMMAR, {}),
+    _refused("guideline", "string", "Write it as a system message.", "", endpoints=_CHAT),
+    _refused("adapter_id", "string", _ADAPTERS, ""),
+    _refused("return_full_text", "boolean", "The answer does not repeat the prompt.", False),
+    _refused("details", "boolean", "Set logprobs.", False),
+    _refused("decoder_input_details", "boolean", _PROMPT_ROWS, False),
+    _refused("top_n_tokens", "integer", "Set top_logprobs.", 0),
+    # Options of client libraries that end up in bodies
+    *_dropped("object", "An option of the client library.", "extra_headers", "extra_query"),
+    *_dropped("number", "An option of the client library; timeout_s limits a request of a job.", "timeout"),
+)
+
+_CALL: Final = "Messages with calls are not supported yet."
+MESSAGE_FIELDS: Final[tuple[Field, ...]] = (
+    _honoured("role", "string", "system, developer (read as system), user, assistant or tool."),
+    _honoured(
+        "content",
+        "string or list of parts",
+        "A text, or parts whose texts are joined. Null is empty, but not of users.",
+    ),
+    _refused("tool_calls", "list of objects", _CALL, [], endpoints=_CHAT),
+    _refused("function_call", "object", _CALL, {}, endpoints=_CHAT),
+    _refused("audio", "object", _MEDIA, {}, endpoints=_CHAT),
+    _refused("images", "list", _MEDIA, [], endpoints=_CHAT),
+    _refused("prefix", "boolean", _PREFILL, False, endpoints=_CHAT),
+    *_dropped("string", "Templates read no names.", "name", "tool_call_id", endpoints=_CHAT),
+    *_dropped(
+        "string", "Templates get the content only.", "refusal", "reasoning_content", "reasoning", endpoints=_CHAT
+    ),
+    *_dropped("any", "Any other field, as answers and logs carry them.", "…", endpoints=_CHAT),
+)
+
+_BY_NAME: Final = {name: [field for field in FIELDS if field.name == name] for name in {f.name for f in FIELDS}}
+_MESSAGE_FIELDS_BY_NAME: Final = {field.name: field for field in MESSAGE_FIELDS}
+
+PARAMETERS: Final = frozenset(_BY_NAME)
+
+
+def field_of(name: str, endpoint: Endpoint) -> Field:
+    """Return the row of a parameter for an endpoint; of one that the endpoint does not have, that of the other."""
+    rows = _BY_NAME[name]
+    return next((row for row in rows if endpoint in row.endpoints), rows[0])
+
+
+def message_field(name: str) -> Field:
+    """Return the row of a field of a message; unknown fields are dropped."""
+    return _MESSAGE_FIELDS_BY_NAME.get(name, _MESSAGE_FIELDS_BY_NAME["…"])
+
+
+def names(treatment: Treatment) -> frozenset[str]:
+    """Return the parameters with this treatment on one of the endpoints."""
+    return frozenset(field.name for field in FIELDS if field.treatment is treatment)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a value without the null fields of its outermost object."""
+    return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+
+
+def _same(value: Any, idle: Any) -> bool:
+    """Return whether the values are equal in JSON, where 1 is 1.0 but 0 is not false."""
+    if isinstance(value, bool) or isinstance(idle, bool):
+        return value is idle
+    numbers = isinstance(value, int | float) and isinstance(idle, int | float)
+    return (numbers or type(value) is type(idle)) and value == idle

@@ -1,0 +1,148 @@
+"""Each field of the table, on both endpoints and at every door: lines, jobs and single calls."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, get_args
+
+import pytest
+
+from jobs.errors import RequestRefused
+from jobs.messages import CHAT_ENDPOINT, Endpoint, GenerationRequest
+from jobs.submission.fields import FIELDS, MESSAGE_FIELDS, Field, Treatment, field_of
+from jobs.submission.request_parser import Item, Rules, parse_body, parse_item, parse_parameters
+
+ENDPOINTS: tuple[Endpoint, ...] = get_args(Endpoint)
+ANYTHING: tuple[Any, ...] = (True, 7, 0.5, "text", ["text"], {"a": 1})
+PROMPTS: dict[str, Any] = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hello"}]},
+    "/v1/completions": {"prompt": "Hello"},
+}
+
+
+def rules(endpoint: Endpoint) -> Rules:
+    return Rules("batch_1", "tiny", endpoint, {}, max_prompt_chars=1000)
+
+
+def sampling(body: Any) -> Any:
+    """The sampling of a stored request, without its default seed, which depends on the job."""
+    return GenerationRequest.model_validate(body).sampling.model_dump()
+
+
+def read_at_every_door(endpoint: Endpoint, fields: dict[str, Any]) -> list[Any]:
+    """Return what a job's request, a batch line, a single call, a job and an `extra_body` make of the fields.
+
+    A refusal is its error code and field.
+    """
+    body = {"model": "tiny", **PROMPTS[endpoint], **fields}
+    line = {"custom_id": "a", "method": "POST", "url": endpoint, "body": body}
+    nested = {"model": "tiny", **PROMPTS[endpoint], "extra_body": fields}
+    found: list[Any] = []
+    for value in (body, line, {"custom_id": "a", "body": body}, nested):
+        request = parse_item(Item(0, value), rules(endpoint))
+        failure = request.failure
+        found.append(sampling(request.body) if failure is None else (failure.code, failure.param))
+    for read in (
+        lambda: sampling(parse_body(body, rules(endpoint)).body),
+        lambda: sampling(
+            parse_item(
+                Item(0, PROMPTS[endpoint]),
+                dataclasses.replace(rules(endpoint), defaults=parse_parameters(fields, endpoint)),
+            ).body
+        ),
+    ):
+        try:
+            found.append(read())
+        except RequestRefused as refused:
+            found.append((refused.code, refused.param))
+    return found
+
+
+def rows() -> list[tuple[Field, Endpoint]]:
+    return [
+        (field_of(name, endpoint), endpoint) for name in dict.fromkeys(f.name for f in FIELDS) for endpoint in ENDPOINTS
+    ]
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_a_value_that_asks_for_nothing_gives_the_request_without_the_field(endpoint: Endpoint) -> None:
+    plain = read_at_every_door(endpoint, {})
+    assert all(isinstance(each, dict) for each in plain)
+    for field, _ in (row for row in rows() if row[1] == endpoint):
+        for idle in (None, *field.idle):
+            assert read_at_every_door(endpoint, {field.name: idle}) == plain, (field.name, idle)
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_a_dropped_field_changes_nothing_whatever_its_value(endpoint: Endpoint) -> None:
+    plain = read_at_every_door(endpoint, {})
+    for field, _ in (row for row in rows() if row[1] == endpoint and row[0].treatment is Treatment.DROPPED):
+        for value in ANYTHING:
+            assert read_at_every_door(endpoint, {field.name: value}) == plain, (field.name, value)
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_a_refused_field_that_asks_for_something_is_refused_by_name_with_the_reason(endpoint: Endpoint) -> None:
+    for field, _ in (row for row in rows() if row[1] == endpoint and row[0].treatment is Treatment.REFUSED):
+        value = next(each for each in ANYTHING if not field.is_idle(each))
+        assert set(read_at_every_door(endpoint, {field.name: value})) == {("unsupported_parameter", field.name)}
+        failure = parse_item(Item(0, PROMPTS[endpoint] | {field.name: value}), rules(endpoint)).failure
+        assert failure is not None
+        assert field.meaning in failure.message
+
+
+HONOURED: dict[str, Any] = {
+    "extra_body": {"top_k": 3},
+    "logit_bias": {"1": 2},
+    "stop": "x",
+    "stop_token_ids": [3],
+    "ignore_eos": True,
+    "logprobs": {"/v1/chat/completions": True, "/v1/completions": 2},
+    "top_logprobs": {"/v1/chat/completions": 0, "/v1/completions": 0},
+}
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_an_honoured_field_changes_the_stored_request(endpoint: Endpoint) -> None:
+    plain = read_at_every_door(endpoint, {})
+    for field, _ in (row for row in rows() if row[1] == endpoint and row[0].treatment is Treatment.HONOURED):
+        value = HONOURED.get(field.name, 0.25 if field.type == "number" else 3)
+        value = value.get(endpoint, value) if isinstance(value, dict) else value
+        found = read_at_every_door(endpoint, {field.name: value})
+        if field.name == "top_logprobs":
+            assert found == plain, "without logprobs it asks for none"
+            continue
+        assert all(isinstance(each, dict) for each in found), (field.name, found)
+        assert all(each != without for each, without in zip(found, plain, strict=True)), field.name
+
+
+def test_values_are_idle_as_json_values_not_as_python_objects() -> None:
+    length_penalty, echo, priority = (field_of(name, CHAT_ENDPOINT) for name in ("length_penalty", "echo", "priority"))
+    assert length_penalty.is_idle(1)
+    assert length_penalty.is_idle(1.0)
+    assert not length_penalty.is_idle(True)
+    assert not echo.is_idle(0)
+    assert not priority.is_idle(False)
+    formats = field_of("response_format", CHAT_ENDPOINT)
+    assert formats.is_idle({"type": "text", "json_schema": None})
+    assert not formats.is_idle({"type": "json_object"})
+
+
+def test_every_row_says_what_it_means_and_no_name_has_two_rows_for_one_endpoint() -> None:
+    assert [field.name for field in (*FIELDS, *MESSAGE_FIELDS) if not field.meaning or not field.type] == []
+    named = [(field.name, endpoint) for field in FIELDS for endpoint in field.endpoints]
+    assert len(named) == len(set(named))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"top_k": -1, "length_penalty": 1.0, "use_beam_search": False, "priority": 0, "extra_body": {}},
+        {"best_of": 2, "n": 2},
+        {"extra_body": {"extra_body": {"min_p": None}, "top_k": None}},
+        {"response_format": {"type": "text"}, "tools": [], "tool_choice": "none", "functions": None},
+    ],
+)
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+def test_bodies_that_other_engines_take_are_taken(endpoint: Endpoint, fields: dict[str, Any]) -> None:
+    assert all(isinstance(each, dict) for each in read_at_every_door(endpoint, fields)), fields
