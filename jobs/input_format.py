@@ -17,6 +17,11 @@ from jobs.errors import InvalidValue
 
 _WANTED: Final = "Provide JSON lines (.jsonl), or one prompt per line (.txt)."
 
+_GZIP: Final = "packed (gzip)"
+_PACKED: Final = "Unpack it first."
+_UNPACK: Final = "Unpack it, or send it with the header content-encoding: gzip."
+_UTF_8: Final = "Save it as UTF-8."
+
 # By suffix. `jobs.client.request_body` handles the accepted ones (.txt, .jsonl, .json).
 _SUFFIXES: Final = {
     **dict.fromkeys((".csv", ".tsv"), "a table (CSV)"),
@@ -36,7 +41,7 @@ _SUFFIXES: Final = {
 
 # By magic bytes.
 _MAGIC: Final = (
-    (rb"\x1f\x8b", "packed (gzip)"),
+    (rb"\x1f\x8b", _GZIP),
     (rb"BZh[1-9]1AY&SY", "packed (bzip2)"),
     (rb"\xfd7zXZ\0", "packed (xz)"),
     (rb"\x28\xb5\x2f\xfd", "packed (zstd)"),
@@ -53,8 +58,6 @@ _MAGIC: Final = (
     (rb"(?i)\s*<(?:!doctype html|html|\?xml)[\s>]", "HTML or XML"),
 )
 
-_PACKED: Final = "Unpack it first."
-_UTF_8: Final = "Save it as UTF-8."
 _TO_LINES: Final = "Write one object per line: jq -c '.[]' converts an array to lines, and jq -c . objects."
 _WITHOUT_HEADER: Final = (
     "In Python, Client().submit(pandas.read_csv(…)) accepts columns named prompt, custom_id, and after parameters. "
@@ -83,13 +86,25 @@ def reject_output_suffix(path: PurePath, written: str, suffixes: str, advice: st
         raise InvalidValue(f"{path} would be {what}, but {written} ({suffixes.split()[0]}). {advice}".rstrip())
 
 
-def _other_formats(content: bytes, suffix: str) -> Iterator[tuple[str, str]]:
-    """Yield (format, advice) for each other format that the file matches, best match first."""
+def reject_bytes_of_other_formats(content: bytes, name: str) -> None:
+    """Raise InvalidValue, with advice, if the bytes are recognised as something else than text in UTF-8."""
+    for what, advice in _other_bytes(content, ""):
+        raise InvalidValue(f"{name} is {what}. {advice}")
+
+
+def _other_bytes(content: bytes, suffix: str) -> Iterator[tuple[str, str]]:
+    """Yield (format, advice) for each other format that the first bytes show."""
     for pattern, what in _MAGIC:
         if re.match(pattern, content) and not (suffix == ".txt" and what.startswith("HTML")):
-            yield what, _PACKED if what.startswith("packed (") and "office" not in what else _WANTED
-    if (encoding := _wide_encoding(content)) is not None:
+            packed = what.startswith("packed (") and "office" not in what
+            yield what, _UNPACK if what == _GZIP else _PACKED if packed else _WANTED
+    if (encoding := wide_encoding(content)) is not None:
         yield f"text in {encoding}, neither JSON lines nor text in UTF-8", _UTF_8
+
+
+def _other_formats(content: bytes, suffix: str) -> Iterator[tuple[str, str]]:
+    """Yield (format, advice) for each other format that the file matches, best match first."""
+    yield from _other_bytes(content, suffix)
     if suffix in _SUFFIXES:
         what = _SUFFIXES[suffix]
         yield what, _WITHOUT_HEADER if "CSV" in what else _PACKED if what == "packed" else _WANTED
@@ -160,7 +175,7 @@ def _first_value_has_lines(content: bytes) -> bool:
     return "\n" in text[:end]
 
 
-def _wide_encoding(content: bytes) -> str | None:
+def wide_encoding(content: bytes) -> str | None:
     """Return UTF-16 or UTF-32 if the text has this encoding, else None."""
     if content.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
         return "UTF-32"

@@ -12,6 +12,7 @@ from starlette.datastructures import Headers, QueryParams
 from jobs.api.http.body import Body
 from jobs.client.durations import parse_duration_s
 from jobs.errors import InvalidValue, MissingParameter, UnknownParameter, UnsupportedBody
+from jobs.input_format import reject_bytes_of_other_formats
 from jobs.messages import Endpoint
 from jobs.openai.paths import endpoint_of_url
 from jobs.settings import JobsSettings
@@ -91,7 +92,13 @@ def json_object(body: bytes) -> dict[str, Any]:
     try:
         fields = read_json(body.removeprefix(b"\xef\xbb\xbf"))
     except ValueError as exc:
+        reject_bytes_of_other_formats(body, "The body")
         raise InvalidValue(f"The body is not valid JSON: {exc}.") from exc
+    if isinstance(fields, list):
+        raise InvalidValue(
+            "The body must be a JSON object, not a list. A job takes its requests as the field `requests`, or as JSON "
+            "lines with the header content-type: application/x-ndjson."
+        )
     if not isinstance(fields, dict):
         raise InvalidValue("The body must be a JSON object.")
     return {name: value for name, value in fields.items() if value is not None}

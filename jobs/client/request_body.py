@@ -12,11 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Protocol, get_args
+from typing import IO, Any, Protocol
 
+from jobs.client.gunzip import MAGIC, unpack, without_gz
 from jobs.errors import InvalidValue
 from jobs.input_format import filled_lines, reject_other_formats
 from jobs.messages import Endpoint
+from jobs.openai.paths import endpoint_of_line
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,16 @@ class PromptFile:
         if path.is_dir():
             raise InvalidValue(f"{path} is a directory; give the file in it that holds the prompts.")
         return cls(path.read_bytes(), path.suffix.lower(), str(path))
+
+    def unpacked(self) -> PromptFile:
+        """Return a gzip file unpacked, with the suffix that is left; other files as they are."""
+        if not self.content.startswith(MAGIC):
+            return self
+        try:
+            content = unpack(self.content, _MAX_UNPACKED_BYTES)
+        except InvalidValue as refused:
+            raise InvalidValue(f"{self.name}: {refused.message}") from refused
+        return replace(self, content=content, suffix=Path(without_gz(self.name)).suffix.lower())
 
 
 class Table(Protocol):
@@ -59,6 +71,7 @@ Prompts = (
     | Table
 )
 
+_MAX_UNPACKED_BYTES = 1 << 30  # of a gzip file; services take less
 _BOM = b"\xef\xbb\xbf"
 _IDS = ("custom_id", "id")
 _LINES_INSPECTED = 20
@@ -108,6 +121,7 @@ def _read(file: Any) -> PromptFile:
 
 def _file_body(file: PromptFile) -> SubmissionBody:
     """Return the body of a file: JSON lines unchanged, each line of text as one prompt."""
+    file = file.unpacked()
     file = replace(file, content=_with_newlines(file.content))
     content = file.content.removeprefix(_BOM)
     reject_other_formats(content, file.name, file.suffix)
@@ -115,7 +129,7 @@ def _file_body(file: PromptFile) -> SubmissionBody:
         return SubmissionBody(lines=b"".join(_as_json_lines(file)))
     values = map(_json, filled_lines(content))
     return SubmissionBody(
-        lines=file.content, endpoint=_endpoint(next((value for value in values if value is not None), None))
+        lines=file.content, endpoint=endpoint_of_line(next((value for value in values if value is not None), None))
     )
 
 
@@ -151,11 +165,6 @@ def _json(line: bytes) -> Any:
         return json.loads(line)
     except (ValueError, RecursionError):
         return None
-
-
-def _endpoint(first: Any) -> Endpoint | None:
-    url = first.get("url") if isinstance(first, dict) and "body" in first else None
-    return next((endpoint for endpoint in get_args(Endpoint) if endpoint == url), None)
 
 
 def _values(prompts: Any) -> Iterable[Any]:

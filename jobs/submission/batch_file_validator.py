@@ -13,7 +13,7 @@ from typing import Any, Final
 from jobs.errors import BasicError, InvalidJsonLine, InvalidValue
 from jobs.openai.paths import endpoint_of_line
 from jobs.submission.custom_ids import CustomIds, GivenId
-from jobs.submission.input_lines import Line, Sample, describe_format, find_custom_id
+from jobs.submission.input_lines import Line, Sample, find_custom_id
 from jobs.submission.models import ModelNames
 from jobs.submission.request_parser import (
     MAX_CUSTOM_ID_CHARS,
@@ -71,8 +71,8 @@ def validate_lines(lines: Iterable[Line], endpoint: str, models: ModelNames, lim
             result.add("too_many_tasks", f"A batch may have at most {limits.requests} requests. Split the file.")
             return result
         item, problem = reader.read(index, line)
+        sample.add(line.text, problem is None)
         if problem is not None:
-            sample.add(line.text)
             _add(invalid, problem, line.number)
         earlier = result.ids.add(index, item.location, own_id(item))
         if earlier is not None:
@@ -82,7 +82,7 @@ def validate_lines(lines: Iterable[Line], endpoint: str, models: ModelNames, lim
             result.model = reader.model or result.model or models.default
     if not result.requests:
         result.add("empty_file", "The file has no requests.")
-    elif not result.model and (kind := describe_format(sample.lines)) is not None:
+    elif (kind := sample.describe_format()) is not None:
         result.add("invalid_json_line", kind, 1)
     elif not result.model or duplicates.errors:
         found = (duplicates.errors + invalid.errors)[:MAX_ERRORS]

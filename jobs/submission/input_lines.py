@@ -22,6 +22,7 @@ _START_BYTES: Final = 65_536  # kept of a line that is too long, to find its cus
 _MAX_PARTS: Final = 200_000  # of an invalid line that are searched for its custom_id
 _SAMPLE_LINES: Final = 20
 _SAMPLE_BYTES: Final = 65_536
+_EDGE_BYTES: Final = 16  # of the first and the last line
 _ARRAY: Final = re.compile(rb"\[\s*[{\"]")
 _ONE_LINE: Final = re.compile(rb"[^\r]*\}\r\s*\{")
 
@@ -82,17 +83,31 @@ def describe_format(sample: Sequence[bytes]) -> str | None:
 
 
 class Sample:
-    """The first lines of a file, to recognise its format."""
+    """The first unreadable lines of a file, to recognise its format."""
 
     def __init__(self) -> None:
-        self.lines: list[bytes] = []
+        self._lines: list[bytes] = []
         self._bytes = 0
+        self._first: bytes | None = None
+        self._last = b""
+        self._any_readable = False
 
-    def add(self, line: bytes) -> None:
-        """Add a line, up to _SAMPLE_LINES and _SAMPLE_BYTES."""
-        if len(self.lines) < _SAMPLE_LINES and self._bytes < _SAMPLE_BYTES:
-            self.lines.append(line[:_SAMPLE_BYTES])
+    def add(self, line: bytes, readable: bool) -> None:
+        """Add a line; keep unreadable ones, up to _SAMPLE_LINES and _SAMPLE_BYTES."""
+        self._first = line[:_EDGE_BYTES] if self._first is None else self._first
+        self._last = line[:_EDGE_BYTES]
+        self._any_readable |= readable
+        if not readable and len(self._lines) < _SAMPLE_LINES and self._bytes < _SAMPLE_BYTES:
+            self._lines.append(line[:_SAMPLE_BYTES])
             self._bytes += len(line)
+
+    def describe_format(self) -> str | None:
+        """Return what the file is instead of JSON lines, with advice; None if it has readable lines or is unknown.
+
+        A JSON value on several lines may have a readable one, such as the last of an array.
+        """
+        fills_file = self._first in (b"[", b"{") and self._last in (b"]", b"}")
+        return describe_format(self._lines) if self._lines and (fills_file or not self._any_readable) else None
 
 
 def _raw_lines(chunks: Iterable[bytes], max_bytes: int) -> Iterator[tuple[bytes, bool]]:

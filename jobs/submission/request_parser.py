@@ -27,11 +27,12 @@ from jobs.errors import (
     RequestRefused,
     UnsupportedParameter,
 )
+from jobs.input_format import wide_encoding
 from jobs.messages import COMPLETIONS_ENDPOINT, Endpoint, GenerationRequest, SamplingParameters
 from jobs.openai.paths import endpoint_of_url
 from jobs.submission.custom_ids import GivenId, default_id, recovered
 from jobs.submission.fields import PARAMETERS, Treatment, field_of
-from jobs.submission.input_lines import Line, Sample, describe_format, find_custom_id, split_lines
+from jobs.submission.input_lines import Line, Sample, find_custom_id, split_lines
 from jobs.submission.models import ModelNames
 from jobs.submission.prompts import read_prompt
 from jobs.submission.values import clean_text, kind, refuse_unknown, shown, whole
@@ -102,19 +103,17 @@ class Rules:
 def read_lines(file: IO[bytes], max_line_bytes: int) -> Iterator[Item]:
     """Yield the items of a JSONL file. Skip blank lines; an invalid line becomes an item that will be rejected.
 
-    Raise InvalidJsonLine after the last line if no line is readable and the file has another known format.
+    Raise InvalidJsonLine after the last line if the file has another known format: if no line is readable, or if one
+    JSON value fills the file.
     """
-    sample: Sample | None = Sample()
+    sample = Sample()
     for index, line in enumerate(split_lines(iter(partial(file.read, _CHUNK_BYTES), b""), max_line_bytes)):
         item = _read_line(index, line, max_line_bytes)
-        if item.is_readable:
-            sample = None
-        elif sample is not None:
-            sample.add(line.text)
+        sample.add(line.text, item.is_readable)
         yield item
         del item  # before the next one is read: a line of 10 MB may be 400 MB as a value
-    if sample is not None and sample.lines and (kind := describe_format(sample.lines)) is not None:
-        raise InvalidJsonLine(kind)
+    if (found := sample.describe_format()) is not None:
+        raise InvalidJsonLine(found)
 
 
 def read_json(text: bytes) -> Any:
@@ -274,13 +273,30 @@ def read_line(line: Line, max_bytes: int) -> Any:
         raise InvalidJsonLine(f"The line is not JSON: {_why(line.text, exc)}.") from exc
 
 
+_BOM = "\ufeff".encode()
+# What follows a complete value on its line, and why.
+_AFTER = {
+    _BOM: "a byte order mark inside the line: files were joined without a line break between them",
+    b"\x1a": "Ctrl-Z, the end mark of old files, inside the line: files were joined without a line break between them",
+    b"{": "two requests on one line; write each on its own line",
+    b"[": "two values on one line; write each on its own line",
+    b",": "a comma after the request; remove the commas between lines",
+}
+
+
 def _why(text: bytes, exc: ValueError) -> str:
     """Return why a line is not JSON, replacing messages of the parser that don't help."""
     reason, _, column = str(exc).partition(" at line 1 column ")  # the parser's line is always 1
+    rest = text[int(column or 1) - 1 :]
+    after = next((why for mark, why in _AFTER.items() if rest.startswith(mark)), None)
+    if (encoding := wide_encoding(text)) is not None:
+        return f"it is {encoding}; save the whole file as UTF-8"
     if text.endswith(b","):
         reason, column = "it ends with a comma", ""
-    elif reason == "expected value" and (number := _NO_NUMBER.match(text, int(column or 1) - 1)):
+    elif reason == "expected value" and (number := _NO_NUMBER.match(rest)):
         reason = f"{number[0].decode()} is not a JSON number"
+    elif reason == "trailing characters" and after is not None:
+        reason = after
     elif reason == "invalid unicode code point":
         reason = "it is not UTF-8"
     elif "surrogate" in reason or reason == "unexpected end of hex escape":

@@ -39,7 +39,7 @@ class UploadForm:
         kind, options = parse_options_header(content_type)
         if kind != b"multipart/form-data" or not options.get(b"boundary"):
             raise UnsupportedBody("Send the file as multipart/form-data, in a part named file.")
-        self.size = 0  # file bytes received
+        self._size = 0  # file bytes received
         self.filename: str | None = None
         self.pending = bytearray()  # file bytes not taken yet
         self._max_file_bytes = max_file_bytes
@@ -62,6 +62,11 @@ class UploadForm:
             raise InvalidValue("The form ends inside a part.")
         if self.filename is None:
             raise MissingParameter("The form has no part named file.", param="file")
+
+    def check_size(self, size: int) -> None:
+        """Raise BodyTooLarge if a file of this size is beyond the limit."""
+        if size > self._max_file_bytes:
+            raise BodyTooLarge(f"The file is larger than the limit of {self._max_file_bytes} bytes.", param="file")
 
     def purpose(self) -> str:
         """Return the purpose of the file; raise if it is missing or unknown."""
@@ -127,9 +132,8 @@ class UploadForm:
             if len(self._part.data) > _MAX_FIELD_BYTES:
                 raise InvalidValue(f"The value is longer than {_MAX_FIELD_BYTES} bytes.", param=self._part.name)
             return
-        self.size += end - start
-        if self.size > self._max_file_bytes:
-            raise BodyTooLarge(f"The file is larger than the limit of {self._max_file_bytes} bytes.", param="file")
+        self._size += end - start
+        self.check_size(self._size)
         self.pending += data[start:end]
 
     def _part_end(self) -> None:

@@ -20,6 +20,7 @@ from jobs.api.schemas import serializers
 from jobs.api.schemas.openapi import ERRORS, UPLOAD_BODY
 from jobs.api.schemas.replies import BYTES, FileDeleted, FilePage, FileReply, responses
 from jobs.api.write_threads import run_write
+from jobs.client.gunzip import MaybeGzip, without_gz
 from jobs.errors import InvalidValue, NotFound
 from storage import files
 from storage.files import CHUNK_BYTES, FileView
@@ -99,41 +100,57 @@ def _delete(services: Services, file_id: str, caller: Caller) -> bool:
 
 
 class _UploadWriter:
-    """Writes one upload, one transaction per chunk: a slow client must not hold the write lock."""
+    """Writes one upload, one transaction per chunk: a slow client must not hold the write lock.
+
+    A gzip file is stored unpacked, so that a batch reads its lines and the limit counts what it holds.
+    """
 
     def __init__(self, services: Services, caller: Caller, file_id: str) -> None:
         self._services = services
         self._caller = caller
         self._file_id = file_id
-        self._chunks = 0
+        self._file = MaybeGzip()
+        self._pending = bytearray()
+        self._size = self._chunks = 0
 
     def take(self, form: UploadForm, data: bytes) -> None:
         """Parse the next bytes of the body, and write the chunks that are complete."""
         form.feed(data)
-        while len(form.pending) >= CHUNK_BYTES:
-            self.write(form, CHUNK_BYTES)
-
-    def write(self, form: UploadForm, size: int) -> None:
-        """Write the next `size` pending bytes of the form."""
-        data = bytes(form.pending[:size])
-        del form.pending[:size]
-        with self._services.database.write() as session:
-            if not self._chunks:
-                files.begin_file(session, self._file_id, "batch", form.filename or "", self._caller.key_id)
-            files.append_chunk(session, self._file_id, self._chunks, data)
-        self._chunks += 1
+        packed = bytes(form.pending)
+        form.pending.clear()
+        self._store(form, self._file.feed(packed))
 
     def finish(self, form: UploadForm) -> Response:
         """Write the rest, make the file visible and return it."""
         purpose = form.purpose()
         expires_after_s = form.expires_after_s() or self._services.settings.file_days * _DAY_S
-        if form.pending or not self._chunks:
-            self.write(form, len(form.pending))
+        self._store(form, self._file.end())
+        if self._pending or not self._chunks:
+            self._write(form, len(self._pending))
         with self._services.database.write() as session:
-            files.finish_file(session, self._file_id, form.size, expires_after_s, purpose)
+            files.finish_file(session, self._file_id, self._size, expires_after_s, purpose)
             file = files.file(session, self._file_id)
         assert file is not None
         return JSONResponse(serializers.file(file))
+
+    def _store(self, form: UploadForm, pieces: Iterator[bytes]) -> None:
+        for piece in pieces:
+            self._pending += piece
+            self._size += len(piece)
+            form.check_size(self._size)
+            while len(self._pending) >= CHUNK_BYTES:
+                self._write(form, CHUNK_BYTES)
+
+    def _write(self, form: UploadForm, size: int) -> None:
+        data = bytes(self._pending[:size])
+        del self._pending[:size]
+        name = form.filename or ""
+        with self._services.database.write() as session:
+            if not self._chunks:
+                stored = without_gz(name) if self._file.is_gzip else name
+                files.begin_file(session, self._file_id, "batch", stored, self._caller.key_id)
+            files.append_chunk(session, self._file_id, self._chunks, data)
+        self._chunks += 1
 
     def drop(self) -> None:
         """Delete the chunks of an upload that failed."""

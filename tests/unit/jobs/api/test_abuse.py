@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -227,10 +228,36 @@ def test_bodies_of_other_content_types_are_rejected(api: TestClient, kind: str) 
     refused(api.post("/v1/jobs", content=b'{"requests": ["a"]}', headers={"content-type": kind}), 415)
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "br", "deflate", "gzip, identity", "GZIP"])
-def test_compressed_bodies_are_rejected(api: TestClient, encoding: str) -> None:
+@pytest.mark.parametrize(
+    ("encoding", "status"), [("gzip", 400), ("GZIP", 400), ("br", 415), ("deflate", 415), ("gzip, identity", 415)]
+)
+def test_damaged_gzip_bodies_and_other_encodings_are_rejected(api: TestClient, encoding: str, status: int) -> None:
     for path in ("/v1/jobs", CHAT_ENDPOINT):
-        refused(api.post(path, content=b"\x1f\x8b" + b"0" * 100, headers=JSON | {"content-encoding": encoding}), 415)
+        body = b"\x1f\x8b" + b"0" * 100
+        refused(api.post(path, content=body, headers=JSON | {"content-encoding": encoding}), status)
+
+
+def test_a_gzip_bomb_is_refused_and_a_gzip_body_is_read(api: TestClient) -> None:
+    packed = {"content-encoding": "gzip"}
+    bomb = gzip.compress(b'"' + b"x" * 30_000_000 + b'"')
+    for headers in (JSON, LINES):
+        refused(api.post("/v1/jobs", content=bomb, headers=headers | packed), 413)
+        body = b'{"requests": ["a"]}' if headers is JSON else b'"a"'
+        assert api.post("/v1/jobs", content=gzip.compress(body), headers=headers | packed).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        (gzip.compress(b'{"requests": ["a"]}'), "gzip"),
+        ('{"requests": ["a"]}'.encode("utf-16"), "UTF-16"),
+        (b"PAR1\x15\x04", "Parquet"),
+        (b'["a", "b"]', "not a list. A job takes its requests as the field `requests`"),
+    ],
+)
+def test_a_json_body_of_another_format_is_named(api: TestClient, body: bytes, what: str) -> None:
+    for path in ("/v1/jobs", CHAT_ENDPOINT):
+        assert what in refused(api.post(path, content=body, headers=JSON))["message"]
 
 
 def test_a_json_body_has_a_limit_of_its_own_and_lines_may_have_more(api: TestClient) -> None:

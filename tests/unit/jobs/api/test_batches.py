@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 import threading
@@ -233,6 +234,9 @@ BAD_LINES = {
     "more of it": (broken(BAD, "0.5", "[" * 1_700), "bad"),
     "a comma behind it": (json.dumps(BAD).encode() + b",", "bad"),
     "a comma too many": (broken(BAD, "0.5", "0.5,"), "bad"),
+    "a byte order mark in the middle": (json.dumps(BAD).encode() + "\ufeff".encode() + json.dumps(BAD).encode(), "bad"),
+    "Ctrl-Z in the middle": (json.dumps(BAD).encode() + b"\x1a" + json.dumps(BAD).encode(), "bad"),
+    "a line in UTF-16": (json.dumps(BAD).encode("utf-16-le"), "request-1"),
     "two values": (json.dumps(BAD).encode() * 2, "bad"),
     "an end that is missing": (json.dumps(BAD).encode()[:-3], "bad"),
     "an end that is missing in a text": (broken(BAD, 'Hello"', "Hello"), "bad"),
@@ -363,7 +367,11 @@ PRETTY = json.dumps([GOOD, GOOD], indent=2)
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (gzip.compress(as_jsonl([GOOD]), mtime=0), "gzip"),
+        (bz2.compress(as_jsonl([GOOD])), "bzip2"),
+        (b"PAR1\x15\x04\x15\n\x00PAR1", "Parquet"),
+        (b"[\n" + as_jsonl([GOOD]) + b"]\n", "several lines"),
+        (b"id;prompt\n1;hi\n2;yo\n", "CSV"),
+        (b"\xef\xbb\xbf" + PRETTY.encode(), "several lines"),
         (as_jsonl([GOOD]).decode().encode("utf-16"), "UTF-16"),
         (json.dumps([GOOD] * 5).encode(), "JSON array"),
         (json.dumps([GOOD] * 2_000).encode(), "JSON array"),
@@ -380,6 +388,13 @@ def test_a_file_that_is_not_json_lines_gets_one_error(world: World, content: byt
     (error,) = world.read(batch.id).errors.data
     assert (error.code, error.line) == ("invalid_json_line", 1)
     assert said in error.message
+
+
+def test_a_gzip_file_is_a_batch_like_any_other(world: World) -> None:
+    file = uploaded(world.client, gzip.compress(as_jsonl([GOOD, a_line("b")])), "input.jsonl.gz")
+    batch = world.client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+    world.work()
+    assert world.read(batch.id).request_counts.to_dict() == {"total": 2, "completed": 0, "failed": 0}
 
 
 def test_lists_accept_order_status_and_an_empty_after(world: World) -> None:

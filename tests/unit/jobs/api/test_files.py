@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,6 +54,26 @@ def test_a_file_downloads_as_it_was_uploaded(client: OpenAI, content: bytes) -> 
 def test_a_large_file_is_stored_in_chunks(client: OpenAI, database: Database) -> None:
     uploaded(client, b"x" * (2 * files.CHUNK_BYTES + 1))
     assert chunks_in(database) == 3
+
+
+@pytest.mark.parametrize(("name", "kept"), [("a.jsonl.gz", "a.jsonl"), ("a.jsonl", "a.jsonl")])
+def test_a_gzip_file_is_stored_unpacked(client: OpenAI, name: str, kept: str) -> None:
+    content = ODD_BYTES + b"x" * 2_000_000
+    file = uploaded(client, gzip.compress(content), name)
+    assert (file.bytes, file.filename) == (len(content), kept)
+    assert client.files.content(file.id).read() == content
+
+
+def test_an_upload_in_a_gzip_body_is_unpacked_with_its_form(api: TestClient) -> None:
+    form = (
+        b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+        b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.gz"\r\n\r\n'
+        + gzip.compress(b"{}")
+        + b"\r\n--b--\r\n"
+    )
+    headers = {"content-type": "multipart/form-data; boundary=b", "content-encoding": "gzip"}
+    reply = api.post("/v1/files", content=gzip.compress(form), headers=headers)
+    assert (reply.json()["filename"], reply.json()["bytes"]) == ("a", 2)
 
 
 def test_fields_may_follow_the_file(api: TestClient) -> None:
@@ -196,7 +217,10 @@ BAD_UPLOADS: list[tuple[dict[str, Any], int, str | None, str | None]] = [
         "invalid_value",
         None,
     ),
-    (FORM | {"headers": {"content-encoding": "gzip"}}, 415, None, None),
+    (FORM | {"headers": {"content-encoding": "br"}}, 415, None, None),
+    (FORM | {"headers": {"content-encoding": "gzip"}}, 400, "invalid_value", None),
+    (FORM | {"files": {"file": ("a.jsonl.gz", gzip.compress(b"x" * 5_000)[:-4])}}, 400, "invalid_value", None),
+    (FORM | {"files": {"file": ("a.jsonl.gz", gzip.compress(bytes(10_000_000)))}}, 413, "file_too_large", "file"),
 ]
 
 

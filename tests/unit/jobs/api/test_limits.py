@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import logging
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from jobs.api.http.limits import BodyLimitMiddleware
-from jobs.errors import BodyTooLarge, BodyTooSlow, UnsupportedBody
+from jobs.errors import BodyTooLarge, BodyTooSlow, InvalidValue, UnsupportedBody
 from jobs.logs import JsonFormatter
 
 
@@ -17,7 +18,7 @@ async def read_all(scope: Scope, receive: Receive, send: Send) -> None:
         pass
 
 
-def read(*parts: bytes, headers: dict[str, str] | None = None, idle_s: float = 5.0) -> None:
+def read(*parts: bytes, headers: dict[str, str] | None = None, idle_s: float = 5.0, max_bytes: int = 10) -> None:
     """Send a body in parts to an application that reads it; an empty part never arrives."""
     waiting = list(parts)
 
@@ -32,7 +33,7 @@ def read(*parts: bytes, headers: dict[str, str] | None = None, idle_s: float = 5
 
     encoded = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
     scope: dict[str, Any] = {"type": "http", "headers": encoded}
-    asyncio.run(BodyLimitMiddleware(read_all, max_bytes=10, idle_s=idle_s)(scope, receive, send))
+    asyncio.run(BodyLimitMiddleware(read_all, max_bytes=max_bytes, idle_s=idle_s)(scope, receive, send))
 
 
 def test_a_body_within_the_limit_passes() -> None:
@@ -54,9 +55,23 @@ def test_a_stalled_body_times_out() -> None:
         read(b"1", b"", idle_s=0.01)
 
 
-def test_a_compressed_body_is_rejected() -> None:
-    with pytest.raises(UnsupportedBody):
-        read(b"1", headers={"content-encoding": "gzip"})
+def test_a_gzip_body_has_the_same_limit_once_it_is_unpacked() -> None:
+    packed = {"content-encoding": "gzip"}
+    data = gzip.compress(b"1234567890")
+    limit = len(data)
+    read(data[:3], data[3:], headers=packed, max_bytes=limit)
+    with pytest.raises(BodyTooLarge):
+        read(gzip.compress(bytes(limit + 1)), headers=packed, max_bytes=limit)
+    with pytest.raises(InvalidValue, match="ends early"):
+        read(data[:-1], headers=packed, max_bytes=limit)
+    with pytest.raises(InvalidValue, match="ends early"):
+        read(data[:1], headers=packed)
+
+
+@pytest.mark.parametrize("encoding", ["br", "deflate", "zstd", "gzip, identity"])
+def test_a_body_in_another_encoding_is_rejected(encoding: str) -> None:
+    with pytest.raises(UnsupportedBody, match="send gzip"):
+        read(b"1", headers={"content-encoding": encoding})
 
 
 def test_json_log_lines_carry_the_extra_fields() -> None:

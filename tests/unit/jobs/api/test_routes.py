@@ -424,7 +424,7 @@ BAD_SUBMISSIONS: list[tuple[dict[str, Any], int, str | None, str | None]] = [
     ({"content": "", "headers": LINES}, 400, "empty_job", None),
     ({"content": '"a"', "headers": LINES, "params": {"requests": "1"}}, 400, "unknown_parameter", "requests"),
     ({"content": "a=b", "headers": {"content-type": "application/x-www-form-urlencoded"}}, 415, None, None),
-    ({"content": "{}", "headers": {"content-type": "application/json", "content-encoding": "gzip"}}, 415, None, None),
+    ({"content": "{}", "headers": {"content-type": "application/json", "content-encoding": "br"}}, 415, None, None),
     ({"json": {"requests": ["a"]}, "headers": {"idempotency-key": "k" * 256}}, 400, "invalid_value", "Idempotency-Key"),
 ]
 

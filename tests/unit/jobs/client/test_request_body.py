@@ -106,8 +106,9 @@ with zipfile.ZipFile(WORKBOOK, "w") as workbook:
         (json.dumps(ROWS, indent=1).encode()[:-3], "a.json", "one value on several lines"),
         (b'[{"prompt": "a"},\n{"prompt": "b"},\n]', "a.json", "one value on several lines"),
         (b'{"prompt": "a"},\n{"prompt": "b"}\n', "a.jsonl", "a comma after each line"),
-        (gzip.compress(b'"Hello"\n', mtime=0), "a.jsonl.gz", "packed"),
-        (gzip.compress(b'"Hello"\n', mtime=0), "a.jsonl", "packed"),
+        (gzip.compress(b'"Hello"\n', mtime=0)[:-1], "a.jsonl.gz", "gzip data ends early"),
+        (gzip.compress(b"id,prompt\n1,hi\n2,yo\n", mtime=0), "a.csv.gz", "a table"),
+        (gzip.compress(gzip.compress(b'"Hello"\n')), "a.gz", "packed"),
         (bz2.compress(b'"Hello"\n'), "a", "packed"),
         (lzma.compress(b'"Hello"\n'), "a", "packed"),
         (WORKBOOK.getvalue(), "a.xlsx", "spreadsheets"),
@@ -131,6 +132,23 @@ def test_a_file_of_another_format_is_refused_by_name(tmp_path: Path, content: by
     with pytest.raises(InvalidValue, match=what) as refused:
         build_body(path)
     assert str(refused.value).startswith(str(path))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.gz", "a.jsonl"])
+def test_a_gzip_file_is_read_as_what_it_holds(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(BATCH_LINE))
+    body = build_body(path)
+    assert (body.lines, body.endpoint) == (BATCH_LINE, "/v1/completions")
+    path.with_name("b.txt.gz").write_bytes(gzip.compress(b'"Quoted"'))
+    assert build_body(path.with_name("b.txt.gz")).lines == b'"\\"Quoted\\""\n'
+
+
+def test_a_line_without_a_url_is_of_the_endpoint_of_its_body() -> None:
+    line = b'{"custom_id": "a", "body": {"%s": "x"}}\n'
+    assert build_body(line % b"prompt").endpoint == "/v1/completions"
+    assert build_body(line % b"messages").endpoint == "/v1/chat/completions"
+    assert build_body(b'{"prompt": "x"}\n').endpoint is None
 
 
 def test_a_directory_is_refused(tmp_path: Path) -> None:

@@ -155,6 +155,21 @@ def test_a_cap_beyond_the_context_of_the_worker_is_accepted_on_a_line_and_for_th
     assert intake.failed(intake.accept("one", parameters={"max_tokens": 1_000_000})) == []
 
 
+@pytest.mark.parametrize(
+    ("line", "endpoint"),
+    [
+        ({"body": {"prompt": "one"}}, "/v1/completions"),
+        ({"body": {"messages": [{"role": "user", "content": "one"}]}}, "/v1/chat/completions"),
+        ({"url": "/v1/completions", "body": {"prompt": "one"}}, "/v1/completions"),
+        ({"prompt": "one"}, "/v1/chat/completions"),
+        ("one", "/v1/chat/completions"),
+    ],
+)
+def test_a_job_without_an_endpoint_has_that_of_its_first_line(intake: Intake, line: Any, endpoint: str) -> None:
+    job_id = intake.accept(line, endpoint=None)
+    assert (intake.job(job_id).endpoint, intake.failed(job_id)) == (endpoint, [])
+
+
 def test_a_bad_parameter_of_the_job_refuses_the_job(intake: Intake) -> None:
     with pytest.raises(InvalidValue, match="max_tokens: must be greater than or equal to 1, not 0"):
         intake.accept("one", parameters={"max_tokens": 0})

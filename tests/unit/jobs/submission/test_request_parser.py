@@ -301,6 +301,31 @@ def test_a_line_that_is_not_json_fails_alone_with_its_number(line: bytes) -> Non
 
 
 @pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b'{"prompt": "a"}\xef\xbb\xbf{"prompt": "b"}', "a byte order mark inside the line: files were joined"),
+        (b'{"prompt": "a"}\x1a{"prompt": "b"}', "Ctrl-Z, the end mark of old files, inside the line"),
+        (b'{"prompt": "a"}{"prompt": "b"}', "two requests on one line"),
+        (b'{"prompt": "a"},', "ends with a comma"),
+        ('{"prompt": "a"}'.encode("utf-16"), "it is UTF-16; save the whole file as UTF-8"),
+        (b'{"prompt": "caf\xe9"}', "it is not UTF-8"),
+    ],
+)
+def test_what_a_line_holds_besides_a_request_is_named(line: bytes, said: str) -> None:
+    _, bad, _ = (parse_item(item, some_rules()) for item in lines(b'"one"\n' + line + b'\n"three"'))
+    assert bad.failure is not None
+    assert said in bad.failure.message
+
+
+@pytest.mark.parametrize(
+    "content", [b'[\n"a",\n"b"\n]', b'[\n{"prompt": "a"},\n{"prompt": "b"}\n]\n', b'{\n"prompt": "a"\n}']
+)
+def test_one_json_value_on_several_lines_is_named_though_one_of_them_is_a_value(content: bytes) -> None:
+    with pytest.raises(InvalidJsonLine, match="one value on several lines"):
+        list(lines(content))
+
+
+@pytest.mark.parametrize(
     "value",
     [
         {"custom_id": "a", "surprise": 1},
