@@ -6,14 +6,13 @@ sequences have in common is fed once and copied. The rows of a draft tree follow
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from worker.engine.kv.prefix_tree import common_prefix_length
+from worker.engine.kv.prefix_tree import PrefixTree
 from worker.engine.segments import BoolArray, IntArray, Segment, chain
 from worker.engine.sequence import Sequence
 from worker.engine.speculation.draft_tree import Forest
@@ -43,45 +42,55 @@ class DraftSlots:
 
     def __init__(self) -> None:
         self._slots: dict[int, DraftSlot] = {}
-        self._by_prefix: defaultdict[tuple[int, ...], list[DraftSlot]] = defaultdict(list)  # by their first tokens
+        self._fed: PrefixTree[DraftSlot] = PrefixTree()  # tokens that slots have cached
+        self._known: PrefixTree[DraftSlot] = PrefixTree()  # tokens that slots are to be fed
+        self._num_fed = 0  # how often a slot got its first tokens
+        self._shareable: dict[int, tuple[int, int]] = {}  # (`_num_fed`, tokens to share) of sequences without a slot
 
     def of(self, sequence: Sequence) -> DraftSlot:
         """Return a sequence's slot."""
         slot = self._slots.get(id(sequence))
         if slot is None:
             slot = self._slots[id(sequence)] = DraftSlot(sequence, sequence.slot)
-            self._by_prefix[_prefix_key(sequence)].append(slot)
+            self._shareable.pop(id(sequence), None)
         return slot
 
     def num_uncached_tokens(self, sequence: Sequence) -> int:
         """Return the committed tokens that must be fed: not in the sequence's slot, and not in one to copy from."""
         slot = self._slots.get(id(sequence))
         if slot is not None and slot.cached:
+            self._keep(slot, slot.cached)
             return len(sequence.ids) - slot.cached
-        source, length = self._longest_shared_prefix(sequence)
-        return len(sequence.ids) - (min(length, source.cached) if source else 0)
+        looked_up, length = self._shareable.get(id(sequence), (-1, 0))
+        if looked_up != self._num_fed:
+            _, length = _source(self._fed, sequence)
+            self._shareable[id(sequence)] = self._num_fed, length
+        return len(sequence.ids) - length
 
     def drop(self, sequence: Sequence) -> int | None:
         """Forget a sequence; return the number of its slot, None if nothing was drafted for it."""
+        self._shareable.pop(id(sequence), None)
         slot = self._slots.pop(id(sequence), None)
         if slot is None:
             return None
-        key = _prefix_key(sequence)
-        self._by_prefix[key].remove(slot)
-        if not self._by_prefix[key]:
-            del self._by_prefix[key]
+        self._fed.remove(slot)
+        self._known.remove(slot)
         return slot.number
 
     def state(self, sequences: Seq[Sequence]) -> SlotState:
         """Return what the slots of sequences hold, for `restore`."""
         return [(slot, slot.cached, len(slot.nodes)) for slot in map(self.of, sequences)]
 
-    @staticmethod
-    def restore(state: SlotState) -> list[tuple[int, int]]:
+    def restore(self, state: SlotState) -> list[tuple[int, int]]:
         """Forget what was added since; return the number of each slot, and the entries that it keeps."""
         for slot, cached, nodes in state:
             slot.cached = cached
             del slot.nodes[nodes:]
+            if not cached:
+                self._fed.remove(slot)
+                self._known.remove(slot)
+            elif self._fed.length(slot) > cached:
+                self._fed.shrink(slot, cached)
         return [(slot.number, slot.cached + len(slot.nodes)) for slot, _, _ in state]
 
     def catch_up(self, sequences: Seq[Sequence], feed: Feed, copy_prefix: CopyPrefix) -> list[Segment]:
@@ -110,51 +119,54 @@ class DraftSlots:
         )
 
     def _share_prefix(self, sequence: Sequence, feed: Feed, copy_prefix: CopyPrefix) -> None:
-        """Fill an empty slot with a prefix that another slot has, or is about to feed."""
+        """Fill an empty slot with a prefix that another slot has cached, or is about to feed."""
         slot = self.of(sequence)
         if slot.cached:
             return
-        source, length = self._longest_shared_prefix(sequence)
+        source, length = _source(self._fed, sequence)
+        if source is None:
+            source, length = _source(self._known, sequence)
+        self._known.insert(slot, sequence.ids, len(sequence.ids))
         if source is not None:
             self._feed(source, length, feed)
-            copy_prefix(source.sequence.slot, sequence.slot, length)
-            slot.cached = length
+            copy_prefix(source.number, slot.number, length)
+            self._keep(slot, length)
 
-    def _longest_shared_prefix(self, sequence: Sequence) -> tuple[DraftSlot | None, int]:
-        """Return the other slot with the longest common prefix, and its length; each sequence keeps one token to feed.
-
-        Tokens that the other slot has cached count before those that it would have to feed.
-        """
-        best: tuple[DraftSlot | None, int] = (None, 0)
-        for slot in self._by_prefix.get(_prefix_key(sequence), ()):
-            if slot.sequence is not sequence and not slot.nodes:
-                limit = min(len(slot.sequence.ids), len(sequence.ids)) - 1
-                length = min(common_prefix_length(slot.sequence.ids, sequence.ids), limit)
-                if length >= _MIN_SHARED_PREFIX and (
-                    best[0] is None or (min(length, slot.cached), length) > (best[0].cached, best[1])
-                ):
-                    best = (slot, length)
-        return best
-
-    @staticmethod
-    def _feed(slot: DraftSlot, end: int, feed: Feed) -> None:
+    def _feed(self, slot: DraftSlot, end: int, feed: Feed) -> None:
         """Feed the tokens before `end`, at most `MAX_CATCH_UP_ROWS` per forward."""
         while slot.cached < end:
             ids = slot.sequence.ids[slot.cached : min(slot.cached + MAX_CATCH_UP_ROWS, end)]
-            feed(chain(slot.sequence.slot, slot.cached, ids, keep_last=True))
-            slot.cached += len(ids)
+            feed(chain(slot.number, slot.cached, ids, keep_last=True))
+            self._keep(slot, slot.cached + len(ids))
 
-    @staticmethod
-    def _uncached_rows(slot: DraftSlot) -> Segment:
+    def _uncached_rows(self, slot: DraftSlot) -> Segment:
         sequence = slot.sequence
-        segment = chain(sequence.slot, slot.cached, sequence.ids[slot.cached :], keep_last=True)
+        segment = chain(slot.number, slot.cached, sequence.ids[slot.cached :], keep_last=True)
         slot.cached = len(sequence.ids)
         slot.nodes.clear()
         return segment
 
+    def _keep(self, slot: DraftSlot, cached: int) -> None:
+        """Record the committed tokens that a slot has now."""
+        self._num_fed += not slot.cached
+        slot.cached = cached
+        self._fed.insert(slot, slot.sequence.ids, cached)
 
-def _prefix_key(sequence: Sequence) -> tuple[int, ...]:
-    return tuple(sequence.ids[: min(_MIN_SHARED_PREFIX, sequence.num_prompt)])
+
+def _source(tree: PrefixTree[DraftSlot], sequence: Sequence) -> tuple[DraftSlot | None, int]:
+    """Return a slot of another sequence with the longest common prefix, and its length; None if it is short.
+
+    Each sequence keeps one token to feed.
+    """
+    found = tree.longest(sequence.ids[:-1])
+    if found.length < _MIN_SHARED_PREFIX:
+        return None, 0
+    sources = (slot for slot in found.holders if slot.sequence is not sequence and not slot.nodes)
+    source = next(sources, None)
+    if source is None:
+        return None, 0
+    length = min(found.length, len(source.sequence.ids) - 1)
+    return (source, length) if length >= _MIN_SHARED_PREFIX else (None, 0)
 
 
 def by_slot(forest: Forest, frontier: IntArray) -> list[IntArray]:
