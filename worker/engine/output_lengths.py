@@ -13,8 +13,8 @@ import numpy as np
 
 from worker.engine.segments import IntArray
 
-QUANTILE = 0.9
-PRIOR_TOKENS = 256  # expected until enough answers have ended
+QUANTILE = 0.85
+PRIOR_TOKENS = 512  # expected until enough answers have ended
 _ENOUGH = 8  # ended answers of a group that make the prior superfluous
 _REMEMBERED = 256  # ended answers of a group that count: the latest
 _MAX_GROUPS = 64  # the least recently used is dropped
@@ -45,8 +45,8 @@ class OutputLengths:
         reached = np.concatenate([[1.0], survival])[np.searchsorted(lengths, now, side="right")]
         at = np.searchsorted(-survival, -(1.0 - QUANTILE) * reached - 1e-12)
         known = (at < len(lengths)) & (reached > 0.0)
-        longest = max(lengths.max(initial=0), PRIOR_TOKENS if len(ended) < _ENOUGH else 0)
-        beyond = np.maximum(longest, now + now // 4 + 16)
+        # Where too many answers are longer than all that have ended, expect each to double.
+        beyond = np.maximum(max(PRIOR_TOKENS, 2 * lengths.max(initial=0)), 2 * now + 16)
         quantile = lengths[np.minimum(at, len(lengths) - 1)]
         if len(ended) < _ENOUGH:
             quantile = np.maximum(quantile, PRIOR_TOKENS)

@@ -241,8 +241,8 @@ def test_expected_lengths_are_a_high_quantile_of_what_has_ended() -> None:
     assert lengths.expected("job", [0, 10]).tolist() == [PRIOR_TOKENS, PRIOR_TOKENS]
     for tokens in range(1, 101):
         lengths.learn("job", tokens)
-    assert lengths.expected("job", [0]).tolist() == [90]
-    assert lengths.expected("job", [0, 50, 95]).tolist() == [91, 96, 100], "given what is decoded already"
+    assert lengths.expected("job", [0]).tolist() == [85]
+    assert lengths.expected("job", [50]).tolist() == [93], "given what is decoded already"
     assert lengths.expected("job", [400])[0] > 400
     assert lengths.expected("other job", [0])[0] == PRIOR_TOKENS
 
