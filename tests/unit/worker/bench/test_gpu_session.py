@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.models import tiny
 from worker.bench import gpu_turns
@@ -45,4 +44,4 @@ def test_the_gap_is_the_time_of_a_turn_without_the_work_of_the_device(
     assert [(line["sequences"], line["sampled"]) for line in lines] == [(2, False), (2, True)]
     for line in lines:
         assert line["gap_ms"] == pytest.approx(line["turn_ms"] - line["device_ms"])
-        assert torch.cuda.is_available() or line["device_ms"] < line["turn_ms"]
+        assert line["device_ms"] > 0
