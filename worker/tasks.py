@@ -25,6 +25,7 @@ from jobs.queue.worker_notifier import WorkerNotifier
 from jobs.schema_check import require_schema
 from jobs.tracing import start_tracing, stop_tracing
 from worker.loading.loader import load_engine
+from worker.serving.request_process import RequestProcess
 from worker.serving.service import EngineService, Pulse, new_worker_id
 from worker.settings import WorkerSettings
 
@@ -71,9 +72,10 @@ def serve(settings: WorkerSettings) -> int:
     """Load the models, start the engine service, and receive notifications until a signal."""
     require_schema(settings.resolved_database_url)
     start_tracing("basic-worker")
+    requests = RequestProcess()  # it imports its modules while the models are loaded
     loaded = load_engine(_with_interactive(settings), on_message=log.info)
     service = EngineService(
-        settings, loaded, notify=WorkerNotifier(settings.redis_url).notify, worker_id=new_worker_id()
+        settings, loaded, WorkerNotifier(settings.redis_url).notify, requests, worker_id=new_worker_id()
     )
     app = make_worker_app(settings.redis_url, loaded.name, service)
 

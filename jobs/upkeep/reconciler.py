@@ -82,6 +82,15 @@ class Reconciler:
         except DATABASE_UNAVAILABLE:
             pass  # the term expires
 
+    def requeue(self, worker_id: str) -> None:
+        """Requeue the requests of a worker whose request process has died; they are suspects, as after its own death.
+
+        Raise what DATABASE_UNAVAILABLE names.
+        """
+        with self._database.write() as session:
+            reclaimed = reclaim(session, [worker_id], lapsed=False)
+        self._publish_changes(_Round(reclaimed.poisoned, reclaimed.ended_jobs, (), reclaimed.requeued))
+
     def run_once(self) -> bool:
         """Repair what can be repaired now; return whether we lead. Raise what DATABASE_UNAVAILABLE names."""
         try:

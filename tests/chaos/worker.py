@@ -1,9 +1,9 @@
 """A worker with injected faults: `python -m tests.chaos.worker`.
 
 It is the worker of the service with a few patches, which are all in this program: the product has no switch that
-injects faults. A prompt that contains POISON kills the process when it is admitted, as a crash of a kernel would. One
-that contains HANG stops the engine thread for ever. Every step takes CHAOS_STEP_S seconds longer, so that a tiny model
-is still decoding when the next fault comes.
+injects faults. The prompt POISON kills the process when it is admitted, as a crash of a kernel would. HANG stops the
+engine thread for ever. Every step takes CHAOS_STEP_S seconds longer, so that a tiny model is still decoding when the
+next fault comes. Its request process is that of `tests.chaos.request_process`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import sys
 import time
 from typing import Any
 
-from jobs.messages import GenerationRequest
-from worker import start
+from jobs.messages import CHAT_ENDPOINT, GenerationRequest, SamplingParameters
+from worker import start, tasks
 from worker.engine.engine import Engine
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepBatch
-from worker.text.codec import Codec
+from worker.loading.loader import LoadedModel
+from worker.serving import request_process
 
 POISON = "the prompt that kills"
 HANG = "the prompt that hangs"
@@ -28,29 +29,32 @@ STEP_VARIABLE = "CHAOS_STEP_S"
 
 def main() -> int:
     """Serve with the settings of the environment and the faults above."""
-    encode, add, step = Codec.encode, Engine.add, Engine.step
-    hanging: set[tuple[int, ...]] = set()  # token ids of prompts with HANG: the engine has no texts
+    load, add, step = tasks.load_engine, Engine.add, Engine.step
+    prompts: dict[tuple[int, ...], str] = {}  # by token ids: the engine has no texts
     step_s = float(os.environ.get(STEP_VARIABLE, "0"))
 
-    def deadly_encode(codec: Codec, request: GenerationRequest, endpoint: str) -> list[int]:
-        if request.prompt is not None and POISON in request.prompt:
-            os.kill(os.getpid(), signal.SIGKILL)
-        ids = encode(codec, request, endpoint)
-        if request.prompt is not None and HANG in request.prompt:
-            hanging.add(tuple(ids))
-        return ids
+    def noted_load(*given: Any, **named: Any) -> LoadedModel:
+        loaded = load(*given, **named)
+        for prompt in (POISON, HANG):
+            request = GenerationRequest(model=loaded.name, prompt=prompt, sampling=SamplingParameters(seed=1))
+            prompts[tuple(loaded.codec.encode(request, CHAT_ENDPOINT))] = prompt
+        return loaded
 
-    def hanging_add(engine: Engine, sequence: Sequence) -> None:
-        if tuple(sequence.ids[: sequence.num_prompt]) in hanging:
-            time.sleep(3600)
+    def deadly_add(engine: Engine, sequence: Sequence) -> None:
+        match prompts.get(tuple(sequence.ids[: sequence.num_prompt])):
+            case prompt if prompt == POISON:
+                os.kill(os.getpid(), signal.SIGKILL)
+            case prompt if prompt == HANG:
+                time.sleep(3600)
         add(engine, sequence)
 
     def slow_step(engine: Engine, *given: Any, **named: Any) -> StepBatch:
         time.sleep(step_s)
         return step(engine, *given, **named)
 
-    Codec.encode = deadly_encode  # type: ignore[assignment, method-assign]
-    Engine.add = hanging_add  # type: ignore[assignment, method-assign]
+    request_process.MODULE = "tests.chaos.request_process"
+    tasks.load_engine = noted_load
+    Engine.add = deadly_add  # type: ignore[method-assign]
     Engine.step = slow_step  # type: ignore[assignment, method-assign]
     return start.main()
 

@@ -17,7 +17,7 @@ from worker.engine.engine import Engine
 from worker.engine.sequence import Sequence as EngineSequence
 from worker.engine.stats import StepBatch
 from worker.serving.channel import Channel
-from worker.serving.messages import AddSequences, CancelSequences, EngineReport, ReportsRead, ToEngine
+from worker.serving.messages import AddSequences, CancelSequences, EngineReport, ReportsRead, RequestStatus, ToEngine
 from worker.serving.resilient_engine import ResilientEngine
 from worker.serving.speedup_check import SpeedupCheck
 from worker.serving.worker_stats import WorkerStats
@@ -26,7 +26,7 @@ from worker.text.codec import Codec
 log = logging.getLogger(__name__)
 
 MAX_UNREAD_REPORTS = 128  # with more unread reports, the engine pauses
-_REPORT_S = 0.5  # longest time between two reports while it runs
+_REPORT_S = 0.5  # longest time between two reports of an engine that is not paused
 
 
 class EngineLoop:
@@ -51,6 +51,7 @@ class EngineLoop:
             self._engine, codec, database, worker_id=worker_id, model=model, lease_s=lease_s
         )
         self._sequences: dict[int, EngineSequence] = {}  # unfinished, by number
+        self.num_requests = 0  # that the request loop holds
         self._num_added = 0
         self._num_unread = 0  # reports
         self._reported: tuple[int, int] | None = None  # num_added and free_capacity of the last report
@@ -77,7 +78,7 @@ class EngineLoop:
     @property
     def stats(self) -> dict[str, Any]:
         """Counters since the start and what the engine holds now, as JSON."""
-        return self._stats.as_json(self._sequences.values())
+        return {"requests": self.num_requests, **self._stats.as_json(self._sequences.values())}
 
     def run_once(self, *, notified: bool = False) -> None:
         """Take what has arrived, run one step of it or of a speed-up check, and report.
@@ -100,6 +101,15 @@ class EngineLoop:
         except DATABASE_UNAVAILABLE as error:
             raise DatabaseUnavailable(f"The database does not answer: {unavailable_reason(error)}") from error
 
+    def connect(self, channel: Channel) -> None:
+        """Drop all sequences, whose requests nobody holds any more, and serve another channel."""
+        if self._sequences:
+            self._engine.cancel({sequence.key for sequence in self._sequences.values()})
+        self._sequences = {}
+        self._channel = channel
+        self._num_added = self._num_unread = self.num_requests = 0
+        self._reported = None
+
     def stop(self) -> None:
         """Release a speed-up check that is running."""
         self._speedup_check.preempt()
@@ -119,6 +129,8 @@ class EngineLoop:
                 self._forget(message.numbers)
             case ReportsRead():
                 self._num_unread -= message.count
+            case RequestStatus():
+                self.num_requests = message.num_requests
 
     def _step(self) -> None:
         began_at = time.monotonic()

@@ -1,4 +1,4 @@
-"""Messages between the engine and the request loop. Plain data: it is pickled on the way."""
+"""Messages between the engine and the request loop. They are pickled on the way."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from worker.engine.sequence import Sequence as EngineSequence
 from worker.engine.stats import StepBatch
+from worker.settings import WorkerSettings
+from worker.text.codec import CodecOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,13 @@ class ReportsRead:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestStatus:
+    """To the engine: the request loop runs and holds so many requests."""
+
+    num_requests: int
+
+
+@dataclass(frozen=True, slots=True)
 class EngineReport:
     """From the engine: what it can take and what it has done. Each report proves that it has not hung."""
 
@@ -41,5 +50,23 @@ class EngineReport:
     given_up: tuple[tuple[int, str], ...] = ()  # number and reason of sequences that it can't decode
 
 
-ToEngine = AddSequences | CancelSequences | ReportsRead
-ToRequests = EngineReport
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """From the worker: how to serve. The first message to a request process."""
+
+    settings: WorkerSettings
+    worker_id: str
+    model: str
+    codec: CodecOptions
+    reserved: int  # slots that are kept for interactive requests
+
+
+@dataclass(frozen=True, slots=True)
+class HandBack:
+    """From the worker, after the last report: commit all progress, release all requests, and end."""
+
+    timeout_s: float
+
+
+ToEngine = AddSequences | CancelSequences | ReportsRead | RequestStatus
+ToRequests = EngineReport | Setup | HandBack

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable
 
 from jobs.errors import DatabaseUnavailable, RequestRefused
@@ -21,7 +21,14 @@ from worker.engine.stats import StepResult
 from worker.serving import spans
 from worker.serving.active_request import ActiveChoice, ActiveRequest, internal_error
 from worker.serving.channel import Channel
-from worker.serving.messages import AddSequences, CancelSequences, ReportsRead
+from worker.serving.messages import (
+    AddSequences,
+    CancelSequences,
+    EngineReport,
+    HandBack,
+    ReportsRead,
+    RequestStatus,
+)
 from worker.serving.request_reader import ParsedRequest, RequestReader
 from worker.serving.sink import Sink
 from worker.text.codec import Codec
@@ -37,6 +44,7 @@ _SETTLE_S = 0.02  # wait of a busy engine for the short requests just claimed
 _IDLE_SETTLE_S = 0.5  # wait of an idle engine for short requests, so that they start in one batch
 _IDLE_POLL_S = 0.05  # wait of an idle engine for a long request, before it checks for other work
 _READ_REPORTS = 16  # reports read before the engine is told
+_STATUS_S = 0.5  # between two messages about its own status
 _RENEWAL_FENCE = 2 / 3  # share of a lease without renewal after which leases are renewed before anything is decoded
 
 
@@ -76,6 +84,9 @@ class RequestLoop:
         self._reported = False  # the engine has reported since the last flush
         self._may_claim = False  # it has reported since the last claim
         self._notified = False
+        self._unread: deque[EngineReport] = deque()
+        self._hand_back: HandBack | None = None
+        self._told_at = float("-inf")
         self._claimed_at = float("-inf")
         self._claim_s = 0.0  # duration of the last claim
         self._more_waiting = False  # the last claim with slots for batch requests found some
@@ -93,6 +104,22 @@ class RequestLoop:
         """Number of requests that it holds."""
         return len(self._active)
 
+    @property
+    def hand_back_s(self) -> float | None:
+        """Seconds that `hand_back` may take; None while the worker does not stop."""
+        self._fetch()
+        return None if self._hand_back is None else self._hand_back.timeout_s
+
+    @property
+    def wait_s(self) -> float:
+        """Longest time to wait for a report between `admit` and `collect`."""
+        if self._more_waiting and not self._choices:
+            return 0.0
+        if any(request.reading for request in self._active.values()):
+            return _IDLE_POLL_S
+        due_at = self._flushed_at + self._flush_interval_s() if self._flushable() else self._claimed_at + _POLL_S
+        return min(max(0.0, due_at - time.monotonic()), _POLL_S)
+
     def notify(self) -> None:
         """Claim in the next turn: new work may be waiting."""
         self._notified = True
@@ -100,6 +127,7 @@ class RequestLoop:
     def admit(self) -> None:
         """Claim requests and pass their sequences to the engine. Raises DatabaseUnavailable: call again later."""
         overdue = time.monotonic() - self._renewed_at > _RENEWAL_FENCE * self._lease_s
+        self._tell_status()
         if self._active and (self._flush_failed or (overdue and self._reported)):
             self._flush()  # after a pause, first find out which leases are lost
         self._read_reports()
@@ -230,8 +258,24 @@ class RequestLoop:
         request.numbers = frozenset(sequence.number for sequence in sequences)
         return sequences
 
+    def _fetch(self) -> None:
+        """Take messages from the channel, without reading them: the engine is held back while the database is away."""
+        for message in self._channel.receive():
+            if isinstance(message, HandBack):
+                self._hand_back = message
+            else:
+                self._unread.append(message)
+
+    def _tell_status(self) -> None:
+        now = time.monotonic()
+        if now - self._told_at >= _STATUS_S:
+            self._channel.send(RequestStatus(self.num_requests))
+            self._told_at = now
+
     def _read_reports(self) -> None:
-        for report in self._channel.receive():
+        self._fetch()
+        while self._unread:
+            report = self._unread.popleft()
             self._reported = self._may_claim = True
             self._notified |= report.notified
             self._num_read += 1
@@ -289,10 +333,11 @@ class RequestLoop:
             return False
         if all(request.done for request in self._active.values()):
             return True
-        interactive = self._interactive()
-        interval_s = min(self._interval_s, _INTERACTIVE_INTERVAL_S) if interactive else self._interval_s
-        done = any(request.done for request in interactive)
-        return done or time.monotonic() - self._flushed_at >= interval_s
+        done = any(request.done for request in self._interactive())
+        return done or time.monotonic() - self._flushed_at >= self._flush_interval_s()
+
+    def _flush_interval_s(self) -> float:
+        return min(self._interval_s, _INTERACTIVE_INTERVAL_S) if self._interactive() else self._interval_s
 
     def _interactive(self) -> list[ActiveRequest]:
         return [request for request in self._active.values() if request.claim.priority]

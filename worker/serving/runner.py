@@ -30,7 +30,7 @@ class Runner:
     @property
     def stats(self) -> dict[str, Any]:
         """Counters since the start and what the worker holds now, as JSON."""
-        return {"requests": self._requests.num_requests, **self._engine.stats}
+        return {**self._engine.stats, "requests": self._requests.num_requests}
 
     def run_once(self, *, notified: bool = False) -> None:
         """Claim requests, run one step, flush what is due. Raises DatabaseUnavailable: call again later."""

@@ -1,8 +1,8 @@
-"""Run the engine thread and the housekeeping thread of a worker process, from start to drain.
+"""Run the engine thread and the housekeeping thread of a worker process, and its request process, from start to drain.
 
-A notification wakes the engine thread; otherwise it polls the database. Only the engine thread renews leases, so they
-expire when a step hangs. The housekeeping thread sends heartbeats while the engine makes progress, and exits the
-process when it is stuck.
+A notification wakes the engine thread, which passes it on to the request process. That renews leases while the engine
+reports, so they expire when a step hangs. The housekeeping thread sends heartbeats while the engine makes progress,
+kills a request process that hangs, and exits the process when it is stuck itself. A dead request process is replaced.
 """
 
 from __future__ import annotations
@@ -27,22 +27,21 @@ from storage import writes
 from storage.records import NewWorker
 from storage.session import DATABASE_UNAVAILABLE, LONG_STATEMENT_TIMEOUT_S, Database, unavailable_reason
 from worker.loading.loader import LoadedModel
-from worker.serving.channel import MemoryChannel
 from worker.serving.energy import gpu_meter
 from worker.serving.engine_loop import EngineLoop
-from worker.serving.request_loop import RequestLoop
-from worker.serving.runner import Runner
-from worker.serving.sink import Sink
+from worker.serving.messages import Setup
+from worker.serving.request_process import RequestProcess
 from worker.serving.watchdog import Watchdog
 from worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
 
-_IDLE_S = 1.0  # longest wait without work
+_IDLE_S = 0.5  # longest wait without work
+_MAX_FAILED_STARTS = 5  # of a request process that has never served
+_HELD_BACK_S = 0.05  # longest wait for the request process to read reports
 _HOUSEKEEPING_S = 5.0
 _STATS_S = 1.0  # between two snapshots of the runner's statistics
 _DATABASE_RETRY_S = 2.0
-_HAND_BACK_RETRY_S = 0.5
 _MARK_STOPPED_S = 2.0
 _DRAIN_FAILED_STATUS = 1  # exit status when the engine did not stop within drain_s
 
@@ -52,8 +51,19 @@ Pulse = Callable[[], bool]  # send a message to this worker itself; return wheth
 class EngineService:
     """Own the engine thread and the housekeeping thread of a worker process."""
 
-    def __init__(self, settings: WorkerSettings, loaded: LoadedModel, notify: Notify, *, worker_id: str = "") -> None:
-        """Prepare the service for the loaded models; `start` starts its threads."""
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        loaded: LoadedModel,
+        notify: Notify,
+        requests: RequestProcess | None = None,
+        *,
+        worker_id: str = "",
+    ) -> None:
+        """Prepare the service for the loaded models; `start` starts its threads.
+
+        `requests` is a request process that was started while the models were loaded.
+        """
         self.worker_id = worker_id or new_worker_id()
         self._settings = settings
         self._loaded = loaded
@@ -69,7 +79,9 @@ class EngineService:
         self._stats_at = float("-inf")
         self._meter = gpu_meter()
         self._joules = 0.0
-        self._wake = threading.Event()
+        self._requests = requests or RequestProcess()
+        self._wake = self._requests.news
+        self._notified = False
         self._stop = threading.Event()
         self._engine_thread = threading.Thread(target=self._serve_or_exit, name="basic-engine", daemon=True)
         self._housekeeping = threading.Thread(target=self._housekeeping_loop, name="basic-housekeeping", daemon=True)
@@ -79,12 +91,14 @@ class EngineService:
         self._pulse = pulse or self._pulse
         with self._database.write() as session:
             writes.register_worker(session, self._registration())
+        self._requests.set_up(self._setup())
         self._engine_thread.start()
         self._housekeeping.start()
         self._reconciler.start()
 
     def wake(self) -> None:
         """Claim work now: a notification has arrived."""
+        self._notified = True
         self._wake.set()
 
     def pulse_received(self) -> None:
@@ -122,43 +136,49 @@ class EngineService:
             _exit(RESTART_STATUS, "the engine failed")
 
     def _serve(self) -> None:
-        runner = self._runner()
+        loop = self._engine_loop()
         while not self._stop.is_set():
             self._iterations += 1
-            notified = self._wake.is_set()
-            self._wake.clear()
+            notified, self._notified = self._notified, False
             try:
-                runner.run_once(notified=notified)
-                self._learned = runner.learned
-                self._update_stats(runner)
-            except DatabaseUnavailable as error:
-                log.warning("Decoding is paused: %s", error, extra={"action": "database_away"})
-                self._stop.wait(_DATABASE_RETRY_S * random.uniform(0.5, 1.5))
+                if self._requests.dead:
+                    self._replace_requests(loop)
+                loop.run_once(notified=notified)
+                self._update_stats(loop)
+            except (DatabaseUnavailable, *DATABASE_UNAVAILABLE) as error:
+                log.warning("The engine waits for the database: %s", unavailable_reason(error), extra=_AWAY)
+                self._wake.wait(_DATABASE_RETRY_S * random.uniform(0.5, 1.5))
             else:
-                if not runner.busy:
-                    self._wake.wait(_IDLE_S * random.uniform(0.5, 1.0))
-        self._hand_back(runner)
+                if (loop.held_back or not loop.busy) and not self._notified:
+                    self._wake.wait(_HELD_BACK_S if loop.busy else _IDLE_S)
+        loop.stop()
+        if self._requests.hand_back(0.8 * self._settings.drain_s):
+            self._mark_stopped()
 
-    def _update_stats(self, runner: Runner) -> None:
-        """Take a snapshot of the runner's statistics, on the engine thread, every `_STATS_S`."""
+    def _replace_requests(self, loop: EngineLoop) -> None:
+        """Requeue the requests of a dead request process, and start another."""
+        status = self._requests.kill()
+        if self._requests.failed_starts > _MAX_FAILED_STARTS:
+            raise RuntimeError(f"the request process can't start: exit status {status}")
+        loop.stop()
+        self._reconciler.requeue(self.worker_id)
+        delay_s = self._requests.restart_delay_s()
+        log.error(
+            "The request process exited with status %d; starting another in %.1f s",
+            status,
+            delay_s,
+            extra={"action": "request_process_died"},
+        )
+        self._stop.wait(delay_s)
+        self._requests.restart()
+        self._requests.set_up(self._setup())
+        loop.connect(self._requests.channel)
+
+    def _update_stats(self, loop: EngineLoop) -> None:
+        """Take a snapshot of what the engine has done and learned, on the engine thread, every `_STATS_S`."""
         if time.monotonic() - self._stats_at >= _STATS_S:
             self._stats_at = time.monotonic()
-            self._stats = runner.stats
-
-    def _hand_back(self, runner: Runner) -> None:
-        """Release all requests; retry while the database is unavailable and there is drain time left."""
-        ends_at = time.monotonic() + 0.8 * self._settings.drain_s
-        while True:
-            try:
-                runner.hand_back()
-                with self._database.write() as session:
-                    writes.mark_stopped(session, self.worker_id)
-                return
-            except (DatabaseUnavailable, *DATABASE_UNAVAILABLE) as error:
-                if time.monotonic() > ends_at:
-                    log.warning("Could not release requests; their leases will expire: %s", error, extra=_STOPPING)
-                    return
-                time.sleep(_HAND_BACK_RETRY_S)
+            self._stats, self._learned = loop.stats, loop.learned
 
     def _housekeeping_loop(self) -> None:
         while not self._stop.wait(min(_HOUSEKEEPING_S, self._settings.deaf_s / 4) * random.uniform(0.8, 1.2)):
@@ -171,6 +191,11 @@ class EngineService:
                 log.exception("Housekeeping failed", extra={"action": "housekeeping_failed"})
 
     def _check_progress(self) -> None:
+        channel = self._requests.channel
+        if self._watchdog.record_heard(channel.heard_at, time.monotonic(), starting=not channel.heard):
+            log.error("The request process hangs and is killed", extra={"action": "request_process_hangs"})
+            self._requests.interrupt()
+            return
         self._watchdog.pulse_sent(delivered=self._pulse(), now=time.monotonic())
         self._progressed = self._watchdog.record_iterations(self._iterations, time.monotonic())
         reason = self._watchdog.restart_reason(time.monotonic())
@@ -215,24 +240,25 @@ class EngineService:
             "capture_failures": self._loaded.target.capture_failures,
         }
 
-    def _runner(self) -> Runner:
-        near, far = MemoryChannel.pair()
-        names = {"worker_id": self.worker_id, "model": self._loaded.name}
-        lease_s = self._settings.lease_s
-        sink = Sink(self._database, self._publisher.publish, self.worker_id, lease_s)
-        return Runner(
-            EngineLoop(self._loaded.engine, self._loaded.codec, self._database, near, **names, lease_s=lease_s),
-            RequestLoop(
-                self._loaded.codec,
-                sink,
-                self._database,
-                far,
-                **names,
-                lease_s=lease_s,
-                interval_s=self._settings.partials_interval_s,
-                # An engine with a single slot reserves none.
-                reserved=min(self._settings.interactive_sequences, self._loaded.options.max_sequences - 1),
-            ),
+    def _engine_loop(self) -> EngineLoop:
+        return EngineLoop(
+            self._loaded.engine,
+            self._loaded.codec,
+            self._database,
+            self._requests.channel,
+            worker_id=self.worker_id,
+            model=self._loaded.name,
+            lease_s=self._settings.lease_s,
+        )
+
+    def _setup(self) -> Setup:
+        return Setup(
+            settings=self._settings,
+            worker_id=self.worker_id,
+            model=self._loaded.name,
+            codec=self._loaded.codec.options,
+            # An engine with a single slot reserves none.
+            reserved=min(self._settings.interactive_sequences, self._loaded.options.max_sequences - 1),
         )
 
     def _registration(self) -> NewWorker:

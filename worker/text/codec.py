@@ -31,6 +31,22 @@ _MIN_DIVISOR = 1e-20  # smallest divisor of logits: float32 rounds smaller ones 
 
 
 @dataclass(frozen=True, slots=True)
+class CodecOptions:
+    """All that another process needs to load the same codec."""
+
+    path: str  # of the tokenizer
+    eos_ids: frozenset[int]
+    context_tokens: int
+    vocabulary: int
+    special_in_content: Special
+
+    def load(self) -> Codec:
+        """Load the tokenizer. Raises ModelRefused."""
+        limits = (self.eos_ids, self.context_tokens, self.vocabulary)
+        return Codec(load_tokenizer(self.path), *limits, self.special_in_content)
+
+
+@dataclass(frozen=True, slots=True)
 class Codec:
     """Convert requests to sequences, and sequences to text, for one target model."""
 
@@ -49,6 +65,12 @@ class Codec:
         backend.no_padding()
         object.__setattr__(self, "_chat", Chat(self.tokenizer, self.special_in_content))
         object.__setattr__(self, "_length", PromptLength(self.tokenizer))
+
+    @property
+    def options(self) -> CodecOptions:
+        """What another process needs to load the same codec; the tokenizer must have been loaded from a path."""
+        limits = (self.eos_ids, self.context_tokens, self.vocabulary)
+        return CodecOptions(self.tokenizer.name_or_path, *limits, self.special_in_content)
 
     @property
     def findings(self) -> list[str]:

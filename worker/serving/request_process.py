@@ -1,0 +1,174 @@
+"""The request process of a worker: it runs the request loop, so that text and SQL take no time of the engine's thread.
+
+    python -P -m worker.serving.request_process DESCRIPTOR PARENT
+
+`RequestProcess` starts it as a child. It ends with its parent, at once and without renewing a lease. It ignores
+signals: the parent tells it when to hand its requests back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection
+
+from jobs.errors import DatabaseUnavailable
+from jobs.logs import log_to_stderr
+from jobs.processes import parent_death_hook, python_module
+from jobs.streaming.pubsub import Publisher
+from jobs.tracing import start_tracing, stop_tracing
+from storage.session import DATABASE_UNAVAILABLE, LONG_STATEMENT_TIMEOUT_S, Database
+from worker.serving.channel import SocketChannel, socket_pair
+from worker.serving.messages import HandBack, Setup
+from worker.serving.request_loop import RequestLoop
+from worker.serving.sink import Sink
+
+log = logging.getLogger(__name__)
+
+MODULE = "worker.serving.request_process"
+_DATABASE_RETRY_S = 2.0
+_HAND_BACK_RETRY_S = 0.5
+_FIRST_DELAY_S = 0.5
+_LONGEST_DELAY_S = 30.0
+_STEADY_S = 60.0  # a process that has run this long starts again without delay
+
+
+class RequestProcess:
+    """The request process of a worker, as its parent sees it."""
+
+    def __init__(self) -> None:
+        """Start it; it imports its modules and waits for `set_up`."""
+        self.news = threading.Event()  # set when a message arrives, and when it ends
+        self.failed_starts = 0  # in a row: it has ended without a message
+        self._delay_s = 0.0
+        self._launch()
+
+    @property
+    def dead(self) -> bool:
+        """True when it has ended, or has closed its channel and is about to end."""
+        return self.channel.closed
+
+    def set_up(self, setup: Setup) -> None:
+        """Let it serve."""
+        self.channel.send(setup)
+
+    def interrupt(self) -> None:
+        """Kill it from another thread: its channel closes, and whoever uses that calls `kill`."""
+        self._process.kill()
+
+    def kill(self) -> int:
+        """Kill it and return its exit status."""
+        self._process.kill()
+        status = self._process.wait()
+        self.channel.close()
+        self.failed_starts = 0 if self.channel.heard else self.failed_starts + 1
+        return status
+
+    def restart_delay_s(self) -> float:
+        """Return how long to wait before `restart`: longer each time, unless it had run for a while."""
+        steady = time.monotonic() - self._started_at > _STEADY_S
+        self._delay_s = 0.0 if steady else min(max(_FIRST_DELAY_S, 2 * self._delay_s), _LONGEST_DELAY_S)
+        return self._delay_s
+
+    def restart(self) -> None:
+        """Start another process in place of one that was killed."""
+        self._launch()
+
+    def hand_back(self, timeout_s: float) -> bool:
+        """Let it commit and release its requests, and end; return whether it did so in time."""
+        self.channel.send(HandBack(timeout_s))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(timeout_s) == 0
+        return False
+
+    def _launch(self) -> None:
+        near, far = socket_pair()
+        self._started_at = time.monotonic()
+        self._process = subprocess.Popen(
+            python_module(MODULE, str(far.fileno()), str(os.getpid())),
+            stdin=subprocess.DEVNULL,
+            pass_fds=[far.fileno()],
+            process_group=0,  # Ctrl-C reaches the parent only, which hands the requests back
+        )
+        far.close()
+        self.channel = SocketChannel(near, self.news)
+
+
+def main(arguments: list[str]) -> int:
+    """Serve the requests of the worker at the other end of a descriptor that this process has inherited."""
+    descriptor, parent_pid = map(int, arguments)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent = parent_death_hook(parent_pid)
+    if die_with_parent is not None:
+        die_with_parent()
+    channel = SocketChannel(Connection(descriptor))
+    while not (messages := channel.receive()):
+        if channel.closed:
+            return 0
+        channel.wait(1.0)
+    (setup,) = messages
+    assert isinstance(setup, Setup)
+    log_to_stderr(setup.settings.log_format)
+    start_tracing("basic-worker")
+    try:
+        return _serve(channel, setup)
+    finally:
+        stop_tracing()
+
+
+def _serve(channel: SocketChannel, setup: Setup) -> int:
+    settings = setup.settings
+    database = Database.open(settings.resolved_database_url, statement_timeout_s=LONG_STATEMENT_TIMEOUT_S)
+    publisher = Publisher(settings.redis_url)
+    loop = RequestLoop(
+        setup.codec.load(),
+        Sink(database, publisher.publish, setup.worker_id, settings.lease_s),
+        database,
+        channel,
+        worker_id=setup.worker_id,
+        model=setup.model,
+        lease_s=settings.lease_s,
+        interval_s=settings.partials_interval_s,
+        reserved=setup.reserved,
+    )
+    while loop.hand_back_s is None:
+        if channel.closed:  # the worker is dead: others continue when its leases expire
+            return 0
+        try:
+            loop.admit()
+            channel.wait(loop.wait_s)
+            loop.collect()
+        except DatabaseUnavailable as error:
+            log.warning("Decoding is paused: %s", error, extra={"action": "database_away"})
+            time.sleep(_DATABASE_RETRY_S * random.uniform(0.5, 1.5))
+    handed_back = _hand_back(loop, loop.hand_back_s)
+    publisher.close()
+    database.dispose()
+    return 0 if handed_back else 1
+
+
+def _hand_back(loop: RequestLoop, timeout_s: float) -> bool:
+    """Release all requests; retry while the database is away and there is time left."""
+    ends_at = time.monotonic() + timeout_s
+    while True:
+        try:
+            loop.hand_back()
+        except (DatabaseUnavailable, *DATABASE_UNAVAILABLE) as error:
+            if time.monotonic() > ends_at:
+                log.warning("Could not release requests; their leases will expire: %s", error, extra={"action": "stop"})
+                return False
+            time.sleep(_HAND_BACK_RETRY_S)
+        else:
+            return True
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
