@@ -29,7 +29,7 @@ STEP_VARIABLE = "CHAOS_STEP_S"
 
 def main() -> int:
     """Serve with the settings of the environment and the faults above."""
-    load, add, step = tasks.load_engine, Engine.add, Engine.step
+    load, add, step = tasks.load_engine, Engine.add, Engine.step  # type: ignore[attr-defined]
     prompts: dict[tuple[int, ...], str] = {}  # by token ids: the engine has no texts
     step_s = float(os.environ.get(STEP_VARIABLE, "0"))
 
@@ -53,8 +53,8 @@ def main() -> int:
         return step(engine, *given, **named)
 
     request_process.MODULE = "tests.chaos.request_process"
-    tasks.load_engine = noted_load
-    Engine.add = deadly_add  # type: ignore[method-assign]
+    tasks.load_engine = noted_load  # type: ignore[attr-defined]
+    Engine.add = deadly_add  # type: ignore[assignment, method-assign]
     Engine.step = slow_step  # type: ignore[assignment, method-assign]
     return start.main()
 
