@@ -113,12 +113,17 @@ class RequestLoop:
     @property
     def wait_s(self) -> float:
         """Longest time to wait for a report between `admit` and `collect`."""
-        if self._more_waiting and not self._choices:
+        now = time.monotonic()
+        if self._claim_is_due(now, self._claim_slots()):
             return 0.0
         if any(request.reading for request in self._active.values()):
             return _IDLE_POLL_S
-        due_at = self._flushed_at + self._flush_interval_s() if self._flushable() else self._claimed_at + _POLL_S
-        return min(max(0.0, due_at - time.monotonic()), _POLL_S)
+        due_at = [now + _POLL_S]
+        if self._flushable():
+            due_at.append(self._flushed_at + self._flush_interval_s())
+        if self._free_slots > 0 and self._engine_answers:
+            due_at.append(self._claimed_at + _POLL_S)
+        return max(0.0, min(due_at) - now)
 
     def notify(self) -> None:
         """Claim in the next turn: new work may be waiting."""
@@ -159,14 +164,9 @@ class RequestLoop:
 
     def _claim(self) -> bool:
         """Claim requests if a claim is due, and start reading them; return whether there were any."""
-        now, free_slots = time.monotonic(), self._free_slots
-        free_slots -= max(0, sum(request.reading for request in self._active.values()) - _FREE_READS)
-        reserved = max(0, self._reserved - sum(request.slots for request in self._interactive()))
-        since_s = now - self._claimed_at
-        more = self._more_waiting and free_slots > reserved and self._claim_pays(since_s)
-        # An engine that hangs must get no more work.
-        may_claim = free_slots > 0 and (self._may_claim or not self._choices)
-        if not may_claim or not (self._notified or more or since_s >= _POLL_S):
+        now = time.monotonic()
+        free_slots, reserved = self._claim_slots()
+        if not self._claim_is_due(now, (free_slots, reserved)):
             return False
         try:
             with self._database.write() as session:
@@ -195,6 +195,25 @@ class RequestLoop:
             self._active[claim.lease.key] = ActiveRequest(claim, reading=True)
             self._readers.put(claim)
         return bool(claims)
+
+    def _claim_slots(self) -> tuple[int, int]:
+        """Return the slots that a claim may fill, and how many of them are kept for interactive requests."""
+        unread = max(0, sum(request.reading for request in self._active.values()) - _FREE_READS)
+        reserved = max(0, self._reserved - sum(request.slots for request in self._interactive()))
+        return self._free_slots - unread, reserved
+
+    @property
+    def _engine_answers(self) -> bool:
+        """False after a claim until the engine reports: one that hangs must get no more work."""
+        return self._may_claim or not self._choices
+
+    def _claim_is_due(self, now: float, slots: tuple[int, int]) -> bool:
+        free_slots, reserved = slots
+        if free_slots <= 0 or not self._engine_answers:
+            return False
+        since_s = now - self._claimed_at
+        more = self._more_waiting and free_slots > reserved and self._claim_pays(since_s)
+        return self._notified or more or since_s >= _POLL_S
 
     def _admit_read(self, settle_s: float) -> None:
         """Pass the requests that have been read to the engine; an idle engine waits for them."""

@@ -9,32 +9,22 @@ signals: the parent tells it when to hand its requests back.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import random
 import signal
 import subprocess
 import sys
 import threading
 import time
 from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING
 
-from jobs.errors import DatabaseUnavailable
-from jobs.logs import log_to_stderr
 from jobs.processes import parent_death_hook, python_module
-from jobs.streaming.pubsub import Publisher
-from jobs.tracing import start_tracing, stop_tracing
-from storage.session import DATABASE_UNAVAILABLE, LONG_STATEMENT_TIMEOUT_S, Database
 from worker.serving.channel import SocketChannel, socket_pair
-from worker.serving.messages import HandBack, Setup
-from worker.serving.request_loop import RequestLoop
-from worker.serving.sink import Sink
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from worker.serving.messages import Setup
 
 MODULE = "worker.serving.request_process"
-_DATABASE_RETRY_S = 2.0
-_HAND_BACK_RETRY_S = 0.5
 _FIRST_DELAY_S = 0.5
 _LONGEST_DELAY_S = 30.0
 _STEADY_S = 60.0  # a process that has run this long starts again without delay
@@ -83,6 +73,8 @@ class RequestProcess:
 
     def hand_back(self, timeout_s: float) -> bool:
         """Let it commit and release its requests, and end; return whether it did so in time."""
+        from worker.serving.messages import HandBack
+
         self.channel.send(HandBack(timeout_s))
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self._process.wait(timeout_s) == 0
@@ -109,65 +101,9 @@ def main(arguments: list[str]) -> int:
     die_with_parent = parent_death_hook(parent_pid)
     if die_with_parent is not None:
         die_with_parent()
-    channel = SocketChannel(Connection(descriptor))
-    while not (messages := channel.receive()):
-        if channel.closed:
-            return 0
-        channel.wait(1.0)
-    (setup,) = messages
-    assert isinstance(setup, Setup)
-    log_to_stderr(setup.settings.log_format)
-    start_tracing("basic-worker")
-    try:
-        return _serve(channel, setup)
-    finally:
-        stop_tracing()
+    from worker.serving.request_service import serve  # takes seconds: the lines above must not wait for it
 
-
-def _serve(channel: SocketChannel, setup: Setup) -> int:
-    settings = setup.settings
-    database = Database.open(settings.resolved_database_url, statement_timeout_s=LONG_STATEMENT_TIMEOUT_S)
-    publisher = Publisher(settings.redis_url)
-    loop = RequestLoop(
-        setup.codec.load(),
-        Sink(database, publisher.publish, setup.worker_id, settings.lease_s),
-        database,
-        channel,
-        worker_id=setup.worker_id,
-        model=setup.model,
-        lease_s=settings.lease_s,
-        interval_s=settings.partials_interval_s,
-        reserved=setup.reserved,
-    )
-    while loop.hand_back_s is None:
-        if channel.closed:  # the worker is dead: others continue when its leases expire
-            return 0
-        try:
-            loop.admit()
-            channel.wait(loop.wait_s)
-            loop.collect()
-        except DatabaseUnavailable as error:
-            log.warning("Decoding is paused: %s", error, extra={"action": "database_away"})
-            time.sleep(_DATABASE_RETRY_S * random.uniform(0.5, 1.5))
-    handed_back = _hand_back(loop, loop.hand_back_s)
-    publisher.close()
-    database.dispose()
-    return 0 if handed_back else 1
-
-
-def _hand_back(loop: RequestLoop, timeout_s: float) -> bool:
-    """Release all requests; retry while the database is away and there is time left."""
-    ends_at = time.monotonic() + timeout_s
-    while True:
-        try:
-            loop.hand_back()
-        except (DatabaseUnavailable, *DATABASE_UNAVAILABLE) as error:
-            if time.monotonic() > ends_at:
-                log.warning("Could not release requests; their leases will expire: %s", error, extra={"action": "stop"})
-                return False
-            time.sleep(_HAND_BACK_RETRY_S)
-        else:
-            return True
+    return serve(SocketChannel(Connection(descriptor)))
 
 
 if __name__ == "__main__":

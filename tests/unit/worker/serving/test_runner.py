@@ -22,14 +22,13 @@ from storage.records import NewJob, NewRequest
 from storage.session import Database
 from tests.clock import Clock
 from tests.models import TableModel, byte_tokenizer
+from tests.runner import MemoryChannel, Runner
 from tests.unit.worker.engine.harness import FLAT_COSTS
 from worker.drafters.suffix import SuffixDrafter
 from worker.engine.engine import Engine
 from worker.engine.options import EngineOptions, Mode
-from worker.serving.channel import MemoryChannel
 from worker.serving.engine_loop import EngineLoop
 from worker.serving.request_loop import RequestLoop
-from worker.serving.runner import Runner
 from worker.serving.sink import Sink
 from worker.text.codec import Codec
 

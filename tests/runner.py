@@ -1,11 +1,36 @@
-"""The engine's loop and the request loop in one thread, for tests: each step's results are written before the next."""
+"""The engine's loop and the request loop in one thread: each step's results are written before the next step."""
 
 from __future__ import annotations
 
+import pickle
+from collections import deque
 from typing import Any
 
 from worker.serving.engine_loop import EngineLoop
 from worker.serving.request_loop import RequestLoop
+
+
+class MemoryChannel:
+    """One end of a connection inside this process. Messages are pickled, so that both ends share no state."""
+
+    def __init__(self) -> None:
+        self._arrived: deque[bytes] = deque()
+        self._other = self
+
+    @classmethod
+    def pair(cls) -> tuple[MemoryChannel, MemoryChannel]:
+        """Return the two ends of a new connection."""
+        one, other = cls(), cls()
+        one._other, other._other = other, one
+        return one, other
+
+    def send(self, message: Any) -> None:
+        """Send a message to the other end."""
+        self._other._arrived.append(pickle.dumps(message))
+
+    def receive(self) -> list[Any]:
+        """Return the messages that have arrived."""
+        return [pickle.loads(self._arrived.popleft()) for _ in range(len(self._arrived))]
 
 
 class Runner:

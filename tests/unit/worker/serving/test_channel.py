@@ -1,0 +1,53 @@
+"""The channel between two processes: order, waking, and the end of the other side."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+
+import pytest
+
+from worker.serving.channel import SocketChannel, socket_pair
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[SocketChannel, Connection]]:
+    """A channel, and the bare connection of the process at its other end."""
+    near, far = socket_pair()
+    yield SocketChannel(near), far
+    far.close()
+
+
+def received(channel: SocketChannel, count: int) -> list[object]:
+    found: list[object] = []
+    while len(found) < count:
+        channel.wait(10.0)
+        found += channel.receive()
+    return found
+
+
+def test_messages_arrive_in_order_also_when_the_other_side_sends_more_than_a_socket_holds(
+    ends: tuple[SocketChannel, Connection],
+) -> None:
+    channel, far = ends
+    other = SocketChannel(far)
+    for number in range(200):
+        other.send((number, b"x" * 50_000))  # nobody calls `receive` meanwhile
+    assert [number for number, _ in received(channel, 200)] == list(range(200))  # type: ignore[misc]
+    assert channel.heard
+
+
+def test_an_end_that_is_gone_wakes_the_other_and_messages_to_it_are_dropped(
+    ends: tuple[SocketChannel, Connection],
+) -> None:
+    channel, far = ends
+    waited = threading.Thread(target=channel.wait, args=(60.0,))
+    waited.start()
+    far.close()
+    waited.join(10.0)
+    assert not waited.is_alive()
+    channel.close()
+    assert channel.closed
+    channel.send("nobody reads this")
+    assert channel.receive() == []

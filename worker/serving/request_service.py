@@ -1,0 +1,84 @@
+"""Serve requests in the request process: run the request loop, pause while the database is away, hand back at the end."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+
+from jobs.errors import DatabaseUnavailable
+from jobs.logs import log_to_stderr
+from jobs.streaming.pubsub import Publisher
+from jobs.tracing import start_tracing, stop_tracing
+from storage.session import DATABASE_UNAVAILABLE, LONG_STATEMENT_TIMEOUT_S, Database
+from worker.serving.channel import SocketChannel
+from worker.serving.messages import Setup
+from worker.serving.request_loop import RequestLoop
+from worker.serving.sink import Sink
+
+log = logging.getLogger(__name__)
+
+_DATABASE_RETRY_S = 2.0
+_HAND_BACK_RETRY_S = 0.5
+
+
+def serve(channel: SocketChannel) -> int:
+    """Wait for the `Setup`, then serve until the worker stops or dies; return the exit status."""
+    while not (messages := channel.receive()):
+        if channel.closed:
+            return 0
+        channel.wait(1.0)
+    (setup,) = messages
+    assert isinstance(setup, Setup)
+    log_to_stderr(setup.settings.log_format)
+    start_tracing("basic-worker")
+    try:
+        return _serve(channel, setup)
+    finally:
+        stop_tracing()
+
+
+def _serve(channel: SocketChannel, setup: Setup) -> int:
+    settings = setup.settings
+    database = Database.open(settings.resolved_database_url, statement_timeout_s=LONG_STATEMENT_TIMEOUT_S)
+    publisher = Publisher(settings.redis_url)
+    loop = RequestLoop(
+        setup.codec.load(),
+        Sink(database, publisher.publish, setup.worker_id, settings.lease_s),
+        database,
+        channel,
+        worker_id=setup.worker_id,
+        model=setup.model,
+        lease_s=settings.lease_s,
+        interval_s=settings.partials_interval_s,
+        reserved=setup.reserved,
+    )
+    while loop.hand_back_s is None:
+        if channel.closed:  # the worker is dead: others continue when its leases expire
+            return 0
+        try:
+            loop.admit()
+            channel.wait(loop.wait_s)
+            loop.collect()
+        except DatabaseUnavailable as error:
+            log.warning("Decoding is paused: %s", error, extra={"action": "database_away"})
+            time.sleep(_DATABASE_RETRY_S * random.uniform(0.5, 1.5))
+    handed_back = _hand_back(loop, loop.hand_back_s)
+    publisher.close()
+    database.dispose()
+    return 0 if handed_back else 1
+
+
+def _hand_back(loop: RequestLoop, timeout_s: float) -> bool:
+    """Release all requests; retry while the database is away and there is time left."""
+    ends_at = time.monotonic() + timeout_s
+    while True:
+        try:
+            loop.hand_back()
+        except (DatabaseUnavailable, *DATABASE_UNAVAILABLE) as error:
+            if time.monotonic() > ends_at:
+                log.warning("Could not release requests; their leases will expire: %s", error, extra={"action": "stop"})
+                return False
+            time.sleep(_HAND_BACK_RETRY_S)
+        else:
+            return True
