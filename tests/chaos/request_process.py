@@ -9,10 +9,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from typing import TYPE_CHECKING
 
-from jobs.messages import GenerationRequest
+from jobs.processes import parent_death_hook
 from worker.serving import request_process
-from worker.text.codec import Codec
+
+if TYPE_CHECKING:
+    from jobs.messages import GenerationRequest
+    from worker.text.codec import Codec
 
 DEADLY_TEXT = "the prompt that kills its tokenizer"
 ENDLESS_TEXT = "the prompt that freezes its tokenizer"
@@ -20,6 +24,11 @@ ENDLESS_TEXT = "the prompt that freezes its tokenizer"
 
 def main() -> int:
     """Serve, with the faults above."""
+    die_with_parent = parent_death_hook(int(sys.argv[2]))
+    if die_with_parent is not None:
+        die_with_parent()
+    from worker.text.codec import Codec  # takes seconds
+
     encode = Codec.encode
 
     def deadly_encode(codec: Codec, request: GenerationRequest, endpoint: str) -> list[int]:

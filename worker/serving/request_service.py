@@ -1,4 +1,4 @@
-"""Serve requests in the request process: run the request loop, pause while the database is away, hand back at the end."""
+"""Run the request loop in the request process: pause while the database is away, hand back at the end."""
 
 from __future__ import annotations
 
