@@ -20,5 +20,5 @@ def ended(pid: int, timeout_s: float = 10.0) -> bool:
 
 
 def children_of(pid: int) -> list[int]:
-    """Return the running children of a process."""
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    """Return the running children of a process, of any of its threads."""
+    return [int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()]

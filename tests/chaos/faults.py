@@ -21,6 +21,7 @@ from jobs.celery_app import KEY_PREFIX, NOTIFY_TASK
 from jobs.messages import model_queue
 from storage.session import Database
 from tests.chaos.stack import Stack
+from tests.processes import children_of
 
 Fault = Callable[[Stack, random.Random], None]
 
@@ -59,6 +60,20 @@ def freeze_a_worker(stack: Stack, dice: random.Random) -> None:
     stack.kill(name, signal.SIGSTOP)
     stack.rest(_LEASE_AND_MORE_S)
     stack.kill(name, signal.SIGCONT)
+
+
+def kill_a_request_process(stack: Stack, dice: random.Random) -> None:
+    """Kill the request process of a worker."""
+    _signal_request_process(stack, dice, signal.SIGKILL)
+
+
+def freeze_a_request_process(stack: Stack, dice: random.Random) -> None:
+    """Freeze the request process of a worker for longer than its leases, then let it continue."""
+    child = _signal_request_process(stack, dice, signal.SIGSTOP)
+    stack.rest(_LEASE_AND_MORE_S)
+    if child is not None:
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGCONT)
 
 
 def restart_redis(stack: Stack, dice: random.Random) -> None:
@@ -172,6 +187,8 @@ ANYWHERE: Mapping[str, Fault] = {
         stop_a_worker,
         stop_a_worker_twice,
         freeze_a_worker,
+        kill_a_request_process,
+        freeze_a_request_process,
         restart_redis,
         replace_redis,
         flush_redis,
@@ -212,6 +229,15 @@ def small_disk(directory: Path, megabytes: int = 128) -> Iterator[bool]:
     finally:
         if mounted:
             subprocess.run(["umount", "-l", str(directory)], capture_output=True, check=False)
+
+
+def _signal_request_process(stack: Stack, dice: random.Random, number: signal.Signals) -> int | None:
+    """Send a signal to the request process of a worker; return its process id, None if there is none."""
+    with suppress(ProcessLookupError, FileNotFoundError):
+        for child in children_of(stack.children[dice.choice(stack.workers())].pid):
+            os.kill(child, number)
+            return child
+    return None
 
 
 def _pop(client: Any, key: bytes) -> bytes | None:
