@@ -7,7 +7,7 @@ from collections import deque
 from typing import Any
 
 from worker.serving.engine_loop import EngineLoop
-from worker.serving.request_loop import RequestLoop
+from worker.serving.requests.request_loop import RequestLoop
 
 
 class MemoryChannel:

@@ -216,7 +216,7 @@ def test_without_a_collector_no_traceparent_is_stored(api: TestClient, database:
 # redis, FastAPI and transformers import parts of OpenTelemetry if installed, but never an exporter.
 @pytest.mark.parametrize(
     ("modules", "unwanted"),
-    [("jobs.client", "opentelemetry"), ("jobs.api.app, worker.serving.spans", "opentelemetry.exporter")],
+    [("jobs.client", "opentelemetry"), ("jobs.api.app, worker.serving.requests.spans", "opentelemetry.exporter")],
 )
 def test_without_a_collector_nothing_is_loaded(modules: str, unwanted: str) -> None:
     code = (

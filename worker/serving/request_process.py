@@ -101,7 +101,7 @@ def main(arguments: list[str]) -> int:
     die_with_parent = parent_death_hook(parent_pid)
     if die_with_parent is not None:
         die_with_parent()
-    from worker.serving.request_service import serve  # takes seconds: the lines above must not wait for it
+    from worker.serving.requests.request_service import serve  # takes seconds: the lines above must not wait for it
 
     return serve(SocketChannel(Connection(descriptor)))
 

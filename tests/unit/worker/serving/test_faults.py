@@ -19,10 +19,11 @@ from storage.records import Claim, FlushResult, Lease, RequestProgress
 from storage.session import Database
 from tests.models import byte_tokenizer
 from tests.unit.worker.serving.test_runner import Worker, submit, texts, words
-from worker.serving import engine_loop, request_reader
-from worker.serving.active_request import ActiveChoice
-from worker.serving.request_reader import RequestReader
-from worker.serving.sink import Sink
+from worker.serving import engine_loop
+from worker.serving.requests import request_reader
+from worker.serving.requests.active_request import ActiveChoice
+from worker.serving.requests.request_reader import RequestReader
+from worker.serving.requests.sink import Sink
 from worker.text.codec import Codec
 from worker.text.output_stream import OutputStream
 

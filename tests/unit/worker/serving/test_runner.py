@@ -28,8 +28,8 @@ from worker.drafters.suffix import SuffixDrafter
 from worker.engine.engine import Engine
 from worker.engine.options import EngineOptions, Mode
 from worker.serving.engine_loop import EngineLoop
-from worker.serving.request_loop import RequestLoop
-from worker.serving.sink import Sink
+from worker.serving.requests.request_loop import RequestLoop
+from worker.serving.requests.sink import Sink
 from worker.text.codec import Codec
 
 MODEL = "table"
@@ -476,7 +476,7 @@ def test_interactive_requests_have_reserved_slots_when_a_batch_fills_the_engine(
 def test_a_freed_slot_is_filled_without_a_poll_although_slots_are_reserved(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.serving.request_loop._POLL_S", float("inf"))
+    monkeypatch.setattr("worker.serving.requests.request_loop._POLL_S", float("inf"))
     submit(database, "one", "two", "three", "four", "five")
     worker = Worker(database, "a", reserved=1)
     worker.runner.run_once(notified=True)
@@ -494,7 +494,7 @@ def _is_over(database: Database, job_id: str) -> bool:
 def test_a_worker_whose_requests_end_together_claims_waiting_ones_at_once(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.serving.request_loop._POLL_S", float("inf"))
+    monkeypatch.setattr("worker.serving.requests.request_loop._POLL_S", float("inf"))
     count = 2 * OPTIONS.max_sequences + 1
     submit(database, *map(str, range(count)), max_tokens=5, ignore_eos=True)
     worker = Worker(database, "a")
@@ -515,7 +515,7 @@ def test_claims_take_a_small_share_of_the_decoding_time(database: Database, monk
         return real(*arguments, **named)
 
     monkeypatch.setattr(leases, "claim", slow_claim)
-    monkeypatch.setattr("worker.serving.request_loop.time", SimpleNamespace(monotonic=clock, time=time.time))
+    monkeypatch.setattr("worker.serving.requests.request_loop.time", SimpleNamespace(monotonic=clock, time=time.time))
     submit(database, "long", max_tokens=150)
     submit(database, *map(str, range(30)), job_id="batch_2", max_tokens=3)
     worker = Worker(database, "a")

@@ -13,8 +13,8 @@ from jobs.tracing import start_tracing, stop_tracing
 from storage.session import DATABASE_UNAVAILABLE, LONG_STATEMENT_TIMEOUT_S, Database
 from worker.serving.channel import SocketChannel
 from worker.serving.messages import Setup
-from worker.serving.request_loop import RequestLoop
-from worker.serving.sink import Sink
+from worker.serving.requests.request_loop import RequestLoop
+from worker.serving.requests.sink import Sink
 
 log = logging.getLogger(__name__)
 

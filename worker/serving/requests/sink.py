@@ -16,8 +16,8 @@ from storage import writes
 from storage.dialect import storable
 from storage.records import Checkpoint, FinishedChoice, FlushResult, Lease, RequestFailure, RequestKey, RequestProgress
 from storage.session import DATABASE_UNAVAILABLE, Database, is_too_large, unavailable_reason
-from worker.serving import spans
-from worker.serving.active_request import ActiveChoice, ActiveRequest, internal_error
+from worker.serving.requests import spans
+from worker.serving.requests.active_request import ActiveChoice, ActiveRequest, internal_error
 
 log = logging.getLogger(__name__)
 

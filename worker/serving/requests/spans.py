@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from jobs.tracing import record_span, tracing
 from storage.records import Claim, RequestProgress
-from worker.serving.active_request import ActiveRequest
+from worker.serving.requests.active_request import ActiveRequest
 
 
 def record_claims(claims: Iterable[Claim], started_at: float, ended_at: float) -> None:

@@ -18,8 +18,6 @@ from storage.records import Checkpoint, RequestFailure, RequestKey
 from storage.session import DATABASE_UNAVAILABLE, Database, unavailable_reason
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepResult
-from worker.serving import spans
-from worker.serving.active_request import ActiveChoice, ActiveRequest, internal_error
 from worker.serving.channel import Channel
 from worker.serving.messages import (
     AddSequences,
@@ -29,8 +27,10 @@ from worker.serving.messages import (
     ReportsRead,
     RequestStatus,
 )
-from worker.serving.request_reader import ParsedRequest, RequestReader
-from worker.serving.sink import Sink
+from worker.serving.requests import spans
+from worker.serving.requests.active_request import ActiveChoice, ActiveRequest, internal_error
+from worker.serving.requests.request_reader import ParsedRequest, RequestReader
+from worker.serving.requests.sink import Sink
 from worker.text.codec import Codec
 from worker.text.output_stream import OutputStream
 
