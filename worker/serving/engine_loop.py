@@ -102,7 +102,7 @@ class EngineLoop:
             raise DatabaseUnavailable(f"The database does not answer: {unavailable_reason(error)}") from error
 
     def connect(self, channel: Channel) -> None:
-        """Drop all sequences, whose requests nobody holds any more, and serve another channel."""
+        """Drop all sequences, because the request process that held them has died, and serve another channel."""
         if self._sequences:
             self._engine.cancel({sequence.key for sequence in self._sequences.values()})
         self._sequences = {}

@@ -33,7 +33,7 @@ class ReportsRead:
 
 @dataclass(frozen=True, slots=True)
 class RequestStatus:
-    """To the engine: the request loop runs and holds so many requests."""
+    """To the engine: the request loop runs and holds `num_requests` requests."""
 
     num_requests: int
 

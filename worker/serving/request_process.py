@@ -50,7 +50,7 @@ class RequestProcess:
         self.channel.send(setup)
 
     def interrupt(self) -> None:
-        """Kill it from another thread: its channel closes, and whoever uses that calls `kill`."""
+        """Kill it from another thread: its channel closes, and the thread that reads from it calls `kill`."""
         self._process.kill()
 
     def kill(self) -> int:
