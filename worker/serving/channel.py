@@ -53,6 +53,10 @@ class SocketChannel:
         self._news.clear()
         return [pickle.loads(self._arrived.popleft()) for _ in range(len(self._arrived))]
 
+    def receive_first(self) -> Any | None:
+        """Return the next message alone, None if none has arrived."""
+        return pickle.loads(self._arrived.popleft()) if self._arrived else None
+
     def wait(self, timeout_s: float) -> None:
         """Wait for a message or for the end of the other process."""
         self._news.wait(timeout_s)

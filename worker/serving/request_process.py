@@ -47,6 +47,7 @@ class RequestProcess:
 
     def set_up(self, setup: Setup) -> None:
         """Let it serve."""
+        self.channel.heard_at = time.monotonic()  # it has waited for this, maybe for long
         self.channel.send(setup)
 
     def interrupt(self) -> None:

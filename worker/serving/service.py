@@ -147,6 +147,7 @@ class EngineService:
                 self._update_stats(loop)
             except (DatabaseUnavailable, *DATABASE_UNAVAILABLE) as error:
                 log.warning("The engine waits for the database: %s", unavailable_reason(error), extra=_AWAY)
+                self._wake.clear()
                 self._wake.wait(_DATABASE_RETRY_S * random.uniform(0.5, 1.5))
             else:
                 if (loop.held_back or not loop.busy) and not self._notified:

@@ -18,17 +18,17 @@ from worker.serving.requests.sink import Sink
 
 log = logging.getLogger(__name__)
 
+_SETUP_POLL_S = 1.0
 _DATABASE_RETRY_S = 2.0
 _HAND_BACK_RETRY_S = 0.5
 
 
 def serve(channel: SocketChannel) -> int:
     """Wait for the `Setup`, then serve until the worker stops or dies; return the exit status."""
-    while not (messages := channel.receive()):
+    while (setup := channel.receive_first()) is None:
         if channel.closed:
             return 0
-        channel.wait(1.0)
-    (setup,) = messages
+        channel.wait(_SETUP_POLL_S)
     assert isinstance(setup, Setup)
     log_to_stderr(setup.settings.log_format)
     start_tracing("basic-worker")

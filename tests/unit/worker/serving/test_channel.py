@@ -38,6 +38,18 @@ def test_messages_arrive_in_order_also_when_the_other_side_sends_more_than_a_soc
     assert channel.heard
 
 
+def test_the_first_message_can_be_received_without_those_behind_it(ends: tuple[SocketChannel, Connection]) -> None:
+    channel, far = ends
+    assert channel.receive_first() is None
+    other = SocketChannel(far)
+    other.send("setup")
+    other.send("report")
+    while (first := channel.receive_first()) is None:
+        channel.wait(10.0)
+    assert first == "setup"
+    assert received(channel, 1) == ["report"]
+
+
 def test_an_end_that_is_gone_wakes_the_other_and_messages_to_it_are_dropped(
     ends: tuple[SocketChannel, Connection],
 ) -> None:
