@@ -25,7 +25,7 @@ from worker.engine.options import Mode
 from worker.engine.parallel.channel import RankChannel
 from worker.engine.parallel.commands import CommandKind, RankCommand
 from worker.engine.parallel.leader_model import FollowerModels, LeaderModel
-from worker.engine.sampling.sampling import Sampling
+from worker.engine.sampling.parameters import Sampling
 from worker.engine.segments import Segment
 
 CPU = torch.device("cpu")

@@ -25,7 +25,7 @@ from jobs.errors import InvalidValue
 from jobs.messages import CHAT_ENDPOINT
 from worker.drafters.head_file import is_head
 from worker.engine.options import Mode
-from worker.engine.sampling.sampling import Sampling, noise_key
+from worker.engine.sampling.parameters import Sampling, noise_key
 from worker.engine.segments import IntArray
 from worker.engine.sequence import Sequence as EngineSequence
 from worker.engine.speculation.draft_tree import Candidates, Forest

@@ -27,7 +27,8 @@ def main() -> int:
     die_with_parent = parent_death_hook(int(sys.argv[2]))
     if die_with_parent is not None:
         die_with_parent()
-    from worker.text.codec import Codec  # takes seconds
+    sys.modules["torch"] = None  # type: ignore[assignment]  # as the process itself does
+    from worker.text.codec import Codec  # takes a second
 
     encode = Codec.encode
 

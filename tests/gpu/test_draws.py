@@ -10,7 +10,8 @@ import torch
 
 from tests.unit.worker.engine.sampling.test_exactness import SAMPLINGS
 from worker.engine.sampling import sampling as sampler
-from worker.engine.sampling.sampling import Sampling, noise_key, parameters_of
+from worker.engine.sampling.parameters import Sampling, noise_key
+from worker.engine.sampling.sampling import parameters_of
 
 pytestmark = [
     pytest.mark.gpu,

@@ -20,7 +20,7 @@ from worker.engine.model.attention import ATTENTION_NAME
 from worker.engine.model.backend import fuse_layers
 from worker.engine.model.packed_model import PackedModel
 from worker.engine.options import Mode
-from worker.engine.sampling.sampling import Sampling
+from worker.engine.sampling.parameters import Sampling
 from worker.engine.segments import KvMove, chain
 
 pytestmark = [

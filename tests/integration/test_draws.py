@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from worker.engine.sampling import sampling as sampler
-from worker.engine.sampling.sampling import Sampling, noise_key, parameters_of
+from worker.engine.sampling.parameters import Sampling, noise_key
+from worker.engine.sampling.sampling import parameters_of
 
 ROWS, BATCH = 10_000, 250
 KINDS = [

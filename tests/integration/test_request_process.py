@@ -57,6 +57,14 @@ def test_a_killed_request_process_is_replaced_and_its_requests_go_on_with_the_sa
     assert "The request process exited with status -9" in log_of(stack)
 
 
+def test_the_request_process_loads_no_torch(stack: Stack) -> None:
+    stack.start(doors=False)
+    submit(stack, "job", "one")
+    stack.wait_for(lambda: ended(stack, "job"), "the end of the job")
+
+    assert "libtorch" not in Path(f"/proc/{request_process(stack)}/maps").read_text()
+
+
 def test_a_killed_worker_takes_its_request_process_along(stack: Stack) -> None:
     stack.start(doors=False)
     child = request_process(stack)

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from jobs.errors import InvalidValue
 from worker.benchmark import parse_batches
+from worker.engine.sampling.parameters import Sampling, noise_key
 from worker.engine.sampling.penalties import adjustments_of
-from worker.engine.sampling.sampling import Sampling, draw, noise_key, parameters_of
+from worker.engine.sampling.sampling import draw, parameters_of
 
 SAMPLINGS = {
     "greedy": Sampling(),

@@ -31,7 +31,7 @@ from worker.engine.errors import ModelRefused
 from worker.engine.model.backend import fuse_layers
 from worker.engine.model.packed_model import PackedModel
 from worker.engine.options import EngineOptions, Mode
-from worker.engine.sampling.sampling import Sampling, noise_key
+from worker.engine.sampling.parameters import Sampling, noise_key
 from worker.engine.sequence import Sequence
 from worker.planning.shapes import load_config
 from worker.serving.resilient_engine import ResilientEngine

@@ -27,7 +27,7 @@ from worker.engine.model.attention import ATTENTION_NAME
 from worker.engine.model.backend import fuse_layers
 from worker.engine.model.packed_model import PackedModel
 from worker.engine.options import Mode
-from worker.engine.sampling.sampling import noise_key
+from worker.engine.sampling.parameters import noise_key
 from worker.engine.segments import IntArray
 from worker.engine.sequence import Sequence as EngineSequence
 from worker.engine.speculation.draft_tree import Candidates, Forest

@@ -40,7 +40,7 @@ from worker.engine.paged.cuda_graphs import Captured
 from worker.engine.paged.kv import PagedKv
 from worker.engine.paged.rows import PagedRows
 from worker.engine.paged.shape_buckets import BucketedForward, Outputs
-from worker.engine.sampling.sampling import Sampling, noise_key
+from worker.engine.sampling.parameters import Sampling, noise_key
 from worker.engine.scheduler import Scheduler
 from worker.engine.segments import IntArray, KvMove, Segment
 from worker.engine.sequence import Sequence as EngineSequence

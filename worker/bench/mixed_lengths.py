@@ -23,7 +23,7 @@ from rich.table import Table
 from worker.benchmark import encode, read_prompts
 from worker.engine.admission import MAX_PREEMPTIONS
 from worker.engine.options import Mode
-from worker.engine.sampling.sampling import Sampling, noise_key
+from worker.engine.sampling.parameters import Sampling, noise_key
 from worker.engine.sequence import Sequence as EngineSequence
 from worker.loading.loader import LoadedModel, load_engine
 from worker.terminal import print_message, readable_errors, settings_of

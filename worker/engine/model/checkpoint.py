@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
-from worker.engine.errors import EngineError, ModelRefused
+from worker.engine.errors import EngineError, ModelRefused, error_summary
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _LFS = b"version https://git-lfs"
@@ -70,14 +70,6 @@ def as_model_refused(what: str, *, ranks: int = 1) -> Iterator[None]:
         if ranks > 1 and isinstance(error, RuntimeError):
             raise
         raise ModelRefused(f"{what}: {error_summary(error)}") from error
-
-
-def error_summary(error: Exception) -> str:
-    """Return the first line of an error's message; with its class, unless it is an OSError or ValueError."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    message = lines[0].rstrip(":. ") if lines else ""
-    plain = message and isinstance(error, OSError | ValueError)
-    return message if plain else f"{type(error).__name__}: {message}".rstrip(": ")
 
 
 def refuse_unreadable(path: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from worker.engine.segments import IntArray
 GOLDEN = 0x9E3779B97F4A7C15
 MIX_1 = 0xBF58476D1CE4E5B9
 MIX_2 = 0x94D049BB133111EB
+_MASK = (1 << 64) - 1
 
 # One row's parameters; `parameters_t` of native.c. `log_min_p` is -inf, and `top_k` 0, where they exclude nothing.
 PARAMETERS = np.dtype(
@@ -29,6 +30,54 @@ PARAMETERS = np.dtype(
     ]
 )
 ParameterArray = NDArray[Any]  # of PARAMETERS
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Sampling parameters of one sequence."""
+
+    temperature: float = 0.0
+    top_k: int = 0  # 0 keeps all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    key: int = 0  # 64 bits, from `noise_key`
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, bias); each token once
+    logprobs: int | None = None  # most likely tokens to report beside each emitted one; None: report neither
+    record: ParameterArray = field(init=False, repr=False, compare=False)  # [1]
+    bias: tuple[IntArray, NDArray[np.float32]] = field(init=False, repr=False, compare=False)  # tokens and values
+
+    def __post_init__(self) -> None:
+        """Compute the arrays that every draw needs."""
+        with np.errstate(divide="ignore"):
+            log_min_p = np.log(np.float32(self.min_p))
+        row = (
+            self.key & _MASK,
+            self.temperature,
+            self.top_p,
+            log_min_p,
+            self.repetition_penalty,
+            self.frequency_penalty,
+            self.presence_penalty,
+            self.top_k,
+            self.adjusted,
+        )
+        object.__setattr__(self, "record", np.array([row], PARAMETERS))
+        tokens, values = [token for token, _ in self.logit_bias], [value for _, value in self.logit_bias]
+        object.__setattr__(self, "bias", (np.array(tokens, np.int64), np.array(values, np.float32)))
+
+    @property
+    def greedy(self) -> bool:
+        """True for argmax decoding: no noise is drawn."""
+        return self.temperature == 0.0
+
+    @property
+    def adjusted(self) -> bool:
+        """True if penalties or a bias change the logits; they also apply to argmax decoding."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1.0)
+        return any(penalties) or bool(self.logit_bias)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,3 +107,8 @@ def mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(MIX_1)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(MIX_2)
     return z ^ (z >> np.uint64(31))
+
+
+def noise_key(seed: int, choice: int) -> int:
+    """Return the 64-bit noise key of one choice: it differs between the choices of a request, and is reproducible."""
+    return int(mix(mix(np.array([seed & _MASK], np.uint64)) + np.uint64(choice))[0])

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.engine.sampling.parameters import Adjustments
-from worker.engine.sampling.sampling import Sampling
+from worker.engine.sampling.parameters import Adjustments, Sampling
 from worker.engine.segments import IntArray
 
 NONE_SEEN: tuple[IntArray, IntArray] = (np.empty(0, np.int64), np.empty(0, np.int64))

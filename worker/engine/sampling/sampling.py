@@ -8,71 +8,19 @@ does not depend on the draft, the tree, the batch or a restart. Temperature 0 dr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from types import ModuleType
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from worker.engine.sampling import torch_draws
 from worker.engine.sampling.native import native_sampler
-from worker.engine.sampling.parameters import PARAMETERS, Adjustments, ParameterArray, mix, noise_keys
+from worker.engine.sampling.parameters import PARAMETERS, Adjustments, ParameterArray, Sampling, noise_keys
 from worker.engine.segments import IntArray
 
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """Sampling parameters of one sequence."""
-
-    temperature: float = 0.0
-    top_k: int = 0  # 0 keeps all
-    top_p: float = 1.0
-    min_p: float = 0.0
-    key: int = 0  # 64 bits, from `noise_key`
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, bias); each token once
-    logprobs: int | None = None  # most likely tokens to report beside each emitted one; None: report neither
-    record: ParameterArray = field(init=False, repr=False, compare=False)  # [1]
-    bias: tuple[IntArray, NDArray[np.float32]] = field(init=False, repr=False, compare=False)  # tokens and values
-
-    def __post_init__(self) -> None:
-        """Compute the arrays that every draw needs."""
-        with np.errstate(divide="ignore"):
-            log_min_p = np.log(np.float32(self.min_p))
-        row = (
-            self.key & _MASK,
-            self.temperature,
-            self.top_p,
-            log_min_p,
-            self.repetition_penalty,
-            self.frequency_penalty,
-            self.presence_penalty,
-            self.top_k,
-            self.adjusted,
-        )
-        object.__setattr__(self, "record", np.array([row], PARAMETERS))
-        tokens, values = [token for token, _ in self.logit_bias], [value for _, value in self.logit_bias]
-        object.__setattr__(self, "bias", (np.array(tokens, np.int64), np.array(values, np.float32)))
-
-    @property
-    def greedy(self) -> bool:
-        """True for argmax decoding: no noise is drawn."""
-        return self.temperature == 0.0
-
-    @property
-    def adjusted(self) -> bool:
-        """True if penalties or a bias change the logits; they also apply to argmax decoding."""
-        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1.0)
-        return any(penalties) or bool(self.logit_bias)
-
-
-_MASK = (1 << 64) - 1
 _GREEDY = Sampling().record
 
 
@@ -83,11 +31,6 @@ def gpu_sampler(device: torch.device) -> ModuleType | None:
         return import_module("worker.engine.sampling.gpu_kernels") if device.type == "cuda" else None
     except ImportError:
         return None
-
-
-def noise_key(seed: int, choice: int) -> int:
-    """Return the 64-bit noise key of one choice: it differs between the choices of a request, and is reproducible."""
-    return int(mix(mix(np.array([seed & _MASK], np.uint64)) + np.uint64(choice))[0])
 
 
 def parameters_of(samplings: Sequence[Sampling]) -> ParameterArray:

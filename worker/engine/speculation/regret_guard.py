@@ -8,7 +8,6 @@ blocks the strategy until it holds `REOPEN_TOKENS` again, so long losses stay be
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 from functools import partial
 from typing import Any
 
@@ -22,21 +21,6 @@ from worker.engine.speculation.constants import (
 )
 from worker.engine.speculation.cost_model import load_class
 from worker.engine.speculation.running_mean import RunningMean
-
-
-class Decision(StrEnum):
-    """What a step did, and why. The values are stored in the column `decision`."""
-
-    TREE = "tree"  # some sequence verified draft nodes
-    OFF = "off"  # the mode is plain
-    PROBE = "probe"  # plain on purpose, to measure plain decoding
-    GUARD = "guard"  # blocked by the regret guard: speculation has not paid lately
-    UNPROFITABLE = "unprofitable"  # drafts were grown, and none was worth its time
-    NO_CANDIDATES = "nothing"  # the drafter offered nothing
-    DRAFT_LAGGING = "behind"  # catching up would cost the drafter more than its drafts are expected to bring
-    MEMORY = "memory"  # no KV memory was left for draft nodes
-    PREFILL = "prefill"  # no sequence was decoding
-
 
 _mean = partial(RunningMean, GAIN_WEIGHT)
 

@@ -10,7 +10,7 @@ from tests.unit.worker.engine.harness import decode, drafter, engine, options, o
 from worker.bench import interleaved
 from worker.engine.engine import Engine
 from worker.engine.options import Mode
-from worker.engine.sampling.sampling import Sampling
+from worker.engine.sampling.parameters import Sampling
 from worker.engine.segments import chain
 
 

@@ -13,7 +13,7 @@ from worker.drafters.head import HeadDrafter
 from worker.drafters.mixed import MixedDrafter
 from worker.drafters.suffix import SuffixDrafter
 from worker.engine.options import Mode
-from worker.engine.sampling.sampling import Sampling
+from worker.engine.sampling.parameters import Sampling
 from worker.engine.segments import Segment, chain
 from worker.training.head_unroll import unroll
 

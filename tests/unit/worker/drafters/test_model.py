@@ -19,7 +19,7 @@ from worker.drafters.suffix import SuffixDrafter
 from worker.engine.model.attention import ATTENTION_NAME
 from worker.engine.model.packed_model import PackedModel
 from worker.engine.options import Mode
-from worker.engine.sampling.sampling import Sampling
+from worker.engine.sampling.parameters import Sampling
 from worker.engine.segments import IntArray, Segment
 from worker.engine.speculation.draft_tree import Candidates, Forest
 

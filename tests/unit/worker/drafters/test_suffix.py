@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from worker.drafters.suffix import SuffixDrafter
-from worker.engine.sampling.sampling import Sampling
+from worker.engine.sampling.parameters import Sampling
 from worker.engine.segments import IntArray
 from worker.engine.sequence import FinishReason, Sequence
 from worker.engine.speculation.draft_tree import Forest

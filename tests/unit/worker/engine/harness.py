@@ -13,7 +13,7 @@ from worker.drafters.suffix import SuffixDrafter
 from worker.engine.engine import Engine
 from worker.engine.model.packed_model import LanguageModel
 from worker.engine.options import EngineOptions, Mode
-from worker.engine.sampling.sampling import Sampling, noise_key
+from worker.engine.sampling.parameters import Sampling, noise_key
 from worker.engine.sequence import Sequence as EngineSequence
 from worker.engine.speculation.cost_model import CostModel
 from worker.engine.speculation.drafting import Drafter

@@ -21,7 +21,7 @@ from tests.unit.worker.engine.harness import (
     sequences,
 )
 from worker.engine.options import Mode
-from worker.engine.sampling.sampling import Sampling
+from worker.engine.sampling.parameters import Sampling
 from worker.engine.sequence import FinishReason
 
 SAMPLED = Sampling(temperature=0.9, top_k=20, top_p=0.95)

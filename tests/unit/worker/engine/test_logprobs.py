@@ -14,11 +14,12 @@ import torch
 
 from tests.models import packed, tiny
 from tests.unit.worker.engine.harness import PROMPTS, decode, drafter, engine, options, resumed_after, sequences
-from worker.engine.logprobs import MIN_LOGPROB, TokenLogprobs, read_rows
+from worker.engine.logprobs import MIN_LOGPROB, read_rows
 from worker.engine.options import Mode
-from worker.engine.sampling.sampling import Sampling
+from worker.engine.sampling.parameters import Sampling
 from worker.engine.sequence import Sequence as EngineSequence
 from worker.engine.stats import StepResult
+from worker.engine.token_logprobs import TokenLogprobs
 
 ROUNDING = 1e-4
 GREEDY = Sampling(logprobs=5)

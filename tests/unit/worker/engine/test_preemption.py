@@ -23,7 +23,7 @@ from worker.engine.model.packed_model import PackedModel
 from worker.engine.options import Mode
 from worker.engine.output_lengths import PRIOR_TOKENS, OutputLengths
 from worker.engine.paged.kv import PagedKv
-from worker.engine.sampling.sampling import Sampling
+from worker.engine.sampling.parameters import Sampling
 from worker.engine.sequence import Sequence
 from worker.engine.speculation.drafting import Drafter
 from worker.engine.stats import StepBatch

@@ -13,7 +13,7 @@ from tests.unit.worker.engine.harness import FLAT_COSTS, drafter, options, seque
 from worker.engine.engine import Engine
 from worker.engine.options import Mode
 from worker.engine.parallel.commands import CommandKind, RankCommand, decode
-from worker.engine.sampling.sampling import Sampling
+from worker.engine.sampling.parameters import Sampling
 from worker.engine.segments import KvMove, KvMoves, Segment, Segments, chain
 
 ROOT_AND_TWO = np.array([[1, 0, 0], [1, 1, 0], [1, 0, 1]], np.bool_)

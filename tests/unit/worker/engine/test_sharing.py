@@ -13,7 +13,7 @@ from tests.unit.worker.engine.harness import decode, drafter, engine, greedy_and
 from worker.engine import prefix_sharing
 from worker.engine.kv.prefix_tree import Match, PrefixTree, common_prefix_length
 from worker.engine.options import Mode
-from worker.engine.sampling.sampling import Sampling
+from worker.engine.sampling.parameters import Sampling
 
 SYSTEM = [2 + i % 37 for i in range(40)]
 PROMPTS = [[*SYSTEM, 7, 8], [*SYSTEM, 9], [*SYSTEM[:25], 11, 12, 13], [*SYSTEM, 7, 8], [20, 21], SYSTEM]

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT
 from tests.models import byte_tokenizer
-from worker.engine.logprobs import TokenLogprobs
+from worker.engine.token_logprobs import TokenLogprobs
 from worker.text.codec import Codec, TextStream
 from worker.text.detokenizer import Detokenizer
 from worker.text.token_bytes import token_bytes

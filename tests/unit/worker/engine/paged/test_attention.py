@@ -36,7 +36,7 @@ from worker.engine.paged.cuda_graphs import Captured, CaptureFailed
 from worker.engine.paged.kv import PagedKv
 from worker.engine.paged.rows import LISTED
 from worker.engine.paged.shape_buckets import BucketedForward
-from worker.engine.sampling.sampling import Sampling
+from worker.engine.sampling.parameters import Sampling
 from worker.engine.segments import KvMove, Segment, chain
 from worker.engine.speculation.drafting import Drafter
 

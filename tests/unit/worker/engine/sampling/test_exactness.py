@@ -13,8 +13,9 @@ from torch import Tensor
 from worker.engine.sampling import sampling as sampler
 from worker.engine.sampling import torch_draws
 from worker.engine.sampling.native import native_sampler
+from worker.engine.sampling.parameters import Sampling, noise_key
 from worker.engine.sampling.penalties import NONE_SEEN, adjustments_of
-from worker.engine.sampling.sampling import Sampling, noise_key, parameters_of
+from worker.engine.sampling.sampling import parameters_of
 
 SAMPLINGS = [
     Sampling(),

@@ -32,7 +32,7 @@ from tests.unit.worker.engine.sampling.test_sampling import (
     two_step_logits,
 )
 from worker.engine.options import Mode
-from worker.engine.sampling.sampling import Sampling, noise_key
+from worker.engine.sampling.parameters import Sampling, noise_key
 from worker.engine.sequence import Sequence
 from worker.engine.speculation import verifier
 from worker.engine.speculation.draft_tree import Candidates, Forest

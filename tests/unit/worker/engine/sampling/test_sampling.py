@@ -27,8 +27,8 @@ from worker.engine.options import Mode
 from worker.engine.sampling import sampling as sampler
 from worker.engine.sampling import torch_draws
 from worker.engine.sampling.native import native_sampler
-from worker.engine.sampling.parameters import noise_keys
-from worker.engine.sampling.sampling import Sampling, argmax, gumbel_scores, noise_key, parameters_of, topk
+from worker.engine.sampling.parameters import Sampling, noise_key, noise_keys
+from worker.engine.sampling.sampling import argmax, gumbel_scores, parameters_of, topk
 from worker.engine.segments import IntArray
 from worker.engine.sequence import Sequence
 from worker.engine.speculation.cost_model import CostModel

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.unit.worker.engine.harness import sequences
-from worker.engine.sampling.sampling import Sampling
+from worker.engine.sampling.parameters import Sampling
 from worker.engine.speculation.acceptance_model import AcceptanceModel
 from worker.engine.speculation.draft_tree import Candidates, Forest
 

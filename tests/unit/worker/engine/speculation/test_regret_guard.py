@@ -20,8 +20,9 @@ from worker.engine.options import Mode
 from worker.engine.segments import IntArray, Segment
 from worker.engine.sequence import Sequence
 from worker.engine.speculation.cost_model import CostModel
+from worker.engine.speculation.decision import Decision
 from worker.engine.speculation.draft_tree import Candidates, Forest
-from worker.engine.speculation.regret_guard import Decision, RegretGuard
+from worker.engine.speculation.regret_guard import RegretGuard
 from worker.engine.speculation.state import SpeculationState
 
 PLAIN_MS = 10.0
