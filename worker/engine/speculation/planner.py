@@ -23,14 +23,8 @@ from worker.engine.speculation.constants import (
 from worker.engine.speculation.cost_model import CostModel
 from worker.engine.speculation.decision import Decision
 from worker.engine.speculation.draft_tree import Candidates, Forest
-<<<<<<< HEAD
 from worker.engine.speculation.drafting import Drafter, Layer, as_offered, grow, joined
 from worker.engine.speculation.regret_guard import RegretGuard
-from worker.engine.speculation.decision import Decision
-=======
-from worker.engine.speculation.drafting import Drafter, Layer, as_offered, grow
-from worker.engine.speculation.regret_guard import RegretGuard
->>>>>>> 565237a (The request process imports no torch: sampling parameters, decisions and log-probabilities are data of their own)
 from worker.engine.speculation.sequence_columns import SequenceColumns
 from worker.engine.speculation.state import DrafterStats, SpeculationState
 from worker.engine.speculation.tree_budget import Budget, CostAwareBudget, FixedBudget
