@@ -59,11 +59,11 @@ class RequestProcess:
         self._process.kill()
         status = self._process.wait()
         self.channel.close()
-        self.failed_starts = 0 if self.channel.heard else self.failed_starts + 1
         return status
 
     def restart_delay_s(self) -> float:
         """Return how long to wait before `restart`: longer each time, unless it had run for a while."""
+        self.failed_starts = 0 if self.channel.heard else self.failed_starts + 1
         steady = time.monotonic() - self._started_at > _STEADY_S
         self._delay_s = 0.0 if steady else min(max(_FIRST_DELAY_S, 2 * self._delay_s), _LONGEST_DELAY_S)
         return self._delay_s

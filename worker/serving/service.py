@@ -155,15 +155,17 @@ class EngineService:
         loop.stop()
         if self._requests.hand_back(0.8 * self._settings.drain_s):
             self._mark_stopped()
+        else:
+            log.warning("The requests were not released in time; their leases will expire", extra=_STOPPING)
 
     def _replace_requests(self, loop: EngineLoop) -> None:
         """Requeue the requests of a dead request process, and start another."""
         status = self._requests.kill()
-        if self._requests.failed_starts > _MAX_FAILED_STARTS:
-            raise RuntimeError(f"the request process can't start: exit status {status}")
         loop.stop()
         self._reconciler.requeue(self.worker_id)
-        delay_s = self._requests.restart_delay_s()
+        delay_s = min(self._requests.restart_delay_s(), self._settings.stall_s / 4)
+        if self._requests.failed_starts > _MAX_FAILED_STARTS:
+            raise RuntimeError(f"the request process can't start: exit status {status}")
         log.error(
             "The request process exited with status %d; starting another in %.1f s",
             status,
