@@ -21,6 +21,7 @@ from tests.conftest import free_port, start_redis, stop
 from tests.models import save_tiny
 from tests.nodes import Cluster
 from tests.postgres import Postgres
+from tests.processes import children_of
 from worker.settings import WorkerSettings
 
 REQUESTS, TOKENS = 256, 64
@@ -48,15 +49,16 @@ def rates(cluster: Cluster, cores: list[int]) -> list[Rate]:
             os.sched_setaffinity(node.pid, {core})
             pids.append(node.pid)
         cluster.until(lambda: len(cluster.workers()) == before + len(cores))
-        return [_rate(cluster, pids) for _ in range(JOBS)]
+        pids += [child for pid in pids for child in children_of(pid)]  # request processes
+        return [_rate(cluster, pids, len(cores)) for _ in range(JOBS)]
 
 
-def _rate(cluster: Cluster, pids: list[int]) -> Rate:
+def _rate(cluster: Cluster, pids: list[int], nodes: int) -> Rate:
     used_s = sum(map(_cpu_s, pids))
     job = cluster.finished(cluster.submit(REQUESTS, max_tokens=TOKENS))
     used_s = sum(map(_cpu_s, pids)) - used_s
     took_s = (job.finished_at or 0) - job.created_at
-    return Rate(round(job.completion_tokens / took_s), round(used_s / took_s / len(pids), 2))
+    return Rate(round(job.completion_tokens / took_s), round(used_s / took_s / nodes, 2))
 
 
 def _cpu_s(pid: int) -> float:
