@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import socket
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, Final, Protocol
 
@@ -62,7 +64,9 @@ class SocketChannel:
         self._news.wait(timeout_s)
 
     def close(self) -> None:
-        """Close this end once the other process is gone."""
+        """Close this end; the other end hears of it."""
+        with suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as own:
+            own.shutdown(socket.SHUT_RDWR)  # wakes the thread
         self._thread.join()
         self._connection.close()
 

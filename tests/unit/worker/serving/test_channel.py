@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
@@ -13,11 +12,12 @@ from worker.serving.channel import SocketChannel, socket_pair
 
 
 @pytest.fixture
-def ends() -> Iterator[tuple[SocketChannel, Connection]]:
-    """A channel, and the bare connection of the process at its other end."""
-    near, far = socket_pair()
-    yield SocketChannel(near), far
+def ends() -> Iterator[tuple[SocketChannel, SocketChannel]]:
+    """The two ends of a channel."""
+    near, far = map(SocketChannel, socket_pair())
+    yield near, far
     far.close()
+    near.close()
 
 
 def received(channel: SocketChannel, count: int) -> list[Any]:
@@ -29,20 +29,18 @@ def received(channel: SocketChannel, count: int) -> list[Any]:
 
 
 def test_messages_arrive_in_order_also_when_the_other_side_sends_more_than_a_socket_holds(
-    ends: tuple[SocketChannel, Connection],
+    ends: tuple[SocketChannel, SocketChannel],
 ) -> None:
-    channel, far = ends
-    other = SocketChannel(far)
+    channel, other = ends
     for number in range(200):
         other.send((number, b"x" * 50_000))  # nobody calls `receive` meanwhile
     assert [number for number, _ in received(channel, 200)] == list(range(200))
     assert channel.heard
 
 
-def test_the_first_message_can_be_received_without_those_behind_it(ends: tuple[SocketChannel, Connection]) -> None:
-    channel, far = ends
+def test_the_first_message_can_be_received_without_those_behind_it(ends: tuple[SocketChannel, SocketChannel]) -> None:
+    channel, other = ends
     assert channel.receive_first() is None
-    other = SocketChannel(far)
     other.send("setup")
     other.send("report")
     while (first := channel.receive_first()) is None:
@@ -52,7 +50,7 @@ def test_the_first_message_can_be_received_without_those_behind_it(ends: tuple[S
 
 
 def test_an_end_that_is_gone_wakes_the_other_and_messages_to_it_are_dropped(
-    ends: tuple[SocketChannel, Connection],
+    ends: tuple[SocketChannel, SocketChannel],
 ) -> None:
     channel, far = ends
     waited = threading.Thread(target=channel.wait, args=(60.0,))
