@@ -23,11 +23,13 @@ class _View:
     prefix: IntArray  # [rows]
     extra_start: IntArray  # [rows + 1]
     extra: IntArray  # KV entries, row after row
+    group_start: IntArray  # [groups + 1] rows that attend together: of one slot, with one `first`
     end: int  # one past the last entry that a row sees
 
     def structure(self) -> View:
         """Return the C structure; it points into these arrays."""
-        return View(*[address(x) for x in (self.first, self.prefix, self.extra_start, self.extra)], self.end)
+        arrays = (self.first, self.prefix, self.extra_start, self.extra, self.group_start)
+        return View(*[address(x) for x in arrays], len(self.group_start) - 1, self.end)
 
 
 class CpuAttentionPlan:
@@ -41,6 +43,7 @@ class CpuAttentionPlan:
         self._segments = packed
         self._kernels = kernels
         self._heads = heads
+        self._group_rows = max(1, kernels.block // (heads // kv.kv_heads))  # their query heads are multiplied together
         self.tapped: Tensor | None = None  # [n, taps, width]
         self._slot, self._index = packed.per_row(packed.slots), packed.entries
         self._views: dict[int | None, _View] = {}
@@ -75,11 +78,11 @@ class CpuAttentionPlan:
         )
         for window in windows:
             if window not in self._views:
-                self._views[window] = _view(self._segments, window)
+                self._views[window] = _view(self._segments, window, self._group_rows)
         return plan, (View * len(windows))(*[self._views[window].structure() for window in windows])
 
 
-def _view(segments: Segments, window: int | None) -> _View:
+def _view(segments: Segments, window: int | None, group_rows: int) -> _View:
     """Return what the rows see. With a window, a row at position p sees positions above p - window."""
     positions = segments.positions
     prefix = np.where(segments.per_row(segments.chains), segments.entries + 1, segments.per_row(segments.prefixes))
@@ -98,5 +101,15 @@ def _view(segments: Segments, window: int | None) -> _View:
         prefix=prefix,
         extra_start=starts,
         extra=prefix[rows] + visible if len(visible) else np.zeros(1, np.int64),  # the kernel gets its address
+        group_start=_group_starts(segments, first, group_rows),
         end=int(segments.ends.max()),
     )
+
+
+def _group_starts(segments: Segments, first: IntArray, group_rows: int) -> IntArray:
+    """Split the rows of each segment where `first` changes, and then every `group_rows` rows."""
+    new = np.diff(first, prepend=-1) != 0
+    new[segments.firsts] = True
+    rows = np.arange(len(first))
+    since = rows - np.maximum.accumulate(np.where(new, rows, 0))  # rows since the last split
+    return np.append(np.flatnonzero(since % group_rows == 0), len(first))

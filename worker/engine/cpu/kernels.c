@@ -5,6 +5,7 @@
  * file. Sizes are elements, not bytes; matrices are row-major.
  */
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,7 +21,9 @@ enum { LANES = 16, BLOCK = 12 }; /* columns of a vector; rows multiplied togethe
 enum { LANES = 8, BLOCK = 5 };
 #endif
 enum { PREFETCH_ROWS = 7, PREFETCH_BYTES = 12288 }; /* from this many rows on, prefetch weights; by this many bytes */
+enum { LINE = 64 };                                 /* bytes of a cache line */
 enum { PANEL = 2 * LANES }; /* columns multiplied together; weights are packed panel by panel */
+#define PANEL_STEP_BYTES (PANEL * STEP * (int)sizeof(scalar)) /* of a panel's weights for one step of inputs */
 
 typedef float floats __attribute__((vector_size(LANES * 4)));
 typedef uint32_t words __attribute__((vector_size(LANES * 4)));
@@ -77,6 +80,8 @@ typedef struct {
 
 int64_t panel_columns(void) { return PANEL; }
 
+int64_t block_rows(void) { return BLOCK; }
+
 int64_t packed_size(int64_t columns, int64_t inputs) { return (columns + PANEL - 1) / PANEL * PANEL * inputs; }
 
 /* Pack `weight` [columns, inputs]; pad the last panel with zeros. `second`, if given, has as many columns: half panels
@@ -94,37 +99,49 @@ void pack(const scalar *weight, const scalar *second, scalar *packed, int64_t co
             }
 }
 
-static inline void finish_row(const float *sums, scalar *out, const product_t *p, int64_t row, int64_t panel,
-                              finish_t finish) {
-    if (finish == GATE) {
-        int64_t width = p->columns / 2, first = panel * LANES, count = width - first < LANES ? width - first : LANES;
-        scalar *to = out + row * width + first;
-        for (int64_t i = 0; i < count; i++) to[i] = from_float(silu(sums[i]) * sums[LANES + i]);
-        return;
-    }
-    int64_t first = panel * PANEL, count = p->columns - first < PANEL ? p->columns - first : PANEL;
+/* Finish `count` columns of a row: a constant, except at the end of a row. */
+static inline __attribute__((always_inline)) void finish_columns(const float *sums, scalar *to, const scalar *bias,
+                                                                 int64_t count, finish_t finish) {
     if (finish == STORE_FLOAT) {
-        memcpy((float *)out + row * p->columns + first, sums, (size_t)count * sizeof(float));
-        return;
-    }
-    scalar *to = out + row * p->columns + first;
-    for (int64_t i = 0; i < count; i++) {
-        float sum = sums[i] + (p->bias ? to_float(p->bias[first + i]) : 0.0f);
-        to[i] = from_float(finish == ADD ? sum + to_float(to[i]) : sum);
+        memcpy(to, sums, (size_t)count * sizeof(float));
+    } else if (finish == GATE) {
+#pragma omp simd
+        for (int64_t i = 0; i < count; i++) to[i] = from_float(silu(sums[i]) * sums[LANES + i]);
+    } else if (bias) {
+#pragma omp simd
+        for (int64_t i = 0; i < count; i++) {
+            float sum = sums[i] + to_float(bias[i]);
+            to[i] = from_float(finish == ADD ? sum + to_float(to[i]) : sum);
+        }
+    } else {
+#pragma omp simd
+        for (int64_t i = 0; i < count; i++) to[i] = from_float(finish == ADD ? sums[i] + to_float(to[i]) : sums[i]);
     }
 }
 
-/* sums[r] += x[r] @ weight for `inputs` inputs and one panel of columns; inlined for each number of rows. */
+static inline __attribute__((always_inline)) void finish_row(const float *sums, scalar *out, const product_t *p,
+                                                             int64_t row, int64_t panel, finish_t finish) {
+    const int64_t size = finish == GATE ? LANES : PANEL, width = finish == GATE ? p->columns / 2 : p->columns;
+    const int64_t first = panel * size;
+    scalar *to = finish == STORE_FLOAT ? (scalar *)((float *)out + row * width + first) : out + row * width + first;
+    const scalar *bias = p->bias ? p->bias + first : NULL;
+    if (width - first >= size)
+        finish_columns(sums, to, bias, size, finish);
+    else
+        finish_columns(sums, to, bias, width - first, finish);
+}
+
+/* sums[r] += x[r] @ weight for `inputs` inputs and one panel of columns; inlined for each number of rows. For each step
+ * of inputs, as many bytes as it reads of the weight are prefetched from `ahead` on, if given. */
 static inline __attribute__((always_inline)) void tile(floats sums[][2], const scalar *weight, int64_t stride,
                                                        const scalar *x, int64_t x_stride, int64_t inputs,
-                                                       const int rows) {
+                                                       const char *ahead, const int rows) {
     floats own[BLOCK][2];
     for (int r = 0; r < rows; r++) own[r][0] = sums[r][0], own[r][1] = sums[r][1];
     for (int64_t k = 0; k < inputs; k += STEP, weight += stride) {
-        /* With many rows, a core computes too long between reads to saturate memory. With few, prefetching is slower. */
-        if (rows >= PREFETCH_ROWS) {
-            __builtin_prefetch((const char *)weight + PREFETCH_BYTES, 0, 2);
-            __builtin_prefetch((const char *)weight + PREFETCH_BYTES + 64, 0, 2);
+        if (ahead) {
+            for (int at = 0; at < PANEL_STEP_BYTES; at += LINE) __builtin_prefetch(ahead + at, 0, 2);
+            ahead += PANEL_STEP_BYTES;
         }
 #pragma GCC unroll 12
         for (int r = 0; r < rows; r++) {
@@ -137,10 +154,13 @@ static inline __attribute__((always_inline)) void tile(floats sums[][2], const s
 
 /* `tile` for up to BLOCK rows. `stride` is the distance of the weights of one step of inputs from the next. */
 static void multiply_tile(floats sums[][2], const scalar *weight, int64_t stride, const scalar *x, int64_t x_stride,
-                          int64_t inputs, int64_t rows) {
+                          int64_t inputs, const void *ahead, int64_t rows) {
 #define CASE(n)                                                                                                        \
     case n:                                                                                                            \
-        tile(sums, weight, stride, x, x_stride, inputs, n);                                                            \
+        if (ahead)                                                                                                     \
+            tile(sums, weight, stride, x, x_stride, inputs, ahead, n);                                                 \
+        else                                                                                                           \
+            tile(sums, weight, stride, x, x_stride, inputs, NULL, n);                                                  \
         break;
     switch (rows) {
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5)
@@ -153,12 +173,14 @@ static void multiply_tile(floats sums[][2], const scalar *weight, int64_t stride
 /* All rows of one panel, in blocks of equal height. */
 static void multiply_panel(const product_t *p, const scalar *x, scalar *out, int64_t rows, int64_t panel,
                            finish_t finish) {
+    const scalar *weight = p->weight + panel * PANEL * p->inputs;
     int64_t blocks = (rows + BLOCK - 1) / BLOCK;
     for (int64_t b = 0; b < blocks; b++) {
         int64_t row = rows * b / blocks, height = rows * (b + 1) / blocks - row;
         floats sums[BLOCK][2] = {0};
-        multiply_tile(sums, p->weight + panel * PANEL * p->inputs, PANEL * STEP, x + row * p->inputs, p->inputs,
-                      p->inputs, height);
+        /* With many rows, a core computes too long between reads to saturate memory. With few, prefetching is slower. */
+        const char *ahead = height < PREFETCH_ROWS ? NULL : (const char *)weight + PREFETCH_BYTES;
+        multiply_tile(sums, weight, PANEL * STEP, x + row * p->inputs, p->inputs, p->inputs, ahead, height);
         for (int64_t r = 0; r < height; r++) finish_row((const float *)sums[r], out, p, row + r, panel, finish);
     }
 }
@@ -202,8 +224,8 @@ void rms_norm(const scalar *x, const scalar *weight, scalar *out, int64_t rows, 
 
 /* Norm and rotate one head (rotate-half convention), with the rounding of the model's own code. Without `cos` it is
  * rotated already. */
-static inline void prepare(const scalar *x, scalar *out, const scalar *norm, const scalar *cos, const scalar *sin,
-                           int64_t dim, float eps) {
+static inline void prepare(const scalar *x, scalar *restrict out, const scalar *norm, const scalar *restrict cos,
+                           const scalar *restrict sin, int64_t dim, float eps) {
     scalar normed[dim];
     if (norm) {
         normalise(x, norm, normed, dim, eps);
@@ -214,6 +236,7 @@ static inline void prepare(const scalar *x, scalar *out, const scalar *norm, con
         return;
     }
     int64_t half = dim / 2;
+#pragma omp simd
     for (int64_t i = 0; i < half; i++) {
         float a = to_float(x[i]), b = to_float(x[i + half]);
         out[i] = from_float(to_float(from_float(a * to_float(cos[i]))) - to_float(from_float(b * to_float(sin[i]))));
@@ -230,6 +253,8 @@ typedef struct {
     const int64_t *first, *prefix; /* [rows] */
     const int64_t *extra_start;    /* [rows + 1] */
     const int64_t *extra;
+    const int64_t *group_start; /* [groups + 1] rows that attend together: of one slot, with one `first` */
+    int64_t groups;
     int64_t end; /* one past the last entry that a row sees */
 } view_t;
 
@@ -250,13 +275,14 @@ typedef struct {
     float eps;
 } heads_t;
 
-/* Buffers of one thread, for the query heads of one KV head. */
+/* Buffers of one thread, for at most BLOCK queries of one slot and KV head. */
 typedef struct {
     int64_t length;   /* entries, a multiple of PANEL */
-    scalar *queries;  /* [groups, dim] */
-    float *scores;    /* [groups, length] */
-    scalar *weights;  /* [groups, length] */
+    scalar *queries;  /* [BLOCK, dim] */
+    float *scores;    /* [BLOCK, length] */
+    scalar *weights;  /* [BLOCK, length] */
     scalar *gathered; /* [length, dim] */
+    floats (*mixed)[BLOCK][2]; /* [dim / PANEL] */
 } workspace_t;
 
 static inline int64_t key_at(int64_t position, int64_t i, int64_t dim) {
@@ -267,16 +293,19 @@ static inline int64_t value_at(int64_t position, int64_t i, int64_t dim) {
     return (position / STEP * dim + i) * STEP + position % STEP;
 }
 
-static workspace_t make_workspace(int64_t end, int64_t groups, int64_t dim) {
+static workspace_t make_workspace(int64_t end, int64_t dim) {
     int64_t length = (end + 2 * PANEL - 1) / PANEL * PANEL;
-    return (workspace_t){length, malloc(sizeof(scalar) * (size_t)(groups * dim)),
-                    malloc(sizeof(float) * (size_t)(groups * length)),
-                    malloc(sizeof(scalar) * (size_t)(groups * length)),
-                    malloc(sizeof(scalar) * (size_t)(length * dim))};
+    return (workspace_t){length,
+                         malloc(sizeof(scalar) * (size_t)(BLOCK * dim)),
+                         malloc(sizeof(float) * (size_t)(BLOCK * length)),
+                         malloc(sizeof(scalar) * (size_t)(BLOCK * length)),
+                         malloc(sizeof(scalar) * (size_t)(length * dim)),
+                         aligned_alloc(sizeof(floats), sizeof(floats[BLOCK][2]) * (size_t)(dim / PANEL))};
 }
 
 static void free_workspace(workspace_t workspace) {
     free(workspace.queries), free(workspace.scores), free(workspace.weights), free(workspace.gathered);
+    free(workspace.mixed);
 }
 
 /* Turn scores into softmax weights that are not yet divided by their sum; return the sum. */
@@ -292,48 +321,146 @@ static inline float softmax_weights(const float *scores, scalar *weights, int64_
     return sum;
 }
 
-/* Attend `groups` query heads of one KV head of one row over its `keys` and `values`. */
-static void attend_group(const plan_t *plan, const view_t *view, const workspace_t *workspace, const scalar *keys,
-                         const scalar *values, int64_t row, int64_t groups, scalar *out) {
-    const int64_t dim = plan->dim, length = workspace->length;
-    const int64_t first = view->first[row], prefix = view->prefix[row];
-    const int64_t *extra = view->extra + view->extra_start[row];
-    const int64_t extras = view->extra_start[row + 1] - view->extra_start[row], count = prefix + extras;
-    const int64_t end = extras ? extra[extras - 1] + 1 : prefix;
-    const int64_t from = first / STEP * STEP, whole = prefix / STEP * STEP; /* values read in place: from..whole-1 */
-    float sums[groups];
+/* What one row sees. */
+typedef struct {
+    int64_t first, prefix, extras, count, end; /* count: entries that it sees, plus `first`; end: one past the last */
+    const int64_t *extra;
+    int64_t whole; /* values before it are read in place */
+} seen_t;
+
+static inline seen_t seen_by(const view_t *view, int64_t row) {
+    int64_t start = view->extra_start[row], extras = view->extra_start[row + 1] - start, prefix = view->prefix[row];
+    const int64_t *extra = view->extra + start;
+    int64_t end = extras ? extra[extras - 1] + 1 : prefix;
+    return (seen_t){view->first[row], prefix, extras, prefix + extras, end, extra, prefix / STEP * STEP};
+}
+
+/* One past the last entry that the rows of a group see. */
+static inline int64_t group_end(const view_t *view, int64_t group) {
+    int64_t end = 0;
+    for (int64_t row = view->group_start[group]; row < view->group_start[group + 1]; row++) {
+        int64_t own = seen_by(view, row).end;
+        end = own > end ? own : end;
+    }
+    return end;
+}
+
+/* Copy the values of the entries from `seen->whole` on, which may be scattered, or packed with entries that the row does
+ * not see. Pad with zeros. */
+static void gather(const workspace_t *workspace, const seen_t *seen, const scalar *values, int64_t dim) {
+    for (int64_t j = seen->whole; j < seen->count || j % STEP; j++) {
+        scalar *to = workspace->gathered + value_at(j - seen->whole, 0, dim);
+        int64_t entry = j < seen->prefix ? j : j < seen->count ? seen->extra[j - seen->prefix] : 0;
+        const scalar *from = values + value_at(entry, 0, dim);
+        for (int64_t i = 0; i < dim; i++) to[i * STEP] = j < seen->count ? from[i * STEP] : 0;
+    }
+}
+
+/* Attend `heads` prepared queries of each of the rows from `row` on, of one group, over the `keys` and `values` of their
+ * KV head. The products of the rows share what they read; each keeps the order of its own sum. Head h of row r goes to
+ * out[r * out_row + h * dim]. Prefetch `next_keys` and `next_values` meanwhile. */
+static void attend_block(const plan_t *plan, const view_t *view, const workspace_t *workspace, const scalar *keys,
+                         const scalar *values, int64_t row, int64_t rows, int64_t heads, scalar *out, int64_t out_row,
+                         int64_t end, const scalar *next_keys, const scalar *next_values, int64_t next_end) {
+    const int64_t dim = plan->dim, length = workspace->length, first = view->first[row];
+    const int64_t from = first / STEP * STEP;
+    int64_t common = end; /* values from..common-1 are read in place by all rows */
+    float sums[BLOCK];
     for (int64_t panel = first / PANEL; panel * PANEL < end; panel++) {
         floats scores[BLOCK][2] = {0};
-        multiply_tile(scores, keys + panel * PANEL * dim, PANEL * STEP, workspace->queries, dim, dim, groups);
-        for (int64_t g = 0; g < groups; g++)
-            memcpy(workspace->scores + g * length + panel * PANEL, scores[g], PANEL * sizeof(float));
+        const scalar *ahead = next_keys + (panel * PANEL < next_end ? panel : 0) * PANEL * dim;
+        multiply_tile(scores, keys + panel * PANEL * dim, PANEL * STEP, workspace->queries, dim, dim, ahead,
+                      rows * heads);
+        for (int64_t i = 0; i < rows * heads; i++)
+            memcpy(workspace->scores + i * length + panel * PANEL, scores[i], PANEL * sizeof(float));
     }
-    for (int64_t g = 0; g < groups; g++) {
-        float *scores = workspace->scores + g * length;
-        scalar *weights = workspace->weights + g * length;
-        /* extra[i] >= prefix + i: no score is overwritten before it is read */
-        for (int64_t i = 0; i < extras; i++) scores[prefix + i] = scores[extra[i]];
-        sums[g] = softmax_weights(scores + first, weights + first, count - first, plan->scale);
-        for (int64_t j = from; j < first; j++) weights[j] = 0;
-        for (int64_t j = count; j % STEP; j++) weights[j] = 0;
+    for (int64_t r = 0; r < rows; r++) {
+        seen_t seen = seen_by(view, row + r);
+        common = seen.whole < common ? seen.whole : common;
+        for (int64_t i = r * heads; i < (r + 1) * heads; i++) {
+            float *scores = workspace->scores + i * length;
+            scalar *weights = workspace->weights + i * length;
+            /* extra[j] >= prefix + j: no score is overwritten before it is read */
+            for (int64_t j = 0; j < seen.extras; j++) scores[seen.prefix + j] = scores[seen.extra[j]];
+            sums[i] = softmax_weights(scores + first, weights + first, seen.count - first, plan->scale);
+            for (int64_t j = from; j < first; j++) weights[j] = 0;
+            for (int64_t j = seen.count; j % STEP; j++) weights[j] = 0;
+        }
     }
-    /* The last entries may be scattered, or packed with entries that the row does not see: gather them first. */
-    for (int64_t j = whole; j < count || j % STEP; j++)
-        for (int64_t i = 0; i < dim; i++)
-            workspace->gathered[value_at(j - whole, i, dim)] =
-                j < count ? values[value_at(j < prefix ? j : extra[j - prefix], i, dim)] : 0;
-    for (int64_t column = 0; column < dim; column += PANEL) {
-        floats mixed[BLOCK][2] = {0};
-        if (whole > from)
-            multiply_tile(mixed, values + (from * dim + column * STEP), dim * STEP, workspace->weights + from, length,
-                          whole - from, groups);
-        if (count > whole)
-            multiply_tile(mixed, workspace->gathered + column * STEP, dim * STEP, workspace->weights + whole, length,
-                          count - whole, groups);
-        for (int64_t g = 0; g < groups; g++)
-            for (int64_t i = 0; i < PANEL; i++)
-                out[g * dim + column + i] = from_float(((float *)mixed[g])[i] / sums[g]);
+    common = common > from ? common : from;
+    for (int64_t part = 0; part < dim / PANEL; part++) {
+        const scalar *value = values + (from * dim + part * PANEL * STEP);
+        memset(workspace->mixed[part], 0, sizeof workspace->mixed[part]);
+        /* the parts of the next values lie beside each other: each call prefetches its share of the entries */
+        const scalar *ahead = next_values + from * dim + (next_end - from) / (dim / PANEL) * part * dim;
+        multiply_tile(workspace->mixed[part], value, dim * STEP, workspace->weights + from, length, common - from,
+                      ahead, rows * heads);
     }
+    for (int64_t r = 0; r < rows; r++) {
+        seen_t seen = seen_by(view, row + r);
+        const scalar *weights = workspace->weights + r * heads * length;
+        if (seen.count > seen.whole) gather(workspace, &seen, values, dim);
+        for (int64_t part = 0; part < dim / PANEL; part++) {
+            floats(*mixed)[2] = workspace->mixed[part] + r * heads;
+            const scalar *value = values + (common * dim + part * PANEL * STEP);
+            if (seen.whole > common)
+                multiply_tile(mixed, value, dim * STEP, weights + common, length, seen.whole - common, NULL, heads);
+            if (seen.count > seen.whole)
+                multiply_tile(mixed, workspace->gathered + part * PANEL * STEP, dim * STEP, weights + seen.whole, length,
+                              seen.count - seen.whole, NULL, heads);
+            for (int64_t h = 0; h < heads; h++)
+                for (int64_t i = 0; i < PANEL; i++)
+                    out[r * out_row + h * dim + part * PANEL + i] =
+                        from_float(((float *)mixed[h])[i] / sums[r * heads + h]);
+        }
+    }
+}
+
+/* The share of the groups' KV heads that a thread attends: items first..end-1, of about equal cost. */
+typedef struct {
+    int64_t first, end;
+} share_t;
+
+static share_t share_of(const view_t *view, int64_t kv_heads) {
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    int64_t total = 0, before = 0;
+    share_t share = {0, 0};
+    for (int64_t pass = 0; pass < 2; pass++)
+        for (int64_t group = 0; group < view->groups; group++) {
+            /* a row costs about as much as these entries, besides those that it sees */
+            int64_t rows = view->group_start[group + 1] - view->group_start[group];
+            int64_t cost = 32 * rows + group_end(view, group) - view->first[view->group_start[group]];
+            for (int64_t head = 0; head < kv_heads; head++) {
+                if (!pass) {
+                    total += cost;
+                    continue;
+                }
+                share.first += before * threads < thread * total;
+                share.end += before * threads < (thread + 1) * total;
+                before += cost;
+            }
+        }
+    return share;
+}
+
+/* Store the keys and values of a row and KV head in their slot. */
+static inline void store_row(const plan_t *plan, const heads_t *of, scalar *keys, scalar *values, int64_t row,
+                             int64_t head) {
+    const int64_t dim = plan->dim, position = plan->index[row];
+    const scalar *value = of->value + row * of->value_row + head * of->value_head;
+    scalar key[dim];
+    prepare(of->key + row * of->key_row + head * of->key_head, key, of->key_norm,
+            of->cos ? of->cos + row * dim : NULL, of->cos ? of->sin + row * dim : NULL, dim, of->eps);
+    for (int64_t i = 0; i < dim; i += STEP) memcpy(keys + key_at(position, i, dim), key + i, STEP * sizeof(scalar));
+    for (int64_t i = 0; i < dim; i++) values[value_at(position, i, dim)] = value[i];
+}
+
+/* Bring the lines to the cache that `store_row` will write. */
+static inline void prefetch_row(const plan_t *plan, const scalar *keys, const scalar *values, int64_t row) {
+    const int64_t dim = plan->dim, position = plan->index[row];
+    for (int64_t i = 0; i < dim; i += STEP) __builtin_prefetch(keys + key_at(position, i, dim), 1, 2);
+    for (int64_t i = 0; i < dim; i += LINE / (STEP * (int64_t)sizeof(scalar)))
+        __builtin_prefetch(values + value_at(position, i, dim), 1, 2);
 }
 
 /* Store the rows' keys and values, then attend into `out` [rows, heads, dim]. Every thread must call it; it ends with a
@@ -341,38 +468,45 @@ static void attend_group(const plan_t *plan, const view_t *view, const workspace
 static inline void attend_all(const plan_t *plan, const view_t *view, const heads_t *of, scalar *keys, scalar *values,
                               const workspace_t *workspace, scalar *out) {
     const int64_t dim = plan->dim, kv_heads = plan->kv_heads, groups = plan->heads / kv_heads;
-#pragma omp for schedule(static)
-    for (int64_t item = 0; item < plan->rows * kv_heads; item++) {
-        int64_t row = item / kv_heads, head = item % kv_heads, position = plan->index[row];
-        int64_t base = (plan->slot[row] * kv_heads + head) * plan->capacity * dim;
-        const scalar *value = of->value + row * of->value_row + head * of->value_head;
-        scalar key[dim];
-        prepare(of->key + row * of->key_row + head * of->key_head, key, of->key_norm,
-                of->cos ? of->cos + row * dim : NULL, of->cos ? of->sin + row * dim : NULL, dim, of->eps);
-        for (int64_t i = 0; i < dim; i++) keys[base + key_at(position, i, dim)] = key[i];
-        for (int64_t i = 0; i < dim; i++) values[base + value_at(position, i, dim)] = value[i];
-    }
-#pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < plan->rows * kv_heads; item++) {
-        int64_t row = item / kv_heads, kv_head = item % kv_heads;
-        int64_t base = (plan->slot[row] * kv_heads + kv_head) * plan->capacity * dim;
-        for (int64_t g = 0; g < groups; g += BLOCK) {
-            int64_t some = groups - g < BLOCK ? groups - g : BLOCK, head = kv_head * groups + g;
-            for (int64_t i = 0; i < some; i++)
-                prepare(of->query + row * of->query_row + (head + i) * of->query_head, workspace->queries + i * dim,
-                        of->query_norm, of->cos ? of->cos + row * dim : NULL, of->cos ? of->sin + row * dim : NULL, dim,
-                        of->eps);
-            attend_group(plan, view, workspace, keys + base, values + base, row, some,
-                         out + (row * plan->heads + head) * dim);
+    const share_t share = share_of(view, kv_heads);
+#define SLOT(row, head) ((plan->slot[row] * kv_heads + (head)) * plan->capacity * dim)
+    for (int64_t item = share.first; item < share.end; item++) {
+        int64_t group = item / kv_heads, head = item % kv_heads, next = item + 1 < share.end ? item + 1 : item;
+        for (int64_t row = view->group_start[group]; row < view->group_start[group + 1]; row++) {
+            int64_t base = SLOT(row, head), next_row = view->group_start[next / kv_heads],
+                    next_base = SLOT(next_row, next % kv_heads);
+            prefetch_row(plan, keys + next_base, values + next_base, next_row);
+            store_row(plan, of, keys + base, values + base, row, head);
         }
     }
+#pragma omp barrier
+    for (int64_t item = share.first; item < share.end; item++) {
+        int64_t group = item / kv_heads, kv_head = item % kv_heads, next = item + 1 < share.end ? item + 1 : item;
+        int64_t row = view->group_start[group], rows = view->group_start[group + 1] - row;
+        int64_t base = SLOT(row, kv_head), next_base = SLOT(view->group_start[next / kv_heads], next % kv_heads);
+        int64_t end = group_end(view, group), next_end = group_end(view, next / kv_heads);
+        for (int64_t g = 0; g < groups; g += BLOCK) {
+            int64_t some = groups - g < BLOCK ? groups - g : BLOCK, head = kv_head * groups + g;
+            for (int64_t i = 0; i < rows * some; i++) {
+                int64_t at = row + i / some;
+                prepare(of->query + at * of->query_row + (head + i % some) * of->query_head,
+                        workspace->queries + i * dim, of->query_norm, of->cos ? of->cos + at * dim : NULL,
+                        of->cos ? of->sin + at * dim : NULL, dim, of->eps);
+            }
+            attend_block(plan, view, workspace, keys + base, values + base, row, rows, some,
+                         out + (row * plan->heads + head) * dim, plan->heads * dim, end, keys + next_base,
+                         values + next_base, next_end);
+        }
+    }
+#undef SLOT
+#pragma omp barrier
 }
 
 /* The attention of one layer. */
 void attend(const plan_t *plan, const view_t *view, const heads_t *of, scalar *keys, scalar *values, scalar *out) {
 #pragma omp parallel
     {
-        workspace_t workspace = make_workspace(view->end, BLOCK, plan->dim);
+        workspace_t workspace = make_workspace(view->end, plan->dim);
         attend_all(plan, view, of, keys, values, &workspace, out);
         free_workspace(workspace);
     }
@@ -421,7 +555,7 @@ static void layers_all(const layer_t *layers, int64_t count, const plan_t *plan,
                        scalar *values, int64_t layer_size, int64_t width, float eps, scalar *tapped, int64_t taps,
                        int64_t by_entry) {
     int64_t rows = plan->rows, dim = plan->dim, row = (plan->heads + 2 * plan->kv_heads) * dim;
-    workspace_t workspace = make_workspace(views[0].end, BLOCK, dim); /* all views have the same end */
+    workspace_t workspace = make_workspace(views[0].end, dim); /* all views have the same end */
     for (int64_t i = 0; i < count; i++) {
         const layer_t *layer = layers + i;
         heads_t heads = {scratch->stacked, scratch->stacked + plan->heads * dim,

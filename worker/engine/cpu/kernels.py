@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from worker.engine.cpu.compiler import library
+from worker.engine.cpu.huge_pages import HugePages
 
 _SOURCE = Path(__file__).with_name("kernels.c")
 _DEFINES = {torch.bfloat16: ("-DBFLOAT16",), torch.float32: ()}
@@ -35,7 +36,7 @@ class Product(ctypes.Structure):
 class View(ctypes.Structure):
     """`view_t`: the KV entries that each row of a step attends to."""
 
-    _fields_ = _fields("first prefix extra_start extra", _ADDRESS) + _fields("end", _SIZE)
+    _fields_ = _fields("first prefix extra_start extra group_start", _ADDRESS) + _fields("groups end", _SIZE)
 
 
 class Plan(ctypes.Structure):
@@ -113,7 +114,8 @@ class Kernels:
         """Bind the functions of a library compiled from kernels.c."""
         size, address, real = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
         self.version = Path(library._name).stem
-        self.panel = int(library.panel_columns())
+        self.panel, self.block = int(library.panel_columns()), int(library.block_rows())
+        self._weights = HugePages()
         self._pack = bound(library.pack, address, address, address, size, size)
         self._packed_size = bound(library.packed_size, size, size, result=size)
         self._rms_norm = bound(library.rms_norm, address, address, address, size, size, real)
@@ -150,7 +152,7 @@ class Kernels:
         """Pack `weight` [columns, inputs] for `multiply`; with `second`, alternate half panels of both."""
         parts = [part.contiguous() for part in (weight, second) if part is not None]
         columns, inputs = sum(map(len, parts)), weight.shape[1]
-        packed = torch.empty(self._packed_size(columns, inputs), dtype=weight.dtype)
+        packed = self._weights.empty(self._packed_size(columns, inputs), weight.dtype)
         first, other = [*(part.data_ptr() for part in parts), None][:2]
         self._pack(first, other, packed.data_ptr(), columns, inputs)
         return packed
