@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -32,10 +33,8 @@ class HugePages:
         """Map a new region with room for `count` bytes from its first huge page on."""
         self._region = mmap.mmap(-1, count + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            try:
+            with suppress(OSError):  # a kernel without huge pages
                 self._region.madvise(mmap.MADV_HUGEPAGE)
-            except OSError:  # a kernel without huge pages
-                pass
         first = torch.frombuffer(self._region, dtype=torch.uint8).data_ptr()
         self._used = -first % _HUGE_PAGE
         self._size = len(self._region)

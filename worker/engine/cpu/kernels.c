@@ -21,7 +21,7 @@ enum { LANES = 16, BLOCK = 12 }; /* columns of a vector; rows multiplied togethe
 enum { LANES = 8, BLOCK = 5 };
 #endif
 enum { PREFETCH_ROWS = 7, PREFETCH_BYTES = 12288 }; /* from this many rows on, prefetch weights; by this many bytes */
-enum { LINE = 64 };                                 /* bytes of a cache line */
+enum { LINE = 64, L2_BYTES = 300000 }; /* bytes of a cache line, and of the weights that stay in L2 for all rows */
 enum { PANEL = 2 * LANES }; /* columns multiplied together; weights are packed panel by panel */
 #define PANEL_STEP_BYTES (PANEL * STEP * (int)sizeof(scalar)) /* of a panel's weights for one step of inputs */
 
@@ -170,26 +170,32 @@ static void multiply_tile(floats sums[][2], const scalar *weight, int64_t stride
     }
 }
 
-/* All rows of one panel, in blocks of equal height. */
-static void multiply_panel(const product_t *p, const scalar *x, scalar *out, int64_t rows, int64_t panel,
-                           finish_t finish) {
-    const scalar *weight = p->weight + panel * PANEL * p->inputs;
-    int64_t blocks = (rows + BLOCK - 1) / BLOCK;
+/* Multiply all rows, in blocks of equal height, with panels first..end-1, which stay in L2. */
+static void multiply_panels(const product_t *p, const scalar *x, scalar *out, int64_t rows, int64_t first, int64_t end,
+                            finish_t finish) {
+    const int64_t blocks = (rows + BLOCK - 1) / BLOCK;
     for (int64_t b = 0; b < blocks; b++) {
         int64_t row = rows * b / blocks, height = rows * (b + 1) / blocks - row;
-        floats sums[BLOCK][2] = {0};
-        /* With many rows, a core computes too long between reads to saturate memory. With few, prefetching is slower. */
-        const char *ahead = height < PREFETCH_ROWS ? NULL : (const char *)weight + PREFETCH_BYTES;
-        multiply_tile(sums, weight, PANEL * STEP, x + row * p->inputs, p->inputs, p->inputs, ahead, height);
-        for (int64_t r = 0; r < height; r++) finish_row((const float *)sums[r], out, p, row + r, panel, finish);
+        for (int64_t panel = first; panel < end; panel++) {
+            const scalar *weight = p->weight + panel * PANEL * p->inputs;
+            /* Only the first rows read the panels from memory. With many rows, a core computes too long between reads
+             * to saturate it; with few, prefetching is slower. */
+            const char *ahead = b || height < PREFETCH_ROWS ? NULL : (const char *)weight + PREFETCH_BYTES;
+            floats sums[BLOCK][2] = {0};
+            multiply_tile(sums, weight, PANEL * STEP, x + row * p->inputs, p->inputs, p->inputs, ahead, height);
+            for (int64_t r = 0; r < height; r++) finish_row((const float *)sums[r], out, p, row + r, panel, finish);
+        }
     }
 }
 
 /* Every thread of a parallel region must call it; it ends with a barrier. */
 static inline void multiply_all(const product_t *p, const scalar *x, scalar *out, int64_t rows, finish_t finish) {
-#pragma omp for schedule(static)
-    for (int64_t panel = 0; panel < (p->columns + PANEL - 1) / PANEL; panel++)
-        multiply_panel(p, x, out, rows, panel, finish);
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    const int64_t panels = (p->columns + PANEL - 1) / PANEL, end = panels * (thread + 1) / threads;
+    const int64_t size = PANEL * p->inputs * (int64_t)sizeof(scalar), some = size < L2_BYTES ? L2_BYTES / size : 1;
+    for (int64_t first = panels * thread / threads; first < end; first += some)
+        multiply_panels(p, x, out, rows, first, end - first < some ? end : first + some, finish);
+#pragma omp barrier
 }
 
 /* One product: `x` [rows, inputs] to `out` [rows, columns], which are floats if finish is STORE_FLOAT. */
@@ -345,8 +351,8 @@ static inline int64_t group_end(const view_t *view, int64_t group) {
     return end;
 }
 
-/* Copy the values of the entries from `seen->whole` on, which may be scattered, or packed with entries that the row does
- * not see. Pad with zeros. */
+/* Copy the values of the entries from `seen->whole` on, which may be scattered, or packed with entries that the row
+ * does not see. Pad with zeros. */
 static void gather(const workspace_t *workspace, const seen_t *seen, const scalar *values, int64_t dim) {
     for (int64_t j = seen->whole; j < seen->count || j % STEP; j++) {
         scalar *to = workspace->gathered + value_at(j - seen->whole, 0, dim);
@@ -356,20 +362,25 @@ static void gather(const workspace_t *workspace, const seen_t *seen, const scala
     }
 }
 
-/* Attend `heads` prepared queries of each of the rows from `row` on, of one group, over the `keys` and `values` of their
- * KV head. The products of the rows share what they read; each keeps the order of its own sum. Head h of row r goes to
- * out[r * out_row + h * dim]. Prefetch `next_keys` and `next_values` meanwhile. */
-static void attend_block(const plan_t *plan, const view_t *view, const workspace_t *workspace, const scalar *keys,
-                         const scalar *values, int64_t row, int64_t rows, int64_t heads, scalar *out, int64_t out_row,
-                         int64_t end, const scalar *next_keys, const scalar *next_values, int64_t next_end) {
+/* The entries of one slot and KV head that a group sees. */
+typedef struct {
+    const scalar *keys, *values;
+    int64_t end; /* one past the last */
+} entries_t;
+
+/* Attend `heads` prepared queries of each of the rows from `row` on, of one group. The products of the rows share what
+ * they read; each keeps the order of its own sum. Prefetch the entries `next` meanwhile. Head h of row r goes to
+ * out[(r * plan->heads + h) * dim]. */
+static void attend_block(const plan_t *plan, const view_t *view, const workspace_t *workspace, entries_t now,
+                         entries_t next, int64_t row, int64_t rows, int64_t heads, scalar *out) {
     const int64_t dim = plan->dim, length = workspace->length, first = view->first[row];
     const int64_t from = first / STEP * STEP;
-    int64_t common = end; /* values from..common-1 are read in place by all rows */
+    int64_t common = now.end; /* values from..common-1 are read in place by all rows */
     float sums[BLOCK];
-    for (int64_t panel = first / PANEL; panel * PANEL < end; panel++) {
+    for (int64_t panel = first / PANEL; panel * PANEL < now.end; panel++) {
         floats scores[BLOCK][2] = {0};
-        const scalar *ahead = next_keys + (panel * PANEL < next_end ? panel : 0) * PANEL * dim;
-        multiply_tile(scores, keys + panel * PANEL * dim, PANEL * STEP, workspace->queries, dim, dim, ahead,
+        const scalar *ahead = next.keys + (panel * PANEL < next.end ? panel : 0) * PANEL * dim;
+        multiply_tile(scores, now.keys + panel * PANEL * dim, PANEL * STEP, workspace->queries, dim, dim, ahead,
                       rows * heads);
         for (int64_t i = 0; i < rows * heads; i++)
             memcpy(workspace->scores + i * length + panel * PANEL, scores[i], PANEL * sizeof(float));
@@ -389,28 +400,28 @@ static void attend_block(const plan_t *plan, const view_t *view, const workspace
     }
     common = common > from ? common : from;
     for (int64_t part = 0; part < dim / PANEL; part++) {
-        const scalar *value = values + (from * dim + part * PANEL * STEP);
+        const scalar *value = now.values + (from * dim + part * PANEL * STEP);
         memset(workspace->mixed[part], 0, sizeof workspace->mixed[part]);
         /* the parts of the next values lie beside each other: each call prefetches its share of the entries */
-        const scalar *ahead = next_values + from * dim + (next_end - from) / (dim / PANEL) * part * dim;
+        const scalar *ahead = next.values + (from + (next.end - from) * part * PANEL / dim) * dim;
         multiply_tile(workspace->mixed[part], value, dim * STEP, workspace->weights + from, length, common - from,
                       ahead, rows * heads);
     }
     for (int64_t r = 0; r < rows; r++) {
         seen_t seen = seen_by(view, row + r);
         const scalar *weights = workspace->weights + r * heads * length;
-        if (seen.count > seen.whole) gather(workspace, &seen, values, dim);
+        if (seen.count > seen.whole) gather(workspace, &seen, now.values, dim);
         for (int64_t part = 0; part < dim / PANEL; part++) {
             floats(*mixed)[2] = workspace->mixed[part] + r * heads;
-            const scalar *value = values + (common * dim + part * PANEL * STEP);
+            const scalar *value = now.values + (common * dim + part * PANEL * STEP);
             if (seen.whole > common)
                 multiply_tile(mixed, value, dim * STEP, weights + common, length, seen.whole - common, NULL, heads);
             if (seen.count > seen.whole)
-                multiply_tile(mixed, workspace->gathered + part * PANEL * STEP, dim * STEP, weights + seen.whole, length,
-                              seen.count - seen.whole, NULL, heads);
+                multiply_tile(mixed, workspace->gathered + part * PANEL * STEP, dim * STEP, weights + seen.whole,
+                              length, seen.count - seen.whole, NULL, heads);
             for (int64_t h = 0; h < heads; h++)
                 for (int64_t i = 0; i < PANEL; i++)
-                    out[r * out_row + h * dim + part * PANEL + i] =
+                    out[(r * plan->heads + h) * dim + part * PANEL + i] =
                         from_float(((float *)mixed[h])[i] / sums[r * heads + h]);
         }
     }
@@ -463,42 +474,52 @@ static inline void prefetch_row(const plan_t *plan, const scalar *keys, const sc
         __builtin_prefetch(values + value_at(position, i, dim), 1, 2);
 }
 
+/* Where the keys and values of a row's slot and a KV head start. */
+static inline int64_t start_of(const plan_t *plan, int64_t row, int64_t head) {
+    return (plan->slot[row] * plan->kv_heads + head) * plan->capacity * plan->dim;
+}
+
+/* Prepare the queries of `heads` heads from `head` on, of each of the rows from `row` on. */
+static inline void prepare_queries(const plan_t *plan, const heads_t *of, const workspace_t *workspace, int64_t row,
+                                   int64_t rows, int64_t head, int64_t heads) {
+    const int64_t dim = plan->dim;
+    for (int64_t i = 0; i < rows * heads; i++) {
+        int64_t at = row + i / heads;
+        prepare(of->query + at * of->query_row + (head + i % heads) * of->query_head, workspace->queries + i * dim,
+                of->query_norm, of->cos ? of->cos + at * dim : NULL, of->cos ? of->sin + at * dim : NULL, dim, of->eps);
+    }
+}
+
 /* Store the rows' keys and values, then attend into `out` [rows, heads, dim]. Every thread must call it; it ends with a
  * barrier. */
 static inline void attend_all(const plan_t *plan, const view_t *view, const heads_t *of, scalar *keys, scalar *values,
                               const workspace_t *workspace, scalar *out) {
-    const int64_t dim = plan->dim, kv_heads = plan->kv_heads, groups = plan->heads / kv_heads;
+    const int64_t dim = plan->dim, kv_heads = plan->kv_heads, heads = plan->heads / kv_heads;
     const share_t share = share_of(view, kv_heads);
-#define SLOT(row, head) ((plan->slot[row] * kv_heads + (head)) * plan->capacity * dim)
     for (int64_t item = share.first; item < share.end; item++) {
         int64_t group = item / kv_heads, head = item % kv_heads, next = item + 1 < share.end ? item + 1 : item;
+        int64_t next_row = view->group_start[next / kv_heads], ahead = start_of(plan, next_row, next % kv_heads);
+        prefetch_row(plan, keys + ahead, values + ahead, next_row);
         for (int64_t row = view->group_start[group]; row < view->group_start[group + 1]; row++) {
-            int64_t base = SLOT(row, head), next_row = view->group_start[next / kv_heads],
-                    next_base = SLOT(next_row, next % kv_heads);
-            prefetch_row(plan, keys + next_base, values + next_base, next_row);
-            store_row(plan, of, keys + base, values + base, row, head);
+            int64_t start = start_of(plan, row, head);
+            store_row(plan, of, keys + start, values + start, row, head);
         }
     }
 #pragma omp barrier
     for (int64_t item = share.first; item < share.end; item++) {
         int64_t group = item / kv_heads, kv_head = item % kv_heads, next = item + 1 < share.end ? item + 1 : item;
         int64_t row = view->group_start[group], rows = view->group_start[group + 1] - row;
-        int64_t base = SLOT(row, kv_head), next_base = SLOT(view->group_start[next / kv_heads], next % kv_heads);
-        int64_t end = group_end(view, group), next_end = group_end(view, next / kv_heads);
-        for (int64_t g = 0; g < groups; g += BLOCK) {
-            int64_t some = groups - g < BLOCK ? groups - g : BLOCK, head = kv_head * groups + g;
-            for (int64_t i = 0; i < rows * some; i++) {
-                int64_t at = row + i / some;
-                prepare(of->query + at * of->query_row + (head + i % some) * of->query_head,
-                        workspace->queries + i * dim, of->query_norm, of->cos ? of->cos + at * dim : NULL,
-                        of->cos ? of->sin + at * dim : NULL, dim, of->eps);
-            }
-            attend_block(plan, view, workspace, keys + base, values + base, row, rows, some,
-                         out + (row * plan->heads + head) * dim, plan->heads * dim, end, keys + next_base,
-                         values + next_base, next_end);
+        int64_t start = start_of(plan, row, kv_head);
+        int64_t ahead = start_of(plan, view->group_start[next / kv_heads], next % kv_heads);
+        entries_t entries = {keys + start, values + start, group_end(view, group)};
+        entries_t after = {keys + ahead, values + ahead, group_end(view, next / kv_heads)};
+        for (int64_t h = 0; h < heads; h += BLOCK) {
+            int64_t some = heads - h < BLOCK ? heads - h : BLOCK, head = kv_head * heads + h;
+            prepare_queries(plan, of, workspace, row, rows, head, some);
+            attend_block(plan, view, workspace, entries, after, row, rows, some,
+                         out + (row * plan->heads + head) * dim);
         }
     }
-#undef SLOT
 #pragma omp barrier
 }
 
@@ -547,13 +568,21 @@ typedef struct {
     scalar *gated;   /* [rows, inner] */
 } scratch_t;
 
-/* Run `layers` over `x` [rows, width] in place. `keys` and `values` have `layer_size` elements per layer. The outputs of
- * tapped layers go to `tapped` [rows, taps, width], or with `by_entry` to their entries [slots, capacity, taps, width].
- * Every thread of a parallel region must call it; it ends with a barrier. */
+/* Move the rows `kept`, ascending, to the first `keep` rows. */
+static void keep_rows(scalar *x, int64_t width, const int64_t *kept, int64_t keep) {
+    for (int64_t i = 0; i < keep; i++)
+        if (kept[i] != i) memcpy(x + i * width, x + kept[i] * width, (size_t)width * sizeof(scalar));
+}
+
+/* Run `layers` over `x` [rows, width] in place. `keys` and `values` have `layer_size` elements per layer. The outputs
+ * of tapped layers go to `tapped` [rows, taps, width], or with `by_entry` to their entries
+ * [slots, capacity, taps, width]. With `kept`, ascending, only these `keep` rows have outputs, which go to the first rows
+ * of `x`: others need no more than their keys and values of the last layer. Every thread of a parallel region must call
+ * it; it ends with a barrier. */
 static void layers_all(const layer_t *layers, int64_t count, const plan_t *plan, const view_t *views,
                        const scratch_t *scratch, scalar *x, const scalar *cos, const scalar *sin, scalar *keys,
                        scalar *values, int64_t layer_size, int64_t width, float eps, scalar *tapped, int64_t taps,
-                       int64_t by_entry) {
+                       int64_t by_entry, const int64_t *kept, int64_t keep) {
     int64_t rows = plan->rows, dim = plan->dim, row = (plan->heads + 2 * plan->kv_heads) * dim;
     workspace_t workspace = make_workspace(views[0].end, dim); /* all views have the same end */
     for (int64_t i = 0; i < count; i++) {
@@ -565,6 +594,14 @@ static void layers_all(const layer_t *layers, int64_t count, const plan_t *plan,
         multiply_all(&layer->qkv, scratch->normed, scratch->stacked, rows, STORE);
         attend_all(plan, views + layer->view, &heads, keys + i * layer_size, values + i * layer_size, &workspace,
                    scratch->mixed);
+        if (kept && i == count - 1 && layer->tap < 0) {
+#pragma omp single
+            {
+                keep_rows(x, width, kept, keep);
+                keep_rows(scratch->mixed, plan->heads * dim, kept, keep);
+            }
+            rows = keep;
+        }
         multiply_all(&layer->o, scratch->mixed, x, rows, ADD);
         normalise_all(x, layer->norm_2, scratch->normed, rows, width, eps);
         multiply_all(&layer->gate_up, scratch->normed, scratch->gated, rows, GATE);
@@ -576,6 +613,10 @@ static void layers_all(const layer_t *layers, int64_t count, const plan_t *plan,
             memcpy(tapped + (entry * taps + layer->tap) * width, x + r * width, (size_t)width * sizeof(scalar));
         }
     }
+    if (kept && rows != keep) {
+#pragma omp single
+        keep_rows(x, width, kept, keep);
+    }
     free_workspace(workspace);
 }
 
@@ -584,7 +625,8 @@ void run_layers(const layer_t *layers, int64_t count, const plan_t *plan, const 
                 scalar *x, const scalar *cos, const scalar *sin, scalar *keys, scalar *values, int64_t layer_size,
                 int64_t width, float eps, scalar *tapped, int64_t taps) {
 #pragma omp parallel
-    layers_all(layers, count, plan, views, scratch, x, cos, sin, keys, values, layer_size, width, eps, tapped, taps, 0);
+    layers_all(layers, count, plan, views, scratch, x, cos, sin, keys, values, layer_size, width, eps, tapped, taps, 0,
+               NULL, 0);
 }
 
 /* ---- a whole model: embeddings, layers, norm, logits ------------------------------------------------------------------ */
@@ -604,7 +646,7 @@ typedef struct {
 /* Inputs and outputs of one forward. */
 typedef struct {
     const int64_t *ids, *positions; /* [rows] */
-    const int64_t *kept;            /* [count] rows whose states and logits are returned */
+    const int64_t *kept;            /* [count] rows whose states and logits are returned, ascending */
     int64_t count;
     const scalar *states;     /* [rows, width] before the rows; draft head only */
     scalar *x, *cos, *sin;    /* buffers: [rows, width], [rows, dim], [rows, dim] */
@@ -634,10 +676,10 @@ void run_network(const network_t *net, const plan_t *plan, const view_t *views, 
         }
         if (net->unit) multiply_all(&net->join, f->joined, f->x, rows, STORE);
         layers_all(net->layers, net->count, plan, views, scratch, f->x, f->cos, f->sin, keys, values, net->layer_size,
-                   width, net->eps, f->tapped, net->taps, 1);
+                   width, net->eps, f->tapped, net->taps, 1, f->kept, f->count);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < f->count; i++)
-            normalise(f->x + f->kept[i] * width, net->norm, f->last + i * width, width, net->eps);
+            normalise(f->x + i * width, net->norm, f->last + i * width, width, net->eps);
         multiply_all(&net->output, f->last, (scalar *)f->logits, f->count, STORE_FLOAT);
     }
 }

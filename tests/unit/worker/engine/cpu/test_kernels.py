@@ -10,6 +10,7 @@ from torch import nn
 from tests.models import ARCHITECTURES, packed, tiny
 from tests.unit.worker.engine.harness import decode, drafter, engine, options, outputs, sequences
 from worker.engine.cpu.fused_layers import FusedLayers, fuse
+from worker.engine.cpu.huge_pages import HugePages
 from worker.engine.cpu.kernels import Kernels, kernels
 from worker.engine.cpu.kv import CpuKv
 from worker.engine.cpu.packed_linear import PackedLinear
@@ -45,6 +46,28 @@ def test_packed_products_equal_torch(dtype: torch.dtype, bias: bool, rows: int, 
     exact = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0.0)
     ours = PackedLinear([layer], compiled(dtype))(x).double()
     assert (ours - exact).abs().max() <= exact.abs().max() * (2**-8 if dtype is torch.bfloat16 else 2**-20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_of_a_row_has_the_same_bits_alone_and_among_any_rows(dtype: torch.dtype) -> None:
+    """More rows than a block has, and more panels than stay in L2 together."""
+    torch.manual_seed(0)
+    x = torch.randn(29, 64).to(dtype)
+    layer = nn.Linear(64, 2600, bias=False).requires_grad_(False).to(dtype)
+    plain = PackedLinear([layer], compiled(dtype), floats=True)
+    alone = torch.cat([plain(row) for row in x.split(1)])
+    for rows in (2, 7, 12, 13, 29):
+        assert torch.equal(plain(x[:rows]), alone[:rows])
+
+
+def test_weights_lie_on_whole_cache_lines_and_do_not_overlap() -> None:
+    pages = HugePages()
+    parts = [pages.empty(size, torch.bfloat16) for size in (3, 40, 1 << 21, 5)]
+    for value, part in enumerate(parts):
+        assert part.data_ptr() % 64 == 0
+        assert not part.any()
+        part.fill_(value)
+    assert [set(part.unique().tolist()) for part in parts] == [{0.0}, {1.0}, {2.0}, {3.0}]
 
 
 def test_stacked_layers_equal_separate_ones() -> None:
@@ -106,9 +129,11 @@ def test_a_row_has_the_same_bits_alone_in_a_batch_and_in_a_tree(
         assert torch.equal(together[node], alone[i])
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 40])
-def test_a_prompt_read_in_chunks_leaves_the_same_bits(chunk: int) -> None:
-    model = quick("llama", torch.bfloat16)
+@pytest.mark.parametrize("chunk", [1, 3, 7, 40])
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+def test_a_prompt_read_in_chunks_leaves_the_same_bits(architecture: str, chunk: int) -> None:
+    """Rows of one text attend together, each up to its own position; the chunks split them elsewhere."""
+    model = quick(architecture, torch.bfloat16)
     whole = model.forward([chain(0, 0, TEXT, keep_last=True)])
     for start in range(0, len(TEXT), chunk):
         pieces = model.forward([chain(1, start, TEXT[start : start + chunk], keep_last=True)])
