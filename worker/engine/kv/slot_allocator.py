@@ -82,7 +82,7 @@ class SlotAllocator:
         """
         if not self.free_slots:
             raise OutOfSlots
-        found = self._held.longest(ids[:-1]) if self._cached else Match(0, (), ())
+        found: Match[int] = self._held.longest(ids[:-1]) if self._cached else Match(0, (), ())
         length = found.length if found.length >= MIN_SHARED_PREFIX else 0
         slot = next((slot for slot in found.ends if slot in self._cached), None) if length else None
         if slot is None and self._empty:

@@ -145,7 +145,9 @@ def test_every_name_of_a_model_is_answered_with_its_own(serve: Serve, model: str
 def test_the_azure_client_s_paths_and_key_reach_the_same_routes(serve: Serve, database: Database) -> None:
     api = serve()
     key = a_key(database)["authorization"].removeprefix("Bearer ")
-    host = {"azure_endpoint": "http://testserver", "api_version": "2024-10-21", "http_client": api, "max_retries": 0}
+    host: dict[str, Any] = {
+        "azure_endpoint": "http://testserver", "api_version": "2024-10-21", "http_client": api, "max_retries": 0
+    }  # fmt: skip
     azure = AzureOpenAI(api_key=key, **host)
     asked: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
     assert azure.chat.completions.create(**asked).choices[0].message.content == "Paris."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
@@ -42,7 +43,7 @@ def read_at_every_door(endpoint: Endpoint, fields: dict[str, Any]) -> list[Any]:
         request = parse_item(Item(0, value), rules(endpoint))
         failure = request.failure
         found.append(sampling(request.body) if failure is None else (failure.code, failure.param))
-    for read in (
+    reads: tuple[Callable[[], Any], ...] = (
         lambda: sampling(parse_body(body, rules(endpoint)).body),
         lambda: sampling(
             parse_item(
@@ -50,7 +51,8 @@ def read_at_every_door(endpoint: Endpoint, fields: dict[str, Any]) -> list[Any]:
                 dataclasses.replace(rules(endpoint), defaults=parse_parameters(fields, endpoint)),
             ).body
         ),
-    ):
+    )
+    for read in reads:
         try:
             found.append(read())
         except RequestRefused as refused:
