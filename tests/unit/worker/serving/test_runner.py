@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sqlalchemy import func, select, text
@@ -27,6 +28,7 @@ from tests.unit.worker.engine.harness import FLAT_COSTS
 from worker.drafters.suffix import SuffixDrafter
 from worker.engine.engine import Engine
 from worker.engine.options import EngineOptions, Mode
+from worker.engine.output_lengths import OutputLengths
 from worker.serving.engine_loop import EngineLoop
 from worker.serving.requests.request_loop import RequestLoop
 from worker.serving.requests.sink import Sink
@@ -62,7 +64,9 @@ class Worker:
         reserved: int = 0,
         interval_s: float = 0.0,
         max_sequences: int = OPTIONS.max_sequences,
+        kv_tokens: int | None = None,
     ) -> None:
+        options = replace(OPTIONS, max_sequences=max_sequences, kv_tokens=kv_tokens)
         self.events: list[PartialEvent] = []
         self.database = database
         self.model = TableModel(law)
@@ -70,7 +74,7 @@ class Worker:
         codec = Codec(byte_tokenizer(), frozenset({EOS}), OPTIONS.max_context, VOCAB)
         near, far = MemoryChannel.pair()
         self.engine = EngineLoop(
-            lambda: Engine(self.model, SuffixDrafter(), replace(OPTIONS, max_sequences=max_sequences), FLAT_COSTS),
+            lambda: Engine(self.model, SuffixDrafter(), options, FLAT_COSTS),
             codec,
             database,
             near,
@@ -158,6 +162,22 @@ def test_emitted_tokens_of_the_steps_are_the_completion_tokens(database: Databas
             assert session.scalar(select(func.sum(DecodeStep.emitted_tokens)).where(own)) == o.completion_tokens == 30
             assert session.scalar(select(func.sum(DecodeStep.accepted_tokens)).where(own))
         assert not list(session.scalars(select(Partial)))
+
+
+def test_rows_count_what_memory_that_runs_out_costs_and_texts_stay(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OutputLengths, "expected", lambda _, group, decoded: np.array(decoded, np.int64) + 1)
+    submit(database, "one", "two", "three", max_tokens=60)
+    worker = Worker(database, "a", kv_tokens=160)
+    worker.run()
+    expected = "".join(chr(b) for b in b"the cat and the dog ") * 9
+    assert all(len(text) == 60 and text in expected for text in texts(database).values())
+    with database.read() as session:
+        counted = session.execute(select(func.sum(DecodeStep.preemptions), func.sum(DecodeStep.recomputed_tokens)))
+        preemptions, recomputed = counted.one()
+    assert preemptions > 0
+    assert (preemptions, recomputed) == (worker.engine.stats["preemptions"], worker.engine.stats["recomputed_tokens"])
 
 
 def test_events_are_numbered_without_gaps_and_spell_the_output(database: Database) -> None:
