@@ -69,9 +69,9 @@ def rash(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OutputLengths, "expected", lambda _, group, decoded: np.array(decoded, np.int64) + 1)
 
 
-def drafter(kind: str, store: str) -> Drafter | None:
-    if kind == "model":  # its own memory runs out, too
-        return ModelDrafter(model(store, kv_tokens=7 * PAGE), kind, VOCAB)
+def drafter(kind: str, draft: PackedModel) -> Drafter | None:
+    if kind == "model":
+        return ModelDrafter(draft, kind, VOCAB)
     return SuffixDrafter() if kind == "suffix" else None
 
 
@@ -85,6 +85,7 @@ def check_pages(running: Engine, *models: PackedModel) -> None:
         if isinstance(one.kv, PagedKv):
             one.kv.check()
             one.kv.poison_free()
+            assert all(len(one.kv.blocks_of(slot)) <= slots.pages_of(slot) for slot in range(slots.count))
 
 
 @pytest.mark.usefixtures("rash")
@@ -102,10 +103,11 @@ def test_texts_are_the_same_under_any_preemption(
         page_tokens = PAGE if store == "paged" else 1
         kv_tokens = PAGE * rng.choice([3, 4, 5]) if store == "paged" else rng.choice([40, 50, 64, 90])
         target = model(store, kv_tokens=kv_tokens)
+        draft = model(store, kv_tokens=7 * PAGE)  # its own memory runs out, too
         mode = {"none": Mode.PLAIN, "suffix": Mode.OPT_TREE, "model": Mode.PAPER}[kind]
         rows = rng.choice([7, 50])
         chosen = options(mode, kv_tokens=kv_tokens, page_tokens=page_tokens, prefill_rows=rows, max_sequences=4)
-        running = engine(target, drafter(kind, store), chosen)
+        running = engine(target, drafter(kind, draft), chosen)
         some = sequences(PROMPTS, sampling=SAMPLINGS[name], eos_ids=EOS)
         waiting = list(some)
         for _ in range(600):
@@ -113,12 +115,17 @@ def test_texts_are_the_same_under_any_preemption(
                 running.add(waiting.pop(0))
             movable = [s for s in running._scheduler._running if not is_reserved(s)]
             if movable and rng.random() < 0.1:
-                running._scheduler._preempt(rng.choice(movable))
+                victim = rng.choice(movable)
+                slot = victim.slot
+                running._scheduler._preempt(victim)
+                if rng.random() < 0.5:  # its entries are evicted at once
+                    running._scheduler.slots.drop_prefix(slot)
             running.step()
             check_pages(running, target)
             if not waiting and not running.busy:
                 break
         assert outputs(some) == plain(name), name
+        assert not isinstance(draft.kv, PagedKv) or not draft.kv.pool.used, "a draft keeps no lost slot"
         assert all(s.preemptions <= MAX_PREEMPTIONS for s in some)
         preempted += sum(s.preemptions for s in some)
     assert preempted > 2
@@ -225,6 +232,27 @@ def test_a_draft_without_memory_drafts_for_fewer_sequences() -> None:
     assert outputs(some) == outputs(expected)
     assert any(result.stats.accepted_tokens for result in results)
     cast(PagedKv, draft.kv).check()
+
+
+def test_a_draft_follows_a_sequence_to_another_slot() -> None:
+    draft = model("paged")
+    running = engine(model("paged"), ModelDrafter(draft, "model", VOCAB), options(Mode.PAPER))
+    first, second = sequences(PROMPTS[:2], max_tokens=30)
+    for sequence in (first, second):
+        running.add(sequence)
+    while len(second.output_ids) < 8:
+        running.step()
+    slot = second.slot
+    running._scheduler._preempt(second)
+    running.cancel({first.key})
+    for one in range(2):
+        running.forget(one)
+    accepted = 0
+    while running.busy:
+        accepted += int(running.step().accepted_tokens.sum())
+    assert second.slot != slot
+    assert accepted > 10, "the draft is the target itself"
+    assert not cast(PagedKv, draft.kv).pool.used
 
 
 def test_trees_shrink_to_the_pages_that_are_left() -> None:
