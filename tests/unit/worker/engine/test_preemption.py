@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from dataclasses import replace
 from typing import cast
 
 import numpy as np
@@ -30,11 +30,11 @@ from worker.engine.stats import StepBatch
 
 SYSTEM = [2 + i % 37 for i in range(20)]
 PROMPTS = [[*SYSTEM, 7, 8], [3, 4, 5], [*SYSTEM, 9], [20, 21, 22, 23, 24, 25], [*SYSTEM, 7, 8], [11], [30, 31]]
-SAMPLINGS = {
-    "greedy": Sampling(),
-    "sampled": Sampling(temperature=0.9, top_k=20, top_p=0.95),
-    "penalties": Sampling(temperature=0.8, repetition_penalty=1.3, frequency_penalty=0.4),
-}
+SAMPLINGS = [
+    Sampling(),
+    Sampling(temperature=0.9, top_k=20, top_p=0.95),
+    Sampling(temperature=0.8, repetition_penalty=1.3, frequency_penalty=0.4),
+]
 EOS = [5, 6]
 PAGE = 16  # tokens of a block of paged KV on a CPU
 
@@ -48,19 +48,20 @@ def model(store: str, seed: int = 0, kv_tokens: int | None = None) -> PackedMode
     return PackedModel(network, slots=4, capacity=512, cpu_kernels=False, paged=store == "paged", kv_tokens=kv_tokens)
 
 
+def mixed() -> list[Sequence]:
+    """Greedy, sampled and penalised sequences."""
+    some = sequences(PROMPTS, eos_ids=EOS)
+    for index, sequence in enumerate(some):
+        sequence.sampling = replace(SAMPLINGS[index % 3], key=sequence.sampling.key)
+    return some
+
+
 @pytest.fixture(scope="module")
-def plain() -> Callable[[str], list[list[int]]]:
-    """What plain decoding with enough memory writes, by sampling."""
-    known: dict[str, list[list[int]]] = {}
-
-    def of(name: str) -> list[list[int]]:
-        if name not in known:
-            some = sequences(PROMPTS, sampling=SAMPLINGS[name], eos_ids=EOS)
-            decode(engine(packed(tiny()), None, options(Mode.PLAIN)), some)
-            known[name] = outputs(some)
-        return known[name]
-
-    return of
+def plain() -> list[list[int]]:
+    """What plain decoding with enough memory writes."""
+    some = mixed()
+    decode(engine(packed(tiny()), None, options(Mode.PLAIN)), some)
+    return outputs(some)
 
 
 @pytest.fixture
@@ -89,46 +90,38 @@ def check_pages(running: Engine, *models: PackedModel) -> None:
 
 
 @pytest.mark.usefixtures("rash")
-@pytest.mark.parametrize(
-    ("kind", "names"),
-    [("none", ("greedy", "penalties")), ("suffix", ("penalties", "sampled")), ("model", ("greedy", "sampled"))],
-)
+@pytest.mark.parametrize("kind", ["none", "suffix", "model"])
 @pytest.mark.parametrize("store", ["dense", "paged", "fused"])
-def test_texts_are_the_same_under_any_preemption(
-    store: str, kind: str, names: tuple[str, str], plain: Callable[[str], list[list[int]]]
-) -> None:
-    preempted = 0
-    for name in names:
-        rng = random.Random(f"{store} {kind} {name}")
-        page_tokens = PAGE if store == "paged" else 1
-        kv_tokens = PAGE * rng.choice([3, 4, 5]) if store == "paged" else rng.choice([40, 50, 64, 90])
-        target = model(store, kv_tokens=kv_tokens)
-        draft = model(store, kv_tokens=7 * PAGE)  # its own memory runs out, too
-        mode = {"none": Mode.PLAIN, "suffix": Mode.OPT_TREE, "model": Mode.PAPER}[kind]
-        rows = rng.choice([7, 50])
-        chosen = options(mode, kv_tokens=kv_tokens, page_tokens=page_tokens, prefill_rows=rows, max_sequences=4)
-        running = engine(target, drafter(kind, draft), chosen)
-        some = sequences(PROMPTS, sampling=SAMPLINGS[name], eos_ids=EOS)
-        waiting = list(some)
-        for _ in range(600):
-            if waiting and rng.random() < 0.5:
-                running.add(waiting.pop(0))
-            movable = [s for s in running._scheduler._running if not is_reserved(s)]
-            if movable and rng.random() < 0.1:
-                victim = rng.choice(movable)
-                slot = victim.slot
-                running._scheduler._preempt(victim)
-                if rng.random() < 0.5:  # its entries are evicted at once
-                    running._scheduler.slots.drop_prefix(slot)
-            running.step()
-            check_pages(running, target)
-            if not waiting and not running.busy:
-                break
-        assert outputs(some) == plain(name), name
-        assert not isinstance(draft.kv, PagedKv) or not draft.kv.pool.used, "a draft keeps no lost slot"
-        assert all(s.preemptions <= MAX_PREEMPTIONS for s in some)
-        preempted += sum(s.preemptions for s in some)
-    assert preempted > 2
+def test_texts_are_the_same_under_any_preemption(store: str, kind: str, plain: list[list[int]]) -> None:
+    rng = random.Random(f"{store} {kind}")
+    page_tokens = PAGE if store == "paged" else 1
+    kv_tokens = PAGE * rng.choice([3, 4, 5]) if store == "paged" else rng.choice([40, 50, 64, 90])
+    target = model(store, kv_tokens=kv_tokens)
+    draft = model(store, seed=rng.choice([0, 1]), kv_tokens=7 * PAGE)  # its own memory runs out, too
+    mode = {"none": Mode.PLAIN, "suffix": Mode.OPT_TREE, "model": Mode.PAPER}[kind]
+    rows = rng.choice([7, 50])
+    chosen = options(mode, kv_tokens=kv_tokens, page_tokens=page_tokens, prefill_rows=rows, max_sequences=4)
+    running = engine(target, drafter(kind, draft), chosen)
+    some = mixed()
+    waiting = list(some)
+    for _ in range(600):
+        if waiting and rng.random() < 0.5:
+            running.add(waiting.pop(0))
+        movable = [s for s in running._scheduler._running if not is_reserved(s)]
+        if movable and rng.random() < 0.15:
+            victim = rng.choice(movable)
+            slot = victim.slot
+            running._scheduler._preempt(victim)
+            if rng.random() < 0.5:  # its entries are evicted at once
+                running._scheduler.slots.drop_prefix(slot)
+        running.step()
+        check_pages(running, target)
+        if not waiting and not running.busy:
+            break
+    assert outputs(some) == plain
+    assert all(s.preemptions <= MAX_PREEMPTIONS for s in some)
+    assert sum(s.preemptions for s in some) > 1
+    assert not isinstance(draft.kv, PagedKv) or not draft.kv.pool.used, "a draft keeps no lost slot"
 
 
 def rising(text: tuple[int, ...]) -> Tensor:
@@ -150,7 +143,7 @@ def run(running: Engine, some: list[Sequence], limit: int) -> list[StepBatch]:
 
 
 @pytest.mark.usefixtures("rash")
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_every_sequence_ends_and_none_is_preempted_beyond_the_bound(seed: int) -> None:
     rng = random.Random(seed)
     some = [
