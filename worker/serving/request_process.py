@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from worker.serving.messages import Setup
 
 MODULE = "worker.serving.request_process"
+_READY_POLL_S = 0.2
 _FIRST_DELAY_S = 0.5
 _LONGEST_DELAY_S = 30.0
 _STEADY_S = 60.0  # a process that has run this long starts again without delay
@@ -46,9 +47,15 @@ class RequestProcess:
         return self.channel.closed
 
     def set_up(self, setup: Setup) -> None:
-        """Let it serve."""
+        """Let it serve: it claims once the engine reports."""
         self.channel.heard_at = time.monotonic()  # it has waited for this, maybe for long
         self.channel.send(setup)
+
+    def wait_until_ready(self, timeout_s: float) -> None:
+        """Wait for its first message, which it sends when its tokenizer is loaded, or for its end."""
+        ends_at = time.monotonic() + timeout_s
+        while not (self.channel.heard or self.dead) and time.monotonic() < ends_at:
+            self.channel.wait(_READY_POLL_S)
 
     def interrupt(self) -> None:
         """Kill it from another thread: its channel closes, and the thread that reads from it calls `kill`."""

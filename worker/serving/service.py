@@ -37,6 +37,7 @@ from worker.settings import WorkerSettings
 log = logging.getLogger(__name__)
 
 _IDLE_S = 0.5  # longest wait without work
+_READY_S = 60.0  # longest wait for the first start of the request process
 _MAX_FAILED_STARTS = 5  # of a request process that has never served
 _HELD_BACK_S = 0.05  # longest wait for the request process to read reports
 _HOUSEKEEPING_S = 5.0
@@ -89,9 +90,10 @@ class EngineService:
     def start(self, pulse: Pulse | None = None) -> None:
         """Register the worker and start serving. `pulse` sends a message that arrives at `pulse_received`."""
         self._pulse = pulse or self._pulse
+        self._requests.set_up(self._setup())
+        self._requests.wait_until_ready(_READY_S)  # a registered worker is one that serves
         with self._database.write() as session:
             writes.register_worker(session, self._registration())
-        self._requests.set_up(self._setup())
         self._engine_thread.start()
         self._housekeeping.start()
         self._reconciler.start()
@@ -114,6 +116,8 @@ class EngineService:
             return
         ends_at = time.monotonic() + self._settings.drain_s
         self._stop.set()
+        if self._engine_thread.ident is None:  # it was never started
+            return
         self._wake.set()
         self._engine_thread.join(self._settings.drain_s)
         if self._engine_thread.is_alive():
