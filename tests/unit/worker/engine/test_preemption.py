@@ -229,7 +229,8 @@ def test_a_draft_without_memory_drafts_for_fewer_sequences() -> None:
 
 def test_a_draft_follows_a_sequence_to_another_slot() -> None:
     draft = model("paged")
-    running = engine(model("paged"), ModelDrafter(draft, "model", VOCAB), options(Mode.PAPER))
+    target = model("paged")
+    running = engine(target, ModelDrafter(draft, "model", VOCAB), options(Mode.PAPER, page_tokens=PAGE))
     first, second = sequences(PROMPTS[:2], max_tokens=30)
     for sequence in (first, second):
         running.add(sequence)
@@ -238,6 +239,7 @@ def test_a_draft_follows_a_sequence_to_another_slot() -> None:
     slot = second.slot
     running._scheduler._preempt(second)
     running.cancel({first.key})
+    check_pages(running, target)
     for one in range(2):
         running.forget(one)
     accepted = 0
