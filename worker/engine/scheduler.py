@@ -21,7 +21,7 @@ from worker.engine.priority_queue import PriorityQueue
 from worker.engine.sequence import Sequence
 
 _OLDEST_SHARE = 4  # the oldest prompt gets at least one in this many of a step's prompt rows
-_ADMITTED_AT_ONCE = 32  # waiting sequences whose admission is decided together
+_FIRST_CANDIDATES = 16  # waiting sequences whose admission is decided together; if all fit, four times as many next
 _RECHECK_STEPS = 16  # steps after which what fits is computed again although no sequence has ended
 
 
@@ -147,8 +147,10 @@ class Scheduler:
             self._capacity, self._capacity_steps = None, 0
         if self._recheck_in:
             self._recheck_in -= 1
+        at_once = _FIRST_CANDIDATES
         while not self._recheck_in and len(self._waiting) and self.slots.free_slots:
-            candidates = self._waiting.pop(min(self.slots.free_slots, _ADMITTED_AT_ONCE))
+            candidates = self._waiting.pop(min(self.slots.free_slots, at_once))
+            at_once *= 4
             fitting = self._admission.num_fitting(list(self._running), candidates)
             for index, sequence in enumerate(candidates):
                 if index >= fitting or not self._start(sequence):
@@ -175,8 +177,9 @@ class Scheduler:
         """Take a page for the newest token of each decoding sequence that needs one; preempt others if none is left."""
         if self.slots.available_pages < MAX_STEP_NODES + len(self._running):
             self._reclaim()
-        for sequence in [s for s in self._decoding if selected is None or s in selected]:
-            while sequence.slot >= 0 and not self.slots.grow(sequence.slot, len(sequence.ids)):
+        grow = self.slots.grow
+        for sequence in [*self._decoding] if selected is None else [s for s in self._decoding if s in selected]:
+            while sequence.slot >= 0 and not grow(sequence.slot, len(sequence.ids)):
                 self._preempt(self._victim())
 
     def _reclaim(self) -> None:

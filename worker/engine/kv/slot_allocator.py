@@ -105,13 +105,14 @@ class SlotAllocator:
 
         Return False, with nothing changed, if that is not enough.
         """
-        missing = self.pages_for(entries) - self._pages_of[slot]
+        missing = -(-entries // self.page_tokens) - self._pages_of[slot]
         if missing <= 0:
             return True
-        if missing > self.available_pages:
-            return False
-        if missing > self.free_pages:
-            self._evict(missing - self.free_pages)
+        free = self.pages - self._used_pages
+        if missing > free:
+            if missing > free + self._cached_pages:
+                return False
+            self._evict(missing - free)
         self._take(slot, missing)
         return True
 
