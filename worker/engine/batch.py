@@ -36,7 +36,7 @@ class Batch:
     chunks: tuple[Chunk, ...]
     decoding: tuple[Sequence, ...]
     prefix_copies: tuple[PrefixCopy, ...] = ()  # to make before the forward, in this order
-    truncations: tuple[Truncation, ...] = ()  # slots whose memory to free before that, beyond so many entries
+    truncations: tuple[Truncation, ...] = ()  # slots to truncate before that, to free memory
     preempted: tuple[Sequence, ...] = ()  # sequences that have lost their slots
     draft_rows: int = 1 << 30  # draft nodes that KV memory has pages for
     plain: bool = False  # don't draft

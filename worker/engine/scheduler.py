@@ -2,7 +2,7 @@
 
 A prompt gets its pages when it is admitted, an output as it grows. When none is left, cached prefixes are evicted
 first, then the step has fewer draft rows, then the running sequence with the least lost work is preempted: it waits,
-and goes on from its tokens later.
+and continues from its tokens later.
 """
 
 from __future__ import annotations

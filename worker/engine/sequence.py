@@ -81,7 +81,7 @@ class Sequence:
         return self.history.with_path(path)
 
     def preempt(self) -> None:
-        """Give up the slot; decoding goes on from the same ids later."""
+        """Give up the slot; decoding continues from the same ids later."""
         self.computed = max(self.computed, self.cached)
         self.slot, self.cached = -1, 0
         self.preemptions += 1

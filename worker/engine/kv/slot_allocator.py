@@ -149,7 +149,7 @@ class SlotAllocator:
             self._drop(slot)
 
     def pop_truncations(self) -> list[Truncation]:
-        """Return the slots whose memory the caller must free beyond so many entries, since the last call."""
+        """Return the truncations since the last call; the caller frees the memory."""
         truncations, self._truncations = self._truncations, []
         return truncations
 
