@@ -18,6 +18,7 @@ from tests.processes import ended
 
 BASIC = Path(sys.executable).with_name("basic")
 LEASE_S = 3.0
+CONTEXT_TOKENS = 2_048
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,13 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """One `basic up` with SmolLM2 for all files that leave it running: loading the model takes most of their time."""
     data_dir = tmp_path_factory.mktemp("data")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("BASIC_")}
-    environment = inherited | {"BASIC_DATA_DIR": str(data_dir), "BASIC_API_PORT": "0", "BASIC_LEASE_S": str(LEASE_S)}
+    changes = {
+        "BASIC_API_PORT": "0",
+        "BASIC_LEASE_S": str(LEASE_S),
+        "BASIC_MAX_CONTEXT": str(CONTEXT_TOKENS),
+        "BASIC_MODEL_ALIASES": "gpt-4o-mini=smollm2-135m-instruct",
+    }
+    environment = inherited | {"BASIC_DATA_DIR": str(data_dir)} | changes
     command = [str(BASIC), "up", "--detach", "--json"]
     up = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert up.returncode == 0, up.stderr

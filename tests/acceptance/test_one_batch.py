@@ -153,7 +153,7 @@ def test_bad_requests_fail_alone_and_say_line_and_field(service: Service, tmp_pa
         '{"custom_id": "empty", "prompt": ""}',
         '{"custom_id": "cold", "prompt": "x", "temperature": -1}',
         '{"custom_id": "none", "prompt": "x", "max_tokens": 0}',
-        '{"custom_id": "many", "prompt": "x", "max_tokens": 1000000}',
+        '{"custom_id": "many", "prompt": "x", "n": 1000000}',
         json.dumps({"custom_id": "long", "prompt": "word " * 20_000}),
     ]
     file = tmp_path / "mixed.jsonl"
@@ -176,7 +176,7 @@ def test_bad_requests_fail_alone_and_say_line_and_field(service: Service, tmp_pa
         "empty": ("invalid_value", "prompt"),
         "cold": ("invalid_value", "temperature"),
         "none": ("invalid_value", "max_tokens"),
-        "many": ("invalid_value", "max_tokens"),
+        "many": ("invalid_value", "n"),
         "long": ("context_length_exceeded", "prompt"),
     }
     assert "line 4" in errors["cold"][2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import time
 from collections.abc import Iterator
@@ -9,12 +10,13 @@ from typing import Any, TypeVar
 
 import openai
 import pytest
-from openai import OpenAI
+from openai import AzureOpenAI, OpenAI
 from openai._models import BaseModel
 from openai.types import Batch, Completion
 from openai.types.chat import ChatCompletion
 
-from tests.acceptance.conftest import Service
+from jobs import Client
+from tests.acceptance.conftest import CONTEXT_TOKENS, Service
 
 MODEL = "smollm2-135m-instruct"
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -123,6 +125,68 @@ def test_prompts_may_be_texts_lists_and_token_ids(client: OpenAI) -> None:
     tokens = {name: answer.usage.prompt_tokens for name, answer in answers.items() if answer.usage}
     assert (tokens["ids"], tokens["lists"]) == (2, 3)
     assert tokens["texts"] > tokens["text"]
+
+
+def test_a_gzip_file_of_bare_lines_names_its_model_as_people_do_and_asks_for_nothing(client: OpenAI) -> None:
+    names = [MODEL, "HuggingFaceTB/SmolLM2-135M-Instruct", "openai/SMOLLM2-135M-instruct", "gpt-4o-mini", None]
+    idle = {"top_k": -1, "length_penalty": 1.0, "use_beam_search": False, "priority": 0, "extra_body": {}, "tools": []}
+    lines = [
+        {"custom_id": str(n), "body": chat_line("a", model=name)["body"] | (idle if n % 2 else {})}
+        for n, name in enumerate(names)
+    ]
+    content = gzip.compress("".join(json.dumps(line) + "\n" for line in lines).encode())
+    file = client.files.create(file=("batch.jsonl.gz", content), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h")
+    batch = ended(client, batch)
+    assert (batch.status, batch.model) == ("completed", MODEL)
+    answers = [line["response"]["body"] for line in lines_of(client, batch.output_file_id).values()]
+    assert [answer["model"] for answer in answers] == [MODEL] * len(names)
+    assert len({answer["choices"][0]["message"]["content"] for answer in answers}) == 1
+
+
+def test_the_azure_client_gets_the_same_answers(client: OpenAI, service: Service) -> None:
+    asked = chat_line("a")["body"]
+    whole = client.chat.completions.create(**asked).choices
+    line = json.dumps(chat_line("a") | {"url": "/chat/completions"}).encode()
+    with AzureOpenAI(azure_endpoint=service.api_url, api_version="2024-10-21", api_key="unused") as azure:
+        assert azure.chat.completions.create(**asked).choices == whole
+        assert azure.chat.completions.create(**asked | {"model": "gpt-4o-mini"}).choices == whole
+        file = azure.files.create(file=("a.jsonl", line), purpose="batch")
+        order: Any = {"input_file_id": file.id, "endpoint": "/chat/completions", "completion_window": "24h"}
+        batch = ended(client, azure.batches.create(**order))
+    (answer,) = lines_of(client, batch.output_file_id).values()
+    assert answer["response"]["body"]["choices"][0]["message"]["content"] == whole[0].message.content
+
+
+def test_max_tokens_beyond_the_context_end_at_it_with_the_reason_length(client: OpenAI, service: Service) -> None:
+    prompt = [1] * (CONTEXT_TOKENS - 7)
+    body: dict[str, Any] = {"prompt": prompt, "max_tokens": 10**10, "temperature": 0}
+    answer = client.completions.create(model=MODEL, **body, extra_body={"ignore_eos": True})
+    assert answer.usage is not None
+    assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("length", 7)
+    nested = {"model": MODEL, **body, "extra_body": {"ignore_eos": True}}
+    lines = [{"custom_id": "a", "method": "POST", "url": COMPLETIONS, "body": nested}]
+    (line,) = lines_of(client, ended(client, submitted(client, lines, COMPLETIONS)).output_file_id).values()
+    assert line["response"]["body"]["choices"][0]["text"] == answer.choices[0].text
+    with Client(service.api_url) as jobs:
+        job = jobs.submit([{"prompt": prompt}], endpoint=COMPLETIONS, max_tokens=10**10, ignore_eos=True, temperature=0)
+        assert job.wait().request_counts.failed == 0
+        (output,) = job.outputs()
+    assert (output.choices[0].finish_reason, output.choices[0].completion_tokens) == ("length", 7)
+
+
+def test_an_answer_replayed_as_history_is_answered_in_every_shape(client: OpenAI) -> None:
+    asked = chat_line("a")["body"]
+    create = client.chat.completions.create
+    message = create(**asked).choices[0].message
+    logged = message.to_dict() | {"annotations": [], "reasoning_content": "Hm.", "id": "m", "timestamp": 1.5}
+    texts = set()
+    for shape in (message, message.model_dump(), message.model_dump(exclude_none=True), logged):
+        history = [*asked["messages"], shape, {"role": "user", "content": "Another."}]
+        texts.add(create(**asked | {"messages": history}).choices[0].message.content)
+    assert len(texts) == 1
+    for empty in ({"role": "system", "content": None}, {"role": "user", "content": ""}):
+        assert create(**asked | {"messages": [empty, *asked["messages"]]}).choices
 
 
 def test_a_file_that_is_no_batch_names_its_lines(client: OpenAI) -> None:

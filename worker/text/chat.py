@@ -54,6 +54,7 @@ class Chat:
         # A copy that can be switched to read special tokens as text while other threads use the original. Slow to make.
         self._text_tokenizer = copy.deepcopy(tokenizer) if self.has_template and special == "text" else tokenizer
         self._formats: dict[str, _ContentFormat] = {}
+        self._untaken: set[str] = set()  # roles that the template drops or refuses
         self.findings: list[str] = []  # what the template can't do, as sentences for the log
         if self.has_template:
             for role in _PROBES:
@@ -72,6 +73,8 @@ class Chat:
         """
         if not self.has_template:
             raise InvalidValue("this model has no chat template; send a prompt to /v1/completions", param="messages")
+        # An empty message says nothing: leave it out where its role would be refused.
+        messages = [message for message in messages if message["content"] or message["role"] not in self._untaken]
         for message in messages:
             if self._formats.get(message["role"]) is _ContentFormat.DROPPED:
                 raise InvalidValue(
@@ -123,6 +126,8 @@ class Chat:
                     return fmt
             except InvalidValue as refused:
                 refusals.append(refused.message)
+        if role != "user":
+            self._untaken.add(role)
         if len(refusals) == len(probes):  # every request with this role gets the template's own error
             self.findings.append(f"With a {role} message: {refusals[0]}")
             return _ContentFormat.TEXT

@@ -64,6 +64,9 @@ def test_a_role_that_a_template_drops_is_refused_and_the_others_are_not() -> Non
     with pytest.raises(InvalidValue, match="drops system messages") as refused:
         said(FORGETFUL, ("system", "be brief"), ("user", "hello"))
     assert refused.value.param == "messages"
+    assert said(FORGETFUL, ("system", ""), ("user", "hello")) == "user: hello\n", "an empty message asks for nothing"
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + FORGETFUL
+    assert said(refusing, ("system", ""), ("user", "hello")) == "user: hello\n"
     assert codec(FORGETFUL).findings == ["The model's chat template drops system messages; they will be refused"]
     assert not codec(CHATML).findings
 
