@@ -169,7 +169,9 @@ def test_max_tokens_beyond_the_context_end_at_it_with_the_reason_length(client: 
     (line,) = lines_of(client, ended(client, submitted(client, lines, COMPLETIONS)).output_file_id).values()
     assert line["response"]["body"]["choices"][0]["text"] == answer.choices[0].text
     with Client(service.api_url) as jobs:
-        job = jobs.submit([{"prompt": prompt}], endpoint=COMPLETIONS, max_tokens=10**10, ignore_eos=True, temperature=0)
+        job = jobs.submit(
+            [{"prompt": prompt}], endpoint="/v1/completions", max_tokens=10**10, ignore_eos=True, temperature=0
+        )
         assert job.wait().request_counts.failed == 0
         (output,) = job.outputs()
     assert (output.choices[0].finish_reason, output.choices[0].completion_tokens) == ("length", 7)
