@@ -42,6 +42,9 @@ def _parameters() -> Json:
     schemas: Json = {name: {"description": _described(name)} for name in PARAMETERS}
     for name, schema in SamplingParameters.model_json_schema()["properties"].items():
         schemas[name] = {key: value for key, value in schema.items() if key not in ("title", "default")}
+        idle = [value for value in field_of(name, CHAT_ENDPOINT).idle if type(value) is int]
+        if idle and "minimum" in schemas[name]:
+            schemas[name]["minimum"] = min(*idle, schemas[name]["minimum"])
     schemas["stop"] = {
         "anyOf": [_TEXT, {"type": "array", "items": _TEXT, "maxItems": 4}],
         "description": schemas["stop"]["description"],
@@ -103,7 +106,10 @@ _MESSAGE: Final = _object(
     ["role", "content"],
     {
         "role": {"type": "string", "enum": ["system", "developer", "user", "assistant", "tool"]},
-        "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]},
+        "content": {
+            "anyOf": [{"type": "string"}, {"type": "array", "items": _PART}, {"type": "null"}],
+            "description": "Null is the empty text, but not in user and tool messages.",
+        },
         "name": {"type": "string", "description": "Accepted and ignored."},
         "refusal": {"description": "Accepted and ignored."},
         "tool_call_id": {"type": "string", "description": "Accepted and ignored."},

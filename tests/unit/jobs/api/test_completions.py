@@ -145,9 +145,12 @@ def test_every_name_of_a_model_is_answered_with_its_own(serve: Serve, model: str
 def test_the_azure_client_s_paths_and_key_reach_the_same_routes(serve: Serve, database: Database) -> None:
     api = serve()
     key = a_key(database)["authorization"].removeprefix("Bearer ")
-    host: dict[str, Any] = {
-        "azure_endpoint": "http://testserver", "api_version": "2024-10-21", "http_client": api, "max_retries": 0
-    }  # fmt: skip
+    host: Any = {
+        "azure_endpoint": "http://testserver",
+        "api_version": "2024-10-21",
+        "http_client": api,
+        "max_retries": 0,
+    }
     azure = AzureOpenAI(api_key=key, **host)
     asked: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
     assert azure.chat.completions.create(**asked).choices[0].message.content == "Paris."
@@ -155,7 +158,8 @@ def test_the_azure_client_s_paths_and_key_reach_the_same_routes(serve: Serve, da
     named = AzureOpenAI(api_key=key, azure_deployment="tiny", **host)
     assert named.chat.completions.create(**asked | {"model": "gpt-4o"}).model == "tiny"
     file = azure.files.create(file=("a.jsonl", b"{}"), purpose="batch")
-    batch = azure.batches.create(input_file_id=file.id, endpoint="/chat/completions", completion_window="24h")  # type: ignore[arg-type]
+    order: Any = {"input_file_id": file.id, "endpoint": "/chat/completions", "completion_window": "24h"}
+    batch = azure.batches.create(**order)
     assert azure.batches.retrieve(batch.id).endpoint == CHAT_ENDPOINT
     assert [model.id for model in azure.models.list()] == ["tiny"]
     newer = OpenAI(base_url="http://testserver/openai/v1/", api_key=key, http_client=api, max_retries=0)

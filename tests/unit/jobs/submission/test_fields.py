@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -12,6 +12,7 @@ from jobs.errors import RequestRefused
 from jobs.messages import CHAT_ENDPOINT, Endpoint, GenerationRequest
 from jobs.submission.fields import FIELDS, MESSAGE_FIELDS, Field, Treatment, field_of
 from jobs.submission.request_parser import Item, Rules, parse_body, parse_item, parse_parameters
+from storage.records import NewRequest
 
 ENDPOINTS: tuple[Endpoint, ...] = get_args(Endpoint)
 ANYTHING: tuple[Any, ...] = (True, 7, 0.5, "text", ["text"], {"a": 1})
@@ -43,18 +44,14 @@ def read_at_every_door(endpoint: Endpoint, fields: dict[str, Any]) -> list[Any]:
         request = parse_item(Item(0, value), rules(endpoint))
         failure = request.failure
         found.append(sampling(request.body) if failure is None else (failure.code, failure.param))
-    reads: tuple[Callable[[], Any], ...] = (
-        lambda: sampling(parse_body(body, rules(endpoint)).body),
-        lambda: sampling(
-            parse_item(
-                Item(0, PROMPTS[endpoint]),
-                dataclasses.replace(rules(endpoint), defaults=parse_parameters(fields, endpoint)),
-            ).body
-        ),
-    )
-    for read in reads:
+    plain = Item(0, PROMPTS[endpoint])
+    readers: list[Callable[[], NewRequest]] = [
+        lambda: parse_body(body, rules(endpoint)),
+        lambda: parse_item(plain, replace(rules(endpoint), defaults=parse_parameters(fields, endpoint))),
+    ]
+    for read in readers:
         try:
-            found.append(read())
+            found.append(sampling(read().body))
         except RequestRefused as refused:
             found.append((refused.code, refused.param))
     return found
