@@ -135,7 +135,7 @@ def test_only_those_without_a_token_since_their_claim_are_suspects(database: Dat
     assert groups[2] != groups[3]
 
 
-@pytest.mark.parametrize("poison", range(7))
+@pytest.mark.parametrize("poison", [0, 3, 6])
 def test_the_request_that_crashes_its_workers_is_found_and_all_others_complete(database: Database, poison: int) -> None:
     record(database, requests=7)
     deaths = 0
@@ -210,16 +210,16 @@ def test_a_request_that_crashes_its_only_worker_again_and_again_fails_in_the_end
 
 
 def test_a_worker_that_crashes_at_every_first_step_fails_no_request(database: Database) -> None:
-    record(database, requests=8)
-    for death in range(45):  # 15 until each request is alone, then almost four for each
+    record(database, requests=4)
+    for death in range(22):  # 7 until each request is alone, then almost four for each
         register(database, f"bad-{death}", "bad")
-        assert claim(database, f"bad-{death}", 8)
+        assert claim(database, f"bad-{death}", 4)
         assert reclaimed(database, f"bad-{death}").poisoned == ()
 
     served = serve_all(database, "good")
 
-    assert served == 8
-    assert (view(database).requests_completed, view(database).requests_failed) == (8, 0)
+    assert served == 4
+    assert (view(database).requests_completed, view(database).requests_failed) == (4, 0)
     check_laws(database)
 
 
@@ -262,7 +262,7 @@ def test_several_poison_requests_on_one_host_are_found(database: Database) -> No
 
 def test_a_lease_that_lapses_while_its_worker_lives_never_counts(database: Database) -> None:
     record(database, requests=3)
-    for number in range(20):
+    for number in range(8):
         assert claim(database, f"w{number}", 3, lease_s=-1)
         assert reclaimed(database).poisoned == ()
 

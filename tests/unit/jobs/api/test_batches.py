@@ -268,27 +268,35 @@ BAD_LINES = {
 
 
 def test_one_bad_line_fails_alone_and_its_id_survives(world: World) -> None:
-    """Each bad line is in a batch of its own, at the top, in the middle or at the end; all batches run at once."""
-    batches = {}
-    for number, (name, (line, custom_id)) in enumerate(BAD_LINES.items()):
-        place = number % 3
-        lines = [json.dumps(a_line(each)).encode() for each in ("good", "fine")]
-        lines.insert(place, line)
-        file = uploaded(world.client, b"\n".join(lines))
-        batch = world.client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
-        batches[name] = (batch.id, place, custom_id.replace("request-1", f"request-{place}"))
+    """Each bad line has good neighbours; it is at the top, in the middle and at the end of a batch."""
+    lines, expected = [json.dumps(a_line("good")).encode()], {}
+    for name, (line, custom_id) in BAD_LINES.items():
+        place = len(lines)
+        own = custom_id.replace("bad", f"bad{place}").replace("request-1", f"request-{place}")
+        expected[name] = (own, f"line {place + 1}")
+        lines += [line.replace(b"bad", f"bad{place}".encode()), json.dumps(a_line(f"after {name}")).encode()]
+    whole = b"\n".join(lines)
+    ends = b"\n".join([lines[1], lines[0], lines[3]])
+    batches = []
+    for content in (whole, ends):
+        file = uploaded(world.client, content)
+        batches.append(world.client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h").id)
     world.work()
-    for name, (batch_id, _, _) in batches.items():
-        assert world.read(batch_id).request_counts.to_dict() == {"total": 3, "completed": 0, "failed": 1}, name
-    world.answer(*world.claim(limit=2 * len(batches)))
+    counts = {"total": len(lines), "completed": 0, "failed": len(BAD_LINES)}
+    assert world.read(batches[0]).request_counts.to_dict() == counts
+    world.answer(*world.claim(limit=len(lines)))
     world.work()
-    for name, (batch_id, place, custom_id) in batches.items():
-        batch = world.read(batch_id)
-        output = lines_of(world.client, batch.output_file_id)
-        assert [line["custom_id"] for line in output] == ["good", "fine"], name
-        (failed,) = lines_of(world.client, batch.error_file_id)
-        assert failed["custom_id"] == custom_id, name
-        assert failed["response"]["body"]["error"]["message"].startswith(f"line {place + 1}"), name
+
+    batch = world.read(batches[0])
+    served = [line["custom_id"] for line in lines_of(world.client, batch.output_file_id)]
+    assert served == ["good", *(f"after {name}" for name in BAD_LINES)]
+    failed = lines_of(world.client, batch.error_file_id)
+    for (name, (own, place)), line in zip(expected.items(), failed, strict=True):
+        assert line["custom_id"] == own, name
+        assert line["response"]["body"]["error"]["message"].startswith(place), name
+    batch = world.read(batches[1])
+    assert [line["custom_id"] for line in lines_of(world.client, batch.output_file_id)] == ["good"]
+    assert [line["custom_id"] for line in lines_of(world.client, batch.error_file_id)] == ["bad1", "bad3"]
 
 
 def test_custom_ids_that_look_like_generated_ones_stay_with_their_lines(world: World) -> None:

