@@ -40,7 +40,9 @@ class JobsSettings(StorageSettings):
         DEFAULT_TARGET, description="Target model: a known name, a hub id, a local directory or a GGUF file."
     )
     model_aliases: str = Field(
-        "", description="Other names of models, comma-separated: NAME=MODEL, such as gpt-4o-mini=smollm2-135m-instruct."
+        "",
+        description="Other names of models: pairs NAME=MODEL with commas between them, such as "
+        "`gpt-4o-mini=smollm2-135m-instruct`.",
     )
     log_format: Literal["text", "json"] = Field("text", description="Format of log lines: text or json.")
     max_requests: int = Field(50_000, gt=0, description="Maximum requests per job.")

@@ -73,7 +73,11 @@ def serve(settings: WorkerSettings) -> int:
     require_schema(settings.resolved_database_url)
     start_tracing("basic-worker")
     requests = RequestProcess()  # it imports its modules while the models are loaded
-    loaded = load_engine(_with_interactive(settings), on_message=log.info)
+    try:
+        loaded = load_engine(_with_interactive(settings), on_message=log.info)
+    except BaseException:
+        requests.kill()
+        raise
     service = EngineService(
         settings, loaded, WorkerNotifier(settings.redis_url).notify, requests, worker_id=new_worker_id()
     )

@@ -17,7 +17,7 @@ from worker.engine.engine import Engine
 from worker.engine.sequence import Sequence as EngineSequence
 from worker.engine.stats import StepBatch
 from worker.serving.channel import Channel
-from worker.serving.messages import AddSequences, CancelSequences, EngineReport, ReportsRead, RequestStatus, ToEngine
+from worker.serving.messages import ActiveRequests, AddSequences, CancelSequences, EngineReport, ReportsRead, ToEngine
 from worker.serving.resilient_engine import ResilientEngine
 from worker.serving.speedup_check import SpeedupCheck
 from worker.serving.worker_stats import WorkerStats
@@ -129,7 +129,7 @@ class EngineLoop:
                 self._forget(message.numbers)
             case ReportsRead():
                 self._num_unread -= message.count
-            case RequestStatus():
+            case ActiveRequests():
                 self.num_requests = message.num_requests
 
     def _step(self) -> None:

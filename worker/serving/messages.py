@@ -32,7 +32,7 @@ class ReportsRead:
 
 
 @dataclass(frozen=True, slots=True)
-class RequestStatus:
+class ActiveRequests:
     """To the engine: the request loop runs and holds `num_requests` requests."""
 
     num_requests: int
@@ -68,5 +68,5 @@ class HandBack:
     timeout_s: float
 
 
-ToEngine = AddSequences | CancelSequences | ReportsRead | RequestStatus
+ToEngine = AddSequences | CancelSequences | ReportsRead | ActiveRequests
 ToRequests = EngineReport | Setup | HandBack

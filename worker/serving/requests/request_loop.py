@@ -20,12 +20,12 @@ from worker.engine.sequence import Sequence
 from worker.engine.stats import StepResult
 from worker.serving.channel import Channel
 from worker.serving.messages import (
+    ActiveRequests,
     AddSequences,
     CancelSequences,
     EngineReport,
     HandBack,
     ReportsRead,
-    RequestStatus,
 )
 from worker.serving.requests import spans
 from worker.serving.requests.active_request import ActiveChoice, ActiveRequest, internal_error
@@ -288,7 +288,7 @@ class RequestLoop:
     def _tell_status(self) -> None:
         now = time.monotonic()
         if now - self._told_at >= _STATUS_S:
-            self._channel.send(RequestStatus(self.num_requests))
+            self._channel.send(ActiveRequests(self.num_requests))
             self._told_at = now
 
     def _read_reports(self) -> None:
