@@ -18,7 +18,8 @@ _MARKDOWN_HEAD: Final = """\
 The fields of OpenAI, vLLM, SGLang and TGI, and what bASIC does with them in single calls, batch lines and `/v1/jobs`.
 An honoured field is used. A dropped field is accepted with any value and ignored. A refused field fails its request
 with the code `unsupported_parameter` and the reason below, unless its value asks for nothing: null, or one of the
-column "asks for nothing". A field that is not listed is refused as unknown, to find misspelt names.
+column "asks for nothing". A field of a body that is not listed is refused as unknown, to find misspelt names; so is a
+filled key of a batch line other than `custom_id`, `id`, `method`, `url` and `body`.
 
 The prompt is `messages` on `/v1/chat/completions` and `prompt` on `/v1/completions`. A request of a job may also have
 `custom_id` (or `id`), `model` and `timeout_s`. `max_tokens` beyond what the prompt leaves of the context is reduced to
