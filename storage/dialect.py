@@ -12,6 +12,7 @@ from typing import Any, Final
 from sqlalchemy import (
     JSON,
     BigInteger,
+    BindParameter,
     ColumnElement,
     Connection,
     Double,
@@ -23,7 +24,6 @@ from sqlalchemy import (
     literal_column,
     or_,
     select,
-    text,
     true,
 )
 from sqlalchemy.dialects import postgresql, sqlite
@@ -40,12 +40,12 @@ _CLOCK: Final[Mapping[str, str]] = {
     "sqlite": "(julianday('now') - 2440587.5) * 86400.0",
     "postgresql": "CAST(extract(epoch FROM clock_timestamp()) AS double precision)",
 }
-_NOW: Final = {dialect: text(f"SELECT {clock}") for dialect, clock in _CLOCK.items()}
+_NOW: Final = {dialect: f"SELECT {clock}" for dialect, clock in _CLOCK.items()}
 
 
 def database_now(session: Session) -> float:
     """Return the database's clock in Unix seconds. Leases use only this clock: workers' clocks may be wrong."""
-    return float(session.execute(_NOW[dialect_of(session)]).scalar_one())
+    return float(session.connection().exec_driver_sql(_NOW[dialect_of(session)]).scalar_one())
 
 
 def clock(dialect: str) -> ColumnElement[float]:
@@ -153,7 +153,7 @@ def has_expired_requests() -> ColumnElement[bool]:
     return _has_request(Request.status == "expired")
 
 
-def running_requests(now: float) -> ColumnElement[int]:
+def running_requests(now: float | BindParameter[float]) -> ColumnElement[int]:
     """Return the number of a job's running requests with a live lease."""
     alive = and_(Request.status == "running", Request.lease_expires_at >= now)
     return select(func.count()).where(Request.job_id == JobRow.id, alive).correlate(JobRow).scalar_subquery()

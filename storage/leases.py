@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Final
+from functools import cache
+from typing import Any, Final
 
-from sqlalchemy import ColumnElement, and_, func, or_, select, update
+from sqlalchemy import ColumnElement, Select, and_, bindparam, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from storage.dialect import (
@@ -67,18 +68,13 @@ def claim(
     held = _held(session, worker_id, holding)
     if any(row.suspect_group is not None and not row.proven for row in held):
         return []
-    may_serve = and_(
-        JobRow.status == "in_progress",
-        JobRow.model == model,
-        JobRow.expires_at > now,
-        JobRow.body_version <= body_version,
-    )
+    may_serve = {"model": model, "now": now, "body_version": body_version}
     group, crashed_alone = _next_group(session, may_serve)
     taken: list[RequestKey] = []
     if group is None or (crashed_alone and not has_served(session, worker_id)):
-        taken = _claim_fairly(session, and_(may_serve, JobRow.priority > 0), limit, now, holding)
+        taken = _claim_fairly(session, may_serve, limit, holding, interactive=True)
         rest = limit - reserved - len(taken)
-        taken += _claim_fairly(session, and_(may_serve, JobRow.priority == 0), rest, now, holding)
+        taken += _claim_fairly(session, may_serve, rest, holding, interactive=False)
     if group is not None and not taken and all(row.proven for row in held):
         taken = _lock_queued(session, Request.suspect_group == group, limit, holding)
     return _as_claims(session, _own(session, worker_id, taken, now, lease_s))
@@ -121,17 +117,32 @@ def jobs_to_notify(session: Session, older_than_s: float) -> list[tuple[str, str
     return [(job_id, model) for model, job_id in one_per_model.items()]
 
 
-def _next_group(session: Session, may_serve: ColumnElement[bool]) -> tuple[str | None, bool]:
+def _may_serve() -> ColumnElement[bool]:
+    """Return the condition that a worker may serve a job; parameters: `model`, `now`, `body_version`."""
+    return and_(
+        JobRow.status == "in_progress",
+        JobRow.model == bindparam("model"),
+        JobRow.expires_at > bindparam("now"),
+        JobRow.body_version <= bindparam("body_version"),
+    )
+
+
+def _next_group(session: Session, may_serve: Mapping[str, Any]) -> tuple[str | None, bool]:
     """Return the next quarantine group and whether it has crashed a worker alone. Such groups come last."""
+    found = session.execute(_groups(), may_serve).first()
+    return (None, False) if found is None else (found[0], bool(found[1]))
+
+
+@cache  # a worker claims all the time, and building a statement takes longer than executing it
+def _groups() -> Select[str | None, bool]:
     crashed_alone = Request.lone_crashes > 0
-    found = session.execute(
+    return (
         select(Request.suspect_group, crashed_alone)
         .join(JobRow, JobRow.id == Request.job_id)
-        .where(Request.suspect_group.is_not(None), Request.status == "queued", may_serve)
+        .where(Request.suspect_group.is_not(None), Request.status == "queued", _may_serve())
         .order_by(crashed_alone, Request.suspect_group)
         .limit(1)
-    ).first()
-    return (None, False) if found is None else (found[0], bool(found[1]))
+    )
 
 
 def _held(session: Session, worker_id: str, holding: Collection[RequestKey]) -> Sequence[AnyRow]:
@@ -143,12 +154,17 @@ def _held(session: Session, worker_id: str, holding: Collection[RequestKey]) -> 
 
 
 def _claim_fairly(
-    session: Session, may_serve: ColumnElement[bool], limit: int, now: float, holding: Collection[RequestKey]
+    session: Session,
+    may_serve: Mapping[str, Any],
+    limit: int,
+    holding: Collection[RequestKey],
+    *,
+    interactive: bool,
 ) -> list[RequestKey]:
     """Lock up to `limit` queued requests by fair share, and set `started_at` of their jobs."""
     if limit <= 0:
         return []
-    fair_share = FairShare(_job_shares(session, may_serve, limit, now))
+    fair_share = FairShare(_job_shares(session, may_serve, limit, interactive=interactive))
     # Lock order is jobs before requests, by id (storage.transitions). Mostly no job is unstarted.
     unstarted = (
         lock_jobs(session, JobRow.id.in_(fair_share.job_ids) & JobRow.started_at.is_(None))
@@ -166,35 +182,38 @@ def _claim_fairly(
                 fair_share.remove(job_id)
     started = {job_id for job_id, _ in taken}.intersection(unstarted)
     if started:
-        session.execute(update(JobRow).where(JobRow.id.in_(started)).values(started_at=now))
+        session.execute(update(JobRow).where(JobRow.id.in_(started)).values(started_at=may_serve["now"]))
     return taken
 
 
-def _job_shares(session: Session, may_serve: ColumnElement[bool], limit: int, now: float) -> list[JobShare]:
+def _job_shares(session: Session, may_serve: Mapping[str, Any], limit: int, *, interactive: bool) -> list[JobShare]:
     """Return the jobs that come first for `limit` slots, of those with queued requests.
 
     Ties are broken at random. By age, the oldest jobs would take every slot while there are fewer slots than jobs.
     """
+    rows = session.execute(_shares(interactive=interactive), {**may_serve, "limit": limit})
+    return [JobShare(job_id, owner, running, int(owner_running)) for job_id, owner, running, owner_running in rows]
+
+
+@cache
+def _shares(*, interactive: bool) -> Select[Any]:
+    wanted = JobRow.priority > 0 if interactive else JobRow.priority == 0
     job = (
         select(
             JobRow.id,
             JobRow.api_key_id.label("owner"),
-            running_requests(now).label("running"),
+            running_requests(bindparam("now")).label("running"),
             has_queued_requests().label("waits"),
         )
-        .where(may_serve)
+        .where(_may_serve(), wanted)
         .subquery()
     )
     owners_running = func.sum(job.c.running).over(partition_by=job.c.owner).label("owner_running")
     owned = select(job, owners_running).subquery()
     rank = func.row_number().over(partition_by=owned.c.owner, order_by=(owned.c.running, func.random()))
     turn = select(owned, (owned.c.owner_running + rank).label("turn")).where(owned.c.waits).subquery()
-    rows = session.execute(
-        select(turn.c.id, turn.c.owner, turn.c.running, turn.c.owner_running)
-        .order_by(turn.c.turn, func.random())
-        .limit(limit)
-    )
-    return [JobShare(job_id, owner, running, int(owner_running)) for job_id, owner, running, owner_running in rows]
+    columns = (turn.c.id, turn.c.owner, turn.c.running, turn.c.owner_running)
+    return select(*columns).order_by(turn.c.turn, func.random()).limit(bindparam("limit"))
 
 
 def _lock_queued(

@@ -107,7 +107,8 @@ class Worker:
     def _work_waits(self) -> bool:
         """Return whether a claim would find requests; this query is much cheaper than an empty claim."""
         with self.database.read() as session:
-            return session.scalar(select(Request.job_id).where(Request.status == "queued").limit(1)) is not None
+            waits = session.connection().exec_driver_sql("SELECT 1 FROM requests WHERE status = 'queued' LIMIT 1")
+            return waits.first() is not None
 
 
 def submit(
@@ -133,6 +134,31 @@ def submit(
 def texts(database: Database) -> dict[tuple[int, int], str]:
     with database.read() as session:
         return {(o.request_index, o.choice_index): o.text for o in session.scalars(select(ChoiceOutput))}
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[Any, dict[tuple[int, int], str]]:
+    """The texts of `undisturbed` workers."""
+    return {}
+
+
+def undisturbed(
+    database: Database,
+    known: dict[Any, dict[tuple[int, int], str]],
+    *prompts: str,
+    law: Callable[[tuple[int, ...]], Tensor] = words,
+    **sampling: Any,
+) -> dict[tuple[int, int], str]:
+    """Return what a worker writes that nothing disturbs; it decodes once, not once for each case of a test."""
+    key = (prompts, law, repr(sampling))
+    if key not in known:
+        submit(database, *prompts, job_id="undisturbed", **sampling)
+        Worker(database, "a", law, interval_s=AT_END).run()
+        known[key] = texts(database)
+        with database.write() as session:
+            session.execute(text("DELETE FROM outputs"))
+            session.execute(text("DELETE FROM packed_steps"))
+    return known[key]
 
 
 def lapse_leases(database: Database) -> None:
@@ -198,13 +224,9 @@ def test_events_are_numbered_without_gaps_and_spell_the_output(database: Databas
 @pytest.mark.parametrize("turns", [1, 4, 9])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_request_continues_from_its_checkpoint_when_its_worker_dies(
-    database: Database, turns: int, temperature: float
+    database: Database, known: dict[Any, dict[tuple[int, int], str]], turns: int, temperature: float
 ) -> None:
-    submit(database, "one", "two", job_id="undisturbed", temperature=temperature)
-    Worker(database, "a", interval_s=AT_END).run()
-    expected = texts(database)
-    with database.write() as session:
-        session.execute(text("DELETE FROM outputs"))
+    expected = undisturbed(database, known, "one", "two", temperature=temperature)
     submit(database, "one", "two", temperature=temperature)
     dying, heir = Worker(database, "b"), Worker(database, "c", interval_s=AT_END)
     for _ in range(turns):
@@ -230,12 +252,10 @@ PENALTIES: dict[str, Any] = {
 
 @pytest.mark.parametrize("turns", [2, 6])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_penalties_survive_the_death_of_a_worker(database: Database, turns: int, temperature: float) -> None:
-    submit(database, "one", "two", job_id="undisturbed", temperature=temperature, **PENALTIES)
-    Worker(database, "a", interval_s=AT_END).run()
-    expected = texts(database)
-    with database.write() as session:
-        session.execute(text("DELETE FROM outputs"))
+def test_penalties_survive_the_death_of_a_worker(
+    database: Database, known: dict[Any, dict[tuple[int, int], str]], turns: int, temperature: float
+) -> None:
+    expected = undisturbed(database, known, "one", "two", temperature=temperature, **PENALTIES)
     submit(database, "one", "two", temperature=temperature, **PENALTIES)
     dying = Worker(database, "b")
     for _ in range(turns):
@@ -256,20 +276,19 @@ def multibyte(prefix: tuple[int, ...]) -> Tensor:
     ("law", "stop"),
     [(words, ["dog"]), (words, ["never", "cat and the"]), (multibyte, ["🙂"]), (multibyte, ["x", "本 "])],
 )
-@pytest.mark.parametrize("turns", [0, 2, 3, 5])
+@pytest.mark.parametrize("turns", [0, 2, 5])
 def test_a_text_ends_before_its_stop_string_also_in_an_accepted_path_and_resumed(
-    database: Database, law: Callable[[tuple[int, ...]], Tensor], stop: list[str], turns: int
+    database: Database,
+    known: dict[Any, dict[tuple[int, int], str]],
+    law: Callable[[tuple[int, ...]], Tensor],
+    stop: list[str],
+    turns: int,
 ) -> None:
     prompts = [
         "the cat and the dog the cat and the dog 日本 🙂é日本 🙂é",
         "two",
     ]  # the first one's text is drafted at once
-    submit(database, *prompts, job_id="whole", max_tokens=60)
-    Worker(database, "a", law, interval_s=AT_END).run()
-    whole = texts(database)
-    with database.write() as session:
-        session.execute(text("DELETE FROM outputs"))
-        session.execute(text("DELETE FROM packed_steps"))
+    whole = undisturbed(database, known, *prompts, law=law, max_tokens=60)
     submit(database, *prompts, max_tokens=60, stop=stop)
     dying, heir = Worker(database, "b", law), Worker(database, "c", law, interval_s=AT_END if turns else 0.0)
     for _ in range(turns):
