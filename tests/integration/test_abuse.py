@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import os
 import socket
@@ -113,6 +114,8 @@ def bodies(size: int) -> dict[str, tuple[dict[str, str], Iterator[bytes]]]:
     line = b'{"prompt": [' + b"[]," * 3_000_000 + b"[]]}\n"  # just below the limit of a line
     dear = b'{"prompt": [' + b'{"a":0},' * (MAX_JSON_NODES - 10) + b"0]}\n"  # and of lists and objects
 
+    packed = {"content-encoding": "gzip"}
+
     def wide(chars: int) -> bytes:
         prompt = "x" * chars + "\U0001f600"  # in memory each character takes four bytes
         return (json.dumps({"prompt": prompt, "max_tokens": 1}, ensure_ascii=False) + "\n").encode()
@@ -130,7 +133,8 @@ def bodies(size: int) -> dict[str, tuple[dict[str, str], Iterator[bytes]]]:
         "lines of objects": (LINES, pieces(b"", dear)),
         "lines of wide text": (LINES, pieces(b"", wide(3_000) * 20)),
         "lines of long wide text": (LINES, pieces(b"", wide(999_999))),
-        "packed": (JSON | {"content-encoding": "gzip"}, pieces(b"\x1f\x8b", piece)),
+        "damaged gzip": (JSON | packed, pieces(b"\x1f\x8b", piece)),
+        "a gzip bomb": (LINES | packed, (gzip.compress(bytes(3 * size)) for _ in range(1))),
     }
 
 
