@@ -11,6 +11,7 @@ from typing import Any
 
 from sqlalchemy import Engine, event, text
 
+from storage import schema
 from storage.models import Base
 from storage.session import STATEMENT_TIMEOUT_S, Database, make_engine, write_connection
 
@@ -37,6 +38,19 @@ def _empty_file() -> bytes:
         engine = make_engine(f"sqlite:///{path}")
         Base.metadata.create_all(engine)
         engine.dispose()
+        return path.read_bytes()
+
+
+def write_migrated(path: Path) -> None:
+    """Write an empty database as `basic db upgrade` leaves it, at the newest version."""
+    path.write_bytes(_migrated_file())
+
+
+@cache
+def _migrated_file() -> bytes:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "basic.sqlite3"
+        schema.upgrade(f"sqlite:///{path}")
         return path.read_bytes()
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from jobs.settings import JobsSettings
 from storage.session import Database
-from tests.databases import on_shared_sqlite
+from tests.databases import on_shared_sqlite, write_migrated
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +26,12 @@ def settings(tmp_path: Path) -> JobsSettings:
     return JobsSettings(
         data_dir=tmp_path, redis_url="redis://127.0.0.1:1/0", target="tiny", max_requests=5, max_body_bytes=10_000
     )
+
+
+@pytest.fixture
+def migrated(settings: JobsSettings) -> None:
+    """The database of the settings is at the newest version: migrating it takes longer than most tests."""
+    write_migrated(Path(settings.resolved_database_url.removeprefix("sqlite:///")))
 
 
 @pytest.fixture

@@ -50,6 +50,7 @@ def test_create_prints_only_the_key_on_standard_output_and_explains_it_on_standa
     assert "first key" not in basic("create", "bob").stderr
 
 
+@pytest.mark.usefixtures("migrated")
 def test_a_key_from_a_file_is_stored_once(tmp_path: Path) -> None:
     file = tmp_path / "basic_api_key"
     key = f"sk-basic-{'ab' * 8}-{'cd' * 32}"
@@ -72,6 +73,7 @@ def test_a_key_from_a_file_is_stored_once(tmp_path: Path) -> None:
     assert "the id of another key" in str(refused.exception)
 
 
+@pytest.mark.usefixtures("migrated")
 def test_a_file_without_a_key_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     refused = basic("create", "admin", "--key-file", str(tmp_path / "empty"))
@@ -82,6 +84,7 @@ def test_a_file_without_a_key_is_refused(tmp_path: Path) -> None:
     assert "No such file" in missing.output
 
 
+@pytest.mark.usefixtures("migrated")
 def test_keys_with_the_same_name_are_revoked_by_id() -> None:
     first, second = (json.loads(basic("create", "twin", "--json").stdout)["id"] for _ in range(2))
     refused = basic("revoke", "twin")
@@ -92,6 +95,7 @@ def test_keys_with_the_same_name_are_revoked_by_id() -> None:
     assert isinstance(basic("revoke", "nobody").exception, BasicError)
 
 
+@pytest.mark.usefixtures("migrated")
 @pytest.mark.parametrize(
     "arguments",
     [

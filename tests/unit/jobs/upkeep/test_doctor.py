@@ -11,6 +11,7 @@ from jobs.upkeep.import_names import shared_names
 from storage import schema, writes
 from storage.session import Database
 from tests.conftest import free_port
+from tests.databases import write_migrated
 from tests.factories import a_worker_card
 from tests.unit.storage.acts import record
 
@@ -31,7 +32,7 @@ def installed(tmp_path: Path) -> JobsSettings:
         redis_url=f"redis://:hunter2@127.0.0.1:{free_port()}/0",
         api_url=f"http://127.0.0.1:{free_port()}",
     )
-    schema.upgrade(settings.resolved_database_url)
+    write_migrated(Path(settings.resolved_database_url.removeprefix("sqlite:///")))
     return settings
 
 

@@ -92,7 +92,7 @@ def test_any_exception_for_one_request_ends_that_request_alone(
         return real(self, *arguments, **named)
 
     monkeypatch.setattr(owner, name, broken)
-    submit(database, "one", "bad", "three", n=2, logprobs=1, record_trees=2, max_tokens=12)
+    submit(database, "one", "bad", "three", n=2, logprobs=1, record_trees=2, max_tokens=6)
     worker = Worker(database, "a")
     worker.run()
     assert statuses(database) == {

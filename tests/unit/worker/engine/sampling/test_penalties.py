@@ -139,8 +139,11 @@ def test_an_adjusted_sequence_resumes_from_its_tokens_with_the_same_text(tempera
 
 
 @each_adjustment
-@pytest.mark.parametrize("filters", [Sampling(1.0), Sampling(1.3, top_k=3, min_p=0.05)], ids=["softmax", "filtered"])
-@pytest.mark.parametrize("drafted", [False, True], ids=["plain", "full trees"])
+@pytest.mark.parametrize(
+    ("filters", "drafted"),
+    [(Sampling(1.0), False), (Sampling(1.3, top_k=3, min_p=0.05), True)],
+    ids=["softmax, plain", "filtered, full trees"],
+)
 def test_two_tokens_follow_the_adjusted_joint_law(sampling: Sampling, filters: Sampling, drafted: bool) -> None:
     chosen = replace(
         sampling, temperature=filters.temperature, top_k=filters.top_k, top_p=filters.top_p, min_p=filters.min_p
