@@ -239,7 +239,7 @@ def test_steps_of_before_are_packed_though_the_upgrade_is_killed_again_and_again
 
 
 def _run_upgrade(url: str, rows_at_once: int, dies_after: int) -> None:
-    """Upgrade in a process that kills itself with SIGKILL inside of a batch after so many."""
+    """Upgrade in a process that kills itself with SIGKILL inside the batch after this many."""
     program = f"""
 import os, signal
 from storage import schema

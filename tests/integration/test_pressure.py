@@ -35,7 +35,7 @@ from tests.unit.storage.acts import record
 
 A_JOB = {"requests": ["Hello"], "max_tokens": 10}
 A_CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}]}
-WAITS_S = 90.0  # of whoever waits for a Redis server that hangs, by `patient`
+WAITS_S = 90.0  # of a process that waits for a Redis server that hangs, by `patient`
 QUICK_S = WAITS_S / 2  # even a busy machine answers sooner, unless it waits for that server
 HANGS_S = 60.0  # for three calls, each of which times out within 5 s on a quiet machine
 

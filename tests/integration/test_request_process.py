@@ -1,4 +1,4 @@
-"""A real worker process whose request process dies or hangs: nothing is lost or doubled, and the worker goes on."""
+"""A real worker process whose request process dies or hangs: nothing is lost or doubled, and the worker continues."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_killed_request_process_is_replaced_and_its_requests_go_on_with_the_sa
 
     stack.wait_for(lambda: ended(stack, "job"), "the end of the job")
 
-    assert stack.children["worker-0"].pid == worker, "the worker itself goes on"
+    assert stack.children["worker-0"].pid == worker, "the worker itself continues"
     assert text_of(stack, "job") == text_of(stack, "undisturbed")
     assert [row[:2] for row in rows(stack, "job")] == [("completed", None)] * 2
     emitted = "SELECT sum(emitted_tokens) FROM decode_steps WHERE job_id = 'job'"

@@ -291,9 +291,9 @@ def test_one_bad_line_fails_alone_and_its_id_survives(world: World) -> None:
     served = [line["custom_id"] for line in lines_of(world.client, batch.output_file_id)]
     assert served == ["good", *(f"after {name}" for name in BAD_LINES)]
     failed = lines_of(world.client, batch.error_file_id)
-    for (name, (own, place)), line in zip(expected.items(), failed, strict=True):
-        assert line["custom_id"] == own, name
-        assert line["response"]["body"]["error"]["message"].startswith(place), name
+    for (name, (own, start)), answer in zip(expected.items(), failed, strict=True):
+        assert answer["custom_id"] == own, name
+        assert answer["response"]["body"]["error"]["message"].startswith(start), name
     batch = world.read(batches[1])
     assert [line["custom_id"] for line in lines_of(world.client, batch.output_file_id)] == ["good"]
     assert [line["custom_id"] for line in lines_of(world.client, batch.error_file_id)] == ["bad1", "bad3"]

@@ -33,7 +33,7 @@ def test_messages_arrive_in_order_also_when_the_other_side_sends_more_than_a_soc
 ) -> None:
     channel, other = ends
     for number in range(200):
-        other.send((number, b"x" * 50_000))  # nobody calls `receive` meanwhile
+        other.send((number, b"x" * 50_000))  # `receive` is not called meanwhile
     assert [number for number, _ in received(channel, 200)] == list(range(200))
     assert channel.heard
 
