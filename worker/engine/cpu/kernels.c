@@ -6,9 +6,17 @@
  */
 #include <math.h>
 #include <omp.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#else
+#include <sched.h>
+#endif
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
@@ -60,6 +68,47 @@ static inline __attribute__((always_inline)) floats multiply_add(floats sum, con
     return sum + w * *x;
 }
 #endif
+
+/* ---- threads -------------------------------------------------------------------------------------------------------- */
+
+/* The threads of one parallel region, and what each can ask without a call of OpenMP's. A thread that waits for another
+ * one spins briefly, then sleeps: where other programs share the processors, the thread that it waits for may not run,
+ * and OpenMP's own barriers would spin for milliseconds and take the processor from it. */
+typedef struct {
+    atomic_int arrived;
+    atomic_uint phase; /* number of barriers passed */
+    atomic_int sleeping;
+} team_t;
+
+enum { SPINS = 4000 }; /* about 50 microseconds: more than threads of a quiet machine are apart */
+
+static void barrier(team_t *team) {
+    const int threads = omp_get_num_threads();
+    if (threads == 1) return;
+    const unsigned phase = atomic_load(&team->phase);
+    if (atomic_fetch_add(&team->arrived, 1) == threads - 1) {
+        atomic_store(&team->arrived, 0);
+        atomic_fetch_add(&team->phase, 1);
+#ifdef __linux__
+        if (atomic_load(&team->sleeping)) syscall(SYS_futex, &team->phase, FUTEX_WAKE_PRIVATE, threads);
+#endif
+        return;
+    }
+    for (int i = 0; i < SPINS; i++) {
+        if (atomic_load_explicit(&team->phase, memory_order_acquire) != phase) return;
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+    }
+    atomic_fetch_add(&team->sleeping, 1);
+    while (atomic_load(&team->phase) == phase)
+#ifdef __linux__
+        syscall(SYS_futex, &team->phase, FUTEX_WAIT_PRIVATE, phase, NULL);
+#else
+        sched_yield();
+#endif
+    atomic_fetch_sub(&team->sleeping, 1);
+}
 
 static inline float silu(float x) {
     float e = exp_below_0(x < 0.0f ? x : -x);
@@ -189,19 +238,20 @@ static void multiply_panels(const product_t *p, const scalar *x, scalar *out, in
 }
 
 /* Every thread of a parallel region must call it; it ends with a barrier. */
-static inline void multiply_all(const product_t *p, const scalar *x, scalar *out, int64_t rows, finish_t finish) {
+static inline void multiply_all(team_t *team, const product_t *p, const scalar *x, scalar *out, int64_t rows, finish_t finish) {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
     const int64_t panels = (p->columns + PANEL - 1) / PANEL, end = panels * (thread + 1) / threads;
     const int64_t size = PANEL * p->inputs * (int64_t)sizeof(scalar), some = size < L2_BYTES ? L2_BYTES / size : 1;
     for (int64_t first = panels * thread / threads; first < end; first += some)
         multiply_panels(p, x, out, rows, first, end - first < some ? end : first + some, finish);
-#pragma omp barrier
+    barrier(team);
 }
 
 /* One product: `x` [rows, inputs] to `out` [rows, columns], which are floats if finish is STORE_FLOAT. */
 void multiply(const product_t *p, const scalar *x, scalar *out, int64_t rows, int64_t finish) {
+    team_t team = {0};
 #pragma omp parallel
-    multiply_all(p, x, out, rows, (finish_t)finish);
+    multiply_all(&team, p, x, out, rows, (finish_t)finish);
 }
 
 /* ---- norms and rotation -------------------------------------------------------------------------------------------- */
@@ -216,16 +266,18 @@ static inline void normalise(const scalar *x, const scalar *weight, scalar *out,
         out[i] = from_float(to_float(weight[i]) * to_float(from_float(to_float(x[i]) * scale)));
 }
 
-static inline void normalise_all(const scalar *x, const scalar *weight, scalar *out, int64_t rows, int64_t width,
+static inline void normalise_all(team_t *team, const scalar *x, const scalar *weight, scalar *out, int64_t rows, int64_t width,
                                  float eps) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < rows; row++) normalise(x + row * width, weight, out + row * width, width, eps);
+    barrier(team);
 }
 
 /* Root mean square norm of rows [rows, width]. */
 void rms_norm(const scalar *x, const scalar *weight, scalar *out, int64_t rows, int64_t width, float eps) {
+    team_t team = {0};
 #pragma omp parallel if (rows >= 16)
-    normalise_all(x, weight, out, rows, width, eps);
+    normalise_all(&team, x, weight, out, rows, width, eps);
 }
 
 /* Norm and rotate one head (rotate-half convention), with the rounding of the model's own code. Without `cos` it is
@@ -492,7 +544,7 @@ static inline void prepare_queries(const plan_t *plan, const heads_t *of, const 
 
 /* Store the rows' keys and values, then attend into `out` [rows, heads, dim]. Every thread must call it; it ends with a
  * barrier. */
-static inline void attend_all(const plan_t *plan, const view_t *view, const heads_t *of, scalar *keys, scalar *values,
+static inline void attend_all(team_t *team, const plan_t *plan, const view_t *view, const heads_t *of, scalar *keys, scalar *values,
                               const workspace_t *workspace, scalar *out) {
     const int64_t dim = plan->dim, kv_heads = plan->kv_heads, heads = plan->heads / kv_heads;
     const share_t share = share_of(view, kv_heads);
@@ -505,7 +557,7 @@ static inline void attend_all(const plan_t *plan, const view_t *view, const head
             store_row(plan, of, keys + start, values + start, row, head);
         }
     }
-#pragma omp barrier
+    barrier(team);
     for (int64_t item = share.first; item < share.end; item++) {
         int64_t group = item / kv_heads, kv_head = item % kv_heads, next = item + 1 < share.end ? item + 1 : item;
         int64_t row = view->group_start[group], rows = view->group_start[group + 1] - row;
@@ -520,15 +572,16 @@ static inline void attend_all(const plan_t *plan, const view_t *view, const head
                          out + (row * plan->heads + head) * dim);
         }
     }
-#pragma omp barrier
+    barrier(team);
 }
 
 /* The attention of one layer. */
 void attend(const plan_t *plan, const view_t *view, const heads_t *of, scalar *keys, scalar *values, scalar *out) {
+    team_t team = {0};
 #pragma omp parallel
     {
         workspace_t workspace = make_workspace(view->end, plan->dim);
-        attend_all(plan, view, of, keys, values, &workspace, out);
+        attend_all(&team, plan, view, of, keys, values, &workspace, out);
         free_workspace(workspace);
     }
 }
@@ -579,7 +632,7 @@ static void keep_rows(scalar *x, int64_t width, const int64_t *kept, int64_t kee
  * [slots, capacity, taps, width]. With `kept`, ascending, only these `keep` rows have outputs, which go to the first rows
  * of `x`: others need no more than their keys and values of the last layer. Every thread of a parallel region must call
  * it; it ends with a barrier. */
-static void layers_all(const layer_t *layers, int64_t count, const plan_t *plan, const view_t *views,
+static void layers_all(team_t *team, const layer_t *layers, int64_t count, const plan_t *plan, const view_t *views,
                        const scratch_t *scratch, scalar *x, const scalar *cos, const scalar *sin, scalar *keys,
                        scalar *values, int64_t layer_size, int64_t width, float eps, scalar *tapped, int64_t taps,
                        int64_t by_entry, const int64_t *kept, int64_t keep) {
@@ -590,32 +643,35 @@ static void layers_all(const layer_t *layers, int64_t count, const plan_t *plan,
         heads_t heads = {scratch->stacked, scratch->stacked + plan->heads * dim,
                          scratch->stacked + (plan->heads + plan->kv_heads) * dim,
                          row, dim, row, dim, row, dim, cos, sin, layer->query_norm, layer->key_norm, eps};
-        normalise_all(x, layer->norm_1, scratch->normed, rows, width, eps);
-        multiply_all(&layer->qkv, scratch->normed, scratch->stacked, rows, STORE);
-        attend_all(plan, views + layer->view, &heads, keys + i * layer_size, values + i * layer_size, &workspace,
+        normalise_all(team, x, layer->norm_1, scratch->normed, rows, width, eps);
+        multiply_all(team, &layer->qkv, scratch->normed, scratch->stacked, rows, STORE);
+        attend_all(team, plan, views + layer->view, &heads, keys + i * layer_size, values + i * layer_size, &workspace,
                    scratch->mixed);
         if (kept && i == count - 1 && layer->tap < 0) {
-#pragma omp single
+#pragma omp single nowait
             {
                 keep_rows(x, width, kept, keep);
                 keep_rows(scratch->mixed, plan->heads * dim, kept, keep);
             }
+            barrier(team);
             rows = keep;
         }
-        multiply_all(&layer->o, scratch->mixed, x, rows, ADD);
-        normalise_all(x, layer->norm_2, scratch->normed, rows, width, eps);
-        multiply_all(&layer->gate_up, scratch->normed, scratch->gated, rows, GATE);
-        multiply_all(&layer->down, scratch->gated, x, rows, ADD);
+        multiply_all(team, &layer->o, scratch->mixed, x, rows, ADD);
+        normalise_all(team, x, layer->norm_2, scratch->normed, rows, width, eps);
+        multiply_all(team, &layer->gate_up, scratch->normed, scratch->gated, rows, GATE);
+        multiply_all(team, &layer->down, scratch->gated, x, rows, ADD);
         if (layer->tap < 0) continue;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int64_t r = 0; r < rows; r++) {
             int64_t entry = by_entry ? plan->slot[r] * plan->capacity + plan->index[r] : r;
             memcpy(tapped + (entry * taps + layer->tap) * width, x + r * width, (size_t)width * sizeof(scalar));
         }
+        barrier(team);
     }
     if (kept && rows != keep) {
-#pragma omp single
+#pragma omp single nowait
         keep_rows(x, width, kept, keep);
+        barrier(team);
     }
     free_workspace(workspace);
 }
@@ -624,8 +680,9 @@ static void layers_all(const layer_t *layers, int64_t count, const plan_t *plan,
 void run_layers(const layer_t *layers, int64_t count, const plan_t *plan, const view_t *views, const scratch_t *scratch,
                 scalar *x, const scalar *cos, const scalar *sin, scalar *keys, scalar *values, int64_t layer_size,
                 int64_t width, float eps, scalar *tapped, int64_t taps) {
+    team_t team = {0};
 #pragma omp parallel
-    layers_all(layers, count, plan, views, scratch, x, cos, sin, keys, values, layer_size, width, eps, tapped, taps, 0,
+    layers_all(&team, layers, count, plan, views, scratch, x, cos, sin, keys, values, layer_size, width, eps, tapped, taps, 0,
                NULL, 0);
 }
 
@@ -660,9 +717,10 @@ void run_network(const network_t *net, const plan_t *plan, const view_t *views, 
                  const forward_t *f, scalar *keys, scalar *values) {
     const int64_t rows = plan->rows, dim = plan->dim, width = net->width;
     const size_t row_size = (size_t)width * sizeof(scalar), head_size = (size_t)dim * sizeof(scalar);
+    team_t shared = {0}, *team = &shared;
 #pragma omp parallel
     {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int64_t r = 0; r < rows; r++) {
             const scalar *embedding = net->embedding + f->ids[r] * width;
             memcpy(f->cos + r * dim, net->cos + f->positions[r] * dim, head_size);
@@ -674,12 +732,14 @@ void run_network(const network_t *net, const plan_t *plan, const view_t *views, 
                 memcpy(f->x + r * width, embedding, row_size);
             }
         }
-        if (net->unit) multiply_all(&net->join, f->joined, f->x, rows, STORE);
-        layers_all(net->layers, net->count, plan, views, scratch, f->x, f->cos, f->sin, keys, values, net->layer_size,
+        barrier(team);
+        if (net->unit) multiply_all(team, &net->join, f->joined, f->x, rows, STORE);
+        layers_all(team, net->layers, net->count, plan, views, scratch, f->x, f->cos, f->sin, keys, values, net->layer_size,
                    width, net->eps, f->tapped, net->taps, 1, f->kept, f->count);
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < f->count; i++)
             normalise(f->x + i * width, net->norm, f->last + i * width, width, net->eps);
-        multiply_all(&net->output, f->last, (scalar *)f->logits, f->count, STORE_FLOAT);
+        barrier(team);
+        multiply_all(team, &net->output, f->last, (scalar *)f->logits, f->count, STORE_FLOAT);
     }
 }

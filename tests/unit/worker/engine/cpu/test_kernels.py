@@ -140,6 +140,20 @@ def test_a_prompt_read_in_chunks_leaves_the_same_bits(architecture: str, chunk: 
     assert torch.equal(whole, pieces)
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_bits_do_not_depend_on_the_number_of_threads(threads: int) -> None:
+    """More threads than processors wait for each other asleep."""
+    model = quick("llama", torch.bfloat16)
+    steps = [[chain(0, 0, TEXT[:50], keep_last=True), chain(1, 0, TEXT[:3], keep_last=True)], [tree(0, 50)]]
+    alone = [model.forward(step).clone() for step in steps]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert all(torch.equal(model.forward(step), logits) for step, logits in zip(steps, alone, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_logits_in_use_are_not_overwritten_and_unused_buffers_are_reused() -> None:
     model = quick("llama")
     held = model.forward([chain(0, 0, TEXT[:9], keep_last=True)])
