@@ -1,7 +1,9 @@
 """Check and measure the GPU path in one session of at most eight minutes: correctness first, then times.
 
-    python -m worker.bench.gpu_session --output results.jsonl     # from a checkout, on a machine with a GPU
-    python -m worker.bench.gpu_session --layers 2 --rows 1,4      # a rehearsal, also on a CPU
+    python -m worker.bench.gpu_session --output results.jsonl
+
+Run it from a checkout, on a machine with a GPU. `--layers 2 --rows 1,4 --sequences 1,4 --vocabulary 512` is a rehearsal
+on a CPU.
 
 Each stage is a process with a deadline, so that one that hangs does not cost the others. Every result is a JSON line
 with the name of its stage. The floors beside the times are computed from the hardware's rates, not from earlier runs.
@@ -18,6 +20,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
 
+import torch
 import typer
 
 _ROWS = "1,64,130,192,256,512"
@@ -33,18 +36,35 @@ class Stage:
     command: tuple[str, ...]  # arguments of Python; it prints JSON lines
 
 
-def stages(model: str, layers: int, rows: str, context: int, long_context: int, steps: int) -> list[Stage]:
+@dataclass(frozen=True, slots=True)
+class SessionSizes:
+    """Sizes of what a session measures; lists are comma-separated."""
+
+    model: str
+    layers: int
+    rows: str  # per step
+    context: int  # tokens of each sequence
+    long_context: int  # tokens of one long text
+    sequences: str  # decoded together
+    vocabulary: str  # ids of the rows that are drawn
+    steps: int  # timed, per line
+
+
+def stages(sizes: SessionSizes) -> list[Stage]:
     """Return the stages of a session; their deadlines add up to less than eight minutes."""
-    of = ("--model", model, "--json")
-    short = ("--layers", str(layers), *of)
-    times = ("-m", "worker.bench.gpu_steps", *short, "--rounds", str(steps), "--context", str(context))
-    few = ",".join(rows.split(",")[:2])
+    steps, device = str(sizes.steps), "cuda" if torch.cuda.is_available() else "cpu"
+    short = ("--layers", str(sizes.layers), "--model", sizes.model, "--json")
+    times = ("-m", "worker.bench.gpu_steps", *short, "--rounds", steps, "--context", str(sizes.context))
+    draws = ("-m", "worker.bench.draws", "--json", "--device", device, "--vocabulary", sizes.vocabulary)
+    gap = ("-m", "worker.bench.gpu_turns", *short, "--sequences", sizes.sequences, "--steps", steps)
     return [
         Stage("correctness", 150, ("-m", "pytest", "-m", "gpu", "-q", "tests/gpu")),
-        Stage("steps", 100, (*times, "--rows", rows)),
-        Stage("one long text", 40, (*times, "--rows", rows.split(",")[1], "--long-context", str(long_context))),
-        Stage("draws", 30, ("-m", "worker.bench.draws", "--json")),
-        Stage("gap", 90, ("-m", "worker.bench.gpu_turns", *short, "--sequences", few, "--steps", str(steps))),
+        Stage("steps", 100, (*times, "--rows", sizes.rows)),
+        Stage(
+            "one long text", 40, (*times, "--rows", sizes.rows.split(",")[1], "--long-context", str(sizes.long_context))
+        ),
+        Stage("draws", 30, (*draws, "--rows", sizes.sequences)),
+        Stage("gap", 90, gap),
     ]
 
 
@@ -87,6 +107,8 @@ def main(
     rows: Annotated[str, typer.Option(help="Rows per step, comma-separated; two at least.")] = _ROWS,
     context: Annotated[int, typer.Option(min=1, help="Context tokens of each sequence.")] = _CONTEXT,
     long_context: Annotated[int, typer.Option(min=1, help="Context tokens of one long text.")] = _LONG_CONTEXT,
+    sequences: Annotated[str, typer.Option(help="Sequences decoded together, comma-separated.")] = "64,256",
+    vocabulary: Annotated[str, typer.Option(help="Ids of the rows that are drawn.")] = "152064",
     steps: Annotated[int, typer.Option(min=1, help="Timed steps per line.")] = 20,
 ) -> None:
     """Run all stages and print a JSON line for each result.
@@ -95,7 +117,8 @@ def main(
     """
     if rows.count(",") < 1:
         raise typer.BadParameter("--rows needs two numbers at least, comma-separated")
-    for stage in stages(model, layers, rows, context, long_context, steps):
+    sizes = SessionSizes(model, layers, rows, context, long_context, sequences, vocabulary, steps)
+    for stage in stages(sizes):
         for result in run(stage):
             line = json.dumps(result)
             print(line, flush=True)

@@ -11,11 +11,11 @@ import pytest
 
 from tests.models import tiny
 from worker.bench import gpu_turns
-from worker.bench.gpu_session import Stage, run, stages
+from worker.bench.gpu_session import SessionSizes, Stage, run, stages
 
 
 def test_the_deadlines_of_all_stages_add_up_to_less_than_eight_minutes() -> None:
-    planned = stages("model", 16, "1,64", 800, 32_000, 20)
+    planned = stages(SessionSizes("model", 16, "1,64", 800, 32_000, "64,256", "152064", 20))
     assert sum(stage.deadline_s for stage in planned) < 8 * 60
     assert planned[0].name == "correctness"
 
