@@ -65,8 +65,13 @@ def insert_or_ignore(session: Session, model: type[Base]) -> postgresql.Insert |
 
 
 def insert_into(session: Session, model: type[Base]) -> postgresql.Insert | sqlite.Insert:
-    """Return an INSERT of this dialect, which supports ON CONFLICT."""
-    return postgresql.insert(model) if dialect_of(session) == "postgresql" else sqlite.insert(model)
+    """Return an INSERT of the session's dialect, which supports ON CONFLICT."""
+    return insert_for(dialect_of(session), model)
+
+
+def insert_for(dialect: str, model: type[Base]) -> postgresql.Insert | sqlite.Insert:
+    """Return an INSERT of a dialect, which supports ON CONFLICT."""
+    return postgresql.insert(model) if dialect == "postgresql" else sqlite.insert(model)
 
 
 def round_down(session: Session, value: ColumnElement[Any]) -> ColumnElement[int]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from itertools import repeat
 from typing import Any, Final, TypeVar
 
+from sqlalchemy import Insert
 from sqlalchemy.orm import Session
 
-from storage.dialect import insert_into
+from storage.dialect import dialect_of, insert_for
 from storage.models import Base, StepBatchSize, StepDepth, StepExpectation, StepMinute, StepRank
 from storage.steps.columns import EXPECTED_UNITS, MS_UNITS, StepColumns, reached_nodes
 
@@ -173,8 +175,14 @@ def _add_ranks(sums: _Sums, reached: Mapping[Key, int]) -> None:
 def _upsert(session: Session, model: type[Base], sums: _Sums) -> None:
     """Add sums to existing rows. Ordered by key, so that two transactions that update the same rows can't deadlock."""
     keys, names = _KEYS[model], _SUMS[model]
-    statement = insert_into(session, model)
-    columns = model.__table__.c
-    added = {name: columns[name] + statement.excluded[name] for name in names}
     rows = [dict(zip((*keys, *names), (*key, *sums[key]), strict=True)) for key in sorted(sums)]
-    session.execute(statement.on_conflict_do_update(index_elements=list(keys), set_=added), rows)
+    session.execute(_addition(dialect_of(session), model), rows)
+
+
+@cache  # every flush that ends a choice adds to each table
+def _addition(dialect: str, model: type[Base]) -> Insert:
+    """Return the statement that adds sums to existing rows or inserts them."""
+    statement = insert_for(dialect, model)
+    columns = model.__table__.c
+    added = {name: columns[name] + statement.excluded[name] for name in _SUMS[model]}
+    return statement.on_conflict_do_update(index_elements=list(_KEYS[model]), set_=added)

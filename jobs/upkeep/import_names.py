@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from importlib.metadata import packages_distributions
 from typing import Final
 
@@ -15,8 +16,13 @@ def shared_names(owners: Mapping[str, Sequence[str]] | None = None) -> Iterator[
 
     `owners` maps import names to distributions; default: those of this environment.
     """
-    installed = packages_distributions() if owners is None else owners
+    installed = _owners() if owners is None else owners
     for name in NAMES:
         others = sorted(set(installed.get(name, ())) - {DISTRIBUTION})
         if others:
             yield name, ", ".join(others)
+
+
+@cache  # reading what is installed takes longer than all other checks, and it does not change
+def _owners() -> Mapping[str, Sequence[str]]:
+    return packages_distributions()

@@ -254,6 +254,7 @@ def test_a_gzip_bomb_is_refused_and_a_gzip_body_is_read(api: TestClient) -> None
         (b"PAR1\x15\x04", "Parquet"),
         (b'["a", "b"]', "not a list. A job takes its requests as the field `requests`"),
     ],
+    ids=["gzip", "UTF-16", "Parquet", "a list"],  # a gzip body holds its time: processes of pytest-xdist must agree
 )
 def test_a_json_body_of_another_format_is_named(api: TestClient, body: bytes, what: str) -> None:
     for path in ("/v1/jobs", CHAT_ENDPOINT):
