@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from worker.seed import (
+import os
+
+# Read by OpenMP when torch is imported, which no module has done yet. Threads without work spin this often before they
+# sleep, about 0.1 ms; OpenMP's own choice, some milliseconds, takes the processors from the other processes of a node.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+from worker.seed import (  # noqa: E402
     generate_with_speculative_decoding,
     generate_with_standard_model,
     generate_with_streaming_speculative_decoding,
