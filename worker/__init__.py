@@ -8,7 +8,7 @@ import os
 # sleep, about 0.1 ms; OpenMP's own choice, some milliseconds, takes the processors from the other processes of a node.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-from worker.seed import (  # noqa: E402
+from worker.seed import (
     generate_with_speculative_decoding,
     generate_with_standard_model,
     generate_with_streaming_speculative_decoding,
