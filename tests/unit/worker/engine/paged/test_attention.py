@@ -291,9 +291,11 @@ def test_paged_texts_equal_plain_ones(architecture: str) -> None:
 
 
 def test_paged_texts_equal_plain_ones_without_drafts() -> None:
-    some = greedy_and_sampled(SAMPLED)
-    decode(engine(model("gemma3"), None, options(Mode.PLAIN, max_sequences=2)), some[::-1])
+    some, ours = greedy_and_sampled(SAMPLED), model("gemma3")
+    pages(ours).poison_free()
+    decode(engine(ours, None, options(Mode.PLAIN, max_sequences=2)), some[::-1])
     assert outputs(some) == plain_texts("gemma3", sampling=SAMPLED, both=True)
+    pages(ours).check()
 
 
 def test_paged_sequences_resume_from_their_tokens() -> None:
