@@ -13,7 +13,7 @@ CHAOS_FAULTS ?= 50
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test check unit integration chaos audit bench secrets clean
+.PHONY: help setup model demo test check unit integration long chaos audit bench secrets clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ unit: setup ## Run the quick tests: no service processes, on SQLite and on Postg
 
 integration: model ## Run the tests with real servers, processes and SmolLM2
 	$(BIN)/pytest tests/integration tests/acceptance
+
+long: model ## Run the laws that take longer than a change should wait for
+	$(BIN)/pytest -m long tests/integration tests/acceptance
 
 chaos: setup ## Inject faults into every part of the service, and check that no request is lost
 	$(BIN)/python -m tests.chaos.run --database postgresql --faults $(CHAOS_FAULTS)

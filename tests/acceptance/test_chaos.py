@@ -12,7 +12,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+@pytest.mark.parametrize("database", [pytest.param("sqlite", marks=pytest.mark.long), "postgresql"])
 def test_faults_of_every_part_lose_double_and_change_nothing(database: str) -> None:
     report = run(len(FAULTS[database]), database, seed=7, only=FAULTS[database])
 

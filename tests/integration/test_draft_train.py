@@ -25,6 +25,7 @@ def run(*command: str, cache_dir: Path, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "start", "processes"), [("head", TOGETHER, 2), ("model", ALONE, 1)])
 def test_a_draft_is_trained_and_drafts(kind: str, start: tuple[str, ...], processes: int, tmp_path: Path) -> None:
     target = save_tiny(tmp_path / "target")

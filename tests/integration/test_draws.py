@@ -31,6 +31,7 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("vocab", [49_152, 151_665])
 def test_ten_thousand_rows_draw_the_same_alone_and_in_a_batch_with_one_thread_and_two(vocab: int) -> None:
     generator = torch.Generator().manual_seed(vocab)

@@ -66,6 +66,7 @@ def follower_of(replica: int) -> int:
     return follower
 
 
+@pytest.mark.long
 def test_a_killed_rank_ends_its_replica_and_the_next_one_continues_the_same_texts(cluster: Cluster) -> None:
     with cluster.node(replicas=1, lease_s=3):
         cluster.until(cluster.workers)

@@ -85,6 +85,7 @@ def test_a_request_that_kills_its_request_process_is_failed_and_its_neighbours_a
     assert stack.rows("SELECT count(*) FROM workers WHERE lost_at IS NOT NULL") == [(0,)]
 
 
+@pytest.mark.long
 def test_a_request_process_that_hangs_is_replaced(stack: Stack) -> None:
     stack.environment |= {"BASIC_STALL_S": "4"}
     stack.start(doors=False)

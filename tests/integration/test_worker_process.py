@@ -72,6 +72,7 @@ def test_a_prompt_that_kills_its_workers_is_failed_and_its_neighbours_are_served
     stack.wait_for(lambda: stack.rows(lost) == [(3,)], "three lost workers")
 
 
+@pytest.mark.long
 def test_a_prompt_that_kills_the_only_worker_fails_even_if_no_other_request_tests_the_host(stack: Stack) -> None:
     stack.start(doors=False)
     submit(stack, "job", POISON)
