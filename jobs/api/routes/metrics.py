@@ -172,7 +172,7 @@ _COUNTERS: Final[tuple[tuple[str, str, str], ...]] = (
     ("tree_nodes", "basic_worker_draft_tokens_shown", "Draft tokens verified by the target."),
     ("accepted_tokens", "basic_worker_draft_tokens_accepted", "Draft tokens accepted."),
     ("expected_accepted", "basic_worker_draft_tokens_expected", "Draft tokens expected to be accepted."),
-    ("preemptions", "basic_worker_preemptions", "Times that a sequence lost its KV memory and waited to go on."),
+    ("preemptions", "basic_worker_preemptions", "Times that a sequence lost its KV memory and had to wait."),
     ("recomputed_tokens", "basic_worker_recomputed_tokens", "Tokens that were prefilled again after a preemption."),
     ("joules", "basic_worker_joules", "Energy used by the worker's GPUs, where it can be measured."),
 )
