@@ -83,7 +83,8 @@ def exact_shape(segments: Segments, kv: PagedKv) -> Shape:
     runs = _runs(segments, long) if causal_runs else segments.counts
     listed_chains = segments.counts[segments.chains & ~long if causal_runs else segments.chains]
     listed = int(max(listed_chains.max(initial=0), segments.visible_counts.max(initial=0)))
-    bounds, parts = _slices(segments, runs, kv)
+    total = total_parts(segments)
+    bounds, parts = _slices(segments, runs, kv, total)
     return Shape(
         rows=segments.num_rows,
         kept=len(segments.kept),
@@ -93,7 +94,7 @@ def exact_shape(segments: Segments, kv: PagedKv) -> Shape:
         listed=0 if chains else listed,
         causal=chains or causal_runs,
         parts=parts,
-        items=2 * total_parts(segments),
+        items=2 * total,
         row_bounds=bounds,
     )
 
@@ -115,13 +116,14 @@ def tile_rows(kv: PagedKv) -> int:
     return max(1, TILE_QUERIES // kv.group)
 
 
-def _slices(segments: Segments, runs: IntArray, kv: PagedKv) -> tuple[tuple[int, ...], int]:
+def _slices(segments: Segments, runs: IntArray, kv: PagedKv, total: int) -> tuple[tuple[int, ...], int]:
     """Return the first row of each slice and the number of rows, and the most partial results of a slice.
+
+    All slices together have up to `total`.
 
     Slices begin at tiles. One with more partial results than fit the memory is a single tile.
     """
     rows, limit, tile = segments.num_rows, part_limit(kv), tile_rows(kv)
-    total = total_parts(segments)
     if total <= limit:
         return (0, rows), total
     ends = segments.per_row(segments.ends).tolist()
