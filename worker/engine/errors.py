@@ -4,6 +4,7 @@ EngineError
 ├── ModelRefused            a model that can't be loaded, or not decoded exactly by the packed forward
 │   └── TokenizersDiffer    target and draft encode the same text differently
 ├── NanLogits               the logits of some sequences are NaN: no token can be drawn for them
+├── GrammarsRefused         the target's tokenizer can't be held by the grammar library exactly
 ├── RankLost                a tensor-parallel rank has died; the replica can't continue without it
 ├── SequenceTooLong         a sequence that needs more KV memory than there is
 ├── OutOfSlots              more sequences than KV slots: a bug of the caller
@@ -40,6 +41,10 @@ class NanLogits(EngineError):
     def __init__(self, sequences: Sequence[EngineSequence]) -> None:
         super().__init__()
         self.sequences = tuple(sequences)
+
+
+class GrammarsRefused(EngineError):
+    """This model decodes no grammars, because its tokenizer can't be held exactly."""
 
 
 class RankLost(EngineError):

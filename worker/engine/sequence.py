@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import count
 
+from worker.engine.grammar.grammar import Grammar
 from worker.engine.sampling.parameters import Sampling
 from worker.engine.sampling.penalties import TokenCounts
 from worker.engine.segments import IntArray
@@ -34,6 +35,7 @@ class Sequence:
     max_tokens: int
     sampling: Sampling
     eos_ids: frozenset[int] = frozenset()
+    grammar: Grammar | None = None  # binds the output; None: all tokens are allowed
     group: Hashable = None  # sequences of one group may draft from each other's text; None: from no other
     slot: int = -1  # KV slot; -1: not admitted
     cached: int = 0  # leading ids with KV entries in the slot
