@@ -117,6 +117,19 @@ Text = Annotated[str, Field(min_length=1)]
 TokenIds = Annotated[tuple[TokenId, ...], Field(min_length=1)]
 
 
+class GrammarSpec(Frozen):
+    """What the text of a choice must be, as its caller asked for it; `jobs.grammar` turns it into a grammar.
+
+    `value` is the schema or the choices as JSON text, so that their order is kept; the expression; or the grammar, in
+    Lark or EBNF. Of `json_object` it is empty. The parts of JSON may have white space between them that matches
+    `whitespace`: none if it is empty, a short default if it is None.
+    """
+
+    kind: Literal["json_schema", "json_object", "regex", "choice", "grammar"]
+    value: str = ""
+    whitespace: str | None = Field(None, exclude_if=lambda pattern: pattern is None)
+
+
 class GenerationRequest(Frozen):
     """A request as stored in `requests.body`: everything a worker needs to generate its text.
 
@@ -130,6 +143,8 @@ class GenerationRequest(Frozen):
     prompt: Text | None = None
     prompts: Annotated[tuple[Text | TokenIds, ...], Field(min_length=1)] | None = None  # on /v1/completions
     sampling: SamplingParameters
+    # Omitted if unset, because workers of an older version reject unknown fields.
+    grammar: GrammarSpec | None = Field(None, exclude_if=lambda grammar: grammar is None)
 
 
 class PromptBatch(Frozen):

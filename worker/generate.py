@@ -62,7 +62,8 @@ def generate(
     """Decode one choice of a request; call `on_pieces` with the new text of each step. Raises RequestRefused."""
     engine = loaded.engine(replace(loaded.options, mode=mode) if mode else None)
     prompt = loaded.codec.encode(request, endpoint)
-    sequence = loaded.codec.sequence((0,), prompt, request.sampling, choice=0)
+    grammar = loaded.codec.grammar(request)
+    sequence = loaded.codec.sequence((0,), prompt, request.sampling, choice=0, grammar=grammar)
     output_stream = OutputStream(sequence.key, loaded.codec.stream(request.sampling.stop, prompt, endpoint))
     steps: list[StepStats] = []
     logprobs: list[TokenAlternatives] = []

@@ -76,7 +76,11 @@ def _sampling() -> Iterable[Field]:
             yield _honoured(name, kind, info.description or "", idle, neutral=neutral)
 
 
-_GRAMMAR: Final = "Structured output is not supported yet."
+_TOKENS: Final = "Set logit_bias, or a grammar for the text."
+_TAGS: Final = "Structural tags are not supported; ask for tools, or send a grammar."
+_SCHEMA: Final = "The text is JSON that is valid for this schema."
+_REGEX: Final = "The whole text matches this expression."
+_LARK: Final = "The text follows this grammar, in Lark or EBNF."
 _TOOLS: Final = "Tools are not supported yet."
 _THINKING: Final = "Control of the reasoning is not supported yet."
 _PROMPT_ROWS: Final = "Log-probabilities of the prompt are not supported yet."
@@ -119,7 +123,12 @@ FIELDS: Final[tuple[Field, ...]] = (
     _refused("function_call", "string or object", _TOOLS, "none", "auto", endpoints=_CHAT),
     _refused("tools", "list of objects", _TOOLS, [], endpoints=_CHAT),
     _refused("tool_choice", "string or object", _TOOLS, "none", "auto", endpoints=_CHAT),
-    _refused("response_format", "object", _GRAMMAR, {"type": "text"}, {}),
+    _honoured(
+        "response_format",
+        "object",
+        "What the text must be: its type is text, json_object, or json_schema with a schema.",
+        ({"type": "text"}, {}),
+    ),
     _refused("suffix", "string", "Models complete prompts only at their end.", "", endpoints=_TEXT),
     _refused("echo", "boolean", "The answer does not repeat the prompt.", False),
     _refused("best_of", "integer", "Choices are not ranked; set n.", 1, endpoints=_TEXT),
@@ -136,7 +145,7 @@ FIELDS: Final[tuple[Field, ...]] = (
     *_dropped("string", "Prompts are not truncated.", "truncation_side"),
     _refused("prompt_logprobs", "integer", _PROMPT_ROWS, False),
     _refused("logprob_token_ids", "list of integers", "Log-probabilities are those of the top tokens.", []),
-    _refused("allowed_token_ids", "list of integers", _GRAMMAR, []),
+    _refused("allowed_token_ids", "list of integers", _TOKENS, []),
     _refused("bad_words", "list of strings", "Set logit_bias for the tokens to avoid.", []),
     _refused("add_generation_prompt", "boolean", _PREFILL, True, endpoints=_CHAT),
     _refused("continue_final_message", "boolean", _PREFILL, False, endpoints=_CHAT),
@@ -150,12 +159,23 @@ FIELDS: Final[tuple[Field, ...]] = (
     _refused("reasoning", "object", _THINKING, {}, endpoints=_CHAT),
     _refused("thinking_token_budget", "integer", _THINKING, -1),
     _refused("include_reasoning", "boolean", _THINKING, True, endpoints=_CHAT),
-    _refused("structured_outputs", "object", _GRAMMAR, {}),
-    *(_refused(f"guided_{what}", "string or object", _GRAMMAR, "") for what in ("json", "regex", "grammar")),
-    _refused("guided_choice", "list of strings", _GRAMMAR, []),
-    _refused("guided_json_object", "boolean", _GRAMMAR, False),
-    _refused("structural_tag", "string", _GRAMMAR, ""),
-    *_dropped("string", "Without a grammar it has no meaning.", "guided_decoding_backend", "guided_whitespace_pattern"),
+    _honoured(
+        "structured_outputs",
+        "object",
+        "One of json, json_object, regex, choice and grammar; for JSON also whitespace_pattern, "
+        "disable_any_whitespace and disable_additional_properties.",
+        ({},),
+    ),
+    _honoured("guided_json", "string or object", _SCHEMA, ("",)),
+    _honoured("guided_json_object", "boolean", "The text is a JSON object.", (False,)),
+    _honoured("guided_regex", "string", _REGEX, ("",)),
+    _honoured("guided_choice", "list of strings", "The text is one of these.", ([],)),
+    _honoured("guided_grammar", "string", _LARK, ("",)),
+    _honoured(
+        "guided_whitespace_pattern", "string", "White space between the parts of JSON; without JSON it is ignored."
+    ),
+    _refused("structural_tag", "string", _TAGS, ""),
+    *_dropped("string", "The service has one backend.", "guided_decoding_backend"),
     _refused("logits_processors", "list", _CODE, []),
     _refused("vllm_xargs", "object", _CODE, {}),
     _refused("priority", "integer", "Jobs and keys have fair shares; single requests run first.", 0),
@@ -172,7 +192,9 @@ FIELDS: Final[tuple[Field, ...]] = (
     _refused("repetition_detection", "object", "Set repetition_penalty or frequency_penalty.", {}),
     _refused("watermarking", "boolean", "Texts have no watermark.", False),
     # SGLang
-    *(_refused(name, "string", _GRAMMAR, "") for name in ("regex", "ebnf", "json_schema")),
+    _honoured("json_schema", "string or object", _SCHEMA, ("",)),
+    _honoured("regex", "string", _REGEX, ("",)),
+    _honoured("ebnf", "string", _LARK, ("",)),
     _refused("stop_regex", "string or list of strings", "Set stop.", "", []),
     _refused("no_stop_trim", "boolean", "The text ends before the stop string.", False),
     _refused("sampling_seed", "integer", "It is called seed here."),
@@ -204,7 +226,9 @@ FIELDS: Final[tuple[Field, ...]] = (
     _refused("typical_p", "number", "Set top_p or min_p.", 1.0),
     _refused("truncate", "integer", "Prompts are not truncated; a prompt that is too long is refused."),
     _refused("watermark", "boolean", "Texts have no watermark.", False),
-    _refused("grammar", "object", _GRAMMAR, {}),
+    _honoured(
+        "grammar", "object or string", "An object of type (json, regex) and value; as a text, a grammar.", ({}, "")
+    ),
     _refused("guideline", "string", "Write it as a system message.", "", endpoints=_CHAT),
     _refused("adapter_id", "string", _ADAPTERS, ""),
     _refused("return_full_text", "boolean", "The answer does not repeat the prompt.", False),

@@ -45,11 +45,13 @@ from jobs.openai.paths import endpoint_of_line
 from jobs.producer import Notify
 from jobs.settings import JobsSettings
 from jobs.submission.custom_ids import CustomIds
+from jobs.submission.grammar_fields import read_grammar
 from jobs.submission.models import ModelNames, known_models
 from jobs.submission.request_buffer import RequestBuffer
 from jobs.submission.request_parser import (
     Item,
     Rules,
+    body_fields,
     given_id,
     max_total_tokens,
     parse_body,
@@ -284,6 +286,7 @@ def _rules(
         model=model,
         endpoint=endpoint,
         defaults=parse_parameters(submission.parameters, endpoint),
+        grammar=read_grammar(body_fields(submission.parameters), endpoint),
         max_prompt_chars=settings.max_prompt_chars,
         context_tokens=models.context_tokens(model),
         models=models,

@@ -28,10 +28,11 @@ from jobs.errors import (
     UnsupportedParameter,
 )
 from jobs.input_format import wide_encoding
-from jobs.messages import COMPLETIONS_ENDPOINT, Endpoint, GenerationRequest, SamplingParameters
+from jobs.messages import COMPLETIONS_ENDPOINT, Endpoint, GenerationRequest, GrammarSpec, SamplingParameters
 from jobs.openai.paths import endpoint_of_url
 from jobs.submission.custom_ids import GivenId, default_id, recovered
 from jobs.submission.fields import PARAMETERS, Treatment, field_of
+from jobs.submission.grammar_fields import read_grammar
 from jobs.submission.input_lines import Line, Sample, find_custom_id, split_lines
 from jobs.submission.models import ModelNames
 from jobs.submission.prompts import read_prompt
@@ -98,6 +99,7 @@ class Rules:
     max_prompt_chars: int
     context_tokens: int | None = None  # of the workers that serve the model; None if unknown
     models: ModelNames = field(default_factory=lambda: ModelNames({}))  # the other names of the model
+    grammar: GrammarSpec | None = None  # of requests that ask for none of their own
 
 
 def read_lines(file: IO[bytes], max_line_bytes: int) -> Iterator[Item]:
@@ -382,13 +384,13 @@ def _request(fields: Mapping[str, Any], rules: Rules, index: int) -> GenerationR
         raise InvalidValue(
             f"This job uses the model {rules.model!r}. Submit requests for other models as another job.", param="model"
         )
-    parameters = parse_parameters(
-        {name: value for name, value in fields.items() if name in PARAMETERS}, rules.endpoint, rules.defaults
-    )
+    given = body_fields({name: value for name, value in fields.items() if name in PARAMETERS})
+    parameters = parse_parameters(given, rules.endpoint, rules.defaults)
+    grammar = read_grammar(given, rules.endpoint, rules.grammar)
     prompt = read_prompt(fields, rules.endpoint, rules.max_prompt_chars)
     sampling = _sampling_for(parameters, rules, index)
     _refuse_many(len(prompt.get("prompts", ())), sampling.n)
-    return GenerationRequest(model=rules.model, sampling=sampling, **prompt)
+    return GenerationRequest(model=rules.model, sampling=sampling, grammar=grammar, **prompt)
 
 
 def _sampling_for(parameters: Mapping[str, Any], rules: Rules, index: int) -> SamplingParameters:

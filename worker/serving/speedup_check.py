@@ -209,7 +209,7 @@ class SpeedupCheck:
         request = read_request(text.body)
         prompt = self._codec.encode_all(request, claim.endpoint)[0]
         key = (f"comparison {run_number} of {claim.job_id}", text.request_index, plain)
-        sequence = self._codec.sequence(key, prompt, request.sampling, 0)
+        sequence = self._codec.sequence(key, prompt, request.sampling, 0, self._codec.grammar(request))
         sequence.traced_steps = 0
         stream = self._codec.stream(request.sampling.stop, prompt, claim.endpoint)
         return _Variant(sequence, OutputStream(key, stream))

@@ -14,9 +14,11 @@ from pydantic import ValidationError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from jobs.errors import InvalidValue, PromptTooLong, UnreadableRequest
+from jobs.grammar.compiler import grammar_text
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, GenerationRequest, SamplingParameters
 from jobs.openai.logprobs import TokenAlternatives
 from worker.engine.errors import ModelRefused, error_summary
+from worker.engine.grammar.grammar import Grammar
 from worker.engine.sampling.parameters import Sampling, noise_key
 from worker.engine.sequence import Sequence as EngineSequence
 from worker.engine.token_logprobs import TokenLogprobs
@@ -87,8 +89,17 @@ class Codec:
             return [self.encode(request, endpoint)]
         return [self._encode_prompt(prompt, request, endpoint) for prompt in request.prompts]
 
+    def grammar(self, request: GenerationRequest) -> Grammar | None:
+        """Return the grammar of a request's texts. Raises RequestRefused if this version can't hold it."""
+        return None if request.grammar is None else Grammar(grammar_text(request.grammar))
+
     def sequence(
-        self, key: tuple[Any, ...], prompt: list[int], sampling: SamplingParameters, choice: int
+        self,
+        key: tuple[Any, ...],
+        prompt: list[int],
+        sampling: SamplingParameters,
+        choice: int,
+        grammar: Grammar | None = None,
     ) -> EngineSequence:
         """Return one choice of a request as a sequence; `key` starts with its job.
 
@@ -115,6 +126,7 @@ class Codec:
                 logprobs=sampling.logprobs,
             ),
             eos_ids=frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.eos_ids),
+            grammar=grammar,
             group=key[0],
             traced_steps=sampling.record_trees,
         )

@@ -259,7 +259,7 @@ class RequestLoop:
         n = body.sampling.n
         for index in sorted(set(range(len(prompts) * n)) - set(claim.finished_choices)):
             prompt = prompts[index // n]
-            sequence = self._codec.sequence((*claim.lease.key, index), prompt, body.sampling, index)
+            sequence = self._codec.sequence((*claim.lease.key, index), prompt, body.sampling, index, reading.grammar)
             choice = ActiveChoice(
                 index=index,
                 number=sequence.number,

@@ -20,6 +20,7 @@ from typing import Any
 from jobs.errors import InvalidValue
 from jobs.messages import GenerationRequest
 from storage.records import Claim
+from worker.engine.grammar.grammar import Grammar
 from worker.text.codec import Codec, read_request
 
 _SHORT_CHARS = 20_000
@@ -30,10 +31,11 @@ _MAX_READ_S = 120.0  # limit for one request; what takes longer is taken for an 
 
 @dataclass(frozen=True, slots=True)
 class ParsedRequest:
-    """A validated request and the token ids of its prompts."""
+    """A validated request, the token ids of its prompts, and the grammar of its texts."""
 
     request: GenerationRequest
     prompts: list[list[int]]
+    grammar: Grammar | None = None
 
 
 ReadResult = tuple[Claim, ParsedRequest | BaseException]  # the claim and its result or error
@@ -89,9 +91,8 @@ class RequestReader:
     def _read(self, claim: Claim) -> None:
         try:
             request = read_request(claim.body)
-            result: ParsedRequest | BaseException = ParsedRequest(
-                request, self._codec.encode_all(request, claim.endpoint)
-            )
+            prompts, grammar = self._codec.encode_all(request, claim.endpoint), self._codec.grammar(request)
+            result: ParsedRequest | BaseException = ParsedRequest(request, prompts, grammar)
         except BaseException as error:  # also panics of Rust; any error is the failure of this request
             result = error
         self._results.put((claim, result))

@@ -11,7 +11,8 @@ import pytest
 from jobs.errors import RequestRefused
 from jobs.messages import CHAT_ENDPOINT, Endpoint, GenerationRequest
 from jobs.submission.fields import FIELDS, MESSAGE_FIELDS, Field, Treatment, field_of
-from jobs.submission.request_parser import Item, Rules, parse_body, parse_item, parse_parameters
+from jobs.submission.grammar_fields import read_grammar
+from jobs.submission.request_parser import Item, Rules, body_fields, parse_body, parse_item, parse_parameters
 from storage.records import NewRequest
 
 ENDPOINTS: tuple[Endpoint, ...] = get_args(Endpoint)
@@ -26,9 +27,16 @@ def rules(endpoint: Endpoint) -> Rules:
     return Rules("batch_1", "tiny", endpoint, {}, max_prompt_chars=1000)
 
 
+def job_rules(endpoint: Endpoint, fields: dict[str, Any]) -> Rules:
+    """The rules of a job with these parameters."""
+    grammar = read_grammar(body_fields(fields), endpoint)
+    return replace(rules(endpoint), defaults=parse_parameters(fields, endpoint), grammar=grammar)
+
+
 def sampling(body: Any) -> Any:
-    """The sampling of a stored request, without its default seed, which depends on the job."""
-    return GenerationRequest.model_validate(body).sampling.model_dump()
+    """What a stored request asks for besides its prompt."""
+    request = GenerationRequest.model_validate(body)
+    return request.sampling.model_dump() | {"grammar": request.grammar}
 
 
 def read_at_every_door(endpoint: Endpoint, fields: dict[str, Any]) -> list[Any]:
@@ -44,10 +52,9 @@ def read_at_every_door(endpoint: Endpoint, fields: dict[str, Any]) -> list[Any]:
         request = parse_item(Item(0, value), rules(endpoint))
         failure = request.failure
         found.append(sampling(request.body) if failure is None else (failure.code, failure.param))
-    plain = Item(0, PROMPTS[endpoint])
     readers: list[Callable[[], NewRequest]] = [
         lambda: parse_body(body, rules(endpoint)),
-        lambda: parse_item(plain, replace(rules(endpoint), defaults=parse_parameters(fields, endpoint))),
+        lambda: parse_item(Item(0, PROMPTS[endpoint]), job_rules(endpoint, fields)),
     ]
     for read in readers:
         try:
@@ -98,7 +105,20 @@ HONOURED: dict[str, Any] = {
     "ignore_eos": True,
     "logprobs": {"/v1/chat/completions": True, "/v1/completions": 2},
     "top_logprobs": {"/v1/chat/completions": 0, "/v1/completions": 0},
+    "response_format": {"type": "json_object"},
+    "structured_outputs": {"regex": "[ab]+"},
+    "guided_json": {"type": "array"},
+    "guided_json_object": True,
+    "guided_regex": "[ab]+",
+    "guided_choice": ["yes", "no"],
+    "guided_grammar": 'start: "a" | "b"',
+    "guided_whitespace_pattern": " ?",
+    "json_schema": '{"type": "array"}',
+    "regex": "[ab]+",
+    "ebnf": 'root ::= "a" | "b"',
+    "grammar": {"type": "regex", "value": "[ab]+"},
 }
+IDLE_ALONE = {"top_logprobs": "without logprobs", "guided_whitespace_pattern": "without JSON"}
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
@@ -108,8 +128,8 @@ def test_an_honoured_field_changes_the_stored_request(endpoint: Endpoint) -> Non
         value = HONOURED.get(field.name, 0.25 if field.type == "number" else 3)
         value = value.get(endpoint, value) if isinstance(value, dict) else value
         found = read_at_every_door(endpoint, {field.name: value})
-        if field.name == "top_logprobs":
-            assert found == plain, "without logprobs it asks for none"
+        if field.name in IDLE_ALONE:
+            assert found == plain, f"{IDLE_ALONE[field.name]} it asks for nothing"
             continue
         assert all(isinstance(each, dict) for each in found), (field.name, found)
         assert all(each != without for each, without in zip(found, plain, strict=True)), field.name
