@@ -28,6 +28,7 @@ BasicError
 │   ├── CrossSite               a page of another site calls without a key
 │   └── LimitReached            a limit is exceeded; try again later
 │       └── QueueFull           too many requests of all callers wait
+├── AnswerUnreadable            the client can't read an answer as the value that was asked for
 ├── RequestFailed               a single (interactive) request failed
 │   └── AnswerTooLate           it timed out
 ├── ServiceUnavailable          a part of the service is down
@@ -248,6 +249,10 @@ class QueueFull(LimitReached):
     """The queue is full; try again later."""
 
     code = "queue_full"
+
+
+class AnswerUnreadable(BasicError):
+    """The answer is not the value that was asked for."""
 
 
 class RequestFailed(BasicError):

@@ -95,6 +95,7 @@ def generate(
         int | None,
         typer.Option(min=0, max=20, help="Log-probabilities with this number of alternatives per token; needs --json."),
     ] = None,
+    schema: Annotated[Path | None, typer.Option(dir_okay=False, exists=True, help="JSON schema of the answer.")] = None,
     nodes: Nodes = None,
     target: Target = None,
     draft: Draft = None,
@@ -105,8 +106,12 @@ def generate(
     """Answer one prompt in this process, without servers; accepted draft tokens are printed in green.
 
     Example: basic generate "What is the capital of France?" --max-tokens 50 --json
+
+    Example: basic generate "Describe Ada Lovelace." --schema person.schema.json
     """
+    from jobs.client.response_format import schema_file
     from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT
+    from jobs.submission.grammar_fields import read_grammar
     from worker.generate import generate as decode
     from worker.generate import request_for
     from worker.loading.loader import load_engine
@@ -116,6 +121,7 @@ def generate(
         raise InvalidValue("the prompt is empty", param="PROMPT")
     if logprobs is not None and not as_json:
         raise InvalidValue("log-probabilities need --json", param="--logprobs")
+    grammar = None if schema is None else read_grammar({"response_format": schema_file(schema)}, CHAT_ENDPOINT)
     # One prompt needs one KV slot and calibration for one sequence.
     settings = settings_of(target=target, draft=draft, dtype=dtype, mode=mode, nodes=nodes, max_sequences=1)
     console = Console(highlight=False)
@@ -129,6 +135,7 @@ def generate(
             seed=seed,
             stop=stop or (),
             logprobs=logprobs,
+            grammar=grammar,
         )
         endpoint = COMPLETIONS_ENDPOINT if raw else CHAT_ENDPOINT
         generation = decode(

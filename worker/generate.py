@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from jobs.messages import CHAT_ENDPOINT, GenerationRequest, SamplingParameters
+from jobs.messages import CHAT_ENDPOINT, GenerationRequest, GrammarSpec, SamplingParameters
 from jobs.openai.logprobs import TokenAlternatives, logprobs_object
 from worker.engine.options import Mode
 from worker.engine.stats import StepStats
@@ -97,12 +97,13 @@ def request_for(
     seed: int = 0,
     stop: Sequence[str] = (),
     logprobs: int | None = None,
+    grammar: GrammarSpec | None = None,
 ) -> GenerationRequest:
     """Return a request of one prompt. Raises pydantic's ValidationError for values out of range."""
     sampling = SamplingParameters(
         max_tokens=max_tokens, temperature=temperature, seed=seed, stop=tuple(stop), logprobs=logprobs
     )
-    return GenerationRequest(model=model, prompt=prompt, sampling=sampling)
+    return GenerationRequest(model=model, prompt=prompt, sampling=sampling, grammar=grammar)
 
 
 @lru_cache(maxsize=1)

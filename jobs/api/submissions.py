@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from typing import Any, get_args
 
 from starlette.datastructures import Headers, QueryParams
@@ -50,7 +51,7 @@ def require_json(headers: Headers) -> None:
 def read_submission(body: Body, query: QueryParams, headers: Headers, key_id: str, max_line_bytes: int) -> Submission:
     """Return the submission; raise what is wrong with the job as a whole. Errors of single requests come later."""
     if _content_type(headers) in _LINES_TYPES:
-        fields, items = _query_fields(query), read_lines(body.open(), max_line_bytes)
+        fields, items = _with_first_line(_query_fields(query), read_lines(body.open(), max_line_bytes))
     else:
         fields = json_object(body.open().read())
         items = _listed(fields)
@@ -61,6 +62,16 @@ def read_submission(body: Body, query: QueryParams, headers: Headers, key_id: st
         idempotency_key=headers.get(IDEMPOTENCY_KEY),
         body_sha256=_digest(body, query),
     )
+
+
+def _with_first_line(fields: dict[str, Any], items: Iterator[Item]) -> tuple[dict[str, Any], Iterator[Item]]:
+    """Return the fields of a job and its items. A first line of only `parameters` holds those that the query can't."""
+    first = next(items, None)
+    if first is None or not isinstance(first.value, dict) or first.value.keys() != {"parameters"}:
+        return fields, items if first is None else chain([first], items)
+    if "parameters" in fields:
+        raise InvalidValue("Give the parameters in the query or in the first line, not in both.", param="parameters")
+    return fields | first.value, (replace(item, index=item.index - 1) for item in items)
 
 
 def _submission(fields: Mapping[str, Any], items: Iterator[Item]) -> Submission:

@@ -17,6 +17,7 @@ from jobs.cli.render import closing_table, jobs_table, make_console, make_view, 
 from jobs.client import Client, Job
 from jobs.client.outcome import job_status_text
 from jobs.client.request_body import PromptFile
+from jobs.client.response_format import schema_file
 from jobs.client.results import JobInfo
 from jobs.client.service_location import local_service
 from jobs.control_characters import safe
@@ -46,6 +47,10 @@ def submit(
         typer.Option(min=0, max=2, help="Temperature of lines that set none. 0 is greedy; the API's default is 1."),
     ] = TOOLS_TEMPERATURE,
     seed: Annotated[int | None, typer.Option(help="Random seed: the same seed gives the same text.")] = None,
+    schema: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, exists=True, help="JSON schema of the answers of lines that set none."),
+    ] = None,
     endpoint: Annotated[
         Endpoint | None, typer.Option(help="Endpoint of all requests. Default: the one that the lines name.")
     ] = None,
@@ -68,10 +73,13 @@ def submit(
     Parameters that a line sets, such as its temperature, override the options.
 
     Example: basic submit examples/prompts.jsonl --follow --max-tokens 128
+
+    Example: basic submit prompts.txt --schema person.schema.json --output people.jsonl
     """
     if output is not None:
         refuse_output_file(output)
     prompts = _read_file(file)
+    form = None if schema is None else schema_file(schema)
     with lookup.connect() as client:
         job = client.submit(
             prompts,
@@ -82,6 +90,7 @@ def submit(
             max_tokens=max_tokens,
             temperature=temperature,
             seed=seed,
+            response_format=form,
         )
         if follow:
             raise typer.Exit(_follow(client, job, as_json, output))

@@ -6,7 +6,7 @@ import json
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Final, Self, Unpack
 
 import httpx
 
@@ -15,6 +15,7 @@ from jobs.client.event_filter import EventFilter
 from jobs.client.parameters import Parameters
 from jobs.client.progress_bar import ProgressCallback, progress_reporter
 from jobs.client.request_body import Prompts, build_body
+from jobs.client.response_format import ResponseFormat, adapter_of, response_format
 from jobs.client.results import JobInfo, Output, Statistics, output_rows, to_dataframe
 from jobs.client.retries import RETRIED_STATUS_CODES, Backoff, ServiceBusy
 from jobs.client.service_errors import error_of
@@ -81,9 +82,11 @@ class AsyncClient:
         or its bytes. A file holds JSON lines (prompts, request objects, or lines of an OpenAI batch file), or plain
         text with one prompt per line.
 
-        `parameters` apply to every request that does not set its own. Parameters that neither sets have the defaults
-        of the API: temperature is 1 here, whereas `basic submit` has 0. After the job completes, `compare_plain` of
-        its requests are decoded again with and without drafts, and the statistics of the job compare the times.
+        `response_format` may be a class that pydantic knows, a JSON schema, or OpenAI's object; `parsed` of an output
+        then returns its value. `parameters` apply to every request that does not set its own. Parameters that neither
+        sets have the defaults of the API: temperature is 1 here, whereas `basic submit` has 0. After the job completes,
+        `compare_plain` of its requests are decoded again with and without drafts, and the statistics of the job compare
+        the times.
 
         A submission carries an idempotency key, so that a retry after a lost response creates no second job.
         """
@@ -95,18 +98,26 @@ class AsyncClient:
             "completion_window": completion_window,
             "compare_plain": compare_plain,
         }
-        fields = {name: value for name, value in (job | parameters).items() if value is not None}
+        form = parameters.get("response_format")
+        settings = {name: value for name, value in parameters.items() if value is not None}
+        settings |= {} if form is None else {"response_format": response_format(form)}
+        fields = {name: value for name, value in job.items() if value is not None}
         headers = {"idempotency-key": idempotency_key or str(uuid.uuid4())}
         if body.lines is not None:
             headers["content-type"] = "application/x-ndjson"
-            reply = await self._call("POST", "/v1/jobs", content=body.lines, params=_query(fields), headers=headers)
+            lines, query = _with_parameters(body.lines, settings)
+            reply = await self._call("POST", "/v1/jobs", content=lines, params=_query(fields) | query, headers=headers)
         else:
-            reply = await self._call("POST", "/v1/jobs", json=fields | {"requests": body.requests}, headers=headers)
-        return AsyncJob(self, reply["id"])
+            content = fields | settings | {"requests": body.requests}
+            reply = await self._call("POST", "/v1/jobs", json=content, headers=headers)
+        return AsyncJob(self, reply["id"], form)
 
-    def job(self, job_id: str) -> AsyncJob:
-        """Return the handle of a job that was submitted before. Sends nothing."""
-        return AsyncJob(self, job_id)
+    def job(self, job_id: str, response_format: ResponseFormat | None = None) -> AsyncJob:
+        """Return the handle of a job that was submitted before. Sends nothing.
+
+        `parsed` of its outputs then returns values of the type `response_format`.
+        """
+        return AsyncJob(self, job_id, response_format)
 
     async def jobs(
         self, limit: int = 20, after: str | None = None, *, mine: bool = False, id_prefix: str = ""
@@ -155,20 +166,23 @@ class AsyncClient:
                     return info
                 await self._connection.sleep(poll_s)
 
-    async def outputs(self, job_id: str, *, failed: bool = False, follow: bool = False) -> AsyncGenerator[Output]:
+    async def outputs(
+        self, job_id: str, *, failed: bool = False, follow: bool = False, response_format: ResponseFormat | None = None
+    ) -> AsyncGenerator[Output]:
         """Yield the outputs of a job so far, in the order of its requests. With `failed`: only those that failed.
 
         With `follow`, yield outputs in the order in which requests end, until the job ends. After a lost connection
-        the client reconnects and continues where it stopped.
+        the client reconnects and continues where it stopped. `parsed` returns values of the type `response_format`.
         """
         position: dict[str, Any] = {"cursor": ""} if follow else {"after": -1}
+        adapter = adapter_of(response_format)
         backoff = self._backoff()
         while True:
             try:
                 params = position | {"failed": failed, "follow": follow}
                 async with aclosing(self._lines(f"/v1/jobs/{job_id}/outputs", params)) as lines:
                     async for line in lines:
-                        output = Output.model_validate_json(line)
+                        output = Output.model_validate_json(line).read_by(adapter)
                         position = {"cursor": output.cursor} if follow else {"after": output.index}
                         backoff = self._backoff()
                         yield output
@@ -176,14 +190,22 @@ class AsyncClient:
             except (httpx.TransportError, ServiceBusy) as exc:
                 await backoff.pause_or_raise(*self._reason(exc))
 
-    async def results(self, job_id: str, *, failed: bool = False) -> list[dict[str, Any]]:
-        """Return the outputs so far as dicts, one per choice; a failed request has one with its error."""
-        async with aclosing(self.outputs(job_id, failed=failed)) as outputs:
-            return [row async for output in outputs for row in output_rows(output)]
+    async def results(
+        self, job_id: str, *, failed: bool = False, response_format: ResponseFormat | None = None
+    ) -> list[dict[str, Any]]:
+        """Return the outputs so far as dicts, one per choice; a failed request has one with its error.
 
-    async def dataframe(self, job_id: str, *, failed: bool = False) -> DataFrame:
+        With `response_format` they have the key `parsed`: the value of the text, None if it can't be read.
+        """
+        parsed = response_format is not None
+        async with aclosing(self.outputs(job_id, failed=failed, response_format=response_format)) as outputs:
+            return [row async for output in outputs for row in output_rows(output, parsed)]
+
+    async def dataframe(
+        self, job_id: str, *, failed: bool = False, response_format: ResponseFormat | None = None
+    ) -> DataFrame:
         """Return the rows of `results` as a pandas DataFrame."""
-        return to_dataframe(await self.results(job_id, failed=failed))
+        return to_dataframe(await self.results(job_id, failed=failed, response_format=response_format))
 
     async def follow(self, job_id: str) -> AsyncGenerator[PartialEvent]:
         """Yield the events of a job as text is generated, until it ends. Reconnects after a lost connection."""
@@ -270,9 +292,10 @@ class _LastEvent:
 class AsyncJob:
     """A job of an AsyncClient. Creating the handle sends nothing."""
 
-    def __init__(self, client: AsyncClient, job_id: str) -> None:
+    def __init__(self, client: AsyncClient, job_id: str, response_format: ResponseFormat | None = None) -> None:
         self._client = client
         self.id = job_id
+        self.response_format = response_format
 
     async def info(self) -> JobInfo:
         """Return the job's status, counts and progress."""
@@ -288,15 +311,15 @@ class AsyncJob:
 
     def outputs(self, *, failed: bool = False, follow: bool = False) -> AsyncGenerator[Output]:
         """Yield the outputs so far, in the order of the requests; with `follow` all, as requests end."""
-        return self._client.outputs(self.id, failed=failed, follow=follow)
+        return self._client.outputs(self.id, failed=failed, follow=follow, response_format=self.response_format)
 
     async def results(self, *, failed: bool = False) -> list[dict[str, Any]]:
         """Return the outputs so far as dicts."""
-        return await self._client.results(self.id, failed=failed)
+        return await self._client.results(self.id, failed=failed, response_format=self.response_format)
 
     async def dataframe(self, *, failed: bool = False) -> DataFrame:
         """Return the outputs so far as a pandas DataFrame."""
-        return await self._client.dataframe(self.id, failed=failed)
+        return await self._client.dataframe(self.id, failed=failed, response_format=self.response_format)
 
     async def cancel(self) -> JobInfo:
         """Cancel the job. Outputs of completed requests are kept."""
@@ -304,7 +327,8 @@ class AsyncJob:
 
     async def retry(self, *, idempotency_key: str | None = None) -> AsyncJob:
         """Submit the requests without a result as a new job, and return it."""
-        return await self._client.retry(self.id, idempotency_key=idempotency_key)
+        again = await self._client.retry(self.id, idempotency_key=idempotency_key)
+        return AsyncJob(self._client, again.id, self.response_format)
 
     async def stats(self) -> Statistics:
         """Return speed and speculation statistics of the job."""
@@ -313,3 +337,14 @@ class AsyncJob:
 
 def _query(fields: Mapping[str, Any]) -> dict[str, str]:
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
+
+
+_MAX_QUERY_CHARS: Final = 2_000  # of the parameters of a job; longer ones precede the lines
+
+
+def _with_parameters(lines: bytes, parameters: Mapping[str, Any]) -> tuple[bytes, dict[str, str]]:
+    """Return lines and the query that hold the parameters of a job: long ones, such as schemas, as the first line."""
+    query = _query(parameters)
+    if sum(map(len, query.values())) <= _MAX_QUERY_CHARS:
+        return lines, query
+    return json.dumps({"parameters": parameters}).encode() + b"\n" + lines, {}

@@ -22,6 +22,7 @@ from jobs.client.connection import BlockingConnection, run_without_loop
 from jobs.client.parameters import Parameters
 from jobs.client.progress_bar import ProgressCallback
 from jobs.client.request_body import Prompts
+from jobs.client.response_format import ResponseFormat
 from jobs.client.results import JobInfo, Output, Statistics
 from jobs.messages import Endpoint, PartialEvent
 
@@ -96,11 +97,11 @@ class Client:
                 **parameters,
             )
         )
-        return Job(self, submitted.id)
+        return Job(self, submitted.id, submitted.response_format)
 
-    def job(self, job_id: str) -> Job:
-        """Return the handle of a job that was submitted before. Sends nothing."""
-        return Job(self, job_id)
+    def job(self, job_id: str, response_format: ResponseFormat | None = None) -> Job:
+        """Return the handle of a job that was submitted before; arguments as for AsyncClient.job."""
+        return Job(self, job_id, response_format)
 
     def jobs(
         self, limit: int = 20, after: str | None = None, *, mine: bool = False, id_prefix: str = ""
@@ -148,9 +149,10 @@ async def _closed(items: AsyncGenerator[Any]) -> None:
 class Job:
     """A job of a Client. Creating the handle sends nothing."""
 
-    def __init__(self, client: Client, job_id: str) -> None:
+    def __init__(self, client: Client, job_id: str, response_format: ResponseFormat | None = None) -> None:
         self._client = client
         self.id = job_id
+        self.response_format = response_format
 
     def info(self) -> JobInfo:
         """Return the job's status, counts and progress."""
@@ -166,15 +168,20 @@ class Job:
 
     def outputs(self, *, failed: bool = False, follow: bool = False) -> Iterator[Output]:
         """Yield the outputs so far, in the order of the requests; with `follow` all, as requests end."""
-        return self._client.iterate(lambda client: client.outputs(self.id, failed=failed, follow=follow))
+        form = self.response_format
+        return self._client.iterate(
+            lambda client: client.outputs(self.id, failed=failed, follow=follow, response_format=form)
+        )
 
     def results(self, *, failed: bool = False) -> list[dict[str, Any]]:
         """Return the outputs so far as dicts."""
-        return self._client.run(lambda client: client.results(self.id, failed=failed))
+        form = self.response_format
+        return self._client.run(lambda client: client.results(self.id, failed=failed, response_format=form))
 
     def dataframe(self, *, failed: bool = False) -> DataFrame:
         """Return the outputs so far as a pandas DataFrame."""
-        return self._client.run(lambda client: client.dataframe(self.id, failed=failed))
+        form = self.response_format
+        return self._client.run(lambda client: client.dataframe(self.id, failed=failed, response_format=form))
 
     def cancel(self) -> JobInfo:
         """Cancel the job. Outputs of completed requests are kept."""
@@ -183,7 +190,7 @@ class Job:
     def retry(self, *, idempotency_key: str | None = None) -> Job:
         """Submit the requests without a result as a new job, and return it."""
         again = self._client.run(lambda client: client.retry(self.id, idempotency_key=idempotency_key))
-        return Job(self._client, again.id)
+        return Job(self._client, again.id, self.response_format)
 
     def stats(self) -> Statistics:
         """Return speed and speculation statistics of the job."""

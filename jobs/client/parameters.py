@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
+
+from jobs.client.response_format import ResponseFormat
 
 
 class Parameters(TypedDict, total=False):
@@ -27,3 +29,15 @@ class Parameters(TypedDict, total=False):
     logprobs: bool | int | None
     top_logprobs: int | None
     record_trees: int | None
+    response_format: ResponseFormat | None  # a class, a JSON schema, or OpenAI's object
+    structured_outputs: Mapping[str, Any] | None
+    guided_json: Mapping[str, Any] | str | None
+    guided_json_object: bool | None
+    guided_regex: str | None
+    guided_choice: Sequence[str] | None
+    guided_grammar: str | None
+    guided_whitespace_pattern: str | None
+    json_schema: Mapping[str, Any] | str | None
+    regex: str | None
+    ebnf: str | None
+    grammar: Mapping[str, Any] | str | None

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from jobs.client.gunzip import MAGIC, unpack, without_gz
+from jobs.client.response_format import response_format
 from jobs.errors import InvalidValue
 from jobs.input_format import filled_lines, reject_other_formats
 from jobs.messages import Endpoint
@@ -206,7 +207,7 @@ def _request(value: Any, index: int) -> Any:
     if not isinstance(value, str | Mapping):
         what = "nothing" if _is_missing(value) else f"a value of type {type(value).__name__}"
         raise InvalidValue(f"Prompt {index} is {what}; a prompt is a string, or an object with prompt or messages.")
-    request = str(value) if isinstance(value, str) else dict(value)
+    request = str(value) if isinstance(value, str) else _with_format(value)
     try:
         written = json.dumps(request, ensure_ascii=False, allow_nan=False, default=_python_value).encode()
     except UnicodeEncodeError as exc:
@@ -214,6 +215,16 @@ def _request(value: Any, index: int) -> Any:
     except (TypeError, ValueError, RecursionError) as exc:
         raise InvalidValue(f"Prompt {index} can't be written as JSON: {exc}.") from exc
     return json.loads(written)
+
+
+def _with_format(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a request, or a line of a batch file, whose `response_format` may be a class."""
+    found = dict(request)
+    if found.get("response_format") is not None:
+        found["response_format"] = response_format(found["response_format"])
+    if isinstance(found.get("body"), Mapping):
+        found["body"] = _with_format(found["body"])
+    return found
 
 
 def _python_value(value: Any) -> Any:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PrivateAttr, TypeAdapter
 
-from jobs.errors import SetupError
+from jobs.client.response_format import read_answer
+from jobs.errors import AnswerUnreadable, RequestFailed, SetupError
 from jobs.messages import JobStatus, RequestStatus
 
 if TYPE_CHECKING:
@@ -74,6 +75,15 @@ class Choice(Reply):
     finish_reason: str
     completion_tokens: int
     logprobs: dict[str, Any] | None = None  # in OpenAI's format, if requested
+    _adapter: TypeAdapter[Any] | None = PrivateAttr(None)
+
+    @property
+    def parsed(self) -> Any:
+        """The value of the text: of the type that the job was submitted or opened with, else as JSON values.
+
+        Raises AnswerUnreadable, for instance if the text was cut.
+        """
+        return read_answer(self.text, self.finish_reason, self._adapter)
 
 
 class Output(Reply):
@@ -91,16 +101,34 @@ class Output(Reply):
         """The text of the first choice; empty if the request failed."""
         return self.choices[0].text if self.choices else ""
 
+    @property
+    def parsed(self) -> Any:
+        """The value of the first choice, as `Choice.parsed`. Raises RequestFailed if the request failed."""
+        if self.choices:
+            return self.choices[0].parsed
+        error = self.error or ErrorDetails(message=f"The request is {self.status}.")
+        raise RequestFailed(error.message, code=error.code, param=error.param)
+
+    def read_by(self, adapter: TypeAdapter[Any] | None) -> Output:
+        """Let `parsed` return values of the adapter's type, and return the output."""
+        for choice in self.choices:
+            choice._adapter = adapter
+        return self
+
 
 Statistics = dict[str, Any]  # what `/v1/stats` returns; field names as in the SQL views
 
 
-def output_rows(output: Output) -> Iterator[dict[str, Any]]:
-    """Yield an output as flat rows: one per choice, or a single row with the error."""
+def output_rows(output: Output, parsed: bool = False) -> Iterator[dict[str, Any]]:
+    """Yield an output as flat rows: one per choice, or a single row with the error.
+
+    With `parsed`, a row has the value of its text too: None if the request failed, or the text can't be read.
+    """
     request = {"custom_id": output.custom_id, "index": output.index, "status": output.status.value}
     error = None if output.error is None else output.error.message
     if not output.choices:
-        yield {**request, "choice": 0, "text": None, "finish_reason": None, "completion_tokens": 0, "error": error}
+        row = {**request, "choice": 0, "text": None, "finish_reason": None, "completion_tokens": 0, "error": error}
+        yield row | ({"parsed": None} if parsed else {})
     for choice in output.choices:
         yield {
             **request,
@@ -109,7 +137,15 @@ def output_rows(output: Output) -> Iterator[dict[str, Any]]:
             "finish_reason": choice.finish_reason,
             "completion_tokens": choice.completion_tokens,
             "error": error,
+            **({"parsed": _value_or_none(choice)} if parsed else {}),
         }
+
+
+def _value_or_none(choice: Choice) -> Any:
+    try:
+        return choice.parsed
+    except AnswerUnreadable:
+        return None
 
 
 def to_dataframe(rows: list[dict[str, Any]]) -> DataFrame:
@@ -119,4 +155,4 @@ def to_dataframe(rows: list[dict[str, Any]]) -> DataFrame:
     except ModuleNotFoundError as exc:
         raise SetupError("DataFrames need pandas; install it with: pip install 'basic-batch[pandas]'") from exc
     names = ["custom_id", "index", "status", "choice", "text", "finish_reason", "completion_tokens", "error"]
-    return pandas.DataFrame(rows, columns=names)
+    return pandas.DataFrame(rows, columns=[*names, *(["parsed"] if rows and "parsed" in rows[0] else [])])

@@ -24,7 +24,7 @@ from jobs.messages import GrammarSpec
 MAX_CHARS: Final = 200_000  # of a schema, an expression or a grammar
 _CACHED: Final = 64
 
-# One line break with its indentation, or a few spaces: what writers of JSON use. Small models would go on for ever.
+# One line break with its indentation, or a few spaces: what writers of JSON use. Small models write it without an end.
 WHITESPACE: Final = r"\r?\n[ \t]{0,40}|[ \t]{1,4}"
 # A name that is written with escapes would pass for another one, so texts have no \u escapes.
 _JSON_OPTIONS: Final = {

@@ -95,7 +95,7 @@ def search_patterns(pattern: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=1024)
 def full_pattern(pattern: str) -> str:
-    """Return the expression that a text matches if the pattern matches all of it, whatever its anchors."""
+    """Return the expression that a text matches if the pattern matches all of it. Its anchors change nothing."""
     patterns = _whole(_Parser(pattern).parse(), "")
     if len(patterns) > 1:
         raise UnsupportedParameter("A lookahead can't be held; write the expression without it.")

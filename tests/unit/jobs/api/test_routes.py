@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import select
 from sqlalchemy.exc import OperationalError
 
 from jobs.api.app import make_api
@@ -14,6 +15,7 @@ from jobs.keys import Scope
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT
 from jobs.settings import JobsSettings
 from storage import leases, queries, speedup_checks, writes
+from storage.models import Request
 from storage.records import RequestProgress, SpeedupCheckResult
 from storage.session import Database
 from tests.factories import a_checkpoint, a_finished_choice, a_key, a_worker_card
@@ -29,6 +31,9 @@ class Notified:
 
     def __call__(self, job_id: str, model: str) -> None:
         self.calls.append((job_id, model))
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 
 
 @pytest.fixture
@@ -498,3 +503,36 @@ def test_an_unexpected_exception_is_a_500_without_a_traceback(api: TestClient, m
     assert reply.status_code == 500
     assert "secret" not in reply.text
     assert reply.headers["x-request-id"].startswith("req_")
+
+
+def stored_bodies(database: Database, job_id: str) -> list[Any]:
+    with database.read() as session:
+        rows = session.scalars(select(Request.body).where(Request.job_id == job_id).order_by(Request.request_index))
+        return [body for body in rows if body is not None]
+
+
+def test_the_first_line_of_a_job_may_hold_its_parameters(api: TestClient, database: Database) -> None:
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    lines = [{"parameters": {"response_format": schema, "max_tokens": 3}}, "a", {"prompt": "b", "regex": "b+"}, "{"]
+    content = "".join(json.dumps(line) + "\n" for line in lines[:3]) + "{\n"
+    reply = api.post("/v1/jobs?temperature=0", content=content, headers=LINES)
+    assert reply.status_code == 200, reply.text
+    bodies = stored_bodies(database, reply.json()["id"])
+    assert [body["grammar"]["kind"] for body in bodies] == ["json_schema", "regex"]
+    assert [(body["sampling"]["max_tokens"], body["sampling"]["temperature"]) for body in bodies] == [(3, 0.0)] * 2
+    failed = api.get(f"/v1/jobs/{reply.json()['id']}/outputs?failed=true").json()
+    assert (failed["index"], failed["custom_id"]) == (2, "request-2")
+    assert failed["error"]["message"].startswith("line 4")
+    twice = api.post('/v1/jobs?parameters={"n":1}', content=content, headers=LINES)
+    assert (twice.status_code, twice.json()["error"]["param"]) == (400, "parameters")
+
+
+def test_a_bad_schema_of_a_job_refuses_it_and_that_of_a_line_its_line(api: TestClient) -> None:
+    bad = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "array", "uniqueItems": True}}}
+    refused = api.post("/v1/jobs", json={"requests": ["a"], "response_format": bad})
+    place = "response_format.json_schema.schema.uniqueItems"
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, place)
+    job = submitted(api, "a", {"prompt": "b", "response_format": bad})
+    assert job["request_counts"] == {"total": 2, "completed": 0, "failed": 1}
+    failed = api.get(f"/v1/jobs/{job['id']}/outputs?failed=true").json()
+    assert (failed["index"], failed["error"]["param"]) == (1, place)

@@ -68,6 +68,21 @@ def test_prompts_come_from_standard_input_too(run: Run) -> None:
     assert "Submitted 1 requests" in run("submit", "-", stdin='"Hello"\n')
 
 
+def test_a_schema_file_binds_the_answers_of_all_lines(
+    run: Run, prompts: str, database: Database, tmp_path: Path
+) -> None:
+    file = tmp_path / "person.schema.json"
+    file.write_text('{"type": "object", "properties": {"name": {"type": "string"}}}')
+    run("submit", prompts, "--schema", str(file))
+    with database.read() as session:
+        body = session.scalars(select(Request.body)).first()
+    assert body is not None
+    assert json.loads(body["grammar"]["value"]) == json.loads(file.read_text())
+    file.write_text("name: string")
+    with pytest.raises(InvalidValue, match="not JSON"):
+        run("submit", prompts, "--schema", str(file))
+
+
 def test_results_are_written_to_a_file(run: Run, prompts: str, database: Database, tmp_path: Path) -> None:
     run("submit", prompts)
     answer_all(database)
