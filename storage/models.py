@@ -567,6 +567,19 @@ class ApiKey(Base):
     revoked_at: Mapped[float | None]
 
 
+class SpeculationStateRow(Base):
+    """What workers have learned about a draft on a kind of device: a new process continues from it."""
+
+    __tablename__ = "speculation_states"
+
+    key: Mapped[str] = mapped_column(primary_key=True)  # hash of all that changes what drafts cost and gain
+    device: Mapped[str]
+    target: Mapped[str]
+    draft: Mapped[str | None]
+    state: Mapped[dict[str, Any]]  # worker.engine.speculation.state
+    updated_at: Mapped[float]
+
+
 class Election(Base):
     """The leader of a role that one process at a time has (storage.leader_election), such as the reconciler."""
 

@@ -119,6 +119,7 @@ def test_stopping_during_a_job_loses_no_published_token(stack: Stack) -> None:
     assert told == kept
     assert rows(stack, "job") == [("queued", None, 0), ("queued", None, 0)]
     assert stack.rows("SELECT count(*) FROM workers WHERE stopped_at IS NOT NULL") == [(1,)]
+    assert stack.rows("SELECT target FROM speculation_states") == [(MODEL,)], "the next worker starts with it"
 
     stack.down.clear()
     stack.wait_for(lambda: ended(stack, "job"), "the end of the job")

@@ -5,6 +5,7 @@ The worker, `basic generate`, the benchmarks and the legacy functions all use it
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from jobs.errors import SetupError
 from jobs.messages import model_name
+from storage.speculation_states import DraftIdentity
 from worker.engine.cpu.compiler import processor
 from worker.engine.engine import Engine
 from worker.engine.model.architecture import max_positions
@@ -56,6 +58,7 @@ class LoadedModel:
     costs: CostModel
     draft_times: tuple[DraftTimes, DraftTimes | None]  # of the drafter, and of its part without a network
     speculation_state: SpeculationState  # learned with its own drafter and mode
+    draft_identity: DraftIdentity  # what that state holds for
 
     def initial_state(self, make_drafter: Callable[[], Drafter] | None = None) -> SpeculationState:
         """Return the speculation state before the first step. A drafter other than its own is measured now."""
@@ -136,10 +139,12 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
     draft_times = _of_parts(
         make_drafter(), lambda drafter: calibrate_drafts(drafter, *draft_slots, (*key, drafter.name), folder)
     )
+    name = model_name(settings.target)
+    shown_device = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
     return LoadedModel(
-        name=model_name(settings.target),
+        name=name,
         draft=draft.name,
-        device=torch.cuda.get_device_name() if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)",
+        device=shown_device,
         device_type=device.type,
         ranks=settings.tp,
         dtype=str(dtype).removeprefix("torch."),
@@ -150,7 +155,14 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
         costs=costs,
         draft_times=draft_times,
         speculation_state=SpeculationState.of(*draft_times),
+        draft_identity=_draft_identity(name, draft.name, shown_device, _kind(settings, target, device)),
     )
+
+
+def _draft_identity(target: str, draft: str | None, device: str, kind: tuple[object, ...]) -> DraftIdentity:
+    """Return what learned speculation holds for: memory and context don't change what drafts cost and gain."""
+    key = hashlib.sha256(repr((target, draft, kind)).encode()).hexdigest()[:32]
+    return DraftIdentity(key, device, target, draft)
 
 
 def _of_parts(drafter: Drafter, times_of: Callable[[Drafter], DraftTimes]) -> tuple[DraftTimes, DraftTimes | None]:
@@ -171,7 +183,11 @@ def _cost_key(
     settings: WorkerSettings, options: EngineOptions, target: PackedModel, device: torch.device, taps: tuple[int, ...]
 ) -> tuple[object, ...]:
     """Return the cache key of the calibration: everything that changes the cost of a step."""
+    return (settings.target, options.slot_tokens, taps, *_kind(settings, target, device))
+
+
+def _kind(settings: WorkerSettings, target: PackedModel, device: torch.device) -> tuple[object, ...]:
+    """Return what changes the speed of the same model: device, mode, parallelism, dtype, threads, versions."""
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     versions = (torch.__version__, transformers.__version__, target.version)
-    threads = torch.get_num_threads()
-    return (settings.target, settings.tp, str(target.dtype), device_name, threads, options.slot_tokens, taps, *versions)
+    return (device_name, settings.mode, settings.tp, str(target.dtype), torch.get_num_threads(), *versions)

@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from jobs.errors import DatabaseUnavailable
@@ -31,6 +32,7 @@ from worker.serving.energy import gpu_meter
 from worker.serving.engine_loop import EngineLoop
 from worker.serving.messages import Setup
 from worker.serving.request_process import RequestProcess
+from worker.serving.speculation_store import SpeculationStore
 from worker.serving.watchdog import Watchdog
 from worker.settings import WorkerSettings
 
@@ -78,6 +80,7 @@ class EngineService:
         self._learned: dict[str, Any] = {}
         self._stats: dict[str, Any] = {}
         self._stats_at = float("-inf")
+        self._speculation_store = SpeculationStore(self._database, loaded.draft_identity)
         self._meter = gpu_meter()
         self._joules = 0.0
         self._requests = requests or RequestProcess()
@@ -91,6 +94,8 @@ class EngineService:
         """Register the worker and start serving. `pulse` sends a message that arrives at `pulse_received`."""
         self._pulse = pulse or self._pulse
         self._requests.set_up(self._setup())
+        learned = self._speculation_store.read(self._loaded.speculation_state)
+        self._loaded = replace(self._loaded, speculation_state=learned)
         self._requests.wait_until_ready(_READY_S)  # a registered worker is one that serves
         with self._database.write() as session:
             writes.register_worker(session, self._registration())
@@ -157,6 +162,7 @@ class EngineService:
                 if (loop.held_back or not loop.busy) and not self._notified:
                     self._wake.wait(_HELD_BACK_S if loop.busy else _IDLE_S)
         loop.stop()
+        self._speculation_store.snapshot(self._loaded.speculation_state, now=True)
         if self._requests.hand_back(0.8 * self._settings.drain_s):
             self._mark_stopped()
         else:
@@ -186,6 +192,7 @@ class EngineService:
         if time.monotonic() - self._stats_at >= _STATS_S:
             self._stats_at = time.monotonic()
             self._stats, self._learned = loop.stats, loop.learned
+            self._speculation_store.snapshot(self._loaded.speculation_state)
 
     def _housekeeping_loop(self) -> None:
         while not self._stop.wait(min(_HOUSEKEEPING_S, self._settings.deaf_s / 4) * random.uniform(0.8, 1.2)):
@@ -221,6 +228,7 @@ class EngineService:
         try:
             with self._database.write() as session:
                 writes.mark_stopped(session, self.worker_id)
+            self._speculation_store.write()
         except DATABASE_UNAVAILABLE as error:
             log.warning("Could not mark this worker as stopped: %s", unavailable_reason(error), extra=_STOPPING)
 
@@ -238,6 +246,7 @@ class EngineService:
             if joules:
                 writes.add_energy(session, self.worker_id, time.time(), joules)
         self._joules += joules
+        self._speculation_store.write()
 
     def _capacity(self) -> dict[str, Any]:
         options = self._loaded.options

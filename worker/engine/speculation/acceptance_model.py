@@ -6,6 +6,7 @@ the target reached labels all candidates offered there, verified or not, so the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -75,6 +76,25 @@ class AcceptanceModel:
             table += ACCEPTANCE_PRIOR * (1.0 - ACCEPTANCE_DECAY)
         self._tree_accepted = DISCOUNT_PRIOR + (self._tree_accepted - DISCOUNT_PRIOR) * ACCEPTANCE_DECAY
         self._tree_expected = DISCOUNT_PRIOR + (self._tree_expected - DISCOUNT_PRIOR) * ACCEPTANCE_DECAY
+
+    def record(self) -> dict[str, Any]:
+        """Return all counts as JSON, for `restore`."""
+        trees = [round(self._tree_accepted, 3), round(self._tree_expected, 3)]
+        return {
+            "accepted": self._accepted.round(3).tolist(),
+            "expected": self._expected.round(3).tolist(),
+            "trees": trees,
+        }
+
+    def restore(self, record: Mapping[str, Any]) -> None:
+        """Continue from what `record` returned; raises ValueError if it does not fit."""
+        accepted, expected = (np.array(record[name], np.float64) for name in ("accepted", "expected"))
+        trees = [float(count) for count in record["trees"]]
+        counts = np.concatenate([accepted, expected, trees])
+        if len(accepted) != _SIZE or len(expected) != _SIZE or not (np.isfinite(counts) & (counts > 0)).all():
+            raise ValueError("the stored counts of acceptance don't fit")
+        self._accepted, self._expected = accepted, expected
+        self._tree_accepted, self._tree_expected = trees
 
     def as_json(self) -> dict[str, Any]:
         """Return accepted over expected by source and depth, all probabilities together, and the tree discount."""

@@ -46,6 +46,7 @@ MAX_LOOKUP_SHARE = 0.02  # of a step: a lookup below it that finds no candidates
 REFILL_RATE = 0.003  # tokens per token written: what each of at most two strategies may lose in the long run
 BUCKET_TOKENS = 4.0  # initial level, and the least capacity. Higher gives new drafts a longer trial.
 BUCKET_TOKENS_PER_SEQUENCE = 0.5  # capacity of larger batches. Higher lets old gains pay for longer losses.
+TRIAL_BATCH = 4  # largest batch that may try drafts before they have gained. Higher finds out sooner, and loses more.
 REOPEN_TOKENS = 0.5  # level at which a blocked strategy may draft again. Higher makes fewer and longer trials.
 GAIN_WEIGHT = 0.05  # of a new step in gain, speed-up and throughput. Higher follows new texts sooner, and is noisier.
 STEP_OUTLIER = 2.5  # a step counts as at most this many usual ones. Higher blames drafts for pauses of the machine.

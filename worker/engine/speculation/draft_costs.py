@@ -108,3 +108,21 @@ class DraftCosts:
     def as_json(self) -> dict[str, Any]:
         """Return the times as measured by now."""
         return DraftTimes({2**size: mean.value for size, mean in self._layer_ms.items()}, self.row_ms).as_json()
+
+    def record(self) -> dict[str, Any]:
+        """Return what was learned as JSON, for `restore`: gain, ratios of best children, times as measured by now."""
+        return {
+            "gain": self._gain.record(),
+            "best_child": [mean.record() for mean in self._best_child],
+            "layer_ms": {str(size): mean.record() for size, mean in sorted(self._layer_ms.items())},
+            "row_ms": self._row_ms.record(),
+        }
+
+    def restore(self, record: Mapping[str, Any]) -> None:
+        """Continue from what `record` returned."""
+        self._gain.restore(record["gain"])
+        self._row_ms.restore(record["row_ms"])
+        for mean, stored in zip(self._best_child, record["best_child"], strict=True):
+            mean.restore(stored)
+        for size, stored in record["layer_ms"].items():
+            self._layer_ms.setdefault(int(size), RunningMean(TIME_WEIGHT)).restore(stored)

@@ -7,6 +7,7 @@ blocks the strategy until it holds `REOPEN_TOKENS` again, so long losses stay be
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,11 +19,13 @@ from worker.engine.speculation.constants import (
     REFILL_RATE,
     REOPEN_TOKENS,
     STEP_OUTLIER,
+    TRIAL_BATCH,
 )
 from worker.engine.speculation.cost_model import load_class
 from worker.engine.speculation.running_mean import RunningMean
 
 _mean = partial(RunningMean, GAIN_WEIGHT)
+_MEANS = ("throughput", "speedup", "gain", "plain_steps")  # of a load class
 
 
 @dataclass(slots=True)
@@ -67,14 +70,17 @@ class RegretGuard:
     def _class(self, batch_size: int) -> _LoadClass:
         """Return the bucket of a load, a new one if there is none.
 
-        Drafts that lost with fewer sequences hardly gain with more, where rows cost more: their bucket starts with
-        fewer tokens.
+        Rows cost more with more sequences. So drafts that lost at a smaller load start with few tokens. A load above
+        `TRIAL_BATCH` starts with none unless drafts have gained at a smaller one: it saves its allowance, then tries.
         """
         load = load_class(batch_size)
         if load not in self._classes:
-            smaller = [known for known in self._classes if known < load and self._classes[known].gain.samples]
-            lost = bool(smaller) and self._classes[max(smaller)].gain.value < 0
-            self._classes[load] = _LoadClass(REOPEN_TOKENS if lost else BUCKET_TOKENS)
+            tried = [known for known in self._classes if known < load and self._classes[known].gain.samples]
+            gain = self._classes[max(tried)].gain.value if tried else 0.0
+            if load > load_class(TRIAL_BATCH) and gain <= 0.0:
+                self._classes[load] = _LoadClass(0.0, blocked=True)
+            else:
+                self._classes[load] = _LoadClass(BUCKET_TOKENS if gain >= 0.0 else REOPEN_TOKENS)
         return self._classes[load]
 
     def blocked(self, batch_size: int) -> bool:
@@ -134,3 +140,18 @@ class RegretGuard:
             }
             for key, load in sorted(self._classes.items())
         }
+
+    def record(self) -> dict[str, Any]:
+        """Return the buckets and means as JSON, for `restore`, by load class."""
+        return {
+            str(key): {"tokens": round(load.tokens, 4), "blocked": load.blocked}
+            | {name: getattr(load, name).record() for name in _MEANS}
+            for key, load in sorted(self._classes.items())
+        }
+
+    def restore(self, record: Mapping[str, Any]) -> None:
+        """Continue from what `record` returned."""
+        for key, stored in record.items():
+            load = self._classes.setdefault(int(key), _LoadClass(float(stored["tokens"]), bool(stored["blocked"])))
+            for name in _MEANS:
+                getattr(load, name).restore(stored[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -18,6 +19,14 @@ class RunningMean:
     def settled(cls, weight: float, value: float) -> Self:
         """Return a mean that is known already: even the first sample moves it by `weight` only."""
         return cls(weight, value, round(1 / weight))
+
+    def record(self) -> list[float]:
+        """Return the value and the number of samples, for `restore`."""
+        return [round(self.value, 6), self.samples]
+
+    def restore(self, stored: Sequence[float]) -> None:
+        """Continue from what `record` returned."""
+        self.value, self.samples = float(stored[0]), int(stored[1])
 
     def add(self, sample: float) -> None:
         """Add a sample."""

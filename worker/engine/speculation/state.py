@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from worker.engine.speculation.acceptance_model import AcceptanceModel
 from worker.engine.speculation.cost_model import PlainStepTimes
 from worker.engine.speculation.draft_costs import DraftCosts, DraftTimes
 from worker.engine.speculation.regret_guard import RegretGuard
+
+RECORD_VERSION: Final = 1  # of what `record` returns; raise it with any change of what is stored or of its meaning
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,36 @@ class SpeculationState:
     def of(cls, whole: DraftTimes, forward_free: DraftTimes | None) -> Self:
         """Return the state before the first step: calibrated times, and nothing learned."""
         return cls(whole=DrafterStats(DraftCosts(whole)), forward_free=DrafterStats(DraftCosts(forward_free)))
+
+    def record(self) -> dict[str, Any]:
+        """Return all that holds for later processes as JSON, for `restored`: not what is true of this moment only.
+
+        Times of plain steps are left out: the machine's load changes them.
+        """
+        strategies = {"whole": self.whole, "free": self.forward_free}
+        return {
+            "v": RECORD_VERSION,
+            "acceptance": self.acceptance.record(),
+            "guards": {name: stats.guard.record() for name, stats in strategies.items()},
+            "costs": {name: stats.costs.record() for name, stats in strategies.items()},
+        }
+
+    def restored(self, record: Mapping[str, Any]) -> Self:
+        """Return this state with what an earlier process `record`ed.
+
+        Return it as it is if the record is of another version or damaged: then everything is learned anew.
+        """
+        if record.get("v") != RECORD_VERSION:
+            return self
+        state = deepcopy(self)
+        try:
+            state.acceptance.restore(record["acceptance"])
+            for name, stats in (("whole", state.whole), ("free", state.forward_free)):
+                stats.guard.restore(record["guards"][name])
+                stats.costs.restore(record["costs"][name])
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+            return self
+        return state
 
     def as_json(self) -> dict[str, Any]:
         """Return the state for `workers.calibration`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -76,6 +77,41 @@ def test_speculation_that_pays_is_never_blocked() -> None:
     assert tried == 1000
 
 
+def test_a_strategy_that_lost_with_few_sequences_gets_a_small_trial_with_more() -> None:
+    lost, won = RegretGuard(), RegretGuard()
+    run(lost, 200, 2, 2, 13.0)
+    run(won, 200, 2, 4, 13.0)
+    assert won.tokens(4) > 4 * lost.tokens(4) > 0
+    assert lost.tokens(1) == won.tokens(1), "with fewer it may still pay"
+
+
+@pytest.mark.parametrize("sequences", [8, 64])
+def test_a_large_batch_tries_nothing_before_smaller_ones_have_gained(sequences: int) -> None:
+    cold, lost, won = RegretGuard(), RegretGuard(), RegretGuard()
+    run(lost, 200, 2, 2, 13.0)
+    run(won, 200, 1, 2, 13.0)
+    assert cold.blocked(sequences)
+    assert lost.blocked(sequences)
+    assert not won.blocked(sequences)
+
+
+def test_a_large_batch_that_runs_long_enough_finds_out_that_drafts_pay() -> None:
+    _, tried = run(RegretGuard(), 1000, 32, 64, 12.0)
+    assert tried > 950
+
+
+def test_a_restored_guard_decides_as_the_one_that_was_stored() -> None:
+    guard, restored = RegretGuard(), RegretGuard()
+    for batch_size, tokens in ((1, 3), (4, 8), (32, 32)):
+        run(guard, 100, batch_size, tokens, 13.0)
+    restored.restore(json.loads(json.dumps(guard.record())))
+    for batch_size in (1, 2, 4, 8, 32, 64):
+        assert restored.blocked(batch_size) == guard.blocked(batch_size)
+        assert restored.tokens(batch_size) == pytest.approx(guard.tokens(batch_size), abs=1e-3)
+        assert restored.gain(batch_size) == pytest.approx(guard.gain(batch_size), abs=1e-5)
+        assert restored.time_price(batch_size, PLAIN_MS) == pytest.approx(guard.time_price(batch_size, PLAIN_MS))
+
+
 def test_old_gains_do_not_pay_for_long_losses_and_new_gains_are_noticed() -> None:
     guard = RegretGuard()
     run(guard, 5000, 2, 6, 12.0)
@@ -98,14 +134,6 @@ def test_each_load_class_has_a_bucket_of_its_own() -> None:
     run(guard, 200, 32, 32, 20.0)
     assert guard.blocked(32)
     assert not guard.blocked(1)
-
-
-def test_a_strategy_that_lost_with_few_sequences_gets_a_small_trial_with_more() -> None:
-    lost, won = RegretGuard(), RegretGuard()
-    run(lost, 200, 4, 4, 13.0)
-    run(won, 200, 4, 8, 13.0)
-    assert won.tokens(8) > 4 * lost.tokens(8) > 0
-    assert lost.tokens(2) == won.tokens(2), "with fewer it may still pay"
 
 
 def test_pauses_of_the_machine_do_not_block_what_gains_on_average() -> None:
@@ -201,7 +229,7 @@ class LateReader:
 
 def test_a_draft_that_never_gained_anything_is_tried_on_few_sequences() -> None:
     texts = [list(range(2, 52))] * 32
-    some = sequences(texts, max_tokens=6)
+    some = sequences(texts, max_tokens=16)
     never = TimedTable(lambda text: torch.eye(61)[3 + len(text) % 5])
     late = LateReader(never.clock)
     chosen = options(Mode.OPT_TREE, max_sequences=32, prefill_rows=2000)
