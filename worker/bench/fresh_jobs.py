@@ -36,7 +36,7 @@ _MIN_RATIO = 0.97  # of opt-tree over plain: what a job may lose
 
 
 @dataclass(frozen=True, slots=True)
-class JobResult:
+class TwinResult:
     """One job: its batch size, the rate of its plain twin, and opt-tree relative to it."""
 
     batch: int
@@ -45,7 +45,7 @@ class JobResult:
     ratio: float
 
 
-def run_job(loaded: LoadedModel, prompts: Sequence[list[int]], state: SpeculationState, job: JobPlan) -> JobResult:
+def run_job(loaded: LoadedModel, prompts: Sequence[list[int]], state: SpeculationState, job: TwinPlan) -> TwinResult:
     """Decode the prompts once with drafts and once plainly, in turns; raises RuntimeError if the texts differ."""
     sequences = [
         new_sequences(loaded, list(prompts), job.max_tokens, job.temperature) for _ in (Mode.OPT_TREE, Mode.PLAIN)
@@ -59,11 +59,11 @@ def run_job(loaded: LoadedModel, prompts: Sequence[list[int]], state: Speculatio
     if texts != plain_texts:
         raise RuntimeError("the texts depend on drafts; report this as a bug")
     tokens = sum(map(len, plain_texts))
-    return JobResult(job.batch, job.temperature, tokens / plain_seconds, plain_seconds / seconds)
+    return TwinResult(job.batch, job.temperature, tokens / plain_seconds, plain_seconds / seconds)
 
 
 @dataclass(frozen=True, slots=True)
-class JobPlan:
+class TwinPlan:
     """Batch size, temperature and answer length of a job."""
 
     batch: int
@@ -81,16 +81,16 @@ def _engine(
     return engine
 
 
-def _in_new_process(arguments: Sequence[str], number: int, batch: int) -> JobResult:
+def _in_new_process(arguments: Sequence[str], number: int, batch: int) -> TwinResult:
     this_job = ("--only", str(number), "--batches", str(batch))
     command = [sys.executable, "-m", "worker.bench.fresh_jobs", *arguments, *this_job]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"job {number} failed:\n{done.stderr[-2000:]}")
-    return JobResult(**json.loads(done.stdout.splitlines()[-1]))
+    return TwinResult(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def _report(results: Sequence[JobResult]) -> Table:
+def _report(results: Sequence[TwinResult]) -> Table:
     table = Table("job", "batch", "T", "plain tokens/s", "opt-tree / plain")
     for number, one in enumerate(results):
         table.add_row(
@@ -123,7 +123,7 @@ def main(
         if only is not None:
             print(
                 json.dumps(
-                    asdict(_run_here(target, prompts, database, only, JobPlan(sizes[0], temperature, max_tokens)))
+                    asdict(_run_here(target, prompts, database, only, TwinPlan(sizes[0], temperature, max_tokens)))
                 )
             )
             return
@@ -144,7 +144,7 @@ def main(
     Console().print(_report(results))
 
 
-def _run_here(target: str | None, prompts: Path | None, database: str, number: int, job: JobPlan) -> JobResult:
+def _run_here(target: str | None, prompts: Path | None, database: str, number: int, job: TwinPlan) -> TwinResult:
     """Run one job in this process: with what earlier ones have stored, which it continues."""
     loaded = load_engine(
         settings_of(target=target, mode=Mode.OPT_TREE.value, max_sequences=2 * job.batch), print_message
