@@ -25,7 +25,7 @@ _MAX_EXPIRY_S: Final = 2_592_000
 
 
 @dataclass(slots=True)
-class _Part:
+class _FormPart:
     name: str = ""
     filename: str | None = None
     data: bytearray = field(default_factory=bytearray)
@@ -44,7 +44,7 @@ class UploadForm:
         self.pending = bytearray()  # file bytes not taken yet
         self._max_file_bytes = max_file_bytes
         self._fields: dict[str, str] = {}
-        self._part = _Part()
+        self._part = _FormPart()
         self._header, self._value = bytearray(), bytearray()
         self._ended = False
         self._parser = self._make_parser(options[b"boundary"])
@@ -105,7 +105,7 @@ class UploadForm:
             raise InvalidValue(f"Can't parse the form: {exc}.") from exc
 
     def _begin(self) -> None:
-        self._part = _Part()
+        self._part = _FormPart()
 
     def _header_end(self) -> None:
         if self._header.lower() == b"content-disposition":
