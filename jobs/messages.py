@@ -32,6 +32,8 @@ class ChatMessage(Frozen):
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str
+    # Of an answer in the history, for templates that read it.
+    reasoning_content: str | None = Field(None, exclude_if=lambda value: value is None)
 
 
 TOOLS_TEMPERATURE: Final = 0.0  # default of `basic submit`, `basic generate` and the dashboard; the API's is OpenAI's 1
@@ -106,6 +108,10 @@ class SamplingParameters(Frozen):
     )
 
 
+# That the model's generation config may give; left out of stored requests that do not set them.
+DEFAULTED_SAMPLING: Final = frozenset({"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens"})
+
+
 def _without_nul(text: str) -> str:
     """Reject U+0000, which PostgreSQL can't store."""
     if "\0" in text:
@@ -130,6 +136,15 @@ class GrammarSpec(Frozen):
     whitespace: str | None = Field(None, exclude_if=lambda pattern: pattern is None)
 
 
+class ReasoningOptions(Frozen):
+    """What a request asks of the reasoning. What it leaves open is up to the model's chat template."""
+
+    enabled: bool | None = Field(None, exclude_if=lambda value: value is None)
+    effort: str | None = Field(None, exclude_if=lambda value: value is None)
+    included: bool = Field(True, exclude_if=lambda value: value)  # False: the answer leaves it out
+    separate: bool = Field(True, exclude_if=lambda value: value)  # False: the content is the whole text
+
+
 class GenerationRequest(Frozen):
     """A request as stored in `requests.body`: everything a worker needs to generate its text.
 
@@ -145,6 +160,14 @@ class GenerationRequest(Frozen):
     sampling: SamplingParameters
     # Omitted if unset, because workers of an older version reject unknown fields.
     grammar: GrammarSpec | None = Field(None, exclude_if=lambda grammar: grammar is None)
+    # Arguments of the chat template, and of the reasoning; omitted if unset, like all fields that old workers lack.
+    chat_template_kwargs: dict[str, Any] | None = Field(None, exclude_if=lambda value: value is None)
+    reasoning: ReasoningOptions | None = Field(None, exclude_if=lambda value: value is None)
+
+    def stored(self) -> dict[str, Any]:
+        """Return the JSON of `requests.body`, without the sampling parameters that the worker may fill in."""
+        unset = DEFAULTED_SAMPLING - self.sampling.model_fields_set
+        return self.model_dump(mode="json", exclude={"sampling": set(unset)})
 
 
 class PromptBatch(Frozen):
@@ -171,6 +194,31 @@ class PromptBatch(Frozen):
     )
 
 
+class ReasoningFormat(Frozen):
+    """How the text of a request marks its reasoning: the model's own markers, as its chat template has them."""
+
+    start: str
+    end: str
+    opened: bool = False  # the prompt ends with `start`: the text begins inside the reasoning
+    included: bool = True  # False: answers leave the reasoning out (`include_reasoning`)
+    separate: bool = True  # False: the content is the whole text (`separate_reasoning`)
+
+    @property
+    def shown(self) -> bool:
+        """True if answers have a part for the reasoning."""
+        return self.separate and self.included
+
+
+class AnswerFormat(Frozen):
+    """How the raw text of a request splits into the parts of an answer (jobs.openai.answers).
+
+    The worker derives it from the model's chat template and the request, and stores it in `requests.answer_format` no
+    later than the first tokens. Null there: the text is the content.
+    """
+
+    reasoning: ReasoningFormat | None = Field(None, exclude_if=lambda value: value is None)
+
+
 class Piece(Frozen):
     """A span of text from one source: accepted draft tokens, or tokens that the target sampled itself."""
 
@@ -186,7 +234,8 @@ class PartialEvent(Frozen):
     event has `error`. An event of type `job` has the job's `status` and no request.
 
     A `tokens` event with `snapshot` is read from SQL, not published: it has all text of the choice up to `seq` and
-    replaces the reader's text.
+    replaces the reader's text. Only events with a choice's text from its start have the `answer_format`, if there is
+    one.
     """
 
     v: Literal[1] = MESSAGE_VERSION
@@ -204,6 +253,7 @@ class PartialEvent(Frozen):
     error: dict[str, Any] | None = None
     status: JobStatus | None = None
     snapshot: bool = False
+    answer_format: AnswerFormat | None = None
 
 
 def model_name(target: str) -> str:

@@ -24,6 +24,7 @@ from storage.progress_writes import merge_pieces
 from storage.statuses import ERROR_REQUEST_STATUSES, FINAL_JOB_STATUSES
 
 _TEXT, _END, _FAILURE = range(3)  # values of Position.part
+_FIRST_SEQ: Final = 1  # of a choice's first checkpoint; its `started` event has 0
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -76,6 +77,7 @@ class LogEvent:
     finish_reason: str | None = None
     error: dict[str, Any] | None = None
     from_start: bool = False  # holds all text of the choice up to `seq`, not only what is new
+    answer_format: dict[str, Any] | None = None  # only if it holds the text from its start
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +151,9 @@ def _open_checkpoints(session: Session, job_id: str, base: int) -> list[LogEvent
     """Return the checkpoints of open choices after commit `base`; for a new reader (-1), one event per choice."""
     rows = session.execute(_checkpoint_query(by_choice=base < 0), {"job_id": job_id, "base": base}).all()
     if base >= 0:
-        return [_tokens_event([row]) for row in rows]
+        return [_tokens_event([row], first=row.seq <= _FIRST_SEQ) for row in rows]
     groups = groupby(rows, key=lambda row: (row.request_index, row.choice_index))
-    return [replace(_tokens_event(list(group)), from_start=True) for _, group in groups]
+    return [replace(_tokens_event(list(group), first=True), from_start=True) for _, group in groups]
 
 
 def _ended_choices(session: Session, job_id: str, since: Cursor, limit: int) -> list[tuple[Position, AnyRow]]:
@@ -160,7 +162,7 @@ def _ended_choices(session: Session, job_id: str, since: Cursor, limit: int) -> 
     return sorted(rows, key=lambda row: row[0])
 
 
-def _tokens_event(checkpoints: Sequence[AnyRow]) -> LogEvent:
+def _tokens_event(checkpoints: Sequence[AnyRow], *, first: bool) -> LogEvent:
     last = checkpoints[-1]
     flags = [flag for row in checkpoints for flag in row.accepted]
     return LogEvent(
@@ -174,6 +176,7 @@ def _tokens_event(checkpoints: Sequence[AnyRow]) -> LogEvent:
         pieces=tuple(merge_pieces(piece for row in checkpoints for piece in row.pieces)),
         tokens=len(flags),
         accepted=sum(flags),
+        answer_format=last.answer_format if first else None,
     )
 
 
@@ -195,6 +198,7 @@ def _checkpoint_query(*, by_choice: bool) -> Select[*tuple[Any, ...]]:
     return (
         select(
             Request.custom_id,
+            Request.answer_format,
             Partial.event_number,
             Partial.request_index,
             Partial.choice_index,
@@ -240,6 +244,7 @@ def _output_query() -> Select[*tuple[Any, ...]]:
     return (
         select(
             Request.custom_id,
+            Request.answer_format,
             ChoiceOutput.event_number,
             ChoiceOutput.request_index,
             ChoiceOutput.choice_index,
@@ -326,6 +331,7 @@ def _output_events(row: AnyRow, end: Position, since: Cursor) -> Iterator[LogEve
             tokens=row.completion_tokens - tokens,
             accepted=row.accepted_tokens - accepted,
             from_start=tokens == 0,
+            answer_format=row.answer_format if tokens == 0 else None,
         )
     cursor = replace(since, position=end)
     yield LogEvent(cursor, "finished", *identity, seq=row.last_seq, finish_reason=row.finish_reason)

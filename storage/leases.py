@@ -25,7 +25,7 @@ from storage.dialect import (
 )
 from storage.fair_share import FairShare, JobShare
 from storage.models import ChoiceOutput, JobRow, Partial, Request
-from storage.records import Checkpoint, Claim, Lease, RequestKey
+from storage.records import Checkpoint, Claim, Lease, RequestKey, RequestPlan
 from storage.steps.columns import stored_steps
 from storage.transitions import cancel_requests, end_finished_jobs, lock_jobs
 
@@ -37,6 +37,8 @@ _CLAIMED: Final = (
     Request.body,
     Request.attempts,
     Request.started_at,
+    Request.answer_format,
+    Request.sampling_defaults,
 )
 
 
@@ -276,6 +278,7 @@ def _as_claims(session: Session, taken: Collection[AnyRow]) -> list[Claim]:
             checkpoints=tuple(checkpoints[row.job_id, row.request_index]),
             finished_choices=tuple(finished[row.job_id, row.request_index]),
             traceparent=jobs[row.job_id].traceparent,
+            plan=RequestPlan(row.answer_format, row.sampling_defaults),
         )
         for row in taken
     ]

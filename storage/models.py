@@ -164,6 +164,10 @@ class Request(Base):
     lone_crashes: Mapped[int] = mapped_column(server_default=text("0"))
     lone_served: Mapped[bool] = mapped_column(server_default=false())
     lone_host: Mapped[str | None]
+    # Written by the worker no later than the first tokens: how the text splits (jobs.messages.AnswerFormat; NULL: it is
+    # the content), and the sampling parameters that the model's generation config gave.
+    answer_format: Mapped[dict[str, Any] | None]
+    sampling_defaults: Mapped[dict[str, Any] | None]
 
     __table_args__ = (
         CheckConstraint(_one_of("status", RequestStatus), name="status"),
@@ -246,6 +250,7 @@ class ChoiceOutput(Base):
     event_number: Mapped[int] = mapped_column(BigInteger, server_default="0")  # event number of its commit
     # [event number, seq, characters, tokens, accepted] of its checkpoints, for readers that have received some.
     checkpoints: Mapped[list[Any] | None]
+    reasoning_tokens: Mapped[int | None]  # of the completion, markers included; NULL: the model marks no reasoning
 
     __table_args__ = (
         _of_a_request(),

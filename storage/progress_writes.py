@@ -62,6 +62,7 @@ def flush(
     _renew(session, _keys(states, _LeaseState.HELD), now + lease_s)
     _clear_suspects(session, worker_id, {entry.lease.key for entry in ours if entry.checkpoints}, now)
     counts = _JobCounts()
+    _write_plans(session, ours)
     _write_checkpoints(session, worker_id, ours, now, numbers, counts)
     _write_outputs(session, worker_id, ours, numbers, counts)
     _end_requests(session, ours, now, numbers, counts)
@@ -174,6 +175,16 @@ def _clear_suspects(session: Session, worker_id: str, keys: Collection[RequestKe
     model = select(JobRow.model).where(JobRow.id == job_id).scalar_subquery()
     served = insert_into(session, Served).values(worker_id=worker_id, model=model, last_at=now)
     session.execute(served.on_conflict_do_update(index_elements=["worker_id"], set_={"last_at": now}))
+
+
+def _write_plans(session: Session, progress: Iterable[RequestProgress]) -> None:
+    rows = [
+        {"job_id": entry.lease.job_id, "request_index": entry.lease.request_index, **asdict(entry.plan)}
+        for entry in progress
+        if entry.plan is not None
+    ]
+    if rows:
+        session.execute(update(Request), rows)
 
 
 def _write_checkpoints(

@@ -79,6 +79,7 @@ class ChoiceView:
     finished_at: float
     logprobs: list[Any] | None  # per token, if requested
     first_of_prompt: bool
+    reasoning_tokens: int | None = None  # None: the model marks no reasoning
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,8 @@ class OutputView:
     error_param: str | None
     error_status_code: int | None
     choices: tuple[ChoiceView, ...]
+    answer_format: Mapping[str, Any] | None = None  # jobs.messages.AnswerFormat; None: the text is the content
+    sampling_defaults: Mapping[str, Any] | None = None  # sampling parameters of the model's generation config
 
     @property
     def prompt_tokens(self) -> int:
@@ -103,6 +106,12 @@ class OutputView:
     def completion_tokens(self) -> int:
         """Completion tokens of all choices."""
         return sum(choice.completion_tokens for choice in self.choices)
+
+    @property
+    def reasoning_tokens(self) -> int | None:
+        """Completion tokens that are reasoning, of all choices; None if the model marks no reasoning."""
+        counts = [choice.reasoning_tokens for choice in self.choices if choice.reasoning_tokens is not None]
+        return sum(counts) if counts else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +240,8 @@ def outputs(
             Request.error_message,
             Request.error_param,
             Request.error_status_code,
+            Request.answer_format,
+            Request.sampling_defaults,
             ChoiceOutput.choice_index,
             ChoiceOutput.text,
             ChoiceOutput.finish_reason,
@@ -242,6 +253,7 @@ def outputs(
             ChoiceOutput.finished_at,
             ChoiceOutput.logprobs,
             ChoiceOutput.first_of_prompt,
+            ChoiceOutput.reasoning_tokens,
         )
         .outerjoin(
             ChoiceOutput,
@@ -345,6 +357,8 @@ def _output_view(rows: list[AnyRow]) -> OutputView:
         error_param=request.error_param,
         error_status_code=request.error_status_code,
         choices=tuple(_choice_view(row) for row in rows if row.choice_index is not None),
+        answer_format=request.answer_format,
+        sampling_defaults=request.sampling_defaults,
     )
 
 

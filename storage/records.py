@@ -163,6 +163,18 @@ class FinishedChoice:
     finished_at: float
     last_seq: int  # seq of its `finished` event
     first_of_prompt: bool = True  # counts the prompt's tokens; other choices of the prompt do not
+    reasoning_tokens: int | None = None  # None: the model marks no reasoning
+
+
+@dataclass(frozen=True, slots=True)
+class RequestPlan:
+    """What a worker has decided about a request before its first token; columns of `requests`.
+
+    Later owners continue by it, even if their model files or settings differ.
+    """
+
+    answer_format: Mapping[str, Any] | None = None  # jobs.messages.AnswerFormat; None: the text is the content
+    sampling_defaults: Mapping[str, Any] | None = None  # sampling parameters of the model's generation config
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +191,12 @@ class Claim:
     checkpoints: tuple[Checkpoint, ...]  # ordered by (choice, seq)
     finished_choices: tuple[int, ...]  # choices that have outputs already
     traceparent: str | None = None  # W3C trace context of the submission
+    plan: RequestPlan = RequestPlan()  # of earlier owners
+
+    @property
+    def begun(self) -> bool:
+        """True if earlier owners have committed tokens, so that their plan holds."""
+        return bool(self.checkpoints or self.finished_choices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +206,7 @@ class SampledRequest:
     request_index: int
     body: Mapping[str, Any]
     token_ids: tuple[int, ...]
+    plan: RequestPlan = RequestPlan()  # by which it was decoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +245,7 @@ class RequestProgress:
     finished: tuple[FinishedChoice, ...] = ()
     ends: bool = False
     failure: RequestFailure | None = None
+    plan: RequestPlan | None = None  # to write; None: nothing new
 
 
 @dataclass(frozen=True, slots=True)

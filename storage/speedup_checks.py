@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 from storage.dialect import database_now, insert_many, is_one_of
 from storage.lease_recovery import MAX_LONE_CRASHES, POISON
 from storage.models import CheckedRequest, ChoiceOutput, JobRow, Request
-from storage.records import SampledRequest, SpeedupCheckClaim, SpeedupCheckResult
+from storage.records import RequestPlan, SampledRequest, SpeedupCheckClaim, SpeedupCheckResult
 from storage.transitions import lock_jobs
 
 _POISON: Final = replace(
@@ -127,7 +127,13 @@ def _sampled_requests(session: Session, job_id: str) -> Iterable[SampledRequest]
     total, asked = session.execute(select(JobRow.requests_total, JobRow.compare_plain).where(JobRow.id == job_id)).one()
     sample = sorted(random.Random(job_id).sample(range(total), min(asked, total)))
     rows = session.execute(
-        select(Request.request_index, Request.body, ChoiceOutput.token_ids)
+        select(
+            Request.request_index,
+            Request.body,
+            Request.answer_format,
+            Request.sampling_defaults,
+            ChoiceOutput.token_ids,
+        )
         .join(
             ChoiceOutput,
             and_(ChoiceOutput.job_id == Request.job_id, ChoiceOutput.request_index == Request.request_index),
@@ -139,4 +145,5 @@ def _sampled_requests(session: Session, job_id: str) -> Iterable[SampledRequest]
         .order_by(Request.request_index)
     )
     for row in rows:
-        yield SampledRequest(row.request_index, row.body, tuple(row.token_ids))
+        plan = RequestPlan(row.answer_format, row.sampling_defaults)
+        yield SampledRequest(row.request_index, row.body, tuple(row.token_ids), plan)

@@ -35,6 +35,32 @@ class WorkerSettings(JobsSettings):
         description="How special tokens in chat content are read; text: as plain text; "
         "control: as control tokens, like those of the chat template.",
     )
+    reasoning_parser: Literal[
+        "auto",
+        "off",
+        "deepseek_r1",
+        "deepseek_v3",
+        "ernie45",
+        "exaone",
+        "glm45",
+        "kimi",
+        "minimax_m2",
+        "mistral",
+        "olmo3",
+        "qwen3",
+        "qwq",
+        "seed_oss",
+        "step3",
+    ] = Field(
+        "auto",
+        description="How chat answers split into reasoning and content; auto: at the markers in the model's chat "
+        "template; off: not at all; a name: at the markers of this family.",
+    )
+    generation_config: Literal["auto", "off"] = Field(
+        "auto",
+        description="Sampling parameters that a request does not set; auto: from the model's generation_config.json, "
+        "as vLLM does; off: the defaults of the API.",
+    )
     mode: Literal["plain", "opt-tree", "paper"] = Field("opt-tree", description="Decoding mode.")
     max_sequences: int = Field(
         0,

@@ -159,7 +159,8 @@ def results(
                 continue
             typer.echo(f"{safe(item.custom_id)} ({item.status})")
             for choice in item.choices:
-                typer.echo(safe(choice.text))
+                only_reasoning = not choice.answer and choice.reasoning_content is not None
+                typer.echo("(only reasoning: see --json)" if only_reasoning else safe(choice.answer))
             if item.error is not None:
                 typer.echo(safe(item.error.message))
 

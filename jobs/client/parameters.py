@@ -41,3 +41,10 @@ class Parameters(TypedDict, total=False):
     regex: str | None
     ebnf: str | None
     grammar: Mapping[str, Any] | str | None
+    chat_template_kwargs: Mapping[str, Any] | None
+    enable_thinking: bool | None
+    reasoning_effort: str | None
+    thinking: bool | Mapping[str, Any] | None
+    reasoning: Mapping[str, Any] | None
+    include_reasoning: bool | None
+    separate_reasoning: bool | None

@@ -71,7 +71,9 @@ class Choice(Reply):
     """One generated text of a request."""
 
     index: int
-    text: str
+    text: str  # as the model wrote it
+    content: str | None = None  # without the reasoning; sent if the model marks its reasoning
+    reasoning_content: str | None = None  # None: no reasoning
     finish_reason: str
     completion_tokens: int
     logprobs: dict[str, Any] | None = None  # in OpenAI's format, if requested
@@ -79,11 +81,16 @@ class Choice(Reply):
 
     @property
     def parsed(self) -> Any:
-        """The value of the text: of the type that the job was submitted or opened with, else as JSON values.
+        """The value of the answer: of the type that the job was submitted or opened with, else as JSON values.
 
         Raises AnswerUnreadable, for instance if the text was cut.
         """
-        return read_answer(self.text, self.finish_reason, self._adapter)
+        return read_answer(self.answer, self.finish_reason, self._adapter)
+
+    @property
+    def answer(self) -> str:
+        """The text without the reasoning; empty if the model wrote nothing else."""
+        return self.content or "" if "content" in self.model_fields_set else self.text
 
 
 class Output(Reply):
@@ -94,12 +101,18 @@ class Output(Reply):
     status: RequestStatus
     choices: tuple[Choice, ...] = ()
     error: ErrorDetails | None = None
+    sampling_defaults: dict[str, Any] | None = None  # sampling parameters that the model's generation config gave
     cursor: str | None = None  # with `follow`: the position after this output
 
     @property
     def text(self) -> str:
         """The text of the first choice; empty if the request failed."""
         return self.choices[0].text if self.choices else ""
+
+    @property
+    def answer(self) -> str:
+        """The text of the first choice without its reasoning; empty if there is none."""
+        return self.choices[0].answer if self.choices else ""
 
     @property
     def parsed(self) -> Any:
@@ -116,6 +129,10 @@ class Output(Reply):
         return self
 
 
+_COLUMNS = (
+    *("custom_id", "index", "status", "choice", "text", "finish_reason", "completion_tokens", "error"),
+    *("content", "reasoning_content"),
+)
 Statistics = dict[str, Any]  # what `/v1/stats` returns; field names as in the SQL views
 
 
@@ -127,7 +144,8 @@ def output_rows(output: Output, parsed: bool = False) -> Iterator[dict[str, Any]
     request = {"custom_id": output.custom_id, "index": output.index, "status": output.status.value}
     error = None if output.error is None else output.error.message
     if not output.choices:
-        row = {**request, "choice": 0, "text": None, "finish_reason": None, "completion_tokens": 0, "error": error}
+        empty = {"choice": 0, "text": None, "finish_reason": None, "completion_tokens": 0}
+        row = {**request, **empty, "error": error, "content": None, "reasoning_content": None}
         yield row | ({"parsed": None} if parsed else {})
     for choice in output.choices:
         yield {
@@ -137,6 +155,8 @@ def output_rows(output: Output, parsed: bool = False) -> Iterator[dict[str, Any]
             "finish_reason": choice.finish_reason,
             "completion_tokens": choice.completion_tokens,
             "error": error,
+            "content": choice.answer,
+            "reasoning_content": choice.reasoning_content,
             **({"parsed": _value_or_none(choice)} if parsed else {}),
         }
 
@@ -154,5 +174,4 @@ def to_dataframe(rows: list[dict[str, Any]]) -> DataFrame:
         import pandas
     except ModuleNotFoundError as exc:
         raise SetupError("DataFrames need pandas; install it with: pip install 'basic-batch[pandas]'") from exc
-    names = ["custom_id", "index", "status", "choice", "text", "finish_reason", "completion_tokens", "error"]
-    return pandas.DataFrame(rows, columns=[*names, *(["parsed"] if rows and "parsed" in rows[0] else [])])
+    return pandas.DataFrame(rows, columns=[*_COLUMNS, *(["parsed"] if rows and "parsed" in rows[0] else [])])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.messages import CHAT_ENDPOINT
+from jobs.messages import CHAT_ENDPOINT, AnswerFormat
+from jobs.openai.answers import AnswerDelta, split_answer
 from jobs.openai.logprobs import logprobs_object
 from storage.queries import ChoiceView, OutputView
 
@@ -43,7 +44,8 @@ class ResponseHeader:
 def answer(header: ResponseHeader, output: OutputView) -> Json:
     """Return a whole completion: `chat.completion` or `text_completion`."""
     kind = "chat.completion" if header.chat else "text_completion"
-    choices = [_choice(header, choice) for choice in output.choices]
+    form = answer_format(output)
+    choices = [_choice(header, choice, form) for choice in output.choices]
     return header.object(kind, choices, usage=usage(output))
 
 
@@ -73,14 +75,37 @@ def _chunk_kind(header: ResponseHeader) -> str:
     return "chat.completion.chunk" if header.chat else "text_completion"
 
 
-def _choice(header: ResponseHeader, choice: ChoiceView) -> Json:
-    message = {"role": "assistant", "content": choice.text, "refusal": None}
-    content: Mapping[str, Any] = {"message": message} if header.chat else {"text": choice.text}
+def answer_format(output: OutputView) -> AnswerFormat | None:
+    """Return how the texts of a request split; None: they are the content."""
+    return None if output.answer_format is None else AnswerFormat.model_validate(output.answer_format)
+
+
+def answer_parts(form: AnswerFormat | None, text: str) -> Json:
+    """Return `content` and, if the format has reasoning, `reasoning_content` and the same as `reasoning`."""
+    answer = split_answer(form, text)
+    shown = form is not None and form.reasoning is not None and form.reasoning.shown
+    reasoning = {"reasoning_content": answer.reasoning, "reasoning": answer.reasoning} if shown else {}
+    return {"content": answer.content, **reasoning}
+
+
+def delta_parts(delta: AnswerDelta) -> Iterator[dict[str, str]]:
+    """Yield the fields of the chunks for a delta, one part per chunk, in the order of the text."""
+    if delta.reasoning:
+        yield {"reasoning_content": delta.reasoning, "reasoning": delta.reasoning}
+    if delta.content:
+        yield {"content": delta.content}
+
+
+def _choice(header: ResponseHeader, choice: ChoiceView, form: AnswerFormat | None) -> Json:
+    content: Json = {"text": choice.text}
+    if header.chat:
+        content = {"message": {"role": "assistant", **answer_parts(form, choice.text), "refusal": None}}
     logprobs = logprobs_object(header.endpoint, choice.logprobs, choice.text)
     return {"index": choice.choice_index, **content, "logprobs": logprobs, "finish_reason": choice.finish_reason}
 
 
 def usage(view: OutputView) -> Json:
     """Return the token counts of a request; its prompt counts once for all choices."""
-    prompt, completion = view.prompt_tokens, view.completion_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    prompt, completion, reasoning = view.prompt_tokens, view.completion_tokens, view.reasoning_tokens
+    counts: Json = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return counts if reasoning is None else counts | {"completion_tokens_details": {"reasoning_tokens": reasoning}}

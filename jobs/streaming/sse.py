@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jobs.json_lines import json_line
-from jobs.messages import JobStatus, PartialEvent, Piece
+from jobs.messages import AnswerFormat, JobStatus, PartialEvent, Piece
 from storage.event_log import Cursor, LogEvent, Page, Position
 
 # Format: base[-until[.number.request.choice.part]][~status], for example
@@ -97,5 +97,6 @@ def _event(job_id: str, event: LogEvent) -> PartialEvent:
         finish_reason=event.finish_reason,
         error=event.error,
         snapshot=event.from_start,
+        answer_format=None if event.answer_format is None else AnswerFormat.model_validate(event.answer_format),
         **fields,
     )

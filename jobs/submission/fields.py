@@ -82,7 +82,7 @@ _SCHEMA: Final = "The text is JSON that is valid for this schema."
 _REGEX: Final = "The whole text matches this expression."
 _LARK: Final = "The text follows this grammar, in Lark or EBNF."
 _TOOLS: Final = "Tools are not supported yet."
-_THINKING: Final = "Control of the reasoning is not supported yet."
+BUDGET: Final = "The length of the reasoning is not limited on its own; set max_tokens for both parts together."
 _PROMPT_ROWS: Final = "Log-probabilities of the prompt are not supported yet."
 _PREFILL: Final = "Continuing a message is not supported yet."
 _BEAMS: Final = "Beam search is not supported: each choice is sampled on its own."
@@ -112,7 +112,13 @@ FIELDS: Final[tuple[Field, ...]] = (
     *_dropped("object", "Drafts are chosen by the service.", "prediction", endpoints=_CHAT),
     *_dropped("string", _HINT, "prompt_cache_key", "prompt_cache_retention", "service_tier", "verbosity"),
     *_dropped("object", _HINT, "prompt_cache_options"),
-    *_dropped("string", "Read by no model yet.", "reasoning_effort", endpoints=_CHAT),
+    _honoured(
+        "reasoning_effort",
+        "string",
+        "none switches the reasoning off, where the chat template can; others switch it on. Templates that read it "
+        "get it.",
+        endpoints=_CHAT,
+    ),
     *_dropped("string", _IDENTITY, "safety_identifier", "user"),
     *_dropped("boolean", "Outputs are stored in any case.", "store", endpoints=_CHAT),
     _refused("audio", "object", "The answer is text.", endpoints=_CHAT),
@@ -153,12 +159,27 @@ FIELDS: Final[tuple[Field, ...]] = (
     _refused("add_special_tokens", "boolean", "Send token ids for a prompt without them.", True, endpoints=_TEXT),
     _refused("documents", "list of objects", "Write documents into the messages.", [], endpoints=_CHAT),
     _refused("chat_template", "string", _TEMPLATE, "", endpoints=_CHAT),
-    _refused("chat_template_kwargs", "object", _TEMPLATE, {}, endpoints=_CHAT),
-    _refused("enable_thinking", "boolean", _THINKING, endpoints=_CHAT),
-    _refused("thinking", "object", _THINKING, {}, endpoints=_CHAT),
-    _refused("reasoning", "object", _THINKING, {}, endpoints=_CHAT),
-    _refused("thinking_token_budget", "integer", _THINKING, -1),
-    _refused("include_reasoning", "boolean", _THINKING, True, endpoints=_CHAT),
+    _honoured(
+        "chat_template_kwargs",
+        "object",
+        "Arguments of the model's chat template; those that it does not read have no effect.",
+        ({},),
+        endpoints=_CHAT,
+    ),
+    _honoured(
+        "enable_thinking",
+        "boolean",
+        "Switch the reasoning on or off; off is refused by a model whose chat template can't.",
+        endpoints=_CHAT,
+    ),
+    _honoured(
+        "thinking", "boolean or object", "Same as enable_thinking: type enabled or disabled.", ({},), endpoints=_CHAT
+    ),
+    _honoured("reasoning", "object", "enabled, effort and exclude, as above.", ({},), endpoints=_CHAT),
+    _refused("thinking_token_budget", "integer", BUDGET, -1),
+    _honoured(
+        "include_reasoning", "boolean", "False leaves the reasoning out of the answer.", (True,), endpoints=_CHAT
+    ),
     _honoured(
         "structured_outputs",
         "object",
@@ -202,8 +223,8 @@ FIELDS: Final[tuple[Field, ...]] = (
     _refused("session_params", "object", "A request has no session; send the whole conversation.", {}),
     _refused("custom_logit_processor", "string", _CODE, ""),
     _refused("custom_params", "object", _CODE, {}),
-    _refused("separate_reasoning", "boolean", _THINKING, True, endpoints=_CHAT),
-    *_dropped("boolean", "Only for streams of a reasoning.", "stream_reasoning", endpoints=_CHAT),
+    _honoured("separate_reasoning", "boolean", "False leaves the reasoning in the content.", (True,), endpoints=_CHAT),
+    *_dropped("boolean", "The reasoning is streamed as it is written.", "stream_reasoning", endpoints=_CHAT),
     _refused("return_hidden_states", "boolean", "Hidden states are not returned.", False),
     _refused("return_routed_experts", "boolean", "Routing of experts is not returned.", False),
     _refused("routed_experts_start_len", "integer", "Routing of experts is not returned.", 0),
@@ -254,9 +275,14 @@ MESSAGE_FIELDS: Final[tuple[Field, ...]] = (
     _refused("images", "list", _MEDIA, [], endpoints=_CHAT),
     _refused("prefix", "boolean", _PREFILL, False, endpoints=_CHAT),
     *_dropped("string", "Templates read no names.", "name", "tool_call_id", endpoints=_CHAT),
-    *_dropped(
-        "string", "Templates get the content only.", "refusal", "reasoning_content", "reasoning", endpoints=_CHAT
+    _honoured(
+        "reasoning_content",
+        "string",
+        "The reasoning of an earlier answer, for chat templates that read it.",
+        endpoints=_CHAT,
     ),
+    _honoured("reasoning", "string", "Same as reasoning_content.", endpoints=_CHAT),
+    *_dropped("string", "Templates get the content only.", "refusal", endpoints=_CHAT),
     *_dropped("any", "Any other field, as answers and logs carry them.", "…", endpoints=_CHAT),
 )
 

@@ -54,7 +54,7 @@ def _messages(messages: Any, endpoint: Endpoint, max_chars: int) -> tuple[ChatMe
     if not isinstance(messages, list) or not messages:
         raise InvalidValue("messages must be a list of at least one message.", param="messages")
     read = tuple(_message(message, f"messages[{n}]") for n, message in enumerate(messages))
-    _refuse_long(sum(len(message.content) for message in read), max_chars, "messages")
+    _refuse_long(sum(len(m.content) + len(m.reasoning_content or "") for m in read), max_chars, "messages")
     return read
 
 
@@ -71,7 +71,17 @@ def _message(message: Any, param: str) -> ChatMessage:
     content = message.get("content", "" if role == "assistant" else None)  # answers may leave it out
     if content is None and "content" in message and role in _NULL_IS_EMPTY:
         content = ""
-    return ChatMessage(role=_ROLES[role], content=_content(content, f"{param}.content"))
+    return ChatMessage(
+        role=_ROLES[role],
+        content=_content(content, f"{param}.content"),
+        reasoning_content=_reasoning(message, param) if role == "assistant" else None,
+    )
+
+
+def _reasoning(message: Mapping[str, Any], param: str) -> str | None:
+    """Return the reasoning of an answer in the history, None without one; other forms of it are dropped."""
+    given = {name: message[name] for name in ("reasoning_content", "reasoning") if message.get(name)}
+    return next((text(value, f"{param}.{name}") for name, value in given.items() if isinstance(value, str)), None)
 
 
 def _content(content: Any, param: str) -> str:

@@ -36,6 +36,7 @@ from jobs.submission.grammar_fields import read_grammar
 from jobs.submission.input_lines import Line, Sample, find_custom_id, split_lines
 from jobs.submission.models import ModelNames
 from jobs.submission.prompts import read_prompt
+from jobs.submission.reasoning import chat_options, merged_options
 from jobs.submission.values import clean_text, kind, refuse_unknown, shown, whole
 from storage.dialect import storable
 from storage.records import NewRequest, RequestFailure
@@ -95,7 +96,7 @@ class Rules:
     job_id: str
     model: str
     endpoint: Endpoint
-    defaults: Mapping[str, Any]  # sampling parameters of the job; those of a request override them
+    defaults: Mapping[str, Any]  # parameters of the job (`parse_parameters`); those of a request override them
     max_prompt_chars: int
     context_tokens: int | None = None  # of the workers that serve the model; None if unknown
     models: ModelNames = field(default_factory=lambda: ModelNames({}))  # the other names of the model
@@ -139,7 +140,7 @@ def parse_item(item: Item, rules: Rules) -> NewRequest:
         body = _request(fields, rules, item.index)
         timeout_s = _timeout_s(fields.get("timeout_s"))
         tokens = max_total_tokens(body, rules.context_tokens)
-        return NewRequest(_id_of(item), body=body.model_dump(mode="json"), tokens=tokens, timeout_s=timeout_s)
+        return NewRequest(_id_of(item), body=body.stored(), tokens=tokens, timeout_s=timeout_s)
     except RequestRefused as refused:
         return refused_request(refused, item)
     except MemoryError:
@@ -179,15 +180,13 @@ def parse_body(body: Any, rules: Rules) -> NewRequest:
         if name not in fields:
             raise MissingParameter(f"The field {name} is required.", param=name)
     request = _request(fields, rules, 0)
-    return NewRequest(
-        "request-0", body=request.model_dump(mode="json"), tokens=max_total_tokens(request, rules.context_tokens)
-    )
+    return NewRequest("request-0", body=request.stored(), tokens=max_total_tokens(request, rules.context_tokens))
 
 
 def parse_parameters(
     fields: Mapping[str, Any], endpoint: Endpoint, defaults: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Return the sampling parameters in `fields`; raise RequestRefused for the first invalid one.
+    """Return the sampling parameters and chat options in `fields`; raise RequestRefused for the first invalid one.
 
     `defaults` are the job's parameters.
     """
@@ -202,7 +201,7 @@ def parse_parameters(
     if type(cap := parameters.get("max_tokens")) is int:
         parameters["max_tokens"] = min(cap, _MAX_CAP)
     _sampling({"seed": 0} | parameters)
-    return parameters
+    return parameters | chat_options(asked, endpoint)
 
 
 def body_fields(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,7 +235,7 @@ def _returns_all(name: str, value: Any, given: Mapping[str, Any]) -> bool:
 
 def max_total_tokens(request: GenerationRequest, context_tokens: int | None) -> int:
     """Return the maximum number of tokens of a request, prompt and output, estimated before it is tokenized."""
-    text = request.prompt or "".join(message.content for message in request.messages or ())
+    text = request.prompt or "".join(m.content + (m.reasoning_content or "") for m in request.messages or ())
     prompts = [prompt if isinstance(prompt, tuple) else prompt.encode() for prompt in request.prompts or (text,)]
     context = context_tokens or _CONTEXT_TOKENS
     total = 0
@@ -390,14 +389,16 @@ def _request(fields: Mapping[str, Any], rules: Rules, index: int) -> GenerationR
     prompt = read_prompt(fields, rules.endpoint, rules.max_prompt_chars)
     sampling = _sampling_for(parameters, rules, index)
     _refuse_many(len(prompt.get("prompts", ())), sampling.n)
-    return GenerationRequest(model=rules.model, sampling=sampling, grammar=grammar, **prompt)
+    options = merged_options(rules.defaults, parameters)
+    return GenerationRequest(model=rules.model, sampling=sampling, grammar=grammar, **prompt, **options)
 
 
 def _sampling_for(parameters: Mapping[str, Any], rules: Rules, index: int) -> SamplingParameters:
     base: dict[str, Any] = {"seed": _seed(rules.job_id, index)}
     if rules.endpoint == COMPLETIONS_ENDPOINT:
         base["max_tokens"] = COMPLETIONS_MAX_TOKENS
-    sampling = _sampling(base | dict(rules.defaults) | dict(parameters))
+    given = {**rules.defaults, **parameters}
+    sampling = _sampling(base | {name: value for name, value in given.items() if name in _SAMPLING})
     return sampling if index < MAX_TRACED_REQUESTS else sampling.model_copy(update={"record_trees": 0})
 
 

@@ -39,6 +39,7 @@ from worker.loading.model_store import OnMessage, resolve
 from worker.loading.tensor_parallel import NOT_EXACT, TARGET, RankGroup
 from worker.settings import WorkerSettings
 from worker.text.codec import Codec, eos_ids, load_tokenizer
+from worker.text.generation_config import sampling_defaults
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +128,17 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
     prepare_draws(target.forward([chain(0, 0, [0], keep_last=True)]))
     target.truncate(0, 0)
     ends = eos_ids(tokenizer, model.generation_config)
-    codec = Codec(tokenizer, ends, options.max_context, vocabulary, settings.special_in_content)
-    for finding in codec.findings:
+    defaults, ignored = sampling_defaults(model.generation_config, settings.generation_config)
+    codec = Codec(
+        tokenizer,
+        ends,
+        options.max_context,
+        vocabulary,
+        settings.special_in_content,
+        settings.reasoning_parser,
+        defaults,
+    )
+    for finding in (*codec.findings, *ignored):
         on_message(finding)
     on_message("Calibrating")
     key = _cost_key(settings, options, target, device, draft.taps)

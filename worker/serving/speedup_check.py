@@ -25,7 +25,8 @@ from storage.session import DATABASE_UNAVAILABLE, Database
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepResult
 from worker.serving.resilient_engine import ResilientEngine
-from worker.text.codec import Codec, read_request
+from worker.text.codec import Codec, read_answer_format, read_request
+from worker.text.generation_config import with_defaults
 from worker.text.output_stream import OutputStream
 
 log = logging.getLogger(__name__)
@@ -206,12 +207,13 @@ class SpeedupCheck:
 
         Its group differs from the job's and from that of earlier tries, so that their texts do not serve as drafts.
         """
-        request = read_request(text.body)
+        request, _ = with_defaults(read_request(text.body), text.plan.sampling_defaults or {})
+        form = read_answer_format(text.plan.answer_format)
         prompt = self._codec.encode_all(request, claim.endpoint)[0]
         key = (f"comparison {run_number} of {claim.job_id}", text.request_index, plain)
-        sequence = self._codec.sequence(key, prompt, request.sampling, 0, self._codec.grammar(request))
+        sequence = self._codec.sequence(key, prompt, request.sampling, 0, self._codec.grammar(request, form))
         sequence.traced_steps = 0
-        stream = self._codec.stream(request.sampling.stop, prompt, claim.endpoint)
+        stream = self._codec.stream(request.sampling.stop, prompt, claim.endpoint, form)
         return _Variant(sequence, OutputStream(key, stream))
 
     def _step(self) -> None:

@@ -10,17 +10,19 @@ from __future__ import annotations
 import copy
 import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum, auto
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Literal, cast
 
+from jinja2.meta import find_undeclared_variables
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import _compile_jinja_template, encode_marked_chat, mark_control_tokens
 
 from jobs.errors import InvalidValue
 
-Message = Mapping[str, str]  # with role and content
+Message = Mapping[str, str]  # with role and content; of an answer maybe reasoning_content
 Special = Literal["text", "control"]  # how a special token in content is read
 
 _BASE_CHARS = 1_000_000  # max length of a rendered text, plus:
@@ -34,6 +36,7 @@ _PROBES: dict[str, tuple[str, ...]] = {  # conversations that probe a role, as i
 }
 _INITIALS = {role[0]: role for role in _PROBES}
 _NEVER = re.compile("(?!)")
+_OPTIONAL = ("reasoning_content",)  # fields of messages that templates may read
 
 
 class _ContentFormat(Enum):
@@ -65,11 +68,35 @@ class Chat:
         """True if the tokenizer has a chat template."""
         return self._tokenizer.chat_template is not None
 
-    def encode(self, messages: Sequence[Message], check: Callable[[str], None]) -> list[int]:
+    @property
+    def template(self) -> str | None:
+        """The source of the template; None if there is none that can be read."""
+        if not self.has_template:
+            return None
+        try:
+            return str(self._tokenizer.get_chat_template())
+        except ValueError:  # several templates and no default: rendering reports it
+            return None
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """The names that the template reads from its arguments; none of a template that can't be compiled."""
+        try:
+            source = self._tokenizer.get_chat_template()
+            return frozenset(find_undeclared_variables(_compile_jinja_template(source).environment.parse(source)))
+        except Exception:  # rendering reports it, to each request
+            return frozenset()
+
+    def encode(
+        self,
+        messages: Sequence[Message],
+        check: Callable[[str], None],
+        arguments: Mapping[str, Any] = MappingProxyType({}),
+    ) -> list[int]:
         """Return the token ids of a rendered conversation, up to the start of the answer.
 
-        `check` may refuse the rendered text by raising. Raises InvalidValue if there is no template, if it drops a
-        role of the conversation, or if it fails.
+        The template gets the `arguments` too. `check` may refuse the rendered text by raising. Raises InvalidValue if
+        there is no template, if it drops a role of the conversation, or if it fails.
         """
         if not self.has_template:
             raise InvalidValue("this model has no chat template; send a prompt to /v1/completions", param="messages")
@@ -83,14 +110,15 @@ class Chat:
                     param="messages",
                 )
         formatted = [self._formatted(message) for message in messages]
-        text = self._render(formatted)
+        text = self._render(formatted, arguments)
         check(text)
-        special = self._special_in(messages) if self._special == "text" else []
+        special = self._special_in([*messages, arguments]) if self._special == "text" else []
         if not special:
             return list(self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
         longest_first = sorted(special, key=len, reverse=True)
-        marked = mark_control_tokens(formatted, re.compile("|".join(map(re.escape, longest_first))))
-        return self._encode_marked(self._render(cast(list[dict[str, Any]], marked)))
+        control = re.compile("|".join(map(re.escape, longest_first)))
+        marked = cast(list[dict[str, Any]], mark_control_tokens(formatted, control))
+        return self._encode_marked(self._render(marked, mark_control_tokens(dict(arguments), control)))
 
     def _encode_marked(self, text: str) -> list[int]:
         try:
@@ -102,9 +130,9 @@ class Chat:
                 param="messages",
             ) from error
 
-    def _special_in(self, messages: Sequence[Message]) -> list[str]:
-        """Return the special tokens that occur in the contents, also across the marks that are removed."""
-        contents = [mark_control_tokens(message["content"], _NEVER) for message in messages]
+    def _special_in(self, given: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Return the special tokens that occur in the given texts, also across the marks that are removed."""
+        contents = [mark_control_tokens(text, _NEVER) for values in given for text in _texts(values)]
         return [special for special in self._special_tokens if any(special in content for content in contents)]
 
     @cached_property
@@ -114,6 +142,7 @@ class Chat:
     def _formatted(self, message: Message, fmt: _ContentFormat | None = None) -> dict[str, Any]:
         """Return a message in the content format that the template takes."""
         parts = (fmt or self._formats.get(message["role"], _ContentFormat.TEXT)) is _ContentFormat.PARTS
+        message = {name: value for name, value in message.items() if name not in self._unread}
         return {**message, "content": [{"type": "text", "text": message["content"]}] if parts else message["content"]}
 
     def _detect_format(self, role: str) -> _ContentFormat:
@@ -142,17 +171,22 @@ class Chat:
             {"role": role, "content": "a"}, fmt if detected in (None, _ContentFormat.DROPPED) else detected
         )
 
-    def _render(self, messages: list[dict[str, Any]]) -> str:
+    @cached_property
+    def _unread(self) -> frozenset[str]:
+        """The optional fields of messages that the template does not read: one that shows whole messages lacks them."""
+        return frozenset(name for name in _OPTIONAL if name not in (self.template or ""))
+
+    def _render(self, messages: list[dict[str, Any]], arguments: Mapping[str, Any] = MappingProxyType({})) -> str:
         """Return the rendered text. Rendered piece by piece with a limit, because a template may never end."""
-        max_chars = _BASE_CHARS + _CHARS_PER_CHAR * sum(len(str(message["content"])) for message in messages)
+        given = sum(len(text) for values in (*messages, arguments) for text in _texts(values))
+        max_chars = _BASE_CHARS + _CHARS_PER_CHAR * given
         pieces: list[str] = []
         length = 0
         try:
             template = _compile_jinja_template(self._tokenizer.get_chat_template())
             special = self._tokenizer.special_tokens_map
-            for piece in template.generate(
-                messages=messages, tools=None, documents=None, add_generation_prompt=True, **special
-            ):
+            own = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True, **special}
+            for piece in template.generate(**{**arguments, **own}):
                 pieces.append(piece)
                 length += len(piece) + 1
                 if length > max_chars:
@@ -163,3 +197,13 @@ class Chat:
                 f"the model's chat template refuses these messages: {kind}{error}", param="messages"
             ) from error
         return "".join(pieces)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield the texts in a value of any depth, without the names of fields."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (text for inner in value.values() for text in _texts(inner))
+    elif isinstance(value, list | tuple):
+        yield from (text for inner in value for text in _texts(inner))

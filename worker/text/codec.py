@@ -15,7 +15,13 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 
 from jobs.errors import InvalidValue, PromptTooLong, UnreadableRequest
 from jobs.grammar.compiler import grammar_text
-from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, GenerationRequest, SamplingParameters
+from jobs.messages import (
+    CHAT_ENDPOINT,
+    COMPLETIONS_ENDPOINT,
+    AnswerFormat,
+    GenerationRequest,
+    SamplingParameters,
+)
 from jobs.openai.logprobs import TokenAlternatives
 from worker.engine.errors import ModelRefused, error_summary
 from worker.engine.grammar.grammar import Grammar
@@ -25,6 +31,7 @@ from worker.engine.token_logprobs import TokenLogprobs
 from worker.text.chat import Chat, Special
 from worker.text.detokenizer import Detokenizer
 from worker.text.prompt_length import PromptLength
+from worker.text.reasoning import AUTO, Reasoning, ReasoningCounter, markers_of, template_arguments
 from worker.text.stop_strings import Pieces, StopStrings, add_piece
 from worker.text.token_bytes import token_bytes
 
@@ -40,11 +47,14 @@ class CodecOptions:
     context_tokens: int
     vocabulary: int
     special_in_content: Special
+    reasoning_parser: str
+    sampling_defaults: Mapping[str, Any]
 
     def load(self) -> Codec:
         """Load the tokenizer. Raises ModelRefused."""
         limits = (self.eos_ids, self.context_tokens, self.vocabulary)
-        return Codec(load_tokenizer(self.path), *limits, self.special_in_content)
+        modes = (self.special_in_content, self.reasoning_parser, self.sampling_defaults)
+        return Codec(load_tokenizer(self.path), *limits, *modes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +66,9 @@ class Codec:
     context_tokens: int  # prompt and completion together
     vocabulary: int  # number of token ids of the target
     special_in_content: Special = "text"  # how special tokens in chat content are read
+    reasoning_parser: str = AUTO  # worker.text.reasoning
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict, hash=False)  # worker.text.generation_config
+    _reasoning: Reasoning | None = field(init=False, repr=False, compare=False)
     _chat: Chat = field(init=False, repr=False, compare=False)
     _length: PromptLength = field(init=False, repr=False, compare=False)
 
@@ -66,12 +79,15 @@ class Codec:
         backend.no_padding()
         object.__setattr__(self, "_chat", Chat(self.tokenizer, self.special_in_content))
         object.__setattr__(self, "_length", PromptLength(self.tokenizer))
+        markers = markers_of(self._chat.template, self.reasoning_parser)
+        object.__setattr__(self, "_reasoning", None if markers is None else Reasoning(self.tokenizer, markers))
 
     @property
     def options(self) -> CodecOptions:
         """What another process needs to load the same codec; the tokenizer must have been loaded from a path."""
         limits = (self.eos_ids, self.context_tokens, self.vocabulary)
-        return CodecOptions(self.tokenizer.name_or_path, *limits, self.special_in_content)
+        modes = (self.special_in_content, self.reasoning_parser, dict(self.sampling_defaults))
+        return CodecOptions(self.tokenizer.name_or_path, *limits, *modes)
 
     @property
     def findings(self) -> list[str]:
@@ -89,9 +105,24 @@ class Codec:
             return [self.encode(request, endpoint)]
         return [self._encode_prompt(prompt, request, endpoint) for prompt in request.prompts]
 
-    def grammar(self, request: GenerationRequest) -> Grammar | None:
-        """Return the grammar of a request's texts. Raises RequestRefused if this version can't hold it."""
-        return None if request.grammar is None else Grammar(grammar_text(request.grammar))
+    def grammar(self, request: GenerationRequest, form: AnswerFormat | None = None) -> Grammar | None:
+        """Return the grammar of a request's texts. Raises RequestRefused if this version can't hold it.
+
+        It binds the content: the text after the reasoning, if the prompt has opened one.
+        """
+        if request.grammar is None:
+            return None
+        after = () if form is None or self._reasoning is None else self._reasoning.end_ids(form)
+        return Grammar(grammar_text(request.grammar), after)
+
+    def answer_format(self, request: GenerationRequest, endpoint: str, prompt: Sequence[int]) -> AnswerFormat | None:
+        """Return how the text after a prompt splits; None: it is the content, as on /v1/completions.
+
+        Raises InvalidValue if the request wants no reasoning and the prompt opens it.
+        """
+        if self._reasoning is None or endpoint != CHAT_ENDPOINT:
+            return None
+        return AnswerFormat(reasoning=self._reasoning.format(prompt, request.reasoning))
 
     def sequence(
         self,
@@ -140,14 +171,22 @@ class Codec:
         return str(self.tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def stream(
-        self, stops: Sequence[str] = (), prompt: Sequence[int] = (), endpoint: str = COMPLETIONS_ENDPOINT
+        self,
+        stops: Sequence[str] = (),
+        prompt: Sequence[int] = (),
+        endpoint: str = COMPLETIONS_ENDPOINT,
+        form: AnswerFormat | None = None,
     ) -> TextStream:
         """Return a new text stream for one choice; it ends before the first stop string.
 
         A completion continues its prompt, so its first token keeps its leading space. A chat answer starts a new text.
         """
         standalone = endpoint == CHAT_ENDPOINT and self._chat.has_template
-        return TextStream(self, stops, None if standalone else prompt)
+        return TextStream(self, stops, None if standalone else prompt, form)
+
+    def shown_ids(self, form: AnswerFormat | None) -> frozenset[int]:
+        """Return the ids of special tokens that a text with this format shows: its markers."""
+        return frozenset() if form is None or self._reasoning is None else self._reasoning.special_ids
 
     def _check_vocabulary(self, ids: Iterable[int], param: str) -> None:
         beyond = [i for i in ids if i >= self.vocabulary]
@@ -178,7 +217,8 @@ class Codec:
             param, messages = "prompt", [{"role": "user", "content": request.prompt or ""}]
         else:
             param, messages = "messages", [m.model_dump() for m in request.messages]
-        return self._chat.encode(messages, partial(self._check_length, param=param))
+        arguments = template_arguments(request, self._chat.variables)
+        return self._chat.encode(messages, partial(self._check_length, param=param), arguments)
 
     def _check_length(self, text: str, param: str) -> None:
         """Refuse a text whose minimal number of tokens exceeds the context, without the slow tokenization."""
@@ -197,10 +237,17 @@ class Codec:
 class TextStream:
     """Incremental text of one choice: complete characters, with the source of each piece."""
 
-    def __init__(self, codec: Codec, stops: Sequence[str] = (), before: Sequence[int] | None = ()) -> None:
+    def __init__(
+        self,
+        codec: Codec,
+        stops: Sequence[str] = (),
+        before: Sequence[int] | None = (),
+        form: AnswerFormat | None = None,
+    ) -> None:
         """Continue the tokens `before`; None starts a new text."""
         self._token_bytes = token_bytes(codec.tokenizer)
-        self._detokenizer = Detokenizer(codec.tokenizer, before)
+        self._detokenizer = Detokenizer(codec.tokenizer, before, codec.shown_ids(form))
+        self._reasoning = ReasoningCounter(form)
         self._stops = StopStrings(stops)
         self._text: list[str] = []
         self._first = before is None  # the next token starts a text
@@ -210,6 +257,11 @@ class TextStream:
     def text(self) -> str:
         """Text returned so far."""
         return "".join(self._text)
+
+    @property
+    def reasoning_tokens(self) -> int | None:
+        """Tokens of the reasoning so far; None if the format has none."""
+        return self._reasoning.count
 
     @property
     def stopped(self) -> bool:
@@ -232,6 +284,7 @@ class TextStream:
                 break
             self.num_tokens += 1
             chunk = self._detokenizer.push(token)
+            self._reasoning.push(chunk)
             if chunk:
                 self._pass(pieces, self._stops.push(chunk, "draft" if drafted else "target"))
         return pieces
@@ -270,6 +323,14 @@ def read_request(body: Mapping[str, Any]) -> GenerationRequest:
         first = exc.errors(include_url=False, include_input=False)[0]
         location = ".".join(str(part) for part in first["loc"])
         raise UnreadableRequest(f"the stored request can't be read: {location}: {first['msg']}") from exc
+
+
+def read_answer_format(stored: Mapping[str, Any] | None) -> AnswerFormat | None:
+    """Return a stored answer format. Raises UnreadableRequest, which fails the request and not the worker."""
+    try:
+        return None if stored is None else AnswerFormat.model_validate(stored)
+    except ValidationError as exc:
+        raise UnreadableRequest("the stored answer format can't be read: a newer worker has written it") from exc
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerFast:

@@ -22,8 +22,14 @@ _CONTEXT_TOKENS = 8  # max number of prompt tokens before the text
 class Detokenizer:
     """Incremental decoder of one text."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, before: Sequence[int] | None = None) -> None:
-        """Continue the tokens `before`; None starts a new text."""
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        before: Sequence[int] | None = None,
+        shown: frozenset[int] = frozenset(),
+    ) -> None:
+        """Continue the tokens `before`; None starts a new text. `shown` special tokens are text, others are not."""
+        self._shown = shown
         self._backend = tokenizer.backend_tokenizer
         self._token_bytes = token_bytes(tokenizer)
         self._context: list[int] = [] if before is None else self._context_of(before)
@@ -32,7 +38,7 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """Add a token; return the text that is now complete."""
-        if self._token_bytes.is_special(token):
+        if self._token_bytes.is_special(token) and token not in self._shown:
             return ""
         self._pending.append(token)
         whole, overflow = self._decode([*self._context, *self._pending]), len(self._pending) > _MAX_PENDING
@@ -75,7 +81,8 @@ class Detokenizer:
         )
 
     def _token_to_bytes(self, token: int, *, first: bool) -> bytes:
-        return bytes(self._token_bytes.text_and_bytes(token, first=first)[1] or ())
+        text, raw = self._token_bytes.text_and_bytes(token, first=first)
+        return text.encode() if token in self._shown else bytes(raw or ())
 
     def _context_of(self, before: Sequence[int]) -> list[int]:
         """Return the last tokens of a text if they decode on their own, else the neutral prefix."""
@@ -84,4 +91,4 @@ class Detokenizer:
         return tail if text and _REPLACEMENT not in text else list(self._token_bytes.neutral_prefix)
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return str(self._backend.decode(list(ids), skip_special_tokens=True)) if ids else ""
+        return str(self._backend.decode(list(ids), skip_special_tokens=not self._shown)) if ids else ""

@@ -44,6 +44,11 @@ class OutputStream:
         return self._stream.text
 
     @property
+    def reasoning_tokens(self) -> int | None:
+        """Tokens of the reasoning so far; None if the format has none."""
+        return self._stream.reasoning_tokens
+
+    @property
     def finished(self) -> bool:
         """True when nothing more belongs to the output."""
         return self.finish_reason is not None

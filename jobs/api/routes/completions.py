@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -34,6 +34,7 @@ from jobs.errors import AnswerTooLate, BasicError, InvalidValue, RequestFailed
 from jobs.json_lines import json_line
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, Endpoint, PartialEvent
 from jobs.openai import responses
+from jobs.openai.answers import AnswerParser
 from jobs.openai.errors import error_body
 from jobs.openai.responses import ResponseHeader
 from jobs.streaming.sse import decode_events
@@ -200,21 +201,33 @@ async def _lines(
 async def _chunks(
     header: ResponseHeader, first: PartialEvent | None, events: AsyncGenerator[PartialEvent]
 ) -> AsyncIterator[dict[str, Any]]:
-    sent: dict[int, int] = {}  # choice -> characters sent
+    sent: dict[int, int] = {}  # choice -> characters read
+    parsers: dict[int, AnswerParser] = {}
     event = first
     while event is not None:
         choice = event.choice
         if choice not in sent:
             sent[choice] = 0
+            parsers[choice] = AnswerParser(event.answer_format)
             if header.chat:
                 yield responses.chunk(header, choice, role="assistant", content="")
         text = event.text[sent[choice] :] if event.snapshot else event.text
-        if text:
-            sent[choice] += len(text)
-            yield responses.chunk(header, choice, **{"content" if header.chat else "text": text})
+        sent[choice] += len(text)
+        for fields in _new_fields(header, parsers[choice], text, ended=event.type == "finished"):
+            yield responses.chunk(header, choice, **fields)
         if event.type == "finished":
             yield responses.chunk(header, choice, event.finish_reason)
         event = await _next_text(events)
+
+
+def _new_fields(header: ResponseHeader, parser: AnswerParser, text: str, *, ended: bool) -> Iterator[dict[str, str]]:
+    """Yield the fields of the chunks for new text of a choice, and for its end."""
+    if not header.chat:
+        yield from [{"text": text}] if text else []
+        return
+    yield from responses.delta_parts(parser.push(text))
+    if ended:
+        yield from responses.delta_parts(parser.finish())
 
 
 def _line(value: dict[str, Any]) -> str:

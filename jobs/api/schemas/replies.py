@@ -162,10 +162,19 @@ class OutputChoice(_Reply):
     """One of the texts generated for a request."""
 
     index: int
-    text: str
+    text: str  # as the model wrote it
+    content: str | None = None  # without the reasoning, if the model marks its reasoning
+    reasoning_content: str | None = None
+    reasoning: str | None = None  # same as reasoning_content
     finish_reason: str
     completion_tokens: int
     logprobs: Json | None = None  # if requested
+
+
+class CompletionDetails(_Reply):
+    """Completion tokens by their part of the answer."""
+
+    reasoning_tokens: int  # markers included
 
 
 class OutputUsage(_Reply):
@@ -174,6 +183,7 @@ class OutputUsage(_Reply):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    completion_tokens_details: CompletionDetails | None = None  # if the model marks its reasoning
 
 
 class OutputLine(_Reply):
@@ -184,6 +194,7 @@ class OutputLine(_Reply):
     status: Literal["completed", "failed", "expired", "cancelled"]
     choices: list[OutputChoice] | None = None
     usage: OutputUsage | None = None
+    sampling_defaults: Json | None = None  # sampling parameters that the model's generation config gave
     error: ErrorInfo | None = None
     cursor: str | None = None  # with `follow`: resume after this line
 
@@ -289,7 +300,9 @@ class AnswerMessage(_Reply):
     """The message that the model wrote."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None  # null: the model wrote nothing but reasoning
+    reasoning_content: str | None = None  # if the model marks its reasoning
+    reasoning: str | None = None  # same as reasoning_content
     refusal: str | None
 
 
@@ -340,6 +353,8 @@ class ChatDelta(_Reply):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None  # same as reasoning_content
 
 
 class ChatChunkChoice(_Reply):

@@ -9,7 +9,7 @@ from typing import Any
 from jobs.messages import JobStatus
 from jobs.openai.errors import error_body
 from jobs.openai.logprobs import logprobs_object
-from jobs.openai.responses import usage
+from jobs.openai.responses import answer_format, answer_parts, usage
 from jobs.reports.progress import elapsed_s, time_left_s
 from storage.files import FileView
 from storage.queries import ChoiceView, JobStats, JobView, OutputView, WorkerView
@@ -125,17 +125,20 @@ def output(view: OutputView, endpoint: str) -> Json:
         line |= error_body(status_code, view.error_message, view.error_param, view.error_code)
         if not view.choices:
             return line
+    form = answer_format(view)
     choices = [
         {
             "index": choice.choice_index,
             "text": choice.text,
+            **(answer_parts(form, choice.text) if form is not None else {}),
             "finish_reason": choice.finish_reason,
             "completion_tokens": choice.completion_tokens,
             **_logprobs(choice, endpoint),
         }
         for choice in view.choices
     ]
-    return line | {"choices": choices, "usage": usage(view)}
+    defaults = {} if view.sampling_defaults is None else {"sampling_defaults": dict(view.sampling_defaults)}
+    return line | {"choices": choices, "usage": usage(view), **defaults}
 
 
 def _logprobs(choice: ChoiceView, endpoint: str) -> Json:

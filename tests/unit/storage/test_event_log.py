@@ -12,7 +12,7 @@ from sqlalchemy import update
 from storage import event_log
 from storage.event_log import Cursor, Page, Position
 from storage.models import JobRow, Request
-from storage.records import Claim, NewRequest, RequestFailure, RequestProgress
+from storage.records import Claim, NewRequest, RequestFailure, RequestPlan, RequestProgress
 from storage.session import Database
 from tests.databases import on_shared_sqlite
 from tests.factories import a_request
@@ -89,6 +89,31 @@ def test_events_carry_text_pieces_and_counts_as_far_as_committed(database: Datab
     assert written.pieces == (("y", "target"), ("x", "draft"), ("y", "target"))
     assert (written.tokens, written.accepted) == (3, 1)
     assert (end.kind, end.seq, end.finish_reason) == ("finished", 2, "stop")
+
+
+def test_only_events_with_a_text_from_its_start_carry_its_format(database: Database) -> None:
+    record(database)
+    form = {"reasoning": {"start": "<think>", "end": "</think>"}}
+    claimed = claim(database, "w1")[0]
+
+    def told(since: Cursor) -> tuple[list[object], Cursor]:
+        read = page(database, since)
+        return [event.answer_format for event in read.events if event.kind == "tokens"], read.cursor
+
+    before = page(database, Cursor()).cursor
+    flush(database, "w1", RequestProgress(claimed.lease, (tokens_of(1, 1),), plan=RequestPlan(form)))
+    _, first = told(before)
+    assert told(before)[0] == [form]
+    flush(database, "w1", RequestProgress(claimed.lease, (tokens_of(2, 1),)))
+    assert told(first)[0] == [None]
+    assert told(Cursor())[0] == [form], "a snapshot"
+    _, second = told(first)
+    ended = RequestProgress(
+        claimed.lease, (tokens_of(3, 1),), (end_of(*map(tokens_of, (1, 2, 3), (1, 1, 1))),), ends=True
+    )
+    flush(database, "w1", ended)
+    assert told(second)[0] == [None]
+    assert told(Cursor())[0] == told(before)[0] == [form]
 
 
 def test_events_carry_the_error_of_requests_without_a_result(database: Database) -> None:

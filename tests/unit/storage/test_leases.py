@@ -8,7 +8,7 @@ from sqlalchemy import select, update
 
 from storage import leases
 from storage.models import Partial
-from storage.records import Claim, Lease, RequestFailure, RequestProgress
+from storage.records import Claim, Lease, RequestFailure, RequestPlan, RequestProgress
 from storage.session import Database
 from tests.factories import some_steps
 from tests.unit.storage.acts import (
@@ -88,6 +88,19 @@ def test_a_new_owner_gets_checkpoints_and_finished_choices(database: Database) -
 
     assert new.checkpoints == (first, second)
     assert new.finished_choices == (1,)
+
+
+def test_a_new_owner_gets_the_plan_of_the_one_that_began(database: Database) -> None:
+    record(database)
+    plan = RequestPlan({"reasoning": {"start": "<think>", "end": "</think>"}}, {"top_k": 20})
+    old = claim_one(database, "w1")
+    assert (old.plan, old.begun) == (RequestPlan(), False)
+    flush(database, "w1", RequestProgress(old.lease, (tokens_of(1, 1),), plan=plan))
+    flush(database, "w1", RequestProgress(old.lease, (tokens_of(2, 1),)), lease_s=-1)
+
+    new = claim_one(database, "w2")
+
+    assert (new.plan, new.begun) == (plan, True)
 
 
 def test_an_older_worker_continues_what_a_newer_one_has_begun(database: Database) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from jobs.openai.logprobs import Stored
 from storage.dialect import storable
-from storage.records import Checkpoint, Claim, FinishedChoice, RequestFailure, RequestProgress, TreeRow
+from storage.records import Checkpoint, Claim, FinishedChoice, RequestFailure, RequestPlan, RequestProgress, TreeRow
 from storage.session import unavailable_reason
 from storage.steps.columns import StepColumns
 from worker.engine.sequence import Sequence
@@ -97,6 +97,7 @@ class ActiveChoice:
             finished_at=now,
             last_seq=self.next_seq,
             first_of_prompt=self.first_of_prompt,
+            reasoning_tokens=self.output_stream.reasoning_tokens,
         )
         self.next_seq += 1
         return finished
@@ -109,6 +110,7 @@ class ActiveRequest:
     claim: Claim
     choices: dict[int, ActiveChoice] = field(default_factory=dict)
     failure: RequestFailure | None = None
+    unwritten_plan: RequestPlan | None = None
     reading: bool = False  # no choices yet: the prompt is being tokenized
     numbers: frozenset[int] = frozenset()  # of the sequences of all its choices, finished ones included
     claimed_at: float = field(default_factory=time.time)
@@ -157,8 +159,10 @@ class ActiveRequest:
         finished = [c for c in self.choices.values() if c.output_stream.finished]
         for choice in finished:
             del self.choices[choice.index]
+        plan, self.unwritten_plan = self.unwritten_plan, None
         progress = RequestProgress(
             lease=self.claim.lease,
+            plan=plan,
             checkpoints=tuple(c for c in checkpoints if c is not None),
             finished=tuple(choice.output(now) for choice in finished),
             ends=ends,

@@ -14,7 +14,7 @@ from jobs.errors import DatabaseUnavailable, RequestRefused
 from jobs.logs import log_context
 from jobs.messages import MESSAGE_VERSION
 from storage import leases
-from storage.records import Checkpoint, RequestFailure, RequestKey
+from storage.records import Checkpoint, RequestFailure, RequestKey, RequestPlan
 from storage.session import DATABASE_UNAVAILABLE, Database, unavailable_reason
 from worker.engine.sequence import Sequence
 from worker.engine.stats import StepResult
@@ -255,6 +255,11 @@ class RequestLoop:
         earlier: defaultdict[int, list[Checkpoint]] = defaultdict(list)
         for checkpoint in claim.checkpoints:
             earlier[checkpoint.choice_index].append(checkpoint)
+        form = reading.answer_format
+        if not claim.begun:
+            stored = None if form is None else form.model_dump(mode="json")
+            plan = RequestPlan(stored, reading.sampling_defaults)
+            request.unwritten_plan = None if plan == claim.plan else plan
         sequences: list[Sequence] = []
         n = body.sampling.n
         for index in sorted(set(range(len(prompts) * n)) - set(claim.finished_choices)):
@@ -265,7 +270,7 @@ class RequestLoop:
                 number=sequence.number,
                 num_prompt=len(prompt),
                 output_stream=OutputStream(
-                    sequence.key, self._codec.stream(body.sampling.stop, prompt, claim.endpoint)
+                    sequence.key, self._codec.stream(body.sampling.stop, prompt, claim.endpoint, form)
                 ),
                 started_at=claim.started_at or time.time(),
                 first_of_prompt=index % n == 0,

@@ -18,10 +18,11 @@ from itertools import count
 from typing import Any
 
 from jobs.errors import InvalidValue
-from jobs.messages import GenerationRequest
+from jobs.messages import AnswerFormat, GenerationRequest
 from storage.records import Claim
 from worker.engine.grammar.grammar import Grammar
-from worker.text.codec import Codec, read_request
+from worker.text.codec import Codec, read_answer_format, read_request
+from worker.text.generation_config import with_defaults
 
 _SHORT_CHARS = 20_000
 _CHARS_PER_POSITION = 20_000  # each such part of a long request lets one more later request go first
@@ -31,11 +32,13 @@ _MAX_READ_S = 120.0  # limit for one request; what takes longer is taken for an 
 
 @dataclass(frozen=True, slots=True)
 class ParsedRequest:
-    """A validated request, the token ids of its prompts, and the grammar of its texts."""
+    """A validated request, with the sampling parameters of the model, and the token ids of its prompts."""
 
     request: GenerationRequest
     prompts: list[list[int]]
-    grammar: Grammar | None = None
+    answer_format: AnswerFormat | None  # how its texts split; None: they are the content
+    sampling_defaults: dict[str, Any] | None  # sampling parameters of the model that it does not set
+    grammar: Grammar | None = None  # of its texts
 
 
 ReadResult = tuple[Claim, ParsedRequest | BaseException]  # the claim and its result or error
@@ -90,12 +93,21 @@ class RequestReader:
 
     def _read(self, claim: Claim) -> None:
         try:
-            request = read_request(claim.body)
-            prompts, grammar = self._codec.encode_all(request, claim.endpoint), self._codec.grammar(request)
-            result: ParsedRequest | BaseException = ParsedRequest(request, prompts, grammar)
+            result: ParsedRequest | BaseException = self._parse(claim)
         except BaseException as error:  # also panics of Rust; any error is the failure of this request
             result = error
         self._results.put((claim, result))
+
+    def _parse(self, claim: Claim) -> ParsedRequest:
+        """Return a request as earlier owners began it, or as this worker's model has it."""
+        defaults = (claim.plan.sampling_defaults or {}) if claim.begun else self._codec.sampling_defaults
+        request, used = with_defaults(read_request(claim.body), defaults)
+        prompts = self._codec.encode_all(request, claim.endpoint)
+        if claim.begun:
+            form = read_answer_format(claim.plan.answer_format)
+        else:
+            form = self._codec.answer_format(request, claim.endpoint, prompts[0])
+        return ParsedRequest(request, prompts, form, used, self._codec.grammar(request, form))
 
 
 @dataclass(slots=True)
@@ -159,7 +171,7 @@ def _chars(body: Any) -> int:
         return (
             len(body.get("prompt") or "")
             + sum(map(len, prompts))
-            + sum(len(message["content"]) for message in messages)
+            + sum(len(message["content"]) + len(message.get("reasoning_content", "")) for message in messages)
         )
     except Exception:  # an invalid request: reading it reports the error
         return 0

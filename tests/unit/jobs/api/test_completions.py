@@ -14,11 +14,12 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from jobs.api.app import make_api
-from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT
+from jobs.client.results import Output
+from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, AnswerFormat, ReasoningFormat
 from jobs.openai.logprobs import ScoredToken, TokenAlternatives
 from jobs.settings import JobsSettings
 from storage import leases, queries, writes
-from storage.records import RequestFailure, RequestProgress
+from storage.records import RequestFailure, RequestPlan, RequestProgress
 from storage.session import Database
 from tests.factories import a_key, a_worker_card
 from tests.unit.jobs.api.test_routes import answer_all
@@ -77,6 +78,52 @@ def test_a_stream_starts_with_the_role_and_ends_with_finish_reason_and_usage(ser
     assert [chunk.choices[0].finish_reason for chunk in said] == [None] * (len(said) - 1) + ["stop"]
     assert (usage.choices, usage.usage is not None) == ([], True)
     assert len({chunk.id for chunk in told}) == 1
+
+
+def reasoning(database: Database, text: str = "I add.\n</think>\n\n4", *, included: bool = True) -> None:
+    form = AnswerFormat(reasoning=ReasoningFormat(start="<think>", end="</think>", opened=True, included=included))
+    plan = RequestPlan(form.model_dump(mode="json"), {"temperature": 0.6})
+    answer_all(database, text, plan=plan, reasoning_tokens=1)
+
+
+def test_a_chat_is_split_into_reasoning_and_content_whole_and_streamed(serve: Serve) -> None:
+    api = serve(reasoning)
+    whole = ChatCompletion.model_validate(api.post(CHAT_ENDPOINT, json=CHAT).json())
+    message = whole.choices[0].message.to_dict()
+    assert message == {
+        "role": "assistant",
+        "content": "4",
+        "reasoning_content": "I add.",
+        "reasoning": "I add.",
+        "refusal": None,
+    }
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens_details is not None
+    assert whole.usage.completion_tokens_details.reasoning_tokens == 1
+    streamed = chunks(api.post(CHAT_ENDPOINT, json=CHAT | {"stream": True}))
+    deltas = [chunk["choices"][0]["delta"] for chunk in streamed]
+    for name in ("content", "reasoning_content", "reasoning"):
+        assert "".join(delta.get(name) or "" for delta in deltas) == message[name]
+    job = api.post("/v1/jobs", json={"prompts": ["2+2?"], "model": "tiny"}).json()
+    (line,) = map(json.loads, api.get(f"/v1/jobs/{job['id']}/outputs").text.splitlines())
+    assert line["sampling_defaults"] == {"temperature": 0.6}
+    choice = Output.model_validate(line).choices[0]
+    assert (choice.text, choice.content, choice.reasoning_content) == ("I add.\n</think>\n\n4", "4", "I add.")
+    assert choice.answer == "4"
+
+
+def test_an_answer_with_nothing_but_reasoning_has_a_null_content(serve: Serve) -> None:
+    reply = serve(lambda database: reasoning(database, "I add.")).post(CHAT_ENDPOINT, json=CHAT).json()
+    message = reply["choices"][0]["message"]
+    assert (message["content"], message["reasoning_content"]) == (None, "I add.")
+
+
+def test_a_reasoning_that_is_not_to_be_included_is_left_out(serve: Serve) -> None:
+    api = serve(lambda database: reasoning(database, included=False))
+    message = api.post(CHAT_ENDPOINT, json=CHAT).json()["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": "4", "refusal": None}
+    streamed = chunks(api.post(CHAT_ENDPOINT, json=CHAT | {"stream": True}))
+    assert all(not chunk["choices"][0]["delta"].keys() & {"reasoning", "reasoning_content"} for chunk in streamed)
 
 
 def with_logprobs(database: Database) -> None:

@@ -16,7 +16,7 @@ from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT
 from jobs.settings import JobsSettings
 from storage import leases, queries, speedup_checks, writes
 from storage.models import Request
-from storage.records import RequestProgress, SpeedupCheckResult
+from storage.records import RequestPlan, RequestProgress, SpeedupCheckResult
 from storage.session import Database
 from tests.factories import a_checkpoint, a_finished_choice, a_key, a_worker_card
 
@@ -55,7 +55,12 @@ def submitted(api: TestClient, *requests: Any, **fields: Any) -> dict[str, Any]:
 
 
 def answer_all(
-    database: Database, text: str = "Paris.", limit: int = 10, logprobs: tuple[Any, ...] | None = None
+    database: Database,
+    text: str = "Paris.",
+    limit: int = 10,
+    logprobs: tuple[Any, ...] | None = None,
+    plan: RequestPlan | None = None,
+    **choice: Any,
 ) -> None:
     """Play the worker, with the same text for every request."""
     with database.write() as session:
@@ -67,8 +72,9 @@ def answer_all(
             RequestProgress(
                 claim.lease,
                 checkpoints=(a_checkpoint(text=text, seq=1, logprobs=logprobs),),
-                finished=(a_finished_choice(text=text, last_seq=2),),
+                finished=(a_finished_choice(text=text, last_seq=2, **choice),),
                 ends=True,
+                plan=plan,
             )
             for claim in claims
         ]

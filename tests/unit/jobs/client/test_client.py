@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from jobs import AsyncClient, Client
+from jobs.client.results import Output
 from jobs.errors import (
     BodyTooLarge,
     IdempotencyConflict,
@@ -251,6 +252,16 @@ def test_results_have_one_row_per_choice_and_one_per_failed_request() -> None:
         ("a", 1, "t1", None),
         ("b", 0, None, "No."),
     ]
+
+
+@pytest.mark.parametrize(
+    ("sent", "answer"),
+    [({}, "raw"), ({"content": "4", "reasoning_content": "I add."}, "4"), ({"content": None}, "")],
+)
+def test_an_answer_is_the_content_where_the_service_sends_it(sent: dict[str, Any], answer: str) -> None:
+    choice = {"index": 0, "text": "raw", "finish_reason": "stop", "completion_tokens": 3} | sent
+    output = Output.model_validate({"custom_id": "a", "index": 0, "status": "completed", "choices": [choice]})
+    assert (output.answer, output.choices[0].answer, output.text) == (answer, answer, "raw")
 
 
 def test_results_are_a_data_frame_too() -> None:

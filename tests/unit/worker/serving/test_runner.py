@@ -16,7 +16,7 @@ from torch import Tensor
 
 from jobs.messages import CHAT_ENDPOINT, GenerationRequest, PartialEvent, SamplingParameters
 from jobs.openai.logprobs import TokenAlternatives
-from storage import leases, writes
+from storage import leases, queries, writes
 from storage.lease_recovery import reclaim
 from storage.models import ChoiceOutput, DecodeStep, JobRow, Partial, Request
 from storage.records import NewJob, NewRequest
@@ -65,13 +65,14 @@ class Worker:
         interval_s: float = 0.0,
         max_sequences: int = OPTIONS.max_sequences,
         kv_tokens: int | None = None,
+        codec: Codec | None = None,
     ) -> None:
         options = replace(OPTIONS, max_sequences=max_sequences, kv_tokens=kv_tokens)
         self.events: list[PartialEvent] = []
         self.database = database
         self.model = TableModel(law)
         sink = Sink(database, self.events.extend, name, lease_s=30.0)
-        codec = Codec(byte_tokenizer(), frozenset({EOS}), OPTIONS.max_context, VOCAB)
+        codec = codec or Codec(byte_tokenizer(), frozenset({EOS}), OPTIONS.max_context, VOCAB)
         near, far = MemoryChannel.pair()
         self.engine = EngineLoop(
             lambda: Engine(self.model, SuffixDrafter(), options, FLAT_COSTS),
@@ -428,6 +429,56 @@ def test_a_cancelled_job_stops_at_the_next_flush(database: Database) -> None:
     with database.read() as session:
         assert session.scalars(select(JobRow)).one().status == "cancelled"
         assert {r.status for r in session.scalars(select(Request))} == {"cancelled"}
+
+
+REASONED = "I add.\n</think>\n\n4, and all is said."
+
+
+def reasons(prefix: tuple[int, ...]) -> Tensor:
+    """Logits that write a reasoning and an answer after the prompt's start marker."""
+    logits = torch.zeros(VOCAB)
+    written = len(prefix) - bytes(token % 256 for token in prefix).index(b"<think>\n") - len(b"<think>\n")
+    logits[REASONED.encode()[written % len(REASONED)]] = 30.0
+    return logits
+
+
+def reasoning_codec(**options: Any) -> Codec:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}<bos><think>\n{# </think> #}"
+    return Codec(tokenizer, frozenset({EOS}), OPTIONS.max_context, VOCAB, **options)
+
+
+@pytest.mark.parametrize("turns", [1, 5])
+def test_a_request_keeps_its_plan_when_its_worker_dies_and_another_model_continues(
+    database: Database, turns: int
+) -> None:
+    body = GenerationRequest(model=MODEL, prompt="2+2?", sampling=SamplingParameters(seed=1)).stored()
+    with database.write() as session:
+        writes.insert_job(session, NewJob("batch_1", MODEL, CHAT_ENDPOINT, 3600.0), [NewRequest("a", body)])
+    recommended = {"top_k": 1, "max_tokens": len(REASONED)}
+    dying = Worker(database, "b", reasons, codec=reasoning_codec(sampling_defaults=recommended))
+    for _ in range(turns):
+        dying.runner.run_once(notified=True)
+    with database.read() as session:
+        begun = bool(session.scalar(select(func.count()).select_from(Partial)))
+        row = session.scalars(select(Request)).one()
+    if begun:
+        assert row.sampling_defaults == recommended, "it is written no later than the first tokens"
+    lapse_leases(database)
+    Worker(
+        database,
+        "c",
+        reasons,
+        codec=reasoning_codec(sampling_defaults=recommended if not begun else {"top_k": 3}, reasoning_parser="auto"),
+        interval_s=AT_END,
+    ).run()
+    with database.read() as session:
+        row, output = session.scalars(select(Request)).one(), session.scalars(select(ChoiceOutput)).one()
+        (view,) = queries.outputs(session, "batch_1")
+    assert (output.text, output.finish_reason) == (REASONED, "length")
+    assert output.reasoning_tokens == view.reasoning_tokens == REASONED.index("</think>") + len("</think>")
+    assert row.sampling_defaults == view.sampling_defaults == recommended
+    assert row.answer_format["reasoning"]["opened"] is True
 
 
 def test_a_failed_step_is_retried_without_visible_effect(database: Database) -> None:

@@ -1,0 +1,151 @@
+"""Split the raw text of a choice into the parts of an answer: its reasoning and its content.
+
+One incremental parser for whole answers and streams: the parts are the same however the text is cut. Pure text, because
+the same text is read from rows, from events and by clients.
+
+Line breaks beside a marker belong to it, as chat templates write and strip them. All other text stays as it is. A text
+that only resembles a marker is text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Final
+
+from jobs.messages import AnswerFormat, ReasoningFormat
+
+_BREAKS: Final = "\r\n"
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerDelta:
+    """What a piece of text adds to the parts of an answer."""
+
+    reasoning: str = ""
+    content: str = ""
+
+    def __bool__(self) -> bool:
+        """Return whether it adds anything."""
+        return bool(self.reasoning or self.content)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The parts of a whole text."""
+
+    reasoning: str | None  # None: the text has none, or it is left out
+    content: str | None  # None: the text has nothing but reasoning
+
+
+class AnswerParser:
+    """Splits one text that arrives in pieces."""
+
+    def __init__(self, form: AnswerFormat | None) -> None:
+        """Start before the first character of the text. Without a format, all text is content."""
+        reasoning = None if form is None else form.reasoning
+        self._reasoning = ReasoningSplitter(reasoning) if reasoning is not None and reasoning.separate else None
+        self._included = reasoning is None or reasoning.included
+
+    def push(self, text: str) -> AnswerDelta:
+        """Add text; return what is now certain to belong to a part."""
+        return AnswerDelta(content=text) if self._reasoning is None else self._delta(*self._reasoning.push(text))
+
+    def finish(self) -> AnswerDelta:
+        """Return the rest: the text has ended."""
+        return AnswerDelta() if self._reasoning is None else self._delta(*self._reasoning.finish())
+
+    def _delta(self, reasoning: str, content: str) -> AnswerDelta:
+        return AnswerDelta(reasoning if self._included else "", content)
+
+
+def split_answer(form: AnswerFormat | None, text: str) -> Answer:
+    """Return the parts of a whole text."""
+    parser = AnswerParser(form)
+    deltas = (parser.push(text), parser.finish())
+    reasoning, content = ("".join(parts) for parts in zip(*((d.reasoning, d.content) for d in deltas), strict=True))
+    return Answer(reasoning or None, content or (None if form is not None and text else ""))
+
+
+class _NextPart(Enum):
+    """The part of the text that comes next."""
+
+    START = auto()  # a start marker may follow
+    REASONING_START = auto()  # line breaks after the start
+    REASONING = auto()
+    CONTENT_START = auto()  # line breaks after the end marker
+    CONTENT = auto()
+
+
+class ReasoningSplitter:
+    """Splits a text into reasoning and content at the markers of a format.
+
+    The reasoning starts at the start of the text: with the start marker, or without it if the prompt has opened it. It
+    ends with the first end marker; what follows is content, further markers included.
+    """
+
+    def __init__(self, form: ReasoningFormat) -> None:
+        self._form = form
+        self._state = _NextPart.START
+        self._held = ""  # text that may be a part of a marker
+        self.found = form.opened  # the text has reasoning, possibly empty
+
+    @property
+    def open(self) -> bool:
+        """True until the reasoning has ended, or cannot begin any more."""
+        return self._state in (_NextPart.START, _NextPart.REASONING_START, _NextPart.REASONING)
+
+    def push(self, text: str) -> tuple[str, str]:
+        """Add text; return the new (reasoning, content)."""
+        self._held += text
+        if self._state is _NextPart.START:
+            self._start()
+        reasoning = self._take_reasoning() if self._state in (_NextPart.REASONING_START, _NextPart.REASONING) else ""
+        return reasoning, self._take_content() if not self.open else ""
+
+    def finish(self) -> tuple[str, str]:
+        """Return what was held back, as (reasoning, content)."""
+        held, self._held = self._held, ""
+        if not self.found:
+            return "", held
+        return (held if self._state is _NextPart.REASONING else held.lstrip(_BREAKS)) if self.open else "", ""
+
+    def _start(self) -> None:
+        """Decide whether the text starts with the start marker, once enough of it is there."""
+        bare = self._held.lstrip(_BREAKS)
+        if bare.startswith(self._form.start):
+            self.found = True
+            self._held = bare.removeprefix(self._form.start)
+            self._state = _NextPart.REASONING_START
+        elif not self._form.start.startswith(bare):
+            self._state = _NextPart.REASONING_START if self._form.opened else _NextPart.CONTENT
+
+    def _take_reasoning(self) -> str:
+        if self._state is _NextPart.REASONING_START:
+            self._held = self._held.lstrip(_BREAKS)
+            if not self._held:
+                return ""
+            self._state = _NextPart.REASONING
+        text, marker, rest = self._held.partition(self._form.end)
+        if marker:
+            self._held = rest
+            self._state = _NextPart.CONTENT_START
+            return text.rstrip(_BREAKS)
+        kept = text[: len(text) - _partial_match_length(text, self._form.end)].rstrip(_BREAKS)
+        self._held = text[len(kept) :]
+        return kept
+
+    def _take_content(self) -> str:
+        if self._state is _NextPart.CONTENT_START:
+            self._held = self._held.lstrip(_BREAKS)
+            if not self._held:
+                return ""
+            self._state = _NextPart.CONTENT
+        text, self._held = self._held, ""
+        return text
+
+
+def _partial_match_length(text: str, marker: str) -> int:
+    """Return the length of the longest suffix of the text that is a proper prefix of the marker."""
+    longest = min(len(marker) - 1, len(text))
+    return next((n for n in range(longest, 0, -1) if text.endswith(marker[:n])), 0)

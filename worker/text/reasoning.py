@@ -1,0 +1,125 @@
+"""Reasoning of a model: its markers, found in its own chat template, and the tokens that a text spends on it.
+
+The marker pairs are those of published chat templates. A template that has the end marker of a pair marks its reasoning
+so. Whether the prompt has opened the reasoning is read from the end of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, Final
+
+from transformers import PreTrainedTokenizerFast
+
+from jobs.errors import InvalidValue
+from jobs.messages import AnswerFormat, GenerationRequest, ReasoningFormat, ReasoningOptions
+from jobs.openai.answers import ReasoningSplitter
+
+Markers = tuple[str, str]  # start, end
+
+# By the names of vLLM's reasoning parsers. Auto takes the first pair whose end marker the template has.
+MARKERS: Final[Mapping[str, Markers]] = MappingProxyType(
+    {
+        "deepseek_r1": ("<think>", "</think>"),  # and Qwen3, QwQ, GLM-4.5, DeepSeek V3.1, MiniMax M2, SmolLM3, …
+        "mistral": ("[THINK]", "[/THINK]"),
+        "seed_oss": ("<seed:think>", "</seed:think>"),
+        "kimi": ("◁think▷", "◁/think▷"),
+        "exaone": ("<thought>", "</thought>"),
+    }
+)
+_SAME: Final = ("qwen3", "deepseek_v3", "glm45", "qwq", "minimax_m2", "olmo3", "step3", "ernie45")
+AUTO: Final = "auto"
+OFF: Final = "off"
+_SWITCHES: Final = ("enable_thinking", "thinking")  # arguments of chat templates that switch the reasoning on or off
+_TAIL_TOKENS: Final = 32  # of a prompt; a start marker and line breaks have fewer
+
+
+def markers_of(template: str | None, named: str = AUTO) -> Markers | None:
+    """Return the reasoning markers of a model; None: its text is not split. `named` is BASIC_REASONING_PARSER."""
+    if named == OFF or template is None:
+        return None
+    if named != AUTO:
+        return MARKERS["deepseek_r1" if named in _SAME else named]
+    return next((pair for pair in MARKERS.values() if pair[1] in template), None)
+
+
+def template_arguments(request: GenerationRequest, variables: Collection[str]) -> dict[str, Any]:
+    """Return the arguments of a request for a chat template that reads these variables.
+
+    The reasoning is switched by the names that the template reads. `chat_template_kwargs` come as they are.
+    """
+    wanted = request.reasoning or ReasoningOptions()
+    switches = dict.fromkeys(_SWITCHES, wanted.enabled) if wanted.enabled is not None else {}
+    effort = {"reasoning_effort": wanted.effort} if wanted.effort is not None else {}
+    read = {name: value for name, value in {**switches, **effort}.items() if name in variables}
+    return read | (request.chat_template_kwargs or {})
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    """The markers of one tokenizer's model."""
+
+    tokenizer: PreTrainedTokenizerFast
+    markers: Markers
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of markers that are special tokens: the text must show them although it shows no others."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return frozenset(i for i, token in added if token.special and token.content in self.markers)
+
+    def format(self, prompt: Sequence[int], options: ReasoningOptions | None) -> ReasoningFormat:
+        """Return how the text after a prompt marks its reasoning. Raises InvalidValue if it can't be switched off."""
+        wanted = options or ReasoningOptions()
+        tail = str(self.tokenizer.backend_tokenizer.decode(list(prompt[-_TAIL_TOKENS:]), skip_special_tokens=False))
+        start, end = self.markers
+        opened = tail.rstrip().endswith(start)
+        if opened and wanted.enabled is False:
+            raise InvalidValue(
+                "the model's chat template can't switch its reasoning off; leave the field out, and set "
+                "include_reasoning to false for answers without it",
+                param="enable_thinking",
+            )
+        return ReasoningFormat(start=start, end=end, opened=opened, included=wanted.included, separate=wanted.separate)
+
+    def end_ids(self, form: AnswerFormat) -> tuple[int, ...]:
+        """Return the token ids after which the content begins: the end marker; none if the prompt opens no reasoning.
+
+        Raises InvalidValue if the marker is more than one token: a model may spell it with others than the tokenizer.
+        """
+        if form.reasoning is None or not form.reasoning.opened:
+            return ()
+        found = self.tokenizer.convert_tokens_to_ids(form.reasoning.end)
+        if found not in self.tokenizer.added_tokens_decoder:
+            raise InvalidValue(
+                f"the text can't be bound after the reasoning: the model has no token for {form.reasoning.end}; "
+                "switch the reasoning off with enable_thinking: false, or leave the grammar out",
+                param="response_format",
+            )
+        return (int(found),)
+
+
+class ReasoningCounter:
+    """Counts the tokens of a text that are reasoning: all up to the one that completes the end marker."""
+
+    def __init__(self, form: AnswerFormat | None) -> None:
+        """Count the tokens of a text with this format."""
+        reasoning = None if form is None else form.reasoning
+        self._splitter = None if reasoning is None else ReasoningSplitter(reasoning)
+        self._num_open = 0  # tokens until the reasoning ended, or turned out to be none
+
+    @property
+    def count(self) -> int | None:
+        """Tokens of the reasoning so far; None if the format has none."""
+        if self._splitter is None:
+            return None
+        return self._num_open if self._splitter.found else 0
+
+    def push(self, text: str) -> None:
+        """Add a token with its text, empty for one that shows none."""
+        if self._splitter is not None and self._splitter.open:
+            self._num_open += 1
+            self._splitter.push(text)
