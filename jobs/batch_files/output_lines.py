@@ -11,9 +11,9 @@ from typing import Any
 
 from jobs.json_lines import one_line
 from jobs.messages import CHAT_ENDPOINT
-from jobs.openai import responses
+from jobs.openai import completions
+from jobs.openai.completions import ResponseHeader
 from jobs.openai.errors import error_body
-from jobs.openai.responses import ResponseHeader
 from storage.batches import BatchClaim
 from storage.queries import OutputView
 
@@ -30,7 +30,7 @@ def result_line(batch: BatchClaim, view: OutputView) -> bytes:
 def _result(batch: BatchClaim, view: OutputView, name: str) -> Json:
     """Return `response` and `error` of a line: a request that never ran (expired, cancelled) has no response."""
     if view.status == "completed":
-        return {"response": _response(name, 200, responses.answer(_header(batch, view, name), view)), "error": None}
+        return {"response": _response(name, 200, completions.answer(_header(batch, view, name), view)), "error": None}
     message = view.error_message or "The request has no result."
     if view.status != "failed":
         return {"response": None, "error": {"code": view.error_code, "message": message}}

@@ -6,23 +6,18 @@ request is cancelled.
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
-from sqlalchemy.exc import SQLAlchemyError
-from starlette.requests import ClientDisconnect
 
 from jobs.api.auth.caller import Caller, CurrentCaller
 from jobs.api.auth.stream_limits import StreamSlot
+from jobs.api.calls import call_output, drain, follow_call, next_text, or_disconnect
 from jobs.api.dependencies import CurrentServices, Services, find_job
 from jobs.api.http.body import Body
 from jobs.api.http.paths import deployment
@@ -30,28 +25,18 @@ from jobs.api.schemas.openapi import CHAT_BODY, COMPLETION_BODY, ERRORS
 from jobs.api.schemas.replies import CHAT, TEXT
 from jobs.api.submissions import json_object, require_json
 from jobs.api.write_threads import run_write
-from jobs.errors import AnswerTooLate, BasicError, InvalidValue, RequestFailed
+from jobs.errors import BasicError, InvalidValue
 from jobs.json_lines import json_line
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, Endpoint, PartialEvent
-from jobs.openai import responses
+from jobs.openai import completions
 from jobs.openai.answers import AnswerParser
+from jobs.openai.completions import ResponseHeader
 from jobs.openai.errors import error_body
-from jobs.openai.responses import ResponseHeader
-from jobs.streaming.sse import decode_events
 from jobs.submission.intake import Submission, create_interactive_job, new_call_id
 from jobs.submission.request_parser import Item, body_fields
 from jobs.tracing import submit_span
-from storage import queries, writes
-from storage.event_log import Cursor
-from storage.queries import OutputView
-
-log = logging.getLogger(__name__)
-
-_cancels = ThreadPoolExecutor(4, "cancels")  # cancellations may wait for other writers
 
 router = APIRouter(tags=["completions"], responses=ERRORS)
-
-T = TypeVar("T")
 
 
 @router.post(CHAT_ENDPOINT, openapi_extra=CHAT_BODY, responses=CHAT, dependencies=[StreamSlot])
@@ -79,14 +64,14 @@ async def _answer(request: Request, services: Services, caller: Caller, endpoint
     require_json(request.headers)
     async with services.bodies.received(request, services.settings.max_json_bytes) as body:
         call = await run_write(_accept, services, body, request, caller, endpoint)
-    events = _events(services, call.header.id)
+    events = follow_call(services, call.header.id)
     if not call.stream:
-        await _or_disconnect(request, _drain(events))
+        await or_disconnect(request, drain(events))
         return await run_in_threadpool(_whole, services, call)
     # Wait for the first text before sending a status: the worker may still reject the request.
-    first = await _or_disconnect(request, _next_text(events))
+    first = await or_disconnect(request, next_text(events))
     if first is None:
-        await run_in_threadpool(_output, services, call)
+        await run_in_threadpool(call_output, services, call.header.id)
     lines = _lines(services, call, first, events)
     return StreamingResponse(lines, media_type="text/event-stream", headers={"cache-control": "no-store"})
 
@@ -125,63 +110,6 @@ def _stream_options(fields: dict[str, Any]) -> tuple[bool, bool]:
     return stream, bool(options.get("include_usage"))
 
 
-async def _events(services: Services, job_id: str) -> AsyncGenerator[PartialEvent]:
-    """Yield the events of a call until it ends. Cancel the call if the caller stops iterating or the time is up."""
-    loop = asyncio.get_running_loop()
-    limit_s = services.settings.interactive_timeout_s
-    ends_at = loop.time() + limit_s
-    ended = False
-    try:
-        async with aclosing(services.hub.follow(job_id, Cursor())) as batches:
-            while not ended:
-                try:
-                    async with asyncio.timeout_at(ends_at):
-                        batch = await anext(batches)
-                except TimeoutError as exc:
-                    raise AnswerTooLate(f"The answer was not complete within {limit_s:g} s.") from exc
-                for event in decode_events(batch):
-                    ended = event.status is not None and event.status.final
-                    yield event
-    finally:
-        if not ended:
-            # Not awaited: this task may be being cancelled itself.
-            loop.run_in_executor(_cancels, _cancel, services, job_id)
-
-
-async def _drain(events: AsyncGenerator[PartialEvent]) -> None:
-    async with aclosing(events):
-        async for _ in events:
-            pass
-
-
-async def _next_text(events: AsyncGenerator[PartialEvent]) -> PartialEvent | None:
-    """Return the next event with text or a finish reason; None at the end."""
-    async for event in events:
-        if event.type in ("tokens", "finished"):
-            return event
-    return None
-
-
-async def _or_disconnect(request: Request, work: Awaitable[T]) -> T:
-    """Return the result of `work`; raise ClientDisconnect as soon as the client disconnects."""
-    working = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
-        for task in (working, gone):
-            task.cancel()
-        await asyncio.gather(working, gone, return_exceptions=True)
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 async def _lines(
     services: Services, call: _Call, first: PartialEvent | None, events: AsyncGenerator[PartialEvent]
 ) -> AsyncIterator[str]:
@@ -210,14 +138,14 @@ async def _chunks(
             sent[choice] = 0
             parsers[choice] = AnswerParser(event.answer_format)
             if header.chat:
-                yield responses.chunk(header, choice, role="assistant", content="")
+                yield completions.chunk(header, choice, role="assistant", content="")
         text = event.text[sent[choice] :] if event.snapshot else event.text
         sent[choice] += len(text)
         for fields in _new_fields(header, parsers[choice], text, ended=event.type == "finished"):
-            yield responses.chunk(header, choice, **fields)
+            yield completions.chunk(header, choice, **fields)
         if event.type == "finished":
-            yield responses.chunk(header, choice, event.finish_reason)
-        event = await _next_text(events)
+            yield completions.chunk(header, choice, event.finish_reason)
+        event = await next_text(events)
 
 
 def _new_fields(header: ResponseHeader, parser: AnswerParser, text: str, *, ended: bool) -> Iterator[dict[str, str]]:
@@ -225,9 +153,9 @@ def _new_fields(header: ResponseHeader, parser: AnswerParser, text: str, *, ende
     if not header.chat:
         yield from [{"text": text}] if text else []
         return
-    yield from responses.delta_parts(parser.push(text))
+    yield from completions.delta_parts(parser.push(text))
     if ended:
-        yield from responses.delta_parts(parser.finish())
+        yield from completions.delta_parts(parser.finish())
 
 
 def _line(value: dict[str, Any]) -> str:
@@ -235,39 +163,14 @@ def _line(value: dict[str, Any]) -> str:
 
 
 def _whole(services: Services, call: _Call) -> Response:
-    return JSONResponse(responses.answer(call.header, _output(services, call)))
+    return JSONResponse(completions.answer(call.header, call_output(services, call.header.id)))
 
 
 def _last_lines(services: Services, call: _Call, more: dict[str, Any]) -> list[str]:
     """Return the last chunks of a stream: log-probabilities, and the token usage if requested."""
-    output = _output(services, call)
-    lines = [_line(piece | more) for piece in responses.logprobs_chunks(call.header, output)]
-    return [*lines, _line(responses.usage_chunk(call.header, output))] if call.with_usage else lines
-
-
-def _output(services: Services, call: _Call) -> OutputView:
-    """Return the call's output; raise RequestFailed if it has none."""
-    with services.database.read() as session:
-        output = next(islice(queries.outputs(session, call.header.id), 1), None)
-    if output is None:
-        raise RequestFailed
-    if output.error_message is not None:
-        raise RequestFailed(
-            output.error_message,
-            code=output.error_code,
-            status_code=output.error_status_code,
-            param=output.error_param,
-        )
-    return output
-
-
-def _cancel(services: Services, job_id: str) -> None:
-    try:
-        with services.database.write() as session:
-            writes.request_cancel(session, job_id)
-    except SQLAlchemyError as exc:
-        about = {"action": "cancel_failed", "job_id": job_id}
-        log.warning("Can't cancel call %s: %s", job_id, exc, extra=about)
+    output = call_output(services, call.header.id)
+    lines = [_line(piece | more) for piece in completions.logprobs_chunks(call.header, output)]
+    return [*lines, _line(completions.usage_chunk(call.header, output))] if call.with_usage else lines
 
 
 __all__ = ["router"]

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 from jobs.messages import JobStatus
+from jobs.openai.completions import answer_format, answer_parts, usage
 from jobs.openai.errors import error_body
 from jobs.openai.logprobs import logprobs_object
-from jobs.openai.responses import answer_format, answer_parts, usage
 from jobs.reports.progress import elapsed_s, time_left_s
 from storage.files import FileView
 from storage.queries import ChoiceView, JobStats, JobView, OutputView, WorkerView

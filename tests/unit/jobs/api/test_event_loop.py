@@ -14,7 +14,7 @@ from jobs.api.app import make_api
 from jobs.api.http import multipart
 from jobs.api.http.body import SMALL_BYTES, Body
 from jobs.api.routes import job_outputs
-from jobs.openai import responses
+from jobs.openai import completions
 from jobs.openai.logprobs import logprobs_object
 from jobs.settings import JobsSettings
 from jobs.streaming.sse import encode_page
@@ -100,8 +100,8 @@ def test_a_single_answer_and_its_log_probabilities_are_written_in_a_thread(
     told = ([["Paris.", -0.5]],)
     api = TestClient(make_api(settings, database, lambda job_id, model: answer_all(database, logprobs=told)))
     found: list[bool] = []
-    monkeypatch.setattr("jobs.openai.responses.logprobs_object", on_loop(logprobs_object, found))
-    monkeypatch.setattr(responses, "usage", on_loop(responses.usage, found))
+    monkeypatch.setattr("jobs.openai.completions.logprobs_object", on_loop(logprobs_object, found))
+    monkeypatch.setattr(completions, "usage", on_loop(completions.usage, found))
     body = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "logprobs": True, "stream": stream}
     assert "Paris." in api.post("/v1/chat/completions", json=body).text
     assert found
