@@ -8,6 +8,7 @@ BasicError
 │   ├── UnsupportedParameter    a field of the OpenAI API that bASIC does not support
 │   ├── InvalidJsonLine         a line is not a JSON object
 │   ├── PromptTooLong           the prompt fills the context: no token can be generated
+│   ├── UnknownResponse         previous_response_id names no response of the caller
 │   └── UnreadableRequest       the stored request can't be decoded
 ├── JobRefused                  the whole job is rejected
 │   ├── UnknownModel            no worker serves this model
@@ -105,6 +106,13 @@ class PromptTooLong(RequestRefused):
     """The prompt fills the model's context: there is no space for a new token."""
 
     code = "context_length_exceeded"
+
+
+class UnknownResponse(RequestRefused):
+    """There is no such response."""
+
+    code = "previous_response_not_found"
+    status_code = 404
 
 
 class UnreadableRequest(RequestRefused):

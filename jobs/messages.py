@@ -18,7 +18,8 @@ from storage.statuses import RequestStatus as RequestStatus
 MESSAGE_VERSION: Final = 1
 CHAT_ENDPOINT: Final = "/v1/chat/completions"
 COMPLETIONS_ENDPOINT: Final = "/v1/completions"
-Endpoint = Literal["/v1/chat/completions", "/v1/completions"]
+RESPONSES_ENDPOINT: Final = "/v1/responses"
+Endpoint = Literal["/v1/chat/completions", "/v1/completions", "/v1/responses"]
 
 
 class Frozen(BaseModel):
@@ -119,6 +120,11 @@ def _without_nul(text: str) -> str:
     return text
 
 
+def _unset(default: Any) -> Any:
+    """Return a field that is left out of the JSON while it has its default: most requests do not have it."""
+    return Field(default, exclude_if=lambda value: value == default)
+
+
 Text = Annotated[str, Field(min_length=1)]
 TokenIds = Annotated[tuple[TokenId, ...], Field(min_length=1)]
 
@@ -145,6 +151,19 @@ class ReasoningOptions(Frozen):
     separate: bool = Field(True, exclude_if=lambda value: value)  # False: the content is the whole text
 
 
+class ResponseOptions(Frozen):
+    """Fields of a /v1/responses body that its Response object repeats, beside those that are in the stored request.
+
+    `echo` has fields with their names and values as given, such as `text`, `tools` and `user`.
+    """
+
+    instructions: bool = _unset(False)  # the first message is the instructions, which no later response inherits
+    previous_response_id: str | None = _unset(None)
+    background: bool = _unset(False)
+    store: bool = _unset(True)
+    echo: dict[str, Any] = _unset({})
+
+
 class GenerationRequest(Frozen):
     """A request as stored in `requests.body`: everything a worker needs to generate its text.
 
@@ -163,6 +182,7 @@ class GenerationRequest(Frozen):
     # Arguments of the chat template, and of the reasoning; omitted if unset, like all fields that old workers lack.
     chat_template_kwargs: dict[str, Any] | None = Field(None, exclude_if=lambda value: value is None)
     reasoning: ReasoningOptions | None = Field(None, exclude_if=lambda value: value is None)
+    response: ResponseOptions | None = _unset(None)  # on /v1/responses
 
     def stored(self) -> dict[str, Any]:
         """Return the JSON of `requests.body`, without the sampling parameters that the worker may fill in."""

@@ -115,6 +115,16 @@ class OutputView:
 
 
 @dataclass(frozen=True, slots=True)
+class RequestView:
+    """One request of a job, in any state."""
+
+    body: Mapping[str, Any] | None  # None: rejected at submission
+    status: str
+    finished_at: float | None
+    output: OutputView | None  # once it has ended
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerView:
     """A worker, running or stopped."""
 
@@ -266,6 +276,26 @@ def outputs(
     )
     for _, group in groupby(rows, key=lambda row: row.request_index):
         yield _output_view(list(group))
+
+
+def request(session: Session, job_id: str, index: int) -> RequestView | None:
+    """Return one request of a job; None if the job has none with this index."""
+    found = select(Request.body, Request.status, Request.finished_at)
+    row = session.execute(
+        found.where(Request.job_id == job_id, Request.request_index == index, _is_validated(job_id))
+    ).first()
+    if row is None:
+        return None
+    output = next(outputs(session, job_id, index - 1, among=(index,)), None)
+    status = row.status if output is None else output.status  # it may have ended between the two reads
+    return RequestView(row.body, status, row.finished_at, output)
+
+
+def request_bodies(session: Session, job_id: str, indexes: Collection[int]) -> dict[int, Mapping[str, Any] | None]:
+    """Return the bodies of these requests of a job, by index."""
+    which = (Request.job_id == job_id, Request.request_index.in_(indexes))
+    rows = session.execute(select(Request.request_index, Request.body).where(*which))
+    return {row.request_index: row.body for row in rows}
 
 
 def requests_to_retry(session: Session, job_id: str) -> Iterator[NewRequest]:

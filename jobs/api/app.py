@@ -15,7 +15,7 @@ from jobs.api.http.limits import BodyLimitMiddleware
 from jobs.api.http.multipart import FORM_BYTES
 from jobs.api.http.paths import PathMiddleware
 from jobs.api.request_ids import RequestIdMiddleware
-from jobs.api.routes import batches, completions, docs, files, jobs, metrics, service
+from jobs.api.routes import batches, completions, docs, files, jobs, metrics, responses, service
 from jobs.api.schemas import openapi
 from jobs.producer import Notify
 from jobs.queue.worker_notifier import WorkerNotifier
@@ -59,7 +59,16 @@ def make_api(
     app.add_middleware(HostCheckMiddleware, served_names=served_names)
     app.add_middleware(RequestIdMiddleware)
     app.add_middleware(metrics.LatencyMiddleware, metrics=app.state.metrics)
-    for resource in (jobs, files, batches, completions, service, metrics, docs):  # the most frequent are matched first
+    for resource in (
+        jobs,
+        files,
+        batches,
+        completions,
+        responses,
+        service,
+        metrics,
+        docs,
+    ):  # the most frequent are matched first
         app.router.routes.extend(resource.router.routes)  # include_router would build each route again for this app
     errors.install(app)
     openapi.install(app)

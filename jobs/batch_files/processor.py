@@ -13,16 +13,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Final, cast
+from typing import Any, Final, cast
 
 from jobs.batch_files.output_lines import result_line
-from jobs.messages import Endpoint, PartialEvent
+from jobs.messages import RESPONSES_ENDPOINT, Endpoint, PartialEvent
 from jobs.producer import Notify
 from jobs.settings import JobsSettings
 from jobs.streaming.events import job_events
 from jobs.submission.batch_file_validator import BatchLimits, LineReader, ValidationResult, validate_lines
 from jobs.submission.input_lines import Line, split_lines
 from jobs.submission.models import known_models
+from jobs.submission.previous_responses import StoredHistory
 from jobs.submission.request_parser import Rules, parse_item, refused_request
 from jobs.tracing import span
 from storage import batches, files, queries, writes
@@ -155,6 +156,7 @@ class _InputReading(_Task):
             max_prompt_chars=self.settings.max_prompt_chars,
             context_tokens=models.context_tokens(result.model),
             models=models,
+            history=StoredHistory(self.database, self.claim.api_key_id or None),
         )
         reader = LineReader(rules.endpoint, models, limits.line_bytes, result.model)
         tokens = self._write(rules, reader, result.ids.generated())
@@ -214,9 +216,9 @@ class _OutputWriting(_Task):
         """Write one line per request. The files become visible in the transaction that ends the batch."""
         output, error = _FileWriter(self, "output"), _FileWriter(self, "error")
         prompt_tokens = completion_tokens = 0
-        for view in self._outputs():
+        for view, body in self._outputs():
             if view.status == "completed":
-                output.write(result_line(self.claim, view))
+                output.write(result_line(self.claim, view, body))
                 prompt_tokens += view.prompt_tokens
                 completion_tokens += view.completion_tokens
             else:
@@ -235,15 +237,19 @@ class _OutputWriting(_Task):
         log.info("Batch %s is %s", self.claim.job_id, status, extra=_extra(self.claim, "filed"))
         self.processor.publish(job_events([(self.claim.job_id, status)]))
 
-    def _outputs(self) -> Iterator[OutputView]:
+    def _outputs(self) -> Iterator[tuple[OutputView, Mapping[str, Any] | None]]:
+        """Yield the ended requests, each with its body if the line repeats parts of it."""
         after = -1
         while True:
             self.renew_if_due()
             with self.database.read() as session:
                 page = list(islice(queries.outputs(session, self.claim.job_id, after), _OUTPUTS_PER_PAGE))
+                completed = [view.request_index for view in page if view.status == "completed"]
+                repeated = completed if self.claim.endpoint == RESPONSES_ENDPOINT else []
+                bodies = queries.request_bodies(session, self.claim.job_id, repeated) if repeated else {}
             if not page:
                 return
-            yield from page
+            yield from ((view, bodies.get(view.request_index)) for view in page)
             after = page[-1].request_index
 
 

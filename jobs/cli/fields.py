@@ -9,7 +9,7 @@ from typing import Annotated, Final, get_args
 import typer
 
 from jobs.cli.render import make_console, reference_table
-from jobs.messages import CHAT_ENDPOINT, Endpoint
+from jobs.messages import Endpoint
 from jobs.submission.fields import FIELDS, MESSAGE_FIELDS, Field, Treatment
 
 _MARKDOWN_HEAD: Final = """\
@@ -21,9 +21,10 @@ with the code `unsupported_parameter` and the reason below, unless its value ask
 column "asks for nothing". A field of a body that is not listed is refused as unknown, to find misspelt names; so is a
 filled key of a batch line other than `custom_id`, `id`, `method`, `url` and `body`.
 
-The prompt is `messages` on `/v1/chat/completions` and `prompt` on `/v1/completions`. A request of a job may also have
-`custom_id` (or `id`), `model` and `timeout_s`. `max_tokens` beyond what the prompt leaves of the context is reduced to
-that; the answer then ends with `finish_reason` `length`.
+The prompt is `messages` on `/v1/chat/completions`, `prompt` on `/v1/completions`, and `input`, `instructions` and
+`previous_response_id` on [`/v1/responses`](responses.md). A request of a job may also have `custom_id` (or `id`),
+`model` and `timeout_s`. `max_tokens` beyond what the prompt leaves of the context is reduced to that; the answer then
+ends with `finish_reason` `length`.
 
 This page is generated: `basic fields --markdown > docs/fields.md`.
 """
@@ -64,8 +65,8 @@ def _section(title: str, listed: Iterable[Field]) -> Iterator[str]:
 
 def _endpoints(field: Field) -> str:
     if len(field.endpoints) == len(get_args(Endpoint)):
-        return "both"
-    return "chat" if CHAT_ENDPOINT in field.endpoints else "completions"
+        return "all"
+    return ", ".join(endpoint.removeprefix("/v1/").removesuffix("/completions") for endpoint in field.endpoints)
 
 
 def _idle(field: Field) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.messages import CHAT_ENDPOINT
+from jobs.messages import COMPLETIONS_ENDPOINT
 
 Json = dict[str, Any]
 Stored = list[Any]  # one token, then its alternatives, each as [text, logprob] or [text, logprob, bytes]
@@ -77,7 +77,7 @@ def logprobs_object(endpoint: str, stored: Sequence[Stored] | None, text: str) -
     if stored is None:
         return None
     tokens = [TokenAlternatives.read(row) for row in stored]
-    return _chat_object(tokens) if endpoint == CHAT_ENDPOINT else _completion_object(tokens, text)
+    return _completion_object(tokens, text) if endpoint == COMPLETIONS_ENDPOINT else _chat_object(tokens)
 
 
 def _chat_object(tokens: Sequence[TokenAlternatives]) -> Json:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any, Final, NamedTuple, get_args
 from urllib.parse import urlsplit
 
-from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, Endpoint
+from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, RESPONSES_ENDPOINT, Endpoint
 
 _ENDPOINTS: Final[tuple[Endpoint, ...]] = get_args(Endpoint)
+_PROMPTS: Final[Mapping[str, Endpoint]] = {
+    "messages": CHAT_ENDPOINT,
+    "prompt": COMPLETIONS_ENDPOINT,
+    "input": RESPONSES_ENDPOINT,
+}
 AZURE_PREFIX: Final = "/openai/"
-_DEPLOYMENT: Final = re.compile(r"deployments/(?P<model>.+?)/(?P<rest>(?:chat/)?completions)")
+_DEPLOYMENT: Final = re.compile(r"deployments/(?P<model>.+?)/(?P<rest>(?:chat/)?completions|responses)")
 
 
 class PublicPath(NamedTuple):
@@ -50,6 +56,4 @@ def endpoint_of_line(line: Any) -> Endpoint | None:
         return None
     if line.get("url") is not None:
         return endpoint_of_url(line["url"])
-    if body.get("messages") is not None:
-        return CHAT_ENDPOINT
-    return COMPLETIONS_ENDPOINT if body.get("prompt") is not None else None
+    return next((endpoint for name, endpoint in _PROMPTS.items() if body.get(name) is not None), None)

@@ -11,10 +11,10 @@ from jobs.settings import JobsSettings
 from jobs.submission.intake import (
     check_compare_plain,
     check_idempotency_key,
-    check_metadata,
     check_queue_limit,
     new_job_id,
 )
+from jobs.submission.values import check_metadata
 from storage import files, writes
 from storage.records import NewJob
 from storage.session import Database

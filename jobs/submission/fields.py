@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final, get_args
 
-from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, Endpoint, SamplingParameters
+from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, RESPONSES_ENDPOINT, Endpoint, SamplingParameters
 
 
 class Treatment(StrEnum):
@@ -22,9 +22,11 @@ class Treatment(StrEnum):
     REFUSED = "refused"
 
 
-_BOTH: Final[tuple[Endpoint, ...]] = get_args(Endpoint)
-_CHAT: Final[tuple[Endpoint, ...]] = (CHAT_ENDPOINT,)
+_ALL: Final[tuple[Endpoint, ...]] = get_args(Endpoint)
+_CHAT: Final[tuple[Endpoint, ...]] = (CHAT_ENDPOINT, RESPONSES_ENDPOINT)  # a response is a chat in other words
 _TEXT: Final[tuple[Endpoint, ...]] = (COMPLETIONS_ENDPOINT,)
+_OLD: Final[tuple[Endpoint, ...]] = (CHAT_ENDPOINT, COMPLETIONS_ENDPOINT)
+_RESPONSES: Final[tuple[Endpoint, ...]] = (RESPONSES_ENDPOINT,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ class Field:
     meaning: str  # of a refused field: the reason, as the end of its error
     idle: tuple[Any, ...] = ()  # values that ask for nothing, besides null
     neutral: Any = None  # replaces the idle values of an honoured field; None: the field is left out
-    endpoints: tuple[Endpoint, ...] = _BOTH
+    endpoints: tuple[Endpoint, ...] = _ALL
 
     def is_idle(self, value: Any) -> bool:
         """Return whether the value asks for nothing."""
@@ -49,11 +51,11 @@ def _honoured(name: str, kind: str, meaning: str, idle: tuple[Any, ...] = (), **
     return Field(name, kind, Treatment.HONOURED, meaning, idle, **more)
 
 
-def _dropped(kind: str, meaning: str, *names: str, endpoints: tuple[Endpoint, ...] = _BOTH) -> Iterable[Field]:
+def _dropped(kind: str, meaning: str, *names: str, endpoints: tuple[Endpoint, ...] = _ALL) -> Iterable[Field]:
     return (Field(name, kind, Treatment.DROPPED, meaning, endpoints=endpoints) for name in names)
 
 
-def _refused(name: str, kind: str, reason: str, *idle: Any, endpoints: tuple[Endpoint, ...] = _BOTH) -> Field:
+def _refused(name: str, kind: str, reason: str, *idle: Any, endpoints: tuple[Endpoint, ...] = _ALL) -> Field:
     return Field(name, kind, Treatment.REFUSED, reason, idle, endpoints=endpoints)
 
 
@@ -73,7 +75,8 @@ def _sampling() -> Iterable[Field]:
         if name != "logprobs":  # its type differs between the endpoints
             idle, neutral = _IDLE_SAMPLING.get(name, ((), None))
             kind = _TYPES.get(name, "number" if name in _FLOATS else "integer")
-            yield _honoured(name, kind, info.description or "", idle, neutral=neutral)
+            endpoints = _OLD if name == "n" else _ALL
+            yield _honoured(name, kind, info.description or "", idle, neutral=neutral, endpoints=endpoints)
 
 
 _TOKENS: Final = "Set logit_bias, or a grammar for the text."
@@ -94,6 +97,34 @@ _ROUTING: Final = "A routing hint; the text is the same on every worker."
 _MEDIA: Final = "Prompts are text."
 _HINT: Final = "A hint that can't change the text."
 
+
+def _responses() -> Iterable[Field]:
+    """Yield the fields that are of /v1/responses alone, and what the other endpoints say to them."""
+    theirs = f"A field of {RESPONSES_ENDPOINT}."
+    for name, kind, meaning, idle, instead in (
+        ("max_output_tokens", "integer", "Cap of the answer, its reasoning included.", (), "It is called max_tokens."),
+        ("text", "object", "format: the form of the answer, as response_format.", ({},), "Set response_format."),
+        ("include", "list of strings", "message.output_text.logprobs returns them.", ([],), "Set logprobs."),
+        ("background", "boolean", "Answer at once, and generate as a job.", (False,), f"{theirs} Submit a job."),
+    ):
+        yield _honoured(name, kind, meaning, idle, endpoints=_RESPONSES)
+        yield _refused(name, kind, instead, *idle, endpoints=_OLD)
+    yield _honoured("metadata", "object", "Returned with the response.", ({},), endpoints=_RESPONSES)
+    yield _honoured("store", "boolean", "False: the response can't be retrieved.", (True,), endpoints=_RESPONSES)
+    yield _refused("n", "integer", "A response is one answer. Send it several times.", 1, endpoints=_RESPONSES)
+    yield _refused(
+        "conversation", "string or object", f"{theirs} Conversations are not stored: set previous_response_id."
+    )
+    yield _refused(
+        "truncation", "string", "Prompts are not truncated; a prompt that is too long is refused.", "disabled"
+    )
+    yield _refused("context_management", "list of objects", "Conversations are not compacted.", [])
+    yield _refused("background_options", "object", "A background response has the window of a job.", {})
+    yield from _dropped("integer", "It limits tools that the service does not have.", "max_tool_calls")
+    yield from _dropped("object", _MEDIA, "image")
+    yield from _dropped("object", "There are no such programs.", "access_programs")
+
+
 FIELDS: Final[tuple[Field, ...]] = (
     *_sampling(),
     _honoured("max_completion_tokens", "integer", "Same as max_tokens; takes precedence."),
@@ -106,7 +137,7 @@ FIELDS: Final[tuple[Field, ...]] = (
     # OpenAI
     *_dropped("boolean", "Only single requests are streamed; a batch or job ignores it.", "stream"),
     *_dropped("object", "Only for streams: include_usage ends them with the token counts.", "stream_options"),
-    *_dropped("object", "Use the metadata of the job.", "metadata"),
+    *_dropped("object", "Use the metadata of the job.", "metadata", endpoints=_OLD),
     *_dropped("boolean", "Without tools it has no meaning.", "parallel_tool_calls", endpoints=_CHAT),
     *_dropped("string", "Without tools it has no meaning.", "tool_prompt", endpoints=_CHAT),
     *_dropped("object", "Drafts are chosen by the service.", "prediction", endpoints=_CHAT),
@@ -120,7 +151,7 @@ FIELDS: Final[tuple[Field, ...]] = (
         endpoints=_CHAT,
     ),
     *_dropped("string", _IDENTITY, "safety_identifier", "user"),
-    *_dropped("boolean", "Outputs are stored in any case.", "store", endpoints=_CHAT),
+    *_dropped("boolean", "Outputs are stored in any case.", "store", endpoints=(CHAT_ENDPOINT,)),
     _refused("audio", "object", "The answer is text.", endpoints=_CHAT),
     _refused("modalities", "list of strings", "The answer is text.", ["text"], [], endpoints=_CHAT),
     _refused("moderation", "object", "There is no moderation."),
@@ -138,6 +169,8 @@ FIELDS: Final[tuple[Field, ...]] = (
     _refused("suffix", "string", "Models complete prompts only at their end.", "", endpoints=_TEXT),
     _refused("echo", "boolean", "The answer does not repeat the prompt.", False),
     _refused("best_of", "integer", "Choices are not ranked; set n.", 1, endpoints=_TEXT),
+    # OpenAI's Responses
+    *_responses(),
     # vLLM
     _refused("use_beam_search", "boolean", _BEAMS, False),
     _refused("length_penalty", "number", _BEAMS, 1.0),
@@ -293,9 +326,13 @@ PARAMETERS: Final = frozenset(_BY_NAME)
 
 
 def field_of(name: str, endpoint: Endpoint) -> Field:
-    """Return the row of a parameter for an endpoint; of one that the endpoint does not have, that of the other."""
+    """Return the row of a parameter for an endpoint; of one that the endpoint does not have, that of another.
+
+    A row of another endpoint is one that is not honoured, if there is any: what is not read must not pass.
+    """
     rows = _BY_NAME[name]
-    return next((row for row in rows if endpoint in row.endpoints), rows[0])
+    own = next((row for row in rows if endpoint in row.endpoints), None)
+    return own or next((row for row in rows if row.treatment is not Treatment.HONOURED), rows[0])
 
 
 def message_field(name: str) -> Field:

@@ -34,8 +34,10 @@ from jobs.errors import (
 )
 from jobs.messages import (
     CHAT_ENDPOINT,
+    COMPLETIONS_ENDPOINT,
     MAX_COMPARED_REQUESTS,
     MESSAGE_VERSION,
+    RESPONSES_ENDPOINT,
     Endpoint,
     GenerationRequest,
     JobStatus,
@@ -47,17 +49,20 @@ from jobs.settings import JobsSettings
 from jobs.submission.custom_ids import CustomIds
 from jobs.submission.grammar_fields import read_grammar
 from jobs.submission.models import ModelNames, known_models
+from jobs.submission.previous_responses import StoredHistory
 from jobs.submission.request_buffer import RequestBuffer
 from jobs.submission.request_parser import (
     Item,
     Rules,
-    body_fields,
     given_id,
     max_total_tokens,
+    parameter_fields,
     parse_body,
     parse_item,
     parse_parameters,
 )
+from jobs.submission.responses import as_given
+from jobs.submission.values import check_metadata
 from jobs.tracing import span
 from storage import keys, queries, writes
 from storage.keys import QuotaExceeded
@@ -65,9 +70,6 @@ from storage.queries import JobView
 from storage.records import NewJob, NewRequest, RequestFailure
 from storage.session import Database
 
-MAX_METADATA_PAIRS = 16
-MAX_METADATA_KEY_CHARS = 64
-MAX_METADATA_VALUE_CHARS = 512
 MAX_IDEMPOTENCY_KEY_CHARS = 255
 
 _QUEUE_RETRY_S = 30.0  # Retry-After of a full queue; a guess
@@ -102,7 +104,7 @@ def create_job(submission: Submission, *, database: Database, notify: Notify, se
     head, model = _find_model(items, submission.model, models, settings.max_requests)
     if not head:
         raise EmptyJob
-    rules = _rules(submission, model, endpoint_of_line(head[-1].value), models, settings)
+    rules = _rules(submission, model, endpoint_of_line(head[-1].value), models, database, settings)
     with span("ingest", submission.traceparent, job_id=rules.job_id) as traceparent, RequestBuffer() as buffer:
         job = replace(_new_job(submission, rules, settings), traceparent=traceparent)
         ids = _parse_all(chain(_drain(head), items), rules, settings.max_requests, buffer)
@@ -172,22 +174,24 @@ def _with_tokens(request: NewRequest, context_tokens: int | None) -> NewRequest:
 
 
 def create_interactive_job(
-    submission: Submission, *, database: Database, notify: Notify, settings: JobsSettings
+    submission: Submission, *, database: Database, notify: Notify, settings: JobsSettings, waits: bool = True
 ) -> str:
     """Store a job of one interactive request, whose caller waits for the result, and return its id.
 
-    Raise RequestRefused for an invalid request, and ServiceUnavailable if no worker serves the model.
+    Raise RequestRefused for an invalid request, and ServiceUnavailable if no worker serves the model. A request whose
+    caller does not wait has the priority of a batch, and may wait for a worker.
     """
     (item,) = submission.items
     if item.model is None:
         raise MissingParameter("The field model is required.", param="model")
-    rules = _rules(submission, submission.model or item.model, None, known_models(database, settings), settings)
+    asked = submission.model or item.model
+    rules = _rules(submission, asked, None, known_models(database, settings), database, settings)
     request = parse_body(item.value, rules)
-    if rules.context_tokens is None:
+    if waits and rules.context_tokens is None:
         raise ServiceUnavailable(f"No worker serves {rules.model} right now; try again in a few seconds.")
     with span("ingest", submission.traceparent, job_id=rules.job_id) as traceparent:
-        job = replace(_new_job(submission, rules, settings), priority=1, traceparent=traceparent)
-        _store(job, [request], database)
+        job = replace(_new_job(submission, rules, settings), priority=int(waits), traceparent=traceparent)
+        _store(job, [request], database, None if waits else settings.max_requests_queued)
     notify(job.id, job.model)
     return job.id
 
@@ -209,14 +213,21 @@ def create_failed_job(
     return _store(job, [NewRequest("batch", failure=failure)], database).job_id
 
 
+_CALL_PREFIXES: Mapping[Endpoint, str] = {
+    CHAT_ENDPOINT: "chatcmpl-",
+    COMPLETIONS_ENDPOINT: "cmpl-",
+    RESPONSES_ENDPOINT: "resp_",
+}
+
+
 def new_job_id() -> str:
     """Return a new random job id, which other callers can't guess."""
     return f"batch_{secrets.token_hex(16)}"
 
 
 def new_call_id(endpoint: Endpoint) -> str:
-    """Return a new id of an interactive request, used for both the job and the completion."""
-    return f"{'chatcmpl' if endpoint == CHAT_ENDPOINT else 'cmpl'}-{secrets.token_hex(16)}"
+    """Return a new id of an interactive request, used for both the job and the answer."""
+    return f"{_CALL_PREFIXES[endpoint]}{secrets.token_hex(16)}"
 
 
 def _drain(items: deque[Item]) -> Iterator[Item]:
@@ -276,20 +287,29 @@ def _parse_all(items: Iterable[Item], rules: Rules, limit: int, buffer: RequestB
 
 
 def _rules(
-    submission: Submission, asked: Any, named: Endpoint | None, models: ModelNames, settings: JobsSettings
+    submission: Submission,
+    asked: Any,
+    named: Endpoint | None,
+    models: ModelNames,
+    database: Database,
+    settings: JobsSettings,
 ) -> Rules:
     """Return the rules of a job. Its endpoint is that of the submission, else `named`, else the chat endpoint."""
     model = models.default if asked is None else models.resolve(asked)
     endpoint = submission.endpoint or named or CHAT_ENDPOINT
+    with as_given(submission.parameters, endpoint):
+        given = parameter_fields(submission.parameters, endpoint)
+        defaults, grammar = parse_parameters(given, endpoint), read_grammar(given, endpoint)
     return Rules(
         job_id=submission.job_id or new_job_id(),
         model=model,
         endpoint=endpoint,
-        defaults=parse_parameters(submission.parameters, endpoint),
-        grammar=read_grammar(body_fields(submission.parameters), endpoint),
+        defaults=defaults,
+        grammar=grammar,
         max_prompt_chars=settings.max_prompt_chars,
         context_tokens=models.context_tokens(model),
         models=models,
+        history=StoredHistory(database, submission.api_key_id or None),
     )
 
 
@@ -385,23 +405,6 @@ def quota_error(exceeded: QuotaExceeded) -> LimitReached:
         f"{exceeded.asked}.",
         retry_after_s=_QUEUE_RETRY_S,
     )
-
-
-def check_metadata(metadata: Any) -> Mapping[str, str] | None:
-    """Return valid metadata; raise InvalidValue beyond OpenAI's limits."""
-    if metadata is None:
-        return None
-    if not isinstance(metadata, Mapping) or len(metadata) > MAX_METADATA_PAIRS:
-        raise InvalidValue(f"must be an object of at most {MAX_METADATA_PAIRS} pairs", param="metadata")
-    for key, value in metadata.items():
-        _refuse_long_metadata(key, MAX_METADATA_KEY_CHARS, "key")
-        _refuse_long_metadata(value, MAX_METADATA_VALUE_CHARS, "value")
-    return metadata
-
-
-def _refuse_long_metadata(text: Any, limit: int, part: str) -> None:
-    if not isinstance(text, str) or len(text) > limit or "\0" in text:
-        raise InvalidValue(f"Every {part} must be a string of at most {limit} characters.", param="metadata")
 
 
 def check_idempotency_key(key: str | None) -> str | None:

@@ -28,7 +28,15 @@ from jobs.errors import (
     UnsupportedParameter,
 )
 from jobs.input_format import wide_encoding
-from jobs.messages import COMPLETIONS_ENDPOINT, Endpoint, GenerationRequest, GrammarSpec, SamplingParameters
+from jobs.messages import (
+    CHAT_ENDPOINT,
+    COMPLETIONS_ENDPOINT,
+    RESPONSES_ENDPOINT,
+    Endpoint,
+    GenerationRequest,
+    GrammarSpec,
+    SamplingParameters,
+)
 from jobs.openai.paths import endpoint_of_url
 from jobs.submission.custom_ids import GivenId, default_id, recovered
 from jobs.submission.fields import PARAMETERS, Treatment, field_of
@@ -37,6 +45,13 @@ from jobs.submission.input_lines import Line, Sample, find_custom_id, split_line
 from jobs.submission.models import ModelNames
 from jobs.submission.prompts import read_prompt
 from jobs.submission.reasoning import chat_options, merged_options
+from jobs.submission.responses import (
+    History,
+    as_given,
+    chat_parameters,
+    read_conversation,
+    read_options,
+)
 from jobs.submission.values import clean_text, kind, refuse_unknown, shown, whole
 from storage.dialect import storable
 from storage.records import NewRequest, RequestFailure
@@ -59,6 +74,7 @@ _NO_NUMBER = re.compile(rb"-?(?:NaN|Infinity)")
 _SAMPLING = frozenset(SamplingParameters.model_fields)
 _LOGPROBS = frozenset({"logprobs", "top_logprobs"})  # have different meanings on OpenAI's two endpoints
 _PROMPT_FIELDS = frozenset({"prompt", "messages", "model", "custom_id", "id", "timeout_s"})
+_INPUT_FIELDS = frozenset({"input", "instructions", "previous_response_id", "prompt"})  # of /v1/responses
 _LINE_FIELDS = frozenset({"custom_id", "id", "method", "url", "body"})
 _MAX_CAP = 2**31 - 1  # of max_tokens; larger ones mean the same: to the context's end
 
@@ -101,6 +117,7 @@ class Rules:
     context_tokens: int | None = None  # of the workers that serve the model; None if unknown
     models: ModelNames = field(default_factory=lambda: ModelNames({}))  # the other names of the model
     grammar: GrammarSpec | None = None  # of requests that ask for none of their own
+    history: History = field(default_factory=History)
 
 
 def read_lines(file: IO[bytes], max_line_bytes: int) -> Iterator[Item]:
@@ -174,8 +191,10 @@ def parse_body(body: Any, rules: Rules) -> NewRequest:
     if not isinstance(body, dict):
         raise InvalidValue("The body must be a JSON object.")
     fields = body_fields(body)
-    text = "prompt" if rules.endpoint == COMPLETIONS_ENDPOINT else "messages"
-    refuse_unknown(fields, PARAMETERS | {"model", text})
+    text = _PROMPT_OF[rules.endpoint]
+    refuse_unknown(fields, PARAMETERS | {"model", text} | _input_fields(rules.endpoint))
+    if rules.endpoint == RESPONSES_ENDPOINT and "prompt" in fields:
+        text = "prompt"  # a template, which is refused by name
     for name in ("model", text):
         if name not in fields:
             raise MissingParameter(f"The field {name} is required.", param=name)
@@ -190,9 +209,7 @@ def parse_parameters(
 
     `defaults` are the job's parameters.
     """
-    given = body_fields(fields)
-    refuse_unknown(given, PARAMETERS)
-    asked = _asked(given, endpoint)
+    asked = _asked(parameter_fields(fields, endpoint), endpoint)
     parameters = {name: value for name, value in asked.items() if name in _SAMPLING - _LOGPROBS}
     if asked.keys() & _LOGPROBS:
         parameters["logprobs"] = _logprobs(asked, endpoint, (defaults or {}).get("logprobs"))
@@ -202,6 +219,24 @@ def parse_parameters(
         parameters["max_tokens"] = min(cap, _MAX_CAP)
     _sampling({"seed": 0} | parameters)
     return parameters | chat_options(asked, endpoint)
+
+
+def parameter_fields(fields: Mapping[str, Any], endpoint: Endpoint) -> dict[str, Any]:
+    """Return the parameters in `fields`, in the words of a chat; raise RequestRefused for unknown ones."""
+    given = body_fields(fields)
+    refuse_unknown(given, PARAMETERS)
+    return chat_parameters(given) if endpoint == RESPONSES_ENDPOINT else given
+
+
+_PROMPT_OF: Mapping[Endpoint, str] = {
+    CHAT_ENDPOINT: "messages",
+    COMPLETIONS_ENDPOINT: "prompt",
+    RESPONSES_ENDPOINT: "input",
+}
+
+
+def _input_fields(endpoint: Endpoint) -> frozenset[str]:
+    return _INPUT_FIELDS if endpoint == RESPONSES_ENDPOINT else frozenset()
 
 
 def body_fields(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -378,19 +413,32 @@ def _timeout_s(value: Any) -> float | None:
 
 
 def _request(fields: Mapping[str, Any], rules: Rules, index: int) -> GenerationRequest:
-    refuse_unknown(fields, _PROMPT_FIELDS | PARAMETERS)
+    refuse_unknown(fields, _PROMPT_FIELDS | PARAMETERS | _input_fields(rules.endpoint))
     if fields.get("model", rules.model) != rules.model != rules.models.find(fields["model"]):
         raise InvalidValue(
             f"This job uses the model {rules.model!r}. Submit requests for other models as another job.", param="model"
         )
-    given = body_fields({name: value for name, value in fields.items() if name in PARAMETERS})
-    parameters = parse_parameters(given, rules.endpoint, rules.defaults)
-    grammar = read_grammar(given, rules.endpoint, rules.grammar)
-    prompt = read_prompt(fields, rules.endpoint, rules.max_prompt_chars)
+    with as_given(fields, rules.endpoint):
+        given = parameter_fields({name: value for name, value in fields.items() if name in PARAMETERS}, rules.endpoint)
+        parameters = parse_parameters(given, rules.endpoint, rules.defaults)
+        grammar = read_grammar(given, rules.endpoint, rules.grammar)
     sampling = _sampling_for(parameters, rules, index)
+    prompt = _response_prompt(fields, rules) if rules.endpoint == RESPONSES_ENDPOINT else _prompt(fields, rules)
     _refuse_many(len(prompt.get("prompts", ())), sampling.n)
     options = merged_options(rules.defaults, parameters)
     return GenerationRequest(model=rules.model, sampling=sampling, grammar=grammar, **prompt, **options)
+
+
+def _prompt(fields: Mapping[str, Any], rules: Rules) -> dict[str, Any]:
+    return read_prompt(fields, rules.endpoint, rules.max_prompt_chars)
+
+
+def _response_prompt(fields: Mapping[str, Any], rules: Rules) -> dict[str, Any]:
+    """Return the messages of a body of /v1/responses, and what its Response object repeats."""
+    conversation = read_conversation(fields, rules.history)
+    with as_given(fields, rules.endpoint, conversation.places):
+        prompt = _prompt({"messages": conversation.messages}, rules)
+    return prompt | {"response": read_options(fields)}
 
 
 def _sampling_for(parameters: Mapping[str, Any], rules: Rules, index: int) -> SamplingParameters:

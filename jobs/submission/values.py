@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Final
 
 from jobs.errors import InvalidValue, MissingParameter, UnknownParameter
+
+MAX_METADATA_PAIRS: Final = 16
+MAX_METADATA_KEY_CHARS: Final = 64
+MAX_METADATA_VALUE_CHARS: Final = 512
 
 
 def refuse_unknown(fields: Mapping[str, Any], known: Collection[str], prefix: str = "") -> None:
@@ -59,3 +63,20 @@ def shown(value: Any) -> str:
         return kind(value)
     written = repr(value)
     return written if len(written) <= 40 else written[:37] + "..."
+
+
+def check_metadata(metadata: Any) -> Mapping[str, str] | None:
+    """Return valid metadata; raise InvalidValue beyond OpenAI's limits."""
+    if metadata is None:
+        return None
+    if not isinstance(metadata, Mapping) or len(metadata) > MAX_METADATA_PAIRS:
+        raise InvalidValue(f"must be an object of at most {MAX_METADATA_PAIRS} pairs", param="metadata")
+    for key, value in metadata.items():
+        _refuse_long_metadata(key, MAX_METADATA_KEY_CHARS, "key")
+        _refuse_long_metadata(value, MAX_METADATA_VALUE_CHARS, "value")
+    return metadata
+
+
+def _refuse_long_metadata(text: Any, limit: int, part: str) -> None:
+    if not isinstance(text, str) or len(text) > limit or "\0" in text:
+        raise InvalidValue(f"Every {part} must be a string of at most {limit} characters.", param="metadata")

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 from jobs.errors import InvalidValue, PromptTooLong, UnreadableRequest
 from jobs.grammar.compiler import grammar_text
 from jobs.messages import (
-    CHAT_ENDPOINT,
     COMPLETIONS_ENDPOINT,
+    RESPONSES_ENDPOINT,
     AnswerFormat,
     GenerationRequest,
     SamplingParameters,
@@ -96,8 +96,7 @@ class Codec:
 
     def encode(self, request: GenerationRequest, endpoint: str) -> list[int]:
         """Return the prompt's token ids. Raises PromptTooLong, or InvalidValue if the chat template refuses it."""
-        param = "prompt" if request.messages is None else "messages"
-        return self._checked(self._encode(request, endpoint), param)
+        return self._checked(self._encode(request, endpoint), _prompt_field(request, endpoint))
 
     def encode_all(self, request: GenerationRequest, endpoint: str) -> list[list[int]]:
         """Return the token ids of all prompts of a request; raises like `encode`."""
@@ -120,7 +119,7 @@ class Codec:
 
         Raises InvalidValue if the request wants no reasoning and the prompt opens it.
         """
-        if self._reasoning is None or endpoint != CHAT_ENDPOINT:
+        if self._reasoning is None or endpoint == COMPLETIONS_ENDPOINT:
             return None
         return AnswerFormat(reasoning=self._reasoning.format(prompt, request.reasoning))
 
@@ -181,7 +180,7 @@ class Codec:
 
         A completion continues its prompt, so its first token keeps its leading space. A chat answer starts a new text.
         """
-        standalone = endpoint == CHAT_ENDPOINT and self._chat.has_template
+        standalone = endpoint != COMPLETIONS_ENDPOINT and self._chat.has_template
         return TextStream(self, stops, None if standalone else prompt, form)
 
     def shown_ids(self, form: AnswerFormat | None) -> frozenset[int]:
@@ -209,14 +208,15 @@ class Codec:
         return ids
 
     def _encode(self, request: GenerationRequest, endpoint: str) -> list[int]:
-        if request.messages is None and (endpoint != CHAT_ENDPOINT or not self._chat.has_template):
+        if request.messages is None and (endpoint == COMPLETIONS_ENDPOINT or not self._chat.has_template):
             text = request.prompt or ""
             self._check_length(text, "prompt")
             return list(self.tokenizer.backend_tokenizer.encode(text).ids)
         if request.messages is None:
             param, messages = "prompt", [{"role": "user", "content": request.prompt or ""}]
         else:
-            param, messages = "messages", [m.model_dump() for m in request.messages]
+            param = _prompt_field(request, endpoint)
+            messages = [m.model_dump() for m in request.messages]
         arguments = template_arguments(request, self._chat.variables)
         return self._chat.encode(messages, partial(self._check_length, param=param), arguments)
 
@@ -360,3 +360,10 @@ def first_mismatched_id(target: Mapping[str, int], draft: Mapping[str, int]) -> 
     """Return the first id with different tokens in two vocabularies, or None."""
     a, b = ({i: token for token, i in vocab.items()} for vocab in (target, draft))
     return min((i for i in a.keys() | b.keys() if a.get(i) != b.get(i)), default=None)
+
+
+def _prompt_field(request: GenerationRequest, endpoint: str) -> str:
+    """Return the field of the body that holds the prompt, for errors."""
+    if request.messages is None:
+        return "prompt"
+    return "input" if endpoint == RESPONSES_ENDPOINT else "messages"

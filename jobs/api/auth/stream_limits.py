@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import cast
 
 from fastapi import Depends, Request
@@ -50,7 +50,14 @@ async def _slot(request: Request, caller: CurrentCaller) -> AsyncIterator[None]:
         yield
 
 
+async def _slot_of_a_stream(request: Request, caller: CurrentCaller, stream: bool = False) -> AsyncIterator[None]:
+    limits = cast(StreamLimits, request.app.state.stream_limits)
+    with limits.slot(caller.key_id) if stream else nullcontext():
+        yield
+
+
 # For routes with long responses: the slot is freed after the last byte, or when the client disconnects.
 StreamSlot = Depends(_slot)
+StreamSlotIfAsked = Depends(_slot_of_a_stream)  # for routes that stream with `?stream=true`
 
-__all__ = ["StreamLimits", "StreamSlot"]
+__all__ = ["StreamLimits", "StreamSlot", "StreamSlotIfAsked"]

@@ -27,6 +27,7 @@ TAGS: Final[list[Json]] = [
     {"name": "files", "description": "Input and output files of batches, compatible with OpenAI."},
     {"name": "batches", "description": "Jobs created from a file, compatible with OpenAI."},
     {"name": "completions", "description": "Single requests, answered at once, compatible with OpenAI."},
+    {"name": "responses", "description": "Single requests in the format of OpenAI's Responses API."},
     {"name": "service", "description": "Models, workers, statistics, health."},
 ]
 _KEY: Final = "key"  # the name of the security scheme
@@ -122,6 +123,12 @@ _PROMPT: Final[Json] = {
     "anyOf": [_TEXT, {"type": "array", "minItems": 1, "items": {"anyOf": [_TEXT, {"type": "integer"}, _TOKEN_IDS]}}],
     "description": "A text; for /v1/completions also a list of texts, or token ids.",
 }
+_ITEMS: Final[Json] = {"type": "array", "minItems": 1, "items": {"type": "object"}}
+_INPUT: Final[Json] = {
+    "input": {"anyOf": [{"type": "string"}, _ITEMS], "description": "On /v1/responses: a text, or items."},
+    "instructions": {"type": "string", "description": "On /v1/responses: a system message before the conversation."},
+    "previous_response_id": {"type": "string", "description": "On /v1/responses: continue its conversation."},
+}
 _ID: Final[Json] = {"type": "string", "minLength": 1, "maxLength": MAX_CUSTOM_ID_CHARS}
 _REQUEST: Final = _object(
     "JobRequest",
@@ -132,6 +139,7 @@ _REQUEST: Final = _object(
         "id": {**_ID, "description": "Alias of custom_id."},
         "prompt": _PROMPT,
         "messages": _MESSAGES,
+        **_INPUT,
         "model": _TEXT,
         "timeout_s": {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_TIMEOUT_S},
     },
@@ -176,6 +184,14 @@ _SUBMISSION: Final = _object(
         "prompts": {**_REQUESTS, "description": "Alias of requests; send one of the two."},
     },
 )
+_RESPONSE_PARAMETERS: Final[Json] = {
+    "max_output_tokens": {**_PARAMETERS["max_tokens"], "description": "Cap of the answer, its reasoning included."},
+    "text": {"type": "object", "description": "format: text, json_object or json_schema."},
+    "include": {"type": "array", "items": {"type": "string"}, "description": "message.output_text.logprobs"},
+    "background": {"type": "boolean", "description": "Answer at once, and generate as a job."},
+    "store": {"type": "boolean", "description": "False: the response can't be retrieved later."},
+    "metadata": _METADATA,
+}
 _CALL: Final[Json] = {
     **_PARAMETERS,
     "model": _TEXT,
@@ -184,6 +200,7 @@ _CALL: Final[Json] = {
 }
 _CHAT: Final = _object("ChatCall", ["model", "messages"], {**_CALL, "messages": _MESSAGES})
 _COMPLETION: Final = _object("CompletionCall", ["model", "prompt"], {**_CALL, "prompt": _PROMPT})
+_RESPONSE: Final = _object("ResponseCall", ["model", "input"], {**_CALL, **_RESPONSE_PARAMETERS, **_INPUT})
 
 _IDEMPOTENCY: Final[Json] = {
     "name": "Idempotency-Key",
@@ -247,6 +264,7 @@ CHAT_BODY: Final = _body(
 COMPLETION_BODY: Final = _body(
     _COMPLETION, {"text": {"model": "smollm2-135m-instruct", "prompt": "The river runs", "max_tokens": 16}}
 )
+RESPONSE_BODY: Final = _body(_RESPONSE, {"text": {"model": "smollm2-135m-instruct", "input": "Name two rivers."}})
 
 _FORM: Final[Json] = {
     "type": "object",
@@ -264,7 +282,7 @@ _ORDER: Final[Json] = {
     "additionalProperties": False,
     "properties": {
         "input_file_id": {"type": "string"},
-        "endpoint": {"type": "string", "enum": ["/v1/chat/completions", "/v1/completions"]},
+        "endpoint": _ENDPOINT,
         "completion_window": {"type": "string", "pattern": "^[1-9][0-9]{0,3}[mhd]$"},
         "metadata": {"type": ["object", "null"], "additionalProperties": {"type": "string"}, "maxProperties": 16},
         "output_expires_after": {

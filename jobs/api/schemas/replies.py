@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import models_json_schema
 
+from jobs.api.schemas.responses import InputItemPage, ResponseEvent, ResponseReply
 from jobs.messages import Endpoint, JobStatus, PartialEvent
 from storage.queries import JobStats, WorkerView
 from storage.statistics import JobSummary
@@ -478,6 +479,9 @@ def _answered(whole: type[BaseModel], piece: type[BaseModel]) -> dict[int | str,
 
 CHAT: Final = _answered(ChatReply, ChatChunk)
 TEXT: Final = _answered(TextReply, TextChunk)
+STREAMED_RESPONSE: Final = _answered(ResponseReply, ResponseEvent)
+RESPONSE: Final = _replied(ResponseReply, "The response.")
+INPUT_ITEMS: Final = _replied(InputItemPage, "A page of the list.")
 MODEL: Final = _replied(ModelReply, "The model.")
 MODELS: Final = _replied(ModelList, "The models.")
 WORKERS: Final = _replied(WorkerList, "The workers.")
@@ -517,7 +521,7 @@ def examples() -> Json:
 def streamed_schemas() -> Json:
     """Return the schemas of the models that only streamed responses use."""
     _, found = models_json_schema(
-        [(model, "serialization") for model in (OutputLine, PartialEvent, ChatChunk, TextChunk)],
+        [(model, "serialization") for model in (OutputLine, PartialEvent, ChatChunk, TextChunk, ResponseEvent)],
         ref_template=_REFERENCE,
     )
     return dict(found["$defs"])

@@ -15,6 +15,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 CHAT: Final = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+RESPONSES = "/v1/responses"
 
 
 def openai_on(api: TestClient) -> OpenAI:

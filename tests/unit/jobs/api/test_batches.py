@@ -12,9 +12,10 @@ from typing import Any
 import openai
 import pytest
 from fastapi.testclient import TestClient
-from openai import OpenAI
+from openai import ConflictError, OpenAI
 from openai.types import Batch, Completion, FileObject
 from openai.types.chat import ChatCompletion
+from openai.types.responses import Response
 from sqlalchemy import select, update
 
 from jobs.api.app import make_api
@@ -29,6 +30,7 @@ from tests.factories import a_checkpoint, a_finished_choice
 from tests.unit.jobs.openai_client import (
     CHAT,
     COMPLETIONS,
+    RESPONSES,
     a_batch,
     a_line,
     as_jsonl,
@@ -367,6 +369,30 @@ def test_a_batch_takes_azure_s_name_of_its_endpoint(world: World) -> None:
     batch = a_batch(world.client, [GOOD], endpoint="/chat/completions")
     world.work()
     assert (world.read(batch.id).endpoint, world.read(batch.id).status) == (CHAT, "in_progress")
+
+
+def test_a_batch_of_responses_has_response_objects_that_can_be_read_and_continued(world: World) -> None:
+    asked = {"model": "tiny", "input": "Hello"}
+    lines: list[dict[str, Any]] = [
+        {"custom_id": name, "method": "POST", "url": RESPONSES, "body": asked | {"metadata": {"name": name}}}
+        for name in "ab"
+    ]
+    lines.append({"custom_id": "c", "body": asked | {"conversation": "conv_1"}})
+    batch = a_batch(world.client, lines, endpoint=RESPONSES)
+    world.work()
+    world.answer(*world.claim())
+    world.work()
+    written = lines_of(world.client, world.read(batch.id).output_file_id)
+    bodies = [Response.model_validate(line["response"]["body"]) for line in written]
+    assert [(body.output_text, body.metadata) for body in bodies] == [("Paris.", {"name": name}) for name in "ab"]
+    (refused,) = lines_of(world.client, world.read(batch.id).error_file_id)
+    assert refused["response"]["body"]["error"]["param"] == "conversation"
+    responses = world.client.responses
+    assert checked(responses.retrieve(bodies[1].id)).metadata == {"name": "b"}
+    with pytest.raises(ConflictError, match="belongs to"):
+        responses.cancel(bodies[1].id)
+    after: Any = asked | {"previous_response_id": bodies[0].id, "background": True}
+    assert checked(responses.create(**after)).status == "queued"
 
 
 PRETTY = json.dumps([GOOD, GOOD], indent=2)

@@ -89,10 +89,12 @@ def test_every_parsed_field_is_in_the_document(document: dict[str, Any]) -> None
     schemas = document["components"]["schemas"]
     job = {"model", "endpoint", "metadata", "completion_window", "parameters", "compare_plain", "requests", "prompts"}
     assert schemas["JobSubmission"]["properties"].keys() == PARAMETERS | job
-    request = {"custom_id", "id", "prompt", "messages", "model", "timeout_s"}
+    given = {"input", "instructions", "previous_response_id"}
+    request = {"custom_id", "id", "prompt", "messages", "model", "timeout_s"} | given
     assert schemas["JobRequest"]["properties"].keys() == PARAMETERS | request
     assert schemas["ChatCall"]["properties"].keys() == PARAMETERS | {"model", "messages"}
     assert schemas["CompletionCall"]["properties"].keys() == PARAMETERS | {"model", "prompt"}
+    assert schemas["ResponseCall"]["properties"].keys() == PARAMETERS | {"model"} | given
     submit = document["paths"]["/v1/jobs"]["post"]["parameters"]
     assert {"Idempotency-Key", "traceparent", "max_tokens", "endpoint", "metadata"} <= {
         field["name"] for field in submit

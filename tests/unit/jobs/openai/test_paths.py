@@ -52,6 +52,7 @@ def test_another_url_names_no_endpoint(url: Any) -> None:
         ({"body": {"messages": []}}, CHAT),
         ({"body": {"prompt": "a"}}, "/v1/completions"),
         ({"body": {"prompt": "a"}, "url": CHAT}, CHAT),
+        ({"body": {"input": "a"}}, "/v1/responses"),
         ({"body": {}}, None),
         ({"messages": []}, None),
         ("text", None),

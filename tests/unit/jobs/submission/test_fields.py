@@ -1,4 +1,4 @@
-"""Each field of the table, on both endpoints and at every door: lines, jobs and single calls."""
+"""Each field of the table, on all endpoints and at every door: lines, jobs and single calls."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any, get_args
 import pytest
 
 from jobs.errors import RequestRefused
-from jobs.messages import CHAT_ENDPOINT, Endpoint, GenerationRequest
+from jobs.messages import CHAT_ENDPOINT, RESPONSES_ENDPOINT, Endpoint, GenerationRequest
 from jobs.submission.fields import FIELDS, MESSAGE_FIELDS, Field, Treatment, field_of
 from jobs.submission.grammar_fields import read_grammar
-from jobs.submission.request_parser import Item, Rules, body_fields, parse_body, parse_item, parse_parameters
+from jobs.submission.request_parser import Item, Rules, parameter_fields, parse_body, parse_item, parse_parameters
 from storage.records import NewRequest
 
 ENDPOINTS: tuple[Endpoint, ...] = get_args(Endpoint)
@@ -20,6 +20,7 @@ ANYTHING: tuple[Any, ...] = (True, 7, 0.5, "text", ["text"], {"a": 1})
 PROMPTS: dict[str, Any] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hello"}]},
     "/v1/completions": {"prompt": "Hello"},
+    RESPONSES_ENDPOINT: {"input": "Hello"},
 }
 
 
@@ -29,13 +30,13 @@ def rules(endpoint: Endpoint) -> Rules:
 
 def job_rules(endpoint: Endpoint, fields: dict[str, Any]) -> Rules:
     """The rules of a job with these parameters."""
-    grammar = read_grammar(body_fields(fields), endpoint)
+    grammar = read_grammar(parameter_fields(fields, endpoint), endpoint)
     return replace(rules(endpoint), defaults=parse_parameters(fields, endpoint), grammar=grammar)
 
 
 def stored(body: Any) -> Any:
-    """A stored request, with its unset fields."""
-    return GenerationRequest.model_validate(body).model_dump()
+    """A stored request, with its unset fields, without what a Response object repeats."""
+    return GenerationRequest.model_validate(body).model_dump(exclude={"response"})
 
 
 def read_at_every_door(endpoint: Endpoint, fields: dict[str, Any]) -> list[Any]:
@@ -102,8 +103,9 @@ HONOURED: dict[str, Any] = {
     "stop": "x",
     "stop_token_ids": [3],
     "ignore_eos": True,
-    "logprobs": {"/v1/chat/completions": True, "/v1/completions": 2},
-    "top_logprobs": {"/v1/chat/completions": 0, "/v1/completions": 0},
+    "logprobs": {"/v1/chat/completions": True, "/v1/completions": 2, RESPONSES_ENDPOINT: True},
+    "top_logprobs": {"/v1/chat/completions": 0, "/v1/completions": 0, RESPONSES_ENDPOINT: 0},
+    "include": {RESPONSES_ENDPOINT: ["message.output_text.logprobs"]},
     "response_format": {"type": "json_object"},
     "structured_outputs": {"regex": "[ab]+"},
     "guided_json": {"type": "array"},
@@ -126,12 +128,22 @@ HONOURED: dict[str, Any] = {
 }
 IDLE_ALONE = {"top_logprobs": "without logprobs", "guided_whitespace_pattern": "without JSON"}
 CHAT_ONLY = frozenset(list(HONOURED)[list(HONOURED).index("chat_template_kwargs") :])
+# Fields that the Response object repeats, beside what they may ask for.
+REPEATED: dict[str, Any] = {
+    "text": {"verbosity": "low"},
+    "reasoning": {"effort": "low"},
+    "metadata": {"a": "b"},
+    "background": True,
+    "store": False,
+}
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
 def test_an_honoured_field_changes_the_stored_request(endpoint: Endpoint) -> None:
     plain = read_at_every_door(endpoint, {})
     for field, _ in (row for row in rows() if row[1] == endpoint and row[0].treatment is Treatment.HONOURED):
+        if endpoint == RESPONSES_ENDPOINT and field.name in REPEATED.keys() - {"reasoning"}:
+            continue
         value = HONOURED.get(field.name, 0.25 if field.type == "number" else 3)
         value = value.get(endpoint, value) if isinstance(value, dict) else value
         found = read_at_every_door(endpoint, {field.name: value})
@@ -143,6 +155,16 @@ def test_an_honoured_field_changes_the_stored_request(endpoint: Endpoint) -> Non
             continue
         assert all(isinstance(each, dict) for each in found), (field.name, found)
         assert all(each != without for each, without in zip(found, plain, strict=True)), field.name
+
+
+def test_a_response_repeats_what_it_was_asked() -> None:
+    def options(fields: dict[str, Any]) -> Any:
+        return parse_body({"model": "tiny", "input": "Hello", **fields}, rules(RESPONSES_ENDPOINT)).body["response"]  # type: ignore[index]
+
+    assert options({}) == {}
+    for name, value in REPEATED.items():
+        told = options({name: value})
+        assert told in ({name: value}, {"echo": {name: value}}), name
 
 
 def test_values_are_idle_as_json_values_not_as_python_objects() -> None:
@@ -174,4 +196,6 @@ def test_every_row_says_what_it_means_and_no_name_has_two_rows_for_one_endpoint(
 )
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
 def test_bodies_that_other_engines_take_are_taken(endpoint: Endpoint, fields: dict[str, Any]) -> None:
+    if endpoint == RESPONSES_ENDPOINT:
+        fields = {name: 1 if name in ("n", "best_of") else value for name, value in fields.items()}
     assert all(isinstance(each, dict) for each in read_at_every_door(endpoint, fields)), fields
