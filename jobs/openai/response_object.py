@@ -114,7 +114,7 @@ def _repeated(stored: StoredResponse, defaults: Mapping[str, Any]) -> Json:
         "service_tier": "default",
         "store": options.store,
         "temperature": sampling.temperature,
-        "text": {"format": {"type": "text"}} | echo.get("text", {}),
+        "text": {"format": {"type": "text"}} | {name: value for name, value in echo.get("text", {}).items() if value},
         "tool_choice": echo.get("tool_choice", "auto"),
         "tools": echo.get("tools", []),
         "top_logprobs": sampling.logprobs or 0,

@@ -87,6 +87,19 @@ def test_a_response_is_the_chat_of_the_same_conversation(serve: Serve, database:
     assert stored.model_copy(update={"response": None}) == request_of(database, chat["id"])
 
 
+def test_a_schema_for_the_text_is_that_of_a_chat(serve: Serve, database: Database) -> None:
+    api = serve()
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
+    form = {"type": "json_schema", "name": "a", "schema": schema, "strict": True}
+    made = Response.model_validate(api.post(RESPONSES_ENDPOINT, json=ASKED | {"text": {"format": form}}).json())
+    nested = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema, "strict": True}}
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "response_format": nested}
+    chat = api.post(CHAT_ENDPOINT, json=asked).json()
+    assert request_of(database, made.id).grammar == request_of(database, chat["id"]).grammar is not None
+    assert made.text is not None
+    assert made.text.to_dict() == {"format": form}
+
+
 def test_a_stream_has_the_events_of_its_answer_in_order_whoever_reads_it(serve: Serve) -> None:
     api = serve()
     told = events_of(api.post(RESPONSES_ENDPOINT, json=ASKED | {"stream": True}))
@@ -291,6 +304,12 @@ def test_a_background_response_that_fails_says_why(serve: Serve) -> None:
         ({"max_output_tokens": 0}, "invalid_value", "max_output_tokens"),
         ({"tools": [{"type": "web_search"}]}, "unsupported_parameter", "tools[0].type"),
         ({"text": {"form": 1}}, "unknown_parameter", "text.form"),
+        (
+            {"text": {"format": {"type": "json_schema", "name": "a"}}},
+            "missing_required_parameter",
+            "text.format.schema",
+        ),
+        ({"text": {"format": {"type": "xml"}}}, "invalid_value", "text.format.type"),
         ({"reasoning": {"effect": 1}}, "invalid_value", "reasoning.effect"),
         ({"include": ["all"]}, "invalid_value", "include[0]"),
         ({"metadata": {"a": 1}}, "invalid_value", "metadata"),
