@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 from transformers import (
     Gemma3ForCausalLM,
@@ -37,6 +38,7 @@ from worker.engine.segments import KvMove, Segment
 
 VOCAB = 61
 TOKENIZER_VOCAB = 258  # of `byte_tokenizer`; a model that reads its tokens needs at least as many
+JSON_VOCAB = 300  # of `json_tokenizer`
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
@@ -112,6 +114,20 @@ def byte_tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
             "<bos>{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<bos>assistant: {% endif %}"
         )
     return tokenizer
+
+
+@cache
+def json_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer of JSON_VOCAB tokens that merges what JSON often has; `<eos>` is 0."""
+    words = '{"name": "value", "kind": null, "ok": true, "no": false}, ["alpha", "beta", 10, 11], kind name value'
+    backend = Tokenizer(BPE())
+    backend.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    backend.decoder = ByteLevelDecoder()
+    trainer = BpeTrainer(
+        vocab_size=JSON_VOCAB, special_tokens=["<eos>"], initial_alphabet=ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator([words] * 4, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")  # type: ignore[no-untyped-call]
 
 
 @dataclass

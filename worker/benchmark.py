@@ -270,7 +270,10 @@ class _TimedDrafter:
 
     @property
     def forward_free(self) -> Drafter | None:
-        return _TimedDrafter(self._drafter.forward_free, self._time) if self._drafter.forward_free is not None else None
+        part = self._drafter.forward_free
+        if part is self._drafter:
+            return self
+        return None if part is None else _TimedDrafter(part, self._time)
 
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
         started = perf_counter()

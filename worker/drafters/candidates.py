@@ -13,6 +13,7 @@ from torch import Tensor
 from worker.engine.sampling.sampling import gumbel_scores, process, topk
 from worker.engine.segments import IntArray
 from worker.engine.speculation.draft_tree import FloatArray, Forest
+from worker.engine.speculation.tree_masks import TreeMasks
 
 _WIDTH = 8  # max children per node: more are rarely drawn, and cost time in every layer
 
@@ -26,6 +27,8 @@ def best_children(
     `logits` [nodes, n] are of `tokens` [n], the ids out of the target's `vocabulary` that the draft can propose.
     """
     scores = _adjusted(forest, nodes, logits.float(), tokens, vocabulary)
+    if forest.masks is not None:
+        scores = _masked(forest.masks, nodes, scores, tokens, vocabulary)
     trees = forest.tree[nodes]
     sampled = np.flatnonzero(forest.sampled[trees])
     if len(sampled):
@@ -34,6 +37,18 @@ def best_children(
         scores[sampled] = gumbel_scores(process(scores[sampled], parameters), parameters, positions, tokens)
     indices, probabilities = topk(scores, min(_WIDTH, scores.shape[1]))
     return tokens[indices].cpu().numpy(), probabilities.cpu().numpy()
+
+
+def _masked(masks: TreeMasks, nodes: IntArray, scores: Tensor, tokens: Tensor, vocabulary: int) -> Tensor:
+    """Return the scores with minus infinity for the tokens that grammars forbid, as the target draws them."""
+    bound, words = masks.masks(nodes)
+    if not len(bound):
+        return scores
+    bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")
+    forbidden = torch.from_numpy(bits == 0).to(scores.device)
+    forbidden = forbidden[:, :vocabulary] if len(tokens) == vocabulary else forbidden[:, tokens]
+    rows = torch.from_numpy(bound).to(scores.device)
+    return scores.index_put((rows,), scores[rows].masked_fill(forbidden, -torch.inf))
 
 
 def _adjusted(forest: Forest, nodes: IntArray, logits: Tensor, tokens: Tensor, vocabulary: int) -> Tensor:

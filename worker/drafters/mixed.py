@@ -54,12 +54,14 @@ class MixedDrafter:
 class _SuffixPart:
     """The suffix drafter used alone: its candidates keep their source. The engine commits to the mixed drafter."""
 
-    forward_free = None
-
     def __init__(self, part: Drafter) -> None:
         self.name = part.name
         self.num_uncached_tokens, self.commit, self.drop = part.num_uncached_tokens, part.commit, part.drop
         self._part = part
+
+    @property
+    def forward_free(self) -> Drafter:
+        return self
 
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
         offered = self._part.expand(forest, frontier)

@@ -16,6 +16,7 @@ import numpy as np
 from worker.engine.segments import IntArray
 from worker.engine.sequence import Sequence
 from worker.engine.speculation.draft_tree import Candidates, Forest
+from worker.engine.speculation.drafting import Drafter
 
 _MAX_MATCH = 6  # tokens; a longer match is hardly more reliable, and each length takes memory
 _WIDTH = 4  # max continuations per node
@@ -33,12 +34,16 @@ class SuffixDrafter:
     """Drafts from each sequence's own prompt and output, and from the finished outputs of its group."""
 
     name = "suffix"
-    forward_free = None  # it has no part with forwards
 
     def __init__(self) -> None:
         self._sequences: dict[int, _SequenceIndex] = {}
         self._groups: OrderedDict[Hashable, _NgramIndex] = OrderedDict()
         self._own, self._in_group = _Reliability(), _Reliability()
+
+    @property
+    def forward_free(self) -> Drafter:
+        """All of it: it runs no forward."""
+        return self
 
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
         """Offer the continuations of the longest match at each node."""

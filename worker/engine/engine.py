@@ -14,6 +14,8 @@ import numpy as np
 
 from worker.engine.batch import Batch
 from worker.engine.errors import NanLogits
+from worker.engine.grammar.constraints import Constraints
+from worker.engine.grammar.vocabulary import GrammarVocabulary
 from worker.engine.kv.slot_allocator import Truncation
 from worker.engine.logprobs import compute_logprobs
 from worker.engine.model.packed_model import LanguageModel
@@ -42,12 +44,13 @@ class Engine:
         costs: CostModel | None = None,
         state: SpeculationState | None = None,
         *,
+        vocabulary: GrammarVocabulary | None = None,
         clock: Callable[[], float] = perf_counter,
     ) -> None:
         """Build an engine. Opt-tree mode needs `costs`; plain mode ignores `drafter`.
 
-        `state` is what an earlier engine with the same drafter has learned; this one continues from it. `clock` returns
-        seconds, and is the only clock that the engine reads.
+        `state` is what an earlier engine with the same drafter has learned; this one continues from it. Sequences with
+        a grammar need a `vocabulary`. `clock` returns seconds, and is the only clock that the engine reads.
         """
         assert options.mode is not Mode.OPT_TREE or costs is not None, "opt-tree mode needs a cost model"
         self._target = target
@@ -55,7 +58,10 @@ class Engine:
         self._options = options
         self._state = state or SpeculationState()
         self._clock = clock
-        self._planner = Planner(options, self._drafter, costs, self._state, clock)
+        forced = options.forced_tokens and options.mode is not Mode.PLAIN
+        self._constraints = Constraints(vocabulary, options.nodes if forced else 0)
+        self._planner = Planner(options, self._drafter, costs, self._state, clock, self._constraints)
+        self._failed: list[Sequence] = []
         self._scheduler = Scheduler(options)
         target.clear()  # of the sequences of an earlier engine
         self._late_ms = 0.0  # time of the previous step after it was measured
@@ -97,9 +103,13 @@ class Engine:
         return self._scheduler.busy
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence, new or resumed. It must be shorter than the context by one token at least."""
+        """Queue a sequence, new or resumed. It must be shorter than the context by one token at least.
+
+        Raises SequenceTooLong if it never fits into memory, and GrammarsRefused.
+        """
         assert len(sequence.ids) < self._options.max_context, "the sequence fills the context: no token can be added"
         self._scheduler.add(sequence)
+        self._constraints.add(sequence)
 
     def cancel(self, keys: set[Hashable]) -> None:
         """End sequences by key, without another token."""
@@ -107,6 +117,11 @@ class Engine:
         for sequence in sequences:
             sequence.cancelled = True
         self._drop_finished(sequences)
+
+    def pop_failed(self) -> list[Sequence]:
+        """Return the sequences that the last step ended without an output: their `failure` says why."""
+        failed, self._failed = self._failed, []
+        return failed
 
     def step(self, only: Collection[Hashable] | None = None, *, plain: bool = False) -> StepBatch:
         """Run one step and return what each emitting sequence got: nothing while prompts are still being read.
@@ -123,17 +138,22 @@ class Engine:
         timer.drafted()
         self._grow_trees(plan.selected)
         segments, rows = batch.pack(plan.selected)
+        if plan.selected.masks is not None:
+            plan.selected.masks.start(plan.selected)
         logits = self._target.forward(segments)
         accepted = walk(plan.selected, logits, rows)
-        undrawn = np.flatnonzero(accepted.bonus < 0).tolist()
+        stuck = _grammar_failures(plan.selected, accepted)
+        undrawn = [tree for tree in np.flatnonzero(accepted.bonus < 0).tolist() if tree not in stuck]
         if undrawn:
             raise NanLogits([plan.selected.sequences[tree] for tree in undrawn])
         timer.verified()
         self._count_recomputed(batch)
-        emitted = _emit(plan.selected.sequences, accepted)
+        emitted = _emit(plan.selected.sequences, accepted, stuck)
+        self._constraints.prepare(s for s in plan.selected.sequences if not s.finished)
         logprobs = compute_logprobs(plan.selected, logits, rows, accepted, emitted.counts)
         self._commit(plan, accepted, emitted)
         results = self._results(batch, plan, accepted, emitted, logprobs, timer)
+        self._give_up(plan.selected.sequences, stuck)
         self._drop_finished(plan.selected.sequences)
         self._late_ms = timer.late_ms()
         return results
@@ -206,6 +226,7 @@ class Engine:
             preemptions=self._since_last_token(sequences, "new_preemptions"),
             recomputed_tokens=self._since_last_token(sequences, "recomputed_tokens"),
             tree_nodes=tree_nodes,
+            forced_nodes=np.bincount(selected.tree[selected.forced], minlength=len(sequences)),
             tree_depths=tree_depths,
             accepted_tokens=np.minimum(accepted.counts, emitted.counts),
             expected_accepted=selected.expected(),
@@ -237,7 +258,16 @@ class Engine:
             setattr(sequence, counter, 0)
         return counts
 
-    def _drop_finished(self, candidates: Iterable[Sequence]) -> None:
+    def _give_up(self, sequences: tuple[Sequence, ...], stuck: dict[int, str]) -> None:
+        """End the sequences whose grammars allow no further token, but those that ended before they got there."""
+        for tree, reason in stuck.items():
+            sequence = sequences[tree]
+            if sequence.finish_reason is None:
+                sequence.failure, sequence.cancelled = reason, True
+                self._failed.append(sequence)
+
+    def _drop_finished(self, candidates: Collection[Sequence]) -> None:
+        self._constraints.drop(sequence for sequence in candidates if sequence.finished)
         for sequence in self._scheduler.drop_finished(candidates):
             if self._drafter is not None:
                 self._drafter.drop(sequence)
@@ -245,14 +275,24 @@ class Engine:
         self._truncate(self._scheduler.slots.pop_truncations())
 
 
-def _emit(sequences: tuple[Sequence, ...], accepted: AcceptedPaths) -> EmittedTokens:
-    """Append what the target drew to the sequences: the accepted tokens and its own."""
+def _grammar_failures(selected: Forest, accepted: AcceptedPaths) -> dict[int, str]:
+    """Return why the grammar allows no token at the end of a tree's accepted path, by tree."""
+    if selected.masks is None:
+        return {}
+    undrawn = np.flatnonzero(accepted.bonus < 0)
+    last = accepted.visited[accepted.firsts[undrawn] + accepted.counts[undrawn]]
+    reasons = zip(undrawn.tolist(), map(selected.masks.failure, last.tolist()), strict=True)
+    return {tree: reason for tree, reason in reasons if reason}
+
+
+def _emit(sequences: tuple[Sequence, ...], accepted: AcceptedPaths, stuck: Collection[int] = ()) -> EmittedTokens:
+    """Append what the target drew to the sequences: the accepted tokens and its own, which `stuck` trees have not."""
     counts = accepted.counts + 1
     drawn, ends = accepted.drawn.tolist(), counts.cumsum().tolist()
     ended = []
     for tree, (sequence, first, end) in enumerate(zip(sequences, [0, *ends], ends, strict=False)):
-        kept = len(sequence.emit(drawn[first:end]))
-        if sequence.finish_reason is not None:
+        kept = len(sequence.emit(drawn[first : end - (tree in stuck)]))
+        if sequence.finish_reason is not None or tree in stuck:
             ended.append(tree)
             counts[tree] = kept
     tokens, reasons = accepted.drawn, np.zeros(len(sequences), np.int64)
@@ -280,7 +320,7 @@ def _drawn_ranks(selected: Forest, accepted: AcceptedPaths, emitted: IntArray) -
     """Return (number of children, rank of the drawn child) of the visited nodes that have children, as far as emitted.
 
     First how many each tree has [trees], then all of them [entries, 2]. Rank -1: the target drew no child. Draws that
-    were cut off at the end of the sequence are left out.
+    were cut off at the end of the sequence are left out, and those of tokens that a grammar forces.
     """
     trees = len(selected.sequences)
     if selected.size == trees:
@@ -292,6 +332,10 @@ def _drawn_ranks(selected: Forest, accepted: AcceptedPaths, emitted: IntArray) -
     depth = ranges(np.zeros(trees, np.int64), accepted.counts + 1)
     reached = np.where(emitted >= accepted.counts, accepted.counts + 1, emitted)  # visited nodes that count
     told = (children[visited] > 0) & (depth < reached[selected.tree[visited]])
+    if selected.masks is not None:
+        above_forced = np.zeros(selected.size, np.bool_)  # their children were not drafted
+        above_forced[selected.parent[selected.forced]] = True
+        told &= ~above_forced[visited]
     counts = np.bincount(selected.tree[visited[told]], minlength=trees)
     return counts, np.stack([children[visited[told]], drawn[told]], axis=1)
 

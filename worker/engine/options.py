@@ -30,6 +30,7 @@ class EngineOptions:
     threshold: float = 0.5  # delta of paper mode: growth ends at the first layer that adds no more to E(A)
     max_depth: int = 10  # max layers of one draft tree
     calibrated: bool = False  # paper mode: use the acceptance model, as opt-tree always does
+    forced_tokens: bool = True  # tokens that a grammar forces become draft nodes, but in plain mode
     probe_every: int = 64  # opt-tree: about one step in this many is plain, to measure the speed-up
 
     @property

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 REASONS: tuple[FinishReason | None, ...] = (None, *FinishReason)  # by their code in a `StepBatch`
 
+GRAMMAR_SOURCE = "grammar"  # in `StepStats.drafter`: tokens that a grammar forces
+
 # For each node that the target reached and that has drafted children: (number of children, rank of the child that it
 # drew). Rank 0 is the most likely child; None: it drew none of them.
 DrawnRanks = tuple[tuple[int, int | None], ...]
@@ -97,6 +99,7 @@ class StepBatch:
     preemptions: IntArray  # [n] how often the sequence lost its KV memory since its last token
     recomputed_tokens: IntArray  # [n] tokens prefilled again for that
     tree_nodes: IntArray  # [n]
+    forced_nodes: IntArray  # [n] nodes of the tree that a grammar forces; the drafter proposed the others
     tree_depths: IntArray  # [n]
     accepted_tokens: IntArray  # [n]
     expected_accepted: FloatArray  # [n]
@@ -124,6 +127,7 @@ class StepBatch:
             preemptions=ints,
             recomputed_tokens=ints,
             tree_nodes=ints,
+            forced_nodes=ints,
             tree_depths=ints,
             accepted_tokens=ints,
             expected_accepted=floats,
@@ -170,6 +174,7 @@ class StepBatch:
         columns = (
             self.steps,
             self.tree_nodes,
+            self.forced_nodes,
             self.tree_depths,
             self.accepted_tokens,
             self.counts,
@@ -179,7 +184,7 @@ class StepBatch:
             self.recomputed_tokens,
         )
         rows = zip(*(column.tolist() for column in columns), strict=True)
-        for step, nodes, depth, accepted, emitted, expected, step_ms, preemptions, recomputed in rows:
+        for step, nodes, forced, depth, accepted, emitted, expected, step_ms, preemptions, recomputed in rows:
             yield StepStats(
                 step=step,
                 tree_nodes=nodes,
@@ -191,12 +196,18 @@ class StepBatch:
                 verify_ms=self.verify_ms,
                 step_ms=step_ms,
                 batch_sequences=len(self.numbers),
-                drafter=self.drafter if nodes else None,
+                drafter=_source(self.drafter, nodes, forced),
                 plain_step_ms=self.plain_step_ms,
                 decision=self.decision,
                 preemptions=preemptions,
                 recomputed_tokens=recomputed,
             )
+
+
+def _source(drafter: str | None, nodes: int, forced: int) -> str | None:
+    """Return who proposed the nodes of a tree; None: it has none."""
+    sources = [drafter if nodes > forced else None, GRAMMAR_SOURCE if forced else None]
+    return "+".join(source for source in sources if source) or None
 
 
 def _drawn(children: int, rank: int) -> tuple[int, int | None]:

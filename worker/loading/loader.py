@@ -20,6 +20,7 @@ from jobs.messages import model_name
 from storage.speculation_states import DraftIdentity
 from worker.engine.cpu.compiler import processor
 from worker.engine.engine import Engine
+from worker.engine.grammar.vocabulary import GrammarVocabulary
 from worker.engine.model.architecture import max_positions
 from worker.engine.model.backend import fuse_layers
 from worker.engine.model.loading import gather_embeddings, load, native_dtype
@@ -40,6 +41,7 @@ from worker.loading.tensor_parallel import NOT_EXACT, TARGET, RankGroup
 from worker.settings import WorkerSettings
 from worker.text.codec import Codec, eos_ids, load_tokenizer
 from worker.text.generation_config import sampling_defaults
+from worker.text.grammar_tokenizer import grammar_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class LoadedModel:
     ranks: int  # devices that share the target (tensor parallel size)
     dtype: str
     codec: Codec
+    grammars: GrammarVocabulary
     target: PackedModel
     make_drafter: Callable[[], Drafter]
     options: EngineOptions
@@ -85,7 +88,7 @@ class LoadedModel:
         drafter = None if chosen.mode is Mode.PLAIN else (make_drafter or self.make_drafter)()
         own = make_drafter is None and chosen.mode is self.options.mode
         learned = speculation_state or (self.speculation_state if own else None)
-        return Engine(target or self.target, drafter, chosen, self.costs, learned)
+        return Engine(target or self.target, drafter, chosen, self.costs, learned, vocabulary=self.grammars)
 
 
 def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None) -> LoadedModel:
@@ -125,9 +128,11 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
         kv_tokens=options.total_kv_tokens,
     )
     target.prepare()
-    prepare_draws(target.forward([chain(0, 0, [0], keep_last=True)]))
+    logits = target.forward([chain(0, 0, [0], keep_last=True)])
+    prepare_draws(logits)
     target.truncate(0, 0)
-    ends = eos_ids(tokenizer, model.generation_config)
+    ends, width = eos_ids(tokenizer, model.generation_config), logits.shape[-1]
+    grammars = GrammarVocabulary(partial(grammar_tokenizer, tokenizer, ends, width), ends, width, vocabulary)
     defaults, ignored = sampling_defaults(model.generation_config, settings.generation_config)
     codec = Codec(
         tokenizer,
@@ -159,6 +164,7 @@ def load_engine(settings: WorkerSettings, on_message: OnMessage = lambda _: None
         ranks=settings.tp,
         dtype=str(dtype).removeprefix("torch."),
         codec=codec,
+        grammars=grammars,
         target=target,
         make_drafter=make_drafter,
         options=options,
@@ -176,8 +182,9 @@ def _draft_identity(target: str, draft: str | None, device: str, kind: tuple[obj
 
 
 def _of_parts(drafter: Drafter, times_of: Callable[[Drafter], DraftTimes]) -> tuple[DraftTimes, DraftTimes | None]:
-    """Return the times of a drafter, and of its part without a network (None: it has no such part)."""
-    return times_of(drafter), None if drafter.forward_free is None else times_of(drafter.forward_free)
+    """Return the times of a drafter, and of its part without a network (None: it has no such part, or no other)."""
+    part = drafter.forward_free
+    return times_of(drafter), None if part is None or part is drafter else times_of(part)
 
 
 def _spread(settings: WorkerSettings) -> OffloadOptions | None:

@@ -95,10 +95,11 @@ class ResilientEngine:
         if self._silent:
             emitted = set(results.numbers.tolist())
             self._silent = {s for s in self._silent if s.number not in emitted}
-        if len(results.finished):
+        failed = self._engine.pop_failed()
+        if len(results.finished) or failed:
             self._remove_finished()
         self._raise_limit()
-        return results, rejected
+        return results, [*rejected, *failed]
 
     def _admit(self) -> list[Sequence]:
         """Add waiting sequences to the engine up to the limit; return those that it rejects."""

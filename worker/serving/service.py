@@ -96,6 +96,9 @@ class EngineService:
         self._requests.set_up(self._setup())
         learned = self._speculation_store.read(self._loaded.speculation_state)
         self._loaded = replace(self._loaded, speculation_state=learned)
+        refusal = self._loaded.grammars.refusal()  # reads the vocabulary now: the first grammar should not wait
+        if refusal:
+            log.warning("This model decodes no grammars: %s", refusal, extra={"action": "grammars_refused"})
         self._requests.wait_until_ready(_READY_S)  # a registered worker is one that serves
         with self._database.write() as session:
             writes.register_worker(session, self._registration())

@@ -74,8 +74,10 @@ def prepare(logits: Tensor) -> None:
     """Compile what draws from rows like these run, so that no request waits for it: a GPU's kernels take seconds."""
     starts, none = np.zeros(2, np.int64), np.empty(0, np.int64)
     unchanged = Adjustments(starts, none, np.empty(0, np.float32), starts, none, none)
+    everything = torch.full((1, -(-logits.shape[1] // 32)), -1, dtype=torch.int32)
     for sampling in (Sampling(1.0, top_p=0.5), Sampling(1.0, top_p=0.5, presence_penalty=1.0)):
-        draw(logits[:1], sampling.record, np.zeros(1, np.int64), adjustments=unchanged)
+        for mask in (None, everything):
+            draw(logits[:1], sampling.record, np.zeros(1, np.int64), adjustments=unchanged, mask=mask)
 
 
 def argmax(logits: Tensor) -> IntArray:

@@ -9,6 +9,7 @@ class Decision(StrEnum):
     """What a step did, and why. The values are stored in the column `decision`."""
 
     TREE = "tree"  # some sequence verified draft nodes
+    GRAMMAR = "grammar"  # only tokens that a grammar forces were verified, and no draft
     OFF = "off"  # the mode is plain
     PROBE = "probe"  # plain on purpose, to measure plain decoding
     GUARD = "guard"  # blocked by the regret guard: speculation has not paid lately

@@ -23,6 +23,7 @@ from worker.engine.sampling.sampling import adjust
 from worker.engine.segments import BoolArray, IntArray, Segments, ranges
 from worker.engine.sequence import Sequence
 from worker.engine.speculation.sequence_columns import SequenceColumns
+from worker.engine.speculation.tree_masks import TreeMasks
 
 FloatArray = NDArray[np.float64]
 
@@ -42,8 +43,16 @@ class Candidates:
 class Forest:
     """The draft trees of a batch. Nodes 0..len(sequences)-1 are the roots: each sequence's newest committed token."""
 
-    def __init__(self, sequences: Seq[Sequence] | SequenceColumns, tree_discount: float = 1.0) -> None:
-        """Start with the roots alone, which is plain decoding. All values are multiplied by `tree_discount`."""
+    def __init__(
+        self,
+        sequences: Seq[Sequence] | SequenceColumns,
+        tree_discount: float = 1.0,
+        masks: TreeMasks | None = None,
+    ) -> None:
+        """Start with the roots alone, which is plain decoding. All values are multiplied by `tree_discount`.
+
+        `masks` are what grammars allow; None: no sequence has one.
+        """
         self.columns = sequences if isinstance(sequences, SequenceColumns) else SequenceColumns(sequences)
         self.sequences = self.columns.sequences
         count = len(self.sequences)
@@ -52,6 +61,9 @@ class Forest:
         self.token: IntArray = np.array([s.ids[-1] for s in self.sequences], np.int64)
         self.depth: IntArray = np.zeros(count, np.int64)
         self.value: FloatArray = np.full(count, tree_discount)
+        self.forced: BoolArray = np.zeros(count, np.bool_)  # nodes that a grammar forces below their parents
+        self.masks = masks
+        self._discount = tree_discount
 
     @property
     def roots(self) -> IntArray:
@@ -86,16 +98,61 @@ class Forest:
 
     def add_layer(self, frontier: IntArray, candidates: Candidates, min_value: float = 0.0) -> IntArray:
         """Add the candidates with a value above `min_value` below the frontier; return the indices of the new nodes."""
-        values = self.value[frontier, None] * candidates.probabilities
+        values = self._drafted_value(frontier)[:, None] * candidates.probabilities
         rows, ranks = np.nonzero(values > min_value)
         parents = frontier[rows]
+        return self._append(parents, self.depth[parents] + 1, candidates.tokens[rows, ranks], values[rows, ranks])
+
+    def force(self, nodes: IntArray) -> tuple[IntArray, IntArray]:
+        """Add the tokens that grammars force below nodes.
+
+        Return the nodes below which a drafter may propose: those of `nodes`, and of the last ones of the chains that
+        were added. A forced token is accepted if its parent is: its value is the parent's, and 1 below a root.
+        """
+        if self.masks is None:
+            return nodes, nodes[:0]
+        stretches = self.masks.stretches(self, nodes)
+        closed = [node for node, found in stretches.items() if found.tokens or not found.open]
+        forced = {node: found for node, found in stretches.items() if found.tokens}
+        nodes = nodes[~np.isin(nodes, closed)] if closed else nodes
+        if not forced:
+            return nodes, nodes[:0]
+        first, above = self.size, list(forced)
+        counts = np.array([len(found.tokens) for found in forced.values()])
+        within = ranges(np.zeros(len(above), np.int64), counts)  # place of each new node in its chain
+        added = first + np.arange(int(counts.sum()))
+        parents = np.where(within == 0, np.repeat(above, counts), added - 1)
+        tokens = np.concatenate([found.tokens for found in forced.values()])
+        values = np.where(np.array(above) < len(self.sequences), 1.0, self.value[above])
+        depths = np.repeat(self.depth[above], counts) + within + 1
+        self._append(parents, depths, tokens, np.repeat(values, counts), np.repeat(self.tree[above], counts))
+        self.forced[first:] = True
+        self.masks.learn(added.tolist(), [one for found in forced.values() for one in found.allowed[1:]])
+        ends: IntArray = added[counts.cumsum() - 1]
+        return nodes, ends[[found.open for found in forced.values()]]
+
+    def _append(
+        self, parents: IntArray, depths: IntArray, tokens: IntArray, values: FloatArray, trees: IntArray | None = None
+    ) -> IntArray:
+        """Add nodes; return their indices."""
         first = self.size
-        self.tree = np.concatenate([self.tree, self.tree[parents]])
+        trees = self.tree[parents] if trees is None else trees
+        self.tree = np.concatenate([self.tree, trees])
         self.parent = np.concatenate([self.parent, parents])
-        self.token = np.concatenate([self.token, candidates.tokens[rows, ranks]])
-        self.depth = np.concatenate([self.depth, self.depth[parents] + 1])
-        self.value = np.concatenate([self.value, values[rows, ranks]])
+        self.token = np.concatenate([self.token, tokens])
+        self.depth = np.concatenate([self.depth, depths])
+        self.value = np.concatenate([self.value, values])
+        self.forced = np.concatenate([self.forced, np.zeros(len(tokens), np.bool_)])
+        if self.masks is not None:
+            self.masks.add(trees, tokens)
         return np.arange(first, self.size)
+
+    def _drafted_value(self, nodes: IntArray) -> FloatArray:
+        """Return what the children of nodes are worth if they are certain: below forced roots drafts are discounted."""
+        if self.masks is None:
+            return self.value[nodes]
+        certain = self.forced[nodes] & (self.value[nodes] == 1.0)
+        return np.where(certain, self._discount, self.value[nodes])
 
     def ranking(self) -> IntArray:
         """Return the draft nodes, highest value first; parents precede their children.
@@ -128,7 +185,7 @@ class Forest:
         """Return the draft nodes and the depth of each tree [sequences]."""
         roots = len(self.sequences)
         depths = np.zeros(roots, np.int64)
-        depths[self.tree[roots:]] = self.depth[roots:]  # nodes are in order of depth: the deepest is written last
+        np.maximum.at(depths, self.tree[roots:], self.depth[roots:])
         return np.bincount(self.tree[roots:], minlength=roots), depths
 
     def expected(self, kept: BoolArray | None = None) -> FloatArray:
@@ -145,7 +202,8 @@ class Forest:
         index[order] = np.arange(len(order))
         forest = copy(self)
         forest.tree, forest.token = self.tree[order], self.token[order]
-        forest.depth, forest.value = self.depth[order], self.value[order]
+        forest.depth, forest.value, forest.forced = self.depth[order], self.value[order], self.forced[order]
+        forest.masks = None if self.masks is None else self.masks.pruned(order)
         forest.parent = np.where(self.parent[order] >= 0, index[self.parent[order]], -1)
         assert (forest.parent[len(self.sequences) :] >= 0).all(), "a kept node lost its parent"
         return forest

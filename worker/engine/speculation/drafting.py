@@ -21,7 +21,7 @@ class Drafter(Protocol):
 
     @property
     def forward_free(self) -> Drafter | None:
-        """The part of a mixed drafter that runs no forward; None for a drafter that is not mixed."""
+        """The part of a drafter that runs no forward: itself, one of several, or None."""
 
     def expand(self, forest: Forest, frontier: IntArray) -> Candidates:
         """Offer children for the frontier nodes. Each call of a step is for the next layer of the same forest."""
@@ -55,23 +55,43 @@ def as_offered(_: Forest, layer: Layer) -> Candidates:
     return layer.offered
 
 
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """What was offered while trees grew, and where they may grow on."""
+
+    layers: list[Layer]
+    detached: IntArray  # ends of forced chains: only a drafter that runs no forward can expand them
+
+
 def grow(
     forest: Forest, drafter: Drafter, budget: Budget, max_depth: int, roots: IntArray, calibrate: Calibrate = as_offered
-) -> list[Layer]:
-    """Grow the trees of `roots` in place and return what was offered.
+) -> Growth:
+    """Grow the trees below `roots` in place and return what was offered.
 
     Gains never rise with depth: a layer splits the value of the one above it. So the first layer that is not worth its
     cost is the right place to stop. Nodes of that layer can still be selected, since they are drafted already.
+
+    Where a grammar forces the next tokens, they become nodes and the drafter is not asked. One that runs no forward
+    goes on below them; a network has not read them.
     """
     layers: list[Layer] = []
+    detached = [_NONE]
+    everywhere = drafter.forward_free is drafter
     frontier = _expandable(forest, roots)
     while len(frontier) and len(layers) < max_depth:
-        layers.append(Layer(frontier, drafter.expand(forest, frontier)))
+        offered = drafter.expand(forest, frontier)
+        if forest.masks is not None:
+            offered = forest.masks.permitted(frontier, offered)
+        layers.append(Layer(frontier, offered))
         added = _NONE
-        if layers[-1].offered.probabilities.any():
+        if offered.probabilities.any():
             added = forest.add_layer(frontier, calibrate(forest, layers[-1]), budget.min_value)
-        frontier = _expandable(forest, budget.frontier(forest, frontier, added))
-    return layers
+        frontier, ends = forest.force(_expandable(forest, budget.frontier(forest, frontier, added)))
+        if everywhere and len(ends):
+            frontier = _expandable(forest, np.concatenate([frontier, ends]))
+        else:
+            detached.append(ends)
+    return Growth(layers, np.concatenate(detached))
 
 
 def joined(layers: list[Layer]) -> list[Layer]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 
 import numpy as np
 
 from worker.engine.batch import Batch
+from worker.engine.grammar.constraint import Stretch
+from worker.engine.grammar.constraints import Constraints
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.segments import IntArray
 from worker.engine.speculation.constants import (
@@ -23,11 +25,12 @@ from worker.engine.speculation.constants import (
 from worker.engine.speculation.cost_model import CostModel
 from worker.engine.speculation.decision import Decision
 from worker.engine.speculation.draft_tree import Candidates, Forest
-from worker.engine.speculation.drafting import Drafter, Layer, as_offered, grow, joined
+from worker.engine.speculation.drafting import Drafter, Growth, Layer, as_offered, grow, joined
 from worker.engine.speculation.regret_guard import RegretGuard
 from worker.engine.speculation.sequence_columns import SequenceColumns
 from worker.engine.speculation.state import DrafterStats, SpeculationState
 from worker.engine.speculation.tree_budget import Budget, CostAwareBudget, FixedBudget
+from worker.engine.speculation.tree_masks import TreeMasks
 from worker.engine.speculation.verifier import AcceptedPaths
 
 
@@ -61,6 +64,11 @@ class StepPlan:
     catch_up_ms: float = 0.0  # time the drafter took to read uncached tokens, if it had fallen behind
     lookup_ms: float = 0.0  # time of a draft lookup that found no candidates
 
+    @property
+    def plain(self) -> bool:
+        """True if the step has neither drafts nor forced tokens."""
+        return not self.layers and self.selected.size == len(self.selected.sequences)
+
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
@@ -68,6 +76,10 @@ class StepTimes:
 
     verify_ms: float
     step_ms: float  # the whole step, bookkeeping included
+
+
+def _is_open(stretch: Stretch) -> bool:
+    return stretch.open and not stretch.tokens
 
 
 class Planner:
@@ -80,9 +92,14 @@ class Planner:
         costs: CostModel | None,
         state: SpeculationState,
         clock: Callable[[], float] = perf_counter,
+        constraints: Constraints | None = None,
     ) -> None:
-        """Plan with `drafter` as `options.mode` says; opt-tree mode needs `costs`. `clock` returns seconds."""
+        """Plan with `drafter` as `options.mode` says; opt-tree mode needs `costs`. `clock` returns seconds.
+
+        `constraints` are those of all sequences with a grammar.
+        """
         self._options = options
+        self._constraints = constraints
         self._clock = clock
         self._costs = costs
         self._state = state
@@ -90,30 +107,66 @@ class Planner:
         self._acceptance = state.acceptance
         self._calibrated = options.mode is Mode.OPT_TREE or options.calibrated
         self._strategies = [] if drafter is None else [_Strategy(drafter, state.whole)]
-        if drafter is not None and drafter.forward_free is not None and options.mode is Mode.OPT_TREE:
-            self._strategies.append(_Strategy(drafter.forward_free, state.forward_free))
+        part = None if drafter is None or drafter.forward_free is drafter else drafter.forward_free
+        self._lookup = None if part is None else _Strategy(part, state.forward_free)
+        if self._lookup is not None and options.mode is Mode.OPT_TREE:
+            self._strategies.append(self._lookup)
 
     def plan(self, batch: Batch) -> StepPlan:
         """Draft for the decoding sequences of a batch, and select what the target verifies."""
         started = self._clock()
         if self._columns.sequences != batch.emitting:
             self._columns = SequenceColumns(batch.emitting)
-        forest = Forest(self._columns, self._acceptance.tree_discount if self._calibrated else 1.0)
-        start = self._start(batch)
+        discount = self._acceptance.tree_discount if self._calibrated else 1.0
+        forest = Forest(self._columns, discount, self._masks())
+        start = self._start(batch, self._open_roots(batch, forest))
         if isinstance(start, Decision):
-            return StepPlan(forest, forest, forest.roots, [], start)
+            return self._without_drafts(batch, forest, start)
         strategy = start.strategy
         budget = self._budget(batch, strategy)
-        layers, catch_up_ms = self._grow(forest, budget, start)
-        if forest.size == len(forest.sequences):
+        layers, catch_up_ms = self._grow(batch, forest, budget, start)
+        if forest.forced.sum() == forest.size - len(forest.sequences):
+            lookup_ms = 0.0
             if self._is_cheap_lookup(len(batch.decoding), strategy):
-                lookup_ms = (self._clock() - started) * 1e3
-                return StepPlan(forest, forest, forest.roots, [], Decision.NO_CANDIDATES, strategy, lookup_ms=lookup_ms)
-            return StepPlan(forest, forest, forest.roots, layers, Decision.NO_CANDIDATES, strategy, catch_up_ms)
+                layers, catch_up_ms, lookup_ms = [], 0.0, (self._clock() - started) * 1e3
+            plan = self._cut(forest, budget, Decision.NO_CANDIDATES)
+            return replace(plan, layers=layers, strategy=strategy, catch_up_ms=catch_up_ms, lookup_ms=lookup_ms)
+        plan = self._cut(forest, budget, Decision.UNPROFITABLE)
+        return replace(plan, layers=layers, strategy=strategy, catch_up_ms=catch_up_ms)
+
+    def _masks(self) -> TreeMasks | None:
+        """Return the masks of the step's trees; None if no sequence has a grammar."""
+        if self._constraints is None or not self._columns.any_constrained:
+            return None
+        return TreeMasks(self._columns, self._constraints)
+
+    @staticmethod
+    def _open_roots(batch: Batch, forest: Forest) -> IntArray:
+        """Return the roots of decoding sequences below which a drafter may propose: no grammar forces a token there."""
+        roots = np.arange(len(batch.decoding))
+        masks = forest.masks
+        if masks is None or batch.plain:
+            return roots
+        return roots[[not masks.constrained[tree] or _is_open(masks.root(tree)) for tree in roots.tolist()]]
+
+    def _without_drafts(self, batch: Batch, forest: Forest, reason: Decision) -> StepPlan:
+        """Return a plan without drafts, but with forced tokens unless it is to be plain or has no memory for them."""
+        allowed = (Decision.GUARD, Decision.DRAFT_LAGGING, Decision.GRAMMAR)
+        if forest.masks is not None and reason in allowed:
+            forest.force(np.arange(len(batch.decoding)))
+            return self._cut(forest, self._budget(batch, self._strategies[0]), reason)
+        return StepPlan(forest, forest, forest.roots, [], reason)
+
+    @staticmethod
+    def _cut(forest: Forest, budget: Budget, otherwise: Decision) -> StepPlan:
+        """Return a plan that verifies the nodes that are worth it; `otherwise` is the decision if none is."""
+        if forest.size == len(forest.sequences):
+            return StepPlan(forest, forest, forest.roots, [], otherwise)
         cut = budget.cut(forest)
         selected = forest.pruned(cut)
-        decision = Decision.TREE if selected.size > len(selected.sequences) else Decision.UNPROFITABLE
-        return StepPlan(forest, selected, np.flatnonzero(cut), layers, decision, strategy, catch_up_ms)
+        drafted = ~selected.forced[len(selected.sequences) :]
+        decision = Decision.TREE if drafted.any() else Decision.GRAMMAR if len(drafted) else otherwise
+        return StepPlan(forest, selected, np.flatnonzero(cut), [], decision)
 
     def learn(
         self, batch: Batch, plan: StepPlan, accepted: AcceptedPaths, tokens: int, times: StepTimes
@@ -129,9 +182,23 @@ class Planner:
         batch_size, rows, plain_entries = len(batch.decoding), plan.selected.size, batch.entries
         entries = plain_entries * rows / batch_size
         plain_ms = self._plain_ms(plan, self._costs, times, plain_entries, entries)
-        self._update_guards(plan, batch_size, tokens, times.step_ms, plain_ms)
+        forced = int(plan.selected.forced[accepted.visited].sum())
+        forced_ms = times.verify_ms * self._share(self._costs, rows, entries, forced)
+        self._update_guards(plan, batch_size, tokens - forced, times.step_ms - forced_ms, plain_ms)
         self._costs.observe(rows, entries, times.verify_ms)
         return plain_ms
+
+    @staticmethod
+    def _share(costs: CostModel, rows: int, entries: float, forced: int) -> float:
+        """Return the share of a step's accepted forced tokens in the time of its forward.
+
+        Guards are told of the step as if it had not had them: they come with any draft and without one. Forced tokens
+        below a rejected draft are that draft's cost.
+        """
+        if not forced:
+            return 0.0
+        without = costs.step_ms(rows - forced, entries * (rows - forced) / rows)
+        return float(1.0 - without / costs.step_ms(rows, entries))
 
     def _plain_ms(
         self, plan: StepPlan, costs: CostModel, times: StepTimes, plain_entries: float, entries: float
@@ -144,7 +211,7 @@ class Planner:
         calibrated_ms = costs.calibrated_ms(batch_size, plain_entries)
         forward_ms = costs.calibrated_ms(rows, entries)
         slowdown = plain_steps.observe_forward(rows, forward_ms, times.verify_ms)
-        if not plan.layers:
+        if plan.plain:
             step_ms = times.step_ms - plan.lookup_ms
             plain_steps.observe_plain(batch_size, calibrated_ms, step_ms)
             return step_ms
@@ -167,8 +234,8 @@ class Planner:
                 gain = tokens - batch_size * (step_ms - plan.catch_up_ms) / plain_ms
                 stats.costs.observe_gain(gain / len(plan.layers[0].frontier))
 
-    def _start(self, batch: Batch) -> _Start | Decision:
-        """Return the first strategy that may draft and for which trees, or the reason why none may."""
+    def _start(self, batch: Batch, roots: IntArray) -> _Start | Decision:
+        """Return the first strategy that may draft and for which of the roots, or the reason why none may."""
         batch_size = len(batch.decoding)
         if not self._strategies or batch.plain:
             return Decision.OFF
@@ -178,15 +245,17 @@ class Planner:
             return Decision.MEMORY
         if self._options.mode is Mode.PAPER:
             strategy = self._strategies[0]
-            uncached = sum(map(strategy.drafter.num_uncached_tokens, batch.decoding))
-            return _Start(strategy, np.arange(batch_size), uncached)
+            uncached = sum(strategy.drafter.num_uncached_tokens(batch.decoding[root]) for root in roots.tolist())
+            return _Start(strategy, roots, uncached) if len(roots) else Decision.GRAMMAR
         self._state.steps += 1
-        if self._probes(batch_size):
+        if self._probes(batch_size, forced=len(roots) < batch_size):
             return Decision.PROBE
+        if not len(roots):
+            return Decision.GRAMMAR
         decision = Decision.GUARD
         for strategy in self._strategies:
             if self._may_draft(batch, strategy.stats.guard):
-                start = self._affordable(batch, strategy)
+                start = self._affordable(batch, strategy, roots)
                 if start is not None:
                     return start
                 decision = Decision.DRAFT_LAGGING
@@ -198,11 +267,15 @@ class Planner:
         batch_size = len(batch.decoding)
         return not guard.blocked(batch_size) and (not batch.chunks or guard.gain(batch_size) > 0.0)
 
-    def _probes(self, batch_size: int) -> bool:
-        """Return whether the step is plain on purpose: the first of its load class, then one in `_probe_interval`."""
+    def _probes(self, batch_size: int, *, forced: bool) -> bool:
+        """Return whether the step is plain on purpose: the first of its load class, then one in `_probe_interval`.
+
+        One with `forced` tokens, which it would not verify, waits for one without, but for no longer than once more.
+        """
         state = self._state
         since = state.steps - state.last_probe
-        probes = state.plain_steps.unknown(batch_size) or since >= self._probe_interval(batch_size)
+        interval = self._probe_interval(batch_size) * (2 if forced else 1)
+        probes = state.plain_steps.unknown(batch_size) or since >= interval
         if probes:
             state.last_probe = state.steps
         return probes
@@ -233,28 +306,28 @@ class Planner:
         calibrated_ms = costs.calibrated_ms(batch_size, batch.entries)
         return strategy.stats.guard.time_price(batch_size, self._state.plain_steps.plain_ms(batch_size, calibrated_ms))
 
-    def _affordable(self, batch: Batch, strategy: _Strategy) -> _Start | None:
-        """Return a start with the trees for which the drafter can afford to catch up, fewest uncached tokens first.
+    def _affordable(self, batch: Batch, strategy: _Strategy, roots: IntArray) -> _Start | None:
+        """Return a start with the roots for which the drafter can afford to catch up, fewest uncached tokens first.
 
         A drafter reads lazily: if it was not used for a while, it must read what was written since. That is paid from a
         part of the guard's tokens plus what its trees are expected to gain. So a draft that never gained anything is
         tried on few sequences, and enough is left to measure its gain there.
         """
         batch_size, drafts = len(batch.decoding), strategy.stats.costs
-        uncached = [strategy.drafter.num_uncached_tokens(sequence) for sequence in batch.decoding]
+        uncached = [strategy.drafter.num_uncached_tokens(batch.decoding[root]) for root in roots.tolist()]
         if self._costs is None or max(uncached) <= self._options.max_depth:
-            return _Start(strategy, np.arange(batch_size), sum(uncached))
+            return _Start(strategy, roots, sum(uncached))
         order = np.argsort(uncached, kind="stable")
         to_read = np.array(uncached)[order].cumsum()
         price = self._time_price(batch, self._costs, strategy) * drafts.row_ms * to_read
-        expected = EARNING_HORIZON * max(drafts.gain, 0.0) * np.arange(1, batch_size + 1)
+        expected = EARNING_HORIZON * max(drafts.gain, 0.0) * np.arange(1, len(roots) + 1)
         tokens = strategy.stats.guard.tokens(batch_size)
         count = int((price <= MAX_TRIAL_SHARE * tokens + expected).sum())
         if count == 0 and price[0] <= tokens:
             count = 1  # one is enough to measure the gain
         if not drafts.row_ms:
             count = 1  # and to measure the time of reading
-        return _Start(strategy, np.sort(order[:count]), int(to_read[count - 1])) if count else None
+        return _Start(strategy, roots[np.sort(order[:count])], int(to_read[count - 1])) if count else None
 
     def _is_cheap_lookup(self, batch_size: int, strategy: _Strategy) -> bool:
         """Return whether drafting that found no candidates took next to no time: then the step was a plain one."""
@@ -263,14 +336,32 @@ class Planner:
         stats = strategy.stats
         return stats.costs.layer_ms(batch_size) * stats.guard.throughput(batch_size) < MAX_LOOKUP_SHARE * batch_size
 
-    def _grow(self, forest: Forest, budget: Budget, start: _Start) -> tuple[list[Layer], float]:
-        """Grow the trees; return what was offered, and the ms that went into catching up."""
-        started, strategy = self._clock(), start.strategy
+    def _grow(self, batch: Batch, forest: Forest, budget: Budget, start: _Start) -> tuple[list[Layer], float]:
+        """Grow the trees; return what was offered, and the ms that went into catching up.
+
+        Forced tokens come first. What follows them is drafted by the strategy if it runs no forward, or by its part
+        that runs none.
+        """
+        strategy = start.strategy
+        _, ends = forest.force(np.arange(len(batch.decoding)))
+        everywhere = strategy.drafter.forward_free is strategy.drafter
+        roots = np.concatenate([start.roots, ends]) if everywhere and len(ends) else start.roots
+        growth, catch_up_ms = self._grow_from(forest, strategy, budget, roots, start.num_uncached_tokens)
+        detached = growth.detached if everywhere else np.concatenate([ends, growth.detached])
+        if not len(detached) or self._lookup is None:
+            return growth.layers, catch_up_ms
+        further, _ = self._grow_from(forest, self._lookup, self._budget(batch, self._lookup), detached)
+        return [*growth.layers, *further.layers], catch_up_ms
+
+    def _grow_from(
+        self, forest: Forest, strategy: _Strategy, budget: Budget, nodes: IntArray, num_uncached_tokens: int = 0
+    ) -> tuple[Growth, float]:
+        started = self._clock()
         calibrate = self._calibrate if self._calibrated else as_offered
-        layers = grow(forest, strategy.drafter, budget, self._options.max_depth, start.roots, calibrate)
+        growth = grow(forest, strategy.drafter, budget, self._options.max_depth, nodes, calibrate)
         ms = (self._clock() - started) * 1e3
-        expanded = [len(layer.frontier) for layer in layers]
-        return layers, strategy.stats.costs.observe_growth(start.num_uncached_tokens, expanded, ms)
+        expanded = [len(layer.frontier) for layer in growth.layers]
+        return growth, strategy.stats.costs.observe_growth(num_uncached_tokens, expanded, ms)
 
     def _calibrate(self, forest: Forest, layer: Layer) -> Candidates:
         return self._acceptance.of(forest, layer.frontier, layer.offered)
@@ -282,7 +373,9 @@ class Planner:
         for layer in joined(plan.layers):
             self._acceptance.learn(plan.drafted, layer.frontier, layer.offered, drawn[layer.frontier])
         trees = len(accepted.counts)
-        if plan.selected.size > trees:
-            expected = float(plan.selected.value[trees:].sum())
-            self._acceptance.learn_discount(expected, int(accepted.counts.sum()))
+        drafted = ~plan.selected.forced
+        drafted[:trees] = False
+        if drafted.any():
+            expected = float(plan.selected.value[drafted].sum())
+            self._acceptance.learn_discount(expected, int(drafted[accepted.visited].sum()))
         self._acceptance.forget()

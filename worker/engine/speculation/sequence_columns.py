@@ -53,6 +53,16 @@ class SequenceColumns:
         return np.array([s.sampling.greedy and not s.sampling.adjusted for s in self.sequences], np.bool_)
 
     @cached_property
+    def constrained(self) -> BoolArray:
+        """Which sequences have a grammar [sequences]."""
+        return np.array([s.grammar is not None for s in self.sequences], np.bool_)
+
+    @cached_property
+    def any_constrained(self) -> bool:
+        """True if some sequence has a grammar."""
+        return any(s.grammar is not None for s in self.sequences)
+
+    @cached_property
     def with_logprobs(self) -> IntArray:
         """Indices of the sequences that request log-probabilities."""
         return np.flatnonzero([s.sampling.logprobs is not None for s in self.sequences])

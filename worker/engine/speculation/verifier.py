@@ -1,7 +1,8 @@
 """Verify draft trees: keep the path on which every draft token is the target's own draw.
 
-Sample and match: at each node the target draws its token as plain decoding would, and the draft is accepted where it is
-equal. So texts follow exactly the target's law, and a seeded text is the one that plain decoding writes.
+Sample and match: at each node the target draws its token as plain decoding would, under the mask of the node's own path
+if a grammar binds it, and the draft is accepted where it is equal. So texts follow exactly the target's law, and a
+seeded text is the one that plain decoding writes.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from worker.engine.sampling.sampling import argmax, draw
@@ -22,7 +24,7 @@ class AcceptedPaths:
 
     counts: IntArray  # [trees] accepted draft nodes
     visited: IntArray  # [trees + accepted nodes] the root, then the accepted nodes in order of depth
-    drawn: IntArray  # [trees + accepted nodes] the target's own token at each; -1: the logits there are NaN
+    drawn: IntArray  # [trees + accepted nodes] the target's own token at each; -1: NaN logits, or a grammar that failed
 
     @property
     def firsts(self) -> IntArray:
@@ -46,11 +48,14 @@ def walk(forest: Forest, logits: Tensor, rows: IntArray) -> AcceptedPaths:
     """Walk every tree of the batch along the target's draws.
 
     `rows[node]` is the node's row in `logits` [rows, vocab]. Greedy trees share one argmax and one transfer. Trees with
-    noise or penalties draw lazily: one round per depth, only on the rows that they reach. On a GPU, where a round is a
-    transfer that the host waits for, every row is drawn at once.
+    noise, penalties or a grammar draw lazily: one round per depth, only on the rows that they reach. On a GPU, where a
+    round is a transfer that the host waits for, every row is drawn at once.
     """
     trees = len(forest.sequences)
     lazy = ~forest.columns.argmax
+    if forest.masks is not None:
+        forest.masks.finish()
+        lazy |= forest.masks.constrained
     drawn = np.full(forest.size, _UNKNOWN)  # the target's token at each node
     if lazy.any() and _draws_at_once(logits):
         drawn, lazy = _draw_at(np.arange(forest.size), forest, logits, rows), np.zeros_like(lazy)
@@ -90,6 +95,21 @@ def _children(forest: Forest, drawn: IntArray) -> IntArray:
 
 
 def _draw_at(nodes: IntArray, forest: Forest, logits: Tensor, rows: IntArray) -> IntArray:
+    """Return the target's token at each node. Those that a grammar binds are drawn apart: others need no mask."""
+    if forest.masks is None:
+        return _draw(nodes, forest, logits, rows)
+    bound, masks = forest.masks.masks(nodes)
+    if not len(bound):
+        return _draw(nodes, forest, logits, rows)
+    drawn = np.empty(len(nodes), np.int64)
+    drawn[bound] = _draw(nodes[bound], forest, logits, rows, torch.from_numpy(masks))
+    free = np.setdiff1d(np.arange(len(nodes)), bound)
+    if len(free):
+        drawn[free] = _draw(nodes[free], forest, logits, rows)
+    return drawn
+
+
+def _draw(nodes: IntArray, forest: Forest, logits: Tensor, rows: IntArray, masks: Tensor | None = None) -> IntArray:
     trees = forest.tree[nodes]
     positions = forest.lengths[trees] + forest.depth[nodes]
-    return draw(logits, forest.parameters[trees], positions, rows[nodes], forest.adjustments(nodes))
+    return draw(logits, forest.parameters[trees], positions, rows[nodes], forest.adjustments(nodes), masks)

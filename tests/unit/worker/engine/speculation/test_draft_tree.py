@@ -210,9 +210,9 @@ def test_only_nodes_that_can_enter_the_cut_are_drafted(
     """With free layers the cut is as good as with fully grown trees, and far fewer nodes are drafted."""
     drafter, forest = TableDrafter(row=row), Forest(sequences(max_tokens=50)[:2])
     budget = priced(costs, rate, 2)
-    layers = grow(forest, drafter, budget, 6, np.arange(2))
+    layers = grow(forest, drafter, budget, 6, np.arange(2)).layers
     whole = Forest(sequences(max_tokens=50)[:2])
-    everywhere = grow(whole, TableDrafter(row=row), FixedBudget(10_000, 0.0), 6, np.arange(2))
+    everywhere = grow(whole, TableDrafter(row=row), FixedBudget(10_000, 0.0), 6, np.arange(2)).layers
 
     def net(grown: Forest) -> float:
         kept = priced(costs, rate, 2).cut(grown)
