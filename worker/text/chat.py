@@ -87,6 +87,14 @@ class Chat:
         except Exception:  # rendering reports it, to each request
             return frozenset()
 
+    def after_user(self, arguments: Mapping[str, Any] = MappingProxyType({})) -> str:
+        """Return what the template writes after a user's message; nothing if it refuses the arguments."""
+        try:
+            text = self._render([self._formatted({"role": "user", "content": _PROBE_TEXT})], arguments)
+        except InvalidValue:
+            return ""
+        return text.rpartition(_PROBE_TEXT)[2]
+
     def encode(
         self,
         messages: Sequence[Message],

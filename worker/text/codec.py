@@ -31,7 +31,7 @@ from worker.engine.token_logprobs import TokenLogprobs
 from worker.text.chat import Chat, Special
 from worker.text.detokenizer import Detokenizer
 from worker.text.prompt_length import PromptLength
-from worker.text.reasoning import AUTO, Reasoning, ReasoningCounter, markers_of, template_arguments
+from worker.text.reasoning import AUTO, Reasoning, ReasoningCounter, is_begun_by_model, markers_of, template_arguments
 from worker.text.stop_strings import Pieces, StopStrings, add_piece
 from worker.text.token_bytes import token_bytes
 
@@ -80,7 +80,11 @@ class Codec:
         object.__setattr__(self, "_chat", Chat(self.tokenizer, self.special_in_content))
         object.__setattr__(self, "_length", PromptLength(self.tokenizer))
         markers = markers_of(self._chat.template, self.reasoning_parser)
-        object.__setattr__(self, "_reasoning", None if markers is None else Reasoning(self.tokenizer, markers))
+        if markers is None:
+            object.__setattr__(self, "_reasoning", None)
+        else:
+            begun_by_model = is_begun_by_model(self._chat.after_user, markers)
+            object.__setattr__(self, "_reasoning", Reasoning(self.tokenizer, markers, begun_by_model))
 
     @property
     def options(self) -> CodecOptions:
@@ -218,7 +222,10 @@ class Codec:
             param = _prompt_field(request, endpoint)
             messages = [m.model_dump() for m in request.messages]
         arguments = template_arguments(request, self._chat.variables)
-        return self._chat.encode(messages, partial(self._check_length, param=param), arguments)
+        ids = self._chat.encode(messages, partial(self._check_length, param=param), arguments)
+        if request.grammar is None or self._reasoning is None:
+            return ids
+        return [*ids, *self._reasoning.opening(ids)]
 
     def _check_length(self, text: str, param: str) -> None:
         """Refuse a text whose minimal number of tokens exceeds the context, without the slow tokenization."""

@@ -6,7 +6,7 @@ so. Whether the prompt has opened the reasoning is read from the end of the prom
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -58,12 +58,23 @@ def template_arguments(request: GenerationRequest, variables: Collection[str]) -
     return read | (request.chat_template_kwargs or {})
 
 
+def is_begun_by_model(after_user: Callable[[Mapping[str, Any]], str], markers: Markers) -> bool:
+    """Return whether the model writes the start marker itself, unless its template is told not to (Qwen3, GLM-4.5).
+
+    Such a template closes an empty reasoning when it is switched off, and writes no marker otherwise. `after_user` is
+    what it writes after a user's message, for these arguments.
+    """
+    switched_off = after_user(dict.fromkeys(_SWITCHES, False)).rstrip()
+    return switched_off.endswith(markers[1]) and not after_user({}).rstrip().endswith(markers)
+
+
 @dataclass(frozen=True)
 class Reasoning:
     """The markers of one tokenizer's model."""
 
     tokenizer: PreTrainedTokenizerFast
     markers: Markers
+    begun_by_model: bool = False
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -74,9 +85,8 @@ class Reasoning:
     def format(self, prompt: Sequence[int], options: ReasoningOptions | None) -> ReasoningFormat:
         """Return how the text after a prompt marks its reasoning. Raises InvalidValue if it can't be switched off."""
         wanted = options or ReasoningOptions()
-        tail = str(self.tokenizer.backend_tokenizer.decode(list(prompt[-_TAIL_TOKENS:]), skip_special_tokens=False))
         start, end = self.markers
-        opened = tail.rstrip().endswith(start)
+        opened = self._tail(prompt).endswith(start)
         if opened and wanted.enabled is False:
             raise InvalidValue(
                 "the model's chat template can't switch its reasoning off; leave the field out, and set "
@@ -85,6 +95,15 @@ class Reasoning:
             )
         return ReasoningFormat(start=start, end=end, opened=opened, included=wanted.included, separate=wanted.separate)
 
+    def opening(self, prompt: Sequence[int]) -> list[int]:
+        """Return the token ids that open the reasoning after a prompt, where the model would begin it itself.
+
+        A grammar binds the content only, so where it begins must not depend on whether the model reasons.
+        """
+        if not self.begun_by_model or self._end_id is None or self._tail(prompt).endswith(self.markers):
+            return []
+        return list(self.tokenizer.backend_tokenizer.encode(f"{self.markers[0]}\n", add_special_tokens=False).ids)
+
     def end_ids(self, form: AnswerFormat) -> tuple[int, ...]:
         """Return the token ids after which the content begins: the end marker; none if the prompt opens no reasoning.
 
@@ -92,14 +111,24 @@ class Reasoning:
         """
         if form.reasoning is None or not form.reasoning.opened:
             return ()
-        found = self.tokenizer.convert_tokens_to_ids(form.reasoning.end)
-        if found not in self.tokenizer.added_tokens_decoder:
+        if self._end_id is None:
             raise InvalidValue(
-                f"the text can't be bound after the reasoning: the model has no token for {form.reasoning.end}; "
+                f"the text can't be bound after the reasoning: the model has no token for {self.markers[1]}; "
                 "switch the reasoning off with enable_thinking: false, or leave the grammar out",
                 param="response_format",
             )
-        return (int(found),)
+        return (self._end_id,)
+
+    @cached_property
+    def _end_id(self) -> int | None:
+        """The token of the end marker; None if it has more than one."""
+        found = self.tokenizer.convert_tokens_to_ids(self.markers[1])
+        return int(found) if found in self.tokenizer.added_tokens_decoder else None
+
+    def _tail(self, prompt: Sequence[int]) -> str:
+        """Return the end of a prompt, special tokens by name, without the white space after it."""
+        ids = list(prompt[-_TAIL_TOKENS:])
+        return str(self.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)).rstrip()
 
 
 class ReasoningCounter:

@@ -150,6 +150,29 @@ def test_an_error_of_the_template_is_the_error_of_its_request() -> None:
     assert rendered(refusing) == "hi"
 
 
+HYBRID = (
+    TURNS + "{% if add_generation_prompt %}<bos>assistant: {% if enable_thinking is defined and not enable_thinking %}"
+    "<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+def test_only_a_grammar_makes_the_prompt_open_a_reasoning_that_the_model_begins_itself() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["</think>"])
+    tokenizer.chat_template = HYBRID
+    one = Codec(tokenizer, frozenset({EOS}), 4096, len(tokenizer))
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "sampling": {"seed": 0}}
+
+    def prompt(**fields: object) -> str:
+        return one.decode(one.encode(GenerationRequest.model_validate(body | fields), CHAT_ENDPOINT))
+
+    bound = {"grammar": {"kind": "regex", "value": "[0-9]"}}
+    assert prompt() == "user: hi\nassistant: "
+    assert prompt(**bound) == "user: hi\nassistant: <think>\n"
+    assert prompt(**bound, reasoning={"enabled": False}) == prompt(reasoning={"enabled": False})
+    assert prompt(reasoning={"enabled": False}).endswith("<think>\n\n</think>\n\n")
+
+
 def test_a_grammar_binds_what_follows_the_end_marker_of_an_opened_reasoning() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["</think>"])
@@ -165,5 +188,6 @@ def test_a_grammar_binds_what_follows_the_end_marker_of_an_opened_reasoning() ->
 
     assert after(OPENS, tokenizer) == (tokenizer.convert_tokens_to_ids("</think>"),)
     assert after(WRITES, tokenizer) == after(SILENT, tokenizer) == (), "it binds the whole text: no reasoning begins"
+    assert after(HYBRID, tokenizer) == after(OPENS, tokenizer), "the prompt opens what the model would begin itself"
     with pytest.raises(InvalidValue, match="no token for </think>"):
         after(OPENS, byte_tokenizer())
