@@ -130,6 +130,8 @@ def test_the_reasoning_is_switched_off_left_out_and_left_in_place(openai: OpenAI
     assert in_place.content is not None
     assert in_place.content.startswith(reasoning)
     assert "</think>" in in_place.content
+    with pytest.raises(BadRequestError, match="no token for </think>"):
+        openai.chat.completions.create(**GREEDY, response_format={"type": "json_object"})
     with pytest.raises(BadRequestError, match="set by the service"):
         openai.chat.completions.create(**GREEDY, extra_body={"chat_template_kwargs": {"add_generation_prompt": False}})
 

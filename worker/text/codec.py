@@ -179,13 +179,14 @@ class Codec:
         prompt: Sequence[int] = (),
         endpoint: str = COMPLETIONS_ENDPOINT,
         form: AnswerFormat | None = None,
+        grammar: Grammar | None = None,
     ) -> TextStream:
         """Return a new text stream for one choice; it ends before the first stop string.
 
         A completion continues its prompt, so its first token keeps its leading space. A chat answer starts a new text.
         """
         standalone = endpoint != COMPLETIONS_ENDPOINT and self._chat.has_template
-        return TextStream(self, stops, None if standalone else prompt, form)
+        return TextStream(self, stops, None if standalone else prompt, form, grammar)
 
     def shown_ids(self, form: AnswerFormat | None) -> frozenset[int]:
         """Return the ids of special tokens that a text with this format shows: its markers."""
@@ -250,11 +251,12 @@ class TextStream:
         stops: Sequence[str] = (),
         before: Sequence[int] | None = (),
         form: AnswerFormat | None = None,
+        grammar: Grammar | None = None,
     ) -> None:
         """Continue the tokens `before`; None starts a new text."""
         self._token_bytes = token_bytes(codec.tokenizer)
         self._detokenizer = Detokenizer(codec.tokenizer, before, codec.shown_ids(form))
-        self._reasoning = ReasoningCounter(form)
+        self._reasoning = ReasoningCounter(form, () if grammar is None else grammar.after)
         self._stops = StopStrings(stops)
         self._text: list[str] = []
         self._first = before is None  # the next token starts a text
@@ -291,7 +293,7 @@ class TextStream:
                 break
             self.num_tokens += 1
             chunk = self._detokenizer.push(token)
-            self._reasoning.push(chunk)
+            self._reasoning.push(token, chunk)
             if chunk:
                 self._pass(pieces, self._stops.push(chunk, "draft" if drafted else "target"))
         return pieces

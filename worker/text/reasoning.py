@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from transformers import PreTrainedTokenizerFast
 
-from jobs.errors import InvalidValue
+from jobs.errors import InvalidValue, RequestFailed
 from jobs.messages import AnswerFormat, GenerationRequest, ReasoningFormat, ReasoningOptions
 from jobs.openai.answers import ReasoningSplitter
 
@@ -122,8 +122,8 @@ class Reasoning:
     @cached_property
     def _end_id(self) -> int | None:
         """The token of the end marker; None if it has more than one."""
-        found = self.tokenizer.convert_tokens_to_ids(self.markers[1])
-        return int(found) if found in self.tokenizer.added_tokens_decoder else None
+        found: int | None = self.tokenizer.backend_tokenizer.token_to_id(self.markers[1])
+        return found
 
     def _tail(self, prompt: Sequence[int]) -> str:
         """Return the end of a prompt, special tokens by name, without the white space after it."""
@@ -134,10 +134,11 @@ class Reasoning:
 class ReasoningCounter:
     """Counts the tokens of a text that are reasoning: all up to the one that completes the end marker."""
 
-    def __init__(self, form: AnswerFormat | None) -> None:
-        """Count the tokens of a text with this format."""
+    def __init__(self, form: AnswerFormat | None, end_ids: Sequence[int] = ()) -> None:
+        """Count the tokens of a text with this format, whose grammar begins after `end_ids`."""
         reasoning = None if form is None else form.reasoning
         self._splitter = None if reasoning is None else ReasoningSplitter(reasoning)
+        self._end_ids = end_ids
         self._num_open = 0  # tokens until the reasoning ended, or turned out to be none
 
     @property
@@ -147,8 +148,14 @@ class ReasoningCounter:
             return None
         return self._num_open if self._splitter.found else 0
 
-    def push(self, text: str) -> None:
-        """Add a token with its text, empty for one that shows none."""
-        if self._splitter is not None and self._splitter.open:
-            self._num_open += 1
-            self._splitter.push(text)
+    def push(self, token: int, text: str) -> None:
+        """Add a token with its text, empty for one that shows none.
+
+        Raises RequestFailed if another token than that of the grammar ends the reasoning: the content is not bound.
+        """
+        if self._splitter is None or not self._splitter.open:
+            return
+        self._num_open += 1
+        self._splitter.push(text)
+        if self._end_ids and not self._splitter.open and token not in self._end_ids:
+            raise RequestFailed("the model spelled out the end of its reasoning, after which the grammar did not begin")

@@ -270,7 +270,8 @@ class RequestLoop:
                 number=sequence.number,
                 num_prompt=len(prompt),
                 output_stream=OutputStream(
-                    sequence.key, self._codec.stream(body.sampling.stop, prompt, claim.endpoint, form)
+                    sequence.key,
+                    self._codec.stream(body.sampling.stop, prompt, claim.endpoint, form, reading.grammar),
                 ),
                 started_at=claim.started_at or time.time(),
                 first_of_prompt=index % n == 0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from jobs.errors import InvalidValue
+from jobs.errors import InvalidValue, RequestFailed
 from jobs.messages import (
     CHAT_ENDPOINT,
     COMPLETIONS_ENDPOINT,
@@ -16,6 +16,7 @@ from jobs.messages import (
 )
 from jobs.openai.answers import split_answer
 from tests.models import byte_tokenizer
+from worker.engine.grammar.grammar import Grammar
 from worker.text.codec import Codec
 from worker.text.reasoning import MARKERS, markers_of
 
@@ -154,6 +155,15 @@ HYBRID = (
     TURNS + "{% if add_generation_prompt %}<bos>assistant: {% if enable_thinking is defined and not enable_thinking %}"
     "<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
+
+
+def test_a_reasoning_that_another_token_ends_fails_a_bound_text_only() -> None:
+    one = codec(OPENS)
+    spelled = list(b"I add.</think>4")
+    one.stream((), [1], CHAT_ENDPOINT, form_of(one)).push(spelled, [False] * len(spelled))
+    bound = one.stream((), [1], CHAT_ENDPOINT, form_of(one), Grammar("", (EOS,)))
+    with pytest.raises(RequestFailed, match="spelled out the end"):
+        bound.push(spelled, [False] * len(spelled))
 
 
 def test_only_a_grammar_makes_the_prompt_open_a_reasoning_that_the_model_begins_itself() -> None:
