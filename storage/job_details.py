@@ -46,6 +46,7 @@ class RequestDetails:
     error_message: str | None
     prompt: str  # truncated
     choices: tuple[ChoiceDetails, ...]
+    grammar: str | None = None  # what binds its texts: json_schema, json_object, regex, choice or grammar
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +173,7 @@ def _with_texts(session: Session, job_id: str, rows: Sequence[AnyRow]) -> list[R
             error_message=row.error_message,
             prompt=_prompt(row.body),
             choices=tuple(text for (index, _), text in sorted(texts.items()) if index == row.request_index),
+            grammar=((row.body or {}).get("grammar") or {}).get("kind"),
         )
         for row in rows
     ]

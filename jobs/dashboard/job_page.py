@@ -32,6 +32,13 @@ _TICKS_ENDED: Final = 10  # seconds after its end, when speed-up checks may stil
 _STREAMS: Final = 6  # running requests to show
 _PAGE: Final = 20
 _MESSAGE_CHARS: Final = 200
+_GRAMMARS: Final = {  # kinds of grammars, by their name in a stored request
+    "json_schema": "a JSON schema",
+    "json_object": "JSON: one object",
+    "regex": "an expression",
+    "choice": "a list of choices",
+    "grammar": "a grammar",
+}
 _FILTERS: Final = {
     "All": (),
     "Completed": ("completed",),
@@ -227,6 +234,8 @@ def request_head(request: RequestDetails) -> None:
         ui.html(f"<bdi>{html.plain(request.prompt)}</bdi>", sanitize=False).classes("dim small").style(
             "overflow-wrap:anywhere"
         )
+    if request.grammar is not None:
+        ui.label(f"Bound by {_GRAMMARS.get(request.grammar, request.grammar)}").classes("dim small")
 
 
 class RequestsTab:

@@ -10,24 +10,28 @@ import re
 from collections.abc import Callable
 from typing import Any, Final
 
-from jobs.errors import InvalidValue, UnsupportedParameter
+from jobs.errors import InvalidValue, RequestRefused, UnsupportedParameter
+from jobs.grammar.evaluation import NotEvaluated, is_valid
 from jobs.grammar.keywords import Misplaced, at, count_keyword, listed, type_keyword, values_keywords
-from jobs.grammar.negation import NoComplement, complement
+from jobs.grammar.negation import ASSERTIONS, NoComplement, complement
 from jobs.grammar.numbers import number_keywords
 from jobs.grammar.objects import object_keywords
-from jobs.grammar.overlap import disjoint
+from jobs.grammar.overlap import beyond, disjoint, listed_values
 from jobs.grammar.recursion import remove_endless
 from jobs.grammar.references import References
 from jobs.grammar.strings import string_keywords
 
 MAX_DEPTH: Final = 40  # of schemas in schemas
 MAX_SCHEMAS: Final = 5_000
-MAX_DEFINITIONS: Final = 200
+MAX_DEFINITIONS: Final = 400
 _MAX_CHOSEN: Final = 40  # alternatives of a oneOf
 
 Json = dict[str, Any]
 Place = tuple[str, ...]
 
+_VALUES_AND_MORE: Final = frozenset(
+    {"allOf", "anyOf", "oneOf", "not", "if", "contains", "uniqueItems", "minProperties", "pattern", "multipleOf"}
+)
 _OLD_DRAFT: Final = re.compile(r"draft-0[3-7]/")  # siblings of $ref have no meaning in these
 # Keywords that can't be held: values that ask for nothing, and what to do.
 _REFUSED: Final[dict[str, tuple[tuple[Any, ...], str]]] = {
@@ -62,22 +66,28 @@ class _Rewriter:
         self._old = isinstance(declared, str) and _OLD_DRAFT.search(declared) is not None
 
     def run(self) -> Json:
-        root: Any = self._schema(self._root, ())
+        root: Any = self._schema(self._root, (), whole=True)
         definitions: Json = {}
         while self._waiting:
             name, schema, place = self._waiting.pop()
-            definitions[name] = self._schema(schema, place)
+            definitions[name] = self._schema(schema, place, whole=True)
         definitions = remove_endless(root, definitions)
         whole: Json = {"anyOf": [root]} if isinstance(root, bool) else root
         return whole | ({"$defs": definitions} if definitions else {})
 
-    def _schema(self, schema: Any, place: Place) -> Any:
-        """Return the rewritten schema at a place."""
+    def _schema(self, schema: Any, place: Place, *, whole: bool = False) -> Any:
+        """Return the rewritten schema at a place; not `whole`: maybe as a reference to it."""
         if isinstance(schema, bool):
             return schema
         self._check(schema, place)
         if self._old and "$ref" in schema:
             schema = {"$ref": schema["$ref"]}
+        if not whole and _combines_references(schema):
+            return self._named(schema, place)
+        values = self._valid_values(schema)
+        if values is not None:
+            with at(*place):
+                return values_keywords({"enum": values}) if values else False
         with at(*place):
             _refuse_keywords(schema)
             found = type_keyword(schema) | values_keywords(schema) | number_keywords(schema)
@@ -85,6 +95,16 @@ class _Rewriter:
             found |= object_keywords(schema, lambda part, *steps: self._schema(part, (*place, *steps)))
             found |= lengths | self._array_keywords(schema, place)
         return _conjunction([*self._in_order(schema, place, found), *({"pattern": pattern} for pattern in patterns)])
+
+    def _valid_values(self, schema: Json) -> list[Any] | None:
+        """Return the valid values of a schema that lists them beside other keywords; None for other schemas."""
+        try:
+            values = listed_values(schema, self._references.find)
+            if values is None or not _VALUES_AND_MORE & schema.keys():
+                return None
+            return [value for value in values if is_valid(value, schema, self._references.find)]
+        except (NotEvaluated, RequestRefused, TypeError):
+            return None
 
     def _in_order(self, schema: Json, place: Place, found: Json) -> list[Json]:
         """Return the keywords of a schema and those that apply other schemas to the same value, in their order.
@@ -127,41 +147,57 @@ class _Rewriter:
     def _reference(self, schema: Json, place: Place) -> Json:
         reference = _string(schema["$ref"])
         target = self._references.find(reference)
-        if id(target) not in self._names:
+        if len(ASSERTIONS & schema.keys()) > 1:
+            return {"allOf": [self._schema(target, place, whole=True)]}
+        return self._named(target, tuple(reference.removeprefix("#/").split("/")))
+
+    def _named(self, schema: Any, place: Place) -> Json:
+        """Return a reference to a schema, which is rewritten later."""
+        if id(schema) not in self._names:
             if len(self._names) >= MAX_DEFINITIONS:
-                raise InvalidValue(f"The schema names more than {MAX_DEFINITIONS} definitions; make it smaller.")
-            self._names[id(target)] = name = f"d{len(self._names)}"
-            self._waiting.append((name, target, tuple(reference.removeprefix("#/").split("/"))))
-        return {"$ref": f"#/$defs/{self._names[id(target)]}"}
+                raise InvalidValue(f"The schema has more than {MAX_DEFINITIONS} definitions; make it smaller.")
+            self._names[id(schema)] = name = f"d{len(self._names)}"
+            self._kept.append(schema)
+            self._waiting.append((name, schema, place))
+        return {"$ref": f"#/$defs/{self._names[id(schema)]}"}
 
     def _all_of(self, schema: Json, place: Place) -> Json:
-        return {"allOf": [self._schema(part, (*place, str(n))) for n, part in enumerate(listed(schema["allOf"]))]}
+        return {"allOf": self._parts(schema, place, combined=len(schema["allOf"]) > 1)}
 
     def _any_of(self, schema: Json, place: Place) -> Json:
-        return {"anyOf": [self._schema(part, (*place, str(n))) for n, part in enumerate(listed(schema["anyOf"]))]}
+        return {"anyOf": self._parts(schema, place)}
+
+    def _parts(self, schema: Json, place: Place, *, combined: bool = False) -> list[Any]:
+        """Return the schemas of a list. llguidance can't combine others with a reference that is being read."""
+        parts = listed(schema[place[-1]])
+        if combined or len(ASSERTIONS & schema.keys()) > 1:
+            return [self._schema(self._resolved(part), (*place, str(n)), whole=True) for n, part in enumerate(parts)]
+        return [self._schema(part, (*place, str(n))) for n, part in enumerate(parts)]
 
     def _one_of(self, schema: Json, place: Place) -> Json:
         """Return an anyOf of alternatives that exclude each other, if that can be said."""
         parts = [self._resolved(part) for part in listed(schema["oneOf"])]
         if len(parts) > _MAX_CHOSEN:
             raise UnsupportedParameter(f"More than {_MAX_CHOSEN} alternatives can't be held; use anyOf.")
-        written = [self._schema(part, (*place, str(n))) for n, part in enumerate(parts)]
-        chosen = [self._without_others(n, parts, written, place) for n in range(len(parts))]
-        return {"anyOf": chosen}
+        written = [self._schema(part, (*place, str(n)), whole=True) for n, part in enumerate(parts)]
+        return {"anyOf": [self._without_others(n, parts, written[n], place) for n in range(len(parts))]}
 
-    def _without_others(self, n: int, parts: list[Any], written: list[Any], place: Place) -> Any:
+    def _without_others(self, n: int, parts: list[Any], written: Any, place: Place) -> Any:
         """Return an alternative without the values of those that may overlap with it."""
-        others = [m for m in range(len(parts)) if m != n and not disjoint(written[n], written[m])]
+        find = self._references.find
+        others = [m for m in range(len(parts)) if m != n and not disjoint(parts[n], parts[m], find)]
         if not others:
-            return written[n]
+            return written
         try:
-            against = [self._made(complement(parts[m], self._references.find), place) for m in others]
+            against = [
+                self._made(beyond(parts[n], parts[m], find) or complement(parts[m], find), place) for m in others
+            ]
         except NoComplement:
             raise UnsupportedParameter(
                 f"The alternatives {n} and {others[0]} may both be valid for a value, which can't be excluded. Use "
                 "anyOf, or give each alternative a required property with another const."
             ) from None
-        return {"allOf": [written[n], *against]}
+        return {"allOf": [written, *against]}
 
     def _not(self, schema: Json, place: Place) -> Json:
         return {"allOf": [self._complement(schema["not"], place)]}
@@ -170,12 +206,10 @@ class _Rewriter:
         then, other = schema.get("then", True), schema.get("else", True)
         if then is True and other is True:
             return {}
-        held = self._schema(schema["if"], place)
-        parts = [
-            {"allOf": [held, self._schema(then, (*place[:-1], "then"))]},
-            {"allOf": [self._complement(schema["if"], place), self._schema(other, (*place[:-1], "else"))]},
-        ]
-        return {"anyOf": parts}
+        held = self._schema(schema["if"], place, whole=True)
+        other = self._schema(self._resolved(other), (*place[:-1], "else"), whole=True)
+        then = self._schema(self._resolved(then), (*place[:-1], "then"), whole=True)
+        return {"anyOf": [{"allOf": [held, then]}, {"allOf": [self._complement(schema["if"], place), other]}]}
 
     def _dependencies(self, schema: Json, place: Place) -> Json:
         """Return for each property: it is absent, or what depends on it holds."""
@@ -186,7 +220,7 @@ class _Rewriter:
         for name, needed in given.items():
             part = {"required": needed} if isinstance(needed, list) else needed
             absent = {"properties": {name: False}}
-            demands.append({"anyOf": [absent, self._schema(part, (*place, name))]})
+            demands.append({"anyOf": [absent, self._schema(self._resolved(part), (*place, name), whole=True)]})
         return {"allOf": demands}
 
     def _complement(self, schema: Any, place: Place) -> Any:
@@ -200,7 +234,7 @@ class _Rewriter:
 
     def _made(self, schema: Any, place: Place) -> Any:
         self._kept.append(schema)
-        return self._schema(schema, place)
+        return self._schema(schema, place, whole=True)
 
     def _resolved(self, schema: Any) -> Any:
         """Return the schema that a bare reference names."""
@@ -222,6 +256,15 @@ _APPLICATORS: Final[dict[str, Callable[[_Rewriter, Json, Place], Json]]] = {
     "dependentRequired": _Rewriter._dependencies,
     "dependentSchemas": _Rewriter._dependencies,
 }
+
+
+def _combines_references(schema: Json) -> bool:
+    """Return whether a reference stands beside other keywords, or in a list beside them."""
+    said = ASSERTIONS & schema.keys()
+    lists = [schema[name] for name in ("allOf", "anyOf", "oneOf") if name in said and isinstance(schema[name], list)]
+    listed = any(isinstance(part, dict) and "$ref" in part for parts in lists for part in parts)
+    many = len(said) > 1 or len(schema.get("allOf", ())) > 1
+    return many and ("$ref" in said or listed)
 
 
 def _refuse_keywords(schema: Json) -> None:

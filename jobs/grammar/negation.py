@@ -72,6 +72,8 @@ def complement(schema: Any, find: Find, depth: int = 0) -> Any:
     if not isinstance(schema, dict) or depth > _MAX_DEPTH:
         raise NoComplement
     named = [keyword for keyword in schema if keyword in ASSERTIONS]
+    if "$ref" in named and len(named) > 1:  # older drafts ignore what stands beside it
+        raise NoComplement
     return _any_of([part for keyword in named for part in _complements(keyword, schema[keyword], find, depth + 1)])
 
 

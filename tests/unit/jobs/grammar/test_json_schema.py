@@ -115,6 +115,38 @@ HELD: list[tuple[Any, list[Any]]] = [
         {"type": "object", "properties": {"a": {}, "b": {}}, "oneOf": [{"required": ["a"]}, {"required": ["b"]}]},
         [{"a": 1}, {"b": 1}, {"a": 1, "b": 1}, {}],
     ),
+    (
+        {
+            "oneOf": [
+                {"properties": {"v": {"const": "2"}, "a": {}}, "required": ["v"]},
+                {"properties": {"v": {"const": "3"}, "b": {}}, "required": ["v"]},
+            ]
+        },
+        [{"v": "2"}, {"v": "3"}, {"v": "4"}, {}, 1, "a"],
+    ),
+    (
+        {
+            "oneOf": [
+                {"type": "string"},
+                {"type": "object", "properties": {"a": {"type": "string"}}, "additionalProperties": False},
+                {"type": "object", "properties": {"b": {"type": "string"}}, "additionalProperties": False},
+            ]
+        },
+        ["x", {"a": "x"}, {"b": "x"}, {}, {"a": "x", "b": "x"}],
+    ),
+    (
+        {
+            "oneOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}],
+            "$defs": {
+                "a": {"allOf": [{"$ref": "#/$defs/c"}, {"properties": {"kind": {"const": 1}}}], "required": ["kind"]},
+                "b": {"allOf": [{"$ref": "#/$defs/c"}, {"properties": {"kind": {"const": 2}}}], "required": ["kind"]},
+                "c": {"type": "object", "properties": {"next": {"$ref": "#/$defs/a"}}},
+            },
+        },
+        [{"next": {"kind": 1}, "kind": 2}, {"kind": 3}, {"next": {"kind": 2}, "kind": 2}],
+    ),
+    ({"enum": [1, "a", [2, 2], {"b": 1}], "not": {"type": "integer"}}, [1, "a", [2, 2], {"b": 1}]),
+    ({"allOf": [{"enum": [[1], [1, 1], "aa"]}, {"uniqueItems": True, "pattern": "^a$"}]}, [[1], [1, 1], "aa"]),
     ({"not": {"type": ["object", "array"]}}, [1, "a", None, {}, []]),
     ({"type": "string", "not": {"enum": ["ab", "abc", ""]}}, ["a", "ab", "abcd", "abc", "", "b"]),
     ({"type": "integer", "not": {"enum": [3, 5]}}, [2, 3, 4, 5, 6]),
