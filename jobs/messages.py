@@ -28,13 +28,70 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+def _unset(default: Any) -> Any:
+    """Return a field that is left out of the JSON while it has its default: older versions reject unknown fields."""
+    return Field(default, exclude_if=lambda value: value == default)
+
+
+class ToolCall(Frozen):
+    """A call of a function in an assistant message."""
+
+    id: str
+    name: str
+    arguments: str  # a JSON object, as text
+
+
 class ChatMessage(Frozen):
-    """One message of a conversation, in the form that chat templates take."""
+    """One message of a conversation."""
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str
     # Of an answer in the history, for templates that read it.
     reasoning_content: str | None = Field(None, exclude_if=lambda value: value is None)
+    tool_calls: tuple[ToolCall, ...] = _unset(())  # of an assistant
+    tool_call_id: str | None = _unset(None)  # of a tool message: the call that it answers, and its function
+    name: str | None = _unset(None)
+
+
+ToolChoice = Literal["auto", "none", "required", "named"]
+
+
+class FunctionTool(Frozen):
+    """A function that the model may call."""
+
+    name: str
+    description: str | None = _unset(None)
+    parameters: dict[str, Any] | None = _unset(None)  # JSON schema of its arguments; None: it has none
+    strict: bool = _unset(False)
+    bound: bool = _unset(True)  # False: the schema can't be held, and arguments are bound to an object only
+
+    @property
+    def arguments_schema(self) -> dict[str, Any]:
+        """The schema that binds the arguments of calls: of an object in any case."""
+        if self.parameters is None:
+            return {"type": "object", "properties": {}, "additionalProperties": False}
+        return {**self.parameters, "type": "object"} if self.bound else {"type": "object"}
+
+
+class Tools(Frozen):
+    """The functions of a request, and which of them the model may or must call."""
+
+    functions: tuple[FunctionTool, ...]
+    choice: ToolChoice = "auto"
+    names: tuple[str, ...] | None = _unset(None)  # of the functions that it may call; None: all
+    parallel: bool = _unset(True)  # it may call several at once
+
+    @property
+    def forced(self) -> bool:
+        """True if the answer is a call."""
+        return self.choice in ("required", "named")
+
+    @property
+    def callable(self) -> tuple[FunctionTool, ...]:
+        """The functions that the model may call."""
+        if self.choice == "none":
+            return ()
+        return tuple(one for one in self.functions if self.names is None or one.name in self.names)
 
 
 TOOLS_TEMPERATURE: Final = 0.0  # default of `basic submit`, `basic generate` and the dashboard; the API's is OpenAI's 1
@@ -120,11 +177,6 @@ def _without_nul(text: str) -> str:
     return text
 
 
-def _unset(default: Any) -> Any:
-    """Return a field that is left out of the JSON while it has its default: most requests do not have it."""
-    return Field(default, exclude_if=lambda value: value == default)
-
-
 Text = Annotated[str, Field(min_length=1)]
 TokenIds = Annotated[tuple[TokenId, ...], Field(min_length=1)]
 
@@ -182,6 +234,7 @@ class GenerationRequest(Frozen):
     # Arguments of the chat template, and of the reasoning; omitted if unset, like all fields that old workers lack.
     chat_template_kwargs: dict[str, Any] | None = Field(None, exclude_if=lambda value: value is None)
     reasoning: ReasoningOptions | None = Field(None, exclude_if=lambda value: value is None)
+    tools: Tools | None = _unset(None)  # of a chat
     response: ResponseOptions | None = _unset(None)  # on /v1/responses
 
     def stored(self) -> dict[str, Any]:
@@ -229,6 +282,13 @@ class ReasoningFormat(Frozen):
         return self.separate and self.included
 
 
+class CallAnswer(Frozen):
+    """How the text of a request writes its calls."""
+
+    form: str  # the name of a format of jobs.openai.call_formats
+    named: bool = _unset(False)  # the request named the function
+
+
 class AnswerFormat(Frozen):
     """How the raw text of a request splits into the parts of an answer (jobs.openai.answers).
 
@@ -237,6 +297,7 @@ class AnswerFormat(Frozen):
     """
 
     reasoning: ReasoningFormat | None = Field(None, exclude_if=lambda value: value is None)
+    calls: CallAnswer | None = Field(None, exclude_if=lambda value: value is None)
 
 
 class Piece(Frozen):

@@ -55,7 +55,7 @@ def _object(batch: BatchClaim, view: OutputView, body: Mapping[str, Any]) -> Jso
 def _header(batch: BatchClaim, view: OutputView, name: str) -> ResponseHeader:
     kind = "chatcmpl" if batch.endpoint == CHAT_ENDPOINT else "cmpl"
     created = int(max(choice.finished_at for choice in view.choices))
-    return ResponseHeader(f"{kind}-{name}", batch.endpoint, batch.model, created)
+    return ResponseHeader(f"{kind}-{name}", batch.endpoint, batch.model, created, batch.job_id)
 
 
 def _response(name: str, status_code: int, body: Json) -> Json:

@@ -13,7 +13,7 @@ from jobs.cli import lookup
 from jobs.cli.lookup import NO_JOB, find_job
 from jobs.cli.options import FAILED, AsJson, JobId, print_json
 from jobs.cli.output_files import refuse_output_file, write_outputs
-from jobs.cli.render import closing_table, jobs_table, make_console, make_view, status_table
+from jobs.cli.render import choice_lines, closing_table, jobs_table, make_console, make_view, status_table
 from jobs.client import Client, Job
 from jobs.client.outcome import job_status_text
 from jobs.client.request_body import PromptFile
@@ -159,8 +159,8 @@ def results(
                 continue
             typer.echo(f"{safe(item.custom_id)} ({item.status})")
             for choice in item.choices:
-                only_reasoning = not choice.answer and choice.reasoning_content is not None
-                typer.echo("(only reasoning: see --json)" if only_reasoning else safe(choice.answer))
+                for line in choice_lines(choice):
+                    typer.echo(line)
             if item.error is not None:
                 typer.echo(safe(item.error.message))
 

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from jobs.client.durations import age_text, duration_text, local_time
 from jobs.client.outcome import completed_with_failures, job_status_text
-from jobs.client.results import JobInfo, Statistics
+from jobs.client.results import Choice, JobInfo, Statistics
 from jobs.control_characters import safe
 from jobs.messages import PartialEvent, Piece
 from jobs.reports.speedup import speedup_text
@@ -317,6 +317,16 @@ def reference_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Ta
 
 
 _STATUS_STYLES = {"ok": "green", "warning": "yellow", "problem": "red"}
+
+
+def choice_lines(choice: Choice) -> Iterator[str]:
+    """Yield the lines of a choice: its answer, and each call as `name(arguments)`."""
+    if not choice.answer and not choice.tool_calls and choice.reasoning_content is not None:
+        yield "(only reasoning: see --json)"
+    elif choice.answer or not choice.tool_calls:
+        yield safe(choice.answer)
+    for call in choice.tool_calls:
+        yield safe(f"{call.function.name}({call.function.arguments})")
 
 
 def status_text(info: JobInfo) -> Text:

@@ -48,3 +48,6 @@ class Parameters(TypedDict, total=False):
     reasoning: Mapping[str, Any] | None
     include_reasoning: bool | None
     separate_reasoning: bool | None
+    tools: Sequence[Mapping[str, Any]] | None
+    tool_choice: str | Mapping[str, Any] | None
+    parallel_tool_calls: bool | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -67,13 +68,28 @@ class ErrorDetails(Reply):
     param: str | None = None
 
 
+class CalledFunction(Reply):
+    """The function that a call names, and its arguments: a JSON object, as text."""
+
+    name: str
+    arguments: str
+
+
+class ChoiceCall(Reply):
+    """A tool call that the model wrote."""
+
+    id: str
+    function: CalledFunction
+
+
 class Choice(Reply):
     """One generated text of a request."""
 
     index: int
     text: str  # as the model wrote it
-    content: str | None = None  # without the reasoning; sent if the model marks its reasoning
+    content: str | None = None  # without reasoning and calls; sent if the text may have them
     reasoning_content: str | None = None  # None: no reasoning
+    tool_calls: tuple[ChoiceCall, ...] = ()
     finish_reason: str
     completion_tokens: int
     logprobs: dict[str, Any] | None = None  # in OpenAI's format, if requested
@@ -89,7 +105,7 @@ class Choice(Reply):
 
     @property
     def answer(self) -> str:
-        """The text without the reasoning; empty if the model wrote nothing else."""
+        """The text without reasoning and calls; empty if the model wrote nothing else."""
         return self.content or "" if "content" in self.model_fields_set else self.text
 
 
@@ -111,7 +127,7 @@ class Output(Reply):
 
     @property
     def answer(self) -> str:
-        """The text of the first choice without its reasoning; empty if there is none."""
+        """The text of the first choice without reasoning and calls; empty if there is none."""
         return self.choices[0].answer if self.choices else ""
 
     @property
@@ -131,7 +147,7 @@ class Output(Reply):
 
 _COLUMNS = (
     *("custom_id", "index", "status", "choice", "text", "finish_reason", "completion_tokens", "error"),
-    *("content", "reasoning_content"),
+    *("content", "reasoning_content", "tool_calls"),
 )
 Statistics = dict[str, Any]  # what `/v1/stats` returns; field names as in the SQL views
 
@@ -144,8 +160,7 @@ def output_rows(output: Output, parsed: bool = False) -> Iterator[dict[str, Any]
     request = {"custom_id": output.custom_id, "index": output.index, "status": output.status.value}
     error = None if output.error is None else output.error.message
     if not output.choices:
-        empty = {"choice": 0, "text": None, "finish_reason": None, "completion_tokens": 0}
-        row = {**request, **empty, "error": error, "content": None, "reasoning_content": None}
+        row = {**dict.fromkeys(_COLUMNS), **request, "choice": 0, "completion_tokens": 0, "error": error}
         yield row | ({"parsed": None} if parsed else {})
     for choice in output.choices:
         yield {
@@ -157,6 +172,7 @@ def output_rows(output: Output, parsed: bool = False) -> Iterator[dict[str, Any]
             "error": error,
             "content": choice.answer,
             "reasoning_content": choice.reasoning_content,
+            "tool_calls": _calls_json(choice.tool_calls),
             **({"parsed": _value_or_none(choice)} if parsed else {}),
         }
 
@@ -166,6 +182,11 @@ def _value_or_none(choice: Choice) -> Any:
         return choice.parsed
     except AnswerUnreadable:
         return None
+
+
+def _calls_json(calls: tuple[ChoiceCall, ...]) -> str | None:
+    """Return calls as JSON text; None without any."""
+    return json.dumps([call.model_dump() for call in calls], ensure_ascii=False) if calls else None
 
 
 def to_dataframe(rows: list[dict[str, Any]]) -> DataFrame:

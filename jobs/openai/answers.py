@@ -1,4 +1,4 @@
-"""Split the raw text of a choice into the parts of an answer: its reasoning and its content.
+"""Split the raw text of a choice into the parts of an answer: its reasoning, its content and its tool calls.
 
 One incremental parser for whole answers and streams: the parts are the same however the text is cut. Pure text, because
 the same text is read from rows, from events and by clients.
@@ -9,11 +9,16 @@ that only resembles a marker is text.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final
 
 from jobs.messages import AnswerFormat, ReasoningFormat
+from jobs.openai.call_formats import call_format
+from jobs.openai.call_parser import CallDelta, CallParser, Piece
+
+STOP: Final = "stop"  # the finish reason of a text that ended by itself, or with a stop string
 
 _BREAKS: Final = "\r\n"
 
@@ -24,10 +29,11 @@ class AnswerDelta:
 
     reasoning: str = ""
     content: str = ""
+    calls: tuple[CallDelta, ...] = ()
 
     def __bool__(self) -> bool:
         """Return whether it adds anything."""
-        return bool(self.reasoning or self.content)
+        return bool(self.reasoning or self.content or self.calls)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +41,9 @@ class Answer:
     """The parts of a whole text."""
 
     reasoning: str | None  # None: the text has none, or it is left out
-    content: str | None  # None: the text has nothing but reasoning
+    content: str | None  # None: the text has nothing but reasoning or calls
+    calls: tuple[tuple[str, str], ...] = ()  # the name and the arguments of each
+    stop_reason: str = STOP  # its finish reason if its text has not been cut
 
 
 class AnswerParser:
@@ -43,28 +51,61 @@ class AnswerParser:
 
     def __init__(self, form: AnswerFormat | None) -> None:
         """Start before the first character of the text. Without a format, all text is content."""
-        reasoning = None if form is None else form.reasoning
+        reasoning, calls = (None, None) if form is None else (form.reasoning, form.calls)
         self._reasoning = ReasoningSplitter(reasoning) if reasoning is not None and reasoning.separate else None
         self._included = reasoning is None or reasoning.included
+        self._calls = None if calls is None else CallParser(call_format(calls.form))  # KeyError: of a newer version
+        self._named = calls is not None and calls.named
 
     def push(self, text: str) -> AnswerDelta:
         """Add text; return what is now certain to belong to a part."""
-        return AnswerDelta(content=text) if self._reasoning is None else self._delta(*self._reasoning.push(text))
+        reasoning, content = ("", text) if self._reasoning is None else self._reasoning.push(text)
+        return self._delta(reasoning, [content] if self._calls is None else self._calls.push(content))
 
     def finish(self) -> AnswerDelta:
         """Return the rest: the text has ended."""
-        return AnswerDelta() if self._reasoning is None else self._delta(*self._reasoning.finish())
+        reasoning, content = ("", "") if self._reasoning is None else self._reasoning.finish()
+        pieces: list[Piece] = [content]
+        if self._calls is not None:
+            pieces = [*self._calls.push(content), *self._calls.finish()]
+        return self._delta(reasoning, pieces)
 
-    def _delta(self, reasoning: str, content: str) -> AnswerDelta:
-        return AnswerDelta(reasoning if self._included else "", content)
+    @property
+    def stop_reason(self) -> str:
+        """The finish reason if the text has ended without being cut: `tool_calls` after a call.
+
+        It is `stop` if the request named the function, as OpenAI answers.
+        """
+        called = self._calls is not None and self._calls.num_calls > 0 and not self._calls.open_call
+        return "tool_calls" if called and not self._named else STOP
+
+    def _delta(self, reasoning: str, pieces: Sequence[Piece]) -> AnswerDelta:
+        content = "".join(piece for piece in pieces if isinstance(piece, str))
+        calls = tuple(piece for piece in pieces if not isinstance(piece, str))
+        return AnswerDelta(reasoning if self._included else "", content, calls)
 
 
 def split_answer(form: AnswerFormat | None, text: str) -> Answer:
     """Return the parts of a whole text."""
     parser = AnswerParser(form)
     deltas = (parser.push(text), parser.finish())
-    reasoning, content = ("".join(parts) for parts in zip(*((d.reasoning, d.content) for d in deltas), strict=True))
-    return Answer(reasoning or None, content or (None if form is not None and text else ""))
+    content = "".join(delta.content for delta in deltas)
+    return Answer(
+        reasoning="".join(delta.reasoning for delta in deltas) or None,
+        content=content or (None if form is not None and text else ""),
+        calls=_joined(call for delta in deltas for call in delta.calls),
+        stop_reason=parser.stop_reason,
+    )
+
+
+def _joined(deltas: Iterable[CallDelta]) -> tuple[tuple[str, str], ...]:
+    calls: list[tuple[str, str]] = []
+    for delta in deltas:
+        if delta.name is not None:
+            calls.append((delta.name, ""))
+        name, arguments = calls[delta.index]
+        calls[delta.index] = (name, arguments + delta.arguments)
+    return tuple(calls)
 
 
 class _NextPart(Enum):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from jobs.messages import CHAT_ENDPOINT, AnswerFormat
-from jobs.openai.answers import AnswerDelta, split_answer
+from jobs.openai.answers import STOP, AnswerDelta, split_answer
 from jobs.openai.logprobs import logprobs_object
 from storage.queries import ChoiceView, OutputView
 
 Json = dict[str, Any]
+CallId = Callable[[int, int], str]  # of a call, by its choice and its index
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,7 @@ class ResponseHeader:
     endpoint: str
     model: str
     created: int
+    job_id: str
 
     @property
     def chat(self) -> bool:
@@ -45,11 +49,12 @@ def answer(header: ResponseHeader, output: OutputView) -> Json:
     """Return a whole completion: `chat.completion` or `text_completion`."""
     kind = "chat.completion" if header.chat else "text_completion"
     form = answer_format(output)
-    choices = [_choice(header, choice, form) for choice in output.choices]
+    call = partial(call_id, header.job_id, output.request_index)
+    choices = [_choice(header, choice, form, call) for choice in output.choices]
     return header.object(kind, choices, usage=usage(output))
 
 
-def chunk(header: ResponseHeader, index: int, finish_reason: str | None = None, **new: str) -> Json:
+def chunk(header: ResponseHeader, index: int, finish_reason: str | None = None, **new: Any) -> Json:
     """Return a chunk of a stream with the new fields: role and content of a chat message, or text."""
     base: Json = {"index": index, "logprobs": None, "finish_reason": finish_reason}
     content: Json = {"delta": new} if header.chat else {"text": "", **new}
@@ -80,28 +85,54 @@ def answer_format(output: OutputView) -> AnswerFormat | None:
     return None if output.answer_format is None else AnswerFormat.model_validate(output.answer_format)
 
 
-def answer_parts(form: AnswerFormat | None, text: str) -> Json:
-    """Return `content` and, if the format has reasoning, `reasoning_content` and the same as `reasoning`."""
-    answer = split_answer(form, text)
+def choice_parts(form: AnswerFormat | None, choice: ChoiceView, call: CallId) -> Json:
+    """Return the parts of a choice: `content`, `tool_calls` if it has any, and reasoning if the format has one.
+
+    The reasoning is `reasoning_content`, and the same as `reasoning`.
+    """
+    answer = split_answer(form, choice.text)
     shown = form is not None and form.reasoning is not None and form.reasoning.shown
     reasoning = {"reasoning_content": answer.reasoning, "reasoning": answer.reasoning} if shown else {}
-    return {"content": answer.content, **reasoning}
+    calls = [_call(call(choice.choice_index, n), *parts) for n, parts in enumerate(answer.calls)]
+    return {"content": answer.content, **reasoning, **({"tool_calls": calls} if calls else {})}
 
 
-def delta_parts(delta: AnswerDelta) -> Iterator[dict[str, str]]:
-    """Yield the fields of the chunks for a delta, one part per chunk, in the order of the text."""
+def finish_reason(form: AnswerFormat | None, choice: ChoiceView) -> str:
+    """Return why a choice ended: `tool_calls` after a call that the model chose."""
+    called = form is not None and form.calls is not None and choice.finish_reason == STOP
+    return split_answer(form, choice.text).stop_reason if called else choice.finish_reason
+
+
+def delta_parts(delta: AnswerDelta, call: Callable[[int], str]) -> Iterator[Json]:
+    """Yield the fields of the chunks for a delta, one part per chunk, in the order of the text.
+
+    `call` returns the id of a call by its index.
+    """
     if delta.reasoning:
         yield {"reasoning_content": delta.reasoning, "reasoning": delta.reasoning}
     if delta.content:
         yield {"content": delta.content}
+    for part in delta.calls:
+        new = {} if part.name is None else _call(call(part.index), part.name, "")
+        arguments = {} if part.name is not None else {"function": {"arguments": part.arguments}}
+        yield {"tool_calls": [{"index": part.index, **new, **arguments}]}
 
 
-def _choice(header: ResponseHeader, choice: ChoiceView, form: AnswerFormat | None) -> Json:
+def call_id(job_id: str, request_index: int, choice: int, call: int) -> str:
+    """Return the id of a call: the same however often its answer is read, whole or streamed."""
+    return "call_" + hashlib.sha256(f"{job_id}:{request_index}:{choice}:{call}".encode()).hexdigest()[:24]
+
+
+def _call(identity: str, name: str, arguments: str) -> Json:
+    return {"id": identity, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def _choice(header: ResponseHeader, choice: ChoiceView, form: AnswerFormat | None, call: CallId) -> Json:
     content: Json = {"text": choice.text}
     if header.chat:
-        content = {"message": {"role": "assistant", **answer_parts(form, choice.text), "refusal": None}}
+        content = {"message": {"role": "assistant", **choice_parts(form, choice, call), "refusal": None}}
     logprobs = logprobs_object(header.endpoint, choice.logprobs, choice.text)
-    return {"index": choice.choice_index, **content, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+    return {"index": choice.choice_index, **content, "logprobs": logprobs, "finish_reason": finish_reason(form, choice)}
 
 
 def usage(view: OutputView) -> Json:

@@ -84,7 +84,6 @@ _TAGS: Final = "Structural tags are not supported; ask for tools, or send a gram
 _SCHEMA: Final = "The text is JSON that is valid for this schema."
 _REGEX: Final = "The whole text matches this expression."
 _LARK: Final = "The text follows this grammar, in Lark or EBNF."
-_TOOLS: Final = "Tools are not supported yet."
 BUDGET: Final = "The length of the reasoning is not limited on its own; set max_tokens for both parts together."
 _PROMPT_ROWS: Final = "Log-probabilities of the prompt are not supported yet."
 _PREFILL: Final = "Continuing a message is not supported yet."
@@ -138,8 +137,7 @@ FIELDS: Final[tuple[Field, ...]] = (
     *_dropped("boolean", "Only single requests are streamed; a batch or job ignores it.", "stream"),
     *_dropped("object", "Only for streams: include_usage ends them with the token counts.", "stream_options"),
     *_dropped("object", "Use the metadata of the job.", "metadata", endpoints=_OLD),
-    *_dropped("boolean", "Without tools it has no meaning.", "parallel_tool_calls", endpoints=_CHAT),
-    *_dropped("string", "Without tools it has no meaning.", "tool_prompt", endpoints=_CHAT),
+    *_dropped("string", "The chat template writes the tools.", "tool_prompt", endpoints=_CHAT),
     *_dropped("object", "Drafts are chosen by the service.", "prediction", endpoints=_CHAT),
     *_dropped("string", _HINT, "prompt_cache_key", "prompt_cache_retention", "service_tier", "verbosity"),
     *_dropped("object", _HINT, "prompt_cache_options"),
@@ -156,10 +154,16 @@ FIELDS: Final[tuple[Field, ...]] = (
     _refused("modalities", "list of strings", "The answer is text.", ["text"], [], endpoints=_CHAT),
     _refused("moderation", "object", "There is no moderation."),
     _refused("web_search_options", "object", "There is no web search.", endpoints=_CHAT),
-    _refused("functions", "list of objects", _TOOLS, [], endpoints=_CHAT),
-    _refused("function_call", "string or object", _TOOLS, "none", "auto", endpoints=_CHAT),
-    _refused("tools", "list of objects", _TOOLS, [], endpoints=_CHAT),
-    _refused("tool_choice", "string or object", _TOOLS, "none", "auto", endpoints=_CHAT),
+    _honoured("tools", "list of objects", "Functions that the model may call.", ([],), endpoints=_CHAT),
+    _honoured(
+        "tool_choice",
+        "string or object",
+        "none, auto, required, a function, or allowed_tools. Auto with tools, else none.",
+        endpoints=_CHAT,
+    ),
+    _honoured("parallel_tool_calls", "boolean", "False: at most one call in an answer.", endpoints=_CHAT),
+    _refused("functions", "list of objects", "Send tools.", [], endpoints=_CHAT),
+    _refused("function_call", "string or object", "Send tool_choice.", "none", "auto", endpoints=_CHAT),
     _honoured(
         "response_format",
         "object",
@@ -294,7 +298,6 @@ FIELDS: Final[tuple[Field, ...]] = (
     *_dropped("number", "An option of the client library; timeout_s limits a request of a job.", "timeout"),
 )
 
-_CALL: Final = "Messages with calls are not supported yet."
 MESSAGE_FIELDS: Final[tuple[Field, ...]] = (
     _honoured("role", "string", "system, developer (read as system), user, assistant or tool."),
     _honoured(
@@ -302,12 +305,13 @@ MESSAGE_FIELDS: Final[tuple[Field, ...]] = (
         "string or list of parts",
         "A text, or parts whose texts are joined. Null is empty, but not of users.",
     ),
-    _refused("tool_calls", "list of objects", _CALL, [], endpoints=_CHAT),
-    _refused("function_call", "object", _CALL, {}, endpoints=_CHAT),
+    _honoured("tool_calls", "list of objects", "Calls of an assistant: id, type, function.", ([],), endpoints=_CHAT),
+    _honoured("tool_call_id", "string", "Of a tool message: the call that it answers.", endpoints=_CHAT),
+    _refused("function_call", "object", "This old form is not supported; send tool_calls.", {}, endpoints=_CHAT),
     _refused("audio", "object", _MEDIA, {}, endpoints=_CHAT),
     _refused("images", "list", _MEDIA, [], endpoints=_CHAT),
     _refused("prefix", "boolean", _PREFILL, False, endpoints=_CHAT),
-    *_dropped("string", "Templates read no names.", "name", "tool_call_id", endpoints=_CHAT),
+    *_dropped("string", "A tool message has the name of the function that it answers.", "name", endpoints=_CHAT),
     _honoured(
         "reasoning_content",
         "string",

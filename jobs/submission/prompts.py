@@ -8,6 +8,7 @@ from typing import Any, Final, get_args
 from jobs.errors import InvalidValue, MissingParameter, PromptTooLong, UnsupportedParameter
 from jobs.messages import COMPLETIONS_ENDPOINT, ChatMessage, Endpoint
 from jobs.submission.fields import Treatment, message_field
+from jobs.submission.tool_messages import CallHistory
 from jobs.submission.values import kind, shown, text
 
 _ROLES: Final = {role: role for role in get_args(ChatMessage.model_fields["role"].annotation)} | {"developer": "system"}
@@ -53,12 +54,19 @@ def _messages(messages: Any, endpoint: Endpoint, max_chars: int) -> tuple[ChatMe
         raise InvalidValue(f"{COMPLETIONS_ENDPOINT} takes a prompt, not messages.", param="messages")
     if not isinstance(messages, list) or not messages:
         raise InvalidValue("messages must be a list of at least one message.", param="messages")
-    read = tuple(_message(message, f"messages[{n}]") for n, message in enumerate(messages))
-    _refuse_long(sum(len(m.content) + len(m.reasoning_content or "") for m in read), max_chars, "messages")
+    history = CallHistory()
+    read = tuple(_message(message, f"messages[{n}]", history) for n, message in enumerate(messages))
+    _refuse_long(sum(map(message_chars, read)), max_chars, "messages")
     return read
 
 
-def _message(message: Any, param: str) -> ChatMessage:
+def message_chars(message: ChatMessage) -> int:
+    """Return the number of characters of a message that its template may show."""
+    calls = sum(len(call.name) + len(call.arguments) for call in message.tool_calls)
+    return len(message.content) + len(message.reasoning_content or "") + calls
+
+
+def _message(message: Any, param: str, history: CallHistory) -> ChatMessage:
     if not isinstance(message, dict):
         raise InvalidValue(f"A message is an object with role and content, not {kind(message)}.", param=param)
     for name, value in message.items():
@@ -74,8 +82,18 @@ def _message(message: Any, param: str) -> ChatMessage:
     return ChatMessage(
         role=_ROLES[role],
         content=_content(content, f"{param}.content"),
+        **_called(message, param, history),
         reasoning_content=_reasoning(message, param) if role == "assistant" else None,
     )
+
+
+def _called(message: Mapping[str, Any], param: str, history: CallHistory) -> dict[str, Any]:
+    """Return the fields of a message that makes calls, or answers one."""
+    if message.get("tool_calls"):
+        if message["role"] != "assistant":
+            raise InvalidValue("Only assistant messages have calls.", param=f"{param}.tool_calls")
+        return {"tool_calls": history.calls(message["tool_calls"], f"{param}.tool_calls")}
+    return history.answer(message, param) if message["role"] == "tool" else {}
 
 
 def _reasoning(message: Mapping[str, Any], param: str) -> str | None:

@@ -52,6 +52,7 @@ from jobs.submission.responses import (
     read_conversation,
     read_options,
 )
+from jobs.submission.tools import read_tools, tool_options
 from jobs.submission.values import clean_text, kind, refuse_unknown, shown, whole
 from storage.dialect import storable
 from storage.records import NewRequest, RequestFailure
@@ -218,7 +219,7 @@ def parse_parameters(
     if type(cap := parameters.get("max_tokens")) is int:
         parameters["max_tokens"] = min(cap, _MAX_CAP)
     _sampling({"seed": 0} | parameters)
-    return parameters | chat_options(asked, endpoint)
+    return parameters | chat_options(asked, endpoint) | tool_options(asked, endpoint)
 
 
 def parameter_fields(fields: Mapping[str, Any], endpoint: Endpoint) -> dict[str, Any]:
@@ -270,7 +271,7 @@ def _returns_all(name: str, value: Any, given: Mapping[str, Any]) -> bool:
 
 def max_total_tokens(request: GenerationRequest, context_tokens: int | None) -> int:
     """Return the maximum number of tokens of a request, prompt and output, estimated before it is tokenized."""
-    text = request.prompt or "".join(m.content + (m.reasoning_content or "") for m in request.messages or ())
+    text = request.prompt or "".join(_texts(request))
     prompts = [prompt if isinstance(prompt, tuple) else prompt.encode() for prompt in request.prompts or (text,)]
     context = context_tokens or _CONTEXT_TOKENS
     total = 0
@@ -280,6 +281,15 @@ def max_total_tokens(request: GenerationRequest, context_tokens: int | None) -> 
         cap = request.sampling.max_tokens or room
         total += length + request.sampling.n * (cap if context_tokens is None else min(cap, room))
     return total
+
+
+def _texts(request: GenerationRequest) -> Iterator[str]:
+    """Yield the texts that a chat template may show."""
+    for message in request.messages or ():
+        yield message.content + (message.reasoning_content or "")
+        yield from (call.name + call.arguments for call in message.tool_calls)
+    if request.tools is not None:
+        yield from (json.dumps(function.model_dump()) for function in request.tools.functions)
 
 
 def _read_line(index: int, line: Line, max_line_bytes: int) -> Item:
@@ -426,7 +436,8 @@ def _request(fields: Mapping[str, Any], rules: Rules, index: int) -> GenerationR
     prompt = _response_prompt(fields, rules) if rules.endpoint == RESPONSES_ENDPOINT else _prompt(fields, rules)
     _refuse_many(len(prompt.get("prompts", ())), sampling.n)
     options = merged_options(rules.defaults, parameters)
-    return GenerationRequest(model=rules.model, sampling=sampling, grammar=grammar, **prompt, **options)
+    tools = read_tools({**rules.defaults, **parameters}, rules.max_prompt_chars)
+    return GenerationRequest(model=rules.model, sampling=sampling, tools=tools, grammar=grammar, **prompt, **options)
 
 
 def _prompt(fields: Mapping[str, Any], rules: Rules) -> dict[str, Any]:

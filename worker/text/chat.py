@@ -21,8 +21,9 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import _compile_jinja_template, encode_marked_chat, mark_control_tokens
 
 from jobs.errors import InvalidValue
+from worker.text.tool_prompt import ToolPrompt
 
-Message = Mapping[str, str]  # with role and content; of an answer maybe reasoning_content
+Message = Mapping[str, Any]  # with role and content; of an answer maybe reasoning_content and tool_calls
 Special = Literal["text", "control"]  # how a special token in content is read
 
 _BASE_CHARS = 1_000_000  # max length of a rendered text, plus:
@@ -36,6 +37,7 @@ _PROBES: dict[str, tuple[str, ...]] = {  # conversations that probe a role, as i
 }
 _INITIALS = {role[0]: role for role in _PROBES}
 _NEVER = re.compile("(?!)")
+_ESCAPED_MARK = re.compile(r"\\U000f000[01]|\\udb80\\udc0[01]", re.IGNORECASE)  # of transformers' marks
 _OPTIONAL = ("reasoning_content",)  # fields of messages that templates may read
 
 
@@ -95,40 +97,68 @@ class Chat:
             return ""
         return text.rpartition(_PROBE_TEXT)[2]
 
+    @cached_property
+    def tools(self) -> ToolPrompt:
+        """How the template takes tools and calls; probed at the first use."""
+        takes_system = "system" not in self._untaken and self._formats.get("system") is not _ContentFormat.DROPPED
+        try:
+            template = str(self._tokenizer.get_chat_template(tools=[{}]))
+        except ValueError:  # there is none
+            template = ""
+        return ToolPrompt(template, self._rendered, takes_system=takes_system)
+
+    def _rendered(self, turns: Sequence[Message], tools: Sequence[Message] | None) -> str:
+        return self._render([self._formatted(turn) for turn in turns], tools=tools)
+
     def encode(
         self,
         messages: Sequence[Message],
         check: Callable[[str], None],
         arguments: Mapping[str, Any] = MappingProxyType({}),
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Return the token ids of a rendered conversation, up to the start of the answer.
 
-        The template gets the `arguments` too. `check` may refuse the rendered text by raising. Raises InvalidValue if
-        there is no template, if it drops a role of the conversation, or if it fails.
+        The template gets `tools` and the `arguments` too. `check` may refuse the rendered text by raising. Raises
+        InvalidValue if there is no template, if it drops a role of the conversation, or if it fails.
         """
         if not self.has_template:
             raise InvalidValue("this model has no chat template; send a prompt to /v1/completions", param="messages")
         # An empty message says nothing: leave it out where its role would be refused.
-        messages = [message for message in messages if message["content"] or message["role"] not in self._untaken]
+        messages = [message for message in messages if _says(message) or message["role"] not in self._untaken]
         for message in messages:
-            if self._formats.get(message["role"]) is _ContentFormat.DROPPED:
+            if self._formats.get(message["role"]) is _ContentFormat.DROPPED and not _is_of_call(message):
                 raise InvalidValue(
                     f"the model's chat template drops {message['role']} messages; "
                     "put their content into a user message",
                     param="messages",
                 )
         formatted = [self._formatted(message) for message in messages]
-        text = self._render(formatted, arguments)
+        if tools is not None or any(map(_is_of_call, messages)):
+            self._refuse_names([messages, tools])
+        text = self._render(formatted, arguments, tools)
         check(text)
-        special = self._special_in([*messages, arguments]) if self._special == "text" else []
+        special = self._special_in([*messages, arguments, *(tools or ())]) if self._special == "text" else []
         if not special:
             return list(self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
         longest_first = sorted(special, key=len, reverse=True)
         control = re.compile("|".join(map(re.escape, longest_first)))
         marked = cast(list[dict[str, Any]], mark_control_tokens(formatted, control))
-        return self._encode_marked(self._render(marked, mark_control_tokens(dict(arguments), control)))
+        return self._encode_marked(
+            self._render(marked, mark_control_tokens(dict(arguments), control), mark_control_tokens(tools, control))
+        )
+
+    def _refuse_names(self, given: Sequence[Any]) -> None:
+        """Refuse special tokens in the names of fields, which can't be marked."""
+        found = [token for token in self._special_tokens for value in given for name in _names(value) if token in name]
+        if found:
+            raise InvalidValue(f"a name in the tools or calls contains the special token {found[0]}", param="tools")
 
     def _encode_marked(self, text: str) -> list[int]:
+        if _ESCAPED_MARK.search(text):
+            raise InvalidValue(
+                "the chat template escapes special tokens in the messages; remove them", param="messages"
+            )
         try:
             with self._lock:
                 return list(encode_marked_chat(self._text_tokenizer, text))
@@ -151,6 +181,7 @@ class Chat:
         """Return a message in the content format that the template takes."""
         parts = (fmt or self._formats.get(message["role"], _ContentFormat.TEXT)) is _ContentFormat.PARTS
         message = {name: value for name, value in message.items() if name not in self._unread}
+        parts = parts and message["content"] is not None
         return {**message, "content": [{"type": "text", "text": message["content"]}] if parts else message["content"]}
 
     def _detect_format(self, role: str) -> _ContentFormat:
@@ -184,16 +215,21 @@ class Chat:
         """The optional fields of messages that the template does not read: one that shows whole messages lacks them."""
         return frozenset(name for name in _OPTIONAL if name not in (self.template or ""))
 
-    def _render(self, messages: list[dict[str, Any]], arguments: Mapping[str, Any] = MappingProxyType({})) -> str:
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        arguments: Mapping[str, Any] = MappingProxyType({}),
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """Return the rendered text. Rendered piece by piece with a limit, because a template may never end."""
-        given = sum(len(text) for values in (*messages, arguments) for text in _texts(values))
+        given = sum(len(text) for values in (*messages, arguments, *(tools or ())) for text in _texts(values))
         max_chars = _BASE_CHARS + _CHARS_PER_CHAR * given
         pieces: list[str] = []
         length = 0
         try:
-            template = _compile_jinja_template(self._tokenizer.get_chat_template())
+            template = _compile_jinja_template(self._tokenizer.get_chat_template(tools=_listed(tools)))
             special = self._tokenizer.special_tokens_map
-            own = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True, **special}
+            own = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": True, **special}
             for piece in template.generate(**{**arguments, **own}):
                 pieces.append(piece)
                 length += len(piece) + 1
@@ -205,6 +241,28 @@ class Chat:
                 f"the model's chat template refuses these messages: {kind}{error}", param="messages"
             ) from error
         return "".join(pieces)
+
+
+def _is_of_call(message: Message) -> bool:
+    """Return whether a message makes calls or answers one."""
+    return bool(message.get("tool_calls")) or "tool_call_id" in message
+
+
+def _says(message: Message) -> bool:
+    return bool(message["content"]) or _is_of_call(message)
+
+
+def _listed(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[Any, Any]] | None:
+    return None if tools is None else [dict(tool) for tool in tools]
+
+
+def _names(value: Any) -> Iterator[str]:
+    """Yield the names of fields in a value of any depth."""
+    if isinstance(value, Mapping):
+        yield from map(str, value)
+        yield from (name for inner in value.values() for name in _names(inner))
+    elif isinstance(value, list | tuple):
+        yield from (name for inner in value for name in _names(inner))
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -19,15 +19,19 @@ from jobs.messages import (
     COMPLETIONS_ENDPOINT,
     RESPONSES_ENDPOINT,
     AnswerFormat,
+    CallAnswer,
+    ChatMessage,
     GenerationRequest,
     SamplingParameters,
 )
+from jobs.openai.call_formats import call_format
 from jobs.openai.logprobs import TokenAlternatives
 from worker.engine.errors import ModelRefused, error_summary
 from worker.engine.grammar.grammar import Grammar
 from worker.engine.sampling.parameters import Sampling, noise_key
 from worker.engine.sequence import Sequence as EngineSequence
 from worker.engine.token_logprobs import TokenLogprobs
+from worker.text.call_grammar import CallGrammar
 from worker.text.chat import Chat, Special
 from worker.text.detokenizer import Detokenizer
 from worker.text.prompt_length import PromptLength
@@ -111,21 +115,33 @@ class Codec:
     def grammar(self, request: GenerationRequest, form: AnswerFormat | None = None) -> Grammar | None:
         """Return the grammar of a request's texts. Raises RequestRefused if this version can't hold it.
 
-        It binds the content: the text after the reasoning, if the prompt has opened one.
+        It binds calls, and the content: the text after the reasoning, if the prompt has opened one.
         """
-        if request.grammar is None:
+        content = None if request.grammar is None else grammar_text(request.grammar)
+        if request.tools is not None and form is not None and form.calls is not None:
+            return self._call_grammar(form.calls).grammar(request.tools, form.reasoning, content)
+        if content is None:
             return None
         after = () if form is None or self._reasoning is None else self._reasoning.end_ids(form)
-        return Grammar(grammar_text(request.grammar), after)
+        return Grammar(content, after)
+
+    def _call_grammar(self, calls: CallAnswer) -> CallGrammar:
+        added = self.tokenizer.added_tokens_decoder.items()
+        tokens = {token.content: i for i, token in added if token.content.strip()}
+        return CallGrammar(call_format(calls.form), tokens, self._chat.tools.parallel)
 
     def answer_format(self, request: GenerationRequest, endpoint: str, prompt: Sequence[int]) -> AnswerFormat | None:
         """Return how the text after a prompt splits; None: it is the content, as on /v1/completions.
 
         Raises InvalidValue if the request wants no reasoning and the prompt opens it.
         """
-        if self._reasoning is None or endpoint == COMPLETIONS_ENDPOINT:
+        if endpoint == COMPLETIONS_ENDPOINT:
             return None
-        return AnswerFormat(reasoning=self._reasoning.format(prompt, request.reasoning))
+        reasoning = None if self._reasoning is None else self._reasoning.format(prompt, request.reasoning)
+        calls = None
+        if request.tools is not None and request.tools.callable:
+            calls = CallAnswer(form=self._chat.tools.format.name, named=request.tools.choice == "named")
+        return AnswerFormat(reasoning=reasoning, calls=calls) if reasoning or calls else None
 
     def sequence(
         self,
@@ -190,7 +206,14 @@ class Codec:
 
     def shown_ids(self, form: AnswerFormat | None) -> frozenset[int]:
         """Return the ids of special tokens that a text with this format shows: its markers."""
-        return frozenset() if form is None or self._reasoning is None else self._reasoning.special_ids
+        shown: frozenset[int] = frozenset()
+        if form is not None and form.reasoning is not None and self._reasoning is not None:
+            shown |= self._reasoning.special_ids
+        if form is not None and form.calls is not None:
+            text = call_format(form.calls.form).text
+            added = self.tokenizer.added_tokens_decoder.items()
+            shown |= {i for i, token in added if token.special and token.content in text}
+        return shown
 
     def _check_vocabulary(self, ids: Iterable[int], param: str) -> None:
         beyond = [i for i in ids if i >= self.vocabulary]
@@ -217,13 +240,11 @@ class Codec:
             text = request.prompt or ""
             self._check_length(text, "prompt")
             return list(self.tokenizer.backend_tokenizer.encode(text).ids)
-        if request.messages is None:
-            param, messages = "prompt", [{"role": "user", "content": request.prompt or ""}]
-        else:
-            param = _prompt_field(request, endpoint)
-            messages = [m.model_dump() for m in request.messages]
+        prompt = (ChatMessage(role="user", content=request.prompt or ""),)
+        turns, tools = self._chat.tools.turns(request.messages or prompt, request.tools)
         arguments = template_arguments(request, self._chat.variables)
-        ids = self._chat.encode(messages, partial(self._check_length, param=param), arguments)
+        check = partial(self._check_length, param=_prompt_field(request, endpoint))
+        ids = self._chat.encode(turns, check, arguments, tools)
         if request.grammar is None or self._reasoning is None:
             return ids
         return [*ids, *self._reasoning.opening(ids)]

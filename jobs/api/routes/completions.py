@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -29,7 +30,7 @@ from jobs.errors import BasicError, InvalidValue
 from jobs.json_lines import json_line
 from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, Endpoint, PartialEvent
 from jobs.openai import completions
-from jobs.openai.answers import AnswerParser
+from jobs.openai.answers import STOP, AnswerParser
 from jobs.openai.completions import ResponseHeader
 from jobs.openai.errors import error_body
 from jobs.submission.intake import Submission, create_interactive_job, new_call_id
@@ -95,7 +96,7 @@ def _accept(services: Services, body: Body, request: Request, caller: Caller, en
             submission, database=services.database, notify=services.notify, settings=services.settings
         )
     job = find_job(services, job_id, caller)
-    return _Call(ResponseHeader(job_id, endpoint, job.model, int(job.created_at)), stream, with_usage)
+    return _Call(ResponseHeader(job_id, endpoint, job.model, int(job.created_at), job_id), stream, with_usage)
 
 
 def _stream_options(fields: dict[str, Any]) -> tuple[bool, bool]:
@@ -141,21 +142,25 @@ async def _chunks(
                 yield completions.chunk(header, choice, role="assistant", content="")
         text = event.text[sent[choice] :] if event.snapshot else event.text
         sent[choice] += len(text)
-        for fields in _new_fields(header, parsers[choice], text, ended=event.type == "finished"):
+        for fields in _new_fields(header, choice, parsers[choice], text, ended=event.type == "finished"):
             yield completions.chunk(header, choice, **fields)
         if event.type == "finished":
-            yield completions.chunk(header, choice, event.finish_reason)
+            reason = parsers[choice].stop_reason if event.finish_reason == STOP else event.finish_reason
+            yield completions.chunk(header, choice, reason)
         event = await next_text(events)
 
 
-def _new_fields(header: ResponseHeader, parser: AnswerParser, text: str, *, ended: bool) -> Iterator[dict[str, str]]:
+def _new_fields(
+    header: ResponseHeader, choice: int, parser: AnswerParser, text: str, *, ended: bool
+) -> Iterator[dict[str, Any]]:
     """Yield the fields of the chunks for new text of a choice, and for its end."""
     if not header.chat:
         yield from [{"text": text}] if text else []
         return
-    yield from completions.delta_parts(parser.push(text))
+    call = partial(completions.call_id, header.job_id, 0, choice)
+    yield from completions.delta_parts(parser.push(text), call)
     if ended:
-        yield from completions.delta_parts(parser.finish())
+        yield from completions.delta_parts(parser.finish(), call)
 
 
 def _line(value: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ def output_lines(services: Services, job: JobView, after: int, failed: bool) -> 
     """Yield the requests that have ended, in the order of the job, after an index."""
     while page := _page(services, job.id, after, failed):
         for output in page:
-            yield _line(output, job.endpoint)
+            yield _line(output, job.endpoint, job.id)
         after = page[-1].request_index
 
 
@@ -64,7 +64,7 @@ def _ended(services: Services, job: JobView, position: Position, failed: bool) -
 
 
 def _followed(output: OutputView, job: JobView, position: Position) -> str:
-    return _line(output, job.endpoint, cursor=f"{position.number}.{position.request_index}")
+    return _line(output, job.endpoint, job.id, cursor=f"{position.number}.{position.request_index}")
 
 
 def _is_final(services: Services, job_id: str) -> bool:
@@ -76,5 +76,5 @@ def _position(cursor: str) -> Position:
     return Position(*map(int, cursor.split("."))) if cursor else Position(-1)
 
 
-def _line(output: OutputView, endpoint: str, **more: str) -> str:
-    return json_line(serializers.output(output, endpoint) | more) + "\n"
+def _line(output: OutputView, endpoint: str, job_id: str, **more: str) -> str:
+    return json_line(serializers.output(output, endpoint, job_id) | more) + "\n"

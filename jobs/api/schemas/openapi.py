@@ -14,6 +14,7 @@ from jobs.api.schemas.replies import ErrorReply, examples, streamed_schemas
 from jobs.messages import CHAT_ENDPOINT, MAX_COMPARED_REQUESTS, Endpoint, SamplingParameters
 from jobs.submission.fields import PARAMETERS, Treatment, field_of
 from jobs.submission.request_parser import MAX_CUSTOM_ID_CHARS, MAX_TIMEOUT_S
+from jobs.submission.tools import MAX_TOOLS
 
 Json = dict[str, Any]
 
@@ -61,6 +62,8 @@ def _parameters() -> Json:
         "maximum": 20,
         "description": "Chats with logprobs: number of most likely tokens.",
     }
+    schemas["tools"] |= {"type": "array", "items": {"type": "object"}, "maxItems": MAX_TOOLS}
+    schemas["parallel_tool_calls"] |= {"type": "boolean"}
     return {name: schemas[name] for name in sorted(PARAMETERS)}
 
 
@@ -102,6 +105,18 @@ _METADATA: Final[Json] = {
     "description": "Your own data; returned with the job.",
 }
 _PART: Final = _object("ContentPart", ["type", "text"], {"type": {"type": "string", "enum": ["text"]}, "text": _TEXT})
+_CALL_SHAPE: Final = _object(
+    "MessageToolCall",
+    ["id", "function"],
+    {
+        "id": _TEXT,
+        "type": {"type": "string", "enum": ["function"]},
+        "function": _object(
+            "CalledFunction", ["name"], {"name": _TEXT, "arguments": {"type": "string"}}, open_ended=True
+        ),
+    },
+    open_ended=True,
+)
 _MESSAGE: Final = _object(
     "Message",
     ["role", "content"],
@@ -113,7 +128,8 @@ _MESSAGE: Final = _object(
         },
         "name": {"type": "string", "description": "Accepted and ignored."},
         "refusal": {"description": "Accepted and ignored."},
-        "tool_call_id": {"type": "string", "description": "Accepted and ignored."},
+        "tool_calls": {"type": "array", "items": _CALL_SHAPE, "description": "Of an assistant: its calls."},
+        "tool_call_id": {"type": "string", "description": "Of a tool message: the call that it answers."},
     },
     open_ended=True,  # an answer sent back as history has more, empty fields
 )

@@ -159,14 +159,30 @@ class JobPage(_Reply):
     has_more: bool
 
 
+class CallFunction(_Reply):
+    """The function that a call names, and its arguments: a JSON object, as text."""
+
+    name: str
+    arguments: str
+
+
+class MessageCall(_Reply):
+    """A call of a function that the model wrote."""
+
+    id: str
+    type: Literal["function"]
+    function: CallFunction
+
+
 class OutputChoice(_Reply):
     """One of the texts generated for a request."""
 
     index: int
     text: str  # as the model wrote it
-    content: str | None = None  # without the reasoning, if the model marks its reasoning
+    content: str | None = None  # without reasoning and calls, if the text may have them
     reasoning_content: str | None = None
     reasoning: str | None = None  # same as reasoning_content
+    tool_calls: list[MessageCall] | None = None  # if the model called functions
     finish_reason: str
     completion_tokens: int
     logprobs: Json | None = None  # if requested
@@ -301,9 +317,10 @@ class AnswerMessage(_Reply):
     """The message that the model wrote."""
 
     role: Literal["assistant"]
-    content: str | None  # null: the model wrote nothing but reasoning
+    content: str | None  # null: the model wrote nothing but reasoning or calls
     reasoning_content: str | None = None  # if the model marks its reasoning
     reasoning: str | None = None  # same as reasoning_content
+    tool_calls: list[MessageCall] | None = None  # if the model called functions
     refusal: str | None
 
 
@@ -349,6 +366,22 @@ class TextReply(_Reply):
     usage: OutputUsage
 
 
+class DeltaFunction(_Reply):
+    """The name of a function, once, and pieces of its arguments."""
+
+    name: str | None = None
+    arguments: str
+
+
+class DeltaCall(_Reply):
+    """The part of a call that a chunk adds: id, type and name first, then its arguments."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: DeltaFunction
+
+
 class ChatDelta(_Reply):
     """The part of a message that a chunk adds."""
 
@@ -356,6 +389,7 @@ class ChatDelta(_Reply):
     content: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None  # same as reasoning_content
+    tool_calls: list[DeltaCall] | None = None
 
 
 class ChatChunkChoice(_Reply):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from jobs.messages import JobStatus
-from jobs.openai.completions import answer_format, answer_parts, usage
+from jobs.openai.completions import answer_format, call_id, choice_parts, finish_reason, usage
 from jobs.openai.errors import error_body
 from jobs.openai.logprobs import logprobs_object
 from jobs.reports.progress import elapsed_s, time_left_s
@@ -117,7 +118,7 @@ def page(items: Sequence[Json], has_more: bool) -> Json:
     }
 
 
-def output(view: OutputView, endpoint: str) -> Json:
+def output(view: OutputView, endpoint: str, job_id: str) -> Json:
     """Return one line of a job's outputs: the choices of a request, or its error."""
     line: Json = {"custom_id": view.custom_id, "index": view.request_index, "status": view.status}
     if view.error_message is not None:
@@ -125,13 +126,13 @@ def output(view: OutputView, endpoint: str) -> Json:
         line |= error_body(status_code, view.error_message, view.error_param, view.error_code)
         if not view.choices:
             return line
-    form = answer_format(view)
+    form, call = answer_format(view), partial(call_id, job_id, view.request_index)
     choices = [
         {
             "index": choice.choice_index,
             "text": choice.text,
-            **(answer_parts(form, choice.text) if form is not None else {}),
-            "finish_reason": choice.finish_reason,
+            **(choice_parts(form, choice, call) if form is not None else {}),
+            "finish_reason": finish_reason(form, choice),
             "completion_tokens": choice.completion_tokens,
             **_logprobs(choice, endpoint),
         }

@@ -165,13 +165,13 @@ class _ReaderThread:
 
 
 def _chars(body: Any) -> int:
-    """Return the number of characters or token ids of a stored request; 0 if it can't be counted."""
+    """Return about how many characters or token ids a stored request has; 0 if they can't be counted."""
     try:
         messages, prompts = body.get("messages") or (), body.get("prompts") or ()
         return (
             len(body.get("prompt") or "")
             + sum(map(len, prompts))
-            + sum(len(message["content"]) + len(message.get("reasoning_content", "")) for message in messages)
+            + sum(len(str(part)) for part in (*messages, body.get("tools") or ""))
         )
     except Exception:  # an invalid request: reading it reports the error
         return 0

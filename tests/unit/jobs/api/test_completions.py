@@ -15,7 +15,9 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from jobs.api.app import make_api
 from jobs.client.results import Output
-from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, AnswerFormat, ReasoningFormat
+from jobs.messages import CHAT_ENDPOINT, COMPLETIONS_ENDPOINT, AnswerFormat, CallAnswer, ReasoningFormat
+from jobs.openai.call_formats import HERMES
+from jobs.openai.completions import call_id
 from jobs.openai.logprobs import ScoredToken, TokenAlternatives
 from jobs.settings import JobsSettings
 from storage import leases, queries, writes
@@ -126,6 +128,65 @@ def test_a_reasoning_that_is_not_to_be_included_is_left_out(serve: Serve) -> Non
     assert all(not chunk["choices"][0]["delta"].keys() & {"reasoning", "reasoning_content"} for chunk in streamed)
 
 
+CALLS = HERMES.calls([("f", '{"a": [1]}'), ("g", "{}")])
+
+
+def calling(database: Database, text: str = f"I look.\n{CALLS}", named: bool = False) -> None:
+    form = AnswerFormat(calls=CallAnswer(form="hermes", named=named))
+    answer_all(database, text, plan=RequestPlan(form.model_dump(mode="json")))
+
+
+def test_calls_are_answered_whole_streamed_and_as_outputs_of_a_job_in_openai_s_shape(serve: Serve) -> None:
+    api = serve(calling)
+    reply = api.post(CHAT_ENDPOINT, json=CHAT).json()
+    (choice,) = ChatCompletion.model_validate(reply).choices
+    assert (choice.message.content, choice.finish_reason) == ("I look.", "tool_calls")
+    calls = reply["choices"][0]["message"]["tool_calls"]
+    assert [(call["type"], call["function"]) for call in calls] == [
+        ("function", {"name": "f", "arguments": '{"a": [1]}'}),
+        ("function", {"name": "g", "arguments": "{}"}),
+    ]
+    (line,) = map(json.loads, api.get(f"/v1/jobs/{reply['id']}/outputs").text.splitlines())
+    output = Output.model_validate(line).choices[0]
+    assert line["choices"][0]["tool_calls"] == calls, "the ids are the same in every form"
+    assert (output.finish_reason, output.answer, output.text[-12:]) == ("tool_calls", "I look.", "</tool_call>")
+    assert [call.function.name for call in output.tool_calls] == ["f", "g"]
+
+
+def test_streamed_calls_have_id_and_name_once_and_then_arguments(serve: Serve) -> None:
+    streamed = chunks(serve(calling).post(CHAT_ENDPOINT, json=CHAT | {"stream": True}))
+    told = [ChatCompletionChunk.model_validate(chunk).choices[0] for chunk in streamed]
+    assert "".join(choice.delta.content or "" for choice in told) == "I look."
+    assert [choice.finish_reason for choice in told if choice.finish_reason] == ["tool_calls"]
+    parts = [part for choice in told for part in choice.delta.tool_calls or ()]
+    for index, arguments in enumerate(['{"a": [1]}', "{}"]):
+        first, *rest = [part for part in parts if part.index == index]
+        assert first.id == call_id(streamed[0]["id"], 0, 0, index)
+        assert all(part.id is None and part.function is not None and part.function.name is None for part in rest)
+        assert "".join(part.function.arguments or "" for part in rest if part.function) == arguments
+
+
+def test_an_answer_of_calls_has_a_null_content_and_ends_as_openai_says(serve: Serve) -> None:
+    call = HERMES.call("f", "{}")
+    for named, reason in ((False, "tool_calls"), (True, "stop")):
+        api = serve(lambda database, named=named: calling(database, call, named))
+        choice = api.post(CHAT_ENDPOINT, json=CHAT).json()["choices"][0]
+        assert (choice["message"]["content"], choice["finish_reason"]) == (None, reason)
+        *_, last = chunks(api.post(CHAT_ENDPOINT, json=CHAT | {"stream": True}))
+        assert last["choices"][0]["finish_reason"] == reason
+
+
+def test_what_is_no_whole_call_is_content_or_a_call_without_its_end(serve: Serve) -> None:
+    begun = serve(lambda database: calling(database, '<tool_call>\n{"name": "f"'))
+    choice = begun.post(CHAT_ENDPOINT, json=CHAT).json()["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ('<tool_call>\n{"name": "f"', "stop")
+    assert "tool_calls" not in choice["message"]
+    cut = serve(lambda database: calling(database, '<tool_call>\n{"name": "f", "arguments": {"a'))
+    choice = cut.post(CHAT_ENDPOINT, json=CHAT).json()["choices"][0]
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "f", "arguments": '{"a'}
+    assert choice["finish_reason"] == "stop", "not tool_calls: the call is incomplete"
+
+
 def with_logprobs(database: Database) -> None:
     token = TokenAlternatives(
         ScoredToken("Paris.", -0.25, tuple(b"Paris.")), (ScoredToken("Rome.", -0.2, tuple(b"Rome.")),)
@@ -234,7 +295,8 @@ BAD_CALLS: list[tuple[dict[str, Any], int, str, str | None]] = [
     ({"stream": "yes"}, 400, "invalid_value", "stream"),
     ({"stream_options": {"include_usage": True}}, 400, "invalid_value", "stream_options"),
     ({"stream": True, "stream_options": {"include_usage": 1}}, 400, "invalid_value", "stream_options"),
-    ({"tools": [{}]}, 400, "unsupported_parameter", "tools"),
+    ({"tools": [{}]}, 400, "missing_required_parameter", "tools[0].function"),
+    ({"tool_choice": "required"}, 400, "invalid_value", "tool_choice"),
 ]
 
 

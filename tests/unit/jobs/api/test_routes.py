@@ -416,7 +416,7 @@ BAD_SUBMISSIONS: list[tuple[dict[str, Any], int, str | None, str | None]] = [
     ({"json": {"requests": ["a"], "prompts": ["b"]}}, 400, "missing_required_parameter", "requests"),
     ({"json": {"requests": ["a"], "max_tokens": 0}}, 400, "invalid_value", "max_tokens"),
     ({"json": {"requests": ["a"], "max_token": 5}}, 400, "unknown_parameter", "max_token"),
-    ({"json": {"requests": ["a"], "tools": [{}]}}, 400, "unsupported_parameter", "tools"),
+    ({"json": {"requests": ["a"], "tools": [{}]}}, 400, "missing_required_parameter", "tools[0].function"),
     ({"json": {"requests": ["a"], "parameters": 7}}, 400, "invalid_value", "parameters"),
     ({"json": {"requests": ["a"], "parameters": {"x": 1}}}, 400, "unknown_parameter", "parameters.x"),
     ({"json": {"requests": ["a"], "model": 7}}, 400, "invalid_value", "model"),

@@ -452,7 +452,6 @@ def test_a_message_keeps_its_text_whatever_fields_an_answer_added(message: dict[
 
 def test_a_field_of_a_message_that_would_change_the_text_is_refused_by_name() -> None:
     for name, value in {
-        "tool_calls": [{}],
         "function_call": {"name": "f"},
         "audio": {"id": "a"},
         "prefix": True,
