@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from worker.drafters.candidates import best_children
+from worker.drafters.eagle3_network import Eagle3Network
 from worker.drafters.head_network import HeadNetwork
 from worker.drafters.kv_tracker import DraftSlots, by_slot
 from worker.engine.cpu.fused_layers import FusedNorm, fuse
@@ -38,6 +39,7 @@ class HeadModel(Protocol):
 
     tokens: Tensor  # [n] ids that it can propose, ascending
     vocabulary: int  # size of the target's vocabulary
+    first_token: int  # of each text that has a row: 0 or 1
 
     def states(self, hidden: Tensor) -> Tensor:
         """Return states [n, width] from the target's hidden states [n, size]."""
@@ -54,7 +56,7 @@ class PackedHead:
 
     def __init__(
         self,
-        network: HeadNetwork,
+        network: HeadNetwork | Eagle3Network,
         embedding: Tensor,
         output: Tensor,
         tokens: Tensor,
@@ -64,21 +66,22 @@ class PackedHead:
         cpu_kernels: bool = True,
         paged: bool | None = None,
     ) -> None:
-        """Wrap a network, which is changed in place, with the target's `embedding` [vocabulary, width].
+        """Wrap a network, which is changed in place, with an `embedding` [vocabulary, width] of all target ids.
 
-        `output` are the target's output weights [n, width] of `tokens`.
+        `output` are the output weights [n, width] of `tokens`. Both are the target's, unless the head has its own.
 
         `cpu_kernels` and `paged` are as in `PackedModel`.
         """
-        self.tokens, self.vocabulary = tokens, len(embedding)
+        self.tokens, self.vocabulary, self.first_token = tokens, len(embedding), network.first_token
         self._embedding = embedding
         self._network = network.to(embedding.device, embedding.dtype).eval()
         network.model.set_attn_implementation(ATTENTION_NAME)
         network.lm_head = _linear(output)
-        self._backend = make_backend(network.model, slots, capacity, cpu_kernels=cpu_kernels, paged=paged)
+        ours = isinstance(network, HeadNetwork)
+        self._backend = make_backend(network.model, slots, capacity, cpu_kernels=cpu_kernels and ours, paged=paged)
         self._rotary = rotary_table(network.model, embedding, self._backend.kv.capacity)
         on_gpu = gpu_kernels_for(embedding.device)
-        if on_gpu is not None:
+        if on_gpu is not None and ours:
             fuse_on_gpu(network, on_gpu)
         compiled = self._backend.kernels
         self._compiled_network = self._fused_network(compiled) if compiled else None
@@ -150,8 +153,8 @@ class PackedHead:
         rotary = tuple(part[positions].unsqueeze(0) for part in self._rotary)
         for layer in self._network.model.layers:
             x = layer(x, position_embeddings=rotary, attention_mask=None, plan=plan)
-        out = self._network.model.norm(x[0][kept])
-        return self._network.lm_head(out), out  # type: ignore[operator]
+        normed, states = self._network.outputs(x[0][kept])
+        return self._network.lm_head(normed), states  # type: ignore[operator]
 
 
 class HeadDrafter:
@@ -163,7 +166,7 @@ class HeadDrafter:
         self.forward_free = None  # every draft takes a forward
         self._head = head
         self._hidden = hidden
-        self._slots = DraftSlots()
+        self._slots = DraftSlots(head.first_token)
         self._parents = np.empty(0, np.int64)  # nodes of the layer that was run last
         self._states = torch.empty(0)  # [parents, width] their output states
 
@@ -207,8 +210,9 @@ class HeadDrafter:
         """Return the target's states at the positions before the tokens of chains; zeros before the first token."""
         parts = []
         for s in segments:
-            tapped = self._hidden.read(s.slot, max(s.start - 1, 0), s.end - 1)
-            if not s.start:
+            first, end = int(s.positions[0]), int(s.positions[-1]) + 1
+            tapped = self._hidden.read(s.slot, max(first - 1, 0), end - 1)
+            if not first:
                 parts.append(tapped.new_zeros(1, tapped.shape[1]))
             parts.append(tapped)
         return self._head.states(parts[0] if len(parts) == 1 else torch.cat(parts))

@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from worker.drafters.eagle3_file import is_eagle3
 from worker.drafters.head_network import HeadNetwork, HeadShape
 from worker.engine.errors import ModelRefused
+from worker.engine.model.checkpoint import folder_of, read_config
 from worker.engine.model.loading import embeddings
 
 FORMAT = "basic-head-1"
@@ -74,9 +76,15 @@ def target_identity(model: PreTrainedModel, name: str, vocabulary: dict[str, int
     )
 
 
-def is_head(folder: str) -> bool:
-    """Return whether a directory holds a head, rather than a language model."""
-    return str(_config(Path(folder)).get("format")).startswith("basic-head")
+def is_head(path: str) -> bool:
+    """Return whether a directory or a downloaded hub id is a head that can be run, rather than a language model."""
+    folder = folder_of(path)
+    return folder is not None and (is_own_head(folder) or is_eagle3(folder))
+
+
+def is_own_head(folder: Path) -> bool:
+    """Return whether a directory holds a head that `basic draft train` wrote."""
+    return str(read_config(folder).get("format")).startswith("basic-head")
 
 
 def write_head(folder: Path, network: HeadNetwork, tokens: Tensor, target: TargetIdentity) -> list[Path]:
@@ -96,7 +104,7 @@ def write_head(folder: Path, network: HeadNetwork, tokens: Tensor, target: Targe
 
 def read_head(folder: str, target: TargetIdentity) -> Head:
     """Read a head for a target. Raises ModelRefused if it is damaged or was trained for another one."""
-    config = _config(Path(folder))
+    config = read_config(Path(folder))
     if config.get("format") != FORMAT:
         raise ModelRefused(f"{folder} is a head of format {config.get('format')!r}; this version reads {FORMAT!r}")
     try:
@@ -118,14 +126,6 @@ def file_sha256(file: Path) -> str:
     """Return the SHA-256 of a file in hex."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / _CONFIG).read_text())
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
 
 
 def _refuse_other(folder: str, trained_for: dict[str, Any], target: TargetIdentity) -> None:

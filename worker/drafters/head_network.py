@@ -91,6 +91,8 @@ def tapped_layers(layers: int) -> tuple[int, ...]:
 class HeadNetwork(nn.Module):
     """The trained part of a head."""
 
+    first_token = 0  # rows begin at the first token
+
     def __init__(self, shape: HeadShape) -> None:
         """Start with random layers; the linear ones are near the identity of the target's last state."""
         super().__init__()
@@ -117,3 +119,8 @@ class HeadNetwork(nn.Module):
         units: Tensor = self.unit(torch.stack([embedded, states], dim=-2))
         out: Tensor = self.join(units.flatten(-2))
         return out
+
+    def outputs(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the output weights read, and the states that rows pass on: both are the normed output."""
+        normed: Tensor = self.model.norm(hidden)
+        return normed, normed

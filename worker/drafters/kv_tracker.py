@@ -30,7 +30,7 @@ class DraftSlot:
 
     sequence: Sequence
     number: int  # of the slot
-    cached: int = 0  # committed tokens in the slot
+    cached: int = 0  # committed tokens that are in the slot, or were skipped before its first entry
     nodes: list[int] = field(default_factory=list)  # forest nodes whose KV entries follow them, in KV order
 
 
@@ -40,7 +40,9 @@ SlotState = list[tuple[DraftSlot, int, int]]  # slots, their committed tokens, a
 class DraftSlots:
     """The KV slots of all sequences that a network has drafted for."""
 
-    def __init__(self) -> None:
+    def __init__(self, first_token: int = 0) -> None:
+        """Skip the tokens before `first_token`, 0 or 1: the network has no row for them."""
+        self._first_token = first_token
         self._slots: dict[int, DraftSlot] = {}
         self._fed: PrefixTree[DraftSlot] = PrefixTree()  # tokens that slots have cached
         self._known: PrefixTree[DraftSlot] = PrefixTree()  # tokens that slots are to be fed
@@ -91,7 +93,7 @@ class DraftSlots:
                 self._known.remove(slot)
             elif self._fed.length(slot) > cached:
                 self._fed.shrink(slot, cached)
-        return [(slot.number, slot.cached + len(slot.nodes)) for slot, _, _ in state]
+        return [(slot.number, self._entries(slot.cached) + len(slot.nodes)) for slot, _, _ in state]
 
     def catch_up(self, sequences: Seq[Sequence], feed: Feed, copy_prefix: CopyPrefix) -> list[Segment]:
         """Return the rows of each sequence's uncached tokens. The newest token is the root of this step's tree.
@@ -106,12 +108,12 @@ class DraftSlots:
     def tree_rows(self, forest: Forest, sequence: Sequence, nodes: IntArray) -> Segment:
         """Return the rows of draft nodes, which attend to the committed tokens and their ancestors."""
         slot = self.of(sequence)
-        earlier = len(slot.nodes)
+        earlier, entries = len(slot.nodes), self._entries(slot.cached)
         slot.nodes += nodes.tolist()
         return Segment(
             slot=sequence.slot,
-            prefix=slot.cached,
-            start=slot.cached + earlier,
+            prefix=entries,
+            start=entries + earlier,
             ids=forest.token[nodes],
             positions=len(sequence.ids) - 1 + forest.depth[nodes],
             visible=_ancestors(forest, slot.nodes)[earlier:],
@@ -129,22 +131,34 @@ class DraftSlots:
         self._known.insert(slot, sequence.ids, len(sequence.ids))
         if source is not None:
             self._feed(source, length, feed)
-            copy_prefix(source.number, slot.number, length)
+            copy_prefix(source.number, slot.number, self._entries(length))
             self._keep(slot, length)
 
     def _feed(self, slot: DraftSlot, end: int, feed: Feed) -> None:
         """Feed the tokens before `end`, at most `MAX_CATCH_UP_ROWS` per forward."""
         while slot.cached < end:
-            ids = slot.sequence.ids[slot.cached : min(slot.cached + MAX_CATCH_UP_ROWS, end)]
-            feed(chain(slot.number, slot.cached, ids, keep_last=True))
-            self._keep(slot, slot.cached + len(ids))
+            upto = min(slot.cached + MAX_CATCH_UP_ROWS, end)
+            feed(self._rows(slot, upto))
+            self._keep(slot, upto)
 
     def _uncached_rows(self, slot: DraftSlot) -> Segment:
-        sequence = slot.sequence
-        segment = chain(slot.number, slot.cached, sequence.ids[slot.cached :], keep_last=True)
-        slot.cached = len(sequence.ids)
+        segment = self._rows(slot, len(slot.sequence.ids))
+        slot.cached = len(slot.sequence.ids)
         slot.nodes.clear()
         return segment
+
+    def _rows(self, slot: DraftSlot, end: int) -> Segment:
+        """Return the rows of the tokens before `end` that are not cached; their positions are those of the tokens.
+
+        A text of skipped tokens alone has a row for the last one, which the next token's row overwrites.
+        """
+        start = max(slot.cached, min(self._first_token, end - 1))
+        entry = max(start - self._first_token, 0)
+        return chain(slot.number, entry, slot.sequence.ids[start:end], keep_last=True, position=start)
+
+    def _entries(self, cached: int) -> int:
+        """Return the KV entries of a slot with so many committed tokens."""
+        return max(cached - self._first_token, min(cached, 1))
 
     def _keep(self, slot: DraftSlot, cached: int) -> None:
         """Record the committed tokens that a slot has now."""

@@ -38,15 +38,18 @@ class Segment:
         return self.start + len(self.ids)
 
 
-def chain(slot: int, cached: int, ids: list[int], *, keep_last: bool) -> Segment:
-    """Return a segment of consecutive tokens after `cached` committed ones; only the last one's logits may be kept."""
-    n = len(ids)
+def chain(slot: int, cached: int, ids: list[int], *, keep_last: bool, position: int | None = None) -> Segment:
+    """Return a segment of consecutive tokens after `cached` committed ones; only the last one's logits may be kept.
+
+    `position` is that of the first token, by default `cached`.
+    """
+    n, first = len(ids), cached if position is None else position
     return Segment(
         slot=slot,
         prefix=cached,
         start=cached,
         ids=np.asarray(ids, np.int64),
-        positions=np.arange(cached, cached + n),
+        positions=np.arange(first, first + n),
         visible=None,
         keep=np.array([n - 1] if keep_last else [], np.int64),
     )

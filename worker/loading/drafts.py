@@ -11,12 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from jobs.messages import model_name
+from worker.drafters.eagle3_file import TargetShape, is_eagle3, read_eagle3
+from worker.drafters.eagle3_network import Eagle3Network
 from worker.drafters.head import HeadDrafter, PackedHead
-from worker.drafters.head_file import is_head, read_head, target_identity
+from worker.drafters.head_file import is_head, is_own_head, read_head, target_identity
+from worker.drafters.head_network import HeadNetwork
 from worker.drafters.mixed import MixedDrafter
 from worker.drafters.model import ModelDrafter, SharedVocabulary
 from worker.drafters.suffix import SuffixDrafter
@@ -29,7 +35,7 @@ from worker.engine.model.loading import embeddings, load, output_weights
 from worker.engine.model.offload import input_device
 from worker.engine.model.packed_model import PackedModel
 from worker.engine.speculation.drafting import Drafter
-from worker.loading.model_store import resolve
+from worker.loading.model_store import pull, resolve
 from worker.loading.tensor_parallel import DRAFT, RankGroup, draft_tp_size
 from worker.settings import SUFFIX, WorkerSettings
 from worker.text.codec import first_mismatched_id, load_tokenizer, shared_token_ids
@@ -63,7 +69,10 @@ def load_draft(
     if path is None:
         return DrafterFactory(None, (), 0, lambda *_: SuffixDrafter)
     if is_head(path):
-        return _with_head(path, settings, model, tokenizer)
+        folder = folder_of(path)
+        assert folder is not None, "a head is a directory or a downloaded hub id"
+        loaded = _own_head if is_own_head(folder) else _eagle3_head
+        return _with_head(loaded(folder, settings, model, tokenizer), model)
     refuse_unsupported_draft(path)
     return _with_model(path, settings, model, tokenizer, ranks)
 
@@ -73,7 +82,8 @@ def draft_path(settings: WorkerSettings) -> str | None:
     if settings.draft == SUFFIX or settings.mode == "plain":
         return None
     if settings.draft:
-        return resolve(settings.draft, settings.cache_dir)
+        path = resolve(settings.draft, settings.cache_dir)
+        return path if Path(path).is_dir() else _head_of_hub(path, settings)
     default = shipped_draft(settings.target)
     return str(default) if default else None
 
@@ -121,23 +131,62 @@ def refuse_unsupported_draft(path: str) -> None:
         )
 
 
-def _with_head(path: str, settings: WorkerSettings, model: PreTrainedModel, tokenizer: Tokenizer) -> DrafterFactory:
-    target = target_identity(model, model_name(settings.target), tokenizer.get_vocab())
-    head = read_head(path, target)
-    # Read before the layers are fused, which packs the target's output weights.
-    embedding, tokens = embeddings(model), head.tokens.to(input_device(model))
-    rows = output_weights(model)[tokens].clone()
-    shape = head.network.shape
+def _head_of_hub(path: str, settings: WorkerSettings) -> str:
+    """Download a draft of a hub id if its configuration is that of an EAGLE-3 head; return its path."""
+    try:
+        config = hf_hub_download(path, "config.json")
+    except (OSError, ValueError, HfHubHTTPError):
+        return path
+    return pull(path, settings.cache_dir) if is_eagle3(Path(config).parent) else path
+
+
+@dataclass(frozen=True, slots=True)
+class _LoadedHead:
+    """A head of any format, with its embeddings and output weights."""
+
+    name: str
+    network: HeadNetwork | Eagle3Network
+    tokens: Tensor
+    output: Tensor
+    embedding: Tensor
+
+
+def _own_head(folder: Path, settings: WorkerSettings, model: PreTrainedModel, tokenizer: Tokenizer) -> _LoadedHead:
+    """Read a head of `basic draft train`. Call it before the layers are fused, which packs the output weights."""
+    head = read_head(str(folder), target_identity(model, model_name(settings.target), tokenizer.get_vocab()))
+    tokens = head.tokens.to(input_device(model))
     name = model_name(settings.draft) if settings.draft else f"{settings.target}-head"
+    return _LoadedHead(name, head.network, tokens, output_weights(model)[tokens].clone(), embeddings(model))
+
+
+def _eagle3_head(folder: Path, settings: WorkerSettings, model: PreTrainedModel, _: Tokenizer) -> _LoadedHead:
+    """Read a published head. Its own embeddings and output weights take precedence over the target's."""
+    config, device = model.config.get_text_config(), input_device(model)
+    name = model_name(settings.target)
+    target = TargetShape(name, config.num_hidden_layers, config.hidden_size, config.vocab_size)
+    head = read_eagle3(folder, target)
+    tokens = head.tokens.to(device)
+    output = output_weights(model)[tokens].clone() if head.output is None else head.output.to(device, model.dtype)
+    embedding = embeddings(model) if head.embedding is None else head.embedding.to(device, model.dtype)
+    return _LoadedHead(model_name(settings.draft), head.network, tokens, output, embedding)
+
+
+def _with_head(head: _LoadedHead, model: PreTrainedModel) -> DrafterFactory:
+    shape = head.network.shape
 
     def make(hidden: HiddenStates | None, slots: int, capacity: int, _: int | None) -> MakeDrafter:
         assert hidden is not None, "a head reads hidden states"
-        packed = PackedHead(deepcopy(head.network), embedding, rows, tokens, slots=slots, capacity=capacity)
+        network = deepcopy(head.network)
+        packed = PackedHead(network, head.embedding, head.output, head.tokens, slots=slots, capacity=capacity)
         packed.prepare()
-        return lambda: MixedDrafter(HeadDrafter(packed, hidden, name), SuffixDrafter())
+        return lambda: MixedDrafter(HeadDrafter(packed, hidden, head.name), SuffixDrafter())
 
-    entry_numbers = 2 * shape.layers * shape.kv_heads * shape.head_dim + len(shape.taps) * shape.width
-    return DrafterFactory(name, shape.taps, entry_numbers * model.dtype.itemsize, make)
+    entry_numbers = 2 * shape.layers * shape.kv_heads * shape.head_dim + len(shape.taps) * _width(model)
+    return DrafterFactory(head.name, shape.taps, entry_numbers * model.dtype.itemsize, make)
+
+
+def _width(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config().hidden_size)
 
 
 def _with_model(

@@ -24,6 +24,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from worker.engine.errors import EngineError, ModelRefused, error_summary
 
+EAGLE_3 = "an EAGLE-3 head"  # a kind of draft
+
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _LFS = b"version https://git-lfs"
 _AGAIN = "download it again"
@@ -142,10 +144,12 @@ def draft_kind(folder: Path) -> str | None:
     config = read_config(folder)
     named = " ".join([*map(str, config.get("architectures") or []), str(config.get("model_type"))]).lower()
     if "speculators_model_type" in config or "speculators_config" in config:
+        if config.get("speculators_model_type") == "eagle3":
+            return EAGLE_3
         return f"a draft of the speculators library ({config.get('speculators_model_type', 'unknown')})"
     keys = _all_keys(folder)
     if "eagle3" in named or "draft_vocab_size" in config or {"d2t", "t2d"} & keys or _any_starts(keys, "midlayer."):
-        return "an EAGLE-3 head"
+        return EAGLE_3
     if "eagle" in named or {"fc.weight", "model.fc.weight"} & keys:
         return "an EAGLE-1 or EAGLE-2 head"
     if "medusa" in named or "medusa_num_heads" in config or _any_starts(keys, "medusa") or _is_medusa(keys):
