@@ -102,8 +102,11 @@ def _shape(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor
     width = fc.shape[1] // len(taps)
     if width != target.width:
         raise _unfit(folder, target, "hidden size", width, target.width)
+    llama = _llama(folder, layer)
     return Eagle3Shape(
-        layer=_llama(folder, layer),
+        layer=llama,
+        kv_heads=llama.num_key_value_heads or llama.num_attention_heads,
+        head_dim=llama.head_dim or llama.hidden_size // llama.num_attention_heads,
         target_width=width,
         taps=taps,
         vocabulary=int(config.get("draft_vocab_size") or layer["vocab_size"]),
@@ -133,7 +136,10 @@ def _llama(folder: Path, layer: Mapping[str, Any]) -> LlamaConfig:
         head_dim=int(layer.get("head_dim") or layer["hidden_size"] // heads),
         rms_norm_eps=float(layer["rms_norm_eps"]),
         rope_parameters=rope,
-        **{"vocab_size": 1, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None},
+        vocab_size=1,  # embeddings are kept apart
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
         **{name: layer[name] for name in _OPTIONAL if layer.get(name) is not None},
     )
 
@@ -175,7 +181,7 @@ def _tokens(folder: Path, weights: dict[str, Tensor], shape: Eagle3Shape, target
         )
     if not len(tokens) or not 0 <= int(tokens.min()) <= int(tokens.max()) < target.vocabulary:
         raise ModelRefused(f"{folder} maps tokens outside of {target.name}'s {target.vocabulary} ids; {_AGAIN}")
-    if len(tokens.unique()) < len(tokens):
+    if len(set(tokens.tolist())) < len(tokens):
         raise ModelRefused(f"{folder} maps two tokens to one id of {target.name}; {_AGAIN}")
     return tokens
 

@@ -21,6 +21,8 @@ class Eagle3Shape:
     """Shape of a published head."""
 
     layer: LlamaConfig  # of the decoder layers
+    kv_heads: int
+    head_dim: int
     target_width: int  # of the target's hidden states
     taps: tuple[int, ...]  # target layers whose outputs are read
     vocabulary: int  # number of tokens that can be proposed
@@ -38,16 +40,6 @@ class Eagle3Shape:
     def layers(self) -> int:
         """Number of decoder layers."""
         return int(self.layer.num_hidden_layers)
-
-    @property
-    def kv_heads(self) -> int:
-        """Number of key and value heads."""
-        return int(self.layer.num_key_value_heads)
-
-    @property
-    def head_dim(self) -> int:
-        """Width of an attention head."""
-        return int(self.layer.head_dim)
 
 
 class Eagle3Layer(LlamaDecoderLayer):
