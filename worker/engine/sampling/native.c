@@ -357,6 +357,21 @@ static void adjust(float *logit, const rows_t *r, int64_t i) {
     }
 }
 
+/* Exclude the tokens that the mask does not allow. A NaN stays: its row draws nothing. */
+static void exclude(float *logit, const uint32_t *mask, int64_t columns) {
+    for (int64_t first = 0; first < columns; first += 32) {
+        float *restrict some = logit + first;
+        uint32_t bits = mask[first / 32];
+        if (bits == UINT32_MAX) continue;
+        if (first + 32 > columns) /* the last, shorter one */
+            for (int64_t j = 0; first + j < columns; j++) some[j] = bits >> j & 1 || some[j] != some[j] ? some[j] : -INFINITY;
+        else if (bits == 0)
+            for (int j = 0; j < 32; j++) some[j] = some[j] != some[j] ? some[j] : -INFINITY;
+        else
+            for (int j = 0; j < 32; j++) some[j] = (bits & 1u << j) != 0 || some[j] != some[j] ? some[j] : -INFINITY;
+    }
+}
+
 /* Open row `i` for the calling thread; copy it if it is adjusted or masked. */
 static row_t opened(const rows_t *r, int64_t i) {
     int64_t columns = r->columns, room = blocks_of(columns) * BLOCK, at = r->indices[i] * r->stride;
@@ -378,8 +393,7 @@ static row_t opened(const rows_t *r, int64_t i) {
     if (!adjusted && !row.mask) return row;
     for (int64_t start = 0; start < columns; start += BLOCK) read_block(&row, start, 1.0f, row.copy + start);
     if (adjusted) adjust(row.copy, r, i);
-    for (int64_t token = 0; row.mask && token < columns; token++)
-        if (!allowed(row.mask, token) && row.copy[token] == row.copy[token]) row.copy[token] = -INFINITY;
+    if (row.mask) exclude(row.copy, row.mask, columns);
     row.wide = row.copy, row.half = NULL;
     return row;
 }

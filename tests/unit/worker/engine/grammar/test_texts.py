@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Sequence as Seq
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from worker.engine.output_lengths import OutputLengths
 from worker.engine.sampling.penalties import adjustments_of
 from worker.engine.sampling.sampling import draw
 from worker.engine.sequence import FinishReason, Sequence
+from worker.engine.speculation import verifier
 
 MIXED = (OBJECT, None, LOOSE, CODES, None, OBJECT, OBJECT)
 
@@ -203,3 +205,23 @@ def test_stop_tokens_end_a_text_only_where_it_is_complete() -> None:
             assert 2 <= len(text) <= 4, "7 ends a text of one digit, which is not complete"
             assert "7" not in text[:-1]
             assert sequence.finish_reason is FinishReason.STOP
+
+
+def test_on_a_gpu_the_masks_of_a_step_are_passed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    masked: list[int] = []
+
+    def counted(logits: Any, parameters: Any, positions: Any, rows: Any, adjustments: Any, mask: Any) -> Any:
+        masked[-1] += mask is not None
+        return draw(logits, parameters, positions, rows, adjustments, mask)
+
+    monkeypatch.setattr(verifier, "_draws_at_once", lambda _: True)
+    monkeypatch.setattr(verifier, "draw", counted)
+    some = bound_by(MIXED)
+    running = constrained_engine(Mode.OPT_TREE)
+    for sequence in some:
+        running.add(sequence)
+    while running.busy:
+        masked.append(0)
+        running.step()
+    assert max(masked) == 1
+    assert outputs(some) == plain()
