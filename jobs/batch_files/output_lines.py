@@ -15,7 +15,8 @@ from jobs.messages import CHAT_ENDPOINT, GenerationRequest
 from jobs.openai import completions
 from jobs.openai.completions import ResponseHeader
 from jobs.openai.errors import error_body
-from jobs.openai.response_object import StoredResponse, response_id, response_object
+from jobs.openai.response_items import response_id
+from jobs.openai.response_object import StoredResponse, response_object
 from storage.batches import BatchClaim
 from storage.queries import OutputView
 

@@ -1,20 +1,20 @@
 """Build the events of a streamed response.
 
-The events and their numbers depend on the answer alone, not on how its text arrived: texts are cut into words. So any
-API server can send a stream again, from any number on.
+The events and their numbers depend on the answer alone, not on how its text arrived: its deltas are those of words
+(`jobs.openai.answer_words`). So any API server can send a stream again, from any number on.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
-from jobs.messages import AnswerFormat
-from jobs.openai.answers import AnswerDelta, AnswerParser
+from jobs.openai.answer_words import AnswerPart, continues, delta_parts
+from jobs.openai.answers import AnswerDelta
 from jobs.openai.response_items import (
     ItemStatus,
+    call_id_of,
     call_item,
     item_id,
     message_item,
@@ -24,9 +24,6 @@ from jobs.openai.response_items import (
 )
 
 Json = dict[str, Any]
-
-_MAX_CHARS: Final = 16  # of a word, and of the white space before it
-_WORD: Final = re.compile(rf"\s{{0,{_MAX_CHARS}}}(\S{{0,{_MAX_CHARS}}})")
 
 
 class _Item(Protocol):
@@ -119,33 +116,8 @@ class _Writing:
 
     item: _Item
     index: int
+    part: AnswerPart  # its first
     text: str = ""
-
-
-class WordParser:
-    """Splits a text as `AnswerParser` does, but word by word, so that its deltas depend on the text alone."""
-
-    def __init__(self, form: AnswerFormat | None) -> None:
-        """Start before the first character of the text."""
-        self._parser = AnswerParser(form)
-        self._held = ""  # the end of the text, whose last word may not be complete
-
-    def push(self, text: str) -> list[AnswerDelta]:
-        """Add text; return the deltas of the words that are complete."""
-        self._held += text
-        deltas = []
-        while self._held:
-            found = _WORD.match(self._held)
-            assert found is not None
-            if found.end() == len(self._held) and len(found[1]) < _MAX_CHARS:
-                break
-            self._held = self._held[found.end() :]
-            deltas.append(self._parser.push(found[0]))
-        return deltas
-
-    def finish(self) -> list[AnswerDelta]:
-        """Return the deltas of the rest: the text has ended."""
-        return [self._parser.push(self._held), self._parser.finish()]
 
 
 class ResponseEvents:
@@ -169,13 +141,7 @@ class ResponseEvents:
 
     def add(self, deltas: Iterable[AnswerDelta]) -> list[Json]:
         """Add what the answer says next."""
-        events: list[Json] = []
-        for delta in deltas:
-            if delta.reasoning:
-                events += self._add(_Reasoning, "rs", delta.reasoning)
-            if delta.content:
-                events += self._add(_Message, "msg", delta.content)
-        return events
+        return [event for delta in deltas for part in delta_parts(delta) for event in self._add(part)]
 
     def end(self, response: Json) -> list[Json]:
         """Return the last events, from the Response object as it has ended."""
@@ -185,22 +151,32 @@ class ResponseEvents:
             first = self._items - (self._writing is not None)
             for item in response["output"][first:]:
                 if self._writing is None:
-                    events += self._open(_item_of(item))
+                    empty = AnswerPart("")  # the only item without text
+                    events += self._open(self._item_of(empty), empty)
                 events += self._close(item)
         return [*events, self._numbered({"type": f"response.{status}", "response": response})]
 
-    def _add(self, kind: type[_Message | _Reasoning], prefix: str, text: str) -> list[Json]:
+    def _add(self, part: AnswerPart) -> list[Json]:
         events: list[Json] = []
-        if self._writing is not None and not isinstance(self._writing.item, kind):
+        if self._writing is not None and not continues(self._writing.part, part):
             events += self._close(self._writing.item.whole("completed", self._writing.text))
         if self._writing is None:
-            events += self._open(kind(item_id(prefix, self._response["id"], self._items)))
+            events += self._open(self._item_of(part), part)
         assert self._writing is not None
-        self._writing.text += text
-        return [*events, self._located(self._writing, self._writing.item.delta(text))]
+        self._writing.text += part.text
+        return [*events, self._located(self._writing, self._writing.item.delta(part.text))] if part.text else events
 
-    def _open(self, item: _Item) -> list[Json]:
-        self._writing = writing = _Writing(item, self._items)
+    def _item_of(self, part: AnswerPart) -> _Item:
+        """Return the item that a part begins."""
+        identity = self._response["id"]
+        if part.call is not None:
+            return _Call(item_id("fc", identity, self._items), call_id_of(identity, part.call), part.name)
+        if part.is_reasoning:
+            return _Reasoning(item_id("rs", identity, self._items))
+        return _Message(item_id("msg", identity, self._items))
+
+    def _open(self, item: _Item, part: AnswerPart) -> list[Json]:
+        self._writing = writing = _Writing(item, self._items, part)
         self._items += 1
         added = {"type": "response.output_item.added", "item": item.whole("in_progress", "")}
         return [
@@ -227,10 +203,3 @@ class ResponseEvents:
 
 def _part_event(what: str, part: Json) -> Json:
     return {"type": f"response.content_part.{what}", "content_index": 0, "part": part}
-
-
-def _item_of(item: Json) -> _Item:
-    """Return the item to write for one of a Response object."""
-    if item["type"] == "function_call":
-        return _Call(item["id"], item["call_id"], item["name"])
-    return (_Reasoning if item["type"] == "reasoning" else _Message)(item["id"])

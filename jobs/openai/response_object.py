@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from jobs.messages import GenerationRequest, ResponseOptions
-from jobs.openai.answers import split_answer
+from jobs.messages import FunctionTool, GenerationRequest, ResponseOptions, Tools
+from jobs.openai.answer_words import answer_parts
 from jobs.openai.completions import answer_format
 from jobs.openai.response_items import (
     ItemStatus,
+    call_id_of,
+    call_item,
     item_id,
     message_item,
     reasoning_item,
@@ -23,8 +24,6 @@ from storage.queries import OutputView
 
 Json = dict[str, Any]
 
-_PREFIX: Final = "resp_"
-_OF_A_JOB: Final = re.compile(r"resp_(?P<job_id>.+)_(?P<index>\d{1,9})", re.DOTALL)
 _DEFAULTS: Final = ResponseOptions()
 
 
@@ -41,17 +40,6 @@ class StoredResponse:
     def options(self) -> ResponseOptions:
         """The fields that the Response object repeats."""
         return self.request.response or _DEFAULTS
-
-
-def response_id(job_id: str, request_index: int) -> str:
-    """Return the id of the response of a request. A job that is a single response has its id."""
-    return job_id if job_id.startswith(_PREFIX) else f"{_PREFIX}{job_id}_{request_index}"
-
-
-def request_of(response_id: str) -> tuple[str, int]:
-    """Return job id and request index of a response."""
-    found = _OF_A_JOB.fullmatch(response_id)
-    return (response_id, 0) if found is None else (found["job_id"], int(found["index"]))
 
 
 def response_object(
@@ -83,16 +71,20 @@ _STATUSES: Final = {"running": "in_progress", "expired": "failed"}
 
 
 def output_items(response_id: str, output: OutputView) -> Iterator[Json]:
-    """Yield the items of an answer: its reasoning, if it has one, and its text. Only the last may be incomplete."""
+    """Yield the items of an answer: reasoning, text and calls, in order. Only the last may be incomplete."""
     (choice,) = output.choices
-    answer = split_answer(answer_format(output), choice.text)
-    last: ItemStatus = "incomplete" if choice.finish_reason == "length" else "completed"
-    if answer.reasoning is not None:
-        status = last if answer.content is None else "completed"
-        yield reasoning_item(item_id("rs", response_id, 0), status, [reasoning_part(answer.reasoning)])
-    if answer.content is not None:
-        part = text_part(answer.content, text_logprobs(choice.logprobs))
-        yield message_item(item_id("msg", response_id, int(answer.reasoning is not None)), last, [part])
+    parts = answer_parts(answer_format(output), choice.text)
+    logprobs = text_logprobs(choice.logprobs)
+    for index, part in enumerate(parts):
+        last = index == len(parts) - 1
+        status: ItemStatus = "incomplete" if last and choice.finish_reason == "length" else "completed"
+        if part.is_reasoning:
+            yield reasoning_item(item_id("rs", response_id, index), status, [reasoning_part(part.text)])
+        elif part.call is not None:
+            call = call_id_of(response_id, part.call)
+            yield call_item(item_id("fc", response_id, index), status, call, part.name, part.text)
+        else:
+            yield message_item(item_id("msg", response_id, index), status, [text_part(part.text, logprobs)])
 
 
 def _repeated(stored: StoredResponse, defaults: Mapping[str, Any]) -> Json:
@@ -106,7 +98,7 @@ def _repeated(stored: StoredResponse, defaults: Mapping[str, Any]) -> Json:
         "instructions": instructions,
         "max_output_tokens": sampling.max_tokens,
         "metadata": echo.get("metadata", {}),
-        "parallel_tool_calls": echo.get("parallel_tool_calls", True),
+        "parallel_tool_calls": stored.request.tools is None or stored.request.tools.parallel,
         "previous_response_id": options.previous_response_id,
         "prompt_cache_key": echo.get("prompt_cache_key"),
         "reasoning": {"effort": None, "summary": None} | echo.get("reasoning", {}),
@@ -115,13 +107,30 @@ def _repeated(stored: StoredResponse, defaults: Mapping[str, Any]) -> Json:
         "store": options.store,
         "temperature": sampling.temperature,
         "text": {"format": {"type": "text"}} | {name: value for name, value in echo.get("text", {}).items() if value},
-        "tool_choice": echo.get("tool_choice", "auto"),
-        "tools": echo.get("tools", []),
+        "tool_choice": "auto" if stored.request.tools is None else _tool_choice(stored.request.tools),
+        "tools": [] if stored.request.tools is None else list(map(_tool, stored.request.tools.functions)),
         "top_logprobs": sampling.logprobs or 0,
         "top_p": sampling.top_p,
         "truncation": "disabled",
         "user": echo.get("user"),
     }
+
+
+def _tool(function: FunctionTool) -> Json:
+    return {
+        "type": "function",
+        "name": function.name,
+        "description": function.description,
+        "parameters": function.parameters,
+        "strict": function.strict,
+    }
+
+
+def _tool_choice(tools: Tools) -> str | Json:
+    names = [{"type": "function", "name": name} for name in tools.names or ()]
+    if tools.choice == "named":
+        return names[0]
+    return tools.choice if tools.names is None else {"type": "allowed_tools", "mode": tools.choice, "tools": names}
 
 
 def _error(output: OutputView | None) -> Json:

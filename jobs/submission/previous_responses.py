@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.errors import InvalidValue, UnknownResponse
-from jobs.messages import RESPONSES_ENDPOINT, ChatMessage, GenerationRequest
+from jobs.messages import RESPONSES_ENDPOINT, ChatMessage, GenerationRequest, ToolCall
 from jobs.openai.answers import split_answer
 from jobs.openai.completions import answer_format
-from jobs.openai.response_items import response_of_item
-from jobs.openai.response_object import StoredResponse, output_items, request_of
+from jobs.openai.response_items import call_id_of, request_of, response_of_item
+from jobs.openai.response_object import StoredResponse, output_items
 from jobs.submission.responses import History
 from storage import queries
 from storage.queries import OutputView, RequestView
@@ -32,7 +32,7 @@ class StoredHistory(History):
         """Return the messages that a response has read, without its instructions, and its answer."""
         request, output = self._completed(response_id, param)
         instructions = request.response is not None and request.response.instructions
-        return (*(request.messages or ())[1 if instructions else 0 :], _answer(output))
+        return (*(request.messages or ())[1 if instructions else 0 :], _answer(response_id, output))
 
     def item(self, identity: str, param: str) -> dict[str, Any]:
         """Return an item of an answer."""
@@ -65,6 +65,12 @@ class StoredHistory(History):
             return queries.request(session, job_id, index)
 
 
-def _answer(output: OutputView) -> ChatMessage:
+def _answer(response_id: str, output: OutputView) -> ChatMessage:
     answer = split_answer(answer_format(output), output.choices[0].text)
-    return ChatMessage(role="assistant", content=answer.content or "", reasoning_content=answer.reasoning)
+    calls = (
+        ToolCall(id=call_id_of(response_id, n), name=name, arguments=text)
+        for n, (name, text) in enumerate(answer.calls)
+    )
+    return ChatMessage(
+        role="assistant", content=answer.content or "", tool_calls=tuple(calls), reasoning_content=answer.reasoning
+    )

@@ -34,7 +34,7 @@ _REASONING_HINTS: Final = frozenset({"summary", "generate_summary", "mode", "con
 _FUNCTION: Final = ("name", "description", "parameters", "strict")
 _FUNCTION_HINTS: Final = frozenset({"type", "allowed_callers", "async", "defer_loading", "output_schema"})
 _SCHEMA: Final = ("name", "description", "schema", "strict")
-_ECHOED: Final = ("text", "tools", "tool_choice", "parallel_tool_calls", "reasoning", "metadata")
+_ECHOED: Final = ("text", "reasoning", "metadata")
 _ECHOED_HINTS: Final = ("user", "safety_identifier", "prompt_cache_key")  # dropped, whatever their values
 _MAX_HINT_CHARS: Final = 512
 _MAX_REFERENCES: Final = 128  # each is a read of the database
@@ -108,7 +108,7 @@ def read_conversation(fields: Mapping[str, Any], history: History) -> Conversati
     if "previous_response_id" in fields:
         previous = text(fields["previous_response_id"], "previous_response_id")
         for message in history.conversation(previous, "previous_response_id"):
-            read.add(message.model_dump(mode="json"), "previous_response_id")
+            read.add(_chat_message(message), "previous_response_id")
     if isinstance(fields.get("prompt"), dict):
         raise UnsupportedParameter("Prompt templates are not stored here. Send input.", param="prompt")
     if "input" in fields and "prompt" in fields:
@@ -252,6 +252,16 @@ def _object(value: Any, param: str) -> Json:
     if not isinstance(value, dict):
         raise InvalidValue(f"must be an object, not {kind(value)}", param=param)
     return {name: inner for name, inner in value.items() if inner is not None}
+
+
+def _chat_message(message: ChatMessage) -> Json:
+    """Return a stored message in the form of a chat's body."""
+    fields = message.model_dump(mode="json", exclude={"tool_calls", "name"})
+    calls = [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+        for call in message.tool_calls
+    ]
+    return fields | ({"tool_calls": calls} if calls else {})
 
 
 def _items(asked: Sequence[Any], history: History) -> Iterator[tuple[str, Json]]:

@@ -30,9 +30,10 @@ from jobs.api.write_threads import run_write
 from jobs.errors import BasicError, InvalidValue, NotCancellable, NotFound
 from jobs.json_lines import json_line
 from jobs.messages import RESPONSES_ENDPOINT, GenerationRequest, PartialEvent
-from jobs.openai.response_events import ResponseEvents, WordParser
-from jobs.openai.response_items import input_items
-from jobs.openai.response_object import StoredResponse, request_of, response_object
+from jobs.openai.answer_words import WordParser
+from jobs.openai.response_events import ResponseEvents
+from jobs.openai.response_items import input_items, request_of
+from jobs.openai.response_object import StoredResponse, response_object
 from jobs.streaming.hub import PING
 from jobs.streaming.sse import decode_events
 from jobs.submission.intake import Submission, create_interactive_job, new_call_id

@@ -15,7 +15,7 @@ from jobs.messages import CHAT_ENDPOINT, RESPONSES_ENDPOINT, GenerationRequest
 from storage import queries
 from storage.session import Database
 from tests.factories import a_key
-from tests.unit.jobs.api.test_completions import Serve, reasoning, refuse, with_logprobs
+from tests.unit.jobs.api.test_completions import Serve, calling, reasoning, refuse, with_logprobs
 from tests.unit.jobs.api.test_completions import serve as serve  # the fixture
 from tests.unit.jobs.api.test_routes import answer_all
 from tests.unit.jobs.openai_client import checked, openai_on
@@ -164,6 +164,43 @@ def test_reasoning_is_an_item_of_its_own_before_the_answer(serve: Serve, databas
     again_asked = {"role": "user", "content": "And?"}
     items = ASKED | {"input": [{"role": "user", "content": "Hello"}, *told[-1]["response"]["output"], again_asked]}
     assert (request_of(database, api.post(RESPONSES_ENDPOINT, json=items).json()["id"]).messages or ())[1] == answer
+
+
+def test_calls_are_items_whose_results_continue_the_conversation(serve: Serve, database: Database) -> None:
+    client = openai_on(serve(calling))
+    tools: Any = [{"type": "function", "name": name, "parameters": {"type": "object"}} for name in ("f", "g")]
+    asked: dict[str, Any] = {"model": "tiny", "tools": tools, "parallel_tool_calls": False}
+    hello: Any = {"role": "user", "content": "Hello"}
+    made = checked(client.responses.create(input=[hello], **asked, tool_choice={"type": "function", "name": "f"}))
+    assert made.tool_choice.to_dict() == {"type": "function", "name": "f"}  # type: ignore[union-attr]
+    assert ([tool.name for tool in made.tools], made.parallel_tool_calls) == (["f", "g"], False)  # type: ignore[union-attr]
+    message, *calls = made.output
+    assert (message.type, made.output_text, made.status) == ("message", "I look.", "completed")
+    assert [(c.type, c.name, c.arguments) for c in calls] == [  # type: ignore[union-attr]
+        ("function_call", "f", '{"a": [1]}'),
+        ("function_call", "g", "{}"),
+    ]
+    results: Any = [
+        {"type": "function_call_output", "call_id": c.call_id, "output": c.name}  # type: ignore[union-attr]
+        for c in calls
+    ]
+    after = client.responses.create(input=results, previous_response_id=made.id, **asked)
+    given: Any = [item.to_dict() for item in made.output]
+    again = client.responses.create(input=[hello, *given, *results], **asked)
+    assert request_of(database, after.id).messages == request_of(database, again.id).messages
+    items = client.responses.input_items.list(after.id, order="asc").data
+    kinds = ["message", "message", "function_call", "function_call", "function_call_output", "function_call_output"]
+    assert [item.type for item in items] == kinds
+
+
+def test_streamed_calls_are_those_of_the_response(serve: Serve) -> None:
+    api = serve(calling)
+    told = events_of(api.post(RESPONSES_ENDPOINT, json=ASKED | {"stream": True}))
+    output = told[-1]["response"]["output"]
+    assert [event["item"] for event in told if event["type"] == "response.output_item.done"] == output
+    arguments = [event["arguments"] for event in told if event["type"] == "response.function_call_arguments.done"]
+    assert arguments == ['{"a": [1]}', "{}"]
+    assert "".join(event["delta"] for event in told if "arguments.delta" in event["type"]) == "".join(arguments)
 
 
 def test_log_probabilities_come_on_request(serve: Serve) -> None:

@@ -11,9 +11,12 @@ from openai.types.responses import ResponseStreamEvent
 from pydantic import TypeAdapter
 
 from jobs.api.schemas.responses import ResponseEvent
-from jobs.messages import AnswerFormat, GenerationRequest, ReasoningFormat
-from jobs.openai.response_events import ResponseEvents, WordParser
-from jobs.openai.response_object import StoredResponse, request_of, response_id, response_object
+from jobs.messages import AnswerFormat, CallAnswer, GenerationRequest, ReasoningFormat
+from jobs.openai.answer_words import WordParser
+from jobs.openai.call_formats import HERMES
+from jobs.openai.response_events import ResponseEvents
+from jobs.openai.response_items import request_of, response_id
+from jobs.openai.response_object import StoredResponse, response_object
 from storage.queries import ChoiceView, OutputView
 
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
@@ -23,7 +26,10 @@ REQUEST = GenerationRequest.model_validate(
 STORED = StoredResponse("resp_1", "tiny", 1.0, REQUEST)
 
 
-FORM = AnswerFormat(reasoning=ReasoningFormat(start="<think>", end="</think>", opened=True))
+FORM = AnswerFormat(
+    reasoning=ReasoningFormat(start="<think>", end="</think>", opened=True), calls=CallAnswer(form="hermes")
+)
+CALL = HERMES.calls([("f", '{"a": [1, 2]}'), ("g", "{}")])
 
 
 def ended(text: str) -> dict[str, Any]:
@@ -46,12 +52,12 @@ def told(*pieces: str) -> list[dict[str, Any]]:
 TEXT = st.text(st.sampled_from("ab \n\té語"), max_size=60)
 
 
-@given(TEXT, TEXT, st.lists(st.integers(1, 20), min_size=1, max_size=8))
+@given(TEXT, TEXT, st.booleans(), TEXT, st.lists(st.integers(1, 20), min_size=1, max_size=8))
 @settings(max_examples=40)
 def test_the_events_of_an_answer_do_not_depend_on_how_its_text_arrived(
-    reasoning: str, content: str, sizes: list[int]
+    reasoning: str, content: str, called: bool, after: str, sizes: list[int]
 ) -> None:
-    text = f"{reasoning}</think>{content}"
+    text = f"{reasoning}</think>{content}{CALL if called else ''}{after}"
     pieces, at = [], 0
     for size in cycle(sizes):
         if at >= len(text):
