@@ -73,7 +73,7 @@ def answer_parts(form: AnswerFormat | None, text: str) -> list[AnswerPart]:
                 joined[-1] = replace(joined[-1], text=joined[-1].text + part.text)
             else:
                 joined.append(part)
-    return joined
+    return joined if joined or text else [AnswerPart("")]
 
 
 def continues(part: AnswerPart, new: AnswerPart) -> bool:
