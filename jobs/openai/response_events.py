@@ -47,7 +47,7 @@ class _Item(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Message:
+class _OpenMessage:
     """The text of the answer."""
 
     id: str
@@ -68,7 +68,7 @@ class _Message:
 
 
 @dataclass(frozen=True, slots=True)
-class _Reasoning:
+class _OpenReasoning:
     """The reasoning before the answer."""
 
     id: str
@@ -89,7 +89,7 @@ class _Reasoning:
 
 
 @dataclass(frozen=True, slots=True)
-class _Call:
+class _OpenCall:
     """A call of a function."""
 
     id: str
@@ -170,10 +170,10 @@ class ResponseEvents:
         """Return the item that a part begins."""
         identity = self._response["id"]
         if part.call is not None:
-            return _Call(item_id("fc", identity, self._items), call_id_of(identity, part.call), part.name)
+            return _OpenCall(item_id("fc", identity, self._items), call_id_of(identity, part.call), part.name)
         if part.is_reasoning:
-            return _Reasoning(item_id("rs", identity, self._items))
-        return _Message(item_id("msg", identity, self._items))
+            return _OpenReasoning(item_id("rs", identity, self._items))
+        return _OpenMessage(item_id("msg", identity, self._items))
 
     def _open(self, item: _Item, part: AnswerPart) -> list[Json]:
         self._writing = writing = _Writing(item, self._items, part)

@@ -52,7 +52,7 @@ _HEADERS = {"cache-control": "no-store"}
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _FoundResponse:
     """A response with its job and request."""
 
     stored: StoredResponse
@@ -86,7 +86,7 @@ async def create_response(request: Request, services: CurrentServices, caller: C
     return _streamed(_lines(services, found, caller, _prepended(first, events)))
 
 
-def _accept(services: Services, body: Body, request: Request, caller: Caller) -> tuple[_Found, bool]:
+def _accept(services: Services, body: Body, request: Request, caller: Caller) -> tuple[_FoundResponse, bool]:
     """Store the response as a job; return it, and whether to stream it."""
     fields = body_fields(json_object(body.open().read()))
     if (named := deployment(request.scope)) is not None:
@@ -110,7 +110,7 @@ def _accept(services: Services, body: Body, request: Request, caller: Caller) ->
     return _find(services, job_id, caller), stream
 
 
-def _find(services: Services, response_id: str, caller: Caller) -> _Found:
+def _find(services: Services, response_id: str, caller: Caller) -> _FoundResponse:
     """Return a response; raise NotFound for unknown ids and, alike, for responses that the caller may not see."""
     job_id, index = request_of(response_id)
     with services.database.read() as session:
@@ -121,17 +121,17 @@ def _find(services: Services, response_id: str, caller: Caller) -> _Found:
     if job is None or request is None or request.body is None:
         raise NotFound(f"There is no response {response_id[:80]!r}.", param="id")
     stored = StoredResponse(response_id, job.model, job.created_at, GenerationRequest.model_validate(request.body))
-    return _Found(stored, job, index, request)
+    return _FoundResponse(stored, job, index, request)
 
 
-def _existing(response_id: str, services: CurrentServices, caller: CurrentCaller) -> _Found:
+def _existing(response_id: str, services: CurrentServices, caller: CurrentCaller) -> _FoundResponse:
     found = _find(services, response_id, caller)
     if not found.stored.options.store:
         raise NotFound(f"The response {response_id[:80]!r} was created with store: false.", param="id")
     return found
 
 
-ExistingResponse = Annotated[_Found, Depends(_existing)]
+ExistingResponse = Annotated[_FoundResponse, Depends(_existing)]
 
 
 @router.get("/{response_id}", response_model=None, responses=STREAMED_RESPONSE, dependencies=[StreamSlotIfAsked])
@@ -185,7 +185,7 @@ async def list_input_items(
     return JSONResponse(serializers.page(items[:limit], len(items) > limit))
 
 
-def _whole(services: Services, found: _Found, caller: Caller) -> Response:
+def _whole(services: Services, found: _FoundResponse, caller: Caller) -> Response:
     call_output(services, found.job.id)  # raises its error
     return JSONResponse(_find(services, found.stored.id, caller).object())
 
@@ -203,7 +203,7 @@ async def _prepended(
             yield event
 
 
-async def _events(services: Services, found: _Found) -> AsyncGenerator[PartialEvent | None]:
+async def _events(services: Services, found: _FoundResponse) -> AsyncGenerator[PartialEvent | None]:
     """Yield the events of a stored response until it ends, and None when it is silent."""
     async with aclosing(services.hub.follow(found.job.id, Cursor())) as batches:
         async for batch in batches:
@@ -216,12 +216,16 @@ async def _events(services: Services, found: _Found) -> AsyncGenerator[PartialEv
                         return
 
 
-def _replayed(services: Services, found: _Found, caller: Caller, after: int = -1) -> AsyncIterator[str]:
+def _replayed(services: Services, found: _FoundResponse, caller: Caller, after: int = -1) -> AsyncIterator[str]:
     return _lines(services, found, caller, _events(services, found), after)
 
 
 async def _lines(
-    services: Services, found: _Found, caller: Caller, events: AsyncGenerator[PartialEvent | None], after: int = -1
+    services: Services,
+    found: _FoundResponse,
+    caller: Caller,
+    events: AsyncGenerator[PartialEvent | None],
+    after: int = -1,
 ) -> AsyncIterator[str]:
     """Yield the server-sent events of a response whose number is above `after`."""
     async with aclosing(_told(services, found, caller, events)) as told:
@@ -233,7 +237,7 @@ async def _lines(
 
 
 async def _told(
-    services: Services, found: _Found, caller: Caller, events: AsyncGenerator[PartialEvent | None]
+    services: Services, found: _FoundResponse, caller: Caller, events: AsyncGenerator[PartialEvent | None]
 ) -> AsyncGenerator[list[Json] | None]:
     """Yield the events of a response as they become certain, and None when it is silent. An error is the last one."""
     opening = response_object(found.stored, "queued")

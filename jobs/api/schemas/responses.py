@@ -14,11 +14,11 @@ ItemStatus = Literal["in_progress", "completed", "incomplete"]
 ResponseStatus = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 
 
-class _Part(BaseModel):
+class _ResponsePart(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class TopToken(_Part):
+class TopToken(_ResponsePart):
     """An alternative at the position of a token."""
 
     token: str
@@ -32,7 +32,7 @@ class TextToken(TopToken):
     top_logprobs: list[TopToken]
 
 
-class OutputText(_Part):
+class OutputText(_ResponsePart):
     """The text of a message."""
 
     type: Literal["output_text"]
@@ -41,21 +41,21 @@ class OutputText(_Part):
     logprobs: list[TextToken]
 
 
-class InputText(_Part):
+class InputText(_ResponsePart):
     """The text of a message of the input."""
 
     type: Literal["input_text"]
     text: str
 
 
-class ReasoningText(_Part):
+class ReasoningText(_ResponsePart):
     """The text of a reasoning."""
 
     type: Literal["reasoning_text"]
     text: str
 
 
-class MessageItem(_Part):
+class MessageItem(_ResponsePart):
     """What the model answered."""
 
     id: str
@@ -65,7 +65,7 @@ class MessageItem(_Part):
     content: list[OutputText]
 
 
-class ReasoningItem(_Part):
+class ReasoningItem(_ResponsePart):
     """What the model thought before it answered. It has no summary."""
 
     id: str
@@ -75,7 +75,7 @@ class ReasoningItem(_Part):
     content: list[ReasoningText]
 
 
-class CallItem(_Part):
+class CallItem(_ResponsePart):
     """A call of a function, which the caller runs."""
 
     id: str
@@ -89,7 +89,7 @@ class CallItem(_Part):
 OutputItem = Annotated[MessageItem | ReasoningItem | CallItem, Field(discriminator="type")]
 
 
-class InputMessageItem(_Part):
+class InputMessageItem(_ResponsePart):
     """A message of the input."""
 
     id: str
@@ -99,7 +99,7 @@ class InputMessageItem(_Part):
     content: list[InputText]
 
 
-class CallOutputItem(_Part):
+class CallOutputItem(_ResponsePart):
     """The result of a call."""
 
     id: str
@@ -109,7 +109,7 @@ class CallOutputItem(_Part):
     output: str
 
 
-class InputItemPage(_Part):
+class InputItemPage(_ResponsePart):
     """A page of the conversation that a response has read."""
 
     object: Literal["list"]
@@ -119,33 +119,33 @@ class InputItemPage(_Part):
     has_more: bool
 
 
-class ResponseError(_Part):
+class ResponseError(_ResponsePart):
     """Why a response failed."""
 
     code: Literal["server_error", "invalid_prompt"]
     message: str
 
 
-class IncompleteDetails(_Part):
+class IncompleteDetails(_ResponsePart):
     """Why a response is incomplete."""
 
     reason: Literal["max_output_tokens"]
 
 
-class ResponseInputDetails(_Part):
+class ResponseInputDetails(_ResponsePart):
     """Details of the input tokens. Cached tokens are not counted: always 0."""
 
     cached_tokens: int
     cache_write_tokens: int
 
 
-class ResponseOutputDetails(_Part):
+class ResponseOutputDetails(_ResponsePart):
     """Details of the output tokens."""
 
     reasoning_tokens: int
 
 
-class ResponseUsage(_Part):
+class ResponseUsage(_ResponsePart):
     """Tokens of a response."""
 
     input_tokens: int
@@ -155,7 +155,7 @@ class ResponseUsage(_Part):
     total_tokens: int
 
 
-class ResponseReply(_Part):
+class ResponseReply(_ResponsePart):
     """A response. Times are Unix seconds."""
 
     id: str
@@ -189,7 +189,7 @@ class ResponseReply(_Part):
     user: str | None
 
 
-class _Event(_Part):
+class _Event(_ResponsePart):
     sequence_number: int
 
 
