@@ -23,8 +23,8 @@ from jobs.streaming.events import job_events
 from jobs.submission.batch_file_validator import BatchLimits, LineReader, ValidationResult, validate_lines
 from jobs.submission.input_lines import Line, split_lines
 from jobs.submission.models import known_models
-from jobs.submission.previous_responses import StoredHistory
 from jobs.submission.request_parser import Rules, parse_item, refused_request
+from jobs.submission.responses_api.stored_history import StoredHistory
 from jobs.tracing import span
 from storage import batches, files, queries, writes
 from storage.batches import BatchClaim, BatchEnd, ClaimLost

@@ -49,7 +49,6 @@ from jobs.settings import JobsSettings
 from jobs.submission.custom_ids import CustomIds
 from jobs.submission.grammar_fields import read_grammar
 from jobs.submission.models import ModelNames, known_models
-from jobs.submission.previous_responses import StoredHistory
 from jobs.submission.request_buffer import RequestBuffer
 from jobs.submission.request_parser import (
     Item,
@@ -61,7 +60,8 @@ from jobs.submission.request_parser import (
     parse_item,
     parse_parameters,
 )
-from jobs.submission.responses import as_given
+from jobs.submission.responses_api.chat_form import as_given
+from jobs.submission.responses_api.stored_history import StoredHistory
 from jobs.submission.values import check_metadata
 from jobs.tracing import span
 from storage import keys, queries, writes

@@ -45,7 +45,7 @@ from jobs.submission.input_lines import Line, Sample, find_custom_id, split_line
 from jobs.submission.models import ModelNames
 from jobs.submission.prompts import read_prompt
 from jobs.submission.reasoning import chat_options, merged_options
-from jobs.submission.responses import (
+from jobs.submission.responses_api.chat_form import (
     History,
     as_given,
     chat_parameters,

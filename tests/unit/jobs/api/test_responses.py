@@ -172,18 +172,15 @@ def test_calls_are_items_whose_results_continue_the_conversation(serve: Serve, d
     asked: dict[str, Any] = {"model": "tiny", "tools": tools, "parallel_tool_calls": False}
     hello: Any = {"role": "user", "content": "Hello"}
     made = checked(client.responses.create(input=[hello], **asked, tool_choice={"type": "function", "name": "f"}))
-    assert made.tool_choice.to_dict() == {"type": "function", "name": "f"}  # type: ignore[union-attr]
-    assert ([tool.name for tool in made.tools], made.parallel_tool_calls) == (["f", "g"], False)  # type: ignore[union-attr]
+    assert made.tool_choice.to_dict() == {"type": "function", "name": "f"}
+    assert ([tool.name for tool in made.tools], made.parallel_tool_calls) == (["f", "g"], False)
     message, *calls = made.output
     assert (message.type, made.output_text, made.status) == ("message", "I look.", "completed")
-    assert [(c.type, c.name, c.arguments) for c in calls] == [  # type: ignore[union-attr]
+    assert [(c.type, c.name, c.arguments) for c in calls] == [
         ("function_call", "f", '{"a": [1]}'),
         ("function_call", "g", "{}"),
     ]
-    results: Any = [
-        {"type": "function_call_output", "call_id": c.call_id, "output": c.name}  # type: ignore[union-attr]
-        for c in calls
-    ]
+    results: Any = [{"type": "function_call_output", "call_id": c.call_id, "output": c.name} for c in calls]
     after = client.responses.create(input=results, previous_response_id=made.id, **asked)
     given: Any = [item.to_dict() for item in made.output]
     again = client.responses.create(input=[hello, *given, *results], **asked)

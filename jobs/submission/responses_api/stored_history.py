@@ -12,7 +12,7 @@ from jobs.openai.answers import split_answer
 from jobs.openai.completions import answer_format
 from jobs.openai.response_items import call_id_of, request_of, response_of_item
 from jobs.openai.response_object import StoredResponse, output_items
-from jobs.submission.responses import History
+from jobs.submission.responses_api.chat_form import History
 from storage import queries
 from storage.queries import OutputView, RequestView
 from storage.session import Database

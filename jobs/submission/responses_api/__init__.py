@@ -1,0 +1,3 @@
+"""Bodies of /v1/responses: translated into chats, and continued from stored responses."""
+
+from __future__ import annotations
