@@ -62,9 +62,11 @@ def generate(
     """Decode one choice of a request; call `on_pieces` with the new text of each step. Raises RequestRefused."""
     engine = loaded.engine(replace(loaded.options, mode=mode) if mode else None)
     prompt = loaded.codec.encode(request, endpoint)
-    grammar = loaded.codec.grammar(request)
+    form = loaded.codec.answer_format(request, endpoint, prompt)
+    grammar = loaded.codec.grammar(request, form)
     sequence = loaded.codec.sequence((0,), prompt, request.sampling, choice=0, grammar=grammar)
-    output_stream = OutputStream(sequence.key, loaded.codec.stream(request.sampling.stop, prompt, endpoint))
+    stream = loaded.codec.stream(request.sampling.stop, prompt, endpoint, form, grammar)
+    output_stream = OutputStream(sequence.key, stream)
     steps: list[StepStats] = []
     logprobs: list[TokenAlternatives] = []
     engine.add(sequence)
