@@ -13,11 +13,13 @@ from sqlalchemy import (
     JSON,
     BigInteger,
     BindParameter,
+    Boolean,
     ColumnElement,
     Connection,
     Double,
     Row,
     and_,
+    bindparam,
     cast,
     false,
     func,
@@ -27,7 +29,11 @@ from sqlalchemy import (
     true,
 )
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import InstrumentedAttribute, Session
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
 
 from storage.models import Base, JobRow, Request, Served
 from storage.records import RequestKey
@@ -101,10 +107,20 @@ def insert_many(session: Session, model: type[Base], rows: Sequence[Mapping[str,
         statement = f'INSERT INTO "{table.description}" ({columns}) VALUES ({marks})'
         session.connection().exec_driver_sql(statement, [tuple(row) for row in values])
         return
+    copy_rows(session, f'"{table.description}" ({columns})', values)
+
+
+def copy_rows(session: Session, target: str, rows: Iterable[Sequence[Any]]) -> None:
+    """Insert rows into a table and its columns with COPY, on PostgreSQL."""
     connection: Any = session.connection().connection.driver_connection
-    with connection.cursor() as cursor, cursor.copy(f'COPY "{table.description}" ({columns}) FROM STDIN') as copy:
-        for row in values:
-            copy.write_row(row)
+    statement = f"COPY {target} FROM STDIN"
+    driver: Any = session.get_bind().dialect.dbapi
+    try:
+        with connection.cursor() as cursor, cursor.copy(statement) as copy:
+            for row in rows:
+                copy.write_row(row)
+    except driver.Error as error:  # raise SQLAlchemy's: callers distinguish an unavailable database by it
+        raise DBAPIError.instance(statement, None, error, driver.Error) from error
 
 
 def is_request(keys: Iterable[RequestKey]) -> ColumnElement[bool]:
@@ -116,16 +132,40 @@ def is_one_of(columns: Sequence[InstrumentedAttribute[Any]], keys: Iterable[tupl
     """Return the condition that the columns (job id, request index, others) equal one of the keys.
 
     Avoids `(a, b) IN (…)`, for which SQLite scans the whole table: keys that differ only in the request are grouped.
+    The requests of a group are one parameter: a parameter for each takes SQLAlchemy several times as long.
     """
     job_id, request_index, *others = columns
     groups: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
     for job, index, *rest in keys:
         groups[job, *rest].append(index)
     alternatives = [
-        and_(request_index.in_(indexes), *map(operator.eq, (job_id, *others), common))
+        and_(
+            _IsListed(request_index, bindparam(None, str(indexes), unique=True)),
+            *map(operator.eq, (job_id, *others), common),
+        )
         for common, indexes in groups.items()
     ]
     return or_(false(), *alternatives)
+
+
+class _IsListed(FunctionElement[bool]):
+    """The condition that an integer column has one of the numbers of a list, which is given as JSON."""
+
+    type = Boolean()
+    name = "is_listed"
+    inherit_cache = True
+
+
+@compiles(_IsListed, "sqlite")
+def _in_json(element: _IsListed, compiler: SQLCompiler, **options: Any) -> str:
+    column, numbers = (compiler.process(part, **options) for part in element.clauses)
+    return f"{column} IN (SELECT value FROM json_each({numbers}))"
+
+
+@compiles(_IsListed, "postgresql")
+def _in_array(element: _IsListed, compiler: SQLCompiler, **options: Any) -> str:
+    column, numbers = (compiler.process(part, **options) for part in element.clauses)
+    return f"{column} = ANY (CAST(translate({numbers}, '[]', '{{}}') AS INTEGER[]))"
 
 
 def owned_by(column: InstrumentedAttribute[str], owner: str | None) -> ColumnElement[bool]:

@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 
 from storage.dialect import AnyRow, repeatable_read
 from storage.models import ChoiceOutput, JobRow, Partial, Request
-from storage.progress_writes import merge_pieces
+from storage.progress.flush import merge_pieces
 from storage.statuses import ERROR_REQUEST_STATUSES, FINAL_JOB_STATUSES
 
 _TEXT, _END, _FAILURE = range(3)  # values of Position.part

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from storage.dialect import AnyRow, position_of
 from storage.models import ChoiceOutput, DecodeStep, DraftTree, Partial, Request
-from storage.progress_writes import merge_pieces
+from storage.progress.flush import merge_pieces
 
 Pieces = tuple[tuple[str, str], ...]  # (text, "draft" | "target")
 

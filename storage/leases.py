@@ -1,7 +1,7 @@
 """Leases: claim queued requests for a worker, release them, and find jobs whose workers must be notified.
 
 `lease_number` is a fencing token: it grows with every claim, and writes under an older number match no row. Leases are
-renewed by the worker's flush (storage.progress_writes), not by a thread, so an engine that hangs loses its leases.
+renewed by the worker's flush (storage.progress.flush), not by a thread, so an engine that hangs loses its leases.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Writes: insert jobs and update workers. Each function takes a session in a write transaction, and may be repeated.
 
-Re-exports the flush (storage.progress_writes) and the transitions (storage.transitions).
+Re-exports the flush (storage.progress.flush) and the transitions (storage.transitions).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sqlalchemy.sql.dml import ReturningInsert
 from storage.dialect import database_now, dialect_of, insert_into, insert_many, insert_or_ignore
 from storage.keys import enforce_limits
 from storage.models import JobRow, Request, Worker, WorkerEnergy
-from storage.progress_writes import flush
+from storage.progress.flush import flush
 from storage.records import NewJob, NewRequest, NewWorker
 from storage.transitions import Ended, end_finished_jobs, end_jobs, error_columns, expire_requests, request_cancel
 

@@ -38,7 +38,7 @@ from storage.models import (
     StepMinute,
 )
 from storage.prune import prune_steps
-from storage.records import StepRow
+from storage.records import Checkpoint, Claim, RequestProgress, StepRow
 from storage.session import Database, write_connection
 from storage.steps.columns import StepColumns
 from storage.steps.packing import packed_rows
@@ -46,13 +46,14 @@ from tests.databases import on_postgresql, on_sqlite
 from tests.factories import a_finished_choice, a_step
 from tests.load import size, timed
 from tests.postgres import Postgres
-from tests.unit.storage.acts import record
+from tests.unit.storage.acts import claim, flush, record
 
 STEPS = 100  # of a request
 REQUESTS = 2_000  # of a job
 AT_ONCE = 200  # requests whose rows are one transaction
 JOB_S, GAP_S = 1_800.0, 3_600.0  # duration of a job; from the start of one job to the next
 KINDS = 64  # of random requests
+FLUSHED, STEPS_A_FLUSH = 64, 10  # requests that are decoded together, and their steps between two flushes
 WORKER = "worker-" + "7" * 32  # as long as real ids, which are in every row
 ASKED = 5  # runs of each query; slow queries run once
 LONG_S = 2.0
@@ -167,6 +168,46 @@ def _end(database: Database, job_id: str, began_at: float) -> None:
         session.execute(update(JobRow).where(JobRow.id == job_id).values(**ended, requests_completed=REQUESTS))
 
 
+def flushing(database: Database, steps: Steps) -> dict[str, float]:
+    """Return the costs of whole flushes; those of a first job, which compile the statements, do not count."""
+    _flush_job(database, steps, "batch_" + "8" * 32)
+    return _flush_job(database, steps, "batch_" + "9" * 32)
+
+
+def _flush_job(database: Database, steps: Steps, job_id: str) -> dict[str, float]:
+    """Decode requests whose steps are committed `STEPS_A_FLUSH` at a time; return the costs of all flushes together."""
+    record(database, job_id, requests=FLUSHED)
+    claims = claim(database, WORKER, FLUSHED)
+    given = [_progress(claimed, steps.of(index, time.time())) for index, claimed in enumerate(claims)]
+    started, cpu_started = time.perf_counter(), time.process_time()
+    for progress in zip(*given, strict=True):
+        flush(database, WORKER, *progress, held=[claimed.lease for claimed in claims])
+    written, cpu_s = FLUSHED * STEPS, time.process_time() - cpu_started
+    return {
+        "steps_per_s": written / (time.perf_counter() - started),
+        "cpu_us_per_step": cpu_s / written * 1e6,
+        "cpu_us_per_sequence_and_flush": cpu_s / written * 1e6 * STEPS_A_FLUSH,
+    }
+
+
+def _progress(claimed: Claim, steps: StepColumns) -> list[RequestProgress]:
+    """Return what the flushes of a request write; the last one ends it."""
+    parts = [steps.part(first, first + STEPS_A_FLUSH) for first in range(0, STEPS, STEPS_A_FLUSH)]
+    checkpoints = [_checkpoint(seq, part) for seq, part in enumerate(parts)]
+    ids = tuple(token for checkpoint in checkpoints for token in checkpoint.token_ids)
+    choice = a_finished_choice("Hi " * len(ids), token_ids=ids, completion_tokens=len(ids), last_seq=len(parts))
+    progress = [RequestProgress(claimed.lease, checkpoints=(checkpoint,)) for checkpoint in checkpoints]
+    progress[-1] = replace(progress[-1], finished=(choice,), ends=True)
+    return progress
+
+
+def _checkpoint(seq: int, steps: StepColumns) -> Checkpoint:
+    accepted = [place < count - 1 for count in steps.emitted_tokens for place in range(count)]
+    pieces = tuple(("Hi ", "draft" if draft else "target") for draft in accepted)
+    text = "Hi " * len(accepted)
+    return Checkpoint(0, seq, tuple(range(5000, 5000 + len(accepted))), tuple(accepted), text, pieces, steps)
+
+
 def questions() -> dict[str, Callable[[Session], Any]]:
     """Return the timed queries, by their names in the report."""
     job_id = f"batch_{1:032d}"
@@ -221,7 +262,7 @@ def measure(database: Database, rows: int) -> dict[str, Any]:
     with write_connection(database.engine) as connection:
         views.drop_views(connection)
         views.create_views(connection)
-    said: dict[str, Any] = {"filling": fill(database, steps, rows)}
+    said: dict[str, Any] = {"flushing": flushing(database, steps), "filling": fill(database, steps, rows)}
     with write_connection(database.engine) as connection:
         connection.execute(text("ANALYZE"))
     with database.read() as session:

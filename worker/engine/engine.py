@@ -21,7 +21,7 @@ from worker.engine.logprobs import compute_logprobs
 from worker.engine.model.packed_model import LanguageModel
 from worker.engine.options import EngineOptions, Mode
 from worker.engine.scheduler import Scheduler
-from worker.engine.segments import IntArray, KvMoves, ranges
+from worker.engine.segments import IntArray, ranges
 from worker.engine.sequence import Sequence
 from worker.engine.speculation.cost_model import CostModel
 from worker.engine.speculation.draft_tree import Forest
@@ -189,8 +189,7 @@ class Engine:
         """Compact the accepted paths in the target's KV, and let the drafter do the same."""
         sequences = plan.selected.sequences
         if len(accepted.visited) > len(sequences):
-            slots = np.array([s.slot for s in sequences], np.int64)
-            self._target.compact(_moves(plan.selected, accepted, slots))
+            self._target.compact(plan.selected.moves(accepted.counts, accepted.visited))
         for sequence in sequences:
             sequence.cached = len(sequence.ids) - 1
         if self._drafter is not None and plan.layers:  # without layers it has no tree, and it catches up lazily
@@ -216,7 +215,7 @@ class Engine:
         steps = np.array([s.steps for s in sequences], np.int64)
         traced = steps < selected.columns.traced_steps
         tree_nodes, tree_depths = selected.sizes()
-        reached_counts, reached = _drawn_ranks(selected, accepted, emitted.counts)
+        reached_counts, reached = selected.drawn_ranks(accepted.counts, accepted.visited, emitted.counts)
         results = StepBatch(
             numbers=selected.columns.numbers,
             counts=emitted.counts,
@@ -300,44 +299,6 @@ def _emit(sequences: tuple[Sequence, ...], accepted: AcceptedPaths, stuck: Colle
         tokens = tokens[ranges(accepted.firsts, counts)]
         reasons[ended] = [REASONS.index(sequences[tree].finish_reason) for tree in ended]
     return EmittedTokens(counts, tokens, reasons)
-
-
-def _moves(selected: Forest, accepted: AcceptedPaths, slots: IntArray) -> KvMoves:
-    """Return the moves that bring the accepted nodes of each tree behind its root; `slots` are those of the trees."""
-    counts, roots = accepted.counts, selected.lengths - 1  # KV indices
-    draft_nodes = accepted.visited[accepted.visited >= len(roots)]
-    places = selected.places()[draft_nodes]
-    first_place = ranges(np.ones_like(counts), counts)  # where each of them goes
-    trees = selected.tree[draft_nodes]
-    out_of_place = np.bincount(trees[places != first_place], minlength=len(roots)) > 0
-    moved = out_of_place[trees]
-    return KvMoves(
-        slots[out_of_place], roots[out_of_place] + 1, counts[out_of_place], roots[trees[moved]] + places[moved]
-    )
-
-
-def _drawn_ranks(selected: Forest, accepted: AcceptedPaths, emitted: IntArray) -> tuple[IntArray, IntArray]:
-    """Return (number of children, rank of the drawn child) of the visited nodes that have children, as far as emitted.
-
-    First how many each tree has [trees], then all of them [entries, 2]. Rank -1: the target drew no child. Draws that
-    were cut off at the end of the sequence are left out, and those of tokens that a grammar forces.
-    """
-    trees = len(selected.sequences)
-    if selected.size == trees:
-        return np.zeros(trees, np.int64), np.empty((0, 2), np.int64)
-    rank, children = selected.siblings()
-    visited = accepted.visited
-    drawn = np.append(rank[visited[1:]], -1)  # the next visited node was drawn, but at the end of a path
-    drawn[accepted.firsts + accepted.counts] = -1
-    depth = ranges(np.zeros(trees, np.int64), accepted.counts + 1)
-    reached = np.where(emitted >= accepted.counts, accepted.counts + 1, emitted)  # visited nodes that count
-    told = (children[visited] > 0) & (depth < reached[selected.tree[visited]])
-    if selected.masks is not None:
-        above_forced = np.zeros(selected.size, np.bool_)  # their children were not drafted
-        above_forced[selected.parent[selected.forced]] = True
-        told &= ~above_forced[visited]
-    counts = np.bincount(selected.tree[visited[told]], minlength=trees)
-    return counts, np.stack([children[visited[told]], drawn[told]], axis=1)
 
 
 def _traced_tree(selected: Forest, tree: int, accepted: AcceptedPaths) -> TracedTree:

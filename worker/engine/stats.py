@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -143,6 +143,13 @@ class StepBatch:
             logprobs={},
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle all columns as two pieces: pickling an array takes longer than copying it."""
+        ints = np.concatenate([*(getattr(self, name) for name in _INTS), self.tokens, self.reached.ravel()])
+        floats = np.concatenate([getattr(self, name) for name in _FLOATS])
+        others = tuple(getattr(self, name) for name in _OTHERS)
+        return _restored, (len(self), len(self.tokens), ints.tobytes(), floats.tobytes(), others)
+
     def __len__(self) -> int:
         """Return the number of emitting sequences."""
         return len(self.numbers)
@@ -208,6 +215,37 @@ def _source(drafter: str | None, nodes: int, forced: int) -> str | None:
     """Return who proposed the nodes of a tree; None: it has none."""
     sources = [drafter if nodes > forced else None, GRAMMAR_SOURCE if forced else None]
     return "+".join(source for source in sources if source) or None
+
+
+# Names of the columns with an entry for each sequence, and of what is no array.
+_INTS = (
+    "numbers",
+    "counts",
+    "reasons",
+    "steps",
+    "preemptions",
+    "recomputed_tokens",
+    "tree_nodes",
+    "forced_nodes",
+    "tree_depths",
+    "accepted_tokens",
+    "reached_counts",
+)
+_FLOATS = ("expected_accepted", "step_ms")
+_OTHERS = ("draft_ms", "verify_ms", "plain_step_ms", "drafter", "decision", "trees", "logprobs")
+
+
+def _restored(count: int, tokens: int, ints: bytes, floats: bytes, others: tuple[Any, ...]) -> StepBatch:
+    """Return the batch that was pickled; its arrays are read-only."""
+    columns = np.frombuffer(ints, np.int64)
+    first = count * len(_INTS)
+    return StepBatch(
+        **dict(zip(_INTS, columns[:first].reshape(len(_INTS), count), strict=True)),
+        **dict(zip(_FLOATS, np.frombuffer(floats, np.float64).reshape(len(_FLOATS), count), strict=True)),
+        **dict(zip(_OTHERS, others, strict=True)),
+        tokens=columns[first : first + tokens],
+        reached=columns[first + tokens :].reshape(-1, 2),
+    )
 
 
 def _drawn(children: int, rank: int) -> tuple[int, int | None]:

@@ -6,7 +6,7 @@ from sqlalchemy import select
 from storage import event_log, queries
 from storage.event_log import Cursor
 from storage.models import ChoiceOutput, DecodeStep, Partial
-from storage.progress_writes import merge_pieces
+from storage.progress.flush import merge_pieces
 from storage.records import Lease, RequestFailure, RequestProgress
 from storage.session import Database
 from storage.steps.columns import StepColumns

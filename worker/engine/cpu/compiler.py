@@ -25,6 +25,9 @@ _FLAGS = (
     "-O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -shared -fPIC"
 )
 
+# Every operation rounds on its own: the result is that of torch's or NumPy's operations, and of the next compiler.
+EXACT = ("-ffp-contract=off", "-fno-associative-math", "-fsigned-zeros")
+
 _HEADERS = Path(__file__).parent  # folder of the headers that sources include
 
 

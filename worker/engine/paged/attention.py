@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from worker.engine.errors import ModelRefused
+from worker.engine.paged.compiled_layout import compiled_layout
 from worker.engine.paged.kv import PagedKv
 from worker.engine.paged.rows import PagedRows, exact_shape, laid_out, on_device
 from worker.engine.segments import Segment, Segments
@@ -108,6 +109,9 @@ def paged_plan(segments: Sequence[Segment], kv: PagedKv) -> PagedAttentionPlan:
 
 def reserve(segments: Segments, kv: PagedKv) -> None:
     """Reserve the blocks that the rows of each segment are written to."""
+    compiled = compiled_layout()
+    if compiled is not None and compiled.prepared(segments, kv):
+        return
     slots, starts, ends, chains = segments.slots, segments.starts, segments.ends, segments.chains
     # Entries behind a chain are stale: free them. Most steps write into blocks that their slots hold already.
     due = ~kv.writable(slots, starts, ends) | (chains & kv.holds_beyond(slots, ends))

@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from worker.engine.cpu.kernels import address
 from worker.engine.errors import OutOfBlocks
 from worker.engine.kv.dense import POISON, lazy_zeros
+from worker.engine.paged.compiled_layout import BlockTables
 from worker.engine.segments import BoolArray, IntArray, KvMove, KvMoves
 
 SCRATCH = 0  # the block that padding rows write to; no slot holds it
@@ -20,7 +22,7 @@ class BlockPool:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._references = np.zeros(count + 1, np.int64)
+        self.counts = np.zeros(count + 1, np.int64)  # references of each block
         self._free = list(range(count, SCRATCH, -1))
 
     @property
@@ -31,7 +33,7 @@ class BlockPool:
     @property
     def used(self) -> int:
         """Number of blocks that a slot holds."""
-        return int((self._references > 0).sum())
+        return int((self.counts > 0).sum())
 
     @property
     def free_blocks(self) -> list[int]:
@@ -40,11 +42,11 @@ class BlockPool:
 
     def references(self, block: int) -> int:
         """Return the reference count of a block."""
-        return int(self._references[block])
+        return int(self.counts[block])
 
     def exclusive(self, blocks: IntArray) -> BoolArray:
         """Return which of the blocks exactly one slot holds."""
-        exclusive: BoolArray = self._references[blocks] == 1
+        exclusive: BoolArray = self.counts[blocks] == 1
         return exclusive
 
     def allocate(self) -> int:
@@ -52,19 +54,19 @@ class BlockPool:
         if not self._free:
             raise OutOfBlocks
         block = self._free.pop()
-        self._references[block] = 1
+        self.counts[block] = 1
         return block
 
     def add_reference(self, block: int) -> None:
         """Add a reference to a block in use."""
-        assert self._references[block] > 0, f"block {block} is free"
-        self._references[block] += 1
+        assert self.counts[block] > 0, f"block {block} is free"
+        self.counts[block] += 1
 
     def drop_reference(self, block: int) -> None:
         """Drop a reference; free the block if it was the last."""
-        assert self._references[block] > 0, f"block {block} was freed twice"
-        self._references[block] -= 1
-        if not self._references[block]:
+        assert self.counts[block] > 0, f"block {block} was freed twice"
+        self.counts[block] -= 1
+        if not self.counts[block]:
             self._free.append(block)
 
 
@@ -104,6 +106,8 @@ class PagedKv:
         self.device_tables = torch.from_numpy(self.tables).to(device)  # on a CPU the same memory
         self._changed: list[tuple[int, int]] = []  # slot and index of blocks that the device does not know yet
         self._held = np.zeros(slots, np.int64)  # number of blocks of each slot
+        arrays = map(address, (self.tables, self._held, self.pool.counts))
+        self.layout = BlockTables(*arrays, width, slots, block_size)  # for compiled functions
 
     @property
     def slots(self) -> int:

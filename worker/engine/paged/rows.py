@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from worker.engine.paged.compiled_layout import compiled_layout
 from worker.engine.paged.kv import SCRATCH, PagedKv
 from worker.engine.paged.work import BOUNDS, deal, max_parts
 from worker.engine.segments import BoolArray, IntArray, Segments, ranges
@@ -141,12 +142,27 @@ def _slices(segments: Segments, runs: IntArray, kv: PagedKv, total: int) -> tupl
     return (*bounds, rows), largest
 
 
-def fits_bucket(segments: Segments, listed: int) -> bool:
-    """Return whether the rows fit a bucket whose rows list at most `listed` entries; 0: chains of one row only."""
-    if not listed:
-        return bool(segments.chains.all()) and segments.num_rows == len(segments)
-    longest = int(segments.counts[segments.chains].max(initial=0))
-    return max(longest, int(segments.visible_counts.max(initial=0))) <= listed
+@dataclass(frozen=True, slots=True)
+class BucketNeeds:
+    """What decides on the bucket of a forward."""
+
+    listed: int | None  # entries that rows list in its bucket: 0 for chains of one row; None: it fits no bucket
+    parts: int  # upper limit of its partial results there
+
+
+def bucket_needs(segments: Segments) -> BucketNeeds:
+    """Return what the rows need of a bucket."""
+    compiled = compiled_layout()
+    if compiled is None:
+        plain = bool(segments.chains.all()) and segments.num_rows == len(segments)
+        longest = int(segments.counts[segments.chains].max(initial=0))
+        longest = max(longest, int(segments.visible_counts.max(initial=0)))
+        parts, parts_if_listed = total_parts(segments, 0), total_parts(segments, LISTED)
+    else:
+        plain, longest, parts, parts_if_listed = compiled.measure(segments)
+    if plain:
+        return BucketNeeds(0, parts)
+    return BucketNeeds(LISTED if longest <= LISTED else None, parts_if_listed)
 
 
 def laid_out(segments: Segments, kv: PagedKv, shape: Shape) -> IntArray:
@@ -154,6 +170,14 @@ def laid_out(segments: Segments, kv: PagedKv, shape: Shape) -> IntArray:
 
     Padding rows see only themselves. They write to the scratch block, which no other row reads.
     """
+    compiled = compiled_layout()
+    if compiled is not None and shape.slices == 1:
+        return compiled.lay_out(segments, kv, shape, tile_rows(kv))
+    return laid_out_in_numpy(segments, kv, shape)
+
+
+def laid_out_in_numpy(segments: Segments, kv: PagedKv, shape: Shape) -> IntArray:
+    """Return what `laid_out` returns, without compiled functions."""
     long = segments.chains & (segments.counts > LISTED)
     n = segments.num_rows
     padding = shape.rows - n

@@ -13,7 +13,7 @@ from worker.engine.options import MAX_STEP_NODES
 from worker.engine.paged.attention import PagedAttentionPlan, reserve
 from worker.engine.paged.cuda_graphs import CaptureFailed, GraphCapture, graph_capture
 from worker.engine.paged.kv import PagedKv
-from worker.engine.paged.rows import LISTED, PagedRows, Shape, fits_bucket, laid_out, part_limit, total_parts
+from worker.engine.paged.rows import LISTED, PagedRows, Shape, bucket_needs, laid_out, part_limit
 from worker.engine.paged.work import max_parts
 from worker.engine.segments import Segment, Segments
 
@@ -43,12 +43,11 @@ class BucketedForward:
     def shape_for(self, segments: Sequence[Segment]) -> Shape | None:
         """Return the smallest shape that fits the rows and is captured or may be; None if there is none."""
         packed = Segments.of(segments)
-        rows = packed.num_rows
-        listed = next((listed for listed in (0, LISTED) if fits_bucket(packed, listed)), None)
-        if listed is None:
+        rows, needs = packed.num_rows, bucket_needs(packed)
+        if needs.listed is None:
             return None
-        parts = total_parts(packed, listed) - rows
-        fitting = (s for s in self.shapes[listed] if s.rows >= rows and s.parts - s.rows >= parts)
+        parts = needs.parts - rows
+        fitting = (s for s in self.shapes[needs.listed] if s.rows >= rows and s.parts - s.rows >= parts)
         return next((shape for shape in fitting if self._may_capture or shape in self._replays), None)
 
     @property

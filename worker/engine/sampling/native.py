@@ -17,15 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from worker.engine.cpu.compiler import library
+from worker.engine.cpu.compiler import EXACT, library
 from worker.engine.cpu.kernels import address, bound
 from worker.engine.sampling.parameters import PARAMETERS, Adjustments, ParameterArray
 from worker.engine.segments import IntArray
 
 _SIZE, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
 _LISTS = tuple(field.name for field in fields(Adjustments))
-# Every operation rounds on its own: the result is that of torch's operations, and of the next compiler.
-_EXACT = ("-ffp-contract=off", "-fno-associative-math", "-fsigned-zeros")
 
 
 class _Rows(ctypes.Structure):
@@ -135,5 +133,5 @@ def native_sampler(device: torch.device) -> NativeSampler | None:
     if device.type != "cpu":
         return None
     folder = Path(__file__).parent
-    compiled, drafts = library(folder / "native.c", *_EXACT), library(folder / "drafts.c")
+    compiled, drafts = library(folder / "native.c", *EXACT), library(folder / "drafts.c")
     return None if compiled is None or drafts is None else NativeSampler(compiled, drafts)

@@ -7,11 +7,12 @@ the target reached labels all candidates offered there, verified or not, so the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from worker.engine.host.bins import Bins
+from worker.engine.host.tree_kernels import tree_kernels
 from worker.engine.segments import IntArray
 from worker.engine.speculation.constants import (
     ACCEPTANCE_DECAY,
@@ -23,17 +24,13 @@ from worker.engine.speculation.constants import (
 )
 from worker.engine.speculation.draft_tree import SOURCES, Candidates, Forest
 
-_BINS = len(PROBABILITY_EDGES) + 1
-_SHAPE = (2, SOURCES, DEPTH_CLASSES, _BINS)  # greedy or sampled, source, depth, bin of probability
-_SIZE = 2 * SOURCES * DEPTH_CLASSES * _BINS
-
 
 class AcceptanceModel:
     """Accepted and expected tokens of one drafter, by sampling, source, depth and probability."""
 
     def __init__(self) -> None:
         """Start with the drafter's own probabilities."""
-        self._accepted, self._expected = np.full(_SIZE, ACCEPTANCE_PRIOR), np.full(_SIZE, ACCEPTANCE_PRIOR)
+        self._bins = Bins(PROBABILITY_EDGES, SOURCES, DEPTH_CLASSES, ACCEPTANCE_PRIOR)
         self._tree_accepted, self._tree_expected = DISCOUNT_PRIOR, DISCOUNT_PRIOR
 
     @property
@@ -47,22 +44,12 @@ class AcceptanceModel:
 
     def of(self, forest: Forest, frontier: IntArray, offered: Candidates) -> Candidates:
         """Return the candidates with P(the target draws this token here | it reached the node)."""
-        bins = _bins(forest, frontier, offered)
-        ratio = (self._accepted / self._expected)[bins]
-        return replace(offered, probabilities=np.minimum(offered.probabilities * ratio, MAX_PROBABILITY))
+        given = (forest, frontier, offered, forest.sampled, self._bins, MAX_PROBABILITY)
+        return Candidates(offered.tokens, tree_kernels().corrected(*given), offered.source)
 
     def learn(self, forest: Forest, frontier: IntArray, offered: Candidates, drawn: IntArray) -> None:
         """Label the candidates of every node whose drawn token is known: `drawn` [frontier], -1 where it is not."""
-        known = np.flatnonzero(drawn >= 0)
-        if not len(known):
-            return
-        source = None if offered.source is None else offered.source[known]
-        reached = Candidates(offered.tokens[known], offered.probabilities[known], source)
-        probabilities = reached.probabilities
-        bins = _bins(forest, frontier[known], reached).ravel()
-        accepted = (reached.tokens == drawn[known, None]) & (probabilities > 0.0)
-        self._accepted += np.bincount(bins, accepted.ravel(), minlength=_SIZE)
-        self._expected += np.bincount(bins, probabilities.ravel(), minlength=_SIZE)
+        tree_kernels().count_accepted(forest, frontier, offered, forest.sampled, self._bins, drawn)
 
     def learn_discount(self, expected: float, accepted: int) -> None:
         """Learn from the trees of a step: `expected` tokens, with `tree_discount` applied, and `accepted` ones."""
@@ -71,7 +58,7 @@ class AcceptanceModel:
 
     def forget(self) -> None:
         """Decay all counts towards the prior; call once per step."""
-        for table in (self._accepted, self._expected):
+        for table in (self._bins.accepted, self._bins.expected):
             table *= ACCEPTANCE_DECAY
             table += ACCEPTANCE_PRIOR * (1.0 - ACCEPTANCE_DECAY)
         self._tree_accepted = DISCOUNT_PRIOR + (self._tree_accepted - DISCOUNT_PRIOR) * ACCEPTANCE_DECAY
@@ -81,8 +68,8 @@ class AcceptanceModel:
         """Return all counts as JSON, for `restore`."""
         trees = [round(self._tree_accepted, 3), round(self._tree_expected, 3)]
         return {
-            "accepted": self._accepted.round(3).tolist(),
-            "expected": self._expected.round(3).tolist(),
+            "accepted": self._bins.accepted.round(3).tolist(),
+            "expected": self._bins.expected.round(3).tolist(),
             "trees": trees,
         }
 
@@ -91,24 +78,15 @@ class AcceptanceModel:
         accepted, expected = (np.array(record[name], np.float64) for name in ("accepted", "expected"))
         trees = [float(count) for count in record["trees"]]
         counts = np.concatenate([accepted, expected, trees])
-        if len(accepted) != _SIZE or len(expected) != _SIZE or not (np.isfinite(counts) & (counts > 0)).all():
+        size = self._bins.count
+        if len(accepted) != size or len(expected) != size or not (np.isfinite(counts) & (counts > 0)).all():
             raise ValueError("the stored counts of acceptance don't fit")
-        self._accepted, self._expected = accepted, expected
+        self._bins.accepted[:], self._bins.expected[:] = accepted, expected
         self._tree_accepted, self._tree_expected = trees
 
     def as_json(self) -> dict[str, Any]:
         """Return accepted over expected by source and depth, all probabilities together, and the tree discount."""
-        accepted, expected = (table.reshape(_SHAPE).sum(axis=-1) for table in (self._accepted, self._expected))
+        bins = self._bins
+        accepted, expected = (table.reshape(bins.shape).sum(axis=-1) for table in (bins.accepted, bins.expected))
         ratio = (accepted / expected).round(3).tolist()
         return {"greedy": ratio[0], "sampled": ratio[1], "worth": round(self.tree_discount, 3)}
-
-
-def _bins(forest: Forest, frontier: IntArray, offered: Candidates) -> IntArray:
-    """Return the flat bin of each candidate, [frontier, k]."""
-    sampled = forest.sampled[forest.tree[frontier]]
-    depth = np.minimum(forest.depth[frontier], DEPTH_CLASSES - 1)
-    bins = np.searchsorted(PROBABILITY_EDGES, offered.probabilities)
-    bins += ((sampled * SOURCES * DEPTH_CLASSES + depth) * _BINS)[:, None]
-    if offered.source is not None:
-        bins += offered.source * (DEPTH_CLASSES * _BINS)
-    return bins

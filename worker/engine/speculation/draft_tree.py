@@ -14,19 +14,17 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
+from worker.engine.host.nodes import FloatArray, Nodes
+from worker.engine.host.tree_kernels import tree_kernels
 from worker.engine.sampling.parameters import Adjustments, ParameterArray
 from worker.engine.sampling.penalties import NONE_SEEN, adjustments_of
 from worker.engine.sampling.sampling import adjust
-from worker.engine.segments import BoolArray, IntArray, Segments, ranges
+from worker.engine.segments import BoolArray, IntArray, KvMoves, Segments, ranges
 from worker.engine.sequence import Sequence
 from worker.engine.speculation.sequence_columns import SequenceColumns
 from worker.engine.speculation.tree_masks import TreeMasks
-
-FloatArray = NDArray[np.float64]
-
 
 SOURCES = 3  # of candidates at most, each with statistics of its own
 
@@ -40,7 +38,7 @@ class Candidates:
     source: IntArray | None = None  # [frontier, k] the source of each, below SOURCES; None: one source for all
 
 
-class Forest:
+class Forest(Nodes):
     """The draft trees of a batch. Nodes 0..len(sequences)-1 are the roots: each sequence's newest committed token."""
 
     def __init__(
@@ -56,24 +54,16 @@ class Forest:
         self.columns = sequences if isinstance(sequences, SequenceColumns) else SequenceColumns(sequences)
         self.sequences = self.columns.sequences
         count = len(self.sequences)
-        self.tree: IntArray = np.arange(count)
-        self.parent: IntArray = np.full(count, -1)
-        self.token: IntArray = np.array([s.ids[-1] for s in self.sequences], np.int64)
-        self.depth: IntArray = np.zeros(count, np.int64)
-        self.value: FloatArray = np.full(count, tree_discount)
-        self.forced: BoolArray = np.zeros(count, np.bool_)  # nodes that a grammar forces below their parents
+        super().__init__(count, count, tree_discount)
+        self.tree[:], self.parent[:], self.depth[:], self.value[:] = np.arange(count), -1, 0, tree_discount
+        self.token[:] = [s.ids[-1] for s in self.sequences]
+        self.forced[:] = False
         self.masks = masks
-        self._discount = tree_discount
 
     @property
     def roots(self) -> IntArray:
         """Nodes of the roots: one per sequence, in the order of the sequences."""
         return np.arange(len(self.sequences))
-
-    @property
-    def size(self) -> int:
-        """Number of nodes, roots included."""
-        return len(self.token)
 
     @property
     def sampled(self) -> BoolArray:
@@ -90,18 +80,27 @@ class Forest:
         """Tokens of each tree's sequence: the position of the token that is drawn at its root."""
         return np.array([len(s.ids) for s in self.sequences], np.int64)
 
-    @property
+    @cached_property
+    def slots(self) -> IntArray:
+        """KV slot of each tree's sequence."""
+        return np.array([s.slot for s in self.sequences], np.int64)
+
+    @cached_property
     def remaining(self) -> IntArray:
         """Tokens that may still be emitted for each tree."""
-        remaining: IntArray = self.columns.max_lengths - self.lengths
-        return remaining
+        return self.columns.max_lengths - self.lengths
 
     def add_layer(self, frontier: IntArray, candidates: Candidates, min_value: float = 0.0) -> IntArray:
         """Add the candidates with a value above `min_value` below the frontier; return the indices of the new nodes."""
-        values = self._drafted_value(frontier)[:, None] * candidates.probabilities
-        rows, ranks = np.nonzero(values > min_value)
-        parents = frontier[rows]
-        return self._append(parents, self.depth[parents] + 1, candidates.tokens[rows, ranks], values[rows, ranks])
+        first = self.size
+        tree_kernels().add_layer(self, frontier, candidates, min_value)
+        if self.masks is not None:
+            self.masks.add(self.tree[first:], self.token[first:])
+        return np.arange(first, self.size)
+
+    def expandable(self, nodes: IntArray) -> IntArray:
+        """Drop nodes whose children could never be emitted: after an end-of-sequence token, or beyond `max_tokens`."""
+        return tree_kernels().expandable(self, nodes, self.columns.end_keys, self.remaining)
 
     def force(self, nodes: IntArray) -> tuple[IntArray, IntArray]:
         """Add the tokens that grammars force below nodes.
@@ -125,34 +124,12 @@ class Forest:
         tokens = np.concatenate([found.tokens for found in forced.values()])
         values = np.where(np.array(above) < len(self.sequences), 1.0, self.value[above])
         depths = np.repeat(self.depth[above], counts) + within + 1
-        self._append(parents, depths, tokens, np.repeat(values, counts), np.repeat(self.tree[above], counts))
-        self.forced[first:] = True
+        trees = np.repeat(self.tree[above], counts)
+        self.append(trees, parents, tokens, depths, np.repeat(values, counts), forced=True)
+        self.masks.add(trees, tokens)
         self.masks.learn(added.tolist(), [one for found in forced.values() for one in found.allowed[1:]])
         ends: IntArray = added[counts.cumsum() - 1]
         return nodes, ends[[found.open for found in forced.values()]]
-
-    def _append(
-        self, parents: IntArray, depths: IntArray, tokens: IntArray, values: FloatArray, trees: IntArray | None = None
-    ) -> IntArray:
-        """Add nodes; return their indices."""
-        first = self.size
-        trees = self.tree[parents] if trees is None else trees
-        self.tree = np.concatenate([self.tree, trees])
-        self.parent = np.concatenate([self.parent, parents])
-        self.token = np.concatenate([self.token, tokens])
-        self.depth = np.concatenate([self.depth, depths])
-        self.value = np.concatenate([self.value, values])
-        self.forced = np.concatenate([self.forced, np.zeros(len(tokens), np.bool_)])
-        if self.masks is not None:
-            self.masks.add(trees, tokens)
-        return np.arange(first, self.size)
-
-    def _drafted_value(self, nodes: IntArray) -> FloatArray:
-        """Return what the children of nodes are worth if they are certain: below forced roots drafts are discounted."""
-        if self.masks is None:
-            return self.value[nodes]
-        certain = self.forced[nodes] & (self.value[nodes] == 1.0)
-        return np.where(certain, self._discount, self.value[nodes])
 
     def ranking(self) -> IntArray:
         """Return the draft nodes, highest value first; parents precede their children.
@@ -160,9 +137,7 @@ class Forest:
         Ties go to the shallower node, then to the sequence with most tokens left: a batch that drains to one sequence
         is inefficient.
         """
-        roots = len(self.sequences)
-        most_left = -self.remaining[self.tree[roots:]]
-        return roots + np.lexsort((most_left, self.depth[roots:], -self.value[roots:]))  # stable: then by node
+        return tree_kernels().ranking(self, self.remaining)
 
     def best(self, per_tree: int) -> BoolArray:
         """Mark the `per_tree` best draft nodes of every tree, and the roots: T_opt of OPT-Tree (section 3).
@@ -170,60 +145,27 @@ class Forest:
         A child is worth no more than its parent, so the best nodes form a tree, and no tree of that size has a higher
         E(A).
         """
-        roots = len(self.sequences)
-        counts = np.bincount(self.tree[roots:], minlength=roots)
-        if counts.max(initial=0) <= per_tree:
-            return np.ones(self.size, np.bool_)
-        by_tree = np.lexsort((self.depth[roots:], -self.value[roots:], self.tree[roots:]))  # as `ranking` in each tree
-        rank = ranges(np.zeros(roots, np.int64), counts)
-        kept = np.zeros(self.size, np.bool_)
-        kept[:roots] = True
-        kept[roots + by_tree[rank < per_tree]] = True
-        return kept
+        return tree_kernels().best(self, per_tree)
 
     def sizes(self) -> tuple[IntArray, IntArray]:
         """Return the draft nodes and the depth of each tree [sequences]."""
-        roots = len(self.sequences)
-        depths = np.zeros(roots, np.int64)
-        np.maximum.at(depths, self.tree[roots:], self.depth[roots:])
-        return np.bincount(self.tree[roots:], minlength=roots), depths
+        return tree_kernels().sizes(self)
 
     def expected(self, kept: BoolArray | None = None) -> FloatArray:
         """Return E(A) per tree, [sequences]: the expected accepted draft tokens among the kept nodes; None: all."""
-        roots = len(self.sequences)
-        draft = roots + np.flatnonzero(kept[roots:]) if kept is not None else slice(roots, None)
-        sums = np.bincount(self.tree[draft], weights=self.value[draft], minlength=roots)
-        return sums.astype(np.float64)  # of no nodes at all, bincount returns integers
+        return tree_kernels().expected(self, kept)
 
     def pruned(self, kept: BoolArray) -> Forest:
         """Return the kept nodes as a new forest in the same order; `kept` must hold every root."""
-        order = np.flatnonzero(kept)
-        index = np.full(self.size, -1)
-        index[order] = np.arange(len(order))
         forest = copy(self)
-        forest.tree, forest.token = self.tree[order], self.token[order]
-        forest.depth, forest.value, forest.forced = self.depth[order], self.value[order], self.forced[order]
-        forest.masks = None if self.masks is None else self.masks.pruned(order)
-        forest.parent = np.where(self.parent[order] >= 0, index[self.parent[order]], -1)
-        assert (forest.parent[len(self.sequences) :] >= 0).all(), "a kept node lost its parent"
+        forest.allocate(self.size)
+        tree_kernels().prune(self, kept, forest)
+        forest.masks = None if self.masks is None else self.masks.pruned(np.flatnonzero(kept))
         return forest
 
     def nodes_of(self, tree: int) -> IntArray:
         """Return the nodes of one tree: root first, parents before children."""
         return np.flatnonzero(self.tree == tree)
-
-    def siblings(self) -> tuple[IntArray, IntArray]:
-        """Return for each node its rank among its siblings, 0 being the most likely, and how many children it has.
-
-        Equal siblings rank in the order in which they were drafted.
-        """
-        roots, parents = len(self.sequences), self.parent[len(self.sequences) :]
-        children = np.bincount(parents, minlength=self.size)
-        order = np.lexsort((-self.value[roots:], parents))
-        starts = children.cumsum() - children
-        rank = np.zeros(self.size, np.int64)
-        rank[roots + order] = np.arange(len(order)) - starts[parents[order]]
-        return rank, children
 
     def path(self, node: int) -> list[int]:
         """Return the tokens from below the root down to a node."""
@@ -258,55 +200,18 @@ class Forest:
 
         Roots are among them: their KV entries are not yet written.
         """
-        slots = np.array([s.slot for s in self.sequences[:trees]], np.int64)
-        prefixes = self.lengths[:trees] - 1
-        order = np.argsort(slots, kind="stable")
-        nodes, counts = order, np.ones(trees, np.int64)
-        if self.size > len(self.sequences):
-            rank = np.full(len(self.sequences), trees)
-            rank[order] = np.arange(trees)
-            counts = np.bincount(self.tree, minlength=len(self.sequences))[order]
-            nodes = np.argsort(rank[self.tree], kind="stable")[: counts.sum()]
-        depth = self.depth[nodes]
-        prefixes = prefixes[order]
-        visible_counts, visible = self._ancestors(nodes, counts)
-        segments = Segments(
-            slots=slots[order],
-            prefixes=prefixes,
-            starts=prefixes,
-            counts=counts,
-            chains=counts == 1,
-            ids=self.token[nodes],
-            positions=np.repeat(prefixes, counts) + depth,
-            kept=np.arange(len(nodes)),
-            kept_counts=counts,
-            visible_counts=visible_counts,
-            visible=visible,
-        )
-        return segments, nodes
+        return tree_kernels().tree_rows(self, trees, self.slots, self.lengths)
 
-    def _ancestors(self, nodes: IntArray, counts: IntArray) -> tuple[IntArray, IntArray]:
-        """Return how many nodes each of `nodes` sees in its tree, and which: its ancestors and itself, by depth.
+    def moves(self, counts: IntArray, visited: IntArray) -> KvMoves:
+        """Return the moves that bring the accepted nodes of each tree behind its root: see `AcceptedPaths`."""
+        return tree_kernels().moves(self, counts, visited, self.slots, self.lengths)
 
-        `nodes` are those of several trees, `counts` of each, parents first. They are named by their place in the tree.
-        A root alone sees nothing but its prefix: it is a chain.
+    def drawn_ranks(self, counts: IntArray, visited: IntArray, emitted: IntArray) -> tuple[IntArray, IntArray]:
+        """Return (number of children, rank of the drawn child) of the visited nodes with children, as far as emitted.
+
+        First how many each tree has [trees], then all of them [entries, 2]. Rank -1: no child was drawn. Draws that
+        were cut off at the end of the sequence are left out, and those of tokens that a grammar forces.
         """
-        depth = self.depth[nodes]
-        seen_counts = np.where(np.repeat(counts > 1, counts), depth + 1, 0)
-        if not seen_counts.any():
-            return seen_counts, seen_counts[:0]
-        row_of = np.empty(self.size, np.int64)
-        row_of[nodes] = np.arange(len(nodes))
-        seen = np.empty((len(nodes), int(depth.max()) + 1), np.int64)  # of each row, by depth
-        seen[np.arange(len(nodes)), depth] = ranges(np.zeros(len(counts), np.int64), counts)
-        for level in range(1, seen.shape[1]):
-            rows = np.flatnonzero(depth == level)
-            seen[rows, :level] = seen[row_of[self.parent[nodes[rows]]], :level]
-        return seen_counts, seen[np.arange(seen.shape[1]) < seen_counts[:, None]]
-
-    def places(self) -> IntArray:
-        """Return the place of each node among the nodes of its tree, the root being 0 [nodes]."""
-        order = np.argsort(self.tree, kind="stable")
-        places = np.empty(self.size, np.int64)
-        places[order] = ranges(np.zeros(len(self.sequences), np.int64), np.bincount(self.tree))
-        return places
+        if self.size == self.trees:
+            return np.zeros(self.trees, np.int64), np.empty((0, 2), np.int64)
+        return tree_kernels().drawn_ranks(self, counts, visited, emitted)

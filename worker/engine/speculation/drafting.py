@@ -77,7 +77,7 @@ def grow(
     layers: list[Layer] = []
     detached = [_NONE]
     everywhere = drafter.forward_free is drafter
-    frontier = _expandable(forest, roots)
+    frontier = forest.expandable(roots)
     while len(frontier) and len(layers) < max_depth:
         offered = drafter.expand(forest, frontier)
         if forest.masks is not None:
@@ -86,9 +86,9 @@ def grow(
         added = _NONE
         if offered.probabilities.any():
             added = forest.add_layer(frontier, calibrate(forest, layers[-1]), budget.min_value)
-        frontier, ends = forest.force(_expandable(forest, budget.frontier(forest, frontier, added)))
+        frontier, ends = forest.force(forest.expandable(budget.frontier(forest, frontier, added)))
         if everywhere and len(ends):
-            frontier = _expandable(forest, np.concatenate([frontier, ends]))
+            frontier = forest.expandable(np.concatenate([frontier, ends]))
         else:
             detached.append(ends)
     return Growth(layers, np.concatenate(detached))
@@ -106,10 +106,3 @@ def joined(layers: list[Layer]) -> list[Layer]:
         source=np.concatenate(sources) if sources else None,
     )
     return [Layer(np.concatenate([layer.frontier for layer in layers]), candidates)]
-
-
-def _expandable(forest: Forest, nodes: IntArray) -> IntArray:
-    """Drop nodes whose children could never be emitted: after an end-of-sequence token, or beyond `max_tokens`."""
-    trees, depths = forest.tree[nodes], forest.depth[nodes]
-    ended = (depths > 0) & forest.columns.ends(trees, forest.token[nodes])
-    return nodes[~ended & (depths + 2 <= forest.remaining[trees])]

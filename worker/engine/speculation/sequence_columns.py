@@ -7,12 +7,11 @@ from functools import cached_property
 
 import numpy as np
 
+from worker.engine.host.nodes import END_SHIFT
 from worker.engine.sampling.parameters import ParameterArray
 from worker.engine.sampling.sampling import parameters_of
 from worker.engine.segments import BoolArray, IntArray
 from worker.engine.sequence import Sequence
-
-_GROUP_SHIFT = 32  # an end-of-sequence key is group << _GROUP_SHIFT | token
 
 
 class SequenceColumns:
@@ -69,17 +68,17 @@ class SequenceColumns:
 
     def ends(self, indices: IntArray, tokens: IntArray) -> BoolArray:
         """Return for each token whether it ends the sequence at its index."""
-        groups, keys = self._eos
+        groups, keys = self.end_keys
         if not len(keys):
             return np.zeros(len(tokens), np.bool_)
-        wanted = groups[indices] << _GROUP_SHIFT | tokens
+        wanted = groups[indices] << END_SHIFT | tokens
         found: BoolArray = keys[np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)] == wanted
         return found
 
     @cached_property
-    def _eos(self) -> tuple[IntArray, IntArray]:
+    def end_keys(self) -> tuple[IntArray, IntArray]:
         """Group of each sequence, one for all with the same end-of-sequence tokens, and the keys of all groups."""
         groups: dict[frozenset[int], int] = {}
         of_sequence = np.array([groups.setdefault(s.eos_ids, len(groups)) for s in self.sequences], np.int64)
-        keys = [group << _GROUP_SHIFT | token for eos_ids, group in groups.items() for token in eos_ids]
+        keys = [group << END_SHIFT | token for eos_ids, group in groups.items() for token in eos_ids]
         return of_sequence, np.sort(np.array(keys, np.int64))

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from worker.engine.host.tree_kernels import tree_kernels
 from worker.engine.sampling.sampling import argmax, draw
 from worker.engine.segments import IntArray
 from worker.engine.speculation.draft_tree import Forest
@@ -51,7 +52,6 @@ def walk(forest: Forest, logits: Tensor, rows: IntArray) -> AcceptedPaths:
     noise, penalties or a grammar draw lazily: one round per depth, only on the rows that they reach. On a GPU, where a
     round is a transfer that the host waits for, every row is drawn at once.
     """
-    trees = len(forest.sequences)
     lazy = ~forest.columns.argmax
     if forest.masks is not None:
         forest.masks.finish()
@@ -61,20 +61,14 @@ def walk(forest: Forest, logits: Tensor, rows: IntArray) -> AcceptedPaths:
         drawn, lazy = _draw_at(np.arange(forest.size), forest, logits, rows), np.zeros_like(lazy)
     elif not lazy.all():
         drawn = np.where(lazy[forest.tree], _UNKNOWN, argmax(logits)[rows])
-    child = _children(forest, drawn)
-    moving = forest.roots  # the nodes that the walks have come to
-    steps = [moving[:0]]
+    moving = forest.roots if lazy.any() else forest.roots[:0]  # the nodes that the walks have come to
     while len(moving):
         undrawn = moving[lazy[forest.tree[moving]]]
         if len(undrawn):
             drawn[undrawn] = _draw_at(undrawn, forest, logits, rows)
-            child = _children(forest, drawn)
-        steps.append(moving)
-        moving = child[moving]
+        moving = tree_kernels().matching_children(forest, drawn)[moving]
         moving = moving[moving >= 0]
-    visited = np.concatenate(steps)
-    visited = visited[np.argsort(forest.tree[visited], kind="stable")]
-    return AcceptedPaths(np.bincount(forest.tree[visited], minlength=trees) - 1, visited, drawn[visited])
+    return AcceptedPaths(*tree_kernels().paths(forest, drawn))
 
 
 _UNKNOWN = -2  # no token, and not NaN's -1
@@ -82,16 +76,6 @@ _UNKNOWN = -2  # no token, and not NaN's -1
 
 def _draws_at_once(logits: Tensor) -> bool:
     return logits.device.type == "cuda"
-
-
-def _children(forest: Forest, drawn: IntArray) -> IntArray:
-    """Return the child of each node that has the token drawn there [nodes]; -1: none has it."""
-    roots = len(forest.sequences)
-    child = np.full(forest.size, -1)
-    parents = forest.parent[roots:]
-    matching = np.flatnonzero(drawn[parents] == forest.token[roots:])
-    child[parents[matching]] = roots + matching
-    return child
 
 
 def _draw_at(nodes: IntArray, forest: Forest, logits: Tensor, rows: IntArray) -> IntArray:

@@ -279,23 +279,6 @@ def test_a_row_sees_its_ancestors_and_itself_and_nothing_else(seed: int) -> None
         assert {int(nodes[j]) for j in visible[i].nonzero()[0]} == walked
 
 
-def test_siblings_are_ranked_by_value_and_counted() -> None:
-    forest = Forest(sequences(max_tokens=50)[:2])
-    tokens = np.array([[1, 2, 3], [4, 5, 6]])
-    below = forest.add_layer(np.arange(2), Candidates(tokens, np.array([[0.2, 0.5, 0.3], [0.4, 0.0, 0.4]])))
-    forest.add_layer(below[1:2], Candidates(tokens[:1], np.array([[0.1, 0.0, 0.9]])))
-
-    rank, children = forest.siblings()
-
-    assert children.tolist() == [3, 2, 0, 2, 0, 0, 0, 0, 0]
-    assert rank[2:].tolist() == [2, 0, 1, 0, 1, 1, 0]  # of equals the one drafted first
-
-
-def test_roots_alone_have_no_siblings() -> None:
-    rank, children = Forest(sequences(max_tokens=50)[:3]).siblings()
-    assert rank.tolist() == children.tolist() == [0, 0, 0]
-
-
 def test_of_equal_nodes_those_of_the_sequence_with_most_tokens_left_come_first() -> None:
     some = sequences(max_tokens=50)[:3]
     for sequence, written in zip(some, (9, 2, 5), strict=True):

@@ -9,27 +9,25 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from enum import Enum, auto
 from itertools import groupby
 from typing import Any
 
-from sqlalchemy import bindparam, delete, select, update
+from sqlalchemy import bindparam, select, update
 from sqlalchemy.orm import Session
 
 from storage import rollups
 from storage.dialect import (
-    AnyRow,
-    database_now,
     insert_into,
     insert_many,
-    insert_or_ignore,
-    is_one_of,
     is_request,
     storable,
 )
-from storage.models import ChoiceOutput, DraftTree, JobRow, PackedSteps, Partial, Request, Served
+from storage.models import ChoiceOutput, DraftTree, JobRow, PackedSteps, Request, Served
+from storage.progress.checkpoints import ChoiceKey, StoredCheckpoint, take_checkpoints, write_checkpoints
+from storage.progress.json_text import to_json
+from storage.progress.lease_check import LeaseState, check_leases
+from storage.progress.new_rows import insert_new
 from storage.records import (
-    Checkpoint,
     FinishedChoice,
     FlushResult,
     Lease,
@@ -37,11 +35,9 @@ from storage.records import (
     RequestKey,
     RequestProgress,
 )
-from storage.steps.columns import StepColumns, stored_steps
+from storage.steps.columns import StepColumns
 from storage.steps.packing import packed_rows
 from storage.transitions import cancel_requests, end_finished_jobs, error_columns
-
-ChoiceKey = tuple[str, int, int]  # (job_id, request_index, choice_index)
 
 
 def flush(
@@ -56,32 +52,25 @@ def flush(
     leases = set(held).union(entry.lease for entry in progress)
     if not leases:
         return FlushResult(frozenset(), ())
-    states, numbers = _check_leases(session, worker_id, leases)
-    ours = [entry for entry in progress if states[entry.lease] is _LeaseState.HELD]
-    now = database_now(session)
-    _renew(session, _keys(states, _LeaseState.HELD), now + lease_s)
-    _clear_suspects(session, worker_id, {entry.lease.key for entry in ours if entry.checkpoints}, now)
+    check = check_leases(session, worker_id, leases)
+    numbers, now = check.event_numbers, check.now
+    ours = [entry for entry in progress if check.states[entry.lease] is LeaseState.HELD]
+    _renew(session, check.keys(LeaseState.HELD), now + lease_s)
+    _clear_suspects(session, worker_id, {e.lease.key for e in ours if e.checkpoints} & check.unproven, now)
     counts = _JobCounts()
     _write_plans(session, ours)
-    _write_checkpoints(session, worker_id, ours, now, numbers, counts)
+    written = write_checkpoints(session, worker_id, ours, now, numbers)
+    counts.completion_tokens.update(written)
+    counts.changed |= written.keys()
     _write_outputs(session, worker_id, ours, numbers, counts)
     _end_requests(session, ours, now, numbers, counts)
-    cancelled = _keys(states, _LeaseState.CANCELLED)
+    cancelled = check.keys(LeaseState.CANCELLED)
     cancel_requests(session, cancelled, now)
     _count(session, counts)
     return FlushResult(
-        lost=frozenset(_keys(states, _LeaseState.LOST) | cancelled),
+        lost=frozenset(check.keys(LeaseState.LOST) | cancelled),
         ended_jobs=tuple(end_finished_jobs(session, {job_id for job_id, _ in counts.ended | cancelled})),
     )
-
-
-class _LeaseState(Enum):
-    """What a flush may do under a lease."""
-
-    HELD = auto()
-    ENDED = auto()  # this owner has ended the request already: the flush is a repeat
-    CANCELLED = auto()  # held, but the job is being cancelled
-    LOST = auto()
 
 
 @dataclass(slots=True)
@@ -100,65 +89,13 @@ class _JobCounts:
         return sorted({*self.completed, *self.failed, *self.prompt_tokens, *self.completion_tokens, *self.changed})
 
 
-def _check_leases(
-    session: Session, worker_id: str, leases: Collection[Lease]
-) -> tuple[dict[Lease, _LeaseState], dict[str, int]]:
-    """Lock jobs and requests of the leases; return the state of each lease and the next event number of each job."""
-    jobs = {
-        job.id: job
-        for job in session.execute(
-            select(JobRow.id, JobRow.status, JobRow.expires_at, JobRow.event_number)
-            .where(JobRow.id.in_({lease.job_id for lease in leases}))
-            .order_by(JobRow.id)
-            .with_for_update(key_share=True)
-        )
-    }
-    requests = {
-        (request.job_id, request.request_index): request
-        for request in session.execute(
-            select(
-                Request.job_id,
-                Request.request_index,
-                Request.status,
-                Request.lease_owner,
-                Request.lease_number,
-                Request.expires_at,
-            )
-            .where(is_request({lease.key for lease in leases}))
-            .order_by(Request.job_id, Request.request_index)
-            .with_for_update(key_share=True)
-        )
-    }
-    now = database_now(session)
-    states = {
-        lease: _lease_state(lease, worker_id, jobs.get(lease.job_id), requests.get(lease.key), now) for lease in leases
-    }
-    return states, {job_id: job.event_number + 1 for job_id, job in jobs.items()}
-
-
-def _lease_state(lease: Lease, worker_id: str, job: AnyRow | None, request: AnyRow | None, now: float) -> _LeaseState:
-    if job is None or request is None or (request.lease_owner, request.lease_number) != (worker_id, lease.number):
-        return _LeaseState.LOST
-    if request.status in ("completed", "failed"):
-        return _LeaseState.ENDED
-    if request.status != "running" or (request.expires_at is not None and request.expires_at <= now):
-        return _LeaseState.LOST
-    if job.status == "cancelling":
-        return _LeaseState.CANCELLED
-    return _LeaseState.HELD if job.status == "in_progress" and job.expires_at > now else _LeaseState.LOST
-
-
-def _keys(states: dict[Lease, _LeaseState], wanted: _LeaseState) -> set[RequestKey]:
-    return {lease.key for lease, state in states.items() if state is wanted}
-
-
 def _renew(session: Session, keys: Collection[RequestKey], until: float) -> None:
     if keys:
-        session.execute(update(Request).where(is_request(keys)).values(lease_expires_at=until))
+        session.connection().execute(update(Request).where(is_request(keys)).values(lease_expires_at=until))
 
 
 def _clear_suspects(session: Session, worker_id: str, keys: Collection[RequestKey], now: float) -> None:
-    """Clear requests that have committed tokens under this lease, and note that the worker serves requests."""
+    """Clear requests that have first tokens under this lease, and note that the worker serves requests."""
     if not keys:
         return
     cleared = {
@@ -168,11 +105,8 @@ def _clear_suspects(session: Session, worker_id: str, keys: Collection[RequestKe
         "lone_served": False,
         "lone_host": None,
     }
-    newly = update(Request).where(is_request(keys), ~Request.proven).values(**cleared).returning(Request.job_id)
-    job_id = session.scalar(newly)
-    if job_id is None:
-        return
-    model = select(JobRow.model).where(JobRow.id == job_id).scalar_subquery()
+    session.execute(update(Request).where(is_request(keys)).values(**cleared))
+    model = select(JobRow.model).where(JobRow.id == min(keys)[0]).scalar_subquery()
     served = insert_into(session, Served).values(worker_id=worker_id, model=model, last_at=now)
     session.execute(served.on_conflict_do_update(index_elements=["worker_id"], set_={"last_at": now}))
 
@@ -187,50 +121,6 @@ def _write_plans(session: Session, progress: Iterable[RequestProgress]) -> None:
         session.execute(update(Request), rows)
 
 
-def _write_checkpoints(
-    session: Session,
-    worker_id: str,
-    progress: Iterable[RequestProgress],
-    now: float,
-    numbers: Mapping[str, int],
-    counts: _JobCounts,
-) -> None:
-    rows = [
-        {
-            "job_id": entry.lease.job_id,
-            "request_index": entry.lease.request_index,
-            "worker_id": worker_id,
-            "committed_at": now,
-            "event_number": numbers[entry.lease.job_id],
-            **_checkpoint_columns(checkpoint),
-        }
-        for entry in progress
-        for checkpoint in entry.checkpoints
-    ]
-    if not rows:
-        return
-    keys = (Partial.job_id, Partial.request_index, Partial.choice_index, Partial.seq)
-    written = {tuple(key) for key in session.execute(insert_or_ignore(session, Partial).returning(*keys), rows)}
-    for row in rows:
-        if tuple(row[key.key] for key in keys) in written:
-            counts.changed.add(row["job_id"])
-            counts.completion_tokens[row["job_id"]] += len(row["token_ids"])
-
-
-def _checkpoint_columns(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {
-        "choice_index": checkpoint.choice_index,
-        "seq": checkpoint.seq,
-        "token_ids": checkpoint.token_ids,
-        "accepted": checkpoint.accepted,
-        "text": storable(checkpoint.text),
-        "pieces": [(storable(text), source) for text, source in checkpoint.pieces],
-        "steps": [],
-        "step_columns": checkpoint.steps.to_json(),
-        "logprobs": checkpoint.logprobs,
-    }
-
-
 def _write_outputs(
     session: Session,
     worker_id: str,
@@ -242,67 +132,44 @@ def _write_outputs(
     finished = {(*entry.lease.key, choice.choice_index): choice for entry in progress for choice in entry.finished}
     if not finished:
         return
-    partials = _take_partials(session, finished)
-    rows = [
-        {**_output_row(key, choice, partials.get(key, []), worker_id), "event_number": numbers[key[0]]}
+    checkpoints = take_checkpoints(session, finished)
+    rows = {
+        key: {**_output_columns(choice, checkpoints[key], worker_id), "event_number": numbers[key[0]]}
         for key, choice in finished.items()
-    ]
-    keys = (ChoiceOutput.job_id, ChoiceOutput.request_index, ChoiceOutput.choice_index)
-    written = {tuple(key) for key in session.execute(insert_or_ignore(session, ChoiceOutput).returning(*keys), rows)}
-    steps = {key: _steps(partials.get(key, [])) for key in finished if key in written}
+    }
+    written = set(insert_new(session, ChoiceOutput, rows))
+    steps = {key: _steps(checkpoints[key]) for key in finished if key in written}
     _insert_steps(session, steps)
     rollups.add_steps(session, [(key[0], parts) for key, parts in steps.items()])
-    _count_outputs(finished, written, partials, counts)
+    _count_outputs(finished, written, checkpoints, counts)
 
 
-def _take_partials(session: Session, keys: Collection[ChoiceKey]) -> dict[ChoiceKey, list[AnyRow]]:
-    """Delete the checkpoints of these choices and return them by choice, in order."""
-    key = (Partial.job_id, Partial.request_index, Partial.choice_index, Partial.seq)
-    content = (
-        Partial.token_ids,
-        Partial.accepted,
-        Partial.text,
-        Partial.pieces,
-        Partial.steps,
-        Partial.step_columns,
-        Partial.logprobs,
-        Partial.worker_id,
-        Partial.event_number,
-    )
-    taken = session.execute(delete(Partial).where(is_one_of(key[:3], keys)).returning(*key, *content))
-    ordered = sorted(taken, key=lambda partial: (*_choice_key(partial), partial.seq))
-    return {key: list(group) for key, group in groupby(ordered, key=_choice_key)}
+_CHOICE_COLUMNS = tuple(column.name for column in fields(FinishedChoice) if column.name != "choice_index")
 
 
-def _choice_key(partial: AnyRow) -> ChoiceKey:
-    return (partial.job_id, partial.request_index, partial.choice_index)
-
-
-_CHOICE_COLUMNS = tuple(column.name for column in fields(FinishedChoice))
-
-
-def _output_row(key: ChoiceKey, choice: FinishedChoice, partials: Sequence[AnyRow], worker_id: str) -> dict[str, Any]:
-    job_id, request_index, _ = key
+def _output_columns(choice: FinishedChoice, checkpoints: Sequence[StoredCheckpoint], worker_id: str) -> dict[str, Any]:
+    logprobs = _all_logprobs(checkpoints)
     return {
-        "job_id": job_id,
-        "request_index": request_index,
         **{name: getattr(choice, name) for name in _CHOICE_COLUMNS},  # asdict() would copy each token
         "text": storable(choice.text),
-        "accepted_tokens": sum(sum(partial.accepted) for partial in partials),
-        "pieces": merge_pieces(piece for partial in partials for piece in partial.pieces),
-        "logprobs": _all_logprobs(partials),
+        "token_ids": to_json(choice.token_ids),
+        "accepted_tokens": sum(part.accepted_tokens for part in checkpoints),
+        "pieces": to_json(merge_pieces(piece for part in checkpoints for piece in part.pieces)),
+        "logprobs": None if logprobs is None else to_json(logprobs),
         "worker_id": worker_id,
-        "checkpoints": [
-            (partial.event_number, partial.seq, len(partial.text), len(partial.token_ids), sum(partial.accepted))
-            for partial in partials
-        ],
+        "checkpoints": to_json(
+            [
+                (part.event_number, part.seq, part.num_chars, part.num_tokens, part.accepted_tokens)
+                for part in checkpoints
+            ]
+        ),
     }
 
 
-def _all_logprobs(partials: Sequence[AnyRow]) -> list[Any] | None:
+def _all_logprobs(checkpoints: Sequence[StoredCheckpoint]) -> list[Any] | None:
     """Return the logprobs of all checkpoints, of all owners; None if the request wants none."""
-    parts = [partial.logprobs for partial in partials]
-    return None if not parts or None in parts else [row for part in parts for row in part]
+    parts = [part.logprobs for part in checkpoints]
+    return None if not parts or None in parts else [row for part in parts for row in part or ()]
 
 
 def merge_pieces(pieces: Iterable[Sequence[str]]) -> list[tuple[str, str]]:
@@ -312,15 +179,14 @@ def merge_pieces(pieces: Iterable[Sequence[str]]) -> list[tuple[str, str]]:
     ]
 
 
-def _steps(partials: Iterable[AnyRow]) -> list[tuple[str, StepColumns]]:
+def _steps(checkpoints: Iterable[StoredCheckpoint]) -> list[tuple[str, StepColumns]]:
     """Return the steps of a choice in commit order, by worker: each owner's are one part."""
     parts: list[tuple[str, StepColumns]] = []
-    for partial in partials:
-        steps = stored_steps(partial.step_columns, partial.steps)
-        if parts and parts[-1][0] == partial.worker_id:
-            parts[-1][1].extend(steps)
-        elif len(steps):
-            parts.append((partial.worker_id, steps))
+    for part in checkpoints:
+        if parts and parts[-1][0] == part.worker_id:
+            parts[-1][1].extend(part.steps)
+        elif len(part.steps):
+            parts.append((part.worker_id, part.steps))
     return parts
 
 
@@ -344,13 +210,13 @@ def _insert_steps(session: Session, steps: Mapping[ChoiceKey, Sequence[tuple[str
 def _count_outputs(
     finished: dict[ChoiceKey, FinishedChoice],
     written: Collection[tuple[Any, ...]],
-    partials: dict[ChoiceKey, list[AnyRow]],
+    checkpoints: Mapping[ChoiceKey, Sequence[StoredCheckpoint]],
     counts: _JobCounts,
 ) -> None:
     """Replace the counted tokens of checkpoints by those of their outputs."""
     for key, choice in finished.items():
         job_id, _, _ = key
-        counts.completion_tokens[job_id] -= sum(len(partial.token_ids) for partial in partials.get(key, []))
+        counts.completion_tokens[job_id] -= sum(part.num_tokens for part in checkpoints[key])
         if key in written:
             counts.changed.add(job_id)
             counts.completion_tokens[job_id] += choice.completion_tokens
@@ -369,7 +235,7 @@ def _end_requests(
     for job_id in {job_id for job_id, _ in completed}:
         ended = {"status": "completed", "finished_at": now, "lease_expires_at": None, "event_number": numbers[job_id]}
         of_job = {key for key in completed if key[0] == job_id}
-        session.execute(update(Request).where(is_request(of_job)).values(**ended))
+        session.connection().execute(update(Request).where(is_request(of_job)).values(**ended))
     if failed:
         rows = [_failed_row(key, failure, now, numbers[key[0]]) for key, failure in failed.items()]
         session.execute(update(Request), rows)

@@ -1,0 +1,1 @@
+"""The flush of a worker: what it writes in one transaction, several times a second."""

@@ -1,0 +1,35 @@
+"""Statistics of drafted candidates, sorted into bins."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+
+from worker.engine.cpu.kernels import address
+from worker.engine.host.nodes import FloatArray
+
+
+class BinLayout(ctypes.Structure):
+    """`bins_t` of kernels.c."""
+
+    _fields_ = (
+        ("edges", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("edge_count", "sources", "depth_classes", "count")),
+        *((name, ctypes.c_void_p) for name in ("accepted", "expected")),
+    )
+
+
+class Bins:
+    """Accepted and expected tokens by sampling (greedy or not), source, depth and probability, as flat tables."""
+
+    def __init__(self, edges: FloatArray, sources: int, depth_classes: int, prior: float) -> None:
+        """Start every bin with `prior` accepted of as many expected tokens; `edges` divide the probabilities."""
+        self.edges, self.sources, self.depth_classes = edges, sources, depth_classes
+        self.shape = (2, sources, depth_classes, len(edges) + 1)
+        self.count = int(np.prod(self.shape))
+        self.accepted, self.expected = np.full(self.count, prior), np.full(self.count, prior)
+        addresses = [address(table) for table in (edges, self.accepted, self.expected)]
+        numbers = (len(edges), sources, depth_classes, self.count)
+        self._layout = BinLayout(addresses[0], *numbers, *addresses[1:])  # the tables are changed in place
+        self.layout = ctypes.addressof(self._layout)

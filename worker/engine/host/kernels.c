@@ -1,0 +1,375 @@
+/* The host's part of a step: draft trees, their rows, what the target accepted of them.
+ *
+ * Nodes are columns of one buffer [5, capacity]: tree, parent, token, depth, value. The first `trees` are the roots, and
+ * parents precede their children. A column of bytes says what grammars force. Sums run from the first element to the last, as NumPy's bincount and cumsum do, and
+ * this file is compiled without reassociation: `numpy_kernels.py` computes the same, bit for bit. */
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef int64_t i64;
+typedef uint8_t u8;
+
+typedef struct {
+    i64 *tree, *parent, *token, *depth;
+    double *value;
+    u8 *forced; /* by a grammar */
+    i64 trees, size;
+    double discount; /* of drafts below nodes that are forced with certainty */
+} nodes_t;
+
+/* `Layout` of nodes.py */
+typedef struct {
+    char *buffer;
+    u8 *forced;
+    i64 capacity, trees, size;
+    double discount;
+} buffer_t;
+
+static nodes_t nodes_of(const buffer_t *b) {
+    i64 *columns = (i64 *)b->buffer;
+    nodes_t nodes = {columns, columns + b->capacity, columns + 2 * b->capacity, columns + 3 * b->capacity,
+                     (double *)(columns + 4 * b->capacity), b->forced, b->trees, b->size, b->discount};
+    return nodes;
+}
+
+/* Return memory for intermediate results. The caller holds the interpreter's lock, so all calls share it. */
+static void *scratch(size_t bytes) {
+    static void *memory;
+    static size_t held;
+    if (bytes > held) {
+        free(memory);
+        held = 2 * bytes;
+        memory = malloc(held);
+        if (!memory) abort();
+    }
+    return memory;
+}
+
+/* ---- growth ---- */
+
+/* Add the candidates [rows, width] below `frontier` whose value exceeds `min_value`; return the new number of nodes. */
+i64 add_layer(const buffer_t *b, const i64 *frontier, i64 rows, i64 width, const i64 *tokens,
+              const double *probabilities, double min_value) {
+    nodes_t n = nodes_of(b);
+    i64 size = n.size;
+    for (i64 row = 0; row < rows; row++) {
+        i64 parent = frontier[row];
+        double above = n.forced[parent] && n.value[parent] == 1.0 ? n.discount : n.value[parent];
+        for (i64 i = row * width; i < (row + 1) * width; i++) {
+            double value = above * probabilities[i];
+            if (!(value > min_value)) continue;
+            n.tree[size] = n.tree[parent];
+            n.parent[size] = parent;
+            n.token[size] = tokens[i];
+            n.depth[size] = n.depth[parent] + 1;
+            n.forced[size] = 0;
+            n.value[size++] = value;
+        }
+    }
+    return size;
+}
+
+/* Write the nodes whose children could be emitted to `out`; return their number. `keys` [count] is sorted. */
+i64 expandable(const buffer_t *b, const i64 *some, i64 rows, const i64 *groups, const i64 *keys, i64 count,
+               const i64 *remaining, i64 *out) {
+    nodes_t n = nodes_of(b);
+    i64 found = 0;
+    for (i64 row = 0; row < rows; row++) {
+        i64 node = some[row], tree = n.tree[node], key = groups[tree] << 32 | n.token[node], at = 0;
+        if (n.depth[node] + 2 > remaining[tree]) continue;
+        if (n.depth[node] > 0)
+            while (at < count && keys[at] < key) at++;
+        if (n.depth[node] > 0 && at < count && keys[at] == key) continue;
+        out[found++] = node;
+    }
+    return found;
+}
+
+/* ---- selection ---- */
+
+typedef struct {
+    double value;
+    i64 depth, left, node;
+} ranked_t;
+
+static int before(const void *a, const void *b) {
+    const ranked_t *x = a, *y = b;
+    if (x->value != y->value) return x->value > y->value ? -1 : 1;
+    if (x->depth != y->depth) return x->depth < y->depth ? -1 : 1;
+    if (x->left != y->left) return x->left > y->left ? -1 : 1;
+    return x->node < y->node ? -1 : 1;
+}
+
+/* Write the draft nodes to `out`, the best first: by value, depth, then most tokens left [trees] in its tree. */
+void ranking(const buffer_t *b, const i64 *remaining, i64 *out) {
+    nodes_t n = nodes_of(b);
+    i64 count = n.size - n.trees;
+    ranked_t *sorted = scratch(count * sizeof *sorted);
+    for (i64 i = 0; i < count; i++) {
+        i64 node = n.trees + i;
+        ranked_t entry = {n.value[node], n.depth[node], remaining[n.tree[node]], node};
+        sorted[i] = entry;
+    }
+    qsort(sorted, count, sizeof *sorted, before);
+    for (i64 i = 0; i < count; i++) out[i] = sorted[i].node;
+}
+
+/* Mark the roots and the `per_tree` best draft nodes of each tree in `kept` [nodes]. */
+void best(const buffer_t *b, i64 per_tree, u8 *kept) {
+    nodes_t n = nodes_of(b);
+    ranked_t *sorted = scratch(n.size * sizeof *sorted + n.trees * sizeof(i64));
+    i64 *firsts = (i64 *)(sorted + n.size), most = 0;
+    memset(firsts, 0, n.trees * sizeof *firsts);
+    for (i64 i = n.trees; i < n.size; i++) {
+        i64 count = ++firsts[n.tree[i]];
+        if (count > most) most = count;
+    }
+    memset(kept, 1, n.size);
+    if (most <= per_tree) return;
+    for (i64 tree = 0, first = 0; tree < n.trees; tree++) {
+        i64 count = firsts[tree];
+        firsts[tree] = first;
+        first += count;
+    }
+    for (i64 i = n.trees; i < n.size; i++) {
+        ranked_t entry = {n.value[i], n.depth[i], 0, i};
+        sorted[firsts[n.tree[i]]++] = entry;
+    }
+    for (i64 tree = 0, first = 0; tree < n.trees; first = firsts[tree++]) {
+        if (firsts[tree] - first <= per_tree) continue;
+        qsort(sorted + first, firsts[tree] - first, sizeof *sorted, before);
+        for (i64 i = first + per_tree; i < firsts[tree]; i++) kept[sorted[i].node] = 0;
+    }
+}
+
+/* Sum the values of the draft nodes of each tree, those in `kept` [nodes], or all if it is NULL. */
+void expected(const buffer_t *b, const u8 *kept, double *sums) {
+    nodes_t n = nodes_of(b);
+    memset(sums, 0, n.trees * sizeof *sums);
+    for (i64 i = n.trees; i < n.size; i++)
+        if (!kept || kept[i]) sums[n.tree[i]] += n.value[i];
+}
+
+/* Write the draft nodes and the depth of each tree. */
+void sizes(const buffer_t *b, i64 *counts, i64 *depths) {
+    nodes_t n = nodes_of(b);
+    memset(counts, 0, n.trees * sizeof *counts);
+    memset(depths, 0, n.trees * sizeof *depths);
+    for (i64 i = n.trees; i < n.size; i++) {
+        counts[n.tree[i]]++;
+        depths[n.tree[i]] = n.depth[i];
+    }
+}
+
+/* Copy the nodes in `kept` [nodes] to `target`; return their number, -1 if one lost its parent. */
+i64 prune(const buffer_t *b, const u8 *kept, const buffer_t *target) {
+    nodes_t n = nodes_of(b), t = nodes_of(target);
+    i64 size = 0, *moved = scratch(n.size * sizeof *moved);
+    for (i64 i = 0; i < n.size; i++) {
+        moved[i] = -1;
+        if (!kept[i]) continue;
+        i64 parent = n.parent[i] < 0 ? -1 : moved[n.parent[i]];
+        if (parent < 0 && n.parent[i] >= 0) return -1;
+        t.tree[size] = n.tree[i];
+        t.parent[size] = parent;
+        t.token[size] = n.token[i];
+        t.depth[size] = n.depth[i];
+        t.value[size] = n.value[i];
+        t.forced[size] = n.forced[i];
+        moved[i] = size++;
+    }
+    return size;
+}
+
+/* ---- rows for the target ---- */
+
+typedef struct {
+    i64 slot, tree;
+} slot_t;
+
+static int by_slot(const void *a, const void *b) {
+    const slot_t *x = a, *y = b;
+    return x->slot != y->slot ? (x->slot < y->slot ? -1 : 1) : (x->tree < y->tree ? -1 : 1);
+}
+
+/* Lay out the rows of the first `count` trees in order of their slots.
+ *
+ * Write per tree: its number, its prefix, its rows; per row: its node, token, position, number (`kept`), and how many
+ * entries it sees behind the prefix; then these entries, row after row. Return {rows, entries}.
+ * A root alone is a chain, and sees nothing but its prefix. */
+void tree_rows(const buffer_t *b, i64 count, const i64 *slots, const i64 *lengths, i64 *out, i64 *totals) {
+    nodes_t n = nodes_of(b);
+    slot_t *sorted = scratch(count * sizeof *sorted + 2 * (n.trees + n.size) * sizeof(i64));
+    i64 *counts = (i64 *)(sorted + count), *next = counts + n.trees, *row_of = next + n.trees, *starts = row_of + n.size;
+    i64 *order = out, *prefixes = order + count, *rows = prefixes + count, *row_nodes = rows + count;
+    i64 *tokens = row_nodes + n.size, *positions = tokens + n.size, *kept = positions + n.size;
+    i64 *seen_counts = kept + n.size, *seen = seen_counts + n.size;
+    for (i64 tree = 0; tree < count; tree++) {
+        slot_t entry = {slots[tree], tree};
+        sorted[tree] = entry;
+    }
+    qsort(sorted, count, sizeof *sorted, by_slot);
+    memset(counts, 0, n.trees * sizeof *counts);
+    for (i64 i = 0; i < n.size; i++) counts[n.tree[i]]++;
+    i64 total = 0;
+    for (i64 i = 0; i < count; i++) {
+        i64 tree = sorted[i].tree;
+        order[i] = tree;
+        prefixes[i] = lengths[tree] - 1;
+        rows[i] = counts[tree];
+        next[tree] = total;
+        total += counts[tree];
+    }
+    for (i64 i = 0; i < n.size; i++)
+        if (n.tree[i] < count) {
+            i64 row = next[n.tree[i]]++;
+            row_of[i] = row;
+            row_nodes[row] = i;
+        }
+    i64 row = 0, at = 0;
+    for (i64 i = 0; i < count; i++)
+        for (i64 place = 0; place < rows[i]; place++, row++) {
+            i64 node = row_nodes[row], sees = rows[i] > 1 ? n.depth[node] + 1 : 0;
+            tokens[row] = n.token[node];
+            positions[row] = prefixes[i] + n.depth[node];
+            kept[row] = row;
+            seen_counts[row] = sees;
+            starts[row] = at;
+            if (sees > 1) memcpy(seen + at, seen + starts[row_of[n.parent[node]]], (sees - 1) * sizeof *seen);
+            if (sees) seen[at + sees - 1] = place;
+            at += sees;
+        }
+    totals[0] = total;
+    totals[1] = at;
+}
+
+/* ---- what the target accepted ---- */
+
+/* Write the child of each node that has the token `drawn` there; -1: none. Of equal children the last one counts. */
+void matching_children(const buffer_t *b, const i64 *drawn, i64 *child) {
+    nodes_t n = nodes_of(b);
+    for (i64 i = 0; i < n.size; i++) child[i] = -1;
+    for (i64 i = n.trees; i < n.size; i++)
+        if (drawn[n.parent[i]] == n.token[i]) child[n.parent[i]] = i;
+}
+
+/* Follow from each root the children that have the tokens `drawn` at their parents [nodes].
+ *
+ * Write per tree the number of accepted nodes; the visited nodes [nodes], tree after tree; the tokens drawn there.
+ * Return how many are visited. */
+i64 paths(const buffer_t *b, const i64 *drawn, i64 *out) {
+    nodes_t n = nodes_of(b);
+    i64 *child = scratch(n.size * sizeof *child), *visited = out + n.trees, *tokens = visited + n.size, at = 0;
+    matching_children(b, drawn, child);
+    for (i64 tree = 0; tree < n.trees; tree++) {
+        i64 first = at;
+        for (i64 node = tree; node >= 0; node = child[node]) {
+            visited[at] = node;
+            tokens[at++] = drawn[node];
+        }
+        out[tree] = at - first - 1;
+    }
+    return at;
+}
+
+/* Write the moves that bring accepted nodes behind their roots, of trees where one is elsewhere: slots [trees],
+ * destinations [trees], numbers of nodes [trees], and the KV indices of all nodes. Return {moves, nodes}. */
+void moves(const buffer_t *b, const i64 *counts, const i64 *visited, const i64 *slots, const i64 *lengths, i64 *out,
+           i64 *totals) {
+    nodes_t n = nodes_of(b);
+    i64 *places = scratch((n.size + n.trees) * sizeof *places), *next = places + n.size;
+    i64 *destinations = out + n.trees, *moved = destinations + n.trees, *sources = moved + n.trees;
+    memset(next, 0, n.trees * sizeof *next);
+    for (i64 i = 0; i < n.size; i++) places[i] = next[n.tree[i]]++;
+    i64 found = 0, entries = 0;
+    for (i64 tree = 0, at = 0; tree < n.trees; at += counts[tree++] + 1) {
+        i64 in_place = 1;
+        for (i64 i = 1; i <= counts[tree]; i++) in_place &= places[visited[at + i]] == i;
+        if (in_place) continue;
+        out[found] = slots[tree];
+        destinations[found] = lengths[tree];
+        moved[found++] = counts[tree];
+        for (i64 i = 1; i <= counts[tree]; i++) sources[entries++] = lengths[tree] - 1 + places[visited[at + i]];
+    }
+    totals[0] = found;
+    totals[1] = entries;
+}
+
+/* Write per tree how many pairs it has, then the pairs (number of children, rank of the drawn child, -1: none) of the
+ * visited nodes with children, as far as they are `emitted`. Return how many pairs there are. */
+i64 drawn_ranks(const buffer_t *b, const i64 *counts, const i64 *visited, const i64 *emitted, i64 *out) {
+    nodes_t n = nodes_of(b);
+    i64 *children = scratch(3 * n.size * sizeof *children), *chosen = children + n.size, *rank = chosen + n.size;
+    i64 *pairs = out + n.trees, found = 0;
+    for (i64 i = 0; i < n.size; i++) children[i] = rank[i] = 0, chosen[i] = -1;
+    for (i64 tree = 0, at = 0; tree < n.trees; at += counts[tree++] + 1)
+        for (i64 i = 0; i < counts[tree]; i++) chosen[visited[at + i]] = visited[at + i + 1];
+    for (i64 i = n.trees; i < n.size; i++) {
+        i64 parent = n.parent[i], other = chosen[parent];
+        children[parent]++;
+        if (other < 0 || other == i) continue;
+        rank[parent] += n.value[i] > n.value[other] || (n.value[i] == n.value[other] && i < other);
+    }
+    for (i64 i = n.trees; i < n.size; i++)
+        if (n.forced[i]) children[n.parent[i]] = 0; /* they were not drafted */
+    for (i64 tree = 0, at = 0; tree < n.trees; at += counts[tree++] + 1) {
+        i64 reached = emitted[tree] >= counts[tree] ? counts[tree] + 1 : emitted[tree], first = found;
+        for (i64 i = 0; i < reached; i++) {
+            i64 node = visited[at + i];
+            if (!children[node]) continue;
+            pairs[2 * found] = children[node];
+            pairs[2 * found++ + 1] = chosen[node] < 0 ? -1 : rank[node];
+        }
+        out[tree] = found - first;
+    }
+    return found;
+}
+
+/* ---- acceptance ---- */
+
+/* `BinLayout` of bins.py: statistics of candidates by sampling, source, depth and probability */
+typedef struct {
+    const double *edges;
+    i64 edge_count, sources, depth_classes, count;
+    double *accepted, *expected; /* [count] */
+} bins_t;
+
+static i64 bin_of(const nodes_t *n, const bins_t *bins, i64 sampled, i64 node, double probability, i64 source) {
+    i64 depth = n->depth[node] < bins->depth_classes - 1 ? n->depth[node] : bins->depth_classes - 1;
+    i64 row = (sampled * bins->sources + source) * bins->depth_classes + depth, bin = 0;
+    while (bin < bins->edge_count && !(probability <= bins->edges[bin])) bin++;
+    return row * (bins->edge_count + 1) + bin;
+}
+
+/* Write the candidates' probabilities [rows, width] corrected by the accepted over the expected tokens of their bins, at
+ * most `limit`. `sampled` [trees]; `source` [rows, width] may be NULL. */
+void corrected(const buffer_t *b, const bins_t *bins, const u8 *sampled, const i64 *frontier, i64 rows, i64 width,
+               const double *probabilities, const i64 *source, double limit, double *out) {
+    nodes_t n = nodes_of(b);
+    for (i64 row = 0; row < rows; row++)
+        for (i64 i = row * width; i < (row + 1) * width; i++) {
+            i64 node = frontier[row], bin = bin_of(&n, bins, sampled[n.tree[node]], node, probabilities[i], source ? source[i] : 0);
+            double value = probabilities[i] * (bins->accepted[bin] / bins->expected[bin]);
+            out[i] = value > limit ? limit : value;
+        }
+}
+
+/* Add the candidates of the rows whose `drawn` token [rows] is known to their bins. */
+void count_accepted(const buffer_t *b, const bins_t *bins, const u8 *sampled, const i64 *frontier, i64 rows, i64 width,
+                    const i64 *tokens, const double *probabilities, const i64 *source, const i64 *drawn) {
+    nodes_t n = nodes_of(b);
+    double *sums = scratch(2 * bins->count * sizeof *sums);
+    memset(sums, 0, 2 * bins->count * sizeof *sums);
+    for (i64 row = 0; row < rows; row++)
+        for (i64 i = row * width; drawn[row] >= 0 && i < (row + 1) * width; i++) {
+            i64 node = frontier[row], bin = bin_of(&n, bins, sampled[n.tree[node]], node, probabilities[i], source ? source[i] : 0);
+            sums[bin] += tokens[i] == drawn[row] && probabilities[i] > 0.0;
+            sums[bins->count + bin] += probabilities[i];
+        }
+    for (i64 i = 0; i < bins->count; i++) {
+        bins->accepted[i] += sums[i];
+        bins->expected[i] += sums[bins->count + i];
+    }
+}

@@ -1,0 +1,95 @@
+"""Call the functions of layout.c, which lay out a step's rows in microseconds."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from worker.engine.cpu.compiler import EXACT, library
+from worker.engine.cpu.kernels import address, bound
+from worker.engine.segments import IntArray, Segments
+
+if TYPE_CHECKING:
+    from worker.engine.paged.kv import PagedKv
+    from worker.engine.paged.rows import Shape
+
+_SIZE, _ADDRESS = ctypes.c_int64, ctypes.c_void_p
+
+
+def _fields(names: str, kind: Any) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names.split()]
+
+
+class SegmentArrays(ctypes.Structure):
+    """`segments_t`: the segments of a forward."""
+
+    _fields_ = (
+        *_fields("segments rows kept_rows", _SIZE),
+        *_fields("slots prefixes starts counts chains ids positions kept visible_counts visible", _ADDRESS),
+    )
+
+
+class BlockTables(ctypes.Structure):
+    """`tables_t`: the blocks of all slots."""
+
+    _fields_ = (*_fields("tables held references", _ADDRESS), *_fields("width slots block_size", _SIZE))
+
+
+class ShapeSizes(ctypes.Structure):
+    """`shape_t`: sizes of a forward."""
+
+    _fields_ = _fields("rows kept sequences listed causal shares tile", _SIZE)
+
+
+class CompiledLayout:
+    """The compiled functions. Calls keep the interpreter's lock: they take microseconds."""
+
+    def __init__(self, compiled: ctypes.CDLL) -> None:
+        """Bind the functions of a library compiled from layout.c."""
+        functions = ctypes.PyDLL(compiled._name)
+        self._unprepared = bound(functions.unprepared, _ADDRESS, _ADDRESS, result=_SIZE)
+        self._measure = bound(functions.measure, _ADDRESS, _ADDRESS)
+        self._lay_out = bound(functions.lay_out, *[_ADDRESS] * 4, result=_SIZE)
+        self._last: tuple[Segments | None, Any] = None, None  # a step's segments are read by three calls
+
+    def prepared(self, segments: Segments, kv: PagedKv) -> bool:
+        """Return whether `reserve` has nothing to do for these segments."""
+        return not self._unprepared(self._arrays(segments), ctypes.addressof(kv.layout))
+
+    def measure(self, segments: Segments) -> tuple[bool, int, int, int]:
+        """Return whether all segments are chains of one row, and the most entries that a row would list.
+
+        Then the partial results if rows list none, and if they list some: see `total_parts`.
+        """
+        out = np.empty(4, np.int64)
+        self._measure(self._arrays(segments), address(out))
+        plain, longest, parts, parts_if_listed = out.tolist()
+        return bool(plain), longest, parts, parts_if_listed
+
+    def lay_out(self, segments: Segments, kv: PagedKv, shape: Shape, tile: int) -> IntArray:
+        """Return the flat tensor of `laid_out` for a shape with one slice."""
+        numbers = (shape.rows, shape.kept, shape.sequences, shape.listed, shape.causal, shape.queries > 1, tile)
+        sizes, flat = ShapeSizes(*numbers), np.empty(shape.size, np.int64)
+        given = (self._arrays(segments), ctypes.addressof(kv.layout), ctypes.addressof(sizes), address(flat))
+        return flat[: self._lay_out(*given)]
+
+    def _arrays(self, segments: Segments) -> Any:
+        """Return a pointer to the C structure of the segments, which it keeps."""
+        held, arrays = self._last
+        if held is not segments:
+            sizes = (len(segments), segments.num_rows, len(segments.kept))
+            addresses = [address(getattr(segments, name)) for name, _ in SegmentArrays._fields_[3:]]
+            arrays = ctypes.byref(SegmentArrays(*sizes, *addresses))
+            self._last = segments, arrays
+        return arrays
+
+
+@cache
+def compiled_layout() -> CompiledLayout | None:
+    """Return the compiled functions; None without a C compiler."""
+    compiled = library(Path(__file__).with_name("layout.c"), *EXACT)
+    return None if compiled is None else CompiledLayout(compiled)
